@@ -1,0 +1,1 @@
+"""What touches the node: processes, netlink, sysctls. Knows the model, never a backend."""

@@ -1,0 +1,1 @@
+"""The iptables backend: plans become chains, chains become iptables-restore input."""

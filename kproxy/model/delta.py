@@ -1,0 +1,40 @@
+"""What a source of objects says: the only messages that change the desired state."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+from msgspec import Struct
+
+from kproxy.model.types import EndpointSlice, Node, Service
+
+Object: TypeAlias = Service | EndpointSlice | Node
+Kind: TypeAlias = type[Service] | type[EndpointSlice] | type[Node]
+
+
+class Upsert(Struct, frozen=True):
+    """An object was created or changed."""
+
+    object: Object
+
+
+class Delete(Struct, frozen=True):
+    """An object is gone, or no longer of interest. `namespace` is "" for Nodes."""
+
+    kind: Kind
+    namespace: str
+    name: str
+
+
+class Replace(Struct, frozen=True):
+    """The complete set of objects of one kind, as a first or a later list found them.
+
+    Whatever is not in `objects` is gone. The first of these for a kind marks it as listed: nothing is
+    programmed before every kind is.
+    """
+
+    kind: Kind
+    objects: tuple[Object, ...]
+
+
+Delta: TypeAlias = Upsert | Delete | Replace

@@ -1,0 +1,1 @@
+"""Bringing the kernel to the desired state: when, what, and what was accepted."""
