@@ -1,11 +1,13 @@
 """From the API's JSON to the model: decode only the fields that decide rules, and reduce them at once.
 
 Headless and ExternalName Services, objects of another proxy (`service.kubernetes.io/service-proxy-name`),
-FQDN slices and slices without a Service get no rules: they decode to nothing.
+FQDN slices, slices without a Service and slices labelled `service.kubernetes.io/headless` get no rules: they decode
+to nothing. The label `headless` on a Service that has a ClusterIP hides its slices only (seen in kube-proxy 1.36).
 """
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Callable, Iterable
 from datetime import datetime
@@ -53,8 +55,10 @@ def _decoder(shape: type[_W]) -> Callable[[Raw], _W]:
     def decode(raw: Raw) -> _W:
         try:
             return msgspec.convert(raw, shape) if isinstance(raw, dict) else from_text(raw)
-        except msgspec.DecodeError as error:  # ValidationError included
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:  # ValidationError is a DecodeError
             raise ObjectError(str(error)) from None
+        except RecursionError:
+            raise ObjectError("nested too deeply") from None
 
     return decode
 
@@ -89,7 +93,18 @@ def decode_object(kind: Kind, raw: Raw) -> Decoded:
     return _decoded(node.metadata, _reduce_node(node))
 
 
+_NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
+_PORT_NAME = re.compile(r"([a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?)?")
+"""DNS-1123 subdomains and labels, as the API server demands: names end up in rules, so files must obey them too."""
+
+
+def _check_name(pattern: re.Pattern[str], text: str, field: str) -> None:
+    if not pattern.fullmatch(text):
+        raise ObjectError(f"Expected a name of lower case letters, digits, '-' and '.', got {text!r} - at `$.{field}`")
+
+
 def _decoded(metadata: wire.MetadataWire, reduced: Object | None) -> Decoded:
+    _check_name(_NAME, metadata.name, "metadata.name")
     return Decoded(metadata.namespace, metadata.name, metadata.resource_version, reduced)
 
 
@@ -129,9 +144,7 @@ def canonical_cidr(text: str) -> str | None:
     return f"{socket.inet_ntop(family, number.to_bytes(bits // 8, 'big'))}/{keep}"
 
 
-def _canonical(
-    convert: Callable[[str], str | None], texts: Iterable[str] | None, field: str
-) -> tuple[str, ...]:
+def _canonical(convert: Callable[[str], str | None], texts: Iterable[str] | None, field: str) -> tuple[str, ...]:
     found = []
     for text in texts or ():
         value = convert(text)
@@ -145,7 +158,7 @@ def _canonical(
 def _reduce_service(service: wire.ServiceWire) -> Service | None:
     metadata, spec = service.metadata, service.spec or wire.ServiceSpecWire()
     labels = metadata.labels or {}
-    if PROXY_NAME_LABEL in labels or HEADLESS_LABEL in labels:
+    if PROXY_NAME_LABEL in labels:
         return None
     if spec.type == "ExternalName" or spec.cluster_ip in {"", "None"}:
         return None
@@ -154,22 +167,22 @@ def _reduce_service(service: wire.ServiceWire) -> Service | None:
     external_ips = _canonical(canonical_address, spec.external_ips, "spec.externalIPs")
     accepts_external = spec.type in {"NodePort", "LoadBalancer"} or bool(external_ips)
     external_local = accepts_external and spec.external_traffic_policy == "Local"
+    _check_name(_NAME, metadata.namespace, "metadata.namespace")
+    ports = tuple(_reduce_port(port) for port in spec.ports or ())
+    if len({(port.name, port.protocol) for port in ports}) < len(ports):
+        raise ObjectError("Expected ports with different names - at `$.spec.ports`")
     return Service(
         namespace=intern(metadata.namespace),
         name=metadata.name,
         cluster_ips=_canonical(canonical_address, spec.cluster_ips or [spec.cluster_ip], "spec.clusterIPs"),
-        ports=tuple(_reduce_port(port) for port in spec.ports or ()),
+        ports=ports,
         affinity_seconds=_affinity_seconds(spec),
         internal_local=spec.internal_traffic_policy == "Local",
         external_local=external_local,
         external_ips=external_ips,
         vips=_canonical(canonical_address, ingress, "status.loadBalancer.ingress"),
-        source_ranges=_canonical(
-            canonical_cidr, spec.load_balancer_source_ranges, "spec.loadBalancerSourceRanges"
-        ),
-        health_check_node_port=spec.health_check_node_port
-        if external_local and spec.type == "LoadBalancer"
-        else 0,
+        source_ranges=_canonical(canonical_cidr, spec.load_balancer_source_ranges, "spec.loadBalancerSourceRanges"),
+        health_check_node_port=spec.health_check_node_port if external_local and spec.type == "LoadBalancer" else 0,
     )
 
 
@@ -177,9 +190,8 @@ def _reduce_port(port: wire.ServicePortWire) -> ServicePort:
     if not 1 <= port.port <= 65535:
         raise ObjectError(f"Expected a port from 1 to 65535, got {port.port} - at `$.spec.ports[...].port`")
     if not 0 <= port.node_port <= 65535:
-        raise ObjectError(
-            f"Expected a port from 0 to 65535, got {port.node_port} - at `$.spec.ports[...].nodePort`"
-        )
+        raise ObjectError(f"Expected a port from 0 to 65535, got {port.node_port} - at `$.spec.ports[...].nodePort`")
+    _check_name(_PORT_NAME, port.name, "spec.ports[...].name")
     return ServicePort(intern(port.name), port.port, port.protocol, port.node_port)
 
 

@@ -29,12 +29,14 @@ class Delete(Struct, frozen=True):
 class Replace(Struct, frozen=True):
     """The complete set of objects of one kind, as a first or a later list found them.
 
-    Whatever is not in `objects` is gone. The first of these for a kind marks it as listed: nothing is
-    programmed before every kind is.
+    Whatever is not in `objects` is gone, except what `unreadable` names (namespace, name): those objects
+    exist, but could not be decoded, and whatever was known of them before stays. The first of these for a
+    kind marks it as listed: nothing is programmed before every kind is.
     """
 
     kind: Kind
     objects: tuple[Object, ...]
+    unreadable: tuple[tuple[str, str], ...] = ()
 
 
 Delta: TypeAlias = Upsert | Delete | Replace

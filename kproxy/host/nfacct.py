@@ -1,0 +1,34 @@
+"""Named packet counters of the kernel (nfacct), which a rule can only name once they exist."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterable
+
+from kproxy.host.netlink import (
+    NETLINK_NETFILTER,
+    NLM_F_CREATE,
+    NLM_F_EXCL,
+    NetlinkError,
+    NetlinkSocket,
+    attribute,
+    nfgenmsg,
+)
+
+_SUBSYSTEM = 7  # NFNL_SUBSYS_ACCT
+_NEW = _SUBSYSTEM << 8  # NFNL_MSG_ACCT_NEW
+_NAME = 1  # NFACCT_NAME
+
+
+def ensure_counters(names: Iterable[str]) -> None:
+    """Create the counters that do not exist yet; those that do keep their counts.
+
+    Raises `OSError` where the kernel has no nfacct or this process may not use it.
+    """
+    with NetlinkSocket(NETLINK_NETFILTER) as netlink:
+        for name in names:
+            try:
+                netlink.request(_NEW, NLM_F_CREATE | NLM_F_EXCL, nfgenmsg() + attribute(_NAME, name.encode() + b"\0"))
+            except NetlinkError as error:
+                if error.errno != errno.EEXIST:
+                    raise

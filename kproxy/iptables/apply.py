@@ -1,0 +1,106 @@
+"""Talking to the kernel through `iptables-restore` and `iptables-save`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+
+from msgspec import Struct
+
+from kproxy.host.run import CommandError, first_line, reading, run
+from kproxy.model.types import Family
+
+LOCK_WAIT_SECONDS = 5
+"""How long one attempt waits for the xtables lock, which iptables-legacy takes for every change."""
+
+HANG_SECONDS = 900
+"""After this an iptables program counts as hanging. The longest honest run known took 150 s."""
+
+_RESOURCE_PROBLEM = 4
+"""The exit status of the iptables programs when the lock, memory or the kernel's generation is against them."""
+
+
+class RestoreError(Exception):
+    """The kernel did not accept a transaction: nothing of it is in force.
+
+    `line` is the offending line of the input where iptables named one, else "". `busy` says that somebody else held
+    the lock or changed the table at the same time, so that the same input may be accepted later.
+    """
+
+    def __init__(self, message: str, *, line: str = "", busy: bool = False) -> None:
+        super().__init__(message)
+        self.line = line
+        self.busy = busy
+
+
+class IptablesVersion(Struct, frozen=True):
+    """What `iptables --version` says: its version, and whether it speaks to nf_tables or to x_tables."""
+
+    number: tuple[int, ...]
+    nft: bool
+
+    @property
+    def random_fully(self) -> bool:
+        """Whether MASQUERADE knows `--random-fully` (since 1.6.2)."""
+        return self.number >= (1, 6, 2)
+
+    def __str__(self) -> str:
+        number = ".".join(map(str, self.number))
+        return f"iptables {number} ({'nf_tables' if self.nft else 'legacy'})"
+
+
+def parse_version(text: str) -> IptablesVersion:
+    """Read `iptables v1.8.9 (nf_tables)`. Before 1.8 there was no nf_tables and no mention of it."""
+    found = re.search(r"v(\d+(?:\.\d+)*)", text)
+    if found is None:
+        raise CommandError(f"cannot tell the version of iptables from {first_line(text)!r}")
+    return IptablesVersion(tuple(int(part) for part in found[1].split(".")), nft="nf_tables" in text)
+
+
+class Iptables:
+    """The iptables programs of one family, as found in PATH."""
+
+    def __init__(self, family: Family) -> None:
+        self._prefix = "ip6tables" if family is Family.IPV6 else "iptables"
+
+    def version(self) -> IptablesVersion:
+        """Return the version of the installed iptables. Raises `CommandError`."""
+        done = run([self._prefix, "--version"], timeout=HANG_SECONDS)
+        if done.code:
+            raise CommandError(f"{self._prefix} --version failed: {first_line(done.stderr)}")
+        return parse_version(done.stdout)
+
+    def save(self) -> AbstractContextManager[Iterator[str]]:
+        """Return all tables' rules as lines of text, read as they come. Raises `CommandError`."""
+        return reading([f"{self._prefix}-save"])
+
+    def restore(self, text: str) -> None:
+        """Make the changes that `text` holds, one transaction per table. Raises `RestoreError`.
+
+        Chains that `text` does not name are left alone.
+        """
+        argv = [f"{self._prefix}-restore", "--noflush", "-w", str(LOCK_WAIT_SECONDS)]
+        done = run(argv, text, timeout=HANG_SECONDS)
+        if done.code:
+            raise restore_error(argv[0], done.code, done.stderr, text)
+
+
+_LINE = re.compile(r"line:? (\d+)")
+
+
+def restore_error(program: str, code: int, stderr: str, text: str) -> RestoreError:
+    """Return what a failed restore means: why, at which line of its input, and whether trying again may help."""
+    said = [line.strip() for line in stderr.splitlines()]
+    said = [line for line in said if line and not line.startswith(("Try `", "# "))]
+    found = _LINE.search(stderr)
+    line = ""
+    if found is not None:
+        lines = text.splitlines()
+        number = int(found[1])
+        line = lines[number - 1] if 0 < number <= len(lines) else ""
+    # The nf_tables variant puts its name on a line of its own before the reason.
+    reason = next((each for each in said if not each.endswith("):")), first_line(stderr))
+    busy = code == _RESOURCE_PROBLEM or "Another app is currently holding the xtables lock" in stderr
+    where = f" at {line!r}" if line else ""
+    return RestoreError(f"{program} failed with status {code}: {reason}{where}", line=line, busy=busy)

@@ -1,0 +1,105 @@
+"""The iptables backend of one family: plans in, kernel rules out, and a ledger of what was accepted."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from kproxy.host.run import CommandError
+from kproxy.iptables.apply import RestoreError
+from kproxy.iptables.diff import Change
+from kproxy.iptables.ledger import KernelView, Ledger
+from kproxy.iptables.render import RenderedPort, render_port
+from kproxy.iptables.text import parse_save
+from kproxy.model.context import Context
+from kproxy.model.plan import ServicePortPlan
+from kproxy.model.types import ServiceKey
+from kproxy.sync.backend import SyncError
+
+log = logging.getLogger(__name__)
+
+Plans = Mapping[ServiceKey, Sequence[ServicePortPlan]]
+
+BLOCK_RULES = 600
+"""How many rules one transaction holds at most in a large change: about 25 Services of 10 endpoints.
+
+Measured for iptables-nft with 1,000 Services of 10 endpoints: 5.3 s in one transaction, 0.7 s in blocks of this size.
+"""
+
+UNLIMITED = 1 << 60
+"""A size of block that holds any change: for iptables-legacy, where a transaction's cost is that of the whole table."""
+
+
+class Kernel(Protocol):
+    """The way to one family's rules; `kproxy.iptables.apply.Iptables` is the real one."""
+
+    def save(self) -> AbstractContextManager[Iterator[str]]:
+        """Return all rules as `iptables-save` prints them."""
+
+    def restore(self, text: str) -> None:
+        """Make the changes of an `iptables-restore --noflush` input, or raise `RestoreError`."""
+
+
+class IptablesBackend:
+    """Keeps one family's rules equal to the plans that it is given.
+
+    The kernel is read when nothing is known about it (at start and after a failure) and at no other time.
+    """
+
+    def __init__(self, kernel: Kernel, *, block_rules: int = BLOCK_RULES) -> None:
+        """`block_rules` is how many rules a transaction of a large change may hold: `UNLIMITED` for iptables-legacy."""
+        self._kernel = kernel
+        self._block_rules = block_rules
+        self._ledger: Ledger | None = None
+
+    @property
+    def needs_everything(self) -> bool:
+        """Whether the next `sync` must be given the plans of all Services."""
+        return self._ledger is None
+
+    def sync(self, plans: Plans, context: Context) -> None:
+        """Bring the kernel to `plans`: the Services that may have changed, or all if `needs_everything`.
+
+        A Service without plans is deleted. Raises `SyncError` if the kernel refused; what was accepted before stays.
+        """
+        ledger, view = (self._ledger, None) if self._ledger is not None else (Ledger(), self._read())
+        wanted = ((key, render_ports(ports, context)) for key, ports in plans.items())
+        change = Change(ledger, view, wanted, context, block_rules=self._block_rules)
+        self._ledger = None
+        try:
+            for transaction in change.transactions():
+                self._kernel.restore(transaction.text())
+        except (RestoreError, CommandError) as error:
+            raise SyncError(str(error)) from None
+        change.commit()
+        self._ledger = ledger
+
+    def _read(self) -> KernelView:
+        try:
+            with self._kernel.save() as lines:
+                return KernelView.of(parse_save(lines))
+        except CommandError as error:
+            raise SyncError(str(error)) from None
+
+
+def render_ports(ports: Sequence[ServicePortPlan], context: Context) -> dict[str, RenderedPort]:
+    """Return the rules of a Service's ports by `port name/protocol`."""
+    return {f"{plan.port_name}/{plan.protocol}": render_port(plan, context) for plan in ports}
+
+
+class Printer:
+    """A backend that hands on what it would do to an empty kernel, as text."""
+
+    needs_everything = True
+
+    def __init__(self, show: Callable[[str], object]) -> None:
+        self._show = show
+
+    def sync(self, plans: Plans, context: Context) -> None:
+        """Hand on the one `iptables-restore --noflush` input that programs all `plans`."""
+        wanted = ((key, render_ports(ports, context)) for key, ports in plans.items())
+        change = Change(Ledger(), KernelView({}, {}), wanted, context, block_rules=UNLIMITED)
+        for transaction in change.transactions():
+            self._show(transaction.text())

@@ -1,0 +1,133 @@
+"""From what is held and what is wanted to the smallest safe series of transactions. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+
+from kproxy.iptables.base import base_chains, dispatch_tails, ensured_rules
+from kproxy.iptables.ledger import Digest, KernelView, Ledger, PortRecord, ServiceRecord, dispatch_differs
+from kproxy.iptables.names import CANARIES, FILTER_FIREWALL, Chain
+from kproxy.iptables.render import RenderedPort
+from kproxy.iptables.text import Restore, count_rules
+from kproxy.model.context import Context
+from kproxy.model.types import ServiceKey
+
+Wanted = Iterable[tuple[ServiceKey, Mapping[str, RenderedPort]]]
+"""The Services that may have changed with their rules by port: no ports for a Service that is gone.
+
+It is consumed as transactions are asked for, so that the rules of a large cluster are never all in memory.
+"""
+
+
+class Change:
+    """The way from what a ledger says to what is wanted, as transactions to make in their order.
+
+    With a `kernel` view (at start, after a failure) the ledger is empty, `wanted` is complete, and what the view
+    shows decides what must be written, ensured and deleted.
+
+    A change of more than `block_rules` rules is cut into transactions that are safe one by one: first the
+    chains that belong to one Service each, then the dispatch chains that lead to them, last the deletion of what
+    nothing leads to any more. iptables-nft needs time that grows with the square of the rules in one transaction.
+    """
+
+    def __init__(
+        self, ledger: Ledger, kernel: KernelView | None, wanted: Wanted, context: Context, *, block_rules: int
+    ) -> None:
+        self._ledger = ledger
+        self._kernel = kernel
+        self._wanted = wanted
+        self._context = context
+        self._block_rules = block_rules
+        self._services: dict[ServiceKey, ServiceRecord] = {}
+        self._base: dict[Chain, Digest] = {}
+        self._deleted: list[Chain] = []
+
+    def transactions(self) -> Iterator[Restore]:
+        """Yield the transactions; none at all if the kernel already holds what is wanted."""
+        block = Restore(self._groundwork())
+        first = True
+        for writes in self._port_chains():
+            if block and block.rules + count_rules(writes.values()) > self._block_rules:
+                yield block
+                block, first = Restore(), False
+            block.chains |= writes
+        switch = self._switch()
+        self._deleted += self._stale_chains()
+        if first and block.rules + switch.rules + len(self._deleted) <= self._block_rules:
+            whole = Restore({**block.chains, **switch.chains}, switch.edits, self._deleted)
+            yield from [whole] if whole else []
+            return
+        yield from (each for each in (block, switch) if each)
+        gone = iter(self._deleted)
+        while batch := list(islice(gone, self._block_rules)):
+            yield Restore(deleted=batch)
+
+    def commit(self) -> None:
+        """Write into the ledger what the kernel holds once it has accepted every transaction."""
+        for key, record in self._services.items():
+            if record:
+                self._ledger.services[key] = record
+            else:
+                self._ledger.services.pop(key, None)
+        self._ledger.base = self._base
+
+    def _held(self, chain: Chain) -> Digest | None:
+        return (self._kernel.ours if self._kernel else self._ledger.base).get(chain)
+
+    def _groundwork(self) -> dict[Chain, str]:
+        """Return the chains that those of the Services jump to, where they differ."""
+        chains = base_chains(self._context)
+        self._base = {chain: hash(rules) for chain, rules in chains.items()}
+        return {chain: rules for chain, rules in chains.items() if self._held(chain) != self._base[chain]}
+
+    def _port_chains(self) -> Iterator[dict[Chain, str]]:
+        """Yield, Service by Service, the chains to write; a Service's own chains always change together."""
+        for key, ports in self._wanted:
+            record = {name: PortRecord.of(rendered) for name, rendered in ports.items()}
+            self._services[key] = record
+            old = self._ledger.services.get(key, {})
+            held = {name: digest for port in old.values() for name, digest in port.chains()}
+            writes: dict[Chain, str] = {}
+            for name, rendered in ports.items():
+                for (chain, digest), rules in zip(record[name].chains(), rendered.chains.values(), strict=True):
+                    known = held.pop(chain, None)
+                    if self._kernel is not None:
+                        known = self._kernel.ours.get(Chain("nat", chain))
+                    if known != digest:
+                        writes[Chain("nat", chain)] = rules
+            self._deleted += [Chain("nat", name) for name in held]
+            if writes:
+                yield writes
+
+    def _switch(self) -> Restore:
+        """Return the change of the chains and rules that lead packets to the Services' own chains."""
+        dirty: set[Chain] = set()
+        for key, record in self._services.items():
+            dirty |= dispatch_differs(self._ledger.services.get(key, {}), record)
+        switch = Restore()
+        for chain, tail in dispatch_tails(self._context).items():
+            self._base[chain] = hash(tail)
+            if self._kernel is None and chain not in dirty and self._ledger.base.get(chain) == self._base[chain]:
+                continue
+            rules = self._ledger.dispatch_text(chain, tail, self._services)
+            if self._kernel is None or self._kernel.ours.get(chain) != hash(rules):
+                switch.chains[chain] = rules
+        if self._kernel is not None:
+            self._ensure(switch, self._kernel)
+        return switch
+
+    def _ensure(self, switch: Restore, kernel: KernelView) -> None:
+        for chain in (*CANARIES, FILTER_FIREWALL):
+            if chain not in kernel.shared:
+                switch.chains[chain] = ""
+        # Each goes to the top, so the last one in is the first one met.
+        for rule in reversed(ensured_rules(self._context)):
+            if not any(held.endswith(rule.tail) for held in kernel.shared.get(rule.chain, ())):
+                switch.edits.append((rule.chain.table, f"-I {rule.chain.name} 1 {rule.rule}"))
+
+    def _stale_chains(self) -> list[Chain]:
+        if self._kernel is None:
+            return []
+        used = (name for record in self._services.values() for port in record.values() for name, _ in port.chains())
+        return self._kernel.stale_port_chains(used)

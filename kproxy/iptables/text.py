@@ -1,0 +1,102 @@
+"""The two texts of iptables: what `iptables-restore` reads and what `iptables-save` prints. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from msgspec import Struct, field
+
+from kproxy.iptables.names import Chain
+
+TABLES = ("mangle", "nat", "filter")
+"""The tables that we write, in the order we write them: destinations before verdicts."""
+
+
+class Restore(Struct):
+    """One atomic change per table, in the making.
+
+    `chains` are created or, if they exist, emptied, and filled with their rules (one per line). `edits` are
+    single rule commands such as `-I INPUT 1 ...`. `deleted` chains must be referenced by nothing that remains.
+    """
+
+    chains: dict[Chain, str] = field(default_factory=dict)
+    edits: list[tuple[str, str]] = field(default_factory=list)
+    deleted: list[Chain] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.chains or self.edits or self.deleted)
+
+    @property
+    def rules(self) -> int:
+        """How many rules and deletions this change makes."""
+        return count_rules(self.chains.values()) + len(self.edits) + len(self.deleted)
+
+    def text(self) -> str:
+        """Return the input for `iptables-restore --noflush`."""
+        return "".join(self._table(table) for table in TABLES)
+
+    def _table(self, table: str) -> str:
+        chains = {chain.name: rules for chain, rules in self.chains.items() if chain.table == table}
+        edits = [command for owner, command in self.edits if owner == table]
+        deleted = [chain.name for chain in self.deleted if chain.table == table]
+        if not (chains or edits or deleted):
+            return ""
+        lines = [f"*{table}"]
+        lines += [f":{name} - [0:0]" for name in chains]
+        lines += [f":{name} - [0:0]" for name in deleted]
+        lines += [rules for rules in chains.values() if rules]
+        lines += edits
+        lines += [f"-X {name}" for name in deleted]
+        lines.append("COMMIT\n")
+        return "\n".join(lines)
+
+
+class SavedChain(Struct):
+    """A chain as `iptables-save` printed it: its rules in our own spelling, `-A CHAIN` included."""
+
+    rules: list[str] = field(default_factory=list)
+
+
+def parse_save(lines: Iterable[str], wanted: Iterable[str] = TABLES) -> dict[Chain, SavedChain]:
+    """Read `iptables-save` output (of one or all tables) into chains.
+
+    Rules are normalised where printing differs from writing: counters are dropped, probabilities
+    are rounded to how they were asked for, `--nfacct-name` has one space.
+    """
+    chains: dict[Chain, SavedChain] = {}
+    tables = frozenset(wanted)
+    table = ""
+    for line in lines:
+        if line.startswith("*"):
+            table = line[1:].strip()
+        elif table not in tables:
+            continue
+        elif line.startswith(":"):
+            chains[Chain(table, line[1:].split(" ", 1)[0])] = SavedChain()
+        elif line.startswith(("-A ", "[")):
+            rule = _normal(line)
+            chains.setdefault(Chain(table, rule.split(" ", 2)[1]), SavedChain()).rules.append(rule)
+    return chains
+
+
+_COUNTERS = re.compile(r"^\[\d+:\d+\] ")
+_PROBABILITY = re.compile(r"(?<=--probability )\d\.\d+")
+
+
+def _normal(line: str) -> str:
+    rule = _COUNTERS.sub("", line).rstrip("\n ")
+    if "--probability " in rule:
+        rule = _PROBABILITY.sub(_as_asked, rule)
+    return rule.replace("--nfacct-name  ", "--nfacct-name ")
+
+
+def _as_asked(found: re.Match[str]) -> str:
+    """Return 1/n with 10 decimals: the kernel keeps a probability as a multiple of 2**-31."""
+    share = float(found[0])
+    return f"{1 / round(1 / share):.10f}" if share else found[0]
+
+
+def count_rules(chains: Iterable[str]) -> int:
+    """Return how many rules these chains' texts hold."""
+    return sum(rules.count("\n") + 1 for rules in chains if rules)

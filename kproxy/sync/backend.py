@@ -1,0 +1,28 @@
+"""What the reconciler needs of a backend: one for each family, whichever way it programs the kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from kproxy.model.context import Context
+from kproxy.model.plan import ServicePortPlan
+from kproxy.model.types import ServiceKey
+
+
+class SyncError(Exception):
+    """The kernel did not accept a change; the message says why on one line."""
+
+
+class Backend(Protocol):
+    """Keeps one family's kernel state equal to the plans that it is given."""
+
+    @property
+    def needs_everything(self) -> bool:
+        """Whether the next `sync` must be given the plans of all Services, because nothing is known."""
+
+    def sync(self, plans: Mapping[ServiceKey, Sequence[ServicePortPlan]], context: Context) -> None:
+        """Program the plans of the Services that may have changed; those without plans are gone.
+
+        Raises `SyncError` if the kernel refused.
+        """

@@ -1,0 +1,70 @@
+"""One family's way from the desired state to the kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import chain
+
+from msgspec.structs import replace
+
+from kproxy.model.context import Context
+from kproxy.model.plan import ServicePortPlan, plan_service
+from kproxy.model.store import Changed, Store
+from kproxy.model.types import Node, ServiceKey
+from kproxy.sync.backend import Backend
+
+LARGE_CLUSTER_ENDPOINTS = 1000
+"""Above this many endpoints, per-endpoint rules lose their comments (kube-proxy's threshold)."""
+
+
+class FamilySync:
+    """Keeps track of what is not yet programmed in one family.
+
+    Changes leave the pending set only when the kernel has accepted them.
+    """
+
+    def __init__(self, backend: Backend, make_context: Callable[[Node | None], Context]) -> None:
+        self._backend = backend
+        self._make_context = make_context
+        self._applied: Context | None = None
+        self._pending: set[ServiceKey] = set()
+        self._endpoints: dict[ServiceKey, int] = {}
+        self._total_endpoints = 0
+
+    def note(self, changed: Changed) -> None:
+        """Take in what a delta changed."""
+        self._pending |= changed.services
+
+    def sync(self, store: Store) -> int:
+        """Program what is pending and return how many Services were looked at. Raises `SyncError`."""
+        everything = self._backend.needs_everything or self._applied is None
+        context = self._make_context(store.node)
+        if self._applied is not None and replace(context, large_cluster=self._applied.large_cluster) != self._applied:
+            everything = True
+        plans = self._plan(store, context, store.service_keys() if everything else ())
+        context = replace(context, large_cluster=self._total_endpoints > LARGE_CLUSTER_ENDPOINTS)
+        if not everything and context != self._applied:
+            plans |= self._plan(store, context, (key for key in store.service_keys() if key not in plans))
+        self._backend.sync(plans, context)
+        self._applied = context
+        self._pending.clear()
+        return len(plans)
+
+    def _plan(
+        self, store: Store, context: Context, more: Iterable[ServiceKey]
+    ) -> dict[ServiceKey, tuple[ServicePortPlan, ...]]:
+        plans: dict[ServiceKey, tuple[ServicePortPlan, ...]] = {}
+        for key in chain(more, self._pending):
+            if key in plans:
+                continue
+            service = store.service(key)
+            plans[key] = plan_service(service, store.slices(key), context) if service else ()
+            self._count(key, sum(plan.known_endpoints for plan in plans[key]))
+        return plans
+
+    def _count(self, key: ServiceKey, endpoints: int) -> None:
+        self._total_endpoints += endpoints - self._endpoints.get(key, 0)
+        if endpoints:
+            self._endpoints[key] = endpoints
+        else:
+            self._endpoints.pop(key, None)

@@ -1,0 +1,123 @@
+"""The thread that owns all state: takes in deltas, and brings each family's kernel rules after them."""
+
+from __future__ import annotations
+
+import logging
+import queue
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
+
+from msgspec import Struct
+
+from kproxy.model.delta import Delta
+from kproxy.model.store import Changed, Store
+from kproxy.model.types import Family
+from kproxy.sync.backend import SyncError
+from kproxy.sync.family import FamilySync
+from kproxy.sync.schedule import Schedule
+
+log = logging.getLogger(__name__)
+
+
+class Stop(Struct, frozen=True):
+    """Ends the reconciler; the rules stay."""
+
+
+class Resync(Struct, frozen=True):
+    """Something outside of the objects changed that rules depend on: compare everything again."""
+
+
+Batch: TypeAlias = tuple[Delta, ...]
+"""Deltas that belong together: no sync happens between them."""
+
+Message: TypeAlias = Delta | Batch | Stop | Resync
+
+
+class Reconciler:
+    """Programs every family whenever its schedule says so.
+
+    The families are independent: one that the kernel refuses does not hold up the other. Nothing is programmed before
+    all kinds of objects have been listed.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        families: Mapping[Family, FamilySync],
+        *,
+        make_schedule: Callable[[], Schedule],
+        clock: Callable[[], float],
+    ) -> None:
+        self._store = store
+        self._families = {family: (sync, make_schedule()) for family, sync in families.items()}
+        self._clock = clock
+        self._announced = False
+
+    def run(self, messages: queue.SimpleQueue[Message]) -> None:
+        """Work until a `Stop` arrives."""
+        while True:
+            try:
+                message = messages.get(timeout=self.wait())
+            except queue.Empty:
+                message = None
+            # Whatever has already arrived belongs to the same sync.
+            while message is not None:
+                if isinstance(message, Stop):
+                    return
+                self.take(message)
+                message = None if messages.empty() else messages.get()
+            self.sync_due()
+
+    def take(self, message: Delta | Batch | Resync) -> None:
+        """Apply one message to the desired state and note what it leaves to do."""
+        if isinstance(message, tuple):
+            for delta in message:
+                self.take(delta)
+            return
+        if isinstance(message, Resync):
+            changed = Changed(node=True)
+        else:
+            listed = self._store.complete
+            changed = self._store.apply(message)
+            changed = changed if listed else Changed(changed.services, node=changed.node or self._store.complete)
+        if not changed:
+            return
+        for sync, schedule in self._families.values():
+            sync.note(changed)
+            schedule.request()
+
+    def wait(self) -> float | None:
+        """Return in how many seconds `sync_due` has something to do, None if only a message can tell."""
+        if not self._store.complete:
+            return None
+        waits = [schedule.wait(self._clock()) for _, schedule in self._families.values()]
+        return min((wait for wait in waits if wait is not None), default=None)
+
+    def sync_due(self) -> bool:
+        """Sync every family that is due now. Return whether all that were due succeeded."""
+        if not self._store.complete:
+            return True
+        due = [family for family in self._families if self._due(family)]
+        outcomes = [self._sync(family) for family in due]
+        return all(outcomes)
+
+    def _due(self, family: Family) -> bool:
+        wait = self._families[family][1].wait(self._clock())
+        return wait is not None and wait <= 0
+
+    def _sync(self, family: Family) -> bool:
+        sync, schedule = self._families[family]
+        started = self._clock()
+        schedule.started(started)
+        try:
+            services = sync.sync(self._store)
+        except Exception as error:  # a bug in here must not end the node's proxy: it is told and retried
+            schedule.failed(self._clock())
+            pause = schedule.wait(self._clock()) or 0.0
+            reason = str(error) if isinstance(error, SyncError) else f"unexpected {error!r}"
+            log.error("%s: sync failed, trying again in %.1f s: %s", family.value, pause, reason)
+            log.debug("%s: where it failed", family.value, exc_info=error)
+            return False
+        schedule.succeeded()
+        log.info("%s: %d services in force after %.3f s", family.value, services, self._clock() - started)
+        return True

@@ -1,0 +1,90 @@
+"""A kernel for rules in memory: understands what `iptables-restore --noflush` reads, refuses on demand.
+
+`tests/kernel/test_fakekernel.py` checks it against the real one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+
+from kproxy.iptables.apply import RestoreError
+
+BUILTIN = {
+    "mangle": ("PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"),
+    "nat": ("PREROUTING", "INPUT", "OUTPUT", "POSTROUTING"),
+    "filter": ("INPUT", "FORWARD", "OUTPUT"),
+}
+TARGETS = {"ACCEPT", "DROP", "REJECT", "RETURN", "MARK", "MASQUERADE", "DNAT"}
+
+Table = dict[str, list[str]]
+
+
+class FakeKernel:
+    """The tables of one family. `refuse` may look at an input and return why it is not accepted."""
+
+    def __init__(self) -> None:
+        self.tables: dict[str, Table] = {table: {name: [] for name in names} for table, names in BUILTIN.items()}
+        self.inputs: list[str] = []
+        self.reads = 0
+        self.refuse: Callable[[str], str | None] = lambda _: None
+
+    @contextmanager
+    def save(self) -> Iterator[Iterator[str]]:
+        self.reads += 1
+        yield iter(self.dump())
+
+    def dump(self) -> list[str]:
+        lines = []
+        for table, chains in self.tables.items():
+            lines.append(f"*{table}\n")
+            lines += [f":{name} {'ACCEPT' if name in BUILTIN[table] else '-'} [0:0]\n" for name in sorted(chains)]
+            lines += [f"-A {name} {rule}\n" for name in sorted(chains) for rule in chains[name]]
+            lines.append("COMMIT\n")
+        return lines
+
+    def restore(self, text: str) -> None:
+        self.inputs.append(text)
+        reason = self.refuse(text)
+        if reason:
+            raise RestoreError(reason)
+        name, table = "", {}
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.startswith("*"):
+                name = line[1:]
+                table = deepcopy(self.tables[name])
+            elif line == "COMMIT":
+                self.tables[name] = table
+            else:
+                self._edit(table, name, line, number)
+
+    def _edit(self, table: Table, name: str, line: str, number: int) -> None:
+        command, rest = line.split(" ", 1)
+        if command.startswith(":"):
+            table[command[1:]] = [] if command[1:] not in BUILTIN[name] else table[command[1:]]
+            return
+        chain, _, rule = rest.partition(" ")
+        if chain not in table:
+            raise RestoreError(f"line {number}: no chain {chain}", line=line)
+        if command == "-X":
+            users = [owner for owner, rules in table.items() if any(_target(each) == chain for each in rules)]
+            if table[chain] or users:
+                raise RestoreError(f"line {number}: {chain} is in use", line=line)
+            del table[chain]
+            return
+        target = _target(rule)
+        if target and target not in TARGETS and target not in table:
+            raise RestoreError(f"line {number}: no chain {target}", line=line)
+        if command == "-A":
+            table[chain].append(rule)
+        elif command == "-I" and rule.startswith("1 "):
+            table[chain].insert(0, rule[2:])
+        else:
+            raise RestoreError(f"line {number}: cannot {command}", line=line)
+
+
+def _target(rule: str) -> str:
+    found = re.search(r"-j (\S+)", rule)
+    return found[1] if found else ""

@@ -1,0 +1,141 @@
+"""Whatever happened on the way, the kernel ends up with what a start from the final objects would give."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kproxy.iptables.backend import IptablesBackend
+from kproxy.model.context import Context
+from kproxy.model.delta import Delta, Replace
+from kproxy.model.local_traffic import LocalTraffic
+from kproxy.model.store import Store
+from kproxy.model.types import EndpointSlice, Family, Node, Service
+from kproxy.sync.family import FamilySync
+from kproxy.sync.reconciler import Reconciler
+from kproxy.sync.schedule import Schedule
+from tests.fakekernel import FakeKernel
+from tests.unit.strategies import deltas
+
+EMPTY = (Replace(Service, ()), Replace(EndpointSlice, ()), Replace(Node, ()))
+
+
+class Proxy:
+    """The real store, planner, renderer and reconciler on two fake kernels and a clock that is set by hand."""
+
+    def __init__(self, *, block_rules: int = 600, kernels: dict[Family, FakeKernel] | None = None) -> None:
+        self.now = 0.0
+        self.kernels = kernels or {family: FakeKernel() for family in Family}
+        self.store = Store("node-1")
+        families = {
+            family: FamilySync(
+                IptablesBackend(kernel, block_rules=block_rules), lambda node, family=family: context(node, family)
+            )
+            for family, kernel in self.kernels.items()
+        }
+        self.reconciler = Reconciler(
+            self.store,
+            families,
+            make_schedule=lambda: Schedule(min_interval=1.0, max_retry=30.0),
+            clock=lambda: self.now,
+        )
+        for delta in EMPTY:
+            self.reconciler.take(delta)
+
+    def take(self, delta: Delta) -> None:
+        self.reconciler.take(delta)
+
+    def settle(self) -> None:
+        while (wait := self.reconciler.wait()) is not None:
+            self.now += wait
+            self.reconciler.sync_due()
+
+    def dump(self) -> dict[Family, list[str]]:
+        return {family: kernel.dump() for family, kernel in self.kernels.items()}
+
+
+def context(node: Node | None, family: Family) -> Context:
+    prefix = "10." if family is Family.IPV4 else "fd00:"
+    addresses = [each for each in node.addresses if each.startswith(prefix)] if node else []
+    return Context(
+        family,
+        "node-1",
+        zone=node.zone if node else "",
+        node_address=addresses[0] if addresses else "",
+        local_traffic=LocalTraffic(cidr="10.244.0.0/16") if family is Family.IPV4 else LocalTraffic(),
+        localhost_node_ports=family is Family.IPV4,
+    )
+
+
+def from_scratch(store: Store) -> dict[Family, list[str]]:
+    fresh = Proxy()
+    fresh.take(Replace(Service, tuple(found for key in store.service_keys() if (found := store.service(key)))))
+    owners = {f"ns/{name}" for name in "abc"}
+    fresh.take(Replace(EndpointSlice, tuple(each for key in owners for each in store.slices(key))))
+    fresh.take(Replace(Node, (store.node,) if store.node else ()))
+    fresh.settle()
+    return fresh.dump()
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.lists(st.tuples(deltas(), st.booleans(), st.booleans()), max_size=25), st.sampled_from((1, 6, 600)))
+def test_any_sequence_ends_like_a_fresh_start(history: list[tuple[Delta, bool, bool]], block_rules: int) -> None:
+    proxy = Proxy(block_rules=block_rules)
+    for delta, pause, refused in history:
+        proxy.take(delta)
+        for kernel in proxy.kernels.values():
+            kernel.refuse = (lambda _: "out of memory") if refused else (lambda _: None)
+        if pause:
+            proxy.now += 100
+            proxy.reconciler.sync_due()
+    for kernel in proxy.kernels.values():
+        kernel.refuse = lambda _: None
+    proxy.settle()
+    assert proxy.dump() == from_scratch(proxy.store)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(deltas(), max_size=15))
+def test_restart_changes_nothing(history: list[Delta]) -> None:
+    proxy = Proxy()
+    for delta in history:
+        proxy.take(delta)
+    proxy.settle()
+    for kernel in proxy.kernels.values():
+        kernel.inputs.clear()
+    again = Proxy(kernels=proxy.kernels)
+    again.store = proxy.store
+    for delta in history:
+        again.take(delta)
+    again.settle()
+    assert [kernel.inputs for kernel in again.kernels.values()] == [[], []]
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(deltas(), max_size=15), st.lists(deltas(), max_size=8))
+def test_restart_after_missed_changes_cleans_up(before: list[Delta], missed: list[Delta]) -> None:
+    proxy = Proxy()
+    for delta in before:
+        proxy.take(delta)
+    proxy.settle()
+    again = Proxy(kernels=proxy.kernels)
+    for delta in (*before, *missed):
+        again.take(delta)
+    again.settle()
+    assert again.dump() == from_scratch(again.store)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(deltas(), min_size=1, max_size=10))
+def test_repeated_objects_write_nothing(history: list[Delta]) -> None:
+    proxy = Proxy()
+    for delta in history:
+        proxy.take(delta)
+    proxy.settle()
+    for kernel in proxy.kernels.values():
+        kernel.inputs.clear()
+    proxy.take(
+        Replace(Service, tuple(each for key in proxy.store.service_keys() if (each := proxy.store.service(key))))
+    )
+    proxy.settle()
+    assert [kernel.inputs for kernel in proxy.kernels.values()] == [[], []]
