@@ -1,0 +1,190 @@
+"""What the API server answers: the lines of a watch, the pages of a list and its refusals, as plain values.
+
+The shapes are those of the Kubernetes API conventions (watch events, `List` metadata, `Status`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeAlias
+
+import msgspec
+from msgspec import Struct
+
+from kproxy.kube.objects import Decoded, decode_object
+from kproxy.model.delta import Kind
+
+INITIAL_EVENTS_END = "k8s.io/initial-events-end"
+"""Marks the bookmark after the last initial event of a watch with `sendInitialEvents` (KEP-3157)."""
+
+LONGEST_TEXT = 400
+"""Characters of a server's message that are worth a log line."""
+
+
+class AnswerError(ValueError):
+    """A list page that cannot be read at all; the message says why."""
+
+
+class Gone(Struct, frozen=True):
+    """A DELETED event."""
+
+    namespace: str
+    name: str
+    resource_version: str
+
+
+class Bookmark(Struct, frozen=True):
+    """A BOOKMARK event; `ends_initial` is true for the one that ends the initial events."""
+
+    resource_version: str
+    ends_initial: bool
+
+
+class Unreadable(Struct, frozen=True):
+    """An object that could not be decoded. `name` is "" if not even that could be read."""
+
+    namespace: str
+    name: str
+    resource_version: str
+    text: str
+
+
+class Refusal(Struct, frozen=True):
+    """An HTTP status other than 200, or an ERROR event. `retry_after` is in seconds, 0 if not given."""
+
+    code: int
+    reason: str
+    message: str
+    retry_after: float = 0.0
+
+    def __str__(self) -> str:
+        """Return the refusal on one line."""
+        return f"{self.code} {self.reason}: {self.message}" if self.reason else f"{self.code}: {self.message}"
+
+
+Event: TypeAlias = Decoded | Gone | Bookmark | Unreadable | Refusal
+
+
+class Page(Struct, frozen=True):
+    """One page of a list; `continue_token` is "" on the last one."""
+
+    resource_version: str
+    continue_token: str
+    items: tuple[Decoded | Unreadable, ...]
+
+
+class _Metadata(Struct, rename="camel"):
+    name: str = ""
+    namespace: str = ""
+    resource_version: str = ""
+    annotations: dict[str, str] | None = None
+
+
+class _Named(Struct):
+    metadata: _Metadata
+
+
+class _Line(Struct):
+    type: str
+    object: msgspec.Raw
+
+
+class _ListMetadata(Struct, rename="camel"):
+    resource_version: str = ""
+    continue_token: str = msgspec.field(default="", name="continue")
+
+
+class _List(Struct):
+    metadata: _ListMetadata
+    items: list[msgspec.Raw] | None = None
+
+
+class _Details(Struct, rename="camel"):
+    retry_after_seconds: float = 0.0
+
+
+class _Status(Struct):
+    code: int = 0
+    reason: str = ""
+    message: str = ""
+    details: _Details | None = None
+
+
+_line = msgspec.json.Decoder(_Line)
+_named = msgspec.json.Decoder(_Named)
+_list = msgspec.json.Decoder(_List)
+_status = msgspec.json.Decoder(_Status)
+
+# Text that is no JSON, not UTF-8, of the wrong shape, or nested deeper than the decoder's stack.
+_BAD_TEXT = (ValueError, RecursionError)
+
+
+def one_line(text: str) -> str:
+    """Return a text of unknown origin as one line of bearable length."""
+    flat = " ".join(text.split())
+    return flat if len(flat) <= LONGEST_TEXT else flat[:LONGEST_TEXT] + "..."
+
+
+def read_line(kind: Kind, raw: bytes) -> Event:
+    """Read one line of a watch of `kind`. Never raises: what cannot be read becomes `Unreadable`."""
+    try:
+        line = _line.decode(raw)
+        if line.type in {"ADDED", "MODIFIED"}:
+            return _read_object(kind, line.object)
+        if line.type == "ERROR":
+            return _refusal(_status.decode(line.object), 0, 0.0)
+        metadata = _named.decode(line.object).metadata
+    except _BAD_TEXT as error:
+        return Unreadable("", "", "", one_line(str(error)))
+    if line.type == "BOOKMARK":
+        ends_initial = (metadata.annotations or {}).get(INITIAL_EVENTS_END) == "true"
+        return Bookmark(metadata.resource_version, ends_initial)
+    if line.type == "DELETED" and metadata.name:
+        return Gone(metadata.namespace, metadata.name, metadata.resource_version)
+    return Unreadable("", "", "", one_line(f"Expected a watch event with a named object, got {line.type!r}"))
+
+
+def read_page(kind: Kind, raw: bytes) -> Page:
+    """Read one page of a list of `kind`. Raises `AnswerError` if it is no list at all."""
+    try:
+        found = _list.decode(raw)
+    except _BAD_TEXT as error:
+        raise AnswerError(one_line(str(error))) from None
+    items = tuple(_read_object(kind, item) for item in found.items or ())
+    return Page(found.metadata.resource_version, found.metadata.continue_token, items)
+
+
+def read_refusal(status: int, headers: Mapping[str, str], body: bytes) -> Refusal:
+    """Read an HTTP answer other than 200; the body may be a Status object or any proxy's error page."""
+    texts = {name.lower(): value for name, value in headers.items()}
+    header = texts.get("retry-after", "")
+    after = float(header) if header.isascii() and header.isdigit() else 0.0
+    try:
+        found = _status.decode(body)
+    except _BAD_TEXT:
+        found = _Status(message=body[: LONGEST_TEXT * 4].decode(errors="replace"))
+    return _refusal(found, status, after)
+
+
+def _refusal(status: _Status, code: int, retry_after: float) -> Refusal:
+    if not retry_after and status.details:
+        retry_after = max(0.0, status.details.retry_after_seconds)
+    return Refusal(code or status.code, one_line(status.reason), one_line(status.message) or "no message", retry_after)
+
+
+def _read_object(kind: Kind, raw: msgspec.Raw) -> Decoded | Unreadable:
+    try:
+        decoded = decode_object(kind, raw)
+    except _BAD_TEXT as error:
+        return _unreadable(raw, one_line(str(error)))
+    if not decoded.name:
+        return Unreadable("", "", "", "Expected a name - at `$.metadata.name`")
+    return decoded
+
+
+def _unreadable(raw: msgspec.Raw, text: str) -> Unreadable:
+    try:
+        metadata = _named.decode(raw).metadata
+    except _BAD_TEXT:
+        return Unreadable("", "", "", text)
+    return Unreadable(metadata.namespace, metadata.name, metadata.resource_version, text)

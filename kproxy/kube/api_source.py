@@ -1,0 +1,205 @@
+"""The cluster's objects from the API server: one thread per kind around the list/watch state machine."""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable
+
+from kproxy.kube.client import Client, ClientError, Response, SilenceError, TransportError
+from kproxy.kube.watch import INACTIVITY, ListWatch, Problem, Request, Step
+from kproxy.model.delta import Delta, Kind
+from kproxy.model.types import EndpointSlice, Node, Service
+
+REPEAT_PERIOD = 60.0
+"""Seconds before the same complaint is logged again."""
+
+STOP_TIMEOUT = 1.0
+"""Seconds that `ApiSource.stop` waits for its threads in all: only one that still connects takes longer."""
+
+log = logging.getLogger(__name__)
+
+
+class ApiSource:
+    """Follows Services, EndpointSlices and one Node, and hands every change to `sink`.
+
+    `sink` is called from several threads and must not block. Each kind begins with a `Replace`, as soon as
+    the server has told of all of its objects; until then, and after errors, it tries again for ever.
+    `inactivity` is in seconds: a connection silent for longer is replaced.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        node_name: str,
+        sink: Callable[[Delta], None],
+        *,
+        kinds: Iterable[Kind] = (Service, EndpointSlice, Node),
+        inactivity: float = INACTIVITY,
+    ) -> None:
+        def machine(kind: Kind) -> ListWatch:
+            return ListWatch(kind, node_name, random.random, inactivity)
+
+        self._followers = [_Follower(client, kind, machine, sink) for kind in kinds]
+
+    def start(self) -> None:
+        """Start the threads. They are daemons: a process may end without `stop`."""
+        for follower in self._followers:
+            follower.start()
+
+    def stop(self) -> None:
+        """End the threads, even those that wait for data. `sink` is not called any more afterwards."""
+        for follower in self._followers:
+            follower.stop()
+        deadline = time.monotonic() + STOP_TIMEOUT
+        for follower in self._followers:
+            follower.join(max(0.0, deadline - time.monotonic()))
+
+
+class Complaints:
+    """Decides which complaints of one thread are worth a log line; times are seconds of one clock."""
+
+    def __init__(self) -> None:
+        self._logged: dict[str, float] = {}
+        self._open = ""
+
+    def is_news(self, text: str, now: float) -> bool:
+        """Tell whether `text` was not said within `REPEAT_PERIOD`, and remember it as said if so."""
+        if now - self._logged.get(text, float("-inf")) < REPEAT_PERIOD:
+            return False
+        self._logged = {old: at for old, at in self._logged.items() if now - at < REPEAT_PERIOD}
+        self._logged[text] = now
+        return True
+
+    def is_trouble_news(self, trouble: str, now: float) -> bool:
+        """Like `is_news` for the present trouble, "" for none: the end of one that was said is news too."""
+        if trouble:
+            news = self.is_news(trouble, now)
+            self._open = trouble if news else self._open
+            return news
+        ended, self._open = bool(self._open), ""
+        return ended
+
+
+class _Follower:
+    """The thread of one kind."""
+
+    def __init__(
+        self,
+        client: Client,
+        kind: Kind,
+        machine: Callable[[Kind], ListWatch],
+        sink: Callable[[Delta], None],
+    ) -> None:
+        self._client, self._kind, self._new_machine, self._sink = client, kind, machine, sink
+        self._machine = machine(kind)
+        self._complaints = Complaints()
+        self._stopping = threading.Event()
+        self._lock = threading.Lock()  # between stop() and: using the sink, holding a response
+        self._response: Response | None = None
+        self._seen: Response | None = None
+        self._thread = threading.Thread(target=self._run, name=f"api-{self._machine.resource}", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        with self._lock:
+            self._stopping.set()
+            if self._response is not None:
+                self._response.close()
+
+    def join(self, timeout: float) -> None:
+        if self._thread.ident is not None:
+            self._thread.join(timeout)
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                delay = self._one_request()
+            except Exception as error:  # noqa: BLE001 - whatever it is, it must not end the updates of a kind
+                delay = self._start_over(error)
+            self._stopping.wait(delay)
+
+    def _start_over(self, error: Exception) -> float:
+        log.error("%s: unexpected %s: %s; starting over", self._machine.resource, type(error).__name__, error)
+        self._machine = self._new_machine(self._kind)
+        return self._machine.failed("starting over").again_after or 0.0
+
+    def _one_request(self) -> float:
+        """Send the machine's next request, feed it what comes, and return the seconds until the next."""
+        request = self._machine.next_request()
+        try:
+            with self._client.get(request.path, request.params, self._machine.inactivity) as response:
+                try:
+                    step = self._take(request, response) if self._hold(response) else Step(again_after=0.0)
+                finally:
+                    self._response = None
+        except SilenceError:
+            step = self._machine.silent()
+        except (TransportError, ClientError) as error:
+            step = self._machine.failed(str(error))
+        if not self._stopping.is_set():
+            self._follow(step)
+            if step.renew:
+                self._renew()
+        return step.again_after or 0.0
+
+    def _hold(self, response: Response) -> bool:
+        """Let `stop` close the response from now on; false if it came first."""
+        with self._lock:
+            self._response = self._seen = response
+            return not self._stopping.is_set()
+
+    def _take(self, request: Request, response: Response) -> Step:
+        """Read an answer; return the step that ended it, not yet followed."""
+        if response.status != 200:
+            return self._machine.refused(response.status, response.headers, response.read())
+        if not request.watch:
+            return self._machine.page(response.read())
+        opened = time.monotonic()
+        self._machine.opened()
+        self._follow(Step())
+        for line in response.lines():
+            step = self._machine.line(line)
+            if step.again_after is not None:
+                return step
+            self._follow(step)
+        return self._machine.closed(time.monotonic() - opened)
+
+    def _follow(self, step: Step) -> None:
+        """Log what changed, and hand on the messages of a step."""
+        now = time.monotonic()
+        self._log_trouble(step, now)
+        for message in step.messages:
+            if isinstance(message, Problem):
+                self._log_problem(message, now)
+                continue
+            with self._lock:
+                if self._stopping.is_set():
+                    return
+                self._sink(message)
+
+    def _log_trouble(self, step: Step, now: float) -> None:
+        trouble = self._machine.trouble
+        if not self._complaints.is_trouble_news(trouble, now):
+            return
+        if trouble:
+            log.warning("%s; next try in %.1f s", trouble, step.again_after or 0.0)
+        else:
+            log.info("following %s again", self._machine.resource)
+
+    def _log_problem(self, problem: Problem, now: float) -> None:
+        name = f"{problem.namespace}/{problem.name}".lstrip("/") or "an object without a readable name"
+        text = f"{problem.kind.__name__} {name} cannot be read, its last good state stays: {problem.text}"
+        if self._complaints.is_news(text, now):
+            log.warning("%s", text)
+
+    def _renew(self) -> None:
+        try:
+            self._client.renew(self._seen)
+        except ClientError as error:
+            if self._complaints.is_news(str(error), time.monotonic()):
+                log.warning("cannot renew the credentials: %s", error)

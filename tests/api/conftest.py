@@ -1,0 +1,142 @@
+"""One `cluster` fixture: the tests' own API server always, a real kube-apiserver where there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from time import monotonic
+from typing import Any, Protocol
+
+import pytest
+
+from kproxy.kube.api_source import ApiSource
+from kproxy.kube.client import Client
+from kproxy.model.delta import Delete, Delta, Kind, Object, Replace, Upsert
+from kproxy.model.types import EndpointSlice, Node, Service
+from tests.apiserver import ApiServer, Relay
+from tests.kubeapiserver import KubeApiServer, unavailable
+
+HANG = 30.0
+"""Seconds after which a test gives up waiting."""
+
+
+class Cluster(Protocol):
+    """What both servers can do."""
+
+    @property
+    def address(self) -> tuple[str, int]: ...
+    def create(self, body: dict[str, Any]) -> dict[str, Any]: ...
+    def update(self, body: dict[str, Any]) -> dict[str, Any]: ...
+    def apply(self, body: dict[str, Any]) -> dict[str, Any]: ...
+    def delete(self, body: dict[str, Any]) -> None: ...
+    def compact(self) -> None: ...
+    def start(self) -> None: ...
+    def stop(self) -> None: ...
+    def kubeconfig(self, path: Path, *, port: int | None = None, token: str | None = None) -> Path: ...
+
+
+class Received:
+    """A sink, and the objects that what came through it adds up to."""
+
+    def __init__(self) -> None:
+        self.put: Callable[[Delta], None]
+        self.deltas: list[Delta] = []
+        self.objects: dict[Kind, dict[str, Object]] = {Service: {}, EndpointSlice: {}, Node: {}}
+        self._queue: SimpleQueue[Delta] = SimpleQueue()
+        self.put = self._queue.put
+
+    def until(self, done: Callable[[Received], bool], hang: float = HANG) -> None:
+        """Take deltas until a condition holds."""
+        deadline = monotonic() + hang
+        while not done(self):
+            try:
+                self._apply(self._queue.get(timeout=max(0.0, deadline - monotonic())))
+            except Empty:
+                raise TimeoutError(f"after {hang} s still: {self.objects}") from None
+
+    def until_listed(self, times: int = 1) -> None:
+        """Take deltas until each kind was listed so often."""
+        self.until(lambda _: all(self.lists(kind) >= times for kind in self.objects))
+
+    def lists(self, kind: Kind) -> int:
+        return sum(isinstance(delta, Replace) and delta.kind is kind for delta in self.deltas)
+
+    def names(self, kind: Kind) -> set[str]:
+        """Return the names of the known objects, but not the cluster's own."""
+        return {key.split("/")[-1] for key in self.objects[kind]} - {"kubernetes"}
+
+    def is_empty(self) -> bool:
+        return self._queue.empty()
+
+    def _apply(self, delta: Delta) -> None:
+        self.deltas.append(delta)
+        if isinstance(delta, Upsert):
+            self.objects[type(delta.object)][_key(delta.object)] = delta.object
+        elif isinstance(delta, Delete):
+            self.objects[delta.kind].pop(f"{delta.namespace}/{delta.name}", None)
+        else:
+            known = self.objects[delta.kind]
+            kept = {key: known[key] for key in map("/".join, delta.unreadable) if key in known}
+            self.objects[delta.kind] = kept | {_key(item): item for item in delta.objects}
+
+
+def _key(item: Object) -> str:
+    return f"{'' if isinstance(item, Node) else item.namespace}/{item.name}"
+
+
+@pytest.fixture(scope="session")
+def kube_apiserver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KubeApiServer]:
+    if reason := unavailable():
+        pytest.skip(reason)
+    with KubeApiServer(tmp_path_factory.mktemp("kube-apiserver")) as server:
+        yield server
+
+
+@pytest.fixture(params=["fake", "kube-apiserver"])
+def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    if request.param == "fake":
+        with ApiServer(tokens=["secret"]) as server:
+            yield server
+        return
+    real: KubeApiServer = request.getfixturevalue("kube_apiserver")
+    real.clear()
+    yield real
+
+
+@pytest.fixture
+def server() -> Iterator[ApiServer]:
+    """The tests' own server, for faults that only it can make."""
+    with ApiServer(tokens=["secret"]) as server:
+        yield server
+
+
+@pytest.fixture
+def relay(cluster: Cluster) -> Iterator[Relay]:
+    with Relay(cluster.address) as relay:
+        yield relay
+
+
+@pytest.fixture
+def received() -> Received:
+    return Received()
+
+
+Follow = Callable[..., ApiSource]
+
+
+@pytest.fixture
+def follow(received: Received, tmp_path: Path) -> Iterator[Follow]:
+    """Start an `ApiSource` of a cluster, optionally through a port in front of it."""
+    sources: list[ApiSource] = []
+
+    def start(cluster: Cluster, *, port: int | None = None, **options: Any) -> ApiSource:
+        kubeconfig = cluster.kubeconfig(tmp_path / "kubeconfig", port=port)
+        source = ApiSource(Client.from_config(str(kubeconfig)), "node-1", received.put, **options)
+        sources.append(source)
+        source.start()
+        return source
+
+    yield start
+    for source in sources:
+        source.stop()

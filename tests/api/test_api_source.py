@@ -1,0 +1,298 @@
+"""The source of objects over real HTTP, against the tests' server and, where there is one, a real one."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from pathlib import Path
+
+import pytest
+
+from kproxy.kube.api_source import REPEAT_PERIOD, Complaints
+from kproxy.model.delta import Delta, Replace
+from kproxy.model.types import EndpointSlice, Node, Service
+from tests.api.conftest import HANG, Cluster, Follow, Received
+from tests.apiserver import ApiServer, Relay, SeenRequest
+from tests.apiserver.objects import endpoint_slice, labelled, node, service
+
+PROXY_NAME = "service.kubernetes.io/service-proxy-name"
+
+
+def is_service_watch(request: SeenRequest) -> bool:
+    return request.is_watch and request.path == "/api/v1/services"
+
+
+def services_only(path: str, _query: dict[str, str]) -> bool:
+    return path == "/api/v1/services"
+
+
+def port_of(received: Received, name: str) -> int:
+    found = received.objects[Service].get(f"demo/{name}")
+    return found.ports[0].port if isinstance(found, Service) else 0
+
+
+def test_lists_then_follows_every_kind(cluster: Cluster, follow: Follow, received: Received) -> None:
+    cluster.create(service("web", "10.96.7.1"))
+    cluster.create(endpoint_slice("web-1", "web", ["10.0.0.1", "10.0.0.2"]))
+    cluster.create(node("node-1"))
+    cluster.create(node("node-2"))
+    follow(cluster)
+    received.until_listed()
+    assert [received.names(kind) for kind in (Service, EndpointSlice, Node)] == [{"web"}, {"web-1"}, {"node-1"}]
+
+    cluster.create(service("db", "10.96.7.2"))
+    cluster.update(service("web", "10.96.7.1", port=81))
+    cluster.delete(endpoint_slice("web-1", "web", []))
+    cluster.update(node("node-1", zone="zone-b"))
+    received.until(lambda _: port_of(received, "web") == 81 and received.names(Service) == {"web", "db"})
+    received.until(lambda _: not received.names(EndpointSlice))
+    received.until(lambda _: [item.zone for item in received.objects[Node].values()] == ["zone-b"])  # type: ignore[union-attr]
+    assert sum(isinstance(delta, Replace) for delta in received.deltas) == 3
+
+
+def test_objects_of_others_are_filtered_and_leave_when_relabelled(
+    cluster: Cluster, follow: Follow, received: Received
+) -> None:
+    cluster.create(service("mine", "10.96.7.1"))
+    other = service("other", "10.96.7.2")
+    other["metadata"]["labels"] = {PROXY_NAME: "another"}
+    cluster.create(other)
+    cluster.create(service("headless", "None"))
+    follow(cluster)
+    received.until_listed()
+    assert received.names(Service) == {"mine"}
+    taken = service("mine", "10.96.7.1")
+    taken["metadata"]["labels"] = {PROXY_NAME: "another"}
+    cluster.update(taken)
+    cluster.create(labelled(service("last", "10.96.7.3"), app="demo"))
+    received.until(lambda _: received.names(Service) == {"last"})
+
+
+def test_catches_up_after_the_connection_is_cut(
+    cluster: Cluster, relay: Relay, follow: Follow, received: Received
+) -> None:
+    cluster.create(service("web", "10.96.7.1"))
+    follow(cluster, port=relay.port)
+    received.until_listed()
+    relay.refuse()
+    cluster.delete(service("web", "10.96.7.1"))
+    cluster.create(service("db", "10.96.7.2"))
+    relay.allow()
+    received.until(lambda _: received.names(Service) == {"db"})
+    assert received.lists(Service) == 1
+
+
+def test_a_silent_connection_is_replaced(cluster: Cluster, relay: Relay, follow: Follow, received: Received) -> None:
+    follow(cluster, port=relay.port, inactivity=1.0)
+    received.until_listed()
+    relay.stall()  # for good: only a new connection can tell
+    cluster.create(service("web", "10.96.7.1"))
+    received.until(lambda _: received.names(Service) == {"web"})
+
+
+def test_history_that_is_gone_is_listed_anew(
+    cluster: Cluster, relay: Relay, follow: Follow, received: Received
+) -> None:
+    cluster.create(service("gone", "10.96.7.1"))
+    cluster.create(service("kept", "10.96.7.2"))
+    follow(cluster, port=relay.port)
+    received.until_listed()
+    relay.refuse()
+    cluster.delete(service("gone", "10.96.7.1"))
+    cluster.compact()
+    relay.allow()
+    received.until(lambda _: received.names(Service) == {"kept"})
+    assert received.lists(Service) == 2
+
+
+def test_survives_a_restart_of_the_server(cluster: Cluster, follow: Follow, received: Received) -> None:
+    cluster.create(service("web", "10.96.7.1"))
+    follow(cluster)
+    received.until_listed()
+    cluster.stop()
+    cluster.start()
+    cluster.create(service("db", "10.96.7.2"))
+    received.until(lambda _: received.names(Service) == {"web", "db"})
+
+
+@pytest.mark.parametrize("fault", ["drop", "end", "cut_mid_line", "expire", "fail", "silence"])
+def test_every_end_of_a_watch_is_survived(server: ApiServer, follow: Follow, received: Received, fault: str) -> None:
+    server.create(service("web", "10.96.7.1"))
+    follow(server, inactivity=1.0 if fault == "silence" else 90.0)
+    received.until_listed()
+    faults = {
+        "drop": server.drop_watches,
+        "end": server.end_watches,
+        "cut_mid_line": server.cut_watches_mid_line,
+        "expire": server.expire_watches,
+        "fail": server.fail_watches,
+        "silence": server.silence_watches,
+    }
+    faults[fault]()
+    server.apply(service("web", "10.96.7.1", port=82))
+    received.until(lambda _: port_of(received, "web") == 82)
+    assert received.lists(Service) == (2 if fault == "expire" else 1)
+
+
+@pytest.mark.parametrize("support", ["old-etcd", "forbidden", "ignored"])
+def test_without_list_by_watch_it_lists_by_pages(
+    server: ApiServer, follow: Follow, received: Received, support: str
+) -> None:
+    server.faults.watch_list = support  # type: ignore[assignment]
+    server.bookmark_interval = 0.2
+    for number in range(1201):
+        server.create(service(f"web-{number}", f"10.96.{8 + number // 250}.{number % 250 + 1}"))
+    follow(server)
+    received.until_listed()
+    assert len(received.names(Service)) == 1201
+    pages = server.requests.wait_for(lambda seen: "limit" in seen.query and "services" in seen.path, 3)
+    assert [page.query["limit"] for page in pages] == ["500"] * 3
+    assert [("continue" in page.query) for page in pages] == [False, True, True]
+    server.create(service("late", "10.96.7.1"))
+    received.until(lambda _: "late" in received.names(Service))
+    server.drop_watches()
+    asked = server.requests.wait_for(is_service_watch, 3)
+    assert sum("sendInitialEvents" in request.query for request in asked) == 1
+
+
+def test_a_continuation_that_expires_starts_the_list_over(
+    server: ApiServer, follow: Follow, received: Received
+) -> None:
+    server.set_watch_list("forbidden")
+    for number in range(700):
+        server.create(service(f"web-{number}", f"10.96.{8 + number // 250}.{number % 250 + 1}"))
+    server.refuse(410, matches=lambda path, query: "continue" in query and path == "/api/v1/services")
+    follow(server)
+    received.until_listed()
+    pages = server.requests.wait_for(lambda seen: "limit" in seen.query and "services" in seen.path, 4)
+    assert [("continue" in page.query) for page in pages] == [False, True, False, True]
+    assert len(received.names(Service)) == 700
+    assert received.lists(Service) == 1
+
+
+def test_a_refused_field_selector_is_dropped(server: ApiServer, follow: Follow, received: Received) -> None:
+    server.faults.service_fields = False
+    server.create(service("web", "10.96.7.1"))
+    server.create(service("headless", "None"))
+    follow(server)
+    received.until_listed()
+    assert received.names(Service) == {"web"}
+    assert ["fieldSelector" in request.query for request in server.requests.wait_for(is_service_watch, 2)] == [
+        True,
+        False,
+    ]
+
+
+@pytest.mark.parametrize("status", [403, 429, 500, 503])
+def test_refusals_are_said_and_survived(
+    server: ApiServer, follow: Follow, received: Received, caplog: pytest.LogCaptureFixture, status: int
+) -> None:
+    caplog.set_level(logging.INFO, logger="kproxy")
+    server.create(service("web", "10.96.7.1"))
+    server.refuse(status, retry_after=1 if status == 429 else None, matches=services_only)
+    follow(server)
+    received.until_listed()
+    assert received.names(Service) == {"web"}
+    said = [entry.getMessage() for entry in caplog.records if "refuses to watch services:" in entry.getMessage()]
+    assert len(said) == 1
+    assert str(status) in said[0]
+    assert [entry.getMessage() for entry in caplog.records if "following services again" in entry.getMessage()]
+
+
+def test_a_garbled_line_costs_nothing_but_a_line_in_the_log(
+    server: ApiServer, follow: Follow, received: Received, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.create(service("web", "10.96.7.1"))
+    follow(server)
+    received.until_listed()
+    server.requests.wait_for(is_service_watch)
+    server.inject(b'{"type":"MODIFIED","object":{"metadata":{"name":"web","namespace":"demo"},"spec":{"ports":7}}}')
+    server.inject(b"\xff\x00 no JSON at all")
+    server.create(service("db", "10.96.7.2"))
+    received.until(lambda _: received.names(Service) == {"web", "db"})
+    text = caplog.text
+    assert "Service demo/web cannot be read, its last good state stays" in text
+    assert "Service an object without a readable name cannot be read" in text
+
+
+def test_lines_in_many_small_pieces(server: ApiServer, follow: Follow, received: Received) -> None:
+    server.faults.piece = 3
+    server.create(labelled(service("web", "10.96.7.1"), app="größe-名"))
+    follow(server)
+    received.until_listed()
+    server.create(service("db", "10.96.7.2"))
+    received.until(lambda _: received.names(Service) == {"web", "db"})
+
+
+@pytest.mark.parametrize("moment", ["following", "before the headers", "between attempts"])
+def test_stop_ends_threads_and_the_sink(server: ApiServer, follow: Follow, received: Received, moment: str) -> None:
+    relay = Relay(server.address)
+    if moment == "before the headers":
+        relay.stall(new=True)
+    elif moment == "between attempts":
+        relay.refuse()
+    with relay:
+        source = follow(server, port=relay.port)
+        if moment == "following":
+            received.until_listed()
+        before = {thread for thread in threading.enumerate() if thread.name.startswith("api-")}
+        assert len(before) == 3
+        source.stop()
+        server.create(service("late", "10.96.7.9"))
+        relay.resume()
+        for thread in before:
+            thread.join(HANG)
+        assert not any(thread.is_alive() for thread in before)
+        assert received.is_empty()
+
+
+def test_a_failing_sink_does_not_end_the_updates(
+    server: ApiServer, received: Received, follow: Follow, caplog: pytest.LogCaptureFixture
+) -> None:
+    failures = [RuntimeError("the queue is on fire")]
+    put = received.put
+
+    def sink(delta: Delta) -> None:
+        if failures and isinstance(delta, Replace) and delta.kind is Service:
+            raise failures.pop()
+        put(delta)
+
+    received.put = sink
+    server.create(service("web", "10.96.7.1"))
+    follow(server)
+    received.until_listed()
+    assert received.names(Service) == {"web"}
+    assert "unexpected RuntimeError: the queue is on fire; starting over" in caplog.text
+
+
+def test_complaints_are_repeated_once_per_minute_and_their_end_is_said() -> None:
+    complaints = Complaints()
+    assert complaints.is_trouble_news("refused", 0.0)
+    assert not complaints.is_trouble_news("refused", REPEAT_PERIOD - 1)
+    assert complaints.is_trouble_news("refused", REPEAT_PERIOD)
+    assert complaints.is_trouble_news("", REPEAT_PERIOD + 1)
+    assert not complaints.is_trouble_news("", REPEAT_PERIOD + 2)
+    assert not complaints.is_trouble_news("refused", REPEAT_PERIOD + 3)
+    assert not complaints.is_trouble_news("", REPEAT_PERIOD + 4)
+
+
+def test_ten_thousand_slices(server: ApiServer, follow: Follow, received: Received) -> None:
+    addresses = [f"10.1.0.{number}" for number in range(10)]
+    for number in range(10_000):
+        server.create(endpoint_slice(f"web-{number}", "web", addresses))
+    follow(server)
+    received.until_listed()
+    assert len(received.objects[EndpointSlice]) == 10_000
+
+
+def test_credentials_are_renewed_when_the_server_does_not_accept_them(
+    server: ApiServer, follow: Follow, received: Received, tmp_path: Path
+) -> None:
+    follow(server)
+    received.until_listed()
+    server.tokens = {"new"}
+    server.kubeconfig(tmp_path / "kubeconfig")
+    server.drop_watches()
+    server.create(service("web", "10.96.7.1"))
+    received.until(lambda _: received.names(Service) == {"web"})
+    assert received.lists(Service) == 1

@@ -1,0 +1,114 @@
+"""A TCP relay between client and server, for the faults of a network."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+
+
+def _listen(port: int) -> socket.socket:
+    return socket.create_server(("127.0.0.1", port), backlog=64)
+
+
+class Relay:
+    """Forwards connections to `target`. `cut` breaks them, `stall` holds their bytes back, `refuse` takes none.
+
+    `port` stays the same through all of that. `listen` makes the listening socket of a port (0: any), for a
+    relay that is to be reached from elsewhere, such as another network namespace.
+    """
+
+    def __init__(self, target: tuple[str, int], *, listen: Callable[[int], socket.socket] = _listen) -> None:
+        self._target, self._listen = target, listen
+        self._next_flowing = _flowing()
+        self._stalled: list[threading.Event] = []
+        self._lock = threading.Lock()
+        self._sockets: set[socket.socket] = set()
+        self._listener: socket.socket | None = None
+        self.port = 0
+        self.allow()
+
+    def __enter__(self) -> Relay:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.refuse()
+        self.resume()
+
+    def allow(self) -> None:
+        """Accept connections (again)."""
+        listener = self._listen(self.port)
+        self.port = listener.getsockname()[1]
+        self._listener = listener
+        threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
+
+    def refuse(self) -> None:
+        """Refuse new connections, and cut the present ones."""
+        listener, self._listener = self._listener, None
+        if listener:
+            with suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)  # wakes accept()
+            listener.close()
+        self.cut()
+
+    def cut(self) -> None:
+        """Break all connections."""
+        with self._lock:
+            sockets, self._sockets = self._sockets, set()
+        for each in sockets:
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+    def stall(self, *, new: bool = False) -> None:
+        """Forward nothing more on the open connections, in neither direction, and if `new` on later ones."""
+        self._next_flowing.clear()
+        self._stalled.append(self._next_flowing)
+        if not new:
+            self._next_flowing = _flowing()
+
+    def resume(self) -> None:
+        """Forward everything again, also what was held back."""
+        for each in self._stalled:
+            each.set()
+        self._stalled.clear()
+
+    def _accept(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                near, _ = listener.accept()
+            except OSError:
+                return
+            try:
+                far = socket.create_connection(self._target, timeout=10)
+            except OSError:
+                near.close()
+                continue
+            far.settimeout(None)
+            with self._lock:
+                self._sockets |= {near, far}
+            for source, sink in ((near, far), (far, near)):
+                source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                arguments = (source, sink, self._next_flowing)
+                threading.Thread(target=self._pump, args=arguments, daemon=True).start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket, flowing: threading.Event) -> None:
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                flowing.wait()
+                sink.sendall(data)
+        for each in (source, sink):
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+        with self._lock:
+            self._sockets -= {source, sink}
+
+
+def _listen_here(port: int) -> socket.socket:
+    return socket.create_server(("127.0.0.1", port), backlog=64)
+
+
+def _flowing() -> threading.Event:
+    event = threading.Event()
+    event.set()
+    return event

@@ -1,0 +1,151 @@
+"""Serving one watch: initial events, changes, bookmarks, and its end."""
+
+from __future__ import annotations
+
+import json
+import select
+import socket
+import time
+from typing import TYPE_CHECKING, Any
+
+from tests.apiserver import statuses
+from tests.apiserver.resources import Resource
+from tests.apiserver.selectors import Stored, Test
+from tests.apiserver.store import ExpiredError
+
+if TYPE_CHECKING:
+    from tests.apiserver.server import ApiServer
+
+LOOK_FOR_CLIENT = 0.5
+"""Seconds between looks whether the client is still there."""
+
+
+def serve_watch(
+    api: ApiServer, connection: socket.socket, resource: Resource, wanted: Test, query: dict[str, str]
+) -> None:
+    """Serve until the client or the server ends it; in good order only if a last chunk was written."""
+    watch = _Watch(api, connection, resource, wanted, query)
+    if watch.begin():
+        watch.follow()
+
+
+class _Watch:
+    def __init__(
+        self,
+        api: ApiServer,
+        connection: socket.socket,
+        resource: Resource,
+        wanted: Test,
+        query: dict[str, str],
+    ) -> None:
+        self._api, self._connection, self._resource, self._wanted = api, connection, resource, wanted
+        self._query = query
+        self._epoch = api.faults.epoch
+        self._bookmarks = query.get("allowWatchBookmarks") in {"1", "true"}
+        self._end = time.monotonic() + float(query.get("timeoutSeconds") or 1800)
+        self._next_bookmark = time.monotonic() + api.bookmark_interval
+        self._injected = len(api.faults.injected)
+        self._version = 0
+
+    def begin(self) -> bool:
+        """Send what comes before the first change; false if that already ended the watch."""
+        support = self._api.faults.watch_list
+        initial = "sendInitialEvents" in self._query and support != "ignored"
+        if initial and support == "old-etcd":
+            self._send(_event("ERROR", statuses.OLD_ETCD))
+            self._finish()
+            return False
+        given = self._query.get("resourceVersion", "")
+        if given not in {"", "0"}:
+            self._version = int(given)
+            return self._may_begin()
+        self._version, items = self._api.store.snapshot(self._resource, self._wanted)
+        for item in items:
+            self._send(self._object("ADDED", item))
+        if initial:
+            self._bookmark({"annotations": {"k8s.io/initial-events-end": "true"}})
+        return True
+
+    def _may_begin(self) -> bool:
+        try:
+            self._api.store.require(self._version)
+        except ExpiredError as error:
+            self._send(_event("ERROR", statuses.status(410, "Expired", str(error))))
+            self._finish()
+            return False
+        return True
+
+    def follow(self) -> None:
+        changed = self._api.store.changed
+        while self._client_is_there():
+            with changed:
+                if not self._news():
+                    next_event = min(self._end, self._next_bookmark) - time.monotonic()
+                    changed.wait(max(0.0, min(next_event, LOOK_FOR_CLIENT)))
+            if self._epoch != self._api.faults.epoch or self._api.stopping:
+                self._break_off()
+                return
+            self._send_news()
+            if time.monotonic() >= self._end:
+                self._finish()
+                return
+            if self._bookmarks and time.monotonic() >= self._next_bookmark:
+                self._next_bookmark = time.monotonic() + self._api.bookmark_interval
+                self._bookmark({})
+
+    def _news(self) -> bool:
+        faults = self._api.faults
+        if self._epoch != faults.epoch or self._api.stopping or len(faults.injected) > self._injected:
+            return True
+        return bool(self._api.store.changes_after(self._resource, self._version)[1])
+
+    def _send_news(self) -> None:
+        with self._api.store.changed:  # both at one moment: what a test injects before a change comes before it
+            lines = self._api.faults.injected[self._injected :]
+            self._version, changes = self._api.store.changes_after(self._resource, self._version)
+        self._injected += len(lines)
+        for line in lines:
+            self._send(line + b"\n")
+        for change in changes:
+            if event := change.seen_through(self._wanted):
+                self._send(self._object(*event))
+
+    def _break_off(self) -> None:
+        ending = "drop" if self._api.stopping else self._api.faults.ending
+        if ending == "clean":
+            self._finish()
+        elif ending == "silent":
+            while self._client_is_there() and not self._api.stopping:
+                with self._api.store.changed:
+                    self._api.store.changed.wait(LOOK_FOR_CLIENT)
+        elif ending == "mid-line":
+            self._send(b'{"type":"MODIFIED","object":{"kind":"Serv')
+        elif ending in {"gone", "error"}:
+            self._send(_event("ERROR", statuses.refusal(410 if ending == "gone" else 500, None)))
+            self._finish()
+
+    def _bookmark(self, more: dict[str, Any]) -> None:
+        kind = {"kind": self._resource.kind, "apiVersion": self._resource.api_version}
+        metadata = {"resourceVersion": str(self._version), **more}
+        self._send(_event("BOOKMARK", kind | {"metadata": metadata} | self._resource.empty))
+
+    def _object(self, kind: str, item: Stored) -> bytes:
+        head = f'{{"type":"{kind}","object":{{"kind":"{self._resource.kind}",'
+        return f'{head}"apiVersion":"{self._resource.api_version}",'.encode() + item.raw[1:] + b"}\n"
+
+    def _send(self, data: bytes) -> None:
+        size = self._api.faults.piece or len(data)
+        for start in range(0, len(data), size):
+            piece = data[start : start + size]
+            self._connection.sendall(b"%x\r\n%b\r\n" % (len(piece), piece))
+
+    def _finish(self) -> None:
+        self._connection.sendall(b"0\r\n\r\n")
+
+    def _client_is_there(self) -> bool:
+        readable, _, _ = select.select([self._connection], [], [], 0)
+        return not readable or bool(self._connection.recv(1, socket.MSG_PEEK))
+
+
+def _event(kind: str, body: dict[str, Any]) -> bytes:
+    return json.dumps({"type": kind, "object": body}, separators=(",", ":")).encode() + b"\n"

@@ -1,0 +1,523 @@
+"""The HTTP client: credentials from every source, TLS, and what it makes of bytes, against real sockets."""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import json
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kproxy import __version__
+from kproxy.kube.client import Client, ClientError, Response, SilenceError, TransportError
+from tests.apiserver import ApiServer
+from tests.apiserver.objects import endpoint_slice, service
+
+HANG = 20.0
+SERVICES = "/api/v1/services"
+
+
+def kubeconfig(
+    path: Path, server: str, user: dict[str, Any] | None = None, cluster: dict[str, Any] | None = None
+) -> str:
+    config = {
+        "clusters": [{"name": "test", "cluster": {"server": server, **(cluster or {})}}],
+        "users": [{"name": "test", "user": user or {}}],
+        "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
+        "current-context": "test",
+    }
+    path.write_text(json.dumps(config))
+    return str(path)
+
+
+def get(client: Client, path: str = SERVICES, **params: str) -> tuple[int, bytes]:
+    with client.get(path, params, HANG) as response:
+        return response.status, response.read()
+
+
+@pytest.fixture
+def server() -> Iterator[ApiServer]:
+    with ApiServer(tokens=["secret"]) as server:
+        server.create(service("web", "10.96.7.1"))
+        yield server
+
+
+@pytest.fixture
+def config(tmp_path: Path, server: ApiServer) -> str:
+    return kubeconfig(tmp_path / "config", server.url, {"token": "secret"})
+
+
+def test_a_token_and_who_is_asking(server: ApiServer, config: str) -> None:
+    client = Client.from_config(config)
+    status, body = get(client, limit="500", labelSelector="!a,!b")
+    assert (status, len(json.loads(body)["items"])) == (200, 1)
+    (seen,) = server.requests.all()
+    assert seen.query == {"limit": "500", "labelSelector": "!a,!b"}
+    assert seen.headers["Authorization"] == "Bearer secret"
+    assert seen.headers["User-Agent"] == f"kproxy/{__version__}"
+    assert seen.headers["Accept"] == "application/json"
+    client.close()
+
+
+def test_a_token_file_that_changed_is_read_after_a_401(tmp_path: Path, server: ApiServer) -> None:
+    token = tmp_path / "token"
+    token.write_text("old\n")
+    client = Client.from_config(kubeconfig(tmp_path / "config", server.url, {"tokenFile": "token"}))
+    with client.get(SERVICES, {}, HANG) as refused:
+        assert refused.status == 401
+    token.write_text("secret\n")
+    client.renew(refused)
+    assert get(client)[0] == 200
+    token.write_text("unused")
+    client.renew(refused)  # the answer is older than the credentials: no reason to read them again
+    assert get(client)[0] == 200
+
+
+def test_a_token_file_is_read_again_in_time(
+    tmp_path: Path, server: ApiServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    token = tmp_path / "token"
+    token.write_text("old")
+    client = Client.from_config(kubeconfig(tmp_path / "config", server.url, {"tokenFile": "token"}))
+    monkeypatch.setattr("kproxy.kube.client.TOKEN_FILE_PERIOD", 0.0)
+    assert get(client)[0] == 401
+    token.write_text("secret")
+    assert get(client)[0] == 200
+    token.unlink()
+    assert get(client)[0] == 200
+    assert f"keeping the credentials in use: {tmp_path / 'config'}: " in caplog.text
+
+
+def plugin(path: Path, text: str) -> dict[str, Any]:
+    path.write_text(f"#!{sys.executable}\n{text}")
+    path.chmod(0o755)
+    return {"exec": {"apiVersion": "client.authentication.k8s.io/v1", "command": str(path)}}
+
+
+def test_an_exec_plugin_runs_again_after_a_401(tmp_path: Path, server: ApiServer) -> None:
+    (tmp_path / "answer").write_text("old")
+    text = """import json, pathlib
+token = (pathlib.Path(__file__).parent / "answer").read_text()
+print(json.dumps({"apiVersion": "client.authentication.k8s.io/v1", "kind": "ExecCredential",
+                  "status": {"token": token}}))"""
+    user = plugin(tmp_path / "plugin", text)
+    client = Client.from_config(kubeconfig(tmp_path / "config", server.url, user))
+    with client.get(SERVICES, {}, HANG) as refused:
+        assert refused.status == 401
+    (tmp_path / "answer").write_text("secret")
+    client.renew(refused)
+    assert get(client)[0] == 200
+
+
+def test_a_failing_exec_plugin_is_one_error(tmp_path: Path, server: ApiServer) -> None:
+    user = plugin(tmp_path / "plugin", "import sys; sys.exit('no\\nsmart card')")
+    path = kubeconfig(tmp_path / "config", server.url, user)
+    with pytest.raises(ClientError) as caught:
+        Client.from_config(path)
+    assert str(caught.value) == f"{path}: exec: process returned 1. no smart card"
+
+
+@pytest.fixture
+def account(tmp_path: Path, server: ApiServer, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Put a service account where the kubernetes package looks for it."""
+    monkeypatch.setattr("kubernetes.config.incluster_config.SERVICE_TOKEN_FILENAME", str(tmp_path / "token"))
+    monkeypatch.setattr("kubernetes.config.incluster_config.SERVICE_CERT_FILENAME", str(tmp_path / "ca.crt"))
+    return tmp_path
+
+
+def test_in_cluster_with_a_token_that_rotates(
+    account: Path, certificates: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (account / "token").write_text("first\n")
+    (account / "ca.crt").write_bytes((certificates / "ca.crt").read_bytes())
+    with ApiServer(tokens=["first"], tls=server_context(certificates)) as server:
+        monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
+        monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(server.address[1]))
+        client = Client.from_config()
+        assert get(client)[0] == 200
+        (account / "token").write_text("second\n")
+        server.tokens = {"second"}
+        with client.get(SERVICES, {}, HANG) as refused:
+            assert refused.status == 401
+        client.renew(refused)
+        assert get(client)[0] == 200
+
+
+def test_in_cluster_token_is_read_again_by_the_package(
+    account: Path, certificates: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (account / "token").write_text("first")
+    (account / "ca.crt").write_bytes((certificates / "ca.crt").read_bytes())
+    with ApiServer(tokens=["first"], tls=server_context(certificates)) as server:
+        monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
+        monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(server.address[1]))
+        client = Client.from_config()
+        (account / "token").write_text("second")
+        server.tokens = {"second"}
+
+        monkeypatch.setattr("datetime.datetime", Later)  # the package asks the module for the class
+        assert get(client)[0] == 200
+
+
+class Later(datetime.datetime):
+    """A clock two minutes ahead: the package reads a token again after one."""
+
+    @classmethod
+    def now(cls, tz: datetime.tzinfo | None = None) -> Later:
+        return super().now(tz) + datetime.timedelta(minutes=2)
+
+
+def test_outside_a_cluster_without_a_kubeconfig(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    with pytest.raises(ClientError, match=r"^in-cluster service account: Service host/port is not set\.$"):
+        Client.from_config()
+
+
+def test_server_alone_and_server_over_kubeconfig(server: ApiServer, tmp_path: Path) -> None:
+    assert get(Client.from_config(None, server.url))[0] == 401
+    path = kubeconfig(tmp_path / "config", "http://127.0.0.1:1", {"token": "secret"})
+    assert get(Client.from_config(path, server.url + "/"))[0] == 200
+
+
+def openssl(folder: Path, *arguments: str) -> None:
+    subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a CA, and of it a server certificate (127.0.0.1, kube.example) and a client's."""
+    folder = tmp_path_factory.mktemp("certificates")
+    curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+    openssl(folder, "req", "-x509", *curve, "-subj", "/CN=ca", "-keyout", "ca.key", "-out", "ca.crt")
+    for name, names in (("server", "IP:127.0.0.1"), ("named", "DNS:kube.example"), ("client", "DNS:client")):
+        (folder / "names").write_text(f"subjectAltName={names}\n")
+        openssl(folder, "req", "-new", *curve, "-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", "csr")
+        signing = ("x509", "-req", "-in", "csr", "-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial")
+        openssl(folder, *signing, "-extfile", "names", "-out", f"{name}.crt")
+    openssl(folder, "ec", "-in", "client.key", "-aes256", "-passout", "pass:x", "-out", "encrypted.key")
+    return folder
+
+
+def server_context(certificates: Path, name: str = "server", *, ask_client: bool = False) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificates / f"{name}.crt", certificates / f"{name}.key")
+    if ask_client:
+        context.load_verify_locations(certificates / "ca.crt")
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+def encoded(path: Path) -> str:
+    return base64.b64encode(path.read_bytes()).decode()
+
+
+@pytest.mark.parametrize("inline", [True, False])
+def test_client_certificates(tmp_path: Path, certificates: Path, inline: bool) -> None:
+    with ApiServer(tls=server_context(certificates, ask_client=True)) as server:
+        if inline:
+            cluster = {"certificate-authority-data": encoded(certificates / "ca.crt")}
+            user = {
+                "client-certificate-data": encoded(certificates / "client.crt"),
+                "client-key-data": encoded(certificates / "client.key"),
+            }
+        else:
+            cluster = {"certificate-authority": str(certificates / "ca.crt")}
+            user = {
+                "client-certificate": str(certificates / "client.crt"),
+                "client-key": str(certificates / "client.key"),
+            }
+        path = tmp_path / "config"
+        assert get(Client.from_config(kubeconfig(path, server.url, user, cluster)))[0] == 200
+        with pytest.raises(TransportError):
+            get(Client.from_config(kubeconfig(path, server.url, {}, cluster)))
+
+
+def test_server_certificates_are_checked(tmp_path: Path, certificates: Path) -> None:
+    authority = {"certificate-authority": str(certificates / "ca.crt")}
+    path = tmp_path / "config"
+    with ApiServer(tls=server_context(certificates, "named")) as server:
+        with pytest.raises(TransportError, match="certificate"):
+            get(Client.from_config(kubeconfig(path, server.url)))
+        with pytest.raises(TransportError, match=r"127\.0\.0\.1"):
+            get(Client.from_config(kubeconfig(path, server.url, {}, authority)))
+        named = authority | {"tls-server-name": "kube.example"}
+        assert get(Client.from_config(kubeconfig(path, server.url, {}, named)))[0] == 200
+        insecure = {"insecure-skip-tls-verify": True}
+        assert get(Client.from_config(kubeconfig(path, server.url, {}, insecure)))[0] == 200
+
+
+def test_a_proxy_of_the_kubeconfig_is_used(tmp_path: Path) -> None:
+    with scripted([b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"]) as (port, sent):
+        proxy = {"proxy-url": f"http://127.0.0.1:{port}"}
+        client = Client.from_config(kubeconfig(tmp_path / "config", "http://kube.invalid:8080", {}, proxy))
+        assert get(client, "/version") == (200, b"{}")
+    assert sent[0].startswith(b"GET http://kube.invalid:8080/version ")
+
+
+BAD_CONFIGS: list[tuple[str | bytes | None, str]] = [
+    (None, "No such file or directory"),
+    (b"", "empty"),
+    (b"a: [", "while parsing"),
+    (b"[]", "list"),
+    (b"\xff\xfe\x00", ""),
+    (b"{}", "Expected key current-context"),
+]
+
+
+@pytest.mark.parametrize(("content", "text"), BAD_CONFIGS)
+def test_an_unusable_kubeconfig_is_one_line(tmp_path: Path, content: bytes | None, text: str) -> None:
+    path = tmp_path / "config"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ClientError) as caught:
+        Client.from_config(str(path))
+    said = str(caught.value)
+    assert said.startswith(f"{path}: ")
+    assert text in said
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize("address", ["10.0.0.1:6443", "ftp://x", "https://", "http://x:99999", "http://[::1"])
+def test_a_server_that_is_no_url(tmp_path: Path, address: str) -> None:
+    with pytest.raises(ClientError, match=r"is no URL like https://10\.0\.0\.1:6443$"):
+        Client.from_config(None, address)
+    with pytest.raises(ClientError, match=str(tmp_path)):
+        Client.from_config(kubeconfig(tmp_path / "config", address))
+
+
+def test_unusable_credentials_name_their_file(tmp_path: Path, certificates: Path) -> None:
+    (tmp_path / "garbage").write_text("no certificate")
+
+    def message(user: dict[str, Any], cluster: dict[str, Any]) -> str:
+        path = kubeconfig(tmp_path / "config", "https://127.0.0.1:1", user, cluster)
+        with pytest.raises(ClientError) as caught:
+            Client.from_config(path)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert str(tmp_path / "garbage") in message({}, {"certificate-authority": "garbage"})
+    assert "nowhere.crt" in message({}, {"certificate-authority": "nowhere.crt"})
+    assert message({}, {"certificate-authority-data": "%%%"}).startswith(str(tmp_path / "config"))
+    certificate = str(certificates / "client.crt")
+    encrypted = {"client-certificate": certificate, "client-key": str(certificates / "encrypted.key")}
+    assert "encrypted.key" in message(encrypted, {})
+    wrong = {"client-certificate": certificate, "client-key": str(certificates / "server.key")}
+    assert "server.key" in message(wrong, {})
+    assert "No such file" in message({"tokenFile": "nowhere"}, {})
+
+
+def test_large_lists_come_compressed_and_watches_do_not(server: ApiServer, config: str) -> None:
+    server.create(endpoint_slice("big", "web", [f"10.{i // 250}.0.{i % 250}" for i in range(5000)]))
+    client = Client.from_config(config)
+    path = "/apis/discovery.k8s.io/v1/endpointslices"
+    with client.get(path, {}, HANG) as response:
+        assert response.headers["content-encoding"] == "gzip"
+        assert len(json.loads(response.read())["items"][0]["endpoints"]) == 5000
+    with client.get(path, {"watch": "1"}, HANG) as watch:
+        line = next(iter(watch.lines()))
+        assert len(json.loads(line)["object"]["endpoints"]) == 5000
+    encodings = [seen.headers["Accept-Encoding"] for seen in server.requests.all()]
+    assert encodings == ["gzip", "identity"]
+
+
+def test_post(server: ApiServer, config: str) -> None:
+    client = Client.from_config(config)
+    body = json.dumps({"metadata": {"name": "e"}, "reason": "größe"}).encode()
+    with client.post("/api/v1/namespaces/demo/events", body, HANG) as response:
+        assert response.status == 201
+    (seen,) = server.requests.all()
+    assert (seen.method, seen.body, seen.headers["Content-Type"]) == ("POST", body, "application/json")
+
+
+class scripted:  # noqa: N801 - used like a function
+    """A server that answers its one connection with the given pieces, each sent by itself."""
+
+    def __init__(self, pieces: list[bytes], *, end: bool = True) -> None:
+        self._pieces, self._end = pieces, end
+        self._done = threading.Event()
+        self._sent: list[bytes] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+
+    def __enter__(self) -> tuple[int, list[bytes]]:
+        self._thread.start()
+        return self._listener.getsockname()[1], self._sent
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join(HANG)
+        self._listener.close()
+
+    def _serve(self) -> None:
+        connection, _ = self._listener.accept()
+        with connection:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._sent.append(connection.recv(1 << 16))
+            for piece in self._pieces:
+                connection.sendall(piece)
+            if not self._end:
+                self._done.wait(HANG)
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+PLAIN = b"HTTP/1.0 200 OK\r\n\r\n"
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def read_lines(pieces: list[bytes], *, end: bool = True, timeout: float = HANG) -> tuple[list[bytes], str]:
+    """Return the lines that arrive, and the name of the exception that ends them."""
+    found: list[bytes] = []
+    with scripted(pieces, end=end) as (port, _):
+        client = Client.from_config(None, f"http://127.0.0.1:{port}")
+        try:
+            with client.get("/", {"watch": "1"}, timeout) as response:
+                found.extend(response.lines())
+        except TransportError as error:
+            return found, type(error).__name__
+    return found, ""
+
+
+TEXT = '{"name":"größe"}\n{"name":"名前"}\n\n{"name":"' + "x" * 3_000_000 + '"}\n{"cut":'
+LINES = TEXT.encode().split(b"\n")[:-1]
+
+
+@pytest.mark.parametrize("size", [7, 1000, 65536, 10_000_000])
+def test_lines_wherever_the_chunks_end(size: int) -> None:
+    data = TEXT.encode()
+    if size == 7:
+        data = data[:60] + data[-20:]
+    pieces = [chunk(data[start : start + size]) for start in range(0, len(data), size)]
+    expected = data.split(b"\n")[:-1]
+    assert read_lines([CHUNKED, *pieces, chunk(b"")]) == (expected, "")
+
+
+def test_lines_without_chunks() -> None:
+    assert read_lines([PLAIN, TEXT.encode()]) == (LINES, "")
+
+
+def test_a_line_is_there_as_soon_as_its_end_is() -> None:
+    for head, wrap in ((CHUNKED, chunk), (PLAIN, bytes)):
+        found, error = read_lines([head, wrap(b"one\ntwo\nthr")], end=False, timeout=0.3)
+        assert (found, error) == ([b"one", b"two"], "SilenceError")
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [CHUNKED, chunk(b"one\n"), b"ff\r\nabc"],
+        [CHUNKED, chunk(b"one\n")],
+        [CHUNKED, chunk(b"one\n"), b"no number\r\n"],
+    ],
+)
+def test_a_broken_stream_is_no_end(pieces: list[bytes]) -> None:
+    assert read_lines(pieces) == ([b"one"], "TransportError")
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n{}", TransportError),
+        (b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}", TransportError),
+        (b"no HTTP at all\r\n\r\n", TransportError),
+        (b"", TransportError),
+    ],
+)
+def test_broken_answers(answer: bytes, error: type[Exception]) -> None:
+    with scripted([answer]) as (port, _), pytest.raises(error) as caught:
+        get(Client.from_config(None, f"http://127.0.0.1:{port}"))
+    assert str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_silence_before_the_headers() -> None:
+    with scripted([], end=False) as (port, _):
+        client = Client.from_config(None, f"http://127.0.0.1:{port}")
+        with pytest.raises(SilenceError):
+            client.get("/", {}, 0.2)
+
+
+def test_nobody_listens_says_the_same_each_time() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    client = Client.from_config(None, f"http://127.0.0.1:{port}")
+    said = set()
+    for _ in range(2):
+        with pytest.raises(TransportError) as caught:
+            get(client)
+        said.add(str(caught.value))
+    assert len(said) == 1
+    assert "Connection refused" in said.pop()
+
+
+def test_redirects_are_answers() -> None:
+    with scripted([b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n"]) as (port, _):
+        assert get(Client.from_config(None, f"http://127.0.0.1:{port}"))[0] == 302
+
+
+def close_while_reading(client: Client, params: dict[str, str], path: str = SERVICES) -> list[BaseException | None]:
+    response: Response = client.get(path, params, HANG)
+    ended: list[BaseException | None] = []
+    lines = response.lines()
+    next(lines)
+
+    def read() -> None:
+        try:
+            ended.extend(None for _ in lines)
+            ended.append(None)
+        except TransportError as error:
+            ended.append(error)
+        finally:
+            response.release()
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    response.close()
+    reader.join(HANG)
+    assert not reader.is_alive()
+    response.close()
+    return ended
+
+
+@pytest.mark.parametrize("secure", [False, True])
+def test_close_from_another_thread_ends_a_read(certificates: Path, tmp_path: Path, secure: bool) -> None:
+    tls = server_context(certificates) if secure else None
+    with ApiServer(tls=tls) as server:
+        server.create(service("web", "10.96.7.1"))
+        cluster = {"insecure-skip-tls-verify": True}
+        client = Client.from_config(kubeconfig(tmp_path / "config", server.url, {}, cluster))
+        assert len(close_while_reading(client, {"watch": "1"})) == 1
+
+
+def test_connections_are_probed_while_idle(server: ApiServer, config: str) -> None:
+    client = Client.from_config(config)
+    options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+    with client.get(SERVICES, {"watch": "1"}, HANG) as response:
+        sock = response._raw.connection.sock
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        assert [sock.getsockopt(socket.IPPROTO_TCP, option) for option in options] == [30, 10, 3]
+
+
+def test_the_package_is_imported_only_for_a_client() -> None:
+    program = "import sys, kproxy.kube.api_source; sys.exit(any(m in sys.modules for m in ('kubernetes', 'urllib3')))"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_no_api_class_or_model_is_loaded(server: ApiServer, config: str) -> None:
+    program = (
+        "import sys; from kproxy.kube.client import Client\n"
+        f"client = Client.from_config({config!r}); client.get({SERVICES!r}, {{}}, 20).read()\n"
+        "heavy = [m for m in sys.modules if m.startswith(('kubernetes.client.models.', 'kubernetes.client.api.'))]\n"
+        "sys.exit(bool(heavy))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -1,0 +1,643 @@
+"""The list/watch state machine, fed with what a real API server was recorded to say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kproxy.kube.objects import decode_object
+from kproxy.kube.watch import ListWatch, Problem, Request, Step
+from kproxy.model.delta import Delete, Kind, Object, Replace, Upsert
+from kproxy.model.types import EndpointSlice, Node, Service
+
+RECORDED = Path(__file__).parent.parent / "watch"
+Key = tuple[str, str]
+OLD_ETCD = (RECORDED / "watchlist-unsupported-by-old-etcd.jsonl").read_bytes().strip()
+BOOKMARK = b'{"type":"BOOKMARK","object":{"kind":"Service","metadata":{"resourceVersion":"%d"%b}}}'
+
+
+def lines_of(name: str) -> list[bytes]:
+    return (RECORDED / name).read_bytes().splitlines()
+
+
+def answer_of(name: str) -> tuple[int, dict[str, str], bytes]:
+    head, _, body = (RECORDED / name).read_text().partition("\n\n")
+    first, *rest = head.splitlines()
+    return int(first.split()[1]), dict(line.split(": ", 1) for line in rest), body.encode()
+
+
+def machine(kind: Kind = Service, chance: float = 0.5) -> ListWatch:
+    return ListWatch(kind, "node-1", lambda: chance)
+
+
+@dataclass
+class Folded:
+    """What a consumer knows after the messages it got."""
+
+    objects: dict[Key, Object] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    replaces: int = 0
+
+    def take(self, step: Step) -> Step:
+        for message in step.messages:
+            if isinstance(message, Problem):
+                self.problems.append(message)
+            elif isinstance(message, Upsert):
+                self.objects[key_of(message.object)] = message.object
+            elif isinstance(message, Delete):
+                self.objects.pop((message.namespace, message.name), None)
+            else:
+                assert isinstance(message, Replace)
+                self.replaces += 1
+                kept = {key: self.objects[key] for key in message.unreadable if key in self.objects}
+                self.objects = kept | {key_of(item): item for item in message.objects}
+        return step
+
+
+def key_of(item: Object) -> Key:
+    return ("" if isinstance(item, Node) else item.namespace), item.name
+
+
+def truth(kind: Kind, items: Iterable[Any], events: Iterable[bytes]) -> dict[Key, Object]:
+    """Fold a recording in the plainest way."""
+    known: dict[Key, Object] = {}
+    changes = [("ADDED", item) for item in items]
+    for line in events:
+        event = json.loads(line)
+        changes.append((event["type"], event["object"]))
+    for change, body in changes:
+        if change == "BOOKMARK":
+            continue
+        decoded = decode_object(kind, body)
+        known.pop((decoded.namespace, decoded.name), None)
+        if change != "DELETED" and decoded.object is not None:
+            known[decoded.namespace, decoded.name] = decoded.object
+    return known
+
+
+KINDS = [(Service, "services"), (EndpointSlice, "endpointslices")]
+
+
+@pytest.mark.parametrize(("kind", "name"), KINDS)
+def test_recorded_list_by_watch(kind: Kind, name: str) -> None:
+    watch, folded, lines = machine(kind), Folded(), lines_of(f"{name}.watchlist.jsonl")
+    end = next(number for number, line in enumerate(lines) if b"initial-events-end" in line)
+    assert watch.next_request().params["sendInitialEvents"] == "true"
+    for number, line in enumerate(lines):
+        assert folded.take(watch.line(line)).again_after is None
+        assert folded.replaces == (1 if number >= end else 0)
+        if number == end:
+            assert folded.objects == truth(kind, [], lines[: end + 1])
+    assert folded.objects == truth(kind, [], lines)
+    assert not folded.problems
+    assert watch.closed(75.0) == Step(again_after=0.0)
+    last = json.loads(lines[-1])["object"]["metadata"]["resourceVersion"]
+    params = watch.next_request().params
+    assert params["resourceVersion"] == last
+    assert "sendInitialEvents" not in params
+
+
+def test_recorded_pages() -> None:
+    watch, folded = machine(), Folded()
+    watch.line(OLD_ETCD)
+    first = watch.next_request()
+    assert (first.watch, first.params["limit"], "continue" in first.params) == (False, "500", False)
+    page_1, page_2 = answer_of("list-page-1.txt")[2], answer_of("list-page-2.txt")[2]
+    assert folded.take(watch.page(page_1)) == Step(again_after=0.0)
+    token = json.loads(page_1)["metadata"]["continue"]
+    assert watch.next_request().params["continue"] == token
+    folded.take(watch.page(page_2))
+    items = json.loads(page_1)["items"] + json.loads(page_2)["items"]
+    assert (folded.replaces, folded.objects) == (1, truth(Service, items, []))
+    assert len(folded.objects) == 4
+    following = watch.next_request()
+    assert (following.watch, following.params["resourceVersion"]) == (True, "2695")
+
+
+def test_list_by_watch_refused_with_one_error_event_is_remembered() -> None:
+    watch = machine()
+    assert watch.line(OLD_ETCD) == Step(again_after=0.0)
+    assert not watch.next_request().watch
+    watch.page(b'{"metadata":{"resourceVersion":"7"},"items":[]}')
+    watch.line((RECORDED / "watch-too-old.txt").read_bytes().splitlines()[-1])
+    assert not watch.next_request().watch
+
+
+@pytest.mark.parametrize(("status", "reason"), [(422, "Invalid"), (400, "BadRequest"), (403, "Invalid")])
+def test_list_by_watch_refused_with_a_status(status: int, reason: str) -> None:
+    watch = machine()
+    text = "sendInitialEvents is forbidden for watch unless the WatchList feature gate is enabled"
+    body = json.dumps({"kind": "Status", "code": status, "reason": reason, "message": text}).encode()
+    assert watch.refused(status, {}, body) == Step(again_after=0.0)
+    request = watch.next_request()
+    assert not request.watch
+    assert "fieldSelector" in request.params
+
+
+def test_a_server_that_ignores_initial_events_is_listed_by_pages() -> None:
+    watch, folded = machine(), Folded()
+    line = lines_of("services.watchlist.jsonl")[0]
+    assert folded.take(watch.line(line)) == Step()
+    assert folded.take(watch.line(BOOKMARK % (9, b""))) == Step(again_after=0.0)
+    assert not watch.next_request().watch
+
+
+def test_a_server_that_ignores_initial_events_and_sends_no_bookmarks() -> None:
+    watch = machine()
+    watch.line(lines_of("services.watchlist.jsonl")[0])
+    assert watch.silent() == Step(again_after=0.0)
+    assert not watch.next_request().watch
+
+
+def test_a_server_known_to_list_by_watch_may_be_silent() -> None:
+    watch = following()
+    watch.line(ERROR_410)
+    assert watch.silent().again_after == pytest.approx(0.8)
+    assert watch.next_request().params["sendInitialEvents"] == "true"
+
+
+ERROR_410 = (RECORDED / "watch-too-old.txt").read_bytes().splitlines()[-1]
+
+
+def following(kind: Kind = Service, chance: float = 0.5) -> ListWatch:
+    """Return a machine that has its list, at resourceVersion 96."""
+    watch = machine(kind, chance)
+    for line in lines_of("services.watchlist.jsonl")[:9] if kind is Service else []:
+        watch.line(line)
+    if kind is not Service:
+        watch.line(BOOKMARK % (96, b',"annotations":{"k8s.io/initial-events-end":"true"}'))
+    watch.opened()
+    return watch
+
+
+def test_requests_of_each_kind() -> None:
+    ours = "!service.kubernetes.io/service-proxy-name"
+    ours_with_ip = f"{ours},!service.kubernetes.io/headless"
+    common = {
+        "watch": "1",
+        "allowWatchBookmarks": "true",
+        "sendInitialEvents": "true",
+        "resourceVersionMatch": "NotOlderThan",
+    }
+    fields = "spec.clusterIP!=None,spec.type!=ExternalName"
+    expected: dict[Kind, Request] = {
+        Service: Request("/api/v1/services", {"labelSelector": ours, "fieldSelector": fields} | common, True),
+        EndpointSlice: Request(
+            "/apis/discovery.k8s.io/v1/endpointslices", {"labelSelector": ours_with_ip} | common, True
+        ),
+        Node: Request("/api/v1/nodes", {"fieldSelector": "metadata.name=node-1"} | common, True),
+    }
+    for kind, request in expected.items():
+        for chance, seconds in ((0.0, "300"), (0.999999, "600")):
+            found = machine(kind, chance).next_request()
+            assert found == Request(request.path, request.params | {"timeoutSeconds": seconds}, True)
+
+
+@pytest.mark.parametrize("refused", [ERROR_410, (410, b"{}")])
+def test_410_lists_anew_at_first_at_once_then_slower(refused: Any) -> None:
+    watch = following()
+
+    def expire() -> Step:
+        return watch.line(refused) if isinstance(refused, bytes) else watch.refused(refused[0], {}, refused[1])
+
+    delays = []
+    for _ in range(3):
+        delays.append(expire().again_after)
+        assert watch.next_request().params["sendInitialEvents"] == "true"
+        watch.line(BOOKMARK % (200, b',"annotations":{"k8s.io/initial-events-end":"true"}'))
+    assert delays == [0.0, pytest.approx(1.6), pytest.approx(3.2)]
+    watch.line(lines_of("services.watchlist.jsonl")[9])
+    assert expire().again_after == 0.0
+
+
+@pytest.mark.parametrize("recording", ["list-continue-too-old.txt", "list-bad-continue.txt"])
+def test_a_refused_continuation_starts_the_list_over(recording: str) -> None:
+    watch, folded = machine(), Folded()
+    watch.line(OLD_ETCD)
+    watch.page(answer_of("list-page-1.txt")[2])
+    assert watch.refused(*answer_of(recording)).again_after == 0.0
+    request = watch.next_request()
+    assert "continue" not in request.params
+    assert "fieldSelector" in request.params
+    folded.take(watch.page(answer_of("list-page-2.txt")[2]))
+    assert len(folded.objects) == 2
+
+
+def test_other_errors_resume_after_a_pause() -> None:
+    watch = following()
+    error = b'{"type":"ERROR","object":{"kind":"Status","code":500,"reason":"InternalError","message":"etcd"}}'
+    assert watch.line(error).again_after == pytest.approx(0.8)
+    assert watch.next_request().params["resourceVersion"] == "96"
+
+
+def test_failures_back_off_with_jitter_until_something_arrives() -> None:
+    for chance, factor in ((0.0, 0.75), (1.0, 1.25)):
+        watch = following(chance=chance)
+        delays = [watch.failed("reset by peer").again_after for _ in range(8)]
+        expected = [0.8, 1.6, 3.2, 6.4, 12.8, 24.0, 24.0, 24.0]
+        assert delays == [pytest.approx(seconds * factor) for seconds in expected]
+        watch.opened()
+        assert watch.failed("again").again_after == pytest.approx(24.0 * factor)
+        watch.line(BOOKMARK % (97, b""))
+        assert watch.failed("again").again_after == pytest.approx(0.8 * factor)
+        assert watch.next_request().params["resourceVersion"] == "97"
+
+
+def test_a_watch_that_ends_as_soon_as_it_began_backs_off() -> None:
+    watch = following()
+    assert watch.closed(0.2).again_after == pytest.approx(0.8)
+    assert watch.closed(0.2).again_after == pytest.approx(1.6)
+    assert watch.closed(300.0).again_after == 0.0
+
+
+def test_silence_resumes_at_once() -> None:
+    watch = following()
+    assert watch.silent() == Step(again_after=0.0)
+    assert watch.trouble == "nothing heard about services for 90 s"
+    assert watch.next_request().params["resourceVersion"] == "96"
+
+
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize(
+    ("headers", "body", "least"),
+    [
+        ({"Retry-After": "7"}, b"", 7.0),
+        ({"retry-after": "7"}, b"{}", 7.0),
+        ({}, b'{"details":{"retryAfterSeconds":9}}', 9.0),
+        ({"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}, b"", 0.8),
+        ({}, b"<html>Bad gateway</html>", 0.8),
+    ],
+)
+def test_retry_after(status: int, headers: dict[str, str], body: bytes, least: float) -> None:
+    for watch in (machine(), following()):
+        assert watch.refused(status, headers, body).again_after == pytest.approx(least)
+
+
+def test_401_asks_for_new_credentials() -> None:
+    step = following().refused(401, {}, b"")
+    assert step.again_after == pytest.approx(0.8)
+    assert step.renew
+
+
+def test_403_says_what_is_not_allowed() -> None:
+    watch = machine()
+    step = watch.refused(*answer_of("unauthorized.txt"))
+    assert step.again_after == pytest.approx(0.8)
+    assert not step.renew
+    assert watch.trouble.startswith("the API server refuses to watch services: 403 Forbidden: services is forbid")
+    assert watch.next_request().watch, "a missing permission is no reason to list by pages"
+
+
+def test_trouble_ends_when_the_watch_is_open_again() -> None:
+    watch = following()
+    watch.failed("connection refused")
+    assert watch.trouble == "cannot watch services: connection refused"
+    watch.opened()
+    assert not watch.trouble
+
+
+def test_a_refused_field_selector_is_dropped_for_good() -> None:
+    watch = machine()
+    body = b'{"code":400,"reason":"BadRequest","message":"field label not supported: spec.type"}'
+    assert watch.refused(400, {}, body) == Step(again_after=0.0)
+    request = watch.next_request()
+    assert request.params["sendInitialEvents"] == "true"
+    assert "fieldSelector" not in request.params
+    assert "labelSelector" in request.params
+
+
+def test_a_bad_request_for_no_said_reason_gives_up_what_can_be_given_up() -> None:
+    watch = machine()
+    delays = [watch.refused(400, {}, b"").again_after for _ in range(3)]
+    assert delays == [0.0, 0.0, pytest.approx(0.8)]
+    assert watch.next_request() == Request(
+        "/api/v1/services", {"labelSelector": watch.next_request().params["labelSelector"], "limit": "500"}, False
+    )
+
+
+def test_the_selector_of_the_node_is_never_dropped() -> None:
+    watch = machine(Node)
+    for _ in range(4):
+        watch.refused(400, {}, b'{"message":"field label not supported"}')
+    assert watch.next_request().params["fieldSelector"] == "metadata.name=node-1"
+
+
+def test_a_server_whose_past_was_replaced_is_listed_anew() -> None:
+    watch = following()
+    watch.refused(504, {}, b'{"reason":"Timeout","message":"Too large resource version: 96, current: 12"}')
+    assert watch.next_request().params.get("resourceVersion") is None
+
+
+def bad(name: str = "web", kind: str = "MODIFIED") -> bytes:
+    spec = b'{"clusterIP":"10.96.0.300"}'
+    metadata = b'{"name":"%b","namespace":"demo","resourceVersion":"500"}' % name.encode()
+    return b'{"type":"%b","object":{"metadata":%b,"spec":%b}}' % (kind.encode(), metadata, spec)
+
+
+def test_an_unreadable_object_keeps_its_last_state() -> None:
+    watch, folded = machine(), Folded()
+    lines = lines_of("services.watchlist.jsonl")
+    for line in lines[:9]:
+        folded.take(watch.line(line))
+    before = dict(folded.objects)
+    assert folded.take(watch.line(bad())).again_after is None
+    assert folded.objects == before
+    (problem,) = folded.problems
+    assert (problem.kind, problem.namespace, problem.name) == (Service, "demo", "web")
+    assert "10.96.0.300" in problem.text
+    assert watch.next_request().params["resourceVersion"] == "500"
+    folded.take(watch.line(bad(kind="DELETED")))
+    assert set(before) - set(folded.objects) == {("demo", "web")}
+
+
+@pytest.mark.parametrize("by_watch", [True, False])
+def test_an_unreadable_object_in_a_list_keeps_its_last_state(by_watch: bool) -> None:
+    watch, folded = machine(), Folded()
+    for line in lines_of("services.watchlist.jsonl")[:9]:
+        folded.take(watch.line(line))
+    before = dict(folded.objects)
+    watch.line(ERROR_410)
+    if by_watch:
+        folded.take(watch.line(bad(kind="ADDED")))
+        folded.take(watch.line(BOOKMARK % (200, b',"annotations":{"k8s.io/initial-events-end":"true"}')))
+    else:
+        watch.line(OLD_ETCD)
+        item = json.loads(bad())["object"]
+        folded.take(watch.page(json.dumps({"metadata": {"resourceVersion": "7"}, "items": [item]}).encode()))
+    assert folded.objects == {("demo", "web"): before["demo", "web"]}
+    assert len(folded.problems) == 1
+
+
+GARBAGE = [
+    b"\xff\xfe",
+    b"{",
+    b"null",
+    b"[]",
+    b'{"type":"ADDED"}',
+    b'{"type":"ADDED","object":{"metadata":{}}}',
+    b'{"type":"ADDED","object":{"metadata":{"name":"\xff"}}}',
+    b'{"type":"MODIFIED","object":{"metadata":{"name":7}}}',
+    b'{"type":"DELETED","object":{"metadata":{}}}',
+    b'{"type":"BOOKMARK","object":7}',
+    b'{"type":"RENAMED","object":{"metadata":{"name":"web"}}}',
+    b'{"type":"ADDED","object":' + b"[" * 100_000,
+]
+
+
+@pytest.mark.parametrize("garbage", GARBAGE)
+def test_garbage_is_reported_and_the_stream_goes_on(garbage: bytes) -> None:
+    watch = following()
+    step = watch.line(garbage)
+    assert step.again_after is None
+    assert [type(message) for message in step.messages] == [Problem]
+    assert len(watch.line(lines_of("services.watchlist.jsonl")[9]).messages) == 1
+    assert watch.closed(300.0) == Step(again_after=0.0)
+    assert watch.next_request().params.get("resourceVersion") is None, "what was missed, only a list can tell"
+
+
+END_OF_LIST = BOOKMARK % (200, b',"annotations":{"k8s.io/initial-events-end":"true"}')
+HEADLESS = b"""{"type":"MODIFIED","object":{"metadata":{"name":"web","namespace":"demo","resourceVersion":"500"},
+"spec":{"clusterIP":"None"}}}"""
+
+
+def test_an_object_without_rules_any_more_is_gone() -> None:
+    assert following().line(HEADLESS) == Step((Delete(Service, "demo", "web"),))
+
+
+@pytest.mark.parametrize("change", [HEADLESS, bad(kind="DELETED")])
+def test_changes_among_the_initial_events_count(change: bytes) -> None:
+    watch, folded = machine(), Folded()
+    for line in [*lines_of("services.watchlist.jsonl")[:8], change, END_OF_LIST]:
+        folded.take(watch.line(line))
+    assert len(folded.objects) == 7
+    assert ("demo", "web") not in folded.objects
+
+
+@pytest.mark.parametrize("code", [401, 429, 503, 504])
+def test_a_passing_error_is_no_reason_to_list_by_pages(code: int) -> None:
+    watch = machine()
+    step = watch.line(b'{"type":"ERROR","object":{"code":%d,"message":"x"}}' % code)
+    assert step.again_after == pytest.approx(0.8)
+    assert watch.next_request().watch
+
+
+def test_an_error_after_objects_discards_them_and_tries_again() -> None:
+    watch, folded = machine(), Folded()
+    lines = lines_of("services.watchlist.jsonl")
+    watch.line(lines[0])
+    assert watch.line(OLD_ETCD).again_after == pytest.approx(0.8)
+    assert watch.next_request().watch
+    folded.take(watch.line(lines[1]))
+    folded.take(watch.line(END_OF_LIST))
+    assert len(folded.objects) == 1
+
+
+def test_a_complete_list_forgets_earlier_failures() -> None:
+    watch = machine()
+    for _ in range(5):
+        watch.failed("connection refused")
+    watch.line(END_OF_LIST)
+    assert watch.failed("reset by peer").again_after == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize("ending", ["silent", "failed", "closed"])
+def test_what_was_missed_is_listed_however_the_watch_ends(ending: str) -> None:
+    watch = following()
+    watch.line(GARBAGE[0])
+    if ending == "silent":
+        watch.silent()
+    elif ending == "failed":
+        watch.failed("reset by peer")
+    else:
+        watch.closed(0.0)
+    assert watch.next_request().params["sendInitialEvents"] == "true"
+
+
+def test_a_list_without_a_version_is_no_list() -> None:
+    watch = machine()
+    watch.line(OLD_ETCD)
+    assert not watch.page(b'{"metadata":{},"items":[]}').messages
+    assert not watch.next_request().watch
+
+
+@pytest.mark.parametrize("status", [400, 422])
+def test_a_version_that_the_server_calls_invalid_is_given_up(status: int) -> None:
+    watch = following(EndpointSlice)
+    assert watch.refused(status, {}, b'{"message":"Invalid value: \\"96\\""}').again_after == 0.0
+    assert watch.next_request().params["sendInitialEvents"] == "true"
+
+
+def test_empty_lines_mean_nothing() -> None:
+    watch = following()
+    assert watch.line(b"") == watch.line(b" \r") == Step()
+
+
+def test_garbage_in_every_list_does_not_keep_the_rest_away() -> None:
+    watch, folded, delays = machine(), Folded(), []
+    while not folded.replaces:
+        folded.take(watch.line(GARBAGE[0]))
+        for line in lines_of("services.watchlist.jsonl")[:9]:
+            step = folded.take(watch.line(line))
+        delays.append(step.again_after)
+    assert delays == [pytest.approx(0.8), pytest.approx(1.6), None]
+    assert len(folded.objects) == 8
+    assert watch.next_request().params.get("resourceVersion")
+    watch.closed(300.0)
+    assert watch.next_request().params.get("resourceVersion") is None, "a later list may have what is missing"
+
+
+def test_an_unreadable_page_is_asked_for_again() -> None:
+    watch = machine()
+    watch.line(OLD_ETCD)
+    watch.page(answer_of("list-page-1.txt")[2])
+    asked = watch.next_request()
+    assert watch.page(b'{"metadata":{"resourceVersion":"2695"},"items":[{').again_after == pytest.approx(0.8)
+    assert watch.next_request() == asked
+    assert watch.page(b"{}").again_after == pytest.approx(1.6)
+
+
+@dataclass
+class Replayed:
+    """A server whose life is a recording: a list, then events, of which it has reached `now`."""
+
+    kind: Kind
+    items: list[Any]
+    start: int
+    events: list[bytes]
+    by_watch: bool
+    now: int = 0
+    compacted: int = 0
+
+    def version(self, upto: int) -> str:
+        return (
+            str(self.start) if not upto else json.loads(self.events[upto - 1])["object"]["metadata"]["resourceVersion"]
+        )
+
+    def present(self) -> list[Any]:
+        known = {(item["metadata"]["namespace"], item["metadata"]["name"]): item for item in self.items}
+        for line in self.events[: self.now]:
+            event = json.loads(line)
+            if event["type"] == "BOOKMARK":
+                continue
+            key = (event["object"]["metadata"]["namespace"], event["object"]["metadata"]["name"])
+            known.pop(key, None)
+            if event["type"] != "DELETED":
+                known[key] = event["object"]
+        return [known[key] for key in sorted(known)]
+
+    def stream(self, request: Request) -> list[bytes]:
+        """Return the lines a watch gets up to now."""
+        given = request.params.get("resourceVersion")
+        if given is None and not self.by_watch:
+            return [OLD_ETCD]
+        if given is None:
+            lines = [json.dumps({"type": "ADDED", "object": item}).encode() for item in self.present()]
+            end = b',"annotations":{"k8s.io/initial-events-end":"true"}'
+            return [*lines, BOOKMARK % (int(self.version(self.now)), end)]
+        seen = next(upto for upto in reversed(range(self.now + 1)) if self.version(upto) == given)
+        return [ERROR_410] if seen < self.compacted else self.events[seen : self.now]
+
+    def page(self, request: Request) -> bytes | None:
+        version, offset = self.version(self.now), 0
+        if token := request.params.get("continue"):
+            version, text = token.split("/")
+            offset = int(text)
+            if version != self.version(self.now):
+                return None
+        items = self.present()
+        metadata = {"resourceVersion": version}
+        if offset + 3 < len(items):
+            metadata["continue"] = f"{version}/{offset + 3}"
+        return json.dumps({"metadata": metadata, "items": items[offset : offset + 3]}).encode()
+
+
+def replayed(kind: Kind, name: str, by_watch: bool) -> Replayed:
+    found = json.loads((RECORDED / f"{name}.list.json").read_bytes())
+    version = int(found["metadata"]["resourceVersion"])
+    return Replayed(kind, found["items"], version, lines_of(f"{name}.watch.jsonl"), by_watch)
+
+
+def converse(server: Replayed, watch: ListWatch, folded: Folded, fault: str, cut: int) -> None:
+    """Make one request, and let the fault end it after `cut` lines."""
+    request = watch.next_request()
+    if fault == "connect":
+        folded.take(watch.failed("connection refused"))
+    elif fault in {"429", "500", "503", "410", "403", "401"}:
+        folded.take(watch.refused(int(fault), {}, b""))
+    elif not request.watch:
+        page = server.page(request)
+        if page is None:
+            folded.take(watch.refused(*answer_of("list-continue-too-old.txt")))
+        elif fault in {"none", "clean"}:
+            folded.take(watch.page(page))
+        else:
+            folded.take(watch.page(page[:cut]) if fault == "garbage" else watch.failed("reset"))
+    else:
+        watch.opened()
+        read_stream(server.stream(request), watch, folded, fault, cut)
+
+
+def read_stream(lines: list[bytes], watch: ListWatch, folded: Folded, fault: str, cut: int) -> None:
+    if fault not in {"none", "garbage"}:
+        lines = lines[: cut % (len(lines) + 1)]
+    for number, line in enumerate(lines):
+        garbled = fault == "garbage" and number == cut % len(lines)
+        if folded.take(watch.line(line[: 1 + cut % (len(line) - 1)] if garbled else line)).again_after is not None:
+            return
+    endings: dict[str, Callable[[], Step]] = {
+        "clean": lambda: watch.closed(300.0),
+        "none": lambda: watch.closed(300.0),
+        "short": lambda: watch.closed(0.1),
+        "silent": watch.silent,
+        "error": lambda: watch.line(b'{"type":"ERROR","object":{"code":500,"message":"x"}}'),
+        "expired": lambda: watch.line(ERROR_410),
+    }
+    if fault in endings:
+        folded.take(endings[fault]())
+    else:
+        folded.take(watch.failed("reset by peer"))
+
+
+FAULTS = (
+    *("none", "clean", "short", "silent", "error", "expired", "drop", "garbage", "connect"),
+    *("429", "500", "503", "410", "403", "401"),
+)
+turns = st.tuples(st.sampled_from(FAULTS), st.integers(0, 4000), st.integers(0, 40), st.booleans())
+
+
+@settings(max_examples=60, deadline=None)
+@given(which=st.sampled_from(KINDS), by_watch=st.booleans(), script=st.lists(turns, max_size=25))
+def test_whatever_goes_wrong_the_result_is_the_truth(
+    which: tuple[Kind, str], by_watch: bool, script: list[tuple[str, int, int, bool]]
+) -> None:
+    kind, name = which
+    server = replayed(kind, name, by_watch)
+    watch, folded = machine(kind), Folded()
+    for fault, cut, progress, compact in script:
+        converse(server, watch, folded, fault, cut)
+        server.now = min(len(server.events), server.now + progress)
+        if compact:
+            server.compacted = server.now
+    server.now = len(server.events)
+    for _ in range(60):
+        converse(server, watch, folded, "none", 0)
+    assert folded.replaces
+    assert folded.objects == truth(kind, server.items, server.events)
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.binary(max_size=300), listed=st.booleans())
+def test_no_line_ever_raises(text: bytes, listed: bool) -> None:
+    watch = following() if listed else machine()
+    watch.line(text)
+    watch.refused(500, {}, text)
+    watch.line(OLD_ETCD)
+    watch.page(text)
+    assert watch.next_request().path == "/api/v1/services"
