@@ -7,7 +7,7 @@ from itertools import islice
 
 from kproxy.iptables.base import base_chains, dispatch_tails, ensured_rules
 from kproxy.iptables.ledger import Digest, KernelView, Ledger, PortRecord, ServiceRecord, dispatch_differs
-from kproxy.iptables.names import CANARIES, FILTER_FIREWALL, Chain
+from kproxy.iptables.names import CANARIES, FILTER_FIREWALL, Chain, deletion_order
 from kproxy.iptables.render import RenderedPort
 from kproxy.iptables.text import Restore, count_rules
 from kproxy.model.context import Context
@@ -59,7 +59,7 @@ class Change:
             yield from [whole] if whole else []
             return
         yield from (each for each in (block, switch) if each)
-        gone = iter(self._deleted)
+        gone = iter(sorted(self._deleted, key=deletion_order))
         while batch := list(islice(gone, self._block_rules)):
             yield Restore(deleted=batch)
 

@@ -38,8 +38,11 @@ DISPATCH = (
 CANARIES = tuple(Chain(table, "KUBE-PROXY-CANARY") for table in ("mangle", "nat", "filter"))
 """Empty chains that show, by being gone, that somebody flushed a table."""
 
-PORT_CHAIN_PREFIXES = ("KUBE-SVC-", "KUBE-SVL-", "KUBE-EXT-", "KUBE-FW-", "KUBE-SEP-")
-"""How the names of chains begin that belong to one service port each, all of them in table nat."""
+PORT_CHAIN_PREFIXES = ("KUBE-FW-", "KUBE-EXT-", "KUBE-SVC-", "KUBE-SVL-", "KUBE-SEP-")
+"""How the names of chains begin that belong to one service port each, all of them in table nat.
+
+A chain jumps only to chains of a prefix further right.
+"""
 
 
 def port_hash(port_name: str, protocol: str, socket: str = "") -> str:
@@ -49,3 +52,8 @@ def port_hash(port_name: str, protocol: str, socket: str = "") -> str:
     """
     digest = sha256(f"{port_name}{protocol.lower()}{socket}".encode()).digest()
     return b32encode(digest[:10]).decode()
+
+
+def deletion_order(chain: Chain) -> int:
+    """Return a sort key that puts chains of service ports before those that they jump to."""
+    return next((rank for rank, prefix in enumerate(PORT_CHAIN_PREFIXES) if chain.name.startswith(prefix)), 0)

@@ -19,7 +19,7 @@ class Schedule:
         self._max_retry = max_retry
         self._pending = False
         self._not_before = float("-inf")
-        self._failures = 0
+        self._retry = FIRST_RETRY_SECONDS
 
     def request(self) -> None:
         """Note that something is to be programmed."""
@@ -36,11 +36,11 @@ class Schedule:
 
     def succeeded(self) -> None:
         """Note that the sync's changes are in the kernel."""
-        self._failures = 0
+        self._retry = FIRST_RETRY_SECONDS
 
     def failed(self, now: float) -> None:
         """Note that the sync's changes are still to be made."""
-        pause = min(FIRST_RETRY_SECONDS * 2**self._failures, self._max_retry)
-        self._failures += 1
+        pause = min(self._retry, self._max_retry)
+        self._retry = 2 * pause
         self._pending = True
         self._not_before = max(self._not_before, now + pause)

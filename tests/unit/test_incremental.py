@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,9 +30,7 @@ class Proxy:
         self.kernels = kernels or {family: FakeKernel() for family in Family}
         self.store = Store("node-1")
         families = {
-            family: FamilySync(
-                IptablesBackend(kernel, block_rules=block_rules), lambda node, family=family: context(node, family)
-            )
+            family: FamilySync(IptablesBackend(kernel, block_rules=block_rules), partial(context, family))
             for family, kernel in self.kernels.items()
         }
         self.reconciler = Reconciler(
@@ -54,7 +54,7 @@ class Proxy:
         return {family: kernel.dump() for family, kernel in self.kernels.items()}
 
 
-def context(node: Node | None, family: Family) -> Context:
+def context(family: Family, node: Node | None) -> Context:
     prefix = "10." if family is Family.IPV4 else "fd00:"
     addresses = [each for each in node.addresses if each.startswith(prefix)] if node else []
     return Context(

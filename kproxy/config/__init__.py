@@ -1,0 +1,8 @@
+"""kube-proxy's configuration, from its file and its flags."""
+
+from kproxy.config.decode import ConfigError
+from kproxy.config.flags import add_flags, apply_flags, configure
+from kproxy.config.load import load_config, to_yaml
+from kproxy.config.types import Config, node_name
+
+__all__ = ["Config", "ConfigError", "add_flags", "apply_flags", "configure", "load_config", "node_name", "to_yaml"]

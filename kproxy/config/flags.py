@@ -1,0 +1,203 @@
+"""kube-proxy's command line: flags in Go's syntax, laid over the configuration file.
+
+In kube-proxy most flags are silently ignored once `--config` is given. In kproxy a flag that is given always
+wins over the file: this is its one deviation from kube-proxy's command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from kproxy.config.check import HEALTHZ_PORT, METRICS_PORT, check, gate_warnings, has_port, refuse_retired_mode
+from kproxy.config.decode import ConfigError, Path, decode, encode, must_be
+from kproxy.config.flag_table import CONFIG_FLAGS, PORT_FLAGS, Flag
+from kproxy.config.load import load_config
+from kproxy.config.types import Config
+from kproxy.kube.object_errors import dotted
+
+_TRUE = {"1", "t", "T", "true", "TRUE", "True"}
+_FALSE = {"0", "f", "F", "false", "FALSE", "False"}
+_GATHERED = {"list", "gates", "vmodule"}
+_PORTS = {"healthzBindAddress": HEALTHZ_PORT, "metricsBindAddress": METRICS_PORT}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Give a parser all of kube-proxy's flags.
+
+    Flags that set fields appear in the namespace (`proxy_mode`) only if they are given. Always there are
+    `config`, `master` and `write_config_to` (None if not given), `cleanup` and `init_only`. The parser should
+    be made with `allow_abbrev=False`: Go knows no abbreviated flags.
+    """
+    group = parser.add_argument_group("flags of kube-proxy, which win over the file given with --config")
+    _add(group, "config", metavar="FILE", help="kube-proxy configuration file", default=None)
+    _add(group, "master", metavar="URL", help="address of the API server, instead of the kubeconfig's", default=None)
+    _add(group, "write-config-to", metavar="FILE", help="write the configuration and exit", default=None)
+    for name, text in (("cleanup", "remove all rules and exit"), ("init-only", "set up what needs root, and exit")):
+        _add(group, name, metavar="BOOL", nargs="?", const=True, type=_switch, default=False, help=text)
+    for flag in (*CONFIG_FLAGS, *PORT_FLAGS):
+        options: dict[str, Any] = {"metavar": flag.kind.upper(), "help": flag.help, "default": argparse.SUPPRESS}
+        if flag.kind == "bool":
+            options |= {"nargs": "?", "const": "true"}
+        elif flag.kind in _GATHERED:
+            options |= {"action": "append"}
+        _add(group, flag.name, **options)
+
+
+def configure(namespace: argparse.Namespace) -> tuple[Config, list[str]]:
+    """Return the configuration that a command line asks for, its file read, and warnings, a line each.
+
+    Raises `ConfigError`.
+    """
+    config = Config()
+    warnings: list[str] = []
+    if namespace.config is not None:
+        try:
+            with open(namespace.config, "rb") as file:
+                text = file.read()
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise ConfigError(f"{namespace.config}: cannot be read: {reason}") from None
+        config, warnings = load_config(text, namespace.config)
+    config, more = apply_flags(config, namespace)
+    return config, warnings + more
+
+
+def apply_flags(config: Config, namespace: argparse.Namespace) -> tuple[Config, list[str]]:
+    """Return the configuration with the given flags applied, and warnings, a line each. Raises `ConfigError`."""
+    given = list(_given(namespace, CONFIG_FLAGS))
+    ports = list(_given(namespace, PORT_FLAGS))
+    if not given and not ports:
+        return config, []
+    data = encode(config)
+    set_by: dict[Path, str] = {}
+    for flag, raw in given:
+        for field in flag.fields:
+            path = tuple(field.split("."))
+            set_by[path] = flag.option
+            _merge(data, path, _READERS[flag.kind](raw, flag.option))
+    for flag, raw in ports:
+        set_by.setdefault(flag.fields, flag.option)
+        _complete(data, flag.fields[0], _integer(raw, flag.option), flag.option)
+
+    def place(at: Path) -> str:
+        lengths = range(len(at), 0, -1)
+        return next((set_by[at[:length]] for length in lengths if at[:length] in set_by), dotted(at))
+
+    refuse_retired_mode(data["mode"], place(("mode",)))
+    return check(decode(Config, data, place), place), _warnings(given, ports)
+
+
+def _add(group: Any, name: str, **options: Any) -> None:
+    """Add a flag, and its spelling with underscores, which kube-proxy takes too but does not show."""
+    dest = name.replace("-", "_")
+    group.add_argument(*(["-v"] if name == "v" else []), f"--{name}", dest=dest, **options)
+    if "-" in name:
+        group.add_argument(f"--{dest}", dest=dest, **{**options, "help": argparse.SUPPRESS})
+
+
+def _given(namespace: argparse.Namespace, flags: tuple[Flag, ...]) -> Iterator[tuple[Flag, Any]]:
+    for flag in flags:
+        raw = getattr(namespace, flag.name.replace("-", "_"), None)
+        if raw is not None and not (raw == "" and flag.blank_is_unset):
+            yield flag, raw
+
+
+def _merge(data: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    """Set a field; gates and vmodule patterns go beside those of the file, before them."""
+    for key in path[:-1]:
+        data = data[key]
+    if path[-1] == "featureGates":
+        value = data[path[-1]] | value
+    elif path[-1] == "vmodule":
+        value = value + data[path[-1]]
+    data[path[-1]] = value
+
+
+def _complete(data: dict[str, Any], field: str, port: int, option: str) -> None:
+    if not 0 <= port <= 65535:
+        raise must_be(option, "a port from 1 to 65535, or 0 for none", port)
+    address = data[field]
+    if port == 0:
+        data[field] = ""
+    elif not has_port(address):
+        data[field] = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
+def _warnings(given: list[tuple[Flag, Any]], ports: list[tuple[Flag, Any]]) -> list[str]:
+    idle = [flag.option for flag, _ in given if flag.help == "without effect"]
+    gates = [_gates(raw, flag.option) for flag, raw in given if flag.kind == "gates"]
+    return [
+        *([f"{', '.join(idle)}: without effect in kproxy"] if idle else []),
+        *(f"{flag.option}: {flag.help}" for flag, _ in ports),
+        *(line for found in gates for line in gate_warnings(found, "--feature-gates")),
+    ]
+
+
+def _switch(raw: str) -> bool:
+    if raw in _TRUE | _FALSE:
+        return raw in _TRUE
+    raise argparse.ArgumentTypeError(f"must be true or false, not {raw!r}")
+
+
+def _text(raw: str, option: str) -> str:
+    if option == "--hostname-override":
+        if not raw.strip():
+            raise must_be(option, "a host name", raw)
+        return raw.strip().lower()
+    return raw
+
+
+def _boolean(raw: str, option: str) -> bool:
+    if raw not in _TRUE | _FALSE:
+        raise must_be(option, "true or false", raw)
+    return raw in _TRUE
+
+
+def _integer(raw: str, option: str) -> int:
+    try:
+        return int(raw)
+    except ValueError:
+        raise must_be(option, "a whole number", raw) from None
+
+
+def _number(raw: str, option: str) -> float:
+    try:
+        return float(raw)
+    except ValueError:
+        raise must_be(option, "a number", raw) from None
+
+
+def _list(raws: list[str], option: str) -> list[str]:
+    del option
+    return [part for raw in raws for part in raw.split(",") if part]
+
+
+def _pairs(raws: list[str], option: str, allowed: str) -> Iterator[tuple[str, str]]:
+    for part in _list(raws, option):
+        name, equals, value = part.partition("=")
+        if not equals or not name.strip():
+            raise must_be(option, allowed, part)
+        yield name.strip(), value.strip()
+
+
+def _gates(raws: list[str], option: str) -> dict[str, bool]:
+    pairs = _pairs(raws, option, "NAME=true or NAME=false")
+    return {name: _boolean(value, f"{option}: {name}") for name, value in pairs}
+
+
+def _vmodule(raws: list[str], option: str) -> list[dict[str, Any]]:
+    pairs = _pairs(raws, option, "PATTERN=N")
+    return [{"filePattern": name, "verbosity": _integer(value, f"{option}: {name}")} for name, value in pairs]
+
+
+_READERS: dict[str, Callable[[Any, str], Any]] = {
+    "text": _text,
+    "bool": _boolean,
+    "int": _integer,
+    "number": _number,
+    "list": _list,
+    "gates": _gates,
+    "vmodule": _vmodule,
+}

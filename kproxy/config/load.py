@@ -1,0 +1,125 @@
+"""Reading and writing kube-proxy's configuration file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from kproxy.config.check import HEALTHZ_PORT, METRICS_PORT, check, refuse_retired_mode, warnings_of
+from kproxy.config.decode import ConfigError, Path, Place, decode, encode, must_be
+from kproxy.config.durations import parse_duration
+from kproxy.config.types import API_VERSION, KIND, Config
+from kproxy.kube.documents import Document, DocumentError, read_documents
+from kproxy.kube.object_errors import dotted
+
+_ZERO_IS_UNSET = frozenset(
+    {
+        "bindAddress",
+        "clientConnection.burst",
+        "clientConnection.contentType",
+        "clientConnection.qps",
+        "configSyncPeriod",
+        "detectLocalMode",
+        "healthzBindAddress",
+        "iptables.minSyncPeriod",
+        "iptables.syncPeriod",
+        "ipvs.syncPeriod",
+        "logging.flushFrequency",
+        "logging.format",
+        "metricsBindAddress",
+        "mode",
+        "nftables.minSyncPeriod",
+        "nftables.syncPeriod",
+    }
+)
+"""Fields whose default kube-proxy also takes for "", 0 and 0s; files that kubeadm writes are full of these."""
+
+_REMOVED = frozenset({"udpIdleTimeout"})
+"""Fields of earlier versions that files still have."""
+
+
+def load_config(text: bytes, path: str) -> tuple[Config, list[str]]:
+    """Return the configuration in the text of a file (YAML or JSON), and warnings, a line each.
+
+    `path` names the file in messages. As in kube-proxy null always means unset, and so do "" and 0 where they
+    would make no sense (a `minSyncPeriod` of 0 is the default of 1 s; the flag can set 0). Unlike kube-proxy,
+    which passes over unknown fields, it raises `ConfigError` for them.
+    """
+    document = _document(text, path)
+
+    def place(at: Path) -> str:
+        line = document.line_of(at)
+        return ": ".join(part for part in (f"{path}:{line}" if line else path, dotted(at)) if part)
+
+    data = _typed(_data(document), place)
+    refuse_retired_mode(data.get("mode"), place(("mode",)))
+    warnings = [f"{place((name,))}: is not a setting of kube-proxy any more" for name in sorted(_REMOVED & data.keys())]
+    kept = {name: value for name, value in data.items() if name not in _REMOVED}
+    config = check(decode(Config, _default_addresses(kept), place), place)
+    return config, warnings + warnings_of(config, place)
+
+
+def to_yaml(config: Config) -> str:
+    """Return the text of a file that `load_config` reads as this configuration.
+
+    What only flags can say is lost: a `minSyncPeriod` of 0, and servers that are turned off.
+    """
+    import yaml  # noqa: PLC0415 - only this and YAML files need PyYAML
+
+    text: str = yaml.safe_dump({"apiVersion": API_VERSION, "kind": KIND, **encode(config)}, sort_keys=True)
+    return text
+
+
+def _document(text: bytes, path: str) -> Document:
+    try:
+        documents = read_documents(text, json=path.endswith(".json"))
+    except DocumentError as error:
+        place = "".join(f":{number}" for number in (error.line, error.column) if number)
+        raise ConfigError(f"{path}{place}: {error}") from None
+    if len(documents) != 1:
+        raise ConfigError(f"{path}: must hold one document, not {len(documents)}")
+    return documents[0]
+
+
+def _data(document: Document) -> object:
+    return msgspec.json.decode(document.content) if isinstance(document.content, bytes) else document.content
+
+
+def _typed(data: object, place: Place) -> dict[str, Any]:
+    """Check the type of the document, and return its other fields that are set."""
+    if not isinstance(data, dict):
+        raise must_be(place(()), "a mapping", data)
+    for name, wanted in (("apiVersion", API_VERSION), ("kind", KIND)):
+        if name not in data:
+            raise ConfigError(f"{place(())}: {name} is missing: must be {wanted}")
+        if data[name] != wanted:
+            raise must_be(place((name,)), wanted, data[name])
+    return {name: value for name, value in _set_fields(data).items() if name not in {"apiVersion", "kind"}}
+
+
+def _set_fields(data: dict[str, Any], at: Path = ()) -> dict[str, Any]:
+    found = {}
+    for name, value in data.items():
+        path = (*at, name)
+        if value is None or (dotted(path) in _ZERO_IS_UNSET and _is_zero(value)):
+            continue
+        found[name] = _set_fields(value, path) if isinstance(value, dict) else value
+    return found
+
+
+def _is_zero(value: object) -> bool:
+    if isinstance(value, str):
+        try:
+            return not value or parse_duration(value) == 0
+        except ValueError:
+            return False
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == 0
+
+
+def _default_addresses(data: dict[str, Any]) -> dict[str, Any]:
+    """Complete the addresses of servers: of the family of `bindAddress`, as kube-proxy does."""
+    if ":" not in str(data.get("bindAddress", "")):
+        return data
+    servers = {"healthzBindAddress": f"[::]:{HEALTHZ_PORT}", "metricsBindAddress": f"[::1]:{METRICS_PORT}"}
+    return servers | data

@@ -1,0 +1,23 @@
+"""The addresses of this machine's interfaces."""
+
+from __future__ import annotations
+
+from kproxy.kube.objects import canonical_address
+
+
+def local_addresses() -> tuple[str, ...]:
+    """Return the addresses of all interfaces, in the kernel's order, link-local IPv6 ones left out.
+
+    Raises `OSError` if the kernel does not tell.
+    """
+    from pyroute2 import IPRoute  # noqa: PLC0415 - 11 MB that only nodePortAddresses needs
+
+    with IPRoute() as route:
+        found = [message.get("IFA_ADDRESS") for message in route.get_addr()]
+    return tuple(
+        address for text in found if text and (address := canonical_address(text)) and not _link_local(address)
+    )
+
+
+def _link_local(address: str) -> bool:
+    return address.lower().startswith("fe80:")

@@ -1,0 +1,266 @@
+"""From the texts of files to the Services, EndpointSlices and Nodes in them. Pure: reads no file.
+
+What `kubectl get -o yaml` or `-o json` prints works, and what the API server answers: single objects, `List`,
+`ServiceList` and its like (whose items have no kind of their own), several YAML documents in a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any, TypeAlias, TypeVar
+
+import msgspec
+from msgspec import Struct
+
+from kproxy.kube.documents import Document, DocumentError, read_documents
+from kproxy.kube.object_errors import dotted, explain
+from kproxy.kube.objects import Decoded, ObjectError, decode_object
+from kproxy.model.delta import Kind, Object, Replace
+from kproxy.model.types import EndpointSlice, Node, Service
+
+SERVED: dict[str, tuple[str, Kind]] = {
+    "Service": ("v1", Service),
+    "EndpointSlice": ("discovery.k8s.io/v1", EndpointSlice),
+    "Node": ("v1", Node),
+}
+"""The kinds that decide rules, by their name in files: apiVersion and type."""
+
+Identity: TypeAlias = tuple[str, str, str]
+"""What tells objects apart: kind, namespace ("" for Nodes) and name."""
+
+
+class FileProblem(Struct, frozen=True):
+    """What is wrong with a file, as one line. `line` and `column` count from 1; 0 means unknown."""
+
+    path: str
+    message: str
+    line: int = 0
+    column: int = 0
+
+    def __str__(self) -> str:
+        place = "".join(f":{number}" for number in (self.line, self.column) if number)
+        return f"{self.path}{place}: {self.message}"
+
+
+class FileContent(Struct, frozen=True):
+    """What one file holds, in its order. `passed_over` names the kinds kproxy has no use for.
+
+    An object that gets no rules (a headless Service) is None. A file with `problems` is not to be used.
+    """
+
+    path: str
+    objects: tuple[tuple[Identity, Object | None], ...] = ()
+    passed_over: tuple[str, ...] = ()
+    problems: tuple[FileProblem, ...] = ()
+
+
+class Loaded(Struct, frozen=True):
+    """The objects of several files, with what a user should know of them, a line each.
+
+    `replacements` has one entry for each of Service, EndpointSlice and Node, also where there are none.
+    `notes` tell of kinds that were passed over, `warnings` of objects that are given more than once.
+    """
+
+    replacements: tuple[Replace, ...]
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    problems: tuple[FileProblem, ...] = ()
+
+
+def load_objects(texts: Mapping[str, bytes]) -> Loaded:
+    """Return the objects of the files whose path and text are given. Files with problems give none."""
+    return combine(parse_file(path, text) for path, text in texts.items())
+
+
+def combine(files: Iterable[FileContent]) -> Loaded:
+    """Put files together. Of an object that is in two of them, the later in the order of paths is taken."""
+    found: dict[Identity, tuple[str, Object | None]] = {}
+    notes: list[str] = []
+    warnings: list[str] = []
+    problems: list[FileProblem] = []
+    for file in sorted(files, key=lambda file: file.path):
+        problems.extend(file.problems)
+        if file.problems:
+            continue
+        notes.extend(f"{file.path}: passed over: {kind}" for kind in file.passed_over)
+        for identity, item in file.objects:
+            earlier = found.pop(identity, None)
+            if earlier is not None:
+                warnings.append(f"{_label(identity)} is in {earlier[0]} and in {file.path}: the latter is taken")
+            found[identity] = (file.path, item)
+    kept = [item for _, item in found.values() if item is not None]
+    replacements = [Replace(kind, tuple(item for item in kept if type(item) is kind)) for _, kind in SERVED.values()]
+    return Loaded(tuple(replacements), tuple(notes), tuple(warnings), tuple(problems))
+
+
+def parse_file(path: str, text: bytes) -> FileContent:
+    """Decode the text of one file. `path` names it in problems; `.json` at its end says that it is JSON."""
+    try:
+        documents = read_documents(text, json=path.endswith(".json"))
+    except DocumentError as error:
+        return FileContent(path, problems=(FileProblem(path, str(error), error.line, error.column),))
+    reading = _Reading(path)
+    for document in documents:
+        reading.add(document)
+    if not documents:
+        reading.problem("holds no Kubernetes object")
+    return FileContent(path, tuple(reading.objects), tuple(dict.fromkeys(reading.passed_over)), tuple(reading.problems))
+
+
+class _Type(Struct, rename="camel"):
+    api_version: str = ""
+    kind: str = ""
+
+
+class _TextItems(Struct):
+    items: list[msgspec.Raw] | None = None
+
+
+class _DataItems(Struct):
+    items: list[Any] | None = None
+
+
+class _Names(Struct):
+    name: str = ""
+    namespace: str = ""
+
+
+class _Named(Struct):
+    metadata: _Names
+
+
+class _Item(Struct):
+    """One object: JSON text or data, where it is in its document, and what a typed list says of its type."""
+
+    content: bytes | Any
+    at: tuple[str | int, ...]
+    api_version: str = ""
+    kind: str = ""
+
+
+class _Reading:
+    """Gathers what the documents of one file hold."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.objects: list[tuple[Identity, Object | None]] = []
+        self.passed_over: list[str] = []
+        self.problems: list[FileProblem] = []
+
+    def problem(self, message: str, line: int = 0) -> None:
+        self.problems.append(FileProblem(self.path, message, line))
+
+    def add(self, document: Document) -> None:
+        """Take in one document: an object, or a list of them."""
+        try:
+            items = list(_items(document.content))
+        except ObjectError as error:
+            self._refuse(_Item(document.content, ()), error, document)
+            return
+        for item in items:
+            try:
+                self._add_item(item)
+            except ObjectError as error:
+                self._refuse(item, error, document)
+
+    def _add_item(self, item: _Item) -> None:
+        kind = _kind_served(item)
+        if kind is None:
+            self.passed_over.append(f"{item.api_version} {item.kind}".strip())
+            return
+        decoded = _decode(kind, item.content)
+        namespace = "" if kind is Node else decoded.namespace
+        self.objects.append(((item.kind, namespace, decoded.name), decoded.object))
+
+    def _refuse(self, item: _Item, error: ObjectError, document: Document) -> None:
+        _, kind = SERVED.get(item.kind, ("", Service))
+        field, message = explain(error, _data(item.content), partial(_decode, kind))
+        text = ": ".join(part for part in (_name_of(item), dotted(field), message) if part)
+        self.problem(text, document.line_of((*item.at, *field)))
+
+
+def _items(content: bytes | Any) -> Iterator[_Item]:
+    """Yield the objects of a document: the items of a list, or itself."""
+    own = _type_of(content)
+    if not own.kind:
+        raise ObjectError("Expected a Kubernetes object, got one without a kind - at `$.kind`")
+    if not own.kind.endswith("List"):
+        yield _Item(content, (), own.api_version, own.kind)
+        return
+    typed = own.kind.removesuffix("List")
+    if typed and typed not in SERVED:
+        yield _Item(content, (), own.api_version, own.kind)
+        return
+    if isinstance(content, bytes):
+        members: list[Any] | None = _read(content, _TextItems).items
+    else:
+        members = _read(content, _DataItems).items
+    for index, item in enumerate(members or ()):
+        yield _Item(item, ("items", index), own.api_version if typed else "", typed)
+
+
+def _kind_served(item: _Item) -> Kind | None:
+    """Complete the type of an item from its own text, and return the kind to decode it as, if any."""
+    own = _type_of(item.content)
+    item.kind = own.kind or item.kind
+    item.api_version = own.api_version or item.api_version
+    if not item.kind:
+        raise ObjectError("Expected a Kubernetes object, got one without a kind - at `$.kind`")
+    wanted, kind = SERVED.get(item.kind, ("", None))
+    group, _, _ = item.api_version.rpartition("/")
+    if kind is None or (group and group != wanted.rpartition("/")[0]):
+        return None
+    if item.api_version != wanted:
+        found = repr(item.api_version) if item.api_version else "none"
+        raise ObjectError(f"Expected `{wanted}`, got {found} - at `$.apiVersion`")
+    return kind
+
+
+def _type_of(content: bytes | Any) -> _Type:
+    try:
+        return _read(content, _Type)
+    except ObjectError as error:
+        raise ObjectError(str(error).replace("`object`", "a Kubernetes object")) from None
+
+
+def _decode(kind: Kind, content: bytes | Any) -> Decoded:
+    """Decode an object of a file: one must have a name, and one without a namespace is in `default`."""
+    names = _read(content, _Named).metadata
+    if not names.name:
+        raise ObjectError("Expected a name, got none - at `$.metadata.name`")
+    if kind is not Node and not names.namespace:
+        data = _data(content)
+        content = {**data, "metadata": {**data["metadata"], "namespace": "default"}}
+    return decode_object(kind, content)
+
+
+def _data(content: bytes | Any) -> Any:
+    return msgspec.json.decode(content) if isinstance(content, bytes | msgspec.Raw) else content
+
+
+def _name_of(item: _Item) -> str:
+    try:
+        names = _read(item.content, _Named).metadata
+    except ObjectError:
+        return item.kind
+    if not item.kind:
+        return ""
+    return _label((item.kind, "" if item.kind == "Node" else names.namespace or "default", names.name)).strip()
+
+
+def _label(identity: Identity) -> str:
+    kind, namespace, name = identity
+    return f"{kind} {namespace}/{name}" if namespace and name else f"{kind} {name}"
+
+
+_S = TypeVar("_S", bound=Struct)
+
+
+def _read(content: bytes | Any, shape: type[_S]) -> _S:
+    try:
+        if isinstance(content, bytes | msgspec.Raw):
+            return msgspec.json.decode(content, type=shape)
+        return msgspec.convert(content, shape)
+    except msgspec.DecodeError as error:
+        raise ObjectError(str(error)) from None

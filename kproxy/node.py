@@ -1,0 +1,51 @@
+"""What this node can do, found out once at start: IP families, iptables, counters."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from msgspec import Struct
+
+from kproxy.host.nfacct import ensure_counters
+from kproxy.host.run import CommandError
+from kproxy.iptables.apply import Iptables, IptablesVersion
+from kproxy.iptables.base import INVALID_COUNTER
+from kproxy.iptables.render import LOCALHOST_COUNTER
+from kproxy.model.types import Family
+
+log = logging.getLogger(__name__)
+
+IPV6_ADDRESSES = Path("/proc/net/if_inet6")
+
+
+class IptablesNode(Struct, frozen=True):
+    """The iptables of each family that works here, and whether packets can be counted by nfacct."""
+
+    versions: dict[Family, IptablesVersion]
+    accounting: bool
+
+
+def discover_iptables() -> IptablesNode:
+    """Look at what iptables mode needs. Raises `CommandError` if not even IPv4 works.
+
+    A family that does not work is left out with a warning, as a kernel without IPv6 is ordinary.
+    """
+    versions = {Family.IPV4: Iptables(Family.IPV4).version()}
+    if IPV6_ADDRESSES.exists():
+        try:
+            versions[Family.IPV6] = Iptables(Family.IPV6).version()
+        except CommandError as error:
+            log.warning("IPv6 is left out: %s", error)
+    else:
+        log.warning("IPv6 is left out: this kernel has none")
+    return IptablesNode(versions, _counters_exist())
+
+
+def _counters_exist() -> bool:
+    try:
+        ensure_counters((INVALID_COUNTER, LOCALHOST_COUNTER))
+    except OSError as error:
+        log.warning("nfacct counters are left out: %s", error.strerror)
+        return False
+    return True

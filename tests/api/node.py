@@ -1,0 +1,136 @@
+"""A node for the daemon: a namespace of its own, from which only a relay leads to the API server."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import struct
+import sys
+from functools import partial
+from pathlib import Path
+from subprocess import Popen
+
+from kproxy.config import Config
+from kproxy.contexts import make_context
+from kproxy.iptables.backend import Printer
+from kproxy.kube.answers import read_page
+from kproxy.kube.client import Client
+from kproxy.kube.objects import Decoded
+from kproxy.model.context import Context
+from kproxy.model.delta import Kind, Replace
+from kproxy.model.store import Store
+from kproxy.model.types import EndpointSlice, Family, Node, Service
+from kproxy.sync.family import FamilySync
+from tests.api.conftest import Cluster
+from tests.apiserver import Relay
+from tests.fakekernel import FakeKernel
+from tests.lab.namespace import Namespace
+from tests.lab.waiting import HANG_GUARD, wait_until
+from tests.recordings import State, comparable
+
+KPROXY = str(Path(sys.executable).with_name("kproxy"))
+CONFIG = Config(cluster_cidr="10.244.0.0/16,fd00:10:244::/48", hostname_override="node-1")
+FLAGS = (
+    "--hostname-override=node-1",
+    f"--cluster-cidr={CONFIG.cluster_cidr}",
+    "--conntrack-max-per-core=0",
+    "--conntrack-min=0",
+)
+PATHS: dict[Kind, str] = {
+    Service: "/api/v1/services",
+    EndpointSlice: "/apis/discovery.k8s.io/v1/endpointslices",
+    Node: "/api/v1/nodes",
+}
+
+
+class ProxiedNode:
+    """The daemon on a node of its own, reaching the server through a relay that can break."""
+
+    def __init__(self, cluster: Cluster, folder: Path) -> None:
+        self._cluster = cluster
+        self._folder = folder
+        self._processes: list[Popen[str]] = []
+        self.namespace = Namespace("node-1")
+        self.namespace.run(["ip", "link", "set", "lo", "up"])
+        self.relay = Relay(cluster.address, listen=self._listen)
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.wait(HANG_GUARD)
+        self.relay.refuse()
+        self.relay.resume()
+        self.namespace.close()
+
+    def start(self, *flags: str) -> Popen[str]:
+        """Start the daemon."""
+        kubeconfig = self._cluster.kubeconfig(self._folder / "node.kubeconfig", port=self.relay.port)
+        with (self._folder / "kproxy.log").open("a") as log:
+            command = [KPROXY, "run", f"--kubeconfig={kubeconfig}", *FLAGS, *flags]
+            process = self.namespace.popen(command, log)
+        self._processes.append(process)
+        return process
+
+    def stop(self, process: Popen[str], number: int = signal.SIGTERM) -> int:
+        """End the daemon and return its exit code."""
+        process.send_signal(number)
+        return process.wait(HANG_GUARD)
+
+    def log(self) -> str:
+        return (self._folder / "kproxy.log").read_text()
+
+    def rules(self) -> dict[Family, State]:
+        """What the kernel holds."""
+        programs = {Family.IPV4: "iptables-save", Family.IPV6: "ip6tables-save"}
+        return {
+            family: comparable(self.namespace.run([program]).stdout.splitlines())
+            for family, program in programs.items()
+        }
+
+    def wanted(self) -> dict[Family, State]:
+        """What it should hold, worked out from what the server says now."""
+        store = self._listed()
+        states = {}
+        for family in Family:
+            kernel = FakeKernel()
+            context = partial(_context, family)
+            FamilySync(Printer(kernel.restore), context).sync(store)
+            states[family] = comparable(kernel.dump())
+        return states
+
+    def settle(self) -> None:
+        """Wait until the kernel holds what the server's objects ask for."""
+        wanted = self.wanted()
+        wait_until(lambda: self.rules() == wanted, "the rules that the API server's objects ask for")
+
+    def commits(self) -> int:
+        """Return the generation of the node's nf_tables: it grows with every commit, whoever makes it."""
+        return self.namespace.call(_generation)
+
+    def _listed(self) -> Store:
+        kubeconfig = self._cluster.kubeconfig(self._folder / "direct.kubeconfig")
+        client = Client.from_config(str(kubeconfig))
+        store = Store("node-1")
+        for kind, path in PATHS.items():
+            with client.get(path, {}, HANG_GUARD) as response:
+                page = read_page(kind, response.read())
+            found = (item.object for item in page.items if isinstance(item, Decoded))
+            store.apply(Replace(kind, tuple(each for each in found if each is not None)))
+        client.close()
+        return store
+
+    def _listen(self, port: int) -> socket.socket:
+        return self.namespace.call(lambda: socket.create_server(("127.0.0.1", port), backlog=64))
+
+
+def _context(family: Family, node: Node | None) -> Context:
+    return make_context(CONFIG, family, "node-1", node, (), accounting=True, random_fully=True)
+
+
+def _generation() -> int:
+    """Ask with NFT_MSG_GETGEN; the answer's first attribute is the number (linux/netfilter/nf_tables.h)."""
+    subsystem, get_generation, request = 10 << 8, 16, 1
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12) as netlink:
+        netlink.send(struct.pack("=IHHII4x", 20, subsystem | get_generation, request, 1, 0))
+        answer = netlink.recv(4096)
+    return int.from_bytes(answer[24:28], "big")

@@ -1,0 +1,214 @@
+"""`make demo`, run as newcomers run it: as a program, in a pipe or a terminal, to its end or not."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from tests.demo.picture import Screen, as_expected
+from tests.demo.rules import rules_of
+from tests.demo.scene import Scene
+from tests.demo.story import tell
+from tests.lab import proxy
+from tests.lab.client import Outcome, Refused
+from tests.lab.requirements import PACKAGES, missing_commands
+from tests.lab.waiting import HANG_GUARD
+
+DEMO = [sys.executable, "-m", "tests.demo"]
+CHECKOUT = Path(__file__).parent.parent.parent
+NOBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+ESCAPE = "\x1b"
+
+
+def play(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command,
+        cwd=CHECKOUT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=4 * HANG_GUARD,
+        check=False,
+    )
+
+
+def children_of(pid: int) -> list[int]:
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+
+
+def test_in_a_pipe_it_tells_the_whole_story_in_plain_text(kernel: None) -> None:
+    done = play(DEMO)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ESCAPE not in done.stdout
+    assert done.stderr == ""
+    assert " 0 failed" in done.stdout
+    assert done.stdout.count("ok: ") == 4
+    for pod in ("web-a", "web-b", "web-c", "web-d"):
+        assert f"   {pod}   █" in done.stdout, f"{pod} has no bar"
+    assert "-A KUBE-SERVICES -d 10.96.0.80/32" in done.stdout
+    assert done.stdout.count("DNAT --to-destination") == 3
+    assert done.stdout.endswith("Everything is removed.\n")
+
+
+def test_on_a_terminal_it_has_colours(kernel: None) -> None:
+    terminal, ours = pty.openpty()
+    with subprocess.Popen(
+        DEMO, cwd=CHECKOUT, env=os.environ | {"TERM": "xterm-256color"}, stdout=ours, stdin=ours
+    ) as demo:
+        os.close(ours)
+        shown = b""
+        while chunk := _read(terminal):
+            shown += chunk
+    os.close(terminal)
+    assert demo.returncode == 0, shown.decode()
+    assert f"{ESCAPE}[" in shown.decode()
+    assert " 0 failed" in shown.decode()
+
+
+def _read(terminal: int) -> bytes:
+    """Return what is on the terminal; when its last writer is gone, reading fails with EIO."""
+    try:
+        return os.read(terminal, 65536)
+    except OSError:
+        return b""
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -signal.SIGKILL)],
+    ids=["interrupted", "terminated", "killed"],
+)
+def test_nothing_stays_when_it_is_stopped(kernel: None, tmp_path: Path, number: signal.Signals, code: int) -> None:
+    with subprocess.Popen(
+        DEMO,
+        cwd=CHECKOUT,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as demo:
+        assert demo.stdout is not None
+        assert demo.stderr is not None
+        for line in demo.stdout:
+            if line.startswith("4. "):  # the daemon runs, and requests flow
+                break
+        daemons = [os.pidfd_open(child) for child in children_of(demo.pid)]
+        demo.send_signal(number)
+        rest, errors = demo.stdout.read(), demo.stderr.read()
+    assert demo.returncode == code, rest + errors
+    assert errors == ""
+    assert daemons
+    for daemon in daemons:
+        assert select.select([daemon], [], [], HANG_GUARD)[0], "the daemon is still there"
+        os.close(daemon)
+    assert list(tmp_path.iterdir()) == []
+    assert "kproxy-demo" not in Path("/proc/self/mountinfo").read_text()
+    if number != signal.SIGKILL:
+        assert rest.endswith("Interrupted. Everything is removed.\n")
+
+
+def test_an_ordinary_user_can_run_it(kernel: None) -> None:
+    # Not from setpriv itself: it still has root's capabilities when it executes the command.
+    if play([*NOBODY, "sh", "-c", '"$0" -c "import rich"', sys.executable]).returncode != 0:
+        pytest.skip(f"an ordinary user may not run {sys.executable}")
+    if play([*NOBODY, "unshare", "--user", "--map-root-user", "--mount", "true"]).returncode != 0:
+        pytest.skip("this kernel lets only root make user namespaces")
+    done = play([*NOBODY, *DEMO], PATH="/usr/bin:/bin", PYTHONDONTWRITEBYTECODE="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " 0 failed" in done.stdout
+
+
+def test_it_says_in_one_line_when_it_may_not_make_namespaces(kernel: None, tmp_path: Path) -> None:
+    (tmp_path / "unshare").symlink_to("/bin/false")
+    done = play(DEMO, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    expected = "demo: this root may not make namespaces: run it in a container with `--privileged`, or on a machine\n"
+    assert done.stderr == expected
+
+
+def test_missing_commands_are_named_with_their_package(tmp_path: Path) -> None:
+    for command in PACKAGES:
+        (tmp_path / command).symlink_to("/bin/true")
+    assert missing_commands(str(tmp_path)) == ""
+    (tmp_path / "iptables").unlink()
+    (tmp_path / "mount").unlink()
+    assert missing_commands(str(tmp_path)) == (
+        "iptables, mount not found: install it with `apt-get install iptables mount` (as root)"
+    )
+
+
+def test_a_daemon_that_ends_is_said_with_its_last_words(
+    kernel: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "kproxy"
+    broken.write_text("#!/bin/sh\necho all the rest >&2; echo no such flag >&2; exit 3\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr(proxy, "KPROXY", str(broken))
+    with Scene(tmp_path) as scene, pytest.raises(RuntimeError, match="exit code 3: no such flag"):
+        scene.start_kproxy()
+
+
+class Faulty(Scene):
+    """A scene in which one request is lost."""
+
+    lost = False
+
+    def request(self) -> Outcome:
+        if not self.lost:
+            self.lost = True
+            return Refused()
+        return super().request()
+
+
+def test_a_lost_request_is_reported(kernel: None, tmp_path: Path) -> None:
+    shown = io.StringIO()
+    with Faulty(tmp_path) as scene:
+        assert not tell(scene, Screen(Console(file=shown)))
+    assert " 1 failed" in shown.getvalue()
+    assert "WRONG" in shown.getvalue()
+    assert "1 x Refused()" in shown.getvalue()
+
+
+def test_only_a_fair_share_for_exactly_these_pods_is_expected() -> None:
+    pods = ["a", "b", "c"]
+    assert as_expected(Counter(a=60, b=100, c=140), pods)
+    assert not as_expected(Counter(a=58, b=100, c=142), pods)
+    assert not as_expected(Counter(a=100, b=100, c=58, d=42), pods)
+    assert not as_expected(Counter(a=150, b=150), pods)
+    assert not as_expected(Counter(), pods)
+
+
+def test_bars_are_ascii_where_the_output_is() -> None:
+    output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    Screen(Console(file=output)).bars({"a": 3, "b": 1}, ["a", "b"])
+    output.flush()
+    output.seek(0)
+    lines = output.read().splitlines()
+    assert lines[0].split() == ["a", "#" * 30, "3", "75%"]
+    assert lines[1].split() == ["b", "#" * 10, "1", "25%"]
+
+
+def test_the_rules_of_a_service_are_picked_from_the_dump() -> None:
+    dump = (CHECKOUT / "tests/golden/clusterip/iptables-save.txt").read_text()
+    chains = rules_of(dump, "demo/web")
+    assert [rules[0].split()[1] for rules in chains] == [
+        "KUBE-SERVICES",
+        "KUBE-SVC-XRY76EGRC3BSCIIJ",
+        "KUBE-SEP-SELNSDJLEF35BQ4V",
+        "KUBE-SEP-4R2DDHFYEWMX5YSX",
+        "KUBE-SEP-X77QEHRBAUGFM3SK",
+    ]
+    assert sum(len(rules) for rules in chains) == 11
+    assert "default/kubernetes" not in str(chains)

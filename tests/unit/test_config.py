@@ -1,0 +1,865 @@
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, get_origin, get_type_hints
+
+import msgspec
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kproxy.config import (
+    Config,
+    ConfigError,
+    add_flags,
+    apply_flags,
+    configure,
+    load_config,
+    node_name,
+    to_yaml,
+)
+from kproxy.config.durations import format_duration, parse_duration
+from kproxy.config.flag_table import CONFIG_FLAGS
+from kproxy.config.types import FlushSeconds, Quantity, Seconds, VModule
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+HEAD = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n"
+
+
+def load(text: str) -> Config:
+    config, warnings = load_config((HEAD + text).encode(), "kp.yaml")
+    assert warnings == []
+    return config
+
+
+def warnings_for(text: str) -> list[str]:
+    return load_config((HEAD + text).encode(), "kp.yaml")[1]
+
+
+def refusal(text: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config((HEAD + text).encode(), "kp.yaml")
+    return str(caught.value)
+
+
+def parse(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False)
+    add_flags(parser)
+    return parser.parse_args(arguments)
+
+
+def flagged(*arguments: str, config: Config | None = None) -> Config:
+    found, warnings = apply_flags(config or Config(), parse(*arguments))
+    assert warnings == []
+    return found
+
+
+def flag_refusal(*arguments: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        apply_flags(Config(), parse(*arguments))
+    return str(caught.value)
+
+
+# Durations
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds", "canonical"),
+    [
+        ("0", 0, "0s"),
+        ("0s", 0, "0s"),
+        ("30s", 30, "30s"),
+        ("1m30s", 90, "1m30s"),
+        ("90s", 90, "1m30s"),
+        ("1h", 3600, "1h0m0s"),
+        ("24h0m0s", 86400, "24h0m0s"),
+        ("1h0.5s", 3600.5, "1h0m0.5s"),
+        ("250ms", 0.25, "250ms"),
+        ("1.5s", 1.5, "1.5s"),
+        (".5m", 30, "30s"),
+        ("1.m", 60, "1m0s"),
+        ("100us", 0.0001, "100µs"),
+        ("1µs", 0.000001, "1µs"),
+        ("1500ns", 0.0000015, "1.5µs"),
+        ("7ns", 7e-9, "7ns"),
+        ("-1m", -60, "-1m0s"),
+        ("+2s", 2, "2s"),
+    ],
+)
+def test_durations_are_read_and_written_as_go_does(text: str, seconds: float, canonical: str) -> None:
+    assert parse_duration(text) == seconds
+    assert format_duration(seconds) == canonical
+
+
+@pytest.mark.parametrize(
+    "text", ["", "30", "s", "1 s", "1d", "1s30", "--1s", ".s", "1e3s", "300000h300000h2000000h", "9" * 400 + "s"]
+)
+def test_what_go_takes_for_no_duration_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is no duration"):
+        parse_duration(text)
+
+
+@given(st.integers(min_value=-(10**15), max_value=10**15))
+def test_every_duration_is_read_as_it_was_written(nanoseconds: int) -> None:
+    assert parse_duration(format_duration(nanoseconds / 1e9)) == nanoseconds / 1e9
+
+
+# The file
+
+
+def test_defaults_are_those_of_kube_proxy() -> None:
+    config = load("")
+    assert config == Config()
+    assert yaml.safe_load(to_yaml(config)) == {
+        "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
+        "kind": "KubeProxyConfiguration",
+        "bindAddress": "0.0.0.0",
+        "bindAddressHardFail": False,
+        "clientConnection": {
+            "acceptContentTypes": "",
+            "burst": 10,
+            "contentType": "application/vnd.kubernetes.protobuf",
+            "kubeconfig": "",
+            "qps": 5,
+        },
+        "clusterCIDR": "",
+        "configSyncPeriod": "15m0s",
+        "conntrack": {
+            "maxPerCore": 32768,
+            "min": 131072,
+            "tcpBeLiberal": False,
+            "tcpCloseWaitTimeout": "1h0m0s",
+            "tcpEstablishedTimeout": "24h0m0s",
+            "udpStreamTimeout": "0s",
+            "udpTimeout": "0s",
+        },
+        "detectLocal": {"bridgeInterface": "", "interfaceNamePrefix": ""},
+        "detectLocalMode": "ClusterCIDR",
+        "enableProfiling": False,
+        "featureGates": {},
+        "healthzBindAddress": "0.0.0.0:10256",
+        "hostnameOverride": "",
+        "iptables": {
+            "localhostNodePorts": True,
+            "masqueradeAll": False,
+            "masqueradeBit": 14,
+            "minSyncPeriod": "1s",
+            "syncPeriod": "30s",
+        },
+        "ipvs": {
+            "excludeCIDRs": [],
+            "minSyncPeriod": "0s",
+            "scheduler": "",
+            "strictARP": False,
+            "syncPeriod": "30s",
+            "tcpFinTimeout": "0s",
+            "tcpTimeout": "0s",
+            "udpTimeout": "0s",
+        },
+        "logging": {
+            "flushFrequency": "5s",
+            "format": "text",
+            "options": {
+                "json": {"infoBufferSize": "0", "splitStream": False},
+                "text": {"infoBufferSize": "0", "splitStream": False},
+            },
+            "verbosity": 0,
+            "vmodule": [],
+        },
+        "metricsBindAddress": "127.0.0.1:10249",
+        "mode": "iptables",
+        "nftables": {"masqueradeAll": False, "masqueradeBit": 14, "minSyncPeriod": "1s", "syncPeriod": "30s"},
+        "nodePortAddresses": [],
+        "oomScoreAdj": -999,
+        "portRange": "",
+        "showHiddenMetricsForVersion": "",
+        "windowsRunAsService": False,
+        "winkernel": {
+            "enableDSR": False,
+            "forwardHealthCheckVip": False,
+            "networkName": "",
+            "rootHnsEndpointName": "",
+            "sourceVip": "",
+        },
+    }
+
+
+KUBEADM = """
+bindAddress: 0.0.0.0
+bindAddressHardFail: false
+clientConnection:
+  acceptContentTypes: ""
+  burst: 0
+  contentType: ""
+  kubeconfig: /var/lib/kube-proxy/kubeconfig.conf
+  qps: 0
+clusterCIDR: 10.244.0.0/16
+configSyncPeriod: 0s
+conntrack:
+  maxPerCore: null
+  min: null
+  tcpBeLiberal: false
+  tcpCloseWaitTimeout: null
+  tcpEstablishedTimeout: null
+  udpStreamTimeout: 0s
+  udpTimeout: 0s
+detectLocal: {bridgeInterface: "", interfaceNamePrefix: ""}
+detectLocalMode: ""
+enableProfiling: false
+healthzBindAddress: ""
+hostnameOverride: ""
+iptables:
+  localhostNodePorts: null
+  masqueradeAll: false
+  masqueradeBit: null
+  minSyncPeriod: 0s
+  syncPeriod: 0s
+ipvs:
+  excludeCIDRs: null
+  minSyncPeriod: 0s
+  scheduler: ""
+  strictARP: false
+  syncPeriod: 0s
+  tcpFinTimeout: 0s
+  tcpTimeout: 0s
+  udpTimeout: 0s
+logging:
+  flushFrequency: 0
+  options:
+    json: {infoBufferSize: "0"}
+    text: {infoBufferSize: "0"}
+  verbosity: 0
+metricsBindAddress: ""
+mode: ""
+nftables: {masqueradeAll: false, masqueradeBit: null, minSyncPeriod: 0s, syncPeriod: 0s}
+nodePortAddresses: null
+oomScoreAdj: null
+portRange: ""
+showHiddenMetricsForVersion: ""
+winkernel:
+  enableDSR: false
+  forwardHealthCheckVip: false
+  networkName: ""
+  rootHnsEndpointName: ""
+  sourceVip: ""
+"""
+
+
+def test_a_file_of_kubeadm_means_the_defaults_and_brings_no_warning() -> None:
+    config = load(KUBEADM)
+    assert config.client_connection.kubeconfig == "/var/lib/kube-proxy/kubeconfig.conf"
+    assert msgspec.structs.replace(config, client_connection=Config().client_connection) == msgspec.structs.replace(
+        Config(), cluster_cidr="10.244.0.0/16"
+    )
+
+
+@pytest.mark.parametrize("folder", sorted(GOLDEN.glob("*/")), ids=lambda folder: folder.name)
+def test_recorded_configurations_load(folder: Path) -> None:
+    path = folder / "config.json"
+    config, warnings = load_config(path.read_bytes(), str(path))
+    assert warnings == []
+    assert config.hostname_override == "node-1"
+    assert config.cluster_cidrs == ("10.244.0.0/16", "fd00:10:244::/48")
+    assert (config.conntrack.max_per_core, config.conntrack.tcp_close_wait_timeout) == (0, 0.0)
+    assert load_config(to_yaml(config).encode(), "written.yaml") == (config, [])
+
+
+OTHER: dict[str, Any] = {
+    "mode": "nftables",
+    "detect_local_mode": "NodeCIDR",
+    "format": "json",
+    "bind_address": "fd00::1",
+    "healthz_bind_address": "[::1]:1",
+    "metrics_bind_address": "10.0.0.1:65535",
+    "cluster_cidr": "10.0.0.0/8,fd00::/8",
+    "node_port_addresses": ("10.0.0.0/8", "fd00::/64"),
+    "show_hidden_metrics_for_version": "1.35",
+    "vmodule": (),
+}
+"""Values for the fields that take only some."""
+
+
+def another(shape: type[msgspec.Struct]) -> msgspec.Struct:
+    """Return a section no field of which has its default."""
+    values: dict[str, Any] = {}
+    hints = get_type_hints(shape)
+    for item in msgspec.structs.fields(shape):
+        kind = hints[item.name]
+        default = getattr(shape(), item.name)
+        if item.name in OTHER:
+            values[item.name] = OTHER[item.name]
+        elif isinstance(default, msgspec.Struct):
+            values[item.name] = another(type(default))
+        elif get_origin(kind) is tuple:
+            values[item.name] = ("10.0.0.0/8",)
+        elif isinstance(default, dict):
+            values[item.name] = {"LoadBalancerIPMode": True}
+        elif isinstance(default, bool):
+            values[item.name] = not default
+        elif isinstance(default, Seconds):
+            values[item.name] = kind(default + 61.5)
+        elif isinstance(default, str):
+            values[item.name] = Quantity("64Ki") if isinstance(default, Quantity) else "something"
+        else:
+            values[item.name] = default + 3
+    return shape(**values)
+
+
+def test_every_field_is_read_as_it_was_written() -> None:
+    config = another(Config)
+    assert isinstance(config, Config)
+    for part in ("iptables", "nftables"):  # the least period must not be the longer one
+        section = msgspec.structs.replace(getattr(config, part), sync_period=Seconds(3600))
+        config = msgspec.structs.replace(config, **{part: section})
+    text = to_yaml(config)
+    read, warnings = load_config(text.encode(), "kp.yaml")
+    assert read == config
+    assert warnings  # of what has no effect
+    default, written = yaml.safe_load(to_yaml(Config())), yaml.safe_load(text)
+
+    def same(left: Any, right: Any, path: str) -> list[str]:
+        if isinstance(left, dict) and left:
+            return [found for key in left for found in same(left[key], right[key], f"{path}.{key}")]
+        return [path] if left == right else []
+
+    assert same(default, written, "") == [".apiVersion", ".kind", ".logging.vmodule"]
+
+
+def test_vmodule_is_read_as_it_was_written() -> None:
+    config = load("logging: {vmodule: [{filePattern: proxier*, verbosity: 5}]}")
+    assert config.logging.vmodule == (VModule(file_pattern="proxier*", verbosity=5),)
+    assert load_config(to_yaml(config).encode(), "kp.yaml") == (config, [])
+
+
+def test_servers_listen_by_default_on_the_family_of_the_bind_address() -> None:
+    config = load("bindAddress: fd00:0::1")
+    assert config.bind_address == "fd00::1"
+    assert (config.healthz_bind_address, config.metrics_bind_address) == ("[::]:10256", "[::1]:10249")
+    assert load("bindAddress: '::'\nhealthzBindAddress: 0.0.0.0").healthz_bind_address == "0.0.0.0:10256"
+
+
+@pytest.mark.parametrize(
+    ("text", "canonical"),
+    [
+        ("1.2.3.4", "1.2.3.4:10256"),
+        ("1.2.3.4:80", "1.2.3.4:80"),
+        ("'::'", "'[::]:10256'"),
+        ("'[fd00:0::1]:80'", "'[fd00::1]:80'"),
+    ],
+)
+def test_listen_addresses_have_a_port(text: str, canonical: str) -> None:
+    assert load(f"healthzBindAddress: {text}").healthz_bind_address == canonical.strip("'")
+
+
+def test_cidrs_are_canonical() -> None:
+    config = load("clusterCIDR: fd00:0:0::1/48,10.1.2.3/16\nnodePortAddresses: [10.99.0.7/24, 10.99.0.0/24]")
+    assert config.cluster_cidr == "fd00::/48,10.1.0.0/16"
+    assert config.cluster_cidrs == ("fd00::/48", "10.1.0.0/16")
+    assert config.node_port_addresses == ("10.99.0.0/24",)
+    assert load("").cluster_cidrs == ()
+
+
+def test_unset_node_port_addresses_are_primary_in_nftables_mode_only() -> None:
+    assert load("").node_port_addresses_in_force == ()
+    assert load("mode: nftables").node_port_addresses_in_force == ("primary",)
+    assert load("mode: iptables\nnodePortAddresses: [primary]").node_port_addresses_in_force == ("primary",)
+    chosen = load("mode: nftables\nnodePortAddresses: [10.0.0.0/8]")
+    assert chosen.node_port_addresses_in_force == ("10.0.0.0/8",)
+
+
+def test_the_section_of_the_mode_is_in_force() -> None:
+    text = "iptables: {masqueradeBit: 1}\nnftables: {masqueradeBit: 2}\n"
+    assert load(text).backend.masquerade_bit == 1
+    assert load(text + "mode: nftables").backend.masquerade_bit == 2
+
+
+def test_flush_frequency_may_be_nanoseconds() -> None:
+    assert load("logging: {flushFrequency: 2000000000}").logging.flush_frequency == FlushSeconds(2)
+    assert load("logging: {flushFrequency: 3s}").logging.flush_frequency == FlushSeconds(3)
+
+
+def test_the_periods_of_the_mode_that_is_not_in_force_may_not_fit() -> None:
+    text = "nftables: {minSyncPeriod: 1m, syncPeriod: 1s}\n"
+    assert load(text).nftables.min_sync_period == 60.0
+    assert "nftables.minSyncPeriod: must not exceed" in refusal(text + "mode: nftables")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "iptables:\n  masqueradeBit: 32",
+            "kp.yaml:4: iptables.masqueradeBit: must be a whole number from 0 to 31, not 32",
+        ),
+        (
+            "iptables: {masqueradeBit: -1}",
+            "kp.yaml:3: iptables.masqueradeBit: must be a whole number from 0 to 31, not -1",
+        ),
+        (
+            "iptables: {masqueradeBit: '1'}",
+            'kp.yaml:3: iptables.masqueradeBit: must be a whole number from 0 to 31, not "1"',
+        ),
+        (
+            "iptables: {masqueradeBit: true}",
+            "kp.yaml:3: iptables.masqueradeBit: must be a whole number from 0 to 31, not true",
+        ),
+        (
+            "nftables: {masqueradeBit: 1.0}",
+            "kp.yaml:3: nftables.masqueradeBit: must be a whole number from 0 to 31, not 1.0",
+        ),
+        ("iptables: {masqueradeAll: 1}", "kp.yaml:3: iptables.masqueradeAll: must be true or false, not 1"),
+        ("iptables: [a]", 'kp.yaml:3: iptables: must be a mapping, not ["a"]'),
+        (
+            "iptables: {masqueradeBits: 1}",
+            "kp.yaml:3: iptables.masqueradeBits: unknown field; did you mean masqueradeBit?",
+        ),
+        (
+            "detectLocal: {x: 1}",
+            "kp.yaml:3: detectLocal.x: unknown field; known here: bridgeInterface, interfaceNamePrefix",
+        ),
+        ("clusterCidr: 10.0.0.0/8", "kp.yaml:3: clusterCidr: unknown field; did you mean clusterCIDR?"),
+        ("hostnameOverride: 7", "kp.yaml:3: hostnameOverride: must be a string, not 7"),
+        ("hostnameOverride: '  '", 'kp.yaml:3: hostnameOverride: must be a host name, not "  "'),
+        (
+            "mode: ipvs",
+            "kp.yaml:3: mode: ipvs is deprecated by Kubernetes and not in kproxy; use nftables (or iptables)",
+        ),
+        ("mode: userspace", "kp.yaml:3: mode: userspace is removed from Kubernetes; use nftables (or iptables)"),
+        ("mode: kernelspace", "kp.yaml:3: mode: kernelspace is for Windows; use nftables (or iptables)"),
+        ("mode: IPTables", 'kp.yaml:3: mode: must be iptables or nftables, not "IPTables"'),
+        ("mode: [ipvs]", 'kp.yaml:3: mode: must be iptables or nftables, not ["ipvs"]'),
+        (
+            "iptables: {syncPeriod: 30}",
+            "kp.yaml:3: iptables.syncPeriod: must be a duration (such as 30s or 1m30s) greater than 0, not 30",
+        ),
+        (
+            "iptables: {syncPeriod: -1s}",
+            'kp.yaml:3: iptables.syncPeriod: must be a duration (such as 30s or 1m30s) greater than 0, not "-1s"',
+        ),
+        (
+            "iptables: {minSyncPeriod: -1s}",
+            'kp.yaml:3: iptables.minSyncPeriod: must be a duration (such as 30s or 1m30s) of at least 0, not "-1s"',
+        ),
+        (
+            "iptables: {minSyncPeriod: 31s}",
+            "kp.yaml:3: iptables.minSyncPeriod: must not exceed iptables.syncPeriod, 30s, but is 31s",
+        ),
+        (
+            "configSyncPeriod: soon",
+            'kp.yaml:3: configSyncPeriod: must be a duration (such as 30s or 1m30s) greater than 0, not "soon"',
+        ),
+        (
+            "conntrack: {udpTimeout: -5s}",
+            'kp.yaml:3: conntrack.udpTimeout: must be a duration (such as 30s or 1m30s) of at least 0, not "-5s"',
+        ),
+        ("conntrack: {min: -1}", "kp.yaml:3: conntrack.min: must be a whole number from 0 to 2147483647, not -1"),
+        (
+            "conntrack: {maxPerCore: 2147483648}",
+            "kp.yaml:3: conntrack.maxPerCore: must be a whole number from 0 to 2147483647, not 2147483648",
+        ),
+        ("oomScoreAdj: -1001", "kp.yaml:3: oomScoreAdj: must be a whole number from -1000 to 1000, not -1001"),
+        ("oomScoreAdj: 1001", "kp.yaml:3: oomScoreAdj: must be a whole number from -1000 to 1000, not 1001"),
+        (
+            "clientConnection: {burst: -1}",
+            "kp.yaml:3: clientConnection.burst: must be a whole number from 0 to 2147483647, not -1",
+        ),
+        ("clientConnection: {qps: fast}", 'kp.yaml:3: clientConnection.qps: must be a number, not "fast"'),
+        ("clientConnection: {qps: .inf}", "kp.yaml:3: clientConnection.qps: must be a number, not null"),
+        ("bindAddress: localhost", 'kp.yaml:3: bindAddress: must be an IP address, not "localhost"'),
+        ("bindAddress: 10.0.0.1:80", 'kp.yaml:3: bindAddress: must be an IP address, not "10.0.0.1:80"'),
+        (
+            "healthzBindAddress: localhost:80",
+            "kp.yaml:3: healthzBindAddress: must be an IP address or IP:port "
+            '(such as 0.0.0.0:10256 or [::]:10256), not "localhost:80"',
+        ),
+        (
+            "metricsBindAddress: 1.2.3.4:0",
+            "kp.yaml:3: metricsBindAddress: must be an IP address or IP:port "
+            '(such as 0.0.0.0:10249 or [::]:10249), not "1.2.3.4:0"',
+        ),
+        (
+            "metricsBindAddress: '[1.2.3.4]:80'",
+            "kp.yaml:3: metricsBindAddress: must be an IP address or IP:port "
+            '(such as 0.0.0.0:10249 or [::]:10249), not "[1.2.3.4]:80"',
+        ),
+        (
+            "clusterCIDR: 10.0.0.0",
+            "kp.yaml:3: clusterCIDR: must be a CIDR (such as 10.244.0.0/16 or fd00::/64), "
+            'or one of each family with a comma between, not "10.0.0.0"',
+        ),
+        (
+            "clusterCIDR: 10.0.0.0/8,11.0.0.0/8",
+            "kp.yaml:3: clusterCIDR: must be a CIDR (such as 10.244.0.0/16 or fd00::/64), "
+            'or one of each family with a comma between, not "10.0.0.0/8,11.0.0.0/8"',
+        ),
+        (
+            "nodePortAddresses:\n- 10.0.0.0/8\n- primary",
+            "kp.yaml:5: nodePortAddresses[1]: must be a CIDR (such as 10.244.0.0/16 or fd00::/64), "
+            'or primary as the only entry, not "primary"',
+        ),
+        ("nodePortAddresses: 10.0.0.0/8", 'kp.yaml:3: nodePortAddresses: must be a list, not "10.0.0.0/8"'),
+        ("nodePortAddresses: [1]", "kp.yaml:3: nodePortAddresses[0]: must be a string, not 1"),
+        (
+            "detectLocalMode: Magic",
+            "kp.yaml:3: detectLocalMode: must be ClusterCIDR or NodeCIDR or BridgeInterface or InterfaceNamePrefix, "
+            'not "Magic"',
+        ),
+        (
+            "detectLocalMode: BridgeInterface",
+            "kp.yaml:1: detectLocal.bridgeInterface: must be set with detectLocalMode BridgeInterface",
+        ),
+        (
+            "detectLocalMode: InterfaceNamePrefix\ndetectLocal:\n  bridgeInterface: cbr0",
+            "kp.yaml:4: detectLocal.interfaceNamePrefix: must be set with detectLocalMode InterfaceNamePrefix",
+        ),
+        ("featureGates: {A: 'yes'}", 'kp.yaml:3: featureGates.A: must be true or false, not "yes"'),
+        ("featureGates: [A]", 'kp.yaml:3: featureGates: must be a mapping, not ["A"]'),
+        ("logging: {format: xml}", 'kp.yaml:3: logging.format: must be text or json, not "xml"'),
+        (
+            "logging: {flushFrequency: x}",
+            "kp.yaml:3: logging.flushFrequency: must be a duration (such as 30s or 1m30s) "
+            'or a number of nanoseconds, not "x"',
+        ),
+        (
+            "logging: {options: {text: {infoBufferSize: big}}}",
+            'kp.yaml:3: logging.options.text.infoBufferSize: must be an amount (such as 0 or 64Ki), not "big"',
+        ),
+        (
+            "logging:\n  vmodule:\n  - {filePattern: a}\n  - {filePattern: 'a,b'}",
+            "kp.yaml:6: logging.vmodule[1].filePattern: must be the name of a source file, or a pattern, "
+            'without = and ,, not "a,b"',
+        ),
+        (
+            "logging: {format: json, vmodule: [{filePattern: a}]}",
+            "kp.yaml:3: logging.vmodule: needs logging.format text",
+        ),
+        (
+            "showHiddenMetricsForVersion: v1",
+            'kp.yaml:3: showHiddenMetricsForVersion: must be a minor version such as 1.35, not "v1"',
+        ),
+        ("mode: iptables\nmode: nftables", "kp.yaml:4:1: not valid YAML: the key 'mode' is given twice"),
+        (
+            "3: 4",
+            "kp.yaml:3: 3: unknown field; known here: "
+            + ", ".join(sorted(yaml.safe_load(to_yaml(Config())).keys() - {"apiVersion", "kind"})),
+        ),
+        ("---\na: 1", "kp.yaml: must hold one document, not 2"),
+    ],
+)
+def test_what_is_wrong_is_named_in_one_line(text: str, message: str) -> None:
+    assert refusal(text) == message
+
+
+FIELDS = [flag.fields[0] for flag in CONFIG_FLAGS if flag.fields] + ["iptables", "logging.options", "x", "mode.x"]
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.dates() | st.binary(max_size=3)
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text() | st.integers(), inner, max_size=3)
+)
+
+
+@given(st.sampled_from(FIELDS), VALUES)
+def test_no_value_of_any_field_brings_another_error(field: str, value: object) -> None:
+    for key in reversed(field.split(".")):
+        value = {key: value}
+    assert isinstance(value, dict)
+    text = HEAD + yaml.safe_dump(value)
+    with suppress(ConfigError):
+        load_config(text.encode(), "kp.yaml")
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("1" + "0" * 30, "1" + "0" * 30),
+        ("1" + "0" * 400, "1" + "0" * 76 + "..."),
+        ("[" + "1, " * 50 + "]", "[" + "1," * 38 + "..."),
+        ("{[1]: 2}", "a dict"),
+        ("&a [*a]", "a list"),
+    ],
+)
+def test_values_are_shown_at_a_readable_length(value: str, shown: str) -> None:
+    message = refusal(f"oomScoreAdj: {value}")
+    assert message == f"kp.yaml:3: oomScoreAdj: must be a whole number from -1000 to 1000, not {shown}"
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "message"),
+    [
+        (b"", "kp.yaml", "kp.yaml: must hold one document, not 0"),
+        (b"- a", "kp.yaml", 'kp.yaml:1: must be a mapping, not ["a"]'),
+        (b"{}", "kp.json", "kp.json:1: apiVersion is missing: must be kubeproxy.config.k8s.io/v1alpha1"),
+        (
+            b"kind: KubeProxyConfiguration\napiVersion: v1",
+            "kp.yaml",
+            'kp.yaml:2: apiVersion: must be kubeproxy.config.k8s.io/v1alpha1, not "v1"',
+        ),
+        (
+            b'{"apiVersion": "kubeproxy.config.k8s.io/v1alpha1",\n"kind": "Pod"}',
+            "kp.json",
+            'kp.json:2: kind: must be KubeProxyConfiguration, not "Pod"',
+        ),
+        (b'{"kind": }', "kp.json", "kp.json:1:10: not valid JSON: invalid character"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_refused(text: bytes, path: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(text, path)
+    assert str(caught.value) == message
+
+
+def test_what_has_no_effect_is_said() -> None:
+    assert warnings_for("ipvs:\n  scheduler: wrr\n  strictARP: true\nwinkernel: {networkName: x}\nportRange: 1-2") == [
+        "kp.yaml:4: ipvs.scheduler: has no effect in kproxy",
+        "kp.yaml:5: ipvs.strictARP: has no effect in kproxy",
+        "kp.yaml:6: winkernel.networkName: has no effect in kproxy",
+        "kp.yaml:7: portRange: has no effect in kproxy",
+    ]
+    assert warnings_for("windowsRunAsService: true\nlogging: {options: {json: {splitStream: true}}}") == [
+        "kp.yaml:4: logging.options.json.splitStream: has no effect in kproxy",
+        "kp.yaml:3: windowsRunAsService: has no effect in kproxy",
+    ]
+    assert warnings_for("udpIdleTimeout: 250ms") == [
+        "kp.yaml:3: udpIdleTimeout: is not a setting of kube-proxy any more"
+    ]
+    assert warnings_for("featureGates: {B: true, A: false, NFTablesProxyMode: false, LoadBalancerIPMode: true}") == [
+        "kp.yaml:3: featureGates: no such gates in kproxy, without effect: A, B",
+        "kp.yaml:3: featureGates: always on in kproxy: NFTablesProxyMode",
+    ]
+
+
+# Flags
+
+
+def test_every_flag_of_a_field_sets_it() -> None:
+    values = {
+        "text": "something",
+        "bool": None,
+        "int": "7",
+        "number": "7.5",
+        "list": "10.0.0.0/8,fd00::/64",
+        "gates": "LoadBalancerIPMode=true",
+        "vmodule": "a=1,b*=2",
+        "hostname-override": "Node-1",
+        "bind-address": "10.0.0.1",
+        "healthz-bind-address": "10.0.0.1:1",
+        "metrics-bind-address": "10.0.0.1:1",
+        "show-hidden-metrics-for-version": "1.35",
+        "proxy-mode": "nftables",
+        "detect-local-mode": "NodeCIDR",
+        "cluster-cidr": "10.0.0.0/8",
+        "logging-format": "json",
+        "iptables-localhost-nodeports": "false",
+        "iptables-min-sync-period": "3s",
+    }
+    before = yaml.safe_load(to_yaml(Config()))
+    for flag in CONFIG_FLAGS:
+        duration = any(field.endswith(("Period", "Timeout", "Frequency")) for field in flag.fields)
+        value = values.get(flag.name, "17s" if duration else "64Ki" if "buffer" in flag.name else values[flag.kind])
+        given = flag.option if value is None else f"{flag.option}={value}"
+        config, _ = apply_flags(Config(), parse(given))
+        after = yaml.safe_load(to_yaml(config))
+        changed = {
+            path for path in (tuple(field.split(".")) for field in flag.fields) if at(before, path) != at(after, path)
+        }
+        assert changed == {tuple(field.split(".")) for field in flag.fields}, flag
+        for path in changed:
+            put(after, path, at(before, path))
+        assert after == before, flag
+
+
+def at(data: Any, path: tuple[str, ...]) -> Any:
+    for key in path:
+        data = data[key]
+    return data
+
+
+def put(data: Any, path: tuple[str, ...], value: Any) -> None:
+    at(data, path[:-1])[path[-1]] = value
+
+
+FLAGS_OF_KUBE_PROXY = """
+bind-address bind-address-hard-fail boot-id-file cleanup cluster-cidr config config-sync-period
+conntrack-max-per-core conntrack-min conntrack-tcp-be-liberal conntrack-tcp-timeout-close-wait
+conntrack-tcp-timeout-established conntrack-udp-timeout conntrack-udp-timeout-stream detect-local-mode
+feature-gates healthz-bind-address healthz-port help hostname-override init-only iptables-localhost-nodeports
+iptables-masquerade-bit iptables-min-sync-period iptables-sync-period ipvs-exclude-cidrs ipvs-min-sync-period
+ipvs-scheduler ipvs-strict-arp ipvs-sync-period ipvs-tcp-timeout ipvs-tcpfin-timeout ipvs-udp-timeout
+kube-api-burst kube-api-content-type kube-api-qps kubeconfig log-flush-frequency log-json-info-buffer-size
+log-json-split-stream log-text-info-buffer-size log-text-split-stream logging-format machine-id-file
+masquerade-all master metrics-bind-address metrics-port nodeport-addresses oom-score-adj pod-bridge-interface
+pod-interface-name-prefix profiling proxy-mode proxy-port-range show-hidden-metrics-for-version v vmodule
+write-config-to
+"""
+"""What a running kube-proxy logs as its flags, without `version`."""
+
+
+def test_all_flags_of_kube_proxy_are_there() -> None:
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    shown = parser.format_help()
+    assert [name for name in FLAGS_OF_KUBE_PROXY.split() if f" --{name}" not in shown] == []
+    assert "_" not in "".join(part for part in shown.split() if part.startswith("--"))
+
+
+def test_flags_in_go_syntax() -> None:
+    assert flagged("--proxy-mode=nftables").mode == flagged("--proxy-mode", "nftables").mode == "nftables"
+    assert flagged("--masquerade-all").backend.masquerade_all
+    assert flagged("--masquerade-all=true").backend.masquerade_all
+    assert not flagged("--masquerade-all=F").backend.masquerade_all
+    assert not flagged("--iptables-localhost-nodeports=false").iptables.localhost_node_ports
+    for verbosity in (["-v=5"], ["-v5"], ["-v", "5"], ["--v=5"], ["--v", "5"]):
+        assert flagged(*verbosity).logging.verbosity == 5
+    assert flagged("--proxy_mode=nftables", "--hostname_override", "a").mode == "nftables"
+    assert flagged("--oom-score-adj", "-5").oom_score_adj == -5
+    assert flagged("--iptables-min-sync-period=1m30s", "--iptables-sync-period=2m").iptables.min_sync_period == 90.0
+
+
+def test_lists_may_be_repeated() -> None:
+    arguments = ("--nodeport-addresses=10.0.0.0/8,11.0.0.0/8", "--nodeport-addresses=fd00::/64")
+    assert flagged(*arguments).node_port_addresses == ("10.0.0.0/8", "11.0.0.0/8", "fd00::/64")
+    assert flagged("--vmodule=a=1", "--vmodule", "b=2,c=3").logging.vmodule == (
+        VModule(file_pattern="a", verbosity=1),
+        VModule(file_pattern="b", verbosity=2),
+        VModule(file_pattern="c", verbosity=3),
+    )
+
+
+def test_commands_are_in_the_namespace_and_set_no_field() -> None:
+    none = parse()
+    assert (none.config, none.master, none.write_config_to, none.cleanup, none.init_only) == (
+        None,
+        None,
+        None,
+        False,
+        False,
+    )
+    some = parse("--cleanup", "--init-only=false", "--master=https://a", "--write-config-to", "f")
+    assert (some.master, some.write_config_to, some.cleanup, some.init_only) == ("https://a", "f", True, False)
+    assert apply_flags(Config(), some) == (Config(), [])
+    with pytest.raises(argparse.ArgumentError, match="must be true or false, not 'maybe'"):
+        parse("--cleanup=maybe")
+
+
+def test_the_sync_periods_of_the_flags_apply_in_either_mode_and_may_be_0() -> None:
+    config = flagged("--iptables-min-sync-period=0", "--iptables-sync-period=10s")
+    assert config.iptables.min_sync_period == config.nftables.min_sync_period == 0.0
+    assert config.iptables.sync_period == config.nftables.sync_period == 10.0
+
+
+def test_an_empty_value_is_no_value_where_kube_proxy_sees_none() -> None:
+    file = load("mode: nftables\nhostnameOverride: a\nclusterCIDR: 10.0.0.0/8")
+    assert flagged("--proxy-mode=", "--hostname-override=", "--detect-local-mode=", config=file) == file
+    assert flagged("--cluster-cidr=", config=file).cluster_cidr == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "healthz", "metrics"),
+    [
+        ((), "0.0.0.0:10256", "127.0.0.1:10249"),
+        (("--healthz-bind-address=", "--metrics-bind-address="), "", ""),
+        (("--healthz-port=0", "--metrics-port=0"), "", ""),
+        (("--healthz-port=80",), "0.0.0.0:10256", "127.0.0.1:10249"),  # the default has a port already
+        (("--healthz-bind-address=::", "--healthz-port=80"), "[::]:80", "127.0.0.1:10249"),
+        (("--metrics-bind-address=1.2.3.4", "--metrics-port=80"), "0.0.0.0:10256", "1.2.3.4:80"),
+        (("--metrics-bind-address=1.2.3.4",), "0.0.0.0:10256", "1.2.3.4:10249"),
+        (("--metrics-bind-address=[::]:7",), "0.0.0.0:10256", "[::]:7"),
+        (("--bind-address=::",), "0.0.0.0:10256", "127.0.0.1:10249"),
+    ],
+)
+def test_flags_for_servers(arguments: tuple[str, ...], healthz: str, metrics: str) -> None:
+    config, _ = apply_flags(Config(), parse(*arguments))
+    assert (config.healthz_bind_address, config.metrics_bind_address) == (healthz, metrics)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--iptables-masquerade-bit=40", "--iptables-masquerade-bit: must be a whole number from 0 to 31, not 40"),
+        ("--iptables-masquerade-bit=x", '--iptables-masquerade-bit: must be a whole number, not "x"'),
+        ("--masquerade-all=maybe", '--masquerade-all: must be true or false, not "maybe"'),
+        ("--kube-api-qps=fast", '--kube-api-qps: must be a number, not "fast"'),
+        (
+            "--proxy-mode=ipvs",
+            "--proxy-mode: ipvs is deprecated by Kubernetes and not in kproxy; use nftables (or iptables)",
+        ),
+        ("--proxy-mode=x", '--proxy-mode: must be iptables or nftables, not "x"'),
+        (
+            "--nodeport-addresses=10.0.0.0/8,x",
+            "--nodeport-addresses: must be a CIDR (such as 10.244.0.0/16 or fd00::/64), "
+            'or primary as the only entry, not "x"',
+        ),
+        ("--feature-gates=A", '--feature-gates: must be NAME=true or NAME=false, not "A"'),
+        ("--feature-gates=A=2", '--feature-gates: A: must be true or false, not "2"'),
+        ("--vmodule=a", '--vmodule: must be PATTERN=N, not "a"'),
+        ("--vmodule=a=b", '--vmodule: a: must be a whole number, not "b"'),
+        ("--hostname-override=  ", '--hostname-override: must be a host name, not "  "'),
+        ("--healthz-port=70000", "--healthz-port: must be a port from 1 to 65535, or 0 for none, not 70000"),
+        (
+            "--iptables-sync-period=500ms",
+            "iptables.minSyncPeriod: must not exceed iptables.syncPeriod, 500ms, but is 1s",
+        ),
+        (
+            "--detect-local-mode=BridgeInterface",
+            "detectLocal.bridgeInterface: must be set with detectLocalMode BridgeInterface",
+        ),
+    ],
+)
+def test_a_wrong_flag_is_named_in_one_line(argument: str, message: str) -> None:
+    assert flag_refusal(argument) == message
+
+
+def test_flags_without_effect_and_deprecated_ones_are_said() -> None:
+    arguments = ("--ipvs-scheduler=rr", "--boot-id-file=x", "--healthz-port=1", "--feature-gates=A=true")
+    assert apply_flags(Config(), parse(*arguments))[1] == [
+        "--ipvs-scheduler, --boot-id-file: without effect in kproxy",
+        "--healthz-port: deprecated: use --healthz-bind-address",
+        "--feature-gates: no such gates in kproxy, without effect: A",
+    ]
+
+
+def test_flags_that_are_given_win_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "kp.yaml"
+    path.write_text(
+        HEAD + "mode: nftables\nhostnameOverride: a\nclusterCIDR: 10.0.0.0/8\niptables: {masqueradeBit: 3}\n"
+        "featureGates: {LoadBalancerIPMode: true}\nlogging: {verbosity: 2, vmodule: [{filePattern: x}]}\n"
+    )
+    arguments = ("--hostname-override", " Node-1 ", "--proxy-mode", "iptables", "--vmodule=y=1")
+    config, warnings = configure(parse("--config", str(path), *arguments, "--feature-gates=TopologyAwareHints=true"))
+    assert warnings == []
+    assert (config.mode, config.hostname_override, config.cluster_cidr) == ("iptables", "node-1", "10.0.0.0/8")
+    assert (config.iptables.masquerade_bit, config.logging.verbosity) == (3, 2)
+    assert config.feature_gates == {"LoadBalancerIPMode": True, "TopologyAwareHints": True}
+    assert [item.file_pattern for item in config.logging.vmodule] == ["y", "x"]
+
+
+def test_configure_without_a_file_and_with_one_that_cannot_be_read(tmp_path: Path) -> None:
+    assert configure(parse()) == (Config(), [])
+    with pytest.raises(ConfigError) as caught:
+        configure(parse("--config", str(tmp_path / "missing")))
+    assert str(caught.value) == f"{tmp_path}/missing: cannot be read: no such file or directory"
+    with pytest.raises(ConfigError, match="cannot be read: is a directory"):
+        configure(parse("--config", str(tmp_path)))
+
+
+def test_the_node_is_named_by_the_override_or_the_host() -> None:
+    assert node_name(Config(), " Host.Example \n") == "host.example"
+    assert node_name(Config(hostname_override=" Node-1 "), "host") == "node-1"
+
+
+def test_json_is_read_without_loading_a_yaml_parser() -> None:
+    program = (
+        "import sys; from kproxy.config import load_config\n"
+        f"load_config(open({str(GOLDEN / 'clusterip' / 'config.json')!r}, 'rb').read(), 'config.json')\n"
+        "sys.exit('yaml' in sys.modules or 'kubernetes' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_a_configuration_cannot_be_changed() -> None:
+    with pytest.raises(AttributeError):
+        Config().mode = "nftables"  # type: ignore[misc]
