@@ -86,11 +86,11 @@ def apply_once(config: Config, objects: str) -> None:
     failures = []
     for family, sync in families.items():
         try:
-            services = sync.sync(store)
+            outcome = sync.sync(store)
         except SyncError as error:
             failures.append(f"{family.value}: {error}")
         else:
-            log.info("%s: %d services in force", family.value, services)
+            log.info("%s: %d services in force", family.value, len(outcome.plans))
     if failures:
         raise SyncError("; ".join(failures))
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -15,12 +16,10 @@ from kproxy.iptables.render import RenderedPort, render_port
 from kproxy.iptables.text import parse_save
 from kproxy.model.context import Context
 from kproxy.model.plan import ServicePortPlan
-from kproxy.model.types import ServiceKey
 from kproxy.sync.backend import SyncError
+from kproxy.sync.report import Plans, Written
 
 log = logging.getLogger(__name__)
-
-Plans = Mapping[ServiceKey, Sequence[ServicePortPlan]]
 
 BLOCK_RULES = 600
 """How many rules one transaction holds at most in a large change: about 25 Services of 10 endpoints.
@@ -59,7 +58,7 @@ class IptablesBackend:
         """Whether the next `sync` must be given the plans of all Services."""
         return self._ledger is None
 
-    def sync(self, plans: Plans, context: Context) -> None:
+    def sync(self, plans: Plans, context: Context) -> Written:
         """Bring the kernel to `plans`: the Services that may have changed, or all if `needs_everything`.
 
         A Service without plans is deleted. Raises `SyncError` if the kernel refused; what was accepted before stays.
@@ -68,13 +67,16 @@ class IptablesBackend:
         wanted = ((key, render_ports(ports, context)) for key, ports in plans.items())
         change = Change(ledger, view, wanted, context, block_rules=self._block_rules)
         self._ledger = None
+        written: Counter[str] = Counter()
         try:
             for transaction in change.transactions():
                 self._kernel.restore(transaction.text())
+                written += transaction.rules_by_table()
         except (RestoreError, CommandError) as error:
             raise SyncError(str(error)) from None
         change.commit()
         self._ledger = ledger
+        return Written(written, ledger.rules)
 
     def _read(self) -> KernelView:
         try:
@@ -97,9 +99,10 @@ class Printer:
     def __init__(self, show: Callable[[str], object]) -> None:
         self._show = show
 
-    def sync(self, plans: Plans, context: Context) -> None:
+    def sync(self, plans: Plans, context: Context) -> Written:
         """Hand on the one `iptables-restore --noflush` input that programs all `plans`."""
         wanted = ((key, render_ports(ports, context)) for key, ports in plans.items())
         change = Change(Ledger(), KernelView({}, {}), wanted, context, block_rules=UNLIMITED)
         for transaction in change.transactions():
             self._show(transaction.text())
+        return Written({}, {})

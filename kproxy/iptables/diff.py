@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 
@@ -41,6 +42,7 @@ class Change:
         self._block_rules = block_rules
         self._services: dict[ServiceKey, ServiceRecord] = {}
         self._base: dict[Chain, Digest] = {}
+        self._base_rules: Counter[str] = Counter()
         self._deleted: list[Chain] = []
 
     def transactions(self) -> Iterator[Restore]:
@@ -66,11 +68,8 @@ class Change:
     def commit(self) -> None:
         """Write into the ledger what the kernel holds once it has accepted every transaction."""
         for key, record in self._services.items():
-            if record:
-                self._ledger.services[key] = record
-            else:
-                self._ledger.services.pop(key, None)
-        self._ledger.base = self._base
+            self._ledger.put(key, record)
+        self._ledger.put_base(self._base, self._base_rules)
 
     def _held(self, chain: Chain) -> Digest | None:
         return (self._kernel.ours if self._kernel else self._ledger.base).get(chain)
@@ -79,6 +78,8 @@ class Change:
         """Return the chains that those of the Services jump to, where they differ."""
         chains = base_chains(self._context)
         self._base = {chain: hash(rules) for chain, rules in chains.items()}
+        for chain, rules in chains.items():
+            self._base_rules[chain.table] += count_rules([rules])
         return {chain: rules for chain, rules in chains.items() if self._held(chain) != self._base[chain]}
 
     def _port_chains(self) -> Iterator[dict[Chain, str]]:
@@ -106,8 +107,12 @@ class Change:
         for key, record in self._services.items():
             dirty |= dispatch_differs(self._ledger.services.get(key, {}), record)
         switch = Restore()
+        self._base_rules[FILTER_FIREWALL.table] += sum(
+            rule.chain == FILTER_FIREWALL for rule in ensured_rules(self._context)
+        )
         for chain, tail in dispatch_tails(self._context).items():
             self._base[chain] = hash(tail)
+            self._base_rules[chain.table] += len(tail)
             if self._kernel is None and chain not in dirty and self._ledger.base.get(chain) == self._base[chain]:
                 continue
             rules = self._ledger.dispatch_text(chain, tail, self._services)

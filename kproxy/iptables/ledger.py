@@ -6,13 +6,14 @@ For 10,000 Services of 10 endpoints the rules are 50 MB of text; their names and
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
 from msgspec import Struct
 
 from kproxy.iptables.names import DISPATCH, PORT_CHAIN_PREFIXES, Chain
 from kproxy.iptables.render import RenderedPort
-from kproxy.iptables.text import SavedChain
+from kproxy.iptables.text import SavedChain, count_rules
 from kproxy.model.types import ServiceKey
 
 Digest = int
@@ -20,17 +21,22 @@ Digest = int
 
 
 class PortRecord(Struct, frozen=True, gc=False):
-    """The accepted state of one service port: its chains' names, a digest for each, and its dispatch rules."""
+    """The accepted state of one service port: its chains' names, a digest for each, and its dispatch rules.
+
+    `rules` is how many rules the chains hold.
+    """
 
     names: str
     digests: bytes
+    rules: int
     dispatch: tuple[tuple[Chain, str], ...]
 
     @classmethod
     def of(cls, rendered: RenderedPort) -> PortRecord:
         """Return the record of a rendered port."""
         digests = array("q", map(hash, rendered.chains.values()))
-        return cls(" ".join(rendered.chains), digests.tobytes(), rendered.dispatch)
+        rules = count_rules(rendered.chains.values())
+        return cls(" ".join(rendered.chains), digests.tobytes(), rules, rendered.dispatch)
 
     def chains(self) -> Iterator[tuple[str, Digest]]:
         """Iterate over the chains of table nat with the digest of each."""
@@ -75,6 +81,25 @@ class Ledger:
     def __init__(self) -> None:
         self.services: dict[ServiceKey, ServiceRecord] = {}
         self.base: dict[Chain, Digest] = {}
+        self._base_rules: Counter[str] = Counter()
+        self._service_rules: Counter[str] = Counter()
+
+    @property
+    def rules(self) -> dict[str, int]:
+        """How many rules of ours each table holds, the jumps from built-in chains aside."""
+        return {table: self._base_rules[table] + self._service_rules[table] for table in ("nat", "filter")}
+
+    def put(self, key: ServiceKey, record: ServiceRecord) -> None:
+        """Replace the record of a Service; an empty one removes it."""
+        self._service_rules.subtract(_count(self.services.pop(key, {})))
+        self._service_rules.update(_count(record))
+        if record:
+            self.services[key] = record
+
+    def put_base(self, base: dict[Chain, Digest], rules: Counter[str]) -> None:
+        """Replace what is known of the chains that all Services share, `rules` being their numbers by table."""
+        self.base = base
+        self._base_rules = rules
 
     def dispatch_text(self, chain: Chain, tail: Iterable[str], changed: Mapping[ServiceKey, ServiceRecord]) -> str:
         """Return a dispatch chain's rules: those of all Services in the order of their names, then the tail.
@@ -90,6 +115,12 @@ class Ledger:
             if owner == chain
         ]
         return "\n".join([*rules, *tail])
+
+
+def _count(record: ServiceRecord) -> Counter[str]:
+    rules = Counter(chain.table for port in record.values() for chain, _ in port.dispatch)
+    rules["nat"] += sum(port.rules for port in record.values())
+    return rules
 
 
 def dispatch_differs(old: ServiceRecord, new: ServiceRecord) -> set[Chain]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 
 from msgspec import Struct, field
@@ -31,6 +32,13 @@ class Restore(Struct):
     def rules(self) -> int:
         """How many rules and deletions this change makes."""
         return count_rules(self.chains.values()) + len(self.edits) + len(self.deleted)
+
+    def rules_by_table(self) -> Counter[str]:
+        """Return how many rules are written into each table."""
+        written = Counter(table for table, _ in self.edits)
+        for chain, rules in self.chains.items():
+            written[chain.table] += count_rules([rules])
+        return written
 
     def text(self) -> str:
         """Return the input for `iptables-restore --noflush`."""

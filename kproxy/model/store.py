@@ -11,10 +11,15 @@ from kproxy.model.types import EndpointSlice, Node, Service, ServiceKey
 
 
 class Changed(Struct, frozen=True):
-    """What a delta changed: the Services whose plans may differ now, and whether this Node did."""
+    """What a delta changed: the Services whose plans may differ now, and whether this Node did.
+
+    `last_changes` are the moments at which the changes of EndpointSlices began, as far as they say so, in
+    seconds since the epoch.
+    """
 
     services: frozenset[ServiceKey] = frozenset()
     node: bool = False
+    last_changes: tuple[float, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.services) or self.node
@@ -63,17 +68,14 @@ class Store:
         self._unlisted.discard(delta.kind)
         present = {_identity(each) for each in delta.objects}
         present.update(delta.unreadable)
-        dirty: set[ServiceKey] = set()
-        node = False
-        for namespace, name in self._identities(delta.kind) - present:
-            changed = self._remove(delta.kind, namespace, name)
-            dirty |= changed.services
-            node |= changed.node
-        for each in delta.objects:
-            changed = self._put(each)
-            dirty |= changed.services
-            node |= changed.node
-        return Changed(frozenset(dirty), node)
+        gone = self._identities(delta.kind) - present
+        changes = [self._remove(delta.kind, namespace, name) for namespace, name in gone]
+        changes += [self._put(each) for each in delta.objects]
+        return Changed(
+            frozenset().union(*(changed.services for changed in changes)),
+            any(changed.node for changed in changes),
+            tuple(moment for changed in changes for moment in changed.last_changes),
+        )
 
     def _identities(self, kind: Kind) -> set[tuple[str, str]]:
         if kind is Service:
@@ -103,7 +105,8 @@ class Store:
         moved = self._remove(EndpointSlice, found.namespace, found.name) if owner not in {None, found.service} else None
         self._slice_owner[_slice_key(found.namespace, found.name)] = found.service
         self._slices.setdefault(found.service, {})[found.name] = found
-        return Changed(frozenset({found.service}) | (moved.services if moved else frozenset()))
+        services = frozenset({found.service}) | (moved.services if moved else frozenset())
+        return Changed(services, last_changes=(found.last_change,) if found.last_change else ())
 
     def _remove(self, kind: Kind, namespace: str, name: str) -> Changed:
         if kind is Service:

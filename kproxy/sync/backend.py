@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from kproxy.model.context import Context
-from kproxy.model.plan import ServicePortPlan
-from kproxy.model.types import ServiceKey
+from kproxy.sync.report import Plans, Written
 
 
 class SyncError(Exception):
@@ -21,7 +19,7 @@ class Backend(Protocol):
     def needs_everything(self) -> bool:
         """Whether the next `sync` must be given the plans of all Services, because nothing is known."""
 
-    def sync(self, plans: Mapping[ServiceKey, Sequence[ServicePortPlan]], context: Context) -> None:
+    def sync(self, plans: Plans, context: Context) -> Written:
         """Program the plans of the Services that may have changed; those without plans are gone.
 
         Raises `SyncError` if the kernel refused.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from itertools import chain
 
+from msgspec import Struct
 from msgspec.structs import replace
 
 from kproxy.model.context import Context
@@ -12,9 +13,20 @@ from kproxy.model.plan import ServicePortPlan, plan_service
 from kproxy.model.store import Changed, Store
 from kproxy.model.types import Node, ServiceKey
 from kproxy.sync.backend import Backend
+from kproxy.sync.report import Plans, Written
 
 LARGE_CLUSTER_ENDPOINTS = 1000
 """Above this many endpoints, per-endpoint rules lose their comments (kube-proxy's threshold)."""
+
+
+class Outcome(Struct, frozen=True):
+    """What the kernel accepted: see the fields of the same names of `kproxy.sync.report.SyncReport`."""
+
+    plans: Plans
+    complete: bool
+    context: Context
+    written: Written
+    last_changes: tuple[float, ...]
 
 
 class FamilySync:
@@ -28,15 +40,17 @@ class FamilySync:
         self._make_context = make_context
         self._applied: Context | None = None
         self._pending: set[ServiceKey] = set()
+        self._last_changes: list[float] = []
         self._endpoints: dict[ServiceKey, int] = {}
         self._total_endpoints = 0
 
     def note(self, changed: Changed) -> None:
         """Take in what a delta changed."""
         self._pending |= changed.services
+        self._last_changes += changed.last_changes
 
-    def sync(self, store: Store) -> int:
-        """Program what is pending and return how many Services were looked at. Raises `SyncError`."""
+    def sync(self, store: Store) -> Outcome:
+        """Program what is pending. Raises `SyncError`."""
         everything = self._backend.needs_everything or self._applied is None
         context = self._make_context(store.node)
         if self._applied is not None and replace(context, large_cluster=self._applied.large_cluster) != self._applied:
@@ -44,11 +58,13 @@ class FamilySync:
         plans = self._plan(store, context, store.service_keys() if everything else ())
         context = replace(context, large_cluster=self._total_endpoints > LARGE_CLUSTER_ENDPOINTS)
         if not everything and context != self._applied:
+            everything = True
             plans |= self._plan(store, context, (key for key in store.service_keys() if key not in plans))
-        self._backend.sync(plans, context)
+        written = self._backend.sync(plans, context)
         self._applied = context
         self._pending.clear()
-        return len(plans)
+        last_changes, self._last_changes = tuple(self._last_changes), []
+        return Outcome(plans, everything, context, written, last_changes)
 
     def _plan(
         self, store: Store, context: Context, more: Iterable[ServiceKey]

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import queue
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 from msgspec import Struct
+from msgspec.structs import asdict, replace
 
 from kproxy.model.delta import Delta
 from kproxy.model.store import Changed, Store
 from kproxy.model.types import Family
 from kproxy.sync.backend import SyncError
 from kproxy.sync.family import FamilySync
+from kproxy.sync.report import Observer, SyncReport
 from kproxy.sync.schedule import Schedule
 
 log = logging.getLogger(__name__)
@@ -47,8 +49,10 @@ class Reconciler:
         *,
         make_schedule: Callable[[], Schedule],
         clock: Callable[[], float],
+        observers: Sequence[Observer] = (),
     ) -> None:
         self._store = store
+        self._observers = observers
         self._families = {family: (sync, make_schedule()) for family, sync in families.items()}
         self._clock = clock
         self._announced = False
@@ -79,12 +83,14 @@ class Reconciler:
         else:
             listed = self._store.complete
             changed = self._store.apply(message)
-            changed = changed if listed else Changed(changed.services, node=changed.node or self._store.complete)
+            changed = changed if listed or not self._store.complete else replace(changed, node=True)
         if not changed:
             return
-        for sync, schedule in self._families.values():
+        for family, (sync, schedule) in self._families.items():
             sync.note(changed)
             schedule.request()
+            for observer in self._observers:
+                observer.queued(family, self._clock())
 
     def wait(self) -> float | None:
         """Return in how many seconds `sync_due` has something to do, None if only a message can tell."""
@@ -107,17 +113,24 @@ class Reconciler:
 
     def _sync(self, family: Family) -> bool:
         sync, schedule = self._families[family]
-        started = self._clock()
-        schedule.started(started)
+        began = self._clock()
+        schedule.started(began)
         try:
-            services = sync.sync(self._store)
+            outcome = sync.sync(self._store)
         except Exception as error:  # a bug in here must not end the node's proxy: it is told and retried
             schedule.failed(self._clock())
             pause = schedule.wait(self._clock()) or 0.0
             reason = str(error) if isinstance(error, SyncError) else f"unexpected {error!r}"
             log.error("%s: sync failed, trying again in %.1f s: %s", family.value, pause, reason)
             log.debug("%s: where it failed", family.value, exc_info=error)
+            self._tell(SyncReport(family, began, self._clock(), False, {}, None, None, error=reason))
             return False
         schedule.succeeded()
-        log.info("%s: %d services in force after %.3f s", family.value, services, self._clock() - started)
+        ended = self._clock()
+        log.info("%s: %d services in force after %.3f s", family.value, len(outcome.plans), ended - began)
+        self._tell(SyncReport(family=family, began=began, ended=ended, error="", **asdict(outcome)))
         return True
+
+    def _tell(self, report: SyncReport) -> None:
+        for observer in self._observers:
+            observer.synced(report)

@@ -469,7 +469,10 @@ def renamed_into(path: Path, content: bytes) -> None:
     temporary.rename(path)
 
 
-def test_files_written_in_place_renamed_linked_and_deleted_are_noticed(tmp_path: Path, follow: Any) -> None:
+def test_files_written_in_place_renamed_linked_and_deleted_are_noticed(
+    tmp_path: Path, follow: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_reading, "PATIENCE", 2 * HANG)
     folder = tmp_path / "objects"
     folder.mkdir()
     (folder / "a.yaml").write_bytes(text(service("a")))
@@ -655,6 +658,32 @@ class Reader:
         thread = threading.Thread(target=read, daemon=True)
         thread.start()
         return thread
+
+
+def test_a_reading_waits_for_the_end_of_a_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file_reading, "PATIENCE", HANG)
+    waits = threading.Event()
+
+    class Observed(SettledReader):
+        def _is_over(self, seconds: float | None) -> bool:
+            waits.set()
+            return super()._is_over(seconds)
+
+    path = tmp_path / "a.yaml"
+    path.write_bytes(GOOD)
+    found: queue.Queue[Reading] = queue.Queue()
+    wake = os.eventfd(0)
+    with Inotify() as notices:
+        reader = Observed(str(tmp_path), notices, wake)
+        with path.open("wb", buffering=0) as file:
+            file.write(b"# half")
+            thread = threading.Thread(target=lambda: found.put(reader.read()), daemon=True)
+            thread.start()
+            assert waits.wait(HANG)
+            file.write(b" and half")
+        assert found.get(timeout=HANG).files == {str(path): b"# half and half"}
+        thread.join(HANG)
+    os.close(wake)
 
 
 def test_a_writer_that_never_ends_is_not_waited_for_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,53 @@
+"""What a sync did, for those who watch: metrics, health, conntrack, service health ports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from msgspec import Struct
+
+from kproxy.model.context import Context
+from kproxy.model.plan import ServicePortPlan
+from kproxy.model.types import Family, ServiceKey
+
+Plans = Mapping[ServiceKey, Sequence[ServicePortPlan]]
+"""The plans of Services by port; none for a Service that is gone, or has nothing in the family."""
+
+
+class Written(Struct, frozen=True):
+    """What a backend's sync amounted to, by table: rules it wrote, and rules of ours that are now there."""
+
+    rules: Mapping[str, int]
+    total_rules: Mapping[str, int]
+
+
+class SyncReport(Struct, frozen=True):
+    """One attempt to bring one family's kernel state to the desired state.
+
+    `plans` are those of the Services that were looked at: of all Services if `complete`, else of those that may have
+    changed. `error` is "" if the kernel accepted everything; `written` is None if it did not. `began` and
+    `ended` are in seconds of the reconciler's monotonic clock. `last_changes` are the moments, in seconds since the
+    epoch, at which the endpoint changes began that are now in the kernel (annotation
+    `endpoints.kubernetes.io/last-change-trigger-time`).
+    """
+
+    family: Family
+    began: float
+    ended: float
+    complete: bool
+    plans: Plans
+    context: Context | None
+    written: Written | None
+    error: str = ""
+    last_changes: tuple[float, ...] = ()
+
+
+class Observer(Protocol):
+    """Told of syncs, in the reconciler's thread: must neither block nor raise."""
+
+    def queued(self, family: Family, now: float) -> None:
+        """Note that changes of a family wait to be programmed, at `now` of the reconciler's clock."""
+
+    def synced(self, report: SyncReport) -> None:
+        """Take in how a sync ended, well or not."""
