@@ -54,10 +54,10 @@ def check(config: Config, place: Place) -> Config:
     )
 
 
-def refuse_retired_mode(mode: object, where: str) -> None:
+def refuse_retired_mode(mode: object, place: Place) -> None:
     """Raise `ConfigError` for a mode that kube-proxy has or had, and kproxy has not."""
     if isinstance(mode, str) and mode in RETIRED_MODES:
-        raise ConfigError(f"{where}: {mode} is {RETIRED_MODES[mode]}; use nftables (or iptables)")
+        raise ConfigError(f"{place(('mode',))}: {mode} is {RETIRED_MODES[mode]}; use nftables (or iptables)")
 
 
 def warnings_of(config: Config, place: Place) -> list[str]:
@@ -71,7 +71,9 @@ def warnings_of(config: Config, place: Place) -> list[str]:
         [("windowsRunAsService",)] if config.windows_run_as_service else []
     )
     warnings = [f"{place(path)}: has no effect in kproxy" for path in unused]
-    return warnings + gate_warnings(config.feature_gates, place(("featureGates",)))
+    if config.feature_gates:
+        warnings += gate_warnings(config.feature_gates, place(("featureGates",)))
+    return warnings
 
 
 def gate_warnings(gates: Mapping[str, bool], where: str) -> list[str]:

@@ -85,7 +85,7 @@ def apply_flags(config: Config, namespace: argparse.Namespace) -> tuple[Config, 
         lengths = range(len(at), 0, -1)
         return next((set_by[at[:length]] for length in lengths if at[:length] in set_by), dotted(at))
 
-    refuse_retired_mode(data["mode"], place(("mode",)))
+    refuse_retired_mode(data["mode"], place)
     return check(decode(Config, data, place), place), _warnings(given, ports)
 
 

@@ -53,7 +53,7 @@ def load_config(text: bytes, path: str) -> tuple[Config, list[str]]:
         return ": ".join(part for part in (f"{path}:{line}" if line else path, dotted(at)) if part)
 
     data = _typed(_data(document), place)
-    refuse_retired_mode(data.get("mode"), place(("mode",)))
+    refuse_retired_mode(data.get("mode"), place)
     warnings = [f"{place((name,))}: is not a setting of kube-proxy any more" for name in sorted(_REMOVED & data.keys())]
     kept = {name: value for name, value in data.items() if name not in _REMOVED}
     config = check(decode(Config, _default_addresses(kept), place), place)

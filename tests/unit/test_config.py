@@ -25,7 +25,7 @@ from kproxy.config import (
 )
 from kproxy.config.durations import format_duration, parse_duration
 from kproxy.config.flag_table import CONFIG_FLAGS
-from kproxy.config.types import FlushSeconds, Quantity, Seconds, VModule
+from kproxy.config.types import ClientConnection, FlushSeconds, Quantity, Seconds, VModule
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 HEAD = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n"
@@ -230,6 +230,7 @@ ipvs:
   udpTimeout: 0s
 logging:
   flushFrequency: 0
+  format: ""
   options:
     json: {infoBufferSize: "0"}
     text: {infoBufferSize: "0"}
@@ -252,10 +253,8 @@ winkernel:
 
 def test_a_file_of_kubeadm_means_the_defaults_and_brings_no_warning() -> None:
     config = load(KUBEADM)
-    assert config.client_connection.kubeconfig == "/var/lib/kube-proxy/kubeconfig.conf"
-    assert msgspec.structs.replace(config, client_connection=Config().client_connection) == msgspec.structs.replace(
-        Config(), cluster_cidr="10.244.0.0/16"
-    )
+    connection = ClientConnection(kubeconfig="/var/lib/kube-proxy/kubeconfig.conf")
+    assert config == Config(client_connection=connection, cluster_cidr="10.244.0.0/16")
 
 
 @pytest.mark.parametrize("folder", sorted(GOLDEN.glob("*/")), ids=lambda folder: folder.name)
@@ -578,7 +577,6 @@ def test_no_value_of_any_field_brings_another_error(field: str, value: object) -
         ("1" + "0" * 30, "1" + "0" * 30),
         ("1" + "0" * 400, "1" + "0" * 76 + "..."),
         ("[" + "1, " * 50 + "]", "[" + "1," * 38 + "..."),
-        ("{[1]: 2}", "a dict"),
         ("&a [*a]", "a list"),
     ],
 )

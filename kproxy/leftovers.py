@@ -1,0 +1,40 @@
+"""Removing rules that nobody keeps up to date any more: all of them, or those of the mode that is not in use."""
+
+from __future__ import annotations
+
+from kproxy.host.run import CommandError
+from kproxy.iptables.apply import Iptables, RestoreError
+from kproxy.iptables.cleanup import cleanup
+from kproxy.iptables.text import parse_save
+from kproxy.model.types import Family
+from kproxy.nftables.cleanup import remove_tables
+
+
+def remove_all() -> list[str]:
+    """Remove the rules of both modes and both families, kube-proxy's included; say on a line each what was removed.
+
+    Raises `CommandError` if something is there and stays.
+    """
+    removed = [removed for family in Family if (removed := remove_iptables(family))]
+    return [*removed, *(f"removed nftables table {table}" for table in remove_tables())]
+
+
+def remove_iptables(family: Family) -> str:
+    """Remove the rules of iptables mode of a family; say on a line what was removed, or nothing.
+
+    A family for which there is no iptables has none. Raises `CommandError`.
+    """
+    kernel = Iptables(family)
+    try:
+        kernel.version()
+    except CommandError:
+        return ""
+    with kernel.save() as lines:
+        change = cleanup(parse_save(lines))
+    if not change:
+        return ""
+    try:
+        kernel.restore(change.text())
+    except RestoreError as error:
+        raise CommandError(str(error)) from None
+    return f"removed {len(change.deleted)} iptables chains of {family.value}"
