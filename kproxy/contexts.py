@@ -6,11 +6,18 @@ from collections.abc import Iterable
 from ipaddress import ip_address, ip_network
 
 from kproxy.config import Config
+from kproxy.config.types import PRIMARY
 from kproxy.model.context import Context
 from kproxy.model.local_traffic import local_traffic
+from kproxy.model.store import Store
 from kproxy.model.types import Family, Node, family_of
 
-PRIMARY = ("primary",)
+
+def is_known(config: Config, store: Store) -> bool:
+    """Return whether enough is known for the first sync: all kinds listed, and what `detectLocalMode` goes by."""
+    if not store.complete:
+        return False
+    return config.detect_local_mode != "NodeCIDR" or bool(store.node and store.node.pod_cidrs)
 
 
 def make_context(
@@ -59,7 +66,7 @@ def localhost_node_ports(config: Config, family: Family) -> bool:
     """Return whether NodePorts answer on 127.0.0.1: iptables and IPv4 only, and if `nodePortAddresses` holds it."""
     if family is Family.IPV6 or not config.iptables.localhost_node_ports:
         return False
-    allowed = [cidr for cidr in config.node_port_addresses if cidr != "primary" and family_of(cidr) is family]
+    allowed = [cidr for cidr in config.node_port_addresses if cidr != PRIMARY and family_of(cidr) is family]
     loopback = ip_network("127.0.0.0/8")
     return not config.node_port_addresses or any(ip_network(cidr).overlaps(loopback) for cidr in allowed)
 
@@ -74,7 +81,7 @@ def node_port_addresses(
     a CIDR that holds every address restricts nothing either.
     """
     wanted = tuple(wanted)
-    if wanted == PRIMARY:
+    if wanted == (PRIMARY,):
         return tuple(own[:1])
     networks = [ip_network(cidr) for cidr in wanted if family_of(cidr) is family]
     if not networks or any(network.prefixlen == 0 for network in networks):

@@ -1,4 +1,4 @@
-"""The only wiring: configuration to sources, reconciler, backends, threads, signals and exit codes."""
+"""The daemon's wiring: sources, reconciler, threads and signals."""
 
 from __future__ import annotations
 
@@ -6,30 +6,24 @@ import logging
 import os
 import queue
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
 from types import FrameType
 from typing import Protocol
 
-from kproxy.config import Config, node_name
-from kproxy.contexts import PRIMARY, make_context
-from kproxy.host.addresses import local_addresses
+from kproxy.config import Config
+from kproxy.contexts import is_known
+from kproxy.families import StartError, follows_addresses, make_families, this_node
+from kproxy.host.monitor import AddressMonitor
 from kproxy.host.run import CommandError
-from kproxy.iptables.apply import Iptables
-from kproxy.iptables.backend import BLOCK_RULES, UNLIMITED, IptablesBackend, Printer
 from kproxy.kube.client import Client, ClientError
-from kproxy.kube.file_source import FileSource, FileSourceError
-from kproxy.model.context import Context
-from kproxy.model.delta import Delta
+from kproxy.kube.file_source import FileSource
 from kproxy.model.store import Store
-from kproxy.model.types import Family, Node
-from kproxy.node import IptablesNode, discover_iptables
-from kproxy.sync.backend import SyncError
-from kproxy.sync.family import FamilySync
-from kproxy.sync.reconciler import Message, Reconciler, Stop
+from kproxy.model.types import Family
+from kproxy.nftables.cleanup import remove_table
+from kproxy.sync.reconciler import Message, Reconciler, Resync, Stop
+from kproxy.sync.report import SyncReport
 from kproxy.sync.schedule import Schedule
 
 log = logging.getLogger(__name__)
@@ -38,162 +32,107 @@ STOP_SECONDS = 0.7
 """How long a termination waits for a sync under way; after that the process just ends, and the rules are whole."""
 
 
-class Source(Protocol):
-    """Where objects come from."""
+class Part(Protocol):
+    """Something that runs beside the reconciler."""
 
     def start(self) -> None:
-        """Begin to hand on deltas."""
+        """Begin."""
 
     def stop(self) -> None:
-        """Stop handing on deltas."""
+        """End; nothing more comes from it afterwards."""
 
 
-class StartError(Exception):
-    """kproxy cannot work here; the message says why on one line."""
-
-
-def this_node(config: Config) -> str:
-    """Return this node's name: `hostnameOverride`, or the machine's host name."""
-    return node_name(config, socket.gethostname())
-
-
-def make_families(config: Config, name: str, node: IptablesNode) -> dict[Family, FamilySync]:
-    """Return the way to the kernel for each family that works here."""
-    families = {}
-    for family, version in node.versions.items():
-        log.info("%s: %s", family.value, version)
-        backend = IptablesBackend(Iptables(family), block_rules=BLOCK_RULES if version.nft else UNLIMITED)
-        context = partial(_context, config, family, name, accounting=node.accounting, random_fully=version.random_fully)
-        families[family] = FamilySync(backend, context)
-    return families
-
-
-def _context(
-    config: Config, family: Family, name: str, node: Node | None, *, accounting: bool, random_fully: bool
-) -> Context:
-    needs_addresses = config.node_port_addresses not in {(), PRIMARY}
-    addresses = local_addresses() if needs_addresses else ()
-    return make_context(config, family, name, node, addresses, accounting=accounting, random_fully=random_fully)
-
-
-def apply_once(config: Config, objects: str) -> None:
-    """Program the objects of a file or folder. Raises `StartError`, `FileSourceError` or `SyncError`.
-
-    Each family is tried even if the other fails.
-    """
-    families = make_families(config, this_node(config), _discover())
-    store = load_store(config, objects)
-    failures = []
-    for family, sync in families.items():
-        try:
-            outcome = sync.sync(store)
-        except SyncError as error:
-            failures.append(f"{family.value}: {error}")
-        else:
-            log.info("%s: %d services in force", family.value, len(outcome.plans))
-    if failures:
-        raise SyncError("; ".join(failures))
-
-
-def render(config: Config, objects: str) -> dict[Family, str]:
-    """Return the rules for the objects of a file or folder, as restore input for an empty kernel.
-
-    Raises `FileSourceError`. Looks at nothing of this machine but its host name.
-    """
-    store = load_store(config, objects)
-    texts = {}
-    for family in Family:
-        pages: list[str] = []
-        FamilySync(Printer(pages.append), _ideal_context(config, family)).sync(store)
-        texts[family] = "".join(pages)
-    return texts
-
-
-def _ideal_context(config: Config, family: Family) -> Callable[[Node | None], Context]:
-    """Return how contexts are made for a node where everything works, with the addresses that its Node names."""
-
-    def context(node: Node | None) -> Context:
-        addresses = node.addresses if node else ()
-        return make_context(config, family, this_node(config), node, addresses, accounting=True, random_fully=True)
-
-    return context
-
-
-def load_store(config: Config, objects: str) -> Store:
-    """Return the desired state that a file or folder holds. Raises `FileSourceError`."""
-    store = Store(this_node(config))
-
-    def take(deltas: tuple[Delta, ...]) -> None:
-        for delta in deltas:
-            store.apply(delta)
-
-    FileSource(objects, take).load_once()
-    if store.node is None:
-        log.warning("there is no Node %r: zone, pod CIDRs and node addresses are unknown", this_node(config))
-    return store
-
-
-def run(config: Config, objects: str | None) -> None:
+def run(config: Config, objects: str | None, server: str | None) -> None:
     """Keep this node's rules after the cluster until SIGTERM or SIGINT; the rules stay.
 
-    Raises `StartError` if it cannot begin.
+    `objects` is a file or folder to follow instead of an API server, `server` overrides the URL of that. Raises
+    `StartError` if it cannot begin.
     """
-    name = this_node(config)
-    messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
-    source = _source(config, name, objects, messages.put)
-    families = make_families(config, name, _discover())
-    settings = config.iptables
-    reconciler = Reconciler(
-        Store(name),
-        families,
-        make_schedule=lambda: Schedule(min_interval=settings.min_sync_period, max_retry=settings.sync_period),
-        clock=time.monotonic,
-    )
-    ended = threading.Event()
+    Daemon(config, objects, server).run()
 
-    def work() -> None:
-        try:
-            reconciler.run(messages)
-        finally:
-            ended.set()
 
-    def terminate(number: int, _frame: FrameType | None) -> None:
-        log.info("%s: stopping, the rules stay", signal.Signals(number).name)
-        ended.set()
+class Daemon:
+    """All parts of one daemon, and how they are connected.
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, terminate)
-    worker = threading.Thread(target=work, name="reconciler", daemon=True)
-    worker.start()
-    source.start()
-    ended.wait()
-    messages.put(Stop())
-    worker.join(STOP_SECONDS)
-    if worker.is_alive():
-        # A transaction that iptables-restore has read completes without us, one that it has not is void.
+    Sources and monitors only put messages on a queue; the reconciler's thread takes them off it and owns all state.
+    """
+
+    def __init__(self, config: Config, objects: str | None, server: str | None) -> None:
+        self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._ended = threading.Event()
+        self._parts: list[Part] = []
+        name = this_node(config)
+        families = make_families(config)
+        if objects is not None:
+            self._parts.append(FileSource(objects, self._messages.put))
+        else:
+            self._parts.append(_api_source(config, name, server, self._messages.put))
+        if follows_addresses(config):
+            self._parts.append(AddressMonitor(lambda: self._messages.put(Resync())))
+        periods = config.backend
+        self._reconciler = Reconciler(
+            Store(name),
+            families,
+            make_schedule=lambda: Schedule(min_interval=periods.min_sync_period, max_retry=periods.sync_period),
+            clock=time.monotonic,
+            is_ready=lambda store: is_known(config, store),
+            observers=[OtherMode()],
+        )
+
+    def run(self) -> None:
+        """Work until a signal comes."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._terminate)
+        worker = threading.Thread(target=self._reconcile, name="reconciler", daemon=True)
+        worker.start()
+        for part in self._parts:
+            part.start()
+        self._ended.wait()
+        self._messages.put(Stop())
+        worker.join(STOP_SECONDS)
+        # What else runs are daemon threads that hold nothing worth saving. A transaction under way is whole in any
+        # case: iptables-restore has read all of it and completes it without us, or has not and drops it.
         logging.shutdown()
-        os._exit(0)
-    source.stop()
+        if worker.is_alive():
+            os._exit(0)
+
+    def _reconcile(self) -> None:
+        try:
+            self._reconciler.run(self._messages)
+        finally:
+            self._ended.set()
+
+    def _terminate(self, number: int, _frame: FrameType | None) -> None:
+        log.info("%s: stopping, the rules stay", signal.Signals(number).name)
+        self._ended.set()
 
 
-def _discover() -> IptablesNode:
-    try:
-        return discover_iptables()
-    except CommandError as error:
-        raise StartError(f"iptables mode does not work here: {error}") from None
+class OtherMode:
+    """An observer that removes what nftables mode left behind, once our own rules are in place."""
+
+    def queued(self, family: Family, now: float) -> None:
+        """Do nothing."""
+
+    def __init__(self) -> None:
+        self._done: set[Family] = set()
+
+    def synced(self, report: SyncReport) -> None:
+        """Remove the other mode's table of a family after that family's first success."""
+        if report.error or report.family in self._done:
+            return
+        self._done.add(report.family)
+        try:
+            if remove_table(report.family):
+                log.info("%s: removed what nftables mode had left", report.family.value)
+        except CommandError as error:
+            log.warning("%s: rules of nftables mode are still there beside ours: %s", report.family.value, error)
 
 
-def _source(config: Config, name: str, objects: str | None, put: Callable[[Message], None]) -> Source:
-    if objects is not None:
-        return FileSource(objects, put)
+def _api_source(config: Config, name: str, server: str | None, put: Callable[[Message], None]) -> Part:
     from kproxy.kube.api_source import ApiSource  # noqa: PLC0415 - the API client's 35 MB only where it is used
 
-    connection = config.client_connection
     try:
-        client = Client.from_config(kubeconfig=connection.kubeconfig or None)
+        client = Client.from_config(config.client_connection.kubeconfig or None, server)
     except ClientError as error:
         raise StartError(str(error)) from None
     return ApiSource(client, name, put)
-
-
-__all__ = ["FileSourceError", "StartError", "SyncError", "apply_once", "load_store", "render", "run", "this_node"]

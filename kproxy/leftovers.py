@@ -7,7 +7,7 @@ from kproxy.iptables.apply import Iptables, RestoreError
 from kproxy.iptables.cleanup import cleanup
 from kproxy.iptables.text import parse_save
 from kproxy.model.types import Family
-from kproxy.nftables.cleanup import remove_tables
+from kproxy.nftables.cleanup import remove_table
 
 
 def remove_all() -> list[str]:
@@ -16,7 +16,8 @@ def remove_all() -> list[str]:
     Raises `CommandError` if something is there and stays.
     """
     removed = [removed for family in Family if (removed := remove_iptables(family))]
-    return [*removed, *(f"removed nftables table {table}" for table in remove_tables())]
+    tables = [f"removed the nftables table of {family.value}" for family in Family if remove_table(family)]
+    return removed + tables
 
 
 def remove_iptables(family: Family) -> str:

@@ -20,6 +20,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser = commands.add_parser(
         "apply",
         help="program the node once from files",
+        usage="kproxy apply --objects PATH [FLAGS]",
         description="Program this node once, from files.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -32,9 +33,12 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def _apply(options: argparse.Namespace) -> None:
     config = load_settings(options)
-    from kproxy import daemon
+    from kproxy import once
+    from kproxy.families import StartError
+    from kproxy.kube.file_source import FileSourceError
+    from kproxy.sync.backend import SyncError
 
     try:
-        daemon.apply_once(config, options.objects)
-    except (daemon.StartError, daemon.FileSourceError, daemon.SyncError) as error:
+        once.apply(config, options.objects)
+    except (StartError, FileSourceError, SyncError) as error:
         raise FailureError(str(error)) from None

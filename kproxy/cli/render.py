@@ -24,6 +24,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser = commands.add_parser(
         "render",
         help="print the rules for files, changing nothing",
+        usage="kproxy render --objects PATH [--family ipv4|ipv6] [FLAGS]",
         description="Print the iptables-restore input that programs an empty node from files.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -41,11 +42,12 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def _render(options: argparse.Namespace) -> None:
     config = load_settings(options)
-    from kproxy import daemon
+    from kproxy import once
+    from kproxy.kube.file_source import FileSourceError
 
     try:
-        texts = daemon.render(config, options.objects)
-    except daemon.FileSourceError as error:
+        texts = once.render(config, options.objects)
+    except FileSourceError as error:
         raise FailureError(str(error)) from None
     if options.family:
         sys.stdout.write(texts[Family.IPV6 if options.family == "ipv6" else Family.IPV4])

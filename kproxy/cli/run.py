@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from kproxy.cli.errors import FailureError
 from kproxy.cli.options import OBJECTS_HELP, add_flags, load_settings
+from kproxy.config import Config, to_yaml
 
 EPILOG = """\
 examples:
@@ -21,6 +23,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser = commands.add_parser(
         "run",
         help="keep the node's rules after the cluster (or files), until told to stop",
+        usage="kproxy run [--objects PATH] [FLAGS]",
         description="Keep this node's rules after the Services and EndpointSlices of a cluster or of files.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -33,9 +36,37 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def _run(options: argparse.Namespace) -> None:
     config = load_settings(options)
+    if options.write_config_to:
+        _write_config(config, options.write_config_to)
+    elif options.cleanup:
+        _clean_up()
+    else:
+        _serve(config, options)
+
+
+def _serve(config: Config, options: argparse.Namespace) -> None:
     from kproxy import daemon
+    from kproxy.families import StartError
 
     try:
-        daemon.run(config, options.objects)
-    except daemon.StartError as error:
+        daemon.run(config, options.objects, options.master)
+    except StartError as error:
+        raise FailureError(str(error)) from None
+
+
+def _write_config(config: Config, path: str) -> None:
+    try:
+        Path(path).write_text(to_yaml(config), encoding="utf-8")
+    except OSError as error:
+        raise FailureError(f"--write-config-to {path}: {error.strerror}") from None
+
+
+def _clean_up() -> None:
+    from kproxy.host.run import CommandError
+    from kproxy.leftovers import remove_all
+
+    try:
+        for line in remove_all() or ["there was nothing to remove"]:
+            print(line)
+    except CommandError as error:
         raise FailureError(str(error)) from None

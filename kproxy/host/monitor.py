@@ -46,7 +46,7 @@ class AddressMonitor:
 
     def _listen(self) -> None:
         while True:
-            select.select([self._socket, self._wake], [], [])
+            select.select([self._socket.fileno(), self._wake], [], [])
             if self._stopping:
                 return
             if self._drain():

@@ -49,9 +49,13 @@ class Reconciler:
         *,
         make_schedule: Callable[[], Schedule],
         clock: Callable[[], float],
+        is_ready: Callable[[Store], bool] = lambda store: store.complete,
         observers: Sequence[Observer] = (),
     ) -> None:
+        """`is_ready` says whether enough is known to program anything; once it is, it stays so."""
         self._store = store
+        self._is_ready = is_ready
+        self._ready = False
         self._observers = observers
         self._families = {family: (sync, make_schedule()) for family, sync in families.items()}
         self._clock = clock
@@ -81,9 +85,10 @@ class Reconciler:
         if isinstance(message, Resync):
             changed = Changed(node=True)
         else:
-            listed = self._store.complete
             changed = self._store.apply(message)
-            changed = changed if listed or not self._store.complete else replace(changed, node=True)
+            if not self._ready and self._is_ready(self._store):
+                self._ready = True
+                changed = replace(changed, node=True)
         if not changed:
             return
         for family, (sync, schedule) in self._families.items():
@@ -94,14 +99,14 @@ class Reconciler:
 
     def wait(self) -> float | None:
         """Return in how many seconds `sync_due` has something to do, None if only a message can tell."""
-        if not self._store.complete:
+        if not self._ready:
             return None
         waits = [schedule.wait(self._clock()) for _, schedule in self._families.values()]
         return min((wait for wait in waits if wait is not None), default=None)
 
     def sync_due(self) -> bool:
         """Sync every family that is due now. Return whether all that were due succeeded."""
-        if not self._store.complete:
+        if not self._ready:
             return True
         due = [family for family in self._families if self._due(family)]
         outcomes = [self._sync(family) for family in due]

@@ -1,0 +1,77 @@
+"""What is done once and not kept up: programming from files, and showing the rules for them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from kproxy.config import Config
+from kproxy.contexts import make_context
+from kproxy.families import make_families, this_node
+from kproxy.iptables.backend import Printer
+from kproxy.kube.file_source import FileSource
+from kproxy.model.context import Context
+from kproxy.model.delta import Delta
+from kproxy.model.store import Store
+from kproxy.model.types import Family, Node
+from kproxy.sync.backend import SyncError
+from kproxy.sync.family import FamilySync
+
+log = logging.getLogger(__name__)
+
+
+def apply(config: Config, objects: str) -> None:
+    """Program the objects of a file or folder. Raises `StartError`, `FileSourceError` or `SyncError`.
+
+    Each family is tried even if the other fails.
+    """
+    families = make_families(config)
+    store = load_store(config, objects)
+    failures = []
+    for family, sync in families.items():
+        try:
+            outcome = sync.sync(store)
+        except SyncError as error:
+            failures.append(f"{family.value}: {error}")
+        else:
+            log.info("%s: %d services in force", family.value, len(outcome.plans))
+    if failures:
+        raise SyncError("\n".join(failures))
+
+
+def render(config: Config, objects: str) -> dict[Family, str]:
+    """Return the rules for the objects of a file or folder, as restore input for an empty kernel.
+
+    Raises `FileSourceError`. Looks at nothing of this machine but its host name.
+    """
+    store = load_store(config, objects)
+    texts = {}
+    for family in Family:
+        pages: list[str] = []
+        FamilySync(Printer(pages.append), _ideal_context(config, family)).sync(store)
+        texts[family] = "".join(pages)
+    return texts
+
+
+def _ideal_context(config: Config, family: Family) -> Callable[[Node | None], Context]:
+    """Return how contexts are made for a node where everything works, with the addresses that its Node names."""
+
+    def context(node: Node | None) -> Context:
+        addresses = node.addresses if node else ()
+        return make_context(config, family, this_node(config), node, addresses, accounting=True, random_fully=True)
+
+    return context
+
+
+def load_store(config: Config, objects: str) -> Store:
+    """Return the desired state that a file or folder holds. Raises `FileSourceError`."""
+    store = Store(this_node(config))
+
+    def take(deltas: tuple[Delta, ...]) -> None:
+        for delta in deltas:
+            store.apply(delta)
+
+    FileSource(objects, take).load_once()
+    if store.node is None:
+        log.warning("there is no Node %r: zone, pod CIDRs and node addresses are unknown", this_node(config))
+    return store
