@@ -66,7 +66,8 @@ def test_failure_is_one_line_and_exit_code_1(arguments: tuple[str, ...], says: s
 def test_a_broken_object_is_named_with_its_line(tmp_path: Path) -> None:
     broken = tmp_path / "web.yaml"
     broken.write_text(
-        "apiVersion: v1\nkind: Service\nmetadata: {name: web}\nspec:\n  clusterIP: 10.96.0.1\n  ports:\n  - port: http\n"
+        "apiVersion: v1\nkind: Service\nmetadata: {name: web}\n"
+        "spec:\n  clusterIP: 10.96.0.1\n  ports:\n  - port: http\n"
     )
     done = run("render", f"--objects={broken}")
     assert done.returncode == 1
