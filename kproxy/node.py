@@ -7,6 +7,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
+from kproxy.host.mixup import other_variant_rules
 from kproxy.host.nfacct import ensure_counters
 from kproxy.host.run import CommandError
 from kproxy.iptables.apply import Iptables, IptablesVersion
@@ -16,7 +17,7 @@ from kproxy.model.types import Family
 
 log = logging.getLogger(__name__)
 
-IPV6_ADDRESSES = Path("/proc/net/if_inet6")
+IPV6_ADDRESSES = Path("/proc/thread-self/net/if_inet6")
 
 
 class IptablesNode(Struct, frozen=True):
@@ -39,6 +40,8 @@ def discover_iptables() -> IptablesNode:
             log.warning("IPv6 is left out: %s", error)
     else:
         log.warning("IPv6 is left out: this kernel has none")
+    if warning := other_variant_rules(ours_is_nft=versions[Family.IPV4].nft):
+        log.warning("%s", warning)
     return IptablesNode(versions, _counters_exist())
 
 
