@@ -12,9 +12,9 @@ from kproxy.iptables.backend import Printer
 from kproxy.kube.file_source import FileSource
 from kproxy.model.context import Context
 from kproxy.model.delta import Delta
+from kproxy.model.outcome import SyncError
 from kproxy.model.store import Store
 from kproxy.model.types import Family, Node
-from kproxy.sync.backend import SyncError
 from kproxy.sync.family import FamilySync
 
 log = logging.getLogger(__name__)

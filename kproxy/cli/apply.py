@@ -36,7 +36,7 @@ def _apply(options: argparse.Namespace) -> None:
     from kproxy import once
     from kproxy.families import StartError
     from kproxy.kube.file_source import FileSourceError
-    from kproxy.sync.backend import SyncError
+    from kproxy.model.outcome import SyncError
 
     try:
         once.apply(config, options.objects)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from kproxy.kube.objects import canonical_address
-
 
 def local_addresses() -> tuple[str, ...]:
     """Return the addresses of all interfaces, in the kernel's order, link-local IPv6 ones left out.
@@ -14,10 +12,4 @@ def local_addresses() -> tuple[str, ...]:
 
     with IPRoute() as route:
         found = [message.get("IFA_ADDRESS") for message in route.get_addr()]
-    return tuple(
-        address for text in found if text and (address := canonical_address(text)) and not _link_local(address)
-    )
-
-
-def _link_local(address: str) -> bool:
-    return address.lower().startswith("fe80:")
+    return tuple(text for text in found if text and not text.lower().startswith("fe80:"))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from signal import SIGPIPE
+from tempfile import TemporaryFile
 
 from msgspec import Struct
 
@@ -24,11 +26,19 @@ class Completed(Struct, frozen=True):
 def run(argv: Sequence[str], stdin: str = "", *, timeout: float) -> Completed:
     """Run a program to its end and return what it said.
 
-    `timeout` is in seconds and guards against hanging: the program is then killed. Raises `CommandError` if the
-    program cannot be started.
+    Bytes that are no UTF-8 come and go as surrogate escapes (PEP 383). `timeout` is in seconds and guards against
+    hanging: the program is then killed. Raises `CommandError` if it cannot be started.
     """
     try:
-        done = subprocess.run(argv, input=stdin, capture_output=True, text=True, timeout=timeout, check=False)
+        done = subprocess.run(
+            argv,
+            input=stdin,
+            capture_output=True,
+            encoding="utf-8",
+            errors="surrogateescape",
+            timeout=timeout,
+            check=False,
+        )
     except subprocess.TimeoutExpired:
         return Completed(-1, "", f"{argv[0]} did not end within {timeout:.0f} s")
     except OSError as error:
@@ -40,21 +50,27 @@ def run(argv: Sequence[str], stdin: str = "", *, timeout: float) -> Completed:
 def reading(argv: Sequence[str]) -> Iterator[Iterator[str]]:
     """Run a program and read its output line by line, never holding all of it.
 
-    Raises `CommandError` if it cannot be started or ends with an error.
+    Bytes that are no UTF-8 become surrogate escapes (PEP 383). Who leaves early ends the program. Raises
+    `CommandError` if it cannot be started or ends with an error.
     """
-    try:
-        process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    except OSError as error:
-        raise CommandError(f"cannot run {argv[0]}: {error.strerror or error}") from None
-    with process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        yield process.stdout
-        complaint = process.stderr.read().strip()
-    if process.returncode:
-        raise CommandError(f"{argv[0]} failed with status {process.returncode}: {first_line(complaint)}")
+    with TemporaryFile() as complaints:
+        try:
+            process = subprocess.Popen(
+                argv, stdout=subprocess.PIPE, stderr=complaints, encoding="utf-8", errors="surrogateescape"
+            )
+        except OSError as error:
+            raise CommandError(f"cannot run {argv[0]}: {error.strerror or error}") from None
+        with process:
+            assert process.stdout is not None
+            yield process.stdout
+            # Closing the pipe ends a program that still writes, by SIGPIPE.
+        if process.returncode not in {0, -SIGPIPE}:
+            complaints.seek(0)
+            complaint = first_line(complaints.read().decode("utf-8", "backslashreplace"))
+            raise CommandError(f"{argv[0]} failed with status {process.returncode}: {complaint}")
 
 
 def first_line(text: str) -> str:
-    """Return the first line that says anything, for messages of one line."""
-    return next((line.strip() for line in text.splitlines() if line.strip()), "no message")
+    """Return the first line that says anything, for messages of one line; iptables' remarks begin with #."""
+    lines = (line.strip() for line in text.splitlines())
+    return next((line for line in lines if line and not line.startswith("#")), "no message")

@@ -17,21 +17,16 @@ LOCK_WAIT_SECONDS = 5
 HANG_SECONDS = 900
 """After this an iptables program counts as hanging. The longest honest run known took 150 s."""
 
-_RESOURCE_PROBLEM = 4
-"""The exit status of the iptables programs when the lock, memory or the kernel's generation is against them."""
-
 
 class RestoreError(Exception):
-    """The kernel did not accept a transaction: nothing of it is in force.
+    """The kernel did not accept a change of a table: nothing of it is in force, nor of the tables after it.
 
-    `line` is the offending line of the input where iptables named one, else "". `busy` says that somebody else held
-    the lock or changed the table at the same time, so that the same input may be accepted later.
+    `line` is the offending line of the input where iptables could tell, else "".
     """
 
-    def __init__(self, message: str, *, line: str = "", busy: bool = False) -> None:
+    def __init__(self, message: str, *, line: str = "") -> None:
         super().__init__(message)
         self.line = line
-        self.busy = busy
 
 
 class IptablesVersion(Struct, frozen=True):
@@ -90,7 +85,7 @@ _LINE = re.compile(r"line:? (\d+)")
 
 
 def restore_error(program: str, code: int, stderr: str, text: str) -> RestoreError:
-    """Return what a failed restore means: why, at which line of its input, and whether trying again may help."""
+    """Return what a failed restore means: why, and at which line of its input."""
     said = [line.strip() for line in stderr.splitlines()]
     said = [line for line in said if line and not line.startswith(("Try `", "# "))]
     found = _LINE.search(stderr)
@@ -99,8 +94,9 @@ def restore_error(program: str, code: int, stderr: str, text: str) -> RestoreErr
         lines = text.splitlines()
         number = int(found[1])
         line = lines[number - 1] if 0 < number <= len(lines) else ""
+        if line == "COMMIT":  # where the kernel was asked, and not what it refused
+            line = ""
     # The nf_tables variant puts its name on a line of its own before the reason.
     reason = next((each for each in said if not each.endswith("):")), first_line(stderr))
-    busy = code == _RESOURCE_PROBLEM or "Another app is currently holding the xtables lock" in stderr
     where = f" at {line!r}" if line else ""
-    return RestoreError(f"{program} failed with status {code}: {reason}{where}", line=line, busy=busy)
+    return RestoreError(f"{program} failed with status {code}: {reason}{where}", line=line)

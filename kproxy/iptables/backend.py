@@ -13,11 +13,10 @@ from kproxy.iptables.apply import RestoreError
 from kproxy.iptables.diff import Change
 from kproxy.iptables.ledger import KernelView, Ledger
 from kproxy.iptables.render import RenderedPort, render_port
-from kproxy.iptables.text import parse_save
+from kproxy.iptables.text import Restore, parse_save
 from kproxy.model.context import Context
+from kproxy.model.outcome import Plans, SyncError, Written
 from kproxy.model.plan import ServicePortPlan
-from kproxy.sync.backend import SyncError
-from kproxy.sync.report import Plans, Written
 
 log = logging.getLogger(__name__)
 
@@ -70,13 +69,27 @@ class IptablesBackend:
         written: Counter[str] = Counter()
         try:
             for transaction in change.transactions():
-                self._kernel.restore(transaction.text())
+                self._make(transaction)
                 written += transaction.rules_by_table()
         except (RestoreError, CommandError) as error:
             raise SyncError(str(error)) from None
         change.commit()
         self._ledger = ledger
         return Written(written, ledger.rules)
+
+    def _make(self, transaction: Restore) -> None:
+        """Make one transaction; of one that may fail, make whatever part of it is possible."""
+        try:
+            self._kernel.restore(transaction.text())
+        except RestoreError as error:
+            if not transaction.may_fail:
+                raise
+            chains = transaction.deleted
+            if len(chains) == 1:
+                log.warning("chain %s is not ours any more but somebody uses it: %s", chains[0].name, error)
+                return
+            for half in (chains[: len(chains) // 2], chains[len(chains) // 2 :]):
+                self._make(Restore(deleted=half, may_fail=True))
 
     def _read(self) -> KernelView:
         try:

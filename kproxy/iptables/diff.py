@@ -56,14 +56,18 @@ class Change:
             block.chains |= writes
         switch = self._switch()
         self._deleted += self._stale_chains()
+        # After a failure nobody knows who else jumps to a chain that is to go: that must not hold up the rest.
+        apart = self._kernel is not None
         if first and block.rules + switch.rules + len(self._deleted) <= self._block_rules:
-            whole = Restore({**block.chains, **switch.chains}, switch.edits, self._deleted)
+            whole = Restore({**block.chains, **switch.chains}, switch.edits, [] if apart else self._deleted)
             yield from [whole] if whole else []
-            return
-        yield from (each for each in (block, switch) if each)
+            if not apart:
+                return
+        else:
+            yield from (each for each in (block, switch) if each)
         gone = iter(sorted(self._deleted, key=deletion_order))
         while batch := list(islice(gone, self._block_rules)):
-            yield Restore(deleted=batch)
+            yield Restore(deleted=batch, may_fail=apart)
 
     def commit(self) -> None:
         """Write into the ledger what the kernel holds once it has accepted every transaction."""

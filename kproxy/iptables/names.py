@@ -38,10 +38,10 @@ DISPATCH = (
 CANARIES = tuple(Chain(table, "KUBE-PROXY-CANARY") for table in ("mangle", "nat", "filter"))
 """Empty chains that show, by being gone, that somebody flushed a table."""
 
-PORT_CHAIN_PREFIXES = ("KUBE-FW-", "KUBE-EXT-", "KUBE-SVC-", "KUBE-SVL-", "KUBE-SEP-")
+PORT_CHAIN_PREFIXES = ("KUBE-XLB-", "KUBE-FW-", "KUBE-EXT-", "KUBE-SVC-", "KUBE-SVL-", "KUBE-SEP-")
 """How the names of chains begin that belong to one service port each, all of them in table nat.
 
-A chain jumps only to chains of a prefix further right.
+A chain jumps only to chains of a prefix further right. KUBE-XLB- is what kube-proxy wrote before 1.24.
 """
 
 

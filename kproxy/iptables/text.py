@@ -19,11 +19,13 @@ class Restore(Struct):
 
     `chains` are created or, if they exist, emptied, and filled with their rules (one per line). `edits` are
     single rule commands such as `-I INPUT 1 ...`. `deleted` chains must be referenced by nothing that remains.
+    `may_fail` marks a change that nothing depends on.
     """
 
     chains: dict[Chain, str] = field(default_factory=dict)
     edits: list[tuple[str, str]] = field(default_factory=list)
     deleted: list[Chain] = field(default_factory=list)
+    may_fail: bool = False
 
     def __bool__(self) -> bool:
         return bool(self.chains or self.edits or self.deleted)

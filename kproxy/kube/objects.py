@@ -40,6 +40,7 @@ TRIGGER_TIME_ANNOTATION = "endpoints.kubernetes.io/last-change-trigger-time"
 DELETION_TAINT = "ToBeDeletedByClusterAutoscaler"
 DEFAULT_AFFINITY_SECONDS = 10800
 """`sessionAffinityConfig.clientIP.timeoutSeconds` where it is unset: 3 hours (Service API)."""
+LONGEST_AFFINITY_SECONDS = 86400
 
 
 class ObjectError(ValueError):
@@ -134,7 +135,7 @@ def canonical_cidr(text: str) -> str | None:
     """
     address, slash, length = text.strip().partition("/")
     base = canonical_address(address)
-    if base is None or not slash or not (length.isascii() and length.isdigit()):
+    if base is None or not slash or not (length.isascii() and length.isdigit() and len(length) < 4):
         return None
     family, bits = (socket.AF_INET6, 128) if ":" in base else (socket.AF_INET, 32)
     if int(length) > bits:
@@ -169,6 +170,9 @@ def _reduce_service(service: wire.ServiceWire) -> Service | None:
     external_local = accepts_external and spec.external_traffic_policy == "Local"
     _check_name(_NAME, metadata.namespace, "metadata.namespace")
     ports = tuple(_reduce_port(port) for port in spec.ports or ())
+    if not 0 <= spec.health_check_node_port <= 65535:
+        found = spec.health_check_node_port
+        raise ObjectError(f"Expected a port from 0 to 65535, got {found} - at `$.spec.healthCheckNodePort`")
     if len({(port.name, port.protocol) for port in ports}) < len(ports):
         raise ObjectError("Expected ports with different names - at `$.spec.ports`")
     return Service(
@@ -200,7 +204,12 @@ def _affinity_seconds(spec: wire.ServiceSpecWire) -> int:
         return 0
     config = spec.session_affinity_config
     seconds = config.client_ip.timeout_seconds if config and config.client_ip else None
-    return DEFAULT_AFFINITY_SECONDS if seconds is None else seconds
+    if seconds is None:
+        return DEFAULT_AFFINITY_SECONDS
+    if not 1 <= seconds <= LONGEST_AFFINITY_SECONDS:
+        where = "$.spec.sessionAffinityConfig.clientIP.timeoutSeconds"
+        raise ObjectError(f"Expected 1 to {LONGEST_AFFINITY_SECONDS} seconds, got {seconds} - at `{where}`")
+    return seconds
 
 
 def _reduce_slice(found: wire.EndpointSliceWire) -> EndpointSlice | None:

@@ -15,7 +15,7 @@ from msgspec import Struct
 from kproxy.model.context import Context
 from kproxy.model.endpoints import endpoints_by_socket
 from kproxy.model.topology import Sockets, cluster_endpoints, local_endpoints, usable
-from kproxy.model.types import EndpointSlice, Family, Protocol, Service, ServiceKey, ServicePort, family_of
+from kproxy.model.types import Endpoint, EndpointSlice, Family, Protocol, Service, ServiceKey, ServicePort, family_of
 
 
 class Decision(Enum):
@@ -39,6 +39,9 @@ class ServicePortPlan(Struct, frozen=True, gc=False):
     With `source_ranges`, only these sources may use the VIPs (never applied to the other frontends);
     `vips_are_sources` adds the VIPs themselves, because a node that is allowed may talk to
     a VIP which it holds as a local address. `known_endpoints` counts all endpoints, unusable ones included.
+
+    `local_ready` holds the addresses of the ready endpoints on this node, whatever the policies, and only
+    for a Service with a `health_check_node_port`: those that terminate serve on, but no longer count for health.
     """
 
     service: ServiceKey
@@ -60,6 +63,7 @@ class ServicePortPlan(Struct, frozen=True, gc=False):
     cluster_endpoints: Sockets
     local_endpoints: Sockets
     known_endpoints: int
+    local_ready: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -128,7 +132,12 @@ def _plan_port(
         cluster_endpoints=cluster_endpoints(known, context.node_name, context.zone) if uses_cluster else (),
         local_endpoints=local,
         known_endpoints=len(known),
+        local_ready=_ready_on(context.node_name, known.values()) if service.health_check_node_port else (),
     )
+
+
+def _ready_on(node: str, endpoints: Iterable[Endpoint]) -> tuple[str, ...]:
+    return tuple(endpoint.address for endpoint in endpoints if endpoint.ready and node and endpoint.node == node)
 
 
 def _decide(*, anywhere: bool, local_only: bool, local: Sockets) -> Decision:

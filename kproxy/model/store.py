@@ -7,19 +7,19 @@ from collections.abc import Iterable, Iterator
 from msgspec import Struct
 
 from kproxy.model.delta import Delta, Kind, Replace, Upsert
-from kproxy.model.types import EndpointSlice, Node, Service, ServiceKey
+from kproxy.model.types import EndpointSlice, Family, Node, Service, ServiceKey
 
 
 class Changed(Struct, frozen=True):
     """What a delta changed: the Services whose plans may differ now, and whether this Node did.
 
     `last_changes` are the moments at which the changes of EndpointSlices began, as far as they say so, in
-    seconds since the epoch.
+    seconds since the epoch, each with the family it belongs to. Lists have none: they tell no news.
     """
 
     services: frozenset[ServiceKey] = frozenset()
     node: bool = False
-    last_changes: tuple[float, ...] = ()
+    last_changes: tuple[tuple[Family, float], ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.services) or self.node
@@ -74,7 +74,6 @@ class Store:
         return Changed(
             frozenset().union(*(changed.services for changed in changes)),
             any(changed.node for changed in changes),
-            tuple(moment for changed in changes for moment in changed.last_changes),
         )
 
     def _identities(self, kind: Kind) -> set[tuple[str, str]]:
@@ -106,7 +105,7 @@ class Store:
         self._slice_owner[_slice_key(found.namespace, found.name)] = found.service
         self._slices.setdefault(found.service, {})[found.name] = found
         services = frozenset({found.service}) | (moved.services if moved else frozenset())
-        return Changed(services, last_changes=(found.last_change,) if found.last_change else ())
+        return Changed(services, last_changes=((found.family, found.last_change),) if found.last_change else ())
 
     def _remove(self, kind: Kind, namespace: str, name: str) -> Changed:
         if kind is Service:

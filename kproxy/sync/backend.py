@@ -5,11 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from kproxy.model.context import Context
-from kproxy.sync.report import Plans, Written
-
-
-class SyncError(Exception):
-    """The kernel did not accept a change; the message says why on one line."""
+from kproxy.model.outcome import Plans, Written
 
 
 class Backend(Protocol):

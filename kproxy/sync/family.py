@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable
 from itertools import chain
 
@@ -9,14 +10,18 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from kproxy.model.context import Context
+from kproxy.model.outcome import Plans, Written
 from kproxy.model.plan import ServicePortPlan, plan_service
 from kproxy.model.store import Changed, Store
-from kproxy.model.types import Node, ServiceKey
+from kproxy.model.types import Family, Node, ServiceKey
 from kproxy.sync.backend import Backend
-from kproxy.sync.report import Plans, Written
 
 LARGE_CLUSTER_ENDPOINTS = 1000
 """Above this many endpoints, per-endpoint rules lose their comments (kube-proxy's threshold)."""
+
+
+REMEMBERED_CHANGES = 1000
+"""How many moments of changes are kept for the metrics while they cannot be programmed."""
 
 
 class Outcome(Struct, frozen=True):
@@ -40,7 +45,7 @@ class FamilySync:
         self._make_context = make_context
         self._applied: Context | None = None
         self._pending: set[ServiceKey] = set()
-        self._last_changes: list[float] = []
+        self._last_changes: deque[tuple[Family, float]] = deque(maxlen=REMEMBERED_CHANGES)
         self._endpoints: dict[ServiceKey, int] = {}
         self._total_endpoints = 0
 
@@ -63,7 +68,8 @@ class FamilySync:
         written = self._backend.sync(plans, context)
         self._applied = context
         self._pending.clear()
-        last_changes, self._last_changes = tuple(self._last_changes), []
+        last_changes = tuple(moment for family, moment in self._last_changes if family is context.family)
+        self._last_changes.clear()
         return Outcome(plans, everything, context, written, last_changes)
 
     def _plan(

@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import queue
 from collections.abc import Callable, Mapping, Sequence
+from operator import methodcaller
 from typing import TypeAlias
 
 from msgspec import Struct
 from msgspec.structs import asdict, replace
 
 from kproxy.model.delta import Delta
+from kproxy.model.outcome import SyncError
 from kproxy.model.store import Changed, Store
 from kproxy.model.types import Family
-from kproxy.sync.backend import SyncError
 from kproxy.sync.family import FamilySync
 from kproxy.sync.report import Observer, SyncReport
 from kproxy.sync.schedule import Schedule
@@ -72,9 +73,16 @@ class Reconciler:
             while message is not None:
                 if isinstance(message, Stop):
                     return
-                self.take(message)
+                self._take_safely(message)
                 message = None if messages.empty() else messages.get()
             self.sync_due()
+
+    def _take_safely(self, message: Delta | Batch | Resync) -> None:
+        try:
+            self.take(message)
+        except Exception as error:  # a bug in here must not end the node's proxy
+            log.error("a change could not be taken in: unexpected %r", error)
+            log.debug("where it failed", exc_info=error)
 
     def take(self, message: Delta | Batch | Resync) -> None:
         """Apply one message to the desired state and note what it leaves to do."""
@@ -94,8 +102,7 @@ class Reconciler:
         for family, (sync, schedule) in self._families.items():
             sync.note(changed)
             schedule.request()
-            for observer in self._observers:
-                observer.queued(family, self._clock())
+            self._tell(methodcaller("queued", family, self._clock()))
 
     def wait(self) -> float | None:
         """Return in how many seconds `sync_due` has something to do, None if only a message can tell."""
@@ -128,14 +135,20 @@ class Reconciler:
             reason = str(error) if isinstance(error, SyncError) else f"unexpected {error!r}"
             log.error("%s: sync failed, trying again in %.1f s: %s", family.value, pause, reason)
             log.debug("%s: where it failed", family.value, exc_info=error)
-            self._tell(SyncReport(family, began, self._clock(), False, {}, None, None, error=reason))
+            report = SyncReport(family, began, self._clock(), False, {}, None, None, error=reason)
+            self._tell(methodcaller("synced", report))
             return False
         schedule.succeeded()
         ended = self._clock()
         log.info("%s: %d services in force after %.3f s", family.value, len(outcome.plans), ended - began)
-        self._tell(SyncReport(family=family, began=began, ended=ended, error="", **asdict(outcome)))
+        report = SyncReport(family=family, began=began, ended=ended, error="", **asdict(outcome))
+        self._tell(methodcaller("synced", report))
         return True
 
-    def _tell(self, report: SyncReport) -> None:
+    def _tell(self, what: Callable[[Observer], None]) -> None:
         for observer in self._observers:
-            observer.synced(report)
+            try:
+                what(observer)
+            except Exception as error:  # who watches must not stop the work
+                log.error("%s failed: unexpected %r", type(observer).__name__, error)
+                log.debug("where it failed", exc_info=error)

@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from msgspec import Struct
 
 from kproxy.model.context import Context
-from kproxy.model.plan import ServicePortPlan
-from kproxy.model.types import Family, ServiceKey
-
-Plans = Mapping[ServiceKey, Sequence[ServicePortPlan]]
-"""The plans of Services by port; none for a Service that is gone, or has nothing in the family."""
-
-
-class Written(Struct, frozen=True):
-    """What a backend's sync amounted to, by table: rules it wrote, and rules of ours that are now there."""
-
-    rules: Mapping[str, int]
-    total_rules: Mapping[str, int]
+from kproxy.model.outcome import Plans, Written
+from kproxy.model.types import Family
 
 
 class SyncReport(Struct, frozen=True):

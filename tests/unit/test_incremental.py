@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from functools import partial
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kproxy.iptables.backend import IptablesBackend
 from kproxy.model.context import Context
-from kproxy.model.delta import Delta, Replace
+from kproxy.model.delta import Delta, Replace, Upsert
 from kproxy.model.local_traffic import LocalTraffic
 from kproxy.model.store import Store
-from kproxy.model.types import EndpointSlice, Family, Node, Service
+from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Node, Service, ServicePort
 from kproxy.sync.family import FamilySync
 from kproxy.sync.reconciler import Reconciler
 from kproxy.sync.schedule import Schedule
 from tests.fakekernel import FakeKernel
 from tests.unit.strategies import deltas
 
+NAMED = {"old": "10.96.0.1", "new": "10.96.0.2"}
 EMPTY = (Replace(Service, ()), Replace(EndpointSlice, ()), Replace(Node, ()))
 
 
@@ -139,3 +141,28 @@ def test_repeated_objects_write_nothing(history: list[Delta]) -> None:
     )
     proxy.settle()
     assert [kernel.inputs for kernel in proxy.kernels.values()] == [[], []]
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_chain_that_somebody_else_uses_holds_up_nothing(restarted: bool) -> None:
+    endpoint = EndpointSlice(
+        "ns", "s", "ns/old", Family.IPV4, (Endpoint("10.244.0.1"),), (EndpointPort("", 8080, "TCP"),)
+    )
+    old, new = (Service("ns", name, (ip,), (ServicePort("", 80, "TCP"),)) for name, ip in NAMED.items())
+    proxy = Proxy()
+    proxy.take(Upsert(endpoint))
+    proxy.take(Upsert(old))
+    proxy.settle()
+    kernel = proxy.kernels[Family.IPV4]
+    used = next(name for name in kernel.tables["nat"] if name.startswith("KUBE-SEP-"))
+    kernel.tables["nat"]["DEBUG"] = [f"-j {used}"]
+    if restarted:
+        proxy = Proxy(kernels=proxy.kernels)
+    proxy.take(Replace(Service, (new,)))
+    proxy.settle()
+    nat = kernel.tables["nat"]
+    assert [name for name in nat if name.startswith(("KUBE-SVC-", "KUBE-SEP-"))] == [used]
+    assert any("10.96.0.2" in rule for rule in kernel.tables["filter"]["KUBE-SERVICES"])
+    proxy.take(Replace(Service, ()))
+    proxy.settle()
+    assert not kernel.tables["filter"]["KUBE-SERVICES"]

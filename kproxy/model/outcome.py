@@ -1,0 +1,24 @@
+"""What passes between those who want kernel state and the backends that make it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from msgspec import Struct
+
+from kproxy.model.plan import ServicePortPlan
+from kproxy.model.types import ServiceKey
+
+Plans = Mapping[ServiceKey, Sequence[ServicePortPlan]]
+"""The plans of Services by port; none for a Service that is gone, or has nothing in the family."""
+
+
+class SyncError(Exception):
+    """The kernel did not accept a change; the message says why on one line."""
+
+
+class Written(Struct, frozen=True):
+    """What a backend's sync amounted to, by table: rules it wrote, and rules of ours that are now there."""
+
+    rules: Mapping[str, int]
+    total_rules: Mapping[str, int]

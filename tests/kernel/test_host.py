@@ -1,0 +1,255 @@
+"""The edge to the machine: programs, netlink, counters, sysctls, and what iptables really says."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kproxy.host.netlink import NETLINK_NETFILTER, NLM_F_CREATE, NetlinkError, NetlinkSocket, attribute, nfgenmsg
+from kproxy.host.nfacct import ensure_counters
+from kproxy.host.run import CommandError, first_line, reading, run
+from kproxy.host.sysctl import ensure_sysctl, read_sysctl
+from kproxy.iptables.apply import Iptables, RestoreError, parse_version, restore_error
+from kproxy.model.types import Family
+from tests.lab.namespace import Namespace
+from tests.unit.test_restore_errors import VARIANTS, Case
+
+GUARD = 30.0
+PYTHON = sys.executable
+
+
+@pytest.fixture
+def namespace(kernel: None) -> Iterator[Namespace]:
+    """A fresh namespace."""
+    found = Namespace("host")
+    try:
+        yield found
+    finally:
+        found.close()
+
+
+# Programs.
+
+
+def test_a_program_gets_its_input_and_says_how_it_ended() -> None:
+    done = run(["sh", "-c", "cat; echo oops >&2; exit 3"], "hello\n", timeout=GUARD)
+    assert (done.code, done.stdout, done.stderr) == (3, "hello\n", "oops\n")
+
+
+def test_a_program_that_does_not_exist_is_named() -> None:
+    with pytest.raises(CommandError, match=r"^cannot run no-such-program: No such file or directory$"):
+        run(["no-such-program"], timeout=GUARD)
+    with pytest.raises(CommandError, match="cannot run no-such-program"), reading(["no-such-program"]):
+        pass
+
+
+def test_a_file_that_is_no_program_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "notes"
+    path.write_text("text")
+    with pytest.raises(CommandError, match=f"^cannot run {path}: Permission denied$"):
+        run([str(path)], timeout=GUARD)
+
+
+def test_a_program_that_hangs_is_killed(tmp_path: Path) -> None:
+    fifo = tmp_path / "never"
+    os.mkfifo(fifo)
+    done = run(["cat", str(fifo)], timeout=0.01)
+    assert done.code == -1
+    assert "cat did not end within" in done.stderr
+
+
+@pytest.mark.parametrize("size", [1 << 21])
+def test_large_input_and_output_pass_through(size: int) -> None:
+    done = run(["sh", "-c", "tee /dev/stderr"], "x" * size, timeout=GUARD)
+    assert (done.code, len(done.stdout), len(done.stderr)) == (0, size, size)
+
+
+def test_a_program_that_does_not_read_its_input() -> None:
+    assert run(["true"], "x" * (1 << 21), timeout=GUARD).code == 0
+
+
+def test_what_a_program_says_may_be_any_bytes() -> None:
+    done = run(["sh", "-c", r"printf '\377'; printf '\376' >&2; exit 1"], timeout=GUARD)
+    assert done.code == 1
+
+
+def test_output_is_read_line_by_line() -> None:
+    with reading(["sh", "-c", "echo one; echo two"]) as lines:
+        assert next(lines) == "one\n"
+        assert list(lines) == ["two\n"]
+
+
+def test_large_output_is_read_whole() -> None:
+    with reading(["seq", "300000"]) as lines:
+        assert sum(1 for _ in lines) == 300_000
+
+
+def test_a_program_that_fails_after_its_output_is_told() -> None:
+    with (
+        pytest.raises(CommandError, match=r"^sh failed with status 3: oops$"),
+        reading(["sh", "-c", "echo one; echo >&2; echo oops >&2; echo more >&2; exit 3"]) as lines,
+    ):
+        assert list(lines) == ["one\n"]
+
+
+def test_a_program_that_complains_at_length_does_not_block() -> None:
+    chatty = "head -c 1000000 /dev/zero >&2; echo done"
+    with reading(["timeout", "5", "sh", "-c", chatty]) as lines:
+        assert list(lines) == ["done\n"]
+
+
+def test_a_line_of_any_bytes_can_be_read() -> None:
+    with reading(["printf", r"-A KUBE -m comment --comment \377 -j X\n-A B\n"]) as lines:
+        assert [line.split()[1] for line in lines] == ["KUBE", "B"]
+
+
+def test_an_error_while_reading_ends_the_program() -> None:
+    def fail() -> None:
+        with reading(["timeout", "30", "yes"]) as lines:
+            raise ZeroDivisionError(next(lines))
+
+    with pytest.raises(ZeroDivisionError, match="y"):
+        fail()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("a\nb\n", "a"), ("\n  \n b \n", "b"), ("", "no message"), ("\n\n", "no message")]
+)
+def test_the_first_line_that_says_anything(text: str, expected: str) -> None:
+    assert first_line(text) == expected
+
+
+# Counters.
+
+
+def rule_with(counter: str) -> str:
+    return f"*filter\n-A INPUT -m nfacct --nfacct-name {counter}\nCOMMIT\n"
+
+
+def test_a_rule_may_name_a_counter_once_it_exists(namespace: Namespace) -> None:
+    restore = ["iptables-restore", "--noflush"]
+    assert namespace.run(restore, rule_with("kproxy_test"), check=False).returncode != 0
+    namespace.call(lambda: ensure_counters(["kproxy_other", "kproxy_test"]))
+    namespace.run(restore, rule_with("kproxy_test"))
+    namespace.run(restore, rule_with("kproxy_other"))
+
+
+def test_counters_that_exist_are_left_as_they_are(namespace: Namespace) -> None:
+    for _ in range(2):
+        namespace.call(lambda: ensure_counters(["kproxy_test"]))
+    namespace.call(lambda: ensure_counters(["kproxy_test", "kproxy_new"]))
+    namespace.run(["iptables-restore", "--noflush"], rule_with("kproxy_new"))
+
+
+def unprivileged(namespace: Namespace, script: str) -> str:
+    nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--bounding-set=-all"]
+    return namespace.run([*nobody, PYTHON, "-c", script]).stdout.strip()
+
+
+def test_without_privileges_the_kernel_refuses_counters(namespace: Namespace) -> None:
+    script = (
+        "from kproxy.host.nfacct import ensure_counters\n"
+        "try: ensure_counters(['kproxy_test'])\n"
+        "except OSError as error: print(error.strerror)\n"
+    )
+    assert unprivileged(namespace, script) == "Operation not permitted"
+
+
+def test_what_the_kernel_refuses_is_raised_with_its_reason(namespace: Namespace) -> None:
+    def ask() -> None:
+        with NetlinkSocket(NETLINK_NETFILTER) as netlink:
+            netlink.request(7 << 8, NLM_F_CREATE, nfgenmsg())
+
+    with pytest.raises(NetlinkError, match="Invalid argument"):
+        namespace.call(ask)
+
+
+@pytest.mark.parametrize(
+    ("payload", "expected"),
+    [(b"", b"\4\0\1\0"), (b"abc\0", b"\10\0\1\0abc\0"), (b"abcd\0", b"\t\0\1\0abcd\0\0\0\0")],
+)
+def test_attributes_are_padded_to_four_bytes(payload: bytes, expected: bytes) -> None:
+    if sys.byteorder == "big":
+        pytest.skip("the expected bytes are those of a little-endian machine")
+    assert attribute(1, payload) == expected
+
+
+# Sysctls.
+
+
+def test_sysctls_are_written_only_where_they_differ(namespace: Namespace) -> None:
+    name = "net/ipv4/conf/all/route_localnet"
+    assert namespace.call(lambda: read_sysctl(name)) == "0"
+    assert namespace.call(lambda: ensure_sysctl(name, "1")) is True
+    assert namespace.call(lambda: read_sysctl(name)) == "1"
+    assert namespace.call(lambda: ensure_sysctl(name, "1")) is False
+
+
+def test_a_sysctl_that_does_not_exist_or_take_the_value_is_an_error(namespace: Namespace) -> None:
+    with pytest.raises(FileNotFoundError):
+        namespace.call(lambda: ensure_sysctl("net/ipv4/no_such_thing", "1"))
+    with pytest.raises(OSError, match="Invalid argument"):
+        namespace.call(lambda: ensure_sysctl("net/ipv4/conf/all/route_localnet", "many"))
+
+
+# What iptables really says.
+
+PROVOKED = [
+    pytest.param(variant, case, id=f"{variant}: {name}")
+    for variant, cases in VARIANTS.items()
+    for name, case in cases.items()
+    if name not in {"lock held", "not root"}
+]
+
+
+@pytest.mark.parametrize(("variant", "case"), PROVOKED)
+def test_refusals_are_worded_as_the_unit_tests_have_them(
+    namespace: Namespace, tmp_path: Path, variant: str, case: Case
+) -> None:
+    program = shutil.which(f"xtables-{variant}-multi")
+    if program is None:
+        pytest.skip(f"xtables-{variant}-multi not found: it is in the Debian package iptables")
+    for name in ("iptables", "iptables-restore"):
+        (tmp_path / name).symlink_to(program)
+    command = ["env", f"PATH={tmp_path}:{os.environ['PATH']}"]
+    works = namespace.run([*command, "iptables-restore", "--noflush"], "*nat\nCOMMIT\n", check=False)
+    if works.returncode:
+        pytest.skip(f"{variant} iptables does not work here: {first_line(works.stderr)}")
+    version = parse_version(namespace.run([*command, "iptables", "--version"]).stdout)
+    done = namespace.run([*command, "iptables-restore", "--noflush"], case.text, check=False)
+    if version.number == (1, 8, 9):
+        assert (done.returncode, done.stderr) == (case.code, case.stderr)
+    assert case.reason in str(restore_error("iptables-restore", done.returncode, done.stderr, case.text))
+
+
+@pytest.mark.parametrize("family", Family)
+def test_rules_are_made_read_and_refused_through_the_installed_iptables(namespace: Namespace, family: Family) -> None:
+    iptables = Iptables(family)
+
+    def save() -> list[str]:
+        with iptables.save() as lines:
+            return [line.strip() for line in lines if "KUBE" in line]
+
+    namespace.call(lambda: iptables.restore("*nat\n:KUBE-A - [0:0]\n-A KUBE-A -j RETURN\nCOMMIT\n"))
+    assert namespace.call(save) == [":KUBE-A - [0:0]", "-A KUBE-A -j RETURN"]
+    with pytest.raises(RestoreError, match=r"tables-restore failed with status \d+: ") as caught:
+        namespace.call(lambda: iptables.restore("*nat\n:KUBE-B - [0:0]\n-A KUBE-B --frobnicate\nCOMMIT\n"))
+    assert caught.value.line == "-A KUBE-B --frobnicate"
+    assert namespace.call(save) == [":KUBE-A - [0:0]", "-A KUBE-A -j RETURN"]
+    assert iptables.version().number >= (1, 4)
+
+
+def test_a_foreign_comment_of_any_bytes_does_not_stop_reading_the_rules(namespace: Namespace) -> None:
+    script = r"printf '*filter\n-A INPUT -m comment --comment \377 -j ACCEPT\nCOMMIT\n' | iptables-restore --noflush"
+    namespace.run(["sh", "-c", script])
+
+    def save() -> int:
+        with Iptables(Family.IPV4).save() as lines:
+            return sum(line.startswith("-A INPUT ") for line in lines)
+
+    assert namespace.call(save) == 1

@@ -1,0 +1,103 @@
+"""The rules that exist whatever the Services."""
+
+from __future__ import annotations
+
+import pytest
+
+from kproxy.iptables.base import base_chains, dispatch_tails, ensured_rules
+from kproxy.iptables.names import (
+    DISPATCH,
+    FILTER_FIREWALL,
+    FILTER_FORWARD,
+    MARK_MASQ,
+    NAT_SERVICES,
+    POSTROUTING,
+    Chain,
+)
+from kproxy.model.context import Context
+from kproxy.model.types import Family
+
+FOUR, SIX = Context(Family.IPV4, "node-1"), Context(Family.IPV6, "node-1")
+LOCALHOST = Context(Family.IPV4, "node-1", localhost_node_ports=True)
+
+
+def test_every_bit_can_be_the_mark() -> None:
+    chains = base_chains(Context(Family.IPV4, "node-1", masquerade_mark=1 << 31))
+    assert chains[MARK_MASQ] == "-A KUBE-MARK-MASQ -j MARK --set-xmark 0x80000000/0x80000000"
+    assert chains[POSTROUTING].splitlines()[:2] == [
+        "-A KUBE-POSTROUTING -m mark ! --mark 0x80000000/0x80000000 -j RETURN",
+        "-A KUBE-POSTROUTING -j MARK --set-xmark 0x80000000/0x0",
+    ]
+    assert "--mark 0x80000000/0x80000000 -j ACCEPT" in chains[FILTER_FORWARD]
+
+
+@pytest.mark.parametrize(("random_fully", "end"), [(True, "-j MASQUERADE --random-fully"), (False, "-j MASQUERADE")])
+def test_random_fully_is_used_where_iptables_has_it(random_fully: bool, end: str) -> None:
+    chains = base_chains(Context(Family.IPV4, "node-1", random_fully=random_fully))
+    assert chains[POSTROUTING].endswith(end)
+
+
+@pytest.mark.parametrize(
+    ("drop_invalid", "accounting", "first"),
+    [
+        (True, True, "INVALID -m nfacct --nfacct-name ct_state_invalid_dropped_pkts -j DROP"),
+        (True, False, "INVALID -j DROP"),
+        (False, True, "-j ACCEPT"),
+        (False, False, "-j ACCEPT"),
+    ],
+)
+def test_invalid_packets_are_dropped_and_counted(drop_invalid: bool, accounting: bool, first: str) -> None:
+    chains = base_chains(Context(Family.IPV4, "node-1", drop_invalid=drop_invalid, accounting=accounting))
+    rules = chains[FILTER_FORWARD].splitlines()
+    assert rules[0].endswith(first)
+    assert len(rules) == 2 + drop_invalid
+
+
+def test_the_martian_rule_guards_localhost_node_ports_and_only_them() -> None:
+    guards = [each for each in ensured_rules(LOCALHOST) if each.chain == FILTER_FIREWALL]
+    assert len(guards) == 1
+    assert guards[0].rule.startswith("! -s 127.0.0.0/8 -d 127.0.0.0/8 ")
+    assert guards[0].rule.endswith("-j DROP")
+    assert not [each for each in ensured_rules(FOUR) if each.chain == FILTER_FIREWALL]
+    assert not [each for each in ensured_rules(SIX) if each.chain == FILTER_FIREWALL]
+
+
+def test_every_ensured_rule_is_found_again_by_its_tail_and_by_no_other_of_its_chain() -> None:
+    rules = ensured_rules(LOCALHOST)
+    for rule in rules:
+        matching = [each for each in rules if each.chain == rule.chain and each.rule.endswith(rule.tail)]
+        assert matching == [rule]
+
+
+def test_jumps_of_table_nat_see_all_packets_and_those_to_services_in_filter_only_new_connections() -> None:
+    jumps = {(each.chain, each.tail): each.rule for each in ensured_rules(FOUR)}
+    new = "-m conntrack --ctstate NEW"
+    assert new not in jumps[Chain("nat", "PREROUTING"), "-j KUBE-SERVICES"]
+    assert new in jumps[Chain("filter", "FORWARD"), "-j KUBE-SERVICES"]
+    assert new in jumps[Chain("filter", "INPUT"), "-j KUBE-EXTERNAL-SERVICES"]
+    assert new not in jumps[Chain("filter", "FORWARD"), "-j KUBE-FORWARD"]
+
+
+@pytest.mark.parametrize(
+    ("context", "starts"),
+    [
+        (FOUR, ["! -d 127.0.0.0/8 -m comment"]),
+        (LOCALHOST, ["-m comment"]),
+        (SIX, ["! -d ::1/128 -m comment"]),
+        (
+            Context(Family.IPV4, "n", node_port_addresses=("10.0.0.1", "10.0.0.2")),
+            ["-d 10.0.0.1/32 ", "-d 10.0.0.2/32 "],
+        ),
+        (Context(Family.IPV6, "n", node_port_addresses=("fd00::1",)), ["-d fd00::1/128 "]),
+        (Context(Family.IPV4, "n", node_port_addresses=()), []),
+    ],
+)
+def test_what_leads_to_node_ports(context: Context, starts: list[str]) -> None:
+    tails = dispatch_tails(context)
+    assert set(tails) == set(DISPATCH)
+    assert [each for chain, tail in tails.items() if chain != NAT_SERVICES for each in tail] == []
+    rules = [rule.removeprefix("-A KUBE-SERVICES ") for rule in tails[NAT_SERVICES]]
+    assert len(rules) == len(starts)
+    assert all(rule.startswith(start) for rule, start in zip(rules, starts, strict=True))
+    assert all(rule.endswith("-j KUBE-NODEPORTS") for rule in rules)
+    assert all(("--dst-type LOCAL" in rule) is (context.node_port_addresses is None) for rule in rules)

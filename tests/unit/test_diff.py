@@ -1,0 +1,404 @@
+"""What is written for a change: as little as possible, in an order that is safe at every moment."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from kproxy.iptables.backend import IptablesBackend
+from kproxy.iptables.base import ensured_rules
+from kproxy.iptables.names import DISPATCH, PORT_CHAIN_PREFIXES, port_hash
+from kproxy.model.context import Context
+from kproxy.model.delta import Delete, Delta, Replace, Upsert
+from kproxy.model.local_traffic import LocalTraffic
+from kproxy.model.outcome import SyncError
+from kproxy.model.store import Store
+from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Node, Service, ServicePort
+from kproxy.sync.family import FamilySync
+from tests.fakekernel import BUILTIN, FakeKernel
+from tests.unit.strategies import deltas
+
+CONTEXT = Context(
+    Family.IPV4,
+    "node-1",
+    node_address="10.99.0.2",
+    local_traffic=LocalTraffic(cidr="10.244.0.0/16"),
+    localhost_node_ports=True,
+)
+SVC = f"KUBE-SVC-{port_hash('ns/web:http', 'TCP')}"
+DISPATCH_NAMES = {chain.name for chain in DISPATCH}
+
+
+def sep(last: int) -> str:
+    return f"KUBE-SEP-{port_hash('ns/web:http', 'TCP', f'10.244.0.{last}:8080')}"
+
+
+def service(name: str = "web", **more: Any) -> Service:
+    address = f"10.96.0.{ord(name[0])}"
+    return Service(**{"namespace": "ns", "name": name, "cluster_ips": (address,), "ports": (HTTP,), **more})
+
+
+HTTP = ServicePort("http", 80, "TCP")
+
+
+def a_slice(*lasts: int, owner: str = "web") -> EndpointSlice:
+    endpoints = tuple(Endpoint(f"10.244.0.{last}", "node-1") for last in lasts)
+    ports = (EndpointPort("http", 8080, "TCP"),)
+    return EndpointSlice("ns", f"{owner}-1", f"ns/{owner}", Family.IPV4, endpoints, ports)
+
+
+class Proxy:
+    """One family on a fake kernel, synced by hand."""
+
+    def __init__(self, kernel: FakeKernel | None = None, *, block_rules: int = 600, context: Context = CONTEXT) -> None:
+        self.kernel = kernel or FakeKernel()
+        self.context = context
+        self.store = Store("node-1")
+        backend = IptablesBackend(self.kernel, block_rules=block_rules)
+        self.family = FamilySync(backend, lambda _: self.context)
+
+    def take(self, *deltas: Delta) -> None:
+        for delta in deltas:
+            self.family.note(self.store.apply(delta))
+
+    def put(self, *objects: Service | EndpointSlice | Node) -> list[str]:
+        """Sync these objects and return the lines that this wrote."""
+        self.take(*map(Upsert, objects))
+        return self.sync()
+
+    def sync(self) -> list[str]:
+        self.kernel.inputs.clear()
+        self.family.sync(self.store)
+        return "".join(self.kernel.inputs).splitlines()
+
+
+def written(lines: Iterable[str]) -> set[str]:
+    """The chains that the lines create, empty or delete."""
+    return {line[1:].split(" ")[0] for line in lines if line.startswith(":")}
+
+
+def deleted(lines: Iterable[str]) -> set[str]:
+    return {line.removeprefix("-X ") for line in lines if line.startswith("-X ")}
+
+
+@pytest.fixture
+def proxy() -> Proxy:
+    """A proxy that has programmed Services `web` (endpoints 1 and 2) and `api` (endpoint 3)."""
+    found = Proxy()
+    found.put(service(), a_slice(1, 2), service("api"), a_slice(3, owner="api"))
+    return found
+
+
+# Small changes.
+
+
+def test_nothing_to_do_is_nothing_written(proxy: Proxy) -> None:
+    assert proxy.sync() == []
+    assert proxy.kernel.inputs == []
+
+
+def test_one_more_endpoint_is_its_chain_and_the_one_that_picks(proxy: Proxy) -> None:
+    lines = proxy.put(a_slice(1, 2, 4))
+    assert written(lines) == {SVC, sep(4)}
+    assert deleted(lines) == set()
+    assert lines[0] == "*nat"
+    assert lines.count("COMMIT") == 1
+
+
+def test_a_replaced_endpoint_deletes_the_old_ones_chain(proxy: Proxy) -> None:
+    lines = proxy.put(a_slice(1, 4))
+    assert written(lines) == {SVC, sep(2), sep(4)}
+    assert deleted(lines) == {sep(2)}
+    assert lines.count("COMMIT") == 1
+    assert not [line for line in lines if "KUBE-SERVICES" in line]
+
+
+def test_one_less_endpoint(proxy: Proxy) -> None:
+    lines = proxy.put(a_slice(1))
+    assert (written(lines), deleted(lines)) == ({SVC, sep(2)}, {sep(2)})
+
+
+def test_the_kernel_is_read_once(proxy: Proxy) -> None:
+    proxy.put(a_slice(1))
+    proxy.put(service("new"))
+    assert proxy.kernel.reads == 1
+
+
+def test_a_new_service_adds_its_chains_and_rewrites_only_the_dispatch_chains_it_is_in(proxy: Proxy) -> None:
+    lines = proxy.put(service("new"), a_slice(9, owner="new"))
+    own = {name for name in written(lines) if name.startswith(PORT_CHAIN_PREFIXES)}
+    assert len(own) == 2
+    assert written(lines) - own == {"KUBE-SERVICES"}
+    assert [line for line in lines if line.startswith("*")] == ["*nat"]
+    assert sum("-d 10.96.0." in line for line in lines if line.startswith("-A KUBE-SERVICES")) == 3
+    assert "must be the last rule" in [line for line in lines if line.startswith("-A KUBE-SERVICES")][-1]
+
+
+def test_a_deleted_service_takes_its_chains_along(proxy: Proxy) -> None:
+    proxy.take(Delete(Service, "ns", "web"))
+    lines = proxy.sync()
+    assert deleted(lines) == {SVC, sep(1), sep(2)}
+    assert written(lines) == {SVC, sep(1), sep(2), "KUBE-SERVICES"}
+    assert not [rule for rules in proxy.kernel.tables["nat"].values() for rule in rules if "ns/web" in rule]
+
+
+def test_a_service_that_loses_its_last_endpoint_is_refused_instead(proxy: Proxy) -> None:
+    lines = proxy.put(a_slice())
+    assert deleted(lines) == {SVC, sep(1), sep(2)}
+    assert [line for line in lines if line.startswith("*")] == ["*nat", "*filter"]
+    assert [rule.split(" ")[1] for rule in proxy.kernel.tables["filter"]["KUBE-SERVICES"]] == ["10.96.0.119/32"]
+
+
+def test_a_port_that_is_renamed_changes_its_chains(proxy: Proxy) -> None:
+    lines = proxy.put(service(ports=(ServicePort("other", 80, "TCP"),)))
+    assert deleted(lines) == {SVC, sep(1), sep(2)}
+
+
+def test_a_node_port_does_not_touch_the_service_chain(proxy: Proxy) -> None:
+    lines = proxy.put(service(ports=(ServicePort("http", 80, "TCP", 30080),)))
+    external = f"KUBE-EXT-{port_hash('ns/web:http', 'TCP')}"
+    assert written(lines) == {external, "KUBE-NODEPORTS"}
+
+
+def test_repeated_objects_write_nothing(proxy: Proxy) -> None:
+    assert proxy.put(service(), a_slice(1, 2)) == []
+
+
+# At start, and after a failure.
+
+
+def test_kube_proxys_jumps_are_in_its_order() -> None:
+    proxy = Proxy()
+    proxy.sync()
+    for table, chains in BUILTIN.items():
+        for chain in chains:
+            expected = [each.rule for each in ensured_rules(CONTEXT) if each.chain == (table, chain)]
+            assert proxy.kernel.tables[table][chain] == expected
+
+
+def test_only_missing_jumps_are_put_back(proxy: Proxy) -> None:
+    missing = proxy.kernel.tables["filter"]["FORWARD"].pop(1)
+    again = Proxy(proxy.kernel)
+    lines = again.put(service(), a_slice(1, 2), service("api"), a_slice(3, owner="api"))
+    assert lines == ["*filter", f"-I FORWARD 1 {missing}", "COMMIT"]
+
+
+def test_a_jump_counts_as_there_whatever_it_matches() -> None:
+    kernel = FakeKernel()
+    kernel.restore("*nat\n:KUBE-SERVICES - [0:0]\n-A PREROUTING -m comment --comment old -j KUBE-SERVICES\nCOMMIT\n")
+    lines = Proxy(kernel).sync()
+    assert not [line for line in lines if line.startswith("-I PREROUTING")]
+    assert [line for line in lines if line.startswith("-I OUTPUT 1 ") and line.endswith("-j KUBE-SERVICES")]
+
+
+FOREIGN = (
+    "*nat\n:DOCKER - [0:0]\n:KUBE-KUBELET-CANARY - [0:0]\n-A DOCKER -i docker0 -j RETURN\n"
+    "-A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER\nCOMMIT\n"
+    "*filter\n:KUBE-FIREWALL - [0:0]\n"
+    '-A KUBE-FIREWALL -m comment --comment "kubernetes firewall" -m mark --mark 0x8000/0x8000 -j DROP\n'
+    "-A INPUT -j KUBE-FIREWALL\n-A INPUT -s 192.0.2.9/32 -j DROP\nCOMMIT\n"
+)
+
+
+def test_foreign_chains_and_rules_stay() -> None:
+    kernel = FakeKernel()
+    kernel.restore(FOREIGN)
+    proxy = Proxy(kernel)
+    lines = proxy.put(service(), a_slice(1))
+    assert kernel.tables["nat"]["DOCKER"] == ["-i docker0 -j RETURN"]
+    assert "-m addrtype --dst-type LOCAL -j DOCKER" in kernel.tables["nat"]["PREROUTING"]
+    assert "KUBE-KUBELET-CANARY" in kernel.tables["nat"]
+    assert kernel.tables["filter"]["INPUT"][-2:] == ["-j KUBE-FIREWALL", "-s 192.0.2.9/32 -j DROP"]
+    assert not written(lines) & {"DOCKER", "KUBE-KUBELET-CANARY", "PREROUTING", "INPUT"}
+
+
+def test_kubelets_firewall_chain_is_added_to_but_never_emptied() -> None:
+    kernel = FakeKernel()
+    kernel.restore(FOREIGN)
+    lines = Proxy(kernel).sync()
+    assert "KUBE-FIREWALL" not in written(lines)
+    martians, kubelets = kernel.tables["filter"]["KUBE-FIREWALL"]
+    assert martians.startswith("! -s 127.0.0.0/8 ")
+    assert "kubernetes firewall" in kubelets
+    assert Proxy(kernel).sync() == []
+
+
+def test_a_restart_writes_nothing_and_takes_over(proxy: Proxy) -> None:
+    again = Proxy(proxy.kernel)
+    assert again.put(service(), a_slice(1, 2), service("api"), a_slice(3, owner="api")) == []
+    assert written(again.put(a_slice(1, 2, 4))) == {SVC, sep(4)}
+
+
+def test_stale_chains_of_a_former_proxy_are_removed() -> None:
+    former = Proxy()
+    ranges = {"vips": ("203.0.113.1",), "source_ranges": ("198.51.100.0/24",), "external_local": True}
+    former.put(service("old", **ranges), a_slice(1, 2, owner="old"), service(), a_slice(3))
+    again = Proxy(former.kernel)
+    lines = again.put(service(), a_slice(3))
+    assert {name.split("-")[1] for name in deleted(lines)} == {"SVC", "SVL", "EXT", "FW", "SEP"}
+    fresh = Proxy()
+    fresh.put(service(), a_slice(3))
+    assert former.kernel.dump() == fresh.kernel.dump()
+
+
+def test_a_chain_that_was_tampered_with_is_repaired_at_start(proxy: Proxy) -> None:
+    expected = proxy.kernel.dump()
+    proxy.kernel.tables["nat"][SVC].pop()
+    proxy.kernel.tables["nat"]["KUBE-SERVICES"].append("-j ACCEPT")
+    proxy.kernel.tables["filter"]["KUBE-FORWARD"].clear()
+    del proxy.kernel.tables["mangle"]["KUBE-PROXY-CANARY"]
+    again = Proxy(proxy.kernel)
+    lines = again.put(service(), a_slice(1, 2), service("api"), a_slice(3, owner="api"))
+    assert written(lines) == {SVC, "KUBE-SERVICES", "KUBE-FORWARD", "KUBE-PROXY-CANARY"}
+    assert proxy.kernel.dump() == expected
+
+
+def test_after_a_failure_the_kernel_is_read_and_only_what_is_missing_is_written(proxy: Proxy) -> None:
+    proxy.kernel.refuse = lambda _: "out of memory"
+    with pytest.raises(SyncError, match="out of memory"):
+        proxy.put(a_slice(1, 2, 4))
+    proxy.kernel.refuse = lambda _: None
+    assert written(proxy.sync()) == {SVC, sep(4)}
+    assert proxy.kernel.reads == 2
+
+
+# Changes of what all Services share.
+
+
+@pytest.mark.parametrize(
+    ("change", "chains"),
+    [
+        ({"node_port_addresses": ("10.99.0.2",)}, {"KUBE-SERVICES"}),
+        ({"random_fully": False}, {"KUBE-POSTROUTING"}),
+        ({"drop_invalid": False}, {"KUBE-FORWARD"}),
+        ({"masquerade_mark": 1}, {"KUBE-MARK-MASQ", "KUBE-POSTROUTING", "KUBE-FORWARD"}),
+        ({"local_traffic": LocalTraffic()}, {SVC, f"KUBE-SVC-{port_hash('ns/api:http', 'TCP')}"}),
+        ({"node_address": "10.99.0.3"}, set()),
+        ({"zone": "zone-a"}, set()),
+    ],
+)
+def test_a_changed_context_rewrites_what_it_shapes(proxy: Proxy, change: dict[str, Any], chains: set[str]) -> None:
+    proxy.context = replace(CONTEXT, **change)
+    assert written(proxy.sync()) == chains
+    fresh = Proxy(context=proxy.context)
+    fresh.put(service(), a_slice(1, 2), service("api"), a_slice(3, owner="api"))
+    assert proxy.kernel.dump() == fresh.kernel.dump()
+    assert proxy.sync() == []
+
+
+# Large changes, in blocks.
+
+
+class Watched(FakeKernel):
+    """Keeps what every single commit of a table left behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.states: list[dict[str, list[str]]] = []
+
+    def restore(self, text: str) -> None:
+        for part in re.findall(r"\*.*?\nCOMMIT\n", text, re.DOTALL):
+            super().restore(part)
+            self.states.append(dict(self.tables["nat"]))
+
+
+def reachable(table: dict[str, list[str]]) -> set[str]:
+    """The chains of service ports that a packet can get to from a dispatch chain."""
+    found: set[str] = set()
+    ahead = [name for name in DISPATCH_NAMES if name in table]
+    while ahead:
+        for rule in table[ahead.pop()]:
+            target = rule.rsplit("-j ", 1)[-1]
+            if target.startswith(PORT_CHAIN_PREFIXES) and target not in found:
+                found.add(target)
+                ahead.append(target)
+    return found
+
+
+def assert_safe(before: dict[str, list[str]], states: list[dict[str, list[str]]]) -> None:
+    """Whatever a packet meets at any moment is a whole chain, as it was before or as it is in the end."""
+    after = states[-1] if states else before
+    for state in states:
+        for name in DISPATCH_NAMES & state.keys():
+            assert state[name] in (before.get(name, []), after[name])
+        for name in reachable(state):
+            assert state[name] in (before.get(name), after.get(name))
+            assert state[name]
+
+
+@pytest.mark.parametrize("block_rules", [1, 5, 20, 600])
+def test_a_large_load_is_safe_at_every_moment(block_rules: int) -> None:
+    proxy = Proxy(Watched(), block_rules=block_rules)
+    kernel = proxy.kernel
+    assert isinstance(kernel, Watched)
+    objects = [each for name in "abcdef" for each in (service(name), a_slice(1, 2, 3, owner=name))]
+    proxy.put(*objects)
+    whole = Proxy()
+    whole.put(*objects)
+    assert kernel.dump() == whole.kernel.dump()
+    assert_safe({}, kernel.states)
+
+
+def test_blocks_hold_what_they_may_and_never_half_a_service() -> None:
+    proxy = Proxy(block_rules=30)
+    proxy.put(*(each for name in "abcdefgh" for each in (service(name), a_slice(1, 2, 3, owner=name))))
+    *blocks, switch = proxy.kernel.inputs
+    assert len(blocks) > 2
+    for block in blocks:
+        lines = block.splitlines()
+        assert sum(line.startswith("-A ") for line in lines) <= 30
+        assert not written(lines) & DISPATCH_NAMES
+        assert sum(line.startswith(":KUBE-SEP-") for line in lines) == 3 * sum(
+            line.startswith(":KUBE-SVC-") for line in lines
+        )
+    assert written(switch.splitlines()) >= DISPATCH_NAMES
+
+
+def test_a_service_larger_than_a_block_is_a_block() -> None:
+    proxy = Proxy(block_rules=5)
+    proxy.put(service(), a_slice(*range(1, 20)))
+    assert [text.count(":KUBE-SVC-") for text in proxy.kernel.inputs].count(1) == 1
+
+
+def test_many_stale_chains_are_deleted_in_blocks_without_one_that_is_still_in_use() -> None:
+    former = Proxy()
+    ranges = {"vips": ("203.0.113.1",), "source_ranges": ("198.51.100.0/24",), "external_local": True}
+    for name in "abcdef":
+        former.put(service(name, **ranges), a_slice(1, 2, 3, owner=name))
+    again = Proxy(former.kernel, block_rules=3)
+    again.sync()
+    assert not [name for name in former.kernel.tables["nat"] if name.startswith(PORT_CHAIN_PREFIXES)]
+    assert next(text.count("-X ") for text in again.kernel.inputs if "-X " in text) == 3
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.lists(deltas(), max_size=12),
+    st.lists(deltas(), min_size=1, max_size=8),
+    st.sampled_from((1, 6, 25)),
+    st.booleans(),
+)
+def test_every_change_is_safe_at_every_moment(
+    before: list[Delta], more: list[Delta], block_rules: int, restarted: bool
+) -> None:
+    kernel = Watched()
+    proxy = Proxy(kernel, block_rules=block_rules)
+    listed = partial(proxy.take, Replace(Service, ()), Replace(EndpointSlice, ()))
+    listed()
+    proxy.take(*before)
+    proxy.sync()
+    state = dict(kernel.tables["nat"])
+    if restarted:
+        proxy = Proxy(kernel, block_rules=block_rules)
+        proxy.take(*before)
+    kernel.states.clear()
+    proxy.take(*more)
+    proxy.sync()
+    assert_safe(state, kernel.states)

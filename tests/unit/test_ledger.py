@@ -1,0 +1,96 @@
+"""What is remembered of the rules that the kernel accepted."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from kproxy.iptables.ledger import KernelView, Ledger, PortRecord, dispatch_differs
+from kproxy.iptables.names import FILTER_SERVICES, NAT_NODEPORTS, NAT_SERVICES, Chain
+from kproxy.iptables.render import RenderedPort
+from kproxy.iptables.text import SavedChain
+
+
+def port(*dispatch: tuple[Chain, str], **chains: str) -> PortRecord:
+    named = {name.replace("_", "-"): rules for name, rules in chains.items()}
+    return PortRecord.of(RenderedPort(named, dispatch))
+
+
+def test_a_record_knows_its_chains_by_digest() -> None:
+    record = port(KUBE_SVC_A="one\ntwo", KUBE_SEP_A="three")
+    assert dict(record.chains()) == {"KUBE-SVC-A": hash("one\ntwo"), "KUBE-SEP-A": hash("three")}
+    assert dict(port().chains()) == {}
+    assert record == port(KUBE_SVC_A="one\ntwo", KUBE_SEP_A="three")
+    assert record != port(KUBE_SVC_A="one\ntwo", KUBE_SEP_A="four")
+
+
+def test_a_dump_is_sorted_into_ours_and_those_we_share() -> None:
+    view = KernelView.of(
+        {
+            Chain("nat", "KUBE-SVC-A"): SavedChain(["one", "two"]),
+            Chain("nat", "KUBE-SERVICES"): SavedChain(["three"]),
+            Chain("nat", "PREROUTING"): SavedChain(["four"]),
+            Chain("nat", "CALICO"): SavedChain([]),
+        }
+    )
+    assert view.ours == {Chain("nat", "KUBE-SVC-A"): hash("one\ntwo"), Chain("nat", "KUBE-SERVICES"): hash("three")}
+    assert view.shared[Chain("nat", "PREROUTING")] == ["four"]
+    assert Chain("nat", "KUBE-SVC-A") not in view.shared
+
+
+def test_stale_are_chains_of_ports_in_table_nat_that_nobody_uses() -> None:
+    names = ("KUBE-SVC-A", "KUBE-SEP-A", "KUBE-SVL-A", "KUBE-EXT-A", "KUBE-FW-A", "KUBE-SVC-USED", "KUBE-SERVICES")
+    others = ("KUBE-KUBELET-CANARY", "KUBE-FIREWALL", "CALICO-KUBE-SVC-A", "KUBE-NODE-PORT", "KUBE-MARK-DROP")
+    saved = {Chain("nat", name): SavedChain([]) for name in (*names, *others)}
+    saved[Chain("filter", "KUBE-SVC-A")] = SavedChain([])
+    stale = KernelView.of(saved).stale_port_chains(["KUBE-SVC-USED"])
+    assert {name for _, name in stale} == {"KUBE-SVC-A", "KUBE-SEP-A", "KUBE-SVL-A", "KUBE-EXT-A", "KUBE-FW-A"}
+    assert {table for table, _ in stale} == {"nat"}
+
+
+def test_a_dispatch_chain_holds_all_services_by_name_and_then_its_tail() -> None:
+    ledger = Ledger()
+    ledger.put("ns/b", {"/TCP": port((NAT_SERVICES, "b"), (FILTER_SERVICES, "no"))})
+    ledger.put("ns/c", {"/TCP": port((NAT_SERVICES, "c"))})
+    ledger.put("ns/d", {"/TCP": port((NAT_SERVICES, "d"))})
+    changed = {
+        "ns/a": {"y/TCP": port((NAT_SERVICES, "a-y")), "x/TCP": port((NAT_SERVICES, "a-1"), (NAT_SERVICES, "a-2"))},
+        "ns/c": {"/TCP": port((NAT_SERVICES, "c-new"))},
+        "ns/d": {},
+    }
+    assert ledger.dispatch_text(NAT_SERVICES, ("t1", "t2"), changed).split() == [
+        *("a-1", "a-2", "a-y", "b", "c-new", "t1", "t2"),
+    ]
+    assert ledger.dispatch_text(NAT_NODEPORTS, (), changed) == ""
+
+
+def test_which_dispatch_chains_differ() -> None:
+    old = {"/TCP": port((NAT_SERVICES, "a"), (NAT_NODEPORTS, "b"), KUBE_SVC_A="x")}
+    assert dispatch_differs(old, {"/TCP": port((NAT_SERVICES, "a"), (NAT_NODEPORTS, "b"), KUBE_SVC_A="y")}) == set()
+    assert dispatch_differs(old, {"/TCP": port((NAT_SERVICES, "a"), (NAT_NODEPORTS, "c"))}) == {NAT_NODEPORTS}
+    assert dispatch_differs(old, {"/TCP": port((NAT_SERVICES, "a"), (FILTER_SERVICES, "b"))}) == {
+        NAT_NODEPORTS,
+        FILTER_SERVICES,
+    }
+    assert dispatch_differs(old, {}) == {NAT_SERVICES, NAT_NODEPORTS} == dispatch_differs({}, old)
+
+
+def test_an_empty_record_removes_the_service() -> None:
+    ledger = Ledger()
+    ledger.put("ns/a", {"/TCP": port((NAT_SERVICES, "a"))})
+    ledger.put("ns/a", {})
+    ledger.put("ns/b", {})
+    assert ledger.services == {}
+
+
+def test_rules_are_counted_as_they_come_and_go() -> None:
+    ledger = Ledger()
+    ledger.put_base({}, Counter({"nat": 5, "filter": 3}))
+    ledger.put(
+        "ns/a", {"/TCP": port((NAT_SERVICES, "a"), (FILTER_SERVICES, "b"), KUBE_SVC_A="1\n2\n3", KUBE_SEP_A="4")}
+    )
+    assert ledger.rules == {"nat": 5 + 1 + 4, "filter": 3 + 1}
+    ledger.put("ns/a", {"/TCP": port((NAT_SERVICES, "a"))})
+    assert ledger.rules == {"nat": 6, "filter": 3}
+    ledger.put("ns/a", {})
+    ledger.put_base({}, Counter({"nat": 4}))
+    assert ledger.rules == {"nat": 4, "filter": 0}

@@ -1,0 +1,629 @@
+"""Which objects count, and what is kept of them."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kproxy.kube.objects import Decoded, ObjectError, canonical_address, canonical_cidr, decode_object
+from kproxy.model.delta import Kind
+from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Node, Service, ServicePort
+from tests.recordings import items
+
+KINDS: tuple[Kind, ...] = (Service, EndpointSlice, Node)
+
+
+def decode(kind: Kind, data: dict[str, Any]) -> Decoded:
+    """Decode what is both JSON text (from the API) and parsed data (from YAML): the result must be the same."""
+    found = decode_object(kind, json.dumps(data).encode())
+    assert decode_object(kind, data) == found
+    return found
+
+
+def service(labels: dict[str, str] | None = None, status: Any = None, **spec: Any) -> Service | None:
+    metadata = {"namespace": "ns", "name": "web", "labels": labels}
+    data = {"metadata": metadata, "spec": {"clusterIP": "10.96.0.1", **spec}, "status": status}
+    found = decode(Service, data).object
+    assert found is None or isinstance(found, Service)
+    return found
+
+
+def served(**spec: Any) -> Service:
+    found = service(**spec)
+    assert found is not None
+    return found
+
+
+def endpoint_slice(labels: dict[str, str] | None = None, **content: Any) -> EndpointSlice | None:
+    metadata = {"namespace": "ns", "name": "web-1", "labels": {"kubernetes.io/service-name": "web", **(labels or {})}}
+    found = decode(EndpointSlice, {"metadata": metadata, "addressType": "IPv4", **content}).object
+    assert found is None or isinstance(found, EndpointSlice)
+    return found
+
+
+def endpoint(**content: Any) -> Endpoint:
+    found = endpoint_slice(endpoints=[{"addresses": ["10.244.0.1"], **content}])
+    assert found is not None
+    (one,) = found.endpoints
+    return one
+
+
+def node(**content: Any) -> Node:
+    found = decode(Node, {"metadata": {"name": "node-1"}, **content}).object
+    assert isinstance(found, Node)
+    return found
+
+
+# Services.
+
+
+def test_a_service_with_nothing_but_a_cluster_ip_has_defaults() -> None:
+    assert service() == Service("ns", "web", ("10.96.0.1",), ())
+
+
+def test_all_fields_of_a_service() -> None:
+    found = service(
+        status={"loadBalancer": {"ingress": [{"ip": "203.0.113.1"}]}},
+        type="LoadBalancer",
+        clusterIPs=["10.96.0.1", "FD00::0:1"],
+        ports=[{"name": "http", "port": 80, "protocol": "UDP", "nodePort": 30080, "targetPort": "x"}, {"port": 81}],
+        sessionAffinity="ClientIP",
+        sessionAffinityConfig={"clientIP": {"timeoutSeconds": 60}},
+        internalTrafficPolicy="Local",
+        externalTrafficPolicy="Local",
+        externalIPs=["192.0.2.1"],
+        loadBalancerSourceRanges=["198.51.100.7/24"],
+        healthCheckNodePort=32000,
+    )
+    assert found == Service(
+        "ns",
+        "web",
+        ("10.96.0.1", "fd00::1"),
+        (ServicePort("http", 80, "UDP", 30080), ServicePort("", 81, "TCP")),
+        affinity_seconds=60,
+        internal_local=True,
+        external_local=True,
+        external_ips=("192.0.2.1",),
+        vips=("203.0.113.1",),
+        source_ranges=("198.51.100.0/24",),
+        health_check_node_port=32000,
+    )
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"clusterIP": "None"},
+        {"clusterIP": ""},
+        {"type": "ExternalName"},
+        {"type": "ExternalName", "externalIPs": ["192.0.2.1"]},
+    ],
+)
+def test_headless_and_external_name_services_do_not_count(spec: dict[str, Any]) -> None:
+    assert service(**spec) is None
+
+
+def test_a_service_without_a_spec_does_not_count() -> None:
+    assert decode(Service, {"metadata": {"namespace": "ns", "name": "web"}}).object is None
+
+
+@pytest.mark.parametrize("value", ["", "another"])
+def test_a_service_of_another_proxy_does_not_count(value: str) -> None:
+    assert service(labels={"service.kubernetes.io/service-proxy-name": value}) is None
+
+
+def test_a_service_labelled_headless_counts_if_it_has_a_cluster_ip() -> None:
+    assert service(labels={"service.kubernetes.io/headless": ""}) is not None
+
+
+def test_what_does_not_count_still_has_a_name_and_version() -> None:
+    metadata = {"namespace": "ns", "name": "web", "resourceVersion": "7"}
+    found = decode(Service, {"metadata": metadata, "spec": {"clusterIP": "None"}})
+    assert found == Decoded("ns", "web", "7", None)
+
+
+def test_which_services_and_slices_of_the_recording_count() -> None:
+    def counted(kind: Kind, name: str) -> set[str]:
+        found = (decode(kind, item) for item in items("ignored-services", name))
+        return {each.name for each in found if each.object}
+
+    assert counted(Service, "services") == {"kubernetes", "headless-label"}
+    assert counted(EndpointSlice, "endpointslices") == {"kubernetes", "headless-a"}
+
+
+@pytest.mark.parametrize(
+    ("spec", "seconds"),
+    [
+        ({}, 0),
+        ({"sessionAffinity": "None", "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": 5}}}, 0),
+        ({"sessionAffinity": "ClientIP"}, 10800),
+        ({"sessionAffinity": "ClientIP", "sessionAffinityConfig": {}}, 10800),
+        ({"sessionAffinity": "ClientIP", "sessionAffinityConfig": {"clientIP": None}}, 10800),
+        ({"sessionAffinity": "ClientIP", "sessionAffinityConfig": {"clientIP": {}}}, 10800),
+        ({"sessionAffinity": "ClientIP", "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": 86400}}}, 86400),
+    ],
+)
+def test_session_affinity(spec: dict[str, Any], seconds: int) -> None:
+    assert served(**spec).affinity_seconds == seconds
+
+
+@pytest.mark.parametrize(
+    ("spec", "local", "health_check"),
+    [
+        ({"type": "ClusterIP"}, False, 0),
+        ({"type": "ClusterIP", "externalIPs": ["192.0.2.1"]}, True, 0),
+        ({"type": "NodePort"}, True, 0),
+        ({"type": "LoadBalancer"}, True, 32000),
+        ({"type": "LoadBalancer", "externalTrafficPolicy": "Cluster"}, False, 0),
+        ({"type": "LoadBalancer", "externalTrafficPolicy": None}, False, 0),
+    ],
+)
+def test_external_policy_and_health_check_count_only_where_the_type_gives_them_meaning(
+    spec: dict[str, Any], local: bool, health_check: int
+) -> None:
+    found = served(**{"externalTrafficPolicy": "Local", "healthCheckNodePort": 32000, **spec})
+    assert (found.external_local, found.health_check_node_port) == (local, health_check)
+
+
+@pytest.mark.parametrize(
+    ("policy", "local"),
+    [({}, False), ({"internalTrafficPolicy": None}, False), ({"internalTrafficPolicy": "X"}, False)],
+)
+def test_internal_policy_is_cluster_unless_it_says_local(policy: dict[str, Any], local: bool) -> None:
+    assert served(**policy).internal_local is local
+
+
+def test_only_load_balancer_addresses_of_mode_vip_count() -> None:
+    ingress = [
+        {"ip": "203.0.113.1", "ipMode": "VIP"},
+        {"ip": "203.0.113.2", "ipMode": "Proxy"},
+        {"hostname": "lb.example.com"},
+        {"ip": "203.0.113.3"},
+        {"ip": "203.0.113.1"},
+    ]
+    assert served(status={"loadBalancer": {"ingress": ingress}}).vips == ("203.0.113.1", "203.0.113.3")
+
+
+@pytest.mark.parametrize("status", [None, {}, {"loadBalancer": None}, {"loadBalancer": {"ingress": None}}])
+def test_a_service_without_a_load_balancer_has_no_vips(status: Any) -> None:
+    assert served(status=status).vips == ()
+
+
+# Addresses.
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("10.0.0.1", "10.0.0.1"),
+        ("010.001.000.09", "10.1.0.9"),
+        ("000.0.0.0", "0.0.0.0"),
+        ("FD00:0:0:0::1", "fd00::1"),
+        ("::ffff:192.0.2.1", "192.0.2.1"),
+        ("::ffff:c000:201", "192.0.2.1"),
+        ("::", "::"),
+    ],
+)
+def test_canonical_addresses(text: str, expected: str) -> None:
+    assert canonical_address(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "10.0.0",
+        "10.0.0.256",
+        "10.0.0.1.2",
+        "10.0.0.1/32",
+        " 10.0.0.1",
+        "0x0a.0.0.1",
+        "fe80::1%eth0",
+        "a",
+        ":",
+        "\0",
+        "٣.1.1.1",
+    ],
+)
+def test_what_is_no_address(text: str) -> None:
+    assert canonical_address(text) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("10.1.2.3/8", "10.0.0.0/8"),
+        (" 10.1.0.0/16\t", "10.1.0.0/16"),
+        ("010.1.0.0/16", "10.1.0.0/16"),
+        ("10.1.2.3/32", "10.1.2.3/32"),
+        ("10.1.2.3/0", "0.0.0.0/0"),
+        ("FD00::1/64", "fd00::/64"),
+        ("fd00::1/128", "fd00::1/128"),
+        ("fd00::1/0", "::/0"),
+    ],
+)
+def test_canonical_cidrs(text: str, expected: str) -> None:
+    assert canonical_cidr(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "/8", "10.0.0.0", "10.0.0.0/", "10.0.0.0/33", "10.0.0.0/-1", "10.0.0.0/8/8", "fd00::/129", "10.0.0.0/٨"],
+)
+def test_what_is_no_cidr(text: str) -> None:
+    assert canonical_cidr(text) is None
+
+
+def test_a_cidr_with_an_absurd_length_is_no_cidr() -> None:
+    assert canonical_cidr("10.0.0.0/" + "1" * 5000) is None
+
+
+@given(st.ip_addresses())
+def test_canonical_addresses_stay_as_they_are(address: Any) -> None:
+    found = canonical_address(str(address))
+    assert found is not None
+    assert canonical_address(found) == found
+
+
+# EndpointSlices.
+
+
+def test_all_fields_of_a_slice() -> None:
+    found = endpoint_slice(
+        endpoints=[
+            {
+                "addresses": ["10.244.0.1", "10.244.0.2"],
+                "conditions": {"ready": False, "serving": False, "terminating": True},
+                "nodeName": "node-1",
+                "hints": {"forZones": [{"name": "zone-a"}, {"name": "zone-b"}], "forNodes": [{"name": "node-1"}]},
+            }
+        ],
+        ports=[{"name": "http", "port": 8080, "protocol": "UDP"}, {"port": 53}],
+    )
+    assert found == EndpointSlice(
+        "ns",
+        "web-1",
+        "ns/web",
+        Family.IPV4,
+        (Endpoint("10.244.0.1", "node-1", False, False, True, ("zone-a", "zone-b"), ("node-1",)),),
+        (EndpointPort("http", 8080, "UDP"), EndpointPort("", 53, "TCP")),
+    )
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        {"kubernetes.io/service-name": ""},
+        {"service.kubernetes.io/headless": ""},
+        {"service.kubernetes.io/service-proxy-name": "another"},
+    ],
+)
+def test_slices_that_do_not_count(labels: dict[str, str]) -> None:
+    assert endpoint_slice(labels=labels) is None
+
+
+def test_a_slice_without_labels_does_not_count() -> None:
+    assert decode(EndpointSlice, {"metadata": {"name": "a", "namespace": "ns"}, "addressType": "IPv4"}).object is None
+
+
+@pytest.mark.parametrize("kind", ["FQDN", "", "ipv4"])
+def test_a_slice_of_another_address_type_does_not_count(kind: str) -> None:
+    assert endpoint_slice(addressType=kind) is None
+
+
+def test_a_slice_of_ipv6() -> None:
+    found = endpoint_slice(addressType="IPv6", endpoints=[{"addresses": ["FD00::1"]}, {"addresses": ["10.0.0.1"]}])
+    assert found is not None
+    assert found.family is Family.IPV6
+    assert [each.address for each in found.endpoints] == ["fd00::1"]
+
+
+@pytest.mark.parametrize("addresses", [None, [], ["fd00::1"], ["example.com"], ["example.com", "10.0.0.1"]])
+def test_an_endpoint_whose_first_address_is_not_of_the_family_does_not_count(addresses: Any) -> None:
+    found = endpoint_slice(endpoints=[{"addresses": addresses}])
+    assert found is not None
+    assert found.endpoints == ()
+
+
+@pytest.mark.parametrize(
+    ("conditions", "expected"),
+    [
+        (None, (True, True, False)),
+        ({}, (True, True, False)),
+        ({"ready": None, "serving": None, "terminating": None}, (True, True, False)),
+        ({"ready": False}, (False, True, False)),
+        ({"serving": False}, (True, False, False)),
+        ({"terminating": True}, (True, True, True)),
+    ],
+)
+def test_conditions_that_are_unset(conditions: Any, expected: tuple[bool, bool, bool]) -> None:
+    found = endpoint(conditions=conditions)
+    assert (found.ready, found.serving, found.terminating) == expected
+
+
+def test_fields_of_an_endpoint_that_are_null() -> None:
+    assert endpoint(nodeName=None, hints=None) == Endpoint("10.244.0.1")
+    assert endpoint(hints={"forZones": None, "forNodes": None}) == Endpoint("10.244.0.1")
+
+
+@pytest.mark.parametrize("port", [{}, {"port": None}, {"port": 0}])
+def test_a_slice_port_without_a_number_is_skipped(port: dict[str, Any]) -> None:
+    found = endpoint_slice(ports=[{"name": "a", **port}, {"name": None, "port": 80, "protocol": None}])
+    assert found is not None
+    assert found.ports == (EndpointPort("", 80, "TCP"),)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("2026-11-20T23:47:40Z", 1795218460.0), ("2026-11-20T23:47:40.5Z", 1795218460.5), ("", 0.0), ("yesterday", 0.0)],
+)
+def test_when_a_slice_changed(text: str, seconds: float) -> None:
+    labels = {"kubernetes.io/service-name": "web"}
+    annotations = {"endpoints.kubernetes.io/last-change-trigger-time": text}
+    metadata = {"namespace": "ns", "name": "web-1", "labels": labels, "annotations": annotations}
+    found = decode(EndpointSlice, {"metadata": metadata, "addressType": "IPv4"}).object
+    assert isinstance(found, EndpointSlice)
+    assert found.last_change == seconds
+
+
+# Nodes.
+
+
+def test_all_fields_of_a_node() -> None:
+    found = decode(
+        Node,
+        {
+            "metadata": {"name": "node-1", "uid": "u", "labels": {"topology.kubernetes.io/zone": "zone-a"}},
+            "spec": {"podCIDR": "10.244.9.0/24", "podCIDRs": ["10.244.1.7/24", "FD00:1::/64"]},
+            "status": {
+                "addresses": [
+                    {"type": "ExternalIP", "address": "192.0.2.9"},
+                    {"type": "InternalIP", "address": "10.99.0.2"},
+                    {"type": "Hostname", "address": "10.0.0.9"},
+                    {"type": "InternalIP", "address": "FD00:99::2"},
+                    {"type": "InternalIP", "address": "nonsense"},
+                ]
+            },
+        },
+    )
+    addresses = ("10.99.0.2", "fd00:99::2", "192.0.2.9")
+    assert found.object == Node("node-1", "u", addresses, "zone-a", ("10.244.1.0/24", "fd00:1::/64"))
+
+
+def test_a_node_with_nothing_but_a_name() -> None:
+    assert node() == Node("node-1")
+    assert node(spec={"podCIDR": "10.244.1.0/24"}) == Node("node-1", pod_cidrs=("10.244.1.0/24",))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "spec", "expected"),
+    [
+        ({}, {}, False),
+        ({"deletionTimestamp": "2026-11-20T23:47:40Z"}, {}, True),
+        ({}, {"taints": [{"key": "a"}, {"key": "ToBeDeletedByClusterAutoscaler", "effect": "NoSchedule"}]}, True),
+        ({}, {"taints": [{"key": "node.kubernetes.io/not-ready"}]}, False),
+        ({}, {"taints": None}, False),
+    ],
+)
+def test_a_node_that_is_being_deleted(metadata: dict[str, str], spec: dict[str, Any], expected: bool) -> None:
+    assert node(metadata={"name": "node-1", **metadata}, spec=spec).being_deleted is expected
+
+
+# What is refused, and what the message says.
+
+
+@pytest.mark.parametrize(
+    ("spec", "field"),
+    [
+        ({"clusterIP": "10.96.0.300"}, "spec.clusterIPs"),
+        ({"clusterIPs": ["10.96.0.1", "x"]}, "spec.clusterIPs"),
+        ({"clusterIP": 7}, "spec.clusterIP"),
+        ({"externalIPs": ["10.0.0.1/32"]}, "spec.externalIPs"),
+        ({"externalIPs": "10.0.0.1"}, "spec.externalIPs"),
+        ({"loadBalancerSourceRanges": ["10.0.0.0"]}, "spec.loadBalancerSourceRanges"),
+        ({"status": {"loadBalancer": {"ingress": [{"ip": "x"}]}}}, "status.loadBalancer.ingress"),
+        ({"ports": [{"port": 0}]}, "spec.ports[...].port"),
+        ({"ports": [{}]}, "spec.ports[...].port"),
+        ({"ports": [{"port": 65536}]}, "spec.ports[...].port"),
+        ({"ports": [{"port": "80"}]}, "spec.ports[0].port"),
+        ({"ports": [{"port": 80.5}]}, "spec.ports[0].port"),
+        ({"ports": [{"port": True}]}, "spec.ports[0].port"),
+        ({"ports": [{"port": 80, "nodePort": -1}]}, "spec.ports[...].nodePort"),
+        ({"ports": [{"port": 80, "nodePort": 65536}]}, "spec.ports[...].nodePort"),
+        ({"ports": [{"port": 80, "protocol": "ICMP"}]}, "spec.ports[0].protocol"),
+        ({"ports": [{"port": 80, "name": "a"}, {"port": 81, "name": "a"}]}, "spec.ports"),
+        ({"sessionAffinityConfig": {"clientIP": {"timeoutSeconds": "5"}}}, "sessionAffinityConfig"),
+    ],
+)
+def test_a_wrong_value_in_a_service_is_named(spec: dict[str, Any], field: str) -> None:
+    with pytest.raises(ObjectError) as caught:
+        service(**spec)
+    assert f"$.{field}" in str(caught.value).replace("$.spec.sessionAffinityConfig", "$.sessionAffinityConfig")
+
+
+@pytest.mark.parametrize("seconds", [-1, 0, 86401, 1 << 40])
+def test_affinity_out_of_range_is_named(seconds: int) -> None:
+    config = {"clientIP": {"timeoutSeconds": seconds}}
+    with pytest.raises(ObjectError, match="timeoutSeconds"):
+        service(sessionAffinity="ClientIP", sessionAffinityConfig=config)
+
+
+@pytest.mark.parametrize("port", [-1, 65536])
+def test_a_health_check_port_out_of_range_is_named(port: int) -> None:
+    with pytest.raises(ObjectError, match="healthCheckNodePort"):
+        service(type="LoadBalancer", externalTrafficPolicy="Local", healthCheckNodePort=port)
+
+
+@pytest.mark.parametrize(
+    ("content", "field"),
+    [
+        ({"endpoints": [{"addresses": "10.0.0.1"}]}, "endpoints[0].addresses"),
+        ({"endpoints": [{"conditions": {"ready": "yes"}}]}, "endpoints[0].conditions.ready"),
+        ({"ports": [{"port": -1}]}, "ports[...].port"),
+        ({"ports": [{"port": 65536}]}, "ports[...].port"),
+        ({"ports": [{"port": 1, "protocol": "tcp"}]}, "ports[0].protocol"),
+    ],
+)
+def test_a_wrong_value_in_a_slice_is_named(content: dict[str, Any], field: str) -> None:
+    with pytest.raises(ObjectError) as caught:
+        endpoint_slice(**content)
+    assert f"$.{field}" in str(caught.value)
+
+
+def test_a_wrong_value_in_a_node_is_named() -> None:
+    with pytest.raises(ObjectError, match=r"\$\.spec\.podCIDRs"):
+        node(spec={"podCIDRs": ["10.0.0.0"]})
+
+
+BAD_NAMES = ("", 'a"b', "a\nb", "a b", "A", "a\\", "-a", "a-", "a" * 254, "a;b", "ä", "a/b", "a\0")
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_names_that_could_break_rules_are_refused(kind: Kind, name: str) -> None:
+    with pytest.raises(ObjectError, match=r"\$\.metadata\.name"):
+        decode(kind, {"metadata": {"namespace": "ns", "name": name}})
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_namespaces_that_could_break_rules_are_refused(name: str) -> None:
+    with pytest.raises(ObjectError, match=r"\$\.metadata\.namespace"):
+        decode(Service, {"metadata": {"namespace": name, "name": "web"}, "spec": {"clusterIP": "10.96.0.1"}})
+
+
+@pytest.mark.parametrize("name", ['"', "a\n", "a b", "A", "a.b", "a" * 64])
+def test_port_names_that_could_break_rules_are_refused(name: str) -> None:
+    with pytest.raises(ObjectError, match=r"\$\.spec\.ports"):
+        service(ports=[{"port": 80, "name": name}])
+
+
+def test_names_as_long_as_they_may_be() -> None:
+    assert decode(Node, {"metadata": {"name": "a" * 253}}).name == "a" * 253
+    assert served(ports=[{"port": 80, "name": "a" * 63}]).ports[0].name == "a" * 63
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"null", b"[]", b"{}", b'"x"', b'{"metadata": []}', b'{"metadata": null}'])
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_that_is_no_object_is_refused(kind: Kind, raw: bytes) -> None:
+    with pytest.raises(ObjectError):
+        decode_object(kind, raw)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_that_is_not_utf8_is_refused(kind: Kind) -> None:
+    with pytest.raises(ObjectError):
+        decode_object(kind, b'{"metadata": {"name": "\xff"}}')
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_that_is_nested_too_deeply_is_refused(kind: Kind) -> None:
+    with pytest.raises(ObjectError):
+        decode_object(kind, b'{"metadata": {"name": "a"}, "x":' + b"[" * 100_000 + b"]" * 100_000 + b"}")
+
+
+@pytest.mark.parametrize(
+    "data", [{1: 2}, {"metadata": {"name": "a", "labels": {1: "x"}}}, {"metadata": {"name": b"a"}}]
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_data_that_json_could_not_hold_is_refused(kind: Kind, data: dict[str, Any]) -> None:
+    with pytest.raises(ObjectError):
+        decode_object(kind, data)
+
+
+LEAVES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**70), 2**70),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.text(max_size=8),
+    st.sampled_from(
+        ("10.0.0.1", "fd00::1", "10.0.0.0/8", "Local", "TCP", "ClientIP", "None", "a", "IPv4", "IPv6", "VIP")
+    ),
+)
+KEYS = st.sampled_from(
+    (
+        "metadata",
+        "name",
+        "namespace",
+        "labels",
+        "annotations",
+        "spec",
+        "status",
+        "type",
+        "clusterIP",
+        "clusterIPs",
+        "ports",
+        "port",
+        "protocol",
+        "nodePort",
+        "externalIPs",
+        "sessionAffinity",
+        "sessionAffinityConfig",
+        "clientIP",
+        "timeoutSeconds",
+        "loadBalancer",
+        "ingress",
+        "ip",
+        "ipMode",
+        "loadBalancerSourceRanges",
+        "healthCheckNodePort",
+        "addressType",
+        "endpoints",
+        "addresses",
+        "conditions",
+        "ready",
+        "hints",
+        "forZones",
+        "nodeName",
+        "podCIDRs",
+        "taints",
+        "address",
+        "key",
+        "kubernetes.io/service-name",
+        "endpoints.kubernetes.io/last-change-trigger-time",
+    )
+)
+JSON = st.recursive(
+    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=5), max_leaves=15
+)
+METADATA = st.fixed_dictionaries(
+    {"name": st.just("a"), "namespace": st.just("ns")},
+    optional={
+        "labels": st.just({"kubernetes.io/service-name": "web"}),
+        "annotations": st.text().map(lambda text: {"endpoints.kubernetes.io/last-change-trigger-time": text}),
+    },
+)
+OBJECTS = st.one_of(
+    st.dictionaries(KEYS, JSON, max_size=5),
+    st.fixed_dictionaries(
+        {"metadata": METADATA},
+        optional={"spec": st.dictionaries(KEYS, JSON, max_size=8), "status": JSON, "endpoints": JSON, "ports": JSON},
+    ),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(KINDS), OBJECTS)
+def test_whatever_json_says_it_decodes_or_is_refused(kind: Kind, data: dict[str, Any]) -> None:
+    def outcome(raw: Any) -> Decoded | None:
+        try:
+            return decode_object(kind, raw)
+        except ObjectError:
+            return None
+
+    assert outcome(json.dumps(data).encode()) == outcome(data)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.sampled_from(KINDS),
+    st.binary(max_size=40) | st.text(max_size=40).map(lambda text: b'{"metadata":' + text.encode()),
+)
+def test_whatever_bytes_say_it_decodes_or_is_refused(kind: Kind, raw: bytes) -> None:
+    with suppress(ObjectError):
+        assert decode_object(kind, raw).name

@@ -1,0 +1,393 @@
+"""What is synced when, what stays pending, and what never ends the thread."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import queue
+import threading
+from collections.abc import Mapping, Sequence
+
+import pytest
+
+from kproxy.model.context import Context
+from kproxy.model.delta import Delete, Delta, Replace, Upsert
+from kproxy.model.outcome import SyncError, Written
+from kproxy.model.plan import ServicePortPlan
+from kproxy.model.store import Store
+from kproxy.model.types import EndpointSlice, Family, Node, Service, ServicePort
+from kproxy.sync.family import FamilySync
+from kproxy.sync.reconciler import Message, Reconciler, Resync, Stop
+from kproxy.sync.report import SyncReport
+from kproxy.sync.schedule import Schedule
+
+HANG_GUARD = 30.0
+LISTS: tuple[Replace, ...] = (Replace(Service, ()), Replace(EndpointSlice, ()), Replace(Node, ()))
+
+
+def service(name: str, port: int = 80) -> Service:
+    return Service("ns", name, (f"10.96.0.{ord(name[0])}", f"fd00::{ord(name[0])}"), (ServicePort("", port, "TCP"),))
+
+
+class Recorder:
+    """A backend that remembers what it was given and fails as it is told."""
+
+    def __init__(self) -> None:
+        self.syncs: list[set[str]] = []
+        self.contexts: list[Context] = []
+        self.errors: list[Exception] = []
+        self.needs_everything = True
+        self.done: queue.SimpleQueue[set[str]] = queue.SimpleQueue()
+
+    def sync(self, plans: Mapping[str, Sequence[ServicePortPlan]], context: Context) -> Written:
+        self.syncs.append(set(plans))
+        self.contexts.append(context)
+        self.done.put(set(plans))
+        if self.errors:
+            raise self.errors.pop(0)
+        self.needs_everything = False
+        return Written({}, {})
+
+
+class Watcher:
+    """An observer that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.queued_at: list[tuple[Family, float]] = []
+        self.reports: list[SyncReport] = []
+
+    def queued(self, family: Family, now: float) -> None:
+        self.queued_at.append((family, now))
+
+    def synced(self, report: SyncReport) -> None:
+        self.reports.append(report)
+
+
+class Proxy:
+    """A reconciler of two families with a clock that is set by hand."""
+
+    def __init__(self, *, listed: bool = True, observers: Sequence[Watcher] = ()) -> None:
+        self.now = 0.0
+        self.four, self.six = Recorder(), Recorder()
+        self.watcher = Watcher()
+        self.reconciler = Reconciler(
+            Store("node-1"),
+            {
+                Family.IPV4: FamilySync(self.four, lambda node: context(Family.IPV4, node)),
+                Family.IPV6: FamilySync(self.six, lambda node: context(Family.IPV6, node)),
+            },
+            make_schedule=lambda: Schedule(min_interval=1.0, max_retry=30.0),
+            clock=lambda: self.now,
+            observers=[*observers, self.watcher],
+        )
+        if listed:
+            self.take(*LISTS)
+            self.reconciler.sync_due()
+            self.now = 100.0
+            self.four.syncs.clear()
+            self.six.syncs.clear()
+
+    def take(self, *deltas: Delta | Resync) -> None:
+        for delta in deltas:
+            self.reconciler.take(delta)
+
+    def after(self, seconds: float) -> bool:
+        self.now += seconds
+        return self.reconciler.sync_due()
+
+
+def context(family: Family, node: Node | None) -> Context:
+    return Context(family, "node-1", zone=node.zone if node else "")
+
+
+# Nothing before everything is known.
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations((Replace(Service, (service("web"),)), *LISTS[1:]))))
+def test_nothing_is_programmed_before_all_kinds_are_listed(order: tuple[Replace, ...]) -> None:
+    proxy = Proxy(listed=False)
+    proxy.take(Upsert(service("web")), Upsert(Node("node-1")))
+    for delta in order:
+        assert proxy.reconciler.wait() is None
+        assert proxy.after(5) is True
+        assert proxy.four.syncs == []
+        proxy.take(delta)
+    assert proxy.reconciler.wait() == 0
+    assert proxy.after(0) is True
+    assert proxy.four.syncs == proxy.six.syncs == [{"ns/web"}]
+
+
+def test_an_empty_cluster_is_programmed_too() -> None:
+    proxy = Proxy(listed=False)
+    proxy.take(*LISTS)
+    assert proxy.reconciler.wait() == 0
+    proxy.after(0)
+    assert proxy.four.syncs == proxy.six.syncs == [set()]
+
+
+# When.
+
+
+def test_the_first_change_goes_at_once_and_the_next_ones_together() -> None:
+    proxy = Proxy()
+    proxy.take(Upsert(service("a")))
+    assert proxy.reconciler.wait() == 0
+    proxy.after(0)
+    proxy.take(Upsert(service("b")), Upsert(service("c")))
+    assert proxy.reconciler.wait() == 1.0
+    proxy.after(0.5)
+    assert proxy.four.syncs == [{"ns/a"}]
+    proxy.after(0.5)
+    assert proxy.four.syncs == [{"ns/a"}, {"ns/b", "ns/c"}]
+    assert proxy.reconciler.wait() is None
+
+
+def test_what_changes_nothing_makes_no_sync() -> None:
+    proxy = Proxy()
+    proxy.take(Upsert(service("a")))
+    proxy.after(0)
+    proxy.take(Upsert(service("a")), Delete(Service, "ns", "x"), Upsert(Node("node-2")))
+    assert proxy.reconciler.wait() is None
+
+
+def test_a_resync_asks_for_the_context_again() -> None:
+    proxy = Proxy()
+    proxy.take(Resync())
+    assert proxy.reconciler.wait() == 0
+    proxy.after(0)
+    assert proxy.four.syncs == proxy.six.syncs == [set()]
+
+
+# What.
+
+
+def test_only_what_changed_is_looked_at() -> None:
+    proxy = Proxy()
+    proxy.take(Upsert(service("a")), Upsert(service("b")))
+    proxy.after(0)
+    proxy.take(Upsert(service("b", 81)), Upsert(EndpointSlice("ns", "c-1", "ns/c", Family.IPV4)))
+    proxy.after(5)
+    proxy.take(Delete(Service, "ns", "a"))
+    proxy.after(5)
+    assert proxy.four.syncs == [{"ns/a", "ns/b"}, {"ns/b", "ns/c"}, {"ns/a"}]
+
+
+def test_a_changed_node_makes_everything_dirty_if_it_matters() -> None:
+    proxy = Proxy()
+    proxy.take(Upsert(service("a")), Upsert(service("b")))
+    proxy.after(0)
+    proxy.take(Upsert(Node("node-1", uid="irrelevant")))
+    proxy.after(5)
+    proxy.take(Upsert(Node("node-1", zone="zone-a")))
+    proxy.after(5)
+    assert proxy.four.syncs[1:] == [set(), {"ns/a", "ns/b"}]
+    assert proxy.four.contexts[-1].zone == "zone-a"
+
+
+def test_a_backend_that_knows_nothing_gets_everything() -> None:
+    proxy = Proxy()
+    proxy.take(Upsert(service("a")), Upsert(service("b")))
+    proxy.after(0)
+    proxy.four.needs_everything = True
+    proxy.take(Delete(Service, "ns", "b"))
+    proxy.after(5)
+    assert proxy.four.syncs[-1] == {"ns/a", "ns/b"}
+    assert proxy.six.syncs[-1] == {"ns/b"}
+
+
+# Failures.
+
+
+def test_pending_changes_stay_until_the_kernel_accepted_them() -> None:
+    proxy = Proxy()
+    proxy.four.errors = [SyncError("no"), SyncError("no")]
+    proxy.take(Upsert(service("a")))
+    assert proxy.after(0) is False
+    proxy.take(Upsert(service("b")))
+    assert proxy.after(1) is False
+    assert proxy.after(1) is True
+    assert proxy.four.syncs == [{"ns/a"}, {"ns/a", "ns/b"}, {"ns/a", "ns/b"}]
+    assert proxy.reconciler.wait() is None
+
+
+def test_a_context_that_was_refused_is_not_taken_for_applied() -> None:
+    proxy = Proxy()
+    proxy.take(Upsert(service("a")), Upsert(service("b")))
+    proxy.after(0)
+    proxy.four.errors = [SyncError("no")]
+    proxy.take(Upsert(Node("node-1", zone="zone-a")))
+    proxy.after(5)
+    proxy.after(5)
+    assert proxy.four.syncs[1:] == [{"ns/a", "ns/b"}] * 2
+
+
+def test_a_failure_is_retried_without_another_change_after_growing_pauses() -> None:
+    proxy = Proxy()
+    proxy.four.errors = [SyncError("no")] * 4
+    proxy.take(Upsert(service("a")))
+    waits = []
+    for _ in range(4):
+        proxy.after(proxy.reconciler.wait() or 0)
+        waits.append(proxy.reconciler.wait())
+    assert waits == [1.0, 1.0, 2.0, 4.0]
+    assert proxy.after(4) is True
+
+
+def test_a_family_that_fails_does_not_hold_up_the_other() -> None:
+    proxy = Proxy()
+    proxy.four.errors = [SyncError("no")] * 3
+    proxy.take(Upsert(service("a")))
+    assert proxy.after(0) is False
+    proxy.take(Upsert(service("b")))
+    assert proxy.after(1) is False
+    assert proxy.six.syncs == [{"ns/a"}, {"ns/b"}]
+    assert proxy.after(1) is False
+    assert proxy.after(2) is True
+    assert proxy.six.syncs == [{"ns/a"}, {"ns/b"}]
+    assert proxy.four.syncs[-1] == {"ns/a", "ns/b"}
+
+
+def test_a_bug_is_told_and_retried(caplog: pytest.LogCaptureFixture) -> None:
+    proxy = Proxy()
+    proxy.four.errors = [KeyError("oops")]
+    proxy.take(Upsert(service("a")))
+    with caplog.at_level(logging.ERROR):
+        assert proxy.after(0) is False
+    (record,) = caplog.records
+    assert record.getMessage() == "IPv4: sync failed, trying again in 1.0 s: unexpected KeyError('oops')"
+    assert proxy.after(1) is True
+    assert proxy.four.syncs == [{"ns/a"}, {"ns/a"}]
+
+
+def test_a_refusal_is_logged_on_one_line_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
+    proxy = Proxy()
+    proxy.six.errors = [SyncError("line 3 failed")]
+    proxy.take(Upsert(service("a")))
+    with caplog.at_level(logging.ERROR):
+        proxy.after(0)
+    assert [each.getMessage() for each in caplog.records] == [
+        "IPv6: sync failed, trying again in 1.0 s: line 3 failed",
+    ]
+
+
+class Faulty(Watcher):
+    """An observer with a bug."""
+
+    def queued(self, family: Family, now: float) -> None:
+        raise KeyError("queued")
+
+    def synced(self, report: SyncReport) -> None:
+        raise KeyError("synced")
+
+
+def test_an_observer_with_a_bug_stops_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    proxy = Proxy(observers=[Faulty()])
+    proxy.take(Upsert(service("a")))
+    assert proxy.after(0) is True
+    assert proxy.four.syncs == [{"ns/a"}]
+    assert "Faulty failed: unexpected KeyError('synced')" in caplog.text
+
+
+def test_a_message_that_cannot_be_taken_in_is_told_and_the_next_one_works(caplog: pytest.LogCaptureFixture) -> None:
+    proxy = Proxy()
+    messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
+    messages.put(Upsert(None))  # type: ignore[arg-type] # what no source sends
+    messages.put(Upsert(service("a")))
+    messages.put(Stop())
+    proxy.reconciler.run(messages)
+    assert "a change could not be taken in: unexpected AttributeError" in caplog.text
+    assert proxy.after(0) is True
+    assert proxy.four.syncs == [{"ns/a"}]
+
+
+# Those who watch.
+
+
+def test_observers_are_told_of_changes_and_of_what_became_of_them() -> None:
+    proxy = Proxy()
+    proxy.watcher.queued_at.clear()
+    proxy.watcher.reports.clear()
+    proxy.four.errors = [SyncError("no")]
+    slice_ = EndpointSlice("ns", "a-1", "ns/a", Family.IPV4, last_change=7.0)
+    proxy.take(Upsert(service("a")), Upsert(slice_))
+    proxy.after(0)
+    assert proxy.watcher.queued_at == [(Family.IPV4, 100.0), (Family.IPV6, 100.0)] * 2
+    failed, done = proxy.watcher.reports
+    assert (failed.family, failed.error, failed.written, failed.last_changes) == (Family.IPV4, "no", None, ())
+    assert (done.family, done.error, done.written) == (Family.IPV6, "", Written({}, {}))
+    assert (set(done.plans), done.complete, done.last_changes) == ({"ns/a"}, False, ())
+    proxy.after(1)
+    retried = proxy.watcher.reports[-1]
+    assert (retried.family, retried.error, retried.last_changes) == (Family.IPV4, "", (7.0,))
+
+
+def test_a_sync_of_everything_is_reported_as_complete() -> None:
+    proxy = Proxy(listed=False)
+    proxy.take(*LISTS)
+    proxy.after(0)
+    assert [each.complete for each in proxy.watcher.reports] == [True, True]
+
+
+# The thread.
+
+
+class Running:
+    """A reconciler in a thread of its own, with a clock on which every interval has long passed."""
+
+    def __init__(self) -> None:
+        self.backend = Recorder()
+        ticks = itertools.count(step=1000)
+        self.reconciler = Reconciler(
+            Store("node-1"),
+            {Family.IPV4: FamilySync(self.backend, lambda node: context(Family.IPV4, node))},
+            make_schedule=lambda: Schedule(min_interval=1.0, max_retry=30.0),
+            clock=lambda: next(ticks),
+        )
+        self.messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self.thread = threading.Thread(target=self.reconciler.run, args=(self.messages,), daemon=True)
+
+    def send(self, *messages: Message) -> None:
+        for message in messages:
+            self.messages.put(message)
+
+    def stopped(self) -> bool:
+        self.send(Stop())
+        self.thread.join(HANG_GUARD)
+        return not self.thread.is_alive()
+
+
+def test_stop_ends_the_thread_whatever_is_known() -> None:
+    for start in ((), LISTS[:1], LISTS):
+        running = Running()
+        running.send(*start)
+        running.thread.start()
+        assert running.stopped()
+
+
+def test_what_has_arrived_is_one_sync() -> None:
+    running = Running()
+    running.send(*LISTS, Upsert(service("a")), (Upsert(service("b")), Upsert(service("c"))))
+    running.thread.start()
+    assert running.backend.done.get(timeout=HANG_GUARD) == {"ns/a", "ns/b", "ns/c"}
+    running.send(Upsert(service("d")))
+    assert running.backend.done.get(timeout=HANG_GUARD) == {"ns/d"}
+    assert running.stopped()
+
+
+def test_a_failure_is_retried_by_the_thread_itself() -> None:
+    running = Running()
+    running.backend.errors = [SyncError("no"), ZeroDivisionError()]
+    running.send(*LISTS, Upsert(service("a")))
+    running.thread.start()
+    found = [running.backend.done.get(timeout=HANG_GUARD) for _ in range(3)]
+    assert found == [{"ns/a"}] * 3
+    assert running.stopped()
+
+
+def test_stop_comes_before_anything_behind_it() -> None:
+    running = Running()
+    running.send(Stop(), *LISTS)
+    running.thread.start()
+    running.thread.join(HANG_GUARD)
+    assert not running.thread.is_alive()
+    assert running.backend.syncs == []
