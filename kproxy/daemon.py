@@ -8,28 +8,39 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Callable
-from types import FrameType
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Protocol
 
-from kproxy.config import Config
+from kproxy.config import Config, as_document
 from kproxy.contexts import is_known
 from kproxy.families import StartError, follows_addresses, make_families, this_node
+from kproxy.first_sync import FirstSync
+from kproxy.host.conntrack import UdpConntrack
 from kproxy.host.monitor import AddressMonitor
-from kproxy.host.run import CommandError
+from kproxy.host.nfacct import read_counter
+from kproxy.host.own_addresses import own_addresses
+from kproxy.iptables.apply import Iptables
+from kproxy.iptables.base import INVALID_COUNTER
+from kproxy.iptables.render import LOCALHOST_COUNTER
 from kproxy.kube.client import Client, ClientError
 from kproxy.kube.file_source import FileSource
 from kproxy.model.store import Store
-from kproxy.model.types import Family
-from kproxy.nftables.cleanup import remove_table
+from kproxy.model.types import Family, Node
+from kproxy.preparation import prepare_conntrack, prepare_process
+from kproxy.serve.series import INVALID_DROPPED, LOCALHOST_ACCEPTED
+from kproxy.serve.serving import Serving, ServingError
+from kproxy.sync.conntrack import ConntrackCleaner
 from kproxy.sync.reconciler import Message, Reconciler, Resync, Stop
-from kproxy.sync.report import SyncReport
 from kproxy.sync.schedule import Schedule
 
 log = logging.getLogger(__name__)
 
 STOP_SECONDS = 0.7
-"""How long a termination waits for a sync under way; after that the process just ends, and the rules are whole."""
+"""How long a termination waits for a sync under way; after that its present transaction is given up."""
+
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Part(Protocol):
@@ -37,9 +48,6 @@ class Part(Protocol):
 
     def start(self) -> None:
         """Begin."""
-
-    def stop(self) -> None:
-        """End; nothing more comes from it afterwards."""
 
 
 def run(config: Config, objects: str | None, server: str | None) -> None:
@@ -54,78 +62,104 @@ def run(config: Config, objects: str | None, server: str | None) -> None:
 class Daemon:
     """All parts of one daemon, and how they are connected.
 
-    Sources and monitors only put messages on a queue; the reconciler's thread takes them off it and owns all state.
+    Sources and monitors only put messages on a queue; the reconciler's thread takes them off it and owns all state. The
+    main thread does nothing but wait for signals, so that none is ever late.
     """
 
     def __init__(self, config: Config, objects: str | None, server: str | None) -> None:
+        self._config = config
+        self._objects = objects
+        self._server = server
         self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
-        self._ended = threading.Event()
-        self._parts: list[Part] = []
+        self._programs: list[Iptables] = []
+        self._failure: BaseException | None = None
+
+    def run(self) -> None:
+        """Work until a signal comes. Raises what made it impossible to go on."""
+        # Blocked before any other thread exists, signals wait for the main thread alone, even as PID 1 of a container.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        threading.excepthook = self._lost_thread
+        worker = threading.Thread(target=self._work, name="reconciler", daemon=True)
+        worker.start()
+        number = signal.sigwait(STOP_SIGNALS)
+        if self._failure is not None:
+            raise self._failure
+        log.info("%s: stopping, the rules stay", signal.Signals(number).name)
+        self._messages.put(Stop())
+        worker.join(STOP_SECONDS)
+        for iptables in self._programs:
+            iptables.stop()
+        # What else runs are daemon threads that hold nothing worth saving, and may be in the middle of anything.
+        logging.shutdown()
+        os._exit(0)
+
+    def _work(self) -> None:
+        self._build().run(self._messages)
+
+    def _build(self) -> Reconciler:
+        config = self._config
+        prepare_process(config)
+        prepare_conntrack(config)
         name = this_node(config)
-        families = make_families(config)
-        if objects is not None:
-            self._parts.append(FileSource(objects, self._messages.put))
-        else:
-            self._parts.append(_api_source(config, name, server, self._messages.put))
-        if follows_addresses(config):
-            self._parts.append(AddressMonitor(lambda: self._messages.put(Resync())))
+        store = Store(name)
+        families = make_families(config, self._programs)
+        serving = self._serving(families, store)
+        conntrack = ConntrackCleaner(
+            {family: UdpConntrack(family) for family in families},
+            own_addresses,
+            clock=time.monotonic,
+            tell=lambda done: serving.metrics.conntrack_reconciled(done.family, done.seconds, done.deleted),
+        )
+        for part in (serving, *self._sources(name)):
+            part.start()
         periods = config.backend
-        self._reconciler = Reconciler(
-            Store(name),
+        return Reconciler(
+            store,
             families,
             make_schedule=lambda: Schedule(min_interval=periods.min_sync_period, max_retry=periods.sync_period),
             clock=time.monotonic,
             is_ready=lambda store: is_known(config, store),
-            observers=[OtherMode()],
+            observers=[conntrack, FirstSync(config), *serving.observers],
         )
 
-    def run(self) -> None:
-        """Work until a signal comes."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._terminate)
-        worker = threading.Thread(target=self._reconcile, name="reconciler", daemon=True)
-        worker.start()
-        for part in self._parts:
-            part.start()
-        self._ended.wait()
-        self._messages.put(Stop())
-        worker.join(STOP_SECONDS)
-        # What else runs are daemon threads that hold nothing worth saving. A transaction under way is whole in any
-        # case: iptables-restore has read all of it and completes it without us, or has not and drops it.
-        logging.shutdown()
-        if worker.is_alive():
-            os._exit(0)
+    def _sources(self, name: str) -> Iterator[Part]:
+        config = self._config
+        if self._objects is not None:
+            yield FileSource(self._objects, self._messages.put)
+        else:
+            yield _api_source(config, name, self._server, self._messages.put)
+        if follows_addresses(config):
+            yield AddressMonitor(lambda: self._messages.put(Resync()))
 
-    def _reconcile(self) -> None:
-        try:
-            self._reconciler.run(self._messages)
-        finally:
-            self._ended.set()
+    def _serving(self, families: Iterable[Family], store: Store) -> Serving:
+        config = self._config
+        # Files need not have Nodes: then nobody says that this one is about to go.
+        stand_in = Node(this_node(config)) if self._objects is not None else None
+        return Serving(
+            families,
+            mode=config.mode,
+            configuration=as_document(config),
+            healthz_address=config.healthz_bind_address,
+            metrics_address=config.metrics_bind_address,
+            hard_fail=config.bind_address_hard_fail,
+            health_timeout=2 * config.backend.sync_period,
+            node=lambda: store.node or stand_in,
+            counters={
+                INVALID_DROPPED: partial(read_counter, INVALID_COUNTER),
+                LOCALHOST_ACCEPTED: partial(read_counter, LOCALHOST_COUNTER),
+            },
+            port_failed=lambda *_: None,
+            clock=time.monotonic,
+            wall=time.time_ns,
+        )
 
-    def _terminate(self, number: int, _frame: FrameType | None) -> None:
-        log.info("%s: stopping, the rules stay", signal.Signals(number).name)
-        self._ended.set()
-
-
-class OtherMode:
-    """An observer that removes what nftables mode left behind, once our own rules are in place."""
-
-    def queued(self, family: Family, now: float) -> None:
-        """Do nothing."""
-
-    def __init__(self) -> None:
-        self._done: set[Family] = set()
-
-    def synced(self, report: SyncReport) -> None:
-        """Remove the other mode's table of a family after that family's first success."""
-        if report.error or report.family in self._done:
-            return
-        self._done.add(report.family)
-        try:
-            if remove_table(report.family):
-                log.info("%s: removed what nftables mode had left", report.family.value)
-        except CommandError as error:
-            log.warning("%s: rules of nftables mode are still there beside ours: %s", report.family.value, error)
+    def _lost_thread(self, lost: threading.ExceptHookArgs) -> None:
+        """End the process when a thread ends that should not: half a proxy would look like a whole one."""
+        name = lost.thread.name if lost.thread else "a thread"
+        log.debug("where %s ended", name, exc_info=lost.exc_value)
+        known = isinstance(lost.exc_value, StartError | ServingError)
+        self._failure = lost.exc_value if known else RuntimeError(f"{name} ended: {lost.exc_value!r}")
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _api_source(config: Config, name: str, server: str | None, put: Callable[[Message], None]) -> Part:

@@ -35,8 +35,11 @@ def follows_addresses(config: Config) -> bool:
     return config.node_port_addresses_in_force not in {(), (PRIMARY,)}
 
 
-def make_families(config: Config) -> dict[Family, FamilySync]:
-    """Return the way to the kernel for each family that works here. Raises `StartError` if none does."""
+def make_families(config: Config, programs: list[Iptables]) -> dict[Family, FamilySync]:
+    """Return the way to the kernel for each family that works here. Raises `StartError` if none does.
+
+    What can be stopped from another thread is added to `programs`.
+    """
     try:
         node = discover_iptables()
     except CommandError as error:
@@ -44,7 +47,9 @@ def make_families(config: Config) -> dict[Family, FamilySync]:
     families = {}
     for family, version in node.versions.items():
         log.info("%s: %s", family.value, version)
-        backend = IptablesBackend(Iptables(family), block_rules=BLOCK_RULES if version.nft else UNLIMITED)
+        iptables = Iptables(family)
+        programs.append(iptables)
+        backend = IptablesBackend(iptables, block_rules=BLOCK_RULES if version.nft else UNLIMITED)
         families[family] = FamilySync(backend, partial(_context, config, family, node))
     return families
 

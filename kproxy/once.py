@@ -15,6 +15,7 @@ from kproxy.model.delta import Delta
 from kproxy.model.outcome import SyncError
 from kproxy.model.store import Store
 from kproxy.model.types import Family, Node
+from kproxy.preparation import prepare_localhost_node_ports
 from kproxy.sync.family import FamilySync
 
 log = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ def apply(config: Config, objects: str) -> None:
 
     Each family is tried even if the other fails.
     """
-    families = make_families(config)
+    families = make_families(config, [])
     store = load_store(config, objects)
     failures = []
     for family, sync in families.items():
@@ -34,6 +35,8 @@ def apply(config: Config, objects: str) -> None:
         except SyncError as error:
             failures.append(f"{family.value}: {error}")
         else:
+            if family is Family.IPV4:
+                prepare_localhost_node_ports(config)
             log.info("%s: %d services in force", family.value, len(outcome.plans))
     if failures:
         raise SyncError("\n".join(failures))

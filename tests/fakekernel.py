@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 
 from kproxy.iptables.apply import RestoreError
+from kproxy.iptables.names import Chain
 
 BUILTIN = {
     "mangle": ("PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"),
@@ -35,6 +36,12 @@ class FakeKernel:
     def save(self) -> Iterator[Iterator[str]]:
         self.reads += 1
         yield iter(self.dump())
+
+    def has(self, chain: Chain, rule: str) -> bool:
+        return rule in self.tables[chain.table].get(chain.name, [])
+
+    def create(self, chain: Chain) -> None:
+        self.tables[chain.table].setdefault(chain.name, [])
 
     def dump(self) -> list[str]:
         lines = []
@@ -79,6 +86,8 @@ class FakeKernel:
             raise RestoreError(f"line {number}: no chain {target}", line=line)
         if command == "-A":
             table[chain].append(rule)
+        elif command == "-D" and rule in table[chain]:
+            table[chain].remove(rule)
         elif command == "-I" and rule.startswith("1 "):
             table[chain].insert(0, rule[2:])
         else:

@@ -59,8 +59,6 @@ def main(arguments: Sequence[str]) -> int:
         # Whoever read our output has seen enough; leave nothing that the interpreter would flush into it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except KeyboardInterrupt:
-        return 130
     except Exception as error:
         logging.getLogger(__name__).debug("where it happened", exc_info=error)
         return _complain(f"unexpected {error!r}: please report this (with -v=4 it says where)", 1)

@@ -50,9 +50,21 @@ def _render(options: argparse.Namespace) -> None:
     except FileSourceError as error:
         raise FailureError(str(error)) from None
     if options.family:
-        sys.stdout.write(texts[Family.IPV6 if options.family == "ipv6" else Family.IPV4])
-    else:
-        for family, text in texts.items():
-            program = "ip6tables-restore" if family is Family.IPV6 else "iptables-restore"
-            sys.stdout.write(f"# {family.value}: input for {program} --noflush\n{text}")
-    sys.stdout.flush()
+        _print(texts[Family.IPV6 if options.family == "ipv6" else Family.IPV4])
+        return
+    for family, text in texts.items():
+        program = "ip6tables-restore" if family is Family.IPV6 else "iptables-restore"
+        _print(f"# {family.value}: input for {program} --noflush\n{text}")
+
+
+def _print(text: str) -> None:
+    if sys.stdout is None:
+        raise FailureError("cannot print: standard output is closed")
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        sys.stdout = None  # or the interpreter would try once more at its end
+        raise FailureError(f"cannot print: {error.strerror}") from None

@@ -40,6 +40,8 @@ def _run(options: argparse.Namespace) -> None:
         _write_config(config, options.write_config_to)
     elif options.cleanup:
         _clean_up()
+    elif options.init_only:
+        _prepare(config)
     else:
         _serve(config, options)
 
@@ -47,11 +49,19 @@ def _run(options: argparse.Namespace) -> None:
 def _serve(config: Config, options: argparse.Namespace) -> None:
     from kproxy import daemon
     from kproxy.families import StartError
+    from kproxy.serve.serving import ServingError
 
     try:
         daemon.run(config, options.objects, options.master)
-    except StartError as error:
+    except (StartError, ServingError) as error:
         raise FailureError(str(error)) from None
+
+
+def _prepare(config: Config) -> None:
+    from kproxy.preparation import prepare_conntrack, prepare_localhost_node_ports
+
+    prepare_conntrack(config)
+    prepare_localhost_node_ports(config)
 
 
 def _write_config(config: Config, path: str) -> None:

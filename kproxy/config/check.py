@@ -100,6 +100,10 @@ def _changed(section: Struct, default: Struct, at: Path) -> Iterator[Path]:
             yield (*at, item.encode_name)
 
 
+INTERFACE_NAME = 15
+"""The longest name of a network interface (IFNAMSIZ, less the final NUL)."""
+
+
 def _check_names(config: Config, place: Place) -> None:
     if config.hostname_override and not config.hostname_override.strip():
         raise must_be(place(("hostnameOverride",)), "a host name", config.hostname_override)
@@ -114,6 +118,10 @@ def _check_names(config: Config, place: Place) -> None:
     if not value:
         where = place(("detectLocal", name))
         raise ConfigError(f"{where}: must be set with detectLocalMode {config.detect_local_mode}")
+    longest = INTERFACE_NAME - (name == "interfaceNamePrefix")
+    if name and not re.fullmatch(rf"[A-Za-z0-9_.@-]{{1,{longest}}}", value):
+        allowed = f"a name of at most {longest} letters, digits, '-', '_', '.' and '@'"
+        raise must_be(place(("detectLocal", name)), allowed, value)
 
 
 def _check_periods(config: Config, place: Place) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
 from msgspec import Struct
 
-from kproxy.host.run import CommandError, first_line, reading, run
+from kproxy.host.run import CommandError, Programs, first_line
+from kproxy.iptables.names import Chain
 from kproxy.model.types import Family
 
 LOCK_WAIT_SECONDS = 5
@@ -58,17 +60,26 @@ class Iptables:
 
     def __init__(self, family: Family) -> None:
         self._prefix = "ip6tables" if family is Family.IPV6 else "iptables"
+        self._programs = Programs()
+
+    def stop(self) -> None:
+        """End what is under way, from another thread, and do nothing any more.
+
+        A transaction is in force as a whole or not at all; and once this returns it does not come into force later,
+        when a successor may already have looked at the kernel.
+        """
+        self._programs.stop()
 
     def version(self) -> IptablesVersion:
         """Return the version of the installed iptables. Raises `CommandError`."""
-        done = run([self._prefix, "--version"], timeout=HANG_SECONDS)
+        done = self._programs.run([self._prefix, "--version"], timeout=HANG_SECONDS)
         if done.code:
             raise CommandError(f"{self._prefix} --version failed: {first_line(done.stderr)}")
         return parse_version(done.stdout)
 
     def save(self) -> AbstractContextManager[Iterator[str]]:
         """Return all tables' rules as lines of text, read as they come. Raises `CommandError`."""
-        return reading([f"{self._prefix}-save"])
+        return self._programs.reading([f"{self._prefix}-save"], timeout=HANG_SECONDS)
 
     def restore(self, text: str) -> None:
         """Make the changes that `text` holds, one transaction per table. Raises `RestoreError`.
@@ -76,9 +87,21 @@ class Iptables:
         Chains that `text` does not name are left alone.
         """
         argv = [f"{self._prefix}-restore", "--noflush", "-w", str(LOCK_WAIT_SECONDS)]
-        done = run(argv, text, timeout=HANG_SECONDS)
+        done = self._programs.run(argv, text, timeout=HANG_SECONDS)
         if done.code:
             raise restore_error(argv[0], done.code, done.stderr, text)
+
+    def has(self, chain: Chain, rule: str) -> bool:
+        """Return whether a chain has a rule, given without `-A CHAIN`. Raises `CommandError`."""
+        return self._command(chain, "-C", rule)
+
+    def create(self, chain: Chain) -> None:
+        """Create a chain unless it exists; its rules stay. Raises `CommandError`."""
+        self._command(chain, "-N", "")
+
+    def _command(self, chain: Chain, command: str, rule: str) -> bool:
+        argv = [self._prefix, "-w", str(LOCK_WAIT_SECONDS), "-t", chain.table, command, chain.name, *shlex.split(rule)]
+        return self._programs.run(argv, timeout=HANG_SECONDS).code == 0
 
 
 _LINE = re.compile(r"line:? (\d+)")

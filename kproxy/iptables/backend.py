@@ -10,8 +10,10 @@ from typing import Protocol
 
 from kproxy.host.run import CommandError
 from kproxy.iptables.apply import RestoreError
+from kproxy.iptables.base import ensured_rules
 from kproxy.iptables.diff import Change
 from kproxy.iptables.ledger import KernelView, Ledger
+from kproxy.iptables.names import FILTER_FIREWALL, Chain
 from kproxy.iptables.render import RenderedPort, render_port
 from kproxy.iptables.text import Restore, parse_save
 from kproxy.model.context import Context
@@ -39,6 +41,12 @@ class Kernel(Protocol):
     def restore(self, text: str) -> None:
         """Make the changes of an `iptables-restore --noflush` input, or raise `RestoreError`."""
 
+    def has(self, chain: Chain, rule: str) -> bool:
+        """Return whether a chain has a rule."""
+
+    def create(self, chain: Chain) -> None:
+        """Create a chain unless it exists."""
+
 
 class IptablesBackend:
     """Keeps one family's rules equal to the plans that it is given.
@@ -62,7 +70,7 @@ class IptablesBackend:
 
         A Service without plans is deleted. Raises `SyncError` if the kernel refused; what was accepted before stays.
         """
-        ledger, view = (self._ledger, None) if self._ledger is not None else (Ledger(), self._read())
+        ledger, view = (self._ledger, None) if self._ledger is not None else (Ledger(), self._read(context))
         wanted = ((key, render_ports(ports, context)) for key, ports in plans.items())
         change = Change(ledger, view, wanted, context, block_rules=self._block_rules)
         self._ledger = None
@@ -91,12 +99,26 @@ class IptablesBackend:
             for half in (chains[: len(chains) // 2], chains[len(chains) // 2 :]):
                 self._make(Restore(deleted=half, may_fail=True))
 
-    def _read(self) -> KernelView:
+    def _read(self, context: Context) -> KernelView:
+        incompatible: set[str] = set()
         try:
             with self._kernel.save() as lines:
-                return KernelView.of(parse_save(lines))
+                view = KernelView.of(parse_save(lines, incompatible=incompatible))
+            for table in incompatible:
+                log.warning("table %s holds rules that only nft can show: chains of others may be left there", table)
+                self._ask_for_shared_rules(view, table, context)
         except CommandError as error:
             raise SyncError(str(error)) from None
+        return view
+
+    def _ask_for_shared_rules(self, view: KernelView, table: str, context: Context) -> None:
+        """Find out by questions about single rules what no dump shows."""
+        for rule in ensured_rules(context):
+            if rule.chain.table == table and self._kernel.has(rule.chain, rule.rule):
+                view.shared.setdefault(rule.chain, []).append(rule.text)
+        if FILTER_FIREWALL.table == table:
+            self._kernel.create(FILTER_FIREWALL)
+            view.shared.setdefault(FILTER_FIREWALL, [])
 
 
 def render_ports(ports: Sequence[ServicePortPlan], context: Context) -> dict[str, RenderedPort]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from msgspec import Struct
 
 from kproxy.iptables.names import (
@@ -22,26 +24,40 @@ INVALID_COUNTER = "ct_state_invalid_dropped_pkts"
 
 
 class EnsuredRule(Struct, frozen=True):
-    """A rule in a chain that is not ours alone: put at the top where it is missing, never rewritten.
-
-    It counts as present when the chain has a rule that ends in `tail`, whatever else another
-    version of a proxy wrote there.
-    """
+    """A rule in a chain that is not ours alone: put at the top where it is missing, never rewritten."""
 
     chain: Chain
     rule: str
-    tail: str
+
+    @property
+    def text(self) -> str:
+        """The rule as it is listed."""
+        return f"-A {self.chain.name} {self.rule}"
+
+    def is_met_by(self, listed: str) -> bool:
+        """Return whether a rule as it is listed does what this one does.
+
+        Comments, and the connection state that jumps are limited to, differ between versions of kube-proxy; any
+        other match would make it narrower.
+        """
+        return listed == self.text or _essence(listed) == _essence(self.text)
+
+
+_UNESSENTIAL = re.compile(r' -m (comment --comment ("[^"]*"|\S+)|conntrack --ctstate NEW)(?= )')
+
+
+def _essence(rule: str) -> str:
+    return _UNESSENTIAL.sub("", rule)
 
 
 def _jump(table: str, chain: str, target: str, comment: str, *, new_only: bool) -> EnsuredRule:
     state = "-m conntrack --ctstate NEW " if new_only else ""
     rule = f'{state}-m comment --comment "{comment}" -j {target}'
-    return EnsuredRule(Chain(table, chain), rule, f"-j {target}")
+    return EnsuredRule(Chain(table, chain), rule)
 
 
 _KUBELET_FIREWALL = tuple(
-    EnsuredRule(Chain("filter", chain), f"-j {FILTER_FIREWALL.name}", f"-j {FILTER_FIREWALL.name}")
-    for chain in ("INPUT", "OUTPUT")
+    EnsuredRule(Chain("filter", chain), f"-j {FILTER_FIREWALL.name}") for chain in ("INPUT", "OUTPUT")
 )
 
 _JUMPS = (
@@ -76,7 +92,6 @@ _MARTIAN_COMMENT = "block incoming localnet connections"
 _MARTIANS = EnsuredRule(
     FILTER_FIREWALL,
     f'! -s 127.0.0.0/8 -d 127.0.0.0/8 -m comment --comment "{_MARTIAN_COMMENT}" '
-    "-m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT -j DROP",
     "-m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT -j DROP",
 )
 

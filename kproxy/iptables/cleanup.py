@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
+import shlex
 from collections.abc import Mapping
+from itertools import pairwise
 
 from kproxy.iptables.names import CANARIES, DISPATCH, FILTER_FORWARD, MARK_MASQ, PORT_CHAIN_PREFIXES, POSTROUTING, Chain
 from kproxy.iptables.text import Restore, SavedChain
 
 _FIXED = frozenset({*DISPATCH, *CANARIES, FILTER_FORWARD, MARK_MASQ, POSTROUTING})
-_TARGET = re.compile(r" -[jg] (\S+)")
 
 
 def cleanup(saved: Mapping[Chain, SavedChain]) -> Restore:
@@ -24,7 +24,11 @@ def cleanup(saved: Mapping[Chain, SavedChain]) -> Restore:
         if chain in gone:
             continue
         for rule in content.rules:
-            target = _TARGET.search(rule)
-            if target and Chain(chain.table, target[1]) in gone:
+            if Chain(chain.table, _target(rule)) in gone:
                 change.edits.append((chain.table, "-D" + rule.removeprefix("-A")))
     return change
+
+
+def _target(rule: str) -> str:
+    words = shlex.split(rule)
+    return next((target for option, target in pairwise(words) if option in {"-j", "-g"}), "")

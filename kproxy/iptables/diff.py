@@ -132,8 +132,12 @@ class Change:
                 switch.chains[chain] = ""
         # Each goes to the top, so the last one in is the first one met.
         for rule in reversed(ensured_rules(self._context)):
-            if not any(held.endswith(rule.tail) for held in kernel.shared.get(rule.chain, ())):
+            held = kernel.shared.get(rule.chain, [])
+            if not any(rule.is_met_by(each) for each in held):
                 switch.edits.append((rule.chain.table, f"-I {rule.chain.name} 1 {rule.rule}"))
+            # Two proxies that started at the same time may each have put it in.
+            surplus = held.count(rule.text) - 1
+            switch.edits += [(rule.chain.table, f"-D {rule.chain.name} {rule.rule}")] * surplus
 
     def _stale_chains(self) -> list[Chain]:
         if self._kernel is None:

@@ -162,7 +162,7 @@ class _PortRenderer:
         plan, local = self.plan, self.context.local_traffic
         source, interface = "", ""
         if not self.context.masquerade_all:
-            if not local.detectable:
+            if not local.detectable or local.cidr.endswith("/0"):
                 return []
             source = f"! -s {local.cidr} " if local.cidr else ""
             interface = f"! -i {_interface(self.context)} " if not local.cidr else ""
@@ -202,8 +202,9 @@ class _PortRenderer:
         rules = []
         local = self.context.local_traffic
         if local.detectable:
-            match = f"-s {local.cidr}" if local.cidr else f"-i {_interface(self.context)}"
-            rules.append(f'{match} -m comment --comment "pod traffic for {subject}" -j {self.cluster_chain}')
+            match = f"-s {local.cidr} " if local.cidr else f"-i {_interface(self.context)} "
+            match = "" if local.cidr.endswith("/0") else match
+            rules.append(f'{match}-m comment --comment "pod traffic for {subject}" -j {self.cluster_chain}')
         own = "-m addrtype --src-type LOCAL"
         rules.append(f'-m comment --comment "masquerade LOCAL traffic for {subject}" {own} -j KUBE-MARK-MASQ')
         rules.append(f'-m comment --comment "route LOCAL traffic for {subject}" {own} -j {self.cluster_chain}')

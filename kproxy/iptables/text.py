@@ -68,17 +68,25 @@ class SavedChain(Struct):
     rules: list[str] = field(default_factory=list)
 
 
-def parse_save(lines: Iterable[str], wanted: Iterable[str] = TABLES) -> dict[Chain, SavedChain]:
+def parse_save(
+    lines: Iterable[str], wanted: Iterable[str] = TABLES, incompatible: set[str] | None = None
+) -> dict[Chain, SavedChain]:
     """Read `iptables-save` output (of one or all tables) into chains.
+
+    Tables that somebody put rules into which iptables cannot print are missing there; their names are added to
+    `incompatible`.
 
     Rules are normalised where printing differs from writing: counters are dropped, probabilities
     are rounded to how they were asked for, `--nfacct-name` has one space.
     """
     chains: dict[Chain, SavedChain] = {}
     tables = frozenset(wanted)
+    incompatible = incompatible if incompatible is not None else set()
     table = ""
     for line in lines:
-        if line.startswith("*"):
+        if line.startswith("# Table") and (found := _INCOMPATIBLE.match(line)):
+            incompatible.add(found[1])
+        elif line.startswith("*"):
             table = line[1:].strip()
         elif table not in tables:
             continue
@@ -90,6 +98,7 @@ def parse_save(lines: Iterable[str], wanted: Iterable[str] = TABLES) -> dict[Cha
     return chains
 
 
+_INCOMPATIBLE = re.compile(r"# Table [`'](\w+)' is incompatible")
 _COUNTERS = re.compile(r"^\[\d+:\d+\] ")
 _PROBABILITY = re.compile(r"(?<=--probability )\d\.\d+")
 
@@ -104,7 +113,10 @@ def _normal(line: str) -> str:
 def _as_asked(found: re.Match[str]) -> str:
     """Return 1/n with 10 decimals: the kernel keeps a probability as a multiple of 2**-31."""
     share = float(found[0])
-    return f"{1 / round(1 / share):.10f}" if share else found[0]
+    if not share:
+        return found[0]
+    asked = 1 / round(1 / share)
+    return f"{asked:.10f}" if abs(share - asked) < 2**-31 else found[0]
 
 
 def count_rules(chains: Iterable[str]) -> int:

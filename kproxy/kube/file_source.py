@@ -146,6 +146,13 @@ class FileSource:
                 self._stopping.wait(RELOAD_PERIOD)
 
     def _take(self, reading: Reading) -> None:
+        try:
+            self._take_in(reading)
+        except Exception as error:  # a bug must not make us deaf to the next change
+            log.error("%s: cannot be used: unexpected %r", self._path, error)
+            log.debug("where it happened", exc_info=error)
+
+    def _take_in(self, reading: Reading) -> None:
         update = self._following.take(reading)
         self._report(update)
         if not self._stopping.is_set():

@@ -175,7 +175,10 @@ class _Reading:
 
     def _refuse(self, item: _Item, error: ObjectError, document: Document) -> None:
         _, kind = SERVED.get(item.kind, ("", Service))
-        field, message = explain(error, _data(item.content), partial(_decode, kind))
+        try:
+            field, message = explain(error, _data(item.content), partial(_decode, kind))
+        except ObjectError:
+            field, message = (), str(error)
         text = ": ".join(part for part in (_name_of(item), dotted(field), message) if part)
         self.problem(text, document.line_of((*item.at, *field)))
 
@@ -236,7 +239,12 @@ def _decode(kind: Kind, content: bytes | Any) -> Decoded:
 
 
 def _data(content: bytes | Any) -> Any:
-    return msgspec.json.decode(content) if isinstance(content, bytes | msgspec.Raw) else content
+    if not isinstance(content, bytes | msgspec.Raw):
+        return content
+    try:
+        return msgspec.json.decode(content)
+    except msgspec.DecodeError as error:  # such as a number that fits no type
+        raise ObjectError(str(error)) from None
 
 
 def _name_of(item: _Item) -> str:

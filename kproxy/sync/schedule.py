@@ -10,8 +10,8 @@ class Schedule:
     """Decides when pending changes are programmed.
 
     The first change after a quiet time goes at once; after that, syncs start at least `min_interval` seconds apart and
-    take along whatever has gathered. A failed sync is retried after a wait that grows up to `max_retry` seconds,
-    whether or not more changes come.
+    take along whatever has gathered. A failed sync is retried after a wait that grows up to `max_retry` seconds, or
+    sooner when another change comes, which may be what was needed.
     """
 
     def __init__(self, *, min_interval: float, max_retry: float) -> None:
@@ -19,15 +19,17 @@ class Schedule:
         self._max_retry = max_retry
         self._pending = False
         self._not_before = float("-inf")
+        self._retry_at = float("-inf")
         self._retry = FIRST_RETRY_SECONDS
 
     def request(self) -> None:
         """Note that something is to be programmed."""
         self._pending = True
+        self._retry_at = float("-inf")
 
     def wait(self, now: float) -> float | None:
         """Return in how many seconds the next sync is due (0.0: now), or None if nothing is pending."""
-        return max(0.0, self._not_before - now) if self._pending else None
+        return max(0.0, self._not_before - now, self._retry_at - now) if self._pending else None
 
     def started(self, now: float) -> None:
         """Note that a sync starts with everything that was requested so far."""
@@ -43,4 +45,4 @@ class Schedule:
         pause = min(self._retry, self._max_retry)
         self._retry = 2 * pause
         self._pending = True
-        self._not_before = max(self._not_before, now + pause)
+        self._retry_at = now + pause

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,11 +13,12 @@ import pytest
 
 from kproxy.host.netlink import NETLINK_NETFILTER, NLM_F_CREATE, NetlinkError, NetlinkSocket, attribute, nfgenmsg
 from kproxy.host.nfacct import ensure_counters
-from kproxy.host.run import CommandError, first_line, reading, run
+from kproxy.host.run import CommandError, Programs, first_line, run
 from kproxy.host.sysctl import ensure_sysctl, read_sysctl
 from kproxy.iptables.apply import Iptables, RestoreError, parse_version, restore_error
 from kproxy.model.types import Family
 from tests.lab.namespace import Namespace
+from tests.lab.waiting import wait_until
 from tests.unit.test_restore_errors import VARIANTS, Case
 
 GUARD = 30.0
@@ -44,7 +46,10 @@ def test_a_program_gets_its_input_and_says_how_it_ended() -> None:
 def test_a_program_that_does_not_exist_is_named() -> None:
     with pytest.raises(CommandError, match=r"^cannot run no-such-program: No such file or directory$"):
         run(["no-such-program"], timeout=GUARD)
-    with pytest.raises(CommandError, match="cannot run no-such-program"), reading(["no-such-program"]):
+    with (
+        pytest.raises(CommandError, match="cannot run no-such-program"),
+        Programs().reading(["no-such-program"], timeout=GUARD),
+    ):
         pass
 
 
@@ -79,42 +84,79 @@ def test_what_a_program_says_may_be_any_bytes() -> None:
 
 
 def test_output_is_read_line_by_line() -> None:
-    with reading(["sh", "-c", "echo one; echo two"]) as lines:
+    with Programs().reading(["sh", "-c", "echo one; echo two"], timeout=GUARD) as lines:
         assert next(lines) == "one\n"
         assert list(lines) == ["two\n"]
 
 
 def test_large_output_is_read_whole() -> None:
-    with reading(["seq", "300000"]) as lines:
+    with Programs().reading(["seq", "300000"], timeout=GUARD) as lines:
         assert sum(1 for _ in lines) == 300_000
 
 
 def test_a_program_that_fails_after_its_output_is_told() -> None:
     with (
         pytest.raises(CommandError, match=r"^sh failed with status 3: oops$"),
-        reading(["sh", "-c", "echo one; echo >&2; echo oops >&2; echo more >&2; exit 3"]) as lines,
+        Programs().reading(
+            ["sh", "-c", "echo one; echo >&2; echo oops >&2; echo more >&2; exit 3"], timeout=GUARD
+        ) as lines,
     ):
         assert list(lines) == ["one\n"]
 
 
 def test_a_program_that_complains_at_length_does_not_block() -> None:
     chatty = "head -c 1000000 /dev/zero >&2; echo done"
-    with reading(["timeout", "5", "sh", "-c", chatty]) as lines:
+    with Programs().reading(["timeout", "5", "sh", "-c", chatty], timeout=GUARD) as lines:
         assert list(lines) == ["done\n"]
 
 
 def test_a_line_of_any_bytes_can_be_read() -> None:
-    with reading(["printf", r"-A KUBE -m comment --comment \377 -j X\n-A B\n"]) as lines:
+    with Programs().reading(["printf", r"-A KUBE -m comment --comment \377 -j X\n-A B\n"], timeout=GUARD) as lines:
         assert [line.split()[1] for line in lines] == ["KUBE", "B"]
 
 
 def test_an_error_while_reading_ends_the_program() -> None:
     def fail() -> None:
-        with reading(["timeout", "30", "yes"]) as lines:
+        with Programs().reading(["timeout", "30", "yes"], timeout=GUARD) as lines:
             raise ZeroDivisionError(next(lines))
 
     with pytest.raises(ZeroDivisionError, match="y"):
         fail()
+
+
+def test_a_program_that_hangs_while_it_is_read_is_killed(tmp_path: Path) -> None:
+    fifo = tmp_path / "never"
+    os.mkfifo(fifo)
+    with (
+        pytest.raises(CommandError, match=r"^cat failed with status -9: no message$"),
+        Programs().reading(["cat", str(fifo)], timeout=0.01) as lines,
+    ):
+        assert list(lines) == []
+
+
+def test_reading_needs_no_file_system(namespace: Namespace) -> None:
+    read_only = "mount -t tmpfs none /tmp && mount -o remount,bind,ro / 2>/dev/null; mount -o remount,ro /tmp; "
+    script = (
+        "from kproxy.host.run import Programs\n"
+        "with Programs().reading(['echo', 'here'], timeout=30) as lines: print(*lines)"
+    )
+    command = f'export TMPDIR=/nonexistent; {read_only} cd /proc; exec {PYTHON} -c "{script}"'
+    done = namespace.run(["unshare", "--mount", "--propagation", "private", "sh", "-c", command])
+    assert done.stdout.split() == ["here"]
+
+
+def test_stop_kills_what_runs_and_starts_nothing_more(tmp_path: Path) -> None:
+    programs, fifo = Programs(), tmp_path / "never"
+    os.mkfifo(fifo)
+    ended: list[int] = []
+    thread = threading.Thread(target=lambda: ended.append(programs.run(["cat", str(fifo)], timeout=GUARD).code))
+    thread.start()
+    wait_until(lambda: programs.busy, "the program to run")
+    programs.stop()
+    thread.join(GUARD)
+    assert ended == [-9]
+    with pytest.raises(CommandError, match=r"^true is not started any more: kproxy is stopping$"):
+        programs.run(["true"], timeout=GUARD)
 
 
 @pytest.mark.parametrize(

@@ -62,15 +62,31 @@ def test_the_martian_rule_guards_localhost_node_ports_and_only_them() -> None:
     assert not [each for each in ensured_rules(SIX) if each.chain == FILTER_FIREWALL]
 
 
-def test_every_ensured_rule_is_found_again_by_its_tail_and_by_no_other_of_its_chain() -> None:
+def test_every_ensured_rule_is_found_again_and_no_other_of_its_chain_taken_for_it() -> None:
     rules = ensured_rules(LOCALHOST)
     for rule in rules:
-        matching = [each for each in rules if each.chain == rule.chain and each.rule.endswith(rule.tail)]
-        assert matching == [rule]
+        assert [each for each in rules if each.chain == rule.chain and rule.is_met_by(each.text)] == [rule]
+
+
+@pytest.mark.parametrize(
+    ("listed", "met"),
+    [
+        ("-A OUTPUT -m conntrack --ctstate NEW -m comment --comment portals -j KUBE-SERVICES", True),
+        ('-A OUTPUT -m comment --comment "of -d another version" -j KUBE-SERVICES', True),
+        ("-A OUTPUT -j KUBE-SERVICES", True),
+        ("-A OUTPUT -d 192.0.2.1/32 -j KUBE-SERVICES", False),
+        ("-A OUTPUT -o eth0 -m comment --comment portals -j KUBE-SERVICES", False),
+        ("-A OUTPUT -g KUBE-SERVICES", False),
+        ("-A OUTPUT -j KUBE-SERVICES-OF-MINE", False),
+    ],
+)
+def test_only_a_rule_without_other_matches_is_our_jump(listed: str, met: bool) -> None:
+    jump = next(each for each in ensured_rules(FOUR) if each.chain == Chain("nat", "OUTPUT"))
+    assert jump.is_met_by(listed) is met
 
 
 def test_jumps_of_table_nat_see_all_packets_and_those_to_services_in_filter_only_new_connections() -> None:
-    jumps = {(each.chain, each.tail): each.rule for each in ensured_rules(FOUR)}
+    jumps = {(each.chain, each.rule[each.rule.index("-j ") :]): each.rule for each in ensured_rules(FOUR)}
     new = "-m conntrack --ctstate NEW"
     assert new not in jumps[Chain("nat", "PREROUTING"), "-j KUBE-SERVICES"]
     assert new in jumps[Chain("filter", "FORWARD"), "-j KUBE-SERVICES"]

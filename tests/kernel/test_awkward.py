@@ -1,0 +1,167 @@
+"""Nodes where others have their hands in the same tables, and moments at which kproxy is stopped."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.lab.namespace import Namespace
+from tests.lab.waiting import HANG_GUARD
+from tests.recordings import GOLDEN
+
+KPROXY = str(Path(sys.executable).with_name("kproxy"))
+CLUSTER = [f"--config={GOLDEN}/clusterip/config.json", f"--objects={GOLDEN}/clusterip"]
+
+
+@pytest.fixture
+def node(kernel: None) -> Iterator[Namespace]:
+    namespace = Namespace("node-1")
+    yield namespace
+    namespace.close()
+
+
+def apply(node: Namespace) -> str:
+    return node.run([KPROXY, "apply", *CLUSTER]).stderr
+
+
+def jumps(node: Namespace, chain: str, target: str) -> int:
+    """Count with nft, which shows what iptables-save does not."""
+    rules = node.run(["nft", "list", "chain", "ip", "filter", chain]).stdout
+    return rules.count(f"jump {target}")
+
+
+def test_a_table_that_iptables_cannot_print_gets_no_second_set_of_jumps(node: Namespace) -> None:
+    apply(node)
+    node.run(["nft", "add", "rule", "ip", "filter", "FORWARD", "ct", "state", "new", "meta", "nftrace", "set", "1"])
+    node.run(["iptables", "-I", "KUBE-FIREWALL", "-s", "192.0.2.1", "-j", "DROP"])
+    for _ in range(2):
+        assert "rules that only nft can show" in apply(node)
+    assert {chain: jumps(node, chain, "KUBE-PROXY-FIREWALL") for chain in ("INPUT", "FORWARD", "OUTPUT")} == {
+        "INPUT": 1,
+        "FORWARD": 1,
+        "OUTPUT": 1,
+    }
+    assert "192.0.2.1" in node.run(["nft", "list", "chain", "ip", "filter", "KUBE-FIREWALL"]).stdout
+
+
+def test_jumps_that_are_missing_beside_unprintable_rules_are_put_in(node: Namespace) -> None:
+    node.run(["iptables", "-N", "OTHER"])
+    node.run(["nft", "add", "rule", "ip", "filter", "OTHER", "ct", "state", "new", "meta", "nftrace", "set", "1"])
+    apply(node)
+    assert jumps(node, "FORWARD", "KUBE-SERVICES") == 1
+    assert jumps(node, "INPUT", "KUBE-FIREWALL") == 1
+
+
+def test_surplus_copies_of_our_jumps_are_taken_out(node: Namespace) -> None:
+    apply(node)
+    before = node.run(["iptables-save"]).stdout.splitlines()
+    jump = next(line for line in before if line.startswith("-A OUTPUT") and "KUBE-PROXY-FIREWALL" in line)
+    for _ in range(2):
+        node.run(["iptables-restore", "--noflush"], f"*filter\n{jump}\nCOMMIT\n")
+    apply(node)
+    after = node.run(["iptables-save"]).stdout.splitlines()
+    assert sorted(line for line in after if not line.startswith(("#", ":"))) == sorted(
+        line for line in before if not line.startswith(("#", ":"))
+    )
+
+
+def test_a_narrower_jump_of_somebody_else_is_not_ours(node: Namespace) -> None:
+    node.run(["iptables", "-t", "nat", "-N", "KUBE-SERVICES"])
+    node.run(["iptables", "-t", "nat", "-A", "OUTPUT", "-d", "192.0.2.9", "-j", "KUBE-SERVICES"])
+    apply(node)
+    rules = node.run(["iptables", "-t", "nat", "-S", "OUTPUT"]).stdout.splitlines()
+    assert [rule for rule in rules if rule.endswith("-j KUBE-SERVICES")] == [
+        '-A OUTPUT -m comment --comment "kubernetes service portals" -j KUBE-SERVICES',
+        "-A OUTPUT -d 192.0.2.9/32 -j KUBE-SERVICES",
+    ]
+
+
+def test_a_cluster_cidr_that_holds_everything_masquerades_nothing(node: Namespace) -> None:
+    node.run([KPROXY, "apply", *CLUSTER, "--cluster-cidr=0.0.0.0/0"])
+    rules = node.run(["iptables-save", "-t", "nat"]).stdout
+    assert "-A KUBE-SVC-XRY76EGRC3BSCIIJ" in rules
+    assert not [line for line in rules.splitlines() if "cluster IP" in line and "KUBE-MARK-MASQ" in line]
+
+
+@pytest.mark.parametrize("numbers", [(signal.SIGTERM,), (signal.SIGINT, signal.SIGTERM, signal.SIGTERM)])
+def test_signals_that_come_together_end_it(
+    node: Namespace, tmp_path: Path, numbers: tuple[signal.Signals, ...]
+) -> None:
+    for turn in range(5):
+        log = tmp_path / f"log-{turn}"
+        with log.open("w") as output:
+            process = node.popen([KPROXY, "run", *CLUSTER], output)
+        while "in force" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+        for number in numbers:
+            process.send_signal(number)
+        assert process.wait(HANG_GUARD) == 0
+
+
+def test_it_ends_while_iptables_hangs(node: Namespace, tmp_path: Path) -> None:
+    """As PID 1 of a container, where a signal without a handler is ignored."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    hanging = programs / "iptables"
+    hanging.write_text(f"#!/bin/sh\ntouch {tmp_path}/hanging\nexec sleep 1000\n")
+    hanging.chmod(0o755)
+    script = textwrap.dedent(f"""\
+        export PATH={programs}:$PATH
+        {KPROXY} run {" ".join(CLUSTER)} & pid=$!
+        until [ -e {tmp_path}/hanging ]; do sleep 0.01; done
+        kill -TERM $pid; wait $pid
+    """)
+    done = node.run(["sh", "-c", script], check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_thread_that_ends_ends_the_daemon(node: Namespace) -> None:
+    script = textwrap.dedent(f"""\
+        import sys
+        from kproxy.kube.file_source import FileSource
+        from kproxy.cli.main import main
+        def broken(self):
+            raise MemoryError("no more")
+        FileSource._follow = broken
+        sys.exit(main(["run", "--objects={GOLDEN}/clusterip"]))
+    """)
+    done = node.run([sys.executable, "-c", script], check=False)
+    assert done.returncode == 1
+    assert "file-source ended: MemoryError('no more')" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_impossible_number_in_a_file_is_one_problem_and_the_next_change_is_followed(
+    node: Namespace, tmp_path: Path
+) -> None:
+    objects = tmp_path / "objects"
+    objects.mkdir()
+    for name in ("services", "endpointslices", "nodes"):
+        (objects / f"{name}.json").write_bytes((GOLDEN / "clusterip" / f"{name}.json").read_bytes())
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        process = node.popen([KPROXY, "run", f"--objects={objects}", "--hostname-override=node-1"], output)
+    wait_for(log, process, "in force")
+    (objects / "bad.json").write_text(
+        '{"kind":"Service","apiVersion":"v1","metadata":{"name":"x"},"spec":{"clusterIP":"10.96.0.9","ports":[{"port":'
+        + "9" * 5000
+        + "}]}}"
+    )
+    wait_for(log, process, "bad.json")
+    (objects / "bad.json").unlink()
+    (objects / "services.json").write_bytes((GOLDEN / "no-endpoints" / "services.json").read_bytes())
+    wait_for(log, process, "changes of")
+    process.terminate()
+    assert process.wait(HANG_GUARD) == 0
+    assert "Traceback" not in log.read_text()
+
+
+def wait_for(log: Path, process: subprocess.Popen[str], text: str) -> None:
+    while text not in log.read_text():
+        assert process.poll() is None, log.read_text()

@@ -1,0 +1,216 @@
+"""Cleaning up takes out everything that is a proxy's, and nothing else."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kproxy.host.run import CommandError
+from kproxy.leftovers import remove_all, remove_iptables
+from kproxy.model.types import Family
+from kproxy.nftables.cleanup import remove_table
+from tests.kernel.test_recordings import KPROXY, PREFIXES, apply
+from tests.lab.commits import Commits
+from tests.lab.namespace import Namespace
+from tests.recordings import GOLDEN
+
+SCENARIOS = ("random-11", "loadbalancer-source-ranges-with-node", "nodeport-external-local", "dual-stack")
+NFT = {Family.IPV4: ("ip", "nft-ip.txt"), Family.IPV6: ("ip6", "nft-ip6.txt")}
+
+FOREIGN = """\
+*mangle
+:KUBE-KUBELET-CANARY - [0:0]
+:KUBE-IPTABLES-HINT - [0:0]
+:MY-MARKS - [0:0]
+-A PREROUTING -j MY-MARKS
+-A MY-MARKS -p tcp -m tcp --dport 7 -j MARK --set-xmark 0x7/0xffffffff
+COMMIT
+*nat
+:MY-NAT - [0:0]
+-A PREROUTING -p tcp -m tcp --dport 7 -j MY-NAT
+-A MY-NAT -p tcp -m tcp --dport 7 -j REDIRECT --to-ports 8007
+-A POSTROUTING -p tcp -m comment --comment "not KUBE-POSTROUTING" -j MASQUERADE
+COMMIT
+*filter
+:MY-FILTER - [0:0]
+:KUBE-ROUTER-INPUT - [0:0]
+-A INPUT -j KUBE-ROUTER-INPUT
+-A INPUT -g MY-FILTER
+-A FORWARD -p udp -m udp --dport 7 -j DROP
+-A MY-FILTER -p tcp -m tcp --dport 22 -j ACCEPT
+-A MY-FILTER -j RETURN
+COMMIT
+"""
+"""Rules of others, in chains of their own and in built-in ones; some of the names look like ours."""
+
+FIREWALL = [":KUBE-FIREWALL", "-A INPUT -j KUBE-FIREWALL", "-A OUTPUT -j KUBE-FIREWALL"]
+MARTIANS = (
+    '-A KUBE-FIREWALL ! -s 127.0.0.0/8 -d 127.0.0.0/8 -m comment --comment "block incoming localnet connections" '
+    "-m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT -j DROP"
+)
+KEPT = {Family.IPV4: sorted([*FIREWALL, MARTIANS]), Family.IPV6: sorted(FIREWALL)}
+JUMP = '-A PREROUTING -m comment --comment "kubernetes service portals" -j KUBE-SERVICES'
+
+
+@pytest.fixture(autouse=True)
+def nft() -> None:
+    """Skip where there is no `nft`, which the tests load nftables mode's rules with."""
+    if shutil.which("nft") is None:
+        pytest.skip("nft not found: it is in the Debian package nftables")
+
+
+@pytest.fixture
+def node(kernel: None) -> Iterator[Namespace]:
+    """A node on which others have rules already."""
+    namespace = Namespace("node-1")
+    for prefix in PREFIXES.values():
+        namespace.run([f"{prefix}-restore", "--noflush"], FOREIGN)
+    yield namespace
+    namespace.close()
+
+
+def rules(node: Namespace, family: Family) -> list[str]:
+    """Return all tables, chains and rules in their order, without counters and comments."""
+    saved = node.run([f"{PREFIXES[family]}-save"]).stdout.splitlines()
+    return [line.partition(" ")[0] if line.startswith(":") else line for line in saved if not line.startswith("#")]
+
+
+def without_firewall(lines: list[str]) -> list[str]:
+    return [line for line in lines if "KUBE-FIREWALL" not in line]
+
+
+def program_both_modes(node: Namespace, scenario: str) -> None:
+    apply(node, scenario)
+    for _, name in NFT.values():
+        node.run(["nft", "-f", str(GOLDEN / scenario / name)])
+
+
+def nft_tables(node: Namespace) -> list[str]:
+    return node.run(["nft", "list", "tables"]).stdout.splitlines()
+
+
+def proxy_tables(node: Namespace) -> list[str]:
+    return [table for table in nft_tables(node) if table.endswith(" kube-proxy")]
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_only_what_is_a_proxys_is_removed(node: Namespace, scenario: str) -> None:
+    before = {family: rules(node, family) for family in Family}
+    node.run(["nft", "add", "table", "inet", "mine"])
+    program_both_modes(node, scenario)
+    assert len(proxy_tables(node)) == 2
+    for family in Family:
+        assert len(rules(node, family)) > len(before[family]) + len(KEPT[family])
+
+    said = node.call(remove_all)
+
+    assert [line.partition(" ")[0] for line in said] == ["removed"] * 4
+    assert proxy_tables(node) == []
+    assert "table inet mine" in nft_tables(node)
+    for family in Family:
+        after = rules(node, family)
+        assert without_firewall(after) == before[family]
+        assert sorted(set(after) - set(without_firewall(after))) == KEPT[family]
+
+
+def test_a_second_time_there_is_nothing_to_do(node: Namespace) -> None:
+    program_both_modes(node, "random-12")
+    node.call(remove_all)
+    with Commits(node) as commits:
+        assert node.call(remove_all) == []
+        assert commits.new() == []
+
+
+def test_several_clusters_rules_and_doubled_jumps_go_at_once(node: Namespace) -> None:
+    before = rules(node, Family.IPV4)
+    apply(node, "random-13")
+    stale = (GOLDEN / "random-11" / "iptables-save.txt").read_text().splitlines()
+    chains = {line.split()[0] for line in stale if line.startswith((":KUBE-SVC-", ":KUBE-SEP-"))}
+    declared = "\n".join(f"{chain} - [0:0]" for chain in sorted(chains))
+    node.run(["iptables-restore", "--noflush"], f"*nat\n{declared}\n{JUMP}\n{JUMP}\nCOMMIT\n")
+    node.call(lambda: remove_iptables(Family.IPV4))
+    assert without_firewall(rules(node, Family.IPV4)) == before
+
+
+def test_one_family_at_a_time(node: Namespace) -> None:
+    program_both_modes(node, "dual-stack")
+    ipv6 = rules(node, Family.IPV6)
+    assert node.call(lambda: remove_iptables(Family.IPV4)).endswith(" of IPv4")
+    assert node.call(lambda: remove_table(Family.IPV4))
+    assert rules(node, Family.IPV6) == ipv6
+    assert proxy_tables(node) == ["table ip6 kube-proxy"]
+    assert not node.call(lambda: remove_table(Family.IPV4))
+
+
+FOREIGN_COMMENT = '-A FORWARD -m comment --comment "what -j KUBE-FORWARD accepts" -j ACCEPT'
+
+
+def test_a_foreign_rule_whose_comment_quotes_a_jump_to_us_stays(node: Namespace) -> None:
+    node.run(["iptables-restore", "--noflush"], f"*filter\n{FOREIGN_COMMENT}\nCOMMIT\n")
+    before = rules(node, Family.IPV4)
+    apply(node, "clusterip")
+    node.call(remove_all)
+    assert without_firewall(rules(node, Family.IPV4)) == before
+
+
+def test_a_jump_to_us_goes_whatever_its_comment_quotes(node: Namespace) -> None:
+    before = rules(node, Family.IPV4)
+    apply(node, "clusterip")
+    jump = '-A MY-NAT -m comment --comment "was -j ACCEPT once" -j KUBE-MARK-MASQ'
+    node.run(["iptables-restore", "--noflush"], f"*nat\n{jump}\nCOMMIT\n")
+    node.call(remove_all)
+    assert without_firewall(rules(node, Family.IPV4)) == before
+
+
+def test_without_nft_its_tables_are_none_of_our_business(
+    node: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = rules(node, Family.IPV4)
+    program_both_modes(node, "clusterip")
+    path = tmp_path / "bin"
+    path.mkdir()
+    for prefix in PREFIXES.values():
+        for program in (prefix, f"{prefix}-save", f"{prefix}-restore"):
+            (path / program).symlink_to(str(shutil.which(program)))
+    with monkeypatch.context() as changed:
+        changed.setenv("PATH", str(path))
+        assert len(node.call(remove_all)) == 2
+    assert without_firewall(rules(node, Family.IPV4)) == before
+    assert len(proxy_tables(node)) == 2
+
+
+def test_what_cannot_be_removed_is_said(node: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refusing = tmp_path / "nft"
+    refusing.write_text("#!/bin/sh\necho 'Error: Operation not permitted' >&2; exit 1\n")
+    refusing.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    with pytest.raises(CommandError, match=r"^nft cannot delete table ip kube-proxy: Error: Operation not permitted$"):
+        node.call(remove_all)
+
+
+def test_the_command_says_what_it_removed_and_that_it_may_be_repeated(node: Namespace) -> None:
+    before = rules(node, Family.IPV4)
+    program_both_modes(node, "random-11")
+    first = node.run([KPROXY, "run", "--cleanup"])
+    assert first.stderr == ""
+    said = first.stdout.splitlines()
+    assert [line.rpartition(" ")[2] for line in said] == ["IPv4", "IPv6", "IPv4", "IPv6"]
+    assert proxy_tables(node) == []
+    assert without_firewall(rules(node, Family.IPV4)) == before
+    assert node.run([KPROXY, "run", "--cleanup"]).stdout == "there was nothing to remove\n"
+
+
+def test_the_command_fails_in_one_line(node: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    apply(node, "clusterip")
+    refusing = tmp_path / "iptables-restore"
+    refusing.write_text("#!/bin/sh\necho 'iptables-restore: line 3 failed' >&2; exit 4\n")
+    refusing.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    done = node.run([KPROXY, "run", "--cleanup"], check=False)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("kproxy: iptables-restore failed with status 4: ")
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,39 @@
+"""An outcome in the words of the table."""
+
+from __future__ import annotations
+
+from kproxy.simulate.packet import Fate, Outcome, Verdict
+from tests.packets.table import split_socket
+
+
+def describe(outcome: Outcome) -> str:
+    """Return everything that may happen, in an order of its own, so that equal outcomes have equal words."""
+    endpoints: dict[str, list[str]] = {}
+    for fate in outcome.fates:
+        endpoints.setdefault(_manner(fate), []).extend([fate.target] if _arrives(fate) and fate.target else [])
+    parts = (f"{manner} {', '.join(sorted(found, key=_order))}".strip() for manner, found in endpoints.items())
+    return "; ".join(sorted(parts))
+
+
+def uneven(outcome: Outcome) -> dict[str, float]:
+    """Return the endpoints whose probability is not the same as that of the others."""
+    return {target: share for target, share in outcome.targets.items() if abs(share - 1 / len(outcome.targets)) > 1e-6}
+
+
+def _arrives(fate: Fate) -> bool:
+    return fate.verdict is Verdict.ACCEPTED
+
+
+def _manner(fate: Fate) -> str:
+    if fate.verdict is Verdict.DROPPED:
+        return "drop"
+    if fate.verdict is Verdict.REJECTED:
+        return f"reject {fate.reply.removeprefix('icmp-').removeprefix('icmp6-')}"
+    words = ["dnat" if fate.target else "untouched"]
+    words += ["masq"] if fate.masqueraded else []
+    words += ["affinity"] if fate.remembered else []
+    return "+".join(words)
+
+
+def _order(socket: str) -> tuple[str, int]:
+    return split_socket(socket)

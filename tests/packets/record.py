@@ -1,0 +1,172 @@
+"""Derives the table of packets from the recordings: `python -m tests.packets.record`.
+
+Who is asked about what follows from the recorded objects, read here as plain JSON; what becomes of it, from the
+recorded rules. Nothing of kproxy but the simulator has a part in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from ipaddress import ip_address
+from typing import Any
+
+from kproxy.model.types import Family, Protocol
+from kproxy.simulate.iptables import Iptables
+from tests.packets.expectation import describe
+from tests.packets.places import HOLDER, NODE, NODE_ADDRESSES, OTHER_NODE_ADDRESSES, packet_of
+from tests.packets.table import PATH, Row, socket_text, table_text
+from tests.recordings import GOLDEN, SCENARIOS, items
+
+DUMPS = {Family.IPV4: "iptables-save.txt", Family.IPV6: "ip6tables-save.txt"}
+LOOPBACK = {4: "127.0.0.1", 6: "::1"}
+UNDEFINED_PORT = 9999
+
+
+def recorded_rules(scenario: str) -> dict[Family, Iptables]:
+    """Return what kube-proxy programmed."""
+    folder = GOLDEN / scenario
+    return {family: Iptables((folder / name).read_text(), family) for family, name in DUMPS.items()}
+
+
+def record() -> list[Row]:
+    """Return all rows of all scenarios."""
+    rows = []
+    for scenario in SCENARIOS:
+        rules = recorded_rules(scenario)
+        asked = dict.fromkeys(_asked(scenario))
+        rows += [row._replace(fate=describe(rules[row.family].send(packet_of(row)))) for row in asked]
+    return rows
+
+
+class _Service:
+    """A recorded Service in one IP version, its first port, and its endpoints."""
+
+    def __init__(self, scenario: str, item: dict[str, Any], version: int) -> None:
+        self.scenario = scenario
+        self.spec = item["spec"]
+        self.version = version
+        self.ports = self.spec["ports"]
+        name = item["metadata"]["name"]
+        self.slices = [
+            found
+            for found in items(scenario, "endpointslices")
+            if found["metadata"]["labels"].get("kubernetes.io/service-name") == name
+            and found["addressType"] == f"IPv{version}"
+        ]
+        status = item.get("status", {}).get("loadBalancer", {}).get("ingress", [])
+        self.vips = self._of_version([each["ip"] for each in status])
+        self.external_ips = self._of_version(self.spec.get("externalIPs", []))
+        self.cluster_ips = self._of_version([ip for ip in self.spec.get("clusterIPs", []) if ip != "None"])
+
+    def _of_version(self, addresses: list[str]) -> list[str]:
+        return [address for address in addresses if ip_address(address).version == self.version]
+
+    def local_address(self) -> list[str]:
+        """The first endpoint on this node, ready or not."""
+        return self._addresses(here=True)[:1]
+
+    def far_addresses(self) -> list[str]:
+        """The endpoints on other nodes, ready or not."""
+        return self._addresses(here=False)
+
+    def _addresses(self, *, here: bool) -> list[str]:
+        endpoints = [each for one in self.slices for each in one["endpoints"] or []]
+        return [each["addresses"][0] for each in endpoints if (each.get("nodeName") == "node-1") is here]
+
+    def sockets(self) -> list[str]:
+        """The endpoints of the first port, ready or not, of the first slice."""
+        return [
+            socket_text(each["addresses"][0], one["ports"][0]["port"])
+            for one in self.slices[:1]
+            if one["ports"]
+            for each in one["endpoints"] or []
+        ]
+
+
+def _asked(scenario: str) -> Iterator[Row]:
+    """Yield the packets of a scenario; the big random ones get fewer for each Service."""
+    brief = scenario.startswith("random-")
+    pods = ("pod", "bridged pod") if scenario == "config-detect-bridge" else ("pod",)
+    inside = pods if brief else (*pods, "far pod")
+    outside = ("client",) if brief else ("other node", "client")
+    for item in items(scenario, "services"):
+        if item["metadata"]["name"] == "kubernetes":
+            yield from (Row(scenario, who, "10.96.0.1", 443, "TCP") for who in ("pod", "client") if not brief)
+            continue
+        for version in (4, 6):
+            service = _Service(scenario, item, version)
+            own = tuple(f"endpoint {address}" for address in service.local_address())
+            senders = (*inside, *own, NODE, *outside)
+            ports = service.ports[:1] if brief else service.ports
+            for port in ports:
+                yield from _frontends(service, port, senders)
+                yield from _affinity(service, port)
+            if not brief:
+                yield from _beside(service)
+
+
+def _frontends(service: _Service, port: dict[str, Any], senders: tuple[str, ...]) -> Iterator[Row]:
+    def to(address: str, number: int, *who: str) -> Iterator[Row]:
+        for sender in who:
+            yield Row(service.scenario, sender, address, number, port["protocol"])
+
+    for address in service.cluster_ips:
+        yield from to(address, port["port"], *senders)
+    for address in service.external_ips:
+        yield from to(address, port["port"], *senders)
+    for address in service.vips:
+        yield from to(address, port["port"], *senders, "second client", "stranger", f"{HOLDER}{address}")
+    number = port.get("nodePort")
+    if number and service.cluster_ips:
+        yield from to(NODE_ADDRESSES[service.version], number, *senders)
+        yield from to(LOOPBACK[service.version], number, NODE)
+
+
+def _affinity(service: _Service, port: dict[str, Any]) -> Iterator[Row]:
+    """Yield packets from someone who was sent to an endpoint before: to each of them, and to one that is gone."""
+    if service.spec.get("sessionAffinity") != "ClientIP" or not service.cluster_ips:
+        return
+    gone = {4: "10.244.3.250:8080", 6: "[fd00:10:244:3::250]:8080"}[service.version]
+    for socket in (*service.sockets(), gone):
+        address = service.cluster_ips[0]
+        yield Row(service.scenario, "pod", address, port["port"], port["protocol"], socket)
+    if port.get("nodePort"):
+        for socket in service.sockets():
+            node = NODE_ADDRESSES[service.version]
+            yield Row(service.scenario, "client", node, port["nodePort"], port["protocol"], socket)
+
+
+def _beside(service: _Service) -> Iterator[Row]:
+    """Yield packets that few send, and those that are close to a frontend, but not for it."""
+    scenario, first = service.scenario, service.ports[0]
+    known = {(port["port"], port["protocol"]) for port in service.ports}
+    for address in service.cluster_ips:
+        for far in service.far_addresses():
+            yield Row(scenario, f"endpoint {far}", address, first["port"], first["protocol"])
+        for sender in ("pod", NODE):
+            yield Row(scenario, sender, address, UNDEFINED_PORT, "TCP")
+        other: Protocol = "UDP" if first["protocol"] == "TCP" else "TCP"
+        if (first["port"], other) not in known:
+            yield Row(scenario, "pod", address, first["port"], other)
+    for socket, address in zip(service.sockets(), service.local_address(), strict=False):
+        yield Row(scenario, "client", address, int(socket.rpartition(":")[2]), first["protocol"])
+    if first.get("nodePort"):
+        yield from _beside_node_port(service, first["nodePort"], first["protocol"])
+
+
+def _beside_node_port(service: _Service, number: int, protocol: Protocol) -> Iterator[Row]:
+    node = NODE_ADDRESSES[service.version]
+    if not service.cluster_ips:
+        yield Row(service.scenario, "client", node, number, protocol)
+        return
+    for port in (number, UNDEFINED_PORT):
+        yield Row(service.scenario, "other node", LOOPBACK[service.version], port, protocol)
+    for sender in ("pod", NODE):
+        yield Row(service.scenario, sender, OTHER_NODE_ADDRESSES[service.version], number, protocol)
+    health = service.spec.get("healthCheckNodePort")
+    if health:
+        yield Row(service.scenario, "client", node, health, "TCP")
+
+
+if __name__ == "__main__":
+    PATH.write_text(table_text(record()))

@@ -1,0 +1,400 @@
+"""The simulator, rule by rule, against what iptables(8) and iptables-extensions(8) say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+from kproxy.model.types import Family
+from kproxy.simulate.iptables import Iptables
+from kproxy.simulate.packet import Fate, Outcome, Packet, UnknownRuleError, Verdict
+
+BUILT_IN = {
+    "nat": ("PREROUTING", "INPUT", "OUTPUT", "POSTROUTING"),
+    "filter": ("INPUT", "FORWARD", "OUTPUT"),
+}
+NODE = "10.99.0.2"
+POD = "10.244.1.9:8080"
+DNAT = f"-p tcp -j DNAT --to-destination {POD}"
+
+ACCEPTED = Fate(Verdict.ACCEPTED)
+DROPPED = Fate(Verdict.DROPPED)
+TRANSLATED = Fate(Verdict.ACCEPTED, POD)
+
+
+def rules(*lines: str, family: Family = Family.IPV4, policy: str = "ACCEPT", chains: Iterable[str] = ()) -> Iptables:
+    """Return rules from lines `TABLE CHAIN RULE`; chains that are not built in are named as `TABLE CHAIN`."""
+    text = []
+    for table, built_in in BUILT_IN.items():
+        own = [chain.split()[1] for chain in chains if chain.startswith(table)]
+        text += [f"*{table}", *(f":{name} {policy if table == 'filter' else 'ACCEPT'} [0:0]" for name in built_in)]
+        text += [f":{name} - [0:0]" for name in own]
+        text += [f"-A {line.split(' ', 1)[1]}" for line in lines if line.startswith(table)]
+        text.append("COMMIT")
+    return Iptables("\n".join(text), family)
+
+
+def packet(**changes: Any) -> Packet:
+    """Return a packet from a host outside to a port of somewhere behind this node, less what is said."""
+    usual: dict[str, Any] = {
+        "protocol": "TCP",
+        "source": "198.51.100.1",
+        "destination": "10.96.0.1",
+        "port": 80,
+        "interface": "eth0",
+        "local_addresses": frozenset({NODE, "fd00:99::2"}),
+    }
+    return Packet(**usual | changes)
+
+
+OWN = {"source": NODE, "interface": ""}
+
+
+def test_a_packet_that_meets_no_rule_arrives() -> None:
+    assert rules().send(packet()).fates == {ACCEPTED: 1.0}
+
+
+def test_the_policy_of_a_filter_chain_ends_what_no_rule_decides() -> None:
+    closed = rules("filter FORWARD -p udp -j ACCEPT", policy="DROP")
+    assert closed.send(packet()).only == DROPPED
+    assert closed.send(packet(protocol="UDP")).only == ACCEPTED
+
+
+MATCHING = [
+    ("-s 198.51.100.0/24", {}, {"source": "198.51.101.1"}),
+    ("! -s 10.244.0.0/16", {}, {"source": "10.244.3.1"}),
+    ("-d 10.96.0.1/32", {}, {"destination": "10.96.0.2"}),
+    ("! -d 10.96.0.0/12", {"destination": "10.95.0.1"}, {}),
+    ("-i eth0", {}, {"interface": "eth01"}),
+    ("! -i veth0", {}, {"interface": "veth0"}),
+    ("-i veth+", {"interface": "veth1"}, {}),
+    ("! -i veth+", {}, {"interface": "veth"}),
+    ("-p tcp", {}, {"protocol": "UDP"}),
+    ("-p udp", {"protocol": "UDP"}, {"protocol": "SCTP"}),
+    ("-p sctp", {"protocol": "SCTP"}, {"protocol": "TCP"}),
+    ("-p tcp -m tcp --dport 80", {}, {"port": 8080}),
+    ("-p udp -m udp --dport 53", {"protocol": "UDP", "port": 53}, {"protocol": "TCP", "port": 53}),
+    ("-p sctp -m sctp --dport 7", {"protocol": "SCTP", "port": 7}, {"protocol": "SCTP", "port": 70}),
+    ("-m addrtype --src-type LOCAL", {"source": NODE}, {}),
+    ("-m addrtype --src-type LOCAL", {"source": "127.8.8.8"}, {"source": "128.0.0.1"}),
+    ("-m mark --mark 0x0/0x4000", {}, None),
+    ("-m mark ! --mark 0x4000/0x4000", {}, None),
+    ("-m mark --mark 0x0", {}, None),
+    ("-m conntrack --ctstate NEW", {}, {"state": "ESTABLISHED"}),
+    ("-m conntrack --ctstate RELATED,ESTABLISHED", {"state": "RELATED"}, {"state": "INVALID"}),
+    ("-m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT", {"state": "INVALID"}, {"state": "ESTABLISHED"}),
+    ('-m comment --comment "say \\"-j DROP\\"; ! -s 1.2.3.4/32"', {}, None),
+    ("-m nfacct --nfacct-name  seen", {}, None),
+]
+
+
+@pytest.mark.parametrize(("match", "hit", "miss"), MATCHING)
+def test_a_match_hits_and_misses(match: str, hit: dict[str, Any], miss: dict[str, Any] | None) -> None:
+    found = rules(f"filter FORWARD {match} -j DROP")
+    assert found.send(packet(**hit)).only.verdict is Verdict.DROPPED
+    if miss is not None:
+        assert found.send(packet(**miss)).only == ACCEPTED
+
+
+def test_all_matches_of_a_rule_must_hold() -> None:
+    found = rules("filter FORWARD -s 198.51.100.1/32 -p tcp -m tcp --dport 80 -j DROP")
+    assert found.send(packet()).only == DROPPED
+    assert found.send(packet(port=81)).only == ACCEPTED
+    assert found.send(packet(source="198.51.100.2")).only == ACCEPTED
+
+
+def test_ipv6_addresses_match() -> None:
+    found = rules("filter FORWARD -d fd00:10:96::/48 -j DROP", family=Family.IPV6)
+    assert found.send(packet(source="2001:db8::1", destination="fd00:10:96::1")).only == DROPPED
+    assert found.send(packet(source="2001:db8::1", destination="fd00:10:97::1")).only == ACCEPTED
+
+
+def test_ipv6_targets_and_loopback() -> None:
+    found = rules(
+        "nat PREROUTING -p tcp -j DNAT --to-destination [fd00::9]:8080",
+        "nat OUTPUT ! -d ::1/128 -m addrtype --dst-type LOCAL -j DNAT --to-destination [fd00::8]:80",
+        family=Family.IPV6,
+    )
+    assert found.send(packet(source="2001:db8::1", destination="fd00:99::2")).only.target == "[fd00::9]:8080"
+    own = {"source": "::1", "interface": ""}
+    assert found.send(packet(**own, destination="::1")).only == ACCEPTED
+    assert found.send(packet(**own, destination="fd00:99::2")).only.target == "[fd00::8]:80"
+
+
+def test_packets_of_the_other_family_are_no_question_for_these_rules() -> None:
+    with pytest.raises(ValueError, match="IPv4"):
+        rules().send(packet(source="2001:db8::1", destination="fd00::1"))
+    with pytest.raises(ValueError, match="not of one family"):
+        rules().send(packet(source="2001:db8::1"))
+
+
+# Targets and the walk through chains.
+
+
+def test_a_chain_ends_and_returns_to_the_rule_after_the_jump() -> None:
+    found = rules(
+        "filter FORWARD -j FIRST",
+        "filter FORWARD -j DROP",
+        "filter FIRST -p udp -j RETURN",
+        "filter FIRST -p udp -j ACCEPT",
+        "filter FIRST -p sctp -j SECOND",
+        "filter FIRST -p tcp",
+        "filter SECOND -j ACCEPT",
+        chains=["filter FIRST", "filter SECOND"],
+    )
+    assert found.send(packet(protocol="UDP")).only == DROPPED
+    assert found.send(packet(protocol="TCP")).only == DROPPED
+    assert found.send(packet(protocol="SCTP")).only == ACCEPTED
+
+
+def test_return_from_a_built_in_chain_leads_to_its_policy() -> None:
+    found = rules("filter FORWARD -p udp -j RETURN", "filter FORWARD -j ACCEPT", policy="DROP")
+    assert found.send(packet(protocol="UDP")).only == DROPPED
+    assert found.send(packet()).only == ACCEPTED
+
+
+def test_a_rejection_names_its_icmp_message() -> None:
+    found = rules("filter FORWARD -j REJECT --reject-with icmp-port-unreachable")
+    assert found.send(packet()).only == Fate(Verdict.REJECTED, reply="icmp-port-unreachable")
+
+
+@pytest.mark.parametrize(
+    ("marks", "mark"),
+    [
+        (["0x4000/0x4000"], "0x4000/0xffffffff"),
+        (["0xff/0xffffffff", "0x1/0xf"], "0xf1/0xffffffff"),
+        (["0x4000/0x4000", "0x4000/0x0"], "0x0/0xffffffff"),
+        (["0x4000/0x0"], "0x4000/0xffffffff"),
+        (["0x4000/0x4000", "0x4000/0x4000"], "0x4000/0x4000"),
+    ],
+)
+def test_marks_clear_the_mask_and_flip_the_value(marks: list[str], mark: str) -> None:
+    lines = [f"filter FORWARD -j MARK --set-xmark {each}" for each in marks]
+    assert rules(*lines, f"filter FORWARD -m mark --mark {mark} -j DROP").send(packet()).only == DROPPED
+
+
+def test_a_mark_set_in_one_table_is_seen_in_the_next() -> None:
+    found = rules(
+        "nat PREROUTING -j MARK --set-xmark 0x4000/0x4000",
+        "nat POSTROUTING -m mark --mark 0x4000/0x4000 -j MASQUERADE --random-fully",
+    )
+    assert found.send(packet()).only == Fate(Verdict.ACCEPTED, masqueraded=True)
+    assert found.send(packet(**OWN)).only == ACCEPTED
+
+
+def test_translation_ends_the_hook_and_changes_what_later_ones_see() -> None:
+    found = rules(
+        f"nat PREROUTING {DNAT}",
+        "nat PREROUTING -j DNAT --to-destination 10.244.1.10:80",
+        "filter FORWARD -d 10.244.1.9/32 -p tcp -m tcp --dport 8080 -m conntrack --ctstate DNAT -j ACCEPT",
+        policy="DROP",
+    )
+    assert found.send(packet()).only == TRANSLATED
+    assert found.send(packet(protocol="UDP")).only == Fate(Verdict.DROPPED, "10.244.1.10:80")
+
+
+def test_a_counter_counts_what_its_rule_hits() -> None:
+    found = rules("filter FORWARD -p tcp -m nfacct --nfacct-name seen -j ACCEPT")
+    assert found.send(packet()).only.counted == ("seen",)
+    assert found.send(packet(protocol="UDP")).only.counted == ()
+
+
+# Chance and affinity.
+
+
+def test_chance_divides_what_is_left() -> None:
+    chance = "-m statistic --mode random --probability"
+    found = rules(
+        f"nat PREROUTING {chance} 0.33333333349 -j DNAT --to-destination 10.0.0.1:1",
+        f"nat PREROUTING {chance} 0.50000000000 -j DNAT --to-destination 10.0.0.2:2",
+        "nat PREROUTING -j DNAT --to-destination 10.0.0.3:3",
+    )
+    outcome = found.send(packet())
+    assert outcome.targets == pytest.approx({"10.0.0.1:1": 1 / 3, "10.0.0.2:2": 1 / 3, "10.0.0.3:3": 1 / 3})
+    assert sum(outcome.fates.values()) == pytest.approx(1.0, abs=1e-12)
+
+
+def test_chance_that_meets_again_after_a_chain_goes_on_with_both() -> None:
+    found = rules(
+        "nat PREROUTING -m statistic --mode random --probability 0.25 -j SEEN",
+        f"nat PREROUTING {DNAT}",
+        "nat SEEN -j MARK --set-xmark 0x1/0x1",
+        "nat POSTROUTING -m mark --mark 0x1/0x1 -j MASQUERADE",
+        chains=["nat SEEN"],
+    )
+    masqueraded = Fate(Verdict.ACCEPTED, POD, masqueraded=True)
+    assert found.send(packet()).fates == pytest.approx({masqueraded: 0.25, TRANSLATED: 0.75})
+
+
+@pytest.mark.parametrize(("chance", "fate"), [("0.00000000000", ACCEPTED), ("1.00000000000", DROPPED)])
+def test_a_chance_of_none_and_of_all(chance: str, fate: Fate) -> None:
+    found = rules(f"filter FORWARD -m statistic --mode random --probability {chance} -j DROP")
+    assert found.send(packet()).fates == {fate: 1.0}
+
+
+def test_probabilities_that_do_not_sum_to_one_are_no_outcome() -> None:
+    with pytest.raises(ValueError, match=r"sum to 0\.5"):
+        Outcome([(ACCEPTED, 0.25), (DROPPED, 0.25)])
+
+
+def test_the_only_fate_is_one() -> None:
+    with pytest.raises(ValueError, match="unpack"):
+        _ = Outcome([(ACCEPTED, 0.25), (DROPPED, 0.75)]).only
+
+
+def test_affinity_sends_who_is_remembered_to_the_same_endpoint() -> None:
+    tail = "--mask 255.255.255.255 --rsource"
+    found = rules(
+        f"nat PREROUTING -m recent --rcheck --seconds 60 --reap --name ONE {tail} -j ONE",
+        f"nat PREROUTING -m recent --rcheck --seconds 60 --reap --name TWO {tail} -j TWO",
+        "nat PREROUTING -m statistic --mode random --probability 0.5 -j ONE",
+        "nat PREROUTING -j TWO",
+        f"nat ONE -p tcp -m recent --set --name ONE {tail} -m tcp -j DNAT --to-destination 10.0.0.1:1",
+        f"nat TWO -p tcp -m recent --set --name TWO {tail} -m tcp -j DNAT --to-destination 10.0.0.2:2",
+        chains=["nat ONE", "nat TWO"],
+    )
+    anyone, again = found.send(packet()), found.send(packet(remembered=frozenset({"10.0.0.2:2"})))
+    assert anyone.targets == {"10.0.0.1:1": 0.5, "10.0.0.2:2": 0.5}
+    assert again.fates == {Fate(Verdict.ACCEPTED, "10.0.0.2:2", remembered=True): 1.0}
+    assert found.send(packet(remembered=frozenset({"10.0.0.3:3"}))) == anyone
+
+
+# Which hooks a packet passes.
+
+
+def test_where_a_packet_goes_is_decided_after_its_translation() -> None:
+    found = rules(
+        f"nat PREROUTING -d {NODE}/32 {DNAT}",
+        f"nat PREROUTING -d 10.96.0.7/32 -j DNAT --to-destination {NODE}:443",
+        "filter INPUT -j REJECT --reject-with icmp-port-unreachable",
+        "nat POSTROUTING -j MASQUERADE",
+    )
+    forwarded = Fate(Verdict.ACCEPTED, POD, masqueraded=True)
+    assert found.send(packet(destination=NODE)).only == forwarded
+    taken_in = found.send(packet(destination="10.96.0.7")).only
+    assert taken_in == Fate(Verdict.REJECTED, f"{NODE}:443", reply="icmp-port-unreachable")
+
+
+def test_what_comes_in_for_this_node_passes_no_postrouting() -> None:
+    found = rules("nat POSTROUTING -j MASQUERADE", "nat INPUT -m nfacct --nfacct-name seen -j ACCEPT")
+    assert found.send(packet(destination=NODE)).only == Fate(Verdict.ACCEPTED, counted=("seen",))
+
+
+def test_what_the_node_sends_passes_output_and_no_prerouting() -> None:
+    found = rules(
+        "nat PREROUTING -j DNAT --to-destination 10.0.0.1:1",
+        f"nat OUTPUT {DNAT}",
+        "filter OUTPUT -m conntrack --ctstate DNAT -m nfacct --nfacct-name seen -j ACCEPT",
+        "filter FORWARD -j DROP",
+        "filter INPUT -j DROP",
+    )
+    assert found.send(packet(**OWN)).only == Fate(Verdict.ACCEPTED, POD, counted=("seen",))
+
+
+def test_what_the_node_sends_to_itself_comes_in_by_lo_untranslated() -> None:
+    found = rules(
+        f"nat PREROUTING {DNAT}",
+        "filter INPUT -i lo -m conntrack --ctstate NEW -j DROP",
+        "filter OUTPUT -i lo -j REJECT --reject-with icmp-port-unreachable",
+    )
+    assert found.send(packet(**OWN, destination=NODE)).only == DROPPED
+    assert found.send(packet(source="127.0.0.1", interface="", destination="127.0.0.1")).only == DROPPED
+    assert found.send(packet(**OWN)).only == ACCEPTED
+
+
+def test_what_comes_from_no_interface_is_not_from_any_other() -> None:
+    found = rules("filter OUTPUT ! -i veth+ -j DROP", "filter FORWARD ! -i veth+ -j ACCEPT")
+    assert found.send(packet(**OWN)).only == DROPPED
+
+
+@pytest.mark.parametrize("state", ["ESTABLISHED", "RELATED", "INVALID"])
+def test_only_the_first_packet_of_a_connection_is_translated(state: str) -> None:
+    found = rules(f"nat PREROUTING {DNAT}", f"nat OUTPUT {DNAT}", "nat POSTROUTING -j MASQUERADE")
+    assert found.send(packet(state=state)).only == ACCEPTED
+    assert found.send(packet(**OWN, state=state)).only == ACCEPTED
+
+
+def test_what_one_hook_ends_the_next_does_not_see() -> None:
+    found = rules("filter FORWARD -j DROP", "nat POSTROUTING -j MASQUERADE")
+    assert found.send(packet()).only == DROPPED
+
+
+# What is not known.
+
+RECENT = "--name X --mask 255.255.255.255 --rsource"
+UNKNOWN = [
+    ("-j LOG", "-j LOG is no chain"),
+    ("-j NOWHERE", "-j NOWHERE is no chain"),
+    ("-g OTHER", "-g is not known"),
+    ("-o eth0 -j DROP", "-o is not known"),
+    ("-p icmp -j DROP", "protocol icmp"),
+    ("-p tcp -m tcp --sport 80 -j DROP", "--sport is not known"),
+    ("-p tcp -m tcp --dport 80:90 -j DROP", "80:90 is not a port"),
+    ("-p tcp -m tcp ! --dport 80 -j DROP", "! --dport is not known"),
+    ("-p tcp --dport 80 -j DROP", "--dport is not known"),
+    ("-p tcp -m udp --dport 80 -j DROP", "-m udp without -p udp"),
+    ("! -p tcp -j DROP", "! -p is not known"),
+    ("-m multiport --dports 1,2 -j DROP", "-m multiport is not known"),
+    ("-m addrtype --dst-type BROADCAST -j DROP", "BROADCAST"),
+    ("-m addrtype --dst-type LOCAL --limit-iface-in -j DROP", "--limit-iface-in is not known"),
+    ("-m conntrack --ctstate SNAT -j DROP", "SNAT"),
+    ("-m conntrack --ctstatus ASSURED -j DROP", "--ctstatus is not known"),
+    ("-m conntrack -j DROP", "conntrack without --ctstate"),
+    ("-m mark --mark all -j DROP", "all is not a mark"),
+    ("-m statistic --mode nth --every 2 -j DROP", "--mode nth"),
+    ("-m statistic --mode random -j DROP", "statistic without --probability"),
+    ("-m statistic --mode random --probability 1.5 -j DROP", "1.5 is not a probability"),
+    (f"-m recent --update {RECENT} -j DROP", "--update is not known"),
+    ("-m recent --rcheck --name X --mask 255.255.255.0 --rsource -j DROP", "--mask 255.255.255.0"),
+    ("-m recent --rcheck --name X --mask 255.255.255.255 -j DROP", "recent without --rsource"),
+    (f"-m recent {RECENT} -j DROP", "either --rcheck or --set"),
+    (f"-m recent --set {RECENT} -m statistic --mode random --probability 0.5 -j DROP", "--set by chance"),
+    ("-m comment --comment one -m comment --comment two -j DROP", "-m comment stands twice"),
+    ("-s 10.0.0.0/8 -s 11.0.0.0/8 -j DROP", "-s stands twice"),
+    ("-s 10.0.0.1/8 -j DROP", "10.0.0.1/8 is not a network"),
+    ("-s somewhere -j DROP", "somewhere is not a network"),
+    ("-j REJECT", "-j REJECT without --reject-with"),
+    ("-j REJECT --reject-with tcp-reset", "tcp-reset"),
+    ("-j MARK --set-mark 0x1", "--set-mark is not known"),
+    ("-j MASQUERADE --to-ports 1-2", "--to-ports is not known"),
+    ("-j DNAT --to-destination 10.0.0.1", "10.0.0.1 is not an address with a port"),
+    ("-j DNAT --to-destination 10.0.0.1-10.0.0.9:80", "is not an address with a port"),
+    ("-j DNAT --to-destination 10.0.0.1:80 --persistent", "--persistent is not known"),
+    ("-j DROP -j ACCEPT", "-j is not known"),
+    ("-j DROP !", "nothing after !"),
+    ("! ! -s 10.0.0.0/8 -j DROP", "! ! is not known"),
+    ("-s", "-s lacks its argument"),
+    ("word", "word is not known"),
+]
+
+
+@pytest.mark.parametrize(("rule", "what"), UNKNOWN)
+def test_what_is_not_known_is_an_error_that_names_it(rule: str, what: str) -> None:
+    with pytest.raises(UnknownRuleError) as error:
+        rules(f"nat PREROUTING {rule}")
+    assert what in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "-A INPUT -j DROP",
+        "*filter\n-A INPUT -j DROP",
+        "*filter\n:INPUT ACCEPT [0:0]\n-I INPUT -j DROP",
+        "*filter\n:INPUT QUEUE [0:0]",
+        "*mangle\n:PREROUTING ACCEPT [0:0]\n-A PREROUTING -j ACCEPT",
+        "*filter\nnft add table ip x",
+    ],
+)
+def test_what_is_no_dump_is_an_error(text: str) -> None:
+    with pytest.raises(UnknownRuleError, match=r"line \d"):
+        Iptables(text, Family.IPV4)
+
+
+def test_counters_comments_and_empty_tables_are_part_of_a_dump() -> None:
+    text = "# made by hand\n*mangle\n:OUTPUT ACCEPT [3:4]\nCOMMIT\n\n*filter\n:FORWARD ACCEPT [1:2]\n"
+    found = Iptables(text + "[5:6] -A FORWARD -p tcp -j DROP\nCOMMIT\n", Family.IPV4)
+    assert found.send(packet()).only == DROPPED
