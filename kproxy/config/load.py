@@ -67,8 +67,13 @@ def to_yaml(config: Config) -> str:
     """
     import yaml  # noqa: PLC0415 - only this and YAML files need PyYAML
 
-    text: str = yaml.safe_dump({"apiVersion": API_VERSION, "kind": KIND, **encode(config)}, sort_keys=True)
+    text: str = yaml.safe_dump(as_document(config), sort_keys=True)
     return text
+
+
+def as_document(config: Config) -> dict[str, Any]:
+    """Return the data of a file that says this configuration."""
+    return {"apiVersion": API_VERSION, "kind": KIND, **encode(config)}
 
 
 def _document(text: bytes, path: str) -> Document:

@@ -11,5 +11,6 @@ def local_addresses() -> tuple[str, ...]:
     from pyroute2 import IPRoute  # noqa: PLC0415 - 11 MB that only nodePortAddresses needs
 
     with IPRoute() as route:
-        found = [message.get("IFA_ADDRESS") for message in route.get_addr()]
+        # On a point-to-point link, IFA_ADDRESS is the other end's.
+        found = [message.get("IFA_LOCAL") or message.get("IFA_ADDRESS") for message in route.get_addr()]
     return tuple(text for text in found if text and not text.lower().startswith("fe80:"))

@@ -12,12 +12,16 @@ from kproxy.host.netlink import (
     NetlinkError,
     NetlinkSocket,
     attribute,
+    attributes,
     nfgenmsg,
 )
 
 _SUBSYSTEM = 7  # NFNL_SUBSYS_ACCT
 _NEW = _SUBSYSTEM << 8  # NFNL_MSG_ACCT_NEW
+_GET = _SUBSYSTEM << 8 | 1  # NFNL_MSG_ACCT_GET
 _NAME = 1  # NFACCT_NAME
+_PACKETS = 2  # NFACCT_PKTS
+_NFGENMSG_SIZE = 4
 
 
 def ensure_counters(names: Iterable[str]) -> None:
@@ -32,3 +36,17 @@ def ensure_counters(names: Iterable[str]) -> None:
             except NetlinkError as error:
                 if error.errno != errno.EEXIST:
                     raise
+
+
+def read_counter(name: str) -> int | None:
+    """Return how many packets a counter has seen, None where there is no such counter or no way to read it."""
+    found = None
+    try:
+        with NetlinkSocket(NETLINK_NETFILTER) as netlink:
+            for data, begin, end in netlink.dump(_GET, nfgenmsg()):
+                places = attributes(data, begin + _NFGENMSG_SIZE, end)
+                if data[slice(*places[_NAME])].rstrip(b"\0") == name.encode():
+                    found = int.from_bytes(data[slice(*places[_PACKETS])], "big")
+    except OSError:
+        return None
+    return found

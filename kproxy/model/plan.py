@@ -14,7 +14,7 @@ from msgspec import Struct
 
 from kproxy.model.context import Context
 from kproxy.model.endpoints import endpoints_by_socket
-from kproxy.model.topology import Sockets, cluster_endpoints, local_endpoints, usable
+from kproxy.model.topology import Sockets, cluster_endpoints, local_endpoints, serving, usable
 from kproxy.model.types import Endpoint, EndpointSlice, Family, Protocol, Service, ServiceKey, ServicePort, family_of
 
 
@@ -38,7 +38,8 @@ class ServicePortPlan(Struct, frozen=True, gc=False):
 
     With `source_ranges`, only these sources may use the VIPs (never applied to the other frontends);
     `vips_are_sources` adds the VIPs themselves, because a node that is allowed may talk to
-    a VIP which it holds as a local address. `known_endpoints` counts all endpoints, unusable ones included.
+    a VIP which it holds as a local address. For UDP, `serving_endpoints` are all that still answer, whether or not new
+    flows go to them: those that they have may stay. `known_endpoints` counts all endpoints, unusable ones included.
 
     `local_ready` holds the addresses of the ready endpoints on this node, whatever the policies, and only
     for a Service with a `health_check_node_port`: those that terminate serve on, but no longer count for health.
@@ -63,6 +64,7 @@ class ServicePortPlan(Struct, frozen=True, gc=False):
     cluster_endpoints: Sockets
     local_endpoints: Sockets
     known_endpoints: int
+    serving_endpoints: Sockets = ()
     local_ready: tuple[str, ...] = ()
 
     @property
@@ -132,6 +134,7 @@ def _plan_port(
         cluster_endpoints=cluster_endpoints(known, context.node_name, context.zone) if uses_cluster else (),
         local_endpoints=local,
         known_endpoints=len(known),
+        serving_endpoints=serving(known) if port.protocol == "UDP" else (),
         local_ready=_ready_on(context.node_name, known.values()) if service.health_check_node_port else (),
     )
 

@@ -15,6 +15,11 @@ def usable(endpoints: Mapping[str, Endpoint]) -> Sockets:
     return ready or tuple(text for text, endpoint in endpoints.items() if endpoint.serving and endpoint.terminating)
 
 
+def serving(endpoints: Mapping[str, Endpoint]) -> Sockets:
+    """Return the endpoints that answer, ready for new connections or not."""
+    return tuple(text for text, endpoint in endpoints.items() if endpoint.ready or endpoint.serving)
+
+
 def cluster_endpoints(endpoints: Mapping[str, Endpoint], node: str, zone: str) -> Sockets:
     """Return the endpoints for traffic of policy Cluster, hints honoured.
 

@@ -11,7 +11,7 @@ from typing import TypeAlias
 from msgspec import Struct
 from msgspec.structs import asdict, replace
 
-from kproxy.model.delta import Delta
+from kproxy.model.delta import Delta, Upsert
 from kproxy.model.outcome import SyncError
 from kproxy.model.store import Changed, Store
 from kproxy.model.types import Family
@@ -22,12 +22,16 @@ from kproxy.sync.schedule import Schedule
 log = logging.getLogger(__name__)
 
 
+MESSAGES_PER_SYNC = 10_000
+"""How many messages are taken in before a sync that is due goes first."""
+
+
 class Stop(Struct, frozen=True):
     """Ends the reconciler; the rules stay."""
 
 
 class Resync(Struct, frozen=True):
-    """Something outside of the objects changed that rules depend on: compare everything again."""
+    """Something outside of the objects changed that rules may depend on: work out the context again."""
 
 
 Batch: TypeAlias = tuple[Delta, ...]
@@ -60,7 +64,6 @@ class Reconciler:
         self._observers = observers
         self._families = {family: (sync, make_schedule()) for family, sync in families.items()}
         self._clock = clock
-        self._announced = False
 
     def run(self, messages: queue.SimpleQueue[Message]) -> None:
         """Work until a `Stop` arrives."""
@@ -69,12 +72,14 @@ class Reconciler:
                 message = messages.get(timeout=self.wait())
             except queue.Empty:
                 message = None
-            # Whatever has already arrived belongs to the same sync.
+            # What has already arrived belongs to the same sync, but a flood must not keep it from happening.
+            taken = 0
             while message is not None:
                 if isinstance(message, Stop):
                     return
                 self._take_safely(message)
-                message = None if messages.empty() else messages.get()
+                taken += 1
+                message = None if taken >= MESSAGES_PER_SYNC or messages.empty() else messages.get()
             self.sync_due()
 
     def _take_safely(self, message: Delta | Batch | Resync) -> None:
@@ -94,6 +99,9 @@ class Reconciler:
             changed = Changed(node=True)
         else:
             changed = self._store.apply(message)
+            if changed:
+                kind = type(message.object) if isinstance(message, Upsert) else message.kind
+                self._tell(methodcaller("changed", kind, changed))
             if not self._ready and self._is_ready(self._store):
                 self._ready = True
                 changed = replace(changed, node=True)
@@ -140,7 +148,8 @@ class Reconciler:
             return False
         schedule.succeeded()
         ended = self._clock()
-        log.info("%s: %d services in force after %.3f s", family.value, len(outcome.plans), ended - began)
+        scope = "all" if outcome.complete else "changes of"
+        log.info("%s: %s %d services in force after %.3f s", family.value, scope, len(outcome.plans), ended - began)
         report = SyncReport(family=family, began=began, ended=ended, error="", **asdict(outcome))
         self._tell(methodcaller("synced", report))
         return True

@@ -7,7 +7,9 @@ from typing import Protocol
 from msgspec import Struct
 
 from kproxy.model.context import Context
+from kproxy.model.delta import Kind
 from kproxy.model.outcome import Plans, Written
+from kproxy.model.store import Changed
 from kproxy.model.types import Family
 
 
@@ -37,6 +39,9 @@ class Observer(Protocol):
 
     def queued(self, family: Family, now: float) -> None:
         """Note that changes of a family wait to be programmed, at `now` of the reconciler's clock."""
+
+    def changed(self, kind: Kind, changed: Changed) -> None:
+        """Note what one delta about a kind of objects changed."""
 
     def synced(self, report: SyncReport) -> None:
         """Take in how a sync ended, well or not."""

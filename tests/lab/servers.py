@@ -121,7 +121,7 @@ class _Datagrams(asyncio.DatagramProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.DatagramTransport", transport)  # its class only quacks like one
 
-    def datagram_received(self, data: bytes, addr: tuple[Any, ...]) -> None:  # noqa: ARG002 - any question will do
+    def datagram_received(self, data: bytes, addr: tuple[Any, ...]) -> None:
         assert self._transport is not None
         self._transport.sendto(f"{self._name} {addr[0]}\n".encode(), addr)
 

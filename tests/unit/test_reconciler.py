@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 import pytest
 
 from kproxy.model.context import Context
-from kproxy.model.delta import Delete, Delta, Replace, Upsert
+from kproxy.model.delta import Delete, Delta, Kind, Replace, Upsert
 from kproxy.model.outcome import SyncError, Written
 from kproxy.model.plan import ServicePortPlan
-from kproxy.model.store import Store
+from kproxy.model.store import Changed, Store
 from kproxy.model.types import EndpointSlice, Family, Node, Service, ServicePort
 from kproxy.sync.family import FamilySync
 from kproxy.sync.reconciler import Message, Reconciler, Resync, Stop
@@ -54,10 +54,14 @@ class Watcher:
 
     def __init__(self) -> None:
         self.queued_at: list[tuple[Family, float]] = []
+        self.changes: list[tuple[Kind, frozenset[str]]] = []
         self.reports: list[SyncReport] = []
 
     def queued(self, family: Family, now: float) -> None:
         self.queued_at.append((family, now))
+
+    def changed(self, kind: Kind, changed: Changed) -> None:
+        self.changes.append((kind, changed.services))
 
     def synced(self, report: SyncReport) -> None:
         self.reports.append(report)
@@ -312,6 +316,7 @@ def test_observers_are_told_of_changes_and_of_what_became_of_them() -> None:
     proxy.take(Upsert(service("a")), Upsert(slice_))
     proxy.after(0)
     assert proxy.watcher.queued_at == [(Family.IPV4, 100.0), (Family.IPV6, 100.0)] * 2
+    assert proxy.watcher.changes == [(Service, frozenset({"ns/a"})), (EndpointSlice, frozenset({"ns/a"}))]
     failed, done = proxy.watcher.reports
     assert (failed.family, failed.error, failed.written, failed.last_changes) == (Family.IPV4, "no", None, ())
     assert (done.family, done.error, done.written) == (Family.IPV6, "", Written({}, {}))

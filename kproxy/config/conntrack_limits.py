@@ -1,0 +1,47 @@
+"""Which kernel parameters the section `conntrack` of the configuration asks to be changed. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import ceil
+
+from kproxy.config.types import Conntrack
+
+MAX = "proc/sys/net/netfilter/nf_conntrack_max"
+HASH_SIZE = "sys/module/nf_conntrack/parameters/hashsize"
+TCP_ESTABLISHED = "proc/sys/net/netfilter/nf_conntrack_tcp_timeout_established"
+TCP_CLOSE_WAIT = "proc/sys/net/netfilter/nf_conntrack_tcp_timeout_close_wait"
+TCP_BE_LIBERAL = "proc/sys/net/netfilter/nf_conntrack_tcp_be_liberal"
+UDP = "proc/sys/net/netfilter/nf_conntrack_udp_timeout"
+UDP_STREAM = "proc/sys/net/netfilter/nf_conntrack_udp_timeout_stream"
+
+PARAMETERS = (MAX, HASH_SIZE, TCP_ESTABLISHED, TCP_CLOSE_WAIT, TCP_BE_LIBERAL, UDP, UDP_STREAM)
+"""What `changes` wants to know the values of, as paths below the root of the file system."""
+
+ENTRIES_PER_BUCKET = 4
+"""How full kube-proxy lets the hash table become: it keeps a quarter of `nf_conntrack_max` buckets."""
+
+
+def changes(config: Conntrack, cpus: int, current: Mapping[str, int]) -> dict[str, int]:
+    """Return the values to write, in this order, by their paths.
+
+    `current` holds the values of those `PARAMETERS` that can be read; `cpus` counts this machine's. 0 in the
+    configuration leaves what the kernel has. A parameter that differs is set, up or down, except
+    the size of the hash table, which is only raised.
+    """
+    limit = _max(config, cpus)
+    wanted = {
+        MAX: limit,
+        HASH_SIZE: max(limit // ENTRIES_PER_BUCKET, current.get(HASH_SIZE, 0)) if limit else 0,
+        TCP_ESTABLISHED: ceil(config.tcp_established_timeout),
+        TCP_CLOSE_WAIT: ceil(config.tcp_close_wait_timeout),
+        TCP_BE_LIBERAL: int(config.tcp_be_liberal),
+        UDP: ceil(config.udp_timeout),
+        UDP_STREAM: ceil(config.udp_stream_timeout),
+    }
+    return {path: value for path, value in wanted.items() if value and value != current.get(path)}
+
+
+def _max(config: Conntrack, cpus: int) -> int:
+    """Return how many entries there may be at most; without `maxPerCore`, `min` means nothing either."""
+    return max(config.min, config.max_per_core * cpus) if config.max_per_core else 0

@@ -1,0 +1,125 @@
+"""Which UDP flows the kernel should forget: those that go where no new flow to the same frontend would go.
+
+Rules decide about the first packet of a flow only; connection tracking repeats that decision for as long as packets
+come. A UDP client that keeps sending from one port thus never learns that its endpoint is gone. Flows and frontends
+are named by `ip:port` texts; a NodePort is the frontend `:port`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from ipaddress import ip_address
+
+from kproxy.model.context import Context
+from kproxy.model.endpoints import socket_text, split_socket_text
+from kproxy.model.outcome import Plans
+from kproxy.model.plan import ServicePortPlan
+from kproxy.model.types import Family, ServiceKey
+
+Endpoints = frozenset[str]
+
+
+class UdpFrontends:
+    """The UDP frontends of one family that the kernel has accepted, and which of them may have stale flows.
+
+    A frontend is under suspicion when it is new, is gone, or has lost an endpoint, and stays so until `cleaned`.
+    Nothing is kept about other protocols.
+    """
+
+    def __init__(self) -> None:
+        self._services: dict[ServiceKey, dict[str, Endpoints]] = {}
+        self._owners: dict[str, set[ServiceKey]] = {}
+        self._suspects: set[str] = set()
+
+    @property
+    def suspects(self) -> Collection[str]:
+        """The frontends whose flows are to be looked at."""
+        return self._suspects
+
+    def accept(self, plans: Plans, *, complete: bool) -> None:
+        """Take in the plans that the kernel has accepted: of all Services if `complete`, else of some.
+
+        A complete set puts all frontends under suspicion: whatever came before (an earlier process, a failed sync)
+        may have left flows that nothing here knows of.
+        """
+        if complete:
+            for key in self._services.keys() - plans.keys():
+                self._replace(key, {})
+        for key, ports in plans.items():
+            self._replace(key, endpoints_by_frontend(ports))
+        if complete:
+            self._suspects.update(self._owners)
+
+    def cleaned(self) -> None:
+        """Note that no suspect has stale flows any more."""
+        self._suspects.clear()
+
+    def is_stale(self, destination: str, source: str, takes_node_ports: Callable[[str], bool]) -> bool:
+        """Return whether flows to `destination` that `source` answers are stale; those of others than suspects are not.
+
+        At a frontend that exists, whatever is not one of its endpoints is stale: an endpoint that is gone, or the
+        frontend itself, when a client sent to it before it was one. At a frontend that is gone, what is not
+        translated is left alone: it belongs to whoever has the address or port now. `takes_node_ports` says
+        whether NodePorts answer on an address; others' flows to the same port number are none of ours.
+        """
+        address, port = split_socket_text(destination)
+        node_port = socket_text("", port)
+        frontends = [destination]
+        if (node_port in self._suspects or node_port in self._owners) and takes_node_ports(address):
+            frontends.append(node_port)
+        if self._suspects.isdisjoint(frontends):
+            return False
+        # The rules for addresses come before those for NodePorts.
+        living = next((frontend for frontend in frontends if frontend in self._owners), None)
+        if living is None:
+            return source != destination
+        return not any(source in self._services[key][living] for key in self._owners[living])
+
+    def _replace(self, key: ServiceKey, new: dict[str, Endpoints]) -> None:
+        old = self._services.pop(key, {})
+        if new:
+            self._services[key] = new
+        for frontend in old.keys() - new.keys():
+            self._suspects.add(frontend)
+            owners = self._owners[frontend]
+            owners.discard(key)
+            if not owners:
+                del self._owners[frontend]
+        for frontend, endpoints in new.items():
+            if frontend not in old or not old[frontend] <= endpoints:
+                self._suspects.add(frontend)
+            self._owners.setdefault(frontend, set()).add(key)
+
+
+def endpoints_by_frontend(ports: Sequence[ServicePortPlan]) -> dict[str, Endpoints]:
+    """Return the UDP frontends of a Service, each with the endpoints that some flow to it may go to.
+
+    An endpoint that still serves keeps its flows, although new ones may go elsewhere: while it terminates, or when
+    hints or policy have changed.
+    """
+    found: dict[str, Endpoints] = {}
+    for plan in ports:
+        if plan.protocol != "UDP":
+            continue
+        serving = frozenset(plan.serving_endpoints)
+        cluster, local = serving.union(plan.cluster_endpoints), serving.union(plan.local_endpoints)
+        found[socket_text(plan.cluster_ip, plan.port)] = local if plan.internal_local else cluster
+        # Pods and the node itself may reach a policy Local frontend's other endpoints too.
+        external = cluster | local if plan.external_local else cluster
+        found |= {socket_text(address, plan.port): external for address in (*plan.external_ips, *plan.vips)}
+        if plan.node_port:
+            found[socket_text("", plan.node_port)] = external
+    return found
+
+
+def takes_node_ports(context: Context, address: str, own_addresses: Callable[[], Collection[str]]) -> bool:
+    """Return whether NodePorts answer on an address.
+
+    `own_addresses` tells the addresses of this machine; it is called only if it matters. Loopback addresses count
+    only with localhost NodePorts, which IPv6 does not have.
+    """
+    if context.node_port_addresses is not None:
+        return address in context.node_port_addresses
+    if ip_address(address).is_loopback:
+        return context.localhost_node_ports and context.family is Family.IPV4
+    return address in own_addresses()

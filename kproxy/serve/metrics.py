@@ -1,0 +1,161 @@
+"""`/metrics`: what kube-proxy's dashboards ask for, kept up to date sync by sync."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from prometheus_client import generate_latest
+
+from kproxy.model.delta import Kind
+from kproxy.model.outcome import Plans, Written
+from kproxy.model.plan import Decision
+from kproxy.model.store import Changed
+from kproxy.model.types import EndpointSlice, Family, Service, ServiceKey
+from kproxy.serve.http import Request, Response
+from kproxy.serve.observed import Sync
+from kproxy.serve.series import POLICIES, TABLES, Series
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+"""The text format, which is all that kube-proxy offers besides protobuf."""
+
+
+class Metrics:
+    """An observer of syncs that counts, and the page that shows it.
+
+    All but `page` are called by whoever knows: `queued`, `changed` and `synced` by the reconciler's thread. `wall`
+    gives seconds since the epoch; endpoint changes from before this was made are not measured, since nobody here
+    could have programmed them then.
+    """
+
+    def __init__(
+        self,
+        mode: str,
+        families: Iterable[Family],
+        counters: Mapping[tuple[str, str], Callable[[], int | None]],
+        *,
+        wall: Callable[[], float],
+    ) -> None:
+        self._families = tuple(families)
+        self._series = Series(mode, self._families, counters)
+        self._iptables = mode != "nftables"
+        self._wall = wall
+        self._since = wall()
+        self._unknown = set(self._families)
+        self._gaps = {family: LocalGaps() for family in self._families}
+        self._services_pending = dict.fromkeys(self._families, 0)
+        self._endpoints_pending = dict.fromkeys(self._families, 0)
+
+    def page(self, _: Request) -> Response:
+        """Answer with all metrics."""
+        return Response(200, (("Content-Type", CONTENT_TYPE),), generate_latest(self._series.registry))
+
+    def queued(self, family: Family, now: float) -> None:  # noqa: ARG002 - dashboards want the time of day
+        """Note that a change of a family waits to be programmed."""
+        self._series.last_queued.labels(family.value).set(self._wall())
+
+    def changed(self, kind: Kind, changed: Changed) -> None:
+        """Count what one delta changed: Services once for each family, as kube-proxy does, and EndpointSlices once."""
+        if kind is Service:
+            self._series.service_changes.inc(len(changed.services) * len(self._families))
+            self._wait(self._services_pending, len(changed.services))
+        elif kind is EndpointSlice:
+            self._series.endpoint_changes.inc(len(changed.services))
+            self._wait(self._endpoints_pending, len(changed.services))
+        self._show_pending()
+
+    def synced(self, sync: Sync) -> None:
+        """Take in how a sync ended."""
+        full = sync.complete or sync.family in self._unknown
+        name, seconds = sync.family.value, sync.ended - sync.began
+        self._series.sync.labels(name).observe(seconds)
+        (self._series.full_sync if full else self._series.partial_sync).labels(name).observe(seconds)
+        if sync.error:
+            self._failed(sync.family, full=full)
+            return
+        self._unknown.discard(sync.family)
+        self._services_pending[sync.family] = self._endpoints_pending[sync.family] = 0
+        self._show_pending()
+        self._show_times(name, sync.last_changes)
+        self._show_rules(name, sync.written)
+        gaps = self._gaps[sync.family]
+        gaps.update(sync.plans, complete=sync.complete)
+        for policy, number in zip(POLICIES, gaps.totals, strict=True):
+            self._series.no_local_endpoints.labels(name, policy).set(number)
+
+    def probed(self, page: str, status: int) -> None:
+        """Count an answer of `healthz` or `livez`."""
+        self._series.probes[page].labels(str(int(status))).inc()
+
+    def conntrack_reconciled(self, family: Family, seconds: float, deleted: int) -> None:
+        """Count one look for stale conntrack entries and how many were deleted."""
+        self._series.conntrack.labels(family.value).observe(seconds)
+        self._series.conntrack_deleted.labels(family.value).inc(deleted)
+
+    def requested(self, method: str, host: str, code: str) -> None:
+        """Count a request to the API server; `code` is the status, or `<error>` where there was no answer."""
+        self._series.requests.labels(code, host, method).inc()
+
+    def _failed(self, family: Family, *, full: bool) -> None:
+        """After a failure nothing is known of the kernel any more: the next attempt looks at everything."""
+        self._unknown.add(family)
+        self._series.failures.labels(family.value).inc()
+        self._series.refused.labels(family.value).inc()
+        if self._iptables and not full:
+            self._series.partly_refused.labels(family.value).inc()
+
+    def _wait(self, pending: dict[Family, int], number: int) -> None:
+        for family in pending:
+            pending[family] += number
+
+    def _show_pending(self) -> None:
+        self._series.services_pending.set(max(self._services_pending.values(), default=0))
+        self._series.endpoints_pending.set(max(self._endpoints_pending.values(), default=0))
+
+    def _show_times(self, name: str, last_changes: Sequence[float]) -> None:
+        now = self._wall()
+        self._series.last_synced.labels(name).set(now)
+        for moment in last_changes:
+            if moment > self._since:
+                self._series.programming.labels(name).observe(max(0.0, now - moment))
+
+    def _show_rules(self, name: str, written: Written | None) -> None:
+        if not self._iptables or written is None:
+            return
+        for table in TABLES:
+            self._series.rules_written.labels(name, table).set(written.rules.get(table, 0))
+            self._series.rules.labels(name, table).set(written.total_rules.get(table, 0))
+
+
+class LocalGaps:
+    """How many ports of Services have endpoints, but none on this node where their policy wants one.
+
+    Only Services with such ports are remembered, so a sync of few Services costs little in a cluster of many.
+    """
+
+    def __init__(self) -> None:
+        self._ports: dict[ServiceKey, tuple[int, int]] = {}
+        self._internal = 0
+        self._external = 0
+
+    @property
+    def totals(self) -> tuple[int, int]:
+        """The numbers for internal and for external traffic."""
+        return self._internal, self._external
+
+    def update(self, plans: Plans, *, complete: bool) -> None:
+        """Take in the plans of all Services, or of those that may have changed."""
+        gone = self._ports.keys() - plans.keys() if complete else ()
+        for key in gone:
+            self._put(key, 0, 0)
+        for key, ports in plans.items():
+            internal = sum(plan.internal is Decision.DROP for plan in ports)
+            external = sum(plan.external is Decision.DROP for plan in ports)
+            if internal or external or key in self._ports:
+                self._put(key, internal, external)
+
+    def _put(self, key: ServiceKey, internal: int, external: int) -> None:
+        was_internal, was_external = self._ports.pop(key, (0, 0))
+        self._internal += internal - was_internal
+        self._external += external - was_external
+        if internal or external:
+            self._ports[key] = internal, external

@@ -1,0 +1,156 @@
+"""The table of packets through the real kernel: `kproxy apply` on a node, real sockets at both ends.
+
+Every address that a row sends to is served by somebody: an endpoint by its pod, an address of a node by that
+node, and any other by a host beyond the uplink. So whoever answers tells where the packet went, and a refusal or
+silence can only come from a rule.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+
+from tests.lab.client import Answered, Failed, Outcome, Refused, TimedOut, ask
+from tests.lab.requirements import missing_protocol
+from tests.lab.servers import Servers
+from tests.lab.topology import OUTSIDE_ADDRESSES, Host, Lab
+from tests.packets.places import HERE, HOLDER, NODE, NODE_ADDRESSES, place_of, source_of
+from tests.packets.table import Row, read_table, socket_text, split_socket
+from tests.recordings import GOLDEN
+
+KPROXY = str(Path(sys.executable).with_name("kproxy"))
+LOOPBACK = ("127.0.0.1", "::1")
+TRIES = 4
+AT_ONCE = 32
+SILENCE = 0.5
+"""Seconds without an answer that count as dropped; answers take a hundredth of it."""
+PATIENCE = 10.0
+NOT_SENT = Failed(f"[Errno {errno.EPERM}] {os.strerror(errno.EPERM)}")
+"""What a datagram's own sender is told when a rule of the OUTPUT chain stops it, by whichever target."""
+
+Answers = dict[Row, list[Outcome]]
+
+
+def can_be_sent(row: Row) -> bool:
+    """Whether the lab has what a row starts from: not what affinity remembers, nor a VIP as an address of the node.
+
+    And nobody's kernel sends packets to 127.0.0.1 to a neighbour.
+    """
+    to_neighbour = ip_address(row.address).is_loopback and row.sender != NODE
+    return not (row.remembering or to_neighbour or row.sender.startswith(HOLDER))
+
+
+ROWS = [row for row in read_table() if can_be_sent(row)]
+
+
+@pytest.fixture(scope="module")
+def answers(request: pytest.FixtureRequest, kernel: None) -> Iterator[Answers]:
+    """What came back for each row of a scenario, all of them sent in one lab."""
+    scenario: str = request.param
+    folder = GOLDEN / scenario
+    rows = [row for row in ROWS if row.scenario == scenario and not missing_protocol(row.protocol)]
+    with Lab() as lab, Servers() as servers:
+        stage = Stage(lab, servers, rows)
+        lab.node.namespace.run([KPROXY, "apply", f"--config={folder}/config.json", f"--objects={folder}"])
+        # A source's affinity is one for all of its rows: sent at once, they would race to settle it.
+        in_turn = [row for row in rows if "affinity" in row.fate]
+        at_once = [row for row in rows if row not in in_turn]
+        found = {row: stage.send(row) for row in in_turn}
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            found |= zip(at_once, pool.map(stage.send, at_once), strict=True)
+        yield found
+
+
+@pytest.mark.parametrize(
+    ("answers", "row"), [(row.scenario, row) for row in ROWS], ids=map(str, ROWS), indirect=["answers"], scope="module"
+)
+def test_the_kernel_treats_the_packet_as_the_table_says(answers: Answers, row: Row) -> None:
+    absent = missing_protocol(row.protocol)
+    if absent:
+        pytest.skip(absent)
+    assert set(answers[row]) <= expected(row)
+    if "affinity" in row.fate:
+        assert len(set(answers[row])) == 1
+
+
+def expected(row: Row) -> set[Outcome]:
+    """Return every answer that the row's fate allows."""
+    own, node = source_of(row), NODE_ADDRESSES[ip_address(row.address).version]
+    allowed: set[Outcome] = set()
+    for part in row.fate.split("; "):
+        manner, _, endpoints = part.partition(" ")
+        if manner == "drop":
+            allowed.add(TimedOut())
+        elif manner == "reject":
+            allowed.add(Refused())
+        elif manner == "untouched":
+            allowed.add(Answered(socket_text(row.address, row.port), own))
+        else:
+            assert manner.startswith("dnat"), row.fate
+            allowed |= {Answered(each, node if "+masq" in manner else own) for each in endpoints.split(", ")}
+    if row.sender == NODE and row.protocol == "UDP" and allowed & {TimedOut(), Refused()}:
+        allowed.add(NOT_SENT)
+    return allowed
+
+
+class Stage:
+    """The hosts of a scenario's rows in a lab: senders, endpoints, and the owners of all other addresses.
+
+    Who only answers shares a host with its like: every socket answers with its own address, not with its host's.
+    """
+
+    def __init__(self, lab: Lab, servers: Servers, rows: list[Row]) -> None:
+        self._lab = lab
+        self._hosts: dict[str, Host] = dict.fromkeys((*lab.node.addresses, *LOOPBACK), lab.node)
+        self._hosts |= dict.fromkeys(OUTSIDE_ADDRESSES, lab.outside)
+        senders = {row.sender for row in rows} | {"other node"}
+        self._senders = {sender: self._add_sender(sender) for sender in sorted(senders)}
+        sockets = {(*split_socket(each), row.protocol) for row in rows for each in endpoints_of(row)}
+        sockets |= {(row.address, row.port, row.protocol) for row in rows if not row.fate.startswith("dnat")}
+        self._add_servers_hosts(sorted({address for address, _, _ in sockets} - self._hosts.keys()))
+        for address, port, protocol in sorted(sockets):
+            host = Host(socket_text(address, port), self._hosts[address].namespace, (address,))
+            servers.serve(host, port, protocol)
+
+    def send(self, row: Row) -> list[Outcome]:
+        """Return how some requests ended: several where chance picks an endpoint, until one stays unanswered."""
+        tries = TRIES if row.fate.startswith("dnat") else 1
+        patience = SILENCE if row.fate == "drop" else PATIENCE
+        outcomes: list[Outcome] = []
+        while len(outcomes) < tries and TimedOut() not in outcomes:
+            outcomes.append(ask(self._senders[row.sender], row.address, row.port, row.protocol, patience=patience))
+        return outcomes
+
+    def _add_sender(self, sender: str) -> Host:
+        """Add a host; the name of a pod's is that of its link, which must look like those of pods."""
+        if sender == NODE:
+            return self._lab.node
+        place = place_of(sender)
+        name = {"eth0": f"out-{len(self._hosts)}", "veth-endpoint": f"veth-{len(self._hosts)}"}
+        host = self._lab.add_client(name.get(place.interface, place.interface), *place.addresses.values())
+        return self._own(host)
+
+    def _add_servers_hosts(self, addresses: list[str]) -> None:
+        here = [address for address in addresses if any(ip_address(address) in cidr for cidr in HERE)]
+        elsewhere = [address for address in addresses if address not in here]
+        if here:
+            self._own(self._lab.add_pod("veth-others", *here))
+        if elsewhere:
+            self._own(self._lab.add_pod("elsewhere", *elsewhere, node="elsewhere"))
+
+    def _own(self, host: Host) -> Host:
+        self._hosts |= dict.fromkeys(host.addresses, host)
+        return host
+
+
+def endpoints_of(row: Row) -> list[str]:
+    """Return the endpoints that a row's fate names."""
+    return [each for part in re.findall(r"dnat\S* ([^;]+)", row.fate) for each in part.split(", ")]

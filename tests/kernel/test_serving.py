@@ -1,0 +1,167 @@
+"""The serving side on the recorded node: its own addresses, the recorded ports, and counters of the real kernel."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from http.client import HTTPConnection, HTTPResponse
+from pathlib import Path
+from time import monotonic, time_ns
+from typing import Any
+
+import pytest
+
+from kproxy.config.load import load_config
+from kproxy.config.types import Config
+from kproxy.contexts import make_context
+from kproxy.host.nfacct import ensure_counters, read_counter
+from kproxy.model.outcome import Written
+from kproxy.model.plan import plan_service
+from kproxy.model.types import Family
+from kproxy.serve.series import INVALID_DROPPED, LOCALHOST_ACCEPTED
+from kproxy.serve.serving import Serving
+from kproxy.sync.report import SyncReport
+from tests.lab.namespace import HANG_GUARD, Namespace
+from tests.lab.waiting import wait_until
+from tests.recordings import GOLDEN, store
+
+ADDRESSES = ("10.99.0.2", "fd00:99::2", "127.0.0.1", "::1")
+RECORDED = sorted(GOLDEN.glob("*/healthcheck-*.txt"))
+
+
+@pytest.fixture
+def node(kernel: None) -> Iterator[Namespace]:
+    """A namespace with the addresses of the recorded node."""
+    namespace = Namespace("node-1")
+    namespace.run(["ip", "link", "set", "lo", "up"])
+    namespace.run(["ip", "address", "add", "10.99.0.2/24", "dev", "lo"])
+    namespace.run(["ip", "address", "add", "fd00:99::2/64", "dev", "lo", "nodad"])
+    yield namespace
+    namespace.close()
+
+
+def configured(scenario: str) -> Config:
+    path = GOLDEN / scenario / "config.json"
+    return load_config(path.read_bytes(), str(path))[0]
+
+
+class Daemon:
+    """The serving side of a daemon on the node, after its first sync of a recorded cluster."""
+
+    def __init__(self, node: Namespace, scenario: str, **more: Any) -> None:
+        self._node = node
+        config, cluster = configured(scenario), store(scenario)
+        self.failures: list[tuple[str, int, str]] = []
+        self.serving = Serving(
+            Family,
+            **{
+                "mode": config.mode,
+                "configuration": {},
+                "healthz_address": config.healthz_bind_address,
+                "metrics_address": config.metrics_bind_address,
+                "hard_fail": True,
+                "health_timeout": 2 * config.backend.sync_period,
+                "node": lambda: cluster.node,
+                "counters": {},
+                "port_failed": lambda *failure: self.failures.append(failure),
+                "clock": monotonic,
+                "wall": time_ns,
+                **more,
+            },
+        )
+        node.call(self.serving.start)  # the thread that it starts stays in the namespace, as do that one's sockets
+        services = [service for key in cluster.service_keys() if (service := cluster.service(key))]
+        for family in Family:
+            context = make_context(
+                config, family, "node-1", cluster.node, ADDRESSES, accounting=True, random_fully=True
+            )
+            plans = {each.key: plan_service(each, cluster.slices(each.key), context) for each in services}
+            report = SyncReport(family, monotonic(), monotonic(), True, plans, context, Written({}, {}))
+            for observer in self.serving.observers:
+                observer.synced(report)
+
+    def get(self, host: str, port: int, path: str = "/") -> tuple[HTTPResponse, bytes]:
+        client = self._node.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+        client.settimeout(HANG_GUARD)
+        connection = HTTPConnection(host, port)
+        try:
+            client.connect((host, port))
+            connection.sock = client
+            connection.request("GET", path)
+            response = connection.getresponse()
+            return response, response.read()
+        finally:
+            connection.close()
+            client.close()
+
+    def answers(self, port: int) -> set[str]:
+        """The addresses of the node on which the port is open."""
+        found = set()
+        for host in ADDRESSES:
+            try:
+                self.get(host, port)
+            except ConnectionRefusedError:
+                continue
+            found.add(host)
+        return found
+
+
+@pytest.mark.parametrize("path", RECORDED, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_health_check_ports_answer_as_kube_proxys(node: Namespace, path: Path) -> None:
+    daemon = Daemon(node, path.parent.name)
+    port = int(path.stem.rpartition("-")[2])
+    wait_until(lambda: "10.99.0.2" in daemon.answers(port), "the port is open")
+    response, body = daemon.get("10.99.0.2", port)
+    head, _, recorded_body = path.read_bytes().decode().replace("\r\n", "\n").partition("\n\n")
+    status, *headers = head.split("\n")
+    assert body.decode() == recorded_body
+    assert f"HTTP/1.1 {response.status} {response.reason}" == status
+    recorded = [header for header in headers if not header.startswith("Date:")]
+    assert [f"{name}: {value}" for name, value in response.getheaders() if name != "Date"] == recorded
+    assert daemon.failures == []
+    daemon.serving.stop()
+
+
+@pytest.mark.parametrize(
+    ("scenario", "port", "hosts"),
+    [
+        ("loadbalancer-local-healthcheck", 32100, set(ADDRESSES)),
+        ("config-nodeport-addresses", 32101, {"10.99.0.2"}),
+        ("config-nodeport-primary", 32101, {"10.99.0.2"}),
+    ],
+)
+def test_health_check_ports_listen_where_node_ports_do(
+    node: Namespace, scenario: str, port: int, hosts: set[str]
+) -> None:
+    daemon = Daemon(node, scenario)
+    wait_until(lambda: daemon.answers(port), "the port is open")
+    assert daemon.answers(port) == hosts
+    daemon.serving.stop()
+
+
+def test_the_fixed_ports(node: Namespace) -> None:
+    daemon = Daemon(node, "clusterip")
+    assert daemon.answers(10256) == set(ADDRESSES)
+    assert daemon.answers(10249) == {"127.0.0.1"}
+    response, body = daemon.get("fd00:99::2", 10256, "/healthz")
+    assert (response.status, json.loads(body)["nodeEligible"]) == (200, True)
+    assert daemon.get("127.0.0.1", 10249, "/metrics")[1].count(b'kubeproxy_proxy_healthz_total{code="200"} 1.0') == 1
+    daemon.serving.stop()
+    assert daemon.answers(10256) == daemon.answers(10249) == set()
+
+
+def test_the_kernels_counters(node: Namespace) -> None:
+    assert node.call(lambda: read_counter("dropped")) is None
+    node.call(lambda: ensure_counters(("dropped", "dropped-too")))
+    node.run(["iptables", "-A", "OUTPUT", "-p", "udp", "-m", "nfacct", "--nfacct-name", "dropped"])
+    counters = {INVALID_DROPPED: lambda: read_counter("dropped"), LOCALHOST_ACCEPTED: lambda: read_counter("none")}
+    daemon = Daemon(node, "clusterip", counters=counters)
+    with node.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        for _ in range(3):
+            client.sendto(b"x", ("127.0.0.1", 9))
+    page = daemon.get("127.0.0.1", 10249, "/metrics")[1].decode()
+    assert f"\n{INVALID_DROPPED[0]} 3.0\n" in page
+    assert LOCALHOST_ACCEPTED[0] not in page
+    assert node.call(lambda: read_counter("dropped-too")) == 0
+    daemon.serving.stop()

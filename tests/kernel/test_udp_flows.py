@@ -1,0 +1,384 @@
+"""Where a UDP client that keeps its socket ends up when what is behind a Service changes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import pytest
+
+from kproxy.host.conntrack import UdpConntrack
+from kproxy.host.own_addresses import own_addresses
+from kproxy.iptables.apply import Iptables, RestoreError
+from kproxy.iptables.backend import IptablesBackend
+from kproxy.model.context import Context
+from kproxy.model.delta import Delete, Delta, Replace, Upsert
+from kproxy.model.endpoints import socket_text
+from kproxy.model.local_traffic import LocalTraffic
+from kproxy.model.store import Store
+from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Node, Service, ServicePort, family_of
+from kproxy.sync.conntrack import Cleaning, ConntrackCleaner
+from kproxy.sync.family import FamilySync
+from kproxy.sync.reconciler import Reconciler
+from kproxy.sync.schedule import Schedule
+from tests.kernel.test_conntrack import entries
+from tests.lab.client import Answered, finish, open_connection
+from tests.lab.servers import Servers
+from tests.lab.topology import NODE, Host, Lab
+
+CLUSTER_IPS = {4: "10.96.0.80", 6: "fd00:10:96::80"}
+CIDRS = {Family.IPV4: "10.244.0.0/16", Family.IPV6: "fd00:10:244::/48"}
+FAMILIES = {4: Family.IPV4, 6: Family.IPV6}
+NODE_PORT = 30053
+
+VERSIONS = pytest.mark.parametrize("version", [4, 6], ids=["ipv4", "ipv6"])
+
+
+class FickleIptables(Iptables):
+    """The real thing, which refuses on demand."""
+
+    refuses = False
+
+    def restore(self, text: str) -> None:
+        if self.refuses:
+            raise RestoreError("refused")
+        super().restore(text)
+
+
+class Proxy:
+    """kproxy's reconciler on the lab's node, one sync per call."""
+
+    def __init__(self, lab: Lab, *deltas: Delta, node_port_addresses: tuple[str, ...] | None = None) -> None:
+        """Start with these objects: all there are."""
+        self._node = lab.node.namespace
+        self.cleanings: list[Cleaning] = []
+        self._kernels = {family: FickleIptables(family) for family in Family}
+
+        def context(family: Family, node: Node | None) -> Context:
+            local = LocalTraffic(cidr=CIDRS[family])
+            own = node_port_addresses
+            chosen = None if own is None else tuple(address for address in own if family_of(address) is family)
+            return Context(family, NODE, local_traffic=local, accounting=False, node_port_addresses=chosen)
+
+        cleaner = ConntrackCleaner(
+            {family: UdpConntrack(family) for family in Family},
+            own_addresses,
+            clock=time.monotonic,
+            tell=self.cleanings.append,
+        )
+        self._reconciler = Reconciler(
+            Store(NODE),
+            {
+                family: FamilySync(IptablesBackend(kernel), partial(context, family))
+                for family, kernel in self._kernels.items()
+            },
+            make_schedule=lambda: Schedule(min_interval=0, max_retry=0),
+            clock=time.monotonic,
+            observers=[cleaner],
+        )
+        objects = [delta.object for delta in deltas if isinstance(delta, Upsert)]
+        services = tuple(each for each in objects if isinstance(each, Service))
+        slices = tuple(each for each in objects if isinstance(each, EndpointSlice))
+        self.sync(Replace(Service, services), Replace(EndpointSlice, slices), Replace(Node, ()))
+
+    def sync(self, *deltas: Delta) -> None:
+        assert self._sync(*deltas), "the kernel refused"
+
+    def fail(self, *deltas: Delta) -> None:
+        """Let a sync fail."""
+        for kernel in self._kernels.values():
+            kernel.refuses = True
+        assert not self._sync(*deltas)
+        for kernel in self._kernels.values():
+            kernel.refuses = False
+
+    def _sync(self, *deltas: Delta) -> bool:
+        def work() -> bool:
+            for delta in deltas:
+                self._reconciler.take(delta)
+            return self._reconciler.sync_due()
+
+        return self._node.call(work)
+
+
+def service(port: int = 53, node_port: int = 0, external_ips: Sequence[str] = ()) -> Upsert:
+    ports = (ServicePort("dns", port, "UDP", node_port),)
+    return Upsert(Service("demo", "dns", tuple(CLUSTER_IPS.values()), ports, external_ips=tuple(external_ips)))
+
+
+def slices(*pods: Host, port: int = 8053, leaving: bool = False) -> tuple[Upsert, ...]:
+    """The Service's slices; pods that are leaving are terminating, and still serve."""
+    return tuple(
+        Upsert(
+            EndpointSlice(
+                "demo",
+                f"dns-{version}",
+                "demo/dns",
+                family,
+                tuple(
+                    Endpoint(pod.address(version), NODE, ready=not leaving, serving=True, terminating=leaving)
+                    for pod in pods
+                ),
+                (EndpointPort("dns", port, "UDP"),),
+            )
+        )
+        for version, family in FAMILIES.items()
+    )
+
+
+DELETED = (Delete(Service, "demo", "dns"), *(Delete(EndpointSlice, "demo", f"dns-{version}") for version in FAMILIES))
+
+
+@pytest.fixture
+def pod(lab: Lab, servers: Servers) -> Callable[[int], Host]:
+    def add(number: int) -> Host:
+        found = lab.add_pod(f"pod-{number}", f"10.244.1.{number}", f"fd00:10:244:1::{number}")
+        for port in (8053, 9053):
+            servers.serve(found, port, "UDP")
+        return found
+
+    return add
+
+
+@pytest.fixture
+def client(lab: Lab) -> Host:
+    return lab.add_pod("client", "10.244.1.99", "fd00:10:244:1::99")
+
+
+@pytest.fixture
+def outsider(lab: Lab) -> Host:
+    return lab.add_client("outsider", "198.51.100.10", "2001:db8:51::10")
+
+
+@pytest.fixture
+def away(lab: Lab, servers: Servers) -> Host:
+    """A host beyond this node that serves UDP on the number of the NodePort."""
+    found = lab.add_pod("away", "10.244.2.1", "fd00:10:244:2::1", node="node-2")
+    servers.serve(found, NODE_PORT, "UDP")
+    return found
+
+
+class Talk:
+    """A client that asks again and again from one socket, through one frontend."""
+
+    def __init__(self, lab: Lab, origin: Host, address: str, port: int = 53) -> None:
+        self._lab = lab
+        self._version = 6 if ":" in address else 4
+        self.destination = socket_text(address, port)
+        self._socket = open_connection(origin, address, port, "UDP")
+
+    def ask(self) -> str:
+        """Return the name of the pod that answered. Raises `ConnectionRefusedError`."""
+        answer = finish(self._socket, "UDP")
+        assert isinstance(answer, Answered)
+        return answer.pod
+
+    def send(self) -> None:
+        """Send something that need not be answered."""
+        self._socket.send(b"anybody?\n")
+
+    def entries(self) -> dict[str, int]:
+        """The ids of the kernel's entries for the frontend, by who answers."""
+        found = entries(self._lab.node.namespace, FAMILIES[self._version])
+        return {source: number for (destination, source), number in found.items() if destination == self.destination}
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+Pods = Callable[[int], Host]
+
+
+@pytest.mark.parametrize("origin", ["client", "outsider"])
+@VERSIONS
+def test_a_flow_follows_the_replacement_of_its_endpoint(
+    lab: Lab, pod: Pods, request: pytest.FixtureRequest, version: int, origin: str
+) -> None:
+    proxy = Proxy(lab, service(), *slices(pod(1)))
+    talk = Talk(lab, request.getfixturevalue(origin), CLUSTER_IPS[version])
+    assert talk.ask() == "pod-1"
+    proxy.sync(*slices(pod(2)))
+    assert talk.ask() == "pod-2"
+    talk.close()
+
+
+@VERSIONS
+def test_a_pods_flow_to_itself_follows_too(lab: Lab, pod: Pods, version: int) -> None:
+    one = pod(1)
+    proxy = Proxy(lab, service(), *slices(one))
+    talk = Talk(lab, one, CLUSTER_IPS[version])
+    assert talk.ask() == "pod-1"
+    proxy.sync(*slices(pod(2)))
+    assert talk.ask() == "pod-2"
+    talk.close()
+
+
+@VERSIONS
+def test_scaled_to_zero_a_flow_is_refused_and_later_served(lab: Lab, pod: Pods, client: Host, version: int) -> None:
+    proxy = Proxy(lab, service(), *slices(pod(1)))
+    talk = Talk(lab, client, CLUSTER_IPS[version])
+    assert talk.ask() == "pod-1"
+    proxy.sync(*slices())
+    with pytest.raises(ConnectionRefusedError):
+        talk.ask()
+    proxy.sync(*slices(pod(2)))
+    assert talk.ask() == "pod-2"
+    talk.close()
+
+
+@VERSIONS
+def test_a_flow_to_a_deleted_service_ends_and_one_that_came_early_is_served(
+    lab: Lab, pod: Pods, client: Host, version: int
+) -> None:
+    proxy = Proxy(lab, service(), *slices(pod(1)))
+    talk = Talk(lab, client, CLUSTER_IPS[version])
+    assert talk.ask() == "pod-1"
+    proxy.sync(*DELETED)
+    assert talk.entries() == {}
+    talk.send()
+    assert list(talk.entries()) == [talk.destination]
+    proxy.sync(service(), *slices(pod(2)))
+    assert talk.ask() == "pod-2"
+    talk.close()
+
+
+@VERSIONS
+def test_a_changed_port_ends_the_flows_to_the_old_one(lab: Lab, pod: Pods, client: Host, version: int) -> None:
+    proxy = Proxy(lab, service(port=53), *slices(pod(1)))
+    old = Talk(lab, client, CLUSTER_IPS[version], 53)
+    assert old.ask() == "pod-1"
+    proxy.sync(service(port=54))
+    assert old.entries() == {}
+    new = Talk(lab, client, CLUSTER_IPS[version], 54)
+    assert new.ask() == "pod-1"
+    old.close()
+    new.close()
+
+
+@VERSIONS
+def test_a_flow_follows_the_target_port(lab: Lab, pod: Pods, client: Host, version: int) -> None:
+    one = pod(1)
+    proxy = Proxy(lab, service(), *slices(one, port=8053))
+    talk = Talk(lab, client, CLUSTER_IPS[version])
+    assert talk.ask() == "pod-1"
+    proxy.sync(*slices(one, port=9053))
+    assert talk.ask() == "pod-1"
+    assert list(talk.entries()) == [socket_text(one.address(version), 9053)]
+    talk.close()
+
+
+@VERSIONS
+def test_a_failed_sync_in_between_leaves_nothing_behind(lab: Lab, pod: Pods, client: Host, version: int) -> None:
+    proxy = Proxy(lab, service(), *slices(pod(1)))
+    talk = Talk(lab, client, CLUSTER_IPS[version])
+    assert talk.ask() == "pod-1"
+    before = talk.entries()
+    proxy.fail(*slices(pod(2)))
+    assert talk.ask() == "pod-1"
+    assert talk.entries() == before
+    proxy.sync()
+    assert talk.ask() == "pod-2"
+    talk.close()
+
+
+@VERSIONS
+def test_a_service_deleted_while_syncs_fail_is_cleaned_up_afterwards(
+    lab: Lab, pod: Pods, client: Host, version: int
+) -> None:
+    proxy = Proxy(lab, service(), *slices(pod(1)))
+    talk = Talk(lab, client, CLUSTER_IPS[version])
+    assert talk.ask() == "pod-1"
+    proxy.fail(*DELETED)
+    proxy.sync()
+    assert talk.entries() == {}
+    talk.close()
+
+
+@VERSIONS
+def test_flows_to_endpoints_that_stay_keep_their_entries(lab: Lab, pod: Pods, client: Host, version: int) -> None:
+    pods = {each.name: each for each in (pod(1), pod(2))}
+    proxy = Proxy(lab, service(), *slices(*pods.values()))
+    talk = Talk(lab, client, CLUSTER_IPS[version])
+    name = talk.ask()
+    before = talk.entries()
+    proxy.sync(*slices(pods[name], pod(3)))
+    proxy.sync(*slices(pods[name], leaving=True))
+    assert talk.ask() == name
+    assert talk.entries() == before
+    talk.close()
+
+
+@VERSIONS
+def test_a_restart_cuts_nothing_that_lives(lab: Lab, pod: Pods, client: Host, version: int) -> None:
+    state = (service(node_port=NODE_PORT), *slices(pod(1)))
+    Proxy(lab, *state)
+    talks = [
+        Talk(lab, client, CLUSTER_IPS[version]),
+        Talk(lab, client, lab.node.address(version), NODE_PORT),
+    ]
+    assert [talk.ask() for talk in talks] == ["pod-1", "pod-1"]
+    before = [talk.entries() for talk in talks]
+    again = Proxy(lab, *state)
+    assert [cleaning.deleted for cleaning in again.cleanings] == [0, 0]
+    assert [talk.ask() for talk in talks] == ["pod-1", "pod-1"]
+    assert [talk.entries() for talk in talks] == before
+    for talk in talks:
+        talk.close()
+
+
+@VERSIONS
+def test_a_restart_moves_flows_whose_endpoint_died_meanwhile(lab: Lab, pod: Pods, client: Host, version: int) -> None:
+    Proxy(lab, service(), *slices(pod(1)))
+    talk = Talk(lab, client, CLUSTER_IPS[version])
+    assert talk.ask() == "pod-1"
+    Proxy(lab, service(), *slices(pod(2)))
+    assert talk.ask() == "pod-2"
+    talk.close()
+
+
+@VERSIONS
+def test_node_port_and_external_address_follow_too(lab: Lab, pod: Pods, outsider: Host, version: int) -> None:
+    external_ips = ("203.0.113.7", "2001:db8:7::7")
+    proxy = Proxy(lab, service(53, NODE_PORT, external_ips), *slices(pod(1)))
+    talks = [
+        Talk(lab, outsider, lab.node.address(version), NODE_PORT),
+        Talk(lab, outsider, external_ips[version == 6]),
+    ]
+    assert [talk.ask() for talk in talks] == ["pod-1", "pod-1"]
+    proxy.sync(*slices(pod(2)))
+    assert [talk.ask() for talk in talks] == ["pod-2", "pod-2"]
+    for talk in talks:
+        talk.close()
+
+
+@pytest.mark.parametrize("restricted", [False, True], ids=["all-addresses", "some-addresses"])
+@VERSIONS
+def test_flows_to_the_same_port_of_another_host_are_not_touched(
+    lab: Lab, pod: Pods, away: Host, version: int, restricted: bool
+) -> None:
+    client, addresses = pod(9), lab.node.addresses if restricted else None
+    proxy = Proxy(lab, service(node_port=NODE_PORT), *slices(pod(1)), node_port_addresses=addresses)
+    talk = Talk(lab, client, away.address(version), NODE_PORT)
+    assert talk.ask() == "away"
+    before = talk.entries()
+    assert len(before) == 1
+    proxy.sync(*slices(pod(2)))
+    proxy.sync(*DELETED)
+    assert talk.entries() == before
+    talk.close()
+
+
+@VERSIONS
+def test_where_node_ports_do_not_answer_others_flows_stay(
+    lab: Lab, pod: Pods, servers: Servers, outsider: Host, version: int
+) -> None:
+    servers.serve(lab.node, NODE_PORT, "UDP")
+    proxy = Proxy(lab, service(node_port=NODE_PORT), *slices(pod(1)), node_port_addresses=())
+    talk = Talk(lab, outsider, lab.node.address(version), NODE_PORT)
+    assert talk.ask() == NODE
+    before = talk.entries()
+    proxy.sync(*slices(pod(2)))
+    assert talk.ask() == NODE
+    assert talk.entries() == before
+    talk.close()

@@ -1,0 +1,127 @@
+"""The kernel parameters that the section `conntrack` asks for, and how they are written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from kproxy.config import conntrack_limits as limits
+from kproxy.config.types import Conntrack, Seconds
+from kproxy.host.sysctl import ROUTE_LOCALNET, ensure_route_localnet, read_parameters, write_parameters
+
+NOTHING = Conntrack(
+    max_per_core=0, min=0, tcp_established_timeout=Seconds(0), tcp_close_wait_timeout=Seconds(0), tcp_be_liberal=False
+)
+KERNEL = {
+    limits.MAX: 65536,
+    limits.HASH_SIZE: 65536,
+    limits.TCP_ESTABLISHED: 432000,
+    limits.TCP_CLOSE_WAIT: 60,
+    limits.TCP_BE_LIBERAL: 0,
+    limits.UDP: 30,
+    limits.UDP_STREAM: 120,
+}
+
+
+def test_the_defaults_of_kube_proxy_on_a_kernel_of_its_own() -> None:
+    assert limits.changes(Conntrack(), 8, KERNEL) == {
+        limits.MAX: 262144,
+        limits.TCP_ESTABLISHED: 86400,
+        limits.TCP_CLOSE_WAIT: 3600,
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "cpus", "maximum"),
+    [
+        (Conntrack(max_per_core=1000, min=50), 4, 4000),
+        (Conntrack(max_per_core=1000, min=5000), 4, 5000),
+        (Conntrack(max_per_core=1000, min=0), 4, 4000),
+        (Conntrack(max_per_core=0, min=5000), 4, None),
+    ],
+    ids=["scaled", "at-least-min", "no-min", "left-alone"],
+)
+def test_the_maximum_grows_with_the_cpus(config: Conntrack, cpus: int, maximum: int | None) -> None:
+    assert limits.changes(config, cpus, {}).get(limits.MAX) == maximum
+
+
+@pytest.mark.parametrize(
+    ("buckets", "written"),
+    [({limits.HASH_SIZE: 100}, 1000), ({}, 1000), ({limits.HASH_SIZE: 1000}, None), ({limits.HASH_SIZE: 1001}, None)],
+    ids=["raised", "unknown", "enough", "never-lowered"],
+)
+def test_the_hash_table_has_a_bucket_for_four_entries(buckets: dict[str, int], written: int | None) -> None:
+    changes = limits.changes(Conntrack(max_per_core=1000, min=0), 4, buckets)
+    assert changes.get(limits.HASH_SIZE) == written
+
+
+def test_nothing_asked_for_is_nothing_written() -> None:
+    assert limits.changes(NOTHING, 8, KERNEL) == {}
+    assert limits.changes(NOTHING, 8, {}) == {}
+
+
+def test_what_is_right_already_is_not_written() -> None:
+    config = Conntrack(tcp_be_liberal=True, udp_timeout=Seconds(10), udp_stream_timeout=Seconds(20))
+    first = limits.changes(config, 8, KERNEL)
+    assert [first[path] for path in (limits.TCP_BE_LIBERAL, limits.UDP, limits.UDP_STREAM)] == [1, 10, 20]
+    assert limits.changes(config, 8, KERNEL | first) == {}
+
+
+def test_a_maximum_above_the_wanted_one_is_lowered() -> None:
+    assert limits.changes(Conntrack(), 1, KERNEL | {limits.MAX: 1 << 20})[limits.MAX] == 131072
+
+
+def test_a_fraction_of_a_second_does_not_become_never() -> None:
+    config = Conntrack(udp_timeout=Seconds(0.25), udp_stream_timeout=Seconds(1.5))
+    changes = limits.changes(config, 1, KERNEL)
+    assert (changes[limits.UDP], changes[limits.UDP_STREAM]) == (1, 2)
+
+
+# Writing. The root is a folder: these are parameters of the whole machine.
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Path:
+    for path, value in KERNEL.items():
+        file = tmp_path / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{value}\n")
+    return tmp_path
+
+
+def test_parameters_are_read_computed_and_written(machine: Path) -> None:
+    config = Conntrack(max_per_core=100000, tcp_be_liberal=True)
+    changes = limits.changes(config, 4, read_parameters(limits.PARAMETERS, machine))
+    assert write_parameters(changes, machine) == []
+    assert read_parameters(limits.PARAMETERS, machine) == KERNEL | {
+        limits.MAX: 400000,
+        limits.HASH_SIZE: 100000,
+        limits.TCP_ESTABLISHED: 86400,
+        limits.TCP_CLOSE_WAIT: 3600,
+        limits.TCP_BE_LIBERAL: 1,
+    }
+
+
+def test_a_parameter_that_is_missing_is_told_and_the_others_are_written(machine: Path) -> None:
+    (machine / limits.MAX).unlink()
+    (machine / limits.UDP).write_text("not a number")
+    found = read_parameters(limits.PARAMETERS, machine)
+    assert found == {path: value for path, value in KERNEL.items() if path not in {limits.MAX, limits.UDP}}
+    problems = write_parameters({limits.MAX: 1, limits.UDP: 2}, machine)
+    assert problems == ["cannot set /proc/sys/net/netfilter/nf_conntrack_max to 1: No such file or directory"]
+    assert (machine / limits.UDP).read_text() == "2"
+    assert not (machine / limits.MAX).exists()
+
+
+def test_route_localnet_is_set_where_it_is_not(tmp_path: Path) -> None:
+    assert ensure_route_localnet(tmp_path) == [f"cannot set /{ROUTE_LOCALNET} to 1: No such file or directory"]
+    file = tmp_path / ROUTE_LOCALNET
+    file.parent.mkdir(parents=True)
+    file.write_text("0\n")
+    assert ensure_route_localnet(tmp_path) == []
+    assert file.read_text() == "1"
+    os.utime(file, (0, 0))
+    assert ensure_route_localnet(tmp_path) == []
+    assert file.stat().st_mtime == 0

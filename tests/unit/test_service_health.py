@@ -1,0 +1,360 @@
+"""Health check ports of Services: kube-proxy's answers, on the right addresses, for as long as they are wanted."""
+
+from __future__ import annotations
+
+import queue
+import socket
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from http.client import HTTPConnection, HTTPResponse
+from pathlib import Path
+from time import monotonic, time
+from typing import Any
+
+import pytest
+
+from kproxy.model.context import Context
+from kproxy.model.outcome import Plans, Written
+from kproxy.model.plan import plan_service
+from kproxy.model.store import Store
+from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Service, ServicePort
+from kproxy.serve.health_ports import HealthPorts, ServiceHealth, service_answer
+from kproxy.serve.http import encode
+from kproxy.serve.listen import Address, listen
+from kproxy.serve.server import HttpServer
+from kproxy.serve.service_health import ServiceHealthObserver
+from kproxy.sync.report import SyncReport
+from tests.lab.waiting import HANG_GUARD
+from tests.recordings import GOLDEN, store
+
+V4, V6 = Family.IPV4, Family.IPV6
+RECORDED = sorted(GOLDEN.glob("*/healthcheck-*.txt"))
+Updates = dict[str, ServiceHealth | None]
+
+
+def report(family: Family, plans: Plans, *, complete: bool = True, error: str = "", **more: Any) -> SyncReport:
+    context = None if error else Context(family, "node-1", **more)
+    return SyncReport(family, 0.0, 1.0, complete, plans, context, None if error else Written({}, {}), error)
+
+
+def plans_of(found: Store, family: Family) -> Plans:
+    context = Context(family, "node-1")
+    services = {key: found.service(key) for key in found.service_keys()}
+    return {key: plan_service(each, found.slices(key), context) for key, each in services.items() if each}
+
+
+class Follower:
+    """An observer, and what it has passed on."""
+
+    def __init__(self) -> None:
+        self.updates: list[Updates] = []
+        self.observer = ServiceHealthObserver((V4, V6), lambda changes: self.updates.append(dict(changes)))
+
+    @property
+    def state(self) -> dict[str, ServiceHealth]:
+        known: Updates = {}
+        for update in self.updates:
+            known |= update
+        return {key: health for key, health in known.items() if health}
+
+
+@pytest.mark.parametrize("path", RECORDED, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_answers_are_kube_proxys(path: Path) -> None:
+    follower = Follower()
+    for family in Family:
+        follower.observer.synced(report(family, plans_of(store(path.parent.name), family)))
+    port = int(path.stem.rpartition("-")[2])
+    ((key, health),) = [(k, h) for k, h in follower.state.items() if h.addresses == {Address("", port)}]
+    answer = encode(service_answer(key, health.endpoints, healthy=True), 0.0, head_only=False, close=False)
+    head, _, body = answer.decode().partition("\r\n\r\n")
+    recorded = path.read_bytes().decode().replace("\r\n", "\n")
+    recorded_head, _, recorded_body = recorded.partition("\n\n")
+    assert body == recorded_body
+    assert dateless(head.split("\r\n")) == dateless(recorded_head.split("\n"))
+
+
+def dateless(lines: Iterable[str]) -> list[str]:
+    return [line for line in lines if not line.startswith("Date: ")]
+
+
+def test_there_are_recordings_of_both_answers() -> None:
+    statuses = {path.read_text().split()[1] for path in RECORDED}
+    assert statuses == {"200", "503"}
+
+
+@pytest.mark.parametrize("scenario", ["clusterip", "nodeport-external-local", "loadbalancer"])
+def test_other_services_have_none(scenario: str) -> None:
+    follower = Follower()
+    for family in Family:
+        follower.observer.synced(report(family, plans_of(store(scenario), family)))
+    assert follower.updates == []
+
+
+PORTS = (ServicePort("http", 80, "TCP", 30080), ServicePort("dns", 53, "UDP", 30053))
+
+
+def here(address: str, **more: bool) -> Endpoint:
+    return Endpoint(address, "node-1", **more)  # type: ignore[arg-type]
+
+
+def plans(
+    *endpoints: Endpoint, port: int = 32000, family: Family = V4, key: str = "ns/web", cluster_ip: str = ""
+) -> Plans:
+    namespace, _, name = key.partition("/")
+    service = Service(
+        namespace,
+        name,
+        (cluster_ip or {V4: "10.96.0.1", V6: "fd00::1"}[family],),
+        PORTS,
+        external_local=True,
+        health_check_node_port=port,
+    )
+    ports = (EndpointPort("http", 8080, "TCP"), EndpointPort("dns", 5353, "UDP"))
+    return {key: plan_service(service, [EndpointSlice("ns", "s", key, family, endpoints, ports)], context(family))}
+
+
+def context(family: Family) -> Context:
+    return Context(family, "node-1")
+
+
+def counted(*endpoints: Endpoint) -> int:
+    follower = Follower()
+    follower.observer.synced(report(V4, plans(*endpoints)))
+    return follower.state["ns/web"].endpoints
+
+
+def test_what_counts() -> None:
+    ready = here("10.244.1.1")
+    leaving = {"ready": False, "serving": True, "terminating": True}
+    assert counted() == 0
+    assert counted(ready) == 1  # though it serves two ports
+    assert counted(ready, here("10.244.1.2")) == 2
+    assert counted(ready, Endpoint("10.244.2.1", node="node-2"), Endpoint("10.244.3.1")) == 1
+    assert counted(here("10.244.1.1", ready=False)) == 0
+    assert counted(here("10.244.1.1", **leaving)) == 0
+    assert counted(ready, here("10.244.1.2", **leaving)) == 1
+
+
+def test_only_changes_are_passed_on() -> None:
+    follower = Follower()
+    one, two = here("10.244.1.1"), here("10.244.1.2")
+    where = frozenset({Address("", 32000)})
+    observer = follower.observer
+    observer.synced(report(V4, plans(one)))
+    observer.synced(report(V4, plans(one)))
+    observer.synced(report(V4, {}, complete=False, error="refused"))
+    observer.synced(report(V4, {"ns/other": ()}, complete=False))
+    observer.synced(report(V4, plans(one, two), complete=False))
+    observer.synced(report(V4, plans(one, two, port=32001), complete=False))
+    observer.synced(report(V4, {"ns/web": ()}, complete=False))
+    observer.synced(report(V4, plans(one), complete=False))
+    observer.synced(report(V4, {}))
+    assert follower.updates == [
+        {"ns/web": ServiceHealth(where, 1)},
+        {"ns/web": ServiceHealth(where, 2)},
+        {"ns/web": ServiceHealth(frozenset({Address("", 32001)}), 2)},
+        {"ns/web": None},
+        {"ns/web": ServiceHealth(where, 1)},
+        {"ns/web": None},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("ipv4", "ipv6", "addresses"),
+    [
+        ("all", None, {Address("", 32000)}),
+        ("all", "all", {Address("", 32000)}),
+        (("10.0.0.1", "10.0.0.2"), None, {Address("10.0.0.1", 32000, True), Address("10.0.0.2", 32000, True)}),
+        (("10.0.0.1",), "all", {Address("10.0.0.1", 32000, True), Address("::", 32000, True)}),
+        ("all", ("fd00::1",), {Address("0.0.0.0", 32000, True), Address("fd00::1", 32000, True)}),
+        ((), None, set()),
+    ],
+)
+def test_it_listens_where_node_ports_do(ipv4: Any, ipv6: Any, addresses: set[Address]) -> None:
+    follower = Follower()
+    for family, hosts in ((V4, ipv4), (V6, ipv6)):
+        found = plans(family=family) if hosts is not None else {"ns/web": ()}
+        restricted = None if hosts == "all" else hosts
+        follower.observer.synced(report(family, found, node_port_addresses=restricted))
+    assert follower.state["ns/web"].addresses == addresses
+
+
+def test_both_families_speak_for_a_service() -> None:
+    follower = Follower()
+    v4, v6 = here("10.244.1.1"), [here(f"fd00::{number}") for number in (1, 2)]
+    follower.observer.synced(report(V4, plans(v4)))
+    follower.observer.synced(report(V6, plans(*v6, family=V6)))
+    assert follower.state["ns/web"].endpoints == 2
+    follower.observer.synced(report(V6, plans(family=V6)))
+    assert follower.state["ns/web"].endpoints == 1
+    follower.observer.synced(report(V4, {"ns/web": ()}))
+    assert follower.state["ns/web"].endpoints == 0
+    follower.observer.synced(report(V6, {"ns/web": ()}))
+    assert follower.state == {}
+
+
+class Ports:
+    """Health ports on real sockets; `failures` is what was reported."""
+
+    def __init__(self) -> None:
+        self.healthy = True
+        self.failures: queue.SimpleQueue[tuple[str, int, str]] = queue.SimpleQueue()
+        self._server = HttpServer(clock=monotonic, wall=time)
+        self._ports = HealthPorts(self._server, lambda: self.healthy, lambda *failure: self.failures.put(failure))
+        self._server.start()
+
+    def update(self, **services: ServiceHealth | None) -> None:
+        """Return once the update is made."""
+        self._server.call(lambda: self._ports.update({f"ns/{name}": health for name, health in services.items()}))
+        self.settle()
+
+    def settle(self) -> None:
+        done = threading.Event()
+        self._server.call(done.set)
+        assert done.wait(HANG_GUARD)
+
+    def stop(self) -> None:
+        self._server.stop()
+
+
+@pytest.fixture
+def ports() -> Iterator[Ports]:
+    found = Ports()
+    yield found
+    found.stop()
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        number: int = found.getsockname()[1]
+        return number
+
+
+def at(port: int, endpoints: int = 1, host: str = "127.0.0.1") -> ServiceHealth:
+    return ServiceHealth(frozenset({Address(host, port)}), endpoints)
+
+
+def ask(port: int, path: str = "/", method: str = "GET") -> tuple[HTTPResponse, bytes]:
+    connection = HTTPConnection("127.0.0.1", port, timeout=HANG_GUARD)
+    try:
+        connection.request(method, path)
+        response = connection.getresponse()
+        return response, response.read()
+    finally:
+        connection.close()
+
+
+def status(port: int) -> int | None:
+    try:
+        return ask(port)[0].status
+    except ConnectionRefusedError:
+        return None
+
+
+@pytest.mark.parametrize(("method", "path"), [("GET", "/"), ("GET", "/any/path?x"), ("HEAD", "/"), ("OPTIONS", "/")])
+def test_every_path_and_method_is_answered(ports: Ports, method: str, path: str) -> None:
+    port = free_port()
+    ports.update(web=at(port, 2))
+    response, body = ask(port, path, method)
+    assert response.status == 200
+    assert response.headers["X-Load-Balancing-Endpoint-Weight"] == "2"
+    assert (b'"localEndpoints": 2' in body) == (method != "HEAD")
+
+
+def test_the_answer_follows_the_endpoints_and_the_proxy(ports: Ports) -> None:
+    port = free_port()
+    ports.update(web=at(port, 1))
+    assert status(port) == 200
+    ports.healthy = False
+    response, body = ask(port)
+    assert (response.status, response.headers["X-Load-Balancing-Endpoint-Weight"]) == (503, "1")
+    assert b'"serviceProxyHealthy": false' in body
+    ports.healthy = True
+    ports.update(web=at(port, 0))
+    assert status(port) == 503
+    ports.update(web=at(port, 3))
+    assert status(port) == 200
+
+
+def test_a_count_that_changes_leaves_connections_alone(ports: Ports) -> None:
+    port = free_port()
+    ports.update(web=at(port, 1))
+    connection = HTTPConnection("127.0.0.1", port, timeout=HANG_GUARD)
+    for number in (1, 2):
+        ports.update(web=at(port, number))
+        connection.request("GET", "/")
+        if number == 1:
+            used = connection.sock
+        assert connection.getresponse().read().count(b'"localEndpoints": %d' % number) == 1
+    assert connection.sock is used
+    connection.close()
+
+
+def test_the_port_comes_moves_and_goes(ports: Ports) -> None:
+    first, second = free_port(), free_port()
+    ports.update(web=at(first))
+    ports.update(web=at(second))
+    assert (status(first), status(second)) == (None, 200)
+    ports.update(web=None)
+    assert (status(first), status(second)) == (None, None)
+    assert ports.failures.empty()
+
+
+def test_a_port_may_pass_to_another_service_at_once(ports: Ports) -> None:
+    port = free_port()
+    ports.update(web=at(port), old=at(free_port()))
+    ports.update(web=None, new=at(port))
+    assert b'"name": "new"' in ask(port)[1]
+    assert ports.failures.empty()
+
+
+def test_all_addresses_of_a_service_are_served(ports: Ports) -> None:
+    port = free_port()
+    ports.update(web=ServiceHealth(frozenset({Address("127.0.0.1", port), Address("127.0.0.2", port)}), 1))
+    for host in ("127.0.0.1", "127.0.0.2"):
+        socket.create_connection((host, port), timeout=HANG_GUARD).close()
+    assert ports.failures.empty()
+
+
+def test_a_taken_port_is_reported_once_and_served_when_it_is_free(
+    ports: Ports, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("kproxy.serve.health_ports.RETRY_SECONDS", 0.01)
+    good = free_port()
+    with listen(Address("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        ports.update(web=at(port), other=at(good))
+        reason = f"cannot listen on 127.0.0.1:{port}: Address already in use"
+        assert ports.failures.get(timeout=HANG_GUARD) == ("ns/web", port, reason)
+        assert status(good) == 200  # others are not held up
+        ports.update(third=at(free_port()))
+    until(lambda: status(port) == 200)
+    assert ports.failures.empty()
+    assert caplog.messages == [
+        f"Service ns/web: its health cannot be asked for on 127.0.0.1:{port}: Address already in use"
+    ]
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = monotonic() + HANG_GUARD
+    while not condition():
+        assert monotonic() < deadline
+
+
+def test_of_two_services_with_one_port_the_first_has_it(ports: Ports) -> None:
+    port = free_port()
+    ports.update(b=at(port))
+    ports.update(a=at(port))
+    assert b'"name": "a"' in ask(port)[1]
+    failure = ports.failures.get(timeout=HANG_GUARD)
+    assert failure == ("ns/b", port, f"cannot listen on 127.0.0.1:{port}: Service ns/a has the same port")
+    ports.update(a=None)
+    assert b'"name": "b"' in ask(port)[1]
+
+
+def test_one_bad_address_does_not_hold_up_the_others(ports: Ports) -> None:
+    port = free_port()
+    ports.update(web=ServiceHealth(frozenset({Address("192.0.2.1", port), Address("127.0.0.1", port)}), 1))
+    assert status(port) == 200
+    assert ports.failures.get(timeout=HANG_GUARD)[2].startswith(f"cannot listen on 192.0.2.1:{port}: ")
