@@ -8,11 +8,14 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Protocol
 
+from msgspec import Struct
+
 from kproxy.config import Config, as_document
+from kproxy.config.watch import ConfigWatch
 from kproxy.contexts import is_known
 from kproxy.families import StartError, follows_addresses, make_families, this_node
 from kproxy.first_sync import FirstSync
@@ -23,10 +26,13 @@ from kproxy.host.own_addresses import own_addresses
 from kproxy.iptables.apply import Iptables
 from kproxy.iptables.base import INVALID_COUNTER
 from kproxy.iptables.render import LOCALHOST_COUNTER
+from kproxy.kube.api_source import ApiSource
 from kproxy.kube.client import Client, ClientError
+from kproxy.kube.event_rules import node_reference, service_reference
+from kproxy.kube.events import EventRecorder, NullRecorder, Recorder
 from kproxy.kube.file_source import FileSource
 from kproxy.model.store import Store
-from kproxy.model.types import Family, Node
+from kproxy.model.types import Family, Node, ServiceKey
 from kproxy.preparation import prepare_conntrack, prepare_process
 from kproxy.serve.series import INVALID_DROPPED, LOCALHOST_ACCEPTED
 from kproxy.serve.serving import Serving, ServingError
@@ -50,13 +56,25 @@ class Part(Protocol):
         """Begin."""
 
 
-def run(config: Config, objects: str | None, server: str | None) -> None:
+class ConfigFile(Struct, frozen=True):
+    """The file that a configuration was read from, and what it said then."""
+
+    path: str
+    content: bytes
+
+
+class ConfigChangedError(Exception):
+    """The configuration file says something else now: the process is to be started again."""
+
+
+def run(config: Config, *, objects: str | None, server: str | None, file: ConfigFile | None) -> None:
     """Keep this node's rules after the cluster until SIGTERM or SIGINT; the rules stay.
 
-    `objects` is a file or folder to follow instead of an API server, `server` overrides the URL of that. Raises
-    `StartError` if it cannot begin.
+    `objects` is a file or folder to follow instead of an API server, `server` overrides the URL of that, `file`
+    is to be watched. Ends the process; raises `StartError` or `ServingError` if it cannot begin, and
+    `ConfigChangedError` when the file changes.
     """
-    Daemon(config, objects, server).run()
+    Daemon(config, objects, server, file).run()
 
 
 class Daemon:
@@ -66,8 +84,9 @@ class Daemon:
     main thread does nothing but wait for signals, so that none is ever late.
     """
 
-    def __init__(self, config: Config, objects: str | None, server: str | None) -> None:
+    def __init__(self, config: Config, objects: str | None, server: str | None, file: ConfigFile | None) -> None:
         self._config = config
+        self._file = file
         self._objects = objects
         self._server = server
         self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
@@ -103,14 +122,18 @@ class Daemon:
         name = this_node(config)
         store = Store(name)
         families = make_families(config, self._programs)
-        serving = self._serving(families, store)
+        client = None if self._objects is not None else _connect(config, self._server)
+        events = self._events(client, name)
+        serving = self._serving(families, store, events)
+        if client is not None:
+            client.answered = serving.metrics.requested
         conntrack = ConntrackCleaner(
             {family: UdpConntrack(family) for family in families},
             own_addresses,
             clock=time.monotonic,
             tell=lambda done: serving.metrics.conntrack_reconciled(done.family, done.seconds, done.deleted),
         )
-        for part in (serving, *self._sources(name)):
+        for part in (serving, events, *self._sources(client, name)):
             part.start()
         periods = config.backend
         return Reconciler(
@@ -122,19 +145,32 @@ class Daemon:
             observers=[conntrack, FirstSync(config), *serving.observers],
         )
 
-    def _sources(self, name: str) -> Iterator[Part]:
-        config = self._config
+    def _sources(self, client: Client | None, name: str) -> Iterator[Part]:
+        if client is not None:
+            yield ApiSource(client, name, self._messages.put)
         if self._objects is not None:
             yield FileSource(self._objects, self._messages.put)
-        else:
-            yield _api_source(config, name, self._server, self._messages.put)
-        if follows_addresses(config):
+        if follows_addresses(self._config):
             yield AddressMonitor(lambda: self._messages.put(Resync()))
+        if self._file is not None:
+            yield ConfigWatch(self._file.path, self._file.content, self._config_changed)
 
-    def _serving(self, families: Iterable[Family], store: Store) -> Serving:
+    def _events(self, client: Client | None, name: str) -> EventRecorder | NullRecorder:
+        if client is None:
+            return NullRecorder()
+        events = EventRecorder(client, name, clock=time.monotonic, wall=time.time_ns)
+        events.event(node_reference(name), "Normal", "Starting", "StartKubeProxy", "")
+        return events
+
+    def _serving(self, families: Iterable[Family], store: Store, events: Recorder) -> Serving:
         config = self._config
         # Files need not have Nodes: then nobody says that this one is about to go.
         stand_in = Node(this_node(config)) if self._objects is not None else None
+
+        def port_failed(service: ServiceKey, port: int, reason: str) -> None:
+            note = f"cannot serve the health check node port {port}: {reason}"
+            events.event(service_reference(service), "Warning", "FailedToStartServiceHealthcheck", "Listen", note)
+
         return Serving(
             families,
             mode=config.mode,
@@ -148,7 +184,7 @@ class Daemon:
                 INVALID_DROPPED: partial(read_counter, INVALID_COUNTER),
                 LOCALHOST_ACCEPTED: partial(read_counter, LOCALHOST_COUNTER),
             },
-            port_failed=lambda *_: None,
+            port_failed=port_failed,
             clock=time.monotonic,
             wall=time.time_ns,
         )
@@ -158,15 +194,19 @@ class Daemon:
         name = lost.thread.name if lost.thread else "a thread"
         log.debug("where %s ended", name, exc_info=lost.exc_value)
         known = isinstance(lost.exc_value, StartError | ServingError)
-        self._failure = lost.exc_value if known else RuntimeError(f"{name} ended: {lost.exc_value!r}")
+        self._fail(lost.exc_value if known else RuntimeError(f"{name} ended: {lost.exc_value!r}"))
+
+    def _config_changed(self) -> None:
+        assert self._file is not None
+        self._fail(ConfigChangedError(f"{self._file.path} has changed: ending, to be started again with it"))
+
+    def _fail(self, error: BaseException | None) -> None:
+        self._failure = error
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _api_source(config: Config, name: str, server: str | None, put: Callable[[Message], None]) -> Part:
-    from kproxy.kube.api_source import ApiSource  # noqa: PLC0415 - the API client's 35 MB only where it is used
-
+def _connect(config: Config, server: str | None) -> Client:
     try:
-        client = Client.from_config(config.client_connection.kubeconfig or None, server)
+        return Client.from_config(config.client_connection.kubeconfig or None, server)
     except ClientError as error:
         raise StartError(str(error)) from None
-    return ApiSource(client, name, put)

@@ -35,6 +35,8 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _run(options: argparse.Namespace) -> None:
+    # Before it is parsed: a change right after that must not go unnoticed.
+    content = _read(options.config)
     config = load_settings(options)
     if options.write_config_to:
         _write_config(config, options.write_config_to)
@@ -43,17 +45,26 @@ def _run(options: argparse.Namespace) -> None:
     elif options.init_only:
         _prepare(config)
     else:
-        _serve(config, options)
+        _serve(config, options, content)
 
 
-def _serve(config: Config, options: argparse.Namespace) -> None:
+def _read(path: str | None) -> bytes:
+    try:
+        # A pipe can be read only once, and not here.
+        return Path(path).read_bytes() if path and Path(path).is_file() else b""
+    except OSError:
+        return b""  # reading it for good says what is wrong
+
+
+def _serve(config: Config, options: argparse.Namespace, content: bytes) -> None:
     from kproxy import daemon
     from kproxy.families import StartError
     from kproxy.serve.serving import ServingError
 
     try:
-        daemon.run(config, options.objects, options.master)
-    except (StartError, ServingError) as error:
+        file = daemon.ConfigFile(options.config, content) if options.config else None
+        daemon.run(config, objects=options.objects, server=options.master, file=file)
+    except (StartError, ServingError, daemon.ConfigChangedError) as error:
         raise FailureError(str(error)) from None
 
 

@@ -12,7 +12,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -116,6 +116,8 @@ class Client:
     """A client of one API server, for any number of threads."""
 
     def __init__(self, kubeconfig: str | None, server: str | None) -> None:
+        self.answered: Callable[[str, str, str], None] = lambda _method, _host, _code: None
+        """Told of each request: its method, the server's `host:port`, the status, or `<error>` without an answer."""
         self._kubeconfig, self._server = kubeconfig, server
         self._lock = threading.Lock()
         self._generation = 0
@@ -179,17 +181,22 @@ class Client:
             pool, base, generation = self._pool, self._base, self._generation
             headers |= self._authentication()
         headers |= {"Accept": "application/json", "User-Agent": f"kproxy/{__version__}"}
-        with _Translated():
-            raw = pool.request(
-                method,
-                base + url,
-                body=body,
-                headers=headers,
-                timeout=Timeout(connect=CONNECT_TIMEOUT, read=timeout),
-                preload_content=False,
-                retries=False,
-            )
-            return Response(raw, generation)
+        code = "<error>"
+        try:
+            with _Translated():
+                raw = pool.request(
+                    method,
+                    base + url,
+                    body=body,
+                    headers=headers,
+                    timeout=Timeout(connect=CONNECT_TIMEOUT, read=timeout),
+                    preload_content=False,
+                    retries=False,
+                )
+                code = str(raw.status)
+                return Response(raw, generation)
+        finally:
+            self.answered(method, urlsplit(base).netloc, code)
 
     def _read_token_file_again(self) -> None:
         # The kubernetes package refreshes a service account's token and an exec plugin's, but not this.

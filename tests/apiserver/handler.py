@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlsplit
 
 from tests.apiserver import statuses
+from tests.apiserver.events import event_problems
 from tests.apiserver.requests import SeenRequest
-from tests.apiserver.resources import SERVICES, Resource, find_path
+from tests.apiserver.resources import EVENTS, SERVICES, Resource, find_path
 from tests.apiserver.selectors import SelectorError, Test, field_test, label_test
 from tests.apiserver.store import ConflictError, ExpiredError, NotFoundError, make_token
 from tests.apiserver.watching import serve_watch
@@ -99,12 +100,20 @@ class Handler(BaseHTTPRequestHandler):
             store.delete(resource, key)
             self._answer(200, {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success"})
         else:
-            sent = json.loads(body)
-            sent |= {"kind": resource.kind, "apiVersion": resource.api_version}
-            if resource.namespaced:
-                sent["metadata"].setdefault("namespace", namespace)
-            create = self.command == "POST"
-            self._answer(201 if create else 200, store.create(sent) if create else store.update(sent))
+            self._put(resource, namespace, json.loads(body))
+
+    def _put(self, resource: Resource, namespace: str, sent: dict[str, Any]) -> None:
+        sent |= {"kind": resource.kind, "apiVersion": resource.api_version}
+        if resource.namespaced and sent["metadata"].setdefault("namespace", namespace) != namespace:
+            self._answer(400, statuses.status(400, "BadRequest", statuses.OTHER_NAMESPACE))
+        elif resource is EVENTS and (problems := event_problems(sent)):
+            self._answer(
+                422, statuses.invalid(resource.kind, resource.group, sent["metadata"].get("name", ""), problems)
+            )
+        elif self.command == "POST":
+            self._answer(201, self.api.store.create(sent))
+        else:
+            self._answer(200, self.api.store.update(sent))
 
     def _collection(self, resource: Resource, namespace: str, query: dict[str, str]) -> None:
         try:

@@ -62,6 +62,7 @@ NODES = Resource(
     selectable=("spec.unschedulable",),
     empty={"spec": {}, "status": _NODE_STATUS},
 )
+EVENTS = Resource("events.k8s.io", "v1", "events", "Event")
 
 RESOURCES = (
     SERVICES,
@@ -70,7 +71,7 @@ RESOURCES = (
     Resource("", "v1", "namespaces", "Namespace", namespaced=False),
     Resource("", "v1", "events", "Event"),
     Resource("", "v1", "configmaps", "ConfigMap"),
-    Resource("events.k8s.io", "v1", "events", "Event"),
+    EVENTS,
     Resource("networking.k8s.io", "v1", "servicecidrs", "ServiceCIDR", namespaced=False),
 )
 

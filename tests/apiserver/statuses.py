@@ -13,6 +13,9 @@ _EXPIRED = (
 )
 
 
+OTHER_NAMESPACE = "the namespace of the provided object does not match the namespace sent on the request"
+
+
 def status(code: int, reason: str, message: str, **more: Any) -> dict[str, Any]:
     return {
         "kind": "Status",
@@ -44,6 +47,12 @@ def refusal(code: int, retry_after: int | None) -> dict[str, Any]:
     reason, message = texts.get(code, ("InternalError", "an error on the server"))
     details = {} if retry_after is None else {"details": {"retryAfterSeconds": retry_after}}
     return status(code, reason, message, **details)
+
+
+def invalid(kind: str, group: str, name: str, problems: list[str]) -> dict[str, Any]:
+    text = problems[0] if len(problems) == 1 else f"[{', '.join(problems)}]"
+    details = {"name": name, "group": group, "kind": kind}
+    return status(422, "Invalid", f'{kind}.{group} "{name}" is invalid: {text}', details=details)
 
 
 def expired_continue(token: str) -> dict[str, Any]:

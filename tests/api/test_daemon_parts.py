@@ -1,0 +1,79 @@
+"""What `kproxy run` does beside rules: events, pages, request counts, and ending when its configuration changes."""
+
+from __future__ import annotations
+
+import http.client
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.api.conftest import Cluster
+from tests.api.node import ProxiedNode
+from tests.apiserver.objects import endpoint_slice, node, service
+from tests.lab.requirements import missing_commands, missing_privilege
+from tests.lab.waiting import HANG_GUARD, wait_until
+
+CONFIG = """\
+apiVersion: kubeproxy.config.k8s.io/v1alpha1
+kind: KubeProxyConfiguration
+conntrack: {maxPerCore: 0, min: 0}
+"""
+
+
+@pytest.fixture
+def proxied(cluster: Cluster, tmp_path: Path) -> Iterator[ProxiedNode]:
+    if reason := missing_commands() or missing_privilege():
+        pytest.skip(reason)
+    proxied = ProxiedNode(cluster, tmp_path)
+    yield proxied
+    proxied.close()
+
+
+def get(proxied: ProxiedNode, port: int, path: str) -> tuple[int, str]:
+    def ask() -> tuple[int, str]:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=HANG_GUARD)
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+
+    return proxied.namespace.call(ask)
+
+
+def test_pages_on_their_ports(cluster: Cluster, proxied: ProxiedNode) -> None:
+    cluster.create(node("node-1"))
+    cluster.create(service("web", "10.96.7.1"))
+    cluster.create(endpoint_slice("web-x", "web", ["10.244.1.1"]))
+    proxied.start()
+    proxied.settle()
+    wait_until(lambda: get(proxied, 10256, "/healthz")[0] == 200, "a healthy answer")
+    assert get(proxied, 10256, "/livez")[0] == 200
+    assert get(proxied, 10249, "/proxyMode") == (200, "iptables")
+    assert '"hostnameOverride": "node-1"' in get(proxied, 10249, "/configz")[1].replace('":"', '": "')
+    page = get(proxied, 10249, "/metrics")[1]
+    assert 'kubeproxy_sync_proxy_rules_iptables_total{ip_family="IPv4",table="nat"}' in page
+    assert 'rest_client_requests_total{code="200"' in page
+
+
+def test_a_node_that_is_about_to_go_is_not_eligible(cluster: Cluster, proxied: ProxiedNode) -> None:
+    body = node("node-1")
+    cluster.create(body)
+    proxied.start()
+    proxied.settle()
+    wait_until(lambda: get(proxied, 10256, "/healthz")[0] == 200, "a healthy answer")
+    taint = {"key": "ToBeDeletedByClusterAutoscaler", "effect": "NoSchedule"}
+    cluster.update(body | {"spec": {"taints": [taint]}})
+    wait_until(lambda: get(proxied, 10256, "/healthz")[0] == 503, "the Node's taint to be seen")
+    assert get(proxied, 10256, "/livez")[0] == 200
+
+
+def test_a_changed_configuration_file_ends_it(cluster: Cluster, proxied: ProxiedNode, tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(CONFIG)
+    process = proxied.start(f"--config={file}")
+    proxied.settle()
+    held = proxied.rules()
+    file.write_text(CONFIG + "clusterCIDR: 10.0.0.0/8\n")
+    assert process.wait(HANG_GUARD) == 1
+    assert f"{file} has changed: ending, to be started again with it" in proxied.log()
+    assert proxied.rules() == held

@@ -1,0 +1,375 @@
+"""Writing events over real HTTP."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from kproxy.kube import events
+from kproxy.kube.client import Client
+from kproxy.kube.event_rules import (
+    BURST,
+    REFILL_SECONDS,
+    Occurrence,
+    Report,
+    event_object,
+    event_path,
+    node_reference,
+    service_reference,
+)
+from kproxy.kube.events import MOST_WAITING, EventRecorder
+from tests.api.conftest import HANG, Cluster
+from tests.apiserver import ApiServer, Relay, SeenRequest
+from tests.apiserver.objects import service
+from tests.apiserver.resources import EVENTS
+
+NOON = 1_767_268_800 * 10**9
+PATH = "/apis/events.k8s.io/v1/events"
+NODE = node_reference("node-1")
+WEB = service_reference("demo/web")
+
+
+class Clock:
+    """A clock that tests set; each look at the wall takes a nanosecond, so that no two moments are the same."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.time = NOON
+
+    def wall(self) -> int:
+        self.time += 1
+        return self.time
+
+
+Record = Callable[..., EventRecorder]
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def record(tmp_path: Path, clock: Clock) -> Iterator[Record]:
+    """Start a recorder for a cluster, optionally through a port in front of it."""
+    started: list[EventRecorder] = []
+
+    def start(cluster: Cluster, *, port: int | None = None) -> EventRecorder:
+        client = Client.from_config(str(cluster.kubeconfig(tmp_path / "kubeconfig", port=port)))
+        recorder = EventRecorder(client, "node-1", clock=lambda: clock.now, wall=clock.wall)
+        started.append(recorder)
+        recorder.start()
+        return recorder
+
+    yield start
+    for recorder in started:
+        recorder.stop()
+    for thread in threading.enumerate():
+        if thread.name == "events":
+            thread.join(HANG)
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let further tries come at once."""
+    monkeypatch.setattr(events, "PAUSES", (0.0, 0.0))
+
+
+def is_post(request: SeenRequest) -> bool:
+    return request.method == "POST"
+
+
+def notes(requests: list[SeenRequest]) -> list[str]:
+    return [json.loads(request.body)["note"] for request in requests]
+
+
+def say(recorder: EventRecorder, note: str) -> None:
+    recorder.event(WEB, "Warning", "FailedToStartServiceHealthcheck", "Listen", note)
+
+
+def stored(server: ApiServer) -> list[str]:
+    """The notes of the events that the server accepted."""
+    return [server.store.get(EVENTS, key)["note"] for key in server.store.keys(EVENTS)]
+
+
+def settle(recorder: EventRecorder, server: ApiServer) -> list[str]:
+    """Wait until the recorder is done with what was noted before; return the notes of all requests up to then."""
+    say(recorder, "settled")
+    server.requests.wait_for(lambda request: is_post(request) and b"settled" in request.body)
+    return notes(server.requests.wait_for(is_post))[:-1]
+
+
+def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == events.__name__]
+
+
+def said_something(caplog: pytest.LogCaptureFixture) -> threading.Event:
+    """Return what is set as soon as anything is logged."""
+    said = threading.Event()
+
+    def hear(_: logging.LogRecord) -> bool:
+        said.set()
+        return True
+
+    caplog.handler.addFilter(hear)
+    return said
+
+
+def runs() -> bool:
+    return any(thread.name == "events" for thread in threading.enumerate())
+
+
+def first_events(cluster: Cluster, tmp_path: Path, note: str, count: int) -> list[dict[str, Any]]:
+    """Watch until there are so many events with a note, and return them."""
+    client = Client.from_config(str(cluster.kubeconfig(tmp_path / "watcher")))
+    found = []
+    with client.get(PATH, {"watch": "1"}, HANG) as response:
+        for line in response.lines():
+            event = json.loads(line)["object"]
+            if event.get("note") == note:
+                found.append(event)
+            if len(found) == count:
+                return found
+    raise AssertionError(f"the watch ended after {found}")
+
+
+def test_events_of_nodes_and_services_are_there_to_see(cluster: Cluster, record: Record, tmp_path: Path) -> None:
+    cluster.create(service("web", "10.96.7.1"))  # makes the namespace, where the server wants one
+    recorder = record(cluster)
+    note = f"of this test only {uuid4()}"
+    recorder.event(NODE, "Normal", "Starting", "StartKubeProxy", note)
+    say(recorder, note)
+    found = {event["regarding"]["kind"]: event for event in first_events(cluster, tmp_path, note, 2)}
+    assert found["Node"]["metadata"]["namespace"] == "default"
+    assert found["Node"]["reason"] == "Starting"
+    assert found["Service"]["metadata"]["namespace"] == "demo"
+    assert found["Service"]["type"] == "Warning"
+    assert {event["reportingInstance"] for event in found.values()} == {"kube-proxy-node-1"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"type": "Odd"},
+        {"reason": ""},
+        {"eventTime": None},
+        {"note": "n" * 1025},
+        {"reportingInstance": "i" * 129},
+        {"series": {"count": 1, "lastObservedTime": "2026-01-01T12:00:00.000000Z"}},
+        {"metadata": {"name": "Not_A_Name", "namespace": "default"}},
+    ],
+)
+def test_the_servers_refuse_what_is_no_event(cluster: Cluster, tmp_path: Path, change: dict[str, Any]) -> None:
+    latest = Occurrence(NODE, "Normal", "Starting", "StartKubeProxy", "", 0.0, time.time_ns())
+    event = event_object(Report(latest, latest.wall, 1), "node-1")
+    client = Client.from_config(str(cluster.kubeconfig(tmp_path / "kubeconfig")))
+    answers = []
+    for body in (event | change, event):
+        with client.post(event_path(NODE), json.dumps(body).encode(), HANG) as response:
+            answers.append((response.status, response.read()))
+    assert [status for status, _ in answers] == [422, 201]
+    assert json.loads(answers[0][1])["reason"] == "Invalid"
+
+
+def test_the_servers_refuse_an_event_in_another_namespace(cluster: Cluster, tmp_path: Path) -> None:
+    latest = Occurrence(NODE, "Normal", "Starting", "StartKubeProxy", "", 0.0, time.time_ns())
+    event = event_object(Report(latest, latest.wall, 1), "node-1")
+    client = Client.from_config(str(cluster.kubeconfig(tmp_path / "kubeconfig")))
+    with client.post(event_path(NODE).replace("default", "kube-system"), json.dumps(event).encode(), HANG) as response:
+        assert response.status == 400
+
+
+def test_the_start_needs_no_note(server: ApiServer, record: Record) -> None:
+    recorder = record(server)
+    recorder.event(NODE, "Normal", "Starting", "StartKubeProxy", "")
+    settle(recorder, server)
+    assert stored(server)[0] == ""
+
+
+def test_the_same_event_is_sent_once(server: ApiServer, record: Record) -> None:
+    recorder = record(server)
+    for note in ("same", "same", "same", "other"):
+        say(recorder, note)
+    assert settle(recorder, server) == ["same", "other"]
+
+
+def test_a_flood_is_sent_no_faster_than_allowed(server: ApiServer, record: Record, clock: Clock) -> None:
+    recorder = record(server)
+    for number in range(BURST + 10):
+        say(recorder, f"note {number}")
+    clock.now = REFILL_SECONDS
+    say(recorder, "later")
+    requests = server.requests.wait_for(is_post, BURST + 1)
+    assert notes(requests) == [f"note {number}" for number in range(BURST)] + ["later"]
+
+
+def test_what_happened_before_the_start_is_written_too(
+    server: ApiServer, tmp_path: Path, clock: Clock, record: Record
+) -> None:
+    client = Client.from_config(str(server.kubeconfig(tmp_path / "kubeconfig")))
+    recorder = EventRecorder(client, "node-1", clock=lambda: clock.now, wall=clock.wall)
+    say(recorder, "early")
+    recorder.start()
+    assert notes(server.requests.wait_for(is_post)) == ["early"]
+    recorder.stop()
+
+
+def test_noting_never_waits_even_when_the_server_says_nothing(server: ApiServer, record: Record) -> None:
+    with Relay(server.address) as relay:
+        recorder = record(server, port=relay.port)
+        relay.stall(new=True)
+
+        def flood() -> None:
+            for number in range(2 * MOST_WAITING):
+                say(recorder, f"note {number}")
+
+        caller = threading.Thread(target=flood, daemon=True)
+        caller.start()
+        caller.join(HANG)
+        assert not caller.is_alive()
+        relay.resume()
+        requests = server.requests.wait_for(is_post, BURST)
+        assert notes(requests)[:BURST] == [f"note {number}" for number in range(BURST)]
+
+
+def test_not_all_that_happens_while_the_server_says_nothing_is_kept(
+    server: ApiServer, record: Record, clock: Clock
+) -> None:
+    with Relay(server.address) as relay:
+        recorder = record(server, port=relay.port)
+        relay.stall(new=True)
+        for number in range(MOST_WAITING + 10):
+            clock.now += REFILL_SECONDS
+            say(recorder, f"note {number}")
+        relay.resume()
+        settled = notes(server.requests.wait_for(is_post, MOST_WAITING))
+        assert settled[:MOST_WAITING] == [f"note {number}" for number in range(MOST_WAITING)]
+        last = settle(recorder, server)[-1]
+        assert last in {f"note {MOST_WAITING - 1}", f"note {MOST_WAITING}"}  # one more if one was being sent
+
+
+def test_a_refused_event_is_not_tried_again_and_said_once(
+    server: ApiServer, record: Record, caplog: pytest.LogCaptureFixture, hasty: None
+) -> None:
+    caplog.set_level(logging.INFO)
+    server.refuse(403, times=2)
+    recorder = record(server)
+    for note in ("one", "two", "three", "four"):
+        say(recorder, note)
+    assert settle(recorder, server) == ["one", "two", "three", "four"]
+    first, last = logged(caplog)
+    assert first.startswith(
+        "event FailedToStartServiceHealthcheck of Service demo/web cannot be written: 403 Forbidden: "
+    )
+    assert last == "events are written again"
+
+
+def test_an_overloaded_server_is_asked_again(server: ApiServer, record: Record, hasty: None) -> None:
+    server.refuse(503)
+    server.refuse(429)
+    recorder = record(server)
+    say(recorder, "patient")
+    assert settle(recorder, server) == ["patient"] * 3
+    assert "patient" in stored(server)
+
+
+def test_an_event_is_given_up_at_last(
+    server: ApiServer, record: Record, caplog: pytest.LogCaptureFixture, hasty: None
+) -> None:
+    server.refuse(503, times=3)
+    recorder = record(server)
+    say(recorder, "lost")
+    assert settle(recorder, server) == ["lost"] * 3
+    assert "lost" not in stored(server)
+    assert len([line for line in logged(caplog) if "cannot be written: 503" in line]) == 1
+
+
+def test_a_server_that_is_away_is_tried_again(
+    server: ApiServer, record: Record, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events, "PAUSES", (0.01,) * 1000)
+    said = said_something(caplog)
+    with Relay(server.address) as relay:
+        relay.refuse()
+        recorder = record(server, port=relay.port)
+        say(recorder, "patient")
+        assert said.wait(HANG)
+        relay.allow()
+        assert notes(server.requests.wait_for(is_post)) == ["patient"]
+
+
+def test_a_conflict_means_that_an_earlier_try_arrived(
+    server: ApiServer, record: Record, caplog: pytest.LogCaptureFixture, hasty: None
+) -> None:
+    server.refuse(409)
+    recorder = record(server)
+    say(recorder, "there already")
+    assert settle(recorder, server) == ["there already"]
+    assert logged(caplog) == []
+
+
+def test_credentials_are_renewed(server: ApiServer, record: Record, tmp_path: Path, hasty: None) -> None:
+    recorder = record(server)
+    server.tokens = {"rotated"}
+    server.kubeconfig(tmp_path / "kubeconfig")
+    say(recorder, "with a new token")
+    assert settle(recorder, server) == ["with a new token"] * 2
+    assert "with a new token" in stored(server)
+
+
+def test_what_nobody_foresaw_does_not_end_the_writing(
+    server: ApiServer, record: Record, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorder = record(server)
+    clock.time = 10**40  # no calendar reaches so far
+    say(recorder, "impossible")
+    clock.time = NOON
+    assert settle(recorder, server) == []
+    assert "unexpected" in logged(caplog)[0]
+
+
+def test_stop_does_not_wait_for_further_tries(
+    server: ApiServer, record: Record, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(events, "PAUSES", (3600.0,))
+    monkeypatch.setattr(events, "STOP_TIMEOUT", HANG)
+    said = said_something(caplog)
+    server.refuse(503, times=2)
+    recorder = record(server)
+    say(recorder, "never")
+    assert said.wait(HANG)
+    recorder.stop()
+    assert not runs()
+    assert len(server.requests.wait_for(is_post)) == 1
+
+
+def test_stop_does_not_write_what_waits(server: ApiServer, record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events, "PAUSES", (3600.0,))
+    monkeypatch.setattr(events, "STOP_TIMEOUT", HANG)
+    server.refuse(503)
+    recorder = record(server)
+    for number in range(2 * MOST_WAITING):
+        say(recorder, f"note {number}")
+    server.requests.wait_for(is_post)
+    recorder.stop()
+    assert not runs()
+    assert stored(server) == []
+
+
+def test_stop_returns_while_the_server_says_nothing(server: ApiServer, record: Record) -> None:
+    with Relay(server.address) as relay:
+        recorder = record(server, port=relay.port)
+        relay.stall(new=True)
+        say(recorder, "never answered")
+        stopper = threading.Thread(target=recorder.stop, daemon=True)
+        stopper.start()
+        stopper.join(HANG)
+        assert not stopper.is_alive()
