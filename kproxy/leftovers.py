@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kproxy.host.run import CommandError
 from kproxy.iptables.apply import Iptables, RestoreError
+from kproxy.iptables.backend import BLOCK_RULES, UNLIMITED
 from kproxy.iptables.cleanup import cleanup
 from kproxy.iptables.text import parse_save
 from kproxy.model.types import Family
@@ -27,15 +28,16 @@ def remove_iptables(family: Family) -> str:
     """
     kernel = Iptables(family)
     try:
-        kernel.version()
+        version = kernel.version()
     except CommandError:
         return ""
     with kernel.save() as lines:
-        change = cleanup(parse_save(lines))
-    if not change:
-        return ""
+        saved = parse_save(lines)
+    removed = 0
     try:
-        kernel.restore(change.text())
+        for change in cleanup(saved, block_rules=BLOCK_RULES if version.nft else UNLIMITED):
+            kernel.restore(change.text())
+            removed += len(change.deleted)
     except RestoreError as error:
         raise CommandError(str(error)) from None
-    return f"removed {len(change.deleted)} iptables chains of {family.value}"
+    return f"removed {removed} iptables chains of {family.value}" if removed else ""

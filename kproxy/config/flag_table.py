@@ -36,8 +36,8 @@ CONFIG_FLAGS = (
         "accepted; kproxy always asks for JSON",
         blank_is_unset=True,
     ),
-    Flag("kube-api-qps", ("clientConnection.qps",), "requests per second to the API server", "number"),
-    Flag("kube-api-burst", ("clientConnection.burst",), "requests to the API server at once", "int"),
+    Flag("kube-api-qps", ("clientConnection.qps",), "accepted: kproxy has no requests to throttle", "number"),
+    Flag("kube-api-burst", ("clientConnection.burst",), "accepted: kproxy has no requests to throttle", "int"),
     Flag("hostname-override", ("hostnameOverride",), "name of this Node (default: the host name)", blank_is_unset=True),
     Flag(
         "bind-address",
@@ -45,13 +45,13 @@ CONFIG_FLAGS = (
         "this node's primary IP address; no socket is bound to it",
         blank_is_unset=True,
     ),
-    Flag("config-sync-period", ("configSyncPeriod",), "how often to list everything anew"),
+    Flag("config-sync-period", ("configSyncPeriod",), "accepted: changes come as they happen"),
     Flag("feature-gates", ("featureGates",), "NAME=true|false,...", "gates"),
     # servers
     Flag("healthz-bind-address", ("healthzBindAddress",), 'IP[:PORT] of the health server, "" for none'),
     Flag("metrics-bind-address", ("metricsBindAddress",), 'IP[:PORT] of the metrics server, "" for none'),
     Flag("bind-address-hard-fail", ("bindAddressHardFail",), "exit if a port cannot be listened on", "bool"),
-    Flag("profiling", ("enableProfiling",), "offer profiles on the metrics server", "bool"),
+    Flag("profiling", ("enableProfiling",), "accepted: profiles are those of Go programs", "bool"),
     Flag("show-hidden-metrics-for-version", ("showHiddenMetricsForVersion",), "MAJOR.MINOR"),
     # rules
     Flag("proxy-mode", ("mode",), "iptables (default) or nftables", blank_is_unset=True),
@@ -71,7 +71,7 @@ CONFIG_FLAGS = (
     Flag(
         "iptables-sync-period",
         ("iptables.syncPeriod", "nftables.syncPeriod"),
-        "time between periodic passes, in either mode (30s)",
+        "longest pause before a failed sync is tried again, in either mode (30s)",
     ),
     Flag(
         "iptables-min-sync-period",

@@ -3,32 +3,55 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
-from itertools import pairwise
+from collections.abc import Iterator, Mapping
+from itertools import islice
 
-from kproxy.iptables.names import CANARIES, DISPATCH, FILTER_FORWARD, MARK_MASQ, PORT_CHAIN_PREFIXES, POSTROUTING, Chain
+from kproxy.iptables.names import (
+    CANARIES,
+    DISPATCH,
+    FILTER_FORWARD,
+    MARK_MASQ,
+    PORT_CHAIN_PREFIXES,
+    POSTROUTING,
+    Chain,
+    deletion_order,
+)
 from kproxy.iptables.text import Restore, SavedChain
 
 _FIXED = frozenset({*DISPATCH, *CANARIES, FILTER_FORWARD, MARK_MASQ, POSTROUTING})
 
 
-def cleanup(saved: Mapping[Chain, SavedChain]) -> Restore:
-    """Return the change that removes our chains and the rules that jump to them from what a dump shows.
+def cleanup(saved: Mapping[Chain, SavedChain], *, block_rules: int) -> Iterator[Restore]:
+    """Yield the changes that remove our chains and the rules that jump to them from what a dump shows.
 
+    The first takes away what leads to the Services' own chains; those follow, about `block_rules` at a time.
     KUBE-FIREWALL and what leads to it stays: it protects 127.0.0.1, and the kubelet may rely on it.
     """
-    ours = [chain for chain in saved if chain in _FIXED or chain.name.startswith(PORT_CHAIN_PREFIXES)]
-    gone = frozenset(ours)
-    change = Restore(deleted=ours)
-    for chain, content in saved.items():
-        if chain in gone:
-            continue
-        for rule in content.rules:
-            if Chain(chain.table, _target(rule)) in gone:
-                change.edits.append((chain.table, "-D" + rule.removeprefix("-A")))
-    return change
+    fixed = [chain for chain in saved if chain in _FIXED]
+    own = sorted((chain for chain in saved if chain.name.startswith(PORT_CHAIN_PREFIXES)), key=deletion_order)
+    gone = frozenset((*fixed, *own))
+    edits = [
+        (chain.table, "-D" + rule.removeprefix("-A"))
+        for chain, content in saved.items()
+        if chain not in gone
+        for rule in content.rules
+        if Chain(chain.table, _target(rule)) in gone
+    ]
+    # KUBE-MARK-MASQ is what the Services' chains jump to, so it goes last.
+    if edits or fixed:
+        yield Restore(edits=edits, deleted=[chain for chain in fixed if chain != MARK_MASQ])
+    rest = iter(own)
+    while batch := list(islice(rest, block_rules)):
+        yield Restore(deleted=batch)
+    if MARK_MASQ in gone:
+        yield Restore(deleted=[MARK_MASQ])
 
 
 def _target(rule: str) -> str:
-    words = shlex.split(rule)
-    return next((target for option, target in pairwise(words) if option in {"-j", "-g"}), "")
+    words = iter(shlex.split(rule))
+    for word in words:
+        if word == "--comment":
+            next(words, "")
+        elif word in {"-j", "-g"}:
+            return next(words, "")
+    return ""

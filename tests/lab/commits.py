@@ -1,0 +1,86 @@
+"""What was written to a namespace's nf_tables, and by whom: the kernel tells of every transaction."""
+
+from __future__ import annotations
+
+import select
+import socket
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from kproxy.host.netlink import NETLINK_NETFILTER, attributes
+from tests.lab.namespace import Namespace
+from tests.lab.waiting import HANG_GUARD
+
+_SOL_NETLINK, _ADD_MEMBERSHIP = 270, 1
+_GROUP = 7  # NFNLGRP_NFTABLES
+_SUBSYSTEM = 10 << 8  # NFNL_SUBSYS_NFTABLES
+_NEW_GENERATION = _SUBSYSTEM | 15  # NFT_MSG_NEWGEN, which ends a transaction
+_PROCESS_NAME = 3  # NFTA_GEN_PROC_NAME
+_CHAIN_NAMES = {_SUBSYSTEM | 3: 3, _SUBSYSTEM | 5: 3, _SUBSYSTEM | 6: 2, _SUBSYSTEM | 8: 2}
+"""Where the chain's name is in NFT_MSG_NEWCHAIN, DELCHAIN, NEWRULE and DELRULE."""
+
+_HEADER = struct.Struct("=IHHII")
+_NFGENMSG_SIZE = 4
+_CHUNK = 1 << 16
+_RECEIVE_BUFFER_FORCED, _BUFFER = 33, 1 << 24  # SO_RCVBUFFORCE: every single rule is told as well
+
+
+@dataclass(frozen=True)
+class Transaction:
+    """Which process made it, and the names of the chains in which it changed anything."""
+
+    process: str
+    chains: frozenset[str]
+
+
+class Commits:
+    """Transactions in a namespace since this was made. Changes by iptables-legacy are none; use it in a `with`."""
+
+    def __init__(self, namespace: Namespace) -> None:
+        self._chains: set[str] = set()
+        self._socket = namespace.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
+        self._socket.bind((0, 0))
+        self._socket.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, _GROUP)
+        self._socket.setsockopt(socket.SOL_SOCKET, _RECEIVE_BUFFER_FORCED, _BUFFER)
+        self._socket.setblocking(False)
+
+    def __enter__(self) -> Commits:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._socket.close()
+
+    def new(self) -> list[Transaction]:
+        """Return the transactions that ended since the last call."""
+        found: list[Transaction] = []
+        while True:
+            try:
+                data = self._socket.recv(_CHUNK)
+            except BlockingIOError:
+                return found
+            found += self._transactions(data)
+
+    def wait_for(self, count: int) -> None:
+        """Return as soon as `count` transactions have been made since the last call of `new`."""
+        seen = 0
+        while seen < count:
+            if not select.select([self._socket], [], [], HANG_GUARD)[0]:
+                raise TimeoutError(f"waited {HANG_GUARD:.0f} s in vain for transaction {seen + 1} of {count}")
+            seen += len(self.new())
+
+    def _transactions(self, data: bytes) -> Iterator[Transaction]:
+        begin = 0
+        while begin < len(data):
+            size, kind, _, _, _ = _HEADER.unpack_from(data, begin)
+            payload = attributes(data, begin + _HEADER.size + _NFGENMSG_SIZE, begin + size)
+            if kind in _CHAIN_NAMES:
+                self._chains.add(_text(data, payload[_CHAIN_NAMES[kind]]))
+            elif kind == _NEW_GENERATION:
+                yield Transaction(_text(data, payload[_PROCESS_NAME]), frozenset(self._chains))
+                self._chains.clear()
+            begin += (size + 3) & ~3
+
+
+def _text(data: bytes, place: tuple[int, int]) -> str:
+    return data[slice(*place)].rstrip(b"\0").decode()
