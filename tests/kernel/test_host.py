@@ -134,14 +134,19 @@ def test_a_program_that_hangs_while_it_is_read_is_killed(tmp_path: Path) -> None
         assert list(lines) == []
 
 
-def test_reading_needs_no_file_system(namespace: Namespace) -> None:
-    read_only = "mount -t tmpfs none /tmp && mount -o remount,bind,ro / 2>/dev/null; mount -o remount,ro /tmp; "
+def test_reading_needs_no_place_for_files(namespace: Namespace) -> None:
+    """As in a container with a read-only root."""
     script = (
         "from kproxy.host.run import Programs\n"
         "with Programs().reading(['echo', 'here'], timeout=30) as lines: print(*lines)"
     )
-    command = f'export TMPDIR=/nonexistent; {read_only} cd /proc; exec {PYTHON} -c "{script}"'
-    done = namespace.run(["unshare", "--mount", "--propagation", "private", "sh", "-c", command])
+    read_only = "".join(
+        f"mount --bind {folder} {folder} && mount -o remount,bind,ro {folder} && " for folder in ("/tmp", "/var/tmp")
+    )
+    command = (
+        f'export TMPDIR=/nonexistent; {read_only} ! touch /tmp/x 2>/dev/null && cd /proc && exec {PYTHON} -B -c "$1"'
+    )
+    done = namespace.run(["unshare", "--mount", "--propagation", "private", "sh", "-c", command, "sh", script])
     assert done.stdout.split() == ["here"]
 
 
