@@ -101,13 +101,14 @@ class Daemon:
         worker = threading.Thread(target=self._work, name="reconciler", daemon=True)
         worker.start()
         number = signal.sigwait(STOP_SIGNALS)
-        if self._failure is not None:
-            raise self._failure
-        log.info("%s: stopping, the rules stay", signal.Signals(number).name)
+        if self._failure is None:
+            log.info("%s: stopping, the rules stay", signal.Signals(number).name)
         self._messages.put(Stop())
         worker.join(STOP_SECONDS)
         for iptables in self._programs:
             iptables.stop()
+        if self._failure is not None:
+            raise self._failure
         # What else runs are daemon threads that hold nothing worth saving, and may be in the middle of anything.
         logging.shutdown()
         os._exit(0)
