@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -23,9 +24,12 @@ from kproxy.sync.family import FamilySync
 from kproxy.sync.reconciler import Reconciler
 from kproxy.sync.schedule import Schedule
 from tests.kernel.test_conntrack import entries
+from tests.lab import objects as lab_objects
 from tests.lab.client import Answered, finish, open_connection
+from tests.lab.proxy import Daemon
 from tests.lab.servers import Servers
 from tests.lab.topology import NODE, Host, Lab
+from tests.lab.waiting import wait_until
 
 CLUSTER_IPS = {4: "10.96.0.80", 6: "fd00:10:96::80"}
 CIDRS = {Family.IPV4: "10.244.0.0/16", Family.IPV6: "fd00:10:244::/48"}
@@ -381,4 +385,57 @@ def test_where_node_ports_do_not_answer_others_flows_stay(
     proxy.sync(*slices(pod(2)))
     assert talk.ask() == NODE
     assert talk.entries() == before
+    talk.close()
+
+
+# The whole daemon.
+
+
+@VERSIONS
+def test_the_daemon_moves_flows_off_dead_endpoints_and_no_others(
+    lab: Lab, pod: Pods, client: Host, version: int, tmp_path: Path
+) -> None:
+    objects = tmp_path / "objects"
+    objects.mkdir()
+    one, two = pod(1), pod(2)
+    family = FAMILIES[version].value
+
+    def write(*pods: Host, leaving: Sequence[Host] = ()) -> None:
+        endpoints = [lab_objects.endpoint(each.address(version)) for each in pods]
+        endpoints += [lab_objects.endpoint(each.address(version), ready=False, terminating=True) for each in leaving]
+        found = [
+            lab_objects.node(),
+            lab_objects.service("dns", CLUSTER_IPS[version], port=53, protocol="UDP"),
+            lab_objects.endpoint_slice("dns", endpoints, family=family, port=8053, protocol="UDP"),
+        ]
+        lab_objects.write(objects / "dns.yaml", found)
+
+    def flows_to(host: Host) -> bool:
+        return list(talk.entries()) == [socket_text(host.address(version), 8053)]
+
+    write(one)
+
+    def leads_to(host: Host) -> bool:
+        program = "ip6tables-save" if version == 6 else "iptables-save"
+        destination = socket_text(host.address(version), 8053)
+        return f"--to-destination {destination}" in lab.node.namespace.run([program, "-t", "nat"]).stdout
+
+    with Daemon(lab, objects, tmp_path / "first.log"):
+        wait_until(lambda: leads_to(one), "the first endpoint")
+        talk = Talk(lab, client, CLUSTER_IPS[version])
+        assert talk.ask() == "pod-1"
+        known = talk.entries()
+        write(two, leaving=[one])
+        wait_until(lambda: leads_to(two), "the other endpoint")
+        assert talk.ask() == "pod-1"
+        assert talk.entries() == known, "an endpoint that still serves lost its flow"
+        write(two)
+        wait_until(lambda: talk.entries() == {}, "the flow to the endpoint that is gone to be forgotten")
+        assert talk.ask() == "pod-2"
+        known = talk.entries()
+    with Daemon(lab, objects, tmp_path / "second.log"):
+        wait_until(lambda: "services in force" in (tmp_path / "second.log").read_text(), "the second start's sync")
+        assert talk.ask() == "pod-2"
+        assert talk.entries() == known, "a restart cut a flow that lives"
+    assert flows_to(two)
     talk.close()
