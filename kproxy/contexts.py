@@ -86,5 +86,5 @@ def node_port_addresses(
     networks = [ip_network(cidr) for cidr in wanted if family_of(cidr) is family]
     if not networks or any(network.prefixlen == 0 for network in networks):
         return None
-    local = [address for address in local_addresses if family_of(address) is family]
+    local = dict.fromkeys(address for address in local_addresses if family_of(address) is family)
     return tuple(address for address in local if any(ip_address(address) in network for network in networks))

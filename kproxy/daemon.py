@@ -144,6 +144,7 @@ class Daemon:
             clock=time.monotonic,
             is_ready=lambda store: is_known(config, store),
             observers=[conntrack, FirstSync(config), *serving.observers],
+            check_interval=periods.sync_period,
         )
 
     def _sources(self, client: Client | None, name: str) -> Iterator[Part]:

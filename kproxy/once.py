@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
+
+from msgspec.structs import asdict
 
 from kproxy.config import Config
 from kproxy.contexts import make_context
 from kproxy.families import make_families, this_node
+from kproxy.first_sync import FirstSync
+from kproxy.host.conntrack import UdpConntrack
+from kproxy.host.own_addresses import own_addresses
 from kproxy.iptables.backend import Printer
 from kproxy.kube.file_source import FileSource
 from kproxy.model.context import Context
@@ -15,8 +21,9 @@ from kproxy.model.delta import Delta
 from kproxy.model.outcome import SyncError
 from kproxy.model.store import Store
 from kproxy.model.types import Family, Node
-from kproxy.preparation import prepare_localhost_node_ports
+from kproxy.sync.conntrack import ConntrackCleaner
 from kproxy.sync.family import FamilySync
+from kproxy.sync.report import SyncReport
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +35,9 @@ def apply(config: Config, objects: str) -> None:
     """
     families = make_families(config, [])
     store = load_store(config, objects)
+    tables = {family: UdpConntrack(family) for family in families}
+    cleaner = ConntrackCleaner(tables, own_addresses, clock=time.monotonic, tell=lambda _: None)
+    observers = (cleaner, FirstSync(config))
     failures = []
     for family, sync in families.items():
         try:
@@ -35,8 +45,10 @@ def apply(config: Config, objects: str) -> None:
         except SyncError as error:
             failures.append(f"{family.value}: {error}")
         else:
-            if family is Family.IPV4:
-                prepare_localhost_node_ports(config)
+            now = time.monotonic()
+            report = SyncReport(family=family, began=now, ended=now, **asdict(outcome))
+            for observer in observers:
+                observer.synced(report)
             log.info("%s: %d services in force", family.value, len(outcome.plans))
     if failures:
         raise SyncError("\n".join(failures))

@@ -40,6 +40,9 @@ class FakeKernel:
     def has(self, chain: Chain, rule: str) -> bool:
         return rule in self.tables[chain.table].get(chain.name, [])
 
+    def exists(self, chain: Chain) -> bool:
+        return chain.name in self.tables[chain.table]
+
     def create(self, chain: Chain) -> None:
         self.tables[chain.table].setdefault(chain.name, [])
 

@@ -95,6 +95,10 @@ class Iptables:
         """Return whether a chain has a rule, given without `-A CHAIN`. Raises `CommandError`."""
         return self._command(chain, "-C", rule)
 
+    def exists(self, chain: Chain) -> bool:
+        """Return whether there is such a chain. Raises `CommandError`."""
+        return self._command(chain, "-S", "")
+
     def create(self, chain: Chain) -> None:
         """Create a chain unless it exists; its rules stay. Raises `CommandError`."""
         self._command(chain, "-N", "")

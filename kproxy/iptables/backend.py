@@ -13,7 +13,7 @@ from kproxy.iptables.apply import RestoreError
 from kproxy.iptables.base import ensured_rules
 from kproxy.iptables.diff import Change
 from kproxy.iptables.ledger import KernelView, Ledger
-from kproxy.iptables.names import FILTER_FIREWALL, Chain
+from kproxy.iptables.names import CANARIES, FILTER_FIREWALL, Chain
 from kproxy.iptables.render import RenderedPort, render_port
 from kproxy.iptables.text import Restore, parse_save
 from kproxy.model.context import Context
@@ -46,6 +46,9 @@ class Kernel(Protocol):
 
     def create(self, chain: Chain) -> None:
         """Create a chain unless it exists."""
+
+    def exists(self, chain: Chain) -> bool:
+        """Return whether there is such a chain."""
 
 
 class IptablesBackend:
@@ -84,6 +87,26 @@ class IptablesBackend:
         change.commit()
         self._ledger = ledger
         return Written(written, ledger.rules)
+
+    def verify(self, context: Context) -> bool:
+        """Return whether what others remove when they flush tables is still there; if not, forget what is known.
+
+        A few questions, not a dump: the canaries (gone when a table's chains were deleted) and the last jump of each
+        table (gone when they were emptied).
+        """
+        if self._ledger is None:
+            return True
+        jumps = {rule.chain.table: rule for rule in ensured_rules(context)}
+        try:
+            whole = all(self._kernel.exists(canary) for canary in CANARIES) and all(
+                self._kernel.has(rule.chain, rule.rule) for rule in jumps.values()
+            )
+        except CommandError as error:
+            log.warning("cannot look at the rules: %s", error)
+            return True
+        if not whole:
+            self._ledger = None
+        return whole
 
     def _make(self, transaction: Restore) -> None:
         """Make one transaction; of one that may fail, make whatever part of it is possible."""
@@ -130,6 +153,10 @@ class Printer:
     """A backend that hands on what it would do to an empty kernel, as text."""
 
     needs_everything = True
+
+    def verify(self, context: Context) -> bool:  # noqa: ARG002 - there is no kernel that could differ
+        """Return that nothing is missing."""
+        return True
 
     def __init__(self, show: Callable[[str], object]) -> None:
         self._show = show

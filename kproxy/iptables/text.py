@@ -36,8 +36,8 @@ class Restore(Struct):
         return count_rules(self.chains.values()) + len(self.edits) + len(self.deleted)
 
     def rules_by_table(self) -> Counter[str]:
-        """Return how many rules are written into each table."""
-        written = Counter(table for table, _ in self.edits)
+        """Return how many rules are written into chains of ours, for each table."""
+        written = Counter(table for table, command in self.edits if command.startswith("-I KUBE-"))
         for chain, rules in self.chains.items():
             written[chain.table] += count_rules([rules])
         return written

@@ -116,8 +116,8 @@ class Client:
     """A client of one API server, for any number of threads."""
 
     def __init__(self, kubeconfig: str | None, server: str | None) -> None:
-        self.answered: Callable[[str, str, str], None] = lambda _method, _host, _code: None
-        """Told of each request: its method, the server's `host:port`, the status, or `<error>` without an answer."""
+        self.answered: Callable[[str, str, str, float], None] = lambda *_: None
+        """Told of each request: method, the server's `host:port`, status (`<error>` without one), seconds it took."""
         self._kubeconfig, self._server = kubeconfig, server
         self._lock = threading.Lock()
         self._generation = 0
@@ -181,7 +181,7 @@ class Client:
             pool, base, generation = self._pool, self._base, self._generation
             headers |= self._authentication()
         headers |= {"Accept": "application/json", "User-Agent": f"kproxy/{__version__}"}
-        code = "<error>"
+        code, began = "<error>", time.monotonic()
         try:
             with _Translated():
                 raw = pool.request(
@@ -196,7 +196,7 @@ class Client:
                 code = str(raw.status)
                 return Response(raw, generation)
         finally:
-            self.answered(method, urlsplit(base).netloc, code)
+            self.answered(method, urlsplit(base).netloc, code, time.monotonic() - began)
 
     def _read_token_file_again(self) -> None:
         # The kubernetes package refreshes a service account's token and an exec plugin's, but not this.

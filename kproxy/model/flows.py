@@ -86,7 +86,8 @@ class UdpFrontends:
             if not owners:
                 del self._owners[frontend]
         for frontend, endpoints in new.items():
-            if frontend not in old or not old[frontend] <= endpoints:
+            # Without endpoints, what the node itself sends to a NodePort or an external address leaves untranslated.
+            if not old.get(frontend) or not old[frontend] <= endpoints:
                 self._suspects.add(frontend)
             self._owners.setdefault(frontend, set()).add(key)
 

@@ -130,7 +130,7 @@ def _plan_port(
         internal_local=service.internal_local,
         external_local=service.external_local,
         internal=_decide(anywhere=anywhere, local_only=service.internal_local, local=local),
-        external=_decide(anywhere=anywhere, local_only=service.external_local, local=local),
+        external=_decide(anywhere=anywhere, local_only=service.external_local and accessible, local=local),
         cluster_endpoints=cluster_endpoints(known, context.node_name, context.zone) if uses_cluster else (),
         local_endpoints=local,
         known_endpoints=len(known),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from kproxy.model.delta import Delta, Kind, Replace, Upsert
 from kproxy.model.types import EndpointSlice, Family, Node, Service, ServiceKey
@@ -120,9 +121,10 @@ class Store:
             if not group:
                 del self._slices[owner]
             return Changed(frozenset({owner}))
-        if self.node is None or self.node.name != name:
+        if self.node is None or self.node.name != name or self.node.being_deleted:
             return Changed()
-        self.node = None
+        # The machine is still here and serves: what its Node said of it stays true.
+        self.node = replace(self.node, being_deleted=True)
         return Changed(node=True)
 
 

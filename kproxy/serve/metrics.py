@@ -91,9 +91,13 @@ class Metrics:
         self._series.conntrack.labels(family.value).observe(seconds)
         self._series.conntrack_deleted.labels(family.value).inc(deleted)
 
-    def requested(self, method: str, host: str, code: str) -> None:
-        """Count a request to the API server; `code` is the status, or `<error>` where there was no answer."""
+    def requested(self, method: str, host: str, code: str, seconds: float) -> None:
+        """Count a request to the API server; `code` is the status, or `<error>` where there was no answer.
+
+        `seconds` went by until the answer began or was given up.
+        """
         self._series.requests.labels(code, host, method).inc()
+        self._series.request_duration.labels(host, method).observe(seconds)
 
     def _failed(self, family: Family, *, full: bool) -> None:
         """After a failure nothing is known of the kernel any more: the next attempt looks at everything."""

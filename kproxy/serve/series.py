@@ -4,7 +4,7 @@ Everything `kubeproxy_*` is kube-proxy's, with its labels; `kproxy_*` is our own
 only because of what it is made of: `go_*` (Go's run time), `apiserver_*` and `aggregator_*` (libraries of the API
 server linked into it), `kubernetes_feature_enabled`, `registered_metrics_total`, `hidden_metrics_total`,
 `disabled_metrics_total` and `cardinality_enforcement_*` (its metrics library), and the inner life of its API client,
-`rest_client_*` but for `rest_client_requests_total`.
+`rest_client_*` but for `rest_client_requests_total` and `rest_client_request_duration_seconds`.
 """
 
 from __future__ import annotations
@@ -35,6 +35,10 @@ LOCALHOST_ACCEPTED = (
     "kubeproxy_iptables_localhost_nodeports_accepted_packets_total",
     "Packets to NodePorts of the loopback interface that were let in.",
 )
+
+
+REQUEST_BUCKETS = (0.005, 0.025, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60)
+"""Seconds until an answer begins, as client-go counts them."""
 
 
 class Series:
@@ -143,6 +147,13 @@ class Series:
         }
         self.requests = self._counter(
             "rest_client_requests_total", "Requests to the API server, by status.", ("code", "host", "method")
+        )
+        self.request_duration = Histogram(
+            "rest_client_request_duration_seconds",
+            "How long it took until the API server began to answer.",
+            ("host", "verb"),
+            buckets=REQUEST_BUCKETS,
+            registry=self._registry,
         )
 
     def _of_build(self) -> None:

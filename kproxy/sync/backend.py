@@ -15,6 +15,9 @@ class Backend(Protocol):
     def needs_everything(self) -> bool:
         """Whether the next `sync` must be given the plans of all Services, because nothing is known."""
 
+    def verify(self, context: Context) -> bool:
+        """Return whether the kernel still holds what it must; if not, forget what is known of it."""
+
     def sync(self, plans: Plans, context: Context) -> Written:
         """Program the plans of the Services that may have changed; those without plans are gone.
 

@@ -54,6 +54,10 @@ class FamilySync:
         self._pending |= changed.services
         self._last_changes += changed.last_changes
 
+    def verify(self) -> bool:
+        """Return whether the kernel still holds what it accepted, as far as a quick look tells."""
+        return self._applied is None or self._backend.verify(self._applied)
+
     def sync(self, store: Store) -> Outcome:
         """Program what is pending. Raises `SyncError`."""
         everything = self._backend.needs_everything or self._applied is None

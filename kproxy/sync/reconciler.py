@@ -56,8 +56,14 @@ class Reconciler:
         clock: Callable[[], float],
         is_ready: Callable[[Store], bool] = lambda store: store.complete,
         observers: Sequence[Observer] = (),
+        check_interval: float | None = None,
     ) -> None:
-        """`is_ready` says whether enough is known to program anything; once it is, it stays so."""
+        """`is_ready` says whether enough is known to program anything; once it is, it stays so.
+
+        Every `check_interval` seconds, a look tells whether somebody else has removed rules of ours.
+        """
+        self._check_interval = check_interval
+        self._next_check = clock() + check_interval if check_interval else None
         self._store = store
         self._is_ready = is_ready
         self._ready = False
@@ -117,15 +123,27 @@ class Reconciler:
         if not self._ready:
             return None
         waits = [schedule.wait(self._clock()) for _, schedule in self._families.values()]
+        if self._next_check is not None:
+            waits.append(max(0.0, self._next_check - self._clock()))
         return min((wait for wait in waits if wait is not None), default=None)
 
     def sync_due(self) -> bool:
         """Sync every family that is due now. Return whether all that were due succeeded."""
         if not self._ready:
             return True
+        self._check()
         due = [family for family in self._families if self._due(family)]
         outcomes = [self._sync(family) for family in due]
         return all(outcomes)
+
+    def _check(self) -> None:
+        if self._next_check is None or self._check_interval is None or self._clock() < self._next_check:
+            return
+        for family, (sync, schedule) in self._families.items():
+            if not sync.verify():
+                log.warning("%s: somebody else has removed rules of ours: putting them back", family.value)
+                schedule.request()
+        self._next_check = self._clock() + self._check_interval
 
     def _due(self, family: Family) -> bool:
         wait = self._families[family][1].wait(self._clock())

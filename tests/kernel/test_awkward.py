@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.lab.namespace import Namespace
-from tests.lab.waiting import HANG_GUARD
-from tests.recordings import GOLDEN
+from tests.lab.waiting import HANG_GUARD, wait_until
+from tests.recordings import GOLDEN, State, comparable
 
 KPROXY = str(Path(sys.executable).with_name("kproxy"))
 CLUSTER = [f"--config={GOLDEN}/clusterip/config.json", f"--objects={GOLDEN}/clusterip"]
@@ -160,6 +160,32 @@ def test_an_impossible_number_in_a_file_is_one_problem_and_the_next_change_is_fo
     process.terminate()
     assert process.wait(HANG_GUARD) == 0
     assert "Traceback" not in log.read_text()
+
+
+@pytest.mark.parametrize(
+    "removal",
+    [
+        ("-t nat -F",),
+        ("-t filter -F",),
+        ("-t nat -F", "-t nat -X", "-t filter -F", "-t filter -X", "-t mangle -F", "-t mangle -X"),
+    ],
+)
+def test_what_others_flush_is_put_back(node: Namespace, tmp_path: Path, removal: tuple[str, ...]) -> None:
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        process = node.popen([KPROXY, "run", *CLUSTER, "--iptables-sync-period=1s"], output)
+    wait_for(log, process, "IPv6: all")
+    wanted = saved(node)
+    for command in removal:
+        node.run(["iptables", *command.split()])
+    wait_until(lambda: saved(node) == wanted, "the rules to come back")
+    assert "somebody else has removed rules of ours" in log.read_text()
+    process.terminate()
+    assert process.wait(HANG_GUARD) == 0
+
+
+def saved(node: Namespace) -> State:
+    return comparable(node.run(["iptables-save"]).stdout.splitlines())
 
 
 def wait_for(log: Path, process: subprocess.Popen[str], text: str) -> None:

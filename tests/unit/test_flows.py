@@ -376,3 +376,11 @@ def test_a_new_trouble_is_told_again(caplog: pytest.LogCaptureFixture) -> None:
             bench.table.error = error
             bench.synced(plan(A), complete=True)
     assert len(caplog.records) == 2
+
+
+def test_what_came_while_there_were_no_endpoints_is_stale_once_there_are() -> None:
+    """The node's own packets to a NodePort or an external address are not refused on their way out."""
+    frontends = accepted(plan(external_ips=("203.0.113.5",)))
+    frontends.accept({"ns/dns": (plan(A, external_ips=("203.0.113.5",)),)}, complete=False)
+    early = ("203.0.113.5:53", "203.0.113.5:53")
+    assert stale(frontends, [early, ("203.0.113.5:53", A)]) == {early}

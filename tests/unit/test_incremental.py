@@ -7,10 +7,11 @@ from functools import partial
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from kproxy.iptables.backend import IptablesBackend
 from kproxy.model.context import Context
-from kproxy.model.delta import Delta, Replace, Upsert
+from kproxy.model.delta import Delete, Delta, Replace, Upsert
 from kproxy.model.local_traffic import LocalTraffic
 from kproxy.model.store import Store
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Node, Service, ServicePort
@@ -141,6 +142,20 @@ def test_repeated_objects_write_nothing(history: list[Delta]) -> None:
     )
     proxy.settle()
     assert [kernel.inputs for kernel in proxy.kernels.values()] == [[], []]
+
+
+def test_a_node_that_goes_leaves_its_addresses_and_zone_in_force() -> None:
+    proxy = Proxy()
+    proxy.take(Upsert(Node("node-1", addresses=("10.99.0.2",), zone="zone-a")))
+    service = Service("ns", "a", ("10.96.0.1",), (ServicePort("", 80, "TCP", 30080),), vips=("203.0.113.1",))
+    proxy.take(Upsert(replace(service, source_ranges=("10.99.0.0/24",))))
+    near, far = (Endpoint(f"10.244.0.{n}", for_zones=(zone,)) for n, zone in ((1, "zone-a"), (2, "zone-b")))
+    proxy.take(Upsert(EndpointSlice("ns", "s", "ns/a", Family.IPV4, (near, far), (EndpointPort("", 8080, "TCP"),))))
+    proxy.settle()
+    before = proxy.dump()
+    proxy.take(Delete(Node, "", "node-1"))
+    proxy.settle()
+    assert proxy.dump() == before
 
 
 @pytest.mark.parametrize("restarted", [False, True])

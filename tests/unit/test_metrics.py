@@ -132,7 +132,7 @@ def everything(mode: str) -> Page:
     scene.metrics.conntrack_reconciled(V4, 0.1, 1)
     for page in ("healthz", "livez"):
         scene.metrics.probed(page, 200)
-    scene.metrics.requested("GET", "10.99.0.1:6443", "200")
+    scene.metrics.requested("GET", "10.99.0.1:6443", "200", 0.1)
     return scene.page
 
 
@@ -154,7 +154,7 @@ def test_buckets_are_kube_proxys(mode: str) -> None:
     assert {name: [float(b) for b in page.buckets[name]] for name in shared} == {
         name: [float(b) for b in theirs.buckets[name]] for name in shared
     }
-    assert len(shared) == 2
+    assert len(shared) == 3
     sync = page.buckets["kubeproxy_sync_proxy_rules_duration_seconds"]
     assert page.buckets["kubeproxy_sync_partial_proxy_rules_duration_seconds"] == sync
     programming = [float(bound) for bound in page.buckets["kubeproxy_network_programming_duration_seconds"][:-1]]
@@ -166,10 +166,15 @@ def test_buckets_are_kube_proxys(mode: str) -> None:
 def test_only_these_kinds_of_names(mode: str) -> None:
     page = everything(mode)
     assert {name for name in page.types if not ours(name) and not name.startswith("kproxy_")} == {
-        "rest_client_requests_total"
+        "rest_client_requests_total",
+        "rest_client_request_duration_seconds",
     }
-    assert page.types["rest_client_requests_total"] == recorded(mode).types["rest_client_requests_total"] == "counter"
-    assert page.labels["rest_client_requests_total"] == recorded(mode).labels["rest_client_requests_total"]
+    for name, kind in (
+        ("rest_client_requests_total", "counter"),
+        ("rest_client_request_duration_seconds", "histogram"),
+    ):
+        assert page.types[name] == recorded(mode).types[name] == kind
+        assert page.labels[name] == recorded(mode).labels[name]
     assert page.helps == page.types.keys()
     assert not any(name.endswith("_created") for name in page.types)
 
@@ -345,8 +350,8 @@ def test_kernel_counters_are_read_when_asked() -> None:
 def test_what_others_report(scene: Scene) -> None:
     scene.metrics.conntrack_reconciled(V4, 0.25, 3)
     scene.metrics.conntrack_reconciled(V4, 0.25, 2)
-    scene.metrics.requested("GET", "10.99.0.1:6443", "200")
-    scene.metrics.requested("GET", "10.99.0.1:6443", "<error>")
+    scene.metrics.requested("GET", "10.99.0.1:6443", "200", 0.5)
+    scene.metrics.requested("GET", "10.99.0.1:6443", "<error>", 0.25)
     scene.metrics.probed("healthz", 200)
     scene.metrics.probed("healthz", 503)
     scene.metrics.probed("livez", 200)
@@ -356,6 +361,8 @@ def test_what_others_report(scene: Scene) -> None:
     request = {"host": "10.99.0.1:6443", "method": "GET"}
     assert page.value("rest_client_requests_total", code="200", **request) == 1
     assert page.value("rest_client_requests_total", code="<error>", **request) == 1
+    duration = {"host": "10.99.0.1:6443", "verb": "GET"}
+    assert page.value("rest_client_request_duration_seconds_sum", **duration) == 0.75
     assert page.value("kubeproxy_proxy_healthz_total", code="200") == 1
     assert page.value("kubeproxy_proxy_healthz_total", code="503") == 1
     assert page.value("kubeproxy_proxy_livez_total", code="503") is None

@@ -102,7 +102,9 @@ def test_only_the_own_node_counts(store: Store) -> None:
     assert store.node == Node("node-1", zone="zone-a")
     assert store.apply(Delete(Node, "", "node-1")) == changed(node=True)
     assert store.apply(Delete(Node, "", "node-1")) == NOTHING
-    assert store.node is None
+    assert store.node == Node("node-1", zone="zone-a", being_deleted=True)
+    assert store.apply(Upsert(Node("node-1", zone="zone-b"))) == changed(node=True)
+    assert store.node == Node("node-1", zone="zone-b")
 
 
 def test_a_relist_is_a_difference(store: Store) -> None:
