@@ -36,11 +36,6 @@ class Programs:
         self._running: subprocess.Popen[str] | None = None
         self._stopped = False
 
-    @property
-    def busy(self) -> bool:
-        """Whether a program runs now."""
-        return self._running is not None
-
     def stop(self) -> None:
         """Kill the program that runs now, wait for its end, and refuse to start others."""
         with self._lock:

@@ -11,21 +11,6 @@ ROOT = Path("/")
 
 ROUTE_LOCALNET = "proc/sys/net/ipv4/conf/all/route_localnet"
 
-_ROOT = Path("/proc/sys")
-
-
-def read_sysctl(name: str) -> str:
-    """Return a parameter, named by its path such as `net/ipv4/ip_forward`. Raises `OSError` where it does not exist."""
-    return (_ROOT / name).read_text().strip()
-
-
-def ensure_sysctl(name: str, value: str) -> bool:
-    """Set a parameter unless it already has that value; return whether it was written. Raises `OSError`."""
-    if read_sysctl(name) == value:
-        return False
-    (_ROOT / name).write_text(value)
-    return True
-
 
 def read_parameters(paths: Iterable[str], root: Path = ROOT) -> dict[str, int]:
     """Return those of the numeric parameters that can be read, by their path below `root`."""

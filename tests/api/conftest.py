@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from time import monotonic
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 
@@ -16,6 +16,10 @@ from kproxy.model.delta import Delete, Delta, Kind, Object, Replace, Upsert
 from kproxy.model.types import EndpointSlice, Node, Service
 from tests.apiserver import ApiServer, Relay
 from tests.kubeapiserver import KubeApiServer, unavailable
+from tests.lab.requirements import missing_commands, missing_privilege
+
+if TYPE_CHECKING:
+    from tests.api.node import ProxiedNode
 
 HANG = 30.0
 """Seconds after which a test gives up waiting."""
@@ -140,3 +144,15 @@ def follow(received: Received, tmp_path: Path) -> Iterator[Follow]:
     yield start
     for source in sources:
         source.stop()
+
+
+@pytest.fixture
+def proxied(cluster: Cluster, tmp_path: Path) -> Iterator[ProxiedNode]:
+    """A node for the daemon, which is not started yet."""
+    from tests.api.node import ProxiedNode
+
+    if reason := missing_commands() or missing_privilege():
+        pytest.skip(reason)
+    proxied = ProxiedNode(cluster, tmp_path)
+    yield proxied
+    proxied.close()

@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from tests.api.conftest import Cluster
 from tests.api.node import ProxiedNode
 from tests.apiserver.objects import endpoint_slice, node, service
-from tests.lab.requirements import missing_commands, missing_privilege
 from tests.lab.waiting import wait_until
-
-
-@pytest.fixture
-def proxied(cluster: Cluster, tmp_path: Path) -> Iterator[ProxiedNode]:
-    if reason := missing_commands() or missing_privilege():
-        pytest.skip(reason)
-    proxied = ProxiedNode(cluster, tmp_path)
-    yield proxied
-    proxied.close()
 
 
 def populate(cluster: Cluster) -> None:

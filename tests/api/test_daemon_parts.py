@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import http.client
-from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 from tests.api.conftest import Cluster
 from tests.api.node import ProxiedNode
 from tests.apiserver.objects import endpoint_slice, node, service
-from tests.lab.requirements import missing_commands, missing_privilege
 from tests.lab.waiting import HANG_GUARD, wait_until
 
 CONFIG = """\
@@ -19,15 +15,6 @@ apiVersion: kubeproxy.config.k8s.io/v1alpha1
 kind: KubeProxyConfiguration
 conntrack: {maxPerCore: 0, min: 0}
 """
-
-
-@pytest.fixture
-def proxied(cluster: Cluster, tmp_path: Path) -> Iterator[ProxiedNode]:
-    if reason := missing_commands() or missing_privilege():
-        pytest.skip(reason)
-    proxied = ProxiedNode(cluster, tmp_path)
-    yield proxied
-    proxied.close()
 
 
 def get(proxied: ProxiedNode, port: int, path: str) -> tuple[int, str]:

@@ -7,6 +7,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,6 @@ import pytest
 from kproxy.host.netlink import NETLINK_NETFILTER, NLM_F_CREATE, NetlinkError, NetlinkSocket, attribute, nfgenmsg
 from kproxy.host.nfacct import ensure_counters
 from kproxy.host.run import CommandError, Programs, first_line, run
-from kproxy.host.sysctl import ensure_sysctl, read_sysctl
 from kproxy.iptables.apply import Iptables, RestoreError, parse_version, restore_error
 from kproxy.model.types import Family
 from tests.lab.namespace import Namespace
@@ -150,15 +150,29 @@ def test_reading_needs_no_place_for_files(namespace: Namespace) -> None:
     assert done.stdout.split() == ["here"]
 
 
+def open_when_read(fifo: Path) -> int:
+    """Wait until somebody reads a FIFO, which then can be opened for writing at once (fifo(7)); return that end."""
+    found: list[int] = []
+
+    def try_to_open() -> bool:
+        with suppress(OSError):
+            found.append(os.open(fifo, os.O_WRONLY | os.O_NONBLOCK))
+        return bool(found)
+
+    wait_until(try_to_open, "somebody to read the FIFO")
+    return found[0]
+
+
 def test_stop_kills_what_runs_and_starts_nothing_more(tmp_path: Path) -> None:
     programs, fifo = Programs(), tmp_path / "never"
     os.mkfifo(fifo)
     ended: list[int] = []
     thread = threading.Thread(target=lambda: ended.append(programs.run(["cat", str(fifo)], timeout=GUARD).code))
     thread.start()
-    wait_until(lambda: programs.busy, "the program to run")
+    kept_open = open_when_read(fifo)
     programs.stop()
     thread.join(GUARD)
+    os.close(kept_open)
     assert ended == [-9]
     with pytest.raises(CommandError, match=r"^true is not started any more: kproxy is stopping$"):
         programs.run(["true"], timeout=GUARD)
@@ -227,21 +241,6 @@ def test_attributes_are_padded_to_four_bytes(payload: bytes, expected: bytes) ->
 
 
 # Sysctls.
-
-
-def test_sysctls_are_written_only_where_they_differ(namespace: Namespace) -> None:
-    name = "net/ipv4/conf/all/route_localnet"
-    assert namespace.call(lambda: read_sysctl(name)) == "0"
-    assert namespace.call(lambda: ensure_sysctl(name, "1")) is True
-    assert namespace.call(lambda: read_sysctl(name)) == "1"
-    assert namespace.call(lambda: ensure_sysctl(name, "1")) is False
-
-
-def test_a_sysctl_that_does_not_exist_or_take_the_value_is_an_error(namespace: Namespace) -> None:
-    with pytest.raises(FileNotFoundError):
-        namespace.call(lambda: ensure_sysctl("net/ipv4/no_such_thing", "1"))
-    with pytest.raises(OSError, match="Invalid argument"):
-        namespace.call(lambda: ensure_sysctl("net/ipv4/conf/all/route_localnet", "many"))
 
 
 # What iptables really says.
