@@ -1,4 +1,4 @@
-"""What the API server answers: the lines of a watch, the pages of a list and its refusals, as plain values.
+"""What the API server answers in JSON: the lines of a watch, the pages of a list and its refusals.
 
 The shapes are those of the Kubernetes API conventions (watch events, `List` metadata, `Status`).
 """
@@ -6,63 +6,29 @@ The shapes are those of the Kubernetes API conventions (watch events, `List` met
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeAlias
 
 import msgspec
 from msgspec import Struct
 
+from kproxy.kube.changes import (
+    INITIAL_EVENTS_END,
+    LONGEST_TEXT,
+    Bookmark,
+    Event,
+    Gone,
+    Refusal,
+    Unreadable,
+    one_line,
+    refusal_of,
+)
 from kproxy.kube.objects import Decoded, decode_object
+from kproxy.kube.protobuf import MAGIC, read_status
+from kproxy.kube.wire import StatusWire
 from kproxy.model.delta import Kind
-
-INITIAL_EVENTS_END = "k8s.io/initial-events-end"
-"""Marks the bookmark after the last initial event of a watch with `sendInitialEvents` (KEP-3157)."""
-
-LONGEST_TEXT = 400
-"""Characters of a server's message that are worth a log line."""
 
 
 class AnswerError(ValueError):
     """A list page that cannot be read at all; the message says why."""
-
-
-class Gone(Struct, frozen=True):
-    """A DELETED event."""
-
-    namespace: str
-    name: str
-    resource_version: str
-
-
-class Bookmark(Struct, frozen=True):
-    """A BOOKMARK event; `ends_initial` is true for the one that ends the initial events."""
-
-    resource_version: str
-    ends_initial: bool
-
-
-class Unreadable(Struct, frozen=True):
-    """An object that could not be decoded. `name` is "" if not even that could be read."""
-
-    namespace: str
-    name: str
-    resource_version: str
-    text: str
-
-
-class Refusal(Struct, frozen=True):
-    """An HTTP status other than 200, or an ERROR event. `retry_after` is in seconds, 0 if not given."""
-
-    code: int
-    reason: str
-    message: str
-    retry_after: float = 0.0
-
-    def __str__(self) -> str:
-        """Return the refusal on one line."""
-        return f"{self.code} {self.reason}: {self.message}" if self.reason else f"{self.code}: {self.message}"
-
-
-Event: TypeAlias = Decoded | Gone | Bookmark | Unreadable | Refusal
 
 
 class Page(Struct, frozen=True):
@@ -99,30 +65,13 @@ class _List(Struct):
     items: list[msgspec.Raw] | None = None
 
 
-class _Details(Struct, rename="camel"):
-    retry_after_seconds: float = 0.0
-
-
-class _Status(Struct):
-    code: int = 0
-    reason: str = ""
-    message: str = ""
-    details: _Details | None = None
-
-
 _line = msgspec.json.Decoder(_Line)
 _named = msgspec.json.Decoder(_Named)
 _list = msgspec.json.Decoder(_List)
-_status = msgspec.json.Decoder(_Status)
+_status = msgspec.json.Decoder(StatusWire)
 
 # Text that is no JSON, not UTF-8, of the wrong shape, or nested deeper than the decoder's stack.
 _BAD_TEXT = (ValueError, RecursionError)
-
-
-def one_line(text: str) -> str:
-    """Return a text of unknown origin as one line of bearable length."""
-    flat = " ".join(text.split())
-    return flat if len(flat) <= LONGEST_TEXT else flat[:LONGEST_TEXT] + "..."
 
 
 def read_line(kind: Kind, raw: bytes) -> Event:
@@ -132,7 +81,7 @@ def read_line(kind: Kind, raw: bytes) -> Event:
         if line.type in {"ADDED", "MODIFIED"}:
             return _read_object(kind, line.object)
         if line.type == "ERROR":
-            return _refusal(_status.decode(line.object), 0, 0.0)
+            return refusal_of(_status.decode(line.object), 0, 0.0)
         metadata = _named.decode(line.object).metadata
     except _BAD_TEXT as error:
         return Unreadable("", "", "", one_line(str(error)))
@@ -155,21 +104,15 @@ def read_page(kind: Kind, raw: bytes) -> Page:
 
 
 def read_refusal(status: int, headers: Mapping[str, str], body: bytes) -> Refusal:
-    """Read an HTTP answer other than 200; the body may be a Status object or any proxy's error page."""
+    """Read an HTTP answer other than 200; the body may be a Status, in either form, or any proxy's error page."""
     texts = {name.lower(): value for name, value in headers.items()}
     header = texts.get("retry-after", "")
     after = float(header) if header.isascii() and header.isdigit() else 0.0
     try:
-        found = _status.decode(body)
+        found = read_status(body) if body.startswith(MAGIC) else _status.decode(body)
     except _BAD_TEXT:
-        found = _Status(message=body[: LONGEST_TEXT * 4].decode(errors="replace"))
-    return _refusal(found, status, after)
-
-
-def _refusal(status: _Status, code: int, retry_after: float) -> Refusal:
-    if not retry_after and status.details:
-        retry_after = max(0.0, status.details.retry_after_seconds)
-    return Refusal(code or status.code, one_line(status.reason), one_line(status.message) or "no message", retry_after)
+        found = StatusWire(message=body[: LONGEST_TEXT * 4].decode(errors="replace"))
+    return refusal_of(found, status, after)
 
 
 def _read_object(kind: Kind, raw: msgspec.Raw) -> Decoded | Unreadable:

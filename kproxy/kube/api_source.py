@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable, Iterable
 
 from kproxy.kube.client import Client, ClientError, Response, SilenceError, TransportError
-from kproxy.kube.watch import INACTIVITY, ListWatch, Problem, Request, Step
-from kproxy.model.delta import Delta, Kind
-from kproxy.model.types import EndpointSlice, Node, Service
+from kproxy.kube.steps import Problem, Request, Step
+from kproxy.kube.streams import read_events
+from kproxy.kube.watch import INACTIVITY, ListWatch
+from kproxy.model.delta import BASIC_KINDS, Delta, Kind
 
 REPEAT_PERIOD = 60.0
 """Seconds before the same complaint is logged again."""
@@ -23,10 +24,11 @@ log = logging.getLogger(__name__)
 
 
 class ApiSource:
-    """Follows Services, EndpointSlices and one Node, and hands every change to `sink`.
+    """Follows objects of `kinds`, of the Nodes only one, and hands every change to `sink`.
 
     `sink` is called from several threads and must not block. Each kind begins with a `Replace`, as soon as
-    the server has told of all of its objects; until then, and after errors, it tries again for ever.
+    the server has told of all of its objects; until then, and after errors, it tries again for ever. ServiceCIDRs
+    that the server does not have or does not show begin with an empty `Replace`, and are asked for ever more rarely.
     `inactivity` is in seconds: a connection silent for longer is replaced.
     """
 
@@ -36,7 +38,7 @@ class ApiSource:
         node_name: str,
         sink: Callable[[Delta], None],
         *,
-        kinds: Iterable[Kind] = (Service, EndpointSlice, Node),
+        kinds: Iterable[Kind] = BASIC_KINDS,
         inactivity: float = INACTIVITY,
     ) -> None:
         def machine(kind: Kind) -> ListWatch:
@@ -73,10 +75,13 @@ class Complaints:
         self._logged[text] = now
         return True
 
-    def is_trouble_news(self, trouble: str, now: float) -> bool:
-        """Like `is_news` for the present trouble, "" for none: the end of one that was said is news too."""
+    def is_trouble_news(self, trouble: str, now: float, *, lasting: bool = False) -> bool:
+        """Like `is_news` for the present trouble, "" for none: the end of one that was said is news too.
+
+        `lasting` trouble may well be for ever: it is said once, not again and again.
+        """
         if trouble:
-            news = self.is_news(trouble, now)
+            news = trouble != self._open if lasting else self.is_news(trouble, now)
             self._open = trouble if news else self._open
             return news
         ended, self._open = bool(self._open), ""
@@ -132,7 +137,7 @@ class _Follower:
         """Send the machine's next request, feed it what comes, and return the seconds until the next."""
         request = self._machine.next_request()
         try:
-            with self._client.get(request.path, request.params, self._machine.inactivity) as response:
+            with self._client.get(request.path, request.params, self._machine.inactivity, request.accept) as response:
                 try:
                     step = self._take(request, response) if self._hold(response) else Step(again_after=0.0)
                 finally:
@@ -162,8 +167,8 @@ class _Follower:
         opened = time.monotonic()
         self._machine.opened()
         self._follow(Step())
-        for line in response.lines():
-            step = self._machine.line(line)
+        for event in read_events(self._kind, response):
+            step = self._machine.event(event)
             if step.again_after is not None:
                 return step
             self._follow(step)
@@ -184,7 +189,7 @@ class _Follower:
 
     def _log_trouble(self, step: Step, now: float) -> None:
         trouble = self._machine.trouble
-        if not self._complaints.is_trouble_news(trouble, now):
+        if not self._complaints.is_trouble_news(trouble, now, lasting=self._machine.absent):
             return
         if trouble:
             log.warning("%s; next try in %.1f s", trouble, step.again_after or 0.0)

@@ -85,8 +85,8 @@ class Following:
 class FileSource:
     """Hands the objects of `path`, a file or a folder (see `read_files`), to `sink`.
 
-    Each time it calls `sink` once, with a `Replace` of Services, of EndpointSlices and of Nodes, in this order,
-    empty where there are none. `sink` is called from a thread and must not block.
+    Each time it calls `sink` once, with a `Replace` of Services, of EndpointSlices, of Nodes and of ServiceCIDRs, in
+    this order, empty where there are none. `sink` is called from a thread and must not block.
     """
 
     def __init__(self, path: str, sink: Callable[[tuple[Delta, ...]], None]) -> None:

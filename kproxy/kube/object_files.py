@@ -1,4 +1,4 @@
-"""From the texts of files to the Services, EndpointSlices and Nodes in them. Pure: reads no file.
+"""From the texts of files to the Services, EndpointSlices, Nodes and ServiceCIDRs in them. Pure: reads no file.
 
 What `kubectl get -o yaml` or `-o json` prints works, and what the API server answers: single objects, `List`,
 `ServiceList` and its like (whose items have no kind of their own), several YAML documents in a file.
@@ -17,17 +17,27 @@ from kproxy.kube.documents import Document, DocumentError, read_documents
 from kproxy.kube.object_errors import dotted, explain
 from kproxy.kube.objects import Decoded, ObjectError, decode_object
 from kproxy.model.delta import Kind, Object, Replace
-from kproxy.model.types import EndpointSlice, Node, Service
+from kproxy.model.types import EndpointSlice, Node, Service, ServiceCIDR
 
-SERVED: dict[str, tuple[str, Kind]] = {
-    "Service": ("v1", Service),
-    "EndpointSlice": ("discovery.k8s.io/v1", EndpointSlice),
-    "Node": ("v1", Node),
+
+class Served(Struct, frozen=True):
+    """A kind that decides rules: its type, the apiVersions it may have (the usual one first), and its scope."""
+
+    kind: Kind
+    api_versions: tuple[str, ...]
+    namespaced: bool = True
+
+
+SERVED = {
+    "Service": Served(Service, ("v1",)),
+    "EndpointSlice": Served(EndpointSlice, ("discovery.k8s.io/v1",)),
+    "Node": Served(Node, ("v1",), namespaced=False),
+    "ServiceCIDR": Served(ServiceCIDR, ("networking.k8s.io/v1", "networking.k8s.io/v1beta1"), namespaced=False),
 }
-"""The kinds that decide rules, by their name in files: apiVersion and type."""
+"""The kinds that decide rules, by their name in files."""
 
 Identity: TypeAlias = tuple[str, str, str]
-"""What tells objects apart: kind, namespace ("" for Nodes) and name."""
+"""What tells objects apart: kind, namespace ("" for Nodes and ServiceCIDRs) and name."""
 
 
 class FileProblem(Struct, frozen=True):
@@ -58,7 +68,7 @@ class FileContent(Struct, frozen=True):
 class Loaded(Struct, frozen=True):
     """The objects of several files, with what a user should know of them, a line each.
 
-    `replacements` has one entry for each of Service, EndpointSlice and Node, also where there are none.
+    `replacements` has one entry for each kind of `SERVED`, in its order, also where there are none.
     `notes` tell of kinds that were passed over, `warnings` of objects that are given more than once.
     """
 
@@ -90,7 +100,8 @@ def combine(files: Iterable[FileContent]) -> Loaded:
                 warnings.append(f"{_label(identity)} is in {earlier[0]} and in {file.path}: the latter is taken")
             found[identity] = (file.path, item)
     kept = [item for _, item in found.values() if item is not None]
-    replacements = [Replace(kind, tuple(item for item in kept if type(item) is kind)) for _, kind in SERVED.values()]
+    kinds = (served.kind for served in SERVED.values())
+    replacements = [Replace(kind, tuple(item for item in kept if type(item) is kind)) for kind in kinds]
     return Loaded(tuple(replacements), tuple(notes), tuple(warnings), tuple(problems))
 
 
@@ -165,18 +176,18 @@ class _Reading:
                 self._refuse(item, error, document)
 
     def _add_item(self, item: _Item) -> None:
-        kind = _kind_served(item)
-        if kind is None:
+        served = _served(item)
+        if served is None:
             self.passed_over.append(f"{item.api_version} {item.kind}".strip())
             return
-        decoded = _decode(kind, item.content)
-        namespace = "" if kind is Node else decoded.namespace
+        decoded = _decode(served, item.content)
+        namespace = decoded.namespace if served.namespaced else ""
         self.objects.append(((item.kind, namespace, decoded.name), decoded.object))
 
     def _refuse(self, item: _Item, error: ObjectError, document: Document) -> None:
-        _, kind = SERVED.get(item.kind, ("", Service))
+        served = SERVED.get(item.kind, SERVED["Service"])
         try:
-            field, message = explain(error, _data(item.content), partial(_decode, kind))
+            field, message = explain(error, _data(item.content), partial(_decode, served))
         except ObjectError:
             field, message = (), str(error)
         text = ": ".join(part for part in (_name_of(item), dotted(field), message) if part)
@@ -203,21 +214,21 @@ def _items(content: bytes | Any) -> Iterator[_Item]:
         yield _Item(item, ("items", index), own.api_version if typed else "", typed)
 
 
-def _kind_served(item: _Item) -> Kind | None:
+def _served(item: _Item) -> Served | None:
     """Complete the type of an item from its own text, and return the kind to decode it as, if any."""
     own = _type_of(item.content)
     item.kind = own.kind or item.kind
     item.api_version = own.api_version or item.api_version
     if not item.kind:
         raise ObjectError("Expected a Kubernetes object, got one without a kind - at `$.kind`")
-    wanted, kind = SERVED.get(item.kind, ("", None))
+    served = SERVED.get(item.kind)
     group, _, _ = item.api_version.rpartition("/")
-    if kind is None or (group and group != wanted.rpartition("/")[0]):
+    if served is None or (group and group != served.api_versions[0].rpartition("/")[0]):
         return None
-    if item.api_version != wanted:
+    if item.api_version not in served.api_versions:
         found = repr(item.api_version) if item.api_version else "none"
-        raise ObjectError(f"Expected `{wanted}`, got {found} - at `$.apiVersion`")
-    return kind
+        raise ObjectError(f"Expected `{served.api_versions[0]}`, got {found} - at `$.apiVersion`")
+    return served
 
 
 def _type_of(content: bytes | Any) -> _Type:
@@ -227,15 +238,15 @@ def _type_of(content: bytes | Any) -> _Type:
         raise ObjectError(str(error).replace("`object`", "a Kubernetes object")) from None
 
 
-def _decode(kind: Kind, content: bytes | Any) -> Decoded:
+def _decode(served: Served, content: bytes | Any) -> Decoded:
     """Decode an object of a file: one must have a name, and one without a namespace is in `default`."""
     names = _read(content, _Named).metadata
     if not names.name:
         raise ObjectError("Expected a name, got none - at `$.metadata.name`")
-    if kind is not Node and not names.namespace:
+    if served.namespaced and not names.namespace:
         data = _data(content)
         content = {**data, "metadata": {**data["metadata"], "namespace": "default"}}
-    return decode_object(kind, content)
+    return decode_object(served.kind, content)
 
 
 def _data(content: bytes | Any) -> Any:
@@ -254,7 +265,9 @@ def _name_of(item: _Item) -> str:
         return item.kind
     if not item.kind:
         return ""
-    return _label((item.kind, "" if item.kind == "Node" else names.namespace or "default", names.name)).strip()
+    served = SERVED.get(item.kind)
+    namespaced = served is None or served.namespaced
+    return _label((item.kind, (names.namespace or "default") if namespaced else "", names.name)).strip()
 
 
 def _label(identity: Identity) -> str:

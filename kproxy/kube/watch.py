@@ -7,24 +7,16 @@ of changes", "Streaming lists" (KEP-3157), "Retrieving large result sets in chun
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TypeAlias
 
-from msgspec import Struct
-
-from kproxy.kube.answers import (
-    AnswerError,
-    Bookmark,
-    Event,
-    Gone,
-    Refusal,
-    Unreadable,
-    read_line,
-    read_page,
-    read_refusal,
-)
-from kproxy.kube.objects import HEADLESS_LABEL, PROXY_NAME_LABEL, Decoded
-from kproxy.model.delta import Delete, Delta, Kind, Object, Replace, Upsert
-from kproxy.model.types import EndpointSlice, Service
+from kproxy.kube.answers import AnswerError, read_page, read_refusal
+from kproxy.kube.changes import Bookmark, Event, Gone, Refusal, Unreadable
+from kproxy.kube.reduction import Decoded
+from kproxy.kube.resources import resource_of
+from kproxy.kube.steps import Message, Problem, Request, Step
+from kproxy.kube.streams import JSON, WATCH
+from kproxy.model.delta import Delete, Kind, Replace, Upsert
+from kproxy.model.packed import PackedSequence, pack
+from kproxy.model.types import Service
 
 PAGE_SIZE = 500
 """Objects per page of a list, client-go's default."""
@@ -38,42 +30,13 @@ SHORTEST_WATCH = 1.0
 UNREADABLE_LISTS = 2
 """Lists thrown away because of objects without a readable name, before one is taken without those."""
 
+LONGEST_PAUSE = 24.0
+"""Seconds between tries after many failures, 18 to 30 once spread by chance: client-go's bound."""
+
+LONGEST_ABSENCE = 240.0
+"""The same, 180 to 300, for a kind that the server does not serve us and that kproxy can do without."""
+
 _TRANSIENT = frozenset({401, 429, 503, 504})
-_OURS = f"!{PROXY_NAME_LABEL}"
-_OURS_WITH_IP = f"{_OURS},!{HEADLESS_LABEL}"
-_SERVED = "spec.clusterIP!=None,spec.type!=ExternalName"
-
-
-class Request(Struct, frozen=True):
-    """A GET: path, query parameters, and whether the answer is a watch (lines) or a page (one body)."""
-
-    path: str
-    params: dict[str, str]
-    watch: bool
-
-
-class Problem(Struct, frozen=True):
-    """An object that cannot be used. Its earlier state, if any, stays; `name` is "" where it is unknown."""
-
-    kind: Kind
-    namespace: str
-    name: str
-    text: str
-
-
-Message: TypeAlias = Delta | Problem
-
-
-class Step(Struct, frozen=True):
-    """What follows from an answer.
-
-    `again_after` is None while the present connection goes on; otherwise it is to be closed, and the next
-    request sent after that many seconds. `renew` asks for new credentials before that.
-    """
-
-    messages: tuple[Message, ...] = ()
-    again_after: float | None = None
-    renew: bool = False
 
 
 class ListWatch:
@@ -89,17 +52,27 @@ class ListWatch:
         self.inactivity = inactivity
         self._kind = kind
         self._random = random
-        self._path, self.resource, self._params = _select(kind, node_name)
+        resource = resource_of(kind, node_name)
+        self.resource = resource.name
+        self._path, self._params, self._without = resource.path, dict(resource.selectors), resource.without
+        self._absence = ""
+        self._was_listed = False
         self._may_drop_fields = kind is Service
         self._by_watch = True
+        self._accept = WATCH
         self._proven = False
         self._version = ""  # resourceVersion to watch from; "" while a list is needed
         self._continue = ""
-        self._found: dict[tuple[str, str], Object | None] = {}  # None: exists, but unreadable
+        self._found: dict[tuple[str, str], bytes | None] = {}  # packed; None: exists, but unreadable
         self._missed = False  # something unknown changed: only a list can tell
         self._spoiled_lists = 0
         self._failures = 0
         self._relists = 0
+
+    @property
+    def absent(self) -> bool:
+        """Whether the present trouble is only that kproxy has to do, maybe for long, without an optional kind."""
+        return bool(self._absence) and self.trouble == self._absence
 
     def next_request(self) -> Request:
         """Return the request to send now."""
@@ -115,18 +88,17 @@ class ListWatch:
         else:
             params |= {"sendInitialEvents": "true", "resourceVersionMatch": "NotOlderThan"}
         params["timeoutSeconds"] = str(300 + int(301 * self._random()))
-        return Request(self._path, params, watch=True)
+        return Request(self._path, params, watch=True, accept=self._accept)
 
     def opened(self) -> None:
         """Note that the server accepted a watch."""
         if self._version:
             self.trouble = ""
 
-    def line(self, raw: bytes) -> Step:
-        """Take one line of a watch, without its end."""
-        if not raw.strip():
-            return Step()
-        event = read_line(self._kind, raw)
+    def event(self, event: Event) -> Step:
+        """Take one event of a watch."""
+        if isinstance(event, Unreadable) and not event.name:
+            self._accept = JSON  # protobuf, if it was that, may be what is wrong
         if isinstance(event, Refusal):
             return self._error(event)
         return self._changed(event) if self._version else self._listed(event)
@@ -223,7 +195,7 @@ class ListWatch:
         if item.object is None:
             self._found.pop((item.namespace, item.name), None)
         else:
-            self._found[item.namespace, item.name] = item.object
+            self._found[item.namespace, item.name] = pack(item.object)
 
     def _note(self, item: Unreadable) -> Problem:
         if item.name:
@@ -240,11 +212,12 @@ class ListWatch:
             self._spoiled_lists += 1
             self._start_anew_if_missed()
             return self._retry(f"the list of {self.resource} holds what cannot be read", before)
-        objects = tuple(item for item in self._found.values() if item is not None)
+        objects = PackedSequence(self._kind, [item for item in self._found.values() if item is not None])
         unreadable = tuple(key for key, item in self._found.items() if item is None)
         self._forget()
         self._version = version  # what was missed stays so: the next list, after this watch, may have it
         self._failures = self._spoiled_lists = 0
+        self._was_listed = True
         self.trouble = ""
         return Step((*before, Replace(self._kind, objects, unreadable)), again_after)
 
@@ -260,10 +233,26 @@ class ListWatch:
     def _refused(self, refusal: Refusal) -> Step:
         if "Too large resource version" in refusal.message and self._version:
             return self._relist(refusal)  # the server's past was replaced, by a backup for instance
+        if self._without and refusal.code in {403, 404}:
+            return self._absent(refusal)
+        if refusal.code == 406:
+            self._accept = JSON
         verb = "watch" if self._version or self._by_watch else "list"
         text = f"the API server refuses to {verb} {self.resource}: {refusal}"
         renew = refusal.code == 401
         return self._retry(text, at_least=refusal.retry_after, renew=renew)
+
+    def _absent(self, refusal: Refusal) -> Step:
+        """Go on without a kind that the server does not have (404) or does not show us (403).
+
+        What is known of it stays; if nothing is, it counts as listed and empty. The tries become rare.
+        """
+        missing = refusal.code == 404
+        text = "the API server does not have" if missing else "permission is missing to list and watch"
+        effect = "what was known of them stays in force" if self._was_listed else self._without
+        self._absence = f"{text} {self.resource}: {effect} ({refusal})"
+        messages = () if self._was_listed else (Replace(self._kind, ()),)
+        return self._retry(self._absence, messages, longest=LONGEST_ABSENCE)
 
     def _relist(self, refusal: Refusal) -> Step:
         """Start over with a list: at once, but slower and slower while that leads here again."""
@@ -275,13 +264,19 @@ class ListWatch:
         return Step(again_after=delay)
 
     def _retry(
-        self, text: str, messages: tuple[Message, ...] = (), *, at_least: float = 0.0, renew: bool = False
+        self,
+        text: str,
+        messages: tuple[Message, ...] = (),
+        *,
+        at_least: float = 0.0,
+        longest: float = LONGEST_PAUSE,
+        renew: bool = False,
     ) -> Step:
         """Try again later: a stream of initial events from its beginning, pages from the failed one."""
         if self._by_watch:
             self._forget()
         self._start_anew_if_missed()
-        delay = max(self._backoff(self._failures), at_least)
+        delay = max(self._backoff(self._failures, longest), at_least)
         self._failures += 1
         self.trouble = text
         return Step(messages, delay, renew)
@@ -307,16 +302,6 @@ class ListWatch:
     def _forget(self) -> None:
         self._found, self._continue = {}, ""
 
-    def _backoff(self, failures: int) -> float:
-        """Return 0.6 to 1 s, doubled per failure up to 18 to 30 s: client-go's bounds, spread by chance."""
-        return min(24.0, 0.8 * 2.0 ** min(failures, 10)) * (0.75 + 0.5 * self._random())
-
-
-def _select(kind: Kind, node_name: str) -> tuple[str, str, dict[str, str]]:
-    """Return the path, the resource as RBAC names it, and the selectors of one kind."""
-    if kind is Service:
-        return "/api/v1/services", "services", {"labelSelector": _OURS, "fieldSelector": _SERVED}
-    if kind is EndpointSlice:
-        path = "/apis/discovery.k8s.io/v1/endpointslices"
-        return path, "endpointslices.discovery.k8s.io", {"labelSelector": _OURS_WITH_IP}
-    return "/api/v1/nodes", "nodes", {"fieldSelector": f"metadata.name={node_name}"}
+    def _backoff(self, failures: int, longest: float = LONGEST_PAUSE) -> float:
+        """Return 0.6 to 1 s, as client-go does, doubled per failure up to `longest`, which is spread by chance too."""
+        return min(longest, 0.8 * 2.0 ** min(failures, 10)) * (0.75 + 0.5 * self._random())

@@ -1,4 +1,4 @@
-"""The API's JSON shapes, with only the fields that decide rules; everything else is skipped while parsing."""
+"""The API's shapes, with only the fields that decide rules; everything else is skipped while parsing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kproxy.model.types import Protocol
 
 
 class Wire(Struct, rename="camel", gc=False):
-    """A JSON object as the API sends it: camelCase keys, everything optional, unknown keys passed over."""
+    """An object as the API sends it: camelCase keys in JSON, everything optional, unknown keys passed over."""
 
 
 class MetadataWire(Wire):
@@ -128,3 +128,23 @@ class NodeWire(Wire):
     metadata: MetadataWire
     spec: NodeSpecWire | None = None
     status: NodeStatusWire | None = None
+
+
+class ServiceCIDRSpecWire(Wire):
+    cidrs: list[str] | None = None
+
+
+class ServiceCIDRWire(Wire):
+    metadata: MetadataWire
+    spec: ServiceCIDRSpecWire | None = None
+
+
+class StatusDetailsWire(Wire):
+    retry_after_seconds: float = 0.0
+
+
+class StatusWire(Wire):
+    code: int = 0
+    reason: str = ""
+    message: str = ""
+    details: StatusDetailsWire | None = None

@@ -12,10 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kproxy.kube.answers import read_line
+from kproxy.kube.changes import Unreadable
 from kproxy.kube.objects import decode_object
-from kproxy.kube.watch import ListWatch, Problem, Request, Step
+from kproxy.kube.steps import Problem, Request, Step
+from kproxy.kube.watch import ListWatch
 from kproxy.model.delta import Delete, Kind, Object, Replace, Upsert
-from kproxy.model.types import EndpointSlice, Node, Service
+from kproxy.model.types import EndpointSlice, Node, Service, ServiceCIDR
 
 RECORDED = Path(__file__).parent.parent / "watch"
 Key = tuple[str, str]
@@ -33,8 +36,15 @@ def answer_of(name: str) -> tuple[int, dict[str, str], bytes]:
     return int(first.split()[1]), dict(line.split(": ", 1) for line in rest), body.encode()
 
 
-def machine(kind: Kind = Service, chance: float = 0.5) -> ListWatch:
-    return ListWatch(kind, "node-1", lambda: chance)
+class JsonWatch(ListWatch):
+    """The machine, fed with the lines of a watch."""
+
+    def line(self, raw: bytes) -> Step:
+        return self.event(read_line(self._kind, raw))
+
+
+def machine(kind: Kind = Service, chance: float = 0.5) -> JsonWatch:
+    return JsonWatch(kind, "node-1", lambda: chance)
 
 
 @dataclass
@@ -62,7 +72,7 @@ class Folded:
 
 
 def key_of(item: Object) -> Key:
-    return ("" if isinstance(item, Node) else item.namespace), item.name
+    return ("" if isinstance(item, Node | ServiceCIDR) else item.namespace), item.name
 
 
 def truth(kind: Kind, items: Iterable[Any], events: Iterable[bytes]) -> dict[Key, Object]:
@@ -166,7 +176,7 @@ def test_a_server_known_to_list_by_watch_may_be_silent() -> None:
 ERROR_410 = (RECORDED / "watch-too-old.txt").read_bytes().splitlines()[-1]
 
 
-def following(kind: Kind = Service, chance: float = 0.5) -> ListWatch:
+def following(kind: Kind = Service, chance: float = 0.5) -> JsonWatch:
     """Return a machine that has its list, at resourceVersion 96."""
     watch = machine(kind, chance)
     for line in lines_of("services.watchlist.jsonl")[:9] if kind is Service else []:
@@ -175,6 +185,9 @@ def following(kind: Kind = Service, chance: float = 0.5) -> ListWatch:
         watch.line(BOOKMARK % (96, b',"annotations":{"k8s.io/initial-events-end":"true"}'))
     watch.opened()
     return watch
+
+
+BOTH = "application/vnd.kubernetes.protobuf;stream=watch,application/json"
 
 
 def test_requests_of_each_kind() -> None:
@@ -188,16 +201,17 @@ def test_requests_of_each_kind() -> None:
     }
     fields = "spec.clusterIP!=None,spec.type!=ExternalName"
     expected: dict[Kind, Request] = {
-        Service: Request("/api/v1/services", {"labelSelector": ours, "fieldSelector": fields} | common, True),
+        Service: Request("/api/v1/services", {"labelSelector": ours, "fieldSelector": fields} | common, True, BOTH),
         EndpointSlice: Request(
-            "/apis/discovery.k8s.io/v1/endpointslices", {"labelSelector": ours_with_ip} | common, True
+            "/apis/discovery.k8s.io/v1/endpointslices", {"labelSelector": ours_with_ip} | common, True, BOTH
         ),
-        Node: Request("/api/v1/nodes", {"fieldSelector": "metadata.name=node-1"} | common, True),
+        Node: Request("/api/v1/nodes", {"fieldSelector": "metadata.name=node-1"} | common, True, BOTH),
+        ServiceCIDR: Request("/apis/networking.k8s.io/v1/servicecidrs", common, True, BOTH),
     }
     for kind, request in expected.items():
         for chance, seconds in ((0.0, "300"), (0.999999, "600")):
             found = machine(kind, chance).next_request()
-            assert found == Request(request.path, request.params | {"timeoutSeconds": seconds}, True)
+            assert found == Request(request.path, request.params | {"timeoutSeconds": seconds}, True, BOTH)
 
 
 @pytest.mark.parametrize("refused", [ERROR_410, (410, b"{}")])
@@ -293,6 +307,91 @@ def test_403_says_what_is_not_allowed() -> None:
     assert not step.renew
     assert watch.trouble.startswith("the API server refuses to watch services: 403 Forbidden: services is forbid")
     assert watch.next_request().watch, "a missing permission is no reason to list by pages"
+
+
+NO_RESOURCE = b'{"code":404,"reason":"NotFound","message":"the server could not find the requested resource"}'
+FORBIDDEN = b'{"code":403,"reason":"Forbidden","message":"User \\"kube-proxy\\" cannot watch resource"}'
+NOT_DROPPED = "servicecidrs.networking.k8s.io: packets to unallocated service addresses are not dropped"
+WITHHELD = [
+    (404, NO_RESOURCE, f"the API server does not have {NOT_DROPPED} (404 NotFound: the server could not find the"),
+    (404, b"404 page not found\n", f"the API server does not have {NOT_DROPPED} (404: 404 page not found)"),
+    (403, FORBIDDEN, f'permission is missing to list and watch {NOT_DROPPED} (403 Forbidden: User "kube-proxy" cannot'),
+]
+
+
+@pytest.mark.parametrize("by_watch", [True, False])
+@pytest.mark.parametrize(("status", "body", "said"), WITHHELD)
+def test_service_cidrs_that_the_server_withholds_count_as_listed_and_empty(
+    status: int, body: bytes, said: str, by_watch: bool
+) -> None:
+    watch = machine(ServiceCIDR)
+    assert not watch.absent
+    if not by_watch:
+        watch.line(OLD_ETCD)
+    step = watch.refused(status, {}, body)
+    assert step.messages == (Replace(ServiceCIDR, ()),)
+    assert step.again_after == pytest.approx(0.8)
+    assert watch.trouble.startswith(said)
+    assert watch.absent
+    assert watch.next_request().watch is by_watch
+    assert "resourceVersion" not in watch.next_request().params
+
+
+def test_service_cidrs_that_the_server_withholds_are_asked_for_ever_more_rarely() -> None:
+    for chance, factor in ((0.0, 0.75), (1.0, 1.25)):
+        watch = machine(ServiceCIDR, chance)
+        delays = [watch.refused(404, {}, NO_RESOURCE).again_after for _ in range(11)]
+        expected = [0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 51.2, 102.4, 204.8, 240.0, 240.0]
+        assert delays == [pytest.approx(seconds * factor) for seconds in expected]
+        assert watch.failed("connection refused").again_after == pytest.approx(24.0 * factor)
+
+
+def test_service_cidrs_that_the_server_gets_later_end_the_absence() -> None:
+    watch = machine(ServiceCIDR)
+    watch.refused(404, {}, NO_RESOURCE)
+    watch.opened()
+    assert watch.absent, "no list yet"
+    line = b'{"type":"ADDED","object":{"metadata":{"name":"kubernetes"},"spec":{"cidrs":["10.96.0.0/16"]}}}'
+    watch.line(line)
+    expected = ServiceCIDR("kubernetes", ("10.96.0.0/16",))
+    assert watch.line(END_OF_LIST).messages == (Replace(ServiceCIDR, (expected,)),)
+    assert (watch.absent, watch.trouble) == (False, "")
+    assert watch.failed("reset by peer").again_after == pytest.approx(0.8)
+    assert not watch.absent
+
+
+@pytest.mark.parametrize(("status", "body"), [(404, NO_RESOURCE), (403, FORBIDDEN)])
+def test_service_cidrs_that_are_known_stay_when_the_server_withholds_them(status: int, body: bytes) -> None:
+    watch = following(ServiceCIDR)
+    step = watch.refused(status, {}, body)
+    assert step.messages == ()
+    assert step.again_after == pytest.approx(0.8)
+    assert "servicecidrs.networking.k8s.io: what was known of them stays in force (40" in watch.trouble
+    assert watch.absent
+    assert watch.next_request().params["resourceVersion"] == "96"
+    watch.line(ERROR_410)
+    assert not watch.absent
+    assert watch.refused(status, {}, body).messages == ()
+
+
+@pytest.mark.parametrize("status", [400, 401, 429, 500, 503])
+def test_service_cidrs_are_waited_for_whatever_else_is_wrong(status: int) -> None:
+    watch = machine(ServiceCIDR)
+    for _ in range(8):
+        assert watch.refused(status, {}, b"").messages == ()
+        assert watch.failed("connection refused").messages == ()
+        assert watch.silent().messages == ()
+        assert not watch.absent
+
+
+@pytest.mark.parametrize("kind", [Service, EndpointSlice, Node])
+@pytest.mark.parametrize(("status", "body"), [(404, NO_RESOURCE), (403, FORBIDDEN)])
+def test_no_other_kind_is_done_without(kind: Kind, status: int, body: bytes) -> None:
+    watch = machine(kind)
+    steps = [watch.refused(status, {}, body) for _ in range(8)]
+    assert [step.messages for step in steps] == [()] * 8
+    assert steps[-1].again_after == pytest.approx(24.0)
+    assert not watch.absent
 
 
 def test_trouble_ends_when_the_watch_is_open_again() -> None:
@@ -474,11 +573,6 @@ def test_a_version_that_the_server_calls_invalid_is_given_up(status: int) -> Non
     assert watch.next_request().params["sendInitialEvents"] == "true"
 
 
-def test_empty_lines_mean_nothing() -> None:
-    watch = following()
-    assert watch.line(b"") == watch.line(b" \r") == Step()
-
-
 def test_garbage_in_every_list_does_not_keep_the_rest_away() -> None:
     watch, folded, delays = machine(), Folded(), []
     while not folded.replaces:
@@ -564,7 +658,7 @@ def replayed(kind: Kind, name: str, by_watch: bool) -> Replayed:
     return Replayed(kind, found["items"], version, lines_of(f"{name}.watch.jsonl"), by_watch)
 
 
-def converse(server: Replayed, watch: ListWatch, folded: Folded, fault: str, cut: int) -> None:
+def converse(server: Replayed, watch: JsonWatch, folded: Folded, fault: str, cut: int) -> None:
     """Make one request, and let the fault end it after `cut` lines."""
     request = watch.next_request()
     if fault == "connect":
@@ -584,7 +678,7 @@ def converse(server: Replayed, watch: ListWatch, folded: Folded, fault: str, cut
         read_stream(server.stream(request), watch, folded, fault, cut)
 
 
-def read_stream(lines: list[bytes], watch: ListWatch, folded: Folded, fault: str, cut: int) -> None:
+def read_stream(lines: list[bytes], watch: JsonWatch, folded: Folded, fault: str, cut: int) -> None:
     if fault not in {"none", "garbage"}:
         lines = lines[: cut % (len(lines) + 1)]
     for number, line in enumerate(lines):
@@ -641,3 +735,26 @@ def test_no_line_ever_raises(text: bytes, listed: bool) -> None:
     watch.line(OLD_ETCD)
     watch.page(text)
     assert watch.next_request().path == "/api/v1/services"
+
+
+def test_406_asks_for_json_from_then_on() -> None:
+    watch = machine()
+    assert watch.refused(406, {}, b"").again_after == pytest.approx(0.8)
+    assert watch.next_request().accept == "application/json"
+    assert watch.next_request().params["sendInitialEvents"] == "true", "no reason to list by pages"
+    watch.refused(503, {}, b"")
+    assert watch.next_request().accept == "application/json"
+
+
+def test_what_is_unreadable_without_a_name_asks_for_json_from_then_on() -> None:
+    watch = following()
+    watch.event(Unreadable("demo", "web", "97", "Expected a port"))
+    assert watch.next_request().accept == BOTH
+    watch.event(Unreadable("", "", "", "a message is cut off"))
+    assert watch.next_request().accept == "application/json"
+
+
+def test_pages_are_asked_for_in_json() -> None:
+    watch = machine()
+    watch.line(OLD_ETCD)
+    assert watch.next_request().accept == "application/json"
