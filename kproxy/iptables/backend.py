@@ -12,6 +12,7 @@ from kproxy.host.run import CommandError
 from kproxy.iptables.apply import RestoreError
 from kproxy.iptables.base import ensured_rules
 from kproxy.iptables.diff import Change
+from kproxy.iptables.dispatch import DISPATCH_THRESHOLD
 from kproxy.iptables.ledger import KernelView, Ledger
 from kproxy.iptables.names import CANARIES, FILTER_FIREWALL, Chain
 from kproxy.iptables.render import RenderedPort, render_port
@@ -57,10 +58,16 @@ class IptablesBackend:
     The kernel is read when nothing is known about it (at start and after a failure) and at no other time.
     """
 
-    def __init__(self, kernel: Kernel, *, block_rules: int = BLOCK_RULES) -> None:
-        """`block_rules` is how many rules a transaction of a large change may hold: `UNLIMITED` for iptables-legacy."""
+    def __init__(
+        self, kernel: Kernel, *, block_rules: int = BLOCK_RULES, dispatch_threshold: int = DISPATCH_THRESHOLD
+    ) -> None:
+        """`block_rules` is how many rules a transaction of a large change may hold: `UNLIMITED` for iptables-legacy.
+
+        A dispatch chain of more than `dispatch_threshold` rules is split by destination; with 0, none is.
+        """
         self._kernel = kernel
         self._block_rules = block_rules
+        self._dispatch_threshold = dispatch_threshold
         self._ledger: Ledger | None = None
 
     @property
@@ -75,7 +82,14 @@ class IptablesBackend:
         """
         ledger, view = (self._ledger, None) if self._ledger is not None else (Ledger(), self._read(context))
         wanted = ((key, render_ports(ports, context)) for key, ports in plans.items())
-        change = Change(ledger, view, wanted, context, block_rules=self._block_rules)
+        change = Change(
+            ledger,
+            view,
+            wanted,
+            context,
+            block_rules=self._block_rules,
+            dispatch_threshold=self._dispatch_threshold,
+        )
         self._ledger = None
         written: Counter[str] = Counter()
         try:
@@ -158,13 +172,21 @@ class Printer:
         """Return that nothing is missing."""
         return True
 
-    def __init__(self, show: Callable[[str], object]) -> None:
+    def __init__(self, show: Callable[[str], object], *, dispatch_threshold: int = DISPATCH_THRESHOLD) -> None:
         self._show = show
+        self._dispatch_threshold = dispatch_threshold
 
     def sync(self, plans: Plans, context: Context) -> Written:
         """Hand on the one `iptables-restore --noflush` input that programs all `plans`."""
         wanted = ((key, render_ports(ports, context)) for key, ports in plans.items())
-        change = Change(Ledger(), KernelView({}, {}), wanted, context, block_rules=UNLIMITED)
+        change = Change(
+            Ledger(),
+            KernelView({}, {}),
+            wanted,
+            context,
+            block_rules=UNLIMITED,
+            dispatch_threshold=self._dispatch_threshold,
+        )
         for transaction in change.transactions():
             self._show(transaction.text())
         return Written({}, {})

@@ -7,7 +7,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 
 from kproxy.iptables.base import base_chains, dispatch_tails, ensured_rules
-from kproxy.iptables.ledger import Digest, KernelView, Ledger, PortRecord, ServiceRecord, dispatch_differs
+from kproxy.iptables.dispatch import lay_out
+from kproxy.iptables.ledger import (
+    Digest,
+    DispatchRecord,
+    KernelView,
+    Ledger,
+    PortRecord,
+    ServiceRecord,
+    dispatch_differs,
+)
 from kproxy.iptables.names import CANARIES, FILTER_FIREWALL, Chain, deletion_order
 from kproxy.iptables.render import RenderedPort
 from kproxy.iptables.text import Restore, count_rules
@@ -27,29 +36,43 @@ class Change:
     With a `kernel` view (at start, after a failure) the ledger is empty, `wanted` is complete, and what the view
     shows decides what must be written, ensured and deleted.
 
-    A change of more than `block_rules` rules is cut into transactions that are safe one by one: first the
-    chains that belong to one Service each, then the dispatch chains that lead to them, last the deletion of what
-    nothing leads to any more. iptables-nft needs time that grows with the square of the rules in one transaction.
+    A change of more than `block_rules` rules is cut into transactions that are safe one by one: first the chains
+    that belong to one Service each, then the shards of dispatch chains from the bottom to the top, then the dispatch
+    chains themselves, last the deletion of what nothing leads to any more. iptables-nft needs time that grows with
+    the square of the rules in one transaction. Dispatch chains of more than `dispatch_threshold` rules are split.
+
+    A chain is rewritten, never edited: for iptables-nft to find one rule among 10,000 takes longer than to write the
+    32 of a shard.
     """
 
     def __init__(
-        self, ledger: Ledger, kernel: KernelView | None, wanted: Wanted, context: Context, *, block_rules: int
+        self,
+        ledger: Ledger,
+        kernel: KernelView | None,
+        wanted: Wanted,
+        context: Context,
+        *,
+        block_rules: int,
+        dispatch_threshold: int,
     ) -> None:
         self._ledger = ledger
         self._kernel = kernel
         self._wanted = wanted
         self._context = context
         self._block_rules = block_rules
+        self._dispatch_threshold = dispatch_threshold
         self._services: dict[ServiceKey, ServiceRecord] = {}
         self._base: dict[Chain, Digest] = {}
         self._base_rules: Counter[str] = Counter()
+        self._dispatch: dict[Chain, DispatchRecord] = {}
+        self._tops: dict[Chain, str] = {}
         self._deleted: list[Chain] = []
 
     def transactions(self) -> Iterator[Restore]:
         """Yield the transactions; none at all if the kernel already holds what is wanted."""
         block = Restore(self._groundwork())
         first = True
-        for writes in self._port_chains():
+        for writes in self._unswitched():
             if block and block.rules + count_rules(writes.values()) > self._block_rules:
                 yield block
                 block, first = Restore(), False
@@ -74,9 +97,7 @@ class Change:
         for key, record in self._services.items():
             self._ledger.put(key, record)
         self._ledger.put_base(self._base, self._base_rules)
-
-    def _held(self, chain: Chain) -> Digest | None:
-        return (self._kernel.ours if self._kernel else self._ledger.base).get(chain)
+        self._ledger.dispatch = self._dispatch
 
     def _groundwork(self) -> dict[Chain, str]:
         """Return the chains that those of the Services jump to, where they differ."""
@@ -84,7 +105,15 @@ class Change:
         self._base = {chain: hash(rules) for chain, rules in chains.items()}
         for chain, rules in chains.items():
             self._base_rules[chain.table] += count_rules([rules])
-        return {chain: rules for chain, rules in chains.items() if self._held(chain) != self._base[chain]}
+        martians = sum(rule.chain == FILTER_FIREWALL for rule in ensured_rules(self._context))
+        self._base_rules[FILTER_FIREWALL.table] += martians
+        held = self._kernel.ours if self._kernel else self._ledger.base
+        return {chain: rules for chain, rules in chains.items() if held.get(chain) != self._base[chain]}
+
+    def _unswitched(self) -> Iterator[dict[Chain, str]]:
+        """Yield the chains to write before the switch, those that belong into one transaction together."""
+        yield from self._port_chains()
+        yield from self._shards()
 
     def _port_chains(self) -> Iterator[dict[Chain, str]]:
         """Yield, Service by Service, the chains to write; a Service's own chains always change together."""
@@ -105,23 +134,37 @@ class Change:
             if writes:
                 yield writes
 
-    def _switch(self) -> Restore:
-        """Return the change of the chains and rules that lead packets to the Services' own chains."""
+    def _shards(self) -> Iterator[dict[Chain, str]]:
+        """Yield, one by one, the shards to write; the dispatch chains themselves are kept for the switch."""
+        tails = dispatch_tails(self._context)
+        for top, rules in self._ledger.dispatch_rules(self._dirty_dispatch(tails), self._services).items():
+            tail = tails[top]
+            layout = lay_out(top, rules, tail, self._context.family, self._dispatch_threshold)
+            digests = {chain: hash(text) for chain, text in layout.chains.items()}
+            former = self._ledger.dispatch[top].chains if top in self._ledger.dispatch else {}
+            held = self._kernel.ours if self._kernel else former
+            self._dispatch[top] = DispatchRecord(hash(tail), digests, layout.own)
+            self._deleted += [chain for chain in former if chain not in digests]
+            writes = {chain: text for chain, text in layout.chains.items() if held.get(chain) != digests[chain]}
+            if top in writes:
+                self._tops[top] = writes.pop(top)
+            yield from ({shard: text} for shard, text in writes.items())
+
+    def _dirty_dispatch(self, tails: Mapping[Chain, tuple[str, ...]]) -> list[Chain]:
+        """Return the dispatch chains that may change; the records of the others stay as they are."""
+        if self._kernel is not None:
+            return list(tails)
         dirty: set[Chain] = set()
         for key, record in self._services.items():
             dirty |= dispatch_differs(self._ledger.services.get(key, {}), record)
-        switch = Restore()
-        self._base_rules[FILTER_FIREWALL.table] += sum(
-            rule.chain == FILTER_FIREWALL for rule in ensured_rules(self._context)
-        )
-        for chain, tail in dispatch_tails(self._context).items():
-            self._base[chain] = hash(tail)
-            self._base_rules[chain.table] += len(tail)
-            if self._kernel is None and chain not in dirty and self._ledger.base.get(chain) == self._base[chain]:
-                continue
-            rules = self._ledger.dispatch_text(chain, tail, self._services)
-            if self._kernel is None or self._kernel.ours.get(chain) != hash(rules):
-                switch.chains[chain] = rules
+        for chain, accepted in self._ledger.dispatch.items():
+            if chain not in dirty and accepted.tail == hash(tails[chain]):
+                self._dispatch[chain] = accepted
+        return [chain for chain in tails if chain not in self._dispatch]
+
+    def _switch(self) -> Restore:
+        """Return the change of the chains and rules that lead packets to all others."""
+        switch = Restore(dict(self._tops))
         if self._kernel is not None:
             self._ensure(switch, self._kernel)
         return switch
@@ -143,4 +186,5 @@ class Change:
         if self._kernel is None:
             return []
         used = (name for record in self._services.values() for port in record.values() for name, _ in port.chains())
-        return self._kernel.stale_port_chains(used)
+        shards = {shard for record in self._dispatch.values() for shard in record.chains}
+        return self._kernel.stale_chains(used, shards)

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 
 from msgspec import Struct
 
-from kproxy.iptables.names import DISPATCH, PORT_CHAIN_PREFIXES, Chain
-from kproxy.iptables.render import RenderedPort
+from kproxy.iptables.names import PORT_CHAIN_PREFIXES, Chain, is_shard
+from kproxy.iptables.render import DispatchRule, RenderedPort
 from kproxy.iptables.text import SavedChain, count_rules
 from kproxy.model.types import ServiceKey
 
@@ -29,7 +29,7 @@ class PortRecord(Struct, frozen=True, gc=False):
     names: str
     digests: bytes
     rules: int
-    dispatch: tuple[tuple[Chain, str], ...]
+    dispatch: tuple[DispatchRule, ...]
 
     @classmethod
     def of(cls, rendered: RenderedPort) -> PortRecord:
@@ -65,14 +65,31 @@ class KernelView(Struct):
                 shared[chain] = content.rules
         return cls(ours, shared)
 
-    def stale_port_chains(self, used: Iterable[str]) -> list[Chain]:
-        """Return the chains of service ports that are in the kernel and in no record."""
-        in_use = frozenset(used)
+    def stale_chains(self, ports: Iterable[str], shards: Container[Chain]) -> list[Chain]:
+        """Return the chains in the kernel that are of service ports or shards, but not among those in use.
+
+        `ports` are names in table nat.
+        """
+        in_use = frozenset(ports)
         return [
             chain
             for chain in self.ours
-            if chain.table == "nat" and chain.name.startswith(PORT_CHAIN_PREFIXES) and chain.name not in in_use
+            if chain.name.startswith(PORT_CHAIN_PREFIXES)
+            and (chain.table == "nat" or is_shard(chain))
+            and chain not in shards
+            and not (chain.table == "nat" and chain.name in in_use)
         ]
+
+
+class DispatchRecord(Struct, frozen=True):
+    """The accepted state of a dispatch chain: digests of its tail, of itself, and of the shards it is split into.
+
+    `own` is how many rules these chains hold that are of no Service: the tail, and the jumps to shards.
+    """
+
+    tail: Digest
+    chains: dict[Chain, Digest]
+    own: int
 
 
 class Ledger:
@@ -81,13 +98,17 @@ class Ledger:
     def __init__(self) -> None:
         self.services: dict[ServiceKey, ServiceRecord] = {}
         self.base: dict[Chain, Digest] = {}
+        self.dispatch: dict[Chain, DispatchRecord] = {}
         self._base_rules: Counter[str] = Counter()
         self._service_rules: Counter[str] = Counter()
 
     @property
     def rules(self) -> dict[str, int]:
         """How many rules of ours each table holds, the jumps from built-in chains aside."""
-        return {table: self._base_rules[table] + self._service_rules[table] for table in ("nat", "filter")}
+        found = self._base_rules + self._service_rules
+        for chain, record in self.dispatch.items():
+            found[chain.table] += record.own
+        return {table: found[table] for table in ("nat", "filter")}
 
     def put(self, key: ServiceKey, record: ServiceRecord) -> None:
         """Replace the record of a Service; an empty one removes it."""
@@ -97,40 +118,42 @@ class Ledger:
             self.services[key] = record
 
     def put_base(self, base: dict[Chain, Digest], rules: Counter[str]) -> None:
-        """Replace what is known of the chains that all Services share, `rules` being their numbers by table."""
+        """Replace what is known of the chains that are the same for all Services, `rules` being theirs by table."""
         self.base = base
         self._base_rules = rules
 
-    def dispatch_text(self, chain: Chain, tail: Iterable[str], changed: Mapping[ServiceKey, ServiceRecord]) -> str:
-        """Return a dispatch chain's rules: those of all Services in the order of their names, then the tail.
+    def dispatch_rules(
+        self, chains: Iterable[Chain], changed: Mapping[ServiceKey, ServiceRecord]
+    ) -> dict[Chain, list[DispatchRule]]:
+        """Return what all Services add to some dispatch chains, in the order of their names.
 
         `changed` holds the records that are about to replace this ledger's.
         """
-        keys = sorted(self.services.keys() | changed.keys())
-        rules = [
-            rule
-            for key in keys
-            for _, record in sorted((changed[key] if key in changed else self.services[key]).items())
-            for owner, rule in record.dispatch
-            if owner == chain
-        ]
-        return "\n".join([*rules, *tail])
+        found: dict[Chain, list[DispatchRule]] = {chain: [] for chain in chains}
+        for key in sorted(self.services.keys() | changed.keys()) if found else ():
+            ports = changed[key] if key in changed else self.services[key]
+            for _, record in sorted(ports.items()) if len(ports) > 1 else ports.items():
+                for rule in record.dispatch:
+                    if rule.chain in found:
+                        found[rule.chain].append(rule)
+        return found
 
 
 def _count(record: ServiceRecord) -> Counter[str]:
-    rules = Counter(chain.table for port in record.values() for chain, _ in port.dispatch)
+    rules = Counter(rule.chain.table for port in record.values() for rule in port.dispatch)
     rules["nat"] += sum(port.rules for port in record.values())
     return rules
 
 
 def dispatch_differs(old: ServiceRecord, new: ServiceRecord) -> set[Chain]:
     """Return the dispatch chains in which a Service's rules differ between two states."""
-    before = {name: record.dispatch for name, record in old.items()}
-    after = {name: record.dispatch for name, record in new.items()}
-    if before == after:
-        return set()
-    return {chain for chain in DISPATCH if _rules_in(chain, before) != _rules_in(chain, after)}
+    before, after = _dispatch(old), _dispatch(new)
+    return {chain for chain in before.keys() | after.keys() if before.get(chain) != after.get(chain)}
 
 
-def _rules_in(chain: Chain, ports: Mapping[str, tuple[tuple[Chain, str], ...]]) -> list[str]:
-    return [rule for _, dispatch in sorted(ports.items()) for owner, rule in dispatch if owner == chain]
+def _dispatch(record: ServiceRecord) -> dict[Chain, list[DispatchRule]]:
+    found: dict[Chain, list[DispatchRule]] = {}
+    for _, port in sorted(record.items()):
+        for rule in port.dispatch:
+            found.setdefault(rule.chain, []).append(rule)
+    return found

@@ -6,6 +6,9 @@ is wanted as text. kube-proxy's chains, comments and order of rules are kept: ot
 
 from __future__ import annotations
 
+from ipaddress import ip_address
+from typing import NamedTuple
+
 from msgspec import Struct
 
 from kproxy.iptables.names import (
@@ -27,6 +30,18 @@ from kproxy.model.types import Family
 LOCALHOST_COUNTER = "localhost_nps_accepted_pkts"
 
 
+class DispatchRule(NamedTuple):
+    """A rule that a service port adds to a chain which all Services share.
+
+    It is about one destination: `place` is an address as a number, or with a `protocol` one of the node's ports.
+    """
+
+    chain: Chain
+    rule: str
+    place: int
+    protocol: str = ""
+
+
 class RenderedPort(Struct, frozen=True, gc=False):
     """The rules of one service port.
 
@@ -35,7 +50,7 @@ class RenderedPort(Struct, frozen=True, gc=False):
     """
 
     chains: dict[str, str]
-    dispatch: tuple[tuple[Chain, str], ...]
+    dispatch: tuple[DispatchRule, ...]
 
 
 def render_port(plan: ServicePortPlan, context: Context) -> RenderedPort:
@@ -61,7 +76,7 @@ class _PortRenderer:
         self.external_chain = f"KUBE-EXT-{suffix}"
         self.firewall_chain = f"KUBE-FW-{suffix}"
         self.chains: dict[str, str] = {}
-        self.dispatch: list[tuple[Chain, str]] = []
+        self.dispatch: list[DispatchRule] = []
 
     def render(self) -> RenderedPort:
         plan = self.plan
@@ -91,33 +106,29 @@ class _PortRenderer:
 
     def _dispatch_cluster_ip(self) -> None:
         plan = self.plan
-        match = self._to(plan.cluster_ip)
         if plan.internal is Decision.FORWARD:
             target = self._policy_chain(local=plan.internal_local)
-            self._add(NAT_SERVICES, self._rule(match, f"{plan.name} cluster IP", f"-j {target}"))
+            self._lead(NAT_SERVICES, plan.cluster_ip, "cluster IP", f"-j {target}")
         else:
-            self._refuse(FILTER_SERVICES, match, plan.internal)
+            self._refuse(FILTER_SERVICES, plan.cluster_ip, plan.internal)
 
     def _dispatch_external_ips(self) -> None:
         plan = self.plan
         for address in plan.external_ips:
-            match = self._to(address)
             if plan.has_endpoints:
-                comment = f"{plan.name} external IP"
-                self._add(NAT_SERVICES, self._rule(match, comment, f"-j {self.external_chain}"))
-            self._refuse(FILTER_EXTERNAL_SERVICES, match, plan.external)
+                self._lead(NAT_SERVICES, address, "external IP", f"-j {self.external_chain}")
+            self._refuse(FILTER_EXTERNAL_SERVICES, address, plan.external)
 
     def _dispatch_vips(self) -> None:
         plan = self.plan
         target = self.firewall_chain if plan.source_ranges else self.external_chain
         for address in plan.vips:
-            match = self._to(address)
             if plan.has_endpoints:
-                self._add(NAT_SERVICES, self._rule(match, f"{plan.name} loadbalancer IP", f"-j {target}"))
+                self._lead(NAT_SERVICES, address, "loadbalancer IP", f"-j {target}")
                 if plan.source_ranges:
-                    comment = f"{plan.name} traffic not accepted by {self.firewall_chain}"
-                    self._add(FILTER_PROXY_FIREWALL, self._rule(match, comment, "-j DROP"))
-            self._refuse(FILTER_EXTERNAL_SERVICES, match, plan.external)
+                    comment = f"traffic not accepted by {self.firewall_chain}"
+                    self._lead(FILTER_PROXY_FIREWALL, address, comment, "-j DROP")
+            self._refuse(FILTER_EXTERNAL_SERVICES, address, plan.external)
 
     def _dispatch_node_port(self) -> None:
         plan = self.plan
@@ -128,19 +139,22 @@ class _PortRenderer:
             if self.context.localhost_node_ports and self.context.accounting:
                 counted = f"-m nfacct --nfacct-name {LOCALHOST_COUNTER} {jump}"
                 rule = self._rule("-d 127.0.0.0/8 ", plan.name, counted, port=plan.node_port)
-                self._add(NAT_NODEPORTS, rule)
-            self._add(NAT_NODEPORTS, self._rule("", plan.name, jump, port=plan.node_port))
-        self._refuse(FILTER_EXTERNAL_SERVICES, "", plan.external, node_port=plan.node_port)
+                self._add(NAT_NODEPORTS, rule, plan.node_port, self.proto)
+            self._add(NAT_NODEPORTS, self._rule("", plan.name, jump, port=plan.node_port), plan.node_port, self.proto)
+        self._refuse(FILTER_EXTERNAL_SERVICES, "", plan.external)
 
     def _dispatch_health_check(self) -> None:
         plan = self.plan
         if plan.health_check_node_port:
             comment = f"{plan.name} health check node port"
             match = f'-p tcp -m comment --comment "{comment}" -m tcp --dport {plan.health_check_node_port}'
-            self._add(FILTER_NODEPORTS, f"{match} -j ACCEPT")
+            self._add(FILTER_NODEPORTS, f"{match} -j ACCEPT", plan.health_check_node_port, "tcp")
 
-    def _refuse(self, chain: Chain, match: str, decision: Decision, *, node_port: int = 0) -> None:
-        """Add the rule that answers where no endpoint may: none at all is refused, no local one is dropped."""
+    def _refuse(self, chain: Chain, address: str, decision: Decision) -> None:
+        """Add the rule that answers where no endpoint may: none at all is refused, no local one is dropped.
+
+        It is for an address, or without one for the NodePort.
+        """
         if decision is Decision.FORWARD:
             return
         if decision is Decision.DROP:
@@ -148,9 +162,12 @@ class _PortRenderer:
         else:
             reply = "icmp6-port-unreachable" if self.context.family is Family.IPV6 else "icmp-port-unreachable"
             comment, target = "has no endpoints", f"-j REJECT --reject-with {reply}"
-        local = "-m addrtype --dst-type LOCAL " if node_port else ""
-        port = node_port or self.plan.port
-        self._add(chain, self._rule(match, f"{self.plan.name} {comment}", target, port=port, extra=local))
+        if address:
+            self._lead(chain, address, comment, target)
+            return
+        port, local = self.plan.node_port, "-m addrtype --dst-type LOCAL "
+        rule = self._rule("", f"{self.plan.name} {comment}", target, port=port, extra=local)
+        self._add(chain, rule, port, self.proto)
 
     # The port's own chains.
 
@@ -251,8 +268,13 @@ class _PortRenderer:
         proto = self.proto
         return f'{match}-p {proto} -m comment --comment "{comment}" {extra}-m {proto} --dport {port} {target}'
 
-    def _add(self, chain: Chain, rule: str) -> None:
-        self.dispatch.append((chain, f"-A {chain.name} {rule}"))
+    def _lead(self, chain: Chain, address: str, comment: str, target: str) -> None:
+        """Add a rule about the port's connections to one address."""
+        rule = self._rule(self._to(address), f"{self.plan.name} {comment}", target)
+        self._add(chain, rule, int(ip_address(address)))
+
+    def _add(self, chain: Chain, rule: str, place: int, protocol: str = "") -> None:
+        self.dispatch.append(DispatchRule(chain, f"-A {chain.name} {rule}", place, protocol))
 
     def _write(self, name: str, rules: list[str]) -> None:
         self.chains[name] = "\n".join(f"-A {name} {rule}" for rule in rules)

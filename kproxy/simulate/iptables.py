@@ -1,23 +1,19 @@
 """What iptables rules do to a packet: the hooks it passes, and a walk through their chains.
 
-A packet is not followed once but as a flock: wherever a rule hits by chance, the flock divides in proportion.
-So the result holds every way that a packet may go, with its exact probability.
+A packet is not followed once but as a flock, which divides wherever a rule hits by chance.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
 
 from msgspec.structs import replace
 
 from kproxy.model.types import Family
+from kproxy.simulate.flock import Flock, anywhere, divide, each, elsewhere, here
 from kproxy.simulate.iptables_rules import Dump, Rule, read_dump
 from kproxy.simulate.packet import Outcome, Packet, Verdict
 from kproxy.simulate.passage import Passage
-
-Flock: TypeAlias = list[tuple[Passage, float]]
-"""Packets that are one packet with different luck, each with its probability."""
 
 
 class Iptables:
@@ -43,22 +39,22 @@ class Iptables:
         return Outcome((passage.fate(), share) for passage, share in flock)
 
     def _come_in(self, flock: Flock) -> Flock:
-        flock = self._translate("PREROUTING", flock, _anywhere)
-        flock = self._filter("INPUT", flock, _here)
-        flock = self._filter("FORWARD", flock, _elsewhere)
-        flock = self._translate("INPUT", flock, _here)
-        return self._translate("POSTROUTING", flock, _elsewhere)
+        flock = self._translate("PREROUTING", flock, anywhere)
+        flock = self._filter("INPUT", flock, here)
+        flock = self._filter("FORWARD", flock, elsewhere)
+        flock = self._translate("INPUT", flock, here)
+        return self._translate("POSTROUTING", flock, elsewhere)
 
     def _go_out(self, flock: Flock) -> Flock:
         """Follow a packet of the node's own; to an address of the node's own, it comes in again by `lo`.
 
         It is then still the first of its connection for the filter table, while its translation is settled.
         """
-        flock = self._translate("OUTPUT", flock, _anywhere)
-        flock = self._filter("OUTPUT", flock, _anywhere)
-        flock = self._translate("POSTROUTING", flock, _anywhere)
+        flock = self._translate("OUTPUT", flock, anywhere)
+        flock = self._filter("OUTPUT", flock, anywhere)
+        flock = self._translate("POSTROUTING", flock, anywhere)
         looped = [(replace(passage, interface="lo"), share) for passage, share in flock]
-        return self._filter("INPUT", looped, _here)
+        return self._filter("INPUT", looped, here)
 
     def _translate(self, chain: str, flock: Flock, where: Callable[[Passage], bool]) -> Flock:
         return self._hook("nat", chain, flock, lambda passage: passage.packet.state == "NEW" and where(passage))
@@ -68,13 +64,13 @@ class Iptables:
 
     def _hook(self, table: str, chain: str, flock: Flock, concerns: Callable[[Passage], bool]) -> Flock:
         """Send those through a built-in chain that are still on their way and that it concerns."""
-        flock, others = _divide(flock, lambda passage: passage.verdict is None and concerns(passage))
+        flock, others = divide(flock, lambda passage: passage.verdict is None and concerns(passage))
         found = self._dump.tables[table].get(chain)
         if not flock or found is None:
             return flock + others
         decided, undecided = self._walk(table, chain, flock)
         if found.policy == "DROP":
-            undecided = _each(undecided, lambda passage: passage.end(Verdict.DROPPED))
+            undecided = each(undecided, lambda passage: passage.end(Verdict.DROPPED))
         return decided + undecided + others
 
     def _walk(self, table: str, chain: str, flock: Flock) -> tuple[Flock, Flock]:
@@ -97,14 +93,14 @@ class Iptables:
 
     def _split(self, rule: Rule, flock: Flock) -> tuple[Flock, Flock]:
         """Return those that the rule hits, counted and remembered as it says, and those that it does not."""
-        hit, missed = _divide(flock, lambda passage: self._matches(rule, passage))
+        hit, missed = divide(flock, lambda passage: self._matches(rule, passage))
         if rule.chance < 1.0:
             missed += [(passage, share * (1.0 - rule.chance)) for passage, share in hit]
             hit = [(passage, share * rule.chance) for passage, share in hit if rule.chance]
         if rule.counter:
-            hit = _each(hit, lambda passage: replace(passage, counted=(*passage.counted, rule.counter)))
+            hit = each(hit, lambda passage: replace(passage, counted=(*passage.counted, rule.counter)))
         if rule.remembers:
-            hit = _each(hit, lambda passage: replace(passage, remembered=True))
+            hit = each(hit, lambda passage: replace(passage, remembered=True))
         return hit, missed
 
     def _matches(self, rule: Rule, passage: Passage) -> bool:
@@ -117,10 +113,10 @@ class Iptables:
         if not rule.target:
             return [], flock
         if rule.target == "MARK":
-            return [], _each(flock, lambda passage: replace(passage, mark=_marked(passage.mark, rule)))
+            return [], each(flock, lambda passage: replace(passage, mark=_marked(passage.mark, rule)))
         if rule.target in _FINAL:
             change = _FINAL[rule.target]
-            return _each(flock, lambda passage: change(passage, rule)), []
+            return each(flock, lambda passage: change(passage, rule)), []
         return self._walk(table, rule.target, flock)
 
 
@@ -137,27 +133,3 @@ _FINAL: dict[str, Callable[[Passage, Rule], Passage]] = {
 def _marked(mark: int, rule: Rule) -> int:
     """Apply `--set-xmark value/mask`: clear the bits of the mask, then flip those of the value."""
     return (mark & ~rule.mask) ^ rule.value
-
-
-def _anywhere(_: Passage) -> bool:
-    return True
-
-
-def _here(passage: Passage) -> bool:
-    return passage.is_local(passage.destination)
-
-
-def _elsewhere(passage: Passage) -> bool:
-    return not passage.is_local(passage.destination)
-
-
-def _divide(flock: Flock, test: Callable[[Passage], bool]) -> tuple[Flock, Flock]:
-    chosen: Flock = []
-    others: Flock = []
-    for passage, share in flock:
-        (chosen if test(passage) else others).append((passage, share))
-    return chosen, others
-
-
-def _each(flock: Flock, change: Callable[[Passage], Passage]) -> Flock:
-    return [(change(passage), share) for passage, share in flock]

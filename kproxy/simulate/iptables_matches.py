@@ -64,10 +64,12 @@ def _protocol(text: str) -> Match:
 
 
 def _port(text: str) -> Match:
-    if not text.isdecimal():
-        raise UnknownRuleError(f"{text} is not a port")
-    port = int(text)
-    return lambda passage: passage.port == port
+    """Match one port, or a range such as `30000:30015`."""
+    first, _, last = text.partition(":")
+    if not first.isdecimal() or not (last or first).isdecimal() or text.endswith(":"):
+        raise UnknownRuleError(f"{text} is not a port or a range of ports")
+    low, high = int(first), int(last or first)
+    return lambda passage: low <= passage.port <= high
 
 
 def _local_source(text: str) -> Match:

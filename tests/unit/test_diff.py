@@ -57,11 +57,18 @@ def a_slice(*lasts: int, owner: str = "web") -> EndpointSlice:
 class Proxy:
     """One family on a fake kernel, synced by hand."""
 
-    def __init__(self, kernel: FakeKernel | None = None, *, block_rules: int = 600, context: Context = CONTEXT) -> None:
+    def __init__(
+        self,
+        kernel: FakeKernel | None = None,
+        *,
+        block_rules: int = 600,
+        dispatch_threshold: int = 1000,
+        context: Context = CONTEXT,
+    ) -> None:
         self.kernel = kernel or FakeKernel()
         self.context = context
         self.store = Store("node-1")
-        backend = IptablesBackend(self.kernel, block_rules=block_rules)
+        backend = IptablesBackend(self.kernel, block_rules=block_rules, dispatch_threshold=dispatch_threshold)
         self.family = FamilySync(backend, lambda _: self.context)
 
     def take(self, *deltas: Delta) -> None:
@@ -383,20 +390,21 @@ def test_many_stale_chains_are_deleted_in_blocks_without_one_that_is_still_in_us
     st.lists(deltas(), max_size=12),
     st.lists(deltas(), min_size=1, max_size=8),
     st.sampled_from((1, 6, 25)),
+    st.sampled_from((1, 3, 1000)),
     st.booleans(),
 )
 def test_every_change_is_safe_at_every_moment(
-    before: list[Delta], more: list[Delta], block_rules: int, restarted: bool
+    before: list[Delta], more: list[Delta], block_rules: int, dispatch_threshold: int, restarted: bool
 ) -> None:
     kernel = Watched()
-    proxy = Proxy(kernel, block_rules=block_rules)
+    proxy = Proxy(kernel, block_rules=block_rules, dispatch_threshold=dispatch_threshold)
     listed = partial(proxy.take, Replace(Service, ()), Replace(EndpointSlice, ()))
     listed()
     proxy.take(*before)
     proxy.sync()
     state = dict(kernel.tables["nat"])
     if restarted:
-        proxy = Proxy(kernel, block_rules=block_rules)
+        proxy = Proxy(kernel, block_rules=block_rules, dispatch_threshold=dispatch_threshold)
         proxy.take(*before)
     kernel.states.clear()
     proxy.take(*more)

@@ -22,18 +22,30 @@ from tests.fakekernel import FakeKernel
 from tests.unit.strategies import deltas
 
 NAMED = {"old": "10.96.0.1", "new": "10.96.0.2"}
+THRESHOLDS = (1, 3, 1000)
+"""Of dispatch rules: above, a chain is split. So few Services come and go above 3, always, and never."""
+
 EMPTY = (Replace(Service, ()), Replace(EndpointSlice, ()), Replace(Node, ()))
 
 
 class Proxy:
     """The real store, planner, renderer and reconciler on two fake kernels and a clock that is set by hand."""
 
-    def __init__(self, *, block_rules: int = 600, kernels: dict[Family, FakeKernel] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        block_rules: int = 600,
+        dispatch_threshold: int = 1000,
+        kernels: dict[Family, FakeKernel] | None = None,
+    ) -> None:
         self.now = 0.0
         self.kernels = kernels or {family: FakeKernel() for family in Family}
         self.store = Store("node-1")
         families = {
-            family: FamilySync(IptablesBackend(kernel, block_rules=block_rules), partial(context, family))
+            family: FamilySync(
+                IptablesBackend(kernel, block_rules=block_rules, dispatch_threshold=dispatch_threshold),
+                partial(context, family),
+            )
             for family, kernel in self.kernels.items()
         }
         self.reconciler = Reconciler(
@@ -70,8 +82,8 @@ def context(family: Family, node: Node | None) -> Context:
     )
 
 
-def from_scratch(store: Store) -> dict[Family, list[str]]:
-    fresh = Proxy()
+def from_scratch(store: Store, dispatch_threshold: int = 1000) -> dict[Family, list[str]]:
+    fresh = Proxy(dispatch_threshold=dispatch_threshold)
     fresh.take(Replace(Service, tuple(found for key in store.service_keys() if (found := store.service(key)))))
     owners = {f"ns/{name}" for name in "abc"}
     fresh.take(Replace(EndpointSlice, tuple(each for key in owners for each in store.slices(key))))
@@ -81,9 +93,15 @@ def from_scratch(store: Store) -> dict[Family, list[str]]:
 
 
 @settings(deadline=None, max_examples=150)
-@given(st.lists(st.tuples(deltas(), st.booleans(), st.booleans()), max_size=25), st.sampled_from((1, 6, 600)))
-def test_any_sequence_ends_like_a_fresh_start(history: list[tuple[Delta, bool, bool]], block_rules: int) -> None:
-    proxy = Proxy(block_rules=block_rules)
+@given(
+    st.lists(st.tuples(deltas(), st.booleans(), st.booleans()), max_size=25),
+    st.sampled_from((1, 6, 600)),
+    st.sampled_from(THRESHOLDS),
+)
+def test_any_sequence_ends_like_a_fresh_start(
+    history: list[tuple[Delta, bool, bool]], block_rules: int, dispatch_threshold: int
+) -> None:
+    proxy = Proxy(block_rules=block_rules, dispatch_threshold=dispatch_threshold)
     for delta, pause, refused in history:
         proxy.take(delta)
         for kernel in proxy.kernels.values():
@@ -94,19 +112,19 @@ def test_any_sequence_ends_like_a_fresh_start(history: list[tuple[Delta, bool, b
     for kernel in proxy.kernels.values():
         kernel.refuse = lambda _: None
     proxy.settle()
-    assert proxy.dump() == from_scratch(proxy.store)
+    assert proxy.dump() == from_scratch(proxy.store, dispatch_threshold)
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.lists(deltas(), max_size=15))
-def test_restart_changes_nothing(history: list[Delta]) -> None:
-    proxy = Proxy()
+@given(st.lists(deltas(), max_size=15), st.sampled_from(THRESHOLDS))
+def test_restart_changes_nothing(history: list[Delta], dispatch_threshold: int) -> None:
+    proxy = Proxy(dispatch_threshold=dispatch_threshold)
     for delta in history:
         proxy.take(delta)
     proxy.settle()
     for kernel in proxy.kernels.values():
         kernel.inputs.clear()
-    again = Proxy(kernels=proxy.kernels)
+    again = Proxy(kernels=proxy.kernels, dispatch_threshold=dispatch_threshold)
     again.store = proxy.store
     for delta in history:
         again.take(delta)
@@ -115,17 +133,24 @@ def test_restart_changes_nothing(history: list[Delta]) -> None:
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.lists(deltas(), max_size=15), st.lists(deltas(), max_size=8))
-def test_restart_after_missed_changes_cleans_up(before: list[Delta], missed: list[Delta]) -> None:
-    proxy = Proxy()
+@given(
+    st.lists(deltas(), max_size=15),
+    st.lists(deltas(), max_size=8),
+    st.sampled_from(THRESHOLDS),
+    st.sampled_from(THRESHOLDS),
+)
+def test_restart_after_missed_changes_cleans_up(
+    before: list[Delta], missed: list[Delta], former_threshold: int, dispatch_threshold: int
+) -> None:
+    proxy = Proxy(dispatch_threshold=former_threshold)
     for delta in before:
         proxy.take(delta)
     proxy.settle()
-    again = Proxy(kernels=proxy.kernels)
+    again = Proxy(kernels=proxy.kernels, dispatch_threshold=dispatch_threshold)
     for delta in (*before, *missed):
         again.take(delta)
     again.settle()
-    assert again.dump() == from_scratch(again.store)
+    assert again.dump() == from_scratch(again.store, dispatch_threshold)
 
 
 @settings(deadline=None, max_examples=50)

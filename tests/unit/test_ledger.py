@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 
-from kproxy.iptables.ledger import KernelView, Ledger, PortRecord, dispatch_differs
+from kproxy.iptables.ledger import DispatchRecord, KernelView, Ledger, PortRecord, dispatch_differs
 from kproxy.iptables.names import FILTER_SERVICES, NAT_NODEPORTS, NAT_SERVICES, Chain
-from kproxy.iptables.render import RenderedPort
+from kproxy.iptables.render import DispatchRule, RenderedPort
 from kproxy.iptables.text import SavedChain
 
 
 def port(*dispatch: tuple[Chain, str], **chains: str) -> PortRecord:
     named = {name.replace("_", "-"): rules for name, rules in chains.items()}
-    return PortRecord.of(RenderedPort(named, dispatch))
+    rules = tuple(DispatchRule(chain, rule, place) for place, (chain, rule) in enumerate(dispatch))
+    return PortRecord.of(RenderedPort(named, rules))
 
 
 def test_a_record_knows_its_chains_by_digest() -> None:
@@ -42,12 +43,21 @@ def test_stale_are_chains_of_ports_in_table_nat_that_nobody_uses() -> None:
     others = ("KUBE-KUBELET-CANARY", "KUBE-FIREWALL", "CALICO-KUBE-SVC-A", "KUBE-NODE-PORT", "KUBE-MARK-DROP")
     saved = {Chain("nat", name): SavedChain([]) for name in (*names, *others)}
     saved[Chain("filter", "KUBE-SVC-A")] = SavedChain([])
-    stale = KernelView.of(saved).stale_port_chains(["KUBE-SVC-USED"])
+    stale = KernelView.of(saved).stale_chains(["KUBE-SVC-USED"], ())
     assert {name for _, name in stale} == {"KUBE-SVC-A", "KUBE-SEP-A", "KUBE-SVL-A", "KUBE-EXT-A", "KUBE-FW-A"}
     assert {table for table, _ in stale} == {"nat"}
 
 
-def test_a_dispatch_chain_holds_all_services_by_name_and_then_its_tail() -> None:
+def test_stale_are_shards_of_both_tables_that_nobody_uses() -> None:
+    names = ("KUBE-SVC-10.96.0.0/12", "KUBE-EXT-ABCDEFGHIJ23456/112", "KUBE-SVL-tcp-30000-30015", "KUBE-FW-10.0.0.0/8")
+    shards = [Chain(table, name) for table in ("nat", "filter") for name in names]
+    others = [Chain("filter", "KUBE-SVC-10.96.0.0-12"), Chain("filter", "KUBE-EXT-A"), Chain("mangle", names[0])]
+    view = KernelView.of({chain: SavedChain([]) for chain in (*shards, *others)})
+    assert view.stale_chains([], ()) == shards
+    assert view.stale_chains([], {shards[0], shards[-1]}) == shards[1:-1]
+
+
+def test_what_services_add_to_dispatch_chains_is_in_the_order_of_their_names() -> None:
     ledger = Ledger()
     ledger.put("ns/b", {"/TCP": port((NAT_SERVICES, "b"), (FILTER_SERVICES, "no"))})
     ledger.put("ns/c", {"/TCP": port((NAT_SERVICES, "c"))})
@@ -57,10 +67,11 @@ def test_a_dispatch_chain_holds_all_services_by_name_and_then_its_tail() -> None
         "ns/c": {"/TCP": port((NAT_SERVICES, "c-new"))},
         "ns/d": {},
     }
-    assert ledger.dispatch_text(NAT_SERVICES, ("t1", "t2"), changed).split() == [
-        *("a-1", "a-2", "a-y", "b", "c-new", "t1", "t2"),
-    ]
-    assert ledger.dispatch_text(NAT_NODEPORTS, (), changed) == ""
+    found = ledger.dispatch_rules((NAT_SERVICES, NAT_NODEPORTS), changed)
+    assert [each.rule for each in found[NAT_SERVICES]] == ["a-1", "a-2", "a-y", "b", "c-new"]
+    assert found[NAT_NODEPORTS] == []
+    assert FILTER_SERVICES not in found
+    assert ledger.dispatch_rules((), changed) == {}
 
 
 def test_which_dispatch_chains_differ() -> None:
@@ -94,3 +105,5 @@ def test_rules_are_counted_as_they_come_and_go() -> None:
     ledger.put("ns/a", {})
     ledger.put_base({}, Counter({"nat": 4}))
     assert ledger.rules == {"nat": 4, "filter": 0}
+    ledger.dispatch = {NAT_SERVICES: DispatchRecord(0, {}, 3), FILTER_SERVICES: DispatchRecord(0, {}, 2)}
+    assert ledger.rules == {"nat": 7, "filter": 2}

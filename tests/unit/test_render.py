@@ -113,7 +113,7 @@ def chain_of(found: RenderedPort, prefix: str) -> list[str]:
 
 def dispatch(found: RenderedPort, table: str, name: str) -> list[str]:
     start = f"-A {name} "
-    return [rule.removeprefix(start) for chain, rule in found.dispatch if chain == Chain(table, name)]
+    return [rule.removeprefix(start) for chain, rule, *_ in found.dispatch if chain == Chain(table, name)]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])

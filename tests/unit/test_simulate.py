@@ -331,7 +331,7 @@ UNKNOWN = [
     ("-o eth0 -j DROP", "-o is not known"),
     ("-p icmp -j DROP", "protocol icmp"),
     ("-p tcp -m tcp --sport 80 -j DROP", "--sport is not known"),
-    ("-p tcp -m tcp --dport 80:90 -j DROP", "80:90 is not a port"),
+    ("-p tcp -m tcp --dport 80: -j DROP", "80: is not a port"),
     ("-p tcp -m tcp ! --dport 80 -j DROP", "! --dport is not known"),
     ("-p tcp --dport 80 -j DROP", "--dport is not known"),
     ("-p tcp -m udp --dport 80 -j DROP", "-m udp without -p udp"),

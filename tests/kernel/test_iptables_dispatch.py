@@ -1,0 +1,226 @@
+"""The real kernel takes split dispatch chains, and no connection notices when they are split or made flat again."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from ipaddress import IPv6Address
+
+import pytest
+from msgspec.structs import replace
+
+from kproxy.host.nfacct import ensure_counters
+from kproxy.host.run import first_line
+from kproxy.iptables.apply import Iptables
+from kproxy.iptables.backend import IptablesBackend
+from kproxy.iptables.base import INVALID_COUNTER
+from kproxy.iptables.cleanup import cleanup
+from kproxy.iptables.names import DISPATCH, Chain, is_shard
+from kproxy.iptables.render import LOCALHOST_COUNTER
+from kproxy.iptables.text import parse_save
+from kproxy.model.context import Context
+from kproxy.model.delta import Delete, Upsert
+from kproxy.model.store import Store
+from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Service, ServicePort
+from kproxy.sync.family import FamilySync
+from tests.fakekernel import FakeKernel
+from tests.lab.load import Stream
+from tests.lab.namespace import Namespace
+from tests.lab.recorded import RecordedCluster
+from tests.lab.servers import Servers
+from tests.lab.topology import Lab
+from tests.recordings import State, comparable, store
+from tests.unit.test_render import recorded_context
+
+THRESHOLD = 20
+PREFIXES = {Family.IPV4: "iptables", Family.IPV6: "ip6tables"}
+SCENARIO = "random-11"
+
+
+@pytest.fixture
+def node(kernel: None) -> Iterator[Namespace]:
+    """A fresh namespace that has the counters which the rules name."""
+    found = Namespace("node")
+    try:
+        found.call(lambda: ensure_counters((INVALID_COUNTER, LOCALHOST_COUNTER)))
+        yield found
+    finally:
+        found.close()
+
+
+class Real:
+    """The rules of one family in a namespace, through one variant of iptables."""
+
+    def __init__(self, node: Namespace, family: Family, variant: str) -> None:
+        self._node = node
+        self._prefix = f"{PREFIXES[family]}-{variant}"
+
+    def restore(self, text: str) -> None:
+        self._node.run([f"{self._prefix}-restore", "--noflush"], text)
+
+    def lines(self) -> list[str]:
+        return self._node.run([f"{self._prefix}-save"]).stdout.splitlines(keepends=True)
+
+    def state(self) -> State:
+        return comparable(self.lines())
+
+
+@pytest.fixture(params=["nft", "legacy"])
+def variant(request: pytest.FixtureRequest, node: Namespace) -> str:
+    """Each variant of iptables that works here."""
+    found: str = request.param
+    if shutil.which(f"iptables-{found}-restore") is None:
+        pytest.skip(f"iptables-{found}-restore not found: it is in the Debian package iptables")
+    done = node.run([f"iptables-{found}-restore", "--noflush"], "*nat\nCOMMIT\n", check=False)
+    if done.returncode:
+        pytest.skip(f"{found} iptables does not work here: {first_line(done.stderr)}")
+    return found
+
+
+def extra(number: int, family: Family) -> tuple[Service, EndpointSlice]:
+    """A Service with every kind of frontend; one in three has no endpoints."""
+    six = family is Family.IPV6
+    cluster_ip = f"fd00:10:97::{number * 40 + 1:x}" if six else f"10.97.{number * 40 >> 8}.{number * 40 & 255}"
+    vip = f"2001:db8:{number + 1:x}::1" if six else f"203.0.{number}.1"
+    name = f"extra-{number}"
+    service = Service(
+        "many",
+        name,
+        (cluster_ip,),
+        (ServicePort("", 80, ("TCP", "UDP", "SCTP")[number % 4 % 3], 31000 + number * 5),),
+        vips=(vip,),
+        source_ranges=("2001:db8:51::/48" if six else "198.51.100.0/24",),
+        external_local=True,
+        health_check_node_port=32200 + number,
+    )
+    endpoints = (Endpoint("fd00:10:244:1::99" if six else "10.244.1.99", "node-1"),) if number % 3 else ()
+    ports = (EndpointPort("", 8080, service.ports[0].protocol),)
+    return service, EndpointSlice("many", name, f"many/{name}", family, endpoints, ports)
+
+
+class Node:
+    """A proxy of one family whose store is filled and emptied of extra Services."""
+
+    def __init__(self, found: Store, context: Context, backend: IptablesBackend) -> None:
+        self.store = found
+        self.family = context.family
+        self._sync = FamilySync(backend, lambda _: context)
+
+    def have(self, count: int) -> None:
+        """Have so many extra Services."""
+        wanted = [each for number in range(count) for each in extra(number, self.family)]
+        deltas: list[Upsert | Delete] = [Upsert(each) for each in wanted]
+        present = sum(key.startswith("many/") for key in self.store.service_keys())
+        deltas += [Delete(Service, "many", f"extra-{number}") for number in range(count, present)]
+        for delta in deltas:
+            self._sync.note(self.store.apply(delta))
+        self._sync.sync(self.store)
+
+
+def shards(state: State) -> list[Chain]:
+    return [chain for chain in state if is_shard(chain)]
+
+
+@pytest.mark.parametrize("family", Family)
+def test_it_reads_back_what_was_written(node: Namespace, variant: str, family: Family) -> None:
+    real, fake = Real(node, family, variant), FakeKernel()
+    context = replace(Context(family, "node-1"), localhost_node_ports=family is Family.IPV4)
+    backend = IptablesBackend(fake, block_rules=50, dispatch_threshold=THRESHOLD)
+    proxy = Node(Store("node-1"), context, backend)
+    for count in (THRESHOLD - 5, 3 * THRESHOLD, 2 * THRESHOLD, 5):
+        proxy.have(count)
+        for text in fake.inputs:
+            real.restore(text)
+        fake.inputs.clear()
+        assert real.state() == comparable(fake.dump())
+        assert bool(shards(real.state())) is (count > THRESHOLD)
+    proxy.have(4 * THRESHOLD)
+    for text in fake.inputs:
+        real.restore(text)
+    stems = {(chain.table, chain.name.split("-")[1]) for chain in shards(real.state())}
+    assert {stem for table, stem in stems if table == "filter"} == {"SVC", "EXT", "SVL", "FW"}
+    assert {stem for table, stem in stems if table == "nat"} == {"SVC", "EXT"}
+    for change in cleanup(parse_save(real.lines()), block_rules=100):
+        real.restore(change.text())
+    assert [chain.name for chain in real.state() if chain.name.startswith("KUBE-")] == ["KUBE-FIREWALL"]
+
+
+def test_the_kernel_follows_the_deepest_tree(node: Namespace, variant: str) -> None:
+    """With the longest way behind it: a source range, an external policy, masquerading."""
+    real, fake = Real(node, Family.IPV6, variant), FakeKernel()
+    service = replace(extra(1, Family.IPV6)[0], vips=nested(), external_local=False)
+    found = Store("node-1")
+    found.apply(Upsert(service))
+    found.apply(Upsert(extra(1, Family.IPV6)[1]))
+    context = Context(Family.IPV6, "node-1", masquerade_all=True)
+    FamilySync(IptablesBackend(fake, dispatch_threshold=1), lambda _: context).sync(found)
+    for text in fake.inputs:
+        real.restore(text)
+    assert real.state() == comparable(fake.dump())
+    assert longest_way(real.state(), Chain("nat", "PREROUTING")) == 14
+
+
+def nested() -> tuple[str, ...]:
+    """Addresses of which each one shares four bits more with the last than the one before."""
+    return tuple(str(IPv6Address(2 << 124 | 1 << 4 * digit)) for digit in range(1, 30))
+
+
+def longest_way(state: State, chain: Chain) -> int:
+    """How many jumps can follow each other."""
+    targets = [Chain(chain.table, rule.rpartition(" -j ")[2].split(" ")[0]) for rule in state.get(chain, [])]
+    return max((1 + longest_way(state, target) for target in targets if target in state), default=0)
+
+
+def test_a_start_over_split_chains_writes_nothing(node: Namespace) -> None:
+    inputs: list[str] = []
+
+    class Recorder(Iptables):
+        def restore(self, text: str) -> None:
+            inputs.append(text)
+            super().restore(text)
+
+    for family in Family:
+        for writes in (True, False):
+            backend = IptablesBackend(Recorder(family), block_rules=50, dispatch_threshold=THRESHOLD)
+            proxy = Node(Store("node-1"), Context(family, "node-1"), backend)
+            for number in range(3 * THRESHOLD):
+                for each in extra(number, family):
+                    proxy.store.apply(Upsert(each))
+            node.call(lambda proxy=proxy: proxy.have(3 * THRESHOLD))  # type: ignore[misc]
+            assert bool(inputs) is writes
+            inputs.clear()
+
+
+def test_no_connection_fails_while_chains_are_split_and_made_flat_again(lab: Lab, servers: Servers) -> None:
+    cluster = RecordedCluster(lab, servers, SCENARIO)
+    found = store(SCENARIO)
+    node = lab.node.namespace
+    node.call(lambda: ensure_counters((INVALID_COUNTER, LOCALHOST_COUNTER)))
+    context = recorded_context(SCENARIO, Family.IPV4, found)
+    kernel = Iptables(Family.IPV4)
+
+    def start(threshold: int) -> Node:
+        return Node(found, context, IptablesBackend(kernel, block_rules=50, dispatch_threshold=threshold))
+
+    def split() -> set[Chain]:
+        state = comparable(node.run(["iptables-save"]).stdout.splitlines())
+        targets = {chain: {rule.rpartition(" -j ")[2] for rule in state[chain]} for chain in DISPATCH}
+        return {chain for chain, names in targets.items() if any(is_shard(Chain(chain.table, each)) for each in names)}
+
+    proxy = start(60)
+    node.call(lambda: proxy.have(0))
+    assert split() == set()
+    with Stream(cluster.targets) as stream:
+        stream.take()
+        for count in (60, 0, 60, 40, 0):
+            stream.mark(f"{count} more Services")
+            node.call(lambda count=count: proxy.have(count))  # type: ignore[misc]
+            stream.take()
+            assert {chain.name for chain in split()} >= {"KUBE-SERVICES"} if count else not split()
+        for threshold in (1, 60, 3, 0):
+            stream.mark(f"a start with threshold {threshold}")
+            again = start(threshold)
+            node.call(lambda again=again: again.have(0))  # type: ignore[misc]
+            stream.take()
+            assert bool(split()) is (threshold in {1, 3})
+    assert stream.complaints() == ""

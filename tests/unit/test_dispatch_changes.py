@@ -1,0 +1,293 @@
+"""What happens to the kernel when dispatch chains are split, changed while they are, and made flat again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from ipaddress import ip_address
+
+import pytest
+from msgspec.structs import replace
+
+from kproxy.config import Config
+from kproxy.config.load import load_config
+from kproxy.contexts import make_context
+from kproxy.iptables.backend import IptablesBackend, Printer
+from kproxy.iptables.cleanup import cleanup
+from kproxy.iptables.names import DISPATCH, NAT_SERVICES, PORT_CHAIN_PREFIXES, Chain, is_shard
+from kproxy.iptables.text import parse_save
+from kproxy.model.context import Context
+from kproxy.model.delta import Delete, Upsert
+from kproxy.model.outcome import SyncError
+from kproxy.model.plan import plan_service
+from kproxy.model.types import EndpointSlice, Family, Node, Service, ServicePort
+from kproxy.simulate.iptables import Iptables
+from kproxy.sync.family import FamilySync
+from tests.fakekernel import FakeKernel
+from tests.packets.expectation import describe
+from tests.packets.places import NODE_ADDRESSES, packet_of
+from tests.packets.table import Row, read_table
+from tests.recordings import GOLDEN, SCENARIOS, store
+from tests.unit.test_diff import CONTEXT, Proxy, Watched, a_slice, deleted, written
+from tests.unit.test_iptables_dispatch import Walk
+
+THRESHOLD = 40
+TABLE = read_table()
+
+
+UNCOUNTED = replace(CONTEXT, accounting=False)
+"""A NodePort is one rule."""
+
+
+def web(number: int, **more: object) -> Service:
+    ports = (ServicePort("http", 80, "TCP", 30000 + number),)
+    address = f"10.96.{number // 8}.{number % 8 * 8}"
+    return Service("ns", f"web{number}", (address,), ports, **more)  # type: ignore[arg-type]
+
+
+def objects(count: int) -> Iterator[Service | EndpointSlice]:
+    for number in range(count):
+        yield web(number)
+        yield a_slice(1, 2, owner=f"web{number}")
+
+
+def split(proxy: Proxy) -> set[Chain]:
+    """The dispatch chains of the kernel that are split, told by where they jump to."""
+    tables = proxy.kernel.tables
+    jumps = {chain: [rule.rpartition("-j ")[2] for rule in tables[chain.table][chain.name]] for chain in DISPATCH}
+    return {chain for chain, targets in jumps.items() if any(is_shard(Chain(chain.table, each)) for each in targets)}
+
+
+def shards(proxy: Proxy) -> list[str]:
+    return [name for table, chains in proxy.kernel.tables.items() for name in chains if is_shard(Chain(table, name))]
+
+
+@pytest.fixture
+def large() -> Proxy:
+    """A proxy with three times as many Services as its threshold."""
+    found = Proxy(dispatch_threshold=THRESHOLD, context=UNCOUNTED)
+    found.put(*objects(3 * THRESHOLD))
+    assert {chain.name for chain in split(found)} == {"KUBE-SERVICES", "KUBE-NODEPORTS"}
+    return found
+
+
+def dispatch_written(lines: list[str]) -> set[str]:
+    """The dispatch chains and shards that were written, and neither are nor were of a service port."""
+    fixed = {chain.name for chain in DISPATCH}
+    return {name for name in written(lines) if name in fixed or is_shard(Chain("nat", name))}
+
+
+def test_the_threshold_is_what_a_flat_chain_may_hold() -> None:
+    proxy = Proxy(dispatch_threshold=THRESHOLD, context=UNCOUNTED)
+    proxy.put(*objects(THRESHOLD))
+    assert split(proxy) == set()
+    flat = proxy.kernel.dump()
+    proxy.put(web(THRESHOLD), a_slice(1, owner=f"web{THRESHOLD}"))
+    assert len(split(proxy)) == 2
+    proxy.take(Delete(Service, "ns", f"web{THRESHOLD}"))
+    proxy.sync()
+    assert shards(proxy) == []
+    assert proxy.kernel.dump() == flat
+
+
+def test_without_a_threshold_nothing_is_split() -> None:
+    proxy = Proxy(dispatch_threshold=0, context=UNCOUNTED)
+    proxy.put(*objects(3 * THRESHOLD))
+    assert split(proxy) == set()
+
+
+def test_one_service_more_or_less_rewrites_a_shard(large: Proxy) -> None:
+    new = Service("ns", "new", ("10.96.14.1",), (ServicePort("http", 80, "TCP"),))
+    for change in (Upsert(new), Delete(Service, "ns", "new")):
+        large.take(Upsert(a_slice(9, owner="new")), change)
+        lines = large.sync()
+        assert dispatch_written(lines) == {"KUBE-SVC-10.96.12.0/22"}
+        assert sum(line.startswith("-A ") for line in lines) <= 30
+        assert lines.count("COMMIT") == 1
+
+
+def test_a_change_of_endpoints_touches_no_dispatch_chain(large: Proxy) -> None:
+    lines = large.put(a_slice(1, 2, 3, owner="web7"))
+    assert lines
+    assert dispatch_written(lines) == set()
+    assert large.sync() == []
+
+
+def test_a_service_without_endpoints_moves_to_the_chain_that_refuses(large: Proxy) -> None:
+    for number in range(THRESHOLD + 1):
+        large.take(Upsert(a_slice(owner=f"web{number}")))
+    large.sync()
+    assert {(chain.table, chain.name) for chain in split(large)} >= {
+        ("filter", "KUBE-SERVICES"),
+        ("filter", "KUBE-EXTERNAL-SERVICES"),
+    }
+    again = Proxy(dispatch_threshold=THRESHOLD, context=UNCOUNTED)
+    again.put(*objects(3 * THRESHOLD), *(a_slice(owner=f"web{number}") for number in range(THRESHOLD + 1)))
+    assert large.kernel.dump() == again.kernel.dump()
+
+
+def test_the_rules_are_counted_as_the_kernel_has_them() -> None:
+    proxy = Proxy(dispatch_threshold=THRESHOLD, context=UNCOUNTED)
+    proxy.take(*map(Upsert, objects(3 * THRESHOLD)))
+    proxy.take(Upsert(web(0, health_check_node_port=32000, vips=("203.0.113.1",), external_local=True)))
+    plans = {
+        key: plan_service(found, proxy.store.slices(key), CONTEXT)
+        for key in proxy.store.service_keys()
+        if (found := proxy.store.service(key))
+    }
+    backend = IptablesBackend(proxy.kernel, dispatch_threshold=THRESHOLD)
+    for planned in (plans, {"ns/web1": ()}, {"ns/web1": plans["ns/web1"], "ns/web2": ()}):
+        held = backend.sync(planned, CONTEXT).total_rules
+        for table in ("nat", "filter"):
+            ours = [rules for name, rules in proxy.kernel.tables[table].items() if name.startswith("KUBE-")]
+            assert held[table] == sum(map(len, ours))
+
+
+# From flat to split and back.
+
+
+def states(kernel: Watched) -> list[dict[Chain, str]]:
+    """What each commit left in table nat in dispatch chains and shards."""
+    return [
+        {
+            chain: "\n".join(f"-A {name} {rule}" for rule in rules)
+            for name, rules in state.items()
+            if (chain := Chain("nat", name)) in DISPATCH or is_shard(chain)
+        }
+        for state in kernel.states
+    ]
+
+
+@pytest.mark.parametrize("block_rules", [1, 30, 600])
+@pytest.mark.parametrize("restarted", [False, True])
+def test_no_packet_misses_its_service_while_the_threshold_is_crossed(block_rules: int, restarted: bool) -> None:
+    kernel = Watched()
+
+    def start() -> Proxy:
+        return Proxy(kernel, block_rules=block_rules, dispatch_threshold=THRESHOLD, context=UNCOUNTED)
+
+    proxy = start()
+    proxy.put(*objects(THRESHOLD))
+    for wanted in (2 * THRESHOLD, THRESHOLD, THRESHOLD + 1, THRESHOLD - 1):
+        have = len(list(proxy.store.service_keys()))
+        kernel.states.clear()
+        if restarted:
+            proxy = start()
+            proxy.take(*map(Upsert, objects(min(have, wanted))))
+        proxy.take(*map(Upsert, objects(wanted)))
+        proxy.take(*(Delete(Service, "ns", f"web{number}") for number in range(wanted, have)))
+        proxy.sync()
+        assert bool(split(proxy)) is (wanted > THRESHOLD)
+        assert kernel.states
+        for state, whole in zip(states(kernel), kernel.states, strict=True):
+            for number in range(0, min(have, wanted), 5):
+                (hit,) = Walk(state, NAT_SERVICES, int(ip_address(web(number).cluster_ips[0]))).hit
+                assert f'"ns/web{number}:http cluster IP"' in hit
+                (hit,) = Walk(state, Chain("nat", "KUBE-NODEPORTS"), 30000 + number, "tcp").hit
+                assert f'"ns/web{number}:http"' in hit
+                assert len(whole[hit.rpartition("-j ")[2]]) == 2
+
+
+@pytest.mark.parametrize("refused", range(1, 12))
+def test_a_refusal_amid_the_crossing_is_made_good(refused: int) -> None:
+    proxy = Proxy(block_rules=30, dispatch_threshold=THRESHOLD, context=UNCOUNTED)
+    proxy.put(*objects(THRESHOLD))
+    left = refused
+
+    def refuse(_: str) -> str | None:
+        nonlocal left
+        left -= 1
+        return None if left else "out of memory"
+
+    for wanted in (THRESHOLD + 20, THRESHOLD - 10):
+        left, proxy.kernel.refuse = refused, refuse
+        proxy.take(*map(Upsert, objects(wanted)))
+        proxy.take(*(Delete(Service, "ns", f"web{number}") for number in range(wanted, THRESHOLD + 20)))
+        try:
+            proxy.sync()
+        except SyncError:
+            assert left == 0
+        proxy.kernel.refuse = lambda _: None
+        proxy.sync()
+        fresh = Proxy(dispatch_threshold=THRESHOLD, context=UNCOUNTED)
+        fresh.put(*objects(wanted))
+        assert proxy.kernel.dump() == fresh.kernel.dump()
+
+
+# Those who come after.
+
+
+def test_cleaning_up_leaves_no_shard(large: Proxy) -> None:
+    large.put(web(0, health_check_node_port=32000), *(a_slice(owner=f"web{number}") for number in range(60)))
+    assert {table for table in ("nat", "filter") for name in large.kernel.tables[table] if is_shard(Chain(table, name))}
+    for change in cleanup(parse_save(large.kernel.dump()), block_rules=30):
+        large.kernel.restore(change.text())
+    assert [name for chains in large.kernel.tables.values() for name in chains if name.startswith("KUBE-")] == [
+        "KUBE-FIREWALL"
+    ]
+
+
+def test_kube_proxy_can_take_over(large: Proxy) -> None:
+    """It rewrites the chains that it knows, and empties and deletes those of table nat that look like a Service's."""
+    nat = large.kernel.tables["nat"]
+    stale = [name for name in nat if name.startswith(PORT_CHAIN_PREFIXES)]
+    known = ["KUBE-SERVICES", "KUBE-NODEPORTS"]
+    emptied = "".join(f":{name} - [0:0]\n" for name in (*known, *stale))
+    large.kernel.restore(f"*nat\n{emptied}" + "".join(f"-X {name}\n" for name in stale) + "COMMIT\n")
+    assert not [name for name in large.kernel.tables["nat"] if is_shard(Chain("nat", name))]
+    again = Proxy(large.kernel, dispatch_threshold=0, context=UNCOUNTED)
+    again.put(*objects(3))
+    assert shards(again) == []
+    fresh = Proxy(context=UNCOUNTED)
+    fresh.put(*objects(3))
+    assert again.kernel.dump() == fresh.kernel.dump()
+
+
+def test_a_shard_that_was_tampered_with_is_repaired_at_start(large: Proxy) -> None:
+    expected = large.kernel.dump()
+    name = next(name for name in shards(large) if name.startswith("KUBE-SVC-10.96."))
+    large.kernel.tables["nat"][name].pop()
+    again = Proxy(large.kernel, dispatch_threshold=THRESHOLD, context=UNCOUNTED)
+    lines = again.put(*objects(3 * THRESHOLD))
+    assert (written(lines), deleted(lines)) == ({name}, set())
+    assert large.kernel.dump() == expected
+
+
+# Behaviour.
+
+
+def our_rules(scenario: str, dispatch_threshold: int) -> dict[Family, FakeKernel]:
+    path = GOLDEN / scenario / "config.json"
+    config, _ = load_config(path.read_bytes(), str(path))
+    found = {}
+    for family in Family:
+        kernel = FakeKernel()
+        context = partial(context_of, config, family)
+        FamilySync(Printer(kernel.restore, dispatch_threshold=dispatch_threshold), context).sync(store(scenario))
+        found[family] = kernel
+    return found
+
+
+def context_of(config: Config, family: Family, node: Node | None) -> Context:
+    addresses = NODE_ADDRESSES.values()
+    return make_context(config, family, "node-1", node, addresses, accounting=True, random_fully=True)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_every_packet_of_the_table_has_the_same_fate_in_split_chains(scenario: str) -> None:
+    kernels = our_rules(scenario, 1)
+    rules = {family: Iptables("".join(kernel.dump()), family) for family, kernel in kernels.items()}
+    fates: dict[Row, str] = {}
+    for row in TABLE:
+        if row.scenario == scenario:
+            fates[row] = describe(rules[row.family].send(packet_of(row)))
+    assert {str(row): (fate, row.fate) for row, fate in fates.items() if fate != row.fate} == {}
+
+
+def test_the_table_goes_through_shards_of_every_chain() -> None:
+    found = set()
+    for scenario in SCENARIOS:
+        for kernel in our_rules(scenario, 1).values():
+            names = {Chain(table, name) for table, chains in kernel.tables.items() for name in chains}
+            found |= {(chain.table, chain.name.split("-")[1]) for chain in names if is_shard(chain)}
+    assert found >= {("nat", "SVC"), ("nat", "EXT"), ("filter", "SVC"), ("filter", "EXT"), ("filter", "FW")}
