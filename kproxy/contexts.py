@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from ipaddress import ip_address, ip_network
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 
 from kproxy.config import Config
 from kproxy.config.types import PRIMARY
@@ -30,15 +30,18 @@ def make_context(
     accounting: bool,
     random_fully: bool,
 ) -> Context:
-    """Return what all Services of a family share.
+    """Return what all Services of a family share in the mode in force, but for what only the store knows.
 
     `local_addresses` are the addresses of this machine's interfaces, looked at only for `nodePortAddresses` that are
     CIDRs. `accounting` says whether nfacct counters can be used, `random_fully` whether iptables has
-    `--random-fully`.
+    `--random-fully`. As in kube-proxy, nftables mode neither counts through nfacct nor drops packets that conntrack
+    calls INVALID, and has no NodePorts on loopback addresses.
     """
     node = node or Node(node_name)
     own = [address for address in node.addresses if family_of(address) is family]
-    node_ports = node_port_addresses(config.node_port_addresses_in_force, family, own, local_addresses)
+    is_iptables = config.mode_in_force == "iptables"
+    candidates = (address for address in local_addresses if is_iptables or not ip_address(address).is_loopback)
+    node_ports = node_port_addresses(config.node_port_addresses_in_force, family, own, candidates)
     return Context(
         family,
         node_name,
@@ -52,23 +55,40 @@ def make_context(
             bridge=config.detect_local.bridge_interface,
             interface_prefix=config.detect_local.interface_name_prefix,
         ),
-        masquerade_all=config.iptables.masquerade_all,
-        masquerade_mark=1 << config.iptables.masquerade_bit,
+        masquerade_all=config.backend.masquerade_all,
+        masquerade_mark=1 << config.backend.masquerade_bit,
         node_port_addresses=node_ports,
         localhost_node_ports=localhost_node_ports(config, family),
-        drop_invalid=not config.conntrack.tcp_be_liberal,
-        accounting=accounting,
+        drop_invalid=is_iptables and not config.conntrack.tcp_be_liberal,
+        accounting=is_iptables and accounting,
         random_fully=random_fully,
     )
 
 
 def localhost_node_ports(config: Config, family: Family) -> bool:
     """Return whether NodePorts answer on 127.0.0.1: iptables and IPv4 only, and if `nodePortAddresses` holds it."""
-    if family is Family.IPV6 or not config.iptables.localhost_node_ports:
+    if family is Family.IPV6 or config.mode_in_force != "iptables" or not config.iptables.localhost_node_ports:
         return False
-    allowed = [cidr for cidr in config.node_port_addresses if cidr != PRIMARY and family_of(cidr) is family]
-    loopback = ip_network("127.0.0.0/8")
-    return not config.node_port_addresses or any(ip_network(cidr).overlaps(loopback) for cidr in allowed)
+    return not config.node_port_addresses or _holds_loopback(_cidrs(config.node_port_addresses, family))
+
+
+def node_port_warning(config: Config, node: Node | None, context: Context) -> str:
+    """Return one line that says why NodePorts of a context's family answer nowhere, or "" if they do.
+
+    A Node that has addresses of the other family only is no reason to say anything: such clusters are ordinary.
+    """
+    if context.node_port_addresses != ():
+        return ""
+    family = context.family.value
+    if config.node_port_addresses_in_force == (PRIMARY,):
+        known = node is not None and bool(node.addresses)
+        where = f"the addresses of Node {context.node_name}"
+        return "" if known else f"{family}: NodePorts answer nowhere until {where} are known"
+    networks = _cidrs(config.node_port_addresses, context.family)
+    off_loopback = config.mode_in_force != "iptables" and _holds_loopback(networks)
+    remark = "; there are none on loopback addresses in mode nftables" if off_loopback else ""
+    shown = ", ".join(map(str, networks))
+    return f"{family}: NodePorts answer nowhere: this machine has no address in nodePortAddresses ({shown}){remark}"
 
 
 def node_port_addresses(
@@ -83,8 +103,16 @@ def node_port_addresses(
     wanted = tuple(wanted)
     if wanted == (PRIMARY,):
         return tuple(own[:1])
-    networks = [ip_network(cidr) for cidr in wanted if family_of(cidr) is family]
+    networks = _cidrs(wanted, family)
     if not networks or any(network.prefixlen == 0 for network in networks):
         return None
     local = dict.fromkeys(address for address in local_addresses if family_of(address) is family)
     return tuple(address for address in local if any(ip_address(address) in network for network in networks))
+
+
+def _cidrs(wanted: Iterable[str], family: Family) -> list[IPv4Network | IPv6Network]:
+    return [ip_network(text) for text in wanted if text != PRIMARY and family_of(text) is family]
+
+
+def _holds_loopback(networks: Iterable[IPv4Network | IPv6Network]) -> bool:
+    return any(network.overlaps(ip_network("::1" if network.version == 6 else "127.0.0.0/8")) for network in networks)

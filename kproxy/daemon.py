@@ -17,7 +17,7 @@ from msgspec import Struct
 from kproxy.config import Config, as_document
 from kproxy.config.watch import ConfigWatch
 from kproxy.contexts import is_known
-from kproxy.families import StartError, follows_addresses, make_families, this_node
+from kproxy.families import StartError, follows_addresses, kinds_followed, make_families, this_node, with_mode
 from kproxy.first_sync import FirstSync
 from kproxy.host.conntrack import UdpConntrack
 from kproxy.host.monitor import AddressMonitor
@@ -117,12 +117,12 @@ class Daemon:
         self._build().run(self._messages)
 
     def _build(self) -> Reconciler:
-        config = self._config
-        prepare_process(config)
-        prepare_conntrack(config)
-        name = this_node(config)
-        store = Store(name)
+        prepare_process(self._config)
+        prepare_conntrack(self._config)
+        self._config = config = with_mode(self._config)
         families = make_families(config, self._programs)
+        name = this_node(config)
+        store = Store(name, kinds_followed(config))
         client = None if self._objects is not None else _connect(config, self._server)
         events = self._events(client, name)
         serving = self._serving(families, store, events)
@@ -149,7 +149,7 @@ class Daemon:
 
     def _sources(self, client: Client | None, name: str) -> Iterator[Part]:
         if client is not None:
-            yield ApiSource(client, name, self._messages.put)
+            yield ApiSource(client, name, self._messages.put, kinds=kinds_followed(self._config))
         if self._objects is not None:
             yield FileSource(self._objects, self._messages.put)
         if follows_addresses(self._config):

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import logging
+import math
 import socket
-from functools import partial
 
 from kproxy.config import Config, node_name
 from kproxy.config.types import PRIMARY
-from kproxy.contexts import make_context
+from kproxy.contexts import make_context, node_port_warning
 from kproxy.host.addresses import local_addresses
 from kproxy.host.run import CommandError
 from kproxy.iptables.apply import Iptables
 from kproxy.iptables.backend import BLOCK_RULES, UNLIMITED, IptablesBackend
 from kproxy.model.context import Context
-from kproxy.model.types import Family, Node
-from kproxy.node import IptablesNode, discover_iptables
+from kproxy.model.delta import BASIC_KINDS, Kind
+from kproxy.model.types import Family, Node, ServiceCIDR
+from kproxy.nftables.apply import Commit, NftTable
+from kproxy.nftables.backend import NftablesBackend
+from kproxy.nftables.probe import UnsupportedError, way_to_commit
+from kproxy.node import discover_iptables, discover_nftables
 from kproxy.sync.family import FamilySync
 
 log = logging.getLogger(__name__)
@@ -35,11 +39,39 @@ def follows_addresses(config: Config) -> bool:
     return config.node_port_addresses_in_force not in {(), (PRIMARY,)}
 
 
+def kinds_followed(config: Config) -> tuple[Kind, ...]:
+    """Return the kinds of objects that rules depend on."""
+    return (*BASIC_KINDS, ServiceCIDR) if config.mode_in_force == "nftables" else BASIC_KINDS
+
+
+def with_mode(config: Config) -> Config:
+    """Return the configuration with a mode: one that leaves it open gets nftables if it works here, else iptables."""
+    if config.mode:
+        return config
+    try:
+        way_to_commit(Family.IPV4)
+    except UnsupportedError as error:
+        log.warning("mode iptables, since nftables mode does not work here: %s", error)
+        return config.resolved("iptables")
+    log.info("mode nftables, which works here")
+    return config.resolved("nftables")
+
+
 def make_families(config: Config, programs: list[Iptables]) -> dict[Family, FamilySync]:
     """Return the way to the kernel for each family that works here. Raises `StartError` if none does.
 
     What can be stopped from another thread is added to `programs`.
     """
+    if config.mode_in_force == "iptables":
+        return _iptables(config, programs)
+    try:
+        ways = discover_nftables()
+    except UnsupportedError as error:
+        raise StartError(f"nftables mode does not work here: {error}") from None
+    return {family: _nftables(config, family, commit) for family, commit in ways.items()}
+
+
+def _iptables(config: Config, programs: list[Iptables]) -> dict[Family, FamilySync]:
     try:
         node = discover_iptables()
     except CommandError as error:
@@ -49,18 +81,48 @@ def make_families(config: Config, programs: list[Iptables]) -> dict[Family, Fami
         log.info("%s: %s", family.value, version)
         iptables = Iptables(family)
         programs.append(iptables)
-        backend = IptablesBackend(iptables, block_rules=BLOCK_RULES if version.nft else UNLIMITED)
-        families[family] = FamilySync(backend, partial(_context, config, family, node))
+        backend = IptablesBackend(
+            iptables,
+            block_rules=BLOCK_RULES if version.nft else UNLIMITED,
+            dispatch_threshold=config.kproxy.iptables_dispatch_threshold,
+        )
+        contexts = Contexts(config, family, accounting=node.accounting, random_fully=version.random_fully)
+        families[family] = FamilySync(backend, contexts.make)
     return families
 
 
-def _context(config: Config, family: Family, here: IptablesNode, node: Node | None) -> Context:
-    return make_context(
-        config,
-        family,
-        this_node(config),
-        node,
-        local_addresses() if follows_addresses(config) else (),
-        accounting=here.accounting,
-        random_fully=here.versions[family].random_fully,
+def _nftables(config: Config, family: Family, commit: Commit) -> FamilySync:
+    return FamilySync(
+        NftablesBackend(NftTable(family, commit)),
+        Contexts(config, family, accounting=False, random_fully=True).make,
+        large_cluster_endpoints=math.inf,  # elements cost the same however many there are
     )
+
+
+class Contexts:
+    """Makes the contexts of one family, and warns when its NodePorts answer nowhere."""
+
+    def __init__(self, config: Config, family: Family, *, accounting: bool, random_fully: bool) -> None:
+        self._config = config
+        self._family = family
+        self._accounting = accounting
+        self._random_fully = random_fully
+        self._warning = ""
+
+    def make(self, node: Node | None) -> Context:
+        """Return the context for what is known of this Node, and of the machine's addresses."""
+        config = self._config
+        context = make_context(
+            config,
+            self._family,
+            this_node(config),
+            node,
+            local_addresses() if follows_addresses(config) else (),
+            accounting=self._accounting,
+            random_fully=self._random_fully,
+        )
+        warning = node_port_warning(config, node, context)
+        if warning and warning != self._warning:
+            log.warning("%s", warning)
+        self._warning = warning
+        return context

@@ -6,6 +6,7 @@ import logging
 
 from kproxy.config import Config
 from kproxy.host.run import CommandError
+from kproxy.leftovers import out_of_reach, remove_iptables
 from kproxy.model.delta import Kind
 from kproxy.model.store import Changed
 from kproxy.model.types import Family
@@ -19,12 +20,16 @@ log = logging.getLogger(__name__)
 class FirstSync:
     """An observer that acts on each family's first success.
 
-    It removes what nftables mode left behind, and opens 127.0.0.1 to NodePorts, which is guarded by a rule of ours.
+    It removes what the other mode left behind, and opens 127.0.0.1 to NodePorts, which is guarded by a rule of ours.
+    What could not be removed is tried again after the next success. The next sync waits for it, in a large cluster for
+    some seconds: beside syncs, which change tables all the time, neither would get to read them.
     """
 
     def __init__(self, config: Config) -> None:
         self._config = config
+        self._begun: set[Family] = set()
         self._done: set[Family] = set()
+        self._complaints: dict[Family, str] = {}
 
     def queued(self, family: Family, now: float) -> None:
         """Do nothing."""
@@ -33,15 +38,34 @@ class FirstSync:
         """Do nothing."""
 
     def synced(self, report: SyncReport) -> None:
-        """Act if this is the family's first success."""
+        """Act if this is the family's first success, or if what was begun then could not be done."""
         family = report.family
         if report.error or family in self._done:
             return
-        self._done.add(family)
-        if family is Family.IPV4:
+        if family not in self._begun and family is Family.IPV4:
             prepare_localhost_node_ports(self._config)
+        self._begun.add(family)
         try:
-            if remove_table(family):
-                log.info("%s: removed what nftables mode had left", family.value)
+            self._remove(family)
         except CommandError as error:
-            log.warning("%s: rules of nftables mode are still there beside ours: %s", family.value, error)
+            self._complain(family, str(error))
+        else:
+            self._done.add(family)
+
+    def _remove(self, family: Family) -> None:
+        """Remove what the other mode left of a family. Raises `CommandError`."""
+        if self._config.mode_in_force == "nftables":
+            removed = remove_iptables(family)
+        else:
+            removed = f"removed the nftables table of {family.value}" if remove_table(family) else ""
+        if removed:
+            log.info("%s", removed)
+        # It looks at both families, so once is enough. At the start of iptables mode somebody else looks.
+        if self._config.mode_in_force == "nftables" and family is Family.IPV4 and (warning := out_of_reach()):
+            log.warning("%s", warning)
+
+    def _complain(self, family: Family, reason: str) -> None:
+        # On a busy node it is tried every second: the same warning once is enough.
+        if reason != self._complaints.get(family):
+            log.warning("%s: rules of the other mode are still there beside ours: %s", family.value, reason)
+        self._complaints[family] = reason

@@ -1,4 +1,4 @@
-"""What this node can do, found out once at start: IP families, iptables, counters."""
+"""What this node can do, found out once at start: IP families, iptables, nftables, counters."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from kproxy.iptables.apply import Iptables, IptablesVersion
 from kproxy.iptables.base import INVALID_COUNTER
 from kproxy.iptables.render import LOCALHOST_COUNTER
 from kproxy.model.types import Family
+from kproxy.nftables.apply import Commit
+from kproxy.nftables.probe import UnsupportedError, way_to_commit
 
 log = logging.getLogger(__name__)
 
@@ -33,16 +35,35 @@ def discover_iptables() -> IptablesNode:
     A family that does not work is left out with a warning, as a kernel without IPv6 is ordinary.
     """
     versions = {Family.IPV4: Iptables(Family.IPV4).version()}
-    if IPV6_ADDRESSES.exists():
+    if _has_ipv6():
         try:
             versions[Family.IPV6] = Iptables(Family.IPV6).version()
         except CommandError as error:
             log.warning("IPv6 is left out: %s", error)
-    else:
-        log.warning("IPv6 is left out: this kernel has none")
     if warning := other_variant_rules(ours_is_nft=versions[Family.IPV4].nft):
         log.warning("%s", warning)
     return IptablesNode(versions, _counters_exist())
+
+
+def discover_nftables() -> dict[Family, Commit]:
+    """Return by which way the kernel takes each family's transactions. Raises `UnsupportedError` if IPv4's by none.
+
+    A family that does not work is left out with a warning.
+    """
+    ways = {Family.IPV4: way_to_commit(Family.IPV4)}
+    if _has_ipv6():
+        try:
+            ways[Family.IPV6] = way_to_commit(Family.IPV6)
+        except UnsupportedError as error:
+            log.warning("IPv6 is left out: %s", error)
+    return ways
+
+
+def _has_ipv6() -> bool:
+    if IPV6_ADDRESSES.exists():
+        return True
+    log.warning("IPv6 is left out: this kernel has none")
+    return False
 
 
 def _counters_exist() -> bool:

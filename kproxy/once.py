@@ -10,17 +10,19 @@ from msgspec.structs import asdict
 
 from kproxy.config import Config
 from kproxy.contexts import make_context
-from kproxy.families import make_families, this_node
+from kproxy.families import kinds_followed, make_families, this_node, with_mode
 from kproxy.first_sync import FirstSync
 from kproxy.host.conntrack import UdpConntrack
 from kproxy.host.own_addresses import own_addresses
-from kproxy.iptables.backend import Printer
+from kproxy.iptables import backend as iptables
 from kproxy.kube.file_source import FileSource
 from kproxy.model.context import Context
 from kproxy.model.delta import Delta
 from kproxy.model.outcome import SyncError
 from kproxy.model.store import Store
 from kproxy.model.types import Family, Node
+from kproxy.nftables import backend as nftables
+from kproxy.sync.backend import Backend
 from kproxy.sync.conntrack import ConntrackCleaner
 from kproxy.sync.family import FamilySync
 from kproxy.sync.report import SyncReport
@@ -33,6 +35,7 @@ def apply(config: Config, objects: str) -> None:
 
     Each family is tried even if the other fails.
     """
+    config = with_mode(config)
     families = make_families(config, [])
     store = load_store(config, objects)
     tables = {family: UdpConntrack(family) for family in families}
@@ -49,23 +52,32 @@ def apply(config: Config, objects: str) -> None:
             report = SyncReport(family=family, began=now, ended=now, **asdict(outcome))
             for observer in observers:
                 observer.synced(report)
-            log.info("%s: %d services in force", family.value, len(outcome.plans))
+            log.info("%s: %d services in force", family.value, outcome.services)
     if failures:
         raise SyncError("\n".join(failures))
 
 
 def render(config: Config, objects: str) -> dict[Family, str]:
-    """Return the rules for the objects of a file or folder, as restore input for an empty kernel.
+    """Return the rules for the objects of a file or folder, as input that programs an empty kernel.
 
+    That is for `iptables-restore` or `nft -f`, according to the mode; for nftables if the mode is left to kproxy.
     Raises `FileSourceError`. Looks at nothing of this machine but its host name.
     """
+    config = config.resolved("nftables") if not config.mode else config
     store = load_store(config, objects)
     texts = {}
     for family in Family:
         pages: list[str] = []
-        FamilySync(Printer(pages.append), _ideal_context(config, family)).sync(store)
+        printer = _printer(config, family, pages.append)
+        FamilySync(printer, _ideal_context(config, family)).sync(store)
         texts[family] = "".join(pages)
     return texts
+
+
+def _printer(config: Config, family: Family, show: Callable[[str], object]) -> Backend:
+    if config.mode_in_force == "nftables":
+        return nftables.Printer(family, show)
+    return iptables.Printer(show, dispatch_threshold=config.kproxy.iptables_dispatch_threshold)
 
 
 def _ideal_context(config: Config, family: Family) -> Callable[[Node | None], Context]:
@@ -80,7 +92,7 @@ def _ideal_context(config: Config, family: Family) -> Callable[[Node | None], Co
 
 def load_store(config: Config, objects: str) -> Store:
     """Return the desired state that a file or folder holds. Raises `FileSourceError`."""
-    store = Store(this_node(config))
+    store = Store(this_node(config), kinds_followed(config))
 
     def take(deltas: tuple[Delta, ...]) -> None:
         for delta in deltas:

@@ -26,8 +26,8 @@ from tests.apiserver.resources import RESOURCES, Resource, resource_of
 ASSETS = "KUBEBUILDER_ASSETS"
 TOKEN = "kproxy-tests"
 START_TIMEOUT = 120.0
-KEPT = {("default", "kubernetes")}
-"""What the server itself keeps in place: its own Service and EndpointSlice."""
+KEPT = {("default", "kubernetes"), ("", "kubernetes")}
+"""What the server itself keeps in place: its own Service and EndpointSlice, and the ServiceCIDR of its flags."""
 
 Object = dict[str, Any]
 
@@ -193,15 +193,22 @@ class KubeApiServer:
         self.start()
 
     def clear(self) -> None:
-        """Delete all Services, EndpointSlices and Nodes but the server's own."""
+        """Delete all Services, EndpointSlices, Nodes and ServiceCIDRs but the server's own."""
         for resource in RESOURCES:
-            if resource.kind not in {"Service", "EndpointSlice", "Node"}:
+            if resource.kind not in {"Service", "EndpointSlice", "Node", "ServiceCIDR"}:
                 continue
-            for item in self._request("GET", resource.path, None)["items"]:
+            for item in self._items(resource):
                 metadata = item["metadata"]
                 namespace = metadata.get("namespace", "")
                 if (namespace, metadata["name"]) not in KEPT:
                     self._delete_if_there(resource, namespace, metadata["name"])
+
+    def _items(self, resource: Resource) -> list[Object]:
+        try:
+            items: list[Object] = self._request("GET", resource.path, None)["items"]
+        except NotFoundError:  # ServiceCIDRs are new in 1.33
+            return []
+        return items
 
     def _delete_if_there(self, resource: Resource, namespace: str, name: str) -> None:
         with suppress(NotFoundError):  # an EndpointSlice that went with its Service

@@ -31,8 +31,6 @@ def load_settings(options: argparse.Namespace) -> Config:
         logging.getLogger().setLevel(logging.DEBUG)
     for warning in warnings:
         logging.getLogger(__name__).warning("%s", warning)
-    if config.mode != "iptables":
-        raise UsageError(f"mode {config.mode!r} is not available in this version; allowed: iptables")
     return config
 
 

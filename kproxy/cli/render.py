@@ -7,6 +7,7 @@ import sys
 
 from kproxy.cli.errors import FailureError
 from kproxy.cli.options import OBJECTS_HELP, add_flags, load_settings
+from kproxy.config import Config
 from kproxy.model.types import Family
 
 EPILOG = """\
@@ -14,6 +15,7 @@ examples:
   kproxy render --objects=web.yaml
   kproxy render --objects=web.yaml --family=ipv6 | less
   kproxy render --objects=web.yaml --family=ipv4 | sudo iptables-restore --noflush
+  kproxy render --objects=web.yaml --proxy-mode=nftables | sudo nft -f -
 
 Needs no root and no kernel. The rules are those of a node where everything works: iptables with --random-fully, and
 the nfacct counters that two rules name."""
@@ -25,7 +27,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "render",
         help="print the rules for files, changing nothing",
         usage="kproxy render --objects PATH [--family ipv4|ipv6] [FLAGS]",
-        description="Print the iptables-restore input that programs an empty node from files.",
+        description="Print what programs an empty node from files: input for iptables-restore or nft.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -53,8 +55,13 @@ def _render(options: argparse.Namespace) -> None:
         _print(texts[Family.IPV6 if options.family == "ipv6" else Family.IPV4])
         return
     for family, text in texts.items():
-        program = "ip6tables-restore" if family is Family.IPV6 else "iptables-restore"
-        _print(f"# {family.value}: input for {program} --noflush\n{text}")
+        _print(f"# {family.value}: input for {_program(config, family)}\n{text}")
+
+
+def _program(config: Config, family: Family) -> str:
+    if config.mode != "iptables":
+        return "nft -f -"
+    return "ip6tables-restore --noflush" if family is Family.IPV6 else "iptables-restore --noflush"
 
 
 def _print(text: str) -> None:

@@ -69,8 +69,10 @@ def _serve(config: Config, options: argparse.Namespace, content: bytes) -> None:
 
 
 def _prepare(config: Config) -> None:
+    from kproxy.families import with_mode
     from kproxy.preparation import prepare_conntrack, prepare_localhost_node_ports
 
+    config = with_mode(config)
     prepare_conntrack(config)
     prepare_localhost_node_ports(config)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from typing import get_args
 
 import msgspec
 from msgspec import Struct
 
 from kproxy.config.decode import ConfigError, Path, Place, must_be
 from kproxy.config.durations import format_duration
-from kproxy.config.types import IPVS, PRIMARY, Config, LogOptions, Winkernel
+from kproxy.config.types import IPVS, PRIMARY, Config, LogOptions, Mode, Winkernel
 from kproxy.kube.objects import canonical_address, canonical_cidr
 from kproxy.model.types import family_of
 
@@ -125,12 +126,14 @@ def _check_names(config: Config, place: Place) -> None:
 
 
 def _check_periods(config: Config, place: Place) -> None:
-    """Compare the periods of the mode in force, as kube-proxy does: those of the other may be leftovers."""
-    least, usual = config.backend.min_sync_period, config.backend.sync_period
-    if least > usual:
-        shown = f"{format_duration(usual)}, but is {format_duration(least)}"
-        where = place((config.mode, "minSyncPeriod"))
-        raise ConfigError(f"{where}: must not exceed {config.mode}.syncPeriod, {shown}")
+    """Compare the periods of the modes that may be in force: those of another may be leftovers, as in kube-proxy."""
+    for mode in (config.mode,) if config.mode else get_args(Mode):
+        section = config.resolved(mode).backend
+        least, usual = section.min_sync_period, section.sync_period
+        if least > usual:
+            shown = f"{format_duration(usual)}, but is {format_duration(least)}"
+            where = place((mode, "minSyncPeriod"))
+            raise ConfigError(f"{where}: must not exceed {mode}.syncPeriod, {shown}")
 
 
 def _check_verbosities(config: Config, place: Place) -> None:

@@ -83,7 +83,7 @@ def _value(wanted: Any, value: object, place: Place, at: Path) -> object:
     origin = get_origin(wanted)
     if origin is Literal:
         if value not in get_args(wanted):
-            raise must_be(place(at), " or ".join(get_args(wanted)), value)
+            raise must_be(place(at), " or ".join(word or '""' for word in get_args(wanted)), value)
         return value
     if origin is tuple:
         if not isinstance(value, list):

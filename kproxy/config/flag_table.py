@@ -54,7 +54,7 @@ CONFIG_FLAGS = (
     Flag("profiling", ("enableProfiling",), "accepted: profiles are those of Go programs", "bool"),
     Flag("show-hidden-metrics-for-version", ("showHiddenMetricsForVersion",), "MAJOR.MINOR"),
     # rules
-    Flag("proxy-mode", ("mode",), "iptables (default) or nftables", blank_is_unset=True),
+    Flag("proxy-mode", ("mode",), 'iptables (default), nftables, or "" for nftables where it works'),
     Flag("iptables-masquerade-bit", ("iptables.masqueradeBit",), "bit of the mark for SNAT, 0 to 31 (14)", "int"),
     Flag(
         "masquerade-all",

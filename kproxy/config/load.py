@@ -9,7 +9,7 @@ import msgspec
 from kproxy.config.check import HEALTHZ_PORT, METRICS_PORT, check, refuse_retired_mode, warnings_of
 from kproxy.config.decode import ConfigError, Path, Place, decode, encode, must_be
 from kproxy.config.durations import parse_duration
-from kproxy.config.types import API_VERSION, KIND, Config
+from kproxy.config.types import API_VERSION, KIND, Config, Own
 from kproxy.kube.documents import Document, DocumentError, read_documents
 from kproxy.kube.object_errors import dotted
 
@@ -28,7 +28,6 @@ _ZERO_IS_UNSET = frozenset(
         "logging.flushFrequency",
         "logging.format",
         "metricsBindAddress",
-        "mode",
         "nftables.minSyncPeriod",
         "nftables.syncPeriod",
     }
@@ -44,7 +43,7 @@ def load_config(text: bytes, path: str) -> tuple[Config, list[str]]:
 
     `path` names the file in messages. As in kube-proxy null always means unset, and so do "" and 0 where they
     would make no sense (a `minSyncPeriod` of 0 is the default of 1 s; the flag can set 0). Unlike kube-proxy,
-    which passes over unknown fields, it raises `ConfigError` for them.
+    which passes over unknown fields, it raises `ConfigError` for them, and a `mode` of "" is not the default.
     """
     document = _document(text, path)
 
@@ -72,8 +71,11 @@ def to_yaml(config: Config) -> str:
 
 
 def as_document(config: Config) -> dict[str, Any]:
-    """Return the data of a file that says this configuration."""
-    return {"apiVersion": API_VERSION, "kind": KIND, **encode(config)}
+    """Return the data of a file that says this configuration: one for kube-proxy, if section `kproxy` says nothing."""
+    document = {"apiVersion": API_VERSION, "kind": KIND, **encode(config)}
+    if config.kproxy == Own():
+        del document["kproxy"]
+    return document
 
 
 def _document(text: bytes, path: str) -> Document:

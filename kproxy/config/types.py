@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Literal, TypeAlias
 
+import msgspec
 from msgspec import Meta, Struct, field
 
 API_VERSION = "kubeproxy.config.k8s.io/v1alpha1"
@@ -34,6 +35,9 @@ class Quantity(str):
 
 
 Mode: TypeAlias = Literal["iptables", "nftables"]
+ModeSetting: TypeAlias = Literal["iptables", "nftables", ""]
+"""A mode, or "" for what this node can do best, which is found out at start."""
+
 LocalMode: TypeAlias = Literal["ClusterCIDR", "NodeCIDR", "BridgeInterface", "InterfaceNamePrefix"]
 
 Bit: TypeAlias = Annotated[int, Meta(ge=0, le=31)]
@@ -148,11 +152,18 @@ class Logging(Section, frozen=True, kw_only=True):
     options: LogOptions = LogOptions()
 
 
+class Own(Section, frozen=True, kw_only=True):
+    """What kube-proxy does not have: section `kproxy`. A kube-proxy refuses a file with it."""
+
+    iptables_dispatch_threshold: Count = 1000
+
+
 class Config(Section, frozen=True, kw_only=True):
     """A whole configuration.
 
     IP addresses and CIDRs are in canonical form. `healthz_bind_address` and `metrics_bind_address` are
-    `IP:port`, or "" where a flag turned that server off.
+    `IP:port`, or "" where a flag turned that server off. While `mode` is "", nobody has chosen one yet: what depends
+    on it raises `ValueError`, until `resolved` says which it is.
     """
 
     feature_gates: Mapping[str, bool] = field(default_factory=dict)
@@ -165,7 +176,7 @@ class Config(Section, frozen=True, kw_only=True):
     bind_address_hard_fail: bool = False
     enable_profiling: bool = False
     show_hidden_metrics_for_version: str = ""
-    mode: Mode = "iptables"
+    mode: ModeSetting = "iptables"
     iptables: IPTables = IPTables()
     ipvs: IPVS = IPVS()
     nftables: NFTables = NFTables()
@@ -179,11 +190,25 @@ class Config(Section, frozen=True, kw_only=True):
     config_sync_period: Period = Seconds(900)
     port_range: str = ""
     windows_run_as_service: bool = False
+    kproxy: Own = Own()
+
+    def resolved(self, mode: Mode) -> Config:
+        """Return the configuration with the mode that was chosen. Raises `ValueError` if it asks for another one."""
+        if self.mode not in {"", mode}:
+            raise ValueError(f"mode {mode} was chosen, but {self.mode} is configured")
+        return msgspec.structs.replace(self, mode=mode)
+
+    @property
+    def mode_in_force(self) -> Mode:
+        """The mode, where it is configured or has been chosen. Raises `ValueError` where it has not."""
+        if not self.mode:
+            raise ValueError("no mode has been chosen yet")
+        return self.mode
 
     @property
     def backend(self) -> IPTables | NFTables:
         """The section of the mode in force: masquerading and the periods of syncs."""
-        return self.nftables if self.mode == "nftables" else self.iptables
+        return self.nftables if self.mode_in_force == "nftables" else self.iptables
 
     @property
     def cluster_cidrs(self) -> tuple[str, ...]:
@@ -193,9 +218,8 @@ class Config(Section, frozen=True, kw_only=True):
     @property
     def node_port_addresses_in_force(self) -> tuple[str, ...]:
         """CIDRs, or `primary`; () means every local address. Unset is `primary` in mode nftables."""
-        if not self.node_port_addresses and self.mode == "nftables":
-            return (PRIMARY,)
-        return self.node_port_addresses
+        usual = (PRIMARY,) if self.mode_in_force == "nftables" else ()
+        return self.node_port_addresses or usual
 
 
 def node_name(config: Config, hostname: str) -> str:

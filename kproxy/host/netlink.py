@@ -18,6 +18,7 @@ NLM_F_DUMP_INTR = 0x10
 NLM_F_EXCL = 0x200
 NLM_F_DUMP = 0x300
 NLM_F_CREATE = 0x400
+NLM_F_APPEND = 0x800
 
 NLMSG_ERROR = 2
 NLMSG_DONE = 3
@@ -131,7 +132,14 @@ class NetlinkSocket:
 
     def dump(self, kind: int, payload: bytes) -> Iterator[Message]:
         """Ask for a dump and yield its messages. Raises `NetlinkError`, at the end `DumpInterruptedError`."""
-        self._socket.send(self._message(kind, NLM_F_DUMP, payload))
+        return self._ask(kind, NLM_F_DUMP, payload)
+
+    def answers(self, kind: int, payload: bytes) -> Iterator[Message]:
+        """Ask about one thing and yield the messages that answer. Raises `NetlinkError`."""
+        return self._ask(kind, NLM_F_ACK, payload)
+
+    def _ask(self, kind: int, flags: int, payload: bytes) -> Iterator[Message]:
+        self._socket.send(self._message(kind, flags, payload))
         interrupted = 0
         while True:
             data = self._socket.recv(_CHUNK)

@@ -15,7 +15,8 @@ class Context(Struct, frozen=True):
     the addresses that NodePorts answer on, None for every local address. `large_cluster` leaves out
     the comments of per-endpoint rules. `masquerade_mark` is the bit as a number, 0x4000 for bit 14.
     `drop_invalid` drops packets that conntrack calls INVALID, `accounting` counts through nfacct objects, which
-    must exist before a rule can name them.
+    must exist before a rule can name them. `service_cidrs` are the ranges that ClusterIPs are allocated from, empty
+    while unknown: packets to addresses in them that no Service has are dropped in nftables mode.
     """
 
     family: Family
@@ -31,3 +32,4 @@ class Context(Struct, frozen=True):
     accounting: bool = True
     random_fully: bool = True
     large_cluster: bool = False
+    service_cidrs: tuple[str, ...] = ()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeAlias
 
 from msgspec import Struct
 
-from kproxy.model.types import EndpointSlice, Node, Service
+from kproxy.model.types import EndpointSlice, Node, Service, ServiceCIDR
 
-Object: TypeAlias = Service | EndpointSlice | Node
-Kind: TypeAlias = type[Service] | type[EndpointSlice] | type[Node]
+Object: TypeAlias = Service | EndpointSlice | Node | ServiceCIDR
+Kind: TypeAlias = type[Service] | type[EndpointSlice] | type[Node] | type[ServiceCIDR]
+
+BASIC_KINDS: tuple[Kind, ...] = (Service, EndpointSlice, Node)
+"""The kinds that no mode can do without. Only nftables mode has a use for ServiceCIDRs too."""
 
 
 class Upsert(Struct, frozen=True):
@@ -19,7 +23,7 @@ class Upsert(Struct, frozen=True):
 
 
 class Delete(Struct, frozen=True):
-    """An object is gone, or no longer of interest. `namespace` is "" for Nodes."""
+    """An object is gone, or no longer of interest. `namespace` is "" for Nodes and ServiceCIDRs."""
 
     kind: Kind
     namespace: str
@@ -35,7 +39,7 @@ class Replace(Struct, frozen=True):
     """
 
     kind: Kind
-    objects: tuple[Object, ...]
+    objects: Sequence[Object]
     unreadable: tuple[tuple[str, str], ...] = ()
 
 

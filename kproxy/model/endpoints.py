@@ -32,14 +32,17 @@ def endpoints_by_socket(
         if each.family is not family:
             continue
         for port in each.ports:
-            if port.name != port_name or port.protocol != protocol:
-                continue
-            for endpoint in each.endpoints:
-                text = socket_text(endpoint.address, port.port)
-                known = found.get(text)
-                if known is None or _usefulness(endpoint) > _usefulness(known):
-                    found[text] = endpoint
+            if port.name == port_name and port.protocol == protocol:
+                _add(found, each.endpoints, port.port, six=family is Family.IPV6)
     return dict(sorted(found.items()))
+
+
+def _add(found: dict[str, Endpoint], endpoints: Iterable[Endpoint], port: int, *, six: bool) -> None:
+    for endpoint in endpoints:
+        text = f"[{endpoint.address}]:{port}" if six else f"{endpoint.address}:{port}"
+        known = found.setdefault(text, endpoint)
+        if known is not endpoint and _usefulness(endpoint) > _usefulness(known):
+            found[text] = endpoint
 
 
 def _usefulness(endpoint: Endpoint) -> tuple[bool, bool, bool]:

@@ -17,6 +17,10 @@ class SyncError(Exception):
     """The kernel did not accept a change; the message says why on one line."""
 
 
+class StateLostError(SyncError):
+    """Somebody else has changed what the kernel held: a sync of everything is needed, and likely to succeed."""
+
+
 class Written(Struct, frozen=True):
     """What a backend's sync amounted to, by table: rules it wrote, and rules of ours that are now there."""
 

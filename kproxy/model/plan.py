@@ -6,7 +6,7 @@ the rules of traffic policy are decided here and nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from ipaddress import ip_address, ip_network
 
@@ -39,7 +39,8 @@ class ServicePortPlan(Struct, frozen=True, gc=False):
     With `source_ranges`, only these sources may use the VIPs (never applied to the other frontends);
     `vips_are_sources` adds the VIPs themselves, because a node that is allowed may talk to
     a VIP which it holds as a local address. For UDP, `serving_endpoints` are all that still answer, whether or not new
-    flows go to them: those that they have may stay. `known_endpoints` counts all endpoints, unusable ones included.
+    flows go to them: those that they have may stay. `endpoints_here` are those on this node of all that it may send
+    traffic to. `known_endpoints` counts all endpoints, unusable ones included.
 
     `local_ready` holds the addresses of the ready endpoints on this node, whatever the policies, and only
     for a Service with a `health_check_node_port`: those that terminate serve on, but no longer count for health.
@@ -65,6 +66,7 @@ class ServicePortPlan(Struct, frozen=True, gc=False):
     local_endpoints: Sockets
     known_endpoints: int
     serving_endpoints: Sockets = ()
+    endpoints_here: Sockets = ()
     local_ready: tuple[str, ...] = ()
 
     @property
@@ -81,6 +83,15 @@ class ServicePortPlan(Struct, frozen=True, gc=False):
     def externally_accessible(self) -> bool:
         """Whether there is any frontend besides the ClusterIP."""
         return bool(self.node_port or self.vips or self.external_ips)
+
+    @property
+    def lasting_interest(self) -> bool:
+        """Whether it matters beyond the rules: for UDP flows, health check node ports, or ports without endpoints here.
+
+        A Service without such a port needs not be remembered for those purposes.
+        """
+        dropped = Decision.DROP in (self.internal, self.external)
+        return dropped or self.protocol == "UDP" or bool(self.health_check_node_port)
 
     @property
     def reachable_endpoints(self) -> Sockets:
@@ -113,7 +124,8 @@ def _plan_port(
     uses_cluster = accessible or not service.internal_local
     uses_local = service.internal_local or (accessible and service.external_local)
     local = local_endpoints(known, context.node_name) if uses_local else ()
-    anywhere = bool(usable(known))
+    cluster = cluster_endpoints(known, context.node_name, context.zone) if uses_cluster else ()
+    anywhere = bool(cluster or usable(known))
     return ServicePortPlan(
         service=service.key,
         port_name=port.name,
@@ -131,12 +143,18 @@ def _plan_port(
         external_local=service.external_local,
         internal=_decide(anywhere=anywhere, local_only=service.internal_local, local=local),
         external=_decide(anywhere=anywhere, local_only=service.external_local and accessible, local=local),
-        cluster_endpoints=cluster_endpoints(known, context.node_name, context.zone) if uses_cluster else (),
+        cluster_endpoints=cluster,
         local_endpoints=local,
         known_endpoints=len(known),
         serving_endpoints=serving(known) if port.protocol == "UDP" else (),
+        endpoints_here=_on(context.node_name, known, (cluster, local)),
         local_ready=_ready_on(context.node_name, known.values()) if service.health_check_node_port else (),
     )
+
+
+def _on(node: str, known: Mapping[str, Endpoint], used: tuple[Sockets, ...]) -> Sockets:
+    here = [text for text, endpoint in known.items() if endpoint.node == node]
+    return tuple(text for text in here if any(text in sockets for sockets in used)) if node and here else ()
 
 
 def _ready_on(node: str, endpoints: Iterable[Endpoint]) -> tuple[str, ...]:
@@ -150,7 +168,7 @@ def _decide(*, anywhere: bool, local_only: bool, local: Sockets) -> Decision:
 
 
 def _of_family(texts: tuple[str, ...], family: Family) -> tuple[str, ...]:
-    return tuple(text for text in texts if family_of(text) is family)
+    return tuple([text for text in texts if family_of(text) is family])
 
 
 def _effective_ranges(ranges: tuple[str, ...]) -> tuple[str, ...]:

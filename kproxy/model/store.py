@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from ipaddress import IPv4Network, IPv6Network, ip_network
+from typing import TypeAlias
 
 from msgspec import Struct
 from msgspec.structs import replace
 
-from kproxy.model.delta import Delta, Kind, Replace, Upsert
-from kproxy.model.types import EndpointSlice, Family, Node, Service, ServiceKey
+from kproxy.model.delta import BASIC_KINDS, Delta, Kind, Object, Replace, Upsert
+from kproxy.model.packed import pack, unpack
+from kproxy.model.types import EndpointSlice, Family, Node, Service, ServiceCIDR, ServiceKey, family_of
+
+SliceKey: TypeAlias = str
+"""An EndpointSlice's `namespace/name`."""
 
 
 class Changed(Struct, frozen=True):
-    """What a delta changed: the Services whose plans may differ now, and whether this Node did.
+    """What a delta changed: the Services whose plans may differ now, and whether this Node or the ServiceCIDRs did.
 
     `last_changes` are the moments at which the changes of EndpointSlices began, as far as they say so, in
     seconds since the epoch, each with the family it belongs to. Lists have none: they tell no news.
@@ -21,29 +27,45 @@ class Changed(Struct, frozen=True):
     services: frozenset[ServiceKey] = frozenset()
     node: bool = False
     last_changes: tuple[tuple[Family, float], ...] = ()
+    service_cidrs: bool = False
 
     def __bool__(self) -> bool:
-        return bool(self.services) or self.node
+        return bool(self.services) or self.node or self.service_cidrs
 
 
 class Store:
-    """Services, EndpointSlices and this Node, applied delta by delta.
+    """Services, EndpointSlices, this Node and ServiceCIDRs, applied delta by delta.
 
-    A delta that repeats what is known changes nothing. EndpointSlices may come before their Service.
+    A delta that repeats what is known changes nothing. EndpointSlices may come before their Service. `kinds` are
+    those that are kept, and have to be listed before the state is complete.
+
+    Services and EndpointSlices are kept packed (as MessagePack), which takes a third of the memory: a node needs all of
+    them now and then, but one or two at a time.
     """
 
-    def __init__(self, node_name: str) -> None:
+    def __init__(self, node_name: str, kinds: Iterable[Kind] = BASIC_KINDS) -> None:
         self.node: Node | None = None
         self._node_name = node_name
-        self._services: dict[ServiceKey, Service] = {}
-        self._slices: dict[ServiceKey, dict[str, EndpointSlice]] = {}
-        self._slice_owner: dict[str, ServiceKey] = {}
-        self._unlisted: set[Kind] = {Service, EndpointSlice, Node}
+        self._services: dict[ServiceKey, bytes] = {}
+        self._slices: dict[SliceKey, bytes] = {}
+        self._slices_of: dict[ServiceKey, tuple[SliceKey, ...]] = {}
+        self._service_cidrs: dict[str, ServiceCIDR] = {}
+        self._kinds = frozenset(kinds)
+        self._unlisted = set(self._kinds)
 
     @property
     def complete(self) -> bool:
         """Whether every kind has been listed once: before that, absence means nothing."""
         return not self._unlisted
+
+    @property
+    def service_cidrs(self) -> tuple[str, ...]:
+        """The ranges of all ServiceCIDRs, IPv4 first, in the order of their addresses, each once.
+
+        Ranges of several ServiceCIDRs may overlap (KEP-1880): these may, too.
+        """
+        ranges = {cidr for found in self._service_cidrs.values() for cidr in found.cidrs}
+        return tuple(sorted(ranges, key=_place))
 
     def service_keys(self) -> Iterator[ServiceKey]:
         """Iterate over all Services."""
@@ -51,14 +73,18 @@ class Store:
 
     def service(self, key: ServiceKey) -> Service | None:
         """Return a Service, or None if there is none of that name."""
-        return self._services.get(key)
+        packed = self._services.get(key)
+        return unpack(Service, packed) if packed else None
 
     def slices(self, key: ServiceKey) -> Iterable[EndpointSlice]:
         """Return the EndpointSlices of a Service, of both families."""
-        return self._slices.get(key, {}).values()
+        return [unpack(EndpointSlice, self._slices[each]) for each in self._slices_of.get(key, ())]
 
     def apply(self, delta: Delta) -> Changed:
-        """Take in one delta and return what it changed."""
+        """Take in one delta and return what it changed: nothing, if it is about ServiceCIDRs and they are not kept."""
+        kind = type(delta.object) if isinstance(delta, Upsert) else delta.kind
+        if kind is ServiceCIDR and kind not in self._kinds:
+            return Changed()
         if isinstance(delta, Replace):
             return self._replace(delta)
         if isinstance(delta, Upsert):
@@ -67,60 +93,73 @@ class Store:
 
     def _replace(self, delta: Replace) -> Changed:
         self._unlisted.discard(delta.kind)
-        present = {_identity(each) for each in delta.objects}
-        present.update(delta.unreadable)
-        gone = self._identities(delta.kind) - present
-        changes = [self._remove(delta.kind, namespace, name) for namespace, name in gone]
-        changes += [self._put(each) for each in delta.objects]
+        gone = self._identities(delta.kind).difference(delta.unreadable)
+        changes = []
+        for each in delta.objects:
+            gone.discard(_identity(each))
+            changes.append(self._put(each))
+        changes += [self._remove(delta.kind, namespace, name) for namespace, name in gone]
         return Changed(
             frozenset().union(*(changed.services for changed in changes)),
             any(changed.node for changed in changes),
+            service_cidrs=any(changed.service_cidrs for changed in changes),
         )
 
     def _identities(self, kind: Kind) -> set[tuple[str, str]]:
         if kind is Service:
-            return {(each.namespace, each.name) for each in self._services.values()}
+            return set(map(_split, self._services))
         if kind is EndpointSlice:
-            return {(each.namespace, each.name) for group in self._slices.values() for each in group.values()}
+            return set(map(_split, self._slices))
+        if kind is ServiceCIDR:
+            return {("", name) for name in self._service_cidrs}
         return {("", self.node.name)} if self.node else set()
 
-    def _put(self, found: Service | EndpointSlice | Node) -> Changed:
+    def _put(self, found: Object) -> Changed:
         if isinstance(found, Service):
-            key = found.key
-            if self._services.get(key) == found:
+            key, packed = found.key, pack(found)
+            if self._services.get(key) == packed:
                 return Changed()
-            self._services[key] = found
+            self._services[key] = packed
             return Changed(frozenset({key}))
         if isinstance(found, EndpointSlice):
             return self._put_slice(found)
+        if isinstance(found, ServiceCIDR):
+            known = self._service_cidrs.get(found.name)
+            self._service_cidrs[found.name] = found
+            return Changed(service_cidrs=known != found)
         if found.name != self._node_name or found == self.node:
             return Changed()
         self.node = found
         return Changed(node=True)
 
     def _put_slice(self, found: EndpointSlice) -> Changed:
-        owner = self._slice_owner.get(_slice_key(found.namespace, found.name))
-        if owner == found.service and self._slices[owner][found.name] == found:
+        key, packed = f"{found.namespace}/{found.name}", pack(found)
+        if self._slices.get(key) == packed:
             return Changed()
-        moved = self._remove(EndpointSlice, found.namespace, found.name) if owner not in {None, found.service} else None
-        self._slice_owner[_slice_key(found.namespace, found.name)] = found.service
-        self._slices.setdefault(found.service, {})[found.name] = found
-        services = frozenset({found.service}) | (moved.services if moved else frozenset())
+        services = self._take_slice(key) | {found.service}
+        self._slices[key] = packed
+        self._slices_of[found.service] = (*self._slices_of.get(found.service, ()), key)
         return Changed(services, last_changes=((found.family, found.last_change),) if found.last_change else ())
+
+    def _take_slice(self, key: SliceKey) -> frozenset[ServiceKey]:
+        """Forget an EndpointSlice; return the Service that it belonged to, nothing if there is no such slice."""
+        packed = self._slices.pop(key, None)
+        if packed is None:
+            return frozenset()
+        owner = unpack(EndpointSlice, packed).service
+        left = tuple(each for each in self._slices_of.pop(owner) if each != key)
+        if left:
+            self._slices_of[owner] = left
+        return frozenset({owner})
 
     def _remove(self, kind: Kind, namespace: str, name: str) -> Changed:
         if kind is Service:
             key = f"{namespace}/{name}"
             return Changed(frozenset({key})) if self._services.pop(key, None) else Changed()
         if kind is EndpointSlice:
-            owner = self._slice_owner.pop(_slice_key(namespace, name), None)
-            if owner is None:
-                return Changed()
-            group = self._slices[owner]
-            del group[name]
-            if not group:
-                del self._slices[owner]
-            return Changed(frozenset({owner}))
+            return Changed(self._take_slice(f"{namespace}/{name}"))
+        if kind is ServiceCIDR:
+            return Changed(service_cidrs=self._service_cidrs.pop(name, None) is not None)
         if self.node is None or self.node.name != name or self.node.being_deleted:
             return Changed()
         # The machine is still here and serves: what its Node said of it stays true.
@@ -128,9 +167,14 @@ class Store:
         return Changed(node=True)
 
 
-def _slice_key(namespace: str, name: str) -> str:
-    return f"{namespace}/{name}"
+def _split(key: str) -> tuple[str, str]:
+    namespace, _, name = key.partition("/")
+    return namespace, name
 
 
-def _identity(found: Service | EndpointSlice | Node) -> tuple[str, str]:
-    return ("", found.name) if isinstance(found, Node) else (found.namespace, found.name)
+def _place(cidr: str) -> tuple[bool, IPv4Network | IPv6Network]:
+    return family_of(cidr) is Family.IPV6, ip_network(cidr)
+
+
+def _identity(found: Object) -> tuple[str, str]:
+    return ("", found.name) if isinstance(found, Node | ServiceCIDR) else (found.namespace, found.name)

@@ -11,8 +11,8 @@ Sockets = tuple[str, ...]
 
 def usable(endpoints: Mapping[str, Endpoint]) -> Sockets:
     """Return the ready endpoints or, if there are none, those that serve while they terminate (KEP-1669)."""
-    ready = tuple(text for text, endpoint in endpoints.items() if endpoint.ready)
-    return ready or tuple(text for text, endpoint in endpoints.items() if endpoint.serving and endpoint.terminating)
+    ready = tuple([text for text, endpoint in endpoints.items() if endpoint.ready])
+    return ready or tuple([text for text, endpoint in endpoints.items() if endpoint.serving and endpoint.terminating])
 
 
 def serving(endpoints: Mapping[str, Endpoint]) -> Sockets:
@@ -26,16 +26,19 @@ def cluster_endpoints(endpoints: Mapping[str, Endpoint], node: str, zone: str) -
     Hints for nodes, then hints for zones (KEP-3015, KEP-2433), each only if every ready endpoint
     carries them and one is for this node or zone: hints that are incomplete or leave nothing are ignored.
     """
+    first = next((endpoint for endpoint in endpoints.values() if endpoint.ready), None)
+    if first is None or not (first.for_nodes or first.for_zones):
+        return usable(endpoints)
     ready = {text: endpoint for text, endpoint in endpoints.items() if endpoint.ready}
-    if ready and all(endpoint.for_nodes for endpoint in ready.values()):
+    if all(endpoint.for_nodes for endpoint in ready.values()):
         near = tuple(text for text, endpoint in ready.items() if node in endpoint.for_nodes)
         if near:
             return near
-    if ready and all(endpoint.for_zones for endpoint in ready.values()):
+    if all(endpoint.for_zones for endpoint in ready.values()):
         near = tuple(text for text, endpoint in ready.items() if zone in endpoint.for_zones)
         if near:
             return near
-    return usable(endpoints)
+    return tuple(ready)
 
 
 def local_endpoints(endpoints: Mapping[str, Endpoint], node: str) -> Sockets:

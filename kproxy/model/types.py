@@ -1,7 +1,8 @@
-"""The cluster as kproxy keeps it: the fields of Services, EndpointSlices and Nodes that decide rules.
+"""The cluster as kproxy keeps it: the fields of Services, EndpointSlices, Nodes and ServiceCIDRs that decide rules.
 
 Everything here is immutable and compares by value, so "did this change anything?" is `old != new`.
-Addresses and CIDRs are in canonical text form; names that repeat (nodes, zones) are interned by the decoder.
+Addresses and CIDRs are in canonical text form; names that repeat (nodes, zones) are interned by the decoder. What the
+store keeps packed is `array_like`: without the names of the fields.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def family_of(address: str) -> Family:
     return Family.IPV6 if ":" in address else Family.IPV4
 
 
-class ServicePort(Struct, frozen=True, gc=False):
+class ServicePort(Struct, frozen=True, gc=False, array_like=True):
     """One entry of `spec.ports`; `node_port` is 0 where none is allocated."""
 
     name: str
@@ -37,7 +38,7 @@ class ServicePort(Struct, frozen=True, gc=False):
     node_port: int = 0
 
 
-class Service(Struct, frozen=True, gc=False):
+class Service(Struct, frozen=True, gc=False, array_like=True):
     """A Service that kproxy serves. Headless and ExternalName Services never become one of these.
 
     `affinity_seconds` is the ClientIP timeout, 0 without session affinity. `vips` are the load balancer
@@ -64,7 +65,7 @@ class Service(Struct, frozen=True, gc=False):
         return f"{self.namespace}/{self.name}"
 
 
-class Endpoint(Struct, frozen=True, gc=False):
+class Endpoint(Struct, frozen=True, gc=False, array_like=True):
     """One endpoint of a slice; hints are empty where the slice gives none."""
 
     address: str
@@ -76,7 +77,7 @@ class Endpoint(Struct, frozen=True, gc=False):
     for_nodes: tuple[str, ...] = ()
 
 
-class EndpointPort(Struct, frozen=True, gc=False):
+class EndpointPort(Struct, frozen=True, gc=False, array_like=True):
     """A named port that all endpoints of a slice share."""
 
     name: str
@@ -84,7 +85,7 @@ class EndpointPort(Struct, frozen=True, gc=False):
     protocol: Protocol
 
 
-class EndpointSlice(Struct, frozen=True, gc=False):
+class EndpointSlice(Struct, frozen=True, gc=False, array_like=True):
     """An EndpointSlice of one family; `service` is the key of the Service that it belongs to.
 
     `last_change` is the annotation `endpoints.kubernetes.io/last-change-trigger-time` as seconds since the
@@ -113,3 +114,10 @@ class Node(Struct, frozen=True, gc=False):
     zone: str = ""
     pod_cidrs: tuple[str, ...] = ()
     being_deleted: bool = False
+
+
+class ServiceCIDR(Struct, frozen=True, gc=False):
+    """A ServiceCIDR (KEP-1880): ranges that ClusterIPs are allocated from, one per family at the most."""
+
+    name: str
+    cidrs: tuple[str, ...] = ()

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from kproxy.host.run import CommandError, first_line, run
+import errno
+
+from kproxy.host.run import CommandError
 from kproxy.model.types import Family
+from kproxy.nftables.apply import NetlinkCommit, TableError
+from kproxy.nftables.read import Reader
+from kproxy.nftables.transaction import Transaction
 
-TIMEOUT_SECONDS = 60
-
-_NO_SUCH_FILE = "No such file or directory"
+_NO_NF_TABLES = {errno.EINVAL, errno.EOPNOTSUPP, errno.EPROTONOSUPPORT}
 
 
 def remove_table(family: Family) -> bool:
     """Delete a family's table `kube-proxy` and return whether it was there.
 
-    Without the program `nft` nothing is done. Raises `CommandError` if the table is there and stays.
+    Raises `CommandError` if the table is there and stays.
     """
-    table = ["ip6" if family is Family.IPV6 else "ip", "kube-proxy"]
     try:
-        done = run(["nft", "delete", "table", *table], timeout=TIMEOUT_SECONDS)
-    except CommandError:
-        return False
-    if done.code and _NO_SUCH_FILE not in done.stderr:
-        raise CommandError(f"nft cannot delete table {' '.join(table)}: {first_line(done.stderr)}")
-    return not done.code
+        if not Reader(family).exists():
+            return False
+        NetlinkCommit(family)(Transaction(drop=True))
+    except OSError as error:
+        if error.errno in _NO_NF_TABLES:
+            return False  # a kernel without nf_tables has no table
+        raise CommandError(f"cannot look for the nftables table of {family.value}: {error.strerror}") from None
+    except TableError as error:
+        raise CommandError(f"cannot delete the nftables table of {family.value}: {error}") from None
+    return True

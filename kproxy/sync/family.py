@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Callable, Iterable
-from itertools import chain
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from msgspec import Struct
 from msgspec.structs import replace
 
 from kproxy.model.context import Context
-from kproxy.model.outcome import Plans, Written
+from kproxy.model.outcome import Plans, StateLostError, Written
 from kproxy.model.plan import ServicePortPlan, plan_service
 from kproxy.model.store import Changed, Store
-from kproxy.model.types import Family, Node, ServiceKey
+from kproxy.model.types import Family, Node, ServiceKey, family_of
 from kproxy.sync.backend import Backend
 
 LARGE_CLUSTER_ENDPOINTS = 1000
@@ -28,6 +28,7 @@ class Outcome(Struct, frozen=True):
     """What the kernel accepted: see the fields of the same names of `kproxy.sync.report.SyncReport`."""
 
     plans: Plans
+    services: int
     complete: bool
     context: Context
     written: Written
@@ -40,8 +41,16 @@ class FamilySync:
     Changes leave the pending set only when the kernel has accepted them.
     """
 
-    def __init__(self, backend: Backend, make_context: Callable[[Node | None], Context]) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        make_context: Callable[[Node | None], Context],
+        *,
+        large_cluster_endpoints: float = LARGE_CLUSTER_ENDPOINTS,
+    ) -> None:
+        """`make_context` returns what the Services share, less what the store knows; it is called for each sync."""
         self._backend = backend
+        self._large_cluster_endpoints = large_cluster_endpoints
         self._make_context = make_context
         self._applied: Context | None = None
         self._pending: set[ServiceKey] = set()
@@ -60,37 +69,80 @@ class FamilySync:
 
     def sync(self, store: Store) -> Outcome:
         """Program what is pending. Raises `SyncError`."""
-        everything = self._backend.needs_everything or self._applied is None
-        context = self._make_context(store.node)
-        if self._applied is not None and replace(context, large_cluster=self._applied.large_cluster) != self._applied:
-            everything = True
-        plans = self._plan(store, context, store.service_keys() if everything else ())
-        context = replace(context, large_cluster=self._total_endpoints > LARGE_CLUSTER_ENDPOINTS)
-        if not everything and context != self._applied:
-            everything = True
-            plans |= self._plan(store, context, (key for key in store.service_keys() if key not in plans))
+        try:
+            return self._sync(store)
+        except StateLostError:
+            return self._sync(store)
+
+    def _sync(self, store: Store) -> Outcome:
+        context = self._context(store)
+        everything = self._backend.needs_everything or self._applied is None or not _alike(context, self._applied)
+        planner = Planner(store, context, everything=everything, pending=self._pending)
+        plans: Plans = planner if everything else dict(planner)
+        if self._counts_endpoints:
+            self._count(plans)
+            context = replace(context, large_cluster=self._total_endpoints > self._large_cluster_endpoints)
+            if not everything and context != self._applied:
+                everything = True
+                plans = planner = Planner(store, context, everything=True, pending=self._pending)
         written = self._backend.sync(plans, context)
         self._applied = context
         self._pending.clear()
         last_changes = tuple(moment for family, moment in self._last_changes if family is context.family)
         self._last_changes.clear()
-        return Outcome(plans, everything, context, written, last_changes)
+        told = planner.of_lasting_interest() if everything else plans
+        return Outcome(told, len(plans), everything, context, written, last_changes)
 
-    def _plan(
-        self, store: Store, context: Context, more: Iterable[ServiceKey]
-    ) -> dict[ServiceKey, tuple[ServicePortPlan, ...]]:
-        plans: dict[ServiceKey, tuple[ServicePortPlan, ...]] = {}
-        for key in chain(more, self._pending):
-            if key in plans:
-                continue
-            service = store.service(key)
-            plans[key] = plan_service(service, store.slices(key), context) if service else ()
-            self._count(key, sum(plan.known_endpoints for plan in plans[key]))
+    def _context(self, store: Store) -> Context:
+        context = self._make_context(store.node)
+        cidrs = tuple(cidr for cidr in store.service_cidrs if family_of(cidr) is context.family)
+        return replace(context, service_cidrs=cidrs)
+
+    @property
+    def _counts_endpoints(self) -> bool:
+        return self._large_cluster_endpoints < math.inf
+
+    def _count(self, plans: Plans) -> None:
+        for key, ports in plans.items():
+            endpoints = sum(plan.known_endpoints for plan in ports)
+            self._total_endpoints += endpoints - self._endpoints.get(key, 0)
+            if endpoints:
+                self._endpoints[key] = endpoints
+            else:
+                self._endpoints.pop(key, None)
+
+
+class Planner(Mapping[ServiceKey, Sequence[ServicePortPlan]]):
+    """The plans of Services, made each time they are asked for.
+
+    All plans of a large cluster at once would take more memory than everything else that is kept of it.
+    """
+
+    def __init__(self, store: Store, context: Context, *, everything: bool, pending: Collection[ServiceKey]) -> None:
+        """`pending` are Services that may have changed, and may be gone; `everything` adds all that there are."""
+        self._store = store
+        self._context = context
+        self._keys = dict.fromkeys((*store.service_keys(), *pending) if everything else pending)
+        self._interesting: dict[ServiceKey, Sequence[ServicePortPlan]] = {}
+
+    def __getitem__(self, key: ServiceKey) -> Sequence[ServicePortPlan]:
+        service = self._store.service(key)
+        plans = plan_service(service, self._store.slices(key), self._context) if service else ()
+        if any(plan.lasting_interest for plan in plans):
+            self._interesting[key] = plans
         return plans
 
-    def _count(self, key: ServiceKey, endpoints: int) -> None:
-        self._total_endpoints += endpoints - self._endpoints.get(key, 0)
-        if endpoints:
-            self._endpoints[key] = endpoints
-        else:
-            self._endpoints.pop(key, None)
+    def __iter__(self) -> Iterator[ServiceKey]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def of_lasting_interest(self) -> Plans:
+        """Return those of the plans made so far that somebody must remember once the kernel has them."""
+        return self._interesting
+
+
+def _alike(context: Context, other: Context) -> bool:
+    """Return whether two contexts differ at most in what follows from the Services themselves."""
+    return replace(context, large_cluster=other.large_cluster) == other

@@ -167,7 +167,7 @@ class Reconciler:
         schedule.succeeded()
         ended = self._clock()
         scope = "all" if outcome.complete else "changes of"
-        log.info("%s: %s %d services in force after %.3f s", family.value, scope, len(outcome.plans), ended - began)
+        log.info("%s: %s %d services in force after %.3f s", family.value, scope, outcome.services, ended - began)
         report = SyncReport(family=family, began=began, ended=ended, error="", **asdict(outcome))
         self._tell(methodcaller("synced", report))
         return True

@@ -16,11 +16,11 @@ from kproxy.model.types import Family
 class SyncReport(Struct, frozen=True):
     """One attempt to bring one family's kernel state to the desired state.
 
-    `plans` are those of the Services that were looked at: of all Services if `complete`, else of those that may have
-    changed. `error` is "" if the kernel accepted everything; `written` is None if it did not. `began` and
-    `ended` are in seconds of the reconciler's monotonic clock. `last_changes` are the moments, in seconds since the
-    epoch, at which the endpoint changes began that are now in the kernel (annotation
-    `endpoints.kubernetes.io/last-change-trigger-time`).
+    `plans` are those of the `services` Services that were looked at: if `complete`, of all Services, but only those
+    with a plan of `lasting_interest`; else of those that may have changed. `error` is "" if the kernel accepted
+    everything; `written` is None if it did not. `began` and `ended` are in seconds of the reconciler's monotonic clock.
+    `last_changes` are the moments, in seconds since the epoch, at which the endpoint changes began that are now in the
+    kernel (annotation `endpoints.kubernetes.io/last-change-trigger-time`).
     """
 
     family: Family
@@ -31,6 +31,7 @@ class SyncReport(Struct, frozen=True):
     context: Context | None
     written: Written | None
     error: str = ""
+    services: int = 0
     last_changes: tuple[float, ...] = ()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from time import monotonic
@@ -12,8 +12,8 @@ import pytest
 
 from kproxy.kube.api_source import ApiSource
 from kproxy.kube.client import Client
-from kproxy.model.delta import Delete, Delta, Kind, Object, Replace, Upsert
-from kproxy.model.types import EndpointSlice, Node, Service
+from kproxy.model.delta import BASIC_KINDS, Delete, Delta, Kind, Object, Replace, Upsert
+from kproxy.model.types import Node, ServiceCIDR
 from tests.apiserver import ApiServer, Relay
 from tests.kubeapiserver import KubeApiServer, unavailable
 from tests.lab.requirements import missing_commands, missing_privilege
@@ -43,10 +43,10 @@ class Cluster(Protocol):
 class Received:
     """A sink, and the objects that what came through it adds up to."""
 
-    def __init__(self) -> None:
+    def __init__(self, kinds: Iterable[Kind] = BASIC_KINDS) -> None:
         self.put: Callable[[Delta], None]
         self.deltas: list[Delta] = []
-        self.objects: dict[Kind, dict[str, Object]] = {Service: {}, EndpointSlice: {}, Node: {}}
+        self.objects: dict[Kind, dict[str, Object]] = {kind: {} for kind in kinds}
         self._queue: SimpleQueue[Delta] = SimpleQueue()
         self.put = self._queue.put
 
@@ -86,7 +86,7 @@ class Received:
 
 
 def _key(item: Object) -> str:
-    return f"{'' if isinstance(item, Node) else item.namespace}/{item.name}"
+    return f"{'' if isinstance(item, Node | ServiceCIDR) else item.namespace}/{item.name}"
 
 
 @pytest.fixture(scope="session")

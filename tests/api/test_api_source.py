@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import pytest
 
@@ -15,6 +17,7 @@ from tests.api.conftest import HANG, Cluster, Follow, Received
 from tests.apiserver import ApiServer, Relay, SeenRequest
 from tests.apiserver.objects import endpoint_slice, labelled, node, service
 
+Support: TypeAlias = Literal["supported", "ignored"]
 PROXY_NAME = "service.kubernetes.io/service-proxy-name"
 
 
@@ -115,8 +118,12 @@ def test_survives_a_restart_of_the_server(cluster: Cluster, follow: Follow, rece
     received.until(lambda _: received.names(Service) == {"web", "db"})
 
 
+@pytest.mark.parametrize("protobuf", ["supported", "ignored"])
 @pytest.mark.parametrize("fault", ["drop", "end", "cut_mid_line", "expire", "fail", "silence"])
-def test_every_end_of_a_watch_is_survived(server: ApiServer, follow: Follow, received: Received, fault: str) -> None:
+def test_every_end_of_a_watch_is_survived(
+    server: ApiServer, follow: Follow, received: Received, fault: str, protobuf: Support
+) -> None:
+    server.faults.protobuf = protobuf
     server.create(service("web", "10.96.7.1"))
     follow(server, inactivity=1.0 if fault == "silence" else 90.0)
     received.until_listed()
@@ -199,15 +206,18 @@ def test_refusals_are_said_and_survived(
     assert [entry.getMessage() for entry in caplog.records if "following services again" in entry.getMessage()]
 
 
-def test_a_garbled_line_costs_nothing_but_a_line_in_the_log(
-    server: ApiServer, follow: Follow, received: Received, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("protobuf", ["supported", "ignored"])
+def test_a_garbled_event_costs_nothing_but_a_line_in_the_log(
+    server: ApiServer, follow: Follow, received: Received, caplog: pytest.LogCaptureFixture, protobuf: Support
 ) -> None:
+    server.faults.protobuf = protobuf
     server.create(service("web", "10.96.7.1"))
     follow(server)
     received.until_listed()
     server.requests.wait_for(is_service_watch)
-    server.inject(b'{"type":"MODIFIED","object":{"metadata":{"name":"web","namespace":"demo"},"spec":{"ports":7}}}')
-    server.inject(b"\xff\x00 no JSON at all")
+    spoiled = service("web", "10.96.7.1", port=70_000)
+    server.inject(json.dumps({"type": "MODIFIED", "object": spoiled}).encode())
+    server.inject(b"\xff\x00 neither JSON nor protobuf")
     server.create(service("db", "10.96.7.2"))
     received.until(lambda _: received.names(Service) == {"web", "db"})
     text = caplog.text
@@ -215,7 +225,9 @@ def test_a_garbled_line_costs_nothing_but_a_line_in_the_log(
     assert "Service an object without a readable name cannot be read" in text
 
 
-def test_lines_in_many_small_pieces(server: ApiServer, follow: Follow, received: Received) -> None:
+@pytest.mark.parametrize("protobuf", ["supported", "ignored"])
+def test_events_in_many_small_pieces(server: ApiServer, follow: Follow, received: Received, protobuf: Support) -> None:
+    server.faults.protobuf = protobuf
     server.faults.piece = 3
     server.create(labelled(service("web", "10.96.7.1"), app="größe-名"))
     follow(server)
@@ -274,6 +286,15 @@ def test_complaints_are_repeated_once_per_minute_and_their_end_is_said() -> None
     assert not complaints.is_trouble_news("", REPEAT_PERIOD + 2)
     assert not complaints.is_trouble_news("refused", REPEAT_PERIOD + 3)
     assert not complaints.is_trouble_news("", REPEAT_PERIOD + 4)
+
+
+def test_lasting_trouble_is_said_once_until_something_else_is_said() -> None:
+    complaints = Complaints()
+    assert complaints.is_trouble_news("no such thing", 0.0, lasting=True)
+    assert not complaints.is_trouble_news("no such thing", 10 * REPEAT_PERIOD, lasting=True)
+    assert complaints.is_trouble_news("connection refused", 10 * REPEAT_PERIOD)
+    assert complaints.is_trouble_news("no such thing", 10 * REPEAT_PERIOD, lasting=True)
+    assert complaints.is_trouble_news("", 10 * REPEAT_PERIOD)
 
 
 def test_ten_thousand_slices(server: ApiServer, follow: Follow, received: Received) -> None:

@@ -24,13 +24,17 @@ class Refusing:
 class Faults:
     """`watch_list` says how sendInitialEvents is answered; `piece` cuts watch lines into such small writes.
 
+    `withheld` has the resources (plural) that the server does not have or does not show, with the status that says so.
+    `protobuf` says what becomes of a wish for it: "ignored" answers JSON, "refused" is a 406.
     `epoch` counts what `end` was asked to do: a watch that began in an earlier one ends as `ending` says.
     """
 
     watch_list: WatchListSupport = "supported"
+    protobuf: Literal["supported", "ignored", "refused"] = "supported"
     service_fields: bool = True
     piece: int = 0
     epoch: int = 0
+    withheld: dict[str, int] = field(default_factory=dict)
     ending: Literal["clean", "drop", "silent", "mid-line", "gone", "error"] = "clean"
     injected: list[bytes] = field(default_factory=list)
     refusing: list[Refusing] = field(default_factory=list)

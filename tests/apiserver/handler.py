@@ -9,13 +9,14 @@ from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlsplit
 
-from tests.apiserver import statuses
+from tests.apiserver import protobuf, statuses
 from tests.apiserver.events import event_problems
 from tests.apiserver.requests import SeenRequest
 from tests.apiserver.resources import EVENTS, SERVICES, Resource, find_path
 from tests.apiserver.selectors import SelectorError, Test, field_test, label_test
 from tests.apiserver.store import ConflictError, ExpiredError, NotFoundError, make_token
 from tests.apiserver.watching import serve_watch
+from tests.apiserver.writing import JsonWriter, ProtobufWriter, accepts_protobuf
 
 if TYPE_CHECKING:
     from tests.apiserver.server import ApiServer
@@ -68,16 +69,30 @@ class Handler(BaseHTTPRequestHandler):
             self._answer(refusing.status, statuses.refusal(refusing.status, refusing.retry_after), refusing.retry_after)
         elif not self._authenticated():
             self._answer(401, statuses.refusal(401, None))
+        elif self.api.faults.protobuf == "refused" and protobuf.MEDIA_TYPE in self.headers.get("Accept", ""):
+            self._answer(406, statuses.refusal(406, None))
         elif parts.path in {"/readyz", "/healthz", "/livez"}:
             self._write(200, b"ok", "text/plain")
         elif found := find_path(parts.path):
-            self._dispatch(*found, query, body)
+            self._dispatch_shown(*found, query, body)
         else:
-            self._answer(404, statuses.status(404, "NotFound", "the server could not find the requested resource"))
+            self._answer(404, statuses.NO_RESOURCE)
 
     def _authenticated(self) -> bool:
         scheme, _, token = self.headers.get("Authorization", "").partition(" ")
         return not self.api.tokens or (scheme.lower() == "bearer" and token in self.api.tokens)
+
+    def _dispatch_shown(
+        self, resource: Resource, namespace: str, name: str, query: dict[str, str], body: bytes
+    ) -> None:
+        withheld = self.api.faults.withheld.get(resource.plural)
+        if withheld is None:
+            self._dispatch(resource, namespace, name, query, body)
+        elif withheld == 404:
+            self._answer(404, statuses.NO_RESOURCE)
+        else:
+            verb = "watch" if "watch" in query else "list"
+            self._answer(403, statuses.forbidden(resource.plural, resource.group, verb))
 
     def _dispatch(self, resource: Resource, namespace: str, name: str, query: dict[str, str], body: bytes) -> None:
         if self.command == "GET" and not name:
@@ -152,6 +167,10 @@ class Handler(BaseHTTPRequestHandler):
             if not query.get("labelSelector") and not query.get("fieldSelector"):
                 metadata["remainingItemCount"] = left
         head = {"kind": f"{resource.kind}List", "apiVersion": resource.api_version, "metadata": metadata}
+        if self._sends_protobuf(f"{resource.kind}List"):
+            body = protobuf.enveloped(head | {"items": [json.loads(item.raw) for item in items]})
+            self._write(200, body, protobuf.MEDIA_TYPE)
+            return
         opening = json.dumps(head, separators=(",", ":")).encode()[:-1]
         body = opening + b',"items":[' + b",".join(item.raw for item in items) + b"]}\n"
         self._write(200, body, "application/json")
@@ -161,11 +180,12 @@ class Handler(BaseHTTPRequestHandler):
             self._answer(422, refused)
             return
         self.send_response(200)
-        self.send_header("Content-Type", "application/json")
+        writer = ProtobufWriter() if self._sends_protobuf(resource.kind) else JsonWriter()
+        self.send_header("Content-Type", writer.content_type)
         self.send_header("Cache-Control", "no-cache, private")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        serve_watch(self.api, self.connection, resource, wanted, query)
+        serve_watch(self.api, self.connection, resource, wanted, query, writer=writer)
         self.close_connection = True
         self.connection.shutdown(socket.SHUT_WR)
 
@@ -181,7 +201,14 @@ class Handler(BaseHTTPRequestHandler):
         return None
 
     def _answer(self, code: int, body: dict[str, Any], retry_after: int | None = None) -> None:
-        self._write(code, json.dumps(body).encode() + b"\n", "application/json", retry_after)
+        if self._sends_protobuf(body["kind"]):
+            self._write(code, protobuf.enveloped(body), protobuf.MEDIA_TYPE, retry_after)
+        else:
+            self._write(code, json.dumps(body).encode() + b"\n", "application/json", retry_after)
+
+    def _sends_protobuf(self, kind: str) -> bool:
+        able = self.api.faults.protobuf == "supported" and kind in protobuf.KINDS
+        return able and accepts_protobuf(self.headers.get("Accept", ""))
 
     def _write(self, code: int, body: bytes, content_type: str, retry_after: int | None = None) -> None:
         compress = len(body) >= GZIP_FROM and "gzip" in self.headers.get("Accept-Encoding", "")

@@ -38,6 +38,15 @@ def node(name: str, zone: str = "zone-a") -> Object:
     }
 
 
+def service_cidr(name: str, *cidrs: str) -> Object:
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "ServiceCIDR",
+        "metadata": {"name": name},
+        "spec": {"cidrs": cidrs},
+    }
+
+
 def labelled(body: Object, **labels: str) -> Object:
     """Return the object with more labels; `__` in a name stands for "/", `_` for "-"."""
     metadata = body["metadata"]

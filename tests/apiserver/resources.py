@@ -62,6 +62,14 @@ NODES = Resource(
     selectable=("spec.unschedulable",),
     empty={"spec": {}, "status": _NODE_STATUS},
 )
+SERVICE_CIDRS = Resource(
+    "networking.k8s.io",
+    "v1",
+    "servicecidrs",
+    "ServiceCIDR",
+    namespaced=False,
+    empty={"spec": {}, "status": {}},
+)
 EVENTS = Resource("events.k8s.io", "v1", "events", "Event")
 
 RESOURCES = (
@@ -72,7 +80,7 @@ RESOURCES = (
     Resource("", "v1", "events", "Event"),
     Resource("", "v1", "configmaps", "ConfigMap"),
     EVENTS,
-    Resource("networking.k8s.io", "v1", "servicecidrs", "ServiceCIDR", namespaced=False),
+    SERVICE_CIDRS,
 )
 
 

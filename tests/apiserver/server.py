@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from http.server import ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tests.apiserver.faults import Faults, Refusing, WatchListSupport
 from tests.apiserver.handler import Handler
@@ -52,6 +52,7 @@ class ApiServer:
         self._http: _Http | None = None
         self._thread: threading.Thread | None = None
         self.address = ("127.0.0.1", 0)
+        self.handler: type[Handler] = Handler
 
     def __enter__(self) -> ApiServer:
         self.start()
@@ -63,7 +64,7 @@ class ApiServer:
     def start(self) -> None:
         """Listen; on the same port as before after a `stop`. The objects are kept."""
         self.stopping = False
-        handler = type("_Handler", (Handler,), {"api": self})
+        handler = type("_Handler", (self.handler,), {"api": self})
         self._http = _Http(self.address, handler)
         if self._tls:
             self._http.socket = self._tls.wrap_socket(self._http.socket, server_side=True)
@@ -148,6 +149,14 @@ class ApiServer:
     def set_watch_list(self, support: WatchListSupport) -> None:
         """Choose how `sendInitialEvents` is answered from now on."""
         self.faults.watch_list = support
+
+    def withhold(self, plural: str, status: Literal[403, 404]) -> None:
+        """Answer every new request for a resource as a server without it (404) or to one without permission (403)."""
+        self.faults.withheld[plural] = status
+
+    def show(self, plural: str) -> None:
+        """Serve a withheld resource."""
+        del self.faults.withheld[plural]
 
     def drop_watches(self) -> None:
         """Break the open watches off."""

@@ -29,6 +29,19 @@ def status(code: int, reason: str, message: str, **more: Any) -> dict[str, Any]:
     }
 
 
+NO_RESOURCE = status(404, "NotFound", "the server could not find the requested resource", details={})
+
+
+def forbidden(plural: str, group: str, verb: str) -> dict[str, Any]:
+    """Return what the server says to a service account whose roles lack a permission."""
+    name = f"{plural}.{group}" if group else plural
+    message = (
+        f'{name} is forbidden: User "system:serviceaccount:kube-system:kube-proxy" cannot {verb} resource "{plural}" '
+        f'in API group "{group}" at the cluster scope'
+    )
+    return status(403, "Forbidden", message, details={"group": group, "kind": plural})
+
+
 def refusal(code: int, retry_after: int | None) -> dict[str, Any]:
     """Return what the server says with a status that a test asked for."""
     if code == 403:
@@ -41,6 +54,7 @@ def refusal(code: int, retry_after: int | None) -> dict[str, Any]:
         400: ("BadRequest", "the request is not understood"),
         401: ("Unauthorized", "Unauthorized"),
         410: ("Expired", "The resourceVersion for the provided watch is too old."),
+        406: ("NotAcceptable", "only the following media types are accepted: application/json"),
         429: ("TooManyRequests", "too many requests, please try again later"),
         503: ("ServiceUnavailable", "apiserver not ready"),
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import select
 import socket
 import time
@@ -10,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from tests.apiserver import statuses
 from tests.apiserver.resources import Resource
-from tests.apiserver.selectors import Stored, Test
+from tests.apiserver.selectors import Test
 from tests.apiserver.store import ExpiredError
+from tests.apiserver.writing import Writer
 
 if TYPE_CHECKING:
     from tests.apiserver.server import ApiServer
@@ -21,10 +21,16 @@ LOOK_FOR_CLIENT = 0.5
 
 
 def serve_watch(
-    api: ApiServer, connection: socket.socket, resource: Resource, wanted: Test, query: dict[str, str]
+    api: ApiServer,
+    connection: socket.socket,
+    resource: Resource,
+    wanted: Test,
+    query: dict[str, str],
+    *,
+    writer: Writer,
 ) -> None:
     """Serve until the client or the server ends it; in good order only if a last chunk was written."""
-    watch = _Watch(api, connection, resource, wanted, query)
+    watch = _Watch(api, connection, resource, wanted, query, writer=writer)
     if watch.begin():
         watch.follow()
 
@@ -37,7 +43,10 @@ class _Watch:
         resource: Resource,
         wanted: Test,
         query: dict[str, str],
+        *,
+        writer: Writer,
     ) -> None:
+        self._writer = writer
         self._api, self._connection, self._resource, self._wanted = api, connection, resource, wanted
         self._query = query
         self._epoch = api.faults.epoch
@@ -52,7 +61,7 @@ class _Watch:
         support = self._api.faults.watch_list
         initial = "sendInitialEvents" in self._query and support != "ignored"
         if initial and support == "old-etcd":
-            self._send(_event("ERROR", statuses.OLD_ETCD))
+            self._send(self._writer.event("ERROR", statuses.OLD_ETCD))
             self._finish()
             return False
         given = self._query.get("resourceVersion", "")
@@ -61,7 +70,7 @@ class _Watch:
             return self._may_begin()
         self._version, items = self._api.store.snapshot(self._resource, self._wanted)
         for item in items:
-            self._send(self._object("ADDED", item))
+            self._send(self._writer.stored("ADDED", self._resource, item))
         if initial:
             self._bookmark({"annotations": {"k8s.io/initial-events-end": "true"}})
         return True
@@ -70,7 +79,7 @@ class _Watch:
         try:
             self._api.store.require(self._version)
         except ExpiredError as error:
-            self._send(_event("ERROR", statuses.status(410, "Expired", str(error))))
+            self._send(self._writer.event("ERROR", statuses.status(410, "Expired", str(error))))
             self._finish()
             return False
         return True
@@ -105,10 +114,10 @@ class _Watch:
             self._version, changes = self._api.store.changes_after(self._resource, self._version)
         self._injected += len(lines)
         for line in lines:
-            self._send(line + b"\n")
+            self._send(self._writer.injected(line))
         for change in changes:
             if event := change.seen_through(self._wanted):
-                self._send(self._object(*event))
+                self._send(self._writer.stored(event[0], self._resource, event[1]))
 
     def _break_off(self) -> None:
         ending = "drop" if self._api.stopping else self._api.faults.ending
@@ -119,19 +128,15 @@ class _Watch:
                 with self._api.store.changed:
                     self._api.store.changed.wait(LOOK_FOR_CLIENT)
         elif ending == "mid-line":
-            self._send(b'{"type":"MODIFIED","object":{"kind":"Serv')
+            self._send(self._writer.part)
         elif ending in {"gone", "error"}:
-            self._send(_event("ERROR", statuses.refusal(410 if ending == "gone" else 500, None)))
+            self._send(self._writer.event("ERROR", statuses.refusal(410 if ending == "gone" else 500, None)))
             self._finish()
 
     def _bookmark(self, more: dict[str, Any]) -> None:
         kind = {"kind": self._resource.kind, "apiVersion": self._resource.api_version}
         metadata = {"resourceVersion": str(self._version), **more}
-        self._send(_event("BOOKMARK", kind | {"metadata": metadata} | self._resource.empty))
-
-    def _object(self, kind: str, item: Stored) -> bytes:
-        head = f'{{"type":"{kind}","object":{{"kind":"{self._resource.kind}",'
-        return f'{head}"apiVersion":"{self._resource.api_version}",'.encode() + item.raw[1:] + b"}\n"
+        self._send(self._writer.event("BOOKMARK", kind | {"metadata": metadata} | self._resource.empty))
 
     def _send(self, data: bytes) -> None:
         size = self._api.faults.piece or len(data)
@@ -145,7 +150,3 @@ class _Watch:
     def _client_is_there(self) -> bool:
         readable, _, _ = select.select([self._connection], [], [], 0)
         return not readable or bool(self._connection.recv(1, socket.MSG_PEEK))
-
-
-def _event(kind: str, body: dict[str, Any]) -> bytes:
-    return json.dumps({"type": kind, "object": body}, separators=(",", ":")).encode() + b"\n"

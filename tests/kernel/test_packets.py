@@ -1,4 +1,4 @@
-"""The table of packets through the real kernel: `kproxy apply` on a node, real sockets at both ends.
+"""The table of packets through the real kernel, in both modes: `kproxy apply` on a node, real sockets at both ends.
 
 Every address that a row sends to is served by somebody: an endpoint by its pod, an address of a node by that
 node, and any other by a host beyond the uplink. So whoever answers tells where the packet went, and a refusal or
@@ -8,8 +8,10 @@ silence can only come from a rule.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +24,8 @@ from tests.lab.client import Answered, Failed, Outcome, Refused, TimedOut, ask
 from tests.lab.requirements import missing_protocol
 from tests.lab.servers import Servers
 from tests.lab.topology import OUTSIDE_ADDRESSES, Host, Lab
-from tests.packets.places import HERE, HOLDER, NODE, NODE_ADDRESSES, place_of, source_of
+from tests.packets.differences import Reason, read_differences, read_nftables_table
+from tests.packets.places import HERE, HOLDER, NODE, NODE_ADDRESSES, SERVICE_CIDRS, place_of, source_of
 from tests.packets.table import Row, read_table, socket_text, split_socket
 from tests.recordings import GOLDEN
 
@@ -36,6 +39,14 @@ PATIENCE = 10.0
 NOT_SENT = Failed(f"[Errno {errno.EPERM}] {os.strerror(errno.EPERM)}")
 """What a datagram's own sender is told when a rule of the OUTPUT chain stops it, by whichever target."""
 
+SERVICE_CIDR = {
+    "apiVersion": "networking.k8s.io/v1",
+    "kind": "ServiceCIDR",
+    "metadata": {"name": "kubernetes"},
+    "spec": {"cidrs": list(SERVICE_CIDRS)},
+}
+"""What every recorded cluster had; only nftables mode has a use for it."""
+
 Answers = dict[Row, list[Outcome]]
 
 
@@ -48,18 +59,29 @@ def can_be_sent(row: Row) -> bool:
     return not (row.remembering or to_neighbour or row.sender.startswith(HOLDER))
 
 
-ROWS = [row for row in read_table() if can_be_sent(row)]
+ROWS = {
+    "iptables": [row for row in read_table() if can_be_sent(row)],
+    "nftables": [row for row in read_nftables_table() if can_be_sent(row)],
+}
+CASES = [(mode, row) for mode, rows in ROWS.items() for row in rows]
+TO_ITSELF = {row for reason, row in read_differences() if reason is Reason.HAIRPIN}
+"""What an endpoint elsewhere sends to itself, which comes back to it from its own address: its kernel drops that."""
 
 
 @pytest.fixture(scope="module")
-def answers(request: pytest.FixtureRequest, kernel: None) -> Iterator[Answers]:
-    """What came back for each row of a scenario, all of them sent in one lab."""
-    scenario: str = request.param
+def answers(
+    request: pytest.FixtureRequest, kernel: None, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Answers]:
+    """What came back for each row of a scenario in a mode, all of them sent in one lab."""
+    mode, scenario = request.param
     folder = GOLDEN / scenario
-    rows = [row for row in ROWS if row.scenario == scenario and not missing_protocol(row.protocol)]
+    objects = shutil.copytree(folder, tmp_path_factory.mktemp("packets") / scenario)
+    (objects / "servicecidrs.json").write_text(json.dumps(SERVICE_CIDR))
+    rows = [row for row in ROWS[mode] if row.scenario == scenario and not missing_protocol(row.protocol)]
     with Lab() as lab, Servers() as servers:
         stage = Stage(lab, servers, rows)
-        lab.node.namespace.run([KPROXY, "apply", f"--config={folder}/config.json", f"--objects={folder}"])
+        apply = [KPROXY, "apply", f"--config={folder}/config.json", f"--objects={objects}", f"--proxy-mode={mode}"]
+        lab.node.namespace.run(apply)
         # A source's affinity is one for all of its rows: sent at once, they would race to settle it.
         in_turn = [row for row in rows if "affinity" in row.fate]
         at_once = [row for row in rows if row not in in_turn]
@@ -70,7 +92,11 @@ def answers(request: pytest.FixtureRequest, kernel: None) -> Iterator[Answers]:
 
 
 @pytest.mark.parametrize(
-    ("answers", "row"), [(row.scenario, row) for row in ROWS], ids=map(str, ROWS), indirect=["answers"], scope="module"
+    ("answers", "row"),
+    [((mode, row.scenario), row) for mode, row in CASES],
+    ids=[f"{mode} {row}" for mode, row in CASES],
+    indirect=["answers"],
+    scope="module",
 )
 def test_the_kernel_treats_the_packet_as_the_table_says(answers: Answers, row: Row) -> None:
     absent = missing_protocol(row.protocol)
@@ -96,6 +122,8 @@ def expected(row: Row) -> set[Outcome]:
         else:
             assert manner.startswith("dnat"), row.fate
             allowed |= {Answered(each, node if "+masq" in manner else own) for each in endpoints.split(", ")}
+    if row in TO_ITSELF:
+        allowed.add(TimedOut())
     if row.sender == NODE and row.protocol == "UDP" and allowed & {TimedOut(), Refused()}:
         allowed.add(NOT_SENT)
     return allowed
@@ -123,7 +151,7 @@ class Stage:
     def send(self, row: Row) -> list[Outcome]:
         """Return how some requests ended: several where chance picks an endpoint, until one stays unanswered."""
         tries = TRIES if row.fate.startswith("dnat") else 1
-        patience = SILENCE if row.fate == "drop" else PATIENCE
+        patience = SILENCE if row.fate == "drop" or row in TO_ITSELF else PATIENCE
         outcomes: list[Outcome] = []
         while len(outcomes) < tries and TimedOut() not in outcomes:
             outcomes.append(ask(self._senders[row.sender], row.address, row.port, row.protocol, patience=patience))

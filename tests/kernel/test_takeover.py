@@ -1,10 +1,11 @@
-"""No connection notices that kproxy takes a node over from kube-proxy, in either of its modes."""
+"""No connection notices that kproxy takes a node over from kube-proxy: from either of its modes, to either of ours."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,9 @@ from kproxy.iptables.names import DISPATCH
 from kproxy.iptables.render import LOCALHOST_COUNTER
 from kproxy.model.types import Family
 from tests.lab.load import Stream, Target
+from tests.lab.modes import NFT_FAMILIES, flag, nothing_left_of_other, table_state
 from tests.lab.namespace import Namespace
+from tests.lab.proxy import FLAGS, KPROXY
 from tests.lab.recorded import RecordedCluster
 from tests.lab.restart import MortalDaemon
 from tests.lab.servers import Servers
@@ -68,42 +71,74 @@ def load_iptables_mode(node: Namespace, scenario: str, stale: str) -> None:
 def load_nftables_mode(node: Namespace, scenario: str) -> None:
     for name in NFT_FILES:
         node.run(["nft", "-f", str(GOLDEN / scenario / name)])
-    assert len(nft_tables(node)) == len(NFT_FILES)
+    assert not nothing_left_of_other(node, "iptables")
 
 
-def nft_tables(node: Namespace) -> list[str]:
-    tables = node.run(["nft", "list", "tables"]).stdout.splitlines()
-    return [table for table in tables if table.endswith(" kube-proxy")]
-
-
-def take_over(lab: Lab, scenario: str, targets: Sequence[Target], log: Path) -> None:
+def take_over(lab: Lab, scenario: str, targets: Sequence[Target], folder: Path, mode: str) -> None:
     """Start kproxy, and end it, under a stream that began before and ends after it."""
+    node = lab.node.namespace
     assert len({target.service for target in targets}) >= 10
     with Stream(targets) as stream:
         stream.mark("kube-proxy's rules alone")
         stream.take(4)
         stream.mark("kproxy was started")
-        with MortalDaemon(lab, GOLDEN / scenario, log) as daemon:
+        with MortalDaemon(lab, GOLDEN / scenario, folder / "kproxy.log", flag(mode)) as daemon:
             daemon.wait_in_force()
-            wait_until(lambda: not nft_tables(lab.node.namespace), "the other mode's tables are gone")
+            wait_until(lambda: nothing_left_of_other(node, mode), "the other mode's rules are gone")
             stream.mark("kproxy took over")
             stream.take(4)
         stream.mark("SIGTERM")
         stream.take(4)
     assert stream.complaints() == ""
-    for family in Family:
-        assert state(lab.node.namespace, family) == recorded(scenario, family)
+    if mode == "iptables":
+        assert {family: state(node, family) for family in Family} == {f: recorded(scenario, f) for f in Family}
+    else:
+        assert tables(node) == tables_as_afresh(scenario)
+
+
+def tables(node: Namespace) -> dict[str, dict[str, Any]]:
+    return {family: table_state(node, family) for family in NFT_FAMILIES}
+
+
+def tables_as_afresh(scenario: str) -> dict[str, dict[str, Any]]:
+    """Return what kproxy makes of a recording on a node where nothing was before."""
+    fresh = Namespace("fresh")
+    try:
+        fresh.run([KPROXY, "apply", f"--objects={GOLDEN / scenario}", *FLAGS, flag("nftables")])
+        return tables(fresh)
+    finally:
+        fresh.close()
 
 
 @pytest.mark.parametrize(("scenario", "stale"), SWAPS)
 def test_from_iptables_mode(lab: Lab, servers: Servers, tmp_path: Path, scenario: str, stale: str) -> None:
     load_iptables_mode(lab.node.namespace, scenario, stale)
-    take_over(lab, scenario, RecordedCluster(lab, servers, scenario).targets, tmp_path / "kproxy.log")
+    take_over(lab, scenario, RecordedCluster(lab, servers, scenario).targets, tmp_path, "iptables")
 
 
 @pytest.mark.parametrize("scenario", [scenario for scenario, _ in SWAPS])
 def test_from_nftables_mode(lab: Lab, servers: Servers, tmp_path: Path, scenario: str) -> None:
     load_nftables_mode(lab.node.namespace, scenario)
-    # The recorded API server's address is in the Services' range, where that mode drops what is no Service.
-    targets = [each for each in RecordedCluster(lab, servers, scenario).targets if each.service != API_SERVER]
-    take_over(lab, scenario, targets, tmp_path / "kproxy.log")
+    take_over(lab, scenario, targets_of(lab, servers, scenario), tmp_path, "iptables")
+
+
+@pytest.mark.parametrize(("scenario", "stale"), SWAPS)
+def test_from_iptables_mode_to_nftables_mode(
+    lab: Lab, servers: Servers, tmp_path: Path, scenario: str, stale: str
+) -> None:
+    load_iptables_mode(lab.node.namespace, scenario, stale)
+    take_over(lab, scenario, targets_of(lab, servers, scenario), tmp_path, "nftables")
+
+
+@pytest.mark.parametrize("scenario", [scenario for scenario, _ in SWAPS])
+def test_from_nftables_mode_to_our_own(lab: Lab, servers: Servers, tmp_path: Path, scenario: str) -> None:
+    load_nftables_mode(lab.node.namespace, scenario)
+    take_over(lab, scenario, targets_of(lab, servers, scenario), tmp_path, "nftables")
+
+
+def targets_of(lab: Lab, servers: Servers, scenario: str) -> list[Target]:
+    """Return the ways that lead somewhere in nftables mode as well.
+
+    The recorded API server's address is in the Services' range, where that mode drops what is no Service.
+    """
+    return [each for each in RecordedCluster(lab, servers, scenario).targets if each.service != API_SERVER]

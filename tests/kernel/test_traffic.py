@@ -12,6 +12,7 @@ import pytest
 from tests.lab import objects, proxy
 from tests.lab.client import Answered, Outcome, Refused, ask, finish, open_connection
 from tests.lab.flow import Flow, failures, tally
+from tests.lab.modes import flag
 from tests.lab.requirements import missing_protocol
 from tests.lab.servers import Servers
 from tests.lab.topology import Host, Lab
@@ -30,10 +31,11 @@ CONNECTED = pytest.mark.parametrize("protocol", ["TCP", "UDP", "SCTP"])
 class Web:
     """One dual-stack Service of a lab, with the pods behind it and the files that describe it."""
 
-    def __init__(self, lab: Lab, servers: Servers, folder: Path) -> None:
+    def __init__(self, lab: Lab, servers: Servers, folder: Path, mode: str) -> None:
         self._lab = lab
         self._servers = servers
         self.folder = folder
+        self.mode = flag(mode)
 
     def pod(self, number: int, protocol: str = "TCP") -> Host:
         """Add a pod that answers."""
@@ -61,14 +63,19 @@ class Web:
     def apply(self, pods: Sequence[Host], protocol: str = "TCP", affinity: bool = False) -> None:
         """Write the files and have `kproxy apply` program them."""
         self.write(pods, protocol, affinity=affinity)
-        proxy.apply(self._lab, self.folder)
+        proxy.apply(self._lab, self.folder, self.mode)
+
+
+@pytest.fixture(params=["iptables", "nftables"])
+def mode(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 @pytest.fixture
-def web(lab: Lab, servers: Servers, tmp_path: Path) -> Web:
+def web(lab: Lab, servers: Servers, tmp_path: Path, mode: str) -> Web:
     folder = tmp_path / "objects"
     folder.mkdir()
-    return Web(lab, servers, folder)
+    return Web(lab, servers, folder, mode)
 
 
 def in_cluster_client(lab: Lab) -> Host:
@@ -186,7 +193,7 @@ def test_who_is_not_in_the_cluster_is_masqueraded(lab: Lab, web: Web, version: i
 def test_without_a_cluster_cidr_nobody_is_masqueraded(lab: Lab, web: Web, version: int) -> None:
     client = outside_client(lab)
     web.write([web.pod(1)])
-    proxy.apply(lab, web.folder, "--cluster-cidr=")
+    proxy.apply(lab, web.folder, web.mode, "--cluster-cidr=")
     assert ask(client, VIPS[version], 80) == Answered("pod-1", client.address(version))
 
 
@@ -221,7 +228,7 @@ def test_traffic_follows_the_endpoints_without_a_failed_request(
     def request() -> Outcome:
         return ask(client, VIPS[version], 80)
 
-    with proxy.Daemon(lab, web.folder, tmp_path / "kproxy.log") as daemon:
+    with proxy.Daemon(lab, web.folder, tmp_path / "kproxy.log", web.mode) as daemon:
         wait_until(lambda: daemon.is_up() and isinstance(request(), Answered), "the Service answers")
         with Flow(request) as flow:
             assert set(flow.take(100)) == {"pod-1", "pod-2", "pod-3"}

@@ -19,6 +19,10 @@ from kproxy.model.endpoints import socket_text
 from kproxy.model.local_traffic import LocalTraffic
 from kproxy.model.store import Store
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Node, Service, ServicePort, family_of
+from kproxy.nftables.apply import NetlinkCommit, NftTable, TableError
+from kproxy.nftables.backend import NftablesBackend
+from kproxy.nftables.transaction import Transaction
+from kproxy.sync.backend import Backend
 from kproxy.sync.conntrack import Cleaning, ConntrackCleaner
 from kproxy.sync.family import FamilySync
 from kproxy.sync.reconciler import Reconciler
@@ -26,6 +30,7 @@ from kproxy.sync.schedule import Schedule
 from tests.kernel.test_conntrack import entries
 from tests.lab import objects as lab_objects
 from tests.lab.client import Answered, finish, open_connection
+from tests.lab.modes import BOTH_MODES, flag, rules_of
 from tests.lab.proxy import Daemon
 from tests.lab.servers import Servers
 from tests.lab.topology import NODE, Host, Lab
@@ -50,14 +55,27 @@ class FickleIptables(Iptables):
         super().restore(text)
 
 
+class FickleTable(NftTable):
+    """A real table, which refuses on demand."""
+
+    refuses = False
+
+    def commit(self, change: Transaction, generation: int | None = None, /) -> None:
+        if self.refuses:
+            raise TableError("refused")
+        super().commit(change, generation)
+
+
 class Proxy:
     """kproxy's reconciler on the lab's node, one sync per call."""
 
-    def __init__(self, lab: Lab, *deltas: Delta, node_port_addresses: tuple[str, ...] | None = None) -> None:
+    def __init__(
+        self, lab: Lab, *deltas: Delta, node_port_addresses: tuple[str, ...] | None = None, mode: str = "iptables"
+    ) -> None:
         """Start with these objects: all there are."""
         self._node = lab.node.namespace
         self.cleanings: list[Cleaning] = []
-        self._kernels = {family: FickleIptables(family) for family in Family}
+        self._kernels = {family: _kernel(mode, family) for family in Family}
 
         def context(family: Family, node: Node | None) -> Context:
             local = LocalTraffic(cidr=CIDRS[family])
@@ -74,7 +92,7 @@ class Proxy:
         self._reconciler = Reconciler(
             Store(NODE),
             {
-                family: FamilySync(IptablesBackend(kernel), partial(context, family))
+                family: FamilySync(_backend(kernel), partial(context, family))
                 for family, kernel in self._kernels.items()
             },
             make_schedule=lambda: Schedule(min_interval=0, max_retry=0),
@@ -104,6 +122,14 @@ class Proxy:
             return self._reconciler.sync_due()
 
         return self._node.call(work)
+
+
+def _kernel(mode: str, family: Family) -> FickleIptables | FickleTable:
+    return FickleTable(family, NetlinkCommit(family)) if mode == "nftables" else FickleIptables(family)
+
+
+def _backend(kernel: FickleIptables | FickleTable) -> Backend:
+    return NftablesBackend(kernel) if isinstance(kernel, FickleTable) else IptablesBackend(kernel)
 
 
 def service(port: int = 53, node_port: int = 0, external_ips: Sequence[str] = ()) -> Upsert:
@@ -155,6 +181,13 @@ def outsider(lab: Lab) -> Host:
     return lab.add_client("outsider", "198.51.100.10", "2001:db8:51::10")
 
 
+@pytest.fixture(params=["client", "outsider"])
+def anybody(request: pytest.FixtureRequest) -> Host:
+    found = request.getfixturevalue(request.param)
+    assert isinstance(found, Host)
+    return found
+
+
 @pytest.fixture
 def away(lab: Lab, servers: Servers) -> Host:
     """A host beyond this node that serves UDP on the number of the NodePort."""
@@ -194,13 +227,13 @@ class Talk:
 Pods = Callable[[int], Host]
 
 
-@pytest.mark.parametrize("origin", ["client", "outsider"])
+@BOTH_MODES
 @VERSIONS
 def test_a_flow_follows_the_replacement_of_its_endpoint(
-    lab: Lab, pod: Pods, request: pytest.FixtureRequest, version: int, origin: str
+    lab: Lab, pod: Pods, anybody: Host, version: int, mode: str
 ) -> None:
-    proxy = Proxy(lab, service(), *slices(pod(1)))
-    talk = Talk(lab, request.getfixturevalue(origin), CLUSTER_IPS[version])
+    proxy = Proxy(lab, service(), *slices(pod(1)), mode=mode)
+    talk = Talk(lab, anybody, CLUSTER_IPS[version])
     assert talk.ask() == "pod-1"
     proxy.sync(*slices(pod(2)))
     assert talk.ask() == "pod-2"
@@ -218,9 +251,12 @@ def test_a_pods_flow_to_itself_follows_too(lab: Lab, pod: Pods, version: int) ->
     talk.close()
 
 
+@BOTH_MODES
 @VERSIONS
-def test_scaled_to_zero_a_flow_is_refused_and_later_served(lab: Lab, pod: Pods, client: Host, version: int) -> None:
-    proxy = Proxy(lab, service(), *slices(pod(1)))
+def test_scaled_to_zero_a_flow_is_refused_and_later_served(
+    lab: Lab, pod: Pods, client: Host, version: int, mode: str
+) -> None:
+    proxy = Proxy(lab, service(), *slices(pod(1)), mode=mode)
     talk = Talk(lab, client, CLUSTER_IPS[version])
     assert talk.ask() == "pod-1"
     proxy.sync(*slices())
@@ -231,11 +267,12 @@ def test_scaled_to_zero_a_flow_is_refused_and_later_served(lab: Lab, pod: Pods, 
     talk.close()
 
 
+@BOTH_MODES
 @VERSIONS
 def test_a_flow_to_a_deleted_service_ends_and_one_that_came_early_is_served(
-    lab: Lab, pod: Pods, client: Host, version: int
+    lab: Lab, pod: Pods, client: Host, version: int, mode: str
 ) -> None:
-    proxy = Proxy(lab, service(), *slices(pod(1)))
+    proxy = Proxy(lab, service(), *slices(pod(1)), mode=mode)
     talk = Talk(lab, client, CLUSTER_IPS[version])
     assert talk.ask() == "pod-1"
     proxy.sync(*DELETED)
@@ -272,9 +309,12 @@ def test_a_flow_follows_the_target_port(lab: Lab, pod: Pods, client: Host, versi
     talk.close()
 
 
+@BOTH_MODES
 @VERSIONS
-def test_a_failed_sync_in_between_leaves_nothing_behind(lab: Lab, pod: Pods, client: Host, version: int) -> None:
-    proxy = Proxy(lab, service(), *slices(pod(1)))
+def test_a_failed_sync_in_between_leaves_nothing_behind(
+    lab: Lab, pod: Pods, client: Host, version: int, mode: str
+) -> None:
+    proxy = Proxy(lab, service(), *slices(pod(1)), mode=mode)
     talk = Talk(lab, client, CLUSTER_IPS[version])
     assert talk.ask() == "pod-1"
     before = talk.entries()
@@ -299,10 +339,13 @@ def test_a_service_deleted_while_syncs_fail_is_cleaned_up_afterwards(
     talk.close()
 
 
+@BOTH_MODES
 @VERSIONS
-def test_flows_to_endpoints_that_stay_keep_their_entries(lab: Lab, pod: Pods, client: Host, version: int) -> None:
+def test_flows_to_endpoints_that_stay_keep_their_entries(
+    lab: Lab, pod: Pods, client: Host, version: int, mode: str
+) -> None:
     pods = {each.name: each for each in (pod(1), pod(2))}
-    proxy = Proxy(lab, service(), *slices(*pods.values()))
+    proxy = Proxy(lab, service(), *slices(*pods.values()), mode=mode)
     talk = Talk(lab, client, CLUSTER_IPS[version])
     name = talk.ask()
     before = talk.entries()
@@ -313,17 +356,18 @@ def test_flows_to_endpoints_that_stay_keep_their_entries(lab: Lab, pod: Pods, cl
     talk.close()
 
 
+@BOTH_MODES
 @VERSIONS
-def test_a_restart_cuts_nothing_that_lives(lab: Lab, pod: Pods, client: Host, version: int) -> None:
+def test_a_restart_cuts_nothing_that_lives(lab: Lab, pod: Pods, client: Host, version: int, mode: str) -> None:
     state = (service(node_port=NODE_PORT), *slices(pod(1)))
-    Proxy(lab, *state)
+    Proxy(lab, *state, mode=mode)
     talks = [
         Talk(lab, client, CLUSTER_IPS[version]),
         Talk(lab, client, lab.node.address(version), NODE_PORT),
     ]
     assert [talk.ask() for talk in talks] == ["pod-1", "pod-1"]
     before = [talk.entries() for talk in talks]
-    again = Proxy(lab, *state)
+    again = Proxy(lab, *state, mode=mode)
     assert [cleaning.deleted for cleaning in again.cleanings] == [0, 0]
     assert [talk.ask() for talk in talks] == ["pod-1", "pod-1"]
     assert [talk.entries() for talk in talks] == before
@@ -341,10 +385,13 @@ def test_a_restart_moves_flows_whose_endpoint_died_meanwhile(lab: Lab, pod: Pods
     talk.close()
 
 
+@BOTH_MODES
 @VERSIONS
-def test_node_port_and_external_address_follow_too(lab: Lab, pod: Pods, outsider: Host, version: int) -> None:
+def test_node_port_and_external_address_follow_too(
+    lab: Lab, pod: Pods, outsider: Host, version: int, mode: str
+) -> None:
     external_ips = ("203.0.113.7", "2001:db8:7::7")
-    proxy = Proxy(lab, service(53, NODE_PORT, external_ips), *slices(pod(1)))
+    proxy = Proxy(lab, service(53, NODE_PORT, external_ips), *slices(pod(1)), mode=mode)
     talks = [
         Talk(lab, outsider, lab.node.address(version), NODE_PORT),
         Talk(lab, outsider, external_ips[version == 6]),
@@ -391,10 +438,12 @@ def test_where_node_ports_do_not_answer_others_flows_stay(
 # The whole daemon.
 
 
+@BOTH_MODES
 @VERSIONS
 def test_the_daemon_moves_flows_off_dead_endpoints_and_no_others(
-    lab: Lab, pod: Pods, client: Host, version: int, tmp_path: Path
+    lab: Lab, pod: Pods, version: int, mode: str, tmp_path: Path
 ) -> None:
+    client = lab.add_pod("client", "10.244.1.99", "fd00:10:244:1::99")
     objects = tmp_path / "objects"
     objects.mkdir()
     one, two = pod(1), pod(2)
@@ -416,11 +465,9 @@ def test_the_daemon_moves_flows_off_dead_endpoints_and_no_others(
     write(one)
 
     def leads_to(host: Host) -> bool:
-        program = "ip6tables-save" if version == 6 else "iptables-save"
-        destination = socket_text(host.address(version), 8053)
-        return f"--to-destination {destination}" in lab.node.namespace.run([program, "-t", "nat"]).stdout
+        return socket_text(host.address(version), 8053) in rules_of(mode, lab.node.namespace).destinations()
 
-    with Daemon(lab, objects, tmp_path / "first.log"):
+    with Daemon(lab, objects, tmp_path / "first.log", flag(mode)):
         wait_until(lambda: leads_to(one), "the first endpoint")
         talk = Talk(lab, client, CLUSTER_IPS[version])
         assert talk.ask() == "pod-1"
@@ -433,7 +480,7 @@ def test_the_daemon_moves_flows_off_dead_endpoints_and_no_others(
         wait_until(lambda: talk.entries() == {}, "the flow to the endpoint that is gone to be forgotten")
         assert talk.ask() == "pod-2"
         known = talk.entries()
-    with Daemon(lab, objects, tmp_path / "second.log"):
+    with Daemon(lab, objects, tmp_path / "second.log", flag(mode)):
         wait_until(lambda: "services in force" in (tmp_path / "second.log").read_text(), "the second start's sync")
         assert talk.ask() == "pod-2"
         assert talk.entries() == known, "a restart cut a flow that lives"

@@ -9,6 +9,7 @@ from typing import Any
 from tests.lab import objects
 from tests.lab.crowd import Machine
 from tests.lab.load import Target
+from tests.lab.modes import rules_of
 from tests.lab.servers import Servers
 from tests.lab.topology import NODE, Host, Lab
 
@@ -22,12 +23,13 @@ FAMILIES = {4: "IPv4", 6: "IPv6"}
 class Cluster:
     """The Services, numbered from 0. Pod `n` of Service `s` is on the `n`-th node, round and round."""
 
-    def __init__(self, lab: Lab, servers: Servers, folder: Path, *, pods: int) -> None:
-        """Make room for `pods` pods of each Service; none of them runs yet."""
+    def __init__(self, lab: Lab, servers: Servers, folder: Path, *, pods: int, mode: str = "iptables") -> None:
+        """Make room for `pods` pods of each Service; none of them runs yet. `mode` is the one kproxy will be in."""
         self._servers = servers
         self._folder = folder
         folder.mkdir()
         self._node = lab.node
+        self._rules = rules_of(mode, lab.node.namespace)
         self._inside = lab.add_pod("client", "10.244.1.250", "fd00:10:244:1::250")
         self._outside = lab.add_client("visitor", "198.51.100.10", "2001:db8:51::10")
         self._machines = [
@@ -77,15 +79,12 @@ class Cluster:
         return found
 
     def rules(self) -> str:
-        """Return the node's rules of both families and all tables, without what changes by itself."""
-        saved = "".join(self._node.namespace.run([f"{program}-save"]).stdout for program in ("iptables", "ip6tables"))
-        lines = (line.partition(" [")[0] if line.startswith(":") else line for line in saved.splitlines())
-        return "\n".join(line for line in lines if not line.startswith("#"))
+        """Return the node's rules of both families, without what changes by itself."""
+        return self._rules.text()
 
     def destinations(self) -> set[str]:
         """Return each `ip:port` that the node's rules send to."""
-        lines = (line for line in self.rules().splitlines() if " --to-destination " in line)
-        return {line.rpartition(" ")[2] for line in lines}
+        return self._rules.destinations()
 
     def sockets(self, pods: Iterable[tuple[int, int]]) -> set[str]:
         """Return each `ip:port` of pods by `(service, number)`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import select
 import socket
 import struct
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,6 +18,13 @@ _GROUP = 7  # NFNLGRP_NFTABLES
 _SUBSYSTEM = 10 << 8  # NFNL_SUBSYS_NFTABLES
 _NEW_GENERATION = _SUBSYSTEM | 15  # NFT_MSG_NEWGEN, which ends a transaction
 _PROCESS_NAME = 3  # NFTA_GEN_PROC_NAME
+_TABLE_NAMES = {_SUBSYSTEM | kind for kind in (0, 2, 3, 5, 6, 8, 9, 11, 12, 14)}
+"""NFT_MSG_NEWTABLE, DELTABLE, and the same for chains, rules, sets and elements: each names the table first."""
+
+_ELEMENTS = {_SUBSYSTEM | 12, _SUBSYSTEM | 14}  # NFT_MSG_NEWSETELEM, DELSETELEM
+_TABLE_NAME = 1  # NFTA_TABLE_NAME, NFTA_CHAIN_TABLE and so on
+_SET_NAME, _LIST = 2, 3  # NFTA_SET_ELEM_LIST_SET, NFTA_SET_ELEM_LIST_ELEMENTS
+_ATTRIBUTE = struct.Struct("=HH")
 _CHAIN_NAMES = {_SUBSYSTEM | 3: 3, _SUBSYSTEM | 5: 3, _SUBSYSTEM | 6: 2, _SUBSYSTEM | 8: 2}
 """Where the chain's name is in NFT_MSG_NEWCHAIN, DELCHAIN, NEWRULE and DELRULE."""
 
@@ -28,17 +36,27 @@ _RECEIVE_BUFFER_FORCED, _BUFFER = 33, 1 << 24  # SO_RCVBUFFORCE: every single ru
 
 @dataclass(frozen=True)
 class Transaction:
-    """Which process made it, and the names of the chains in which it changed anything."""
+    """Which process made it, the names of the chains in which it changed anything, and elements it added or removed.
+
+    The elements are counted by their set, named `<table> <set>`.
+    """
 
     process: str
     chains: frozenset[str]
+    elements: frozenset[tuple[str, int]] = frozenset()
 
 
 class Commits:
-    """Transactions in a namespace since this was made. Changes by iptables-legacy are none; use it in a `with`."""
+    """Transactions in a namespace since this was made. Changes by iptables-legacy are none; use it in a `with`.
 
-    def __init__(self, namespace: Namespace) -> None:
+    Those that changed a table called `without` are left out.
+    """
+
+    def __init__(self, namespace: Namespace, *, without: str = "") -> None:
+        self._without = without
+        self._tables: set[str] = set()
         self._chains: set[str] = set()
+        self._elements: Counter[str] = Counter()
         self._socket = namespace.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
         self._socket.bind((0, 0))
         self._socket.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, _GROUP)
@@ -74,12 +92,31 @@ class Commits:
         while begin < len(data):
             size, kind, _, _, _ = _HEADER.unpack_from(data, begin)
             payload = attributes(data, begin + _HEADER.size + _NFGENMSG_SIZE, begin + size)
+            if kind in _TABLE_NAMES:
+                self._tables.add(_text(data, payload[_TABLE_NAME]))
             if kind in _CHAIN_NAMES:
                 self._chains.add(_text(data, payload[_CHAIN_NAMES[kind]]))
+            elif kind in _ELEMENTS:
+                owner = " ".join(_text(data, payload[part]) for part in (_TABLE_NAME, _SET_NAME))
+                self._elements[owner] += _length(data, *payload[_LIST])
             elif kind == _NEW_GENERATION:
-                yield Transaction(_text(data, payload[_PROCESS_NAME]), frozenset(self._chains))
+                process = _text(data, payload[_PROCESS_NAME])
+                if self._without not in self._tables:
+                    yield Transaction(process, frozenset(self._chains), frozenset(self._elements.items()))
+                self._tables.clear()
                 self._chains.clear()
+                self._elements.clear()
             begin += (size + 3) & ~3
+
+
+def _length(data: bytes, begin: int, end: int) -> int:
+    """Return how many elements a list has."""
+    count = 0
+    while begin + _ATTRIBUTE.size <= end:
+        size, _ = _ATTRIBUTE.unpack_from(data, begin)
+        begin += (size + 3) & ~3
+        count += 1
+    return count
 
 
 def _text(data: bytes, place: tuple[int, int]) -> str:

@@ -1,4 +1,4 @@
-"""One table of packets for every recorded cluster: who sends what to where, and what becomes of it.
+"""One table of packets for every recorded cluster: who sends what to where, and what becomes of it, in either mode.
 
 `packets.txt` has one row per packet, its columns two or more blanks apart:
 
@@ -14,8 +14,14 @@
                   `reject port-unreachable`, `drop`
                   Several of them, where the fate depends on which endpoint chance picks, are parted by `; `.
 
+The fates are those in iptables mode. `nftables.txt` holds the rows whose fate is another one in nftables mode, with
+that fate, each under the reason for it: a heading `## REASON`, one of the list in differences.py. Any other row has the
+same fate in both modes. A row that differs and is not there is an error, and so is one that is there and does not.
+
 The rows were derived from the rules that kube-proxy 1.36 programmed, never from kproxy's: `python -m
-tests.packets.record` does it again. A reviewed table is a fact; a row that changes needs a reason.
+tests.packets.record` does it again, for both files. A reviewed table is a fact; a row that changes needs a reason.
+
+`compare.wrong_fates` compares the rules of any dump with the rows of a scenario.
 
 What may surprise, and is right:
 
@@ -37,4 +43,15 @@ What may surprise, and is right:
 * A Service with the label `service.kubernetes.io/headless` and a ClusterIP refuses: only its slices are passed over.
 * 127.0.0.1 is an address for NodePorts, ::1 is not. What a neighbour sends to 127.0.0.1 is dropped by KUBE-FIREWALL,
   but not at a NodePort, which treats it like what comes for any other address of this node.
+
+And in nftables mode:
+
+* The recorded nodes, 10.99.0.0/24, lie in the ServiceCIDR 10.96.0.0/12. So what goes on to a node, or from this one to
+  itself, is dropped like what goes to an unallocated ClusterIP, even after its destination was translated: the
+  Service `kubernetes` cannot be reached. That is what kube-proxy's rules do in such a cluster, and so the kernel.
+* An endpoint elsewhere that reaches itself by way of this node is not masqueraded: it gets a packet from its own
+  address, which it drops. Chance has still picked it, as the table says; the client sees a timeout.
+* What a neighbour sends to 127.0.0.1 is untouched by rules. The kernel drops it, since route_localnet is off.
+* Unlike in iptables mode, the node itself is refused by a VIP or external IP without endpoints, and packets of no
+  known connection (INVALID) are let through.
 """

@@ -5,6 +5,9 @@ from __future__ import annotations
 from kproxy.simulate.packet import Fate, Outcome, Verdict
 from tests.packets.table import split_socket
 
+EXACTLY = 1e-6
+"""By how much the probabilities of a dump may differ from equal ones, which it cannot write down exactly."""
+
 
 def describe(outcome: Outcome) -> str:
     """Return everything that may happen, in an order of its own, so that equal outcomes have equal words."""
@@ -15,9 +18,11 @@ def describe(outcome: Outcome) -> str:
     return "; ".join(sorted(parts))
 
 
-def uneven(outcome: Outcome) -> dict[str, float]:
-    """Return the endpoints whose probability is not the same as that of the others."""
-    return {target: share for target, share in outcome.targets.items() if abs(share - 1 / len(outcome.targets)) > 1e-6}
+def uneven(outcome: Outcome, tolerance: float = EXACTLY) -> dict[str, float]:
+    """Return the endpoints whose probability is not that of the others, or is by more than a part of it."""
+    return {
+        target: share for target, share in outcome.targets.items() if abs(share * len(outcome.targets) - 1) > tolerance
+    }
 
 
 def _arrives(fate: Fate) -> bool:

@@ -10,11 +10,18 @@ from tests.packets.table import Row
 
 NODE = "node"
 HOLDER = "node as "
-"""Followed by a VIP that is an address of this node, which then sends from it."""
+"""Followed by a VIP or another address that this node has beside its first, and sends from."""
 NODE_ADDRESSES = {4: "10.99.0.2", 6: "fd00:99::2"}
+SECOND_NODE_ADDRESSES = {4: "172.18.0.2", 6: "fd00:98::2"}
+"""An address of this node that its Node does not name, in no range that a recorded configuration names either."""
 OTHER_NODE_ADDRESSES = {4: "10.99.0.3", 6: "fd00:99::3"}
 HERE = tuple(ip_network(cidr) for cidr in ("10.244.1.0/24", "fd00:10:244:1::/64"))
 """The addresses of this node's pods."""
+
+SERVICE_CIDRS = ("10.96.0.0/12", "fd00:10:96::/112")
+"""The ranges of the recorded clusters' ServiceCIDR. The first holds the recorded nodes' IPv4 addresses, too."""
+UNALLOCATED = {4: "10.96.255.250", 6: "fd00:10:96::fffa"}
+"""An address in each that no Service has."""
 
 
 class Place(NamedTuple):

@@ -1,7 +1,7 @@
-"""Derives the table of packets from the recordings: `python -m tests.packets.record`.
+"""Derives the tables of packets from the recordings: `python -m tests.packets.record`.
 
 Who is asked about what follows from the recorded objects, read here as plain JSON; what becomes of it, from the
-recorded rules. Nothing of kproxy but the simulator has a part in it.
+rules recorded in either mode. Nothing of kproxy but the simulators has a part in it.
 """
 
 from __future__ import annotations
@@ -12,30 +12,59 @@ from typing import Any
 
 from kproxy.model.types import Family, Protocol
 from kproxy.simulate.iptables import Iptables
+from kproxy.simulate.nftables import Nftables
+from tests.packets.differences import PATH as DIFFERENCES
+from tests.packets.differences import Difference, differences_text, reason_for
 from tests.packets.expectation import describe
-from tests.packets.places import HOLDER, NODE, NODE_ADDRESSES, OTHER_NODE_ADDRESSES, packet_of
+from tests.packets.places import (
+    HOLDER,
+    NODE,
+    NODE_ADDRESSES,
+    OTHER_NODE_ADDRESSES,
+    SECOND_NODE_ADDRESSES,
+    UNALLOCATED,
+    packet_of,
+)
 from tests.packets.table import PATH, Row, socket_text, table_text
 from tests.recordings import GOLDEN, SCENARIOS, items
 
-DUMPS = {Family.IPV4: "iptables-save.txt", Family.IPV6: "ip6tables-save.txt"}
+IPTABLES_DUMPS = {Family.IPV4: "iptables-save.txt", Family.IPV6: "ip6tables-save.txt"}
+NFTABLES_DUMPS = {Family.IPV4: "nft-ip.txt", Family.IPV6: "nft-ip6.txt"}
 LOOPBACK = {4: "127.0.0.1", 6: "::1"}
 UNDEFINED_PORT = 9999
 
 
-def recorded_rules(scenario: str) -> dict[Family, Iptables]:
-    """Return what kube-proxy programmed."""
+def recorded_iptables(scenario: str) -> dict[Family, Iptables]:
+    """Return what kube-proxy programmed in iptables mode."""
     folder = GOLDEN / scenario
-    return {family: Iptables((folder / name).read_text(), family) for family, name in DUMPS.items()}
+    return {family: Iptables((folder / name).read_text(), family) for family, name in IPTABLES_DUMPS.items()}
+
+
+def recorded_nftables(scenario: str) -> dict[Family, Nftables]:
+    """Return what kube-proxy programmed in nftables mode."""
+    folder = GOLDEN / scenario
+    return {family: Nftables((folder / name).read_text(), family) for family, name in NFTABLES_DUMPS.items()}
 
 
 def record() -> list[Row]:
-    """Return all rows of all scenarios."""
+    """Return all rows of all scenarios, with their fates in iptables mode."""
     rows = []
     for scenario in SCENARIOS:
-        rules = recorded_rules(scenario)
+        rules = recorded_iptables(scenario)
         asked = dict.fromkeys(_asked(scenario))
         rows += [row._replace(fate=describe(rules[row.family].send(packet_of(row)))) for row in asked]
     return rows
+
+
+def record_differences(rows: list[Row]) -> list[Difference]:
+    """Return those of the rows whose fate is another one in nftables mode; one without a reason is an error."""
+    rules = {scenario: recorded_nftables(scenario) for scenario in SCENARIOS}
+    found = []
+    for row in rows:
+        fate = describe(rules[row.scenario][row.family].send(packet_of(row)))
+        if fate != row.fate:
+            found.append(Difference(reason_for(row, fate), row._replace(fate=fate)))
+    return found
 
 
 class _Service:
@@ -103,6 +132,16 @@ def _asked(scenario: str) -> Iterator[Row]:
                 yield from _affinity(service, port)
             if not brief:
                 yield from _beside(service)
+    if not brief:
+        yield from _unallocated(scenario)
+
+
+def _unallocated(scenario: str) -> Iterator[Row]:
+    """Yield packets to an address that a ClusterIP could have, in the IP versions that Services have here."""
+    families = {family for item in items(scenario, "services") for family in item["spec"].get("ipFamilies", ())}
+    for version, address in UNALLOCATED.items():
+        if f"IPv{version}" in families:
+            yield from (Row(scenario, sender, address, 80, "TCP") for sender in ("pod", NODE, "client"))
 
 
 def _frontends(service: _Service, port: dict[str, Any], senders: tuple[str, ...]) -> Iterator[Row]:
@@ -143,11 +182,13 @@ def _beside(service: _Service) -> Iterator[Row]:
     for address in service.cluster_ips:
         for far in service.far_addresses():
             yield Row(scenario, f"endpoint {far}", address, first["port"], first["protocol"])
-        for sender in ("pod", NODE):
+        for sender in ("pod", NODE, "client"):
             yield Row(scenario, sender, address, UNDEFINED_PORT, "TCP")
         other: Protocol = "UDP" if first["protocol"] == "TCP" else "TCP"
         if (first["port"], other) not in known:
             yield Row(scenario, "pod", address, first["port"], other)
+    for address in (*service.external_ips, *service.vips):
+        yield Row(scenario, "pod", address, UNDEFINED_PORT, "TCP")
     for socket, address in zip(service.sockets(), service.local_address(), strict=False):
         yield Row(scenario, "client", address, int(socket.rpartition(":")[2]), first["protocol"])
     if first.get("nodePort"):
@@ -159,6 +200,8 @@ def _beside_node_port(service: _Service, number: int, protocol: Protocol) -> Ite
     if not service.cluster_ips:
         yield Row(service.scenario, "client", node, number, protocol)
         return
+    second = SECOND_NODE_ADDRESSES[service.version]
+    yield Row(service.scenario, HOLDER + second, second, number, protocol)
     for port in (number, UNDEFINED_PORT):
         yield Row(service.scenario, "other node", LOOPBACK[service.version], port, protocol)
     for sender in ("pod", NODE):
@@ -169,4 +212,6 @@ def _beside_node_port(service: _Service, number: int, protocol: Protocol) -> Ite
 
 
 if __name__ == "__main__":
-    PATH.write_text(table_text(record()))
+    recorded = record()
+    PATH.write_text(table_text(recorded))
+    DIFFERENCES.write_text(differences_text(record_differences(recorded)))

@@ -1,15 +1,16 @@
-"""Reading and writing the table of packets."""
+"""Reading and writing the table of packets: their fates in iptables mode."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
 
 from kproxy.model.types import Family, Protocol, family_of
 
 PATH = Path(__file__).with_name("packets.txt")
+HEAD = "# Derived from tests/golden by `python -m tests.packets.record`; what it means: __init__.py\n"
 _SOCKET = re.compile(r"\[?([0-9a-f.:]+?)\]?:(\d+)")
 _REMEMBERING = " remembering "
 
@@ -52,11 +53,13 @@ def split_socket(text: str) -> tuple[str, int]:
 
 
 def read_table() -> list[Row]:
+    """Return all rows, with their fates in iptables mode."""
     lines = PATH.read_text().splitlines()
-    return [_read(line) for line in lines if line and not line.startswith("#")]
+    return [read_row(line) for line in lines if line and not line.startswith("#")]
 
 
-def _read(line: str) -> Row:
+def read_row(line: str) -> Row:
+    """Return the row that stands on a line."""
     scenario, origin, to, fate = re.split(r" {2,}", line)
     sender, _, remembering = origin.partition(_REMEMBERING)
     socket, protocol = to.split(" ")
@@ -66,14 +69,14 @@ def _read(line: str) -> Row:
 
 def table_text(rows: Iterable[Row]) -> str:
     """Return the table as it stands in its file, with the columns of a scenario below each other."""
-    head = "# Derived from tests/golden by `python -m tests.packets.record`; what it means: __init__.py"
     found: dict[str, list[Row]] = {}
     for row in rows:
         found.setdefault(row.scenario, []).append(row)
-    return head + "\n" + "".join("\n" + _block(block) for block in found.values())
+    return HEAD + "".join("\n" + rows_text(block) for block in found.values())
 
 
-def _block(rows: list[Row]) -> str:
+def rows_text(rows: Sequence[Row]) -> str:
+    """Return rows on a line each, with their columns below each other."""
     cells = [(row.scenario, row.origin, row.to, row.fate) for row in rows]
     widths = [max(len(each[column]) for each in cells) for column in range(3)]
     lines = ("  ".join([*(each[n].ljust(widths[n]) for n in range(3)), each[3]]) for each in cells)

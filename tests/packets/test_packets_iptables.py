@@ -1,4 +1,4 @@
-"""Both kube-proxy's recorded rules and our own treat every packet of the table as it says."""
+"""In iptables mode, both kube-proxy's recorded rules and our own treat every packet of the table as it says."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from kproxy.iptables.backend import Printer
 from kproxy.model.context import Context
 from kproxy.model.types import Family, Node
 from kproxy.simulate.iptables import Iptables
-from kproxy.simulate.packet import Simulator
 from kproxy.sync.family import FamilySync
 from tests.fakekernel import FakeKernel
-from tests.packets.expectation import describe, uneven
-from tests.packets.places import NODE_ADDRESSES, packet_of
-from tests.packets.record import record, recorded_rules
-from tests.packets.table import Row, read_table
+from tests.packets.compare import wrong_fates
+from tests.packets.places import NODE_ADDRESSES
+from tests.packets.record import record, recorded_iptables
+from tests.packets.table import read_table
 from tests.recordings import GOLDEN, SCENARIOS, store
 
 TABLE = read_table()
@@ -42,26 +41,14 @@ def context_of(config: Config, family: Family, node: Node | None) -> Context:
     return make_context(config, family, "node-1", node, addresses, accounting=True, random_fully=True)
 
 
-def differences(scenario: str, rules: dict[Family, Iptables]) -> dict[str, tuple[str, str]]:
-    """Return what the rules do and what the table says, for every packet where it is not the same."""
-    rows = [row for row in TABLE if row.scenario == scenario]
-    found = {str(row): (fate_of(row, rules[row.family]), row.fate) for row in rows}
-    return {row: both for row, both in found.items() if both[0] != both[1]}
-
-
-def fate_of(row: Row, rules: Simulator) -> str:
-    outcome = rules.send(packet_of(row))
-    return describe(outcome) + "".join(f" ({share:.3f} of all to {one})" for one, share in uneven(outcome).items())
-
-
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_recorded_rules_treat_packets_as_the_table_says(scenario: str) -> None:
-    assert not differences(scenario, recorded_rules(scenario))
+    assert not wrong_fates(TABLE, scenario, recorded_iptables(scenario))
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_our_rules_treat_packets_as_the_table_says(scenario: str) -> None:
-    assert not differences(scenario, our_rules(scenario))
+    assert not wrong_fates(TABLE, scenario, our_rules(scenario))
 
 
 def test_the_table_is_complete() -> None:

@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
-from hypothesis import strategies as st
+from typing import TypeVar
 
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from kproxy.model.context import Context
 from kproxy.model.delta import Delete, Delta, Replace, Upsert
-from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Node, Service, ServicePort
+from kproxy.model.local_traffic import LocalTraffic
+from kproxy.model.types import (
+    Endpoint,
+    EndpointPort,
+    EndpointSlice,
+    Family,
+    Node,
+    Service,
+    ServiceCIDR,
+    ServicePort,
+)
+
+_T = TypeVar("_T")
 
 NAMES = ("a", "b", "c")
 PROTOCOLS = ("TCP", "UDP", "SCTP")
@@ -101,3 +117,70 @@ def deltas() -> st.SearchStrategy[Delta]:
         ),
     )
     return st.one_of(upserts, upserts, upserts, deletes, relists)
+
+
+CONTESTED_PORTS = (
+    (ServicePort("", 80, "TCP", 30080),),
+    (ServicePort("", 80, "TCP"), ServicePort("http", 81, "TCP", 30080)),
+    (ServicePort("", 80, "UDP", 30080), ServicePort("dns", 80, "TCP", 30081)),
+)
+
+
+def contested_services() -> st.SearchStrategy[Service]:
+    """Services that claim addresses and ports of each other, and whose affinity lasts differently long."""
+    addresses = ("10.96.0.1", "10.96.0.2", "10.96.0.3", "203.0.113.1", "fd00::1", "2001:db8::2")
+    some = st.lists(st.sampled_from(addresses), max_size=3, unique=True).map(tuple)
+    return st.builds(
+        replace,
+        services(),
+        ports=st.sampled_from(CONTESTED_PORTS),
+        affinity_seconds=st.sampled_from((0, 0, 60, 10800)),
+        external_ips=some,
+        vips=some,
+    )
+
+
+def serving_slices() -> st.SearchStrategy[EndpointSlice]:
+    """EndpointSlices that have endpoints for contested Services."""
+    ports = (EndpointPort("", 8080, "TCP"), EndpointPort("http", 8081, "TCP"), EndpointPort("", 8080, "UDP"))
+    return st.builds(lambda found: replace(found, ports=ports), endpoint_slices())
+
+
+def service_cidrs() -> st.SearchStrategy[ServiceCIDR]:
+    ranges = st.sampled_from((("10.96.0.0/16",), ("10.96.0.0/16", "fd00::/112"), ("10.97.0.0/16",), ("0.0.0.0/0",)))
+    return st.builds(ServiceCIDR, st.sampled_from(("kubernetes", "more")), ranges)
+
+
+def weighted(*choices: tuple[int, st.SearchStrategy[_T]]) -> st.SearchStrategy[_T]:
+    """One of several strategies, each as often as its number says: `one_of` would favour those with many branches."""
+    expanded = [strategy for weight, strategy in choices for _ in range(weight)]
+    return st.integers(0, len(expanded) - 1).flatmap(lambda place: expanded[place])
+
+
+def contested_deltas() -> st.SearchStrategy[Delta]:
+    """Changes of contested Services and of what belongs to them; now and then something that `deltas` has."""
+    return weighted(
+        (5, st.builds(Upsert, contested_services())),
+        (5, st.builds(Upsert, serving_slices())),
+        (1, st.builds(Upsert, service_cidrs())),
+        (1, st.builds(Delete, st.just(ServiceCIDR), st.just(""), st.sampled_from(("kubernetes", "more")))),
+        (1, st.builds(Delete, st.just(Service), st.just("ns"), st.sampled_from(NAMES))),
+        (2, deltas()),
+    )
+
+
+def contexts(family: Family) -> st.SearchStrategy[Context]:
+    """What configuration and addresses may make of a family's context."""
+    six = family is Family.IPV6
+    own = ("fd00:99::2", "fd00:99::3") if six else ("10.99.0.2", "10.99.0.3")
+    local = (LocalTraffic(cidr="fd00:1::/64" if six else "10.244.0.0/16"), LocalTraffic(interface="cni0"))
+    return st.builds(
+        Context,
+        st.just(family),
+        st.just("node-1"),
+        node_address=st.sampled_from(("", own[0])),
+        local_traffic=st.sampled_from((*local, LocalTraffic(), LocalTraffic(interface_prefix="veth"))),
+        masquerade_all=st.booleans(),
+        masquerade_mark=st.sampled_from((1 << 14, 1 << 14, 1 << 30)),
+        node_port_addresses=st.sampled_from((None, (), own[:1], own, own[::-1])),
+    )

@@ -18,6 +18,7 @@ from kproxy.config import (
     ConfigError,
     add_flags,
     apply_flags,
+    as_document,
     configure,
     load_config,
     node_name,
@@ -251,10 +252,10 @@ winkernel:
 """
 
 
-def test_a_file_of_kubeadm_means_the_defaults_and_brings_no_warning() -> None:
+def test_a_file_of_kubeadm_means_the_defaults_but_leaves_the_mode_open_and_brings_no_warning() -> None:
     config = load(KUBEADM)
     connection = ClientConnection(kubeconfig="/var/lib/kube-proxy/kubeconfig.conf")
-    assert config == Config(client_connection=connection, cluster_cidr="10.244.0.0/16")
+    assert config == Config(client_connection=connection, cluster_cidr="10.244.0.0/16", mode="")
 
 
 @pytest.mark.parametrize("folder", sorted(GOLDEN.glob("*/")), ids=lambda folder: folder.name)
@@ -377,6 +378,45 @@ def test_the_section_of_the_mode_is_in_force() -> None:
     assert load(text + "mode: nftables").backend.masquerade_bit == 2
 
 
+@pytest.mark.parametrize(
+    ("text", "mode"),
+    [
+        ("", "iptables"),
+        ("mode: null", "iptables"),
+        ("mode:", "iptables"),
+        ('mode: ""', ""),
+        ("mode: nftables", "nftables"),
+    ],
+)
+def test_only_an_empty_mode_leaves_it_open_and_it_is_written_as_it_was_read(text: str, mode: str) -> None:
+    config = load(text)
+    assert config.mode == mode
+    assert load_config(to_yaml(config).encode(), "kp.yaml") == (config, [])
+
+
+def test_what_depends_on_the_mode_is_not_known_before_it_is_chosen() -> None:
+    config = load('mode: ""\niptables: {masqueradeBit: 1}\nnftables: {masqueradeBit: 2}\n')
+    for name in ("mode_in_force", "backend", "node_port_addresses_in_force"):
+        with pytest.raises(ValueError, match="no mode has been chosen yet"):
+            getattr(config, name)
+    iptables, nftables = config.resolved("iptables"), config.resolved("nftables")
+    assert (iptables.mode, iptables.backend.masquerade_bit, iptables.node_port_addresses_in_force) == (
+        "iptables",
+        1,
+        (),
+    )
+    assert (nftables.mode, nftables.backend.masquerade_bit) == ("nftables", 2)
+    assert nftables.node_port_addresses_in_force == ("primary",)
+    assert as_document(nftables)["mode"] == "nftables"
+
+
+def test_no_other_mode_can_be_chosen_than_the_one_that_is_configured() -> None:
+    config = load("mode: nftables")
+    assert config.resolved("nftables") == config
+    with pytest.raises(ValueError, match="mode iptables was chosen, but nftables is configured"):
+        config.resolved("iptables")
+
+
 def test_flush_frequency_may_be_nanoseconds() -> None:
     assert load("logging: {flushFrequency: 2000000000}").logging.flush_frequency == FlushSeconds(2)
     assert load("logging: {flushFrequency: 3s}").logging.flush_frequency == FlushSeconds(3)
@@ -386,6 +426,12 @@ def test_the_periods_of_the_mode_that_is_not_in_force_may_not_fit() -> None:
     text = "nftables: {minSyncPeriod: 1m, syncPeriod: 1s}\n"
     assert load(text).nftables.min_sync_period == 60.0
     assert "nftables.minSyncPeriod: must not exceed" in refusal(text + "mode: nftables")
+
+
+@pytest.mark.parametrize("mode", ["iptables", "nftables"])
+def test_the_periods_of_both_modes_must_fit_while_the_mode_is_open(mode: str) -> None:
+    message = f"kp.yaml:4: {mode}.minSyncPeriod: must not exceed {mode}.syncPeriod, 1s, but is 1m0s"
+    assert refusal(f'mode: ""\n{mode}: {{minSyncPeriod: 1m, syncPeriod: 1s}}') == message
 
 
 @pytest.mark.parametrize(
@@ -430,8 +476,9 @@ def test_the_periods_of_the_mode_that_is_not_in_force_may_not_fit() -> None:
         ),
         ("mode: userspace", "kp.yaml:3: mode: userspace is removed from Kubernetes; use nftables (or iptables)"),
         ("mode: kernelspace", "kp.yaml:3: mode: kernelspace is for Windows; use nftables (or iptables)"),
-        ("mode: IPTables", 'kp.yaml:3: mode: must be iptables or nftables, not "IPTables"'),
-        ("mode: [ipvs]", 'kp.yaml:3: mode: must be iptables or nftables, not ["ipvs"]'),
+        ("mode: IPTables", 'kp.yaml:3: mode: must be iptables or nftables or "", not "IPTables"'),
+        ("mode: [ipvs]", 'kp.yaml:3: mode: must be iptables or nftables or "", not ["ipvs"]'),
+        ("mode: 0", 'kp.yaml:3: mode: must be iptables or nftables or "", not 0'),
         (
             "iptables: {syncPeriod: 30}",
             "kp.yaml:3: iptables.syncPeriod: must be a duration (such as 30s or 1m30s) greater than 0, not 30",
@@ -545,7 +592,7 @@ def test_the_periods_of_the_mode_that_is_not_in_force_may_not_fit() -> None:
         (
             "3: 4",
             "kp.yaml:3: 3: unknown field; known here: "
-            + ", ".join(sorted(yaml.safe_load(to_yaml(Config())).keys() - {"apiVersion", "kind"})),
+            + ", ".join(sorted(yaml.safe_load(to_yaml(Config())).keys() - {"apiVersion", "kind"} | {"kproxy"})),
         ),
         ("---\na: 1", "kp.yaml: must hold one document, not 2"),
     ],
@@ -750,9 +797,24 @@ def test_the_sync_periods_of_the_flags_apply_in_either_mode_and_may_be_0() -> No
 
 
 def test_an_empty_value_is_no_value_where_kube_proxy_sees_none() -> None:
-    file = load("mode: nftables\nhostnameOverride: a\nclusterCIDR: 10.0.0.0/8")
-    assert flagged("--proxy-mode=", "--hostname-override=", "--detect-local-mode=", config=file) == file
+    file = load("detectLocalMode: NodeCIDR\nhostnameOverride: a\nclusterCIDR: 10.0.0.0/8")
+    assert flagged("--hostname-override=", "--detect-local-mode=", config=file) == file
     assert flagged("--cluster-cidr=", config=file).cluster_cidr == ""
+
+
+def test_the_mode_of_an_empty_flag_is_open_whatever_the_file_says() -> None:
+    file = load("mode: nftables")
+    assert flagged("--proxy-mode=", config=file).mode == flagged("--proxy-mode", "", config=file).mode == ""
+    assert flagged("--proxy-mode=").mode == ""
+    assert flagged("--hostname-override=a", config=load('mode: ""')).mode == ""
+
+
+def test_masquerading_everything_is_for_either_mode_but_the_bit_of_the_flag_only_for_iptables() -> None:
+    config = flagged("--masquerade-all", "--iptables-masquerade-bit=3", "--proxy-mode=")
+    iptables, nftables = config.resolved("iptables").backend, config.resolved("nftables").backend
+    assert iptables.masquerade_all
+    assert nftables.masquerade_all
+    assert (iptables.masquerade_bit, nftables.masquerade_bit) == (3, 14)
 
 
 @pytest.mark.parametrize(
@@ -785,7 +847,7 @@ def test_flags_for_servers(arguments: tuple[str, ...], healthz: str, metrics: st
             "--proxy-mode=ipvs",
             "--proxy-mode: ipvs is deprecated by Kubernetes and not in kproxy; use nftables (or iptables)",
         ),
-        ("--proxy-mode=x", '--proxy-mode: must be iptables or nftables, not "x"'),
+        ("--proxy-mode=x", '--proxy-mode: must be iptables or nftables or "", not "x"'),
         (
             "--nodeport-addresses=10.0.0.0/8,x",
             "--nodeport-addresses: must be a CIDR (such as 10.244.0.0/16 or fd00::/64), "
@@ -861,3 +923,15 @@ def test_json_is_read_without_loading_a_yaml_parser() -> None:
 def test_a_configuration_cannot_be_changed() -> None:
     with pytest.raises(AttributeError):
         Config().mode = "nftables"  # type: ignore[misc]
+
+
+def test_the_section_of_kproxy_is_shown_only_where_it_says_something() -> None:
+    assert "kproxy" not in as_document(Config())
+    config = load("kproxy: {iptablesDispatchThreshold: 0}")
+    assert config.kproxy.iptables_dispatch_threshold == 0
+    assert as_document(config)["kproxy"] == {"iptablesDispatchThreshold": 0}
+
+
+@pytest.mark.parametrize("value", ["-1", "many", "1.5"])
+def test_the_dispatch_threshold_is_a_count(value: str) -> None:
+    assert "kproxy.iptablesDispatchThreshold" in refusal(f"kproxy: {{iptablesDispatchThreshold: {value}}}")

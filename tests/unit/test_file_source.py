@@ -19,10 +19,11 @@ from kproxy.kube import file_reading, file_source
 from kproxy.kube.file_reading import Reading, SettledReader, places_of, read_files
 from kproxy.kube.file_source import FileSource, FileSourceError, Following
 from kproxy.kube.object_files import FileProblem, load_objects, parse_file
-from kproxy.model.delta import Delta, Replace
-from kproxy.model.types import EndpointSlice, Node, Service
+from kproxy.model.delta import Delta, Kind, Replace
+from kproxy.model.types import EndpointSlice, Node, Service, ServiceCIDR
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+KINDS: list[Kind] = [Service, EndpointSlice, Node, ServiceCIDR]
 HANG = 20.0
 """Seconds after which a test that waits has hung."""
 
@@ -35,6 +36,11 @@ def service(name: str, namespace: str | None = "demo", **spec: Any) -> dict[str,
         "metadata": metadata,
         "spec": {"clusterIP": "10.96.0.10", "ports": [{"port": 80}], **spec},
     }
+
+
+def service_cidr(name: str, *cidrs: str) -> dict[str, Any]:
+    spec = {"cidrs": list(cidrs)}
+    return {"apiVersion": "networking.k8s.io/v1", "kind": "ServiceCIDR", "metadata": {"name": name}, "spec": spec}
 
 
 def text(*objects: dict[str, Any]) -> bytes:
@@ -61,8 +67,8 @@ def test_recorded_clusters_load_as_json_and_the_same_as_yaml(folder: Path) -> No
     assert loaded.notes == (
         f"{folder}/config.json: passed over: kubeproxy.config.k8s.io/v1alpha1 KubeProxyConfiguration",
     )
-    assert [replacement.kind for replacement in loaded.replacements] == [Service, EndpointSlice, Node]
-    assert all(replacement.objects for replacement in loaded.replacements)
+    assert [replacement.kind for replacement in loaded.replacements] == KINDS
+    assert [bool(replacement.objects) for replacement in loaded.replacements] == [True, True, True, False]
     as_yaml = {
         path.replace(".json", ".yaml"): yaml.safe_dump(json.loads(content)).encode() for path, content in texts.items()
     }
@@ -85,10 +91,20 @@ def test_lists_single_objects_and_several_documents_all_work() -> None:
                 {"apiVersion": "v1", "kind": "ServiceList", "items": [{"metadata": {"name": "headless"}}]}
             ).encode(),
             "d.yml": b"apiVersion: v1\nkind: NodeList\nitems:\n",
+            "e.yaml": text(service_cidr("kubernetes", "10.96.0.0/16", "fd00::/108")),
+            "f.yaml": text({**service_cidr("more", "10.97.0.0/16"), "apiVersion": "networking.k8s.io/v1beta1"}),
         }
     )
     assert not loaded.problems
-    assert names(loaded.replacements) == [["a", "b"], ["web-1"], ["node-1"]]
+    assert names(loaded.replacements) == [["a", "b"], ["web-1"], ["node-1"], ["kubernetes", "more"]]
+
+
+def test_a_service_cidr_has_no_namespace_whatever_its_file_says() -> None:
+    astray = service_cidr("kubernetes", "10.97.0.0/16")
+    astray["metadata"]["namespace"] = "demo"
+    loaded = load_objects({"a.yaml": text(service_cidr("kubernetes", "10.96.0.0/16")), "b.yaml": text(astray)})
+    assert loaded.warnings == ("ServiceCIDR kubernetes is in a.yaml and in b.yaml: the latter is taken",)
+    assert loaded.replacements[-1] == Replace(ServiceCIDR, (ServiceCIDR("kubernetes", ("10.97.0.0/16",)),))
 
 
 def test_a_missing_namespace_is_default() -> None:
@@ -99,7 +115,7 @@ def test_a_missing_namespace_is_default() -> None:
         "addressType": "IPv4",
     }
     loaded = load_objects({"a.yaml": text(service("web", None)), "b.json": json.dumps(endpoints).encode()})
-    (web,), (web_1,), _ = (replacement.objects for replacement in loaded.replacements)
+    (web,), (web_1,), *_ = (replacement.objects for replacement in loaded.replacements)
     assert isinstance(web, Service)
     assert web.key == "default/web"
     assert isinstance(web_1, EndpointSlice)
@@ -119,7 +135,7 @@ def test_kinds_without_use_are_noted_once_a_file() -> None:
         "a.yaml: passed over: serving.knative.dev/v1 Service",
         "a.yaml: passed over: v1 PodList",
     )
-    assert names(loaded.replacements) == [["a"], [], []]
+    assert names(loaded.replacements) == [["a"], [], [], []]
 
 
 def test_of_an_object_in_two_files_the_later_is_taken_and_both_are_named() -> None:
@@ -196,6 +212,15 @@ HEAD = "apiVersion: v1\nkind: Service\nmetadata:\n  name: web\n  namespace: demo
             "f.yaml:4: Node n: spec.podCIDRs: expected an IP CIDR, got 'x'",
         ),
         (
+            "kind: ServiceCIDR\napiVersion: networking.k8s.io/v1\nmetadata: {name: a}\nspec:\n"
+            "  cidrs: [10.96.0.0/16, fd00::/129]\n",
+            "f.yaml:5: ServiceCIDR a: spec.cidrs: expected an IP CIDR, got 'fd00::/129'",
+        ),
+        (
+            "kind: ServiceCIDR\napiVersion: networking.k8s.io/v1alpha1\nmetadata: {name: a}\n",
+            "f.yaml:2: ServiceCIDR a: apiVersion: expected `networking.k8s.io/v1`, got 'networking.k8s.io/v1alpha1'",
+        ),
+        (
             "kind: EndpointSlice\napiVersion: discovery.k8s.io/v1beta1\nmetadata: {name: e}\n",
             "f.yaml:2: EndpointSlice default/e: apiVersion: expected `discovery.k8s.io/v1`, "
             "got 'discovery.k8s.io/v1beta1'",
@@ -242,16 +267,26 @@ def test_a_syntax_error_in_json_has_line_and_column() -> None:
 
 
 PATHS = ["kind", "apiVersion", "metadata", "metadata.name", "metadata.labels", "metadata.namespace", "spec", "items"]
-PATHS += ["spec.ports", "spec.clusterIP", "spec.externalIPs", "spec.sessionAffinityConfig", "status", "endpoints"]
+PATHS += [
+    "spec.ports",
+    "spec.clusterIP",
+    "spec.externalIPs",
+    "spec.sessionAffinityConfig",
+    "status",
+    "endpoints",
+    "spec.cidrs",
+]
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.dates() | st.binary(max_size=3)
 VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text() | st.integers(), inner, max_size=3)
 )
 
 
-@given(st.sampled_from(["Service", "EndpointSlice", "Node", "ServiceList"]), st.sampled_from(PATHS), VALUES)
+@given(
+    st.sampled_from(["Service", "EndpointSlice", "Node", "ServiceCIDR", "ServiceList"]), st.sampled_from(PATHS), VALUES
+)
 def test_no_value_of_any_field_brings_an_error_that_is_no_problem(kind: str, field: str, value: object) -> None:
-    version = "discovery.k8s.io/v1" if kind == "EndpointSlice" else "v1"
+    version = {"EndpointSlice": "discovery.k8s.io/v1", "ServiceCIDR": "networking.k8s.io/v1"}.get(kind, "v1")
     item: dict[str, Any] = {"apiVersion": version, "kind": kind, "metadata": {"name": "a"}, "spec": {}}
     *parents, last = field.split(".")
     holder = item
@@ -310,15 +345,18 @@ def loaded_once(path: Path) -> list[Delta]:
     return found
 
 
-def test_load_once_hands_on_all_three_kinds() -> None:
-    found = loaded_once(GOLDEN / "clusterip")
+def test_load_once_hands_on_all_kinds(tmp_path: Path) -> None:
+    for path in (GOLDEN / "clusterip").glob("*.json"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "servicecidrs.yaml").write_bytes(text(service_cidr("kubernetes", "10.96.0.0/16")))
+    found = loaded_once(tmp_path)
     assert all(isinstance(delta, Replace) and delta.objects for delta in found)
-    assert [delta.kind for delta in found if isinstance(delta, Replace)] == [Service, EndpointSlice, Node]
+    assert [delta.kind for delta in found if isinstance(delta, Replace)] == KINDS
 
 
 def test_load_once_hands_on_empty_kinds_too(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("kind: List\napiVersion: v1\nitems: []\n")
-    assert loaded_once(tmp_path) == [Replace(Service, ()), Replace(EndpointSlice, ()), Replace(Node, ())]
+    assert loaded_once(tmp_path) == [Replace(kind, ()) for kind in KINDS]
 
 
 def test_load_once_raises_for_all_problems_and_hands_nothing_on(tmp_path: Path) -> None:
@@ -353,7 +391,7 @@ def test_nothing_is_handed_on_before_all_files_are_good() -> None:
     second = following.take(Reading({"a.yaml": BROKEN, "b.yaml": text(service("b"))}))
     assert (second.replacements, len(second.problems)) == ((), 1)
     third = following.take(Reading({"a.yaml": GOOD, "b.yaml": text(service("b"))}))
-    assert names(third.replacements) == [["a", "b"], [], []]
+    assert names(third.replacements) == [["a", "b"], [], [], []]
 
 
 def test_a_file_that_breaks_stays_in_force_as_it_was_and_others_are_followed() -> None:
@@ -400,7 +438,7 @@ def test_without_any_file_everything_stays_but_an_empty_list_is_honoured() -> No
     trouble = FileProblem("objects", "no object files here")
     assert following.take(Reading({}, trouble)) == file_source.Update(problems=(trouble,))
     emptied = following.take(Reading({"a.yaml": b"kind: List\nitems: []\n"}))
-    assert names(emptied.replacements) == [[], [], []]
+    assert names(emptied.replacements) == [[], [], [], []]
     assert not emptied.problems
 
 
@@ -417,7 +455,7 @@ class Followed:
 
     def services(self) -> list[str]:
         found = self.batches.get(timeout=HANG)
-        assert [delta.kind for delta in found if isinstance(delta, Replace)] == [Service, EndpointSlice, Node]
+        assert [delta.kind for delta in found if isinstance(delta, Replace)] == KINDS
         first = found[0]
         assert isinstance(first, Replace)
         return [item.name for item in first.objects]

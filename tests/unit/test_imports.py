@@ -17,7 +17,8 @@ LAYERS = (
     {"__main__"},
     {"cli"},
     {"daemon", "once"},
-    {"families", "leftovers", "first_sync"},
+    {"families", "first_sync"},
+    {"leftovers"},
     {"preparation"},
     {"contexts", "node"},
     {"sync", "config"},
@@ -32,8 +33,12 @@ ONLY_MODEL = {"host", "serve", "simulate"}
 
 PURE = (
     "model.*",
-    *(f"iptables.{name}" for name in ("names", "render", "base", "text", "ledger", "diff")),
-    *("sync.schedule", "sync.family", "kube.watch", "kube.answers", "contexts"),
+    *(f"iptables.{name}" for name in ("names", "render", "base", "text", "ledger", "diff", "dispatch")),
+    *(f"nftables.{name}" for name in ("names", "objects", "draws", "shape", "view", "base", "shared", "affinity")),
+    *(f"nftables.{name}" for name in ("render", "ledger", "transaction", "diff", "wording", "text", "userdata")),
+    *(f"kube.{name}" for name in ("watch", "steps", "resources", "answers", "changes", "reduction")),
+    *(f"kube.{name}" for name in ("streams", "framing", "protobuf", "protobuf_fields")),
+    *("sync.schedule", "sync.family", "contexts"),
 )
 IMPURE = {"os", "socket", "subprocess", "threading", "time", "pathlib", "random", "logging"}
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from kproxy.kube.objects import Decoded, ObjectError, canonical_address, canonical_cidr, decode_object
 from kproxy.model.delta import Kind
-from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Node, Service, ServicePort
+from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Node, Service, ServiceCIDR, ServicePort
 from tests.recordings import items
 
-KINDS: tuple[Kind, ...] = (Service, EndpointSlice, Node)
+KINDS: tuple[Kind, ...] = (Service, EndpointSlice, Node, ServiceCIDR)
 
 
 def decode(kind: Kind, data: dict[str, Any]) -> Decoded:
@@ -414,6 +414,26 @@ def test_a_node_that_is_being_deleted(metadata: dict[str, str], spec: dict[str, 
     assert node(metadata={"name": "node-1", **metadata}, spec=spec).being_deleted is expected
 
 
+# ServiceCIDRs.
+
+
+@pytest.mark.parametrize(
+    ("content", "cidrs"),
+    [
+        ({"spec": {"cidrs": ["10.96.0.0/16", "FD00:10:96:0::/112"]}}, ("10.96.0.0/16", "fd00:10:96::/112")),
+        ({"spec": {"cidrs": ["010.96.1.7/16"]}, "status": {"conditions": 7}}, ("10.96.0.0/16",)),
+        ({"spec": {"cidrs": ["10.96.0.0/16", "10.96.0.0/16"]}}, ("10.96.0.0/16",)),
+        ({"spec": {"cidrs": None}}, ()),
+        ({"spec": {}}, ()),
+        ({}, ()),
+    ],
+)
+def test_the_ranges_of_a_service_cidr(content: dict[str, Any], cidrs: tuple[str, ...]) -> None:
+    metadata = {"name": "kubernetes", "resourceVersion": "7"}
+    expected = Decoded("", "kubernetes", "7", ServiceCIDR("kubernetes", cidrs))
+    assert decode(ServiceCIDR, {"metadata": metadata, **content}) == expected
+
+
 # What is refused, and what the message says.
 
 
@@ -478,6 +498,14 @@ def test_a_wrong_value_in_a_slice_is_named(content: dict[str, Any], field: str) 
 def test_a_wrong_value_in_a_node_is_named() -> None:
     with pytest.raises(ObjectError, match=r"\$\.spec\.podCIDRs"):
         node(spec={"podCIDRs": ["10.0.0.0"]})
+
+
+@pytest.mark.parametrize(
+    "cidrs", [["10.96.0.0"], ["10.96.0.0/16", "x"], ["10.96.0.0/33"], ["fd00::/129"], [""], [7], "10.96.0.0/16"]
+)
+def test_a_wrong_range_in_a_service_cidr_is_named(cidrs: Any) -> None:
+    with pytest.raises(ObjectError, match=r"\$\.spec\.cidrs"):
+        decode(ServiceCIDR, {"metadata": {"name": "a"}, "spec": {"cidrs": cidrs}})
 
 
 BAD_NAMES = ("", 'a"b', "a\nb", "a b", "A", "a\\", "-a", "a-", "a" * 254, "a;b", "ä", "a/b", "a\0")
@@ -581,6 +609,7 @@ KEYS = st.sampled_from(
         "forZones",
         "nodeName",
         "podCIDRs",
+        "cidrs",
         "taints",
         "address",
         "key",

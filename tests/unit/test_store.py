@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kproxy.model.delta import Delete, Delta, Kind, Object, Replace, Upsert
+from kproxy.model.delta import BASIC_KINDS, Delete, Delta, Kind, Object, Replace, Upsert
 from kproxy.model.store import Changed, Store
-from kproxy.model.types import Endpoint, EndpointSlice, Family, Node, Service
+from kproxy.model.types import Endpoint, EndpointSlice, Family, Node, Service, ServiceCIDR
 from tests.unit.strategies import deltas
 
 NOTHING = Changed()
@@ -26,6 +26,10 @@ def service(name: str, address: str = "10.96.0.1") -> Service:
 
 def a_slice(name: str, owner: str = "web", *addresses: str) -> EndpointSlice:
     return EndpointSlice("ns", name, f"ns/{owner}", Family.IPV4, tuple(map(Endpoint, addresses)))
+
+
+def ranges(store: Store) -> tuple[str, ...]:
+    return store.service_cidrs
 
 
 def names(slices: Iterable[EndpointSlice]) -> set[str]:
@@ -46,6 +50,7 @@ def test_a_change_is_true_if_anything_changed() -> None:
     assert not NOTHING
     assert changed("ns/web")
     assert changed(node=True)
+    assert Changed(service_cidrs=True)
 
 
 def test_a_new_or_changed_service_dirties_itself(store: Store) -> None:
@@ -151,13 +156,68 @@ def test_the_state_is_complete_once_every_kind_was_listed(last: Kind) -> None:
     store.apply(Upsert(service("web")))
     store.apply(Upsert(a_slice("web-1")))
     store.apply(Upsert(Node("node-1")))
-    kinds: tuple[Kind, ...] = (Service, EndpointSlice, Node)
-    for kind in kinds:
+    for kind in BASIC_KINDS:
         if kind is not last:
             store.apply(Replace(kind, ()))
     assert not store.complete
     store.apply(Replace(last, ()))
     assert store.complete
+
+
+def test_service_cidrs_have_to_be_listed_only_where_asked_for() -> None:
+    store = Store("node-1", (*BASIC_KINDS, ServiceCIDR))
+    for kind in BASIC_KINDS:
+        store.apply(Replace(kind, ()))
+    store.apply(Upsert(ServiceCIDR("kubernetes", ("10.96.0.0/16",))))
+    assert not store.complete
+    assert store.apply(Replace(ServiceCIDR, (ServiceCIDR("kubernetes", ("10.96.0.0/16",)),))) == NOTHING
+    assert store.complete
+
+
+RANGES = Changed(service_cidrs=True)
+
+
+@pytest.fixture(name="wide")
+def store_that_keeps_service_cidrs() -> Store:
+    return Store("node-1", (*BASIC_KINDS, ServiceCIDR))
+
+
+def test_what_a_store_does_not_keep_changes_nothing(store: Store) -> None:
+    assert not store.apply(Upsert(ServiceCIDR("a", ("10.96.0.0/16",))))
+    assert not store.apply(Replace(ServiceCIDR, (ServiceCIDR("a", ("10.96.0.0/16",)),)))
+    assert ranges(store) == ()
+
+
+def test_service_cidrs_come_change_and_go(wide: Store) -> None:
+    assert ranges(wide) == ()
+    assert wide.apply(Upsert(ServiceCIDR("a", ("10.96.0.0/16",)))) == RANGES
+    assert wide.apply(Upsert(ServiceCIDR("a", ("10.96.0.0/16",)))) == NOTHING
+    assert wide.apply(Upsert(ServiceCIDR("a", ("10.96.0.0/16", "fd00::/108")))) == RANGES
+    assert ranges(wide) == ("10.96.0.0/16", "fd00::/108")
+    assert wide.apply(Delete(ServiceCIDR, "", "a")) == RANGES
+    assert wide.apply(Delete(ServiceCIDR, "", "a")) == NOTHING
+    assert ranges(wide) == ()
+
+
+def test_a_relist_of_service_cidrs_is_a_difference(wide: Store) -> None:
+    a, b = ServiceCIDR("a", ("10.96.0.0/16",)), ServiceCIDR("b", ("10.100.0.0/16",))
+    assert wide.apply(Replace(ServiceCIDR, (a, b))) == RANGES
+    assert wide.apply(Replace(ServiceCIDR, (b, a))) == NOTHING
+    assert wide.apply(Replace(ServiceCIDR, (a,), (("", "b"),))) == NOTHING
+    assert ranges(wide) == ("10.96.0.0/16", "10.100.0.0/16")
+    assert wide.apply(Replace(ServiceCIDR, (b,))) == RANGES
+    assert ranges(wide) == ("10.100.0.0/16",)
+    assert wide.apply(Replace(Service, ())) == NOTHING
+    assert ranges(wide) == ("10.100.0.0/16",)
+
+
+def test_service_cidrs_are_in_order_each_once_whichever_object_has_them(wide: Store) -> None:
+    wide.apply(Upsert(ServiceCIDR("a", ("fd00::/108", "10.100.0.0/16"))))
+    wide.apply(Upsert(ServiceCIDR("b", ("10.96.0.0/16",))))
+    wide.apply(Upsert(ServiceCIDR("c", ("10.100.0.0/16", "fd00::/112"))))
+    assert ranges(wide) == ("10.96.0.0/16", "10.100.0.0/16", "fd00::/108", "fd00::/112")
+    wide.apply(Delete(ServiceCIDR, "", "a"))
+    assert ranges(wide) == ("10.96.0.0/16", "10.100.0.0/16", "fd00::/112")
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,0 +1,245 @@
+"""The nftables backend of one family: plans in, kernel rules out, and a ledger of what was accepted."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from typing import Protocol
+
+from kproxy.model.context import Context
+from kproxy.model.outcome import Plans, StateLostError, SyncError, Written
+from kproxy.model.types import Family
+from kproxy.nftables.apply import StaleError, TableError, UnreadableError
+from kproxy.nftables.base import SETS
+from kproxy.nftables.diff import Change, UnusableTableError
+from kproxy.nftables.ledger import Ledger
+from kproxy.nftables.render import render_service
+from kproxy.nftables.shape import shape_of
+from kproxy.nftables.text import Writer
+from kproxy.nftables.transaction import Transaction
+from kproxy.nftables.view import View
+
+log = logging.getLogger(__name__)
+
+BATCH_FRONTENDS = 2_000
+"""How many frontends one batch of a large change has: with 10 endpoints each about 1 MB."""
+
+READS = 3
+"""How often a sync reads the table anew because others change tables at the same time."""
+
+
+class Kernel(Protocol):
+    """The way to one family's table; `kproxy.nftables.apply.NftTable` is the real one."""
+
+    def commit(self, change: Transaction, generation: int | None = None, /) -> None:
+        """Make a transaction; with a generation only if nothing has changed since.
+
+        Raises `TableError` or `StaleError`.
+        """
+
+    def generation(self) -> int:
+        """Return the number of the last change that anybody made to any table. Raises `TableError`."""
+
+    def view(self) -> View | None:
+        """Return what the table holds, None if there is none. Raises `TableError`, `UnreadableError` if it changes."""
+
+    def uses(self) -> Counter[str]:
+        """Return how often each chain is used. Raises `TableError`."""
+
+
+class NftablesBackend:
+    """Keeps one family's table equal to the plans that it is given.
+
+    The table is read when nothing is known about it (at start, after a failure, and when somebody else has changed
+    it) and at no other time.
+    """
+
+    def __init__(self, kernel: Kernel, *, batch_frontends: int = BATCH_FRONTENDS) -> None:
+        """`batch_frontends` is how many frontends a batch may have; no Service is ever spread over two."""
+        self._kernel = kernel
+        self._batch_frontends = batch_frontends
+        self._ledger: Ledger | None = None
+        self._generation: int | None = None
+
+    @property
+    def needs_everything(self) -> bool:
+        """Whether the next `sync` must be given the plans of all Services."""
+        return self._ledger is None
+
+    def sync(self, plans: Plans, context: Context) -> Written:
+        """Bring the table to `plans`: the Services that may have changed, or all if `needs_everything`.
+
+        A Service without plans is deleted. Raises `SyncError` if the kernel refused; what was accepted before stays.
+        """
+        ledger, self._ledger = self._ledger, None
+        try:
+            self._ledger = self._load(plans, context) if ledger is None else self._update(ledger, plans, context)
+        except TableError as error:
+            raise SyncError(str(error)) from None
+        return Written({}, {})
+
+    def verify(self, context: Context) -> bool:  # noqa: ARG002 - the ledger knows what it was given
+        """Return whether every chain is used as often as it should be; if not, forget what is known.
+
+        That tells of deleted tables and chains, of rules that were added or deleted, and of frontends that were; not of
+        endpoints.
+        """
+        if self._ledger is None:
+            return True
+        try:
+            whole = self._kernel.uses() == self._ledger.uses()
+        except TableError as error:
+            log.warning("cannot look at the table: %s", error)
+            return True
+        if not whole:
+            self._ledger = None
+        return whole
+
+    def _update(self, ledger: Ledger, plans: Plans, context: Context) -> Ledger:
+        change = Change(ledger, context)
+        for key, ports in plans.items():
+            change.put(key, render_service(ports, context))
+            if change.size >= self._batch_frontends:
+                self._commit(change.take())
+        self._commit(change.finish())
+        self._settle(ledger, context)
+        _tell(change)
+        return ledger
+
+    def _load(self, plans: Plans, context: Context) -> Ledger:
+        """Write everything, whatever is there; what is right already stays untouched.
+
+        A table that cannot be read, because others keep changing tables meanwhile, is replaced unread.
+        """
+        for _ in range(READS):
+            try:
+                generation = self._kernel.generation()
+                return self._load_over(self._kernel.view(), generation, plans, context)
+            except (StaleError, UnreadableError):
+                continue
+            except UnusableTableError as error:
+                log.info("%s: the table of before cannot be taken over, a new one takes its place", error)
+                return self._replace(plans, context)
+        log.info("others keep changing tables while this one is read: a new one takes its place")
+        return self._replace(plans, context)
+
+    def _load_over(self, view: View | None, generation: int, plans: Plans, context: Context) -> Ledger:
+        if view is not None:
+            _check_usable(view, context.family)
+        ledger = Ledger()
+        change = Change(ledger, context, view, create=view is None)
+        batches = 0
+        for key, ports in plans.items():
+            change.put(key, render_service(ports, context))
+            if change.size >= self._batch_frontends:
+                self._first_or_later(change.take(), generation, batches)
+                batches += 1
+        self._first_or_later(change.finish(), generation, batches)
+        self._settle(ledger, context)
+        _tell(change)
+        return ledger
+
+    def _first_or_later(self, change: Transaction, generation: int, batches: int) -> None:
+        """Make a transaction of several: the first decides whether what was read still holds."""
+        if batches:
+            self._commit(change)
+        else:
+            self._kernel.commit(change, generation)
+            self._generation = _next(generation)
+
+    def _replace(self, plans: Plans, context: Context) -> Ledger:
+        ledger = Ledger()
+        change = Change(ledger, context, create=True)
+        for key, ports in plans.items():
+            change.put(key, render_service(ports, context))
+        self._generation = None
+        self._kernel.commit(change.finish())
+        self._settle(ledger, context)
+        _tell(change)
+        return ledger
+
+    def _commit(self, change: Transaction) -> None:
+        """Make a transaction, and note whether others have made changes since the one before.
+
+        What is refused after that is a reason to look at the table again: it may be no longer what it was.
+        """
+        if not change:
+            return
+        if self._generation is not None:
+            try:
+                self._kernel.commit(change, self._generation)
+            except StaleError:
+                self._generation = None
+            else:
+                self._generation = _next(self._generation)
+                return
+        try:
+            self._kernel.commit(change)
+        except TableError as error:
+            raise StateLostError(f"somebody else has changed tables, and now: {error}") from None
+
+    def _settle(self, ledger: Ledger, context: Context) -> None:
+        """If others have made changes meanwhile, make sure that they were not to this table.
+
+        The generation is asked for first: a change after that is noticed at the next transaction.
+        """
+        if self._generation is not None:
+            return
+        generation = self._kernel.generation()
+        if self._kernel.uses() != ledger.uses():
+            log.warning("%s: somebody else has changed the table: programming everything anew", context.family.value)
+            raise StateLostError("somebody else has changed the table")
+        self._generation = generation
+
+
+class Printer:
+    """A backend that hands on, as text, the table that it would make."""
+
+    needs_everything = True
+
+    def __init__(self, family: Family, show: Callable[[str], object]) -> None:
+        self._writer = Writer(family)
+        self._show = show
+
+    def verify(self, context: Context) -> bool:  # noqa: ARG002 - there is no kernel that could differ
+        """Return that nothing is missing."""
+        return True
+
+    def sync(self, plans: Plans, context: Context) -> Written:
+        """Hand on the table for all `plans`, as `nft list table` prints it."""
+        change = Change(Ledger(), context, create=True)
+        for key, ports in plans.items():
+            change.put(key, render_service(ports, context))
+        made = change.finish()
+        self._show(self._writer.table(made.sets, made.additions(), made.rules))
+        return Written({}, {})
+
+
+def _tell(change: Change) -> None:
+    for loser, holder in change.conflicts:
+        log.warning("%s claims an address and port that %s has: it gets no traffic there", loser, holder)
+
+
+def _check_usable(view: View, family: Family) -> None:
+    """Raise `UnusableTableError` if the table has something that can neither be changed nor removed alone.
+
+    The type of a set cannot be changed, others' maps of verdicts keep chains from being deleted, and an element for
+    all other keys would catch what is to go on.
+    """
+    if view.flags:
+        raise UnusableTableError("the table has flags")
+    shapes = {each.name: shape_of(each, family) for each in SETS}
+    for name, shape in view.sets.items():
+        if shapes.get(name, shape) != shape:
+            raise UnusableTableError(f"set {name} is of another type")
+        if name not in shapes and shape.has_verdicts:
+            raise UnusableTableError(f"map {name} is somebody else's")
+    for name, elements in view.elements.items():
+        if b"" in elements:
+            raise UnusableTableError(f"map {name} has an element for all keys")
+
+
+def _next(generation: int) -> int:
+    """Return the generation after one's own change (nf_tables counts in 32 bits and leaves out 0)."""
+    return generation + 1 & 0xFFFFFFFF or 1

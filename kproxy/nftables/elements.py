@@ -1,0 +1,128 @@
+"""Keys and values of set elements, as the bytes that the kernel keeps (registers of 4 bytes, network byte order)."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from socket import AF_INET, AF_INET6, inet_ntop, inet_pton
+from typing import TypeAlias
+
+from msgspec import Struct
+
+from kproxy.model.endpoints import split_socket_text
+from kproxy.model.types import Family, Protocol
+
+DROP = ""
+"""The verdict `drop`; any other is the name of a chain to go to."""
+
+ElementValue: TypeAlias = bytes | str | None
+"""An endpoint, a verdict, or nothing."""
+
+
+class Element(Struct, frozen=True, gc=False):
+    """One element of a set or map; `comment` is for people."""
+
+    key: bytes
+    value: ElementValue = None
+    comment: str = ""
+
+
+PROTOCOLS: dict[Protocol, int] = {"TCP": 6, "UDP": 17, "SCTP": 132}
+
+_PROTOCOL_AND_PORT = struct.Struct(">B3xH2x")
+_PORT = struct.Struct(">H2x")
+_NUMBER = struct.Struct("=I")
+
+
+def address_family(family: Family) -> int:
+    """Return the `AF_` number of a family."""
+    return AF_INET6 if family is Family.IPV6 else AF_INET
+
+
+def pack_address(address: str) -> bytes:
+    """Return an address of either family as bytes."""
+    return inet_pton(AF_INET6 if ":" in address else AF_INET, address)
+
+
+def unpack_address(packed: bytes) -> str:
+    """Return the address that bytes stand for."""
+    return inet_ntop(AF_INET6 if len(packed) == 16 else AF_INET, packed)
+
+
+def node_port_key(protocol: Protocol, port: int) -> bytes:
+    """Return the key of a NodePort."""
+    return _PROTOCOL_AND_PORT.pack(PROTOCOLS[protocol], port)
+
+
+def service_key(address: str, protocol: Protocol, port: int) -> bytes:
+    """Return the key of a frontend that has an address of its own."""
+    return pack_address(address) + _PROTOCOL_AND_PORT.pack(PROTOCOLS[protocol], port)
+
+
+def pack_pool(endpoints: Sequence[str]) -> bytes:
+    """Return the values that stand for endpoints, given as `ip:port`, one after the other."""
+    packed = []
+    for endpoint in endpoints:
+        address, _, port = endpoint.rpartition(":")
+        packed.append(inet_pton(AF_INET6, address[1:-1]) if address[0] == "[" else inet_pton(AF_INET, address))
+        packed.append(_packed_port(port))
+    return b"".join(packed)
+
+
+@lru_cache(1 << 10)
+def _packed_port(port: str) -> bytes:
+    return _PORT.pack(int(port))
+
+
+def hairpin_key(endpoint: str, protocol: Protocol) -> bytes:
+    """Return the key of a connection from an endpoint to itself."""
+    address, port = split_socket_text(endpoint)
+    packed = pack_address(address)
+    return packed + packed + node_port_key(protocol, port)
+
+
+def endpoint_size(family: Family) -> int:
+    """Return how many bytes stand for an endpoint."""
+    return (16 if family is Family.IPV6 else 4) + _PORT.size
+
+
+def numbered(frontend: bytes, place: int) -> bytes:
+    """Return the key of the endpoint of that number, from 0, of a frontend."""
+    return frontend + _NUMBER.pack(place)
+
+
+POOL_ENDPOINTS = 500
+"""How many endpoints one `Pool` has at most, so that a message can hold it."""
+
+
+class Pool(Struct, frozen=True, gc=False):
+    """Elements by which a frontend finds its endpoints, numbered from `first`; each value has `size` bytes."""
+
+    frontend: bytes
+    values: bytes
+    size: int
+    first: int = 0
+
+    def elements(self) -> list[Element]:
+        """Return them one by one."""
+        return [Element(self.frontend + number, value) for number, value in self.numbered()]
+
+    def numbered(self) -> Iterator[tuple[bytes, bytes]]:
+        """Yield the number, as the last part of the key, and the value of each."""
+        values, size = self.values, self.size
+        begins = range(0, len(values), size)
+        numbers = _numbers(self.first, len(begins))
+        return zip(numbers, [values[begin : begin + size] for begin in begins], strict=True)
+
+
+@lru_cache(1 << 8)
+def _numbers(first: int, count: int) -> tuple[bytes, ...]:
+    return tuple(map(_NUMBER.pack, range(first, first + count)))
+
+
+def pools(frontend: bytes, values: bytes, size: int) -> Iterator[Pool]:
+    """Yield all endpoints of a frontend in pools of a size that can be handled."""
+    step = POOL_ENDPOINTS * size
+    for place, begin in enumerate(range(0, len(values), step)):
+        yield Pool(frontend, values[begin : begin + step], size, place * POOL_ENDPOINTS)

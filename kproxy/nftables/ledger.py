@@ -1,0 +1,78 @@
+"""What one family's table holds, as far as kproxy has put it there."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from kproxy.model.context import Context
+from kproxy.model.types import ServiceKey
+from kproxy.nftables.elements import DROP
+from kproxy.nftables.objects import Chain, Go, Set
+from kproxy.nftables.render import Frontend, RenderedService
+
+
+class Ledger:
+    """The state that the kernel has accepted, kept as small as planning the next step allows.
+
+    Elements are not kept one by one: they follow from the frontends. `frontends` has, for each key, those who claim
+    it, the one first who has it. `members` counts who needs an element of the sets `cluster-ips` and
+    `hairpin-connections`, `verdicts` how many elements go to a chain. `chains` are all chains but those of single
+    Services, which are in `services` with their sets.
+    """
+
+    def __init__(self) -> None:
+        self.context: Context | None = None
+        self.services: dict[ServiceKey, RenderedService] = {}
+        self.frontends: dict[bytes, Frontend | tuple[Frontend, ...]] = {}
+        self.members: dict[str, Counter[bytes]] = {}
+        self.verdicts: Counter[str] = Counter()
+        self.node_port_ips: tuple[bytes, ...] = ()
+        self.chains: dict[str, Chain] = {}
+
+    def holder(self, key: bytes) -> Frontend | None:
+        """Return the frontend that has a key, None if nobody claims it."""
+        found = self.frontends.get(key)
+        return found[0] if isinstance(found, tuple) else found
+
+    def claim(self, frontend: Frontend) -> None:
+        """Let a frontend have its key, unless somebody else has a better claim to it."""
+        found = self.frontends.get(frontend.key)
+        if found is None:
+            self.frontends[frontend.key] = frontend
+            return
+        claims = found if isinstance(found, tuple) else (found,)
+        self.frontends[frontend.key] = tuple(sorted((*claims, frontend), key=_claim))
+
+    def give_up(self, frontend: Frontend) -> None:
+        """Take a frontend's claim back."""
+        found = self.frontends[frontend.key]
+        claims = list(found) if isinstance(found, tuple) else [found]
+        claims.remove(frontend)
+        if not claims:
+            del self.frontends[frontend.key]
+        else:
+            self.frontends[frontend.key] = tuple(claims) if len(claims) > 1 else claims[0]
+
+    def own_chains(self) -> list[Chain]:
+        """Return the chains that belong to single Services."""
+        return [chain for service in self.services.values() for chain in service.chains]
+
+    def own_sets(self) -> list[Set]:
+        """Return the sets that belong to single Services."""
+        return [each for service in self.services.values() for each in service.sets]
+
+    def uses(self) -> Counter[str]:
+        """Return how often each chain is used, counted as the kernel does: its rules, and what leads to it."""
+        found = Counter({name: count for name, count in self.verdicts.items() if name != DROP})
+        for chain in (*self.chains.values(), *self.own_chains()):
+            found[chain.name] += len(chain.rules)
+            for rule in chain.rules:
+                last = rule.statements[-1]
+                if isinstance(last, Go):
+                    found[last.chain] += 1
+        return found
+
+
+def _claim(frontend: Frontend) -> tuple[bool, str]:
+    """Return by what claims are ordered: nobody else may have a ClusterIP, and names decide among equals."""
+    return not frontend.internal, frontend.owner

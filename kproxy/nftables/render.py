@@ -1,0 +1,138 @@
+"""From plans to what a Service needs in the table: elements of the shared maps and, seldom, chains of its own. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+from msgspec import Struct
+
+from kproxy.model.context import Context
+from kproxy.model.plan import Decision, ServicePortPlan
+from kproxy.nftables import names, shared
+from kproxy.nftables.affinity import affinity_chains, affinity_sets
+from kproxy.nftables.elements import DROP, hairpin_key, node_port_key, pack_address, pack_pool, service_key
+from kproxy.nftables.objects import Chain, Drop, Return, Rule, Set, Source, rule
+
+Verdicts = tuple[tuple[str, str], ...]
+"""Maps of verdicts, each with the verdict that it has for a frontend: a chain's name or `DROP`."""
+
+
+class Frontend(Struct, frozen=True, gc=False):
+    """What a Service has under one key: that of an address and port, or that of a NodePort.
+
+    `pools` are maps of endpoints, each with the endpoints' values one after the other. `owner` names the service port.
+    Should several Services claim a key, a ClusterIP (`internal`) is nobody else's (CVE-2020-8554).
+    """
+
+    key: bytes
+    verdicts: Verdicts
+    pools: tuple[tuple[str, bytes], ...]
+    owner: str
+    internal: bool = False
+
+
+class RenderedService(Struct, frozen=True, gc=False):
+    """All that one Service needs in the table. `cluster_ip` and `hairpins` are keys of the sets of these names."""
+
+    cluster_ip: bytes
+    frontends: tuple[Frontend, ...]
+    hairpins: tuple[bytes, ...] = ()
+    chains: tuple[Chain, ...] = ()
+    sets: tuple[Set, ...] = ()
+
+
+def render_service(plans: Sequence[ServicePortPlan], context: Context) -> RenderedService | None:
+    """Return what a Service needs; None if it has nothing in this family."""
+    if not plans:
+        return None
+    frontends: list[Frontend] = []
+    hairpins: list[bytes] = []
+    chains: list[Chain] = []
+    sets: list[Set] = []
+    for plan in plans:
+        frontends += _frontends(plan)
+        hairpins += [hairpin_key(endpoint, plan.protocol) for endpoint in plan.endpoints_here]
+        if plan.source_ranges:
+            chains.append(_firewall(plan))
+        if plan.affinity_seconds and plan.has_endpoints:
+            chains += affinity_chains(plan, context)
+            sets += affinity_sets(plan)
+    return RenderedService(
+        pack_address(plans[0].cluster_ip), tuple(frontends), tuple(hairpins), tuple(chains), tuple(sets)
+    )
+
+
+def _frontends(plan: ServicePortPlan) -> Iterator[Frontend]:
+    any_pool = pack_pool(plan.cluster_endpoints)
+    local_pool = pack_pool(plan.local_endpoints)
+    yield _internal(plan, any_pool, local_pool)
+    for address in dict.fromkeys((*plan.external_ips, *plan.vips)):
+        key = service_key(address, plan.protocol, plan.port)
+        restricted = bool(plan.source_ranges) and address in plan.vips
+        yield _external(plan, "service", key, any_pool, local_pool, restricted=restricted)
+    if plan.node_port:
+        key = node_port_key(plan.protocol, plan.node_port)
+        yield _external(plan, "nodeport", key, any_pool, local_pool, restricted=False)
+
+
+def _internal(plan: ServicePortPlan, any_pool: bytes, local_pool: bytes) -> Frontend:
+    key = service_key(plan.cluster_ip, plan.protocol, plan.port)
+    if plan.internal is not Decision.FORWARD:
+        return Frontend(key, _refusal("service", plan.internal), (), plan.name, internal=True)
+    if plan.affinity_seconds:
+        own = f"{'local' if plan.internal_local else 'service'}-{names.service_port_name(plan)}"
+        return Frontend(key, ((names.SERVICE_IPS, own),), (), plan.name, internal=True)
+    if plan.internal_local:
+        chain = shared.local_chain("service", len(plan.local_endpoints))
+        pools = ((names.SERVICE_LOCAL_ENDPOINTS, local_pool),)
+    else:
+        chain = shared.any_chain("service", len(plan.cluster_endpoints))
+        pools = ((names.SERVICE_ENDPOINTS, any_pool),)
+    return Frontend(key, _goes_to(names.SERVICE_IPS, chain), pools, plan.name, internal=True)
+
+
+def _external(
+    plan: ServicePortPlan,
+    kind: shared.Frontends,
+    key: bytes,
+    any_pool: bytes,
+    local_pool: bytes,
+    *,
+    restricted: bool,
+) -> Frontend:
+    firewall = ((names.FIREWALL_IPS, f"firewall-{names.service_port_name(plan)}"),) if restricted else ()
+    refusal = () if plan.external is Decision.FORWARD else _refusal(kind, plan.external)
+    if not plan.has_endpoints:
+        return Frontend(key, firewall + refusal, (), plan.name)
+    verdicts = names.SERVICE_IPS if kind == "service" else names.SERVICE_NODE_PORTS
+    if plan.affinity_seconds:
+        own = f"external-{names.service_port_name(plan)}"
+        return Frontend(key, (*firewall, *refusal, (verdicts, own)), (), plan.name)
+    pools = [(shared.pool_map(kind, local=False), any_pool)]
+    anywhere, here = len(plan.cluster_endpoints), len(plan.local_endpoints)
+    if plan.external_local:
+        chain = shared.external_local_chain(kind, anywhere, here)
+        if here:
+            pools.append((shared.pool_map(kind, local=True), local_pool))
+    else:
+        chain = shared.external_chain(kind, anywhere)
+    return Frontend(key, firewall + refusal + _goes_to(verdicts, chain), tuple(pools), plan.name)
+
+
+@lru_cache(1 << 10)
+def _goes_to(verdicts: str, chain: str) -> Verdicts:
+    """Return the same value for the same verdict, of which there are few: it is kept once for thousands of Services."""
+    return ((verdicts, chain),)
+
+
+def _refusal(kind: shared.Frontends, decision: Decision) -> Verdicts:
+    verdicts = names.NO_ENDPOINT_SERVICES if kind == "service" else names.NO_ENDPOINT_NODE_PORTS
+    return ((verdicts, DROP if decision is Decision.DROP else names.REJECT),)
+
+
+def _firewall(plan: ServicePortPlan) -> Chain:
+    """Return the chain that lets allowed sources through to where the destination is translated."""
+    sources = [*plan.source_ranges, *(plan.vips if plan.vips_are_sources else ())]
+    rules: list[Rule] = [rule(Source(source), Return()) for source in sources]
+    return Chain(f"firewall-{names.service_port_name(plan)}", (*rules, rule(Drop())), names.comment(plan.name))

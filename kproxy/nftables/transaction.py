@@ -1,0 +1,50 @@
+"""One step from a state of the table to the next, which the kernel takes whole or not at all."""
+
+from __future__ import annotations
+
+from msgspec import Struct, field
+from msgspec.structs import astuple
+
+from kproxy.nftables.elements import Element, Pool
+from kproxy.nftables.objects import Chain, Set
+
+
+class Transaction(Struct):
+    """What is done to the table, in the order of the fields, so that nothing is deleted while something refers to it.
+
+    With `create`, there is a table afterwards; with `replace`, whatever was in it is gone first. `flushed` are chains
+    that lose all their rules, `rules` those that get all their rules: a chain that changes is in both. The elements
+    are by the name of their set; `pools` are those of frontends that had none, many at once. With `drop`, there is no
+    table in the end.
+    """
+
+    create: bool = False
+    replace: bool = False
+    removed: dict[str, list[Element]] = field(default_factory=dict)
+    flushed: list[str] = field(default_factory=list)
+    deleted_sets: list[str] = field(default_factory=list)
+    deleted_chains: list[str] = field(default_factory=list)
+    sets: list[Set] = field(default_factory=list)
+    chains: list[Chain] = field(default_factory=list)
+    rules: list[Chain] = field(default_factory=list)
+    pools: dict[str, list[Pool]] = field(default_factory=dict)
+    added: dict[str, list[Element]] = field(default_factory=dict)
+    drop: bool = False
+
+    def __bool__(self) -> bool:
+        return any(astuple(self))
+
+    def remove(self, name: str, element: Element) -> None:
+        """Remove an element from a set."""
+        self.removed.setdefault(name, []).append(element)
+
+    def add(self, name: str, element: Element) -> None:
+        """Add an element to a set."""
+        self.added.setdefault(name, []).append(element)
+
+    def additions(self) -> dict[str, list[Element]]:
+        """Return all elements that are added, those of pools one by one."""
+        found = {name: [element for pool in pools for element in pool.elements()] for name, pools in self.pools.items()}
+        for name, elements in self.added.items():
+            found.setdefault(name, []).extend(elements)
+        return found

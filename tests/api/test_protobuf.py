@@ -1,0 +1,120 @@
+"""Protobuf and JSON over real HTTP: who asks for what, and that both tell the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from kproxy.kube.answers import read_page
+from kproxy.kube.client import Client
+from kproxy.kube.objects import Decoded
+from kproxy.kube.streams import JSON, WATCH, read_events
+from kproxy.model.delta import Kind
+from kproxy.model.types import EndpointSlice, Node, Service, ServiceCIDR
+from tests.api.conftest import HANG, Cluster, Follow, Received
+from tests.apiserver import ApiServer, SeenRequest, protobuf
+from tests.apiserver.objects import endpoint_slice, labelled, node, service, service_cidr
+from tests.apiserver.resources import ENDPOINT_SLICES, NODES, SERVICE_CIDRS, SERVICES, Resource
+
+SERVED: list[tuple[Kind, Resource]] = [
+    (Service, SERVICES),
+    (EndpointSlice, ENDPOINT_SLICES),
+    (Node, NODES),
+    (ServiceCIDR, SERVICE_CIDRS),
+]
+
+
+def is_service_watch(request: SeenRequest) -> bool:
+    return request.is_watch and request.path == SERVICES.path
+
+
+def fill(cluster: Cluster) -> None:
+    cluster.create(labelled(service("web", "10.96.7.1"), app="web"))
+    cluster.create(service("affine", "10.96.7.2", sessionAffinity="ClientIP", internalTrafficPolicy="Local"))
+    cluster.create(service("outside", "10.96.7.3", type="NodePort", externalTrafficPolicy="Local"))
+    found = endpoint_slice("web-1", "web", ["10.0.0.1", "10.0.0.2", "10.0.0.3"])
+    found["endpoints"][0] |= {
+        "conditions": {"ready": True, "serving": True, "terminating": False},
+        "nodeName": "node-1",
+    }
+    found["endpoints"][1] |= {"conditions": {"ready": False, "serving": True, "terminating": True}, "zone": "zone-a"}
+    found["endpoints"][2] |= {"conditions": {"ready": True}, "hints": {"forZones": [{"name": "zone-a"}]}}
+    cluster.create(found)
+    cluster.create(node("node-1"))
+    cluster.create(service_cidr("more", "10.97.0.0/16"))
+
+
+def read(client: Client, kind: Kind, resource: Resource, accept: str) -> tuple[str, set[Decoded]]:
+    """Return the media type of a new watch, and the objects it begins with."""
+    with client.get(resource.path, {}, HANG) as listed:
+        count = len(read_page(kind, listed.read()).items)
+    found: set[Decoded] = set()
+    with client.get(resource.path, {"watch": "1"}, HANG, accept) as watch:
+        for event in read_events(kind, watch):
+            assert isinstance(event, Decoded)
+            found.add(event)
+            if len(found) == count:
+                break
+        return watch.media_type, found
+
+
+@pytest.mark.parametrize(("kind", "resource"), SERVED)
+def test_both_forms_tell_the_same(cluster: Cluster, tmp_path: Path, kind: Kind, resource: Resource) -> None:
+    fill(cluster)
+    client = Client.from_config(str(cluster.kubeconfig(tmp_path / "kubeconfig")))
+    json_type, plain = read(client, kind, resource, JSON)
+    framed_type, framed = read(client, kind, resource, WATCH)
+    assert (json_type, framed_type) == (JSON, protobuf.MEDIA_TYPE)
+    assert plain == framed
+    assert plain
+
+
+def test_watches_come_as_protobuf_and_lists_as_compressed_json(
+    server: ApiServer, follow: Follow, received: Received
+) -> None:
+    server.set_watch_list("forbidden")
+    for number in range(600):
+        server.create(service(f"web-{number}", f"10.96.{8 + number // 250}.{number % 250 + 1}"))
+    follow(server)
+    received.until_listed()
+    assert len(received.names(Service)) == 600
+    server.create(service("late", "10.96.7.1"))
+    received.until(lambda _: "late" in received.names(Service))
+    for request in server.requests.all():
+        assert request.headers["Accept"] == (WATCH if request.is_watch else JSON)
+        assert request.headers["Accept-Encoding"] == ("identity" if request.is_watch else "gzip")
+
+
+@pytest.mark.parametrize("odd", ["ignored", "refused"])
+def test_a_server_without_protobuf_is_followed_in_json(
+    server: ApiServer, follow: Follow, received: Received, odd: Literal["ignored", "refused"]
+) -> None:
+    server.faults.protobuf = odd
+    server.create(service("web", "10.96.7.1"))
+    follow(server)
+    received.until_listed()
+    server.create(service("db", "10.96.7.2"))
+    received.until(lambda _: received.names(Service) == {"web", "db"})
+    if odd == "refused":
+        server.drop_watches()
+        asked = [request.headers["Accept"] for request in server.requests.wait_for(is_service_watch, 3)]
+        assert asked[:3] == [WATCH, JSON, JSON]
+
+
+def test_after_frames_that_cannot_be_read_the_next_list_is_in_json(
+    server: ApiServer, follow: Follow, received: Received
+) -> None:
+    follow(server)
+    received.until_listed()
+    server.requests.wait_for(is_service_watch)
+    server.inject(b"no protobuf")
+    server.create(service("web", "10.96.7.1"))
+    received.until(lambda _: received.names(Service) == {"web"})
+    server.drop_watches()
+    asked = server.requests.wait_for(is_service_watch, 2)
+    assert [request.headers["Accept"] for request in asked] == [WATCH, JSON]
+    assert "sendInitialEvents" in asked[1].query, "what was missed, only a list can tell"
+    server.create(service("db", "10.96.7.2"))
+    received.until(lambda _: received.names(Service) == {"web", "db"})

@@ -1,0 +1,88 @@
+"""No connection notices that a node goes from one of kproxy's modes to the other, and nothing of the first stays."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.lab.cluster import SERVICES, Cluster
+from tests.lab.load import Stream
+from tests.lab.modes import flag, nothing_left_of_other, rules_of
+from tests.lab.restart import MortalDaemon
+from tests.lab.servers import Servers
+from tests.lab.topology import Lab
+from tests.lab.waiting import wait_until
+
+PODS = 5
+OTHER = {"iptables": "nftables", "nftables": "iptables"}
+FIREWALL = "KUBE-FIREWALL"
+ROUNDS = 2
+
+
+@pytest.fixture(autouse=True)
+def nft() -> None:
+    """Skip where there is no `nft`, which the tests look at nftables mode's rules with."""
+    if shutil.which("nft") is None:
+        pytest.skip("nft not found: it is in the Debian package nftables")
+
+
+@pytest.mark.parametrize("first", OTHER)
+def test_a_live_node_goes_from_mode_to_mode(lab: Lab, servers: Servers, tmp_path: Path, first: str) -> None:
+    cluster = Cluster(lab, servers, tmp_path / "objects", pods=PODS)
+    for service in range(SERVICES):
+        for number in range(PODS):
+            cluster.start(service, number)
+        cluster.write(service, range(PODS))
+    node = lab.node.namespace
+    modes = [first, OTHER[first]] * ROUNDS
+    made: dict[str, str] = {}
+
+    def daemon(mode: str) -> MortalDaemon:
+        return MortalDaemon(lab, tmp_path / "objects", tmp_path / "kproxy.log", flag(mode))
+
+    with daemon(first) as running:
+        running.wait_in_force()
+    with Stream(cluster.targets()) as stream:
+        stream.take()
+        for mode in modes:
+            stream.mark(f"a start in {mode} mode")
+            with daemon(mode) as running:
+                running.wait_in_force()
+                wait_until(lambda: nothing_left_of_other(node, mode), f"the rules of {OTHER[mode]} mode go")  # noqa: B023 - called at once
+                stream.mark(f"{mode} mode is alone")
+                stream.take()
+                rules = rules_of(mode, node)
+                assert rules.destinations() == cluster.sockets((s, n) for s in range(SERVICES) for n in range(PODS))
+                text = without_jumps_to_firewall(rules.text())
+                assert text == made.setdefault(mode, text), "another time the rules were others"
+                stream.mark(f"SIGTERM in {mode} mode")
+                assert running.terminate() == 0
+            stream.take()
+    assert stream.complaints() == ""
+
+
+def without_jumps_to_firewall(text: str) -> str:
+    """Leave out the rules that stay while those around them go and come back, before them or behind."""
+    return "\n".join(line for line in text.splitlines() if not line.endswith(f"-j {FIREWALL}"))
+
+
+def test_the_firewall_chain_stays_with_all_that_is_in_it(lab: Lab, servers: Servers, tmp_path: Path) -> None:
+    cluster = Cluster(lab, servers, tmp_path / "objects", pods=1)
+    cluster.start(0, 0)
+    cluster.write(0, [0])
+    node = lab.node.namespace
+
+    def firewall() -> list[str]:
+        return [line for line in node.run(["iptables-save"]).stdout.splitlines() if line.startswith(f"-A {FIREWALL}")]
+
+    with MortalDaemon(lab, tmp_path / "objects", tmp_path / "kproxy.log", flag("iptables")) as daemon:
+        daemon.wait_in_force()
+    node.run(["iptables", "-A", FIREWALL, "-s", "192.0.2.1/32", "-j", "DROP"])
+    before = firewall()
+    assert len(before) > 1
+    with MortalDaemon(lab, tmp_path / "objects", tmp_path / "kproxy.log", flag("nftables")) as daemon:
+        daemon.wait_in_force()
+        wait_until(lambda: nothing_left_of_other(node, "nftables"), "the rules of iptables mode go")
+    assert firewall() == before

@@ -1,0 +1,304 @@
+"""Both ways into the kernel leave the same behind: messages of kproxy's own, and the program nft."""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Callable, Iterator
+
+import pytest
+from msgspec import Struct
+from msgspec.structs import replace
+
+from kproxy.host.netlink import NETLINK_NETFILTER, NetlinkSocket, attributes, nfgenmsg
+from kproxy.model.context import Context
+from kproxy.model.delta import BASIC_KINDS, Replace
+from kproxy.model.endpoints import socket_text
+from kproxy.model.store import Store
+from kproxy.model.types import Family, ServiceCIDR
+from kproxy.nftables import names
+from kproxy.nftables import objects as nft
+from kproxy.nftables.apply import Commit, NetlinkCommit, NftCommit, NftTable
+from kproxy.nftables.backend import NftablesBackend, Printer
+from kproxy.nftables.base import NODE_PORT, SERVICE, SETS, base_chains
+from kproxy.nftables.elements import (
+    DROP,
+    PROTOCOLS,
+    Element,
+    address_family,
+    node_port_key,
+    pack_address,
+    pack_pool,
+    pools,
+)
+from kproxy.nftables.names import TABLE, table_family
+from kproxy.nftables.objects import Field, rule
+from kproxy.nftables.shape import shape_of
+from kproxy.nftables.text import Writer
+from kproxy.nftables.transaction import Transaction
+from kproxy.sync.backend import Backend
+from kproxy.sync.family import FamilySync
+from tests.lab.namespace import Namespace
+from tests.recordings import SCENARIOS, config, replaces
+from tests.unit.test_render import OWN, recorded_context
+
+CIDRS = ("10.96.0.0/12", "fd00:10:96::/108")
+_NFTABLES = 10 << 8
+_GETTABLE, _GETCHAIN, _GETRULE, _GETSET, _GETSETELEM = 1, 4, 7, 10, 13
+_HANDLES = {"table": 4, "chains": 2, "rules": 3, "sets": 16}
+_POSITION = 6
+_EXPIRATION = 5
+
+Attributes = tuple[tuple[int, bytes], ...]
+
+
+class Held(Struct, frozen=True):
+    """All that the kernel says about a table, as it says it, but for handles, order and time."""
+
+    table: Attributes
+    sets: dict[bytes, Attributes]
+    chains: dict[bytes, Attributes]
+    rules: dict[bytes, list[Attributes]]
+    elements: dict[bytes, frozenset[Attributes]]
+
+
+def held(namespace: Namespace, family: Family, table: str = TABLE) -> Held:
+    """Return what a table in a namespace holds."""
+    return namespace.call(lambda: _held(family, table))
+
+
+def _held(family: Family, table: str) -> Held:
+    named = _attribute(1, table)
+    name = table.encode() + b"\0"
+    tables = [each for each in _dump(family, _GETTABLE) if each[1] == name]
+    chains = [each for each in _dump(family, _GETCHAIN) if each[1] == name]
+    rules: dict[bytes, list[Attributes]] = {}
+    for each in _dump(family, _GETRULE, named):
+        rules.setdefault(each[2], []).append(_kept(each, _HANDLES["rules"], _POSITION))
+    sets = _dump(family, _GETSET, named)
+    return Held(
+        _kept(tables[0], _HANDLES["table"]),
+        {each[2]: _kept(each, _HANDLES["sets"]) for each in sets},
+        {each[3]: _kept(each, _HANDLES["chains"]) for each in chains},
+        rules,
+        {each[2]: frozenset(_elements(family, named, each[2])) for each in sets},
+    )
+
+
+def _attribute(kind: int, value: str | bytes) -> bytes:
+    content = value.encode() + b"\0" if isinstance(value, str) else value
+    return struct.pack("=HH", len(content) + 4, kind) + content + b"\0" * (-len(content) % 4)
+
+
+def _dump(family: Family, kind: int, asked: bytes = b"") -> list[dict[int, bytes]]:
+    with NetlinkSocket(NETLINK_NETFILTER) as netlink:
+        payload = nfgenmsg(address_family(family)) + asked
+        return [_parts(*found) for found in netlink.dump(_NFTABLES | kind, payload)]
+
+
+def _parts(data: bytes, begin: int, end: int, header: int = 4) -> dict[int, bytes]:
+    found = attributes(data, begin + header, end)
+    return {kind: data[first:last] for kind, (first, last) in found.items()}
+
+
+def _kept(parts: dict[int, bytes], *without: int) -> Attributes:
+    return tuple(sorted((kind, value) for kind, value in parts.items() if kind not in without))
+
+
+def _elements(family: Family, named: bytes, name: bytes) -> Iterator[Attributes]:
+    for message in _dump(family, _GETSETELEM, named + _attribute(2, name)):
+        listed, place = message.get(3, b""), 0
+        while place < len(listed):
+            (size,) = struct.unpack_from("=H", listed, place)
+            yield _kept(_parts(listed, place + 4, place + size, header=0), _EXPIRATION)
+            place += (size + 3) & ~3
+
+
+def recorded_sync(scenario: str, family: Family, backend: Backend) -> tuple[FamilySync, Store]:
+    """Return the objects of a recorded cluster, and what brings them to a backend in the recorded configuration."""
+    store = Store("node-1", (*BASIC_KINDS, ServiceCIDR))
+    for delta in (*replaces(scenario), Replace(ServiceCIDR, (ServiceCIDR("kubernetes", CIDRS),))):
+        store.apply(delta)
+    context = nftables_context(scenario, family, store)
+    return FamilySync(backend, lambda _: context), store
+
+
+def nftables_context(scenario: str, family: Family, store: Store) -> Context:
+    """Return the context of a recording in nftables mode, where NodePorts are at the primary address by default."""
+    context = recorded_context(scenario, family, store)
+    if config(scenario).get("nodePortAddresses"):
+        return context
+    return replace(context, node_port_addresses=(OWN[family],))
+
+
+def program(namespace: Namespace, scenario: str, family: Family, commit: Commit) -> NftablesBackend:
+    """Bring a recorded cluster into the kernel of a namespace; return the backend, which knows what it did."""
+    backend = NftablesBackend(NftTable(family, commit))
+    sync, store = recorded_sync(scenario, family, backend)
+    namespace.call(lambda: sync.sync(store))
+    return backend
+
+
+def printed(scenario: str, family: Family) -> str:
+    """Return the table of a recorded cluster as text."""
+    pages: list[str] = []
+    sync, store = recorded_sync(scenario, family, Printer(family, pages.append))
+    sync.sync(store)
+    return "".join(pages)
+
+
+@pytest.fixture
+def namespaces(kernel: None) -> Iterator[Callable[[], Namespace]]:
+    """Makes network namespaces that end with the test."""
+    made: list[Namespace] = []
+
+    def make() -> Namespace:
+        made.append(Namespace(f"nftables-{len(made)}"))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+@pytest.mark.parametrize("family", Family)
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_a_recorded_cluster_is_the_same_by_netlink_by_nft_and_as_text(
+    namespaces: Callable[[], Namespace], scenario: str, family: Family
+) -> None:
+    by_netlink, by_nft, by_text = namespaces(), namespaces(), namespaces()
+    program(by_netlink, scenario, family, NetlinkCommit(family))
+    program(by_nft, scenario, family, NftCommit(family))
+    text = printed(scenario, family)
+    by_text.run(["nft", "-f", "-"], text)
+    found = held(by_netlink, family)
+    assert found.chains
+    assert held(by_nft, family) == found
+    assert held(by_text, family) == found
+    listed = by_netlink.run(["nft", "list", "table", table_family(family), TABLE]).stdout
+    assert in_order(listed) == in_order(text)
+
+
+def in_order(text: str) -> str:
+    """Return a table as nft lists it, with the elements of each set in the order of their text."""
+
+    def listed(found: re.Match[str]) -> str:
+        return "\n".join(sorted(re.split(r",\s+", found[1])))
+
+    return re.sub(r"elements = \{ (.*?) \}\n", listed, text, flags=re.DOTALL)
+
+
+ADDRESSES = {
+    Family.IPV4: ("192.0.2.1", ("192.0.2.1/32", "192.0.2.0/25", "192.0.0.0/16", "192.0.0.0/12", "0.0.0.0/0")),
+    Family.IPV6: ("2001:db8::1", ("2001:db8::1/128", "2001:db8::/64", "2001:db8::/61", "fd00::/8", "fc00::/7", "::/0")),
+}
+AFFINITY = nft.Set("affinity-A", (Field.SOURCE,), timeout=90_061, comment="clients of A")
+CONNECTION = (Field.SOURCE, Field.DESTINATION, Field.PROTOCOL, Field.PORT)
+
+
+def statements(family: Family) -> Iterator[nft.Statement]:
+    """Every statement in every form."""
+    _, networks = ADDRESSES[family]
+    for network in networks:
+        for inside in (True, False):
+            yield nft.Source(network, inside)
+            yield nft.Destination(network, inside)
+    for inside in (True, False):
+        yield nft.Interface("cni0", inside=inside)
+        yield nft.Interface("veth", prefix=True, inside=inside)
+        yield nft.Interface("longest-possibl", inside=inside)
+    yield nft.IsIn((Field.DESTINATION,), names.CLUSTER_IPS)
+    yield nft.IsIn((Field.SOURCE,), AFFINITY.name)
+    yield nft.IsIn(CONNECTION, names.HAIRPINS)
+    yield nft.IsLocal(Field.SOURCE)
+    yield nft.IsLocal(Field.DESTINATION)
+    for protocol in PROTOCOLS:
+        yield nft.IsProtocol(protocol)
+    yield nft.IsNew()
+    yield nft.IsTranslated()
+    for bit in (0, 14, 30, 31):
+        if bit < 31:  # nft lists the highest bit as a prefix, `!= 0x00000000/1`
+            yield nft.IsMarked(1 << bit)
+        yield nft.Mark(1 << bit)
+        yield nft.Unmark(1 << bit)
+    yield nft.Chance(2)
+    yield nft.Chance(1_000)
+    yield nft.Masquerade()
+    yield nft.Remember(AFFINITY.name)
+    yield nft.Pick(SERVICE, 3, names.SERVICE_ENDPOINTS)
+    yield nft.Pick(NODE_PORT, 5_000, names.NODE_PORT_LOCAL_ENDPOINTS)
+    yield nft.Decide(SERVICE, names.SERVICE_IPS)
+    yield nft.Decide(NODE_PORT, names.NO_ENDPOINT_NODE_PORTS)
+    yield nft.Go("other")
+    yield nft.Go("other", back=True)
+    yield nft.Drop()
+    yield nft.Return()
+    yield nft.Reject()
+
+
+def everything(family: Family) -> Transaction:
+    """A table with every statement, every kind of chain and every kind of element."""
+    address, _ = ADDRESSES[family]
+    rules = [rule(statement, comment=type(statement).__name__) for statement in statements(family)]
+    sent = (rule(nft.IsProtocol(protocol), nft.SendTo(address, 8080)) for protocol in PROTOCOLS)
+    hooks = (chain.hook for chain in base_chains(Context(family, "node-1")) if chain.hook)
+    chains = [
+        nft.Chain("other", tuple(sent), comment="translates"),
+        nft.Chain("everything", tuple(rules)),
+        *(nft.Chain(f"base-{number}", (), hook=hook) for number, hook in enumerate(hooks)),
+    ]
+    change = Transaction(create=True, replace=True, sets=[*SETS, AFFINITY], chains=chains, rules=chains)
+    size = len(pack_address(address)) + 4
+    for number, each in enumerate(SETS):
+        length = shape_of(each, family).key_size
+        for value in (None,) if each.value is nft.Value.NOTHING else (DROP, "other"):
+            key = bytes([6 + number]) * length
+            key = key[:-8] + (node_port_key("UDP", 53) if value else node_port_key("TCP", 80)) if length >= 8 else key
+            if each.value is nft.Value.ENDPOINT:
+                pool = pack_pool([socket_text(address, port) for port in range(1, 4)])
+                change.pools[each.name] = list(pools(key[: length - 12] + node_port_key("SCTP", 9), pool, size))
+            else:
+                change.add(each.name, Element(key, value, "" if value is None else "of whom"))
+    return change
+
+
+@pytest.mark.parametrize("family", Family)
+def test_every_statement_and_element_is_the_same_by_netlink_and_by_nft(
+    namespaces: Callable[[], Namespace], family: Family
+) -> None:
+    made: dict[type[Commit], Held] = {}
+    listed = set()
+    for way in (NetlinkCommit, NftCommit):
+        node = namespaces()
+        node.call(lambda way=way: way(family)(everything(family)))  # type: ignore[misc]
+        made[way] = held(node, family)
+        listed.add(in_order(node.run(["nft", "list", "table", table_family(family), TABLE]).stdout))
+    change = everything(family)
+    text = Writer(family).table(change.sets, change.additions(), change.chains)
+    by_text = namespaces()
+    by_text.run(["nft", "-f", "-"], text)
+    assert made[NftCommit] == made[NetlinkCommit] == held(by_text, family)
+    assert listed == {in_order(text)}
+
+
+@pytest.mark.parametrize("family", Family)
+def test_what_is_removed_is_the_same_by_netlink_and_by_nft(namespaces: Callable[[], Namespace], family: Family) -> None:
+    first = everything(family)
+    other = nft.Chain("other", (rule(nft.Drop()),))
+    then = Transaction(
+        removed={name: elements[1:] for name, elements in first.additions().items() if elements[1:]},
+        flushed=["everything", "base-0", "other"],
+        deleted_chains=["everything", "base-0"],
+        deleted_sets=[AFFINITY.name],
+        sets=[replace(AFFINITY, timeout=60)],
+        rules=[other],
+    )
+    made = []
+    for way in (NetlinkCommit, NftCommit):
+        node = namespaces()
+        for change in (first, then):
+            node.call(lambda way=way, change=change: way(family)(change))  # type: ignore[misc]
+        made.append(held(node, family))
+    assert made[0] == made[1]
+    assert set(made[0].rules) == {b"other\0"}
+    assert len([each for elements in made[0].elements.values() for each in elements]) == len(SETS)

@@ -1,0 +1,200 @@
+"""The table in memory takes and refuses what the kernel takes and refuses, and holds the same afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kproxy.model.types import Family
+from kproxy.nftables import names
+from kproxy.nftables.apply import NetlinkCommit, NftTable, StaleError, TableError
+from kproxy.nftables.base import SERVICE
+from kproxy.nftables.elements import DROP, Element, pack_address, service_key
+from kproxy.nftables.names import TABLE, table_family
+from kproxy.nftables.objects import Chain, Decide, Drop, Field, Go, Hook, IsIn, Pick, Remember, Return, Set, Value, rule
+from kproxy.nftables.text import Writer
+from kproxy.nftables.transaction import Transaction
+from tests.fakekernel import FakeTable
+from tests.kernel.test_nftables_commit import in_order, namespaces
+from tests.lab.namespace import Namespace
+from tests.unit.test_nftables_incremental import (
+    SIZES,
+    Contexts,
+    Damaged,
+    Event,
+    Proxy,
+    family_contexts,
+    histories,
+    lead,
+)
+
+__all__ = ["namespaces"]
+
+MEMBERS = Set(names.CLUSTER_IPS, (Field.DESTINATION,))
+VERDICTS = Set(names.SERVICE_IPS, SERVICE, Value.VERDICT)
+ENDPOINTS = Set(names.SERVICE_ENDPOINTS, (*SERVICE, Field.NUMBER), Value.ENDPOINT)
+ADDRESS = pack_address("192.0.2.1")
+KEY = service_key("192.0.2.1", "TCP", 80)
+NUMBERED = KEY + bytes(4)
+VALUE = ADDRESS + b"\x00\x50\x00\x00"
+USER = Chain("user", (rule(Go("used")), rule(IsIn((Field.DESTINATION,), MEMBERS.name), Return())))
+BASE = Chain("base", (rule(Go("user", back=True)),), hook=Hook("filter", "input", 0))
+
+
+def held() -> Transaction:
+    """A table where everything is in use."""
+    chains = [Chain("used", ()), Chain("mapped", (rule(Drop()),)), USER, BASE]
+    change = Transaction(create=True, sets=[MEMBERS, VERDICTS, ENDPOINTS], chains=chains, rules=chains)
+    change.add(MEMBERS.name, Element(ADDRESS))
+    change.add(VERDICTS.name, Element(KEY, "mapped", "ns/web"))
+    change.add(ENDPOINTS.name, Element(NUMBERED, VALUE))
+    return change
+
+
+def adding(name: str, *elements: Element) -> Transaction:
+    return Transaction(added={name: list(elements)})
+
+
+def removing(name: str, *elements: Element) -> Transaction:
+    return Transaction(removed={name: list(elements)})
+
+
+def rules(*chains: Chain) -> Transaction:
+    return Transaction(rules=list(chains))
+
+
+REFUSED = {
+    "delete a chain that a rule goes to": Transaction(flushed=["used"], deleted_chains=["used"]),
+    "delete a chain that an element goes to": Transaction(flushed=["mapped"], deleted_chains=["mapped"]),
+    "delete a set that a rule looks at": Transaction(deleted_sets=[MEMBERS.name]),
+    "delete what is not there": Transaction(deleted_chains=["none"]),
+    "delete a set that is not there": Transaction(deleted_sets=["none"]),
+    "flush what is not there": Transaction(flushed=["none"]),
+    "remove what is not there": removing(MEMBERS.name, Element(pack_address("192.0.2.2"))),
+    "remove twice": removing(MEMBERS.name, Element(ADDRESS), Element(ADDRESS)),
+    "remove from no set": removing(names.HAIRPINS, Element(ADDRESS)),
+    "add to no set": adding(names.NODE_PORT_IPS, Element(ADDRESS)),
+    "another verdict": adding(VERDICTS.name, Element(KEY, DROP)),
+    "another endpoint": adding(ENDPOINTS.name, Element(NUMBERED, ADDRESS + b"\x00\x51\x00\x00")),
+    "a verdict to no chain": adding(VERDICTS.name, Element(service_key("192.0.2.2", "TCP", 80), "none")),
+    "a verdict to a base chain": adding(VERDICTS.name, Element(service_key("192.0.2.2", "TCP", 80), "base")),
+    "a rule in no chain": rules(Chain("none", (rule(Drop()),))),
+    "a rule to no chain": rules(Chain("used", (rule(Go("none")),))),
+    "a rule to a base chain": rules(Chain("used", (rule(Go("base")),))),
+    "a rule with no set": rules(Chain("used", (rule(IsIn((Field.SOURCE,), "none")),))),
+    "a rule with no map": rules(Chain("used", (rule(Decide(SERVICE, names.FIREWALL_IPS)),))),
+    "a rule with no map of endpoints": rules(Chain("used", (rule(Pick(SERVICE, 2, names.NODE_PORT_ENDPOINTS)),))),
+    "a rule that remembers nowhere": rules(Chain("used", (rule(Remember("none")),))),
+    "a set of another type": Transaction(sets=[Set(MEMBERS.name, SERVICE)]),
+    "a base chain of another priority": Transaction(chains=[Chain("base", (), hook=Hook("filter", "input", 1))]),
+    "good and bad": Transaction(chains=[Chain("new", ())], rules=[Chain("new", (rule(Go("none")),))]),
+}
+TAKEN = {
+    "the same once more": held(),
+    "a chain with its rules": Transaction(
+        removed={VERDICTS.name: [Element(KEY)]}, deleted_chains=["mapped"], deleted_sets=[ENDPOINTS.name]
+    ),
+    "another verdict after the first": Transaction(
+        removed={VERDICTS.name: [Element(KEY)]}, added={VERDICTS.name: [Element(KEY, DROP)]}
+    ),
+    "the same verdict with another comment": adding(VERDICTS.name, Element(KEY, "mapped", "ns/other")),
+    "users before used": Transaction(flushed=["base", "user", "used"], deleted_chains=["used", "user", "base"]),
+    "a set in place of one of the same name": Transaction(
+        flushed=["user"], deleted_sets=[MEMBERS.name], sets=[Set(MEMBERS.name, SERVICE)]
+    ),
+    "a chain once more": Transaction(flushed=["user"], rules=[USER]),
+    "all anew": Transaction(create=True, replace=True, sets=[MEMBERS]),
+    "nothing left": Transaction(drop=True),
+}
+
+
+class Both:
+    """A table in memory, and one in the kernel."""
+
+    def __init__(self, node: Namespace, family: Family) -> None:
+        self._node = node
+        self._family = family
+        self.fake = FakeTable(family)
+        self.real = NftTable(family, NetlinkCommit(family))
+
+    def commit(self, change: Transaction) -> None:
+        self.fake.commit(change)
+        self.commit_real(change)
+
+    def commit_real(self, change: Transaction, generation: int | None = None) -> None:
+        self._node.call(lambda: self.real.commit(change, generation))
+
+    def generation(self) -> int:
+        return self._node.call(self.real.generation)
+
+    def compare(self) -> None:
+        """Make sure that they hold the same."""
+        assert self._node.call(self.real.view) == self.fake.view()
+        assert self._node.call(self.real.uses) == self.fake.uses()
+        if self.fake.table is not None:
+            listed = self._node.run(["nft", "list", "table", table_family(self._family), TABLE]).stdout
+            assert in_order(listed) == in_order(self._text())
+
+    def _text(self) -> str:
+        assert self.fake.table is not None
+        table = self.fake.table
+        sets = [found.made for found in table.sets.values()]
+        elements = {name: list(found.elements.values()) for name, found in table.sets.items()}
+        chains = [Chain(name, tuple(each.rules), each.comment, each.hook) for name, each in table.chains.items()]
+        return Writer(self._family).table(sets, elements, chains)
+
+
+@pytest.fixture
+def both(namespaces: Callable[[], Namespace]) -> Both:
+    return Both(namespaces(), Family.IPV4)
+
+
+@pytest.mark.parametrize("what", TAKEN)
+def test_both_take(both: Both, what: str) -> None:
+    for change in (held(), TAKEN[what]):
+        both.commit(change)
+        both.compare()
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_both_refuse_for_the_same_reason_and_keep_what_they_had(both: Both, what: str) -> None:
+    both.commit(held())
+    with pytest.raises(TableError) as fake:
+        both.fake.commit(REFUSED[what])
+    with pytest.raises(TableError) as real:
+        both.commit_real(REFUSED[what])
+    assert str(real.value).endswith(str(fake.value).rpartition(": ")[2])
+    both.compare()
+
+
+def test_both_count_transactions_and_refuse_those_that_come_too_late(both: Both) -> None:
+    both.commit(held())
+    for number, commit in ((both.generation(), both.commit_real), (both.fake.generation(), both.fake.commit)):
+        commit(Transaction(sets=[Set("first", SERVICE)]), number)
+        with pytest.raises(StaleError):
+            commit(Transaction(sets=[Set("second", SERVICE)]), number)
+        commit(Transaction(sets=[Set("second", SERVICE)]), number + 1)
+    both.compare()
+
+
+@settings(deadline=None, max_examples=15)
+@given(family_contexts(), histories(), st.sampled_from(SIZES))
+def test_what_the_one_takes_of_a_proxy_the_other_takes(
+    kernel: None, contexts: Contexts, history: list[Event], size: int
+) -> None:
+    undamaged = [event for event in history if not isinstance(event, Damaged)]
+    proxy = lead(Proxy(contexts, batch_frontends=size), undamaged)
+    proxy.settle()
+    node = Namespace("both")
+    try:
+        for family, fake in proxy.kernels.items():
+            both = Both(node, family)
+            for change in fake.commits:
+                both.commit(change)
+            both.compare()
+            assert both.fake.table == fake.table
+    finally:
+        node.close()

@@ -1,0 +1,292 @@
+"""What the kernel refuses is told by what it was about, and what others do to the table is put right."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from ipaddress import ip_address
+
+import pytest
+
+from kproxy.model.context import Context
+from kproxy.model.delta import Upsert
+from kproxy.model.store import Store
+from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Service, ServicePort
+from kproxy.nftables import names
+from kproxy.nftables.apply import Commit, NetlinkCommit, NftCommit, NftTable, StaleError, TableError
+from kproxy.nftables.backend import NftablesBackend, Printer
+from kproxy.nftables.base import SERVICE, SETS
+from kproxy.nftables.elements import DROP, Element, Pool, numbered, pools, service_key
+from kproxy.nftables.names import TABLE, table_family
+from kproxy.nftables.netlink import Encoder
+from kproxy.nftables.objects import Chain, Drop, Field, Go, Hook, IsIn, Set, rule
+from kproxy.nftables.transaction import Transaction
+from kproxy.sync.family import FamilySync
+from tests.kernel.test_nftables_commit import held, in_order, namespaces
+from tests.kernel.test_nftables_restart import Watched, without_remarks
+from tests.lab.namespace import Namespace
+
+__all__ = ["namespaces"]
+
+IPV4 = Family.IPV4
+KEY = {Family.IPV4: service_key("192.0.2.1", "TCP", 80), Family.IPV6: service_key("2001:db8::1", "TCP", 80)}
+KEY_TEXT = {Family.IPV4: "192.0.2.1 . tcp . 80", Family.IPV6: "2001:db8::1 . tcp . 80"}
+VALUE_SIZE = {Family.IPV4: 8, Family.IPV6: 20}
+MANY = 5_000
+
+
+def values(family: Family, count: int) -> bytes:
+    return b"".join(number.to_bytes(VALUE_SIZE[family] - 4, "big") + b"\0\x50\0\0" for number in range(1, count + 1))
+
+
+def pool(family: Family, count: int) -> list[Pool]:
+    return list(pools(KEY[family], values(family, count), VALUE_SIZE[family]))
+
+
+def table(family: Family) -> Transaction:
+    chains = [Chain("a", ()), Chain("b", ())]
+    change = Transaction(create=True, sets=list(SETS), chains=chains)
+    change.add(names.SERVICE_IPS, Element(KEY[family], "a", "ns/web:http"))
+    change.add(names.SERVICE_ENDPOINTS, Element(numbered(KEY[family], 3_210), bytes(VALUE_SIZE[family])))
+    return change
+
+
+def refusal(namespaces: Callable[[], Namespace], family: Family, change: Transaction) -> str:
+    """What is said when a change to the table above is refused."""
+    node, commit = namespaces(), NetlinkCommit(family)
+    node.call(lambda: commit(table(family)))
+    before = held(node, family)
+    with pytest.raises(TableError) as refused:
+        node.call(lambda: commit(change))
+    assert held(node, family) == before
+    node.call(lambda: commit(Transaction(drop=True)))
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("family", Family)
+def test_an_element_is_told_with_its_service(namespaces: Callable[[], Namespace], family: Family) -> None:
+    other = service_key("192.0.2.9" if family is IPV4 else "2001:db8::9", "UDP", 53)
+    change = Transaction()
+    change.add(names.SERVICE_IPS, Element(other, DROP, "ns/dns:udp"))
+    change.add(names.SERVICE_IPS, Element(KEY[family], "b", "ns/web:http"))
+    said = refusal(namespaces, family, change)
+    assert said == f"element {KEY_TEXT[family]} of service-ips of ns/web:http: File exists"
+    change = Transaction()
+    change.remove(names.SERVICE_IPS, Element(KEY[family], "a", "ns/web:http"))
+    change.remove(names.SERVICE_IPS, Element(other, DROP, "ns/dns:udp"))
+    said = refusal(namespaces, family, change)
+    gone = f"{KEY_TEXT[family][:-12]}9 . udp . 53"
+    assert said == f"element {gone} of service-ips of ns/dns:udp: No such file or directory"
+
+
+@pytest.mark.parametrize("family", Family)
+def test_one_endpoint_of_thousands_is_told(namespaces: Callable[[], Namespace], family: Family) -> None:
+    said = refusal(namespaces, family, Transaction(pools={names.SERVICE_ENDPOINTS: pool(family, MANY)}))
+    assert said == f"element {KEY_TEXT[family]} . 3210 of service-endpoints: File exists"
+
+
+def test_rules_chains_and_sets_are_told(namespaces: Callable[[], Namespace]) -> None:
+    rules = Chain("a", (rule(Drop()), rule(Go("none")), rule(Go("none"))))
+    said = refusal(namespaces, IPV4, Transaction(rules=[rules]))
+    assert said == "rule 2 of chain a: No such file or directory (and 1 more)"
+    assert refusal(namespaces, IPV4, Transaction(flushed=["none"])) == (
+        "the rules of chain none: No such file or directory"
+    )
+    said = refusal(namespaces, IPV4, Transaction(deleted_chains=["a"]))
+    assert said == "chain a: Device or resource busy"
+    said = refusal(namespaces, IPV4, Transaction(deleted_sets=["none"]))
+    assert said == "set none: No such file or directory"
+    said = refusal(namespaces, IPV4, Transaction(sets=[Set(names.CLUSTER_IPS, SERVICE)]))
+    assert said == "set cluster-ips: File exists"
+
+
+def test_a_table_that_is_not_there_is_told(namespaces: Callable[[], Namespace]) -> None:
+    with pytest.raises(TableError, match=r"^table kube-proxy: No such file or directory$"):
+        namespaces().call(lambda: NetlinkCommit(IPV4)(Transaction(drop=True)))
+
+
+def test_a_circle_of_chains_is_told(namespaces: Callable[[], Namespace]) -> None:
+    start = Chain("start", (rule(Go("a")),), hook=Hook("filter", "input", 0))
+    circle = [Chain("a", (rule(Go("b")),)), Chain("b", (rule(Go("a")),)), start]
+    said = refusal(namespaces, IPV4, Transaction(chains=[start], rules=circle))
+    assert said.endswith((": Too many links", ": Too many levels of symbolic links"))  # kernels differ
+
+
+@pytest.mark.parametrize("count", [100, 20_000])
+def test_more_refusals_than_the_socket_can_hold_lose_neither_the_first_nor_the_next_change(
+    namespaces: Callable[[], Namespace], count: int
+) -> None:
+    node, commit = namespaces(), NetlinkCommit(IPV4)
+    lost = Transaction(rules=[Chain("a", (rule(Drop()),) * count)])
+    for _ in range(2):
+        with pytest.raises(TableError, match=r"^rule 1 of chain a: No such file or directory \(and 19 more\)$"):
+            node.call(lambda: commit(lost))
+        node.call(lambda: commit(table(IPV4)))
+        node.call(lambda: commit(Transaction(drop=True)))
+
+
+def test_nft_says_what_it_refuses_on_one_line(namespaces: Callable[[], Namespace]) -> None:
+    node, commit = namespaces(), NftCommit(IPV4)
+    node.call(lambda: commit(table(IPV4)))
+    with pytest.raises(TableError) as refused:
+        node.call(lambda: commit(Transaction(rules=[Chain("a", (rule(IsIn((Field.SOURCE,), "none")),))])))
+    assert str(refused.value).startswith("nft: ")
+    assert "No such file or directory" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_nft_that_is_missing_is_told(namespaces: Callable[[], Namespace], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(TableError, match=r"^cannot run nft: No such file or directory$"):
+        namespaces().call(lambda: NftCommit(IPV4)(table(IPV4)))
+
+
+def test_a_change_that_comes_too_late_is_not_made(namespaces: Callable[[], Namespace]) -> None:
+    node, kernel = namespaces(), Watched(IPV4)
+    generation = node.call(kernel.generation)
+    node.run(["nft", "add table ip others"])
+    with pytest.raises(StaleError):
+        node.call(lambda: kernel.commit(table(IPV4), generation))
+    assert node.call(kernel.view) is None
+    node.call(lambda: kernel.commit(table(IPV4), generation + 1))
+    assert node.call(kernel.view) is not None
+    assert node.call(kernel.generation) == generation + 2
+
+
+# A proxy on the real kernel
+
+
+class Cluster:
+    """A store and one family's backend in a network namespace."""
+
+    def __init__(self, node: Namespace, family: Family = IPV4) -> None:
+        self.node = node
+        self.kernel = Watched(family)
+        self.store = Store("node-1")
+        context = Context(family, "node-1", node_port_addresses=())
+        self._family = family
+        self.sync_family = FamilySync(NftablesBackend(self.kernel), lambda _: context)
+
+    def put(self, name: str, count: int, *, affinity: int = 0, port: str = "") -> Cluster:
+        """Add or change a Service with so many endpoints."""
+        six = self._family is Family.IPV6
+        first = ip_address("fd00:1::" if six else "10.244.0.0")
+        ip = f"{'fd00::' if six else '10.96.0.'}{len(name) % 200 + 1}"
+        ports = (EndpointPort(port, 8080, "TCP"),)
+        found = tuple(Endpoint(str(first + number)) for number in range(1, count + 1))
+        service = Service("ns", name, (ip,), (ServicePort(port, 80, "TCP"),), affinity_seconds=affinity)
+        for each in (service, EndpointSlice("ns", name, f"ns/{name}", self._family, found, ports)):
+            self.sync_family.note(self.store.apply(Upsert(each)))
+        return self
+
+    def sync(self) -> Cluster:
+        self.node.call(lambda: self.sync_family.sync(self.store))
+        return self
+
+    def verify(self) -> bool:
+        return self.node.call(self.sync_family.verify)
+
+
+@pytest.mark.parametrize("family", Family)
+def test_thousands_of_endpoints_come_grow_shrink_and_go(namespaces: Callable[[], Namespace], family: Family) -> None:
+    cluster = Cluster(namespaces(), family)
+    for count in (MANY, 3, MANY - 1, MANY, 0, MANY):
+        cluster.put("web", count).sync()
+        fresh = Cluster(namespaces(), family).put("web", count).sync()
+        assert held(cluster.node, family) == held(fresh.node, family)
+        assert cluster.verify()
+    view = cluster.node.call(cluster.kernel.view)
+    assert view is not None
+    assert len(view.elements[names.SERVICE_ENDPOINTS]) == MANY
+    assert max(len(list(Encoder(family).encode(change))) for change in cluster.kernel.commits) > 5
+
+
+def test_a_small_change_takes_one_commit_no_look_and_no_process(
+    namespaces: Callable[[], Namespace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = Cluster(namespaces()).put("web", 10).put("other", 5_000).sync()
+
+    def forbidden(*args: object, **options: object) -> None:
+        raise AssertionError(f"a process: {args}")
+
+    monkeypatch.setattr(subprocess, "Popen", forbidden)
+    commits, reads = len(cluster.kernel.commits), cluster.kernel.reads
+    for count in (11, 12, 9, 30):
+        cluster.put("web", count).sync()
+    assert (len(cluster.kernel.commits), cluster.kernel.reads) == (commits + 4, reads)
+    assert "rules" not in written_last(cluster, 4, 3)
+
+
+def written_last(cluster: Cluster, count: int, of: int) -> set[str]:
+    """The parts that the first `of` of the last `count` transactions used."""
+    recent = cluster.kernel.commits[-count:][:of]
+    return {name for change in recent for name in change.__struct_fields__ if getattr(change, name)}
+
+
+DAMAGES = {
+    "table deleted": ["delete table ip kube-proxy"],
+    "all deleted": ["flush ruleset"],
+    "all rules deleted": ["flush table ip kube-proxy"],
+    "rules of a chain deleted": ["flush chain ip kube-proxy services"],
+    "rule added": ["insert rule ip kube-proxy services drop"],
+    "frontend deleted": ["delete element ip kube-proxy service-ips { 10.96.0.4 . tcp . 80 }"],
+    "frontends deleted": ["flush map ip kube-proxy service-ips"],
+    "frontend added": ["add element ip kube-proxy service-ips { 192.0.2.1 . tcp . 80 : goto reject-chain }"],
+    "chain deleted": ["flush map ip kube-proxy service-ips", "delete chain ip kube-proxy service-any-12"],
+    "chain added that leads to ours": [
+        "add chain ip kube-proxy mine { type nat hook output priority 0; }",
+        "add rule ip kube-proxy mine jump services",
+    ],
+    "table deleted and made again": ["delete table ip kube-proxy", "add table ip kube-proxy"],
+}
+
+
+@pytest.mark.parametrize("looked", [True, False], ids=["looked", "at the next change"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_others_do_is_noticed_and_put_right(
+    namespaces: Callable[[], Namespace], damage: str, looked: bool
+) -> None:
+    cluster = Cluster(namespaces()).put("web", 10).put("affine", 3, affinity=60).sync()
+    assert cluster.verify()
+    cluster.node.run(["nft", "; ".join(DAMAGES[damage])])
+    if looked:
+        assert not cluster.verify()
+    fresh = Cluster(namespaces()).put("web", 10).put("affine", 3, affinity=60)
+    if not looked:
+        for each in (cluster, fresh):
+            each.put("other-one", 1)
+    assert without_remarks(held(cluster.sync().node, IPV4)) == without_remarks(held(fresh.sync().node, IPV4))
+    assert cluster.verify()
+
+
+@pytest.mark.parametrize("way", [NetlinkCommit, NftCommit])
+def test_the_longest_names_that_kubernetes_allows(
+    namespaces: Callable[[], Namespace], way: Callable[[Family], Commit]
+) -> None:
+    node, kernel = namespaces(), NftTable(IPV4, way(IPV4))
+    context = Context(IPV4, "node-1")
+    store, texts = Store("node-1"), list[str]()
+    for number, end in enumerate("xy", 1):
+        port = "p" * 14 + end
+        service = Service(
+            "n" * 63,
+            "s" * 62 + end,
+            (f"10.96.0.{number}",),
+            (ServicePort(port, 80, "TCP", 30000 + number), ServicePort(f"{port[1:]}{end}", 81, "TCP")),
+            affinity_seconds=60,
+            vips=(f"203.0.113.{number}",),
+            source_ranges=("198.51.100.0/24",),
+        )
+        found = (Endpoint("10.244.100.100"), Endpoint("10.244.100.101"))
+        slices = EndpointSlice("n" * 63, end, service.key, IPV4, found, (EndpointPort(port, 8080, "TCP"),))
+        store.apply(Upsert(service))
+        store.apply(Upsert(slices))
+    sync = FamilySync(NftablesBackend(kernel), lambda _: context)
+    node.call(lambda: sync.sync(store))
+    assert node.call(sync.verify)
+    FamilySync(Printer(IPV4, texts.append), lambda _: context).sync(store)
+    listed = node.run(["nft", "list", "table", table_family(IPV4), TABLE]).stdout
+    assert in_order(listed) == in_order("".join(texts))
+    again = namespaces()
+    again.run(["nft", "-f", "-"], "".join(texts))
+    assert held(again, IPV4) == held(node, IPV4)

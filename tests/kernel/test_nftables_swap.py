@@ -1,0 +1,173 @@
+"""A thousand changes under hundreds of new connections a second: none fails, and the table ends as if made afresh."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import random
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from kproxy.model.context import Context
+from kproxy.model.delta import Delta, Replace
+from kproxy.model.local_traffic import LocalTraffic
+from kproxy.model.store import Store
+from kproxy.model.types import EndpointSlice, Family, Node, Service
+from kproxy.nftables.apply import NetlinkCommit, NftTable
+from kproxy.nftables.backend import NftablesBackend
+from kproxy.sync.family import FamilySync
+from tests.lab.churn import NODE_PORT as FIRST_NODE_PORT
+from tests.lab.churn import NODES, PORT, STEADY, Churn, addresses_on
+from tests.lab.client import Answered
+from tests.lab.modes import NFT_FAMILIES, TABLE, table_state
+from tests.lab.namespace import Namespace
+from tests.lab.rush import Greeters, Rush, Watch
+from tests.lab.servers import Servers
+from tests.lab.topology import NODE, NODE_ADDRESSES, Lab
+from tests.lab.web import VIPS, Web
+
+log = logging.getLogger(__name__)
+
+SEED = "CHURN_SEED"
+"""The variable of the environment that holds the seed of a run that is to happen again."""
+
+CHANGES = 1000
+LARGEST_BATCH = 8
+CONNECTIONS_PER_CHANGE = 12
+CONNECTIONS_AFTERWARDS = 2000
+RESTARTS = 0.05
+"""After what part of the batches another process takes the tables over."""
+
+CIDRS = {Family.IPV4: "10.244.0.0/16", Family.IPV6: "fd00:10:244::/48"}
+NODE_OBJECT = Node(NODE, addresses=NODE_ADDRESSES)
+
+
+class Proxy:
+    """Both families of nftables mode in a namespace, as long as a process would live."""
+
+    def __init__(self, node: Namespace, churn: Churn) -> None:
+        """Begin with all objects, whatever the tables hold."""
+        self._node = node
+        self._store = Store(NODE)
+        self._families = [
+            FamilySync(
+                NftablesBackend(NftTable(family, NetlinkCommit(family)), batch_frontends=25),
+                partial(_context, family),
+                large_cluster_endpoints=math.inf,
+            )
+            for family in Family
+        ]
+        services, slices = churn.everything()
+        self.sync([Replace(Node, (NODE_OBJECT,)), Replace(Service, services), Replace(EndpointSlice, slices)])
+
+    def sync(self, deltas: Sequence[Delta]) -> None:
+        """Take in changes and program them."""
+        for delta in deltas:
+            changed = self._store.apply(delta)
+            for family in self._families:
+                family.note(changed)
+        for family in self._families:
+            self._node.call(partial(family.sync, self._store))
+
+
+def _context(family: Family, node: Node | None) -> Context:
+    assert node is not None
+    own = tuple(each for each in node.addresses if (":" in each) == (family is Family.IPV6))
+    return Context(
+        family,
+        NODE,
+        node_address=own[0],
+        local_traffic=LocalTraffic(cidr=CIDRS[family]),
+        node_port_addresses=own[:1],
+        accounting=False,
+        drop_invalid=False,
+    )
+
+
+@pytest.fixture
+def web(lab: Lab, servers: Servers, tmp_path: Path) -> Web:
+    folder = tmp_path / "objects"
+    folder.mkdir()
+    return Web(lab, servers, folder, "TCP")
+
+
+def test_no_connection_fails_while_everything_changes(lab: Lab, tmp_path: Path) -> None:
+    seed = int(os.environ.get(SEED) or random.randrange(1 << 32))
+    churn, sizes = Churn(seed), random.Random(seed)
+    node = lab.node.namespace
+    machines = [lab.add_pod(f"pods-{name}", *addresses_on(name), node=name).namespace for name in NODES]
+    inside = lab.add_pod("client", "10.244.1.250", "fd00:10:244:1::250")
+    outside = lab.add_client("visitor", "198.51.100.10", "2001:db8:51::10")
+    Greeters(tmp_path, machines, PORT)
+    watch = Watch(node, churn.frontends(), [FIRST_NODE_PORT + number for number in range(STEADY)])
+    proxy = Proxy(node, churn)
+    with Rush(churn.ways(inside, outside), tmp_path) as rush:
+        rush.settle()
+        changes = 0
+        while changes < CHANGES:
+            count = min(sizes.randint(1, LARGEST_BATCH), CHANGES - changes)
+            proxy.sync(churn.batch(count))
+            changes += count
+            if sizes.random() < RESTARTS:
+                proxy = Proxy(node, churn)
+            rush.wait_for(changes * CONNECTIONS_PER_CHANGE)
+        rush.settle()
+        log.info("seed %d: %d changes, %.0f connections a second", seed, changes, rush.rate)
+    assert rush.failures() == [], f"seed {seed}"
+    assert rush.total >= CHANGES * CONNECTIONS_PER_CHANGE
+    with Rush(churn.ways(inside, outside, now=True), tmp_path) as last:
+        last.wait_for(CONNECTIONS_AFTERWARDS)
+        last.settle()
+    assert last.failures() == [], f"seed {seed}, afterwards"
+    assert watch.seen() == [], f"seed {seed}: packets left untranslated"
+    assert_as_afresh(node, churn, seed)
+
+
+def assert_as_afresh(node: Namespace, churn: Churn, seed: int) -> None:
+    """Compare the tables with those of the same objects on an empty node."""
+    fresh = Namespace("fresh")
+    try:
+        Proxy(fresh, churn)
+        for family in NFT_FAMILIES:
+            wanted = table_state(fresh, family)
+            assert wanted
+            assert table_state(node, family) == wanted, f"seed {seed}"
+    finally:
+        fresh.close()
+
+
+# A packet under way while a transaction is made may see some of the table as it was before, and some as it is after.
+
+
+@pytest.mark.parametrize("version", [4, 6], ids=["ipv4", "ipv6"])
+@pytest.mark.parametrize("before", [2, 3, 5, 12, 27])
+def test_a_packet_with_the_verdict_of_before_finds_an_endpoint_of_after(
+    lab: Lab, web: Web, version: int, before: int
+) -> None:
+    """The map of endpoints already holds one alone, the verdict still goes to the chain for many."""
+    pods = [web.pod(number) for number in range(1, before + 1)]
+    web.apply_web(pods)
+    family = NFT_FAMILIES[version == 6]
+    for number in range(1, before):
+        key = f"{VIPS[version]} . tcp . 80 . {number}"
+        lab.node.namespace.run(["nft", "delete", "element", family, TABLE, "service-endpoints", f"{{ {key} }}"])
+    answers = {web.ask(web.client, VIPS[version]) for _ in range(50)}
+    assert len(answers) == 1
+    assert isinstance(answers.pop(), Answered)
+
+
+@pytest.mark.parametrize("version", [4, 6], ids=["ipv4", "ipv6"])
+def test_a_packet_that_nobody_translated_does_not_leave_the_node(lab: Lab, web: Web, version: int) -> None:
+    """It came by when the frontend had no endpoints, and has them now."""
+    watch = Watch(lab.node.namespace, [*VIPS.values()], [])
+    web.apply_web([web.pod(1)])
+    family = NFT_FAMILIES[version == 6]
+    key = f"{VIPS[version]} . tcp . 80"
+    lab.node.namespace.run(["nft", "delete", "element", family, TABLE, "service-ips", f"{{ {key} }}"])
+    for origin in (web.client, web.outsider, web.node):
+        assert web.refuses(origin, VIPS[version]), origin.name
+    assert watch.seen() == []

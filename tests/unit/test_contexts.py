@@ -1,0 +1,163 @@
+"""What of the configuration and the Node reaches the rules, in either mode."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from kproxy.config import Config, load_config
+from kproxy.contexts import localhost_node_ports, make_context, node_port_warning
+from kproxy.model.context import Context
+from kproxy.model.types import Family, Node
+
+HEAD = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n"
+LOCAL = ("127.0.0.1", "127.0.0.2", "10.99.0.2", "192.168.0.1", "::1", "fd00::2")
+NODE = Node("node-1", addresses=("10.99.0.2", "192.168.0.1", "fd00::2"))
+MODES = ("iptables", "nftables")
+
+
+def configured(mode: str, text: str = "") -> Config:
+    return load_config(f"{HEAD}mode: {mode}\n{text}".encode(), "kp.yaml")[0]
+
+
+def context(
+    mode: str, text: str = "", family: Family = Family.IPV4, node: Node | None = NODE, local: tuple[str, ...] = LOCAL
+) -> Context:
+    return make_context(configured(mode, text), family, "node-1", node, local, accounting=True, random_fully=True)
+
+
+@pytest.mark.parametrize(("mode", "all_of_it", "mark"), [("iptables", True, 1 << 3), ("nftables", False, 1 << 20)])
+def test_the_section_of_the_mode_in_force_counts(mode: str, all_of_it: bool, mark: int) -> None:
+    text = "iptables: {masqueradeAll: true, masqueradeBit: 3}\nnftables: {masqueradeAll: false, masqueradeBit: 20}"
+    found = context(mode, text)
+    assert (found.masquerade_all, found.masquerade_mark) == (all_of_it, mark)
+
+
+def test_masquerading_everything_in_nftables_mode_only() -> None:
+    assert context("nftables", "nftables: {masqueradeAll: true}").masquerade_all
+    assert not context("iptables", "nftables: {masqueradeAll: true}").masquerade_all
+
+
+def test_what_only_iptables_mode_has() -> None:
+    iptables, nftables = context("iptables"), context("nftables")
+    assert (iptables.drop_invalid, iptables.accounting, iptables.localhost_node_ports) == (True, True, True)
+    assert (nftables.drop_invalid, nftables.accounting, nftables.localhost_node_ports) == (False, False, False)
+    assert not context("iptables", "conntrack: {tcpBeLiberal: true}").drop_invalid
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_does_not_depend_on_the_mode(mode: str) -> None:
+    found = context(mode, "clusterCIDR: 10.244.0.0/16", node=Node("node-1", addresses=("10.99.0.2",), zone="a"))
+    assert (found.family, found.node_name, found.zone, found.node_address) == (Family.IPV4, "node-1", "a", "10.99.0.2")
+    assert (found.local_traffic.cidr, found.random_fully) == ("10.244.0.0/16", True)
+
+
+def test_without_a_mode_there_is_no_context() -> None:
+    with pytest.raises(ValueError, match="no mode has been chosen yet"):
+        context('""')
+    with pytest.raises(ValueError, match="no mode has been chosen yet"):
+        localhost_node_ports(configured('""'), Family.IPV4)
+
+
+@pytest.mark.parametrize(
+    ("cidrs", "family", "iptables", "nftables"),
+    [
+        ("[]", Family.IPV4, None, ("10.99.0.2",)),
+        ("[]", Family.IPV6, None, ("fd00::2",)),
+        ("[primary]", Family.IPV4, ("10.99.0.2",), ("10.99.0.2",)),
+        ("[0.0.0.0/0]", Family.IPV4, None, None),
+        ("['::/0']", Family.IPV6, None, None),
+        ("[0.0.0.0/0]", Family.IPV6, None, None),  # no CIDR of the family: not restricted
+        ("[127.0.0.0/8]", Family.IPV4, ("127.0.0.1", "127.0.0.2"), ()),
+        ("['::1/128']", Family.IPV6, ("::1",), ()),
+        (
+            "[127.0.0.0/8, 10.0.0.0/8]",
+            Family.IPV4,
+            ("127.0.0.1", "127.0.0.2", "10.99.0.2"),
+            ("10.99.0.2",),
+        ),
+        ("[172.16.0.0/12]", Family.IPV4, (), ()),
+    ],
+)
+def test_where_node_ports_answer(
+    cidrs: str, family: Family, iptables: tuple[str, ...] | None, nftables: tuple[str, ...] | None
+) -> None:
+    text = f"nodePortAddresses: {cidrs}"
+    assert context("iptables", text, family).node_port_addresses == iptables
+    assert context("nftables", text, family).node_port_addresses == nftables
+
+
+@pytest.mark.parametrize("node", [None, Node("node-1")])
+@pytest.mark.parametrize(("mode", "text"), [("nftables", ""), ("iptables", "nodePortAddresses: [primary]")])
+def test_primary_addresses_that_are_not_known_are_said(mode: str, text: str, node: Node | None) -> None:
+    found = context(mode, text, node=node)
+    assert found.node_port_addresses == ()
+    said = node_port_warning(configured(mode, text), node, found)
+    assert said == "IPv4: NodePorts answer nowhere until the addresses of Node node-1 are known"
+
+
+def test_a_node_of_one_family_is_nothing_to_say() -> None:
+    node = Node("node-1", addresses=("10.99.0.2",))
+    found = context("nftables", family=Family.IPV6, node=node)
+    assert found.node_port_addresses == ()
+    assert node_port_warning(configured("nftables"), node, found) == ""
+
+
+@pytest.mark.parametrize(
+    ("mode", "text", "family"),
+    [
+        ("iptables", "", Family.IPV4),
+        ("nftables", "", Family.IPV4),
+        ("nftables", "nodePortAddresses: [0.0.0.0/0]", Family.IPV4),
+        ("nftables", "nodePortAddresses: [127.0.0.0/8, 10.0.0.0/8]", Family.IPV4),
+        ("nftables", "nodePortAddresses: [127.0.0.0/8]", Family.IPV6),
+        ("iptables", "nodePortAddresses: [127.0.0.0/8]", Family.IPV4),
+    ],
+)
+def test_while_node_ports_answer_somewhere_there_is_nothing_to_say(mode: str, text: str, family: Family) -> None:
+    assert node_port_warning(configured(mode, text), NODE, context(mode, text, family)) == ""
+
+
+LOOPBACK = "; there are none on loopback addresses in mode nftables"
+
+
+@pytest.mark.parametrize(
+    ("mode", "cidrs", "family", "said"),
+    [
+        ("iptables", "[172.16.0.0/12, 'fd00::/8']", Family.IPV4, "(172.16.0.0/12)"),
+        ("nftables", "[172.16.0.0/12, 172.32.0.0/16]", Family.IPV4, "(172.16.0.0/12, 172.32.0.0/16)"),
+        ("nftables", "[127.0.0.0/8]", Family.IPV4, f"(127.0.0.0/8){LOOPBACK}"),
+        ("nftables", "[126.0.0.0/7]", Family.IPV4, f"(126.0.0.0/7){LOOPBACK}"),
+        ("nftables", "['::1/128']", Family.IPV6, f"(::1/128){LOOPBACK}"),
+    ],
+)
+def test_cidrs_without_an_address_are_said(mode: str, cidrs: str, family: Family, said: str) -> None:
+    text = f"nodePortAddresses: {cidrs}"
+    found = node_port_warning(configured(mode, text), NODE, context(mode, text, family))
+    where = "this machine has no address in nodePortAddresses"
+    assert found == f"{family.value}: NodePorts answer nowhere: {where} {said}"
+
+
+def test_loopback_is_no_remark_in_iptables_mode() -> None:
+    text = "nodePortAddresses: [127.0.0.0/8]"
+    found = context("iptables", text, local=("10.99.0.2",))
+    assert node_port_warning(configured("iptables", text), NODE, found).endswith(" (127.0.0.0/8)")
+
+
+@pytest.mark.parametrize(
+    ("mode", "settings", "answers"),
+    [
+        ("iptables", "", True),
+        ("iptables", "iptables: {localhostNodePorts: false}", False),
+        ("iptables", "nodePortAddresses: [127.0.0.0/8]", True),
+        ("iptables", "nodePortAddresses: [10.0.0.0/8]", False),
+        ("iptables", "nodePortAddresses: [primary]", False),
+        ("nftables", "", False),
+        ("nftables", "nodePortAddresses: [0.0.0.0/0]", False),
+        ("nftables", "iptables: {localhostNodePorts: true}", False),
+    ],
+)
+def test_node_ports_on_localhost_are_for_iptables_and_ipv4(mode: str, settings: str, answers: Any) -> None:
+    assert localhost_node_ports(configured(mode, settings), Family.IPV4) is answers
+    assert not localhost_node_ports(configured(mode, settings), Family.IPV6)

@@ -1,0 +1,208 @@
+"""What a sync does when others change tables at the same time, and when the kernel refuses."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import pytest
+from msgspec.structs import replace
+
+from kproxy.model.outcome import SyncError
+from kproxy.nftables import names
+from kproxy.nftables.apply import TableError
+from kproxy.nftables.backend import READS
+from kproxy.nftables.elements import Element, service_key
+from kproxy.nftables.objects import Chain, Drop, Go, rule
+from kproxy.nftables.transaction import Transaction
+from kproxy.nftables.view import View
+from tests.fakekernel import FakeTable
+from tests.unit.test_nftables_backend import FIRST, IPV4, Cluster, endpoints, service, web, written
+
+
+def test_a_change_of_others_elsewhere_costs_one_look_at_the_chains() -> None:
+    cluster = web()
+    cluster.kernel.current += 1
+    reads = cluster.kernel.reads
+    cluster.put(service("more", "10.96.0.2")).family.sync(cluster.store)
+    assert cluster.kernel.reads == reads + 1
+    cluster.put(service("even-more", "10.96.0.3")).family.sync(cluster.store)
+    assert cluster.kernel.reads == reads + 1
+    assert cluster.kernel.table == cluster.fresh()
+
+
+def drop_table(kernel: FakeTable) -> None:
+    kernel.table = None
+
+
+def flush_chain(kernel: FakeTable) -> None:
+    assert kernel.table is not None
+    kernel.table.chains["services"].rules.clear()
+
+
+def remove_frontend(kernel: FakeTable) -> None:
+    assert kernel.table is not None
+    kernel.table.sets[names.SERVICE_IPS].elements.clear()
+
+
+def remove_chain(kernel: FakeTable) -> None:
+    assert kernel.table is not None
+    remove_frontend(kernel)
+    del kernel.table.chains["service-any-12"]
+
+
+def add_rule(kernel: FakeTable) -> None:
+    assert kernel.table is not None
+    kernel.table.chains["services"].rules.insert(0, rule(Drop()))
+
+
+def add_chain(kernel: FakeTable) -> None:
+    kernel.commit(Transaction(chains=[Chain("mine", ())], rules=[Chain("mine", (rule(Go("services")),))]))
+
+
+def add_frontend(kernel: FakeTable) -> None:
+    element = Element(service_key("192.0.2.1", "TCP", 80), names.REJECT)
+    kernel.commit(Transaction(added={names.SERVICE_IPS: [element]}))
+
+
+DAMAGES = (drop_table, flush_chain, remove_frontend, remove_chain, add_rule, add_chain, add_frontend)
+
+
+def hurt(cluster: Cluster, damage: Callable[[FakeTable], None]) -> None:
+    damage(cluster.kernel)
+    cluster.kernel.current += 1
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_look_notices_what_others_did_and_the_next_sync_repairs_it(damage: Callable[[FakeTable], None]) -> None:
+    cluster = web()
+    assert cluster.family.verify()
+    hurt(cluster, damage)
+    assert not cluster.family.verify()
+    cluster.sync()
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("batch_frontends", [1, 2_000])
+def test_a_sync_notices_what_others_did_since_the_last_and_repairs_it(
+    damage: Callable[[FakeTable], None], batch_frontends: int
+) -> None:
+    cluster = web()
+    cluster.start(batch_frontends)
+    cluster.sync()
+    hurt(cluster, damage)
+    cluster.put(service("more", "10.96.0.2"), endpoints("more", [1]), service("web", "10.96.0.1", affinity=60)).sync()
+
+
+class Meddled(FakeTable):
+    """A table to which others do something right before or after a certain call."""
+
+    def __init__(self, calls: dict[str, list[Callable[[FakeTable], None] | None]]) -> None:
+        super().__init__(IPV4)
+        self.calls = calls
+
+    def _meddle(self, when: str) -> None:
+        todo = self.calls.get(when)
+        if todo and (damage := todo.pop(0)) is not None:
+            damage(self)
+            self.current += 1
+
+    def commit(self, change: Transaction, generation: int | None = None, /) -> None:
+        self._meddle("commit")
+        super().commit(change, generation)
+
+    def view(self) -> View | None:
+        self._meddle("before view")
+        found = super().view()
+        self._meddle("after view")
+        return found
+
+
+def nothing(kernel: FakeTable) -> None:
+    """Change another table."""
+
+
+@pytest.mark.parametrize("damage", [nothing, *DAMAGES])
+@pytest.mark.parametrize(
+    "when", [{"before view": 0}, {"after view": 0}, {"commit": 0}, {"commit": 1}, {"commit": 2}, {"commit": 3}], ids=str
+)
+def test_others_who_meddle_with_a_load_take_nothing_away(
+    damage: Callable[[FakeTable], None], when: dict[str, int]
+) -> None:
+    kernel = Meddled({})
+    cluster = Cluster(kernel=kernel)
+    ips = {"web": "10.96.0.1", "b": "10.96.0.2", "c": "10.96.0.3"}
+    for name, ip in ips.items():
+        cluster.put(service(name, ip), endpoints(name, range(FIRST, FIRST + 10)))
+    cluster.sync()
+    cluster.start(batch_frontends=1)
+    for name, ip in ips.items():
+        cluster.put(service(name, ip, affinity=60))
+    kernel.calls = {call: [*[None] * place, damage] for call, place in when.items()}
+    cluster.sync()
+    assert not any(kernel.calls.values())
+
+
+@pytest.mark.parametrize("times", [READS - 1, READS])
+def test_a_table_that_never_stays_the_same_for_long_enough_is_replaced_unread(times: int) -> None:
+    kernel = Meddled({})
+    cluster = Cluster(kernel=kernel).put(service("web", "10.96.0.1"))
+    cluster.sync()
+    cluster.start()
+    kernel.calls = {"after view": [nothing] * times}
+    (change,) = cluster.sync()
+    assert not kernel.calls["after view"]
+    assert change.replace == (times == READS)
+
+
+def test_what_was_refused_is_told_and_tried_again_from_what_is_there() -> None:
+    cluster = web()
+    cluster.kernel.refuse = lambda _: "element 10.96.0.2 of cluster-ips: Cannot allocate memory"
+    cluster.put(service("more", "10.96.0.2"))
+    with pytest.raises(SyncError, match=r"^element 10\.96\.0\.2 of cluster-ips: Cannot allocate memory$"):
+        cluster.family.sync(cluster.store)
+    cluster.kernel.refuse = lambda _: None
+    (change,) = cluster.sync()
+    assert written(change) == {"flushed", "rules", "added"}
+    assert [element.comment for element in change.added[names.NO_ENDPOINT_SERVICES]] == ["ns/more"]
+
+
+def test_endpoints_that_others_left_behind_a_gap_make_way_whoever_claims_the_address_first() -> None:
+    thief = replace(service("thief", "10.96.0.9"), external_ips=("10.96.0.1",))
+    cluster = Cluster().put(thief, service("web", "10.96.0.1"), endpoints("web", range(FIRST, FIRST + 5)))
+    cluster.sync()
+    assert cluster.kernel.table is not None
+    left = cluster.kernel.table.sets[names.SERVICE_ENDPOINTS].elements
+    for place, key in enumerate(list(left)):
+        if place in {0, 2}:
+            del left[key]
+        else:
+            left[key] = replace(left[key], value=bytes(8))
+    cluster.start(batch_frontends=1)
+    cluster.sync()
+
+
+def test_a_look_that_fails_says_so_and_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    cluster = web()
+
+    def fail() -> None:
+        raise TableError("cannot read the table: Operation not permitted")
+
+    cluster.kernel.uses = fail  # type: ignore[method-assign, assignment]
+    with caplog.at_level(logging.WARNING):
+        assert cluster.family.verify()
+    assert "cannot look at the table: cannot read the table: Operation not permitted" in caplog.text
+    cluster.put(service("more", "10.96.0.2")).family.sync(cluster.store)
+    assert len(cluster.kernel.commits) == 2
+
+
+def test_generations_begin_anew_after_the_last() -> None:
+    cluster = web()
+    cluster.kernel.current = 0xFFFFFFFF
+    cluster.start()
+    cluster.put(service("more", "10.96.0.2"))
+    cluster.family.sync(cluster.store)
+    assert cluster.kernel.current == 1
+    reads = cluster.kernel.reads
+    cluster.put(service("even-more", "10.96.0.3")).family.sync(cluster.store)
+    assert cluster.kernel.reads == reads
