@@ -1,143 +1,127 @@
-"""`make bench`: what kproxy costs on the real kernel, beside the floor: the bare `iptables-restore` of the same input.
+"""`make bench`: what kproxy costs on the real kernel, beside the floor of each figure in the same run.
 
-Absolute times depend on the machine; the ratio in the last column does not. Runs in a network namespace of its own.
+Absolute times depend on the machine, ratios hardly. Everything runs in network namespaces of its own.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import resource
-import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
 
+import msgspec
 from rich.console import Console
-from rich.table import Table
 
-from kproxy.host.nfacct import ensure_counters
-from kproxy.host.run import run
+from kproxy.host.run import CommandError
 from kproxy.iptables.apply import Iptables
-from kproxy.iptables.backend import BLOCK_RULES, UNLIMITED, IptablesBackend
-from kproxy.iptables.base import INVALID_COUNTER
-from kproxy.iptables.render import LOCALHOST_COUNTER
-from kproxy.model.context import Context
-from kproxy.model.delta import Upsert
-from kproxy.model.local_traffic import LocalTraffic
-from kproxy.model.store import Store
-from kproxy.model.types import EndpointSlice, Family
-from kproxy.sync.family import FamilySync
-from tests.bench import cluster
-from tests.lab.namespace import Namespace
+from kproxy.model.types import Family
+from tests.bench import floors, measured
+from tests.bench.catalog import figures, with_memory_floors
+from tests.bench.chart import chart
+from tests.bench.cluster import Cluster
+from tests.bench.efforts import MODES, SIZES, Task
+from tests.bench.figures import FORMAT, Results, Run, compare
+from tests.bench.machine import machine
+from tests.bench.report import show, show_comparison
+from tests.bench.scene import SERVED, Scene
 from tests.lab.requirements import missing_commands, missing_privilege
 
-CHANGES = 15
-FLUSH = "".join(f"*{table}\nCOMMIT\n" for table in ("mangle", "nat", "filter"))
+
+def run_task(task: Task, endpoints: int, folder: Path) -> Run:
+    """Measure one mode and size of cluster, then its floors. Raises `RuntimeError` if those are of something else."""
+    cluster = Cluster(task.services, endpoints, SERVED)
+    with Scene(task.mode, cluster, folder) as scene:
+        done = measured.take_all(scene, task.effort)
+    floor, kernel = floors.take_all(task.mode, cluster, task.effort, rolling_syncs=done.rolling_syncs)
+    if kernel != done.kernel:
+        raise RuntimeError(f"the floor is of another state: the kernel held {kernel}, under kproxy {done.kernel}")
+    return Run(task.mode, task.services, endpoints, figures(done.found, floor | done.direct))
 
 
-class Recorder(Iptables):
-    """The real iptables, with every input kept."""
-
-    def __init__(self) -> None:
-        super().__init__(Family.IPV4)
-        self.inputs: list[str] = []
-
-    def restore(self, text: str) -> None:
-        self.inputs.append(text)
-        super().restore(text)
-
-
-def seconds(work: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin
+def run_all(size: str, tasks: Sequence[Task], endpoints: int, console: Console) -> Results:
+    """Carry out all tasks, telling which one is under way."""
+    facts = machine()
+    began = time.monotonic()
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    runs = []
+    with tempfile.TemporaryDirectory(prefix="kproxy-bench-") as folder:
+        for place, task in enumerate(tasks, 1):
+            console.print(f"{place}/{len(tasks)}: {task.mode} mode, {task.services:,} Services x {endpoints} endpoints")
+            runs.append(run_task(task, endpoints, Path(folder)))
+    return Results(FORMAT, date, size, round(time.monotonic() - began, 1), facts, with_memory_floors(runs))
 
 
-def replay(inputs: list[str]) -> None:
-    """Make transactions as bare as they can be made: this is the floor."""
-    bare = Iptables(Family.IPV4)
-    for text in inputs:
-        bare.restore(text)
+def read(path: str) -> Results:
+    """Return the results in a file. Ends the program if it holds none."""
+    try:
+        found = msgspec.json.decode(Path(path).read_bytes(), type=Results)
+    except (OSError, msgspec.DecodeError) as error:
+        sys.exit(f"{path}: {error}")
+    if found.format != FORMAT:
+        sys.exit(f"{path}: format {found.format}, but figures of format {FORMAT} mean something else")
+    return found
 
 
-def empty_kernel() -> None:
-    done = run(["iptables-restore"], FLUSH, timeout=600)
-    if done.code:
-        raise RuntimeError(done.stderr)
+def cannot_run() -> str:
+    """Return one line that says why the benchmark cannot run here, or ""."""
+    if complaint := missing_commands() or missing_privilege():
+        return complaint
+    try:
+        version = Iptables(Family.IPV4).version()
+    except CommandError as error:
+        return str(error)
+    return "" if version.nft else f"{version}: only an iptables that speaks to nf_tables gives notice of its commits"
 
 
-def measure(services: int, endpoints: int) -> dict[str, float]:
-    """Measure one size in the present namespace and return the figures in seconds and counts."""
-    empty_kernel()
-    store = cluster.store(services, endpoints)
-    kernel = Recorder()
-    blocks = BLOCK_RULES if Iptables(Family.IPV4).version().nft else UNLIMITED
-    context = Context(
-        Family.IPV4, cluster.NODE, local_traffic=LocalTraffic(cidr="10.128.0.0/9"), localhost_node_ports=True
+def arguments() -> argparse.Namespace:
+    """Return what the command line asks for."""
+    parser = argparse.ArgumentParser("make bench", description=__doc__)
+    parser.add_argument("--size", choices=SIZES, default="medium", help="how much is measured (medium)")
+    parser.add_argument("--modes", default=",".join(MODES), help="iptables, nftables or both, with a comma between")
+    parser.add_argument(
+        "--services", type=int, nargs="+", default=[], help="sizes of cluster, instead of those of SIZE"
     )
-    sync = FamilySync(IptablesBackend(kernel, block_rules=blocks), lambda _: context)
-    first = seconds(lambda: sync.sync(store))
-    inputs = kernel.inputs
-    again = seconds(lambda: FamilySync(IptablesBackend(kernel, block_rules=blocks), lambda _: context).sync(store))
-    empty_kernel()
-    first_floor = seconds(lambda: replay(inputs))
-
-    changes, floors, rules = [], [], 0
-    for turn in range(CHANGES):
-        number = turn * services // CHANGES
-        took, there = _change(sync, store, kernel, cluster.endpoint_slice(number, endpoints, shift=turn + 1))
-        _, back = _change(sync, store, kernel, cluster.endpoint_slice(number, endpoints))
-        changes.append(took)
-        floors.append(seconds(partial(replay, there)))
-        replay(back)
-        rules += sum(text.count("\n-A ") for text in there)
-    return {
-        "services": services,
-        "endpoints": services * endpoints,
-        "first sync": first,
-        "first sync floor": first_floor,
-        "restart": again,
-        "one endpoint": statistics.median(changes),
-        "one endpoint floor": statistics.median(floors),
-        "rules per change": rules / CHANGES,
-        "peak RSS MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-    }
+    parser.add_argument("--endpoints", type=int, default=10, help="how many endpoints each Service has (10)")
+    parser.add_argument("--json", default="build/bench.json", help="where to write the results (build/bench.json)")
+    parser.add_argument("--chart", default="build/bench.svg", help="where to draw them (build/bench.svg)")
+    parser.add_argument("--read", metavar="FILE", help="show earlier results again instead of measuring")
+    parser.add_argument("--compare", metavar="FILE", help="earlier results to compare with")
+    found = parser.parse_args()
+    found.modes = found.modes.split(",")
+    if unknown := set(found.modes) - set(MODES):
+        parser.error(f"--modes: {', '.join(sorted(unknown))}: there are {' and '.join(MODES)}")
+    if not 1 <= found.endpoints <= len(SERVED):
+        parser.error(f"--endpoints: {found.endpoints}: from 1 to {len(SERVED)}")
+    return found
 
 
-def _change(sync: FamilySync, store: Store, kernel: Recorder, found: EndpointSlice) -> tuple[float, list[str]]:
-    kernel.inputs = []
-    sync.note(store.apply(Upsert(found)))
-    return seconds(lambda: sync.sync(store)), kernel.inputs
-
-
-def show(rows: list[dict[str, float]]) -> None:
-    table = Table("services", "endpoints", "measured", "seconds", "floor", "ratio", title="iptables mode, IPv4")
-    for row in rows:
-        size = (f"{row['services']:,.0f}", f"{row['endpoints']:,.0f}")
-        for name in ("first sync", "one endpoint"):
-            took, floor = row[name], row[f"{name} floor"]
-            table.add_row(*size, name, f"{took:.3f}", f"{floor:.3f}", f"{took / floor:.2f}")
-        table.add_row(*size, "restart", f"{row['restart']:.3f}", "", "")
-    Console().print(table)
+def write(path: str, content: bytes) -> None:
+    """Write a file, and its folder if there is none."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_bytes(content)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser("make bench")
-    parser.add_argument("--services", type=int, nargs="+", default=[100, 1000], help="how many Services")
-    parser.add_argument("--endpoints", type=int, default=10, help="how many endpoints each Service has")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    options = parser.parse_args()
-    if complaint := missing_commands() or missing_privilege():
-        sys.exit(complaint)
-    node = Namespace(cluster.NODE)
-    node.call(lambda: ensure_counters((INVALID_COUNTER, LOCALHOST_COUNTER)))
-    rows = [node.call(partial(measure, size, options.endpoints)) for size in options.services]
-    if options.json:
-        print(json.dumps(rows, indent=1))
+    """Run the benchmark, or show an earlier one."""
+    options, console = arguments(), Console()
+    old = read(options.compare) if options.compare else None
+    if options.read:
+        results = read(options.read)
     else:
-        show(rows)
+        if complaint := cannot_run():
+            sys.exit(complaint)
+        tasks = list(SIZES[options.size].tasks(options.modes, options.services))
+        results = run_all(options.size, tasks, options.endpoints, console)
+        write(options.json, msgspec.json.format(msgspec.json.encode(results), indent=1) + b"\n")
+    show(results, console)
+    write(options.chart, chart(results).encode())
+    if old:
+        show_comparison(compare(old, results), console)
+    console.print(f"{options.read or options.json}, {options.chart}; measured in {results.seconds:.0f} s")
 
 
 if __name__ == "__main__":

@@ -1,38 +1,218 @@
-"""Clusters of any size for the benchmark."""
+"""Clusters of any size as the API server has them, with all the fields that a real one sends along.
+
+What is not given is worked out from the number of a Service, so that two processes agree without talking.
+"""
 
 from __future__ import annotations
 
-from kproxy.model.delta import Replace
-from kproxy.model.store import Store
-from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Node, Service, ServicePort
+from collections.abc import Iterator
+from typing import Any, TypeAlias
 
-NODE = "node-1"
+from msgspec import Struct
 
+from tests.lab.topology import NODE, NODE_ADDRESSES
 
-def service(number: int) -> Service:
-    address = f"10.{96 + (number >> 16)}.{number >> 8 & 255}.{number & 255}"
-    return Service("bench", f"service-{number}", (address,), (ServicePort("http", 80, "TCP"),))
+Object: TypeAlias = dict[str, Any]
 
+NAMESPACE = "bench"
+PORT, TARGET_PORT = 80, 8080
+SERVICE_CIDR = "10.96.0.0/12"
+CLUSTER_CIDR = "10.128.0.0/9,fd00:10:244::/48"
+ROLLING = "rolling"
+"""The Service of the rolling update. It is there only while that goes on."""
 
-def endpoint_slice(number: int, endpoints: int, shift: int = 0) -> EndpointSlice:
-    """The slice of one Service; with `shift`, its last endpoint has another address."""
-    hosts = [number * endpoints + index for index in range(endpoints)]
-    addresses = [f"10.{128 + (host >> 16)}.{host >> 8 & 255}.{host & 255}" for host in hosts]
-    if shift:
-        addresses[-1] = f"172.{16 + (shift >> 16)}.{shift >> 8 & 255}.{shift & 255}"
-    return EndpointSlice(
-        "bench",
-        f"service-{number}-x",
-        f"bench/service-{number}",
-        Family.IPV4,
-        tuple(Endpoint(address, f"node-{index}") for index, address in enumerate(addresses)),
-        (EndpointPort("http", 8080, "TCP"),),
-    )
+_REACHED = 5
+_MADE = "2026-01-01T00:00:00Z"
 
 
-def store(services: int, endpoints: int) -> Store:
-    found = Store(NODE)
-    found.apply(Replace(Service, tuple(service(number) for number in range(services))))
-    found.apply(Replace(EndpointSlice, tuple(endpoint_slice(number, endpoints) for number in range(services))))
-    found.apply(Replace(Node, (Node(NODE, addresses=("10.99.0.2",)),)))
-    return found
+class Cluster(Struct, frozen=True):
+    """`services` Services of `endpoints` endpoints each; some of them have `served` for their endpoints.
+
+    `served` are the addresses of a pod that really answers, () for none.
+    """
+
+    services: int
+    endpoints: int
+    served: tuple[str, ...] = ()
+
+    @property
+    def reached(self) -> tuple[int, ...]:
+        """The Services with a pod that answers: the first, the last, and some between.
+
+        A list of rules is searched from its begin, so the place of a Service makes a difference.
+        """
+        last = self.services - 1
+        return tuple(sorted({last * step // (_REACHED - 1) for step in range(_REACHED)})) if self.served else ()
+
+    def objects(self) -> Iterator[Object]:
+        """Yield everything that there is at the start."""
+        yield node()
+        yield service_cidr()
+        for number in range(self.services):
+            yield service(f"service-{number}", cluster_ip(number))
+            yield self.endpoint_slice(number)
+
+    def service(self, number: int) -> Object:
+        """Return one Service; `number` may be beyond those that are there."""
+        return service(f"service-{number}", cluster_ip(number))
+
+    def endpoint_slice(self, number: int, *, shift: int = 0, note: str = "") -> Object:
+        """Return the slice of one Service. With `shift` its last endpoint has another address.
+
+        A `note` is an annotation, in which rules have no part.
+        """
+        addresses = self._addresses(number)
+        if shift:
+            addresses[-1] = _address(172, 16, shift)
+        return endpoint_slice(f"service-{number}", addresses, note=note)
+
+    def _addresses(self, number: int) -> list[str]:
+        if number in self.reached:
+            return list(self.served[: self.endpoints])
+        return [_address(10, 128, number * self.endpoints + index) for index in range(self.endpoints)]
+
+
+def cluster_ip(number: int) -> str:
+    """Return the virtual address of a Service."""
+    return _address(10, 96, number + 256)
+
+
+def rolling_service() -> Object:
+    """Return the Service of the rolling update."""
+    return service(ROLLING, "10.111.0.1")
+
+
+def rolling_slice(endpoints: int, replaced: int) -> Object:
+    """Return its slice, in which the first `replaced` of its endpoints have been replaced by others."""
+    addresses = [_address(10, 200 if index < replaced else 201, index) for index in range(endpoints)]
+    return endpoint_slice(ROLLING, addresses)
+
+
+def node() -> Object:
+    """Return the Node on which all is measured."""
+    addresses = [{"type": "InternalIP", "address": address} for address in NODE_ADDRESSES]
+    return {
+        "apiVersion": "v1",
+        "kind": "Node",
+        "metadata": {"name": NODE, "labels": {"topology.kubernetes.io/zone": "zone-a"}},
+        "spec": {},
+        "status": {"addresses": addresses},
+    }
+
+
+def service_cidr() -> Object:
+    """Return the range of the virtual addresses."""
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "ServiceCIDR",
+        "metadata": {"name": "kubernetes"},
+        "spec": {"cidrs": [SERVICE_CIDR]},
+    }
+
+
+def service(name: str, address: str) -> Object:
+    """Return a Service of type ClusterIP with one port."""
+    fields = ("clusterIP", "clusterIPs", "internalTrafficPolicy", "ipFamilies", "ipFamilyPolicy")
+    managed: Object = {
+        "f:spec": {f"f:{field}": {} for field in (*fields, "ports", "selector", "sessionAffinity", "type")}
+    }
+    managed["f:spec"]["f:ports"] = {
+        ".": {},
+        f'k:{{"port":{PORT},"protocol":"TCP"}}': {
+            ".": {},
+            "f:name": {},
+            "f:port": {},
+            "f:protocol": {},
+            "f:targetPort": {},
+        },
+    }
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {
+            "name": name,
+            "namespace": NAMESPACE,
+            "creationTimestamp": _MADE,
+            "labels": {"app.kubernetes.io/name": name, "app.kubernetes.io/part-of": "bench"},
+            "managedFields": [_manager("kubectl", "v1", managed)],
+        },
+        "spec": {
+            "ports": [{"name": "http", "protocol": "TCP", "port": PORT, "targetPort": TARGET_PORT}],
+            "selector": {"app.kubernetes.io/name": name},
+            "clusterIP": address,
+            "clusterIPs": [address],
+            "type": "ClusterIP",
+            "sessionAffinity": "None",
+            "ipFamilies": ["IPv4"],
+            "ipFamilyPolicy": "SingleStack",
+            "internalTrafficPolicy": "Cluster",
+        },
+        "status": {"loadBalancer": {}},
+    }
+
+
+def endpoint_slice(name: str, addresses: list[str], *, note: str = "") -> Object:
+    """Return the one slice of a Service, as its controller writes it."""
+    labels = {"endpointslice.kubernetes.io/managed-by": "endpointslice-controller.k8s.io"}
+    labels["kubernetes.io/service-name"] = name
+    owner = {"apiVersion": "v1", "kind": "Service", "name": name, "uid": _uid(name), "controller": True}
+    managed: Object = {
+        "f:addressType": {},
+        "f:endpoints": {},
+        "f:metadata": {
+            "f:generateName": {},
+            "f:labels": {".": {}, **{f"f:{label}": {} for label in labels}},
+            "f:ownerReferences": {".": {}, f'k:{{"uid":"{_uid(name)}"}}': {}},
+        },
+        "f:ports": {},
+    }
+    metadata: Object = {
+        "name": f"{name}-x7k2p",
+        "generateName": f"{name}-",
+        "namespace": NAMESPACE,
+        "creationTimestamp": _MADE,
+        "labels": labels,
+        "ownerReferences": [owner],
+        "managedFields": [_manager("kube-controller-manager", "discovery.k8s.io/v1", managed)],
+    }
+    if note:
+        metadata["annotations"] = {"bench/note": note}
+    return {
+        "apiVersion": "discovery.k8s.io/v1",
+        "kind": "EndpointSlice",
+        "metadata": metadata,
+        "addressType": "IPv4",
+        "endpoints": [_endpoint(f"{name}-{index}", address) for index, address in enumerate(addresses)],
+        "ports": [{"name": "http", "protocol": "TCP", "port": TARGET_PORT}],
+    }
+
+
+def _endpoint(pod: str, address: str) -> Object:
+    return {
+        "addresses": [address],
+        "conditions": {"ready": True, "serving": True, "terminating": False},
+        "targetRef": {"kind": "Pod", "namespace": NAMESPACE, "name": pod, "uid": _uid(pod)},
+        "nodeName": "node-2",
+        "zone": "zone-b",
+    }
+
+
+def _manager(name: str, version: str, fields: Object) -> Object:
+    return {
+        "manager": name,
+        "operation": "Update",
+        "apiVersion": version,
+        "time": _MADE,
+        "fieldsType": "FieldsV1",
+        "fieldsV1": fields,
+    }
+
+
+def _uid(name: str) -> str:
+    digits = name.encode().hex().rjust(32, "0")[-32:]
+    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
+
+
+def _address(first: int, second: int, number: int) -> str:
+    """Return an IPv4 address by its number in a range of 2^16 times as many /16 as it takes."""
+    return f"{first}.{second + (number >> 16)}.{number >> 8 & 255}.{number & 255}"

@@ -1,0 +1,166 @@
+"""The benchmark's arithmetic: spreads, ratios, groups, comparisons, scales."""
+
+from __future__ import annotations
+
+import pytest
+from msgspec.structs import replace
+
+from tests.bench.catalog import CATALOG, NAMES, figures, with_memory_floors
+from tests.bench.chart import decades, share
+from tests.bench.connects import percentile
+from tests.bench.figures import FORMAT, Figure, Machine, Results, Run, Spread, compare, exact, mean, median, scaled
+from tests.bench.report import number, spread
+from tests.bench.scene import count_groups
+
+SECOND = 1_000_000_000
+MACHINE = Machine("6.1", 2, "cpu", 8.0, "3.11", "1.8", "0.1", "abc", 0.0)
+
+
+def results(*runs: Run) -> Results:
+    return Results(FORMAT, "2026-01-01T00:00:00+00:00", "small", 1.0, MACHINE, list(runs))
+
+
+def run(value: Spread, *, mode: str = "iptables", services: int = 1000, endpoints: int = 10, unit: str = "ms") -> Run:
+    return Run(mode, services, endpoints, [Figure("one endpoint", unit, value)])
+
+
+def test_a_median_comes_with_its_range() -> None:
+    assert median([9.0, 1.0, 2.0]) == Spread(2.0, 1.0, 9.0, 3)
+    assert mean([9.0, 1.0, 2.0]) == Spread(4.0, 1.0, 9.0, 3)
+
+
+@pytest.mark.parametrize("summed", [median, mean])
+def test_nothing_measured_is_no_figure(summed: object) -> None:
+    assert callable(summed)
+    with pytest.raises(ValueError, match="at least one sample"):
+        summed([])
+
+
+def test_another_unit_is_for_the_whole_spread() -> None:
+    assert scaled(Spread(2.0, 1.0, 4.0, 3), 1000.0) == Spread(2000.0, 1000.0, 4000.0, 3)
+
+
+@pytest.mark.parametrize(("floor", "ratio"), [(exact(2.0), 3.0), (exact(0.0), None), (None, None)])
+def test_the_ratio_is_to_the_floor(floor: Spread | None, ratio: float | None) -> None:
+    assert Figure("one endpoint", "ms", exact(6.0), floor).ratio == ratio
+
+
+@pytest.mark.parametrize(("share", "found"), [(50, 3), (99, 5), (100, 5), (20, 1), (21, 2), (0, 1)])
+def test_percentile_by_nearest_rank(share: float, found: float) -> None:
+    assert percentile([5, 3, 1, 4, 2], share) == found
+
+
+def test_p99_leaves_out_one_in_a_hundred() -> None:
+    assert percentile(range(1, 201), 99) == 198
+
+
+@pytest.mark.parametrize(
+    ("moments", "groups"),
+    [
+        ([], 0),
+        ([7 * SECOND], 1),
+        ([7 * SECOND, 7 * SECOND + 200_000_000], 1),
+        ([7 * SECOND, 7 * SECOND + 300_000_000], 2),
+        ([7 * SECOND, 7 * SECOND + 200_000_000, 7 * SECOND + 400_000_000, 9 * SECOND], 2),
+    ],
+)
+def test_commits_close_together_are_one_sync(moments: list[int], groups: int) -> None:
+    assert count_groups(moments) == groups
+
+
+def test_comparison_is_new_by_old_for_the_same_mode_size_and_unit() -> None:
+    old = results(run(exact(4.0)), run(exact(1.0), mode="nftables"), run(exact(1.0), services=5000))
+    new = results(run(exact(8.0)), run(exact(2.0), services=10_000), run(exact(3.0), mode="nftables", unit="s"))
+    (found,) = compare(old, new)
+    assert (found.mode, found.services, found.old, found.new, found.ratio) == ("iptables", 1000, 4.0, 8.0, 2.0)
+
+
+def test_endpoints_are_part_of_the_size() -> None:
+    assert list(compare(results(run(exact(4.0))), results(run(exact(4.0), endpoints=5)))) == []
+
+
+@pytest.mark.parametrize(
+    ("new", "apart"),
+    [
+        (Spread(6.0, 5.1, 7.0, 3), True),
+        (Spread(6.0, 5.0, 7.0, 3), False),
+        (Spread(2.0, 1.0, 2.9, 3), True),
+        (Spread(2.0, 1.0, 3.0, 3), False),
+        (Spread(4.0, 1.0, 9.0, 3), False),
+    ],
+)
+def test_a_difference_counts_if_the_spreads_do_not_touch(new: Spread, apart: bool) -> None:
+    (found,) = compare(results(run(Spread(4.0, 3.0, 5.0, 3))), results(run(new)))
+    assert found.apart is apart
+
+
+def test_there_is_no_ratio_to_nothing() -> None:
+    (found,) = compare(results(run(exact(0.0))), results(run(exact(8.0))))
+    assert found.ratio is None
+
+
+def test_samples_become_figures_in_the_order_of_the_catalog() -> None:
+    found = figures({"burst": [2.0], "first sync": [1.0, 3.0]}, {"burst": [0.5]})
+    assert [each.name for each in found] == ["first sync", "burst"]
+    assert found[0].found == Spread(2.0, 1.0, 3.0, 2)
+    assert (found[0].floor, found[0].floor_is) == (None, "")
+    assert (found[1].found.value, found[1].unit, found[1].ratio) == (2000.0, "ms", 4.0)
+
+
+def test_cpu_is_averaged_because_it_comes_in_ticks() -> None:
+    (found,) = figures({"one endpoint: CPU": [0.0, 0.0, 0.03]}, {})
+    assert found.found.value == pytest.approx(10.0)
+
+
+def test_a_misspelt_figure_is_not_lost() -> None:
+    with pytest.raises(KeyError, match="no figure is called frist sync"):
+        figures({"frist sync": [1.0]}, {})
+
+
+def test_names_are_unique() -> None:
+    assert len(set(NAMES)) == len(CATALOG)
+
+
+@pytest.mark.parametrize(
+    ("values", "between"),
+    [([2.0, 30.0], (1.0, 100.0)), ([1.0], (0.1, 1.0)), ([0.0], (0.1, 1.0)), ([0.02, 0.0], (0.01, 0.1))],
+)
+def test_scale_leaves_every_value_a_bar(values: list[float], between: tuple[float, float]) -> None:
+    assert decades(values) == pytest.approx(between)
+
+
+def test_bars_are_logarithmic() -> None:
+    assert [share(value, 1.0, 100.0) for value in (0.0, 1.0, 10.0, 100.0)] == pytest.approx([0.0, 0.0, 0.5, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(12345.6, "12,346"), (123.4, "123"), (12.34, "12.3"), (1.234, "1.23"), (0.1234, "0.123"), (0.0, "0"), (3, "3")],
+)
+def test_numbers_have_three_digits(value: float, text: str) -> None:
+    assert number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("found", "text"),
+    [
+        (Spread(4.0, 3.0, 10.0, 3), "-25% +150%"),
+        (Spread(4.0, 4.0, 4.0, 2), "+0% +0%"),
+        (exact(4.0), ""),
+        (Spread(0.0, 0.0, 0.0, 2), ""),
+    ],
+)
+def test_the_spread_is_told_in_percent(found: Spread, text: str) -> None:
+    assert spread(found) == text
+
+
+def test_the_memory_of_one_service_is_the_floor_of_the_same_mode() -> None:
+    def memory(mode: str, services: int, value: float, name: str = "RSS at peak") -> Run:
+        return Run(mode, services, 10, [Figure(name, "MB", exact(value)), Figure("burst", "ms", exact(1.0))])
+
+    runs = [memory("iptables", 1, 50.0), memory("nftables", 1, 40.0), memory("nftables", 1000, 80.0)]
+    found = with_memory_floors(runs)
+    assert [run.figures[0].ratio for run in found] == [1.0, 1.0, 2.0]
+    assert [replace(run, figures=run.figures[1:]) for run in found] == [
+        replace(run, figures=run.figures[1:]) for run in runs
+    ]

@@ -1,0 +1,65 @@
+"""The benchmark's log of what its API server wrote to watches."""
+
+from __future__ import annotations
+
+import socket
+import time
+
+import pytest
+
+from tests.bench.watchlog import LoggedSocket, WatchLog, Written
+
+ADDED = b'1c\r\n{"type":"ADDED","object":{}}\n\r\n'
+FRAME = b"7\r\n\0\0\0\x0a\n\5ADDED\x12\1x\r\n"
+BOOKMARK = ADDED.replace(b"ADDED", b"BOOKMARK")
+
+
+def test_events_are_counted_with_their_first_and_last_moment() -> None:
+    log = WatchLog()
+    before = time.monotonic_ns()
+    log.note(ADDED)
+    between = time.monotonic_ns()
+    log.note(ADDED.replace(b"ADDED", b"DELETED"))
+    found = log.take()
+    assert (found.events, found.bytes) == (2, 2 * len(ADDED) + 2)
+    assert before <= found.first <= between <= found.last <= time.monotonic_ns()
+
+
+def test_protobuf_is_told_from_json() -> None:
+    log = WatchLog()
+    for data in (ADDED, FRAME, FRAME.replace(b"\5ADDED", b"\7DELETED"), FRAME.replace(b"\5ADDED", b"\x08MODIFIED")):
+        log.note(data)
+    found = log.take()
+    assert (found.events, found.protobuf) == (4, 3)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        BOOKMARK,
+        FRAME.replace(b"\5ADDED", b"\x08BOOKMARK"),
+        b"HTTP/1.1 200 OK\r\n\r\n",
+        b'{"kind":"ServiceList","type":"ADDED"}',
+        b"0\r\n\r\n",
+    ],
+)
+def test_what_is_no_news_is_not_counted(data: bytes) -> None:
+    log = WatchLog()
+    log.note(data)
+    assert log.take() == Written()
+
+
+def test_what_was_taken_does_not_come_again() -> None:
+    log = WatchLog()
+    log.note(ADDED)
+    log.take()
+    assert log.take() == Written()
+
+
+def test_a_logged_socket_still_sends() -> None:
+    log = WatchLog()
+    near, far = socket.socketpair()
+    with far, LoggedSocket(near, log) as logged:
+        logged.sendall(ADDED)
+        assert far.recv(1000) == ADDED
+    assert log.take().events == 1
