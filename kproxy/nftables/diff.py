@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
 from itertools import chain as concatenated
 
 from kproxy.model.context import Context
@@ -12,10 +11,10 @@ from kproxy.nftables import names
 from kproxy.nftables.base import SETS, base_chains
 from kproxy.nftables.elements import Element, endpoint_size, numbered, pack_address, pools
 from kproxy.nftables.ledger import Ledger
-from kproxy.nftables.objects import Chain, Set, Value
+from kproxy.nftables.objects import Chain, Set
 from kproxy.nftables.render import Frontend, RenderedService
 from kproxy.nftables.shape import shape_of
-from kproxy.nftables.shared import SharedChain
+from kproxy.nftables.shared import SharedChain, shared_chains
 from kproxy.nftables.transaction import Transaction
 from kproxy.nftables.view import View
 
@@ -158,7 +157,8 @@ class Change:
         else:
             verdicts, found = {}, {}
         if self._view is not None:
-            _take_over(self._view, key, verdicts, found)
+            # What was there before all of this: only the first frontend that claims a key finds anything.
+            self._view.take_frontend(key, verdicts, found)
             self._clear_way(done, self._view, key, wanted)
         return verdicts, found
 
@@ -222,7 +222,7 @@ class Change:
     def _change_shared(self, done: Transaction, *, everything: bool) -> None:
         """Make the shared chains that some element goes to now, and remove those that none does any more."""
         ledger = self._ledger
-        wanted = {each.name: each for each in _closure(filter(None, map(SharedChain.named, ledger.verdicts)))}
+        wanted = {each.name: each for each in shared_chains(ledger.verdicts)}
         present = {name for name in ledger.chains if SharedChain.named(name)}
         for name, shared in wanted.items():
             if everything or name not in present:
@@ -283,17 +283,6 @@ class Change:
         return known
 
 
-def _closure(found: Iterable[SharedChain]) -> Iterator[SharedChain]:
-    for shared in found:
-        yield shared
-        yield from _closure(shared.needs())
-
-
-def _verdicts(frontend: Frontend) -> dict[str, Element]:
-    comment = names.comment(frontend.owner)
-    return {name: Element(frontend.key, verdict, comment) for name, verdict in frontend.verdicts}
-
-
 def _change_element(done: Transaction, name: str, old: Element | None, new: Element | None) -> None:
     if old == new:
         return
@@ -303,20 +292,6 @@ def _change_element(done: Transaction, name: str, old: Element | None, new: Elem
         done.add(name, new)
 
 
-def _take_over(view: View, key: bytes, verdicts: dict[str, Element], found: dict[str, bytes]) -> None:
-    """Add what was there before all of this: only the first frontend that claims a key finds anything."""
-    for each in SETS:
-        elements = view.elements.get(each.name, {})
-        if each.value is Value.VERDICT and (element := elements.pop(key, None)) is not None:
-            verdicts[each.name] = element
-        elif each.value is Value.ENDPOINT and (pool := _take_pool(elements, key)):
-            found[each.name] = pool
-
-
-def _take_pool(elements: dict[bytes, Element], key: bytes) -> bytes:
-    """Take out of a map of endpoints those that are numbered under a key without a gap; return their values."""
-    values: list[bytes] = []
-    while (element := elements.pop(numbered(key, len(values)), None)) is not None:
-        assert isinstance(element.value, bytes)
-        values.append(element.value)
-    return b"".join(values)
+def _verdicts(frontend: Frontend) -> dict[str, Element]:
+    comment = names.comment(frontend.owner)
+    return {name: Element(frontend.key, verdict, comment) for name, verdict in frontend.verdicts}

@@ -6,6 +6,8 @@ import errno
 import struct
 from collections import Counter
 
+from msgspec import Struct
+
 from kproxy.host.netlink import (
     NETLINK_NETFILTER,
     NetlinkError,
@@ -16,7 +18,7 @@ from kproxy.host.netlink import (
 )
 from kproxy.model.types import Family
 from kproxy.nftables.base import SETS
-from kproxy.nftables.elements import DROP, Element, ElementValue, address_family
+from kproxy.nftables.elements import DROP, Element, ElementValue, address_family, endpoint_size
 from kproxy.nftables.expressions import NF_ACCEPT, NF_DROP, NFT_GOTO
 from kproxy.nftables.names import TABLE
 from kproxy.nftables.netlink import NFNL_SUBSYS_NFTABLES
@@ -37,6 +39,7 @@ class Reader:
     """Reads one family's table over a netlink socket of its own."""
 
     def __init__(self, family: Family) -> None:
+        self._family = family
         self._family = family
         self._header = nfgenmsg(address_family(family))
         self._table = attribute(1, TABLE.encode() + b"\0")
@@ -115,15 +118,48 @@ class Reader:
     def _elements(self, netlink: NetlinkSocket, owner: Set) -> dict[bytes, Element]:
         found = {}
         asked = self._header + self._table + attribute(2, owner.name.encode() + b"\0")
+        plain = _plain(owner, self._family)
         for data, begin, end in netlink.dump(_kind(_GETSETELEM), asked):
-            listed, listed_end = attributes(data, begin + _NFGENMSG_SIZE, end)[3]
-            place = listed
+            place, listed_end = attributes(data, begin + _NFGENMSG_SIZE, end)[3]
             while place + 4 <= listed_end:
-                (size,) = _SIZE.unpack_from(data, place)
-                element = _element(data, place + 4, place + size, owner.value)
+                if plain and plain.fits(data, place):
+                    element, size = plain.element(data, place), plain.size
+                else:
+                    (size,) = _SIZE.unpack_from(data, place)
+                    element = _element(data, place + 4, place + size, owner.value)
                 found[element.key] = element
                 place += (size + 3) & ~3
         return found
+
+
+class _Plain(Struct, frozen=True, gc=False):
+    """How the kernel lays out elements with a key, an endpoint and nothing else, of which there are many."""
+
+    before: bytes
+    between: bytes
+    key: int
+    value: int
+
+    @property
+    def size(self) -> int:
+        return len(self.before) + self.key + len(self.between) + self.value
+
+    def fits(self, data: bytes, place: int) -> bool:
+        middle = place + len(self.before) + self.key
+        return data.startswith(self.before, place) and data.startswith(self.between, middle)
+
+    def element(self, data: bytes, place: int) -> Element:
+        key = place + len(self.before)
+        value = key + self.key + len(self.between)
+        return Element(data[key : key + self.key], data[value : value + self.value])
+
+
+def _plain(owner: Set, family: Family) -> _Plain | None:
+    if owner.value is not Value.ENDPOINT:
+        return None
+    key, value = shape_of(owner, family).key_size, endpoint_size(family)
+    before = struct.pack("=6H", key + value + 20, 1, key + 8, 1, key + 4, 1)
+    return _Plain(before, struct.pack("=4H", value + 8, 2, value + 4, 1), key, value)
 
 
 def _kind(number: int) -> int:

@@ -6,7 +6,7 @@ A frontend's verdict names one of them; its own endpoints are found in the maps,
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Literal, Self, cast
 
 from msgspec import Struct
@@ -126,3 +126,12 @@ def external_chain(frontends: Frontends, endpoints: int) -> str:
 def external_local_chain(frontends: Frontends, endpoints: int, local: int) -> str:
     """Return the name of the chain for external traffic of policy Local."""
     return SharedChain(frontends, "external-local", size_for(endpoints), size_for(local) if local else 0).name
+
+
+def shared_chains(names: Iterable[str]) -> Iterator[SharedChain]:
+    """Yield the shared ones among the chains of these names, and all chains that they go to."""
+    for name in names:
+        shared = SharedChain.named(name)
+        if shared is not None:
+            yield shared
+            yield from shared_chains(each.name for each in shared.needs())

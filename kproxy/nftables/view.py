@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from msgspec import Struct, field
 
-from kproxy.nftables.elements import Element
-from kproxy.nftables.objects import Hook
+from kproxy.nftables.base import SETS
+from kproxy.nftables.elements import Element, numbered
+from kproxy.nftables.objects import Hook, Value
 from kproxy.nftables.shape import Shape
 
 
@@ -20,3 +21,21 @@ class View(Struct):
     chains: dict[str, Hook | None] = field(default_factory=dict)
     elements: dict[str, dict[bytes, Element]] = field(default_factory=dict)
     flags: int = 0
+
+    def take_frontend(self, key: bytes, verdicts: dict[str, Element], pools: dict[str, bytes]) -> None:
+        """Move what is under a frontend's key to the verdicts and pools given, which are by the name of their map."""
+        for each in SETS:
+            elements = self.elements.get(each.name, {})
+            if each.value is Value.VERDICT and (element := elements.pop(key, None)) is not None:
+                verdicts[each.name] = element
+            elif each.value is Value.ENDPOINT and (pool := _take_pool(elements, key)):
+                pools[each.name] = pool
+
+
+def _take_pool(elements: dict[bytes, Element], key: bytes) -> bytes:
+    """Take out of a map of endpoints those that are numbered under a key without a gap; return their values."""
+    values: list[bytes] = []
+    while (element := elements.pop(numbered(key, len(values)), None)) is not None:
+        assert isinstance(element.value, bytes)
+        values.append(element.value)
+    return b"".join(values)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import TypeAlias
 
@@ -185,7 +185,7 @@ def refusing(after: int) -> Callable[[Transaction], str | None]:
     return refuse
 
 
-def lead(proxy: Proxy, history: list[Event]) -> Proxy:
+def lead(proxy: Proxy, history: Sequence[Event]) -> Proxy:
     """Lead a proxy through events and return the one that runs at their end."""
     for event in history:
         for kernel in proxy.kernels.values():
