@@ -4,11 +4,25 @@ VENV := .venv
 STAMP := $(VENV)/.ready
 RUN := $(VENV)/bin/python
 
+# of `make bench`: small, medium or large; the modes; where results and chart go; earlier results to compare with
+SIZE ?= medium
+MODES ?= iptables,nftables
+JSON ?= build/bench.json
+CHART ?= build/bench.svg
+COMPARE ?=
+
+# of `make image` and `make kind-up`: the image's name; another base (`make image-base` makes one where no registry is
+# reachable); docker, podman or buildah, by default the first that works
+IMAGE ?= localhost/kproxy:dev
+BASE ?=
+ENGINE ?=
+LOCAL_BASE := localhost/kproxy-base:bookworm
+
 .DEFAULT_GOAL := help
-.PHONY: help setup packages demo test check bench clean
+.PHONY: help setup packages demo test check bench clean image image-base image-test kind-up kind-test kind-down
 
 help: ## list the targets
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: packages $(STAMP) ## install the system packages and .venv/bin/kproxy
 
@@ -32,8 +46,27 @@ check: setup ## format, lint, types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
-bench: setup ## measure the costs beside their floors; SIZE=small ends in a minute
-	@$(RUN) -m tests.bench $(if $(filter small,$(SIZE)),--services 100 1000,--services 100 1000 5000)
+bench: setup ## measure the costs beside their floors; SIZE=small ends in 3 minutes
+	@$(RUN) -m tests.bench --size=$(SIZE) --modes=$(MODES) --json=$(JSON) --chart=$(CHART) $(if $(COMPARE),--compare=$(COMPARE))
+
+image: ## build the image IMAGE with docker, podman or buildah
+	@ENGINE="$(ENGINE)" sh deploy/image/image.sh build $(IMAGE) $(BASE)
+
+image-base: ## make a base for it by debootstrap, called localhost/kproxy-base:bookworm, where no registry is reachable
+	@ENGINE="$(ENGINE)" sh deploy/image/image.sh base $(LOCAL_BASE)
+
+image-test: setup ## build the image on a base of our own and run it under the manifest's privileges, as root
+	@sh deploy/image/packages.sh
+	@ENGINE=$(or $(ENGINE),buildah) RUN=$(RUN) sh deploy/image/image.sh trial $(LOCAL_BASE)
+
+kind-up: ## make a kind cluster without kube-proxy, and kproxy in it
+	@ENGINE="$(ENGINE)" sh deploy/kind.sh up $(IMAGE)
+
+kind-test: setup ## run the end-to-end tests against it
+	@KUBECONFIG=$(CURDIR)/build/kind.kubeconfig $(RUN) -m pytest -q tests/e2e
+
+kind-down: ## delete it
+	@sh deploy/kind.sh down
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from kproxy.cli.errors import FailureError
@@ -40,7 +41,11 @@ def _run(options: argparse.Namespace) -> None:
     config = load_settings(options)
     if options.write_config_to:
         _write_config(config, options.write_config_to)
-    elif options.cleanup:
+        return
+    from kproxy.host.iptables_variant import use_hosts_variant
+
+    use_hosts_variant(os.environ)
+    if options.cleanup:
         _clean_up()
     elif options.init_only:
         _prepare(config)

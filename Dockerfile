@@ -1,0 +1,35 @@
+# kproxy's image: Python, iptables and nftables of one Debian, and nothing else: no shell, no package manager.
+# `make image` builds it with docker, podman or buildah; `make image-base` makes a BASE where no registry is reachable.
+ARG BASE=docker.io/library/debian:bookworm-slim
+
+FROM ${BASE} AS build
+ENV DEBIAN_FRONTEND=noninteractive
+RUN apt-get -qq update && apt-get -qq install -y --no-install-recommends \
+    gcc iptables kmod libc6-dev libip4tc-dev libip6tc-dev libxtables-dev netbase nftables python3-dev python3-venv
+RUN python3 -m venv /opt/kproxy
+# The dependencies first: they change more rarely than kproxy.
+COPY constraints.txt pyproject.toml /src/
+COPY deploy/image/requirements.py /src/deploy/image/
+RUN python3 /src/deploy/image/requirements.py /src/pyproject.toml > /src/requirements.txt \
+    && /opt/kproxy/bin/pip install --no-cache-dir --no-compile -c /src/constraints.txt -r /src/requirements.txt
+COPY LICENSE README.md /src/
+COPY kproxy /src/kproxy
+RUN /opt/kproxy/bin/pip install --no-cache-dir --no-compile --no-deps /src \
+    # what only kubernetes.aio needs, and the tools of this stage
+    && /opt/kproxy/bin/pip uninstall --yes aiohappyeyeballs aiohttp aiohttp-retry aiosignal frozenlist multidict propcache \
+        yarl pip setuptools
+COPY deploy/image/rootfs.py /src/deploy/image/
+RUN python3 /src/deploy/image/rootfs.py /rootfs
+
+FROM scratch
+COPY --from=build /rootfs /
+# Which variant of iptables the host uses is found out at start; PATH has the usual one.
+ENV PATH=/opt/kproxy/bin:/usr/sbin:/usr/bin \
+    KPROXY_IPTABLES=/usr/lib/kproxy/iptables \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1
+LABEL org.opencontainers.image.title="kproxy" \
+    org.opencontainers.image.description="The Linux kube-proxy, reimplemented in Python" \
+    org.opencontainers.image.licenses="Apache-2.0"
+ENTRYPOINT ["kproxy"]
+CMD ["run"]
