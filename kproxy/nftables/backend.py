@@ -83,7 +83,7 @@ class NftablesBackend:
         """Return whether every chain is used as often as it should be; if not, forget what is known.
 
         That tells of deleted tables and chains, of rules that were added or deleted, and of frontends that were; not of
-        endpoints.
+        endpoints, members of sets and verdicts that drop.
         """
         if self._ledger is None:
             return True

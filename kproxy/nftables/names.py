@@ -29,7 +29,7 @@ NODE_PORT_LOCAL_ENDPOINTS = "nodeport-local-endpoints"
 REJECT = "reject-chain"
 
 LONGEST = 127
-"""How long a name may be (NFT_NAME_MAXLEN of linux/netfilter/nf_tables.h, less the final NUL)."""
+"""How long a name may be: the kernel takes more (NFT_NAME_MAXLEN, 256 with the final NUL), people hardly."""
 
 LONGEST_COMMENT = 128
 """How long a comment may be (nft takes no more); that of a service port may be longer (63 + 63 + 15 characters)."""
