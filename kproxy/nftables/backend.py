@@ -144,9 +144,12 @@ class NftablesBackend:
         """Make a transaction of several: the first decides whether what was read still holds."""
         if batches:
             self._commit(change)
-        else:
-            self._kernel.commit(change, generation)
-            self._generation = _next(generation)
+            return
+        if (first := change.split_off_new_chains()) is not None:
+            self._kernel.commit(first, generation)
+            generation = _next(generation)
+        self._kernel.commit(change, generation)
+        self._generation = _next(generation)
 
     def _replace(self, plans: Plans, context: Context) -> Ledger:
         ledger = Ledger()
@@ -164,8 +167,12 @@ class NftablesBackend:
 
         What is refused after that is a reason to look at the table again: it may be no longer what it was.
         """
-        if not change:
-            return
+        if (first := change.split_off_new_chains()) is not None:
+            self._commit_at_once(first)
+        if change:
+            self._commit_at_once(change)
+
+    def _commit_at_once(self, change: Transaction) -> None:
         if self._generation is not None:
             try:
                 self._kernel.commit(change, self._generation)

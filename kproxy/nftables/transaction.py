@@ -48,3 +48,25 @@ class Transaction(Struct):
         for name, elements in self.added.items():
             found.setdefault(name, []).extend(elements)
         return found
+
+    def split_off_new_chains(self) -> Transaction | None:
+        """Take out what makes new chains, to be made before all else; None if there are none or it cannot be.
+
+        A packet sees one generation of rules, but each set as it is when it is looked up (Linux 6.18, `nft_do_chain`).
+        One that is under way when chain and verdict come at once may get the verdict of after, for a chain that was
+        still empty before. Nobody reaches a chain that no verdict names, so it does no harm to be early.
+        """
+        if self.create or {each.name for each in self.sets} & set(self.deleted_sets):
+            return None
+        new = {chain.name for chain in self.chains if chain.hook is None}
+        if not new:
+            return None
+        first = Transaction(
+            sets=self.sets,
+            chains=[chain for chain in self.chains if chain.name in new],
+            rules=[chain for chain in self.rules if chain.name in new],
+        )
+        self.sets = []
+        self.chains = [chain for chain in self.chains if chain.name not in new]
+        self.rules = [chain for chain in self.rules if chain.name not in new]
+        return first
