@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import stat
-import threading
 from collections.abc import Callable
 
-from kproxy.host.inotify import Inotify, InotifyError
-from kproxy.kube.file_reading import Reading, SettledReader, read_files
+from kproxy.kube.file_reading import Reading
+from kproxy.kube.path_follower import PathFollower
 
 RELOAD_PERIOD = 10.0
 """Seconds between looks at the file where the kernel gives no notice of changes."""
@@ -32,64 +31,37 @@ class ConfigWatch:
     def __init__(self, path: str, loaded: bytes, changed: Callable[[], None]) -> None:
         self._path, self._loaded, self._changed = path, loaded, changed
         self._missed = False
-        self._stopping = threading.Event()
-        self._wake = -1
-        self._thread: threading.Thread | None = None
+        self._follower = PathFollower(
+            path, self._take, name="config-watch", period=RELOAD_PERIOD, patience=STOP_TIMEOUT
+        )
 
     def start(self) -> None:
         """Start the thread that follows the file. It is a daemon: a process may end without `stop`."""
         if _is_stream(self._path):
             log.info("%s: is no file; changes are not followed", self._path)
             return
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._thread = threading.Thread(target=self._follow, name="config-watch", daemon=True)
-        self._thread.start()
+        self._follower.start()
 
     def stop(self) -> None:
         """End the thread. `changed` is not called any more afterwards, unless it is under way."""
-        if self._thread is None:
-            return
-        self._stopping.set()
-        os.eventfd_write(self._wake, 1)
-        self._thread.join(STOP_TIMEOUT)
-        if not self._thread.is_alive():
-            os.close(self._wake)
-        self._thread = None
+        self._follower.stop()
 
-    def _follow(self) -> None:
-        try:
-            with Inotify() as notices:
-                reader = SettledReader(self._path, notices, self._wake)
-                while not self._is_over(reader.read()):
-                    reader.wait()
-        except InotifyError as error:
-            log.warning(
-                "%s: the kernel gives no notice of changes (%s): looking every %g s instead",
-                self._path,
-                error.strerror,
-                RELOAD_PERIOD,
-            )
-            while not self._is_over(read_files(self._path)):
-                self._stopping.wait(RELOAD_PERIOD)
-
-    def _is_over(self, reading: Reading) -> bool:
-        """Take in what was read; tell whether there is nothing left to wait for."""
-        if self._stopping.is_set():
-            return True
+    def _take(self, reading: Reading) -> bool:
+        """Take in what was read; tell whether there is anything left to wait for."""
         content = reading.files.get(self._path)
         if not isinstance(content, bytes):
             if not self._missed:
                 log.warning("%s: cannot be read any more; what was loaded stays in force", self._path)
             self._missed = True
-            return False
+            return True
         if content == self._loaded:
             if self._missed:
                 log.info("%s: is there again, unchanged", self._path)
             self._missed = False
-            return False
+            return True
         log.info("%s: has changed", self._path)
         self._changed()
-        return True
+        return False
 
 
 def _is_stream(path: str) -> bool:

@@ -38,7 +38,9 @@ ATTEMPTS = 3
 _T = TypeVar("_T")
 
 _CHUNK = 1 << 16  # the kernel puts at most 32 KiB into one piece of a dump
-_HEADER = struct.Struct("=IHHII")
+HEADER = struct.Struct("=IHHII")
+"""`struct nlmsghdr`: size, type, flags, sequence number and port."""
+
 _ATTRIBUTE = struct.Struct("=HH")
 _ERRNO = struct.Struct("=i")
 _TYPE = ~(NLA_F_NESTED | NLA_F_NET_BYTEORDER)
@@ -92,10 +94,11 @@ def nfgenmsg(family: int = socket.AF_UNSPEC, resource: int = 0) -> bytes:
     return struct.pack(">BBH", family, 0, resource)
 
 
-class NetlinkSocket:
-    """A netlink socket of one protocol. It does one thing at a time: a dump is read to its end before the next call."""
+class BoundSocket:
+    """A netlink socket of one protocol that numbers its messages; closed at the end of its `with`."""
 
     def __init__(self, protocol: int) -> None:
+        """Open it. Raises `OSError` where the kernel has no such protocol."""
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
         self._socket.bind((0, 0))
         self._sequence = 0
@@ -107,6 +110,17 @@ class NetlinkSocket:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._socket.close()
+
+    def _message(self, kind: int, flags: int, payload: bytes) -> bytes:
+        """Return a request with the next number, padded so that another may follow."""
+        self._sequence += 1
+        size = HEADER.size + len(payload)
+        padding = b"\0" * (-size % 4)
+        return HEADER.pack(size, kind, flags | NLM_F_REQUEST, self._sequence, 0) + payload + padding
+
+
+class NetlinkSocket(BoundSocket):
+    """A netlink socket of one protocol. It does one thing at a time: a dump is read to its end before the next call."""
 
     def request(self, kind: int, flags: int, payload: bytes) -> None:
         """Send one request and wait for its acknowledgement. Raises `NetlinkError`."""
@@ -145,8 +159,8 @@ class NetlinkSocket:
             data = self._socket.recv(_CHUNK)
             begin = 0
             while begin < len(data):
-                size, answer, flags, sequence, _ = _HEADER.unpack_from(data, begin)
-                payload_begin, end = begin + _HEADER.size, begin + size
+                size, answer, flags, sequence, _ = HEADER.unpack_from(data, begin)
+                payload_begin, end = begin + HEADER.size, begin + size
                 begin += _aligned(size)
                 if sequence != self._sequence:
                     continue
@@ -156,19 +170,14 @@ class NetlinkSocket:
                     return
                 yield data, payload_begin, end
 
-    def _message(self, kind: int, flags: int, payload: bytes) -> bytes:
-        self._sequence += 1
-        size = _HEADER.size + len(payload)
-        return _HEADER.pack(size, kind, flags | NLM_F_REQUEST, self._sequence, 0) + payload
-
     def _answers(self, first: int) -> Iterator[tuple[int, int]]:
         """Yield sequence number and `errno` (0: done) of each answer until that to the last request."""
         sequence = 0
         while sequence != self._sequence:
             answer = self._socket.recv(_CHUNK)
-            _, kind, _, sequence, _ = _HEADER.unpack_from(answer)
+            _, kind, _, sequence, _ = HEADER.unpack_from(answer)
             if kind == NLMSG_ERROR and sequence >= first:
-                yield sequence, -_ERRNO.unpack_from(answer, _HEADER.size)[0]
+                yield sequence, -_ERRNO.unpack_from(answer, HEADER.size)[0]
 
 
 def _finish(data: bytes, begin: int, end: int, *, interrupted: bool) -> None:

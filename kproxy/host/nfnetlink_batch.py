@@ -7,16 +7,15 @@ import os
 import socket
 import struct
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Self
 
 from msgspec import Struct
 
 from kproxy.host.netlink import (
+    HEADER,
     NETLINK_NETFILTER,
     NLM_F_ACK,
-    NLM_F_REQUEST,
     NLMSG_ERROR,
+    BoundSocket,
     NetlinkError,
     attribute,
     attributes,
@@ -31,7 +30,6 @@ _SO_SNDBUFFORCE = 32
 _CAPPED, _HAS_ATTRIBUTES = 0x100, 0x200
 _ERROR_TEXT, _ERROR_OFFSET = 1, 2
 
-_HEADER = struct.Struct("=IHHII")
 _CHUNK = 1 << 16
 _RECEIVE_BUFFER = 1 << 20
 
@@ -60,27 +58,17 @@ class StaleGenerationError(Exception):
     """Somebody else changed the rules of this network namespace after the generation that a batch was made for."""
 
 
-class BatchSocket:
+class BatchSocket(BoundSocket):
     """A netlink socket that sends batches to one netfilter subsystem, one after the other."""
 
     def __init__(self, subsystem: int) -> None:
         """Open it for the subsystem of this number. Raises `OSError` where there is no netlink of netfilter."""
+        super().__init__(NETLINK_NETFILTER)
         self._subsystem = subsystem
-        self._sequence = 0
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_NETFILTER)
-        self._socket.bind((0, 0))
         self._socket.setsockopt(_SOL_NETLINK, _CAP_ACK, 1)
         self._socket.setsockopt(_SOL_NETLINK, _EXT_ACK, 1)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER)
         self._send_buffer = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._socket.close()
 
     def commit(self, messages: Sequence[tuple[int, int, bytes]], generation: int | None = None) -> None:
         """Send messages (type, flags, payload) as one batch and wait until the kernel has taken it.
@@ -101,12 +89,6 @@ class BatchSocket:
         refusals = self._answers(first, last)
         if refusals:
             raise BatchRefusedError(refusals)
-
-    def _message(self, kind: int, flags: int, payload: bytes) -> bytes:
-        self._sequence += 1
-        size = _HEADER.size + len(payload)
-        padding = b"\0" * (-size % 4)
-        return _HEADER.pack(size, kind, flags | NLM_F_REQUEST, self._sequence, 0) + payload + padding
 
     def _send(self, batch: bytes) -> None:
         if len(batch) > self._send_buffer:
@@ -141,7 +123,7 @@ class BatchSocket:
                     raise NetlinkError(error.errno, error.strerror) from None
                 overrun = True
                 continue
-            size, kind, flags, sequence, _ = _HEADER.unpack_from(answer)
+            size, kind, flags, sequence, _ = HEADER.unpack_from(answer)
             if kind != NLMSG_ERROR or not first <= sequence <= last:
                 continue
             refusal = _refusal(answer, size, flags, sequence - first - 1)
@@ -154,16 +136,16 @@ class BatchSocket:
 
 
 def _refusal(answer: bytes, size: int, flags: int, place: int) -> Refusal:
-    (code,) = struct.unpack_from("=i", answer, _HEADER.size)
+    (code,) = struct.unpack_from("=i", answer, HEADER.size)
     reason, offset = os.strerror(-code), -1
     if flags & _HAS_ATTRIBUTES:
-        (echoed,) = struct.unpack_from("=I", answer, _HEADER.size + 4)
-        begin = _HEADER.size + 4 + (_HEADER.size if flags & _CAPPED else (echoed + 3) & ~3)
+        (echoed,) = struct.unpack_from("=I", answer, HEADER.size + 4)
+        begin = HEADER.size + 4 + (HEADER.size if flags & _CAPPED else (echoed + 3) & ~3)
         found = attributes(answer, begin, size)
         if _ERROR_TEXT in found:
             text_begin, text_end = found[_ERROR_TEXT]
             reason = f"{reason} ({answer[text_begin:text_end].rstrip(bytes(1)).decode(errors='replace')})"
         if _ERROR_OFFSET in found:
             # Counted from the message's header.
-            offset = struct.unpack_from("=I", answer, found[_ERROR_OFFSET][0])[0] - _HEADER.size
+            offset = struct.unpack_from("=I", answer, found[_ERROR_OFFSET][0])[0] - HEADER.size
     return Refusal(place, -code, reason, offset)

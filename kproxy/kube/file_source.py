@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
-import threading
 from collections.abc import Callable, Iterator, Mapping
 
 from msgspec import Struct
 
-from kproxy.host.inotify import Inotify, InotifyError
-from kproxy.kube.file_reading import Reading, SettledReader, read_files
+from kproxy.kube.file_reading import Reading, read_files
 from kproxy.kube.object_files import FileContent, FileProblem, combine, parse_file
+from kproxy.kube.path_follower import PathFollower
 from kproxy.model.delta import Delta, Replace
 
 RELOAD_PERIOD = 2.0
@@ -95,9 +93,7 @@ class FileSource:
         self._following = Following()
         self._said: frozenset[str] = frozenset()
         self._in_trouble = False
-        self._stopping = threading.Event()
-        self._wake = -1
-        self._thread: threading.Thread | None = None
+        self._follower = PathFollower(path, self._take, name="file-source", period=RELOAD_PERIOD, patience=STOP_TIMEOUT)
 
     def load_once(self) -> None:
         """Read the files and hand their objects on, in the calling thread.
@@ -112,50 +108,24 @@ class FileSource:
 
     def start(self) -> None:
         """Start the thread that follows the files. It is a daemon: a process may end without `stop`."""
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._thread = threading.Thread(target=self._follow, name="file-source", daemon=True)
-        self._thread.start()
+        self._follower.start()
 
     def stop(self) -> None:
         """End the thread. `sink` is not called any more afterwards, unless it blocks."""
-        if self._thread is None:
-            return
-        self._stopping.set()
-        os.eventfd_write(self._wake, 1)
-        self._thread.join(STOP_TIMEOUT)
-        if not self._thread.is_alive():
-            os.close(self._wake)
-        self._thread = None
+        self._follower.stop()
 
-    def _follow(self) -> None:
-        try:
-            with Inotify() as notices:
-                reader = SettledReader(self._path, notices, self._wake)
-                while not self._stopping.is_set():
-                    self._take(reader.read())
-                    reader.wait()
-        except InotifyError as error:
-            log.warning(
-                "%s: the kernel gives no notice of changes (%s): reading every %g s instead",
-                self._path,
-                error.strerror,
-                RELOAD_PERIOD,
-            )
-            while not self._stopping.is_set():
-                self._take(read_files(self._path))
-                self._stopping.wait(RELOAD_PERIOD)
-
-    def _take(self, reading: Reading) -> None:
+    def _take(self, reading: Reading) -> bool:
         try:
             self._take_in(reading)
         except Exception as error:  # a bug must not make us deaf to the next change
             log.error("%s: cannot be used: unexpected %r", self._path, error)
             log.debug("where it happened", exc_info=error)
+        return True
 
     def _take_in(self, reading: Reading) -> None:
         update = self._following.take(reading)
         self._report(update)
-        if not self._stopping.is_set():
+        if not self._follower.stopping:
             self._hand_on(update)
 
     def _hand_on(self, update: Update) -> None:

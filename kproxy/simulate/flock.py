@@ -9,9 +9,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeAlias
 
+from kproxy.model.types import Family
+from kproxy.simulate.packet import Outcome, Packet
 from kproxy.simulate.passage import Passage
 
 Flock: TypeAlias = list[tuple[Passage, float]]
+
+
+def follow(
+    packet: Packet, family: Family, come_in: Callable[[Flock], Flock], go_out: Callable[[Flock], Flock]
+) -> Outcome:
+    """Return what may become of a packet that comes in by an interface, or goes out because it is the node's own.
+
+    Raises `ValueError` if it is not of the family.
+    """
+    if packet.family is not family:
+        raise ValueError(f"a packet to {packet.destination} does not meet rules of {family.value}")
+    flock = [(Passage.begin(packet), 1.0)]
+    flock = come_in(flock) if packet.interface else go_out(flock)
+    return Outcome((passage.fate(), share) for passage, share in flock)
 
 
 def divide(flock: Flock, test: Callable[[Passage], bool]) -> tuple[Flock, Flock]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from msgspec.structs import replace
 
 from kproxy.model.types import Family
-from kproxy.simulate.flock import Flock, anywhere, divide, each, elsewhere, here
+from kproxy.simulate.flock import Flock, anywhere, divide, each, elsewhere, follow, here
 from kproxy.simulate.iptables_rules import Dump, Rule, read_dump
 from kproxy.simulate.packet import Outcome, Packet, Verdict
 from kproxy.simulate.passage import Passage
@@ -32,11 +32,7 @@ class Iptables:
         The hooks are those of netfilter's packet flow: destinations are translated before routing
         decides between this node and elsewhere, and only for the first packet of a connection.
         """
-        if packet.family is not self._family:
-            raise ValueError(f"a packet to {packet.destination} does not meet rules of {self._family.value}")
-        flock = [(Passage.begin(packet), 1.0)]
-        flock = self._come_in(flock) if packet.interface else self._go_out(flock)
-        return Outcome((passage.fate(), share) for passage, share in flock)
+        return follow(packet, self._family, self._come_in, self._go_out)
 
     def _come_in(self, flock: Flock) -> Flock:
         flock = self._translate("PREROUTING", flock, anywhere)

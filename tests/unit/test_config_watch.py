@@ -15,7 +15,7 @@ import pytest
 from kproxy.config import watch
 from kproxy.config.watch import ConfigWatch
 from kproxy.host.inotify import InotifyError
-from kproxy.kube import file_reading
+from kproxy.kube import file_reading, path_follower
 from kproxy.kube.file_reading import Reading
 
 HANG = 20.0
@@ -50,15 +50,15 @@ class Looks:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._contents: queue.Queue[bytes | None] = queue.Queue()
-        take = ConfigWatch._is_over
+        take = ConfigWatch._take
 
         def seen(self_: ConfigWatch, reading: Reading) -> bool:
-            over = take(self_, reading)
+            goes_on = take(self_, reading)
             content = next(iter(reading.files.values()), None)
             self._contents.put(content if isinstance(content, bytes) else None)
-            return over
+            return goes_on
 
-        monkeypatch.setattr(ConfigWatch, "_is_over", seen)
+        monkeypatch.setattr(ConfigWatch, "_take", seen)
 
     def until(self, content: bytes | None) -> None:
         """Wait until the watch has read this, None for nothing at all, and has acted on it."""
@@ -249,7 +249,7 @@ def test_without_notices_of_the_kernel_the_file_is_looked_at_now_and_then(
     def refuse() -> None:
         raise InotifyError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-    monkeypatch.setattr(watch, "Inotify", refuse)
+    monkeypatch.setattr(path_follower, "Inotify", refuse)
     monkeypatch.setattr(watch, "RELOAD_PERIOD", 0.01)
     watched = follow(path)
     looks.until(OLD)

@@ -14,8 +14,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kproxy import kube
 from kproxy.host.inotify import Inotify, InotifyError
-from kproxy.kube import file_reading, file_source
+from kproxy.kube import file_reading, file_source, path_follower
 from kproxy.kube.file_reading import Reading, SettledReader, places_of, read_files
 from kproxy.kube.file_source import FileSource, FileSourceError, Following
 from kproxy.kube.object_files import FileProblem, load_objects, parse_file
@@ -478,7 +479,7 @@ class Lines(logging.Handler):
 @pytest.fixture
 def lines() -> Iterator[Lines]:
     handler = Lines()
-    logger = logging.getLogger(file_source.__name__)
+    logger = logging.getLogger(kube.__name__)
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -643,7 +644,7 @@ def test_without_notices_the_files_are_read_again_and_again(
     def refuse() -> Inotify:
         raise InotifyError(24, "Too many open files")
 
-    monkeypatch.setattr(file_source, "Inotify", refuse)
+    monkeypatch.setattr(path_follower, "Inotify", refuse)
     monkeypatch.setattr(file_source, "RELOAD_PERIOD", 0.01)
     (tmp_path / "a.yaml").write_bytes(text(service("a")))
     followed = follow(tmp_path)
