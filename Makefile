@@ -39,7 +39,7 @@ demo: setup ## see it work: pods, a Service, real requests, in half a minute
 	@$(RUN) -m tests.demo
 
 test: setup ## run all tests, those on the real kernel included
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q --numprocesses=auto --dist=worksteal
 
 check: setup ## format, lint, types
 	$(VENV)/bin/ruff format --check .

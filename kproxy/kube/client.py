@@ -1,27 +1,23 @@
-"""HTTP to the API server: credentials, TLS and connections come from the `kubernetes` package, nothing else.
+"""HTTP to the API server, by the plainest way to it that there is.
 
-Its API classes are never touched: they cost many times the time and memory of reading the bytes ourselves.
-The package itself is imported when a client is made, not with this module.
+The API classes of the `kubernetes` package are never touched: they cost many times the time and memory of reading the
+bytes ourselves. It is imported only where credentials need it, and urllib3 when a client is made.
 """
-# ruff: noqa: PLC0415 - kubernetes and urllib3 cost tens of megabytes, and only those who have a client need them
+# ruff: noqa: PLC0415 - kubernetes and urllib3 cost megabytes, and only those who have a client need them
 
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping
 from urllib.parse import urlencode, urlsplit
 
 from kproxy import __version__
-from kproxy.kube.credentials import (
-    ClientError,
-    Explained,
-    check_server,
-    load_configuration,
-    make_pool,
-    names_token_file,
-)
+from kproxy.kube.access import Access, ClientError, check_server
+from kproxy.kube.package_access import PackageAccess
+from kproxy.kube.plain_access import PlainAccess, find_plain
 from kproxy.kube.response import Response, SilenceError, Translated, TransportError
 
 __all__ = ["Client", "ClientError", "Response", "SilenceError", "TransportError"]
@@ -29,8 +25,8 @@ __all__ = ["Client", "ClientError", "Response", "SilenceError", "TransportError"
 CONNECT_TIMEOUT = 10.0
 """Seconds for TCP and TLS to come up."""
 
-TOKEN_FILE_PERIOD = 60.0
-"""Seconds after which a kubeconfig's `tokenFile` is read again: the kubelet replaces it before it expires."""
+ROTATION_PERIOD = 60.0
+"""Seconds after which credentials are read again that others replace: the kubelet does so before a token expires."""
 
 _JSON = "application/json"
 
@@ -46,7 +42,7 @@ class Client:
         self._kubeconfig, self._server = kubeconfig, server
         self._lock = threading.Lock()
         self._generation = 0
-        self._load()
+        self._use(_load_access(kubeconfig, server, None))
 
     @classmethod
     def from_config(cls, kubeconfig: str | None = None, server: str | None = None) -> Client:
@@ -83,18 +79,14 @@ class Client:
     def close(self) -> None:
         """Close the idle connections. Open answers are closed by those who read them."""
         with self._lock:
-            self._pool.clear()
+            self._access.pool.clear()
 
     def _load(self) -> None:
-        if self._server:
-            check_server(self._server, None)
-        configuration = load_configuration(self._kubeconfig, self._server)
-        with Explained(self._kubeconfig or "kubeconfig"):
-            self._reads_token_file = names_token_file(self._kubeconfig)
-        base = self._server or configuration.host
-        check_server(base, self._kubeconfig)
-        pool = make_pool(configuration)
-        self._configuration, self._pool, self._base = configuration, pool, base.rstrip("/")
+        self._use(_load_access(self._kubeconfig, self._server, self._access))
+
+    def _use(self, access: Access) -> None:
+        self._access = access
+        self._base = access.server.rstrip("/")
         self._loaded = time.monotonic()
         self._generation += 1
 
@@ -102,9 +94,9 @@ class Client:
         from urllib3 import Timeout
 
         with self._lock:
-            self._read_token_file_again()
-            pool, base, generation = self._pool, self._base, self._generation
-            headers |= self._authentication()
+            self._read_rotated_again()
+            pool, base, generation = self._access.pool, self._base, self._generation
+            headers |= self._access.authentication()
         headers["User-Agent"] = f"kproxy/{__version__}"
         code, began = "<error>", time.monotonic()
         try:
@@ -123,17 +115,19 @@ class Client:
         finally:
             self.answered(method, urlsplit(base).netloc, code, time.monotonic() - began)
 
-    def _read_token_file_again(self) -> None:
-        # The kubernetes package refreshes a service account's token and an exec plugin's, but not this.
-        if self._reads_token_file and time.monotonic() - self._loaded >= TOKEN_FILE_PERIOD:
+    def _read_rotated_again(self) -> None:
+        if self._access.rotates and time.monotonic() - self._loaded >= ROTATION_PERIOD:
             try:
                 self._load()
             except ClientError as error:
                 self._loaded = time.monotonic()
                 log.warning("keeping the credentials in use: %s", error)
 
-    def _authentication(self) -> dict[str, str]:
-        source = self._kubeconfig or "in-cluster service account"
-        with Explained(source):
-            settings = self._configuration.auth_settings()  # runs the package's hook, which refreshes a token
-        return {item["key"].title(): item["value"].strip() for item in settings.values() if item.get("value")}
+
+def _load_access(kubeconfig: str | None, server: str | None, before: Access | None) -> Access:
+    if server:
+        check_server(server, None)
+    plain = find_plain(kubeconfig, server, os.environ)
+    access: Access = PlainAccess(plain, before) if plain else PackageAccess(kubeconfig, server)
+    check_server(access.server, kubeconfig)
+    return access

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import datetime
 import json
 import socket
 import ssl
@@ -18,6 +17,7 @@ import pytest
 
 from kproxy import __version__
 from kproxy.kube.client import Client, ClientError, Response, SilenceError, TransportError
+from kproxy.kube.plain_access import find_plain
 from tests.apiserver import ApiServer
 from tests.apiserver.objects import endpoint_slice, service
 
@@ -87,7 +87,7 @@ def test_a_token_file_is_read_again_in_time(
     token = tmp_path / "token"
     token.write_text("old")
     client = Client.from_config(kubeconfig(tmp_path / "config", server.url, {"tokenFile": "token"}))
-    monkeypatch.setattr("kproxy.kube.client.TOKEN_FILE_PERIOD", 0.0)
+    monkeypatch.setattr("kproxy.kube.client.ROTATION_PERIOD", 0.0)
     assert get(client)[0] == 401
     token.write_text("secret")
     assert get(client)[0] == 200
@@ -127,9 +127,8 @@ def test_a_failing_exec_plugin_is_one_error(tmp_path: Path, server: ApiServer) -
 
 @pytest.fixture
 def account(tmp_path: Path, server: ApiServer, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Put a service account where the kubernetes package looks for it."""
-    monkeypatch.setattr("kubernetes.config.incluster_config.SERVICE_TOKEN_FILENAME", str(tmp_path / "token"))
-    monkeypatch.setattr("kubernetes.config.incluster_config.SERVICE_CERT_FILENAME", str(tmp_path / "ca.crt"))
+    """Put a service account where kproxy looks for it."""
+    monkeypatch.setattr("kproxy.kube.plain_access.SERVICE_ACCOUNT", tmp_path)
     return tmp_path
 
 
@@ -151,34 +150,55 @@ def test_in_cluster_with_a_token_that_rotates(
         assert get(client)[0] == 200
 
 
-def test_in_cluster_token_is_read_again_by_the_package(
-    account: Path, certificates: Path, monkeypatch: pytest.MonkeyPatch
+def test_in_cluster_token_is_read_again_in_time(
+    account: Path, certificates: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (account / "token").write_text("first")
     (account / "ca.crt").write_bytes((certificates / "ca.crt").read_bytes())
-    with ApiServer(tokens=["first"], tls=server_context(certificates)) as server:
+    with ApiServer(tokens=["first", "second"], tls=server_context(certificates)) as server:
         monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
         monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(server.address[1]))
         client = Client.from_config()
+        connections = client._access.pool
         (account / "token").write_text("second")
-        server.tokens = {"second"}
+        assert get(client)[0] == 200
+        monkeypatch.setattr("kproxy.kube.client.ROTATION_PERIOD", 0.0)
+        assert get(client)[0] == 200
+        (account / "token").unlink()
+        assert get(client)[0] == 200
+        tokens = [seen.headers["Authorization"] for seen in server.requests.all()]
+        assert tokens == ["Bearer first", "Bearer second", "Bearer second"]
+        assert client._access.pool is connections
+    assert f"keeping the credentials in use: in-cluster service account: {account / 'token'}: No such" in caplog.text
 
-        monkeypatch.setattr("datetime.datetime", Later)  # the package asks the module for the class
+
+def test_a_certificate_authority_that_rotates(
+    account: Path, certificates: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (account / "token").write_text("token")
+    (account / "ca.crt").write_bytes((certificates / "client.crt").read_bytes())
+    with ApiServer(tls=server_context(certificates)) as server:
+        monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
+        monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(server.address[1]))
+        client = Client.from_config()
+        with pytest.raises(TransportError, match="certificate"):
+            get(client)
+        (account / "ca.crt").write_bytes((certificates / "ca.crt").read_bytes())
+        monkeypatch.setattr("kproxy.kube.client.ROTATION_PERIOD", 0.0)
         assert get(client)[0] == 200
 
 
-class Later(datetime.datetime):
-    """A clock two minutes ahead: the package reads a token again after one."""
-
-    @classmethod
-    def now(cls, tz: datetime.tzinfo | None = None) -> Later:
-        return super().now(tz) + datetime.timedelta(minutes=2)
-
-
-def test_outside_a_cluster_without_a_kubeconfig(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outside_a_cluster_without_a_kubeconfig(account: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
-    with pytest.raises(ClientError, match=r"^in-cluster service account: Service host/port is not set\.$"):
+    with pytest.raises(ClientError) as caught:
         Client.from_config()
+    where = "in-cluster service account"
+    assert str(caught.value) == f"{where}: KUBERNETES_SERVICE_HOST and KUBERNETES_SERVICE_PORT are not set"
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "fd00::1")
+    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "443")
+    with pytest.raises(ClientError) as caught:
+        Client.from_config()
+    assert str(caught.value) == f"{where}: {account / 'token'}: No such file or directory"
 
 
 def test_server_alone_and_server_over_kubeconfig(server: ApiServer, tmp_path: Path) -> None:
@@ -508,16 +528,70 @@ def test_connections_are_probed_while_idle(server: ApiServer, config: str) -> No
         assert [sock.getsockopt(socket.IPPROTO_TCP, option) for option in options] == [30, 10, 3]
 
 
-def test_the_package_is_imported_only_for_a_client() -> None:
-    program = "import sys, kproxy.kube.api_source; sys.exit(any(m in sys.modules for m in ('kubernetes', 'urllib3')))"
-    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+def loaded_by(program: str, *names: str) -> set[str]:
+    """Return which of these packages and modules a program has loaded at its end."""
+    told = f"import sys\n{program}\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", told], check=True, capture_output=True, text=True)
+    modules = done.stdout.split()
+    return {name for name in names if any(f"{module}.".startswith(f"{name}.") for module in modules)}
 
 
-def test_no_api_class_or_model_is_loaded(server: ApiServer, config: str) -> None:
-    program = (
-        "import sys; from kproxy.kube.client import Client\n"
-        f"client = Client.from_config({config!r}); client.get({SERVICES!r}, {{}}, 20).read()\n"
-        "heavy = [m for m in sys.modules if m.startswith(('kubernetes.client.models.', 'kubernetes.client.api.'))]\n"
-        "sys.exit(bool(heavy))"
+def test_only_a_client_needs_http() -> None:
+    assert loaded_by("import kproxy.daemon", "kubernetes", "urllib3") == set()
+
+
+def asking(config: str) -> str:
+    return (
+        "from kproxy.kube.client import Client\n"
+        f"client = Client.from_config({config!r}); assert client.get({SERVICES!r}, {{}}, 20).read()"
     )
-    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_plain_credentials_are_read_without_the_package(server: ApiServer, config: str) -> None:
+    assert loaded_by(asking(config), "kubernetes", "requests", "urllib3") == {"urllib3"}
+
+
+def test_no_api_class_or_model_is_loaded(server: ApiServer, tmp_path: Path) -> None:
+    text = """import json
+print(json.dumps({"apiVersion": "client.authentication.k8s.io/v1", "kind": "ExecCredential",
+                  "status": {"token": "secret"}}))"""
+    config = kubeconfig(tmp_path / "config", server.url, plugin(tmp_path / "plugin", text))
+    heavy = ("kubernetes.client.models.v1_service", "kubernetes.client.api.core_v1_api")
+    assert loaded_by(asking(config), "kubernetes", *heavy) == {"kubernetes"}
+
+
+PACKAGE_ONLY: list[dict[str, Any]] = [{"username": "me", "password": "secret"}, {"as": "somebody", "token": "secret"}]
+
+
+@pytest.mark.parametrize("user", PACKAGE_ONLY)
+def test_what_is_not_plain_is_left_to_the_package(server: ApiServer, tmp_path: Path, user: dict[str, Any]) -> None:
+    path = kubeconfig(tmp_path / "config", server.url, user)
+    assert find_plain(path, None, {}) is None
+    get(Client.from_config(path))
+    scheme = "Bearer" if "token" in user else "Basic"
+    assert server.requests.all()[0].headers["Authorization"].startswith(scheme)
+
+
+def test_a_proxy_of_the_environment_is_left_to_the_package(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find_plain(config, None, {}) is not None
+    monkeypatch.setenv("https_proxy", "http://proxy.example:3128")
+    assert find_plain(config, None, {}) is None
+
+
+@pytest.mark.parametrize("user", [{"token": "secret"}, {"tokenFile": "token"}, {}])
+def test_both_ways_send_the_same(
+    server: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, user: dict[str, Any]
+) -> None:
+    (tmp_path / "token").write_text("secret\n")
+    path = kubeconfig(tmp_path / "config", f"{server.url}/", user)
+    get(Client.from_config(path))
+    monkeypatch.setattr("kproxy.kube.client.find_plain", lambda *_: None)
+    get(Client.from_config(path))
+    plain, package = (seen.headers for seen in server.requests.all())
+    assert dict(plain) == dict(package)
+
+
+def test_a_token_file_counts_more_than_a_token(server: ApiServer, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("secret")
+    user = {"tokenFile": "token", "token": "old"}
+    assert get(Client.from_config(kubeconfig(tmp_path / "config", server.url, user)))[0] == 200

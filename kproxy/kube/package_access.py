@@ -1,45 +1,51 @@
-"""Where the API server is and how it knows us: kubeconfigs and service accounts, read by the `kubernetes` package.
+"""Every other way to the API server: exec plugins, identity providers, proxies, read by the `kubernetes` package.
 
 The package is imported when something is loaded, not with this module.
 """
-# ruff: noqa: PLC0415 - kubernetes and urllib3 cost tens of megabytes, and only those who have a client need them
+# ruff: noqa: PLC0415 - kubernetes costs 20 MB, and only those who cannot do without need it
 
 from __future__ import annotations
 
 import logging
-import socket
 import ssl
 import threading
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import yaml
 
-_KEEPALIVE = [
-    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
-    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
-]  # a peer that vanished is found within a minute
+from kproxy.kube.access import CONNECTIONS, IN_CLUSTER, KEEPALIVE, ClientError
 
 
-class ClientError(Exception):
-    """The configuration or the credentials cannot be used; the message is one line: which file, what, why."""
-
-
-def load_configuration(kubeconfig: str | None, server: str | None) -> Any:
-    """Return the package's Configuration for a kubeconfig file, or for the Pod's service account if there is none.
+class PackageAccess:
+    """A way to the server (`kproxy.kube.access.Access`) by a kubeconfig, or by a Pod's service account without one.
 
     `server` overrides the URL in it; alone it needs no credentials. Raises `ClientError`.
     """
+
+    def __init__(self, kubeconfig: str | None, server: str | None) -> None:
+        self._source = kubeconfig or IN_CLUSTER
+        self._configuration = _load_configuration(kubeconfig, server)
+        self.server: str = server or self._configuration.host
+        with Explained(self._source):
+            # The package refreshes a service account's token and an exec plugin's, but not this.
+            self.rotates = _names_token_file(kubeconfig)
+        self.pool = _make_pool(self._configuration)
+
+    def authentication(self) -> dict[str, str]:
+        """Return the headers by which the server knows us, with a token that the package may refresh for that."""
+        with Explained(self._source):
+            settings = self._configuration.auth_settings()
+        return {item["key"].title(): item["value"].strip() for item in settings.values() if item.get("value")}
+
+
+def _load_configuration(kubeconfig: str | None, server: str | None) -> Any:
     from kubernetes import config
     from kubernetes.client.configuration import Configuration
 
     configuration = Configuration()
-    configuration.socket_options = _KEEPALIVE
-    configuration.connection_pool_maxsize = 4
+    configuration.socket_options = KEEPALIVE
+    configuration.connection_pool_maxsize = CONNECTIONS
     if kubeconfig is not None:
         for path in kubeconfig.split(":"):
             with Explained(path), Path(path).expanduser().open("rb"):
@@ -47,24 +53,12 @@ def load_configuration(kubeconfig: str | None, server: str | None) -> Any:
         with Explained(kubeconfig):
             config.load_kube_config(kubeconfig, client_configuration=configuration, persist_config=False)
     elif server is None:
-        with Explained("in-cluster service account"):
+        with Explained(IN_CLUSTER):
             config.load_incluster_config(client_configuration=configuration)
     if server:
         configuration.host = server
-    _check_certificates(configuration, kubeconfig or "in-cluster service account")
+    _check_certificates(configuration, kubeconfig or IN_CLUSTER)
     return configuration
-
-
-def check_server(server: str, source: str | None) -> None:
-    """Raise `ClientError`, naming the file it is from if there is one, unless `server` is a URL to talk HTTP to."""
-    where = f"{source}: server" if source else "server"
-    try:
-        parts = urlsplit(server)
-        valid = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        valid = False
-    if not valid:
-        raise ClientError(f"{where} {server!r} is no URL like https://10.0.0.1:6443")
 
 
 def _check_certificates(configuration: Any, source: str) -> None:
@@ -78,8 +72,7 @@ def _check_certificates(configuration: Any, source: str) -> None:
             context.load_cert_chain(configuration.cert_file, configuration.key_file, lambda: "")
 
 
-def make_pool(configuration: Any) -> Any:
-    """Return the connections for a Configuration. Raises `ClientError`."""
+def _make_pool(configuration: Any) -> Any:
     import urllib3
     from kubernetes.client.rest import RESTClientObject
 
@@ -89,8 +82,7 @@ def make_pool(configuration: Any) -> Any:
         return RESTClientObject(configuration).pool_manager
 
 
-def names_token_file(kubeconfig: str | None) -> bool:
-    """Tell whether a user of a kubeconfig has its token in a file of its own."""
+def _names_token_file(kubeconfig: str | None) -> bool:
     if kubeconfig is None:
         return False
     for path in kubeconfig.split(":"):

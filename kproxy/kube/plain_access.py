@@ -1,0 +1,243 @@
+"""Plain ways to the API server, read without the `kubernetes` package, which takes 20 MB and 0.3 s of CPU to import.
+
+Plain are a Pod's service account, and a kubeconfig file whose user has a token, a token's file or a client certificate.
+Everything else, and everything that is wrong in its form, is left to the package (`kproxy.kube.package_access`).
+"""
+# ruff: noqa: PLC0415 - only those who have a client need urllib3
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+import ssl
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.request import getproxies_environment
+
+import yaml
+from msgspec import Struct
+
+from kproxy.kube.access import CONNECTIONS, IN_CLUSTER, KEEPALIVE, ClientError
+
+SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+"""Where the kubelet mounts a Pod's token and the certificate authority of the API server."""
+
+_FILES = {"tokenFile", "certificate-authority", "client-certificate", "client-key"}
+_CLUSTER = {
+    "server",
+    "certificate-authority",
+    "certificate-authority-data",
+    "insecure-skip-tls-verify",
+    "tls-server-name",
+    "extensions",
+}
+_USER = {
+    "token",
+    "tokenFile",
+    "client-certificate",
+    "client-certificate-data",
+    "client-key",
+    "client-key-data",
+    "extensions",
+}
+
+
+class Pem(Struct, frozen=True):
+    """Certificates or a key: the text, and the file or field that it is from."""
+
+    content: bytes
+    source: str
+
+
+class Plain(Struct, frozen=True):
+    """All that a plain way to the server consists of; two that are equal need but one pool of connections.
+
+    Without an `authority` the system's count; `insecure` checks none at all. `server_name` stands in the server's
+    certificate instead of its host. `rotates`: see `Access`.
+    """
+
+    source: str
+    server: str
+    token: str = ""
+    rotates: bool = False
+    authority: Pem | None = None
+    certificate: Pem | None = None
+    key: Pem | None = None
+    insecure: bool = False
+    server_name: str = ""
+
+
+class PlainAccess:
+    """A way to the server (`kproxy.kube.access.Access`) by plain credentials."""
+
+    def __init__(self, plain: Plain, before: object = None) -> None:
+        """`before` is the access in use so far: its connections stay if only the token is another.
+
+        Raises `ClientError` if certificates cannot be used.
+        """
+        self._plain = plain
+        self.server = plain.server
+        self.rotates = plain.rotates
+        self.pool: Any
+        if isinstance(before, PlainAccess) and _without_token(before._plain) == _without_token(plain):
+            self.pool = before.pool
+        else:
+            self.pool = _make_pool(plain)
+
+    def authentication(self) -> dict[str, str]:
+        """Return the header with the token, if there is one."""
+        return {"Authorization": f"Bearer {self._plain.token}"} if self._plain.token else {}
+
+
+def find_plain(kubeconfig: str | None, server: str | None, environment: Mapping[str, str]) -> Plain | None:
+    """Return the plain way to the server, None if it is not plain or anything is missing or malformed.
+
+    `kubeconfig` None stands for the Pod's service account, or with a `server` for no credentials at all. A `server`
+    replaces the URL of a kubeconfig. Proxies, be they in `environment`, are not plain. Raises `ClientError` if a file
+    that is named cannot be read.
+    """
+    if getproxies_environment():
+        return None
+    if kubeconfig is not None:
+        return _from_kubeconfig(kubeconfig, server)
+    return Plain("server", server) if server else _from_service_account(environment)
+
+
+def _from_service_account(environment: Mapping[str, str]) -> Plain:
+    host, port = (environment.get(f"KUBERNETES_SERVICE_{part}", "") for part in ("HOST", "PORT"))
+    if not (host and port):
+        raise ClientError(f"{IN_CLUSTER}: KUBERNETES_SERVICE_HOST and KUBERNETES_SERVICE_PORT are not set")
+    token, authority = SERVICE_ACCOUNT / "token", SERVICE_ACCOUNT / "ca.crt"
+    return Plain(
+        IN_CLUSTER,
+        f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}",
+        _read(IN_CLUSTER, token).decode(errors="replace").strip(),
+        rotates=True,
+        authority=Pem(_read(IN_CLUSTER, authority), str(authority)),
+    )
+
+
+def _read(source: str, path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ClientError(f"{source}: {path}: {error.strerror}") from None
+
+
+def _from_kubeconfig(path: str, server: str | None) -> Plain | None:
+    try:
+        content = yaml.safe_load(Path(path).expanduser().read_bytes())
+        context = _named(content["contexts"], content["current-context"], "context")
+        cluster = _named(content["clusters"], context["cluster"], "cluster")
+        user = _named(content["users"], context["user"], "user") if context.get("user") else {}
+    except (OSError, yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+    if not _is_plain(cluster, _CLUSTER) or not _is_plain(user, _USER) or not (server or cluster.get("server")):
+        return None
+    reader = _Reader(path)
+    token = user.get("token") or ""
+    if "tokenFile" in user:
+        token = reader.read(user["tokenFile"]).decode(errors="replace").strip()
+    return Plain(
+        path,
+        server or cluster["server"],
+        token,
+        rotates=bool(_FILES & (user.keys() | cluster.keys())),
+        authority=reader.pem(cluster, "certificate-authority"),
+        certificate=reader.pem(user, "client-certificate"),
+        key=reader.pem(user, "client-key"),
+        insecure=cluster.get("insecure-skip-tls-verify") is True,
+        server_name=cluster.get("tls-server-name") or "",
+    )
+
+
+def _named(entries: Any, name: str, kind: str) -> Any:
+    (found,) = (entry[kind] or {} for entry in entries if entry["name"] == name)
+    return found
+
+
+def _is_plain(fields: Any, known: set[str]) -> bool:
+    if not isinstance(fields, dict) or not fields.keys() <= known:
+        return False
+    kinds = {"insecure-skip-tls-verify": bool, "extensions": object}
+    return all(isinstance(value, kinds.get(name, str)) for name, value in fields.items())
+
+
+class _Reader:
+    """Reads what a kubeconfig names; its paths count from the folder that it is in."""
+
+    def __init__(self, kubeconfig: str) -> None:
+        self._kubeconfig = kubeconfig
+        self._folder = Path(kubeconfig).expanduser().parent
+
+    def read(self, name: str) -> bytes:
+        return _read(self._kubeconfig, self._folder / name)
+
+    def pem(self, fields: Mapping[str, Any], name: str) -> Pem | None:
+        """Return what a field holds in base64 (`NAME-data`, which comes first) or names a file of, None if neither."""
+        if encoded := fields.get(f"{name}-data"):
+            try:
+                return Pem(base64.b64decode("".join(encoded.split()), validate=True), f"{name}-data")
+            except (binascii.Error, ValueError) as error:
+                raise ClientError(f"{self._kubeconfig}: {name}-data is no base64: {error}") from None
+        path = fields.get(name)
+        return Pem(self.read(path), str(self._folder / path)) if path else None
+
+
+def _without_token(plain: Plain) -> tuple[object, ...]:
+    return (plain.server, plain.authority, plain.certificate, plain.key, plain.insecure, plain.server_name)
+
+
+def _make_pool(plain: Plain) -> Any:
+    import urllib3
+
+    if plain.insecure:  # asked for in so many words: no warning per request
+        urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
+    name: dict[str, Any] = {"server_hostname": plain.server_name} if plain.server_name else {}
+    return urllib3.PoolManager(ssl_context=_tls(plain), maxsize=CONNECTIONS, socket_options=KEEPALIVE, **name)
+
+
+def _tls(plain: Plain) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    if plain.insecure:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    elif plain.authority is None:
+        context.load_default_certs()
+    if plain.authority is not None:
+        try:
+            context.load_verify_locations(cadata=plain.authority.content.decode("ascii", errors="ignore"))
+        except (ssl.SSLError, ValueError) as error:
+            raise ClientError(
+                f"{plain.source}: certificate authority {plain.authority.source}: {_reason(error)}"
+            ) from None
+    if plain.certificate is not None:
+        key = plain.key or plain.certificate  # one file may hold both
+        try:
+            _load_pair(context, plain.certificate.content, key.content)
+        except (OSError, ValueError) as error:
+            raise ClientError(
+                f"{plain.source}: client certificate {plain.certificate.source}, key {key.source}: {_reason(error)}"
+            ) from None
+    return context
+
+
+def _load_pair(context: ssl.SSLContext, certificate: bytes, key: bytes) -> None:
+    """Load a client's certificate and key, which Python takes from files only: of memory, on no disk."""
+    files = [os.memfd_create("kproxy-credentials"), os.memfd_create("kproxy-credentials")]
+    try:
+        for file, content in zip(files, (certificate, key), strict=True):
+            os.write(file, content)
+        first, second = (f"/proc/self/fd/{file}" for file in files)
+        # A password callback, so that an encrypted key is an error and no question on the terminal.
+        context.load_cert_chain(first, second, lambda: "")
+    finally:
+        for file in files:
+            os.close(file)
+
+
+def _reason(error: Exception) -> str:
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split())
