@@ -34,14 +34,15 @@ def endpoints_by_socket(
         for port in each.ports:
             if port.name == port_name and port.protocol == protocol:
                 _add(found, each.endpoints, port.port, six=family is Family.IPV6)
-    return dict(sorted(found.items()))
+    return {text: found[text] for text in sorted(found)}
 
 
 def _add(found: dict[str, Endpoint], endpoints: Iterable[Endpoint], port: int, *, six: bool) -> None:
+    end = f"]:{port}" if six else f":{port}"
     for endpoint in endpoints:
-        text = f"[{endpoint.address}]:{port}" if six else f"{endpoint.address}:{port}"
-        known = found.setdefault(text, endpoint)
-        if known is not endpoint and _usefulness(endpoint) > _usefulness(known):
+        text = f"[{endpoint.address}{end}" if six else endpoint.address + end
+        known = found.get(text)
+        if known is None or _usefulness(endpoint) > _usefulness(known):
             found[text] = endpoint
 
 

@@ -153,8 +153,8 @@ def _plan_port(
 
 
 def _on(node: str, known: Mapping[str, Endpoint], used: tuple[Sockets, ...]) -> Sockets:
-    here = [text for text, endpoint in known.items() if endpoint.node == node]
-    return tuple(text for text in here if any(text in sockets for sockets in used)) if node and here else ()
+    here = [text for text, endpoint in known.items() if endpoint.node == node] if node else ()
+    return tuple(text for text in here if any(text in sockets for sockets in used)) if here else ()
 
 
 def _ready_on(node: str, endpoints: Iterable[Endpoint]) -> tuple[str, ...]:
@@ -168,7 +168,7 @@ def _decide(*, anywhere: bool, local_only: bool, local: Sockets) -> Decision:
 
 
 def _of_family(texts: tuple[str, ...], family: Family) -> tuple[str, ...]:
-    return tuple([text for text in texts if family_of(text) is family])
+    return tuple([text for text in texts if family_of(text) is family]) if texts else ()
 
 
 def _effective_ranges(ranges: tuple[str, ...]) -> tuple[str, ...]:

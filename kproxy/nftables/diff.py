@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from itertools import chain as concatenated
 
 from kproxy.model.context import Context
@@ -121,13 +120,18 @@ class Change:
             self._frontends[key] = self._ledger.holder(key)
 
     def _count(self, service: RenderedService, by: int) -> None:
-        for name, keys in ((names.CLUSTER_IPS, (service.cluster_ip,)), (names.HAIRPINS, service.hairpins)):
-            counts = self._ledger.members.setdefault(name, Counter())
-            for key in keys:
-                self._members.setdefault((name, key), counts[key] > 0)
-                counts[key] += by
-                if not counts[key]:
-                    del counts[key]
+        self._count_member(names.CLUSTER_IPS, service.cluster_ip, by)
+        for key in service.hairpins:
+            self._count_member(names.HAIRPINS, key, by)
+
+    def _count_member(self, name: str, key: bytes, by: int) -> None:
+        counts = self._ledger.members[name]
+        before = counts[key]
+        self._members.setdefault((name, key), before > 0)
+        if before + by:
+            counts[key] = before + by
+        else:
+            del counts[key]
 
     def _note_conflict(self, first: Frontend, second: Frontend) -> None:
         holder = self._ledger.holder(second.key)

@@ -30,6 +30,7 @@ class Element(Struct, frozen=True, gc=False):
 
 PROTOCOLS: dict[Protocol, int] = {"TCP": 6, "UDP": 17, "SCTP": 132}
 
+_IP4, _IP6 = int(AF_INET), int(AF_INET6)  # a plain number is converted faster
 _PROTOCOL_AND_PORT = struct.Struct(">B3xH2x")
 _PORT = struct.Struct(">H2x")
 _NUMBER = struct.Struct("=I")
@@ -42,7 +43,7 @@ def address_family(family: Family) -> int:
 
 def pack_address(address: str) -> bytes:
     """Return an address of either family as bytes."""
-    return inet_pton(AF_INET6 if ":" in address else AF_INET, address)
+    return inet_pton(_IP6 if ":" in address else _IP4, address)
 
 
 def unpack_address(packed: bytes) -> str:
@@ -61,13 +62,11 @@ def service_key(address: str, protocol: Protocol, port: int) -> bytes:
 
 
 def pack_pool(endpoints: Sequence[str]) -> bytes:
-    """Return the values that stand for endpoints, given as `ip:port`, one after the other."""
-    packed = []
-    for endpoint in endpoints:
-        address, _, port = endpoint.rpartition(":")
-        packed.append(inet_pton(AF_INET6, address[1:-1]) if address[0] == "[" else inet_pton(AF_INET, address))
-        packed.append(_packed_port(port))
-    return b"".join(packed)
+    """Return the values that stand for endpoints of one family, given as `ip:port`, one after the other."""
+    parts = [endpoint.rpartition(":") for endpoint in endpoints]
+    if parts and parts[0][0][0] == "[":
+        return b"".join([inet_pton(_IP6, address[1:-1]) + _packed_port(port) for address, _, port in parts])
+    return b"".join([inet_pton(_IP4, address) + _packed_port(port) for address, _, port in parts])
 
 
 @lru_cache(1 << 10)

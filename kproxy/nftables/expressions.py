@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator
-from functools import singledispatch
+from functools import cache, lru_cache, singledispatch
 from ipaddress import ip_network
 
 from kproxy.host.netlink import attribute, nested
@@ -62,7 +62,12 @@ def text(kind: int, value: str) -> bytes:
 
 def data(kind: int, value: bytes) -> bytes:
     """Return an attribute that holds a value for a register."""
-    return nested(kind, attribute(_NFTA_DATA_VALUE, value))
+    return _data_header(kind, len(value)) + value + b"\0" * (-len(value) % 4)
+
+
+@cache
+def _data_header(kind: int, size: int) -> bytes:
+    return nested(kind, attribute(_NFTA_DATA_VALUE, bytes(size)))[:8]
 
 
 def verdict(kind: int, code: int, chain: str = "") -> bytes:
@@ -71,6 +76,7 @@ def verdict(kind: int, code: int, chain: str = "") -> bytes:
     return nested(kind, nested(NFTA_DATA_VERDICT, number(_NFTA_VERDICT_CODE, code), *target))
 
 
+@lru_cache(1 << 10)
 def element_verdict(kind: int, chain: str) -> bytes:
     """Return an attribute that holds the verdict of a map's element: `DROP`, or to go to a chain."""
     return verdict(kind, NF_DROP) if chain == DROP else verdict(kind, NFT_GOTO, chain)

@@ -6,6 +6,7 @@ from collections import Counter
 
 from kproxy.model.context import Context
 from kproxy.model.types import ServiceKey
+from kproxy.nftables import names
 from kproxy.nftables.elements import DROP
 from kproxy.nftables.objects import Chain, Go, Set
 from kproxy.nftables.render import Frontend, RenderedService
@@ -24,7 +25,7 @@ class Ledger:
         self.context: Context | None = None
         self.services: dict[ServiceKey, RenderedService] = {}
         self.frontends: dict[bytes, Frontend | tuple[Frontend, ...]] = {}
-        self.members: dict[str, Counter[bytes]] = {}
+        self.members: dict[str, Counter[bytes]] = {names.CLUSTER_IPS: Counter(), names.HAIRPINS: Counter()}
         self.verdicts: Counter[str] = Counter()
         self.node_port_ips: tuple[bytes, ...] = ()
         self.chains: dict[str, Chain] = {}

@@ -160,14 +160,15 @@ def _encode_key(element: Element) -> bytes:
 
 
 def _encode_element(element: Element) -> bytes:
-    parts = [data(1, element.key)]
-    if isinstance(element.value, bytes):
-        parts.append(data(2, element.value))
-    elif element.value is not None:
-        parts.append(element_verdict(2, element.value))
+    value = element.value
+    encoded = data(1, element.key)
+    if isinstance(value, bytes):
+        encoded += data(2, value)
+    elif value is not None:
+        encoded += element_verdict(2, value)
     if element.comment:
-        parts.append(attribute(6, comment(element.comment)))
-    return nested(NFTA_LIST_ELEM, *parts)
+        encoded += attribute(6, comment(element.comment))
+    return nested(NFTA_LIST_ELEM, encoded)
 
 
 def _encode_pool(pool: Pool) -> bytes:

@@ -30,6 +30,9 @@ from tests.bench.report import show, show_comparison
 from tests.bench.scene import SERVED, Scene
 from tests.lab.requirements import missing_commands, missing_privilege
 
+LEAST_SERVICES = 20
+"""Fewer do not suffice for the changes that are measured."""
+
 
 def run_task(task: Task, endpoints: int, folder: Path) -> Run:
     """Measure one mode and size of cluster, then its floors. Raises `RuntimeError` if those are of something else."""
@@ -94,6 +97,8 @@ def arguments() -> argparse.Namespace:
     found.modes = found.modes.split(",")
     if unknown := set(found.modes) - set(MODES):
         parser.error(f"--modes: {', '.join(sorted(unknown))}: there are {' and '.join(MODES)}")
+    if too_small := [count for count in found.services if count < LEAST_SERVICES]:
+        parser.error(f"--services: {too_small[0]}: at least {LEAST_SERVICES} (one Service comes first anyway)")
     if not 1 <= found.endpoints <= len(SERVED):
         parser.error(f"--endpoints: {found.endpoints}: from 1 to {len(SERVED)}")
     return found
