@@ -1,1 +1,1 @@
-"""The nftables backend's table, so far only as something that another proxy may have left behind."""
+"""The nftables backend: one table per family, whose maps all Services share."""
