@@ -1,0 +1,179 @@
+"""What clusters and changes cost, counted in rules and elements: the part of speed that depends on no machine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+
+from kproxy.iptables.backend import IptablesBackend
+from kproxy.iptables.dispatch import SHARD_RULES
+from kproxy.model.context import Context
+from kproxy.model.delta import Delete, Delta, Replace, Upsert
+from kproxy.model.local_traffic import LocalTraffic
+from kproxy.model.store import Store
+from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Node, Service, ServicePort
+from kproxy.nftables.backend import NftablesBackend
+from kproxy.nftables.transaction import Transaction
+from kproxy.sync.backend import Backend
+from kproxy.sync.family import FamilySync
+from tests.fakekernel import FakeKernel, FakeTable
+
+ENDPOINTS = 10
+SMALL, LARGE, SPLIT = 30, 300, 1200
+"""Numbers of Services: two whose dispatch chain is flat, and one whose chain is split."""
+
+CONTEXT = Context(Family.IPV4, "node-1", local_traffic=LocalTraffic(cidr="10.244.0.0/16"))
+
+
+class Proxy:
+    """A store with Services of ten endpoints, and one family's way to the kernel."""
+
+    def __init__(self, backend: Backend, services: int) -> None:
+        # As with kube-proxy, rules of large clusters have no comments: that is no part of what is counted here.
+        self._family = FamilySync(backend, lambda _: CONTEXT, large_cluster_endpoints=math.inf)
+        self._store = Store("node-1")
+        for delta in (
+            Replace(Node, ()),
+            Replace(Service, tuple(service(number) for number in range(services))),
+            Replace(EndpointSlice, tuple(endpoint_slice(number) for number in range(services))),
+        ):
+            self._family.note(self._store.apply(delta))
+        self._family.sync(self._store)
+
+    def change(self, *deltas: Delta) -> None:
+        for delta in deltas:
+            self._family.note(self._store.apply(delta))
+        self._family.sync(self._store)
+
+
+def service(number: int) -> Service:
+    ports = (ServicePort("http", 80, "TCP"),)
+    return Service("ns", f"service-{number}", (f"10.96.{number // 250}.{number % 250}",), ports)
+
+
+def endpoint_slice(number: int, *, last: int = 9) -> EndpointSlice:
+    place = (*range(ENDPOINTS - 1), last)
+    endpoints = tuple(Endpoint(f"10.{128 + n}.{number // 250}.{number % 250}", "node-2") for n in place)
+    ports = (EndpointPort("http", 8080, "TCP"),)
+    return EndpointSlice("ns", f"service-{number}", f"ns/service-{number}", Family.IPV4, endpoints, ports)
+
+
+# iptables
+
+OWN = (1 + ENDPOINTS) + 2 * ENDPOINTS
+"""Rules of a Service's own chains: masquerading and one for each endpoint; two for each endpoint's own chain."""
+
+
+def iptables(services: int) -> tuple[FakeKernel, Proxy]:
+    kernel = FakeKernel()
+    return kernel, Proxy(IptablesBackend(kernel), services)
+
+
+def rules_of(kernel: FakeKernel) -> int:
+    return sum(len(rules) for chains in kernel.tables.values() for rules in chains.values())
+
+
+def written(kernel: FakeKernel, begin: int) -> list[str]:
+    """Return the lines that change anything, of all inputs since the first `begin`."""
+    lines = [line for text in kernel.inputs[begin:] for line in text.splitlines()]
+    return [line for line in lines if line[0] in ":-"]
+
+
+def test_iptables_rules_of_a_cluster() -> None:
+    base = rules_of(iptables(0)[0])
+    for services in (SMALL, LARGE):
+        kernel, _ = iptables(services)
+        assert rules_of(kernel) == base + services * (1 + OWN)
+
+
+@pytest.mark.parametrize("services", [SMALL, LARGE, SPLIT])
+def test_iptables_one_endpoint_changed(services: int) -> None:
+    kernel, proxy = iptables(services)
+    begin = len(kernel.inputs)
+    proxy.change(Upsert(endpoint_slice(services // 2, last=20)))
+    lines = written(kernel, begin)
+    appended = [line for line in lines if line.startswith("-A")]
+    assert len(appended) == (1 + ENDPOINTS) + 2
+    # The chains that are written or emptied are named once more, the endpoint's that is gone is deleted.
+    assert len(lines) == len(appended) + 3 + 1
+    assert kernel.reads == 1
+
+
+@pytest.mark.parametrize("services", [SMALL, LARGE])
+def test_iptables_a_service_comes_and_goes_in_a_flat_dispatch_chain(services: int) -> None:
+    kernel, proxy = iptables(services)
+    proxy.change(Upsert(endpoint_slice(services)))
+    begin = len(kernel.inputs)
+    proxy.change(Upsert(service(services)))
+    appended = [line for line in written(kernel, begin) if line.startswith("-A")]
+    # The chain that all Services share is written anew: as kube-proxy's, it ends with the rule for NodePorts.
+    assert len(appended) == (services + 1 + 1) + OWN
+    begin = len(kernel.inputs)
+    proxy.change(Delete(Service, "ns", f"service-{services}"))
+    assert len([line for line in written(kernel, begin) if line.startswith("-A")]) == services + 1
+
+
+def test_iptables_a_service_comes_and_goes_in_a_split_dispatch_chain() -> None:
+    kernel, proxy = iptables(SPLIT)
+    proxy.change(Upsert(endpoint_slice(SPLIT)))
+    begin = len(kernel.inputs)
+    proxy.change(Upsert(service(SPLIT)))
+    proxy.change(Delete(Service, "ns", f"service-{SPLIT}"))
+    shared = len([line for line in written(kernel, begin) if line.startswith(("-A", "-I", "-D"))]) - OWN
+    assert shared <= 2 * SHARD_RULES
+
+
+# nftables
+
+
+def nftables(services: int) -> tuple[FakeTable, Proxy]:
+    kernel = FakeTable(Family.IPV4)
+    return kernel, Proxy(NftablesBackend(kernel), services)
+
+
+def elements_of(kernel: FakeTable) -> int:
+    assert kernel.table is not None
+    return sum(len(found.elements) for found in kernel.table.sets.values())
+
+
+def chains_of(kernel: FakeTable) -> dict[str, int]:
+    assert kernel.table is not None
+    return {name: len(chain.rules) for name, chain in kernel.table.chains.items()}
+
+
+def elements_in(commits: list[Transaction]) -> Iterator[int]:
+    for change in commits:
+        assert (change.rules, change.chains, change.sets) == ([], [], []), "a change needs no rules"
+        yield sum(map(len, change.removed.values())) + sum(map(len, change.additions().values()))
+
+
+def test_nftables_elements_of_a_cluster() -> None:
+    found = {services: nftables(services)[0] for services in (1, SMALL, LARGE)}
+    # Its address, its frontend, its endpoints.
+    each = 1 + 1 + ENDPOINTS
+    assert {services: elements_of(kernel) for services, kernel in found.items()} == {
+        services: services * each for services in found
+    }
+    assert chains_of(found[1]) == chains_of(found[SMALL]) == chains_of(found[LARGE])
+
+
+@pytest.mark.parametrize("services", [SMALL, LARGE])
+def test_nftables_one_endpoint_changed(services: int) -> None:
+    kernel, proxy = nftables(services)
+    begin = len(kernel.commits)
+    proxy.change(Upsert(endpoint_slice(services // 2, last=20)))
+    assert list(elements_in(kernel.commits[begin:])) == [1 + 1]
+    assert kernel.reads == 1
+
+
+@pytest.mark.parametrize("services", [SMALL, LARGE])
+def test_nftables_a_service_comes_and_goes(services: int) -> None:
+    kernel, proxy = nftables(services)
+    proxy.change(Upsert(endpoint_slice(services)))
+    begin = len(kernel.commits)
+    proxy.change(Upsert(service(services)))
+    proxy.change(Delete(Service, "ns", f"service-{services}"))
+    assert list(elements_in(kernel.commits[begin:])) == [1 + 1 + ENDPOINTS] * 2
+    assert kernel.reads == 1
