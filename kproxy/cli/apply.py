@@ -5,33 +5,48 @@ from __future__ import annotations
 import argparse
 
 from kproxy.cli.errors import FailureError
-from kproxy.cli.options import OBJECTS_HELP, add_flags, load_settings
+from kproxy.cli.options import OBJECTS_HELP, OF_THE_DAEMON, SYNTAX, add_flags, load_settings, needed_objects
+from kproxy.cli.parser import COMMANDS, Help
 
-EPILOG = """\
+EPILOG = f"""\
 examples:
-  kproxy apply --objects=web.yaml
-  kubectl get svc,endpointslices,nodes -A -o yaml > all.yaml && kproxy apply --objects=all.yaml
+  # what the cluster has now
+  kubectl get svc,endpointslices,nodes -A -o yaml > all.yaml
+  kproxy apply --objects=all.yaml
+  # as the Node of that name, with the settings of its kube-proxy
+  kproxy apply --objects=all.yaml --hostname-override=node-1 \\
+      --config=config.conf
+  # a folder of files, in mode nftables
+  kproxy apply --objects=./cluster/ --proxy-mode=nftables
+  # traffic from outside of the pods' addresses to cluster IPs gets SNAT
+  kproxy apply --objects=web.yaml --cluster-cidr=10.244.0.0/16,fd00:10::/56
 
-Exits with 0 only when the kernel accepted everything. Rules of Services that are not in PATH are removed."""
+{SYNTAX}
+Flags of `kproxy run` that mean nothing here are taken too, and not shown.
+
+Exits with 0 only when the kernel accepted everything. Rules of Services that
+are not in PATH are removed."""
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command to the command line."""
     parser = commands.add_parser(
         "apply",
-        help="program the node once from files",
-        usage="kproxy apply --objects PATH [FLAGS]",
+        help=COMMANDS["apply"],
+        usage="kproxy apply --objects=PATH [FLAGS]",
         description="Program this node once, from files.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
         allow_abbrev=False,
     )
-    parser.add_argument("--objects", metavar="PATH", required=True, help=OBJECTS_HELP)
-    add_flags(parser)
+    # Not `required`, or its lack would be told when it is misspelt.
+    parser.add_argument("--objects", metavar="PATH", help=OBJECTS_HELP)
+    add_flags(parser, once=True, hidden=OF_THE_DAEMON)
     parser.set_defaults(command=_apply)
 
 
 def _apply(options: argparse.Namespace) -> None:
+    objects = needed_objects(options)
     config = load_settings(options)
     from kproxy import once
     from kproxy.families import StartError
@@ -39,6 +54,6 @@ def _apply(options: argparse.Namespace) -> None:
     from kproxy.model.outcome import SyncError
 
     try:
-        once.apply(config, options.objects)
+        once.apply(config, objects)
     except (StartError, FileSourceError, SyncError) as error:
         raise FailureError(str(error)) from None

@@ -8,11 +8,29 @@ import sys
 
 from kproxy.cli.errors import UsageError
 from kproxy.config import Config, ConfigError, add_flags, configure
+from kproxy.config.flag_table import Group
 
 OBJECTS_HELP = (
     "a file or folder with Services, EndpointSlices and Nodes as YAML or JSON, such as "
     "`kubectl get svc,endpointslices,nodes -A -o yaml` prints"
 )
+
+SYNTAX = """\
+A flag that is given wins over the file of --config. A DURATION is written as
+30s, 1m30s or 250ms. A BOOL is true or false, and the flag alone means true.
+Lists may be given in parts: the flag more than once."""
+"""How flags are written, for the help of each command that takes them."""
+
+
+OF_THE_DAEMON: tuple[Group, ...] = ("what is followed", "sync", "serving", "conntrack and memory", "without effect")
+"""The flags that mean nothing to a command that does its work once."""
+
+
+def needed_objects(options: argparse.Namespace) -> str:
+    """Return what `--objects` names, where a command cannot do without. Raises `UsageError`."""
+    if not options.objects:
+        raise UsageError("--objects=PATH is missing: a file or folder with Services, EndpointSlices and Nodes")
+    return str(options.objects)
 
 
 def load_settings(options: argparse.Namespace) -> Config:
@@ -34,4 +52,4 @@ def load_settings(options: argparse.Namespace) -> Config:
     return config
 
 
-__all__ = ["OBJECTS_HELP", "add_flags", "load_settings"]
+__all__ = ["OBJECTS_HELP", "OF_THE_DAEMON", "SYNTAX", "add_flags", "load_settings", "needed_objects"]

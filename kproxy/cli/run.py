@@ -7,27 +7,49 @@ import os
 from pathlib import Path
 
 from kproxy.cli.errors import FailureError
-from kproxy.cli.options import OBJECTS_HELP, add_flags, load_settings
+from kproxy.cli.options import OBJECTS_HELP, SYNTAX, add_flags, load_settings
+from kproxy.cli.output import show
+from kproxy.cli.parser import COMMANDS, Help
 from kproxy.config import Config, to_yaml
 
-EPILOG = """\
+EPILOG = f"""\
 examples:
-  kproxy run --config=/var/lib/kube-proxy/config.conf --hostname-override=$NODE_NAME
+  # in kube-proxy's place on a node of a kubeadm cluster: its file, its flags
+  kproxy run --config=/var/lib/kube-proxy/config.conf --hostname-override=node-1
+  # against a cluster, with the credentials of a user
   kproxy run --kubeconfig=$HOME/.kube/config --cluster-cidr=10.244.0.0/16
+  # mode nftables, in two IP families; NodePorts only on one network
+  kproxy run --proxy-mode=nftables --cluster-cidr=10.244.0.0/16,fd00:10::/56 \\
+      --nodeport-addresses=192.168.0.0/24
+  # at most two syncs a second; only this machine sees health and metrics
+  kproxy run --iptables-min-sync-period=500ms \\
+      --healthz-bind-address=127.0.0.1 --metrics-bind-address=127.0.0.1
+  # one node, without a cluster: follow the files of a folder
   kproxy run --objects=./cluster/ --hostname-override=node-1
+  # see what it does
+  kproxy run --objects=web.yaml -v=4
+  # in an init container with privileges, so that the proxy needs fewer
+  kproxy run --init-only --config=/var/lib/kube-proxy/config.conf
+  # a configuration file with what these flags say, all defaults beside it
+  kproxy run --write-config-to=config.yaml --proxy-mode=nftables
+  # no proxy on this node any more: take all rules out, of either mode
+  kproxy run --cleanup
 
-Without --kubeconfig and --objects it uses the Pod's service account. SIGTERM ends it and leaves the rules in place."""
+{SYNTAX}
+
+Without --kubeconfig and --objects it uses the Pod's service account. SIGTERM
+ends it and leaves the rules in place."""
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command to the command line."""
     parser = commands.add_parser(
         "run",
-        help="keep the node's rules after the cluster (or files), until told to stop",
-        usage="kproxy run [--objects PATH] [FLAGS]",
-        description="Keep this node's rules after the Services and EndpointSlices of a cluster or of files.",
+        help=COMMANDS["run"],
+        usage="kproxy run [--objects=PATH] [FLAGS]",
+        description="Keep this node's rules after the Services of a cluster, or of files.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
         allow_abbrev=False,
     )
     parser.add_argument("--objects", metavar="PATH", help=f"follow {OBJECTS_HELP}, instead of an API server")
@@ -95,6 +117,6 @@ def _clean_up() -> None:
 
     try:
         for line in remove_all() or ["there was nothing to remove"]:
-            print(line)
+            show(f"{line}\n")
     except CommandError as error:
         raise FailureError(str(error)) from None

@@ -12,13 +12,16 @@ Kind: TypeAlias = Literal["text", "bool", "int", "number", "list", "gates", "vmo
 class Flag(Struct, frozen=True):
     """A flag that sets fields of the configuration, named as the file spells them. Durations are text.
 
-    Where `blank_is_unset`, the flag with an empty value counts as not given.
+    The help calls its value `value`, and `words` are those that are offered for it. Where `blank_is_unset`, the flag
+    with an empty value counts as not given.
     """
 
     name: str
     fields: tuple[str, ...]
-    help: str
+    help: str = ""
     kind: Kind = "text"
+    value: str = "TEXT"
+    words: tuple[str, ...] = ()
     blank_is_unset: bool = False
 
     @property
@@ -27,115 +30,253 @@ class Flag(Struct, frozen=True):
         return f"--{self.name}"
 
 
-CONFIG_FLAGS = (
-    # where and who
-    Flag("kubeconfig", ("clientConnection.kubeconfig",), "file with the API server's address and credentials"),
+CONFIGURATION = (
     Flag(
-        "kube-api-content-type",
-        ("clientConnection.contentType",),
-        "accepted; kproxy always asks for JSON",
+        "hostname-override",
+        ("hostnameOverride",),
+        "name of this Node (default: the host name)",
+        value="NAME",
         blank_is_unset=True,
     ),
-    Flag("kube-api-qps", ("clientConnection.qps",), "accepted: kproxy has no requests to throttle", "number"),
-    Flag("kube-api-burst", ("clientConnection.burst",), "accepted: kproxy has no requests to throttle", "int"),
-    Flag("hostname-override", ("hostnameOverride",), "name of this Node (default: the host name)", blank_is_unset=True),
+)
+
+FOLLOWED = (
     Flag(
-        "bind-address",
-        ("bindAddress",),
-        "this node's primary IP address; no socket is bound to it",
+        "kubeconfig",
+        ("clientConnection.kubeconfig",),
+        "address of the API server and credentials (default: the Pod's service account)",
+        value="FILE",
+    ),
+)
+
+TRAFFIC = (
+    Flag(
+        "proxy-mode",
+        ("mode",),
+        'iptables (default), nftables, or "" for nftables where it works',
+        value="MODE",
+        words=("iptables", "nftables"),
+    ),
+    Flag(
+        "cluster-cidr",
+        ("clusterCIDR",),
+        "addresses of the pods; one CIDR, or one of each family",
+        value="CIDR[,CIDR]",
+    ),
+    Flag(
+        "detect-local-mode",
+        ("detectLocalMode",),
+        "how traffic of this node's pods is known: ClusterCIDR (default), NodeCIDR, BridgeInterface or "
+        "InterfaceNamePrefix",
+        value="HOW",
+        words=("ClusterCIDR", "NodeCIDR", "BridgeInterface", "InterfaceNamePrefix"),
         blank_is_unset=True,
     ),
-    Flag("config-sync-period", ("configSyncPeriod",), "accepted: changes come as they happen"),
-    Flag("feature-gates", ("featureGates",), "NAME=true|false,...", "gates"),
-    # servers
-    Flag("healthz-bind-address", ("healthzBindAddress",), 'IP[:PORT] of the health server, "" for none'),
-    Flag("metrics-bind-address", ("metricsBindAddress",), 'IP[:PORT] of the metrics server, "" for none'),
-    Flag("bind-address-hard-fail", ("bindAddressHardFail",), "exit if a port cannot be listened on", "bool"),
-    Flag("profiling", ("enableProfiling",), "accepted: profiles are those of Go programs", "bool"),
-    Flag("show-hidden-metrics-for-version", ("showHiddenMetricsForVersion",), "MAJOR.MINOR"),
-    # rules
-    Flag("proxy-mode", ("mode",), 'iptables (default), nftables, or "" for nftables where it works'),
-    Flag("iptables-masquerade-bit", ("iptables.masqueradeBit",), "bit of the mark for SNAT, 0 to 31 (14)", "int"),
     Flag(
-        "masquerade-all",
-        ("iptables.masqueradeAll", "nftables.masqueradeAll"),
-        "SNAT all traffic to cluster IPs",
-        "bool",
+        "pod-bridge-interface",
+        ("detectLocal.bridgeInterface",),
+        "the bridge, for --detect-local-mode=BridgeInterface",
+        value="NAME",
+    ),
+    Flag(
+        "pod-interface-name-prefix",
+        ("detectLocal.interfaceNamePrefix",),
+        "how interfaces of pods begin, for --detect-local-mode=InterfaceNamePrefix",
+        value="NAME",
+    ),
+    Flag(
+        "nodeport-addresses",
+        ("nodePortAddresses",),
+        'addresses that NodePorts answer on, or "primary" for the Node\'s own (default: all in mode iptables, '
+        "primary in mode nftables)",
+        "list",
+        value="CIDR,...",
     ),
     Flag(
         "iptables-localhost-nodeports",
         ("iptables.localhostNodePorts",),
-        "serve NodePorts on 127.0.0.1 too (mode iptables, IPv4; on by default)",
+        "NodePorts answer on 127.0.0.1 too (mode iptables; default: true)",
         "bool",
+    ),
+    Flag(
+        "masquerade-all",
+        ("iptables.masqueradeAll", "nftables.masqueradeAll"),
+        "SNAT for all traffic to cluster IPs (default: false)",
+        "bool",
+    ),
+    Flag(
+        "iptables-masquerade-bit",
+        ("iptables.masqueradeBit",),
+        "bit of the packet mark that asks for SNAT, 0 to 31 (mode iptables; default: 14)",
+        "int",
+        value="N",
+    ),
+)
+
+SYNC = (
+    Flag(
+        "iptables-min-sync-period",
+        ("iptables.minSyncPeriod", "nftables.minSyncPeriod"),
+        "least time between two syncs, in either mode; 0 for none (default: 1s)",
+        value="DURATION",
     ),
     Flag(
         "iptables-sync-period",
         ("iptables.syncPeriod", "nftables.syncPeriod"),
-        "longest pause before a failed sync is tried again, in either mode (30s)",
+        "longest pause before a failed sync is tried again, in either mode (default: 30s)",
+        value="DURATION",
+    ),
+)
+
+SERVING = (
+    Flag(
+        "healthz-bind-address",
+        ("healthzBindAddress",),
+        'the health server; "" for none (default: 0.0.0.0:10256)',
+        value="IP[:PORT]",
     ),
     Flag(
-        "iptables-min-sync-period",
-        ("iptables.minSyncPeriod", "nftables.minSyncPeriod"),
-        "least time between syncs, in either mode (1s); 0: none",
+        "metrics-bind-address",
+        ("metricsBindAddress",),
+        'the metrics server; "" for none (default: 127.0.0.1:10249)',
+        value="IP[:PORT]",
     ),
-    Flag("nodeport-addresses", ("nodePortAddresses",), "CIDRs on whose addresses NodePorts are, or primary", "list"),
-    # local traffic
     Flag(
-        "detect-local-mode",
-        ("detectLocalMode",),
-        "ClusterCIDR (default), NodeCIDR, BridgeInterface or InterfaceNamePrefix",
-        blank_is_unset=True,
+        "bind-address-hard-fail",
+        ("bindAddressHardFail",),
+        "end if a port cannot be listened on (default: false)",
+        "bool",
     ),
-    Flag("cluster-cidr", ("clusterCIDR",), "CIDR of the pods, or one of each family with a comma between"),
-    Flag("pod-bridge-interface", ("detectLocal.bridgeInterface",), "for detect-local-mode BridgeInterface"),
+)
+
+CONNTRACK = (
     Flag(
-        "pod-interface-name-prefix",
-        ("detectLocal.interfaceNamePrefix",),
-        "for detect-local-mode InterfaceNamePrefix",
+        "conntrack-max-per-core",
+        ("conntrack.maxPerCore",),
+        "limit of tracked connections per CPU; 0 leaves it (default: 32768)",
+        "int",
+        value="N",
     ),
-    # the host
-    Flag("oom-score-adj", ("oomScoreAdj",), "-1000 to 1000 (-999)", "int"),
-    Flag("conntrack-max-per-core", ("conntrack.maxPerCore",), "tracked connections per CPU (32768); 0: leave", "int"),
-    Flag("conntrack-min", ("conntrack.min",), "least limit of tracked connections (131072)", "int"),
+    Flag(
+        "conntrack-min",
+        ("conntrack.min",),
+        "but the limit is no less than this (default: 131072)",
+        "int",
+        value="N",
+    ),
     Flag(
         "conntrack-tcp-timeout-established",
         ("conntrack.tcpEstablishedTimeout",),
-        "idle time of TCP connections (24h); 0: leave",
+        "how long idle TCP connections are remembered; 0 leaves it (default: 24h)",
+        value="DURATION",
     ),
     Flag(
         "conntrack-tcp-timeout-close-wait",
         ("conntrack.tcpCloseWaitTimeout",),
-        "time in CLOSE_WAIT (1h); 0: leave",
+        "how long those in CLOSE_WAIT are; 0 leaves it (default: 1h)",
+        value="DURATION",
     ),
-    Flag("conntrack-tcp-be-liberal", ("conntrack.tcpBeLiberal",), "take no TCP packet for INVALID", "bool"),
-    Flag("conntrack-udp-timeout", ("conntrack.udpTimeout",), "time of unanswered UDP flows; 0: leave"),
-    Flag("conntrack-udp-timeout-stream", ("conntrack.udpStreamTimeout",), "time of UDP flows; 0: leave"),
-    # logging
-    Flag("v", ("logging.verbosity",), "verbosity of the log", "int"),
-    Flag("vmodule", ("logging.vmodule",), "PATTERN=N,...: verbosity of single source files", "vmodule"),
-    Flag("logging-format", ("logging.format",), "text or json", blank_is_unset=True),
-    Flag("log-flush-frequency", ("logging.flushFrequency",), "most time that log lines are held back"),
-    # without effect
-    Flag("log-text-split-stream", ("logging.options.text.splitStream",), "without effect", "bool"),
-    Flag("log-text-info-buffer-size", ("logging.options.text.infoBufferSize",), "without effect"),
-    Flag("log-json-split-stream", ("logging.options.json.splitStream",), "without effect", "bool"),
-    Flag("log-json-info-buffer-size", ("logging.options.json.infoBufferSize",), "without effect"),
-    Flag("proxy-port-range", ("portRange",), "without effect"),
-    Flag("ipvs-sync-period", ("ipvs.syncPeriod",), "without effect"),
-    Flag("ipvs-min-sync-period", ("ipvs.minSyncPeriod",), "without effect"),
-    Flag("ipvs-scheduler", ("ipvs.scheduler",), "without effect"),
-    Flag("ipvs-exclude-cidrs", ("ipvs.excludeCIDRs",), "without effect", "list"),
-    Flag("ipvs-strict-arp", ("ipvs.strictARP",), "without effect", "bool"),
-    Flag("ipvs-tcp-timeout", ("ipvs.tcpTimeout",), "without effect"),
-    Flag("ipvs-tcpfin-timeout", ("ipvs.tcpFinTimeout",), "without effect"),
-    Flag("ipvs-udp-timeout", ("ipvs.udpTimeout",), "without effect"),
-    Flag("boot-id-file", (), "without effect"),
-    Flag("machine-id-file", (), "without effect"),
+    Flag(
+        "conntrack-tcp-be-liberal",
+        ("conntrack.tcpBeLiberal",),
+        "take no TCP packet for INVALID (default: false)",
+        "bool",
+    ),
+    Flag(
+        "conntrack-udp-timeout",
+        ("conntrack.udpTimeout",),
+        "how long unanswered UDP flows are remembered; 0 leaves it (default: 0)",
+        value="DURATION",
+    ),
+    Flag(
+        "conntrack-udp-timeout-stream",
+        ("conntrack.udpStreamTimeout",),
+        "how long answered UDP flows are; 0 leaves it (default: 0)",
+        value="DURATION",
+    ),
+    Flag(
+        "oom-score-adj",
+        ("oomScoreAdj",),
+        "of the process, -1000 (killed last) to 1000 (default: -999)",
+        "int",
+        value="N",
+    ),
 )
-"""Flags that set fields."""
+
+LOGGING = (Flag("v", ("logging.verbosity",), "verbosity: 4 and more for debugging (default: 0)", "int", value="N"),)
+
+ACCEPTED = (
+    Flag("bind-address", ("bindAddress",), value="IP", blank_is_unset=True),
+    Flag("config-sync-period", ("configSyncPeriod",), value="DURATION"),
+    Flag("feature-gates", ("featureGates",), kind="gates", value="NAME=BOOL,..."),
+    Flag("kube-api-burst", ("clientConnection.burst",), kind="int", value="N"),
+    Flag("kube-api-content-type", ("clientConnection.contentType",), blank_is_unset=True),
+    Flag("kube-api-qps", ("clientConnection.qps",), kind="number", value="N"),
+    Flag("log-flush-frequency", ("logging.flushFrequency",), value="DURATION"),
+    Flag("logging-format", ("logging.format",), value="text|json", words=("text", "json"), blank_is_unset=True),
+    Flag("profiling", ("enableProfiling",), kind="bool"),
+    Flag("show-hidden-metrics-for-version", ("showHiddenMetricsForVersion",), value="MAJOR.MINOR"),
+    Flag("vmodule", ("logging.vmodule",), kind="vmodule", value="PATTERN=N,..."),
+)
+"""Flags from which nothing follows in kproxy, though it has what they are about."""
+
+WITHOUT_EFFECT = (
+    Flag("ipvs-exclude-cidrs", ("ipvs.excludeCIDRs",), kind="list", value="CIDR,..."),
+    Flag("ipvs-min-sync-period", ("ipvs.minSyncPeriod",), value="DURATION"),
+    Flag("ipvs-scheduler", ("ipvs.scheduler",)),
+    Flag("ipvs-strict-arp", ("ipvs.strictARP",), kind="bool"),
+    Flag("ipvs-sync-period", ("ipvs.syncPeriod",), value="DURATION"),
+    Flag("ipvs-tcp-timeout", ("ipvs.tcpTimeout",), value="DURATION"),
+    Flag("ipvs-tcpfin-timeout", ("ipvs.tcpFinTimeout",), value="DURATION"),
+    Flag("ipvs-udp-timeout", ("ipvs.udpTimeout",), value="DURATION"),
+    Flag("log-json-info-buffer-size", ("logging.options.json.infoBufferSize",), value="BYTES"),
+    Flag("log-json-split-stream", ("logging.options.json.splitStream",), kind="bool"),
+    Flag("log-text-info-buffer-size", ("logging.options.text.infoBufferSize",), value="BYTES"),
+    Flag("log-text-split-stream", ("logging.options.text.splitStream",), kind="bool"),
+    Flag("proxy-port-range", ("portRange",), value="RANGE"),
+    Flag("boot-id-file", (), value="FILE"),
+    Flag("machine-id-file", (), value="FILE"),
+)
+"""Flags whose matter kproxy has not: each that is given is warned about."""
 
 PORT_FLAGS = (
-    Flag("healthz-port", ("healthzBindAddress",), "deprecated: use --healthz-bind-address", "int"),
-    Flag("metrics-port", ("metricsBindAddress",), "deprecated: use --metrics-bind-address", "int"),
+    Flag("healthz-port", ("healthzBindAddress",), "deprecated: use --healthz-bind-address", "int", value="PORT"),
+    Flag("metrics-port", ("metricsBindAddress",), "deprecated: use --metrics-bind-address", "int", value="PORT"),
 )
 """Flags that complete an address with a port, or turn its server off with port 0."""
+
+Group: TypeAlias = Literal[
+    "configuration",
+    "what is followed",
+    "traffic",
+    "sync",
+    "serving",
+    "conntrack and memory",
+    "logging",
+    "without effect",
+]
+
+GROUPS: dict[Group, tuple[Flag, ...]] = {
+    "configuration": CONFIGURATION,
+    "what is followed": FOLLOWED,
+    "traffic": TRAFFIC,
+    "sync": SYNC,
+    "serving": (*SERVING, *PORT_FLAGS),
+    "conntrack and memory": CONNTRACK,
+    "logging": LOGGING,
+    "without effect": (*ACCEPTED, *WITHOUT_EFFECT),
+}
+"""The flags in the order of the help, under its headings."""
+
+CONFIG_FLAGS = (
+    *CONFIGURATION,
+    *FOLLOWED,
+    *TRAFFIC,
+    *SYNC,
+    *SERVING,
+    *CONNTRACK,
+    *LOGGING,
+    *ACCEPTED,
+    *WITHOUT_EFFECT,
+)
+"""Flags that set fields."""

@@ -7,12 +7,12 @@ wins over the file: this is its one deviation from kube-proxy's command line.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
-from kproxy.config.check import HEALTHZ_PORT, METRICS_PORT, check, gate_warnings, has_port, refuse_retired_mode
+from kproxy.config.check import check, gate_warnings, has_port, refuse_retired_mode
 from kproxy.config.decode import ConfigError, Path, decode, encode, must_be
-from kproxy.config.flag_table import CONFIG_FLAGS, PORT_FLAGS, Flag
+from kproxy.config.flag_table import CONFIG_FLAGS, GROUPS, PORT_FLAGS, WITHOUT_EFFECT, Flag, Group
 from kproxy.config.load import load_config
 from kproxy.config.types import Config
 from kproxy.kube.object_errors import dotted
@@ -20,29 +20,35 @@ from kproxy.kube.object_errors import dotted
 _TRUE = {"1", "t", "T", "true", "TRUE", "True"}
 _FALSE = {"0", "f", "F", "false", "FALSE", "False"}
 _GATHERED = {"list", "gates", "vmodule"}
-_PORTS = {"healthzBindAddress": HEALTHZ_PORT, "metricsBindAddress": METRICS_PORT}
+_NOTES: dict[Group, str] = {"without effect": "Taken so that a command line for kube-proxy works as it is."}
+_NO_FIELDS: dict[Group, tuple[tuple[str, str, str], ...]] = {
+    "configuration": (("config", "FILE", "kube-proxy's configuration file; flags win over it"),),
+    "what is followed": (("master", "URL", "API server, instead of the kubeconfig's"),),
+}
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Give a parser all of kube-proxy's flags.
+def add_flags(parser: argparse.ArgumentParser, *, once: bool = False, hidden: Collection[Group] = ()) -> None:
+    """Give a parser kube-proxy's flags, in groups; those of the `hidden` groups are taken, but not in the help.
 
-    Flags that set fields appear in the namespace (`proxy_mode`) only if they are given. Always there are
-    `config`, `master` and `write_config_to` (None if not given), `cleanup` and `init_only`. The parser should
-    be made with `allow_abbrev=False`: Go knows no abbreviated flags.
+    Flags that set fields appear in the namespace (`proxy_mode`) only if they are given. Always there are `config` and
+    `master` and, unless the command works `once` only, what it can do instead: `write_config_to` (all three None if
+    not given), `cleanup` and `init_only`. The parser should be made with `allow_abbrev=False`: Go knows no abbreviated
+    flags.
     """
-    group = parser.add_argument_group("flags of kube-proxy, which win over the file given with --config")
-    _add(group, "config", metavar="FILE", help="kube-proxy configuration file", default=None)
-    _add(group, "master", metavar="URL", help="address of the API server, instead of the kubeconfig's", default=None)
-    _add(group, "write-config-to", metavar="FILE", help="write the configuration and exit", default=None)
-    for name, text in (("cleanup", "remove all rules and exit"), ("init-only", "set up what needs root, and exit")):
-        _add(group, name, metavar="BOOL", nargs="?", const=True, type=_switch, default=False, help=text)
-    for flag in (*CONFIG_FLAGS, *PORT_FLAGS):
-        options: dict[str, Any] = {"metavar": flag.kind.upper(), "help": flag.help, "default": argparse.SUPPRESS}
-        if flag.kind == "bool":
-            options |= {"nargs": "?", "const": "true"}
-        elif flag.kind in _GATHERED:
-            options |= {"action": "append"}
-        _add(group, flag.name, **options)
+    if not once:
+        _add_actions(parser.add_argument_group("instead of running"))
+    for title, flags in GROUPS.items():
+        hide = {"help": argparse.SUPPRESS} if title in hidden else {}
+        group = parser.add_argument_group(title, None if hide else _NOTES.get(title))
+        for name, value, text in _NO_FIELDS.get(title, ()):
+            _add(group, name, **{"metavar": value, "help": text, "default": None, **hide})
+        for flag in flags:
+            options = {"metavar": flag.value, "help": flag.help or None, "default": argparse.SUPPRESS, **hide}
+            if flag.kind == "bool":
+                options |= {"nargs": "?", "const": "true", "metavar": "BOOL"}
+            elif flag.kind in _GATHERED:
+                options |= {"action": "append"}
+            _add(group, flag.name, **options)
 
 
 def configure(namespace: argparse.Namespace) -> tuple[Config, list[str]]:
@@ -89,6 +95,15 @@ def apply_flags(config: Config, namespace: argparse.Namespace) -> tuple[Config, 
     return check(decode(Config, data, place), place), _warnings(given, ports)
 
 
+def _add_actions(group: Any) -> None:
+    _add(group, "write-config-to", metavar="FILE", help="write the configuration in force, and exit", default=None)
+    for name, text in (
+        ("cleanup", "remove the rules of kproxy and of kube-proxy, in both modes, and exit"),
+        ("init-only", "set the kernel parameters that need root, and exit"),
+    ):
+        _add(group, name, metavar="BOOL", nargs="?", const=True, type=_switch, default=False, help=text)
+
+
 def _add(group: Any, name: str, **options: Any) -> None:
     """Add a flag, and its spelling with underscores, which kube-proxy takes too but does not show."""
     dest = name.replace("-", "_")
@@ -126,7 +141,7 @@ def _complete(data: dict[str, Any], field: str, port: int, option: str) -> None:
 
 
 def _warnings(given: list[tuple[Flag, Any]], ports: list[tuple[Flag, Any]]) -> list[str]:
-    idle = [flag.option for flag, _ in given if flag.help == "without effect"]
+    idle = [flag.option for flag, _ in given if flag in WITHOUT_EFFECT]
     gates = [_gates(raw, flag.option) for flag, raw in given if flag.kind == "gates"]
     return [
         *([f"{', '.join(idle)}: without effect in kproxy"] if idle else []),

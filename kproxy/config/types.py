@@ -51,7 +51,7 @@ class Section(Struct, frozen=True, kw_only=True, rename="camel"):
 
 
 class ClientConnection(Section, frozen=True, kw_only=True):
-    """How to reach the API server. kproxy asks for protobuf in watches and JSON in lists, whatever the content types say."""
+    """How to reach the API server. Whatever the content types say, watches are in protobuf and lists in JSON."""
 
     kubeconfig: str = ""
     accept_content_types: str = ""

@@ -31,15 +31,38 @@ def complaint(done: subprocess.CompletedProcess[str]) -> str:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ((), "kproxy: the following arguments are required: COMMAND"),
-        (("frobnicate",), "kproxy: argument COMMAND: invalid choice: 'frobnicate'"),
-        (("render",), "kproxy render: the following arguments are required: --objects"),
-        (("apply", f"--objects={CLUSTER}", "--frob"), "kproxy: unrecognized arguments: --frob"),
+        (("frobnicate",), "kproxy: unknown command 'frobnicate'; there are run, apply, render, completion (see"),
+        (("rendr",), "kproxy: unknown command 'rendr'; did you mean render? (see kproxy --help)"),
+        (("",), "kproxy: unknown command ''; there are run, "),
+        (
+            ("--cluster-cidr=10.0.0.0/8",),
+            "kproxy: a command comes before --cluster-cidr, as in `kproxy run --cluster-c",
+        ),
+        (("-v=4",), "kproxy: a command comes before -v, as in `kproxy run -v=4`"),
+        (("--versoin",), "kproxy: unknown flag --versoin; did you mean --version? (see kproxy --help)"),
+        (("--frob",), "kproxy: unknown flag --frob (see kproxy --help)"),
+        (("render",), "kproxy: --objects=PATH is missing: a file or folder with Services"),
+        (("apply",), "kproxy: --objects=PATH is missing: a file or folder with Services"),
+        (
+            ("apply", "--object=/nonexistent"),
+            "kproxy apply: unknown flag --object; did you mean --objects? (see kproxy a",
+        ),
+        (("apply", "--objects=/nonexistent", "--frob"), "kproxy apply: unknown flag --frob (see kproxy apply --help)"),
+        (("run", "--proxy_mod", "x"), "kproxy run: unknown flag --proxy_mod; did you mean --proxy-mode? (see"),
+        (("run", "-config", "x"), "kproxy run: unknown flag -config; did you mean --config? (see"),
+        (("run", "web.yaml"), "kproxy run: unexpected argument 'web.yaml' (see"),
+        (("apply", "--objects=/nonexistent", "--cleanup"), "kproxy apply: unknown flag --cleanup"),
+        (("render", f"--objects={CLUSTER}", "--write-config-to=x"), "kproxy render: unknown flag --write-config-to"),
+        (("completion", "csh"), "kproxy completion: argument SHELL: invalid choice: 'csh' (choose from "),
+        (
+            ("completion",),
+            "kproxy completion: the following arguments are required: SHELL (see kproxy completion --help)",
+        ),
         (("render", f"--objects={CLUSTER}", "--family=ipx"), "kproxy render: argument --family: invalid choice: 'ipx'"),
         (("render", f"--objects={CLUSTER}", "--cluster-cidr=pods"), "kproxy: --cluster-cidr: must be a CIDR"),
         (("render", f"--objects={CLUSTER}", "--proxy-mode=ipvs"), "kproxy: --proxy-mode: "),
         (("render", f"--objects={CLUSTER}", "--config=/nonexistent.yaml"), "kproxy: /nonexistent.yaml: "),
-        (("run", f"--objects={CLUSTER}", "--iptables-masquerade-bit=32"), "kproxy: --iptables-masquerade-bit: "),
+        (("run", "--objects=/nonexistent", "--iptables-masquerade-bit=32"), "kproxy: --iptables-masquerade-bit: "),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(arguments: tuple[str, ...], says: str) -> None:
@@ -111,8 +134,42 @@ def test_version() -> None:
     assert run("--version").stdout == f"kproxy {kproxy.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["run", "apply", "render"])
-def test_help_has_examples(command: str) -> None:
-    done = run(command, "--help")
-    assert done.returncode == 0
-    assert f"examples:\n  kproxy {command} " in done.stdout
+def test_without_a_command_the_help_is_shown_as_a_complaint() -> None:
+    done = run()
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == run("--help").stdout
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("--version",), ("run", "--help"), ("completion", "bash")])
+def test_what_cannot_be_printed_is_one_line(arguments: tuple[str, ...]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([KPROXY, *arguments], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert complaint(done) == "kproxy: cannot print: No space left on device"
+
+
+def modules_after(*arguments: str) -> set[str]:
+    """The modules that are loaded once a command line has been carried out."""
+    script = (
+        "import sys, kproxy.__main__\n"
+        "try:\n    kproxy.__main__.main()\nexcept SystemExit:\n    pass\n"
+        "print(*sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True)
+    assert "kproxy" in done.stdout
+    return set(done.stderr.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize("arguments", [("--version",), ("--help",)])
+def test_what_needs_no_configuration_loads_none(arguments: tuple[str, ...]) -> None:
+    loaded = modules_after(*arguments)
+    assert "kproxy.cli.parser" in loaded
+    assert loaded & {"kproxy.config", "kproxy.cli.run", "msgspec", "yaml", "logging", "difflib", "shtab"} == set()
+
+
+def test_other_commands_load_neither_another_nor_what_it_needs() -> None:
+    loaded = modules_after("run", "--help")
+    assert "kproxy.config" in loaded
+    assert loaded & {"kproxy.cli.render", "kproxy.cli.completion", "kproxy.daemon", "kubernetes", "shtab"} == set()
+    assert "shtab" in modules_after("completion", "bash")

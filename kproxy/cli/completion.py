@@ -1,0 +1,107 @@
+"""`kproxy completion`: teach a shell kproxy's commands, flags and values."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+
+from kproxy.cli.output import show
+from kproxy.cli.parser import COMMANDS, Help
+from kproxy.config.flag_table import CONFIG_FLAGS
+
+SHELLS = ("bash", "zsh", "fish")
+WORDS = {flag.option: flag.words for flag in CONFIG_FLAGS}
+
+EPILOG = """\
+examples:
+  # bash: in this shell, and in all new ones
+  source <(kproxy completion bash)
+  echo 'source <(kproxy completion bash)' >> ~/.bashrc
+  # bash with bash-completion: loaded when it is first needed
+  kproxy completion bash > ~/.local/share/bash-completion/completions/kproxy
+  # zsh: after `autoload -U compinit; compinit`, or into a folder of $fpath
+  source <(kproxy completion zsh)
+  kproxy completion zsh > ~/.zfunc/_kproxy
+  # fish
+  kproxy completion fish > ~/.config/fish/completions/kproxy.fish
+
+Then TAB completes commands, flags, the values that a flag can have, and files."""
+
+BASH = """
+# bash takes --flag=value for three words, and the above expects two.
+_kproxy() {
+  local word words=() at=0 position=$COMP_CWORD
+  for word in "${COMP_WORDS[@]}"; do
+    if [[ $word != "=" ]]; then
+      words+=("$word")
+    elif (( at < COMP_CWORD )); then
+      (( position -= 1 ))
+    else
+      words+=("")
+    fi
+    (( at += 1 ))
+  done
+  local COMP_WORDS=("${words[@]}") COMP_CWORD=$position
+  _shtab_kproxy
+}
+complete -o bashdefault -F _kproxy kproxy
+"""
+"""What follows the script for bash."""
+
+ZSH = """\
+# Below, only `eval` counts as being read to be used later.
+if [[ $zsh_eval_context[-1] == file ]]; then
+  compdef _shtab_kproxy kproxy
+  return
+fi"""
+"""What stands before the end of the script for zsh."""
+
+FISH_FILE = "(__fish_complete_path (string replace -r -- '^--[^=]*=' '' (commandline -ct)))"
+"""Files in fish, of `--flag=path` too."""
+
+
+def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command to the command line."""
+    parser = commands.add_parser(
+        "completion",
+        help=COMMANDS["completion"],
+        usage="kproxy completion bash|zsh|fish",
+        description="Print a script that lets a shell complete kproxy's commands and flags.",
+        epilog=EPILOG,
+        formatter_class=Help,
+        allow_abbrev=False,
+    )
+    parser.add_argument("shell", metavar="SHELL", choices=SHELLS, help="bash, zsh or fish")
+    parser.set_defaults(command=_print_script)
+
+
+def _print_script(options: argparse.Namespace) -> None:
+    show(script(options.shell))
+
+
+def script(shell: str) -> str:
+    """Return the script for one of `SHELLS`."""
+    import shtab
+
+    from kproxy.cli.parser import command_line
+
+    parser, commands = command_line(COMMANDS)
+    for command in commands.values():
+        for action in command.shown():
+            _prepare(action, shell, {**shtab.FILE, "fish": FISH_FILE})
+    text = shtab.complete(parser, shell, preamble=ZSH if shell == "zsh" else "")
+    return f"{text}\n{BASH}" if shell == "bash" else text
+
+
+def _prepare(action: argparse.Action, shell: str, file: Mapping[str, object]) -> None:
+    """Say of a flag what the parser does not know, and `shtab` has to: its values, files, and where they stand."""
+    if action.nargs == "?":
+        # Only in bash the value can be left out then; elsewhere, it can only be typed.
+        action.nargs, action.choices = ("?" if shell == "bash" else 0), ("true", "false")
+    elif action.metavar in ("FILE", "PATH"):
+        action.complete = file  # type: ignore[attr-defined]
+    elif action.option_strings:
+        action.choices = action.choices or WORDS.get(action.option_strings[-1])
+    if shell == "zsh" and action.nargs != 0:
+        # In zsh's terms, that is a flag whose value is the next word or follows a "=".
+        action.option_strings = [f"{option}=" for option in action.option_strings]

@@ -1,0 +1,158 @@
+"""What TAB does, in real shells that have read what `kproxy completion` prints."""
+
+from __future__ import annotations
+
+import os
+import pty
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from kproxy.cli.completion import SHELLS, script
+
+KPROXY = str(Path(sys.executable).with_name("kproxy"))
+
+STUB = f"""\
+#!/bin/sh
+[ "$1" = completion ] && exec {KPROXY} "$@"
+echo "called: $*."
+"""
+"""A kproxy that tells how it was called, rather than do it."""
+
+INTERACTIVE = {
+    "bash": ["bash", "--norc", "--noprofile", "-i"],
+    "zsh": ["zsh", "-f", "-i"],
+    "fish": ["fish", "--no-config", "-i"],
+}
+SOURCE = {
+    "bash": "source <(kproxy completion bash)",
+    "zsh": "autoload -U compinit; compinit -u -D; source <(kproxy completion zsh)",
+    "zsh, by eval": 'autoload -U compinit; compinit -u -D; eval "$(kproxy completion zsh)"',
+    "zsh, from fpath": "kproxy completion zsh > _kproxy; fpath=($PWD $fpath); autoload -U compinit; compinit -u -D",
+    "fish": "kproxy completion fish | source",
+}
+TYPED = [
+    ("kproxy ren", "render"),
+    ("kproxy run --proxy-mo", "run --proxy-mode"),
+    ("kproxy run --proxy-mode nf", "run --proxy-mode nftables"),
+    ("kproxy run --proxy-mode=nf", "run --proxy-mode=nftables"),
+    ("kproxy run --config=settings.y", "run --config=settings.yaml"),
+    ("kproxy run --config settings.y", "run --config settings.yaml"),
+    ("kproxy run --cleanup --vm", "run --cleanup --vmodule"),
+    (
+        "kproxy run -v=4 --cluster-cidr=x --detect-local-mode=No",
+        "run -v=4 --cluster-cidr=x --detect-local-mode=NodeCIDR",
+    ),
+    ("kproxy apply --objects=settings.yaml --masq", "apply --objects=settings.yaml --masquerade-all"),
+    ("kproxy render --family=ipv4 --objects=sett", "render --family=ipv4 --objects=settings.yaml"),
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with one file, and a `kproxy` in bin that tells how it is called."""
+    (tmp_path / "settings.yaml").touch()
+    stub = tmp_path / "bin" / "kproxy"
+    stub.parent.mkdir()
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    return tmp_path
+
+
+def environment(folder: Path) -> dict[str, str]:
+    return {"PATH": f"{folder}/bin:{os.environ['PATH']}", "HOME": str(folder), "TERM": "dumb", "LC_ALL": "C.UTF-8"}
+
+
+def session(command: list[str], folder: Path, source: str, lines: Sequence[str]) -> str:
+    """Return what a shell on a terminal shows, in which each line is typed and completed, and then carried out."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(folder)
+        os.execvpe(command[0], command, environment(folder))
+    shown = b""
+    # The quotes keep the echo of what is typed from being taken for its result.
+    os.write(terminal, f"{source}; echo rea''dy\n".encode())
+    while b"ready" not in shown:
+        shown += os.read(terminal, 65536)
+    os.write(terminal, "".join(f"{line}\t\n" for line in lines).encode() + b"exit\n")
+    try:
+        while more := os.read(terminal, 65536):
+            shown += more
+    except OSError:
+        pass  # the terminal ends with the shell
+    os.waitpid(pid, 0)
+    os.close(terminal)
+    return shown.decode(errors="replace")
+
+
+@pytest.mark.parametrize("name", SOURCE)
+def test_tab_completes_on_a_terminal(name: str, folder: Path) -> None:
+    shell = name.partition(",")[0]
+    if not shutil.which(shell):
+        pytest.skip(f"no {shell} here")
+    text = session(INTERACTIVE[shell], folder, SOURCE[name], [line for line, _ in TYPED])
+    called = [line.partition("called: ")[2].strip()[:-1] for line in text.splitlines() if line.startswith("called: ")]
+    assert called == [completed for _, completed in TYPED], text
+
+
+def offered_by_bash(folder: Path, *words: str) -> set[str]:
+    """What bash offers for the last of the words of a command line, split as bash does."""
+    quoted = " ".join(f"'{word}'" for word in words)
+    commands = f"""
+        source <(kproxy completion bash)
+        COMP_WORDS=({quoted}) COMP_CWORD={len(words) - 1}
+        $(complete -p kproxy | sed 's/.*-F \\([^ ]*\\).*/\\1/')
+        printf '%s\\n' "${{COMPREPLY[@]}}"
+    """
+    done = subprocess.run(
+        ["bash", "--norc", "--noprofile", "-c", commands],
+        cwd=folder,
+        env=environment(folder),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr == ""
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "offers"),
+    [
+        (("",), {"run", "apply", "render", "completion"}),
+        (("run", "--proxy"), {"--proxy-mode", "--proxy-port-range"}),
+        (("run", "--proxy-mode", "="), {"iptables", "nftables"}),
+        (("run", "--proxy-mode", ""), {"iptables", "nftables"}),
+        (("run", "--proxy_mode", "=", "x"), set()),
+        (("run", "--detect-local-mode", "=", "N"), {"NodeCIDR"}),
+        (("run", "--logging-format", "="), {"text", "json"}),
+        (("run", "--iptables-localhost-nodeports", "="), {"true", "false"}),
+        (("run", "--config", "=", "settings.yaml", "--proxy-mode", "=", "i"), {"iptables"}),
+        (("run", "--config", "="), {"settings.yaml", "bin"}),
+        (("run", "--kubeconfig", "=", "s"), {"settings.yaml"}),
+        (("run", "--write-config-to", "s"), {"settings.yaml"}),
+        (("run", "--cluster-cidr", "=", "s"), set()),
+        (("render", "--family", ""), {"ipv4", "ipv6"}),
+        (("apply", "--ipvs"), set()),
+        (("apply", "--cl"), {"--cluster-cidr"}),
+        (("run", "--cl"), {"--cluster-cidr", "--cleanup"}),
+        (("completion", ""), set(SHELLS)),
+    ],
+)
+def test_what_bash_offers(folder: Path, words: tuple[str, ...], offers: set[str]) -> None:
+    assert offered_by_bash(folder, "kproxy", *words) == offers
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_the_script_is_all_that_is_printed(shell: str) -> None:
+    done = subprocess.run([KPROXY, "completion", shell], capture_output=True, text=True, check=True)
+    assert done.stdout == script(shell)
+    assert done.stderr == ""
+
+
+def test_underscored_spellings_are_not_offered() -> None:
+    assert not any("proxy_mode" in script(shell) for shell in ("zsh", "fish"))

@@ -1,0 +1,141 @@
+"""What is installed: the wheel that is built from this checkout, installed by itself, and what its version is."""
+
+from __future__ import annotations
+
+import ast
+import email
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import venv
+import zipfile
+from collections.abc import Iterator
+from configparser import ConfigParser
+from email.message import Message
+from importlib.metadata import packages_distributions, version
+from pathlib import Path
+
+import pytest
+
+import kproxy
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+SOURCES = ("kproxy", "tests", "docs", "deploy", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md")
+LEAST_SETUPTOOLS = 77
+
+
+def checkout(folder: Path) -> Path:
+    """A copy of what the checkout has, since a build leaves things behind."""
+    for name in SOURCES:
+        subprocess.run(["cp", "-R", str(ROOT / name), str(folder)], check=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built without a network."""
+    if int(version("setuptools").partition(".")[0]) < LEAST_SETUPTOOLS:
+        pytest.skip(f"setuptools is older than {LEAST_SETUPTOOLS}, which the build needs")
+    source = checkout(tmp_path_factory.mktemp("source"))
+    target = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-index", "--no-build-isolation", "--no-deps"]
+    done = subprocess.run([*command, f"--wheel-dir={target}", str(source)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (found,) = target.glob("*.whl")
+    return found
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the commands of an environment that has the wheel, and of this one only the dependencies."""
+    folder = tmp_path_factory.mktemp("installed")
+    venv.create(folder, with_pip=False, symlinks=True)
+    python = folder / "bin" / "python"
+    command = [sys.executable, "-m", "pip", f"--python={python}", "install", "--quiet", "--no-index", "--no-deps"]
+    subprocess.run([*command, str(wheel)], check=True)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    # Of a folder that is named so, .pth files are not read: the checkout stays out.
+    (packages / "dependencies.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
+    return folder / "bin"
+
+
+def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {"PATH": os.environ["PATH"], "HOME": str(folder)}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+
+
+def metadata(wheel: Path, name: str) -> str:
+    with zipfile.ZipFile(wheel) as archive:
+        return archive.read(f"kproxy-{kproxy.__version__}.dist-info/{name}").decode()
+
+
+def test_the_wheel_has_the_package_and_the_license_and_nothing_else(wheel: Path) -> None:
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "kproxy").rglob("*.py")}
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    info = f"kproxy-{kproxy.__version__}.dist-info"
+    assert {name for name in names if not name.startswith(f"{info}/")} == sources
+    assert metadata(wheel, "licenses/LICENSE") == (ROOT / "LICENSE").read_text()
+
+
+def test_the_wheel_is_for_any_machine_and_python_3(wheel: Path) -> None:
+    assert wheel.name == f"kproxy-{kproxy.__version__}-py3-none-any.whl"
+
+
+def test_its_one_command_is_kproxy(wheel: Path) -> None:
+    entries = ConfigParser()
+    entries.read_string(metadata(wheel, "entry_points.txt"))
+    assert {name: dict(entries[name]) for name in entries.sections()} == {
+        "console_scripts": {"kproxy": "kproxy.__main__:main"}
+    }
+
+
+def test_its_metadata_say_what_it_is_and_needs(wheel: Path) -> None:
+    found: Message = email.message_from_string(metadata(wheel, "METADATA"))
+    assert found["Version"] == kproxy.__version__
+    assert found["License-Expression"] == "Apache-2.0"
+    assert found["Requires-Python"] == PROJECT["requires-python"]
+    assert found["Description-Content-Type"] == "text/markdown"
+    assert found.get_payload() == (ROOT / "README.md").read_text()
+    needed = [line for line in found.get_all("Requires-Dist", []) if "extra ==" not in line]
+    assert {requirement(line) for line in needed} == {requirement(line) for line in PROJECT["dependencies"]}
+
+
+def test_the_command_works_from_anywhere(installed: Path, tmp_path: Path) -> None:
+    where = run([str(installed / "python"), "-c", "import kproxy; print(kproxy.__file__)"], tmp_path)
+    assert where.stdout.startswith(str(installed.parent))
+    command = str(installed / "kproxy")
+    assert run([command, "--version"], tmp_path).stdout == f"kproxy {kproxy.__version__}\n"
+    rules = run([command, "render", f"--objects={ROOT}/tests/golden/clusterip", "--family=ipv4"], tmp_path).stdout
+    assert "--to-destination 10.244.1.1:8080" in rules
+
+
+def test_the_newest_entry_of_the_changes_is_this_version() -> None:
+    entries = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert entries[0] == kproxy.__version__
+    assert len(set(entries)) == len(entries)
+
+
+def requirement(line: str) -> str:
+    """The name of a package, in its normal form, of a line that says which versions of it are needed."""
+    return re.sub(r"[-_.]+", "-", re.split(r"[<>=!~; \[]", line)[0]).lower()
+
+
+def imported() -> Iterator[str]:
+    """The first names of what kproxy imports, anywhere in it."""
+    for path in (ROOT / "kproxy").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                yield from (alias.name.partition(".")[0] for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                yield node.module.partition(".")[0]
+
+
+def test_every_package_that_is_imported_is_a_dependency() -> None:
+    providers = packages_distributions()
+    used = {requirement(name) for module in set(imported()) for name in providers.get(module, [])} - {"kproxy"}
+    assert "msgspec" in used
+    assert used <= {requirement(line) for line in PROJECT["dependencies"]}
