@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 STOP_SECONDS = 0.7
 """How long a termination waits for a sync under way; after that its present transaction is given up."""
 
+FULL_CHECK_SECONDS = 3600.0
+"""How often all rules are compared with what they should be, as kube-proxy writes all of them every hour."""
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -145,6 +147,7 @@ class Daemon:
             is_ready=lambda store: is_known(config, store),
             observers=[conntrack, FirstSync(config), *serving.observers],
             check_interval=periods.sync_period,
+            full_check_interval=FULL_CHECK_SECONDS,
         )
 
     def _sources(self, client: Client | None, name: str) -> Iterator[Part]:

@@ -56,6 +56,9 @@ class FakeKernel:
     def exists(self, chain: Chain) -> bool:
         return chain.name in self.tables[chain.table]
 
+    def rules(self, chain: Chain) -> list[str]:
+        return [f"-A {chain.name} {rule}" for rule in self.tables[chain.table].get(chain.name, [])]
+
     def create(self, chain: Chain) -> None:
         self.tables[chain.table].setdefault(chain.name, [])
 

@@ -9,8 +9,9 @@ from contextlib import AbstractContextManager
 
 from msgspec import Struct
 
-from kproxy.host.run import CommandError, Programs, first_line
+from kproxy.host.run import CommandError, Completed, Programs, first_line
 from kproxy.iptables.names import Chain
+from kproxy.iptables.text import parse_rules
 from kproxy.model.types import Family
 
 LOCK_WAIT_SECONDS = 5
@@ -99,13 +100,24 @@ class Iptables:
         """Return whether there is such a chain. Raises `CommandError`."""
         return self._command(chain, "-S", "")
 
+    def rules(self, chain: Chain) -> list[str]:
+        """Return the rules of a chain in the spelling of `parse_save`, none if there is no such chain.
+
+        Raises `CommandError`.
+        """
+        done = self._run(chain, "-S", "")
+        return parse_rules(done.stdout) if done.code == 0 else []
+
     def create(self, chain: Chain) -> None:
         """Create a chain unless it exists; its rules stay. Raises `CommandError`."""
         self._command(chain, "-N", "")
 
     def _command(self, chain: Chain, command: str, rule: str) -> bool:
+        return self._run(chain, command, rule).code == 0
+
+    def _run(self, chain: Chain, command: str, rule: str) -> Completed:
         argv = [self._prefix, "-w", str(LOCK_WAIT_SECONDS), "-t", chain.table, command, chain.name, *shlex.split(rule)]
-        return self._programs.run(argv, timeout=HANG_SECONDS).code == 0
+        return self._programs.run(argv, timeout=HANG_SECONDS)
 
 
 _LINE = re.compile(r"line:? (\d+)")

@@ -45,6 +45,9 @@ class Kernel(Protocol):
     def has(self, chain: Chain, rule: str) -> bool:
         """Return whether a chain has a rule."""
 
+    def rules(self, chain: Chain) -> list[str]:
+        """Return the rules of a chain as `iptables-save` prints them, none if they cannot be had."""
+
     def create(self, chain: Chain) -> None:
         """Create a chain unless it exists."""
 
@@ -102,11 +105,15 @@ class IptablesBackend:
         self._ledger = ledger
         return Written(written, ledger.rules)
 
-    def verify(self, context: Context) -> bool:
-        """Return whether what others remove when they flush tables is still there; if not, forget what is known.
+    def forget(self) -> None:
+        """Let the next `sync` read all rules."""
+        self._ledger = None
 
-        A few questions, not a dump: the canaries (gone when a table's chains were deleted) and the last jump of each
-        table (gone when they were emptied).
+    def verify(self, context: Context) -> bool:
+        """Return whether what leads to the Services is as it should be; if not, forget what is known.
+
+        A few questions, not a dump: the canaries (gone when a table's chains were deleted), the last jump of each table
+        (gone when they were emptied), and the rules of the chains that all Services share, less the shards.
         """
         if self._ledger is None:
             return True
@@ -114,6 +121,9 @@ class IptablesBackend:
         try:
             whole = all(self._kernel.exists(canary) for canary in CANARIES) and all(
                 self._kernel.has(rule.chain, rule.rule) for rule in jumps.values()
+            )
+            whole = whole and all(
+                hash("\n".join(self._kernel.rules(chain))) == digest for chain, digest in self._ledger.shared_chains()
             )
         except CommandError as error:
             log.warning("cannot look at the rules: %s", error)
@@ -171,6 +181,9 @@ class Printer:
     def verify(self, context: Context) -> bool:  # noqa: ARG002 - there is no kernel that could differ
         """Return that nothing is missing."""
         return True
+
+    def forget(self) -> None:
+        """Do nothing: everything is handed on each time."""
 
     def __init__(self, show: Callable[[str], object], *, dispatch_threshold: int = DISPATCH_THRESHOLD) -> None:
         self._show = show

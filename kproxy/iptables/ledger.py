@@ -110,6 +110,12 @@ class Ledger:
             found[chain.table] += record.own
         return {table: found[table] for table in ("nat", "filter")}
 
+    def shared_chains(self) -> Iterator[tuple[Chain, Digest]]:
+        """Iterate over the chains that all Services share, less the shards, with the digest of each."""
+        yield from self.base.items()
+        for chain, record in self.dispatch.items():
+            yield chain, record.chains[chain]
+
     def put(self, key: ServiceKey, record: ServiceRecord) -> None:
         """Replace the record of a Service; an empty one removes it."""
         self._service_rules.subtract(_count(self.services.pop(key, {})))

@@ -98,6 +98,11 @@ def parse_save(
     return chains
 
 
+def parse_rules(listed: str) -> list[str]:
+    """Read what `iptables -S CHAIN` prints into the chain's rules, normalised as by `parse_save`."""
+    return [_normal(line) for line in listed.splitlines() if line.startswith("-A ")]
+
+
 _INCOMPATIBLE = re.compile(r"# Table [`'](\w+)' is incompatible")
 _COUNTERS = re.compile(r"^\[\d+:\d+\] ")
 _PROBABILITY = re.compile(r"(?<=--probability )\d\.\d+")

@@ -79,6 +79,10 @@ class NftablesBackend:
             raise SyncError(str(error)) from None
         return Written({}, {})
 
+    def forget(self) -> None:
+        """Let the next `sync` read the table."""
+        self._ledger = None
+
     def verify(self, context: Context) -> bool:  # noqa: ARG002 - the ledger knows what it was given
         """Return whether every chain is used as often as it should be; if not, forget what is known.
 
@@ -212,6 +216,9 @@ class Printer:
     def verify(self, context: Context) -> bool:  # noqa: ARG002 - there is no kernel that could differ
         """Return that nothing is missing."""
         return True
+
+    def forget(self) -> None:
+        """Do nothing: everything is handed on each time."""
 
     def sync(self, plans: Plans, context: Context) -> Written:
         """Hand on the table for all `plans`, as `nft list table` prints it."""

@@ -18,6 +18,9 @@ class Backend(Protocol):
     def verify(self, context: Context) -> bool:
         """Return whether the kernel still holds what it must; if not, forget what is known of it."""
 
+    def forget(self) -> None:
+        """Forget what is known of the kernel: the next `sync` looks at all that is there."""
+
     def sync(self, plans: Plans, context: Context) -> Written:
         """Program the plans of the Services that may have changed; those without plans are gone.
 

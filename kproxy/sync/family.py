@@ -67,6 +67,10 @@ class FamilySync:
         """Return whether the kernel still holds what it accepted, as far as a quick look tells."""
         return self._applied is None or self._backend.verify(self._applied)
 
+    def forget(self) -> None:
+        """Let the next sync compare all that the kernel holds with what it should."""
+        self._backend.forget()
+
     def sync(self, store: Store) -> Outcome:
         """Program what is pending. Raises `SyncError`."""
         try:

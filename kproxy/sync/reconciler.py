@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import queue
 from collections.abc import Callable, Mapping, Sequence
 from operator import methodcaller
@@ -57,13 +58,17 @@ class Reconciler:
         is_ready: Callable[[Store], bool] = lambda store: store.complete,
         observers: Sequence[Observer] = (),
         check_interval: float | None = None,
+        full_check_interval: float | None = None,
     ) -> None:
         """`is_ready` says whether enough is known to program anything; once it is, it stays so.
 
-        Every `check_interval` seconds, a look tells whether somebody else has removed rules of ours.
+        Every `check_interval` seconds, a look tells whether somebody else has removed rules of ours; every
+        `full_check_interval`, which should be a multiple of it, everything is compared.
         """
         self._check_interval = check_interval
+        self._full_check_interval = full_check_interval
         self._next_check = clock() + check_interval if check_interval else None
+        self._next_full_check = clock() + full_check_interval if full_check_interval else math.inf
         self._store = store
         self._is_ready = is_ready
         self._ready = False
@@ -139,8 +144,14 @@ class Reconciler:
     def _check(self) -> None:
         if self._next_check is None or self._check_interval is None or self._clock() < self._next_check:
             return
+        full = self._clock() >= self._next_full_check
+        if full:
+            self._next_full_check += self._full_check_interval or math.inf
         for family, (sync, schedule) in self._families.items():
-            if not sync.verify():
+            if full:
+                sync.forget()
+                schedule.request()
+            elif not sync.verify():
                 log.warning("%s: somebody else has removed rules of ours: putting them back", family.value)
                 schedule.request()
         self._next_check = self._clock() + self._check_interval

@@ -124,11 +124,11 @@ def test_it_ends_while_iptables_hangs(node: Namespace, tmp_path: Path) -> None:
 def test_a_thread_that_ends_ends_the_daemon(node: Namespace) -> None:
     script = textwrap.dedent(f"""\
         import sys
-        from kproxy.kube.file_source import FileSource
+        from kproxy.kube.path_follower import PathFollower
         from kproxy.cli.main import main
         def broken(self):
             raise MemoryError("no more")
-        FileSource._follow = broken
+        PathFollower._follow = broken
         sys.exit(main(["run", "--objects={GOLDEN}/clusterip"]))
     """)
     done = node.run([sys.executable, "-c", script], check=False)
@@ -167,6 +167,11 @@ def test_an_impossible_number_in_a_file_is_one_problem_and_the_next_change_is_fo
     [
         ("-t nat -F",),
         ("-t filter -F",),
+        ("-t nat -F KUBE-SERVICES",),
+        ("-t nat -D KUBE-SERVICES 1",),
+        ("-t nat -I KUBE-NODEPORTS -j RETURN",),
+        ("-t nat -F KUBE-POSTROUTING",),
+        ("-t filter -F KUBE-FORWARD",),
         ("-t nat -F", "-t nat -X", "-t filter -F", "-t filter -X", "-t mangle -F", "-t mangle -X"),
     ],
 )

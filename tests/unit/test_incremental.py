@@ -16,7 +16,7 @@ from kproxy.model.local_traffic import LocalTraffic
 from kproxy.model.store import Store
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Node, Service, ServicePort
 from kproxy.sync.family import FamilySync
-from kproxy.sync.reconciler import Reconciler
+from kproxy.sync.reconciler import Reconciler, Resync
 from kproxy.sync.schedule import Schedule
 from tests.fakekernel import FakeKernel
 from tests.unit.strategies import deltas
@@ -206,3 +206,19 @@ def test_a_chain_that_somebody_else_uses_holds_up_nothing(restarted: bool) -> No
     proxy.take(Replace(Service, ()))
     proxy.settle()
     assert not kernel.tables["filter"]["KUBE-SERVICES"]
+
+
+def test_what_others_change_is_found_when_all_is_compared() -> None:
+    proxy = Proxy()
+    proxy.take(Upsert(Service("ns", "a", ("10.96.0.1",), (ServicePort("", 80, "TCP"),))))
+    proxy.settle()
+    wanted = proxy.dump()
+    chains = proxy.kernels[Family.IPV4].tables["nat"]
+    own = next(name for name in chains if name.startswith("KUBE-SERVICES"))
+    chains[own].pop()
+    chains["KUBE-MARK-MASQ"].append("-j RETURN")
+    for sync, _ in proxy.reconciler._families.values():
+        sync.forget()
+    proxy.reconciler.take(Resync())
+    proxy.settle()
+    assert proxy.dump() == wanted

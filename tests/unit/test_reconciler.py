@@ -37,10 +37,15 @@ class Recorder:
         self.contexts: list[Context] = []
         self.errors: list[Exception] = []
         self.needs_everything = True
+        self.looks = 0
         self.done: queue.SimpleQueue[set[str]] = queue.SimpleQueue()
 
     def verify(self, context: Context) -> bool:
+        self.looks += 1
         return True
+
+    def forget(self) -> None:
+        self.needs_everything = True
 
     def sync(self, plans: Mapping[str, Sequence[ServicePortPlan]], context: Context) -> Written:
         self.syncs.append(set(plans))
@@ -73,7 +78,9 @@ class Watcher:
 class Proxy:
     """A reconciler of two families with a clock that is set by hand."""
 
-    def __init__(self, *, listed: bool = True, observers: Sequence[Watcher] = ()) -> None:
+    def __init__(
+        self, *, listed: bool = True, observers: Sequence[Watcher] = (), looks: tuple[float, float] | None = None
+    ) -> None:
         self.now = 0.0
         self.four, self.six = Recorder(), Recorder()
         self.watcher = Watcher()
@@ -86,6 +93,8 @@ class Proxy:
             make_schedule=lambda: Schedule(min_interval=1.0, max_retry=30.0),
             clock=lambda: self.now,
             observers=[*observers, self.watcher],
+            check_interval=looks[0] if looks else None,
+            full_check_interval=looks[1] if looks else None,
         )
         if listed:
             self.take(*LISTS)
@@ -399,3 +408,23 @@ def test_stop_comes_before_anything_behind_it() -> None:
     running.thread.join(HANG_GUARD)
     assert not running.thread.is_alive()
     assert running.backend.syncs == []
+
+
+# Looks at what others may have done.
+
+
+def test_a_look_every_so_often_and_everything_now_and_then() -> None:
+    proxy = Proxy(looks=(30.0, 300.0))
+    proxy.take(Upsert(service("a")))
+    proxy.after(0)
+    assert proxy.four.syncs == [{"ns/a"}]
+    looked = []
+    for _ in range(20):
+        proxy.now += proxy.reconciler.wait() or 0.0
+        looked.append(proxy.four.looks)
+        proxy.reconciler.sync_due()
+    assert looked[:3] == [1, 2, 3]
+    # Each full look stands for a usual one, and leads to one sync of everything.
+    assert proxy.now == pytest.approx(100 + 20 * 30)
+    assert proxy.four.syncs == proxy.six.syncs == [{"ns/a"}] * 3
+    assert proxy.four.looks + 2 == 21
