@@ -25,6 +25,7 @@ from kproxy.serve.series import INVALID_DROPPED, LOCALHOST_ACCEPTED
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path(kproxy.__file__).parent
 MAP = PACKAGE / "README.md"
+E2E_OPTIONS = ROOT / "tests" / "e2e" / "conftest.py"
 TROUBLESHOOTING = ROOT / "docs" / "troubleshooting.md"
 OPTIONAL = (ROOT / "tests" / "e2e" / "README.md",)
 PAGES = [
@@ -49,7 +50,7 @@ _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 _TARGET = re.compile(r"(?<![\w/.-])make (?:[A-Z]+=\S+ )*([a-z][a-z-]*)")
 _METRIC = re.compile(r"\b(?:kubeproxy|kproxy|rest_client)_[a-z0-9_]+")
-_FLAG = re.compile(r"(?<!\S)(--[a-z][a-z-]*)")
+_FLAG = re.compile(r"(?<!\S)(--[a-z][a-z0-9-]*)")
 _KPROXY = re.compile(r"(?:\$ )?(?:\S*/)?kproxy((?: [a-z]+)?)(?=\s|$)(.*)")
 _FILE = re.compile(r"[\w./-]+\.(?:py|md|txt|svg|toml|yaml|json|sh)")
 _ROW = re.compile(r"^\| `([\w/]+\.py)` \| (.*) \|$", re.MULTILINE)
@@ -137,7 +138,9 @@ def test_flags_in_calls_exist(page: Path) -> None:
 def test_flags_on_their_own_exist(page: Path) -> None:
     named = {_FLAG.match(span) for span in read(page).spans}
     flags = {found[1] for found in named if found}
-    assert flags - flags_of("run") - set(OF_OTHERS) == set()
+    ours = {flag for flag in flags if not flag.startswith("--e2e-")}
+    assert ours - flags_of("run") - set(OF_OTHERS) == set()
+    assert {flag for flag in flags - ours if f'"{flag}"' not in E2E_OPTIONS.read_text()} == set()
 
 
 def test_the_list_of_others_flags_is_short() -> None:
