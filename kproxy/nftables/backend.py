@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
+from kproxy.host.in_step import in_step
 from kproxy.model.context import Context
 from kproxy.model.outcome import Plans, StateLostError, SyncError, Written
 from kproxy.model.types import Family
@@ -22,8 +23,8 @@ from kproxy.nftables.view import View
 
 log = logging.getLogger(__name__)
 
-BATCH_FRONTENDS = 2_000
-"""How many frontends one batch of a large change has: with 10 endpoints each about 1 MB."""
+BATCH_FRONTENDS = 1_000
+"""How many frontends one batch of a large change has: with 10 endpoints each about half a megabyte."""
 
 READS = 3
 """How often a sync reads the table anew because others change tables at the same time."""
@@ -102,11 +103,7 @@ class NftablesBackend:
 
     def _update(self, ledger: Ledger, plans: Plans, context: Context) -> Ledger:
         change = Change(ledger, context)
-        for key, ports in plans.items():
-            change.put(key, render_service(ports, context))
-            if change.size >= self._batch_frontends:
-                self._commit(change.take())
-        self._commit(change.finish())
+        in_step(self._commit, self._batches(change, plans, context))
         self._settle(ledger, context)
         _tell(change)
         return ledger
@@ -133,16 +130,19 @@ class NftablesBackend:
             _check_usable(view, context.family)
         ledger = Ledger()
         change = Change(ledger, context, view, create=view is None)
-        batches = 0
-        for key, ports in plans.items():
-            change.put(key, render_service(ports, context))
-            if change.size >= self._batch_frontends:
-                self._first_or_later(change.take(), generation, batches)
-                batches += 1
-        self._first_or_later(change.finish(), generation, batches)
+        numbered = enumerate(self._batches(change, plans, context))
+        in_step(lambda batch: self._first_or_later(batch[1], generation, batch[0]), numbered)
         self._settle(ledger, context)
         _tell(change)
         return ledger
+
+    def _batches(self, change: Change, plans: Plans, context: Context) -> Iterator[Transaction]:
+        """Yield the transactions of a change, each as soon as it is large enough."""
+        for key, ports in plans.items():
+            change.put(key, render_service(ports, context))
+            if change.size >= self._batch_frontends:
+                yield change.take()
+        yield change.finish()
 
     def _first_or_later(self, change: Transaction, generation: int, batches: int) -> None:
         """Make a transaction of several: the first decides whether what was read still holds."""

@@ -23,10 +23,10 @@ REPLICAS = 5
 QUICK = "--iptables-min-sync-period=50ms"
 """Many small syncs, in the middle of many changes; the default of a second would batch them all."""
 
-HALF = 10
-"""Pods in each of two sets. One for the other is over 600 rules, so that each family takes three transactions."""
+HALF = 18
+"""Pods in each of two sets. One for the other is over 1,200 rules, so that each family takes two transactions."""
 
-TRANSACTIONS = {"iptables": 5, "nftables": 2}
+TRANSACTIONS = {"iptables": 4, "nftables": 2}
 """After how many of them a daemon is killed: nftables mode takes one for each family."""
 
 

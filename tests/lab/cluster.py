@@ -106,7 +106,7 @@ def _vips(service: int) -> tuple[str, str]:
 
 def _addresses(service: int, number: int) -> tuple[str, str]:
     subnet = number % len(NODES) + 1
-    host = service * 8 + number // len(NODES) + 1
+    host = service * 12 + number // len(NODES) + 1
     return f"10.244.{subnet}.{host}", f"fd00:10:244:{subnet}::{host:x}"
 
 
