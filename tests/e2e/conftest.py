@@ -1,0 +1,90 @@
+"""The cluster of the end-to-end tests: one by KUBECONFIG, else one of network namespaces on this machine."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import pytest
+
+from tests.e2e.cluster import Cluster, IpFamily, Need
+from tests.e2e.local import unavailable
+from tests.e2e.local.cluster import LocalClusters
+from tests.e2e.real import DEFAULT_IMAGE, RealClusters
+
+CLUSTER = pytest.StashKey[Cluster]()
+
+
+class Clusters(Protocol):
+    """One cluster for the session."""
+
+    def test(self, name: str) -> AbstractContextManager[Cluster]: ...
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("end-to-end tests")
+    group.addoption("--e2e-image", default=DEFAULT_IMAGE, help="image of the pods (default: %(default)s)")
+    group.addoption(
+        "--e2e-daemonset", default="kproxy", help="kproxy's DaemonSet in kube-system (default: %(default)s)"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "needs(*what): skip the test where the cluster lacks one of these")
+
+
+@pytest.fixture(scope="session")
+def clusters(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clusters]:
+    """The cluster. A KUBECONFIG that leads nowhere is an error, no reason to skip."""
+    kubeconfig = os.environ.get("KUBECONFIG", "")
+    if kubeconfig:
+        # With the defaults once more: pytest knows the options only when it is told to run this folder.
+        image = request.config.getoption("--e2e-image", DEFAULT_IMAGE)
+        daemonset = request.config.getoption("--e2e-daemonset", "kproxy")
+        with RealClusters(kubeconfig, str(image), str(daemonset)) as real:
+            yield real
+    elif reason := unavailable():
+        pytest.skip(f"KUBECONFIG names no cluster, and none can be made of namespaces here: {reason}")
+    else:
+        with LocalClusters(tmp_path_factory.mktemp("cluster")) as local:
+            yield local
+
+
+@pytest.fixture
+def cluster(clusters: Clusters, request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    """The cluster, with a namespace for this test."""
+    name = re.sub("[^a-z0-9]+", "-", request.node.name.lower().removeprefix("test_")).strip("-")
+    with clusters.test(name) as cluster:
+        for marker in request.node.iter_markers("needs"):
+            for need in marker.args:
+                _skip_without(cluster, need)
+        request.node.stash[CLUSTER] = cluster
+        yield cluster
+
+
+@pytest.fixture(params=["IPv4", "IPv6"])
+def family(request: pytest.FixtureRequest, cluster: Cluster) -> IpFamily:
+    """Each IP family that the cluster has."""
+    family: IpFamily = request.param
+    _skip_without(cluster, family)
+    wanted = {need for marker in request.node.iter_markers("needs") for need in marker.args}
+    if "outside" in wanted and family == "IPv6":
+        _skip_without(cluster, "outside over IPv6")
+    return family
+
+
+def _skip_without(cluster: Cluster, need: Need) -> None:
+    if reason := cluster.lacks(need):
+        pytest.skip(reason)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Show the cluster's state beside a failure."""
+    report = yield
+    if report.when == "call" and report.failed and (cluster := item.stash.get(CLUSTER, None)):
+        report.sections.append(("the cluster", cluster.diagnose()))
+    return report

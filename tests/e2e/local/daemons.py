@@ -1,0 +1,161 @@
+"""A real `kproxy run` on every node, started, ended and moved to another mode the way kubelet and operators do."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from urllib.error import URLError
+
+from tests.apiserver import ApiServer, Relay
+from tests.e2e.cluster import Mode
+from tests.e2e.local.asking import get
+from tests.lab.modes import flag, nothing_left_of_other
+from tests.lab.namespace import Namespace
+from tests.lab.proxy import CLUSTER_CIDR, KPROXY
+from tests.lab.topology import Host
+from tests.lab.waiting import HANG_GUARD, wait_until
+
+LAST_LINES = 30
+HEALTHZ = "http://127.0.0.1:10256/healthz"
+PROXY_MODE = "http://127.0.0.1:10249/proxyMode"
+
+
+class NodeProxy:
+    """kproxy on one node, which reaches the API server on a loopback port of its own."""
+
+    def __init__(self, node: Host, server: ApiServer, folder: Path) -> None:
+        self._node = node
+        self._relay = Relay(server.address, listen=lambda port: _listen(node.namespace, port))
+        self._log = folder / f"{node.name}.log"
+        kubeconfig = server.kubeconfig(folder / f"{node.name}.kubeconfig", port=self._relay.port)
+        self._command = [
+            KPROXY,
+            "run",
+            f"--kubeconfig={kubeconfig}",
+            f"--hostname-override={node.name}",
+            f"--cluster-cidr={CLUSTER_CIDR}",
+            "--iptables-min-sync-period=50ms",  # by default 1 s, which tests would spend waiting
+            "--conntrack-max-per-core=0",  # a setting of the whole machine
+            "--conntrack-min=0",
+        ]
+        self._process: subprocess.Popen[str] | None = None
+
+    def start(self, mode: Mode) -> None:
+        """Start it; does not wait."""
+        with self._log.open("a") as output:
+            self._process = self._node.namespace.popen([*self._command, flag(mode)], output)
+
+    def end(self, number: int) -> None:
+        """End it with a signal and return once it has ended."""
+        assert self._process is not None
+        self._process.send_signal(number)
+        self._process.wait(HANG_GUARD)
+
+    def await_healthy(self) -> None:
+        """Return once its rules are in place; raise with its last words if it ends instead."""
+        wait_until(self._is_healthy, f"kproxy on {self._node.name} serves")
+
+    def mode(self) -> Mode:
+        """Return the mode that it says it is in."""
+        return "nftables" if get(self._node, PROXY_MODE)[1] == "nftables" else "iptables"
+
+    def is_alone(self, mode: Mode) -> bool:
+        """Return whether its node has no rules of the other mode."""
+        return nothing_left_of_other(self._node.namespace, mode)
+
+    def words(self, lines: int = LAST_LINES) -> str:
+        """Return the last lines of its log."""
+        return "\n".join(self._log.read_text().splitlines()[-lines:])
+
+    def close(self) -> None:
+        """Kill it."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait(HANG_GUARD)
+        self._relay.refuse()
+
+    def _is_healthy(self) -> bool:
+        assert self._process is not None
+        if (code := self._process.poll()) is not None:
+            raise RuntimeError(f"kproxy on {self._node.name} ended with exit code {code}: {self.words()}")
+        try:
+            return get(self._node, HEALTHZ)[0] == 200
+        except URLError:
+            return False
+
+
+class LocalProxies:
+    """kproxy on all nodes, in one mode."""
+
+    def __init__(self, proxies: Mapping[str, NodeProxy], mode: Mode) -> None:
+        """Start it everywhere; return once it serves everywhere."""
+        self._proxies = proxies
+        self._mode = mode
+        self._start(proxies.values())
+
+    def mode(self) -> Mode:
+        """Return the mode that the nodes are in."""
+        (mode,) = {proxy.mode() for proxy in self._proxies.values()}
+        return mode
+
+    def restart(self, node: str) -> None:
+        """End the proxy of a node as an upgrade does; return once a new one serves."""
+        self._replace(node, signal.SIGTERM)
+
+    def kill(self, node: str) -> None:
+        """Kill the proxy of a node with SIGKILL; return once a new one serves."""
+        self._replace(node, signal.SIGKILL)
+
+    @contextmanager
+    def in_mode(self, mode: Mode) -> Iterator[None]:
+        """Move all nodes to a mode, and back at the end; the body runs once every node is in it."""
+        before = self._mode
+        self._move(mode)
+        try:
+            yield
+        finally:
+            self._move(before)
+
+    @contextmanager
+    def replaced_by_kube_proxy(self) -> Iterator[None]:
+        """Raise: there is no kube-proxy here."""
+        raise NotImplementedError("no kube-proxy on nodes of namespaces")
+        yield
+
+    def words(self) -> str:
+        """Return the last lines of all logs."""
+        return "\n".join(f"--- kproxy on {name}\n{proxy.words()}" for name, proxy in self._proxies.items())
+
+    def close(self) -> None:
+        """Kill it everywhere."""
+        for proxy in self._proxies.values():
+            proxy.close()
+
+    def _replace(self, node: str, number: int) -> None:
+        proxy = self._proxies[node]
+        proxy.end(number)
+        self._start([proxy])
+
+    def _move(self, mode: Mode) -> None:
+        """Node by node, as a rollout of a DaemonSet does."""
+        if mode == self._mode:
+            return
+        self._mode = mode
+        for name, proxy in self._proxies.items():
+            self.restart(name)
+            wait_until(partial(proxy.is_alone, mode), f"no rules of the former mode on {name}")
+
+    def _start(self, proxies: Iterable[NodeProxy]) -> None:
+        for proxy in proxies:
+            proxy.start(self._mode)
+        for proxy in proxies:
+            proxy.await_healthy()
+
+
+def _listen(node: Namespace, port: int) -> socket.socket:
+    return node.call(lambda: socket.create_server(("127.0.0.1", port), backlog=64))

@@ -1,0 +1,148 @@
+"""The API server of a real cluster: objects go in and come out as dictionaries."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlencode
+
+import urllib3
+from kubernetes import config
+from kubernetes.client import Configuration
+from kubernetes.client.rest import RESTClientObject
+
+from tests.e2e.cluster import Object
+
+FIELD_MANAGER = "kproxy-e2e"
+TIMEOUT = urllib3.Timeout(connect=10.0, read=60.0)
+PATIENT = urllib3.Retry(total=5, backoff_factor=0.5, status_forcelist=[429, 503], allowed_methods=None)
+"""Busy servers are asked again. So are those that ended a connection: each request here can be made twice."""
+
+PLACES = {
+    "Service": ("/api/v1", "services"),
+    "Pod": ("/api/v1", "pods"),
+    "ConfigMap": ("/api/v1", "configmaps"),
+    "EndpointSlice": ("/apis/discovery.k8s.io/v1", "endpointslices"),
+    "DaemonSet": ("/apis/apps/v1", "daemonsets"),
+    "ServiceAccount": ("/api/v1", "serviceaccounts"),
+    "Event": ("/apis/events.k8s.io/v1", "events"),
+}
+"""Where the API has the kinds that are in namespaces."""
+
+NODES = "/api/v1/nodes"
+NAMESPACES = "/api/v1/namespaces"
+
+
+class ApiError(Exception):
+    """The API server did not do what it was asked; `status` is HTTP's."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+def place(kind: str, namespace: str, name: str = "") -> str:
+    """Return the path of an object, or without a name that of all of a namespace."""
+    root, plural = PLACES[kind]
+    path = f"{root}/namespaces/{namespace}/{plural}"
+    return f"{path}/{name}" if name else path
+
+
+class Api:
+    """The requests that the tests make. All raise `ApiError`, or `urllib3.exceptions.HTTPError` without an answer."""
+
+    def __init__(self, kubeconfig: str) -> None:
+        """Read a kubeconfig (several with `:` between). Raises what the `kubernetes` package does."""
+        self.configuration = Configuration()
+        config.load_kube_config(kubeconfig, client_configuration=self.configuration, persist_config=False)
+        self._pool = RESTClientObject(self.configuration).pool_manager
+
+    def get(self, path: str) -> Object:
+        """Return an object."""
+        return self._object("GET", path)
+
+    def find(self, path: str) -> Object | None:
+        """Return an object, None if there is none."""
+        try:
+            return self.get(path)
+        except ApiError as error:
+            if error.status == 404:
+                return None
+            raise
+
+    def items(self, path: str, **selectors: str) -> list[Object]:
+        """Return the objects at a path, those that `labelSelector` and `fieldSelector` choose."""
+        found: list[Object] = self._object("GET", path, selectors)["items"]
+        return found
+
+    def text(self, path: str, **params: str) -> str:
+        """Return what is no object: a log."""
+        return self._request("GET", path, params).decode(errors="replace")
+
+    def create(self, path: str, body: Object, *, dry_run: bool = False) -> Object:
+        """Create an object; in a dry run only let the server say what it would be."""
+        return self._object("POST", path, {"dryRun": "All"} if dry_run else {}, body)
+
+    def apply(self, path: str, body: Object) -> Object:
+        """Create an object, or change it so that it has these fields and none of those applied before."""
+        params = {"fieldManager": FIELD_MANAGER, "force": "true"}
+        return self._object("PATCH", path, params, body, "application/apply-patch+yaml")
+
+    def merge(self, path: str, patch: Object) -> Object:
+        """Change fields of an object; those given as None are removed (RFC 7396)."""
+        return self._object("PATCH", path, {}, patch, "application/merge-patch+json")
+
+    def strategic(self, path: str, patch: Object) -> Object:
+        """Change fields of an object of Kubernetes' own, members of its lists by their name."""
+        return self._object("PATCH", path, {}, patch, "application/strategic-merge-patch+json")
+
+    def delete(self, path: str, grace: int | None = None) -> None:
+        """Delete an object, `grace` seconds after it was told to end; one that is gone already is fine."""
+        params = {} if grace is None else {"gracePeriodSeconds": str(grace)}
+        try:
+            self._request("DELETE", path, params)
+        except ApiError as error:
+            if error.status != 404:
+                raise
+
+    def _object(
+        self,
+        method: str,
+        path: str,
+        params: Mapping[str, str] | None = None,
+        body: Object | None = None,
+        content_type: str = "application/json",
+    ) -> Object:
+        found: Object = json.loads(self._request(method, path, params or {}, body, content_type))
+        return found
+
+    def _request(
+        self,
+        method: str,
+        path: str,
+        params: Mapping[str, str],
+        body: Object | None = None,
+        content_type: str = "application/json",
+    ) -> bytes:
+        url = self.configuration.host.rstrip("/") + path + (f"?{urlencode(params)}" if params else "")
+        headers = self._authentication() | {"Content-Type": content_type}
+        sent = None if body is None else json.dumps(body).encode()
+        answer: Any = self._pool.request(method, url, body=sent, headers=headers, timeout=TIMEOUT, retries=PATIENT)
+        if answer.status >= 300:
+            raise ApiError(answer.status, f"{method} {path}: {answer.status} {_reason(answer.data)}")
+        data: bytes = answer.data
+        return data
+
+    def _authentication(self) -> dict[str, str]:
+        settings = self.configuration.auth_settings()
+        return {item["key"].title(): item["value"].strip() for item in settings.values() if item.get("value")}
+
+
+def _reason(data: bytes) -> str:
+    """Return the message of a Status, or the beginning of whatever else it is."""
+    try:
+        found = json.loads(data)
+    except ValueError:
+        return data[:300].decode(errors="replace")
+    return str(found.get("message", found) if isinstance(found, dict) else found)

@@ -1,0 +1,20 @@
+"""What these tests need of the machine."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from tests.lab.requirements import missing_commands, missing_privilege
+
+PROGRAMS = ("kubectl", "nft", "openssl")
+
+
+@pytest.fixture(scope="session")
+def machine() -> None:
+    """Skip where a cluster cannot be made."""
+    if absent := [program for program in PROGRAMS if shutil.which(program) is None]:
+        pytest.skip(f"{', '.join(absent)} not found")
+    if reason := missing_commands() or missing_privilege():
+        pytest.skip(reason)
