@@ -18,6 +18,7 @@ from kproxy.model.delta import BASIC_KINDS, Kind
 from kproxy.model.types import Family, Node, ServiceCIDR
 from kproxy.nftables.apply import Commit, NftTable
 from kproxy.nftables.backend import NftablesBackend
+from kproxy.nftables.generations import OwnChanges
 from kproxy.nftables.probe import UnsupportedError, way_to_commit
 from kproxy.node import discover_iptables, discover_nftables
 from kproxy.sync.family import FamilySync
@@ -68,7 +69,8 @@ def make_families(config: Config, programs: list[Iptables]) -> dict[Family, Fami
         ways = discover_nftables()
     except UnsupportedError as error:
         raise StartError(f"nftables mode does not work here: {error}") from None
-    return {family: _nftables(config, family, commit) for family, commit in ways.items()}
+    own = OwnChanges()
+    return {family: _nftables(config, family, commit, own) for family, commit in ways.items()}
 
 
 def _iptables(config: Config, programs: list[Iptables]) -> dict[Family, FamilySync]:
@@ -91,9 +93,9 @@ def _iptables(config: Config, programs: list[Iptables]) -> dict[Family, FamilySy
     return families
 
 
-def _nftables(config: Config, family: Family, commit: Commit) -> FamilySync:
+def _nftables(config: Config, family: Family, commit: Commit, own: OwnChanges) -> FamilySync:
     return FamilySync(
-        NftablesBackend(NftTable(family, commit)),
+        NftablesBackend(NftTable(family, commit), own),
         Contexts(config, family, accounting=False, random_fully=True).make,
         large_cluster_endpoints=math.inf,  # elements cost the same however many there are
     )

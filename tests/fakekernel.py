@@ -191,7 +191,7 @@ class FakeTable:
         self.reads += 1
         return self.table.uses() if self.table else Counter()
 
-    def view(self) -> View | None:
+    def view(self, *, lenient: bool = False) -> View | None:
         self.reads += 1
         if self.table is None:
             return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol, TypeVar
 
 from kproxy.host.netlink import DumpInterruptedError, retried
@@ -119,9 +120,12 @@ class NftTable:
         """Return the number of the last change that anybody made to any table. Raises `TableError`."""
         return _read(self._reader.generation)
 
-    def view(self) -> View | None:
-        """Return what the table holds, None if there is none. Raises `TableError`, `UnreadableError` if it changes."""
-        return _read(self._reader.view)
+    def view(self, *, lenient: bool = False) -> View | None:
+        """Return what the table holds, None if there is none. Raises `TableError`, `UnreadableError` if it changes.
+
+        With `lenient`, elements are read even while tables change: some may be missing if that is this one.
+        """
+        return _read(partial(self._reader.view, lenient=lenient))
 
     def uses(self) -> Counter[str]:
         """Return how often each chain is used. Raises `TableError`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Protocol
@@ -14,6 +15,7 @@ from kproxy.model.types import Family
 from kproxy.nftables.apply import StaleError, TableError, UnreadableError
 from kproxy.nftables.base import SETS
 from kproxy.nftables.diff import Change, UnusableTableError
+from kproxy.nftables.generations import OwnChanges
 from kproxy.nftables.ledger import Ledger
 from kproxy.nftables.render import render_service
 from kproxy.nftables.shape import shape_of
@@ -42,8 +44,11 @@ class Kernel(Protocol):
     def generation(self) -> int:
         """Return the number of the last change that anybody made to any table. Raises `TableError`."""
 
-    def view(self) -> View | None:
-        """Return what the table holds, None if there is none. Raises `TableError`, `UnreadableError` if it changes."""
+    def view(self, *, lenient: bool = False) -> View | None:
+        """Return what the table holds, None if there is none. Raises `TableError`, `UnreadableError` if it changes.
+
+        With `lenient`, elements are read even while tables change: some may be missing if that is this one.
+        """
 
     def uses(self) -> Counter[str]:
         """Return how often each chain is used. Raises `TableError`."""
@@ -56,9 +61,15 @@ class NftablesBackend:
     it) and at no other time.
     """
 
-    def __init__(self, kernel: Kernel, *, batch_frontends: int = BATCH_FRONTENDS) -> None:
-        """`batch_frontends` is how many frontends a batch may have; no Service is ever spread over two."""
+    def __init__(
+        self, kernel: Kernel, own: OwnChanges | None = None, *, batch_frontends: int = BATCH_FRONTENDS
+    ) -> None:
+        """`own` is shared by all backends that change tables of the same network namespace.
+
+        `batch_frontends` is how many frontends a batch may have; no Service is ever spread over two.
+        """
         self._kernel = kernel
+        self._own = own or OwnChanges()
         self._batch_frontends = batch_frontends
         self._ledger: Ledger | None = None
         self._generation: int | None = None
@@ -103,7 +114,7 @@ class NftablesBackend:
 
     def _update(self, ledger: Ledger, plans: Plans, context: Context) -> Ledger:
         change = Change(ledger, context)
-        in_step(self._commit, self._batches(change, plans, context))
+        in_step(self._commit, self._batches(change, plans, context, self._batch_frontends))
         self._settle(ledger, context)
         _tell(change)
         return ledger
@@ -111,49 +122,51 @@ class NftablesBackend:
     def _load(self, plans: Plans, context: Context) -> Ledger:
         """Write everything, whatever is there; what is right already stays untouched.
 
-        A table that cannot be read, because others keep changing tables meanwhile, is replaced unread.
+        A table that cannot be taken over is replaced, and then no client is remembered any more.
         """
+        try:
+            return self._load_over_read(plans, context)
+        except UnusableTableError as error:
+            log.info("%s: the table of before cannot be taken over, a new one takes its place", error)
+            return self._replace(plans, context)
+
+    def _load_over_read(self, plans: Plans, context: Context) -> Ledger:
         for _ in range(READS):
             try:
                 generation = self._kernel.generation()
                 return self._load_over(self._kernel.view(), generation, plans, context)
             except (StaleError, UnreadableError):
                 continue
-            except UnusableTableError as error:
-                log.info("%s: the table of before cannot be taken over, a new one takes its place", error)
-                return self._replace(plans, context)
-        log.info("others keep changing tables while this one is read: a new one takes its place")
-        return self._replace(plans, context)
+        # Others keep changing tables. Hardly this one: what was read of it is mostly true, and checked in the end.
+        try:
+            return self._load_over(self._kernel.view(lenient=True), None, plans, context)
+        except (TableError, StateLostError) as error:
+            raise UnusableTableError(f"it changes while it is read ({error})") from None
 
-    def _load_over(self, view: View | None, generation: int, plans: Plans, context: Context) -> Ledger:
+    def _load_over(self, view: View | None, generation: int | None, plans: Plans, context: Context) -> Ledger:
+        """Bring what was read to what is wanted. With a generation, raises `StaleError` if that is not the present one.
+
+        What is taken over changes in one step, for its chains must agree with each other and with the settings.
+        """
         if view is not None:
             _check_usable(view, context.family)
         ledger = Ledger()
         change = Change(ledger, context, view, create=view is None)
-        numbered = enumerate(self._batches(change, plans, context))
-        in_step(lambda batch: self._first_or_later(batch[1], generation, batch[0]), numbered)
+        size = math.inf if view is not None else self._batch_frontends
+        self._generation = generation
+        batches = self._batches(change, plans, context, size)
+        in_step(lambda batch: self._commit(batch[1], must_be_fresh=not batch[0]), enumerate(batches))
         self._settle(ledger, context)
         _tell(change)
         return ledger
 
-    def _batches(self, change: Change, plans: Plans, context: Context) -> Iterator[Transaction]:
-        """Yield the transactions of a change, each as soon as it is large enough."""
+    def _batches(self, change: Change, plans: Plans, context: Context, size: float) -> Iterator[Transaction]:
+        """Yield the transactions of a change, each as soon as it has as many frontends as it may."""
         for key, ports in plans.items():
             change.put(key, render_service(ports, context))
-            if change.size >= self._batch_frontends:
+            if change.size >= size:
                 yield change.take()
         yield change.finish()
-
-    def _first_or_later(self, change: Transaction, generation: int, batches: int) -> None:
-        """Make a transaction of several: the first decides whether what was read still holds."""
-        if batches:
-            self._commit(change)
-            return
-        if (first := change.split_off_new_chains()) is not None:
-            self._kernel.commit(first, generation)
-            generation = _next(generation)
-        self._kernel.commit(change, generation)
-        self._generation = _next(generation)
 
     def _replace(self, plans: Plans, context: Context) -> Ledger:
         ledger = Ledger()
@@ -166,24 +179,28 @@ class NftablesBackend:
         _tell(change)
         return ledger
 
-    def _commit(self, change: Transaction) -> None:
+    def _commit(self, change: Transaction, *, must_be_fresh: bool = False) -> None:
         """Make a transaction, and note whether others have made changes since the one before.
 
-        What is refused after that is a reason to look at the table again: it may be no longer what it was.
+        With `must_be_fresh` that raises `StaleError`. Else, what is refused after that is a reason to look at the table
+        again: it may be no longer what it was.
         """
         if (first := change.split_off_new_chains()) is not None:
-            self._commit_at_once(first)
+            self._commit_at_once(first, must_be_fresh=must_be_fresh)
         if change:
-            self._commit_at_once(change)
+            self._commit_at_once(change, must_be_fresh=must_be_fresh and first is None)
 
-    def _commit_at_once(self, change: Transaction) -> None:
+    def _commit_at_once(self, change: Transaction, *, must_be_fresh: bool) -> None:
         if self._generation is not None:
+            last = self._own.since(self._generation)
             try:
-                self._kernel.commit(change, self._generation)
+                self._kernel.commit(change, last)
             except StaleError:
                 self._generation = None
+                if must_be_fresh:
+                    raise
             else:
-                self._generation = _next(self._generation)
+                self._generation = self._own.made(last)
                 return
         try:
             self._kernel.commit(change)
@@ -193,12 +210,18 @@ class NftablesBackend:
     def _settle(self, ledger: Ledger, context: Context) -> None:
         """If others have made changes meanwhile, make sure that they were not to this table.
 
-        The generation is asked for first: a change after that is noticed at the next transaction.
+        The generation is asked for first: a change after that is noticed at the next transaction. Where changes of
+        others are too many to look at all, the next transaction has a look as well.
         """
         if self._generation is not None:
             return
-        generation = self._kernel.generation()
-        if self._kernel.uses() != ledger.uses():
+        try:
+            generation = self._kernel.generation()
+            uses = self._kernel.uses()
+        except UnreadableError as error:
+            log.debug("%s: %s", context.family.value, error)
+            return
+        if uses != ledger.uses():
             log.warning("%s: somebody else has changed the table: programming everything anew", context.family.value)
             raise StateLostError("somebody else has changed the table")
         self._generation = generation
@@ -252,8 +275,3 @@ def _check_usable(view: View, family: Family) -> None:
     for name, elements in view.elements.items():
         if b"" in elements:
             raise UnusableTableError(f"map {name} has an element for all keys")
-
-
-def _next(generation: int) -> int:
-    """Return the generation after one's own change (nf_tables counts in 32 bits and leaves out 0)."""
-    return generation + 1 & 0xFFFFFFFF or 1

@@ -255,9 +255,9 @@ class Change:
         """Make a set, unless a table taken over has it: the clients that it remembers stay with their endpoint."""
         present = self._view.sets.get(wanted.name) if self._view is not None else None
         if present is not None:
-            if present != shape_of(wanted, self._context.family):
-                raise UnusableTableError(f"set {wanted.name} is of another type")
-            return
+            if present == shape_of(wanted, self._context.family):
+                return
+            replaced = True
         if replaced:
             done.deleted_sets.append(wanted.name)
         done.sets.append(wanted)

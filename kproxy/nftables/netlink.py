@@ -113,8 +113,6 @@ class Encoder:
             attributes += [number(6, shape.data_type), number(7, shape.data_size)]
         if shape.timeout:
             attributes.append(attribute(11, struct.pack(">Q", shape.timeout)))
-        if shape.size:
-            attributes.append(nested(9, number(1, shape.size)))
         attributes.append(attribute(13, set_userdata(found, self._family)))
         return self._message(_NEWSET, NLM_F_CREATE, f"set {found.name}", *attributes)
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import struct
 from collections import Counter
+from contextlib import nullcontext, suppress
 
 from msgspec import Struct
 
 from kproxy.host.netlink import (
     NETLINK_NETFILTER,
+    DumpInterruptedError,
     NetlinkError,
     NetlinkSocket,
     attribute,
@@ -40,7 +42,6 @@ class Reader:
 
     def __init__(self, family: Family) -> None:
         self._family = family
-        self._family = family
         self._header = nfgenmsg(address_family(family))
         self._table = attribute(1, TABLE.encode() + b"\0")
 
@@ -58,8 +59,12 @@ class Reader:
         with NetlinkSocket(NETLINK_NETFILTER) as netlink:
             return self._flags(netlink) is not None
 
-    def view(self) -> View | None:
-        """Return what the table holds, None if there is none. Raises `NetlinkError`, also if it changed meanwhile."""
+    def view(self, *, lenient: bool = False) -> View | None:
+        """Return what the table holds, None if there is none. Raises `NetlinkError`, also if tables changed meanwhile.
+
+        With `lenient`, not if they did while elements were read: the kernel finds its place in a set again by the set
+        alone, so that changes of others do no harm.
+        """
         with NetlinkSocket(NETLINK_NETFILTER) as netlink:
             flags = self._flags(netlink)
             if flags is None:
@@ -67,7 +72,7 @@ class Reader:
             view = View(self._sets(netlink), self._chains(netlink), flags=flags)
             for each in SETS:
                 if view.sets.get(each.name) == shape_of(each, self._family):
-                    view.elements[each.name] = self._elements(netlink, each)
+                    view.elements[each.name] = self._elements(netlink, each, lenient=lenient)
             return view
 
     def uses(self) -> Counter[str]:
@@ -115,8 +120,13 @@ class Reader:
                 found[_string(data, parts[3])] = _hook(data, parts) if 4 in parts else None
         return found
 
-    def _elements(self, netlink: NetlinkSocket, owner: Set) -> dict[bytes, Element]:
-        found = {}
+    def _elements(self, netlink: NetlinkSocket, owner: Set, *, lenient: bool) -> dict[bytes, Element]:
+        found: dict[bytes, Element] = {}
+        with suppress(DumpInterruptedError) if lenient else nullcontext():
+            self._read_elements(netlink, owner, found)
+        return found
+
+    def _read_elements(self, netlink: NetlinkSocket, owner: Set, found: dict[bytes, Element]) -> None:
         asked = self._header + self._table + attribute(2, owner.name.encode() + b"\0")
         plain = _plain(owner, self._family)
         for data, begin, end in netlink.dump(_kind(_GETSETELEM), asked):
@@ -129,7 +139,6 @@ class Reader:
                     element = _element(data, place + 4, place + size, owner.value)
                 found[element.key] = element
                 place += (size + 3) & ~3
-        return found
 
 
 class _Plain(Struct, frozen=True, gc=False):

@@ -14,7 +14,10 @@ _IPV4_ADDRESS, _IPV6_ADDRESS = 7, 8
 _TYPES = {Field.PROTOCOL: 12, Field.PORT: 13, Field.NUMBER: 4}
 _TYPE_BITS = 6
 _AFFINITY_SET_SIZE = 65535
-"""How many clients an endpoint can remember, as in kube-proxy."""
+"""How many clients an endpoint can remember: what the kernel takes for a set that rules add to, if it is told no size.
+
+kube-proxy tells it the same size, and then the kernel sets aside room for all of them at once, 2 MB for each endpoint.
+"""
 
 _VERDICT_TYPE, _VERDICT_SIZE = 0xFFFFFF00, 16
 

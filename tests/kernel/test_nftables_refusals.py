@@ -17,6 +17,7 @@ from kproxy.nftables.apply import Commit, NetlinkCommit, NftCommit, NftTable, St
 from kproxy.nftables.backend import NftablesBackend, Printer
 from kproxy.nftables.base import SERVICE, SETS
 from kproxy.nftables.elements import DROP, Element, Pool, numbered, pools, service_key
+from kproxy.nftables.generations import OwnChanges
 from kproxy.nftables.names import TABLE, table_family
 from kproxy.nftables.netlink import Encoder
 from kproxy.nftables.objects import Chain, Drop, Field, Go, Hook, IsIn, Set, rule
@@ -159,13 +160,13 @@ def test_a_change_that_comes_too_late_is_not_made(namespaces: Callable[[], Names
 class Cluster:
     """A store and one family's backend in a network namespace."""
 
-    def __init__(self, node: Namespace, family: Family = IPV4) -> None:
+    def __init__(self, node: Namespace, family: Family = IPV4, own: OwnChanges | None = None) -> None:
         self.node = node
         self.kernel = Watched(family)
         self.store = Store("node-1")
         context = Context(family, "node-1", node_port_addresses=())
         self._family = family
-        self.sync_family = FamilySync(NftablesBackend(self.kernel), lambda _: context)
+        self.sync_family = FamilySync(NftablesBackend(self.kernel, own), lambda _: context)
 
     def put(self, name: str, count: int, *, affinity: int = 0, port: str = "") -> Cluster:
         """Add or change a Service with so many endpoints."""
@@ -216,6 +217,23 @@ def test_a_small_change_takes_one_commit_no_look_and_no_process(
     # The last needs a chain for another size, which has to be there before a verdict names it.
     assert (len(cluster.kernel.commits), cluster.kernel.reads) == (commits + 5, reads)
     assert "rules" not in written_last(cluster, 5, 3)
+
+
+def test_the_families_do_not_take_each_other_for_strangers(namespaces: Callable[[], Namespace]) -> None:
+    node, own = namespaces(), OwnChanges()
+    clusters = [Cluster(node, family, own).put("web", 10).sync() for family in Family]
+    clusters[0].put("web", 11).sync()  # its first look since the other made its table
+    reads = [cluster.kernel.reads for cluster in clusters]
+    for count in (12, 9, 10, 11):
+        for cluster in clusters:
+            cluster.put("web", count).sync()
+    assert [cluster.kernel.reads for cluster in clusters] == reads
+    # A stranger is found out by both, whichever has something to change first.
+    node.run(["nft", "flush table ip kube-proxy; flush table ip6 kube-proxy"])
+    for cluster, family in zip(clusters, Family, strict=True):
+        cluster.put("web", 12).sync()
+        fresh = Cluster(namespaces(), family).put("web", 12).sync()
+        assert without_remarks(held(node, family)) == without_remarks(held(fresh.node, family))
 
 
 def written_last(cluster: Cluster, count: int, of: int) -> set[str]:

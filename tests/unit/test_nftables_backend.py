@@ -10,6 +10,7 @@ from itertools import pairwise
 import pytest
 from msgspec.structs import replace
 
+from kproxy.host.netlink import attributes
 from kproxy.model.context import Context
 from kproxy.model.delta import Delete, Upsert
 from kproxy.model.store import Store
@@ -18,6 +19,7 @@ from kproxy.nftables import names
 from kproxy.nftables.backend import NftablesBackend, Printer
 from kproxy.nftables.elements import hairpin_key, pack_address, service_key
 from kproxy.nftables.netlink import Encoder
+from kproxy.nftables.objects import Field, Set
 from kproxy.nftables.transaction import Transaction
 from kproxy.sync.family import FamilySync
 from tests.fakekernel import FakeTable, TableState
@@ -260,3 +262,10 @@ def test_names_are_cut_where_they_are_too_long_and_stay_apart() -> None:
     own = [{word for word in words if "..." in word} for words in texts]
     assert len(own[0]) == len(own[1]) == 3
     assert not own[0] & own[1]
+
+
+def test_no_room_is_set_aside_for_clients_to_come() -> None:
+    """Told a size, the kernel takes 2 MB for each endpoint of a Service with affinity."""
+    found = Set("affinity-A", (Field.SOURCE,), timeout=60)
+    (message,) = Encoder(IPV4).encode(Transaction(sets=[found]))
+    assert 9 not in attributes(message.payload, 4, len(message.payload))
