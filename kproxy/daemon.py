@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import queue
@@ -111,8 +112,9 @@ class Daemon:
             iptables.stop()
         if self._failure is not None:
             raise self._failure
-        # What else runs are daemon threads that hold nothing worth saving, and may be in the middle of anything.
-        logging.shutdown()
+        # What else runs are daemon threads that hold nothing worth saving, and may be in the middle of anything. But
+        # what is registered for the exit has to run: it ends logging, and removes files with private keys.
+        atexit._run_exitfuncs()
         os._exit(0)
 
     def _work(self) -> None:

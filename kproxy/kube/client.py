@@ -127,7 +127,8 @@ class Client:
 def _load_access(kubeconfig: str | None, server: str | None, before: Access | None) -> Access:
     if server:
         check_server(server, None)
-    plain = find_plain(kubeconfig, server, os.environ)
-    access: Access = PlainAccess(plain, before) if plain else PackageAccess(kubeconfig, server)
+    first = before is None
+    plain = find_plain(kubeconfig, server, os.environ, first=first)
+    access: Access = PlainAccess(plain, before) if plain else PackageAccess(kubeconfig, server, first=first)
     check_server(access.server, kubeconfig)
     return access

@@ -9,88 +9,134 @@ from __future__ import annotations
 import logging
 import ssl
 import threading
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from kproxy.kube.access import CONNECTIONS, IN_CLUSTER, KEEPALIVE, ClientError
+from kproxy.kube.access import (
+    CONNECTIONS,
+    IN_CLUSTER,
+    KEEPALIVE,
+    ClientError,
+    check_entries,
+    read_token,
+    usable_token,
+)
+
+_FILES = ("tokenFile", "client-certificate", "client-key")
+_RUNS = {"exec", "auth-provider"}
+"""Fields of users whose credentials are not for the asking every minute."""
 
 
 class PackageAccess:
     """A way to the server (`kproxy.kube.access.Access`) by a kubeconfig, or by a Pod's service account without one.
 
-    `server` overrides the URL in it; alone it needs no credentials. Raises `ClientError`.
+    `server` overrides the URL in it; alone it needs no credentials. `first`: see `read_token`. Raises `ClientError`.
     """
 
-    def __init__(self, kubeconfig: str | None, server: str | None) -> None:
+    def __init__(self, kubeconfig: str | None, server: str | None, *, first: bool = True) -> None:
+        from kubernetes import config
+        from kubernetes.client.configuration import Configuration
+
         self._source = kubeconfig or IN_CLUSTER
-        self._configuration = _load_configuration(kubeconfig, server)
-        self.server: str = server or self._configuration.host
-        with Explained(self._source):
-            # The package refreshes a service account's token and an exec plugin's, but not this.
-            self.rotates = _names_token_file(kubeconfig)
-        self.pool = _make_pool(self._configuration)
+        self._configuration = configuration = Configuration()
+        configuration.socket_options = KEEPALIVE
+        configuration.connection_pool_maxsize = CONNECTIONS
+        # The package refreshes an exec plugin's token; files are read again by whoever keeps what they held before.
+        self.rotates = kubeconfig is None and server is None
+        if kubeconfig is not None:
+            self.rotates = _load_kubeconfig(configuration, kubeconfig, first)
+        elif server is None:
+            with Explained(IN_CLUSTER):
+                config.load_incluster_config(configuration, try_refresh_token=False)
+        if server:
+            configuration.host = server
+        self.server: str = configuration.host
+        for value in configuration.api_key.values():
+            self._header(value)
+        self.pool = _make_pool(configuration, self._source)
 
     def authentication(self) -> dict[str, str]:
         """Return the headers by which the server knows us, with a token that the package may refresh for that."""
         with Explained(self._source):
             settings = self._configuration.auth_settings()
-        return {item["key"].title(): item["value"].strip() for item in settings.values() if item.get("value")}
+        return {item["key"].title(): self._header(item["value"]) for item in settings.values() if item.get("value")}
+
+    def _header(self, value: str) -> str:
+        scheme, _, token = value.partition(" ")
+        return f"{scheme} {usable_token(token, f'{self._source}: credentials')}"
 
 
-def _load_configuration(kubeconfig: str | None, server: str | None) -> Any:
-    from kubernetes import config
-    from kubernetes.client.configuration import Configuration
+def _load_kubeconfig(configuration: Any, kubeconfig: str, first: bool) -> bool:
+    """Fill the package's configuration; return whether that is from files that others replace in time."""
+    from kubernetes.config.kube_config import KubeConfigLoader, KubeConfigMerger
 
-    configuration = Configuration()
-    configuration.socket_options = KEEPALIVE
-    configuration.connection_pool_maxsize = CONNECTIONS
-    if kubeconfig is not None:
-        for path in kubeconfig.split(":"):
-            with Explained(path), Path(path).expanduser().open("rb"):
-                pass  # the package passes over files that are not there
-        with Explained(kubeconfig):
-            config.load_kube_config(kubeconfig, client_configuration=configuration, persist_config=False)
-    elif server is None:
-        with Explained(IN_CLUSTER):
-            config.load_incluster_config(client_configuration=configuration)
-    if server:
-        configuration.host = server
-    _check_certificates(configuration, kubeconfig or IN_CLUSTER)
-    return configuration
+    for path in kubeconfig.split(":"):
+        with Explained(path), Path(path).expanduser().open("rb"):
+            pass  # the package passes over files that are not there
+    with Explained(kubeconfig):
+        merged = KubeConfigMerger(kubeconfig).config
+        for kind in ("clusters", "contexts", "users"):
+            for entry in merged.value[kind]:
+                entry.name = f"{entry.path}: {kind}"  # the package's, part of its errors, quotes the credentials
+        loader = KubeConfigLoader(merged, config_base_path=None)  # paths count from the file that they are in
+        context = merged["contexts"].get_with_name(merged["current-context"])["context"]
+        cluster = merged["clusters"].get_with_name(context["cluster"]).value["cluster"]
+        user, folder = _find_user(merged, context)
+        check_entries(cluster, user, kubeconfig)
+        files = [name for name in _FILES if user.get(name)]
+        token = read_token(user, folder, kubeconfig, first=first)
+        user.pop("tokenFile", None)  # to the package it counts less than a token, even when it is empty
+        if token:
+            user["token"] = token
+        if cluster.get("proxy-url"):
+            configuration.no_proxy = ""  # that is for proxies of the environment
+        loader.load_and_set(configuration)
+    return bool(files) and not user.keys() & _RUNS
 
 
-def _check_certificates(configuration: Any, source: str) -> None:
+def _find_user(merged: Any, context: Any) -> tuple[dict[str, Any], Path]:
+    """Return the fields of the context's user, none if there is no such user, and the folder that paths count from."""
+    name, users = context.safe_get("user"), merged.safe_get("users")
+    found = merged["users"].get_with_name(name, safe=True) if name and users else None
+    return (found.value["user"], Path(found.path).parent) if found else ({}, Path())
+
+
+def _make_pool(configuration: Any, source: str) -> Any:
+    import urllib3
+    from kubernetes.client.rest import RESTClientObject, is_socks_proxy_url, should_bypass_proxies
+
+    socks = is_socks_proxy_url(configuration.proxy) and find_spec("socks") is None
+    if socks and not should_bypass_proxies(configuration.host, configuration.no_proxy or ""):
+        raise ClientError(f"{source}: a SOCKS proxy needs the Python package PySocks, which is not installed")
+    context = _tls(configuration, source)
+    if not configuration.verify_ssl:  # asked for in so many words: no warning per request
+        urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
+    with Explained("connection settings"):
+        pool = RESTClientObject(configuration).pool_manager
+    # Certificates of ours are in the context already, and loading them anew while others connect is not safe.
+    pool.connection_pool_kw |= {"ssl_context": context, "cert_file": None, "key_file": None}
+    return pool
+
+
+def _tls(configuration: Any, source: str) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # an intermediate authority alone will do, as for Go and curl
+    if not configuration.verify_ssl:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
     if configuration.ssl_ca_cert:
         with Explained(f"{source}: certificate authority {configuration.ssl_ca_cert}"):
             context.load_verify_locations(configuration.ssl_ca_cert)
+    else:
+        context.load_default_certs()
     if configuration.cert_file:
         with Explained(f"{source}: client certificate {configuration.cert_file}, key {configuration.key_file}"):
             # A password callback, so that an encrypted key is an error and no question on the terminal.
             context.load_cert_chain(configuration.cert_file, configuration.key_file, lambda: "")
-
-
-def _make_pool(configuration: Any) -> Any:
-    import urllib3
-    from kubernetes.client.rest import RESTClientObject
-
-    if not configuration.verify_ssl:  # asked for in so many words: no warning per request
-        urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
-    with Explained("connection settings"):
-        return RESTClientObject(configuration).pool_manager
-
-
-def _names_token_file(kubeconfig: str | None) -> bool:
-    if kubeconfig is None:
-        return False
-    for path in kubeconfig.split(":"):
-        content = yaml.safe_load(Path(path).expanduser().read_bytes())
-        users = content.get("users") or [] if isinstance(content, dict) else []
-        if any("tokenFile" in (user.get("user") or {}) for user in users):
-            return True
-    return False
+    return context
 
 
 class Explained:

@@ -19,7 +19,16 @@ from urllib.request import getproxies_environment
 import yaml
 from msgspec import Struct
 
-from kproxy.kube.access import CONNECTIONS, IN_CLUSTER, KEEPALIVE, ClientError
+from kproxy.kube.access import (
+    CONNECTIONS,
+    IN_CLUSTER,
+    KEEPALIVE,
+    ClientError,
+    check_entries,
+    read_file,
+    read_token,
+    usable_token,
+)
 
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 """Where the kubelet mounts a Pod's token and the certificate authority of the API server."""
@@ -91,17 +100,19 @@ class PlainAccess:
         return {"Authorization": f"Bearer {self._plain.token}"} if self._plain.token else {}
 
 
-def find_plain(kubeconfig: str | None, server: str | None, environment: Mapping[str, str]) -> Plain | None:
+def find_plain(
+    kubeconfig: str | None, server: str | None, environment: Mapping[str, str], *, first: bool = True
+) -> Plain | None:
     """Return the plain way to the server, None if it is not plain or anything is missing or malformed.
 
     `kubeconfig` None stands for the Pod's service account, or with a `server` for no credentials at all. A `server`
-    replaces the URL of a kubeconfig. Proxies, be they in `environment`, are not plain. Raises `ClientError` if a file
-    that is named cannot be read.
+    replaces the URL of a kubeconfig. Proxies, be they in `environment`, are not plain. `first`: see `read_token`.
+    Raises `ClientError` if a file that is named cannot be read, a token cannot be used, or `check_entries` says no.
     """
     if getproxies_environment():
         return None
     if kubeconfig is not None:
-        return _from_kubeconfig(kubeconfig, server)
+        return _from_kubeconfig(kubeconfig, server, first)
     return Plain("server", server) if server else _from_service_account(environment)
 
 
@@ -113,20 +124,13 @@ def _from_service_account(environment: Mapping[str, str]) -> Plain:
     return Plain(
         IN_CLUSTER,
         f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}",
-        _read(IN_CLUSTER, token).decode(errors="replace").strip(),
+        usable_token(read_file(IN_CLUSTER, token), f"{IN_CLUSTER}: {token}"),
         rotates=True,
-        authority=Pem(_read(IN_CLUSTER, authority), str(authority)),
+        authority=Pem(read_file(IN_CLUSTER, authority), str(authority)),
     )
 
 
-def _read(source: str, path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ClientError(f"{source}: {path}: {error.strerror}") from None
-
-
-def _from_kubeconfig(path: str, server: str | None) -> Plain | None:
+def _from_kubeconfig(path: str, server: str | None, first: bool) -> Plain | None:
     try:
         content = yaml.safe_load(Path(path).expanduser().read_bytes())
         context = _named(content["contexts"], content["current-context"], "context")
@@ -136,15 +140,13 @@ def _from_kubeconfig(path: str, server: str | None) -> Plain | None:
         return None
     if not _is_plain(cluster, _CLUSTER) or not _is_plain(user, _USER) or not (server or cluster.get("server")):
         return None
+    check_entries(cluster, user, path)
     reader = _Reader(path)
-    token = user.get("token") or ""
-    if "tokenFile" in user:
-        token = reader.read(user["tokenFile"]).decode(errors="replace").strip()
     return Plain(
         path,
         server or cluster["server"],
-        token,
-        rotates=bool(_FILES & (user.keys() | cluster.keys())),
+        read_token(user, reader.folder, path, first=first),
+        rotates=any(user.get(name) or cluster.get(name) for name in _FILES),
         authority=reader.pem(cluster, "certificate-authority"),
         certificate=reader.pem(user, "client-certificate"),
         key=reader.pem(user, "client-key"),
@@ -170,10 +172,7 @@ class _Reader:
 
     def __init__(self, kubeconfig: str) -> None:
         self._kubeconfig = kubeconfig
-        self._folder = Path(kubeconfig).expanduser().parent
-
-    def read(self, name: str) -> bytes:
-        return _read(self._kubeconfig, self._folder / name)
+        self.folder = Path(kubeconfig).expanduser().parent
 
     def pem(self, fields: Mapping[str, Any], name: str) -> Pem | None:
         """Return what a field holds in base64 (`NAME-data`, which comes first) or names a file of, None if neither."""
@@ -182,8 +181,10 @@ class _Reader:
                 return Pem(base64.b64decode("".join(encoded.split()), validate=True), f"{name}-data")
             except (binascii.Error, ValueError) as error:
                 raise ClientError(f"{self._kubeconfig}: {name}-data is no base64: {error}") from None
-        path = fields.get(name)
-        return Pem(self.read(path), str(self._folder / path)) if path else None
+        if not fields.get(name):
+            return None
+        path = self.folder / fields[name]
+        return Pem(read_file(self._kubeconfig, path), str(path))
 
 
 def _without_token(plain: Plain) -> tuple[object, ...]:
@@ -201,6 +202,7 @@ def _make_pool(plain: Plain) -> Any:
 
 def _tls(plain: Plain) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # an intermediate authority alone will do, as for Go and curl
     if plain.insecure:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE

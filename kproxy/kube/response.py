@@ -93,5 +93,8 @@ class Translated:
         if isinstance(error, ReadTimeoutError | TimeoutError):
             raise SilenceError("nothing arrived in time") from None
         # A read on an answer that another thread closes ends in whatever its half-closed state gives.
-        if isinstance(error, HTTPError | OSError | ValueError | AttributeError):
+        if isinstance(error, HTTPError | OSError):
             raise TransportError(" ".join(str(error).split()) or type(error).__name__) from None
+        if isinstance(error, ValueError | AttributeError):
+            # Its text may quote what was to be sent, for instance a header with a token.
+            raise TransportError(f"the connection ended in a {type(error).__name__}") from None

@@ -228,6 +228,8 @@ class ListWatch:
         first = not self._version and not self._found and not self._missed
         if first and refusal.code not in _TRANSIENT:
             return self._fall_back()
+        if self._version and refusal.code not in _TRANSIENT:
+            return self._relist(refusal, at_once=False)  # from the same version on, it may well come for ever
         return self._refused(refusal)
 
     def _refused(self, refusal: Refusal) -> Step:
@@ -254,11 +256,11 @@ class ListWatch:
         messages = () if self._was_listed else (Replace(self._kind, ()),)
         return self._retry(self._absence, messages, longest=LONGEST_ABSENCE)
 
-    def _relist(self, refusal: Refusal) -> Step:
-        """Start over with a list: at once, but slower and slower while that leads here again."""
+    def _relist(self, refusal: Refusal, *, at_once: bool = True) -> Step:
+        """Start over with a list: maybe at once, but slower and slower while that leads here again."""
         self._forget()
         self._version, self._missed = "", False
-        delay = self._backoff(self._relists) if self._relists else 0.0
+        delay = 0.0 if at_once and not self._relists else max(self._backoff(self._relists), refusal.retry_after)
         self._relists += 1
         self.trouble = f"listing {self.resource} anew: {refusal}"
         return Step(again_after=delay)

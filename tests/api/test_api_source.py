@@ -138,7 +138,7 @@ def test_every_end_of_a_watch_is_survived(
     faults[fault]()
     server.apply(service("web", "10.96.7.1", port=82))
     received.until(lambda _: port_of(received, "web") == 82)
-    assert received.lists(Service) == (2 if fault == "expire" else 1)
+    assert received.lists(Service) == (2 if fault in {"expire", "fail"} else 1)
 
 
 @pytest.mark.parametrize("support", ["old-etcd", "forbidden", "ignored"])

@@ -560,7 +560,7 @@ print(json.dumps({"apiVersion": "client.authentication.k8s.io/v1", "kind": "Exec
     assert loaded_by(asking(config), "kubernetes", *heavy) == {"kubernetes"}
 
 
-PACKAGE_ONLY: list[dict[str, Any]] = [{"username": "me", "password": "secret"}, {"as": "somebody", "token": "secret"}]
+PACKAGE_ONLY: list[dict[str, Any]] = [{"username": "me", "password": "secret"}, {"as": "", "token": "secret"}]
 
 
 @pytest.mark.parametrize("user", PACKAGE_ONLY)
@@ -585,7 +585,7 @@ def test_both_ways_send_the_same(
     (tmp_path / "token").write_text("secret\n")
     path = kubeconfig(tmp_path / "config", f"{server.url}/", user)
     get(Client.from_config(path))
-    monkeypatch.setattr("kproxy.kube.client.find_plain", lambda *_: None)
+    monkeypatch.setattr("kproxy.kube.client.find_plain", lambda *_, **__: None)
     get(Client.from_config(path))
     plain, package = (seen.headers for seen in server.requests.all())
     assert dict(plain) == dict(package)

@@ -244,10 +244,30 @@ def test_a_refused_continuation_starts_the_list_over(recording: str) -> None:
     assert len(folded.objects) == 2
 
 
-def test_other_errors_resume_after_a_pause() -> None:
-    watch = following()
+def test_other_errors_list_anew_after_a_pause() -> None:
+    watch, delays = following(), []
     error = b'{"type":"ERROR","object":{"kind":"Status","code":500,"reason":"InternalError","message":"etcd"}}'
+    for _ in range(3):
+        delays.append(watch.line(error).again_after)
+        assert watch.trouble == "listing services anew: 500 InternalError: etcd"
+        assert watch.next_request().params["sendInitialEvents"] == "true"
+        assert watch.line(END_OF_LIST).again_after is None
+    assert delays == [pytest.approx(0.8), pytest.approx(1.6), pytest.approx(3.2)]
+    watch.line(lines_of("services.watchlist.jsonl")[9])
     assert watch.line(error).again_after == pytest.approx(0.8)
+
+
+def test_an_error_that_says_when_to_come_back_lists_anew_then() -> None:
+    error = b'{"type":"ERROR","object":{"code":500,"message":"x","details":{"retryAfterSeconds":9}}}'
+    assert following().line(error).again_after == 9.0
+
+
+@pytest.mark.parametrize("code", [401, 429, 503, 504])
+def test_a_passing_error_resumes_after_a_pause(code: int) -> None:
+    watch = following()
+    step = watch.line(b'{"type":"ERROR","object":{"code":%d,"message":"x"}}' % code)
+    assert step.again_after == pytest.approx(0.8)
+    assert step.renew == (code == 401)
     assert watch.next_request().params["resourceVersion"] == "96"
 
 
