@@ -9,7 +9,7 @@ import errno
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 
@@ -53,11 +53,12 @@ class FakeKernel:
     def has(self, chain: Chain, rule: str) -> bool:
         return rule in self.tables[chain.table].get(chain.name, [])
 
-    def exists(self, chain: Chain) -> bool:
-        return chain.name in self.tables[chain.table]
-
-    def rules(self, chain: Chain) -> list[str]:
-        return [f"-A {chain.name} {rule}" for rule in self.tables[chain.table].get(chain.name, [])]
+    def look(self, chains: Iterable[Chain]) -> dict[Chain, list[str]]:
+        return {
+            chain: [f"-A {chain.name} {rule}" for rule in self.tables[chain.table][chain.name]]
+            for chain in chains
+            if chain.name in self.tables[chain.table]
+        }
 
     def create(self, chain: Chain) -> None:
         self.tables[chain.table].setdefault(chain.name, [])

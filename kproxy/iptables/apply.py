@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Container, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 
 from msgspec import Struct
 
 from kproxy.host.run import CommandError, Completed, Programs, first_line
 from kproxy.iptables.names import Chain
-from kproxy.iptables.text import parse_rules
+from kproxy.iptables.text import TABLES, incompatible_line, parse_rules, parse_save
 from kproxy.model.types import Family
 
 LOCK_WAIT_SECONDS = 5
@@ -19,6 +19,26 @@ LOCK_WAIT_SECONDS = 5
 
 HANG_SECONDS = 900
 """After this an iptables program counts as hanging. The longest honest run known took 150 s."""
+
+
+_NO = 1
+"""The exit status that says no: there is no such chain or rule, or a chain of that name is there already."""
+
+_NOT_UNDERSTOOD = 2
+"""The exit status for a rule that cannot be, such as one that jumps to a chain that is not there."""
+
+_UNREADABLE = 3
+"""The exit status of iptables-nft at a rule that nft made and iptables has no words for; what came before is printed.
+
+Of some such rules it says for the whole chain, or table, that it is incompatible.
+"""
+
+
+HIDDEN = "# a rule that only nft can show"
+"""What a look at a chain ends with when it ended early: no rule of ours is like it."""
+
+_MOST_RULES_APART = 1000
+"""How many rules of a chain are asked for one by one at most: each takes 3 ms."""
 
 
 class RestoreError(Exception):
@@ -62,6 +82,7 @@ class Iptables:
     def __init__(self, family: Family) -> None:
         self._prefix = "ip6tables" if family is Family.IPV6 else "iptables"
         self._programs = Programs()
+        self._version: IptablesVersion | None = None
 
     def stop(self) -> None:
         """End what is under way, from another thread, and do nothing any more.
@@ -72,15 +93,49 @@ class Iptables:
         self._programs.stop()
 
     def version(self) -> IptablesVersion:
-        """Return the version of the installed iptables. Raises `CommandError`."""
+        """Return the version of the installed iptables, which is asked for once. Raises `CommandError`."""
+        if self._version is None:
+            self._version = self._ask_version()
+        return self._version
+
+    def _ask_version(self) -> IptablesVersion:
         done = self._programs.run([self._prefix, "--version"], timeout=HANG_SECONDS)
         if done.code:
             raise CommandError(f"{self._prefix} --version failed: {first_line(done.stderr)}")
         return parse_version(done.stdout)
 
-    def save(self) -> AbstractContextManager[Iterator[str]]:
-        """Return all tables' rules as lines of text, read as they come. Raises `CommandError`."""
-        return self._programs.reading([f"{self._prefix}-save"], timeout=HANG_SECONDS)
+    @contextmanager
+    def save(self) -> Iterator[Iterator[str]]:
+        """Return the rules of all tables as lines of text for `read_save`, read as they come. Raises `CommandError`.
+
+        One rule that iptables-nft cannot print ends its dump. Then it is asked for each table, so that one that it
+        cannot print does not hide the others; not at once, for that takes it as long each time as all tables do.
+        """
+        with closing(self._dump()) as lines:
+            yield lines
+
+    def _dump(self) -> Generator[str, None, None]:
+        if (yield from self._try([f"{self._prefix}-save"])):
+            for table in TABLES:
+                if complaint := (yield from self._try([f"{self._prefix}-save", "-t", table])):
+                    yield incompatible_line(table, complaint)
+
+    def _try(self, argv: Sequence[str]) -> Generator[str, None, str]:
+        """Yield what a program prints and return why it failed, or "". Raises `CommandError` if it never ran.
+
+        iptables-legacy fails for other reasons than a single rule, so then that is raised, too.
+        """
+        nft = self.version().nft
+        began = False
+        try:
+            with self._programs.reading(argv, timeout=HANG_SECONDS) as lines:
+                began = True
+                yield from lines
+        except CommandError as error:
+            if not (nft and began):
+                raise
+            return str(error)
+        return ""
 
     def restore(self, text: str) -> None:
         """Make the changes that `text` holds, one transaction per table. Raises `RestoreError`.
@@ -92,32 +147,64 @@ class Iptables:
         if done.code:
             raise restore_error(argv[0], done.code, done.stderr, text)
 
-    def has(self, chain: Chain, rule: str) -> bool:
-        """Return whether a chain has a rule, given without `-A CHAIN`. Raises `CommandError`."""
-        return self._command(chain, "-C", rule)
+    def has(self, chain: Chain, rule: str) -> bool | None:
+        """Return whether a chain has a rule, given without `-A CHAIN`.
 
-    def exists(self, chain: Chain) -> bool:
-        """Return whether there is such a chain. Raises `CommandError`."""
-        return self._command(chain, "-S", "")
+        None says that it cannot be told: rules that iptables cannot read are in the way. Raises `CommandError`.
+        """
+        code = self._command(chain, "-C", rule, also=(_NO, _NOT_UNDERSTOOD, _UNREADABLE)).code
+        return self._finds(chain, f"-A {chain.name} {rule}") if code == _UNREADABLE else code == 0
 
-    def rules(self, chain: Chain) -> list[str]:
-        """Return the rules of a chain in the spelling of `parse_save`, none if there is no such chain.
+    def _finds(self, chain: Chain, rule: str) -> bool | None:
+        """Return whether a chain has a rule, asking for one rule at a time to get past those that cannot be read."""
+        for number in range(1, _MOST_RULES_APART + 1):
+            done = self._command(chain, "-S", str(number), also=(_NO, _UNREADABLE))
+            if done.code == _NO:
+                return None
+            listed = parse_rules(done.stdout)
+            if rule in listed:
+                return True
+            if done.code == 0 and not listed:
+                return False
+        return None
 
+    def look(self, chains: Iterable[Chain]) -> dict[Chain, list[str]]:
+        """Return the rules of some chains in the spelling of `read_save`, without chains that do not exist.
+
+        A rule that iptables cannot read hides those after it, for which `HIDDEN` stands, or the whole chain.
         Raises `CommandError`.
         """
-        done = self._run(chain, "-S", "")
-        return parse_rules(done.stdout) if done.code == 0 else []
+        if self.version().nft:
+            return {chain: rules for chain in chains if (rules := self._list(chain)) is not None}
+        found: dict[Chain, list[str]] = {}
+        names: dict[str, list[str]] = {}
+        for chain in chains:
+            names.setdefault(chain.table, []).append(chain.name)
+        for table, wanted in names.items():
+            # Whatever iptables-legacy is asked, it fetches a whole table: one look at each serves for all chains.
+            needed = ("*", *(f":{name} " for name in wanted), *(f"-A {name} " for name in wanted))
+            with self._programs.reading([f"{self._prefix}-save", "-t", table], timeout=HANG_SECONDS) as lines:
+                saved = parse_save(line for line in lines if line.startswith(needed))
+            found |= {chain: content.rules for chain, content in saved.items()}
+        return found
+
+    def _list(self, chain: Chain) -> list[str] | None:
+        done = self._command(chain, "-S", also=(_NO, _UNREADABLE))
+        if done.code == _NO:
+            return None
+        return parse_rules(done.stdout) + [HIDDEN] * (done.code == _UNREADABLE)
 
     def create(self, chain: Chain) -> None:
         """Create a chain unless it exists; its rules stay. Raises `CommandError`."""
-        self._command(chain, "-N", "")
+        self._command(chain, "-N", also=(_NO,))
 
-    def _command(self, chain: Chain, command: str, rule: str) -> bool:
-        return self._run(chain, command, rule).code == 0
-
-    def _run(self, chain: Chain, command: str, rule: str) -> Completed:
+    def _command(self, chain: Chain, command: str, rule: str = "", *, also: Container[int]) -> Completed:
+        """Run a command that ends with status 0, or one of those `also`: any other is a failure, and no answer."""
         argv = [self._prefix, "-w", str(LOCK_WAIT_SECONDS), "-t", chain.table, command, chain.name, *shlex.split(rule)]
-        return self._programs.run(argv, timeout=HANG_SECONDS)
+        done = self._programs.run(argv, timeout=HANG_SECONDS)
+        if done.code and done.code not in also:
+            raise CommandError(f"{self._prefix} failed with status {done.code}: {first_line(done.stderr)}")
+        return done
 
 
 _LINE = re.compile(r"line:? (\d+)")

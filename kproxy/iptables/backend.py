@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
 from kproxy.host.in_step import in_step
 from kproxy.host.run import CommandError
 from kproxy.iptables.apply import RestoreError
-from kproxy.iptables.base import ensured_rules
+from kproxy.iptables.base import EnsuredRule, ensured_rules
 from kproxy.iptables.diff import Change
 from kproxy.iptables.dispatch import DISPATCH_THRESHOLD
 from kproxy.iptables.ledger import KernelView, Ledger
 from kproxy.iptables.names import CANARIES, FILTER_FIREWALL, Chain
 from kproxy.iptables.render import RenderedPort, render_port
-from kproxy.iptables.text import Restore, parse_save
+from kproxy.iptables.text import Restore, read_save
 from kproxy.model.context import Context
 from kproxy.model.outcome import Plans, SyncError, Written
 from kproxy.model.plan import ServicePortPlan
@@ -47,22 +47,19 @@ class Kernel(Protocol):
     """The way to one family's rules; `kproxy.iptables.apply.Iptables` is the real one."""
 
     def save(self) -> AbstractContextManager[Iterator[str]]:
-        """Return all rules as `iptables-save` prints them."""
+        """Return all rules as `iptables-save` prints them, and a line about each table that it cannot print."""
 
     def restore(self, text: str) -> None:
         """Make the changes of an `iptables-restore --noflush` input, or raise `RestoreError`."""
 
-    def has(self, chain: Chain, rule: str) -> bool:
-        """Return whether a chain has a rule."""
+    def has(self, chain: Chain, rule: str) -> bool | None:
+        """Return whether a chain has a rule, None if that cannot be told."""
 
-    def rules(self, chain: Chain) -> list[str]:
-        """Return the rules of a chain as `iptables-save` prints them, none if they cannot be had."""
+    def look(self, chains: Iterable[Chain]) -> dict[Chain, list[str]]:
+        """Return the rules of those chains that exist as `iptables-save` prints them, as far as they can be had."""
 
     def create(self, chain: Chain) -> None:
         """Create a chain unless it exists."""
-
-    def exists(self, chain: Chain) -> bool:
-        """Return whether there is such a chain."""
 
 
 class IptablesBackend:
@@ -125,18 +122,19 @@ class IptablesBackend:
     def verify(self, context: Context) -> bool:
         """Return whether what leads to the Services is as it should be; if not, forget what is known.
 
-        A few questions, not a dump: the canaries (gone when a table's chains were deleted), the last jump of each table
-        (gone when they were emptied), and the rules of the chains that all Services share, less the shards.
+        What is looked at: the canaries (gone when a table's chains were deleted), the rules that belong in chains
+        shared with others, and those of the chains that all Services share, less the shards.
         """
         if self._ledger is None:
             return True
-        jumps = {rule.chain.table: rule for rule in ensured_rules(context)}
+        ours = dict(self._ledger.shared_chains())
+        ensured = ensured_rules(context)
         try:
-            whole = all(self._kernel.exists(canary) for canary in CANARIES) and all(
-                self._kernel.has(rule.chain, rule.rule) for rule in jumps.values()
-            )
-            whole = whole and all(
-                hash("\n".join(self._kernel.rules(chain))) == digest for chain, digest in self._ledger.shared_chains()
+            held = self._kernel.look(dict.fromkeys((*CANARIES, *ours, *(rule.chain for rule in ensured))))
+            whole = (
+                all(canary in held for canary in CANARIES)
+                and all(chain in held and hash("\n".join(held[chain])) == digest for chain, digest in ours.items())
+                and all(self._may_hold(rule, held.get(rule.chain, [])) for rule in ensured)
             )
         except CommandError as error:
             log.warning("cannot look at the rules: %s", error)
@@ -144,6 +142,10 @@ class IptablesBackend:
         if not whole:
             self._ledger = None
         return whole
+
+    def _may_hold(self, rule: EnsuredRule, listed: list[str]) -> bool:
+        """Return whether an ensured rule is in force for all that can be told, given what is listed of its chain."""
+        return rule.is_met_by_one_of(listed) or self._kernel.has(rule.chain, rule.rule) is not False
 
     def _block_for(self, ledger: Ledger) -> int:
         """Return how many rules a transaction may hold that changes what a ledger has."""
@@ -164,25 +166,35 @@ class IptablesBackend:
                 self._make(Restore(deleted=half, may_fail=True))
 
     def _read(self, context: Context) -> KernelView:
-        incompatible: set[str] = set()
         try:
             with self._kernel.save() as lines:
-                view = KernelView.of(parse_save(lines, incompatible=incompatible))
-            for table in incompatible:
-                log.warning("table %s holds rules that only nft can show: chains of others may be left there", table)
+                saved = read_save(lines)
+            view = KernelView.of(saved.chains)
+            for table, reason in saved.incompatible.items():
                 self._ask_for_shared_rules(view, table, context)
+                log.warning(
+                    "table %s holds rules that only nft can show (%s): chains of others may be left there",
+                    table,
+                    reason,
+                )
         except CommandError as error:
             raise SyncError(str(error)) from None
         return view
 
     def _ask_for_shared_rules(self, view: KernelView, table: str, context: Context) -> None:
-        """Find out by questions about single rules what no dump shows."""
-        for rule in ensured_rules(context):
-            if rule.chain.table == table and self._kernel.has(rule.chain, rule.rule):
-                view.shared.setdefault(rule.chain, []).append(rule.text)
+        """Find out by questions about single chains and rules what no dump shows.
+
+        A rule that cannot be told to be there is put in: twice does no harm, and then it is above what hid it.
+        """
         if FILTER_FIREWALL.table == table:
             self._kernel.create(FILTER_FIREWALL)
-            view.shared.setdefault(FILTER_FIREWALL, [])
+            view.shared[FILTER_FIREWALL] = []
+        ensured = [rule for rule in ensured_rules(context) if rule.chain.table == table]
+        view.shared |= self._kernel.look(dict.fromkeys(rule.chain for rule in ensured))
+        for rule in ensured:
+            held = view.shared.setdefault(rule.chain, [])
+            if not rule.is_met_by_one_of(held) and self._kernel.has(rule.chain, rule.rule):
+                held.append(rule.text)
 
 
 def render_ports(ports: Sequence[ServicePortPlan], context: Context) -> dict[str, RenderedPort]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from msgspec import Struct
 
@@ -41,6 +42,10 @@ class EnsuredRule(Struct, frozen=True):
         other match would make it narrower.
         """
         return listed == self.text or _essence(listed) == _essence(self.text)
+
+    def is_met_by_one_of(self, listed: Iterable[str]) -> bool:
+        """Return whether one of several rules as they are listed does what this one does."""
+        return any(self.is_met_by(each) for each in listed)
 
 
 _UNESSENTIAL = re.compile(r' -m (comment --comment ("[^"]*"|\S+)|conntrack --ctstate NEW)(?= )')

@@ -176,7 +176,7 @@ class Change:
         # Each goes to the top, so the last one in is the first one met.
         for rule in reversed(ensured_rules(self._context)):
             held = kernel.shared.get(rule.chain, [])
-            if not any(rule.is_met_by(each) for each in held):
+            if not rule.is_met_by_one_of(held):
                 switch.edits.append((rule.chain.table, f"-I {rule.chain.name} 1 {rule.rule}"))
             # Two proxies that started at the same time may each have put it in.
             surplus = held.count(rule.text) - 1

@@ -68,26 +68,45 @@ class SavedChain(Struct):
     rules: list[str] = field(default_factory=list)
 
 
+class Saved(Struct):
+    """What `iptables-save` printed: chains, and why it could not print a table, for each that is missing here."""
+
+    chains: dict[Chain, SavedChain] = field(default_factory=dict)
+    incompatible: dict[str, str] = field(default_factory=dict)
+
+
 def parse_save(
     lines: Iterable[str], wanted: Iterable[str] = TABLES, incompatible: set[str] | None = None
 ) -> dict[Chain, SavedChain]:
-    """Read `iptables-save` output (of one or all tables) into chains.
+    """Read `iptables-save` output as `read_save` does, and return the chains.
 
-    Tables that somebody put rules into which iptables cannot print are missing there; their names are added to
-    `incompatible`.
+    The names of tables that are missing because iptables cannot print them are added to `incompatible`.
+    """
+    saved = read_save(lines, wanted)
+    if incompatible is not None:
+        incompatible.update(saved.incompatible)
+    return saved.chains
+
+
+def read_save(lines: Iterable[str], wanted: Iterable[str] = TABLES) -> Saved:
+    """Read `iptables-save` output of one or more tables; of a table that comes twice, the second counts.
+
+    Of a table that somebody put rules into which iptables cannot print, nothing is returned but that: what came
+    before such a rule is not all there is.
 
     Rules are normalised where printing differs from writing: counters are dropped, probabilities
     are rounded to how they were asked for, `--nfacct-name` has one space.
     """
     chains: dict[Chain, SavedChain] = {}
+    incompatible: dict[str, str] = {}
     tables = frozenset(wanted)
-    incompatible = incompatible if incompatible is not None else set()
     table = ""
     for line in lines:
         if line.startswith("# Table") and (found := _INCOMPATIBLE.match(line)):
-            incompatible.add(found[1])
+            incompatible[found[1]] = found[2] or line.strip("# \n")
         elif line.startswith("*"):
             table = line[1:].strip()
+            chains = {chain: found for chain, found in chains.items() if chain.table != table}
         elif table not in tables:
             continue
         elif line.startswith(":"):
@@ -95,7 +114,12 @@ def parse_save(
         elif line.startswith(("-A ", "[")):
             rule = _normal(line)
             chains.setdefault(Chain(table, rule.split(" ", 2)[1]), SavedChain()).rules.append(rule)
-    return chains
+    return Saved({chain: found for chain, found in chains.items() if chain.table not in incompatible}, incompatible)
+
+
+def incompatible_line(table: str, reason: str) -> str:
+    """Return the line by which `read_save` learns that a table could not be printed; iptables-save has one like it."""
+    return f"# Table `{table}' is incompatible: {reason}\n"
 
 
 def parse_rules(listed: str) -> list[str]:
@@ -103,7 +127,7 @@ def parse_rules(listed: str) -> list[str]:
     return [_normal(line) for line in listed.splitlines() if line.startswith("-A ")]
 
 
-_INCOMPATIBLE = re.compile(r"# Table [`'](\w+)' is incompatible")
+_INCOMPATIBLE = re.compile(r"# Table [`'](\w+)' is incompatible(?:: (.+))?")
 _COUNTERS = re.compile(r"^\[\d+:\d+\] ")
 _PROBABILITY = re.compile(r"(?<=--probability )\d\.\d+")
 

@@ -11,9 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from kproxy.host.nfacct import ensure_counters
+from kproxy.iptables.base import INVALID_COUNTER
+from kproxy.iptables.render import LOCALHOST_COUNTER
+from kproxy.model.types import Family
 from tests.lab.namespace import Namespace
 from tests.lab.waiting import HANG_GUARD, wait_until
-from tests.recordings import GOLDEN, State, comparable
+from tests.recordings import GOLDEN, State, comparable, recorded
 
 KPROXY = str(Path(sys.executable).with_name("kproxy"))
 CLUSTER = [f"--config={GOLDEN}/clusterip/config.json", f"--objects={GOLDEN}/clusterip"]
@@ -56,6 +60,73 @@ def test_jumps_that_are_missing_beside_unprintable_rules_are_put_in(node: Namesp
     apply(node)
     assert jumps(node, "FORWARD", "KUBE-SERVICES") == 1
     assert jumps(node, "INPUT", "KUBE-FIREWALL") == 1
+
+
+FOREIGN = (
+    ("filter", "add rule ip filter OUTPUT meta skuid 12345 counter drop"),
+    ("filter", "insert rule ip filter FORWARD meta cpu 99 accept"),
+    ("filter", "add rule ip filter foreign meta length 5 accept"),
+    ("nat", "insert rule ip nat PREROUTING meta cpu 99 accept"),
+    ("mangle", "add rule ip mangle FORWARD meta cpu 99 accept"),
+)
+"""Tables, and rules at which iptables-save 1.8.9 ends with an error."""
+
+
+@pytest.mark.parametrize(("table", "rule"), FOREIGN)
+@pytest.mark.parametrize("former", ["nothing", "kube-proxy"])
+def test_a_rule_that_stops_the_dump_of_its_table_stops_nothing_else(
+    node: Namespace, table: str, rule: str, former: str
+) -> None:
+    if former == "kube-proxy":
+        take_from_kube_proxy(node)
+    foreign(node, rule)
+    for _ in range(2):
+        said = [line for line in apply(node).splitlines() if "only nft can show" in line]
+        assert len(said) == 1
+        assert f"table {table} holds rules that only nft can show (iptables-save failed with status 3: " in said[0]
+    apply_other = [f"--config={GOLDEN}/clusterip/config.json", f"--objects={GOLDEN}/nodeport"]
+    node.run([KPROXY, "apply", *apply_other])
+    apply(node)
+    take_out(node, rule)
+    apply(node)
+    assert saved(node) == recorded("clusterip", Family.IPV4)
+
+
+@pytest.mark.parametrize(("table", "rule"), FOREIGN)
+def test_a_rule_that_stops_the_dump_of_its_table_keeps_no_other_from_being_cleaned(
+    node: Namespace, table: str, rule: str
+) -> None:
+    apply(node)
+    foreign(node, rule)
+    said = node.run([KPROXY, "run", "--cleanup"]).stderr
+    assert f"table {table} holds rules that only nft can show" in said
+    for other in {"filter", "nat", "mangle"} - {table}:
+        left = node.run(["iptables-save", "-t", other]).stdout
+        assert "KUBE-" not in left.replace("KUBE-FIREWALL", "")
+
+
+def take_from_kube_proxy(node: Namespace) -> None:
+    node.call(lambda: ensure_counters((INVALID_COUNTER, LOCALHOST_COUNTER)))
+    for program in ("iptables", "ip6tables"):
+        node.run([f"{program}-restore"], (GOLDEN / "nodeport" / f"{program}-save.txt").read_text())
+
+
+def foreign(node: Namespace, rule: str) -> None:
+    """Put in a rule, once iptables has made its chain."""
+    table, chain = rule.split()[3:5]
+    new = "" if chain.isupper() else f":{chain} - [0:0]\n"
+    edits = f"-A {chain} -j ACCEPT\n-D {chain} -j ACCEPT\n"
+    node.run(["iptables-restore", "--noflush"], f"*{table}\n{new}{edits}COMMIT\n")
+    node.run(["nft", *rule.split()])
+
+
+def take_out(node: Namespace, rule: str) -> None:
+    table, chain = rule.split()[3:5]
+    shown = node.run(["nft", "-a", "list", "chain", "ip", table, chain]).stdout.splitlines()
+    handle = next(line.split()[-1] for line in shown if "meta " in line)
+    node.run(["nft", "delete", "rule", "ip", table, chain, "handle", handle])
+    if chain == "foreign":
+        node.run(["nft", "delete", "chain", "ip", table, chain])
 
 
 def test_surplus_copies_of_our_jumps_are_taken_out(node: Namespace) -> None:
@@ -170,6 +241,9 @@ def test_an_impossible_number_in_a_file_is_one_problem_and_the_next_change_is_fo
         ("-t nat -F KUBE-SERVICES",),
         ("-t nat -D KUBE-SERVICES 1",),
         ("-t nat -I KUBE-NODEPORTS -j RETURN",),
+        ("-t nat -D PREROUTING 1",),
+        ("-t filter -F INPUT",),
+        ("-t filter -F KUBE-FIREWALL",),
         ("-t nat -F KUBE-POSTROUTING",),
         ("-t filter -F KUBE-FORWARD",),
         ("-t nat -F", "-t nat -X", "-t filter -F", "-t filter -X", "-t mangle -F", "-t mangle -X"),

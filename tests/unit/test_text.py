@@ -8,7 +8,7 @@ from kproxy.iptables.backend import IptablesBackend
 from kproxy.iptables.base import base_chains
 from kproxy.iptables.names import Chain
 from kproxy.iptables.render import render_port
-from kproxy.iptables.text import Restore, SavedChain, count_rules, parse_save
+from kproxy.iptables.text import Restore, Saved, SavedChain, count_rules, incompatible_line, parse_save, read_save
 from kproxy.model.plan import plan_service
 from kproxy.model.types import Family
 from kproxy.sync.family import FamilySync
@@ -77,6 +77,36 @@ def test_tables_are_kept_apart_and_others_left_out() -> None:
     saved += ["*filter", ":C - [0:0]", "COMMIT"]
     assert parse_save(saved) == {Chain("nat", "C"): SavedChain(["-A C -j Y"]), Chain("filter", "C"): SavedChain([])}
     assert set(parse_save(saved, ["raw"])) == {Chain("raw", "C")}
+
+
+def test_of_a_table_that_could_not_be_printed_nothing_is_taken_for_whole() -> None:
+    lines = ["*filter\n", ":A - [0:0]\n", "-A A -j B\n", incompatible_line("filter", "status 3: no word for it")]
+    lines += ["*nat\n", ":C - [0:0]\n", "COMMIT\n"]
+    kept = {Chain("nat", "C"): SavedChain([])}
+    assert read_save(lines) == Saved(kept, {"filter": "status 3: no word for it"})
+    names: set[str] = set()
+    assert parse_save(lines, incompatible=names) == kept
+    assert names == {"filter"}
+
+
+def test_of_a_table_that_comes_twice_the_second_counts() -> None:
+    lines = [
+        "*nat",
+        ":A - [0:0]",
+        ":B - [0:0]",
+        "-A B -j X",
+        "*filter",
+        ":F - [0:0]",
+        "*nat",
+        ":B - [0:0]",
+        "-A B -j Y",
+    ]
+    assert parse_save(lines) == {Chain("nat", "B"): SavedChain(["-A B -j Y"]), Chain("filter", "F"): SavedChain([])}
+
+
+def test_what_iptables_save_says_itself_of_a_table_that_it_cannot_print() -> None:
+    said = "Table `filter' is incompatible, use 'nft' tool."
+    assert read_save([f"# {said}\n"]) == Saved({}, {"filter": said})
 
 
 def test_an_empty_change_is_no_text() -> None:
