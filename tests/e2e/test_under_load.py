@@ -70,6 +70,8 @@ def test_scaling_to_zero(cluster: Cluster, family: IpFamily) -> None:
     with unharmed(way):
         for pod in pods:
             cluster.delete_pod(pod, 2 * GRACE)
+    for pod in pods:
+        Way(cluster, way.client, pod.addresses[family], HTTP_PORT).settle_on_failure()
     way.refused()
 
 
