@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
+
+import pytest
 
 from tests.e2e.cluster import HTTP_PORT, Answer, Cluster, IpFamily, Load, Mode, Pod
 from tests.e2e.manifests import PORT, labels, service
@@ -75,22 +78,16 @@ def test_scaling_to_zero(cluster: Cluster, family: IpFamily) -> None:
     way.refused()
 
 
-def test_kproxy_is_restarted_on_every_node(cluster: Cluster, family: IpFamily) -> None:
+@pytest.mark.parametrize("ending", ["restart", "kill"])
+def test_kproxy_ends_and_comes_back_on_every_node(
+    cluster: Cluster, family: IpFamily, ending: Literal["restart", "kill"]
+) -> None:
     pods = web(cluster, 1)
     way = settled(cluster, family, pods)
+    end = cluster.proxies.restart if ending == "restart" else cluster.proxies.kill
     with unharmed(way) as load:
         for node in cluster.nodes:
-            cluster.proxies.restart(node.name)
-            a_few_more(load)
-    it_still_follows(way, pods)
-
-
-def test_kproxy_is_killed_on_every_node(cluster: Cluster, family: IpFamily) -> None:
-    pods = web(cluster, 1)
-    way = settled(cluster, family, pods)
-    with unharmed(way) as load:
-        for node in cluster.nodes:
-            cluster.proxies.kill(node.name)
+            end(node.name)
             a_few_more(load)
     it_still_follows(way, pods)
 
