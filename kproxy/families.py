@@ -87,6 +87,7 @@ def _iptables(config: Config, programs: list[Iptables]) -> dict[Family, FamilySy
             iptables,
             block_rules=BLOCK_RULES if version.nft else UNLIMITED,
             dispatch_threshold=config.kproxy.iptables_dispatch_threshold,
+            patching=version.finds_single_rules,
         )
         contexts = Contexts(config, family, accounting=node.accounting, random_fully=version.random_fully)
         families[family] = FamilySync(backend, contexts.make)

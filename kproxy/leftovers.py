@@ -54,13 +54,12 @@ def remove_iptables(family: Family) -> str:
             family.value,
             table,
         )
-    removed = 0
     try:
-        for change in cleanup(saved, block_rules=BLOCK_RULES if version.nft else UNLIMITED):
-            kernel.restore(change.text())
-            removed += len(change.deleted)
+        changes = list(cleanup(saved, block_rules=BLOCK_RULES if version.nft else UNLIMITED))
+        kernel.restore_each(change.text() for change in changes)
     except RestoreError as error:
         raise CommandError(str(error)) from None
+    removed = sum(len(change.deleted) for change in changes)
     return f"removed {removed} iptables chains of {family.value}" if removed else ""
 
 

@@ -9,7 +9,7 @@ import errno
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 
@@ -60,6 +60,9 @@ class FakeKernel:
             if chain.name in self.tables[chain.table]
         }
 
+    def lengths(self, chains: Collection[Chain]) -> dict[Chain, int]:
+        return {chain: len(self.tables[chain.table].get(chain.name, [])) for chain in chains}
+
     def create(self, chain: Chain) -> None:
         self.tables[chain.table].setdefault(chain.name, [])
 
@@ -87,6 +90,10 @@ class FakeKernel:
             else:
                 self._edit(table, name, line, number)
 
+    def restore_each(self, texts: Iterable[str]) -> None:
+        for text in texts:
+            self.restore(text)
+
     def _edit(self, table: Table, name: str, line: str, number: int) -> None:
         command, rest = line.split(" ", 1)
         if command.startswith(":"):
@@ -108,8 +115,11 @@ class FakeKernel:
             table[chain].append(rule)
         elif command == "-D" and rule in table[chain]:
             table[chain].remove(rule)
-        elif command == "-I" and rule.startswith("1 "):
-            table[chain].insert(0, rule[2:])
+        elif command in {"-I", "-R", "-D"} and (found := re.fullmatch(r"(\d+)(?: (.+))?", rule)):
+            place = int(found[1]) - 1
+            if place >= len(table[chain]) + (command == "-I"):
+                raise RestoreError(f"line {number}: no rule {place + 1} in {chain}", line=line)
+            table[chain][place : place + (command != "-I")] = [found[2]] if found[2] else []
         else:
             raise RestoreError(f"line {number}: cannot {command}", line=line)
 

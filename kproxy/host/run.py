@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from signal import SIGPIPE
-from typing import Any
+from typing import Any, BinaryIO
 
 from msgspec import Struct
+
+PIPE_BYTES = 1 << 20
+"""How far the input of a program may be ahead of it: what Linux grants everybody unless told otherwise (pipe(7))."""
 
 
 class CommandError(Exception):
@@ -57,8 +62,31 @@ class Programs:
                 said, complaints = process.communicate(stdin, timeout)
             except subprocess.TimeoutExpired:
                 process.kill()
-                return Completed(-1, "", f"{argv[0]} did not end within {timeout:.0f} s")
+                return _hung(argv, timeout)
         return Completed(process.returncode, said, complaints)
+
+    def feed(self, argv: Sequence[str], parts: Iterable[str], *, timeout: float) -> Completed:
+        """Run a program on an input of many parts, which are asked for while it works on those before.
+
+        What it prints is not kept. If it ends early, no more parts are asked for. `timeout` as in `run`. If making a
+        part fails, the program is killed, and that is raised. Raises `CommandError` if it cannot be started.
+        """
+        streams = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL}
+        began = time.monotonic()
+        with self._guarded(argv, timeout, **streams) as (process, complaints):
+            assert process.stdin is not None
+            with suppress(OSError):  # a smaller pipe makes it slower and does no harm
+                fcntl.fcntl(process.stdin, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+            with suppress(BrokenPipeError):
+                for part in parts:
+                    process.stdin.write(part)
+                    process.stdin.flush()
+            with suppress(BrokenPipeError):
+                process.stdin.close()
+            process.wait()
+            if time.monotonic() - began >= timeout:
+                return _hung(argv, timeout)
+            return Completed(process.returncode, "", _text_of(complaints))
 
     @contextmanager
     def reading(self, argv: Sequence[str], *, timeout: float) -> Iterator[Iterator[str]]:
@@ -67,24 +95,34 @@ class Programs:
         Who leaves early ends the program. Raises `CommandError` if it cannot be started or ends with an error, which
         it also does when `timeout`, in seconds, is over.
         """
-        # A file without a file system: the root may be read-only, and a pipe could fill up unread.
-        with open(os.memfd_create("stderr"), "w+b") as complaints:
-            with self._start(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=complaints) as process:
-                guard = threading.Timer(timeout, process.kill)
-                guard.daemon = True
-                guard.start()
-                try:
-                    assert process.stdout is not None
-                    yield process.stdout
-                    process.stdout.close()  # ends a program that still writes, by SIGPIPE
-                    process.wait()
-                finally:
-                    guard.cancel()
-                    process.kill()
+        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
+        with self._guarded(argv, timeout, **streams) as (process, complaints):
+            assert process.stdout is not None
+            yield process.stdout
+            process.stdout.close()  # ends a program that still writes, by SIGPIPE
+            process.wait()
             if process.returncode not in {0, -SIGPIPE}:
-                complaints.seek(0)
-                complaint = first_line(complaints.read().decode("utf-8", "backslashreplace"))
+                complaint = first_line(_text_of(complaints))
                 raise CommandError(f"{argv[0]} failed with status {process.returncode}: {complaint}")
+
+    @contextmanager
+    def _guarded(
+        self, argv: Sequence[str], timeout: float, **streams: Any
+    ) -> Iterator[tuple[subprocess.Popen[str], BinaryIO]]:
+        """Start a program, with a file for its complaints; kill it after `timeout` seconds, or at the end."""
+        # A file without a file system: the root may be read-only, and a pipe could fill up unread.
+        with (
+            open(os.memfd_create("stderr"), "w+b") as complaints,
+            self._start(argv, stderr=complaints, **streams) as process,
+        ):
+            guard = threading.Timer(timeout, process.kill)
+            guard.daemon = True
+            guard.start()
+            try:
+                yield process, complaints
+            finally:
+                guard.cancel()
+                process.kill()
 
     @contextmanager
     def _start(self, argv: Sequence[str], **streams: Any) -> Iterator[subprocess.Popen[str]]:
@@ -106,6 +144,15 @@ class Programs:
 def run(argv: Sequence[str], stdin: str = "", *, timeout: float) -> Completed:
     """Run one program that nobody will want to stop; see `Programs.run`."""
     return Programs().run(argv, stdin, timeout=timeout)
+
+
+def _hung(argv: Sequence[str], timeout: float) -> Completed:
+    return Completed(-1, "", f"{argv[0]} did not end within {timeout:.0f} s")
+
+
+def _text_of(complaints: BinaryIO) -> str:
+    complaints.seek(0)
+    return complaints.read().decode("utf-8", "backslashreplace")
 
 
 def first_line(text: str) -> str:

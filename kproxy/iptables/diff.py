@@ -18,6 +18,7 @@ from kproxy.iptables.ledger import (
     dispatch_differs,
 )
 from kproxy.iptables.names import CANARIES, FILTER_FIREWALL, Chain, deletion_order
+from kproxy.iptables.patch import patch
 from kproxy.iptables.render import RenderedPort
 from kproxy.iptables.text import Restore, count_rules
 from kproxy.model.context import Context
@@ -41,8 +42,8 @@ class Change:
     chains themselves, last the deletion of what nothing leads to any more. iptables-nft needs time that grows with
     the square of the rules in one transaction. Dispatch chains of more than `dispatch_threshold` rules are split.
 
-    A chain is rewritten, never edited: for iptables-nft to find one rule among 10,000 takes longer than to write the
-    32 of a shard.
+    With `patching`, single rules of long chains of a port change if few of them differ; other chains are always
+    written anew: for iptables-nft to find one rule among 10,000 takes longer than to write the 32 of a shard.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Change:
         *,
         block_rules: int,
         dispatch_threshold: int,
+        patching: bool = False,
     ) -> None:
         self._ledger = ledger
         self._kernel = kernel
@@ -61,6 +63,7 @@ class Change:
         self._context = context
         self._block_rules = block_rules
         self._dispatch_threshold = dispatch_threshold
+        self._patching = patching
         self._services: dict[ServiceKey, ServiceRecord] = {}
         self._base: dict[Chain, Digest] = {}
         self._base_rules: Counter[str] = Counter()
@@ -71,23 +74,25 @@ class Change:
     def transactions(self) -> Iterator[Restore]:
         """Yield the transactions; none at all if the kernel already holds what is wanted."""
         block = Restore(self._groundwork())
-        first = True
         for writes in self._unswitched():
-            if block and block.rules + count_rules(writes.values()) > self._block_rules:
+            if block and block.rules + writes.rules > self._block_rules:
                 yield block
-                block, first = Restore(), False
-            block.chains |= writes
+                block = Restore()
+            block.chains |= writes.chains
+            block.patches |= writes.patches
         switch = self._switch()
         self._deleted += self._stale_chains()
         # After a failure nobody knows who else jumps to a chain that is to go: that must not hold up the rest.
         apart = self._kernel is not None
-        if first and block.rules + switch.rules + len(self._deleted) <= self._block_rules:
-            whole = Restore({**block.chains, **switch.chains}, switch.edits, [] if apart else self._deleted)
-            yield from [whole] if whole else []
-            if not apart:
-                return
+        if block.rules + switch.rules > self._block_rules:
+            yield from [block] if block else []
+            block = switch
         else:
-            yield from (each for each in (block, switch) if each)
+            block.chains |= switch.chains
+            block.edits = switch.edits
+        if not apart and block.rules + len(self._deleted) <= self._block_rules:
+            block.deleted, self._deleted = self._deleted, []
+        yield from [block] if block else []
         gone = iter(sorted(self._deleted, key=deletion_order))
         while batch := list(islice(gone, self._block_rules)):
             yield Restore(deleted=batch, may_fail=apart)
@@ -110,31 +115,40 @@ class Change:
         held = self._kernel.ours if self._kernel else self._ledger.base
         return {chain: rules for chain, rules in chains.items() if held.get(chain) != self._base[chain]}
 
-    def _unswitched(self) -> Iterator[dict[Chain, str]]:
-        """Yield the chains to write before the switch, those that belong into one transaction together."""
+    def _unswitched(self) -> Iterator[Restore]:
+        """Yield what is to be done before the switch, in parts that belong into one transaction each."""
         yield from self._port_chains()
-        yield from self._shards()
+        yield from (Restore({shard: text}) for shard, text in self._shards())
 
-    def _port_chains(self) -> Iterator[dict[Chain, str]]:
+    def _port_chains(self) -> Iterator[Restore]:
         """Yield, Service by Service, the chains to write; a Service's own chains always change together."""
         for key, ports in self._wanted:
             record = {name: PortRecord.of(rendered) for name, rendered in ports.items()}
             self._services[key] = record
             old = self._ledger.services.get(key, {})
             held = {name: digest for port in old.values() for name, digest in port.chains()}
-            writes: dict[Chain, str] = {}
+            writes = Restore()
             for name, rendered in ports.items():
                 for (chain, digest), rules in zip(record[name].chains(), rendered.chains.values(), strict=True):
                     known = held.pop(chain, None)
                     if self._kernel is not None:
                         known = self._kernel.ours.get(Chain("nat", chain))
                     if known != digest:
-                        writes[Chain("nat", chain)] = rules
+                        self._write(writes, chain, rules, old.get(name))
             self._deleted += [Chain("nat", name) for name in held]
             if writes:
                 yield writes
 
-    def _shards(self) -> Iterator[dict[Chain, str]]:
+    def _write(self, writes: Restore, name: str, rules: str, old: PortRecord | None) -> None:
+        """Add what gives a chain of a port its rules: a patch where it is known and long, else all of them."""
+        chain = Chain("nat", name)
+        held = old.rules_of(name) if old is not None and self._patching else ()
+        if held and (edits := patch(name, held, rules)) is not None:
+            writes.patches[chain] = edits
+        else:
+            writes.chains[chain] = rules
+
+    def _shards(self) -> Iterator[tuple[Chain, str]]:
         """Yield, one by one, the shards to write; the dispatch chains themselves are kept for the switch."""
         tails = dispatch_tails(self._context)
         for top, rules in self._ledger.dispatch_rules(self._dirty_dispatch(tails), self._services).items():
@@ -148,7 +162,7 @@ class Change:
             writes = {chain: text for chain, text in layout.chains.items() if held.get(chain) != digests[chain]}
             if top in writes:
                 self._tops[top] = writes.pop(top)
-            yield from ({shard: text} for shard, text in writes.items())
+            yield from writes.items()
 
     def _dirty_dispatch(self, tails: Mapping[Chain, tuple[str, ...]]) -> list[Chain]:
         """Return the dispatch chains that may change; the records of the others stay as they are."""

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 
 from msgspec import Struct
 
 from kproxy.iptables.names import PORT_CHAIN_PREFIXES, Chain, is_shard
+from kproxy.iptables.patch import WORTHWHILE_RULES
 from kproxy.iptables.render import DispatchRule, RenderedPort
 from kproxy.iptables.text import SavedChain, count_rules
 from kproxy.model.types import ServiceKey
@@ -23,24 +24,43 @@ Digest = int
 class PortRecord(Struct, frozen=True, gc=False):
     """The accepted state of one service port: its chains' names, a digest for each, and its dispatch rules.
 
-    `rules` is how many rules the chains hold.
+    `rules` is how many rules the chains hold. `long` has, for each chain that may be patched, its place among the
+    names, how many rules it has, and a digest of each.
     """
 
     names: str
     digests: bytes
     rules: int
     dispatch: tuple[DispatchRule, ...]
+    long: bytes = b""
 
     @classmethod
     def of(cls, rendered: RenderedPort) -> PortRecord:
         """Return the record of a rendered port."""
         digests = array("q", map(hash, rendered.chains.values()))
-        rules = count_rules(rendered.chains.values())
-        return cls(" ".join(rendered.chains), digests.tobytes(), rules, rendered.dispatch)
+        long = array("q")
+        rules = 0
+        for place, text in enumerate(rendered.chains.values()):
+            count = count_rules([text])
+            rules += count
+            if count >= WORTHWHILE_RULES:
+                long.extend((place, count, *map(hash, text.split("\n"))))
+        return cls(" ".join(rendered.chains), digests.tobytes(), rules, rendered.dispatch, long.tobytes())
 
     def chains(self) -> Iterator[tuple[str, Digest]]:
         """Iterate over the chains of table nat with the digest of each."""
         return zip(self.names.split(), array("q", self.digests), strict=True)
+
+    def rules_of(self, chain: str) -> Sequence[Digest]:
+        """Return a digest of each rule of a chain of this port, none for a chain that is short or not there."""
+        found, begin = array("q", self.long), 0
+        names = self.names.split() if found else ()
+        while begin < len(found):
+            place, count = found[begin : begin + 2]
+            if names[place] == chain:
+                return found[begin + 2 : begin + 2 + count]
+            begin += 2 + count
+        return ()
 
 
 ServiceRecord = dict[str, PortRecord]

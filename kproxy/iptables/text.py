@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from msgspec import Struct, field
 
 from kproxy.iptables.names import Chain
+from kproxy.iptables.patch import Patch
 
 TABLES = ("mangle", "nat", "filter")
 """The tables that we write, in the order we write them: destinations before verdicts."""
@@ -18,29 +19,41 @@ class Restore(Struct):
     """One atomic change per table, in the making.
 
     `chains` are created or, if they exist, emptied, and filled with their rules (one per line). `edits` are
-    single rule commands such as `-I INPUT 1 ...`. `deleted` chains must be referenced by nothing that remains.
-    `may_fail` marks a change that nothing depends on.
+    single rule commands such as `-I INPUT 1 ...`. `patches` edit chains that have as many rules as they say.
+    `deleted` chains must be referenced by nothing that remains. `may_fail` marks a change that nothing depends on.
     """
 
     chains: dict[Chain, str] = field(default_factory=dict)
+    patches: dict[Chain, Patch] = field(default_factory=dict)
     edits: list[tuple[str, str]] = field(default_factory=list)
     deleted: list[Chain] = field(default_factory=list)
     may_fail: bool = False
 
     def __bool__(self) -> bool:
-        return bool(self.chains or self.edits or self.deleted)
+        return bool(self.chains or self.patches or self.edits or self.deleted)
 
     @property
     def rules(self) -> int:
         """How many rules and deletions this change makes."""
-        return count_rules(self.chains.values()) + len(self.edits) + len(self.deleted)
+        patched = sum(len(patch.commands) for patch in self.patches.values())
+        return count_rules(self.chains.values()) + patched + len(self.edits) + len(self.deleted)
 
     def rules_by_table(self) -> Counter[str]:
         """Return how many rules are written into chains of ours, for each table."""
         written = Counter(table for table, command in self.edits if command.startswith("-I KUBE-"))
         for chain, rules in self.chains.items():
             written[chain.table] += count_rules([rules])
+        for chain, patch in self.patches.items():
+            written[chain.table] += sum(not command.startswith("-D") for command in patch.commands)
         return written
+
+    def settled(self, lengths: Mapping[Chain, int]) -> Restore:
+        """Return this change for a kernel in which chains have so many rules: where a patch fits, it stays."""
+        fits = {chain: patch for chain, patch in self.patches.items() if lengths.get(chain) == patch.length}
+        if len(fits) == len(self.patches):
+            return self
+        anew = {chain: patch.rules for chain, patch in self.patches.items() if chain not in fits}
+        return Restore({**self.chains, **anew}, fits, self.edits, self.deleted, self.may_fail)
 
     def text(self) -> str:
         """Return the input for `iptables-restore --noflush`."""
@@ -48,7 +61,8 @@ class Restore(Struct):
 
     def _table(self, table: str) -> str:
         chains = {chain.name: rules for chain, rules in self.chains.items() if chain.table == table}
-        edits = [command for owner, command in self.edits if owner == table]
+        edits = [command for chain, patch in self.patches.items() if chain.table == table for command in patch.commands]
+        edits += [command for owner, command in self.edits if owner == table]
         deleted = [chain.name for chain in self.deleted if chain.table == table]
         if not (chains or edits or deleted):
             return ""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import TypeAlias
 
@@ -58,15 +58,18 @@ class IptablesRecorder(Iptables):
         super().__init__(family)
         self.batches: list[str] = []
 
-    def restore(self, text: str) -> None:
+    def restore_each(self, texts: Iterable[str]) -> None:
         """Make the changes."""
-        self.batches.append(text)
-        super().restore(text)
+        super().restore_each(self._kept(texts))
 
     def replay(self, batches: Sequence[str]) -> None:
-        """Run the bare `iptables-restore` on each input."""
-        for text in batches:
-            super().restore(text)
+        """Run the bare `iptables-restore` on the inputs."""
+        super().restore_each(batches)
+
+    def _kept(self, texts: Iterable[str]) -> Iterator[str]:
+        for text in texts:
+            self.batches.append(text)
+            yield text
 
 
 class NetlinkRecorder:

@@ -16,10 +16,11 @@ from kproxy.host.netlink import NETLINK_NETFILTER, NLM_F_CREATE, NetlinkError, N
 from kproxy.host.nfacct import ensure_counters
 from kproxy.host.run import CommandError, Programs, first_line, run
 from kproxy.iptables.apply import Iptables, RestoreError, parse_version, restore_error
+from kproxy.iptables.names import Chain
 from kproxy.model.types import Family
 from tests.lab.namespace import Namespace
 from tests.lab.waiting import wait_until
-from tests.unit.test_restore_errors import VARIANTS, Case
+from tests.unit.test_restore_errors import VARIANTS, Case, lines_of
 
 GUARD = 30.0
 PYTHON = sys.executable
@@ -163,6 +164,54 @@ def open_when_read(fifo: Path) -> int:
     return found[0]
 
 
+def test_parts_are_asked_for_while_the_program_works_on_those_before(tmp_path: Path) -> None:
+    """The second part is made only after the program has said, by a file, what it did with the first."""
+    seen = tmp_path / "seen"
+    os.mkfifo(seen)
+
+    def parts() -> Iterator[str]:
+        yield "one\n"
+        assert seen.read_text() == "one\n"
+        yield "two\n"
+
+    done = Programs().feed(["sh", "-c", f"read a; echo $a > {seen}; read b; echo $b >&2"], parts(), timeout=GUARD)
+    assert (done.code, done.stderr) == (0, "two\n")
+
+
+def test_a_program_that_ends_early_is_asked_for_no_more_parts() -> None:
+    made: list[int] = []
+
+    def parts() -> Iterator[str]:
+        for number in range(10_000):
+            made.append(number)
+            yield "x" * 100_000
+
+    done = Programs().feed(["sh", "-c", "head -c 1 >/dev/null; echo enough >&2; exit 3"], parts(), timeout=GUARD)
+    assert (done.code, done.stderr) == (3, "enough\n")
+    assert len(made) < 10_000
+
+
+def test_a_program_is_killed_when_a_part_cannot_be_made(tmp_path: Path) -> None:
+    def parts() -> Iterator[str]:
+        yield "one\n"
+        raise ValueError("no second part")
+
+    with pytest.raises(ValueError, match="no second part"):
+        Programs().feed(["sh", "-c", f"cat; touch {tmp_path}/ended"], parts(), timeout=GUARD)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fed_program_that_hangs_is_killed(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "never")
+    done = Programs().feed(["cat", str(tmp_path / "never")], ["one\n"], timeout=0.01)
+    assert (done.code, done.stderr) == (-1, "cat did not end within 0 s")
+
+
+def test_a_program_that_cannot_be_fed_is_named() -> None:
+    with pytest.raises(CommandError, match="cannot run no-such-program: No such file"):
+        Programs().feed(["no-such-program"], ["one"], timeout=GUARD)
+
+
 def test_stop_kills_what_runs_and_starts_nothing_more(tmp_path: Path) -> None:
     programs, fifo = Programs(), tmp_path / "never"
     os.mkfifo(fifo)
@@ -270,7 +319,7 @@ def test_refusals_are_worded_as_the_unit_tests_have_them(
     done = namespace.run([*command, "iptables-restore", "--noflush"], case.text, check=False)
     if version.number == (1, 8, 9):
         assert (done.returncode, done.stderr) == (case.code, case.stderr)
-    assert case.reason in str(restore_error("iptables-restore", done.returncode, done.stderr, case.text))
+    assert case.reason in str(restore_error("iptables-restore", done.returncode, done.stderr, lines_of(case.text)))
 
 
 @pytest.mark.parametrize("family", Family)
@@ -299,3 +348,48 @@ def test_a_foreign_comment_of_any_bytes_does_not_stop_reading_the_rules(namespac
             return sum(line.startswith("-A INPUT ") for line in lines)
 
     assert namespace.call(save) == 1
+
+
+# Single rules.
+
+
+@pytest.mark.parametrize("family", Family)
+def test_rules_of_single_chains_are_counted(namespace: Namespace, family: Family) -> None:
+    rules = {"KUBE-A": 3, "KUBE-B": 0, "KUBE-C": 200}
+    chains = "".join(f":{name} - [0:0]\n" for name in rules)
+    ports = [(name, port) for name, count in rules.items() for port in range(1, count + 1)]
+    lines = "".join(f"-A {name} -p tcp -m tcp --dport {port} -j RETURN\n" for name, port in ports)
+    iptables = Iptables(family)
+
+    def count() -> dict[Chain, int]:
+        return iptables.lengths([Chain("nat", name) for name in (*rules, "KUBE-NONE")] + [Chain("filter", "KUBE-A")])
+
+    none = {Chain("nat", "KUBE-NONE"): 0, Chain("filter", "KUBE-A"): 0}
+    assert set(namespace.call(count).values()) == {0}
+    namespace.call(lambda: iptables.restore(f"*nat\n{chains}{lines}COMMIT\n"))
+    assert namespace.call(count) == {Chain("nat", name): count for name, count in rules.items()} | none
+
+
+@pytest.mark.parametrize("family", Family)
+def test_the_line_that_is_refused_is_found_in_whichever_text(namespace: Namespace, family: Family) -> None:
+    iptables = Iptables(family)
+    made: list[int] = []
+
+    def texts() -> Iterator[str]:
+        for number in range(50):
+            made.append(number)
+            bad = "-A KUBE-A --frobnicate\n" if number == 30 else ""
+            yield f"*nat\n:KUBE-A - [0:0]\n-A KUBE-A -p tcp -m tcp --dport {number + 1} -j RETURN\n{bad}COMMIT\n"
+
+    with pytest.raises(RestoreError) as caught:
+        namespace.call(lambda: iptables.restore_each(texts()))
+    assert caught.value.line == "-A KUBE-A --frobnicate"
+    found = namespace.call(lambda: iptables.look([Chain("nat", "KUBE-A")]))
+    assert found == {Chain("nat", "KUBE-A"): ["-A KUBE-A -p tcp -m tcp --dport 30 -j RETURN"]}
+
+
+def test_without_texts_no_program_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    Iptables(Family.IPV4).restore_each([])
+    with pytest.raises(CommandError, match="cannot run iptables-restore"):
+        Iptables(Family.IPV4).restore_each(["*nat\nCOMMIT\n"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from ipaddress import IPv6Address
 
 import pytest
@@ -175,9 +175,10 @@ def test_a_start_over_split_chains_writes_nothing(node: Namespace) -> None:
     inputs: list[str] = []
 
     class Recorder(Iptables):
-        def restore(self, text: str) -> None:
-            inputs.append(text)
-            super().restore(text)
+        def restore_each(self, texts: Iterable[str]) -> None:
+            found = list(texts)
+            inputs.extend(found)
+            super().restore_each(found)
 
     for family in Family:
         for writes in (True, False):

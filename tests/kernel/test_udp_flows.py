@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -49,10 +49,10 @@ class FickleIptables(Iptables):
 
     refuses = False
 
-    def restore(self, text: str) -> None:
+    def restore_each(self, texts: Iterable[str]) -> None:
         if self.refuses:
             raise RestoreError("refused")
-        super().restore(text)
+        super().restore_each(texts)
 
 
 class FickleTable(NftTable):

@@ -94,11 +94,18 @@ def test_iptables_one_endpoint_changed(services: int) -> None:
     begin = len(kernel.inputs)
     proxy.change(Upsert(endpoint_slice(services // 2, last=20)))
     lines = written(kernel, begin)
-    appended = [line for line in lines if line.startswith("-A")]
-    assert len(appended) == (1 + ENDPOINTS) + 2
-    # The chains that are written or emptied are named once more, the endpoint's that is gone is deleted.
-    assert len(lines) == len(appended) + 3 + 1
+    # Two chains are named, of which the one that is gone is deleted; of the Service's own chain one rule differs.
+    assert sorted(line.split(" ")[0][:2] for line in lines) == sorted([":K", ":K", "-A", "-A", "-R", "-X"])
     assert kernel.reads == 1
+
+
+@pytest.mark.parametrize("changed", [SMALL // 3, SMALL])
+def test_iptables_a_burst_is_one_transaction(changed: int) -> None:
+    kernel, proxy = iptables(SMALL)
+    begin = len(kernel.inputs)
+    proxy.change(*(Upsert(endpoint_slice(number, last=20)) for number in range(changed)))
+    assert len(kernel.inputs) == begin + 1
+    assert len(written(kernel, begin)) == 6 * changed
 
 
 @pytest.mark.parametrize("services", [SMALL, LARGE])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
 
-from kproxy.host.run import CommandError
-from kproxy.iptables.apply import IptablesVersion, RestoreError, parse_version, restore_error
+from kproxy.host.run import PIPE_BYTES, CommandError
+from kproxy.iptables.apply import IptablesVersion, RecentInput, RestoreError, parse_version, restore_error
 
 
 class Case(NamedTuple):
@@ -155,8 +156,14 @@ CASES = [
 ]
 
 
+def lines_of(*texts: str) -> Callable[[int], str]:
+    recent = RecentInput()
+    assert list(recent.of(texts)) == list(texts)
+    return recent.line
+
+
 def told(case: Case) -> RestoreError:
-    return restore_error("iptables-restore", case.code, case.stderr, case.text)
+    return restore_error("iptables-restore", case.code, case.stderr, lines_of(case.text))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -177,17 +184,33 @@ def test_the_offending_line_is_told_where_iptables_knows_it(case: Case) -> None:
 
 
 def test_a_program_that_says_nothing() -> None:
-    assert str(restore_error("iptables-restore", 1, "", EMPTY)) == "iptables-restore failed with status 1: no message"
+    error = restore_error("iptables-restore", 1, "", lines_of(EMPTY))
+    assert str(error) == "iptables-restore failed with status 1: no message"
 
 
 def test_a_line_number_beyond_the_input_names_no_line() -> None:
-    assert restore_error("iptables-restore", 1, "iptables-restore: line 99 failed\n", EMPTY).line == ""
+    assert restore_error("iptables-restore", 1, "iptables-restore: line 99 failed\n", lines_of(EMPTY)).line == ""
 
 
 def test_a_program_that_hung() -> None:
-    error = restore_error("iptables-restore", -1, "iptables-restore did not end within 900 s", EMPTY)
+    error = restore_error("iptables-restore", -1, "iptables-restore did not end within 900 s", lines_of(EMPTY))
     assert "did not end within 900 s" in str(error)
     assert error.line == ""
+
+
+def test_lines_are_counted_over_all_texts() -> None:
+    line_of = lines_of("one\ntwo\n", "three\n")
+    assert [line_of(number) for number in range(5)] == ["", "one", "two", "three", ""]
+
+
+def test_lines_are_remembered_as_far_back_as_the_program_may_still_read_them() -> None:
+    """A full pipe of later lines is not far enough, as the program may have read, but not done the last before them."""
+    count = 3 * PIPE_BYTES // 1024
+    line_of = lines_of(*(f"{number:<1023}\n" for number in range(1, count + 1)))
+    known = [number for number in range(1, count + 1) if line_of(number)]
+    assert [line_of(number).strip() for number in known] == [str(number) for number in known]
+    assert known == list(range(known[0], count + 1))
+    assert PIPE_BYTES < 1024 * (len(known) - 1) < 1.5 * PIPE_BYTES
 
 
 # Versions.
@@ -211,6 +234,19 @@ def test_versions(text: str, version: IptablesVersion, shown: str) -> None:
 )
 def test_random_fully_came_with_1_6_2(number: tuple[int, ...], expected: bool) -> None:
     assert IptablesVersion(number, nft=False).random_fully is expected
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [
+        (IptablesVersion((1, 8, 4), nft=True), False),
+        (IptablesVersion((1, 8, 5), nft=True), True),
+        (IptablesVersion((1, 8, 9), nft=False), False),
+    ],
+    ids=str,
+)
+def test_which_iptables_finds_single_rules(version: IptablesVersion, expected: bool) -> None:
+    assert version.finds_single_rules is expected
 
 
 @pytest.mark.parametrize("text", ["", "busybox\n", "iptables version unknown\n"])

@@ -7,6 +7,7 @@ import pytest
 from kproxy.iptables.backend import IptablesBackend
 from kproxy.iptables.base import base_chains
 from kproxy.iptables.names import Chain
+from kproxy.iptables.patch import Patch
 from kproxy.iptables.render import render_port
 from kproxy.iptables.text import Restore, Saved, SavedChain, count_rules, incompatible_line, parse_save, read_save
 from kproxy.model.plan import plan_service
@@ -117,17 +118,19 @@ def test_an_empty_change_is_no_text() -> None:
 def test_a_change_is_one_transaction_per_table_in_a_safe_order() -> None:
     change = Restore(
         {Chain("filter", "F"): "-A F -j DROP", Chain("nat", "A"): "-A A -j B\n-A A -j C", Chain("nat", "E"): ""},
+        {Chain("nat", "LONG"): Patch(("-R LONG 3 -j A", "-D LONG 2"), 9, "-A LONG ...")},
         [("filter", "-I INPUT 1 -j F")],
         [Chain("nat", "OLD")],
     )
     assert change
     assert change.text().splitlines() == [
-        *("*nat", ":A - [0:0]", ":E - [0:0]", ":OLD - [0:0]", "-A A -j B", "-A A -j C", "-X OLD", "COMMIT"),
+        *("*nat", ":A - [0:0]", ":E - [0:0]", ":OLD - [0:0]", "-A A -j B", "-A A -j C"),
+        *("-R LONG 3 -j A", "-D LONG 2", "-X OLD", "COMMIT"),
         *("*filter", ":F - [0:0]", "-A F -j DROP", "-I INPUT 1 -j F", "COMMIT"),
     ]
     assert change.text().endswith("COMMIT\n")
-    assert change.rules == 5
-    assert change.rules_by_table() == {"nat": 2, "filter": 1}
+    assert change.rules == 7
+    assert change.rules_by_table() == {"nat": 3, "filter": 1}
 
 
 @pytest.mark.parametrize("change", [Restore({Chain("nat", "A"): ""}), Restore(edits=[("nat", "-I A 1")])])

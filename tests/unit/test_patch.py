@@ -1,0 +1,174 @@
+"""Single rules of a long chain are changed, by numbers, and the chain ends as if it had been written anew."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kproxy.iptables.backend import IptablesBackend
+from kproxy.iptables.names import Chain
+from kproxy.iptables.patch import WORTHWHILE_RULES, WORTHWHILE_SHARE, Patch, patch
+from kproxy.iptables.text import Restore
+from kproxy.model.context import Context
+from kproxy.model.delta import Replace, Upsert
+from kproxy.model.store import Store
+from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Node, Service, ServicePort
+from kproxy.sync.family import FamilySync
+from tests.fakekernel import FakeKernel
+
+NAME = "KUBE-SVC-A"
+CHAIN = Chain("nat", NAME)
+
+
+def lines(rules: Sequence[str]) -> str:
+    return "\n".join(f"-A {NAME} {rule}" for rule in rules)
+
+
+def way(held: Sequence[str], wanted: Sequence[str]) -> Patch | None:
+    return patch(NAME, [hash(f"-A {NAME} {rule}") for rule in held], lines(wanted))
+
+
+def kernel_with(rules: Sequence[str]) -> FakeKernel:
+    kernel = FakeKernel()
+    kernel.restore(Restore({CHAIN: lines(rules)}).text())
+    return kernel
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_a_patch_leads_to_what_is_wanted(data: st.DataObject) -> None:
+    rule = st.integers(0, 40).map(lambda number: f"-s 10.0.0.{number}")
+    held = data.draw(st.lists(rule, min_size=WORTHWHILE_RULES, max_size=40))
+    wanted = list(held)
+    for _ in range(data.draw(st.integers(1, 4))):
+        begin = data.draw(st.integers(0, len(wanted)))
+        end = begin + data.draw(st.integers(0, 4))
+        wanted[begin:end] = data.draw(st.lists(rule, max_size=4))
+    found = way(held, wanted)
+    if found is None:
+        return
+    assert found.length == len(held)
+    assert len(found.commands) * WORTHWHILE_SHARE <= len(wanted)
+    kernel = kernel_with(held)
+    kernel.restore(Restore(patches={CHAIN: found}).text())
+    assert kernel.tables["nat"][NAME] == wanted
+
+
+@pytest.mark.parametrize("count", [WORTHWHILE_RULES, 10, 100])
+@pytest.mark.parametrize("place", [0, 1, -2, -1])
+def test_one_other_rule_is_one_command(count: int, place: int) -> None:
+    held = [f"-s 10.0.0.{number}" for number in range(count)]
+    wanted = list(held)
+    wanted[place] = "-s 10.1.0.1"
+    number = place % count + 1
+    assert way(held, wanted) == Patch((f"-R {NAME} {number} -s 10.1.0.1",), count, lines(wanted))
+
+
+def test_a_rule_that_goes_or_comes_takes_no_more_than_those_that_differ() -> None:
+    held = [f"-s 10.0.0.{number}" for number in range(9)]
+    gone, more = way(held, held[:2] + held[3:]), way(held, [*held[:2], "-s 10.1.0.1", *held[2:]])
+    assert gone is not None
+    assert gone.commands == (f"-D {NAME} 3",)
+    assert more is not None
+    assert more.commands == (f"-I {NAME} 3 -s 10.1.0.1",)
+
+
+def test_what_is_written_anew() -> None:
+    few = [f"-s 10.0.0.{number}" for number in range(WORTHWHILE_RULES - 1)]
+    assert way(few, [*few[:-1], "-s 10.1.0.1"]) is None
+    many = [f"-s 10.0.0.{number}" for number in range(3 * WORTHWHILE_SHARE)]
+    assert way(many, ["-s 10.1.0.1"] * 3 + many[3:]) is not None
+    assert way(many, ["-s 10.1.0.1"] * 4 + many[4:]) is None
+    assert way(many, many[:2]) is None
+    assert patch(NAME, [hash(rule) for rule in many], "") is None
+
+
+def test_a_patch_stays_only_while_the_chain_is_as_long_as_it_says() -> None:
+    other = Chain("nat", "KUBE-SVL-A")
+    fits = Patch((f"-R {NAME} 1 -j ACCEPT",), 4, "-A x")
+    late = Patch(("-R KUBE-SVL-A 1 -j ACCEPT", "-D KUBE-SVL-A 2"), 4, "-A KUBE-SVL-A -j ACCEPT\n-A KUBE-SVL-A -j DROP")
+    change = Restore(
+        {Chain("nat", "KUBE-SEP-A"): ""}, {CHAIN: fits, other: late}, [("nat", "-I INPUT 1 -j DROP")], [], may_fail=True
+    )
+    assert change.settled({CHAIN: 4, other: 4}) is change
+    assert change.rules == 4
+    assert change.rules_by_table() == {"nat": 2}
+    settled = change.settled({CHAIN: 4, other: 5})
+    assert settled.patches == {CHAIN: fits}
+    assert settled.chains == {Chain("nat", "KUBE-SEP-A"): "", other: late.rules}
+    assert (settled.edits, settled.may_fail) == (change.edits, True)
+    assert change.settled({}).patches == {}
+
+
+# With the whole way of a change.
+
+SIZES = (1, 3, 4, 9, 30)
+
+
+def endpoint_slice(addresses: Sequence[str]) -> EndpointSlice:
+    ports = (EndpointPort("http", 8080, "TCP"),)
+    return EndpointSlice("ns", "a", "ns/a", Family.IPV4, tuple(Endpoint(each, "node-2") for each in addresses), ports)
+
+
+class Proxy:
+    """One Service with affinity, whose endpoints change."""
+
+    def __init__(self, *, patching: bool = True) -> None:
+        self.kernel = FakeKernel()
+        backend = IptablesBackend(self.kernel, patching=patching)
+        self._family = FamilySync(backend, lambda _: Context(Family.IPV4, "node-1"))
+        self._store = Store("node-1")
+        service = Service("ns", "a", ("10.96.0.1",), (ServicePort("http", 80, "TCP"),), affinity_seconds=60)
+        for delta in (Replace(Node, ()), Replace(Service, (service,)), Replace(EndpointSlice, ())):
+            self._family.note(self._store.apply(delta))
+
+    def have(self, addresses: Sequence[str]) -> str:
+        """Return what was written for these endpoints."""
+        self._family.note(self._store.apply(Upsert(endpoint_slice(addresses))))
+        self.kernel.inputs.clear()
+        self._family.sync(self._store)
+        return "".join(self.kernel.inputs)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(), st.lists(st.sampled_from(SIZES), min_size=1, max_size=6))
+def test_endpoints_come_go_and_are_replaced(seed: int, sizes: list[int]) -> None:
+    chance = random.Random(seed)
+    proxy = Proxy()
+    addresses: list[str] = []
+    for size in sizes:
+        addresses = chance.sample(addresses, min(size, len(addresses)))
+        addresses += [f"10.244.{chance.randrange(9)}.{number}" for number in range(size - len(addresses))]
+        for _ in range(3):
+            proxy.have(addresses)
+            fresh = Proxy()
+            fresh.have(addresses)
+            assert proxy.kernel.dump() == fresh.kernel.dump()
+            addresses[chance.randrange(size)] = f"10.245.{chance.randrange(9)}.{chance.randrange(250)}"
+
+
+def test_a_chain_that_somebody_else_was_at_is_written_anew() -> None:
+    proxy = Proxy()
+    addresses = [f"10.244.1.{number}" for number in range(10, 40)]
+    assert "-R KUBE-SVC" not in proxy.have(addresses)
+    assert proxy.have([*addresses[:-1], "10.244.1.98"]).count("-R KUBE-SVC") == 2
+    (name,) = (name for name in proxy.kernel.tables["nat"] if name.startswith("KUBE-SVC"))
+    proxy.kernel.restore(f"*nat\n-I {name} 1 -j ACCEPT\nCOMMIT\n")
+    assert "-R KUBE-SVC" not in proxy.have([*addresses[:-1], "10.244.1.99"])
+    assert "-j ACCEPT" not in proxy.kernel.tables["nat"][name]
+    assert proxy.have(addresses).count("-R KUBE-SVC") == 2
+    del proxy.kernel.tables["nat"][name][3:]
+    proxy.have([*addresses[:-1], "10.244.1.99"])
+    assert len(proxy.kernel.tables["nat"][name]) == 2 * len(addresses)
+    assert proxy.kernel.reads == 1
+
+
+def test_without_patching_chains_are_always_written_anew() -> None:
+    proxy = Proxy(patching=False)
+    addresses = [f"10.244.1.{number}" for number in range(10, 40)]
+    proxy.have(addresses)
+    assert "-R KUBE-SVC" not in proxy.have([*addresses[:-1], "10.244.1.98"])
