@@ -16,7 +16,6 @@ from typing import Protocol
 from msgspec import Struct
 
 from kproxy.config import Config, as_document
-from kproxy.config.watch import ConfigWatch
 from kproxy.contexts import is_known
 from kproxy.families import StartError, follows_addresses, kinds_followed, make_families, this_node, with_mode
 from kproxy.first_sync import FirstSync
@@ -31,7 +30,6 @@ from kproxy.kube.api_source import ApiSource
 from kproxy.kube.client import Client, ClientError
 from kproxy.kube.event_rules import node_reference, service_reference
 from kproxy.kube.events import EventRecorder, NullRecorder, Recorder
-from kproxy.kube.file_source import FileSource
 from kproxy.model.store import Store
 from kproxy.model.types import Family, Node, ServiceKey
 from kproxy.preparation import prepare_conntrack, prepare_process
@@ -156,10 +154,14 @@ class Daemon:
         if client is not None:
             yield ApiSource(client, name, self._messages.put, kinds=kinds_followed(self._config))
         if self._objects is not None:
+            from kproxy.kube.file_source import FileSource  # noqa: PLC0415 - few read files, and it costs memory
+
             yield FileSource(self._objects, self._messages.put)
         if follows_addresses(self._config):
             yield AddressMonitor(lambda: self._messages.put(Resync()))
         if self._file is not None:
+            from kproxy.config.watch import ConfigWatch  # noqa: PLC0415 - the same
+
             yield ConfigWatch(self._file.path, self._file.content, self._config_changed)
 
     def _events(self, client: Client | None, name: str) -> EventRecorder | NullRecorder:

@@ -79,9 +79,9 @@ def _iptables(config: Config, programs: list[Iptables]) -> dict[Family, FamilySy
     except CommandError as error:
         raise StartError(f"iptables mode does not work here: {error}") from None
     families = {}
-    for family, version in node.versions.items():
+    for family, iptables in node.programs.items():
+        version = iptables.version()
         log.info("%s: %s", family.value, version)
-        iptables = Iptables(family)
         programs.append(iptables)
         backend = IptablesBackend(
             iptables,

@@ -10,7 +10,7 @@ from msgspec import Struct
 from kproxy.host.mixup import other_variant_rules
 from kproxy.host.nfacct import ensure_counters
 from kproxy.host.run import CommandError
-from kproxy.iptables.apply import Iptables, IptablesVersion
+from kproxy.iptables.apply import Iptables
 from kproxy.iptables.base import INVALID_COUNTER
 from kproxy.iptables.render import LOCALHOST_COUNTER
 from kproxy.model.types import Family
@@ -25,7 +25,7 @@ IPV6_ADDRESSES = Path("/proc/thread-self/net/if_inet6")
 class IptablesNode(Struct, frozen=True):
     """The iptables of each family that works here, and whether packets can be counted by nfacct."""
 
-    versions: dict[Family, IptablesVersion]
+    programs: dict[Family, Iptables]
     accounting: bool
 
 
@@ -34,15 +34,19 @@ def discover_iptables() -> IptablesNode:
 
     A family that does not work is left out with a warning, as a kernel without IPv6 is ordinary.
     """
-    versions = {Family.IPV4: Iptables(Family.IPV4).version()}
+    found = {Family.IPV4: Iptables(Family.IPV4)}
+    version = found[Family.IPV4].version()
     if _has_ipv6():
+        second = Iptables(Family.IPV6)
         try:
-            versions[Family.IPV6] = Iptables(Family.IPV6).version()
+            second.version()
         except CommandError as error:
             log.warning("IPv6 is left out: %s", error)
-    if warning := other_variant_rules(ours_is_nft=versions[Family.IPV4].nft):
+        else:
+            found[Family.IPV6] = second
+    if warning := other_variant_rules(ours_is_nft=version.nft):
         log.warning("%s", warning)
-    return IptablesNode(versions, _counters_exist())
+    return IptablesNode(found, _counters_exist())
 
 
 def discover_nftables() -> dict[Family, Commit]:

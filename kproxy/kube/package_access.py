@@ -13,8 +13,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from kproxy.kube.access import (
     CONNECTIONS,
     IN_CLUSTER,
@@ -156,9 +154,10 @@ class Explained:
 
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
         from kubernetes.config import ConfigException
+        from yaml import YAMLError
 
         logging.getLogger().removeFilter(self._hear)
-        expected = (ConfigException, OSError, yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError)
+        expected = (ConfigException, OSError, YAMLError, ValueError, TypeError, LookupError, AttributeError)
         if isinstance(error, expected):
             text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         elif error is None and self._said:

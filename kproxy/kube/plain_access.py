@@ -3,7 +3,7 @@
 Plain are a Pod's service account, and a kubeconfig file whose user has a token, a token's file or a client certificate.
 Everything else, and everything that is wrong in its form, is left to the package (`kproxy.kube.package_access`).
 """
-# ruff: noqa: PLC0415 - only those who have a client need urllib3
+# ruff: noqa: PLC0415 - only those who have a client need urllib3, and a kubeconfig PyYAML
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 from urllib.request import getproxies_environment
 
-import yaml
 from msgspec import Struct
 
 from kproxy.kube.access import (
@@ -131,6 +130,8 @@ def _from_service_account(environment: Mapping[str, str]) -> Plain:
 
 
 def _from_kubeconfig(path: str, server: str | None, first: bool) -> Plain | None:
+    import yaml
+
     try:
         content = yaml.safe_load(Path(path).expanduser().read_bytes())
         context = _named(content["contexts"], content["current-context"], "context")
