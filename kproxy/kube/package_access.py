@@ -96,10 +96,17 @@ def _load_kubeconfig(configuration: Any, kubeconfig: str, first: bool) -> bool:
 
 
 def _find_user(merged: Any, context: Any) -> tuple[dict[str, Any], Path]:
-    """Return the fields of the context's user, none if there is no such user, and the folder that paths count from."""
+    """Return the fields of the context's user, none if it names no user, and the folder that paths count from.
+
+    Raises `LookupError` for a user that is not there: to go on without credentials would blame the server.
+    """
     name, users = context.safe_get("user"), merged.safe_get("users")
-    found = merged["users"].get_with_name(name, safe=True) if name and users else None
-    return (found.value["user"], Path(found.path).parent) if found else ({}, Path())
+    if not name:
+        return {}, Path()
+    found = merged["users"].get_with_name(name, safe=True) if users else None
+    if found is None:
+        raise LookupError(f"the current context names user {name!r}, and there is none of that name")
+    return found.value["user"], Path(found.path).parent
 
 
 def _make_pool(configuration: Any, source: str) -> Any:

@@ -290,6 +290,18 @@ BAD_CONFIGS: list[tuple[str | bytes | None, str]] = [
     (b"\xff\xfe\x00", ""),
     (b"{}", "Expected key current-context"),
 ]
+USERLESS = [{"name": "test", "user": {"token": "secret"}}], [], None
+"""Users of which none is meant."""
+
+
+@pytest.mark.parametrize("users", USERLESS)
+def test_a_user_that_is_not_there_is_an_error(tmp_path: Path, users: list[Any] | None) -> None:
+    path = Path(kubeconfig(tmp_path / "config", "https://127.0.0.1:1"))
+    content = json.loads(path.read_text())
+    content["contexts"][0]["context"]["user"] = "missing"
+    path.write_text(json.dumps(content | {"users": users}))
+    with pytest.raises(ClientError, match=f"^{path}: the current context names user 'missing', and there is none"):
+        Client.from_config(str(path))
 
 
 @pytest.mark.parametrize(("content", "text"), BAD_CONFIGS)
