@@ -17,7 +17,7 @@ from kproxy.nftables.names import TABLE, table_family
 from kproxy.nftables.objects import Chain, Decide, Drop, Field, Go, Hook, IsIn, Pick, Remember, Return, Set, Value, rule
 from kproxy.nftables.text import Writer
 from kproxy.nftables.transaction import Transaction
-from tests.fakekernel import FakeTable
+from tests.faketable import FakeTable
 from tests.kernel.test_nftables_commit import in_order, namespaces
 from tests.lab.namespace import Namespace
 from tests.unit.test_nftables_incremental import (

@@ -17,7 +17,7 @@ from kproxy.nftables.names import TABLE, table_family
 from kproxy.nftables.read import Reader
 from kproxy.nftables.transaction import Transaction
 from kproxy.nftables.view import View
-from tests.fakekernel import FakeTable
+from tests.faketable import FakeTable
 from tests.kernel.test_nftables_commit import Attributes, Held, held, namespaces, program, recorded_sync
 from tests.lab.namespace import Namespace
 from tests.recordings import GOLDEN, SCENARIOS

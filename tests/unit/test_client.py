@@ -290,7 +290,7 @@ BAD_CONFIGS: list[tuple[str | bytes | None, str]] = [
     (b"\xff\xfe\x00", ""),
     (b"{}", "Expected key current-context"),
 ]
-USERLESS = [{"name": "test", "user": {"token": "secret"}}], [], None
+USERLESS: tuple[list[Any] | None, ...] = [{"name": "test", "user": {"token": "secret"}}], [], None
 """Users of which none is meant."""
 
 

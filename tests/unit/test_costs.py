@@ -18,7 +18,8 @@ from kproxy.nftables.backend import NftablesBackend
 from kproxy.nftables.transaction import Transaction
 from kproxy.sync.backend import Backend
 from kproxy.sync.family import FamilySync
-from tests.fakekernel import FakeKernel, FakeTable
+from tests.fakekernel import FakeKernel
+from tests.faketable import FakeTable
 
 ENDPOINTS = 10
 SMALL, LARGE, SPLIT = 30, 300, 1200

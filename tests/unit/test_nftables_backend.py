@@ -22,7 +22,7 @@ from kproxy.nftables.netlink import Encoder
 from kproxy.nftables.objects import Field, Set
 from kproxy.nftables.transaction import Transaction
 from kproxy.sync.family import FamilySync
-from tests.fakekernel import FakeTable, TableState
+from tests.faketable import FakeTable, TableState
 
 IPV4 = Family.IPV4
 CONTEXT = Context(IPV4, "node-1", node_port_addresses=("10.99.0.2",))

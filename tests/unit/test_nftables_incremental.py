@@ -22,7 +22,7 @@ from kproxy.nftables.elements import Element
 from kproxy.nftables.objects import Go, rule
 from kproxy.nftables.transaction import Transaction
 from kproxy.sync.family import FamilySync
-from tests.fakekernel import FakeChain, FakeTable, TableState
+from tests.faketable import FakeChain, FakeTable, TableState
 from tests.unit.strategies import contested_deltas, contested_services, contexts, serving_slices, weighted
 
 KINDS = (*BASIC_KINDS, ServiceCIDR)

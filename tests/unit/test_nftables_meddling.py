@@ -17,7 +17,7 @@ from kproxy.nftables.elements import Element, service_key
 from kproxy.nftables.objects import Chain, Drop, Go, rule
 from kproxy.nftables.transaction import Transaction
 from kproxy.nftables.view import View
-from tests.fakekernel import FakeTable
+from tests.faketable import FakeTable
 from tests.unit.test_nftables_backend import FIRST, IPV4, Cluster, endpoints, service, web, written
 
 
