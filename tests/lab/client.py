@@ -11,6 +11,8 @@ from tests.lab.links import version_of
 from tests.lab.servers import FAMILIES, SOCKET_TYPES
 from tests.lab.topology import Host
 
+_IPV6_RECVERR = 25  # linux/in6.h
+
 PATIENCE = 5.0
 """Seconds until a request counts as unanswered. Only packets that something dropped take that long."""
 
@@ -66,6 +68,9 @@ def open_connection(
     connection = origin.namespace.socket(FAMILIES[version_of(address)], kind, number)
     try:
         connection.settimeout(patience)
+        if connection.family is socket.AF_INET6:
+            # Else a refusal that comes while the first packet is being sent counts for the second, a second later.
+            connection.setsockopt(socket.IPPROTO_IPV6, _IPV6_RECVERR, 1)
         if source:
             connection.bind((source, 0))
         connection.connect((address, port))
