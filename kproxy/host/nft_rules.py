@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterable
+from contextlib import suppress
 
-from kproxy.host.netlink import NETLINK_NETFILTER, NetlinkSocket, attribute, nfgenmsg
+from kproxy.host.netlink import NETLINK_NETFILTER, DumpInterruptedError, NetlinkSocket, attribute, nfgenmsg
 from kproxy.model.types import Family
 
 _GETRULE = 10 << 8 | 7
@@ -16,13 +17,14 @@ _FAMILIES = {Family.IPV4: socket.AF_INET, Family.IPV6: socket.AF_INET6}
 def count_rules(family: Family, table: str, chains: Iterable[str]) -> dict[str, int]:
     """Return how many rules each chain of a table has, 0 for a chain that is not there.
 
-    A look at one chain costs the same however many others there are. Raises `OSError`, also if rules of the chain
-    changed meanwhile.
+    Chains are left out that were looked at while somebody changed any rules. A look at one chain costs the same
+    however many others there are. Raises `OSError`.
     """
     found = {}
     with NetlinkSocket(NETLINK_NETFILTER) as netlink:
         of_table = nfgenmsg(_FAMILIES[family]) + attribute(_TABLE, table.encode() + b"\0")
         for chain in chains:
             request = of_table + attribute(_CHAIN, chain.encode() + b"\0")
-            found[chain] = sum(1 for _ in netlink.dump(_GETRULE, request))
+            with suppress(DumpInterruptedError):
+                found[chain] = sum(1 for _ in netlink.dump(_GETRULE, request))
     return found

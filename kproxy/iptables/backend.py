@@ -116,7 +116,7 @@ class IptablesBackend:
             context,
             block_rules=self._block_for(ledger) if view is None else self._block_rules,
             dispatch_threshold=self._dispatch_threshold,
-            patching=self._patching and view is None,
+            patching=self._patching,
         )
         self._ledger = None
         written: Counter[str] = Counter()

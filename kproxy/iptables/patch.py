@@ -32,37 +32,36 @@ class Patch(Struct, frozen=True):
 def patch(chain: str, held: Sequence[int], rules: str) -> Patch | None:
     """Return how a chain whose rules are `held` as digests gets `rules`; None if writing it anew is as cheap.
 
-    What both begin and end with stays. Of what is between, the end is kept in its place and so the begin grows or
-    shrinks: a rule that picks one of the endpoints has a probability that depends on how many come after it.
+    What both begin with stays, and after that rules come or go, so that the end keeps its distance from the last rule:
+    a rule that picks one of the endpoints has a probability that depends on how many come after it.
     """
     wanted = rules.split("\n")
-    if min(len(held), len(wanted)) < WORTHWHILE_RULES:
+    if len(wanted) < WORTHWHILE_RULES:
         return None
     digests = [hash(rule) for rule in wanted]
-    head = _common(held, digests, min(len(held), len(digests)))
-    tail = _common(held[::-1], digests[::-1], min(len(held), len(digests)) - head)
+    head = _common(held, digests)
     grown = len(digests) - len(held)
     bodies = [rule.removeprefix(f"-A {chain} ") for rule in wanted]
-    places = range(head + 1, head + 1 + abs(grown))
     if grown < 0:
         # Each moves up those after it.
-        commands = [f"-D {chain} {head + 1}" for _ in places]
+        commands = [f"-D {chain} {head + 1}"] * -grown
         kept = [*held[:head], *held[head - grown :]]
     else:
         # All before the same old rule, whose number grows. The kernel knows no other place in a change than a rule
         # that was there before it, so these come before that may be replaced.
-        commands = [f"-I {chain} {place} {bodies[place - 1]}" for place in places]
+        commands = [f"-I {chain} {place + 1} {bodies[place]}" for place in range(head, head + grown)]
         kept = [*digests[: head + grown], *held[head:]]
     commands += [
-        f"-R {chain} {place} {bodies[place - 1]}"
-        for place in range(head + max(grown, 0) + 1, len(digests) - tail + 1)
-        if kept[place - 1] != digests[place - 1]
+        f"-R {chain} {place + 1} {bodies[place]}"
+        for place, (old, new) in enumerate(zip(kept, digests, strict=True))
+        if old != new
     ]
     if len(commands) * WORTHWHILE_SHARE > len(wanted):
         return None
     return Patch(tuple(commands), len(held), rules)
 
 
-def _common(one: Sequence[int], other: Sequence[int], most: int) -> int:
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
     """Return with how many equal values both begin."""
-    return next((place for place in range(most) if one[place] != other[place]), most)
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (left, right) in pairs if left != right), min(len(one), len(other)))

@@ -10,20 +10,23 @@ from msgspec.structs import replace
 
 from tests.bench.figures import Figure, Run, Spread, mean, median, scaled
 
-"""What floors are: the bare transactions that the kernel was given, the same mode with one Service, connections to pods
-on a node without rules, and a parser that looks for nothing in the JSON."""
-
 Samples: TypeAlias = Mapping[str, Sequence[float]]
 """Samples by the name of their figure. Times are in seconds."""
 
 BARE = "bare"
+APART = "25 apart"
 EMPTY = "1 Service"
 DIRECT = "no rules"
 PARSED = "parser"
+"""What floors are: the bare transactions that the kernel was given; blocks of 25 Services with a program for each; the
+same mode with one Service; connections to pods on a node without rules; a parser that looks for nothing in the JSON."""
 
 
 class Definition(Struct, frozen=True):
-    """A figure, and the factor that brings its samples to its unit. `floor_is` is "" for those that have no floor."""
+    """A figure, and the factor that brings its samples to its unit.
+
+    `floor_is` is "" for those that have no floor, `mode` for those of both modes.
+    """
 
     name: str
     unit: str
@@ -31,6 +34,7 @@ class Definition(Struct, frozen=True):
     summed: Callable[[Sequence[float]], Spread] = median
     floor_is: str = ""
     more_is_better: bool = False
+    mode: str = ""
 
     def figure(self, samples: Sequence[float], floor: Sequence[float]) -> Figure:
         """Return the figure; `floor` are samples too, none if it was not measured."""
@@ -56,6 +60,7 @@ def _event(form: str) -> Iterator[Definition]:
 
 CATALOG = (
     Definition("first sync", "s", floor_is=BARE),
+    Definition("first sync: in blocks", "s", floor_is=APART, mode="iptables"),
     Definition("first sync: CPU", "s", floor_is=BARE),
     Definition("restart: CPU", "s"),
     *_timed("one endpoint"),
@@ -65,6 +70,7 @@ CATALOG = (
     Definition("rolling update: CPU/change", "ms", 1e3, mean, BARE),
     Definition("burst", "ms", 1e3, floor_is=BARE),
     Definition("burst: CPU/change", "ms", 1e3, mean, BARE),
+    Definition("burst: commits", ""),
     *_event("JSON"),
     *_event("protobuf"),
     Definition("RSS after first sync", "MB", floor_is=EMPTY),

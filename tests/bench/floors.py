@@ -12,7 +12,7 @@ from tests.bench import cluster as objects
 from tests.bench.cluster import Cluster
 from tests.bench.efforts import Effort
 from tests.bench.measured import changed_slices, spare
-from tests.bench.mirror import Cost, Mirror, Recording, replay
+from tests.bench.mirror import Cost, Mirror, Recording, replay, rules_of_service
 from tests.bench.notices import Notices
 from tests.bench.rules import KernelObjects, flush, kernel_objects
 from tests.lab.namespace import Namespace
@@ -51,6 +51,10 @@ class _Floors:
         for _ in range(effort.first_syncs):
             flush()
             self._note("first sync", everything)
+        if self._mode == "iptables":
+            self._first_sync_apart(effort.first_syncs)
+        flush()
+        self._replay(everything)
         kernel = kernel_objects()
         for name in KernelObjects.__struct_fields__:
             self.samples[f"kernel: {name}"].append(getattr(kernel, name))
@@ -75,6 +79,15 @@ class _Floors:
         cost = self._replay(recording)
         self.samples[name].append(cost.seconds)
         self.samples[f"{name}: CPU"].append(cost.cpu)
+
+    def _first_sync_apart(self, times: int) -> None:
+        """Write the same rules in blocks of 25 Services with a program for each, which is how one would begin."""
+        flush()
+        apart = Mirror(self._mode, self._cluster, block_rules=25 * rules_of_service(self._cluster.endpoints)).change()
+        for _ in range(times):
+            flush()
+            cost = self._replay([(recorder, [text]) for recorder, texts in apart for text in texts])  # type: ignore[misc]
+            self.samples["first sync: in blocks"].append(cost.seconds)
 
     def _endpoints(self, mirror: Mirror, count: int) -> None:
         numbers = spare(self._cluster)

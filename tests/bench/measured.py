@@ -74,7 +74,10 @@ def take_all(scene: Scene, effort: Effort) -> Measured:
 
 def _first_sync(scene: Scene, subject: Subject, done: Measured) -> None:
     notices = scene.settle_start(subject)
-    done.found["first sync"].append((notices[-1].moment - subject.started) / 1e9)
+    seconds = (notices[-1].moment - subject.started) / 1e9
+    done.found["first sync"].append(seconds)
+    if scene.mode == "iptables":
+        done.found["first sync: in blocks"].append(seconds)
     done.found["first sync: CPU"].append(subject.cpu)
 
 
@@ -155,6 +158,7 @@ def _burst(scene: Scene, subject: Subject, count: int, done: Measured) -> None:
         effect = scene.change(subject, put=changed_slices(scene.cluster, count, shifted=shifted))
         done.found["burst"].append(effect.seconds)
         done.found["burst: CPU/change"].append(effect.cpu / count)
+        done.found["burst: commits"].append(effect.commits)
 
 
 def _idle_events(scene: Scene, subject: Subject, effort: Effort, done: Measured) -> None:

@@ -98,7 +98,8 @@ Recording: TypeAlias = list[tuple[IptablesRecorder, list[str]] | tuple[NetlinkRe
 class Mirror:
     """A second kproxy without API server, daemon and schedule, in the present namespace."""
 
-    def __init__(self, mode: str, cluster: Cluster) -> None:
+    def __init__(self, mode: str, cluster: Cluster, *, block_rules: int = BLOCK_RULES) -> None:
+        """`block_rules` is for mode iptables: how many rules a transaction of the first sync may hold."""
         config = Config(cluster_cidr=CLUSTER_CIDR, hostname_override=NODE, mode=mode)  # type: ignore[arg-type]
         self._store = Store(NODE, kinds_followed(config))
         found: dict[Kind, list[Object]] = {kind: [] for kind in kinds_followed(config)}
@@ -109,7 +110,7 @@ class Mirror:
             self._store.apply(Replace(kind, tuple(_decoded(kind, bodies))))
         self._recorders: list[IptablesRecorder] | list[NetlinkRecorder]
         if mode == "iptables":
-            self._recorders, self._syncs = _iptables(config)
+            self._recorders, self._syncs = _iptables(config, block_rules)
         else:
             self._recorders, self._syncs = _nftables(config)
 
@@ -134,6 +135,11 @@ class Mirror:
                 sync.note(changed)
 
 
+def rules_of_service(endpoints: int) -> int:
+    """Return how many rules mode iptables has in chains of a Service's own, for one port of type ClusterIP."""
+    return 1 + 3 * endpoints  # masquerading; for each endpoint one that picks it, and two in a chain of its own
+
+
 def replay(recording: Recording, notices: Notices) -> Cost:
     """Give the kernel once more what it was given, and measure only that.
 
@@ -153,7 +159,7 @@ def _decoded(kind: Kind, bodies: Sequence[Object]) -> list[Service | EndpointSli
     return [each for each in found if each is not None]
 
 
-def _iptables(config: Config) -> tuple[list[IptablesRecorder], list[FamilySync]]:
+def _iptables(config: Config, block_rules: int) -> tuple[list[IptablesRecorder], list[FamilySync]]:
     try:
         ensure_counters((INVALID_COUNTER, LOCALHOST_COUNTER))
         accounting = True
@@ -163,7 +169,7 @@ def _iptables(config: Config) -> tuple[list[IptablesRecorder], list[FamilySync]]
     recorders = [IptablesRecorder(family) for family in Family]
     syncs = [
         FamilySync(
-            IptablesBackend(recorder, block_rules=BLOCK_RULES),
+            IptablesBackend(recorder, block_rules=block_rules),
             partial(_context, config, family, accounting=accounting, random_fully=random_fully),
         )
         for family, recorder in zip(Family, recorders, strict=True)

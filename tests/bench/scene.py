@@ -27,13 +27,14 @@ SERVED = tuple(f"10.244.1.{host}" for host in range(11, 21))
 class Effect(Struct, frozen=True):
     """What came of a change: seconds from its first and its last event to the last commit, CPU seconds, and more.
 
-    `syncs` is the number of groups of commits with a pause between them; without any commit the times are negative.
+    `syncs` is the number of groups of `commits` with a pause between them; without any commit the times are negative.
     """
 
     seconds: float
     lag: float
     cpu: float
     syncs: int
+    commits: int
     written: Written
 
 
@@ -96,6 +97,7 @@ class Scene:
             (last - written.last) / 1e9,
             subject.cpu - cpu,
             count_groups(moments),
+            len(moments),
             written,
         )
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from math import isqrt
 
 import pytest
 
-from kproxy.iptables.backend import IptablesBackend
+from kproxy.iptables.backend import CHANGED_FACTOR, IptablesBackend
 from kproxy.iptables.dispatch import SHARD_RULES
 from kproxy.model.context import Context
 from kproxy.model.delta import Delete, Delta, Replace, Upsert
@@ -107,6 +108,26 @@ def test_iptables_a_burst_is_one_transaction(changed: int) -> None:
     proxy.change(*(Upsert(endpoint_slice(number, last=20)) for number in range(changed)))
     assert len(kernel.inputs) == begin + 1
     assert len(written(kernel, begin)) == 6 * changed
+
+
+def rules_in(text: str) -> int:
+    return sum(line.startswith(("-A", "-R", "-X")) for line in text.splitlines())
+
+
+@pytest.mark.parametrize("patching", [True, False])
+def test_iptables_a_large_burst_goes_in_blocks(patching: bool) -> None:
+    """Of what is in use, blocks are the larger the more rules there are."""
+    kernel = FakeKernel()
+    proxy = Proxy(IptablesBackend(kernel, block_rules=50, patching=patching), LARGE)
+    begin = len(kernel.inputs)
+    assert max(map(rules_in, kernel.inputs)) < 2 * LARGE
+    proxy.change(*(Upsert(endpoint_slice(number, last=20)) for number in range(LARGE)))
+    found = [rules_in(text) for text in kernel.inputs[begin:]]
+    most = CHANGED_FACTOR * isqrt(rules_of(kernel))
+    each = 4 if patching else 2 + ENDPOINTS + 2
+    assert sum(found) == each * LARGE
+    assert max(found) <= most
+    assert len(found) == math.ceil(each * LARGE / most)
 
 
 @pytest.mark.parametrize("services", [SMALL, LARGE])

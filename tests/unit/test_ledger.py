@@ -6,6 +6,7 @@ from collections import Counter
 
 from kproxy.iptables.ledger import DispatchRecord, KernelView, Ledger, PortRecord, dispatch_differs
 from kproxy.iptables.names import FILTER_SERVICES, NAT_NODEPORTS, NAT_SERVICES, Chain
+from kproxy.iptables.patch import WORTHWHILE_RULES
 from kproxy.iptables.render import DispatchRule, RenderedPort
 from kproxy.iptables.text import SavedChain
 
@@ -22,6 +23,17 @@ def test_a_record_knows_its_chains_by_digest() -> None:
     assert dict(port().chains()) == {}
     assert record == port(KUBE_SVC_A="one\ntwo", KUBE_SEP_A="three")
     assert record != port(KUBE_SVC_A="one\ntwo", KUBE_SEP_A="four")
+
+
+def test_a_record_knows_each_rule_of_long_chains() -> None:
+    first, second = [f"-j A{number}" for number in range(WORTHWHILE_RULES)], [f"-j B{number}" for number in range(30)]
+    short = first[1:]
+    record = port(KUBE_SVL_A="\n".join(first), KUBE_SEP_A="\n".join(short), KUBE_SVC_A="\n".join(second))
+    assert list(record.rules_of("KUBE-SVL-A")) == [hash(rule) for rule in first]
+    assert list(record.rules_of("KUBE-SVC-A")) == [hash(rule) for rule in second]
+    assert list(record.rules_of("KUBE-SEP-A")) == []
+    assert list(record.rules_of("KUBE-SVC-B")) == []
+    assert record.rules == len(first) + len(short) + len(second)
 
 
 def test_a_dump_is_sorted_into_ours_and_those_we_share() -> None:

@@ -15,6 +15,7 @@ from kproxy.iptables.patch import WORTHWHILE_RULES, WORTHWHILE_SHARE, Patch, pat
 from kproxy.iptables.text import Restore
 from kproxy.model.context import Context
 from kproxy.model.delta import Replace, Upsert
+from kproxy.model.outcome import Written
 from kproxy.model.store import Store
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Node, Service, ServicePort
 from kproxy.sync.family import FamilySync
@@ -77,9 +78,19 @@ def test_a_rule_that_goes_or_comes_takes_no_more_than_those_that_differ() -> Non
     assert more.commands == (f"-I {NAME} 3 -s 10.1.0.1",)
 
 
+def test_rules_that_are_alike_are_not_mixed_up() -> None:
+    held = ["-s 10.0.0.1"] * 9
+    for wanted in (held[1:], [*held, "-s 10.0.0.1"], [*held[2:], "-s 10.0.0.2"]):
+        found = way(held, wanted)
+        assert found is not None
+        kernel = kernel_with(held)
+        kernel.restore(Restore(patches={CHAIN: found}).text())
+        assert kernel.tables["nat"][NAME] == wanted
+
+
 def test_what_is_written_anew() -> None:
     few = [f"-s 10.0.0.{number}" for number in range(WORTHWHILE_RULES - 1)]
-    assert way(few, [*few[:-1], "-s 10.1.0.1"]) is None
+    assert way([*few, "-s 10.1.0.1"], few) is None
     many = [f"-s 10.0.0.{number}" for number in range(3 * WORTHWHILE_SHARE)]
     assert way(many, ["-s 10.1.0.1"] * 3 + many[3:]) is not None
     assert way(many, ["-s 10.1.0.1"] * 4 + many[4:]) is None
@@ -109,66 +120,93 @@ def test_a_patch_stays_only_while_the_chain_is_as_long_as_it_says() -> None:
 SIZES = (1, 3, 4, 9, 30)
 
 
-def endpoint_slice(addresses: Sequence[str]) -> EndpointSlice:
-    ports = (EndpointPort("http", 8080, "TCP"),)
-    return EndpointSlice("ns", "a", "ns/a", Family.IPV4, tuple(Endpoint(each, "node-2") for each in addresses), ports)
-
-
 class Proxy:
-    """One Service with affinity, whose endpoints change."""
+    """One Service whose endpoints change."""
 
-    def __init__(self, *, patching: bool = True) -> None:
+    def __init__(self, *, patching: bool = True, affinity: int = 0, ports: int = 1, block_rules: int = 1200) -> None:
         self.kernel = FakeKernel()
-        backend = IptablesBackend(self.kernel, patching=patching)
+        backend = IptablesBackend(self.kernel, patching=patching, block_rules=block_rules)
         self._family = FamilySync(backend, lambda _: Context(Family.IPV4, "node-1"))
         self._store = Store("node-1")
-        service = Service("ns", "a", ("10.96.0.1",), (ServicePort("http", 80, "TCP"),), affinity_seconds=60)
+        found = tuple(ServicePort(f"port-{number}", 80 + number, "TCP") for number in range(ports))
+        service = Service("ns", "a", ("10.96.0.1",), found, affinity_seconds=affinity)
         for delta in (Replace(Node, ()), Replace(Service, (service,)), Replace(EndpointSlice, ())):
             self._family.note(self._store.apply(delta))
+        self._ports = tuple(EndpointPort(each.name, 8000 + each.port, "TCP") for each in found)
+        self.written = Written({}, {})
 
     def have(self, addresses: Sequence[str]) -> str:
         """Return what was written for these endpoints."""
-        self._family.note(self._store.apply(Upsert(endpoint_slice(addresses))))
+        endpoints = tuple(Endpoint(each, "node-2") for each in addresses)
+        self._family.note(
+            self._store.apply(Upsert(EndpointSlice("ns", "a", "ns/a", Family.IPV4, endpoints, self._ports)))
+        )
         self.kernel.inputs.clear()
-        self._family.sync(self._store)
+        self.written = self._family.sync(self._store).written
         return "".join(self.kernel.inputs)
+
+    @property
+    def chains(self) -> list[str]:
+        """The chains that pick endpoints, one for each port."""
+        return [name for name in self.kernel.tables["nat"] if name.startswith("KUBE-SVC")]
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(), st.lists(st.sampled_from(SIZES), min_size=1, max_size=6))
 def test_endpoints_come_go_and_are_replaced(seed: int, sizes: list[int]) -> None:
     chance = random.Random(seed)
-    proxy = Proxy()
+    proxy = Proxy(affinity=60)
     addresses: list[str] = []
     for size in sizes:
         addresses = chance.sample(addresses, min(size, len(addresses)))
         addresses += [f"10.244.{chance.randrange(9)}.{number}" for number in range(size - len(addresses))]
         for _ in range(3):
             proxy.have(addresses)
-            fresh = Proxy()
+            fresh = Proxy(affinity=60)
             fresh.have(addresses)
             assert proxy.kernel.dump() == fresh.kernel.dump()
             addresses[chance.randrange(size)] = f"10.245.{chance.randrange(9)}.{chance.randrange(250)}"
 
 
+MANY = [f"10.244.1.{number}" for number in range(10, 40)]
+
+
 def test_a_chain_that_somebody_else_was_at_is_written_anew() -> None:
-    proxy = Proxy()
-    addresses = [f"10.244.1.{number}" for number in range(10, 40)]
-    assert "-R KUBE-SVC" not in proxy.have(addresses)
-    assert proxy.have([*addresses[:-1], "10.244.1.98"]).count("-R KUBE-SVC") == 2
-    (name,) = (name for name in proxy.kernel.tables["nat"] if name.startswith("KUBE-SVC"))
+    proxy = Proxy(affinity=60)
+    assert "-R KUBE-SVC" not in proxy.have(MANY)
+    assert proxy.have([*MANY[:-1], "10.244.1.98"]).count("-R KUBE-SVC") == 2
+    # The two rules of the new endpoint's own chain as well.
+    assert proxy.written.rules["nat"] == 4
+    (name,) = proxy.chains
     proxy.kernel.restore(f"*nat\n-I {name} 1 -j ACCEPT\nCOMMIT\n")
-    assert "-R KUBE-SVC" not in proxy.have([*addresses[:-1], "10.244.1.99"])
+    assert "-R KUBE-SVC" not in proxy.have([*MANY[:-1], "10.244.1.99"])
+    assert proxy.written.rules["nat"] == 2 + 2 * len(MANY)
     assert "-j ACCEPT" not in proxy.kernel.tables["nat"][name]
-    assert proxy.have(addresses).count("-R KUBE-SVC") == 2
+    assert proxy.have(MANY).count("-R KUBE-SVC") == 2
     del proxy.kernel.tables["nat"][name][3:]
-    proxy.have([*addresses[:-1], "10.244.1.99"])
-    assert len(proxy.kernel.tables["nat"][name]) == 2 * len(addresses)
+    proxy.have([*MANY[:-1], "10.244.1.99"])
+    assert len(proxy.kernel.tables["nat"][name]) == 2 * len(MANY)
     assert proxy.kernel.reads == 1
 
 
 def test_without_patching_chains_are_always_written_anew() -> None:
     proxy = Proxy(patching=False)
-    addresses = [f"10.244.1.{number}" for number in range(10, 40)]
-    proxy.have(addresses)
-    assert "-R KUBE-SVC" not in proxy.have([*addresses[:-1], "10.244.1.98"])
+    proxy.have(MANY)
+    assert "-R KUBE-SVC" not in proxy.have([*MANY[:-1], "10.244.1.98"])
+
+
+def test_the_shortest_chain_that_is_patched() -> None:
+    proxy = Proxy()
+    proxy.have(MANY[:WORTHWHILE_RULES])
+    assert "-R KUBE-SVC" in proxy.have([*MANY[: WORTHWHILE_RULES - 1], "10.244.1.98"])
+
+
+def test_each_port_has_a_patch_of_its_own() -> None:
+    proxy, fresh = Proxy(ports=3), Proxy(ports=3)
+    proxy.have(MANY)
+    assert {line.split()[1] for line in proxy.have([*MANY[:-1], "10.244.1.98"]).splitlines() if line[:2] == "-R"} == {
+        *proxy.chains
+    }
+    fresh.have([*MANY[:-1], "10.244.1.98"])
+    assert len(proxy.chains) == 3
+    assert proxy.kernel.dump() == fresh.kernel.dump()
