@@ -6,11 +6,10 @@ import fcntl
 import os
 import subprocess
 import threading
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from signal import SIGPIPE
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from msgspec import Struct
 
@@ -28,6 +27,32 @@ class Completed(Struct, frozen=True):
     code: int
     stdout: str
     stderr: str
+
+
+class _Guard:
+    """Kills a program after a number of seconds, unless it is told that they begin anew."""
+
+    def __init__(self, process: subprocess.Popen[str], timeout: float) -> None:
+        self.expired = False
+        self._process = process
+        self._timeout = timeout
+        self._timer: threading.Timer | None = None
+
+    def begin(self) -> None:
+        """Let the seconds begin anew."""
+        self.end()
+        self._timer = threading.Timer(self._timeout, self._expire)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def end(self) -> None:
+        """Let the program live."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _expire(self) -> None:
+        self.expired = True
+        self._process.kill()
 
 
 class Programs:
@@ -68,25 +93,36 @@ class Programs:
     def feed(self, argv: Sequence[str], parts: Iterable[str], *, timeout: float) -> Completed:
         """Run a program on an input of many parts, which are asked for while it works on those before.
 
-        What it prints is not kept. If it ends early, no more parts are asked for. `timeout` as in `run`. If making a
-        part fails, the program is killed, and that is raised. Raises `CommandError` if it cannot be started.
+        What it prints is not kept. If it ends early, no more parts are asked for, and its status is not 0. `timeout` is
+        as in `run`, and counts from the last part that it took. If making a part fails, the program is killed, and
+        that is raised. Raises `CommandError` if it cannot be started.
         """
         streams = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL}
-        began = time.monotonic()
-        with self._guarded(argv, timeout, **streams) as (process, complaints):
+        with self._guarded(argv, timeout, **streams) as (process, complaints, guard):
             assert process.stdin is not None
             with suppress(OSError):  # a smaller pipe makes it slower and does no harm
                 fcntl.fcntl(process.stdin, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-            with suppress(BrokenPipeError):
-                for part in parts:
-                    process.stdin.write(part)
-                    process.stdin.flush()
+            whole = all(self._takes(process.stdin, part, guard) for part in parts)
             with suppress(BrokenPipeError):
                 process.stdin.close()
             process.wait()
-            if time.monotonic() - began >= timeout:
+            if guard.expired:
                 return _hung(argv, timeout)
+            if process.returncode == 0 and not whole:
+                return Completed(-1, "", f"{argv[0]} ended before its input did")
             return Completed(process.returncode, "", _text_of(complaints))
+
+    def _takes(self, stdin: IO[str], part: str, guard: _Guard) -> bool:
+        """Return whether a program takes one more part of its input. For each it has as long as for the first."""
+        if self._stopped:
+            return False
+        guard.begin()
+        try:
+            stdin.write(part)
+            stdin.flush()
+        except BrokenPipeError:
+            return False
+        return True
 
     @contextmanager
     def reading(self, argv: Sequence[str], *, timeout: float) -> Iterator[Iterator[str]]:
@@ -96,7 +132,7 @@ class Programs:
         it also does when `timeout`, in seconds, is over.
         """
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
-        with self._guarded(argv, timeout, **streams) as (process, complaints):
+        with self._guarded(argv, timeout, **streams) as (process, complaints, _):
             assert process.stdout is not None
             yield process.stdout
             process.stdout.close()  # ends a program that still writes, by SIGPIPE
@@ -108,20 +144,19 @@ class Programs:
     @contextmanager
     def _guarded(
         self, argv: Sequence[str], timeout: float, **streams: Any
-    ) -> Iterator[tuple[subprocess.Popen[str], BinaryIO]]:
+    ) -> Iterator[tuple[subprocess.Popen[str], BinaryIO, _Guard]]:
         """Start a program, with a file for its complaints; kill it after `timeout` seconds, or at the end."""
         # A file without a file system: the root may be read-only, and a pipe could fill up unread.
         with (
             open(os.memfd_create("stderr"), "w+b") as complaints,
             self._start(argv, stderr=complaints, **streams) as process,
         ):
-            guard = threading.Timer(timeout, process.kill)
-            guard.daemon = True
-            guard.start()
+            guard = _Guard(process, timeout)
+            guard.begin()
             try:
-                yield process, complaints
+                yield process, complaints, guard
             finally:
-                guard.cancel()
+                guard.end()
                 process.kill()
 
     @contextmanager

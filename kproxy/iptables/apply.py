@@ -7,10 +7,12 @@ import re
 import shlex
 from collections import deque
 from collections.abc import Callable, Collection, Container, Generator, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
+from functools import partial
 
 from msgspec import Struct
 
+from kproxy.host.netlink import retried
 from kproxy.host.nft_rules import count_rules
 from kproxy.host.run import PIPE_BYTES, CommandError, Completed, Programs, first_line
 from kproxy.iptables.names import Chain
@@ -21,7 +23,7 @@ LOCK_WAIT_SECONDS = 5
 """How long one attempt waits for the xtables lock, which iptables-legacy takes for every change."""
 
 HANG_SECONDS = 900
-"""After this an iptables program counts as hanging. The longest honest run known took 150 s."""
+"""After this for one thing it is asked for an iptables program counts as hanging. The longest known took 150 s."""
 
 
 _NO = 1
@@ -221,14 +223,12 @@ class Iptables:
         names: dict[str, list[str]] = {}
         for chain in chains:
             names.setdefault(chain.table, []).append(chain.name)
-        try:
-            return {
-                Chain(table, name): count
-                for table, wanted in names.items()
-                for name, count in count_rules(self._family, table, wanted).items()
-            }
-        except OSError:
-            return {}
+        found: dict[Chain, int] = {}
+        with suppress(OSError):
+            for table, wanted in names.items():
+                counts = retried(partial(count_rules, self._family, table, wanted))
+                found |= {Chain(table, name): count for name, count in counts.items()}
+        return found
 
     def create(self, chain: Chain) -> None:
         """Create a chain unless it exists; its rules stay. Raises `CommandError`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from itertools import islice
 
 from kproxy.iptables.base import base_chains, dispatch_tails, ensured_rules
@@ -31,6 +31,10 @@ It is consumed as transactions are asked for, so that the rules of a large clust
 """
 
 
+Lengths = Callable[[Collection[Chain]], Mapping[Chain, int]]
+"""Tells how many rules chains have in the kernel, as far as that can be told."""
+
+
 class Change:
     """The way from what a ledger says to what is wanted, as transactions to make in their order.
 
@@ -42,8 +46,9 @@ class Change:
     chains themselves, last the deletion of what nothing leads to any more. iptables-nft needs time that grows with
     the square of the rules in one transaction. Dispatch chains of more than `dispatch_threshold` rules are split.
 
-    With `patching`, single rules of long chains of a port change if few of them differ; other chains are always
-    written anew: for iptables-nft to find one rule among 10,000 takes longer than to write the 32 of a shard.
+    With `lengths`, single rules of long chains of a port change if few of them differ, and the kernel has as many as
+    the ledger; other chains are always written anew: for iptables-nft to find one rule among 10,000 takes longer than
+    to write the 32 of a shard.
     """
 
     def __init__(
@@ -55,7 +60,7 @@ class Change:
         *,
         block_rules: int,
         dispatch_threshold: int,
-        patching: bool = False,
+        lengths: Lengths | None = None,
     ) -> None:
         self._ledger = ledger
         self._kernel = kernel
@@ -63,7 +68,7 @@ class Change:
         self._context = context
         self._block_rules = block_rules
         self._dispatch_threshold = dispatch_threshold
-        self._patching = patching
+        self._lengths = lengths
         self._services: dict[ServiceKey, ServiceRecord] = {}
         self._base: dict[Chain, Digest] = {}
         self._base_rules: Counter[str] = Counter()
@@ -136,13 +141,16 @@ class Change:
                     if known != digest:
                         self._write(writes, chain, rules, old.get(name))
             self._deleted += [Chain("nat", name) for name in held]
+            if writes.patches and self._lengths is not None:
+                # Now, and not for a whole transaction: what has to be written anew counts for the size of that.
+                writes = writes.settled(self._lengths(writes.patches))
             if writes:
                 yield writes
 
     def _write(self, writes: Restore, name: str, rules: str, old: PortRecord | None) -> None:
         """Add what gives a chain of a port its rules: a patch where it is known and long, else all of them."""
         chain = Chain("nat", name)
-        held = old.rules_of(name) if old is not None and self._patching else ()
+        held = old.rules_of(name) if old is not None and self._lengths is not None else ()
         if held and (edits := patch(name, held, rules)) is not None:
             writes.patches[chain] = edits
         else:

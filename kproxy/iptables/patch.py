@@ -16,6 +16,9 @@ Each costs more than a rule that is written, as the rules that are there have to
 long as writing all rules.
 """
 
+READ_PER_WRITTEN = 8
+"""How many rules iptables-nft reads in the time in which it writes one."""
+
 
 class Patch(Struct, frozen=True):
     """How a chain gets the rules that are wanted (one per line of `rules`) by `commands` about single rules.
@@ -27,6 +30,11 @@ class Patch(Struct, frozen=True):
     commands: tuple[str, ...]
     length: int
     rules: str
+
+    @property
+    def weight(self) -> int:
+        """How many written rules it is worth: all that the chain has must be read."""
+        return len(self.commands) + self.length // READ_PER_WRITTEN
 
 
 def patch(chain: str, held: Sequence[int], rules: str) -> Patch | None:

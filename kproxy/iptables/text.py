@@ -34,8 +34,8 @@ class Restore(Struct):
 
     @property
     def rules(self) -> int:
-        """How many rules and deletions this change makes."""
-        patched = sum(len(patch.commands) for patch in self.patches.values())
+        """How many rules and deletions this change makes, or what takes iptables-nft as long."""
+        patched = sum(patch.weight for patch in self.patches.values())
         return count_rules(self.chains.values()) + patched + len(self.edits) + len(self.deleted)
 
     def rules_by_table(self) -> Counter[str]:

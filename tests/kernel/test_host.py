@@ -191,6 +191,40 @@ def test_a_program_that_ends_early_is_asked_for_no_more_parts() -> None:
     assert len(made) < 10_000
 
 
+def test_a_program_that_is_content_with_half_its_input_has_failed() -> None:
+    parts = ("x" * 100_000 for _ in range(100))
+    done = Programs().feed(["sh", "-c", "head -c 1 >/dev/null"], parts, timeout=GUARD)
+    assert (done.code, done.stderr) == (-1, "sh ended before its input did")
+
+
+def test_no_part_is_asked_for_once_all_is_stopped() -> None:
+    programs, made = Programs(), []
+
+    def parts() -> Iterator[str]:
+        for number in range(10):
+            made.append(number)
+            if number == 3:
+                programs.stop()
+            yield "one\n"
+
+    assert programs.feed(["cat"], parts(), timeout=GUARD).code != 0
+    assert made == [0, 1, 2, 3]
+
+
+def test_each_part_has_its_time() -> None:
+    timers: list[set[threading.Thread]] = []
+
+    def parts() -> Iterator[str]:
+        for _ in range(4):
+            timers.append({each for each in threading.enumerate() if isinstance(each, threading.Timer)})
+            yield "one\n"
+
+    before = {each for each in threading.enumerate() if isinstance(each, threading.Timer)}
+    Programs().feed(["cat"], parts(), timeout=GUARD)
+    newest = [max(found - before, key=lambda each: each.native_id or 0) for found in timers]
+    assert len(set(newest)) == len(newest)
+
+
 def test_a_program_is_killed_when_a_part_cannot_be_made(tmp_path: Path) -> None:
     def parts() -> Iterator[str]:
         yield "one\n"

@@ -118,7 +118,7 @@ def test_an_empty_change_is_no_text() -> None:
 def test_a_change_is_one_transaction_per_table_in_a_safe_order() -> None:
     change = Restore(
         {Chain("filter", "F"): "-A F -j DROP", Chain("nat", "A"): "-A A -j B\n-A A -j C", Chain("nat", "E"): ""},
-        {Chain("nat", "LONG"): Patch(("-R LONG 3 -j A", "-D LONG 2"), 9, "-A LONG ...")},
+        {Chain("nat", "LONG"): Patch(("-R LONG 3 -j A", "-D LONG 2"), 6, "-A LONG ...")},
         [("filter", "-I INPUT 1 -j F")],
         [Chain("nat", "OLD")],
     )
