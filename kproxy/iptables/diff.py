@@ -79,17 +79,20 @@ class Change:
     def transactions(self) -> Iterator[Restore]:
         """Yield the transactions; none at all if the kernel already holds what is wanted."""
         block = Restore(self._groundwork())
+        filled = block.rules
         for writes in self._unswitched():
-            if block and block.rules + writes.rules > self._block_rules:
+            added = writes.rules
+            if block and filled + added > self._block_rules:
                 yield block
-                block = Restore()
+                block, filled = Restore(), 0
             block.chains |= writes.chains
             block.patches |= writes.patches
+            filled += added
         switch = self._switch()
         self._deleted += self._stale_chains()
         # After a failure nobody knows who else jumps to a chain that is to go: that must not hold up the rest.
         apart = self._kernel is not None
-        if block.rules + switch.rules > self._block_rules:
+        if filled + switch.rules > self._block_rules:
             yield from [block] if block else []
             block = switch
         else:
