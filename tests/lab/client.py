@@ -68,7 +68,7 @@ def open_connection(
     connection = origin.namespace.socket(FAMILIES[version_of(address)], kind, number)
     try:
         connection.settimeout(patience)
-        if connection.family is socket.AF_INET6:
+        if connection.family is socket.AF_INET6 and protocol == "TCP":
             # Else a refusal that comes while the first packet is being sent counts for the second, a second later.
             connection.setsockopt(socket.IPPROTO_IPV6, _IPV6_RECVERR, 1)
         if source:
