@@ -23,7 +23,7 @@ LOCK_WAIT_SECONDS = 5
 """How long one attempt waits for the xtables lock, which iptables-legacy takes for every change."""
 
 HANG_SECONDS = 900
-"""After this for one thing it is asked for an iptables program counts as hanging. The longest known took 150 s."""
+"""How long an iptables program may take for one transaction or question; the longest honest run known took 150 s."""
 
 
 _NO = 1

@@ -1,4 +1,7 @@
-"""From what is held and what is wanted to the smallest safe series of transactions. Pure."""
+"""From what is held and what is wanted to the smallest safe series of transactions.
+
+Pure, but that it may ask how many rules a chain has in the kernel (`Lengths`), by what it is given for that.
+"""
 
 from __future__ import annotations
 
