@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import select
+import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ import pytest
 
 from tests.lab.client import Answered, Failed, Refused, TimedOut, ask, finish, open_connection
 from tests.lab.flow import Flow, failures, tally
+from tests.lab.load import FIRST_PORT, LIMIT, Stream, Target
 from tests.lab.servers import Servers
 from tests.lab.topology import Host, Lab
 from tests.lab.waiting import HANG_GUARD, wait_until
@@ -83,6 +85,25 @@ def test_a_client_may_have_many_addresses(lab: Lab, servers: Servers) -> None:
     client = lab.add_client("client", "198.51.100.10", "198.51.100.11")
     servers.serve(pod, 8080)
     assert ask(client, pod.address(), 8080, source="198.51.100.11") == Answered("pod", "198.51.100.11")
+
+
+def test_a_stream_never_comes_from_the_same_port_twice(lab: Lab) -> None:
+    pod = lab.add_pod("pod", "10.244.1.1")
+    client = lab.add_client("client", "198.51.100.10")
+    with pod.namespace.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+        listener.bind((pod.address(), 8080))
+        listener.listen()
+        with Stream([Target("web", client, pod.address(), 8080)]):
+            ports = [_port_of_next(listener) for _ in range(50)]
+    assert len(set(ports)) == 50
+    assert set(ports) <= set(range(FIRST_PORT, FIRST_PORT + LIMIT))
+
+
+def _port_of_next(listener: socket.socket) -> int:
+    """Accept a connection, and close it; return where it came from."""
+    connection, (_, port) = listener.accept()
+    connection.close()
+    return int(port)
 
 
 def test_a_server_finishes_what_it_has_accepted(lab: Lab, servers: Servers) -> None:

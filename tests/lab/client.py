@@ -61,9 +61,19 @@ def ask(
 
 
 def open_connection(
-    origin: Host, address: str, port: int, protocol: str = "TCP", *, source: str = "", patience: float = PATIENCE
+    origin: Host,
+    address: str,
+    port: int,
+    protocol: str = "TCP",
+    *,
+    source: str = "",
+    source_port: int = 0,
+    patience: float = PATIENCE,
 ) -> socket.socket:
-    """Return a connected socket for `finish`; for UDP nothing has been sent by then."""
+    """Return a connected socket for `finish`; for UDP nothing has been sent by then.
+
+    Without `source` and `source_port` the kernel picks one of the origin's addresses and ports.
+    """
     kind, number = SOCKET_TYPES[protocol]
     connection = origin.namespace.socket(FAMILIES[version_of(address)], kind, number)
     try:
@@ -71,8 +81,8 @@ def open_connection(
         if connection.family is socket.AF_INET6 and protocol == "TCP":
             # Else a refusal that comes while the first packet is being sent counts for the second, a second later.
             connection.setsockopt(socket.IPPROTO_IPV6, _IPV6_RECVERR, 1)
-        if source:
-            connection.bind((source, 0))
+        if source or source_port:
+            connection.bind((source, source_port))
         connection.connect((address, port))
     except OSError:
         connection.close()

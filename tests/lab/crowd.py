@@ -27,10 +27,12 @@ class Machine:
 
 
 def vanish(pod: Host) -> None:
-    """Make a pod unreachable from one moment to the next: "host unreachable" is the answer for it.
+    """Make a pod unreachable from one moment to the next: "host unreachable" is the answer to new connections.
 
-    It comes from behind the node, so that the node's connection tracking keeps every attempt with this pod.
+    It comes from behind the node, so that the node's connection tracking keeps every attempt with this pod. What is
+    connected already ends in peace: nobody would tell its client that it waits in vain.
     """
     for address in pod.addresses:
         program, answer = _REJECT[version_of(address)]
-        pod.namespace.run([program, "-w", "-I", "INPUT", "-d", address, "-j", "REJECT", "--reject-with", answer])
+        to_pod = ["-d", address, "-p", "tcp", "--syn"]
+        pod.namespace.run([program, "-w", "-I", "INPUT", *to_pod, "-j", "REJECT", "--reject-with", answer])

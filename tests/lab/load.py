@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from itertools import cycle
 
-from tests.lab.client import PATIENCE, Answered, Failed, Outcome, Refused, TimedOut, finish, open_connection
+from tests.lab.client import Answered, Failed, Outcome, Refused, TimedOut, finish, open_connection
 from tests.lab.flow import Flow
 from tests.lab.topology import Host
 
@@ -21,6 +21,13 @@ RATE = 200
 
 LIMIT = 10_000
 """Connections of one stream; after that it waits for its end, and so does not flood a machine that is stuck."""
+
+FIRST_PORT = 20_000
+"""The port that a stream's first connection comes from; each further one comes from the next.
+
+The kernel may pick the port of a connection that failed seconds ago. Connection tracking then still remembers where
+that one was sent, for two minutes, and asks no rule where the new one should go.
+"""
 
 SHOWN = 10
 _TOTAL_RETRANSMISSIONS = struct.Struct("=100xI")
@@ -115,31 +122,32 @@ class Stream:
         return f"{attempt.target}, {when}: {attempt.outcome} within {attempt.seconds:.3f} s"
 
     def _request(self) -> Outcome:
-        target = self._turn()
+        target, port = self._turn()
         began = time.monotonic()
-        outcome = _connect(target)
+        outcome = _connect(target, port)
         attempt = Attempt(target, began, time.monotonic() - began, outcome)
         with self._lock:
             self._attempts.append(attempt)
         return outcome
 
-    def _turn(self) -> Target:
-        """Wait for one's turn, so that all workers together keep to the rate."""
+    def _turn(self) -> tuple[Target, int]:
+        """Wait for one's turn, so that all workers together keep to the rate; return the target and a new port."""
         with self._lock:
             target = next(self._targets)
+            port = FIRST_PORT + self._begun
             self._begun += 1
             over = self._begun > LIMIT
             now = time.monotonic()
             turn = max(self._next_turn, now)
             self._next_turn = turn + 1 / RATE
         self._ended.wait(None if over else turn - now)
-        return target
+        return target, port
 
 
-def _connect(target: Target) -> Outcome:
+def _connect(target: Target, source_port: int) -> Outcome:
     """Make one connection, and hold against it what a retry of TCP or another Service's pod would hide."""
     try:
-        with open_connection(target.origin, target.address, target.port, patience=PATIENCE) as connection:
+        with open_connection(target.origin, target.address, target.port, source_port=source_port) as connection:
             lost = _retransmissions(connection)
             answer = finish(connection)
     except ConnectionRefusedError:
