@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -14,7 +15,7 @@ from kproxy.kube.streams import JSON, WATCH, read_events
 from kproxy.model.delta import Kind
 from kproxy.model.types import EndpointSlice, Node, Service, ServiceCIDR
 from tests.api.conftest import HANG, Cluster, Follow, Received
-from tests.apiserver import ApiServer, SeenRequest, protobuf
+from tests.apiserver import ApiServer, Relay, SeenRequest, protobuf
 from tests.apiserver.objects import endpoint_slice, labelled, node, service, service_cidr
 from tests.apiserver.resources import ENDPOINT_SLICES, NODES, SERVICE_CIDRS, SERVICES, Resource
 
@@ -85,6 +86,30 @@ def test_watches_come_as_protobuf_and_lists_as_compressed_json(
     for request in server.requests.all():
         assert request.headers["Accept"] == (WATCH if request.is_watch else JSON)
         assert request.headers["Accept-Encoding"] == ("identity" if request.is_watch else "gzip")
+
+
+def test_an_event_costs_hardly_more_bytes_than_its_frame(server: ApiServer, follow: Follow, received: Received) -> None:
+    slices = [slice_of_ten(number, "10.1.0") for number in range(100)]
+    for each in slices:
+        server.create(each)
+    with Relay(server.address) as relay:
+        follow(server, port=relay.port)
+        received.until_listed()
+        before = relay.bytes_to_clients
+        changed = [server.update(slice_of_ten(number, "10.1.1")) for number in range(100)]
+        received.until(lambda _: all_begin_with(received.objects[EndpointSlice].values(), "10.1.1."))
+        read = relay.bytes_to_clients - before
+    frames = sum(len(protobuf.frame("MODIFIED", each)) for each in changed)
+    assert frames < read <= 1.05 * frames
+
+
+def slice_of_ten(number: int, prefix: str) -> dict[str, Any]:
+    return endpoint_slice(f"web-{number}", f"web-{number}", [f"{prefix}.{last}" for last in range(1, 11)])
+
+
+def all_begin_with(slices: Iterable[object], prefix: str) -> bool:
+    found = [each for each in slices if isinstance(each, EndpointSlice)]
+    return len(found) == 100 and all(e.address.startswith(prefix) for each in found for e in each.endpoints)
 
 
 @pytest.mark.parametrize("odd", ["ignored", "refused"])

@@ -27,6 +27,8 @@ class Relay:
         self._sockets: set[socket.socket] = set()
         self._listener: socket.socket | None = None
         self.port = 0
+        self.bytes_to_clients = 0
+        """How many have come from the target so far and could flow on."""
         self.allow()
 
     def __enter__(self) -> Relay:
@@ -87,15 +89,22 @@ class Relay:
             far.settimeout(None)
             with self._lock:
                 self._sockets |= {near, far}
-            for source, sink in ((near, far), (far, near)):
+            for source, sink, note in ((near, far, _ignore), (far, near, self._note)):
                 source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                arguments = (source, sink, self._next_flowing)
+                arguments = (source, sink, self._next_flowing, note)
                 threading.Thread(target=self._pump, args=arguments, daemon=True).start()
 
-    def _pump(self, source: socket.socket, sink: socket.socket, flowing: threading.Event) -> None:
+    def _note(self, count: int) -> None:
+        with self._lock:
+            self.bytes_to_clients += count
+
+    def _pump(
+        self, source: socket.socket, sink: socket.socket, flowing: threading.Event, note: Callable[[int], None]
+    ) -> None:
         with suppress(OSError):
             while data := source.recv(1 << 16):
                 flowing.wait()
+                note(len(data))
                 sink.sendall(data)
         for each in (source, sink):
             with suppress(OSError):
@@ -104,8 +113,8 @@ class Relay:
             self._sockets -= {source, sink}
 
 
-def _listen_here(port: int) -> socket.socket:
-    return socket.create_server(("127.0.0.1", port), backlog=64)
+def _ignore(_: int) -> None:
+    pass
 
 
 def _flowing() -> threading.Event:

@@ -1,0 +1,91 @@
+"""What a daemon asks of iptables is what the installed version is good at."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kproxy.config import Config
+from kproxy.families import make_families
+from kproxy.model.delta import Replace, Upsert
+from kproxy.model.store import Store
+from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Node, Service, ServicePort
+from kproxy.sync.family import FamilySync
+from tests.lab.namespace import Namespace
+
+VERSION_OF = '#!/bin/sh\nif [ "$1" = --version ]; then echo "iptables {version}"; else exec {program} "$@"; fi\n'
+RECORDED = '#!/bin/sh\ntee -a {inputs} | {program} "$@"\n'
+SINGLE_RULES = ("-I ", "-R ", "-D ")
+
+
+@pytest.fixture
+def node(kernel: None) -> Iterator[Namespace]:
+    found = Namespace("version")
+    try:
+        yield found
+    finally:
+        found.close()
+
+
+class Installed:
+    """Programs in PATH that say to be of some version, and keep what they are told to restore."""
+
+    def __init__(self, folder: Path, version: str) -> None:
+        self._inputs = folder / "inputs"
+        for name in ("iptables", "ip6tables"):
+            self._install(folder / name, VERSION_OF, version=version)
+            self._install(folder / f"{name}-restore", RECORDED, inputs=self._inputs)
+
+    def _install(self, path: Path, script: str, **words: object) -> None:
+        path.write_text(script.format(program=shutil.which(path.name), **words))
+        path.chmod(0o755)
+
+    def take(self) -> str:
+        """Return what was restored since the last call."""
+        found = self._inputs.read_text()
+        self._inputs.unlink()
+        return found
+
+
+class Proxy:
+    """One family of a daemon, with one Service whose endpoints leave."""
+
+    def __init__(self, node: Namespace, family: FamilySync) -> None:
+        self._node, self._family = node, family
+        self._store = Store("node-1")
+        service = Service("ns", "a", ("10.96.0.1", "fd00:10:96::1"), (ServicePort("http", 80, "TCP"),))
+        for delta in (Replace(Node, ()), Replace(Service, (service,)), Replace(EndpointSlice, ())):
+            family.note(self._store.apply(delta))
+
+    def have(self, numbers: range) -> None:
+        """Give the Service these endpoints, in both families."""
+        for family, prefix in ((Family.IPV4, "10.244.1."), (Family.IPV6, "fd00:10:244:1::")):
+            endpoints = tuple(Endpoint(f"{prefix}{number}", "node-2") for number in numbers)
+            ports = (EndpointPort("http", 8080, "TCP"),)
+            found = EndpointSlice("ns", f"a-{family.value}", "ns/a", family, endpoints, ports)
+            self._family.note(self._store.apply(Upsert(found)))
+        self._node.call(lambda: self._family.sync(self._store))
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [("v1.8.4 (nf_tables)", False), ("v1.8.5 (nf_tables)", True), ("v1.8.9 (legacy)", False)],
+)
+def test_only_some_are_told_to_change_single_rules(
+    node: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, expected: bool
+) -> None:
+    installed = Installed(tmp_path, version)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    families = node.call(lambda: make_families(Config(mode="iptables"), []))
+    proxies = [Proxy(node, family) for family in families.values()]
+    for proxy in proxies:
+        proxy.have(range(10, 20))
+    installed.take()
+    for proxy in proxies:
+        proxy.have(range(11, 20))
+        changes = [line for line in installed.take().splitlines() if line.startswith(("-A KUBE-SVC-", *SINGLE_RULES))]
+        assert {line.startswith(SINGLE_RULES) for line in changes} == {expected}
