@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import socket
 import ssl
 import subprocess
 import time
@@ -22,6 +21,7 @@ from urllib.error import HTTPError, URLError
 
 from tests.apiserver import ConflictError, NotFoundError
 from tests.apiserver.resources import RESOURCES, Resource, resource_of
+from tests.ports import free_port
 
 ASSETS = "KUBEBUILDER_ASSETS"
 TOKEN = "kproxy-tests"
@@ -39,11 +39,6 @@ def unavailable() -> str:
         return f"{ASSETS} is not set"
     missing = [name for name in ("etcd", "kube-apiserver") if not (Path(folder) / name).is_file()]
     return f"{ASSETS}={folder} has no {' and no '.join(missing)}" if missing else ""
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 class Etcd:

@@ -15,7 +15,7 @@ from tests.apiserver.requests import SeenRequest
 from tests.apiserver.resources import EVENTS, SERVICES, Resource, find_path
 from tests.apiserver.selectors import SelectorError, Test, field_test, label_test
 from tests.apiserver.store import ConflictError, ExpiredError, NotFoundError, make_token
-from tests.apiserver.watching import serve_watch
+from tests.apiserver.watching import Watch
 from tests.apiserver.writing import JsonWriter, ProtobufWriter, accepts_protobuf
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Cache-Control", "no-cache, private")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        serve_watch(self.api, self.connection, resource, wanted, query, writer=writer)
+        Watch(self.api, self.connection, resource, wanted, query, writer=writer).serve()
         self.close_connection = True
         self.connection.shutdown(socket.SHUT_WR)
 

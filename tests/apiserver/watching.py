@@ -20,22 +20,9 @@ LOOK_FOR_CLIENT = 0.5
 """Seconds between looks whether the client is still there."""
 
 
-def serve_watch(
-    api: ApiServer,
-    connection: socket.socket,
-    resource: Resource,
-    wanted: Test,
-    query: dict[str, str],
-    *,
-    writer: Writer,
-) -> None:
-    """Serve until the client or the server ends it; in good order only if a last chunk was written."""
-    watch = _Watch(api, connection, resource, wanted, query, writer=writer)
-    if watch.begin():
-        watch.follow()
+class Watch:
+    """One watch, on the connection that asked for it."""
 
-
-class _Watch:
     def __init__(
         self,
         api: ApiServer,
@@ -56,7 +43,12 @@ class _Watch:
         self._injected = len(api.faults.injected)
         self._version = 0
 
-    def begin(self) -> bool:
+    def serve(self) -> None:
+        """Serve until the client or the server ends it; in good order only if a last chunk was written."""
+        if self._begin():
+            self._follow()
+
+    def _begin(self) -> bool:
         """Send what comes before the first change; false if that already ended the watch."""
         support = self._api.faults.watch_list
         initial = "sendInitialEvents" in self._query and support != "ignored"
@@ -84,7 +76,7 @@ class _Watch:
             return False
         return True
 
-    def follow(self) -> None:
+    def _follow(self) -> None:
         changed = self._api.store.changed
         while self._client_is_there():
             with changed:

@@ -15,13 +15,12 @@ import sys
 import time
 from collections.abc import Sequence
 from itertools import cycle, islice
-from types import TracebackType
 from typing import Self
 
 import msgspec
 from msgspec import Struct
 
-from tests.bench.feed import ROOT
+from tests.bench.companion import ROOT, Companion
 from tests.lab.namespace import Namespace
 
 BACKLOG = 4096
@@ -38,36 +37,16 @@ class Round(Struct, frozen=True):
     rate: float
 
 
-class Server:
+class Server(Companion):
     """Accepts connections to one port of a namespace and closes them. Use it in a `with`."""
 
     def __init__(self, namespace: Namespace, port: int) -> None:
-        self._namespace, self._port = namespace, port
+        super().__init__(namespace, "tests.bench.connects", "serve", str(port))
 
     def __enter__(self) -> Self:
-        argv = [
-            "setpriv",
-            "--pdeathsig",
-            "KILL",
-            sys.executable,
-            "-m",
-            "tests.bench.connects",
-            "serve",
-            str(self._port),
-        ]
-        self._process = self._namespace.call(lambda: subprocess.Popen(argv, stdout=subprocess.PIPE, cwd=ROOT))
-        assert self._process.stdout is not None
-        if not self._process.stdout.readline():
-            raise RuntimeError("the server of the benchmark has ended; what it said is above")
+        super().__enter__()
+        self.answer()  # it listens
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._process.kill()
-        self._process.wait()
-        assert self._process.stdout is not None
-        self._process.stdout.close()
 
 
 def measure(

@@ -5,11 +5,8 @@ The process takes commands on its standard input, one line of JSON each, and ans
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from types import TracebackType
 from typing import Literal, Self, TypeAlias
 
 import msgspec
@@ -21,10 +18,10 @@ from tests.apiserver.resources import ENDPOINT_SLICES, NODES, SERVICES
 from tests.apiserver.selectors import Stored
 from tests.apiserver.writing import ProtobufWriter
 from tests.bench.cluster import Cluster, Object
+from tests.bench.companion import Companion
 from tests.bench.watchlog import LoggedSocket, WatchLog, Written
 from tests.lab.namespace import Namespace
 
-ROOT = Path(__file__).parents[2]
 FOLLOWED = (SERVICES, ENDPOINT_SLICES, NODES)
 
 Content: TypeAlias = Literal["JSON", "protobuf"]
@@ -56,29 +53,17 @@ class Take(Struct, tag=True):
 Command: TypeAlias = Load | Change | Speak | Take
 
 
-class Feed:
+class Feed(Companion):
     """An API server without authentication inside a namespace. Use it in a `with`."""
 
     def __init__(self, namespace: Namespace) -> None:
-        self._namespace = namespace
+        super().__init__(namespace, "tests.bench.feed")
         self.url = ""
 
     def __enter__(self) -> Self:
-        # setpriv: it dies with the namespace's thread, and so with this process.
-        argv = ["setpriv", "--pdeathsig", "KILL", sys.executable, "-m", "tests.bench.feed"]
-        pipe = subprocess.PIPE
-        self._process = self._namespace.call(lambda: subprocess.Popen(argv, stdin=pipe, stdout=pipe, cwd=ROOT))
-        self.url = msgspec.json.decode(self._answer(), type=str)
+        super().__enter__()
+        self.url = msgspec.json.decode(self.answer(), type=str)
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._process.kill()
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout):
-            assert stream is not None
-            stream.close()
 
     def load(self, cluster: Cluster) -> None:
         """Create all objects of a cluster."""
@@ -97,17 +82,8 @@ class Feed:
         return msgspec.json.decode(self._command(Take()), type=Written)
 
     def _command(self, command: Command) -> bytes:
-        assert self._process.stdin is not None
-        self._process.stdin.write(msgspec.json.encode(command) + b"\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> bytes:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError("the API server of the benchmark has ended; what it said is above")
-        return line
+        self.send(msgspec.json.encode(command))
+        return self.answer()
 
 
 def obey(server: ApiServer, log: WatchLog, command: Command) -> Written | None:

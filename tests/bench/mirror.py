@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TypeAlias
 
@@ -37,6 +37,7 @@ from kproxy.sync.family import FamilySync
 from tests.bench.cluster import CLUSTER_CIDR, Cluster, Object
 from tests.bench.cost import spent
 from tests.bench.notices import Notices
+from tests.lab.iptables import Recorder
 from tests.lab.topology import NODE
 
 KINDS: dict[str, Kind] = {each.__name__: each for each in (Service, EndpointSlice, Node, ServiceCIDR)}
@@ -51,44 +52,31 @@ class Cost(Struct, frozen=True):
     cpu: float
 
 
-class IptablesRecorder(Iptables):
+class IptablesRecorder(Recorder):
     """The real iptables, with every input kept."""
 
-    def __init__(self, family: Family) -> None:
-        super().__init__(family)
-        self.batches: list[str] = []
-
-    def restore_each(self, texts: Iterable[str]) -> None:
-        """Make the changes."""
-        super().restore_each(self._kept(texts))
-
-    def replay(self, batches: Sequence[str]) -> None:
+    def replay(self, inputs: Sequence[str]) -> None:
         """Run the bare `iptables-restore` on the inputs."""
-        super().restore_each(batches)
-
-    def _kept(self, texts: Iterable[str]) -> Iterator[str]:
-        for text in texts:
-            self.batches.append(text)
-            yield text
+        Iptables.restore_each(self, inputs)  # which keeps nothing
 
 
 class NetlinkRecorder:
-    """The real netlink, with every batch kept as the messages it had."""
+    """The real netlink, with every input kept: the messages of each batch."""
 
     def __init__(self, family: Family) -> None:
-        self.batches: list[NetlinkMessages] = []
+        self.inputs: list[NetlinkMessages] = []
         self._encoder = Encoder(family)
         self._socket = BatchSocket(NFNL_SUBSYS_NFTABLES)
 
     def __call__(self, change: Transaction, generation: int | None = None, /) -> None:
         """Make a transaction, whatever the generation: replays by this object make it wrong."""
         messages = [(each.kind, each.flags, each.payload) for each in self._encoder.encode(change)]
-        self.batches.append(messages)
+        self.inputs.append(messages)
         self._socket.commit(messages)
 
-    def replay(self, batches: Sequence[NetlinkMessages]) -> None:
+    def replay(self, inputs: Sequence[NetlinkMessages]) -> None:
         """Send each batch as it was and wait until the kernel has taken it."""
-        for messages in batches:
+        for messages in inputs:
             self._socket.commit(messages)
 
 
@@ -123,10 +111,10 @@ class Mirror:
             metadata = body["metadata"]
             self._apply(Delete(KINDS[body["kind"]], metadata["namespace"], metadata["name"]))
         for recorder in self._recorders:
-            recorder.batches = []
+            recorder.inputs = []
         for sync in self._syncs:
             sync.sync(self._store)
-        return [(recorder, recorder.batches) for recorder in self._recorders]  # type: ignore[misc]
+        return [(recorder, recorder.inputs) for recorder in self._recorders]  # type: ignore[misc]
 
     def _apply(self, *deltas: Upsert | Delete) -> None:
         for delta in deltas:
@@ -146,8 +134,8 @@ def replay(recording: Recording, notices: Notices) -> Cost:
     As for the daemon, the end is the last notice: what `iptables-restore` does after its commit is not waited for.
     """
     cpu, began = spent(), time.monotonic_ns()
-    for recorder, batches in recording:
-        recorder.replay(batches)  # type: ignore[arg-type]
+    for recorder, inputs in recording:
+        recorder.replay(inputs)  # type: ignore[arg-type]
     ended = time.monotonic_ns()
     commits = notices.since(began)
     return Cost(((commits[-1].moment if commits else ended) - began) / 1e9, spent() - cpu)

@@ -9,7 +9,6 @@ import socket
 import struct
 import threading
 import time
-from types import TracebackType
 from typing import Self
 
 from msgspec import Struct
@@ -71,9 +70,7 @@ class Notices:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         os.close(self._woken)
         self._thread.join()
         os.close(self._wake)

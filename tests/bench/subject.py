@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from tests.bench.cluster import CLUSTER_CIDR
@@ -54,9 +53,7 @@ class Subject:
             self._process = self._namespace.popen(self._command, output)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._process.terminate()
         try:
             self._process.wait(HANG_GUARD)

@@ -6,28 +6,18 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from kproxy.host.nfacct import ensure_counters
-from kproxy.iptables.base import INVALID_COUNTER
-from kproxy.iptables.render import LOCALHOST_COUNTER
 from kproxy.model.types import Family
+from tests.lab.iptables import held, restore_recording
 from tests.lab.namespace import Namespace
+from tests.lab.proxy import KPROXY
 from tests.lab.waiting import HANG_GUARD, wait_until
-from tests.recordings import GOLDEN, State, comparable, recorded
+from tests.recordings import GOLDEN, recorded
 
-KPROXY = str(Path(sys.executable).with_name("kproxy"))
 CLUSTER = [f"--config={GOLDEN}/clusterip/config.json", f"--objects={GOLDEN}/clusterip"]
-
-
-@pytest.fixture
-def node(kernel: None) -> Iterator[Namespace]:
-    namespace = Namespace("node-1")
-    yield namespace
-    namespace.close()
 
 
 def apply(node: Namespace) -> str:
@@ -78,7 +68,7 @@ def test_a_rule_that_stops_the_dump_of_its_table_stops_nothing_else(
     node: Namespace, table: str, rule: str, former: str
 ) -> None:
     if former == "kube-proxy":
-        take_from_kube_proxy(node)
+        restore_recording(node, "nodeport")
     foreign(node, rule)
     for _ in range(2):
         said = [line for line in apply(node).splitlines() if "only nft can show" in line]
@@ -89,7 +79,7 @@ def test_a_rule_that_stops_the_dump_of_its_table_stops_nothing_else(
     apply(node)
     take_out(node, rule)
     apply(node)
-    assert saved(node) == recorded("clusterip", Family.IPV4)
+    assert held(node, Family.IPV4) == recorded("clusterip", Family.IPV4)
 
 
 @pytest.mark.parametrize(("table", "rule"), FOREIGN)
@@ -103,12 +93,6 @@ def test_a_rule_that_stops_the_dump_of_its_table_keeps_no_other_from_being_clean
     for other in {"filter", "nat", "mangle"} - {table}:
         left = node.run(["iptables-save", "-t", other]).stdout
         assert "KUBE-" not in left.replace("KUBE-FIREWALL", "")
-
-
-def take_from_kube_proxy(node: Namespace) -> None:
-    node.call(lambda: ensure_counters((INVALID_COUNTER, LOCALHOST_COUNTER)))
-    for program in ("iptables", "ip6tables"):
-        node.run([f"{program}-restore"], (GOLDEN / "nodeport" / f"{program}-save.txt").read_text())
 
 
 def foreign(node: Namespace, rule: str) -> None:
@@ -194,8 +178,7 @@ def test_it_ends_while_iptables_hangs(node: Namespace, tmp_path: Path) -> None:
 
 def test_a_thread_that_ends_ends_the_daemon(node: Namespace) -> None:
     script = textwrap.dedent(f"""\
-        import sys
-        from kproxy.kube.path_follower import PathFollower
+                from kproxy.kube.path_follower import PathFollower
         from kproxy.cli.main import main
         def broken(self):
             raise MemoryError("no more")
@@ -254,17 +237,13 @@ def test_what_others_flush_is_put_back(node: Namespace, tmp_path: Path, removal:
     with log.open("w") as output:
         process = node.popen([KPROXY, "run", *CLUSTER, "--iptables-sync-period=1s"], output)
     wait_for(log, process, "IPv6: all")
-    wanted = saved(node)
+    wanted = held(node, Family.IPV4)
     for command in removal:
         node.run(["iptables", *command.split()])
-    wait_until(lambda: saved(node) == wanted, "the rules to come back")
+    wait_until(lambda: held(node, Family.IPV4) == wanted, "the rules to come back")
     assert "somebody else has removed rules of ours" in log.read_text()
     process.terminate()
     assert process.wait(HANG_GUARD) == 0
-
-
-def saved(node: Namespace) -> State:
-    return comparable(node.run(["iptables-save"]).stdout.splitlines())
 
 
 def wait_for(log: Path, process: subprocess.Popen[str], text: str) -> None:

@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from functools import partial
 from http.client import HTTPConnection
 from pathlib import Path
@@ -31,11 +30,10 @@ CHECKOUT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def namespace(kernel: None) -> Iterator[Namespace]:
-    namespace = Namespace("bench")
+def namespace(namespace: Namespace) -> Namespace:
+    """A fresh namespace in which a server can be reached."""
     namespace.run(["ip", "link", "set", "lo", "up"])
-    yield namespace
-    namespace.close()
+    return namespace
 
 
 def bench(*arguments: str) -> str:

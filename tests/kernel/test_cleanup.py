@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 import socket
 import struct
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -18,9 +16,11 @@ from kproxy.leftovers import remove_all, remove_iptables
 from kproxy.model.types import Family
 from kproxy.nftables.cleanup import remove_table
 from kproxy.nftables.netlink import NFNL_SUBSYS_NFTABLES
-from tests.kernel.test_recordings import KPROXY, PREFIXES, apply
+from tests.kernel.test_recordings import apply
 from tests.lab.commits import Commits
+from tests.lab.iptables import PREFIXES, PROGRAMS, link
 from tests.lab.namespace import Namespace
+from tests.lab.proxy import KPROXY
 from tests.recordings import GOLDEN
 
 NFT_TABLE_F_OWNER = 2
@@ -61,22 +61,15 @@ MARTIANS = (
 KEPT = {Family.IPV4: sorted([*FIREWALL, MARTIANS]), Family.IPV6: sorted(FIREWALL)}
 JUMP = '-A PREROUTING -m comment --comment "kubernetes service portals" -j KUBE-SERVICES'
 
-
-@pytest.fixture(autouse=True)
-def nft() -> None:
-    """Skip where there is no `nft`, which the tests load nftables mode's rules with."""
-    if shutil.which("nft") is None:
-        pytest.skip("nft not found: it is in the Debian package nftables")
+pytestmark = pytest.mark.usefixtures("nft")
 
 
 @pytest.fixture
-def node(kernel: None) -> Iterator[Namespace]:
+def node(node: Namespace) -> Namespace:
     """A node on which others have rules already."""
-    namespace = Namespace("node-1")
     for prefix in PREFIXES.values():
-        namespace.run([f"{prefix}-restore", "--noflush"], FOREIGN)
-    yield namespace
-    namespace.close()
+        node.run([f"{prefix}-restore", "--noflush"], FOREIGN)
+    return node
 
 
 def rules(node: Namespace, family: Family) -> list[str]:
@@ -177,9 +170,7 @@ def test_the_program_nft_is_not_needed(node: Namespace, tmp_path: Path, monkeypa
     program_both_modes(node, "clusterip")
     path = tmp_path / "bin"
     path.mkdir()
-    for prefix in PREFIXES.values():
-        for program in (prefix, f"{prefix}-save", f"{prefix}-restore"):
-            (path / program).symlink_to(str(shutil.which(program)))
+    link({name: name for name in PROGRAMS}, path)
     with monkeypatch.context() as changed:
         changed.setenv("PATH", str(path))
         assert len(node.call(remove_all)) == 4

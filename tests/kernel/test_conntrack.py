@@ -6,7 +6,7 @@ import errno
 import socket
 import struct
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple
 
 import pytest
@@ -160,15 +160,6 @@ def world(request: pytest.FixtureRequest) -> World:
     found = request.param
     assert isinstance(found, World)
     return found
-
-
-@pytest.fixture
-def namespace(kernel: None) -> Iterator[Namespace]:
-    found = Namespace("conntrack")
-    try:
-        yield found
-    finally:
-        found.close()
 
 
 def flows(world: World, *ends: tuple[str, str]) -> list[Flow]:

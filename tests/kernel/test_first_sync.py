@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
 
@@ -14,18 +14,15 @@ import pytest
 from kproxy.config import Config
 from kproxy.config.types import Mode
 from kproxy.first_sync import FirstSync
-from kproxy.host.nfacct import ensure_counters
-from kproxy.iptables.base import INVALID_COUNTER
-from kproxy.iptables.render import LOCALHOST_COUNTER
 from kproxy.model.types import Family
 from kproxy.sync.report import SyncReport
 from tests.kernel.test_cleanup import FOREIGN, NFT, nft_tables, proxy_tables, rules, without_firewall
-from tests.kernel.test_recordings import KPROXY, PREFIXES
+from tests.lab.iptables import PREFIXES, restore_recording
 from tests.lab.namespace import Namespace
+from tests.lab.proxy import KPROXY
 from tests.recordings import GOLDEN
 
 SCENARIO = "random-11"
-SAVED = {Family.IPV4: "iptables-save.txt", Family.IPV6: "ip6tables-save.txt"}
 ROUTE_LOCALNET = Path("/proc/sys/net/ipv4/conf/all/route_localnet")
 
 
@@ -36,15 +33,11 @@ def logged(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 
 
 @pytest.fixture
-def node(kernel: None) -> Iterator[Namespace]:
+def node(node: Namespace) -> Namespace:
     """A node on which others have rules already."""
-    namespace = Namespace("node-1")
-    namespace.run(["ip", "link", "set", "lo", "up"])
-    namespace.run(["ip", "address", "add", "10.99.0.2/24", "dev", "lo"])
     for prefix in PREFIXES.values():
-        namespace.run([f"{prefix}-restore", "--noflush"], FOREIGN)
-    yield namespace
-    namespace.close()
+        node.run([f"{prefix}-restore", "--noflush"], FOREIGN)
+    return node
 
 
 Tell: TypeAlias = Callable[[SyncReport], None]
@@ -63,13 +56,6 @@ def told(node: Namespace) -> Callable[[Mode], Tell]:
 
 def report(family: Family, error: str = "") -> SyncReport:
     return SyncReport(family, 0.0, 0.0, True, {}, None, None, error)
-
-
-def program_iptables(node: Namespace, scenario: str = SCENARIO) -> None:
-    """Program what kube-proxy in iptables mode did."""
-    node.call(lambda: ensure_counters((INVALID_COUNTER, LOCALHOST_COUNTER)))
-    for family, name in SAVED.items():
-        node.run([f"{PREFIXES[family]}-restore", "--noflush"], (GOLDEN / scenario / name).read_text())
 
 
 def program_nftables(node: Namespace) -> None:
@@ -92,7 +78,7 @@ def test_in_nftables_mode_the_rules_of_iptables_mode_go_family_by_family(
     node: Namespace, told: Callable[[Mode], Tell]
 ) -> None:
     before = {family: rules(node, family) for family in Family}
-    program_iptables(node)
+    restore_recording(node, SCENARIO)
     program_nftables(node)
     of_ipv6 = rules(node, Family.IPV6)
     tell = told("nftables")
@@ -112,7 +98,7 @@ def test_in_nftables_mode_the_rules_of_iptables_mode_go_family_by_family(
 def test_in_iptables_mode_the_tables_of_nftables_mode_go_family_by_family(
     node: Namespace, told: Callable[[Mode], Tell]
 ) -> None:
-    program_iptables(node)
+    restore_recording(node, SCENARIO)
     program_nftables(node)
     node.run(["nft", "add", "table", "inet", "mine"])
     before = {family: rules(node, family) for family in Family}
@@ -135,7 +121,7 @@ def test_localhost_is_opened_to_node_ports_in_iptables_mode_only(
 
 
 def test_nothing_goes_before_the_first_success(node: Namespace, told: Callable[[Mode], Tell]) -> None:
-    program_iptables(node)
+    restore_recording(node, SCENARIO)
     before = rules(node, Family.IPV4)
     tell = told("nftables")
     tell(report(Family.IPV4, "refused"))
@@ -146,9 +132,9 @@ def test_nothing_goes_before_the_first_success(node: Namespace, told: Callable[[
 
 def test_it_happens_once(node: Namespace, told: Callable[[Mode], Tell], logged: pytest.LogCaptureFixture) -> None:
     tell = told("nftables")
-    program_iptables(node)
+    restore_recording(node, SCENARIO)
     tell(report(Family.IPV4))
-    program_iptables(node)
+    restore_recording(node, SCENARIO)
     there = rules(node, Family.IPV4)
     tell(report(Family.IPV4))
     assert rules(node, Family.IPV4) == there
@@ -177,7 +163,7 @@ def test_what_cannot_be_removed_is_tried_again_and_said_once(
     logged: pytest.LogCaptureFixture,
     tmp_path: Path,
 ) -> None:
-    program_iptables(node)
+    restore_recording(node, SCENARIO)
     tries = tmp_path / "tries"
     tries.touch()
     program("iptables-restore", f"echo >>{tries}; echo 'iptables-restore: Another app is busy' >&2; exit 4")
@@ -214,7 +200,7 @@ def test_rules_that_the_iptables_in_use_does_not_see_are_said_once(
     legacy = shutil.which("iptables-legacy")
     if legacy is None or "nf_tables" not in node.run(["iptables", "--version"]).stdout:
         pytest.skip("needs iptables-nft in use, with iptables-legacy beside it")
-    program_iptables(node)
+    restore_recording(node, SCENARIO)
     node.run([legacy, "-t", "nat", "-N", "KUBE-SERVICES"])
     tell = told("nftables")
     tell(report(Family.IPV4))
@@ -227,7 +213,7 @@ def test_rules_that_the_iptables_in_use_does_not_see_are_said_once(
 
 
 def test_the_command_ends_only_when_they_are_gone(node: Namespace) -> None:
-    program_iptables(node)
+    restore_recording(node, SCENARIO)
     folder = GOLDEN / SCENARIO
     command = [KPROXY, "apply", f"--config={folder}/config.json", f"--objects={folder}"]
     said = node.run([*command, "--proxy-mode=nftables"]).stderr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import threading
 from collections.abc import Iterator
@@ -18,22 +17,13 @@ from kproxy.host.run import CommandError, Programs, first_line, run
 from kproxy.iptables.apply import Iptables, RestoreError, parse_version, restore_error
 from kproxy.iptables.names import Chain
 from kproxy.model.types import Family
+from tests.lab.iptables import link, missing_variant, programs_of
 from tests.lab.namespace import Namespace
 from tests.lab.waiting import wait_until
 from tests.unit.test_restore_errors import VARIANTS, Case, lines_of
 
 GUARD = 30.0
 PYTHON = sys.executable
-
-
-@pytest.fixture
-def namespace(kernel: None) -> Iterator[Namespace]:
-    """A fresh namespace."""
-    found = Namespace("host")
-    try:
-        yield found
-    finally:
-        found.close()
 
 
 # Programs.
@@ -340,15 +330,10 @@ PROVOKED = [
 def test_refusals_are_worded_as_the_unit_tests_have_them(
     namespace: Namespace, tmp_path: Path, variant: str, case: Case
 ) -> None:
-    program = shutil.which(f"xtables-{variant}-multi")
-    if program is None:
-        pytest.skip(f"xtables-{variant}-multi not found: it is in the Debian package iptables")
-    for name in ("iptables", "iptables-restore"):
-        (tmp_path / name).symlink_to(program)
+    if reason := missing_variant(variant, namespace):
+        pytest.skip(reason)
+    link(programs_of(variant), tmp_path)
     command = ["env", f"PATH={tmp_path}:{os.environ['PATH']}"]
-    works = namespace.run([*command, "iptables-restore", "--noflush"], "*nat\nCOMMIT\n", check=False)
-    if works.returncode:
-        pytest.skip(f"{variant} iptables does not work here: {first_line(works.stderr)}")
     version = parse_version(namespace.run([*command, "iptables", "--version"]).stdout)
     done = namespace.run([*command, "iptables-restore", "--noflush"], case.text, check=False)
     if version.number == (1, 8, 9):

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterable, Iterator
 from ipaddress import IPv6Address
 
 import pytest
 from msgspec.structs import replace
 
-from kproxy.host.nfacct import ensure_counters
-from kproxy.host.run import first_line
 from kproxy.iptables.apply import Iptables
 from kproxy.iptables.backend import IptablesBackend
-from kproxy.iptables.base import INVALID_COUNTER
 from kproxy.iptables.cleanup import cleanup
 from kproxy.iptables.names import DISPATCH, Chain, is_shard
-from kproxy.iptables.render import LOCALHOST_COUNTER
 from kproxy.iptables.text import parse_save
 from kproxy.model.context import Context
 from kproxy.model.delta import Delete, Upsert
@@ -24,6 +18,7 @@ from kproxy.model.store import Store
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Service, ServicePort
 from kproxy.sync.family import FamilySync
 from tests.fakekernel import FakeKernel
+from tests.lab.iptables import RealKernel, Recorder, add_counters, held
 from tests.lab.load import Stream
 from tests.lab.namespace import Namespace
 from tests.lab.recorded import RecordedCluster
@@ -33,48 +28,7 @@ from tests.recordings import State, comparable, store
 from tests.unit.test_render import recorded_context
 
 THRESHOLD = 20
-PREFIXES = {Family.IPV4: "iptables", Family.IPV6: "ip6tables"}
 SCENARIO = "random-11"
-
-
-@pytest.fixture
-def node(kernel: None) -> Iterator[Namespace]:
-    """A fresh namespace that has the counters which the rules name."""
-    found = Namespace("node")
-    try:
-        found.call(lambda: ensure_counters((INVALID_COUNTER, LOCALHOST_COUNTER)))
-        yield found
-    finally:
-        found.close()
-
-
-class Real:
-    """The rules of one family in a namespace, through one variant of iptables."""
-
-    def __init__(self, node: Namespace, family: Family, variant: str) -> None:
-        self._node = node
-        self._prefix = f"{PREFIXES[family]}-{variant}"
-
-    def restore(self, text: str) -> None:
-        self._node.run([f"{self._prefix}-restore", "--noflush"], text)
-
-    def lines(self) -> list[str]:
-        return self._node.run([f"{self._prefix}-save"]).stdout.splitlines(keepends=True)
-
-    def state(self) -> State:
-        return comparable(self.lines())
-
-
-@pytest.fixture(params=["nft", "legacy"])
-def variant(request: pytest.FixtureRequest, node: Namespace) -> str:
-    """Each variant of iptables that works here."""
-    found: str = request.param
-    if shutil.which(f"iptables-{found}-restore") is None:
-        pytest.skip(f"iptables-{found}-restore not found: it is in the Debian package iptables")
-    done = node.run([f"iptables-{found}-restore", "--noflush"], "*nat\nCOMMIT\n", check=False)
-    if done.returncode:
-        pytest.skip(f"{found} iptables does not work here: {first_line(done.stderr)}")
-    return found
 
 
 def extra(number: int, family: Family) -> tuple[Service, EndpointSlice]:
@@ -121,9 +75,10 @@ def shards(state: State) -> list[Chain]:
     return [chain for chain in state if is_shard(chain)]
 
 
+@pytest.mark.usefixtures("counters")
 @pytest.mark.parametrize("family", Family)
-def test_it_reads_back_what_was_written(node: Namespace, variant: str, family: Family) -> None:
-    real, fake = Real(node, family, variant), FakeKernel()
+def test_it_reads_back_what_was_written(namespace: Namespace, variant: str, family: Family) -> None:
+    real, fake = RealKernel(namespace, family, variant), FakeKernel()
     context = replace(Context(family, "node-1"), localhost_node_ports=family is Family.IPV4)
     backend = IptablesBackend(fake, block_rules=50, dispatch_threshold=THRESHOLD)
     proxy = Node(Store("node-1"), context, backend)
@@ -145,9 +100,10 @@ def test_it_reads_back_what_was_written(node: Namespace, variant: str, family: F
     assert [chain.name for chain in real.state() if chain.name.startswith("KUBE-")] == ["KUBE-FIREWALL"]
 
 
-def test_the_kernel_follows_the_deepest_tree(node: Namespace, variant: str) -> None:
+@pytest.mark.usefixtures("counters")
+def test_the_kernel_follows_the_deepest_tree(namespace: Namespace, variant: str) -> None:
     """With the longest way behind it: a source range, an external policy, masquerading."""
-    real, fake = Real(node, Family.IPV6, variant), FakeKernel()
+    real, fake = RealKernel(namespace, Family.IPV6, variant), FakeKernel()
     service = replace(extra(1, Family.IPV6)[0], vips=nested(), external_local=False)
     found = Store("node-1")
     found.apply(Upsert(service))
@@ -171,32 +127,25 @@ def longest_way(state: State, chain: Chain) -> int:
     return max((1 + longest_way(state, target) for target in targets if target in state), default=0)
 
 
-def test_a_start_over_split_chains_writes_nothing(node: Namespace) -> None:
-    inputs: list[str] = []
-
-    class Recorder(Iptables):
-        def restore_each(self, texts: Iterable[str]) -> None:
-            found = list(texts)
-            inputs.extend(found)
-            super().restore_each(found)
-
+@pytest.mark.usefixtures("counters")
+def test_a_start_over_split_chains_writes_nothing(namespace: Namespace) -> None:
     for family in Family:
         for writes in (True, False):
-            backend = IptablesBackend(Recorder(family), block_rules=50, dispatch_threshold=THRESHOLD)
+            iptables = Recorder(family)
+            backend = IptablesBackend(iptables, block_rules=50, dispatch_threshold=THRESHOLD)
             proxy = Node(Store("node-1"), Context(family, "node-1"), backend)
             for number in range(3 * THRESHOLD):
                 for each in extra(number, family):
                     proxy.store.apply(Upsert(each))
-            node.call(lambda proxy=proxy: proxy.have(3 * THRESHOLD))  # type: ignore[misc]
-            assert bool(inputs) is writes
-            inputs.clear()
+            namespace.call(lambda proxy=proxy: proxy.have(3 * THRESHOLD))  # type: ignore[misc]
+            assert bool(iptables.inputs) is writes
 
 
 def test_no_connection_fails_while_chains_are_split_and_made_flat_again(lab: Lab, servers: Servers) -> None:
     cluster = RecordedCluster(lab, servers, SCENARIO)
     found = store(SCENARIO)
     node = lab.node.namespace
-    node.call(lambda: ensure_counters((INVALID_COUNTER, LOCALHOST_COUNTER)))
+    add_counters(node)
     context = recorded_context(SCENARIO, Family.IPV4, found)
     kernel = Iptables(Family.IPV4)
 
@@ -204,7 +153,7 @@ def test_no_connection_fails_while_chains_are_split_and_made_flat_again(lab: Lab
         return Node(found, context, IptablesBackend(kernel, block_rules=50, dispatch_threshold=threshold))
 
     def split() -> set[Chain]:
-        state = comparable(node.run(["iptables-save"]).stdout.splitlines())
+        state = held(node, Family.IPV4)
         targets = {chain: {rule.rpartition(" -j ")[2] for rule in state[chain]} for chain in DISPATCH}
         return {chain for chain, names in targets.items() if any(is_shard(Chain(chain.table, each)) for each in names)}
 

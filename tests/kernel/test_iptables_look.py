@@ -5,58 +5,30 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-import shutil
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from kproxy.host.nfacct import ensure_counters
-from kproxy.host.run import first_line
 from kproxy.iptables.apply import Iptables
 from kproxy.iptables.backend import IptablesBackend
-from kproxy.iptables.base import INVALID_COUNTER, ensured_rules
+from kproxy.iptables.base import ensured_rules
 from kproxy.iptables.names import CANARIES, DISPATCH, Chain
-from kproxy.iptables.render import LOCALHOST_COUNTER
 from kproxy.model.context import Context
 from kproxy.model.types import Family, Node
 from kproxy.sync.family import FamilySync
+from tests.lab.iptables import link, programs_of
 from tests.lab.namespace import Namespace
 from tests.recordings import SCENARIOS, replaces, store
 from tests.unit.test_render import recorded_context
 
 SCENARIO = "random-11"
 
+pytestmark = pytest.mark.usefixtures("counters")
+
 
 def _constant(context: Context, _: Node | None) -> Context:
     return context
-
-
-@pytest.fixture
-def namespace(kernel: None) -> Iterator[Namespace]:
-    found = Namespace("look")
-    try:
-        found.call(lambda: ensure_counters((INVALID_COUNTER, LOCALHOST_COUNTER)))
-        yield found
-    finally:
-        found.close()
-
-
-@pytest.fixture(params=["nft", "legacy"])
-def variant(request: pytest.FixtureRequest, namespace: Namespace, programs: Path) -> str:
-    """Each variant of iptables that works here, for this test the one in PATH."""
-    found: str = request.param
-    for family in ("iptables", "ip6tables"):
-        for end in ("", "-save", "-restore"):
-            program = shutil.which(f"{family}-{found}{end}")
-            if program is None:
-                pytest.skip(f"{family}-{found}{end} not found: it is in the Debian package iptables")
-            (programs / f"{family}{end}").symlink_to(program)
-    done = namespace.run(["iptables-restore", "--noflush"], "*nat\nCOMMIT\n", check=False)
-    if done.returncode:
-        pytest.skip(f"{found} iptables does not work here: {first_line(done.stderr)}")
-    return found
 
 
 @pytest.fixture
@@ -65,6 +37,13 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("XTABLES_LOCKFILE", str(tmp_path / "lock"))
     return tmp_path
+
+
+@pytest.fixture
+def variant(programs: Path, variant: str) -> str:
+    """Each variant of iptables that works here, for this test the one in PATH."""
+    link(programs_of(variant), programs)
+    return variant
 
 
 class Proxy:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 
-from kproxy.host.nfacct import ensure_counters
-from kproxy.iptables.apply import Iptables
 from kproxy.iptables.backend import IptablesBackend
-from kproxy.iptables.base import INVALID_COUNTER
-from kproxy.iptables.render import LOCALHOST_COUNTER
 from kproxy.model.context import Context
 from kproxy.model.delta import Replace, Upsert
 from kproxy.model.store import Store
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Node, Service, ServicePort
 from kproxy.sync.family import FamilySync
+from tests.lab.iptables import Recorder, add_counters
 from tests.lab.namespace import Namespace
 from tests.recordings import State, comparable
 
@@ -24,28 +21,12 @@ PREFIXES = {Family.IPV4: "10.244.", Family.IPV6: "fd00:10:244::"}
 VIPS = {Family.IPV4: "10.96.0.1", Family.IPV6: "fd00:10:96::1"}
 
 
-class Recorder(Iptables):
-    """The installed iptables, with its inputs kept."""
-
-    def __init__(self, family: Family) -> None:
-        super().__init__(family)
-        self.inputs: list[str] = []
-
-    def restore_each(self, texts: Iterable[str]) -> None:
-        super().restore_each(self._kept(texts))
-
-    def _kept(self, texts: Iterable[str]) -> Iterator[str]:
-        for text in texts:
-            self.inputs.append(text)
-            yield text
-
-
 class Proxy:
     """One Service with endpoints that change, in a namespace of its own."""
 
     def __init__(self, family: Family, affinity: int) -> None:
         self.node = Namespace("patch")
-        self.node.call(lambda: ensure_counters((INVALID_COUNTER, LOCALHOST_COUNTER)))
+        add_counters(self.node)
         self.iptables = Recorder(family)
         if not self.iptables.version().finds_single_rules:
             self.close()

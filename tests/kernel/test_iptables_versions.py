@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,15 +19,6 @@ from tests.lab.namespace import Namespace
 VERSION_OF = '#!/bin/sh\nif [ "$1" = --version ]; then echo "iptables {version}"; else exec {program} "$@"; fi\n'
 RECORDED = '#!/bin/sh\ntee -a {inputs} | {program} "$@"\n'
 SINGLE_RULES = ("-I ", "-R ", "-D ")
-
-
-@pytest.fixture
-def node(kernel: None) -> Iterator[Namespace]:
-    found = Namespace("version")
-    try:
-        yield found
-    finally:
-        found.close()
 
 
 class Installed:
@@ -54,8 +44,8 @@ class Installed:
 class Proxy:
     """One family of a daemon, with one Service whose endpoints leave."""
 
-    def __init__(self, node: Namespace, family: FamilySync) -> None:
-        self._node, self._family = node, family
+    def __init__(self, namespace: Namespace, family: FamilySync) -> None:
+        self._namespace, self._family = namespace, family
         self._store = Store("node-1")
         service = Service("ns", "a", ("10.96.0.1", "fd00:10:96::1"), (ServicePort("http", 80, "TCP"),))
         for delta in (Replace(Node, ()), Replace(Service, (service,)), Replace(EndpointSlice, ())):
@@ -68,7 +58,7 @@ class Proxy:
             ports = (EndpointPort("http", 8080, "TCP"),)
             found = EndpointSlice("ns", f"a-{family.value}", "ns/a", family, endpoints, ports)
             self._family.note(self._store.apply(Upsert(found)))
-        self._node.call(lambda: self._family.sync(self._store))
+        self._namespace.call(lambda: self._family.sync(self._store))
 
 
 @pytest.mark.parametrize(
@@ -76,12 +66,12 @@ class Proxy:
     [("v1.8.4 (nf_tables)", False), ("v1.8.5 (nf_tables)", True), ("v1.8.9 (legacy)", False)],
 )
 def test_only_some_are_told_to_change_single_rules(
-    node: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, expected: bool
+    namespace: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, expected: bool
 ) -> None:
     installed = Installed(tmp_path, version)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    families = node.call(lambda: make_families(Config(mode="iptables"), []))
-    proxies = [Proxy(node, family) for family in families.values()]
+    families = namespace.call(lambda: make_families(Config(mode="iptables"), []))
+    proxies = [Proxy(namespace, family) for family in families.values()]
     for proxy in proxies:
         proxy.have(range(10, 20))
     installed.take()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,21 +12,13 @@ import pytest
 from kproxy.leftovers import out_of_reach, remove_all, remove_iptables
 from kproxy.model.types import Family
 from tests.kernel.test_cleanup import nft_tables, proxy_tables, rules, without_firewall
-from tests.kernel.test_recordings import KPROXY, PREFIXES
 from tests.lab.commits import Commits
+from tests.lab.iptables import PREFIXES, link, programs_of
 from tests.lab.namespace import Namespace
+from tests.lab.proxy import KPROXY
 from tests.recordings import GOLDEN
 
 SCENARIO = "random-12"
-
-
-@pytest.fixture
-def node(kernel: None) -> Iterator[Namespace]:
-    namespace = Namespace("node-1")
-    namespace.run(["ip", "link", "set", "lo", "up"])
-    namespace.run(["ip", "address", "add", "10.99.0.2/24", "dev", "lo"])
-    yield namespace
-    namespace.close()
 
 
 def apply(node: Namespace, mode: str) -> None:
@@ -82,20 +74,10 @@ def only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str,
     monkeypatch.setenv("XTABLES_LOCKFILE", str(tmp_path / "lock"))
 
     def put(programs: dict[str, str]) -> None:
-        for name, real in {"nft": "nft", **programs}.items():
-            found = shutil.which(real)
-            if found is None:
-                pytest.skip(f"no {real} here")
-            (tmp_path / name).symlink_to(found)
+        link({"nft": "nft", **programs}, tmp_path)
         monkeypatch.setenv("PATH", str(tmp_path))
 
     return put
-
-
-def variant(name: str) -> dict[str, str]:
-    return {
-        f"{prefix}{end}": f"{prefix}-{name}{end}" for prefix in PREFIXES.values() for end in ("", "-save", "-restore")
-    }
 
 
 @pytest.mark.parametrize("used", ["nft", "legacy"])
@@ -113,7 +95,7 @@ def test_chains_of_the_other_variant_stay_and_are_said(
             pytest.skip(f"no {program}-{each} here")
         node.run([f"{program}-{each}", "-t", "nat", "-N", "KUBE-SERVICES"])
     listing = [str(shutil.which(f"{program}-{other}")), "-t", "nat", "-S", "KUBE-SERVICES"]
-    only(variant(used))
+    only(programs_of(used))
     family = next(family for family, prefix in PREFIXES.items() if prefix == program)
     assert node.call(remove_all) == [f"removed 1 iptables chains of {family.value}"]
     said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]

@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from kproxy.host.mixup import other_variant_rules
 from tests.lab.namespace import Namespace
-
-
-@pytest.fixture
-def node(kernel: None) -> Iterator[Namespace]:
-    namespace = Namespace("node")
-    yield namespace
-    namespace.close()
 
 
 def create(node: Namespace, program: str) -> None:

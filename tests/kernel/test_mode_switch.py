@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -20,12 +19,7 @@ OTHER = {"iptables": "nftables", "nftables": "iptables"}
 FIREWALL = "KUBE-FIREWALL"
 ROUNDS = 2
 
-
-@pytest.fixture(autouse=True)
-def nft() -> None:
-    """Skip where there is no `nft`, which the tests look at nftables mode's rules with."""
-    if shutil.which("nft") is None:
-        pytest.skip("nft not found: it is in the Debian package nftables")
+pytestmark = pytest.mark.usefixtures("nft")
 
 
 @pytest.mark.parametrize("first", OTHER)

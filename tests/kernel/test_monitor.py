@@ -18,15 +18,13 @@ ADDRESSES = {"IPv4": "192.0.2.1/24", "IPv6": "2001:db8::1/64"}
 
 
 @pytest.fixture
-def node(kernel: None) -> Iterator[Namespace]:
+def node(namespace: Namespace) -> Namespace:
     """A namespace with one interface that nothing but the test gives addresses to."""
-    namespace = Namespace("monitor")
     namespace.sysctl(ipv6__conf__default__addr_gen_mode=1)
     namespace.run(["ip", "link", "set", "lo", "up"])
     namespace.run(["ip", "link", "add", "eth0", "type", "veth", "peer", "name", "eth0-peer"])
     namespace.run(["ip", "link", "set", "eth0", "up"])
-    yield namespace
-    namespace.close()
+    return namespace
 
 
 def address(node: Namespace, verb: str, value: str) -> None:

@@ -147,20 +147,6 @@ def printed(scenario: str, family: Family) -> str:
     return "".join(pages)
 
 
-@pytest.fixture
-def namespaces(kernel: None) -> Iterator[Callable[[], Namespace]]:
-    """Makes network namespaces that end with the test."""
-    made: list[Namespace] = []
-
-    def make() -> Namespace:
-        made.append(Namespace(f"nftables-{len(made)}"))
-        return made[-1]
-
-    yield make
-    for each in made:
-        each.close()
-
-
 @pytest.mark.parametrize("family", Family)
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_a_recorded_cluster_is_the_same_by_netlink_by_nft_and_as_text(

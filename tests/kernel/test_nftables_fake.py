@@ -18,7 +18,7 @@ from kproxy.nftables.objects import Chain, Decide, Drop, Field, Go, Hook, IsIn, 
 from kproxy.nftables.text import Writer
 from kproxy.nftables.transaction import Transaction
 from tests.faketable import FakeTable
-from tests.kernel.test_nftables_commit import in_order, namespaces
+from tests.kernel.test_nftables_commit import in_order
 from tests.lab.namespace import Namespace
 from tests.unit.test_nftables_incremental import (
     SIZES,
@@ -30,8 +30,6 @@ from tests.unit.test_nftables_incremental import (
     histories,
     lead,
 )
-
-__all__ = ["namespaces"]
 
 MEMBERS = Set(names.CLUSTER_IPS, (Field.DESTINATION,))
 VERDICTS = Set(names.SERVICE_IPS, SERVICE, Value.VERDICT)

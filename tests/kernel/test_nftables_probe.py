@@ -14,10 +14,8 @@ from kproxy.nftables.expressions import expressions
 from kproxy.nftables.objects import Statement, Value
 from kproxy.nftables.probe import TABLE, probe, way_to_commit
 from kproxy.nftables.transaction import Transaction
-from tests.kernel.test_nftables_commit import held, namespaces, statements
+from tests.kernel.test_nftables_commit import held, statements
 from tests.lab.namespace import Namespace
-
-__all__ = ["namespaces"]
 
 ASK = """
 import logging

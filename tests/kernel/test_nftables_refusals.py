@@ -23,11 +23,9 @@ from kproxy.nftables.netlink import Encoder
 from kproxy.nftables.objects import Chain, Drop, Field, Go, Hook, IsIn, Set, rule
 from kproxy.nftables.transaction import Transaction
 from kproxy.sync.family import FamilySync
-from tests.kernel.test_nftables_commit import held, in_order, namespaces
+from tests.kernel.test_nftables_commit import held, in_order
 from tests.kernel.test_nftables_restart import Watched, without_remarks
 from tests.lab.namespace import Namespace
-
-__all__ = ["namespaces"]
 
 IPV4 = Family.IPV4
 KEY = {Family.IPV4: service_key("192.0.2.1", "TCP", 80), Family.IPV6: service_key("2001:db8::1", "TCP", 80)}

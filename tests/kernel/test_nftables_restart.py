@@ -18,11 +18,9 @@ from kproxy.nftables.read import Reader
 from kproxy.nftables.transaction import Transaction
 from kproxy.nftables.view import View
 from tests.faketable import FakeTable
-from tests.kernel.test_nftables_commit import Attributes, Held, held, namespaces, program, recorded_sync
+from tests.kernel.test_nftables_commit import Attributes, Held, held, program, recorded_sync
 from tests.lab.namespace import Namespace
 from tests.recordings import GOLDEN, SCENARIOS
-
-__all__ = ["namespaces"]
 
 SCENARIO = "clusterip-multiport"
 _TABLE_USERDATA, _CHAIN_USERDATA, _SET_USERDATA = 6, 12, 13

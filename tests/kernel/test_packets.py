@@ -12,15 +12,14 @@ import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from ipaddress import ip_address
-from pathlib import Path
 
 import pytest
 
 from tests.lab.client import Answered, Failed, Outcome, Refused, TimedOut, ask
+from tests.lab.proxy import KPROXY
 from tests.lab.requirements import missing_protocol
 from tests.lab.servers import Servers
 from tests.lab.topology import OUTSIDE_ADDRESSES, Host, Lab
@@ -29,7 +28,6 @@ from tests.packets.places import HERE, HOLDER, NODE, NODE_ADDRESSES, SERVICE_CID
 from tests.packets.table import Row, read_table, socket_text, split_socket
 from tests.recordings import GOLDEN
 
-KPROXY = str(Path(sys.executable).with_name("kproxy"))
 LOOPBACK = ("127.0.0.1", "::1")
 TRIES = 4
 AT_ONCE = 32

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterator
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
 from time import monotonic, time_ns
@@ -28,17 +27,6 @@ from tests.recordings import GOLDEN, store
 
 ADDRESSES = ("10.99.0.2", "fd00:99::2", "127.0.0.1", "::1")
 RECORDED = sorted(GOLDEN.glob("*/healthcheck-*.txt"))
-
-
-@pytest.fixture
-def node(kernel: None) -> Iterator[Namespace]:
-    """A namespace with the addresses of the recorded node."""
-    namespace = Namespace("node-1")
-    namespace.run(["ip", "link", "set", "lo", "up"])
-    namespace.run(["ip", "address", "add", "10.99.0.2/24", "dev", "lo"])
-    namespace.run(["ip", "address", "add", "fd00:99::2/64", "dev", "lo", "nodad"])
-    yield namespace
-    namespace.close()
 
 
 def configured(scenario: str) -> Config:

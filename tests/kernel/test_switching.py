@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from kproxy.iptables.names import Chain
 from kproxy.model.types import Family
+from tests.lab.iptables import link, programs_of
 from tests.lab.namespace import Namespace
+from tests.lab.proxy import KPROXY
 from tests.lab.waiting import HANG_GUARD, wait_until
 from tests.recordings import GOLDEN, State, comparable, recorded
 
-KPROXY = str(Path(sys.executable).with_name("kproxy"))
-PROGRAMS = ("iptables", "iptables-save", "iptables-restore")
 NODEPORTS = Chain("nat", "KUBE-SERVICES")
-
-
-@pytest.fixture
-def node(kernel: None) -> Iterator[Namespace]:
-    namespace = Namespace("node-1")
-    namespace.run(["ip", "link", "set", "lo", "up"])
-    namespace.run(["ip", "address", "add", "10.99.0.2/24", "dev", "lo"])
-    yield namespace
-    namespace.close()
 
 
 def saved(node: Namespace, program: str = "iptables-save") -> State:
@@ -37,13 +26,7 @@ def saved(node: Namespace, program: str = "iptables-save") -> State:
 def test_iptables_legacy_gets_the_same_rules_and_keeps_them_over_a_restart(
     node: Namespace, tmp_path: Path, scenario: str
 ) -> None:
-    for program in PROGRAMS:
-        for family in ("iptables", "ip6tables"):
-            name = program.replace("iptables", family)
-            legacy = Path("/usr/sbin") / name.replace(family, f"{family}-legacy")
-            if not legacy.exists():
-                pytest.skip(f"no {legacy} here")
-            (tmp_path / name).symlink_to(legacy)
+    link(programs_of("legacy"), tmp_path)
     folder = GOLDEN / scenario
     command = [KPROXY, "apply", f"--config={folder}/config.json", f"--objects={folder}"]
     legacy_first = ["env", f"PATH={tmp_path}:{os.environ['PATH']}", f"XTABLES_LOCKFILE={tmp_path}/lock"]

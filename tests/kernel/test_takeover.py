@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kproxy.host.nfacct import ensure_counters
-from kproxy.iptables.base import INVALID_COUNTER
 from kproxy.iptables.names import DISPATCH
-from kproxy.iptables.render import LOCALHOST_COUNTER
 from kproxy.model.types import Family
+from tests.lab.iptables import PREFIXES, held, restore_recording
 from tests.lab.load import Stream, Target
 from tests.lab.modes import NFT_FAMILIES, flag, nothing_left_of_other, table_state
 from tests.lab.namespace import Namespace
@@ -23,9 +20,8 @@ from tests.lab.restart import MortalDaemon
 from tests.lab.servers import Servers
 from tests.lab.topology import Lab
 from tests.lab.waiting import wait_until
-from tests.recordings import GOLDEN, State, comparable, recorded
+from tests.recordings import GOLDEN, State, recorded
 
-PREFIXES = {Family.IPV4: "iptables", Family.IPV6: "ip6tables"}
 NFT_FILES = ("nft-ip.txt", "nft-ip6.txt")
 SWAPS = (("random-11", "random-12"), ("random-12", "random-13"), ("random-13", "random-11"))
 """A recorded cluster, and the one whose rules kube-proxy failed to remove before."""
@@ -33,16 +29,7 @@ SWAPS = (("random-11", "random-12"), ("random-12", "random-13"), ("random-13", "
 API_SERVER = "default/kubernetes"
 TABLES = ("nat", "filter")
 
-
-@pytest.fixture(autouse=True)
-def nft() -> None:
-    """Skip where there is no `nft`, which the tests load nftables mode's rules with."""
-    if shutil.which("nft") is None:
-        pytest.skip("nft not found: it is in the Debian package nftables")
-
-
-def state(node: Namespace, family: Family) -> State:
-    return comparable(node.run([f"{PREFIXES[family]}-save"]).stdout.splitlines())
+pytestmark = pytest.mark.usefixtures("nft")
 
 
 def leftovers(own: State, other: State) -> str:
@@ -58,14 +45,12 @@ def leftovers(own: State, other: State) -> str:
 
 
 def load_iptables_mode(node: Namespace, scenario: str, stale: str) -> None:
-    node.call(lambda: ensure_counters((INVALID_COUNTER, LOCALHOST_COUNTER)))
+    restore_recording(node, scenario)
     for family, prefix in PREFIXES.items():
-        name = "ip6tables-save.txt" if family is Family.IPV6 else "iptables-save.txt"
-        node.run([f"{prefix}-restore"], (GOLDEN / scenario / name).read_text())
         own = recorded(scenario, family)
-        assert state(node, family) == own
+        assert held(node, family) == own
         node.run([f"{prefix}-restore", "--noflush"], leftovers(own, recorded(stale, family)))
-    assert set(recorded(stale, Family.IPV4)) <= set(state(node, Family.IPV4))
+    assert set(recorded(stale, Family.IPV4)) <= set(held(node, Family.IPV4))
 
 
 def load_nftables_mode(node: Namespace, scenario: str) -> None:
@@ -91,7 +76,7 @@ def take_over(lab: Lab, scenario: str, targets: Sequence[Target], folder: Path, 
         stream.take(4)
     assert stream.complaints() == ""
     if mode == "iptables":
-        assert {family: state(node, family) for family in Family} == {f: recorded(scenario, f) for f in Family}
+        assert {family: held(node, family) for family in Family} == {f: recorded(scenario, f) for f in Family}
     else:
         assert tables(node) == tables_as_afresh(scenario)
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
-from types import TracebackType
 
 from tests.lab import links
 from tests.lab.namespace import Namespace
@@ -61,9 +60,7 @@ class Lab:
     def __enter__(self) -> Lab:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def add_pod(self, name: str, *addresses: str, node: str = NODE) -> Host:

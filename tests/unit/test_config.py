@@ -27,6 +27,7 @@ from kproxy.config import (
 from kproxy.config.durations import format_duration, parse_duration
 from kproxy.config.flag_table import CONFIG_FLAGS
 from kproxy.config.types import ClientConnection, FlushSeconds, Quantity, Seconds, VModule
+from tests.deploy.kubeadm import config_map
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 HEAD = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n"
@@ -190,72 +191,15 @@ def test_defaults_are_those_of_kube_proxy() -> None:
     }
 
 
-KUBEADM = """
-bindAddress: 0.0.0.0
-bindAddressHardFail: false
-clientConnection:
-  acceptContentTypes: ""
-  burst: 0
-  contentType: ""
-  kubeconfig: /var/lib/kube-proxy/kubeconfig.conf
-  qps: 0
-clusterCIDR: 10.244.0.0/16
-configSyncPeriod: 0s
-conntrack:
-  maxPerCore: null
-  min: null
-  tcpBeLiberal: false
-  tcpCloseWaitTimeout: null
-  tcpEstablishedTimeout: null
-  udpStreamTimeout: 0s
-  udpTimeout: 0s
-detectLocal: {bridgeInterface: "", interfaceNamePrefix: ""}
-detectLocalMode: ""
-enableProfiling: false
-healthzBindAddress: ""
-hostnameOverride: ""
-iptables:
-  localhostNodePorts: null
-  masqueradeAll: false
-  masqueradeBit: null
-  minSyncPeriod: 0s
-  syncPeriod: 0s
-ipvs:
-  excludeCIDRs: null
-  minSyncPeriod: 0s
-  scheduler: ""
-  strictARP: false
-  syncPeriod: 0s
-  tcpFinTimeout: 0s
-  tcpTimeout: 0s
-  udpTimeout: 0s
-logging:
-  flushFrequency: 0
-  format: ""
-  options:
-    json: {infoBufferSize: "0"}
-    text: {infoBufferSize: "0"}
-  verbosity: 0
-metricsBindAddress: ""
-mode: ""
-nftables: {masqueradeAll: false, masqueradeBit: null, minSyncPeriod: 0s, syncPeriod: 0s}
-nodePortAddresses: null
-oomScoreAdj: null
-portRange: ""
-showHiddenMetricsForVersion: ""
-winkernel:
-  enableDSR: false
-  forwardHealthCheckVip: false
-  networkName: ""
-  rootHnsEndpointName: ""
-  sourceVip: ""
-"""
-
-
 def test_a_file_of_kubeadm_means_the_defaults_but_leaves_the_mode_open_and_brings_no_warning() -> None:
-    config = load(KUBEADM)
+    text = config_map("https://192.0.2.1:6443", cluster_cidr="10.244.0.0/16")["config.conf"]
     connection = ClientConnection(kubeconfig="/var/lib/kube-proxy/kubeconfig.conf")
-    assert config == Config(client_connection=connection, cluster_cidr="10.244.0.0/16", mode="")
+    wanted = Config(client_connection=connection, cluster_cidr="10.244.0.0/16", mode="")
+    assert load_config(text.encode(), "kp.yaml") == (wanted, [])
+
+
+def test_a_format_of_logs_that_is_empty_is_the_default() -> None:
+    assert load('logging: {format: ""}') == Config()
 
 
 @pytest.mark.parametrize("folder", sorted(GOLDEN.glob("*/")), ids=lambda folder: folder.name)

@@ -16,7 +16,7 @@ import pytest
 from tests.e2e.cluster import Answer, Failure
 from tests.e2e.manifests import url
 from tests.e2e.real import outside, scripts
-from tests.e2e.real.load import Tally
+from tests.e2e.real.load import ScriptTally
 
 LOOPBACK = {"IPv4": "127.0.0.1", "IPv6": "::1"}
 
@@ -167,7 +167,7 @@ def test_both_kinds_of_timeout_say_that_there_was_no_answer(code: str) -> None:
 
 def test_the_load_counts_every_request_until_its_file_is_there(address: str, pod: Pod, tmp_path: Path) -> None:
     end = tmp_path / "end"
-    tally = Tally()
+    tally = ScriptTally()
     command = ["bash", "-c", scripts.LOAD, "bash", url(address, pod.port, ""), str(end)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -181,7 +181,7 @@ def test_the_load_counts_every_request_until_its_file_is_there(address: str, pod
 
 
 def test_the_load_tells_what_failed(address: str, tmp_path: Path) -> None:
-    end, tally = tmp_path / "end", Tally()
+    end, tally = tmp_path / "end", ScriptTally()
     command = ["bash", "-c", scripts.LOAD, "bash", url(address, closed_port(address, socket.SOCK_STREAM), ""), str(end)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -194,7 +194,7 @@ def test_the_load_tells_what_failed(address: str, tmp_path: Path) -> None:
 
 
 def test_lost_lines_and_lost_packets_are_failures() -> None:
-    tally = Tally()
+    tally = ScriptTally()
     for line in ("1\t0\tweb-0 0.001 \t", "3\t0\tweb-0 0.001 \t", "4\t0\tweb-0 1.02 \t", "end 4"):
         tally.add(line)
     told = tally.failures()

@@ -8,7 +8,7 @@ import resource
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from http.client import HTTPConnection, HTTPResponse
+from http.client import HTTPConnection
 from time import monotonic, time, time_ns
 from typing import Any
 
@@ -20,6 +20,7 @@ from kproxy.serve.listen import Address, listen, parse_address
 from kproxy.serve.server import HttpServer
 from kproxy.serve.serving import Serving, ServingError
 from tests.lab.waiting import HANG_GUARD, wait_until
+from tests.ports import free_port, get
 
 LOOPBACK = Address("127.0.0.1", 0)
 
@@ -76,16 +77,6 @@ def exchange(listener: socket.socket, sent: bytes) -> bytes:
         while chunk := client.recv(65536):
             received += chunk
         return received
-
-
-def get(port: int, path: str = "/", host: str = "127.0.0.1", method: str = "GET") -> tuple[HTTPResponse, bytes]:
-    connection = HTTPConnection(host, port, timeout=HANG_GUARD)
-    try:
-        connection.request(method, path)
-        response = connection.getresponse()
-        return response, response.read()
-    finally:
-        connection.close()
 
 
 def settled(server: HttpServer) -> None:
@@ -336,6 +327,7 @@ def test_a_removed_port_takes_its_clients_with_it(server: HttpServer) -> None:
     assert connection.sock is not None
     assert connection.sock.recv(1) == b""
     connection.close()
+    settled(server)  # clients go first, then the port
     with pytest.raises(ConnectionRefusedError):
         get(port)
     listen(Address("127.0.0.1", port)).close()  # free again
@@ -405,12 +397,6 @@ def test_addresses_mean_what_they_mean_to_go(server: HttpServer, address: Addres
 def test_addresses_as_the_configuration_writes_them() -> None:
     assert parse_address("0.0.0.0:10256") == Address("0.0.0.0", 10256)
     assert parse_address("[::1]:10249") == Address("::1", 10249)
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return port_of(found)
 
 
 def serving(**more: Any) -> Serving:

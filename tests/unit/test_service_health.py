@@ -6,7 +6,7 @@ import queue
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from http.client import HTTPConnection, HTTPResponse
+from http.client import HTTPConnection
 from pathlib import Path
 from time import monotonic, time
 from typing import Any
@@ -25,6 +25,7 @@ from kproxy.serve.server import HttpServer
 from kproxy.serve.service_health import ServiceHealthObserver
 from kproxy.sync.report import SyncReport
 from tests.lab.waiting import HANG_GUARD
+from tests.ports import free_port, get
 from tests.recordings import GOLDEN, store
 
 V4, V6 = Family.IPV4, Family.IPV6
@@ -224,30 +225,13 @@ def ports() -> Iterator[Ports]:
     found.stop()
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        number: int = found.getsockname()[1]
-        return number
-
-
 def at(port: int, endpoints: int = 1, host: str = "127.0.0.1") -> ServiceHealth:
     return ServiceHealth(frozenset({Address(host, port)}), endpoints)
 
 
-def ask(port: int, path: str = "/", method: str = "GET") -> tuple[HTTPResponse, bytes]:
-    connection = HTTPConnection("127.0.0.1", port, timeout=HANG_GUARD)
-    try:
-        connection.request(method, path)
-        response = connection.getresponse()
-        return response, response.read()
-    finally:
-        connection.close()
-
-
 def status(port: int) -> int | None:
     try:
-        return ask(port)[0].status
+        return get(port)[0].status
     except ConnectionRefusedError:
         return None
 
@@ -256,7 +240,7 @@ def status(port: int) -> int | None:
 def test_every_path_and_method_is_answered(ports: Ports, method: str, path: str) -> None:
     port = free_port()
     ports.update(web=at(port, 2))
-    response, body = ask(port, path, method)
+    response, body = get(port, path, method=method)
     assert response.status == 200
     assert response.headers["X-Load-Balancing-Endpoint-Weight"] == "2"
     assert (b'"localEndpoints": 2' in body) == (method != "HEAD")
@@ -267,7 +251,7 @@ def test_the_answer_follows_the_endpoints_and_the_proxy(ports: Ports) -> None:
     ports.update(web=at(port, 1))
     assert status(port) == 200
     ports.healthy = False
-    response, body = ask(port)
+    response, body = get(port)
     assert (response.status, response.headers["X-Load-Balancing-Endpoint-Weight"]) == (503, "1")
     assert b'"serviceProxyHealthy": false' in body
     ports.healthy = True
@@ -305,7 +289,7 @@ def test_a_port_may_pass_to_another_service_at_once(ports: Ports) -> None:
     port = free_port()
     ports.update(web=at(port), old=at(free_port()))
     ports.update(web=None, new=at(port))
-    assert b'"name": "new"' in ask(port)[1]
+    assert b'"name": "new"' in get(port)[1]
     assert ports.failures.empty()
 
 
@@ -346,11 +330,11 @@ def test_of_two_services_with_one_port_the_first_has_it(ports: Ports) -> None:
     port = free_port()
     ports.update(b=at(port))
     ports.update(a=at(port))
-    assert b'"name": "a"' in ask(port)[1]
+    assert b'"name": "a"' in get(port)[1]
     failure = ports.failures.get(timeout=HANG_GUARD)
     assert failure == ("ns/b", port, f"cannot listen on 127.0.0.1:{port}: Service ns/a has the same port")
     ports.update(a=None)
-    assert b'"name": "b"' in ask(port)[1]
+    assert b'"name": "b"' in get(port)[1]
 
 
 def test_one_bad_address_does_not_hold_up_the_others(ports: Ports) -> None:

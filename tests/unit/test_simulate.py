@@ -9,19 +9,14 @@ import pytest
 
 from kproxy.model.types import Family
 from kproxy.simulate.iptables import Iptables
-from kproxy.simulate.packet import Fate, Outcome, Packet, UnknownRuleError, Verdict
+from kproxy.simulate.packet import Fate, Outcome, UnknownRuleError, Verdict
+from tests.unit.simulation import ACCEPTED, DROPPED, NODE, OWN, POD, TRANSLATED, packet
 
 BUILT_IN = {
     "nat": ("PREROUTING", "INPUT", "OUTPUT", "POSTROUTING"),
     "filter": ("INPUT", "FORWARD", "OUTPUT"),
 }
-NODE = "10.99.0.2"
-POD = "10.244.1.9:8080"
 DNAT = f"-p tcp -j DNAT --to-destination {POD}"
-
-ACCEPTED = Fate(Verdict.ACCEPTED)
-DROPPED = Fate(Verdict.DROPPED)
-TRANSLATED = Fate(Verdict.ACCEPTED, POD)
 
 
 def rules(*lines: str, family: Family = Family.IPV4, policy: str = "ACCEPT", chains: Iterable[str] = ()) -> Iptables:
@@ -34,22 +29,6 @@ def rules(*lines: str, family: Family = Family.IPV4, policy: str = "ACCEPT", cha
         text += [f"-A {line.split(' ', 1)[1]}" for line in lines if line.startswith(table)]
         text.append("COMMIT")
     return Iptables("\n".join(text), family)
-
-
-def packet(**changes: Any) -> Packet:
-    """Return a packet from a host outside to a port of somewhere behind this node, less what is said."""
-    usual: dict[str, Any] = {
-        "protocol": "TCP",
-        "source": "198.51.100.1",
-        "destination": "10.96.0.1",
-        "port": 80,
-        "interface": "eth0",
-        "local_addresses": frozenset({NODE, "fd00:99::2"}),
-    }
-    return Packet(**usual | changes)
-
-
-OWN = {"source": NODE, "interface": ""}
 
 
 def test_a_packet_that_meets_no_rule_arrives() -> None:

@@ -8,16 +8,10 @@ import pytest
 
 from kproxy.model.types import Family
 from kproxy.simulate.nftables import Nftables
-from kproxy.simulate.packet import Fate, Packet, Verdict
+from kproxy.simulate.packet import Fate, Verdict
+from tests.unit.simulation import ACCEPTED, DROPPED, NODE, OWN, POD, TRANSLATED, packet
 
-NODE = "10.99.0.2"
-POD = "10.244.1.9:8080"
-OTHER = "10.244.1.10:80"
 DNAT = f"meta l4proto tcp dnat to {POD}"
-
-ACCEPTED = Fate(Verdict.ACCEPTED)
-DROPPED = Fate(Verdict.DROPPED)
-TRANSLATED = Fate(Verdict.ACCEPTED, POD)
 
 BASE = {
     "before": "type filter hook prerouting priority dstnat - 10; policy accept;",
@@ -107,22 +101,6 @@ def rules(sets: str = EVERYTHING, family: Family = Family.IPV4, **chains: list[s
     named = {name.replace("_", "-"): lines for name, lines in chains.items()}
     body = sets + "".join(chain(name, *lines) for name, lines in ({"other": list[str]()} | named).items())
     return Nftables(table(body, "ip6" if family is Family.IPV6 else "ip"), family)
-
-
-def packet(**changes: Any) -> Packet:
-    """Return a packet from a host outside to a port of somewhere behind this node, less what is said."""
-    usual: dict[str, Any] = {
-        "protocol": "TCP",
-        "source": "198.51.100.1",
-        "destination": "10.96.0.1",
-        "port": 80,
-        "interface": "eth0",
-        "local_addresses": frozenset({NODE, "fd00:99::2"}),
-    }
-    return Packet(**usual | changes)
-
-
-OWN = {"source": NODE, "interface": ""}
 
 
 def test_a_packet_that_meets_no_rule_arrives() -> None:

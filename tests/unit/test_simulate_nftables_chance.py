@@ -8,7 +8,8 @@ import pytest
 
 from kproxy.simulate.nftables import Nftables
 from kproxy.simulate.packet import Fate, Verdict
-from tests.unit.test_simulate_nftables import ACCEPTED, DNAT, POD, TRANSLATED, packet, rules
+from tests.unit.simulation import ACCEPTED, POD, TRANSLATED, packet
+from tests.unit.test_simulate_nftables import DNAT, rules
 
 OTHER = "10.244.1.10:80"
 

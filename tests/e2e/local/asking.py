@@ -7,14 +7,13 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Sequence
 from http.client import HTTPException
-from types import TracebackType
 from typing import Self
 from urllib.error import HTTPError
 from urllib.request import HTTPSHandler, ProxyHandler, build_opener
 
 from tests.e2e.cluster import Answer, Failure, Outcome
+from tests.e2e.tally import Tally
 from tests.lab.client import finish
 from tests.lab.servers import FAMILIES, SOCKET_TYPES
 from tests.lab.topology import Host
@@ -78,15 +77,13 @@ def get(origin: Host, url: str) -> tuple[int, str]:
     return origin.namespace.call(fetch)
 
 
-class Requests:
+class Requests(Tally):
     """A load: requests one after the other while its `with` lasts. Those of its end are counted too."""
 
     def __init__(self, origin: Host, address: str, port: int) -> None:
+        super().__init__()
         self._target = origin, address, port
         self._ended = threading.Event()
-        self._lock = threading.Lock()
-        self._answers = 0
-        self._failures: list[str] = []
         self._began = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="load", daemon=True)
 
@@ -94,32 +91,18 @@ class Requests:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._thread.join()
-
-    @property
-    def answers(self) -> int:
-        """How many requests have been answered so far."""
-        with self._lock:
-            return self._answers
-
-    def failures(self) -> Sequence[str]:
-        """Return what was wrong with each request that failed so far, with its time since the load began."""
-        with self._lock:
-            return list(self._failures)
 
     def _run(self) -> None:
         while not self._ended.wait(LOAD_PAUSE):
             began = time.monotonic() - self._began
             outcome = ask(*self._target, patience=LOAD_PATIENCE)
-            with self._lock:
-                if isinstance(outcome, Answer):
-                    self._answers += 1
-                else:
-                    self._failures.append(f"after {began:.3f} s: {outcome.kind}: {outcome.detail}")
+            if isinstance(outcome, Answer):
+                self.answered()
+            else:
+                self.failed(f"after {began:.3f} s: {outcome.kind}: {outcome.detail}")
 
 
 def _connect(connection: socket.socket, address: str, port: int, patience: float) -> None:

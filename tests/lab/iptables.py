@@ -1,0 +1,100 @@
+"""iptables as the machine has it: its variants, what it holds in a namespace, and what it is given."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from kproxy.host.nfacct import ensure_counters
+from kproxy.host.run import first_line
+from kproxy.iptables.apply import Iptables
+from kproxy.iptables.base import INVALID_COUNTER
+from kproxy.iptables.render import LOCALHOST_COUNTER
+from kproxy.model.types import Family
+from tests.lab.namespace import Namespace
+from tests.recordings import GOLDEN, State, comparable
+
+PREFIXES = {Family.IPV4: "iptables", Family.IPV6: "ip6tables"}
+"""What the names of a family's programs begin with."""
+
+PROGRAMS = tuple(f"{prefix}{end}" for prefix in PREFIXES.values() for end in ("", "-save", "-restore"))
+
+
+def add_counters(namespace: Namespace) -> None:
+    """Make the counters which the rules name."""
+    namespace.call(lambda: ensure_counters((INVALID_COUNTER, LOCALHOST_COUNTER)))
+
+
+def restore_recording(namespace: Namespace, scenario: str) -> None:
+    """Program what kube-proxy in iptables mode did, beside what is there."""
+    add_counters(namespace)
+    for prefix in PREFIXES.values():
+        namespace.run([f"{prefix}-restore", "--noflush"], (GOLDEN / scenario / f"{prefix}-save.txt").read_text())
+
+
+def held(namespace: Namespace, family: Family) -> State:
+    """Return the rules of a family, as the iptables in PATH has them."""
+    return comparable(namespace.run([f"{PREFIXES[family]}-save"]).stdout.splitlines())
+
+
+def programs_of(variant: str) -> dict[str, str]:
+    """Return the programs of a variant (`nft`, `legacy`) by the names that those in use have."""
+    return {name: name.replace("tables", f"tables-{variant}") for name in PROGRAMS}
+
+
+def missing_variant(variant: str, namespace: Namespace) -> str:
+    """Return one line that says why a variant does not work here, or ""."""
+    absent = [program for program in programs_of(variant).values() if shutil.which(program) is None]
+    if absent:
+        return f"{', '.join(absent)} not found: it is in the Debian package iptables"
+    done = namespace.run([f"iptables-{variant}-restore", "--noflush"], "*nat\nCOMMIT\n", check=False)
+    return f"{variant} iptables does not work here: {first_line(done.stderr)}" if done.returncode else ""
+
+
+def link(programs: Mapping[str, str], folder: Path) -> None:
+    """Put programs into a folder under other names; skips the test where one is missing."""
+    for name, real in programs.items():
+        found = shutil.which(real)
+        if found is None:
+            pytest.skip(f"no {real} here")
+        (folder / name).symlink_to(found)
+
+
+class RealKernel:
+    """The rules of one family in a namespace, through one variant of iptables."""
+
+    def __init__(self, namespace: Namespace, family: Family, variant: str) -> None:
+        self._namespace = namespace
+        self._prefix = f"{PREFIXES[family]}-{variant}"
+
+    def restore(self, text: str) -> None:
+        """Make a change. Raises `RuntimeError` if it is refused."""
+        self._namespace.run([f"{self._prefix}-restore", "--noflush"], text)
+
+    def lines(self) -> list[str]:
+        """Return all rules as the text that they are saved as."""
+        return self._namespace.run([f"{self._prefix}-save"]).stdout.splitlines(keepends=True)
+
+    def state(self) -> State:
+        """Return the rules that count."""
+        return comparable(self.lines())
+
+
+class Recorder(Iptables):
+    """The iptables in PATH, with its inputs kept."""
+
+    def __init__(self, family: Family) -> None:
+        super().__init__(family)
+        self.inputs: list[str] = []
+
+    def restore_each(self, texts: Iterable[str]) -> None:
+        """Make the changes."""
+        super().restore_each(self._kept(texts))
+
+    def _kept(self, texts: Iterable[str]) -> Iterator[str]:
+        for text in texts:
+            self.inputs.append(text)
+            yield text
