@@ -1,9 +1,8 @@
-"""How many rules chains of nf_tables hold, whoever made them (linux/netfilter/nf_tables.h)."""
+"""How many rules a chain of nf_tables holds, whoever made them (linux/netfilter/nf_tables.h)."""
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterable
 
 from kproxy.host.netlink import NETLINK_NETFILTER, NetlinkSocket, attribute, nfgenmsg
 from kproxy.model.types import Family
@@ -13,16 +12,12 @@ _TABLE, _CHAIN = 1, 2
 _FAMILIES = {Family.IPV4: socket.AF_INET, Family.IPV6: socket.AF_INET6}
 
 
-def count_rules(family: Family, table: str, chains: Iterable[str]) -> dict[str, int]:
-    """Return how many rules each chain of a table has, 0 for a chain that is not there.
+def count_rules(family: Family, table: str, chain: str) -> int:
+    """Return how many rules a chain has, 0 if it is not there.
 
-    A look at one chain costs the same however many others there are. Raises `OSError`, which is
-    `DumpInterruptedError` if somebody changed any rules meanwhile.
+    That costs the same however many other chains there are. Raises `OSError`, which is `DumpInterruptedError` if
+    somebody changed any rules meanwhile.
     """
-    found = {}
+    names = attribute(_TABLE, table.encode() + b"\0") + attribute(_CHAIN, chain.encode() + b"\0")
     with NetlinkSocket(NETLINK_NETFILTER) as netlink:
-        of_table = nfgenmsg(_FAMILIES[family]) + attribute(_TABLE, table.encode() + b"\0")
-        for chain in chains:
-            request = of_table + attribute(_CHAIN, chain.encode() + b"\0")
-            found[chain] = sum(1 for _ in netlink.dump(_GETRULE, request))
-    return found
+        return sum(1 for _ in netlink.dump(_GETRULE, nfgenmsg(_FAMILIES[family]) + names))

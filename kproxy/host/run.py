@@ -8,7 +8,8 @@ import subprocess
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from signal import SIGPIPE
+from signal import SIGKILL, SIGPIPE
+from time import monotonic
 from typing import IO, Any, BinaryIO
 
 from msgspec import Struct
@@ -36,23 +37,33 @@ class _Guard:
         self.expired = False
         self._process = process
         self._timeout = timeout
-        self._timer: threading.Timer | None = None
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="guard", daemon=True)
+        self.begin_anew()
 
-    def begin(self) -> None:
-        """Let the seconds begin anew."""
-        self.end()
-        self._timer = threading.Timer(self._timeout, self._expire)
-        self._timer.daemon = True
-        self._timer.start()
+    def start(self) -> None:
+        """Begin to watch. Raises `CommandError` if the system has no thread left for that."""
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            raise CommandError(f"cannot watch over a program: {error}") from None
 
     def end(self) -> None:
         """Let the program live."""
-        if self._timer is not None:
-            self._timer.cancel()
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
 
-    def _expire(self) -> None:
-        self.expired = True
-        self._process.kill()
+    def begin_anew(self) -> None:
+        """Let the seconds begin anew."""
+        self._deadline = monotonic() + self._timeout
+
+    def _watch(self) -> None:
+        while not self._ended.wait(self._deadline - monotonic()):
+            if monotonic() >= self._deadline:
+                self.expired = True
+                _kill(self._process)
+                return
 
 
 class Programs:
@@ -72,7 +83,7 @@ class Programs:
             self._stopped = True
             running = self._running
         if running is not None:
-            running.kill()
+            _kill(running)
             running.wait()
 
     def run(self, argv: Sequence[str], stdin: str = "", *, timeout: float) -> Completed:
@@ -86,16 +97,16 @@ class Programs:
             try:
                 said, complaints = process.communicate(stdin, timeout)
             except subprocess.TimeoutExpired:
-                process.kill()
+                _kill(process)
                 return _hung(argv, timeout)
         return Completed(process.returncode, said, complaints)
 
     def feed(self, argv: Sequence[str], parts: Iterable[str], *, timeout: float) -> Completed:
         """Run a program on an input of many parts, which are asked for while it works on those before.
 
-        What it prints is not kept. If it ends early, no more parts are asked for, and its status is not 0. `timeout` is
-        as in `run`, and counts from the last part that it took. If making a part fails, the program is killed, and
-        that is raised. Raises `CommandError` if it cannot be started.
+        What it prints is not kept. If it ends before all parts are in its pipe, no more are asked for, and `code` is
+        not 0. `timeout` is as in `run`, and counts from the last part that went there. If making a part fails, the
+        program is killed, and that is raised. Raises `CommandError` if it cannot be started.
         """
         streams = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL}
         with self._guarded(argv, timeout, **streams) as (process, complaints, guard):
@@ -116,7 +127,7 @@ class Programs:
         """Return whether a program takes one more part of its input. For each it has as long as for the first."""
         if self._stopped:
             return False
-        guard.begin()
+        guard.begin_anew()
         try:
             stdin.write(part)
             stdin.flush()
@@ -152,12 +163,12 @@ class Programs:
             self._start(argv, stderr=complaints, **streams) as process,
         ):
             guard = _Guard(process, timeout)
-            guard.begin()
             try:
+                guard.start()
                 yield process, complaints, guard
             finally:
                 guard.end()
-                process.kill()
+                _kill(process)
 
     @contextmanager
     def _start(self, argv: Sequence[str], **streams: Any) -> Iterator[subprocess.Popen[str]]:
@@ -165,7 +176,7 @@ class Programs:
             if self._stopped:
                 raise CommandError(f"{argv[0]} is not started any more: kproxy is stopping")
             try:
-                process = subprocess.Popen(argv, encoding="utf-8", errors="surrogateescape", **streams)
+                process = subprocess.Popen(argv, encoding="utf-8", errors="surrogateescape", process_group=0, **streams)
             except OSError as error:
                 raise CommandError(f"cannot run {argv[0]}: {error.strerror or error}") from None
             self._running = process
@@ -179,6 +190,13 @@ class Programs:
 def run(argv: Sequence[str], stdin: str = "", *, timeout: float) -> Completed:
     """Run one program that nobody will want to stop; see `Programs.run`."""
     return Programs().run(argv, stdin, timeout=timeout)
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """Kill a program with all that it has started: `iptables` may be a script that waits for the real one."""
+    if process.poll() is None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, SIGKILL)
 
 
 def _hung(argv: Sequence[str], timeout: float) -> Completed:

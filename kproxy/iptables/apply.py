@@ -220,14 +220,10 @@ class Iptables:
 
     def lengths(self, chains: Collection[Chain]) -> dict[Chain, int]:
         """Return how many rules each chain has, 0 without it; nothing where that cannot be told. For iptables-nft."""
-        names: dict[str, list[str]] = {}
-        for chain in chains:
-            names.setdefault(chain.table, []).append(chain.name)
         found: dict[Chain, int] = {}
-        with suppress(OSError):
-            for table, wanted in names.items():
-                counts = retried(partial(count_rules, self._family, table, wanted))
-                found |= {Chain(table, name): count for name, count in counts.items()}
+        for chain in chains:
+            with suppress(OSError):
+                found[chain] = retried(partial(count_rules, self._family, chain.table, chain.name))
         return found
 
     def create(self, chain: Chain) -> None:

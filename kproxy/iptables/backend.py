@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from math import isqrt
 from typing import Protocol
@@ -21,6 +21,7 @@ from kproxy.iptables.text import Restore, read_save
 from kproxy.model.context import Context
 from kproxy.model.outcome import Plans, SyncError, Written
 from kproxy.model.plan import ServicePortPlan
+from kproxy.model.types import ServiceKey
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +121,24 @@ class IptablesBackend:
         )
         self._ledger = None
         written: Counter[str] = Counter()
+        self._make(change, written)
+        if crossed := self._crossed(change.patched):
+            log.warning("others changed chains of %d services at the same moment: written anew", len(crossed))
+            repair = Change(
+                ledger,
+                None,
+                ((key, render_ports(plans[key], context)) for key in dict.fromkeys(crossed.values())),
+                context,
+                block_rules=self._block_for(ledger),
+                dispatch_threshold=self._dispatch_threshold,
+                doubted=crossed,
+            )
+            self._make(repair, written)
+        self._ledger = ledger
+        return Written(written, ledger.rules)
 
+    def _make(self, change: Change, written: Counter[str]) -> None:
+        """Make a change, and count the rules that it wrote. Raises `SyncError`."""
         optional: list[Restore] = []
 
         def texts() -> Iterator[str]:
@@ -138,8 +156,15 @@ class IptablesBackend:
         except (RestoreError, CommandError) as error:
             raise SyncError(str(error)) from None
         change.commit()
-        self._ledger = ledger
-        return Written(written, ledger.rules)
+
+    def _crossed(self, patched: Mapping[Chain, tuple[ServiceKey, int]]) -> dict[Chain, ServiceKey]:
+        """Return the patched chains, each with its Service, that have not as many rules as they should have.
+
+        Between the look before a patch and the patch somebody else may have been there: another proxy that was told
+        of the same endpoints, and then a rule of one that is left was deleted. Where it cannot be told, so it counts.
+        """
+        lengths = self._kernel.lengths(patched) if patched else {}
+        return {chain: key for chain, (key, length) in patched.items() if lengths.get(chain) != length}
 
     def forget(self) -> None:
         """Let the next `sync` read all rules."""

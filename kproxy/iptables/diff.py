@@ -6,7 +6,7 @@ Pure, but that it may ask how many rules a chain has in the kernel (`Lengths`), 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 from itertools import islice
 
 from kproxy.iptables.base import base_chains, dispatch_tails, ensured_rules
@@ -51,7 +51,9 @@ class Change:
 
     With `lengths`, single rules of long chains of a port change if few of them differ, and the kernel has as many as
     the ledger; other chains are always written anew: for iptables-nft to find one rule among 10,000 takes longer than
-    to write the 32 of a shard.
+    to write the 32 of a shard. `patched` are those chains, and how many rules they have when the transactions are made.
+
+    Chains of ports that are `doubted` are written whatever the ledger says.
     """
 
     def __init__(
@@ -64,7 +66,9 @@ class Change:
         block_rules: int,
         dispatch_threshold: int,
         lengths: Lengths | None = None,
+        doubted: Container[Chain] = (),
     ) -> None:
+        self.patched: dict[Chain, tuple[ServiceKey, int]] = {}
         self._ledger = ledger
         self._kernel = kernel
         self._wanted = wanted
@@ -72,6 +76,7 @@ class Change:
         self._block_rules = block_rules
         self._dispatch_threshold = dispatch_threshold
         self._lengths = lengths
+        self._doubted = doubted
         self._services: dict[ServiceKey, ServiceRecord] = {}
         self._base: dict[Chain, Digest] = {}
         self._base_rules: Counter[str] = Counter()
@@ -144,12 +149,13 @@ class Change:
                     known = held.pop(chain, None)
                     if self._kernel is not None:
                         known = self._kernel.ours.get(Chain("nat", chain))
-                    if known != digest:
+                    if known != digest or Chain("nat", chain) in self._doubted:
                         self._write(writes, chain, rules, old.get(name))
             self._deleted += [Chain("nat", name) for name in held]
             if writes.patches and self._lengths is not None:
                 # Now, and not for a whole transaction: what has to be written anew counts for the size of that.
                 writes = writes.settled(self._lengths(writes.patches))
+                self.patched |= {chain: (key, edits.new_length) for chain, edits in writes.patches.items()}
             if writes:
                 yield writes
 

@@ -24,12 +24,18 @@ class Patch(Struct, frozen=True):
     """How a chain gets the rules that are wanted (one per line of `rules`) by `commands` about single rules.
 
     These go by a rule's number in the chain, so they may only be given while it has `length` rules: that is how many
-    are known, and with any other number somebody else was there. Then all of it must be written.
+    are known, and with any other number somebody else was there. Then all of it must be written. So it must if the
+    chain has not the `new_length` afterwards: then somebody else was there at the same moment.
     """
 
     commands: tuple[str, ...]
     length: int
     rules: str
+
+    @property
+    def new_length(self) -> int:
+        """How many rules the chain has afterwards."""
+        return self.rules.count("\n") + 1
 
     @property
     def weight(self) -> int:

@@ -178,7 +178,8 @@ def test_it_ends_while_iptables_hangs(node: Namespace, tmp_path: Path) -> None:
 
 def test_a_thread_that_ends_ends_the_daemon(node: Namespace) -> None:
     script = textwrap.dedent(f"""\
-                from kproxy.kube.path_follower import PathFollower
+        import sys
+        from kproxy.kube.path_follower import PathFollower
         from kproxy.cli.main import main
         def broken(self):
             raise MemoryError("no more")

@@ -201,18 +201,93 @@ def test_no_part_is_asked_for_once_all_is_stopped() -> None:
     assert made == [0, 1, 2, 3]
 
 
-def test_each_part_has_its_time() -> None:
-    timers: list[set[threading.Thread]] = []
+class Clock:
+    """Seconds that pass when the test wants it."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.reads = 0
+
+    def now(self) -> float:
+        self.reads += 1
+        return self.seconds
+
+    def pass_by(self, seconds: float) -> None:
+        """Let time pass, and wait until somebody else has seen so."""
+        self.seconds += seconds
+        # Who looked just now may have done so a moment too early.
+        seen = self.reads + 2
+        wait_until(lambda: self.reads > seen, "somebody to look at the clock")
+
+
+def test_each_part_has_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr("kproxy.host.run.monotonic", clock.now)
 
     def parts() -> Iterator[str]:
         for _ in range(4):
-            timers.append({each for each in threading.enumerate() if isinstance(each, threading.Timer)})
             yield "one\n"
+            clock.pass_by(0.0006)
 
-    before = {each for each in threading.enumerate() if isinstance(each, threading.Timer)}
-    Programs().feed(["cat"], parts(), timeout=GUARD)
-    newest = [max(found - before, key=lambda each: each.native_id or 0) for found in timers]
-    assert len(set(newest)) == len(newest)
+    assert Programs().feed(["cat"], parts(), timeout=0.001).code == 0
+
+
+def test_nobody_watches_over_a_program_that_has_ended() -> None:
+    Programs().feed(["cat"], ["one\n"] * 3, timeout=GUARD)
+    assert "guard" not in {each.name for each in threading.enumerate()}
+
+
+def test_a_program_that_nobody_can_watch_over_is_killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def none_left(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", none_left)
+    with pytest.raises(CommandError, match=r"^cannot watch over a program: can't start new thread$"):
+        Programs().feed(["sh", "-c", f"cat; touch {tmp_path}/ended"], ["one\n"], timeout=GUARD)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_fed_program_prints_does_not_hold_it_up() -> None:
+    assert Programs().feed(["cat"], ["x" * 100_000] * 20, timeout=GUARD).code == 0
+
+
+def test_a_program_may_have_ended_when_a_part_is_made(tmp_path: Path) -> None:
+    fifo = tmp_path / "opened-when-it-reads-no-more"
+    os.mkfifo(fifo)
+
+    def parts() -> Iterator[str]:
+        assert fifo.read_text() == ""
+        yield "one\n"
+
+    assert Programs().feed(["sh", "-c", f"exec 0<&- 3>{fifo}; exit 3"], parts(), timeout=GUARD).code == 3
+
+
+@pytest.mark.parametrize("how", ["stop", "timeout"])
+def test_a_script_ends_together_with_what_it_waits_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, how: str
+) -> None:
+    """Else a part would wait for ever for its place in the pipe, which the other program holds as well."""
+    clock, programs, codes = Clock(), Programs(), list[int]()
+    monkeypatch.setattr("kproxy.host.run.monotonic", clock.now)
+    fifo = tmp_path / "never"
+    os.mkfifo(fifo)
+
+    def feed() -> None:
+        argv = ["sh", "-c", f"cat {fifo}; :"]
+        codes.append(programs.feed(argv, ["x" * 1_000_000] * 3, timeout=0.001).code)
+
+    thread = threading.Thread(target=feed)
+    thread.start()
+    kept_open = open_when_read(fifo)
+    if how == "stop":
+        programs.stop()
+    else:
+        clock.seconds = 1.0
+    thread.join(GUARD)
+    ended = list(codes)
+    os.close(kept_open)
+    thread.join()
+    assert ended == [-9 if how == "stop" else -1]
 
 
 def test_a_program_is_killed_when_a_part_cannot_be_made(tmp_path: Path) -> None:

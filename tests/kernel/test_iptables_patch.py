@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 
 import pytest
 
 from kproxy.iptables.backend import IptablesBackend
+from kproxy.iptables.names import Chain
 from kproxy.model.context import Context
 from kproxy.model.delta import Replace, Upsert
+from kproxy.model.outcome import SyncError
 from kproxy.model.store import Store
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Node, Service, ServicePort
 from kproxy.sync.family import FamilySync
@@ -21,17 +24,30 @@ PREFIXES = {Family.IPV4: "10.244.", Family.IPV6: "fd00:10:244::"}
 VIPS = {Family.IPV4: "10.96.0.1", Family.IPV6: "fd00:10:96::1"}
 
 
-class Proxy:
-    """One Service with endpoints that change, in a namespace of its own."""
+class Interrupted(Recorder):
+    """The iptables in PATH, and somebody who acts once, right after it was asked how many rules chains have."""
 
-    def __init__(self, family: Family, affinity: int) -> None:
-        self.node = Namespace("patch")
-        add_counters(self.node)
-        self.iptables = Recorder(family)
+    def __init__(self, family: Family) -> None:
+        super().__init__(family)
+        self.meanwhile: Callable[[], object] = lambda: None
+
+    def lengths(self, chains: Collection[Chain]) -> dict[Chain, int]:
+        found = super().lengths(chains)
+        act, self.meanwhile = self.meanwhile, lambda: None
+        act()
+        return found
+
+
+class Proxy:
+    """One Service with endpoints that change, in a namespace."""
+
+    def __init__(self, node: Namespace, family: Family, affinity: int = 0, *, patching: bool = True) -> None:
+        self.node = node
+        self.iptables = Interrupted(family)
         if not self.iptables.version().finds_single_rules:
-            self.close()
             pytest.skip(f"{self.iptables.version()} finds no single rules")
-        self._family = FamilySync(IptablesBackend(self.iptables), lambda _: Context(family, "node-1"))
+        backend = IptablesBackend(self.iptables, patching=patching)
+        self._family = FamilySync(backend, lambda _: Context(family, "node-1"))
         self._store = Store("node-1")
         service = Service("ns", "a", (VIPS[family],), (ServicePort("http", 80, "TCP"),), affinity_seconds=affinity)
         for delta in (Replace(Node, ()), Replace(Service, (service,)), Replace(EndpointSlice, ())):
@@ -57,9 +73,6 @@ class Proxy:
         (found,) = (name for table, name in self.state() if table == "nat" and name.startswith("KUBE-SVC"))
         return found
 
-    def close(self) -> None:
-        self.node.close()
-
 
 @pytest.fixture(params=Family)
 def family(request: pytest.FixtureRequest, kernel: None) -> Family:
@@ -74,15 +87,12 @@ def affinity() -> int:
 
 
 @pytest.fixture
-def proxies(family: Family, affinity: int) -> Iterator[tuple[Proxy, Proxy]]:
-    """One that lives through all changes, and one that only has to make the last."""
-    found: list[Proxy] = []
-    try:
-        found.extend(Proxy(family, affinity) for _ in range(2))
-        yield found[0], found[1]
-    finally:
-        for each in found:
-            each.close()
+def proxies(namespaces: Callable[[], Namespace], family: Family, affinity: int) -> tuple[Proxy, Proxy]:
+    """One that lives through all changes, and one, on a node of its own, that only has to make the last."""
+    nodes = namespaces(), namespaces()
+    for node in nodes:
+        add_counters(node)
+    return Proxy(nodes[0], family, affinity), Proxy(nodes[1], family, affinity)
 
 
 def addresses(family: Family, count: int) -> list[str]:
@@ -138,3 +148,40 @@ def test_a_chain_that_somebody_else_was_at_is_written_anew(
     fresh.have(family, [*others, last])
     assert proxy.state() == fresh.state()
     assert "-R KUBE-SVC" in proxy.have(family, [*others, other])
+
+
+@pytest.mark.parametrize("patching", [True, False])
+@pytest.mark.parametrize(("before", "after"), [(30, 27), (27, 30), (30, 30)])
+def test_two_proxies_that_are_told_the_same_do_it_once(
+    proxies: tuple[Proxy, Proxy], family: Family, before: int, after: int, patching: bool
+) -> None:
+    """Both look at the chain before either has changed it. One that does not patch is like kube-proxy."""
+    proxy, fresh = proxies
+    other = Proxy(proxy.node, family, patching=patching)
+    found = addresses(family, 31)
+    wanted = found[30 - after : 30] if after != before else [*found[:29], found[30]]
+    for each in (proxy, other):
+        each.have(family, found[30 - before : 30])
+    proxy.iptables.meanwhile = lambda: other.have(family, wanted)
+    written = proxy.have(family, wanted)
+    fresh.have(family, wanted)
+    assert proxy.state() == fresh.state()
+    assert any(f"{command} KUBE-SVC" in written for command in ("-I", "-D", "-R"))
+    assert f"-A {proxy.chain()}" in written or before == after
+    assert f"-A {proxy.chain()}" not in proxy.have(family, found[30 - before : 30]), "and it knows what is there"
+
+
+@pytest.mark.parametrize("meddling", ["-I {} 1 -j ACCEPT", "-D {} 1", "-D {} 20", "-A {} -j ACCEPT", "-F {}"])
+def test_what_somebody_does_right_after_the_look_is_undone(
+    proxies: tuple[Proxy, Proxy], family: Family, meddling: str
+) -> None:
+    proxy, fresh = proxies
+    there = addresses(family, 30)
+    proxy.have(family, there)
+    command = f"*nat\n{meddling.format(proxy.chain())}\nCOMMIT\n"
+    proxy.iptables.meanwhile = lambda: proxy.iptables.restore(command)
+    with suppress(SyncError):  # what the rest of a change refers to may be gone: then all is compared
+        proxy.have(family, there[3:])
+    proxy.have(family, there[3:])
+    fresh.have(family, there[3:])
+    assert proxy.state() == fresh.state()

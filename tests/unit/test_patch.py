@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -125,8 +125,16 @@ SIZES = (1, 3, 4, 9, 30)
 class Proxy:
     """One Service whose endpoints change."""
 
-    def __init__(self, *, patching: bool = True, affinity: int = 0, ports: int = 1, block_rules: int = 1200) -> None:
-        self.kernel = FakeKernel()
+    def __init__(
+        self,
+        kernel: FakeKernel | None = None,
+        *,
+        patching: bool = True,
+        affinity: int = 0,
+        ports: int = 1,
+        block_rules: int = 1200,
+    ) -> None:
+        self.kernel = kernel or FakeKernel()
         backend = IptablesBackend(self.kernel, patching=patching, block_rules=block_rules)
         self._family = FamilySync(backend, lambda _: Context(Family.IPV4, "node-1"))
         self._store = Store("node-1")
@@ -189,6 +197,58 @@ def test_a_chain_that_somebody_else_was_at_is_written_anew() -> None:
     proxy.have([*MANY[:-1], "10.244.1.99"])
     assert len(proxy.kernel.tables["nat"][name]) == 2 * len(MANY)
     assert proxy.kernel.reads == 1
+
+
+class Crowded(FakeKernel):
+    """A kernel in which somebody else makes a change right before ours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.others = ""
+
+    def restore(self, text: str) -> None:
+        others, self.others = self.others, ""
+        if others:
+            super().restore(others)
+        super().restore(text)
+
+
+def test_of_chains_that_somebody_else_changed_at_the_same_moment_only_these_are_written_anew() -> None:
+    kernel = Crowded()
+    proxy, fresh = Proxy(kernel, ports=3), Proxy(ports=3)
+    proxy.have(MANY)
+    crossed = proxy.chains[1]
+    kernel.others = f"*nat\n-D {crossed} 1\nCOMMIT\n"
+    written = proxy.have(MANY[1:])
+    fresh.have(MANY[1:])
+    assert kernel.dump() == fresh.kernel.dump()
+    patched = [line.split()[1] for line in written.splitlines() if line.startswith("-D")]
+    assert sorted(patched) == sorted([*proxy.chains, crossed])
+    assert {line.split()[1] for line in written.splitlines() if line.startswith("-A KUBE-SVC")} == {crossed}
+    assert proxy.written.rules["nat"] == len(MANY) - 1
+    assert kernel.reads == 1
+    assert ":KUBE-SVC" not in proxy.have(MANY), "and all that is there is known"
+
+
+class Forgetful(FakeKernel):
+    """A kernel that tells only once how many rules chains have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = 0
+
+    def lengths(self, chains: Collection[Chain]) -> dict[Chain, int]:
+        self.asked += 1
+        return super().lengths(chains) if self.asked == 1 else {}
+
+
+def test_a_chain_of_which_nobody_can_tell_whether_it_was_left_alone_is_written_anew() -> None:
+    proxy, fresh = Proxy(Forgetful()), Proxy()
+    proxy.have(MANY)
+    assert "-D KUBE-SVC" in proxy.have(MANY[1:])
+    assert proxy.kernel.inputs[-1].count("-A KUBE-SVC") == len(MANY) - 1
+    fresh.have(MANY[1:])
+    assert proxy.kernel.dump() == fresh.kernel.dump()
 
 
 def test_without_patching_chains_are_always_written_anew() -> None:
