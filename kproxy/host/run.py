@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import subprocess
 import threading
@@ -13,9 +12,6 @@ from time import monotonic
 from typing import IO, Any, BinaryIO
 
 from msgspec import Struct
-
-PIPE_BYTES = 1 << 20
-"""How far the input of a program may be ahead of it: what Linux grants everybody unless told otherwise (pipe(7))."""
 
 
 class CommandError(Exception):
@@ -111,8 +107,6 @@ class Programs:
         streams = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL}
         with self._guarded(argv, timeout, **streams) as (process, complaints, guard):
             assert process.stdin is not None
-            with suppress(OSError):  # a smaller pipe makes it slower and does no harm
-                fcntl.fcntl(process.stdin, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
             whole = all(self._takes(process.stdin, part, guard) for part in parts)
             with suppress(BrokenPipeError):
                 process.stdin.close()
@@ -125,8 +119,6 @@ class Programs:
 
     def _takes(self, stdin: IO[str], part: str, guard: _Guard) -> bool:
         """Return whether a program takes one more part of its input. For each it has as long as for the first."""
-        if self._stopped:
-            return False
         guard.begin_anew()
         try:
             stdin.write(part)

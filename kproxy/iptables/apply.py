@@ -14,7 +14,7 @@ from msgspec import Struct
 
 from kproxy.host.netlink import retried
 from kproxy.host.nft_rules import count_rules
-from kproxy.host.run import PIPE_BYTES, CommandError, Completed, Programs, first_line
+from kproxy.host.run import CommandError, Completed, Programs, first_line
 from kproxy.iptables.names import Chain
 from kproxy.iptables.text import TABLES, incompatible_line, parse_rules, parse_save
 from kproxy.model.types import Family
@@ -239,8 +239,11 @@ class Iptables:
         return done
 
 
-_READ_AHEAD = 1 << 16
-"""More than a program reads at once: what came so far before the end of a full pipe, it has done with."""
+_AHEAD = (1 << 20) + (1 << 16)
+"""More than a pipe holds (64 KiB, or 1 MiB where pages are large, pipe(7)) and a program reads at once.
+
+What came so far before the end of its input, it has done with.
+"""
 
 
 class RecentInput:
@@ -254,7 +257,7 @@ class RecentInput:
     def of(self, texts: Iterable[str]) -> Iterator[str]:
         """Hand on texts, whole lines each, and remember them."""
         for text in texts:
-            while self._kept and self._size - len(self._kept[0]) > PIPE_BYTES + _READ_AHEAD:
+            while self._kept and self._size - len(self._kept[0]) > _AHEAD:
                 self._size -= len(self._kept[0])
                 self._dropped_lines += self._kept.popleft().count("\n")
             self._kept.append(text)
