@@ -90,8 +90,10 @@ class FakeKernel:
         if chain not in table:
             raise RestoreError(f"line {number}: no chain {chain}", line=line)
         if command == "-X":
-            users = [owner for owner, rules in table.items() if any(_target(each) == chain for each in rules)]
-            if table[chain] or users:
+            jump = f"-j {chain}"
+            if table[chain] or any(
+                jump in each and _target(each) == chain for rules in table.values() for each in rules
+            ):
                 raise RestoreError(f"line {number}: {chain} is in use", line=line)
             del table[chain]
             return

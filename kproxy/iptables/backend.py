@@ -90,7 +90,7 @@ class IptablesBackend:
         """`block_rules` is how many rules a transaction of a large change may hold: `UNLIMITED` for iptables-legacy.
 
         A dispatch chain of more than `dispatch_threshold` rules is split by destination; with 0, none is. With
-        `patching`, of long chains only the rules that differ are written.
+        `patching`, of long chains in which few rules differ only these are written.
         """
         self._kernel = kernel
         self._block_rules = block_rules

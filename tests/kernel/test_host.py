@@ -11,8 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from kproxy.host.netlink import NETLINK_NETFILTER, NLM_F_CREATE, NetlinkError, NetlinkSocket, attribute, nfgenmsg
+from kproxy.host.netlink import (
+    NETLINK_NETFILTER,
+    NLM_F_CREATE,
+    DumpInterruptedError,
+    NetlinkError,
+    NetlinkSocket,
+    attribute,
+    nfgenmsg,
+)
 from kproxy.host.nfacct import ensure_counters
+from kproxy.host.nft_rules import count_rules
 from kproxy.host.run import CommandError, Programs, first_line, run
 from kproxy.iptables.apply import Iptables, RestoreError, parse_version, restore_error
 from kproxy.iptables.names import Chain
@@ -450,6 +459,9 @@ def test_a_foreign_comment_of_any_bytes_does_not_stop_reading_the_rules(namespac
 @pytest.mark.parametrize("family", Family)
 def test_rules_of_single_chains_are_counted(namespace: Namespace, family: Family) -> None:
     rules = {"KUBE-A": 3, "KUBE-B": 0, "KUBE-C": 200}
+    (other,) = set(Family) - {family}
+    same_name = "*nat\n:KUBE-A - [0:0]\n-A KUBE-A -j RETURN\nCOMMIT\n"
+    namespace.call(lambda: Iptables(other).restore(same_name))
     chains = "".join(f":{name} - [0:0]\n" for name in rules)
     ports = [(name, port) for name, count in rules.items() for port in range(1, count + 1)]
     lines = "".join(f"-A {name} -p tcp -m tcp --dport {port} -j RETURN\n" for name, port in ports)
@@ -462,6 +474,32 @@ def test_rules_of_single_chains_are_counted(namespace: Namespace, family: Family
     assert set(namespace.call(count).values()) == {0}
     namespace.call(lambda: iptables.restore(f"*nat\n{chains}{lines}COMMIT\n"))
     assert namespace.call(count) == {Chain("nat", name): count for name, count in rules.items()} | none
+
+
+def test_who_may_not_count_rules_knows_nothing_of_them(namespace: Namespace) -> None:
+    script = (
+        "from kproxy.iptables.apply import Iptables\n"
+        "from kproxy.iptables.names import Chain\n"
+        "from kproxy.model.types import Family\n"
+        "print(Iptables(Family.IPV4).lengths([Chain('nat', 'KUBE-A')]))"
+    )
+    assert namespace.run([PYTHON, "-c", script]).stdout == "{Chain(table='nat', name='KUBE-A'): 0}\n"
+    assert namespace.run(["setpriv", "--bounding-set=-net_admin", PYTHON, "-c", script]).stdout == "{}\n"
+
+
+def test_a_chain_is_looked_at_again_if_others_interrupt(namespace: Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def interrupted_once(family: Family, table: str, chain: str) -> int:
+        asked.append(chain)
+        if asked.count(chain) == 1:
+            raise DumpInterruptedError(0, "interrupted")
+        return count_rules(family, table, chain)
+
+    monkeypatch.setattr("kproxy.iptables.apply.count_rules", interrupted_once)
+    chains = [Chain("nat", "KUBE-A"), Chain("nat", "KUBE-B")]
+    assert namespace.call(lambda: Iptables(Family.IPV4).lengths(chains)) == dict.fromkeys(chains, 0)
+    assert asked == ["KUBE-A", "KUBE-A", "KUBE-B", "KUBE-B"]
 
 
 @pytest.mark.parametrize("family", Family)
