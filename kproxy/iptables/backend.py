@@ -123,7 +123,7 @@ class IptablesBackend:
         written: Counter[str] = Counter()
         self._make(change, written)
         if crossed := self._crossed(change.patched):
-            log.warning("others changed chains of %d services at the same moment: written anew", len(crossed))
+            log.warning("others changed %d chains at the same moment: written anew", len(crossed))
             repair = Change(
                 ledger,
                 None,
