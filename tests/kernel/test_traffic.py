@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from tests.lab import objects, proxy
 from tests.lab.client import Answered, Outcome, Refused, ask, finish, open_connection
 from tests.lab.flow import Flow, failures, tally
+from tests.lab.load import FIRST_PORT
 from tests.lab.modes import flag
 from tests.lab.requirements import missing_protocol
 from tests.lab.servers import Servers
@@ -225,8 +227,10 @@ def test_traffic_follows_the_endpoints_without_a_failed_request(
     one, two, three = web.pod(1), web.pod(2), web.pod(3)
     web.write([one, two, three])
 
+    ports = count(FIRST_PORT)
+
     def request() -> Outcome:
-        return ask(client, VIPS[version], 80)
+        return ask(client, VIPS[version], 80, source_port=next(ports))
 
     with proxy.Daemon(lab, web.folder, tmp_path / "kproxy.log", web.mode) as daemon:
         wait_until(lambda: daemon.is_up() and isinstance(request(), Answered), "the Service answers")

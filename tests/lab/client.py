@@ -46,11 +46,20 @@ Outcome: TypeAlias = Answered | Refused | TimedOut | Failed
 
 
 def ask(
-    origin: Host, address: str, port: int, protocol: str = "TCP", *, source: str = "", patience: float = PATIENCE
+    origin: Host,
+    address: str,
+    port: int,
+    protocol: str = "TCP",
+    *,
+    source: str = "",
+    source_port: int = 0,
+    patience: float = PATIENCE,
 ) -> Outcome:
     """Send one request over a new connection. `source` picks one of the origin's addresses, if it has many."""
     try:
-        with open_connection(origin, address, port, protocol, source=source, patience=patience) as connection:
+        with open_connection(
+            origin, address, port, protocol, source=source, source_port=source_port, patience=patience
+        ) as connection:
             return finish(connection, protocol)
     except ConnectionRefusedError:
         return Refused()
