@@ -124,16 +124,7 @@ class IptablesBackend:
         self._make(change, written)
         if crossed := self._crossed(change.patched):
             log.warning("others changed %d chains at the same moment: written anew", len(crossed))
-            repair = Change(
-                ledger,
-                None,
-                ((key, render_ports(plans[key], context)) for key in dict.fromkeys(crossed.values())),
-                context,
-                block_rules=self._block_for(ledger),
-                dispatch_threshold=self._dispatch_threshold,
-                doubted=crossed,
-            )
-            self._make(repair, written)
+            self._make(self._repair(ledger, crossed, plans, context), written)
         self._ledger = ledger
         return Written(written, ledger.rules)
 
@@ -165,6 +156,18 @@ class IptablesBackend:
         """
         lengths = self._kernel.lengths(patched) if patched else {}
         return {chain: key for chain, (key, length) in patched.items() if lengths.get(chain) != length}
+
+    def _repair(self, ledger: Ledger, crossed: Mapping[Chain, ServiceKey], plans: Plans, context: Context) -> Change:
+        """Return the change that writes chains anew whatever the ledger says, each given with its Service."""
+        return Change(
+            ledger,
+            None,
+            ((key, render_ports(plans[key], context)) for key in dict.fromkeys(crossed.values())),
+            context,
+            block_rules=self._block_for(ledger),
+            dispatch_threshold=self._dispatch_threshold,
+            doubted=crossed,
+        )
 
     def forget(self) -> None:
         """Let the next `sync` read all rules."""
