@@ -9,25 +9,39 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from ipaddress import ip_address
+from typing import NamedTuple
 
 from kproxy.model.context import Context
 from kproxy.model.endpoints import socket_text, split_socket_text
 from kproxy.model.outcome import Plans
-from kproxy.model.plan import ServicePortPlan
+from kproxy.model.plan import Decision, ServicePortPlan
 from kproxy.model.types import Family, ServiceKey
 
 Endpoints = frozenset[str]
 
 
+class UdpFrontend(NamedTuple):
+    """One UDP frontend: the endpoints that its flows may keep, and which clients its rules translate.
+
+    `translates` compares equal as long as the same clients are sent to an endpoint at all. The packets of all others
+    are meant to be rejected or dropped, but rules that come before ours may accept them: they then leave the node
+    untranslated, and so does everything that follows on the same flow.
+    """
+
+    endpoints: Endpoints
+    translates: tuple[object, ...]
+
+
 class UdpFrontends:
     """The UDP frontends of one family that the kernel has accepted, and which of them may have stale flows.
 
-    A frontend is under suspicion when it is new, is gone, or has lost an endpoint, and stays so until `cleaned`.
-    Nothing is kept about other protocols.
+    A frontend is under suspicion when it is new, is gone, has lost an endpoint, or translates the packets of other
+    clients than before (its decision, or who is allowed to use it, changed). It stays so until `cleaned`. Nothing is
+    kept about other protocols.
     """
 
     def __init__(self) -> None:
-        self._services: dict[ServiceKey, dict[str, Endpoints]] = {}
+        self._services: dict[ServiceKey, dict[str, UdpFrontend]] = {}
         self._owners: dict[str, set[ServiceKey]] = {}
         self._suspects: set[str] = set()
 
@@ -46,7 +60,7 @@ class UdpFrontends:
             for key in self._services.keys() - plans.keys():
                 self._replace(key, {})
         for key, ports in plans.items():
-            self._replace(key, endpoints_by_frontend(ports))
+            self._replace(key, udp_frontends(ports))
         if complete:
             self._suspects.update(self._owners)
 
@@ -73,9 +87,9 @@ class UdpFrontends:
         living = next((frontend for frontend in frontends if frontend in self._owners), None)
         if living is None:
             return source != destination
-        return not any(source in self._services[key][living] for key in self._owners[living])
+        return not any(source in self._services[key][living].endpoints for key in self._owners[living])
 
-    def _replace(self, key: ServiceKey, new: dict[str, Endpoints]) -> None:
+    def _replace(self, key: ServiceKey, new: dict[str, UdpFrontend]) -> None:
         old = self._services.pop(key, {})
         if new:
             self._services[key] = new
@@ -85,29 +99,41 @@ class UdpFrontends:
             owners.discard(key)
             if not owners:
                 del self._owners[frontend]
-        for frontend, endpoints in new.items():
-            # Without endpoints, what the node itself sends to a NodePort or an external address leaves untranslated.
-            if not old.get(frontend) or not old[frontend] <= endpoints:
+        for frontend, state in new.items():
+            before = old.get(frontend)
+            if (
+                before is None
+                or before.translates != state.translates
+                or not before.endpoints <= state.endpoints
+                # Without endpoints, the node's own packets to NodePorts and external addresses leave untranslated.
+                or not before.endpoints
+            ):
                 self._suspects.add(frontend)
             self._owners.setdefault(frontend, set()).add(key)
 
 
-def endpoints_by_frontend(ports: Sequence[ServicePortPlan]) -> dict[str, Endpoints]:
-    """Return the UDP frontends of a Service, each with the endpoints that some flow to it may go to.
+def udp_frontends(ports: Sequence[ServicePortPlan]) -> dict[str, UdpFrontend]:
+    """Return the UDP frontends of a Service.
 
     An endpoint that still serves keeps its flows, although new ones may go elsewhere: while it terminates, or when
     hints or policy have changed.
     """
-    found: dict[str, Endpoints] = {}
+    found: dict[str, UdpFrontend] = {}
     for plan in ports:
         if plan.protocol != "UDP":
             continue
         serving = frozenset(plan.serving_endpoints)
         cluster, local = serving.union(plan.cluster_endpoints), serving.union(plan.local_endpoints)
-        found[socket_text(plan.cluster_ip, plan.port)] = local if plan.internal_local else cluster
+        internal = UdpFrontend(local if plan.internal_local else cluster, (plan.internal is Decision.FORWARD,))
+        found[socket_text(plan.cluster_ip, plan.port)] = internal
         # Pods and the node itself may reach a policy Local frontend's other endpoints too.
-        external = cluster | local if plan.external_local else cluster
-        found |= {socket_text(address, plan.port): external for address in (*plan.external_ips, *plan.vips)}
+        endpoints = cluster | local if plan.external_local else cluster
+        everybody = (plan.external is Decision.FORWARD, bool(plan.cluster_endpoints))
+        external = restricted = UdpFrontend(endpoints, everybody)
+        if plan.source_ranges:
+            restricted = UdpFrontend(endpoints, (*everybody, plan.source_ranges, plan.vips_are_sources))
+        found |= {socket_text(address, plan.port): external for address in plan.external_ips}
+        found |= {socket_text(address, plan.port): restricted for address in plan.vips}
         if plan.node_port:
             found[socket_text("", plan.node_port)] = external
     return found

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kproxy.model.context import Context
-from kproxy.model.flows import UdpFrontends, endpoints_by_frontend, takes_node_ports
+from kproxy.model.flows import UdpFrontends, takes_node_ports, udp_frontends
 from kproxy.model.plan import Decision, ServicePortPlan
 from kproxy.model.types import Family
 from kproxy.sync.conntrack import Cleaning, ConntrackCleaner
@@ -88,6 +88,47 @@ def test_without_endpoints_everything_is_stale() -> None:
     frontends = accepted(plan(A))
     frontends.accept({"ns/dns": [plan()]}, complete=False)
     assert stale(frontends, [(DNS, A), (DNS, DNS)]) == {(DNS, A), (DNS, DNS)}
+
+
+HERE: dict[str, Any] = {"internal_local": True, "external_local": True, "node_port": 30053, "vips": ("203.0.113.2",)}
+"""A Service that only endpoints on this node serve, by its ClusterIP, its NodePort and its load balancer."""
+
+ELSEWHERE: dict[str, Any] = {"internal": Decision.DROP, "external": Decision.DROP}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "frontend"),
+    [
+        (HERE | ELSEWHERE, HERE | {"local_endpoints": (A,)}, DNS),
+        (HERE | ELSEWHERE, HERE | {"local_endpoints": (A,)}, f"{OWN}:30053"),
+        (HERE | ELSEWHERE, HERE | {"local_endpoints": (A,)}, "203.0.113.2:53"),
+        (HERE | ELSEWHERE, HERE | {"internal_local": False, "external_local": False}, DNS),
+        (HERE | ELSEWHERE, HERE | {"internal_local": False, "external_local": False}, f"{OWN}:30053"),
+        (
+            {"vips": ("203.0.113.2",), "source_ranges": ("198.51.100.0/24",)},
+            {"vips": ("203.0.113.2",), "source_ranges": ("198.51.100.0/24", "192.0.2.0/24")},
+            "203.0.113.2:53",
+        ),
+        ({"internal": Decision.REJECT, "cluster_endpoints": ()}, {}, DNS),
+    ],
+    ids=[
+        "a-pod-comes-here:cluster-ip",
+        "a-pod-comes-here:node-port",
+        "a-pod-comes-here:load-balancer",
+        "policy-cluster:cluster-ip",
+        "policy-cluster:node-port",
+        "another-source-range",
+        "serving-but-not-ready-before",
+    ],
+)
+def test_what_left_untranslated_is_stale_once_it_would_be_translated(
+    before: dict[str, Any], after: dict[str, Any], frontend: str
+) -> None:
+    """The endpoints that serve stay the same: only the decision about the client's packets changes."""
+    serving = {"serving_endpoints": (A, B)}
+    frontends = accepted(plan(A, B, **before | serving))
+    frontends.accept({"ns/dns": [plan(A, B, **after | serving)]}, complete=False)
+    assert stale(frontends, [(frontend, frontend), (frontend, A)]) == {(frontend, frontend)}
 
 
 def test_of_a_deleted_service_what_was_translated_is_stale() -> None:
@@ -206,6 +247,10 @@ def test_where_node_ports_answer(context: Context, address: str, expected: bool)
 
 
 # What a frontend's endpoints are.
+
+
+def endpoints_by_frontend(ports: Sequence[ServicePortPlan]) -> dict[str, frozenset[str]]:
+    return {name: frontend.endpoints for name, frontend in udp_frontends(ports).items()}
 
 
 def test_all_frontends_of_policy_cluster_have_its_endpoints() -> None:
