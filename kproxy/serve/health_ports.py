@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from http import HTTPStatus
 
@@ -35,10 +35,13 @@ Failed = Callable[[ServiceKey, int, str], None]
 
 
 class ServiceHealth(Struct, frozen=True):
-    """Where a Service's health is asked for, and how many ready endpoints it has on this node."""
+    """A Service's ready endpoints on this node, counted for each address that its health check port listens on.
 
-    addresses: frozenset[Address]
-    endpoints: int
+    The addresses of one IP family count the endpoints of that family: the load balancer's other family may find
+    endpoints here when this one finds none.
+    """
+
+    endpoints: Mapping[Address, int]
 
 
 class HealthPorts:
@@ -89,7 +92,7 @@ class HealthPorts:
         self._owners = {}
         problems = {}
         for key, health in sorted(self._services.items()):
-            for address in health.addresses:
+            for address in health.endpoints:
                 owner = self._owners.setdefault(address, key)
                 if owner != key:
                     problems[key, address] = f"Service {owner} has the same port"
@@ -115,11 +118,11 @@ class HealthPorts:
         owner = self._owners.get(address)
         if owner is None:
             return plain(HTTPStatus.SERVICE_UNAVAILABLE, "no Service has this port any more\n")
-        return service_answer(owner, self._services[owner].endpoints, healthy=self._is_healthy())
+        return service_answer(owner, self._services[owner].endpoints[address], healthy=self._is_healthy())
 
 
-def _addresses(health: ServiceHealth | None) -> frozenset[Address]:
-    return health.addresses if health else frozenset()
+def _addresses(health: ServiceHealth | None) -> Collection[Address]:
+    return health.endpoints.keys() if health else frozenset()
 
 
 def service_answer(key: ServiceKey, endpoints: int, *, healthy: bool) -> Response:

@@ -78,17 +78,20 @@ def family_health(plans: Sequence[ServicePortPlan], context: Context) -> FamilyH
 
 
 def service_health(families: Mapping[Family, FamilyHealth]) -> ServiceHealth:
-    """Return what all families together say of a Service.
+    """Return where a Service's health is asked for, and what each family answers there.
 
-    A pod of a dual-stack Service is an endpoint in each family; it counts once, as it does in the family that has
-    more. Where no family is restricted to some addresses, the port is open to both, even if the Service is not.
+    Each family of a dual-stack Service answers for its own endpoints: a load balancer of one family must not send
+    connections to a node that could serve only the other. A Service of one family whose NodePorts answer on all
+    addresses is asked about on those of both.
     """
-    endpoints = max(health.endpoints for health in families.values())
-    if all(health.hosts is None for health in families.values()):
-        return ServiceHealth(frozenset(Address("", health.port) for health in families.values()), endpoints)
-    addresses = frozenset(
-        Address(host, health.port, one_family=True)
-        for family, health in families.items()
-        for host in (health.hosts if health.hosts is not None else (WILDCARDS[family],))
+    if len(families) == 1:
+        (health,) = families.values()
+        if health.hosts is None:
+            return ServiceHealth({Address("", health.port): health.endpoints})
+    return ServiceHealth(
+        {
+            Address(host, health.port, one_family=True): health.endpoints
+            for family, health in families.items()
+            for host in (health.hosts if health.hosts is not None else (WILDCARDS[family],))
+        }
     )
-    return ServiceHealth(addresses, endpoints)

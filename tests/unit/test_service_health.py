@@ -65,8 +65,10 @@ def test_answers_are_kube_proxys(path: Path) -> None:
     for family in Family:
         follower.observer.synced(report(family, plans_of(store(path.parent.name), family)))
     port = int(path.stem.rpartition("-")[2])
-    ((key, health),) = [(k, h) for k, h in follower.state.items() if h.addresses == {Address("", port)}]
-    answer = encode(service_answer(key, health.endpoints, healthy=True), 0.0, head_only=False, close=False)
+    ((key, health),) = [(k, h) for k, h in follower.state.items() if {each.port for each in h.endpoints} == {port}]
+    # Recorded by IPv4.
+    (count,) = [found for address, found in health.endpoints.items() if address.host in {"", "0.0.0.0"}]
+    answer = encode(service_answer(key, count, healthy=True), 0.0, head_only=False, close=False)
     head, _, body = answer.decode().partition("\r\n\r\n")
     recorded = path.read_bytes().decode().replace("\r\n", "\n")
     recorded_head, _, recorded_body = recorded.partition("\n\n")
@@ -121,7 +123,8 @@ def context(family: Family) -> Context:
 def counted(*endpoints: Endpoint) -> int:
     follower = Follower()
     follower.observer.synced(report(V4, plans(*endpoints)))
-    return follower.state["ns/web"].endpoints
+    (count,) = follower.state["ns/web"].endpoints.values()
+    return count
 
 
 def test_what_counts() -> None:
@@ -139,7 +142,7 @@ def test_what_counts() -> None:
 def test_only_changes_are_passed_on() -> None:
     follower = Follower()
     one, two = here("10.244.1.1"), here("10.244.1.2")
-    where = frozenset({Address("", 32000)})
+    where = Address("", 32000)
     observer = follower.observer
     observer.synced(report(V4, plans(one)))
     observer.synced(report(V4, plans(one)))
@@ -151,11 +154,11 @@ def test_only_changes_are_passed_on() -> None:
     observer.synced(report(V4, plans(one), complete=False))
     observer.synced(report(V4, {}))
     assert follower.updates == [
-        {"ns/web": ServiceHealth(where, 1)},
-        {"ns/web": ServiceHealth(where, 2)},
-        {"ns/web": ServiceHealth(frozenset({Address("", 32001)}), 2)},
+        {"ns/web": ServiceHealth({where: 1})},
+        {"ns/web": ServiceHealth({where: 2})},
+        {"ns/web": ServiceHealth({Address("", 32001): 2})},
         {"ns/web": None},
-        {"ns/web": ServiceHealth(where, 1)},
+        {"ns/web": ServiceHealth({where: 1})},
         {"ns/web": None},
     ]
 
@@ -164,7 +167,7 @@ def test_only_changes_are_passed_on() -> None:
     ("ipv4", "ipv6", "addresses"),
     [
         ("all", None, {Address("", 32000)}),
-        ("all", "all", {Address("", 32000)}),
+        ("all", "all", {Address("0.0.0.0", 32000, True), Address("::", 32000, True)}),
         (("10.0.0.1", "10.0.0.2"), None, {Address("10.0.0.1", 32000, True), Address("10.0.0.2", 32000, True)}),
         (("10.0.0.1",), "all", {Address("10.0.0.1", 32000, True), Address("::", 32000, True)}),
         ("all", ("fd00::1",), {Address("0.0.0.0", 32000, True), Address("fd00::1", 32000, True)}),
@@ -177,19 +180,21 @@ def test_it_listens_where_node_ports_do(ipv4: Any, ipv6: Any, addresses: set[Add
         found = plans(family=family) if hosts is not None else {"ns/web": ()}
         restricted = None if hosts == "all" else hosts
         follower.observer.synced(report(family, found, node_port_addresses=restricted))
-    assert follower.state["ns/web"].addresses == addresses
+    assert follower.state["ns/web"].endpoints.keys() == addresses
 
 
-def test_both_families_speak_for_a_service() -> None:
+def test_each_family_answers_for_itself() -> None:
     follower = Follower()
     v4, v6 = here("10.244.1.1"), [here(f"fd00::{number}") for number in (1, 2)]
+    four, six = Address("0.0.0.0", 32000, one_family=True), Address("::", 32000, one_family=True)
     follower.observer.synced(report(V4, plans(v4)))
+    assert follower.state["ns/web"].endpoints == {Address("", 32000): 1}
     follower.observer.synced(report(V6, plans(*v6, family=V6)))
-    assert follower.state["ns/web"].endpoints == 2
+    assert follower.state["ns/web"].endpoints == {four: 1, six: 2}
     follower.observer.synced(report(V6, plans(family=V6)))
-    assert follower.state["ns/web"].endpoints == 1
+    assert follower.state["ns/web"].endpoints == {four: 1, six: 0}
     follower.observer.synced(report(V4, {"ns/web": ()}))
-    assert follower.state["ns/web"].endpoints == 0
+    assert follower.state["ns/web"].endpoints == {Address("", 32000): 0}
     follower.observer.synced(report(V6, {"ns/web": ()}))
     assert follower.state == {}
 
@@ -226,12 +231,12 @@ def ports() -> Iterator[Ports]:
 
 
 def at(port: int, endpoints: int = 1, host: str = "127.0.0.1") -> ServiceHealth:
-    return ServiceHealth(frozenset({Address(host, port)}), endpoints)
+    return ServiceHealth({Address(host, port): endpoints})
 
 
-def status(port: int) -> int | None:
+def status(port: int, host: str = "127.0.0.1") -> int | None:
     try:
-        return get(port)[0].status
+        return get(port, host=host)[0].status
     except ConnectionRefusedError:
         return None
 
@@ -295,9 +300,22 @@ def test_a_port_may_pass_to_another_service_at_once(ports: Ports) -> None:
 
 def test_all_addresses_of_a_service_are_served(ports: Ports) -> None:
     port = free_port()
-    ports.update(web=ServiceHealth(frozenset({Address("127.0.0.1", port), Address("127.0.0.2", port)}), 1))
+    ports.update(web=ServiceHealth({Address("127.0.0.1", port): 1, Address("127.0.0.2", port): 1}))
     for host in ("127.0.0.1", "127.0.0.2"):
         socket.create_connection((host, port), timeout=HANG_GUARD).close()
+    assert ports.failures.empty()
+
+
+def test_both_families_of_a_port_have_answers_of_their_own(ports: Ports) -> None:
+    """As load balancers ask them: by IPv4 and by IPv6, on the same port."""
+    port = free_port()
+    four, six = Address("0.0.0.0", port, one_family=True), Address("::", port, one_family=True)
+    ports.update(web=ServiceHealth({Address("", port): 1}))
+    assert [status(port, host) for host in ("127.0.0.1", "::1")] == [200, 200]
+    ports.update(web=ServiceHealth({four: 1, six: 0}))
+    assert [status(port, host) for host in ("127.0.0.1", "::1")] == [200, 503]
+    ports.update(web=ServiceHealth({four: 0, six: 2}))
+    assert [status(port, host) for host in ("127.0.0.1", "::1")] == [503, 200]
     assert ports.failures.empty()
 
 
@@ -339,6 +357,6 @@ def test_of_two_services_with_one_port_the_first_has_it(ports: Ports) -> None:
 
 def test_one_bad_address_does_not_hold_up_the_others(ports: Ports) -> None:
     port = free_port()
-    ports.update(web=ServiceHealth(frozenset({Address("192.0.2.1", port), Address("127.0.0.1", port)}), 1))
+    ports.update(web=ServiceHealth({Address("192.0.2.1", port): 1, Address("127.0.0.1", port): 1}))
     assert status(port) == 200
     assert ports.failures.get(timeout=HANG_GUARD)[2].startswith(f"cannot listen on 192.0.2.1:{port}: ")
