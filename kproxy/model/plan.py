@@ -39,8 +39,9 @@ class ServicePortPlan(Struct, frozen=True, gc=False):
     With `source_ranges`, only these sources may use the VIPs (never applied to the other frontends);
     `vips_are_sources` adds the VIPs themselves, because a node that is allowed may talk to
     a VIP which it holds as a local address. For UDP, `serving_endpoints` are all that still answer, whether or not new
-    flows go to them: those that they have may stay. `endpoints_here` are those on this node of all that it may send
-    traffic to. `known_endpoints` counts all endpoints, unusable ones included.
+    flows go to them: those that they have may stay. `endpoints_here` are those of the endpoints in use that are, or may
+    be, on this node: an endpoint without `nodeName` (made by hand, or mirrored from an Endpoints object) can be on any.
+    `known_endpoints` counts all endpoints, unusable ones included.
 
     `local_ready` holds the addresses of the ready endpoints on this node, whatever the policies, and only
     for a Service with a `health_check_node_port`: those that terminate serve on, but no longer count for health.
@@ -147,13 +148,13 @@ def _plan_port(
         local_endpoints=local,
         known_endpoints=len(known),
         serving_endpoints=serving(known) if port.protocol == "UDP" else (),
-        endpoints_here=_on(context.node_name, known, (cluster, local)),
+        endpoints_here=_may_be_on(context.node_name, known, (cluster, local)),
         local_ready=_ready_on(context.node_name, known.values()) if service.health_check_node_port else (),
     )
 
 
-def _on(node: str, known: Mapping[str, Endpoint], used: tuple[Sockets, ...]) -> Sockets:
-    here = [text for text, endpoint in known.items() if endpoint.node == node] if node else ()
+def _may_be_on(node: str, known: Mapping[str, Endpoint], used: tuple[Sockets, ...]) -> Sockets:
+    here = [text for text, endpoint in known.items() if not endpoint.node or endpoint.node == node]
     return tuple(text for text in here if any(text in sockets for sockets in used)) if here else ()
 
 

@@ -69,6 +69,19 @@ def test_a_pod_reaches_itself_as_the_node_and_others_as_itself(
     assert web.reached(pod, VIPS[version]) == {seen(pod, node), seen(other, pod.address(version))}
 
 
+@pytest.mark.parametrize("affinity", ["None", "ClientIP"])
+@VERSIONS
+def test_a_pod_reaches_itself_though_no_slice_says_where_it_is(web: Web, version: int, affinity: str) -> None:
+    """Slices that are made by hand, or mirrored from an Endpoints object, have no nodeName."""
+    pod = web.pod(1)
+    made = web.slices("web", [pod])
+    for each in made:
+        for endpoint in each["endpoints"]:
+            del endpoint["nodeName"]
+    web.apply([web.service("web", *VIPS.values(), sessionAffinity=affinity), *made])
+    assert web.ask(pod, VIPS[version]) == seen(pod, web.node.address(version))
+
+
 @VERSIONS
 def test_a_pod_that_left_the_service_is_not_masqueraded_for_itself_any_more(lab: Lab, web: Web, version: int) -> None:
     pod, other = web.pod(1), web.pod(2)

@@ -30,7 +30,7 @@ class Reason(Enum):
     UNALLOCATED = "what goes to an address of a ServiceCIDR that no Service has is dropped"
     OVERLAP = "so is what goes to a node with an address in a ServiceCIDR, even after translation"
     REFUSED_FROM_NODE = "a VIP or external IP without endpoints refuses this node's own packets, too"
-    HAIRPIN = "only an endpoint on this node is masqueraded when it is sent to itself"
+    HAIRPIN = "only an endpoint that may be on this node is masqueraded when it is sent to itself"
     PRIMARY_ADDRESS = "NodePorts answer on this node's primary addresses only, by default"
     LOOPBACK = "NodePorts never answer on 127.0.0.1"
     MARTIAN = "what a neighbour sends to 127.0.0.1 is left for the kernel to drop, as route_localnet stays off"
