@@ -153,7 +153,8 @@ class _PortRenderer:
     def _refuse(self, chain: Chain, address: str, decision: Decision) -> None:
         """Add the rule that answers where no endpoint may: none at all is refused, no local one is dropped.
 
-        It is for an address, or without one for the NodePort.
+        It is for an address, or without one for the NodePort on the addresses that NodePorts answer on. On this node's
+        other addresses, the port is left to programs of the host; kube-proxy refuses it there as well.
         """
         if decision is Decision.FORWARD:
             return
@@ -165,9 +166,14 @@ class _PortRenderer:
         if address:
             self._lead(chain, address, comment, target)
             return
-        port, local = self.plan.node_port, "-m addrtype --dst-type LOCAL "
-        rule = self._rule("", f"{self.plan.name} {comment}", target, port=port, extra=local)
-        self._add(chain, rule, port, self.proto)
+        port, comment = self.plan.node_port, f"{self.plan.name} {comment}"
+        if self.context.node_port_addresses is None:
+            rules = [self._rule("", comment, target, port=port, extra="-m addrtype --dst-type LOCAL ")]
+        else:
+            own = self.context.node_port_addresses
+            rules = [self._rule(self._to(each), comment, target, port=port) for each in own]
+        for rule in rules:
+            self._add(chain, rule, port, self.proto)
 
     # The port's own chains.
 

@@ -1,0 +1,71 @@
+"""With `nodePortAddresses`, a NodePort concerns these addresses only: the others are for programs of the host."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.lab import objects, proxy
+from tests.lab.client import Answered, Refused, TimedOut, ask
+from tests.lab.modes import BOTH_MODES, flag
+from tests.lab.servers import Servers
+from tests.lab.topology import Host, Lab
+from tests.lab.web import SILENCE
+
+NODE_PORT = 30080
+CHOSEN = "--nodeport-addresses=10.99.0.0/24,fd00:99::/64"
+OTHERS = ("192.0.2.5", "2001:db8:2::5")
+FAMILIES = {4: "IPv4", 6: "IPv6"}
+
+VERSIONS = pytest.mark.parametrize("version", [4, 6], ids=["ipv4", "ipv6"])
+
+
+@pytest.fixture
+def program(lab: Lab, servers: Servers) -> Host:
+    """A program of the node, on addresses that NodePorts do not answer on."""
+    for address in OTHERS:
+        length = "128" if ":" in address else "32"
+        lab.node.namespace.run(["ip", "address", "add", f"{address}/{length}", "dev", "lo"])
+    found = Host("program", lab.node.namespace, OTHERS)
+    for protocol in ("TCP", "UDP"):
+        servers.serve(found, NODE_PORT, protocol)
+    return found
+
+
+def node_port(protocol: str, **spec: Any) -> objects.Object:
+    found = objects.service("web", "10.96.0.80", "fd00:10:96::80", protocol=protocol, type="NodePort", **spec)
+    found["spec"]["ports"][0]["nodePort"] = NODE_PORT
+    return found
+
+
+@BOTH_MODES
+@VERSIONS
+def test_without_endpoints_only_these_addresses_refuse(
+    lab: Lab, program: Host, tmp_path: Path, mode: str, version: int
+) -> None:
+    outsider = lab.add_client("outsider", "198.51.100.10", "2001:db8:51::10")
+    for protocol in ("TCP", "UDP"):
+        objects.write(tmp_path / "web.yaml", [objects.node(), node_port(protocol)])
+        proxy.apply(lab, tmp_path, flag(mode), CHOSEN)
+        assert ask(outsider, lab.node.address(version), NODE_PORT, protocol) == Refused()
+        answer = ask(outsider, program.address(version), NODE_PORT, protocol)
+        assert answer == Answered("program", outsider.address(version))
+
+
+@BOTH_MODES
+@VERSIONS
+def test_without_local_endpoints_only_these_addresses_drop(
+    lab: Lab, program: Host, tmp_path: Path, mode: str, version: int
+) -> None:
+    outsider = lab.add_client("outsider", "198.51.100.10", "2001:db8:51::10")
+    endpoints = {4: "10.244.2.9", 6: "fd00:10:244:2::9"}
+    slices = [
+        objects.endpoint_slice("web", [objects.endpoint(endpoints[number], "node-2")], family=family)
+        for number, family in FAMILIES.items()
+    ]
+    objects.write(tmp_path / "web.yaml", [objects.node(), node_port("TCP", externalTrafficPolicy="Local"), *slices])
+    proxy.apply(lab, tmp_path, flag(mode), CHOSEN)
+    assert ask(outsider, lab.node.address(version), NODE_PORT, patience=SILENCE) == TimedOut()
+    assert ask(outsider, program.address(version), NODE_PORT) == Answered("program", outsider.address(version))
