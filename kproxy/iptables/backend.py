@@ -126,7 +126,7 @@ class IptablesBackend:
             log.warning("others changed %d chains at the same moment: written anew", len(crossed))
             self._make(self._repair(ledger, crossed, plans, context), written)
         self._ledger = ledger
-        return Written(written, ledger.rules)
+        return Written(written, ledger.rules, ledger.settlement.conflicts)
 
     def _make(self, change: Change, written: Counter[str]) -> None:
         """Make a change, and count the rules that it wrote. Raises `SyncError`."""
@@ -273,8 +273,9 @@ class Printer:
     def sync(self, plans: Plans, context: Context) -> Written:
         """Hand on the one `iptables-restore --noflush` input that programs all `plans`."""
         wanted = ((key, render_ports(ports, context)) for key, ports in plans.items())
+        ledger = Ledger()
         change = Change(
-            Ledger(),
+            ledger,
             KernelView({}, {}),
             wanted,
             context,
@@ -283,4 +284,5 @@ class Printer:
         )
         for transaction in change.transactions():
             self._show(transaction.text())
-        return Written({}, {})
+        change.commit()
+        return Written({}, {}, ledger.settlement.conflicts)

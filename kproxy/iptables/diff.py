@@ -81,6 +81,7 @@ class Change:
         self._base: dict[Chain, Digest] = {}
         self._base_rules: Counter[str] = Counter()
         self._dispatch: dict[Chain, DispatchRecord] = {}
+        self._settlement = ledger.settlement
         self._tops: dict[Chain, str] = {}
         self._deleted: list[Chain] = []
 
@@ -118,6 +119,7 @@ class Change:
         for key, record in self._services.items():
             self._ledger.put(key, record)
         self._ledger.put_base(self._base, self._base_rules)
+        self._ledger.settlement = self._settlement
         self._ledger.dispatch = self._dispatch
 
     def _groundwork(self) -> dict[Chain, str]:
@@ -171,8 +173,11 @@ class Change:
     def _shards(self) -> Iterator[tuple[Chain, str]]:
         """Yield, one by one, the shards to write; the dispatch chains themselves are kept for the switch."""
         tails = dispatch_tails(self._context)
-        for top, rules in self._ledger.dispatch_rules(self._dirty_dispatch(tails), self._services).items():
+        self._settlement = self._ledger.settle(self._context.family, self._services)
+        left_out = self._settlement.left_out
+        for top, claimed in self._ledger.dispatch_rules(self._dirty_dispatch(tails), self._services).items():
             tail = tails[top]
+            rules = [rule for rule in claimed if rule not in left_out] if left_out else claimed
             layout = lay_out(top, rules, tail, self._context.family, self._dispatch_threshold)
             digests = {chain: hash(text) for chain, text in layout.chains.items()}
             former = self._ledger.dispatch[top].chains if top in self._ledger.dispatch else {}
@@ -191,6 +196,7 @@ class Change:
         dirty: set[Chain] = set()
         for key, record in self._services.items():
             dirty |= dispatch_differs(self._ledger.services.get(key, {}), record)
+        dirty |= {rule.chain for rule in self._settlement.left_out ^ self._ledger.settlement.left_out}
         for chain, accepted in self._ledger.dispatch.items():
             if chain not in dirty and accepted.tail == hash(tails[chain]):
                 self._dispatch[chain] = accepted

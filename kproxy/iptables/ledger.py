@@ -11,11 +11,12 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 
 from msgspec import Struct
 
+from kproxy.iptables.claims import Claims, Settlement, settle
 from kproxy.iptables.names import PORT_CHAIN_PREFIXES, Chain, is_shard
 from kproxy.iptables.patch import WORTHWHILE_RULES
 from kproxy.iptables.render import DispatchRule, RenderedPort
 from kproxy.iptables.text import SavedChain, count_rules
-from kproxy.model.types import ServiceKey
+from kproxy.model.types import Family, ServiceKey
 
 Digest = int
 """Python's own 64-bit keyed hash of a text: compared within this process only."""
@@ -119,6 +120,8 @@ class Ledger:
         self.services: dict[ServiceKey, ServiceRecord] = {}
         self.base: dict[Chain, Digest] = {}
         self.dispatch: dict[Chain, DispatchRecord] = {}
+        self.settlement = Settlement()
+        self._claims = Claims()
         self._base_rules: Counter[str] = Counter()
         self._service_rules: Counter[str] = Counter()
 
@@ -128,6 +131,7 @@ class Ledger:
         found = self._base_rules + self._service_rules
         for chain, record in self.dispatch.items():
             found[chain.table] += record.own
+        found.subtract(rule.chain.table for rule in self.settlement.left_out)
         return {table: found[table] for table in ("nat", "filter")}
 
     def shared_chains(self) -> Iterator[tuple[Chain, Digest]]:
@@ -138,10 +142,23 @@ class Ledger:
 
     def put(self, key: ServiceKey, record: ServiceRecord) -> None:
         """Replace the record of a Service; an empty one removes it."""
-        self._service_rules.subtract(_count(self.services.pop(key, {})))
+        old = self.services.pop(key, {})
+        self._service_rules.subtract(_count(old))
         self._service_rules.update(_count(record))
+        self._claims.put(key, _dispatch_rules(old), _dispatch_rules(record))
         if record:
             self.services[key] = record
+
+    def settle(self, family: Family, changed: Mapping[ServiceKey, ServiceRecord]) -> Settlement:
+        """Return how claims to the same frontends are settled once `changed` has replaced this ledger's records."""
+        contested = self._claims.contested({key: _dispatch_rules(record) for key, record in changed.items()})
+        if not contested:
+            return Settlement()
+        rules = {
+            key: list(_owned_rules(key, changed[key] if key in changed else self.services[key]))
+            for key in frozenset().union(*contested.values())
+        }
+        return settle(family, contested, rules)
 
     def put_base(self, base: dict[Chain, Digest], rules: Counter[str]) -> None:
         """Replace what is known of the chains that are the same for all Services, `rules` being theirs by table."""
@@ -165,6 +182,17 @@ class Ledger:
         return found
 
 
+def _dispatch_rules(record: ServiceRecord) -> list[DispatchRule]:
+    return [rule for port in record.values() for rule in port.dispatch]
+
+
+def _owned_rules(key: ServiceKey, record: ServiceRecord) -> Iterator[tuple[str, DispatchRule]]:
+    for name, port in record.items():
+        port_name = name.partition("/")[0]
+        owner = f"{key}:{port_name}" if port_name else key
+        yield from ((owner, rule) for rule in port.dispatch)
+
+
 def _count(record: ServiceRecord) -> Counter[str]:
     rules = Counter(rule.chain.table for port in record.values() for rule in port.dispatch)
     rules["nat"] += sum(port.rules for port in record.values())
@@ -173,13 +201,13 @@ def _count(record: ServiceRecord) -> Counter[str]:
 
 def dispatch_differs(old: ServiceRecord, new: ServiceRecord) -> set[Chain]:
     """Return the dispatch chains in which a Service's rules differ between two states."""
-    before, after = _dispatch(old), _dispatch(new)
+    before, after = _dispatch_texts(old), _dispatch_texts(new)
     return {chain for chain in before.keys() | after.keys() if before.get(chain) != after.get(chain)}
 
 
-def _dispatch(record: ServiceRecord) -> dict[Chain, list[DispatchRule]]:
-    found: dict[Chain, list[DispatchRule]] = {}
+def _dispatch_texts(record: ServiceRecord) -> dict[Chain, list[str]]:
+    found: dict[Chain, list[str]] = {}
     for _, port in sorted(record.items()):
         for rule in port.dispatch:
-            found.setdefault(rule.chain, []).append(rule)
+            found.setdefault(rule.chain, []).append(rule.rule)
     return found

@@ -6,6 +6,7 @@ is wanted as text. kube-proxy's chains, comments and order of rules are kept: ot
 
 from __future__ import annotations
 
+from functools import lru_cache
 from ipaddress import ip_address
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from kproxy.iptables.names import (
     Chain,
     port_hash,
 )
+from kproxy.model.claims import Rank, external_rank
 from kproxy.model.context import Context
 from kproxy.model.endpoints import split_socket_text
 from kproxy.model.plan import Decision, ServicePortPlan
@@ -30,16 +32,26 @@ from kproxy.model.types import Family
 LOCALHOST_COUNTER = "localhost_nps_accepted_pkts"
 
 
+class Claim(NamedTuple):
+    """A service port's claim to a frontend at an address or NodePort: its protocol, its port and how good it is."""
+
+    protocol: str
+    port: int
+    rank: Rank
+
+
 class DispatchRule(NamedTuple):
     """A rule that a service port adds to a chain which all Services share.
 
     It is about one destination: `place` is an address as a number, or with a `protocol` one of the node's ports.
+    `claim` is None for a rule that is about no frontend.
     """
 
     chain: Chain
     rule: str
     place: int
     protocol: str = ""
+    claim: Claim | None = None
 
 
 class RenderedPort(Struct, frozen=True, gc=False):
@@ -75,6 +87,7 @@ class _PortRenderer:
         self.local_chain = f"KUBE-SVL-{suffix}"
         self.external_chain = f"KUBE-EXT-{suffix}"
         self.firewall_chain = f"KUBE-FW-{suffix}"
+        self.rank = external_rank(plan)
         self.chains: dict[str, str] = {}
         self.dispatch: list[DispatchRule] = []
 
@@ -108,27 +121,27 @@ class _PortRenderer:
         plan = self.plan
         if plan.internal is Decision.FORWARD:
             target = self._policy_chain(local=plan.internal_local)
-            self._lead(NAT_SERVICES, plan.cluster_ip, "cluster IP", f"-j {target}")
+            self._lead(NAT_SERVICES, plan.cluster_ip, "cluster IP", f"-j {target}", Rank.CLUSTER_IP)
         else:
-            self._refuse(FILTER_SERVICES, plan.cluster_ip, plan.internal)
+            self._refuse(FILTER_SERVICES, plan.cluster_ip, plan.internal, Rank.CLUSTER_IP)
 
     def _dispatch_external_ips(self) -> None:
         plan = self.plan
         for address in plan.external_ips:
             if plan.has_endpoints:
-                self._lead(NAT_SERVICES, address, "external IP", f"-j {self.external_chain}")
-            self._refuse(FILTER_EXTERNAL_SERVICES, address, plan.external)
+                self._lead(NAT_SERVICES, address, "external IP", f"-j {self.external_chain}", self.rank)
+            self._refuse(FILTER_EXTERNAL_SERVICES, address, plan.external, self.rank)
 
     def _dispatch_vips(self) -> None:
         plan = self.plan
         target = self.firewall_chain if plan.source_ranges else self.external_chain
         for address in plan.vips:
             if plan.has_endpoints:
-                self._lead(NAT_SERVICES, address, "loadbalancer IP", f"-j {target}")
+                self._lead(NAT_SERVICES, address, "loadbalancer IP", f"-j {target}", self.rank)
                 if plan.source_ranges:
                     comment = f"traffic not accepted by {self.firewall_chain}"
-                    self._lead(FILTER_PROXY_FIREWALL, address, comment, "-j DROP")
-            self._refuse(FILTER_EXTERNAL_SERVICES, address, plan.external)
+                    self._lead(FILTER_PROXY_FIREWALL, address, comment, "-j DROP", self.rank)
+            self._refuse(FILTER_EXTERNAL_SERVICES, address, plan.external, self.rank)
 
     def _dispatch_node_port(self) -> None:
         plan = self.plan
@@ -139,18 +152,19 @@ class _PortRenderer:
             if self.context.localhost_node_ports and self.context.accounting:
                 counted = f"-m nfacct --nfacct-name {LOCALHOST_COUNTER} {jump}"
                 rule = self._rule("-d 127.0.0.0/8 ", plan.name, counted, port=plan.node_port)
-                self._add(NAT_NODEPORTS, rule, plan.node_port, self.proto)
-            self._add(NAT_NODEPORTS, self._rule("", plan.name, jump, port=plan.node_port), plan.node_port, self.proto)
-        self._refuse(FILTER_EXTERNAL_SERVICES, "", plan.external)
+                self._add_node_port(NAT_NODEPORTS, rule)
+            self._add_node_port(NAT_NODEPORTS, self._rule("", plan.name, jump, port=plan.node_port))
+        self._refuse(FILTER_EXTERNAL_SERVICES, "", plan.external, self.rank)
 
     def _dispatch_health_check(self) -> None:
         plan = self.plan
         if plan.health_check_node_port:
             comment = f"{plan.name} health check node port"
             match = f'-p tcp -m comment --comment "{comment}" -m tcp --dport {plan.health_check_node_port}'
-            self._add(FILTER_NODEPORTS, f"{match} -j ACCEPT", plan.health_check_node_port, "tcp")
+            rule = f"-A {FILTER_NODEPORTS.name} {match} -j ACCEPT"
+            self.dispatch.append(DispatchRule(FILTER_NODEPORTS, rule, plan.health_check_node_port, "tcp"))
 
-    def _refuse(self, chain: Chain, address: str, decision: Decision) -> None:
+    def _refuse(self, chain: Chain, address: str, decision: Decision, rank: Rank) -> None:
         """Add the rule that answers where no endpoint may: none at all is refused, no local one is dropped.
 
         It is for an address, or without one for the NodePort on the addresses that NodePorts answer on. On this node's
@@ -164,7 +178,7 @@ class _PortRenderer:
             reply = "icmp6-port-unreachable" if self.context.family is Family.IPV6 else "icmp-port-unreachable"
             comment, target = "has no endpoints", f"-j REJECT --reject-with {reply}"
         if address:
-            self._lead(chain, address, comment, target)
+            self._lead(chain, address, comment, target, rank)
             return
         port, comment = self.plan.node_port, f"{self.plan.name} {comment}"
         if self.context.node_port_addresses is None:
@@ -173,7 +187,7 @@ class _PortRenderer:
             own = self.context.node_port_addresses
             rules = [self._rule(self._to(each), comment, target, port=port) for each in own]
         for rule in rules:
-            self._add(chain, rule, port, self.proto)
+            self._add_node_port(chain, rule)
 
     # The port's own chains.
 
@@ -274,16 +288,26 @@ class _PortRenderer:
         proto = self.proto
         return f'{match}-p {proto} -m comment --comment "{comment}" {extra}-m {proto} --dport {port} {target}'
 
-    def _lead(self, chain: Chain, address: str, comment: str, target: str) -> None:
+    def _lead(self, chain: Chain, address: str, comment: str, target: str, rank: Rank) -> None:
         """Add a rule about the port's connections to one address."""
         rule = self._rule(self._to(address), f"{self.plan.name} {comment}", target)
-        self._add(chain, rule, int(ip_address(address)))
+        claim = _claim(self.proto, self.plan.port, rank)
+        self.dispatch.append(DispatchRule(chain, f"-A {chain.name} {rule}", int(ip_address(address)), claim=claim))
 
-    def _add(self, chain: Chain, rule: str, place: int, protocol: str = "") -> None:
-        self.dispatch.append(DispatchRule(chain, f"-A {chain.name} {rule}", place, protocol))
+    def _add_node_port(self, chain: Chain, rule: str) -> None:
+        """Add a rule about the port's connections to its NodePort."""
+        port = self.plan.node_port
+        claim = _claim(self.proto, port, self.rank)
+        self.dispatch.append(DispatchRule(chain, f"-A {chain.name} {rule}", port, self.proto, claim))
 
     def _write(self, name: str, rules: list[str]) -> None:
         self.chains[name] = "\n".join(f"-A {name} {rule}" for rule in rules)
+
+
+@lru_cache(1 << 10)
+def _claim(protocol: str, port: int, rank: Rank) -> Claim:
+    """Return the same value for the same claim: there are few, and every Service's rules are remembered."""
+    return Claim(protocol, port, rank)
 
 
 def _interface(context: Context) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from msgspec import Struct
 
+from kproxy.model.claims import Conflict
 from kproxy.model.plan import ServicePortPlan
 from kproxy.model.types import ServiceKey
 
@@ -22,7 +23,11 @@ class StateLostError(SyncError):
 
 
 class Written(Struct, frozen=True):
-    """What a backend's sync amounted to, by table: rules it wrote, and rules of ours that are now there."""
+    """What a backend's sync amounted to, by table: rules it wrote, and rules of ours that are now there.
+
+    `conflicts` are all that there are now, not only those of the Services that this sync looked at.
+    """
 
     rules: Mapping[str, int]
     total_rules: Mapping[str, int]
+    conflicts: tuple[Conflict, ...] = ()

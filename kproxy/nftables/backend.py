@@ -89,7 +89,7 @@ class NftablesBackend:
             self._ledger = self._load(plans, context) if ledger is None else self._update(ledger, plans, context)
         except TableError as error:
             raise SyncError(str(error)) from None
-        return Written({}, {})
+        return Written({}, {}, self._ledger.conflicts())
 
     def forget(self) -> None:
         """Let the next `sync` read the table."""
@@ -116,7 +116,6 @@ class NftablesBackend:
         change = Change(ledger, context)
         in_step(self._commit, self._batches(change, plans, context, self._batch_frontends))
         self._settle(ledger, context)
-        _tell(change)
         return ledger
 
     def _load(self, plans: Plans, context: Context) -> Ledger:
@@ -157,7 +156,6 @@ class NftablesBackend:
         batches = self._batches(change, plans, context, size)
         in_step(lambda batch: self._commit(batch[1], must_be_fresh=not batch[0]), enumerate(batches))
         self._settle(ledger, context)
-        _tell(change)
         return ledger
 
     def _batches(self, change: Change, plans: Plans, context: Context, size: float) -> Iterator[Transaction]:
@@ -176,7 +174,6 @@ class NftablesBackend:
         self._generation = None
         self._kernel.commit(change.finish())
         self._settle(ledger, context)
-        _tell(change)
         return ledger
 
     def _commit(self, change: Transaction, *, must_be_fresh: bool = False) -> None:
@@ -245,17 +242,13 @@ class Printer:
 
     def sync(self, plans: Plans, context: Context) -> Written:
         """Hand on the table for all `plans`, as `nft list table` prints it."""
-        change = Change(Ledger(), context, create=True)
+        ledger = Ledger()
+        change = Change(ledger, context, create=True)
         for key, ports in plans.items():
             change.put(key, render_service(ports, context))
         made = change.finish()
         self._show(self._writer.table(made.sets, made.additions(), made.rules))
-        return Written({}, {})
-
-
-def _tell(change: Change) -> None:
-    for loser, holder in change.conflicts:
-        log.warning("%s claims an address and port that %s has: it gets no traffic there", loser, holder)
+        return Written({}, {}, ledger.conflicts())
 
 
 def _check_usable(view: View, family: Family) -> None:

@@ -31,10 +31,7 @@ class Change:
     """
 
     def __init__(self, ledger: Ledger, context: Context, view: View | None = None, *, create: bool = False) -> None:
-        """With `create`, there may be no table, or one that is no use: the first transaction makes a new one.
-
-        `conflicts` will be service ports that claim what another has, each with that other.
-        """
+        """With `create`, there may be no table, or one that is no use: the first transaction makes a new one."""
         self._ledger = ledger
         self._context = context
         self._view = view
@@ -44,7 +41,6 @@ class Change:
         self._verdicts_changed = False
         self._frontends: dict[bytes, Frontend | None] = {}
         self._members: dict[tuple[str, bytes], bool] = {}
-        self.conflicts: list[tuple[str, str]] = []
         self._own: list[tuple[RenderedService | None, RenderedService | None]] = []
 
     @property
@@ -67,10 +63,7 @@ class Change:
         if new is not None:
             for frontend in new.frontends:
                 self._touch(frontend.key)
-                holder = ledger.holder(frontend.key)
                 ledger.claim(frontend)
-                if holder is not None:
-                    self._note_conflict(holder, frontend)
             self._count(new, 1)
             ledger.services[key] = new
         if (old and (old.chains or old.sets)) or (new and (new.chains or new.sets)):
@@ -132,12 +125,6 @@ class Change:
             counts[key] = before + by
         else:
             del counts[key]
-
-    def _note_conflict(self, first: Frontend, second: Frontend) -> None:
-        holder = self._ledger.holder(second.key)
-        loser = second if holder is first else first
-        if holder is not None and holder.owner != loser.owner:
-            self.conflicts.append((loser.owner, holder.owner))
 
     # Elements
 

@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 from msgspec import Struct
 
-from kproxy.model.endpoints import split_socket_text
+from kproxy.model.endpoints import socket_text, split_socket_text
 from kproxy.model.types import Family, Protocol
 
 DROP = ""
@@ -59,6 +59,15 @@ def node_port_key(protocol: Protocol, port: int) -> bytes:
 def service_key(address: str, protocol: Protocol, port: int) -> bytes:
     """Return the key of a frontend that has an address of its own."""
     return pack_address(address) + _PROTOCOL_AND_PORT.pack(PROTOCOLS[protocol], port)
+
+
+def frontend_text(key: bytes) -> str:
+    """Return what a frontend's key stands for: `IP:port/PROTOCOL`, or `NodePort number/PROTOCOL`."""
+    number, port = _PROTOCOL_AND_PORT.unpack(key[-_PROTOCOL_AND_PORT.size :])
+    protocol = next(name for name, known in PROTOCOLS.items() if known == number)
+    address = key[: -_PROTOCOL_AND_PORT.size]
+    where = socket_text(unpack_address(address), port) if address else f"NodePort {port}"
+    return f"{where}/{protocol}"
 
 
 def pack_pool(endpoints: Sequence[str]) -> bytes:

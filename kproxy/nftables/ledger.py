@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 
+from kproxy.model.claims import Conflict
 from kproxy.model.context import Context
 from kproxy.model.types import ServiceKey
 from kproxy.nftables import names
-from kproxy.nftables.elements import DROP
+from kproxy.nftables.elements import DROP, frontend_text
 from kproxy.nftables.objects import Chain, Go, Set
 from kproxy.nftables.render import Frontend, RenderedService
 
@@ -16,15 +18,16 @@ class Ledger:
     """The state that the kernel has accepted, kept as small as planning the next step allows.
 
     Elements are not kept one by one: they follow from the frontends. `frontends` has, for each key, those who claim
-    it, the one first who has it. `members` counts who needs an element of the sets `cluster-ips` and
-    `hairpin-connections`, `verdicts` how many elements go to a chain. `chains` are all chains but those of single
-    Services, which are in `services` with their sets.
+    it, the one first who has it; `contested` are the keys that several claim. `members` counts who needs an element of
+    the sets `cluster-ips` and `hairpin-connections`, `verdicts` how many elements go to a chain. `chains` are all
+    chains but those of single Services, which are in `services` with their sets.
     """
 
     def __init__(self) -> None:
         self.context: Context | None = None
         self.services: dict[ServiceKey, RenderedService] = {}
         self.frontends: dict[bytes, Frontend | tuple[Frontend, ...]] = {}
+        self.contested: dict[bytes, None] = {}
         self.members: dict[str, Counter[bytes]] = {names.CLUSTER_IPS: Counter(), names.HAIRPINS: Counter()}
         self.verdicts: Counter[str] = Counter()
         self.node_port_ips: tuple[bytes, ...] = ()
@@ -43,16 +46,33 @@ class Ledger:
             return
         claims = found if isinstance(found, tuple) else (found,)
         self.frontends[frontend.key] = tuple(sorted((*claims, frontend), key=_claim))
+        self.contested[frontend.key] = None
 
     def give_up(self, frontend: Frontend) -> None:
         """Take a frontend's claim back."""
         found = self.frontends[frontend.key]
         claims = list(found) if isinstance(found, tuple) else [found]
         claims.remove(frontend)
+        if len(claims) < 2:
+            self.contested.pop(frontend.key, None)
         if not claims:
             del self.frontends[frontend.key]
         else:
             self.frontends[frontend.key] = tuple(claims) if len(claims) > 1 else claims[0]
+
+    def conflicts(self) -> tuple[Conflict, ...]:
+        """Return which service ports get no traffic at a frontend because another holds it, in a stable order."""
+        return tuple(sorted(self._conflicts())) if self.contested else ()
+
+    def _conflicts(self) -> Iterator[Conflict]:
+        for key in self.contested:
+            claims = self.frontends[key]
+            assert isinstance(claims, tuple)
+            holder = claims[0].owner
+            # Two ports of one Service: the API server accepts no such object.
+            others = (each.owner for each in claims[1:] if _service_of(each.owner) != _service_of(holder))
+            for owner in dict.fromkeys(others):
+                yield Conflict(frontend_text(key), holder, owner)
 
     def own_chains(self) -> list[Chain]:
         """Return the chains that belong to single Services."""
@@ -74,6 +94,10 @@ class Ledger:
         return found
 
 
-def _claim(frontend: Frontend) -> tuple[bool, str]:
-    """Return by what claims are ordered: nobody else may have a ClusterIP, and names decide among equals."""
-    return not frontend.internal, frontend.owner
+def _service_of(owner: str) -> ServiceKey:
+    return owner.partition(":")[0]
+
+
+def _claim(frontend: Frontend) -> tuple[int, str]:
+    """Return by what claims are ordered (`kproxy.model.claims`)."""
+    return frontend.rank, frontend.owner

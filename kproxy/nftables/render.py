@@ -7,6 +7,7 @@ from functools import lru_cache
 
 from msgspec import Struct
 
+from kproxy.model.claims import Rank, external_rank
 from kproxy.model.context import Context
 from kproxy.model.plan import Decision, ServicePortPlan
 from kproxy.nftables import names, shared
@@ -21,15 +22,15 @@ Verdicts = tuple[tuple[str, str], ...]
 class Frontend(Struct, frozen=True, gc=False):
     """What a Service has under one key: that of an address and port, or that of a NodePort.
 
-    `pools` are maps of endpoints, each with the endpoints' values one after the other. `owner` names the service port.
-    Should several Services claim a key, a ClusterIP (`internal`) is nobody else's (CVE-2020-8554).
+    `pools` are maps of endpoints, each with the endpoints' values one after the other. `owner` names the service port,
+    and `rank` decides who gets the key should several Services claim it (`kproxy.model.claims`).
     """
 
     key: bytes
     verdicts: Verdicts
     pools: tuple[tuple[str, bytes], ...]
     owner: str
-    internal: bool = False
+    rank: int = Rank.FORWARDS
 
 
 class RenderedService(Struct, frozen=True, gc=False):
@@ -79,17 +80,17 @@ def _frontends(plan: ServicePortPlan) -> Iterator[Frontend]:
 def _internal(plan: ServicePortPlan, any_pool: bytes, local_pool: bytes) -> Frontend:
     key = service_key(plan.cluster_ip, plan.protocol, plan.port)
     if plan.internal is not Decision.FORWARD:
-        return Frontend(key, _refusal("service", plan.internal), (), plan.name, internal=True)
+        return Frontend(key, _refusal("service", plan.internal), (), plan.name, Rank.CLUSTER_IP)
     if plan.affinity_seconds:
         own = f"{'local' if plan.internal_local else 'service'}-{names.service_port_name(plan)}"
-        return Frontend(key, ((names.SERVICE_IPS, own),), (), plan.name, internal=True)
+        return Frontend(key, ((names.SERVICE_IPS, own),), (), plan.name, Rank.CLUSTER_IP)
     if plan.internal_local:
         chain = shared.local_chain("service", len(plan.local_endpoints))
         pools = ((names.SERVICE_LOCAL_ENDPOINTS, local_pool),)
     else:
         chain = shared.any_chain("service", len(plan.cluster_endpoints))
         pools = ((names.SERVICE_ENDPOINTS, any_pool),)
-    return Frontend(key, _goes_to(names.SERVICE_IPS, chain), pools, plan.name, internal=True)
+    return Frontend(key, _goes_to(names.SERVICE_IPS, chain), pools, plan.name, Rank.CLUSTER_IP)
 
 
 def _external(
@@ -103,12 +104,13 @@ def _external(
 ) -> Frontend:
     firewall = ((names.FIREWALL_IPS, f"firewall-{names.service_port_name(plan)}"),) if restricted else ()
     refusal = () if plan.external is Decision.FORWARD else _refusal(kind, plan.external)
+    rank = external_rank(plan)
     if not plan.has_endpoints:
-        return Frontend(key, firewall + refusal, (), plan.name)
+        return Frontend(key, firewall + refusal, (), plan.name, rank)
     verdicts = names.SERVICE_IPS if kind == "service" else names.SERVICE_NODE_PORTS
     if plan.affinity_seconds:
         own = f"external-{names.service_port_name(plan)}"
-        return Frontend(key, (*firewall, *refusal, (verdicts, own)), (), plan.name)
+        return Frontend(key, (*firewall, *refusal, (verdicts, own)), (), plan.name, rank)
     pools = [(shared.pool_map(kind, local=False), any_pool)]
     anywhere, here = len(plan.cluster_endpoints), len(plan.local_endpoints)
     if plan.external_local:
@@ -117,7 +119,7 @@ def _external(
             pools.append((shared.pool_map(kind, local=True), local_pool))
     else:
         chain = shared.external_chain(kind, anywhere)
-    return Frontend(key, firewall + refusal + _goes_to(verdicts, chain), tuple(pools), plan.name)
+    return Frontend(key, firewall + refusal + _goes_to(verdicts, chain), tuple(pools), plan.name, rank)
 
 
 @lru_cache(1 << 10)

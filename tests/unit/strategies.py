@@ -50,7 +50,8 @@ def services() -> st.SearchStrategy[Service]:
         affinity_seconds=st.sampled_from((0, 10800)),
         internal_local=st.booleans(),
         external_local=st.booleans(),
-        external_ips=st.sampled_from(((), ("192.0.2.1",), ("192.0.2.1", "2001:db8::1"))),
+        # 10.96.0.1 is the ClusterIP of one of them.
+        external_ips=st.sampled_from(((), ("192.0.2.1",), ("192.0.2.1", "2001:db8::1"), ("10.96.0.1", "fd00::1"))),
         vips=st.sampled_from(((), ("203.0.113.1",), ("2001:db8::2",))),
         source_ranges=st.sampled_from(((), ("198.51.100.0/24",), ("10.99.0.0/24", "0.0.0.0/0"), ("10.99.0.0/16",))),
         health_check_node_port=st.sampled_from((0, 32000)),
@@ -71,7 +72,7 @@ def endpoint_slices() -> st.SearchStrategy[EndpointSlice]:
     endpoint = st.builds(
         Endpoint,
         address=st.sampled_from("123456"),
-        node=st.sampled_from(("node-1", "node-2")),
+        node=st.sampled_from(("node-1", "node-2", "")),
         ready=st.booleans(),
         serving=st.booleans(),
         terminating=st.booleans(),

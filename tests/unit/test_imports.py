@@ -33,7 +33,7 @@ ONLY_MODEL = {"host", "serve", "simulate"}
 
 PURE = (
     "model.*",
-    *(f"iptables.{name}" for name in ("names", "render", "base", "text", "ledger", "diff", "dispatch")),
+    *(f"iptables.{name}" for name in ("names", "render", "base", "text", "ledger", "diff", "dispatch", "claims")),
     *(f"nftables.{name}" for name in ("names", "objects", "draws", "shape", "view", "base", "shared", "affinity")),
     *(f"nftables.{name}" for name in ("render", "ledger", "transaction", "diff", "wording", "text", "userdata")),
     *(f"kube.{name}" for name in ("watch", "steps", "resources", "answers", "changes", "reduction")),

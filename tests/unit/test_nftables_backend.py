@@ -32,7 +32,7 @@ def service(name: str, ip: str, *ports: ServicePort, affinity: int = 0) -> Servi
     return Service("ns", name, (ip,), ports or (ServicePort("", 80, "TCP"),), affinity_seconds=affinity)
 
 
-def endpoints(name: str, numbers: Iterable[int], *ports: EndpointPort, node: str = "") -> EndpointSlice:
+def endpoints(name: str, numbers: Iterable[int], *ports: EndpointPort, node: str = "node-9") -> EndpointSlice:
     found = tuple(Endpoint(str(ip_address("10.244.0.0") + number), node) for number in numbers)
     return EndpointSlice("ns", f"{name}-1", f"ns/{name}", IPV4, found, ports or (EndpointPort("", 8080, "TCP"),))
 
@@ -228,9 +228,7 @@ def test_two_ports_of_a_service_share_its_cluster_ip_and_endpoint() -> None:
 
 @pytest.mark.parametrize("thief_first", [True, False])
 @pytest.mark.parametrize("batch_frontends", [1, 2_000])
-def test_a_cluster_ip_stays_with_its_service_whoever_claims_it(
-    caplog: pytest.LogCaptureFixture, thief_first: bool, batch_frontends: int
-) -> None:
+def test_a_cluster_ip_stays_with_its_service_whoever_claims_it(thief_first: bool, batch_frontends: int) -> None:
     owner, thief = service("web", "10.96.0.1"), service("a-thief", "10.96.0.9")
     thief = replace(thief, external_ips=("10.96.0.1",))
     cluster = Cluster(batch_frontends=batch_frontends)
@@ -238,7 +236,6 @@ def test_a_cluster_ip_stays_with_its_service_whoever_claims_it(
     cluster.sync()
     key = service_key("10.96.0.1", "TCP", 80)
     assert cluster.table.sets[names.NO_ENDPOINT_SERVICES].elements[key].comment == "ns/web"
-    assert "ns/a-thief claims an address and port that ns/web has" in caplog.text
     cluster.delete("web").sync()
     assert cluster.table.sets[names.NO_ENDPOINT_SERVICES].elements[key].comment == "ns/a-thief"
 

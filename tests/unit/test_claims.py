@@ -1,0 +1,149 @@
+"""Who gets an address and port that several Services claim: the same one in both modes, whatever came first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from kproxy.iptables import backend as iptables
+from kproxy.model.claims import Conflict
+from kproxy.model.context import Context
+from kproxy.model.delta import Upsert
+from kproxy.model.store import Store
+from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Service, ServicePort
+from kproxy.nftables import backend as nftables
+from kproxy.sync.backend import Backend
+from kproxy.sync.family import FamilySync
+from tests.fakekernel import FakeKernel
+from tests.faketable import FakeTable
+from tests.unit.strategies import endpoint_slices, services
+
+SHARED = "203.0.113.1"
+HERE, ELSEWHERE = "node-1", "node-2"
+
+
+def service(name: str, number: int, *, node_port: int = 0, **fields: Any) -> Service:
+    return Service("ns", name, (f"10.96.0.{number}",), (ServicePort("http", 80, "TCP", node_port),), **fields)
+
+
+def slices(name: str, *nodes: str) -> EndpointSlice:
+    endpoints = tuple(Endpoint(f"10.244.0.{place}", node) for place, node in enumerate(nodes, 1))
+    ports = (EndpointPort("http", 8080, "TCP"),)
+    return EndpointSlice("ns", name, f"ns/{name}", Family.IPV4, endpoints, ports)
+
+
+class Cluster:
+    """One family of a node in one mode."""
+
+    def __init__(self, mode: str, family: Family = Family.IPV4) -> None:
+        self.store = Store("node-1")
+        self.kernel = FakeKernel()
+        self.table = FakeTable(family)
+        backend: Backend = iptables.IptablesBackend(self.kernel)
+        if mode == "nftables":
+            backend = nftables.NftablesBackend(self.table)
+        self._family = FamilySync(backend, lambda _: Context(family, "node-1"))
+
+    def put(self, *objects: Service | EndpointSlice) -> tuple[Conflict, ...]:
+        for each in objects:
+            self._family.note(self.store.apply(Upsert(each)))
+        self._written = self._family.sync(self.store).written
+        return tuple(self._written.conflicts)
+
+    def rules(self) -> int:
+        """How many rules are said to be there in iptables mode, the jumps from built-in chains aside."""
+        return sum(self._written.total_rules.values())
+
+    def listed(self) -> int:
+        return sum(line.startswith("-A KUBE-") for line in self.kernel.dump())
+
+
+BOTH = pytest.mark.parametrize("mode", ["iptables", "nftables"])
+
+
+def conflict(holder: str, loser: str, frontend: str = f"{SHARED}:80/TCP") -> Conflict:
+    return Conflict(frontend, f"ns/{holder}:http", f"ns/{loser}:http")
+
+
+@BOTH
+def test_a_cluster_ip_belongs_to_its_service_with_and_without_endpoints(mode: str) -> None:
+    cluster = Cluster(mode)
+    frontend = "10.96.0.1:80/TCP"
+    owner, thief = service("web", 1), service("a-thief", 2, external_ips=("10.96.0.1",))
+    stolen = (conflict("web", "a-thief", frontend),)
+    assert cluster.put(thief, slices("a-thief", HERE)) == ()
+    assert cluster.put(owner) == stolen
+    assert cluster.put(slices("web", HERE)) == stolen
+    assert cluster.put(slices("web")) == stolen
+    assert cluster.put(service("a-thief", 2)) == ()
+
+
+@BOTH
+def test_of_two_that_can_serve_the_first_by_name_does(mode: str) -> None:
+    cluster = Cluster(mode)
+    for name, number in (("b", 2), ("a", 1)):
+        found = cluster.put(service(name, number, external_ips=(SHARED,)), slices(name, HERE))
+    assert found == (conflict("a", "b"),)
+
+
+@BOTH
+def test_one_that_can_serve_comes_before_one_that_drops_and_that_before_one_that_rejects(mode: str) -> None:
+    cluster = Cluster(mode)
+    a, b = (service(name, n, vips=(SHARED,), external_local=True) for n, name in enumerate("ab", 1))
+    assert cluster.put(a, b) == (conflict("a", "b"),)
+    assert cluster.put(slices("b", ELSEWHERE)) == (conflict("b", "a"),)
+    assert cluster.put(slices("a", ELSEWHERE)) == (conflict("a", "b"),)
+    assert cluster.put(slices("b", HERE)) == (conflict("b", "a"),)
+    assert cluster.put(slices("a", HERE)) == (conflict("a", "b"),)
+
+
+@BOTH
+def test_node_ports_and_other_ports_and_protocols_are_frontends_of_their_own(mode: str) -> None:
+    cluster = Cluster(mode)
+    assert cluster.put(service("a", 1, external_ips=(SHARED,)), slices("a", HERE)) == ()
+    ports = (ServicePort("http", 81, "TCP"), ServicePort("dns", 80, "UDP"))
+    assert cluster.put(replace(service("b", 2, external_ips=(SHARED,)), ports=ports)) == ()
+    found = cluster.put(service("c", 3, node_port=30080), service("d", 4, node_port=30080))
+    assert found == (conflict("c", "d", "NodePort 30080/TCP"),)
+
+
+def test_the_rules_of_who_loses_a_frontend_are_left_out_and_counted_out() -> None:
+    cluster = Cluster("iptables")
+    more: dict[str, Any] = {"vips": (SHARED,), "source_ranges": ("198.51.100.0/24",)}
+    cluster.put(service("a", 1, **more), slices("a", HERE), service("b", 2, **more), slices("b", HERE))
+
+    def shared() -> list[str]:
+        """Whose rules about the shared address there are: that to its KUBE-FW chain, and that which drops the rest."""
+        rules = [line for line in cluster.kernel.dump() if f"-d {SHARED}/32" in line]
+        return [line.split('--comment "')[1][:6] for line in rules]
+
+    assert shared() == ["ns/a:h"] * 2
+    assert any("-d 10.96.0.2/32" in line for line in cluster.kernel.dump())
+    assert cluster.rules() == cluster.listed()
+    cluster.put(service("a", 1))
+    assert shared() == ["ns/b:h"] * 2
+    assert cluster.rules() == cluster.listed()
+
+
+def conflicts(
+    mode: str, family: Family, found: Iterable[Service], endpoints: Iterable[EndpointSlice]
+) -> list[Conflict]:
+    cluster = Cluster(mode, family)
+    return sorted(cluster.put(*found, *endpoints))
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.lists(services(), max_size=3, unique_by=lambda each: each.name),
+    st.lists(endpoint_slices(), max_size=4, unique_by=lambda each: each.name),
+    st.sampled_from(Family),
+)
+def test_both_modes_settle_all_claims_alike(
+    found: list[Service], endpoints: list[EndpointSlice], family: Family
+) -> None:
+    assert conflicts("iptables", family, found, endpoints) == conflicts("nftables", family, found, endpoints)
