@@ -36,6 +36,7 @@ from kproxy.preparation import prepare_conntrack, prepare_process
 from kproxy.serve.series import INVALID_DROPPED, LOCALHOST_ACCEPTED
 from kproxy.serve.serving import Serving, ServingError
 from kproxy.sync.conntrack import ConntrackCleaner
+from kproxy.sync.notices import Notices
 from kproxy.sync.reconciler import Message, Reconciler, Resync, Stop
 from kproxy.sync.schedule import Schedule
 
@@ -145,7 +146,7 @@ class Daemon:
             make_schedule=lambda: Schedule(min_interval=periods.min_sync_period, max_retry=periods.sync_period),
             clock=time.monotonic,
             is_ready=lambda store: is_known(config, store),
-            observers=[conntrack, FirstSync(config), *serving.observers],
+            observers=[conntrack, FirstSync(config), Notices(partial(_service_event, events)), *serving.observers],
             check_interval=periods.sync_period,
             full_check_interval=FULL_CHECK_SECONDS,
         )
@@ -212,6 +213,10 @@ class Daemon:
     def _fail(self, error: BaseException | None) -> None:
         self._failure = error
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _service_event(events: Recorder, service: ServiceKey, reason: str, note: str) -> None:
+    events.event(service_reference(service), "Warning", reason, "SyncProxyRules", note)
 
 
 def _connect(config: Config, server: str | None) -> Client:

@@ -25,7 +25,9 @@ from kproxy.nftables import backend as nftables
 from kproxy.sync.backend import Backend
 from kproxy.sync.conntrack import ConntrackCleaner
 from kproxy.sync.family import FamilySync
+from kproxy.sync.notices import Notices
 from kproxy.sync.report import SyncReport
+from kproxy.sync.summary import synced_text
 
 log = logging.getLogger(__name__)
 
@@ -40,19 +42,20 @@ def apply(config: Config, objects: str) -> None:
     store = load_store(config, objects)
     tables = {family: UdpConntrack(family) for family in families}
     cleaner = ConntrackCleaner(tables, own_addresses, clock=time.monotonic, tell=lambda _: None)
-    observers = (cleaner, FirstSync(config))
+    observers = (cleaner, FirstSync(config), Notices(lambda *_: None))
     failures = []
     for family, sync in families.items():
+        began = time.monotonic()
         try:
             outcome = sync.sync(store)
         except SyncError as error:
             failures.append(f"{family.value}: {error}")
         else:
             now = time.monotonic()
-            report = SyncReport(family=family, began=now, ended=now, **asdict(outcome))
+            report = SyncReport(family=family, began=began, ended=now, **asdict(outcome))
             for observer in observers:
                 observer.synced(report)
-            log.info("%s: %d services in force", family.value, outcome.services)
+            log.info("%s", synced_text(family, outcome.services, now - began, outcome.tally, complete=True))
     if failures:
         raise SyncError("\n".join(failures))
 

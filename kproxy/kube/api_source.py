@@ -12,7 +12,7 @@ from kproxy.kube.client import Client, ClientError, Response, SilenceError, Tran
 from kproxy.kube.steps import Problem, Request, Step
 from kproxy.kube.streams import read_events
 from kproxy.kube.watch import INACTIVITY, ListWatch
-from kproxy.model.delta import BASIC_KINDS, Delta, Kind
+from kproxy.model.delta import BASIC_KINDS, Delta, Kind, Refused
 
 REPEAT_PERIOD = 60.0
 """Seconds before the same complaint is logged again."""
@@ -181,11 +181,15 @@ class _Follower:
         for message in step.messages:
             if isinstance(message, Problem):
                 self._log_problem(message, now)
-                continue
-            with self._lock:
-                if self._stopping.is_set():
-                    return
-                self._sink(message)
+                if message.name:
+                    self._hand_on(Refused(message.kind, message.namespace, message.name))
+            else:
+                self._hand_on(message)
+
+    def _hand_on(self, delta: Delta) -> None:
+        with self._lock:
+            if not self._stopping.is_set():
+                self._sink(delta)
 
     def _log_trouble(self, step: Step, now: float) -> None:
         trouble = self._machine.trouble

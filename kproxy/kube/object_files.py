@@ -6,6 +6,7 @@ What `kubectl get -o yaml` or `-o json` prints works, and what the API server an
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
@@ -100,8 +101,11 @@ def combine(files: Iterable[FileContent]) -> Loaded:
                 warnings.append(f"{_label(identity)} is in {earlier[0]} and in {file.path}: the latter is taken")
             found[identity] = (file.path, item)
     kept = [item for _, item in found.values() if item is not None]
-    kinds = (served.kind for served in SERVED.values())
-    replacements = [Replace(kind, tuple(item for item in kept if type(item) is kind)) for kind in kinds]
+    ignored = Counter(kind for (kind, _, _), (_, item) in found.items() if item is None)
+    replacements = [
+        Replace(served.kind, tuple(item for item in kept if type(item) is served.kind), ignored=ignored[name])
+        for name, served in SERVED.items()
+    ]
     return Loaded(tuple(replacements), tuple(notes), tuple(warnings), tuple(problems))
 
 

@@ -34,13 +34,23 @@ class Replace(Struct, frozen=True):
     """The complete set of objects of one kind, as a first or a later list found them.
 
     Whatever is not in `objects` is gone, except what `unreadable` names (namespace, name): those objects
-    exist, but could not be decoded, and whatever was known of them before stays. The first of these for a
-    kind marks it as listed: nothing is programmed before every kind is.
+    exist, but could not be decoded, and whatever was known of them before stays. `ignored` counts objects that get no
+    rules, such as headless Services. The first of these for a kind marks it as listed: nothing is programmed before
+    every kind is.
     """
 
     kind: Kind
     objects: Sequence[Object]
     unreadable: tuple[tuple[str, str], ...] = ()
+    ignored: int = 0
 
 
-Delta: TypeAlias = Upsert | Delete | Replace
+class Refused(Struct, frozen=True):
+    """An object was created or changed, but cannot be used; whatever was known of it before stays."""
+
+    kind: Kind
+    namespace: str
+    name: str
+
+
+Delta: TypeAlias = Upsert | Delete | Replace | Refused

@@ -37,11 +37,14 @@ class ServicePortPlan(Struct, frozen=True, gc=False):
     empty when the Service has no use for that policy.
 
     With `source_ranges`, only these sources may use the VIPs (never applied to the other frontends);
-    `vips_are_sources` adds the VIPs themselves, because a node that is allowed may talk to
-    a VIP which it holds as a local address. For UDP, `serving_endpoints` are all that still answer, whether or not new
-    flows go to them: those that they have may stay. `endpoints_here` are those of the endpoints in use that are, or may
-    be, on this node: an endpoint without `nodeName` (made by hand, or mirrored from an Endpoints object) can be on any.
-    `known_endpoints` counts all endpoints, unusable ones included.
+    `vips_are_sources` adds the VIPs themselves, because a node that is allowed may talk to a VIP which it holds as a
+    local address. `unrestricted` says that the Service names source ranges, but all of them of the other family: then
+    the VIPs of this one are open to everybody, as in kube-proxy.
+
+    For UDP, `serving_endpoints` are all that still answer, whether or not new flows go to them: those that they have
+    may stay. `endpoints_here` are those of the endpoints in use that are, or may be, on this node: one without
+    `nodeName` (made by hand, or mirrored from an Endpoints object) can be on any. `known_endpoints` counts all
+    endpoints, unusable ones included.
 
     `local_ready` holds the addresses of the ready endpoints on this node, whatever the policies, and only
     for a Service with a `health_check_node_port`: those that terminate serve on, but no longer count for health.
@@ -69,6 +72,7 @@ class ServicePortPlan(Struct, frozen=True, gc=False):
     serving_endpoints: Sockets = ()
     endpoints_here: Sockets = ()
     local_ready: tuple[str, ...] = ()
+    unrestricted: bool = False
 
     @property
     def name(self) -> str:
@@ -117,7 +121,8 @@ def _plan_port(
 ) -> ServicePortPlan:
     external_ips = _of_family(service.external_ips, context.family)
     vips = _of_family(service.vips, context.family)
-    ranges = _effective_ranges(_of_family(service.source_ranges, context.family)) if vips else ()
+    named = _of_family(service.source_ranges, context.family) if vips else ()
+    ranges = _effective_ranges(named)
     accessible = bool(port.node_port or external_ips or vips)
 
     known = endpoints_by_socket(slices, context.family, port.name, port.protocol)
@@ -150,6 +155,7 @@ def _plan_port(
         serving_endpoints=serving(known) if port.protocol == "UDP" else (),
         endpoints_here=_may_be_on(context.node_name, known, (cluster, local)),
         local_ready=_ready_on(context.node_name, known.values()) if service.health_check_node_port else (),
+        unrestricted=bool(vips and service.source_ranges and not named),
     )
 
 

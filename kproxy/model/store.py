@@ -9,7 +9,7 @@ from typing import TypeAlias
 from msgspec import Struct
 from msgspec.structs import replace
 
-from kproxy.model.delta import BASIC_KINDS, Delta, Kind, Object, Replace, Upsert
+from kproxy.model.delta import BASIC_KINDS, Delta, Kind, Object, Refused, Replace, Upsert
 from kproxy.model.packed import pack, unpack
 from kproxy.model.types import EndpointSlice, Family, Node, Service, ServiceCIDR, ServiceKey, family_of
 
@@ -21,13 +21,15 @@ class Changed(Struct, frozen=True):
     """What a delta changed: the Services whose plans may differ now, and whether this Node or the ServiceCIDRs did.
 
     `last_changes` are the moments at which the changes of EndpointSlices began, as far as they say so, in
-    seconds since the epoch, each with the family it belongs to. Lists have none: they tell no news.
+    seconds since the epoch, each with the family it belongs to. Lists have none: they tell no news. `appeared` are
+    those of the Services that did not exist before.
     """
 
     services: frozenset[ServiceKey] = frozenset()
     node: bool = False
     last_changes: tuple[tuple[Family, float], ...] = ()
     service_cidrs: bool = False
+    appeared: frozenset[ServiceKey] = frozenset()
 
     def __bool__(self) -> bool:
         return bool(self.services) or self.node or self.service_cidrs
@@ -52,6 +54,8 @@ class Store:
         self._service_cidrs: dict[str, ServiceCIDR] = {}
         self._kinds = frozenset(kinds)
         self._unlisted = set(self._kinds)
+        self._refused: set[tuple[str, str]] = set()
+        self._ignored = 0
 
     @property
     def complete(self) -> bool:
@@ -66,6 +70,20 @@ class Store:
         """
         ranges = {cidr for found in self._service_cidrs.values() for cidr in found.cidrs}
         return tuple(sorted(ranges, key=_place))
+
+    @property
+    def refused_services(self) -> int:
+        """How many Services exist whose present object cannot be used."""
+        return len(self._refused)
+
+    @property
+    def ignored_services(self) -> int:
+        """How many Services the last list held that get no rules."""
+        return self._ignored
+
+    def has_service(self, key: ServiceKey) -> bool:
+        """Return whether there is a Service of that name."""
+        return key in self._services
 
     def service_keys(self) -> Iterator[ServiceKey]:
         """Iterate over all Services."""
@@ -89,10 +107,16 @@ class Store:
             return self._replace(delta)
         if isinstance(delta, Upsert):
             return self._put(delta.object)
+        if isinstance(delta, Refused):
+            if delta.kind is Service:
+                self._refused.add((delta.namespace, delta.name))
+            return Changed()
         return self._remove(delta.kind, delta.namespace, delta.name)
 
     def _replace(self, delta: Replace) -> Changed:
         self._unlisted.discard(delta.kind)
+        if delta.kind is Service:
+            self._refused, self._ignored = set(delta.unreadable), delta.ignored
         gone = self._identities(delta.kind).difference(delta.unreadable)
         changes = []
         for each in delta.objects:
@@ -103,6 +127,7 @@ class Store:
             frozenset().union(*(changed.services for changed in changes)),
             any(changed.node for changed in changes),
             service_cidrs=any(changed.service_cidrs for changed in changes),
+            appeared=frozenset().union(*(changed.appeared for changed in changes)),
         )
 
     def _identities(self, kind: Kind) -> set[tuple[str, str]]:
@@ -116,11 +141,7 @@ class Store:
 
     def _put(self, found: Object) -> Changed:
         if isinstance(found, Service):
-            key, packed = found.key, pack(found)
-            if self._services.get(key) == packed:
-                return Changed()
-            self._services[key] = packed
-            return Changed(frozenset({key}))
+            return self._put_service(found)
         if isinstance(found, EndpointSlice):
             return self._put_slice(found)
         if isinstance(found, ServiceCIDR):
@@ -131,6 +152,17 @@ class Store:
             return Changed()
         self.node = found
         return Changed(node=True)
+
+    def _put_service(self, found: Service) -> Changed:
+        key, packed = found.key, pack(found)
+        if self._refused:
+            self._refused.discard((found.namespace, found.name))
+        before = self._services.get(key)
+        if before == packed:
+            return Changed()
+        self._services[key] = packed
+        keys = frozenset({key})
+        return Changed(keys, appeared=keys if before is None else frozenset())
 
     def _put_slice(self, found: EndpointSlice) -> Changed:
         key, packed = f"{found.namespace}/{found.name}", pack(found)
@@ -155,6 +187,7 @@ class Store:
     def _remove(self, kind: Kind, namespace: str, name: str) -> Changed:
         if kind is Service:
             key = f"{namespace}/{name}"
+            self._refused.discard((namespace, name))
             return Changed(frozenset({key})) if self._services.pop(key, None) else Changed()
         if kind is EndpointSlice:
             return Changed(self._take_slice(f"{namespace}/{name}"))

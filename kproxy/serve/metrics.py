@@ -77,6 +77,9 @@ class Metrics:
         self._show_pending()
         self._show_times(name, sync.last_changes)
         self._show_rules(name, sync.written)
+        self._series.without_endpoints.labels(name).set(sync.tally.without_endpoints)
+        self._series.in_conflict.labels(name).set(sync.tally.in_conflict)
+        self._series.refused_services.set(sync.tally.refused)
         gaps = self._gaps[sync.family]
         gaps.update(sync.plans, complete=sync.complete)
         for policy, number in zip(POLICIES, gaps.totals, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from kproxy.model.condition import Tally
 from kproxy.model.context import Context
 from kproxy.model.outcome import Plans, Written
 from kproxy.model.types import Family
@@ -45,6 +46,10 @@ class Sync(Protocol):
     @property
     def written(self) -> Written | None:
         """What the attempt amounted to."""
+
+    @property
+    def tally(self) -> Tally:
+        """How many Services are in which condition."""
 
     @property
     def error(self) -> str:

@@ -89,6 +89,16 @@ class Series:
             "Ports of Services with traffic policy Local that have endpoints, but none on this node.",
             (*FAMILY, "traffic_policy"),
         )
+        self.without_endpoints = self._gauge(
+            "kproxy_services_without_endpoints", "Services with a port that has no endpoint anywhere.", FAMILY
+        )
+        self.in_conflict = self._gauge(
+            "kproxy_services_in_conflict", "Services that lose an address and port to another Service.", FAMILY
+        )
+        self.refused_services = self._gauge(
+            "kproxy_services_refused",
+            "Services whose present object cannot be used: an earlier one may be in its place.",
+        )
         self.failures = self._counter("kproxy_sync_failures_total", "Syncs that failed.", FAMILY)
         self._start(self.failures)
         for name in self._names:

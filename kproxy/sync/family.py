@@ -9,12 +9,14 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from msgspec import Struct
 from msgspec.structs import replace
 
+from kproxy.model.condition import Condition, Tally, condition_of
 from kproxy.model.context import Context
 from kproxy.model.outcome import Plans, StateLostError, Written
 from kproxy.model.plan import ServicePortPlan, plan_service
 from kproxy.model.store import Changed, Store
 from kproxy.model.types import Family, Node, ServiceKey, family_of
 from kproxy.sync.backend import Backend
+from kproxy.sync.conditions import Conditions, Notice
 
 LARGE_CLUSTER_ENDPOINTS = 1000
 """Above this many endpoints, per-endpoint rules lose their comments (kube-proxy's threshold)."""
@@ -33,6 +35,8 @@ class Outcome(Struct, frozen=True):
     context: Context
     written: Written
     last_changes: tuple[float, ...]
+    tally: Tally
+    notices: tuple[Notice, ...]
 
 
 class FamilySync:
@@ -54,6 +58,8 @@ class FamilySync:
         self._make_context = make_context
         self._applied: Context | None = None
         self._pending: set[ServiceKey] = set()
+        self._appeared: set[ServiceKey] = set()
+        self._conditions: Conditions | None = None
         self._last_changes: deque[tuple[Family, float]] = deque(maxlen=REMEMBERED_CHANGES)
         self._endpoints: dict[ServiceKey, int] = {}
         self._total_endpoints = 0
@@ -61,6 +67,7 @@ class FamilySync:
     def note(self, changed: Changed) -> None:
         """Take in what a delta changed."""
         self._pending |= changed.services
+        self._appeared |= changed.appeared
         self._last_changes += changed.last_changes
 
     def verify(self) -> bool:
@@ -90,12 +97,23 @@ class FamilySync:
                 everything = True
                 plans = planner = Planner(store, context, everything=True, pending=self._pending)
         written = self._backend.sync(plans, context)
+        notices = self._notice(store, planner, written, everything=everything)
         self._applied = context
         self._pending.clear()
+        self._appeared.clear()
         last_changes = tuple(moment for family, moment in self._last_changes if family is context.family)
         self._last_changes.clear()
         told = planner.of_lasting_interest() if everything else plans
-        return Outcome(told, len(plans), everything, context, written, last_changes)
+        tally = self._conditions.tally(store) if self._conditions else Tally()
+        return Outcome(told, len(plans), everything, context, written, last_changes, tally, notices)
+
+    def _notice(self, store: Store, planner: Planner, written: Written, *, everything: bool) -> tuple[Notice, ...]:
+        """Take in the conditions that the Services are in now; return what is worth telling."""
+        if self._conditions is None:
+            self._conditions = Conditions(planner.family)
+        self._conditions.forget([key for key in self._pending if not store.has_service(key)])
+        examined = None if everything else self._pending
+        return self._conditions.accept(planner.conditions, examined, self._appeared, written.conflicts)
 
     def _context(self, store: Store) -> Context:
         context = self._make_context(store.node)
@@ -128,12 +146,17 @@ class Planner(Mapping[ServiceKey, Sequence[ServicePortPlan]]):
         self._context = context
         self._keys = dict.fromkeys((*store.service_keys(), *pending) if everything else pending)
         self._interesting: dict[ServiceKey, Sequence[ServicePortPlan]] = {}
+        self.family = context.family
+        self.conditions: dict[ServiceKey, Condition] = {}
+        """The Services in a condition among those whose plans were made so far."""
 
     def __getitem__(self, key: ServiceKey) -> Sequence[ServicePortPlan]:
         service = self._store.service(key)
         plans = plan_service(service, self._store.slices(key), self._context) if service else ()
         if any(plan.lasting_interest for plan in plans):
             self._interesting[key] = plans
+        if (condition := condition_of(plans)) is not None:
+            self.conditions[key] = condition
         return plans
 
     def __iter__(self) -> Iterator[ServiceKey]:

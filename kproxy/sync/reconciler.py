@@ -16,9 +16,11 @@ from kproxy.model.delta import Delta, Upsert
 from kproxy.model.outcome import SyncError
 from kproxy.model.store import Changed, Store
 from kproxy.model.types import Family
-from kproxy.sync.family import FamilySync
+from kproxy.model.verbosity import V2
+from kproxy.sync.family import FamilySync, Outcome
 from kproxy.sync.report import Observer, SyncReport
 from kproxy.sync.schedule import Schedule
+from kproxy.sync.summary import Summary, seconds_text, synced_text
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +76,9 @@ class Reconciler:
         self._ready = False
         self._observers = observers
         self._families = {family: (sync, make_schedule()) for family, sync in families.items()}
+        self._summaries = {family: Summary(family) for family in families}
+        self._synced: set[Family] = set()
+        self._failing_since: dict[Family, float] = {}
         self._clock = clock
 
     def run(self, messages: queue.SimpleQueue[Message]) -> None:
@@ -127,9 +132,14 @@ class Reconciler:
         """Return in how many seconds `sync_due` has something to do, None if only a message can tell."""
         if not self._ready:
             return None
-        waits = [schedule.wait(self._clock()) for _, schedule in self._families.values()]
+        waits = [self.sync_wait(), *(summary.wait(self._clock()) for summary in self._summaries.values())]
         if self._next_check is not None:
             waits.append(max(0.0, self._next_check - self._clock()))
+        return min((wait for wait in waits if wait is not None), default=None)
+
+    def sync_wait(self) -> float | None:
+        """Return in how many seconds the next sync is due, None if nothing is pending."""
+        waits = [schedule.wait(self._clock()) for _, schedule in self._families.values()]
         return min((wait for wait in waits if wait is not None), default=None)
 
     def sync_due(self) -> bool:
@@ -139,6 +149,9 @@ class Reconciler:
         self._check()
         due = [family for family in self._families if self._due(family)]
         outcomes = [self._sync(family) for family in due]
+        for summary in self._summaries.values():
+            if text := summary.take(self._clock()):
+                log.info("%s", text)
         return all(outcomes)
 
     def _check(self) -> None:
@@ -168,6 +181,7 @@ class Reconciler:
             outcome = sync.sync(self._store)
         except Exception as error:  # a bug in here must not end the node's proxy: it is told and retried
             schedule.failed(self._clock())
+            self._failing_since.setdefault(family, began)
             pause = schedule.wait(self._clock()) or 0.0
             reason = str(error) if isinstance(error, SyncError) else f"unexpected {error!r}"
             log.error("%s: sync failed, trying again in %.1f s: %s", family.value, pause, reason)
@@ -177,11 +191,24 @@ class Reconciler:
             return False
         schedule.succeeded()
         ended = self._clock()
-        scope = "all" if outcome.complete else "changes of"
-        log.info("%s: %s %d services in force after %.3f s", family.value, scope, outcome.services, ended - began)
+        self._log_sync(family, outcome, began, ended)
         report = SyncReport(family=family, began=began, ended=ended, error="", **asdict(outcome))
         self._tell(methodcaller("synced", report))
         return True
+
+    def _log_sync(self, family: Family, outcome: Outcome, began: float, ended: float) -> None:
+        """Log a sync: at once if it is the first or ends a failure, else as a part of the next summary."""
+        seconds = ended - began
+        text = synced_text(family, outcome.services, seconds, outcome.tally, complete=outcome.complete)
+        failed = self._failing_since.pop(family, None)
+        if failed is not None:
+            text += f", after failures for {seconds_text(ended - failed)}"
+        if failed is not None or family not in self._synced:
+            self._synced.add(family)
+            log.info("%s", text)
+            return
+        self._summaries[family].add(ended, outcome.services, seconds, outcome.tally)
+        log.log(V2, "%s", text)
 
     def _tell(self, what: Callable[[Observer], None]) -> None:
         for observer in self._observers:

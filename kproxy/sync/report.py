@@ -6,11 +6,13 @@ from typing import Protocol
 
 from msgspec import Struct
 
+from kproxy.model.condition import Tally
 from kproxy.model.context import Context
 from kproxy.model.delta import Kind
 from kproxy.model.outcome import Plans, Written
 from kproxy.model.store import Changed
 from kproxy.model.types import Family
+from kproxy.sync.conditions import Notice
 
 
 class SyncReport(Struct, frozen=True):
@@ -20,7 +22,8 @@ class SyncReport(Struct, frozen=True):
     with a plan of `lasting_interest`; else of those that may have changed. `error` is "" if the kernel accepted
     everything; `written` is None if it did not. `began` and `ended` are in seconds of the reconciler's monotonic clock.
     `last_changes` are the moments, in seconds since the epoch, at which the endpoint changes began that are now in the
-    kernel (annotation `endpoints.kubernetes.io/last-change-trigger-time`).
+    kernel (annotation `endpoints.kubernetes.io/last-change-trigger-time`). `tally` counts the Services in a condition,
+    and `notices` say what this sync changed of that.
     """
 
     family: Family
@@ -33,6 +36,8 @@ class SyncReport(Struct, frozen=True):
     error: str = ""
     services: int = 0
     last_changes: tuple[float, ...] = ()
+    tally: Tally = Tally()
+    notices: tuple[Notice, ...] = ()
 
 
 class Observer(Protocol):

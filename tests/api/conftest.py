@@ -79,7 +79,7 @@ class Received:
             self.objects[type(delta.object)][_key(delta.object)] = delta.object
         elif isinstance(delta, Delete):
             self.objects[delta.kind].pop(f"{delta.namespace}/{delta.name}", None)
-        else:
+        elif isinstance(delta, Replace):
             known = self.objects[delta.kind]
             kept = {key: known[key] for key in map("/".join, delta.unreadable) if key in known}
             self.objects[delta.kind] = kept | {_key(item): item for item in delta.objects}

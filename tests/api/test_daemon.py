@@ -115,9 +115,9 @@ def test_ends_at_once_and_leaves_the_rules(cluster: Cluster, proxied: ProxiedNod
     assert code == (-signal.SIGKILL if number is signal.SIGKILL else 0)
     assert proxied.rules() == proxied.wanted()
 
-    before, said = proxied.commits(), proxied.log().count("services in force")
+    before, said = proxied.commits(), proxied.log().count(": synced ")
     proxied.start()
-    wait_until(lambda: proxied.log().count("services in force") == said + 2, "the first sync of the second start")
+    wait_until(lambda: proxied.log().count(": synced ") == said + 2, "the first sync of the second start")
     assert proxied.commits() == before, "a restart rewrote rules that were right"
 
 

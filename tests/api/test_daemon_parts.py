@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tests.api.conftest import Cluster
 from tests.api.node import ProxiedNode
+from tests.api.test_events import first_events
 from tests.apiserver.objects import endpoint_slice, node, service
 from tests.lab.waiting import HANG_GUARD, wait_until
 
@@ -52,6 +53,27 @@ def test_a_node_that_is_about_to_go_is_not_eligible(cluster: Cluster, proxied: P
     cluster.update(body | {"spec": {"taints": [taint]}})
     wait_until(lambda: get(proxied, 10256, "/healthz")[0] == 503, "the Node's taint to be seen")
     assert get(proxied, 10256, "/livez")[0] == 200
+
+
+def test_a_service_without_endpoints_is_logged_counted_and_an_event(
+    cluster: Cluster, proxied: ProxiedNode, tmp_path: Path
+) -> None:
+    cluster.create(node("node-1"))
+    cluster.create(service("web", "10.96.7.1"))
+    cluster.create(endpoint_slice("web-x", "web", ["10.244.1.1"]))
+    proxied.start()
+    proxied.settle()
+    cluster.update(endpoint_slice("web-x", "web", []))
+    text = "IPv4: Service demo/web has no endpoints: new connections are rejected"
+    wait_until(lambda: text in proxied.log(), "a line about it")
+    gauge = 'kproxy_services_without_endpoints{ip_family="IPv4"}'
+    wait_until(lambda: f"{gauge} 1.0\n" in get(proxied, 10249, "/metrics")[1], "the gauge")
+    (event,) = first_events(cluster, tmp_path, text, 1)
+    assert (event["type"], event["reason"]) == ("Warning", "NoEndpoints")
+    assert (event["regarding"]["kind"], event["regarding"]["name"]) == ("Service", "web")
+    cluster.update(endpoint_slice("web-x", "web", ["10.244.1.1"]))
+    wait_until(lambda: "IPv4: Service demo/web has endpoints again" in proxied.log(), "a line about its end")
+    wait_until(lambda: f"{gauge} 0.0\n" in get(proxied, 10249, "/metrics")[1], "the gauge")
 
 
 def test_a_changed_configuration_file_ends_it(cluster: Cluster, proxied: ProxiedNode, tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def test_signals_that_come_together_end_it(
         log = tmp_path / f"log-{turn}"
         with log.open("w") as output:
             process = node.popen([KPROXY, "run", *CLUSTER], output)
-        while "in force" not in log.read_text():
+        while ": synced " not in log.read_text():
             assert process.poll() is None, log.read_text()
         for number in numbers:
             process.send_signal(number)
@@ -202,7 +202,7 @@ def test_an_impossible_number_in_a_file_is_one_problem_and_the_next_change_is_fo
     log = tmp_path / "log"
     with log.open("w") as output:
         process = node.popen([KPROXY, "run", f"--objects={objects}", "--hostname-override=node-1"], output)
-    wait_for(log, process, "in force")
+    wait_for(log, process, ": synced ")
     (objects / "bad.json").write_text(
         '{"kind":"Service","apiVersion":"v1","metadata":{"name":"x"},"spec":{"clusterIP":"10.96.0.9","ports":[{"port":'
         + "9" * 5000

@@ -550,7 +550,7 @@ def test_the_daemon_moves_flows_off_dead_endpoints_and_no_others(
         assert talk.ask() == "pod-2"
         known = talk.entries()
     with Daemon(lab, objects, tmp_path / "second.log", flag(mode)):
-        wait_until(lambda: "services in force" in (tmp_path / "second.log").read_text(), "the second start's sync")
+        wait_until(lambda: ": synced " in (tmp_path / "second.log").read_text(), "the second start's sync")
         assert talk.ask() == "pod-2"
         assert talk.entries() == known, "a restart cut a flow that lives"
     assert flows_to(two)

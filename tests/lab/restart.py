@@ -24,7 +24,7 @@ class MortalDaemon(Daemon):
 
     def wait_in_force(self) -> None:
         """Return once it says that the kernel has accepted a sync of each family; raise if it ends before."""
-        wait_until(lambda: self.is_up() and self._in_force(), "kproxy says that the Services are in force")
+        wait_until(lambda: self.is_up() and self._in_force(), "kproxy says that it has synced")
 
     def kill(self) -> None:
         """End it as `kill -9` does."""
@@ -39,5 +39,5 @@ class MortalDaemon(Daemon):
         return self._process.wait(HANG_GUARD)
 
     def _in_force(self) -> bool:
-        said = [line for line in self._said.read_text().splitlines() if " services in force" in line]
+        said = [line for line in self._said.read_text().splitlines() if ": synced " in line]
         return all(any(f" {family}: " in line for line in said) for family in FAMILIES)

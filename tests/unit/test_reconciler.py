@@ -16,6 +16,7 @@ from kproxy.model.outcome import SyncError, Written
 from kproxy.model.plan import ServicePortPlan
 from kproxy.model.store import Changed, Store
 from kproxy.model.types import EndpointSlice, Family, Node, Service, ServicePort
+from kproxy.model.verbosity import V2
 from kproxy.sync.family import FamilySync
 from kproxy.sync.reconciler import Message, Reconciler, Resync, Stop
 from kproxy.sync.report import SyncReport
@@ -155,7 +156,7 @@ def test_the_first_change_goes_at_once_and_the_next_ones_together() -> None:
     assert proxy.four.syncs == [{"ns/a"}]
     proxy.after(0.5)
     assert proxy.four.syncs == [{"ns/a"}, {"ns/b", "ns/c"}]
-    assert proxy.reconciler.wait() is None
+    assert proxy.reconciler.sync_wait() is None
 
 
 def test_what_changes_nothing_makes_no_sync() -> None:
@@ -163,7 +164,7 @@ def test_what_changes_nothing_makes_no_sync() -> None:
     proxy.take(Upsert(service("a")))
     proxy.after(0)
     proxy.take(Upsert(service("a")), Delete(Service, "ns", "x"), Upsert(Node("node-2")))
-    assert proxy.reconciler.wait() is None
+    assert proxy.reconciler.sync_wait() is None
 
 
 def test_a_resync_asks_for_the_context_again() -> None:
@@ -223,7 +224,7 @@ def test_pending_changes_stay_until_the_kernel_accepted_them() -> None:
     assert proxy.after(1) is False
     assert proxy.after(1) is True
     assert proxy.four.syncs == [{"ns/a"}, {"ns/a", "ns/b"}, {"ns/a", "ns/b"}]
-    assert proxy.reconciler.wait() is None
+    assert proxy.reconciler.sync_wait() is None
 
 
 def test_a_context_that_was_refused_is_not_taken_for_applied() -> None:
@@ -273,6 +274,48 @@ def test_a_bug_is_told_and_retried(caplog: pytest.LogCaptureFixture) -> None:
     assert record.getMessage() == "IPv4: sync failed, trying again in 1.0 s: unexpected KeyError('oops')"
     assert proxy.after(1) is True
     assert proxy.four.syncs == [{"ns/a"}, {"ns/a"}]
+
+
+def logged(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
+    return [(record.levelname, record.getMessage()) for record in caplog.records if "IPv4" in record.getMessage()]
+
+
+def test_by_default_a_log_has_the_first_sync_failures_recoveries_and_one_summary_a_minute(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    proxy = Proxy()
+    assert logged(caplog) == [("INFO", "IPv4: synced 0 services in 0 ms")]
+    caplog.clear()
+    for name in "abcdefgh":
+        proxy.take(Upsert(service(name)))
+        proxy.after(2)
+    assert logged(caplog) == []
+    proxy.four.errors.append(SyncError("refused"))
+    proxy.take(Upsert(service("i")))
+    proxy.after(2)
+    proxy.after(1)
+    assert logged(caplog) == [
+        ("ERROR", "IPv4: sync failed, trying again in 1.0 s: refused"),
+        ("INFO", "IPv4: synced 1 changed service in 0 ms (9 without endpoints), after failures for 1.0 s"),
+    ]
+    caplog.clear()
+    proxy.after(proxy.reconciler.wait() or 0.0)
+    assert logged(caplog) == [
+        ("INFO", "IPv4: 8 syncs in the last 60 s: 8 changed services, the longest took 0 ms (8 without endpoints)")
+    ]
+    assert proxy.reconciler.wait() is None
+
+
+def test_each_sync_is_logged_from_verbosity_2(caplog: pytest.LogCaptureFixture) -> None:
+    proxy = Proxy()
+    with caplog.at_level(V2):
+        for name in "ab":
+            proxy.take(Upsert(service(name)))
+            proxy.after(2)
+    assert [(record.levelno, record.getMessage()) for record in caplog.records if "IPv4" in record.getMessage()] == [
+        (V2, f"IPv4: synced 1 changed service in 0 ms ({number} without endpoints)") for number in (1, 2)
+    ]
 
 
 def test_a_refusal_is_logged_on_one_line_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:

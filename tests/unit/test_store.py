@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kproxy.model.delta import BASIC_KINDS, Delete, Delta, Kind, Object, Replace, Upsert
+from kproxy.model.delta import BASIC_KINDS, Delete, Delta, Kind, Object, Refused, Replace, Upsert
 from kproxy.model.store import Changed, Store
 from kproxy.model.types import Endpoint, EndpointSlice, Family, Node, Service, ServiceCIDR
 from tests.unit.strategies import deltas
@@ -16,8 +16,8 @@ from tests.unit.strategies import deltas
 NOTHING = Changed()
 
 
-def changed(*services: str, node: bool = False) -> Changed:
-    return Changed(frozenset(services), node)
+def changed(*services: str, node: bool = False, appeared: str = "") -> Changed:
+    return Changed(frozenset(services), node, appeared=frozenset(appeared.split()))
 
 
 def service(name: str, address: str = "10.96.0.1") -> Service:
@@ -54,7 +54,7 @@ def test_a_change_is_true_if_anything_changed() -> None:
 
 
 def test_a_new_or_changed_service_dirties_itself(store: Store) -> None:
-    assert store.apply(Upsert(service("new"))) == changed("ns/new")
+    assert store.apply(Upsert(service("new"))) == changed("ns/new", appeared="ns/new")
     assert store.apply(Upsert(service("web", "10.96.0.2"))) == changed("ns/web")
     assert store.service("ns/web") == service("web", "10.96.0.2")
 
@@ -112,9 +112,28 @@ def test_only_the_own_node_counts(store: Store) -> None:
     assert store.node == Node("node-1", zone="zone-b")
 
 
+def test_refused_services_are_counted_until_they_can_be_used_or_are_gone(store: Store) -> None:
+    assert store.refused_services == 0
+    assert store.apply(Refused(Service, "ns", "web")) == NOTHING
+    assert store.apply(Refused(Service, "ns", "broken")) == NOTHING
+    store.apply(Refused(EndpointSlice, "ns", "web-1"))
+    assert store.refused_services == 2
+    assert store.service("ns/web") == service("web")
+    assert store.apply(Upsert(service("web"))) == NOTHING
+    assert store.refused_services == 1
+    store.apply(Delete(Service, "ns", "broken"))
+    assert store.refused_services == 0
+    store.apply(Replace(Service, (service("web"),), (("ns", "api"), ("ns", "other"))))
+    assert store.refused_services == 2
+    store.apply(Replace(Service, (service("web"),), ignored=3))
+    assert (store.refused_services, store.ignored_services) == (0, 3)
+
+
 def test_a_relist_is_a_difference(store: Store) -> None:
     assert store.apply(Replace(Service, (service("web"), service("api")))) == NOTHING
-    assert store.apply(Replace(Service, (service("web"), service("new")))) == changed("ns/api", "ns/new")
+    assert store.apply(Replace(Service, (service("web"), service("new")))) == changed(
+        "ns/api", "ns/new", appeared="ns/new"
+    )
     assert store.apply(Replace(EndpointSlice, (a_slice("web-1", "web", "10.0.0.1"),))) == changed("ns/web", "ns/api")
     assert store.apply(Replace(Service, ())) == changed("ns/web", "ns/new")
     assert names(store.slices("ns/web")) == {"web-1"}

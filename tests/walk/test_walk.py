@@ -149,7 +149,7 @@ def test_the_page_shows_how_to_look_at_configuration_and_log(walk: Walk) -> None
     configuration, log = walk.looks
     stored = walk.before["ConfigMap", "kube-system/kube-proxy"]["data"]
     assert configuration == stored["config.conf"]
-    assert "services in force" in log
+    assert ": synced " in log
 
 
 def test_the_readme_shows_it(walk: Walk) -> None:

@@ -1,0 +1,125 @@
+"""The conditions of one family's Services once the kernel has accepted them, and what is worth telling. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Literal
+
+from msgspec import Struct
+
+from kproxy.model.claims import Conflict
+from kproxy.model.condition import Condition, Tally
+from kproxy.model.store import Store
+from kproxy.model.types import Family, ServiceKey
+
+NoticeKind = Literal["NoEndpoints", "EndpointsAvailable", "SourceRangesIgnored", "FrontendConflict", "ConflictResolved"]
+
+
+class Notice(Struct, frozen=True):
+    """Something that became true of a Service, as a sentence; `kind` is the reason of the event about it."""
+
+    service: ServiceKey
+    kind: NoticeKind
+    text: str
+
+    @property
+    def is_warning(self) -> bool:
+        """Whether somebody may have to do something about it."""
+        return self.kind not in {"EndpointsAvailable", "ConflictResolved"}
+
+
+class Conditions:
+    """Which Services are in a condition. Only these are remembered."""
+
+    def __init__(self, family: Family) -> None:
+        self._family = family
+        self._known: dict[ServiceKey, Condition] = {}
+        self._rejected = self._dropped = 0
+        self._lost: set[ServiceKey] = set()
+        self._conflicts: frozenset[Conflict] = frozenset()
+
+    def tally(self, store: Store) -> Tally:
+        """Return how many Services are in which condition."""
+        return Tally(
+            without_endpoints=self._rejected,
+            dropped=self._dropped,
+            in_conflict=len({conflict.loser.partition(":")[0] for conflict in self._conflicts}),
+            refused=store.refused_services,
+            ignored=store.ignored_services,
+        )
+
+    def accept(
+        self,
+        found: Mapping[ServiceKey, Condition],
+        examined: Collection[ServiceKey] | None,
+        appeared: Collection[ServiceKey],
+        conflicts: Collection[Conflict],
+    ) -> tuple[Notice, ...]:
+        """Take in what a sync found once the kernel has accepted it, and return what is worth telling.
+
+        `found` has the Services in a condition among the `examined` ones, None for all there are. Those that `appeared`
+        since the last sync may well be waiting for their first endpoint: that is no news. `conflicts` are all that
+        there are now.
+        """
+        notices = list(self._of_conflicts(frozenset(conflicts)))
+        gone = [
+            key for key in (self._known if examined is None else examined) if key in self._known and key not in found
+        ]
+        for key in gone:
+            self._put(key, None)
+            if key in self._lost:
+                self._lost.discard(key)
+                notices.append(self._notice(key, "EndpointsAvailable", "has endpoints again"))
+        for key, condition in found.items():
+            notices += self._of_service(key, self._known.get(key), condition, new=key in appeared)
+            self._put(key, condition)
+        return tuple(notices)
+
+    def forget(self, keys: Collection[ServiceKey]) -> None:
+        """Forget Services that are deleted: that they have no endpoints any more is no news."""
+        for key in keys:
+            self._put(key, None)
+            self._lost.discard(key)
+
+    def _put(self, key: ServiceKey, condition: Condition | None) -> None:
+        before = self._known.pop(key, None)
+        if condition is not None:
+            self._known[key] = condition
+        self._rejected += bool(condition and condition.rejected) - bool(before and before.rejected)
+        self._dropped += bool(condition and condition.dropped) - bool(before and before.dropped)
+
+    def _of_service(self, key: ServiceKey, before: Condition | None, now: Condition, *, new: bool) -> Iterator[Notice]:
+        lost = set(now.rejected) - set(before.rejected if before else ())
+        if lost and not new:
+            self._lost.add(key)
+            names = ", ".join(name for name in now.rejected if name)
+            whole = len(now.rejected) == now.ports or not names
+            which = "" if whole else f" at port{'s' if len(now.rejected) > 1 else ''} {names}"
+            yield self._notice(key, "NoEndpoints", f"has no endpoints{which}: new connections are rejected")
+        if not now.rejected and key in self._lost:
+            self._lost.discard(key)
+            yield self._notice(key, "EndpointsAvailable", "has endpoints again")
+        if now.unrestricted and not (before and before.unrestricted):
+            name = self._family.value
+            yield self._notice(
+                key,
+                "SourceRangesIgnored",
+                f"names no {name} range in loadBalancerSourceRanges: its {name} load balancer addresses are open to "
+                f"all sources; add {name} ranges",
+            )
+
+    def _of_conflicts(self, now: frozenset[Conflict]) -> Iterator[Notice]:
+        before, self._conflicts = self._conflicts, now
+        for each in sorted(now - before):
+            text = f"{each.loser} and {each.holder} both claim {each.frontend}: {each.holder} gets all traffic to it"
+            yield Notice(_service_of(each.loser), "FrontendConflict", f"{self._family.value}: {text}")
+        for each in sorted(before - now):
+            text = f"{each.loser} does not lose {each.frontend} to {each.holder} any longer"
+            yield Notice(_service_of(each.loser), "ConflictResolved", f"{self._family.value}: {text}")
+
+    def _notice(self, key: ServiceKey, kind: NoticeKind, text: str) -> Notice:
+        return Notice(key, kind, f"{self._family.value}: Service {key} {text}")
+
+
+def _service_of(port_name: str) -> ServiceKey:
+    return port_name.partition(":")[0]

@@ -1,0 +1,226 @@
+"""Which Services cannot be reached, or by too many, and when that is worth a word."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import pytest
+from msgspec.structs import asdict, replace
+
+from kproxy.iptables.backend import IptablesBackend
+from kproxy.model.condition import Tally
+from kproxy.model.context import Context
+from kproxy.model.delta import Delete, Delta, Refused, Replace, Upsert
+from kproxy.model.outcome import SyncError
+from kproxy.model.store import Changed, Store
+from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Node, Service, ServicePort
+from kproxy.nftables.backend import NftablesBackend
+from kproxy.sync.backend import Backend
+from kproxy.sync.family import FamilySync, Outcome
+from kproxy.sync.notices import LINES_PER_SYNC, Notices
+from kproxy.sync.report import SyncReport
+from kproxy.sync.summary import PERIOD, Summary, synced_text
+from tests.fakekernel import FakeKernel
+from tests.faketable import FakeTable
+
+HTTP, DNS = ServicePort("http", 80, "TCP"), ServicePort("dns", 53, "UDP")
+
+
+def service(name: str, number: int = 1, *ports: ServicePort, **fields: Any) -> Service:
+    addresses = (f"10.96.0.{number}", f"fd00:96::{number}")
+    return Service("ns", name, addresses, ports or (HTTP,), **fields)
+
+
+def slices(name: str, *nodes: str, ports: tuple[ServicePort, ...] = (HTTP,)) -> EndpointSlice:
+    endpoints = tuple(Endpoint(f"10.244.0.{place}", node) for place, node in enumerate(nodes, 1))
+    served = tuple(EndpointPort(port.name, 8080, port.protocol) for port in ports)
+    return EndpointSlice("ns", name, f"ns/{name}", Family.IPV4, endpoints, served)
+
+
+class Cluster:
+    """One family of a node in one mode, which says what each sync found."""
+
+    def __init__(self, mode: str, family: Family = Family.IPV4) -> None:
+        self.store = Store("node-1")
+        backend: Backend = IptablesBackend(FakeKernel())
+        large = 1000.0
+        if mode == "nftables":
+            backend, large = NftablesBackend(FakeTable(family)), math.inf
+        self.family = FamilySync(backend, lambda _: Context(family, "node-1"), large_cluster_endpoints=large)
+
+    def take(self, *deltas: Delta) -> None:
+        for delta in deltas:
+            self.family.note(self.store.apply(delta))
+
+    def sync(self, *objects: Service | EndpointSlice) -> Outcome:
+        self.take(*map(Upsert, objects))
+        return self.family.sync(self.store)
+
+    def told(self, *objects: Service | EndpointSlice) -> list[str]:
+        """What a sync tells, less the family."""
+        return [notice.text.removeprefix("IPv4: ") for notice in self.sync(*objects).notices]
+
+
+@pytest.fixture(params=["iptables", "nftables"])
+def cluster(request: pytest.FixtureRequest) -> Cluster:
+    return Cluster(request.param)
+
+
+LOST = "Service ns/web has no endpoints: new connections are rejected"
+BACK = "Service ns/web has endpoints again"
+
+
+def test_a_service_that_loses_its_last_endpoint_is_told_once_and_so_is_that_it_is_back(cluster: Cluster) -> None:
+    assert cluster.told(service("web"), slices("web", "node-1", "node-2")) == []
+    assert cluster.told(slices("web", "node-2")) == []
+    assert cluster.told(slices("web")) == [LOST]
+    assert cluster.told(service("other", 2)) == []
+    assert cluster.told(slices("web")) == []
+    assert cluster.told(slices("web", "node-2")) == [BACK]
+    assert cluster.told(slices("web")) == [LOST]
+    cluster.take(Delete(Service, "ns", "web"))
+    assert cluster.told() == []
+
+
+def test_a_new_service_may_wait_for_its_first_endpoint(cluster: Cluster) -> None:
+    assert cluster.told(service("web")) == []
+    assert cluster.sync().tally == Tally(without_endpoints=1)
+    assert cluster.told(slices("web", "node-1")) == []
+    assert cluster.told(slices("web")) == [LOST]
+
+
+@pytest.mark.parametrize("failed", [False, True], ids=["change-of-the-node", "after-a-failure"])
+def test_a_loss_is_told_though_everything_was_synced_at_once(cluster: Cluster, failed: bool) -> None:
+    cluster.sync(service("web"), slices("web", "node-1"))
+    cluster.take(Upsert(slices("web")))
+    if failed:
+        cluster.family.forget()
+    else:
+        cluster.take(Upsert(Node("node-1", zone="other")))
+    assert cluster.told() == [LOST]
+    cluster.family.forget()
+    assert cluster.told() == []
+
+
+def test_a_port_that_no_endpoint_has_is_named(cluster: Cluster) -> None:
+    both = (HTTP, DNS)
+    cluster.sync(service("web", 1, *both), slices("web", "node-1", ports=both))
+    lost = "Service ns/web has no endpoints at port dns: new connections are rejected"
+    assert cluster.told(slices("web", "node-1", ports=(HTTP,))) == [lost]
+    assert cluster.told(slices("web", ports=both)) == [LOST]
+    assert cluster.told(slices("web", "node-1", ports=both)) == [BACK]
+
+
+def test_policy_local_without_an_endpoint_here_is_counted_and_no_news(cluster: Cluster) -> None:
+    found = cluster.sync(service("web", internal_local=True), slices("web", "node-2"))
+    assert (found.tally, found.notices) == (Tally(dropped=1), ())
+    assert cluster.sync(slices("web", "node-1")).tally == Tally()
+
+
+def test_all_conditions_are_counted(cluster: Cluster) -> None:
+    cluster.take(Replace(Service, (service("a"), service("b", 2), service("c", 3)), (("ns", "bad"),), ignored=2))
+    shared = {"external_ips": ("203.0.113.1",)}
+    found = cluster.sync(service("b", 2, **shared), service("c", 3, **shared))
+    assert found.tally == Tally(without_endpoints=3, in_conflict=1, refused=1, ignored=2)
+    cluster.take(Refused(Service, "ns", "a"), Delete(Service, "ns", "bad"), Delete(Service, "ns", "b"))
+    assert cluster.sync().tally == Tally(without_endpoints=2, refused=1, ignored=2)
+
+
+@pytest.mark.parametrize("mode", ["iptables", "nftables"])
+def test_source_ranges_of_the_other_family_only_leave_a_load_balancer_open(mode: str) -> None:
+    balanced = service("web", vips=("203.0.113.1", "2001:db8::1"), source_ranges=("198.51.100.0/24",))
+    four, six = Cluster(mode), Cluster(mode, Family.IPV6)
+    assert four.told(balanced, slices("web", "node-1")) == []
+    assert [notice.text for notice in six.sync(balanced).notices] == [
+        "IPv6: Service ns/web names no IPv6 range in loadBalancerSourceRanges: its IPv6 load balancer addresses are "
+        "open to all sources; add IPv6 ranges"
+    ]
+    six.family.forget()
+    assert six.sync(balanced).notices == ()
+    everything = replace(balanced, source_ranges=("198.51.100.0/24", "::/0"))
+    assert six.sync(everything).notices == ()
+    assert len(six.sync(balanced).notices) == 1
+    assert six.sync(replace(balanced, vips=("203.0.113.1",))).notices == ()
+
+
+def test_a_conflict_is_told_once_and_so_is_its_end(cluster: Cluster) -> None:
+    claim = {"external_ips": ("203.0.113.1",)}
+    cluster.sync(service("a", 1, **claim), slices("a", "node-1"))
+    (notice,) = cluster.sync(service("b", 2, **claim), slices("b", "node-1")).notices
+    assert (notice.service, notice.kind) == ("ns/b", "FrontendConflict")
+    assert notice.text == (
+        "IPv4: ns/b:http and ns/a:http both claim 203.0.113.1:80/TCP: ns/a:http gets all traffic to it"
+    )
+    cluster.family.forget()
+    assert cluster.told() == []
+    assert cluster.told(service("a", 1)) == ["ns/b:http does not lose 203.0.113.1:80/TCP to ns/a:http any longer"]
+
+
+def test_nothing_is_told_before_the_kernel_has_it() -> None:
+    cluster = Cluster("iptables")
+    cluster.sync(service("web"), slices("web", "node-1"))
+    kernel = FakeKernel()
+    kernel.refuse = lambda _: "out of memory"
+    cluster.family._backend = IptablesBackend(kernel)
+    with pytest.raises(SyncError):
+        cluster.sync(slices("web"))
+    kernel.refuse = lambda _: None
+    assert cluster.told() == [LOST]
+
+
+# The observer.
+
+
+def test_warnings_become_events_and_many_at_once_are_not_all_named(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    events: list[tuple[str, str, str]] = []
+    notices = Notices(lambda *event: events.append(event))
+    cluster = Cluster("nftables")
+    names = [f"s{number}" for number in range(LINES_PER_SYNC + 3)]
+    for number, name in enumerate(names, 1):
+        cluster.sync(service(name, number), slices(name, "node-1"))
+    notices.queued(Family.IPV4, 0.0)
+    notices.changed(Service, Changed())
+    notices.synced(report(cluster.sync(*(slices(name) for name in names))))
+    assert [event[:2] for event in sorted(events)] == [(f"ns/{name}", "NoEndpoints") for name in sorted(names)]
+    assert all(event[2].endswith(" has no endpoints: new connections are rejected") for event in events)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * (LINES_PER_SYNC + 1)
+    assert caplog.messages[-1] == "IPv4: the same is true of 3 more Services (NoEndpoints)"
+    events.clear()
+    caplog.clear()
+    notices.synced(report(cluster.sync(slices(names[0], "node-1"))))
+    assert events == []
+    assert [(record.levelname, record.message) for record in caplog.records] == [
+        ("INFO", "IPv4: Service ns/s0 has endpoints again")
+    ]
+
+
+def report(outcome: Outcome) -> SyncReport:
+    return SyncReport(family=Family.IPV4, began=0.0, ended=1.0, **asdict(outcome))
+
+
+# Lines.
+
+
+def test_the_line_about_a_sync_names_only_what_there_is() -> None:
+    assert synced_text(Family.IPV4, 5, 0.0042, Tally(), complete=True) == "IPv4: synced 5 services in 4 ms"
+    tally = Tally(without_endpoints=2, dropped=1, in_conflict=1, refused=1, ignored=1200)
+    assert synced_text(Family.IPV6, 1, 1.26, tally, complete=False) == (
+        "IPv6: synced 1 changed service in 1.3 s (2 without endpoints, 1 dropped by policy Local, 1 in conflict, "
+        "1 refused as invalid, 1,200 ignored)"
+    )
+
+
+def test_a_summary_tells_of_a_minute_from_its_first_sync_on() -> None:
+    summary = Summary(Family.IPV4)
+    assert (summary.wait(0.0), summary.take(0.0)) == (None, "")
+    summary.add(100.0, 1, 0.005, Tally())
+    summary.add(130.0, 20, 1.5, Tally(without_endpoints=1))
+    assert (summary.wait(130.0), summary.take(130.0)) == (PERIOD - 30, "")
+    assert summary.wait(100.0 + PERIOD) == 0.0
+    assert summary.take(100.0 + PERIOD) == (
+        "IPv4: 2 syncs in the last 60 s: 21 changed services, the longest took 1.5 s (1 without endpoints)"
+    )
+    assert summary.wait(200.0) is None
