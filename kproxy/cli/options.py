@@ -33,7 +33,7 @@ def needed_objects(options: argparse.Namespace) -> str:
     return str(options.objects)
 
 
-def load_settings(options: argparse.Namespace) -> Config:
+def load_settings(options: argparse.Namespace, content: bytes | None = None) -> Config:
     """Return the configuration that the flags and the file behind `--config` make. Raises `UsageError`.
 
     Starts logging, since what the configuration ignores is said as a warning.
@@ -42,7 +42,7 @@ def load_settings(options: argparse.Namespace) -> Config:
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True
     )
     try:
-        config, warnings = configure(options)
+        config, warnings = configure(options, content)
     except ConfigError as error:
         raise UsageError(str(error)) from None
     if config.logging.verbosity >= 4:
