@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 
 from kproxy.config import Config
@@ -89,6 +89,47 @@ def node_port_warning(config: Config, node: Node | None, context: Context) -> st
     remark = "; there are none on loopback addresses in mode nftables" if off_loopback else ""
     shown = ", ".join(map(str, networks))
     return f"{family}: NodePorts answer nowhere: this machine has no address in nodePortAddresses ({shown}){remark}"
+
+
+def local_traffic_warning(config: Config, node: Node | None, context: Context) -> str:
+    """Return one line that says why traffic of local pods cannot be told apart in a context's family, or "" if it can.
+
+    That is what kube-proxy says of the primary family. A family that the Node has no address of is not in use, and no
+    reason to say anything; while the Node has no known address, the family of `bindAddress` is taken for the one in
+    use, as in kube-proxy.
+    """
+    if context.local_traffic.detectable or context.family not in _families_in_use(config, node):
+        return ""
+    if config.detect_local_mode == "NodeCIDR":
+        lacking = f"Node {context.node_name} has no {context.family.value} pod CIDR"
+    else:
+        lacking = f"no {context.family.value} clusterCIDR is set"
+    lost = "" if context.masquerade_all else ", and off-cluster traffic to cluster IPs is not masqueraded"
+    return (
+        f"{context.family.value}: detectLocalMode is {config.detect_local_mode}, but {lacking}: "
+        f"local pod traffic is not detected{lost}"
+    )
+
+
+def interface_warning(config: Config, interfaces: Collection[str]) -> str:
+    """Return one line about interfaces of local pods that are not among those of this machine, or "" if they are.
+
+    Either may be a typing error, or come with the node's first pod.
+    """
+    bridge, prefix = config.detect_local.bridge_interface, config.detect_local.interface_name_prefix
+    if config.detect_local_mode == "BridgeInterface" and bridge not in interfaces:
+        lacking = f"interface {bridge}"
+    elif config.detect_local_mode == "InterfaceNamePrefix" and not any(name.startswith(prefix) for name in interfaces):
+        lacking = f"interface whose name begins with {prefix}"
+    else:
+        return ""
+    mode = config.detect_local_mode
+    return f"detectLocalMode {mode}: no traffic counts as local pod traffic, since there is no {lacking}"
+
+
+def _families_in_use(config: Config, node: Node | None) -> set[Family]:
+    addresses = node.addresses if node else ()
+    return {family_of(address) for address in addresses or (config.bind_address,)}
 
 
 def node_port_addresses(

@@ -9,7 +9,7 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Protocol
 
@@ -17,7 +17,15 @@ from msgspec import Struct
 
 from kproxy.config import Config, as_document
 from kproxy.contexts import is_known
-from kproxy.families import StartError, follows_addresses, kinds_followed, make_families, this_node, with_mode
+from kproxy.families import (
+    StartError,
+    check_privileges,
+    follows_addresses,
+    kinds_followed,
+    make_families,
+    this_node,
+    with_mode,
+)
 from kproxy.first_sync import FirstSync
 from kproxy.host.conntrack import UdpConntrack
 from kproxy.host.monitor import AddressMonitor
@@ -59,14 +67,15 @@ class Part(Protocol):
 
 
 class ConfigFile(Struct, frozen=True):
-    """The file that a configuration was read from, and what it said then."""
+    """The file that a configuration was read from, what it held then, and how it is read again (see `ConfigWatch`)."""
 
     path: str
     content: bytes
+    load: Callable[[bytes], tuple[Config, list[str]]]
 
 
 class ConfigChangedError(Exception):
-    """The configuration file says something else now: the process is to be started again."""
+    """The configuration file holds another valid configuration: the process is to be started again."""
 
 
 def run(config: Config, *, objects: str | None, server: str | None, file: ConfigFile | None) -> None:
@@ -87,7 +96,7 @@ class Daemon:
     """
 
     def __init__(self, config: Config, objects: str | None, server: str | None, file: ConfigFile | None) -> None:
-        self._config = config
+        self._config = self._loaded = config
         self._file = file
         self._objects = objects
         self._server = server
@@ -120,13 +129,13 @@ class Daemon:
         self._build().run(self._messages)
 
     def _build(self) -> Reconciler:
-        prepare_process(self._config)
-        prepare_conntrack(self._config)
+        """Put all parts together. What may fail comes before what changes the node, its kernel parameters first."""
+        check_privileges()
+        client = None if self._objects is not None else _connect(self._config, self._server)
         self._config = config = with_mode(self._config)
         families = make_families(config, self._programs)
         name = this_node(config)
         store = Store(name, kinds_followed(config))
-        client = None if self._objects is not None else _connect(config, self._server)
         events = self._events(client, name)
         serving = self._serving(families, store, events)
         if client is not None:
@@ -137,7 +146,10 @@ class Daemon:
             clock=time.monotonic,
             tell=lambda done: serving.metrics.conntrack_reconciled(done.family, done.seconds, done.deleted),
         )
-        for part in (serving, events, *self._sources(client, name)):
+        serving.start()
+        prepare_process(config)
+        prepare_conntrack(config)
+        for part in (events, *self._sources(client, name)):
             part.start()
         periods = config.backend
         return Reconciler(
@@ -163,7 +175,8 @@ class Daemon:
         if self._file is not None:
             from kproxy.config.watch import ConfigWatch  # noqa: PLC0415 - the same
 
-            yield ConfigWatch(self._file.path, self._file.content, self._config_changed)
+            file = self._file
+            yield ConfigWatch(file.path, file.content, self._loaded, file.load, self._config_changed)
 
     def _events(self, client: Client | None, name: str) -> EventRecorder | NullRecorder:
         if client is None:

@@ -8,8 +8,9 @@ import socket
 
 from kproxy.config import Config, node_name
 from kproxy.config.types import PRIMARY
-from kproxy.contexts import make_context, node_port_warning
+from kproxy.contexts import interface_warning, local_traffic_warning, make_context, node_port_warning
 from kproxy.host.addresses import local_addresses
+from kproxy.host.privileges import has_net_admin
 from kproxy.host.run import CommandError
 from kproxy.iptables.apply import Iptables
 from kproxy.iptables.backend import BLOCK_RULES, UNLIMITED, IptablesBackend
@@ -28,6 +29,14 @@ log = logging.getLogger(__name__)
 
 class StartError(Exception):
     """kproxy cannot work here; the message says why on one line."""
+
+
+def check_privileges() -> None:
+    """Raise `StartError` unless this process may change the rules of its network namespace."""
+    if not has_net_admin():
+        raise StartError(
+            "the capability CAP_NET_ADMIN over this network namespace is missing: run as root or give it to the process"
+        )
 
 
 def this_node(config: Config) -> str:
@@ -61,8 +70,10 @@ def with_mode(config: Config) -> Config:
 def make_families(config: Config, programs: list[Iptables]) -> dict[Family, FamilySync]:
     """Return the way to the kernel for each family that works here. Raises `StartError` if none does.
 
-    What can be stopped from another thread is added to `programs`.
+    What can be stopped from another thread is added to `programs`. Interfaces of pods that are not there are logged.
     """
+    if warning := interface_warning(config, [name for _, name in socket.if_nameindex()]):
+        log.warning("%s", warning)
     if config.mode_in_force == "iptables":
         return _iptables(config, programs)
     try:
@@ -103,14 +114,14 @@ def _nftables(config: Config, family: Family, commit: Commit, own: OwnChanges) -
 
 
 class Contexts:
-    """Makes the contexts of one family, and warns when its NodePorts answer nowhere."""
+    """Makes the contexts of one family, and warns of what its settings cannot do on this node."""
 
     def __init__(self, config: Config, family: Family, *, accounting: bool, random_fully: bool) -> None:
         self._config = config
         self._family = family
         self._accounting = accounting
         self._random_fully = random_fully
-        self._warning = ""
+        self._warnings: tuple[str, ...] = ()
 
     def make(self, node: Node | None) -> Context:
         """Return the context for what is known of this Node, and of the machine's addresses."""
@@ -124,8 +135,9 @@ class Contexts:
             accounting=self._accounting,
             random_fully=self._random_fully,
         )
-        warning = node_port_warning(config, node, context)
-        if warning and warning != self._warning:
-            log.warning("%s", warning)
-        self._warning = warning
+        warnings = (node_port_warning(config, node, context), local_traffic_warning(config, node, context))
+        for warning in warnings:
+            if warning and warning not in self._warnings:
+                log.warning("%s", warning)
+        self._warnings = warnings
         return context

@@ -10,7 +10,7 @@ from msgspec.structs import asdict
 
 from kproxy.config import Config
 from kproxy.contexts import make_context
-from kproxy.families import kinds_followed, make_families, this_node, with_mode
+from kproxy.families import check_privileges, kinds_followed, make_families, this_node, with_mode
 from kproxy.first_sync import FirstSync
 from kproxy.host.conntrack import UdpConntrack
 from kproxy.host.own_addresses import own_addresses
@@ -37,9 +37,10 @@ def apply(config: Config, objects: str) -> None:
 
     Each family is tried even if the other fails.
     """
+    check_privileges()
     config = with_mode(config)
-    families = make_families(config, [])
     store = load_store(config, objects)
+    families = make_families(config, [])
     tables = {family: UdpConntrack(family) for family in families}
     cleaner = ConntrackCleaner(tables, own_addresses, clock=time.monotonic, tell=lambda _: None)
     observers = (cleaner, FirstSync(config), Notices(lambda *_: None))

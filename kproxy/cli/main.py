@@ -35,6 +35,13 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _complain(error: object, code: int) -> int:
+    import logging
+
+    from kproxy.cli.logs import printable, writes_json
+
     for line in str(error).splitlines():
-        print(f"kproxy: {line}", file=sys.stderr)
+        if writes_json():
+            logging.getLogger(__name__).error("%s", line)  # what reads JSON reads nothing else
+        else:
+            print(f"kproxy: {printable(line)}", file=sys.stderr)
     return code

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 
 from kproxy.cli.errors import UsageError
 from kproxy.config import Config, ConfigError, add_flags, configure
 from kproxy.config.flag_table import Group
+
+log = logging.getLogger(__name__)
 
 OBJECTS_HELP = (
     "a file or folder with Services, EndpointSlices and Nodes as YAML or JSON, such as "
@@ -33,22 +34,21 @@ def needed_objects(options: argparse.Namespace) -> str:
     return str(options.objects)
 
 
-def load_settings(options: argparse.Namespace) -> Config:
+def load_settings(options: argparse.Namespace, content: bytes | None = None) -> Config:
     """Return the configuration that the flags and the file behind `--config` make. Raises `UsageError`.
 
-    Starts logging, since what the configuration ignores is said as a warning.
+    `content` is what that file holds, if it has been read already. Starts logging, as the configuration says, and logs
+    what of it has no effect.
     """
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True
-    )
+    from kproxy.cli.logs import start_logging
+
     try:
-        config, warnings = configure(options)
+        config, warnings = configure(options, content)
     except ConfigError as error:
         raise UsageError(str(error)) from None
-    if config.logging.verbosity >= 4:
-        logging.getLogger().setLevel(logging.DEBUG)
+    start_logging(config.logging)
     for warning in warnings:
-        logging.getLogger(__name__).warning("%s", warning)
+        log.warning("%s", warning)
     return config
 
 

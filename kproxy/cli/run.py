@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+from functools import partial
 from pathlib import Path
 
 from kproxy.cli.errors import FailureError
 from kproxy.cli.options import OBJECTS_HELP, SYNTAX, add_flags, load_settings
 from kproxy.cli.output import show
 from kproxy.cli.parser import COMMANDS, Help
-from kproxy.config import Config, to_yaml
+from kproxy.config import Config, configure, to_yaml
 
 EPILOG = f"""\
 examples:
@@ -60,7 +61,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 def _run(options: argparse.Namespace) -> None:
     # Before it is parsed: a change right after that must not go unnoticed.
     content = _read(options.config)
-    config = load_settings(options)
+    config = load_settings(options, content or None)
     if options.write_config_to:
         _write_config(config, options.write_config_to)
         return
@@ -77,7 +78,7 @@ def _run(options: argparse.Namespace) -> None:
 
 def _read(path: str | None) -> bytes:
     try:
-        # A pipe can be read only once, and not here.
+        # A pipe can be read only once, and is not followed.
         return Path(path).read_bytes() if path and Path(path).is_file() else b""
     except OSError:
         return b""  # reading it for good says what is wrong
@@ -89,7 +90,8 @@ def _serve(config: Config, options: argparse.Namespace, content: bytes) -> None:
     from kproxy.serve.serving import ServingError
 
     try:
-        file = daemon.ConfigFile(options.config, content) if options.config else None
+        load = partial(configure, options)
+        file = daemon.ConfigFile(options.config, content, load) if options.config else None
         daemon.run(config, objects=options.objects, server=options.master, file=file)
     except (StartError, ServingError, daemon.ConfigChangedError) as error:
         raise FailureError(str(error)) from None
@@ -112,11 +114,13 @@ def _write_config(config: Config, path: str) -> None:
 
 
 def _clean_up() -> None:
+    from kproxy.families import StartError, check_privileges
     from kproxy.host.run import CommandError
     from kproxy.leftovers import remove_all
 
     try:
+        check_privileges()
         for line in remove_all() or ["there was nothing to remove"]:
             show(f"{line}\n")
-    except CommandError as error:
+    except (StartError, CommandError) as error:
         raise FailureError(str(error)) from None

@@ -22,17 +22,22 @@ ENTRIES_PER_BUCKET = 4
 """How full kube-proxy lets the hash table become: it keeps a quarter of `nf_conntrack_max` buckets."""
 
 
+MOST_PER_CORES = 1 << 20
+"""The most that `maxPerCore` times the CPUs comes to, as in kube-proxy 1.36 (k/k#137002); `min` may ask for more."""
+
+
 def changes(config: Conntrack, cpus: int, current: Mapping[str, int]) -> dict[str, int]:
     """Return the values to write, in this order, by their paths.
 
     `current` holds the values of those `PARAMETERS` that can be read; `cpus` counts this machine's. 0 in the
-    configuration leaves what the kernel has. A parameter that differs is set, up or down, except
-    the size of the hash table, which is only raised.
+    configuration leaves what the kernel has. Timeouts that differ are set, up or down. The maximum and the size of the
+    hash table are only raised: somebody chose the larger value, and lowering it could make the table full at once
+    (k/k#142035).
     """
     limit = _max(config, cpus)
     wanted = {
-        MAX: limit,
-        HASH_SIZE: max(limit // ENTRIES_PER_BUCKET, current.get(HASH_SIZE, 0)) if limit else 0,
+        MAX: _raised(limit, current.get(MAX)),
+        HASH_SIZE: _raised(limit // ENTRIES_PER_BUCKET, current.get(HASH_SIZE)),
         TCP_ESTABLISHED: ceil(config.tcp_established_timeout),
         TCP_CLOSE_WAIT: ceil(config.tcp_close_wait_timeout),
         TCP_BE_LIBERAL: int(config.tcp_be_liberal),
@@ -44,4 +49,9 @@ def changes(config: Conntrack, cpus: int, current: Mapping[str, int]) -> dict[st
 
 def _max(config: Conntrack, cpus: int) -> int:
     """Return how many entries there may be at most; without `maxPerCore`, `min` means nothing either."""
-    return max(config.min, config.max_per_core * cpus) if config.max_per_core else 0
+    return max(config.min, min(config.max_per_core * cpus, MOST_PER_CORES)) if config.max_per_core else 0
+
+
+def _raised(wanted: int, current: int | None) -> int:
+    """Return the value to set, or 0 to leave what there is."""
+    return wanted if current is None or wanted > current else 0

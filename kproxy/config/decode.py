@@ -43,14 +43,14 @@ def show(value: object) -> str:
 
 
 def decode(shape: type[_S], data: object, place: Place, at: Path = ()) -> _S:
-    """Return data as a section. Fields that are not in it have their defaults. Raises `ConfigError`."""
+    """Return data as a section. Fields that are not in it have their defaults. Raises `ConfigError`.
+
+    The data must have no fields but those of the section (see `kproxy.config.fields.known_fields`).
+    """
     if not isinstance(data, dict):
         raise must_be(place(at), "a mapping", data)
     hints = get_type_hints(shape, include_extras=True)
     names = {item.encode_name: item.name for item in msgspec.structs.fields(shape)}
-    for key in data:
-        if key not in names:
-            raise _unknown(key, names, place, at)
     return shape(**{names[key]: _value(hints[names[key]], value, place, (*at, key)) for key, value in data.items()})
 
 
@@ -66,14 +66,6 @@ def encode(value: object) -> Any:
     if isinstance(value, Mapping):
         return dict(value)
     return str(value) if isinstance(value, Quantity) else value
-
-
-def _unknown(key: object, names: Mapping[str, str], place: Place, at: Path) -> ConfigError:
-    from difflib import get_close_matches  # noqa: PLC0415 - slow to load, and needed only here
-
-    close = get_close_matches(str(key), names, 1)
-    hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(sorted(names))}"
-    return ConfigError(f"{place((*at, str(key)))}: unknown field; {hint}")
 
 
 def _value(wanted: Any, value: object, place: Place, at: Path) -> object:
@@ -99,10 +91,11 @@ def _value(wanted: Any, value: object, place: Place, at: Path) -> object:
 def _switches(value: object, place: Place, at: Path) -> dict[str, bool]:
     if not isinstance(value, dict):
         raise must_be(place(at), "a mapping", value)
-    for name, on in value.items():
+    given = {name: on for name, on in value.items() if on is not None}
+    for name, on in given.items():
         if not isinstance(name, str) or not isinstance(on, bool):
             raise must_be(place((*at, str(name))), "true or false", on)
-    return dict(value)
+    return given
 
 
 def _scalar(wanted: Any, limits: Meta, value: object, place: Place, at: Path) -> object:

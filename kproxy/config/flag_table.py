@@ -203,7 +203,24 @@ CONNTRACK = (
     ),
 )
 
-LOGGING = (Flag("v", ("logging.verbosity",), "verbosity: 4 and more for debugging (default: 0)", "int", value="N"),)
+LOGGING = (
+    Flag("v", ("logging.verbosity",), "verbosity: 2 for each sync, 4 for debugging (default: 0)", "int", value="N"),
+    Flag(
+        "vmodule",
+        ("logging.vmodule",),
+        "verbosity of single source files, by name without .py",
+        "vmodule",
+        value="PATTERN=N,...",
+    ),
+    Flag(
+        "logging-format",
+        ("logging.format",),
+        "text (default) or json",
+        value="FORMAT",
+        words=("text", "json"),
+        blank_is_unset=True,
+    ),
+)
 
 ACCEPTED = (
     Flag("bind-address", ("bindAddress",), value="IP", blank_is_unset=True),
@@ -213,10 +230,8 @@ ACCEPTED = (
     Flag("kube-api-content-type", ("clientConnection.contentType",), blank_is_unset=True),
     Flag("kube-api-qps", ("clientConnection.qps",), kind="number", value="N"),
     Flag("log-flush-frequency", ("logging.flushFrequency",), value="DURATION"),
-    Flag("logging-format", ("logging.format",), value="text|json", words=("text", "json"), blank_is_unset=True),
     Flag("profiling", ("enableProfiling",), kind="bool"),
     Flag("show-hidden-metrics-for-version", ("showHiddenMetricsForVersion",), value="MAJOR.MINOR"),
-    Flag("vmodule", ("logging.vmodule",), kind="vmodule", value="PATTERN=N,..."),
 )
 """Flags from which nothing follows in kproxy, though it has what they are about."""
 

@@ -1,7 +1,7 @@
 """kube-proxy's command line: flags in Go's syntax, laid over the configuration file.
 
 In kube-proxy most flags are silently ignored once `--config` is given. In kproxy a flag that is given always
-wins over the file: this is its one deviation from kube-proxy's command line.
+wins over the file, and `--strict-config` is its own: these are its deviations from kube-proxy's command line.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def add_flags(parser: argparse.ArgumentParser, *, once: bool = False, hidden: Co
     """Give a parser kube-proxy's flags, in groups; those of the `hidden` groups are taken, but not in the help.
 
     Flags that set fields appear in the namespace (`proxy_mode`) only if they are given. Always there are `config` and
-    `master` and, unless the command works `once` only, what it can do instead: `write_config_to` (all three None if
-    not given), `cleanup` and `init_only`. The parser should be made with `allow_abbrev=False`: Go knows no abbreviated
-    flags.
+    `master`, None if not given, `strict_config` and, unless the command works `once` only, what it can do instead:
+    `write_config_to` (None if not given), `cleanup` and `init_only`. The parser should be made with
+    `allow_abbrev=False`: Go knows no abbreviated flags.
     """
     if not once:
         _add_actions(parser.add_argument_group("instead of running"))
@@ -42,6 +42,8 @@ def add_flags(parser: argparse.ArgumentParser, *, once: bool = False, hidden: Co
         group = parser.add_argument_group(title, None if hide else _NOTES.get(title))
         for name, value, text in _NO_FIELDS.get(title, ()):
             _add(group, name, **{"metavar": value, "help": text, "default": None, **hide})
+        if title == "configuration":
+            _add_switch(group, "strict-config", "end if the file has unknown fields or doubled keys (default: false)")
         for flag in flags:
             options = {"metavar": flag.value, "help": flag.help or None, "default": argparse.SUPPRESS, **hide}
             if flag.kind == "bool":
@@ -51,23 +53,27 @@ def add_flags(parser: argparse.ArgumentParser, *, once: bool = False, hidden: Co
             _add(group, flag.name, **options)
 
 
-def configure(namespace: argparse.Namespace) -> tuple[Config, list[str]]:
-    """Return the configuration that a command line asks for, its file read, and warnings, a line each.
+def configure(namespace: argparse.Namespace, content: bytes | None = None) -> tuple[Config, list[str]]:
+    """Return the configuration that a command line asks for, and warnings, a line each.
 
-    Raises `ConfigError`.
+    `content` is what the file behind `--config` holds; without it, the file is read. Raises `ConfigError`.
     """
     config = Config()
     warnings: list[str] = []
     if namespace.config is not None:
-        try:
-            with open(namespace.config, "rb") as file:
-                text = file.read()
-        except OSError as error:
-            reason = (error.strerror or str(error)).lower()
-            raise ConfigError(f"{namespace.config}: cannot be read: {reason}") from None
-        config, warnings = load_config(text, namespace.config)
+        text = _content(namespace.config) if content is None else content
+        config, warnings = load_config(text, namespace.config, strict=namespace.strict_config)
     config, more = apply_flags(config, namespace)
     return config, warnings + more
+
+
+def _content(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise ConfigError(f"{path}: cannot be read: {reason}") from None
 
 
 def apply_flags(config: Config, namespace: argparse.Namespace) -> tuple[Config, list[str]]:
@@ -101,7 +107,12 @@ def _add_actions(group: Any) -> None:
         ("cleanup", "remove the rules of kproxy and of kube-proxy, in both modes, and exit"),
         ("init-only", "set the kernel parameters that need root, and exit"),
     ):
-        _add(group, name, metavar="BOOL", nargs="?", const=True, type=_switch, default=False, help=text)
+        _add_switch(group, name, text)
+
+
+def _add_switch(group: Any, name: str, text: str) -> None:
+    """Add a flag that sets no field of the configuration, but is true or false."""
+    _add(group, name, metavar="BOOL", nargs="?", const=True, type=_switch, default=False, help=text)
 
 
 def _add(group: Any, name: str, **options: Any) -> None:

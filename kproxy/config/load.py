@@ -9,6 +9,7 @@ import msgspec
 from kproxy.config.check import HEALTHZ_PORT, METRICS_PORT, check, refuse_retired_mode, warnings_of
 from kproxy.config.decode import ConfigError, Path, Place, decode, encode, must_be
 from kproxy.config.durations import parse_duration
+from kproxy.config.fields import Problem, doubled_in_json, known_fields
 from kproxy.config.types import API_VERSION, KIND, Config, Own
 from kproxy.kube.documents import Document, DocumentError, read_documents
 from kproxy.kube.object_errors import dotted
@@ -34,29 +35,36 @@ _ZERO_IS_UNSET = frozenset(
 )
 """Fields whose default kube-proxy also takes for "", 0 and 0s; files that kubeadm writes are full of these."""
 
-_REMOVED = frozenset({"udpIdleTimeout"})
-"""Fields of earlier versions that files still have."""
+_GATES: Path = ("featureGates",)
 
 
-def load_config(text: bytes, path: str) -> tuple[Config, list[str]]:
+def load_config(text: bytes, path: str, *, strict: bool = False) -> tuple[Config, list[str]]:
     """Return the configuration in the text of a file (YAML or JSON), and warnings, a line each.
 
     `path` names the file in messages. As in kube-proxy null always means unset, and so do "" and 0 where they
-    would make no sense (a `minSyncPeriod` of 0 is the default of 1 s; the flag can set 0). Unlike kube-proxy,
-    which passes over unknown fields, it raises `ConfigError` for them, and a `mode` of "" is not the default.
+    would make no sense (a `minSyncPeriod` of 0 is the default of 1 s; the flag can set 0), but a `mode` of "" is not
+    the default. What kube-proxy's lenient decoding passes over is a warning: fields that it does not have, keys
+    given more than once, documents after the first. With `strict` it is an error. Raises `ConfigError`, whose message
+    then has a line for each of them.
     """
-    document = _document(text, path)
+    problems: list[Problem] = []
+    document = _document(text, path, problems)
 
     def place(at: Path) -> str:
-        line = document.line_of(at)
-        return ": ".join(part for part in (f"{path}:{line}" if line else path, dotted(at)) if part)
+        return _place(path, document.line_of(at), dotted(at))
 
     data = _typed(_data(document), place)
     refuse_retired_mode(data.get("mode"), place)
-    warnings = [f"{place((name,))}: is not a setting of kube-proxy any more" for name in sorted(_REMOVED & data.keys())]
-    kept = {name: value for name, value in data.items() if name not in _REMOVED}
-    config = check(decode(Config, _default_addresses(kept), place), place)
-    return config, warnings + warnings_of(config, place)
+    doubled = doubled_in_json(document.content) if isinstance(document.content, bytes) else document.doubled
+    problems += (Problem(f"{place(tuple(at))}: given more than once", "the last one counts") for at in doubled)
+    fields = known_fields(Config, data, place, problems)
+    if fields.get("featureGates") == "":
+        problems.append(Problem(f'{place(_GATES)}: must be a mapping, not ""', "taken as unset"))
+        del fields["featureGates"]
+    if strict and problems:
+        raise ConfigError("\n".join(problem.text for problem in problems))
+    config = check(decode(Config, _default_addresses(_set_fields(fields)), place), place)
+    return config, [problem.warning for problem in problems] + warnings_of(config, place)
 
 
 def to_yaml(config: Config) -> str:
@@ -78,15 +86,40 @@ def as_document(config: Config) -> dict[str, Any]:
     return document
 
 
-def _document(text: bytes, path: str) -> Document:
+def _document(text: bytes, path: str, problems: list[Problem]) -> Document:
+    """Return the document with the configuration; the others are added to `problems`."""
     try:
-        documents = read_documents(text, json=path.endswith(".json"))
+        documents = read_documents(text, json=path.endswith(".json"), doubled_keys=True)
     except DocumentError as error:
         place = "".join(f":{number}" for number in (error.line, error.column) if number)
         raise ConfigError(f"{path}{place}: {error}") from None
-    if len(documents) != 1:
-        raise ConfigError(f"{path}: must hold one document, not {len(documents)}")
-    return documents[0]
+    if not documents:
+        raise ConfigError(f"{path}: must hold a document of kind {KIND}, but is empty")
+    kinds = [_type(document) for document in documents]
+    chosen = kinds.index(_OURS) if _OURS in kinds else 0
+    for document, (_, kind) in zip(documents, kinds, strict=True):
+        if document is not documents[chosen]:
+            what = (
+                f"another {KIND}" if kind == KIND else f"document of kind {kind}" if kind else "document without a kind"
+            )
+            only = f"only the {'first one' if kind == KIND else KIND} is read"
+            problems.append(Problem(_place(path, document.line_of(()), f"{what}; {only}")))
+    return documents[chosen]
+
+
+_OURS = (API_VERSION, KIND)
+
+
+def _type(document: Document) -> tuple[str, str]:
+    """Return the `apiVersion` and `kind` of a document, "" for what it has not."""
+    data = _data(document)
+    fields = data if isinstance(data, dict) else {}
+    version, kind = fields.get("apiVersion"), fields.get("kind")
+    return version if isinstance(version, str) else "", kind if isinstance(kind, str) else ""
+
+
+def _place(path: str, line: int, what: str) -> str:
+    return ": ".join(part for part in (f"{path}:{line}" if line else path, what) if part)
 
 
 def _data(document: Document) -> object:
@@ -94,7 +127,7 @@ def _data(document: Document) -> object:
 
 
 def _typed(data: object, place: Place) -> dict[str, Any]:
-    """Check the type of the document, and return its other fields that are set."""
+    """Check the type of the document, and return its other fields."""
     if not isinstance(data, dict):
         raise must_be(place(()), "a mapping", data)
     for name, wanted in (("apiVersion", API_VERSION), ("kind", KIND)):
@@ -102,7 +135,7 @@ def _typed(data: object, place: Place) -> dict[str, Any]:
             raise ConfigError(f"{place(())}: {name} is missing: must be {wanted}")
         if data[name] != wanted:
             raise must_be(place((name,)), wanted, data[name])
-    return {name: value for name, value in _set_fields(data).items() if name not in {"apiVersion", "kind"}}
+    return {name: value for name, value in data.items() if name not in {"apiVersion", "kind"}}
 
 
 def _set_fields(data: dict[str, Any], at: Path = ()) -> dict[str, Any]:
@@ -111,7 +144,7 @@ def _set_fields(data: dict[str, Any], at: Path = ()) -> dict[str, Any]:
         path = (*at, name)
         if value is None or (dotted(path) in _ZERO_IS_UNSET and _is_zero(value)):
             continue
-        found[name] = _set_fields(value, path) if isinstance(value, dict) else value
+        found[name] = _set_fields(value, path) if isinstance(value, dict) and path != _GATES else value
     return found
 
 

@@ -1,4 +1,4 @@
-"""Noticing that the configuration file is not any more what was loaded."""
+"""Follow the configuration file, and tell edits that change the configuration from those that do not or are wrong."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import logging
 import os
 import stat
 from collections.abc import Callable
+from typing import TypeAlias
 
+from kproxy.config.decode import ConfigError
+from kproxy.config.types import Config
 from kproxy.kube.file_reading import Reading
 from kproxy.kube.path_follower import PathFollower
 
@@ -16,11 +19,19 @@ RELOAD_PERIOD = 10.0
 STOP_TIMEOUT = 1.0
 """Seconds that `ConfigWatch.stop` waits for its thread, which takes longer only while `changed` does."""
 
+Load: TypeAlias = Callable[[bytes], tuple[Config, list[str]]]
+"""From what the file holds to a configuration and warnings, a line each. Raises `ConfigError`."""
+
 log = logging.getLogger(__name__)
 
 
 class ConfigWatch:
-    """Calls `changed` once, as soon as the content of a file differs from `loaded`; then it is over.
+    """Calls `changed` once, as soon as a file holds a valid configuration other than `config`; then it is over.
+
+    `content` is what the file held when `config` was loaded from it, and `load` does the same with other content (see
+    `kproxy.config.flags.configure`): it returns configuration and warnings, or raises `ConfigError`. An edit that is
+    not valid is reported, once, and changes nothing; nor does one that leaves the configuration as it is, such as
+    a comment.
 
     `changed` is called from a thread of its own and must not raise. However the file is replaced counts: written in
     place, renamed into place, or by another target of a link on the way, as in a mounted ConfigMap. While it cannot be
@@ -28,8 +39,9 @@ class ConfigWatch:
     file, such as a pipe, can be read only once and is not followed.
     """
 
-    def __init__(self, path: str, loaded: bytes, changed: Callable[[], None]) -> None:
-        self._path, self._loaded, self._changed = path, loaded, changed
+    def __init__(self, path: str, content: bytes, config: Config, load: Load, changed: Callable[[], None]) -> None:
+        self._path, self._seen, self._config = path, content, config
+        self._load, self._changed = load, changed
         self._missed = False
         self._follower = PathFollower(
             path, self._take, name="config-watch", period=RELOAD_PERIOD, patience=STOP_TIMEOUT
@@ -54,14 +66,30 @@ class ConfigWatch:
                 log.warning("%s: cannot be read any more; what was loaded stays in force", self._path)
             self._missed = True
             return True
-        if content == self._loaded:
-            if self._missed:
-                log.info("%s: is there again, unchanged", self._path)
-            self._missed = False
+        if content != self._seen:
+            self._seen, self._missed = content, False
+            return self._goes_on_with(content)
+        if self._missed:
+            log.info("%s: is there again, unchanged", self._path)
+        self._missed = False
+        return True
+
+    def _goes_on_with(self, content: bytes) -> bool:
+        """Judge an edit; tell whether the configuration stays as it is."""
+        try:
+            config, warnings = self._load(content)
+        except ConfigError as error:
+            reason = "; ".join(str(error).splitlines())
+            log.error("%s (edit ignored; the configuration loaded before stays in use)", reason)
             return True
-        log.info("%s: has changed", self._path)
-        self._changed()
-        return False
+        if config != self._config:
+            log.info("%s: has changed", self._path)
+            self._changed()
+            return False
+        for warning in warnings:
+            log.warning("%s", warning)
+        log.info("%s: edited, but the settings are the same", self._path)
+        return True
 
 
 def _is_stream(path: str) -> bool:

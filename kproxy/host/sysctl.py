@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 ROOT = Path("/")
 """Where this machine's parameters are; in a container, where its file systems are mounted may be somewhere else."""
+
+_SYSCTLS = "proc/sys/"
+
+log = logging.getLogger(__name__)
 
 ROUTE_LOCALNET = "proc/sys/net/ipv4/conf/all/route_localnet"
 
@@ -24,13 +29,19 @@ def read_parameters(paths: Iterable[str], root: Path = ROOT) -> dict[str, int]:
 
 
 def write_parameters(wanted: Mapping[str, int], root: Path = ROOT) -> list[str]:
-    """Set numeric parameters by their path below `root`. Return one line for each that cannot be set."""
+    """Set numeric parameters by their path below `root`. Return one line for each that cannot be set.
+
+    Each that is set is logged with its old and its new value.
+    """
     problems = []
+    before = read_parameters(wanted, root)
     for path, value in wanted.items():
         try:
             _write(root / path, value)
         except OSError as error:
             problems.append(f"cannot set /{path} to {value}: {error.strerror}")
+        else:
+            log.info("sysctl %s: %s -> %d", _name(path), before.get(path, "unknown"), value)
     return problems
 
 
@@ -43,6 +54,12 @@ def ensure_route_localnet(root: Path = ROOT) -> list[str]:
     if read_parameters([ROUTE_LOCALNET], root) == {ROUTE_LOCALNET: 1}:
         return []
     return write_parameters({ROUTE_LOCALNET: 1}, root)
+
+
+def _name(path: str) -> str:
+    """Return a parameter's name as sysctl(8) has it, or its whole path if it is none of that program's."""
+    below = path.removeprefix(_SYSCTLS)
+    return f"/{path}" if below == path else below.replace("/", ".")
 
 
 def _write(path: Path, value: int) -> None:

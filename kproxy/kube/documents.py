@@ -32,18 +32,21 @@ class Document(Struct, frozen=True):
     """One document: its JSON text, or the data that YAML text stands for.
 
     `line_of` returns the line (from 1) of the field at a path, or of the last part of the path that exists;
-    0 if it cannot be told.
+    0 if it cannot be told. `doubled` are the keys that YAML gives more than once in one mapping, if those were asked
+    for: the last one counts.
     """
 
     content: bytes | Any
     line_of: Callable[[FieldPath], int]
+    doubled: Sequence[FieldPath] = ()
 
 
-def read_documents(text: bytes, *, json: bool = False) -> list[Document]:
+def read_documents(text: bytes, *, json: bool = False, doubled_keys: bool = False) -> list[Document]:
     """Return the documents of a file that are not empty.
 
     `json` says that the file claims to be JSON (by its name), so that its syntax errors are JSON's. Other text
-    may be YAML of several documents, or JSON. Raises `DocumentError`.
+    may be YAML of several documents, or JSON. With `doubled_keys`, keys that YAML gives more than once in one mapping
+    are named in the documents; otherwise they are an error. Raises `DocumentError`.
     """
     text = text.removeprefix(b"\xef\xbb\xbf")
     _check_encoding(text)
@@ -57,7 +60,7 @@ def read_documents(text: bytes, *, json: bool = False) -> list[Document]:
                 raise
     from kproxy.kube.yaml_documents import read  # noqa: PLC0415 - only the first YAML text loads PyYAML
 
-    return read(text.decode())
+    return read(text.decode(), doubled_keys=doubled_keys)
 
 
 def _check_encoding(text: bytes) -> None:

@@ -1,6 +1,6 @@
 """YAML as `kubectl` reads it: dates and `12:30` stay strings, `on` and `yes` are booleans, `010` is octal.
 
-A key given twice in one mapping is an error, as it is to the API server.
+A key given twice in one mapping is an error, as it is to the API server, unless the reader asks for such keys.
 """
 
 from __future__ import annotations
@@ -35,11 +35,14 @@ _PLAIN_SCALARS = {
 }
 
 
-def read(text: str) -> list[Document]:
-    """Return the documents of YAML text that are not empty. Raises `DocumentError`."""
+def read(text: str, *, doubled_keys: bool = False) -> list[Document]:
+    """Return the documents of YAML text that are not empty. Raises `DocumentError`.
+
+    With `doubled_keys`, keys given twice in one mapping are named in the documents; otherwise they are an error.
+    """
     try:
         _refuse_depth(text)
-        return [document for document in _documents(_loader()(text)) if document.content is not None]
+        return [document for document in _documents(_loader()(text), doubled_keys) if document.content is not None]
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         problem = " ".join(part for part in (error.context, error.problem) if part)
@@ -65,11 +68,15 @@ def _refuse_depth(text: str) -> None:
             raise RecursionError
 
 
-def _documents(loader: Any) -> Iterator[Document]:
+def _documents(loader: Any, doubled_keys: bool) -> Iterator[Document]:
     while loader.check_node():
         node = loader.get_node()
-        _refuse_doubled_keys(node)
-        yield Document(loader.construct_document(node), partial(_line, node))
+        doubled = list(_doubled_keys(node))
+        if doubled and not doubled_keys:
+            _, key = doubled[0]
+            raise yaml.MarkedYAMLError(None, None, f"the key {key.value!r} is given twice", key.start_mark)
+        paths = dict.fromkeys((*_path_to(mapping, node), key.value) for mapping, key in doubled)
+        yield Document(loader.construct_document(node), partial(_line, node), tuple(paths))
 
 
 def line_in(text: str, path: FieldPath) -> int:
@@ -98,8 +105,8 @@ def _line(node: yaml.Node, path: FieldPath) -> int:
     return int(mark.line) + 1
 
 
-def _refuse_doubled_keys(top: yaml.Node) -> None:
-    """Raise for a key given twice in one mapping, of which YAML parsers silently keep the last."""
+def _doubled_keys(top: yaml.Node) -> Iterator[tuple[yaml.Node, yaml.ScalarNode]]:
+    """Find mappings with a key given more than once, of which YAML parsers silently keep the last."""
     seen: set[int] = set()
     todo = [top]
     while todo:
@@ -115,8 +122,26 @@ def _refuse_doubled_keys(top: yaml.Node) -> None:
             todo.append(value)
             if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE_TAG:
                 if key.value in keys:
-                    raise yaml.MarkedYAMLError(None, None, f"the key {key.value!r} is given twice", key.start_mark)
+                    yield node, key
                 keys.add(key.value)
+
+
+def _path_to(wanted: yaml.Node, top: yaml.Node) -> tuple[str | int, ...]:
+    """Return a path that leads to a node below another one. It takes a search, and is only for what is wrong."""
+    seen: set[int] = set()
+    todo: list[tuple[yaml.Node, tuple[str | int, ...]]] = [(top, ())]
+    while todo:
+        node, path = todo.pop()
+        if node is wanted:
+            return path
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            todo += ((child, (*path, index)) for index, child in enumerate(node.value))
+        elif isinstance(node, yaml.MappingNode):
+            todo += ((child, (*path, str(key.value))) for key, child in node.value)
+    raise LookupError("the node is not below the other one")
 
 
 @cache

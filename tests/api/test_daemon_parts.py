@@ -82,7 +82,33 @@ def test_a_changed_configuration_file_ends_it(cluster: Cluster, proxied: Proxied
     process = proxied.start(f"--config={file}")
     proxied.settle()
     held = proxied.rules()
-    file.write_text(CONFIG + "clusterCIDR: 10.0.0.0/8\n")
+    file.write_text(CONFIG + "oomScoreAdj: -998\n")
     assert process.wait(HANG_GUARD) == 1
     assert f"{file} has changed: ending, to be started again with it" in proxied.log()
+    assert proxied.rules() == held
+
+
+def test_an_edit_of_the_configuration_file_that_is_not_valid_is_reported_and_the_old_one_stays(
+    cluster: Cluster, proxied: ProxiedNode, tmp_path: Path
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(CONFIG)
+    process = proxied.start(f"--config={file}", "--strict-config")
+    proxied.settle()
+
+    def edit(text: str, said: str) -> None:
+        file.write_text(CONFIG + text)
+        wait_until(lambda: said in proxied.log(), said)
+
+    edit("iptables: {masqueradeBit: 32}\n", f"{file}:4: iptables.masqueradeBit: must be a whole number from 0 to 31")
+    edit("clusterCidr: 10.0.0.0/8\n", f"{file}:4: clusterCidr: unknown field; did you mean clusterCIDR? (edit ignored")
+    edit("# the flag --cluster-cidr wins\nclusterCIDR: 10.0.0.0/8\n", f"{file}: edited, but the settings are the same")
+    cluster.create(service("web", "10.96.7.1"))
+    cluster.create(endpoint_slice("web-x", "web", ["10.244.1.1"]))
+    proxied.settle()
+    assert process.poll() is None
+    held = proxied.rules()
+    file.write_text(CONFIG + "iptables: {masqueradeBit: 3}\n")
+    assert process.wait(HANG_GUARD) == 1
+    assert proxied.log().endswith(f"kproxy: {file} has changed: ending, to be started again with it\n")
     assert proxied.rules() == held

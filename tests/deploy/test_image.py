@@ -72,7 +72,7 @@ def prepare(host: ImageNode) -> None:
 
 def complaints(host: ImageNode) -> list[str]:
     """Return what the daemon does not like, but for what no runc could have given to it here."""
-    found = [line for line in host.log().splitlines() if re.search(r"WARNING|ERROR|rror:|Traceback", line)]
+    found = [line for line in host.log().splitlines() if re.search(r"^[WEF]\d{4} |rror:|Traceback", line)]
     return [line for line in found if oom_score() or "oomScoreAdj stays as it is" not in line]
 
 

@@ -219,7 +219,7 @@ def test_the_command_ends_only_when_they_are_gone(node: Namespace) -> None:
     said = node.run([*command, "--proxy-mode=nftables"]).stderr
     assert not chains(node, Family.IPV4) | chains(node, Family.IPV6)
     assert len(proxy_tables(node)) == 2
-    assert [line.rpartition(" ")[2] for line in said.splitlines() if " INFO removed " in line] == ["IPv4", "IPv6"]
+    assert [line.rpartition(" ")[2] for line in said.splitlines() if "] removed " in line] == ["IPv4", "IPv6"]
     node.run([*command, "--proxy-mode=iptables"])
     assert proxy_tables(node) == []
     assert all(chains(node, family) for family in Family)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -134,7 +135,7 @@ def test_the_command_says_what_is_out_of_reach_beside_what_it_removed(node: Name
     node.run([legacy, "-t", "nat", "-N", "KUBE-SERVICES"])
     done = node.run([KPROXY, "run", "--cleanup"])
     assert [line.partition(" ")[0] for line in done.stdout.splitlines()] == ["removed"] * 2
-    assert "WARNING KUBE- chains of iptables-legacy are still there" in done.stderr
+    assert re.search(r"^W\d{4} .*\] KUBE- chains of iptables-legacy are still there", done.stderr, re.MULTILINE)
     assert [table for table in nft_tables(node) if "kube-proxy" in table] == []
 
 

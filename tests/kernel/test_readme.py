@@ -17,12 +17,12 @@ ROOT = Path(__file__).parents[2]
 OPENING = "# unshare --net"
 
 VARYING = (
-    (r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ", ""),
-    (r"after \d+ milliseconds", "after so many milliseconds"),
+    (r"^([IWE])\d{4} \d\d:\d\d:\d\d\.\d{6} +\d+ ([\w.]+:)\d+\] ", r"\1MMDD hh:mm:ss.uuuuuu PID \2LINE] "),
+    (r"(after|in) [\d.]+ (milliseconds|ms|s)$", r"\1 so much time"),
     (r"no Node '.*'", "no Node 'of this name'"),
     (r"iptables \d+\.\d+\.\d+", "iptables VERSION"),
 )
-"""What differs from run to run and between machines; the README leaves out the times of log lines."""
+"""What differs from run to run, between machines, and with every change of the code: lines in log headers."""
 
 LISTENING = "until curl --silent --output /dev/null http://192.0.2.10:8080/; do :; done"
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from tests.recordings import GOLDEN
 
 KPROXY = str(Path(sys.executable).with_name("kproxy"))
 CLUSTER = str(GOLDEN / "clusterip")
+HEADER = re.compile(r"[IWEF][01]\d[0-3]\d [0-2]\d:[0-5]\d:[0-5]\d\.\d{6} [ \d]{6}\d [\w.]+:\d+\] ")
 
 
 def run(*arguments: str, path: str = os.environ["PATH"]) -> subprocess.CompletedProcess[str]:
@@ -22,8 +25,8 @@ def run(*arguments: str, path: str = os.environ["PATH"]) -> subprocess.Completed
 
 
 def complaint(done: subprocess.CompletedProcess[str]) -> str:
-    """The one line that says what is wrong; log lines before it begin with a date."""
-    lines = [line for line in done.stderr.splitlines() if not line.startswith("20")]
+    """The one line that says what is wrong; log lines before it have a header."""
+    lines = [line for line in done.stderr.splitlines() if not HEADER.match(line)]
     assert len(lines) == 1, done.stderr
     return lines[0]
 
@@ -63,6 +66,24 @@ def complaint(done: subprocess.CompletedProcess[str]) -> str:
         (("render", f"--objects={CLUSTER}", "--proxy-mode=ipvs"), "kproxy: --proxy-mode: "),
         (("render", f"--objects={CLUSTER}", "--config=/nonexistent.yaml"), "kproxy: /nonexistent.yaml: "),
         (("run", "--objects=/nonexistent", "--iptables-masquerade-bit=32"), "kproxy: --iptables-masquerade-bit: "),
+        (
+            ("run", "--objects=/nonexistent", "--logging-format=xml"),
+            'kproxy: --logging-format: must be text or json, not "',
+        ),
+        (("run", "--objects=/nonexistent", "--v=much"), 'kproxy: --v: must be a whole number, not "much"'),
+        (
+            ("run", "--objects=/nonexistent", "-v=-1"),
+            "kproxy: --v: must be a whole number from 0 to 2147483647, not -1",
+        ),
+        (("run", "--objects=/nonexistent", "--vmodule=node"), 'kproxy: --vmodule: must be PATTERN=N, not "node"'),
+        (
+            ("run", "--objects=/nonexistent", "--vmodule=node=4", "--logging-format=json"),
+            "kproxy: --vmodule: needs logging.format text",
+        ),
+        (
+            ("run", "--strict-config=perhaps"),
+            "kproxy run: argument --strict-config: must be true or false, not 'perhaps'",
+        ),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(arguments: tuple[str, ...], says: str) -> None:
@@ -101,6 +122,45 @@ def test_without_iptables_it_says_so() -> None:
     done = run("apply", f"--objects={CLUSTER}", path="/nonexistent")
     assert done.returncode == 1
     assert complaint(done) == "kproxy: iptables mode does not work here: cannot run iptables: No such file or directory"
+
+
+def test_lines_have_the_header_of_klog() -> None:
+    done = run("render", f"--objects={CLUSTER}", "--hostname-override=of-no-node")
+    said = [line for line in done.stderr.splitlines() if "there is no Node 'of-no-node'" in line]
+    assert len(said) == 1
+    assert HEADER.match(said[0])
+    assert re.search(r"^W\d{4} .* once\.py:\d+\] there is no Node 'of-no-node': ", said[0])
+
+
+@pytest.mark.parametrize("way", ["flag", "file"])
+def test_with_json_every_line_is_json_the_last_one_too(way: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\nudpIdleTimeout: 1s\n"
+        + ("logging: {format: json}\n" if way == "file" else "")
+    )
+    flags = ["--logging-format=json"] if way == "flag" else []
+    done = run("render", "--objects=/nonexistent", f"--config={file}", *flags)
+    assert done.returncode == 1
+    warning, failure = [json.loads(line) for line in done.stderr.splitlines()]
+    assert warning["msg"].startswith(f"{file}:3: udpIdleTimeout: ")
+    assert failure["msg"] == "/nonexistent: cannot be read: no such file or directory"
+    assert (warning["v"], "v" in failure) == (0, False)
+
+
+def test_an_unknown_field_is_a_warning_or_with_strict_config_an_error(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    text = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\nclusterCidr: 10.0.0.0/8\n"
+    file.write_text(text)
+    problem = f"{file}:3: clusterCidr: unknown field; did you mean clusterCIDR?"
+    for command in ("render", "apply", "run"):
+        arguments = (command, "--objects=/nonexistent", f"--config={file}")
+        strict = run(*arguments, "--strict-config")
+        assert strict.returncode == 2
+        assert complaint(strict) == f"kproxy: {problem}"
+        lenient = run(*arguments, *(["--write-config-to=/dev/null"] if command == "run" else []))
+        assert lenient.returncode == (0 if command == "run" else 1)
+        assert f"] {problem} (ignored)\n" in lenient.stderr
 
 
 def test_render_prints_both_families_or_the_one_asked_for() -> None:

@@ -96,7 +96,7 @@ def test_flags_are_shown_under_their_headings_as_they_are_written() -> None:
         elif found := re.match(r"  (?:-v, )?(--[a-z-]+)(=|\[=BOOL\])", line):
             shown.setdefault(section, []).append(found[1])
     for title, flags in GROUPS.items():
-        assert [name for name in shown[title] if name not in ("--config", "--master")] == [
+        assert [name for name in shown[title] if name not in ("--config", "--strict-config", "--master")] == [
             each.option for each in flags
         ]
     assert shown["instead of running"] == ["--write-config-to", "--cleanup", "--init-only"]

@@ -8,11 +8,12 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from kproxy.config import watch
+from kproxy.config import load_config, watch
 from kproxy.config.watch import ConfigWatch
 from kproxy.host.inotify import InotifyError
 from kproxy.kube import file_reading, path_follower
@@ -21,8 +22,10 @@ from kproxy.kube.file_reading import Reading
 HANG = 20.0
 """Seconds after which a test that waits has hung."""
 
-OLD = b"mode: iptables\n"
-NEW = b"mode: nftables\n"
+HEAD = b"apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n"
+OLD = HEAD + b"mode: iptables\n"
+NEW = HEAD + b"mode: nftables\n"
+WRONG = HEAD + b"mode: iptables\niptables: {masqueradeBit: 32}\n"
 
 
 class Watched:
@@ -30,7 +33,9 @@ class Watched:
 
     def __init__(self, path: Path, loaded: bytes) -> None:
         self.calls: queue.Queue[str] = queue.Queue()
-        self.watch = ConfigWatch(str(path), loaded, lambda: self.calls.put("changed"))
+        load = partial(load_config, path=str(path))
+        config, _ = load(loaded)
+        self.watch = ConfigWatch(str(path), loaded, config, load, lambda: self.calls.put("changed"))
         self.watch.start()
 
     def until_changed(self) -> None:
@@ -211,6 +216,65 @@ def test_a_file_that_is_gone_changes_nothing_until_it_comes_back(
     looks.until(None)
     path.write_bytes(NEW)
     watched.until_changed()
+
+
+def test_an_edit_that_is_not_valid_is_reported_once_and_changes_nothing(
+    path: Path, follow: Follow, looks: Looks, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    watched = follow(path)
+    looks.until(OLD)
+    path.write_bytes(WRONG)
+    looks.until(WRONG)
+    path.write_bytes(WRONG)
+    looks.until(WRONG)
+    path.write_bytes(b"- a")
+    looks.until(b"- a")
+    path.write_bytes(b"")
+    looks.until(b"")
+    path.write_bytes(OLD)
+    looks.until(OLD)
+    assert watched.calls.empty()
+    ignored = "(edit ignored; the configuration loaded before stays in use)"
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("ERROR", f"{path}:4: iptables.masqueradeBit: must be a whole number from 0 to 31, not 32 {ignored}"),
+        ("ERROR", f'{path}:1: must be a mapping, not ["a"] {ignored}'),
+        ("ERROR", f"{path}: must hold a document of kind KubeProxyConfiguration, but is empty {ignored}"),
+        ("INFO", f"{path}: edited, but the settings are the same"),
+    ]
+    path.write_bytes(WRONG)
+    looks.until(WRONG)
+    path.write_bytes(NEW)
+    watched.until_changed()
+
+
+@pytest.mark.parametrize(
+    "edit", [OLD + b"# a comment\n", b"mode: iptables\n" + HEAD, OLD + b"iptables: {masqueradeBit: 14}\n", HEAD]
+)
+def test_an_edit_that_leaves_the_settings_as_they_are_changes_nothing(
+    path: Path, follow: Follow, looks: Looks, edit: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    watched = follow(path)
+    looks.until(OLD)
+    path.write_bytes(edit)
+    looks.until(edit)
+    assert watched.calls.empty()
+    assert caplog.messages == [f"{path}: edited, but the settings are the same"]
+    path.write_bytes(NEW)
+    watched.until_changed()
+
+
+def test_a_misspelt_field_in_an_edit_is_warned_about(
+    path: Path, follow: Follow, looks: Looks, caplog: pytest.LogCaptureFixture
+) -> None:
+    watched = follow(path)
+    looks.until(OLD)
+    edit = OLD + b"clusterCidr: 10.0.0.0/8\n"
+    path.write_bytes(edit)
+    looks.until(edit)
+    assert watched.calls.empty()
+    assert caplog.messages == [f"{path}:4: clusterCidr: unknown field; did you mean clusterCIDR? (ignored)"]
 
 
 def test_it_is_said_once_and_then_over(path: Path, follow: Follow) -> None:

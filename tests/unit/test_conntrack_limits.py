@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -69,8 +70,25 @@ def test_what_is_right_already_is_not_written() -> None:
     assert limits.changes(config, 8, KERNEL | first) == {}
 
 
-def test_a_maximum_above_the_wanted_one_is_lowered() -> None:
-    assert limits.changes(Conntrack(), 1, KERNEL | {limits.MAX: 1 << 20})[limits.MAX] == 131072
+@pytest.mark.parametrize(("current", "written"), [(131071, 131072), (131072, None), (131073, None), (1 << 22, None)])
+def test_a_maximum_that_is_larger_is_left_alone(current: int, written: int | None) -> None:
+    assert limits.changes(Conntrack(), 1, KERNEL | {limits.MAX: current}).get(limits.MAX) == written
+
+
+@pytest.mark.parametrize(
+    ("config", "cpus", "maximum"),
+    [
+        (Conntrack(), 31, 31 * 32768),
+        (Conntrack(), 32, 1048576),
+        (Conntrack(), 33, 1048576),
+        (Conntrack(), 512, 1048576),
+        (Conntrack(max_per_core=131072), 16, 1048576),
+        (Conntrack(min=2000000), 512, 2000000),
+    ],
+)
+def test_many_cpus_do_not_ask_for_more_than_a_million(config: Conntrack, cpus: int, maximum: int) -> None:
+    found = limits.changes(config, cpus, KERNEL)
+    assert (found[limits.MAX], found[limits.HASH_SIZE]) == (maximum, maximum // 4)
 
 
 def test_a_fraction_of_a_second_does_not_become_never() -> None:
@@ -91,7 +109,8 @@ def machine(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_parameters_are_read_computed_and_written(machine: Path) -> None:
+def test_parameters_are_read_computed_and_written(machine: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     config = Conntrack(max_per_core=100000, tcp_be_liberal=True)
     changes = limits.changes(config, 4, read_parameters(limits.PARAMETERS, machine))
     assert write_parameters(changes, machine) == []
@@ -102,6 +121,13 @@ def test_parameters_are_read_computed_and_written(machine: Path) -> None:
         limits.TCP_CLOSE_WAIT: 3600,
         limits.TCP_BE_LIBERAL: 1,
     }
+    assert [record.getMessage() for record in caplog.records] == [
+        "sysctl net.netfilter.nf_conntrack_max: 65536 -> 400000",
+        "sysctl /sys/module/nf_conntrack/parameters/hashsize: 65536 -> 100000",
+        "sysctl net.netfilter.nf_conntrack_tcp_timeout_established: 432000 -> 86400",
+        "sysctl net.netfilter.nf_conntrack_tcp_timeout_close_wait: 60 -> 3600",
+        "sysctl net.netfilter.nf_conntrack_tcp_be_liberal: 0 -> 1",
+    ]
 
 
 def test_a_parameter_that_is_missing_is_told_and_the_others_are_written(machine: Path) -> None:
@@ -115,7 +141,17 @@ def test_a_parameter_that_is_missing_is_told_and_the_others_are_written(machine:
     assert not (machine / limits.MAX).exists()
 
 
-def test_route_localnet_is_set_where_it_is_not(tmp_path: Path) -> None:
+def test_a_parameter_without_a_value_that_can_be_read_is_logged_as_such(
+    machine: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    (machine / limits.UDP).write_text("not a number")
+    assert write_parameters({limits.UDP: 2}, machine) == []
+    assert caplog.messages == ["sysctl net.netfilter.nf_conntrack_udp_timeout: unknown -> 2"]
+
+
+def test_route_localnet_is_set_where_it_is_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     assert ensure_route_localnet(tmp_path) == [f"cannot set /{ROUTE_LOCALNET} to 1: No such file or directory"]
     file = tmp_path / ROUTE_LOCALNET
     file.parent.mkdir(parents=True)
@@ -125,3 +161,4 @@ def test_route_localnet_is_set_where_it_is_not(tmp_path: Path) -> None:
     os.utime(file, (0, 0))
     assert ensure_route_localnet(tmp_path) == []
     assert file.stat().st_mtime == 0
+    assert caplog.messages == ["sysctl net.ipv4.conf.all.route_localnet: 0 -> 1"]

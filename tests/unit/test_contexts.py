@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 
 from kproxy.config import Config, load_config
-from kproxy.contexts import localhost_node_ports, make_context, node_port_warning
+from kproxy.contexts import (
+    interface_warning,
+    local_traffic_warning,
+    localhost_node_ports,
+    make_context,
+    node_port_warning,
+)
+from kproxy.families import Contexts
 from kproxy.model.context import Context
 from kproxy.model.types import Family, Node
 
@@ -161,3 +168,103 @@ def test_loopback_is_no_remark_in_iptables_mode() -> None:
 def test_node_ports_on_localhost_are_for_iptables_and_ipv4(mode: str, settings: str, answers: Any) -> None:
     assert localhost_node_ports(configured(mode, settings), Family.IPV4) is answers
     assert not localhost_node_ports(configured(mode, settings), Family.IPV6)
+
+
+# Telling local traffic
+
+
+def detection_warning(text: str, family: Family, node: Node | None = NODE) -> str:
+    """The warning in both modes, which must be the same."""
+    warnings = {
+        local_traffic_warning(configured(mode, text), node, context(mode, text, family, node)) for mode in MODES
+    }
+    assert len(warnings) == 1
+    return warnings.pop()
+
+
+SINGLE = Node("node-1", addresses=("10.99.0.2",))
+NO_CIDR = "detectLocalMode is ClusterCIDR, but no {0} clusterCIDR is set: local pod traffic is not detected"
+NO_POD_CIDR = "detectLocalMode is NodeCIDR, but Node node-1 has no {0} pod CIDR: local pod traffic is not detected"
+LOST = ", and off-cluster traffic to cluster IPs is not masqueraded"
+
+
+@pytest.mark.parametrize(
+    ("text", "node", "warned"),
+    [
+        ("", NODE, ["IPv4", "IPv6"]),
+        ("", SINGLE, ["IPv4"]),
+        ("", Node("node-1", addresses=("fd00::2",)), ["IPv6"]),
+        ("", Node("node-1"), ["IPv4"]),
+        ("", None, ["IPv4"]),
+        ("bindAddress: '::'", None, ["IPv6"]),
+        ("clusterCIDR: 10.244.0.0/16", NODE, ["IPv6"]),
+        ("clusterCIDR: 10.244.0.0/16", SINGLE, []),
+        ("clusterCIDR: fd00:10::/56", SINGLE, ["IPv4"]),
+        ("clusterCIDR: 'fd00:10::/56,10.244.0.0/16'", NODE, []),
+        ("clusterCIDR: 10.244.0.0/16", None, []),
+    ],
+)
+def test_a_family_without_cluster_cidr_is_said(text: str, node: Node | None, warned: list[str]) -> None:
+    found = {family.value: detection_warning(text, family, node) for family in Family}
+    assert found == {
+        name: f"{name}: {NO_CIDR.format(name)}{LOST}" if name in warned else "" for name in ("IPv4", "IPv6")
+    }
+
+
+@pytest.mark.parametrize(
+    ("addresses", "pod_cidrs", "warned"),
+    [
+        (("10.99.0.2",), ("10.244.1.0/24",), []),
+        (("10.99.0.2",), ("fd00:10::/64",), ["IPv4"]),
+        (("10.99.0.2", "fd00::2"), ("10.244.1.0/24",), ["IPv6"]),
+        (("10.99.0.2", "fd00::2"), ("10.244.1.0/24", "fd00:10::/64"), []),
+    ],
+)
+def test_a_family_without_pod_cidr_is_said(
+    addresses: tuple[str, ...], pod_cidrs: tuple[str, ...], warned: list[str]
+) -> None:
+    node = Node("node-1", addresses=addresses, pod_cidrs=pod_cidrs)
+    found = {family.value: detection_warning("detectLocalMode: NodeCIDR", family, node) for family in Family}
+    assert found == {
+        name: f"{name}: {NO_POD_CIDR.format(name)}{LOST}" if name in warned else "" for name in ("IPv4", "IPv6")
+    }
+
+
+def test_where_all_is_masqueraded_nothing_is_said_to_be_left_out() -> None:
+    text = "iptables: {masqueradeAll: true}\nnftables: {masqueradeAll: true}"
+    assert detection_warning(text, Family.IPV4) == f"IPv4: {NO_CIDR.format('IPv4')}"
+
+
+@pytest.mark.parametrize("family", Family)
+def test_detection_by_interface_needs_no_cidr(family: Family) -> None:
+    bridge = "detectLocalMode: BridgeInterface\ndetectLocal: {bridgeInterface: cbr0}"
+    prefix = "detectLocalMode: InterfaceNamePrefix\ndetectLocal: {interfaceNamePrefix: azv}"
+    assert detection_warning(bridge, family) == detection_warning(prefix, family) == ""
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_warning_is_logged_when_it_changes(mode: str, caplog: pytest.LogCaptureFixture) -> None:
+    text = "hostnameOverride: node-1\ndetectLocalMode: NodeCIDR\nnodePortAddresses: [primary]"
+    contexts = Contexts(configured(mode, text), Family.IPV4, accounting=False, random_fully=True)
+    six, both = ("fd00:10::/64",), ("fd00:10::/64", "10.244.1.0/24")
+    for pod_cidrs in (six, six, both, six):
+        contexts.make(Node("node-1", addresses=("10.99.0.2",), pod_cidrs=pod_cidrs))
+    assert caplog.messages == [f"IPv4: {NO_POD_CIDR.format('IPv4')}{LOST}"] * 2
+
+
+@pytest.mark.parametrize(
+    ("mode", "interfaces", "missing"),
+    [
+        ("BridgeInterface", ["lo", "eth0"], "there is no interface cbr0"),
+        ("BridgeInterface", ["lo", "cbr00"], "there is no interface cbr0"),
+        ("BridgeInterface", ["lo", "cbr0"], ""),
+        ("InterfaceNamePrefix", ["lo", "eazv0"], "there is no interface whose name begins with azv"),
+        ("InterfaceNamePrefix", ["lo", "azv12"], ""),
+        ("ClusterCIDR", ["lo"], ""),
+        ("NodeCIDR", [], ""),
+    ],
+)
+def test_interfaces_of_pods_that_are_missing_are_said(mode: str, interfaces: list[str], missing: str) -> None:
+    text = f"detectLocalMode: {mode}\ndetectLocal: {{bridgeInterface: cbr0, interfaceNamePrefix: azv}}"
+    outcome = f"detectLocalMode {mode}: no traffic counts as local pod traffic, since {missing}"
+    assert interface_warning(configured("iptables", text), interfaces) == (outcome if missing else "")

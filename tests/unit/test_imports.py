@@ -38,7 +38,7 @@ PURE = (
     *(f"nftables.{name}" for name in ("render", "ledger", "transaction", "diff", "wording", "text", "userdata")),
     *(f"kube.{name}" for name in ("watch", "steps", "resources", "answers", "changes", "reduction")),
     *(f"kube.{name}" for name in ("streams", "framing", "protobuf", "protobuf_fields")),
-    *("sync.schedule", "sync.family", "sync.conditions", "sync.summary", "contexts"),
+    *("sync.schedule", "sync.family", "sync.conditions", "sync.summary", "contexts", "config.fields"),
 )
 IMPURE = {"os", "socket", "subprocess", "threading", "time", "pathlib", "random", "logging"}
 

@@ -1,0 +1,198 @@
+"""Log lines: klog's text, component-base's JSON, and which lines there are."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kproxy.cli.logs import JsonFormatter, TextFormatter, level_of, printable, start_logging, verbosity_of, writes_json
+from kproxy.config.types import Logging, VModule
+from kproxy.model.verbosity import V2
+
+HERE = Path(__file__)
+CREATED = time.mktime((2025, 3, 9, 7, 5, 2, 0, 0, -1)) + 0.000123
+UNPRINTABLE = "a\nW0101 forged\rb\x1b[31m\x00\x7f\x85\u2028\udcff\tc"
+
+
+def record(level: int, message: str = "started", *arguments: object, seconds: float = CREATED) -> logging.LogRecord:
+    found = logging.LogRecord("kproxy.sync.family", level, "/opt/kproxy/sync/family.py", 42, message, arguments, None)
+    found.created, found.process = seconds, 12345
+    return found
+
+
+def failed(level: int) -> logging.LogRecord:
+    found = record(level, "it failed")
+    try:
+        raise ValueError("two\nlines")
+    except ValueError:
+        found.exc_info = sys.exc_info()
+    return found
+
+
+# Text
+
+
+@pytest.mark.parametrize(
+    ("level", "letter"),
+    [(logging.DEBUG, "I"), (V2, "I"), (logging.INFO, "I"), (logging.WARNING, "W"), (logging.ERROR, "E"), (50, "F")],
+)
+def test_text_is_what_klog_writes(level: int, letter: str) -> None:
+    line = TextFormatter().format(record(level, "%s: %d services", "IPv4", 3))
+    assert line == f"{letter}0309 07:05:02.000123   12345 family.py:42] IPv4: 3 services"
+
+
+def test_the_time_goes_on() -> None:
+    text = TextFormatter()
+    moments = (CREATED, CREATED + 0.5, CREATED + 1, CREATED + 60)
+    times = [text.format(record(logging.INFO, seconds=moment)).split()[1] for moment in moments]
+    assert times == ["07:05:02.000123", "07:05:02.500123", "07:05:03.000123", "07:06:02.000123"]
+
+
+def test_a_long_process_id_is_not_cut() -> None:
+    found = record(logging.INFO)
+    found.process = 123456789
+    assert " 123456789 family.py:42] " in TextFormatter().format(found)
+
+
+def test_no_message_begins_a_line_of_text() -> None:
+    line = TextFormatter().format(record(logging.INFO, "object %s", UNPRINTABLE))
+    assert line.partition("] ")[2] == ("object a\\nW0101 forged\\rb\\x1b[31m\\x00\\x7f\\x85\\u2028\\udcff\\tc")
+
+
+def test_what_is_printable_stays_as_it_is() -> None:
+    assert printable("Größe 5 µs … 'a\\b' 中") == "Größe 5 µs … 'a\\b' 中"
+
+
+def test_every_line_of_a_traceback_has_the_header() -> None:
+    lines = TextFormatter().format(failed(logging.DEBUG)).split("\n")
+    header = "I0309 07:05:02.000123   12345 family.py:42] "
+    assert [line for line in lines if not line.startswith(header)] == []
+    said = [line.removeprefix(header) for line in lines]
+    assert said[:2] == ["it failed", "Traceback (most recent call last):"]
+    assert said[-2:] == ["ValueError: two", "lines"]
+
+
+# JSON
+
+
+@pytest.mark.parametrize(("level", "verbosity"), [(logging.DEBUG, 4), (V2, 2), (logging.INFO, 0)])
+def test_json_is_what_component_base_writes(level: int, verbosity: int) -> None:
+    line = JsonFormatter().format(record(level, "%s: %d services", "IPv4", 3))
+    assert json.loads(line) == {
+        "ts": pytest.approx(CREATED * 1000, abs=1e-3),
+        "caller": "sync/family.py:42",
+        "msg": "IPv4: 3 services",
+        "v": verbosity,
+    }
+    assert list(json.loads(line)) == ["ts", "caller", "msg", "v"]
+    assert isinstance(json.loads(line)["ts"], float)
+
+
+def test_warnings_can_be_told_in_json() -> None:
+    found = json.loads(JsonFormatter().format(record(logging.WARNING)))
+    assert (found["v"], found["severity"]) == (0, "warning")
+
+
+def test_errors_have_no_verbosity_in_json() -> None:
+    found = json.loads(JsonFormatter().format(record(logging.ERROR)))
+    assert list(found) == ["ts", "caller", "msg"]
+
+
+def test_an_exception_is_in_fields_of_json() -> None:
+    found = json.loads(JsonFormatter().format(failed(logging.DEBUG)))
+    assert (found["msg"], found["err"], found["v"]) == ("it failed", "ValueError('two\\nlines')", 4)
+    assert found["stacktrace"].startswith("Traceback (most recent call last):\n")
+    assert found["stacktrace"].endswith("ValueError: two\nlines")
+
+
+def test_json_is_one_line_whatever_is_in_it() -> None:
+    line = JsonFormatter().format(record(logging.INFO, "object %s", UNPRINTABLE))
+    assert "\n" not in line
+    assert "\r" not in line
+    assert json.loads(line)["msg"] == "object " + UNPRINTABLE.replace("\udcff", "\\udcff")
+
+
+# What is logged
+
+
+@pytest.fixture
+def root() -> Iterator[logging.Logger]:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield root
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+def shown(capfd: pytest.CaptureFixture[str], settings: Logging) -> list[str]:
+    """The messages of levels 10, 15, 20 and 30 that are logged here."""
+    start_logging(settings)
+    for level in (logging.DEBUG, V2, logging.INFO, logging.WARNING):
+        logging.getLogger("kproxy.somewhere").log(level, "%d", level)
+    lines = capfd.readouterr().err.splitlines()
+    if settings.format == "json":
+        assert all(json.loads(line)["caller"].startswith("unit/test_logs.py:") for line in lines)
+        return [json.loads(line)["msg"] for line in lines]
+    assert all(f" {os.getpid():>7} test_logs.py:" in line for line in lines)
+    return [line.partition("] ")[2] for line in lines]
+
+
+@pytest.mark.parametrize("kind", ["text", "json"])
+@pytest.mark.parametrize(
+    ("verbosity", "messages"),
+    [
+        (0, ["20", "30"]),
+        (1, ["20", "30"]),
+        (2, ["15", "20", "30"]),
+        (3, ["15", "20", "30"]),
+        (4, ["10", "15", "20", "30"]),
+        (10, ["10", "15", "20", "30"]),
+    ],
+)
+def test_verbosity_turns_levels_on(
+    root: logging.Logger, capfd: pytest.CaptureFixture[str], kind: str, verbosity: int, messages: list[str]
+) -> None:
+    settings = Logging(format="json" if kind == "json" else "text", verbosity=verbosity)
+    assert shown(capfd, settings) == messages
+    assert writes_json() == (kind == "json")
+    assert level_of(verbosity) == int(messages[0])
+
+
+def test_each_level_is_shown_from_its_verbosity_on() -> None:
+    for level in (logging.DEBUG, V2, logging.INFO, logging.WARNING):
+        assert level_of(verbosity_of(level)) <= level
+        assert verbosity_of(level) == 0 or level_of(verbosity_of(level) - 1) > level
+
+
+@pytest.mark.parametrize(
+    ("patterns", "verbosity", "messages"),
+    [
+        ([("test_logs", 4)], 0, ["10", "15", "20", "30"]),
+        ([("test_*", 2)], 0, ["15", "20", "30"]),
+        ([("test_log", 4)], 0, ["20", "30"]),
+        ([("test_logs.py", 4)], 0, ["20", "30"]),
+        ([("test_*", 2), ("test_logs", 4)], 0, ["15", "20", "30"]),
+        ([("test_logs", 0), ("other", 4)], 2, ["15", "20", "30"]),
+    ],
+)
+def test_verbosity_of_single_files(
+    root: logging.Logger,
+    capfd: pytest.CaptureFixture[str],
+    patterns: list[tuple[str, int]],
+    verbosity: int,
+    messages: list[str],
+) -> None:
+    files = tuple(VModule(file_pattern=pattern, verbosity=number) for pattern, number in patterns)
+    assert shown(capfd, Logging(verbosity=verbosity, vmodule=files)) == messages
+
+
+def test_logging_starts_anew(root: logging.Logger, capfd: pytest.CaptureFixture[str]) -> None:
+    assert shown(capfd, Logging(verbosity=4, vmodule=(VModule(file_pattern="x", verbosity=5),)))
+    assert shown(capfd, Logging()) == ["20", "30"]
