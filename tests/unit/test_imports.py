@@ -36,7 +36,7 @@ PURE = (
     *(f"iptables.{name}" for name in ("names", "render", "base", "text", "ledger", "diff", "dispatch")),
     *(f"nftables.{name}" for name in ("names", "objects", "draws", "shape", "view", "base", "shared", "affinity")),
     *(f"nftables.{name}" for name in ("render", "ledger", "transaction", "diff", "wording", "text", "userdata")),
-    *(f"kube.{name}" for name in ("watch", "steps", "resources", "answers", "changes", "reduction")),
+    *(f"kube.{name}" for name in ("watch", "steps", "resources", "answers", "changes", "reduction", "proxy_rule")),
     *(f"kube.{name}" for name in ("streams", "framing", "protobuf", "protobuf_fields")),
     *("sync.schedule", "sync.family", "contexts"),
 )
