@@ -47,6 +47,9 @@ def load_settings(options: argparse.Namespace) -> Config:
         raise UsageError(str(error)) from None
     if config.logging.verbosity >= 4:
         logging.getLogger().setLevel(logging.DEBUG)
+    else:
+        # Its warnings are about details of connections; what fails, kproxy logs itself.
+        logging.getLogger("urllib3").setLevel(logging.ERROR)
     for warning in warnings:
         logging.getLogger(__name__).warning("%s", warning)
     return config

@@ -16,6 +16,8 @@ import pytest
 from kproxy.kube.client import Client, ClientError, TransportError
 from kproxy.kube.package_access import PackageAccess
 from kproxy.kube.plain_access import PlainAccess
+from kproxy.model.delta import BASIC_KINDS
+from kproxy.model.types import ServiceCIDR
 from tests.apiserver import ApiServer
 from tests.unit.test_client import (
     account,
@@ -322,6 +324,19 @@ def test_a_socks_proxy_with_what_it_needs(tmp_path: Path) -> None:
     command = [sys.executable, "-c", program, path]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env={"PYTHONPATH": str(tmp_path)})
     assert "SOCKSProxyManager" in done.stdout
+
+
+def test_there_is_room_for_the_connections_of_all_threads(
+    way: str, server: ApiServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = Client.from_config(kubeconfig(tmp_path / "config", server.url, {"token": "secret"}))
+    one_for_each_kind_and_for_events = len((*BASIC_KINDS, ServiceCIDR)) + 1
+    answers = [client.get("/api/v1/services", {}, 20.0) for _ in range(one_for_each_kind_and_for_events)]
+    for answer in answers:
+        with answer:
+            answer.read()
+    assert caplog.messages == []
+    assert type(client._access) is WAYS[way]
 
 
 @pytest.fixture(scope="session")
