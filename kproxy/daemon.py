@@ -9,7 +9,7 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Protocol
 
@@ -36,6 +36,7 @@ from kproxy.preparation import prepare_conntrack, prepare_process
 from kproxy.serve.series import INVALID_DROPPED, LOCALHOST_ACCEPTED
 from kproxy.serve.serving import Serving, ServingError
 from kproxy.sync.conntrack import ConntrackCleaner
+from kproxy.sync.node_watch import NodeWatch
 from kproxy.sync.reconciler import Message, Reconciler, Resync, Stop
 from kproxy.sync.schedule import Schedule
 
@@ -127,7 +128,13 @@ class Daemon:
         store = Store(name, kinds_followed(config))
         client = None if self._objects is not None else _connect(config, self._server)
         events = self._events(client, name)
-        serving = self._serving(families, store, events)
+        serving = self._serving(families, store, events, reason=lambda: watch.reason)
+        watch = NodeWatch(
+            name,
+            required=client is not None,  # files need not have Nodes
+            needs_pod_cidrs=config.detect_local_mode == "NodeCIDR",
+            missing=serving.metrics.node_missing,
+        )
         if client is not None:
             client.answered = serving.metrics.requested
         conntrack = ConntrackCleaner(
@@ -148,6 +155,7 @@ class Daemon:
             observers=[conntrack, FirstSync(config), *serving.observers],
             check_interval=periods.sync_period,
             full_check_interval=FULL_CHECK_SECONDS,
+            look=watch.look,
         )
 
     def _sources(self, client: Client | None, name: str) -> Iterator[Part]:
@@ -171,7 +179,9 @@ class Daemon:
         events.event(node_reference(name), "Normal", "Starting", "StartKubeProxy", "")
         return events
 
-    def _serving(self, families: Iterable[Family], store: Store, events: Recorder) -> Serving:
+    def _serving(
+        self, families: Iterable[Family], store: Store, events: Recorder, *, reason: Callable[[], str]
+    ) -> Serving:
         config = self._config
         # Files need not have Nodes: then nobody says that this one is about to go.
         stand_in = Node(this_node(config)) if self._objects is not None else None
@@ -196,6 +206,7 @@ class Daemon:
             port_failed=port_failed,
             clock=time.monotonic,
             wall=time.time_ns,
+            reason=reason,
         )
 
     def _lost_thread(self, lost: threading.ExceptHookArgs) -> None:

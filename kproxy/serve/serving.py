@@ -49,7 +49,7 @@ class Serving:
     changes may wait until this counts as unhealthy. The addresses are `IP:port`, "" for none; with `hard_fail`
     they must be there at once. `node` returns this Node as far as it is known, `counters` reads the kernel's counters
     (see `kproxy.serve.series`), and `port_failed` is told of Services' ports that cannot be served. `clock` is the
-    reconciler's, `wall` gives nanoseconds since the epoch.
+    reconciler's, `wall` gives nanoseconds since the epoch. `reason` returns what is wrong with this Node.
     """
 
     def __init__(
@@ -67,6 +67,7 @@ class Serving:
         port_failed: Failed,
         clock: Callable[[], float],
         wall: Callable[[], int],
+        reason: Callable[[], str] = lambda: "",
     ) -> None:
         families = tuple(families)
         self._mode = mode
@@ -78,7 +79,7 @@ class Serving:
         ports = HealthPorts(self._server, lambda: self.health.is_healthy(clock()), port_failed)
         services = ServiceHealthObserver(families, lambda changes: self._server.call(partial(ports.update, changes)))
         self.observers: tuple[Observer, ...] = (self.health, services, self.metrics)
-        pages = HealthPages(self.health, node, clock=clock, wall=wall, probed=self.metrics.probed)
+        pages = HealthPages(self.health, node, clock=clock, wall=wall, probed=self.metrics.probed, reason=reason)
         self._fixed = {"healthz": (healthz_address, pages.handler), "metrics": (metrics_address, self._metrics_pages())}
 
     def start(self) -> None:
