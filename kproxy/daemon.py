@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import logging
 import os
 import queue
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +25,7 @@ from kproxy.host.conntrack import UdpConntrack
 from kproxy.host.monitor import AddressMonitor
 from kproxy.host.nfacct import read_counter
 from kproxy.host.own_addresses import own_addresses
+from kproxy.host.signals import HANDLED, STACKS, STOPPING, block_signals
 from kproxy.iptables.apply import Iptables
 from kproxy.iptables.base import INVALID_COUNTER
 from kproxy.iptables.render import LOCALHOST_COUNTER
@@ -47,8 +50,6 @@ STOP_SECONDS = 0.7
 
 FULL_CHECK_SECONDS = 3600.0
 """How often all rules are compared with what they should be, as kube-proxy writes all of them every hour."""
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Part(Protocol):
@@ -98,13 +99,13 @@ class Daemon:
     def run(self) -> None:
         """Work until a signal comes. Raises what made it impossible to go on."""
         # Blocked before any other thread exists, signals wait for the main thread alone, even as PID 1 of a container.
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        block_signals()
         threading.excepthook = self._lost_thread
         worker = threading.Thread(target=self._work, name="reconciler", daemon=True)
         worker.start()
-        number = signal.sigwait(STOP_SIGNALS)
+        number = _wait_for_stop()
         if self._failure is None:
-            log.info("%s: stopping, the rules stay", signal.Signals(number).name)
+            log.info("%s: stopping, the rules stay", number.name)
         self._messages.put(Stop())
         worker.join(STOP_SECONDS)
         for iptables in self._programs:
@@ -223,6 +224,17 @@ class Daemon:
     def _fail(self, error: BaseException | None) -> None:
         self._failure = error
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _wait_for_stop() -> signal.Signals:
+    """Return the next signal that ends the daemon; act on others meanwhile."""
+    while (number := signal.Signals(signal.sigwait(HANDLED))) not in STOPPING:
+        if number in STACKS:
+            log.info("%s: writing the stacks of all threads to stderr", number.name)
+            faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        else:
+            log.info("%s: ignored; a changed configuration file is noticed without it", number.name)
+    return number
 
 
 def _connect(config: Config, server: str | None) -> Client:

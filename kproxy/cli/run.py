@@ -38,7 +38,8 @@ examples:
 {SYNTAX}
 
 Without --kubeconfig and --objects it uses the Pod's service account. SIGTERM
-ends it and leaves the rules in place."""
+ends it and leaves the rules in place; SIGUSR1 and SIGQUIT write the stacks of
+all threads to stderr, SIGHUP and SIGUSR2 are ignored."""
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

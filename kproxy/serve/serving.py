@@ -8,6 +8,7 @@ from functools import partial
 from typing import Protocol
 
 from kproxy.model.delta import Kind
+from kproxy.model.reminder import Reminder
 from kproxy.model.store import Changed
 from kproxy.model.types import Family, Node
 from kproxy.serve.health import NANO, Health, HealthPages
@@ -86,24 +87,30 @@ class Serving:
         """Begin to serve. Raises `ServingError` if a port cannot be opened that must be."""
         for name, (address, handler) in self._fixed.items():
             if address:
-                self._open(name, address, handler, may_wait=not self._hard_fail)
+                self._open(name, address, handler, None if self._hard_fail else Reminder())
         self._server.start()
 
     def stop(self) -> None:
         """Close all ports."""
         self._server.stop()
 
-    def _open(self, name: str, address: str, handler: Handler, *, may_wait: bool) -> None:
+    def _open(
+        self, name: str, address: str, handler: Handler, reminder: Reminder | None, *, again: bool = False
+    ) -> None:
+        """Open a fixed port. Without a `reminder` it must be there; else it is tried `again` until it is."""
         try:
             listener = listen(parse_address(address))
         except OSError as error:
             message = f"{name}BindAddress {address}: cannot listen: {error.strerror}"
-            if not may_wait:
+            if reminder is None:
                 raise ServingError(message) from None
-            log.error("%s, trying again in %.0f s", message, RETRY_SECONDS)
-            self._server.call_later(RETRY_SECONDS, partial(self._open, name, address, handler, may_wait=True))
+            if reminder.is_due(self._server.now()):
+                log.error("%s, trying again every %.0f s", message, RETRY_SECONDS)
+            self._server.call_later(RETRY_SECONDS, partial(self._open, name, address, handler, reminder, again=True))
         else:
             self._server.add(listener, handler)
+            if again:
+                log.info("%sBindAddress %s: listening now", name, address)
 
     def _metrics_pages(self) -> Handler:
         return routes(
