@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Protocol
 
@@ -70,14 +70,21 @@ class ConfigChangedError(Exception):
     """The configuration file says something else now: the process is to be started again."""
 
 
-def run(config: Config, *, objects: str | None, server: str | None, file: ConfigFile | None) -> None:
+def run(
+    config: Config,
+    *,
+    objects: str | None,
+    server: str | None,
+    file: ConfigFile | None,
+    flags: Callable[[], Mapping[str, str]],
+) -> None:
     """Keep this node's rules after the cluster until SIGTERM or SIGINT; the rules stay.
 
     `objects` is a file or folder to follow instead of an API server, `server` overrides the URL of that, `file`
-    is to be watched. Ends the process; raises `StartError` or `ServingError` if it cannot begin, and
-    `ConfigChangedError` when the file changes.
+    is to be watched, `flags` returns the values that `/flagz` shows. Ends the process; raises `StartError` or
+    `ServingError` if it cannot begin, and `ConfigChangedError` when the file changes.
     """
-    Daemon(config, objects, server, file).run()
+    Daemon(config, objects, server, file, flags).run()
 
 
 class Daemon:
@@ -87,8 +94,16 @@ class Daemon:
     main thread does nothing but wait for signals, so that none is ever late.
     """
 
-    def __init__(self, config: Config, objects: str | None, server: str | None, file: ConfigFile | None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        objects: str | None,
+        server: str | None,
+        file: ConfigFile | None,
+        flags: Callable[[], Mapping[str, str]] = dict,
+    ) -> None:
         self._config = config
+        self._flags = flags
         self._file = file
         self._objects = objects
         self._server = server
@@ -208,6 +223,7 @@ class Daemon:
             clock=time.monotonic,
             wall=time.time_ns,
             reason=reason,
+            flags=self._flags,
         )
 
     def _lost_thread(self, lost: threading.ExceptHookArgs) -> None:

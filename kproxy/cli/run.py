@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from functools import partial
 from pathlib import Path
 
 from kproxy.cli.errors import FailureError
@@ -86,12 +87,14 @@ def _read(path: str | None) -> bytes:
 
 def _serve(config: Config, options: argparse.Namespace, content: bytes) -> None:
     from kproxy import daemon
+    from kproxy.config.flag_values import flag_values
     from kproxy.families import StartError
     from kproxy.serve.serving import ServingError
 
     try:
         file = daemon.ConfigFile(options.config, content) if options.config else None
-        daemon.run(config, objects=options.objects, server=options.master, file=file)
+        flags = partial(flag_values, config, options)
+        daemon.run(config, objects=options.objects, server=options.master, file=file, flags=flags)
     except (StartError, ServingError, daemon.ConfigChangedError) as error:
         raise FailureError(str(error)) from None
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import platform
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Protocol
 
+from kproxy import __version__
 from kproxy.model.delta import Kind
 from kproxy.model.reminder import Reminder
 from kproxy.model.store import Changed
@@ -19,6 +21,7 @@ from kproxy.serve.metrics import Metrics
 from kproxy.serve.observed import Sync
 from kproxy.serve.server import HttpServer
 from kproxy.serve.service_health import ServiceHealthObserver
+from kproxy.serve.zpages import flagz, statusz
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +53,8 @@ class Serving:
     changes may wait until this counts as unhealthy. The addresses are `IP:port`, "" for none; with `hard_fail`
     they must be there at once. `node` returns this Node as far as it is known, `counters` reads the kernel's counters
     (see `kproxy.serve.series`), and `port_failed` is told of Services' ports that cannot be served. `clock` is the
-    reconciler's, `wall` gives nanoseconds since the epoch. `reason` returns what is wrong with this Node.
+    reconciler's, `wall` gives nanoseconds since the epoch. `reason` returns what is wrong with this Node,
+    `flags` the value of each flag of the command line.
     """
 
     def __init__(
@@ -69,14 +73,17 @@ class Serving:
         clock: Callable[[], float],
         wall: Callable[[], int],
         reason: Callable[[], str] = lambda: "",
+        flags: Callable[[], Mapping[str, str]] = dict,
     ) -> None:
         families = tuple(families)
         self._mode = mode
         self._configuration = configuration
+        self._flags = flags
+        self._clock, self._wall = clock, partial(_seconds, wall)
         self._hard_fail = hard_fail
-        self._server = HttpServer(clock=clock, wall=lambda: wall() / NANO)
+        self._server = HttpServer(clock=clock, wall=self._wall)
         self.health = Health(families, health_timeout, wall=wall)
-        self.metrics = Metrics(mode, families, counters, wall=lambda: wall() / NANO)
+        self.metrics = Metrics(mode, families, counters, wall=self._wall)
         ports = HealthPorts(self._server, lambda: self.health.is_healthy(clock()), port_failed)
         services = ServiceHealthObserver(families, lambda changes: self._server.call(partial(ports.update, changes)))
         self.observers: tuple[Observer, ...] = (self.health, services, self.metrics)
@@ -113,14 +120,26 @@ class Serving:
                 log.info("%sBindAddress %s: listening now", name, address)
 
     def _metrics_pages(self) -> Handler:
-        return routes(
-            {
-                "/metrics": self.metrics.page,
-                "/healthz": lambda _: plain(200, "ok"),
-                "/proxyMode": lambda _: plain(200, self._mode),
-                "/configz": self._configz,
-            }
+        pages: dict[str, Handler] = {
+            "/metrics": self.metrics.page,
+            "/healthz": lambda _: plain(200, "ok"),
+            "/proxyMode": lambda _: plain(200, self._mode),
+            "/configz": self._configz,
+            "/flagz": flagz(self._flags),
+        }
+        began = self._clock()
+        pages["/statusz"] = statusz(
+            started=self._wall(),
+            up=lambda: self._clock() - began,
+            binary_version=__version__,
+            python_version=f"{platform.python_version()} ({platform.python_implementation()})",
+            paths=(*pages, "/statusz"),
         )
+        return routes(pages)
 
     def _configz(self, _: Request) -> Response:
         return json(200, {"kubeproxy.config.k8s.io": self._configuration})
+
+
+def _seconds(nanoseconds: Callable[[], int]) -> float:
+    return nanoseconds() / NANO

@@ -40,6 +40,8 @@ def test_pages_on_their_ports(cluster: Cluster, proxied: ProxiedNode) -> None:
     assert get(proxied, 10256, "/livez")[0] == 200
     assert get(proxied, 10249, "/proxyMode") == (200, "iptables")
     assert '"hostnameOverride": "node-1"' in get(proxied, 10249, "/configz")[1].replace('":"', '": "')
+    assert get(proxied, 10249, "/statusz")[0] == 200
+    assert "\nhostname-override=node-1\n" in get(proxied, 10249, "/flagz")[1]
     page = get(proxied, 10249, "/metrics")[1]
     assert 'kubeproxy_sync_proxy_rules_iptables_total{ip_family="IPv4",table="nat"}' in page
     assert 'rest_client_requests_total{code="200"' in page

@@ -445,6 +445,18 @@ def test_the_pages_beside_the_metrics(pages: int, path: str, status: int, kind: 
     assert response.headers["X-Content-Type-Options"] == "nosniff"
 
 
+def test_status_and_flags_can_be_read() -> None:
+    port = free_port()
+    found = serving(metrics_address=f"127.0.0.1:{port}", flags=lambda: {"v": "2"})
+    found.start()
+    body = get(port, "/statusz")[1].decode()
+    assert "\nBinary version: 0.1.0\n" in body
+    assert "\nUp: 0 hr 0" in body
+    assert "\nPaths: /configz /flagz /healthz /metrics /proxyMode /statusz\n" in body
+    assert get(port, "/flagz")[1].endswith(b"\n\nv=2\n")
+    found.stop()
+
+
 def test_the_configuration_can_be_read(pages: int) -> None:
     response, body = get(pages, "/configz")
     assert response.headers["Content-Type"] == "application/json"

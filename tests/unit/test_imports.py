@@ -38,7 +38,7 @@ PURE = (
     *(f"nftables.{name}" for name in ("render", "ledger", "transaction", "diff", "wording", "text", "userdata")),
     *(f"kube.{name}" for name in ("watch", "steps", "resources", "answers", "changes", "reduction", "proxy_rule")),
     *(f"kube.{name}" for name in ("streams", "framing", "protobuf", "protobuf_fields")),
-    *("sync.schedule", "sync.family", "contexts"),
+    *("sync.schedule", "sync.family", "contexts", "serve.zpages", "config.flag_values"),
 )
 IMPURE = {"os", "socket", "subprocess", "threading", "time", "pathlib", "random", "logging"}
 
