@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import logging
 import os
 import queue
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Protocol
 
@@ -31,6 +33,7 @@ from kproxy.host.conntrack import UdpConntrack
 from kproxy.host.monitor import AddressMonitor
 from kproxy.host.nfacct import read_counter
 from kproxy.host.own_addresses import own_addresses
+from kproxy.host.signals import HANDLED, STACKS, STOPPING, block_signals
 from kproxy.iptables.apply import Iptables
 from kproxy.iptables.base import INVALID_COUNTER
 from kproxy.iptables.render import LOCALHOST_COUNTER
@@ -44,6 +47,7 @@ from kproxy.preparation import prepare_conntrack, prepare_process
 from kproxy.serve.series import INVALID_DROPPED, LOCALHOST_ACCEPTED
 from kproxy.serve.serving import Serving, ServingError
 from kproxy.sync.conntrack import ConntrackCleaner
+from kproxy.sync.node_watch import NodeWatch
 from kproxy.sync.notices import Notices
 from kproxy.sync.reconciler import Message, Reconciler, Resync, Stop
 from kproxy.sync.schedule import Schedule
@@ -55,8 +59,6 @@ STOP_SECONDS = 0.7
 
 FULL_CHECK_SECONDS = 3600.0
 """How often all rules are compared with what they should be, as kube-proxy writes all of them every hour."""
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Part(Protocol):
@@ -78,14 +80,21 @@ class ConfigChangedError(Exception):
     """The configuration file holds another valid configuration: the process is to be started again."""
 
 
-def run(config: Config, *, objects: str | None, server: str | None, file: ConfigFile | None) -> None:
+def run(
+    config: Config,
+    *,
+    objects: str | None,
+    server: str | None,
+    file: ConfigFile | None,
+    flags: Callable[[], Mapping[str, str]],
+) -> None:
     """Keep this node's rules after the cluster until SIGTERM or SIGINT; the rules stay.
 
     `objects` is a file or folder to follow instead of an API server, `server` overrides the URL of that, `file`
-    is to be watched. Ends the process; raises `StartError` or `ServingError` if it cannot begin, and
-    `ConfigChangedError` when the file changes.
+    is to be watched, `flags` returns the values that `/flagz` shows. Ends the process; raises `StartError` or
+    `ServingError` if it cannot begin, and `ConfigChangedError` when the file changes.
     """
-    Daemon(config, objects, server, file).run()
+    Daemon(config, objects, server, file, flags).run()
 
 
 class Daemon:
@@ -95,8 +104,16 @@ class Daemon:
     main thread does nothing but wait for signals, so that none is ever late.
     """
 
-    def __init__(self, config: Config, objects: str | None, server: str | None, file: ConfigFile | None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        objects: str | None,
+        server: str | None,
+        file: ConfigFile | None,
+        flags: Callable[[], Mapping[str, str]] = dict,
+    ) -> None:
         self._config = self._loaded = config
+        self._flags = flags
         self._file = file
         self._objects = objects
         self._server = server
@@ -107,13 +124,13 @@ class Daemon:
     def run(self) -> None:
         """Work until a signal comes. Raises what made it impossible to go on."""
         # Blocked before any other thread exists, signals wait for the main thread alone, even as PID 1 of a container.
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        block_signals()
         threading.excepthook = self._lost_thread
         worker = threading.Thread(target=self._work, name="reconciler", daemon=True)
         worker.start()
-        number = signal.sigwait(STOP_SIGNALS)
+        number = _wait_for_stop()
         if self._failure is None:
-            log.info("%s: stopping, the rules stay", signal.Signals(number).name)
+            log.info("%s: stopping, the rules stay", number.name)
         self._messages.put(Stop())
         worker.join(STOP_SECONDS)
         for iptables in self._programs:
@@ -137,7 +154,13 @@ class Daemon:
         name = this_node(config)
         store = Store(name, kinds_followed(config))
         events = self._events(client, name)
-        serving = self._serving(families, store, events)
+        serving = self._serving(families, store, events, reason=lambda: watch.reason)
+        watch = NodeWatch(
+            name,
+            required=client is not None,  # files need not have Nodes
+            needs_pod_cidrs=config.detect_local_mode == "NodeCIDR",
+            missing=serving.metrics.node_missing,
+        )
         if client is not None:
             client.answered = serving.metrics.requested
         conntrack = ConntrackCleaner(
@@ -161,6 +184,7 @@ class Daemon:
             observers=[conntrack, FirstSync(config), Notices(partial(_service_event, events)), *serving.observers],
             check_interval=periods.sync_period,
             full_check_interval=FULL_CHECK_SECONDS,
+            look=watch.look,
         )
 
     def _sources(self, client: Client | None, name: str) -> Iterator[Part]:
@@ -185,7 +209,9 @@ class Daemon:
         events.event(node_reference(name), "Normal", "Starting", "StartKubeProxy", "")
         return events
 
-    def _serving(self, families: Iterable[Family], store: Store, events: Recorder) -> Serving:
+    def _serving(
+        self, families: Iterable[Family], store: Store, events: Recorder, *, reason: Callable[[], str]
+    ) -> Serving:
         config = self._config
         # Files need not have Nodes: then nobody says that this one is about to go.
         stand_in = Node(this_node(config)) if self._objects is not None else None
@@ -210,6 +236,8 @@ class Daemon:
             port_failed=port_failed,
             clock=time.monotonic,
             wall=time.time_ns,
+            reason=reason,
+            flags=self._flags,
         )
 
     def _lost_thread(self, lost: threading.ExceptHookArgs) -> None:
@@ -230,6 +258,17 @@ class Daemon:
 
 def _service_event(events: Recorder, service: ServiceKey, reason: str, note: str) -> None:
     events.event(service_reference(service), "Warning", reason, "SyncProxyRules", note)
+
+
+def _wait_for_stop() -> signal.Signals:
+    """Return the next signal that ends the daemon; act on others meanwhile."""
+    while (number := signal.Signals(signal.sigwait(HANDLED))) not in STOPPING:
+        if number in STACKS:
+            log.info("%s: writing the stacks of all threads to stderr", number.name)
+            faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        else:
+            log.info("%s: ignored; a changed configuration file is noticed without it", number.name)
+    return number
 
 
 def _connect(config: Config, server: str | None) -> Client:

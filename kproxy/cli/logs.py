@@ -35,6 +35,9 @@ def start_logging(settings: Logging) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level_of(lowest))
+    if lowest < 4:
+        # Its warnings are about details of connections; what fails, kproxy logs itself.
+        logging.getLogger("urllib3").setLevel(logging.ERROR)
 
 
 def writes_json() -> bool:

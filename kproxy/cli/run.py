@@ -39,7 +39,8 @@ examples:
 {SYNTAX}
 
 Without --kubeconfig and --objects it uses the Pod's service account. SIGTERM
-ends it and leaves the rules in place."""
+ends it and leaves the rules in place; SIGUSR1 and SIGQUIT write the stacks of
+all threads to stderr, SIGHUP and SIGUSR2 are ignored."""
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -86,13 +87,15 @@ def _read(path: str | None) -> bytes:
 
 def _serve(config: Config, options: argparse.Namespace, content: bytes) -> None:
     from kproxy import daemon
+    from kproxy.config.flag_values import flag_values
     from kproxy.families import StartError
     from kproxy.serve.serving import ServingError
 
     try:
         load = partial(configure, options)
         file = daemon.ConfigFile(options.config, content, load) if options.config else None
-        daemon.run(config, objects=options.objects, server=options.master, file=file)
+        flags = partial(flag_values, config, options)
+        daemon.run(config, objects=options.objects, server=options.master, file=file, flags=flags)
     except (StartError, ServingError, daemon.ConfigChangedError) as error:
         raise FailureError(str(error)) from None
 

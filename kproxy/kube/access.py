@@ -18,8 +18,12 @@ KEEPALIVE = [
 ]
 """Socket options by which a peer that vanished is found within a minute."""
 
-CONNECTIONS = 4
-"""How many idle connections are kept."""
+CONNECTIONS = 8
+"""How many idle connections are kept.
+
+More than threads use the client, one for each kind of object and one for events: urllib3 warns of those that find no
+place.
+"""
 
 IN_CLUSTER = "in-cluster service account"
 

@@ -105,6 +105,7 @@ class _Follower:
         self._lock = threading.Lock()  # between stop() and: using the sink, holding a response
         self._response: Response | None = None
         self._seen: Response | None = None
+        self._opened: float | None = None  # when the present watch began
         self._thread = threading.Thread(target=self._run, name=f"api-{self._machine.resource}", daemon=True)
 
     def start(self) -> None:
@@ -135,9 +136,13 @@ class _Follower:
 
     def _one_request(self) -> float:
         """Send the machine's next request, feed it what comes, and return the seconds until the next."""
-        request = self._machine.next_request()
+        machine = self._machine
+        request = machine.next_request()
+        self._opened = None
         try:
-            with self._client.get(request.path, request.params, self._machine.inactivity, request.accept) as response:
+            with self._client.get(
+                request.path, request.params, machine.inactivity, request.accept, absences=machine.absences
+            ) as response:
                 try:
                     step = self._take(request, response) if self._hold(response) else Step(again_after=0.0)
                 finally:
@@ -145,7 +150,7 @@ class _Follower:
         except SilenceError:
             step = self._machine.silent()
         except (TransportError, ClientError) as error:
-            step = self._machine.failed(str(error))
+            step = self._machine.failed(str(error), self._lasted())
         if not self._stopping.is_set():
             self._follow(step)
             if step.renew:
@@ -164,7 +169,7 @@ class _Follower:
             return self._machine.refused(response.status, response.headers, response.read())
         if not request.watch:
             return self._machine.page(response.read())
-        opened = time.monotonic()
+        self._opened = time.monotonic()
         self._machine.opened()
         self._follow(Step())
         for event in read_events(self._kind, response):
@@ -172,7 +177,11 @@ class _Follower:
             if step.again_after is not None:
                 return step
             self._follow(step)
-        return self._machine.closed(time.monotonic() - opened)
+        return self._machine.closed(self._lasted())
+
+    def _lasted(self) -> float:
+        """Return for how many seconds the present watch has been open, 0 if it never was."""
+        return time.monotonic() - self._opened if self._opened is not None else 0.0
 
     def _follow(self, step: Step) -> None:
         """Log what changed, and hand on the messages of a step."""

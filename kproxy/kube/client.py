@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from urllib.parse import urlencode, urlsplit
 
 from kproxy import __version__
@@ -38,7 +38,10 @@ class Client:
 
     def __init__(self, kubeconfig: str | None, server: str | None) -> None:
         self.answered: Callable[[str, str, str, float], None] = lambda *_: None
-        """Told of each request: method, the server's `host:port`, status (`<error>` without one), seconds it took."""
+        """Told of each request: method, the server's `host:port`, status (`<error>` without one), seconds it took.
+
+        Not told of those that ask in vain for something optional: nobody has to do anything about them.
+        """
         self._kubeconfig, self._server = kubeconfig, server
         self._lock = threading.Lock()
         self._generation = 0
@@ -53,15 +56,25 @@ class Client:
         """
         return cls(kubeconfig, server)
 
-    def get(self, path: str, params: Mapping[str, str], timeout: float, accept: str = _JSON) -> Response:
+    def get(
+        self,
+        path: str,
+        params: Mapping[str, str],
+        timeout: float,
+        accept: str = _JSON,
+        *,
+        absences: Collection[int] = (),
+    ) -> Response:
         """Send a GET and return as soon as the headers are there; `timeout` is seconds without any byte.
 
         `accept` has the media types to choose from, best first. Lists may come compressed, watches not: gzip would
-        hold events back. Raises `TransportError`, or `ClientError` if credentials that have to be read anew cannot be.
+        hold events back. `absences` are statuses by which the server says that it does not have something optional.
+        Raises `TransportError`, or `ClientError` if credentials that have to be read anew cannot be.
         """
         encoding = "identity" if "watch" in params else "gzip"
         url = f"{path}?{urlencode(params)}" if params else path
-        return self._send("GET", url, timeout, {"Accept": accept, "Accept-Encoding": encoding}, None)
+        headers = {"Accept": accept, "Accept-Encoding": encoding}
+        return self._send("GET", url, timeout, headers, None, uncounted=absences)
 
     def post(self, path: str, body: bytes, timeout: float) -> Response:
         """Send a JSON object; otherwise like `get`."""
@@ -90,7 +103,16 @@ class Client:
         self._loaded = time.monotonic()
         self._generation += 1
 
-    def _send(self, method: str, url: str, timeout: float, headers: dict[str, str], body: bytes | None) -> Response:
+    def _send(
+        self,
+        method: str,
+        url: str,
+        timeout: float,
+        headers: dict[str, str],
+        body: bytes | None,
+        *,
+        uncounted: Collection[int] = (),
+    ) -> Response:
         from urllib3 import Timeout
 
         with self._lock:
@@ -113,7 +135,8 @@ class Client:
                 code = str(raw.status)
                 return Response(raw, generation)
         finally:
-            self.answered(method, urlsplit(base).netloc, code, time.monotonic() - began)
+            if code not in map(str, uncounted):
+                self.answered(method, urlsplit(base).netloc, code, time.monotonic() - began)
 
     def _read_rotated_again(self) -> None:
         if self._access.rotates and time.monotonic() - self._loaded >= ROTATION_PERIOD:

@@ -7,11 +7,13 @@ The package is imported when something is loaded, not with this module.
 from __future__ import annotations
 
 import logging
+import os
 import ssl
 import threading
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from kproxy.kube.access import (
     CONNECTIONS,
@@ -22,6 +24,7 @@ from kproxy.kube.access import (
     read_token,
     usable_token,
 )
+from kproxy.kube.proxy_rule import proxy_for
 
 _FILES = ("tokenFile", "client-certificate", "client-key")
 _RUNS = {"exec", "auth-provider"}
@@ -42,6 +45,8 @@ class PackageAccess:
         self._configuration = configuration = Configuration()
         configuration.socket_options = KEEPALIVE
         configuration.connection_pool_maxsize = CONNECTIONS
+        # The package has a rule of its own for proxies of the environment; ours is Go's.
+        configuration.proxy, configuration.no_proxy = None, ""
         # The package refreshes an exec plugin's token; files are read again by whoever keeps what they held before.
         self.rotates = kubeconfig is None and server is None
         if kubeconfig is not None:
@@ -52,6 +57,7 @@ class PackageAccess:
         if server:
             configuration.host = server
         self.server: str = configuration.host
+        _choose_proxy(configuration, self._source)
         for value in configuration.api_key.values():
             self._header(value)
         self.pool = _make_pool(configuration, self._source)
@@ -89,8 +95,6 @@ def _load_kubeconfig(configuration: Any, kubeconfig: str, first: bool) -> bool:
         user.pop("tokenFile", None)  # to the package it counts less than a token, even when it is empty
         if token:
             user["token"] = token
-        if cluster.get("proxy-url"):
-            configuration.no_proxy = ""  # that is for proxies of the environment
         loader.load_and_set(configuration)
     return bool(files) and not user.keys() & _RUNS
 
@@ -109,13 +113,28 @@ def _find_user(merged: Any, context: Any) -> tuple[dict[str, Any], Path]:
     return found.value["user"], Path(found.path).parent
 
 
+def _choose_proxy(configuration: Any, source: str) -> None:
+    """Have the package use the proxy of the kubeconfig, whatever `NO_PROXY` says, or else that of the environment."""
+    if not configuration.proxy:
+        configuration.proxy = proxy_for(configuration.host, os.environ) or None
+    if not configuration.proxy:
+        return
+    with Explained(f"{source}: proxy"):
+        proxy = urlsplit(configuration.proxy)
+    if proxy.scheme.lower().startswith("socks"):
+        if find_spec("socks") is None:
+            raise ClientError(f"{source}: a SOCKS proxy needs the Python package PySocks, which is not installed")
+    elif proxy.username is not None:
+        from urllib3 import make_headers
+
+        credentials = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
+        configuration.proxy_headers = make_headers(proxy_basic_auth=credentials)
+
+
 def _make_pool(configuration: Any, source: str) -> Any:
     import urllib3
-    from kubernetes.client.rest import RESTClientObject, is_socks_proxy_url, should_bypass_proxies
+    from kubernetes.client.rest import RESTClientObject
 
-    socks = is_socks_proxy_url(configuration.proxy) and find_spec("socks") is None
-    if socks and not should_bypass_proxies(configuration.host, configuration.no_proxy or ""):
-        raise ClientError(f"{source}: a SOCKS proxy needs the Python package PySocks, which is not installed")
     context = _tls(configuration, source)
     if not configuration.verify_ssl:  # asked for in so many words: no warning per request
         urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)

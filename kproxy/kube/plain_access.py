@@ -14,7 +14,6 @@ import ssl
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.request import getproxies_environment
 
 from msgspec import Struct
 
@@ -28,6 +27,7 @@ from kproxy.kube.access import (
     read_token,
     usable_token,
 )
+from kproxy.kube.proxy_rule import proxy_for
 
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 """Where the kubelet mounts a Pod's token and the certificate authority of the API server."""
@@ -105,14 +105,15 @@ def find_plain(
     """Return the plain way to the server, None if it is not plain or anything is missing or malformed.
 
     `kubeconfig` None stands for the Pod's service account, or with a `server` for no credentials at all. A `server`
-    replaces the URL of a kubeconfig. Proxies, be they in `environment`, are not plain. `first`: see `read_token`.
+    replaces the URL of a kubeconfig. A server behind a proxy, that of `environment` too, is not plain. `first`: see
+    `read_token`.
     Raises `ClientError` if a file that is named cannot be read, a token cannot be used, or `check_entries` says no.
     """
-    if getproxies_environment():
-        return None
     if kubeconfig is not None:
-        return _from_kubeconfig(kubeconfig, server, first)
-    return Plain("server", server) if server else _from_service_account(environment)
+        found = _from_kubeconfig(kubeconfig, server, first)
+    else:
+        found = Plain("server", server) if server else _from_service_account(environment)
+    return None if found is None or proxy_for(found.server, environment) else found
 
 
 def _from_service_account(environment: Mapping[str, str]) -> Plain:

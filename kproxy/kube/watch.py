@@ -24,6 +24,13 @@ PAGE_SIZE = 500
 INACTIVITY = 90.0
 """Seconds without a byte after which a connection counts as dead: bookmarks come about every 60 s."""
 
+SILENCES = 2
+"""Times `INACTIVITY` without an event or bookmark, over however many connections, after which all is listed anew.
+
+An API server whose etcd was restored from an older backup accepts a resourceVersion that it has not reached yet, and
+sends nothing, not even bookmarks, until it has (kubernetes/kubernetes#107457). A new list costs little, since what it
+repeats changes nothing."""
+
 SHORTEST_WATCH = 1.0
 """Seconds: a watch that the server ends sooner failed, whatever it says (client-go draws the same line)."""
 
@@ -37,6 +44,8 @@ LONGEST_ABSENCE = 240.0
 """The same, 180 to 300, for a kind that the server does not serve us and that kproxy can do without."""
 
 _TRANSIENT = frozenset({401, 429, 503, 504})
+_ABSENCES = frozenset({403, 404})
+"""Statuses by which a server says that it does not have a kind, or does not show it to us."""
 
 
 class ListWatch:
@@ -44,7 +53,8 @@ class ListWatch:
 
     Ask `next_request`, then report everything that comes back through the other methods, and do what the
     `Step` says. `random` returns a float in [0, 1); `inactivity` is in seconds. `trouble` says on one line
-    what is wrong at the moment, "" if nothing is.
+    what is wrong at the moment, "" if nothing is. `absences` are the statuses that are no error, since kproxy can do
+    without the kind.
     """
 
     def __init__(self, kind: Kind, node_name: str, random: Callable[[], float], inactivity: float = INACTIVITY) -> None:
@@ -55,6 +65,7 @@ class ListWatch:
         resource = resource_of(kind, node_name)
         self.resource = resource.name
         self._path, self._params, self._without = resource.path, dict(resource.selectors), resource.without
+        self.absences = _ABSENCES if resource.without else frozenset()
         self._absence = ""
         self._was_listed = False
         self._may_drop_fields = kind is Service
@@ -68,6 +79,8 @@ class ListWatch:
         self._spoiled_lists = 0
         self._failures = 0
         self._relists = 0
+        self._heard = False  # an event or bookmark on the present connection
+        self._quiet = 0.0  # seconds without one on the connections before
 
     @property
     def absent(self) -> bool:
@@ -92,6 +105,7 @@ class ListWatch:
 
     def opened(self) -> None:
         """Note that the server accepted a watch."""
+        self._heard = False
         if self._version:
             self.trouble = ""
 
@@ -142,12 +156,15 @@ class ListWatch:
             return self._retry(f"the server ends the watch of {self.resource} as soon as it is open")
         self._failures = 0
         self._start_anew_if_missed()
+        self._note_quiet(lasted)
         return Step(again_after=0.0)
 
-    def failed(self, text: str) -> Step:
-        """Note that there is no connection, or that it broke; `text` says how."""
+    def failed(self, text: str, lasted: float = 0.0) -> Step:
+        """Note that there is no connection, or that it broke, `lasted` seconds after opening; `text` says how."""
         verb = "watch" if self._version else "list"
-        return self._retry(f"cannot {verb} {self.resource}: {text}")
+        step = self._retry(f"cannot {verb} {self.resource}: {text}")
+        self._note_quiet(lasted)
+        return step
 
     def silent(self) -> Step:
         """Note that nothing arrived for `inactivity` seconds."""
@@ -155,11 +172,23 @@ class ListWatch:
         if self._version:
             self._start_anew_if_missed()
             self.trouble = text
+            self._heard = False  # what was heard was heard before the silence
+            self._note_quiet(self.inactivity)
             return Step(again_after=0.0)
         if self._by_watch and not self._proven:  # ends no initial events: it does not know of them
             self.trouble = text
             return self._fall_back()
         return self._retry(text)
+
+    def _note_quiet(self, seconds: float) -> None:
+        """Note that a connection was silent for so long at its end, and start over with a list after too much of it."""
+        if not self._version or self._heard:
+            return
+        self._quiet += seconds
+        if self._quiet >= SILENCES * self.inactivity:
+            self.trouble = f"no event or bookmark about {self.resource} for {self._quiet:.0f} s: listing them anew"
+            self._forget()
+            self._version, self._missed = "", False
 
     def _listed(self, event: Event) -> Step:
         """Take an event of the initial list by watch."""
@@ -179,6 +208,7 @@ class ListWatch:
     def _changed(self, event: Event) -> Step:
         """Take an event after the list."""
         assert not isinstance(event, Refusal)
+        self._heard, self._quiet = True, 0.0
         self._version = event.resource_version or self._version
         if isinstance(event, Unreadable):
             self._missed |= not event.name
@@ -217,6 +247,7 @@ class ListWatch:
         self._forget()
         self._version = version  # what was missed stays so: the next list, after this watch, may have it
         self._failures = self._spoiled_lists = 0
+        self._heard, self._quiet = True, 0.0
         self._was_listed = True
         self.trouble = ""
         return Step((*before, Replace(self._kind, objects, unreadable)), again_after)
@@ -235,7 +266,7 @@ class ListWatch:
     def _refused(self, refusal: Refusal) -> Step:
         if "Too large resource version" in refusal.message and self._version:
             return self._relist(refusal)  # the server's past was replaced, by a backup for instance
-        if self._without and refusal.code in {403, 404}:
+        if refusal.code in self.absences:
             return self._absent(refusal)
         if refusal.code == 406:
             self._accept = JSON

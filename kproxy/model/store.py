@@ -47,6 +47,7 @@ class Store:
 
     def __init__(self, node_name: str, kinds: Iterable[Kind] = BASIC_KINDS) -> None:
         self.node: Node | None = None
+        self._node_exists = False
         self._node_name = node_name
         self._services: dict[ServiceKey, bytes] = {}
         self._slices: dict[SliceKey, bytes] = {}
@@ -61,6 +62,18 @@ class Store:
     def complete(self) -> bool:
         """Whether every kind has been listed once: before that, absence means nothing."""
         return not self._unlisted
+
+    def has_listed(self, kind: Kind) -> bool:
+        """Return whether a kind has been listed once."""
+        return kind not in self._unlisted
+
+    @property
+    def node_missing(self) -> bool:
+        """Whether the Nodes have been listed and this one is not, or no longer, among them.
+
+        `node` still has what was last known of a Node that was deleted.
+        """
+        return self.has_listed(Node) and not self._node_exists
 
     @property
     def service_cidrs(self) -> tuple[str, ...]:
@@ -117,6 +130,8 @@ class Store:
         self._unlisted.discard(delta.kind)
         if delta.kind is Service:
             self._refused, self._ignored = set(delta.unreadable), delta.ignored
+        if delta.kind is Node:
+            self._node_exists = ("", self._node_name) in delta.unreadable
         gone = self._identities(delta.kind).difference(delta.unreadable)
         changes = []
         for each in delta.objects:
@@ -148,7 +163,13 @@ class Store:
             known = self._service_cidrs.get(found.name)
             self._service_cidrs[found.name] = found
             return Changed(service_cidrs=known != found)
-        if found.name != self._node_name or found == self.node:
+        return self._put_node(found)
+
+    def _put_node(self, found: Node) -> Changed:
+        if found.name != self._node_name:
+            return Changed()
+        self._node_exists = True
+        if found == self.node:
             return Changed()
         self.node = found
         return Changed(node=True)
@@ -193,7 +214,10 @@ class Store:
             return Changed(self._take_slice(f"{namespace}/{name}"))
         if kind is ServiceCIDR:
             return Changed(service_cidrs=self._service_cidrs.pop(name, None) is not None)
-        if self.node is None or self.node.name != name or self.node.being_deleted:
+        if name != self._node_name:
+            return Changed()
+        self._node_exists = False
+        if self.node is None or self.node.being_deleted:
             return Changed()
         # The machine is still here and serves: what its Node said of it stays true.
         self.node = replace(self.node, being_deleted=True)

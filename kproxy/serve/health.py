@@ -84,7 +84,8 @@ class HealthPages:
     """`/healthz` and `/livez`, as kube-proxy answers them.
 
     `node` returns this Node as far as it is known, `clock` is the reconciler's, `wall` gives nanoseconds since
-    the epoch, and `probed` is told the page and status of each answer.
+    the epoch, and `probed` is told the page and status of each answer. `reason` returns what is wrong with this Node,
+    "" if nothing is: `/healthz` shows it in a field that kube-proxy does not have.
     """
 
     def __init__(
@@ -95,8 +96,10 @@ class HealthPages:
         clock: Callable[[], float],
         wall: Callable[[], int],
         probed: Callable[[str, int], None],
+        reason: Callable[[], str] = lambda: "",
     ) -> None:
         self._health = health
+        self._reason = reason
         self._node = node
         self._clock = clock
         self._wall = wall
@@ -109,13 +112,13 @@ class HealthPages:
 
     def healthz(self, _: Request) -> Response:
         """Answer whether this node should get traffic."""
-        return self._answer("healthz", eligible=is_eligible(self._node()))
+        return self._answer("healthz", eligible=is_eligible(self._node()), reason=self._reason())
 
     def livez(self, _: Request) -> Response:
         """Answer whether this process works, whatever becomes of the node."""
         return self._answer("livez", eligible=None)
 
-    def _answer(self, page: str, eligible: bool | None) -> Response:
+    def _answer(self, page: str, eligible: bool | None, reason: str = "") -> Response:
         families = self._health.families(self._clock())
         healthy = all(family.healthy for family in families.values())
         good = healthy and eligible is not False
@@ -135,6 +138,7 @@ class HealthPages:
                     family.value: {"lastUpdated": rfc3339(found.last_success), "healthy": found.healthy}
                     for family, found in families.items()
                 },
+                **({"reason": reason} if reason else {}),
             },
         )
 

@@ -10,6 +10,7 @@ from http import HTTPStatus
 
 from msgspec import Struct
 
+from kproxy.model.reminder import Reminder
 from kproxy.model.types import ServiceKey
 from kproxy.serve.http import NO_SNIFF, Request, Response, plain
 from kproxy.serve.listen import Address, listen
@@ -47,7 +48,8 @@ class ServiceHealth(Struct, frozen=True):
 class HealthPorts:
     """Keeps a socket open for each address that is wanted, and answers for the Service that wants it.
 
-    An address that cannot be opened does not hold up others. It is reported once for each reason, and tried again.
+    An address that cannot be opened does not hold up others. It is tried again, reported once for each reason, and
+    logged as long as that lasts, ever more rarely.
     """
 
     def __init__(self, server: HttpServer, is_healthy: Callable[[], bool], failed: Failed) -> None:
@@ -57,7 +59,7 @@ class HealthPorts:
         self._services: dict[ServiceKey, ServiceHealth] = {}
         self._owners: dict[Address, ServiceKey] = {}
         self._open: dict[Address, socket.socket] = {}
-        self._told: dict[tuple[ServiceKey, Address], str] = {}
+        self._told: dict[tuple[ServiceKey, Address], tuple[str, Reminder]] = {}
         self._retrying = False
 
     def update(self, changes: Mapping[ServiceKey, ServiceHealth | None]) -> None:
@@ -108,11 +110,18 @@ class HealthPorts:
         return ""
 
     def _tell(self, problems: dict[tuple[ServiceKey, Address], str]) -> None:
+        told, self._told = self._told, {}
         for (key, address), reason in problems.items():
-            if self._told.get((key, address)) != reason:
-                log.error("Service %s: its health cannot be asked for on %s: %s", key, address, reason)
+            before, reminder = told.pop((key, address), ("", Reminder()))
+            if reason != before:
+                reminder.reset()
                 self._failed(key, address.port, f"cannot listen on {address}: {reason}")
-        self._told = problems
+            if reminder.is_due(self._server.now()):
+                log.error("Service %s: its health cannot be asked for on %s: %s", key, address, reason)
+            self._told[key, address] = reason, reminder
+        for key, address in told:
+            if self._owners.get(address) == key and address in self._open:
+                log.info("Service %s: its health can be asked for on %s now", key, address)
 
     def _answer(self, address: Address, _: Request) -> Response:
         owner = self._owners.get(address)

@@ -89,6 +89,10 @@ class Metrics:
         """Count an answer of `healthz` or `livez`."""
         self._series.probes[page].labels(str(int(status))).inc()
 
+    def node_missing(self, missing: bool) -> None:
+        """Show whether this machine's Node does not exist."""
+        self._series.node_missing.set(missing)
+
     def conntrack_reconciled(self, family: Family, seconds: float, deleted: int) -> None:
         """Count one look for stale conntrack entries and how many were deleted."""
         self._series.conntrack.labels(family.value).observe(seconds)

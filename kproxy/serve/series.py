@@ -64,6 +64,7 @@ class Series:
             registry.register(PacketCounters(counters))
         self._of_http()
         self._of_build()
+        self.node_missing = self._gauge("kproxy_node_missing", "Whether this machine's Node does not exist (0 or 1).")
         ProcessCollector(registry=registry)
         registry.register(MoreProcessMetrics())
 
@@ -178,7 +179,8 @@ class Series:
             "minor": "",
             "platform": f"linux/{platform.machine()}",
         }
-        build = self._gauge("kubernetes_build_info", "What this is a build of; always 1.", tuple(facts))
+        # Not `kubernetes_build_info`: alerts compare the versions there with Kubernetes'.
+        build = self._gauge("kproxy_build_info", "What this is a build of; always 1.", tuple(facts))
         build.labels(**facts).set(1)
 
     def _durations(self, name: str, text: str) -> Histogram:

@@ -78,6 +78,10 @@ class HttpServer:
                 self._calls.put(action)
                 os.eventfd_write(self._wake, 1)
 
+    def now(self) -> float:
+        """Return the time of the server's clock."""
+        return self._clock()
+
     def call_later(self, seconds: float, action: Action) -> None:
         """Have something done in the server's thread after so many seconds."""
         heappush(self._timers, (self._clock() + seconds, next(self._order), action))

@@ -61,12 +61,17 @@ class Reconciler:
         observers: Sequence[Observer] = (),
         check_interval: float | None = None,
         full_check_interval: float | None = None,
+        look: Callable[[Store, float], float | None] = lambda *_: None,
     ) -> None:
         """`is_ready` says whether enough is known to program anything; once it is, it stays so.
 
         Every `check_interval` seconds, a look tells whether somebody else has removed rules of ours; every
         `full_check_interval`, which should be a multiple of it, everything is compared.
+
+        `look` is called with the state and the clock's time after each batch of messages, and whenever the seconds are
+        over that it returned last; None means that only messages matter. It is also called before anything is ready.
         """
+        self._look = look
         self._check_interval = check_interval
         self._full_check_interval = full_check_interval
         self._next_check = clock() + check_interval if check_interval else None
@@ -83,9 +88,11 @@ class Reconciler:
 
     def run(self, messages: queue.SimpleQueue[Message]) -> None:
         """Work until a `Stop` arrives."""
+        pause: float | None = None
         while True:
+            waits = [wait for wait in (self.wait(), pause) if wait is not None]
             try:
-                message = messages.get(timeout=self.wait())
+                message = messages.get(timeout=min(waits, default=None))
             except queue.Empty:
                 message = None
             # What has already arrived belongs to the same sync, but a flood must not keep it from happening.
@@ -96,7 +103,16 @@ class Reconciler:
                 self._take_safely(message)
                 taken += 1
                 message = None if taken >= MESSAGES_PER_SYNC or messages.empty() else messages.get()
+            pause = self._look_safely()
             self.sync_due()
+
+    def _look_safely(self) -> float | None:
+        try:
+            return self._look(self._store, self._clock())
+        except Exception as error:  # who watches must not stop the work
+            log.error("looking at the state failed: unexpected %r", error)
+            log.debug("where it failed", exc_info=error)
+            return None
 
     def _take_safely(self, message: Delta | Batch | Resync) -> None:
         try:

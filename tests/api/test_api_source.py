@@ -93,6 +93,27 @@ def test_a_silent_connection_is_replaced(cluster: Cluster, relay: Relay, follow:
     received.until(lambda _: received.names(Service) == {"web"})
 
 
+@pytest.mark.parametrize("watch_list", ["supported", "forbidden"])
+def test_an_etcd_restored_from_an_older_backup_is_listed_anew(
+    server: ApiServer, follow: Follow, received: Received, watch_list: Literal["supported", "forbidden"]
+) -> None:
+    server.bookmark_interval = 0.1
+    server.set_watch_list(watch_list)
+    for number in range(40):
+        server.create(service(f"lost-{number}", f"10.96.7.{number + 1}"))
+    server.create(endpoint_slice("lost-x", "lost-1", ["10.244.1.1"]))
+    server.create(node("node-1"))
+    follow(server, inactivity=1.0)
+    received.until_listed()
+    assert received.lists(Service) == 1
+    server.restore_backup(service("web", "10.96.8.1"))
+    server.create(endpoint_slice("web-x", "web", ["10.244.1.2"]))
+    received.until(lambda _: received.names(Service) == {"web"} and received.names(EndpointSlice) == {"web-x"})
+    received.until(lambda _: received.names(Node) == set())
+    server.create(service("new", "10.96.8.2"))
+    received.until(lambda _: received.names(Service) == {"web", "new"})
+
+
 def test_history_that_is_gone_is_listed_anew(
     cluster: Cluster, relay: Relay, follow: Follow, received: Received
 ) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import http.client
+import json
 from pathlib import Path
+
+import pytest
 
 from tests.api.conftest import Cluster
 from tests.api.node import ProxiedNode
@@ -38,6 +41,8 @@ def test_pages_on_their_ports(cluster: Cluster, proxied: ProxiedNode) -> None:
     assert get(proxied, 10256, "/livez")[0] == 200
     assert get(proxied, 10249, "/proxyMode") == (200, "iptables")
     assert '"hostnameOverride": "node-1"' in get(proxied, 10249, "/configz")[1].replace('":"', '": "')
+    assert get(proxied, 10249, "/statusz")[0] == 200
+    assert "\nhostname-override=node-1\n" in get(proxied, 10249, "/flagz")[1]
     page = get(proxied, 10249, "/metrics")[1]
     assert 'kubeproxy_sync_proxy_rules_iptables_total{ip_family="IPv4",table="nat"}' in page
     assert 'rest_client_requests_total{code="200"' in page
@@ -74,6 +79,51 @@ def test_a_service_without_endpoints_is_logged_counted_and_an_event(
     cluster.update(endpoint_slice("web-x", "web", ["10.244.1.1"]))
     wait_until(lambda: "IPv4: Service demo/web has endpoints again" in proxied.log(), "a line about its end")
     wait_until(lambda: f"{gauge} 0.0\n" in get(proxied, 10249, "/metrics")[1], "the gauge")
+
+
+MISSING = 'Node "node-1" does not exist: '
+NAMING = "set --hostname-override (hostnameOverride)"
+
+
+@pytest.mark.parametrize("mode", ["iptables", "nftables"])
+def test_a_node_that_does_not_exist_is_said_wherever_people_look(
+    cluster: Cluster, proxied: ProxiedNode, mode: str
+) -> None:
+    cluster.create(node("node-of-another-name"))
+    proxied.start(f"--proxy-mode={mode}")
+    wait_until(lambda: f"] {MISSING}" in proxied.log(), "a warning about the Node")
+    wait_until(lambda: get(proxied, 10256, "/livez")[0] == 200, "the first sync")
+    status, body = get(proxied, 10256, "/healthz")
+    answer = json.loads(body)
+    assert (status, answer["nodeEligible"]) == (503, False)
+    assert answer["reason"].startswith(MISSING)
+    assert NAMING in answer["reason"]
+    assert f"] {answer['reason']}\n" in proxied.log()
+    assert "\nkproxy_node_missing 1.0\n" in get(proxied, 10249, "/metrics")[1]
+    cluster.create(node("node-1"))
+    wait_until(lambda: '] Node "node-1" exists\n' in proxied.log(), "a line about the Node")
+    wait_until(lambda: get(proxied, 10256, "/healthz")[0] == 200, "a healthy answer")
+    assert "reason" not in get(proxied, 10256, "/healthz")[1]
+    assert "\nkproxy_node_missing 0.0\n" in get(proxied, 10249, "/metrics")[1]
+    cluster.delete(node("node-1"))
+    wait_until(lambda: '] Node "node-1" was deleted: ' in proxied.log(), "a warning about the Node")
+    assert get(proxied, 10256, "/healthz")[0] == 503
+
+
+@pytest.mark.parametrize("mode", ["iptables", "nftables"])
+def test_what_detection_by_the_nodes_cidrs_waits_for_is_said(cluster: Cluster, proxied: ProxiedNode, mode: str) -> None:
+    proxied.start(f"--proxy-mode={mode}", "--detect-local-mode=NodeCIDR")
+    wait_until(lambda: f"] {MISSING}nothing is programmed" in proxied.log(), "a warning about the Node")
+    assert MISSING in json.loads(get(proxied, 10256, "/healthz")[1])["reason"]
+    body = node("node-1")
+    body["spec"] = {}
+    cluster.create(body)
+    waiting = 'Node "node-1" has no podCIDRs, which detectLocalMode: NodeCIDR needs: nothing is programmed'
+    wait_until(lambda: f"] {waiting}" in proxied.log(), "a warning about the pod CIDRs")
+    assert waiting in json.loads(get(proxied, 10256, "/healthz")[1])["reason"]
+    cluster.update(body | {"spec": {"podCIDR": "10.244.0.0/24", "podCIDRs": ["10.244.0.0/24"]}})
+    wait_until(lambda: get(proxied, 10256, "/healthz")[0] == 200, "a healthy answer")
+    assert '] Node "node-1" exists and has podCIDRs\n' in proxied.log()
 
 
 def test_a_changed_configuration_file_ends_it(cluster: Cluster, proxied: ProxiedNode, tmp_path: Path) -> None:

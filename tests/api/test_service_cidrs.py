@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Literal
 
 import pytest
 
 from kproxy.kube import api_source
+from kproxy.kube.api_source import ApiSource
+from kproxy.kube.client import Client
 from kproxy.model.delta import BASIC_KINDS, Kind
 from kproxy.model.types import Service, ServiceCIDR
 from tests.api.conftest import Cluster, Follow, Received
@@ -109,6 +113,29 @@ def test_a_server_that_withholds_them_blocks_nothing_and_may_have_them_later(
     effect = "packets to unallocated service addresses are not dropped"
     assert lines[0].startswith(f"{SAID[status]} servicecidrs.networking.k8s.io: {effect} ({status}")
     assert lines[1] == "following servicecidrs.networking.k8s.io again"
+
+
+@pytest.mark.parametrize("status", [404, 403])
+def test_a_server_that_withholds_them_counts_as_no_error(
+    server: ApiServer, received: Received, tmp_path: Path, status: Literal[403, 404]
+) -> None:
+    server.withhold("servicecidrs", status)
+    client = Client.from_config(str(server.kubeconfig(tmp_path / "kubeconfig")))
+    counted: SimpleQueue[str] = SimpleQueue()
+    client.answered = lambda _method, _host, code, _seconds: counted.put(code)
+    source = ApiSource(client, "node-1", received.put, kinds=KINDS)
+    source.start()
+    received.until_listed()
+    server.requests.wait_for(is_asked_for, 2)
+    server.show("servicecidrs")
+    server.withhold("nodes", status)
+    server.drop_watches()
+    server.requests.wait_for(lambda request: request.path == "/api/v1/nodes", 3)
+    source.stop()
+    codes = [counted.get() for _ in range(counted.qsize())]
+    for_nodes = len([each for each in server.requests.all() if each.path == "/api/v1/nodes"]) - 1
+    assert "200" in codes
+    assert 0 < codes.count(str(status)) <= for_nodes, "only what kproxy cannot do without is an error"
 
 
 @pytest.mark.parametrize("status", [404, 403])

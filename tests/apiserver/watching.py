@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tests.apiserver import statuses
 from tests.apiserver.resources import Resource
 from tests.apiserver.selectors import Test
-from tests.apiserver.store import ExpiredError
+from tests.apiserver.store import Change, ExpiredError
 from tests.apiserver.writing import Writer
 
 if TYPE_CHECKING:
@@ -92,18 +92,28 @@ class Watch:
                 return
             if self._bookmarks and time.monotonic() >= self._next_bookmark:
                 self._next_bookmark = time.monotonic() + self._api.bookmark_interval
-                self._bookmark({})
+                if not self._is_ahead():
+                    self._bookmark({})
 
     def _news(self) -> bool:
         faults = self._api.faults
         if self._epoch != faults.epoch or self._api.stopping or len(faults.injected) > self._injected:
             return True
-        return bool(self._api.store.changes_after(self._resource, self._version)[1])
+        return not self._is_ahead() and bool(self._api.store.changes_after(self._resource, self._version)[1])
+
+    def _is_ahead(self) -> bool:
+        """Whether the watch began at a version that the server has yet to reach: it sends nothing until then.
+
+        So does kube-apiserver after its etcd was restored from an older backup (kubernetes/kubernetes#107457).
+        """
+        return self._version > self._api.store.version
 
     def _send_news(self) -> None:
         with self._api.store.changed:  # both at one moment: what a test injects before a change comes before it
             lines = self._api.faults.injected[self._injected :]
-            self._version, changes = self._api.store.changes_after(self._resource, self._version)
+            changes: list[Change] = []
+            if not self._is_ahead():
+                self._version, changes = self._api.store.changes_after(self._resource, self._version)
         self._injected += len(lines)
         for line in lines:
             self._send(self._writer.injected(line))

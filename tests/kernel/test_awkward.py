@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -159,6 +161,61 @@ def test_signals_that_come_together_end_it(
         assert process.wait(HANG_GUARD) == 0
 
 
+@pytest.mark.parametrize("prefix", [[], ["unshare", "--pid", "--fork", "--kill-child"]], ids=["", "pid-1"])
+def test_signals_that_do_not_mean_the_end_do_not_end_it(node: Namespace, tmp_path: Path, prefix: list[str]) -> None:
+    """Also as PID 1 of a container."""
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        process = node.popen([*prefix, KPROXY, "run", *CLUSTER], output)
+    wait_until(lambda: "IPv6: synced" in log.read_text(), "the first sync")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    daemon = int(children[0]) if prefix else process.pid
+    ignored = "ignored; a changed configuration file is noticed without it"
+    for number, said in (
+        (signal.SIGHUP, f"] SIGHUP: {ignored}"),
+        (signal.SIGUSR2, f"] SIGUSR2: {ignored}"),
+        (signal.SIGUSR1, "] SIGUSR1: writing the stacks of all threads to stderr"),
+        (signal.SIGQUIT, "] SIGQUIT: writing the stacks of all threads to stderr"),
+    ):
+        os.kill(daemon, signal.SIGPIPE)
+        os.kill(daemon, number)
+        wait_until(partial(_says, log, said), said)
+    wait_until(lambda: log.read_text().count("in _wait_for_stop") == 2, "the main thread's stack, twice")
+    stacks = log.read_text()
+    assert "Current thread 0x" in stacks
+    assert 'sync/reconciler.py", line' in stacks
+    assert process.poll() is None
+    os.kill(daemon, signal.SIGTERM)
+    assert process.wait(HANG_GUARD) == 0
+
+
+def _says(log: Path, text: str) -> bool:
+    return text in log.read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT])
+def test_signals_before_it_works_do_not_end_it(node: Namespace, tmp_path: Path, number: signal.Signals) -> None:
+    log = tmp_path / "log"
+    script = textwrap.dedent(f"""\
+        import os, sys
+        sys.argv[1:] = ["run", *{CLUSTER!r}]
+        import kproxy.cli.main as command
+        run = command.main
+        def signalled(arguments):
+            os.kill(os.getpid(), {int(number)})
+            return run(arguments)
+        command.main = signalled
+        from kproxy.__main__ import main
+        sys.exit(main())
+    """)
+    with log.open("w") as output:
+        process = node.popen([sys.executable, "-c", script], output)
+    wait_until(lambda: f"] {number.name}: " in log.read_text() or process.poll() is not None, "a line about it")
+    wait_until(lambda: "IPv6: synced" in log.read_text() or process.poll() is not None, "the first sync")
+    process.terminate()
+    assert process.wait(HANG_GUARD) == 0
+
+
 def test_it_ends_while_iptables_hangs(node: Namespace, tmp_path: Path) -> None:
     """As PID 1 of a container, where a signal without a handler is ignored."""
     programs = tmp_path / "bin"
@@ -201,7 +258,7 @@ def test_an_impossible_number_in_a_file_is_one_problem_and_the_next_change_is_fo
         (objects / f"{name}.json").write_bytes((GOLDEN / "clusterip" / f"{name}.json").read_bytes())
     log = tmp_path / "log"
     with log.open("w") as output:
-        process = node.popen([KPROXY, "run", f"--objects={objects}", "--hostname-override=node-1"], output)
+        process = node.popen([KPROXY, "run", f"--objects={objects}", "--hostname-override=node-1", "--v=2"], output)
     wait_for(log, process, ": synced ")
     (objects / "bad.json").write_text(
         '{"kind":"Service","apiVersion":"v1","metadata":{"name":"x"},"spec":{"clusterIP":"10.96.0.9","ports":[{"port":'
@@ -211,7 +268,7 @@ def test_an_impossible_number_in_a_file_is_one_problem_and_the_next_change_is_fo
     wait_for(log, process, "bad.json")
     (objects / "bad.json").unlink()
     (objects / "services.json").write_bytes((GOLDEN / "no-endpoints" / "services.json").read_bytes())
-    wait_for(log, process, "changes of")
+    wait_for(log, process, "changed service")
     process.terminate()
     assert process.wait(HANG_GUARD) == 0
     assert "Traceback" not in log.read_text()
@@ -237,7 +294,7 @@ def test_what_others_flush_is_put_back(node: Namespace, tmp_path: Path, removal:
     log = tmp_path / "log"
     with log.open("w") as output:
         process = node.popen([KPROXY, "run", *CLUSTER, "--iptables-sync-period=1s"], output)
-    wait_for(log, process, "IPv6: all")
+    wait_for(log, process, "IPv6: synced")
     wanted = held(node, Family.IPV4)
     for command in removal:
         node.run(["iptables", *command.split()])

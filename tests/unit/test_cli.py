@@ -233,3 +233,18 @@ def test_other_commands_load_neither_another_nor_what_it_needs() -> None:
     assert "kproxy.config" in loaded
     assert loaded & {"kproxy.cli.render", "kproxy.cli.completion", "kproxy.daemon", "kubernetes", "shtab"} == set()
     assert "shtab" in modules_after("completion", "bash")
+
+
+@pytest.mark.parametrize(("flag", "shown"), [("-v=0", "[40]"), ("-v=4", "[30, 40]")])
+def test_warnings_of_the_http_library_are_for_debugging(flag: str, shown: str) -> None:
+    program = """
+import argparse, logging, sys
+from kproxy.cli.options import add_flags, load_settings
+parser = argparse.ArgumentParser()
+add_flags(parser)
+load_settings(parser.parse_args(sys.argv[1:]))
+log = logging.getLogger("urllib3.connectionpool")
+print([level for level in (logging.WARNING, logging.ERROR) if log.isEnabledFor(level)])
+"""
+    done = subprocess.run([sys.executable, "-c", program, flag], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{shown}\n"

@@ -584,10 +584,14 @@ def test_what_is_not_plain_is_left_to_the_package(server: ApiServer, tmp_path: P
     assert server.requests.all()[0].headers["Authorization"].startswith(scheme)
 
 
-def test_a_proxy_of_the_environment_is_left_to_the_package(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_behind_a_proxy_of_the_environment_is_left_to_the_package(tmp_path: Path) -> None:
+    config = kubeconfig(tmp_path / "config", "https://10.0.5.1:6443", {"token": "secret"})
+    proxy = {"https_proxy": "http://proxy.example:3128"}
     assert find_plain(config, None, {}) is not None
-    monkeypatch.setenv("https_proxy", "http://proxy.example:3128")
-    assert find_plain(config, None, {}) is None
+    assert find_plain(config, None, proxy) is None
+    assert find_plain(config, None, proxy | {"NO_PROXY": "10.0.0.0/8"}) is not None
+    assert find_plain(config, "https://127.0.0.1:6443", proxy) is not None
+    assert find_plain(None, "https://10.0.5.1:6443", proxy) is None
 
 
 @pytest.mark.parametrize("user", [{"token": "secret"}, {"tokenFile": "token"}, {}])

@@ -34,6 +34,7 @@ class Scene:
         self.now = 0.0
         self.wall = EPOCH
         self.node: Node | None = Node("node-1")
+        self.reason = ""
         self.probed: list[tuple[str, int]] = []
         self.health = Health((V4, V6), TIMEOUT, wall=lambda: self.wall)
         self.pages = HealthPages(
@@ -42,6 +43,7 @@ class Scene:
             clock=lambda: self.now,
             wall=lambda: self.wall,
             probed=lambda page, status: self.probed.append((page, status)),
+            reason=lambda: self.reason,
         )
 
     def succeed(self, *families: Family) -> None:
@@ -150,6 +152,16 @@ def test_a_node_that_goes_gets_no_new_traffic_but_its_proxy_lives(scene: Scene, 
     assert scene.body()["healthy"] is True
     assert "nodeEligible" not in scene.body("livez")
     assert list(scene.body("livez")) == ["lastUpdated", "currentTime", "healthy", "status"]
+
+
+def test_what_is_wrong_with_the_node_is_told_beside_kube_proxys_fields(scene: Scene) -> None:
+    scene.succeed()
+    fields = list(scene.body())
+    scene.node, scene.reason = None, 'Node "node-1" does not exist'
+    assert scene.statuses == (503, 200)
+    assert list(scene.body()) == [*fields, "reason"]
+    assert scene.body()["reason"] == scene.reason
+    assert "reason" not in scene.body("livez")
 
 
 def test_times_that_are_told(scene: Scene) -> None:

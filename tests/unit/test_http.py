@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import resource
 import socket
@@ -444,6 +445,18 @@ def test_the_pages_beside_the_metrics(pages: int, path: str, status: int, kind: 
     assert response.headers["X-Content-Type-Options"] == "nosniff"
 
 
+def test_status_and_flags_can_be_read() -> None:
+    port = free_port()
+    found = serving(metrics_address=f"127.0.0.1:{port}", flags=lambda: {"v": "2"})
+    found.start()
+    body = get(port, "/statusz")[1].decode()
+    assert "\nBinary version: 0.1.0\n" in body
+    assert "\nUp: 0 hr 0" in body
+    assert "\nPaths: /configz /flagz /healthz /metrics /proxyMode /statusz\n" in body
+    assert get(port, "/flagz")[1].endswith(b"\n\nv=2\n")
+    found.stop()
+
+
 def test_the_configuration_can_be_read(pages: int) -> None:
     response, body = get(pages, "/configz")
     assert response.headers["Content-Type"] == "application/json"
@@ -471,24 +484,47 @@ def test_a_port_that_must_be_there(name: str) -> None:
         found.stop()
 
 
-def test_a_port_that_is_taken_is_served_once_it_is_free(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("name", ["healthz", "metrics"])
+def test_a_port_that_is_taken_is_said_ever_more_rarely_and_served_once_it_is_free(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
-    monkeypatch.setattr("kproxy.serve.serving.RETRY_SECONDS", 0.01)
+    monkeypatch.setattr("kproxy.serve.serving.RETRY_SECONDS", 0.001)
+    caplog.set_level(logging.INFO, logger="kproxy")
+    now = 0.0
+    attempts = threading.Semaphore(0)
+
+    def attempt(address: Address) -> socket.socket:
+        attempts.release()
+        return listen(address)
+
+    def attempts_made() -> bool:
+        while attempts.acquire(blocking=False):
+            pass  # made before
+        return all(attempts.acquire(timeout=HANG_GUARD) for _ in range(20))
+
+    monkeypatch.setattr("kproxy.serve.serving.listen", attempt)
     with listen(LOOPBACK) as taken:
         port = port_of(taken)
-        found = serving(metrics_address=f"127.0.0.1:{port}")
+        said = f"{name}BindAddress 127.0.0.1:{port}: cannot listen: Address already in use, trying again every 0 s"
+        found = serving(clock=lambda: monotonic() + now, **{f"{name}_address": f"127.0.0.1:{port}"})
         found.start()
-        wait_until(lambda: len(caplog.records) > 1, "a second attempt")
-    assert caplog.messages[0] == (
-        f"metricsBindAddress 127.0.0.1:{port}: cannot listen: Address already in use, trying again in 0 s"
-    )
-
-    def reachable() -> bool:
-        try:
-            return get(port, "/healthz")[1] == b"ok"
-        except ConnectionError:
-            return False
-
-    wait_until(reachable, "the port is served")
+        assert attempts_made()
+        assert caplog.messages == [said]
+        now += 60.0
+        assert attempts_made()
+        assert caplog.messages == [said] * 2
+        now += 60.0
+        assert attempts_made()
+        assert caplog.messages == [said] * 2, "the second pause is longer"
+    wait_until(lambda: len(caplog.messages) > 2, "a line that says that the port is served")
+    assert caplog.messages[2:] == [f"{name}BindAddress 127.0.0.1:{port}: listening now"]
+    assert get(port, "/healthz")[0].status in {200, 503}
     found.stop()
+
+
+def test_a_port_that_can_be_had_at_once_is_not_said(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="kproxy")
+    found = serving(metrics_address=f"127.0.0.1:{free_port()}")
+    found.start()
+    found.stop()
+    assert caplog.messages == []

@@ -85,7 +85,7 @@ class Page:
 
 
 def ours(name: str) -> bool:
-    return name.startswith(("kubeproxy_", "process_", "kubernetes_build_info"))
+    return name.startswith(("kubeproxy_", "process_"))
 
 
 def recorded(mode: str) -> Page:
@@ -372,7 +372,18 @@ def test_the_process_and_the_build(scene: Scene) -> None:
     page = scene.page
     assert (page.value("process_resident_memory_bytes") or 0) > 1 << 20
     assert (page.value("process_open_fds") or 0) > 2
-    assert [value for (name, _), value in page.values.items() if name == "kubernetes_build_info"] == [1]
+    assert [value for (name, _), value in page.values.items() if name == "kproxy_build_info"] == [1]
+    assert not any(name.startswith("kubernetes_") for name, _ in page.values), (
+        "alerts compare it with Kubernetes' version"
+    )
+
+
+def test_whether_the_node_is_missing(scene: Scene) -> None:
+    assert scene.value("kproxy_node_missing") == 0
+    scene.metrics.node_missing(True)
+    assert scene.value("kproxy_node_missing") == 1
+    scene.metrics.node_missing(False)
+    assert scene.value("kproxy_node_missing") == 0
 
 
 def test_traffic_of_the_namespace() -> None:

@@ -16,6 +16,8 @@ import pytest
 from kproxy.kube.client import Client, ClientError, TransportError
 from kproxy.kube.package_access import PackageAccess
 from kproxy.kube.plain_access import PlainAccess
+from kproxy.model.delta import BASIC_KINDS
+from kproxy.model.types import ServiceCIDR
 from tests.apiserver import ApiServer
 from tests.unit.test_client import (
     account,
@@ -40,7 +42,7 @@ ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Let all clients take this way to the server."""
     if request.param == "package":
-        monkeypatch.setenv("NO_PROXY", "nobody.example")
+        monkeypatch.setattr("kproxy.kube.client.find_plain", lambda *_, **__: None)
     return str(request.param)
 
 
@@ -250,15 +252,62 @@ def test_a_proxy_of_the_kubeconfig_counts_whatever_no_proxy_says(
     assert seen[0].startswith(b"GET http://kube.invalid:8080/version ")
 
 
-def test_no_proxy_counts_for_a_proxy_of_the_environment(
-    server: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_proxy_of_the_environment_is_used(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with scripted([ANSWER]) as (port, seen):
+        monkeypatch.setenv("HTTP_PROXY", f"http://me:s%20t@127.0.0.1:{port}")
+        client = Client.from_config(kubeconfig(tmp_path / "config", "http://kube.invalid:8080", {"token": "secret"}))
+        assert get(client, "/version") == (200, b"{}")
+    assert seen[0].startswith(b"GET http://kube.invalid:8080/version ")
+    assert b"\r\nproxy-authorization: basic bwu6cyb0\r\n" in seen[0].lower()
+
+
+DIRECT = [{}, {"NO_PROXY": "10.0.0.0/8"}, {"NO_PROXY": "*"}, {"no_proxy": "localhost"}]
+
+
+@pytest.mark.parametrize("environment", DIRECT)
+def test_a_server_on_this_machine_is_reached_without_a_proxy(
+    way: str, server: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
+) -> None:
+    nobody = "http://127.0.0.1:1"
+    for name, value in {"HTTP_PROXY": nobody, "HTTPS_PROXY": nobody, "ALL_PROXY": nobody, **environment}.items():
+        monkeypatch.setenv(name, value)
+    for host in ("127.0.0.1", "localhost"):
+        url = f"http://{host}:{server.address[1]}"
+        clients = [
+            Client.from_config(kubeconfig(tmp_path / "config", url, {"token": "secret"})),
+            Client.from_config(kubeconfig(tmp_path / "config", "http://kube.invalid", {"token": "secret"}), url),
+            Client.from_config(None, url),
+        ]
+        assert [get(client)[0] for client in clients] == [200, 200, 401]
+        assert {type(client._access) for client in clients} == {WAYS[way]}
+
+
+def test_a_pods_server_on_this_machine_is_reached_without_a_proxy(
+    way: str, account: Path, certificates: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token, authority = account / "token", account / "ca.crt"
+    token.write_text("secret")
+    authority.write_bytes((certificates / "ca.crt").read_bytes())
+    monkeypatch.setattr("kubernetes.config.incluster_config.SERVICE_TOKEN_FILENAME", str(token))
+    monkeypatch.setattr("kubernetes.config.incluster_config.SERVICE_CERT_FILENAME", str(authority))
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:1")
+    with ApiServer(tokens=["secret"], tls=server_context(certificates)) as server:
+        monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
+        monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(server.address[1]))
+        client = Client.from_config()
+        assert get(client)[0] == 200
+        assert type(client._access) is WAYS[way]
+
+
+def test_no_proxy_counts_for_a_socks_proxy_of_the_environment(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "socks", None)
-    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:1")
-    path = kubeconfig(tmp_path / "config", server.url, {"token": "secret"})
+    monkeypatch.setenv("HTTP_PROXY", "socks5://127.0.0.1:1")
+    path = kubeconfig(tmp_path / "config", "http://kube.invalid:8080", {"token": "secret"})
     assert refusal(path).startswith(f"{path}: a SOCKS proxy needs")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.0/8")
-    assert get(Client.from_config(path))[0] == 200
+    monkeypatch.setenv("NO_PROXY", ".invalid:8080")
+    assert type(Client.from_config(path)._access) is WAYS[way]
 
 
 def test_a_socks_proxy_without_what_it_needs_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,6 +324,19 @@ def test_a_socks_proxy_with_what_it_needs(tmp_path: Path) -> None:
     command = [sys.executable, "-c", program, path]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env={"PYTHONPATH": str(tmp_path)})
     assert "SOCKSProxyManager" in done.stdout
+
+
+def test_there_is_room_for_the_connections_of_all_threads(
+    way: str, server: ApiServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = Client.from_config(kubeconfig(tmp_path / "config", server.url, {"token": "secret"}))
+    one_for_each_kind_and_for_events = len((*BASIC_KINDS, ServiceCIDR)) + 1
+    answers = [client.get("/api/v1/services", {}, 20.0) for _ in range(one_for_each_kind_and_for_events)]
+    for answer in answers:
+        with answer:
+            answer.read()
+    assert caplog.messages == []
+    assert type(client._access) is WAYS[way]
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import socket
 import threading
@@ -205,7 +206,8 @@ class Ports:
     def __init__(self) -> None:
         self.healthy = True
         self.failures: queue.SimpleQueue[tuple[str, int, str]] = queue.SimpleQueue()
-        self._server = HttpServer(clock=monotonic, wall=time)
+        self.later = 0.0
+        self._server = HttpServer(clock=lambda: monotonic() + self.later, wall=time)
         self._ports = HealthPorts(self._server, lambda: self.healthy, lambda *failure: self.failures.put(failure))
         self._server.start()
 
@@ -336,6 +338,39 @@ def test_a_taken_port_is_reported_once_and_served_when_it_is_free(
     assert caplog.messages == [
         f"Service ns/web: its health cannot be asked for on 127.0.0.1:{port}: Address already in use"
     ]
+
+
+def test_a_taken_port_is_said_ever_more_rarely_and_when_it_is_served(
+    ports: Ports, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("kproxy.serve.health_ports.RETRY_SECONDS", 0.001)
+    caplog.set_level(logging.INFO, logger="kproxy")
+    attempts = threading.Semaphore(0)
+
+    def attempt(address: Address) -> socket.socket:
+        attempts.release()
+        return listen(address)
+
+    def attempts_made() -> bool:
+        while attempts.acquire(blocking=False):
+            pass  # made before
+        return all(attempts.acquire(timeout=HANG_GUARD) for _ in range(20))
+
+    monkeypatch.setattr("kproxy.serve.health_ports.listen", attempt)
+    with listen(Address("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        said = f"Service ns/web: its health cannot be asked for on 127.0.0.1:{port}: Address already in use"
+        ports.update(web=at(port))
+        assert attempts_made()
+        assert caplog.messages == [said]
+        for lines in (2, 2, 3):
+            ports.later += 60.0
+            assert attempts_made()
+            assert caplog.messages == [said] * lines
+    until(lambda: len(caplog.messages) > 3)
+    assert caplog.messages[3:] == [f"Service ns/web: its health can be asked for on 127.0.0.1:{port} now"]
+    assert status(port) == 200
+    assert ports.failures.qsize() == 1, "one event will do"
 
 
 def until(condition: Callable[[], bool]) -> None:

@@ -253,3 +253,25 @@ def test_a_service_that_is_not_dirty_is_as_it_was(history: list[Delta]) -> None:
         after = shown()
         assert {key for key in before if before[key] != after[key]} <= found.services
         assert found.node is (node != store.node)
+
+
+def test_whether_this_node_exists() -> None:
+    store = Store("node-1")
+    assert not store.node_missing, "not listed yet"
+    assert not store.has_listed(Node)
+    store.apply(Upsert(Node("node-2")))
+    store.apply(Replace(Node, (Node("node-2"),)))
+    assert store.has_listed(Node)
+    assert store.node_missing
+    store.apply(Upsert(Node("node-1", being_deleted=True)))
+    assert not store.node_missing
+    store.apply(Delete(Node, "", "node-2"))
+    assert not store.node_missing
+    assert store.apply(Delete(Node, "", "node-1")) == NOTHING, "it was about to go before"
+    assert store.node_missing
+    assert store.apply(Replace(Node, (Node("node-1", being_deleted=True),))) == NOTHING
+    assert not store.node_missing
+    store.apply(Replace(Node, ()))
+    assert store.node_missing
+    store.apply(Replace(Node, (), (("", "node-1"),)))
+    assert not store.node_missing, "it exists, but cannot be read"

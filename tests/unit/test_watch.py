@@ -329,6 +329,76 @@ def test_403_says_what_is_not_allowed() -> None:
     assert watch.next_request().watch, "a missing permission is no reason to list by pages"
 
 
+KINDS_AND_NAMES = [
+    (Service, "services"),
+    (EndpointSlice, "endpointslices.discovery.k8s.io"),
+    (Node, "nodes"),
+    (ServiceCIDR, "servicecidrs.networking.k8s.io"),
+]
+
+
+@pytest.mark.parametrize(("kind", "name"), KINDS_AND_NAMES)
+def test_a_second_silence_in_a_row_leads_to_a_new_list(kind: Kind, name: str) -> None:
+    watch = following(kind)
+    for _ in range(3):
+        assert watch.silent() == Step(again_after=0.0)
+        assert watch.next_request().params["resourceVersion"] == "96"
+        watch.opened()
+        assert watch.silent() == Step(again_after=0.0)
+        assert watch.trouble == f"no event or bookmark about {name} for 180 s: listing them anew"
+        request = watch.next_request()
+        assert (request.params["sendInitialEvents"], request.params["resourceVersionMatch"]) == ("true", "NotOlderThan")
+        assert "resourceVersion" not in request.params, "the version of before is what the server may never reach"
+        watch.opened()
+        listed = watch.line(BOOKMARK % (96, b',"annotations":{"k8s.io/initial-events-end":"true"}'))
+        assert listed.messages == (Replace(kind, ()),)
+        assert watch.trouble == ""
+
+
+def test_a_second_silence_in_a_row_leads_to_new_pages_where_lists_are_in_pages() -> None:
+    watch = machine()
+    watch.line(OLD_ETCD)
+    watch.page(b'{"metadata":{"resourceVersion":"96"},"items":[]}')
+    for _ in range(2):
+        watch.next_request()
+        watch.opened()
+        assert watch.silent() == Step(again_after=0.0)
+    request = watch.next_request()
+    assert (request.watch, request.params.keys() & {"resourceVersion", "continue"}) == (False, set())
+
+
+@pytest.mark.parametrize("said", [BOOKMARK % (96, b""), BOOKMARK % (97, b""), lines_of("services.watchlist.jsonl")[0]])
+def test_whatever_is_heard_between_two_silences_keeps_the_watch(said: bytes) -> None:
+    watch = following()
+    for _ in range(5):
+        watch.silent()
+        watch.next_request()
+        watch.opened()
+        watch.line(said)
+    assert "sendInitialEvents" not in watch.next_request().params
+
+
+def test_silence_counts_over_connections_that_end_before_it_is_noticed() -> None:
+    watch = following()
+    for lasted in (100.0, 70.0):
+        watch.opened()
+        assert watch.closed(lasted) == Step(again_after=0.0)
+        assert watch.next_request().params["resourceVersion"] == "96"
+    watch.opened()
+    assert watch.failed("reset by peer", 9.0).again_after == pytest.approx(0.8)
+    assert watch.next_request().params["resourceVersion"] == "96"
+    watch.opened()
+    assert watch.failed("reset by peer", 2.0).again_after == pytest.approx(1.6)
+    assert watch.next_request().params["sendInitialEvents"] == "true"
+
+
+def test_failures_to_connect_are_no_silence() -> None:
+    watch = following()
+    for _ in range(50):
+        watch.failed("connection refused")
+    assert watch.next_request().params["resourceVersion"] == "96"
+
+
 NO_RESOURCE = b'{"code":404,"reason":"NotFound","message":"the server could not find the requested resource"}'
 FORBIDDEN = b'{"code":403,"reason":"Forbidden","message":"User \\"kube-proxy\\" cannot watch resource"}'
 NOT_DROPPED = "servicecidrs.networking.k8s.io: packets to unallocated service addresses are not dropped"
