@@ -145,7 +145,7 @@ class Daemon:
             make_schedule=lambda: Schedule(min_interval=periods.min_sync_period, max_retry=periods.sync_period),
             clock=time.monotonic,
             is_ready=lambda store: is_known(config, store),
-            observers=[conntrack, FirstSync(config), *serving.observers],
+            observers=[conntrack, FirstSync(config, families), *serving.observers],
             check_interval=periods.sync_period,
             full_check_interval=FULL_CHECK_SECONDS,
         )

@@ -40,7 +40,7 @@ def apply(config: Config, objects: str) -> None:
     store = load_store(config, objects)
     tables = {family: UdpConntrack(family) for family in families}
     cleaner = ConntrackCleaner(tables, own_addresses, clock=time.monotonic, tell=lambda _: None)
-    observers = (cleaner, FirstSync(config))
+    observers = (cleaner, FirstSync(config, families))
     failures = []
     for family, sync in families.items():
         try:
