@@ -181,7 +181,12 @@ class Daemon:
             make_schedule=lambda: Schedule(min_interval=periods.min_sync_period, max_retry=periods.sync_period),
             clock=time.monotonic,
             is_ready=lambda store: is_known(config, store),
-            observers=[conntrack, FirstSync(config), Notices(partial(_service_event, events)), *serving.observers],
+            observers=[
+                conntrack,
+                FirstSync(config, families),
+                Notices(partial(_service_event, events)),
+                *serving.observers,
+            ],
             check_interval=periods.sync_period,
             full_check_interval=FULL_CHECK_SECONDS,
             look=watch.look,

@@ -61,7 +61,7 @@ def with_mode(config: Config) -> Config:
     try:
         way_to_commit(Family.IPV4)
     except UnsupportedError as error:
-        log.warning("mode iptables, since nftables mode does not work here: %s", error)
+        log.warning("mode iptables, since nftables mode does not work here for IPv4: %s", error)
         return config.resolved("iptables")
     log.info("mode nftables, which works here")
     return config.resolved("nftables")

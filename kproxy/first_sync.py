@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 
 from kproxy.config import Config
 from kproxy.host.run import CommandError
-from kproxy.leftovers import out_of_reach, remove_iptables
+from kproxy.leftovers import out_of_reach, remove_iptables, remove_ipvs
 from kproxy.model.delta import Kind
 from kproxy.model.store import Changed
 from kproxy.model.types import Family
@@ -21,12 +22,15 @@ class FirstSync:
     """An observer that acts on each family's first success.
 
     It removes what the other mode left behind, and opens 127.0.0.1 to NodePorts, which is guarded by a rule of ours.
-    What could not be removed is tried again after the next success. The next sync waits for it, in a large cluster for
-    some seconds: beside syncs, which change tables all the time, neither would get to read them.
+    Once every family in use has had its success, it removes what kube-proxy's ipvs mode left: an interface, for one,
+    that has addresses of both. What could not be removed is tried again after the next success. The next sync waits for
+    it, in a large cluster for some seconds: beside syncs, which change tables all the time, neither would get to read
+    them.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, families: Collection[Family]) -> None:
         self._config = config
+        self._families = frozenset(families)
         self._begun: set[Family] = set()
         self._done: set[Family] = set()
         self._complaints: dict[Family, str] = {}
@@ -47,6 +51,8 @@ class FirstSync:
         self._begun.add(family)
         try:
             self._remove(family)
+            if self._done | {family} == self._families and (removed := remove_ipvs()):
+                log.info("%s", removed)
         except CommandError as error:
             self._complain(family, str(error))
         else:
@@ -67,5 +73,5 @@ class FirstSync:
     def _complain(self, family: Family, reason: str) -> None:
         # On a busy node it is tried every second: the same warning once is enough.
         if reason != self._complaints.get(family):
-            log.warning("%s: rules of the other mode are still there beside ours: %s", family.value, reason)
+            log.warning("%s: rules of other modes are still there beside ours: %s", family.value, reason)
         self._complaints[family] = reason

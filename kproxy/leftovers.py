@@ -1,16 +1,18 @@
-"""Removing rules that nobody keeps up to date any more: all of them, or those of the mode that is not in use."""
+"""Removing what nobody keeps up to date any more: everything, or what modes that are not in use left."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterable, Mapping
 
+from kproxy import ipvs_leftovers
 from kproxy.host.mixup import other_variant_rules
 from kproxy.host.run import CommandError
 from kproxy.iptables.apply import Iptables, IptablesVersion, RestoreError
 from kproxy.iptables.backend import BLOCK_RULES, UNLIMITED
-from kproxy.iptables.cleanup import cleanup
-from kproxy.iptables.names import PORT_CHAIN_PREFIXES
-from kproxy.iptables.text import parse_save
+from kproxy.iptables.cleanup import cleanup, cleanup_ipvs
+from kproxy.iptables.names import PORT_CHAIN_PREFIXES, Chain
+from kproxy.iptables.text import Restore, SavedChain, parse_save
 from kproxy.model.types import Family
 from kproxy.nftables.cleanup import remove_table
 
@@ -21,7 +23,7 @@ _RULES_OF_PORTS = tuple(f"-A {prefix}" for prefix in PORT_CHAIN_PREFIXES)
 
 
 def remove_all() -> list[str]:
-    """Remove the rules of both modes and both families, kube-proxy's included; say on a line each what was removed.
+    """Remove the rules of all modes and both families, kube-proxy's included; say on a line each what was removed.
 
     What cannot be seen, and so neither be removed, is warned about. Raises `CommandError` if something is there
     and stays.
@@ -30,7 +32,8 @@ def remove_all() -> list[str]:
     tables = [f"removed the nftables table of {family.value}" for family in Family if remove_table(family)]
     if warning := out_of_reach():
         log.warning("%s", warning)
-    return removed + tables
+    ipvs = _remove_ipvs_objects()
+    return removed + tables + ([f"removed {ipvs} of ipvs mode"] if ipvs else [])
 
 
 def remove_iptables(family: Family) -> str:
@@ -40,10 +43,58 @@ def remove_iptables(family: Family) -> str:
     `CommandError`. With 20,000 chains it takes 1.6 s (iptables-nft 1.8.9), with 55,000 5.3 s. It should not run beside
     somebody who changes tables all the time: iptables-nft begins to read anew at each change, and may never end.
     """
+
+    def changes(saved: Mapping[Chain, SavedChain], version: IptablesVersion) -> Iterable[Restore]:
+        return cleanup(saved, block_rules=BLOCK_RULES if version.nft else UNLIMITED)
+
+    removed = _remove_chains(family, changes)
+    return f"removed {_chains(removed, family)}" if removed else ""
+
+
+def remove_ipvs() -> str:
+    """Remove what kube-proxy's ipvs mode left, once rules of ours are in place; say on a line what, or nothing.
+
+    What cannot be removed is warned about. Chains that ipvs mode shares with iptables mode are not looked at: in
+    iptables mode they are ours by now, in nftables mode `remove_iptables` takes them. Raises `CommandError` if
+    iptables fails.
+    """
+    try:
+        if not ipvs_leftovers.find():
+            return ""
+    except OSError as error:
+        log.debug("cannot look for what ipvs mode left: %s", error.strerror)
+        return ""
+    counts = {family: _remove_chains(family, lambda saved, _: [cleanup_ipvs(saved)]) for family in Family}
+    removed = [_chains(number, family) for family, number in counts.items() if number]
+    if objects := _remove_ipvs_objects():
+        removed.append(objects)
+    return f"removed what ipvs mode left: {', '.join(removed)}" if removed else ""
+
+
+def _remove_ipvs_objects() -> str:
+    """Remove what ipvs mode left beside its rules; say what was removed, and warn about what was not."""
+    try:
+        done = ipvs_leftovers.remove(ipvs_leftovers.find())
+    except OSError as error:
+        log.warning("cannot look for what ipvs mode left: %s", error.strerror)
+        return ""
+    for problem in done.problems:
+        log.warning("%s", problem)
+    return ", ".join(done.removed)
+
+
+def _chains(number: int, family: Family) -> str:
+    return f"{number} iptables chains of {family.value}"
+
+
+def _remove_chains(
+    family: Family, plan: Callable[[Mapping[Chain, SavedChain], IptablesVersion], Iterable[Restore]]
+) -> int:
+    """Make the changes that a plan finds in what a family has now; return how many chains were deleted by them."""
     kernel = Iptables(family)
     version = _version(kernel)
     if version is None:
-        return ""
+        return 0
     incompatible: set[str] = set()
     with kernel.save() as lines:
         needed = (line for line in lines if not line.startswith(_RULES_OF_PORTS))
@@ -55,12 +106,11 @@ def remove_iptables(family: Family) -> str:
             table,
         )
     try:
-        changes = list(cleanup(saved, block_rules=BLOCK_RULES if version.nft else UNLIMITED))
+        changes = [change for change in plan(saved, version) if change]
         kernel.restore_each(change.text() for change in changes)
     except RestoreError as error:
         raise CommandError(str(error)) from None
-    removed = sum(len(change.deleted) for change in changes)
-    return f"removed {removed} iptables chains of {family.value}" if removed else ""
+    return sum(len(change.deleted) for change in changes)
 
 
 def out_of_reach() -> str:

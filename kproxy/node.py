@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 from msgspec import Struct
@@ -12,6 +13,7 @@ from kproxy.host.nfacct import ensure_counters
 from kproxy.host.run import CommandError
 from kproxy.iptables.apply import Iptables
 from kproxy.iptables.base import INVALID_COUNTER
+from kproxy.iptables.probe import check_tables
 from kproxy.iptables.render import LOCALHOST_COUNTER
 from kproxy.model.types import Family
 from kproxy.nftables.apply import Commit
@@ -30,37 +32,62 @@ class IptablesNode(Struct, frozen=True):
 
 
 def discover_iptables() -> IptablesNode:
-    """Look at what iptables mode needs. Raises `CommandError` if not even IPv4 works.
+    """Look at what iptables mode needs. Raises `CommandError` if no family works.
 
-    A family that does not work is left out with a warning, as a kernel without IPv6 is ordinary.
+    A family that does not work is left out with a warning: a kernel without IPv6, or without NAT for it, is ordinary.
     """
-    found = {Family.IPV4: Iptables(Family.IPV4)}
-    version = found[Family.IPV4].version()
-    if _has_ipv6():
-        second = Iptables(Family.IPV6)
+    found: dict[Family, Iptables] = {}
+    reasons: dict[Family, str] = {}
+    for family in _families():
+        iptables = Iptables(family)
         try:
-            second.version()
+            check_tables(family, iptables.version())
         except CommandError as error:
-            log.warning("IPv6 is left out: %s", error)
+            reasons[family] = str(error)
         else:
-            found[Family.IPV6] = second
+            found[family] = iptables
+    if not found:
+        raise CommandError(_all_of(reasons))
+    _leave_out(reasons)
+    version = next(iter(found.values())).version()
     if warning := other_variant_rules(ours_is_nft=version.nft):
         log.warning("%s", warning)
     return IptablesNode(found, _counters_exist())
 
 
 def discover_nftables() -> dict[Family, Commit]:
-    """Return by which way the kernel takes each family's transactions. Raises `UnsupportedError` if IPv4's by none.
+    """Return by which way the kernel takes each family's transactions. Raises `UnsupportedError` if none works.
 
     A family that does not work is left out with a warning.
     """
-    ways = {Family.IPV4: way_to_commit(Family.IPV4)}
-    if _has_ipv6():
+    ways: dict[Family, Commit] = {}
+    reasons: dict[Family, str] = {}
+    for family in _families():
         try:
-            ways[Family.IPV6] = way_to_commit(Family.IPV6)
+            ways[family] = way_to_commit(family)
         except UnsupportedError as error:
-            log.warning("IPv6 is left out: %s", error)
+            reasons[family] = str(error)
+    if not ways:
+        raise UnsupportedError(_all_of(reasons))
+    _leave_out(reasons)
     return ways
+
+
+def _families() -> list[Family]:
+    return [family for family in Family if family is not Family.IPV6 or _has_ipv6()]
+
+
+def _leave_out(reasons: Mapping[Family, str]) -> None:
+    for family, reason in reasons.items():
+        log.warning("%s is left out: %s", family.value, reason)
+
+
+def _all_of(reasons: Mapping[Family, str]) -> str:
+    """Return one line about why each family does not work."""
+    families: dict[str, list[str]] = {}
+    for family, reason in reasons.items():
+        families.setdefault(reason, []).append(family.value)
+    return "; ".join(f"{' and '.join(names)}: {reason}" for reason, names in families.items())
 
 
 def _has_ipv6() -> bool:

@@ -43,7 +43,7 @@ def apply(config: Config, objects: str) -> None:
     families = make_families(config, [])
     tables = {family: UdpConntrack(family) for family in families}
     cleaner = ConntrackCleaner(tables, own_addresses, clock=time.monotonic, tell=lambda _: None)
-    observers = (cleaner, FirstSync(config), Notices(lambda *_: None))
+    observers = (cleaner, FirstSync(config, families), Notices(lambda *_: None))
     failures = []
     for family, sync in families.items():
         began = time.monotonic()

@@ -9,6 +9,7 @@ need iptables iptables
 need ip iproute2
 need nft nftables
 need conntrack conntrack
+need ipset ipset
 need setpriv util-linux
 need mount mount
 python3 -c 'import ensurepip, venv' >/dev/null 2>&1 || missing="$missing python3-venv"

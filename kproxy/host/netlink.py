@@ -89,6 +89,14 @@ def attributes(data: bytes, begin: int, end: int) -> dict[int, tuple[int, int]]:
     return found
 
 
+def each_attribute(data: bytes, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Yield type, begin and end of each attribute's payload: for those of which one type comes several times."""
+    while begin + _ATTRIBUTE.size <= end:
+        size, kind = _ATTRIBUTE.unpack_from(data, begin)
+        yield kind & _TYPE, begin + _ATTRIBUTE.size, begin + size
+        begin += max(_aligned(size), _ATTRIBUTE.size)
+
+
 def nfgenmsg(family: int = socket.AF_UNSPEC, resource: int = 0) -> bytes:
     """Return the header that every netfilter message begins with (linux/netfilter/nfnetlink.h)."""
     return struct.pack(">BBH", family, 0, resource)

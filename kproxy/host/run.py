@@ -13,6 +13,8 @@ from typing import IO, Any, BinaryIO
 
 from msgspec import Struct
 
+from kproxy.host.patience import Patience
+
 
 class CommandError(Exception):
     """A program could not be run, or ended with an error; the message says which and why, on one line."""
@@ -27,11 +29,12 @@ class Completed(Struct, frozen=True):
 
 
 class _Guard:
-    """Kills a program after a number of seconds, unless it is told that they begin anew."""
+    """Kills a program after a number of seconds, unless it is told that they begin anew; logs if it takes long."""
 
-    def __init__(self, process: subprocess.Popen[str], timeout: float) -> None:
+    def __init__(self, process: subprocess.Popen[str], patience: Patience, timeout: float) -> None:
         self.expired = False
         self._process = process
+        self._patience = patience
         self._timeout = timeout
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="guard", daemon=True)
@@ -52,14 +55,19 @@ class _Guard:
 
     def begin_anew(self) -> None:
         """Let the seconds begin anew."""
-        self._deadline = monotonic() + self._timeout
+        now = monotonic()
+        self._deadline = now + self._timeout
+        self._patience.progressed(now)
 
     def _watch(self) -> None:
-        while not self._ended.wait(self._deadline - monotonic()):
-            if monotonic() >= self._deadline:
+        now = monotonic()
+        while not self._ended.wait(min(self._deadline, self._patience.due) - now):
+            now = monotonic()
+            if now >= self._deadline:
                 self.expired = True
                 _kill(self._process)
                 return
+            self._patience.look(now)
 
 
 class Programs:
@@ -89,13 +97,24 @@ class Programs:
         cannot be started.
         """
         pipe = subprocess.PIPE
-        with self._start(argv, stdin=pipe, stdout=pipe, stderr=pipe) as process:
-            try:
-                said, complaints = process.communicate(stdin, timeout)
-            except subprocess.TimeoutExpired:
-                _kill(process)
-                return _hung(argv, timeout)
-        return Completed(process.returncode, said, complaints)
+        # A file, not a pipe: once interrupted, communicate() does not write the rest of an input (Python 3.11).
+        with (
+            _file_of("stdin") as file,
+            self._start(argv, stdin=_filled(file, stdin), stdout=pipe, stderr=pipe) as (process, patience),
+        ):
+            now = monotonic()
+            deadline = now + timeout
+            while True:
+                try:
+                    said, complaints = process.communicate(timeout=min(deadline, patience.due) - now)
+                except subprocess.TimeoutExpired:
+                    now = monotonic()
+                else:
+                    return Completed(process.returncode, said, complaints)
+                if now >= deadline:
+                    _kill(process)
+                    return _hung(argv, timeout)
+                patience.look(now)
 
     def feed(self, argv: Sequence[str], parts: Iterable[str], *, timeout: float) -> Completed:
         """Run a program on an input of many parts, which are asked for while it works on those before.
@@ -149,12 +168,12 @@ class Programs:
         self, argv: Sequence[str], timeout: float, **streams: Any
     ) -> Iterator[tuple[subprocess.Popen[str], BinaryIO, _Guard]]:
         """Start a program, with a file for its complaints; kill it after `timeout` seconds, or at the end."""
-        # A file without a file system: the root may be read-only, and a pipe could fill up unread.
+        # A pipe could fill up unread.
         with (
-            open(os.memfd_create("stderr"), "w+b") as complaints,
-            self._start(argv, stderr=complaints, **streams) as process,
+            _file_of("stderr") as complaints,
+            self._start(argv, stderr=complaints, **streams) as (process, patience),
         ):
-            guard = _Guard(process, timeout)
+            guard = _Guard(process, patience, timeout)
             try:
                 guard.start()
                 yield process, complaints, guard
@@ -163,7 +182,7 @@ class Programs:
                 _kill(process)
 
     @contextmanager
-    def _start(self, argv: Sequence[str], **streams: Any) -> Iterator[subprocess.Popen[str]]:
+    def _start(self, argv: Sequence[str], **streams: Any) -> Iterator[tuple[subprocess.Popen[str], Patience]]:
         with self._lock:
             if self._stopped:
                 raise CommandError(f"{argv[0]} is not started any more: kproxy is stopping")
@@ -172,11 +191,13 @@ class Programs:
             except OSError as error:
                 raise CommandError(f"cannot run {argv[0]}: {error.strerror or error}") from None
             self._running = process
+        patience = Patience(argv[0], process.pid, monotonic())
         try:
             with process:
-                yield process
+                yield process, patience
         finally:
             self._running = None
+            patience.ended(monotonic(), process.returncode)
 
 
 def run(argv: Sequence[str], stdin: str = "", *, timeout: float) -> Completed:
@@ -193,6 +214,18 @@ def _kill(process: subprocess.Popen[str]) -> None:
 
 def _hung(argv: Sequence[str], timeout: float) -> Completed:
     return Completed(-1, "", f"{argv[0]} did not end within {timeout:.0f} s")
+
+
+def _file_of(name: str) -> BinaryIO:
+    """Return an empty file without a file system: the root may be read-only."""
+    return open(os.memfd_create(name), "w+b")
+
+
+def _filled(file: BinaryIO, text: str) -> BinaryIO:
+    """Return a file that holds this text, to be read from its beginning."""
+    file.write(text.encode("utf-8", "surrogateescape"))
+    file.seek(0)
+    return file
 
 
 def _text_of(complaints: BinaryIO) -> str:

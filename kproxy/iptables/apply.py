@@ -25,6 +25,8 @@ LOCK_WAIT_SECONDS = 5
 HANG_SECONDS = 900
 """How long an iptables program may take for one transaction or question; the longest honest run known took 150 s."""
 
+START_SECONDS = 30
+"""How long an iptables program may take for a question at start that a few milliseconds are enough for."""
 
 _NO = 1
 """The exit status that says no: there is no such chain or rule, or a chain of that name is there already."""
@@ -86,12 +88,17 @@ def parse_version(text: str) -> IptablesVersion:
     return IptablesVersion(tuple(int(part) for part in found[1].split(".")), nft="nf_tables" in text)
 
 
+def program_of(family: Family) -> str:
+    """Return the name of a family's iptables, which is also what those of `-save` and `-restore` begin with."""
+    return "ip6tables" if family is Family.IPV6 else "iptables"
+
+
 class Iptables:
     """The iptables programs of one family, as found in PATH."""
 
     def __init__(self, family: Family) -> None:
         self._family = family
-        self._prefix = "ip6tables" if family is Family.IPV6 else "iptables"
+        self._prefix = program_of(family)
         self._programs = Programs()
         self._version: IptablesVersion | None = None
 
@@ -110,7 +117,7 @@ class Iptables:
         return self._version
 
     def _ask_version(self) -> IptablesVersion:
-        done = self._programs.run([self._prefix, "--version"], timeout=HANG_SECONDS)
+        done = self._programs.run([self._prefix, "--version"], timeout=START_SECONDS)
         if done.code:
             raise CommandError(f"{self._prefix} --version failed: {first_line(done.stderr)}")
         return parse_version(done.stdout)

@@ -18,7 +18,20 @@ from kproxy.iptables.names import (
 )
 from kproxy.iptables.text import Restore, SavedChain
 
-_FIXED = frozenset({*DISPATCH, *CANARIES, FILTER_FORWARD, MARK_MASQ, POSTROUTING})
+IPVS_CHAINS = frozenset(
+    {
+        Chain("nat", "KUBE-NODE-PORT"),
+        Chain("nat", "KUBE-LOAD-BALANCER"),
+        Chain("nat", "KUBE-FIREWALL"),  # until Kubernetes 1.26; that of table filter is the kubelet's
+        Chain("filter", "KUBE-NODE-PORT"),
+        Chain("filter", "KUBE-SOURCE-RANGES-FIREWALL"),
+        Chain("filter", "KUBE-IPVS-FILTER"),
+        Chain("filter", "KUBE-IPVS-OUT-FILTER"),
+    }
+)
+"""The chains that only kube-proxy's ipvs mode has. Others it shares with iptables mode, under the same names."""
+
+_FIXED = frozenset({*DISPATCH, *CANARIES, FILTER_FORWARD, MARK_MASQ, POSTROUTING, *IPVS_CHAINS})
 
 
 def cleanup(saved: Mapping[Chain, SavedChain], *, block_rules: int) -> Iterator[Restore]:
@@ -30,13 +43,7 @@ def cleanup(saved: Mapping[Chain, SavedChain], *, block_rules: int) -> Iterator[
     fixed = [chain for chain in saved if chain in _FIXED]
     own = sorted((chain for chain in saved if chain.name.startswith(PORT_CHAIN_PREFIXES)), key=deletion_order)
     gone = frozenset((*fixed, *own))
-    edits = [
-        (chain.table, "-D" + rule.removeprefix("-A"))
-        for chain, content in saved.items()
-        if chain not in gone
-        for rule in content.rules
-        if Chain(chain.table, _target(rule)) in gone
-    ]
+    edits = _jumps(saved, gone)
     # KUBE-MARK-MASQ is what the Services' chains jump to, so it goes last.
     if edits or fixed:
         yield Restore(edits=edits, deleted=[chain for chain in fixed if chain != MARK_MASQ])
@@ -45,6 +52,23 @@ def cleanup(saved: Mapping[Chain, SavedChain], *, block_rules: int) -> Iterator[
         yield Restore(deleted=batch)
     if MARK_MASQ in gone:
         yield Restore(deleted=[MARK_MASQ])
+
+
+def cleanup_ipvs(saved: Mapping[Chain, SavedChain]) -> Restore:
+    """Return the change that removes what only ipvs mode has from what a dump shows, and all jumps there."""
+    gone = [chain for chain in saved if chain in IPVS_CHAINS]
+    return Restore(edits=_jumps(saved, frozenset(gone)), deleted=gone)
+
+
+def _jumps(saved: Mapping[Chain, SavedChain], gone: frozenset[Chain]) -> list[tuple[str, str]]:
+    """Return the commands that delete the rules by which chains that stay lead to those that go."""
+    return [
+        (chain.table, "-D" + rule.removeprefix("-A"))
+        for chain, content in saved.items()
+        if chain not in gone
+        for rule in content.rules
+        if Chain(chain.table, _target(rule)) in gone
+    ]
 
 
 def _target(rule: str) -> str:

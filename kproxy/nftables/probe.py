@@ -40,7 +40,7 @@ def way_to_commit(family: Family) -> Commit:
     except TableError as error:
         release = os.uname().release
         raise UnsupportedError(
-            f"{family.value}: Linux {release} does not take the table: {refused}; by nft: {error}; "
+            f"Linux {release} does not take the table: {refused}; by nft: {error}; "
             "nftables mode needs Linux 5.13 or later with nf_tables, and the privilege CAP_NET_ADMIN"
         ) from None
     log.warning("%s: changes go by the program nft, which is slower, because by netlink: %s", family.value, refused)

@@ -48,7 +48,7 @@ def told(node: Namespace) -> Callable[[Mode], Tell]:
     """Makes an observer of a mode, and returns what tells it of a sync."""
 
     def make(mode: Mode) -> Tell:
-        observer = FirstSync(Config(mode=mode))
+        observer = FirstSync(Config(mode=mode), list(Family))
         return lambda report: node.call(lambda: observer.synced(report))
 
     return make
@@ -176,7 +176,7 @@ def test_what_cannot_be_removed_is_tried_again_and_said_once(
     program("iptables-restore", 'exec "$REAL" "$@"')
     tell(report(Family.IPV4))
     assert not chains(node, Family.IPV4)
-    said = "IPv4: rules of the other mode are still there beside ours: iptables-restore failed with status 4: "
+    said = "IPv4: rules of other modes are still there beside ours: iptables-restore failed with status 4: "
     assert [line.startswith(said) for line in warnings(logged)] == [True]
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,6 +28,8 @@ from kproxy.host.run import CommandError, Programs, first_line, run
 from kproxy.iptables.apply import Iptables, RestoreError, parse_version, restore_error
 from kproxy.iptables.names import Chain
 from kproxy.model.types import Family
+from kproxy.nftables.apply import NftCommit
+from kproxy.nftables.transaction import Transaction
 from tests.lab.iptables import link, missing_variant, programs_of
 from tests.lab.namespace import Namespace
 from tests.lab.waiting import wait_until
@@ -318,6 +322,61 @@ def test_a_fed_program_that_hangs_is_killed(tmp_path: Path) -> None:
 def test_a_program_that_cannot_be_fed_is_named() -> None:
     with pytest.raises(CommandError, match="cannot run no-such-program: No such file"):
         Programs().feed(["no-such-program"], ["one"], timeout=GUARD)
+
+
+def ways_to_run(argv: list[str]) -> dict[str, Callable[[], object]]:
+    """Each way to run a program on some input, to its end."""
+
+    def read() -> list[str]:
+        with Programs().reading(argv, timeout=GUARD) as lines:
+            return list(lines)
+
+    return {
+        "run": lambda: run(argv, "x" * (1 << 21), timeout=GUARD).code,
+        "feed": lambda: Programs().feed(argv, ["x" * (1 << 21)], timeout=GUARD).code,
+        "reading": read,
+    }
+
+
+@pytest.mark.parametrize(("way", "result"), [("run", 0), ("feed", 0), ("reading", ["done\n"])])
+def test_a_program_that_takes_long_is_logged_while_it_runs_and_when_it_ends(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path, way: str, result: object
+) -> None:
+    monkeypatch.setattr("kproxy.host.patience.FIRST_SECONDS", 0.001)
+    caplog.set_level(logging.INFO)
+    fifo = tmp_path / "until-it-is-logged"
+    os.mkfifo(fifo)
+    results: list[object] = []
+    work = ways_to_run(["sh", "-c", f"cat {fifo}; cat >/dev/null; echo done"])[way]
+    thread = threading.Thread(target=lambda: results.append(work()))
+    thread.start()
+    kept_open = open_when_read(fifo)
+    wait_until(lambda: len(caplog.messages) >= 2, "two lines about a program that still runs")
+    os.close(kept_open)
+    thread.join(GUARD)
+    assert results == [result]
+    *running, ended = caplog.messages
+    assert all(re.fullmatch(r"sh is still running after \d s \(pid \d+\)", each) for each in running)
+    assert re.fullmatch(r"sh ended with status 0 after \d s \(pid \d+\)", ended)
+
+
+def test_an_nft_that_takes_long_is_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("kproxy.host.patience.FIRST_SECONDS", 0.001)
+    fifo = tmp_path / "until-it-is-logged"
+    os.mkfifo(fifo)
+    program = tmp_path / "nft"
+    program.write_text(f"#!/bin/sh\ncat {fifo}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    thread = threading.Thread(target=lambda: NftCommit(Family.IPV4)(Transaction(drop=True)))
+    thread.start()
+    kept_open = open_when_read(fifo)
+    wait_until(lambda: bool(caplog.messages), "a line about a program that still runs")
+    os.close(kept_open)
+    thread.join(GUARD)
+    assert caplog.messages[0].startswith("nft is still running after ")
 
 
 def test_stop_kills_what_runs_and_starts_nothing_more(tmp_path: Path) -> None:

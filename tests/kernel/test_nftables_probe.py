@@ -85,7 +85,7 @@ def test_without_the_privilege_one_line_says_so(namespaces: Callable[[], Namespa
     done = namespaces().run([*drop, sys.executable, "-c", ASK])
     assert done.stderr == ""
     assert done.stdout.count("\n") == 1
-    assert done.stdout.startswith("unsupported: IPv4: ")
+    assert done.stdout.startswith("unsupported: Linux ")
     assert "Operation not permitted" in done.stdout
     assert "the privilege CAP_NET_ADMIN" in done.stdout
 

@@ -121,7 +121,11 @@ def test_a_broken_object_is_named_with_its_line(tmp_path: Path) -> None:
 def test_without_iptables_it_says_so() -> None:
     done = run("apply", f"--objects={CLUSTER}", path="/nonexistent")
     assert done.returncode == 1
-    assert complaint(done) == "kproxy: iptables mode does not work here: cannot run iptables: No such file or directory"
+    why = "; ".join(
+        f"{family}: cannot run {name}: No such file or directory"
+        for family, name in (("IPv4", "iptables"), ("IPv6", "ip6tables"))
+    )
+    assert complaint(done) == f"kproxy: iptables mode does not work here: {why}"
 
 
 def test_lines_have_the_header_of_klog() -> None:

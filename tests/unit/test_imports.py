@@ -19,7 +19,7 @@ LAYERS = (
     {"daemon", "once"},
     {"families", "first_sync"},
     {"leftovers"},
-    {"preparation"},
+    {"preparation", "ipvs_leftovers"},
     {"contexts", "node"},
     {"sync", "config"},
     {"iptables", "nftables", "kube", "simulate", "serve"},

@@ -1,0 +1,303 @@
+"""What kube-proxy's ipvs mode left goes once rules of ours are there, and by --cleanup; what others have stays."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kproxy import ipvs_leftovers
+from kproxy.config import Config
+from kproxy.config.types import Mode
+from kproxy.first_sync import FirstSync
+from kproxy.host.ipset import set_names, set_ports
+from kproxy.host.ipvs import VirtualServer, virtual_servers
+from kproxy.ipvs_leftovers import INTERFACE, SETS
+from kproxy.leftovers import remove_all, remove_ipvs
+from kproxy.model.types import Family
+from kproxy.sync.report import SyncReport
+from tests.kernel.test_cleanup import rules, without_firewall
+from tests.lab.commits import Commits
+from tests.lab.iptables import PREFIXES, link, programs_of
+from tests.lab.namespace import Namespace
+from tests.lab.proxy import KPROXY
+from tests.recordings import GOLDEN
+
+ADDRESSES = ("10.96.0.1/32", "10.96.0.80/32", "fd00:10:96::80/128")
+TYPES = {
+    "LOOP-BACK": "hash:ip,port,ip",
+    "LOAD-BALANCER-SOURCE-IP": "hash:ip,port,ip",
+    "LOAD-BALANCER-SOURCE-CIDR": "hash:ip,port,net",
+    "IPVS-IPS": "hash:ip",
+}
+"""Types of sets by what their names end with; the others are of addresses and ports, or of ports alone."""
+
+CHAINS = """\
+*nat
+:KUBE-SERVICES - [0:0]
+:KUBE-POSTROUTING - [0:0]
+:KUBE-NODE-PORT - [0:0]
+:KUBE-LOAD-BALANCER - [0:0]
+:KUBE-FIREWALL - [0:0]
+:KUBE-MARK-MASQ - [0:0]
+:KUBE-MARK-DROP - [0:0]
+-A PREROUTING -m comment --comment "kubernetes service portals" -j KUBE-SERVICES
+-A OUTPUT -m comment --comment "kubernetes service portals" -j KUBE-SERVICES
+-A POSTROUTING -m comment --comment "kubernetes postrouting rules" -j KUBE-POSTROUTING
+-A KUBE-SERVICES -m set --match-set {set}CLUSTER-IP dst,dst -j KUBE-MARK-MASQ
+-A KUBE-SERVICES -m addrtype --dst-type LOCAL -j KUBE-NODE-PORT
+-A KUBE-SERVICES -m set --match-set {set}LOAD-BALANCER dst,dst -j KUBE-LOAD-BALANCER
+-A KUBE-SERVICES -m set --match-set {set}CLUSTER-IP dst,dst -j ACCEPT
+-A KUBE-LOAD-BALANCER -m set --match-set {set}LOAD-BALANCER-FW dst,dst -j KUBE-FIREWALL
+-A KUBE-LOAD-BALANCER -j KUBE-MARK-MASQ
+-A KUBE-FIREWALL -j KUBE-MARK-DROP
+-A KUBE-MARK-MASQ -j MARK --or-mark 0x4000
+-A KUBE-MARK-DROP -j MARK --or-mark 0x8000
+-A KUBE-NODE-PORT -p tcp -m set --match-set {set}NODE-PORT-TCP dst -j KUBE-MARK-MASQ
+-A KUBE-POSTROUTING -m set --match-set {set}LOOP-BACK dst,dst,src -j MASQUERADE
+-A KUBE-POSTROUTING -j MASQUERADE
+COMMIT
+*filter
+:KUBE-FORWARD - [0:0]
+:KUBE-NODE-PORT - [0:0]
+:KUBE-PROXY-FIREWALL - [0:0]
+:KUBE-SOURCE-RANGES-FIREWALL - [0:0]
+:KUBE-IPVS-FILTER - [0:0]
+:KUBE-IPVS-OUT-FILTER - [0:0]
+-A INPUT -m comment --comment "kubernetes ipvs access filter" -j KUBE-IPVS-FILTER
+-A INPUT -m comment --comment "kube-proxy firewall rules" -j KUBE-PROXY-FIREWALL
+-A INPUT -m comment --comment "kubernetes health check rules" -j KUBE-NODE-PORT
+-A FORWARD -m comment --comment "kube-proxy firewall rules" -j KUBE-PROXY-FIREWALL
+-A FORWARD -m comment --comment "kubernetes forwarding rules" -j KUBE-FORWARD
+-A OUTPUT -m comment --comment "kubernetes ipvs access filter" -j KUBE-IPVS-OUT-FILTER
+-A KUBE-FORWARD -m mark --mark 0x4000/0x4000 -j ACCEPT
+-A KUBE-NODE-PORT -m set --match-set {set}HEALTH-CHECK-NODE-PORT dst -j ACCEPT
+-A KUBE-PROXY-FIREWALL -m set --match-set {set}LOAD-BALANCER-FW dst,dst -j KUBE-SOURCE-RANGES-FIREWALL
+-A KUBE-SOURCE-RANGES-FIREWALL -j DROP
+-A KUBE-IPVS-FILTER -m set --match-set {set}CLUSTER-IP dst,dst -j RETURN
+-A KUBE-IPVS-FILTER -m conntrack --ctstate NEW -m set --match-set {set}IPVS-IPS dst -j REJECT
+-A KUBE-IPVS-OUT-FILTER -m conntrack --ctstate NEW -m set --match-set {set}IPVS-IPS dst -j REJECT
+COMMIT
+"""
+"""The rules of ipvs mode, of releases old and new, without those that are like others."""
+
+OF_IPVS_MODE = 7
+"""How many of these chains iptables mode has not."""
+
+pytestmark = pytest.mark.usefixtures("ipset")
+
+
+@pytest.fixture
+def ipset(namespaces: Callable[[], Namespace]) -> None:
+    """Skip where sets cannot be made."""
+    if shutil.which("ipset") is None:
+        pytest.skip("ipset not found: it is in the Debian package ipset")
+    done = namespaces().run(["ipset", "create", "KUBE-CLUSTER-IP", "hash:ip,port"], check=False)
+    if done.returncode:
+        pytest.skip(f"no sets in this kernel: {done.stderr.strip()}")
+
+
+def type_of(name: str) -> str:
+    family = "inet6" if name.startswith("KUBE-6-") else "inet"
+    end = name.removeprefix("KUBE-").removeprefix("6-")
+    if end.endswith(("-TCP", "-UDP", "CHECK-NODE-PORT")):
+        return "bitmap:port range 0-65535"
+    end += "R" * (end == "LOAD-BALANCER-SOURCE-CID")  # a set's name has 31 characters at most
+    return f"{TYPES.get(end, 'hash:ip,port')} family {family}"
+
+
+def leave(node: Namespace) -> None:
+    """Leave on a node what kube-proxy in ipvs mode did, in both families."""
+    node.run(["ipset", "restore"], "".join(f"create {name} {type_of(name)}\n" for name in sorted(SETS)))
+    node.run(["ipset", "add", "KUBE-CLUSTER-IP", "10.96.0.80,tcp:80"])
+    node.run(["ipset", "add", "KUBE-NODE-PORT-TCP", "30080"])
+    add_interface(node)
+    for family, prefix in PREFIXES.items():
+        text = CHAINS.replace("{set}", "KUBE-6-" if family is Family.IPV6 else "KUBE-")
+        node.run([f"{prefix}-restore", "--noflush"], text)
+
+
+def add_interface(node: Namespace) -> None:
+    """Add the interface, as a bridge where the kernel has no dummies: both have addresses and go in the same way."""
+    if node.run(["ip", "link", "add", INTERFACE, "type", "dummy"], check=False).returncode:
+        node.run(["ip", "link", "add", INTERFACE, "type", "bridge"])
+    for address in ADDRESSES:
+        node.run(["ip", "address", "add", address, "dev", INTERFACE])
+
+
+def sets(node: Namespace) -> list[str]:
+    return node.run(["ipset", "list", "-name"]).stdout.split()
+
+
+def has_interface(node: Namespace) -> bool:
+    return INTERFACE in node.run(["ip", "-brief", "link"]).stdout
+
+
+def leftover_rules(node: Namespace) -> list[str]:
+    """Chains that only ipvs mode has, what leads there, and what matches sets."""
+    names = (
+        "KUBE-NODE-PORT ",
+        "KUBE-LOAD-BALANCER",
+        "KUBE-SOURCE-RANGES",
+        "KUBE-IPVS",
+        "KUBE-MARK-DROP",
+        "--match-set",
+    )
+    found = [line for family in Family for line in rules(node, family)]
+    return [line for line in found if any(name in f"{line} " for name in names) and "KUBE-MARK-DROP" not in line]
+
+
+def apply(node: Namespace, mode: str) -> list[str]:
+    """Program a node once; return what was logged about what was removed, and all warnings."""
+    folder = GOLDEN / "dual-stack"
+    command = [KPROXY, "apply", f"--config={folder}/config.json", f"--objects={folder}", f"--proxy-mode={mode}"]
+    lines = node.run(command).stderr.splitlines()
+    return [line.partition("] ")[2] for line in lines if " removed " in line or line.startswith("W")]
+
+
+EVERYTHING = f"the interface {INTERFACE}, {len(SETS)} ipsets"
+
+
+def test_iptables_mode_removes_what_is_not_its_own(
+    node: Namespace, variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link(programs_of(variant), tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    leave(node)
+    chains = ", ".join(f"{OF_IPVS_MODE} iptables chains of {family.value}" for family in Family)
+    assert apply(node, "iptables") == [f"removed what ipvs mode left: {chains}, {EVERYTHING}"]
+    assert (leftover_rules(node), sets(node), has_interface(node)) == ([], [], False)
+    assert any(line.startswith("-A KUBE-SERVICES -d ") for line in rules(node, Family.IPV4))
+    assert apply(node, "iptables") == []
+
+
+def test_nftables_mode_removes_everything(node: Namespace) -> None:
+    before = {family: rules(node, family) for family in Family}
+    leave(node)
+    *chains, rest = apply(node, "nftables")
+    assert [line.rpartition(" ")[2] for line in chains] == ["IPv4", "IPv6"]
+    assert rest == f"removed what ipvs mode left: {EVERYTHING}"
+    assert (leftover_rules(node), sets(node), has_interface(node)) == ([], [], False)
+    for family in Family:
+        after = [line for line in rules(node, family) if "KUBE-MARK-DROP" not in line]
+        assert [line for line in without_firewall(after) if line not in before[family] and "KUBE-" in line] == []
+
+
+def test_cleaning_up_removes_everything_and_may_be_repeated(node: Namespace) -> None:
+    leave(node)
+    done = node.run([KPROXY, "run", "--cleanup"])
+    assert done.stderr == ""
+    assert done.stdout.splitlines()[-1] == f"removed {EVERYTHING} of ipvs mode"
+    assert (leftover_rules(node), sets(node), has_interface(node)) == ([], [], False)
+    assert node.run([KPROXY, "run", "--cleanup"]).stdout == "there was nothing to remove\n"
+
+
+@pytest.mark.parametrize("mode", ["iptables", "nftables"])
+def test_it_goes_once_every_family_in_use_has_its_rules(node: Namespace, mode: Mode) -> None:
+    leave(node)
+    observer = FirstSync(Config(mode=mode), list(Family))
+
+    def tell(family: Family, error: str = "") -> None:
+        node.call(lambda: observer.synced(SyncReport(family, 0.0, 0.0, True, {}, None, None, error)))
+
+    tell(Family.IPV6)
+    tell(Family.IPV4, "refused")
+    assert has_interface(node)
+    tell(Family.IPV4)
+    assert not has_interface(node)
+
+
+def test_one_family_alone_is_enough_where_the_other_is_left_out(node: Namespace) -> None:
+    leave(node)
+    observer = FirstSync(Config(mode="nftables"), [Family.IPV4])
+    node.call(lambda: observer.synced(SyncReport(Family.IPV4, 0.0, 0.0, True, {}, None, None, "")))
+    assert not has_interface(node)
+
+
+def test_sets_of_others_stay_even_if_their_names_begin_like_ours(node: Namespace) -> None:
+    others = ["KUBE-DST-3YNVZWWGX3UQQ4VQ", "KUBE-CLUSTER-IP-OURS", "mine"]
+    node.run(["ipset", "restore"], "".join(f"create {name} hash:ip\n" for name in others))
+    assert node.call(remove_all) == []
+    leave(node)
+    node.call(remove_all)
+    assert sorted(sets(node)) == sorted(others)
+
+
+def test_a_set_that_a_foreign_rule_uses_stays_and_is_said(node: Namespace, caplog: pytest.LogCaptureFixture) -> None:
+    leave(node)
+    node.run(["iptables", "-A", "INPUT", "-m", "set", "--match-set", "KUBE-IPVS-IPS", "dst", "-j", "ACCEPT"])
+    assert node.call(remove_all)[-1] == f"removed the interface {INTERFACE}, {len(SETS) - 1} ipsets of ipvs mode"
+    said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert said == ["ipsets KUBE-IPVS-IPS cannot be removed: rules use it"]
+    assert sets(node) == ["KUBE-IPVS-IPS"]
+
+
+def test_where_nothing_is_left_no_program_is_started_and_nothing_is_written(
+    node: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = tmp_path / "started"
+    for name in ("iptables", "ip6tables", "iptables-save", "ip6tables-save"):
+        (tmp_path / name).write_text(f"#!/bin/sh\ntouch {started}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    with Commits(node) as commits:
+        assert node.call(remove_ipvs) == ""
+        assert commits.new() == []
+    assert not started.exists()
+
+
+def test_the_ports_of_a_set_are_read(node: Namespace) -> None:
+    many = "".join(f"add KUBE-NODE-PORT-TCP {port}\n" for port in range(30000, 32768))
+    text = (
+        f"create KUBE-NODE-PORT-TCP bitmap:port range 0-65535\n{many}"
+        "create KUBE-NODE-PORT-SCTP-HASH hash:ip,port\nadd KUBE-NODE-PORT-SCTP-HASH 192.0.2.1,sctp:30082\n"
+        "create KUBE-IPVS-IPS hash:ip\nadd KUBE-IPVS-IPS 10.96.0.1\n"
+    )
+    node.run(["ipset", "restore"], text)
+    assert sorted(node.call(set_names)) == ["KUBE-IPVS-IPS", "KUBE-NODE-PORT-SCTP-HASH", "KUBE-NODE-PORT-TCP"]
+    assert node.call(lambda: set_ports("KUBE-NODE-PORT-TCP")) == {(0, port) for port in range(30000, 32768)}
+    assert node.call(lambda: set_ports("KUBE-NODE-PORT-SCTP-HASH")) == {(132, 30082)}
+    assert node.call(lambda: set_ports("KUBE-IPVS-IPS")) == set()
+
+
+def test_virtual_servers_of_others_stay(node: Namespace) -> None:
+    if shutil.which("ipvsadm") is None:
+        pytest.skip("ipvsadm not found: it is in the Debian package ipvsadm")
+    done = node.run(["ipvsadm", "-A", "-t", "192.0.2.50:80", "-s", "rr"], check=False)
+    if done.returncode:
+        pytest.skip(f"no IPVS in this kernel: {done.stderr.strip()}")
+    leave(node)
+    for server in ("-t 10.96.0.80:80", "-u 10.96.0.1:53", "-t [fd00:10:96::80]:80", "-t 192.0.2.10:30080", "-f 7"):
+        node.run(["ipvsadm", "-A", *server.split(), "-s", "rr"])
+    assert "4 virtual servers" in node.call(remove_all)[-1]
+    assert [found.address for found in node.call(virtual_servers)] == ["192.0.2.50"]
+    assert "FWM" in node.run(["ipvsadm", "-L", "-n"]).stdout
+
+
+def test_virtual_servers_go_while_the_interface_says_which_are_theirs(
+    node: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This kernel may have no IPVS, so the test stands for what it would answer."""
+    leave(node)
+    server = VirtualServer
+    theirs = [
+        server("10.96.0.80", 6, 80, b"a"),
+        server("fd00:10:96::80", 6, 80, b"b"),
+        server("192.0.2.1", 6, 30080, b"c"),
+    ]
+    foreign = [server("192.0.2.50", 6, 80, b"d"), server("192.0.2.1", 17, 30080, b"e")]
+    deleted: list[object] = []
+
+    def delete(servers: list[object]) -> dict[object, str]:
+        assert has_interface(node)
+        deleted.extend(servers)
+        return {}
+
+    monkeypatch.setattr(ipvs_leftovers, "virtual_servers", lambda: [*theirs, *foreign])
+    monkeypatch.setattr(ipvs_leftovers, "delete_virtual_servers", delete)
+    assert node.call(remove_all)[-1] == f"removed 3 virtual servers, {EVERYTHING} of ipvs mode"
+    assert deleted == theirs

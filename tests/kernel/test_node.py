@@ -1,0 +1,243 @@
+"""IP families that do not work here are found at start and left out with one line; the others are programmed."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kproxy.host import nft_nat
+from kproxy.host.nfnetlink_batch import BatchSocket
+from kproxy.host.nft_nat import nat_refused
+from kproxy.host.run import CommandError
+from kproxy.iptables.apply import parse_version
+from kproxy.iptables.probe import check_tables
+from kproxy.model.types import Family
+from kproxy.nftables.apply import NetlinkCommit, TableError
+from kproxy.nftables.probe import UnsupportedError, probe
+from kproxy.nftables.transaction import Transaction
+from kproxy.node import discover_iptables, discover_nftables
+from tests.kernel.test_cleanup import rules
+from tests.lab.commits import Commits
+from tests.lab.iptables import PREFIXES, link, missing_variant, programs_of
+from tests.lab.namespace import Namespace
+from tests.lab.proxy import KPROXY
+from tests.recordings import GOLDEN
+
+OTHER = {Family.IPV4: Family.IPV6, Family.IPV6: Family.IPV4}
+LEGACY = parse_version("iptables v1.8.9 (legacy)")
+
+
+@pytest.fixture
+def put(
+    namespaces: Callable[[], Namespace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str, str], None]:
+    """Puts iptables-legacy in use, with a shell script before one of its programs, which that may call as `$REAL`."""
+    if reason := missing_variant("legacy", namespaces()):
+        pytest.skip(reason)
+    real = tmp_path / "real"
+    real.mkdir()
+    link(programs_of("legacy"), real)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{real}", prepend=os.pathsep)
+
+    def script(name: str, text: str) -> None:
+        path = tmp_path / name
+        path.write_text(f"#!/bin/sh\nREAL={real / name}\n{text}\n")
+        path.chmod(0o755)
+
+    return script
+
+
+def without_nat(family: Family) -> tuple[str, str]:
+    """The program that says so, and how, on a kernel without the module iptable_nat or ip6table_nat."""
+    name = f"{PREFIXES[family]}-restore"
+    complaint = f"{name}: unable to initialize table 'nat'"
+    return (
+        name,
+        f'input=$(cat); case $input in *"*nat"*) echo "{complaint}" >&2; exit 2; esac; echo "$input" | $REAL "$@"',
+    )
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize("family", Family)
+def test_iptables_legacy_without_nat_for_a_family_is_left_to_the_other(
+    namespace: Namespace, put: Callable[[str, str], None], caplog: pytest.LogCaptureFixture, family: Family
+) -> None:
+    put(*without_nat(family))
+    assert list(namespace.call(discover_iptables).programs) == [OTHER[family]]
+    name = f"{PREFIXES[family]}-restore"
+    assert warnings(caplog) == [
+        f"{family.value} is left out: the kernel lacks one of the tables mangle, nat, filter: "
+        f"{name} failed with status 2: {name}: unable to initialize table 'nat'"
+    ]
+
+
+def test_apply_programs_the_family_that_works(node: Namespace, put: Callable[[str, str], None]) -> None:
+    put(*without_nat(Family.IPV6))
+    folder = GOLDEN / "dual-stack"
+    command = [KPROXY, "apply", f"--config={folder}/config.json", f"--objects={folder}", "--proxy-mode=iptables"]
+    done = node.run(command)
+    assert "IPv6 is left out: " in done.stderr
+    assert "ERROR" not in done.stderr
+    assert any(line.startswith(":KUBE-SVC-") for line in rules(node, Family.IPV4))
+
+
+def test_without_nat_for_any_family_one_line_names_both(
+    namespace: Namespace, put: Callable[[str, str], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    for family in Family:
+        put(*without_nat(family))
+    with pytest.raises(CommandError, match=r"^IPv4: the kernel lacks .* 'nat'; IPv6: the kernel lacks .* 'nat'$"):
+        namespace.call(discover_iptables)
+    assert warnings(caplog) == []
+
+
+def test_a_family_whose_program_hangs_is_left_out(
+    namespace: Namespace,
+    put: Callable[[str, str], None],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    os.mkfifo(tmp_path / "never")
+    put("ip6tables", f"cat {tmp_path}/never")
+    monkeypatch.setattr("kproxy.iptables.apply.START_SECONDS", 1)
+    assert list(namespace.call(discover_iptables).programs) == [Family.IPV4]
+    assert warnings(caplog) == [
+        "IPv6 is left out: ip6tables --version failed: ip6tables did not end within 1 s",
+    ]
+
+
+def test_a_family_without_programs_is_left_out(
+    namespace: Namespace, put: Callable[[str, str], None], caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    put("ip6tables", "exit 127")
+    assert list(namespace.call(discover_iptables).programs) == [Family.IPV4]
+    assert warnings(caplog) == ["IPv6 is left out: ip6tables --version failed: no message"]
+
+
+def test_legacy_tables_that_exist_are_not_asked_for(
+    namespace: Namespace, put: Callable[[str, str], None], tmp_path: Path
+) -> None:
+    namespace.call(lambda: check_tables(Family.IPV6, LEGACY))
+    put("ip6tables-restore", f"touch {tmp_path}/started; exit 1")
+    namespace.call(lambda: check_tables(Family.IPV6, LEGACY))
+    assert not (tmp_path / "started").exists()
+
+
+def test_a_lock_that_somebody_holds_leaves_no_family_out(namespace: Namespace, put: Callable[[str, str], None]) -> None:
+    put("ip6tables-restore", "echo 'Another app is currently holding the xtables lock.' >&2; exit 4")
+    namespace.call(lambda: check_tables(Family.IPV6, LEGACY))
+
+
+def test_asking_iptables_legacy_makes_no_rules(namespace: Namespace, put: Callable[[str, str], None]) -> None:
+    put("unused", "")
+    namespace.call(lambda: check_tables(Family.IPV4, LEGACY))
+    assert [line for line in rules(namespace, Family.IPV4) if line.startswith("-A")] == []
+
+
+@pytest.mark.parametrize("family", Family)
+def test_asking_nf_tables_changes_nothing(namespace: Namespace, family: Family) -> None:
+    with Commits(namespace) as commits:
+        assert namespace.call(lambda: nat_refused(family)) == ""
+        assert commits.new() == []
+    assert namespace.run(["nft", "list", "ruleset"]).stdout == ""
+
+
+@pytest.mark.parametrize("family", Family)
+def test_nf_tables_is_not_asked_where_nat_is_in_use(
+    namespace: Namespace, monkeypatch: pytest.MonkeyPatch, family: Family
+) -> None:
+    if reason := missing_variant("nft", namespace):
+        pytest.skip(reason)
+    namespace.run([f"{PREFIXES[family]}-nft", "-t", "nat", "-A", "POSTROUTING", "-j", "ACCEPT"])
+    monkeypatch.setattr("kproxy.host.nft_nat.BatchSocket", None)
+    assert namespace.call(lambda: nat_refused(family)) == ""
+
+
+@pytest.mark.parametrize("family", Family)
+def test_iptables_nft_without_nat_for_a_family_is_left_to_the_other(
+    namespace: Namespace,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+    family: Family,
+) -> None:
+    """This kernel has NAT, so the question is for a type of chains that it does not know."""
+    if reason := missing_variant("nft", namespace):
+        pytest.skip(reason)
+    link(programs_of("nft"), tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    unknown = nft_nat._CHAIN.replace(b"nat\0", b"not\0")
+    known, family_byte = BatchSocket.commit, nft_nat._FAMILIES[family]
+
+    def commit(self: BatchSocket, messages: list[tuple[int, int, bytes]]) -> None:
+        """Be a kernel that has no such chains for one family."""
+        asked = [
+            (kind, flags, payload.replace(nft_nat._CHAIN, unknown) if payload[0] == family_byte else payload)
+            for kind, flags, payload in messages
+        ]
+        known(self, asked)
+
+    monkeypatch.setattr(BatchSocket, "commit", commit)
+    assert list(namespace.call(discover_iptables).programs) == [OTHER[family]]
+    assert warnings(caplog) == [
+        f"{family.value} is left out: the kernel lacks one of the tables mangle, nat, filter: "
+        "it refuses a chain of type nat: No such file or directory"
+    ]
+
+
+@pytest.mark.parametrize("family", Family)
+def test_nftables_mode_asks_for_nat_and_leaves_a_family_without_it_out(
+    namespace: Namespace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, family: Family
+) -> None:
+    assert any(chain.hook and chain.hook.type == "nat" for chain in probe(family).chains)
+    refusing(monkeypatch, {family})
+    assert list(namespace.call(discover_nftables)) == [OTHER[family]]
+    assert [line.count("\n") for line in warnings(caplog)] == [0]
+    said = f"{family.value} is left out: Linux {os.uname().release} does not take the table: chain nat-prerouting: "
+    assert warnings(caplog)[0].startswith(said)
+
+
+def test_nftables_mode_for_no_family_is_said_in_one_line(
+    namespace: Namespace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    refusing(monkeypatch, set(Family))
+    with pytest.raises(UnsupportedError, match=r"^IPv4 and IPv6: Linux .* does not take the table: [^\n]*$"):
+        namespace.call(discover_nftables)
+    assert warnings(caplog) == []
+
+
+def refusing(monkeypatch: pytest.MonkeyPatch, families: set[Family]) -> None:
+    """Be a kernel without NAT for some families, on a node without nft."""
+    real = NetlinkCommit.__call__
+
+    def call(self: NetlinkCommit, change: Transaction, generation: int | None = None) -> None:
+        if self._encoder._family in families:
+            raise TableError("chain nat-prerouting: No such file or directory")
+        real(self, change, generation)
+
+    monkeypatch.setattr(NetlinkCommit, "__call__", call)
+    monkeypatch.setenv("PATH", "/nowhere")
+
+
+def test_somebody_without_the_privilege_is_told_so(namespace: Namespace) -> None:
+    script = (
+        "from kproxy.iptables.apply import parse_version\n"
+        "from kproxy.iptables.probe import check_tables\n"
+        "from kproxy.model.types import Family\n"
+        "try: check_tables(Family.IPV4, parse_version('v1.8.9 (nf_tables)'))\n"
+        "except Exception as error: print(error)\n"
+    )
+    python = str(Path(KPROXY).with_name("python"))
+    drop = ["setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin"]
+    done = namespace.run([*drop, python, "-c", script])
+    assert done.stdout == (
+        "the kernel lacks one of the tables mangle, nat, filter: it cannot be asked: Operation not permitted\n"
+    )

@@ -1,0 +1,130 @@
+"""Which sets and virtual servers are those of kube-proxy's ipvs mode, and how the kernel speaks of virtual servers.
+
+Messages are checked against pyroute2's own idea of them, as few test kernels have IPVS.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from pyroute2.netlink.generic.ipvs import ipvsmsg
+
+from kproxy import ipvs_leftovers
+from kproxy.host.ipvs import NETLINK_GENERIC, VirtualServer, deletion, family_number, read_servers
+from kproxy.host.netlink import HEADER, NetlinkError, NetlinkSocket, attribute
+from kproxy.ipvs_leftovers import SETS, IpvsLeftovers, remove, theirs
+
+TCP, UDP = socket.IPPROTO_TCP, socket.IPPROTO_UDP
+
+
+def message(**attributes: object) -> tuple[bytes, int, int]:
+    """What the kernel answers about one virtual server, as pyroute2 would write it."""
+    made = ipvsmsg()
+    made["cmd"] = 1
+    named = [(f"IPVS_SVC_ATTR_{name.upper()}", value) for name, value in attributes.items()]
+    made["attrs"] = [("IPVS_CMD_ATTR_SERVICE", {"attrs": named})]
+    made.encode()
+    return bytes(made.data), HEADER.size, len(made.data)
+
+
+def test_what_the_kernel_says_of_virtual_servers_is_read() -> None:
+    found = read_servers(
+        iter(
+            (
+                message(af=socket.AF_INET, protocol=TCP, addr="10.96.0.80", port=80, sched_name="rr", timeout=0),
+                message(af=socket.AF_INET6, protocol=UDP, addr="fd00:10:96::a", port=53, sched_name="rr"),
+                message(af=socket.AF_INET, fwmark=7, sched_name="rr"),
+            )
+        )
+    )
+    assert [(each.address, each.protocol, each.port) for each in found] == [
+        ("10.96.0.80", TCP, 80),
+        ("fd00:10:96::a", UDP, 53),
+    ]
+
+
+def test_an_ipv4_address_comes_in_as_many_bytes_as_one_of_ipv6() -> None:
+    """The kernel sends the whole union nf_inet_addr, and wants it back."""
+    address = socket.inet_aton("10.96.0.80") + bytes(12)
+    parts = (
+        attribute(1, struct.pack("=H", socket.AF_INET))
+        + attribute(2, struct.pack("=H", TCP))
+        + attribute(3, address)
+        + attribute(4, struct.pack(">H", 80))
+    )
+    data = bytes(4) + attribute(1, parts + attribute(6, b"rr\0"))
+    (server,) = read_servers(iter([(data, 0, len(data))]))
+    assert server == VirtualServer("10.96.0.80", TCP, 80, parts)
+
+
+@pytest.mark.parametrize("address", ["10.96.0.80", "fd00:10:96::80"])
+def test_a_deletion_names_one_virtual_server(address: str) -> None:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    (server,) = read_servers(iter([message(af=family, protocol=TCP, addr=address, port=80, sched_name="rr")]))
+    payload = deletion(server)
+    read = ipvsmsg(HEADER.pack(HEADER.size + len(payload), 30, 0, 1, 0) + payload)
+    read.decode()
+    assert read["cmd"] == 3
+    service = read.get_attr("IPVS_CMD_ATTR_SERVICE")
+    assert {name.removeprefix("IPVS_SVC_ATTR_"): value for name, value in service["attrs"]} == {
+        "AF": family,
+        "PROTOCOL": TCP,
+        "ADDR": address,
+        "PORT": 80,
+    }
+
+
+def test_a_family_of_generic_netlink_is_found_by_its_name() -> None:
+    with NetlinkSocket(NETLINK_GENERIC) as netlink:
+        assert family_number(netlink, "nlctrl") == 16
+        with pytest.raises(NetlinkError, match="No such file"):
+            family_number(netlink, "kproxy-none")
+
+
+def test_names_of_sets_are_exact_and_fit() -> None:
+    assert len(SETS) == 34
+    assert {"KUBE-CLUSTER-IP", "KUBE-6-CLUSTER-IP", "KUBE-6-LOAD-BALANCER-SOURCE-CID"} < SETS
+    assert all(len(name) <= 31 for name in SETS)
+
+
+def test_virtual_servers_are_kube_proxys_by_address_or_node_port() -> None:
+    servers = {
+        name: VirtualServer(address, protocol, port, name.encode())
+        for name, address, protocol, port in (
+            ("cluster IP", "10.96.0.80", TCP, 80),
+            ("node port", "192.0.2.10", TCP, 30080),
+            ("another protocol's node port", "192.0.2.10", UDP, 30080),
+            ("keepalived's", "192.0.2.50", TCP, 80),
+        )
+    }
+    found = theirs(servers.values(), {"10.96.0.80", "10.96.0.1"}, {(TCP, 30080)})
+    assert [each.key.decode() for each in found] == ["cluster IP", "node port"]
+
+
+def refuse(_: object) -> dict[Any, str]:
+    raise NetlinkError(1, "Operation not permitted")
+
+
+def test_what_cannot_be_removed_is_said_and_the_rest_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = VirtualServer("10.96.0.80", TCP, 80, b"")
+    steps: dict[str, Callable[..., object]] = {
+        "interface_addresses": lambda _: {"10.96.0.80"},
+        "virtual_servers": lambda: [server],
+        "set_ports": lambda _: set(),
+        "delete_virtual_servers": lambda servers: dict.fromkeys(servers, "Device or resource busy"),
+        "delete_interface": refuse,
+        "destroy_sets": lambda names: {names[0]: "rules use it"},
+    }
+    for name, step in steps.items():
+        monkeypatch.setattr(ipvs_leftovers, name, step)
+    done = remove(IpvsLeftovers(7, ("KUBE-CLUSTER-IP", "KUBE-LOOP-BACK")))
+    assert done.removed == ["1 ipset"]
+    assert done.problems == [
+        "1 virtual servers of IPVS cannot be removed, such as 10.96.0.80 port 80: Device or resource busy",
+        "the interface kube-ipvs0 cannot be removed: Operation not permitted",
+        "ipsets KUBE-CLUSTER-IP cannot be removed: rules use it",
+    ]
