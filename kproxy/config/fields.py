@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Struct
 
 from kproxy.config.decode import Path, Place
-from kproxy.kube.object_errors import dotted
+from kproxy.kube.remarks import dotted
 
 REMOVED = frozenset({"conntrack.max", "logging.sanitization", "resourceContainer", "udpIdleTimeout"})
 """Fields that earlier versions of kube-proxy had and published files still have."""

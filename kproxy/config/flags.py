@@ -15,7 +15,7 @@ from kproxy.config.decode import ConfigError, Path, decode, encode, must_be
 from kproxy.config.flag_table import CONFIG_FLAGS, GROUPS, PORT_FLAGS, WITHOUT_EFFECT, Flag, Group
 from kproxy.config.load import load_config
 from kproxy.config.types import Config
-from kproxy.kube.object_errors import dotted
+from kproxy.kube.remarks import dotted
 
 _TRUE = {"1", "t", "T", "true", "TRUE", "True"}
 _FALSE = {"0", "f", "F", "false", "FALSE", "False"}

@@ -12,7 +12,7 @@ from kproxy.config.durations import parse_duration
 from kproxy.config.fields import Problem, doubled_in_json, known_fields
 from kproxy.config.types import API_VERSION, KIND, Config, Own
 from kproxy.kube.documents import Document, DocumentError, read_documents
-from kproxy.kube.object_errors import dotted
+from kproxy.kube.remarks import dotted
 
 _ZERO_IS_UNSET = frozenset(
     {

@@ -9,13 +9,16 @@ import time
 from collections.abc import Callable, Iterable
 
 from kproxy.kube.client import Client, ClientError, Response, SilenceError, TransportError
-from kproxy.kube.steps import Problem, Request, Step
+from kproxy.kube.steps import LeftOut, Problem, Request, Step
 from kproxy.kube.streams import read_events
 from kproxy.kube.watch import INACTIVITY, ListWatch
 from kproxy.model.delta import BASIC_KINDS, Delta, Kind, Refused
 
 REPEAT_PERIOD = 60.0
 """Seconds before the same complaint is logged again."""
+
+LEFT_OUT_PERIOD = 3600.0
+"""Seconds before it is logged again that parts of an object are of no use: nothing may change about that."""
 
 STOP_TIMEOUT = 1.0
 """Seconds that `ApiSource.stop` waits for its threads in all: only one that still connects takes longer."""
@@ -63,15 +66,16 @@ class ApiSource:
 class Complaints:
     """Decides which complaints of one thread are worth a log line; times are seconds of one clock."""
 
-    def __init__(self) -> None:
+    def __init__(self, period: float = REPEAT_PERIOD) -> None:
+        self._period = period
         self._logged: dict[str, float] = {}
         self._open = ""
 
     def is_news(self, text: str, now: float) -> bool:
-        """Tell whether `text` was not said within `REPEAT_PERIOD`, and remember it as said if so."""
-        if now - self._logged.get(text, float("-inf")) < REPEAT_PERIOD:
+        """Tell whether `text` was not said within `period` seconds, and remember it as said if so."""
+        if now - self._logged.get(text, float("-inf")) < self._period:
             return False
-        self._logged = {old: at for old, at in self._logged.items() if now - at < REPEAT_PERIOD}
+        self._logged = {old: at for old, at in self._logged.items() if now - at < self._period}
         self._logged[text] = now
         return True
 
@@ -101,6 +105,7 @@ class _Follower:
         self._client, self._kind, self._new_machine, self._sink = client, kind, machine, sink
         self._machine = machine(kind)
         self._complaints = Complaints()
+        self._left_out = Complaints(LEFT_OUT_PERIOD)
         self._stopping = threading.Event()
         self._lock = threading.Lock()  # between stop() and: using the sink, holding a response
         self._response: Response | None = None
@@ -192,6 +197,8 @@ class _Follower:
                 self._log_problem(message, now)
                 if message.name:
                     self._hand_on(Refused(message.kind, message.namespace, message.name))
+            elif isinstance(message, LeftOut):
+                self._log_left_out(message, now)
             else:
                 self._hand_on(message)
 
@@ -213,6 +220,12 @@ class _Follower:
         name = f"{problem.namespace}/{problem.name}".lstrip("/") or "an object without a readable name"
         text = f"{problem.kind.__name__} {name} cannot be read, its last good state stays: {problem.text}"
         if self._complaints.is_news(text, now):
+            log.warning("%s", text)
+
+    def _log_left_out(self, found: LeftOut, now: float) -> None:
+        name = f"{found.kind.__name__} {found.namespace}/{found.name}"
+        text = f"{name}: left out because it cannot be used: {found.text}"
+        if self._left_out.is_news(text, now):
             log.warning("%s", text)
 
     def _renew(self) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any, TypeAlias, get_args
 
 from kproxy.kube.objects import ObjectError
+from kproxy.kube.remarks import FieldPath as Path
 from kproxy.model.types import Protocol
 
-Path: TypeAlias = tuple[str | int, ...]
 Decode: TypeAlias = Callable[[dict[str, Any]], object]
 
 _PLACE = re.compile(r"^(?P<what>.*?)(?: - at `(?P<key>key` in `)?\$(?P<path>[^`]*)`)?$", re.DOTALL)
@@ -33,11 +33,6 @@ def explain(error: ObjectError, data: Any, decode: Decode) -> tuple[Path, str]:
         what = f"{what} as a key"
     steps = [name or (int(index) if index else _ANY) for name, index, _ in _STEP.findall(match["path"] or "")]
     return _resolve(steps, data, decode, str(error)), what[:1].lower() + what[1:]
-
-
-def dotted(path: Path) -> str:
-    """Return a path as `spec.ports[0].port`."""
-    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).removeprefix(".")
 
 
 def _resolve(steps: list[Any], data: Any, decode: Decode, complaint: str) -> Path:

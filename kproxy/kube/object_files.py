@@ -15,8 +15,9 @@ import msgspec
 from msgspec import Struct
 
 from kproxy.kube.documents import Document, DocumentError, read_documents
-from kproxy.kube.object_errors import dotted, explain
+from kproxy.kube.object_errors import explain
 from kproxy.kube.objects import Decoded, ObjectError, decode_object
+from kproxy.kube.remarks import dotted, remarks_text
 from kproxy.model.delta import Kind, Object, Replace
 from kproxy.model.types import EndpointSlice, Node, Service, ServiceCIDR
 
@@ -57,20 +58,23 @@ class FileProblem(Struct, frozen=True):
 class FileContent(Struct, frozen=True):
     """What one file holds, in its order. `passed_over` names the kinds kproxy has no use for.
 
-    An object that gets no rules (a headless Service) is None. A file with `problems` is not to be used.
+    An object that gets no rules (a headless Service) is None. `remarks` name parts of objects that are left out, on a
+    line each. A file with `problems` is not to be used.
     """
 
     path: str
     objects: tuple[tuple[Identity, Object | None], ...] = ()
     passed_over: tuple[str, ...] = ()
     problems: tuple[FileProblem, ...] = ()
+    remarks: tuple[str, ...] = ()
 
 
 class Loaded(Struct, frozen=True):
     """The objects of several files, with what a user should know of them, a line each.
 
     `replacements` has one entry for each kind of `SERVED`, in its order, also where there are none.
-    `notes` tell of kinds that were passed over, `warnings` of objects that are given more than once.
+    `notes` tell of kinds that were passed over, `warnings` of objects that are given more than once and of parts of
+    objects that are left out.
     """
 
     replacements: tuple[Replace, ...]
@@ -95,6 +99,7 @@ def combine(files: Iterable[FileContent]) -> Loaded:
         if file.problems:
             continue
         notes.extend(f"{file.path}: passed over: {kind}" for kind in file.passed_over)
+        warnings.extend(file.remarks)
         for identity, item in file.objects:
             earlier = found.pop(identity, None)
             if earlier is not None:
@@ -120,7 +125,13 @@ def parse_file(path: str, text: bytes) -> FileContent:
         reading.add(document)
     if not documents:
         reading.problem("holds no Kubernetes object")
-    return FileContent(path, tuple(reading.objects), tuple(dict.fromkeys(reading.passed_over)), tuple(reading.problems))
+    return FileContent(
+        path,
+        tuple(reading.objects),
+        tuple(dict.fromkeys(reading.passed_over)),
+        tuple(reading.problems),
+        tuple(reading.remarks),
+    )
 
 
 class _Type(Struct, rename="camel"):
@@ -162,6 +173,7 @@ class _Reading:
         self.objects: list[tuple[Identity, Object | None]] = []
         self.passed_over: list[str] = []
         self.problems: list[FileProblem] = []
+        self.remarks: list[str] = []
 
     def problem(self, message: str, line: int = 0) -> None:
         self.problems.append(FileProblem(self.path, message, line))
@@ -175,16 +187,20 @@ class _Reading:
             return
         for item in items:
             try:
-                self._add_item(item)
+                self._add_item(item, document)
             except ObjectError as error:
                 self._refuse(item, error, document)
 
-    def _add_item(self, item: _Item) -> None:
+    def _add_item(self, item: _Item, document: Document) -> None:
         served = _served(item)
         if served is None:
             self.passed_over.append(f"{item.api_version} {item.kind}".strip())
             return
         decoded = _decode(served, item.content)
+        if decoded.remarks:
+            line = document.line_of((*item.at, *decoded.remarks[0].field))
+            text = f"{_name_of(item)}: left out because it cannot be used: {remarks_text(decoded.remarks)}"
+            self.remarks.append(str(FileProblem(self.path, text, line)))
         namespace = decoded.namespace if served.namespaced else ""
         self.objects.append(((item.kind, namespace, decoded.name), decoded.object))
 

@@ -245,7 +245,7 @@ def read_status(raw: bytes) -> wire.StatusWire:
         raise ProtobufError(_reason(error)) from None
 
 
-def _read_endpoint(raw: bytes, family: Family) -> Endpoint | None:
+def _read_endpoint(raw: bytes, family: Family) -> Endpoint | str:
     return reduce_endpoint(_ENDPOINT(raw), family)
 
 

@@ -17,6 +17,7 @@ from msgspec import Struct
 
 from kproxy.kube import wire
 from kproxy.kube.canonical import canonical_address, canonical_cidr
+from kproxy.kube.remarks import Remark
 from kproxy.model.delta import Object
 from kproxy.model.types import (
     Endpoint,
@@ -46,12 +47,16 @@ class ObjectError(ValueError):
 
 
 class Decoded(Struct, frozen=True, gc=False):
-    """One object of the API: who it is, and what kproxy keeps of it (None: it has no rules for this one)."""
+    """One object of the API: who it is, and what kproxy keeps of it (None: it has no rules for this one).
+
+    `remarks` say which parts of it are left out although somebody may expect them to work.
+    """
 
     namespace: str
     name: str
     resource_version: str
     object: Object | None
+    remarks: tuple[Remark, ...] = ()
 
 
 _E = TypeVar("_E")
@@ -74,10 +79,14 @@ def reduce_service(found: wire.ServiceWire) -> Decoded:
 def reduce_slice(
     found: wire.EndpointSliceWire,
     endpoints: Iterable[_E],
-    reduce: Callable[[_E, Family], Endpoint | None],
+    reduce: Callable[[_E, Family], Endpoint | str],
 ) -> Decoded:
-    """Reduce an EndpointSlice whose `endpoints`, in whatever form they came, are reduced by `reduce`."""
-    return _decoded(found.metadata, _reduce_slice(found, endpoints, reduce))
+    """Reduce an EndpointSlice whose `endpoints`, in whatever form they came, are reduced by `reduce`.
+
+    That returns why an endpoint cannot be used if it cannot.
+    """
+    remarks: list[Remark] = []
+    return _decoded(found.metadata, _reduce_slice(found, endpoints, reduce, remarks), remarks)
 
 
 def reduce_node(found: wire.NodeWire) -> Decoded:
@@ -90,9 +99,9 @@ def reduce_service_cidr(found: wire.ServiceCIDRWire) -> Decoded:
     return _decoded(found.metadata, _reduce_service_cidr(found))
 
 
-def _decoded(metadata: wire.MetadataWire, reduced: Object | None) -> Decoded:
+def _decoded(metadata: wire.MetadataWire, reduced: Object | None, remarks: Iterable[Remark] = ()) -> Decoded:
     _check_name(_NAME, metadata.name, "metadata.name")
-    return Decoded(metadata.namespace, metadata.name, metadata.resource_version, reduced)
+    return Decoded(metadata.namespace, metadata.name, metadata.resource_version, reduced, tuple(remarks))
 
 
 def _canonical(convert: Callable[[str], str | None], texts: Iterable[str] | None, field: str) -> tuple[str, ...]:
@@ -165,7 +174,8 @@ def _affinity_seconds(spec: wire.ServiceSpecWire) -> int:
 def _reduce_slice(
     found: wire.EndpointSliceWire,
     endpoints: Iterable[_E],
-    reduce: Callable[[_E, Family], Endpoint | None],
+    reduce: Callable[[_E, Family], Endpoint | str],
+    remarks: list[Remark],
 ) -> EndpointSlice | None:
     metadata, labels = found.metadata, found.metadata.labels or {}
     service = labels.get(SERVICE_NAME_LABEL, "")
@@ -174,14 +184,25 @@ def _reduce_slice(
     if found.address_type not in {"IPv4", "IPv6"}:
         return None
     family = Family(found.address_type)
-    reduced = (reduce(endpoint, family) for endpoint in endpoints)
+    reduced = [reduce(endpoint, family) for endpoint in endpoints]
+    usable = tuple([each for each in reduced if isinstance(each, Endpoint)])
+    if len(usable) < len(reduced):
+        bad = ((place, each) for place, each in enumerate(reduced) if isinstance(each, str))
+        remarks += [Remark(("endpoints", place), text) for place, text in bad]
+    ports = found.ports or ()
+    if not all(port.port for port in ports):
+        remarks += [
+            Remark(("ports", place), f"port {port.name!r} has no number" if port.name else "the port has no number")
+            for place, port in enumerate(ports)
+            if not port.port
+        ]
     return EndpointSlice(
         namespace=intern(metadata.namespace),
         name=metadata.name,
         service=f"{metadata.namespace}/{service}",
         family=family,
-        endpoints=tuple(endpoint for endpoint in reduced if endpoint is not None),
-        ports=tuple(_reduce_endpoint_port(port) for port in found.ports or () if port.port),
+        endpoints=usable,
+        ports=tuple(_reduce_endpoint_port(port) for port in ports if port.port),
         last_change=_trigger_time(metadata.annotations),
     )
 
@@ -193,11 +214,16 @@ def _reduce_endpoint_port(port: wire.EndpointPortWire) -> EndpointPort:
     return EndpointPort(intern(port.name or ""), number, port.protocol or "TCP")
 
 
-def reduce_endpoint(endpoint: wire.EndpointWire, family: Family) -> Endpoint | None:
-    """Keep only the first address (KEP-752 deprecated the others), and only one of the slice's family."""
-    address = canonical_address(endpoint.addresses[0]) if endpoint.addresses else None
+def reduce_endpoint(endpoint: wire.EndpointWire, family: Family) -> Endpoint | str:
+    """Keep only the first address (KEP-752 deprecated the others), and only one of the slice's family.
+
+    Return why an endpoint cannot be used if it cannot.
+    """
+    if not endpoint.addresses:
+        return "the endpoint has no address"
+    address = canonical_address(endpoint.addresses[0])
     if address is None or family_of(address) is not family:
-        return None
+        return f"{endpoint.addresses[0]!r} is not an {family.value} address"
     conditions = endpoint.conditions or wire.ConditionsWire()
     hints = endpoint.hints or wire.HintsWire()
     return Endpoint(

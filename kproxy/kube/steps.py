@@ -28,7 +28,16 @@ class Problem(Struct, frozen=True):
     text: str
 
 
-Message: TypeAlias = Delta | Problem
+class LeftOut(Struct, frozen=True):
+    """Parts of an object that are of no use and left out; `text` says which and why."""
+
+    kind: Kind
+    namespace: str
+    name: str
+    text: str
+
+
+Message: TypeAlias = Delta | Problem | LeftOut
 
 
 class Step(Struct, frozen=True):

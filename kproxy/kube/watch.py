@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping
 from kproxy.kube.answers import AnswerError, read_page, read_refusal
 from kproxy.kube.changes import Bookmark, Event, Gone, Refusal, Unreadable
 from kproxy.kube.reduction import Decoded
+from kproxy.kube.remarks import remarks_text
 from kproxy.kube.resources import resource_of
-from kproxy.kube.steps import Message, Problem, Request, Step
+from kproxy.kube.steps import LeftOut, Message, Problem, Request, Step
 from kproxy.kube.streams import JSON, WATCH
 from kproxy.model.delta import Delete, Kind, Replace, Upsert
 from kproxy.model.packed import PackedSequence, pack
@@ -124,13 +125,15 @@ class ListWatch:
         except AnswerError as error:
             return self._retry(f"a page of the list of {self.resource} cannot be read: {error}")
         problems = tuple(self._note(item) for item in page.items if isinstance(item, Unreadable))
-        for item in page.items:
-            if isinstance(item, Decoded):
-                self._keep(item)
+        decoded = [item for item in page.items if isinstance(item, Decoded)]
+        for item in decoded:
+            self._keep(item)
+        left_out = [each for item in decoded if item.remarks for each in self._left_out(item)]
+        before: tuple[Message, ...] = (*problems, *left_out)
         self._continue = page.continue_token
         if page.continue_token:
-            return Step(problems, again_after=0.0)
-        return self._complete(page.resource_version, problems, again_after=0.0)
+            return Step(before, again_after=0.0)
+        return self._complete(page.resource_version, before, again_after=0.0)
 
     def refused(self, status: int, headers: Mapping[str, str], body: bytes) -> Step:
         """Take an HTTP answer other than 200."""
@@ -203,6 +206,7 @@ class ListWatch:
             self._found.pop((event.namespace, event.name), None)
         elif isinstance(event, Decoded):
             self._keep(event)
+            return Step(self._left_out(event))
         return Step()
 
     def _changed(self, event: Event) -> Step:
@@ -219,13 +223,18 @@ class ListWatch:
             return Step()
         if isinstance(event, Gone) or event.object is None:
             return Step((Delete(self._kind, event.namespace, event.name),))
-        return Step((Upsert(event.object),))
+        return Step((Upsert(event.object), *self._left_out(event)))
 
     def _keep(self, item: Decoded) -> None:
         if item.object is None:
             self._found.pop((item.namespace, item.name), None)
         else:
             self._found[item.namespace, item.name] = pack(item.object)
+
+    def _left_out(self, item: Decoded) -> tuple[LeftOut, ...]:
+        if not item.remarks:
+            return ()
+        return (LeftOut(self._kind, item.namespace, item.name, remarks_text(item.remarks)),)
 
     def _note(self, item: Unreadable) -> Problem:
         if item.name:

@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 import pytest
 
 from kproxy.kube.api_source import REPEAT_PERIOD, Complaints
-from kproxy.model.delta import Delta, Replace
+from kproxy.model.delta import Delta, Refused, Replace, Upsert
 from kproxy.model.types import EndpointSlice, Node, Service
 from tests.api.conftest import HANG, Cluster, Follow, Received
 from tests.apiserver import ApiServer, Relay, SeenRequest
@@ -296,6 +296,33 @@ def test_a_failing_sink_does_not_end_the_updates(
     received.until_listed()
     assert received.names(Service) == {"web"}
     assert "unexpected RuntimeError: the queue is on fire; starting over" in caplog.text
+
+
+def test_parts_of_a_slice_that_are_of_no_use_are_logged_once(
+    server: ApiServer, follow: Follow, received: Received, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.create(endpoint_slice("web-1", "web", ["10.0.0.1", "fd00::1"]))
+    follow(server)
+    received.until_listed()
+    server.update(endpoint_slice("web-1", "web", ["10.0.0.2", "fd00::1"]))
+    received.until(lambda _: [len(each.endpoints) for each in received.objects[EndpointSlice].values()] == [1])  # type: ignore[union-attr]
+    server.update(endpoint_slice("web-1", "web", ["10.0.0.2"]))
+    received.until(lambda _: sum(isinstance(delta, Upsert) for delta in received.deltas) == 2)
+    text = (
+        "EndpointSlice demo/web-1: left out because it cannot be used: endpoints[1]: 'fd00::1' is not an IPv4 address"
+    )
+    assert [entry.getMessage() for entry in caplog.records if "left out" in entry.getMessage()] == [text]
+
+
+def test_a_service_that_cannot_be_used_is_told_as_refused(
+    server: ApiServer, follow: Follow, received: Received
+) -> None:
+    server.create(service("web", "10.96.7.1"))
+    follow(server)
+    received.until_listed()
+    server.update(service("web", "10.96.7.1", port=99999))
+    received.until(lambda _: Refused(Service, "demo", "web") in received.deltas)
+    assert port_of(received, "web") == 80
 
 
 def test_complaints_are_repeated_once_per_minute_and_their_end_is_said() -> None:

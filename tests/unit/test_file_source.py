@@ -777,3 +777,22 @@ def test_places_of_a_path_that_is_not_there_or_is_a_link(tmp_path: Path) -> None
     assert link.directories == (str(tmp_path), str(tmp_path / "real"))
     assert link.awaited == ""
     assert link.files == {str(tmp_path / "link"), str(tmp_path / "real" / "file")}
+
+
+def test_parts_that_are_of_no_use_are_warned_about_with_their_line() -> None:
+    bad = """\
+kind: EndpointSlice
+apiVersion: discovery.k8s.io/v1
+metadata: {name: web-1, namespace: demo, labels: {kubernetes.io/service-name: web}}
+addressType: IPv4
+ports: [{name: http, port: 80}]
+endpoints:
+- addresses: [10.244.0.1]
+- addresses: [fd00::1]
+"""
+    loaded = load_objects({"a.yaml": bad.encode()})
+    assert loaded.warnings == (
+        "a.yaml:8: EndpointSlice demo/web-1: left out because it cannot be used: "
+        "endpoints[1]: 'fd00::1' is not an IPv4 address",
+    )
+    assert loaded.problems == ()

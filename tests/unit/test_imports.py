@@ -36,7 +36,10 @@ PURE = (
     *(f"iptables.{name}" for name in ("names", "render", "base", "text", "ledger", "diff", "dispatch", "claims")),
     *(f"nftables.{name}" for name in ("names", "objects", "draws", "shape", "view", "base", "shared", "affinity")),
     *(f"nftables.{name}" for name in ("render", "ledger", "transaction", "diff", "wording", "text", "userdata")),
-    *(f"kube.{name}" for name in ("watch", "steps", "resources", "answers", "changes", "reduction", "proxy_rule")),
+    *(
+        f"kube.{name}"
+        for name in ("watch", "steps", "resources", "answers", "changes", "reduction", "remarks", "proxy_rule")
+    ),
     *(f"kube.{name}" for name in ("streams", "framing", "protobuf", "protobuf_fields")),
     *("sync.schedule", "sync.family", "sync.conditions", "sync.summary", "contexts"),
     *("config.fields", "config.flag_values", "serve.zpages"),

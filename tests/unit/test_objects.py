@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kproxy.kube.objects import Decoded, ObjectError, canonical_address, canonical_cidr, decode_object
+from kproxy.kube.remarks import Remark, remarks_text
 from kproxy.model.delta import Kind
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Node, Service, ServiceCIDR, ServicePort
 from tests.recordings import items
@@ -356,6 +357,36 @@ def test_a_slice_port_without_a_number_is_skipped(port: dict[str, Any]) -> None:
     found = endpoint_slice(ports=[{"name": "a", **port}, {"name": None, "port": 80, "protocol": None}])
     assert found is not None
     assert found.ports == (EndpointPort("", 80, "TCP"),)
+
+
+def test_parts_of_a_slice_that_are_of_no_use_are_named() -> None:
+    metadata = {"namespace": "ns", "name": "web-1", "labels": {"kubernetes.io/service-name": "web"}}
+    endpoints = [
+        {"addresses": ["10.244.0.1"]},
+        {"addresses": []},
+        {"addresses": ["fd00::1"]},
+        {"addresses": ["db.example.org", "10.244.0.2"]},
+    ]
+    ports = [{"name": "http", "port": 80}, {"name": "all"}, {"port": None}]
+    data = {"metadata": metadata, "addressType": "IPv4", "endpoints": endpoints, "ports": ports}
+    assert decode(EndpointSlice, data).remarks == (
+        Remark(("endpoints", 1), "the endpoint has no address"),
+        Remark(("endpoints", 2), "'fd00::1' is not an IPv4 address"),
+        Remark(("endpoints", 3), "'db.example.org' is not an IPv4 address"),
+        Remark(("ports", 1), "port 'all' has no number"),
+        Remark(("ports", 2), "the port has no number"),
+    )
+    assert decode(EndpointSlice, data | {"endpoints": endpoints[:1], "ports": ports[:1]}).remarks == ()
+    other = {"service.kubernetes.io/service-proxy-name": "another"}
+    assert decode(EndpointSlice, data | {"metadata": metadata | {"labels": other}}).remarks == ()
+
+
+def test_a_line_names_a_few_parts_and_counts_the_others() -> None:
+    remarks = [Remark(("endpoints", number), "the endpoint has no address") for number in range(5)]
+    assert remarks_text(remarks[:1]) == "endpoints[0]: the endpoint has no address"
+    assert remarks_text(remarks) == "; ".join(
+        [*(f"endpoints[{number}]: the endpoint has no address" for number in range(3)), "and 2 more"]
+    )
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from kproxy.kube.answers import read_line
 from kproxy.kube.changes import Unreadable
 from kproxy.kube.objects import decode_object
-from kproxy.kube.steps import Problem, Request, Step
+from kproxy.kube.steps import LeftOut, Problem, Request, Step
 from kproxy.kube.watch import ListWatch
 from kproxy.model.delta import Delete, Kind, Object, Replace, Upsert
 from kproxy.model.types import EndpointSlice, Node, Service, ServiceCIDR
@@ -407,6 +407,40 @@ WITHHELD = [
     (404, b"404 page not found\n", f"the API server does not have {NOT_DROPPED} (404: 404 page not found)"),
     (403, FORBIDDEN, f'permission is missing to list and watch {NOT_DROPPED} (403 Forbidden: User "kube-proxy" cannot'),
 ]
+
+
+BAD_SLICE = {
+    "metadata": {
+        "namespace": "ns",
+        "name": "web-1",
+        "resourceVersion": "7",
+        "labels": {"kubernetes.io/service-name": "web"},
+    },
+    "addressType": "IPv4",
+    "endpoints": [{"addresses": ["10.244.0.1"]}, {"addresses": ["fd00::1"]}],
+    "ports": [{"port": 80}],
+}
+LEFT_OUT = LeftOut(EndpointSlice, "ns", "web-1", "endpoints[1]: 'fd00::1' is not an IPv4 address")
+
+
+def test_what_is_left_out_of_an_object_is_said_beside_it() -> None:
+    watch = machine(EndpointSlice)
+    event = json.dumps({"type": "ADDED", "object": BAD_SLICE}).encode()
+    assert watch.line(event).messages == (LEFT_OUT,)
+    (listed,) = watch.line(BOOKMARK % (8, b',"annotations":{"k8s.io/initial-events-end":"true"}')).messages
+    assert isinstance(listed, Replace)
+    found, left_out = watch.line(event).messages
+    assert isinstance(found, Upsert)
+    assert left_out == LEFT_OUT
+
+
+def test_what_is_left_out_of_an_object_of_a_page_is_said_before_the_list() -> None:
+    watch = machine(EndpointSlice)
+    watch.line(OLD_ETCD)
+    body = {"metadata": {"resourceVersion": "9"}, "items": [BAD_SLICE]}
+    left_out, listed = watch.page(json.dumps(body).encode()).messages
+    assert left_out == LEFT_OUT
+    assert isinstance(listed, Replace)
 
 
 @pytest.mark.parametrize("by_watch", [True, False])
