@@ -31,7 +31,7 @@ make_base() { # RELEASE
     base=$CACHE/$1.tar
     [ -z "$(find "$base" -newer "$0" -mtime "-$BASE_DAYS" 2>/dev/null)" ] || return 0
     echo "fresh: $1: making a minimal root with debootstrap"
-    debootstrap --variant=minbase --include="$PACKAGES" "$1" "$work/base" "$MIRROR" >"$CACHE/$1.log" 2>&1 ||
+    confined debootstrap --variant=minbase --include="$PACKAGES" "$1" "$work/base" "$MIRROR" >"$CACHE/$1.log" 2>&1 ||
         fail "$1: debootstrap failed, see $CACHE/$1.log: $(tail -1 "$CACHE/$1.log")"
     rm -rf "$work"/base/var/cache/apt/archives/*.deb "$work"/base/var/lib/apt/lists/*
     tar -C "$work/base" -cf "$base.new" .
@@ -55,20 +55,26 @@ make_root() { # RELEASE ROOT
     cp tests/fresh/inside.sh tests/fresh/checks.sh "$2/fresh/"
 }
 
-# Run one check. All of its processes and mounts are gone when this returns: the PID namespace ends with its first
-# process, which dies with unshare.
 run_check() { # RELEASE CHECK
     root=$work/$1-$2
     make_root "$1" "$root"
-    env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root \
-        ${http_proxy:+"http_proxy=$http_proxy"} ${https_proxy:+"https_proxy=$https_proxy"} ${no_proxy:+"no_proxy=$no_proxy"} \
-        unshare --mount --pid --ipc --uts --fork --kill-child sh "$root/fresh/inside.sh" "$root" "$2" </dev/null &
-    running=$!
     status=0
-    wait "$running" || status=$?
-    running=
+    confined env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root \
+        ${http_proxy:+"http_proxy=$http_proxy"} ${https_proxy:+"https_proxy=$https_proxy"} ${no_proxy:+"no_proxy=$no_proxy"} \
+        sh "$root/fresh/inside.sh" "$root" "$2" || status=$?
     rm -rf --one-file-system "$root"
     return "$status"
+}
+
+# Run a command whose processes and mounts are gone when this returns, or when this script ends: the PID namespace ends
+# with its first process, which dies with unshare.
+confined() { # COMMAND...
+    unshare --mount --pid --ipc --uts --fork --kill-child "$@" </dev/null &
+    running=$!
+    ended=0
+    wait "$running" || ended=$?
+    running=
+    return "$ended"
 }
 
 clean_up() {
@@ -84,6 +90,10 @@ clean_up() {
 [ $# -ge 2 ] || fail "usage: fresh.sh RELEASE CHECK..."
 release=$1
 shift
+for check in "$@"; do
+    grep -q "^check_$check()" tests/fresh/checks.sh ||
+        fail "there is no check \"$check\": choose from $(sed -n 's/^check_\([a-z]*\)().*/\1/p' tests/fresh/checks.sh | xargs)"
+done
 mkdir -p "$CACHE"
 work=$(mktemp -d "$CACHE/run.XXXXXX")
 trap clean_up EXIT
@@ -92,7 +102,6 @@ trap 'exit 143' TERM HUP
 [ -z "$(git status --porcelain)" ] || echo "fresh: uncommitted changes are left out: HEAD is what is checked" >&2
 make_base "$release"
 for check in "$@"; do
-    grep -q "^check_$check()" tests/fresh/checks.sh || fail "there is no check \"$check\": choose from $(sed -n 's/^check_\([a-z]*\)().*/\1/p' tests/fresh/checks.sh | tr '\n' ' ')"
     echo "fresh: $release: $check"
     start=$(date +%s)
     run_check "$release" "$check" || fail "$release: $check failed"
