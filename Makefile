@@ -4,6 +4,13 @@ VENV := .venv
 STAMP := $(VENV)/.ready
 RUN := $(VENV)/bin/python
 
+# of `make test`: files or folders, by default all tests
+TESTS ?=
+
+# of `make fresh`: Debian releases, and checks of tests/fresh/fresh.sh; CHECKS=short takes a few minutes
+RELEASES ?= bookworm trixie
+CHECKS ?= demo test
+
 # of `make bench`: small, medium or large; the modes; where results and chart go; earlier results to compare with
 SIZE ?= medium
 MODES ?= iptables,nftables
@@ -19,7 +26,7 @@ ENGINE ?=
 LOCAL_BASE := localhost/kproxy-base:bookworm
 
 .DEFAULT_GOAL := help
-.PHONY: help setup packages demo test check bench clean image image-base image-test kind-up kind-test kind-down
+.PHONY: help setup packages demo test fresh check bench clean image image-base image-test kind-up kind-test kind-down
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,9 +34,11 @@ help: ## list the targets
 setup: packages $(STAMP) ## install the system packages and .venv/bin/kproxy
 
 packages:
-	@sh tests/packages.sh
+	@PYTHON="$(PYTHON)" sh tests/packages.sh tests
 
-$(STAMP): pyproject.toml constraints.txt
+# pip's own setuptools would build python-iptables in a way that pip calls deprecated in three lines.
+$(STAMP): export PIP_USE_PEP517 := 1
+$(STAMP): pyproject.toml constraints.txt | packages
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "kproxy needs Python 3.11 or newer: $(PYTHON) is $$($(PYTHON) -V); name another with make PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
@@ -39,7 +48,11 @@ demo: setup ## see it work: pods, a Service, real requests, in half a minute
 	@$(RUN) -m tests.demo
 
 test: setup ## run all tests, those on the real kernel included
-	$(RUN) -m pytest -q --numprocesses=auto --dist=worksteal
+	$(RUN) -m pytest -q --numprocesses=auto --dist=worksteal $(TESTS)
+
+fresh: ## as root: run the README's commands on a minimal Debian, for each of RELEASES in fresh roots by debootstrap
+	@sh tests/packages.sh fresh
+	@for release in $(RELEASES); do sh tests/fresh/fresh.sh "$$release" $(CHECKS) || exit; done
 
 check: setup ## format, lint, types
 	$(VENV)/bin/ruff format --check .
@@ -56,7 +69,7 @@ image-base: ## make a base for it by debootstrap, called localhost/kproxy-base:b
 	@ENGINE="$(ENGINE)" sh deploy/image/image.sh base $(LOCAL_BASE)
 
 image-test: setup ## build the image on a base of our own and run it under the manifest's privileges, as root
-	@sh deploy/image/packages.sh
+	@sh tests/packages.sh image
 	@ENGINE=$(or $(ENGINE),buildah) RUN=$(RUN) sh deploy/image/image.sh trial $(LOCAL_BASE)
 
 kind-up: ## make a kind cluster without kube-proxy, and kproxy in it

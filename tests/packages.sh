@@ -1,28 +1,83 @@
 #!/bin/sh
-# Install the Debian packages that demo and tests run on, as root; as anybody else, name those that are missing.
+# packages.sh tests|image|fresh: install the Debian packages that demo and tests, `make image-test` or `make fresh` need.
+# As an ordinary user, name the missing ones in one line. PYTHON is the interpreter that gets the virtual environment.
 set -u
+PYTHON=${PYTHON:-python3}
+# An ordinary user's PATH leaves out where Debian puts most of them.
+PATH=$PATH:${SBIN:-/usr/local/sbin:/usr/sbin:/sbin}
+
 missing=""
-need() { # COMMAND PACKAGE
-    PATH="$PATH:/usr/sbin:/sbin" command -v "$1" >/dev/null 2>&1 || missing="$missing $2"
+need() { # PACKAGE COMMAND...: the package is missing unless the command succeeds
+    package=$1
+    shift
+    "$@" >/dev/null 2>&1 || missing="$missing $package"
 }
-need iptables iptables
-need ip iproute2
-need nft nftables
-need conntrack conntrack
-need ipset ipset
-need setpriv util-linux
-need mount mount
-python3 -c 'import ensurepip, venv' >/dev/null 2>&1 || missing="$missing python3-venv"
+program() { command -v "$1"; }
+file() { [ -e "$1" ]; }
+python() { "$PYTHON" -c "$1"; }
+
+tests() {
+    need iptables program iptables
+    need iproute2 program ip
+    need nftables program nft
+    need conntrack program conntrack
+    need ipset program ipset
+    need util-linux program setpriv
+    need mount program mount
+    need openssl program openssl
+    need curl program curl # tests of the README's commands and of scripts that run in Pods
+    case ${PYTHON##*/} in
+    python3.*) packaged=${PYTHON##*/} ;; # has packages of its own
+    *) packaged=python3 ;;
+    esac
+    need "$packaged" program "$PYTHON"
+    need "$packaged-venv" python 'import ensurepip, venv'
+    # python-iptables has a C extension, and no wheel at PyPI.
+    [ -e .venv/.ready ] && return
+    need gcc program "$(python 'import sysconfig; print(sysconfig.get_config_var("CC").split()[0])' 2>/dev/null || echo gcc)"
+    need libc6-dev file /usr/include/stdio.h
+    need "$packaged-dev" python 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")'
+}
+
+image() {
+    need buildah program buildah
+    need debootstrap program debootstrap
+    need runc program runc
+    need openssl program openssl
+    need golang-github-containers-common file /usr/share/containers/seccomp.json
+}
+
+fresh() {
+    need debootstrap program debootstrap
+    need debian-archive-keyring file /usr/share/keyrings/debian-archive-keyring.gpg
+    need git program git
+    need mount program mount
+    need util-linux program unshare
+}
+
+apt() {
+    # Wait for unattended upgrades, which many machines run right after their first boot.
+    apt-get -qq -o Dpkg::Use-Pty=0 -o DPkg::Lock::Timeout=300 "$@"
+}
+
+"$1"
 [ -z "$missing" ] && exit 0
-if [ "$(id -u)" -ne 0 ]; then
-    echo "missing packages, install them with: sudo apt-get install$missing"
+if ! command -v apt-get >/dev/null 2>&1; then
+    echo "missing packages (by their names in Debian):$missing" >&2
     exit 1
 fi
-if ! command -v apt-get >/dev/null 2>&1; then
-    echo "missing commands, please install what is called in Debian:$missing"
+if [ "$(id -u)" -ne 0 ]; then
+    as="as root " do=""
+    ! command -v sudo >/dev/null 2>&1 || as="" do="sudo "
+    echo "missing packages, install them ${as}with: ${do}apt-get update; ${do}apt-get install$missing" >&2
     exit 1
 fi
 echo "installing$missing"
 export DEBIAN_FRONTEND=noninteractive
+# An error of one source, such as a third party's that is gone, says nothing about the others.
+apt update || echo "apt-get update failed for at least one source, using the others" >&2
 # shellcheck disable=SC2086 # a list of words
-apt-get -qq -o=Dpkg::Use-Pty=0 update && apt-get -qq -y -o=Dpkg::Use-Pty=0 install --no-install-recommends $missing >/dev/null
+apt -y install --no-install-recommends $missing >/dev/null || exit 1
+missing=""
+"$1"
+[ -z "$missing" ] || { echo "still missing after the installation:$missing" >&2; exit 1; }

@@ -13,15 +13,14 @@ import pytest
 import yaml
 
 from kproxy import __version__
-from kproxy.cli import run
-from kproxy.config import Config, configure
+from kproxy.config import Config
 from kproxy.serve.health import HealthPages
 from tests.deploy.kubeadm import config_map
-from tests.deploy.rendered import DEPLOY, KUSTOMIZATIONS, OVERLAYS, ROOT, arguments, container, one, pod, render
+from tests.deploy.rendered import DEPLOY, KUSTOMIZATIONS, OVERLAYS, ROOT, container, images, one, pod, render
+from tests.deploy.settings import FOLDER, parsed
 
 OLDEST, NEWEST = "1.29", "1.36"
 CONTAINERS = ("sysctls", "kproxy")
-FOLDER = "/var/lib/kube-proxy"
 
 EACH = pytest.mark.parametrize("name", KUSTOMIZATIONS)
 EACH_OVERLAY = pytest.mark.parametrize("name", OVERLAYS)
@@ -128,16 +127,7 @@ def test_the_configuration_is_mounted_whole_so_that_changes_of_it_arrive(name: s
 
 def settings(name: str, called: str, folder: Path, mode: str = "iptables") -> tuple[argparse.Namespace, Config]:
     """Parse a container's arguments with the daemon's own parser, and the file that they name."""
-    files = files_of(name, mode)
-    for file, content in files.items():
-        (folder / file).write_text(content)
-    words = [word.replace(FOLDER, str(folder)) for word in arguments(container(name, called), "Node-1")]
-    parser = argparse.ArgumentParser()
-    run.add_command(parser.add_subparsers())
-    options = parser.parse_args(words)
-    config, warnings = configure(options)
-    assert warnings == []
-    return options, config
+    return parsed(container(name, called), files_of(name, mode), folder)
 
 
 def files_of(name: str, mode: str) -> dict[str, str]:
@@ -179,7 +169,8 @@ def test_probes_ask_for_pages_that_are_served_where_they_ask(name: str, tmp_path
     of = container(name)
     ports = {item["name"]: item["containerPort"] for item in of["ports"]}
     assert config.healthz_bind_address.endswith(f":{ports['healthz']}")
-    assert config.metrics_bind_address.endswith(f":{ports['metrics']}")
+    assert set(ports) == {"healthz"}  # metrics are for the node alone
+    assert config.metrics_bind_address == "127.0.0.1:10249"
     wanted = {"startupProbe": "livez", "livenessProbe": "livez", "readinessProbe": "healthz"}
     for probe, page in wanted.items():
         assert of[probe]["httpGet"] == {"host": "127.0.0.1", "path": f"/{page}", "port": "healthz"}
@@ -189,7 +180,7 @@ def test_probes_ask_for_pages_that_are_served_where_they_ask(name: str, tmp_path
 @EACH
 def test_the_image_is_of_this_version_unless_it_is_for_kind(name: str) -> None:
     tag = "dev" if name == "kind" else __version__
-    assert {container(name, called)["image"] for called in CONTAINERS} == {f"localhost/kproxy:{tag}"}
+    assert images(render(name)) == {f"localhost/kproxy:{tag}"}
 
 
 @EACH
@@ -263,5 +254,5 @@ def copied() -> Iterator[str]:
 
 
 def test_no_file_of_the_folder_is_left_out_of_these_tests() -> None:
-    folders = {path.parent for path in DEPLOY.rglob("kustomization.yaml")}
-    assert folders == set(KUSTOMIZATIONS.values())
+    folders = {path.parent for path in DEPLOY.rglob("kustomization.yaml")} - {DEPLOY / "site"}
+    assert folders == {*KUSTOMIZATIONS.values(), DEPLOY / "components" / "metrics"}

@@ -189,7 +189,10 @@ def test_nothing_of_a_lab_outlives_a_killed_process(kernel: None) -> None:
         [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as owner:
         assert owner.stdout is not None
-        child = os.pidfd_open(int(owner.stdout.readline()))
+        pid = int(owner.stdout.readline())
+        child = os.pidfd_open(pid)
+        # setpriv becomes the command once it has asked the kernel for the signal.
+        wait_until(lambda: Path(f"/proc/{pid}/comm").read_text() == "sleep\n", "the command runs")
         owner.kill()
     assert select.select([child], [], [], HANG_GUARD)[0], "a process in the lab's namespace is still there"
     os.close(child)

@@ -48,12 +48,20 @@ _GETTABLE, _GETCHAIN, _GETRULE, _GETSET, _GETSETELEM = 1, 4, 7, 10, 13
 _HANDLES = {"table": 4, "chains": 2, "rules": 3, "sets": 16}
 _POSITION = 6
 _EXPIRATION = 5
+_SET_USERDATA = 13
+_KEY_TYPEOF, _DATA_TYPEOF = 3, 4
+
+PRIORITIES = {"raw": -300, "mangle": -150, "dstnat": -100, "filter": 0, "security": 50, "srcnat": 100}
 
 Attributes = tuple[tuple[int, bytes], ...]
 
 
 class Held(Struct, frozen=True):
-    """All that the kernel says about a table, as it says it, but for handles, order and time."""
+    """All that the kernel says about a table, as it says it, but for handles, order and time.
+
+    nft's own notes on the types of a set are left out, since they depend on its version (1.1 writes more than 1.0).
+    Whether nft understands kproxy's notes shows in what it lists.
+    """
 
     table: Attributes
     sets: dict[bytes, Attributes]
@@ -78,7 +86,7 @@ def _held(family: Family, table: str) -> Held:
     sets = _dump(family, _GETSET, named)
     return Held(
         _kept(tables[0], _HANDLES["table"]),
-        {each[2]: _kept(each, _HANDLES["sets"]) for each in sets},
+        {each[2]: _kept(_without_types(each), _HANDLES["sets"]) for each in sets},
         {each[3]: _kept(each, _HANDLES["chains"]) for each in chains},
         rules,
         {each[2]: frozenset(_elements(family, named, each[2])) for each in sets},
@@ -103,6 +111,16 @@ def _parts(data: bytes, begin: int, end: int, header: int = 4) -> dict[int, byte
 
 def _kept(parts: dict[int, bytes], *without: int) -> Attributes:
     return tuple(sorted((kind, value) for kind, value in parts.items() if kind not in without))
+
+
+def _without_types(parts: dict[int, bytes]) -> dict[int, bytes]:
+    noted, kept, place = parts[_SET_USERDATA], b"", 0
+    while place < len(noted):
+        kind, size = noted[place : place + 2]
+        if kind not in {_KEY_TYPEOF, _DATA_TYPEOF}:
+            kept += noted[place : place + 2 + size]
+        place += 2 + size
+    return parts | {_SET_USERDATA: kept}
 
 
 def _elements(family: Family, named: bytes, name: bytes) -> Iterator[Attributes]:
@@ -166,11 +184,19 @@ def test_a_recorded_cluster_is_the_same_by_netlink_by_nft_and_as_text(
 
 
 def in_order(text: str) -> str:
-    """Return a table as nft lists it, with the elements of each set in the order of their text."""
+    """Return a table as nft lists it, but with the elements of each set in the order of their text.
+
+    Priorities are numbers: whether nft writes -110 or `dstnat - 10` depends on its version.
+    """
 
     def listed(found: re.Match[str]) -> str:
         return "\n".join(sorted(re.split(r",\s+", found[1])))
 
+    def numbered(found: re.Match[str]) -> str:
+        name, offset = found.groups()
+        return f"priority {PRIORITIES[name] + int((offset or '0').replace(' ', ''))};"
+
+    text = re.sub(r"\bpriority ([a-z]+)(?: ([+-] \d+))?;", numbered, text)
     return re.sub(r"elements = \{ (.*?) \}\n", listed, text, flags=re.DOTALL)
 
 

@@ -88,17 +88,18 @@ class NftablesRules:
 def table_state(node: Namespace, family: str) -> dict[str, Any]:
     """Return what a table holds, from `nft -j`: sets and chains by name, elements in order, no handles.
 
-    Of sets that packets fill, the elements are left out. So are comments of sets, which nobody can change who takes a
-    table over. Empty if there is no such table.
+    Elements of sets that packets fill are left out. So are comments of sets and chains: they cannot be changed when a
+    table is taken over. Empty if there is no such table.
     """
     done = node.run(["nft", "-j", "list", "table", family, TABLE], check=False)
     state: dict[str, Any] = {}
     for item in json.loads(done.stdout)["nftables"] if done.returncode == 0 else ():
         ((kind, content),) = item.items()
+        if kind != "rule":
+            content.pop("comment", None)
         if kind in {"set", "map"}:
             elements = [] if "timeout" in content else content.get("elem", [])
             content["elem"] = sorted(json.dumps(each, sort_keys=True) for each in elements)
-            content.pop("comment", None)
             state[f"{kind} {content['name']}"] = _without_handle(content)
         elif kind == "chain":
             state[f"chain {content['name']}"] = {**_without_handle(content), "rules": []}

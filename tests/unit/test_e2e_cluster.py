@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import shutil
 import struct
 import subprocess
 import threading
@@ -185,6 +186,8 @@ def cluster(server: Server, tmp_path: Path) -> Iterator[RealCluster]:
 
 @pytest.fixture
 def answering() -> Iterator[Answering]:
+    if shutil.which("curl") is None:
+        pytest.skip("curl not found")
     pod = Answering("127.0.0.1")
     yield pod
     pod.close()

@@ -9,8 +9,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.deploy.rendered import ROOT
-
 HANG_GUARD = 120.0
 
 _BLOCK = re.compile(r"^```console\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -49,11 +47,11 @@ def shown(found: Sequence[Said]) -> str:
     return "".join(f"$ {each.command}\n{each.output}" for each in found)
 
 
-def run(command: str, kubeconfig: Path, home: Path) -> Said:
-    """Run a command in the repository's root; raise with what it said if it fails."""
+def run(command: str, checkout: Path, kubeconfig: Path, home: Path) -> Said:
+    """Run a command in the root of a checkout; raise with what it said if it fails."""
     done = subprocess.run(
         ["bash", "-c", command],
-        cwd=ROOT,
+        cwd=checkout,
         env=os.environ | {"KUBECONFIG": str(kubeconfig), "HOME": str(home)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from tests.deploy.rendered import kubectl_problem
 from tests.lab.requirements import missing_commands, missing_privilege
 
 PROGRAMS = ("kubectl", "nft", "openssl")
@@ -16,5 +17,5 @@ def machine() -> None:
     """Skip where a cluster cannot be made."""
     if absent := [program for program in PROGRAMS if shutil.which(program) is None]:
         pytest.skip(f"{', '.join(absent)} not found")
-    if reason := missing_commands() or missing_privilege():
+    if reason := kubectl_problem() or missing_commands() or missing_privilege():
         pytest.skip(reason)

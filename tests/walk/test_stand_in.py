@@ -32,7 +32,7 @@ def server(machine: None, tmp_path: Path) -> Iterator[ControlPlane]:
 @pytest.fixture
 def kubectl(server: ControlPlane, tmp_path: Path) -> Callable[[str], str]:
     config = server.kubeconfig(tmp_path / "config", token=rbac.ADMIN)
-    return lambda words: run(f"kubectl -n kube-system {words}", config, tmp_path).output
+    return lambda words: run(f"kubectl -n kube-system {words}", tmp_path, config, tmp_path).output
 
 
 @pytest.mark.parametrize("body", [*OBJECTS, NODE_1], ids=lambda body: str(body["kind"]))

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pytest
 
 from tests.deploy.rendered import ROOT
+from tests.deploy.site import IMAGE, make_site
 from tests.lab.load import Stream
 from tests.walk.cluster import NODES, Cluster
 from tests.walk.commands import Said, comparable, mentioned, run, section, shown, transcript
@@ -18,7 +19,7 @@ from tests.walk.store import key_of
 PAGE = ROOT / "docs/operations.md"
 PLACE, BACK = section(PAGE, "## In kube-proxy's place"), section(PAGE, "### And back")
 SHOWN = transcript(section(ROOT / "README.md", "## In kube-proxy's place, and back"))
-KUBE_PROXY, KPROXY = "registry.k8s.io/kube-proxy:v1.36.0", "localhost/kproxy:0.1.0"
+KUBE_PROXY, KPROXY = "registry.k8s.io/kube-proxy:v1.36.0", IMAGE
 
 
 class State(NamedTuple):
@@ -32,8 +33,9 @@ class State(NamedTuple):
 class Walk:
     """The way there and back. `states` has how things were before the first command and after each."""
 
-    def __init__(self, cluster: Cluster, home: Path) -> None:
-        self.cluster, self._home = cluster, home
+    def __init__(self, cluster: Cluster, checkout: Path, home: Path) -> None:
+        """`checkout` has what the commands need of the repository, with `deploy/site` made as the page says."""
+        self.cluster, self._checkout, self._home = cluster, checkout, home
         self.said: list[Said] = []
         self.looks: list[str] = []
         self.states: list[State] = []
@@ -62,7 +64,7 @@ class Walk:
             self._look_around(stream)
 
     def _run(self, command: str) -> Said:
-        return run(command, self.cluster.kubeconfig(), self._home)
+        return run(command, self._checkout, self.cluster.kubeconfig(), self._home)
 
     def _look_around(self, stream: Stream) -> None:
         running = {each.node: each.running() for each in self.cluster.kubelets}
@@ -86,8 +88,10 @@ class Walk:
 
 @pytest.fixture(scope="module", params=["iptables", "nftables"])
 def walk(machine: None, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Walk]:
+    checkout = tmp_path_factory.mktemp("checkout")
+    make_site(checkout, PAGE)
     with Cluster(tmp_path_factory.mktemp("cluster"), request.param) as cluster:
-        walk = Walk(cluster, tmp_path_factory.mktemp("home"))
+        walk = Walk(cluster, checkout, tmp_path_factory.mktemp("home"))
         try:
             walk.go()
         except Exception as error:

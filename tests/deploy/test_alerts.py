@@ -1,0 +1,147 @@
+"""When alerts fire and what they say, evaluated by Prometheus' own `promtool test rules` on series made up here."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.deploy.test_monitoring import ALERTS, rules
+
+STEPS = 60
+"""Values of each series, a minute apart."""
+
+
+def always(value: int) -> str:
+    return f"{value}x{STEPS}"
+
+
+GROWING = f"0+1x{STEPS}"
+
+
+def up(node: str, values: str, job: str = "kproxy") -> dict[str, str]:
+    return {f'up{{job="{job}",instance="{node}"}}': values}
+
+
+def daemon_set(name: str, desired: str, ready: str, *, source: str = "ksm-1") -> dict[str, str]:
+    """Return what kube-state-metrics says of a DaemonSet of kube-system."""
+    labels = f'{{namespace="kube-system",daemonset="{name}",job="kube-state-metrics",instance="{source}"}}'
+    wanted, ready_now = "kube_daemonset_status_desired_number_scheduled", "kube_daemonset_status_number_ready"
+    return {wanted + labels: desired, ready_now + labels: ready}
+
+
+def requests(code: str, values: str) -> dict[str, str]:
+    labels = f'job="kproxy",instance="node-1",host="192.0.2.1:6443",method="GET",code="{code}"'
+    return {f"rest_client_requests_total{{{labels}}}": values}
+
+
+AWAY = daemon_set("kube-proxy", always(0), always(0))
+"""kube-proxy, after kproxy has taken its place."""
+
+HEALTHY = up("node-1", always(1)) | AWAY | daemon_set("kproxy", always(3), always(3)) | requests("200", GROWING)
+
+
+class Alert(NamedTuple):
+    """An alert that fires: its labels but for `severity`, and its summary."""
+
+    labels: dict[str, str]
+    summary: str
+
+
+def down(count: int, name: str) -> Alert:
+    labels = {"namespace": "kube-system", "daemonset": name}
+    return Alert(labels, f"{count} nodes have no ready Pod of DaemonSet {name}")
+
+
+def not_scraped(node: str) -> Alert:
+    return Alert({"instance": node, "job": "kproxy"}, f"{node}: Prometheus gets no metrics of the service proxy")
+
+
+ABSENT = Alert({}, "No DaemonSet runs a service proxy, or kube-state-metrics is not scraped")
+NOTHING_SCRAPED = Alert({}, "every node: Prometheus gets no metrics of the service proxy")
+
+
+def api_error(code: str) -> Alert:
+    labels = {"instance": "node-1", "host": "192.0.2.1:6443", "code": code}
+    return Alert(labels, f"node-1: the API server 192.0.2.1:6443 answers {code}")
+
+
+CASES: dict[str, tuple[str, dict[str, str], list[Alert]]] = {
+    "every node has its Pod": ("KproxyDown", HEALTHY, []),
+    "one Pod does not exist": ("KproxyDown", HEALTHY | daemon_set("kproxy", always(3), always(2)), [down(1, "kproxy")]),
+    "no Pod exists": ("KproxyDown", AWAY | daemon_set("kproxy", always(3), always(0)), [down(3, "kproxy")]),
+    "kube-proxy's Pods do not exist": (
+        "KproxyDown",
+        daemon_set("kube-proxy", always(3), always(1)),
+        [down(2, "kube-proxy")],
+    ),
+    "two kube-state-metrics say the same": (
+        "KproxyDown",
+        daemon_set("kproxy", always(3), always(2)) | daemon_set("kproxy", always(3), always(2), source="ksm-2"),
+        [down(1, "kproxy")],
+    ),
+    "an upgrade is under way": ("KproxyDown", daemon_set("kproxy", always(3), "3x37 2x22"), []),
+    "another DaemonSet has no Pods": ("KproxyDown", daemon_set("node-exporter", always(3), always(0)), []),
+    "kproxy is there": ("KproxyAbsent", HEALTHY, []),
+    "kube-proxy is there": ("KproxyAbsent", daemon_set("kube-proxy", always(3), always(3)), []),
+    "no DaemonSet is there": ("KproxyAbsent", up("node-1", always(0)), [ABSENT]),
+    "kube-proxy is away and kproxy was never applied": ("KproxyAbsent", AWAY, [ABSENT]),
+    "Prometheus gets metrics": ("KproxyNotScraped", HEALTHY, []),
+    "one node gives none": (
+        "KproxyNotScraped",
+        HEALTHY | up("node-2", always(0)),
+        [not_scraped("node-2")],
+    ),
+    "Prometheus knows of no Pod": (
+        "KproxyNotScraped",
+        AWAY | up("node-1", always(1), job="apiserver"),
+        [NOTHING_SCRAPED],
+    ),
+    "the Node exists": ("KproxyNodeMissing", {'kproxy_node_missing{job="kproxy",instance="node-1"}': always(0)}, []),
+    "the Node does not exist": (
+        "KproxyNodeMissing",
+        {'kproxy_node_missing{job="kproxy",instance="node-1"}': always(1)},
+        [Alert({"instance": "node-1", "job": "kproxy"}, "node-1: no Node has the name that the service proxy has")],
+    ),
+    "the API server answers": ("KproxyApiErrors", HEALTHY, []),
+    "the API server refuses": ("KproxyApiErrors", HEALTHY | requests("403", GROWING), [api_error("403")]),
+    "the API server is overloaded": ("KproxyApiErrors", HEALTHY | requests("503", GROWING), [api_error("503")]),
+    "a path is not served": ("KproxyApiErrors", HEALTHY | requests("404", GROWING), [api_error("404")]),
+    "a watch was too old, just now": ("KproxyApiErrors", HEALTHY | requests("410", "0x42 1x17"), []),
+}
+
+
+@pytest.fixture(scope="module")
+def promtool() -> str:
+    found = shutil.which("promtool")
+    if found is None:
+        pytest.skip("promtool not found: it is in Debian's package prometheus")
+    return found
+
+
+def test_prometheus_reads_the_alerts(promtool: str) -> None:
+    done = subprocess.run([promtool, "check", "rules", str(ALERTS)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_fires_when_it_should(case: str, promtool: str, tmp_path: Path) -> None:
+    name, series, expected = CASES[case]
+    (rule,) = (rule for rule in rules() if rule["alert"] == name)
+    alerts = [
+        {"exp_labels": each.labels | rule["labels"], "exp_annotations": rule["annotations"] | {"summary": each.summary}}
+        for each in expected
+    ]
+    test = {
+        "interval": "1m",
+        "input_series": [{"series": name, "values": values} for name, values in series.items()],
+        "alert_rule_test": [{"eval_time": "45m", "alertname": name, "exp_alerts": alerts}],
+    }
+    file = tmp_path / "test.yaml"
+    file.write_text(json.dumps({"rule_files": [str(ALERTS)], "evaluation_interval": "1m", "tests": [test]}))
+    done = subprocess.run([promtool, "test", "rules", str(file)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
