@@ -44,7 +44,7 @@ $(STAMP): pyproject.toml constraints.txt | packages
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: setup ## see it work: pods, a Service, real requests, in half a minute
+demo: setup ## see it work: pods, a Service, real requests, in less than half a minute
 	@$(RUN) -m tests.demo
 
 test: setup ## run all tests, those on the real kernel included

@@ -133,6 +133,12 @@ def test_the_tables_of_results_quote_the_benchmark(mode: str, services: int, lab
         assert quotes(text, value, unit, text_unit or unit_of_cell), f"{text}, measured {value} {unit}"
 
 
+def test_the_time_of_the_demo_is_the_same_everywhere() -> None:
+    phrase = "less than half a minute"
+    assert phrase in (ROOT / "README.md").read_text()
+    assert phrase in next(line for line in (ROOT / "Makefile").read_text().splitlines() if line.startswith("demo:"))
+
+
 def test_the_cost_of_an_event_is_the_same_on_all_pages() -> None:
     runs = msgspec.json.decode((HISTORY / f"{SOURCE}.json").read_bytes(), type=Results).runs
     ranges = {}
