@@ -73,7 +73,9 @@ def render(config: Config, objects: str) -> dict[Family, str]:
     for family in Family:
         pages: list[str] = []
         printer = _printer(config, family, pages.append)
-        FamilySync(printer, _ideal_context(config, family)).sync(store)
+        outcome = FamilySync(printer, _ideal_context(config, family)).sync(store)
+        for notice in outcome.notices:
+            log.warning("%s", notice.text)
         texts[family] = "".join(pages)
     return texts
 

@@ -167,6 +167,24 @@ def test_an_unknown_field_is_a_warning_or_with_strict_config_an_error(tmp_path: 
         assert f"] {problem} (ignored)\n" in lenient.stderr
 
 
+@pytest.mark.parametrize("mode", ["iptables", "nftables"])
+def test_render_warns_of_services_that_claim_the_same(tmp_path: Path, mode: str) -> None:
+    two = [
+        {
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": {"name": name, "namespace": "demo"},
+            "spec": {"clusterIP": address, "externalIPs": ["203.0.113.1"], "ports": [{"port": 80}]},
+        }
+        for name, address in (("a", "10.96.0.1"), ("b", "10.96.0.2"))
+    ]
+    file = tmp_path / "two.json"
+    file.write_text(json.dumps({"apiVersion": "v1", "kind": "List", "items": two}))
+    done = run("render", f"--objects={file}", f"--proxy-mode={mode}", "--family=ipv4")
+    assert done.returncode == 0
+    assert "demo/b and demo/a both claim 203.0.113.1:80/TCP: demo/a gets all traffic to it\n" in done.stderr
+
+
 def test_render_prints_both_families_or_the_one_asked_for() -> None:
     both = run("render", f"--objects={CLUSTER}", f"--config={CLUSTER}/config.json")
     assert both.returncode == 0
