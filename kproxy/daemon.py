@@ -155,6 +155,7 @@ class Daemon:
         store = Store(name, kinds_followed(config))
         events = self._events(client, name)
         serving = self._serving(families, store, events, reason=lambda: watch.reason)
+        serving.metrics.show_refused(lambda: store.refused_services)
         watch = NodeWatch(
             name,
             required=client is not None,  # files need not have Nodes

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import socket
+from collections.abc import Callable
+from functools import cache
 
 from kproxy.config import Config, node_name
 from kproxy.config.types import PRIMARY
@@ -21,7 +23,7 @@ from kproxy.nftables.apply import Commit, NftTable
 from kproxy.nftables.backend import NftablesBackend
 from kproxy.nftables.generations import OwnChanges
 from kproxy.nftables.probe import UnsupportedError, way_to_commit
-from kproxy.node import discover_iptables, discover_nftables
+from kproxy.node import discover_iptables, discover_nftables, make_counters
 from kproxy.sync.family import FamilySync
 
 log = logging.getLogger(__name__)
@@ -86,11 +88,12 @@ def make_families(config: Config, programs: list[Iptables]) -> dict[Family, Fami
 
 def _iptables(config: Config, programs: list[Iptables]) -> dict[Family, FamilySync]:
     try:
-        node = discover_iptables()
+        found = discover_iptables()
     except CommandError as error:
         raise StartError(f"iptables mode does not work here: {error}") from None
     families = {}
-    for family, iptables in node.programs.items():
+    counters = cache(make_counters)  # not before the first sync: a start that fails leaves nothing behind
+    for family, iptables in found.items():
         version = iptables.version()
         log.info("%s: %s", family.value, version)
         programs.append(iptables)
@@ -100,7 +103,7 @@ def _iptables(config: Config, programs: list[Iptables]) -> dict[Family, FamilySy
             dispatch_threshold=config.kproxy.iptables_dispatch_threshold,
             patching=version.finds_single_rules,
         )
-        contexts = Contexts(config, family, accounting=node.accounting, random_fully=version.random_fully)
+        contexts = Contexts(config, family, accounting=counters, random_fully=version.random_fully)
         families[family] = FamilySync(backend, contexts.make)
     return families
 
@@ -108,7 +111,7 @@ def _iptables(config: Config, programs: list[Iptables]) -> dict[Family, FamilySy
 def _nftables(config: Config, family: Family, commit: Commit, own: OwnChanges) -> FamilySync:
     return FamilySync(
         NftablesBackend(NftTable(family, commit), own),
-        Contexts(config, family, accounting=False, random_fully=True).make,
+        Contexts(config, family, accounting=lambda: False, random_fully=True).make,
         large_cluster_endpoints=math.inf,  # elements cost the same however many there are
     )
 
@@ -116,7 +119,8 @@ def _nftables(config: Config, family: Family, commit: Commit, own: OwnChanges) -
 class Contexts:
     """Makes the contexts of one family, and warns of what its settings cannot do on this node."""
 
-    def __init__(self, config: Config, family: Family, *, accounting: bool, random_fully: bool) -> None:
+    def __init__(self, config: Config, family: Family, *, accounting: Callable[[], bool], random_fully: bool) -> None:
+        """`accounting` is asked before the first sync whether nfacct counters can be used."""
         self._config = config
         self._family = family
         self._accounting = accounting
@@ -132,7 +136,7 @@ class Contexts:
             this_node(config),
             node,
             local_addresses() if follows_addresses(config) else (),
-            accounting=self._accounting,
+            accounting=self._accounting(),
             random_fully=self._random_fully,
         )
         warnings = (node_port_warning(config, node, context), local_traffic_warning(config, node, context))

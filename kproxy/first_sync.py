@@ -22,10 +22,11 @@ class FirstSync:
     """An observer that acts on each family's first success.
 
     It removes what the other mode left behind, and opens 127.0.0.1 to NodePorts, which is guarded by a rule of ours.
+    What could not be removed is tried again after the next success. The next sync waits for it, in a large cluster for
+    some seconds: beside syncs, which change tables all the time, neither would get to read them.
+
     Once every family in use has had its success, it removes what kube-proxy's ipvs mode left: an interface, for one,
-    that has addresses of both. What could not be removed is tried again after the next success. The next sync waits for
-    it, in a large cluster for some seconds: beside syncs, which change tables all the time, neither would get to read
-    them.
+    that has addresses of both. What of it could not be removed is tried again after the next sync of all Services.
     """
 
     def __init__(self, config: Config, families: Collection[Family]) -> None:
@@ -33,6 +34,7 @@ class FirstSync:
         self._families = frozenset(families)
         self._begun: set[Family] = set()
         self._done: set[Family] = set()
+        self._ipvs_done = False
         self._complaints: dict[Family, str] = {}
 
     def queued(self, family: Family, now: float) -> None:
@@ -44,19 +46,35 @@ class FirstSync:
     def synced(self, report: SyncReport) -> None:
         """Act if this is the family's first success, or if what was begun then could not be done."""
         family = report.family
-        if report.error or family in self._done:
+        if report.error:
             return
+        if family not in self._done:
+            self._act(family)
+        elif not report.complete:
+            return
+        if self._done == self._families and not self._ipvs_done:
+            self._remove_ipvs()
+
+    def _act(self, family: Family) -> None:
         if family not in self._begun and family is Family.IPV4:
             prepare_localhost_node_ports(self._config)
         self._begun.add(family)
         try:
             self._remove(family)
-            if self._done | {family} == self._families and (removed := remove_ipvs()):
-                log.info("%s", removed)
         except CommandError as error:
             self._complain(family, str(error))
         else:
             self._done.add(family)
+
+    def _remove_ipvs(self) -> None:
+        try:
+            removed = remove_ipvs()
+        except CommandError as error:
+            log.warning("what ipvs mode left is still there, and may take traffic of Services: %s", error)
+            return
+        self._ipvs_done = True
+        if removed:
+            log.info("%s", removed)
 
     def _remove(self, family: Family) -> None:
         """Remove what the other mode left of a family. Raises `CommandError`."""

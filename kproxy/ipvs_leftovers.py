@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Container, Iterable
 
 from msgspec import Struct
 
-from kproxy.host.interface import delete_interface, interface_addresses, interface_index
-from kproxy.host.ipset import destroy_sets, set_names, set_ports
+from kproxy.host.interface import delete_interface, interface_index
+from kproxy.host.ipset import Entry, destroy_sets, set_entries, set_names
 from kproxy.host.ipvs import VirtualServer, delete_virtual_servers, virtual_servers
+from kproxy.host.own_addresses import addresses_by_interface
 
 INTERFACE = "kube-ipvs0"
 """The interface that has the addresses of all Services, so that packets to them are taken for the node's own."""
@@ -21,19 +22,24 @@ _NODE_PORT_SETS = {
 }
 """The sets that NodePorts are in, of all traffic policies, and of which protocol they are."""
 
-_SETS = (
-    *_NODE_PORT_SETS,
-    "KUBE-NODE-PORT-LOCAL-TCP",
-    "KUBE-NODE-PORT-LOCAL-UDP",
-    "KUBE-NODE-PORT-LOCAL-SCTP-HASH",
+_ADDRESS_SETS = (
     "KUBE-CLUSTER-IP",
     "KUBE-EXTERNAL-IP",
     "KUBE-EXTERNAL-IP-LOCAL",
+    "KUBE-LOAD-BALANCER",
+    "KUBE-LOAD-BALANCER-LOCAL",
+)
+"""The sets that together hold address, protocol and port of every virtual server that is not for a NodePort."""
+
+_SETS = (
+    *_NODE_PORT_SETS,
+    *_ADDRESS_SETS,
+    "KUBE-NODE-PORT-LOCAL-TCP",
+    "KUBE-NODE-PORT-LOCAL-UDP",
+    "KUBE-NODE-PORT-LOCAL-SCTP-HASH",
     "KUBE-HEALTH-CHECK-NODE-PORT",
     "KUBE-IPVS-IPS",
-    "KUBE-LOAD-BALANCER",
     "KUBE-LOAD-BALANCER-FW",
-    "KUBE-LOAD-BALANCER-LOCAL",
     "KUBE-LOAD-BALANCER-SOURCE-CIDR",
     "KUBE-LOAD-BALANCER-SOURCE-IP",
     "KUBE-LOOP-BACK",
@@ -49,6 +55,7 @@ SETS = frozenset({*_SETS, *map(_of_ipv6, _SETS)})
 """The names of all sets. Other programs have sets that begin with KUBE- as well."""
 
 _PROTOCOL_OF = {**_NODE_PORT_SETS, **{_of_ipv6(name): number for name, number in _NODE_PORT_SETS.items()}}
+_WITH_ADDRESSES = frozenset({*_ADDRESS_SETS, *map(_of_ipv6, _ADDRESS_SETS)})
 
 
 class IpvsLeftovers(Struct, frozen=True):
@@ -62,10 +69,14 @@ class IpvsLeftovers(Struct, frozen=True):
 
 
 class Removal(Struct):
-    """What was removed, in a few words each, and for what stays one line that says why."""
+    """What was removed, in a few words each, and for what stays one line that says why.
+
+    `unfinished` says that virtual servers stay, and so does all that tells which they are: to try again may help.
+    """
 
     removed: list[str]
     problems: list[str]
+    unfinished: bool = False
 
 
 def find() -> IpvsLeftovers:
@@ -76,28 +87,39 @@ def find() -> IpvsLeftovers:
 def remove(found: IpvsLeftovers) -> Removal:
     """Remove what was found, and the virtual servers that go with it. No rule may use the sets any more."""
     done = Removal([], [])
-    if found.interface:
-        _try(done, "virtual servers of IPVS", lambda: _remove_servers(found, done))
-        _try(done, f"the interface {INTERFACE}", lambda: _remove_interface(found, done))
+    # Sets tell which virtual servers are kube-proxy's, and the interface that there may be some: they go last.
+    done.unfinished = bool(found.interface) and not _try(
+        done, "virtual servers of IPVS", lambda: _remove_servers(found, done)
+    )
+    if done.unfinished:
+        return done
     if found.sets:
         _try(done, "ipsets", lambda: _remove_sets(found, done))
+    if found.interface:
+        _try(done, f"the interface {INTERFACE}", lambda: _remove_interface(found, done))
     return done
 
 
-def theirs(
-    servers: Iterable[VirtualServer], addresses: Collection[str], node_ports: Collection[tuple[int, int]]
-) -> list[VirtualServer]:
-    """Return the virtual servers that are kube-proxy's: for a Service's address, or a NodePort (protocol, port).
+def theirs(servers: Iterable[VirtualServer], entries: Container[Entry], own: Container[str]) -> list[VirtualServer]:
+    """Return the virtual servers that are kube-proxy's, going by the entries of its sets and the node's own addresses.
 
-    Others may be there of keepalived, for one. kube-proxy's own clean-up does not make the difference.
+    An entry without an address is a NodePort, and stands for the node's own addresses. Virtual servers of keepalived,
+    for one, may be there too. kube-proxy's own clean-up does not make the difference.
     """
-    return [server for server in servers if server.address in addresses or (server.protocol, server.port) in node_ports]
+    return [
+        server
+        for server in servers
+        if Entry(server.address, server.protocol, server.port) in entries
+        or (Entry("", server.protocol, server.port) in entries and server.address in own)
+    ]
 
 
-def _remove_servers(found: IpvsLeftovers, done: Removal) -> None:
-    servers = theirs(virtual_servers(), interface_addresses(found.interface), _node_ports(found.sets))
+def _remove_servers(found: IpvsLeftovers, done: Removal) -> bool:
+    """Return whether all of kube-proxy's virtual servers are gone."""
+    present = virtual_servers()
+    servers = theirs(present, _entries(found.sets), _node_addresses(found.interface)) if present else []
     if not servers:
-        return
+        return True
     refused = delete_virtual_servers(servers)
     _count(done, len(servers) - len(refused), "virtual server")
     if refused:
@@ -106,24 +128,40 @@ def _remove_servers(found: IpvsLeftovers, done: Removal) -> None:
             f"{len(refused)} virtual servers of IPVS cannot be removed, such as {server.address} "
             f"port {server.port}: {reason}"
         )
+    return not refused
 
 
-def _node_ports(names: Iterable[str]) -> set[tuple[int, int]]:
-    return {(_PROTOCOL_OF[name], port) for name in names if name in _PROTOCOL_OF for _, port in set_ports(name) if port}
+def _node_addresses(interface: int) -> frozenset[str]:
+    """Return the node's own addresses; those of ipvs mode's interface are Services'."""
+    found = addresses_by_interface(socket.AF_UNSPEC)
+    return frozenset().union(*(addresses for index, addresses in found.items() if index != interface))
 
 
-def _remove_interface(found: IpvsLeftovers, done: Removal) -> None:
+def _entries(names: Iterable[str]) -> set[Entry]:
+    """Return what sets hold that tell of virtual servers."""
+    found: set[Entry] = set()
+    for name in names:
+        if name in _WITH_ADDRESSES:
+            found |= set_entries(name)
+        elif name in _PROTOCOL_OF:
+            found |= {Entry("", _PROTOCOL_OF[name], entry.port) for entry in set_entries(name)}
+    return found
+
+
+def _remove_interface(found: IpvsLeftovers, done: Removal) -> bool:
     delete_interface(found.interface)
     done.removed.append(f"the interface {INTERFACE}")
+    return True
 
 
-def _remove_sets(found: IpvsLeftovers, done: Removal) -> None:
+def _remove_sets(found: IpvsLeftovers, done: Removal) -> bool:
     refused = destroy_sets(found.sets)
     _count(done, len(found.sets) - len(refused), "ipset")
     reasons: dict[str, list[str]] = {}
     for name, reason in refused.items():
         reasons.setdefault(reason, []).append(name)
     done.problems += [f"ipsets {', '.join(names)} cannot be removed: {reason}" for reason, names in reasons.items()]
+    return not refused
 
 
 def _count(done: Removal, number: int, what: str) -> None:
@@ -131,8 +169,9 @@ def _count(done: Removal, number: int, what: str) -> None:
         done.removed.append(f"{number} {what}{'s' * (number != 1)}")
 
 
-def _try(done: Removal, what: str, step: Callable[[], None]) -> None:
+def _try(done: Removal, what: str, step: Callable[[], bool]) -> bool:
     try:
-        step()
+        return step()
     except OSError as error:
         done.problems.append(f"{what} cannot be removed: {error.strerror}")
+        return False

@@ -56,7 +56,7 @@ def remove_ipvs() -> str:
 
     What cannot be removed is warned about. Chains that ipvs mode shares with iptables mode are not looked at: in
     iptables mode they are ours by now, in nftables mode `remove_iptables` takes them. Raises `CommandError` if
-    iptables fails.
+    iptables fails, or if virtual servers stay, and the interface and the sets with them.
     """
     try:
         if not ipvs_leftovers.find():
@@ -72,12 +72,17 @@ def remove_ipvs() -> str:
 
 
 def _remove_ipvs_objects() -> str:
-    """Remove what ipvs mode left beside its rules; say what was removed, and warn about what was not."""
+    """Remove what ipvs mode left beside its rules; say what was removed, and warn about what was not.
+
+    Raises `CommandError` if virtual servers stay, and the interface and the sets with them.
+    """
     try:
         done = ipvs_leftovers.remove(ipvs_leftovers.find())
     except OSError as error:
         log.warning("cannot look for what ipvs mode left: %s", error.strerror)
         return ""
+    if done.unfinished:
+        raise CommandError(f"{'; '.join(done.problems)}. Its interface and its ipsets stay as well")
     for problem in done.problems:
         log.warning("%s", problem)
     return ", ".join(done.removed)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from ipaddress import ip_address
 from pathlib import Path
-
-from msgspec import Struct
 
 from kproxy.host.mixup import other_variant_rules
 from kproxy.host.nfacct import ensure_counters
-from kproxy.host.run import CommandError
+from kproxy.host.own_addresses import own_addresses
+from kproxy.host.run import CommandError, UndecidedError
 from kproxy.iptables.apply import Iptables
 from kproxy.iptables.base import INVALID_COUNTER
 from kproxy.iptables.probe import check_tables
@@ -24,17 +24,14 @@ log = logging.getLogger(__name__)
 IPV6_ADDRESSES = Path("/proc/thread-self/net/if_inet6")
 
 
-class IptablesNode(Struct, frozen=True):
-    """The iptables of each family that works here, and whether packets can be counted by nfacct."""
+def discover_iptables() -> dict[Family, Iptables]:
+    """Return the iptables of each family that works here.
 
-    programs: dict[Family, Iptables]
-    accounting: bool
+    Raises `CommandError` if none works, or IPv4 does not and is needed.
 
-
-def discover_iptables() -> IptablesNode:
-    """Look at what iptables mode needs. Raises `CommandError` if no family works.
-
-    A family that does not work is left out with a warning: a kernel without IPv6, or without NAT for it, is ordinary.
+    A family that the kernel refuses is left out with a warning: a kernel without IPv6, or without NAT for it, is
+    ordinary. What may work a moment later, such as a program that hung, is no reason to leave anything out: it raises
+    `UndecidedError`.
     """
     found: dict[Family, Iptables] = {}
     reasons: dict[Family, str] = {}
@@ -42,23 +39,26 @@ def discover_iptables() -> IptablesNode:
         iptables = Iptables(family)
         try:
             check_tables(family, iptables.version())
+        except UndecidedError:
+            raise
         except CommandError as error:
             reasons[family] = str(error)
         else:
             found[family] = iptables
-    if not found:
+    if not found or _is_needed(reasons):
         raise CommandError(_all_of(reasons))
     _leave_out(reasons)
     version = next(iter(found.values())).version()
     if warning := other_variant_rules(ours_is_nft=version.nft):
         log.warning("%s", warning)
-    return IptablesNode(found, _counters_exist())
+    return found
 
 
 def discover_nftables() -> dict[Family, Commit]:
-    """Return by which way the kernel takes each family's transactions. Raises `UnsupportedError` if none works.
+    """Return by which way the kernel takes each family's transactions.
 
-    A family that does not work is left out with a warning.
+    A family that does not work is left out with a warning. Raises `UnsupportedError` if none works, or IPv4 does not
+    and is needed.
     """
     ways: dict[Family, Commit] = {}
     reasons: dict[Family, str] = {}
@@ -67,7 +67,7 @@ def discover_nftables() -> dict[Family, Commit]:
             ways[family] = way_to_commit(family)
         except UnsupportedError as error:
             reasons[family] = str(error)
-    if not ways:
+    if not ways or _is_needed(reasons):
         raise UnsupportedError(_all_of(reasons))
     _leave_out(reasons)
     return ways
@@ -75,6 +75,11 @@ def discover_nftables() -> dict[Family, Commit]:
 
 def _families() -> list[Family]:
     return [family for family in Family if family is not Family.IPV6 or _has_ipv6()]
+
+
+def _is_needed(refused: Collection[Family]) -> bool:
+    """Return whether IPv4 is refused on a machine with IPv4 addresses, which might then have no rule at all."""
+    return Family.IPV4 in refused and any(not ip_address(each).is_loopback for each in own_addresses(Family.IPV4))
 
 
 def _leave_out(reasons: Mapping[Family, str]) -> None:
@@ -97,7 +102,8 @@ def _has_ipv6() -> bool:
     return False
 
 
-def _counters_exist() -> bool:
+def make_counters() -> bool:
+    """Create the counters that rules name; return whether they are there. If not, a warning says why."""
     try:
         ensure_counters((INVALID_COUNTER, LOCALHOST_COUNTER))
     except OSError as error:

@@ -60,6 +60,10 @@ apt() {
     apt-get -qq -o Dpkg::Use-Pty=0 -o DPkg::Lock::Timeout=300 "$@"
 }
 
+case ${1-} in
+tests | image | fresh) ;;
+*) echo "usage: packages.sh tests|image|fresh" >&2 && exit 2 ;;
+esac
 "$1"
 [ -z "$missing" ] && exit 0
 if ! command -v apt-get >/dev/null 2>&1; then

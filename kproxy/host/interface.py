@@ -1,4 +1,4 @@
-"""One network interface by its name: its addresses, and taking it away (rtnetlink(7))."""
+"""One network interface by its name: looking for it, and taking it away (rtnetlink(7))."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import socket
 import struct
 
 from kproxy.host.netlink import NetlinkSocket
-from kproxy.host.own_addresses import addresses_by_interface
 
 _RTM_DELLINK = 17
 _IFINFOMSG = struct.Struct("=BxHiII")
@@ -18,11 +17,6 @@ def interface_index(name: str) -> int:
         return socket.if_nametoindex(name)
     except OSError:
         return 0
-
-
-def interface_addresses(index: int) -> frozenset[str]:
-    """Return the addresses of an interface, of both families. Raises `OSError`."""
-    return addresses_by_interface(socket.AF_UNSPEC).get(index, frozenset())
 
 
 def delete_interface(index: int) -> None:

@@ -9,7 +9,10 @@ import os
 import struct
 from collections.abc import Iterator, Sequence
 from functools import partial
+from ipaddress import ip_address
 from pathlib import Path
+
+from msgspec import Struct
 
 from kproxy.host.netlink import (
     NETLINK_NETFILTER,
@@ -24,7 +27,8 @@ from kproxy.host.netlink import (
 _SUBSYSTEM = 6 << 8  # NFNL_SUBSYS_IPSET
 _DESTROY, _LIST = 3, 7
 _PROTOCOL, _SETNAME, _FLAGS, _DATA, _ADT = 1, 2, 6, 7, 8
-_PORT, _PROTO = 4, 7
+_IP, _PORT, _PROTO = 1, 4, 7
+_IP_VERSIONS = (1, 2)
 _NET_BYTEORDER = 0x4000
 _NAMES_ONLY = 1 << 1
 
@@ -54,12 +58,20 @@ def _names() -> list[str]:
         ]
 
 
-def set_ports(name: str) -> set[tuple[int, int]]:
-    """Return protocol (0: its type has none) and port of each entry of a set that has ports. Raises `OSError`."""
-    return retried(partial(_ports, name))
+class Entry(Struct, frozen=True):
+    """One entry of a set of ports: its address ("" if its type has none), protocol (0: none) and port."""
+
+    address: str
+    protocol: int
+    port: int
 
 
-def _ports(name: str) -> set[tuple[int, int]]:
+def set_entries(name: str) -> set[Entry]:
+    """Return the entries of a set, none if they have no ports. Raises `OSError`."""
+    return retried(partial(_entries_of, name))
+
+
+def _entries_of(name: str) -> set[Entry]:
     with NetlinkSocket(NETLINK_NETFILTER) as netlink:
         return {
             entry
@@ -68,13 +80,19 @@ def _ports(name: str) -> set[tuple[int, int]]:
         }
 
 
-def _entries(data: bytes, begin: int, end: int) -> Iterator[tuple[int, int]]:
+def _entries(data: bytes, begin: int, end: int) -> Iterator[Entry]:
     entries = attributes(data, begin, end).get(_ADT)
     for kind, first, last in each_attribute(data, *entries) if entries else ():
         found = attributes(data, first, last)
         if kind == _DATA and _PORT in found:
             (port,) = struct.unpack_from(">H", data, found[_PORT][0])
-            yield data[found[_PROTO][0]] if _PROTO in found else 0, port
+            address = _address(data, *found[_IP]) if _IP in found else ""
+            yield Entry(address, data[found[_PROTO][0]] if _PROTO in found else 0, port)
+
+
+def _address(data: bytes, begin: int, end: int) -> str:
+    versions = attributes(data, begin, end)
+    return next(str(ip_address(data[slice(*versions[each])])) for each in _IP_VERSIONS if each in versions)
 
 
 def destroy_sets(names: Sequence[str]) -> dict[str, str]:

@@ -20,8 +20,16 @@ class CommandError(Exception):
     """A program could not be run, or ended with an error; the message says which and why, on one line."""
 
 
+class UndecidedError(CommandError):
+    """A question has no answer, because a program hung or the kernel could not be asked: asking again may help."""
+
+
+HUNG = -1
+"""The exit status of a program that was ended for taking too long."""
+
+
 class Completed(Struct, frozen=True):
-    """How a program ended: `code` is its exit status, -1 if it was ended for taking too long."""
+    """How a program ended: `code` is its exit status, `HUNG` if it was ended for taking too long."""
 
     code: int
     stdout: str
@@ -213,7 +221,7 @@ def _kill(process: subprocess.Popen[str]) -> None:
 
 
 def _hung(argv: Sequence[str], timeout: float) -> Completed:
-    return Completed(-1, "", f"{argv[0]} did not end within {timeout:.0f} s")
+    return Completed(HUNG, "", f"{argv[0]} did not end within {timeout:.0f} s")
 
 
 def _file_of(name: str) -> BinaryIO:

@@ -14,7 +14,7 @@ from msgspec import Struct
 
 from kproxy.host.netlink import retried
 from kproxy.host.nft_rules import count_rules
-from kproxy.host.run import CommandError, Completed, Programs, first_line
+from kproxy.host.run import HUNG, CommandError, Completed, Programs, UndecidedError, first_line
 from kproxy.iptables.names import Chain
 from kproxy.iptables.text import TABLES, incompatible_line, parse_rules, parse_save
 from kproxy.model.types import Family
@@ -119,7 +119,8 @@ class Iptables:
     def _ask_version(self) -> IptablesVersion:
         done = self._programs.run([self._prefix, "--version"], timeout=START_SECONDS)
         if done.code:
-            raise CommandError(f"{self._prefix} --version failed: {first_line(done.stderr)}")
+            error = UndecidedError if done.code == HUNG else CommandError
+            raise error(f"{self._prefix} --version failed: {first_line(done.stderr)}")
         return parse_version(done.stdout)
 
     @contextmanager

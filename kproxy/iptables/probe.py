@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kproxy.host.nft_nat import nat_refused
-from kproxy.host.run import CommandError, run
+from kproxy.host.run import HUNG, CommandError, UndecidedError, first_line, run
 from kproxy.iptables.apply import LOCK_WAIT_SECONDS, START_SECONDS, IptablesVersion, program_of, restore_error
 from kproxy.iptables.text import TABLES
 from kproxy.model.types import Family
@@ -21,7 +21,7 @@ _LOCKED = 4
 
 
 def check_tables(family: Family, version: IptablesVersion) -> None:
-    """Raise `CommandError` if the kernel lacks one of the tables that Services need.
+    """Raise `CommandError` if the kernel lacks a table that Services need, `UndecidedError` if that cannot be told.
 
     iptables-legacy is asked, in one run of a program, for those tables that do not exist yet; that creates them, as the
     first sync would. iptables-nft asks the kernel only when it has something to write, so the kernel is asked directly.
@@ -35,7 +35,7 @@ def _refused_by_nft(family: Family) -> str:
     try:
         return nat_refused(family)
     except OSError as error:
-        return f"it cannot be asked: {error.strerror}"
+        raise UndecidedError(f"cannot ask the kernel for its tables of {family.value}: {error.strerror}") from None
 
 
 def _refused_by_legacy(family: Family, program: str) -> str:
@@ -44,6 +44,8 @@ def _refused_by_legacy(family: Family, program: str) -> str:
     if not text:
         return ""
     done = run([program, "--test", "--noflush", "-w", str(LOCK_WAIT_SECONDS)], text, timeout=START_SECONDS)
+    if done.code == HUNG:
+        raise UndecidedError(first_line(done.stderr))
     return str(restore_error(program, done.code, done.stderr, lambda _: "")) if done.code not in {0, _LOCKED} else ""
 
 

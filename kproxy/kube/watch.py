@@ -25,6 +25,12 @@ PAGE_SIZE = 500
 INACTIVITY = 90.0
 """Seconds without a byte after which a connection counts as dead: bookmarks come about every 60 s."""
 
+BOOKMARK_DUE = 0.8
+"""The part of `INACTIVITY` after which a bookmark should have come: shorter connections may well end without one."""
+
+SHORT_SILENCES = 20
+"""How many seconds of silence on shorter connections count as one second: all is listed anew after an hour of that."""
+
 SILENCES = 2
 """Times `INACTIVITY` without an event or bookmark, over however many connections, after which all is listed anew.
 
@@ -187,9 +193,10 @@ class ListWatch:
         """Note that a connection was silent for so long at its end, and start over with a list after too much of it."""
         if not self._version or self._heard:
             return
-        self._quiet += seconds
+        # Behind a load balancer that cuts quiet connections, no bookmark may ever come: that alone says little.
+        self._quiet += seconds if seconds >= BOOKMARK_DUE * self.inactivity else seconds / SHORT_SILENCES
         if self._quiet >= SILENCES * self.inactivity:
-            self.trouble = f"no event or bookmark about {self.resource} for {self._quiet:.0f} s: listing them anew"
+            self.trouble = f"no event or bookmark about {self.resource} for long: listing them anew"
             self._forget()
             self._version, self._missed = "", False
 

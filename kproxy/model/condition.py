@@ -29,7 +29,8 @@ class Tally(Struct, frozen=True):
 
     `without_endpoints` have a port without any endpoint, `dropped` one without an endpoint on this node under policy
     Local, `in_conflict` lose a frontend to another Service. `refused` are objects that could not be used, `ignored` are
-    headless or ExternalName Services, or those of another proxy.
+    headless or ExternalName Services, or those of another proxy, as far as files have them: the API server is asked not
+    to send them.
     """
 
     without_endpoints: int = 0

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from ipaddress import ip_address
 from typing import NamedTuple
 
+from kproxy.model.claims import Rank, external_rank
 from kproxy.model.context import Context
 from kproxy.model.endpoints import socket_text, split_socket_text
 from kproxy.model.outcome import Plans
@@ -21,7 +22,9 @@ Endpoints = frozenset[str]
 
 
 class UdpFrontend(NamedTuple):
-    """One UDP frontend: the endpoints that its flows may keep, and which clients its rules translate.
+    """One UDP frontend: the endpoints that its flows may keep, which clients its rules translate, and whose it is.
+
+    Of several Services with the same frontend, the one with the least `claim` holds it (`kproxy.model.claims`).
 
     `translates` compares equal as long as the same clients are sent to an endpoint at all. The packets of all others
     are meant to be rejected or dropped, but rules that come before ours may accept them: they then leave the node
@@ -30,14 +33,15 @@ class UdpFrontend(NamedTuple):
 
     endpoints: Endpoints
     translates: tuple[object, ...]
+    claim: tuple[int, str]
 
 
 class UdpFrontends:
     """The UDP frontends of one family that the kernel has accepted, and which of them may have stale flows.
 
-    A frontend is under suspicion when it is new, is gone, has lost an endpoint, or translates the packets of other
-    clients than before (its decision, or who is allowed to use it, changed). It stays so until `cleaned`. Nothing is
-    kept about other protocols.
+    A frontend is under suspicion when it is new, is gone, has lost an endpoint, passes to another Service, or
+    translates the packets of other clients than before (its decision, or who is allowed to use it, changed). It stays
+    so until `cleaned`. Nothing is kept about other protocols.
     """
 
     def __init__(self) -> None:
@@ -87,10 +91,27 @@ class UdpFrontends:
         living = next((frontend for frontend in frontends if frontend in self._owners), None)
         if living is None:
             return source != destination
-        return not any(source in self._services[key][living].endpoints for key in self._owners[living])
+        holder = self._holder(living)
+        return holder is None or source not in holder.endpoints
+
+    def _holder(self, frontend: str) -> UdpFrontend | None:
+        """Return the state of a frontend as the Service has it that holds it."""
+        states = [self._services[key][frontend] for key in self._owners.get(frontend, ())]
+        return min(states, key=lambda state: state.claim, default=None)
 
     def _replace(self, key: ServiceKey, new: dict[str, UdpFrontend]) -> None:
-        old = self._services.pop(key, {})
+        old = self._services.get(key, {})
+        # A Service may lose a frontend to another, or get it from it, when its claim becomes worse or better.
+        shared = [each for each in old.keys() | new.keys() if self._owners.get(each, set()) - {key}]
+        before_holders = {each: self._holder(each) for each in shared}
+        self._put(key, old, new)
+        for frontend, before_holder in before_holders.items():
+            holder = self._holder(frontend)
+            if before_holder and holder and before_holder.claim[1] != holder.claim[1]:
+                self._suspects.add(frontend)
+
+    def _put(self, key: ServiceKey, old: dict[str, UdpFrontend], new: dict[str, UdpFrontend]) -> None:
+        self._services.pop(key, None)
         if new:
             self._services[key] = new
         for frontend in old.keys() - new.keys():
@@ -124,16 +145,19 @@ def udp_frontends(ports: Sequence[ServicePortPlan]) -> dict[str, UdpFrontend]:
             continue
         serving = frozenset(plan.serving_endpoints)
         cluster, local = serving.union(plan.cluster_endpoints), serving.union(plan.local_endpoints)
-        internal = UdpFrontend(local if plan.internal_local else cluster, (plan.internal is Decision.FORWARD,))
+        own = (Rank.CLUSTER_IP, plan.name)
+        internal = UdpFrontend(local if plan.internal_local else cluster, (plan.internal is Decision.FORWARD,), own)
         found[socket_text(plan.cluster_ip, plan.port)] = internal
         # Pods and the node itself may reach a policy Local frontend's other endpoints too.
         endpoints = cluster | local if plan.external_local else cluster
         everybody = (plan.external is Decision.FORWARD, bool(plan.cluster_endpoints))
-        external = restricted = UdpFrontend(endpoints, everybody)
+        claim = (external_rank(plan), plan.name)
+        external = restricted = UdpFrontend(endpoints, everybody, claim)
         if plan.source_ranges:
-            restricted = UdpFrontend(endpoints, (*everybody, plan.source_ranges, plan.vips_are_sources))
-        found |= {socket_text(address, plan.port): external for address in plan.external_ips}
-        found |= {socket_text(address, plan.port): restricted for address in plan.vips}
+            restricted = UdpFrontend(endpoints, (*everybody, plan.source_ranges, plan.vips_are_sources), claim)
+        others = {socket_text(address, plan.port): external for address in plan.external_ips}
+        others |= {socket_text(address, plan.port): restricted for address in plan.vips}
+        found = others | found  # what a Service has as its ClusterIP, it needs not claim by another name
         if plan.node_port:
             found[socket_text("", plan.node_port)] = external
     return found

@@ -39,7 +39,8 @@ class ServicePortPlan(Struct, frozen=True, gc=False):
     With `source_ranges`, only these sources may use the VIPs (never applied to the other frontends);
     `vips_are_sources` adds the VIPs themselves, because a node that is allowed may talk to a VIP which it holds as a
     local address. `unrestricted` says that the Service names source ranges, but all of them of the other family: then
-    the VIPs of this one are open to everybody, as in kube-proxy.
+    the VIPs of this one are open to everybody, as in kube-proxy. `dual_stack` says that the Service has a ClusterIP of
+    the other family, too.
 
     For UDP, `serving_endpoints` are all that still answer, whether or not new flows go to them: those that they have
     may stay. `endpoints_here` are those of the endpoints in use that are, or may be, on this node: one without
@@ -73,6 +74,7 @@ class ServicePortPlan(Struct, frozen=True, gc=False):
     endpoints_here: Sockets = ()
     local_ready: tuple[str, ...] = ()
     unrestricted: bool = False
+    dual_stack: bool = False
 
     @property
     def name(self) -> str:
@@ -156,6 +158,7 @@ def _plan_port(
         endpoints_here=_may_be_on(context.node_name, known, (cluster, local)),
         local_ready=_ready_on(context.node_name, known.values()) if service.health_check_node_port else (),
         unrestricted=bool(vips and service.source_ranges and not named),
+        dual_stack=len({family_of(ip) for ip in service.cluster_ips}) > 1,
     )
 
 

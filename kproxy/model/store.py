@@ -94,10 +94,6 @@ class Store:
         """How many Services the last list held that get no rules."""
         return self._ignored
 
-    def has_service(self, key: ServiceKey) -> bool:
-        """Return whether there is a Service of that name."""
-        return key in self._services
-
     def service_keys(self) -> Iterator[ServiceKey]:
         """Iterate over all Services."""
         return iter(self._services)
@@ -123,6 +119,8 @@ class Store:
         if isinstance(delta, Refused):
             if delta.kind is Service:
                 self._refused.add((delta.namespace, delta.name))
+            if delta.kind is Node and delta.name == self._node_name:
+                self._node_exists = True
             return Changed()
         return self._remove(delta.kind, delta.namespace, delta.name)
 

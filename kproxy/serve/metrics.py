@@ -79,7 +79,6 @@ class Metrics:
         self._show_rules(name, sync.written)
         self._series.without_endpoints.labels(name).set(sync.tally.without_endpoints)
         self._series.in_conflict.labels(name).set(sync.tally.in_conflict)
-        self._series.refused_services.set(sync.tally.refused)
         gaps = self._gaps[sync.family]
         gaps.update(sync.plans, complete=sync.complete)
         for policy, number in zip(POLICIES, gaps.totals, strict=True):
@@ -92,6 +91,10 @@ class Metrics:
     def node_missing(self, missing: bool) -> None:
         """Show whether this machine's Node does not exist."""
         self._series.node_missing.set(missing)
+
+    def show_refused(self, read: Callable[[], int]) -> None:
+        """Show from now on what `read` returns as the number of refused Services: it changes without a sync."""
+        self._series.refused_services.set_function(read)
 
     def conntrack_reconciled(self, family: Family, seconds: float, deleted: int) -> None:
         """Count one look for stale conntrack entries and how many were deleted."""

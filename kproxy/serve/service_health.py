@@ -31,6 +31,7 @@ class FamilyHealth(Struct, frozen=True):
     port: int
     hosts: tuple[str, ...] | None
     endpoints: int
+    dual_stack: bool
 
 
 class ServiceHealthObserver:
@@ -74,19 +75,19 @@ def family_health(plans: Sequence[ServicePortPlan], context: Context) -> FamilyH
     if not plans or not plans[0].health_check_node_port:
         return None
     ready = {address for plan in plans for address in plan.local_ready}
-    return FamilyHealth(plans[0].health_check_node_port, context.node_port_addresses, len(ready))
+    return FamilyHealth(plans[0].health_check_node_port, context.node_port_addresses, len(ready), plans[0].dual_stack)
 
 
 def service_health(families: Mapping[Family, FamilyHealth]) -> ServiceHealth:
     """Return where a Service's health is asked for, and what each family answers there.
 
     Each family of a dual-stack Service answers for its own endpoints: a load balancer of one family must not send
-    connections to a node that could serve only the other. A Service of one family whose NodePorts answer on all
-    addresses is asked about on those of both.
+    connections to a node that could serve only the other, even while nothing is known of the other yet. A Service of
+    one family whose NodePorts answer on all addresses is asked about on those of both.
     """
     if len(families) == 1:
         (health,) = families.values()
-        if health.hosts is None:
+        if health.hosts is None and not health.dual_stack:
             return ServiceHealth({Address("", health.port): health.endpoints})
     return ServiceHealth(
         {

@@ -37,6 +37,12 @@ class Conditions:
         self._rejected = self._dropped = 0
         self._lost: set[ServiceKey] = set()
         self._conflicts: frozenset[Conflict] = frozenset()
+        self._begun = False
+
+    @property
+    def troubled(self) -> frozenset[ServiceKey]:
+        """The Services of which it would be told if their trouble ended."""
+        return frozenset(self._lost) | {_service_of(conflict.loser) for conflict in self._conflicts}
 
     def tally(self, store: Store) -> Tally:
         """Return how many Services are in which condition."""
@@ -54,14 +60,16 @@ class Conditions:
         examined: Collection[ServiceKey] | None,
         appeared: Collection[ServiceKey],
         conflicts: Collection[Conflict],
+        left: Collection[ServiceKey] = (),
     ) -> tuple[Notice, ...]:
         """Take in what a sync found once the kernel has accepted it, and return what is worth telling.
 
         `found` has the Services in a condition among the `examined` ones, None for all there are. Those that `appeared`
-        since the last sync may well be waiting for their first endpoint: that is no news. `conflicts` are all that
-        there are now.
+        since the last sync, or are there at the first one, may well be waiting for their first endpoint: that is no
+        news. `conflicts` are all that there are now. Those of the `troubled` Services that `left` are deleted or served
+        in the other family only: that their trouble is over is no news either.
         """
-        notices = list(self._of_conflicts(frozenset(conflicts)))
+        notices = list(self._of_conflicts(frozenset(conflicts), left))
         gone = [
             key for key in (self._known if examined is None else examined) if key in self._known and key not in found
         ]
@@ -69,17 +77,14 @@ class Conditions:
             self._put(key, None)
             if key in self._lost:
                 self._lost.discard(key)
-                notices.append(self._notice(key, "EndpointsAvailable", "has endpoints again"))
+                if key not in left:
+                    notices.append(self._notice(key, "EndpointsAvailable", "has endpoints again"))
         for key, condition in found.items():
-            notices += self._of_service(key, self._known.get(key), condition, new=key in appeared)
+            new = key in appeared or not self._begun
+            notices += self._of_service(key, self._known.get(key), condition, new=new)
             self._put(key, condition)
+        self._begun = True
         return tuple(notices)
-
-    def forget(self, keys: Collection[ServiceKey]) -> None:
-        """Forget Services that are deleted: that they have no endpoints any more is no news."""
-        for key in keys:
-            self._put(key, None)
-            self._lost.discard(key)
 
     def _put(self, key: ServiceKey, condition: Condition | None) -> None:
         before = self._known.pop(key, None)
@@ -108,13 +113,13 @@ class Conditions:
                 f"all sources; add {name} ranges",
             )
 
-    def _of_conflicts(self, now: frozenset[Conflict]) -> Iterator[Notice]:
+    def _of_conflicts(self, now: frozenset[Conflict], left: Collection[ServiceKey]) -> Iterator[Notice]:
         before, self._conflicts = self._conflicts, now
         for each in sorted(now - before):
-            text = f"{each.loser} and {each.holder} both claim {each.frontend}: {each.holder} gets all traffic to it"
+            text = f"{each.loser} and {each.holder} both claim {each.frontend}: traffic goes to {each.holder} only"
             yield Notice(_service_of(each.loser), "FrontendConflict", f"{self._family.value}: {text}")
-        for each in sorted(before - now):
-            text = f"{each.loser} does not lose {each.frontend} to {each.holder} any longer"
+        for each in sorted(conflict for conflict in before - now if _service_of(conflict.loser) not in left):
+            text = f"{each.loser} no longer loses {each.frontend} to {each.holder}"
             yield Notice(_service_of(each.loser), "ConflictResolved", f"{self._family.value}: {text}")
 
     def _notice(self, key: ServiceKey, kind: NoticeKind, text: str) -> Notice:

@@ -97,7 +97,7 @@ class FamilySync:
                 everything = True
                 plans = planner = Planner(store, context, everything=True, pending=self._pending)
         written = self._backend.sync(plans, context)
-        notices = self._notice(store, planner, written, everything=everything)
+        notices = self._notice(planner, written, everything=everything)
         self._applied = context
         self._pending.clear()
         self._appeared.clear()
@@ -107,13 +107,14 @@ class FamilySync:
         tally = self._conditions.tally(store) if self._conditions else Tally()
         return Outcome(told, len(plans), everything, context, written, last_changes, tally, notices)
 
-    def _notice(self, store: Store, planner: Planner, written: Written, *, everything: bool) -> tuple[Notice, ...]:
+    def _notice(self, planner: Planner, written: Written, *, everything: bool) -> tuple[Notice, ...]:
         """Take in the conditions that the Services are in now; return what is worth telling."""
         if self._conditions is None:
             self._conditions = Conditions(planner.family)
-        self._conditions.forget([key for key in self._pending if not store.has_service(key)])
         examined = None if everything else self._pending
-        return self._conditions.accept(planner.conditions, examined, self._appeared, written.conflicts)
+        troubled = self._conditions.troubled
+        left = [key for key in (troubled if examined is None else troubled & examined) if not planner[key]]
+        return self._conditions.accept(planner.conditions, examined, self._appeared, written.conflicts, left)
 
     def _context(self, store: Store) -> Context:
         context = self._make_context(store.node)

@@ -59,12 +59,14 @@ class NodeWatch:
         has_pod_cidrs = store.node is not None and bool(store.node.pod_cidrs)
         self._programs = self._programs or has_pod_cidrs
         if missing:
-            what = f'Node "{self._name}" was deleted' if store.node else f'Node "{self._name}" does not exist'
-            effect = "no endpoint counts as local, and /healthz answers 503"
+            if store.node and self._programs:
+                effect = "/healthz answers 503; kproxy keeps its last known zone, addresses and podCIDRs"
+                return f'Node "{self._name}" was deleted: {effect}'
+            effect = "zone, addresses and podCIDRs are unknown, and /healthz answers 503"
             if not self._programs:
                 effect = "nothing is programmed until it exists and has podCIDRs (detectLocalMode: NodeCIDR)"
             remedy = "if this machine's Node has another name, set --hostname-override (hostnameOverride)"
-            return f"{what}: {effect}; {remedy}"
+            return f'Node "{self._name}" not found: {effect}; {remedy}'
         if self._needs_pod_cidrs and not has_pod_cidrs:
             effect = "traffic of this node's pods is not recognized" if self._programs else "nothing is programmed"
             remedy = "have them allocated (kube-controller-manager --allocate-node-cidrs), or use another mode"

@@ -46,4 +46,4 @@ class Notices:
                 log.log(level, "%s", notice.text)
             if len(notices) > LINES_PER_SYNC:
                 more = len(notices) - LINES_PER_SYNC
-                log.log(level, "%s: the same is true of %d more Services (%s)", report.family.value, more, kind)
+                log.log(level, "%s: %d more Services with reason %s not listed", report.family.value, more, kind)

@@ -182,6 +182,7 @@ class Reconciler:
                 schedule.request()
             elif not sync.verify():
                 log.warning("%s: somebody else has removed rules of ours: putting them back", family.value)
+                self._synced.discard(family)  # that they are back is worth a line
                 schedule.request()
         self._next_check = self._clock() + self._check_interval
 
@@ -213,7 +214,7 @@ class Reconciler:
         return True
 
     def _log_sync(self, family: Family, outcome: Outcome, began: float, ended: float) -> None:
-        """Log a sync: at once if it is the first or ends a failure, else as a part of the next summary."""
+        """Log a sync: at once if it is the first, ends a failure or puts rules back, else in the next summary."""
         seconds = ended - began
         text = synced_text(family, outcome.services, seconds, outcome.tally, complete=outcome.complete)
         failed = self._failing_since.pop(family, None)
@@ -223,7 +224,7 @@ class Reconciler:
             self._synced.add(family)
             log.info("%s", text)
             return
-        self._summaries[family].add(ended, outcome.services, seconds, outcome.tally)
+        self._summaries[family].add(ended, outcome.services, seconds, outcome.tally, complete=outcome.complete)
         log.log(V2, "%s", text)
 
     def _tell(self, what: Callable[[Observer], None]) -> None:

@@ -44,16 +44,23 @@ class Summary:
     def __init__(self, family: Family) -> None:
         self._family = family
         self._since = 0.0
-        self._syncs = self._services = 0
-        self._longest = 0.0
         self._tally = Tally()
+        self._begin()
 
-    def add(self, now: float, services: int, seconds: float, tally: Tally) -> None:
-        """Note a sync that succeeded just now."""
+    def _begin(self) -> None:
+        self._syncs = self._complete = self._changed = self._all = 0
+        self._longest = 0.0
+
+    def add(self, now: float, services: int, seconds: float, tally: Tally, *, complete: bool) -> None:
+        """Note a sync that succeeded just now, of all Services if `complete`, else of some that may have changed."""
         if not self._syncs:
             self._since = now
         self._syncs += 1
-        self._services += services
+        if complete:
+            self._complete += 1
+            self._all = services
+        else:
+            self._changed += services
         self._longest = max(self._longest, seconds)
         self._tally = tally
 
@@ -65,10 +72,14 @@ class Summary:
         """Return the summary if it is due, else "", and begin anew after it."""
         if self.wait(now) != 0.0:
             return ""
-        name, count = self._family.value, counted(self._syncs, "sync")
-        services, longest = counted(self._services, "changed service"), seconds_text(self._longest)
-        text = f"{name}: {count} in the last {now - self._since:.0f} s: {services}, the longest took {longest}"
-        text += tally_text(self._tally)
-        self._syncs = self._services = 0
-        self._longest = 0.0
+        parts = []
+        if self._syncs > self._complete:
+            parts.append(counted(self._changed, "changed service"))
+        if self._complete:
+            parts.append(f"{self._complete:,} of all {counted(self._all, 'service')}")
+        text = (
+            f"{self._family.value}: {counted(self._syncs, 'sync')} in the last {now - self._since:.0f} s: "
+            f"{', '.join(parts)}, the longest took {seconds_text(self._longest)}{tally_text(self._tally)}"
+        )
+        self._begin()
         return text

@@ -81,7 +81,7 @@ def test_a_service_without_endpoints_is_logged_counted_and_an_event(
     wait_until(lambda: f"{gauge} 0.0\n" in get(proxied, 10249, "/metrics")[1], "the gauge")
 
 
-MISSING = 'Node "node-1" does not exist: '
+MISSING = 'Node "node-1" not found: '
 NAMING = "set --hostname-override (hostnameOverride)"
 
 

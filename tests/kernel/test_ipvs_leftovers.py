@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from kproxy import ipvs_leftovers
 from kproxy.config import Config
 from kproxy.config.types import Mode
 from kproxy.first_sync import FirstSync
-from kproxy.host.ipset import set_names, set_ports
+from kproxy.host.ipset import Entry, set_entries, set_names
 from kproxy.host.ipvs import VirtualServer, virtual_servers
 from kproxy.ipvs_leftovers import INTERFACE, SETS
 from kproxy.leftovers import remove_all, remove_ipvs
@@ -114,6 +115,8 @@ def leave(node: Namespace) -> None:
     """Leave on a node what kube-proxy in ipvs mode did, in both families."""
     node.run(["ipset", "restore"], "".join(f"create {name} {type_of(name)}\n" for name in sorted(SETS)))
     node.run(["ipset", "add", "KUBE-CLUSTER-IP", "10.96.0.80,tcp:80"])
+    node.run(["ipset", "add", "KUBE-LOAD-BALANCER", "10.96.0.1,udp:53"])
+    node.run(["ipset", "add", "KUBE-6-CLUSTER-IP", "fd00:10:96::80,tcp:80"])
     node.run(["ipset", "add", "KUBE-NODE-PORT-TCP", "30080"])
     add_interface(node)
     for family, prefix in PREFIXES.items():
@@ -159,7 +162,7 @@ def apply(node: Namespace, mode: str) -> list[str]:
     return [line.partition("] ")[2] for line in lines if " removed " in line or line.startswith("W")]
 
 
-EVERYTHING = f"the interface {INTERFACE}, {len(SETS)} ipsets"
+EVERYTHING = f"{len(SETS)} ipsets, the interface {INTERFACE}"
 
 
 def test_iptables_mode_removes_what_is_not_its_own(
@@ -230,7 +233,7 @@ def test_sets_of_others_stay_even_if_their_names_begin_like_ours(node: Namespace
 def test_a_set_that_a_foreign_rule_uses_stays_and_is_said(node: Namespace, caplog: pytest.LogCaptureFixture) -> None:
     leave(node)
     node.run(["iptables", "-A", "INPUT", "-m", "set", "--match-set", "KUBE-IPVS-IPS", "dst", "-j", "ACCEPT"])
-    assert node.call(remove_all)[-1] == f"removed the interface {INTERFACE}, {len(SETS) - 1} ipsets of ipvs mode"
+    assert node.call(remove_all)[-1] == f"removed {len(SETS) - 1} ipsets, the interface {INTERFACE} of ipvs mode"
     said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert said == ["ipsets KUBE-IPVS-IPS cannot be removed: rules use it"]
     assert sets(node) == ["KUBE-IPVS-IPS"]
@@ -250,18 +253,22 @@ def test_where_nothing_is_left_no_program_is_started_and_nothing_is_written(
     assert not started.exists()
 
 
-def test_the_ports_of_a_set_are_read(node: Namespace) -> None:
+def test_the_entries_of_a_set_are_read(node: Namespace) -> None:
     many = "".join(f"add KUBE-NODE-PORT-TCP {port}\n" for port in range(30000, 32768))
     text = (
         f"create KUBE-NODE-PORT-TCP bitmap:port range 0-65535\n{many}"
         "create KUBE-NODE-PORT-SCTP-HASH hash:ip,port\nadd KUBE-NODE-PORT-SCTP-HASH 192.0.2.1,sctp:30082\n"
+        "create KUBE-6-CLUSTER-IP hash:ip,port family inet6\nadd KUBE-6-CLUSTER-IP fd00:10:96::a,udp:53\n"
         "create KUBE-IPVS-IPS hash:ip\nadd KUBE-IPVS-IPS 10.96.0.1\n"
     )
     node.run(["ipset", "restore"], text)
-    assert sorted(node.call(set_names)) == ["KUBE-IPVS-IPS", "KUBE-NODE-PORT-SCTP-HASH", "KUBE-NODE-PORT-TCP"]
-    assert node.call(lambda: set_ports("KUBE-NODE-PORT-TCP")) == {(0, port) for port in range(30000, 32768)}
-    assert node.call(lambda: set_ports("KUBE-NODE-PORT-SCTP-HASH")) == {(132, 30082)}
-    assert node.call(lambda: set_ports("KUBE-IPVS-IPS")) == set()
+    found = {name: node.call(partial(set_entries, name)) for name in node.call(set_names)}
+    assert found == {
+        "KUBE-NODE-PORT-TCP": {Entry("", 0, port) for port in range(30000, 32768)},
+        "KUBE-NODE-PORT-SCTP-HASH": {Entry("192.0.2.1", 132, 30082)},
+        "KUBE-6-CLUSTER-IP": {Entry("fd00:10:96::a", 17, 53)},
+        "KUBE-IPVS-IPS": set(),
+    }
 
 
 def test_virtual_servers_of_others_stay(node: Namespace) -> None:
@@ -271,11 +278,49 @@ def test_virtual_servers_of_others_stay(node: Namespace) -> None:
     if done.returncode:
         pytest.skip(f"no IPVS in this kernel: {done.stderr.strip()}")
     leave(node)
-    for server in ("-t 10.96.0.80:80", "-u 10.96.0.1:53", "-t [fd00:10:96::80]:80", "-t 192.0.2.10:30080", "-f 7"):
+    for server in (
+        "-t 10.96.0.80:80",
+        "-t 10.96.0.80:8080",
+        "-u 10.96.0.1:53",
+        "-t [fd00:10:96::80]:80",
+        "-t 192.0.2.10:30080",
+        "-f 7",
+    ):
         node.run(["ipvsadm", "-A", *server.split(), "-s", "rr"])
-    assert "4 virtual servers" in node.call(remove_all)[-1]
-    assert [found.address for found in node.call(virtual_servers)] == ["192.0.2.50"]
+    assert "3 virtual servers" in node.call(remove_all)[-1]
+    left = {(found.address, found.port) for found in node.call(virtual_servers)}
+    assert left == {("192.0.2.50", 80), ("192.0.2.10", 30080), ("10.96.0.80", 8080)}
     assert "FWM" in node.run(["ipvsadm", "-L", "-n"]).stdout
+
+
+@pytest.mark.parametrize("mode", ["iptables", "nftables"])
+def test_virtual_servers_that_stay_are_tried_again_with_the_next_sync_of_all_services(
+    node: Namespace, mode: Mode, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    leave(node)
+    server = VirtualServer("10.96.0.80", 6, 80, b"a")
+    busy = [True]
+    monkeypatch.setattr(ipvs_leftovers, "virtual_servers", lambda: [server])
+    monkeypatch.setattr(
+        ipvs_leftovers, "delete_virtual_servers", lambda _: {server: "Device or resource busy"} if busy else {}
+    )
+    observer = FirstSync(Config(mode=mode), [Family.IPV4])
+
+    def tell(*, complete: bool) -> bool:
+        node.call(lambda: observer.synced(SyncReport(Family.IPV4, 0.0, 0.0, complete, {}, None, None, "")))
+        return has_interface(node)
+
+    assert tell(complete=True)
+    busy.clear()
+    assert tell(complete=False)
+    assert sorted(sets(node)) == sorted(SETS)
+    assert not tell(complete=True)
+    assert "KUBE-IPVS-IPS" not in sets(node)
+    said = [record.getMessage() for record in caplog.records if "is still there" in record.getMessage()]
+    assert said == [
+        "what ipvs mode left is still there, and may take traffic of Services: 1 virtual servers of IPVS cannot be "
+        "removed, such as 10.96.0.80 port 80: Device or resource busy. Its interface and its ipsets stay as well"
+    ]
 
 
 def test_virtual_servers_go_while_the_interface_says_which_are_theirs(
@@ -283,13 +328,19 @@ def test_virtual_servers_go_while_the_interface_says_which_are_theirs(
 ) -> None:
     """This kernel may have no IPVS, so the test stands for what it would answer."""
     leave(node)
+    node.run(["ip", "address", "add", "192.0.2.1/32", "dev", "lo"])
     server = VirtualServer
     theirs = [
         server("10.96.0.80", 6, 80, b"a"),
         server("fd00:10:96::80", 6, 80, b"b"),
         server("192.0.2.1", 6, 30080, b"c"),
     ]
-    foreign = [server("192.0.2.50", 6, 80, b"d"), server("192.0.2.1", 17, 30080, b"e")]
+    foreign = [
+        server("192.0.2.50", 6, 80, b"d"),
+        server("192.0.2.1", 17, 30080, b"e"),
+        server("10.96.0.80", 6, 8080, b"f"),
+        server("192.0.2.50", 6, 30080, b"g"),
+    ]
     deleted: list[object] = []
 
     def delete(servers: list[object]) -> dict[object, str]:

@@ -12,7 +12,7 @@ import pytest
 from kproxy.host import nft_nat
 from kproxy.host.nfnetlink_batch import BatchSocket
 from kproxy.host.nft_nat import nat_refused
-from kproxy.host.run import CommandError
+from kproxy.host.run import CommandError, UndecidedError
 from kproxy.iptables.apply import parse_version
 from kproxy.iptables.probe import check_tables
 from kproxy.model.types import Family
@@ -70,7 +70,7 @@ def test_iptables_legacy_without_nat_for_a_family_is_left_to_the_other(
     namespace: Namespace, put: Callable[[str, str], None], caplog: pytest.LogCaptureFixture, family: Family
 ) -> None:
     put(*without_nat(family))
-    assert list(namespace.call(discover_iptables).programs) == [OTHER[family]]
+    assert list(namespace.call(discover_iptables)) == [OTHER[family]]
     name = f"{PREFIXES[family]}-restore"
     assert warnings(caplog) == [
         f"{family.value} is left out: the kernel lacks one of the tables mangle, nat, filter: "
@@ -98,27 +98,42 @@ def test_without_nat_for_any_family_one_line_names_both(
     assert warnings(caplog) == []
 
 
-def test_a_family_whose_program_hangs_is_left_out(
+@pytest.mark.parametrize("mode", ["iptables", "nftables"])
+def test_a_machine_with_ipv4_addresses_does_not_start_without_ipv4(
+    node: Namespace, put: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """It would look healthy, with no rule for any of its Services."""
+    if mode == "iptables":
+        put(*without_nat(Family.IPV4))
+        with pytest.raises(CommandError, match=r"^IPv4: the kernel lacks one of the tables"):
+            node.call(discover_iptables)
+    else:
+        refusing(monkeypatch, {Family.IPV4})
+        with pytest.raises(UnsupportedError, match=r"^IPv4: Linux .* does not take the table"):
+            node.call(discover_nftables)
+
+
+@pytest.mark.parametrize("program", ["ip6tables", "ip6tables-restore"])
+def test_a_program_that_hangs_is_no_reason_to_leave_a_family_out(
     namespace: Namespace,
     put: Callable[[str, str], None],
-    caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
+    program: str,
 ) -> None:
     os.mkfifo(tmp_path / "never")
-    put("ip6tables", f"cat {tmp_path}/never")
-    monkeypatch.setattr("kproxy.iptables.apply.START_SECONDS", 1)
-    assert list(namespace.call(discover_iptables).programs) == [Family.IPV4]
-    assert warnings(caplog) == [
-        "IPv6 is left out: ip6tables --version failed: ip6tables did not end within 1 s",
-    ]
+    put(program, f"cat {tmp_path}/never")
+    for module in ("apply", "probe"):
+        monkeypatch.setattr(f"kproxy.iptables.{module}.START_SECONDS", 1)
+    with pytest.raises(UndecidedError, match=f"{program} did not end within 1 s"):
+        namespace.call(discover_iptables)
 
 
 def test_a_family_without_programs_is_left_out(
     namespace: Namespace, put: Callable[[str, str], None], caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     put("ip6tables", "exit 127")
-    assert list(namespace.call(discover_iptables).programs) == [Family.IPV4]
+    assert list(namespace.call(discover_iptables)) == [Family.IPV4]
     assert warnings(caplog) == ["IPv6 is left out: ip6tables --version failed: no message"]
 
 
@@ -186,7 +201,7 @@ def test_iptables_nft_without_nat_for_a_family_is_left_to_the_other(
         known(self, asked)
 
     monkeypatch.setattr(BatchSocket, "commit", commit)
-    assert list(namespace.call(discover_iptables).programs) == [OTHER[family]]
+    assert list(namespace.call(discover_iptables)) == [OTHER[family]]
     assert warnings(caplog) == [
         f"{family.value} is left out: the kernel lacks one of the tables mangle, nat, filter: "
         "it refuses a chain of type nat: No such file or directory"
@@ -238,6 +253,4 @@ def test_somebody_without_the_privilege_is_told_so(namespace: Namespace) -> None
     python = str(Path(KPROXY).with_name("python"))
     drop = ["setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin"]
     done = namespace.run([*drop, python, "-c", script])
-    assert done.stdout == (
-        "the kernel lacks one of the tables mangle, nat, filter: it cannot be asked: Operation not permitted\n"
-    )
+    assert done.stdout == ("cannot ask the kernel for its tables of IPv4: Operation not permitted\n")

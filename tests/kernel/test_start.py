@@ -117,7 +117,7 @@ def test_a_start_without_credentials_changes_nothing(node: Namespace, mode: str)
 
 
 @BOTH_MODES
-def test_a_start_whose_port_is_taken_sets_no_parameters(node: Namespace, mode: str) -> None:
+def test_a_start_whose_port_is_taken_changes_nothing(node: Namespace, mode: str) -> None:
     taken = node.socket(socket.AF_INET, socket.SOCK_STREAM)
     taken.bind(("127.0.0.1", 10249))
     taken.listen()
@@ -128,6 +128,7 @@ def test_a_start_whose_port_is_taken_sets_no_parameters(node: Namespace, mode: s
     last = done.stderr.splitlines()[-1]
     assert last == "kproxy: metricsBindAddress 127.0.0.1:10249: cannot listen: Address already in use"
     assert parameters(node) == FRESH
+    assert node.call(lambda: read_counter(INVALID_COUNTER)) is None
 
 
 def test_objects_that_cannot_be_read_make_no_counters(node: Namespace) -> None:

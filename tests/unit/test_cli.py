@@ -182,7 +182,7 @@ def test_render_warns_of_services_that_claim_the_same(tmp_path: Path, mode: str)
     file.write_text(json.dumps({"apiVersion": "v1", "kind": "List", "items": two}))
     done = run("render", f"--objects={file}", f"--proxy-mode={mode}", "--family=ipv4")
     assert done.returncode == 0
-    assert "demo/b and demo/a both claim 203.0.113.1:80/TCP: demo/a gets all traffic to it\n" in done.stderr
+    assert "demo/b and demo/a both claim 203.0.113.1:80/TCP: traffic goes to demo/a only\n" in done.stderr
 
 
 def test_render_prints_both_families_or_the_one_asked_for() -> None:

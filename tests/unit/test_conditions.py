@@ -84,6 +84,21 @@ def test_a_service_that_loses_its_last_endpoint_is_told_once_and_so_is_that_it_i
     assert cluster.told() == []
 
 
+@pytest.mark.parametrize("left", ["deleted", "this-family"])
+def test_a_service_that_is_served_no_longer_gets_no_good_news(cluster: Cluster, left: str) -> None:
+    claim = {"external_ips": ("203.0.113.1",)}
+    cluster.sync(service("a", 1, **claim), slices("a", "node-1"))
+    cluster.sync(service("web", 2, **claim), slices("web", "node-1"))
+    assert cluster.told(slices("web")) == [LOST]
+    if left == "deleted":
+        cluster.take(Delete(Service, "ns", "web"))
+    else:
+        cluster.take(Upsert(Service("ns", "web", ("fd00:96::2",), (HTTP,))))
+    assert cluster.told() == []
+    cluster.take(Upsert(service("web", 2)))
+    assert cluster.told(slices("web", "node-1")) == []
+
+
 def test_a_new_service_may_wait_for_its_first_endpoint(cluster: Cluster) -> None:
     assert cluster.told(service("web")) == []
     assert cluster.sync().tally == Tally(without_endpoints=1)
@@ -151,11 +166,11 @@ def test_a_conflict_is_told_once_and_so_is_its_end(cluster: Cluster) -> None:
     (notice,) = cluster.sync(service("b", 2, **claim), slices("b", "node-1")).notices
     assert (notice.service, notice.kind) == ("ns/b", "FrontendConflict")
     assert notice.text == (
-        "IPv4: ns/b:http and ns/a:http both claim 203.0.113.1:80/TCP: ns/a:http gets all traffic to it"
+        "IPv4: ns/b:http and ns/a:http both claim 203.0.113.1:80/TCP: traffic goes to ns/a:http only"
     )
     cluster.family.forget()
     assert cluster.told() == []
-    assert cluster.told(service("a", 1)) == ["ns/b:http does not lose 203.0.113.1:80/TCP to ns/a:http any longer"]
+    assert cluster.told(service("a", 1)) == ["ns/b:http no longer loses 203.0.113.1:80/TCP to ns/a:http"]
 
 
 def test_nothing_is_told_before_the_kernel_has_it() -> None:
@@ -187,7 +202,7 @@ def test_warnings_become_events_and_many_at_once_are_not_all_named(caplog: pytes
     assert [event[:2] for event in sorted(events)] == [(f"ns/{name}", "NoEndpoints") for name in sorted(names)]
     assert all(event[2].endswith(" has no endpoints: new connections are rejected") for event in events)
     assert [record.levelname for record in caplog.records] == ["WARNING"] * (LINES_PER_SYNC + 1)
-    assert caplog.messages[-1] == "IPv4: the same is true of 3 more Services (NoEndpoints)"
+    assert caplog.messages[-1] == "IPv4: 3 more Services with reason NoEndpoints not listed"
     events.clear()
     caplog.clear()
     notices.synced(report(cluster.sync(slices(names[0], "node-1"))))
@@ -216,11 +231,40 @@ def test_the_line_about_a_sync_names_only_what_there_is() -> None:
 def test_a_summary_tells_of_a_minute_from_its_first_sync_on() -> None:
     summary = Summary(Family.IPV4)
     assert (summary.wait(0.0), summary.take(0.0)) == (None, "")
-    summary.add(100.0, 1, 0.005, Tally())
-    summary.add(130.0, 20, 1.5, Tally(without_endpoints=1))
+    summary.add(100.0, 1, 0.005, Tally(), complete=False)
+    summary.add(130.0, 20, 1.5, Tally(without_endpoints=1), complete=False)
     assert (summary.wait(130.0), summary.take(130.0)) == (PERIOD - 30, "")
     assert summary.wait(100.0 + PERIOD) == 0.0
     assert summary.take(100.0 + PERIOD) == (
         "IPv4: 2 syncs in the last 60 s: 21 changed services, the longest took 1.5 s (1 without endpoints)"
     )
     assert summary.wait(200.0) is None
+
+
+@pytest.mark.parametrize(
+    ("syncs", "said"),
+    [
+        (
+            [(2, False), (10_000, True), (1, False)],
+            "3 syncs in the last 60 s: 3 changed services, 1 of all 10,000 services",
+        ),
+        ([(10_000, True)], "1 sync in the last 60 s: 1 of all 10,000 services"),
+        ([(10_000, True), (9_999, True)], "2 syncs in the last 60 s: 2 of all 9,999 services"),
+        ([(0, False)], "1 sync in the last 60 s: 0 changed services"),
+    ],
+)
+def test_syncs_of_all_services_do_not_count_as_changes(syncs: list[tuple[int, bool]], said: str) -> None:
+    summary = Summary(Family.IPV4)
+    for services, complete in syncs:
+        summary.add(0.0, services, 1.0, Tally(), complete=complete)
+    assert summary.take(PERIOD) == f"IPv4: {said}, the longest took 1.0 s"
+    summary.add(PERIOD, 1, 1.0, Tally(), complete=False)
+    assert summary.take(2 * PERIOD) == "IPv4: 1 sync in the last 60 s: 1 changed service, the longest took 1.0 s"
+
+
+def test_at_the_start_all_services_may_wait_for_their_first_endpoint() -> None:
+    """`kproxy apply` and `kproxy render` have no history at all."""
+    cluster = Cluster("iptables")
+    cluster.store.apply(Upsert(service("web")))
+    assert cluster.told() == []
+    assert cluster.sync().tally == Tally(without_endpoints=1)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from kproxy.model.context import Context
 from kproxy.model.flows import UdpFrontends, takes_node_ports, udp_frontends
@@ -191,16 +192,33 @@ def test_other_protocols_are_not_kept() -> None:
     assert not frontends.suspects
 
 
-def test_two_services_with_one_frontend_share_it() -> None:
-    frontends = accepted(plan(A, external_ips=("203.0.113.1",)))
-    other = plan(B, cluster_ip="10.96.0.11", external_ips=("203.0.113.1",))
-    frontends.accept({"ns/other": [other]}, complete=False)
-    shared = "203.0.113.1:53"
-    assert stale(frontends, [(shared, A), (shared, B), (shared, C)]) == {(shared, C)}
-    frontends.accept({"ns/dns": ()}, complete=False)
-    assert stale(frontends, [(shared, A), (shared, B)]) == {(shared, A)}
+def test_of_two_services_with_one_frontend_only_the_flows_of_its_holder_stay() -> None:
+    """Rules let one of them have all traffic (`kproxy.model.claims`), whichever it is, at any time."""
+    shared, flows = "203.0.113.1:53", [("203.0.113.1:53", A), ("203.0.113.1:53", B)]
+    first, second = plan(A, external_ips=("203.0.113.1",)), plan(B, service="ns/other", cluster_ip="10.96.0.11")
+    second = replace(second, external_ips=("203.0.113.1",))
+    frontends = accepted(first)
+    frontends.accept({"ns/other": [second]}, complete=False)
+    assert stale(frontends, flows) == {(shared, B)}
+    for holder, state, lost in (
+        ("the other, as the first has no endpoints", [plan(external_ips=("203.0.113.1",))], A),
+        ("the first by name", [first], B),
+        ("the other, as the first is gone", [], A),
+    ):
+        frontends.cleaned()
+        frontends.accept({"ns/dns": state}, complete=False)
+        assert stale(frontends, flows) == {(shared, lost)}, holder
+    frontends.cleaned()
     frontends.accept({"ns/other": ()}, complete=False)
-    assert stale(frontends, [(shared, B)]) == {(shared, B)}
+    assert stale(frontends, flows[1:]) == {(shared, B)}
+
+
+def test_who_claims_the_cluster_ip_of_another_service_takes_no_flow_of_it() -> None:
+    frontends = accepted(plan())
+    frontends.accept(
+        {"ns/a": [plan(B, service="ns/a", cluster_ip="10.96.0.11", external_ips=("10.96.0.10",))]}, complete=False
+    )
+    assert stale(frontends, [(DNS, B)]) == {(DNS, B)}
 
 
 # NodePorts.
@@ -291,14 +309,16 @@ def plans_of(state: Mapping[str, Any]) -> dict[str, list[ServicePortPlan]]:
         address, number = SERVICES[key]
         external_ips = ("203.0.113.1",) if shares else ()
         fields = {"cluster_ip": address, "port": port, "node_port": number * node_port, "external_ips": external_ips}
-        found[key] = [plan(*sorted(endpoints), **fields)]
+        found[key] = [plan(*sorted(endpoints), service=key, **fields)]
     return found
 
 
 def flows_into(plans: Mapping[str, Sequence[ServicePortPlan]]) -> set[Flow]:
-    """The flows that new connections make, to every frontend and endpoint."""
-    pairs = [item for ports in plans.values() for item in endpoints_by_frontend(ports).items()]
-    return {(OWN + front if front[0] == ":" else front, to) for front, endpoints in pairs for to in endpoints}
+    """The flows that new connections make, to every frontend and endpoint of the Service that holds it."""
+    held: dict[str, frozenset[str]] = {}
+    for ports in sorted(plans.values(), key=lambda ports: (not ports[0].cluster_endpoints, ports[0].name)):
+        held = endpoints_by_frontend(ports) | held
+    return {(OWN + front if front[0] == ":" else front, to) for front, endpoints in held.items() for to in endpoints}
 
 
 @given(history=st.lists(states, min_size=1, max_size=6))

@@ -14,6 +14,7 @@ import pytest
 from pyroute2.netlink.generic.ipvs import ipvsmsg
 
 from kproxy import ipvs_leftovers
+from kproxy.host.ipset import Entry
 from kproxy.host.ipvs import NETLINK_GENERIC, VirtualServer, deletion, family_number, read_servers
 from kproxy.host.netlink import HEADER, NetlinkError, NetlinkSocket, attribute
 from kproxy.ipvs_leftovers import SETS, IpvsLeftovers, remove, theirs
@@ -91,40 +92,91 @@ def test_names_of_sets_are_exact_and_fit() -> None:
     assert all(len(name) <= 31 for name in SETS)
 
 
-def test_virtual_servers_are_kube_proxys_by_address_or_node_port() -> None:
+def test_virtual_servers_are_kube_proxys_by_what_its_sets_hold() -> None:
     servers = {
         name: VirtualServer(address, protocol, port, name.encode())
         for name, address, protocol, port in (
             ("cluster IP", "10.96.0.80", TCP, 80),
+            ("another port of a cluster IP", "10.96.0.80", TCP, 8080),
+            ("another protocol of a cluster IP", "10.96.0.80", UDP, 80),
             ("node port", "192.0.2.10", TCP, 30080),
             ("another protocol's node port", "192.0.2.10", UDP, 30080),
+            ("a node port's number elsewhere", "192.0.2.50", TCP, 30080),
             ("keepalived's", "192.0.2.50", TCP, 80),
         )
     }
-    found = theirs(servers.values(), {"10.96.0.80", "10.96.0.1"}, {(TCP, 30080)})
+    entries = {Entry("10.96.0.80", TCP, 80), Entry("", TCP, 30080)}
+    found = theirs(servers.values(), entries, {"192.0.2.10"})
     assert [each.key.decode() for each in found] == ["cluster IP", "node port"]
 
 
-def refuse(_: object) -> dict[Any, str]:
+def refuse(*_: object) -> dict[Any, str]:
     raise NetlinkError(1, "Operation not permitted")
 
 
-def test_what_cannot_be_removed_is_said_and_the_rest_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    server = VirtualServer("10.96.0.80", TCP, 80, b"")
-    steps: dict[str, Callable[..., object]] = {
-        "interface_addresses": lambda _: {"10.96.0.80"},
-        "virtual_servers": lambda: [server],
-        "set_ports": lambda _: set(),
-        "delete_virtual_servers": lambda servers: dict.fromkeys(servers, "Device or resource busy"),
-        "delete_interface": refuse,
-        "destroy_sets": lambda names: {names[0]: "rules use it"},
+FOUND = IpvsLeftovers(7, ("KUBE-CLUSTER-IP", "KUBE-LOOP-BACK"))
+SERVER = VirtualServer("10.96.0.80", TCP, 80, b"")
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, **steps: Callable[..., object]) -> list[str]:
+    """Let a kernel answer that has IPVS; return the list of what is deleted, in order."""
+    deleted: list[str] = []
+
+    def delete(what: str) -> Callable[..., dict[str, str]]:
+        def step(_: object) -> dict[str, str]:
+            deleted.append(what)
+            return {}
+
+        return step
+
+    answers: dict[str, Callable[..., object]] = {
+        "addresses_by_interface": lambda _: {},
+        "virtual_servers": lambda: [SERVER],
+        "set_entries": lambda _: {Entry("10.96.0.80", TCP, 80)},
+        "delete_virtual_servers": delete("virtual servers"),
+        "destroy_sets": delete("sets"),
+        "delete_interface": delete("interface"),
     }
-    for name, step in steps.items():
+    for name, step in (answers | steps).items():
         monkeypatch.setattr(ipvs_leftovers, name, step)
-    done = remove(IpvsLeftovers(7, ("KUBE-CLUSTER-IP", "KUBE-LOOP-BACK")))
-    assert done.removed == ["1 ipset"]
+    return deleted
+
+
+def test_what_tells_of_virtual_servers_goes_after_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    deleted = stand_in(monkeypatch)
+    assert remove(FOUND).removed == ["1 virtual server", "2 ipsets", "the interface kube-ipvs0"]
+    assert deleted == ["virtual servers", "sets", "interface"]
+
+
+@pytest.mark.parametrize(
+    ("step", "answer", "problem"),
+    [
+        (
+            "delete_virtual_servers",
+            lambda servers: dict.fromkeys(servers, "Device or resource busy"),
+            "1 virtual servers of IPVS cannot be removed, such as 10.96.0.80 port 80: Device or resource busy",
+        ),
+        ("virtual_servers", refuse, "virtual servers of IPVS cannot be removed: Operation not permitted"),
+        ("set_entries", refuse, "virtual servers of IPVS cannot be removed: Operation not permitted"),
+    ],
+)
+def test_while_virtual_servers_stay_all_stays_that_tells_which_they_are(
+    monkeypatch: pytest.MonkeyPatch, step: str, answer: Callable[..., object], problem: str
+) -> None:
+    deleted = stand_in(monkeypatch, **{step: answer})
+    done = remove(FOUND)
+    assert (done.unfinished, done.removed, deleted) == (True, [], [])
+    assert done.problems == [problem]
+    stand_in(monkeypatch)
+    assert remove(FOUND).removed == ["1 virtual server", "2 ipsets", "the interface kube-ipvs0"]
+
+
+def test_what_else_cannot_be_removed_is_said_and_the_rest_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch, destroy_sets=lambda names: {names[0]: "rules use it"}, delete_interface=refuse)
+    done = remove(FOUND)
+    assert not done.unfinished
+    assert done.removed == ["1 virtual server", "1 ipset"]
     assert done.problems == [
-        "1 virtual servers of IPVS cannot be removed, such as 10.96.0.80 port 80: Device or resource busy",
-        "the interface kube-ipvs0 cannot be removed: Operation not permitted",
         "ipsets KUBE-CLUSTER-IP cannot be removed: rules use it",
+        "the interface kube-ipvs0 cannot be removed: Operation not permitted",
     ]

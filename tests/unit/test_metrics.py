@@ -136,6 +136,14 @@ def everything(mode: str) -> Page:
     return scene.page
 
 
+def test_refused_services_are_counted_without_a_sync(scene: Scene) -> None:
+    refused: list[str] = []
+    scene.metrics.show_refused(lambda: len(refused))
+    assert scene.value("kproxy_services_refused") == 0
+    refused.append("ns/web")
+    assert scene.value("kproxy_services_refused") == 1
+
+
 @pytest.mark.parametrize("mode", RECORDINGS)
 def test_names_types_and_labels_are_kube_proxys(mode: str) -> None:
     page, theirs = everything(mode), recorded(mode)

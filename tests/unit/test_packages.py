@@ -25,12 +25,12 @@ case "$*" in
 *) {install} ;;
 esac
 """
-PROGRAMS = "iptables ip nft conntrack setpriv mount openssl curl our-gcc"
+PROGRAMS = "iptables ip nft conntrack ipset setpriv mount openssl curl our-gcc"
 INSTALLS = f"for name in {PROGRAMS}; do ln -sf /bin/true bin/$name; done; touch headers"
 """What the packages bring."""
 
 
-PACKAGES = {"iptables", "iproute2", "nftables", "conntrack", "util-linux", "mount", "openssl", "curl", "gcc"}
+PACKAGES = {"iptables", "iproute2", "nftables", "conntrack", "ipset", "util-linux", "mount", "openssl", "curl", "gcc"}
 PACKAGES |= {"python3-dev"}
 """All of them but libc6-dev, which is known by a file of this machine, and those that come with Python."""
 
@@ -124,6 +124,12 @@ def test_what_cannot_be_installed_is_an_error(tmp_path: Path, install: str, says
     done = machine(tmp_path, install=install).run()
     assert done.returncode == 1
     assert says in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [[], ["apt"], ["Tests"]])
+def test_what_else_it_is_asked_for_is_an_error(arguments: list[str]) -> None:
+    done = subprocess.run(["/bin/sh", str(SCRIPT), *arguments], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "usage: packages.sh tests|image|fresh\n")
 
 
 def test_another_python_has_packages_of_its_own(tmp_path: Path) -> None:

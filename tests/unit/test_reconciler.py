@@ -39,11 +39,13 @@ class Recorder:
         self.errors: list[Exception] = []
         self.needs_everything = True
         self.looks = 0
+        self.intact = True
         self.done: queue.SimpleQueue[set[str]] = queue.SimpleQueue()
 
     def verify(self, context: Context) -> bool:
         self.looks += 1
-        return True
+        self.needs_everything = self.needs_everything or not self.intact
+        return self.intact
 
     def forget(self) -> None:
         self.needs_everything = True
@@ -305,6 +307,20 @@ def test_by_default_a_log_has_the_first_sync_failures_recoveries_and_one_summary
         ("INFO", "IPv4: 8 syncs in the last 60 s: 8 changed services, the longest took 0 ms (8 without endpoints)")
     ]
     assert proxy.reconciler.wait() is None
+
+
+def test_that_rules_are_back_which_somebody_else_removed_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    proxy = Proxy(looks=(30.0, 3600.0))
+    proxy.take(Upsert(service("a")))
+    proxy.after(2)
+    caplog.clear()
+    proxy.four.intact = False
+    proxy.after(30)
+    assert logged(caplog) == [
+        ("WARNING", "IPv4: somebody else has removed rules of ours: putting them back"),
+        ("INFO", "IPv4: synced 1 service in 0 ms (1 without endpoints)"),
+    ]
 
 
 def test_each_sync_is_logged_from_verbosity_2(caplog: pytest.LogCaptureFixture) -> None:

@@ -102,13 +102,18 @@ def here(address: str, **more: bool) -> Endpoint:
 
 
 def plans(
-    *endpoints: Endpoint, port: int = 32000, family: Family = V4, key: str = "ns/web", cluster_ip: str = ""
+    *endpoints: Endpoint,
+    port: int = 32000,
+    family: Family = V4,
+    key: str = "ns/web",
+    cluster_ip: str = "",
+    dual_stack: bool = False,
 ) -> Plans:
     namespace, _, name = key.partition("/")
     service = Service(
         namespace,
         name,
-        (cluster_ip or {V4: "10.96.0.1", V6: "fd00::1"}[family],),
+        ("10.96.0.1", "fd00::1") if dual_stack else (cluster_ip or {V4: "10.96.0.1", V6: "fd00::1"}[family],),
         PORTS,
         external_local=True,
         health_check_node_port=port,
@@ -178,7 +183,8 @@ def test_only_changes_are_passed_on() -> None:
 def test_it_listens_where_node_ports_do(ipv4: Any, ipv6: Any, addresses: set[Address]) -> None:
     follower = Follower()
     for family, hosts in ((V4, ipv4), (V6, ipv6)):
-        found = plans(family=family) if hosts is not None else {"ns/web": ()}
+        dual_stack = None not in {ipv4, ipv6}
+        found = plans(family=family, dual_stack=dual_stack) if hosts is not None else {"ns/web": ()}
         restricted = None if hosts == "all" else hosts
         follower.observer.synced(report(family, found, node_port_addresses=restricted))
     assert follower.state["ns/web"].endpoints.keys() == addresses
@@ -188,15 +194,17 @@ def test_each_family_answers_for_itself() -> None:
     follower = Follower()
     v4, v6 = here("10.244.1.1"), [here(f"fd00::{number}") for number in (1, 2)]
     four, six = Address("0.0.0.0", 32000, one_family=True), Address("::", 32000, one_family=True)
-    follower.observer.synced(report(V4, plans(v4)))
-    assert follower.state["ns/web"].endpoints == {Address("", 32000): 1}
-    follower.observer.synced(report(V6, plans(*v6, family=V6)))
+    follower.observer.synced(report(V4, plans(v4, dual_stack=True)))
+    assert follower.state["ns/web"].endpoints == {four: 1}, "nothing is known of IPv6 yet"
+    follower.observer.synced(report(V6, plans(*v6, family=V6, dual_stack=True)))
     assert follower.state["ns/web"].endpoints == {four: 1, six: 2}
-    follower.observer.synced(report(V6, plans(family=V6)))
+    follower.observer.synced(report(V6, plans(family=V6, dual_stack=True)))
     assert follower.state["ns/web"].endpoints == {four: 1, six: 0}
-    follower.observer.synced(report(V4, {"ns/web": ()}))
-    assert follower.state["ns/web"].endpoints == {Address("", 32000): 0}
     follower.observer.synced(report(V6, {"ns/web": ()}))
+    assert follower.state["ns/web"].endpoints == {four: 1}, "IPv4 has not heard of it yet"
+    follower.observer.synced(report(V4, plans(v4)))
+    assert follower.state["ns/web"].endpoints == {Address("", 32000): 1}, "a Service of one family by now"
+    follower.observer.synced(report(V4, {"ns/web": ()}))
     assert follower.state == {}
 
 

@@ -263,6 +263,11 @@ def test_whether_this_node_exists() -> None:
     store.apply(Replace(Node, (Node("node-2"),)))
     assert store.has_listed(Node)
     assert store.node_missing
+    store.apply(Refused(Node, "", "node-2"))
+    assert store.node_missing
+    store.apply(Refused(Node, "", "node-1"))
+    assert not store.node_missing, "it is there, whatever is wrong with it"
+    store.apply(Replace(Node, (Node("node-2"),)))
     store.apply(Upsert(Node("node-1", being_deleted=True)))
     assert not store.node_missing
     store.apply(Delete(Node, "", "node-2"))

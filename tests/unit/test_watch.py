@@ -345,7 +345,7 @@ def test_a_second_silence_in_a_row_leads_to_a_new_list(kind: Kind, name: str) ->
         assert watch.next_request().params["resourceVersion"] == "96"
         watch.opened()
         assert watch.silent() == Step(again_after=0.0)
-        assert watch.trouble == f"no event or bookmark about {name} for 180 s: listing them anew"
+        assert watch.trouble == f"no event or bookmark about {name} for long: listing them anew"
         request = watch.next_request()
         assert (request.params["sendInitialEvents"], request.params["resourceVersionMatch"]) == ("true", "NotOlderThan")
         assert "resourceVersion" not in request.params, "the version of before is what the server may never reach"
@@ -380,7 +380,7 @@ def test_whatever_is_heard_between_two_silences_keeps_the_watch(said: bytes) -> 
 
 def test_silence_counts_over_connections_that_end_before_it_is_noticed() -> None:
     watch = following()
-    for lasted in (100.0, 70.0):
+    for lasted in (100.0, 75.0):
         watch.opened()
         assert watch.closed(lasted) == Step(again_after=0.0)
         assert watch.next_request().params["resourceVersion"] == "96"
@@ -388,8 +388,20 @@ def test_silence_counts_over_connections_that_end_before_it_is_noticed() -> None
     assert watch.failed("reset by peer", 9.0).again_after == pytest.approx(0.8)
     assert watch.next_request().params["resourceVersion"] == "96"
     watch.opened()
-    assert watch.failed("reset by peer", 2.0).again_after == pytest.approx(1.6)
+    assert watch.failed("reset by peer", 80.0).again_after == pytest.approx(1.6)
     assert watch.next_request().params["sendInitialEvents"] == "true"
+
+
+@pytest.mark.parametrize("lasted", [5.0, 35.0, 65.0])
+def test_connections_too_short_for_a_bookmark_lead_to_a_list_no_more_than_every_hour(lasted: float) -> None:
+    """A load balancer that cuts quiet connections is no reason to list everything every few minutes."""
+    watch = following()
+    passed = 0.0
+    while watch.next_request().params.get("resourceVersion") == "96":
+        watch.opened()
+        watch.closed(lasted)
+        passed += lasted
+    assert passed == pytest.approx(3600.0, abs=lasted)
 
 
 def test_failures_to_connect_are_no_silence() -> None:
