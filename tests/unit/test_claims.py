@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from kproxy.iptables import backend as iptables
-from kproxy.model.claims import Conflict
+from kproxy.iptables.claims import Claims, frontend_of
+from kproxy.iptables.names import Chain
+from kproxy.iptables.render import Claim, DispatchRule
+from kproxy.model.claims import Conflict, Rank
 from kproxy.model.context import Context
 from kproxy.model.delta import Upsert
 from kproxy.model.store import Store
@@ -110,6 +113,25 @@ def test_node_ports_and_other_ports_and_protocols_are_frontends_of_their_own(mod
     assert cluster.put(replace(service("b", 2, external_ips=(SHARED,)), ports=ports)) == ()
     found = cluster.put(service("c", 3, node_port=30080), service("d", 4, node_port=30080))
     assert found == (conflict("c", "d", "NodePort 30080/TCP"),)
+
+
+def test_services_that_share_an_address_but_no_port_are_not_compared() -> None:
+    """An address that thousands share, each with a port of its own, is ordinary behind one load balancer."""
+    claims, chain = Claims(), Chain("nat", "KUBE-SERVICES")
+    claim = DispatchRule(chain, "a rule", 42, claim=Claim("tcp", 80, Rank.FORWARDS))
+    others = [
+        claim._replace(claim=Claim("tcp", 81, Rank.FORWARDS)),
+        claim._replace(claim=Claim("udp", 80, Rank.FORWARDS)),
+        claim._replace(place=43),
+        claim._replace(place=80, protocol="tcp"),
+        claim._replace(claim=None),
+    ]
+    for number, rule in enumerate(others):
+        claims.put(f"ns/s{number}", (), (rule,))
+    assert claims.contested({"ns/web": [claim]}) == {}
+    claims.put("ns/web", (), (claim,))
+    ((frontend, found),) = claims.contested({"ns/same": [claim]}).items()
+    assert (frontend, found) == (frontend_of(claim), {"ns/web", "ns/same"})
 
 
 def test_the_rules_of_who_loses_a_frontend_are_left_out_and_counted_out() -> None:
