@@ -101,9 +101,13 @@ def _serve(config: Config, options: argparse.Namespace, content: bytes) -> None:
 
 
 def _prepare(config: Config) -> None:
-    from kproxy.families import with_mode
+    from kproxy.families import StartError, check_privileges, with_mode
     from kproxy.preparation import prepare_conntrack, prepare_localhost_node_ports
 
+    try:
+        check_privileges()
+    except StartError as error:
+        raise FailureError(str(error)) from None
     config = with_mode(config)
     prepare_conntrack(config)
     prepare_localhost_node_ports(config)

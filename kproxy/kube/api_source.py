@@ -224,7 +224,7 @@ class _Follower:
 
     def _log_left_out(self, found: LeftOut, now: float) -> None:
         name = f"{found.kind.__name__} {found.namespace}/{found.name}"
-        text = f"{name}: left out because it cannot be used: {found.text}"
+        text = f"{name}: left out what cannot be used: {found.text}"
         if self._left_out.is_news(text, now):
             log.warning("%s", text)
 

@@ -199,7 +199,7 @@ class _Reading:
         decoded = _decode(served, item.content)
         if decoded.remarks:
             line = document.line_of((*item.at, *decoded.remarks[0].field))
-            text = f"{_name_of(item)}: left out because it cannot be used: {remarks_text(decoded.remarks)}"
+            text = f"{_name_of(item)}: left out what cannot be used: {remarks_text(decoded.remarks)}"
             self.remarks.append(str(FileProblem(self.path, text, line)))
         namespace = decoded.namespace if served.namespaced else ""
         self.objects.append(((item.kind, namespace, decoded.name), decoded.object))

@@ -308,9 +308,7 @@ def test_parts_of_a_slice_that_are_of_no_use_are_logged_once(
     received.until(lambda _: [len(each.endpoints) for each in received.objects[EndpointSlice].values()] == [1])  # type: ignore[union-attr]
     server.update(endpoint_slice("web-1", "web", ["10.0.0.2"]))
     received.until(lambda _: sum(isinstance(delta, Upsert) for delta in received.deltas) == 2)
-    text = (
-        "EndpointSlice demo/web-1: left out because it cannot be used: endpoints[1]: 'fd00::1' is not an IPv4 address"
-    )
+    text = "EndpointSlice demo/web-1: left out what cannot be used: endpoints[1]: 'fd00::1' is not an IPv4 address"
     assert [entry.getMessage() for entry in caplog.records if "left out" in entry.getMessage()] == [text]
 
 

@@ -63,15 +63,18 @@ def test_root_of_a_user_namespace_needs_a_network_of_its_own(node: Namespace, ow
 
 
 @BOTH_MODES
-@pytest.mark.parametrize("command", [("run", OBJECTS), ("apply", OBJECTS), ("run", "--cleanup")], ids=" ".join)
+@pytest.mark.parametrize(
+    "command", [("run", OBJECTS), ("apply", OBJECTS), ("run", "--cleanup"), ("run", "--init-only")], ids=" ".join
+)
 def test_without_the_capability_one_line_says_so(node: Namespace, mode: str, command: tuple[str, ...]) -> None:
     done = node.run([*WITHOUT, KPROXY, *command, f"--proxy-mode={mode}", NOT_OF_THE_MACHINE], check=False)
     assert (done.returncode, done.stdout, done.stderr) == (1, "", f"kproxy: {REFUSED}\n")
     assert parameters(node) == FRESH
 
 
-def test_without_the_capability_no_mode_is_chosen(node: Namespace) -> None:
-    done = node.run([*WITHOUT, KPROXY, "run", OBJECTS, "--proxy-mode=", NOT_OF_THE_MACHINE], check=False)
+@pytest.mark.parametrize("more", [OBJECTS, "--init-only"])
+def test_without_the_capability_no_mode_is_chosen(node: Namespace, more: str) -> None:
+    done = node.run([*WITHOUT, KPROXY, "run", more, "--proxy-mode=", NOT_OF_THE_MACHINE], check=False)
     assert (done.returncode, done.stderr) == (1, f"kproxy: {REFUSED}\n")
 
 

@@ -792,7 +792,7 @@ endpoints:
 """
     loaded = load_objects({"a.yaml": bad.encode()})
     assert loaded.warnings == (
-        "a.yaml:8: EndpointSlice demo/web-1: left out because it cannot be used: "
+        "a.yaml:8: EndpointSlice demo/web-1: left out what cannot be used: "
         "endpoints[1]: 'fd00::1' is not an IPv4 address",
     )
     assert loaded.problems == ()
