@@ -13,7 +13,7 @@ from kproxy.config.types import PRIMARY
 from kproxy.contexts import interface_warning, local_traffic_warning, make_context, node_port_warning
 from kproxy.host.addresses import local_addresses
 from kproxy.host.privileges import has_net_admin
-from kproxy.host.run import CommandError
+from kproxy.host.run import CommandError, UndecidedError
 from kproxy.iptables.apply import Iptables
 from kproxy.iptables.backend import BLOCK_RULES, UNLIMITED, IptablesBackend
 from kproxy.model.context import Context
@@ -57,7 +57,10 @@ def kinds_followed(config: Config) -> tuple[Kind, ...]:
 
 
 def with_mode(config: Config) -> Config:
-    """Return the configuration with a mode: one that leaves it open gets nftables if it works here, else iptables."""
+    """Return the configuration with a mode: one that leaves it open gets nftables if it works here, else iptables.
+
+    Raises `StartError` if that cannot be told.
+    """
     if config.mode:
         return config
     try:
@@ -65,6 +68,8 @@ def with_mode(config: Config) -> Config:
     except UnsupportedError as error:
         log.warning("mode iptables, since nftables mode does not work here for IPv4: %s", error)
         return config.resolved("iptables")
+    except UndecidedError as error:
+        raise StartError(f"cannot choose a mode: {error}") from None
     log.info("mode nftables, which works here")
     return config.resolved("nftables")
 
@@ -80,7 +85,7 @@ def make_families(config: Config, programs: list[Iptables]) -> dict[Family, Fami
         return _iptables(config, programs)
     try:
         ways = discover_nftables()
-    except UnsupportedError as error:
+    except (UnsupportedError, UndecidedError) as error:
         raise StartError(f"nftables mode does not work here: {error}") from None
     own = OwnChanges()
     return {family: _nftables(config, family, commit, own) for family, commit in ways.items()}

@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 from kproxy.config import Config
 from kproxy.host.run import CommandError
-from kproxy.leftovers import out_of_reach, remove_iptables, remove_ipvs
+from kproxy.leftovers import ServersStayError, out_of_reach, remove_iptables, remove_ipvs
 from kproxy.model.delta import Kind
 from kproxy.model.store import Changed
 from kproxy.model.types import Family
@@ -26,7 +26,8 @@ class FirstSync:
     some seconds: beside syncs, which change tables all the time, neither would get to read them.
 
     Once every family in use has had its success, it removes what kube-proxy's ipvs mode left: an interface, for one,
-    that has addresses of both. What of it could not be removed is tried again after the next sync of all Services.
+    that has addresses of both. It is tried again after the next success, too, but while virtual servers cannot be
+    removed only after the next sync of all Services: to look for all the rest takes long in a large cluster.
     """
 
     def __init__(self, config: Config, families: Collection[Family]) -> None:
@@ -34,7 +35,8 @@ class FirstSync:
         self._families = frozenset(families)
         self._begun: set[Family] = set()
         self._done: set[Family] = set()
-        self._ipvs_done = False
+        self._ipvs_done = self._ipvs_waits = False
+        self._ipvs_complaint = ""
         self._complaints: dict[Family, str] = {}
 
     def queued(self, family: Family, now: float) -> None:
@@ -50,7 +52,7 @@ class FirstSync:
             return
         if family not in self._done:
             self._act(family)
-        elif not report.complete:
+        elif self._ipvs_waits and not report.complete:
             return
         if self._done == self._families and not self._ipvs_done:
             self._remove_ipvs()
@@ -70,7 +72,10 @@ class FirstSync:
         try:
             removed = remove_ipvs()
         except CommandError as error:
-            log.warning("what ipvs mode left is still there, and may take traffic of Services: %s", error)
+            self._ipvs_waits = isinstance(error, ServersStayError)
+            if str(error) != self._ipvs_complaint:
+                log.warning("what ipvs mode left is still there, and may take traffic of Services: %s", error)
+            self._ipvs_complaint = str(error)
             return
         self._ipvs_done = True
         if removed:

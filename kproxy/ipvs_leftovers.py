@@ -117,7 +117,17 @@ def theirs(servers: Iterable[VirtualServer], entries: Container[Entry], own: Con
 def _remove_servers(found: IpvsLeftovers, done: Removal) -> bool:
     """Return whether all of kube-proxy's virtual servers are gone."""
     present = virtual_servers()
-    servers = theirs(present, _entries(found.sets), _node_addresses(found.interface)) if present else []
+    if not present:
+        return True
+    addresses = addresses_by_interface(socket.AF_UNSPEC)
+    services = addresses.pop(found.interface, frozenset())
+    servers = theirs(present, _entries(found.sets), frozenset().union(*addresses.values()))
+    unnamed = [each for each in present if each.address in services and each not in servers]
+    if unnamed:
+        done.problems.append(
+            f"{len(unnamed)} virtual servers of IPVS stay, such as {unnamed[0].address} port {unnamed[0].port}: they "
+            f"are at addresses of {INTERFACE}, but in no ipset of kube-proxy's"
+        )
     if not servers:
         return True
     refused = delete_virtual_servers(servers)
@@ -129,12 +139,6 @@ def _remove_servers(found: IpvsLeftovers, done: Removal) -> bool:
             f"port {server.port}: {reason}"
         )
     return not refused
-
-
-def _node_addresses(interface: int) -> frozenset[str]:
-    """Return the node's own addresses; those of ipvs mode's interface are Services'."""
-    found = addresses_by_interface(socket.AF_UNSPEC)
-    return frozenset().union(*(addresses for index, addresses in found.items() if index != interface))
 
 
 def _entries(names: Iterable[str]) -> set[Entry]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from kproxy import ipvs_leftovers
 from kproxy.host.mixup import other_variant_rules
@@ -22,18 +22,26 @@ _RULES_OF_PORTS = tuple(f"-A {prefix}" for prefix in PORT_CHAIN_PREFIXES)
 """How the lines begin that are most of a dump. What is in a chain does not matter if all of it goes."""
 
 
-def remove_all() -> list[str]:
-    """Remove the rules of all modes and both families, kube-proxy's included; say on a line each what was removed.
+class ServersStayError(CommandError):
+    """Virtual servers of ipvs mode cannot be removed; their interface and ipsets, which tell whose they are, stay."""
+
+
+def remove_all() -> Iterator[str]:
+    """Remove the rules of all modes and both families, kube-proxy's included; yield a line about each when it is gone.
 
     What cannot be seen, and so neither be removed, is warned about. Raises `CommandError` if something is there
     and stays.
     """
-    removed = [removed for family in Family if (removed := remove_iptables(family))]
-    tables = [f"removed the nftables table of {family.value}" for family in Family if remove_table(family)]
+    for family in Family:
+        if removed := remove_iptables(family):
+            yield removed
+    for family in Family:
+        if remove_table(family):
+            yield f"removed the nftables table of {family.value}"
     if warning := out_of_reach():
         log.warning("%s", warning)
-    ipvs = _remove_ipvs_objects()
-    return removed + tables + ([f"removed {ipvs} of ipvs mode"] if ipvs else [])
+    if ipvs := _remove_ipvs_objects():
+        yield f"removed {ipvs} of ipvs mode"
 
 
 def remove_iptables(family: Family) -> str:
@@ -56,7 +64,7 @@ def remove_ipvs() -> str:
 
     What cannot be removed is warned about. Chains that ipvs mode shares with iptables mode are not looked at: in
     iptables mode they are ours by now, in nftables mode `remove_iptables` takes them. Raises `CommandError` if
-    iptables fails, or if virtual servers stay, and the interface and the sets with them.
+    iptables fails, `ServersStayError` if virtual servers stay.
     """
     try:
         if not ipvs_leftovers.find():
@@ -66,7 +74,13 @@ def remove_ipvs() -> str:
         return ""
     counts = {family: _remove_chains(family, lambda saved, _: [cleanup_ipvs(saved)]) for family in Family}
     removed = [_chains(number, family) for family, number in counts.items() if number]
-    if objects := _remove_ipvs_objects():
+    try:
+        objects = _remove_ipvs_objects()
+    except ServersStayError:
+        if removed:
+            log.info("removed of what ipvs mode left: %s", ", ".join(removed))
+        raise
+    if objects:
         removed.append(objects)
     return f"removed what ipvs mode left: {', '.join(removed)}" if removed else ""
 
@@ -74,7 +88,7 @@ def remove_ipvs() -> str:
 def _remove_ipvs_objects() -> str:
     """Remove what ipvs mode left beside its rules; say what was removed, and warn about what was not.
 
-    Raises `CommandError` if virtual servers stay, and the interface and the sets with them.
+    Raises `ServersStayError` if virtual servers stay.
     """
     try:
         done = ipvs_leftovers.remove(ipvs_leftovers.find())
@@ -82,7 +96,9 @@ def _remove_ipvs_objects() -> str:
         log.warning("cannot look for what ipvs mode left: %s", error.strerror)
         return ""
     if done.unfinished:
-        raise CommandError(f"{'; '.join(done.problems)}. Its interface and its ipsets stay as well")
+        if done.removed:
+            log.info("removed %s of ipvs mode", ", ".join(done.removed))
+        raise ServersStayError(f"{'; '.join(done.problems)}; its interface and its ipsets stay as well")
     for problem in done.problems:
         log.warning("%s", problem)
     return ", ".join(done.removed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -45,8 +45,8 @@ def discover_iptables() -> dict[Family, Iptables]:
             reasons[family] = str(error)
         else:
             found[family] = iptables
-    if not found or _is_needed(reasons):
-        raise CommandError(_all_of(reasons))
+    if (needed := _check_ipv4(reasons)) or not found:
+        raise CommandError(_all_of(reasons, needed))
     _leave_out(reasons)
     version = next(iter(found.values())).version()
     if warning := other_variant_rules(ours_is_nft=version.nft):
@@ -58,7 +58,7 @@ def discover_nftables() -> dict[Family, Commit]:
     """Return by which way the kernel takes each family's transactions.
 
     A family that does not work is left out with a warning. Raises `UnsupportedError` if none works, or IPv4 does not
-    and is needed.
+    and is needed, and `UndecidedError` as the other.
     """
     ways: dict[Family, Commit] = {}
     reasons: dict[Family, str] = {}
@@ -67,8 +67,8 @@ def discover_nftables() -> dict[Family, Commit]:
             ways[family] = way_to_commit(family)
         except UnsupportedError as error:
             reasons[family] = str(error)
-    if not ways or _is_needed(reasons):
-        raise UnsupportedError(_all_of(reasons))
+    if (needed := _check_ipv4(reasons)) or not ways:
+        raise UnsupportedError(_all_of(reasons, needed))
     _leave_out(reasons)
     return ways
 
@@ -77,9 +77,19 @@ def _families() -> list[Family]:
     return [family for family in Family if family is not Family.IPV6 or _has_ipv6()]
 
 
-def _is_needed(refused: Collection[Family]) -> bool:
-    """Return whether IPv4 is refused on a machine with IPv4 addresses, which might then have no rule at all."""
-    return Family.IPV4 in refused and any(not ip_address(each).is_loopback for each in own_addresses(Family.IPV4))
+def _check_ipv4(reasons: Mapping[Family, str]) -> str:
+    """Return why this node cannot do without IPv4, if that is refused; "" if it is not, or can.
+
+    On a machine with IPv4 addresses, Services might have no rule at all where everything looks well.
+    """
+    if Family.IPV4 not in reasons:
+        return ""
+    try:
+        found = map(ip_address, own_addresses(Family.IPV4))
+        address = next((each for each in sorted(found) if not (each.is_loopback or each.is_link_local)), None)
+    except OSError as error:
+        return f"IPv4 is needed as far as is known: this machine's addresses cannot be read: {error.strerror}"
+    return f"IPv4 is needed, because this machine has the address {address}" if address else ""
 
 
 def _leave_out(reasons: Mapping[Family, str]) -> None:
@@ -87,12 +97,13 @@ def _leave_out(reasons: Mapping[Family, str]) -> None:
         log.warning("%s is left out: %s", family.value, reason)
 
 
-def _all_of(reasons: Mapping[Family, str]) -> str:
-    """Return one line about why each family does not work."""
+def _all_of(reasons: Mapping[Family, str], needed: str = "") -> str:
+    """Return one line about why each family does not work, and why one is `needed`."""
     families: dict[str, list[str]] = {}
     for family, reason in reasons.items():
         families.setdefault(reason, []).append(family.value)
-    return "; ".join(f"{' and '.join(names)}: {reason}" for reason, names in families.items())
+    found = [f"{' and '.join(names)}: {reason}" for reason, names in families.items()]
+    return "; ".join([*found, needed] if needed and Family.IPV6 not in reasons else found)
 
 
 def _has_ipv6() -> bool:

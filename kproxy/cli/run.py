@@ -106,9 +106,9 @@ def _prepare(config: Config) -> None:
 
     try:
         check_privileges()
+        config = with_mode(config)
     except StartError as error:
         raise FailureError(str(error)) from None
-    config = with_mode(config)
     prepare_conntrack(config)
     prepare_localhost_node_ports(config)
 
@@ -127,7 +127,11 @@ def _clean_up() -> None:
 
     try:
         check_privileges()
-        for line in remove_all() or ["there was nothing to remove"]:
+        found = False
+        for line in remove_all():
             show(f"{line}\n")
+            found = True
+        if not found:
+            show("there was nothing to remove\n")
     except (StartError, CommandError) as error:
         raise FailureError(str(error)) from None

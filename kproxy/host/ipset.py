@@ -6,10 +6,10 @@ As `ipset` does it (linux/netfilter/ipset/ip_set.h), which a container's image n
 from __future__ import annotations
 
 import os
+import socket
 import struct
 from collections.abc import Iterator, Sequence
 from functools import partial
-from ipaddress import ip_address
 from pathlib import Path
 
 from msgspec import Struct
@@ -28,7 +28,7 @@ _SUBSYSTEM = 6 << 8  # NFNL_SUBSYS_IPSET
 _DESTROY, _LIST = 3, 7
 _PROTOCOL, _SETNAME, _FLAGS, _DATA, _ADT = 1, 2, 6, 7, 8
 _IP, _PORT, _PROTO = 1, 4, 7
-_IP_VERSIONS = (1, 2)
+_IP_VERSIONS = {1: socket.AF_INET, 2: socket.AF_INET6}
 _NET_BYTEORDER = 0x4000
 _NAMES_ONLY = 1 << 1
 
@@ -91,8 +91,8 @@ def _entries(data: bytes, begin: int, end: int) -> Iterator[Entry]:
 
 
 def _address(data: bytes, begin: int, end: int) -> str:
-    versions = attributes(data, begin, end)
-    return next(str(ip_address(data[slice(*versions[each])])) for each in _IP_VERSIONS if each in versions)
+    ((kind, first, last),) = each_attribute(data, begin, end)
+    return socket.inet_ntop(_IP_VERSIONS[kind], data[first:last])
 
 
 def destroy_sets(names: Sequence[str]) -> dict[str, str]:

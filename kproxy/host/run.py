@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import threading
@@ -15,25 +16,32 @@ from msgspec import Struct
 
 from kproxy.host.patience import Patience
 
+START_SECONDS = 30
+"""How long a program may take to say at the start what it can do. One that hangs then must not keep a node waiting."""
+
+_UNUSABLE = {errno.ENOENT, errno.EACCES, errno.ENOEXEC, errno.ENOTDIR, errno.EPERM, errno.ELOOP}
+"""Why a program cannot be started at all; anything else, such as too many processes, may pass."""
+
 
 class CommandError(Exception):
     """A program could not be run, or ended with an error; the message says which and why, on one line."""
 
 
 class UndecidedError(CommandError):
-    """A question has no answer, because a program hung or the kernel could not be asked: asking again may help."""
-
-
-HUNG = -1
-"""The exit status of a program that was ended for taking too long."""
+    """There is no answer, because a program could not be run to its end, or the kernel not asked: again, it may."""
 
 
 class Completed(Struct, frozen=True):
-    """How a program ended: `code` is its exit status, `HUNG` if it was ended for taking too long."""
+    """How a program ended: `code` is its exit status, or below 0 if a signal ended it, as one that hangs is ended."""
 
     code: int
     stdout: str
     stderr: str
+
+    @property
+    def complaint(self) -> str:
+        """What it said went wrong, on a line."""
+        return first_line(self.stderr) if self.code >= 0 or self.stderr else f"ended by signal {-self.code}"
 
 
 class _Guard:
@@ -53,7 +61,7 @@ class _Guard:
         try:
             self._thread.start()
         except RuntimeError as error:
-            raise CommandError(f"cannot watch over a program: {error}") from None
+            raise UndecidedError(f"cannot watch over a program: {error}") from None
 
     def end(self) -> None:
         """Let the program live."""
@@ -197,7 +205,8 @@ class Programs:
             try:
                 process = subprocess.Popen(argv, encoding="utf-8", errors="surrogateescape", process_group=0, **streams)
             except OSError as error:
-                raise CommandError(f"cannot run {argv[0]}: {error.strerror or error}") from None
+                found = CommandError if error.errno in _UNUSABLE else UndecidedError
+                raise found(f"cannot run {argv[0]}: {error.strerror or error}") from None
             self._running = process
         patience = Patience(argv[0], process.pid, monotonic())
         try:
@@ -221,7 +230,7 @@ def _kill(process: subprocess.Popen[str]) -> None:
 
 
 def _hung(argv: Sequence[str], timeout: float) -> Completed:
-    return Completed(HUNG, "", f"{argv[0]} did not end within {timeout:.0f} s")
+    return Completed(-SIGKILL, "", f"{argv[0]} did not end within {timeout:.0f} s")
 
 
 def _file_of(name: str) -> BinaryIO:

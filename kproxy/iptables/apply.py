@@ -14,7 +14,7 @@ from msgspec import Struct
 
 from kproxy.host.netlink import retried
 from kproxy.host.nft_rules import count_rules
-from kproxy.host.run import HUNG, CommandError, Completed, Programs, UndecidedError, first_line
+from kproxy.host.run import START_SECONDS, CommandError, Completed, Programs, UndecidedError, first_line
 from kproxy.iptables.names import Chain
 from kproxy.iptables.text import TABLES, incompatible_line, parse_rules, parse_save
 from kproxy.model.types import Family
@@ -24,9 +24,6 @@ LOCK_WAIT_SECONDS = 5
 
 HANG_SECONDS = 900
 """How long an iptables program may take for one transaction or question; the longest honest run known took 150 s."""
-
-START_SECONDS = 30
-"""How long an iptables program may take for a question at start that a few milliseconds are enough for."""
 
 _NO = 1
 """The exit status that says no: there is no such chain or rule, or a chain of that name is there already."""
@@ -119,8 +116,8 @@ class Iptables:
     def _ask_version(self) -> IptablesVersion:
         done = self._programs.run([self._prefix, "--version"], timeout=START_SECONDS)
         if done.code:
-            error = UndecidedError if done.code == HUNG else CommandError
-            raise error(f"{self._prefix} --version failed: {first_line(done.stderr)}")
+            error = UndecidedError if done.code < 0 else CommandError
+            raise error(f"{self._prefix} --version failed: {done.complaint}")
         return parse_version(done.stdout)
 
     @contextmanager

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from kproxy.host.nft_nat import nat_refused
-from kproxy.host.run import HUNG, CommandError, UndecidedError, first_line, run
-from kproxy.iptables.apply import LOCK_WAIT_SECONDS, START_SECONDS, IptablesVersion, program_of, restore_error
+from kproxy.host.run import START_SECONDS, CommandError, UndecidedError, run
+from kproxy.iptables.apply import LOCK_WAIT_SECONDS, IptablesVersion, program_of, restore_error
 from kproxy.iptables.text import TABLES
 from kproxy.model.types import Family
 
@@ -44,8 +44,8 @@ def _refused_by_legacy(family: Family, program: str) -> str:
     if not text:
         return ""
     done = run([program, "--test", "--noflush", "-w", str(LOCK_WAIT_SECONDS)], text, timeout=START_SECONDS)
-    if done.code == HUNG:
-        raise UndecidedError(first_line(done.stderr))
+    if done.code < 0:
+        raise UndecidedError(f"{program}: {done.complaint}")
     return str(restore_error(program, done.code, done.stderr, lambda _: "")) if done.code not in {0, _LOCKED} else ""
 
 

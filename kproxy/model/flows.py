@@ -7,7 +7,7 @@ are named by `ip:port` texts; a NodePort is the frontend `:port`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from ipaddress import ip_address
 from typing import NamedTuple
 
@@ -47,6 +47,7 @@ class UdpFrontends:
     def __init__(self) -> None:
         self._services: dict[ServiceKey, dict[str, UdpFrontend]] = {}
         self._owners: dict[str, set[ServiceKey]] = {}
+        self._holders: dict[str, ServiceKey] = {}
         self._suspects: set[str] = set()
 
     @property
@@ -91,35 +92,15 @@ class UdpFrontends:
         living = next((frontend for frontend in frontends if frontend in self._owners), None)
         if living is None:
             return source != destination
-        holder = self._holder(living)
-        return holder is None or source not in holder.endpoints
-
-    def _holder(self, frontend: str) -> UdpFrontend | None:
-        """Return the state of a frontend as the Service has it that holds it."""
-        states = [self._services[key][frontend] for key in self._owners.get(frontend, ())]
-        return min(states, key=lambda state: state.claim, default=None)
+        return source not in self._services[self._holders[living]][living].endpoints
 
     def _replace(self, key: ServiceKey, new: dict[str, UdpFrontend]) -> None:
-        old = self._services.get(key, {})
-        # A Service may lose a frontend to another, or get it from it, when its claim becomes worse or better.
-        shared = [each for each in old.keys() | new.keys() if self._owners.get(each, set()) - {key}]
-        before_holders = {each: self._holder(each) for each in shared}
-        self._put(key, old, new)
-        for frontend, before_holder in before_holders.items():
-            holder = self._holder(frontend)
-            if before_holder and holder and before_holder.claim[1] != holder.claim[1]:
-                self._suspects.add(frontend)
-
-    def _put(self, key: ServiceKey, old: dict[str, UdpFrontend], new: dict[str, UdpFrontend]) -> None:
-        self._services.pop(key, None)
+        old = self._services.pop(key, {})
         if new:
             self._services[key] = new
         for frontend in old.keys() - new.keys():
             self._suspects.add(frontend)
-            owners = self._owners[frontend]
-            owners.discard(key)
-            if not owners:
-                del self._owners[frontend]
+            self._leave(frontend, key)
         for frontend, state in new.items():
             before = old.get(frontend)
             if (
@@ -131,6 +112,31 @@ class UdpFrontends:
             ):
                 self._suspects.add(frontend)
             self._owners.setdefault(frontend, set()).add(key)
+            self._settle(frontend, key, worse=before is not None and before.claim < state.claim)
+
+    def _leave(self, frontend: str, key: ServiceKey) -> None:
+        owners = self._owners[frontend]
+        owners.discard(key)
+        if not owners:
+            del self._owners[frontend], self._holders[frontend]
+        elif self._holders[frontend] == key:
+            self._holders[frontend] = self._best(frontend, owners)
+
+    def _settle(self, frontend: str, key: ServiceKey, *, worse: bool) -> None:
+        """Find out who holds a frontend after one of its owners has changed; `worse` says that its claim is now."""
+        holder = self._holders.setdefault(frontend, key)
+        if holder != key:
+            best = self._best(frontend, (holder, key))
+        elif worse:
+            best = self._best(frontend, self._owners[frontend])
+        else:
+            return
+        if best != holder:
+            self._holders[frontend] = best
+            self._suspects.add(frontend)
+
+    def _best(self, frontend: str, keys: Iterable[ServiceKey]) -> ServiceKey:
+        return min(keys, key=lambda key: self._services[key][frontend].claim)
 
 
 def udp_frontends(ports: Sequence[ServicePortPlan]) -> dict[str, UdpFrontend]:

@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 
 from kproxy.host.netlink import DumpInterruptedError, retried
 from kproxy.host.nfnetlink_batch import BatchRefusedError, BatchSocket, Refusal, StaleGenerationError
-from kproxy.host.run import CommandError, first_line, run
+from kproxy.host.run import CommandError, UndecidedError, run
 from kproxy.model.types import Family
 from kproxy.nftables.names import TABLE
 from kproxy.nftables.netlink import NFNL_SUBSYS_NFTABLES, Encoder, NftMessage, refused_element
@@ -25,7 +25,14 @@ NFT_TIMEOUT_SECONDS = 900
 
 
 class TableError(Exception):
-    """The kernel refused a transaction, none of which is in force; the message says what and why on one line."""
+    """The kernel refused a transaction, none of which is in force; the message says what and why on one line.
+
+    `undecided` says that the kernel was not even asked, as far as is known: the program `nft` was ended, for one.
+    """
+
+    def __init__(self, text: str, *, undecided: bool = False) -> None:
+        super().__init__(text)
+        self.undecided = undecided
 
 
 class StaleError(Exception):
@@ -92,17 +99,21 @@ class NftCommit:
     It cannot tell whether somebody else has changed something meanwhile.
     """
 
-    def __init__(self, family: Family, table: str = TABLE) -> None:
+    def __init__(self, family: Family, table: str = TABLE, *, timeout: float = NFT_TIMEOUT_SECONDS) -> None:
+        """`timeout` is in seconds."""
         self._writer = Writer(family, table)
+        self._timeout = timeout
 
     def __call__(self, change: Transaction, generation: int | None = None, /) -> None:  # noqa: ARG002 - nft has no way
         """Make a transaction; `generation` is not looked at."""
         try:
-            done = run(["nft", "-f", "-"], self._writer.commands(change), timeout=NFT_TIMEOUT_SECONDS)
+            done = run(["nft", "-f", "-"], self._writer.commands(change), timeout=self._timeout)
+        except UndecidedError as error:
+            raise TableError(str(error), undecided=True) from None
         except CommandError as error:
             raise TableError(str(error)) from None
         if done.code:
-            raise TableError(f"nft: {first_line(done.stderr)}")
+            raise TableError(f"nft: {done.complaint}", undecided=done.code < 0)
 
 
 class NftTable:

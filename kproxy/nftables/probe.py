@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 
+from kproxy.host.run import START_SECONDS, UndecidedError
 from kproxy.model.context import Context
 from kproxy.model.local_traffic import LocalTraffic
 from kproxy.model.plan import Decision, ServicePortPlan
@@ -27,7 +28,7 @@ class UnsupportedError(Exception):
 def way_to_commit(family: Family) -> Commit:
     """Return the way by which this kernel takes transactions: netlink or, if it must be, the program `nft`.
 
-    Raises `UnsupportedError`.
+    Raises `UnsupportedError`, or `UndecidedError` if that cannot be told.
     """
     try:
         NetlinkCommit(family, TABLE)(probe(family))
@@ -36,8 +37,10 @@ def way_to_commit(family: Family) -> Commit:
     else:
         return NetlinkCommit(family)
     try:
-        NftCommit(family, TABLE)(probe(family))
+        NftCommit(family, TABLE, timeout=START_SECONDS)(probe(family))
     except TableError as error:
+        if error.undecided:
+            raise UndecidedError(f"cannot tell whether the kernel takes the table: {refused}; {error}") from None
         release = os.uname().release
         raise UnsupportedError(
             f"Linux {release} does not take the table: {refused}; by nft: {error}; "

@@ -37,19 +37,21 @@ class Conditions:
         self._rejected = self._dropped = 0
         self._lost: set[ServiceKey] = set()
         self._conflicts: frozenset[Conflict] = frozenset()
+        self._losers: frozenset[ServiceKey] = frozenset()
         self._begun = False
 
-    @property
-    def troubled(self) -> frozenset[ServiceKey]:
-        """The Services of which it would be told if their trouble ended."""
-        return frozenset(self._lost) | {_service_of(conflict.loser) for conflict in self._conflicts}
+    def troubled(self, examined: Collection[ServiceKey] | None) -> Collection[ServiceKey]:
+        """Return the Services, of the `examined` ones or all, of which it would be told if their trouble ended."""
+        if examined is None:
+            return self._lost | self._losers
+        return [key for key in examined if key in self._lost or key in self._losers]
 
     def tally(self, store: Store) -> Tally:
         """Return how many Services are in which condition."""
         return Tally(
             without_endpoints=self._rejected,
             dropped=self._dropped,
-            in_conflict=len({conflict.loser.partition(":")[0] for conflict in self._conflicts}),
+            in_conflict=len(self._losers),
             refused=store.refused_services,
             ignored=store.ignored_services,
         )
@@ -114,7 +116,10 @@ class Conditions:
             )
 
     def _of_conflicts(self, now: frozenset[Conflict], left: Collection[ServiceKey]) -> Iterator[Notice]:
+        if now == self._conflicts:
+            return
         before, self._conflicts = self._conflicts, now
+        self._losers = frozenset(_service_of(conflict.loser) for conflict in now)
         for each in sorted(now - before):
             text = f"{each.loser} and {each.holder} both claim {each.frontend}: traffic goes to {each.holder} only"
             yield Notice(_service_of(each.loser), "FrontendConflict", f"{self._family.value}: {text}")

@@ -112,8 +112,8 @@ class FamilySync:
         if self._conditions is None:
             self._conditions = Conditions(planner.family)
         examined = None if everything else self._pending
-        troubled = self._conditions.troubled
-        left = [key for key in (troubled if examined is None else troubled & examined) if not planner[key]]
+        troubled = self._conditions.troubled(examined)
+        left = [key for key in troubled if key not in planner.conditions and not planner[key]]
         return self._conditions.accept(planner.conditions, examined, self._appeared, written.conflicts, left)
 
     def _context(self, store: Store) -> Context:

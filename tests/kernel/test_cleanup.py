@@ -105,7 +105,7 @@ def test_only_what_is_a_proxys_is_removed(node: Namespace, scenario: str) -> Non
     for family in Family:
         assert len(rules(node, family)) > len(before[family]) + len(KEPT[family])
 
-    said = node.call(remove_all)
+    said = node.call(lambda: list(remove_all()))
 
     assert [line.partition(" ")[0] for line in said] == ["removed"] * 4
     assert proxy_tables(node) == []
@@ -118,9 +118,9 @@ def test_only_what_is_a_proxys_is_removed(node: Namespace, scenario: str) -> Non
 
 def test_a_second_time_there_is_nothing_to_do(node: Namespace) -> None:
     program_both_modes(node, "random-12")
-    node.call(remove_all)
+    node.call(lambda: list(remove_all()))
     with Commits(node) as commits:
-        assert node.call(remove_all) == []
+        assert node.call(lambda: list(remove_all())) == []
         assert commits.new() == []
 
 
@@ -152,7 +152,7 @@ def test_a_foreign_rule_whose_comment_quotes_a_jump_to_us_stays(node: Namespace)
     node.run(["iptables-restore", "--noflush"], f"*filter\n{FOREIGN_COMMENT}\nCOMMIT\n")
     before = rules(node, Family.IPV4)
     apply(node, "clusterip")
-    node.call(remove_all)
+    node.call(lambda: list(remove_all()))
     assert without_firewall(rules(node, Family.IPV4)) == before
 
 
@@ -161,7 +161,7 @@ def test_a_jump_to_us_goes_whatever_its_comment_quotes(node: Namespace) -> None:
     apply(node, "clusterip")
     jump = '-A MY-NAT -m comment --comment "was -j ACCEPT once" -j KUBE-MARK-MASQ'
     node.run(["iptables-restore", "--noflush"], f"*nat\n{jump}\nCOMMIT\n")
-    node.call(remove_all)
+    node.call(lambda: list(remove_all()))
     assert without_firewall(rules(node, Family.IPV4)) == before
 
 
@@ -173,7 +173,7 @@ def test_the_program_nft_is_not_needed(node: Namespace, tmp_path: Path, monkeypa
     link({name: name for name in PROGRAMS}, path)
     with monkeypatch.context() as changed:
         changed.setenv("PATH", str(path))
-        assert len(node.call(remove_all)) == 4
+        assert len(node.call(lambda: list(remove_all()))) == 4
     assert without_firewall(rules(node, Family.IPV4)) == before
     assert proxy_tables(node) == []
 
@@ -184,7 +184,7 @@ def test_what_cannot_be_removed_is_said(node: Namespace) -> None:
         table = attribute(1, b"kube-proxy\0") + attribute(2, struct.pack(">I", NFT_TABLE_F_OWNER))
         owner.commit([(NFNL_SUBSYS_NFTABLES << 8, NLM_F_CREATE, nfgenmsg(socket.AF_INET) + table)])
         with pytest.raises(CommandError, match=r"^cannot delete the nftables table of IPv4: .*not permitted$"):
-            node.call(remove_all)
+            node.call(lambda: list(remove_all()))
 
 
 def test_the_command_says_what_it_removed_and_that_it_may_be_repeated(node: Namespace) -> None:

@@ -18,7 +18,7 @@ from kproxy.first_sync import FirstSync
 from kproxy.host.ipset import Entry, set_entries, set_names
 from kproxy.host.ipvs import VirtualServer, virtual_servers
 from kproxy.ipvs_leftovers import INTERFACE, SETS
-from kproxy.leftovers import remove_all, remove_ipvs
+from kproxy.leftovers import ServersStayError, remove_all, remove_ipvs
 from kproxy.model.types import Family
 from kproxy.sync.report import SyncReport
 from tests.kernel.test_cleanup import rules, without_firewall
@@ -224,16 +224,19 @@ def test_one_family_alone_is_enough_where_the_other_is_left_out(node: Namespace)
 def test_sets_of_others_stay_even_if_their_names_begin_like_ours(node: Namespace) -> None:
     others = ["KUBE-DST-3YNVZWWGX3UQQ4VQ", "KUBE-CLUSTER-IP-OURS", "mine"]
     node.run(["ipset", "restore"], "".join(f"create {name} hash:ip\n" for name in others))
-    assert node.call(remove_all) == []
+    assert node.call(lambda: list(remove_all())) == []
     leave(node)
-    node.call(remove_all)
+    node.call(lambda: list(remove_all()))
     assert sorted(sets(node)) == sorted(others)
 
 
 def test_a_set_that_a_foreign_rule_uses_stays_and_is_said(node: Namespace, caplog: pytest.LogCaptureFixture) -> None:
     leave(node)
     node.run(["iptables", "-A", "INPUT", "-m", "set", "--match-set", "KUBE-IPVS-IPS", "dst", "-j", "ACCEPT"])
-    assert node.call(remove_all)[-1] == f"removed {len(SETS) - 1} ipsets, the interface {INTERFACE} of ipvs mode"
+    assert (
+        node.call(lambda: list(remove_all()))[-1]
+        == f"removed {len(SETS) - 1} ipsets, the interface {INTERFACE} of ipvs mode"
+    )
     said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert said == ["ipsets KUBE-IPVS-IPS cannot be removed: rules use it"]
     assert sets(node) == ["KUBE-IPVS-IPS"]
@@ -287,7 +290,7 @@ def test_virtual_servers_of_others_stay(node: Namespace) -> None:
         "-f 7",
     ):
         node.run(["ipvsadm", "-A", *server.split(), "-s", "rr"])
-    assert "3 virtual servers" in node.call(remove_all)[-1]
+    assert "3 virtual servers" in node.call(lambda: list(remove_all()))[-1]
     left = {(found.address, found.port) for found in node.call(virtual_servers)}
     assert left == {("192.0.2.50", 80), ("192.0.2.10", 30080), ("10.96.0.80", 8080)}
     assert "FWM" in node.run(["ipvsadm", "-L", "-n"]).stdout
@@ -319,8 +322,45 @@ def test_virtual_servers_that_stay_are_tried_again_with_the_next_sync_of_all_ser
     said = [record.getMessage() for record in caplog.records if "is still there" in record.getMessage()]
     assert said == [
         "what ipvs mode left is still there, and may take traffic of Services: 1 virtual servers of IPVS cannot be "
-        "removed, such as 10.96.0.80 port 80: Device or resource busy. Its interface and its ipsets stay as well"
+        "removed, such as 10.96.0.80 port 80: Device or resource busy; its interface and its ipsets stay as well"
     ]
+
+
+def test_what_else_fails_is_tried_again_with_the_next_success(
+    node: Namespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    leave(node)
+    observer = FirstSync(Config(mode="nftables"), [Family.IPV4])
+    observer._done.add(Family.IPV4)
+
+    def tell() -> bool:
+        node.call(lambda: observer.synced(SyncReport(Family.IPV4, 0.0, 0.0, False, {}, None, None, "")))
+        return has_interface(node)
+
+    (tmp_path / "iptables-restore").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "iptables-restore").chmod(0o755)
+    with monkeypatch.context() as broken:
+        broken.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+        assert tell()
+        assert tell()
+    assert not tell()
+
+
+def test_a_clean_up_that_fails_in_the_end_has_said_what_it_removed(
+    node: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave(node)
+    server = VirtualServer("10.96.0.80", 6, 80, b"a")
+    monkeypatch.setattr(ipvs_leftovers, "virtual_servers", lambda: [server])
+    monkeypatch.setattr(ipvs_leftovers, "delete_virtual_servers", lambda _: {server: "Device or resource busy"})
+    said: list[str] = []
+
+    def clean_up() -> None:
+        said.extend(remove_all())
+
+    with pytest.raises(ServersStayError, match="port 80: Device or resource busy"):
+        node.call(clean_up)
+    assert [line.rpartition(" ")[2] for line in said] == ["IPv4", "IPv6"]
 
 
 def test_virtual_servers_go_while_the_interface_says_which_are_theirs(
@@ -350,5 +390,5 @@ def test_virtual_servers_go_while_the_interface_says_which_are_theirs(
 
     monkeypatch.setattr(ipvs_leftovers, "virtual_servers", lambda: [*theirs, *foreign])
     monkeypatch.setattr(ipvs_leftovers, "delete_virtual_servers", delete)
-    assert node.call(remove_all)[-1] == f"removed 3 virtual servers, {EVERYTHING} of ipvs mode"
+    assert node.call(lambda: list(remove_all()))[-1] == f"removed 3 virtual servers, {EVERYTHING} of ipvs mode"
     assert deleted == theirs

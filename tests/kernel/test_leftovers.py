@@ -38,11 +38,11 @@ def test_what_kproxy_itself_programmed_goes(node: Namespace, mode: str) -> None:
     apply(node, mode)
     assert bool(our_chains(node)) == (mode == "iptables")
     assert bool(proxy_tables(node)) == (mode == "nftables")
-    assert len(node.call(remove_all)) == 2
+    assert len(node.call(lambda: list(remove_all()))) == 2
     assert (our_chains(node), proxy_tables(node)) == (set(), [])
     for family in Family:
         assert "KUBE-" not in "".join(without_firewall(rules(node, family)))
-    assert node.call(remove_all) == []
+    assert node.call(lambda: list(remove_all())) == []
 
 
 def test_no_rule_is_needed_to_remove_a_chain(node: Namespace) -> None:
@@ -98,7 +98,7 @@ def test_chains_of_the_other_variant_stay_and_are_said(
     listing = [str(shutil.which(f"{program}-{other}")), "-t", "nat", "-S", "KUBE-SERVICES"]
     only(programs_of(used))
     family = next(family for family, prefix in PREFIXES.items() if prefix == program)
-    assert node.call(remove_all) == [f"removed 1 iptables chains of {family.value}"]
+    assert node.call(lambda: list(remove_all())) == [f"removed 1 iptables chains of {family.value}"]
     said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     version = "nf_tables" if used == "nft" else "legacy"
     assert len(said) == 1
@@ -106,7 +106,7 @@ def test_chains_of_the_other_variant_stay_and_are_said(
     assert said[0].startswith(f"{where} are still there and cannot be removed: in use here is ")
     assert said[0].endswith(f" ({version})")
     assert node.run(listing).stdout == "-N KUBE-SERVICES\n"
-    assert node.call(remove_all) == []
+    assert node.call(lambda: list(remove_all())) == []
 
 
 def test_without_iptables_the_chains_of_both_variants_are_said(

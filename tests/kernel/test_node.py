@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Callable
@@ -9,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from kproxy.config import Config
+from kproxy.families import StartError, with_mode
 from kproxy.host import nft_nat
 from kproxy.host.nfnetlink_batch import BatchSocket
 from kproxy.host.nft_nat import nat_refused
-from kproxy.host.run import CommandError, UndecidedError
+from kproxy.host.run import START_SECONDS, CommandError, UndecidedError, run
 from kproxy.iptables.apply import parse_version
 from kproxy.iptables.probe import check_tables
 from kproxy.model.types import Family
@@ -107,10 +110,21 @@ def test_a_machine_with_ipv4_addresses_does_not_start_without_ipv4(
         put(*without_nat(Family.IPV4))
         with pytest.raises(CommandError, match=r"^IPv4: the kernel lacks one of the tables"):
             node.call(discover_iptables)
+        with pytest.raises(CommandError, match=r"; IPv4 is needed, because this machine has the address [0-9.]+$"):
+            node.call(discover_iptables)
     else:
         refusing(monkeypatch, {Family.IPV4})
         with pytest.raises(UnsupportedError, match=r"^IPv4: Linux .* does not take the table"):
             node.call(discover_nftables)
+
+
+def test_a_link_local_address_needs_no_ipv4(
+    namespace: Namespace, put: Callable[[str, str], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    namespace.run(["ip", "address", "add", "169.254.20.10/32", "dev", "lo"])
+    put(*without_nat(Family.IPV4))
+    assert list(namespace.call(discover_iptables)) == [Family.IPV6]
+    assert "IPv4 is left out" in caplog.text
 
 
 @pytest.mark.parametrize("program", ["ip6tables", "ip6tables-restore"])
@@ -127,6 +141,47 @@ def test_a_program_that_hangs_is_no_reason_to_leave_a_family_out(
         monkeypatch.setattr(f"kproxy.iptables.{module}.START_SECONDS", 1)
     with pytest.raises(UndecidedError, match=f"{program} did not end within 1 s"):
         namespace.call(discover_iptables)
+
+
+@pytest.mark.parametrize("program", ["ip6tables", "ip6tables-restore"])
+def test_a_program_that_is_killed_is_no_reason_either(
+    namespace: Namespace, put: Callable[[str, str], None], program: str
+) -> None:
+    """As by the kernel when memory is short."""
+    put(program, "kill -9 $$")
+    with pytest.raises(UndecidedError, match="ended by signal 9"):
+        namespace.call(discover_iptables)
+
+
+@pytest.mark.parametrize(("code", "error"), [(errno.EAGAIN, UndecidedError), (errno.ENOENT, CommandError)])
+def test_a_program_that_cannot_be_started_at_the_moment_is_no_reason_either(
+    monkeypatch: pytest.MonkeyPatch, code: int, error: type[CommandError]
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("subprocess.Popen", refuse)
+    with pytest.raises(CommandError, match=f"cannot run true: {os.strerror(code)}") as caught:
+        run(["true"], timeout=START_SECONDS)
+    assert type(caught.value) is error
+
+
+def test_nft_that_hangs_is_no_reason_either(
+    namespace: Namespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(self: NetlinkCommit, change: Transaction, generation: int | None = None) -> None:
+        raise TableError("netlink: No buffer space available")
+
+    monkeypatch.setattr(NetlinkCommit, "__call__", refuse)
+    os.mkfifo(tmp_path / "never")
+    (tmp_path / "nft").write_text(f"#!/bin/sh\ncat {tmp_path}/never\n")
+    (tmp_path / "nft").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr("kproxy.nftables.probe.START_SECONDS", 1)
+    with pytest.raises(UndecidedError, match="No buffer space available; nft: nft did not end within 1 s"):
+        namespace.call(discover_nftables)
+    with pytest.raises(StartError, match="cannot choose a mode: cannot tell"):
+        namespace.call(lambda: with_mode(Config(mode="")))
 
 
 def test_a_family_without_programs_is_left_out(

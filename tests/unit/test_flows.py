@@ -213,6 +213,27 @@ def test_of_two_services_with_one_frontend_only_the_flows_of_its_holder_stay() -
     assert stale(frontends, flows[1:]) == {(shared, B)}
 
 
+def test_many_services_with_one_frontend_are_not_compared_with_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever may create Services could else stop a node's proxy for minutes."""
+    number, compared = 200, []
+    best = UdpFrontends._best
+
+    def counting(self: UdpFrontends, frontend: str, keys: Collection[str]) -> str:
+        compared.append(len(keys))
+        return best(self, frontend, keys)
+
+    monkeypatch.setattr(UdpFrontends, "_best", counting)
+    plans = {
+        f"ns/s{n}": [plan(A, service=f"ns/s{n}", cluster_ip=f"10.96.1.{n}", external_ips=("203.0.113.1",))]
+        for n in range(number)
+    }
+    frontends = UdpFrontends()
+    for _ in range(2):
+        frontends.accept(plans, complete=True)
+        stale(frontends, [("203.0.113.1:53", A)] * number)
+    assert sum(compared) <= 4 * number
+
+
 def test_who_claims_the_cluster_ip_of_another_service_takes_no_flow_of_it() -> None:
     frontends = accepted(plan())
     frontends.accept(

@@ -157,7 +157,7 @@ def test_a_node_that_goes_gets_no_new_traffic_but_its_proxy_lives(scene: Scene, 
 def test_what_is_wrong_with_the_node_is_told_beside_kube_proxys_fields(scene: Scene) -> None:
     scene.succeed()
     fields = list(scene.body())
-    scene.node, scene.reason = None, 'Node "node-1" does not exist'
+    scene.node, scene.reason = None, 'Node "node-1" not found'
     assert scene.statuses == (503, 200)
     assert list(scene.body()) == [*fields, "reason"]
     assert scene.body()["reason"] == scene.reason

@@ -171,6 +171,20 @@ def test_while_virtual_servers_stay_all_stays_that_tells_which_they_are(
     assert remove(FOUND).removed == ["1 virtual server", "2 ipsets", "the interface kube-ipvs0"]
 
 
+def test_a_virtual_server_of_a_service_that_no_set_names_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(
+        monkeypatch,
+        set_entries=lambda _: set(),
+        addresses_by_interface=lambda _: {7: frozenset({"10.96.0.80"}), 1: frozenset({"192.0.2.10"})},
+    )
+    done = remove(FOUND)
+    assert done.removed == ["2 ipsets", "the interface kube-ipvs0"]
+    assert done.problems == [
+        "1 virtual servers of IPVS stay, such as 10.96.0.80 port 80: they are at addresses of kube-ipvs0, but in no "
+        "ipset of kube-proxy's"
+    ]
+
+
 def test_what_else_cannot_be_removed_is_said_and_the_rest_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(monkeypatch, destroy_sets=lambda names: {names[0]: "rules use it"}, delete_interface=refuse)
     done = remove(FOUND)
