@@ -42,10 +42,13 @@ def missing_privilege() -> str:
     return ""
 
 
-def missing_access() -> str:
-    """Return one line that says why an ordinary user cannot run the Python of these tests, or ""."""
-    # Not from setpriv itself: it still has root's capabilities when it executes the command.
-    command = [*NOBODY, "sh", "-c", '"$0" -c "import kproxy, rich"', sys.executable]
+def missing_access(*starter: str) -> str:
+    """Return one line that says why an ordinary user cannot run the Python of these tests, or "".
+
+    Without a `starter`, setpriv executes it while it still has root's capabilities; those are gone if that is another
+    program, such as `sh -c 'exec "$0" "$@"'`.
+    """
+    command = [*NOBODY, *starter, sys.executable, "-c", "import kproxy, rich"]
     if subprocess.run(command, capture_output=True, check=False).returncode:
         return f"an ordinary user may not run {sys.executable}"
     return ""
