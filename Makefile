@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.ready
 RUN := $(VENV)/bin/python
+# where Debian puts iptables, nft and ip, and an ordinary user's PATH does not look
+export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
 # of `make test`: files or folders, by default all tests
 TESTS ?=

@@ -20,8 +20,9 @@ class Remark(NamedTuple):
 
 
 def dotted(path: FieldPath) -> str:
-    """Return a path as `spec.ports[0].port`."""
-    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).removeprefix(".")
+    """Return a path as `spec.ports[0].port`; a key that is not printable, such as a line break, is quoted."""
+    quoted = (step if isinstance(step, int) or step.isprintable() else repr(step) for step in path)
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in quoted).removeprefix(".")
 
 
 def remarks_text(remarks: Sequence[Remark]) -> str:

@@ -12,6 +12,7 @@ from tests.lab.namespace import Namespace
 from tests.lab.requirements import missing_commands, missing_privilege
 from tests.lab.servers import Servers
 from tests.lab.topology import Lab
+from tests.lab.waiting import wait_until
 
 
 @pytest.fixture(scope="session")
@@ -55,6 +56,9 @@ def node(namespace: Namespace) -> Namespace:
     namespace.run(["ip", "link", "set", "lo", "up"])
     namespace.run(["ip", "address", "add", "10.99.0.2/24", "dev", "lo"])
     namespace.run(["ip", "address", "add", "fd00:99::2/64", "dev", "lo", "nodad"])
+    # The kernel adds the address's own route a little later.
+    routes = ["ip", "-6", "route", "show", "table", "local"]
+    wait_until(lambda: "fd00:99::2" in namespace.run(routes).stdout, "the route of the IPv6 address")
     return namespace
 
 

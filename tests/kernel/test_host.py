@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -296,7 +297,10 @@ def test_a_script_ends_together_with_what_it_waits_for(
     if how == "stop":
         programs.stop()
     else:
-        clock.seconds = 1.0
+        give_up = time.monotonic() + GUARD
+        while thread.is_alive() and time.monotonic() < give_up:
+            clock.seconds += 1.0  # again and again: a slow feeder may begin its seconds anew in between
+            thread.join(0.01)
     thread.join(GUARD)
     ended = list(codes)
     os.close(kept_open)

@@ -14,6 +14,7 @@ from kproxy.iptables.base import INVALID_COUNTER
 from tests.lab.modes import BOTH_MODES
 from tests.lab.namespace import Namespace
 from tests.lab.proxy import KPROXY
+from tests.lab.requirements import NOBODY, missing_access
 from tests.lab.waiting import HANG_GUARD, wait_until
 from tests.recordings import GOLDEN
 
@@ -22,7 +23,6 @@ NOT_OF_THE_MACHINE = "--conntrack-max-per-core=0"
 """Keeps a start away from the parameters that all network namespaces share."""
 
 WITHOUT = ["setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin"]
-NOBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
 REFUSED = "the capability CAP_NET_ADMIN over this network namespace is missing: run as root or give it to the process"
 ASK = "from kproxy.host.privileges import has_net_admin; print(has_net_admin())"
 ESTABLISHED = "net/netfilter/nf_conntrack_tcp_timeout_established"
@@ -43,12 +43,14 @@ def parameters(node: Namespace) -> dict[str, int]:
     [
         ([], True),
         (WITHOUT, False),
-        (NOBODY, False),
+        ([*NOBODY], False),
         ([*NOBODY, "--inh-caps=+net_admin", "--ambient-caps=+net_admin"], True),
     ],
     ids=["root", "root without it", "nobody", "nobody with it"],
 )
 def test_the_kernel_tells_whether_there_is_the_capability(node: Namespace, wrapper: list[str], allowed: bool) -> None:
+    if NOBODY[1] in wrapper and (reason := missing_access()):
+        pytest.skip(reason)
     links = node.run(["ip", "address"]).stdout
     assert node.run([*wrapper, sys.executable, "-c", ASK]).stdout == f"{allowed}\n"
     assert node.run(["ip", "address"]).stdout == links
@@ -93,6 +95,8 @@ def test_what_changes_nothing_needs_no_capability(node: Namespace, tmp_path: Pat
 def test_an_ordinary_user_with_the_capability_keeps_the_rules(node: Namespace, mode: str, tmp_path: Path) -> None:
     if mode == "iptables" and "nf_tables" not in node.run(["iptables", "--version"]).stdout:
         pytest.skip("iptables-legacy needs more than CAP_NET_ADMIN")
+    if reason := missing_access():
+        pytest.skip(reason)
     user = [*NOBODY, "--inh-caps=+net_admin", "--ambient-caps=+net_admin", "--bounding-set=-all,+net_admin"]
     log = tmp_path / "log"
     with log.open("w") as output:

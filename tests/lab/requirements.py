@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import socket
+import subprocess
+import sys
 
 from tests.lab.namespace import Namespace
 from tests.lab.servers import SOCKET_TYPES
@@ -17,6 +19,9 @@ PACKAGES = {
     "mount": "mount",
 }
 """Commands, with the Debian package that each is in."""
+
+NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+"""Runs a command as an ordinary user."""
 
 
 def missing_commands(path: str | None = None) -> str:
@@ -34,6 +39,18 @@ def missing_privilege() -> str:
         Namespace("probe").close()
     except OSError as error:
         return error.strerror or str(error)
+    return ""
+
+
+def missing_access(*starter: str) -> str:
+    """Return one line that says why an ordinary user cannot run the Python of these tests, or "".
+
+    Without a `starter`, setpriv executes it while it still has root's capabilities; those are gone if that is another
+    program, such as `sh -c 'exec "$0" "$@"'`.
+    """
+    command = [*NOBODY, *starter, sys.executable, "-c", "import kproxy, rich"]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        return f"an ordinary user may not run {sys.executable}"
     return ""
 
 

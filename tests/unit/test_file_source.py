@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kproxy import kube
@@ -286,6 +286,7 @@ VALUES = st.recursive(
 @given(
     st.sampled_from(["Service", "EndpointSlice", "Node", "ServiceCIDR", "ServiceList"]), st.sampled_from(PATHS), VALUES
 )
+@example("Service", "metadata.labels", {"\n": None})
 def test_no_value_of_any_field_brings_an_error_that_is_no_problem(kind: str, field: str, value: object) -> None:
     version = {"EndpointSlice": "discovery.k8s.io/v1", "ServiceCIDR": "networking.k8s.io/v1"}.get(kind, "v1")
     item: dict[str, Any] = {"apiVersion": version, "kind": kind, "metadata": {"name": "a"}, "spec": {}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "packages.sh"
+TESTS = SCRIPT.read_text().partition("\ntests() {\n")[2].partition("\n}\n")[0]
 PYTHON = """#!/bin/sh
 case "$2" in
 *CC*) echo our-gcc ;;
@@ -25,13 +27,14 @@ case "$*" in
 *) {install} ;;
 esac
 """
-PROGRAMS = "iptables ip nft conntrack ipset setpriv mount openssl curl our-gcc"
-INSTALLS = f"for name in {PROGRAMS}; do ln -sf /bin/true bin/$name; done; touch headers"
+NEEDED = dict[str, str](re.findall(r"^    need ([a-z0-9-]+) program (\w+)", TESTS, re.MULTILINE))
+"""Packages of the demo and the tests, with the program by which each is known."""
+
+INSTALLS = f"for name in {' '.join(NEEDED.values())} our-gcc; do ln -sf /bin/true bin/$name; done; touch headers"
 """What the packages bring."""
 
 
-PACKAGES = {"iptables", "iproute2", "nftables", "conntrack", "ipset", "util-linux", "mount", "openssl", "curl", "gcc"}
-PACKAGES |= {"python3-dev"}
+PACKAGES = {*NEEDED, "iptables", "iproute2", "nftables", "gcc", "python3-dev"}
 """All of them but libc6-dev, which is known by a file of this machine, and those that come with Python."""
 
 
