@@ -67,7 +67,8 @@ class FamilySync:
     def note(self, changed: Changed) -> None:
         """Take in what a delta changed."""
         self._pending |= changed.services
-        self._appeared |= changed.appeared
+        if self._conditions is not None:  # at the first sync, all Services count as new
+            self._appeared |= changed.appeared
         self._last_changes += changed.last_changes
 
     def verify(self) -> bool:
