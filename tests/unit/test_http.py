@@ -20,6 +20,7 @@ from kproxy.serve.http import MAX_HEAD, Request, RequestError, Response, plain, 
 from kproxy.serve.listen import Address, listen, parse_address
 from kproxy.serve.server import HttpServer
 from kproxy.serve.serving import Serving, ServingError
+from tests.lab.attempts import Attempts
 from tests.lab.waiting import HANG_GUARD, wait_until
 from tests.ports import free_port, get
 
@@ -488,33 +489,21 @@ def test_a_port_that_must_be_there(name: str) -> None:
 def test_a_port_that_is_taken_is_said_ever_more_rarely_and_served_once_it_is_free(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
-    monkeypatch.setattr("kproxy.serve.serving.RETRY_SECONDS", 0.001)
     caplog.set_level(logging.INFO, logger="kproxy")
     now = 0.0
-    attempts = threading.Semaphore(0)
-
-    def attempt(address: Address) -> socket.socket:
-        attempts.release()
-        return listen(address)
-
-    def attempts_made() -> bool:
-        while attempts.acquire(blocking=False):
-            pass  # made before
-        return all(attempts.acquire(timeout=HANG_GUARD) for _ in range(20))
-
-    monkeypatch.setattr("kproxy.serve.serving.listen", attempt)
+    attempts = Attempts(monkeypatch, "kproxy.serve.serving")
     with listen(LOOPBACK) as taken:
         port = port_of(taken)
         said = f"{name}BindAddress 127.0.0.1:{port}: cannot listen: Address already in use, trying again every 0 s"
         found = serving(clock=lambda: monotonic() + now, **{f"{name}_address": f"127.0.0.1:{port}"})
         found.start()
-        assert attempts_made()
+        assert attempts.many_more()
         assert caplog.messages == [said]
         now += 60.0
-        assert attempts_made()
+        assert attempts.many_more()
         assert caplog.messages == [said] * 2
         now += 60.0
-        assert attempts_made()
+        assert attempts.many_more()
         assert caplog.messages == [said] * 2, "the second pause is longer"
     wait_until(lambda: len(caplog.messages) > 2, "a line that says that the port is served")
     assert caplog.messages[2:] == [f"{name}BindAddress 127.0.0.1:{port}: listening now"]

@@ -25,6 +25,7 @@ from kproxy.serve.listen import Address, listen
 from kproxy.serve.server import HttpServer
 from kproxy.serve.service_health import ServiceHealthObserver
 from kproxy.sync.report import SyncReport
+from tests.lab.attempts import Attempts
 from tests.lab.waiting import HANG_GUARD
 from tests.ports import free_port, get
 from tests.recordings import GOLDEN, store
@@ -351,29 +352,17 @@ def test_a_taken_port_is_reported_once_and_served_when_it_is_free(
 def test_a_taken_port_is_said_ever_more_rarely_and_when_it_is_served(
     ports: Ports, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("kproxy.serve.health_ports.RETRY_SECONDS", 0.001)
     caplog.set_level(logging.INFO, logger="kproxy")
-    attempts = threading.Semaphore(0)
-
-    def attempt(address: Address) -> socket.socket:
-        attempts.release()
-        return listen(address)
-
-    def attempts_made() -> bool:
-        while attempts.acquire(blocking=False):
-            pass  # made before
-        return all(attempts.acquire(timeout=HANG_GUARD) for _ in range(20))
-
-    monkeypatch.setattr("kproxy.serve.health_ports.listen", attempt)
+    attempts = Attempts(monkeypatch, "kproxy.serve.health_ports")
     with listen(Address("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         said = f"Service ns/web: its health cannot be asked for on 127.0.0.1:{port}: Address already in use"
         ports.update(web=at(port))
-        assert attempts_made()
+        assert attempts.many_more()
         assert caplog.messages == [said]
         for lines in (2, 2, 3):
             ports.later += 60.0
-            assert attempts_made()
+            assert attempts.many_more()
             assert caplog.messages == [said] * lines
     until(lambda: len(caplog.messages) > 3)
     assert caplog.messages[3:] == [f"Service ns/web: its health can be asked for on 127.0.0.1:{port} now"]

@@ -1,0 +1,32 @@
+"""Counting how often a part of kproxy tries to listen on a port."""
+
+from __future__ import annotations
+
+import socket
+import threading
+
+import pytest
+
+from kproxy.serve.listen import Address, listen
+
+ENOUGH = 20
+HANG_GUARD = 30.0
+
+
+class Attempts:
+    """Has a module try again at once, and counts its attempts to listen."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, module: str) -> None:
+        self._made = threading.Semaphore(0)
+        monkeypatch.setattr(f"{module}.RETRY_SECONDS", 0.001)
+        monkeypatch.setattr(f"{module}.listen", self._attempt)
+
+    def _attempt(self, address: Address) -> socket.socket:
+        self._made.release()
+        return listen(address)
+
+    def many_more(self) -> bool:
+        """Wait for many attempts from now on; return whether they came."""
+        while self._made.acquire(blocking=False):
+            pass  # made before
+        return all(self._made.acquire(timeout=HANG_GUARD) for _ in range(ENOUGH))
