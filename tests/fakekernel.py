@@ -10,8 +10,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 
-from kproxy.iptables.apply import RestoreError
 from kproxy.iptables.names import Chain
+from kproxy.iptables.runner import RestoreError
 
 BUILTIN = {
     "mangle": ("PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"),

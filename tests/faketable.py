@@ -14,13 +14,12 @@ from copy import deepcopy
 from msgspec import Struct, field
 
 from kproxy.model.types import Family
-from kproxy.nftables import objects as nft
-from kproxy.nftables.apply import StaleError, TableError
-from kproxy.nftables.base import SETS
-from kproxy.nftables.elements import DROP, Element
-from kproxy.nftables.shape import Shape, shape_of
+from kproxy.nftables import ruleset as nft
+from kproxy.nftables.base_table import SETS
+from kproxy.nftables.elements import DROP, Element, Shape, shape_of
+from kproxy.nftables.kernel import StaleError, TableError
+from kproxy.nftables.snapshot import View
 from kproxy.nftables.transaction import Transaction
-from kproxy.nftables.view import View
 
 
 class FakeChain(Struct):

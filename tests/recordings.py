@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from kproxy.iptables.names import DISPATCH, Chain
-from kproxy.iptables.text import parse_save
-from kproxy.kube.objects import decode_object
+from kproxy.iptables.save_restore import parse_save
+from kproxy.kube.codec.json_codec import decode_object
 from kproxy.model.delta import Kind, Replace
 from kproxy.model.store import Store
 from kproxy.model.types import EndpointSlice, Family, Node, Service

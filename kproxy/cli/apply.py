@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from kproxy.cli.errors import FailureError
-from kproxy.cli.options import OBJECTS_HELP, OF_THE_DAEMON, SYNTAX, add_flags, load_settings, needed_objects
+from kproxy.cli.console import FailureError
+from kproxy.cli.options import OBJECTS_HELP, OF_THE_DAEMON, SYNTAX, load_settings, needed_objects
 from kproxy.cli.parser import COMMANDS, Help
+from kproxy.config.flags import add_flags
 
 EPILOG = f"""\
 examples:
@@ -48,10 +49,10 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 def _apply(options: argparse.Namespace) -> None:
     objects = needed_objects(options)
     config = load_settings(options)
-    from kproxy import once
-    from kproxy.families import StartError
-    from kproxy.kube.file_source import FileSourceError
-    from kproxy.model.outcome import SyncError
+    from kproxy.app import one_shot as once
+    from kproxy.app.backends import StartError
+    from kproxy.kube.manifests.file_source import FileSourceError
+    from kproxy.model.sync_report import SyncError
 
     try:
         once.apply(config, objects)

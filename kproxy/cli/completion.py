@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 
-from kproxy.cli.output import show
+from kproxy.cli.console import show
 from kproxy.cli.parser import COMMANDS, Help
 from kproxy.config.flag_table import CONFIG_FLAGS
 
 SHELLS = ("bash", "zsh", "fish")
 WORDS = {flag.option: flag.words for flag in CONFIG_FLAGS}
-
 EPILOG = """\
 examples:
   # bash: in this shell, and in all new ones
@@ -26,7 +25,6 @@ examples:
   kproxy completion fish > ~/.config/fish/completions/kproxy.fish
 
 Then TAB completes commands, flags, the values that a flag can have, and files."""
-
 BASH = """
 # bash takes --flag=value for three words, and the above expects two.
 _kproxy() {
@@ -47,7 +45,6 @@ _kproxy() {
 complete -o bashdefault -F _kproxy kproxy
 """
 """What follows the script for bash."""
-
 ZSH = """\
 # Below, only `eval` counts as being read to be used later.
 if [[ $zsh_eval_context[-1] == file ]]; then
@@ -55,7 +52,6 @@ if [[ $zsh_eval_context[-1] == file ]]; then
   return
 fi"""
 """What stands before the end of the script for zsh."""
-
 FISH_FILE = "(__fish_complete_path (string replace -r -- '^--[^=]*=' '' (commandline -ct)))"
 """Files in fish, of `--flag=path` too."""
 

@@ -20,7 +20,7 @@ from fnmatch import fnmatchcase
 import msgspec
 
 from kproxy.config.types import Logging, VModule
-from kproxy.model.verbosity import V2
+from kproxy.model.logging import V2
 
 _SEVERITIES = {logging.CRITICAL: "F", logging.ERROR: "E", logging.WARNING: "W"}
 

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from kproxy.cli.errors import FailureError, UsageError
+from kproxy.cli.console import FailureError, UsageError
 from kproxy.cli.parser import parse
 
 

@@ -5,17 +5,15 @@ from __future__ import annotations
 import argparse
 import logging
 
-from kproxy.cli.errors import UsageError
+from kproxy.cli.console import UsageError
 from kproxy.config import Config, ConfigError, add_flags, configure
 from kproxy.config.flag_table import Group
 
 log = logging.getLogger(__name__)
-
 OBJECTS_HELP = (
     "a file or folder with Services, EndpointSlices and Nodes as YAML or JSON, such as "
     "`kubectl get svc,endpointslices,nodes -A -o yaml` prints"
 )
-
 SYNTAX = """\
 A flag that is given wins over the file of --config. A DURATION is written as
 30s, 1m30s or 250ms. A BOOL is true or false, and the flag alone means true.

@@ -10,11 +10,10 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, NoReturn
 
 from kproxy import __version__
-from kproxy.cli.output import show
+from kproxy.cli.console import show
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
-
 COMMANDS = {
     "run": "keep the node's rules after the cluster (or files), until told to stop",
     "apply": "program the node once from files",
@@ -22,12 +21,10 @@ COMMANDS = {
     "completion": "print a script that lets a shell complete kproxy's flags",
 }
 """What each command is for; it is described in full by the module of its name beside this one."""
-
 DESCRIPTION = """\
 Kubernetes' Linux service proxy: programs the node so that connections to
 Services reach their endpoints. Takes kube-proxy's configuration file and flags
 as they are."""
-
 EPILOG = """\
 examples:
   # in kube-proxy's place on a node, with its file

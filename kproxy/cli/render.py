@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 
-from kproxy.cli.errors import FailureError
-from kproxy.cli.options import OBJECTS_HELP, OF_THE_DAEMON, SYNTAX, add_flags, load_settings, needed_objects
-from kproxy.cli.output import show
+from kproxy.cli.console import FailureError, show
+from kproxy.cli.options import OBJECTS_HELP, OF_THE_DAEMON, SYNTAX, load_settings, needed_objects
 from kproxy.cli.parser import COMMANDS, Help
 from kproxy.config import Config
+from kproxy.config.flags import add_flags
 from kproxy.model.types import Family
 
 EPILOG = f"""\
@@ -60,8 +60,8 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 def _render(options: argparse.Namespace) -> None:
     objects = needed_objects(options)
     config = load_settings(options)
-    from kproxy import once
-    from kproxy.kube.file_source import FileSourceError
+    from kproxy.app import one_shot as once
+    from kproxy.kube.manifests.file_source import FileSourceError
 
     try:
         texts = once.render(config, objects)

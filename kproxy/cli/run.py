@@ -7,11 +7,11 @@ import os
 from functools import partial
 from pathlib import Path
 
-from kproxy.cli.errors import FailureError
-from kproxy.cli.options import OBJECTS_HELP, SYNTAX, add_flags, load_settings
-from kproxy.cli.output import show
+from kproxy.cli.console import FailureError, show
+from kproxy.cli.options import OBJECTS_HELP, SYNTAX, load_settings
 from kproxy.cli.parser import COMMANDS, Help
 from kproxy.config import Config, configure, to_yaml
+from kproxy.config.flags import add_flags
 
 EPILOG = f"""\
 examples:
@@ -66,7 +66,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.write_config_to:
         _write_config(config, options.write_config_to)
         return
-    from kproxy.host.iptables_variant import use_hosts_variant
+    from kproxy.iptables.variant import use_hosts_variant
 
     use_hosts_variant(os.environ)
     if options.cleanup:
@@ -86,10 +86,10 @@ def _read(path: str | None) -> bytes:
 
 
 def _serve(config: Config, options: argparse.Namespace, content: bytes) -> None:
-    from kproxy import daemon
-    from kproxy.config.flag_values import flag_values
-    from kproxy.families import StartError
-    from kproxy.serve.serving import ServingError
+    from kproxy.app import daemon
+    from kproxy.app.backends import StartError
+    from kproxy.config.flags import flag_values
+    from kproxy.serve.status_server import ServingError
 
     try:
         load = partial(configure, options)
@@ -101,8 +101,8 @@ def _serve(config: Config, options: argparse.Namespace, content: bytes) -> None:
 
 
 def _prepare(config: Config) -> None:
-    from kproxy.families import StartError, check_privileges, with_mode
-    from kproxy.preparation import prepare_conntrack, prepare_localhost_node_ports
+    from kproxy.app.backends import StartError, check_privileges, with_mode
+    from kproxy.app.kernel_parameters import prepare_conntrack, prepare_localhost_node_ports
 
     try:
         check_privileges()
@@ -121,9 +121,9 @@ def _write_config(config: Config, path: str) -> None:
 
 
 def _clean_up() -> None:
-    from kproxy.families import StartError, check_privileges
-    from kproxy.host.run import CommandError
-    from kproxy.leftovers import remove_all
+    from kproxy.app.backends import StartError, check_privileges
+    from kproxy.app.cleanup import remove_all
+    from kproxy.host.commands import CommandError
 
     try:
         check_privileges()

@@ -39,7 +39,6 @@ CONFIGURATION = (
         blank_is_unset=True,
     ),
 )
-
 FOLLOWED = (
     Flag(
         "kubeconfig",
@@ -48,7 +47,6 @@ FOLLOWED = (
         value="FILE",
     ),
 )
-
 TRAFFIC = (
     Flag(
         "proxy-mode",
@@ -112,7 +110,6 @@ TRAFFIC = (
         value="N",
     ),
 )
-
 SYNC = (
     Flag(
         "iptables-min-sync-period",
@@ -127,7 +124,6 @@ SYNC = (
         value="DURATION",
     ),
 )
-
 SERVING = (
     Flag(
         "healthz-bind-address",
@@ -148,7 +144,6 @@ SERVING = (
         "bool",
     ),
 )
-
 CONNTRACK = (
     Flag(
         "conntrack-max-per-core",
@@ -202,7 +197,6 @@ CONNTRACK = (
         value="N",
     ),
 )
-
 LOGGING = (
     Flag("v", ("logging.verbosity",), "verbosity: 2 for each sync, 4 for debugging (default: 0)", "int", value="N"),
     Flag(
@@ -221,7 +215,6 @@ LOGGING = (
         blank_is_unset=True,
     ),
 )
-
 ACCEPTED = (
     Flag("bind-address", ("bindAddress",), value="IP", blank_is_unset=True),
     Flag("config-sync-period", ("configSyncPeriod",), value="DURATION"),
@@ -234,7 +227,6 @@ ACCEPTED = (
     Flag("show-hidden-metrics-for-version", ("showHiddenMetricsForVersion",), value="MAJOR.MINOR"),
 )
 """Flags from which nothing follows in kproxy, though it has what they are about."""
-
 WITHOUT_EFFECT = (
     Flag("ipvs-exclude-cidrs", ("ipvs.excludeCIDRs",), kind="list", value="CIDR,..."),
     Flag("ipvs-min-sync-period", ("ipvs.minSyncPeriod",), value="DURATION"),
@@ -253,13 +245,11 @@ WITHOUT_EFFECT = (
     Flag("machine-id-file", (), value="FILE"),
 )
 """Flags whose matter kproxy has not: each that is given is warned about."""
-
 PORT_FLAGS = (
     Flag("healthz-port", ("healthzBindAddress",), "deprecated: use --healthz-bind-address", "int", value="PORT"),
     Flag("metrics-port", ("metricsBindAddress",), "deprecated: use --metrics-bind-address", "int", value="PORT"),
 )
 """Flags that complete an address with a port, or turn its server off with port 0."""
-
 Group: TypeAlias = Literal[
     "configuration",
     "what is followed",
@@ -270,7 +260,6 @@ Group: TypeAlias = Literal[
     "logging",
     "without effect",
 ]
-
 GROUPS: dict[Group, tuple[Flag, ...]] = {
     "configuration": CONFIGURATION,
     "what is followed": FOLLOWED,
@@ -282,7 +271,6 @@ GROUPS: dict[Group, tuple[Flag, ...]] = {
     "without effect": (*ACCEPTED, *WITHOUT_EFFECT),
 }
 """The flags in the order of the help, under its headings."""
-
 CONFIG_FLAGS = (
     *CONFIGURATION,
     *FOLLOWED,

@@ -10,12 +10,12 @@ import argparse
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
-from kproxy.config.check import check, gate_warnings, has_port, refuse_retired_mode
 from kproxy.config.decode import ConfigError, Path, decode, encode, must_be
 from kproxy.config.flag_table import CONFIG_FLAGS, GROUPS, PORT_FLAGS, WITHOUT_EFFECT, Flag, Group
 from kproxy.config.load import load_config
 from kproxy.config.types import Config
-from kproxy.kube.remarks import dotted
+from kproxy.config.validation import check, gate_warnings, has_port, refuse_retired_mode
+from kproxy.documents.document import dotted
 
 _TRUE = {"1", "t", "T", "true", "TRUE", "True"}
 _FALSE = {"0", "f", "F", "false", "FALSE", "False"}
@@ -227,3 +227,61 @@ _READERS: dict[str, Callable[[Any, str], Any]] = {
     "gates": _gates,
     "vmodule": _vmodule,
 }
+_ACTIONS = ("cleanup", "init_only")
+_PATHS = ("config", "master", "objects", "write_config_to")
+
+
+def flag_values(config: Config, namespace: argparse.Namespace) -> dict[str, str]:
+    """Return all flags of `kproxy run`, by name, with their values as Go's pflag writes them.
+
+    `namespace` is what the command line was parsed to, and `config` the configuration that it made. As in kube-proxy,
+    a flag that was not given has its default, whatever the configuration file says.
+    """
+    given, default = encode(config), encode(Config())
+    values = {flag.name: _value(given if _is_given(namespace, flag) else default, flag) for flag in CONFIG_FLAGS}
+    values |= {flag.name: _port(namespace, flag, default) for flag in PORT_FLAGS}
+    values |= {_name(each): getattr(namespace, each, None) or "" for each in _PATHS}
+    values |= {_name(each): _flag_text(bool(getattr(namespace, each, False))) for each in _ACTIONS}
+    for flag in CONFIG_FLAGS:
+        if not flag.fields:
+            values[flag.name] = getattr(namespace, _attribute(flag), "")
+    return dict(sorted(values.items()))
+
+
+def _is_given(namespace: argparse.Namespace, flag: Flag) -> bool:
+    return getattr(namespace, _attribute(flag), None) is not None
+
+
+def _value(data: Any, flag: Flag) -> str:
+    if not flag.fields:
+        return ""
+    for key in flag.fields[0].split("."):
+        data = data[key]
+    if flag.kind == "vmodule":
+        return ",".join(f"{each['filePattern']}={each['verbosity']}" for each in data)
+    return _flag_text(data)
+
+
+def _port(namespace: argparse.Namespace, flag: Flag, default: Any) -> str:
+    port: str = default[flag.fields[0]].rpartition(":")[2]
+    return str(getattr(namespace, _attribute(flag), port))
+
+
+def _flag_text(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, dict):
+        return ",".join(f"{name}={_flag_text(each)}" for name, each in sorted(value.items()))
+    if isinstance(value, list):
+        return f"[{','.join(map(str, value))}]"
+    return str(value)
+
+
+def _attribute(flag: Flag) -> str:
+    return flag.name.replace("-", "_")
+
+
+def _name(attribute: str) -> str:
+    return attribute.replace("_", "-")

@@ -6,13 +6,22 @@ from typing import Any
 
 import msgspec
 
-from kproxy.config.check import HEALTHZ_PORT, METRICS_PORT, check, refuse_retired_mode, warnings_of
-from kproxy.config.decode import ConfigError, Path, Place, decode, encode, must_be
-from kproxy.config.durations import parse_duration
-from kproxy.config.fields import Problem, doubled_in_json, known_fields
+from kproxy.config.decode import (
+    ConfigError,
+    Path,
+    Place,
+    Problem,
+    decode,
+    doubled_in_json,
+    encode,
+    known_fields,
+    must_be,
+    parse_duration,
+)
 from kproxy.config.types import API_VERSION, KIND, Config, Own
-from kproxy.kube.documents import Document, DocumentError, read_documents
-from kproxy.kube.remarks import dotted
+from kproxy.config.validation import HEALTHZ_PORT, METRICS_PORT, check, refuse_retired_mode, warnings_of
+from kproxy.documents.document import Document, DocumentError, dotted
+from kproxy.documents.parse import read_documents
 
 _ZERO_IS_UNSET = frozenset(
     {
@@ -34,7 +43,6 @@ _ZERO_IS_UNSET = frozenset(
     }
 )
 """Fields whose default kube-proxy also takes for "", 0 and 0s; files that kubeadm writes are full of these."""
-
 _GATES: Path = ("featureGates",)
 
 

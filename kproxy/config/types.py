@@ -16,7 +16,6 @@ API_VERSION = "kubeproxy.config.k8s.io/v1alpha1"
 KIND = "KubeProxyConfiguration"
 PRIMARY = "primary"
 """The only entry of `nodePortAddresses` that is no CIDR: the node's primary address of each family."""
-
 INT32 = 2**31 - 1
 
 
@@ -37,9 +36,7 @@ class Quantity(str):
 Mode: TypeAlias = Literal["iptables", "nftables"]
 ModeSetting: TypeAlias = Literal["iptables", "nftables", ""]
 """A mode, or "" for what this node can do best, which is found out at start."""
-
 LocalMode: TypeAlias = Literal["ClusterCIDR", "NodeCIDR", "BridgeInterface", "InterfaceNamePrefix"]
-
 Bit: TypeAlias = Annotated[int, Meta(ge=0, le=31)]
 Count: TypeAlias = Annotated[int, Meta(ge=0, le=INT32)]
 Period: TypeAlias = Annotated[Seconds, Meta(gt=0)]

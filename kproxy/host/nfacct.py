@@ -5,16 +5,8 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterable
 
-from kproxy.host.netlink import (
-    NETLINK_NETFILTER,
-    NLM_F_CREATE,
-    NLM_F_EXCL,
-    NetlinkError,
-    NetlinkSocket,
-    attribute,
-    attributes,
-    nfgenmsg,
-)
+from kproxy.host.netlink import NETLINK_NETFILTER, NetlinkError, NetlinkSocket
+from kproxy.host.netlink_message import NLM_F_CREATE, NLM_F_EXCL, attribute, attributes, nfgenmsg
 
 _SUBSYSTEM = 7  # NFNL_SUBSYS_ACCT
 _NEW = _SUBSYSTEM << 8  # NFNL_MSG_ACCT_NEW

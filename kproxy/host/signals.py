@@ -6,13 +6,10 @@ import signal
 
 STOPPING = frozenset({signal.SIGTERM, signal.SIGINT})
 """End the daemon; the rules stay."""
-
 STACKS = frozenset({signal.SIGUSR1, signal.SIGQUIT})
 """Write the stacks of all threads to stderr, as they do in other daemons; the daemon goes on."""
-
 IGNORED = frozenset({signal.SIGHUP, signal.SIGUSR2})
 """Only logged. Left to their default they would end the process without a word."""
-
 HANDLED = STOPPING | STACKS | IGNORED
 
 

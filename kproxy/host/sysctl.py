@@ -9,11 +9,8 @@ from pathlib import Path
 
 ROOT = Path("/")
 """Where this machine's parameters are; in a container, where its file systems are mounted may be somewhere else."""
-
 _SYSCTLS = "proc/sys/"
-
 log = logging.getLogger(__name__)
-
 ROUTE_LOCALNET = "proc/sys/net/ipv4/conf/all/route_localnet"
 
 

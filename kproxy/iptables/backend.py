@@ -9,22 +9,21 @@ from contextlib import AbstractContextManager
 from math import isqrt
 from typing import Protocol
 
-from kproxy.host.run import CommandError
-from kproxy.iptables.apply import RestoreError
-from kproxy.iptables.base import EnsuredRule, ensured_rules
+from kproxy.host.commands import CommandError
+from kproxy.iptables.base_rules import EnsuredRule, ensured_rules
 from kproxy.iptables.diff import Change
 from kproxy.iptables.dispatch import DISPATCH_THRESHOLD
 from kproxy.iptables.ledger import KernelView, Ledger
 from kproxy.iptables.names import CANARIES, FILTER_FIREWALL, Chain
 from kproxy.iptables.render import RenderedPort, render_port
-from kproxy.iptables.text import Restore, read_save
+from kproxy.iptables.runner import RestoreError
+from kproxy.iptables.save_restore import Restore, read_save
 from kproxy.model.context import Context
-from kproxy.model.outcome import Plans, SyncError, Written
 from kproxy.model.plan import ServicePortPlan
+from kproxy.model.sync_report import Plans, SyncError, Written
 from kproxy.model.types import ServiceKey
 
 log = logging.getLogger(__name__)
-
 BLOCK_RULES = 1200
 """How many rules one transaction holds at most in a large change: about 40 Services of 10 endpoints.
 
@@ -32,7 +31,6 @@ iptables-nft needs time that grows with the square of the rules in a transaction
 for 1,000 and 5,000 Services of 10 endpoints: in blocks of 600 rules 0.8 and 6.3 s, of 1,200 0.7 and 4.6 s, of 2,400 0.9
 and 4.7 s, of 6,000 1.0 and 6.2 s; in one transaction 5.3 s and minutes.
 """
-
 CHANGED_FACTOR = 17
 """How many times the root of the number of all rules a transaction may hold instead if that is more, when there are
 rules already.
@@ -43,13 +41,12 @@ grows with all rules for each, and with the square of the rules in it: the sum i
 0.80 and 1.2 s; of 5,000 in 2,000, 5,600 and 8,000 1.6, 1.2 and 1.4 s; of 10,000 in 4,000, 8,000 and 12,000 1.9, 1.7 and
 2.5 s.
 """
-
 UNLIMITED = 1 << 60
 """A size of block that holds any change: for iptables-legacy, where a transaction's cost is that of the whole table."""
 
 
 class Kernel(Protocol):
-    """The way to one family's rules; `kproxy.iptables.apply.Iptables` is the real one."""
+    """The way to one family's rules; `kproxy.iptables.runner.Iptables` is the real one."""
 
     def save(self) -> AbstractContextManager[Iterator[str]]:
         """Return all rules as `iptables-save` prints them, and a line about each table that it cannot print."""

@@ -16,7 +16,7 @@ from kproxy.iptables.names import (
     Chain,
     deletion_order,
 )
-from kproxy.iptables.text import Restore, SavedChain
+from kproxy.iptables.save_restore import Restore, SavedChain
 
 IPVS_CHAINS = frozenset(
     {
@@ -30,7 +30,6 @@ IPVS_CHAINS = frozenset(
     }
 )
 """The chains that only kube-proxy's ipvs mode has. Others it shares with iptables mode, under the same names."""
-
 _FIXED = frozenset({*DISPATCH, *CANARIES, FILTER_FORWARD, MARK_MASQ, POSTROUTING, *IPVS_CHAINS})
 
 

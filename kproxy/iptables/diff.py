@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 from itertools import islice
 
-from kproxy.iptables.base import base_chains, dispatch_tails, ensured_rules
+from kproxy.iptables.base_rules import base_chains, dispatch_tails, ensured_rules
 from kproxy.iptables.dispatch import lay_out
 from kproxy.iptables.ledger import (
     Digest,
@@ -23,7 +23,7 @@ from kproxy.iptables.ledger import (
 from kproxy.iptables.names import CANARIES, FILTER_FIREWALL, Chain, deletion_order
 from kproxy.iptables.patch import patch
 from kproxy.iptables.render import RenderedPort
-from kproxy.iptables.text import Restore, count_rules
+from kproxy.iptables.save_restore import Restore, count_rules
 from kproxy.model.context import Context
 from kproxy.model.types import ServiceKey
 

@@ -22,19 +22,15 @@ DISPATCH_THRESHOLD = 1000
 
 Measured with iptables-nft: a new connection passes 60 rules in a microsecond.
 """
-
 SHARD_RULES = 32
 """How many rules a shard may hold. More only where they are about one destination, or at the lowest level."""
-
 STRIDE = 4
 """How many bits of a destination one level of the tree tells apart, so that there are at most 16 ways on."""
-
 LEVELS = 8
 """How many shards a packet passes at most: all of them are needed for IPv4, if addresses are chosen against us.
 
 nf_tables follows 15 jumps; to KUBE-SERVICES it is one, and from there by a source range to KUBE-MARK-MASQ five.
 """
-
 PROTOCOLS = ("tcp", "udp", "sctp")
 
 

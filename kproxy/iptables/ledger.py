@@ -11,11 +11,11 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 
 from msgspec import Struct
 
-from kproxy.iptables.claims import Claims, Settlement, settle
+from kproxy.iptables.conflicts import Claims, Settlement, settle
 from kproxy.iptables.names import PORT_CHAIN_PREFIXES, Chain, is_shard
 from kproxy.iptables.patch import WORTHWHILE_RULES
 from kproxy.iptables.render import DispatchRule, RenderedPort
-from kproxy.iptables.text import SavedChain, count_rules
+from kproxy.iptables.save_restore import SavedChain, count_rules
 from kproxy.model.types import Family, ServiceKey
 
 Digest = int

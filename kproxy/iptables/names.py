@@ -25,7 +25,6 @@ FILTER_FORWARD = Chain("filter", "KUBE-FORWARD")
 FILTER_FIREWALL = Chain("filter", "KUBE-FIREWALL")
 MARK_MASQ = Chain("nat", "KUBE-MARK-MASQ")
 POSTROUTING = Chain("nat", "KUBE-POSTROUTING")
-
 DISPATCH = (
     NAT_SERVICES,
     NAT_NODEPORTS,
@@ -35,16 +34,13 @@ DISPATCH = (
     FILTER_PROXY_FIREWALL,
 )
 """The chains that lead from a packet's destination to a Service: each Service port adds rules to some of them."""
-
 CANARIES = tuple(Chain(table, "KUBE-PROXY-CANARY") for table in ("mangle", "nat", "filter"))
 """Empty chains that show, by being gone, that somebody flushed a table."""
-
 PORT_CHAIN_PREFIXES = ("KUBE-XLB-", "KUBE-FW-", "KUBE-EXT-", "KUBE-SVC-", "KUBE-SVL-", "KUBE-SEP-")
 """How the names of chains begin that belong to one service port each, all of them in table nat.
 
 A chain jumps only to chains of a prefix further right. KUBE-XLB- is what kube-proxy wrote before 1.24.
 """
-
 SHARD_STEMS = {
     NAT_SERVICES: "KUBE-SVC-",
     NAT_NODEPORTS: "KUBE-EXT-",
@@ -58,10 +54,8 @@ SHARD_STEMS = {
 kube-proxy deletes chains of table nat that begin like this and that it does not use. That matters when it takes over:
 as long as a chain that it leaves alone jumps to a Service's, it could not delete that Service's.
 """
-
 _MOST_BITS = 128
 """Of a destination: those of an IPv6 address."""
-
 _SHARD = re.compile(
     r"KUBE-(?:SVC|EXT|SVL|FW)-"
     r"(?:(?:\d+\.){3}\d+/(?P<four>\d+)|[A-Z2-7]{15}/(?P<six>\d+)|(?:tcp|udp|sctp)-(?P<low>\d+)-(?P<high>\d+))"

@@ -8,14 +8,12 @@ from msgspec import Struct
 
 WORTHWHILE_RULES = 4
 """Chains of fewer rules are always written anew: there is nothing to save."""
-
 WORTHWHILE_SHARE = 3
 """A patch must have at most this part of the commands that writing a chain anew takes.
 
 Each costs more than a rule that is written, as the rules that are there have to be read: half the commands took as
 long as writing all rules.
 """
-
 READ_PER_WRITTEN = 8
 """How many rules iptables-nft reads in the time in which it writes one."""
 

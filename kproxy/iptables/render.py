@@ -22,11 +22,11 @@ from kproxy.iptables.names import (
     Chain,
     port_hash,
 )
-from kproxy.model.claims import Rank, external_rank
+from kproxy.model.addresses import split_socket_text
 from kproxy.model.context import Context
-from kproxy.model.endpoints import split_socket_text
+from kproxy.model.endpoints import Sockets
+from kproxy.model.frontend_conflicts import Rank, external_rank
 from kproxy.model.plan import Decision, ServicePortPlan
-from kproxy.model.topology import Sockets
 from kproxy.model.types import Family
 
 LOCALHOST_COUNTER = "localhost_nps_accepted_pkts"

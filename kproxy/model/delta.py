@@ -11,7 +11,6 @@ from kproxy.model.types import EndpointSlice, Node, Service, ServiceCIDR
 
 Object: TypeAlias = Service | EndpointSlice | Node | ServiceCIDR
 Kind: TypeAlias = type[Service] | type[EndpointSlice] | type[Node] | type[ServiceCIDR]
-
 BASIC_KINDS: tuple[Kind, ...] = (Service, EndpointSlice, Node)
 """The kinds that no mode can do without. Only nftables mode has a use for ServiceCIDRs too."""
 

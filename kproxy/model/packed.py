@@ -10,7 +10,6 @@ from msgspec import Struct
 from msgspec.msgpack import Decoder, Encoder
 
 _S = TypeVar("_S", bound=Struct)
-
 _ENCODER = Encoder()
 
 

@@ -12,10 +12,10 @@ from ipaddress import ip_address, ip_network
 
 from msgspec import Struct
 
+from kproxy.model.addresses import family_of
 from kproxy.model.context import Context
-from kproxy.model.endpoints import endpoints_by_socket
-from kproxy.model.topology import Sockets, cluster_endpoints, local_endpoints, serving, usable
-from kproxy.model.types import Endpoint, EndpointSlice, Family, Protocol, Service, ServiceKey, ServicePort, family_of
+from kproxy.model.endpoints import Sockets, cluster_endpoints, endpoints_by_socket, local_endpoints, serving, usable
+from kproxy.model.types import Endpoint, EndpointSlice, Family, Protocol, Service, ServiceKey, ServicePort
 
 
 class Decision(Enum):

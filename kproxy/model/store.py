@@ -9,9 +9,10 @@ from typing import TypeAlias
 from msgspec import Struct
 from msgspec.structs import replace
 
+from kproxy.model.addresses import family_of
 from kproxy.model.delta import BASIC_KINDS, Delta, Kind, Object, Refused, Replace, Upsert
 from kproxy.model.packed import pack, unpack
-from kproxy.model.types import EndpointSlice, Family, Node, Service, ServiceCIDR, ServiceKey, family_of
+from kproxy.model.types import EndpointSlice, Family, Node, Service, ServiceCIDR, ServiceKey
 
 SliceKey: TypeAlias = str
 """An EndpointSlice's `namespace/name`."""

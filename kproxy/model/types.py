@@ -24,11 +24,6 @@ class Family(Enum):
     IPV6 = "IPv6"
 
 
-def family_of(address: str) -> Family:
-    """Return the family of a canonical address or CIDR."""
-    return Family.IPV6 if ":" in address else Family.IPV4
-
-
 class ServicePort(Struct, frozen=True, gc=False, array_like=True):
     """One entry of `spec.ports`; `node_port` is 0 where none is allocated."""
 

@@ -5,35 +5,57 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import Protocol, TypeVar
 
-from kproxy.host.in_step import in_step
 from kproxy.model.context import Context
-from kproxy.model.outcome import Plans, StateLostError, SyncError, Written
+from kproxy.model.sync_report import Plans, StateLostError, SyncError, Written
 from kproxy.model.types import Family
-from kproxy.nftables.apply import StaleError, TableError, UnreadableError
-from kproxy.nftables.base import SETS
+from kproxy.nftables.base_table import SETS
 from kproxy.nftables.diff import Change, UnusableTableError
-from kproxy.nftables.generations import OwnChanges
+from kproxy.nftables.elements import shape_of
+from kproxy.nftables.kernel import OwnChanges, StaleError, TableError, UnreadableError
 from kproxy.nftables.ledger import Ledger
+from kproxy.nftables.nft_syntax import Writer
 from kproxy.nftables.render import render_service
-from kproxy.nftables.shape import shape_of
-from kproxy.nftables.text import Writer
+from kproxy.nftables.snapshot import View
 from kproxy.nftables.transaction import Transaction
-from kproxy.nftables.view import View
+
+_T = TypeVar("_T")
+
+
+def in_step(do: Callable[[_T], object], things: Iterable[_T]) -> None:
+    """Call `do` with each thing, in their order, one at a time, while the next thing is being made.
+
+    A single thing is done in the calling thread; of several, each is done in a thread that belongs to the same network
+    namespace. Raises what `do` or making a thing raised: nothing more is begun then, and what was begun has ended.
+    """
+    iterator = iter(things)
+    ready = list(islice(iterator, 2))
+    if len(ready) == 1:
+        do(ready[0])
+    if len(ready) < 2:
+        return
+    with ThreadPoolExecutor(1, thread_name_prefix="in-step") as worker:
+        running = worker.submit(do, ready.pop(0))
+        while ready:
+            running.result()
+            running = worker.submit(do, ready.pop())
+            ready += islice(iterator, 1)
+        running.result()
+
 
 log = logging.getLogger(__name__)
-
 BATCH_FRONTENDS = 1_000
 """How many frontends one batch of a large change has: with 10 endpoints each about half a megabyte."""
-
 READS = 3
 """How often a sync reads the table anew because others change tables at the same time."""
 
 
 class Kernel(Protocol):
-    """The way to one family's table; `kproxy.nftables.apply.NftTable` is the real one."""
+    """The way to one family's table; `kproxy.nftables.kernel.NftTable` is the real one."""
 
     def commit(self, change: Transaction, generation: int | None = None, /) -> None:
         """Make a transaction; with a generation only if nothing has changed since.

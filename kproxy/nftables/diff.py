@@ -7,15 +7,14 @@ from itertools import chain as concatenated
 from kproxy.model.context import Context
 from kproxy.model.types import ServiceKey
 from kproxy.nftables import names
-from kproxy.nftables.base import SETS, base_chains
-from kproxy.nftables.elements import Element, endpoint_size, numbered, pack_address, pools
+from kproxy.nftables.base_table import SETS, base_chains
+from kproxy.nftables.elements import Element, endpoint_size, numbered, pack_address, pools, shape_of
 from kproxy.nftables.ledger import Ledger
-from kproxy.nftables.objects import Chain, Set
 from kproxy.nftables.render import Frontend, RenderedService
-from kproxy.nftables.shape import shape_of
-from kproxy.nftables.shared import SharedChain, shared_chains
+from kproxy.nftables.ruleset import Chain, Set
+from kproxy.nftables.shared_chains import SharedChain, shared_chains
+from kproxy.nftables.snapshot import View
 from kproxy.nftables.transaction import Transaction
-from kproxy.nftables.view import View
 
 
 class UnusableTableError(Exception):

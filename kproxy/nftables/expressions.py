@@ -10,19 +10,17 @@ from collections.abc import Iterable, Iterator
 from functools import cache, lru_cache, singledispatch
 from ipaddress import ip_network
 
-from kproxy.host.netlink import attribute, nested
+from kproxy.host.netlink_message import attribute, nested
 from kproxy.model.types import Family
-from kproxy.nftables import objects as nft
+from kproxy.nftables import ruleset as nft
 from kproxy.nftables.elements import DROP, PROTOCOLS, address_family, pack_address
-from kproxy.nftables.objects import Field, Rule
+from kproxy.nftables.ruleset import Field, Rule
 
 NFTA_LIST_ELEM = 1
 _NFTA_EXPR_NAME, _NFTA_EXPR_DATA = 1, 2
 _NFTA_DATA_VALUE, NFTA_DATA_VERDICT = 1, 2
 _NFTA_VERDICT_CODE, _NFTA_VERDICT_CHAIN = 1, 2
-
 NF_DROP, NF_ACCEPT, NFT_JUMP, NFT_GOTO, NFT_RETURN = 0, 1, -3, -4, -5
-
 _VERDICT_REGISTER = 0
 _FIRST_REGISTER = 8  # NFT_REG32_00
 _SECOND = 4  # NFT_REG_2 begins after four words
@@ -37,7 +35,6 @@ _REJECT_UNREACHABLE = 0
 _PORT_UNREACHABLE = {Family.IPV4: 3, Family.IPV6: 4}  # codes of ICMP (RFC 792) and ICMPv6 (RFC 4443)
 _DYNSET_UPDATE = 1
 _INTERFACE_NAME_SIZE = 16
-
 _OFFSETS = {
     (Family.IPV4, Field.SOURCE): 12,
     (Family.IPV4, Field.DESTINATION): 16,
@@ -45,7 +42,6 @@ _OFFSETS = {
     (Family.IPV6, Field.DESTINATION): 24,
 }
 """Where addresses are in the header of a packet (RFC 791, RFC 8200)."""
-
 _BE32 = struct.Struct(">I")
 _HOST32 = struct.Struct("=I")
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from kproxy.model.claims import Conflict
 from kproxy.model.context import Context
+from kproxy.model.frontend_conflicts import Conflict
 from kproxy.model.types import ServiceKey
 from kproxy.nftables import names
 from kproxy.nftables.elements import DROP, frontend_text
-from kproxy.nftables.objects import Chain, Go, Set
 from kproxy.nftables.render import Frontend, RenderedService
+from kproxy.nftables.ruleset import Chain, Go, Set
 
 
 class Ledger:
@@ -99,5 +99,5 @@ def _service_of(owner: str) -> ServiceKey:
 
 
 def _claim(frontend: Frontend) -> tuple[int, str]:
-    """Return by what claims are ordered (`kproxy.model.claims`)."""
+    """Return by what claims are ordered (`kproxy.model.frontend_conflicts`)."""
     return frontend.rank, frontend.owner

@@ -12,7 +12,6 @@ from kproxy.model.plan import ServicePortPlan
 from kproxy.model.types import Family
 
 TABLE = "kube-proxy"
-
 CLUSTER_IPS = "cluster-ips"
 NODE_PORT_IPS = "nodeport-ips"
 HAIRPINS = "hairpin-connections"
@@ -25,15 +24,11 @@ SERVICE_ENDPOINTS = "service-endpoints"
 SERVICE_LOCAL_ENDPOINTS = "service-local-endpoints"
 NODE_PORT_ENDPOINTS = "nodeport-endpoints"
 NODE_PORT_LOCAL_ENDPOINTS = "nodeport-local-endpoints"
-
 REJECT = "reject-chain"
-
 LONGEST = 127
 """How long a name may be: the kernel takes more (NFT_NAME_MAXLEN, 256 with the final NUL), people hardly."""
-
 LONGEST_COMMENT = 128
 """How long a comment may be (nft takes no more); that of a service port may be longer (63 + 63 + 15 characters)."""
-
 _CUT = "..."
 _LONGEST_PREFIX = len("endpoint-")
 

@@ -5,19 +5,17 @@ from __future__ import annotations
 import logging
 import os
 
-from kproxy.host.run import START_SECONDS, UndecidedError
-from kproxy.model.context import Context
-from kproxy.model.local_traffic import LocalTraffic
+from kproxy.host.commands import START_SECONDS, UndecidedError
+from kproxy.model.context import Context, LocalTraffic
 from kproxy.model.plan import Decision, ServicePortPlan
 from kproxy.model.types import Family
-from kproxy.nftables.apply import Commit, NetlinkCommit, NftCommit, TableError
 from kproxy.nftables.diff import Change
+from kproxy.nftables.kernel import Commit, NetlinkCommit, NftCommit, TableError
 from kproxy.nftables.ledger import Ledger
 from kproxy.nftables.render import render_service
 from kproxy.nftables.transaction import Transaction
 
 log = logging.getLogger(__name__)
-
 TABLE = "kproxy-probe"
 
 

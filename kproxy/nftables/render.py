@@ -7,13 +7,83 @@ from functools import lru_cache
 
 from msgspec import Struct
 
-from kproxy.model.claims import Rank, external_rank
+from kproxy.model.addresses import split_socket_text
 from kproxy.model.context import Context
+from kproxy.model.endpoints import Sockets
+from kproxy.model.frontend_conflicts import Rank, external_rank
 from kproxy.model.plan import Decision, ServicePortPlan
-from kproxy.nftables import names, shared
-from kproxy.nftables.affinity import affinity_chains, affinity_sets
+from kproxy.nftables import names
+from kproxy.nftables import shared_chains as shared
 from kproxy.nftables.elements import DROP, hairpin_key, node_port_key, pack_address, pack_pool, service_key
-from kproxy.nftables.objects import Chain, Drop, Return, Rule, Set, Source, rule
+from kproxy.nftables.ruleset import (
+    Chain,
+    Chance,
+    Drop,
+    Field,
+    Go,
+    IsIn,
+    IsProtocol,
+    Mark,
+    Remember,
+    Return,
+    Rule,
+    SendTo,
+    Set,
+    Source,
+    rule,
+)
+from kproxy.nftables.shared_chains import external_local_rules
+
+
+def affinity_sets(plan: ServicePortPlan) -> Iterator[Set]:
+    """Yield the set of each endpoint."""
+    for endpoint in plan.reachable_endpoints:
+        yield Set(f"affinity-{_suffix(plan, endpoint)}", (Field.SOURCE,), timeout=plan.affinity_seconds)
+
+
+def affinity_chains(plan: ServicePortPlan, context: Context) -> Iterator[Chain]:
+    """Yield the chains of a service port, those first that others go to."""
+    for endpoint in plan.reachable_endpoints:
+        yield _endpoint(plan, endpoint)
+    name = names.service_port_name(plan)
+    cluster, local, external = f"service-{name}", f"local-{name}", f"external-{name}"
+    if plan.cluster_endpoints:
+        yield Chain(cluster, tuple(_policy(plan, plan.cluster_endpoints)), names.comment(plan.name))
+    if plan.local_endpoints:
+        yield Chain(local, tuple(_policy(plan, plan.local_endpoints)), names.comment(f"{plan.name}, policy Local"))
+    if not plan.externally_accessible:
+        return
+    if plan.external_local:
+        rules = external_local_rules(context, cluster, local if plan.external is Decision.FORWARD else "")
+    else:
+        rules = (rule(Mark(context.masquerade_mark), comment="masquerade"), rule(Go(cluster)))
+    yield Chain(external, rules, names.comment(f"{plan.name}, external traffic"))
+
+
+def _endpoint(plan: ServicePortPlan, endpoint: str) -> Chain:
+    address, port = split_socket_text(endpoint)
+    suffix = _suffix(plan, endpoint)
+    rules = (
+        rule(Remember(f"affinity-{suffix}")),
+        rule(IsProtocol(plan.protocol), SendTo(address, port)),
+    )
+    return Chain(f"endpoint-{suffix}", rules, names.comment(plan.name))
+
+
+def _policy(plan: ServicePortPlan, endpoints: Sockets) -> Iterator[Rule]:
+    """Yield the rules that send a client where it was before, or else to an endpoint by chance."""
+    suffixes = [_suffix(plan, endpoint) for endpoint in endpoints]
+    for suffix in suffixes:
+        yield rule(IsIn((Field.SOURCE,), f"affinity-{suffix}"), Go(f"endpoint-{suffix}"))
+    for remaining, suffix in zip(range(len(suffixes), 0, -1), suffixes, strict=True):
+        chance = (Chance(remaining),) if remaining > 1 else ()
+        yield rule(*chance, Go(f"endpoint-{suffix}"))
+
+
+def _suffix(plan: ServicePortPlan, endpoint: str) -> str:
+    address, port = split_socket_text(endpoint)
+    return names.endpoint_name(plan, address, port)
+
 
 Verdicts = tuple[tuple[str, str], ...]
 """Maps of verdicts, each with the verdict that it has for a frontend: a chain's name or `DROP`."""
@@ -23,7 +93,7 @@ class Frontend(Struct, frozen=True, gc=False):
     """What a Service has under one key: that of an address and port, or that of a NodePort.
 
     `pools` are maps of endpoints, each with the endpoints' values one after the other. `owner` names the service port,
-    and `rank` decides who gets the key should several Services claim it (`kproxy.model.claims`).
+    and `rank` decides who gets the key should several Services claim it (`kproxy.model.frontend_conflicts`).
     """
 
     key: bytes

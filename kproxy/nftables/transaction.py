@@ -6,7 +6,7 @@ from msgspec import Struct, field
 from msgspec.structs import astuple
 
 from kproxy.nftables.elements import Element, Pool
-from kproxy.nftables.objects import Chain, Set
+from kproxy.nftables.ruleset import Chain, Set
 
 
 class Transaction(Struct):

@@ -13,11 +13,9 @@ from msgspec import Struct
 
 MAX_HEAD = 16 * 1024
 """How many bytes a request may have before its empty line; probes have a few hundred."""
-
 _END = re.compile(rb"\r?\n\r?\n")
 _LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([^\s]+) HTTP/([0-9])\.([0-9])")
 _ABSOLUTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?]*")
-
 NO_SNIFF = ("X-Content-Type-Options", "nosniff")
 
 

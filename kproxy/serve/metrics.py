@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from prometheus_client import generate_latest
 
 from kproxy.model.delta import Kind
-from kproxy.model.outcome import Plans, Written
 from kproxy.model.plan import Decision
 from kproxy.model.store import Changed
+from kproxy.model.sync_report import Plans, Written
 from kproxy.model.types import EndpointSlice, Family, Service, ServiceKey
 from kproxy.serve.http import Request, Response
+from kproxy.serve.metric_definitions import POLICIES, TABLES, Series
 from kproxy.serve.observed import Sync
-from kproxy.serve.series import POLICIES, TABLES, Series
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 """The text format, which is all that kube-proxy offers besides protobuf."""

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from kproxy.model.condition import Tally
 from kproxy.model.context import Context
-from kproxy.model.outcome import Plans, Written
+from kproxy.model.sync_report import Plans, Tally, Written
 from kproxy.model.types import Family
 
 

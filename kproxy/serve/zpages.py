@@ -16,7 +16,6 @@ NAME = "kproxy"
 GROUP = "config.k8s.io"
 VERSIONS = ("v1beta1", "v1alpha1")
 """Of both kinds; the fields are the same."""
-
 EMULATION = "1.36"
 """The version of Kubernetes whose kube-proxy this stands in for."""
 

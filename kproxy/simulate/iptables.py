@@ -10,10 +10,20 @@ from collections.abc import Callable
 from msgspec.structs import replace
 
 from kproxy.model.types import Family
-from kproxy.simulate.flock import Flock, anywhere, divide, each, elsewhere, follow, here
 from kproxy.simulate.iptables_rules import Dump, Rule, read_dump
-from kproxy.simulate.packet import Outcome, Packet, Verdict
-from kproxy.simulate.passage import Passage
+from kproxy.simulate.packet import (
+    Flock,
+    Outcome,
+    Packet,
+    Passage,
+    Verdict,
+    anywhere,
+    divide,
+    each,
+    elsewhere,
+    follow,
+    here,
+)
 
 
 class Iptables:

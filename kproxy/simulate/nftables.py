@@ -10,12 +10,21 @@ from collections.abc import Callable
 from msgspec.structs import replace
 
 from kproxy.model.types import Family
-from kproxy.simulate.flock import Flock, anywhere, divide, each, elsewhere, follow, here
-from kproxy.simulate.nftables_hooks import Base
-from kproxy.simulate.nftables_read import Chain, base_chains, read_dump
-from kproxy.simulate.nftables_verdicts import Decision
-from kproxy.simulate.packet import Outcome, Packet, Verdict
-from kproxy.simulate.passage import Passage
+from kproxy.simulate.nftables_parser import Base, Chain, base_chains, read_dump
+from kproxy.simulate.nftables_statements import Decision
+from kproxy.simulate.packet import (
+    Flock,
+    Outcome,
+    Packet,
+    Passage,
+    Verdict,
+    anywhere,
+    divide,
+    each,
+    elsewhere,
+    follow,
+    here,
+)
 
 
 class Nftables:

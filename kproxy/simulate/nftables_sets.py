@@ -8,15 +8,23 @@ from typing import Literal, TypeAlias
 from msgspec import Struct, field
 
 from kproxy.model.types import Family
-from kproxy.simulate.nftables_fields import Fields, Kind, read_address, read_fields, read_range, read_types, read_value
-from kproxy.simulate.nftables_verdicts import Decision, endpoint, read_verdict
-from kproxy.simulate.nftables_words import Words
-from kproxy.simulate.packet import UnknownRuleError
-from kproxy.simulate.passage import Passage
+from kproxy.simulate.nftables_statements import (
+    Decision,
+    Fields,
+    Kind,
+    Words,
+    endpoint,
+    read_address,
+    read_fields,
+    read_range,
+    read_types,
+    read_value,
+    read_verdict,
+)
+from kproxy.simulate.packet import Passage, UnknownRuleError
 
 Values: TypeAlias = Literal["nothing", "verdict", "endpoint"]
 """What a key leads to: nothing in a set, a verdict in a verdict map, an address with a port in a map for `dnat`."""
-
 _FLAGS = {"dynamic", "timeout", "interval"}
 
 

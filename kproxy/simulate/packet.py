@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
+from ipaddress import ip_address, ip_network
 from typing import Literal, Protocol, TypeAlias
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from kproxy.model import types
-from kproxy.model.types import Family, family_of
+from kproxy.model.addresses import family_of
+from kproxy.model.types import Family
 
 ConntrackState: TypeAlias = Literal["NEW", "ESTABLISHED", "RELATED", "INVALID"]
 
@@ -109,3 +112,101 @@ class Simulator(Protocol):
 
     def send(self, packet: Packet) -> Outcome:
         """Return what the rules do to a packet of this family."""
+
+
+_LOOPBACK = {Family.IPV4: ip_network("127.0.0.0/8"), Family.IPV6: ip_network("::1/128")}
+
+
+class Passage(Struct, frozen=True):
+    """What rules can look at and change. Addresses are numbers; `local` are the node's own.
+
+    `interface` is the one that the packet came in by, "" before it has come in by any. `verdict` stays None for as
+    long as the packet is on its way.
+    """
+
+    packet: Packet
+    local: frozenset[int]
+    source: int
+    destination: int
+    port: int
+    interface: str
+    mark: int = 0
+    target: str = ""
+    masqueraded: bool = False
+    remembered: bool = False
+    counted: tuple[str, ...] = ()
+    verdict: Verdict | None = None
+    reply: str = ""
+
+    @classmethod
+    def begin(cls, packet: Packet) -> Passage:
+        """Return a packet before its first rule; `ValueError` for what is no address, or of another family."""
+        source, destination = ip_address(packet.source), ip_address(packet.destination)
+        if source.version != destination.version:
+            raise ValueError(f"{packet.source} cannot send to {packet.destination}: not of one family")
+        local = frozenset(int(ip_address(address)) for address in packet.local_addresses)
+        return cls(packet, local, int(source), int(destination), packet.port, packet.interface)
+
+    def is_local(self, address: int) -> bool:
+        """Whether an address of the packet's family is one of this node's."""
+        loopback = _LOOPBACK[self.packet.family]
+        return address in self.local or address & int(loopback.netmask) == int(loopback.network_address)
+
+    def translate(self, target: str, address: int, port: int) -> Passage:
+        """Return the packet on its way to another destination, `target` its text."""
+        return replace(self, target=target, destination=address, port=port)
+
+    def end(self, verdict: Verdict, reply: str = "") -> Passage:
+        """Return the packet as one that goes no further."""
+        return replace(self, verdict=verdict, reply=reply)
+
+    def fate(self) -> Fate:
+        """Return what has become of the packet; one that nothing stopped has arrived."""
+        verdict = self.verdict or Verdict.ACCEPTED
+        return Fate(verdict, self.target, self.masqueraded, self.remembered, self.reply, self.counted)
+
+
+Flock: TypeAlias = list[tuple[Passage, float]]
+
+
+def follow(
+    packet: Packet, family: Family, come_in: Callable[[Flock], Flock], go_out: Callable[[Flock], Flock]
+) -> Outcome:
+    """Return what may become of a packet that comes in by an interface, or goes out because it is the node's own.
+
+    Raises `ValueError` if it is not of the family.
+    """
+    if packet.family is not family:
+        raise ValueError(f"a packet to {packet.destination} does not meet rules of {family.value}")
+    flock = [(Passage.begin(packet), 1.0)]
+    flock = come_in(flock) if packet.interface else go_out(flock)
+    return Outcome((passage.fate(), share) for passage, share in flock)
+
+
+def divide(flock: Flock, test: Callable[[Passage], bool]) -> tuple[Flock, Flock]:
+    """Return those for whom the test holds, and the others."""
+    chosen: Flock = []
+    others: Flock = []
+    for passage, share in flock:
+        (chosen if test(passage) else others).append((passage, share))
+    return chosen, others
+
+
+def each(flock: Flock, change: Callable[[Passage], Passage]) -> Flock:
+    """Return all of them, changed."""
+    return [(change(passage), share) for passage, share in flock]
+
+
+def anywhere(_: Passage) -> bool:
+    """Whether a packet goes to any address at all: to one that does."""
+    return True
+
+
+def here(passage: Passage) -> bool:
+    """Whether a packet goes to this node itself."""
+    return passage.is_local(passage.destination)
+
+
+def elsewhere(passage: Passage) -> bool:
+    """Whether a packet goes to another machine, or to a pod."""
+    return not here(passage)

@@ -2,30 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from typing import Literal
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from msgspec import Struct
 
-from kproxy.model.claims import Conflict
-from kproxy.model.condition import Condition, Tally
+from kproxy.model.frontend_conflicts import Conflict
+from kproxy.model.plan import Decision, ServicePortPlan
 from kproxy.model.store import Store
+from kproxy.model.sync_report import Notice, NoticeKind, Tally
 from kproxy.model.types import Family, ServiceKey
 
-NoticeKind = Literal["NoEndpoints", "EndpointsAvailable", "SourceRangesIgnored", "FrontendConflict", "ConflictResolved"]
+
+class Condition(Struct, frozen=True, gc=False):
+    """Why some connections to a Service fail, or reach it that should not.
+
+    `rejected` are the names of its ports that have no endpoint anywhere, `dropped` of those that have endpoints, but
+    none on this node where a traffic policy Local wants one; an unnamed port is "". `ports` counts all ports.
+    `unrestricted` says that its load balancer addresses of this family are open to all sources although
+    `loadBalancerSourceRanges` names some: these are all of the other family.
+    """
+
+    rejected: tuple[str, ...]
+    dropped: tuple[str, ...]
+    unrestricted: bool
+    ports: int
 
 
-class Notice(Struct, frozen=True):
-    """Something that became true of a Service, as a sentence; `kind` is the reason of the event about it."""
-
-    service: ServiceKey
-    kind: NoticeKind
-    text: str
-
-    @property
-    def is_warning(self) -> bool:
-        """Whether somebody may have to do something about it."""
-        return self.kind not in {"EndpointsAvailable", "ConflictResolved"}
+def condition_of(plans: Sequence[ServicePortPlan]) -> Condition | None:
+    """Return what is wrong with a Service, None if nothing is."""
+    for plan in plans:
+        if plan.internal is not Decision.FORWARD or plan.external is not Decision.FORWARD or plan.unrestricted:
+            break
+    else:
+        return None
+    return Condition(
+        rejected=tuple(plan.port_name for plan in plans if not plan.has_endpoints),
+        dropped=tuple(plan.port_name for plan in plans if Decision.DROP in (plan.internal, plan.external)),
+        unrestricted=any(plan.unrestricted for plan in plans),
+        ports=len(plans),
+    )
 
 
 class Conditions:

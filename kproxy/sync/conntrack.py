@@ -11,10 +11,10 @@ from msgspec import Struct
 
 from kproxy.model.context import Context
 from kproxy.model.delta import Kind
-from kproxy.model.flows import UdpFrontends, takes_node_ports
 from kproxy.model.store import Changed
+from kproxy.model.sync_report import SyncReport
 from kproxy.model.types import Family
-from kproxy.sync.report import SyncReport
+from kproxy.model.udp_flows import UdpFrontends, takes_node_ports
 
 log = logging.getLogger(__name__)
 

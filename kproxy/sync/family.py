@@ -5,18 +5,39 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Protocol
 
 from msgspec import Struct
 from msgspec.structs import replace
 
-from kproxy.model.condition import Condition, Tally, condition_of
+from kproxy.model.addresses import family_of
 from kproxy.model.context import Context
-from kproxy.model.outcome import Plans, StateLostError, Written
 from kproxy.model.plan import ServicePortPlan, plan_service
 from kproxy.model.store import Changed, Store
-from kproxy.model.types import Family, Node, ServiceKey, family_of
-from kproxy.sync.backend import Backend
-from kproxy.sync.conditions import Conditions, Notice
+from kproxy.model.sync_report import Notice, Plans, StateLostError, Tally, Written
+from kproxy.model.types import Family, Node, ServiceKey
+from kproxy.sync.conditions import Condition, Conditions, condition_of
+
+
+class Backend(Protocol):
+    """Keeps one family's kernel state equal to the plans that it is given."""
+
+    @property
+    def needs_everything(self) -> bool:
+        """Whether the next `sync` must be given the plans of all Services, because nothing is known."""
+
+    def verify(self, context: Context) -> bool:
+        """Return whether the kernel still holds what it must; if not, forget what is known of it."""
+
+    def forget(self) -> None:
+        """Forget what is known of the kernel: the next `sync` looks at all that is there."""
+
+    def sync(self, plans: Plans, context: Context) -> Written:
+        """Program the plans of the Services that may have changed; those without plans are gone.
+
+        Raises `SyncError` if the kernel refused.
+        """
+
 
 LARGE_CLUSTER_ENDPOINTS = 1000
 """Above this many endpoints, per-endpoint rules lose their comments (kube-proxy's threshold)."""
@@ -27,7 +48,7 @@ REMEMBERED_CHANGES = 1000
 
 
 class Outcome(Struct, frozen=True):
-    """What the kernel accepted: see the fields of the same names of `kproxy.sync.report.SyncReport`."""
+    """What the kernel accepted: see the fields of the same names of `kproxy.model.sync_report.SyncReport`."""
 
     plans: Plans
     services: int

@@ -13,12 +13,11 @@ from msgspec import Struct
 from msgspec.structs import asdict, replace
 
 from kproxy.model.delta import Delta, Upsert
-from kproxy.model.outcome import SyncError
+from kproxy.model.logging import V2
 from kproxy.model.store import Changed, Store
+from kproxy.model.sync_report import Observer, SyncError, SyncReport
 from kproxy.model.types import Family
-from kproxy.model.verbosity import V2
 from kproxy.sync.family import FamilySync, Outcome
-from kproxy.sync.report import Observer, SyncReport
 from kproxy.sync.schedule import Schedule
 from kproxy.sync.summary import Summary, seconds_text, synced_text
 
@@ -39,7 +38,6 @@ class Resync(Struct, frozen=True):
 
 Batch: TypeAlias = tuple[Delta, ...]
 """Deltas that belong together: no sync happens between them."""
-
 Message: TypeAlias = Delta | Batch | Stop | Resync
 
 

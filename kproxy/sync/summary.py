@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kproxy.model.condition import Tally
+from kproxy.model.sync_report import Tally
 from kproxy.model.types import Family
 
 PERIOD = 60.0

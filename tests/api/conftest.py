@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 
-from kproxy.kube.api_source import ApiSource
-from kproxy.kube.client import Client
+from kproxy.kube.client.client import Client
+from kproxy.kube.listwatch.reflector import ApiSource
 from kproxy.model.delta import BASIC_KINDS, Delete, Delta, Kind, Object, Replace, Upsert
 from kproxy.model.types import Node, ServiceCIDR
 from tests.apiserver import ApiServer, Relay

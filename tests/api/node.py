@@ -10,12 +10,12 @@ from functools import partial
 from pathlib import Path
 from subprocess import Popen
 
+from kproxy.app.contexts import make_context
 from kproxy.config import Config
-from kproxy.contexts import make_context
 from kproxy.iptables.backend import Printer
-from kproxy.kube.answers import read_page
-from kproxy.kube.client import Client
-from kproxy.kube.objects import Decoded
+from kproxy.kube.client.client import Client
+from kproxy.kube.codec.conversion import Decoded
+from kproxy.kube.codec.json_codec import read_page
 from kproxy.model.context import Context
 from kproxy.model.delta import Kind, Replace
 from kproxy.model.store import Store

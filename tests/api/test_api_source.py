@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 
 import pytest
 
-from kproxy.kube.api_source import REPEAT_PERIOD, Complaints
+from kproxy.kube.listwatch.reflector import REPEAT_PERIOD, Complaints
 from kproxy.model.delta import Delta, Refused, Replace, Upsert
 from kproxy.model.types import EndpointSlice, Node, Service
 from tests.api.conftest import HANG, Cluster, Follow, Received

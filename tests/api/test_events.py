@@ -13,9 +13,9 @@ from uuid import uuid4
 
 import pytest
 
-from kproxy.kube import events
-from kproxy.kube.client import Client
-from kproxy.kube.event_rules import (
+from kproxy.kube.client.client import Client
+from kproxy.kube.events import recorder as events
+from kproxy.kube.events.correlator import (
     BURST,
     REFILL_SECONDS,
     Occurrence,
@@ -25,7 +25,7 @@ from kproxy.kube.event_rules import (
     node_reference,
     service_reference,
 )
-from kproxy.kube.events import MOST_WAITING, EventRecorder
+from kproxy.kube.events.recorder import MOST_WAITING, EventRecorder
 from tests.api.conftest import HANG, Cluster
 from tests.apiserver import ApiServer, Relay, SeenRequest
 from tests.apiserver.objects import service

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import pytest
 
-from kproxy.kube.answers import read_page
-from kproxy.kube.client import Client
-from kproxy.kube.objects import Decoded
-from kproxy.kube.streams import JSON, WATCH, read_events
+from kproxy.kube.client.client import Client
+from kproxy.kube.codec.conversion import Decoded
+from kproxy.kube.codec.json_codec import read_page
+from kproxy.kube.codec.streams import JSON, WATCH, read_events
 from kproxy.model.delta import Kind
 from kproxy.model.types import EndpointSlice, Node, Service, ServiceCIDR
 from tests.api.conftest import HANG, Cluster, Follow, Received

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 import pytest
 
-from kproxy.kube import api_source
-from kproxy.kube.api_source import ApiSource
-from kproxy.kube.client import Client
+from kproxy.kube.client.client import Client
+from kproxy.kube.listwatch import reflector as api_source
+from kproxy.kube.listwatch.reflector import ApiSource
 from kproxy.model.delta import BASIC_KINDS, Kind
 from kproxy.model.types import Service, ServiceCIDR
 from tests.api.conftest import Cluster, Follow, Received

@@ -16,8 +16,8 @@ from pathlib import Path
 import msgspec
 from rich.console import Console
 
-from kproxy.host.run import CommandError
-from kproxy.iptables.apply import Iptables
+from kproxy.host.commands import CommandError
+from kproxy.iptables.runner import Iptables
 from kproxy.model.types import Family
 from tests.bench import floors, measured
 from tests.bench.catalog import figures, with_memory_floors

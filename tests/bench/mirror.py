@@ -14,24 +14,24 @@ from typing import TypeAlias
 import msgspec
 from msgspec import Struct
 
+from kproxy.app.backends import kinds_followed
+from kproxy.app.contexts import make_context
 from kproxy.config import Config
-from kproxy.contexts import make_context
-from kproxy.families import kinds_followed
+from kproxy.host.netlink import BatchSocket
 from kproxy.host.nfacct import ensure_counters
-from kproxy.host.nfnetlink_batch import BatchSocket
-from kproxy.iptables.apply import Iptables
 from kproxy.iptables.backend import BLOCK_RULES, IptablesBackend
-from kproxy.iptables.base import INVALID_COUNTER
+from kproxy.iptables.base_rules import INVALID_COUNTER
 from kproxy.iptables.render import LOCALHOST_COUNTER
-from kproxy.kube.answers import read_page
-from kproxy.kube.objects import Decoded
+from kproxy.iptables.runner import Iptables
+from kproxy.kube.codec.conversion import Decoded
+from kproxy.kube.codec.json_codec import read_page
 from kproxy.model.context import Context
 from kproxy.model.delta import Delete, Kind, Replace, Upsert
 from kproxy.model.store import Store
 from kproxy.model.types import EndpointSlice, Family, Node, Service, ServiceCIDR
-from kproxy.nftables.apply import NftTable
 from kproxy.nftables.backend import NftablesBackend
-from kproxy.nftables.netlink import NFNL_SUBSYS_NFTABLES, Encoder
+from kproxy.nftables.encode import NFNL_SUBSYS_NFTABLES, Encoder
+from kproxy.nftables.kernel import NftTable
 from kproxy.nftables.transaction import Transaction
 from kproxy.sync.family import FamilySync
 from tests.bench.cluster import CLUSTER_CIDR, Cluster, Object

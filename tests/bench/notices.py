@@ -13,7 +13,8 @@ from typing import Self
 
 from msgspec import Struct
 
-from kproxy.host.netlink import NETLINK_NETFILTER, attributes
+from kproxy.host.netlink import NETLINK_NETFILTER
+from kproxy.host.netlink_message import attributes
 from tests.lab.namespace import Namespace
 
 _SOL_NETLINK, _ADD_MEMBERSHIP = 270, 1

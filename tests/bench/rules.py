@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from msgspec import Struct
 
-from kproxy.host.netlink import NETLINK_NETFILTER, NetlinkSocket, attribute, attributes, nfgenmsg
-from kproxy.host.nfnetlink_batch import BatchSocket
+from kproxy.host.netlink import NETLINK_NETFILTER, BatchSocket, NetlinkSocket
+from kproxy.host.netlink_message import attribute, attributes, nfgenmsg
 
 _SUBSYSTEM = 10
 _DELTABLE = 2

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kproxy.host.iptables_variant import FOLDER, find_variant, use_hosts_variant
+from kproxy.iptables.variant import FOLDER, find_variant, use_hosts_variant
 from tests.lab.namespace import Namespace
 
 PROGRAMS = ("iptables", "ip6tables")

@@ -13,8 +13,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from kproxy.model.types import Family
 from kproxy.serve.http import Request
+from kproxy.serve.metric_definitions import INVALID_DROPPED, LOCALHOST_ACCEPTED, Series
 from kproxy.serve.metrics import Metrics
-from kproxy.serve.series import INVALID_DROPPED, LOCALHOST_ACCEPTED, Series
 from tests.deploy.rendered import ROOT
 
 ALERTS = ROOT / "deploy/monitoring/alerts.yaml"

@@ -236,7 +236,7 @@ def test_it_ends_while_iptables_hangs(node: Namespace, tmp_path: Path) -> None:
 def test_a_thread_that_ends_ends_the_daemon(node: Namespace) -> None:
     script = textwrap.dedent(f"""\
         import sys
-        from kproxy.kube.path_follower import PathFollower
+        from kproxy.documents.watch import PathFollower
         from kproxy.cli.main import main
         def broken(self):
             raise MemoryError("no more")

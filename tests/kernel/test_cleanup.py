@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from kproxy.host.netlink import NLM_F_CREATE, attribute, nfgenmsg
-from kproxy.host.nfnetlink_batch import BatchSocket
-from kproxy.host.run import CommandError
-from kproxy.leftovers import remove_all, remove_iptables
+from kproxy.app.cleanup import remove_all, remove_iptables
+from kproxy.host.commands import CommandError
+from kproxy.host.netlink import BatchSocket
+from kproxy.host.netlink_message import NLM_F_CREATE, attribute, nfgenmsg
 from kproxy.model.types import Family
-from kproxy.nftables.cleanup import remove_table
-from kproxy.nftables.netlink import NFNL_SUBSYS_NFTABLES
+from kproxy.nftables.encode import NFNL_SUBSYS_NFTABLES
+from kproxy.nftables.kernel import remove_table
 from tests.kernel.test_recordings import apply
 from tests.lab.commits import Commits
 from tests.lab.iptables import PREFIXES, PROGRAMS, link

@@ -11,29 +11,23 @@ from typing import NamedTuple
 
 import pytest
 
-from kproxy.config import conntrack_limits as limits
+from kproxy.app import kernel_parameters as limits
 from kproxy.config.types import Conntrack, Seconds
-from kproxy.host.conntrack import FEW, UdpConntrack
-from kproxy.host.conntrack_entry import IP_KINDS, Ends, EntryReader, question
+from kproxy.host.conntrack import FEW, IP_KINDS, Ends, EntryReader, UdpConntrack, question
+from kproxy.host.interfaces import own_addresses
 from kproxy.host.netlink import (
     ATTEMPTS,
     BATCH,
     NETLINK_NETFILTER,
-    NLM_F_CREATE,
-    NLM_F_EXCL,
     DumpInterruptedError,
     NetlinkError,
     NetlinkSocket,
-    attribute,
-    attributes,
-    nested,
-    nfgenmsg,
     retried,
 )
-from kproxy.host.own_addresses import own_addresses
+from kproxy.host.netlink_message import NLM_F_CREATE, NLM_F_EXCL, attribute, attributes, nested, nfgenmsg
 from kproxy.host.sysctl import ROUTE_LOCALNET, ensure_route_localnet, read_parameters, write_parameters
-from kproxy.model.endpoints import socket_text, split_socket_text
-from kproxy.model.types import Family, family_of
+from kproxy.model.addresses import family_of, socket_text, split_socket_text
+from kproxy.model.types import Family
 from tests.lab.namespace import Namespace
 
 NEW, GET, DELETE = 0x100, 0x101, 0x102

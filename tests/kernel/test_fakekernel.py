@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from kproxy.iptables.apply import RestoreError
 from kproxy.iptables.backend import IptablesBackend
+from kproxy.iptables.runner import RestoreError
 from kproxy.model.types import Family
 from kproxy.sync.family import FamilySync
 from tests.fakekernel import FakeKernel

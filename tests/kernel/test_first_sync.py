@@ -11,11 +11,11 @@ from typing import TypeAlias
 
 import pytest
 
+from kproxy.app.first_sync import FirstSync
 from kproxy.config import Config
 from kproxy.config.types import Mode
-from kproxy.first_sync import FirstSync
+from kproxy.model.sync_report import SyncReport
 from kproxy.model.types import Family
-from kproxy.sync.report import SyncReport
 from tests.kernel.test_cleanup import FOREIGN, NFT, nft_tables, proxy_tables, rules, without_firewall
 from tests.lab.iptables import PREFIXES, restore_recording
 from tests.lab.namespace import Namespace

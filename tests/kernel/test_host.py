@@ -15,22 +15,15 @@ from signal import SIGKILL
 
 import pytest
 
-from kproxy.host.netlink import (
-    NETLINK_NETFILTER,
-    NLM_F_CREATE,
-    DumpInterruptedError,
-    NetlinkError,
-    NetlinkSocket,
-    attribute,
-    nfgenmsg,
-)
+from kproxy.host.commands import CommandError, Programs, first_line, run
+from kproxy.host.netlink import NETLINK_NETFILTER, DumpInterruptedError, NetlinkError, NetlinkSocket
+from kproxy.host.netlink_message import NLM_F_CREATE, attribute, nfgenmsg
+from kproxy.host.nf_tables import count_rules
 from kproxy.host.nfacct import ensure_counters
-from kproxy.host.nft_rules import count_rules
-from kproxy.host.run import CommandError, Programs, first_line, run
-from kproxy.iptables.apply import Iptables, RestoreError, parse_version, restore_error
 from kproxy.iptables.names import Chain
+from kproxy.iptables.runner import Iptables, RestoreError, parse_version, restore_error
 from kproxy.model.types import Family
-from kproxy.nftables.apply import NftCommit
+from kproxy.nftables.kernel import NftCommit
 from kproxy.nftables.transaction import Transaction
 from tests.lab.iptables import link, missing_variant, programs_of
 from tests.lab.namespace import Namespace
@@ -143,7 +136,7 @@ def test_a_program_that_hangs_while_it_is_read_is_killed(tmp_path: Path) -> None
 def test_reading_needs_no_place_for_files(namespace: Namespace) -> None:
     """As in a container with a read-only root."""
     script = (
-        "from kproxy.host.run import Programs\n"
+        "from kproxy.host.commands import Programs\n"
         "with Programs().reading(['echo', 'here'], timeout=30) as lines: print(*lines)"
     )
     read_only = "".join(
@@ -237,7 +230,7 @@ class Clock:
 
 def test_each_part_has_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    monkeypatch.setattr("kproxy.host.run.monotonic", clock.now)
+    monkeypatch.setattr("kproxy.host.commands.monotonic", clock.now)
 
     def parts() -> Iterator[str]:
         for _ in range(4):
@@ -283,7 +276,7 @@ def test_a_script_ends_together_with_what_it_waits_for(
 ) -> None:
     """Else a part would wait for ever for its place in the pipe, which the other program holds as well."""
     clock, programs, codes = Clock(), Programs(), list[int]()
-    monkeypatch.setattr("kproxy.host.run.monotonic", clock.now)
+    monkeypatch.setattr("kproxy.host.commands.monotonic", clock.now)
     fifo = tmp_path / "never"
     os.mkfifo(fifo)
 
@@ -347,7 +340,7 @@ def ways_to_run(argv: list[str]) -> dict[str, Callable[[], object]]:
 def test_a_program_that_takes_long_is_logged_while_it_runs_and_when_it_ends(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path, way: str, result: object
 ) -> None:
-    monkeypatch.setattr("kproxy.host.patience.FIRST_SECONDS", 0.001)
+    monkeypatch.setattr("kproxy.host.commands.FIRST_SECONDS", 0.001)
     caplog.set_level(logging.INFO)
     fifo = tmp_path / "until-it-is-logged"
     os.mkfifo(fifo)
@@ -368,7 +361,7 @@ def test_a_program_that_takes_long_is_logged_while_it_runs_and_when_it_ends(
 def test_an_nft_that_takes_long_is_logged(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("kproxy.host.patience.FIRST_SECONDS", 0.001)
+    monkeypatch.setattr("kproxy.host.commands.FIRST_SECONDS", 0.001)
     fifo = tmp_path / "until-it-is-logged"
     os.mkfifo(fifo)
     program = tmp_path / "nft"
@@ -542,7 +535,7 @@ def test_rules_of_single_chains_are_counted(namespace: Namespace, family: Family
 
 def test_who_may_not_count_rules_knows_nothing_of_them(namespace: Namespace) -> None:
     script = (
-        "from kproxy.iptables.apply import Iptables\n"
+        "from kproxy.iptables.runner import Iptables\n"
         "from kproxy.iptables.names import Chain\n"
         "from kproxy.model.types import Family\n"
         "print(Iptables(Family.IPV4).lengths([Chain('nat', 'KUBE-A')]))"
@@ -560,7 +553,7 @@ def test_a_chain_is_looked_at_again_if_others_interrupt(namespace: Namespace, mo
             raise DumpInterruptedError(0, "interrupted")
         return count_rules(family, table, chain)
 
-    monkeypatch.setattr("kproxy.iptables.apply.count_rules", interrupted_once)
+    monkeypatch.setattr("kproxy.iptables.runner.count_rules", interrupted_once)
     chains = [Chain("nat", "KUBE-A"), Chain("nat", "KUBE-B")]
     assert namespace.call(lambda: Iptables(Family.IPV4).lengths(chains)) == dict.fromkeys(chains, 0)
     assert asked == ["KUBE-A", "KUBE-A", "KUBE-B", "KUBE-B"]

@@ -7,11 +7,11 @@ from ipaddress import IPv6Address
 import pytest
 from msgspec.structs import replace
 
-from kproxy.iptables.apply import Iptables
 from kproxy.iptables.backend import IptablesBackend
 from kproxy.iptables.cleanup import cleanup
 from kproxy.iptables.names import DISPATCH, Chain, is_shard
-from kproxy.iptables.text import parse_save
+from kproxy.iptables.runner import Iptables
+from kproxy.iptables.save_restore import parse_save
 from kproxy.model.context import Context
 from kproxy.model.delta import Delete, Upsert
 from kproxy.model.store import Store

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from kproxy.iptables.apply import Iptables
 from kproxy.iptables.backend import IptablesBackend
-from kproxy.iptables.base import ensured_rules
+from kproxy.iptables.base_rules import ensured_rules
 from kproxy.iptables.names import CANARIES, DISPATCH, Chain
+from kproxy.iptables.runner import Iptables
 from kproxy.model.context import Context
 from kproxy.model.types import Family, Node
 from kproxy.sync.family import FamilySync

@@ -12,8 +12,8 @@ from kproxy.iptables.backend import IptablesBackend
 from kproxy.iptables.names import Chain
 from kproxy.model.context import Context
 from kproxy.model.delta import Replace, Upsert
-from kproxy.model.outcome import SyncError
 from kproxy.model.store import Store
+from kproxy.model.sync_report import SyncError
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Node, Service, ServicePort
 from kproxy.sync.family import FamilySync
 from tests.lab.iptables import Recorder, add_counters

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from kproxy.app.backends import make_families
 from kproxy.config import Config
-from kproxy.families import make_families
 from kproxy.model.delta import Replace, Upsert
 from kproxy.model.store import Store
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Node, Service, ServicePort

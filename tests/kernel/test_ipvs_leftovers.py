@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from kproxy import ipvs_leftovers
+from kproxy.app.cleanup import ServersStayError, remove_all, remove_ipvs
+from kproxy.app.first_sync import FirstSync
 from kproxy.config import Config
 from kproxy.config.types import Mode
-from kproxy.first_sync import FirstSync
-from kproxy.host.ipset import Entry, set_entries, set_names
-from kproxy.host.ipvs import VirtualServer, virtual_servers
-from kproxy.ipvs_leftovers import INTERFACE, SETS
-from kproxy.leftovers import ServersStayError, remove_all, remove_ipvs
+from kproxy.ipvs import cleanup as ipvs_leftovers
+from kproxy.ipvs.cleanup import INTERFACE, SETS
+from kproxy.ipvs.ipset import Entry, set_entries, set_names
+from kproxy.ipvs.virtual_servers import VirtualServer, virtual_servers
+from kproxy.model.sync_report import SyncReport
 from kproxy.model.types import Family
-from kproxy.sync.report import SyncReport
 from tests.kernel.test_cleanup import rules, without_firewall
 from tests.lab.commits import Commits
 from tests.lab.iptables import PREFIXES, link, programs_of

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kproxy.leftovers import out_of_reach, remove_all, remove_iptables
+from kproxy.app.cleanup import out_of_reach, remove_all, remove_iptables
 from kproxy.model.types import Family
 from tests.kernel.test_cleanup import nft_tables, proxy_tables, rules, without_firewall
 from tests.lab.commits import Commits

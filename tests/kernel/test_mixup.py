@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kproxy.host.mixup import other_variant_rules
+from kproxy.iptables.variant import other_variant_rules
 from tests.lab.namespace import Namespace
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from kproxy.host.monitor import AddressMonitor
+from kproxy.host.interfaces import AddressMonitor
 from tests.lab.namespace import Namespace
 
 HANG_GUARD = 30.0

@@ -10,17 +10,17 @@ import pytest
 from msgspec import Struct
 from msgspec.structs import replace
 
-from kproxy.host.netlink import NETLINK_NETFILTER, NetlinkSocket, attributes, nfgenmsg
+from kproxy.host.netlink import NETLINK_NETFILTER, NetlinkSocket
+from kproxy.host.netlink_message import attributes, nfgenmsg
+from kproxy.model.addresses import socket_text
 from kproxy.model.context import Context
 from kproxy.model.delta import BASIC_KINDS, Replace
-from kproxy.model.endpoints import socket_text
 from kproxy.model.store import Store
 from kproxy.model.types import Family, ServiceCIDR
 from kproxy.nftables import names
-from kproxy.nftables import objects as nft
-from kproxy.nftables.apply import Commit, NetlinkCommit, NftCommit, NftTable
+from kproxy.nftables import ruleset as nft
 from kproxy.nftables.backend import NftablesBackend, Printer
-from kproxy.nftables.base import NODE_PORT, SERVICE, SETS, base_chains
+from kproxy.nftables.base_table import NODE_PORT, SERVICE, SETS, base_chains
 from kproxy.nftables.elements import (
     DROP,
     PROTOCOLS,
@@ -30,14 +30,14 @@ from kproxy.nftables.elements import (
     pack_address,
     pack_pool,
     pools,
+    shape_of,
 )
+from kproxy.nftables.kernel import Commit, NetlinkCommit, NftCommit, NftTable
 from kproxy.nftables.names import TABLE, table_family
-from kproxy.nftables.objects import Field, rule
-from kproxy.nftables.shape import shape_of
-from kproxy.nftables.text import Writer
+from kproxy.nftables.nft_syntax import Writer
+from kproxy.nftables.ruleset import Field, rule
 from kproxy.nftables.transaction import Transaction
-from kproxy.sync.backend import Backend
-from kproxy.sync.family import FamilySync
+from kproxy.sync.family import Backend, FamilySync
 from tests.lab.namespace import Namespace
 from tests.recordings import SCENARIOS, config, replaces
 from tests.unit.test_render import OWN, recorded_context

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from kproxy.model.types import Family
 from kproxy.nftables import names
-from kproxy.nftables.apply import NetlinkCommit, NftTable, StaleError, TableError
-from kproxy.nftables.base import SERVICE
+from kproxy.nftables.base_table import SERVICE
 from kproxy.nftables.elements import DROP, Element, pack_address, service_key
+from kproxy.nftables.kernel import NetlinkCommit, NftTable, StaleError, TableError
 from kproxy.nftables.names import TABLE, table_family
-from kproxy.nftables.objects import Chain, Decide, Drop, Field, Go, Hook, IsIn, Pick, Remember, Return, Set, Value, rule
-from kproxy.nftables.text import Writer
+from kproxy.nftables.nft_syntax import Writer
+from kproxy.nftables.ruleset import Chain, Decide, Drop, Field, Go, Hook, IsIn, Pick, Remember, Return, Set, Value, rule
 from kproxy.nftables.transaction import Transaction
 from tests.faketable import FakeTable
 from tests.kernel.test_nftables_commit import in_order

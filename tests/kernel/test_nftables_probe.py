@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable
 
 import pytest
 
-from kproxy.host.netlink import attributes
+from kproxy.host.netlink_message import attributes
 from kproxy.model.types import Family
-from kproxy.nftables.apply import NetlinkCommit, NftCommit, TableError
 from kproxy.nftables.expressions import expressions
-from kproxy.nftables.objects import Statement, Value
+from kproxy.nftables.kernel import NetlinkCommit, NftCommit, TableError
 from kproxy.nftables.probe import TABLE, probe, way_to_commit
+from kproxy.nftables.ruleset import Statement, Value
 from kproxy.nftables.transaction import Transaction
 from tests.kernel.test_nftables_commit import held, statements
 from tests.lab.namespace import Namespace

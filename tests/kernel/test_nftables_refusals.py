@@ -13,14 +13,13 @@ from kproxy.model.delta import Upsert
 from kproxy.model.store import Store
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Service, ServicePort
 from kproxy.nftables import names
-from kproxy.nftables.apply import Commit, NetlinkCommit, NftCommit, NftTable, StaleError, TableError
 from kproxy.nftables.backend import NftablesBackend, Printer
-from kproxy.nftables.base import SERVICE, SETS
+from kproxy.nftables.base_table import SERVICE, SETS
 from kproxy.nftables.elements import DROP, Element, Pool, numbered, pools, service_key
-from kproxy.nftables.generations import OwnChanges
+from kproxy.nftables.encode import Encoder
+from kproxy.nftables.kernel import Commit, NetlinkCommit, NftCommit, NftTable, OwnChanges, StaleError, TableError
 from kproxy.nftables.names import TABLE, table_family
-from kproxy.nftables.netlink import Encoder
-from kproxy.nftables.objects import Chain, Drop, Field, Go, Hook, IsIn, Set, rule
+from kproxy.nftables.ruleset import Chain, Drop, Field, Go, Hook, IsIn, Set, rule
 from kproxy.nftables.transaction import Transaction
 from kproxy.sync.family import FamilySync
 from tests.kernel.test_nftables_commit import held, in_order

@@ -11,12 +11,12 @@ import pytest
 from msgspec.structs import asdict, replace
 
 from kproxy.model.types import Family
-from kproxy.nftables.apply import NetlinkCommit, NftTable
 from kproxy.nftables.backend import NftablesBackend
+from kproxy.nftables.decode import Reader
+from kproxy.nftables.kernel import NetlinkCommit, NftTable
 from kproxy.nftables.names import TABLE, table_family
-from kproxy.nftables.read import Reader
+from kproxy.nftables.snapshot import View
 from kproxy.nftables.transaction import Transaction
-from kproxy.nftables.view import View
 from tests.faketable import FakeTable
 from tests.kernel.test_nftables_commit import Attributes, Held, held, program, recorded_sync
 from tests.lab.namespace import Namespace

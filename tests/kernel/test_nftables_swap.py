@@ -12,13 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from kproxy.model.context import Context
+from kproxy.model.context import Context, LocalTraffic
 from kproxy.model.delta import Delta, Replace
-from kproxy.model.local_traffic import LocalTraffic
 from kproxy.model.store import Store
 from kproxy.model.types import EndpointSlice, Family, Node, Service
-from kproxy.nftables.apply import NetlinkCommit, NftTable
 from kproxy.nftables.backend import NftablesBackend
+from kproxy.nftables.kernel import NetlinkCommit, NftTable
 from kproxy.sync.family import FamilySync
 from tests.lab.churn import NODE_PORT as FIRST_NODE_PORT
 from tests.lab.churn import NODES, PORT, STEADY, Churn, addresses_on

@@ -10,19 +10,17 @@ from pathlib import Path
 
 import pytest
 
+from kproxy.app.backends import StartError, discover_iptables, discover_nftables, with_mode
 from kproxy.config import Config
-from kproxy.families import StartError, with_mode
-from kproxy.host import nft_nat
-from kproxy.host.nfnetlink_batch import BatchSocket
-from kproxy.host.nft_nat import nat_refused
-from kproxy.host.run import START_SECONDS, CommandError, UndecidedError, run
-from kproxy.iptables.apply import parse_version
-from kproxy.iptables.probe import check_tables
+from kproxy.host import nf_tables as nft_nat
+from kproxy.host.commands import START_SECONDS, CommandError, UndecidedError, run
+from kproxy.host.netlink import BatchSocket
+from kproxy.host.nf_tables import nat_refused
+from kproxy.iptables.runner import check_tables, parse_version
 from kproxy.model.types import Family
-from kproxy.nftables.apply import NetlinkCommit, TableError
+from kproxy.nftables.kernel import NetlinkCommit, TableError
 from kproxy.nftables.probe import UnsupportedError, probe
 from kproxy.nftables.transaction import Transaction
-from kproxy.node import discover_iptables, discover_nftables
 from tests.kernel.test_cleanup import rules
 from tests.lab.commits import Commits
 from tests.lab.iptables import PREFIXES, link, missing_variant, programs_of
@@ -227,7 +225,7 @@ def test_nf_tables_is_not_asked_where_nat_is_in_use(
     if reason := missing_variant("nft", namespace):
         pytest.skip(reason)
     namespace.run([f"{PREFIXES[family]}-nft", "-t", "nat", "-A", "POSTROUTING", "-j", "ACCEPT"])
-    monkeypatch.setattr("kproxy.host.nft_nat.BatchSocket", None)
+    monkeypatch.setattr("kproxy.host.nf_tables.BatchSocket", None)
     assert namespace.call(lambda: nat_refused(family)) == ""
 
 
@@ -299,8 +297,8 @@ def refusing(monkeypatch: pytest.MonkeyPatch, families: set[Family]) -> None:
 
 def test_somebody_without_the_privilege_is_told_so(namespace: Namespace) -> None:
     script = (
-        "from kproxy.iptables.apply import parse_version\n"
-        "from kproxy.iptables.probe import check_tables\n"
+        "from kproxy.iptables.runner import parse_version\n"
+        "from kproxy.iptables.runner import check_tables\n"
         "from kproxy.model.types import Family\n"
         "try: check_tables(Family.IPV4, parse_version('v1.8.9 (nf_tables)'))\n"
         "except Exception as error: print(error)\n"

@@ -11,16 +11,15 @@ from typing import Any
 
 import pytest
 
+from kproxy.app.contexts import make_context
 from kproxy.config.load import load_config
 from kproxy.config.types import Config
-from kproxy.contexts import make_context
 from kproxy.host.nfacct import ensure_counters, read_counter
-from kproxy.model.outcome import Written
 from kproxy.model.plan import plan_service
+from kproxy.model.sync_report import SyncReport, Written
 from kproxy.model.types import Family
-from kproxy.serve.series import INVALID_DROPPED, LOCALHOST_ACCEPTED
-from kproxy.serve.serving import Serving
-from kproxy.sync.report import SyncReport
+from kproxy.serve.metric_definitions import INVALID_DROPPED, LOCALHOST_ACCEPTED
+from kproxy.serve.status_server import Serving
 from tests.lab.namespace import HANG_GUARD, Namespace
 from tests.lab.waiting import wait_until
 from tests.recordings import GOLDEN, store

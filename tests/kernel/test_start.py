@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kproxy.host.nfacct import read_counter
-from kproxy.iptables.base import INVALID_COUNTER
+from kproxy.iptables.base_rules import INVALID_COUNTER
 from tests.lab.modes import BOTH_MODES
 from tests.lab.namespace import Namespace
 from tests.lab.proxy import KPROXY
@@ -24,7 +24,7 @@ NOT_OF_THE_MACHINE = "--conntrack-max-per-core=0"
 
 WITHOUT = ["setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin"]
 REFUSED = "the capability CAP_NET_ADMIN over this network namespace is missing: run as root or give it to the process"
-ASK = "from kproxy.host.privileges import has_net_admin; print(has_net_admin())"
+ASK = "from kproxy.host.process import has_net_admin; print(has_net_admin())"
 ESTABLISHED = "net/netfilter/nf_conntrack_tcp_timeout_established"
 ROUTE_LOCALNET = "net/ipv4/conf/all/route_localnet"
 FRESH = {ESTABLISHED: 432000, ROUTE_LOCALNET: 0}

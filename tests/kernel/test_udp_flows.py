@@ -12,21 +12,19 @@ from pathlib import Path
 import pytest
 
 from kproxy.host.conntrack import UdpConntrack
-from kproxy.host.own_addresses import own_addresses
-from kproxy.iptables.apply import Iptables, RestoreError
+from kproxy.host.interfaces import own_addresses
 from kproxy.iptables.backend import IptablesBackend
-from kproxy.model.context import Context
+from kproxy.iptables.runner import Iptables, RestoreError
+from kproxy.model.addresses import family_of, socket_text
+from kproxy.model.context import Context, LocalTraffic
 from kproxy.model.delta import Delete, Delta, Replace, Upsert
-from kproxy.model.endpoints import socket_text
-from kproxy.model.local_traffic import LocalTraffic
 from kproxy.model.store import Store
-from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Node, Service, ServicePort, family_of
-from kproxy.nftables.apply import NetlinkCommit, NftTable, TableError
+from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Node, Service, ServicePort
 from kproxy.nftables.backend import NftablesBackend
+from kproxy.nftables.kernel import NetlinkCommit, NftTable, TableError
 from kproxy.nftables.transaction import Transaction
-from kproxy.sync.backend import Backend
 from kproxy.sync.conntrack import Cleaning, ConntrackCleaner
-from kproxy.sync.family import FamilySync
+from kproxy.sync.family import Backend, FamilySync
 from kproxy.sync.reconciler import Reconciler
 from kproxy.sync.schedule import Schedule
 from tests.kernel.test_conntrack import entries

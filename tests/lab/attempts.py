@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from kproxy.serve.listen import Address, listen
+from kproxy.serve.server import Address, listen
 
 ENOUGH = 20
 HANG_GUARD = 30.0

@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from kproxy.host.netlink import NETLINK_NETFILTER, attributes
+from kproxy.host.netlink import NETLINK_NETFILTER
+from kproxy.host.netlink_message import attributes
 from tests.lab.namespace import Namespace
 from tests.lab.waiting import HANG_GUARD
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from kproxy.host.commands import first_line
 from kproxy.host.nfacct import ensure_counters
-from kproxy.host.run import first_line
-from kproxy.iptables.apply import Iptables
-from kproxy.iptables.base import INVALID_COUNTER
+from kproxy.iptables.base_rules import INVALID_COUNTER
 from kproxy.iptables.render import LOCALHOST_COUNTER
+from kproxy.iptables.runner import Iptables
 from kproxy.model.types import Family
 from tests.lab.namespace import Namespace
 from tests.recordings import GOLDEN, State, comparable

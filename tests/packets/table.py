@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
 
-from kproxy.model.types import Family, Protocol, family_of
+from kproxy.model.addresses import family_of
+from kproxy.model.types import Family, Protocol
 
 PATH = Path(__file__).with_name("packets.txt")
 HEAD = "# Derived from tests/golden by `python -m tests.packets.record`; what it means: __init__.py\n"

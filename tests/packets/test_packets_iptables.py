@@ -6,9 +6,9 @@ from functools import partial
 
 import pytest
 
+from kproxy.app.contexts import make_context
 from kproxy.config import Config
 from kproxy.config.load import load_config
-from kproxy.contexts import make_context
 from kproxy.iptables.backend import Printer
 from kproxy.model.context import Context
 from kproxy.model.types import Family, Node

@@ -7,19 +7,9 @@ from typing import TypeVar
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from kproxy.model.context import Context
+from kproxy.model.context import Context, LocalTraffic
 from kproxy.model.delta import Delete, Delta, Replace, Upsert
-from kproxy.model.local_traffic import LocalTraffic
-from kproxy.model.types import (
-    Endpoint,
-    EndpointPort,
-    EndpointSlice,
-    Family,
-    Node,
-    Service,
-    ServiceCIDR,
-    ServicePort,
-)
+from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Node, Service, ServiceCIDR, ServicePort
 
 _T = TypeVar("_T")
 

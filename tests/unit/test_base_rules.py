@@ -4,16 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from kproxy.iptables.base import base_chains, dispatch_tails, ensured_rules
-from kproxy.iptables.names import (
-    DISPATCH,
-    FILTER_FIREWALL,
-    FILTER_FORWARD,
-    MARK_MASQ,
-    NAT_SERVICES,
-    POSTROUTING,
-    Chain,
-)
+from kproxy.iptables.base_rules import base_chains, dispatch_tails, ensured_rules
+from kproxy.iptables.names import DISPATCH, FILTER_FIREWALL, FILTER_FORWARD, MARK_MASQ, NAT_SERVICES, POSTROUTING, Chain
 from kproxy.model.context import Context
 from kproxy.model.types import Family
 

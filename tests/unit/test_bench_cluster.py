@@ -8,8 +8,8 @@ from itertools import pairwise
 import msgspec
 import pytest
 
-from kproxy.kube.answers import read_page
-from kproxy.kube.objects import Decoded
+from kproxy.kube.codec.conversion import Decoded
+from kproxy.kube.codec.json_codec import read_page
 from kproxy.model.types import EndpointSlice
 from tests.bench import cluster as objects
 from tests.bench.cluster import SERVICE_CIDR, Cluster, Object, cluster_ip

@@ -11,17 +11,16 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from kproxy.iptables import backend as iptables
-from kproxy.iptables.claims import Claims, frontend_of
+from kproxy.iptables.conflicts import Claims, frontend_of
 from kproxy.iptables.names import Chain
 from kproxy.iptables.render import Claim, DispatchRule
-from kproxy.model.claims import Conflict, Rank
 from kproxy.model.context import Context
 from kproxy.model.delta import Upsert
+from kproxy.model.frontend_conflicts import Conflict, Rank
 from kproxy.model.store import Store
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Service, ServicePort
 from kproxy.nftables import backend as nftables
-from kproxy.sync.backend import Backend
-from kproxy.sync.family import FamilySync
+from kproxy.sync.family import Backend, FamilySync
 from tests.fakekernel import FakeKernel
 from tests.faketable import FakeTable
 from tests.unit.strategies import endpoint_slices, services

@@ -133,7 +133,7 @@ def test_lines_have_the_header_of_klog() -> None:
     said = [line for line in done.stderr.splitlines() if "there is no Node 'of-no-node'" in line]
     assert len(said) == 1
     assert HEADER.match(said[0])
-    assert re.search(r"^W\d{4} .* once\.py:\d+\] there is no Node 'of-no-node': ", said[0])
+    assert re.search(r"^W\d{4} .* one_shot\.py:\d+\] there is no Node 'of-no-node': ", said[0])
 
 
 @pytest.mark.parametrize("way", ["flag", "file"])
@@ -253,7 +253,7 @@ def test_what_needs_no_configuration_loads_none(arguments: tuple[str, ...]) -> N
 def test_other_commands_load_neither_another_nor_what_it_needs() -> None:
     loaded = modules_after("run", "--help")
     assert "kproxy.config" in loaded
-    assert loaded & {"kproxy.cli.render", "kproxy.cli.completion", "kproxy.daemon", "kubernetes", "shtab"} == set()
+    assert loaded & {"kproxy.cli.render", "kproxy.cli.completion", "kproxy.app.daemon", "kubernetes", "shtab"} == set()
     assert "shtab" in modules_after("completion", "bash")
 
 

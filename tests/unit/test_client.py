@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from kproxy import __version__
-from kproxy.kube.client import Client, ClientError, Response, SilenceError, TransportError
-from kproxy.kube.plain_access import find_plain
+from kproxy.kube.client.client import Client
+from kproxy.kube.client.cluster_access import ClientError, find_plain
+from kproxy.kube.client.response import Response, SilenceError, TransportError
 from tests.apiserver import ApiServer
 from tests.apiserver.objects import endpoint_slice, service
 
@@ -87,7 +88,7 @@ def test_a_token_file_is_read_again_in_time(
     token = tmp_path / "token"
     token.write_text("old")
     client = Client.from_config(kubeconfig(tmp_path / "config", server.url, {"tokenFile": "token"}))
-    monkeypatch.setattr("kproxy.kube.client.ROTATION_PERIOD", 0.0)
+    monkeypatch.setattr("kproxy.kube.client.client.ROTATION_PERIOD", 0.0)
     assert get(client)[0] == 401
     token.write_text("secret")
     assert get(client)[0] == 200
@@ -128,7 +129,7 @@ def test_a_failing_exec_plugin_is_one_error(tmp_path: Path, server: ApiServer) -
 @pytest.fixture
 def account(tmp_path: Path, server: ApiServer, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Put a service account where kproxy looks for it."""
-    monkeypatch.setattr("kproxy.kube.plain_access.SERVICE_ACCOUNT", tmp_path)
+    monkeypatch.setattr("kproxy.kube.client.cluster_access.SERVICE_ACCOUNT", tmp_path)
     return tmp_path
 
 
@@ -162,7 +163,7 @@ def test_in_cluster_token_is_read_again_in_time(
         connections = client._access.pool
         (account / "token").write_text("second")
         assert get(client)[0] == 200
-        monkeypatch.setattr("kproxy.kube.client.ROTATION_PERIOD", 0.0)
+        monkeypatch.setattr("kproxy.kube.client.client.ROTATION_PERIOD", 0.0)
         assert get(client)[0] == 200
         (account / "token").unlink()
         assert get(client)[0] == 200
@@ -184,7 +185,7 @@ def test_a_certificate_authority_that_rotates(
         with pytest.raises(TransportError, match="certificate"):
             get(client)
         (account / "ca.crt").write_bytes((certificates / "ca.crt").read_bytes())
-        monkeypatch.setattr("kproxy.kube.client.ROTATION_PERIOD", 0.0)
+        monkeypatch.setattr("kproxy.kube.client.client.ROTATION_PERIOD", 0.0)
         assert get(client)[0] == 200
 
 
@@ -549,12 +550,12 @@ def loaded_by(program: str, *names: str) -> set[str]:
 
 
 def test_only_a_client_needs_http() -> None:
-    assert loaded_by("import kproxy.daemon", "kubernetes", "urllib3") == set()
+    assert loaded_by("import kproxy.app.daemon", "kubernetes", "urllib3") == set()
 
 
 def asking(config: str) -> str:
     return (
-        "from kproxy.kube.client import Client\n"
+        "from kproxy.kube.client.client import Client\n"
         f"client = Client.from_config({config!r}); assert client.get({SERVICES!r}, {{}}, 20).read()"
     )
 
@@ -601,7 +602,7 @@ def test_both_ways_send_the_same(
     (tmp_path / "token").write_text("secret\n")
     path = kubeconfig(tmp_path / "config", f"{server.url}/", user)
     get(Client.from_config(path))
-    monkeypatch.setattr("kproxy.kube.client.find_plain", lambda *_, **__: None)
+    monkeypatch.setattr("kproxy.kube.client.client.find_plain", lambda *_, **__: None)
     get(Client.from_config(path))
     plain, package = (seen.headers for seen in server.requests.all())
     assert dict(plain) == dict(package)

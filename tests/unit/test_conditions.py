@@ -10,17 +10,14 @@ import pytest
 from msgspec.structs import asdict, replace
 
 from kproxy.iptables.backend import IptablesBackend
-from kproxy.model.condition import Tally
 from kproxy.model.context import Context
 from kproxy.model.delta import Delete, Delta, Refused, Replace, Upsert
-from kproxy.model.outcome import SyncError
 from kproxy.model.store import Changed, Store
+from kproxy.model.sync_report import SyncError, SyncReport, Tally
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Node, Service, ServicePort
 from kproxy.nftables.backend import NftablesBackend
-from kproxy.sync.backend import Backend
-from kproxy.sync.family import FamilySync, Outcome
-from kproxy.sync.notices import LINES_PER_SYNC, Notices
-from kproxy.sync.report import SyncReport
+from kproxy.sync.family import Backend, FamilySync, Outcome
+from kproxy.sync.service_events import LINES_PER_SYNC, Notices
 from kproxy.sync.summary import PERIOD, Summary, synced_text
 from tests.fakekernel import FakeKernel
 from tests.faketable import FakeTable

@@ -24,7 +24,7 @@ from kproxy.config import (
     node_name,
     to_yaml,
 )
-from kproxy.config.durations import format_duration, parse_duration
+from kproxy.config.decode import format_duration, parse_duration
 from kproxy.config.flag_table import CONFIG_FLAGS
 from kproxy.config.types import ClientConnection, FlushSeconds, Quantity, Seconds, VModule
 from tests.deploy.kubeadm import config_map

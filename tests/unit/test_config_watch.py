@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from kproxy.config import load_config, watch
-from kproxy.config.watch import ConfigWatch
+from kproxy.config import load_config
+from kproxy.config import reload as watch
+from kproxy.config.reload import ConfigWatch
+from kproxy.documents import watch as file_reading
+from kproxy.documents import watch as path_follower
+from kproxy.documents.watch import Reading
 from kproxy.host.inotify import InotifyError
-from kproxy.kube import file_reading, path_follower
-from kproxy.kube.file_reading import Reading
 
 HANG = 20.0
 """Seconds after which a test that waits has hung."""

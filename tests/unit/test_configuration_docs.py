@@ -13,11 +13,11 @@ import pytest
 from msgspec import Struct
 
 from kproxy.config import Config, add_flags, apply_flags
-from kproxy.config.check import warnings_of
 from kproxy.config.decode import encode
 from kproxy.config.flag_table import CONFIG_FLAGS, PORT_FLAGS
 from kproxy.config.types import FlushSeconds, Quantity, Seconds, VModule
-from kproxy.kube.remarks import dotted
+from kproxy.config.validation import warnings_of
+from kproxy.documents.document import dotted
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 IN_FORCE, IN_PART, WITHOUT_EFFECT = "in force", "in part", "without effect"

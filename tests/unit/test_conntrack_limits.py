@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kproxy.config import conntrack_limits as limits
+from kproxy.app import kernel_parameters as limits
 from kproxy.config.types import Conntrack, Seconds
 from kproxy.host.sysctl import ROUTE_LOCALNET, ensure_route_localnet, read_parameters, write_parameters
 

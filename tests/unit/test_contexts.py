@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 
-from kproxy.config import Config, load_config
-from kproxy.contexts import (
+from kproxy.app.backends import Contexts
+from kproxy.app.contexts import (
     interface_warning,
     local_traffic_warning,
     localhost_node_ports,
     make_context,
     node_port_warning,
 )
-from kproxy.families import Contexts
+from kproxy.config import Config, load_config
 from kproxy.model.context import Context
 from kproxy.model.types import Family, Node
 

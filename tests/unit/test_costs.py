@@ -11,15 +11,13 @@ import pytest
 from kproxy.iptables.backend import CHANGED_FACTOR, IptablesBackend
 from kproxy.iptables.dispatch import SHARD_RULES
 from kproxy.iptables.names import Chain
-from kproxy.model.context import Context
+from kproxy.model.context import Context, LocalTraffic
 from kproxy.model.delta import Delete, Delta, Replace, Upsert
-from kproxy.model.local_traffic import LocalTraffic
 from kproxy.model.store import Store
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Node, Service, ServicePort
 from kproxy.nftables.backend import NftablesBackend
 from kproxy.nftables.transaction import Transaction
-from kproxy.sync.backend import Backend
-from kproxy.sync.family import FamilySync
+from kproxy.sync.family import Backend, FamilySync
 from tests.fakekernel import FakeKernel
 from tests.faketable import FakeTable
 

@@ -13,13 +13,12 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from kproxy.iptables.backend import IptablesBackend
-from kproxy.iptables.base import ensured_rules
+from kproxy.iptables.base_rules import ensured_rules
 from kproxy.iptables.names import DISPATCH, PORT_CHAIN_PREFIXES, port_hash
-from kproxy.model.context import Context
+from kproxy.model.context import Context, LocalTraffic
 from kproxy.model.delta import Delete, Delta, Replace, Upsert
-from kproxy.model.local_traffic import LocalTraffic
-from kproxy.model.outcome import SyncError
 from kproxy.model.store import Store
+from kproxy.model.sync_report import SyncError
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Node, Service, ServicePort
 from kproxy.sync.family import FamilySync
 from tests.fakekernel import BUILTIN, FakeKernel

@@ -9,17 +9,17 @@ from ipaddress import ip_address
 import pytest
 from msgspec.structs import replace
 
+from kproxy.app.contexts import make_context
 from kproxy.config import Config
 from kproxy.config.load import load_config
-from kproxy.contexts import make_context
 from kproxy.iptables.backend import IptablesBackend, Printer
 from kproxy.iptables.cleanup import cleanup
 from kproxy.iptables.names import DISPATCH, NAT_SERVICES, PORT_CHAIN_PREFIXES, Chain, is_shard
-from kproxy.iptables.text import parse_save
+from kproxy.iptables.save_restore import parse_save
 from kproxy.model.context import Context
 from kproxy.model.delta import Delete, Upsert
-from kproxy.model.outcome import SyncError
 from kproxy.model.plan import plan_service
+from kproxy.model.sync_report import SyncError
 from kproxy.model.types import EndpointSlice, Family, Node, Service, ServicePort
 from kproxy.simulate.iptables import Iptables
 from kproxy.sync.family import FamilySync

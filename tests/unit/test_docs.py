@@ -19,8 +19,9 @@ import kproxy
 from kproxy.cli.main import main
 from kproxy.model.types import Family
 from kproxy.serve.http import Request
+from kproxy.serve.metric_definitions import INVALID_DROPPED, LOCALHOST_ACCEPTED
 from kproxy.serve.metrics import Metrics
-from kproxy.serve.series import INVALID_DROPPED, LOCALHOST_ACCEPTED
+from tests import module_table
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path(kproxy.__file__).parent
@@ -53,7 +54,6 @@ _METRIC = re.compile(r"\b(?:kubeproxy|kproxy|rest_client)_[a-z0-9_]+")
 _FLAG = re.compile(r"(?<!\S)(--[a-z][a-z0-9-]*)")
 _KPROXY = re.compile(r"(?:\$ )?(?:\S*/)?kproxy((?: [a-z]+)?)(?=\s|$)(.*)")
 _FILE = re.compile(r"[\w./-]+\.(?:py|md|txt|svg|toml|yaml|json|sh)")
-_ROW = re.compile(r"^\| `([\w/]+\.py)` \| (.*) \|$", re.MULTILINE)
 
 
 class Page(Struct, frozen=True):
@@ -175,15 +175,12 @@ def test_metrics_exist(page: Path) -> None:
     assert named - metrics() == set()
 
 
-def test_the_map_names_every_module_once() -> None:
-    rows = _ROW.findall(MAP.read_text())
-    modules = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"}
-    assert sorted(path for path, _ in rows) == sorted(modules)
-    assert [path for path, text in rows if len(text) < 10] == []
+def test_the_table_of_modules_is_made_from_their_docstrings() -> None:
+    assert module_table.updated(MAP.read_text()) == MAP.read_text(), "run: python -m tests.module_table"
 
 
 def test_the_map_names_every_package() -> None:
-    packages = {f"{path.parent.relative_to(PACKAGE)}/" for path in PACKAGE.glob("*/__init__.py")} | {"kproxy/"}
+    packages = {f"{path.parent.relative_to(PACKAGE)}/" for path in PACKAGE.rglob("*/__init__.py")} | {"kproxy/"}
     assert {heading.strip("`") for heading in _HEADING.findall(MAP.read_text()) if heading.startswith("`")} == packages
 
 

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kproxy.kube.documents import DocumentError, read_documents
+from kproxy.documents.document import DocumentError
+from kproxy.documents.parse import read_documents
 
 
 def content(text: str) -> object:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kproxy.kube.event_rules import (
+from kproxy.kube.events.correlator import (
     BURST,
     MOST_REMEMBERED,
     REFILL_SECONDS,
@@ -24,7 +24,7 @@ from kproxy.kube.event_rules import (
     service_reference,
     verdict,
 )
-from kproxy.kube.events import NullRecorder, Recorder
+from kproxy.kube.events.recorder import NullRecorder, Recorder
 from tests.apiserver.events import event_problems
 
 NOON = 1_767_268_800 * 10**9

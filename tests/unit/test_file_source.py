@@ -14,12 +14,14 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from kproxy import kube
+from kproxy.documents import watch as file_reading
+from kproxy.documents import watch as path_follower
+from kproxy.documents.document import FileProblem
+from kproxy.documents.watch import Reading, SettledReader, places_of, read_files
 from kproxy.host.inotify import Inotify, InotifyError
-from kproxy.kube import file_reading, file_source, path_follower
-from kproxy.kube.file_reading import Reading, SettledReader, places_of, read_files
-from kproxy.kube.file_source import FileSource, FileSourceError, Following
-from kproxy.kube.object_files import FileProblem, load_objects, parse_file
+from kproxy.kube.manifests import file_source
+from kproxy.kube.manifests.file_source import FileSource, FileSourceError, Following
+from kproxy.kube.manifests.parse import load_objects, parse_file
 from kproxy.model.delta import Delta, Kind, Replace
 from kproxy.model.types import EndpointSlice, Node, Service, ServiceCIDR
 
@@ -480,7 +482,7 @@ class Lines(logging.Handler):
 @pytest.fixture
 def lines() -> Iterator[Lines]:
     handler = Lines()
-    logger = logging.getLogger(kube.__name__)
+    logger = logging.getLogger("kproxy")
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from kproxy.model.context import Context
-from kproxy.model.flows import UdpFrontends, takes_node_ports, udp_frontends
 from kproxy.model.plan import Decision, ServicePortPlan
+from kproxy.model.sync_report import SyncReport
 from kproxy.model.types import Family
+from kproxy.model.udp_flows import UdpFrontends, takes_node_ports, udp_frontends
 from kproxy.sync.conntrack import Cleaning, ConntrackCleaner
-from kproxy.sync.report import SyncReport
 
 A, B, C = "10.244.1.1:53", "10.244.1.2:53", "10.244.2.3:53"
 DNS = "10.96.0.10:53"
@@ -193,7 +193,7 @@ def test_other_protocols_are_not_kept() -> None:
 
 
 def test_of_two_services_with_one_frontend_only_the_flows_of_its_holder_stay() -> None:
-    """Rules let one of them have all traffic (`kproxy.model.claims`), whichever it is, at any time."""
+    """Rules let one of them have all traffic (`kproxy.model.frontend_conflicts`), whichever it is, at any time."""
     shared, flows = "203.0.113.1:53", [("203.0.113.1:53", A), ("203.0.113.1:53", B)]
     first, second = plan(A, external_ips=("203.0.113.1",)), plan(B, service="ns/other", cluster_ip="10.96.0.11")
     second = replace(second, external_ips=("203.0.113.1",))

@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 
 from kproxy.model.context import Context
-from kproxy.model.outcome import Written
+from kproxy.model.sync_report import SyncReport, Written
 from kproxy.model.types import Family, Node
 from kproxy.serve.health import NANO, Health, HealthPages, rfc3339
 from kproxy.serve.http import Request, encode
-from kproxy.sync.report import SyncReport
 from tests.recordings import GOLDEN, SCENARIOS
 
 V4, V6 = Family.IPV4, Family.IPV6

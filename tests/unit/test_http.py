@@ -17,9 +17,8 @@ import pytest
 
 from kproxy.model.types import Family, Node
 from kproxy.serve.http import MAX_HEAD, Request, RequestError, Response, plain, take_request
-from kproxy.serve.listen import Address, listen, parse_address
-from kproxy.serve.server import HttpServer
-from kproxy.serve.serving import Serving, ServingError
+from kproxy.serve.server import Address, HttpServer, listen, parse_address
+from kproxy.serve.status_server import Serving, ServingError
 from tests.lab.attempts import Attempts
 from tests.lab.waiting import HANG_GUARD, wait_until
 from tests.ports import free_port, get
@@ -491,7 +490,7 @@ def test_a_port_that_is_taken_is_said_ever_more_rarely_and_served_once_it_is_fre
 ) -> None:
     caplog.set_level(logging.INFO, logger="kproxy")
     now = 0.0
-    attempts = Attempts(monkeypatch, "kproxy.serve.serving")
+    attempts = Attempts(monkeypatch, "kproxy.serve.status_server")
     with listen(LOOPBACK) as taken:
         port = port_of(taken)
         said = f"{name}BindAddress 127.0.0.1:{port}: cannot listen: Address already in use, trying again every 0 s"

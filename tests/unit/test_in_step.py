@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from kproxy.host.in_step import in_step
+from kproxy.nftables.backend import in_step
 
 HANG = 30.0
 

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 from pyroute2.netlink.generic.ipvs import ipvsmsg
 
-from kproxy import ipvs_leftovers
-from kproxy.host.ipset import Entry
-from kproxy.host.ipvs import NETLINK_GENERIC, VirtualServer, deletion, family_number, read_servers
-from kproxy.host.netlink import HEADER, NetlinkError, NetlinkSocket, attribute
-from kproxy.ipvs_leftovers import SETS, IpvsLeftovers, remove, theirs
+from kproxy.host.netlink import NetlinkError, NetlinkSocket
+from kproxy.host.netlink_message import HEADER, attribute
+from kproxy.ipvs import cleanup as ipvs_leftovers
+from kproxy.ipvs.cleanup import SETS, IpvsLeftovers, remove, theirs
+from kproxy.ipvs.ipset import Entry
+from kproxy.ipvs.virtual_servers import NETLINK_GENERIC, VirtualServer, deletion, family_number, read_servers
 
 TCP, UDP = socket.IPPROTO_TCP, socket.IPPROTO_UDP
 

@@ -8,7 +8,7 @@ from kproxy.iptables.ledger import DispatchRecord, KernelView, Ledger, PortRecor
 from kproxy.iptables.names import FILTER_SERVICES, NAT_NODEPORTS, NAT_SERVICES, Chain
 from kproxy.iptables.patch import WORTHWHILE_RULES
 from kproxy.iptables.render import DispatchRule, RenderedPort
-from kproxy.iptables.text import SavedChain
+from kproxy.iptables.save_restore import SavedChain
 
 
 def port(*dispatch: tuple[Chain, str], **chains: str) -> PortRecord:

@@ -14,7 +14,7 @@ import pytest
 
 from kproxy.cli.logs import JsonFormatter, TextFormatter, level_of, printable, start_logging, verbosity_of, writes_json
 from kproxy.config.types import Logging, VModule
-from kproxy.model.verbosity import V2
+from kproxy.model.logging import V2
 
 HERE = Path(__file__)
 CREATED = time.mktime((2025, 3, 9, 7, 5, 2, 0, 0, -1)) + 0.000123

@@ -11,15 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kproxy.model.context import Context
-from kproxy.model.outcome import Plans, Written
 from kproxy.model.plan import Decision, ServicePortPlan, plan_service
 from kproxy.model.store import Changed
+from kproxy.model.sync_report import Plans, SyncReport, Written
 from kproxy.model.types import EndpointSlice, Family, Node, Service
 from kproxy.serve.http import Request
+from kproxy.serve.metric_definitions import INVALID_DROPPED, LOCALHOST_ACCEPTED, ip_traffic
 from kproxy.serve.metrics import LocalGaps, Metrics
-from kproxy.serve.process_metrics import ip_traffic
-from kproxy.serve.series import INVALID_DROPPED, LOCALHOST_ACCEPTED
-from kproxy.sync.report import SyncReport
 from tests.recordings import GOLDEN, store
 
 V4, V6 = Family.IPV4, Family.IPV6

@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 from msgspec.structs import replace
 
-from kproxy.host.netlink import attributes
+from kproxy.host.netlink_message import attributes
 from kproxy.model.context import Context
 from kproxy.model.delta import Delete, Upsert
 from kproxy.model.store import Store
@@ -18,8 +18,8 @@ from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Se
 from kproxy.nftables import names
 from kproxy.nftables.backend import NftablesBackend, Printer
 from kproxy.nftables.elements import hairpin_key, pack_address, service_key
-from kproxy.nftables.netlink import Encoder
-from kproxy.nftables.objects import Field, Set
+from kproxy.nftables.encode import Encoder
+from kproxy.nftables.ruleset import Field, Set
 from kproxy.nftables.transaction import Transaction
 from kproxy.sync.family import FamilySync
 from tests.faketable import FakeTable, TableState

@@ -8,10 +8,9 @@ from itertools import product
 from kproxy.model.context import Context
 from kproxy.model.types import Family
 from kproxy.nftables import names
-from kproxy.nftables.base import NODE_PORT
-from kproxy.nftables.draws import UNEVENNESS, draws, size_for
-from kproxy.nftables.objects import Pick
-from kproxy.nftables.shared import SharedChain, any_chain
+from kproxy.nftables.base_table import NODE_PORT
+from kproxy.nftables.ruleset import Pick
+from kproxy.nftables.shared_chains import UNEVENNESS, SharedChain, any_chain, draws, size_for
 
 MOST = 5_000
 NUMBERS = (*range(1, 50), 100, 1_000, 5_000)

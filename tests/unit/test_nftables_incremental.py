@@ -14,12 +14,12 @@ from msgspec.structs import replace
 
 from kproxy.model.context import Context
 from kproxy.model.delta import BASIC_KINDS, Delete, Delta, Replace, Upsert
-from kproxy.model.outcome import SyncError
 from kproxy.model.store import Store
+from kproxy.model.sync_report import SyncError
 from kproxy.model.types import EndpointSlice, Family, Node, Service, ServiceCIDR
 from kproxy.nftables.backend import NftablesBackend
 from kproxy.nftables.elements import Element
-from kproxy.nftables.objects import Go, rule
+from kproxy.nftables.ruleset import Go, rule
 from kproxy.nftables.transaction import Transaction
 from kproxy.sync.family import FamilySync
 from tests.faketable import FakeChain, FakeTable, TableState

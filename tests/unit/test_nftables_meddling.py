@@ -9,14 +9,14 @@ from collections.abc import Callable
 import pytest
 from msgspec.structs import replace
 
-from kproxy.model.outcome import SyncError
+from kproxy.model.sync_report import SyncError
 from kproxy.nftables import names
-from kproxy.nftables.apply import TableError, UnreadableError
 from kproxy.nftables.backend import READS
 from kproxy.nftables.elements import Element, service_key
-from kproxy.nftables.objects import Chain, Drop, Go, rule
+from kproxy.nftables.kernel import TableError, UnreadableError
+from kproxy.nftables.ruleset import Chain, Drop, Go, rule
+from kproxy.nftables.snapshot import View
 from kproxy.nftables.transaction import Transaction
-from kproxy.nftables.view import View
 from tests.faketable import FakeTable
 from tests.unit.test_nftables_backend import FIRST, IPV4, Cluster, endpoints, service, web, written
 

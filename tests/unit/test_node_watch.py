@@ -12,7 +12,7 @@ import pytest
 from kproxy.model.delta import Delete, Delta, Replace, Upsert
 from kproxy.model.store import Store
 from kproxy.model.types import EndpointSlice, Node, Service
-from kproxy.sync.node_watch import NodeWatch
+from kproxy.sync.node_monitor import NodeWatch
 from kproxy.sync.reconciler import Message, Reconciler, Stop
 from kproxy.sync.schedule import Schedule
 
@@ -131,7 +131,7 @@ def test_the_reconciler_reminds_without_messages(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, listed: bool
 ) -> None:
     """Whether it is ready or still waits for other kinds to be listed."""
-    monkeypatch.setattr("kproxy.model.reminder.FIRST_PAUSE", 0.001)
+    monkeypatch.setattr("kproxy.model.logging.FIRST_PAUSE", 0.001)
     reminded = threading.Semaphore(0)
 
     class Counting(logging.Handler):
@@ -140,7 +140,7 @@ def test_the_reconciler_reminds_without_messages(
                 reminded.release()
 
     handler = Counting()
-    logging.getLogger("kproxy.sync.node_watch").addHandler(handler)
+    logging.getLogger("kproxy.sync.node_monitor").addHandler(handler)
     watch = NodeWatch("node-1", required=True, needs_pod_cidrs=False)
     messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
     reconciler = Reconciler(
@@ -160,4 +160,4 @@ def test_the_reconciler_reminds_without_messages(
     finally:
         messages.put(Stop())
         thread.join(HANG_GUARD)
-        logging.getLogger("kproxy.sync.node_watch").removeHandler(handler)
+        logging.getLogger("kproxy.sync.node_monitor").removeHandler(handler)

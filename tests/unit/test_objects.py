@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kproxy.kube.objects import Decoded, ObjectError, canonical_address, canonical_cidr, decode_object
-from kproxy.kube.remarks import Remark, remarks_text
+from kproxy.kube.codec.conversion import Decoded, ObjectError, Remark, remarks_text
+from kproxy.kube.codec.json_codec import decode_object
+from kproxy.model.addresses import canonical_address, canonical_cidr
 from kproxy.model.delta import Kind
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Node, Service, ServiceCIDR, ServicePort
 from tests.recordings import items

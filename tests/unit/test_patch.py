@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from kproxy.iptables.backend import IptablesBackend
 from kproxy.iptables.names import Chain
 from kproxy.iptables.patch import WORTHWHILE_RULES, WORTHWHILE_SHARE, Patch, patch
-from kproxy.iptables.text import Restore
+from kproxy.iptables.save_restore import Restore
 from kproxy.model.context import Context
 from kproxy.model.delta import Replace, Upsert
-from kproxy.model.outcome import Written
 from kproxy.model.store import Store
+from kproxy.model.sync_report import Written
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Node, Service, ServicePort
 from kproxy.sync.family import FamilySync
 from tests.fakekernel import FakeKernel

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kproxy.host.patience import FIRST_SECONDS, Patience, lock_holder
+from kproxy.host.commands import FIRST_SECONDS, Patience, lock_holder
 
 
 @pytest.fixture(autouse=True)

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from kproxy.kube.client import Client, ClientError, TransportError
-from kproxy.kube.package_access import PackageAccess
-from kproxy.kube.plain_access import PlainAccess
+from kproxy.kube.client.client import Client
+from kproxy.kube.client.cluster_access import ClientError, PlainAccess
+from kproxy.kube.client.plugin_access import PackageAccess
+from kproxy.kube.client.response import TransportError
 from kproxy.model.delta import BASIC_KINDS
 from kproxy.model.types import ServiceCIDR
 from tests.apiserver import ApiServer
@@ -42,7 +43,7 @@ ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Let all clients take this way to the server."""
     if request.param == "package":
-        monkeypatch.setattr("kproxy.kube.client.find_plain", lambda *_, **__: None)
+        monkeypatch.setattr("kproxy.kube.client.client.find_plain", lambda *_, **__: None)
     return str(request.param)
 
 
@@ -132,7 +133,7 @@ def test_an_empty_token_file_replaces_no_good_token(
     user = {"tokenFile": "token", "token": "other"}
     client = Client.from_config(kubeconfig(tmp_path / "config", server.url, user))
     assert get(client)[0] == 200
-    monkeypatch.setattr("kproxy.kube.client.ROTATION_PERIOD", 0.0)
+    monkeypatch.setattr("kproxy.kube.client.client.ROTATION_PERIOD", 0.0)
     for content in ("", "\n"):
         token.write_text(content)
         assert get(client)[0] == 200
@@ -153,7 +154,7 @@ def test_an_empty_token_file_of_a_pod_replaces_no_good_token(
     authority.write_bytes((certificates / "ca.crt").read_bytes())
     monkeypatch.setattr("kubernetes.config.incluster_config.SERVICE_TOKEN_FILENAME", str(token))
     monkeypatch.setattr("kubernetes.config.incluster_config.SERVICE_CERT_FILENAME", str(authority))
-    monkeypatch.setattr("kproxy.kube.client.ROTATION_PERIOD", 0.0)
+    monkeypatch.setattr("kproxy.kube.client.client.ROTATION_PERIOD", 0.0)
     with ApiServer(tokens=["secret", "next"], tls=server_context(certificates)) as server:
         monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
         monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(server.address[1]))
@@ -201,7 +202,7 @@ def test_a_token_stands_in_for_a_file_that_was_never_there(
     token = tmp_path / "token"
     assert f"{token}: No such file or directory; using the token of the kubeconfig instead" in caplog.text
     assert get(client)[0] == 200
-    monkeypatch.setattr("kproxy.kube.client.ROTATION_PERIOD", 0.0)
+    monkeypatch.setattr("kproxy.kube.client.client.ROTATION_PERIOD", 0.0)
     token.write_text("newer")
     assert get(client)[0] == 200
     token.unlink()
@@ -320,7 +321,9 @@ def test_a_socks_proxy_without_what_it_needs_is_one_error(tmp_path: Path, monkey
 def test_a_socks_proxy_with_what_it_needs(tmp_path: Path) -> None:
     (tmp_path / "socks.py").write_text("PROXY_TYPE_SOCKS4, PROXY_TYPE_SOCKS5 = 1, 2\n")
     path = kubeconfig(tmp_path / "config", "http://kube.invalid", {}, {"proxy-url": "socks5://127.0.0.1:1"})
-    program = "import sys; from kproxy.kube.client import Client; print(Client.from_config(sys.argv[1])._access.pool)"
+    program = (
+        "import sys; from kproxy.kube.client.client import Client; print(Client.from_config(sys.argv[1])._access.pool)"
+    )
     command = [sys.executable, "-c", program, path]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env={"PYTHONPATH": str(tmp_path)})
     assert "SOCKSProxyManager" in done.stdout
@@ -370,7 +373,7 @@ SELF_SIGNED = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-no
 def test_a_client_certificate_that_rotates(
     way: str, certificates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kproxy.kube.client.ROTATION_PERIOD", 0.0)
+    monkeypatch.setattr("kproxy.kube.client.client.ROTATION_PERIOD", 0.0)
     openssl(certificates, "req", "-x509", *SELF_SIGNED, "-keyout", "stranger.key", "-out", "stranger.crt")
     for kind in ("crt", "key"):
         (tmp_path / f"mine.{kind}").write_bytes((certificates / f"stranger.{kind}").read_bytes())
@@ -402,8 +405,8 @@ ENDS = """
 import os, signal, sys
 from pathlib import Path
 from kproxy.config import Config
-from kproxy.daemon import Daemon
-from kproxy.kube.client import Client
+from kproxy.app.daemon import Daemon
+from kproxy.kube.client.client import Client
 
 class Loading(Daemon):
     def _work(self):

@@ -11,11 +11,20 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kproxy.kube.answers import read_line, read_refusal
-from kproxy.kube.changes import Bookmark, Event, Gone, Refusal, Unreadable
-from kproxy.kube.objects import Decoded
-from kproxy.kube.protobuf import KEPT_ENDPOINTS, FrameReader, read_status
-from kproxy.kube.protobuf_fields import ProtobufError, boolean, integer, message, octets, text
+from kproxy.kube.codec.conversion import Decoded
+from kproxy.kube.codec.json_codec import read_line, read_refusal
+from kproxy.kube.codec.protobuf import (
+    KEPT_ENDPOINTS,
+    FrameReader,
+    ProtobufError,
+    boolean,
+    integer,
+    message,
+    octets,
+    read_status,
+    text,
+)
+from kproxy.kube.codec.watch_events import Bookmark, Event, Gone, Refusal, Unreadable
 from kproxy.model.delta import Kind
 from kproxy.model.types import EndpointSlice, Node, Service, ServiceCIDR
 from tests.apiserver import protobuf

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kproxy.kube.proxy_rule import proxy_for
+from kproxy.kube.client.http_proxy import proxy_for
 
 PROXY = "http://192.0.2.10:3128"
 OTHER = "http://192.0.2.11:3128"

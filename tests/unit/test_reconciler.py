@@ -12,14 +12,13 @@ import pytest
 
 from kproxy.model.context import Context
 from kproxy.model.delta import Delete, Delta, Kind, Replace, Upsert
-from kproxy.model.outcome import SyncError, Written
+from kproxy.model.logging import V2
 from kproxy.model.plan import ServicePortPlan
 from kproxy.model.store import Changed, Store
+from kproxy.model.sync_report import SyncError, SyncReport, Written
 from kproxy.model.types import EndpointSlice, Family, Node, Service, ServicePort
-from kproxy.model.verbosity import V2
 from kproxy.sync.family import FamilySync
 from kproxy.sync.reconciler import Message, Reconciler, Resync, Stop
-from kproxy.sync.report import SyncReport
 from kproxy.sync.schedule import Schedule
 
 HANG_GUARD = 30.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kproxy.model.reminder import Reminder
+from kproxy.model.logging import Reminder
 
 HOUR = 3600.0
 

@@ -11,9 +11,8 @@ import pytest
 from kproxy.iptables.backend import IptablesBackend
 from kproxy.iptables.names import Chain, port_hash
 from kproxy.iptables.render import RenderedPort, host_cidr, render_port
-from kproxy.model.context import Context
+from kproxy.model.context import Context, LocalTraffic, local_traffic
 from kproxy.model.delta import Replace
-from kproxy.model.local_traffic import LocalTraffic, local_traffic
 from kproxy.model.plan import plan_service
 from kproxy.model.store import Store
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Node, Service, ServicePort

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import pytest
 
-from kproxy.host.run import CommandError
-from kproxy.iptables.apply import IptablesVersion, RecentInput, RestoreError, parse_version, restore_error
+from kproxy.host.commands import CommandError
+from kproxy.iptables.runner import IptablesVersion, RecentInput, RestoreError, parse_version, restore_error
 
 LARGEST_PIPE = 16 * 65_536
 """Bytes that a pipe holds where pages are as large as they are anywhere (pipe(7))."""

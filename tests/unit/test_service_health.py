@@ -15,16 +15,13 @@ from typing import Any
 import pytest
 
 from kproxy.model.context import Context
-from kproxy.model.outcome import Plans, Written
 from kproxy.model.plan import plan_service
 from kproxy.model.store import Store
+from kproxy.model.sync_report import Plans, SyncReport, Written
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Service, ServicePort
-from kproxy.serve.health_ports import HealthPorts, ServiceHealth, service_answer
 from kproxy.serve.http import encode
-from kproxy.serve.listen import Address, listen
-from kproxy.serve.server import HttpServer
-from kproxy.serve.service_health import ServiceHealthObserver
-from kproxy.sync.report import SyncReport
+from kproxy.serve.server import Address, HttpServer, listen
+from kproxy.serve.service_health import HealthPorts, ServiceHealth, ServiceHealthObserver, service_answer
 from tests.lab.attempts import Attempts
 from tests.lab.waiting import HANG_GUARD
 from tests.ports import free_port, get
@@ -333,7 +330,7 @@ def test_both_families_of_a_port_have_answers_of_their_own(ports: Ports) -> None
 def test_a_taken_port_is_reported_once_and_served_when_it_is_free(
     ports: Ports, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("kproxy.serve.health_ports.RETRY_SECONDS", 0.01)
+    monkeypatch.setattr("kproxy.serve.service_health.RETRY_SECONDS", 0.01)
     good = free_port()
     with listen(Address("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -353,7 +350,7 @@ def test_a_taken_port_is_said_ever_more_rarely_and_when_it_is_served(
     ports: Ports, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, logger="kproxy")
-    attempts = Attempts(monkeypatch, "kproxy.serve.health_ports")
+    attempts = Attempts(monkeypatch, "kproxy.serve.service_health")
     with listen(Address("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         said = f"Service ns/web: its health cannot be asked for on 127.0.0.1:{port}: Address already in use"

@@ -10,12 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kproxy.kube import framing
-from kproxy.kube.changes import Event, Gone, Unreadable
-from kproxy.kube.framing import FramingError, split_frames, split_lines
-from kproxy.kube.objects import Decoded
-from kproxy.kube.response import TransportError
-from kproxy.kube.streams import read_events
+from kproxy.kube.client.response import TransportError
+from kproxy.kube.codec import streams as framing
+from kproxy.kube.codec.conversion import Decoded
+from kproxy.kube.codec.streams import FramingError, read_events, split_frames, split_lines
+from kproxy.kube.codec.watch_events import Event, Gone, Unreadable
 from kproxy.model.types import Service
 from tests.apiserver import protobuf
 from tests.apiserver.objects import service

@@ -5,11 +5,19 @@ from __future__ import annotations
 import pytest
 
 from kproxy.iptables.backend import IptablesBackend
-from kproxy.iptables.base import base_chains
+from kproxy.iptables.base_rules import base_chains
 from kproxy.iptables.names import Chain
 from kproxy.iptables.patch import Patch
 from kproxy.iptables.render import render_port
-from kproxy.iptables.text import Restore, Saved, SavedChain, count_rules, incompatible_line, parse_save, read_save
+from kproxy.iptables.save_restore import (
+    Restore,
+    Saved,
+    SavedChain,
+    count_rules,
+    incompatible_line,
+    parse_save,
+    read_save,
+)
 from kproxy.model.plan import plan_service
 from kproxy.model.types import Family
 from kproxy.sync.family import FamilySync

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from kproxy.model.endpoints import endpoints_by_socket, socket_text, split_socket_text
-from kproxy.model.local_traffic import LocalTraffic, local_traffic
-from kproxy.model.topology import cluster_endpoints, local_endpoints, usable
+from kproxy.model.addresses import socket_text, split_socket_text
+from kproxy.model.context import LocalTraffic, local_traffic
+from kproxy.model.endpoints import cluster_endpoints, endpoints_by_socket, local_endpoints, usable
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family
 
 NODE, ZONE = "node-1", "zone-a"

@@ -12,11 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kproxy.kube.answers import read_line
-from kproxy.kube.changes import Unreadable
-from kproxy.kube.objects import decode_object
-from kproxy.kube.steps import LeftOut, Problem, Request, Step
-from kproxy.kube.watch import ListWatch
+from kproxy.kube.codec.json_codec import decode_object, read_line
+from kproxy.kube.codec.watch_events import Unreadable
+from kproxy.kube.listwatch.list_watch import LeftOut, ListWatch, Problem, Request, Step
 from kproxy.model.delta import Delete, Kind, Object, Replace, Upsert
 from kproxy.model.types import EndpointSlice, Node, Service, ServiceCIDR
 

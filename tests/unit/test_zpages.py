@@ -7,10 +7,9 @@ import json
 
 import pytest
 
-from kproxy.cli.options import add_flags
 from kproxy.config import Config, configure
 from kproxy.config.flag_table import CONFIG_FLAGS, PORT_FLAGS
-from kproxy.config.flag_values import flag_values
+from kproxy.config.flags import add_flags, flag_values
 from kproxy.serve.http import Handler, Request
 from kproxy.serve.zpages import flagz, statusz
 

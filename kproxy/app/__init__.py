@@ -1,0 +1,1 @@
+"""What one process does: the daemon, one-shot commands, and the parts they are built from."""

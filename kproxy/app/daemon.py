@@ -1,0 +1,282 @@
+"""The daemon's wiring: sources, reconciler, threads and signals."""
+
+from __future__ import annotations
+
+import atexit
+import faulthandler
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Protocol
+
+from msgspec import Struct
+
+from kproxy.app.backends import (
+    StartError,
+    check_privileges,
+    follows_addresses,
+    kinds_followed,
+    make_families,
+    this_node,
+    with_mode,
+)
+from kproxy.app.contexts import is_known
+from kproxy.app.first_sync import FirstSync
+from kproxy.app.kernel_parameters import prepare_conntrack, prepare_process
+from kproxy.config import Config, as_document
+from kproxy.host.conntrack import UdpConntrack
+from kproxy.host.interfaces import AddressMonitor, own_addresses
+from kproxy.host.nfacct import read_counter
+from kproxy.host.signals import HANDLED, STACKS, STOPPING, block_signals
+from kproxy.iptables.base_rules import INVALID_COUNTER
+from kproxy.iptables.render import LOCALHOST_COUNTER
+from kproxy.iptables.runner import Iptables
+from kproxy.kube.client.client import Client
+from kproxy.kube.client.cluster_access import ClientError
+from kproxy.kube.events.correlator import node_reference, service_reference
+from kproxy.kube.events.recorder import EventRecorder, NullRecorder, Recorder
+from kproxy.kube.listwatch.reflector import ApiSource
+from kproxy.model.store import Store
+from kproxy.model.types import Family, Node, ServiceKey
+from kproxy.serve.metric_definitions import INVALID_DROPPED, LOCALHOST_ACCEPTED
+from kproxy.serve.status_server import Serving, ServingError
+from kproxy.sync.conntrack import ConntrackCleaner
+from kproxy.sync.node_monitor import NodeWatch
+from kproxy.sync.reconciler import Message, Reconciler, Resync, Stop
+from kproxy.sync.schedule import Schedule
+from kproxy.sync.service_events import Notices
+
+log = logging.getLogger(__name__)
+STOP_SECONDS = 0.7
+"""How long a termination waits for a sync under way; after that its present transaction is given up."""
+FULL_CHECK_SECONDS = 3600.0
+"""How often all rules are compared with what they should be, as kube-proxy writes all of them every hour."""
+
+
+class Part(Protocol):
+    """Something that runs beside the reconciler."""
+
+    def start(self) -> None:
+        """Begin."""
+
+
+class ConfigFile(Struct, frozen=True):
+    """The file that a configuration was read from, what it held then, and how it is read again (see `ConfigWatch`)."""
+
+    path: str
+    content: bytes
+    load: Callable[[bytes], tuple[Config, list[str]]]
+
+
+class ConfigChangedError(Exception):
+    """The configuration file holds another valid configuration: the process is to be started again."""
+
+
+def run(
+    config: Config,
+    *,
+    objects: str | None,
+    server: str | None,
+    file: ConfigFile | None,
+    flags: Callable[[], Mapping[str, str]],
+) -> None:
+    """Keep this node's rules after the cluster until SIGTERM or SIGINT; the rules stay.
+
+    `objects` is a file or folder to follow instead of an API server, `server` overrides the URL of that, `file`
+    is to be watched, `flags` returns the values that `/flagz` shows. Ends the process; raises `StartError` or
+    `ServingError` if it cannot begin, and `ConfigChangedError` when the file changes.
+    """
+    Daemon(config, objects, server, file, flags).run()
+
+
+class Daemon:
+    """All parts of one daemon, and how they are connected.
+
+    Sources and monitors only put messages on a queue; the reconciler's thread takes them off it and owns all state. The
+    main thread does nothing but wait for signals, so that none is ever late.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        objects: str | None,
+        server: str | None,
+        file: ConfigFile | None,
+        flags: Callable[[], Mapping[str, str]] = dict,
+    ) -> None:
+        self._config = self._loaded = config
+        self._flags = flags
+        self._file = file
+        self._objects = objects
+        self._server = server
+        self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._programs: list[Iptables] = []
+        self._failure: BaseException | None = None
+
+    def run(self) -> None:
+        """Work until a signal comes. Raises what made it impossible to go on."""
+        # Blocked before any other thread exists, signals wait for the main thread alone, even as PID 1 of a container.
+        block_signals()
+        threading.excepthook = self._lost_thread
+        worker = threading.Thread(target=self._work, name="reconciler", daemon=True)
+        worker.start()
+        number = _wait_for_stop()
+        if self._failure is None:
+            log.info("%s: stopping, the rules stay", number.name)
+        self._messages.put(Stop())
+        worker.join(STOP_SECONDS)
+        for iptables in self._programs:
+            iptables.stop()
+        if self._failure is not None:
+            raise self._failure
+        # What else runs are daemon threads that hold nothing worth saving, and may be in the middle of anything. But
+        # what is registered for the exit has to run: it ends logging, and removes files with private keys.
+        atexit._run_exitfuncs()
+        os._exit(0)
+
+    def _work(self) -> None:
+        self._build().run(self._messages)
+
+    def _build(self) -> Reconciler:
+        """Put all parts together. What may fail comes before what changes the node, its kernel parameters first."""
+        check_privileges()
+        client = None if self._objects is not None else _connect(self._config, self._server)
+        self._config = config = with_mode(self._config)
+        families = make_families(config, self._programs)
+        name = this_node(config)
+        store = Store(name, kinds_followed(config))
+        events = self._events(client, name)
+        serving = self._serving(families, store, events, reason=lambda: watch.reason)
+        serving.metrics.show_refused(lambda: store.refused_services)
+        watch = NodeWatch(
+            name,
+            required=client is not None,  # files need not have Nodes
+            needs_pod_cidrs=config.detect_local_mode == "NodeCIDR",
+            missing=serving.metrics.node_missing,
+        )
+        if client is not None:
+            client.answered = serving.metrics.requested
+        conntrack = ConntrackCleaner(
+            {family: UdpConntrack(family) for family in families},
+            own_addresses,
+            clock=time.monotonic,
+            tell=lambda done: serving.metrics.conntrack_reconciled(done.family, done.seconds, done.deleted),
+        )
+        serving.start()
+        prepare_process(config)
+        prepare_conntrack(config)
+        for part in (events, *self._sources(client, name)):
+            part.start()
+        periods = config.backend
+        return Reconciler(
+            store,
+            families,
+            make_schedule=lambda: Schedule(min_interval=periods.min_sync_period, max_retry=periods.sync_period),
+            clock=time.monotonic,
+            is_ready=lambda store: is_known(config, store),
+            observers=[
+                conntrack,
+                FirstSync(config, families),
+                Notices(partial(_service_event, events)),
+                *serving.observers,
+            ],
+            check_interval=periods.sync_period,
+            full_check_interval=FULL_CHECK_SECONDS,
+            look=watch.look,
+        )
+
+    def _sources(self, client: Client | None, name: str) -> Iterator[Part]:
+        if client is not None:
+            yield ApiSource(client, name, self._messages.put, kinds=kinds_followed(self._config))
+        if self._objects is not None:
+            from kproxy.kube.manifests.file_source import FileSource  # noqa: PLC0415 - few read files, and it costs memory
+
+            yield FileSource(self._objects, self._messages.put)
+        if follows_addresses(self._config):
+            yield AddressMonitor(lambda: self._messages.put(Resync()))
+        if self._file is not None:
+            from kproxy.config.reload import ConfigWatch  # noqa: PLC0415 - the same
+
+            file = self._file
+            yield ConfigWatch(file.path, file.content, self._loaded, file.load, self._config_changed)
+
+    def _events(self, client: Client | None, name: str) -> EventRecorder | NullRecorder:
+        if client is None:
+            return NullRecorder()
+        events = EventRecorder(client, name, clock=time.monotonic, wall=time.time_ns)
+        events.event(node_reference(name), "Normal", "Starting", "StartKubeProxy", "")
+        return events
+
+    def _serving(
+        self, families: Iterable[Family], store: Store, events: Recorder, *, reason: Callable[[], str]
+    ) -> Serving:
+        config = self._config
+        # Files need not have Nodes: then nobody says that this one is about to go.
+        stand_in = Node(this_node(config)) if self._objects is not None else None
+
+        def port_failed(service: ServiceKey, port: int, reason: str) -> None:
+            note = f"cannot serve the health check node port {port}: {reason}"
+            events.event(service_reference(service), "Warning", "FailedToStartServiceHealthcheck", "Listen", note)
+
+        return Serving(
+            families,
+            mode=config.mode,
+            configuration=as_document(config),
+            healthz_address=config.healthz_bind_address,
+            metrics_address=config.metrics_bind_address,
+            hard_fail=config.bind_address_hard_fail,
+            health_timeout=2 * config.backend.sync_period,
+            node=lambda: store.node or stand_in,
+            counters={
+                INVALID_DROPPED: partial(read_counter, INVALID_COUNTER),
+                LOCALHOST_ACCEPTED: partial(read_counter, LOCALHOST_COUNTER),
+            },
+            port_failed=port_failed,
+            clock=time.monotonic,
+            wall=time.time_ns,
+            reason=reason,
+            flags=self._flags,
+        )
+
+    def _lost_thread(self, lost: threading.ExceptHookArgs) -> None:
+        """End the process when a thread ends that should not: half a proxy would look like a whole one."""
+        name = lost.thread.name if lost.thread else "a thread"
+        log.debug("where %s ended", name, exc_info=lost.exc_value)
+        known = isinstance(lost.exc_value, StartError | ServingError)
+        self._fail(lost.exc_value if known else RuntimeError(f"{name} ended: {lost.exc_value!r}"))
+
+    def _config_changed(self) -> None:
+        assert self._file is not None
+        self._fail(ConfigChangedError(f"{self._file.path} has changed: ending, to be started again with it"))
+
+    def _fail(self, error: BaseException | None) -> None:
+        self._failure = error
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _service_event(events: Recorder, service: ServiceKey, reason: str, note: str) -> None:
+    events.event(service_reference(service), "Warning", reason, "SyncProxyRules", note)
+
+
+def _wait_for_stop() -> signal.Signals:
+    """Return the next signal that ends the daemon; act on others meanwhile."""
+    while (number := signal.Signals(signal.sigwait(HANDLED))) not in STOPPING:
+        if number in STACKS:
+            log.info("%s: writing the stacks of all threads to stderr", number.name)
+            faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        else:
+            log.info("%s: ignored; a changed configuration file is noticed without it", number.name)
+    return number
+
+
+def _connect(config: Config, server: str | None) -> Client:
+    try:
+        return Client.from_config(config.client_connection.kubeconfig or None, server)
+    except ClientError as error:
+        raise StartError(str(error)) from None

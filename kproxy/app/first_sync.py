@@ -1,0 +1,100 @@
+"""What is to be done once our rules are in place, and not before."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+
+from kproxy.app.cleanup import ServersStayError, out_of_reach, remove_iptables, remove_ipvs
+from kproxy.app.kernel_parameters import prepare_localhost_node_ports
+from kproxy.config import Config
+from kproxy.host.commands import CommandError
+from kproxy.model.delta import Kind
+from kproxy.model.store import Changed
+from kproxy.model.sync_report import SyncReport
+from kproxy.model.types import Family
+from kproxy.nftables.kernel import remove_table
+
+log = logging.getLogger(__name__)
+
+
+class FirstSync:
+    """An observer that acts on each family's first success.
+
+    It removes what the other mode left behind, and opens 127.0.0.1 to NodePorts, which is guarded by a rule of ours.
+    What could not be removed is tried again after the next success. The next sync waits for it, in a large cluster for
+    some seconds: beside syncs, which change tables all the time, neither would get to read them.
+
+    Once every family in use has had its success, it removes what kube-proxy's ipvs mode left: an interface, for one,
+    that has addresses of both. It is tried again after the next success, too, but while virtual servers cannot be
+    removed only after the next sync of all Services: to look for all the rest takes long in a large cluster.
+    """
+
+    def __init__(self, config: Config, families: Collection[Family]) -> None:
+        self._config = config
+        self._families = frozenset(families)
+        self._begun: set[Family] = set()
+        self._done: set[Family] = set()
+        self._ipvs_done = self._ipvs_waits = False
+        self._ipvs_complaint = ""
+        self._complaints: dict[Family, str] = {}
+
+    def queued(self, family: Family, now: float) -> None:
+        """Do nothing."""
+
+    def changed(self, kind: Kind, changed: Changed) -> None:
+        """Do nothing."""
+
+    def synced(self, report: SyncReport) -> None:
+        """Act if this is the family's first success, or if what was begun then could not be done."""
+        family = report.family
+        if report.error:
+            return
+        if family not in self._done:
+            self._act(family)
+        elif self._ipvs_waits and not report.complete:
+            return
+        if self._done == self._families and not self._ipvs_done:
+            self._remove_ipvs()
+
+    def _act(self, family: Family) -> None:
+        if family not in self._begun and family is Family.IPV4:
+            prepare_localhost_node_ports(self._config)
+        self._begun.add(family)
+        try:
+            self._remove(family)
+        except CommandError as error:
+            self._complain(family, str(error))
+        else:
+            self._done.add(family)
+
+    def _remove_ipvs(self) -> None:
+        try:
+            removed = remove_ipvs()
+        except CommandError as error:
+            self._ipvs_waits = isinstance(error, ServersStayError)
+            if str(error) != self._ipvs_complaint:
+                log.warning("what ipvs mode left is still there, and may take traffic of Services: %s", error)
+            self._ipvs_complaint = str(error)
+            return
+        self._ipvs_done = True
+        if removed:
+            log.info("%s", removed)
+
+    def _remove(self, family: Family) -> None:
+        """Remove what the other mode left of a family. Raises `CommandError`."""
+        if self._config.mode_in_force == "nftables":
+            removed = remove_iptables(family)
+        else:
+            removed = f"removed the nftables table of {family.value}" if remove_table(family) else ""
+        if removed:
+            log.info("%s", removed)
+        # It looks at both families, so once is enough. At the start of iptables mode somebody else looks.
+        if self._config.mode_in_force == "nftables" and family is Family.IPV4 and (warning := out_of_reach()):
+            log.warning("%s", warning)
+
+    def _complain(self, family: Family, reason: str) -> None:
+        # On a busy node it is tried every second: the same warning once is enough.
+        if reason != self._complaints.get(family):
+            log.warning("%s: rules of other modes are still there beside ours: %s", family.value, reason)
+        self._complaints[family] = reason

@@ -1,0 +1,108 @@
+"""What is done once and not kept up: programming from files, and showing the rules for them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from msgspec.structs import asdict
+
+from kproxy.app.backends import check_privileges, kinds_followed, make_families, this_node, with_mode
+from kproxy.app.contexts import make_context
+from kproxy.app.first_sync import FirstSync
+from kproxy.config import Config
+from kproxy.host.conntrack import UdpConntrack
+from kproxy.host.interfaces import own_addresses
+from kproxy.iptables import backend as iptables
+from kproxy.kube.manifests.file_source import FileSource
+from kproxy.model.context import Context
+from kproxy.model.delta import Delta
+from kproxy.model.store import Store
+from kproxy.model.sync_report import SyncError, SyncReport
+from kproxy.model.types import Family, Node
+from kproxy.nftables import backend as nftables
+from kproxy.sync.conntrack import ConntrackCleaner
+from kproxy.sync.family import Backend, FamilySync
+from kproxy.sync.service_events import Notices
+from kproxy.sync.summary import synced_text
+
+log = logging.getLogger(__name__)
+
+
+def apply(config: Config, objects: str) -> None:
+    """Program the objects of a file or folder. Raises `StartError`, `FileSourceError` or `SyncError`.
+
+    Each family is tried even if the other fails.
+    """
+    check_privileges()
+    config = with_mode(config)
+    store = load_store(config, objects)
+    families = make_families(config, [])
+    tables = {family: UdpConntrack(family) for family in families}
+    cleaner = ConntrackCleaner(tables, own_addresses, clock=time.monotonic, tell=lambda _: None)
+    observers = (cleaner, FirstSync(config, families), Notices(lambda *_: None))
+    failures = []
+    for family, sync in families.items():
+        began = time.monotonic()
+        try:
+            outcome = sync.sync(store)
+        except SyncError as error:
+            failures.append(f"{family.value}: {error}")
+        else:
+            now = time.monotonic()
+            report = SyncReport(family=family, began=began, ended=now, **asdict(outcome))
+            for observer in observers:
+                observer.synced(report)
+            log.info("%s", synced_text(family, outcome.services, now - began, outcome.tally, complete=True))
+    if failures:
+        raise SyncError("\n".join(failures))
+
+
+def render(config: Config, objects: str) -> dict[Family, str]:
+    """Return the rules for the objects of a file or folder, as input that programs an empty kernel.
+
+    That is for `iptables-restore` or `nft -f`, according to the mode; for nftables if the mode is left to kproxy.
+    Raises `FileSourceError`. Looks at nothing of this machine but its host name.
+    """
+    config = config.resolved("nftables") if not config.mode else config
+    store = load_store(config, objects)
+    texts = {}
+    for family in Family:
+        pages: list[str] = []
+        printer = _printer(config, family, pages.append)
+        outcome = FamilySync(printer, _ideal_context(config, family)).sync(store)
+        for notice in outcome.notices:
+            log.warning("%s", notice.text)
+        texts[family] = "".join(pages)
+    return texts
+
+
+def _printer(config: Config, family: Family, show: Callable[[str], object]) -> Backend:
+    if config.mode_in_force == "nftables":
+        return nftables.Printer(family, show)
+    return iptables.Printer(show, dispatch_threshold=config.kproxy.iptables_dispatch_threshold)
+
+
+def _ideal_context(config: Config, family: Family) -> Callable[[Node | None], Context]:
+    """Return how contexts are made for a node where everything works, with the addresses that its Node names."""
+
+    def context(node: Node | None) -> Context:
+        addresses = node.addresses if node else ()
+        return make_context(config, family, this_node(config), node, addresses, accounting=True, random_fully=True)
+
+    return context
+
+
+def load_store(config: Config, objects: str) -> Store:
+    """Return the desired state that a file or folder holds. Raises `FileSourceError`."""
+    store = Store(this_node(config), kinds_followed(config))
+
+    def take(deltas: tuple[Delta, ...]) -> None:
+        for delta in deltas:
+            store.apply(delta)
+
+    FileSource(objects, take).load_once()
+    if store.node is None:
+        log.warning("there is no Node %r: zone, pod CIDRs and node addresses are unknown", this_node(config))
+    return store

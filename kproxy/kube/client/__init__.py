@@ -1,0 +1,1 @@
+"""HTTP access to the API server: credentials, connections, responses."""

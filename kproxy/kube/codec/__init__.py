@@ -1,0 +1,1 @@
+"""From the API server's bytes to model objects, in JSON and protobuf."""

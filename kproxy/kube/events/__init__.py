@@ -1,0 +1,1 @@
+"""Events that kproxy writes to the API server."""

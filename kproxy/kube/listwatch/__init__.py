@@ -1,0 +1,1 @@
+"""List and watch: one reflector per kind of object."""

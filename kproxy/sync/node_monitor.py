@@ -1,0 +1,74 @@
+"""Whether this machine's Node exists and says what kproxy needs to know of it; if not, reminds of it in the log."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from kproxy.model.logging import Reminder
+from kproxy.model.store import Store
+from kproxy.model.types import Node
+
+log = logging.getLogger(__name__)
+
+
+class NodeWatch:
+    """Looks at the Node in the reconciler's thread; `reason` may be read by any thread.
+
+    With `required`, the Node has to exist; with `needs_pod_cidrs`, its `spec.podCIDRs` are waited for as well before
+    anything is programmed. `missing` is called when the Node turns out to be missing (True) or is found again (False).
+    """
+
+    def __init__(
+        self, name: str, *, required: bool, needs_pod_cidrs: bool, missing: Callable[[bool], None] = lambda _: None
+    ) -> None:
+        self.reason = ""
+        """What is wrong with the Node and what to do, on one line; "" if nothing is."""
+        self._name = name
+        self._required = required or needs_pod_cidrs
+        self._needs_pod_cidrs = needs_pod_cidrs
+        self._missing = missing
+        self._was_missing = False
+        self._programs = not needs_pod_cidrs
+        self._reminder = Reminder()
+
+    def look(self, store: Store, now: float) -> float | None:
+        """Log what is wrong if it is new or worth a reminder. Return the seconds until the next one, None for never.
+
+        `now` is in seconds of a clock that never goes back.
+        """
+        missing = self._required and store.node_missing
+        if missing != self._was_missing:
+            self._was_missing = missing
+            self._missing(missing)
+        reason = self._reason_for(store, missing=missing)
+        if reason != self.reason:
+            if not reason:
+                log.info('Node "%s" exists%s', self._name, " and has podCIDRs" if self._needs_pod_cidrs else "")
+            self.reason = reason
+            self._reminder.reset()
+        if not reason:
+            return None
+        if self._reminder.is_due(now):
+            log.warning("%s", reason)
+        return self._reminder.wait(now)
+
+    def _reason_for(self, store: Store, *, missing: bool) -> str:
+        if not self._required or not store.has_listed(Node):
+            return ""
+        has_pod_cidrs = store.node is not None and bool(store.node.pod_cidrs)
+        self._programs = self._programs or has_pod_cidrs
+        if missing:
+            if store.node and self._programs:
+                effect = "/healthz answers 503; kproxy keeps its last known zone, addresses and podCIDRs"
+                return f'Node "{self._name}" was deleted: {effect}'
+            effect = "zone, addresses and podCIDRs are unknown, and /healthz answers 503"
+            if not self._programs:
+                effect = "nothing is programmed until it exists and has podCIDRs (detectLocalMode: NodeCIDR)"
+            remedy = "if this machine's Node has another name, set --hostname-override (hostnameOverride)"
+            return f'Node "{self._name}" not found: {effect}; {remedy}'
+        if self._needs_pod_cidrs and not has_pod_cidrs:
+            effect = "traffic of this node's pods is not recognized" if self._programs else "nothing is programmed"
+            remedy = "have them allocated (kube-controller-manager --allocate-node-cidrs), or use another mode"
+            return f'Node "{self._name}" has no podCIDRs, which detectLocalMode: NodeCIDR needs: {effect}; {remedy}'
+        return ""

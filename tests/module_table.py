@@ -1,0 +1,49 @@
+"""The table of modules in kproxy/README.md, made from the first line of each module's docstring.
+
+`python -m tests.module_table` writes it; a test fails while the page and the docstrings differ.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import kproxy
+
+PACKAGE = Path(kproxy.__file__).parent
+PAGE = PACKAGE / "README.md"
+BEGIN, END = "<!-- modules: python -m tests.module_table -->\n", "<!-- end of modules -->\n"
+
+
+def first_line(path: Path) -> str:
+    """Return the first line of a module's docstring, without the period that ends it."""
+    doc = ast.get_docstring(ast.parse(path.read_text()))
+    assert doc, f"{path} has no docstring"
+    return doc.splitlines()[0].removesuffix(".").removesuffix(". Pure")
+
+
+def table() -> str:
+    """Return the table: a heading and a sentence for each package, a row for each module."""
+    parts = []
+    for package in sorted({path.parent for path in PACKAGE.rglob("*.py")}):
+        name = package.relative_to(PACKAGE.parent if package == PACKAGE else PACKAGE)
+        rows = [
+            f"| `{path.relative_to(PACKAGE)}` | {first_line(path)} |"
+            for path in sorted(package.glob("*.py"))
+            if path.name != "__init__.py"
+        ]
+        parts.append(f"### `{name}/`\n\n{first_line(package / '__init__.py')}.\n")
+        if rows:
+            parts.append("\n".join(["| module | |", "| --- | --- |", *rows]) + "\n")
+    return "\n" + "\n".join(parts) + "\n"
+
+
+def updated(page: str) -> str:
+    """Return the page with the present table."""
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return before + BEGIN + table() + END + after
+
+
+if __name__ == "__main__":
+    PAGE.write_text(updated(PAGE.read_text()))
