@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 
-from kproxy.iptables.names import Chain
+from kproxy.iptables.names import ChainName
 from kproxy.iptables.runner import RestoreError
 
 BUILTIN = {
@@ -37,20 +37,20 @@ class FakeKernel:
         self.reads += 1
         yield iter(self.dump())
 
-    def has(self, chain: Chain, rule: str) -> bool:
+    def has(self, chain: ChainName, rule: str) -> bool:
         return rule in self.tables[chain.table].get(chain.name, [])
 
-    def look(self, chains: Iterable[Chain]) -> dict[Chain, list[str]]:
+    def look(self, chains: Iterable[ChainName]) -> dict[ChainName, list[str]]:
         return {
             chain: [f"-A {chain.name} {rule}" for rule in self.tables[chain.table][chain.name]]
             for chain in chains
             if chain.name in self.tables[chain.table]
         }
 
-    def lengths(self, chains: Collection[Chain]) -> dict[Chain, int]:
+    def lengths(self, chains: Collection[ChainName]) -> dict[ChainName, int]:
         return {chain: len(self.tables[chain.table].get(chain.name, [])) for chain in chains}
 
-    def create(self, chain: Chain) -> None:
+    def create(self, chain: ChainName) -> None:
         self.tables[chain.table].setdefault(chain.name, [])
 
     def dump(self) -> list[str]:

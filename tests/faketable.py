@@ -16,26 +16,26 @@ from msgspec import Struct, field
 from kproxy.model.types import Family
 from kproxy.nftables import ruleset as nft
 from kproxy.nftables.base_table import SETS
-from kproxy.nftables.elements import DROP, Element, Shape, shape_of
-from kproxy.nftables.kernel import StaleError, TableError
-from kproxy.nftables.snapshot import View
+from kproxy.nftables.elements import DROP, SetElement, SetLayout, set_layout
+from kproxy.nftables.kernel import GenerationChangedError, TableError
+from kproxy.nftables.snapshot import TableSnapshot
 from kproxy.nftables.transaction import Transaction
 
 
 class FakeChain(Struct):
     """A chain and its rules; its comment is that of when it was made."""
 
-    hook: nft.Hook | None
+    hook: nft.NftHook | None
     comment: str
-    rules: list[nft.Rule] = field(default_factory=list)
+    rules: list[nft.NftRule] = field(default_factory=list)
 
 
 class FakeSet(Struct):
     """A set as it was made, and its elements by their keys."""
 
-    made: nft.Set
-    shape: Shape
-    elements: dict[bytes, Element] = field(default_factory=dict)
+    made: nft.NftSet
+    shape: SetLayout
+    elements: dict[bytes, SetElement] = field(default_factory=dict)
 
 
 class TableState(Struct):
@@ -76,7 +76,7 @@ class FakeTable:
 
     def commit(self, change: Transaction, generation: int | None = None, /) -> None:
         if generation is not None and generation != self.current:
-            raise StaleError
+            raise GenerationChangedError
         reason = self.refuse(change)
         if reason:
             raise TableError(reason)
@@ -95,16 +95,16 @@ class FakeTable:
         self.reads += 1
         return self.table.uses() if self.table else Counter()
 
-    def view(self, *, lenient: bool = False) -> View | None:
+    def view(self, *, lenient: bool = False) -> TableSnapshot | None:
         self.reads += 1
         if self.table is None:
             return None
         table = deepcopy(self.table)
-        view = View({name: found.shape for name, found in table.sets.items()})
+        view = TableSnapshot({name: found.shape for name, found in table.sets.items()})
         view.chains = {name: chain.hook for name, chain in table.chains.items()}
         for each in SETS:
             found = table.sets.get(each.name)
-            if found is not None and found.shape == shape_of(each, self.family):
+            if found is not None and found.shape == set_layout(each, self.family):
                 view.elements[each.name] = found.elements
         return view
 
@@ -168,17 +168,17 @@ class _Edit:
                 raise _RefusedError(errno.EBUSY, f"chain {name}")
             del self._table.chains[name]
 
-    def _new_set(self, found: nft.Set) -> None:
-        shape = shape_of(found, self._family)
+    def _new_set(self, found: nft.NftSet) -> None:
+        shape = set_layout(found, self._family)
         if self._table.sets.setdefault(found.name, FakeSet(found, shape)).shape != shape:
             raise _RefusedError(errno.EEXIST, f"set {found.name}")
 
-    def _new_chain(self, chain: nft.Chain) -> None:
+    def _new_chain(self, chain: nft.NftChain) -> None:
         made = FakeChain(chain.hook, chain.comment)
         if self._table.chains.setdefault(chain.name, made).hook != chain.hook:
             raise _RefusedError(errno.EOPNOTSUPP, f"chain {chain.name}")
 
-    def _new_rule(self, name: str, rule: nft.Rule) -> None:
+    def _new_rule(self, name: str, rule: nft.NftRule) -> None:
         for go in _gotos(rule):
             self._target(go.chain)
         for statement in rule.statements:
@@ -186,7 +186,7 @@ class _Edit:
                 self._set(used)
         self._chain(name).rules.append(rule)
 
-    def _add(self, name: str, element: Element) -> None:
+    def _add(self, name: str, element: SetElement) -> None:
         found = self._set(name)
         known = found.elements.get(element.key)
         if known is not None and known.value != element.value:
@@ -210,15 +210,15 @@ class _Edit:
             raise _RefusedError(errno.EOPNOTSUPP, f"chain {name}")
 
 
-def _gotos(rule: nft.Rule) -> list[nft.Go]:
+def _gotos(rule: nft.NftRule) -> list[nft.Go]:
     return [statement for statement in rule.statements if isinstance(statement, nft.Go)]
 
 
 def _set_of(statement: nft.Statement) -> str:
     match statement:
-        case nft.IsIn() | nft.Remember():
+        case nft.Lookup() | nft.UpdateSet():
             return statement.set
-        case nft.Pick() | nft.Decide():
+        case nft.DnatMap() | nft.VerdictMap():
             return statement.map
         case _:
             return ""

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from kproxy.iptables.names import DISPATCH, Chain
+from kproxy.iptables.names import DISPATCH, ChainName
 from kproxy.iptables.save_restore import parse_save
 from kproxy.kube.codec.json_codec import decode_object
 from kproxy.model.delta import Kind, Replace
@@ -19,7 +19,7 @@ SCENARIOS = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
 KINDS: dict[str, Kind] = {"services": Service, "endpointslices": EndpointSlice, "nodes": Node}
 LAST = "this must be the last rule in this chain"
 
-State = dict[Chain, list[str]]
+State = dict[ChainName, list[str]]
 
 
 def items(scenario: str, kind: str) -> list[dict[str, Any]]:

@@ -13,43 +13,43 @@ from pathlib import Path
 from kproxy.app.contexts import interface_warning, local_traffic_warning, make_context, node_port_warning
 from kproxy.config import Config, node_name
 from kproxy.config.types import PRIMARY
-from kproxy.host.commands import CommandError, UndecidedError
+from kproxy.host.commands import CommandError, InconclusiveError
 from kproxy.host.interfaces import local_addresses, own_addresses
 from kproxy.host.nfacct import ensure_counters
 from kproxy.host.process import has_net_admin
 from kproxy.iptables.backend import BLOCK_RULES, UNLIMITED, IptablesBackend
 from kproxy.iptables.base_rules import INVALID_COUNTER
 from kproxy.iptables.render import LOCALHOST_COUNTER
-from kproxy.iptables.runner import Iptables, check_tables
-from kproxy.iptables.variant import other_variant_rules
+from kproxy.iptables.runner import IptablesRunner, check_tables
+from kproxy.iptables.variant import rules_in_other_variant
 from kproxy.model.context import Context
 from kproxy.model.delta import BASIC_KINDS, Kind
 from kproxy.model.types import Family, Node, ServiceCIDR
 from kproxy.nftables.backend import NftablesBackend
-from kproxy.nftables.kernel import Commit, NftTable, OwnChanges
-from kproxy.nftables.probe import UnsupportedError, way_to_commit
+from kproxy.nftables.kernel import Commit, NftTable, OwnGenerations
+from kproxy.nftables.probe import NftablesUnsupportedError, choose_commit
 from kproxy.sync.family import FamilySync
 
 log = logging.getLogger(__name__)
 IPV6_ADDRESSES = Path("/proc/thread-self/net/if_inet6")
 
 
-def discover_iptables() -> dict[Family, Iptables]:
+def discover_iptables() -> dict[Family, IptablesRunner]:
     """Return the iptables of each family that works here.
 
     Raises `CommandError` if none works, or IPv4 does not and is needed.
 
     A family that the kernel refuses is left out with a warning: a kernel without IPv6, or without NAT for it, is
     ordinary. What may work a moment later, such as a program that hung, is no reason to leave anything out: it raises
-    `UndecidedError`.
+    `InconclusiveError`.
     """
-    found: dict[Family, Iptables] = {}
+    found: dict[Family, IptablesRunner] = {}
     reasons: dict[Family, str] = {}
     for family in _families():
-        iptables = Iptables(family)
+        iptables = IptablesRunner(family)
         try:
             check_tables(family, iptables.version())
-        except UndecidedError:
+        except InconclusiveError:
             raise
         except CommandError as error:
             reasons[family] = str(error)
@@ -59,7 +59,7 @@ def discover_iptables() -> dict[Family, Iptables]:
         raise CommandError(_all_of(reasons, needed))
     _leave_out(reasons)
     version = next(iter(found.values())).version()
-    if warning := other_variant_rules(ours_is_nft=version.nft):
+    if warning := rules_in_other_variant(ours_is_nft=version.nft):
         log.warning("%s", warning)
     return found
 
@@ -67,18 +67,20 @@ def discover_iptables() -> dict[Family, Iptables]:
 def discover_nftables() -> dict[Family, Commit]:
     """Return by which way the kernel takes each family's transactions.
 
-    A family that does not work is left out with a warning. Raises `UnsupportedError` if none works, or IPv4 does not
-    and is needed, and `UndecidedError` as the other.
+    A family that does not work is left out with a warning.
+
+    Raises `NftablesUnsupportedError` if none works, or IPv4 does
+    not and is needed, and `InconclusiveError` as the other.
     """
     ways: dict[Family, Commit] = {}
     reasons: dict[Family, str] = {}
     for family in _families():
         try:
-            ways[family] = way_to_commit(family)
-        except UnsupportedError as error:
+            ways[family] = choose_commit(family)
+        except NftablesUnsupportedError as error:
             reasons[family] = str(error)
     if (needed := _check_ipv4(reasons)) or not ways:
-        raise UnsupportedError(_all_of(reasons, needed))
+        raise NftablesUnsupportedError(_all_of(reasons, needed))
     _leave_out(reasons)
     return ways
 
@@ -145,22 +147,22 @@ def check_privileges() -> None:
         )
 
 
-def this_node(config: Config) -> str:
+def local_node_name(config: Config) -> str:
     """Return this node's name: `hostnameOverride`, or the machine's host name."""
     return node_name(config, socket.gethostname())
 
 
-def follows_addresses(config: Config) -> bool:
+def watches_addresses(config: Config) -> bool:
     """Return whether rules depend on the addresses of this machine's interfaces."""
-    return config.node_port_addresses_in_force not in {(), (PRIMARY,)}
+    return config.effective_node_port_addresses not in {(), (PRIMARY,)}
 
 
-def kinds_followed(config: Config) -> tuple[Kind, ...]:
+def watched_kinds(config: Config) -> tuple[Kind, ...]:
     """Return the kinds of objects that rules depend on."""
-    return (*BASIC_KINDS, ServiceCIDR) if config.mode_in_force == "nftables" else BASIC_KINDS
+    return (*BASIC_KINDS, ServiceCIDR) if config.effective_mode == "nftables" else BASIC_KINDS
 
 
-def with_mode(config: Config) -> Config:
+def choose_mode(config: Config) -> Config:
     """Return the configuration with a mode: one that leaves it open gets nftables if it works here, else iptables.
 
     Raises `StartError` if that cannot be told.
@@ -168,34 +170,34 @@ def with_mode(config: Config) -> Config:
     if config.mode:
         return config
     try:
-        way_to_commit(Family.IPV4)
-    except UnsupportedError as error:
+        choose_commit(Family.IPV4)
+    except NftablesUnsupportedError as error:
         log.warning("mode iptables, since nftables mode does not work here for IPv4: %s", error)
         return config.resolved("iptables")
-    except UndecidedError as error:
+    except InconclusiveError as error:
         raise StartError(f"cannot choose a mode: {error}") from None
     log.info("mode nftables, which works here")
     return config.resolved("nftables")
 
 
-def make_families(config: Config, programs: list[Iptables]) -> dict[Family, FamilySync]:
+def make_families(config: Config, programs: list[IptablesRunner]) -> dict[Family, FamilySync]:
     """Return the way to the kernel for each family that works here. Raises `StartError` if none does.
 
     What can be stopped from another thread is added to `programs`. Interfaces of pods that are not there are logged.
     """
     if warning := interface_warning(config, [name for _, name in socket.if_nameindex()]):
         log.warning("%s", warning)
-    if config.mode_in_force == "iptables":
+    if config.effective_mode == "iptables":
         return _iptables(config, programs)
     try:
         ways = discover_nftables()
-    except (UnsupportedError, UndecidedError) as error:
+    except (NftablesUnsupportedError, InconclusiveError) as error:
         raise StartError(f"nftables mode does not work here: {error}") from None
-    own = OwnChanges()
+    own = OwnGenerations()
     return {family: _nftables(config, family, commit, own) for family, commit in ways.items()}
 
 
-def _iptables(config: Config, programs: list[Iptables]) -> dict[Family, FamilySync]:
+def _iptables(config: Config, programs: list[IptablesRunner]) -> dict[Family, FamilySync]:
     try:
         found = discover_iptables()
     except CommandError as error:
@@ -212,20 +214,20 @@ def _iptables(config: Config, programs: list[Iptables]) -> dict[Family, FamilySy
             dispatch_threshold=config.kproxy.iptables_dispatch_threshold,
             patching=version.finds_single_rules,
         )
-        contexts = Contexts(config, family, accounting=counters, random_fully=version.random_fully)
+        contexts = ContextFactory(config, family, accounting=counters, random_fully=version.random_fully)
         families[family] = FamilySync(backend, contexts.make)
     return families
 
 
-def _nftables(config: Config, family: Family, commit: Commit, own: OwnChanges) -> FamilySync:
+def _nftables(config: Config, family: Family, commit: Commit, own: OwnGenerations) -> FamilySync:
     return FamilySync(
         NftablesBackend(NftTable(family, commit), own),
-        Contexts(config, family, accounting=lambda: False, random_fully=True).make,
+        ContextFactory(config, family, accounting=lambda: False, random_fully=True).make,
         large_cluster_endpoints=math.inf,  # elements cost the same however many there are
     )
 
 
-class Contexts:
+class ContextFactory:
     """Makes the contexts of one family, and warns of what its settings cannot do on this node."""
 
     def __init__(self, config: Config, family: Family, *, accounting: Callable[[], bool], random_fully: bool) -> None:
@@ -242,9 +244,9 @@ class Contexts:
         context = make_context(
             config,
             self._family,
-            this_node(config),
+            local_node_name(config),
             node,
-            local_addresses() if follows_addresses(config) else (),
+            local_addresses() if watches_addresses(config) else (),
             accounting=self._accounting(),
             random_fully=self._random_fully,
         )

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from kproxy.host.commands import CommandError
 from kproxy.iptables.backend import BLOCK_RULES, UNLIMITED
 from kproxy.iptables.cleanup import cleanup, cleanup_ipvs
-from kproxy.iptables.names import PORT_CHAIN_PREFIXES, Chain
-from kproxy.iptables.runner import Iptables, IptablesVersion, RestoreError
-from kproxy.iptables.save_restore import Restore, SavedChain, parse_save
-from kproxy.iptables.variant import other_variant_rules
+from kproxy.iptables.names import PORT_CHAIN_PREFIXES, ChainName
+from kproxy.iptables.runner import IptablesRunner, IptablesVersion, RestoreError
+from kproxy.iptables.save_restore import RestoreInput, SavedChain, parse_save
+from kproxy.iptables.variant import rules_in_other_variant
 from kproxy.ipvs import cleanup as ipvs_leftovers
 from kproxy.model.types import Family
 from kproxy.nftables.kernel import remove_table
@@ -21,7 +21,7 @@ _RULES_OF_PORTS = tuple(f"-A {prefix}" for prefix in PORT_CHAIN_PREFIXES)
 """How the lines begin that are most of a dump. What is in a chain does not matter if all of it goes."""
 
 
-class ServersStayError(CommandError):
+class VirtualServersRemainError(CommandError):
     """Virtual servers of ipvs mode cannot be removed; their interface and ipsets, which tell whose they are, stay."""
 
 
@@ -51,7 +51,7 @@ def remove_iptables(family: Family) -> str:
     somebody who changes tables all the time: iptables-nft begins to read anew at each change, and may never end.
     """
 
-    def changes(saved: Mapping[Chain, SavedChain], version: IptablesVersion) -> Iterable[Restore]:
+    def changes(saved: Mapping[ChainName, SavedChain], version: IptablesVersion) -> Iterable[RestoreInput]:
         return cleanup(saved, block_rules=BLOCK_RULES if version.nft else UNLIMITED)
 
     removed = _remove_chains(family, changes)
@@ -63,7 +63,7 @@ def remove_ipvs() -> str:
 
     What cannot be removed is warned about. Chains that ipvs mode shares with iptables mode are not looked at: in
     iptables mode they are ours by now, in nftables mode `remove_iptables` takes them. Raises `CommandError` if
-    iptables fails, `ServersStayError` if virtual servers stay.
+    iptables fails, `VirtualServersRemainError` if virtual servers stay.
     """
     try:
         if not ipvs_leftovers.find():
@@ -75,7 +75,7 @@ def remove_ipvs() -> str:
     removed = [_chains(number, family) for family, number in counts.items() if number]
     try:
         objects = _remove_ipvs_objects()
-    except ServersStayError:
+    except VirtualServersRemainError:
         if removed:
             log.info("removed of what ipvs mode left: %s", ", ".join(removed))
         raise
@@ -87,7 +87,7 @@ def remove_ipvs() -> str:
 def _remove_ipvs_objects() -> str:
     """Remove what ipvs mode left beside its rules; say what was removed, and warn about what was not.
 
-    Raises `ServersStayError` if virtual servers stay.
+    Raises `VirtualServersRemainError` if virtual servers stay.
     """
     try:
         done = ipvs_leftovers.remove(ipvs_leftovers.find())
@@ -97,7 +97,7 @@ def _remove_ipvs_objects() -> str:
     if done.unfinished:
         if done.removed:
             log.info("removed %s of ipvs mode", ", ".join(done.removed))
-        raise ServersStayError(f"{'; '.join(done.problems)}; its interface and its ipsets stay as well")
+        raise VirtualServersRemainError(f"{'; '.join(done.problems)}; its interface and its ipsets stay as well")
     for problem in done.problems:
         log.warning("%s", problem)
     return ", ".join(done.removed)
@@ -108,10 +108,10 @@ def _chains(number: int, family: Family) -> str:
 
 
 def _remove_chains(
-    family: Family, plan: Callable[[Mapping[Chain, SavedChain], IptablesVersion], Iterable[Restore]]
+    family: Family, plan: Callable[[Mapping[ChainName, SavedChain], IptablesVersion], Iterable[RestoreInput]]
 ) -> int:
     """Make the changes that a plan finds in what a family has now; return how many chains were deleted by them."""
-    kernel = Iptables(family)
+    kernel = IptablesRunner(family)
     version = _version(kernel)
     if version is None:
         return 0
@@ -138,11 +138,11 @@ def out_of_reach() -> str:
 
     That is those of the variant of iptables which is not in use here, or of both if there is no iptables.
     """
-    used = _version(Iptables(Family.IPV4))
+    used = _version(IptablesRunner(Family.IPV4))
     found = [
         f"iptables-{name}"
         for name, is_nft in (("legacy", False), ("nft", True))
-        if (used is None or used.nft is not is_nft) and other_variant_rules(ours_is_nft=not is_nft)
+        if (used is None or used.nft is not is_nft) and rules_in_other_variant(ours_is_nft=not is_nft)
     ]
     if not found:
         return ""
@@ -150,7 +150,7 @@ def out_of_reach() -> str:
     return f"KUBE- chains of {' and '.join(found)} are still there and cannot be removed: {here}"
 
 
-def _version(kernel: Iptables) -> IptablesVersion | None:
+def _version(kernel: IptablesRunner) -> IptablesVersion | None:
     try:
         return kernel.version()
     except CommandError:

@@ -39,9 +39,9 @@ def make_context(
     """
     node = node or Node(node_name)
     own = [address for address in node.addresses if family_of(address) is family]
-    is_iptables = config.mode_in_force == "iptables"
+    is_iptables = config.effective_mode == "iptables"
     candidates = (address for address in local_addresses if is_iptables or not ip_address(address).is_loopback)
-    node_ports = node_port_addresses(config.node_port_addresses_in_force, family, own, candidates)
+    node_ports = node_port_addresses(config.effective_node_port_addresses, family, own, candidates)
     return Context(
         family,
         node_name,
@@ -67,7 +67,7 @@ def make_context(
 
 def localhost_node_ports(config: Config, family: Family) -> bool:
     """Return whether NodePorts answer on 127.0.0.1: iptables and IPv4 only, and if `nodePortAddresses` holds it."""
-    if family is Family.IPV6 or config.mode_in_force != "iptables" or not config.iptables.localhost_node_ports:
+    if family is Family.IPV6 or config.effective_mode != "iptables" or not config.iptables.localhost_node_ports:
         return False
     return not config.node_port_addresses or _holds_loopback(_cidrs(config.node_port_addresses, family))
 
@@ -80,12 +80,12 @@ def node_port_warning(config: Config, node: Node | None, context: Context) -> st
     if context.node_port_addresses != ():
         return ""
     family = context.family.value
-    if config.node_port_addresses_in_force == (PRIMARY,):
+    if config.effective_node_port_addresses == (PRIMARY,):
         known = node is not None and bool(node.addresses)
         where = f"the addresses of Node {context.node_name}"
         return "" if known else f"{family}: NodePorts answer nowhere until {where} are known"
     networks = _cidrs(config.node_port_addresses, context.family)
-    off_loopback = config.mode_in_force != "iptables" and _holds_loopback(networks)
+    off_loopback = config.effective_mode != "iptables" and _holds_loopback(networks)
     remark = "; there are none on loopback addresses in mode nftables" if off_loopback else ""
     shown = ", ".join(map(str, networks))
     return f"{family}: NodePorts answer nowhere: this machine has no address in nodePortAddresses ({shown}){remark}"

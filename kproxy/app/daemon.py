@@ -20,14 +20,14 @@ from msgspec import Struct
 from kproxy.app.backends import (
     StartError,
     check_privileges,
-    follows_addresses,
-    kinds_followed,
+    choose_mode,
+    local_node_name,
     make_families,
-    this_node,
-    with_mode,
+    watched_kinds,
+    watches_addresses,
 )
 from kproxy.app.contexts import is_known
-from kproxy.app.first_sync import FirstSync
+from kproxy.app.first_sync import FirstSyncSteps
 from kproxy.app.kernel_parameters import prepare_conntrack, prepare_process
 from kproxy.config import Config, as_document
 from kproxy.host.conntrack import UdpConntrack
@@ -36,21 +36,21 @@ from kproxy.host.nfacct import read_counter
 from kproxy.host.signals import HANDLED, STACKS, STOPPING, block_signals
 from kproxy.iptables.base_rules import INVALID_COUNTER
 from kproxy.iptables.render import LOCALHOST_COUNTER
-from kproxy.iptables.runner import Iptables
-from kproxy.kube.client.client import Client
+from kproxy.iptables.runner import IptablesRunner
+from kproxy.kube.client.client import ApiClient
 from kproxy.kube.client.cluster_access import ClientError
 from kproxy.kube.events.correlator import node_reference, service_reference
-from kproxy.kube.events.recorder import EventRecorder, NullRecorder, Recorder
+from kproxy.kube.events.recorder import EventRecorder, EventSink, NullRecorder
 from kproxy.kube.listwatch.reflector import ApiSource
 from kproxy.model.store import Store
 from kproxy.model.types import Family, Node, ServiceKey
 from kproxy.serve.metric_definitions import INVALID_DROPPED, LOCALHOST_ACCEPTED
-from kproxy.serve.status_server import Serving, ServingError
+from kproxy.serve.status_server import ListenError, StatusServer
 from kproxy.sync.conntrack import ConntrackCleaner
-from kproxy.sync.node_monitor import NodeWatch
+from kproxy.sync.node_monitor import NodeMonitor
 from kproxy.sync.reconciler import Message, Reconciler, Resync, Stop
 from kproxy.sync.schedule import Schedule
-from kproxy.sync.service_events import Notices
+from kproxy.sync.service_events import ServiceEventListener
 
 log = logging.getLogger(__name__)
 STOP_SECONDS = 0.7
@@ -59,7 +59,7 @@ FULL_CHECK_SECONDS = 3600.0
 """How often all rules are compared with what they should be, as kube-proxy writes all of them every hour."""
 
 
-class Part(Protocol):
+class Component(Protocol):
     """Something that runs beside the reconciler."""
 
     def start(self) -> None:
@@ -67,7 +67,7 @@ class Part(Protocol):
 
 
 class ConfigFile(Struct, frozen=True):
-    """The file that a configuration was read from, what it held then, and how it is read again (see `ConfigWatch`)."""
+    """The file that a configuration was read from, what it held then, how it is read again (see `ConfigWatcher`)."""
 
     path: str
     content: bytes
@@ -90,7 +90,7 @@ def run(
 
     `objects` is a file or folder to follow instead of an API server, `server` overrides the URL of that, `file`
     is to be watched, `flags` returns the values that `/flagz` shows. Ends the process; raises `StartError` or
-    `ServingError` if it cannot begin, and `ConfigChangedError` when the file changes.
+    `ListenError` if it cannot begin, and `ConfigChangedError` when the file changes.
     """
     Daemon(config, objects, server, file, flags).run()
 
@@ -116,7 +116,7 @@ class Daemon:
         self._objects = objects
         self._server = server
         self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
-        self._programs: list[Iptables] = []
+        self._programs: list[IptablesRunner] = []
         self._failure: BaseException | None = None
 
     def run(self) -> None:
@@ -147,14 +147,14 @@ class Daemon:
         """Put all parts together. What may fail comes before what changes the node, its kernel parameters first."""
         check_privileges()
         client = None if self._objects is not None else _connect(self._config, self._server)
-        self._config = config = with_mode(self._config)
+        self._config = config = choose_mode(self._config)
         families = make_families(config, self._programs)
-        name = this_node(config)
-        store = Store(name, kinds_followed(config))
+        name = local_node_name(config)
+        store = Store(name, watched_kinds(config))
         events = self._events(client, name)
         serving = self._serving(families, store, events, reason=lambda: watch.reason)
-        serving.metrics.show_refused(lambda: store.refused_services)
-        watch = NodeWatch(
+        serving.metrics.track_invalid_services(lambda: store.invalid_services)
+        watch = NodeMonitor(
             name,
             required=client is not None,  # files need not have Nodes
             needs_pod_cidrs=config.detect_local_mode == "NodeCIDR",
@@ -182,8 +182,8 @@ class Daemon:
             is_ready=lambda store: is_known(config, store),
             observers=[
                 conntrack,
-                FirstSync(config, families),
-                Notices(partial(_service_event, events)),
+                FirstSyncSteps(config, families),
+                ServiceEventListener(partial(_service_event, events)),
                 *serving.observers,
             ],
             check_interval=periods.sync_period,
@@ -191,22 +191,22 @@ class Daemon:
             look=watch.look,
         )
 
-    def _sources(self, client: Client | None, name: str) -> Iterator[Part]:
+    def _sources(self, client: ApiClient | None, name: str) -> Iterator[Component]:
         if client is not None:
-            yield ApiSource(client, name, self._messages.put, kinds=kinds_followed(self._config))
+            yield ApiSource(client, name, self._messages.put, kinds=watched_kinds(self._config))
         if self._objects is not None:
             from kproxy.kube.manifests.file_source import FileSource  # noqa: PLC0415 - few read files, and it costs memory
 
             yield FileSource(self._objects, self._messages.put)
-        if follows_addresses(self._config):
+        if watches_addresses(self._config):
             yield AddressMonitor(lambda: self._messages.put(Resync()))
         if self._file is not None:
-            from kproxy.config.reload import ConfigWatch  # noqa: PLC0415 - the same
+            from kproxy.config.reload import ConfigWatcher  # noqa: PLC0415 - the same
 
             file = self._file
-            yield ConfigWatch(file.path, file.content, self._loaded, file.load, self._config_changed)
+            yield ConfigWatcher(file.path, file.content, self._loaded, file.load, self._config_changed)
 
-    def _events(self, client: Client | None, name: str) -> EventRecorder | NullRecorder:
+    def _events(self, client: ApiClient | None, name: str) -> EventRecorder | NullRecorder:
         if client is None:
             return NullRecorder()
         events = EventRecorder(client, name, clock=time.monotonic, wall=time.time_ns)
@@ -214,17 +214,17 @@ class Daemon:
         return events
 
     def _serving(
-        self, families: Iterable[Family], store: Store, events: Recorder, *, reason: Callable[[], str]
-    ) -> Serving:
+        self, families: Iterable[Family], store: Store, events: EventSink, *, reason: Callable[[], str]
+    ) -> StatusServer:
         config = self._config
         # Files need not have Nodes: then nobody says that this one is about to go.
-        stand_in = Node(this_node(config)) if self._objects is not None else None
+        stand_in = Node(local_node_name(config)) if self._objects is not None else None
 
         def port_failed(service: ServiceKey, port: int, reason: str) -> None:
             note = f"cannot serve the health check node port {port}: {reason}"
             events.event(service_reference(service), "Warning", "FailedToStartServiceHealthcheck", "Listen", note)
 
-        return Serving(
+        return StatusServer(
             families,
             mode=config.mode,
             configuration=as_document(config),
@@ -248,7 +248,7 @@ class Daemon:
         """End the process when a thread ends that should not: half a proxy would look like a whole one."""
         name = lost.thread.name if lost.thread else "a thread"
         log.debug("where %s ended", name, exc_info=lost.exc_value)
-        known = isinstance(lost.exc_value, StartError | ServingError)
+        known = isinstance(lost.exc_value, StartError | ListenError)
         self._fail(lost.exc_value if known else RuntimeError(f"{name} ended: {lost.exc_value!r}"))
 
     def _config_changed(self) -> None:
@@ -260,7 +260,7 @@ class Daemon:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _service_event(events: Recorder, service: ServiceKey, reason: str, note: str) -> None:
+def _service_event(events: EventSink, service: ServiceKey, reason: str, note: str) -> None:
     events.event(service_reference(service), "Warning", reason, "SyncProxyRules", note)
 
 
@@ -275,8 +275,8 @@ def _wait_for_stop() -> signal.Signals:
     return number
 
 
-def _connect(config: Config, server: str | None) -> Client:
+def _connect(config: Config, server: str | None) -> ApiClient:
     try:
-        return Client.from_config(config.client_connection.kubeconfig or None, server)
+        return ApiClient.from_config(config.client_connection.kubeconfig or None, server)
     except ClientError as error:
         raise StartError(str(error)) from None

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection
 
-from kproxy.app.cleanup import ServersStayError, out_of_reach, remove_iptables, remove_ipvs
+from kproxy.app.cleanup import VirtualServersRemainError, out_of_reach, remove_iptables, remove_ipvs
 from kproxy.app.kernel_parameters import prepare_localhost_node_ports
 from kproxy.config import Config
 from kproxy.host.commands import CommandError
 from kproxy.model.delta import Kind
-from kproxy.model.store import Changed
+from kproxy.model.store import StoreChange
 from kproxy.model.sync_report import SyncReport
 from kproxy.model.types import Family
 from kproxy.nftables.kernel import remove_table
@@ -18,7 +18,7 @@ from kproxy.nftables.kernel import remove_table
 log = logging.getLogger(__name__)
 
 
-class FirstSync:
+class FirstSyncSteps:
     """An observer that acts on each family's first success.
 
     It removes what the other mode left behind, and opens 127.0.0.1 to NodePorts, which is guarded by a rule of ours.
@@ -42,7 +42,7 @@ class FirstSync:
     def queued(self, family: Family, now: float) -> None:
         """Do nothing."""
 
-    def changed(self, kind: Kind, changed: Changed) -> None:
+    def changed(self, kind: Kind, changed: StoreChange) -> None:
         """Do nothing."""
 
     def synced(self, report: SyncReport) -> None:
@@ -72,7 +72,7 @@ class FirstSync:
         try:
             removed = remove_ipvs()
         except CommandError as error:
-            self._ipvs_waits = isinstance(error, ServersStayError)
+            self._ipvs_waits = isinstance(error, VirtualServersRemainError)
             if str(error) != self._ipvs_complaint:
                 log.warning("what ipvs mode left is still there, and may take traffic of Services: %s", error)
             self._ipvs_complaint = str(error)
@@ -83,14 +83,14 @@ class FirstSync:
 
     def _remove(self, family: Family) -> None:
         """Remove what the other mode left of a family. Raises `CommandError`."""
-        if self._config.mode_in_force == "nftables":
+        if self._config.effective_mode == "nftables":
             removed = remove_iptables(family)
         else:
             removed = f"removed the nftables table of {family.value}" if remove_table(family) else ""
         if removed:
             log.info("%s", removed)
         # It looks at both families, so once is enough. At the start of iptables mode somebody else looks.
-        if self._config.mode_in_force == "nftables" and family is Family.IPV4 and (warning := out_of_reach()):
+        if self._config.effective_mode == "nftables" and family is Family.IPV4 and (warning := out_of_reach()):
             log.warning("%s", warning)
 
     def _complain(self, family: Family, reason: str) -> None:

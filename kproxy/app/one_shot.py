@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 from msgspec.structs import asdict
 
-from kproxy.app.backends import check_privileges, kinds_followed, make_families, this_node, with_mode
+from kproxy.app.backends import check_privileges, choose_mode, local_node_name, make_families, watched_kinds
 from kproxy.app.contexts import make_context
-from kproxy.app.first_sync import FirstSync
+from kproxy.app.first_sync import FirstSyncSteps
 from kproxy.config import Config
 from kproxy.host.conntrack import UdpConntrack
 from kproxy.host.interfaces import own_addresses
@@ -24,7 +24,7 @@ from kproxy.model.types import Family, Node
 from kproxy.nftables import backend as nftables
 from kproxy.sync.conntrack import ConntrackCleaner
 from kproxy.sync.family import Backend, FamilySync
-from kproxy.sync.service_events import Notices
+from kproxy.sync.service_events import ServiceEventListener
 from kproxy.sync.summary import synced_text
 
 log = logging.getLogger(__name__)
@@ -36,12 +36,12 @@ def apply(config: Config, objects: str) -> None:
     Each family is tried even if the other fails.
     """
     check_privileges()
-    config = with_mode(config)
+    config = choose_mode(config)
     store = load_store(config, objects)
     families = make_families(config, [])
     tables = {family: UdpConntrack(family) for family in families}
     cleaner = ConntrackCleaner(tables, own_addresses, clock=time.monotonic, tell=lambda _: None)
-    observers = (cleaner, FirstSync(config, families), Notices(lambda *_: None))
+    observers = (cleaner, FirstSyncSteps(config, families), ServiceEventListener(lambda *_: None))
     failures = []
     for family, sync in families.items():
         began = time.monotonic()
@@ -79,9 +79,9 @@ def render(config: Config, objects: str) -> dict[Family, str]:
 
 
 def _printer(config: Config, family: Family, show: Callable[[str], object]) -> Backend:
-    if config.mode_in_force == "nftables":
-        return nftables.Printer(family, show)
-    return iptables.Printer(show, dispatch_threshold=config.kproxy.iptables_dispatch_threshold)
+    if config.effective_mode == "nftables":
+        return nftables.NftablesPrinter(family, show)
+    return iptables.IptablesPrinter(show, dispatch_threshold=config.kproxy.iptables_dispatch_threshold)
 
 
 def _ideal_context(config: Config, family: Family) -> Callable[[Node | None], Context]:
@@ -89,14 +89,16 @@ def _ideal_context(config: Config, family: Family) -> Callable[[Node | None], Co
 
     def context(node: Node | None) -> Context:
         addresses = node.addresses if node else ()
-        return make_context(config, family, this_node(config), node, addresses, accounting=True, random_fully=True)
+        return make_context(
+            config, family, local_node_name(config), node, addresses, accounting=True, random_fully=True
+        )
 
     return context
 
 
 def load_store(config: Config, objects: str) -> Store:
     """Return the desired state that a file or folder holds. Raises `FileSourceError`."""
-    store = Store(this_node(config), kinds_followed(config))
+    store = Store(local_node_name(config), watched_kinds(config))
 
     def take(deltas: tuple[Delta, ...]) -> None:
         for delta in deltas:
@@ -104,5 +106,5 @@ def load_store(config: Config, objects: str) -> Store:
 
     FileSource(objects, take).load_once()
     if store.node is None:
-        log.warning("there is no Node %r: zone, pod CIDRs and node addresses are unknown", this_node(config))
+        log.warning("there is no Node %r: zone, pod CIDRs and node addresses are unknown", local_node_name(config))
     return store

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from kproxy.cli.console import FailureError
+from kproxy.cli.console import CommandFailedError
 from kproxy.cli.options import OBJECTS_HELP, OF_THE_DAEMON, SYNTAX, load_settings, needed_objects
-from kproxy.cli.parser import COMMANDS, Help
+from kproxy.cli.parser import COMMANDS, HelpFormatter
 from kproxy.config.flags import add_flags
 
 EPILOG = f"""\
@@ -37,7 +37,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         usage="kproxy apply --objects=PATH [FLAGS]",
         description="Program this node once, from files.",
         epilog=EPILOG,
-        formatter_class=Help,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     # Not `required`, or its lack would be told when it is misspelt.
@@ -57,4 +57,4 @@ def _apply(options: argparse.Namespace) -> None:
     try:
         once.apply(config, objects)
     except (StartError, FileSourceError, SyncError) as error:
-        raise FailureError(str(error)) from None
+        raise CommandFailedError(str(error)) from None

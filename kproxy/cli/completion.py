@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping
 
 from kproxy.cli.console import show
-from kproxy.cli.parser import COMMANDS, Help
+from kproxy.cli.parser import COMMANDS, HelpFormatter
 from kproxy.config.flag_table import CONFIG_FLAGS
 
 SHELLS = ("bash", "zsh", "fish")
@@ -64,7 +64,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         usage="kproxy completion bash|zsh|fish",
         description="Print a script that lets a shell complete kproxy's commands and flags.",
         epilog=EPILOG,
-        formatter_class=Help,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("shell", metavar="SHELL", choices=SHELLS, help="bash, zsh or fish")

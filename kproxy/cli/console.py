@@ -9,14 +9,14 @@ class UsageError(Exception):
     """The command was called wrongly: flags or configuration. Exit code 2."""
 
 
-class FailureError(Exception):
+class CommandFailedError(Exception):
     """The command could not do what it was asked for. Exit code 1."""
 
 
 def show(text: str) -> None:
-    """Print to standard output, at once. Raises `FailureError`, or `BrokenPipeError` if nobody reads on."""
+    """Print to standard output, at once. Raises `CommandFailedError`, or `BrokenPipeError` if nobody reads on."""
     if sys.stdout is None:
-        raise FailureError("cannot print: standard output is closed")
+        raise CommandFailedError("cannot print: standard output is closed")
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -24,4 +24,4 @@ def show(text: str) -> None:
         raise
     except OSError as error:
         sys.stdout = None  # or the interpreter would try once more at its end
-        raise FailureError(f"cannot print: {error.strerror}") from None
+        raise CommandFailedError(f"cannot print: {error.strerror}") from None

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from kproxy.cli.console import FailureError, UsageError
+from kproxy.cli.console import CommandFailedError, UsageError
 from kproxy.cli.parser import parse
 
 
@@ -20,7 +20,7 @@ def main(arguments: Sequence[str]) -> int:
         options.command(options)
     except UsageError as error:
         return _complain(error, 2)
-    except FailureError as error:
+    except CommandFailedError as error:
         return _complain(error, 1)
     except BrokenPipeError:
         # Whoever read our output has seen enough; leave nothing that the interpreter would flush into it.

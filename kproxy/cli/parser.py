@@ -42,7 +42,7 @@ examples:
 `kproxy COMMAND --help` tells more."""
 
 
-class Help(argparse.RawDescriptionHelpFormatter):
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Help that spells flags as they are written: `--flag=VALUE`, or `--flag[=BOOL]` where no value is needed."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
@@ -109,7 +109,7 @@ def command_line(described: Collection[str]) -> tuple[OneLineParser, dict[str, O
         usage="kproxy COMMAND [FLAGS]",
         description=DESCRIPTION,
         epilog=EPILOG,
-        formatter_class=Help,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"kproxy {__version__}", help="print the version")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from kproxy.cli.console import FailureError, show
+from kproxy.cli.console import CommandFailedError, show
 from kproxy.cli.options import OBJECTS_HELP, OF_THE_DAEMON, SYNTAX, load_settings, needed_objects
-from kproxy.cli.parser import COMMANDS, Help
+from kproxy.cli.parser import COMMANDS, HelpFormatter
 from kproxy.config import Config
 from kproxy.config.flags import add_flags
 from kproxy.model.types import Family
@@ -43,7 +43,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         usage="kproxy render --objects=PATH [--family=ipv4|ipv6] [FLAGS]",
         description="Print what programs an empty node from files: input for iptables-restore or nft.",
         epilog=EPILOG,
-        formatter_class=Help,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     # Not `required`, or its lack would be told when it is misspelt.
@@ -66,7 +66,7 @@ def _render(options: argparse.Namespace) -> None:
     try:
         texts = once.render(config, objects)
     except FileSourceError as error:
-        raise FailureError(str(error)) from None
+        raise CommandFailedError(str(error)) from None
     if options.family:
         show(texts[Family.IPV6 if options.family == "ipv6" else Family.IPV4])
         return

@@ -7,9 +7,9 @@ import os
 from functools import partial
 from pathlib import Path
 
-from kproxy.cli.console import FailureError, show
+from kproxy.cli.console import CommandFailedError, show
 from kproxy.cli.options import OBJECTS_HELP, SYNTAX, load_settings
-from kproxy.cli.parser import COMMANDS, Help
+from kproxy.cli.parser import COMMANDS, HelpFormatter
 from kproxy.config import Config, configure, to_yaml
 from kproxy.config.flags import add_flags
 
@@ -51,7 +51,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         usage="kproxy run [--objects=PATH] [FLAGS]",
         description="Keep this node's rules after the Services of a cluster, or of files.",
         epilog=EPILOG,
-        formatter_class=Help,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--objects", metavar="PATH", help=f"follow {OBJECTS_HELP}, instead of an API server")
@@ -66,9 +66,9 @@ def _run(options: argparse.Namespace) -> None:
     if options.write_config_to:
         _write_config(config, options.write_config_to)
         return
-    from kproxy.iptables.variant import use_hosts_variant
+    from kproxy.iptables.variant import use_host_variant
 
-    use_hosts_variant(os.environ)
+    use_host_variant(os.environ)
     if options.cleanup:
         _clean_up()
     elif options.init_only:
@@ -89,26 +89,26 @@ def _serve(config: Config, options: argparse.Namespace, content: bytes) -> None:
     from kproxy.app import daemon
     from kproxy.app.backends import StartError
     from kproxy.config.flags import flag_values
-    from kproxy.serve.status_server import ServingError
+    from kproxy.serve.status_server import ListenError
 
     try:
         load = partial(configure, options)
         file = daemon.ConfigFile(options.config, content, load) if options.config else None
         flags = partial(flag_values, config, options)
         daemon.run(config, objects=options.objects, server=options.master, file=file, flags=flags)
-    except (StartError, ServingError, daemon.ConfigChangedError) as error:
-        raise FailureError(str(error)) from None
+    except (StartError, ListenError, daemon.ConfigChangedError) as error:
+        raise CommandFailedError(str(error)) from None
 
 
 def _prepare(config: Config) -> None:
-    from kproxy.app.backends import StartError, check_privileges, with_mode
+    from kproxy.app.backends import StartError, check_privileges, choose_mode
     from kproxy.app.kernel_parameters import prepare_conntrack, prepare_localhost_node_ports
 
     try:
         check_privileges()
-        config = with_mode(config)
+        config = choose_mode(config)
     except StartError as error:
-        raise FailureError(str(error)) from None
+        raise CommandFailedError(str(error)) from None
     prepare_conntrack(config)
     prepare_localhost_node_ports(config)
 
@@ -117,7 +117,7 @@ def _write_config(config: Config, path: str) -> None:
     try:
         Path(path).write_text(to_yaml(config), encoding="utf-8")
     except OSError as error:
-        raise FailureError(f"--write-config-to {path}: {error.strerror}") from None
+        raise CommandFailedError(f"--write-config-to {path}: {error.strerror}") from None
 
 
 def _clean_up() -> None:
@@ -134,4 +134,4 @@ def _clean_up() -> None:
         if not found:
             show("there was nothing to remove\n")
     except (StartError, CommandError) as error:
-        raise FailureError(str(error)) from None
+        raise CommandFailedError(str(error)) from None

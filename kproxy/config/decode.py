@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from kproxy.config.types import FlushSeconds, Quantity, Seconds
-from kproxy.documents.document import dotted
+from kproxy.documents.document import field_path_text
 
 _UNITS = {
     "ns": 1,
@@ -220,7 +220,7 @@ REMOVED = frozenset({"conntrack.max", "logging.sanitization", "resourceContainer
 IGNORED = "ignored"
 
 
-class Problem(Struct, frozen=True):
+class ConfigProblem(Struct, frozen=True):
     """Something that kube-proxy's strict decoder refuses and its lenient one passes over; both texts are one line.
 
     `consequence` says what becomes of it where it is passed over.
@@ -236,7 +236,7 @@ class Problem(Struct, frozen=True):
 
 
 def known_fields(
-    shape: type[Struct], data: Mapping[Any, Any], place: Place, problems: list[Problem], at: Path = ()
+    shape: type[Struct], data: Mapping[Any, Any], place: Place, problems: list[ConfigProblem], at: Path = ()
 ) -> dict[str, Any]:
     """Return the fields of a section that `shape` has, at any depth, and add the others to `problems`.
 
@@ -250,7 +250,7 @@ def known_fields(
         if key in names:
             known[key] = _known_value(names[key], value, place, problems, path)
         else:
-            problems.append(Problem(f"{place(path)}: {_what_is_wrong(path, names)}"))
+            problems.append(ConfigProblem(f"{place(path)}: {_what_is_wrong(path, names)}"))
     return known
 
 
@@ -271,7 +271,7 @@ def doubled_in_json(text: bytes) -> list[Path]:
     return [(*path, name) for holder, name in doubled for path in _paths_to(holder, top)]
 
 
-def _known_value(wanted: Any, value: object, place: Place, problems: list[Problem], at: Path) -> object:
+def _known_value(wanted: Any, value: object, place: Place, problems: list[ConfigProblem], at: Path) -> object:
     if get_origin(wanted) is Annotated:
         wanted = get_args(wanted)[0]
     if get_origin(wanted) is tuple and isinstance(value, list):
@@ -283,7 +283,7 @@ def _known_value(wanted: Any, value: object, place: Place, problems: list[Proble
 
 
 def _what_is_wrong(path: Path, names: Mapping[str, object]) -> str:
-    if dotted(path) in REMOVED:
+    if field_path_text(path) in REMOVED:
         return "no longer a field of kube-proxy's configuration"
     from difflib import get_close_matches  # noqa: PLC0415 - slow to load, and needed only here
 

@@ -15,7 +15,7 @@ from kproxy.config.flag_table import CONFIG_FLAGS, GROUPS, PORT_FLAGS, WITHOUT_E
 from kproxy.config.load import load_config
 from kproxy.config.types import Config
 from kproxy.config.validation import check, gate_warnings, has_port, refuse_retired_mode
-from kproxy.documents.document import dotted
+from kproxy.documents.document import field_path_text
 
 _TRUE = {"1", "t", "T", "true", "TRUE", "True"}
 _FALSE = {"0", "f", "F", "false", "FALSE", "False"}
@@ -95,7 +95,7 @@ def apply_flags(config: Config, namespace: argparse.Namespace) -> tuple[Config, 
 
     def place(at: Path) -> str:
         lengths = range(len(at), 0, -1)
-        return next((set_by[at[:length]] for length in lengths if at[:length] in set_by), dotted(at))
+        return next((set_by[at[:length]] for length in lengths if at[:length] in set_by), field_path_text(at))
 
     refuse_retired_mode(data["mode"], place)
     return check(decode(Config, data, place), place), _warnings(given, ports)

@@ -8,9 +8,9 @@ import msgspec
 
 from kproxy.config.decode import (
     ConfigError,
+    ConfigProblem,
     Path,
     Place,
-    Problem,
     decode,
     doubled_in_json,
     encode,
@@ -18,9 +18,9 @@ from kproxy.config.decode import (
     must_be,
     parse_duration,
 )
-from kproxy.config.types import API_VERSION, KIND, Config, Own
+from kproxy.config.types import API_VERSION, KIND, Config, KproxySection
 from kproxy.config.validation import HEALTHZ_PORT, METRICS_PORT, check, refuse_retired_mode, warnings_of
-from kproxy.documents.document import Document, DocumentError, dotted
+from kproxy.documents.document import Document, DocumentError, field_path_text
 from kproxy.documents.parse import read_documents
 
 _ZERO_IS_UNSET = frozenset(
@@ -55,19 +55,19 @@ def load_config(text: bytes, path: str, *, strict: bool = False) -> tuple[Config
     given more than once, documents after the first. With `strict` it is an error. Raises `ConfigError`, whose message
     then has a line for each of them.
     """
-    problems: list[Problem] = []
+    problems: list[ConfigProblem] = []
     document = _document(text, path, problems)
 
     def place(at: Path) -> str:
-        return _place(path, document.line_of(at), dotted(at))
+        return _place(path, document.line_of(at), field_path_text(at))
 
     data = _typed(_data(document), place)
     refuse_retired_mode(data.get("mode"), place)
     doubled = doubled_in_json(document.content) if isinstance(document.content, bytes) else document.doubled
-    problems += (Problem(f"{place(tuple(at))}: given more than once", "the last one counts") for at in doubled)
+    problems += (ConfigProblem(f"{place(tuple(at))}: given more than once", "the last one counts") for at in doubled)
     fields = known_fields(Config, data, place, problems)
     if fields.get("featureGates") == "":
-        problems.append(Problem(f'{place(_GATES)}: must be a mapping, not ""', "taken as unset"))
+        problems.append(ConfigProblem(f'{place(_GATES)}: must be a mapping, not ""', "taken as unset"))
         del fields["featureGates"]
     if strict and problems:
         raise ConfigError("\n".join(problem.text for problem in problems))
@@ -89,12 +89,12 @@ def to_yaml(config: Config) -> str:
 def as_document(config: Config) -> dict[str, Any]:
     """Return the data of a file that says this configuration: one for kube-proxy, if section `kproxy` says nothing."""
     document = {"apiVersion": API_VERSION, "kind": KIND, **encode(config)}
-    if config.kproxy == Own():
+    if config.kproxy == KproxySection():
         del document["kproxy"]
     return document
 
 
-def _document(text: bytes, path: str, problems: list[Problem]) -> Document:
+def _document(text: bytes, path: str, problems: list[ConfigProblem]) -> Document:
     """Return the document with the configuration; the others are added to `problems`."""
     try:
         documents = read_documents(text, json=path.endswith(".json"), doubled_keys=True)
@@ -111,7 +111,7 @@ def _document(text: bytes, path: str, problems: list[Problem]) -> Document:
                 f"another {KIND}" if kind == KIND else f"document of kind {kind}" if kind else "document without a kind"
             )
             only = f"only the {'first one' if kind == KIND else KIND} is read"
-            problems.append(Problem(_place(path, document.line_of(()), f"{what}; {only}")))
+            problems.append(ConfigProblem(_place(path, document.line_of(()), f"{what}; {only}")))
     return documents[chosen]
 
 
@@ -150,7 +150,7 @@ def _set_fields(data: dict[str, Any], at: Path = ()) -> dict[str, Any]:
     found = {}
     for name, value in data.items():
         path = (*at, name)
-        if value is None or (dotted(path) in _ZERO_IS_UNSET and _is_zero(value)):
+        if value is None or (field_path_text(path) in _ZERO_IS_UNSET and _is_zero(value)):
             continue
         found[name] = _set_fields(value, path) if isinstance(value, dict) and path != _GATES else value
     return found

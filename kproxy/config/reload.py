@@ -10,18 +10,18 @@ from typing import TypeAlias
 
 from kproxy.config.decode import ConfigError
 from kproxy.config.types import Config
-from kproxy.documents.watch import PathFollower, Reading
+from kproxy.documents.watch import PathSnapshot, PathWatcher
 
 RELOAD_PERIOD = 10.0
 """Seconds between looks at the file where the kernel gives no notice of changes."""
 STOP_TIMEOUT = 1.0
-"""Seconds that `ConfigWatch.stop` waits for its thread, which takes longer only while `changed` does."""
+"""Seconds that `ConfigWatcher.stop` waits for its thread, which takes longer only while `changed` does."""
 Load: TypeAlias = Callable[[bytes], tuple[Config, list[str]]]
 """From what the file holds to a configuration and warnings, a line each. Raises `ConfigError`."""
 log = logging.getLogger(__name__)
 
 
-class ConfigWatch:
+class ConfigWatcher:
     """Calls `changed` once, as soon as a file holds a valid configuration other than `config`; then it is over.
 
     `content` is what the file held when `config` was loaded from it, and `load` does the same with other content (see
@@ -39,9 +39,7 @@ class ConfigWatch:
         self._path, self._seen, self._config = path, content, config
         self._load, self._changed = load, changed
         self._missed = False
-        self._follower = PathFollower(
-            path, self._take, name="config-watch", period=RELOAD_PERIOD, patience=STOP_TIMEOUT
-        )
+        self._follower = PathWatcher(path, self._take, name="config-watch", period=RELOAD_PERIOD, patience=STOP_TIMEOUT)
 
     def start(self) -> None:
         """Start the thread that follows the file. It is a daemon: a process may end without `stop`."""
@@ -54,7 +52,7 @@ class ConfigWatch:
         """End the thread. `changed` is not called any more afterwards, unless it is under way."""
         self._follower.stop()
 
-    def _take(self, reading: Reading) -> bool:
+    def _take(self, reading: PathSnapshot) -> bool:
         """Take in what was read; tell whether there is anything left to wait for."""
         content = reading.files.get(self._path)
         if not isinstance(content, bytes):

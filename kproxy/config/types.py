@@ -149,7 +149,7 @@ class Logging(Section, frozen=True, kw_only=True):
     options: LogOptions = LogOptions()
 
 
-class Own(Section, frozen=True, kw_only=True):
+class KproxySection(Section, frozen=True, kw_only=True):
     """What kube-proxy does not have: section `kproxy`. A kube-proxy refuses a file with it."""
 
     iptables_dispatch_threshold: Count = 1000
@@ -187,7 +187,7 @@ class Config(Section, frozen=True, kw_only=True):
     config_sync_period: Period = Seconds(900)
     port_range: str = ""
     windows_run_as_service: bool = False
-    kproxy: Own = Own()
+    kproxy: KproxySection = KproxySection()
 
     def resolved(self, mode: Mode) -> Config:
         """Return the configuration with the mode that was chosen. Raises `ValueError` if it asks for another one."""
@@ -196,7 +196,7 @@ class Config(Section, frozen=True, kw_only=True):
         return msgspec.structs.replace(self, mode=mode)
 
     @property
-    def mode_in_force(self) -> Mode:
+    def effective_mode(self) -> Mode:
         """The mode, where it is configured or has been chosen. Raises `ValueError` where it has not."""
         if not self.mode:
             raise ValueError("no mode has been chosen yet")
@@ -205,7 +205,7 @@ class Config(Section, frozen=True, kw_only=True):
     @property
     def backend(self) -> IPTables | NFTables:
         """The section of the mode in force: masquerading and the periods of syncs."""
-        return self.nftables if self.mode_in_force == "nftables" else self.iptables
+        return self.nftables if self.effective_mode == "nftables" else self.iptables
 
     @property
     def cluster_cidrs(self) -> tuple[str, ...]:
@@ -213,9 +213,9 @@ class Config(Section, frozen=True, kw_only=True):
         return tuple(self.cluster_cidr.split(",")) if self.cluster_cidr else ()
 
     @property
-    def node_port_addresses_in_force(self) -> tuple[str, ...]:
+    def effective_node_port_addresses(self) -> tuple[str, ...]:
         """CIDRs, or `primary`; () means every local address. Unset is `primary` in mode nftables."""
-        usual = (PRIMARY,) if self.mode_in_force == "nftables" else ()
+        usual = (PRIMARY,) if self.effective_mode == "nftables" else ()
         return self.node_port_addresses or usual
 
 

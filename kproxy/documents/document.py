@@ -34,7 +34,7 @@ FieldPath: TypeAlias = tuple[str | int, ...]
 """The keys and indexes that lead to a field."""
 
 
-def dotted(path: FieldPath) -> str:
+def field_path_text(path: FieldPath) -> str:
     """Return a path as `spec.ports[0].port`; a key that is not printable, such as a line break, is quoted."""
     quoted = (step if isinstance(step, int) or step.isprintable() else repr(step) for step in path)
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in quoted).removeprefix(".")

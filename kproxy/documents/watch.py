@@ -13,7 +13,16 @@ from collections.abc import Callable, Mapping
 from msgspec import Struct
 
 from kproxy.documents.document import FileProblem
-from kproxy.host.inotify import IN_ATTRIB, IN_CLOSE_WRITE, IN_CREATE, IN_ISDIR, IN_MODIFY, Event, Inotify, InotifyError
+from kproxy.host.inotify import (
+    IN_ATTRIB,
+    IN_CLOSE_WRITE,
+    IN_CREATE,
+    IN_ISDIR,
+    IN_MODIFY,
+    Inotify,
+    InotifyError,
+    InotifyEvent,
+)
 
 SUFFIXES = (".json", ".yaml", ".yml")
 """The ends of the names of object files in a folder."""
@@ -21,7 +30,7 @@ PATIENCE = 1.0
 """Seconds to wait for files that are being written or keep changing, before they are read as they are."""
 
 
-class Reading(Struct, frozen=True):
+class PathSnapshot(Struct, frozen=True):
     """What was found on the disk: each file's bytes, or why it cannot be read.
 
     `trouble` says why there is no file at all, and is None otherwise.
@@ -31,7 +40,7 @@ class Reading(Struct, frozen=True):
     trouble: FileProblem | None = None
 
 
-def read_files(path: str) -> Reading:
+def read_files(path: str) -> PathSnapshot:
     """Read a file, or those files of a folder (not of folders in it) whose names end as `SUFFIXES` say.
 
     Hidden files are passed over, as `kubectl -f` does and mounted ConfigMaps need it.
@@ -39,14 +48,14 @@ def read_files(path: str) -> Reading:
     try:
         if not os.path.isdir(path):
             with open(path, "rb") as file:
-                return Reading({path: file.read()})
+                return PathSnapshot({path: file.read()})
         found = {name: _read(name) for name in _object_files(path)}
     except OSError as error:
-        return Reading({}, FileProblem(path, _reason(error)))
+        return PathSnapshot({}, FileProblem(path, _reason(error)))
     files = {name: text for name, text in found.items() if text is not None}
     if not files:
-        return Reading({}, FileProblem(path, f"no object files here ({', '.join('*' + end for end in SUFFIXES)})"))
-    return Reading(files)
+        return PathSnapshot({}, FileProblem(path, f"no object files here ({', '.join('*' + end for end in SUFFIXES)})"))
+    return PathSnapshot(files)
 
 
 def _object_files(folder: str) -> list[str]:
@@ -74,7 +83,7 @@ def _reason(error: OSError) -> str:
     return f"cannot be read: {(error.strerror or str(error)).lower()}"
 
 
-class Places(Struct, frozen=True):
+class WatchedPaths(Struct, frozen=True):
     """Where changes may change what `read_files` finds.
 
     `files` are those whose content counts, with PATH itself; `folder` is PATH if it is one. In `parent`, the
@@ -87,13 +96,13 @@ class Places(Struct, frozen=True):
     parent: str
     awaited: str
 
-    def hold(self, event: Event) -> bool:
+    def hold(self, event: InotifyEvent) -> bool:
         """Tell whether a change of content is one of an object file."""
         return os.path.join(event.directory, event.name) in self.files or (
             event.directory == self.folder and _is_object_file(event.name)
         )
 
-    def concern(self, event: Event) -> bool:
+    def concern(self, event: InotifyEvent) -> bool:
         """Tell whether something that happened is a reason to read again."""
         if not event.name:  # a directory itself is gone, or notices are lost
             return True
@@ -102,7 +111,7 @@ class Places(Struct, frozen=True):
         return event.directory != self.parent or self.awaited in {"", event.name}
 
 
-def places_of(path: str) -> Places:
+def places_of(path: str) -> WatchedPaths:
     """Look up where to look out for changes of the object files of a path, which need not exist."""
     full = os.path.abspath(path)
     parent = os.path.dirname(full)
@@ -116,7 +125,7 @@ def places_of(path: str) -> Places:
     targets = [os.path.realpath(file) for file in files if os.path.islink(file)]
     directories = [parent, *([folder] if folder else []), *map(os.path.dirname, targets)]
     through_link = not folder and os.path.islink(full)  # by way of other entries, as in a mounted ConfigMap
-    return Places(
+    return WatchedPaths(
         directories=tuple(dict.fromkeys(directories)),
         files=frozenset((full, *files, *targets)),
         folder=folder,
@@ -141,7 +150,7 @@ class SettledReader:
         self._places = places_of(path)
         notices.watch(self._places.directories)
 
-    def read(self) -> Reading:
+    def read(self) -> PathSnapshot:
         """Read until nothing changed meanwhile, the set of directories to watch included."""
         deadline = time.monotonic() + PATIENCE
         while True:
@@ -185,7 +194,7 @@ class SettledReader:
         return news
 
 
-def _is_being_made(event: Event) -> bool:
+def _is_being_made(event: InotifyEvent) -> bool:
     """Tell whether another notice will follow when the file is written: not for links and folders."""
     if not event.mask & IN_CREATE or event.mask & IN_ISDIR:
         return False
@@ -199,7 +208,7 @@ def _is_being_made(event: Event) -> bool:
 log = logging.getLogger(__name__)
 
 
-class PathFollower:
+class PathWatcher:
     """Hands readings of `path` (see `read_files`) to `take`: one at the start, and one after each change.
 
     `take` is called from a thread called `name` and must not raise; once it returns False, following is over. Where the
@@ -208,7 +217,7 @@ class PathFollower:
     """
 
     def __init__(
-        self, path: str, take: Callable[[Reading], bool], *, name: str, period: float, patience: float
+        self, path: str, take: Callable[[PathSnapshot], bool], *, name: str, period: float, patience: float
     ) -> None:
         self._path, self._take = path, take
         self._name, self._period, self._patience = name, period, patience
@@ -254,5 +263,5 @@ class PathFollower:
             while self._go_on(read_files(self._path)):
                 self._stopping.wait(self._period)
 
-    def _go_on(self, reading: Reading) -> bool:
+    def _go_on(self, reading: PathSnapshot) -> bool:
         return not self.stopping and self._take(reading) and not self.stopping

@@ -23,7 +23,7 @@ _LOCKS = Path("/proc/locks")
 _LOCK_FILE = "/run/xtables.lock"
 
 
-class Patience:
+class SlowCommandLog:
     """What is logged about one program that is slow. Moments are seconds of any clock that never goes back."""
 
     def __init__(self, program: str, pid: int, now: float) -> None:
@@ -108,11 +108,11 @@ class CommandError(Exception):
     """A program could not be run, or ended with an error; the message says which and why, on one line."""
 
 
-class UndecidedError(CommandError):
+class InconclusiveError(CommandError):
     """There is no answer, because a program could not be run to its end, or the kernel not asked: again, it may."""
 
 
-class Completed(Struct, frozen=True):
+class CompletedCommand(Struct, frozen=True):
     """How a program ended: `code` is its exit status, or below 0 if a signal ended it, as one that hangs is ended."""
 
     code: int
@@ -125,10 +125,10 @@ class Completed(Struct, frozen=True):
         return first_line(self.stderr) if self.code >= 0 or self.stderr else f"ended by signal {-self.code}"
 
 
-class _Guard:
+class _Watchdog:
     """Kills a program after a number of seconds, unless it is told that they begin anew; logs if it takes long."""
 
-    def __init__(self, process: subprocess.Popen[str], patience: Patience, timeout: float) -> None:
+    def __init__(self, process: subprocess.Popen[str], patience: SlowCommandLog, timeout: float) -> None:
         self.expired = False
         self._process = process
         self._patience = patience
@@ -142,7 +142,7 @@ class _Guard:
         try:
             self._thread.start()
         except RuntimeError as error:
-            raise UndecidedError(f"cannot watch over a program: {error}") from None
+            raise InconclusiveError(f"cannot watch over a program: {error}") from None
 
     def end(self) -> None:
         """Let the program live."""
@@ -167,7 +167,7 @@ class _Guard:
             self._patience.look(now)
 
 
-class Programs:
+class CommandRunner:
     """Runs programs one at a time; another thread may stop that for good.
 
     What programs read and write is UTF-8; other bytes come and go as surrogate escapes (PEP 383).
@@ -187,7 +187,7 @@ class Programs:
             _kill(running)
             running.wait()
 
-    def run(self, argv: Sequence[str], stdin: str = "", *, timeout: float) -> Completed:
+    def run(self, argv: Sequence[str], stdin: str = "", *, timeout: float) -> CompletedCommand:
         """Run a program to its end and return what it said.
 
         `timeout` is in seconds and guards against hanging: the program is then killed. Raises `CommandError` if it
@@ -207,13 +207,13 @@ class Programs:
                 except subprocess.TimeoutExpired:
                     now = monotonic()
                 else:
-                    return Completed(process.returncode, said, complaints)
+                    return CompletedCommand(process.returncode, said, complaints)
                 if now >= deadline:
                     _kill(process)
                     return _hung(argv, timeout)
                 patience.look(now)
 
-    def feed(self, argv: Sequence[str], parts: Iterable[str], *, timeout: float) -> Completed:
+    def feed(self, argv: Sequence[str], parts: Iterable[str], *, timeout: float) -> CompletedCommand:
         """Run a program on an input of many parts, which are asked for while it works on those before.
 
         What it prints is not kept. If it ends before all parts are in its pipe, no more are asked for, and `code` is
@@ -230,10 +230,10 @@ class Programs:
             if guard.expired:
                 return _hung(argv, timeout)
             if process.returncode == 0 and not whole:
-                return Completed(-1, "", f"{argv[0]} ended before its input did")
-            return Completed(process.returncode, "", _text_of(complaints))
+                return CompletedCommand(-1, "", f"{argv[0]} ended before its input did")
+            return CompletedCommand(process.returncode, "", _text_of(complaints))
 
-    def _takes(self, stdin: IO[str], part: str, guard: _Guard) -> bool:
+    def _takes(self, stdin: IO[str], part: str, guard: _Watchdog) -> bool:
         """Return whether a program takes one more part of its input. For each it has as long as for the first."""
         guard.begin_anew()
         try:
@@ -263,14 +263,14 @@ class Programs:
     @contextmanager
     def _guarded(
         self, argv: Sequence[str], timeout: float, **streams: Any
-    ) -> Iterator[tuple[subprocess.Popen[str], BinaryIO, _Guard]]:
+    ) -> Iterator[tuple[subprocess.Popen[str], BinaryIO, _Watchdog]]:
         """Start a program, with a file for its complaints; kill it after `timeout` seconds, or at the end."""
         # A pipe could fill up unread.
         with (
             _file_of("stderr") as complaints,
             self._start(argv, stderr=complaints, **streams) as (process, patience),
         ):
-            guard = _Guard(process, patience, timeout)
+            guard = _Watchdog(process, patience, timeout)
             try:
                 guard.start()
                 yield process, complaints, guard
@@ -279,17 +279,17 @@ class Programs:
                 _kill(process)
 
     @contextmanager
-    def _start(self, argv: Sequence[str], **streams: Any) -> Iterator[tuple[subprocess.Popen[str], Patience]]:
+    def _start(self, argv: Sequence[str], **streams: Any) -> Iterator[tuple[subprocess.Popen[str], SlowCommandLog]]:
         with self._lock:
             if self._stopped:
                 raise CommandError(f"{argv[0]} is not started any more: kproxy is stopping")
             try:
                 process = subprocess.Popen(argv, encoding="utf-8", errors="surrogateescape", process_group=0, **streams)
             except OSError as error:
-                found = CommandError if error.errno in _UNUSABLE else UndecidedError
+                found = CommandError if error.errno in _UNUSABLE else InconclusiveError
                 raise found(f"cannot run {argv[0]}: {error.strerror or error}") from None
             self._running = process
-        patience = Patience(argv[0], process.pid, monotonic())
+        patience = SlowCommandLog(argv[0], process.pid, monotonic())
         try:
             with process:
                 yield process, patience
@@ -298,9 +298,9 @@ class Programs:
             patience.ended(monotonic(), process.returncode)
 
 
-def run(argv: Sequence[str], stdin: str = "", *, timeout: float) -> Completed:
-    """Run one program that nobody will want to stop; see `Programs.run`."""
-    return Programs().run(argv, stdin, timeout=timeout)
+def run(argv: Sequence[str], stdin: str = "", *, timeout: float) -> CompletedCommand:
+    """Run one program that nobody will want to stop; see `CommandRunner.run`."""
+    return CommandRunner().run(argv, stdin, timeout=timeout)
 
 
 def _kill(process: subprocess.Popen[str]) -> None:
@@ -310,8 +310,8 @@ def _kill(process: subprocess.Popen[str]) -> None:
             os.killpg(process.pid, SIGKILL)
 
 
-def _hung(argv: Sequence[str], timeout: float) -> Completed:
-    return Completed(-SIGKILL, "", f"{argv[0]} did not end within {timeout:.0f} s")
+def _hung(argv: Sequence[str], timeout: float) -> CompletedCommand:
+    return CompletedCommand(-SIGKILL, "", f"{argv[0]} did not end within {timeout:.0f} s")
 
 
 def _file_of(name: str) -> BinaryIO:

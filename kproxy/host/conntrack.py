@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 from msgspec import Struct
 
-from kproxy.host.netlink import NETLINK_NETFILTER, NetlinkError, NetlinkSocket, retried
+from kproxy.host.netlink import NETLINK_NETFILTER, NetlinkError, NetlinkSocket, retry_interrupted
 from kproxy.host.netlink_message import attribute, attributes, nested, nfgenmsg
 from kproxy.model.addresses import socket_text, split_socket_text
 from kproxy.model.types import Family
@@ -32,7 +32,7 @@ _KEY = (_REPLY, _ZONE, _ID)
 _NFGENMSG_SIZE = 4
 
 
-class IpKind(Struct, frozen=True):
+class TupleLayout(Struct, frozen=True):
     """What differs between the families: the address family, the size of addresses, and their attributes' types."""
 
     family: int
@@ -42,12 +42,12 @@ class IpKind(Struct, frozen=True):
 
 
 IP_KINDS = {
-    Family.IPV4: IpKind(socket.AF_INET, 4, 1, 2),
-    Family.IPV6: IpKind(socket.AF_INET6, 16, 3, 4),
+    Family.IPV4: TupleLayout(socket.AF_INET, 4, 1, 2),
+    Family.IPV6: TupleLayout(socket.AF_INET6, 16, 3, 4),
 }
 
 
-def question(kind: IpKind, address: bytes = b"", port: bytes = b"") -> bytes:
+def question(kind: TupleLayout, address: bytes = b"", port: bytes = b"") -> bytes:
     """Return what asks for all UDP entries of a family, or for those to a packed port, or to an address and port.
 
     Kernels before 5.8 do not know the filter and answer with everything.
@@ -62,7 +62,7 @@ def question(kind: IpKind, address: bytes = b"", port: bytes = b"") -> bytes:
     return nfgenmsg(kind.family) + nested(_ORIGINAL, ip, nested(_TUPLE_PROTO, proto)) + nested(_FILTER, *filters)
 
 
-class EntryReader:
+class ConntrackEntryReader:
     """Reads messages about entries of one family; each is given by a buffer and its place in there.
 
     The kernel always writes both tuples first and in the same way. Messages that look like that can be told apart by
@@ -70,7 +70,7 @@ class EntryReader:
     attributes, and many entries share the number because they differ only in their client.
     """
 
-    def __init__(self, kind: IpKind) -> None:
+    def __init__(self, kind: TupleLayout) -> None:
         self._kind = kind
         zeros, ones = (_tuple(_ORIGINAL, kind, byte) + _tuple(_REPLY, kind, byte) for byte in (b"\0", b"\xff"))
         headers = bytes(0xFF if left == right else 0 for left, right in zip(zeros, ones, strict=True))
@@ -125,7 +125,7 @@ class EntryReader:
         return (destination, source) if destination and source else None
 
 
-def _tuple(direction: int, kind: IpKind, byte: bytes) -> bytes:
+def _tuple(direction: int, kind: TupleLayout, byte: bytes) -> bytes:
     """Return a tuple as the kernel writes it, with every value made of one byte."""
     ip = (attribute(which, byte * kind.size) for which in (kind.source, kind.destination))
     ports = (attribute(which, byte * 2) for which in (_PROTO_SRC_PORT, _PROTO_DST_PORT))
@@ -161,7 +161,7 @@ class UdpConntrack:
 
     def __init__(self, family: Family) -> None:
         self._kind = IP_KINDS[family]
-        self._reader = EntryReader(self._kind)
+        self._reader = ConntrackEntryReader(self._kind)
 
     def clean(self, destinations: Collection[str], is_stale: IsStale) -> int:
         """Delete the entries of flows to these destinations that are stale; return how many were.
@@ -170,14 +170,14 @@ class UdpConntrack:
         default one are left alone unless their destination is translated: they are somebody else's view of a flow
         (Open vSwitch keeps zones of its own). Raises `OSError` if something stale may be left.
         """
-        wanted = _Wanted(self._kind, destinations, is_stale)
+        wanted = _StaleFilter(self._kind, destinations, is_stale)
         questions = list(self._questions(destinations))
 
         def attempt() -> int:
             with NetlinkSocket(NETLINK_NETFILTER) as netlink:
                 return self._delete(netlink, self._find(netlink, questions, wanted))
 
-        return retried(attempt)
+        return retry_interrupted(attempt)
 
     def _questions(self, destinations: Collection[str]) -> Iterator[bytes]:
         """Yield what to ask the kernel for; the answers may hold more.
@@ -196,10 +196,10 @@ class UdpConntrack:
         for packed_address, packed_port in asked:
             yield question(self._kind, packed_address, packed_port)
 
-    def _find(self, netlink: NetlinkSocket, questions: list[bytes], wanted: _Wanted) -> dict[bytes, None]:
+    def _find(self, netlink: NetlinkSocket, questions: list[bytes], wanted: _StaleFilter) -> dict[bytes, None]:
         """Return the keys of entries to delete, each once: what one question finds, the next may find again."""
         reader = self._reader
-        verdicts: dict[int, _Verdict] = {}
+        verdicts: dict[int, _Deletion] = {}
         keys: dict[bytes, None] = {}
         for each in questions:
             for message in netlink.dump(_GET, each):
@@ -209,7 +209,7 @@ class UdpConntrack:
                     verdict = wanted.verdict(reader.ends(*message))
                     if reader.is_usual(pair):
                         verdicts[pair] = verdict
-                if verdict is _Verdict.DELETE or (verdict is _Verdict.DELETE_OURS and not reader.in_zone(*message)):
+                if verdict is _Deletion.DELETE or (verdict is _Deletion.DELETE_OURS and not reader.in_zone(*message)):
                     keys[reader.key(*message)] = None
         return keys
 
@@ -222,7 +222,7 @@ class UdpConntrack:
         return len(keys) - len(refused)
 
 
-class _Verdict(Enum):
+class _Deletion(Enum):
     """What is to become of the entries between two ends."""
 
     KEEP = 0
@@ -231,10 +231,10 @@ class _Verdict(Enum):
     """Those of the default zone only: the destination is not translated."""
 
 
-class _Wanted:
+class _StaleFilter:
     """Which entries to delete."""
 
-    def __init__(self, kind: IpKind, destinations: Collection[str], is_stale: IsStale) -> None:
+    def __init__(self, kind: TupleLayout, destinations: Collection[str], is_stale: IsStale) -> None:
         self._kind = kind
         self._is_stale = is_stale
         self._sockets: set[bytes] = set()
@@ -246,12 +246,12 @@ class _Wanted:
             else:
                 self._ports.add(_PORT.pack(port))
 
-    def verdict(self, ends: Ends | None) -> _Verdict:
+    def verdict(self, ends: Ends | None) -> _Deletion:
         if ends is None or (ends[0] not in self._sockets and ends[0][-2:] not in self._ports):
-            return _Verdict.KEEP
+            return _Deletion.KEEP
         if not self._is_stale(self._text(ends[0]), self._text(ends[1])):
-            return _Verdict.KEEP
-        return _Verdict.DELETE if ends[0] != ends[1] else _Verdict.DELETE_OURS
+            return _Deletion.KEEP
+        return _Deletion.DELETE if ends[0] != ends[1] else _Deletion.DELETE_OURS
 
     def _text(self, packed: bytes) -> str:
         address = socket.inet_ntop(self._kind.family, packed[:-2])

@@ -32,7 +32,7 @@ _BUFFER = 65536
 _NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ELOOP}
 
 
-class Event(Struct, frozen=True):
+class InotifyEvent(Struct, frozen=True):
     """Something changed. `directory` is "" where the kernel lost notices; `name` is "" for the directory itself."""
 
     directory: str
@@ -80,9 +80,9 @@ class Inotify:
             self._libc.inotify_rm_watch(self._fd, number)  # fails if the kernel has done it, with the directory
         return not self._watched.keys() <= before.keys()
 
-    def read(self) -> list[Event]:
+    def read(self) -> list[InotifyEvent]:
         """Return the changes since the last call, without waiting for one."""
-        events: list[Event] = []
+        events: list[InotifyEvent] = []
         while True:
             try:
                 data = os.read(self._fd, _BUFFER)
@@ -102,7 +102,7 @@ class Inotify:
     ) -> None:
         self.close()
 
-    def _parse(self, data: bytes) -> list[Event]:
+    def _parse(self, data: bytes) -> list[InotifyEvent]:
         events = []
         offset = 0
         while offset < len(data):
@@ -111,7 +111,7 @@ class Inotify:
             name = os.fsdecode(data[offset : offset + length].rstrip(b"\0"))
             offset += length
             if number in self._watched or mask & IN_Q_OVERFLOW:
-                events.append(Event(self._watched.get(number, ""), name, mask))
+                events.append(InotifyEvent(self._watched.get(number, ""), name, mask))
         return events
 
     @staticmethod

@@ -10,7 +10,7 @@ import struct
 import threading
 from collections.abc import Callable
 
-from kproxy.host.netlink import NetlinkSocket, retried
+from kproxy.host.netlink import NetlinkSocket, retry_interrupted
 from kproxy.host.netlink_message import attributes
 from kproxy.model.types import Family
 
@@ -41,7 +41,7 @@ def own_addresses(family: Family) -> frozenset[str]:
 
 def addresses_by_interface(family: int) -> dict[int, frozenset[str]]:
     """Return the addresses of a family (`AF_UNSPEC`: of both) by the index of their interface. Raises `OSError`."""
-    return retried(lambda: _read(family))
+    return retry_interrupted(lambda: _read(family))
 
 
 def _read(family: int) -> dict[int, frozenset[str]]:

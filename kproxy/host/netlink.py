@@ -32,7 +32,7 @@ BATCH = 128
 Message: TypeAlias = tuple[bytes, int, int]
 """A buffer, and where the payload of one message in it begins and ends."""
 ATTEMPTS = 3
-"""How often `retried` asks in all."""
+"""How often `retry_interrupted` asks in all."""
 _T = TypeVar("_T")
 _CHUNK = 1 << 16  # the kernel puts at most 32 KiB into one piece of a dump
 _ERRNO = struct.Struct("=i")
@@ -46,7 +46,7 @@ class DumpInterruptedError(NetlinkError):
     """What was being read changed meanwhile, so that the answer may lack something: ask again."""
 
 
-def retried(ask: Callable[[], _T]) -> _T:
+def retry_interrupted(ask: Callable[[], _T]) -> _T:
     """Return what `ask` returns, which is called again if a dump was interrupted or answers were lost (netlink(7)).
 
     It must begin anew each time, with a socket of its own. Raises what the last of `ATTEMPTS` raised.
@@ -170,7 +170,7 @@ REFUSALS_TOLD = 20
 """How many of a batch's refused messages are told of: the first says what is wrong, the others often follow from it."""
 
 
-class Refusal(Struct, frozen=True):
+class RejectedMessage(Struct, frozen=True):
     """What the kernel said of one message of a batch: which, why, and where in its payload (-1: it did not say)."""
 
     place: int
@@ -179,10 +179,10 @@ class Refusal(Struct, frozen=True):
     offset: int = -1
 
 
-class BatchRefusedError(Exception):
+class BatchRejectedError(Exception):
     """The kernel took nothing of a batch. `refusals` name the messages that it refused, in their order."""
 
-    def __init__(self, refusals: Sequence[Refusal]) -> None:
+    def __init__(self, refusals: Sequence[RejectedMessage]) -> None:
         super().__init__(refusals[0].reason)
         self.refusals = refusals
 
@@ -206,7 +206,7 @@ class BatchSocket(BoundSocket):
     def commit(self, messages: Sequence[tuple[int, int, bytes]], generation: int | None = None) -> None:
         """Send messages (type, flags, payload) as one batch and wait until the kernel has taken it.
 
-        With a `generation` the batch counts only if nobody has changed any rules since. Raises `BatchRefusedError`,
+        With a `generation` the batch counts only if nobody has changed any rules since. Raises `BatchRejectedError`,
         `StaleGenerationError` or, where the kernel cannot be asked at all, `NetlinkError`.
         """
         first = self._sequence + 1
@@ -221,7 +221,7 @@ class BatchSocket(BoundSocket):
         self._send(b"".join(parts))
         refusals = self._answers(first, last)
         if refusals:
-            raise BatchRefusedError(refusals)
+            raise BatchRejectedError(refusals)
 
     def _send(self, batch: bytes) -> None:
         if len(batch) > self._send_buffer:
@@ -236,13 +236,13 @@ class BatchSocket(BoundSocket):
         except OSError as error:
             raise NetlinkError(error.errno, error.strerror) from None
 
-    def _answers(self, first: int, last: int) -> list[Refusal]:
+    def _answers(self, first: int, last: int) -> list[RejectedMessage]:
         """Read answers until that to the last message, or one to the batch as a whole (in the name of its begin).
 
         Too many refusals for the socket's buffer are told by an error; those that came first are still in it, and must
         be taken out, or it would have no room for the answers to come (netlink(7)).
         """
-        refusals: list[Refusal] = []
+        refusals: list[RejectedMessage] = []
         overrun = False
         while True:
             try:
@@ -268,7 +268,7 @@ class BatchSocket(BoundSocket):
                 return refusals
 
 
-def _refusal(answer: bytes, size: int, flags: int, place: int) -> Refusal:
+def _refusal(answer: bytes, size: int, flags: int, place: int) -> RejectedMessage:
     (code,) = struct.unpack_from("=i", answer, HEADER.size)
     reason, offset = os.strerror(-code), -1
     if flags & _HAS_ATTRIBUTES:
@@ -281,4 +281,4 @@ def _refusal(answer: bytes, size: int, flags: int, place: int) -> Refusal:
         if _ERROR_OFFSET in found:
             # Counted from the message's header.
             offset = struct.unpack_from("=I", answer, found[_ERROR_OFFSET][0])[0] - HEADER.size
-    return Refusal(place, -code, reason, offset)
+    return RejectedMessage(place, -code, reason, offset)

@@ -6,7 +6,7 @@ import errno
 import socket
 import struct
 
-from kproxy.host.netlink import NETLINK_NETFILTER, BatchRefusedError, BatchSocket, NetlinkError, NetlinkSocket
+from kproxy.host.netlink import NETLINK_NETFILTER, BatchRejectedError, BatchSocket, NetlinkError, NetlinkSocket
 from kproxy.host.netlink_message import NLM_F_CREATE, attribute, nested, nfgenmsg
 from kproxy.model.types import Family
 
@@ -39,7 +39,7 @@ def nat_refused(family: Family) -> str:
                     (_NFTABLES << 8 | _UNKNOWN, 0, header),
                 ]
             )
-        except BatchRefusedError as error:
+        except BatchRejectedError as error:
             first = error.refusals[0]
     if first.place < 0:
         return f"it takes no changes from us: {first.reason}"

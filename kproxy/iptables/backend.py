@@ -11,16 +11,16 @@ from typing import Protocol
 
 from kproxy.host.commands import CommandError
 from kproxy.iptables.base_rules import EnsuredRule, ensured_rules
-from kproxy.iptables.diff import Change
+from kproxy.iptables.diff import IptablesDiff
 from kproxy.iptables.dispatch import DISPATCH_THRESHOLD
-from kproxy.iptables.ledger import KernelView, Ledger
-from kproxy.iptables.names import CANARIES, FILTER_FIREWALL, Chain
+from kproxy.iptables.ledger import IptablesLedger, IptablesSnapshot
+from kproxy.iptables.names import CANARIES, FILTER_FIREWALL, ChainName
 from kproxy.iptables.render import RenderedPort, render_port
 from kproxy.iptables.runner import RestoreError
-from kproxy.iptables.save_restore import Restore, read_save
+from kproxy.iptables.save_restore import RestoreInput, read_save
 from kproxy.model.context import Context
 from kproxy.model.plan import ServicePortPlan
-from kproxy.model.sync_report import Plans, SyncError, Written
+from kproxy.model.sync_report import ApplyResult, Plans, SyncError
 from kproxy.model.types import ServiceKey
 
 log = logging.getLogger(__name__)
@@ -45,8 +45,8 @@ UNLIMITED = 1 << 60
 """A size of block that holds any change: for iptables-legacy, where a transaction's cost is that of the whole table."""
 
 
-class Kernel(Protocol):
-    """The way to one family's rules; `kproxy.iptables.runner.Iptables` is the real one."""
+class IptablesKernel(Protocol):
+    """The way to one family's rules; `kproxy.iptables.runner.IptablesRunner` is the real one."""
 
     def save(self) -> AbstractContextManager[Iterator[str]]:
         """Return all rules as `iptables-save` prints them, and a line about each table that it cannot print."""
@@ -57,16 +57,16 @@ class Kernel(Protocol):
     def restore_each(self, texts: Iterable[str]) -> None:
         """Make the changes of inputs, one after the other, and ask for none after one that is not accepted."""
 
-    def has(self, chain: Chain, rule: str) -> bool | None:
+    def has(self, chain: ChainName, rule: str) -> bool | None:
         """Return whether a chain has a rule, None if that cannot be told."""
 
-    def look(self, chains: Iterable[Chain]) -> dict[Chain, list[str]]:
+    def look(self, chains: Iterable[ChainName]) -> dict[ChainName, list[str]]:
         """Return the rules of those chains that exist as `iptables-save` prints them, as far as they can be had."""
 
-    def lengths(self, chains: Collection[Chain]) -> dict[Chain, int]:
+    def lengths(self, chains: Collection[ChainName]) -> dict[ChainName, int]:
         """Return how many rules chains have, as far as that can be told cheaply."""
 
-    def create(self, chain: Chain) -> None:
+    def create(self, chain: ChainName) -> None:
         """Create a chain unless it exists."""
 
 
@@ -78,7 +78,7 @@ class IptablesBackend:
 
     def __init__(
         self,
-        kernel: Kernel,
+        kernel: IptablesKernel,
         *,
         block_rules: int = BLOCK_RULES,
         dispatch_threshold: int = DISPATCH_THRESHOLD,
@@ -93,21 +93,21 @@ class IptablesBackend:
         self._block_rules = block_rules
         self._dispatch_threshold = dispatch_threshold
         self._patching = patching
-        self._ledger: Ledger | None = None
+        self._ledger: IptablesLedger | None = None
 
     @property
-    def needs_everything(self) -> bool:
+    def needs_full_sync(self) -> bool:
         """Whether the next `sync` must be given the plans of all Services."""
         return self._ledger is None
 
-    def sync(self, plans: Plans, context: Context) -> Written:
-        """Bring the kernel to `plans`: the Services that may have changed, or all if `needs_everything`.
+    def sync(self, plans: Plans, context: Context) -> ApplyResult:
+        """Bring the kernel to `plans`: the Services that may have changed, or all if `needs_full_sync`.
 
         A Service without plans is deleted. Raises `SyncError` if the kernel refused; what was accepted before stays.
         """
-        ledger, view = (self._ledger, None) if self._ledger is not None else (Ledger(), self._read(context))
+        ledger, view = (self._ledger, None) if self._ledger is not None else (IptablesLedger(), self._read(context))
         wanted = ((key, render_ports(ports, context)) for key, ports in plans.items())
-        change = Change(
+        change = IptablesDiff(
             ledger,
             view,
             wanted,
@@ -123,11 +123,11 @@ class IptablesBackend:
             log.warning("others changed %d chains at the same moment: written anew", len(crossed))
             self._make(self._repair(ledger, crossed, plans, context), written)
         self._ledger = ledger
-        return Written(written, ledger.rules, ledger.settlement.conflicts)
+        return ApplyResult(written, ledger.rules, ledger.settlement.conflicts)
 
-    def _make(self, change: Change, written: Counter[str]) -> None:
+    def _make(self, change: IptablesDiff, written: Counter[str]) -> None:
         """Make a change, and count the rules that it wrote. Raises `SyncError`."""
-        optional: list[Restore] = []
+        optional: list[RestoreInput] = []
 
         def texts() -> Iterator[str]:
             for transaction in change.transactions():
@@ -145,7 +145,7 @@ class IptablesBackend:
             raise SyncError(str(error)) from None
         change.commit()
 
-    def _crossed(self, patched: Mapping[Chain, tuple[ServiceKey, int]]) -> dict[Chain, ServiceKey]:
+    def _crossed(self, patched: Mapping[ChainName, tuple[ServiceKey, int]]) -> dict[ChainName, ServiceKey]:
         """Return the patched chains, each with its Service, that have not as many rules as they should have.
 
         Between the look before a patch and the patch somebody else may have been there: another proxy that was told
@@ -154,9 +154,11 @@ class IptablesBackend:
         lengths = self._kernel.lengths(patched) if patched else {}
         return {chain: key for chain, (key, length) in patched.items() if lengths.get(chain) != length}
 
-    def _repair(self, ledger: Ledger, crossed: Mapping[Chain, ServiceKey], plans: Plans, context: Context) -> Change:
+    def _repair(
+        self, ledger: IptablesLedger, crossed: Mapping[ChainName, ServiceKey], plans: Plans, context: Context
+    ) -> IptablesDiff:
         """Return the change that writes chains anew whatever the ledger says, each given with its Service."""
-        return Change(
+        return IptablesDiff(
             ledger,
             None,
             ((key, render_ports(plans[key], context)) for key in dict.fromkeys(crossed.values())),
@@ -198,11 +200,11 @@ class IptablesBackend:
         """Return whether an ensured rule is in force for all that can be told, given what is listed of its chain."""
         return rule.is_met_by_one_of(listed) or self._kernel.has(rule.chain, rule.rule) is not False
 
-    def _block_for(self, ledger: Ledger) -> int:
+    def _block_for(self, ledger: IptablesLedger) -> int:
         """Return how many rules a transaction may hold that changes what a ledger has."""
         return max(self._block_rules, CHANGED_FACTOR * isqrt(sum(ledger.rules.values())))
 
-    def _try(self, transaction: Restore) -> None:
+    def _try(self, transaction: RestoreInput) -> None:
         """Make whatever part of a transaction is possible that deletes chains, and nothing else."""
         try:
             self._kernel.restore(transaction.text())
@@ -212,13 +214,13 @@ class IptablesBackend:
                 log.warning("chain %s is not ours any more but somebody uses it: %s", chains[0].name, error)
                 return
             for half in (chains[: len(chains) // 2], chains[len(chains) // 2 :]):
-                self._try(Restore(deleted=half, may_fail=True))
+                self._try(RestoreInput(deleted=half, may_fail=True))
 
-    def _read(self, context: Context) -> KernelView:
+    def _read(self, context: Context) -> IptablesSnapshot:
         try:
             with self._kernel.save() as lines:
                 saved = read_save(lines)
-            view = KernelView.of(saved.chains)
+            view = IptablesSnapshot.of(saved.chains)
             for table, reason in saved.incompatible.items():
                 self._ask_for_shared_rules(view, table, context)
                 log.warning(
@@ -230,7 +232,7 @@ class IptablesBackend:
             raise SyncError(str(error)) from None
         return view
 
-    def _ask_for_shared_rules(self, view: KernelView, table: str, context: Context) -> None:
+    def _ask_for_shared_rules(self, view: IptablesSnapshot, table: str, context: Context) -> None:
         """Find out by questions about single chains and rules what no dump shows.
 
         A rule that cannot be told to be there is put in: twice does no harm, and then it is above what hid it.
@@ -251,10 +253,10 @@ def render_ports(ports: Sequence[ServicePortPlan], context: Context) -> dict[str
     return {f"{plan.port_name}/{plan.protocol}": render_port(plan, context) for plan in ports}
 
 
-class Printer:
+class IptablesPrinter:
     """A backend that hands on what it would do to an empty kernel, as text."""
 
-    needs_everything = True
+    needs_full_sync = True
 
     def verify(self, context: Context) -> bool:  # noqa: ARG002 - there is no kernel that could differ
         """Return that nothing is missing."""
@@ -267,13 +269,13 @@ class Printer:
         self._show = show
         self._dispatch_threshold = dispatch_threshold
 
-    def sync(self, plans: Plans, context: Context) -> Written:
+    def sync(self, plans: Plans, context: Context) -> ApplyResult:
         """Hand on the one `iptables-restore --noflush` input that programs all `plans`."""
         wanted = ((key, render_ports(ports, context)) for key, ports in plans.items())
-        ledger = Ledger()
-        change = Change(
+        ledger = IptablesLedger()
+        change = IptablesDiff(
             ledger,
-            KernelView({}, {}),
+            IptablesSnapshot({}, {}),
             wanted,
             context,
             block_rules=UNLIMITED,
@@ -282,4 +284,4 @@ class Printer:
         for transaction in change.transactions():
             self._show(transaction.text())
         change.commit()
-        return Written({}, {}, ledger.settlement.conflicts)
+        return ApplyResult({}, {}, ledger.settlement.conflicts)

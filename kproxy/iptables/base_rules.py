@@ -15,7 +15,7 @@ from kproxy.iptables.names import (
     NAT_NODEPORTS,
     NAT_SERVICES,
     POSTROUTING,
-    Chain,
+    ChainName,
 )
 from kproxy.iptables.render import host_cidr
 from kproxy.model.context import Context
@@ -27,7 +27,7 @@ INVALID_COUNTER = "ct_state_invalid_dropped_pkts"
 class EnsuredRule(Struct, frozen=True):
     """A rule in a chain that is not ours alone: put at the top where it is missing, never rewritten."""
 
-    chain: Chain
+    chain: ChainName
     rule: str
 
     @property
@@ -58,11 +58,11 @@ def _essence(rule: str) -> str:
 def _jump(table: str, chain: str, target: str, comment: str, *, new_only: bool) -> EnsuredRule:
     state = "-m conntrack --ctstate NEW " if new_only else ""
     rule = f'{state}-m comment --comment "{comment}" -j {target}'
-    return EnsuredRule(Chain(table, chain), rule)
+    return EnsuredRule(ChainName(table, chain), rule)
 
 
 _KUBELET_FIREWALL = tuple(
-    EnsuredRule(Chain("filter", chain), f"-j {FILTER_FIREWALL.name}") for chain in ("INPUT", "OUTPUT")
+    EnsuredRule(ChainName("filter", chain), f"-j {FILTER_FIREWALL.name}") for chain in ("INPUT", "OUTPUT")
 )
 _JUMPS = (
     *(
@@ -109,7 +109,7 @@ def ensured_rules(context: Context) -> tuple[EnsuredRule, ...]:
     return (*martians, *_KUBELET_FIREWALL, *_JUMPS)
 
 
-def base_chains(context: Context) -> dict[Chain, str]:
+def base_chains(context: Context) -> dict[ChainName, str]:
     """Return the chains that are ours and the same for every set of Services, with their rules."""
     mark = f"{context.masquerade_mark:#x}"
     random = " --random-fully" if context.random_fully else ""
@@ -141,7 +141,7 @@ def _forward_rules(context: Context, mark: str) -> list[str]:
     return [f"-A {FILTER_FORWARD.name} {rule}" for rule in rules]
 
 
-def dispatch_tails(context: Context) -> dict[Chain, tuple[str, ...]]:
+def dispatch_tails(context: Context) -> dict[ChainName, tuple[str, ...]]:
     """Return the rules that end each dispatch chain: the way to NodePorts comes after all Services' addresses."""
     comment = '-m comment --comment "kubernetes service nodeports; NOTE: this must be the last rule in this chain"'
     jump = f"-j {NAT_NODEPORTS.name}"
@@ -154,6 +154,6 @@ def dispatch_tails(context: Context) -> dict[Chain, tuple[str, ...]]:
         rules = [f"{loopback}{comment} -m addrtype --dst-type LOCAL {jump}"]
     else:
         rules = [f"-d {host_cidr(address)} {comment} {jump}" for address in context.node_port_addresses]
-    tails: dict[Chain, tuple[str, ...]] = dict.fromkeys(DISPATCH, ())
+    tails: dict[ChainName, tuple[str, ...]] = dict.fromkeys(DISPATCH, ())
     tails[NAT_SERVICES] = tuple(f"-A {NAT_SERVICES.name} {rule}" for rule in rules)
     return tails

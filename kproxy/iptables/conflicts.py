@@ -15,7 +15,7 @@ from msgspec import Struct
 
 from kproxy.iptables.render import DispatchRule
 from kproxy.model.addresses import socket_text
-from kproxy.model.frontend_conflicts import Conflict, Rank
+from kproxy.model.frontend_conflicts import ClaimRank, FrontendConflict
 from kproxy.model.types import Family, ServiceKey
 
 Frontend: TypeAlias = int
@@ -27,11 +27,11 @@ _PORT_BITS = 16
 _PROTOCOL_BITS = 2
 
 
-class Settlement(Struct, frozen=True):
+class ConflictResolution(Struct, frozen=True):
     """How claims to the same frontends are settled: rules that are left out, and who loses to whom."""
 
     left_out: frozenset[DispatchRule] = frozenset()
-    conflicts: tuple[Conflict, ...] = ()
+    conflicts: tuple[FrontendConflict, ...] = ()
 
 
 def frontend_of(rule: DispatchRule) -> Frontend | None:
@@ -43,10 +43,10 @@ def frontend_of(rule: DispatchRule) -> Frontend | None:
     return ~number if rule.protocol else rule.place << (_PORT_BITS + _PROTOCOL_BITS) | number
 
 
-def settle(family: Family, frontends: Iterable[Frontend], rules: DispatchRules) -> Settlement:
+def settle(family: Family, frontends: Iterable[Frontend], rules: DispatchRules) -> ConflictResolution:
     """Return how the claims to some frontends are settled, given all rules of the Services that claim any of them."""
     left_out: set[DispatchRule] = set()
-    conflicts: list[Conflict] = []
+    conflicts: list[FrontendConflict] = []
     claimed: dict[Frontend, dict[str, list[DispatchRule]]] = {frontend: {} for frontend in frontends}
     for owner, rule in (each for owned in rules.values() for each in owned):
         frontend = frontend_of(rule)
@@ -56,15 +56,15 @@ def settle(family: Family, frontends: Iterable[Frontend], rules: DispatchRules) 
         holder = min(owners, key=lambda owner: (_rank(owners[owner]), owner))
         for loser in (each for each in owners if _service_of(each) != _service_of(holder)):
             left_out.update(owners[loser])
-            conflicts.append(Conflict(_text(family, frontend), holder, loser))
-    return Settlement(frozenset(left_out), tuple(sorted(conflicts)))
+            conflicts.append(FrontendConflict(_text(family, frontend), holder, loser))
+    return ConflictResolution(frozenset(left_out), tuple(sorted(conflicts)))
 
 
 def _service_of(owner: str) -> ServiceKey:
     return owner.partition(":")[0]
 
 
-def _rank(rules: Iterable[DispatchRule]) -> Rank:
+def _rank(rules: Iterable[DispatchRule]) -> ClaimRank:
     return min(rule.claim.rank for rule in rules if rule.claim is not None)
 
 
@@ -78,7 +78,7 @@ def _text(family: Family, frontend: Frontend) -> str:
     return f"{socket_text(str(ip_address(packed)), port)}/{protocol}"
 
 
-class Claims:
+class FrontendClaims:
     """Which Services claim which frontend, as far as the kernel has accepted their rules."""
 
     def __init__(self) -> None:

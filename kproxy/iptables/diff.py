@@ -14,16 +14,16 @@ from kproxy.iptables.dispatch import lay_out
 from kproxy.iptables.ledger import (
     Digest,
     DispatchRecord,
-    KernelView,
-    Ledger,
+    IptablesLedger,
+    IptablesSnapshot,
     PortRecord,
     ServiceRecord,
     dispatch_differs,
 )
-from kproxy.iptables.names import CANARIES, FILTER_FIREWALL, Chain, deletion_order
+from kproxy.iptables.names import CANARIES, FILTER_FIREWALL, ChainName, deletion_order
 from kproxy.iptables.patch import patch
 from kproxy.iptables.render import RenderedPort
-from kproxy.iptables.save_restore import Restore, count_rules
+from kproxy.iptables.save_restore import RestoreInput, count_rules
 from kproxy.model.context import Context
 from kproxy.model.types import ServiceKey
 
@@ -34,11 +34,11 @@ It is consumed as transactions are asked for, so that the rules of a large clust
 """
 
 
-Lengths = Callable[[Collection[Chain]], Mapping[Chain, int]]
+Lengths = Callable[[Collection[ChainName]], Mapping[ChainName, int]]
 """Tells how many rules chains have in the kernel, as far as that can be told."""
 
 
-class Change:
+class IptablesDiff:
     """The way from what a ledger says to what is wanted, as transactions to make in their order.
 
     With a `kernel` view (at start, after a failure) the ledger is empty, `wanted` is complete, and what the view
@@ -58,17 +58,17 @@ class Change:
 
     def __init__(
         self,
-        ledger: Ledger,
-        kernel: KernelView | None,
+        ledger: IptablesLedger,
+        kernel: IptablesSnapshot | None,
         wanted: Wanted,
         context: Context,
         *,
         block_rules: int,
         dispatch_threshold: int,
         lengths: Lengths | None = None,
-        doubted: Container[Chain] = (),
+        doubted: Container[ChainName] = (),
     ) -> None:
-        self.patched: dict[Chain, tuple[ServiceKey, int]] = {}
+        self.patched: dict[ChainName, tuple[ServiceKey, int]] = {}
         self._ledger = ledger
         self._kernel = kernel
         self._wanted = wanted
@@ -78,22 +78,22 @@ class Change:
         self._lengths = lengths
         self._doubted = doubted
         self._services: dict[ServiceKey, ServiceRecord] = {}
-        self._base: dict[Chain, Digest] = {}
+        self._base: dict[ChainName, Digest] = {}
         self._base_rules: Counter[str] = Counter()
-        self._dispatch: dict[Chain, DispatchRecord] = {}
+        self._dispatch: dict[ChainName, DispatchRecord] = {}
         self._settlement = ledger.settlement
-        self._tops: dict[Chain, str] = {}
-        self._deleted: list[Chain] = []
+        self._tops: dict[ChainName, str] = {}
+        self._deleted: list[ChainName] = []
 
-    def transactions(self) -> Iterator[Restore]:
+    def transactions(self) -> Iterator[RestoreInput]:
         """Yield the transactions; none at all if the kernel already holds what is wanted."""
-        block = Restore(self._groundwork())
+        block = RestoreInput(self._groundwork())
         filled = block.rules
         for writes in self._unswitched():
             added = writes.rules
             if block and filled + added > self._block_rules:
                 yield block
-                block, filled = Restore(), 0
+                block, filled = RestoreInput(), 0
             block.chains |= writes.chains
             block.patches |= writes.patches
             filled += added
@@ -112,7 +112,7 @@ class Change:
         yield from [block] if block else []
         gone = iter(sorted(self._deleted, key=deletion_order))
         while batch := list(islice(gone, self._block_rules)):
-            yield Restore(deleted=batch, may_fail=apart)
+            yield RestoreInput(deleted=batch, may_fail=apart)
 
     def commit(self) -> None:
         """Write into the ledger what the kernel holds once it has accepted every transaction."""
@@ -122,7 +122,7 @@ class Change:
         self._ledger.settlement = self._settlement
         self._ledger.dispatch = self._dispatch
 
-    def _groundwork(self) -> dict[Chain, str]:
+    def _groundwork(self) -> dict[ChainName, str]:
         """Return the chains that those of the Services jump to, where they differ."""
         chains = base_chains(self._context)
         self._base = {chain: hash(rules) for chain, rules in chains.items()}
@@ -133,27 +133,27 @@ class Change:
         held = self._kernel.ours if self._kernel else self._ledger.base
         return {chain: rules for chain, rules in chains.items() if held.get(chain) != self._base[chain]}
 
-    def _unswitched(self) -> Iterator[Restore]:
+    def _unswitched(self) -> Iterator[RestoreInput]:
         """Yield what is to be done before the switch, in parts that belong into one transaction each."""
         yield from self._port_chains()
-        yield from (Restore({shard: text}) for shard, text in self._shards())
+        yield from (RestoreInput({shard: text}) for shard, text in self._shards())
 
-    def _port_chains(self) -> Iterator[Restore]:
+    def _port_chains(self) -> Iterator[RestoreInput]:
         """Yield, Service by Service, the chains to write; a Service's own chains always change together."""
         for key, ports in self._wanted:
             record = {name: PortRecord.of(rendered) for name, rendered in ports.items()}
             self._services[key] = record
             old = self._ledger.services.get(key, {})
             held = {name: digest for port in old.values() for name, digest in port.chains()}
-            writes = Restore()
+            writes = RestoreInput()
             for name, rendered in ports.items():
                 for (chain, digest), rules in zip(record[name].chains(), rendered.chains.values(), strict=True):
                     known = held.pop(chain, None)
                     if self._kernel is not None:
-                        known = self._kernel.ours.get(Chain("nat", chain))
-                    if known != digest or Chain("nat", chain) in self._doubted:
+                        known = self._kernel.ours.get(ChainName("nat", chain))
+                    if known != digest or ChainName("nat", chain) in self._doubted:
                         self._write(writes, chain, rules, old.get(name))
-            self._deleted += [Chain("nat", name) for name in held]
+            self._deleted += [ChainName("nat", name) for name in held]
             if writes.patches and self._lengths is not None:
                 # Now, and not for a whole transaction: what has to be written anew counts for the size of that.
                 writes = writes.settled(self._lengths(writes.patches))
@@ -161,16 +161,16 @@ class Change:
             if writes:
                 yield writes
 
-    def _write(self, writes: Restore, name: str, rules: str, old: PortRecord | None) -> None:
+    def _write(self, writes: RestoreInput, name: str, rules: str, old: PortRecord | None) -> None:
         """Add what gives a chain of a port its rules: a patch where it is known and long, else all of them."""
-        chain = Chain("nat", name)
+        chain = ChainName("nat", name)
         held = old.rules_of(name) if old is not None and self._lengths is not None else ()
         if held and (edits := patch(name, held, rules)) is not None:
             writes.patches[chain] = edits
         else:
             writes.chains[chain] = rules
 
-    def _shards(self) -> Iterator[tuple[Chain, str]]:
+    def _shards(self) -> Iterator[tuple[ChainName, str]]:
         """Yield, one by one, the shards to write; the dispatch chains themselves are kept for the switch."""
         tails = dispatch_tails(self._context)
         self._settlement = self._ledger.settle(self._context.family, self._services)
@@ -189,11 +189,11 @@ class Change:
                 self._tops[top] = writes.pop(top)
             yield from writes.items()
 
-    def _dirty_dispatch(self, tails: Mapping[Chain, tuple[str, ...]]) -> list[Chain]:
+    def _dirty_dispatch(self, tails: Mapping[ChainName, tuple[str, ...]]) -> list[ChainName]:
         """Return the dispatch chains that may change; the records of the others stay as they are."""
         if self._kernel is not None:
             return list(tails)
-        dirty: set[Chain] = set()
+        dirty: set[ChainName] = set()
         for key, record in self._services.items():
             dirty |= dispatch_differs(self._ledger.services.get(key, {}), record)
         dirty |= {rule.chain for rule in self._settlement.left_out ^ self._ledger.settlement.left_out}
@@ -202,14 +202,14 @@ class Change:
                 self._dispatch[chain] = accepted
         return [chain for chain in tails if chain not in self._dispatch]
 
-    def _switch(self) -> Restore:
+    def _switch(self) -> RestoreInput:
         """Return the change of the chains and rules that lead packets to all others."""
-        switch = Restore(dict(self._tops))
+        switch = RestoreInput(dict(self._tops))
         if self._kernel is not None:
             self._ensure(switch, self._kernel)
         return switch
 
-    def _ensure(self, switch: Restore, kernel: KernelView) -> None:
+    def _ensure(self, switch: RestoreInput, kernel: IptablesSnapshot) -> None:
         for chain in (*CANARIES, FILTER_FIREWALL):
             if chain not in kernel.shared:
                 switch.chains[chain] = ""
@@ -222,7 +222,7 @@ class Change:
             surplus = held.count(rule.text) - 1
             switch.edits += [(rule.chain.table, f"-D {rule.chain.name} {rule.rule}")] * surplus
 
-    def _stale_chains(self) -> list[Chain]:
+    def _stale_chains(self) -> list[ChainName]:
         if self._kernel is None:
             return []
         used = (name for record in self._services.values() for port in record.values() for name, _ in port.chains())

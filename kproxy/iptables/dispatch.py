@@ -13,7 +13,7 @@ from typing import Protocol
 
 from msgspec import Struct
 
-from kproxy.iptables.names import SHARD_STEMS, Chain, network_label, ports_label
+from kproxy.iptables.names import SHARD_STEMS, ChainName, network_label, ports_label
 from kproxy.iptables.render import DispatchRule
 from kproxy.model.types import Family
 
@@ -34,18 +34,20 @@ nf_tables follows 15 jumps; to KUBE-SERVICES it is one, and from there by a sour
 PROTOCOLS = ("tcp", "udp", "sctp")
 
 
-class Layout(Struct, frozen=True):
+class DispatchLayout(Struct, frozen=True):
     """The chains that make up a dispatch chain, with their rules.
 
     Each stands before those that jump to it, so the dispatch chain itself is last. `own` is how many of the rules are
     of no Service.
     """
 
-    chains: dict[Chain, str]
+    chains: dict[ChainName, str]
     own: int
 
 
-def lay_out(chain: Chain, rules: Sequence[DispatchRule], tail: Sequence[str], family: Family, threshold: int) -> Layout:
+def lay_out(
+    chain: ChainName, rules: Sequence[DispatchRule], tail: Sequence[str], family: Family, threshold: int
+) -> DispatchLayout:
     """Return the layout of a dispatch chain that holds these rules and ends with the tail.
 
     It is a tree if there are more than `threshold` rules, and `threshold` is not 0. Rules about one destination keep
@@ -56,21 +58,21 @@ def lay_out(chain: Chain, rules: Sequence[DispatchRule], tail: Sequence[str], fa
     destination, be it those that were or those that will be.
     """
     if not threshold or len(rules) <= threshold:
-        return Layout({chain: "\n".join([*(each.rule for each in rules), *tail])}, len(tail))
+        return DispatchLayout({chain: "\n".join([*(each.rule for each in rules), *tail])}, len(tail))
     jumps: list[str] = []
-    chains: dict[Chain, str] = {}
+    chains: dict[ChainName, str] = {}
     for protocol in ("", *PROTOCOLS):
-        space = _Ports(protocol) if protocol else _Addresses(family)
+        space = _PortSpace(protocol) if protocol else _AddressSpace(family)
         concerned = (each for each in rules if each.protocol == protocol)
-        split = _Split(chain, space, concerned, min(threshold, SHARD_RULES))
+        split = _ShardTree(chain, space, concerned, min(threshold, SHARD_RULES))
         jumps += split.jumps
         chains |= split.chains
     chains[chain] = "\n".join([*jumps, *tail])
     written = sum(text.count("\n") + 1 for text in chains.values())
-    return Layout(chains, written - len(rules))
+    return DispatchLayout(chains, written - len(rules))
 
 
-class _Space(Protocol):
+class _DestinationSpace(Protocol):
     """Destinations, as numbers of `bits` bits. A block of them agrees in all but the last `free` bits."""
 
     bits: int
@@ -82,7 +84,7 @@ class _Space(Protocol):
         """Return what matches the block of `place`."""
 
 
-class _Addresses:
+class _AddressSpace:
     def __init__(self, family: Family) -> None:
         six = family is Family.IPV6
         self.bits = 128 if six else 32
@@ -98,7 +100,7 @@ class _Addresses:
         return f"-d {self._network(place, free)}"
 
 
-class _Ports:
+class _PortSpace:
     bits = 16
 
     def __init__(self, protocol: str) -> None:
@@ -117,16 +119,18 @@ class _Ports:
         return f"-p {self._protocol} -m {self._protocol} --dport {ports}"
 
 
-class _Split:
+class _ShardTree:
     """The tree of one kind of destination: `jumps` are the rules that lead into it, `chains` are bottom-up."""
 
-    def __init__(self, owner: Chain, space: _Space, rules: Iterable[DispatchRule], shard_rules: int) -> None:
+    def __init__(
+        self, owner: ChainName, space: _DestinationSpace, rules: Iterable[DispatchRule], shard_rules: int
+    ) -> None:
         self._owner = owner
         self._space = space
         self._shard_rules = shard_rules
         self._rules = sorted(rules, key=lambda rule: rule.place)
         self._places = [rule.place for rule in self._rules]
-        self.chains: dict[Chain, str] = {}
+        self.chains: dict[ChainName, str] = {}
         self.jumps = self._jumps(owner.name, 0, len(self._rules), space.bits, level=1)
 
     def _jumps(self, name: str, first: int, last: int, free: int, level: int) -> list[str]:
@@ -169,5 +173,5 @@ class _Split:
             rules = [f"-A {name} {rule.rule[start:]}" for rule in self._rules[first:last]]
         else:
             rules = self._jumps(name, first, last, free, level + 1)
-        self.chains[Chain(self._owner.table, name)] = "\n".join(rules)
+        self.chains[ChainName(self._owner.table, name)] = "\n".join(rules)
         return f"{self._space.match(place, free)} -j {name}"

@@ -11,8 +11,8 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 
 from msgspec import Struct
 
-from kproxy.iptables.conflicts import Claims, Settlement, settle
-from kproxy.iptables.names import PORT_CHAIN_PREFIXES, Chain, is_shard
+from kproxy.iptables.conflicts import ConflictResolution, FrontendClaims, settle
+from kproxy.iptables.names import PORT_CHAIN_PREFIXES, ChainName, is_shard
 from kproxy.iptables.patch import WORTHWHILE_RULES
 from kproxy.iptables.render import DispatchRule, RenderedPort
 from kproxy.iptables.save_restore import SavedChain, count_rules
@@ -68,17 +68,17 @@ ServiceRecord = dict[str, PortRecord]
 """The records of one Service's ports by `port name/protocol`."""
 
 
-class KernelView(Struct):
+class IptablesSnapshot(Struct):
     """What a dump of the kernel showed: digests of the chains that are ours, rules of those we share."""
 
-    ours: dict[Chain, Digest]
-    shared: dict[Chain, list[str]]
+    ours: dict[ChainName, Digest]
+    shared: dict[ChainName, list[str]]
 
     @classmethod
-    def of(cls, saved: Mapping[Chain, SavedChain]) -> KernelView:
+    def of(cls, saved: Mapping[ChainName, SavedChain]) -> IptablesSnapshot:
         """Sort the chains of a dump into ours and others."""
-        ours: dict[Chain, Digest] = {}
-        shared: dict[Chain, list[str]] = {}
+        ours: dict[ChainName, Digest] = {}
+        shared: dict[ChainName, list[str]] = {}
         for chain, content in saved.items():
             if chain.name.startswith("KUBE-"):
                 ours[chain] = hash("\n".join(content.rules))
@@ -86,7 +86,7 @@ class KernelView(Struct):
                 shared[chain] = content.rules
         return cls(ours, shared)
 
-    def stale_chains(self, ports: Iterable[str], shards: Container[Chain]) -> list[Chain]:
+    def stale_chains(self, ports: Iterable[str], shards: Container[ChainName]) -> list[ChainName]:
         """Return the chains in the kernel that are of service ports or shards, but not among those in use.
 
         `ports` are names in table nat.
@@ -109,19 +109,19 @@ class DispatchRecord(Struct, frozen=True):
     """
 
     tail: Digest
-    chains: dict[Chain, Digest]
+    chains: dict[ChainName, Digest]
     own: int
 
 
-class Ledger:
+class IptablesLedger:
     """The accepted state of one family: per Service, and the chains that all share."""
 
     def __init__(self) -> None:
         self.services: dict[ServiceKey, ServiceRecord] = {}
-        self.base: dict[Chain, Digest] = {}
-        self.dispatch: dict[Chain, DispatchRecord] = {}
-        self.settlement = Settlement()
-        self._claims = Claims()
+        self.base: dict[ChainName, Digest] = {}
+        self.dispatch: dict[ChainName, DispatchRecord] = {}
+        self.settlement = ConflictResolution()
+        self._claims = FrontendClaims()
         self._base_rules: Counter[str] = Counter()
         self._service_rules: Counter[str] = Counter()
 
@@ -134,7 +134,7 @@ class Ledger:
         found.subtract(rule.chain.table for rule in self.settlement.left_out)
         return {table: found[table] for table in ("nat", "filter")}
 
-    def shared_chains(self) -> Iterator[tuple[Chain, Digest]]:
+    def shared_chains(self) -> Iterator[tuple[ChainName, Digest]]:
         """Iterate over the chains that all Services share, less the shards, with the digest of each."""
         yield from self.base.items()
         for chain, record in self.dispatch.items():
@@ -149,30 +149,30 @@ class Ledger:
         if record:
             self.services[key] = record
 
-    def settle(self, family: Family, changed: Mapping[ServiceKey, ServiceRecord]) -> Settlement:
+    def settle(self, family: Family, changed: Mapping[ServiceKey, ServiceRecord]) -> ConflictResolution:
         """Return how claims to the same frontends are settled once `changed` has replaced this ledger's records."""
         contested = self._claims.contested({key: _dispatch_rules(record) for key, record in changed.items()})
         if not contested:
-            return Settlement()
+            return ConflictResolution()
         rules = {
             key: list(_owned_rules(key, changed[key] if key in changed else self.services[key]))
             for key in frozenset().union(*contested.values())
         }
         return settle(family, contested, rules)
 
-    def put_base(self, base: dict[Chain, Digest], rules: Counter[str]) -> None:
+    def put_base(self, base: dict[ChainName, Digest], rules: Counter[str]) -> None:
         """Replace what is known of the chains that are the same for all Services, `rules` being theirs by table."""
         self.base = base
         self._base_rules = rules
 
     def dispatch_rules(
-        self, chains: Iterable[Chain], changed: Mapping[ServiceKey, ServiceRecord]
-    ) -> dict[Chain, list[DispatchRule]]:
+        self, chains: Iterable[ChainName], changed: Mapping[ServiceKey, ServiceRecord]
+    ) -> dict[ChainName, list[DispatchRule]]:
         """Return what all Services add to some dispatch chains, in the order of their names.
 
         `changed` holds the records that are about to replace this ledger's.
         """
-        found: dict[Chain, list[DispatchRule]] = {chain: [] for chain in chains}
+        found: dict[ChainName, list[DispatchRule]] = {chain: [] for chain in chains}
         for key in sorted(self.services.keys() | changed.keys()) if found else ():
             ports = changed[key] if key in changed else self.services[key]
             for _, record in sorted(ports.items()) if len(ports) > 1 else ports.items():
@@ -199,14 +199,14 @@ def _count(record: ServiceRecord) -> Counter[str]:
     return rules
 
 
-def dispatch_differs(old: ServiceRecord, new: ServiceRecord) -> set[Chain]:
+def dispatch_differs(old: ServiceRecord, new: ServiceRecord) -> set[ChainName]:
     """Return the dispatch chains in which a Service's rules differ between two states."""
     before, after = _dispatch_texts(old), _dispatch_texts(new)
     return {chain for chain in before.keys() | after.keys() if before.get(chain) != after.get(chain)}
 
 
-def _dispatch_texts(record: ServiceRecord) -> dict[Chain, list[str]]:
-    found: dict[Chain, list[str]] = {}
+def _dispatch_texts(record: ServiceRecord) -> dict[ChainName, list[str]]:
+    found: dict[ChainName, list[str]] = {}
     for _, port in sorted(record.items()):
         for rule in port.dispatch:
             found.setdefault(rule.chain, []).append(rule.rule)

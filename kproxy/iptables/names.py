@@ -8,23 +8,23 @@ from hashlib import sha256
 from typing import NamedTuple
 
 
-class Chain(NamedTuple):
+class ChainName(NamedTuple):
     """A chain by its table and name."""
 
     table: str
     name: str
 
 
-NAT_SERVICES = Chain("nat", "KUBE-SERVICES")
-NAT_NODEPORTS = Chain("nat", "KUBE-NODEPORTS")
-FILTER_SERVICES = Chain("filter", "KUBE-SERVICES")
-FILTER_EXTERNAL_SERVICES = Chain("filter", "KUBE-EXTERNAL-SERVICES")
-FILTER_NODEPORTS = Chain("filter", "KUBE-NODEPORTS")
-FILTER_PROXY_FIREWALL = Chain("filter", "KUBE-PROXY-FIREWALL")
-FILTER_FORWARD = Chain("filter", "KUBE-FORWARD")
-FILTER_FIREWALL = Chain("filter", "KUBE-FIREWALL")
-MARK_MASQ = Chain("nat", "KUBE-MARK-MASQ")
-POSTROUTING = Chain("nat", "KUBE-POSTROUTING")
+NAT_SERVICES = ChainName("nat", "KUBE-SERVICES")
+NAT_NODEPORTS = ChainName("nat", "KUBE-NODEPORTS")
+FILTER_SERVICES = ChainName("filter", "KUBE-SERVICES")
+FILTER_EXTERNAL_SERVICES = ChainName("filter", "KUBE-EXTERNAL-SERVICES")
+FILTER_NODEPORTS = ChainName("filter", "KUBE-NODEPORTS")
+FILTER_PROXY_FIREWALL = ChainName("filter", "KUBE-PROXY-FIREWALL")
+FILTER_FORWARD = ChainName("filter", "KUBE-FORWARD")
+FILTER_FIREWALL = ChainName("filter", "KUBE-FIREWALL")
+MARK_MASQ = ChainName("nat", "KUBE-MARK-MASQ")
+POSTROUTING = ChainName("nat", "KUBE-POSTROUTING")
 DISPATCH = (
     NAT_SERVICES,
     NAT_NODEPORTS,
@@ -34,7 +34,7 @@ DISPATCH = (
     FILTER_PROXY_FIREWALL,
 )
 """The chains that lead from a packet's destination to a Service: each Service port adds rules to some of them."""
-CANARIES = tuple(Chain(table, "KUBE-PROXY-CANARY") for table in ("mangle", "nat", "filter"))
+CANARIES = tuple(ChainName(table, "KUBE-PROXY-CANARY") for table in ("mangle", "nat", "filter"))
 """Empty chains that show, by being gone, that somebody flushed a table."""
 PORT_CHAIN_PREFIXES = ("KUBE-XLB-", "KUBE-FW-", "KUBE-EXT-", "KUBE-SVC-", "KUBE-SVL-", "KUBE-SEP-")
 """How the names of chains begin that belong to one service port each, all of them in table nat.
@@ -73,12 +73,12 @@ def ports_label(protocol: str, low: int, high: int) -> str:
     return f"{protocol}-{low}-{high}"
 
 
-def is_shard(chain: Chain) -> bool:
+def is_shard(chain: ChainName) -> bool:
     """Return whether a chain is one that a dispatch chain is split into."""
     return _shard_depth(chain) is not None
 
 
-def _shard_depth(chain: Chain) -> int | None:
+def _shard_depth(chain: ChainName) -> int | None:
     """Return how many bits of the destination are the same in all of a shard, None if the chain is no shard."""
     found = _SHARD.fullmatch(chain.name) if chain.table in ("nat", "filter") else None
     if found is None:
@@ -97,7 +97,7 @@ def port_hash(port_name: str, protocol: str, socket: str = "") -> str:
     return b32encode(digest[:10]).decode()
 
 
-def deletion_order(chain: Chain) -> int:
+def deletion_order(chain: ChainName) -> int:
     """Return a sort key that puts shards and chains of service ports before those that they jump to."""
     depth = _shard_depth(chain)
     if depth is not None:

@@ -18,7 +18,7 @@ READ_PER_WRITTEN = 8
 """How many rules iptables-nft reads in the time in which it writes one."""
 
 
-class Patch(Struct, frozen=True):
+class ChainPatch(Struct, frozen=True):
     """How a chain gets the rules that are wanted (one per line of `rules`) by `commands` about single rules.
 
     These go by a rule's number in the chain, so they may only be given while it has `length` rules: that is how many
@@ -41,7 +41,7 @@ class Patch(Struct, frozen=True):
         return len(self.commands) + self.length // READ_PER_WRITTEN
 
 
-def patch(chain: str, held: Sequence[int], rules: str) -> Patch | None:
+def patch(chain: str, held: Sequence[int], rules: str) -> ChainPatch | None:
     """Return how a chain whose rules are `held` as digests gets `rules`; None if writing it anew is as cheap.
 
     What both begin with stays, and after that rules come or go, so that the end keeps its distance from the last rule:
@@ -70,7 +70,7 @@ def patch(chain: str, held: Sequence[int], rules: str) -> Patch | None:
     ]
     if len(commands) * WORTHWHILE_SHARE > len(wanted):
         return None
-    return Patch(tuple(commands), len(held), rules)
+    return ChainPatch(tuple(commands), len(held), rules)
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

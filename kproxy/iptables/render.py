@@ -19,25 +19,25 @@ from kproxy.iptables.names import (
     FILTER_SERVICES,
     NAT_NODEPORTS,
     NAT_SERVICES,
-    Chain,
+    ChainName,
     port_hash,
 )
 from kproxy.model.addresses import split_socket_text
 from kproxy.model.context import Context
 from kproxy.model.endpoints import Sockets
-from kproxy.model.frontend_conflicts import Rank, external_rank
-from kproxy.model.plan import Decision, ServicePortPlan
+from kproxy.model.frontend_conflicts import ClaimRank, external_rank
+from kproxy.model.plan import ServicePortPlan, TrafficDecision
 from kproxy.model.types import Family
 
 LOCALHOST_COUNTER = "localhost_nps_accepted_pkts"
 
 
-class Claim(NamedTuple):
+class FrontendClaim(NamedTuple):
     """A service port's claim to a frontend at an address or NodePort: its protocol, its port and how good it is."""
 
     protocol: str
     port: int
-    rank: Rank
+    rank: ClaimRank
 
 
 class DispatchRule(NamedTuple):
@@ -47,11 +47,11 @@ class DispatchRule(NamedTuple):
     `claim` is None for a rule that is about no frontend.
     """
 
-    chain: Chain
+    chain: ChainName
     rule: str
     place: int
     protocol: str = ""
-    claim: Claim | None = None
+    claim: FrontendClaim | None = None
 
 
 class RenderedPort(Struct, frozen=True, gc=False):
@@ -119,11 +119,11 @@ class _PortRenderer:
 
     def _dispatch_cluster_ip(self) -> None:
         plan = self.plan
-        if plan.internal is Decision.FORWARD:
+        if plan.internal is TrafficDecision.FORWARD:
             target = self._policy_chain(local=plan.internal_local)
-            self._lead(NAT_SERVICES, plan.cluster_ip, "cluster IP", f"-j {target}", Rank.CLUSTER_IP)
+            self._lead(NAT_SERVICES, plan.cluster_ip, "cluster IP", f"-j {target}", ClaimRank.CLUSTER_IP)
         else:
-            self._refuse(FILTER_SERVICES, plan.cluster_ip, plan.internal, Rank.CLUSTER_IP)
+            self._refuse(FILTER_SERVICES, plan.cluster_ip, plan.internal, ClaimRank.CLUSTER_IP)
 
     def _dispatch_external_ips(self) -> None:
         plan = self.plan
@@ -164,15 +164,15 @@ class _PortRenderer:
             rule = f"-A {FILTER_NODEPORTS.name} {match} -j ACCEPT"
             self.dispatch.append(DispatchRule(FILTER_NODEPORTS, rule, plan.health_check_node_port, "tcp"))
 
-    def _refuse(self, chain: Chain, address: str, decision: Decision, rank: Rank) -> None:
+    def _refuse(self, chain: ChainName, address: str, decision: TrafficDecision, rank: ClaimRank) -> None:
         """Add the rule that answers where no endpoint may: none at all is refused, no local one is dropped.
 
         It is for an address, or without one for the NodePort on the addresses that NodePorts answer on. On this node's
         other addresses, the port is left to programs of the host; kube-proxy refuses it there as well.
         """
-        if decision is Decision.FORWARD:
+        if decision is TrafficDecision.FORWARD:
             return
-        if decision is Decision.DROP:
+        if decision is TrafficDecision.DROP:
             comment, target = "has no local endpoints", "-j DROP"
         else:
             reply = "icmp6-port-unreachable" if self.context.family is Family.IPV6 else "icmp-port-unreachable"
@@ -227,7 +227,7 @@ class _PortRenderer:
             rules = [f'-m comment --comment "masquerade traffic for {subject}" -j KUBE-MARK-MASQ']
         else:
             rules = self._short_circuit(subject)
-        if plan.external is Decision.FORWARD:
+        if plan.external is TrafficDecision.FORWARD:
             rules.append(f"-j {self._policy_chain(local=plan.external_local)}")
         self._write(self.external_chain, rules)
 
@@ -288,13 +288,13 @@ class _PortRenderer:
         proto = self.proto
         return f'{match}-p {proto} -m comment --comment "{comment}" {extra}-m {proto} --dport {port} {target}'
 
-    def _lead(self, chain: Chain, address: str, comment: str, target: str, rank: Rank) -> None:
+    def _lead(self, chain: ChainName, address: str, comment: str, target: str, rank: ClaimRank) -> None:
         """Add a rule about the port's connections to one address."""
         rule = self._rule(self._to(address), f"{self.plan.name} {comment}", target)
         claim = _claim(self.proto, self.plan.port, rank)
         self.dispatch.append(DispatchRule(chain, f"-A {chain.name} {rule}", int(ip_address(address)), claim=claim))
 
-    def _add_node_port(self, chain: Chain, rule: str) -> None:
+    def _add_node_port(self, chain: ChainName, rule: str) -> None:
         """Add a rule about the port's connections to its NodePort."""
         port = self.plan.node_port
         claim = _claim(self.proto, port, self.rank)
@@ -305,9 +305,9 @@ class _PortRenderer:
 
 
 @lru_cache(1 << 10)
-def _claim(protocol: str, port: int, rank: Rank) -> Claim:
+def _claim(protocol: str, port: int, rank: ClaimRank) -> FrontendClaim:
     """Return the same value for the same claim: there are few, and every Service's rules are remembered."""
-    return Claim(protocol, port, rank)
+    return FrontendClaim(protocol, port, rank)
 
 
 def _interface(context: Context) -> str:

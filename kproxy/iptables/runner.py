@@ -13,10 +13,18 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from kproxy.host.commands import START_SECONDS, CommandError, Completed, Programs, UndecidedError, first_line, run
-from kproxy.host.netlink import retried
+from kproxy.host.commands import (
+    START_SECONDS,
+    CommandError,
+    CommandRunner,
+    CompletedCommand,
+    InconclusiveError,
+    first_line,
+    run,
+)
+from kproxy.host.netlink import retry_interrupted
 from kproxy.host.nf_tables import count_rules, nat_refused
-from kproxy.iptables.names import Chain
+from kproxy.iptables.names import ChainName
 from kproxy.iptables.save_restore import TABLES, incompatible_line, parse_rules, parse_save
 from kproxy.model.types import Family
 
@@ -86,13 +94,13 @@ def program_of(family: Family) -> str:
     return "ip6tables" if family is Family.IPV6 else "iptables"
 
 
-class Iptables:
+class IptablesRunner:
     """The iptables programs of one family, as found in PATH."""
 
     def __init__(self, family: Family) -> None:
         self._family = family
         self._prefix = program_of(family)
-        self._programs = Programs()
+        self._programs = CommandRunner()
         self._version: IptablesVersion | None = None
 
     def stop(self) -> None:
@@ -112,7 +120,7 @@ class Iptables:
     def _ask_version(self) -> IptablesVersion:
         done = self._programs.run([self._prefix, "--version"], timeout=START_SECONDS)
         if done.code:
-            error = UndecidedError if done.code < 0 else CommandError
+            error = InconclusiveError if done.code < 0 else CommandError
             raise error(f"{self._prefix} --version failed: {done.complaint}")
         return parse_version(done.stdout)
 
@@ -172,7 +180,7 @@ class Iptables:
         if done.code:
             raise restore_error(argv[0], done.code, done.stderr, recent.line)
 
-    def has(self, chain: Chain, rule: str) -> bool | None:
+    def has(self, chain: ChainName, rule: str) -> bool | None:
         """Return whether a chain has a rule, given without `-A CHAIN`.
 
         None says that it cannot be told: rules that iptables cannot read are in the way. Raises `CommandError`.
@@ -180,7 +188,7 @@ class Iptables:
         code = self._command(chain, "-C", rule, also=(_NO, _NOT_UNDERSTOOD, _UNREADABLE)).code
         return self._finds(chain, f"-A {chain.name} {rule}") if code == _UNREADABLE else code == 0
 
-    def _finds(self, chain: Chain, rule: str) -> bool | None:
+    def _finds(self, chain: ChainName, rule: str) -> bool | None:
         """Return whether a chain has a rule, asking for one rule at a time to get past those that cannot be read."""
         for number in range(1, _MOST_RULES_APART + 1):
             done = self._command(chain, "-S", str(number), also=(_NO, _UNREADABLE))
@@ -193,7 +201,7 @@ class Iptables:
                 return False
         return None
 
-    def look(self, chains: Iterable[Chain]) -> dict[Chain, list[str]]:
+    def look(self, chains: Iterable[ChainName]) -> dict[ChainName, list[str]]:
         """Return the rules of some chains in the spelling of `read_save`, without chains that do not exist.
 
         A rule that iptables cannot read hides those after it, for which `HIDDEN` stands, or the whole chain.
@@ -201,7 +209,7 @@ class Iptables:
         """
         if self.version().nft:
             return {chain: rules for chain in chains if (rules := self._list(chain)) is not None}
-        found: dict[Chain, list[str]] = {}
+        found: dict[ChainName, list[str]] = {}
         names: dict[str, list[str]] = {}
         for chain in chains:
             names.setdefault(chain.table, []).append(chain.name)
@@ -213,25 +221,25 @@ class Iptables:
             found |= {chain: content.rules for chain, content in saved.items()}
         return found
 
-    def _list(self, chain: Chain) -> list[str] | None:
+    def _list(self, chain: ChainName) -> list[str] | None:
         done = self._command(chain, "-S", also=(_NO, _UNREADABLE))
         if done.code == _NO:
             return None
         return parse_rules(done.stdout) + [HIDDEN] * (done.code == _UNREADABLE)
 
-    def lengths(self, chains: Collection[Chain]) -> dict[Chain, int]:
+    def lengths(self, chains: Collection[ChainName]) -> dict[ChainName, int]:
         """Return how many rules each chain has, 0 without it; nothing where that cannot be told. For iptables-nft."""
-        found: dict[Chain, int] = {}
+        found: dict[ChainName, int] = {}
         for chain in chains:
             with suppress(OSError):
-                found[chain] = retried(partial(count_rules, self._family, chain.table, chain.name))
+                found[chain] = retry_interrupted(partial(count_rules, self._family, chain.table, chain.name))
         return found
 
-    def create(self, chain: Chain) -> None:
+    def create(self, chain: ChainName) -> None:
         """Create a chain unless it exists; its rules stay. Raises `CommandError`."""
         self._command(chain, "-N", also=(_NO,))
 
-    def _command(self, chain: Chain, command: str, rule: str = "", *, also: Container[int]) -> Completed:
+    def _command(self, chain: ChainName, command: str, rule: str = "", *, also: Container[int]) -> CompletedCommand:
         """Run a command that ends with status 0, or one of those `also`: any other is a failure, and no answer."""
         argv = [self._prefix, "-w", str(LOCK_WAIT_SECONDS), "-t", chain.table, command, chain.name, *shlex.split(rule)]
         done = self._programs.run(argv, timeout=HANG_SECONDS)
@@ -299,7 +307,7 @@ _LOCKED = 4
 
 
 def check_tables(family: Family, version: IptablesVersion) -> None:
-    """Raise `CommandError` if the kernel lacks a table that Services need, `UndecidedError` if that cannot be told.
+    """Raise `CommandError` if the kernel lacks a table that Services need, `InconclusiveError` if that cannot be told.
 
     iptables-legacy is asked, in one run of a program, for those tables that do not exist yet; that creates them, as the
     first sync would. iptables-nft asks the kernel only when it has something to write, so the kernel is asked directly.
@@ -313,7 +321,7 @@ def _refused_by_nft(family: Family) -> str:
     try:
         return nat_refused(family)
     except OSError as error:
-        raise UndecidedError(f"cannot ask the kernel for its tables of {family.value}: {error.strerror}") from None
+        raise InconclusiveError(f"cannot ask the kernel for its tables of {family.value}: {error.strerror}") from None
 
 
 def _refused_by_legacy(family: Family, program: str) -> str:
@@ -323,7 +331,7 @@ def _refused_by_legacy(family: Family, program: str) -> str:
         return ""
     done = run([program, "--test", "--noflush", "-w", str(LOCK_WAIT_SECONDS)], text, timeout=START_SECONDS)
     if done.code < 0:
-        raise UndecidedError(f"{program}: {done.complaint}")
+        raise InconclusiveError(f"{program}: {done.complaint}")
     return str(restore_error(program, done.code, done.stderr, lambda _: "")) if done.code not in {0, _LOCKED} else ""
 
 

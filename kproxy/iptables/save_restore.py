@@ -8,14 +8,14 @@ from collections.abc import Iterable, Mapping
 
 from msgspec import Struct, field
 
-from kproxy.iptables.names import Chain
-from kproxy.iptables.patch import Patch
+from kproxy.iptables.names import ChainName
+from kproxy.iptables.patch import ChainPatch
 
 TABLES = ("mangle", "nat", "filter")
 """The tables that we write, in the order we write them: destinations before verdicts."""
 
 
-class Restore(Struct):
+class RestoreInput(Struct):
     """One atomic change per table, in the making.
 
     `chains` are created or, if they exist, emptied, and filled with their rules (one per line). `edits` are
@@ -23,10 +23,10 @@ class Restore(Struct):
     `deleted` chains must be referenced by nothing that remains. `may_fail` marks a change that nothing depends on.
     """
 
-    chains: dict[Chain, str] = field(default_factory=dict)
-    patches: dict[Chain, Patch] = field(default_factory=dict)
+    chains: dict[ChainName, str] = field(default_factory=dict)
+    patches: dict[ChainName, ChainPatch] = field(default_factory=dict)
     edits: list[tuple[str, str]] = field(default_factory=list)
-    deleted: list[Chain] = field(default_factory=list)
+    deleted: list[ChainName] = field(default_factory=list)
     may_fail: bool = False
 
     def __bool__(self) -> bool:
@@ -47,13 +47,13 @@ class Restore(Struct):
             written[chain.table] += sum(not command.startswith("-D") for command in patch.commands)
         return written
 
-    def settled(self, lengths: Mapping[Chain, int]) -> Restore:
+    def settled(self, lengths: Mapping[ChainName, int]) -> RestoreInput:
         """Return this change for a kernel in which chains have so many rules: where a patch fits, it stays."""
         fits = {chain: patch for chain, patch in self.patches.items() if lengths.get(chain) == patch.length}
         if len(fits) == len(self.patches):
             return self
         anew = {chain: patch.rules for chain, patch in self.patches.items() if chain not in fits}
-        return Restore({**self.chains, **anew}, fits, self.edits, self.deleted, self.may_fail)
+        return RestoreInput({**self.chains, **anew}, fits, self.edits, self.deleted, self.may_fail)
 
     def text(self) -> str:
         """Return the input for `iptables-restore --noflush`."""
@@ -82,16 +82,16 @@ class SavedChain(Struct):
     rules: list[str] = field(default_factory=list)
 
 
-class Saved(Struct):
+class SavedTables(Struct):
     """What `iptables-save` printed: chains, and why it could not print a table, for each that is missing here."""
 
-    chains: dict[Chain, SavedChain] = field(default_factory=dict)
+    chains: dict[ChainName, SavedChain] = field(default_factory=dict)
     incompatible: dict[str, str] = field(default_factory=dict)
 
 
 def parse_save(
     lines: Iterable[str], wanted: Iterable[str] = TABLES, incompatible: set[str] | None = None
-) -> dict[Chain, SavedChain]:
+) -> dict[ChainName, SavedChain]:
     """Read `iptables-save` output as `read_save` does, and return the chains.
 
     The names of tables that are missing because iptables cannot print them are added to `incompatible`.
@@ -102,7 +102,7 @@ def parse_save(
     return saved.chains
 
 
-def read_save(lines: Iterable[str], wanted: Iterable[str] = TABLES) -> Saved:
+def read_save(lines: Iterable[str], wanted: Iterable[str] = TABLES) -> SavedTables:
     """Read `iptables-save` output of one or more tables; of a table that comes twice, the second counts.
 
     Of a table that somebody put rules into which iptables cannot print, nothing is returned but that: what came
@@ -111,7 +111,7 @@ def read_save(lines: Iterable[str], wanted: Iterable[str] = TABLES) -> Saved:
     Rules are normalised where printing differs from writing: counters are dropped, probabilities
     are rounded to how they were asked for, `--nfacct-name` has one space.
     """
-    chains: dict[Chain, SavedChain] = {}
+    chains: dict[ChainName, SavedChain] = {}
     incompatible: dict[str, str] = {}
     tables = frozenset(wanted)
     table = ""
@@ -124,11 +124,13 @@ def read_save(lines: Iterable[str], wanted: Iterable[str] = TABLES) -> Saved:
         elif table not in tables:
             continue
         elif line.startswith(":"):
-            chains[Chain(table, line[1:].split(" ", 1)[0])] = SavedChain()
+            chains[ChainName(table, line[1:].split(" ", 1)[0])] = SavedChain()
         elif line.startswith(("-A ", "[")):
             rule = _normal(line)
-            chains.setdefault(Chain(table, rule.split(" ", 2)[1]), SavedChain()).rules.append(rule)
-    return Saved({chain: found for chain, found in chains.items() if chain.table not in incompatible}, incompatible)
+            chains.setdefault(ChainName(table, rule.split(" ", 2)[1]), SavedChain()).rules.append(rule)
+    return SavedTables(
+        {chain: found for chain, found in chains.items() if chain.table not in incompatible}, incompatible
+    )
 
 
 def incompatible_line(table: str, reason: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from kproxy.host.commands import CommandError, Programs, run
+from kproxy.host.commands import CommandError, CommandRunner, run
 
 Variant: TypeAlias = Literal["nft", "legacy"]
 FOLDER = "KPROXY_IPTABLES"
@@ -23,7 +23,7 @@ LEGACY_TABLES = {
 TIMEOUT_SECONDS = 60
 
 
-def use_hosts_variant(environment: MutableMapping[str, str]) -> Variant | None:
+def use_host_variant(environment: MutableMapping[str, str]) -> Variant | None:
     """Put the host's variant first in PATH, and return it; None where no folder with both is named.
 
     `environment` is that of this process, which programs started later inherit.
@@ -31,12 +31,12 @@ def use_hosts_variant(environment: MutableMapping[str, str]) -> Variant | None:
     folder = environment.get(FOLDER)
     if not folder:
         return None
-    variant = find_variant(Path(folder))
+    variant = detect_variant(Path(folder))
     environment["PATH"] = os.pathsep.join([str(Path(folder, variant)), environment.get("PATH", os.defpath)])
     return variant
 
 
-def find_variant(folder: Path) -> Variant:
+def detect_variant(folder: Path) -> Variant:
     """Return the variant that the kubelet uses; if it has left no sign, the one with more rules, and nft if none has.
 
     `folder` holds the programs of both. One that cannot be run counts as not in use.
@@ -65,7 +65,7 @@ def _has_chain(folder: Path, variant: Variant, program: str, chain: str) -> bool
 
 def _count_rules(folder: Path, variant: Variant, program: str) -> int:
     try:
-        with Programs().reading([str(folder / variant / f"{program}-save")], timeout=TIMEOUT_SECONDS) as lines:
+        with CommandRunner().reading([str(folder / variant / f"{program}-save")], timeout=TIMEOUT_SECONDS) as lines:
             return sum(line.startswith("-A ") for line in lines)
     except CommandError:
         return 0
@@ -78,7 +78,7 @@ def _legacy_tables(program: str) -> list[str]:
         return []
 
 
-def other_variant_rules(*, ours_is_nft: bool) -> str:
+def rules_in_other_variant(*, ours_is_nft: bool) -> str:
     """Return one line about Services' rules in the other variant of iptables, or "" if there are none to be seen."""
     return _in_legacy() if ours_is_nft else _in_nft()
 

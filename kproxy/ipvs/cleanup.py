@@ -8,7 +8,7 @@ from collections.abc import Callable, Container, Iterable
 from msgspec import Struct
 
 from kproxy.host.interfaces import addresses_by_interface, delete_interface, interface_index
-from kproxy.ipvs.ipset import Entry, destroy_sets, set_entries, set_names
+from kproxy.ipvs.ipset import IpsetEntry, destroy_sets, set_entries, set_names
 from kproxy.ipvs.virtual_servers import VirtualServer, delete_virtual_servers, virtual_servers
 
 INTERFACE = "kube-ipvs0"
@@ -63,7 +63,7 @@ class IpvsLeftovers(Struct, frozen=True):
         return bool(self.interface or self.sets)
 
 
-class Removal(Struct):
+class IpvsCleanupResult(Struct):
     """What was removed, in a few words each, and for what stays one line that says why.
 
     `unfinished` says that virtual servers stay, and so does all that tells which they are: to try again may help.
@@ -79,9 +79,9 @@ def find() -> IpvsLeftovers:
     return IpvsLeftovers(interface_index(INTERFACE), tuple(sorted(SETS.intersection(set_names()))))
 
 
-def remove(found: IpvsLeftovers) -> Removal:
+def remove(found: IpvsLeftovers) -> IpvsCleanupResult:
     """Remove what was found, and the virtual servers that go with it. No rule may use the sets any more."""
-    done = Removal([], [])
+    done = IpvsCleanupResult([], [])
     # Sets tell which virtual servers are kube-proxy's, and the interface that there may be some: they go last.
     done.unfinished = bool(found.interface) and not _try(
         done, "virtual servers of IPVS", lambda: _remove_servers(found, done)
@@ -95,7 +95,9 @@ def remove(found: IpvsLeftovers) -> Removal:
     return done
 
 
-def theirs(servers: Iterable[VirtualServer], entries: Container[Entry], own: Container[str]) -> list[VirtualServer]:
+def theirs(
+    servers: Iterable[VirtualServer], entries: Container[IpsetEntry], own: Container[str]
+) -> list[VirtualServer]:
     """Return the virtual servers that are kube-proxy's, going by the entries of its sets and the node's own addresses.
 
     An entry without an address is a NodePort, and stands for the node's own addresses. Virtual servers of keepalived,
@@ -104,12 +106,12 @@ def theirs(servers: Iterable[VirtualServer], entries: Container[Entry], own: Con
     return [
         server
         for server in servers
-        if Entry(server.address, server.protocol, server.port) in entries
-        or (Entry("", server.protocol, server.port) in entries and server.address in own)
+        if IpsetEntry(server.address, server.protocol, server.port) in entries
+        or (IpsetEntry("", server.protocol, server.port) in entries and server.address in own)
     ]
 
 
-def _remove_servers(found: IpvsLeftovers, done: Removal) -> bool:
+def _remove_servers(found: IpvsLeftovers, done: IpvsCleanupResult) -> bool:
     """Return whether all of kube-proxy's virtual servers are gone."""
     present = virtual_servers()
     if not present:
@@ -136,24 +138,24 @@ def _remove_servers(found: IpvsLeftovers, done: Removal) -> bool:
     return not refused
 
 
-def _entries(names: Iterable[str]) -> set[Entry]:
+def _entries(names: Iterable[str]) -> set[IpsetEntry]:
     """Return what sets hold that tell of virtual servers."""
-    found: set[Entry] = set()
+    found: set[IpsetEntry] = set()
     for name in names:
         if name in _WITH_ADDRESSES:
             found |= set_entries(name)
         elif name in _PROTOCOL_OF:
-            found |= {Entry("", _PROTOCOL_OF[name], entry.port) for entry in set_entries(name)}
+            found |= {IpsetEntry("", _PROTOCOL_OF[name], entry.port) for entry in set_entries(name)}
     return found
 
 
-def _remove_interface(found: IpvsLeftovers, done: Removal) -> bool:
+def _remove_interface(found: IpvsLeftovers, done: IpvsCleanupResult) -> bool:
     delete_interface(found.interface)
     done.removed.append(f"the interface {INTERFACE}")
     return True
 
 
-def _remove_sets(found: IpvsLeftovers, done: Removal) -> bool:
+def _remove_sets(found: IpvsLeftovers, done: IpvsCleanupResult) -> bool:
     refused = destroy_sets(found.sets)
     _count(done, len(found.sets) - len(refused), "ipset")
     reasons: dict[str, list[str]] = {}
@@ -163,12 +165,12 @@ def _remove_sets(found: IpvsLeftovers, done: Removal) -> bool:
     return not refused
 
 
-def _count(done: Removal, number: int, what: str) -> None:
+def _count(done: IpvsCleanupResult, number: int, what: str) -> None:
     if number:
         done.removed.append(f"{number} {what}{'s' * (number != 1)}")
 
 
-def _try(done: Removal, what: str, step: Callable[[], bool]) -> bool:
+def _try(done: IpvsCleanupResult, what: str, step: Callable[[], bool]) -> bool:
     try:
         return step()
     except OSError as error:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from kproxy.host.netlink import NETLINK_NETFILTER, NetlinkSocket, retried
+from kproxy.host.netlink import NETLINK_NETFILTER, NetlinkSocket, retry_interrupted
 from kproxy.host.netlink_message import attribute, attributes, each_attribute, nfgenmsg
 
 _SUBSYSTEM = 6 << 8  # NFNL_SUBSYS_IPSET
@@ -37,7 +37,7 @@ def set_names() -> list[str]:
     """
     if _MODULES.exists() and not _MODULE.exists():
         return []
-    return retried(_names)
+    return retry_interrupted(_names)
 
 
 def _names() -> list[str]:
@@ -49,7 +49,7 @@ def _names() -> list[str]:
         ]
 
 
-class Entry(Struct, frozen=True):
+class IpsetEntry(Struct, frozen=True):
     """One entry of a set of ports: its address ("" if its type has none), protocol (0: none) and port."""
 
     address: str
@@ -57,12 +57,12 @@ class Entry(Struct, frozen=True):
     port: int
 
 
-def set_entries(name: str) -> set[Entry]:
+def set_entries(name: str) -> set[IpsetEntry]:
     """Return the entries of a set, none if they have no ports. Raises `OSError`."""
-    return retried(partial(_entries_of, name))
+    return retry_interrupted(partial(_entries_of, name))
 
 
-def _entries_of(name: str) -> set[Entry]:
+def _entries_of(name: str) -> set[IpsetEntry]:
     with NetlinkSocket(NETLINK_NETFILTER) as netlink:
         return {
             entry
@@ -71,14 +71,14 @@ def _entries_of(name: str) -> set[Entry]:
         }
 
 
-def _entries(data: bytes, begin: int, end: int) -> Iterator[Entry]:
+def _entries(data: bytes, begin: int, end: int) -> Iterator[IpsetEntry]:
     entries = attributes(data, begin, end).get(_ADT)
     for kind, first, last in each_attribute(data, *entries) if entries else ():
         found = attributes(data, first, last)
         if kind == _DATA and _PORT in found:
             (port,) = struct.unpack_from(">H", data, found[_PORT][0])
             address = _address(data, *found[_IP]) if _IP in found else ""
-            yield Entry(address, data[found[_PROTO][0]] if _PROTO in found else 0, port)
+            yield IpsetEntry(address, data[found[_PROTO][0]] if _PROTO in found else 0, port)
 
 
 def _address(data: bytes, begin: int, end: int) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from kproxy.host.netlink import Message, NetlinkError, NetlinkSocket, retried
+from kproxy.host.netlink import Message, NetlinkError, NetlinkSocket, retry_interrupted
 from kproxy.host.netlink_message import attribute, attributes
 
 NETLINK_GENERIC = 16
@@ -41,7 +41,7 @@ def virtual_servers() -> list[VirtualServer]:
 
     A module that is not loaded stays so: to ask the kernel would load it.
     """
-    return retried(_list) if _PROC.exists() else []
+    return retry_interrupted(_list) if _PROC.exists() else []
 
 
 def _list() -> list[VirtualServer]:

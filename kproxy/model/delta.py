@@ -44,7 +44,7 @@ class Replace(Struct, frozen=True):
     ignored: int = 0
 
 
-class Refused(Struct, frozen=True):
+class Invalid(Struct, frozen=True):
     """An object was created or changed, but cannot be used; whatever was known of it before stays."""
 
     kind: Kind
@@ -52,4 +52,4 @@ class Refused(Struct, frozen=True):
     name: str
 
 
-Delta: TypeAlias = Upsert | Delete | Replace | Refused
+Delta: TypeAlias = Upsert | Delete | Replace | Invalid

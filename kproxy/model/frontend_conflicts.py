@@ -15,10 +15,10 @@ from enum import IntEnum
 
 from msgspec import Struct
 
-from kproxy.model.plan import Decision, ServicePortPlan
+from kproxy.model.plan import ServicePortPlan, TrafficDecision
 
 
-class Rank(IntEnum):
+class ClaimRank(IntEnum):
     """How good a claim is; the lowest holds the frontend."""
 
     CLUSTER_IP = 0
@@ -27,7 +27,7 @@ class Rank(IntEnum):
     REJECTS = 3
 
 
-class Conflict(Struct, frozen=True, order=True):
+class FrontendConflict(Struct, frozen=True, order=True):
     """Two service ports that claim one frontend: `holder` gets its traffic, `loser` none of it.
 
     `frontend` is `IP:port/PROTOCOL`, or `NodePort number/PROTOCOL`; service ports are `namespace/name:port`.
@@ -38,9 +38,13 @@ class Conflict(Struct, frozen=True, order=True):
     loser: str
 
 
-_RANKS = {Decision.FORWARD: Rank.FORWARDS, Decision.DROP: Rank.DROPS, Decision.REJECT: Rank.REJECTS}
+_RANKS = {
+    TrafficDecision.FORWARD: ClaimRank.FORWARDS,
+    TrafficDecision.DROP: ClaimRank.DROPS,
+    TrafficDecision.REJECT: ClaimRank.REJECTS,
+}
 
 
-def external_rank(plan: ServicePortPlan) -> Rank:
+def external_rank(plan: ServicePortPlan) -> ClaimRank:
     """Return the rank of a plan's claim to its external IPs, load balancer addresses and NodePort."""
     return _RANKS[plan.external]

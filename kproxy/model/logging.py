@@ -12,7 +12,7 @@ LONGEST_PAUSE = 3600.0
 """Seconds: no pause is longer."""
 
 
-class Reminder:
+class LogThrottle:
     """Decides when to log one problem: at once, and again after 1, 2, 4 ... minutes, at most an hour apart.
 
     Moments are seconds of any clock that never goes back.

@@ -18,7 +18,7 @@ from kproxy.model.endpoints import Sockets, cluster_endpoints, endpoints_by_sock
 from kproxy.model.types import Endpoint, EndpointSlice, Family, Protocol, Service, ServiceKey, ServicePort
 
 
-class Decision(Enum):
+class TrafficDecision(Enum):
     """What becomes of a new connection to a frontend."""
 
     FORWARD = "forward"
@@ -65,8 +65,8 @@ class ServicePortPlan(Struct, frozen=True, gc=False):
     affinity_seconds: int
     internal_local: bool
     external_local: bool
-    internal: Decision
-    external: Decision
+    internal: TrafficDecision
+    external: TrafficDecision
     cluster_endpoints: Sockets
     local_endpoints: Sockets
     known_endpoints: int
@@ -84,7 +84,7 @@ class ServicePortPlan(Struct, frozen=True, gc=False):
     @property
     def has_endpoints(self) -> bool:
         """Whether any endpoint in the cluster could serve a connection, this node's policies aside."""
-        return self.internal is not Decision.REJECT
+        return self.internal is not TrafficDecision.REJECT
 
     @property
     def externally_accessible(self) -> bool:
@@ -92,12 +92,12 @@ class ServicePortPlan(Struct, frozen=True, gc=False):
         return bool(self.node_port or self.vips or self.external_ips)
 
     @property
-    def lasting_interest(self) -> bool:
+    def outlives_sync(self) -> bool:
         """Whether it matters beyond the rules: for UDP flows, health check node ports, or ports without endpoints here.
 
         A Service without such a port needs not be remembered for those purposes.
         """
-        dropped = Decision.DROP in (self.internal, self.external)
+        dropped = TrafficDecision.DROP in (self.internal, self.external)
         return dropped or self.protocol == "UDP" or bool(self.health_check_node_port)
 
     @property
@@ -171,10 +171,10 @@ def _ready_on(node: str, endpoints: Iterable[Endpoint]) -> tuple[str, ...]:
     return tuple(endpoint.address for endpoint in endpoints if endpoint.ready and node and endpoint.node == node)
 
 
-def _decide(*, anywhere: bool, local_only: bool, local: Sockets) -> Decision:
+def _decide(*, anywhere: bool, local_only: bool, local: Sockets) -> TrafficDecision:
     if not anywhere:
-        return Decision.REJECT
-    return Decision.DROP if local_only and not local else Decision.FORWARD
+        return TrafficDecision.REJECT
+    return TrafficDecision.DROP if local_only and not local else TrafficDecision.FORWARD
 
 
 def _of_family(texts: tuple[str, ...], family: Family) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from kproxy.model.addresses import family_of
-from kproxy.model.delta import BASIC_KINDS, Delta, Kind, Object, Refused, Replace, Upsert
+from kproxy.model.delta import BASIC_KINDS, Delta, Invalid, Kind, Object, Replace, Upsert
 from kproxy.model.packed import pack, unpack
 from kproxy.model.types import EndpointSlice, Family, Node, Service, ServiceCIDR, ServiceKey
 
@@ -18,7 +18,7 @@ SliceKey: TypeAlias = str
 """An EndpointSlice's `namespace/name`."""
 
 
-class Changed(Struct, frozen=True):
+class StoreChange(Struct, frozen=True):
     """What a delta changed: the Services whose plans may differ now, and whether this Node or the ServiceCIDRs did.
 
     `last_changes` are the moments at which the changes of EndpointSlices began, as far as they say so, in
@@ -86,7 +86,7 @@ class Store:
         return tuple(sorted(ranges, key=_place))
 
     @property
-    def refused_services(self) -> int:
+    def invalid_services(self) -> int:
         """How many Services exist whose present object cannot be used."""
         return len(self._refused)
 
@@ -108,24 +108,24 @@ class Store:
         """Return the EndpointSlices of a Service, of both families."""
         return [unpack(EndpointSlice, self._slices[each]) for each in self._slices_of.get(key, ())]
 
-    def apply(self, delta: Delta) -> Changed:
+    def apply(self, delta: Delta) -> StoreChange:
         """Take in one delta and return what it changed: nothing, if it is about ServiceCIDRs and they are not kept."""
         kind = type(delta.object) if isinstance(delta, Upsert) else delta.kind
         if kind is ServiceCIDR and kind not in self._kinds:
-            return Changed()
+            return StoreChange()
         if isinstance(delta, Replace):
             return self._replace(delta)
         if isinstance(delta, Upsert):
             return self._put(delta.object)
-        if isinstance(delta, Refused):
+        if isinstance(delta, Invalid):
             if delta.kind is Service:
                 self._refused.add((delta.namespace, delta.name))
             if delta.kind is Node and delta.name == self._node_name:
                 self._node_exists = True
-            return Changed()
+            return StoreChange()
         return self._remove(delta.kind, delta.namespace, delta.name)
 
-    def _replace(self, delta: Replace) -> Changed:
+    def _replace(self, delta: Replace) -> StoreChange:
         self._unlisted.discard(delta.kind)
         if delta.kind is Service:
             self._refused, self._ignored = set(delta.unreadable), delta.ignored
@@ -137,7 +137,7 @@ class Store:
             gone.discard(_identity(each))
             changes.append(self._put(each))
         changes += [self._remove(delta.kind, namespace, name) for namespace, name in gone]
-        return Changed(
+        return StoreChange(
             frozenset().union(*(changed.services for changed in changes)),
             any(changed.node for changed in changes),
             service_cidrs=any(changed.service_cidrs for changed in changes),
@@ -153,7 +153,7 @@ class Store:
             return {("", name) for name in self._service_cidrs}
         return {("", self.node.name)} if self.node else set()
 
-    def _put(self, found: Object) -> Changed:
+    def _put(self, found: Object) -> StoreChange:
         if isinstance(found, Service):
             return self._put_service(found)
         if isinstance(found, EndpointSlice):
@@ -161,37 +161,37 @@ class Store:
         if isinstance(found, ServiceCIDR):
             known = self._service_cidrs.get(found.name)
             self._service_cidrs[found.name] = found
-            return Changed(service_cidrs=known != found)
+            return StoreChange(service_cidrs=known != found)
         return self._put_node(found)
 
-    def _put_node(self, found: Node) -> Changed:
+    def _put_node(self, found: Node) -> StoreChange:
         if found.name != self._node_name:
-            return Changed()
+            return StoreChange()
         self._node_exists = True
         if found == self.node:
-            return Changed()
+            return StoreChange()
         self.node = found
-        return Changed(node=True)
+        return StoreChange(node=True)
 
-    def _put_service(self, found: Service) -> Changed:
+    def _put_service(self, found: Service) -> StoreChange:
         key, packed = found.key, pack(found)
         if self._refused:
             self._refused.discard((found.namespace, found.name))
         before = self._services.get(key)
         if before == packed:
-            return Changed()
+            return StoreChange()
         self._services[key] = packed
         keys = frozenset({key})
-        return Changed(keys, appeared=keys if before is None else frozenset())
+        return StoreChange(keys, appeared=keys if before is None else frozenset())
 
-    def _put_slice(self, found: EndpointSlice) -> Changed:
+    def _put_slice(self, found: EndpointSlice) -> StoreChange:
         key, packed = f"{found.namespace}/{found.name}", pack(found)
         if self._slices.get(key) == packed:
-            return Changed()
+            return StoreChange()
         services = self._take_slice(key) | {found.service}
         self._slices[key] = packed
         self._slices_of[found.service] = (*self._slices_of.get(found.service, ()), key)
-        return Changed(services, last_changes=((found.family, found.last_change),) if found.last_change else ())
+        return StoreChange(services, last_changes=((found.family, found.last_change),) if found.last_change else ())
 
     def _take_slice(self, key: SliceKey) -> frozenset[ServiceKey]:
         """Forget an EndpointSlice; return the Service that it belonged to, nothing if there is no such slice."""
@@ -204,23 +204,23 @@ class Store:
             self._slices_of[owner] = left
         return frozenset({owner})
 
-    def _remove(self, kind: Kind, namespace: str, name: str) -> Changed:
+    def _remove(self, kind: Kind, namespace: str, name: str) -> StoreChange:
         if kind is Service:
             key = f"{namespace}/{name}"
             self._refused.discard((namespace, name))
-            return Changed(frozenset({key})) if self._services.pop(key, None) else Changed()
+            return StoreChange(frozenset({key})) if self._services.pop(key, None) else StoreChange()
         if kind is EndpointSlice:
-            return Changed(self._take_slice(f"{namespace}/{name}"))
+            return StoreChange(self._take_slice(f"{namespace}/{name}"))
         if kind is ServiceCIDR:
-            return Changed(service_cidrs=self._service_cidrs.pop(name, None) is not None)
+            return StoreChange(service_cidrs=self._service_cidrs.pop(name, None) is not None)
         if name != self._node_name:
-            return Changed()
+            return StoreChange()
         self._node_exists = False
         if self.node is None or self.node.being_deleted:
-            return Changed()
+            return StoreChange()
         # The machine is still here and serves: what its Node said of it stays true.
         self.node = replace(self.node, being_deleted=True)
-        return Changed(node=True)
+        return StoreChange(node=True)
 
 
 def _split(key: str) -> tuple[str, str]:

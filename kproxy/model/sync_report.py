@@ -9,13 +9,13 @@ from msgspec import Struct
 
 from kproxy.model.context import Context
 from kproxy.model.delta import Kind
-from kproxy.model.frontend_conflicts import Conflict
+from kproxy.model.frontend_conflicts import FrontendConflict
 from kproxy.model.plan import ServicePortPlan
-from kproxy.model.store import Changed
+from kproxy.model.store import StoreChange
 from kproxy.model.types import Family, ServiceKey
 
 
-class Tally(Struct, frozen=True):
+class ServiceCounts(Struct, frozen=True):
     """How many Services of a family are in a condition, or in none because they are not served.
 
     `without_endpoints` have a port without any endpoint, `dropped` one without an endpoint on this node under policy
@@ -34,7 +34,7 @@ class Tally(Struct, frozen=True):
 NoticeKind = Literal["NoEndpoints", "EndpointsAvailable", "SourceRangesIgnored", "FrontendConflict", "ConflictResolved"]
 
 
-class Notice(Struct, frozen=True):
+class ConditionTransition(Struct, frozen=True):
     """Something that became true of a Service, as a sentence; `kind` is the reason of the event about it."""
 
     service: ServiceKey
@@ -55,11 +55,11 @@ class SyncError(Exception):
     """The kernel did not accept a change; the message says why on one line."""
 
 
-class StateLostError(SyncError):
+class DriftError(SyncError):
     """Somebody else has changed what the kernel held: a sync of everything is needed, and likely to succeed."""
 
 
-class Written(Struct, frozen=True):
+class ApplyResult(Struct, frozen=True):
     """What a backend's sync amounted to, by table: rules it wrote, and rules of ours that are now there.
 
     `conflicts` are all that there are now, not only those of the Services that this sync looked at.
@@ -67,14 +67,14 @@ class Written(Struct, frozen=True):
 
     rules: Mapping[str, int]
     total_rules: Mapping[str, int]
-    conflicts: tuple[Conflict, ...] = ()
+    conflicts: tuple[FrontendConflict, ...] = ()
 
 
 class SyncReport(Struct, frozen=True):
     """One attempt to bring one family's kernel state to the desired state.
 
     `plans` are those of the `services` Services that were looked at: if `complete`, of all Services, but only those
-    with a plan of `lasting_interest`; else of those that may have changed. `error` is "" if the kernel accepted
+    with a plan of `outlives_sync`; else of those that may have changed. `error` is "" if the kernel accepted
     everything; `written` is None if it did not. `began` and `ended` are in seconds of the reconciler's monotonic clock.
     `last_changes` are the moments, in seconds since the epoch, at which the endpoint changes began that are now in the
     kernel (annotation `endpoints.kubernetes.io/last-change-trigger-time`). `tally` counts the Services in a condition,
@@ -87,21 +87,21 @@ class SyncReport(Struct, frozen=True):
     complete: bool
     plans: Plans
     context: Context | None
-    written: Written | None
+    written: ApplyResult | None
     error: str = ""
     services: int = 0
     last_changes: tuple[float, ...] = ()
-    tally: Tally = Tally()
-    notices: tuple[Notice, ...] = ()
+    tally: ServiceCounts = ServiceCounts()
+    notices: tuple[ConditionTransition, ...] = ()
 
 
-class Observer(Protocol):
+class SyncListener(Protocol):
     """Told of syncs, in the reconciler's thread: must neither block nor raise."""
 
     def queued(self, family: Family, now: float) -> None:
         """Note that changes of a family wait to be programmed, at `now` of the reconciler's clock."""
 
-    def changed(self, kind: Kind, changed: Changed) -> None:
+    def changed(self, kind: Kind, changed: StoreChange) -> None:
         """Note what one delta about a kind of objects changed."""
 
     def synced(self, report: SyncReport) -> None:

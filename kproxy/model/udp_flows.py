@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from kproxy.model.addresses import socket_text, split_socket_text
 from kproxy.model.context import Context
-from kproxy.model.frontend_conflicts import Rank, external_rank
-from kproxy.model.plan import Decision, ServicePortPlan
+from kproxy.model.frontend_conflicts import ClaimRank, external_rank
+from kproxy.model.plan import ServicePortPlan, TrafficDecision
 from kproxy.model.sync_report import Plans
 from kproxy.model.types import Family, ServiceKey
 
@@ -74,18 +74,18 @@ class UdpFrontends:
         """Note that no suspect has stale flows any more."""
         self._suspects.clear()
 
-    def is_stale(self, destination: str, source: str, takes_node_ports: Callable[[str], bool]) -> bool:
+    def is_stale(self, destination: str, source: str, accepts_node_ports: Callable[[str], bool]) -> bool:
         """Return whether flows to `destination` that `source` answers are stale; those of others than suspects are not.
 
         At a frontend that exists, whatever is not one of its endpoints is stale: an endpoint that is gone, or the
         frontend itself, when a client sent to it before it was one. At a frontend that is gone, what is not
-        translated is left alone: it belongs to whoever has the address or port now. `takes_node_ports` says
+        translated is left alone: it belongs to whoever has the address or port now. `accepts_node_ports` says
         whether NodePorts answer on an address; others' flows to the same port number are none of ours.
         """
         address, port = split_socket_text(destination)
         node_port = socket_text("", port)
         frontends = [destination]
-        if (node_port in self._suspects or node_port in self._owners) and takes_node_ports(address):
+        if (node_port in self._suspects or node_port in self._owners) and accepts_node_ports(address):
             frontends.append(node_port)
         if self._suspects.isdisjoint(frontends):
             return False
@@ -152,12 +152,14 @@ def udp_frontends(ports: Sequence[ServicePortPlan]) -> dict[str, UdpFrontend]:
             continue
         serving = frozenset(plan.serving_endpoints)
         cluster, local = serving.union(plan.cluster_endpoints), serving.union(plan.local_endpoints)
-        own = (Rank.CLUSTER_IP, plan.name)
-        internal = UdpFrontend(local if plan.internal_local else cluster, (plan.internal is Decision.FORWARD,), own)
+        own = (ClaimRank.CLUSTER_IP, plan.name)
+        internal = UdpFrontend(
+            local if plan.internal_local else cluster, (plan.internal is TrafficDecision.FORWARD,), own
+        )
         found[socket_text(plan.cluster_ip, plan.port)] = internal
         # Pods and the node itself may reach a policy Local frontend's other endpoints too.
         endpoints = cluster | local if plan.external_local else cluster
-        everybody = (plan.external is Decision.FORWARD, bool(plan.cluster_endpoints))
+        everybody = (plan.external is TrafficDecision.FORWARD, bool(plan.cluster_endpoints))
         claim = (external_rank(plan), plan.name)
         external = restricted = UdpFrontend(endpoints, everybody, claim)
         if plan.source_ranges:
@@ -170,7 +172,7 @@ def udp_frontends(ports: Sequence[ServicePortPlan]) -> dict[str, UdpFrontend]:
     return found
 
 
-def takes_node_ports(context: Context, address: str, own_addresses: Callable[[], Collection[str]]) -> bool:
+def accepts_node_ports(context: Context, address: str, own_addresses: Callable[[], Collection[str]]) -> bool:
     """Return whether NodePorts answer on an address.
 
     `own_addresses` tells the addresses of this machine; it is called only if it matters. Loopback addresses count

@@ -11,22 +11,22 @@ from itertools import islice
 from typing import Protocol, TypeVar
 
 from kproxy.model.context import Context
-from kproxy.model.sync_report import Plans, StateLostError, SyncError, Written
+from kproxy.model.sync_report import ApplyResult, DriftError, Plans, SyncError
 from kproxy.model.types import Family
 from kproxy.nftables.base_table import SETS
-from kproxy.nftables.diff import Change, UnusableTableError
-from kproxy.nftables.elements import shape_of
-from kproxy.nftables.kernel import OwnChanges, StaleError, TableError, UnreadableError
-from kproxy.nftables.ledger import Ledger
-from kproxy.nftables.nft_syntax import Writer
+from kproxy.nftables.diff import IncompatibleTableError, NftablesDiff
+from kproxy.nftables.elements import set_layout
+from kproxy.nftables.kernel import GenerationChangedError, OwnGenerations, TableChangingError, TableError
+from kproxy.nftables.ledger import NftablesLedger
+from kproxy.nftables.nft_syntax import NftWriter
 from kproxy.nftables.render import render_service
-from kproxy.nftables.snapshot import View
+from kproxy.nftables.snapshot import TableSnapshot
 from kproxy.nftables.transaction import Transaction
 
 _T = TypeVar("_T")
 
 
-def in_step(do: Callable[[_T], object], things: Iterable[_T]) -> None:
+def pipelined(do: Callable[[_T], object], things: Iterable[_T]) -> None:
     """Call `do` with each thing, in their order, one at a time, while the next thing is being made.
 
     A single thing is done in the calling thread; of several, each is done in a thread that belongs to the same network
@@ -54,20 +54,20 @@ READS = 3
 """How often a sync reads the table anew because others change tables at the same time."""
 
 
-class Kernel(Protocol):
+class NftablesKernel(Protocol):
     """The way to one family's table; `kproxy.nftables.kernel.NftTable` is the real one."""
 
     def commit(self, change: Transaction, generation: int | None = None, /) -> None:
         """Make a transaction; with a generation only if nothing has changed since.
 
-        Raises `TableError` or `StaleError`.
+        Raises `TableError` or `GenerationChangedError`.
         """
 
     def generation(self) -> int:
         """Return the number of the last change that anybody made to any table. Raises `TableError`."""
 
-    def view(self, *, lenient: bool = False) -> View | None:
-        """Return what the table holds, None if there is none. Raises `TableError`, `UnreadableError` if it changes.
+    def view(self, *, lenient: bool = False) -> TableSnapshot | None:
+        """Return what the table holds, None if there is none. Raises `TableError`, `TableChangingError` if it changes.
 
         With `lenient`, elements are read even while tables change: some may be missing if that is this one.
         """
@@ -84,25 +84,25 @@ class NftablesBackend:
     """
 
     def __init__(
-        self, kernel: Kernel, own: OwnChanges | None = None, *, batch_frontends: int = BATCH_FRONTENDS
+        self, kernel: NftablesKernel, own: OwnGenerations | None = None, *, batch_frontends: int = BATCH_FRONTENDS
     ) -> None:
         """`own` is shared by all backends that change tables of the same network namespace.
 
         `batch_frontends` is how many frontends a batch may have; no Service is ever spread over two.
         """
         self._kernel = kernel
-        self._own = own or OwnChanges()
+        self._own = own or OwnGenerations()
         self._batch_frontends = batch_frontends
-        self._ledger: Ledger | None = None
+        self._ledger: NftablesLedger | None = None
         self._generation: int | None = None
 
     @property
-    def needs_everything(self) -> bool:
+    def needs_full_sync(self) -> bool:
         """Whether the next `sync` must be given the plans of all Services."""
         return self._ledger is None
 
-    def sync(self, plans: Plans, context: Context) -> Written:
-        """Bring the table to `plans`: the Services that may have changed, or all if `needs_everything`.
+    def sync(self, plans: Plans, context: Context) -> ApplyResult:
+        """Bring the table to `plans`: the Services that may have changed, or all if `needs_full_sync`.
 
         A Service without plans is deleted. Raises `SyncError` if the kernel refused; what was accepted before stays.
         """
@@ -111,7 +111,7 @@ class NftablesBackend:
             self._ledger = self._load(plans, context) if ledger is None else self._update(ledger, plans, context)
         except TableError as error:
             raise SyncError(str(error)) from None
-        return Written({}, {}, self._ledger.conflicts())
+        return ApplyResult({}, {}, self._ledger.conflicts())
 
     def forget(self) -> None:
         """Let the next `sync` read the table."""
@@ -134,53 +134,55 @@ class NftablesBackend:
             self._ledger = None
         return whole
 
-    def _update(self, ledger: Ledger, plans: Plans, context: Context) -> Ledger:
-        change = Change(ledger, context)
-        in_step(self._commit, self._batches(change, plans, context, self._batch_frontends))
+    def _update(self, ledger: NftablesLedger, plans: Plans, context: Context) -> NftablesLedger:
+        change = NftablesDiff(ledger, context)
+        pipelined(self._commit, self._batches(change, plans, context, self._batch_frontends))
         self._settle(ledger, context)
         return ledger
 
-    def _load(self, plans: Plans, context: Context) -> Ledger:
+    def _load(self, plans: Plans, context: Context) -> NftablesLedger:
         """Write everything, whatever is there; what is right already stays untouched.
 
         A table that cannot be taken over is replaced, and then no client is remembered any more.
         """
         try:
             return self._load_over_read(plans, context)
-        except UnusableTableError as error:
+        except IncompatibleTableError as error:
             log.info("%s: the table of before cannot be taken over, a new one takes its place", error)
             return self._replace(plans, context)
 
-    def _load_over_read(self, plans: Plans, context: Context) -> Ledger:
+    def _load_over_read(self, plans: Plans, context: Context) -> NftablesLedger:
         for _ in range(READS):
             try:
                 generation = self._kernel.generation()
                 return self._load_over(self._kernel.view(), generation, plans, context)
-            except (StaleError, UnreadableError):
+            except (GenerationChangedError, TableChangingError):
                 continue
         # Others keep changing tables. Hardly this one: what was read of it is mostly true, and checked in the end.
         try:
             return self._load_over(self._kernel.view(lenient=True), None, plans, context)
-        except (TableError, StateLostError) as error:
-            raise UnusableTableError(f"it changes while it is read ({error})") from None
+        except (TableError, DriftError) as error:
+            raise IncompatibleTableError(f"it changes while it is read ({error})") from None
 
-    def _load_over(self, view: View | None, generation: int | None, plans: Plans, context: Context) -> Ledger:
-        """Bring what was read to what is wanted. With a generation, raises `StaleError` if that is not the present one.
+    def _load_over(
+        self, view: TableSnapshot | None, generation: int | None, plans: Plans, context: Context
+    ) -> NftablesLedger:
+        """Bring a table that was read to the plans. Raises `GenerationChangedError` for a `generation` that is not current.
 
         What is taken over changes in one step, for its chains must agree with each other and with the settings.
         """
         if view is not None:
             _check_usable(view, context.family)
-        ledger = Ledger()
-        change = Change(ledger, context, view, create=view is None)
+        ledger = NftablesLedger()
+        change = NftablesDiff(ledger, context, view, create=view is None)
         size = math.inf if view is not None else self._batch_frontends
         self._generation = generation
         batches = self._batches(change, plans, context, size)
-        in_step(lambda batch: self._commit(batch[1], must_be_fresh=not batch[0]), enumerate(batches))
+        pipelined(lambda batch: self._commit(batch[1], must_be_fresh=not batch[0]), enumerate(batches))
         self._settle(ledger, context)
         return ledger
 
-    def _batches(self, change: Change, plans: Plans, context: Context, size: float) -> Iterator[Transaction]:
+    def _batches(self, change: NftablesDiff, plans: Plans, context: Context, size: float) -> Iterator[Transaction]:
         """Yield the transactions of a change, each as soon as it has as many frontends as it may."""
         for key, ports in plans.items():
             change.put(key, render_service(ports, context))
@@ -188,9 +190,9 @@ class NftablesBackend:
                 yield change.take()
         yield change.finish()
 
-    def _replace(self, plans: Plans, context: Context) -> Ledger:
-        ledger = Ledger()
-        change = Change(ledger, context, create=True)
+    def _replace(self, plans: Plans, context: Context) -> NftablesLedger:
+        ledger = NftablesLedger()
+        change = NftablesDiff(ledger, context, create=True)
         for key, ports in plans.items():
             change.put(key, render_service(ports, context))
         self._generation = None
@@ -201,7 +203,7 @@ class NftablesBackend:
     def _commit(self, change: Transaction, *, must_be_fresh: bool = False) -> None:
         """Make a transaction, and note whether others have made changes since the one before.
 
-        With `must_be_fresh` that raises `StaleError`. Else, what is refused after that is a reason to look at the table
+        With `must_be_fresh`, raises `GenerationChangedError`. Else, what is refused is a reason to look at the table
         again: it may be no longer what it was.
         """
         if (first := change.split_off_new_chains()) is not None:
@@ -214,7 +216,7 @@ class NftablesBackend:
             last = self._own.since(self._generation)
             try:
                 self._kernel.commit(change, last)
-            except StaleError:
+            except GenerationChangedError:
                 self._generation = None
                 if must_be_fresh:
                     raise
@@ -224,9 +226,9 @@ class NftablesBackend:
         try:
             self._kernel.commit(change)
         except TableError as error:
-            raise StateLostError(f"somebody else has changed tables, and now: {error}") from None
+            raise DriftError(f"somebody else has changed tables, and now: {error}") from None
 
-    def _settle(self, ledger: Ledger, context: Context) -> None:
+    def _settle(self, ledger: NftablesLedger, context: Context) -> None:
         """If others have made changes meanwhile, make sure that they were not to this table.
 
         The generation is asked for first: a change after that is noticed at the next transaction. Where changes of
@@ -237,22 +239,22 @@ class NftablesBackend:
         try:
             generation = self._kernel.generation()
             uses = self._kernel.uses()
-        except UnreadableError as error:
+        except TableChangingError as error:
             log.debug("%s: %s", context.family.value, error)
             return
         if uses != ledger.uses():
             log.warning("%s: somebody else has changed the table: programming everything anew", context.family.value)
-            raise StateLostError("somebody else has changed the table")
+            raise DriftError("somebody else has changed the table")
         self._generation = generation
 
 
-class Printer:
+class NftablesPrinter:
     """A backend that hands on, as text, the table that it would make."""
 
-    needs_everything = True
+    needs_full_sync = True
 
     def __init__(self, family: Family, show: Callable[[str], object]) -> None:
-        self._writer = Writer(family)
+        self._writer = NftWriter(family)
         self._show = show
 
     def verify(self, context: Context) -> bool:  # noqa: ARG002 - there is no kernel that could differ
@@ -262,31 +264,31 @@ class Printer:
     def forget(self) -> None:
         """Do nothing: everything is handed on each time."""
 
-    def sync(self, plans: Plans, context: Context) -> Written:
+    def sync(self, plans: Plans, context: Context) -> ApplyResult:
         """Hand on the table for all `plans`, as `nft list table` prints it."""
-        ledger = Ledger()
-        change = Change(ledger, context, create=True)
+        ledger = NftablesLedger()
+        change = NftablesDiff(ledger, context, create=True)
         for key, ports in plans.items():
             change.put(key, render_service(ports, context))
         made = change.finish()
         self._show(self._writer.table(made.sets, made.additions(), made.rules))
-        return Written({}, {}, ledger.conflicts())
+        return ApplyResult({}, {}, ledger.conflicts())
 
 
-def _check_usable(view: View, family: Family) -> None:
-    """Raise `UnusableTableError` if the table has something that can neither be changed nor removed alone.
+def _check_usable(view: TableSnapshot, family: Family) -> None:
+    """Raise `IncompatibleTableError` if the table has something that can neither be changed nor removed alone.
 
     The type of a set cannot be changed, others' maps of verdicts keep chains from being deleted, and an element for
     all other keys would catch what is to go on.
     """
     if view.flags:
-        raise UnusableTableError("the table has flags")
-    shapes = {each.name: shape_of(each, family) for each in SETS}
+        raise IncompatibleTableError("the table has flags")
+    shapes = {each.name: set_layout(each, family) for each in SETS}
     for name, shape in view.sets.items():
         if shapes.get(name, shape) != shape:
-            raise UnusableTableError(f"set {name} is of another type")
+            raise IncompatibleTableError(f"set {name} is of another type")
         if name not in shapes and shape.has_verdicts:
-            raise UnusableTableError(f"map {name} is somebody else's")
+            raise IncompatibleTableError(f"map {name} is somebody else's")
     for name, elements in view.elements.items():
         if b"" in elements:
-            raise UnusableTableError(f"map {name} has an element for all keys")
+            raise IncompatibleTableError(f"map {name} has an element for all keys")

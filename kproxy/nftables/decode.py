@@ -15,18 +15,18 @@ from kproxy.model.types import Family
 from kproxy.nftables.base_table import SETS
 from kproxy.nftables.elements import (
     DROP,
-    Element,
     ElementValue,
-    Shape,
+    SetElement,
+    SetLayout,
     address_family,
     endpoint_size,
-    shape_of,
+    set_layout,
 )
 from kproxy.nftables.encode import NFNL_SUBSYS_NFTABLES
 from kproxy.nftables.expressions import NF_ACCEPT, NF_DROP, NFT_GOTO
 from kproxy.nftables.names import TABLE
-from kproxy.nftables.ruleset import Hook, Set, Value
-from kproxy.nftables.snapshot import View
+from kproxy.nftables.ruleset import MapValue, NftHook, NftSet
+from kproxy.nftables.snapshot import TableSnapshot
 
 _GETTABLE, _GETCHAIN, _GETSET, _GETSETELEM, _GETGEN = 1, 4, 10, 13, 16
 _NFGENMSG_SIZE = 4
@@ -37,7 +37,7 @@ _BE64 = struct.Struct(">Q")
 _SIZE = struct.Struct("=H")
 
 
-class Reader:
+class TableReader:
     """Reads one family's table over a netlink socket of its own."""
 
     def __init__(self, family: Family) -> None:
@@ -59,7 +59,7 @@ class Reader:
         with NetlinkSocket(NETLINK_NETFILTER) as netlink:
             return self._flags(netlink) is not None
 
-    def view(self, *, lenient: bool = False) -> View | None:
+    def view(self, *, lenient: bool = False) -> TableSnapshot | None:
         """Return what the table holds, None if there is none. Raises `NetlinkError`, also if tables changed meanwhile.
 
         With `lenient`, not if they did while elements were read: the kernel finds its place in a set again by the set
@@ -69,9 +69,9 @@ class Reader:
             flags = self._flags(netlink)
             if flags is None:
                 return None
-            view = View(self._sets(netlink), self._chains(netlink), flags=flags)
+            view = TableSnapshot(self._sets(netlink), self._chains(netlink), flags=flags)
             for each in SETS:
-                if view.sets.get(each.name) == shape_of(each, self._family):
+                if view.sets.get(each.name) == set_layout(each, self._family):
                     view.elements[each.name] = self._elements(netlink, each, lenient=lenient)
             return view
 
@@ -98,7 +98,7 @@ class Reader:
             raise
         return flags
 
-    def _sets(self, netlink: NetlinkSocket) -> dict[str, Shape]:
+    def _sets(self, netlink: NetlinkSocket) -> dict[str, SetLayout]:
         found = {}
         for data, begin, end in netlink.dump(_kind(_GETSET), self._header + self._table):
             parts = attributes(data, begin + _NFGENMSG_SIZE, end)
@@ -108,10 +108,10 @@ class Reader:
             if flags & _NFT_SET_ANONYMOUS:
                 continue  # part of a rule, and gone with it
             size = _set_size(data, parts[9]) if 9 in parts else 0
-            found[_string(data, parts[2])] = Shape(flags, key_type, key_size, data_type, data_size, timeout, size)
+            found[_string(data, parts[2])] = SetLayout(flags, key_type, key_size, data_type, data_size, timeout, size)
         return found
 
-    def _chains(self, netlink: NetlinkSocket) -> dict[str, Hook | None]:
+    def _chains(self, netlink: NetlinkSocket) -> dict[str, NftHook | None]:
         found = {}
         for data, begin, end in netlink.dump(_kind(_GETCHAIN), self._header + self._table):
             parts = attributes(data, begin + _NFGENMSG_SIZE, end)
@@ -120,13 +120,13 @@ class Reader:
                 found[_string(data, parts[3])] = _hook(data, parts) if 4 in parts else None
         return found
 
-    def _elements(self, netlink: NetlinkSocket, owner: Set, *, lenient: bool) -> dict[bytes, Element]:
-        found: dict[bytes, Element] = {}
+    def _elements(self, netlink: NetlinkSocket, owner: NftSet, *, lenient: bool) -> dict[bytes, SetElement]:
+        found: dict[bytes, SetElement] = {}
         with suppress(DumpInterruptedError) if lenient else nullcontext():
             self._read_elements(netlink, owner, found)
         return found
 
-    def _read_elements(self, netlink: NetlinkSocket, owner: Set, found: dict[bytes, Element]) -> None:
+    def _read_elements(self, netlink: NetlinkSocket, owner: NftSet, found: dict[bytes, SetElement]) -> None:
         asked = self._header + self._table + attribute(2, owner.name.encode() + b"\0")
         plain = _plain(owner, self._family)
         for data, begin, end in netlink.dump(_kind(_GETSETELEM), asked):
@@ -141,7 +141,7 @@ class Reader:
                 place += (size + 3) & ~3
 
 
-class _Plain(Struct, frozen=True, gc=False):
+class _EndpointElementLayout(Struct, frozen=True, gc=False):
     """How the kernel lays out elements with a key, an endpoint and nothing else, of which there are many."""
 
     before: bytes
@@ -157,18 +157,18 @@ class _Plain(Struct, frozen=True, gc=False):
         middle = place + len(self.before) + self.key
         return data.startswith(self.before, place) and data.startswith(self.between, middle)
 
-    def element(self, data: bytes, place: int) -> Element:
+    def element(self, data: bytes, place: int) -> SetElement:
         key = place + len(self.before)
         value = key + self.key + len(self.between)
-        return Element(data[key : key + self.key], data[value : value + self.value])
+        return SetElement(data[key : key + self.key], data[value : value + self.value])
 
 
-def _plain(owner: Set, family: Family) -> _Plain | None:
-    if owner.value is not Value.ENDPOINT:
+def _plain(owner: NftSet, family: Family) -> _EndpointElementLayout | None:
+    if owner.value is not MapValue.ENDPOINT:
         return None
-    key, value = shape_of(owner, family).key_size, endpoint_size(family)
+    key, value = set_layout(owner, family).key_size, endpoint_size(family)
     before = struct.pack("=6H", key + value + 20, 1, key + 8, 1, key + 4, 1)
-    return _Plain(before, struct.pack("=4H", value + 8, 2, value + 4, 1), key, value)
+    return _EndpointElementLayout(before, struct.pack("=4H", value + 8, 2, value + 4, 1), key, value)
 
 
 def _kind(number: int) -> int:
@@ -185,26 +185,26 @@ def _set_size(data: bytes, place: tuple[int, int]) -> int:
     return size
 
 
-def _hook(data: bytes, parts: dict[int, tuple[int, int]]) -> Hook:
+def _hook(data: bytes, parts: dict[int, tuple[int, int]]) -> NftHook:
     inner = attributes(data, *parts[4])
     number = _BE32.unpack_from(data, inner[1][0])[0]
     (priority,) = struct.unpack_from(">i", data, inner[2][0])
     hook = _HOOKS[number] if number < len(_HOOKS) else str(number)
     if 5 in parts and _BE32.unpack_from(data, parts[5][0])[0] != NF_ACCEPT:
         hook += " with policy drop"
-    return Hook(_string(data, parts[7]), hook, priority)  # type: ignore[arg-type]  # a hook that is not ours compares unequal
+    return NftHook(_string(data, parts[7]), hook, priority)  # type: ignore[arg-type]  # a hook that is not ours compares unequal
 
 
-def _element(data: bytes, begin: int, end: int, kind: Value) -> Element:
+def _element(data: bytes, begin: int, end: int, kind: MapValue) -> SetElement:
     parts = attributes(data, begin, end)
     key = _value(data, parts[1]) if 1 in parts else b""  # `*`, which stands for all other keys
     comment = _comment(data, parts[6]) if 6 in parts else ""
     value: ElementValue = None
-    if kind is Value.ENDPOINT:
+    if kind is MapValue.ENDPOINT:
         value = _value(data, parts[2])
-    elif kind is Value.VERDICT:
+    elif kind is MapValue.VERDICT:
         value = _verdict(data, parts[2])
-    return Element(key, value, comment)
+    return SetElement(key, value, comment)
 
 
 def _value(data: bytes, place: tuple[int, int]) -> bytes:

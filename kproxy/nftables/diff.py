@@ -8,20 +8,20 @@ from kproxy.model.context import Context
 from kproxy.model.types import ServiceKey
 from kproxy.nftables import names
 from kproxy.nftables.base_table import SETS, base_chains
-from kproxy.nftables.elements import Element, endpoint_size, numbered, pack_address, pools, shape_of
-from kproxy.nftables.ledger import Ledger
-from kproxy.nftables.render import Frontend, RenderedService
-from kproxy.nftables.ruleset import Chain, Set
+from kproxy.nftables.elements import SetElement, endpoint_size, numbered, pack_address, pools, set_layout
+from kproxy.nftables.ledger import NftablesLedger
+from kproxy.nftables.render import RenderedFrontend, RenderedService
+from kproxy.nftables.ruleset import NftChain, NftSet
 from kproxy.nftables.shared_chains import SharedChain, shared_chains
-from kproxy.nftables.snapshot import View
+from kproxy.nftables.snapshot import TableSnapshot
 from kproxy.nftables.transaction import Transaction
 
 
-class UnusableTableError(Exception):
+class IncompatibleTableError(Exception):
     """What the kernel holds cannot be turned into what it is to hold; a new table must take its place."""
 
 
-class Change:
+class NftablesDiff:
     """Brings a ledger, and with its transactions the kernel, to a new state, Service by Service.
 
     Services are put in one after the other; `take` returns the transaction for all since the last one, each Service
@@ -29,7 +29,9 @@ class Change:
     again, and what nobody wants is removed in the end. Without one the table holds what the ledger says.
     """
 
-    def __init__(self, ledger: Ledger, context: Context, view: View | None = None, *, create: bool = False) -> None:
+    def __init__(
+        self, ledger: NftablesLedger, context: Context, view: TableSnapshot | None = None, *, create: bool = False
+    ) -> None:
         """With `create`, there may be no table, or one that is no use: the first transaction makes a new one."""
         self._ledger = ledger
         self._context = context
@@ -38,7 +40,7 @@ class Change:
         self._endpoint_size = endpoint_size(context.family)
         self._anew = ledger.context != context
         self._verdicts_changed = False
-        self._frontends: dict[bytes, Frontend | None] = {}
+        self._frontends: dict[bytes, RenderedFrontend | None] = {}
         self._members: dict[tuple[str, bytes], bool] = {}
         self._own: list[tuple[RenderedService | None, RenderedService | None]] = []
 
@@ -127,7 +129,9 @@ class Change:
 
     # Elements
 
-    def _change_frontend(self, done: Transaction, key: bytes, before: Frontend | None, after: Frontend | None) -> None:
+    def _change_frontend(
+        self, done: Transaction, key: bytes, before: RenderedFrontend | None, after: RenderedFrontend | None
+    ) -> None:
         self._count_verdicts(before, -1)
         self._count_verdicts(after, 1)
         verdicts = _verdicts(after) if after else {}
@@ -139,8 +143,8 @@ class Change:
             self._change_pool(done, name, key, old_pools.get(name, b""), new_pools.get(name, b""))
 
     def _held(
-        self, done: Transaction, key: bytes, before: Frontend | None, wanted: dict[str, bytes]
-    ) -> tuple[dict[str, Element], dict[str, bytes]]:
+        self, done: Transaction, key: bytes, before: RenderedFrontend | None, wanted: dict[str, bytes]
+    ) -> tuple[dict[str, SetElement], dict[str, bytes]]:
         """Return what the kernel has under a frontend's key: in maps of verdicts, and in maps of endpoints."""
         if before is not None:
             verdicts, found = _verdicts(before), dict(before.pools)
@@ -152,7 +156,7 @@ class Change:
             self._clear_way(done, self._view, key, wanted)
         return verdicts, found
 
-    def _clear_way(self, done: Transaction, view: View, key: bytes, wanted: dict[str, bytes]) -> None:
+    def _clear_way(self, done: Transaction, view: TableSnapshot, key: bytes, wanted: dict[str, bytes]) -> None:
         """Remove endpoints that have numbers of those wanted: others have left them, behind a gap in their numbers."""
         for name, pool in wanted.items():
             elements = view.elements.get(name, {})
@@ -171,17 +175,17 @@ class Change:
             had, wanted = old[begin : begin + size], new[begin : begin + size]
             if had != wanted:
                 number = numbered(key, place)
-                before, after = Element(number, had) if had else None, Element(number, wanted) if wanted else None
+                before, after = SetElement(number, had) if had else None, SetElement(number, wanted) if wanted else None
                 _change_element(done, name, before, after)
 
     def _change_member(self, done: Transaction, name: str, key: bytes, *, before: bool, after: bool) -> None:
         """Change an element of a set: it is there, or it is not."""
-        old = Element(key) if before else None
+        old = SetElement(key) if before else None
         if old is None and self._view is not None:
             old = self._view.elements.get(name, {}).pop(key, None)
-        _change_element(done, name, old, Element(key) if after else None)
+        _change_element(done, name, old, SetElement(key) if after else None)
 
-    def _count_verdicts(self, frontend: Frontend | None, by: int) -> None:
+    def _count_verdicts(self, frontend: RenderedFrontend | None, by: int) -> None:
         verdicts = self._ledger.verdicts
         for _, verdict in frontend.verdicts if frontend else ():
             verdicts[verdict] += by
@@ -237,18 +241,20 @@ class Change:
         for name in old_chains | new_chains:
             self._change_chain(done, old_chains.get(name), new_chains.get(name), anew=bool(replaced))
 
-    def _make_set(self, done: Transaction, wanted: Set, *, replaced: bool) -> None:
+    def _make_set(self, done: Transaction, wanted: NftSet, *, replaced: bool) -> None:
         """Make a set, unless a table taken over has it: the clients that it remembers stay with their endpoint."""
         present = self._view.sets.get(wanted.name) if self._view is not None else None
         if present is not None:
-            if present == shape_of(wanted, self._context.family):
+            if present == set_layout(wanted, self._context.family):
                 return
             replaced = True
         if replaced:
             done.deleted_sets.append(wanted.name)
         done.sets.append(wanted)
 
-    def _change_chain(self, done: Transaction, old: Chain | None, new: Chain | None, *, anew: bool = False) -> None:
+    def _change_chain(
+        self, done: Transaction, old: NftChain | None, new: NftChain | None, *, anew: bool = False
+    ) -> None:
         """Write a chain if it differs, or with `anew` in any case, since what its rules refer to is replaced."""
         if new is None:
             assert old is not None
@@ -263,17 +269,17 @@ class Change:
             done.chains.append(new)
         done.rules.append(new)
 
-    def _is_there(self, chain: Chain, *, known: bool) -> bool:
+    def _is_there(self, chain: NftChain, *, known: bool) -> bool:
         """Return whether the table has a chain; if it is being taken over, it has it from now on."""
         if self._view is None:
             return known
         known = chain.name in self._view.chains
         if self._view.chains.setdefault(chain.name, chain.hook) != chain.hook:
-            raise UnusableTableError(f"chain {chain.name} has another hook")
+            raise IncompatibleTableError(f"chain {chain.name} has another hook")
         return known
 
 
-def _change_element(done: Transaction, name: str, old: Element | None, new: Element | None) -> None:
+def _change_element(done: Transaction, name: str, old: SetElement | None, new: SetElement | None) -> None:
     if old == new:
         return
     if old is not None:
@@ -282,6 +288,6 @@ def _change_element(done: Transaction, name: str, old: Element | None, new: Elem
         done.add(name, new)
 
 
-def _verdicts(frontend: Frontend) -> dict[str, Element]:
+def _verdicts(frontend: RenderedFrontend) -> dict[str, SetElement]:
     comment = names.comment(frontend.owner)
-    return {name: Element(frontend.key, verdict, comment) for name, verdict in frontend.verdicts}
+    return {name: SetElement(frontend.key, verdict, comment) for name, verdict in frontend.verdicts}

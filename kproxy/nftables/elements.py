@@ -12,11 +12,11 @@ from msgspec import Struct
 
 from kproxy.model.addresses import socket_text, split_socket_text
 from kproxy.model.types import Family, Protocol
-from kproxy.nftables.ruleset import Field, Set, Value
+from kproxy.nftables.ruleset import KeyField, MapValue, NftSet
 
 _MAP, _TIMEOUT, _EVAL = 8, 0x10, 0x20
 _IPV4_ADDRESS, _IPV6_ADDRESS = 7, 8
-_TYPES = {Field.PROTOCOL: 12, Field.PORT: 13, Field.NUMBER: 4}
+_TYPES = {KeyField.PROTOCOL: 12, KeyField.PORT: 13, KeyField.NUMBER: 4}
 _TYPE_BITS = 6
 _AFFINITY_SET_SIZE = 65535
 """How many clients an endpoint can remember: what the kernel takes for a set that rules add to, if it is told no size.
@@ -26,7 +26,7 @@ kube-proxy tells it the same size, and then the kernel sets aside room for all o
 _VERDICT_TYPE, _VERDICT_SIZE = 0xFFFFFF00, 16
 
 
-class Shape(Struct, frozen=True):
+class SetLayout(Struct, frozen=True):
     """What decides whether a set can be used as it is.
 
     `timeout` is in milliseconds, `size` how many elements it may have (0: as many as there is memory for).
@@ -46,22 +46,22 @@ class Shape(Struct, frozen=True):
         return self.data_type == _VERDICT_TYPE
 
 
-def shape_of(found: Set, family: Family) -> Shape:
+def set_layout(found: NftSet, family: Family) -> SetLayout:
     """Return the shape that a set has in the table of a family."""
-    flags = 0 if found.value is Value.NOTHING else _MAP
+    flags = 0 if found.value is MapValue.NOTHING else _MAP
     if found.timeout:
         flags |= _TIMEOUT | _EVAL
     data_type = data_size = 0
-    if found.value is Value.VERDICT:
+    if found.value is MapValue.VERDICT:
         data_type, data_size = _VERDICT_TYPE, _VERDICT_SIZE
-    elif found.value is Value.ENDPOINT:
-        data_type, data_size = _concatenated((Field.DESTINATION, Field.PORT), family)
+    elif found.value is MapValue.ENDPOINT:
+        data_type, data_size = _concatenated((KeyField.DESTINATION, KeyField.PORT), family)
     key_type, key_size = _concatenated(found.key, family)
     size = _AFFINITY_SET_SIZE if found.timeout else 0
-    return Shape(flags, key_type, key_size, data_type, data_size, found.timeout * 1000, size)
+    return SetLayout(flags, key_type, key_size, data_type, data_size, found.timeout * 1000, size)
 
 
-def _concatenated(fields: Iterable[Field], family: Family) -> tuple[int, int]:
+def _concatenated(fields: Iterable[KeyField], family: Family) -> tuple[int, int]:
     """Return type and size of fields one after the other, each padded to a register."""
     kind = size = 0
     for field in fields:
@@ -77,7 +77,7 @@ ElementValue: TypeAlias = bytes | str | None
 """An endpoint, a verdict, or nothing."""
 
 
-class Element(Struct, frozen=True, gc=False):
+class SetElement(Struct, frozen=True, gc=False):
     """One element of a set or map; `comment` is for people."""
 
     key: bytes
@@ -157,10 +157,10 @@ def numbered(frontend: bytes, place: int) -> bytes:
 
 
 POOL_ENDPOINTS = 500
-"""How many endpoints one `Pool` has at most, so that a message can hold it."""
+"""How many endpoints one `EndpointElements` has at most, so that a message can hold it."""
 
 
-class Pool(Struct, frozen=True, gc=False):
+class EndpointElements(Struct, frozen=True, gc=False):
     """Elements by which a frontend finds its endpoints, numbered from `first`; each value has `size` bytes."""
 
     frontend: bytes
@@ -168,9 +168,9 @@ class Pool(Struct, frozen=True, gc=False):
     size: int
     first: int = 0
 
-    def elements(self) -> list[Element]:
+    def elements(self) -> list[SetElement]:
         """Return them one by one."""
-        return [Element(self.frontend + number, value) for number, value in self.numbered()]
+        return [SetElement(self.frontend + number, value) for number, value in self.numbered()]
 
     def numbered(self) -> Iterator[tuple[bytes, bytes]]:
         """Yield the number, as the last part of the key, and the value of each."""
@@ -185,8 +185,8 @@ def _numbers(first: int, count: int) -> tuple[bytes, ...]:
     return tuple(map(_NUMBER.pack, range(first, first + count)))
 
 
-def pools(frontend: bytes, values: bytes, size: int) -> Iterator[Pool]:
+def pools(frontend: bytes, values: bytes, size: int) -> Iterator[EndpointElements]:
     """Yield all endpoints of a frontend in pools of a size that can be handled."""
     step = POOL_ENDPOINTS * size
     for place, begin in enumerate(range(0, len(values), step)):
-        yield Pool(frontend, values[begin : begin + step], size, place * POOL_ENDPOINTS)
+        yield EndpointElements(frontend, values[begin : begin + step], size, place * POOL_ENDPOINTS)

@@ -16,10 +16,10 @@ from msgspec import Struct
 from kproxy.host.netlink_message import NLM_F_APPEND, NLM_F_CREATE, attribute, nested, nfgenmsg
 from kproxy.model.types import Family
 from kproxy.nftables.base_table import TABLE_COMMENT
-from kproxy.nftables.elements import Element, Pool, address_family, shape_of
+from kproxy.nftables.elements import EndpointElements, SetElement, address_family, set_layout
 from kproxy.nftables.expressions import NF_ACCEPT, NFTA_LIST_ELEM, data, element_verdict, encode_rule, number, text
 from kproxy.nftables.names import TABLE
-from kproxy.nftables.ruleset import Chain, Field, Set, Value
+from kproxy.nftables.ruleset import KeyField, MapValue, NftChain, NftSet
 from kproxy.nftables.transaction import Transaction
 
 _COMMENT = 0
@@ -43,45 +43,45 @@ def comment(text: str) -> bytes:
     return _entry(_COMMENT, text.encode() + b"\0")
 
 
-def set_userdata(found: Set, family: Family) -> bytes:
+def set_userdata(found: NftSet, family: Family) -> bytes:
     """Return the user data of a set or map."""
     parts = [_number(_SET_KEY_BYTE_ORDER, 0 if len(found.key) > 1 else _BIG_ENDIAN)]
-    if found.value is not Value.NOTHING:
+    if found.value is not MapValue.NOTHING:
         parts.append(_number(_SET_DATA_BYTE_ORDER, 0))
-    if found.value is Value.ENDPOINT:
+    if found.value is MapValue.ENDPOINT:
         parts.append(_entry(_SET_KEY_TYPEOF, _typeof(found.key, family)))
-        parts.append(_entry(_SET_DATA_TYPEOF, _typeof((Field.DESTINATION, Field.PORT), family)))
+        parts.append(_entry(_SET_DATA_TYPEOF, _typeof((KeyField.DESTINATION, KeyField.PORT), family)))
     elif len(found.key) > 1:
         parts.append(_entry(_SET_KEY_TYPEOF, _typeof((), family)))
-    if found.value is not Value.NOTHING:
+    if found.value is not MapValue.NOTHING:
         parts.append(_number(_SET_DATA_INTERVAL, 0))
     if found.comment:
         parts.append(_entry(_SET_COMMENT, found.comment.encode() + b"\0"))
     return b"".join(parts)
 
 
-def _typeof(fields: Sequence[Field], family: Family) -> bytes:
+def _typeof(fields: Sequence[KeyField], family: Family) -> bytes:
     """Return how nft notes that a key was written as a concatenation of expressions."""
     parts = (_entry(place, _expression(field, family)) for place, field in enumerate(fields))
     return _number(_TYPEOF_EXPRESSION, _CONCATENATION) + _entry(_TYPEOF_DATA, b"".join(parts))
 
 
-def _expression(field: Field, family: Family) -> bytes:
+def _expression(field: KeyField, family: Family) -> bytes:
     kind, *details = _described(field, family)
     described = b"".join(_number(place, detail) for place, detail in enumerate(details))
     return _number(_TYPEOF_EXPRESSION, kind) + _entry(_TYPEOF_DATA, described)
 
 
-def _described(field: Field, family: Family) -> tuple[int, ...]:
+def _described(field: KeyField, family: Family) -> tuple[int, ...]:
     """Return the kind of nft's expression for a field, and its details."""
-    if field is Field.PROTOCOL:
+    if field is KeyField.PROTOCOL:
         return _META, _L4PROTO
-    if field is Field.PORT:
+    if field is KeyField.PORT:
         return _PAYLOAD, _TRANSPORT, 2
-    if field is Field.NUMBER:
+    if field is KeyField.NUMBER:
         return _NUMGEN, 1, 2, 0  # random, mod 2, from 0: any modulus stands for all
     header, source, destination = (_IP6, 8, 9) if family is Family.IPV6 else (_IP, 11, 12)
-    return _PAYLOAD, header, source if field is Field.SOURCE else destination
+    return _PAYLOAD, header, source if field is KeyField.SOURCE else destination
 
 
 def _entry(kind: int, value: bytes) -> bytes:
@@ -98,7 +98,7 @@ _NEWCHAIN, _DELCHAIN = 3, 5
 _NEWRULE, _DELRULE = 6, 8
 _NEWSET, _DELSET = 9, 11
 _NEWSETELEM, _DELSETELEM = 12, 14
-_E = TypeVar("_E", Element, Pool)
+_E = TypeVar("_E", SetElement, EndpointElements)
 _HOOKS = {"prerouting": 0, "input": 1, "forward": 2, "output": 3, "postrouting": 4}
 _ELEMENTS_SIZE = 60_000
 """How many bytes of elements one message holds at most: an attribute's length has 16 bits."""
@@ -115,11 +115,11 @@ class NftMessage(Struct, frozen=True, gc=False):
     flags: int
     payload: bytes
     subject: str
-    elements: Sequence[Element | Pool] = ()
+    elements: Sequence[SetElement | EndpointElements] = ()
     first: int = 0
 
 
-class Encoder:
+class TransactionEncoder:
     """Encodes transactions of one family."""
 
     def __init__(self, family: Family, table: str = TABLE) -> None:
@@ -167,8 +167,8 @@ class Encoder:
         described = attribute(6, comment(TABLE_COMMENT))
         return self._message(_NEWTABLE, NLM_F_CREATE, f"table {self._name}", number(2, 0), described)
 
-    def _new_set(self, found: Set, identity: int) -> NftMessage:
-        shape = shape_of(found, self._family)
+    def _new_set(self, found: NftSet, identity: int) -> NftMessage:
+        shape = set_layout(found, self._family)
         attributes = [
             text(2, found.name),
             number(3, shape.flags),
@@ -183,7 +183,7 @@ class Encoder:
         attributes.append(attribute(13, set_userdata(found, self._family)))
         return self._message(_NEWSET, NLM_F_CREATE, f"set {found.name}", *attributes)
 
-    def _new_chain(self, chain: Chain) -> NftMessage:
+    def _new_chain(self, chain: NftChain) -> NftMessage:
         attributes = [text(3, chain.name)]
         if chain.hook:
             priority = struct.pack(">i", chain.hook.priority)
@@ -193,7 +193,7 @@ class Encoder:
             attributes.append(attribute(12, comment(chain.comment)))
         return self._message(_NEWCHAIN, NLM_F_CREATE, f"chain {chain.name}", *attributes)
 
-    def _new_rules(self, chain: Chain) -> Iterator[NftMessage]:
+    def _new_rules(self, chain: NftChain) -> Iterator[NftMessage]:
         for place, rule in enumerate(chain.rules, 1):
             attributes = [text(2, chain.name), nested(4, encode_rule(rule, self._family))]
             if rule.comment:
@@ -220,11 +220,11 @@ class Encoder:
         yield NftMessage(head, flags, start + nested(3, *found), name, elements[begin:], len(start) + 4)
 
 
-def _encode_key(element: Element) -> bytes:
+def _encode_key(element: SetElement) -> bytes:
     return nested(NFTA_LIST_ELEM, data(1, element.key))
 
 
-def _encode_element(element: Element) -> bytes:
+def _encode_element(element: SetElement) -> bytes:
     value = element.value
     encoded = data(1, element.key)
     if isinstance(value, bytes):
@@ -236,7 +236,7 @@ def _encode_element(element: Element) -> bytes:
     return nested(NFTA_LIST_ELEM, encoded)
 
 
-def _encode_pool(pool: Pool) -> bytes:
+def _encode_pool(pool: EndpointElements) -> bytes:
     """Return what `_encode_element` would make of all elements of a pool, which differ in a few bytes only."""
     before, between = _endpoint_frame(len(pool.frontend) + 4, pool.size)
     before += pool.frontend
@@ -246,15 +246,15 @@ def _encode_pool(pool: Pool) -> bytes:
 @cache
 def _endpoint_frame(key: int, value: int) -> tuple[bytes, bytes]:
     """Return what stands before the key and between key and value of an endpoint's element, given their sizes."""
-    encoded = _encode_element(Element(bytes(key), bytes(value)))
+    encoded = _encode_element(SetElement(bytes(key), bytes(value)))
     return encoded[: -key - value - 8], encoded[-value - 8 : -value]
 
 
-def refused_element(message: NftMessage, offset: int) -> Element | None:
+def refused_element(message: NftMessage, offset: int) -> SetElement | None:
     """Return the element of a message that the kernel points at by an offset into the payload, None if at none."""
     place = message.first
     for found in message.elements:
-        for element in found.elements() if isinstance(found, Pool) else (found,):
+        for element in found.elements() if isinstance(found, EndpointElements) else (found,):
             (size,) = struct.unpack_from("=H", message.payload, place)
             if place <= offset < place + size:
                 return element

@@ -14,7 +14,7 @@ from kproxy.host.netlink_message import attribute, nested
 from kproxy.model.types import Family
 from kproxy.nftables import ruleset as nft
 from kproxy.nftables.elements import DROP, PROTOCOLS, address_family, pack_address
-from kproxy.nftables.ruleset import Field, Rule
+from kproxy.nftables.ruleset import KeyField, NftRule
 
 NFTA_LIST_ELEM = 1
 _NFTA_EXPR_NAME, _NFTA_EXPR_DATA = 1, 2
@@ -36,10 +36,10 @@ _PORT_UNREACHABLE = {Family.IPV4: 3, Family.IPV6: 4}  # codes of ICMP (RFC 792) 
 _DYNSET_UPDATE = 1
 _INTERFACE_NAME_SIZE = 16
 _OFFSETS = {
-    (Family.IPV4, Field.SOURCE): 12,
-    (Family.IPV4, Field.DESTINATION): 16,
-    (Family.IPV6, Field.SOURCE): 8,
-    (Family.IPV6, Field.DESTINATION): 24,
+    (Family.IPV4, KeyField.SOURCE): 12,
+    (Family.IPV4, KeyField.DESTINATION): 16,
+    (Family.IPV6, KeyField.SOURCE): 8,
+    (Family.IPV6, KeyField.DESTINATION): 24,
 }
 """Where addresses are in the header of a packet (RFC 791, RFC 8200)."""
 _BE32 = struct.Struct(">I")
@@ -78,7 +78,7 @@ def element_verdict(kind: int, chain: str) -> bytes:
     return verdict(kind, NF_DROP) if chain == DROP else verdict(kind, NFT_GOTO, chain)
 
 
-def encode_rule(rule: Rule, family: Family) -> bytes:
+def encode_rule(rule: NftRule, family: Family) -> bytes:
     """Return the expressions of a rule, one attribute after the other."""
     return b"".join(part for statement in rule.statements for part in expressions(statement, family))
 
@@ -90,71 +90,71 @@ def expressions(statement: object, family: Family) -> Iterator[bytes]:
 
 
 @expressions.register
-def _(statement: nft.Source, family: Family) -> Iterator[bytes]:
-    return _network(Field.SOURCE, statement.network, family, inside=statement.inside)
+def _(statement: nft.MatchSaddr, family: Family) -> Iterator[bytes]:
+    return _network(KeyField.SOURCE, statement.network, family, inside=statement.inside)
 
 
 @expressions.register
-def _(statement: nft.Destination, family: Family) -> Iterator[bytes]:
-    return _network(Field.DESTINATION, statement.network, family, inside=statement.inside)
+def _(statement: nft.MatchDaddr, family: Family) -> Iterator[bytes]:
+    return _network(KeyField.DESTINATION, statement.network, family, inside=statement.inside)
 
 
 @expressions.register
-def _(statement: nft.Interface, family: Family) -> Iterator[bytes]:
+def _(statement: nft.MatchIifname, family: Family) -> Iterator[bytes]:
     name = statement.name.encode()
     yield _expression("meta", number(2, _META_IIFNAME), number(1, _register(0)))
     yield _compare(name if statement.prefix else name.ljust(_INTERFACE_NAME_SIZE, b"\0"), equal=statement.inside)
 
 
 @expressions.register
-def _(statement: nft.IsIn, family: Family) -> Iterator[bytes]:
+def _(statement: nft.Lookup, family: Family) -> Iterator[bytes]:
     yield from _load(statement.fields, family)
     yield _expression("lookup", text(1, statement.set), number(2, _register(0)))
 
 
 @expressions.register
-def _(statement: nft.IsLocal, family: Family) -> Iterator[bytes]:
-    which = _FIB_SADDR if statement.field is Field.SOURCE else _FIB_DADDR
+def _(statement: nft.FibLocal, family: Family) -> Iterator[bytes]:
+    which = _FIB_SADDR if statement.field is KeyField.SOURCE else _FIB_DADDR
     yield _expression("fib", number(1, _register(0)), number(2, _FIB_ADDRTYPE), number(3, which))
     yield _compare(_HOST32.pack(_RTN_LOCAL))
 
 
 @expressions.register
-def _(statement: nft.IsProtocol, family: Family) -> Iterator[bytes]:
+def _(statement: nft.MatchL4Proto, family: Family) -> Iterator[bytes]:
     yield _expression("meta", number(2, _META_L4PROTO), number(1, _register(0)))
     yield _compare(bytes([PROTOCOLS[statement.protocol]]))
 
 
 @expressions.register
-def _(statement: nft.IsNew, family: Family) -> Iterator[bytes]:
+def _(statement: nft.CtStateNew, family: Family) -> Iterator[bytes]:
     return _connection_has(_CT_STATE, _CT_STATE_NEW)
 
 
 @expressions.register
-def _(statement: nft.IsTranslated, family: Family) -> Iterator[bytes]:
+def _(statement: nft.CtStatusDnat, family: Family) -> Iterator[bytes]:
     return _connection_has(_CT_STATUS, _CT_STATUS_DNAT)
 
 
 @expressions.register
-def _(statement: nft.IsMarked, family: Family) -> Iterator[bytes]:
+def _(statement: nft.MatchMark, family: Family) -> Iterator[bytes]:
     yield _load_mark()
     yield _bitwise(_HOST32.pack(statement.mark), bytes(4))
     yield _compare(bytes(4), equal=False)
 
 
 @expressions.register
-def _(statement: nft.Chance, family: Family) -> Iterator[bytes]:
+def _(statement: nft.Numgen, family: Family) -> Iterator[bytes]:
     yield _random(_register(0), statement.of)
     yield _compare(bytes(4))
 
 
 @expressions.register
-def _(statement: nft.Mark, family: Family) -> Iterator[bytes]:
+def _(statement: nft.SetMark, family: Family) -> Iterator[bytes]:
     return _change_mark(0xFFFFFFFF & ~statement.mark, statement.mark)
 
 
 @expressions.register
-def _(statement: nft.Unmark, family: Family) -> Iterator[bytes]:
+def _(statement: nft.XorMark, family: Family) -> Iterator[bytes]:
     return _change_mark(0xFFFFFFFF, statement.mark)
 
 
@@ -164,28 +164,28 @@ def _(statement: nft.Masquerade, family: Family) -> Iterator[bytes]:
 
 
 @expressions.register
-def _(statement: nft.Remember, family: Family) -> Iterator[bytes]:
-    yield from _load((Field.SOURCE,), family)
+def _(statement: nft.UpdateSet, family: Family) -> Iterator[bytes]:
+    yield from _load((KeyField.SOURCE,), family)
     yield _expression("dynset", text(1, statement.set), number(3, _DYNSET_UPDATE), number(4, _register(0)))
 
 
 @expressions.register
-def _(statement: nft.SendTo, family: Family) -> Iterator[bytes]:
+def _(statement: nft.Dnat, family: Family) -> Iterator[bytes]:
     yield _immediate(_register(0), pack_address(statement.address))
     yield _immediate(_register(_SECOND), statement.port.to_bytes(2, "big"))
     yield _translate(family, _SECOND)
 
 
 @expressions.register
-def _(statement: nft.Pick, family: Family) -> Iterator[bytes]:
+def _(statement: nft.DnatMap, family: Family) -> Iterator[bytes]:
     yield from _load(statement.fields, family)
     yield _random(_register(sum(_words(field, family) for field in statement.fields)), statement.of)
     yield _expression("lookup", text(1, statement.map), number(2, _register(0)), number(3, _register(0)))
-    yield _translate(family, _words(Field.DESTINATION, family))
+    yield _translate(family, _words(KeyField.DESTINATION, family))
 
 
 @expressions.register
-def _(statement: nft.Decide, family: Family) -> Iterator[bytes]:
+def _(statement: nft.VerdictMap, family: Family) -> Iterator[bytes]:
     yield from _load(statement.fields, family)
     yield _expression("lookup", text(1, statement.map), number(2, _register(0)), number(3, _VERDICT_REGISTER))
 
@@ -211,12 +211,12 @@ def _(statement: nft.Reject, family: Family) -> Iterator[bytes]:
     yield _expression("reject", number(1, _REJECT_UNREACHABLE), code)
 
 
-def _words(field: Field, family: Family) -> int:
+def _words(field: KeyField, family: Family) -> int:
     """Return how many registers a field takes."""
-    return 4 if family is Family.IPV6 and field in {Field.SOURCE, Field.DESTINATION} else 1
+    return 4 if family is Family.IPV6 and field in {KeyField.SOURCE, KeyField.DESTINATION} else 1
 
 
-def _load(fields: Iterable[Field], family: Family) -> Iterator[bytes]:
+def _load(fields: Iterable[KeyField], family: Family) -> Iterator[bytes]:
     """Yield what puts the fields into registers, one after the other."""
     word = 0
     for field in fields:
@@ -224,15 +224,15 @@ def _load(fields: Iterable[Field], family: Family) -> Iterator[bytes]:
         word += _words(field, family)
 
 
-def _load_field(field: Field, register: int, family: Family) -> bytes:
-    if field is Field.PROTOCOL:
+def _load_field(field: KeyField, register: int, family: Family) -> bytes:
+    if field is KeyField.PROTOCOL:
         return _expression("meta", number(2, _META_L4PROTO), number(1, register))
-    if field is Field.PORT:
+    if field is KeyField.PORT:
         return _payload(register, _TRANSPORT_HEADER, 2, 2)
     return _payload(register, _NETWORK_HEADER, _OFFSETS[family, field], 4 * _words(field, family))
 
 
-def _network(field: Field, network: str, family: Family, *, inside: bool) -> Iterator[bytes]:
+def _network(field: KeyField, network: str, family: Family, *, inside: bool) -> Iterator[bytes]:
     """Yield the comparison with a network: of the bytes that it fixes if these are whole, else with a mask."""
     found = ip_network(network)
     whole, rest = divmod(found.prefixlen, 8)

@@ -8,21 +8,21 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol, TypeVar
 
-from kproxy.host.commands import CommandError, UndecidedError, run
+from kproxy.host.commands import CommandError, InconclusiveError, run
 from kproxy.host.netlink import (
-    BatchRefusedError,
+    BatchRejectedError,
     BatchSocket,
     DumpInterruptedError,
-    Refusal,
+    RejectedMessage,
     StaleGenerationError,
-    retried,
+    retry_interrupted,
 )
 from kproxy.model.types import Family
-from kproxy.nftables.decode import Reader
-from kproxy.nftables.encode import NFNL_SUBSYS_NFTABLES, Encoder, NftMessage, refused_element
+from kproxy.nftables.decode import TableReader
+from kproxy.nftables.encode import NFNL_SUBSYS_NFTABLES, NftMessage, TransactionEncoder, refused_element
 from kproxy.nftables.names import TABLE
-from kproxy.nftables.nft_syntax import Writer
-from kproxy.nftables.snapshot import View
+from kproxy.nftables.nft_syntax import NftWriter
+from kproxy.nftables.snapshot import TableSnapshot
 from kproxy.nftables.transaction import Transaction
 
 
@@ -31,7 +31,7 @@ def following(generation: int) -> int:
     return generation + 1 & 0xFFFFFFFF or 1
 
 
-class OwnChanges:
+class OwnGenerations:
     """The latest unbroken series of generations that this process has made, whichever of its backends did.
 
     Without it, each family's changes would look to the other like those of a stranger.
@@ -68,11 +68,11 @@ class TableError(Exception):
         self.undecided = undecided
 
 
-class StaleError(Exception):
+class GenerationChangedError(Exception):
     """Somebody has changed tables since the generation that a transaction was made for; none of it is in force."""
 
 
-class UnreadableError(TableError):
+class TableChangingError(TableError):
     """Tables changed each time that one was being read."""
 
 
@@ -82,7 +82,7 @@ class Commit(Protocol):
     def __call__(self, change: Transaction, generation: int | None = None, /) -> None:
         """Make a transaction; with a generation only if nothing has changed since.
 
-        Raises `TableError` or `StaleError`.
+        Raises `TableError` or `GenerationChangedError`.
         """
 
 
@@ -90,8 +90,8 @@ class NetlinkCommit:
     """Makes transactions by netlink, over one socket that stays open."""
 
     def __init__(self, family: Family, table: str = TABLE) -> None:
-        self._encoder = Encoder(family, table)
-        self._writer = Writer(family, table)
+        self._encoder = TransactionEncoder(family, table)
+        self._writer = NftWriter(family, table)
         self._socket: BatchSocket | None = None
 
     def __call__(self, change: Transaction, generation: int | None = None, /) -> None:
@@ -102,13 +102,13 @@ class NetlinkCommit:
                 self._socket = BatchSocket(NFNL_SUBSYS_NFTABLES)
             self._socket.commit([(each.kind, each.flags, each.payload) for each in messages], generation)
         except StaleGenerationError:
-            raise StaleError("tables have changed meanwhile") from None
-        except BatchRefusedError as error:
+            raise GenerationChangedError("tables have changed meanwhile") from None
+        except BatchRejectedError as error:
             raise TableError(self._complaint(messages, error.refusals)) from None
         except OSError as error:
             raise TableError(f"netlink: {error.strerror}") from None
 
-    def _complaint(self, messages: Sequence[NftMessage], refusals: Sequence[Refusal]) -> str:
+    def _complaint(self, messages: Sequence[NftMessage], refusals: Sequence[RejectedMessage]) -> str:
         refusal = refusals[0]
         if refusal.place < 0:
             return f"the kernel refused the change as a whole: {refusal.reason}"
@@ -134,14 +134,14 @@ class NftCommit:
 
     def __init__(self, family: Family, table: str = TABLE, *, timeout: float = NFT_TIMEOUT_SECONDS) -> None:
         """`timeout` is in seconds."""
-        self._writer = Writer(family, table)
+        self._writer = NftWriter(family, table)
         self._timeout = timeout
 
     def __call__(self, change: Transaction, generation: int | None = None, /) -> None:  # noqa: ARG002 - nft has no way
         """Make a transaction; `generation` is not looked at."""
         try:
             done = run(["nft", "-f", "-"], self._writer.commands(change), timeout=self._timeout)
-        except UndecidedError as error:
+        except InconclusiveError as error:
             raise TableError(str(error), undecided=True) from None
         except CommandError as error:
             raise TableError(str(error)) from None
@@ -153,19 +153,19 @@ class NftTable:
     """One family's table in the kernel: reading it, and changing it by transactions."""
 
     def __init__(self, family: Family, commit: Commit) -> None:
-        self._reader = Reader(family)
+        self._reader = TableReader(family)
         self._commit = commit
 
     def commit(self, change: Transaction, generation: int | None = None, /) -> None:
-        """Make a transaction. Raises `TableError` or `StaleError`."""
+        """Make a transaction. Raises `TableError` or `GenerationChangedError`."""
         self._commit(change, generation)
 
     def generation(self) -> int:
         """Return the number of the last change that anybody made to any table. Raises `TableError`."""
         return _read(self._reader.generation)
 
-    def view(self, *, lenient: bool = False) -> View | None:
-        """Return what the table holds, None if there is none. Raises `TableError`, `UnreadableError` if it changes.
+    def view(self, *, lenient: bool = False) -> TableSnapshot | None:
+        """Return what the table holds, None if there is none. Raises `TableError`, `TableChangingError` if it changes.
 
         With `lenient`, elements are read even while tables change: some may be missing if that is this one.
         """
@@ -178,9 +178,9 @@ class NftTable:
 
 def _read(ask: Callable[[], _T]) -> _T:
     try:
-        return retried(ask)
+        return retry_interrupted(ask)
     except DumpInterruptedError:
-        raise UnreadableError("tables keep changing while they are read") from None
+        raise TableChangingError("tables keep changing while they are read") from None
     except OSError as error:
         raise TableError(f"cannot read the table: {error.strerror}") from None
 
@@ -194,7 +194,7 @@ def remove_table(family: Family) -> bool:
     Raises `CommandError` if the table is there and stays.
     """
     try:
-        if not Reader(family).exists():
+        if not TableReader(family).exists():
             return False
         NetlinkCommit(family)(Transaction(drop=True))
     except OSError as error:

@@ -11,24 +11,24 @@ from kproxy.model.addresses import socket_text
 from kproxy.model.types import Family
 from kproxy.nftables import ruleset as nft
 from kproxy.nftables.base_table import SETS, TABLE_COMMENT
-from kproxy.nftables.elements import DROP, PROTOCOLS, Element, unpack_address
+from kproxy.nftables.elements import DROP, PROTOCOLS, SetElement, unpack_address
 from kproxy.nftables.names import TABLE, table_family
-from kproxy.nftables.ruleset import Chain, Field, Hook, Rule, Set, Value
+from kproxy.nftables.ruleset import KeyField, MapValue, NftChain, NftHook, NftRule, NftSet
 from kproxy.nftables.transaction import Transaction
 
 
-def field_words(field: Field, family: Family) -> str:
+def field_words(field: KeyField, family: Family) -> str:
     """Return what nft calls a part of a packet."""
     match field:
-        case Field.PROTOCOL:
+        case KeyField.PROTOCOL:
             return "meta l4proto"
-        case Field.PORT:
+        case KeyField.PORT:
             return "th dport"
         case _:
             return f"{table_family(family)} {field.value}"
 
 
-def fields_words(fields: Iterable[Field], family: Family) -> str:
+def fields_words(fields: Iterable[KeyField], family: Family) -> str:
     """Return what nft calls several parts of a packet as one key."""
     return " . ".join(field_words(field, family) for field in fields)
 
@@ -40,62 +40,62 @@ def words(statement: object, family: Family) -> str:
 
 
 @words.register
-def _(statement: nft.Source, family: Family) -> str:
+def _(statement: nft.MatchSaddr, family: Family) -> str:
     return f"{table_family(family)} saddr {_unless(statement.inside)}{_network(statement.network)}"
 
 
 @words.register
-def _(statement: nft.Destination, family: Family) -> str:
+def _(statement: nft.MatchDaddr, family: Family) -> str:
     return f"{table_family(family)} daddr {_unless(statement.inside)}{_network(statement.network)}"
 
 
 @words.register
-def _(statement: nft.Interface, family: Family) -> str:
+def _(statement: nft.MatchIifname, family: Family) -> str:
     return f'iifname {_unless(statement.inside)}"{statement.name}{"*" if statement.prefix else ""}"'
 
 
 @words.register
-def _(statement: nft.IsIn, family: Family) -> str:
+def _(statement: nft.Lookup, family: Family) -> str:
     return f"{fields_words(statement.fields, family)} @{statement.set}"
 
 
 @words.register
-def _(statement: nft.IsLocal, family: Family) -> str:
+def _(statement: nft.FibLocal, family: Family) -> str:
     return f"fib {statement.field.value} type local"
 
 
 @words.register
-def _(statement: nft.IsProtocol, family: Family) -> str:
+def _(statement: nft.MatchL4Proto, family: Family) -> str:
     return f"meta l4proto {statement.protocol.lower()}"
 
 
 @words.register
-def _(statement: nft.IsNew, family: Family) -> str:
+def _(statement: nft.CtStateNew, family: Family) -> str:
     return "ct state new"
 
 
 @words.register
-def _(statement: nft.IsTranslated, family: Family) -> str:
+def _(statement: nft.CtStatusDnat, family: Family) -> str:
     return "ct status dnat"
 
 
 @words.register
-def _(statement: nft.IsMarked, family: Family) -> str:
+def _(statement: nft.MatchMark, family: Family) -> str:
     return f"meta mark & {statement.mark:#010x} != 0x00000000"
 
 
 @words.register
-def _(statement: nft.Chance, family: Family) -> str:
+def _(statement: nft.Numgen, family: Family) -> str:
     return f"numgen random mod {statement.of} 0"
 
 
 @words.register
-def _(statement: nft.Mark, family: Family) -> str:
+def _(statement: nft.SetMark, family: Family) -> str:
     return f"meta mark set meta mark | {statement.mark:#010x}"
 
 
 @words.register
-def _(statement: nft.Unmark, family: Family) -> str:
+def _(statement: nft.XorMark, family: Family) -> str:
     return f"meta mark set meta mark ^ {statement.mark:#010x}"
 
 
@@ -105,23 +105,23 @@ def _(statement: nft.Masquerade, family: Family) -> str:
 
 
 @words.register
-def _(statement: nft.Remember, family: Family) -> str:
+def _(statement: nft.UpdateSet, family: Family) -> str:
     return f"update @{statement.set} {{ {table_family(family)} saddr }}"
 
 
 @words.register
-def _(statement: nft.SendTo, family: Family) -> str:
+def _(statement: nft.Dnat, family: Family) -> str:
     return f"dnat to {socket_text(statement.address, statement.port)}"
 
 
 @words.register
-def _(statement: nft.Pick, family: Family) -> str:
+def _(statement: nft.DnatMap, family: Family) -> str:
     key = f"{fields_words(statement.fields, family)} . numgen random mod {statement.of}"
     return f"dnat {table_family(family)} to {key} map @{statement.map}"
 
 
 @words.register
-def _(statement: nft.Decide, family: Family) -> str:
+def _(statement: nft.VerdictMap, family: Family) -> str:
     return f"{fields_words(statement.fields, family)} vmap @{statement.map}"
 
 
@@ -168,7 +168,7 @@ _NUMBER_TYPE = "numgen random mod 2"  # any modulus stands for the type of all
 _SETS = {each.name: each for each in SETS}
 
 
-class Writer:
+class NftWriter:
     """Writes what belongs to one family's table."""
 
     def __init__(self, family: Family, table: str = TABLE) -> None:
@@ -177,7 +177,9 @@ class Writer:
         self._table = f"{self._ip} {table}"
         self._address_size = 16 if family is Family.IPV6 else 4
 
-    def table(self, sets: Iterable[Set], elements: Mapping[str, Sequence[Element]], chains: Iterable[Chain]) -> str:
+    def table(
+        self, sets: Iterable[NftSet], elements: Mapping[str, Sequence[SetElement]], chains: Iterable[NftChain]
+    ) -> str:
         """Return a whole table as `nft list table` prints it; as input for `nft -f` it makes just that."""
         blocks = [self._set_block(each, elements.get(each.name, ())) for each in sets]
         blocks += [self._chain_block(each) for each in chains]
@@ -191,7 +193,7 @@ class Writer:
         """Return the key of an element of one of the sets that are always there."""
         return self._key(_SETS[name], key)
 
-    def element(self, owner: Set, element: Element) -> str:
+    def element(self, owner: NftSet, element: SetElement) -> str:
         """Return an element the way it stands in a set's list of elements."""
         comment = f' comment "{element.comment}"' if element.comment else ""
         text = self._key(owner, element.key) + comment
@@ -203,28 +205,28 @@ class Writer:
             return f"{text} : {address} . {port}"
         return f"{text} : {_verdict(element.value)}"
 
-    def rule(self, found: Rule) -> str:
+    def rule(self, found: NftRule) -> str:
         """Return a rule on its line."""
         comment = f' comment "{found.comment}"' if found.comment else ""
         return " ".join(words(statement, self._family) for statement in found.statements) + comment
 
     # Blocks
 
-    def _set_block(self, found: Set, elements: Sequence[Element]) -> str:
-        kind = "set" if found.value is Value.NOTHING else "map"
+    def _set_block(self, found: NftSet, elements: Sequence[SetElement]) -> str:
+        kind = "set" if found.value is MapValue.NOTHING else "map"
         lines = [f"\t{kind} {found.name} {{", *(f"\t\t{line}" for line in self._set_lines(found))]
         if elements:
             listed = ",\n\t\t\t     ".join(self.element(found, element) for element in elements)
             lines.append(f"\t\telements = {{ {listed} }}")
         return "\n".join([*lines, "\t}", ""])
 
-    def _set_lines(self, found: Set) -> Iterator[str]:
-        if Field.NUMBER in found.key:
+    def _set_lines(self, found: NftSet) -> Iterator[str]:
+        if KeyField.NUMBER in found.key:
             key = fields_words(found.key[:-1], self._family)
             yield f"typeof {key} . {_NUMBER_TYPE} : {self._ip} daddr . th dport"
         else:
             key = " . ".join(map(self._type, found.key))
-            yield f"type {key} : verdict" if found.value is Value.VERDICT else f"type {key}"
+            yield f"type {key} : verdict" if found.value is MapValue.VERDICT else f"type {key}"
         if found.timeout:
             yield "size 65535"
             yield "flags dynamic,timeout"
@@ -232,7 +234,7 @@ class Writer:
         if found.comment:
             yield f'comment "{found.comment}"'
 
-    def _chain_block(self, chain: Chain) -> str:
+    def _chain_block(self, chain: NftChain) -> str:
         lines = [f"\tchain {chain.name} {{"]
         if chain.comment:
             lines.append(f'\t\tcomment "{chain.comment}"')
@@ -269,42 +271,42 @@ class Writer:
         yield from (f"delete set {self._table} {name}" for name in change.deleted_sets)
         yield from (f"delete chain {self._table} {name}" for name in change.deleted_chains)
 
-    def _add_set(self, found: Set) -> str:
-        kind = "set" if found.value is Value.NOTHING else "map"
+    def _add_set(self, found: NftSet) -> str:
+        kind = "set" if found.value is MapValue.NOTHING else "map"
         described = " ".join(f"{line} ;" for line in self._set_lines(found))
         return f"add {kind} {self._table} {found.name} {{ {described} }}"
 
-    def _add_chain(self, chain: Chain) -> str:
+    def _add_chain(self, chain: NftChain) -> str:
         hook = f"{_hook(chain.hook)} " if chain.hook else ""
         comment = f'comment "{chain.comment}" ; ' if chain.comment else ""
         return f"add chain {self._table} {chain.name} {{ {hook}{comment}}}"
 
     # Parts
 
-    def _key(self, owner: Set, key: bytes) -> str:
+    def _key(self, owner: NftSet, key: bytes) -> str:
         parts, place = [], 0
         for field in owner.key:
-            size = self._address_size if field in {Field.SOURCE, Field.DESTINATION} else 4
+            size = self._address_size if field in {KeyField.SOURCE, KeyField.DESTINATION} else 4
             parts.append(self._key_part(field, key[place : place + size]))
             place += size
         return " . ".join(parts)
 
-    def _key_part(self, field: Field, value: bytes) -> str:
+    def _key_part(self, field: KeyField, value: bytes) -> str:
         match field:
-            case Field.SOURCE | Field.DESTINATION:
+            case KeyField.SOURCE | KeyField.DESTINATION:
                 return unpack_address(value)
-            case Field.PROTOCOL:
+            case KeyField.PROTOCOL:
                 return _PROTOCOL_NAMES.get(value[0], str(value[0]))
-            case Field.PORT:
+            case KeyField.PORT:
                 return str(int.from_bytes(value[:2], "big"))
-            case Field.NUMBER:
+            case KeyField.NUMBER:
                 return str(int.from_bytes(value, sys.byteorder))
 
-    def _type(self, field: Field) -> str:
+    def _type(self, field: KeyField) -> str:
         match field:
-            case Field.PROTOCOL:
+            case KeyField.PROTOCOL:
                 return "inet_proto"
-            case Field.PORT:
+            case KeyField.PORT:
                 return "inet_service"
             case _:
                 return "ipv6_addr" if self._family is Family.IPV6 else "ipv4_addr"
@@ -319,7 +321,7 @@ def duration(seconds: int) -> str:
     return "".join(f"{number}{unit}" for number, unit in parts if number)
 
 
-def _hook(hook: Hook) -> str:
+def _hook(hook: NftHook) -> str:
     priority = _PRIORITIES.get((hook.hook, hook.priority), str(hook.priority))
     return f"type {hook.type} hook {hook.hook} priority {priority}; policy accept;"
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import os
 
-from kproxy.host.commands import START_SECONDS, UndecidedError
+from kproxy.host.commands import START_SECONDS, InconclusiveError
 from kproxy.model.context import Context, LocalTraffic
-from kproxy.model.plan import Decision, ServicePortPlan
+from kproxy.model.plan import ServicePortPlan, TrafficDecision
 from kproxy.model.types import Family
-from kproxy.nftables.diff import Change
+from kproxy.nftables.diff import NftablesDiff
 from kproxy.nftables.kernel import Commit, NetlinkCommit, NftCommit, TableError
-from kproxy.nftables.ledger import Ledger
+from kproxy.nftables.ledger import NftablesLedger
 from kproxy.nftables.render import render_service
 from kproxy.nftables.transaction import Transaction
 
@@ -19,14 +19,14 @@ log = logging.getLogger(__name__)
 TABLE = "kproxy-probe"
 
 
-class UnsupportedError(Exception):
+class NftablesUnsupportedError(Exception):
     """nftables mode does not work here; the message says why on one line."""
 
 
-def way_to_commit(family: Family) -> Commit:
+def choose_commit(family: Family) -> Commit:
     """Return the way by which this kernel takes transactions: netlink or, if it must be, the program `nft`.
 
-    Raises `UnsupportedError`, or `UndecidedError` if that cannot be told.
+    Raises `NftablesUnsupportedError`, or `InconclusiveError` if that cannot be told.
     """
     try:
         NetlinkCommit(family, TABLE)(probe(family))
@@ -38,9 +38,9 @@ def way_to_commit(family: Family) -> Commit:
         NftCommit(family, TABLE, timeout=START_SECONDS)(probe(family))
     except TableError as error:
         if error.undecided:
-            raise UndecidedError(f"cannot tell whether the kernel takes the table: {refused}; {error}") from None
+            raise InconclusiveError(f"cannot tell whether the kernel takes the table: {refused}; {error}") from None
         release = os.uname().release
-        raise UnsupportedError(
+        raise NftablesUnsupportedError(
             f"Linux {release} does not take the table: {refused}; by nft: {error}; "
             "nftables mode needs Linux 5.13 or later with nf_tables, and the privilege CAP_NET_ADMIN"
         ) from None
@@ -53,7 +53,7 @@ def probe(family: Family) -> Transaction:
     six = family is Family.IPV6
     address, endpoint, network = ("2001:db8::1", "[2001:db8::2]:1", "2001:db8::/32") if six else _IPV4
     context = Context(family, "", local_traffic=LocalTraffic(cidr=network), service_cidrs=(network,))
-    change = Change(Ledger(), context, create=True)
+    change = NftablesDiff(NftablesLedger(), context, create=True)
     for port in (1, 2):
         plan = _plan(address, endpoint, port=port, affinity_seconds=port - 1)
         change.put(plan.service, render_service([plan], context))
@@ -82,8 +82,8 @@ def _plan(address: str, endpoint: str, *, port: int, affinity_seconds: int) -> S
         affinity_seconds=affinity_seconds,
         internal_local=False,
         external_local=True,
-        internal=Decision.FORWARD,
-        external=Decision.FORWARD,
+        internal=TrafficDecision.FORWARD,
+        external=TrafficDecision.FORWARD,
         cluster_endpoints=(endpoint,),
         local_endpoints=(endpoint,),
         known_endpoints=1,

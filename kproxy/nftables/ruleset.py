@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 from msgspec import Struct
 
 
-class Field(Enum):
+class KeyField(Enum):
     """A part of a packet (or of chance) that a set is keyed by."""
 
     SOURCE = "saddr"
@@ -19,10 +19,10 @@ class Field(Enum):
     PROTOCOL = "protocol"
     PORT = "dport"
     NUMBER = "numgen"
-    """A number drawn at random: see `Pick`."""
+    """A number drawn at random: see `DnatMap`."""
 
 
-class Value(Enum):
+class MapValue(Enum):
     """What a map has for each key. A set has nothing."""
 
     NOTHING = "nothing"
@@ -31,31 +31,31 @@ class Value(Enum):
     """An address and a port."""
 
 
-class Set(Struct, frozen=True):
+class NftSet(Struct, frozen=True):
     """A set or map. With a `timeout` in seconds, packets add to it and what they add is forgotten after that."""
 
     name: str
-    key: tuple[Field, ...]
-    value: Value = Value.NOTHING
+    key: tuple[KeyField, ...]
+    value: MapValue = MapValue.NOTHING
     comment: str = ""
     timeout: int = 0
 
 
-class Source(Struct, frozen=True, tag=True):
+class MatchSaddr(Struct, frozen=True, tag=True):
     """The source address is in a network (`10.0.0.0/8`), or not."""
 
     network: str
     inside: bool = True
 
 
-class Destination(Struct, frozen=True, tag=True):
+class MatchDaddr(Struct, frozen=True, tag=True):
     """The destination address is in a network, or not."""
 
     network: str
     inside: bool = True
 
 
-class Interface(Struct, frozen=True, tag=True):
+class MatchIifname(Struct, frozen=True, tag=True):
     """The packet comes in by the interface of this name, or (with `prefix`) of a name that begins so; or not."""
 
     name: str
@@ -63,52 +63,52 @@ class Interface(Struct, frozen=True, tag=True):
     inside: bool = True
 
 
-class IsIn(Struct, frozen=True, tag=True):
+class Lookup(Struct, frozen=True, tag=True):
     """These fields of the packet are a key of the set."""
 
-    fields: tuple[Field, ...]
+    fields: tuple[KeyField, ...]
     set: str
 
 
-class IsLocal(Struct, frozen=True, tag=True):
+class FibLocal(Struct, frozen=True, tag=True):
     """The address is one of this node's own."""
 
-    field: Literal[Field.SOURCE, Field.DESTINATION]
+    field: Literal[KeyField.SOURCE, KeyField.DESTINATION]
 
 
-class IsProtocol(Struct, frozen=True, tag=True):
+class MatchL4Proto(Struct, frozen=True, tag=True):
     """The packet is of this transport protocol."""
 
     protocol: Literal["TCP", "UDP", "SCTP"]
 
 
-class IsNew(Struct, frozen=True, tag=True):
+class CtStateNew(Struct, frozen=True, tag=True):
     """The packet is the first of its connection."""
 
 
-class IsTranslated(Struct, frozen=True, tag=True):
+class CtStatusDnat(Struct, frozen=True, tag=True):
     """The packet's connection had its destination changed."""
 
 
-class IsMarked(Struct, frozen=True, tag=True):
+class MatchMark(Struct, frozen=True, tag=True):
     """The packet carries the mark."""
 
     mark: int
 
 
-class Chance(Struct, frozen=True, tag=True):
+class Numgen(Struct, frozen=True, tag=True):
     """One packet in `of` of them."""
 
     of: int
 
 
-class Mark(Struct, frozen=True, tag=True):
+class SetMark(Struct, frozen=True, tag=True):
     """Set the mark's bit."""
 
     mark: int
 
 
-class Unmark(Struct, frozen=True, tag=True):
+class XorMark(Struct, frozen=True, tag=True):
     """Flip the mark's bit."""
 
     mark: int
@@ -118,31 +118,31 @@ class Masquerade(Struct, frozen=True, tag=True):
     """Give the packet's connection this node's address for its source, and a port chosen fully at random."""
 
 
-class Remember(Struct, frozen=True, tag=True):
+class UpdateSet(Struct, frozen=True, tag=True):
     """Put the source address into a set whose elements expire; its time begins anew."""
 
     set: str
 
 
-class SendTo(Struct, frozen=True, tag=True):
+class Dnat(Struct, frozen=True, tag=True):
     """Change the destination of the packet's connection."""
 
     address: str
     port: int
 
 
-class Pick(Struct, frozen=True, tag=True):
+class DnatMap(Struct, frozen=True, tag=True):
     """Change the destination to what a map has for the fields and a number drawn below `of`; if nothing, go on."""
 
-    fields: tuple[Field, ...]
+    fields: tuple[KeyField, ...]
     of: int
     map: str
 
 
-class Decide(Struct, frozen=True, tag=True):
+class VerdictMap(Struct, frozen=True, tag=True):
     """Do what a map of verdicts has for the fields; if nothing, go on."""
 
-    fields: tuple[Field, ...]
+    fields: tuple[KeyField, ...]
     map: str
 
 
@@ -166,23 +166,23 @@ class Reject(Struct, frozen=True, tag=True):
 
 
 Statement: TypeAlias = (
-    Source
-    | Destination
-    | Interface
-    | IsIn
-    | IsLocal
-    | IsProtocol
-    | IsNew
-    | IsTranslated
-    | IsMarked
-    | Chance
-    | Mark
-    | Unmark
+    MatchSaddr
+    | MatchDaddr
+    | MatchIifname
+    | Lookup
+    | FibLocal
+    | MatchL4Proto
+    | CtStateNew
+    | CtStatusDnat
+    | MatchMark
+    | Numgen
+    | SetMark
+    | XorMark
     | Masquerade
-    | Remember
-    | SendTo
-    | Pick
-    | Decide
+    | UpdateSet
+    | Dnat
+    | DnatMap
+    | VerdictMap
     | Go
     | Drop
     | Return
@@ -190,14 +190,14 @@ Statement: TypeAlias = (
 )
 
 
-class Rule(Struct, frozen=True):
+class NftRule(Struct, frozen=True):
     """Statements that are carried out one after the other until one does not hold."""
 
     statements: tuple[Statement, ...]
     comment: str = ""
 
 
-class Hook(Struct, frozen=True):
+class NftHook(Struct, frozen=True):
     """Where in the kernel a base chain is called, and when: the lower the priority, the earlier."""
 
     type: Literal["filter", "nat"]
@@ -205,15 +205,15 @@ class Hook(Struct, frozen=True):
     priority: int
 
 
-class Chain(Struct, frozen=True):
+class NftChain(Struct, frozen=True):
     """A chain: one that packets reach from the kernel (`hook`), or from another chain."""
 
     name: str
-    rules: tuple[Rule, ...]
+    rules: tuple[NftRule, ...]
     comment: str = ""
-    hook: Hook | None = None
+    hook: NftHook | None = None
 
 
-def rule(*statements: Statement, comment: str = "") -> Rule:
+def rule(*statements: Statement, comment: str = "") -> NftRule:
     """Return a rule of these statements."""
-    return Rule(statements, comment)
+    return NftRule(statements, comment)

@@ -15,7 +15,7 @@ from msgspec import Struct
 from kproxy.model.context import Context
 from kproxy.nftables import names
 from kproxy.nftables.base_table import NODE_PORT, SERVICE, local_traffic_match
-from kproxy.nftables.ruleset import Chain, Field, Go, IsLocal, Mark, Pick, Rule, rule
+from kproxy.nftables.ruleset import DnatMap, FibLocal, Go, KeyField, NftChain, NftRule, SetMark, rule
 
 UNEVENNESS = 1 / 500
 """What part of all connections may run out of draws: these go to one of the first endpoints."""
@@ -97,26 +97,26 @@ class SharedChain(Struct, frozen=True):
         if self.local_size:
             yield SharedChain(self.frontends, "local", self.local_size)
 
-    def chain(self, context: Context) -> Chain:
+    def chain(self, context: Context) -> NftChain:
         """Return the chain itself."""
         if self.policy in {"any", "local"}:
             local = self.policy == "local"
             comment = f"one of up to {self.size} endpoints{' on this node' if local else ''}"
-            return Chain(self.name, tuple(self._picks(local=local)), comment)
+            return NftChain(self.name, tuple(self._picks(local=local)), comment)
         anywhere = SharedChain(self.frontends, "any", self.size).name
         if self.policy == "external":
-            masquerade = rule(Mark(context.masquerade_mark), comment="masquerade")
-            return Chain(self.name, (masquerade, rule(Go(anywhere))), "external traffic")
+            masquerade = rule(SetMark(context.masquerade_mark), comment="masquerade")
+            return NftChain(self.name, (masquerade, rule(Go(anywhere))), "external traffic")
         here = SharedChain(self.frontends, "local", self.local_size).name if self.local_size else ""
-        return Chain(self.name, external_local_rules(context, anywhere, here), "external traffic of policy Local")
+        return NftChain(self.name, external_local_rules(context, anywhere, here), "external traffic of policy Local")
 
-    def _picks(self, *, local: bool) -> Iterator[Rule]:
-        fields: tuple[Field, ...] = SERVICE if self.frontends == "service" else NODE_PORT
+    def _picks(self, *, local: bool) -> Iterator[NftRule]:
+        fields: tuple[KeyField, ...] = SERVICE if self.frontends == "service" else NODE_PORT
         for below in draws(self.size):
-            yield rule(Pick(fields, below, pool_map(self.frontends, local=local)))
+            yield rule(DnatMap(fields, below, pool_map(self.frontends, local=local)))
 
 
-def external_local_rules(context: Context, anywhere: str, here: str) -> tuple[Rule, ...]:
+def external_local_rules(context: Context, anywhere: str, here: str) -> tuple[NftRule, ...]:
     """Return the rules of external traffic of policy Local.
 
     Pods and the node itself reach the frontend as if it were the ClusterIP, by the chain `anywhere`; the node
@@ -127,8 +127,8 @@ def external_local_rules(context: Context, anywhere: str, here: str) -> tuple[Ru
     inside = local_traffic_match(context, inside=True)
     if inside is not None:
         rules.append(rule(inside, Go(anywhere), comment="pods"))
-    own = IsLocal(Field.SOURCE)
-    rules.append(rule(own, Mark(context.masquerade_mark), comment="masquerade this node's own traffic"))
+    own = FibLocal(KeyField.SOURCE)
+    rules.append(rule(own, SetMark(context.masquerade_mark), comment="masquerade this node's own traffic"))
     rules.append(rule(own, Go(anywhere), comment="this node's own traffic"))
     if here:
         rules.append(rule(Go(here)))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from msgspec import Struct, field
 from msgspec.structs import astuple
 
-from kproxy.nftables.elements import Element, Pool
-from kproxy.nftables.ruleset import Chain, Set
+from kproxy.nftables.elements import EndpointElements, SetElement
+from kproxy.nftables.ruleset import NftChain, NftSet
 
 
 class Transaction(Struct):
@@ -20,29 +20,29 @@ class Transaction(Struct):
 
     create: bool = False
     replace: bool = False
-    removed: dict[str, list[Element]] = field(default_factory=dict)
+    removed: dict[str, list[SetElement]] = field(default_factory=dict)
     flushed: list[str] = field(default_factory=list)
     deleted_sets: list[str] = field(default_factory=list)
     deleted_chains: list[str] = field(default_factory=list)
-    sets: list[Set] = field(default_factory=list)
-    chains: list[Chain] = field(default_factory=list)
-    rules: list[Chain] = field(default_factory=list)
-    pools: dict[str, list[Pool]] = field(default_factory=dict)
-    added: dict[str, list[Element]] = field(default_factory=dict)
+    sets: list[NftSet] = field(default_factory=list)
+    chains: list[NftChain] = field(default_factory=list)
+    rules: list[NftChain] = field(default_factory=list)
+    pools: dict[str, list[EndpointElements]] = field(default_factory=dict)
+    added: dict[str, list[SetElement]] = field(default_factory=dict)
     drop: bool = False
 
     def __bool__(self) -> bool:
         return any(astuple(self))
 
-    def remove(self, name: str, element: Element) -> None:
+    def remove(self, name: str, element: SetElement) -> None:
         """Remove an element from a set."""
         self.removed.setdefault(name, []).append(element)
 
-    def add(self, name: str, element: Element) -> None:
+    def add(self, name: str, element: SetElement) -> None:
         """Add an element to a set."""
         self.added.setdefault(name, []).append(element)
 
-    def additions(self) -> dict[str, list[Element]]:
+    def additions(self) -> dict[str, list[SetElement]]:
         """Return all elements that are added, those of pools one by one."""
         found = {name: [element for pool in pools for element in pool.elements()] for name, pools in self.pools.items()}
         for name, elements in self.added.items():

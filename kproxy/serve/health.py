@@ -14,9 +14,9 @@ from http import HTTPStatus
 from msgspec import Struct
 
 from kproxy.model.delta import Kind
-from kproxy.model.store import Changed
+from kproxy.model.store import StoreChange
 from kproxy.model.types import Family, Node
-from kproxy.serve.http import Handler, Request, Response, json, routes
+from kproxy.serve.http import Handler, HttpRequest, HttpResponse, json, routes
 from kproxy.serve.observed import Sync
 
 NANO = 10**9
@@ -50,7 +50,7 @@ class Health:
         with self._lock:
             self._pending.setdefault(family, now)
 
-    def changed(self, kind: Kind, changed: Changed) -> None:
+    def changed(self, kind: Kind, changed: StoreChange) -> None:
         """Do nothing: `queued` says what matters here."""
 
     def synced(self, sync: Sync) -> None:
@@ -110,15 +110,15 @@ class HealthPages:
         """What answers on the port of `healthzBindAddress`."""
         return routes({"/healthz": self.healthz, "/livez": self.livez})
 
-    def healthz(self, _: Request) -> Response:
+    def healthz(self, _: HttpRequest) -> HttpResponse:
         """Answer whether this node should get traffic."""
         return self._answer("healthz", eligible=is_eligible(self._node()), reason=self._reason())
 
-    def livez(self, _: Request) -> Response:
+    def livez(self, _: HttpRequest) -> HttpResponse:
         """Answer whether this process works, whatever becomes of the node."""
         return self._answer("livez", eligible=None)
 
-    def _answer(self, page: str, eligible: bool | None, reason: str = "") -> Response:
+    def _answer(self, page: str, eligible: bool | None, reason: str = "") -> HttpResponse:
         families = self._health.families(self._clock())
         healthy = all(family.healthy for family in families.values())
         good = healthy and eligible is not False

@@ -27,7 +27,7 @@ class RequestError(ValueError):
         self.status = status
 
 
-class Request(Struct, frozen=True):
+class HttpRequest(Struct, frozen=True):
     """A request without its body. Names of `headers` are in lower case.
 
     `persistent` says whether the connection can take another request: not if the client closes it, nor if there is
@@ -40,7 +40,7 @@ class Request(Struct, frozen=True):
     persistent: bool
 
 
-class Response(Struct, frozen=True):
+class HttpResponse(Struct, frozen=True):
     """An answer; date and length are added when it is sent."""
 
     status: int
@@ -48,31 +48,31 @@ class Response(Struct, frozen=True):
     body: bytes
 
 
-Handler: TypeAlias = Callable[[Request], Response]
+Handler: TypeAlias = Callable[[HttpRequest], HttpResponse]
 """Answers a request, in the server's thread: quick, and only from memory or the kernel."""
 
 
-def plain(status: int, text: str) -> Response:
+def plain(status: int, text: str) -> HttpResponse:
     """Return a text as an answer."""
-    return Response(status, (("Content-Type", "text/plain; charset=utf-8"), NO_SNIFF), text.encode())
+    return HttpResponse(status, (("Content-Type", "text/plain; charset=utf-8"), NO_SNIFF), text.encode())
 
 
-def json(status: int, data: object) -> Response:
+def json(status: int, data: object) -> HttpResponse:
     """Return data as an answer in JSON, without white space."""
-    return Response(status, (("Content-Type", "application/json"), NO_SNIFF), msgspec.json.encode(data))
+    return HttpResponse(status, (("Content-Type", "application/json"), NO_SNIFF), msgspec.json.encode(data))
 
 
 def routes(handlers: Mapping[str, Handler]) -> Handler:
     """Return a handler that hands each path to its own handler, and knows no others."""
 
-    def route(request: Request) -> Response:
+    def route(request: HttpRequest) -> HttpResponse:
         handler = handlers.get(request.path)
         return handler(request) if handler else plain(HTTPStatus.NOT_FOUND, "404 page not found\n")
 
     return route
 
 
-def take_request(buffer: bytearray) -> Request | None:
+def take_request(buffer: bytearray) -> HttpRequest | None:
     """Take the next request off what has been received, None if it is not complete. Raises `RequestError`."""
     while buffer and buffer[0] in b"\r\n":
         del buffer[:1]  # RFC 9112, 2.2: empty lines before a request are ignored
@@ -86,7 +86,7 @@ def take_request(buffer: bytearray) -> Request | None:
     return _request(lines[0], _headers(lines[1:]))
 
 
-def _request(line: str, headers: dict[str, str]) -> Request:
+def _request(line: str, headers: dict[str, str]) -> HttpRequest:
     match = _LINE.fullmatch(line)
     if match is None:
         raise RequestError(HTTPStatus.BAD_REQUEST, "malformed request line")
@@ -99,7 +99,7 @@ def _request(line: str, headers: dict[str, str]) -> Request:
     wishes = {wish.strip().lower() for wish in headers.get("connection", "").split(",")}
     stays = "keep-alive" in wishes if minor == "0" else "close" not in wishes
     has_body = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
-    return Request(method, path, headers, stays and not has_body)
+    return HttpRequest(method, path, headers, stays and not has_body)
 
 
 def _headers(lines: list[str]) -> dict[str, str]:
@@ -113,7 +113,7 @@ def _headers(lines: list[str]) -> dict[str, str]:
     return headers
 
 
-def encode(response: Response, wall: float, *, head_only: bool, close: bool) -> bytes:
+def encode(response: HttpResponse, wall: float, *, head_only: bool, close: bool) -> bytes:
     """Return an answer as it goes over the wire. `wall` is the time in seconds since the epoch."""
     lines = [
         f"HTTP/1.1 {response.status} {HTTPStatus(response.status).phrase}",

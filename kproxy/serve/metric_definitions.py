@@ -26,7 +26,7 @@ UNLIMITED = 2**64 - 1
 """How Go's collector shows a limit that is none."""
 
 
-class MoreProcessMetrics(Collector):
+class ProcessLimitsCollector(Collector):
     """The address space limit of this process, and the traffic of its network namespace (as Go's collector)."""
 
     def collect(self) -> Iterator[Metric]:
@@ -56,7 +56,7 @@ def ip_traffic(netstat: str) -> dict[str, int]:
     return dict(zip(rows[0], map(int, rows[1]), strict=False)) if len(rows) == 2 else {}
 
 
-class PacketCounters(Collector):
+class PacketCounterCollector(Collector):
     """Counters that the kernel keeps, read when they are asked for.
 
     `counters` are name, help and a way to read each, which returns None where there is no such counter.
@@ -92,7 +92,7 @@ REQUEST_BUCKETS = (0.005, 0.025, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60)
 """Seconds until an answer begins, as client-go counts them."""
 
 
-class Series:
+class MetricDefinitions:
     """All metrics of one daemon, in a registry of their own.
 
     `mode` decides which backend's metrics there are. `counters` reads the kernel's counters by name of metric.
@@ -102,7 +102,7 @@ class Series:
         self, mode: str, families: Iterable[Family], counters: Mapping[tuple[str, str], Callable[[], int | None]]
     ) -> None:
         registry = CollectorRegistry()
-        self.registry = Plain(registry)
+        self.registry = WithoutCreatedSamples(registry)
         self._registry = registry
         self._names = [family.value for family in families]
         self._of_syncs()
@@ -112,12 +112,12 @@ class Series:
             self._of_nftables()
         else:
             self._of_iptables()
-            registry.register(PacketCounters(counters))
+            registry.register(PacketCounterCollector(counters))
         self._of_http()
         self._of_build()
         self.node_missing = self._gauge("kproxy_node_missing", "Whether this machine's Node does not exist (0 or 1).")
         ProcessCollector(registry=registry)
-        registry.register(MoreProcessMetrics())
+        registry.register(ProcessLimitsCollector())
 
     def _of_syncs(self) -> None:
         self.sync = self._durations("sync_proxy_rules", "How long syncs took.")
@@ -147,7 +147,7 @@ class Series:
         self.in_conflict = self._gauge(
             "kproxy_services_in_conflict", "Services that lose an address and port to another Service.", FAMILY
         )
-        self.refused_services = self._gauge(
+        self.invalid_services = self._gauge(
             "kproxy_services_refused",
             "Services whose present object cannot be used: an earlier one may be in its place.",
         )
@@ -251,7 +251,7 @@ class Series:
                 counter.labels(name)
 
 
-class Plain(Collector):
+class WithoutCreatedSamples(Collector):
     """A registry without the series `..._created`, which kube-proxy does not have."""
 
     def __init__(self, registry: CollectorRegistry) -> None:

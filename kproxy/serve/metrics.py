@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from prometheus_client import generate_latest
 
 from kproxy.model.delta import Kind
-from kproxy.model.plan import Decision
-from kproxy.model.store import Changed
-from kproxy.model.sync_report import Plans, Written
+from kproxy.model.plan import TrafficDecision
+from kproxy.model.store import StoreChange
+from kproxy.model.sync_report import ApplyResult, Plans
 from kproxy.model.types import EndpointSlice, Family, Service, ServiceKey
-from kproxy.serve.http import Request, Response
-from kproxy.serve.metric_definitions import POLICIES, TABLES, Series
+from kproxy.serve.http import HttpRequest, HttpResponse
+from kproxy.serve.metric_definitions import POLICIES, TABLES, MetricDefinitions
 from kproxy.serve.observed import Sync
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -36,24 +36,24 @@ class Metrics:
         wall: Callable[[], float],
     ) -> None:
         self._families = tuple(families)
-        self._series = Series(mode, self._families, counters)
+        self._series = MetricDefinitions(mode, self._families, counters)
         self._iptables = mode != "nftables"
         self._wall = wall
         self._since = wall()
         self._unknown = set(self._families)
-        self._gaps = {family: LocalGaps() for family in self._families}
+        self._gaps = {family: MissingLocalEndpoints() for family in self._families}
         self._services_pending = dict.fromkeys(self._families, 0)
         self._endpoints_pending = dict.fromkeys(self._families, 0)
 
-    def page(self, _: Request) -> Response:
+    def page(self, _: HttpRequest) -> HttpResponse:
         """Answer with all metrics."""
-        return Response(200, (("Content-Type", CONTENT_TYPE),), generate_latest(self._series.registry))
+        return HttpResponse(200, (("Content-Type", CONTENT_TYPE),), generate_latest(self._series.registry))
 
     def queued(self, family: Family, now: float) -> None:  # noqa: ARG002 - dashboards want the time of day
         """Note that a change of a family waits to be programmed."""
         self._series.last_queued.labels(family.value).set(self._wall())
 
-    def changed(self, kind: Kind, changed: Changed) -> None:
+    def changed(self, kind: Kind, changed: StoreChange) -> None:
         """Count what one delta changed: Services once for each family, as kube-proxy does, and EndpointSlices once."""
         if kind is Service:
             self._series.service_changes.inc(len(changed.services) * len(self._families))
@@ -92,9 +92,9 @@ class Metrics:
         """Show whether this machine's Node does not exist."""
         self._series.node_missing.set(missing)
 
-    def show_refused(self, read: Callable[[], int]) -> None:
+    def track_invalid_services(self, read: Callable[[], int]) -> None:
         """Show from now on what `read` returns as the number of refused Services: it changes without a sync."""
-        self._series.refused_services.set_function(read)
+        self._series.invalid_services.set_function(read)
 
     def conntrack_reconciled(self, family: Family, seconds: float, deleted: int) -> None:
         """Count one look for stale conntrack entries and how many were deleted."""
@@ -132,7 +132,7 @@ class Metrics:
             if moment > self._since:
                 self._series.programming.labels(name).observe(max(0.0, now - moment))
 
-    def _show_rules(self, name: str, written: Written | None) -> None:
+    def _show_rules(self, name: str, written: ApplyResult | None) -> None:
         if not self._iptables or written is None:
             return
         for table in TABLES:
@@ -140,7 +140,7 @@ class Metrics:
             self._series.rules.labels(name, table).set(written.total_rules.get(table, 0))
 
 
-class LocalGaps:
+class MissingLocalEndpoints:
     """How many ports of Services have endpoints, but none on this node where their policy wants one.
 
     Only Services with such ports are remembered, so a sync of few Services costs little in a cluster of many.
@@ -162,8 +162,8 @@ class LocalGaps:
         for key in gone:
             self._put(key, 0, 0)
         for key, ports in plans.items():
-            internal = sum(plan.internal is Decision.DROP for plan in ports)
-            external = sum(plan.external is Decision.DROP for plan in ports)
+            internal = sum(plan.internal is TrafficDecision.DROP for plan in ports)
+            external = sum(plan.external is TrafficDecision.DROP for plan in ports)
             if internal or external or key in self._ports:
                 self._put(key, internal, external)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from kproxy.model.context import Context
-from kproxy.model.sync_report import Plans, Tally, Written
+from kproxy.model.sync_report import ApplyResult, Plans, ServiceCounts
 from kproxy.model.types import Family
 
 
@@ -43,11 +43,11 @@ class Sync(Protocol):
         """What all Services of the family share."""
 
     @property
-    def written(self) -> Written | None:
+    def written(self) -> ApplyResult | None:
         """What the attempt amounted to."""
 
     @property
-    def tally(self) -> Tally:
+    def tally(self) -> ServiceCounts:
         """How many Services are in which condition."""
 
     @property

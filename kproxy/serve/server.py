@@ -21,13 +21,13 @@ from typing import TypeAlias
 from msgspec import Struct
 
 from kproxy.model.addresses import socket_text, split_socket_text
-from kproxy.serve.http import Handler, Request, RequestError, Response, encode, plain, take_request
+from kproxy.serve.http import Handler, HttpRequest, HttpResponse, RequestError, encode, plain, take_request
 
 BACKLOG = 128
 ANY = frozenset({"", "0.0.0.0", "::"})  # noqa: S104 - told apart here, not bound
 
 
-class Address(Struct, frozen=True):
+class ListenAddress(Struct, frozen=True):
     """Where to listen.
 
     An unspecified host means every address of both families, as it does in Go's `net.Listen("tcp", ...)`; with
@@ -42,12 +42,12 @@ class Address(Struct, frozen=True):
         return socket_text(self.host, self.port)
 
 
-def parse_address(text: str) -> Address:
+def parse_address(text: str) -> ListenAddress:
     """Return the address that `IP:port` or `[IP]:port` says."""
-    return Address(*split_socket_text(text))
+    return ListenAddress(*split_socket_text(text))
 
 
-def listen(address: Address) -> socket.socket:
+def listen(address: ListenAddress) -> socket.socket:
     """Return a listening socket that does not block. Raises `OSError`, which says why, if there cannot be one."""
     family, host = _family(address)
     found = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
@@ -64,7 +64,7 @@ def listen(address: Address) -> socket.socket:
     return found
 
 
-def _family(address: Address) -> tuple[socket.AddressFamily, str]:
+def _family(address: ListenAddress) -> tuple[socket.AddressFamily, str]:
     host = address.host
     if host in ANY and not address.one_family:
         return (socket.AF_INET6, "::") if socket.has_dualstack_ipv6() else (socket.AF_INET, "0.0.0.0")  # noqa: S104
@@ -75,7 +75,7 @@ log = logging.getLogger(__name__)
 _CHUNK = 16 * 1024
 
 
-class State(Enum):
+class ConnectionState(Enum):
     """What a connection waits for."""
 
     IDLE = auto()
@@ -93,12 +93,12 @@ class State(Enum):
 
 
 PATIENCE = {
-    State.IDLE: 60.0,  # scrapers come back within a minute
-    State.RECEIVING: 10.0,
-    State.SENDING: 10.0,
-    State.QUEUED: 10.0,
-    State.DRAINING: 2.0,
-    State.OVER: 0.0,
+    ConnectionState.IDLE: 60.0,  # scrapers come back within a minute
+    ConnectionState.RECEIVING: 10.0,
+    ConnectionState.SENDING: 10.0,
+    ConnectionState.QUEUED: 10.0,
+    ConnectionState.DRAINING: 2.0,
+    ConnectionState.OVER: 0.0,
 }
 """How many seconds a connection may be in each state."""
 
@@ -116,38 +116,38 @@ class Connection:
         self._incoming = bytearray()
         self._outgoing = b""
         self._last = False
-        self._become(State.IDLE, now)
+        self._become(ConnectionState.IDLE, now)
 
     @property
     def events(self) -> int:
         """What to wait for, as `selectors` names it; 0 once the connection is over and its socket to be closed."""
-        if self._state is State.OVER:
+        if self._state is ConnectionState.OVER:
             return 0
-        return EVENT_WRITE if self._state in {State.SENDING, State.QUEUED} else EVENT_READ
+        return EVENT_WRITE if self._state in {ConnectionState.SENDING, ConnectionState.QUEUED} else EVENT_READ
 
     def proceed(self, now: float) -> None:
         """Go on as far as possible without waiting."""
         try:
-            if self._state is State.SENDING:
+            if self._state is ConnectionState.SENDING:
                 self._send(now)
-            elif self._state is State.QUEUED:
+            elif self._state is ConnectionState.QUEUED:
                 self._next(now)
             else:
                 self._receive(now)
         except BlockingIOError:
             pass
         except OSError:  # the client is gone: nobody to tell
-            self._become(State.OVER, now)
+            self._become(ConnectionState.OVER, now)
 
-    def _become(self, state: State, now: float) -> None:
+    def _become(self, state: ConnectionState, now: float) -> None:
         self._state = state
         self.deadline = now + PATIENCE[state]
 
     def _receive(self, now: float) -> None:
         received = self.socket.recv(_CHUNK)
         if not received:
-            self._become(State.OVER, now)
-        elif self._state is not State.DRAINING:
+            self._become(ConnectionState.OVER, now)
+        elif self._state is not ConnectionState.DRAINING:
             self._incoming += received
             self._next(now)
 
@@ -160,10 +160,10 @@ class Connection:
         if request is not None:
             response = self._handle(request)
             self._answer(response, now, head_only=request.method == "HEAD", last=not request.persistent)
-        elif self._state is not State.RECEIVING:
-            self._become(State.RECEIVING, now)
+        elif self._state is not ConnectionState.RECEIVING:
+            self._become(ConnectionState.RECEIVING, now)
 
-    def _handle(self, request: Request) -> Response:
+    def _handle(self, request: HttpRequest) -> HttpResponse:
         try:
             return self._handler(request)
         except Exception as error:  # a bug in one page must not end the others
@@ -171,10 +171,10 @@ class Connection:
             log.debug("where it failed", exc_info=error)
             return plain(HTTPStatus.INTERNAL_SERVER_ERROR, "internal error\n")
 
-    def _answer(self, response: Response, now: float, *, head_only: bool, last: bool) -> None:
+    def _answer(self, response: HttpResponse, now: float, *, head_only: bool, last: bool) -> None:
         self._outgoing = encode(response, self._wall(), head_only=head_only, close=last)
         self._last = last
-        self._become(State.SENDING, now)
+        self._become(ConnectionState.SENDING, now)
         self._send(now)
 
     def _send(self, now: float) -> None:
@@ -183,9 +183,9 @@ class Connection:
             return
         if self._last:
             self.socket.shutdown(socket.SHUT_WR)
-            self._become(State.DRAINING, now)
+            self._become(ConnectionState.DRAINING, now)
         else:
-            self._become(State.QUEUED if self._incoming else State.IDLE, now)
+            self._become(ConnectionState.QUEUED if self._incoming else ConnectionState.IDLE, now)
 
 
 MAX_CONNECTIONS = 512

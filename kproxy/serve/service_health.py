@@ -13,13 +13,13 @@ from msgspec import Struct
 
 from kproxy.model.context import Context
 from kproxy.model.delta import Kind
-from kproxy.model.logging import Reminder
+from kproxy.model.logging import LogThrottle
 from kproxy.model.plan import ServicePortPlan
-from kproxy.model.store import Changed
+from kproxy.model.store import StoreChange
 from kproxy.model.types import Family, ServiceKey
-from kproxy.serve.http import NO_SNIFF, Request, Response, plain
+from kproxy.serve.http import NO_SNIFF, HttpRequest, HttpResponse, plain
 from kproxy.serve.observed import Sync
-from kproxy.serve.server import Address, HttpServer, listen
+from kproxy.serve.server import HttpServer, ListenAddress, listen
 
 log = logging.getLogger(__name__)
 RETRY_SECONDS = 5.0
@@ -44,10 +44,10 @@ class ServiceHealth(Struct, frozen=True):
     endpoints here when this one finds none.
     """
 
-    endpoints: Mapping[Address, int]
+    endpoints: Mapping[ListenAddress, int]
 
 
-class HealthPorts:
+class HealthCheckNodePorts:
     """Keeps a socket open for each address that is wanted, and answers for the Service that wants it.
 
     An address that cannot be opened does not hold up others. It is tried again, reported once for each reason, and
@@ -59,9 +59,9 @@ class HealthPorts:
         self._is_healthy = is_healthy
         self._failed = failed
         self._services: dict[ServiceKey, ServiceHealth] = {}
-        self._owners: dict[Address, ServiceKey] = {}
-        self._open: dict[Address, socket.socket] = {}
-        self._told: dict[tuple[ServiceKey, Address], tuple[str, Reminder]] = {}
+        self._owners: dict[ListenAddress, ServiceKey] = {}
+        self._open: dict[ListenAddress, socket.socket] = {}
+        self._told: dict[tuple[ServiceKey, ListenAddress], tuple[str, LogThrottle]] = {}
         self._retrying = False
 
     def update(self, changes: Mapping[ServiceKey, ServiceHealth | None]) -> None:
@@ -91,7 +91,7 @@ class HealthPorts:
         self._retrying = False
         self._reconcile()
 
-    def _assign(self) -> dict[tuple[ServiceKey, Address], str]:
+    def _assign(self) -> dict[tuple[ServiceKey, ListenAddress], str]:
         """Give each address to one Service; return why others, which the API server does not allow, go without."""
         self._owners = {}
         problems = {}
@@ -102,7 +102,7 @@ class HealthPorts:
                     problems[key, address] = f"Service {owner} has the same port"
         return problems
 
-    def _try_to_open(self, address: Address) -> str:
+    def _try_to_open(self, address: ListenAddress) -> str:
         try:
             listener = listen(address)
         except OSError as error:
@@ -111,10 +111,10 @@ class HealthPorts:
         self._server.add(listener, partial(self._answer, address))
         return ""
 
-    def _tell(self, problems: dict[tuple[ServiceKey, Address], str]) -> None:
+    def _tell(self, problems: dict[tuple[ServiceKey, ListenAddress], str]) -> None:
         told, self._told = self._told, {}
         for (key, address), reason in problems.items():
-            before, reminder = told.pop((key, address), ("", Reminder()))
+            before, reminder = told.pop((key, address), ("", LogThrottle()))
             if reason != before:
                 reminder.reset()
                 self._failed(key, address.port, f"cannot listen on {address}: {reason}")
@@ -125,18 +125,18 @@ class HealthPorts:
             if self._owners.get(address) == key and address in self._open:
                 log.info("Service %s: its health can be asked for on %s now", key, address)
 
-    def _answer(self, address: Address, _: Request) -> Response:
+    def _answer(self, address: ListenAddress, _: HttpRequest) -> HttpResponse:
         owner = self._owners.get(address)
         if owner is None:
             return plain(HTTPStatus.SERVICE_UNAVAILABLE, "no Service has this port any more\n")
         return service_answer(owner, self._services[owner].endpoints[address], healthy=self._is_healthy())
 
 
-def _addresses(health: ServiceHealth | None) -> Collection[Address]:
+def _addresses(health: ServiceHealth | None) -> Collection[ListenAddress]:
     return health.endpoints.keys() if health else frozenset()
 
 
-def service_answer(key: ServiceKey, endpoints: int, *, healthy: bool) -> Response:
+def service_answer(key: ServiceKey, endpoints: int, *, healthy: bool) -> HttpResponse:
     """Return what a load balancer is told: 200 if this node can serve new connections of the Service, else 503.
 
     The header carries the number of endpoints, so that load balancers can weigh nodes (as kube-proxy's does).
@@ -145,14 +145,14 @@ def service_answer(key: ServiceKey, endpoints: int, *, healthy: bool) -> Respons
     body = BODY.format(namespace=namespace, name=name, endpoints=endpoints, healthy=str(healthy).lower())
     weight = ("X-Load-Balancing-Endpoint-Weight", str(endpoints))
     status = HTTPStatus.OK if endpoints and healthy else HTTPStatus.SERVICE_UNAVAILABLE
-    return Response(status, (("Content-Type", "application/json"), NO_SNIFF, weight), body.encode())
+    return HttpResponse(status, (("Content-Type", "application/json"), NO_SNIFF, weight), body.encode())
 
 
 WILDCARDS = {Family.IPV4: "0.0.0.0", Family.IPV6: "::"}  # noqa: S104 - health check ports answer where NodePorts do
 Update: TypeAlias = Callable[[Mapping[ServiceKey, ServiceHealth | None]], None]
 
 
-class FamilyHealth(Struct, frozen=True):
+class FamilyServiceHealth(Struct, frozen=True):
     """What one family says of a Service. `hosts` are the addresses that NodePorts answer on, None for all."""
 
     port: int
@@ -161,17 +161,17 @@ class FamilyHealth(Struct, frozen=True):
     dual_stack: bool
 
 
-class ServiceHealthObserver:
+class ServiceHealthTracker:
     """Follows the syncs and passes on what changed to `update`, which must neither block nor raise."""
 
     def __init__(self, families: Iterable[Family], update: Update) -> None:
         self._update = update
-        self._known: dict[Family, dict[ServiceKey, FamilyHealth]] = {family: {} for family in families}
+        self._known: dict[Family, dict[ServiceKey, FamilyServiceHealth]] = {family: {} for family in families}
 
     def queued(self, family: Family, now: float) -> None:
         """Do nothing: what is not in the kernel yet cannot be told."""
 
-    def changed(self, kind: Kind, changed: Changed) -> None:
+    def changed(self, kind: Kind, changed: StoreChange) -> None:
         """Do nothing: what is not in the kernel yet cannot be told."""
 
     def synced(self, sync: Sync) -> None:
@@ -197,15 +197,17 @@ class ServiceHealthObserver:
         return service_health(families) if families else None
 
 
-def family_health(plans: Sequence[ServicePortPlan], context: Context) -> FamilyHealth | None:
+def family_health(plans: Sequence[ServicePortPlan], context: Context) -> FamilyServiceHealth | None:
     """Return what a family's plans of one Service say, None if it has no health check port."""
     if not plans or not plans[0].health_check_node_port:
         return None
     ready = {address for plan in plans for address in plan.local_ready}
-    return FamilyHealth(plans[0].health_check_node_port, context.node_port_addresses, len(ready), plans[0].dual_stack)
+    return FamilyServiceHealth(
+        plans[0].health_check_node_port, context.node_port_addresses, len(ready), plans[0].dual_stack
+    )
 
 
-def service_health(families: Mapping[Family, FamilyHealth]) -> ServiceHealth:
+def service_health(families: Mapping[Family, FamilyServiceHealth]) -> ServiceHealth:
     """Return where a Service's health is asked for, and what each family answers there.
 
     Each family of a dual-stack Service answers for its own endpoints: a load balancer of one family must not send
@@ -215,10 +217,10 @@ def service_health(families: Mapping[Family, FamilyHealth]) -> ServiceHealth:
     if len(families) == 1:
         (health,) = families.values()
         if health.hosts is None and not health.dual_stack:
-            return ServiceHealth({Address("", health.port): health.endpoints})
+            return ServiceHealth({ListenAddress("", health.port): health.endpoints})
     return ServiceHealth(
         {
-            Address(host, health.port, one_family=True): health.endpoints
+            ListenAddress(host, health.port, one_family=True): health.endpoints
             for family, health in families.items()
             for host in (health.hosts if health.hosts is not None else (WILDCARDS[family],))
         }

@@ -10,15 +10,15 @@ from typing import Protocol
 
 from kproxy import __version__
 from kproxy.model.delta import Kind
-from kproxy.model.logging import Reminder
-from kproxy.model.store import Changed
+from kproxy.model.logging import LogThrottle
+from kproxy.model.store import StoreChange
 from kproxy.model.types import Family, Node
 from kproxy.serve.health import NANO, Health, HealthPages
-from kproxy.serve.http import Handler, Request, Response, json, plain, routes
+from kproxy.serve.http import Handler, HttpRequest, HttpResponse, json, plain, routes
 from kproxy.serve.metrics import Metrics
 from kproxy.serve.observed import Sync
 from kproxy.serve.server import HttpServer, listen, parse_address
-from kproxy.serve.service_health import Failed, HealthPorts, ServiceHealthObserver
+from kproxy.serve.service_health import Failed, HealthCheckNodePorts, ServiceHealthTracker
 from kproxy.serve.zpages import flagz, statusz
 
 log = logging.getLogger(__name__)
@@ -26,24 +26,24 @@ RETRY_SECONDS = 5.0
 """How long a fixed port that could not be opened is left alone (as kube-proxy does)."""
 
 
-class ServingError(Exception):
+class ListenError(Exception):
     """A port cannot be opened that must be; the message says which and why on one line."""
 
 
-class Observer(Protocol):
+class _Observer(Protocol):
     """Told of changes and syncs, in the reconciler's thread."""
 
     def queued(self, family: Family, now: float) -> None:
         """Note that changes of a family wait to be programmed, at `now` of the reconciler's clock."""
 
-    def changed(self, kind: Kind, changed: Changed) -> None:
+    def changed(self, kind: Kind, changed: StoreChange) -> None:
         """Note what one delta about a kind of objects changed."""
 
     def synced(self, sync: Sync) -> None:
         """Take in how a sync ended, well or not."""
 
 
-class Serving:
+class StatusServer:
     """Health, metrics and the Services' health check ports, from `start` until `stop`.
 
     `mode` and `configuration` (the data of a configuration file) are shown; `health_timeout` is how many seconds
@@ -81,17 +81,17 @@ class Serving:
         self._server = HttpServer(clock=clock, wall=self._wall)
         self.health = Health(families, health_timeout, wall=wall)
         self.metrics = Metrics(mode, families, counters, wall=self._wall)
-        ports = HealthPorts(self._server, lambda: self.health.is_healthy(clock()), port_failed)
-        services = ServiceHealthObserver(families, lambda changes: self._server.call(partial(ports.update, changes)))
-        self.observers: tuple[Observer, ...] = (self.health, services, self.metrics)
+        ports = HealthCheckNodePorts(self._server, lambda: self.health.is_healthy(clock()), port_failed)
+        services = ServiceHealthTracker(families, lambda changes: self._server.call(partial(ports.update, changes)))
+        self.observers: tuple[_Observer, ...] = (self.health, services, self.metrics)
         pages = HealthPages(self.health, node, clock=clock, wall=wall, probed=self.metrics.probed, reason=reason)
         self._fixed = {"healthz": (healthz_address, pages.handler), "metrics": (metrics_address, self._metrics_pages())}
 
     def start(self) -> None:
-        """Begin to serve. Raises `ServingError` if a port cannot be opened that must be."""
+        """Begin to serve. Raises `ListenError` if a port cannot be opened that must be."""
         for name, (address, handler) in self._fixed.items():
             if address:
-                self._open(name, address, handler, None if self._hard_fail else Reminder())
+                self._open(name, address, handler, None if self._hard_fail else LogThrottle())
         self._server.start()
 
     def stop(self) -> None:
@@ -99,7 +99,7 @@ class Serving:
         self._server.stop()
 
     def _open(
-        self, name: str, address: str, handler: Handler, reminder: Reminder | None, *, again: bool = False
+        self, name: str, address: str, handler: Handler, reminder: LogThrottle | None, *, again: bool = False
     ) -> None:
         """Open a fixed port. Without a `reminder` it must be there; else it is tried `again` until it is."""
         try:
@@ -107,7 +107,7 @@ class Serving:
         except OSError as error:
             message = f"{name}BindAddress {address}: cannot listen: {error.strerror}"
             if reminder is None:
-                raise ServingError(message) from None
+                raise ListenError(message) from None
             if reminder.is_due(self._server.now()):
                 log.error("%s, trying again every %.0f s", message, RETRY_SECONDS)
             self._server.call_later(RETRY_SECONDS, partial(self._open, name, address, handler, reminder, again=True))
@@ -134,7 +134,7 @@ class Serving:
         )
         return routes(pages)
 
-    def _configz(self, _: Request) -> Response:
+    def _configz(self, _: HttpRequest) -> HttpResponse:
         return json(200, {"kubeproxy.config.k8s.io": self._configuration})
 
 

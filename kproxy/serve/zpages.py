@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from http import HTTPStatus
 
-from kproxy.serve.http import Handler, Request, Response, json, plain
+from kproxy.serve.http import Handler, HttpRequest, HttpResponse, json, plain
 
 NAME = "kproxy"
 GROUP = "config.k8s.io"
@@ -72,7 +72,7 @@ def _page(title: str, kind: str, text: Callable[[], str], fields: Callable[[], d
     structured = f"application/json;v={VERSIONS[0]};g={GROUP};as={kind}"
     head = f"\n{NAME} {title}\nWarning: this text is for people, and may change; programs ask for {structured}\n\n"
 
-    def answer(request: Request) -> Response:
+    def answer(request: HttpRequest) -> HttpResponse:
         version = negotiate(request.headers.get("accept", ""), kind)
         if version is None:
             message = f"not acceptable: there is text/plain, and {structured}\n"

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from msgspec.structs import replace
 
 from kproxy.model.types import Family
-from kproxy.simulate.iptables_rules import Dump, Rule, read_dump
+from kproxy.simulate.iptables_rules import SavedRules, SimulatedRule, read_dump
 from kproxy.simulate.packet import (
+    FateDistribution,
     Flock,
-    Outcome,
     Packet,
-    Passage,
+    PacketState,
     Verdict,
     anywhere,
     divide,
@@ -26,17 +26,17 @@ from kproxy.simulate.packet import (
 )
 
 
-class Iptables:
+class IptablesSimulator:
     """The rules of one family, as `iptables-save` or `ip6tables-save` printed them.
 
     Raises `UnknownRuleError` if the text holds anything that is not understood.
     """
 
     def __init__(self, dump: str, family: Family) -> None:
-        self._dump: Dump = read_dump(dump)
+        self._dump: SavedRules = read_dump(dump)
         self._family = family
 
-    def send(self, packet: Packet) -> Outcome:
+    def send(self, packet: Packet) -> FateDistribution:
         """Return what may become of the packet; `ValueError` if it is of the other family.
 
         The hooks are those of netfilter's packet flow: destinations are translated before routing
@@ -62,13 +62,13 @@ class Iptables:
         looped = [(replace(passage, interface="lo"), share) for passage, share in flock]
         return self._filter("INPUT", looped, here)
 
-    def _translate(self, chain: str, flock: Flock, where: Callable[[Passage], bool]) -> Flock:
+    def _translate(self, chain: str, flock: Flock, where: Callable[[PacketState], bool]) -> Flock:
         return self._hook("nat", chain, flock, lambda passage: passage.packet.state == "NEW" and where(passage))
 
-    def _filter(self, chain: str, flock: Flock, where: Callable[[Passage], bool]) -> Flock:
+    def _filter(self, chain: str, flock: Flock, where: Callable[[PacketState], bool]) -> Flock:
         return self._hook("filter", chain, flock, where)
 
-    def _hook(self, table: str, chain: str, flock: Flock, concerns: Callable[[Passage], bool]) -> Flock:
+    def _hook(self, table: str, chain: str, flock: Flock, concerns: Callable[[PacketState], bool]) -> Flock:
         """Send those through a built-in chain that are still on their way and that it concerns."""
         flock, others = divide(flock, lambda passage: passage.verdict is None and concerns(passage))
         found = self._dump.tables[table].get(chain)
@@ -97,7 +97,7 @@ class Iptables:
                 break
         return decided, left + flock
 
-    def _split(self, rule: Rule, flock: Flock) -> tuple[Flock, Flock]:
+    def _split(self, rule: SimulatedRule, flock: Flock) -> tuple[Flock, Flock]:
         """Return those that the rule hits, counted and remembered as it says, and those that it does not."""
         hit, missed = divide(flock, lambda passage: self._matches(rule, passage))
         if rule.chance < 1.0:
@@ -109,12 +109,12 @@ class Iptables:
             hit = each(hit, lambda passage: replace(passage, remembered=True))
         return hit, missed
 
-    def _matches(self, rule: Rule, passage: Passage) -> bool:
+    def _matches(self, rule: SimulatedRule, passage: PacketState) -> bool:
         if not all(match(passage) for match in rule.matches):
             return False
         return not rule.affinity or not passage.packet.remembered.isdisjoint(self._dump.lists.get(rule.affinity, ()))
 
-    def _act(self, table: str, rule: Rule, flock: Flock) -> tuple[Flock, Flock]:
+    def _act(self, table: str, rule: SimulatedRule, flock: Flock) -> tuple[Flock, Flock]:
         """Return those for whom the rule ends the hook, and those who go on to the next rule."""
         if not rule.target:
             return [], flock
@@ -126,7 +126,7 @@ class Iptables:
         return self._walk(table, rule.target, flock)
 
 
-_FINAL: dict[str, Callable[[Passage, Rule], Passage]] = {
+_FINAL: dict[str, Callable[[PacketState, SimulatedRule], PacketState]] = {
     "ACCEPT": lambda passage, _: passage,
     "DROP": lambda passage, _: passage.end(Verdict.DROPPED),
     "REJECT": lambda passage, rule: passage.end(Verdict.REJECTED, rule.reply),
@@ -136,6 +136,6 @@ _FINAL: dict[str, Callable[[Passage, Rule], Passage]] = {
 """What the targets that end a packet's way through a hook do to it."""
 
 
-def _marked(mark: int, rule: Rule) -> int:
+def _marked(mark: int, rule: SimulatedRule) -> int:
     """Apply `--set-xmark value/mask`: clear the bits of the mask, then flip those of the value."""
     return (mark & ~rule.mask) ^ rule.value

@@ -13,9 +13,9 @@ from typing import TypeAlias
 
 from msgspec import Struct, field
 
-from kproxy.simulate.packet import Passage, UnknownRuleError
+from kproxy.simulate.packet import PacketState, UnknownRuleError
 
-Match: TypeAlias = Callable[[Passage], bool]
+Match: TypeAlias = Callable[[PacketState], bool]
 _STATES = frozenset({"NEW", "ESTABLISHED", "RELATED", "INVALID", "DNAT"})
 _MARK = re.compile(r"(0x[0-9a-f]+)(?:/(0x[0-9a-f]+))?")
 _ALL_BITS = 0xFFFFFFFF
@@ -160,7 +160,7 @@ _ONLY = {
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|\S+')
 
 
-class Options(Struct):
+class RuleOptions(Struct):
     """A rule's options: by name, whether `!` stands before it, and its argument ("" if it takes none)."""
 
     found: dict[str, tuple[bool, str]] = field(default_factory=dict)
@@ -172,9 +172,9 @@ class Options(Struct):
         return self.found.get(name, (False, ""))[1]
 
 
-def read_options(text: str) -> Options:
+def read_options(text: str) -> RuleOptions:
     """Read what follows `-A CHAIN`. A target that is not built in is taken for a chain."""
-    options = Options()
+    options = RuleOptions()
     known = _BASE
     negated = False
     tokens = iter(_TOKEN.findall(text))
@@ -196,7 +196,7 @@ def read_options(text: str) -> Options:
     return options
 
 
-def _read_module(options: Options, tokens: Iterator[str]) -> dict[str, int]:
+def _read_module(options: RuleOptions, tokens: Iterator[str]) -> dict[str, int]:
     module = _argument("-m", tokens)
     if module not in _MODULES:
         raise UnknownRuleError(f"-m {module} is not known")
@@ -206,7 +206,7 @@ def _read_module(options: Options, tokens: Iterator[str]) -> dict[str, int]:
     return _MODULES[module]
 
 
-def _read_option(options: Options, known: dict[str, int], name: str, negated: bool, tokens: Iterator[str]) -> None:
+def _read_option(options: RuleOptions, known: dict[str, int], name: str, negated: bool, tokens: Iterator[str]) -> None:
     arguments = known.get(name, _BASE.get(name))
     if arguments is None or (negated and name not in _NEGATABLE):
         raise UnknownRuleError(f"{'! ' if negated else ''}{name} is not known here")
@@ -225,7 +225,7 @@ def _argument(name: str, tokens: Iterator[str]) -> str:
     return value[1:-1] if value.startswith('"') else value
 
 
-def _check(options: Options) -> None:
+def _check(options: RuleOptions) -> None:
     """Refuse combinations whose parts are known but not what they mean together."""
     found = options.found
     for owner in (*options.modules, f"-j {options.target}"):
@@ -249,7 +249,7 @@ _RULE = re.compile(r"(?:\[\d+:\d+\] )?-A (\S+)(?: (.*))?")
 _SOCKET = re.compile(r"(?:(\d+\.\d+\.\d+\.\d+)|\[([0-9a-f:.]+)\]):(\d+)")
 
 
-class Rule(Struct, frozen=True):
+class SimulatedRule(Struct, frozen=True):
     """One rule: it hits when all `matches` hold and `affinity` is "" or a list with the source, by chance `chance`.
 
     `target` is a chain of the same table, a built-in target, or "" for a rule without consequence. `socket`,
@@ -271,23 +271,23 @@ class Rule(Struct, frozen=True):
     mask: int = 0
 
 
-class Chain(Struct):
+class SavedChainRules(Struct):
     """A chain's rules, and what becomes of a packet at its end; the policy is "" for chains that are not built in."""
 
     policy: str
-    rules: list[Rule] = field(default_factory=list)
+    rules: list[SimulatedRule] = field(default_factory=list)
 
 
-class Dump(Struct):
+class SavedRules(Struct):
     """The tables nat and filter, and for every list of recent sources the endpoints that their rules lead to."""
 
-    tables: dict[str, dict[str, Chain]]
+    tables: dict[str, dict[str, SavedChainRules]]
     lists: dict[str, set[str]] = field(default_factory=dict)
 
 
-def read_dump(text: str) -> Dump:
+def read_dump(text: str) -> SavedRules:
     """Return what `iptables-save` printed; raises `UnknownRuleError` at whatever has no known meaning."""
-    dump = Dump({name: {} for name in EVALUATED})
+    dump = SavedRules({name: {} for name in EVALUATED})
     table = ""
     for number, line in enumerate(text.splitlines(), 1):
         try:
@@ -298,7 +298,7 @@ def read_dump(text: str) -> Dump:
     return dump
 
 
-def _read_line(dump: Dump, table: str, line: str) -> str:
+def _read_line(dump: SavedRules, table: str, line: str) -> str:
     """Take in one line; return the table that the next line belongs to."""
     if not line or line.startswith("#"):
         return table
@@ -311,7 +311,7 @@ def _read_line(dump: Dump, table: str, line: str) -> str:
     if chains is None:
         raise UnknownRuleError("outside of a table")
     if found := _CHAIN.fullmatch(line):
-        chains[found[1]] = Chain("" if found[2] == "-" else found[2])
+        chains[found[1]] = SavedChainRules("" if found[2] == "-" else found[2])
         return table
     found = _RULE.fullmatch(line)
     if not found or table not in EVALUATED or found[1] not in chains:
@@ -323,7 +323,7 @@ def _read_line(dump: Dump, table: str, line: str) -> str:
     return table
 
 
-def _check_targets(dump: Dump) -> None:
+def _check_targets(dump: SavedRules) -> None:
     for chains in dump.tables.values():
         for name, chain in chains.items():
             for rule in chain.rules:
@@ -331,7 +331,7 @@ def _check_targets(dump: Dump) -> None:
                     raise UnknownRuleError(f"chain {name}: -j {rule.target} is no chain and no known target")
 
 
-def _compile(options: Options) -> Rule:
+def _compile(options: RuleOptions) -> SimulatedRule:
     matches = []
     for name, (negated, argument) in options.found.items():
         if name in MATCHES:
@@ -340,7 +340,7 @@ def _compile(options: Options) -> Rule:
     recent = options.value("--name")
     address, port = _socket(options.value("--to-destination"))
     value, mask = masked(options.value("--set-xmark") or "0x0/0x0")
-    return Rule(
+    return SimulatedRule(
         options.target,
         tuple(matches),
         chance=_chance(options.value("--probability")),

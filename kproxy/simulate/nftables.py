@@ -10,13 +10,13 @@ from collections.abc import Callable
 from msgspec.structs import replace
 
 from kproxy.model.types import Family
-from kproxy.simulate.nftables_parser import Base, Chain, base_chains, read_dump
-from kproxy.simulate.nftables_statements import Decision
+from kproxy.simulate.nftables_parser import BaseChainHook, ListedChain, base_chains, read_dump
+from kproxy.simulate.nftables_statements import ListedVerdict
 from kproxy.simulate.packet import (
+    FateDistribution,
     Flock,
-    Outcome,
     Packet,
-    Passage,
+    PacketState,
     Verdict,
     anywhere,
     divide,
@@ -27,17 +27,17 @@ from kproxy.simulate.packet import (
 )
 
 
-class Nftables:
+class NftablesSimulator:
     """The rules of one family, as `nft list table ip kube-proxy` or `ip6 kube-proxy` printed them.
 
     Raises `UnknownRuleError` if the text holds anything that is not understood.
     """
 
     def __init__(self, dump: str, family: Family) -> None:
-        self._chains: dict[str, Chain] = read_dump(dump, family)
+        self._chains: dict[str, ListedChain] = read_dump(dump, family)
         self._family = family
 
-    def send(self, packet: Packet) -> Outcome:
+    def send(self, packet: Packet) -> FateDistribution:
         """Return what may become of the packet; `ValueError` if it is of the other family.
 
         The hooks are those of netfilter's packet flow: destinations are translated before routing
@@ -63,7 +63,9 @@ class Nftables:
         looped = self._hook("prerouting", looped, here, settled=True)
         return self._hook("input", looped, here) + gone
 
-    def _hook(self, hook: str, flock: Flock, concerns: Callable[[Passage], bool], *, settled: bool = False) -> Flock:
+    def _hook(
+        self, hook: str, flock: Flock, concerns: Callable[[PacketState], bool], *, settled: bool = False
+    ) -> Flock:
         """Send those through a hook's base chains that are still on their way and that it concerns.
 
         Chains of type nat see what is new, not `settled`, and not translated by another one at the same hook.
@@ -74,14 +76,14 @@ class Nftables:
                 flock = self._pass(base, chain, flock)
         return flock + others
 
-    def _pass(self, base: Base, chain: Chain, flock: Flock) -> Flock:
+    def _pass(self, base: BaseChainHook, chain: ListedChain, flock: Flock) -> Flock:
         flock, others = divide(flock, lambda passage: passage.verdict is None and _sees(base, passage))
         decided, undecided = self._walk(chain, flock)
         if base.drops:
             undecided = each(undecided, lambda passage: passage.end(Verdict.DROPPED))
         return decided + undecided + others
 
-    def _walk(self, chain: Chain, flock: Flock) -> tuple[Flock, Flock]:
+    def _walk(self, chain: ListedChain, flock: Flock) -> tuple[Flock, Flock]:
         """Return those about whom the chain decides, and those who leave it for the one that jumped here."""
         decided: Flock = []
         left: Flock = []
@@ -96,7 +98,7 @@ class Nftables:
                 flock += onward
         return decided, left + flock
 
-    def _act(self, decision: Decision, flock: Flock) -> tuple[Flock, Flock, Flock]:
+    def _act(self, decision: ListedVerdict, flock: Flock) -> tuple[Flock, Flock, Flock]:
         """Return those for whom the base chain ends, those who leave this chain, and those who go on in it.
 
         Who leaves a chain entered by `goto` leaves the one that sent it there, too.
@@ -115,7 +117,7 @@ class Nftables:
                 return decided, [], onward
 
 
-def _sees(base: Base, passage: Passage) -> bool:
+def _sees(base: BaseChainHook, passage: PacketState) -> bool:
     if base.type == "filter":
         return True
     translated = passage.masqueraded if base.hook == "postrouting" else bool(passage.target)

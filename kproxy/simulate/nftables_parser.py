@@ -15,35 +15,35 @@ from msgspec import Struct, field
 from msgspec.structs import replace
 
 from kproxy.model.types import Family
-from kproxy.simulate.nftables_sets import Elements, Values, read_property
+from kproxy.simulate.nftables_sets import ListedSet, Values, read_property
 from kproxy.simulate.nftables_statements import (
     TABLES,
-    Change,
-    Choice,
-    Decision,
-    Fields,
-    Match,
+    ListedVerdict,
+    PacketChange,
+    PacketFields,
+    PacketMatch,
     Statement,
-    Words,
+    VerdictChoice,
+    WordReader,
     always,
     read_destination,
     read_fields,
     read_plain,
     sees_field,
 )
-from kproxy.simulate.packet import Flock, Passage, UnknownRuleError
+from kproxy.simulate.packet import Flock, PacketState, UnknownRuleError
 
 _ROUNDING = 1e-12
 """What is left of 1 after all of its parts are taken away counts as nothing below this."""
 
 
-class Rule(Struct, frozen=True):
+class ListedRule(Struct, frozen=True):
     """A rule: what is asked and done first, and what is decided in the end, if anything."""
 
-    steps: tuple[Match | Change, ...]
-    choice: Choice | None = None
+    steps: tuple[PacketMatch | PacketChange, ...]
+    choice: VerdictChoice | None = None
 
-    def hit(self, flock: Flock) -> tuple[list[tuple[Decision, Flock]], Flock]:
+    def hit(self, flock: Flock) -> tuple[list[tuple[ListedVerdict, Flock]], Flock]:
         """Return those about whom the rule decides, by decision, and those who go on with the next rule."""
         onward: Flock = []
         for step in self.steps:
@@ -51,7 +51,7 @@ class Rule(Struct, frozen=True):
             onward += missed
         if self.choice is None:
             return [], onward + flock
-        decided: dict[Decision, Flock] = {}
+        decided: dict[ListedVerdict, Flock] = {}
         for passage, share in flock:
             rest = 1.0
             for decision, chance in self.choice.choose(passage):
@@ -62,23 +62,23 @@ class Rule(Struct, frozen=True):
         return list(decided.items()), onward
 
 
-def _take(step: Match | Change, flock: Flock) -> tuple[Flock, Flock]:
+def _take(step: PacketMatch | PacketChange, flock: Flock) -> tuple[Flock, Flock]:
     """Return those who go on within the rule, and those whom it does not match."""
-    if isinstance(step, Change):
+    if isinstance(step, PacketChange):
         return [(step.change(passage), share) for passage, share in flock], []
     chances = [(passage, share, step.share(passage)) for passage, share in flock]
     matching = [(passage, share * chance) for passage, share, chance in chances if chance]
     return matching, [(passage, share * (1.0 - chance)) for passage, share, chance in chances if chance < 1.0]
 
 
-class Scope(Struct):
+class ParserScope(Struct):
     """What the rules of a table share: its sets and maps, and which endpoints an affinity set leads to.
 
     `updated` and `endpoints` are those of the chain that is being read.
     """
 
     family: Family
-    sets: dict[str, Elements]
+    sets: dict[str, ListedSet]
     served: dict[str, set[str]] = field(default_factory=dict)
     updated: set[str] = field(default_factory=set)
     endpoints: set[str] = field(default_factory=set)
@@ -94,41 +94,41 @@ class Scope(Struct):
         """Return the endpoints of the clients that a set remembers, which may still become more."""
         return self.served.setdefault(name, set())
 
-    def named(self, words: Words) -> tuple[str, Elements]:
+    def named(self, words: WordReader) -> tuple[str, ListedSet]:
         """Take the name of a set or map; return it with what it holds."""
         name = words.next().removeprefix("@")
         if name not in self.sets:
             raise UnknownRuleError(f"there is no set or map {name}")
         return name, self.sets[name]
 
-    def elements(self, words: Words, fields: Fields, values: Values) -> Elements:
+    def elements(self, words: WordReader, fields: PacketFields, values: Values) -> ListedSet:
         """Take a set or map, by name or as it stands in the rule, that leads from a key to such values."""
         if words.sees_set():
             _, found = self.named(words)
         else:
-            found = Elements(self.family, fields.kinds, values)
+            found = ListedSet(self.family, fields.kinds, values)
             found.read_elements(words)
         found.check(fields, values)
         return found
 
 
-def read_rule(words: Words, scope: Scope) -> Rule:
+def read_rule(words: WordReader, scope: ParserScope) -> ListedRule:
     """Return the rule of a line."""
-    steps: list[Match | Change] = []
+    steps: list[PacketMatch | PacketChange] = []
     choice = None
     while words and not words.sees("comment") and not choice:
         statement = read_plain(words, scope.family) or _read_referring(words, scope)
-        if isinstance(statement, Choice):
+        if isinstance(statement, VerdictChoice):
             choice = statement
         else:
             steps.append(statement)
     if words.take("comment"):
         words.text()
     words.end()
-    return Rule(tuple(steps), choice)
+    return ListedRule(tuple(steps), choice)
 
 
-def _read_referring(words: Words, scope: Scope) -> Statement:
+def _read_referring(words: WordReader, scope: ParserScope) -> Statement:
     """Take a statement that needs a key, or what else is in the table."""
     if words.take("update"):
         return _read_update(words, scope)
@@ -137,11 +137,11 @@ def _read_referring(words: Words, scope: Scope) -> Statement:
     fields = read_fields(words, scope.family)
     if words.take("vmap"):
         verdicts = scope.elements(words, fields, "verdict")
-        return Choice(lambda passage: verdicts.choices(fields, passage), verdicts.chains)
+        return VerdictChoice(lambda passage: verdicts.choices(fields, passage), verdicts.chains)
     return _read_draw(words, fields) if fields.modulus else _read_comparison(words, scope, fields)
 
 
-def _read_update(words: Words, scope: Scope) -> Change:
+def _read_update(words: WordReader, scope: ParserScope) -> PacketChange:
     """Take the statement that remembers the source, for as long as the set says."""
     name, found = scope.named(words)
     words.expect("{")
@@ -151,10 +151,10 @@ def _read_update(words: Words, scope: Scope) -> Change:
         raise UnknownRuleError("update is known for the packet's source only")
     found.check(fields, "nothing")
     scope.updated.add(name)
-    return Change(lambda passage: replace(passage, remembered=True))
+    return PacketChange(lambda passage: replace(passage, remembered=True))
 
 
-def _read_dnat(words: Words, scope: Scope) -> Choice:
+def _read_dnat(words: WordReader, scope: ParserScope) -> VerdictChoice:
     words.take(TABLES[scope.family])
     words.expect("to")
     if not sees_field(words, scope.family):
@@ -164,39 +164,39 @@ def _read_dnat(words: Words, scope: Scope) -> Choice:
     fields = read_fields(words, scope.family)
     words.expect("map")
     found = scope.elements(words, fields, "endpoint")
-    return Choice(lambda passage: found.choices(fields, passage))
+    return VerdictChoice(lambda passage: found.choices(fields, passage))
 
 
-def _read_draw(words: Words, fields: Fields) -> Match:
+def _read_draw(words: WordReader, fields: PacketFields) -> PacketMatch:
     if len(fields.parts) > 1:
         raise UnknownRuleError("a key with a number is known in maps only")
     chance = 1.0 / fields.modulus if words.number() < fields.modulus else 0.0
-    return Match(lambda _: chance)
+    return PacketMatch(lambda _: chance)
 
 
-def _read_comparison(words: Words, scope: Scope, fields: Fields) -> Match:
+def _read_comparison(words: WordReader, scope: ParserScope, fields: PacketFields) -> PacketMatch:
     negated = words.take("!=")
     if words.sees_set():
         return _read_lookup(words, scope, fields, negated=negated)
     if words.sees("{"):
         found = scope.elements(words, fields, "nothing")
     else:
-        found = Elements(scope.family, fields.kinds, "nothing")
+        found = ListedSet(scope.family, fields.kinds, "nothing")
         found.read_element(words)
-    return Match(lambda passage: found.holds(fields.key(passage)) is not negated)
+    return PacketMatch(lambda passage: found.holds(fields.key(passage)) is not negated)
 
 
-def _read_lookup(words: Words, scope: Scope, fields: Fields, *, negated: bool) -> Match:
+def _read_lookup(words: WordReader, scope: ParserScope, fields: PacketFields, *, negated: bool) -> PacketMatch:
     """Take the name of a set. A source that was sent to an endpoint before is in the set that leads to it."""
     name, found = scope.named(words)
     found.check(fields, "nothing")
     served = scope.served_by(name)
 
-    def holds(passage: Passage) -> bool:
+    def holds(passage: PacketState) -> bool:
         remembered = fields.is_source and not passage.packet.remembered.isdisjoint(served)
         return remembered or found.holds(fields.key(passage))
 
-    return Match(lambda passage: holds(passage) is not negated)
+    return PacketMatch(lambda passage: holds(passage) is not negated)
 
 
 _T = TypeVar("_T")
@@ -205,44 +205,44 @@ _SHOWN = 200
 """How much of a line an error shows, in characters; some lines hold all elements of a map."""
 
 
-class Chain(Struct):
+class ListedChain(Struct):
     """A chain's rules, and for a base chain what makes it one."""
 
-    rules: list[Rule] = field(default_factory=list)
-    base: Base | None = None
+    rules: list[ListedRule] = field(default_factory=list)
+    base: BaseChainHook | None = None
 
 
-class Line(Struct, frozen=True):
+class ListedLine(Struct, frozen=True):
     """What belongs together: a line, or several if braces are open at the end. The number is that of the first."""
 
     number: int
     text: str
 
-    def read(self, reader: Callable[[Words], _T]) -> _T:
+    def read(self, reader: Callable[[WordReader], _T]) -> _T:
         """Return what the reader makes of the line; its errors say where and in what."""
         try:
-            return reader(Words(self.text))
+            return reader(WordReader(self.text))
         except UnknownRuleError as error:
             shown = self.text if len(self.text) <= _SHOWN else self.text[:_SHOWN] + "..."
             raise UnknownRuleError(f"line {self.number}: {error}: {shown}") from None
 
 
-class Block(Struct):
+class ListedBlock(Struct):
     """A set, map or chain as it stands in the table."""
 
     kind: str
     name: str
-    lines: list[Line] = field(default_factory=list)
+    lines: list[ListedLine] = field(default_factory=list)
 
 
-def read_dump(text: str, family: Family) -> dict[str, Chain]:
+def read_dump(text: str, family: Family) -> dict[str, ListedChain]:
     """Return the chains of the table that `nft list table` printed, none for an empty text.
 
     Raises `UnknownRuleError` at whatever has no known meaning.
     """
     blocks = _read_blocks(text, family)
     sets = {block.name: _read_set(block, family) for block in blocks if block.kind != "chain"}
-    scope = Scope(family, sets)
+    scope = ParserScope(family, sets)
     chains = {block.name: _read_chain(block, scope) for block in blocks if block.kind == "chain"}
     if len(sets) + len(chains) < len(blocks):
         raise UnknownRuleError("two sets or two chains have one name")
@@ -251,19 +251,19 @@ def read_dump(text: str, family: Family) -> dict[str, Chain]:
     return chains
 
 
-def base_chains(chains: dict[str, Chain], hook: str) -> list[tuple[Base, Chain]]:
+def base_chains(chains: dict[str, ListedChain], hook: str) -> list[tuple[BaseChainHook, ListedChain]]:
     """Return the base chains of a hook in the order in which the kernel runs them."""
     found = [(chain.base, chain) for chain in chains.values() if chain.base and chain.base.hook == hook]
     return sorted(found, key=lambda each: each[0].order)
 
 
-def _read_blocks(text: str, family: Family) -> list[Block]:
+def _read_blocks(text: str, family: Family) -> list[ListedBlock]:
     lines = _lines(text)
     first = next(lines, None)
     if first is None:
         return []
     first.read(lambda words: _read_table(words, family))
-    blocks: list[Block] = []
+    blocks: list[ListedBlock] = []
     for line in lines:
         if line.text == "}":
             break
@@ -278,7 +278,7 @@ def _read_blocks(text: str, family: Family) -> list[Block]:
     return blocks
 
 
-def _lines(text: str) -> Iterator[Line]:
+def _lines(text: str) -> Iterator[ListedLine]:
     """Yield the lines of a dump that hold anything. A `{` at the end opens a block, any other must be closed."""
     number, parts, depth = 0, list[str](), 0
     for place, line in enumerate(text.splitlines(), 1):
@@ -287,15 +287,15 @@ def _lines(text: str) -> Iterator[Line]:
             continue
         number = number if parts else place
         parts.append(part)
-        depth += Line(place, part).read(lambda words: words.open_braces)
+        depth += ListedLine(place, part).read(lambda words: words.open_braces)
         if depth <= 0 or (len(parts) == 1 and (part.endswith("{") or part == "}")):
-            yield Line(number, " ".join(parts))
+            yield ListedLine(number, " ".join(parts))
             parts, depth = [], 0
     if parts:
         raise UnknownRuleError(f"line {number}: braces are open at the end: {parts[0]}")
 
 
-def _until_brace(head: Line, lines: Iterator[Line]) -> Iterator[Line]:
+def _until_brace(head: ListedLine, lines: Iterator[ListedLine]) -> Iterator[ListedLine]:
     for line in lines:
         if line.text == "}":
             return
@@ -303,14 +303,14 @@ def _until_brace(head: Line, lines: Iterator[Line]) -> Iterator[Line]:
     raise UnknownRuleError(f"line {head.number}: a block without its end: {head.text}")
 
 
-def _read_table(words: Words, family: Family) -> None:
+def _read_table(words: WordReader, family: Family) -> None:
     words.expect("table", TABLES[family])
     words.next()
     words.expect("{")
     words.end()
 
 
-def _read_head(words: Words) -> Block | None:
+def _read_head(words: WordReader) -> ListedBlock | None:
     """Take what begins a block of the table; None for the table's comment."""
     kind = words.next()
     if kind == "comment":
@@ -319,18 +319,18 @@ def _read_head(words: Words) -> Block | None:
         return None
     if kind not in _BLOCKS:
         raise UnknownRuleError(f"{kind} is not known here, only {', '.join(_BLOCKS)}")
-    block = Block(kind, words.next())
+    block = ListedBlock(kind, words.next())
     words.expect("{")
     words.end()
     return block
 
 
-def _refuse(_: Words) -> None:
+def _refuse(_: WordReader) -> None:
     raise UnknownRuleError("a second table is not known")
 
 
-def _read_set(block: Block, family: Family) -> Elements:
-    found: Elements | None = None
+def _read_set(block: ListedBlock, family: Family) -> ListedSet:
+    found: ListedSet | None = None
     for line in block.lines:
         found = line.read(partial(read_property, found=found, family=family, is_map=block.kind == "map"))
     if found is None:
@@ -338,15 +338,15 @@ def _read_set(block: Block, family: Family) -> Elements:
     return found
 
 
-def _read_chain(block: Block, scope: Scope) -> Chain:
-    chain = Chain()
+def _read_chain(block: ListedBlock, scope: ParserScope) -> ListedChain:
+    chain = ListedChain()
     for line in block.lines:
         line.read(lambda words: _read_chain_line(words, chain, scope))
     scope.end_chain()
     return chain
 
 
-def _read_chain_line(words: Words, chain: Chain, scope: Scope) -> None:
+def _read_chain_line(words: WordReader, chain: ListedChain, scope: ParserScope) -> None:
     if words.take("type") and not chain.base:
         chain.base = read_base(words)
     elif words.sees("comment") and not chain.rules:
@@ -357,7 +357,7 @@ def _read_chain_line(words: Words, chain: Chain, scope: Scope) -> None:
         chain.rules.append(read_rule(words, scope))
 
 
-def _check_targets(chains: dict[str, Chain]) -> None:
+def _check_targets(chains: dict[str, ListedChain]) -> None:
     for name, chain in chains.items():
         for rule in chain.rules:
             missing = rule.choice.chains - chains.keys() if rule.choice else ()
@@ -365,7 +365,7 @@ def _check_targets(chains: dict[str, Chain]) -> None:
                 raise UnknownRuleError(f"chain {name}: there is no chain {', '.join(sorted(missing))}")
 
 
-def _check_order(chains: dict[str, Chain]) -> None:
+def _check_order(chains: dict[str, ListedChain]) -> None:
     """Refuse base chains of which a dump does not tell who is run first."""
     for hook in {chain.base.hook for chain in chains.values() if chain.base}:
         for (one, _), (other, _) in pairwise(base_chains(chains, hook)):
@@ -390,7 +390,7 @@ _CONNTRACK = -200
 """Chains of this priority and before it see packets of which the connection is not known yet."""
 
 
-class Base(Struct, frozen=True):
+class BaseChainHook(Struct, frozen=True):
     """What makes a chain a base chain: who runs it and when, and what becomes of a packet at its end."""
 
     type: Literal["filter", "nat"]
@@ -404,7 +404,7 @@ class Base(Struct, frozen=True):
         return (_NAT[self.hook] if self.type == "nat" else self.priority, self.priority)
 
 
-def read_base(words: Words) -> Base:
+def read_base(words: WordReader) -> BaseChainHook:
     """Take what follows `type`, such as `nat hook output priority -100; policy accept;`."""
     kind = words.next()
     words.expect("hook")
@@ -421,10 +421,10 @@ def read_base(words: Words) -> Base:
         raise UnknownRuleError(f"policy {policy} is not known")
     words.expect(";")
     words.end()
-    return Base("nat" if kind == "nat" else "filter", hook, priority, policy == "drop")
+    return BaseChainHook("nat" if kind == "nat" else "filter", hook, priority, policy == "drop")
 
 
-def _read_priority(words: Words, hook: str) -> int:
+def _read_priority(words: WordReader, hook: str) -> int:
     """Take a number, or a name that may have a number added or taken away."""
     if not words.sees_name():
         return words.number()

@@ -9,10 +9,10 @@ from msgspec import Struct, field
 
 from kproxy.model.types import Family
 from kproxy.simulate.nftables_statements import (
-    Decision,
-    Fields,
     Kind,
-    Words,
+    ListedVerdict,
+    PacketFields,
+    WordReader,
     endpoint,
     read_address,
     read_fields,
@@ -21,14 +21,14 @@ from kproxy.simulate.nftables_statements import (
     read_value,
     read_verdict,
 )
-from kproxy.simulate.packet import Passage, UnknownRuleError
+from kproxy.simulate.packet import PacketState, UnknownRuleError
 
 Values: TypeAlias = Literal["nothing", "verdict", "endpoint"]
 """What a key leads to: nothing in a set, a verdict in a verdict map, an address with a port in a map for `dnat`."""
 _FLAGS = {"dynamic", "timeout", "interval"}
 
 
-class Elements(Struct):
+class ListedSet(Struct):
     """The elements of a set or map.
 
     `found` has for each key, but for its number, the decisions by number (0 if the key has none). Where the key is
@@ -38,7 +38,7 @@ class Elements(Struct):
     family: Family
     kinds: tuple[Kind, ...]
     values: Values
-    found: dict[tuple[Hashable, ...], dict[int, Decision | None]] = field(default_factory=dict)
+    found: dict[tuple[Hashable, ...], dict[int, ListedVerdict | None]] = field(default_factory=dict)
     ranges: list[tuple[int, int]] = field(default_factory=list)
 
     def holds(self, key: tuple[Hashable, ...]) -> bool:
@@ -48,20 +48,20 @@ class Elements(Struct):
         (address, *_) = key
         return isinstance(address, int) and any(first <= address <= last for first, last in self.ranges)
 
-    def choices(self, fields: Fields, passage: Passage) -> list[tuple[Decision, float]]:
+    def choices(self, fields: PacketFields, passage: PacketState) -> list[tuple[ListedVerdict, float]]:
         """Return what the map may decide about a packet, with the chance of each; the rest finds no element."""
         found = self.found.get(fields.key(passage), {})
         share, below = (1.0 / fields.modulus, fields.modulus) if fields.modulus else (1.0, 1)
         return [(decision, share) for number, decision in found.items() if decision and number < below]
 
-    def check(self, fields: Fields, values: Values) -> None:
+    def check(self, fields: PacketFields, values: Values) -> None:
         """Check that a rule can look up such a key here, and for such values."""
         if self.values != values:
             raise UnknownRuleError(f"what leads to {self.values} has no place here, only what leads to {values}")
         if self.kinds != fields.kinds:
             raise UnknownRuleError(f"a key of {', '.join(fields.kinds)} is none of {', '.join(self.kinds)}")
 
-    def read_elements(self, words: Words) -> None:
+    def read_elements(self, words: WordReader) -> None:
         """Take elements between their braces."""
         words.expect("{")
         while not words.take("}"):
@@ -69,7 +69,7 @@ class Elements(Struct):
             if not words.sees("}"):
                 words.expect(",")
 
-    def read_element(self, words: Words) -> None:
+    def read_element(self, words: WordReader) -> None:
         """Take one element: its key, when it expires, its comment, and what it leads to."""
         if self.values == "nothing" and self.kinds == ("address",):
             first, last = read_range(words, self.family)
@@ -87,7 +87,7 @@ class Elements(Struct):
             raise UnknownRuleError("an element stands twice")
         numbers[number] = self._read_value(words)
 
-    def _read_key(self, words: Words) -> tuple[tuple[Hashable, ...], int]:
+    def _read_key(self, words: WordReader) -> tuple[tuple[Hashable, ...], int]:
         key: list[Hashable] = []
         number = 0
         for place, kind in enumerate(self.kinds):
@@ -99,7 +99,7 @@ class Elements(Struct):
                 key.append(read_value(words, kind, self.family))
         return tuple(key), number
 
-    def _read_value(self, words: Words) -> Decision | None:
+    def _read_value(self, words: WordReader) -> ListedVerdict | None:
         if self.values == "nothing":
             return None
         words.expect(":")
@@ -119,7 +119,7 @@ class Elements(Struct):
         return frozenset(decision.chain for decision in decisions if decision and decision.chain)
 
 
-def _read_attributes(words: Words) -> None:
+def _read_attributes(words: WordReader) -> None:
     """Take what an element has beside its key. One that has not expired yet counts like any other."""
     for word in ("timeout", "expires"):
         if words.take(word):
@@ -128,12 +128,12 @@ def _read_attributes(words: Words) -> None:
         words.text()
 
 
-def read_property(words: Words, found: Elements | None, family: Family, *, is_map: bool) -> Elements | None:
+def read_property(words: WordReader, found: ListedSet | None, family: Family, *, is_map: bool) -> ListedSet | None:
     """Take one line of a set or map, whose type stands before its elements; return it as far as it is known."""
     word = words.next()
     if word in ("type", "typeof") and found is None:
         kinds = read_types(words, family) if word == "type" else read_fields(words, family).kinds
-        found = Elements(family, kinds, _read_values(words, family) if is_map else "nothing")
+        found = ListedSet(family, kinds, _read_values(words, family) if is_map else "nothing")
     elif word == "elements" and found:
         words.expect("=")
         found.read_elements(words)
@@ -143,7 +143,7 @@ def read_property(words: Words, found: Elements | None, family: Family, *, is_ma
     return found
 
 
-def _read_values(words: Words, family: Family) -> Values:
+def _read_values(words: WordReader, family: Family) -> Values:
     words.expect(":")
     if words.take("verdict"):
         return "verdict"
@@ -152,7 +152,7 @@ def _read_values(words: Words, family: Family) -> Values:
     return "endpoint"
 
 
-def _read_other(word: str, words: Words) -> None:
+def _read_other(word: str, words: WordReader) -> None:
     """Take what does not change which elements there are."""
     match word:
         case "comment":

@@ -12,12 +12,12 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from kproxy.model.types import Family
-from kproxy.simulate.packet import Passage, UnknownRuleError, Verdict
+from kproxy.simulate.packet import PacketState, UnknownRuleError, Verdict
 
 _WORD = re.compile(r'\s*("[^"]*"|[{},;]|[^\s{},;"]+)')
 
 
-class Words:
+class WordReader:
     """A line's words, each to be taken once. Raises `UnknownRuleError` for any that is not the one expected.
 
     Braces, commas and semicolons are words of their own, and so is what stands in quotes.
@@ -111,19 +111,19 @@ TABLES = {Family.IPV4: "ip", Family.IPV6: "ip6"}
 """What nft calls the families, as those of a table, an address or a translation."""
 
 
-class Field(Struct, frozen=True):
+class PacketField(Struct, frozen=True):
     """One part of a key. A number is drawn below `modulus`; anything else is read from the packet."""
 
     kind: Kind
-    read: Callable[[Passage], Hashable]
+    read: Callable[[PacketState], Hashable]
     is_source: bool = False
     modulus: int = 0
 
 
-class Fields(Struct, frozen=True):
+class PacketFields(Struct, frozen=True):
     """A key: one part, or several with dots between them, at most one of them a number."""
 
-    parts: tuple[Field, ...]
+    parts: tuple[PacketField, ...]
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
@@ -140,44 +140,44 @@ class Fields(Struct, frozen=True):
         """Whether it is the packet's source, alone."""
         return len(self.parts) == 1 and self.parts[0].is_source
 
-    def key(self, passage: Passage) -> tuple[Hashable, ...]:
+    def key(self, passage: PacketState) -> tuple[Hashable, ...]:
         """Return what the packet has in the parts that are not drawn."""
         return tuple(part.read(passage) for part in self.parts if part.kind != "number")
 
 
-def read_fields(words: Words, family: Family) -> Fields:
+def read_fields(words: WordReader, family: Family) -> PacketFields:
     """Take a key, such as `ip daddr . meta l4proto . th dport`."""
     parts = [_read_field(words, TABLES[family])]
     while words.take("."):
         parts.append(_read_field(words, TABLES[family]))
     if sum(part.kind == "number" for part in parts) > 1:
         raise UnknownRuleError("two numbers in one key are not known")
-    return Fields(tuple(parts))
+    return PacketFields(tuple(parts))
 
 
-def sees_field(words: Words, family: Family) -> bool:
+def sees_field(words: WordReader, family: Family) -> bool:
     """Return whether the next word begins a key, without taking it."""
     return any(words.sees(word) for word in (TABLES[family], "meta", "th", "numgen"))
 
 
-def _read_field(words: Words, ip: str) -> Field:
+def _read_field(words: WordReader, ip: str) -> PacketField:
     if words.take(ip, "saddr"):
-        return Field("address", lambda passage: passage.source, is_source=True)
+        return PacketField("address", lambda passage: passage.source, is_source=True)
     if words.take(ip, "daddr"):
-        return Field("address", lambda passage: passage.destination)
+        return PacketField("address", lambda passage: passage.destination)
     if words.take("meta", "l4proto"):
-        return Field("protocol", lambda passage: passage.packet.protocol)
+        return PacketField("protocol", lambda passage: passage.packet.protocol)
     if words.take("th", "dport"):
-        return Field("port", lambda passage: passage.port)
+        return PacketField("port", lambda passage: passage.port)
     if words.take("numgen", "random", "mod"):
         modulus = words.number()
         if modulus < 1:
             raise UnknownRuleError(f"there is no number below {modulus}")
-        return Field("number", lambda _: None, modulus=modulus)
+        return PacketField("number", lambda _: None, modulus=modulus)
     raise UnknownRuleError(f"{words.next()} is not known here")
 
 
-def read_types(words: Words, family: Family) -> tuple[Kind, ...]:
+def read_types(words: WordReader, family: Family) -> tuple[Kind, ...]:
     """Take the type of a key, such as `ipv4_addr . inet_proto . inet_service`."""
     known: dict[str, Kind] = {
         f"ipv{VERSIONS[family]}_addr": "address",
@@ -193,7 +193,7 @@ def read_types(words: Words, family: Family) -> tuple[Kind, ...]:
     return tuple(kinds)
 
 
-def read_value(words: Words, kind: Kind, family: Family) -> Hashable:
+def read_value(words: WordReader, kind: Kind, family: Family) -> Hashable:
     """Take one value of a kind: an address or port as a number, or a protocol in capitals."""
     if kind == "address":
         return int(ip_address(read_address(words, family)))
@@ -208,14 +208,14 @@ def read_value(words: Words, kind: Kind, family: Family) -> Hashable:
     return port
 
 
-def read_address(words: Words, family: Family) -> str:
+def read_address(words: WordReader, family: Family) -> str:
     """Take a single address of the family; return its text."""
     text = words.next()
     _address(text, family)
     return text
 
 
-def read_range(words: Words, family: Family) -> tuple[int, int]:
+def read_range(words: WordReader, family: Family) -> tuple[int, int]:
     """Take an address, a network or a range; return its first and its last address."""
     text = words.next()
     first, dash, last = text.partition("-")
@@ -249,11 +249,11 @@ _REPLIES = {Family.IPV4: "icmp-port-unreachable", Family.IPV6: "icmp6-port-unrea
 _SOCKET = re.compile(r"(?:(\d+\.\d+\.\d+\.\d+)|\[([0-9a-f:.]+)\]):(\d+)")
 
 
-def _unchanged(passage: Passage) -> Passage:
+def _unchanged(passage: PacketState) -> PacketState:
     return passage
 
 
-class Decision(Struct, frozen=True):
+class ListedVerdict(Struct, frozen=True):
     """Where a packet goes from a rule: to a `chain`, out of this one, to the next rule, or out of the base chain.
 
     In the last case (`end`), `change` is what has been done to it.
@@ -261,41 +261,41 @@ class Decision(Struct, frozen=True):
 
     way: Literal["end", "return", "continue", "goto", "jump"]
     chain: str = ""
-    change: Callable[[Passage], Passage] = _unchanged
+    change: Callable[[PacketState], PacketState] = _unchanged
 
 
-ACCEPT = Decision("end")
-DROP = Decision("end", change=lambda passage: passage.end(Verdict.DROPPED))
-MASQUERADE = Decision("end", change=lambda passage: replace(passage, masqueraded=True))
-_PLAIN = {"accept": ACCEPT, "drop": DROP, "return": Decision("return"), "continue": Decision("continue")}
+ACCEPT = ListedVerdict("end")
+DROP = ListedVerdict("end", change=lambda passage: passage.end(Verdict.DROPPED))
+MASQUERADE = ListedVerdict("end", change=lambda passage: replace(passage, masqueraded=True))
+_PLAIN = {"accept": ACCEPT, "drop": DROP, "return": ListedVerdict("return"), "continue": ListedVerdict("continue")}
 
 
-class Endpoint(Struct, frozen=True):
+class DnatTarget(Struct, frozen=True):
     """An address and a port, and their text."""
 
     socket: str
     address: int
     port: int
 
-    def decision(self) -> Decision:
+    def decision(self) -> ListedVerdict:
         """Return the decision to send a packet there."""
-        return Decision("end", change=lambda passage: passage.translate(self.socket, self.address, self.port))
+        return ListedVerdict("end", change=lambda passage: passage.translate(self.socket, self.address, self.port))
 
 
-def reject(family: Family) -> Decision:
+def reject(family: Family) -> ListedVerdict:
     """Return the decision of `reject` without a type: port unreachable, as the family says it."""
-    return Decision("end", change=lambda passage: passage.end(Verdict.REJECTED, _REPLIES[family]))
+    return ListedVerdict("end", change=lambda passage: passage.end(Verdict.REJECTED, _REPLIES[family]))
 
 
-def read_verdict(words: Words) -> Decision | None:
+def read_verdict(words: WordReader) -> ListedVerdict | None:
     """Take a verdict that may also stand in a map; None if the next word is none."""
     for word in ("goto", "jump"):
         if words.take(word):
-            return Decision("goto" if word == "goto" else "jump", words.next())
+            return ListedVerdict("goto" if word == "goto" else "jump", words.next())
     return next((decision for word, decision in _PLAIN.items() if words.take(word)), None)
 
 
-def read_destination(words: Words, family: Family) -> Endpoint:
+def read_destination(words: WordReader, family: Family) -> DnatTarget:
     """Take an address with a port, such as `10.244.1.1:8080` or `[fd00::1]:8080`."""
     text = words.next()
     found = _SOCKET.fullmatch(text)
@@ -304,7 +304,7 @@ def read_destination(words: Words, family: Family) -> Endpoint:
     return endpoint(found[1] or found[2], int(found[3]), family)
 
 
-def endpoint(text: str, port: int, family: Family) -> Endpoint:
+def endpoint(text: str, port: int, family: Family) -> DnatTarget:
     """Return an endpoint by the text of its address."""
     try:
         address = ip_address(text)
@@ -314,45 +314,45 @@ def endpoint(text: str, port: int, family: Family) -> Endpoint:
         raise UnknownRuleError(f"{text} is not of {family.value}")
     if not 0 < port <= 0xFFFF:
         raise UnknownRuleError(f"{port} is not a port of an endpoint")
-    return Endpoint(f"{address}:{port}" if address.version == 4 else f"[{address}]:{port}", int(address), port)
+    return DnatTarget(f"{address}:{port}" if address.version == 4 else f"[{address}]:{port}", int(address), port)
 
 
 _STATES = {"new": "NEW", "established": "ESTABLISHED", "related": "RELATED", "invalid": "INVALID"}
 _BITS: dict[str, Callable[[int, int], int]] = {"|": or_, "^": xor, "&": and_}
 
 
-class Match(Struct, frozen=True):
+class PacketMatch(Struct, frozen=True):
     """A condition: for what part of packets like this one it holds. That is all or none, but for drawn numbers."""
 
-    share: Callable[[Passage], float]
+    share: Callable[[PacketState], float]
 
 
-class Change(Struct, frozen=True):
+class PacketChange(Struct, frozen=True):
     """A statement that changes a packet and lets it go on within the rule."""
 
-    change: Callable[[Passage], Passage]
+    change: Callable[[PacketState], PacketState]
 
 
-class Choice(Struct, frozen=True):
+class VerdictChoice(Struct, frozen=True):
     """The end of a rule: what may be decided, with the chance of each. For the rest, the rule does not match.
 
     `chains` are all that it may send packets to.
     """
 
-    choose: Callable[[Passage], list[tuple[Decision, float]]]
+    choose: Callable[[PacketState], list[tuple[ListedVerdict, float]]]
     chains: frozenset[str] = frozenset()
 
 
-Statement: TypeAlias = Match | Change | Choice
+Statement: TypeAlias = PacketMatch | PacketChange | VerdictChoice
 
 
-def always(decision: Decision) -> Choice:
+def always(decision: ListedVerdict) -> VerdictChoice:
     """Return the choice that leaves none."""
     chains = frozenset({decision.chain} if decision.chain else ())
-    return Choice(lambda _: [(decision, 1.0)], chains)
+    return VerdictChoice(lambda _: [(decision, 1.0)], chains)
 
 
-def read_plain(words: Words, family: Family) -> Statement | None:
+def read_plain(words: WordReader, family: Family) -> Statement | None:
     """Take one statement; None if the next begins with a key, or refers to a set or map."""
     decision = read_verdict(words)
     if decision:
@@ -363,62 +363,62 @@ def read_plain(words: Words, family: Family) -> Statement | None:
     return found(words) if found else None
 
 
-def _read_masquerade(words: Words) -> Choice:
+def _read_masquerade(words: WordReader) -> VerdictChoice:
     words.take("fully-random")
     return always(MASQUERADE)
 
 
-def _read_status(words: Words) -> Match:
+def _read_status(words: WordReader) -> PacketMatch:
     words.expect("dnat")
-    return Match(lambda passage: bool(passage.target))
+    return PacketMatch(lambda passage: bool(passage.target))
 
 
-def _read_states(words: Words) -> Match:
+def _read_states(words: WordReader) -> PacketMatch:
     names = words.with_commas()
     unknown = set(names) - _STATES.keys()
     if unknown:
         raise UnknownRuleError(f"connection state {', '.join(sorted(unknown))} is not known")
     states = {_STATES[name] for name in names}
-    return Match(lambda passage: passage.packet.state in states)
+    return PacketMatch(lambda passage: passage.packet.state in states)
 
 
-def _read_fib(words: Words) -> Match:
+def _read_fib(words: WordReader) -> PacketMatch:
     of_source = words.take("saddr")
     if not of_source:
         words.expect("daddr")
     words.expect("type", "local")
     if of_source:
-        return Match(lambda passage: passage.is_local(passage.source))
-    return Match(lambda passage: passage.is_local(passage.destination))
+        return PacketMatch(lambda passage: passage.is_local(passage.source))
+    return PacketMatch(lambda passage: passage.is_local(passage.destination))
 
 
-def _read_interface(words: Words) -> Match:
+def _read_interface(words: WordReader) -> PacketMatch:
     """Match the name, or with a `*` at its end what it begins with. A packet that came in by none has the name ""."""
     negated = words.take("!=")
     name = words.text()
     if name.endswith("*"):
         prefix = name.removesuffix("*")
-        return Match(lambda passage: passage.interface.startswith(prefix) is not negated)
-    return Match(lambda passage: (passage.interface == name) is not negated)
+        return PacketMatch(lambda passage: passage.interface.startswith(prefix) is not negated)
+    return PacketMatch(lambda passage: (passage.interface == name) is not negated)
 
 
-def _read_mark(words: Words) -> Match | Change:
+def _read_mark(words: WordReader) -> PacketMatch | PacketChange:
     if words.take("set", "meta", "mark"):
         operator = words.next()
         if operator not in _BITS:
             raise UnknownRuleError(f"{operator} is not known here, only {', '.join(_BITS)}")
         combine, operand = _BITS[operator], words.number()
-        return Change(lambda passage: replace(passage, mark=combine(passage.mark, operand)))
+        return PacketChange(lambda passage: replace(passage, mark=combine(passage.mark, operand)))
     words.expect("&")
     mask = words.number()
     negated = words.take("!=")
     if not negated:
         words.expect("==")
     wanted = words.number()
-    return Match(lambda passage: (passage.mark & mask == wanted) is not negated)
+    return PacketMatch(lambda passage: (passage.mark & mask == wanted) is not negated)
 
 
-_READERS: dict[tuple[str, ...], Callable[[Words], Statement]] = {
+_READERS: dict[tuple[str, ...], Callable[[WordReader], Statement]] = {
     ("masquerade",): _read_masquerade,
     ("ct", "state"): _read_states,
     ("ct", "status"): _read_status,

@@ -70,7 +70,7 @@ class Fate(Struct, frozen=True):
     counted: tuple[str, ...] = ()
 
 
-class Outcome:
+class FateDistribution:
     """All that may happen to a packet, each with its probability; they sum to 1."""
 
     def __init__(self, shares: Iterable[tuple[Fate, float]]) -> None:
@@ -83,7 +83,7 @@ class Outcome:
         self.fates: Mapping[Fate, float] = merged
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Outcome) and self.fates == other.fates
+        return isinstance(other, FateDistribution) and self.fates == other.fates
 
     def __hash__(self) -> int:
         return hash(frozenset(self.fates.items()))
@@ -110,14 +110,14 @@ class Outcome:
 class Simulator(Protocol):
     """The rules of one family, ready to be asked about packets."""
 
-    def send(self, packet: Packet) -> Outcome:
+    def send(self, packet: Packet) -> FateDistribution:
         """Return what the rules do to a packet of this family."""
 
 
 _LOOPBACK = {Family.IPV4: ip_network("127.0.0.0/8"), Family.IPV6: ip_network("::1/128")}
 
 
-class Passage(Struct, frozen=True):
+class PacketState(Struct, frozen=True):
     """What rules can look at and change. Addresses are numbers; `local` are the node's own.
 
     `interface` is the one that the packet came in by, "" before it has come in by any. `verdict` stays None for as
@@ -139,7 +139,7 @@ class Passage(Struct, frozen=True):
     reply: str = ""
 
     @classmethod
-    def begin(cls, packet: Packet) -> Passage:
+    def begin(cls, packet: Packet) -> PacketState:
         """Return a packet before its first rule; `ValueError` for what is no address, or of another family."""
         source, destination = ip_address(packet.source), ip_address(packet.destination)
         if source.version != destination.version:
@@ -152,11 +152,11 @@ class Passage(Struct, frozen=True):
         loopback = _LOOPBACK[self.packet.family]
         return address in self.local or address & int(loopback.netmask) == int(loopback.network_address)
 
-    def translate(self, target: str, address: int, port: int) -> Passage:
+    def translate(self, target: str, address: int, port: int) -> PacketState:
         """Return the packet on its way to another destination, `target` its text."""
         return replace(self, target=target, destination=address, port=port)
 
-    def end(self, verdict: Verdict, reply: str = "") -> Passage:
+    def end(self, verdict: Verdict, reply: str = "") -> PacketState:
         """Return the packet as one that goes no further."""
         return replace(self, verdict=verdict, reply=reply)
 
@@ -166,24 +166,24 @@ class Passage(Struct, frozen=True):
         return Fate(verdict, self.target, self.masqueraded, self.remembered, self.reply, self.counted)
 
 
-Flock: TypeAlias = list[tuple[Passage, float]]
+Flock: TypeAlias = list[tuple[PacketState, float]]
 
 
 def follow(
     packet: Packet, family: Family, come_in: Callable[[Flock], Flock], go_out: Callable[[Flock], Flock]
-) -> Outcome:
+) -> FateDistribution:
     """Return what may become of a packet that comes in by an interface, or goes out because it is the node's own.
 
     Raises `ValueError` if it is not of the family.
     """
     if packet.family is not family:
         raise ValueError(f"a packet to {packet.destination} does not meet rules of {family.value}")
-    flock = [(Passage.begin(packet), 1.0)]
+    flock = [(PacketState.begin(packet), 1.0)]
     flock = come_in(flock) if packet.interface else go_out(flock)
-    return Outcome((passage.fate(), share) for passage, share in flock)
+    return FateDistribution((passage.fate(), share) for passage, share in flock)
 
 
-def divide(flock: Flock, test: Callable[[Passage], bool]) -> tuple[Flock, Flock]:
+def divide(flock: Flock, test: Callable[[PacketState], bool]) -> tuple[Flock, Flock]:
     """Return those for whom the test holds, and the others."""
     chosen: Flock = []
     others: Flock = []
@@ -192,21 +192,21 @@ def divide(flock: Flock, test: Callable[[Passage], bool]) -> tuple[Flock, Flock]
     return chosen, others
 
 
-def each(flock: Flock, change: Callable[[Passage], Passage]) -> Flock:
+def each(flock: Flock, change: Callable[[PacketState], PacketState]) -> Flock:
     """Return all of them, changed."""
     return [(change(passage), share) for passage, share in flock]
 
 
-def anywhere(_: Passage) -> bool:
+def anywhere(_: PacketState) -> bool:
     """Whether a packet goes to any address at all: to one that does."""
     return True
 
 
-def here(passage: Passage) -> bool:
+def here(passage: PacketState) -> bool:
     """Whether a packet goes to this node itself."""
     return passage.is_local(passage.destination)
 
 
-def elsewhere(passage: Passage) -> bool:
+def elsewhere(passage: PacketState) -> bool:
     """Whether a packet goes to another machine, or to a pod."""
     return not here(passage)

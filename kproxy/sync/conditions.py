@@ -6,14 +6,14 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from msgspec import Struct
 
-from kproxy.model.frontend_conflicts import Conflict
-from kproxy.model.plan import Decision, ServicePortPlan
+from kproxy.model.frontend_conflicts import FrontendConflict
+from kproxy.model.plan import ServicePortPlan, TrafficDecision
 from kproxy.model.store import Store
-from kproxy.model.sync_report import Notice, NoticeKind, Tally
+from kproxy.model.sync_report import ConditionTransition, NoticeKind, ServiceCounts
 from kproxy.model.types import Family, ServiceKey
 
 
-class Condition(Struct, frozen=True, gc=False):
+class ServiceCondition(Struct, frozen=True, gc=False):
     """Why some connections to a Service fail, or reach it that should not.
 
     `rejected` are the names of its ports that have no endpoint anywhere, `dropped` of those that have endpoints, but
@@ -28,30 +28,34 @@ class Condition(Struct, frozen=True, gc=False):
     ports: int
 
 
-def condition_of(plans: Sequence[ServicePortPlan]) -> Condition | None:
+def service_condition(plans: Sequence[ServicePortPlan]) -> ServiceCondition | None:
     """Return what is wrong with a Service, None if nothing is."""
     for plan in plans:
-        if plan.internal is not Decision.FORWARD or plan.external is not Decision.FORWARD or plan.unrestricted:
+        if (
+            plan.internal is not TrafficDecision.FORWARD
+            or plan.external is not TrafficDecision.FORWARD
+            or plan.unrestricted
+        ):
             break
     else:
         return None
-    return Condition(
+    return ServiceCondition(
         rejected=tuple(plan.port_name for plan in plans if not plan.has_endpoints),
-        dropped=tuple(plan.port_name for plan in plans if Decision.DROP in (plan.internal, plan.external)),
+        dropped=tuple(plan.port_name for plan in plans if TrafficDecision.DROP in (plan.internal, plan.external)),
         unrestricted=any(plan.unrestricted for plan in plans),
         ports=len(plans),
     )
 
 
-class Conditions:
+class ConditionTracker:
     """Which Services are in a condition. Only these are remembered."""
 
     def __init__(self, family: Family) -> None:
         self._family = family
-        self._known: dict[ServiceKey, Condition] = {}
+        self._known: dict[ServiceKey, ServiceCondition] = {}
         self._rejected = self._dropped = 0
         self._lost: set[ServiceKey] = set()
-        self._conflicts: frozenset[Conflict] = frozenset()
+        self._conflicts: frozenset[FrontendConflict] = frozenset()
         self._losers: frozenset[ServiceKey] = frozenset()
         self._begun = False
 
@@ -61,24 +65,24 @@ class Conditions:
             return self._lost | self._losers
         return [key for key in examined if key in self._lost or key in self._losers]
 
-    def tally(self, store: Store) -> Tally:
+    def tally(self, store: Store) -> ServiceCounts:
         """Return how many Services are in which condition."""
-        return Tally(
+        return ServiceCounts(
             without_endpoints=self._rejected,
             dropped=self._dropped,
             in_conflict=len(self._losers),
-            refused=store.refused_services,
+            refused=store.invalid_services,
             ignored=store.ignored_services,
         )
 
     def accept(
         self,
-        found: Mapping[ServiceKey, Condition],
+        found: Mapping[ServiceKey, ServiceCondition],
         examined: Collection[ServiceKey] | None,
         appeared: Collection[ServiceKey],
-        conflicts: Collection[Conflict],
+        conflicts: Collection[FrontendConflict],
         left: Collection[ServiceKey] = (),
-    ) -> tuple[Notice, ...]:
+    ) -> tuple[ConditionTransition, ...]:
         """Take in what a sync found once the kernel has accepted it, and return what is worth telling.
 
         `found` has the Services in a condition among the `examined` ones, None for all there are. Those that `appeared`
@@ -103,14 +107,16 @@ class Conditions:
         self._begun = True
         return tuple(notices)
 
-    def _put(self, key: ServiceKey, condition: Condition | None) -> None:
+    def _put(self, key: ServiceKey, condition: ServiceCondition | None) -> None:
         before = self._known.pop(key, None)
         if condition is not None:
             self._known[key] = condition
         self._rejected += bool(condition and condition.rejected) - bool(before and before.rejected)
         self._dropped += bool(condition and condition.dropped) - bool(before and before.dropped)
 
-    def _of_service(self, key: ServiceKey, before: Condition | None, now: Condition, *, new: bool) -> Iterator[Notice]:
+    def _of_service(
+        self, key: ServiceKey, before: ServiceCondition | None, now: ServiceCondition, *, new: bool
+    ) -> Iterator[ConditionTransition]:
         lost = set(now.rejected) - set(before.rejected if before else ())
         if lost and not new:
             self._lost.add(key)
@@ -130,20 +136,22 @@ class Conditions:
                 f"all sources; add {name} ranges",
             )
 
-    def _of_conflicts(self, now: frozenset[Conflict], left: Collection[ServiceKey]) -> Iterator[Notice]:
+    def _of_conflicts(
+        self, now: frozenset[FrontendConflict], left: Collection[ServiceKey]
+    ) -> Iterator[ConditionTransition]:
         if now == self._conflicts:
             return
         before, self._conflicts = self._conflicts, now
         self._losers = frozenset(_service_of(conflict.loser) for conflict in now)
         for each in sorted(now - before):
             text = f"{each.loser} and {each.holder} both claim {each.frontend}: traffic goes to {each.holder} only"
-            yield Notice(_service_of(each.loser), "FrontendConflict", f"{self._family.value}: {text}")
+            yield ConditionTransition(_service_of(each.loser), "FrontendConflict", f"{self._family.value}: {text}")
         for each in sorted(conflict for conflict in before - now if _service_of(conflict.loser) not in left):
             text = f"{each.loser} no longer loses {each.frontend} to {each.holder}"
-            yield Notice(_service_of(each.loser), "ConflictResolved", f"{self._family.value}: {text}")
+            yield ConditionTransition(_service_of(each.loser), "ConflictResolved", f"{self._family.value}: {text}")
 
-    def _notice(self, key: ServiceKey, kind: NoticeKind, text: str) -> Notice:
-        return Notice(key, kind, f"{self._family.value}: Service {key} {text}")
+    def _notice(self, key: ServiceKey, kind: NoticeKind, text: str) -> ConditionTransition:
+        return ConditionTransition(key, kind, f"{self._family.value}: Service {key} {text}")
 
 
 def _service_of(port_name: str) -> ServiceKey:

@@ -11,22 +11,22 @@ from msgspec import Struct
 
 from kproxy.model.context import Context
 from kproxy.model.delta import Kind
-from kproxy.model.store import Changed
+from kproxy.model.store import StoreChange
 from kproxy.model.sync_report import SyncReport
 from kproxy.model.types import Family
-from kproxy.model.udp_flows import UdpFrontends, takes_node_ports
+from kproxy.model.udp_flows import UdpFrontends, accepts_node_ports
 
 log = logging.getLogger(__name__)
 
 
-class FlowTable(Protocol):
+class ConntrackTable(Protocol):
     """The kernel's UDP flows of one family; `kproxy.host.conntrack.UdpConntrack` is the real one."""
 
     def clean(self, destinations: Collection[str], is_stale: Callable[[str, str], bool]) -> int:
         """Delete the stale ones of the flows to these destinations, return how many; raises `OSError`."""
 
 
-class Cleaning(Struct, frozen=True):
+class ConntrackCleanup(Struct, frozen=True):
     """How one cleaning went: entries deleted, seconds taken, and "" or why something stale may be left."""
 
     family: Family
@@ -45,11 +45,11 @@ class ConntrackCleaner:
 
     def __init__(
         self,
-        tables: Mapping[Family, FlowTable],
+        tables: Mapping[Family, ConntrackTable],
         own_addresses: Callable[[Family], Collection[str]],
         *,
         clock: Callable[[], float],
-        tell: Callable[[Cleaning], None],
+        tell: Callable[[ConntrackCleanup], None],
     ) -> None:
         """`own_addresses` returns this machine's addresses, `tell` is told of each cleaning, `clock` is in seconds."""
         self._tables = tables
@@ -62,7 +62,7 @@ class ConntrackCleaner:
     def queued(self, family: Family, now: float) -> None:
         """Do nothing: flows are looked at when the kernel has accepted the changes."""
 
-    def changed(self, kind: Kind, changed: Changed) -> None:
+    def changed(self, kind: Kind, changed: StoreChange) -> None:
         """Do nothing: what a sync looked at is in its report."""
 
     def synced(self, report: SyncReport) -> None:
@@ -77,10 +77,10 @@ class ConntrackCleaner:
         try:
             deleted = self._clean(frontends, report.context)
         except OSError as error:
-            cleaning = Cleaning(report.family, 0, self._clock() - began, error.strerror or str(error))
+            cleaning = ConntrackCleanup(report.family, 0, self._clock() - began, error.strerror or str(error))
         else:
             frontends.cleaned()
-            cleaning = Cleaning(report.family, deleted, self._clock() - began)
+            cleaning = ConntrackCleanup(report.family, deleted, self._clock() - began)
         self._log(cleaning)
         self._tell(cleaning)
 
@@ -89,12 +89,12 @@ class ConntrackCleaner:
 
         def is_stale(destination: str, source: str) -> bool:
             return frontends.is_stale(
-                destination, source, lambda address: takes_node_ports(context, address, own_addresses)
+                destination, source, lambda address: accepts_node_ports(context, address, own_addresses)
             )
 
         return self._tables[context.family].clean(frontends.suspects, is_stale)
 
-    def _log(self, cleaning: Cleaning) -> None:
+    def _log(self, cleaning: ConntrackCleanup) -> None:
         name = cleaning.family.value
         if cleaning.error:
             level = logging.DEBUG if cleaning.family in self._warned else logging.WARNING

@@ -13,17 +13,17 @@ from msgspec.structs import replace
 from kproxy.model.addresses import family_of
 from kproxy.model.context import Context
 from kproxy.model.plan import ServicePortPlan, plan_service
-from kproxy.model.store import Changed, Store
-from kproxy.model.sync_report import Notice, Plans, StateLostError, Tally, Written
+from kproxy.model.store import Store, StoreChange
+from kproxy.model.sync_report import ApplyResult, ConditionTransition, DriftError, Plans, ServiceCounts
 from kproxy.model.types import Family, Node, ServiceKey
-from kproxy.sync.conditions import Condition, Conditions, condition_of
+from kproxy.sync.conditions import ConditionTracker, ServiceCondition, service_condition
 
 
 class Backend(Protocol):
     """Keeps one family's kernel state equal to the plans that it is given."""
 
     @property
-    def needs_everything(self) -> bool:
+    def needs_full_sync(self) -> bool:
         """Whether the next `sync` must be given the plans of all Services, because nothing is known."""
 
     def verify(self, context: Context) -> bool:
@@ -32,7 +32,7 @@ class Backend(Protocol):
     def forget(self) -> None:
         """Forget what is known of the kernel: the next `sync` looks at all that is there."""
 
-    def sync(self, plans: Plans, context: Context) -> Written:
+    def sync(self, plans: Plans, context: Context) -> ApplyResult:
         """Program the plans of the Services that may have changed; those without plans are gone.
 
         Raises `SyncError` if the kernel refused.
@@ -47,17 +47,17 @@ REMEMBERED_CHANGES = 1000
 """How many moments of changes are kept for the metrics while they cannot be programmed."""
 
 
-class Outcome(Struct, frozen=True):
+class FamilySyncResult(Struct, frozen=True):
     """What the kernel accepted: see the fields of the same names of `kproxy.model.sync_report.SyncReport`."""
 
     plans: Plans
     services: int
     complete: bool
     context: Context
-    written: Written
+    written: ApplyResult
     last_changes: tuple[float, ...]
-    tally: Tally
-    notices: tuple[Notice, ...]
+    tally: ServiceCounts
+    notices: tuple[ConditionTransition, ...]
 
 
 class FamilySync:
@@ -80,12 +80,12 @@ class FamilySync:
         self._applied: Context | None = None
         self._pending: set[ServiceKey] = set()
         self._appeared: set[ServiceKey] = set()
-        self._conditions: Conditions | None = None
+        self._conditions: ConditionTracker | None = None
         self._last_changes: deque[tuple[Family, float]] = deque(maxlen=REMEMBERED_CHANGES)
         self._endpoints: dict[ServiceKey, int] = {}
         self._total_endpoints = 0
 
-    def note(self, changed: Changed) -> None:
+    def note(self, changed: StoreChange) -> None:
         """Take in what a delta changed."""
         self._pending |= changed.services
         if self._conditions is not None:  # at the first sync, all Services count as new
@@ -100,16 +100,16 @@ class FamilySync:
         """Let the next sync compare all that the kernel holds with what it should."""
         self._backend.forget()
 
-    def sync(self, store: Store) -> Outcome:
+    def sync(self, store: Store) -> FamilySyncResult:
         """Program what is pending. Raises `SyncError`."""
         try:
             return self._sync(store)
-        except StateLostError:
+        except DriftError:
             return self._sync(store)
 
-    def _sync(self, store: Store) -> Outcome:
+    def _sync(self, store: Store) -> FamilySyncResult:
         context = self._context(store)
-        everything = self._backend.needs_everything or self._applied is None or not _alike(context, self._applied)
+        everything = self._backend.needs_full_sync or self._applied is None or not _alike(context, self._applied)
         planner = Planner(store, context, everything=everything, pending=self._pending)
         plans: Plans = planner if everything else dict(planner)
         if self._counts_endpoints:
@@ -125,14 +125,14 @@ class FamilySync:
         self._appeared.clear()
         last_changes = tuple(moment for family, moment in self._last_changes if family is context.family)
         self._last_changes.clear()
-        told = planner.of_lasting_interest() if everything else plans
-        tally = self._conditions.tally(store) if self._conditions else Tally()
-        return Outcome(told, len(plans), everything, context, written, last_changes, tally, notices)
+        told = planner.plans_that_outlive_sync() if everything else plans
+        tally = self._conditions.tally(store) if self._conditions else ServiceCounts()
+        return FamilySyncResult(told, len(plans), everything, context, written, last_changes, tally, notices)
 
-    def _notice(self, planner: Planner, written: Written, *, everything: bool) -> tuple[Notice, ...]:
+    def _notice(self, planner: Planner, written: ApplyResult, *, everything: bool) -> tuple[ConditionTransition, ...]:
         """Take in the conditions that the Services are in now; return what is worth telling."""
         if self._conditions is None:
-            self._conditions = Conditions(planner.family)
+            self._conditions = ConditionTracker(planner.family)
         examined = None if everything else self._pending
         troubled = self._conditions.troubled(examined)
         left = [key for key in troubled if key not in planner.conditions and not planner[key]]
@@ -170,15 +170,15 @@ class Planner(Mapping[ServiceKey, Sequence[ServicePortPlan]]):
         self._keys = dict.fromkeys((*store.service_keys(), *pending) if everything else pending)
         self._interesting: dict[ServiceKey, Sequence[ServicePortPlan]] = {}
         self.family = context.family
-        self.conditions: dict[ServiceKey, Condition] = {}
+        self.conditions: dict[ServiceKey, ServiceCondition] = {}
         """The Services in a condition among those whose plans were made so far."""
 
     def __getitem__(self, key: ServiceKey) -> Sequence[ServicePortPlan]:
         service = self._store.service(key)
         plans = plan_service(service, self._store.slices(key), self._context) if service else ()
-        if any(plan.lasting_interest for plan in plans):
+        if any(plan.outlives_sync for plan in plans):
             self._interesting[key] = plans
-        if (condition := condition_of(plans)) is not None:
+        if (condition := service_condition(plans)) is not None:
             self.conditions[key] = condition
         return plans
 
@@ -188,7 +188,7 @@ class Planner(Mapping[ServiceKey, Sequence[ServicePortPlan]]):
     def __len__(self) -> int:
         return len(self._keys)
 
-    def of_lasting_interest(self) -> Plans:
+    def plans_that_outlive_sync(self) -> Plans:
         """Return those of the plans made so far that somebody must remember once the kernel has them."""
         return self._interesting
 

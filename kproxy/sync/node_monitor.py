@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from kproxy.model.logging import Reminder
+from kproxy.model.logging import LogThrottle
 from kproxy.model.store import Store
 from kproxy.model.types import Node
 
 log = logging.getLogger(__name__)
 
 
-class NodeWatch:
+class NodeMonitor:
     """Looks at the Node in the reconciler's thread; `reason` may be read by any thread.
 
     With `required`, the Node has to exist; with `needs_pod_cidrs`, its `spec.podCIDRs` are waited for as well before
@@ -30,7 +30,7 @@ class NodeWatch:
         self._missing = missing
         self._was_missing = False
         self._programs = not needs_pod_cidrs
-        self._reminder = Reminder()
+        self._reminder = LogThrottle()
 
     def look(self, store: Store, now: float) -> float | None:
         """Log what is wrong if it is new or worth a reminder. Return the seconds until the next one, None for never.

@@ -14,10 +14,10 @@ from msgspec.structs import asdict, replace
 
 from kproxy.model.delta import Delta, Upsert
 from kproxy.model.logging import V2
-from kproxy.model.store import Changed, Store
-from kproxy.model.sync_report import Observer, SyncError, SyncReport
+from kproxy.model.store import Store, StoreChange
+from kproxy.model.sync_report import SyncError, SyncListener, SyncReport
 from kproxy.model.types import Family
-from kproxy.sync.family import FamilySync, Outcome
+from kproxy.sync.family import FamilySync, FamilySyncResult
 from kproxy.sync.schedule import Schedule
 from kproxy.sync.summary import Summary, seconds_text, synced_text
 
@@ -56,7 +56,7 @@ class Reconciler:
         make_schedule: Callable[[], Schedule],
         clock: Callable[[], float],
         is_ready: Callable[[Store], bool] = lambda store: store.complete,
-        observers: Sequence[Observer] = (),
+        observers: Sequence[SyncListener] = (),
         check_interval: float | None = None,
         full_check_interval: float | None = None,
         look: Callable[[Store, float], float | None] = lambda *_: None,
@@ -126,7 +126,7 @@ class Reconciler:
                 self.take(delta)
             return
         if isinstance(message, Resync):
-            changed = Changed(node=True)
+            changed = StoreChange(node=True)
         else:
             changed = self._store.apply(message)
             if changed:
@@ -211,7 +211,7 @@ class Reconciler:
         self._tell(methodcaller("synced", report))
         return True
 
-    def _log_sync(self, family: Family, outcome: Outcome, began: float, ended: float) -> None:
+    def _log_sync(self, family: Family, outcome: FamilySyncResult, began: float, ended: float) -> None:
         """Log a sync: at once if it is the first, ends a failure or puts rules back, else in the next summary."""
         seconds = ended - began
         text = synced_text(family, outcome.services, seconds, outcome.tally, complete=outcome.complete)
@@ -225,7 +225,7 @@ class Reconciler:
         self._summaries[family].add(ended, outcome.services, seconds, outcome.tally, complete=outcome.complete)
         log.log(V2, "%s", text)
 
-    def _tell(self, what: Callable[[Observer], None]) -> None:
+    def _tell(self, what: Callable[[SyncListener], None]) -> None:
         for observer in self._observers:
             try:
                 what(observer)

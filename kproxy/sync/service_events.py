@@ -7,8 +7,8 @@ from collections import defaultdict
 from collections.abc import Callable
 
 from kproxy.model.delta import Kind
-from kproxy.model.store import Changed
-from kproxy.model.sync_report import Notice, SyncReport
+from kproxy.model.store import StoreChange
+from kproxy.model.sync_report import ConditionTransition, SyncReport
 from kproxy.model.types import Family, ServiceKey
 
 log = logging.getLogger(__name__)
@@ -16,7 +16,7 @@ LINES_PER_SYNC = 10
 """How many Services one sync names for each kind of notice: when a node or a deployment fails, it may be thousands."""
 
 
-class Notices:
+class ServiceEventListener:
     """An `Observer` that logs what syncs changed in the condition of Services, and records events of it.
 
     `event` is told the Service, the reason and the sentence of each warning, and must neither block nor raise.
@@ -28,12 +28,12 @@ class Notices:
     def queued(self, family: Family, now: float) -> None:
         """Do nothing: what is not in the kernel yet is no news."""
 
-    def changed(self, kind: Kind, changed: Changed) -> None:
+    def changed(self, kind: Kind, changed: StoreChange) -> None:
         """Do nothing: what is not in the kernel yet is no news."""
 
     def synced(self, report: SyncReport) -> None:
         """Tell of a sync's notices."""
-        by_kind: dict[str, list[Notice]] = defaultdict(list)
+        by_kind: dict[str, list[ConditionTransition]] = defaultdict(list)
         for notice in report.notices:
             by_kind[notice.kind].append(notice)
             if notice.is_warning:

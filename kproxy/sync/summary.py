@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kproxy.model.sync_report import Tally
+from kproxy.model.sync_report import ServiceCounts
 from kproxy.model.types import Family
 
 PERIOD = 60.0
@@ -19,7 +19,7 @@ def seconds_text(seconds: float) -> str:
     return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
 
 
-def tally_text(tally: Tally) -> str:
+def tally_text(tally: ServiceCounts) -> str:
     """Return ` (2 without endpoints, ...)`, naming only conditions that some Service is in; "" if none is."""
     parts = (
         (tally.without_endpoints, "without endpoints"),
@@ -32,7 +32,7 @@ def tally_text(tally: Tally) -> str:
     return f" ({said})" if said else ""
 
 
-def synced_text(family: Family, services: int, seconds: float, tally: Tally, *, complete: bool) -> str:
+def synced_text(family: Family, services: int, seconds: float, tally: ServiceCounts, *, complete: bool) -> str:
     """Return the line about one sync."""
     what = counted(services, "service" if complete else "changed service")
     return f"{family.value}: synced {what} in {seconds_text(seconds)}{tally_text(tally)}"
@@ -44,14 +44,14 @@ class Summary:
     def __init__(self, family: Family) -> None:
         self._family = family
         self._since = 0.0
-        self._tally = Tally()
+        self._tally = ServiceCounts()
         self._begin()
 
     def _begin(self) -> None:
         self._syncs = self._complete = self._changed = self._all = 0
         self._longest = 0.0
 
-    def add(self, now: float, services: int, seconds: float, tally: Tally, *, complete: bool) -> None:
+    def add(self, now: float, services: int, seconds: float, tally: ServiceCounts, *, complete: bool) -> None:
         """Note a sync that succeeded just now, of all Services if `complete`, else of some that may have changed."""
         if not self._syncs:
             self._since = now

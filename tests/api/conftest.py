@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 
-from kproxy.kube.client.client import Client
+from kproxy.kube.client.client import ApiClient
 from kproxy.kube.listwatch.reflector import ApiSource
 from kproxy.model.delta import BASIC_KINDS, Delete, Delta, Kind, Object, Replace, Upsert
 from kproxy.model.types import Node, ServiceCIDR
@@ -136,7 +136,7 @@ def follow(received: Received, tmp_path: Path) -> Iterator[Follow]:
 
     def start(cluster: Cluster, *, port: int | None = None, **options: Any) -> ApiSource:
         kubeconfig = cluster.kubeconfig(tmp_path / "kubeconfig", port=port)
-        source = ApiSource(Client.from_config(str(kubeconfig)), "node-1", received.put, **options)
+        source = ApiSource(ApiClient.from_config(str(kubeconfig)), "node-1", received.put, **options)
         sources.append(source)
         source.start()
         return source

@@ -12,9 +12,9 @@ from subprocess import Popen
 
 from kproxy.app.contexts import make_context
 from kproxy.config import Config
-from kproxy.iptables.backend import Printer
-from kproxy.kube.client.client import Client
-from kproxy.kube.codec.conversion import Decoded
+from kproxy.iptables.backend import IptablesPrinter
+from kproxy.kube.client.client import ApiClient
+from kproxy.kube.codec.conversion import DecodedObject
 from kproxy.kube.codec.json_codec import read_page
 from kproxy.model.context import Context
 from kproxy.model.delta import Kind, Replace
@@ -94,7 +94,7 @@ class ProxiedNode:
         for family in Family:
             kernel = FakeKernel()
             context = partial(_context, family)
-            FamilySync(Printer(kernel.restore), context).sync(store)
+            FamilySync(IptablesPrinter(kernel.restore), context).sync(store)
             states[family] = comparable(kernel.dump())
         return states
 
@@ -109,12 +109,12 @@ class ProxiedNode:
 
     def _listed(self) -> Store:
         kubeconfig = self._cluster.kubeconfig(self._folder / "direct.kubeconfig")
-        client = Client.from_config(str(kubeconfig))
+        client = ApiClient.from_config(str(kubeconfig))
         store = Store("node-1")
         for kind, path in PATHS.items():
             with client.get(path, {}, HANG_GUARD) as response:
                 page = read_page(kind, response.read())
-            found = (item.object for item in page.items if isinstance(item, Decoded))
+            found = (item.object for item in page.items if isinstance(item, DecodedObject))
             store.apply(Replace(kind, tuple(each for each in found if each is not None)))
         client.close()
         return store

@@ -10,8 +10,8 @@ from typing import Literal, TypeAlias
 
 import pytest
 
-from kproxy.kube.listwatch.reflector import REPEAT_PERIOD, Complaints
-from kproxy.model.delta import Delta, Refused, Replace, Upsert
+from kproxy.kube.listwatch.reflector import REPEAT_PERIOD, LogDeduplicator
+from kproxy.model.delta import Delta, Invalid, Replace, Upsert
 from kproxy.model.types import EndpointSlice, Node, Service
 from tests.api.conftest import HANG, Cluster, Follow, Received
 from tests.apiserver import ApiServer, Relay, SeenRequest
@@ -319,12 +319,12 @@ def test_a_service_that_cannot_be_used_is_told_as_refused(
     follow(server)
     received.until_listed()
     server.update(service("web", "10.96.7.1", port=99999))
-    received.until(lambda _: Refused(Service, "demo", "web") in received.deltas)
+    received.until(lambda _: Invalid(Service, "demo", "web") in received.deltas)
     assert port_of(received, "web") == 80
 
 
 def test_complaints_are_repeated_once_per_minute_and_their_end_is_said() -> None:
-    complaints = Complaints()
+    complaints = LogDeduplicator()
     assert complaints.is_trouble_news("refused", 0.0)
     assert not complaints.is_trouble_news("refused", REPEAT_PERIOD - 1)
     assert complaints.is_trouble_news("refused", REPEAT_PERIOD)
@@ -335,7 +335,7 @@ def test_complaints_are_repeated_once_per_minute_and_their_end_is_said() -> None
 
 
 def test_lasting_trouble_is_said_once_until_something_else_is_said() -> None:
-    complaints = Complaints()
+    complaints = LogDeduplicator()
     assert complaints.is_trouble_news("no such thing", 0.0, lasting=True)
     assert not complaints.is_trouble_news("no such thing", 10 * REPEAT_PERIOD, lasting=True)
     assert complaints.is_trouble_news("connection refused", 10 * REPEAT_PERIOD)

@@ -13,13 +13,13 @@ from uuid import uuid4
 
 import pytest
 
-from kproxy.kube.client.client import Client
+from kproxy.kube.client.client import ApiClient
 from kproxy.kube.events import recorder as events
 from kproxy.kube.events.correlator import (
     BURST,
     REFILL_SECONDS,
-    Occurrence,
-    Report,
+    EventOccurrence,
+    EventReport,
     event_object,
     event_path,
     node_reference,
@@ -63,7 +63,7 @@ def record(tmp_path: Path, clock: Clock) -> Iterator[Record]:
     started: list[EventRecorder] = []
 
     def start(cluster: Cluster, *, port: int | None = None) -> EventRecorder:
-        client = Client.from_config(str(cluster.kubeconfig(tmp_path / "kubeconfig", port=port)))
+        client = ApiClient.from_config(str(cluster.kubeconfig(tmp_path / "kubeconfig", port=port)))
         recorder = EventRecorder(client, "node-1", clock=lambda: clock.now, wall=clock.wall)
         started.append(recorder)
         recorder.start()
@@ -129,7 +129,7 @@ def runs() -> bool:
 
 def first_events(cluster: Cluster, tmp_path: Path, note: str, count: int) -> list[dict[str, Any]]:
     """Watch until there are so many events with a note, and return them."""
-    client = Client.from_config(str(cluster.kubeconfig(tmp_path / "watcher")))
+    client = ApiClient.from_config(str(cluster.kubeconfig(tmp_path / "watcher")))
     found = []
     with client.get(PATH, {"watch": "1"}, HANG) as response:
         for line in response.lines():
@@ -168,9 +168,9 @@ def test_events_of_nodes_and_services_are_there_to_see(cluster: Cluster, record:
     ],
 )
 def test_the_servers_refuse_what_is_no_event(cluster: Cluster, tmp_path: Path, change: dict[str, Any]) -> None:
-    latest = Occurrence(NODE, "Normal", "Starting", "StartKubeProxy", "", 0.0, time.time_ns())
-    event = event_object(Report(latest, latest.wall, 1), "node-1")
-    client = Client.from_config(str(cluster.kubeconfig(tmp_path / "kubeconfig")))
+    latest = EventOccurrence(NODE, "Normal", "Starting", "StartKubeProxy", "", 0.0, time.time_ns())
+    event = event_object(EventReport(latest, latest.wall, 1), "node-1")
+    client = ApiClient.from_config(str(cluster.kubeconfig(tmp_path / "kubeconfig")))
     answers = []
     for body in (event | change, event):
         with client.post(event_path(NODE), json.dumps(body).encode(), HANG) as response:
@@ -180,9 +180,9 @@ def test_the_servers_refuse_what_is_no_event(cluster: Cluster, tmp_path: Path, c
 
 
 def test_the_servers_refuse_an_event_in_another_namespace(cluster: Cluster, tmp_path: Path) -> None:
-    latest = Occurrence(NODE, "Normal", "Starting", "StartKubeProxy", "", 0.0, time.time_ns())
-    event = event_object(Report(latest, latest.wall, 1), "node-1")
-    client = Client.from_config(str(cluster.kubeconfig(tmp_path / "kubeconfig")))
+    latest = EventOccurrence(NODE, "Normal", "Starting", "StartKubeProxy", "", 0.0, time.time_ns())
+    event = event_object(EventReport(latest, latest.wall, 1), "node-1")
+    client = ApiClient.from_config(str(cluster.kubeconfig(tmp_path / "kubeconfig")))
     with client.post(event_path(NODE).replace("default", "kube-system"), json.dumps(event).encode(), HANG) as response:
         assert response.status == 400
 
@@ -214,7 +214,7 @@ def test_a_flood_is_sent_no_faster_than_allowed(server: ApiServer, record: Recor
 def test_what_happened_before_the_start_is_written_too(
     server: ApiServer, tmp_path: Path, clock: Clock, record: Record
 ) -> None:
-    client = Client.from_config(str(server.kubeconfig(tmp_path / "kubeconfig")))
+    client = ApiClient.from_config(str(server.kubeconfig(tmp_path / "kubeconfig")))
     recorder = EventRecorder(client, "node-1", clock=lambda: clock.now, wall=clock.wall)
     say(recorder, "early")
     recorder.start()

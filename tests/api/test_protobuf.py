@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import pytest
 
-from kproxy.kube.client.client import Client
-from kproxy.kube.codec.conversion import Decoded
+from kproxy.kube.client.client import ApiClient
+from kproxy.kube.codec.conversion import DecodedObject
 from kproxy.kube.codec.json_codec import read_page
 from kproxy.kube.codec.streams import JSON, WATCH, read_events
 from kproxy.model.delta import Kind
@@ -47,14 +47,14 @@ def fill(cluster: Cluster) -> None:
     cluster.create(service_cidr("more", "10.97.0.0/16"))
 
 
-def read(client: Client, kind: Kind, resource: Resource, accept: str) -> tuple[str, set[Decoded]]:
+def read(client: ApiClient, kind: Kind, resource: Resource, accept: str) -> tuple[str, set[DecodedObject]]:
     """Return the media type of a new watch, and the objects it begins with."""
     with client.get(resource.path, {}, HANG) as listed:
         count = len(read_page(kind, listed.read()).items)
-    found: set[Decoded] = set()
+    found: set[DecodedObject] = set()
     with client.get(resource.path, {"watch": "1"}, HANG, accept) as watch:
         for event in read_events(kind, watch):
-            assert isinstance(event, Decoded)
+            assert isinstance(event, DecodedObject)
             found.add(event)
             if len(found) == count:
                 break
@@ -64,7 +64,7 @@ def read(client: Client, kind: Kind, resource: Resource, accept: str) -> tuple[s
 @pytest.mark.parametrize(("kind", "resource"), SERVED)
 def test_both_forms_tell_the_same(cluster: Cluster, tmp_path: Path, kind: Kind, resource: Resource) -> None:
     fill(cluster)
-    client = Client.from_config(str(cluster.kubeconfig(tmp_path / "kubeconfig")))
+    client = ApiClient.from_config(str(cluster.kubeconfig(tmp_path / "kubeconfig")))
     json_type, plain = read(client, kind, resource, JSON)
     framed_type, framed = read(client, kind, resource, WATCH)
     assert (json_type, framed_type) == (JSON, protobuf.MEDIA_TYPE)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import pytest
 
-from kproxy.kube.client.client import Client
+from kproxy.kube.client.client import ApiClient
 from kproxy.kube.listwatch import reflector as api_source
 from kproxy.kube.listwatch.reflector import ApiSource
 from kproxy.model.delta import BASIC_KINDS, Kind
@@ -120,7 +120,7 @@ def test_a_server_that_withholds_them_counts_as_no_error(
     server: ApiServer, received: Received, tmp_path: Path, status: Literal[403, 404]
 ) -> None:
     server.withhold("servicecidrs", status)
-    client = Client.from_config(str(server.kubeconfig(tmp_path / "kubeconfig")))
+    client = ApiClient.from_config(str(server.kubeconfig(tmp_path / "kubeconfig")))
     counted: SimpleQueue[str] = SimpleQueue()
     client.answered = lambda _method, _host, code, _seconds: counted.put(code)
     source = ApiSource(client, "node-1", received.put, kinds=KINDS)

@@ -17,7 +17,7 @@ import msgspec
 from rich.console import Console
 
 from kproxy.host.commands import CommandError
-from kproxy.iptables.runner import Iptables
+from kproxy.iptables.runner import IptablesRunner
 from kproxy.model.types import Family
 from tests.bench import floors, measured
 from tests.bench.catalog import figures, with_memory_floors
@@ -74,7 +74,7 @@ def cannot_run() -> str:
     if complaint := missing_commands() or missing_privilege():
         return complaint
     try:
-        version = Iptables(Family.IPV4).version()
+        version = IptablesRunner(Family.IPV4).version()
     except CommandError as error:
         return str(error)
     return "" if version.nft else f"{version}: only an iptables that speaks to nf_tables gives notice of its commits"

@@ -14,7 +14,7 @@ from typing import TypeAlias
 import msgspec
 from msgspec import Struct
 
-from kproxy.app.backends import kinds_followed
+from kproxy.app.backends import watched_kinds
 from kproxy.app.contexts import make_context
 from kproxy.config import Config
 from kproxy.host.netlink import BatchSocket
@@ -22,15 +22,15 @@ from kproxy.host.nfacct import ensure_counters
 from kproxy.iptables.backend import BLOCK_RULES, IptablesBackend
 from kproxy.iptables.base_rules import INVALID_COUNTER
 from kproxy.iptables.render import LOCALHOST_COUNTER
-from kproxy.iptables.runner import Iptables
-from kproxy.kube.codec.conversion import Decoded
+from kproxy.iptables.runner import IptablesRunner
+from kproxy.kube.codec.conversion import DecodedObject
 from kproxy.kube.codec.json_codec import read_page
 from kproxy.model.context import Context
 from kproxy.model.delta import Delete, Kind, Replace, Upsert
 from kproxy.model.store import Store
 from kproxy.model.types import EndpointSlice, Family, Node, Service, ServiceCIDR
 from kproxy.nftables.backend import NftablesBackend
-from kproxy.nftables.encode import NFNL_SUBSYS_NFTABLES, Encoder
+from kproxy.nftables.encode import NFNL_SUBSYS_NFTABLES, TransactionEncoder
 from kproxy.nftables.kernel import NftTable
 from kproxy.nftables.transaction import Transaction
 from kproxy.sync.family import FamilySync
@@ -57,7 +57,7 @@ class IptablesRecorder(Recorder):
 
     def replay(self, inputs: Sequence[str]) -> None:
         """Run the bare `iptables-restore` on the inputs."""
-        Iptables.restore_each(self, inputs)  # which keeps nothing
+        IptablesRunner.restore_each(self, inputs)  # which keeps nothing
 
 
 class NetlinkRecorder:
@@ -65,7 +65,7 @@ class NetlinkRecorder:
 
     def __init__(self, family: Family) -> None:
         self.inputs: list[NetlinkMessages] = []
-        self._encoder = Encoder(family)
+        self._encoder = TransactionEncoder(family)
         self._socket = BatchSocket(NFNL_SUBSYS_NFTABLES)
 
     def __call__(self, change: Transaction, generation: int | None = None, /) -> None:
@@ -89,8 +89,8 @@ class Mirror:
     def __init__(self, mode: str, cluster: Cluster, *, block_rules: int = BLOCK_RULES) -> None:
         """`block_rules` is for mode iptables: how many rules a transaction of the first sync may hold."""
         config = Config(cluster_cidr=CLUSTER_CIDR, hostname_override=NODE, mode=mode)  # type: ignore[arg-type]
-        self._store = Store(NODE, kinds_followed(config))
-        found: dict[Kind, list[Object]] = {kind: [] for kind in kinds_followed(config)}
+        self._store = Store(NODE, watched_kinds(config))
+        found: dict[Kind, list[Object]] = {kind: [] for kind in watched_kinds(config)}
         for each in cluster.objects():
             if KINDS[each["kind"]] in found:
                 found[KINDS[each["kind"]]].append(each)
@@ -143,7 +143,7 @@ def replay(recording: Recording, notices: Notices) -> Cost:
 
 def _decoded(kind: Kind, bodies: Sequence[Object]) -> list[Service | EndpointSlice | Node | ServiceCIDR]:
     page = read_page(kind, msgspec.json.encode({"metadata": {}, "items": bodies}))
-    found = [item.object for item in page.items if isinstance(item, Decoded)]
+    found = [item.object for item in page.items if isinstance(item, DecodedObject)]
     return [each for each in found if each is not None]
 
 
@@ -153,7 +153,7 @@ def _iptables(config: Config, block_rules: int) -> tuple[list[IptablesRecorder],
         accounting = True
     except OSError:
         accounting = False
-    random_fully = Iptables(Family.IPV4).version().random_fully
+    random_fully = IptablesRunner(Family.IPV4).version().random_fully
     recorders = [IptablesRecorder(family) for family in Family]
     syncs = [
         FamilySync(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kproxy.iptables.variant import FOLDER, find_variant, use_hosts_variant
+from kproxy.iptables.variant import FOLDER, detect_variant, use_host_variant
 from tests.lab.namespace import Namespace
 
 PROGRAMS = ("iptables", "ip6tables")
@@ -35,7 +35,7 @@ def add(node: Namespace, program: str, *chains: str, table: str = "mangle", rule
 
 
 def found(node: Namespace, folder: Path) -> str:
-    return node.call(lambda: find_variant(folder))
+    return node.call(lambda: detect_variant(folder))
 
 
 def test_a_fresh_host_gets_nft_and_is_left_as_it_is(node: Namespace, folder: Path) -> None:
@@ -78,7 +78,7 @@ def test_a_variant_that_is_not_there_is_not_in_use(node: Namespace, folder: Path
 def test_programs_started_later_are_of_the_hosts_variant(node: Namespace, folder: Path) -> None:
     add(node, "iptables-legacy", HINT)
     environment = {FOLDER: str(folder), "PATH": "/usr/sbin:/usr/bin"}
-    assert node.call(lambda: use_hosts_variant(environment)) == "legacy"
+    assert node.call(lambda: use_host_variant(environment)) == "legacy"
     program = shutil.which("iptables-save", path=environment["PATH"])
     assert program == str(folder / "legacy/iptables-save")
     assert environment["PATH"].endswith(":/usr/sbin:/usr/bin")
@@ -86,5 +86,5 @@ def test_programs_started_later_are_of_the_hosts_variant(node: Namespace, folder
 
 def test_on_a_host_nothing_changes() -> None:
     environment = {"PATH": "/usr/sbin"}
-    assert use_hosts_variant(environment) is None
+    assert use_host_variant(environment) is None
     assert environment == {"PATH": "/usr/sbin"}

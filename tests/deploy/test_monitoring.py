@@ -12,8 +12,8 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from kproxy.model.types import Family
-from kproxy.serve.http import Request
-from kproxy.serve.metric_definitions import INVALID_DROPPED, LOCALHOST_ACCEPTED, Series
+from kproxy.serve.http import HttpRequest
+from kproxy.serve.metric_definitions import INVALID_DROPPED, LOCALHOST_ACCEPTED, MetricDefinitions
 from kproxy.serve.metrics import Metrics
 from tests.deploy.rendered import ROOT
 
@@ -44,7 +44,7 @@ def served() -> set[str]:
     names = set()
     for mode in ("iptables", "nftables"):
         metrics = Metrics(mode, tuple(Family), counters(), wall=lambda: 0.0)
-        page = metrics.page(Request("GET", "/metrics", {}, persistent=False)).body.decode()
+        page = metrics.page(HttpRequest("GET", "/metrics", {}, persistent=False)).body.decode()
         for family in text_string_to_metric_families(page):
             names |= {f"{family.name}_total"} if family.type == "counter" else {family.name}
     return names
@@ -54,7 +54,7 @@ def labels() -> dict[str, set[str]]:
     """Return the labels of each metric that has any."""
     found = {}
     for mode in ("iptables", "nftables"):
-        for item in vars(Series(mode, tuple(Family), counters())).values():
+        for item in vars(MetricDefinitions(mode, tuple(Family), counters())).values():
             for each in item.values() if isinstance(item, dict) else [item]:
                 if hasattr(each, "_labelnames"):
                     name = f"{each._name}_total" if each._type == "counter" else each._name

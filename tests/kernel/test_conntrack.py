@@ -13,7 +13,7 @@ import pytest
 
 from kproxy.app import kernel_parameters as limits
 from kproxy.config.types import Conntrack, Seconds
-from kproxy.host.conntrack import FEW, IP_KINDS, Ends, EntryReader, UdpConntrack, question
+from kproxy.host.conntrack import FEW, IP_KINDS, ConntrackEntryReader, Ends, UdpConntrack, question
 from kproxy.host.interfaces import own_addresses
 from kproxy.host.netlink import (
     ATTEMPTS,
@@ -22,7 +22,7 @@ from kproxy.host.netlink import (
     DumpInterruptedError,
     NetlinkError,
     NetlinkSocket,
-    retried,
+    retry_interrupted,
 )
 from kproxy.host.netlink_message import NLM_F_CREATE, NLM_F_EXCL, attribute, attributes, nested, nfgenmsg
 from kproxy.host.sysctl import ROUTE_LOCALNET, ensure_route_localnet, read_parameters, write_parameters
@@ -288,7 +288,7 @@ def test_an_answer_that_holds_everything_is_read_all_the_same(namespace: Namespa
     """As kernels without the filter give it."""
     insert(namespace, Flow(world.client, world.dns, world.old))
     insert(namespace, Flow(world.client, world.own, world.old, socket.IPPROTO_TCP))
-    reader = EntryReader(IP_KINDS[world.family])
+    reader = ConntrackEntryReader(IP_KINDS[world.family])
 
     def read() -> list[Ends | None]:
         with NetlinkSocket(NETLINK_NETFILTER) as netlink:
@@ -373,10 +373,10 @@ def test_what_passes_is_asked_again_and_not_for_ever(error: OSError) -> None:
             raise error
         return "done"
 
-    assert retried(lambda: ask(ATTEMPTS - 1)) == "done"
+    assert retry_interrupted(lambda: ask(ATTEMPTS - 1)) == "done"
     calls.clear()
     with pytest.raises(OSError, match=error.strerror or ""):
-        retried(lambda: ask(ATTEMPTS))
+        retry_interrupted(lambda: ask(ATTEMPTS))
     assert len(calls) == ATTEMPTS
 
 
@@ -388,7 +388,7 @@ def test_what_does_not_pass_is_not_asked_again() -> None:
         raise PermissionError(errno.EPERM, "no")
 
     with pytest.raises(PermissionError):
-        retried(ask)
+        retry_interrupted(ask)
     assert len(calls) == 1
 
 

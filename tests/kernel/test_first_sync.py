@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 import pytest
 
-from kproxy.app.first_sync import FirstSync
+from kproxy.app.first_sync import FirstSyncSteps
 from kproxy.config import Config
 from kproxy.config.types import Mode
 from kproxy.model.sync_report import SyncReport
@@ -48,7 +48,7 @@ def told(node: Namespace) -> Callable[[Mode], Tell]:
     """Makes an observer of a mode, and returns what tells it of a sync."""
 
     def make(mode: Mode) -> Tell:
-        observer = FirstSync(Config(mode=mode), list(Family))
+        observer = FirstSyncSteps(Config(mode=mode), list(Family))
         return lambda report: node.call(lambda: observer.synced(report))
 
     return make

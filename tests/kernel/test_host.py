@@ -15,13 +15,13 @@ from signal import SIGKILL
 
 import pytest
 
-from kproxy.host.commands import CommandError, Programs, first_line, run
+from kproxy.host.commands import CommandError, CommandRunner, first_line, run
 from kproxy.host.netlink import NETLINK_NETFILTER, DumpInterruptedError, NetlinkError, NetlinkSocket
 from kproxy.host.netlink_message import NLM_F_CREATE, attribute, nfgenmsg
 from kproxy.host.nf_tables import count_rules
 from kproxy.host.nfacct import ensure_counters
-from kproxy.iptables.names import Chain
-from kproxy.iptables.runner import Iptables, RestoreError, parse_version, restore_error
+from kproxy.iptables.names import ChainName
+from kproxy.iptables.runner import IptablesRunner, RestoreError, parse_version, restore_error
 from kproxy.model.types import Family
 from kproxy.nftables.kernel import NftCommit
 from kproxy.nftables.transaction import Transaction
@@ -47,7 +47,7 @@ def test_a_program_that_does_not_exist_is_named() -> None:
         run(["no-such-program"], timeout=GUARD)
     with (
         pytest.raises(CommandError, match="cannot run no-such-program"),
-        Programs().reading(["no-such-program"], timeout=GUARD),
+        CommandRunner().reading(["no-such-program"], timeout=GUARD),
     ):
         pass
 
@@ -83,20 +83,20 @@ def test_what_a_program_says_may_be_any_bytes() -> None:
 
 
 def test_output_is_read_line_by_line() -> None:
-    with Programs().reading(["sh", "-c", "echo one; echo two"], timeout=GUARD) as lines:
+    with CommandRunner().reading(["sh", "-c", "echo one; echo two"], timeout=GUARD) as lines:
         assert next(lines) == "one\n"
         assert list(lines) == ["two\n"]
 
 
 def test_large_output_is_read_whole() -> None:
-    with Programs().reading(["seq", "300000"], timeout=GUARD) as lines:
+    with CommandRunner().reading(["seq", "300000"], timeout=GUARD) as lines:
         assert sum(1 for _ in lines) == 300_000
 
 
 def test_a_program_that_fails_after_its_output_is_told() -> None:
     with (
         pytest.raises(CommandError, match=r"^sh failed with status 3: oops$"),
-        Programs().reading(
+        CommandRunner().reading(
             ["sh", "-c", "echo one; echo >&2; echo oops >&2; echo more >&2; exit 3"], timeout=GUARD
         ) as lines,
     ):
@@ -105,18 +105,18 @@ def test_a_program_that_fails_after_its_output_is_told() -> None:
 
 def test_a_program_that_complains_at_length_does_not_block() -> None:
     chatty = "head -c 1000000 /dev/zero >&2; echo done"
-    with Programs().reading(["timeout", "5", "sh", "-c", chatty], timeout=GUARD) as lines:
+    with CommandRunner().reading(["timeout", "5", "sh", "-c", chatty], timeout=GUARD) as lines:
         assert list(lines) == ["done\n"]
 
 
 def test_a_line_of_any_bytes_can_be_read() -> None:
-    with Programs().reading(["printf", r"-A KUBE -m comment --comment \377 -j X\n-A B\n"], timeout=GUARD) as lines:
+    with CommandRunner().reading(["printf", r"-A KUBE -m comment --comment \377 -j X\n-A B\n"], timeout=GUARD) as lines:
         assert [line.split()[1] for line in lines] == ["KUBE", "B"]
 
 
 def test_an_error_while_reading_ends_the_program() -> None:
     def fail() -> None:
-        with Programs().reading(["timeout", "30", "yes"], timeout=GUARD) as lines:
+        with CommandRunner().reading(["timeout", "30", "yes"], timeout=GUARD) as lines:
             raise ZeroDivisionError(next(lines))
 
     with pytest.raises(ZeroDivisionError, match="y"):
@@ -128,7 +128,7 @@ def test_a_program_that_hangs_while_it_is_read_is_killed(tmp_path: Path) -> None
     os.mkfifo(fifo)
     with (
         pytest.raises(CommandError, match=r"^cat failed with status -9: no message$"),
-        Programs().reading(["cat", str(fifo)], timeout=0.01) as lines,
+        CommandRunner().reading(["cat", str(fifo)], timeout=0.01) as lines,
     ):
         assert list(lines) == []
 
@@ -172,7 +172,7 @@ def test_parts_are_asked_for_while_the_program_works_on_those_before(tmp_path: P
         assert seen.read_text() == "one\n"
         yield "two\n"
 
-    done = Programs().feed(["sh", "-c", f"read a; echo $a > {seen}; read b; echo $b >&2"], parts(), timeout=GUARD)
+    done = CommandRunner().feed(["sh", "-c", f"read a; echo $a > {seen}; read b; echo $b >&2"], parts(), timeout=GUARD)
     assert (done.code, done.stderr) == (0, "two\n")
 
 
@@ -184,19 +184,19 @@ def test_a_program_that_ends_early_is_asked_for_no_more_parts() -> None:
             made.append(number)
             yield "x" * 100_000
 
-    done = Programs().feed(["sh", "-c", "head -c 1 >/dev/null; echo enough >&2; exit 3"], parts(), timeout=GUARD)
+    done = CommandRunner().feed(["sh", "-c", "head -c 1 >/dev/null; echo enough >&2; exit 3"], parts(), timeout=GUARD)
     assert (done.code, done.stderr) == (3, "enough\n")
     assert len(made) < 10_000
 
 
 def test_a_program_that_is_content_with_half_its_input_has_failed() -> None:
     parts = ("x" * 100_000 for _ in range(100))
-    done = Programs().feed(["sh", "-c", "head -c 1 >/dev/null"], parts, timeout=GUARD)
+    done = CommandRunner().feed(["sh", "-c", "head -c 1 >/dev/null"], parts, timeout=GUARD)
     assert (done.code, done.stderr) == (-1, "sh ended before its input did")
 
 
 def test_no_part_is_asked_for_once_all_is_stopped() -> None:
-    programs, made = Programs(), []
+    programs, made = CommandRunner(), []
 
     def parts() -> Iterator[str]:
         for number in range(10):
@@ -237,11 +237,11 @@ def test_each_part_has_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
             yield "one\n"
             clock.pass_by(0.0006)
 
-    assert Programs().feed(["cat"], parts(), timeout=0.001).code == 0
+    assert CommandRunner().feed(["cat"], parts(), timeout=0.001).code == 0
 
 
 def test_nobody_watches_over_a_program_that_has_ended() -> None:
-    Programs().feed(["cat"], ["one\n"] * 3, timeout=GUARD)
+    CommandRunner().feed(["cat"], ["one\n"] * 3, timeout=GUARD)
     assert "guard" not in {each.name for each in threading.enumerate()}
 
 
@@ -251,12 +251,12 @@ def test_a_program_that_nobody_can_watch_over_is_killed(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(threading.Thread, "start", none_left)
     with pytest.raises(CommandError, match=r"^cannot watch over a program: can't start new thread$"):
-        Programs().feed(["sh", "-c", f"cat; touch {tmp_path}/ended"], ["one\n"], timeout=GUARD)
+        CommandRunner().feed(["sh", "-c", f"cat; touch {tmp_path}/ended"], ["one\n"], timeout=GUARD)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_a_fed_program_prints_does_not_hold_it_up() -> None:
-    assert Programs().feed(["cat"], ["x" * 100_000] * 20, timeout=GUARD).code == 0
+    assert CommandRunner().feed(["cat"], ["x" * 100_000] * 20, timeout=GUARD).code == 0
 
 
 def test_a_program_may_have_ended_when_a_part_is_made(tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def test_a_program_may_have_ended_when_a_part_is_made(tmp_path: Path) -> None:
         assert fifo.read_text() == ""
         yield "one\n"
 
-    assert Programs().feed(["sh", "-c", f"exec 0<&- 3>{fifo}; exit 3"], parts(), timeout=GUARD).code == 3
+    assert CommandRunner().feed(["sh", "-c", f"exec 0<&- 3>{fifo}; exit 3"], parts(), timeout=GUARD).code == 3
 
 
 @pytest.mark.parametrize("how", ["stop", "timeout"])
@@ -275,7 +275,7 @@ def test_a_script_ends_together_with_what_it_waits_for(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, how: str
 ) -> None:
     """Else a part would wait for ever for its place in the pipe, which the other program holds as well."""
-    clock, programs, codes = Clock(), Programs(), list[int]()
+    clock, programs, codes = Clock(), CommandRunner(), list[int]()
     monkeypatch.setattr("kproxy.host.commands.monotonic", clock.now)
     fifo = tmp_path / "never"
     os.mkfifo(fifo)
@@ -307,31 +307,31 @@ def test_a_program_is_killed_when_a_part_cannot_be_made(tmp_path: Path) -> None:
         raise ValueError("no second part")
 
     with pytest.raises(ValueError, match="no second part"):
-        Programs().feed(["sh", "-c", f"cat; touch {tmp_path}/ended"], parts(), timeout=GUARD)
+        CommandRunner().feed(["sh", "-c", f"cat; touch {tmp_path}/ended"], parts(), timeout=GUARD)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_fed_program_that_hangs_is_killed(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "never")
-    done = Programs().feed(["cat", str(tmp_path / "never")], ["one\n"], timeout=0.01)
+    done = CommandRunner().feed(["cat", str(tmp_path / "never")], ["one\n"], timeout=0.01)
     assert (done.code, done.stderr) == (-SIGKILL, "cat did not end within 0 s")
 
 
 def test_a_program_that_cannot_be_fed_is_named() -> None:
     with pytest.raises(CommandError, match="cannot run no-such-program: No such file"):
-        Programs().feed(["no-such-program"], ["one"], timeout=GUARD)
+        CommandRunner().feed(["no-such-program"], ["one"], timeout=GUARD)
 
 
 def ways_to_run(argv: list[str]) -> dict[str, Callable[[], object]]:
     """Each way to run a program on some input, to its end."""
 
     def read() -> list[str]:
-        with Programs().reading(argv, timeout=GUARD) as lines:
+        with CommandRunner().reading(argv, timeout=GUARD) as lines:
             return list(lines)
 
     return {
         "run": lambda: run(argv, "x" * (1 << 21), timeout=GUARD).code,
-        "feed": lambda: Programs().feed(argv, ["x" * (1 << 21)], timeout=GUARD).code,
+        "feed": lambda: CommandRunner().feed(argv, ["x" * (1 << 21)], timeout=GUARD).code,
         "reading": read,
     }
 
@@ -378,7 +378,7 @@ def test_an_nft_that_takes_long_is_logged(
 
 
 def test_stop_kills_what_runs_and_starts_nothing_more(tmp_path: Path) -> None:
-    programs, fifo = Programs(), tmp_path / "never"
+    programs, fifo = CommandRunner(), tmp_path / "never"
     os.mkfifo(fifo)
     ended: list[int] = []
     thread = threading.Thread(target=lambda: ended.append(programs.run(["cat", str(fifo)], timeout=GUARD).code))
@@ -484,7 +484,7 @@ def test_refusals_are_worded_as_the_unit_tests_have_them(
 
 @pytest.mark.parametrize("family", Family)
 def test_rules_are_made_read_and_refused_through_the_installed_iptables(namespace: Namespace, family: Family) -> None:
-    iptables = Iptables(family)
+    iptables = IptablesRunner(family)
 
     def save() -> list[str]:
         with iptables.save() as lines:
@@ -504,7 +504,7 @@ def test_a_foreign_comment_of_any_bytes_does_not_stop_reading_the_rules(namespac
     namespace.run(["sh", "-c", script])
 
     def save() -> int:
-        with Iptables(Family.IPV4).save() as lines:
+        with IptablesRunner(Family.IPV4).save() as lines:
             return sum(line.startswith("-A INPUT ") for line in lines)
 
     assert namespace.call(save) == 1
@@ -518,19 +518,21 @@ def test_rules_of_single_chains_are_counted(namespace: Namespace, family: Family
     rules = {"KUBE-A": 3, "KUBE-B": 0, "KUBE-C": 200}
     (other,) = set(Family) - {family}
     same_name = "*nat\n:KUBE-A - [0:0]\n-A KUBE-A -j RETURN\nCOMMIT\n"
-    namespace.call(lambda: Iptables(other).restore(same_name))
+    namespace.call(lambda: IptablesRunner(other).restore(same_name))
     chains = "".join(f":{name} - [0:0]\n" for name in rules)
     ports = [(name, port) for name, count in rules.items() for port in range(1, count + 1)]
     lines = "".join(f"-A {name} -p tcp -m tcp --dport {port} -j RETURN\n" for name, port in ports)
-    iptables = Iptables(family)
+    iptables = IptablesRunner(family)
 
-    def count() -> dict[Chain, int]:
-        return iptables.lengths([Chain("nat", name) for name in (*rules, "KUBE-NONE")] + [Chain("filter", "KUBE-A")])
+    def count() -> dict[ChainName, int]:
+        return iptables.lengths(
+            [ChainName("nat", name) for name in (*rules, "KUBE-NONE")] + [ChainName("filter", "KUBE-A")]
+        )
 
-    none = {Chain("nat", "KUBE-NONE"): 0, Chain("filter", "KUBE-A"): 0}
+    none = {ChainName("nat", "KUBE-NONE"): 0, ChainName("filter", "KUBE-A"): 0}
     assert set(namespace.call(count).values()) == {0}
     namespace.call(lambda: iptables.restore(f"*nat\n{chains}{lines}COMMIT\n"))
-    assert namespace.call(count) == {Chain("nat", name): count for name, count in rules.items()} | none
+    assert namespace.call(count) == {ChainName("nat", name): count for name, count in rules.items()} | none
 
 
 def test_who_may_not_count_rules_knows_nothing_of_them(namespace: Namespace) -> None:
@@ -554,14 +556,14 @@ def test_a_chain_is_looked_at_again_if_others_interrupt(namespace: Namespace, mo
         return count_rules(family, table, chain)
 
     monkeypatch.setattr("kproxy.iptables.runner.count_rules", interrupted_once)
-    chains = [Chain("nat", "KUBE-A"), Chain("nat", "KUBE-B")]
-    assert namespace.call(lambda: Iptables(Family.IPV4).lengths(chains)) == dict.fromkeys(chains, 0)
+    chains = [ChainName("nat", "KUBE-A"), ChainName("nat", "KUBE-B")]
+    assert namespace.call(lambda: IptablesRunner(Family.IPV4).lengths(chains)) == dict.fromkeys(chains, 0)
     assert asked == ["KUBE-A", "KUBE-A", "KUBE-B", "KUBE-B"]
 
 
 @pytest.mark.parametrize("family", Family)
 def test_the_line_that_is_refused_is_found_in_whichever_text(namespace: Namespace, family: Family) -> None:
-    iptables = Iptables(family)
+    iptables = IptablesRunner(family)
     made: list[int] = []
 
     def texts() -> Iterator[str]:
@@ -573,12 +575,12 @@ def test_the_line_that_is_refused_is_found_in_whichever_text(namespace: Namespac
     with pytest.raises(RestoreError) as caught:
         namespace.call(lambda: iptables.restore_each(texts()))
     assert caught.value.line == "-A KUBE-A --frobnicate"
-    found = namespace.call(lambda: iptables.look([Chain("nat", "KUBE-A")]))
-    assert found == {Chain("nat", "KUBE-A"): ["-A KUBE-A -p tcp -m tcp --dport 30 -j RETURN"]}
+    found = namespace.call(lambda: iptables.look([ChainName("nat", "KUBE-A")]))
+    assert found == {ChainName("nat", "KUBE-A"): ["-A KUBE-A -p tcp -m tcp --dport 30 -j RETURN"]}
 
 
 def test_without_texts_no_program_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    Iptables(Family.IPV4).restore_each([])
+    IptablesRunner(Family.IPV4).restore_each([])
     with pytest.raises(CommandError, match="cannot run iptables-restore"):
-        Iptables(Family.IPV4).restore_each(["*nat\nCOMMIT\n"])
+        IptablesRunner(Family.IPV4).restore_each(["*nat\nCOMMIT\n"])

@@ -9,8 +9,8 @@ from msgspec.structs import replace
 
 from kproxy.iptables.backend import IptablesBackend
 from kproxy.iptables.cleanup import cleanup
-from kproxy.iptables.names import DISPATCH, Chain, is_shard
-from kproxy.iptables.runner import Iptables
+from kproxy.iptables.names import DISPATCH, ChainName, is_shard
+from kproxy.iptables.runner import IptablesRunner
 from kproxy.iptables.save_restore import parse_save
 from kproxy.model.context import Context
 from kproxy.model.delta import Delete, Upsert
@@ -71,7 +71,7 @@ class Node:
         self._sync.sync(self.store)
 
 
-def shards(state: State) -> list[Chain]:
+def shards(state: State) -> list[ChainName]:
     return [chain for chain in state if is_shard(chain)]
 
 
@@ -113,7 +113,7 @@ def test_the_kernel_follows_the_deepest_tree(namespace: Namespace, variant: str)
     for text in fake.inputs:
         real.restore(text)
     assert real.state() == comparable(fake.dump())
-    assert longest_way(real.state(), Chain("nat", "PREROUTING")) == 14
+    assert longest_way(real.state(), ChainName("nat", "PREROUTING")) == 14
 
 
 def nested() -> tuple[str, ...]:
@@ -121,9 +121,9 @@ def nested() -> tuple[str, ...]:
     return tuple(str(IPv6Address(2 << 124 | 1 << 4 * digit)) for digit in range(1, 30))
 
 
-def longest_way(state: State, chain: Chain) -> int:
+def longest_way(state: State, chain: ChainName) -> int:
     """How many jumps can follow each other."""
-    targets = [Chain(chain.table, rule.rpartition(" -j ")[2].split(" ")[0]) for rule in state.get(chain, [])]
+    targets = [ChainName(chain.table, rule.rpartition(" -j ")[2].split(" ")[0]) for rule in state.get(chain, [])]
     return max((1 + longest_way(state, target) for target in targets if target in state), default=0)
 
 
@@ -147,15 +147,17 @@ def test_no_connection_fails_while_chains_are_split_and_made_flat_again(lab: Lab
     node = lab.node.namespace
     add_counters(node)
     context = recorded_context(SCENARIO, Family.IPV4, found)
-    kernel = Iptables(Family.IPV4)
+    kernel = IptablesRunner(Family.IPV4)
 
     def start(threshold: int) -> Node:
         return Node(found, context, IptablesBackend(kernel, block_rules=50, dispatch_threshold=threshold))
 
-    def split() -> set[Chain]:
+    def split() -> set[ChainName]:
         state = held(node, Family.IPV4)
         targets = {chain: {rule.rpartition(" -j ")[2] for rule in state[chain]} for chain in DISPATCH}
-        return {chain for chain, names in targets.items() if any(is_shard(Chain(chain.table, each)) for each in names)}
+        return {
+            chain for chain, names in targets.items() if any(is_shard(ChainName(chain.table, each)) for each in names)
+        }
 
     proxy = start(60)
     node.call(lambda: proxy.have(0))

@@ -12,8 +12,8 @@ import pytest
 
 from kproxy.iptables.backend import IptablesBackend
 from kproxy.iptables.base_rules import ensured_rules
-from kproxy.iptables.names import CANARIES, DISPATCH, Chain
-from kproxy.iptables.runner import Iptables
+from kproxy.iptables.names import CANARIES, DISPATCH, ChainName
+from kproxy.iptables.runner import IptablesRunner
 from kproxy.model.context import Context
 from kproxy.model.types import Family, Node
 from kproxy.sync.family import FamilySync
@@ -53,7 +53,7 @@ class Proxy:
         self._namespace = namespace
         self._store = store(SCENARIO)
         self.context = recorded_context(SCENARIO, Family.IPV4, self._store)
-        self.backend = IptablesBackend(Iptables(Family.IPV4))
+        self.backend = IptablesBackend(IptablesRunner(Family.IPV4))
         self._proxy = FamilySync(self.backend, partial(_constant, self.context))
         self.sync()
 
@@ -70,7 +70,7 @@ class Proxy:
         """Whether a look finds something missing, and the next finds nothing once it is put back."""
         if self.verify():
             return False
-        assert self.backend.needs_everything
+        assert self.backend.needs_full_sync
         self.sync()
         return self.verify()
 
@@ -79,7 +79,7 @@ class Proxy:
 @pytest.mark.parametrize("family", Family)
 @pytest.mark.parametrize("threshold", [2, 1000])
 def test_own_rules_are_as_they_should_be(namespace: Namespace, family: Family, threshold: int) -> None:
-    kernel = IptablesBackend(Iptables(family), dispatch_threshold=threshold)
+    kernel = IptablesBackend(IptablesRunner(family), dispatch_threshold=threshold)
     found = store(SCENARIOS[0])
     for scenario in SCENARIOS[::3]:
         context = recorded_context(scenario, family, store(scenario))
@@ -89,12 +89,12 @@ def test_own_rules_are_as_they_should_be(namespace: Namespace, family: Family, t
         kernel.forget()
         namespace.call(partial(proxy.sync, found))
         assert namespace.call(proxy.verify), scenario
-        assert not kernel.needs_everything
+        assert not kernel.needs_full_sync
 
 
 @pytest.mark.usefixtures("variant")
 @pytest.mark.parametrize("chain", DISPATCH, ids=lambda chain: f"{chain.table}-{chain.name}")
-def test_a_rule_of_others_in_a_chain_that_all_share(namespace: Namespace, chain: Chain) -> None:
+def test_a_rule_of_others_in_a_chain_that_all_share(namespace: Namespace, chain: ChainName) -> None:
     proxy = Proxy(namespace)
     namespace.run(["iptables", "-t", chain.table, "-A", chain.name, "-j", "RETURN"])
     assert proxy.sees_what_is_missing()
@@ -141,7 +141,7 @@ def test_a_look_that_fails_says_so_and_changes_nothing(
     failing.chmod(0o755)
     with caplog.at_level(logging.WARNING):
         assert proxy.verify()
-    assert not proxy.backend.needs_everything
+    assert not proxy.backend.needs_full_sync
     assert f"cannot look at the rules: {failing.name} failed with status 4: Another app" in caplog.text
 
 
@@ -177,7 +177,7 @@ def test_a_rule_that_only_nft_can_show_hides_nothing_that_matters(namespace: Nam
 
 
 @pytest.mark.parametrize("chain", DISPATCH, ids=lambda chain: f"{chain.table}-{chain.name}")
-def test_a_rule_that_only_nft_can_show_in_a_chain_of_ours_is_taken_out(namespace: Namespace, chain: Chain) -> None:
+def test_a_rule_that_only_nft_can_show_in_a_chain_of_ours_is_taken_out(namespace: Namespace, chain: ChainName) -> None:
     proxy = Proxy(namespace)
     namespace.run(["nft", "add", "rule", "ip", *chain, "meta", "cpu", "99", "accept"])
     assert proxy.sees_what_is_missing()

@@ -9,7 +9,7 @@ from contextlib import suppress
 import pytest
 
 from kproxy.iptables.backend import IptablesBackend
-from kproxy.iptables.names import Chain
+from kproxy.iptables.names import ChainName
 from kproxy.model.context import Context
 from kproxy.model.delta import Replace, Upsert
 from kproxy.model.store import Store
@@ -31,7 +31,7 @@ class Interrupted(Recorder):
         super().__init__(family)
         self.meanwhile: Callable[[], object] = lambda: None
 
-    def lengths(self, chains: Collection[Chain]) -> dict[Chain, int]:
+    def lengths(self, chains: Collection[ChainName]) -> dict[ChainName, int]:
         found = super().lengths(chains)
         act, self.meanwhile = self.meanwhile, lambda: None
         act()

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from kproxy.app.cleanup import ServersStayError, remove_all, remove_ipvs
-from kproxy.app.first_sync import FirstSync
+from kproxy.app.cleanup import VirtualServersRemainError, remove_all, remove_ipvs
+from kproxy.app.first_sync import FirstSyncSteps
 from kproxy.config import Config
 from kproxy.config.types import Mode
 from kproxy.ipvs import cleanup as ipvs_leftovers
 from kproxy.ipvs.cleanup import INTERFACE, SETS
-from kproxy.ipvs.ipset import Entry, set_entries, set_names
+from kproxy.ipvs.ipset import IpsetEntry, set_entries, set_names
 from kproxy.ipvs.virtual_servers import VirtualServer, virtual_servers
 from kproxy.model.sync_report import SyncReport
 from kproxy.model.types import Family
@@ -202,7 +202,7 @@ def test_cleaning_up_removes_everything_and_may_be_repeated(node: Namespace) -> 
 @pytest.mark.parametrize("mode", ["iptables", "nftables"])
 def test_it_goes_once_every_family_in_use_has_its_rules(node: Namespace, mode: Mode) -> None:
     leave(node)
-    observer = FirstSync(Config(mode=mode), list(Family))
+    observer = FirstSyncSteps(Config(mode=mode), list(Family))
 
     def tell(family: Family, error: str = "") -> None:
         node.call(lambda: observer.synced(SyncReport(family, 0.0, 0.0, True, {}, None, None, error)))
@@ -216,7 +216,7 @@ def test_it_goes_once_every_family_in_use_has_its_rules(node: Namespace, mode: M
 
 def test_one_family_alone_is_enough_where_the_other_is_left_out(node: Namespace) -> None:
     leave(node)
-    observer = FirstSync(Config(mode="nftables"), [Family.IPV4])
+    observer = FirstSyncSteps(Config(mode="nftables"), [Family.IPV4])
     node.call(lambda: observer.synced(SyncReport(Family.IPV4, 0.0, 0.0, True, {}, None, None, "")))
     assert not has_interface(node)
 
@@ -267,9 +267,9 @@ def test_the_entries_of_a_set_are_read(node: Namespace) -> None:
     node.run(["ipset", "restore"], text)
     found = {name: node.call(partial(set_entries, name)) for name in node.call(set_names)}
     assert found == {
-        "KUBE-NODE-PORT-TCP": {Entry("", 0, port) for port in range(30000, 32768)},
-        "KUBE-NODE-PORT-SCTP-HASH": {Entry("192.0.2.1", 132, 30082)},
-        "KUBE-6-CLUSTER-IP": {Entry("fd00:10:96::a", 17, 53)},
+        "KUBE-NODE-PORT-TCP": {IpsetEntry("", 0, port) for port in range(30000, 32768)},
+        "KUBE-NODE-PORT-SCTP-HASH": {IpsetEntry("192.0.2.1", 132, 30082)},
+        "KUBE-6-CLUSTER-IP": {IpsetEntry("fd00:10:96::a", 17, 53)},
         "KUBE-IPVS-IPS": set(),
     }
 
@@ -307,7 +307,7 @@ def test_virtual_servers_that_stay_are_tried_again_with_the_next_sync_of_all_ser
     monkeypatch.setattr(
         ipvs_leftovers, "delete_virtual_servers", lambda _: {server: "Device or resource busy"} if busy else {}
     )
-    observer = FirstSync(Config(mode=mode), [Family.IPV4])
+    observer = FirstSyncSteps(Config(mode=mode), [Family.IPV4])
 
     def tell(*, complete: bool) -> bool:
         node.call(lambda: observer.synced(SyncReport(Family.IPV4, 0.0, 0.0, complete, {}, None, None, "")))
@@ -330,7 +330,7 @@ def test_what_else_fails_is_tried_again_with_the_next_success(
     node: Namespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     leave(node)
-    observer = FirstSync(Config(mode="nftables"), [Family.IPV4])
+    observer = FirstSyncSteps(Config(mode="nftables"), [Family.IPV4])
     observer._done.add(Family.IPV4)
 
     def tell() -> bool:
@@ -358,7 +358,7 @@ def test_a_clean_up_that_fails_in_the_end_has_said_what_it_removed(
     def clean_up() -> None:
         said.extend(remove_all())
 
-    with pytest.raises(ServersStayError, match="port 80: Device or resource busy"):
+    with pytest.raises(VirtualServersRemainError, match="port 80: Device or resource busy"):
         node.call(clean_up)
     assert [line.rpartition(" ")[2] for line in said] == ["IPv4", "IPv6"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kproxy.iptables.variant import other_variant_rules
+from kproxy.iptables.variant import rules_in_other_variant
 from tests.lab.namespace import Namespace
 
 
@@ -16,20 +16,20 @@ def create(node: Namespace, program: str) -> None:
 
 def test_nothing_to_say_on_a_fresh_node(node: Namespace) -> None:
     for ours_is_nft in (True, False):
-        assert node.call(lambda ours_is_nft=ours_is_nft: other_variant_rules(ours_is_nft=ours_is_nft)) == ""  # type: ignore[misc]
+        assert node.call(lambda ours_is_nft=ours_is_nft: rules_in_other_variant(ours_is_nft=ours_is_nft)) == ""  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("program", ["iptables-legacy", "ip6tables-legacy"])
 def test_legacy_rules_beside_nft(node: Namespace, program: str) -> None:
     create(node, program)
-    said = node.call(lambda: other_variant_rules(ours_is_nft=True))
+    said = node.call(lambda: rules_in_other_variant(ours_is_nft=True))
     assert said.startswith("iptables-legacy holds 1 KUBE- chains beside")
 
 
 @pytest.mark.parametrize("program", ["iptables-nft", "ip6tables-nft"])
 def test_nft_rules_beside_legacy(node: Namespace, program: str) -> None:
     create(node, program)
-    said = node.call(lambda: other_variant_rules(ours_is_nft=False))
+    said = node.call(lambda: rules_in_other_variant(ours_is_nft=False))
     assert said.startswith(
         f"iptables-nft holds KUBE-SERVICES in table {'ip6' if program.startswith('ip6') else 'ip'} nat"
     )
@@ -37,4 +37,4 @@ def test_nft_rules_beside_legacy(node: Namespace, program: str) -> None:
 
 def test_our_own_variant_is_no_mix_up(node: Namespace) -> None:
     create(node, "iptables-nft")
-    assert node.call(lambda: other_variant_rules(ours_is_nft=True)) == ""
+    assert node.call(lambda: rules_in_other_variant(ours_is_nft=True)) == ""

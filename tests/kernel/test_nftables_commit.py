@@ -19,23 +19,23 @@ from kproxy.model.store import Store
 from kproxy.model.types import Family, ServiceCIDR
 from kproxy.nftables import names
 from kproxy.nftables import ruleset as nft
-from kproxy.nftables.backend import NftablesBackend, Printer
+from kproxy.nftables.backend import NftablesBackend, NftablesPrinter
 from kproxy.nftables.base_table import NODE_PORT, SERVICE, SETS, base_chains
 from kproxy.nftables.elements import (
     DROP,
     PROTOCOLS,
-    Element,
+    SetElement,
     address_family,
     node_port_key,
     pack_address,
     pack_pool,
     pools,
-    shape_of,
+    set_layout,
 )
 from kproxy.nftables.kernel import Commit, NetlinkCommit, NftCommit, NftTable
 from kproxy.nftables.names import TABLE, table_family
-from kproxy.nftables.nft_syntax import Writer
-from kproxy.nftables.ruleset import Field, rule
+from kproxy.nftables.nft_syntax import NftWriter
+from kproxy.nftables.ruleset import KeyField, rule
 from kproxy.nftables.transaction import Transaction
 from kproxy.sync.family import Backend, FamilySync
 from tests.lab.namespace import Namespace
@@ -160,7 +160,7 @@ def program(namespace: Namespace, scenario: str, family: Family, commit: Commit)
 def printed(scenario: str, family: Family) -> str:
     """Return the table of a recorded cluster as text."""
     pages: list[str] = []
-    sync, store = recorded_sync(scenario, family, Printer(family, pages.append))
+    sync, store = recorded_sync(scenario, family, NftablesPrinter(family, pages.append))
     sync.sync(store)
     return "".join(pages)
 
@@ -204,8 +204,8 @@ ADDRESSES = {
     Family.IPV4: ("192.0.2.1", ("192.0.2.1/32", "192.0.2.0/25", "192.0.0.0/16", "192.0.0.0/12", "0.0.0.0/0")),
     Family.IPV6: ("2001:db8::1", ("2001:db8::1/128", "2001:db8::/64", "2001:db8::/61", "fd00::/8", "fc00::/7", "::/0")),
 }
-AFFINITY = nft.Set("affinity-A", (Field.SOURCE,), timeout=90_061, comment="clients of A")
-CONNECTION = (Field.SOURCE, Field.DESTINATION, Field.PROTOCOL, Field.PORT)
+AFFINITY = nft.NftSet("affinity-A", (KeyField.SOURCE,), timeout=90_061, comment="clients of A")
+CONNECTION = (KeyField.SOURCE, KeyField.DESTINATION, KeyField.PROTOCOL, KeyField.PORT)
 
 
 def statements(family: Family) -> Iterator[nft.Statement]:
@@ -213,34 +213,34 @@ def statements(family: Family) -> Iterator[nft.Statement]:
     _, networks = ADDRESSES[family]
     for network in networks:
         for inside in (True, False):
-            yield nft.Source(network, inside)
-            yield nft.Destination(network, inside)
+            yield nft.MatchSaddr(network, inside)
+            yield nft.MatchDaddr(network, inside)
     for inside in (True, False):
-        yield nft.Interface("cni0", inside=inside)
-        yield nft.Interface("veth", prefix=True, inside=inside)
-        yield nft.Interface("longest-possibl", inside=inside)
-    yield nft.IsIn((Field.DESTINATION,), names.CLUSTER_IPS)
-    yield nft.IsIn((Field.SOURCE,), AFFINITY.name)
-    yield nft.IsIn(CONNECTION, names.HAIRPINS)
-    yield nft.IsLocal(Field.SOURCE)
-    yield nft.IsLocal(Field.DESTINATION)
+        yield nft.MatchIifname("cni0", inside=inside)
+        yield nft.MatchIifname("veth", prefix=True, inside=inside)
+        yield nft.MatchIifname("longest-possibl", inside=inside)
+    yield nft.Lookup((KeyField.DESTINATION,), names.CLUSTER_IPS)
+    yield nft.Lookup((KeyField.SOURCE,), AFFINITY.name)
+    yield nft.Lookup(CONNECTION, names.HAIRPINS)
+    yield nft.FibLocal(KeyField.SOURCE)
+    yield nft.FibLocal(KeyField.DESTINATION)
     for protocol in PROTOCOLS:
-        yield nft.IsProtocol(protocol)
-    yield nft.IsNew()
-    yield nft.IsTranslated()
+        yield nft.MatchL4Proto(protocol)
+    yield nft.CtStateNew()
+    yield nft.CtStatusDnat()
     for bit in (0, 14, 30, 31):
         if bit < 31:  # nft lists the highest bit as a prefix, `!= 0x00000000/1`
-            yield nft.IsMarked(1 << bit)
-        yield nft.Mark(1 << bit)
-        yield nft.Unmark(1 << bit)
-    yield nft.Chance(2)
-    yield nft.Chance(1_000)
+            yield nft.MatchMark(1 << bit)
+        yield nft.SetMark(1 << bit)
+        yield nft.XorMark(1 << bit)
+    yield nft.Numgen(2)
+    yield nft.Numgen(1_000)
     yield nft.Masquerade()
-    yield nft.Remember(AFFINITY.name)
-    yield nft.Pick(SERVICE, 3, names.SERVICE_ENDPOINTS)
-    yield nft.Pick(NODE_PORT, 5_000, names.NODE_PORT_LOCAL_ENDPOINTS)
-    yield nft.Decide(SERVICE, names.SERVICE_IPS)
-    yield nft.Decide(NODE_PORT, names.NO_ENDPOINT_NODE_PORTS)
+    yield nft.UpdateSet(AFFINITY.name)
+    yield nft.DnatMap(SERVICE, 3, names.SERVICE_ENDPOINTS)
+    yield nft.DnatMap(NODE_PORT, 5_000, names.NODE_PORT_LOCAL_ENDPOINTS)
+    yield nft.VerdictMap(SERVICE, names.SERVICE_IPS)
+    yield nft.VerdictMap(NODE_PORT, names.NO_ENDPOINT_NODE_PORTS)
     yield nft.Go("other")
     yield nft.Go("other", back=True)
     yield nft.Drop()
@@ -252,25 +252,25 @@ def everything(family: Family) -> Transaction:
     """A table with every statement, every kind of chain and every kind of element."""
     address, _ = ADDRESSES[family]
     rules = [rule(statement, comment=type(statement).__name__) for statement in statements(family)]
-    sent = (rule(nft.IsProtocol(protocol), nft.SendTo(address, 8080)) for protocol in PROTOCOLS)
+    sent = (rule(nft.MatchL4Proto(protocol), nft.Dnat(address, 8080)) for protocol in PROTOCOLS)
     hooks = (chain.hook for chain in base_chains(Context(family, "node-1")) if chain.hook)
     chains = [
-        nft.Chain("other", tuple(sent), comment="translates"),
-        nft.Chain("everything", tuple(rules)),
-        *(nft.Chain(f"base-{number}", (), hook=hook) for number, hook in enumerate(hooks)),
+        nft.NftChain("other", tuple(sent), comment="translates"),
+        nft.NftChain("everything", tuple(rules)),
+        *(nft.NftChain(f"base-{number}", (), hook=hook) for number, hook in enumerate(hooks)),
     ]
     change = Transaction(create=True, replace=True, sets=[*SETS, AFFINITY], chains=chains, rules=chains)
     size = len(pack_address(address)) + 4
     for number, each in enumerate(SETS):
-        length = shape_of(each, family).key_size
-        for value in (None,) if each.value is nft.Value.NOTHING else (DROP, "other"):
+        length = set_layout(each, family).key_size
+        for value in (None,) if each.value is nft.MapValue.NOTHING else (DROP, "other"):
             key = bytes([6 + number]) * length
             key = key[:-8] + (node_port_key("UDP", 53) if value else node_port_key("TCP", 80)) if length >= 8 else key
-            if each.value is nft.Value.ENDPOINT:
+            if each.value is nft.MapValue.ENDPOINT:
                 pool = pack_pool([socket_text(address, port) for port in range(1, 4)])
                 change.pools[each.name] = list(pools(key[: length - 12] + node_port_key("SCTP", 9), pool, size))
             else:
-                change.add(each.name, Element(key, value, "" if value is None else "of whom"))
+                change.add(each.name, SetElement(key, value, "" if value is None else "of whom"))
     return change
 
 
@@ -286,7 +286,7 @@ def test_every_statement_and_element_is_the_same_by_netlink_and_by_nft(
         made[way] = held(node, family)
         listed.add(in_order(node.run(["nft", "list", "table", table_family(family), TABLE]).stdout))
     change = everything(family)
-    text = Writer(family).table(change.sets, change.additions(), change.chains)
+    text = NftWriter(family).table(change.sets, change.additions(), change.chains)
     by_text = namespaces()
     by_text.run(["nft", "-f", "-"], text)
     assert made[NftCommit] == made[NetlinkCommit] == held(by_text, family)
@@ -297,7 +297,7 @@ def test_every_statement_and_element_is_the_same_by_netlink_and_by_nft(
 def test_what_is_removed_is_the_same_by_netlink_and_by_nft(namespaces: Callable[[], Namespace], family: Family) -> None:
     first = everything(family)
     # Of which size a set is that was told none, the kernel decides when a rule adds to it.
-    other = nft.Chain("other", (rule(nft.Remember(AFFINITY.name)), rule(nft.Drop())))
+    other = nft.NftChain("other", (rule(nft.UpdateSet(AFFINITY.name)), rule(nft.Drop())))
     then = Transaction(
         removed={name: elements[1:] for name, elements in first.additions().items() if elements[1:]},
         flushed=["everything", "base-0", "other"],

@@ -11,11 +11,25 @@ from hypothesis import strategies as st
 from kproxy.model.types import Family
 from kproxy.nftables import names
 from kproxy.nftables.base_table import SERVICE
-from kproxy.nftables.elements import DROP, Element, pack_address, service_key
-from kproxy.nftables.kernel import NetlinkCommit, NftTable, StaleError, TableError
+from kproxy.nftables.elements import DROP, SetElement, pack_address, service_key
+from kproxy.nftables.kernel import GenerationChangedError, NetlinkCommit, NftTable, TableError
 from kproxy.nftables.names import TABLE, table_family
-from kproxy.nftables.nft_syntax import Writer
-from kproxy.nftables.ruleset import Chain, Decide, Drop, Field, Go, Hook, IsIn, Pick, Remember, Return, Set, Value, rule
+from kproxy.nftables.nft_syntax import NftWriter
+from kproxy.nftables.ruleset import (
+    DnatMap,
+    Drop,
+    Go,
+    KeyField,
+    Lookup,
+    MapValue,
+    NftChain,
+    NftHook,
+    NftSet,
+    Return,
+    UpdateSet,
+    VerdictMap,
+    rule,
+)
 from kproxy.nftables.transaction import Transaction
 from tests.faketable import FakeTable
 from tests.kernel.test_nftables_commit import in_order
@@ -31,36 +45,36 @@ from tests.unit.test_nftables_incremental import (
     lead,
 )
 
-MEMBERS = Set(names.CLUSTER_IPS, (Field.DESTINATION,))
-VERDICTS = Set(names.SERVICE_IPS, SERVICE, Value.VERDICT)
-ENDPOINTS = Set(names.SERVICE_ENDPOINTS, (*SERVICE, Field.NUMBER), Value.ENDPOINT)
+MEMBERS = NftSet(names.CLUSTER_IPS, (KeyField.DESTINATION,))
+VERDICTS = NftSet(names.SERVICE_IPS, SERVICE, MapValue.VERDICT)
+ENDPOINTS = NftSet(names.SERVICE_ENDPOINTS, (*SERVICE, KeyField.NUMBER), MapValue.ENDPOINT)
 ADDRESS = pack_address("192.0.2.1")
 KEY = service_key("192.0.2.1", "TCP", 80)
 NUMBERED = KEY + bytes(4)
 VALUE = ADDRESS + b"\x00\x50\x00\x00"
-USER = Chain("user", (rule(Go("used")), rule(IsIn((Field.DESTINATION,), MEMBERS.name), Return())))
-BASE = Chain("base", (rule(Go("user", back=True)),), hook=Hook("filter", "input", 0))
+USER = NftChain("user", (rule(Go("used")), rule(Lookup((KeyField.DESTINATION,), MEMBERS.name), Return())))
+BASE = NftChain("base", (rule(Go("user", back=True)),), hook=NftHook("filter", "input", 0))
 
 
 def held() -> Transaction:
     """A table where everything is in use."""
-    chains = [Chain("used", ()), Chain("mapped", (rule(Drop()),)), USER, BASE]
+    chains = [NftChain("used", ()), NftChain("mapped", (rule(Drop()),)), USER, BASE]
     change = Transaction(create=True, sets=[MEMBERS, VERDICTS, ENDPOINTS], chains=chains, rules=chains)
-    change.add(MEMBERS.name, Element(ADDRESS))
-    change.add(VERDICTS.name, Element(KEY, "mapped", "ns/web"))
-    change.add(ENDPOINTS.name, Element(NUMBERED, VALUE))
+    change.add(MEMBERS.name, SetElement(ADDRESS))
+    change.add(VERDICTS.name, SetElement(KEY, "mapped", "ns/web"))
+    change.add(ENDPOINTS.name, SetElement(NUMBERED, VALUE))
     return change
 
 
-def adding(name: str, *elements: Element) -> Transaction:
+def adding(name: str, *elements: SetElement) -> Transaction:
     return Transaction(added={name: list(elements)})
 
 
-def removing(name: str, *elements: Element) -> Transaction:
+def removing(name: str, *elements: SetElement) -> Transaction:
     return Transaction(removed={name: list(elements)})
 
 
-def rules(*chains: Chain) -> Transaction:
+def rules(*chains: NftChain) -> Transaction:
     return Transaction(rules=list(chains))
 
 
@@ -71,37 +85,37 @@ REFUSED = {
     "delete what is not there": Transaction(deleted_chains=["none"]),
     "delete a set that is not there": Transaction(deleted_sets=["none"]),
     "flush what is not there": Transaction(flushed=["none"]),
-    "remove what is not there": removing(MEMBERS.name, Element(pack_address("192.0.2.2"))),
-    "remove twice": removing(MEMBERS.name, Element(ADDRESS), Element(ADDRESS)),
-    "remove from no set": removing(names.HAIRPINS, Element(ADDRESS)),
-    "add to no set": adding(names.NODE_PORT_IPS, Element(ADDRESS)),
-    "another verdict": adding(VERDICTS.name, Element(KEY, DROP)),
-    "another endpoint": adding(ENDPOINTS.name, Element(NUMBERED, ADDRESS + b"\x00\x51\x00\x00")),
-    "a verdict to no chain": adding(VERDICTS.name, Element(service_key("192.0.2.2", "TCP", 80), "none")),
-    "a verdict to a base chain": adding(VERDICTS.name, Element(service_key("192.0.2.2", "TCP", 80), "base")),
-    "a rule in no chain": rules(Chain("none", (rule(Drop()),))),
-    "a rule to no chain": rules(Chain("used", (rule(Go("none")),))),
-    "a rule to a base chain": rules(Chain("used", (rule(Go("base")),))),
-    "a rule with no set": rules(Chain("used", (rule(IsIn((Field.SOURCE,), "none")),))),
-    "a rule with no map": rules(Chain("used", (rule(Decide(SERVICE, names.FIREWALL_IPS)),))),
-    "a rule with no map of endpoints": rules(Chain("used", (rule(Pick(SERVICE, 2, names.NODE_PORT_ENDPOINTS)),))),
-    "a rule that remembers nowhere": rules(Chain("used", (rule(Remember("none")),))),
-    "a set of another type": Transaction(sets=[Set(MEMBERS.name, SERVICE)]),
-    "a base chain of another priority": Transaction(chains=[Chain("base", (), hook=Hook("filter", "input", 1))]),
-    "good and bad": Transaction(chains=[Chain("new", ())], rules=[Chain("new", (rule(Go("none")),))]),
+    "remove what is not there": removing(MEMBERS.name, SetElement(pack_address("192.0.2.2"))),
+    "remove twice": removing(MEMBERS.name, SetElement(ADDRESS), SetElement(ADDRESS)),
+    "remove from no set": removing(names.HAIRPINS, SetElement(ADDRESS)),
+    "add to no set": adding(names.NODE_PORT_IPS, SetElement(ADDRESS)),
+    "another verdict": adding(VERDICTS.name, SetElement(KEY, DROP)),
+    "another endpoint": adding(ENDPOINTS.name, SetElement(NUMBERED, ADDRESS + b"\x00\x51\x00\x00")),
+    "a verdict to no chain": adding(VERDICTS.name, SetElement(service_key("192.0.2.2", "TCP", 80), "none")),
+    "a verdict to a base chain": adding(VERDICTS.name, SetElement(service_key("192.0.2.2", "TCP", 80), "base")),
+    "a rule in no chain": rules(NftChain("none", (rule(Drop()),))),
+    "a rule to no chain": rules(NftChain("used", (rule(Go("none")),))),
+    "a rule to a base chain": rules(NftChain("used", (rule(Go("base")),))),
+    "a rule with no set": rules(NftChain("used", (rule(Lookup((KeyField.SOURCE,), "none")),))),
+    "a rule with no map": rules(NftChain("used", (rule(VerdictMap(SERVICE, names.FIREWALL_IPS)),))),
+    "a rule with no map of endpoints": rules(NftChain("used", (rule(DnatMap(SERVICE, 2, names.NODE_PORT_ENDPOINTS)),))),
+    "a rule that remembers nowhere": rules(NftChain("used", (rule(UpdateSet("none")),))),
+    "a set of another type": Transaction(sets=[NftSet(MEMBERS.name, SERVICE)]),
+    "a base chain of another priority": Transaction(chains=[NftChain("base", (), hook=NftHook("filter", "input", 1))]),
+    "good and bad": Transaction(chains=[NftChain("new", ())], rules=[NftChain("new", (rule(Go("none")),))]),
 }
 TAKEN = {
     "the same once more": held(),
     "a chain with its rules": Transaction(
-        removed={VERDICTS.name: [Element(KEY)]}, deleted_chains=["mapped"], deleted_sets=[ENDPOINTS.name]
+        removed={VERDICTS.name: [SetElement(KEY)]}, deleted_chains=["mapped"], deleted_sets=[ENDPOINTS.name]
     ),
     "another verdict after the first": Transaction(
-        removed={VERDICTS.name: [Element(KEY)]}, added={VERDICTS.name: [Element(KEY, DROP)]}
+        removed={VERDICTS.name: [SetElement(KEY)]}, added={VERDICTS.name: [SetElement(KEY, DROP)]}
     ),
-    "the same verdict with another comment": adding(VERDICTS.name, Element(KEY, "mapped", "ns/other")),
+    "the same verdict with another comment": adding(VERDICTS.name, SetElement(KEY, "mapped", "ns/other")),
     "users before used": Transaction(flushed=["base", "user", "used"], deleted_chains=["used", "user", "base"]),
     "a set in place of one of the same name": Transaction(
-        flushed=["user"], deleted_sets=[MEMBERS.name], sets=[Set(MEMBERS.name, SERVICE)]
+        flushed=["user"], deleted_sets=[MEMBERS.name], sets=[NftSet(MEMBERS.name, SERVICE)]
     ),
     "a chain once more": Transaction(flushed=["user"], rules=[USER]),
     "all anew": Transaction(create=True, replace=True, sets=[MEMBERS]),
@@ -141,8 +155,8 @@ class Both:
         table = self.fake.table
         sets = [found.made for found in table.sets.values()]
         elements = {name: list(found.elements.values()) for name, found in table.sets.items()}
-        chains = [Chain(name, tuple(each.rules), each.comment, each.hook) for name, each in table.chains.items()]
-        return Writer(self._family).table(sets, elements, chains)
+        chains = [NftChain(name, tuple(each.rules), each.comment, each.hook) for name, each in table.chains.items()]
+        return NftWriter(self._family).table(sets, elements, chains)
 
 
 @pytest.fixture
@@ -171,10 +185,10 @@ def test_both_refuse_for_the_same_reason_and_keep_what_they_had(both: Both, what
 def test_both_count_transactions_and_refuse_those_that_come_too_late(both: Both) -> None:
     both.commit(held())
     for number, commit in ((both.generation(), both.commit_real), (both.fake.generation(), both.fake.commit)):
-        commit(Transaction(sets=[Set("first", SERVICE)]), number)
-        with pytest.raises(StaleError):
-            commit(Transaction(sets=[Set("second", SERVICE)]), number)
-        commit(Transaction(sets=[Set("second", SERVICE)]), number + 1)
+        commit(Transaction(sets=[NftSet("first", SERVICE)]), number)
+        with pytest.raises(GenerationChangedError):
+            commit(Transaction(sets=[NftSet("second", SERVICE)]), number)
+        commit(Transaction(sets=[NftSet("second", SERVICE)]), number + 1)
     both.compare()
 
 

@@ -11,8 +11,8 @@ from kproxy.host.netlink_message import attributes
 from kproxy.model.types import Family
 from kproxy.nftables.expressions import expressions
 from kproxy.nftables.kernel import NetlinkCommit, NftCommit, TableError
-from kproxy.nftables.probe import TABLE, probe, way_to_commit
-from kproxy.nftables.ruleset import Statement, Value
+from kproxy.nftables.probe import TABLE, choose_commit, probe
+from kproxy.nftables.ruleset import MapValue, Statement
 from kproxy.nftables.transaction import Transaction
 from tests.kernel.test_nftables_commit import held, statements
 from tests.lab.namespace import Namespace
@@ -32,7 +32,7 @@ except UnsupportedError as error:
 @pytest.mark.parametrize("family", Family)
 def test_the_kernel_takes_everything_and_nothing_stays(namespaces: Callable[[], Namespace], family: Family) -> None:
     node = namespaces()
-    assert isinstance(node.call(lambda: way_to_commit(family)), NetlinkCommit)
+    assert isinstance(node.call(lambda: choose_commit(family)), NetlinkCommit)
     assert node.run(["nft", "list", "ruleset"]).stdout == ""
 
 
@@ -43,7 +43,7 @@ def test_a_table_in_use_stays_as_it_is(namespaces: Callable[[], Namespace], fami
     made.drop = False
     node.call(lambda: NetlinkCommit(family)(made))
     before = held(node, family)
-    node.call(lambda: way_to_commit(family))
+    node.call(lambda: choose_commit(family))
     assert held(node, family) == before
 
 
@@ -58,7 +58,7 @@ def test_nft_takes_the_same(namespaces: Callable[[], Namespace], family: Family)
 def test_every_part_of_the_kernel_that_rules_need_is_asked_for(family: Family) -> None:
     probed = [statement for chain in probe(family).rules for rule in chain.rules for statement in rule.statements]
     assert kernel_expressions(probed, family) == kernel_expressions(statements(family), family)
-    assert {found.value for found in probe(family).sets} == set(Value)
+    assert {found.value for found in probe(family).sets} == set(MapValue)
     assert any(found.timeout for found in probe(family).sets)
 
 
@@ -75,7 +75,7 @@ def test_what_the_kernel_does_not_take_by_netlink_goes_by_nft(
         raise TableError("rule 1 of chain services: Invalid argument")
 
     monkeypatch.setattr(NetlinkCommit, "__call__", refuse)
-    assert isinstance(namespaces().call(lambda: way_to_commit(Family.IPV4)), NftCommit)
+    assert isinstance(namespaces().call(lambda: choose_commit(Family.IPV4)), NftCommit)
     assert "changes go by the program nft, which is slower" in caplog.text
     assert "rule 1 of chain services: Invalid argument" in caplog.text
 

@@ -13,13 +13,21 @@ from kproxy.model.delta import Upsert
 from kproxy.model.store import Store
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Service, ServicePort
 from kproxy.nftables import names
-from kproxy.nftables.backend import NftablesBackend, Printer
+from kproxy.nftables.backend import NftablesBackend, NftablesPrinter
 from kproxy.nftables.base_table import SERVICE, SETS
-from kproxy.nftables.elements import DROP, Element, Pool, numbered, pools, service_key
-from kproxy.nftables.encode import Encoder
-from kproxy.nftables.kernel import Commit, NetlinkCommit, NftCommit, NftTable, OwnChanges, StaleError, TableError
+from kproxy.nftables.elements import DROP, EndpointElements, SetElement, numbered, pools, service_key
+from kproxy.nftables.encode import TransactionEncoder
+from kproxy.nftables.kernel import (
+    Commit,
+    GenerationChangedError,
+    NetlinkCommit,
+    NftCommit,
+    NftTable,
+    OwnGenerations,
+    TableError,
+)
 from kproxy.nftables.names import TABLE, table_family
-from kproxy.nftables.ruleset import Chain, Drop, Field, Go, Hook, IsIn, Set, rule
+from kproxy.nftables.ruleset import Drop, Go, KeyField, Lookup, NftChain, NftHook, NftSet, rule
 from kproxy.nftables.transaction import Transaction
 from kproxy.sync.family import FamilySync
 from tests.kernel.test_nftables_commit import held, in_order
@@ -37,15 +45,15 @@ def values(family: Family, count: int) -> bytes:
     return b"".join(number.to_bytes(VALUE_SIZE[family] - 4, "big") + b"\0\x50\0\0" for number in range(1, count + 1))
 
 
-def pool(family: Family, count: int) -> list[Pool]:
+def pool(family: Family, count: int) -> list[EndpointElements]:
     return list(pools(KEY[family], values(family, count), VALUE_SIZE[family]))
 
 
 def table(family: Family) -> Transaction:
-    chains = [Chain("a", ()), Chain("b", ())]
+    chains = [NftChain("a", ()), NftChain("b", ())]
     change = Transaction(create=True, sets=list(SETS), chains=chains)
-    change.add(names.SERVICE_IPS, Element(KEY[family], "a", "ns/web:http"))
-    change.add(names.SERVICE_ENDPOINTS, Element(numbered(KEY[family], 3_210), bytes(VALUE_SIZE[family])))
+    change.add(names.SERVICE_IPS, SetElement(KEY[family], "a", "ns/web:http"))
+    change.add(names.SERVICE_ENDPOINTS, SetElement(numbered(KEY[family], 3_210), bytes(VALUE_SIZE[family])))
     return change
 
 
@@ -65,13 +73,13 @@ def refusal(namespaces: Callable[[], Namespace], family: Family, change: Transac
 def test_an_element_is_told_with_its_service(namespaces: Callable[[], Namespace], family: Family) -> None:
     other = service_key("192.0.2.9" if family is IPV4 else "2001:db8::9", "UDP", 53)
     change = Transaction()
-    change.add(names.SERVICE_IPS, Element(other, DROP, "ns/dns:udp"))
-    change.add(names.SERVICE_IPS, Element(KEY[family], "b", "ns/web:http"))
+    change.add(names.SERVICE_IPS, SetElement(other, DROP, "ns/dns:udp"))
+    change.add(names.SERVICE_IPS, SetElement(KEY[family], "b", "ns/web:http"))
     said = refusal(namespaces, family, change)
     assert said == f"element {KEY_TEXT[family]} of service-ips of ns/web:http: File exists"
     change = Transaction()
-    change.remove(names.SERVICE_IPS, Element(KEY[family], "a", "ns/web:http"))
-    change.remove(names.SERVICE_IPS, Element(other, DROP, "ns/dns:udp"))
+    change.remove(names.SERVICE_IPS, SetElement(KEY[family], "a", "ns/web:http"))
+    change.remove(names.SERVICE_IPS, SetElement(other, DROP, "ns/dns:udp"))
     said = refusal(namespaces, family, change)
     gone = f"{KEY_TEXT[family][:-12]}9 . udp . 53"
     assert said == f"element {gone} of service-ips of ns/dns:udp: No such file or directory"
@@ -84,7 +92,7 @@ def test_one_endpoint_of_thousands_is_told(namespaces: Callable[[], Namespace], 
 
 
 def test_rules_chains_and_sets_are_told(namespaces: Callable[[], Namespace]) -> None:
-    rules = Chain("a", (rule(Drop()), rule(Go("none")), rule(Go("none"))))
+    rules = NftChain("a", (rule(Drop()), rule(Go("none")), rule(Go("none"))))
     said = refusal(namespaces, IPV4, Transaction(rules=[rules]))
     assert said == "rule 2 of chain a: No such file or directory (and 1 more)"
     assert refusal(namespaces, IPV4, Transaction(flushed=["none"])) == (
@@ -94,7 +102,7 @@ def test_rules_chains_and_sets_are_told(namespaces: Callable[[], Namespace]) -> 
     assert said == "chain a: Device or resource busy"
     said = refusal(namespaces, IPV4, Transaction(deleted_sets=["none"]))
     assert said == "set none: No such file or directory"
-    said = refusal(namespaces, IPV4, Transaction(sets=[Set(names.CLUSTER_IPS, SERVICE)]))
+    said = refusal(namespaces, IPV4, Transaction(sets=[NftSet(names.CLUSTER_IPS, SERVICE)]))
     assert said == "set cluster-ips: File exists"
 
 
@@ -104,8 +112,8 @@ def test_a_table_that_is_not_there_is_told(namespaces: Callable[[], Namespace]) 
 
 
 def test_a_circle_of_chains_is_told(namespaces: Callable[[], Namespace]) -> None:
-    start = Chain("start", (rule(Go("a")),), hook=Hook("filter", "input", 0))
-    circle = [Chain("a", (rule(Go("b")),)), Chain("b", (rule(Go("a")),)), start]
+    start = NftChain("start", (rule(Go("a")),), hook=NftHook("filter", "input", 0))
+    circle = [NftChain("a", (rule(Go("b")),)), NftChain("b", (rule(Go("a")),)), start]
     said = refusal(namespaces, IPV4, Transaction(chains=[start], rules=circle))
     assert said.endswith((": Too many links", ": Too many levels of symbolic links"))  # kernels differ
 
@@ -115,7 +123,7 @@ def test_more_refusals_than_the_socket_can_hold_lose_neither_the_first_nor_the_n
     namespaces: Callable[[], Namespace], count: int
 ) -> None:
     node, commit = namespaces(), NetlinkCommit(IPV4)
-    lost = Transaction(rules=[Chain("a", (rule(Drop()),) * count)])
+    lost = Transaction(rules=[NftChain("a", (rule(Drop()),) * count)])
     for _ in range(2):
         with pytest.raises(TableError, match=r"^rule 1 of chain a: No such file or directory \(and 19 more\)$"):
             node.call(lambda: commit(lost))
@@ -127,7 +135,7 @@ def test_nft_says_what_it_refuses_on_one_line(namespaces: Callable[[], Namespace
     node, commit = namespaces(), NftCommit(IPV4)
     node.call(lambda: commit(table(IPV4)))
     with pytest.raises(TableError) as refused:
-        node.call(lambda: commit(Transaction(rules=[Chain("a", (rule(IsIn((Field.SOURCE,), "none")),))])))
+        node.call(lambda: commit(Transaction(rules=[NftChain("a", (rule(Lookup((KeyField.SOURCE,), "none")),))])))
     assert str(refused.value).startswith("nft: ")
     assert "No such file or directory" in str(refused.value)
     assert "\n" not in str(refused.value)
@@ -143,7 +151,7 @@ def test_a_change_that_comes_too_late_is_not_made(namespaces: Callable[[], Names
     node, kernel = namespaces(), Watched(IPV4)
     generation = node.call(kernel.generation)
     node.run(["nft", "add table ip others"])
-    with pytest.raises(StaleError):
+    with pytest.raises(GenerationChangedError):
         node.call(lambda: kernel.commit(table(IPV4), generation))
     assert node.call(kernel.view) is None
     node.call(lambda: kernel.commit(table(IPV4), generation + 1))
@@ -157,7 +165,7 @@ def test_a_change_that_comes_too_late_is_not_made(namespaces: Callable[[], Names
 class Cluster:
     """A store and one family's backend in a network namespace."""
 
-    def __init__(self, node: Namespace, family: Family = IPV4, own: OwnChanges | None = None) -> None:
+    def __init__(self, node: Namespace, family: Family = IPV4, own: OwnGenerations | None = None) -> None:
         self.node = node
         self.kernel = Watched(family)
         self.store = Store("node-1")
@@ -196,7 +204,7 @@ def test_thousands_of_endpoints_come_grow_shrink_and_go(namespaces: Callable[[],
     view = cluster.node.call(cluster.kernel.view)
     assert view is not None
     assert len(view.elements[names.SERVICE_ENDPOINTS]) == MANY
-    assert max(len(list(Encoder(family).encode(change))) for change in cluster.kernel.commits) > 5
+    assert max(len(list(TransactionEncoder(family).encode(change))) for change in cluster.kernel.commits) > 5
 
 
 def test_a_small_change_takes_one_commit_no_look_and_no_process(
@@ -217,7 +225,7 @@ def test_a_small_change_takes_one_commit_no_look_and_no_process(
 
 
 def test_the_families_do_not_take_each_other_for_strangers(namespaces: Callable[[], Namespace]) -> None:
-    node, own = namespaces(), OwnChanges()
+    node, own = namespaces(), OwnGenerations()
     clusters = [Cluster(node, family, own).put("web", 10).sync() for family in Family]
     clusters[0].put("web", 11).sync()  # its first look since the other made its table
     reads = [cluster.kernel.reads for cluster in clusters]
@@ -300,7 +308,7 @@ def test_the_longest_names_that_kubernetes_allows(
     sync = FamilySync(NftablesBackend(kernel), lambda _: context)
     node.call(lambda: sync.sync(store))
     assert node.call(sync.verify)
-    FamilySync(Printer(IPV4, texts.append), lambda _: context).sync(store)
+    FamilySync(NftablesPrinter(IPV4, texts.append), lambda _: context).sync(store)
     listed = node.run(["nft", "list", "table", table_family(IPV4), TABLE]).stdout
     assert in_order(listed) == in_order("".join(texts))
     again = namespaces()

@@ -12,10 +12,10 @@ from msgspec.structs import asdict, replace
 
 from kproxy.model.types import Family
 from kproxy.nftables.backend import NftablesBackend
-from kproxy.nftables.decode import Reader
+from kproxy.nftables.decode import TableReader
 from kproxy.nftables.kernel import NetlinkCommit, NftTable
 from kproxy.nftables.names import TABLE, table_family
-from kproxy.nftables.snapshot import View
+from kproxy.nftables.snapshot import TableSnapshot
 from kproxy.nftables.transaction import Transaction
 from tests.faketable import FakeTable
 from tests.kernel.test_nftables_commit import Attributes, Held, held, program, recorded_sync
@@ -118,7 +118,7 @@ class Watched:
         self.reads += 1
         return self._table.generation()
 
-    def view(self, *, lenient: bool = False) -> View | None:
+    def view(self, *, lenient: bool = False) -> TableSnapshot | None:
         self.reads += 1
         return self._table.view(lenient=lenient)
 
@@ -128,7 +128,7 @@ class Watched:
 
 
 def generation(node: Namespace) -> int:
-    return node.call(Reader(Family.IPV4).generation)
+    return node.call(TableReader(Family.IPV4).generation)
 
 
 def start(node: Namespace, scenario: str, family: Family, *, batch_frontends: int = 2_000) -> Watched:
@@ -244,6 +244,6 @@ def test_what_is_read_is_what_was_written(namespaces: Callable[[], Namespace], f
         fake.commit(change)
     assert node.call(kernel.view) == fake.view()
     assert node.call(kernel.uses) == fake.uses()
-    assert node.call(lambda: Reader(family).exists())
-    assert not namespaces().call(lambda: Reader(family).exists())
+    assert node.call(lambda: TableReader(family).exists())
+    assert not namespaces().call(lambda: TableReader(family).exists())
     assert namespaces().call(Watched(family).view) is None

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from kproxy.app.backends import StartError, discover_iptables, discover_nftables, with_mode
+from kproxy.app.backends import StartError, choose_mode, discover_iptables, discover_nftables
 from kproxy.config import Config
 from kproxy.host import nf_tables as nft_nat
-from kproxy.host.commands import START_SECONDS, CommandError, UndecidedError, run
+from kproxy.host.commands import START_SECONDS, CommandError, InconclusiveError, run
 from kproxy.host.netlink import BatchSocket
 from kproxy.host.nf_tables import nat_refused
 from kproxy.iptables.runner import check_tables, parse_version
 from kproxy.model.types import Family
 from kproxy.nftables.kernel import NetlinkCommit, TableError
-from kproxy.nftables.probe import UnsupportedError, probe
+from kproxy.nftables.probe import NftablesUnsupportedError, probe
 from kproxy.nftables.transaction import Transaction
 from tests.kernel.test_cleanup import rules
 from tests.lab.commits import Commits
@@ -112,7 +112,7 @@ def test_a_machine_with_ipv4_addresses_does_not_start_without_ipv4(
             node.call(discover_iptables)
     else:
         refusing(monkeypatch, {Family.IPV4})
-        with pytest.raises(UnsupportedError, match=r"^IPv4: Linux .* does not take the table"):
+        with pytest.raises(NftablesUnsupportedError, match=r"^IPv4: Linux .* does not take the table"):
             node.call(discover_nftables)
 
 
@@ -137,7 +137,7 @@ def test_a_program_that_hangs_is_no_reason_to_leave_a_family_out(
     put(program, f"cat {tmp_path}/never")
     for module in ("apply", "probe"):
         monkeypatch.setattr(f"kproxy.iptables.{module}.START_SECONDS", 1)
-    with pytest.raises(UndecidedError, match=f"{program} did not end within 1 s"):
+    with pytest.raises(InconclusiveError, match=f"{program} did not end within 1 s"):
         namespace.call(discover_iptables)
 
 
@@ -147,11 +147,11 @@ def test_a_program_that_is_killed_is_no_reason_either(
 ) -> None:
     """As by the kernel when memory is short."""
     put(program, "kill -9 $$")
-    with pytest.raises(UndecidedError, match="ended by signal 9"):
+    with pytest.raises(InconclusiveError, match="ended by signal 9"):
         namespace.call(discover_iptables)
 
 
-@pytest.mark.parametrize(("code", "error"), [(errno.EAGAIN, UndecidedError), (errno.ENOENT, CommandError)])
+@pytest.mark.parametrize(("code", "error"), [(errno.EAGAIN, InconclusiveError), (errno.ENOENT, CommandError)])
 def test_a_program_that_cannot_be_started_at_the_moment_is_no_reason_either(
     monkeypatch: pytest.MonkeyPatch, code: int, error: type[CommandError]
 ) -> None:
@@ -176,10 +176,10 @@ def test_nft_that_hangs_is_no_reason_either(
     (tmp_path / "nft").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr("kproxy.nftables.probe.START_SECONDS", 1)
-    with pytest.raises(UndecidedError, match="No buffer space available; nft: nft did not end within 1 s"):
+    with pytest.raises(InconclusiveError, match="No buffer space available; nft: nft did not end within 1 s"):
         namespace.call(discover_nftables)
     with pytest.raises(StartError, match="cannot choose a mode: cannot tell"):
-        namespace.call(lambda: with_mode(Config(mode="")))
+        namespace.call(lambda: choose_mode(Config(mode="")))
 
 
 def test_a_family_without_programs_is_left_out(
@@ -277,7 +277,7 @@ def test_nftables_mode_for_no_family_is_said_in_one_line(
     namespace: Namespace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     refusing(monkeypatch, set(Family))
-    with pytest.raises(UnsupportedError, match=r"^IPv4 and IPv6: Linux .* does not take the table: [^\n]*$"):
+    with pytest.raises(NftablesUnsupportedError, match=r"^IPv4 and IPv6: Linux .* does not take the table: [^\n]*$"):
         namespace.call(discover_nftables)
     assert warnings(caplog) == []
 

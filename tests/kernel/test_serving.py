@@ -16,10 +16,10 @@ from kproxy.config.load import load_config
 from kproxy.config.types import Config
 from kproxy.host.nfacct import ensure_counters, read_counter
 from kproxy.model.plan import plan_service
-from kproxy.model.sync_report import SyncReport, Written
+from kproxy.model.sync_report import ApplyResult, SyncReport
 from kproxy.model.types import Family
 from kproxy.serve.metric_definitions import INVALID_DROPPED, LOCALHOST_ACCEPTED
-from kproxy.serve.status_server import Serving
+from kproxy.serve.status_server import StatusServer
 from tests.lab.namespace import HANG_GUARD, Namespace
 from tests.lab.waiting import wait_until
 from tests.recordings import GOLDEN, store
@@ -40,7 +40,7 @@ class Daemon:
         self._node = node
         config, cluster = configured(scenario), store(scenario)
         self.failures: list[tuple[str, int, str]] = []
-        self.serving = Serving(
+        self.serving = StatusServer(
             Family,
             **{
                 "mode": config.mode,
@@ -64,7 +64,7 @@ class Daemon:
                 config, family, "node-1", cluster.node, ADDRESSES, accounting=True, random_fully=True
             )
             plans = {each.key: plan_service(each, cluster.slices(each.key), context) for each in services}
-            report = SyncReport(family, monotonic(), monotonic(), True, plans, context, Written({}, {}))
+            report = SyncReport(family, monotonic(), monotonic(), True, plans, context, ApplyResult({}, {}))
             for observer in self.serving.observers:
                 observer.synced(report)
 

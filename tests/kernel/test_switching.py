@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kproxy.iptables.names import Chain
+from kproxy.iptables.names import ChainName
 from kproxy.model.types import Family
 from tests.lab.iptables import link, programs_of
 from tests.lab.namespace import Namespace
@@ -15,7 +15,7 @@ from tests.lab.proxy import KPROXY
 from tests.lab.waiting import HANG_GUARD, wait_until
 from tests.recordings import GOLDEN, State, comparable, recorded
 
-NODEPORTS = Chain("nat", "KUBE-SERVICES")
+NODEPORTS = ChainName("nat", "KUBE-SERVICES")
 
 
 def saved(node: Namespace, program: str = "iptables-save") -> State:

@@ -14,7 +14,7 @@ import pytest
 from kproxy.host.conntrack import UdpConntrack
 from kproxy.host.interfaces import own_addresses
 from kproxy.iptables.backend import IptablesBackend
-from kproxy.iptables.runner import Iptables, RestoreError
+from kproxy.iptables.runner import IptablesRunner, RestoreError
 from kproxy.model.addresses import family_of, socket_text
 from kproxy.model.context import Context, LocalTraffic
 from kproxy.model.delta import Delete, Delta, Replace, Upsert
@@ -23,7 +23,7 @@ from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, No
 from kproxy.nftables.backend import NftablesBackend
 from kproxy.nftables.kernel import NetlinkCommit, NftTable, TableError
 from kproxy.nftables.transaction import Transaction
-from kproxy.sync.conntrack import Cleaning, ConntrackCleaner
+from kproxy.sync.conntrack import ConntrackCleaner, ConntrackCleanup
 from kproxy.sync.family import Backend, FamilySync
 from kproxy.sync.reconciler import Reconciler
 from kproxy.sync.schedule import Schedule
@@ -44,7 +44,7 @@ NODE_PORT = 30053
 VERSIONS = pytest.mark.parametrize("version", [4, 6], ids=["ipv4", "ipv6"])
 
 
-class FickleIptables(Iptables):
+class FickleIptables(IptablesRunner):
     """The real thing, which refuses on demand."""
 
     refuses = False
@@ -74,7 +74,7 @@ class Proxy:
     ) -> None:
         """Start with these objects: all there are."""
         self._node = lab.node.namespace
-        self.cleanings: list[Cleaning] = []
+        self.cleanings: list[ConntrackCleanup] = []
         self._kernels = {family: _kernel(mode, family) for family in Family}
 
         def context(family: Family, node: Node | None) -> Context:

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from kproxy.serve.server import Address, listen
+from kproxy.serve.server import ListenAddress, listen
 
 ENOUGH = 20
 HANG_GUARD = 30.0
@@ -21,7 +21,7 @@ class Attempts:
         monkeypatch.setattr(f"{module}.RETRY_SECONDS", 0.001)
         monkeypatch.setattr(f"{module}.listen", self._attempt)
 
-    def _attempt(self, address: Address) -> socket.socket:
+    def _attempt(self, address: ListenAddress) -> socket.socket:
         self._made.release()
         return listen(address)
 

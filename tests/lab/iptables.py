@@ -12,7 +12,7 @@ from kproxy.host.commands import first_line
 from kproxy.host.nfacct import ensure_counters
 from kproxy.iptables.base_rules import INVALID_COUNTER
 from kproxy.iptables.render import LOCALHOST_COUNTER
-from kproxy.iptables.runner import Iptables
+from kproxy.iptables.runner import IptablesRunner
 from kproxy.model.types import Family
 from tests.lab.namespace import Namespace
 from tests.recordings import GOLDEN, State, comparable
@@ -83,7 +83,7 @@ class RealKernel:
         return comparable(self.lines())
 
 
-class Recorder(Iptables):
+class Recorder(IptablesRunner):
     """The iptables in PATH, with its inputs kept."""
 
     def __init__(self, family: Family) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from kproxy.simulate.packet import Fate, Outcome, Verdict
+from kproxy.simulate.packet import Fate, FateDistribution, Verdict
 from tests.packets.table import split_socket
 
 EXACTLY = 1e-6
 """By how much the probabilities of a dump may differ from equal ones, which it cannot write down exactly."""
 
 
-def describe(outcome: Outcome) -> str:
+def describe(outcome: FateDistribution) -> str:
     """Return everything that may happen, in an order of its own, so that equal outcomes have equal words."""
     endpoints: dict[str, list[str]] = {}
     for fate in outcome.fates:
@@ -18,7 +18,7 @@ def describe(outcome: Outcome) -> str:
     return "; ".join(sorted(parts))
 
 
-def uneven(outcome: Outcome, tolerance: float = EXACTLY) -> dict[str, float]:
+def uneven(outcome: FateDistribution, tolerance: float = EXACTLY) -> dict[str, float]:
     """Return the endpoints whose probability is not that of the others, or is by more than a part of it."""
     return {
         target: share for target, share in outcome.targets.items() if abs(share * len(outcome.targets) - 1) > tolerance

@@ -11,8 +11,8 @@ from ipaddress import ip_address
 from typing import Any
 
 from kproxy.model.types import Family, Protocol
-from kproxy.simulate.iptables import Iptables
-from kproxy.simulate.nftables import Nftables
+from kproxy.simulate.iptables import IptablesSimulator
+from kproxy.simulate.nftables import NftablesSimulator
 from tests.packets.differences import PATH as DIFFERENCES
 from tests.packets.differences import Difference, differences_text, reason_for
 from tests.packets.expectation import describe
@@ -34,16 +34,16 @@ LOOPBACK = {4: "127.0.0.1", 6: "::1"}
 UNDEFINED_PORT = 9999
 
 
-def recorded_iptables(scenario: str) -> dict[Family, Iptables]:
+def recorded_iptables(scenario: str) -> dict[Family, IptablesSimulator]:
     """Return what kube-proxy programmed in iptables mode."""
     folder = GOLDEN / scenario
-    return {family: Iptables((folder / name).read_text(), family) for family, name in IPTABLES_DUMPS.items()}
+    return {family: IptablesSimulator((folder / name).read_text(), family) for family, name in IPTABLES_DUMPS.items()}
 
 
-def recorded_nftables(scenario: str) -> dict[Family, Nftables]:
+def recorded_nftables(scenario: str) -> dict[Family, NftablesSimulator]:
     """Return what kube-proxy programmed in nftables mode."""
     folder = GOLDEN / scenario
-    return {family: Nftables((folder / name).read_text(), family) for family, name in NFTABLES_DUMPS.items()}
+    return {family: NftablesSimulator((folder / name).read_text(), family) for family, name in NFTABLES_DUMPS.items()}
 
 
 def record() -> list[Row]:

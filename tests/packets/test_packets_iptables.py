@@ -9,10 +9,10 @@ import pytest
 from kproxy.app.contexts import make_context
 from kproxy.config import Config
 from kproxy.config.load import load_config
-from kproxy.iptables.backend import Printer
+from kproxy.iptables.backend import IptablesPrinter
 from kproxy.model.context import Context
 from kproxy.model.types import Family, Node
-from kproxy.simulate.iptables import Iptables
+from kproxy.simulate.iptables import IptablesSimulator
 from kproxy.sync.family import FamilySync
 from tests.fakekernel import FakeKernel
 from tests.packets.compare import wrong_fates
@@ -24,15 +24,15 @@ from tests.recordings import GOLDEN, SCENARIOS, store
 TABLE = read_table()
 
 
-def our_rules(scenario: str) -> dict[Family, Iptables]:
+def our_rules(scenario: str) -> dict[Family, IptablesSimulator]:
     """Return what kproxy programs for the recorded objects and configuration."""
     path = GOLDEN / scenario / "config.json"
     config, _ = load_config(path.read_bytes(), str(path))
     rules = {}
     for family in Family:
         kernel = FakeKernel()
-        FamilySync(Printer(kernel.restore), partial(context_of, config, family)).sync(store(scenario))
-        rules[family] = Iptables("".join(kernel.dump()), family)
+        FamilySync(IptablesPrinter(kernel.restore), partial(context_of, config, family)).sync(store(scenario))
+        rules[family] = IptablesSimulator("".join(kernel.dump()), family)
     return rules
 
 

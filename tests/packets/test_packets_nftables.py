@@ -13,9 +13,9 @@ from kproxy.config.load import load_config
 from kproxy.model.delta import BASIC_KINDS, Replace
 from kproxy.model.store import Store
 from kproxy.model.types import Family, ServiceCIDR
-from kproxy.nftables.backend import Printer
-from kproxy.simulate.nftables import Nftables
-from kproxy.simulate.packet import Fate, Outcome, Packet, Simulator, Verdict
+from kproxy.nftables.backend import NftablesPrinter
+from kproxy.simulate.nftables import NftablesSimulator
+from kproxy.simulate.packet import Fate, FateDistribution, Packet, Simulator, Verdict
 from kproxy.sync.family import FamilySync
 from tests.packets.compare import wrong_fates
 from tests.packets.differences import Reason, read_differences, read_nftables_table, reason_for
@@ -27,12 +27,12 @@ from tests.packets.test_packets_iptables import context_of
 from tests.packets.test_packets_iptables import our_rules as our_iptables
 from tests.recordings import GOLDEN, SCENARIOS, replaces
 
-Rules: TypeAlias = Callable[[str], dict[Family, Nftables]]
+Rules: TypeAlias = Callable[[str], dict[Family, NftablesSimulator]]
 
 TABLE = read_nftables_table()
 
 
-def our_nftables(scenario: str) -> dict[Family, Nftables]:
+def our_nftables(scenario: str) -> dict[Family, NftablesSimulator]:
     """Return what kproxy programs for the recorded objects, configuration and ServiceCIDR."""
     path = GOLDEN / scenario / "config.json"
     config, _ = load_config(path.read_bytes(), str(path))
@@ -43,8 +43,8 @@ def our_nftables(scenario: str) -> dict[Family, Nftables]:
     for family in Family:
         pages: list[str] = []
         context = partial(context_of, replace(config, mode="nftables"), family)
-        FamilySync(Printer(family, pages.append), context).sync(store)
-        rules[family] = Nftables("".join(pages), family)
+        FamilySync(NftablesPrinter(family, pages.append), context).sync(store)
+        rules[family] = NftablesSimulator("".join(pages), family)
     return rules
 
 
@@ -129,5 +129,5 @@ def test_who_takes_node_ports_at_another_address(
 )
 def test_chance_that_prefers_an_endpoint_is_told(first: float, tolerance: float, is_uneven: bool) -> None:
     shares = {"10.0.0.1:1": first, "10.0.0.2:2": 1 - first}
-    outcome = Outcome((Fate(Verdict.ACCEPTED, target), share) for target, share in shares.items())
+    outcome = FateDistribution((Fate(Verdict.ACCEPTED, target), share) for target, share in shares.items())
     assert uneven(outcome, tolerance) == (shares if is_uneven else {})

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 
 from kproxy.iptables.base_rules import base_chains, dispatch_tails, ensured_rules
-from kproxy.iptables.names import DISPATCH, FILTER_FIREWALL, FILTER_FORWARD, MARK_MASQ, NAT_SERVICES, POSTROUTING, Chain
+from kproxy.iptables.names import (
+    DISPATCH,
+    FILTER_FIREWALL,
+    FILTER_FORWARD,
+    MARK_MASQ,
+    NAT_SERVICES,
+    POSTROUTING,
+    ChainName,
+)
 from kproxy.model.context import Context
 from kproxy.model.types import Family
 
@@ -73,17 +81,17 @@ def test_every_ensured_rule_is_found_again_and_no_other_of_its_chain_taken_for_i
     ],
 )
 def test_only_a_rule_without_other_matches_is_our_jump(listed: str, met: bool) -> None:
-    jump = next(each for each in ensured_rules(FOUR) if each.chain == Chain("nat", "OUTPUT"))
+    jump = next(each for each in ensured_rules(FOUR) if each.chain == ChainName("nat", "OUTPUT"))
     assert jump.is_met_by(listed) is met
 
 
 def test_jumps_of_table_nat_see_all_packets_and_those_to_services_in_filter_only_new_connections() -> None:
     jumps = {(each.chain, each.rule[each.rule.index("-j ") :]): each.rule for each in ensured_rules(FOUR)}
     new = "-m conntrack --ctstate NEW"
-    assert new not in jumps[Chain("nat", "PREROUTING"), "-j KUBE-SERVICES"]
-    assert new in jumps[Chain("filter", "FORWARD"), "-j KUBE-SERVICES"]
-    assert new in jumps[Chain("filter", "INPUT"), "-j KUBE-EXTERNAL-SERVICES"]
-    assert new not in jumps[Chain("filter", "FORWARD"), "-j KUBE-FORWARD"]
+    assert new not in jumps[ChainName("nat", "PREROUTING"), "-j KUBE-SERVICES"]
+    assert new in jumps[ChainName("filter", "FORWARD"), "-j KUBE-SERVICES"]
+    assert new in jumps[ChainName("filter", "INPUT"), "-j KUBE-EXTERNAL-SERVICES"]
+    assert new not in jumps[ChainName("filter", "FORWARD"), "-j KUBE-FORWARD"]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from itertools import pairwise
 import msgspec
 import pytest
 
-from kproxy.kube.codec.conversion import Decoded
+from kproxy.kube.codec.conversion import DecodedObject
 from kproxy.kube.codec.json_codec import read_page
 from kproxy.model.types import EndpointSlice
 from tests.bench import cluster as objects
@@ -24,7 +24,7 @@ def addresses(found: Object) -> list[str]:
 
 def decoded(found: Object) -> object:
     (item,) = read_page(EndpointSlice, msgspec.json.encode({"metadata": {}, "items": [found]})).items
-    assert isinstance(item, Decoded)
+    assert isinstance(item, DecodedObject)
     assert item.object is not None
     return item.object
 

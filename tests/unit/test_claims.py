@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from kproxy.iptables import backend as iptables
-from kproxy.iptables.conflicts import Claims, frontend_of
-from kproxy.iptables.names import Chain
-from kproxy.iptables.render import Claim, DispatchRule
+from kproxy.iptables.conflicts import FrontendClaims, frontend_of
+from kproxy.iptables.names import ChainName
+from kproxy.iptables.render import DispatchRule, FrontendClaim
 from kproxy.model.context import Context
 from kproxy.model.delta import Upsert
-from kproxy.model.frontend_conflicts import Conflict, Rank
+from kproxy.model.frontend_conflicts import ClaimRank, FrontendConflict
 from kproxy.model.store import Store
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Service, ServicePort
 from kproxy.nftables import backend as nftables
@@ -51,7 +51,7 @@ class Cluster:
             backend = nftables.NftablesBackend(self.table)
         self._family = FamilySync(backend, lambda _: Context(family, "node-1"))
 
-    def put(self, *objects: Service | EndpointSlice) -> tuple[Conflict, ...]:
+    def put(self, *objects: Service | EndpointSlice) -> tuple[FrontendConflict, ...]:
         for each in objects:
             self._family.note(self.store.apply(Upsert(each)))
         self._written = self._family.sync(self.store).written
@@ -68,8 +68,8 @@ class Cluster:
 BOTH = pytest.mark.parametrize("mode", ["iptables", "nftables"])
 
 
-def conflict(holder: str, loser: str, frontend: str = f"{SHARED}:80/TCP") -> Conflict:
-    return Conflict(frontend, f"ns/{holder}:http", f"ns/{loser}:http")
+def conflict(holder: str, loser: str, frontend: str = f"{SHARED}:80/TCP") -> FrontendConflict:
+    return FrontendConflict(frontend, f"ns/{holder}:http", f"ns/{loser}:http")
 
 
 @BOTH
@@ -116,11 +116,11 @@ def test_node_ports_and_other_ports_and_protocols_are_frontends_of_their_own(mod
 
 def test_services_that_share_an_address_but_no_port_are_not_compared() -> None:
     """An address that thousands share, each with a port of its own, is ordinary behind one load balancer."""
-    claims, chain = Claims(), Chain("nat", "KUBE-SERVICES")
-    claim = DispatchRule(chain, "a rule", 42, claim=Claim("tcp", 80, Rank.FORWARDS))
+    claims, chain = FrontendClaims(), ChainName("nat", "KUBE-SERVICES")
+    claim = DispatchRule(chain, "a rule", 42, claim=FrontendClaim("tcp", 80, ClaimRank.FORWARDS))
     others = [
-        claim._replace(claim=Claim("tcp", 81, Rank.FORWARDS)),
-        claim._replace(claim=Claim("udp", 80, Rank.FORWARDS)),
+        claim._replace(claim=FrontendClaim("tcp", 81, ClaimRank.FORWARDS)),
+        claim._replace(claim=FrontendClaim("udp", 80, ClaimRank.FORWARDS)),
         claim._replace(place=43),
         claim._replace(place=80, protocol="tcp"),
         claim._replace(claim=None),
@@ -153,7 +153,7 @@ def test_the_rules_of_who_loses_a_frontend_are_left_out_and_counted_out() -> Non
 
 def conflicts(
     mode: str, family: Family, found: Iterable[Service], endpoints: Iterable[EndpointSlice]
-) -> list[Conflict]:
+) -> list[FrontendConflict]:
     cluster = Cluster(mode, family)
     return sorted(cluster.put(*found, *endpoints))
 

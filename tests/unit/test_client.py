@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from kproxy import __version__
-from kproxy.kube.client.client import Client
-from kproxy.kube.client.cluster_access import ClientError, find_plain
-from kproxy.kube.client.response import Response, SilenceError, TransportError
+from kproxy.kube.client.client import ApiClient
+from kproxy.kube.client.cluster_access import ClientError, find_static_config
+from kproxy.kube.client.response import ApiResponse, SilenceError, TransportError
 from tests.apiserver import ApiServer
 from tests.apiserver.objects import endpoint_slice, service
 
@@ -39,7 +39,7 @@ def kubeconfig(
     return str(path)
 
 
-def get(client: Client, path: str = SERVICES, **params: str) -> tuple[int, bytes]:
+def get(client: ApiClient, path: str = SERVICES, **params: str) -> tuple[int, bytes]:
     with client.get(path, params, HANG) as response:
         return response.status, response.read()
 
@@ -57,7 +57,7 @@ def config(tmp_path: Path, server: ApiServer) -> str:
 
 
 def test_a_token_and_who_is_asking(server: ApiServer, config: str) -> None:
-    client = Client.from_config(config)
+    client = ApiClient.from_config(config)
     status, body = get(client, limit="500", labelSelector="!a,!b")
     assert (status, len(json.loads(body)["items"])) == (200, 1)
     (seen,) = server.requests.all()
@@ -71,7 +71,7 @@ def test_a_token_and_who_is_asking(server: ApiServer, config: str) -> None:
 def test_a_token_file_that_changed_is_read_after_a_401(tmp_path: Path, server: ApiServer) -> None:
     token = tmp_path / "token"
     token.write_text("old\n")
-    client = Client.from_config(kubeconfig(tmp_path / "config", server.url, {"tokenFile": "token"}))
+    client = ApiClient.from_config(kubeconfig(tmp_path / "config", server.url, {"tokenFile": "token"}))
     with client.get(SERVICES, {}, HANG) as refused:
         assert refused.status == 401
     token.write_text("secret\n")
@@ -87,7 +87,7 @@ def test_a_token_file_is_read_again_in_time(
 ) -> None:
     token = tmp_path / "token"
     token.write_text("old")
-    client = Client.from_config(kubeconfig(tmp_path / "config", server.url, {"tokenFile": "token"}))
+    client = ApiClient.from_config(kubeconfig(tmp_path / "config", server.url, {"tokenFile": "token"}))
     monkeypatch.setattr("kproxy.kube.client.client.ROTATION_PERIOD", 0.0)
     assert get(client)[0] == 401
     token.write_text("secret")
@@ -110,7 +110,7 @@ token = (pathlib.Path(__file__).parent / "answer").read_text()
 print(json.dumps({"apiVersion": "client.authentication.k8s.io/v1", "kind": "ExecCredential",
                   "status": {"token": token}}))"""
     user = plugin(tmp_path / "plugin", text)
-    client = Client.from_config(kubeconfig(tmp_path / "config", server.url, user))
+    client = ApiClient.from_config(kubeconfig(tmp_path / "config", server.url, user))
     with client.get(SERVICES, {}, HANG) as refused:
         assert refused.status == 401
     (tmp_path / "answer").write_text("secret")
@@ -122,7 +122,7 @@ def test_a_failing_exec_plugin_is_one_error(tmp_path: Path, server: ApiServer) -
     user = plugin(tmp_path / "plugin", "import sys; sys.exit('no\\nsmart card')")
     path = kubeconfig(tmp_path / "config", server.url, user)
     with pytest.raises(ClientError) as caught:
-        Client.from_config(path)
+        ApiClient.from_config(path)
     assert str(caught.value) == f"{path}: exec: process returned 1. no smart card"
 
 
@@ -141,7 +141,7 @@ def test_in_cluster_with_a_token_that_rotates(
     with ApiServer(tokens=["first"], tls=server_context(certificates)) as server:
         monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
         monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(server.address[1]))
-        client = Client.from_config()
+        client = ApiClient.from_config()
         assert get(client)[0] == 200
         (account / "token").write_text("second\n")
         server.tokens = {"second"}
@@ -159,7 +159,7 @@ def test_in_cluster_token_is_read_again_in_time(
     with ApiServer(tokens=["first", "second"], tls=server_context(certificates)) as server:
         monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
         monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(server.address[1]))
-        client = Client.from_config()
+        client = ApiClient.from_config()
         connections = client._access.pool
         (account / "token").write_text("second")
         assert get(client)[0] == 200
@@ -181,7 +181,7 @@ def test_a_certificate_authority_that_rotates(
     with ApiServer(tls=server_context(certificates)) as server:
         monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
         monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(server.address[1]))
-        client = Client.from_config()
+        client = ApiClient.from_config()
         with pytest.raises(TransportError, match="certificate"):
             get(client)
         (account / "ca.crt").write_bytes((certificates / "ca.crt").read_bytes())
@@ -192,20 +192,20 @@ def test_a_certificate_authority_that_rotates(
 def test_outside_a_cluster_without_a_kubeconfig(account: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     with pytest.raises(ClientError) as caught:
-        Client.from_config()
+        ApiClient.from_config()
     where = "in-cluster service account"
     assert str(caught.value) == f"{where}: KUBERNETES_SERVICE_HOST and KUBERNETES_SERVICE_PORT are not set"
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "fd00::1")
     monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "443")
     with pytest.raises(ClientError) as caught:
-        Client.from_config()
+        ApiClient.from_config()
     assert str(caught.value) == f"{where}: {account / 'token'}: No such file or directory"
 
 
 def test_server_alone_and_server_over_kubeconfig(server: ApiServer, tmp_path: Path) -> None:
-    assert get(Client.from_config(None, server.url))[0] == 401
+    assert get(ApiClient.from_config(None, server.url))[0] == 401
     path = kubeconfig(tmp_path / "config", "http://127.0.0.1:1", {"token": "secret"})
-    assert get(Client.from_config(path, server.url + "/"))[0] == 200
+    assert get(ApiClient.from_config(path, server.url + "/"))[0] == 200
 
 
 def openssl(folder: Path, *arguments: str) -> None:
@@ -256,9 +256,9 @@ def test_client_certificates(tmp_path: Path, certificates: Path, inline: bool) -
                 "client-key": str(certificates / "client.key"),
             }
         path = tmp_path / "config"
-        assert get(Client.from_config(kubeconfig(path, server.url, user, cluster)))[0] == 200
+        assert get(ApiClient.from_config(kubeconfig(path, server.url, user, cluster)))[0] == 200
         with pytest.raises(TransportError):
-            get(Client.from_config(kubeconfig(path, server.url, {}, cluster)))
+            get(ApiClient.from_config(kubeconfig(path, server.url, {}, cluster)))
 
 
 def test_server_certificates_are_checked(tmp_path: Path, certificates: Path) -> None:
@@ -266,19 +266,19 @@ def test_server_certificates_are_checked(tmp_path: Path, certificates: Path) -> 
     path = tmp_path / "config"
     with ApiServer(tls=server_context(certificates, "named")) as server:
         with pytest.raises(TransportError, match="certificate"):
-            get(Client.from_config(kubeconfig(path, server.url)))
+            get(ApiClient.from_config(kubeconfig(path, server.url)))
         with pytest.raises(TransportError, match=r"127\.0\.0\.1"):
-            get(Client.from_config(kubeconfig(path, server.url, {}, authority)))
+            get(ApiClient.from_config(kubeconfig(path, server.url, {}, authority)))
         named = authority | {"tls-server-name": "kube.example"}
-        assert get(Client.from_config(kubeconfig(path, server.url, {}, named)))[0] == 200
+        assert get(ApiClient.from_config(kubeconfig(path, server.url, {}, named)))[0] == 200
         insecure = {"insecure-skip-tls-verify": True}
-        assert get(Client.from_config(kubeconfig(path, server.url, {}, insecure)))[0] == 200
+        assert get(ApiClient.from_config(kubeconfig(path, server.url, {}, insecure)))[0] == 200
 
 
 def test_a_proxy_of_the_kubeconfig_is_used(tmp_path: Path) -> None:
     with scripted([b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"]) as (port, sent):
         proxy = {"proxy-url": f"http://127.0.0.1:{port}"}
-        client = Client.from_config(kubeconfig(tmp_path / "config", "http://kube.invalid:8080", {}, proxy))
+        client = ApiClient.from_config(kubeconfig(tmp_path / "config", "http://kube.invalid:8080", {}, proxy))
         assert get(client, "/version") == (200, b"{}")
     assert sent[0].startswith(b"GET http://kube.invalid:8080/version ")
 
@@ -302,7 +302,7 @@ def test_a_user_that_is_not_there_is_an_error(tmp_path: Path, users: list[Any] |
     content["contexts"][0]["context"]["user"] = "missing"
     path.write_text(json.dumps(content | {"users": users}))
     with pytest.raises(ClientError, match=f"^{path}: the current context names user 'missing', and there is none"):
-        Client.from_config(str(path))
+        ApiClient.from_config(str(path))
 
 
 @pytest.mark.parametrize(("content", "text"), BAD_CONFIGS)
@@ -311,7 +311,7 @@ def test_an_unusable_kubeconfig_is_one_line(tmp_path: Path, content: bytes | Non
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(ClientError) as caught:
-        Client.from_config(str(path))
+        ApiClient.from_config(str(path))
     said = str(caught.value)
     assert said.startswith(f"{path}: ")
     assert text in said
@@ -321,9 +321,9 @@ def test_an_unusable_kubeconfig_is_one_line(tmp_path: Path, content: bytes | Non
 @pytest.mark.parametrize("address", ["10.0.0.1:6443", "ftp://x", "https://", "http://x:99999", "http://[::1"])
 def test_a_server_that_is_no_url(tmp_path: Path, address: str) -> None:
     with pytest.raises(ClientError, match=r"is no URL like https://10\.0\.0\.1:6443$"):
-        Client.from_config(None, address)
+        ApiClient.from_config(None, address)
     with pytest.raises(ClientError, match=str(tmp_path)):
-        Client.from_config(kubeconfig(tmp_path / "config", address))
+        ApiClient.from_config(kubeconfig(tmp_path / "config", address))
 
 
 def test_unusable_credentials_name_their_file(tmp_path: Path, certificates: Path) -> None:
@@ -332,7 +332,7 @@ def test_unusable_credentials_name_their_file(tmp_path: Path, certificates: Path
     def message(user: dict[str, Any], cluster: dict[str, Any]) -> str:
         path = kubeconfig(tmp_path / "config", "https://127.0.0.1:1", user, cluster)
         with pytest.raises(ClientError) as caught:
-            Client.from_config(path)
+            ApiClient.from_config(path)
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
@@ -349,7 +349,7 @@ def test_unusable_credentials_name_their_file(tmp_path: Path, certificates: Path
 
 def test_large_lists_come_compressed_and_watches_do_not(server: ApiServer, config: str) -> None:
     server.create(endpoint_slice("big", "web", [f"10.{i // 250}.0.{i % 250}" for i in range(5000)]))
-    client = Client.from_config(config)
+    client = ApiClient.from_config(config)
     path = "/apis/discovery.k8s.io/v1/endpointslices"
     with client.get(path, {}, HANG) as response:
         assert response.headers["content-encoding"] == "gzip"
@@ -362,7 +362,7 @@ def test_large_lists_come_compressed_and_watches_do_not(server: ApiServer, confi
 
 
 def test_post(server: ApiServer, config: str) -> None:
-    client = Client.from_config(config)
+    client = ApiClient.from_config(config)
     body = json.dumps({"metadata": {"name": "e"}, "reason": "größe"}).encode()
     with client.post("/api/v1/namespaces/demo/events", body, HANG) as response:
         assert response.status == 201
@@ -412,7 +412,7 @@ def read_lines(pieces: list[bytes], *, end: bool = True, timeout: float = HANG) 
     """Return the lines that arrive, and the name of the exception that ends them."""
     found: list[bytes] = []
     with scripted(pieces, end=end) as (port, _):
-        client = Client.from_config(None, f"http://127.0.0.1:{port}")
+        client = ApiClient.from_config(None, f"http://127.0.0.1:{port}")
         try:
             with client.get("/", {"watch": "1"}, timeout) as response:
                 found.extend(response.lines())
@@ -468,14 +468,14 @@ def test_a_broken_stream_is_no_end(pieces: list[bytes]) -> None:
 )
 def test_broken_answers(answer: bytes, error: type[Exception]) -> None:
     with scripted([answer]) as (port, _), pytest.raises(error) as caught:
-        get(Client.from_config(None, f"http://127.0.0.1:{port}"))
+        get(ApiClient.from_config(None, f"http://127.0.0.1:{port}"))
     assert str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_silence_before_the_headers() -> None:
     with scripted([], end=False) as (port, _):
-        client = Client.from_config(None, f"http://127.0.0.1:{port}")
+        client = ApiClient.from_config(None, f"http://127.0.0.1:{port}")
         with pytest.raises(SilenceError):
             client.get("/", {}, 0.2)
 
@@ -483,7 +483,7 @@ def test_silence_before_the_headers() -> None:
 def test_nobody_listens_says_the_same_each_time() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    client = Client.from_config(None, f"http://127.0.0.1:{port}")
+    client = ApiClient.from_config(None, f"http://127.0.0.1:{port}")
     said = set()
     for _ in range(2):
         with pytest.raises(TransportError) as caught:
@@ -495,11 +495,11 @@ def test_nobody_listens_says_the_same_each_time() -> None:
 
 def test_redirects_are_answers() -> None:
     with scripted([b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n"]) as (port, _):
-        assert get(Client.from_config(None, f"http://127.0.0.1:{port}"))[0] == 302
+        assert get(ApiClient.from_config(None, f"http://127.0.0.1:{port}"))[0] == 302
 
 
-def close_while_reading(client: Client, params: dict[str, str], path: str = SERVICES) -> list[BaseException | None]:
-    response: Response = client.get(path, params, HANG)
+def close_while_reading(client: ApiClient, params: dict[str, str], path: str = SERVICES) -> list[BaseException | None]:
+    response: ApiResponse = client.get(path, params, HANG)
     ended: list[BaseException | None] = []
     lines = response.lines()
     next(lines)
@@ -528,12 +528,12 @@ def test_close_from_another_thread_ends_a_read(certificates: Path, tmp_path: Pat
     with ApiServer(tls=tls) as server:
         server.create(service("web", "10.96.7.1"))
         cluster = {"insecure-skip-tls-verify": True}
-        client = Client.from_config(kubeconfig(tmp_path / "config", server.url, {}, cluster))
+        client = ApiClient.from_config(kubeconfig(tmp_path / "config", server.url, {}, cluster))
         assert len(close_while_reading(client, {"watch": "1"})) == 1
 
 
 def test_connections_are_probed_while_idle(server: ApiServer, config: str) -> None:
-    client = Client.from_config(config)
+    client = ApiClient.from_config(config)
     options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
     with client.get(SERVICES, {"watch": "1"}, HANG) as response:
         sock = response._raw.connection.sock
@@ -555,8 +555,8 @@ def test_only_a_client_needs_http() -> None:
 
 def asking(config: str) -> str:
     return (
-        "from kproxy.kube.client.client import Client\n"
-        f"client = Client.from_config({config!r}); assert client.get({SERVICES!r}, {{}}, 20).read()"
+        "from kproxy.kube.client.client import ApiClient\n"
+        f"client = ApiClient.from_config({config!r}); assert client.get({SERVICES!r}, {{}}, 20).read()"
     )
 
 
@@ -579,8 +579,8 @@ PACKAGE_ONLY: list[dict[str, Any]] = [{"username": "me", "password": "secret"}, 
 @pytest.mark.parametrize("user", PACKAGE_ONLY)
 def test_what_is_not_plain_is_left_to_the_package(server: ApiServer, tmp_path: Path, user: dict[str, Any]) -> None:
     path = kubeconfig(tmp_path / "config", server.url, user)
-    assert find_plain(path, None, {}) is None
-    get(Client.from_config(path))
+    assert find_static_config(path, None, {}) is None
+    get(ApiClient.from_config(path))
     scheme = "Bearer" if "token" in user else "Basic"
     assert server.requests.all()[0].headers["Authorization"].startswith(scheme)
 
@@ -588,11 +588,11 @@ def test_what_is_not_plain_is_left_to_the_package(server: ApiServer, tmp_path: P
 def test_a_server_behind_a_proxy_of_the_environment_is_left_to_the_package(tmp_path: Path) -> None:
     config = kubeconfig(tmp_path / "config", "https://10.0.5.1:6443", {"token": "secret"})
     proxy = {"https_proxy": "http://proxy.example:3128"}
-    assert find_plain(config, None, {}) is not None
-    assert find_plain(config, None, proxy) is None
-    assert find_plain(config, None, proxy | {"NO_PROXY": "10.0.0.0/8"}) is not None
-    assert find_plain(config, "https://127.0.0.1:6443", proxy) is not None
-    assert find_plain(None, "https://10.0.5.1:6443", proxy) is None
+    assert find_static_config(config, None, {}) is not None
+    assert find_static_config(config, None, proxy) is None
+    assert find_static_config(config, None, proxy | {"NO_PROXY": "10.0.0.0/8"}) is not None
+    assert find_static_config(config, "https://127.0.0.1:6443", proxy) is not None
+    assert find_static_config(None, "https://10.0.5.1:6443", proxy) is None
 
 
 @pytest.mark.parametrize("user", [{"token": "secret"}, {"tokenFile": "token"}, {}])
@@ -601,9 +601,9 @@ def test_both_ways_send_the_same(
 ) -> None:
     (tmp_path / "token").write_text("secret\n")
     path = kubeconfig(tmp_path / "config", f"{server.url}/", user)
-    get(Client.from_config(path))
-    monkeypatch.setattr("kproxy.kube.client.client.find_plain", lambda *_, **__: None)
-    get(Client.from_config(path))
+    get(ApiClient.from_config(path))
+    monkeypatch.setattr("kproxy.kube.client.client.find_static_config", lambda *_, **__: None)
+    get(ApiClient.from_config(path))
     plain, package = (seen.headers for seen in server.requests.all())
     assert dict(plain) == dict(package)
 
@@ -611,4 +611,4 @@ def test_both_ways_send_the_same(
 def test_a_token_file_counts_more_than_a_token(server: ApiServer, tmp_path: Path) -> None:
     (tmp_path / "token").write_text("secret")
     user = {"tokenFile": "token", "token": "old"}
-    assert get(Client.from_config(kubeconfig(tmp_path / "config", server.url, user)))[0] == 200
+    assert get(ApiClient.from_config(kubeconfig(tmp_path / "config", server.url, user)))[0] == 200

@@ -11,13 +11,13 @@ from msgspec.structs import asdict, replace
 
 from kproxy.iptables.backend import IptablesBackend
 from kproxy.model.context import Context
-from kproxy.model.delta import Delete, Delta, Refused, Replace, Upsert
-from kproxy.model.store import Changed, Store
-from kproxy.model.sync_report import SyncError, SyncReport, Tally
+from kproxy.model.delta import Delete, Delta, Invalid, Replace, Upsert
+from kproxy.model.store import Store, StoreChange
+from kproxy.model.sync_report import ServiceCounts, SyncError, SyncReport
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Node, Service, ServicePort
 from kproxy.nftables.backend import NftablesBackend
-from kproxy.sync.family import Backend, FamilySync, Outcome
-from kproxy.sync.service_events import LINES_PER_SYNC, Notices
+from kproxy.sync.family import Backend, FamilySync, FamilySyncResult
+from kproxy.sync.service_events import LINES_PER_SYNC, ServiceEventListener
 from kproxy.sync.summary import PERIOD, Summary, synced_text
 from tests.fakekernel import FakeKernel
 from tests.faketable import FakeTable
@@ -51,7 +51,7 @@ class Cluster:
         for delta in deltas:
             self.family.note(self.store.apply(delta))
 
-    def sync(self, *objects: Service | EndpointSlice) -> Outcome:
+    def sync(self, *objects: Service | EndpointSlice) -> FamilySyncResult:
         self.take(*map(Upsert, objects))
         return self.family.sync(self.store)
 
@@ -98,7 +98,7 @@ def test_a_service_that_is_served_no_longer_gets_no_good_news(cluster: Cluster, 
 
 def test_a_new_service_may_wait_for_its_first_endpoint(cluster: Cluster) -> None:
     assert cluster.told(service("web")) == []
-    assert cluster.sync().tally == Tally(without_endpoints=1)
+    assert cluster.sync().tally == ServiceCounts(without_endpoints=1)
     assert cluster.told(slices("web", "node-1")) == []
     assert cluster.told(slices("web")) == [LOST]
 
@@ -127,17 +127,17 @@ def test_a_port_that_no_endpoint_has_is_named(cluster: Cluster) -> None:
 
 def test_policy_local_without_an_endpoint_here_is_counted_and_no_news(cluster: Cluster) -> None:
     found = cluster.sync(service("web", internal_local=True), slices("web", "node-2"))
-    assert (found.tally, found.notices) == (Tally(dropped=1), ())
-    assert cluster.sync(slices("web", "node-1")).tally == Tally()
+    assert (found.tally, found.notices) == (ServiceCounts(dropped=1), ())
+    assert cluster.sync(slices("web", "node-1")).tally == ServiceCounts()
 
 
 def test_all_conditions_are_counted(cluster: Cluster) -> None:
     cluster.take(Replace(Service, (service("a"), service("b", 2), service("c", 3)), (("ns", "bad"),), ignored=2))
     shared = {"external_ips": ("203.0.113.1",)}
     found = cluster.sync(service("b", 2, **shared), service("c", 3, **shared))
-    assert found.tally == Tally(without_endpoints=3, in_conflict=1, refused=1, ignored=2)
-    cluster.take(Refused(Service, "ns", "a"), Delete(Service, "ns", "bad"), Delete(Service, "ns", "b"))
-    assert cluster.sync().tally == Tally(without_endpoints=2, refused=1, ignored=2)
+    assert found.tally == ServiceCounts(without_endpoints=3, in_conflict=1, refused=1, ignored=2)
+    cluster.take(Invalid(Service, "ns", "a"), Delete(Service, "ns", "bad"), Delete(Service, "ns", "b"))
+    assert cluster.sync().tally == ServiceCounts(without_endpoints=2, refused=1, ignored=2)
 
 
 @pytest.mark.parametrize("mode", ["iptables", "nftables"])
@@ -188,13 +188,13 @@ def test_nothing_is_told_before_the_kernel_has_it() -> None:
 def test_warnings_become_events_and_many_at_once_are_not_all_named(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     events: list[tuple[str, str, str]] = []
-    notices = Notices(lambda *event: events.append(event))
+    notices = ServiceEventListener(lambda *event: events.append(event))
     cluster = Cluster("nftables")
     names = [f"s{number}" for number in range(LINES_PER_SYNC + 3)]
     for number, name in enumerate(names, 1):
         cluster.sync(service(name, number), slices(name, "node-1"))
     notices.queued(Family.IPV4, 0.0)
-    notices.changed(Service, Changed())
+    notices.changed(Service, StoreChange())
     notices.synced(report(cluster.sync(*(slices(name) for name in names))))
     assert [event[:2] for event in sorted(events)] == [(f"ns/{name}", "NoEndpoints") for name in sorted(names)]
     assert all(event[2].endswith(" has no endpoints: new connections are rejected") for event in events)
@@ -209,7 +209,7 @@ def test_warnings_become_events_and_many_at_once_are_not_all_named(caplog: pytes
     ]
 
 
-def report(outcome: Outcome) -> SyncReport:
+def report(outcome: FamilySyncResult) -> SyncReport:
     return SyncReport(family=Family.IPV4, began=0.0, ended=1.0, **asdict(outcome))
 
 
@@ -217,8 +217,8 @@ def report(outcome: Outcome) -> SyncReport:
 
 
 def test_the_line_about_a_sync_names_only_what_there_is() -> None:
-    assert synced_text(Family.IPV4, 5, 0.0042, Tally(), complete=True) == "IPv4: synced 5 services in 4 ms"
-    tally = Tally(without_endpoints=2, dropped=1, in_conflict=1, refused=1, ignored=1200)
+    assert synced_text(Family.IPV4, 5, 0.0042, ServiceCounts(), complete=True) == "IPv4: synced 5 services in 4 ms"
+    tally = ServiceCounts(without_endpoints=2, dropped=1, in_conflict=1, refused=1, ignored=1200)
     assert synced_text(Family.IPV6, 1, 1.26, tally, complete=False) == (
         "IPv6: synced 1 changed service in 1.3 s (2 without endpoints, 1 dropped by policy Local, 1 in conflict, "
         "1 refused as invalid, 1,200 ignored)"
@@ -228,8 +228,8 @@ def test_the_line_about_a_sync_names_only_what_there_is() -> None:
 def test_a_summary_tells_of_a_minute_from_its_first_sync_on() -> None:
     summary = Summary(Family.IPV4)
     assert (summary.wait(0.0), summary.take(0.0)) == (None, "")
-    summary.add(100.0, 1, 0.005, Tally(), complete=False)
-    summary.add(130.0, 20, 1.5, Tally(without_endpoints=1), complete=False)
+    summary.add(100.0, 1, 0.005, ServiceCounts(), complete=False)
+    summary.add(130.0, 20, 1.5, ServiceCounts(without_endpoints=1), complete=False)
     assert (summary.wait(130.0), summary.take(130.0)) == (PERIOD - 30, "")
     assert summary.wait(100.0 + PERIOD) == 0.0
     assert summary.take(100.0 + PERIOD) == (
@@ -253,9 +253,9 @@ def test_a_summary_tells_of_a_minute_from_its_first_sync_on() -> None:
 def test_syncs_of_all_services_do_not_count_as_changes(syncs: list[tuple[int, bool]], said: str) -> None:
     summary = Summary(Family.IPV4)
     for services, complete in syncs:
-        summary.add(0.0, services, 1.0, Tally(), complete=complete)
+        summary.add(0.0, services, 1.0, ServiceCounts(), complete=complete)
     assert summary.take(PERIOD) == f"IPv4: {said}, the longest took 1.0 s"
-    summary.add(PERIOD, 1, 1.0, Tally(), complete=False)
+    summary.add(PERIOD, 1, 1.0, ServiceCounts(), complete=False)
     assert summary.take(2 * PERIOD) == "IPv4: 1 sync in the last 60 s: 1 changed service, the longest took 1.0 s"
 
 
@@ -264,4 +264,4 @@ def test_at_the_start_all_services_may_wait_for_their_first_endpoint() -> None:
     cluster = Cluster("iptables")
     cluster.store.apply(Upsert(service("web")))
     assert cluster.told() == []
-    assert cluster.sync().tally == Tally(without_endpoints=1)
+    assert cluster.sync().tally == ServiceCounts(without_endpoints=1)

@@ -309,11 +309,11 @@ def test_cidrs_are_canonical() -> None:
 
 
 def test_unset_node_port_addresses_are_primary_in_nftables_mode_only() -> None:
-    assert load("").node_port_addresses_in_force == ()
-    assert load("mode: nftables").node_port_addresses_in_force == ("primary",)
-    assert load("mode: iptables\nnodePortAddresses: [primary]").node_port_addresses_in_force == ("primary",)
+    assert load("").effective_node_port_addresses == ()
+    assert load("mode: nftables").effective_node_port_addresses == ("primary",)
+    assert load("mode: iptables\nnodePortAddresses: [primary]").effective_node_port_addresses == ("primary",)
     chosen = load("mode: nftables\nnodePortAddresses: [10.0.0.0/8]")
-    assert chosen.node_port_addresses_in_force == ("10.0.0.0/8",)
+    assert chosen.effective_node_port_addresses == ("10.0.0.0/8",)
 
 
 def test_the_section_of_the_mode_is_in_force() -> None:
@@ -340,17 +340,17 @@ def test_only_an_empty_mode_leaves_it_open_and_it_is_written_as_it_was_read(text
 
 def test_what_depends_on_the_mode_is_not_known_before_it_is_chosen() -> None:
     config = load('mode: ""\niptables: {masqueradeBit: 1}\nnftables: {masqueradeBit: 2}\n')
-    for name in ("mode_in_force", "backend", "node_port_addresses_in_force"):
+    for name in ("effective_mode", "backend", "effective_node_port_addresses"):
         with pytest.raises(ValueError, match="no mode has been chosen yet"):
             getattr(config, name)
     iptables, nftables = config.resolved("iptables"), config.resolved("nftables")
-    assert (iptables.mode, iptables.backend.masquerade_bit, iptables.node_port_addresses_in_force) == (
+    assert (iptables.mode, iptables.backend.masquerade_bit, iptables.effective_node_port_addresses) == (
         "iptables",
         1,
         (),
     )
     assert (nftables.mode, nftables.backend.masquerade_bit) == ("nftables", 2)
-    assert nftables.node_port_addresses_in_force == ("primary",)
+    assert nftables.effective_node_port_addresses == ("primary",)
     assert as_document(nftables)["mode"] == "nftables"
 
 

@@ -15,10 +15,10 @@ import pytest
 
 from kproxy.config import load_config
 from kproxy.config import reload as watch
-from kproxy.config.reload import ConfigWatch
+from kproxy.config.reload import ConfigWatcher
 from kproxy.documents import watch as file_reading
 from kproxy.documents import watch as path_follower
-from kproxy.documents.watch import Reading
+from kproxy.documents.watch import PathSnapshot
 from kproxy.host.inotify import InotifyError
 
 HANG = 20.0
@@ -37,7 +37,7 @@ class Watched:
         self.calls: queue.Queue[str] = queue.Queue()
         load = partial(load_config, path=str(path))
         config, _ = load(loaded)
-        self.watch = ConfigWatch(str(path), loaded, config, load, lambda: self.calls.put("changed"))
+        self.watch = ConfigWatcher(str(path), loaded, config, load, lambda: self.calls.put("changed"))
         self.watch.start()
 
     def until_changed(self) -> None:
@@ -57,15 +57,15 @@ class Looks:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._contents: queue.Queue[bytes | None] = queue.Queue()
-        take = ConfigWatch._take
+        take = ConfigWatcher._take
 
-        def seen(self_: ConfigWatch, reading: Reading) -> bool:
+        def seen(self_: ConfigWatcher, reading: PathSnapshot) -> bool:
             goes_on = take(self_, reading)
             content = next(iter(reading.files.values()), None)
             self._contents.put(content if isinstance(content, bytes) else None)
             return goes_on
 
-        monkeypatch.setattr(ConfigWatch, "_take", seen)
+        monkeypatch.setattr(ConfigWatcher, "_take", seen)
 
     def until(self, content: bytes | None) -> None:
         """Wait until the watch has read this, None for nothing at all, and has acted on it."""

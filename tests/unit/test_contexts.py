@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kproxy.app.backends import Contexts
+from kproxy.app.backends import ContextFactory
 from kproxy.app.contexts import (
     interface_warning,
     local_traffic_warning,
@@ -245,7 +245,7 @@ def test_detection_by_interface_needs_no_cidr(family: Family) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_a_warning_is_logged_when_it_changes(mode: str, caplog: pytest.LogCaptureFixture) -> None:
     text = "hostnameOverride: node-1\ndetectLocalMode: NodeCIDR\nnodePortAddresses: [primary]"
-    contexts = Contexts(configured(mode, text), Family.IPV4, accounting=lambda: False, random_fully=True)
+    contexts = ContextFactory(configured(mode, text), Family.IPV4, accounting=lambda: False, random_fully=True)
     six, both = ("fd00:10::/64",), ("fd00:10::/64", "10.244.1.0/24")
     for pod_cidrs in (six, six, both, six):
         contexts.make(Node("node-1", addresses=("10.99.0.2",), pod_cidrs=pod_cidrs))

@@ -10,7 +10,7 @@ import pytest
 
 from kproxy.iptables.backend import CHANGED_FACTOR, IptablesBackend
 from kproxy.iptables.dispatch import SHARD_RULES
-from kproxy.iptables.names import Chain
+from kproxy.iptables.names import ChainName
 from kproxy.model.context import Context, LocalTraffic
 from kproxy.model.delta import Delete, Delta, Replace, Upsert
 from kproxy.model.store import Store
@@ -116,7 +116,7 @@ def rules_in(text: str) -> int:
 class Busy(FakeKernel):
     """A kernel that never tells how many rules a chain has, as somebody else changes rules all the time."""
 
-    def lengths(self, chains: Collection[Chain]) -> dict[Chain, int]:
+    def lengths(self, chains: Collection[ChainName]) -> dict[ChainName, int]:
         return {chain: 0 for chain in chains if not self.tables}
 
 

@@ -12,16 +12,16 @@ from msgspec.structs import replace
 from kproxy.app.contexts import make_context
 from kproxy.config import Config
 from kproxy.config.load import load_config
-from kproxy.iptables.backend import IptablesBackend, Printer
+from kproxy.iptables.backend import IptablesBackend, IptablesPrinter
 from kproxy.iptables.cleanup import cleanup
-from kproxy.iptables.names import DISPATCH, NAT_SERVICES, PORT_CHAIN_PREFIXES, Chain, is_shard
+from kproxy.iptables.names import DISPATCH, NAT_SERVICES, PORT_CHAIN_PREFIXES, ChainName, is_shard
 from kproxy.iptables.save_restore import parse_save
 from kproxy.model.context import Context
 from kproxy.model.delta import Delete, Upsert
 from kproxy.model.plan import plan_service
 from kproxy.model.sync_report import SyncError
 from kproxy.model.types import EndpointSlice, Family, Node, Service, ServicePort
-from kproxy.simulate.iptables import Iptables
+from kproxy.simulate.iptables import IptablesSimulator
 from kproxy.sync.family import FamilySync
 from tests.fakekernel import FakeKernel
 from tests.packets.expectation import describe
@@ -51,15 +51,19 @@ def objects(count: int) -> Iterator[Service | EndpointSlice]:
         yield a_slice(1, 2, owner=f"web{number}")
 
 
-def split(proxy: Proxy) -> set[Chain]:
+def split(proxy: Proxy) -> set[ChainName]:
     """The dispatch chains of the kernel that are split, told by where they jump to."""
     tables = proxy.kernel.tables
     jumps = {chain: [rule.rpartition("-j ")[2] for rule in tables[chain.table][chain.name]] for chain in DISPATCH}
-    return {chain for chain, targets in jumps.items() if any(is_shard(Chain(chain.table, each)) for each in targets)}
+    return {
+        chain for chain, targets in jumps.items() if any(is_shard(ChainName(chain.table, each)) for each in targets)
+    }
 
 
 def shards(proxy: Proxy) -> list[str]:
-    return [name for table, chains in proxy.kernel.tables.items() for name in chains if is_shard(Chain(table, name))]
+    return [
+        name for table, chains in proxy.kernel.tables.items() for name in chains if is_shard(ChainName(table, name))
+    ]
 
 
 @pytest.fixture
@@ -74,7 +78,7 @@ def large() -> Proxy:
 def dispatch_written(lines: list[str]) -> set[str]:
     """The dispatch chains and shards that were written, and neither are nor were of a service port."""
     fixed = {chain.name for chain in DISPATCH}
-    return {name for name in written(lines) if name in fixed or is_shard(Chain("nat", name))}
+    return {name for name in written(lines) if name in fixed or is_shard(ChainName("nat", name))}
 
 
 def test_the_threshold_is_what_a_flat_chain_may_hold() -> None:
@@ -146,13 +150,13 @@ def test_the_rules_are_counted_as_the_kernel_has_them() -> None:
 # From flat to split and back.
 
 
-def states(kernel: Watched) -> list[dict[Chain, str]]:
+def states(kernel: Watched) -> list[dict[ChainName, str]]:
     """What each commit left in table nat in dispatch chains and shards."""
     return [
         {
             chain: "\n".join(f"-A {name} {rule}" for rule in rules)
             for name, rules in state.items()
-            if (chain := Chain("nat", name)) in DISPATCH or is_shard(chain)
+            if (chain := ChainName("nat", name)) in DISPATCH or is_shard(chain)
         }
         for state in kernel.states
     ]
@@ -183,7 +187,7 @@ def test_no_packet_misses_its_service_while_the_threshold_is_crossed(block_rules
             for number in range(0, min(have, wanted), 5):
                 (hit,) = Walk(state, NAT_SERVICES, int(ip_address(web(number).cluster_ips[0]))).hit
                 assert f'"ns/web{number}:http cluster IP"' in hit
-                (hit,) = Walk(state, Chain("nat", "KUBE-NODEPORTS"), 30000 + number, "tcp").hit
+                (hit,) = Walk(state, ChainName("nat", "KUBE-NODEPORTS"), 30000 + number, "tcp").hit
                 assert f'"ns/web{number}:http"' in hit
                 assert len(whole[hit.rpartition("-j ")[2]]) == 2
 
@@ -219,7 +223,9 @@ def test_a_refusal_amid_the_crossing_is_made_good(refused: int) -> None:
 
 def test_cleaning_up_leaves_no_shard(large: Proxy) -> None:
     large.put(web(0, health_check_node_port=32000), *(a_slice(owner=f"web{number}") for number in range(60)))
-    assert {table for table in ("nat", "filter") for name in large.kernel.tables[table] if is_shard(Chain(table, name))}
+    assert {
+        table for table in ("nat", "filter") for name in large.kernel.tables[table] if is_shard(ChainName(table, name))
+    }
     for change in cleanup(parse_save(large.kernel.dump()), block_rules=30):
         large.kernel.restore(change.text())
     assert [name for chains in large.kernel.tables.values() for name in chains if name.startswith("KUBE-")] == [
@@ -234,7 +240,7 @@ def test_kube_proxy_can_take_over(large: Proxy) -> None:
     known = ["KUBE-SERVICES", "KUBE-NODEPORTS"]
     emptied = "".join(f":{name} - [0:0]\n" for name in (*known, *stale))
     large.kernel.restore(f"*nat\n{emptied}" + "".join(f"-X {name}\n" for name in stale) + "COMMIT\n")
-    assert not [name for name in large.kernel.tables["nat"] if is_shard(Chain("nat", name))]
+    assert not [name for name in large.kernel.tables["nat"] if is_shard(ChainName("nat", name))]
     again = Proxy(large.kernel, dispatch_threshold=0, context=UNCOUNTED)
     again.put(*objects(3))
     assert shards(again) == []
@@ -263,7 +269,9 @@ def our_rules(scenario: str, dispatch_threshold: int) -> dict[Family, FakeKernel
     for family in Family:
         kernel = FakeKernel()
         context = partial(context_of, config, family)
-        FamilySync(Printer(kernel.restore, dispatch_threshold=dispatch_threshold), context).sync(store(scenario))
+        FamilySync(IptablesPrinter(kernel.restore, dispatch_threshold=dispatch_threshold), context).sync(
+            store(scenario)
+        )
         found[family] = kernel
     return found
 
@@ -276,7 +284,7 @@ def context_of(config: Config, family: Family, node: Node | None) -> Context:
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_every_packet_of_the_table_has_the_same_fate_in_split_chains(scenario: str) -> None:
     kernels = our_rules(scenario, 1)
-    rules = {family: Iptables("".join(kernel.dump()), family) for family, kernel in kernels.items()}
+    rules = {family: IptablesSimulator("".join(kernel.dump()), family) for family, kernel in kernels.items()}
     fates: dict[Row, str] = {}
     for row in TABLE:
         if row.scenario == scenario:
@@ -288,6 +296,6 @@ def test_the_table_goes_through_shards_of_every_chain() -> None:
     found = set()
     for scenario in SCENARIOS:
         for kernel in our_rules(scenario, 1).values():
-            names = {Chain(table, name) for table, chains in kernel.tables.items() for name in chains}
+            names = {ChainName(table, name) for table, chains in kernel.tables.items() for name in chains}
             found |= {(chain.table, chain.name.split("-")[1]) for chain in names if is_shard(chain)}
     assert found >= {("nat", "SVC"), ("nat", "EXT"), ("filter", "SVC"), ("filter", "EXT"), ("filter", "FW")}

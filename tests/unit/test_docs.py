@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import kproxy
 from kproxy.cli.main import main
 from kproxy.model.types import Family
-from kproxy.serve.http import Request
+from kproxy.serve.http import HttpRequest
 from kproxy.serve.metric_definitions import INVALID_DROPPED, LOCALHOST_ACCEPTED
 from kproxy.serve.metrics import Metrics
 from tests import module_table
@@ -161,7 +161,7 @@ def metrics() -> frozenset[str]:
     for mode in ("iptables", "nftables"):
         counters = {INVALID_DROPPED: lambda: 1, LOCALHOST_ACCEPTED: lambda: 1}
         page = Metrics(mode, tuple(Family), counters, wall=lambda: 0.0).page(
-            Request("GET", "/metrics", {}, persistent=False)
+            HttpRequest("GET", "/metrics", {}, persistent=False)
         )
         for family in text_string_to_metric_families(page.body.decode()):
             endings = {"counter": ("_total",), "histogram": ("", "_bucket", "_sum", "_count")}

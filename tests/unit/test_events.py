@@ -12,10 +12,10 @@ from kproxy.kube.events.correlator import (
     MOST_REMEMBERED,
     REFILL_SECONDS,
     WINDOW,
-    EventRules,
-    Occurrence,
-    Reference,
-    Report,
+    EventCorrelator,
+    EventOccurrence,
+    EventReport,
+    ObjectReference,
     TokenBucket,
     event_object,
     event_path,
@@ -24,7 +24,7 @@ from kproxy.kube.events.correlator import (
     service_reference,
     verdict,
 )
-from kproxy.kube.events.recorder import NullRecorder, Recorder
+from kproxy.kube.events.recorder import EventSink, NullRecorder
 from tests.apiserver.events import event_problems
 
 NOON = 1_767_268_800 * 10**9
@@ -33,16 +33,18 @@ NOON = 1_767_268_800 * 10**9
 WEB = service_reference("demo/web")
 
 
-def occurrence(note: str = "port 30000 is in use", *, at: float = 0.0, regarding: Reference = WEB) -> Occurrence:
+def occurrence(
+    note: str = "port 30000 is in use", *, at: float = 0.0, regarding: ObjectReference = WEB
+) -> EventOccurrence:
     wall = NOON + int(at * 10**9)
-    return Occurrence(regarding, "Warning", "FailedToStartServiceHealthcheck", "Listen", note, at, wall)
+    return EventOccurrence(regarding, "Warning", "FailedToStartServiceHealthcheck", "Listen", note, at, wall)
 
 
-def report(latest: Occurrence) -> Report:
-    return Report(latest, latest.wall, 1)
+def report(latest: EventOccurrence) -> EventReport:
+    return EventReport(latest, latest.wall, 1)
 
 
-def admitted(rules: EventRules, *occurrences: Occurrence) -> list[tuple[str, int]]:
+def admitted(rules: EventCorrelator, *occurrences: EventOccurrence) -> list[tuple[str, int]]:
     reports = (rules.admit(each) for each in occurrences)
     return [(each.latest.note, each.count) for each in reports if each]
 
@@ -51,7 +53,9 @@ def admitted(rules: EventRules, *occurrences: Occurrence) -> list[tuple[str, int
 
 
 def test_the_start_is_an_event_of_the_node_as_kube_proxy_writes_it() -> None:
-    started = Occurrence(node_reference("node-1"), "Normal", "Starting", "StartKubeProxy", "", 5.0, NOON + 123_456_789)
+    started = EventOccurrence(
+        node_reference("node-1"), "Normal", "Starting", "StartKubeProxy", "", 5.0, NOON + 123_456_789
+    )
     assert event_path(started.regarding) == "/apis/events.k8s.io/v1/namespaces/default/events"
     assert event_object(report(started), "node-1") == {
         "apiVersion": "events.k8s.io/v1",
@@ -82,7 +86,7 @@ def test_an_event_of_a_service_is_in_its_namespace() -> None:
 
 
 def test_a_repeated_event_says_how_often_and_since_when() -> None:
-    event = event_object(Report(occurrence(at=60.5), NOON, 3), "node-1")
+    event = event_object(EventReport(occurrence(at=60.5), NOON, 3), "node-1")
     assert event["eventTime"] == "2026-01-01T12:00:00.000000Z"
     assert event["series"] == {"count": 3, "lastObservedTime": "2026-01-01T12:01:00.500000Z"}
     assert event["metadata"]["name"] == f"web.{NOON + 60_500_000_000:x}"
@@ -116,7 +120,7 @@ def test_a_long_name_is_cut_where_a_name_may_end() -> None:
     wall=st.integers(0, 2**63 - 1),
 )
 def test_the_api_server_accepts_every_event(name: str, note: str, wall: int) -> None:
-    started = Occurrence(node_reference(name), "Normal", "Starting", "StartKubeProxy", note, 0.0, wall)
+    started = EventOccurrence(node_reference(name), "Normal", "Starting", "StartKubeProxy", note, 0.0, wall)
     event = event_object(report(started), name)
     assert event_problems(msgspec.json.decode(msgspec.json.encode(event))) == []
 
@@ -125,14 +129,14 @@ def test_the_api_server_accepts_every_event(name: str, note: str, wall: int) -> 
 
 
 def test_the_same_event_is_written_once_in_a_while_and_then_counted() -> None:
-    rules = EventRules()
+    rules = EventCorrelator()
     assert admitted(rules, occurrence(at=0), occurrence(at=1), occurrence(at=WINDOW - 0.1)) == [
         ("port 30000 is in use", 1)
     ]
     again = rules.admit(occurrence(at=WINDOW))
-    assert again == Report(occurrence(at=WINDOW), first_wall=NOON + 10**9, count=3)
+    assert again == EventReport(occurrence(at=WINDOW), first_wall=NOON + 10**9, count=3)
     assert rules.admit(occurrence(at=2 * WINDOW - 0.1)) is None
-    assert rules.admit(occurrence(at=3 * WINDOW)) == Report(
+    assert rules.admit(occurrence(at=3 * WINDOW)) == EventReport(
         occurrence(at=3 * WINDOW), first_wall=occurrence(at=2 * WINDOW - 0.1).wall, count=2
     )
 
@@ -148,7 +152,7 @@ def test_the_same_event_is_written_once_in_a_while_and_then_counted() -> None:
     ],
 )
 def test_what_differs_in_anything_but_the_moment_is_another_event(change: dict[str, object]) -> None:
-    rules = EventRules()
+    rules = EventCorrelator()
     assert rules.admit(occurrence())
     other = rules.admit(msgspec.structs.replace(occurrence(at=1), **change))
     assert other
@@ -156,7 +160,7 @@ def test_what_differs_in_anything_but_the_moment_is_another_event(change: dict[s
 
 
 def test_all_events_together_are_not_written_faster_than_allowed() -> None:
-    rules = EventRules()
+    rules = EventCorrelator()
     crowd = [occurrence(f"note {number}") for number in range(BURST + 10)]
     assert admitted(rules, *crowd) == [(each.note, 1) for each in crowd[:BURST]]
     late = [occurrence(f"late {number}", at=REFILL_SECONDS) for number in range(3)]
@@ -164,14 +168,14 @@ def test_all_events_together_are_not_written_faster_than_allowed() -> None:
 
 
 def test_an_event_that_was_held_back_is_written_when_it_happens_again() -> None:
-    rules = EventRules()
+    rules = EventCorrelator()
     admitted(rules, *(occurrence(f"note {number}") for number in range(BURST)))
     assert admitted(rules, occurrence("held"), occurrence("held", at=1)) == []
     assert admitted(rules, occurrence("held", at=REFILL_SECONDS)) == [("held", 3)]
 
 
 def test_what_is_remembered_is_bounded_and_the_longest_unseen_goes_first() -> None:
-    rules = EventRules()
+    rules = EventCorrelator()
     crowd = [occurrence(f"note {number}") for number in range(MOST_REMEMBERED)]
     assert len(admitted(rules, *crowd)) == BURST
     assert admitted(rules, occurrence("note 0", at=1), occurrence("one more", at=2)) == []
@@ -216,5 +220,5 @@ def test_what_a_status_means(status: int, meaning: str) -> None:
 
 
 def test_without_an_api_server_events_go_nowhere() -> None:
-    recorder: Recorder = NullRecorder()
+    recorder: EventSink = NullRecorder()
     recorder.event(WEB, "Normal", "Starting", "StartKubeProxy", "")

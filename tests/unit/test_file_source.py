@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from kproxy.documents import watch as file_reading
 from kproxy.documents import watch as path_follower
 from kproxy.documents.document import FileProblem
-from kproxy.documents.watch import Reading, SettledReader, places_of, read_files
+from kproxy.documents.watch import PathSnapshot, SettledReader, places_of, read_files
 from kproxy.host.inotify import Inotify, InotifyError
 from kproxy.kube.manifests import file_source
-from kproxy.kube.manifests.file_source import FileSource, FileSourceError, Following
+from kproxy.kube.manifests.file_source import FileSource, FileSourceError, ManifestState
 from kproxy.kube.manifests.parse import load_objects, parse_file
 from kproxy.model.delta import Delta, Kind, Replace
 from kproxy.model.types import EndpointSlice, Node, Service, ServiceCIDR
@@ -388,60 +388,60 @@ BROKEN = b"a: ["
 
 
 def test_nothing_is_handed_on_before_all_files_are_good() -> None:
-    following = Following()
-    first = following.take(Reading({"a.yaml": GOOD, "b.yaml": BROKEN}))
+    following = ManifestState()
+    first = following.take(PathSnapshot({"a.yaml": GOOD, "b.yaml": BROKEN}))
     assert (first.replacements, len(first.problems)) == ((), 1)
     # a.yaml was good, but is not now: what it was does not count yet
-    second = following.take(Reading({"a.yaml": BROKEN, "b.yaml": text(service("b"))}))
+    second = following.take(PathSnapshot({"a.yaml": BROKEN, "b.yaml": text(service("b"))}))
     assert (second.replacements, len(second.problems)) == ((), 1)
-    third = following.take(Reading({"a.yaml": GOOD, "b.yaml": text(service("b"))}))
+    third = following.take(PathSnapshot({"a.yaml": GOOD, "b.yaml": text(service("b"))}))
     assert names(third.replacements) == [["a", "b"], [], [], []]
 
 
 def test_a_file_that_breaks_stays_in_force_as_it_was_and_others_are_followed() -> None:
-    following = Following()
-    following.take(Reading({"a.yaml": GOOD, "b.yaml": text(service("b"))}))
-    broken = following.take(Reading({"a.yaml": BROKEN, "b.yaml": text(service("b2"))}))
+    following = ManifestState()
+    following.take(PathSnapshot({"a.yaml": GOOD, "b.yaml": text(service("b"))}))
+    broken = following.take(PathSnapshot({"a.yaml": BROKEN, "b.yaml": text(service("b2"))}))
     assert names(broken.replacements)[0] == ["a", "b2"]
     assert [problem.path for problem in broken.problems] == ["a.yaml"]
     unreadable = FileProblem("a.yaml", "cannot be read")
-    still = following.take(Reading({"a.yaml": unreadable, "b.yaml": text(service("b3"))}))
+    still = following.take(PathSnapshot({"a.yaml": unreadable, "b.yaml": text(service("b3"))}))
     assert names(still.replacements)[0] == ["a", "b3"]
     assert still.problems == (unreadable,)
-    gone = following.take(Reading({"b.yaml": text(service("b3"))}))
+    gone = following.take(PathSnapshot({"b.yaml": text(service("b3"))}))
     assert names(gone.replacements)[0] == ["b3"]
 
 
 def test_a_new_file_that_is_broken_counts_as_absent() -> None:
-    following = Following()
-    following.take(Reading({"a.yaml": GOOD}))
-    update = following.take(Reading({"a.yaml": GOOD, "new.yaml": BROKEN}))
+    following = ManifestState()
+    following.take(PathSnapshot({"a.yaml": GOOD}))
+    update = following.take(PathSnapshot({"a.yaml": GOOD, "new.yaml": BROKEN}))
     assert update.replacements == ()
     assert len(update.problems) == 1
 
 
 def test_when_only_broken_files_are_left_everything_stays() -> None:
-    following = Following()
-    following.take(Reading({"a.yaml": GOOD}))
-    assert following.take(Reading({"new.yaml": b""})).replacements == ()
-    update = following.take(Reading({"new.yaml": text(service("b"))}))
+    following = ManifestState()
+    following.take(PathSnapshot({"a.yaml": GOOD}))
+    assert following.take(PathSnapshot({"new.yaml": b""})).replacements == ()
+    update = following.take(PathSnapshot({"new.yaml": text(service("b"))}))
     assert names(update.replacements)[0] == ["b"]
 
 
 def test_what_changes_nothing_is_not_handed_on() -> None:
-    following = Following()
-    assert following.take(Reading({"a.yaml": GOOD})).replacements
-    assert not following.take(Reading({"a.yaml": GOOD})).replacements
-    assert not following.take(Reading({"a.yaml": GOOD + b"# a comment\n"})).replacements
-    assert following.take(Reading({"a.yaml": text(service("b"))})).replacements
+    following = ManifestState()
+    assert following.take(PathSnapshot({"a.yaml": GOOD})).replacements
+    assert not following.take(PathSnapshot({"a.yaml": GOOD})).replacements
+    assert not following.take(PathSnapshot({"a.yaml": GOOD + b"# a comment\n"})).replacements
+    assert following.take(PathSnapshot({"a.yaml": text(service("b"))})).replacements
 
 
 def test_without_any_file_everything_stays_but_an_empty_list_is_honoured() -> None:
-    following = Following()
-    following.take(Reading({"a.yaml": GOOD}))
+    following = ManifestState()
+    following.take(PathSnapshot({"a.yaml": GOOD}))
     trouble = FileProblem("objects", "no object files here")
-    assert following.take(Reading({}, trouble)) == file_source.Update(problems=(trouble,))
-    emptied = following.take(Reading({"a.yaml": b"kind: List\nitems: []\n"}))
+    assert following.take(PathSnapshot({}, trouble)) == file_source.ManifestUpdate(problems=(trouble,))
+    emptied = following.take(PathSnapshot({"a.yaml": b"kind: List\nitems: []\n"}))
     assert names(emptied.replacements) == [[], [], [], []]
     assert not emptied.problems
 
@@ -690,7 +690,7 @@ class Reader:
     def __init__(self, path: Path, notices: Inotify) -> None:
         self.wake = os.eventfd(0)
         self.reader = SettledReader(str(path), notices, self.wake)
-        self.found: queue.Queue[Reading] = queue.Queue()
+        self.found: queue.Queue[PathSnapshot] = queue.Queue()
 
     def read_after_wait(self) -> threading.Thread:
         def read() -> None:
@@ -713,7 +713,7 @@ def test_a_reading_waits_for_the_end_of_a_write(tmp_path: Path, monkeypatch: pyt
 
     path = tmp_path / "a.yaml"
     path.write_bytes(GOOD)
-    found: queue.Queue[Reading] = queue.Queue()
+    found: queue.Queue[PathSnapshot] = queue.Queue()
     wake = os.eventfd(0)
     with Inotify() as notices:
         reader = Observed(str(tmp_path), notices, wake)

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from kproxy.model.context import Context
-from kproxy.model.plan import Decision, ServicePortPlan
+from kproxy.model.plan import ServicePortPlan, TrafficDecision
 from kproxy.model.sync_report import SyncReport
 from kproxy.model.types import Family
-from kproxy.model.udp_flows import UdpFrontends, takes_node_ports, udp_frontends
-from kproxy.sync.conntrack import Cleaning, ConntrackCleaner
+from kproxy.model.udp_flows import UdpFrontends, accepts_node_ports, udp_frontends
+from kproxy.sync.conntrack import ConntrackCleaner, ConntrackCleanup
 
 A, B, C = "10.244.1.1:53", "10.244.1.2:53", "10.244.2.3:53"
 DNS = "10.96.0.10:53"
@@ -41,8 +41,8 @@ def plan(*endpoints: str, **fields: Any) -> ServicePortPlan:
         "affinity_seconds": 0,
         "internal_local": False,
         "external_local": False,
-        "internal": Decision.FORWARD if endpoints else Decision.REJECT,
-        "external": Decision.FORWARD if endpoints else Decision.REJECT,
+        "internal": TrafficDecision.FORWARD if endpoints else TrafficDecision.REJECT,
+        "external": TrafficDecision.FORWARD if endpoints else TrafficDecision.REJECT,
         "cluster_endpoints": endpoints,
         "local_endpoints": (),
         "known_endpoints": len(endpoints),
@@ -94,7 +94,7 @@ def test_without_endpoints_everything_is_stale() -> None:
 HERE: dict[str, Any] = {"internal_local": True, "external_local": True, "node_port": 30053, "vips": ("203.0.113.2",)}
 """A Service that only endpoints on this node serve, by its ClusterIP, its NodePort and its load balancer."""
 
-ELSEWHERE: dict[str, Any] = {"internal": Decision.DROP, "external": Decision.DROP}
+ELSEWHERE: dict[str, Any] = {"internal": TrafficDecision.DROP, "external": TrafficDecision.DROP}
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ ELSEWHERE: dict[str, Any] = {"internal": Decision.DROP, "external": Decision.DRO
             {"vips": ("203.0.113.2",), "source_ranges": ("198.51.100.0/24", "192.0.2.0/24")},
             "203.0.113.2:53",
         ),
-        ({"internal": Decision.REJECT, "cluster_endpoints": ()}, {}, DNS),
+        ({"internal": TrafficDecision.REJECT, "cluster_endpoints": ()}, {}, DNS),
     ],
     ids=[
         "a-pod-comes-here:cluster-ip",
@@ -282,7 +282,7 @@ def test_an_address_comes_before_the_node_port_on_it() -> None:
     ],
 )
 def test_where_node_ports_answer(context: Context, address: str, expected: bool) -> None:
-    assert takes_node_ports(context, address, lambda: {OWN, "127.0.0.1", "::1"}) is expected
+    assert accepts_node_ports(context, address, lambda: {OWN, "127.0.0.1", "::1"}) is expected
 
 
 # What a frontend's endpoints are.
@@ -384,7 +384,7 @@ class Bench:
 
     def __init__(self, *flows: Flow) -> None:
         self.table = Table(*flows)
-        self.told: list[Cleaning] = []
+        self.told: list[ConntrackCleanup] = []
         self.asked: list[Family] = []
         ticks = iter(range(1000))
         self._cleaner = ConntrackCleaner(
@@ -408,7 +408,7 @@ def test_a_first_sync_deletes_what_died_before() -> None:
     bench = Bench((DNS, A), (DNS, B))
     bench.synced(plan(A), complete=True)
     assert bench.table.flows == {(DNS, A)}
-    assert bench.told == [Cleaning(Family.IPV4, deleted=1, seconds=1.0)]
+    assert bench.told == [ConntrackCleanup(Family.IPV4, deleted=1, seconds=1.0)]
 
 
 def test_a_sync_without_stale_flows_costs_nothing() -> None:
@@ -452,7 +452,7 @@ def test_what_could_not_be_deleted_is_deleted_after_the_next_sync(caplog: pytest
     bench.table.error = None
     bench.synced(plan(B))
     assert bench.table.flows == set()
-    assert bench.told[-1] == Cleaning(Family.IPV4, deleted=1, seconds=1.0)
+    assert bench.told[-1] == ConntrackCleanup(Family.IPV4, deleted=1, seconds=1.0)
 
 
 def test_a_new_trouble_is_told_again(caplog: pytest.LogCaptureFixture) -> None:

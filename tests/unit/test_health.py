@@ -9,21 +9,21 @@ from typing import Any
 import pytest
 
 from kproxy.model.context import Context
-from kproxy.model.sync_report import SyncReport, Written
+from kproxy.model.sync_report import ApplyResult, SyncReport
 from kproxy.model.types import Family, Node
 from kproxy.serve.health import NANO, Health, HealthPages, rfc3339
-from kproxy.serve.http import Request, encode
+from kproxy.serve.http import HttpRequest, encode
 from tests.recordings import GOLDEN, SCENARIOS
 
 V4, V6 = Family.IPV4, Family.IPV6
 TIMEOUT = 60.0
-REQUEST = Request("GET", "/", {}, persistent=True)
+REQUEST = HttpRequest("GET", "/", {}, persistent=True)
 EPOCH = 1795218460 * NANO
 TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{0,8}[1-9])?Z")
 
 
 def report(family: Family, ended: float = 0.0, error: str = "") -> SyncReport:
-    return SyncReport(family, ended, ended, True, {}, Context(family, "node-1"), Written({}, {}), error)
+    return SyncReport(family, ended, ended, True, {}, Context(family, "node-1"), ApplyResult({}, {}), error)
 
 
 class Scene:
@@ -186,7 +186,7 @@ def test_probes_are_counted(scene: Scene) -> None:
 @pytest.mark.parametrize(("path", "status"), [("/healthz", 200), ("/livez", 200), ("/", 404), ("/healthz/", 404)])
 def test_the_port_has_two_pages(scene: Scene, path: str, status: int) -> None:
     scene.succeed()
-    assert scene.pages.handler(Request("GET", path, {}, persistent=True)).status == status
+    assert scene.pages.handler(HttpRequest("GET", path, {}, persistent=True)).status == status
 
 
 @pytest.mark.parametrize(

@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 
 from kproxy.model.types import Family, Node
-from kproxy.serve.http import MAX_HEAD, Request, RequestError, Response, plain, take_request
-from kproxy.serve.server import Address, HttpServer, listen, parse_address
-from kproxy.serve.status_server import Serving, ServingError
+from kproxy.serve.http import MAX_HEAD, HttpRequest, HttpResponse, RequestError, plain, take_request
+from kproxy.serve.server import HttpServer, ListenAddress, listen, parse_address
+from kproxy.serve.status_server import ListenError, StatusServer
 from tests.lab.attempts import Attempts
 from tests.lab.waiting import HANG_GUARD, wait_until
 from tests.ports import free_port, get
 
-LOOPBACK = Address("127.0.0.1", 0)
+LOOPBACK = ListenAddress("127.0.0.1", 0)
 
 
 class Clock:
@@ -36,7 +36,7 @@ class Clock:
         return self.now
 
 
-def echo(request: Request) -> Response:
+def echo(request: HttpRequest) -> HttpResponse:
     return plain(200, f"{request.method} {request.path}")
 
 
@@ -53,7 +53,7 @@ def server(clock: Clock) -> Iterator[HttpServer]:
     found.stop()
 
 
-def opened(server: HttpServer, handler: Callable[[Request], Response] = echo) -> socket.socket:
+def opened(server: HttpServer, handler: Callable[[HttpRequest], HttpResponse] = echo) -> socket.socket:
     """A port that the server listens on."""
     listener = listen(LOOPBACK)
     server.call(lambda: server.add(listener, handler))
@@ -184,7 +184,7 @@ def test_a_request_in_pieces(server: HttpServer) -> None:
 
 def test_a_large_answer_to_a_slow_reader(server: HttpServer) -> None:
     body = os.urandom(1 << 24)
-    listener = opened(server, lambda _: Response(200, (), body))
+    listener = opened(server, lambda _: HttpResponse(200, (), body))
     quick = opened(server)
     connection = HTTPConnection("127.0.0.1", port_of(listener), timeout=HANG_GUARD)
     connection.request("GET", "/")
@@ -204,7 +204,7 @@ def test_a_body_is_not_read_and_the_answer_arrives_nevertheless(server: HttpServ
 
 
 def test_a_handler_that_fails_harms_only_its_answer(server: HttpServer) -> None:
-    def fail(_: Request) -> Response:
+    def fail(_: HttpRequest) -> HttpResponse:
         raise KeyError("bug")
 
     response, body = get(port_of(opened(server, fail)))
@@ -331,7 +331,7 @@ def test_a_removed_port_takes_its_clients_with_it(server: HttpServer) -> None:
     settled(server)  # clients go first, then the port
     with pytest.raises(ConnectionRefusedError):
         get(port)
-    listen(Address("127.0.0.1", port)).close()  # free again
+    listen(ListenAddress("127.0.0.1", port)).close()  # free again
     assert get(port_of(other))[0].status == 200
 
 
@@ -366,22 +366,22 @@ def test_a_server_that_never_started_lets_go_of_its_ports(clock: Clock) -> None:
     port = port_of(listener)
     server.add(listener, echo)
     server.stop()
-    listen(Address("127.0.0.1", port)).close()
+    listen(ListenAddress("127.0.0.1", port)).close()
 
 
 @pytest.mark.parametrize(
     ("address", "hosts"),
     [
-        (Address("127.0.0.1", 0), {"127.0.0.1"}),
-        (Address("::1", 0), {"::1"}),
-        (Address("0.0.0.0", 0), {"127.0.0.1", "::1"}),
-        (Address("::", 0), {"127.0.0.1", "::1"}),
-        (Address("", 0), {"127.0.0.1", "::1"}),
-        (Address("0.0.0.0", 0, one_family=True), {"127.0.0.1"}),
-        (Address("::", 0, one_family=True), {"::1"}),
+        (ListenAddress("127.0.0.1", 0), {"127.0.0.1"}),
+        (ListenAddress("::1", 0), {"::1"}),
+        (ListenAddress("0.0.0.0", 0), {"127.0.0.1", "::1"}),
+        (ListenAddress("::", 0), {"127.0.0.1", "::1"}),
+        (ListenAddress("", 0), {"127.0.0.1", "::1"}),
+        (ListenAddress("0.0.0.0", 0, one_family=True), {"127.0.0.1"}),
+        (ListenAddress("::", 0, one_family=True), {"::1"}),
     ],
 )
-def test_addresses_mean_what_they_mean_to_go(server: HttpServer, address: Address, hosts: set[str]) -> None:
+def test_addresses_mean_what_they_mean_to_go(server: HttpServer, address: ListenAddress, hosts: set[str]) -> None:
     listener = listen(address)
     port = port_of(listener)
     server.call(lambda: server.add(listener, echo))
@@ -396,12 +396,12 @@ def test_addresses_mean_what_they_mean_to_go(server: HttpServer, address: Addres
 
 
 def test_addresses_as_the_configuration_writes_them() -> None:
-    assert parse_address("0.0.0.0:10256") == Address("0.0.0.0", 10256)
-    assert parse_address("[::1]:10249") == Address("::1", 10249)
+    assert parse_address("0.0.0.0:10256") == ListenAddress("0.0.0.0", 10256)
+    assert parse_address("[::1]:10249") == ListenAddress("::1", 10249)
 
 
-def serving(**more: Any) -> Serving:
-    return Serving(
+def serving(**more: Any) -> StatusServer:
+    return StatusServer(
         (Family.IPV4,),
         **{
             "mode": "iptables",
@@ -479,7 +479,7 @@ def test_a_port_that_must_be_there(name: str) -> None:
         address = f"127.0.0.1:{port_of(taken)}"
         found = serving(hard_fail=True, **{f"{name}_address": address})
         message = f"{name}BindAddress {address}: cannot listen: Address already in use"
-        with pytest.raises(ServingError, match=f"^{message}$"):
+        with pytest.raises(ListenError, match=f"^{message}$"):
             found.start()
         found.stop()
 

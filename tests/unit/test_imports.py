@@ -134,3 +134,13 @@ def test_no_modules_import_each_other() -> None:
     while leaves := {module for module, used in graph.items() if not used & graph.keys()}:
         graph = {module: used for module, used in graph.items() if module not in leaves}
     assert sorted(graph) == [], "these are in a circle, or import somebody who is"
+
+
+def test_class_names_are_unique() -> None:
+    classes = [
+        node.name
+        for path in MODULES.values()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    ]
+    assert sorted(name for name in set(classes) if classes.count(name) > 1) == []

@@ -15,7 +15,7 @@ from kproxy.iptables.names import (
     NAT_NODEPORTS,
     NAT_SERVICES,
     SHARD_STEMS,
-    Chain,
+    ChainName,
     deletion_order,
     is_shard,
 )
@@ -34,13 +34,13 @@ def address_text(number: int, family: Family) -> str:
 
 
 def to_address(
-    number: int, name: str = "x", *, owner: Chain = NAT_SERVICES, family: Family = Family.IPV4
+    number: int, name: str = "x", *, owner: ChainName = NAT_SERVICES, family: Family = Family.IPV4
 ) -> DispatchRule:
     match = f'-d {address_text(number, family)}/{BITS[family]} -p tcp -m comment --comment "{name}" -m tcp --dport 80'
     return DispatchRule(owner, f"-A {owner.name} {match} -j KUBE-SVC-{name}", number)
 
 
-def to_port(number: int, protocol: str = "tcp", name: str = "x", *, owner: Chain = NAT_NODEPORTS) -> DispatchRule:
+def to_port(number: int, protocol: str = "tcp", name: str = "x", *, owner: ChainName = NAT_NODEPORTS) -> DispatchRule:
     match = f'-p {protocol} -m comment --comment "{name}" -m {protocol} --dport {number}'
     return DispatchRule(owner, f"-A {owner.name} {match} -j KUBE-EXT-{name}", number, protocol)
 
@@ -68,7 +68,7 @@ class Walk:
     It comes back from every chain, so this is the longest way that it can be.
     """
 
-    def __init__(self, chains: Mapping[Chain, str], start: Chain, place: int, protocol: str = "") -> None:
+    def __init__(self, chains: Mapping[ChainName, str], start: ChainName, place: int, protocol: str = "") -> None:
         self._chains = {chain: text.splitlines() for chain, text in chains.items()}
         self._table, self._place, self._protocol = start.table, place, protocol
         self.passed = 0
@@ -76,11 +76,11 @@ class Walk:
         self.hit: list[str] = []
         self._enter(start, 0)
 
-    def _enter(self, chain: Chain, level: int) -> None:
+    def _enter(self, chain: ChainName, level: int) -> None:
         self.levels = max(self.levels, level)
         for rule in self._chains[chain]:
             self.passed += 1
-            target = Chain(self._table, rule.rpartition(" -j ")[2])
+            target = ChainName(self._table, rule.rpartition(" -j ")[2])
             if not self._matches(rule.split()):
                 continue
             if target in self._chains:
@@ -161,7 +161,7 @@ def test_node_ports_are_split_by_protocol_and_range() -> None:
 def test_what_is_about_one_destination_stays_together() -> None:
     rules = [to_address(v4("10.96.0.1"), f"s{n}") for n in range(50)]
     found = lay_out(NAT_SERVICES, rules, TAIL, Family.IPV4, 10)
-    shard = found.chains[Chain("nat", "KUBE-SVC-10.96.0.1/32")]
+    shard = found.chains[ChainName("nat", "KUBE-SVC-10.96.0.1/32")]
     assert [spec(line) for line in shard.splitlines()] == specs(rules)
 
 
@@ -185,8 +185,8 @@ def test_shards_have_names_that_kube_proxy_removes_and_gives_to_no_chain() -> No
         stems = [stem for chain, stem in SHARD_STEMS.items() if chain.table == table]
         assert len(set(stems)) == len(stems)
     for name in ("KUBE-SVC-XRY76EGRC3BSCIIJ", "KUBE-SEP-10.0.0.0/8", "KUBE-SERVICES", "KUBE-FW-", "KUBE-SVC-10.0.0.0"):
-        assert not is_shard(Chain("nat", name))
-    assert not is_shard(Chain("mangle", "KUBE-SVC-10.0.0.0/8"))
+        assert not is_shard(ChainName("nat", name))
+    assert not is_shard(ChainName("mangle", "KUBE-SVC-10.0.0.0/8"))
 
 
 # Properties.
@@ -246,9 +246,9 @@ def test_the_shape_of_a_tree(clusters: Clusters, threshold: int) -> None:
     family, rules, _ = clusters
     layout = lay_out(MIXED, rules, (), family, threshold)
     texts = {chain: text.splitlines() for chain, text in layout.chains.items()}
-    known: set[Chain] = set()
+    known: set[ChainName] = set()
     for chain, lines in texts.items():
-        targets = [Chain(MIXED.table, line.rpartition(" -j ")[2]) for line in lines]
+        targets = [ChainName(MIXED.table, line.rpartition(" -j ")[2]) for line in lines]
         ways = [target for target in targets if target in texts]
         assert known.issuperset(ways), "jumps to a chain that comes later"
         known.add(chain)

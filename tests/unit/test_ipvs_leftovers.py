@@ -17,7 +17,7 @@ from kproxy.host.netlink import NetlinkError, NetlinkSocket
 from kproxy.host.netlink_message import HEADER, attribute
 from kproxy.ipvs import cleanup as ipvs_leftovers
 from kproxy.ipvs.cleanup import SETS, IpvsLeftovers, remove, theirs
-from kproxy.ipvs.ipset import Entry
+from kproxy.ipvs.ipset import IpsetEntry
 from kproxy.ipvs.virtual_servers import NETLINK_GENERIC, VirtualServer, deletion, family_number, read_servers
 
 TCP, UDP = socket.IPPROTO_TCP, socket.IPPROTO_UDP
@@ -106,7 +106,7 @@ def test_virtual_servers_are_kube_proxys_by_what_its_sets_hold() -> None:
             ("keepalived's", "192.0.2.50", TCP, 80),
         )
     }
-    entries = {Entry("10.96.0.80", TCP, 80), Entry("", TCP, 30080)}
+    entries = {IpsetEntry("10.96.0.80", TCP, 80), IpsetEntry("", TCP, 30080)}
     found = theirs(servers.values(), entries, {"192.0.2.10"})
     assert [each.key.decode() for each in found] == ["cluster IP", "node port"]
 
@@ -133,7 +133,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, **steps: Callable[..., object]) ->
     answers: dict[str, Callable[..., object]] = {
         "addresses_by_interface": lambda _: {},
         "virtual_servers": lambda: [SERVER],
-        "set_entries": lambda _: {Entry("10.96.0.80", TCP, 80)},
+        "set_entries": lambda _: {IpsetEntry("10.96.0.80", TCP, 80)},
         "delete_virtual_servers": delete("virtual servers"),
         "destroy_sets": delete("sets"),
         "delete_interface": delete("interface"),

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 
-from kproxy.iptables.ledger import DispatchRecord, KernelView, Ledger, PortRecord, dispatch_differs
-from kproxy.iptables.names import FILTER_SERVICES, NAT_NODEPORTS, NAT_SERVICES, Chain
+from kproxy.iptables.ledger import DispatchRecord, IptablesLedger, IptablesSnapshot, PortRecord, dispatch_differs
+from kproxy.iptables.names import FILTER_SERVICES, NAT_NODEPORTS, NAT_SERVICES, ChainName
 from kproxy.iptables.patch import WORTHWHILE_RULES
 from kproxy.iptables.render import DispatchRule, RenderedPort
 from kproxy.iptables.save_restore import SavedChain
 
 
-def port(*dispatch: tuple[Chain, str], **chains: str) -> PortRecord:
+def port(*dispatch: tuple[ChainName, str], **chains: str) -> PortRecord:
     named = {name.replace("_", "-"): rules for name, rules in chains.items()}
     rules = tuple(DispatchRule(chain, rule, place) for place, (chain, rule) in enumerate(dispatch))
     return PortRecord.of(RenderedPort(named, rules))
@@ -37,40 +37,47 @@ def test_a_record_knows_each_rule_of_long_chains() -> None:
 
 
 def test_a_dump_is_sorted_into_ours_and_those_we_share() -> None:
-    view = KernelView.of(
+    view = IptablesSnapshot.of(
         {
-            Chain("nat", "KUBE-SVC-A"): SavedChain(["one", "two"]),
-            Chain("nat", "KUBE-SERVICES"): SavedChain(["three"]),
-            Chain("nat", "PREROUTING"): SavedChain(["four"]),
-            Chain("nat", "CALICO"): SavedChain([]),
+            ChainName("nat", "KUBE-SVC-A"): SavedChain(["one", "two"]),
+            ChainName("nat", "KUBE-SERVICES"): SavedChain(["three"]),
+            ChainName("nat", "PREROUTING"): SavedChain(["four"]),
+            ChainName("nat", "CALICO"): SavedChain([]),
         }
     )
-    assert view.ours == {Chain("nat", "KUBE-SVC-A"): hash("one\ntwo"), Chain("nat", "KUBE-SERVICES"): hash("three")}
-    assert view.shared[Chain("nat", "PREROUTING")] == ["four"]
-    assert Chain("nat", "KUBE-SVC-A") not in view.shared
+    assert view.ours == {
+        ChainName("nat", "KUBE-SVC-A"): hash("one\ntwo"),
+        ChainName("nat", "KUBE-SERVICES"): hash("three"),
+    }
+    assert view.shared[ChainName("nat", "PREROUTING")] == ["four"]
+    assert ChainName("nat", "KUBE-SVC-A") not in view.shared
 
 
 def test_stale_are_chains_of_ports_in_table_nat_that_nobody_uses() -> None:
     names = ("KUBE-SVC-A", "KUBE-SEP-A", "KUBE-SVL-A", "KUBE-EXT-A", "KUBE-FW-A", "KUBE-SVC-USED", "KUBE-SERVICES")
     others = ("KUBE-KUBELET-CANARY", "KUBE-FIREWALL", "CALICO-KUBE-SVC-A", "KUBE-NODE-PORT", "KUBE-MARK-DROP")
-    saved = {Chain("nat", name): SavedChain([]) for name in (*names, *others)}
-    saved[Chain("filter", "KUBE-SVC-A")] = SavedChain([])
-    stale = KernelView.of(saved).stale_chains(["KUBE-SVC-USED"], ())
+    saved = {ChainName("nat", name): SavedChain([]) for name in (*names, *others)}
+    saved[ChainName("filter", "KUBE-SVC-A")] = SavedChain([])
+    stale = IptablesSnapshot.of(saved).stale_chains(["KUBE-SVC-USED"], ())
     assert {name for _, name in stale} == {"KUBE-SVC-A", "KUBE-SEP-A", "KUBE-SVL-A", "KUBE-EXT-A", "KUBE-FW-A"}
     assert {table for table, _ in stale} == {"nat"}
 
 
 def test_stale_are_shards_of_both_tables_that_nobody_uses() -> None:
     names = ("KUBE-SVC-10.96.0.0/12", "KUBE-EXT-ABCDEFGHIJ23456/112", "KUBE-SVL-tcp-30000-30015", "KUBE-FW-10.0.0.0/8")
-    shards = [Chain(table, name) for table in ("nat", "filter") for name in names]
-    others = [Chain("filter", "KUBE-SVC-10.96.0.0-12"), Chain("filter", "KUBE-EXT-A"), Chain("mangle", names[0])]
-    view = KernelView.of({chain: SavedChain([]) for chain in (*shards, *others)})
+    shards = [ChainName(table, name) for table in ("nat", "filter") for name in names]
+    others = [
+        ChainName("filter", "KUBE-SVC-10.96.0.0-12"),
+        ChainName("filter", "KUBE-EXT-A"),
+        ChainName("mangle", names[0]),
+    ]
+    view = IptablesSnapshot.of({chain: SavedChain([]) for chain in (*shards, *others)})
     assert view.stale_chains([], ()) == shards
     assert view.stale_chains([], {shards[0], shards[-1]}) == shards[1:-1]
 
 
 def test_what_services_add_to_dispatch_chains_is_in_the_order_of_their_names() -> None:
-    ledger = Ledger()
+    ledger = IptablesLedger()
     ledger.put("ns/b", {"/TCP": port((NAT_SERVICES, "b"), (FILTER_SERVICES, "no"))})
     ledger.put("ns/c", {"/TCP": port((NAT_SERVICES, "c"))})
     ledger.put("ns/d", {"/TCP": port((NAT_SERVICES, "d"))})
@@ -98,7 +105,7 @@ def test_which_dispatch_chains_differ() -> None:
 
 
 def test_an_empty_record_removes_the_service() -> None:
-    ledger = Ledger()
+    ledger = IptablesLedger()
     ledger.put("ns/a", {"/TCP": port((NAT_SERVICES, "a"))})
     ledger.put("ns/a", {})
     ledger.put("ns/b", {})
@@ -106,7 +113,7 @@ def test_an_empty_record_removes_the_service() -> None:
 
 
 def test_rules_are_counted_as_they_come_and_go() -> None:
-    ledger = Ledger()
+    ledger = IptablesLedger()
     ledger.put_base({}, Counter({"nat": 5, "filter": 3}))
     ledger.put(
         "ns/a", {"/TCP": port((NAT_SERVICES, "a"), (FILTER_SERVICES, "b"), KUBE_SVC_A="1\n2\n3", KUBE_SEP_A="4")}

@@ -11,18 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kproxy.model.context import Context
-from kproxy.model.plan import Decision, ServicePortPlan, plan_service
-from kproxy.model.store import Changed
-from kproxy.model.sync_report import Plans, SyncReport, Written
+from kproxy.model.plan import ServicePortPlan, TrafficDecision, plan_service
+from kproxy.model.store import StoreChange
+from kproxy.model.sync_report import ApplyResult, Plans, SyncReport
 from kproxy.model.types import EndpointSlice, Family, Node, Service
-from kproxy.serve.http import Request
+from kproxy.serve.http import HttpRequest
 from kproxy.serve.metric_definitions import INVALID_DROPPED, LOCALHOST_ACCEPTED, ip_traffic
-from kproxy.serve.metrics import LocalGaps, Metrics
+from kproxy.serve.metrics import Metrics, MissingLocalEndpoints
 from tests.recordings import GOLDEN, store
 
 V4, V6 = Family.IPV4, Family.IPV6
 NOW = 1795218460.0
-REQUEST = Request("GET", "/metrics", {}, persistent=True)
+REQUEST = HttpRequest("GET", "/metrics", {}, persistent=True)
 PREFIX = "kubeproxy_sync_proxy_rules"
 SAMPLE = re.compile(r"([a-z_:A-Z0-9]+)(?:\{(.*)\})? (\S+)")
 LABEL = re.compile(r'([a-z_]+)="([^"]*)"')
@@ -106,7 +106,7 @@ class Scene:
         return Page(self.metrics.page(REQUEST).body.decode())
 
     def sync(self, family: Family = V4, plans: Plans | None = None, **more: Any) -> None:
-        fields = {"complete": True, "context": Context(family, "node-1"), "written": Written({}, {}), **more}
+        fields = {"complete": True, "context": Context(family, "node-1"), "written": ApplyResult({}, {}), **more}
         self.metrics.synced(SyncReport(family, **{"began": 10.0, "ended": 10.5, "plans": plans or {}, **fields}))
 
     def fail(self, family: Family = V4) -> None:
@@ -125,7 +125,7 @@ def everything(mode: str) -> Page:
     """A page on which each metric has been given a value."""
     scene = Scene(mode)
     scene.metrics.queued(V4, 0.0)
-    scene.sync(written=Written({"nat": 1}, {"nat": 1}), last_changes=(NOW + 1,))
+    scene.sync(written=ApplyResult({"nat": 1}, {"nat": 1}), last_changes=(NOW + 1,))
     scene.sync(complete=False)
     scene.metrics.conntrack_reconciled(V4, 0.1, 1)
     for page in ("healthz", "livez"):
@@ -136,7 +136,7 @@ def everything(mode: str) -> Page:
 
 def test_refused_services_are_counted_without_a_sync(scene: Scene) -> None:
     refused: list[str] = []
-    scene.metrics.show_refused(lambda: len(refused))
+    scene.metrics.track_invalid_services(lambda: len(refused))
     assert scene.value("kproxy_services_refused") == 0
     refused.append("ns/web")
     assert scene.value("kproxy_services_refused") == 1
@@ -264,10 +264,10 @@ def test_changes_are_counted_and_wait_for_both_families(scene: Scene) -> None:
         return [scene.value(f"{PREFIX}_{name}") for name in (*names, "endpoint_changes_pending")]
 
     assert shown() == [0, 0, 0, 0]
-    scene.metrics.changed(Service, Changed(frozenset({"ns/a", "ns/b"})))
-    scene.metrics.changed(EndpointSlice, Changed(frozenset({"ns/a"})))
-    scene.metrics.changed(EndpointSlice, Changed(frozenset({"ns/b"})))
-    scene.metrics.changed(Node, Changed(node=True))
+    scene.metrics.changed(Service, StoreChange(frozenset({"ns/a", "ns/b"})))
+    scene.metrics.changed(EndpointSlice, StoreChange(frozenset({"ns/a"})))
+    scene.metrics.changed(EndpointSlice, StoreChange(frozenset({"ns/b"})))
+    scene.metrics.changed(Node, StoreChange(node=True))
     assert shown() == [4, 2, 2, 2]  # as in the recording of this cluster
     scene.sync(V4)
     assert shown() == [4, 2, 2, 2]
@@ -281,8 +281,8 @@ def test_changes_are_counted_and_wait_for_both_families(scene: Scene) -> None:
 
 
 def test_rules_by_table(scene: Scene) -> None:
-    scene.sync(written=Written({"nat": 21, "filter": 4}, {"nat": 21, "filter": 4}))
-    scene.sync(complete=False, written=Written({"nat": 3}, {"nat": 24, "filter": 4}))
+    scene.sync(written=ApplyResult({"nat": 21, "filter": 4}, {"nat": 21, "filter": 4}))
+    scene.sync(complete=False, written=ApplyResult({"nat": 3}, {"nat": 24, "filter": 4}))
     scene.fail()
     page = scene.page
     values = [
@@ -317,24 +317,24 @@ def test_ports_without_local_endpoints(scene: Scene, scenario: str, internal: in
 
 
 KEYS = st.sampled_from(["ns/a", "ns/b", "ns/c"])
-DECISIONS = st.sampled_from(list(Decision))
+DECISIONS = st.sampled_from(list(TrafficDecision))
 PORTS = st.lists(st.tuples(DECISIONS, DECISIONS), max_size=3)
 UPDATES = st.lists(st.tuples(st.dictionaries(KEYS, PORTS), st.booleans()), max_size=8)
 
 
-def a_plan(internal: Decision, external: Decision) -> ServicePortPlan:
+def a_plan(internal: TrafficDecision, external: TrafficDecision) -> ServicePortPlan:
     nothing: dict[str, Any] = dict.fromkeys(ServicePortPlan.__struct_fields__, ())
     return ServicePortPlan(**{**nothing, "internal": internal, "external": external})
 
 
 @given(UPDATES)
 def test_counting_bit_by_bit_is_counting_all(updates: list[tuple[dict[str, list[Any]], bool]]) -> None:
-    gaps, known = LocalGaps(), dict[str, list[Any]]()
+    gaps, known = MissingLocalEndpoints(), dict[str, list[Any]]()
     for services, complete in updates:
         gaps.update({key: [a_plan(*port) for port in ports] for key, ports in services.items()}, complete=complete)
         known = services if complete else {**known, **services}
         ports = [port for each in known.values() for port in each]
-        dropped = tuple(sum(port[place] is Decision.DROP for port in ports) for place in (0, 1))
+        dropped = tuple(sum(port[place] is TrafficDecision.DROP for port in ports) for place in (0, 1))
         assert gaps.totals == dropped
 
 

@@ -16,10 +16,10 @@ from kproxy.model.delta import Delete, Upsert
 from kproxy.model.store import Store
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Service, ServicePort
 from kproxy.nftables import names
-from kproxy.nftables.backend import NftablesBackend, Printer
+from kproxy.nftables.backend import NftablesBackend, NftablesPrinter
 from kproxy.nftables.elements import hairpin_key, pack_address, service_key
-from kproxy.nftables.encode import Encoder
-from kproxy.nftables.ruleset import Field, Set
+from kproxy.nftables.encode import TransactionEncoder
+from kproxy.nftables.ruleset import KeyField, NftSet
 from kproxy.nftables.transaction import Transaction
 from kproxy.sync.family import FamilySync
 from tests.faketable import FakeTable, TableState
@@ -120,7 +120,7 @@ def test_a_changed_endpoint_is_a_few_elements_and_two_messages(after: Iterable[i
     change = cluster.kernel.commits[-1]
     assert elements(change) == (removed, added)
     assert written(change) <= {"removed", "added"}
-    assert len(list(Encoder(IPV4).encode(change))) == (removed > 0) + (added > 0)
+    assert len(list(TransactionEncoder(IPV4).encode(change))) == (removed > 0) + (added > 0)
     assert cluster.kernel.table == cluster.fresh()
 
 
@@ -250,7 +250,7 @@ def test_names_are_cut_where_they_are_too_long_and_stay_apart() -> None:
         port = found.ports[0]
         slices = replace(endpoints("x", [1], EndpointPort(port.name, 8080, "TCP")), service=found.key)
         store.apply(Upsert(slices))
-        FamilySync(Printer(IPV4, pages.append), lambda _: CONTEXT).sync(store)
+        FamilySync(NftablesPrinter(IPV4, pages.append), lambda _: CONTEXT).sync(store)
         words = "".join(pages).split()
         texts.append({word for before, word in pairwise(words) if before in {"chain", "set"}})
         assert all(len(word) <= names.LONGEST for word in texts[-1])
@@ -263,6 +263,6 @@ def test_names_are_cut_where_they_are_too_long_and_stay_apart() -> None:
 
 def test_no_room_is_set_aside_for_clients_to_come() -> None:
     """Told a size, the kernel takes 2 MB for each endpoint of a Service with affinity."""
-    found = Set("affinity-A", (Field.SOURCE,), timeout=60)
-    (message,) = Encoder(IPV4).encode(Transaction(sets=[found]))
+    found = NftSet("affinity-A", (KeyField.SOURCE,), timeout=60)
+    (message,) = TransactionEncoder(IPV4).encode(Transaction(sets=[found]))
     assert 9 not in attributes(message.payload, 4, len(message.payload))

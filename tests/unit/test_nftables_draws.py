@@ -9,7 +9,7 @@ from kproxy.model.context import Context
 from kproxy.model.types import Family
 from kproxy.nftables import names
 from kproxy.nftables.base_table import NODE_PORT
-from kproxy.nftables.ruleset import Pick
+from kproxy.nftables.ruleset import DnatMap
 from kproxy.nftables.shared_chains import UNEVENNESS, SharedChain, any_chain, draws, size_for
 
 MOST = 5_000
@@ -77,5 +77,5 @@ def test_the_chain_of_a_number_of_endpoints_makes_its_draws() -> None:
     assert shared is not None
     rules = shared.chain(Context(Family.IPV4, "node-1")).rules
     assert [rule.statements for rule in rules] == [
-        (Pick(NODE_PORT, below, names.NODE_PORT_ENDPOINTS),) for below in draws(6)
+        (DnatMap(NODE_PORT, below, names.NODE_PORT_ENDPOINTS),) for below in draws(6)
     ]

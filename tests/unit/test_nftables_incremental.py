@@ -18,7 +18,7 @@ from kproxy.model.store import Store
 from kproxy.model.sync_report import SyncError
 from kproxy.model.types import EndpointSlice, Family, Node, Service, ServiceCIDR
 from kproxy.nftables.backend import NftablesBackend
-from kproxy.nftables.elements import Element
+from kproxy.nftables.elements import SetElement
 from kproxy.nftables.ruleset import Go, rule
 from kproxy.nftables.transaction import Transaction
 from kproxy.sync.family import FamilySync
@@ -133,7 +133,7 @@ class Damaged(Struct, frozen=True):
         table.chains["mine"] = FakeChain(None, "", [rule(Go("services"))])
 
 
-def _changed(element: Element) -> Element:
+def _changed(element: SetElement) -> SetElement:
     if isinstance(element.value, bytes):
         return replace(element, value=bytes(len(element.value)))
     return replace(element, comment="mine")

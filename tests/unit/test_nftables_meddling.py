@@ -12,10 +12,10 @@ from msgspec.structs import replace
 from kproxy.model.sync_report import SyncError
 from kproxy.nftables import names
 from kproxy.nftables.backend import READS
-from kproxy.nftables.elements import Element, service_key
-from kproxy.nftables.kernel import TableError, UnreadableError
-from kproxy.nftables.ruleset import Chain, Drop, Go, rule
-from kproxy.nftables.snapshot import View
+from kproxy.nftables.elements import SetElement, service_key
+from kproxy.nftables.kernel import TableChangingError, TableError
+from kproxy.nftables.ruleset import Drop, Go, NftChain, rule
+from kproxy.nftables.snapshot import TableSnapshot
 from kproxy.nftables.transaction import Transaction
 from tests.faketable import FakeTable
 from tests.unit.test_nftables_backend import FIRST, IPV4, Cluster, endpoints, service, web, written
@@ -58,11 +58,11 @@ def add_rule(kernel: FakeTable) -> None:
 
 
 def add_chain(kernel: FakeTable) -> None:
-    kernel.commit(Transaction(chains=[Chain("mine", ())], rules=[Chain("mine", (rule(Go("services")),))]))
+    kernel.commit(Transaction(chains=[NftChain("mine", ())], rules=[NftChain("mine", (rule(Go("services")),))]))
 
 
 def add_frontend(kernel: FakeTable) -> None:
-    element = Element(service_key("192.0.2.1", "TCP", 80), names.REJECT)
+    element = SetElement(service_key("192.0.2.1", "TCP", 80), names.REJECT)
     kernel.commit(Transaction(added={names.SERVICE_IPS: [element]}))
 
 
@@ -112,7 +112,7 @@ class Meddled(FakeTable):
         self._meddle("commit")
         super().commit(change, generation)
 
-    def view(self, *, lenient: bool = False) -> View | None:
+    def view(self, *, lenient: bool = False) -> TableSnapshot | None:
         self._meddle("before view")
         found = super().view(lenient=lenient)
         self._meddle("after view")
@@ -176,7 +176,7 @@ class Restless(FakeTable):
     def uses(self) -> Counter[str]:
         if self.restless:
             self.reads += 1
-            raise UnreadableError("tables keep changing while they are read")
+            raise TableChangingError("tables keep changing while they are read")
         return super().uses()
 
 

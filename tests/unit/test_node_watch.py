@@ -12,7 +12,7 @@ import pytest
 from kproxy.model.delta import Delete, Delta, Replace, Upsert
 from kproxy.model.store import Store
 from kproxy.model.types import EndpointSlice, Node, Service
-from kproxy.sync.node_monitor import NodeWatch
+from kproxy.sync.node_monitor import NodeMonitor
 from kproxy.sync.reconciler import Message, Reconciler, Stop
 from kproxy.sync.schedule import Schedule
 
@@ -32,7 +32,7 @@ class Scene:
         self.missing: list[bool] = []
         self.now = 0.0
         self.store = Store("node-1")
-        self.watch = NodeWatch(
+        self.watch = NodeMonitor(
             "node-1", required=required, needs_pod_cidrs=needs_pod_cidrs, missing=self.missing.append
         )
         self._caplog = caplog
@@ -141,7 +141,7 @@ def test_the_reconciler_reminds_without_messages(
 
     handler = Counting()
     logging.getLogger("kproxy.sync.node_monitor").addHandler(handler)
-    watch = NodeWatch("node-1", required=True, needs_pod_cidrs=False)
+    watch = NodeMonitor("node-1", required=True, needs_pod_cidrs=False)
     messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
     reconciler = Reconciler(
         Store("node-1"),

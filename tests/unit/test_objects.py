@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kproxy.kube.codec.conversion import Decoded, ObjectError, Remark, remarks_text
+from kproxy.kube.codec.conversion import DecodedObject, IgnoredField, ObjectError, ignored_fields_text
 from kproxy.kube.codec.json_codec import decode_object
 from kproxy.model.addresses import canonical_address, canonical_cidr
 from kproxy.model.delta import Kind
@@ -20,7 +20,7 @@ from tests.recordings import items
 KINDS: tuple[Kind, ...] = (Service, EndpointSlice, Node, ServiceCIDR)
 
 
-def decode(kind: Kind, data: dict[str, Any]) -> Decoded:
+def decode(kind: Kind, data: dict[str, Any]) -> DecodedObject:
     """Decode what is both JSON text (from the API) and parsed data (from YAML): the result must be the same."""
     found = decode_object(kind, json.dumps(data).encode())
     assert decode_object(kind, data) == found
@@ -126,7 +126,7 @@ def test_a_service_labelled_headless_counts_if_it_has_a_cluster_ip() -> None:
 def test_what_does_not_count_still_has_a_name_and_version() -> None:
     metadata = {"namespace": "ns", "name": "web", "resourceVersion": "7"}
     found = decode(Service, {"metadata": metadata, "spec": {"clusterIP": "None"}})
-    assert found == Decoded("ns", "web", "7", None)
+    assert found == DecodedObject("ns", "web", "7", None)
 
 
 def test_which_services_and_slices_of_the_recording_count() -> None:
@@ -371,11 +371,11 @@ def test_parts_of_a_slice_that_are_of_no_use_are_named() -> None:
     ports = [{"name": "http", "port": 80}, {"name": "all"}, {"port": None}]
     data = {"metadata": metadata, "addressType": "IPv4", "endpoints": endpoints, "ports": ports}
     assert decode(EndpointSlice, data).remarks == (
-        Remark(("endpoints", 1), "the endpoint has no address"),
-        Remark(("endpoints", 2), "'fd00::1' is not an IPv4 address"),
-        Remark(("endpoints", 3), "'db.example.org' is not an IPv4 address"),
-        Remark(("ports", 1), "port 'all' has no number"),
-        Remark(("ports", 2), "the port has no number"),
+        IgnoredField(("endpoints", 1), "the endpoint has no address"),
+        IgnoredField(("endpoints", 2), "'fd00::1' is not an IPv4 address"),
+        IgnoredField(("endpoints", 3), "'db.example.org' is not an IPv4 address"),
+        IgnoredField(("ports", 1), "port 'all' has no number"),
+        IgnoredField(("ports", 2), "the port has no number"),
     )
     assert decode(EndpointSlice, data | {"endpoints": endpoints[:1], "ports": ports[:1]}).remarks == ()
     other = {"service.kubernetes.io/service-proxy-name": "another"}
@@ -383,9 +383,9 @@ def test_parts_of_a_slice_that_are_of_no_use_are_named() -> None:
 
 
 def test_a_line_names_a_few_parts_and_counts_the_others() -> None:
-    remarks = [Remark(("endpoints", number), "the endpoint has no address") for number in range(5)]
-    assert remarks_text(remarks[:1]) == "endpoints[0]: the endpoint has no address"
-    assert remarks_text(remarks) == "; ".join(
+    remarks = [IgnoredField(("endpoints", number), "the endpoint has no address") for number in range(5)]
+    assert ignored_fields_text(remarks[:1]) == "endpoints[0]: the endpoint has no address"
+    assert ignored_fields_text(remarks) == "; ".join(
         [*(f"endpoints[{number}]: the endpoint has no address" for number in range(3)), "and 2 more"]
     )
 
@@ -462,7 +462,7 @@ def test_a_node_that_is_being_deleted(metadata: dict[str, str], spec: dict[str, 
 )
 def test_the_ranges_of_a_service_cidr(content: dict[str, Any], cidrs: tuple[str, ...]) -> None:
     metadata = {"name": "kubernetes", "resourceVersion": "7"}
-    expected = Decoded("", "kubernetes", "7", ServiceCIDR("kubernetes", cidrs))
+    expected = DecodedObject("", "kubernetes", "7", ServiceCIDR("kubernetes", cidrs))
     assert decode(ServiceCIDR, {"metadata": metadata, **content}) == expected
 
 
@@ -671,7 +671,7 @@ OBJECTS = st.one_of(
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(KINDS), OBJECTS)
 def test_whatever_json_says_it_decodes_or_is_refused(kind: Kind, data: dict[str, Any]) -> None:
-    def outcome(raw: Any) -> Decoded | None:
+    def outcome(raw: Any) -> DecodedObject | None:
         try:
             return decode_object(kind, raw)
         except ObjectError:

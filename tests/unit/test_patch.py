@@ -10,32 +10,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kproxy.iptables.backend import IptablesBackend
-from kproxy.iptables.names import Chain
-from kproxy.iptables.patch import WORTHWHILE_RULES, WORTHWHILE_SHARE, Patch, patch
-from kproxy.iptables.save_restore import Restore
+from kproxy.iptables.names import ChainName
+from kproxy.iptables.patch import WORTHWHILE_RULES, WORTHWHILE_SHARE, ChainPatch, patch
+from kproxy.iptables.save_restore import RestoreInput
 from kproxy.model.context import Context
 from kproxy.model.delta import Replace, Upsert
 from kproxy.model.store import Store
-from kproxy.model.sync_report import Written
+from kproxy.model.sync_report import ApplyResult
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Node, Service, ServicePort
 from kproxy.sync.family import FamilySync
 from tests.fakekernel import FakeKernel
 
 NAME = "KUBE-SVC-A"
-CHAIN = Chain("nat", NAME)
+CHAIN = ChainName("nat", NAME)
 
 
 def lines(rules: Sequence[str]) -> str:
     return "\n".join(f"-A {NAME} {rule}" for rule in rules)
 
 
-def way(held: Sequence[str], wanted: Sequence[str]) -> Patch | None:
+def way(held: Sequence[str], wanted: Sequence[str]) -> ChainPatch | None:
     return patch(NAME, [hash(f"-A {NAME} {rule}") for rule in held], lines(wanted))
 
 
 def kernel_with(rules: Sequence[str]) -> FakeKernel:
     kernel = FakeKernel()
-    kernel.restore(Restore({CHAIN: lines(rules)}).text())
+    kernel.restore(RestoreInput({CHAIN: lines(rules)}).text())
     return kernel
 
 
@@ -55,7 +55,7 @@ def test_a_patch_leads_to_what_is_wanted(data: st.DataObject) -> None:
     assert found.length == len(held)
     assert len(found.commands) * WORTHWHILE_SHARE <= len(wanted)
     kernel = kernel_with(held)
-    kernel.restore(Restore(patches={CHAIN: found}).text())
+    kernel.restore(RestoreInput(patches={CHAIN: found}).text())
     assert kernel.tables["nat"][NAME] == wanted
 
 
@@ -66,7 +66,7 @@ def test_one_other_rule_is_one_command(count: int, place: int) -> None:
     wanted = list(held)
     wanted[place] = "-s 10.1.0.1"
     number = place % count + 1
-    assert way(held, wanted) == Patch((f"-R {NAME} {number} -s 10.1.0.1",), count, lines(wanted))
+    assert way(held, wanted) == ChainPatch((f"-R {NAME} {number} -s 10.1.0.1",), count, lines(wanted))
 
 
 def test_a_rule_that_goes_or_comes_takes_no_more_than_those_that_differ() -> None:
@@ -84,7 +84,7 @@ def test_rules_that_are_alike_are_not_mixed_up() -> None:
         found = way(held, wanted)
         assert found is not None
         kernel = kernel_with(held)
-        kernel.restore(Restore(patches={CHAIN: found}).text())
+        kernel.restore(RestoreInput(patches={CHAIN: found}).text())
         assert kernel.tables["nat"][NAME] == wanted
 
 
@@ -99,20 +99,26 @@ def test_what_is_written_anew() -> None:
 
 
 def test_a_patch_stays_only_while_the_chain_is_as_long_as_it_says() -> None:
-    other = Chain("nat", "KUBE-SVL-A")
-    fits = Patch((f"-R {NAME} 1 -j ACCEPT",), 4, "-A x")
-    late = Patch(("-R KUBE-SVL-A 1 -j ACCEPT", "-D KUBE-SVL-A 2"), 4, "-A KUBE-SVL-A -j ACCEPT\n-A KUBE-SVL-A -j DROP")
-    change = Restore(
-        {Chain("nat", "KUBE-SEP-A"): ""}, {CHAIN: fits, other: late}, [("nat", "-I INPUT 1 -j DROP")], [], may_fail=True
+    other = ChainName("nat", "KUBE-SVL-A")
+    fits = ChainPatch((f"-R {NAME} 1 -j ACCEPT",), 4, "-A x")
+    late = ChainPatch(
+        ("-R KUBE-SVL-A 1 -j ACCEPT", "-D KUBE-SVL-A 2"), 4, "-A KUBE-SVL-A -j ACCEPT\n-A KUBE-SVL-A -j DROP"
+    )
+    change = RestoreInput(
+        {ChainName("nat", "KUBE-SEP-A"): ""},
+        {CHAIN: fits, other: late},
+        [("nat", "-I INPUT 1 -j DROP")],
+        [],
+        may_fail=True,
     )
     assert change.settled({CHAIN: 4, other: 4}) is change
     # The patch of a chain counts for the rules that have to be read, too: here too few to matter.
     assert change.rules == 4
-    assert Patch(late.commands, 1000, late.rules).weight > 2 + 1000 // 10
+    assert ChainPatch(late.commands, 1000, late.rules).weight > 2 + 1000 // 10
     assert change.rules_by_table() == {"nat": 2}
     settled = change.settled({CHAIN: 4, other: 5})
     assert settled.patches == {CHAIN: fits}
-    assert settled.chains == {Chain("nat", "KUBE-SEP-A"): "", other: late.rules}
+    assert settled.chains == {ChainName("nat", "KUBE-SEP-A"): "", other: late.rules}
     assert (settled.edits, settled.may_fail) == (change.edits, True)
     assert change.settled({}).patches == {}
 
@@ -143,7 +149,7 @@ class Proxy:
         for delta in (Replace(Node, ()), Replace(Service, (service,)), Replace(EndpointSlice, ())):
             self._family.note(self._store.apply(delta))
         self._ports = tuple(EndpointPort(each.name, 8000 + each.port, "TCP") for each in found)
-        self.written = Written({}, {})
+        self.written = ApplyResult({}, {})
 
     def have(self, addresses: Sequence[str]) -> str:
         """Return what was written for these endpoints."""
@@ -237,7 +243,7 @@ class Forgetful(FakeKernel):
         super().__init__()
         self.asked = 0
 
-    def lengths(self, chains: Collection[Chain]) -> dict[Chain, int]:
+    def lengths(self, chains: Collection[ChainName]) -> dict[ChainName, int]:
         self.asked += 1
         return super().lengths(chains) if self.asked == 1 else {}
 

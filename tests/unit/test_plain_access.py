@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from kproxy.kube.client.client import Client
-from kproxy.kube.client.cluster_access import ClientError, PlainAccess
-from kproxy.kube.client.plugin_access import PackageAccess
+from kproxy.kube.client.client import ApiClient
+from kproxy.kube.client.cluster_access import ClientError, StaticAccess
+from kproxy.kube.client.plugin_access import PluginAccess
 from kproxy.kube.client.response import TransportError
 from kproxy.model.delta import BASIC_KINDS
 from kproxy.model.types import ServiceCIDR
@@ -35,7 +35,7 @@ from tests.unit.test_client import (
 
 __all__ = ["account", "certificates", "server"]
 
-WAYS = {"plain": PlainAccess, "package": PackageAccess}
+WAYS = {"plain": StaticAccess, "package": PluginAccess}
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
 
 
@@ -43,7 +43,7 @@ ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Let all clients take this way to the server."""
     if request.param == "package":
-        monkeypatch.setattr("kproxy.kube.client.client.find_plain", lambda *_, **__: None)
+        monkeypatch.setattr("kproxy.kube.client.client.find_static_config", lambda *_, **__: None)
     return str(request.param)
 
 
@@ -61,7 +61,7 @@ def sent(server: ApiServer) -> list[str | None]:
 def refusal(path: str) -> str:
     """Return why no client is made."""
     with pytest.raises(ClientError) as caught:
-        Client.from_config(path)
+        ApiClient.from_config(path)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -71,7 +71,7 @@ def test_white_space_around_a_token_does_not_count(
     way: str, server: ApiServer, tmp_path: Path, user: dict[str, Any]
 ) -> None:
     (tmp_path / "token").write_text(" secret\r\n\n")
-    client = Client.from_config(kubeconfig(tmp_path / "config", server.url, user))
+    client = ApiClient.from_config(kubeconfig(tmp_path / "config", server.url, user))
     assert type(client._access) is WAYS[way]
     assert get(client)[0] == 200
     assert sent(server) == ["Bearer secret"]
@@ -105,7 +105,7 @@ def test_a_plugins_token_that_no_header_can_carry_is_not_shown(tmp_path: Path) -
 
 
 def test_no_error_shows_a_header(server: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    client = Client.from_config(kubeconfig(tmp_path / "config", server.url, {"token": "secret"}))
+    client = ApiClient.from_config(kubeconfig(tmp_path / "config", server.url, {"token": "secret"}))
     for value in ("Bearer top-secret\n", "Bearer top-s\u20accret"):
         headers = {"Authorization": value}
         monkeypatch.setattr(client._access, "authentication", lambda headers=headers: headers)
@@ -131,7 +131,7 @@ def test_an_empty_token_file_replaces_no_good_token(
     token = tmp_path / "token"
     token.write_text("secret")
     user = {"tokenFile": "token", "token": "other"}
-    client = Client.from_config(kubeconfig(tmp_path / "config", server.url, user))
+    client = ApiClient.from_config(kubeconfig(tmp_path / "config", server.url, user))
     assert get(client)[0] == 200
     monkeypatch.setattr("kproxy.kube.client.client.ROTATION_PERIOD", 0.0)
     for content in ("", "\n"):
@@ -158,7 +158,7 @@ def test_an_empty_token_file_of_a_pod_replaces_no_good_token(
     with ApiServer(tokens=["secret", "next"], tls=server_context(certificates)) as server:
         monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
         monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(server.address[1]))
-        client = Client.from_config()
+        client = ApiClient.from_config()
         for content in ("secret", "", "next"):
             token.write_text(content)
             assert get(client)[0] == 200
@@ -179,17 +179,17 @@ def test_a_token_of_a_pod_is_kept_until_all_is_read_again(
     monkeypatch.setattr("kubernetes.config.incluster_config.SERVICE_CERT_FILENAME", str(certificates / "ca.crt"))
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
     monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "1")
-    access = PackageAccess(None, None)
+    access = PluginAccess(None, None)
     token.write_text("")
     assert access.authentication() == {"Authorization": "bearer secret"}
 
 
 def test_an_empty_name_of_a_token_file_is_none(way: str, server: ApiServer, tmp_path: Path) -> None:
-    client = Client.from_config(kubeconfig(tmp_path / "config", server.url, {"tokenFile": "", "token": "secret"}))
+    client = ApiClient.from_config(kubeconfig(tmp_path / "config", server.url, {"tokenFile": "", "token": "secret"}))
     assert get(client)[0] == 200
     assert not client._access.rotates
     assert type(client._access) is WAYS[way]
-    assert get(Client.from_config(kubeconfig(tmp_path / "config", server.url, {"tokenFile": ""})))[0] == 401
+    assert get(ApiClient.from_config(kubeconfig(tmp_path / "config", server.url, {"tokenFile": ""})))[0] == 401
     assert sent(server) == ["Bearer secret", None]
 
 
@@ -198,7 +198,7 @@ def test_a_token_stands_in_for_a_file_that_was_never_there(
 ) -> None:
     server.tokens = {"secret", "newer"}
     user = {"tokenFile": "token", "token": "secret"}
-    client = Client.from_config(kubeconfig(tmp_path / "config", server.url, user))
+    client = ApiClient.from_config(kubeconfig(tmp_path / "config", server.url, user))
     token = tmp_path / "token"
     assert f"{token}: No such file or directory; using the token of the kubeconfig instead" in caplog.text
     assert get(client)[0] == 200
@@ -239,7 +239,7 @@ def test_an_authority_that_is_not_to_be_asked_is_refused(
 def test_without_verification_any_certificate_will_do(way: str, certificates: Path, tmp_path: Path) -> None:
     with ApiServer(tls=server_context(certificates, "named")) as server:
         path = kubeconfig(tmp_path / "config", server.url, {}, {"insecure-skip-tls-verify": True})
-        assert get(Client.from_config(path))[0] == 200
+        assert get(ApiClient.from_config(path))[0] == 200
 
 
 def test_a_proxy_of_the_kubeconfig_counts_whatever_no_proxy_says(
@@ -248,7 +248,7 @@ def test_a_proxy_of_the_kubeconfig_counts_whatever_no_proxy_says(
     monkeypatch.setenv("NO_PROXY", "*")
     with scripted([ANSWER]) as (port, seen):
         proxy = {"proxy-url": f"http://127.0.0.1:{port}"}
-        client = Client.from_config(kubeconfig(tmp_path / "config", "http://kube.invalid:8080", {}, proxy))
+        client = ApiClient.from_config(kubeconfig(tmp_path / "config", "http://kube.invalid:8080", {}, proxy))
         assert get(client, "/version") == (200, b"{}")
     assert seen[0].startswith(b"GET http://kube.invalid:8080/version ")
 
@@ -256,7 +256,7 @@ def test_a_proxy_of_the_kubeconfig_counts_whatever_no_proxy_says(
 def test_a_proxy_of_the_environment_is_used(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with scripted([ANSWER]) as (port, seen):
         monkeypatch.setenv("HTTP_PROXY", f"http://me:s%20t@127.0.0.1:{port}")
-        client = Client.from_config(kubeconfig(tmp_path / "config", "http://kube.invalid:8080", {"token": "secret"}))
+        client = ApiClient.from_config(kubeconfig(tmp_path / "config", "http://kube.invalid:8080", {"token": "secret"}))
         assert get(client, "/version") == (200, b"{}")
     assert seen[0].startswith(b"GET http://kube.invalid:8080/version ")
     assert b"\r\nproxy-authorization: basic bwu6cyb0\r\n" in seen[0].lower()
@@ -275,9 +275,9 @@ def test_a_server_on_this_machine_is_reached_without_a_proxy(
     for host in ("127.0.0.1", "localhost"):
         url = f"http://{host}:{server.address[1]}"
         clients = [
-            Client.from_config(kubeconfig(tmp_path / "config", url, {"token": "secret"})),
-            Client.from_config(kubeconfig(tmp_path / "config", "http://kube.invalid", {"token": "secret"}), url),
-            Client.from_config(None, url),
+            ApiClient.from_config(kubeconfig(tmp_path / "config", url, {"token": "secret"})),
+            ApiClient.from_config(kubeconfig(tmp_path / "config", "http://kube.invalid", {"token": "secret"}), url),
+            ApiClient.from_config(None, url),
         ]
         assert [get(client)[0] for client in clients] == [200, 200, 401]
         assert {type(client._access) for client in clients} == {WAYS[way]}
@@ -295,7 +295,7 @@ def test_a_pods_server_on_this_machine_is_reached_without_a_proxy(
     with ApiServer(tokens=["secret"], tls=server_context(certificates)) as server:
         monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
         monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(server.address[1]))
-        client = Client.from_config()
+        client = ApiClient.from_config()
         assert get(client)[0] == 200
         assert type(client._access) is WAYS[way]
 
@@ -308,7 +308,7 @@ def test_no_proxy_counts_for_a_socks_proxy_of_the_environment(
     path = kubeconfig(tmp_path / "config", "http://kube.invalid:8080", {"token": "secret"})
     assert refusal(path).startswith(f"{path}: a SOCKS proxy needs")
     monkeypatch.setenv("NO_PROXY", ".invalid:8080")
-    assert type(Client.from_config(path)._access) is WAYS[way]
+    assert type(ApiClient.from_config(path)._access) is WAYS[way]
 
 
 def test_a_socks_proxy_without_what_it_needs_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,7 +322,8 @@ def test_a_socks_proxy_with_what_it_needs(tmp_path: Path) -> None:
     (tmp_path / "socks.py").write_text("PROXY_TYPE_SOCKS4, PROXY_TYPE_SOCKS5 = 1, 2\n")
     path = kubeconfig(tmp_path / "config", "http://kube.invalid", {}, {"proxy-url": "socks5://127.0.0.1:1"})
     program = (
-        "import sys; from kproxy.kube.client.client import Client; print(Client.from_config(sys.argv[1])._access.pool)"
+        "import sys; from kproxy.kube.client.client import ApiClient; "
+        "print(ApiClient.from_config(sys.argv[1])._access.pool)"
     )
     command = [sys.executable, "-c", program, path]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env={"PYTHONPATH": str(tmp_path)})
@@ -332,7 +333,7 @@ def test_a_socks_proxy_with_what_it_needs(tmp_path: Path) -> None:
 def test_there_is_room_for_the_connections_of_all_threads(
     way: str, server: ApiServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    client = Client.from_config(kubeconfig(tmp_path / "config", server.url, {"token": "secret"}))
+    client = ApiClient.from_config(kubeconfig(tmp_path / "config", server.url, {"token": "secret"}))
     one_for_each_kind_and_for_events = len((*BASIC_KINDS, ServiceCIDR)) + 1
     answers = [client.get("/api/v1/services", {}, 20.0) for _ in range(one_for_each_kind_and_for_events)]
     for answer in answers:
@@ -358,11 +359,11 @@ def intermediate(certificates: Path) -> Path:
 def test_an_intermediate_authority_alone_will_do(way: str, intermediate: Path, tmp_path: Path) -> None:
     with ApiServer(tls=server_context(intermediate, "below")) as server:
         cluster = {"certificate-authority": str(intermediate / "middle.crt")}
-        client = Client.from_config(kubeconfig(tmp_path / "config", server.url, {}, cluster))
+        client = ApiClient.from_config(kubeconfig(tmp_path / "config", server.url, {}, cluster))
         assert get(client)[0] == 200
         assert type(client._access) is WAYS[way]
         cluster = {"certificate-authority": str(intermediate / "client.crt")}
-        client = Client.from_config(kubeconfig(tmp_path / "config", server.url, {}, cluster))
+        client = ApiClient.from_config(kubeconfig(tmp_path / "config", server.url, {}, cluster))
         with pytest.raises(TransportError, match="certificate"):
             get(client)
 
@@ -380,7 +381,7 @@ def test_a_client_certificate_that_rotates(
     user = {"client-certificate": "mine.crt", "client-key": "mine.key"}
     cluster = {"certificate-authority": str(certificates / "ca.crt")}
     with ApiServer(tls=server_context(certificates, ask_client=True)) as server:
-        client = Client.from_config(kubeconfig(tmp_path / "config", server.url, user, cluster))
+        client = ApiClient.from_config(kubeconfig(tmp_path / "config", server.url, user, cluster))
         with pytest.raises(TransportError):
             get(client)
         for kind in ("crt", "key"):
@@ -397,7 +398,7 @@ def test_a_plugin_is_not_run_every_minute(tmp_path: Path, certificates: Path) ->
     answer = {"apiVersion": "client.authentication.k8s.io/v1", "kind": "ExecCredential", "status": {"token": "secret"}}
     user = plugin(tmp_path / "plugin", f"print({json.dumps(json.dumps(answer))})")
     user |= {"client-certificate": str(certificates / "client.crt"), "client-key": str(certificates / "client.key")}
-    client = Client.from_config(kubeconfig(tmp_path / "config", "https://127.0.0.1:1", user))
+    client = ApiClient.from_config(kubeconfig(tmp_path / "config", "https://127.0.0.1:1", user))
     assert not client._access.rotates
 
 
@@ -406,11 +407,11 @@ import os, signal, sys
 from pathlib import Path
 from kproxy.config import Config
 from kproxy.app.daemon import Daemon
-from kproxy.kube.client.client import Client
+from kproxy.kube.client.client import ApiClient
 
 class Loading(Daemon):
     def _work(self):
-        Client.from_config(sys.argv[1])
+        ApiClient.from_config(sys.argv[1])
         print(len(list(Path(sys.argv[2]).iterdir())), flush=True)
         os.kill(os.getpid(), signal.SIGTERM)
 

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from kproxy.model.context import Context
-from kproxy.model.plan import Decision, ServicePortPlan, plan_service
+from kproxy.model.plan import ServicePortPlan, TrafficDecision, plan_service
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Service, ServicePort
 
 HERE, THERE = "10.244.1.1:8080", "10.244.2.1:8080"
 NODE_PORT = ServicePort("http", 80, "TCP", 30080)
-FORWARD, REJECT, DROP = Decision.FORWARD, Decision.REJECT, Decision.DROP
+FORWARD, REJECT, DROP = TrafficDecision.FORWARD, TrafficDecision.REJECT, TrafficDecision.DROP
 
 
 def here(**more: Any) -> Endpoint:
@@ -72,8 +72,8 @@ def test_policies(  # noqa: PLR0917 - the columns of the table
     internal_local: bool,
     external_local: bool,
     endpoints: tuple[Endpoint, ...],
-    internal: Decision,
-    external: Decision,
+    internal: TrafficDecision,
+    external: TrafficDecision,
     cluster: tuple[str, ...],
     local: tuple[str, ...],
 ) -> None:

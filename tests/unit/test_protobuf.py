@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kproxy.kube.codec.conversion import Decoded
+from kproxy.kube.codec.conversion import DecodedObject
 from kproxy.kube.codec.json_codec import read_line, read_refusal
 from kproxy.kube.codec.protobuf import (
     KEPT_ENDPOINTS,
@@ -24,7 +24,7 @@ from kproxy.kube.codec.protobuf import (
     read_status,
     text,
 )
-from kproxy.kube.codec.watch_events import Bookmark, Event, Gone, Refusal, Unreadable
+from kproxy.kube.codec.watch_events import Bookmark, Deleted, ErrorStatus, Event, UndecodableObject
 from kproxy.model.delta import Kind
 from kproxy.model.types import EndpointSlice, Node, Service, ServiceCIDR
 from tests.apiserver import protobuf
@@ -50,8 +50,8 @@ def from_frame(kind: Kind, change: str, body: Any) -> Event:
 
 
 def assert_same(plain: Event, framed: Event) -> None:
-    if isinstance(plain, Unreadable):  # what is wrong is worded by whoever found it
-        assert isinstance(framed, Unreadable)
+    if isinstance(plain, UndecodableObject):  # what is wrong is worded by whoever found it
+        assert isinstance(framed, UndecodableObject)
         assert (plain.namespace, plain.name) == (framed.namespace, framed.name)
         assert plain.resource_version == framed.resource_version
     else:
@@ -65,7 +65,7 @@ def test_recorded_watches(kind: Kind, recording: str) -> None:
     reader, seen = FrameReader(kind), 0
     for line in path.read_bytes().splitlines():
         plain = read_line(kind, line)
-        assert not isinstance(plain, Unreadable)
+        assert not isinstance(plain, UndecodableObject)
         assert reader.read(protobuf.frame_of_line(line)[4:]) == plain
         seen += 1
     assert seen > 10
@@ -77,7 +77,7 @@ def test_recorded_objects(kind: Kind, file: str) -> None:
     for path in sorted((TESTS / "golden").glob(f"*/{file}.json")):
         for item in json.loads(path.read_bytes())["items"]:
             plain = from_json(kind, "ADDED", item)
-            assert isinstance(plain, Decoded)
+            assert isinstance(plain, DecodedObject)
             assert reader.read(protobuf.frame("ADDED", HEADS[kind] | item)[4:]) == plain
             seen += 1
     assert seen > 30
@@ -213,7 +213,7 @@ def test_an_endpoint_that_comes_again_is_the_very_same_value() -> None:
 
     def read(*addresses: str) -> EndpointSlice:
         event = reader.read(protobuf.frame("MODIFIED", endpoint_slice("web-1", "web", addresses))[4:])
-        assert isinstance(event, Decoded)
+        assert isinstance(event, DecodedObject)
         assert isinstance(event.object, EndpointSlice)
         return event.object
 
@@ -231,7 +231,7 @@ def test_bookmarks() -> None:
 
 
 def test_a_deletion() -> None:
-    assert from_frame(Node, "DELETED", node("node-1")) == Gone("", "node-1", "")
+    assert from_frame(Node, "DELETED", node("node-1")) == Deleted("", "node-1", "")
 
 
 STATUSES = [refusal(429, 7), refusal(410, None), expired_continue("token"), refusal(503, None)]
@@ -240,7 +240,7 @@ STATUSES = [refusal(429, 7), refusal(410, None), expired_continue("token"), refu
 @pytest.mark.parametrize("body", STATUSES)
 def test_errors_and_refusals(body: dict[str, Any]) -> None:
     plain = from_json(Service, "ERROR", body)
-    assert isinstance(plain, Refusal)
+    assert isinstance(plain, ErrorStatus)
     assert from_frame(Service, "ERROR", body) == plain
     text = json.dumps(body).encode()
     assert read_refusal(body["code"], {}, protobuf.enveloped(body)) == read_refusal(body["code"], {}, text)
@@ -252,18 +252,20 @@ def test_a_refusal_in_broken_protobuf_is_still_one() -> None:
 
 
 def test_an_error_that_is_no_status_is_unreadable() -> None:
-    assert isinstance(from_frame(Service, "ERROR", service("web", "10.96.7.1")), Unreadable)
+    assert isinstance(from_frame(Service, "ERROR", service("web", "10.96.7.1")), UndecodableObject)
 
 
 def test_what_is_wrong_is_said_with_the_name() -> None:
     event = from_frame(Service, "ADDED", service("web", "10.96.7.1", port=70_000))
-    assert event == Unreadable(
+    assert event == UndecodableObject(
         "demo", "web", "", "Expected a port from 1 to 65535, got 70000 - at `$.spec.ports[...].port`"
     )
     body = service("web", "10.96.7.1")
     body["spec"]["ports"][0]["protocol"] = "ICMP"
     event = from_frame(Service, "ADDED", body)
-    assert event == Unreadable("demo", "web", "", "Expected TCP, UDP or SCTP, got 'ICMP' - at `ports[...].protocol`")
+    assert event == UndecodableObject(
+        "demo", "web", "", "Expected TCP, UDP or SCTP, got 'ICMP' - at `ports[...].protocol`"
+    )
 
 
 GOOD: dict[Kind, dict[str, Any]] = {
@@ -294,7 +296,7 @@ GOOD: dict[Kind, dict[str, Any]] = {
 )
 def test_frames_that_are_none(frame: bytes, said: str) -> None:
     event = FrameReader(Service).read(frame)
-    assert isinstance(event, Unreadable)
+    assert isinstance(event, UndecodableObject)
     assert (event.namespace, event.name) == ("", "")
     assert said in event.text
 
@@ -304,7 +306,7 @@ def test_an_object_in_another_form_is_unreadable(odd: dict[str, str]) -> None:
     head = {"typeMeta": {"kind": "Service"}, "raw": b"\n\0"}
     raw = protobuf.MAGIC + protobuf.encode("Unknown", head | odd)
     event = FrameReader(Service).read(protobuf.encode("WatchEvent", {"type": "ADDED", "object": {"raw": raw}}))
-    assert isinstance(event, Unreadable)
+    assert isinstance(event, UndecodableObject)
     assert next(iter(odd.values())) in event.text
 
 
@@ -323,7 +325,7 @@ def test_garbage_never_raises(kind: Kind, data: st.DataObject) -> None:
         elif len(frame) > 9:
             del frame[place : None if how == "cut" and place > 8 else place + 1]
     event = FrameReader(kind).read(bytes(frame))
-    assert isinstance(event, Decoded | Gone | Bookmark | Unreadable | Refusal)
+    assert isinstance(event, DecodedObject | Deleted | Bookmark | UndecodableObject | ErrorStatus)
 
 
 @given(frame=st.binary(max_size=200))
@@ -331,7 +333,7 @@ def test_garbage_never_raises(kind: Kind, data: st.DataObject) -> None:
 @example(frame=b"\n\x05ADDED\x12\x06\n\x04k8s\0")
 def test_random_bytes_never_raise(frame: bytes) -> None:
     for kind in KINDS:
-        assert isinstance(FrameReader(kind).read(frame), Unreadable | Bookmark | Refusal)
+        assert isinstance(FrameReader(kind).read(frame), UndecodableObject | Bookmark | ErrorStatus)
 
 
 @given(body=st.binary(max_size=100))

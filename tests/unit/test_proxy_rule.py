@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kproxy.kube.client.http_proxy import proxy_for
+from kproxy.kube.client.http_proxy import http_proxy_for
 
 PROXY = "http://192.0.2.10:3128"
 OTHER = "http://192.0.2.11:3128"
@@ -34,15 +34,15 @@ OTHER = "http://192.0.2.11:3128"
     ],
 )
 def test_which_proxy_of_the_environment(server: str, environment: dict[str, str], expected: str) -> None:
-    assert proxy_for(server, environment) == expected
+    assert http_proxy_for(server, environment) == expected
 
 
 @pytest.mark.parametrize("host", ["localhost", "LocalHost", "127.0.0.1", "127.8.9.10", "[::1]", "[::ffff:127.0.0.1]"])
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_this_machine_is_never_behind_a_proxy(scheme: str, host: str) -> None:
     environment = {"HTTP_PROXY": PROXY, "HTTPS_PROXY": PROXY, "NO_PROXY": "nobody.example"}
-    assert proxy_for(f"{scheme}://{host}:6443", environment) == ""
-    assert proxy_for(f"{scheme}://{host}", environment) == ""
+    assert http_proxy_for(f"{scheme}://{host}:6443", environment) == ""
+    assert http_proxy_for(f"{scheme}://{host}", environment) == ""
 
 
 @pytest.mark.parametrize(
@@ -95,11 +95,11 @@ def test_this_machine_is_never_behind_a_proxy(scheme: str, host: str) -> None:
 def test_what_no_proxy_covers(host: str, no_proxy: str, direct: bool) -> None:
     for name in ("NO_PROXY", "no_proxy"):
         environment = {"HTTPS_PROXY": PROXY, name: no_proxy}
-        assert proxy_for(f"https://{host}:6443", environment) == ("" if direct else PROXY)
+        assert http_proxy_for(f"https://{host}:6443", environment) == ("" if direct else PROXY)
 
 
 @pytest.mark.parametrize(("scheme", "port"), [("http", 80), ("https", 443)])
 def test_a_server_without_a_port_has_that_of_its_scheme(scheme: str, port: int) -> None:
     environment = {"HTTP_PROXY": PROXY, "HTTPS_PROXY": PROXY}
-    assert proxy_for(f"{scheme}://kube.example", environment | {"NO_PROXY": f"kube.example:{port}"}) == ""
-    assert proxy_for(f"{scheme}://kube.example", environment | {"NO_PROXY": f"kube.example:{port + 1}"}) == PROXY
+    assert http_proxy_for(f"{scheme}://kube.example", environment | {"NO_PROXY": f"kube.example:{port}"}) == ""
+    assert http_proxy_for(f"{scheme}://kube.example", environment | {"NO_PROXY": f"kube.example:{port + 1}"}) == PROXY

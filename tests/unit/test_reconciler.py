@@ -14,8 +14,8 @@ from kproxy.model.context import Context
 from kproxy.model.delta import Delete, Delta, Kind, Replace, Upsert
 from kproxy.model.logging import V2
 from kproxy.model.plan import ServicePortPlan
-from kproxy.model.store import Changed, Store
-from kproxy.model.sync_report import SyncError, SyncReport, Written
+from kproxy.model.store import Store, StoreChange
+from kproxy.model.sync_report import ApplyResult, SyncError, SyncReport
 from kproxy.model.types import EndpointSlice, Family, Node, Service, ServicePort
 from kproxy.sync.family import FamilySync
 from kproxy.sync.reconciler import Message, Reconciler, Resync, Stop
@@ -36,27 +36,27 @@ class Recorder:
         self.syncs: list[set[str]] = []
         self.contexts: list[Context] = []
         self.errors: list[Exception] = []
-        self.needs_everything = True
+        self.needs_full_sync = True
         self.looks = 0
         self.intact = True
         self.done: queue.SimpleQueue[set[str]] = queue.SimpleQueue()
 
     def verify(self, context: Context) -> bool:
         self.looks += 1
-        self.needs_everything = self.needs_everything or not self.intact
+        self.needs_full_sync = self.needs_full_sync or not self.intact
         return self.intact
 
     def forget(self) -> None:
-        self.needs_everything = True
+        self.needs_full_sync = True
 
-    def sync(self, plans: Mapping[str, Sequence[ServicePortPlan]], context: Context) -> Written:
+    def sync(self, plans: Mapping[str, Sequence[ServicePortPlan]], context: Context) -> ApplyResult:
         self.syncs.append(set(plans))
         self.contexts.append(context)
         self.done.put(set(plans))
         if self.errors:
             raise self.errors.pop(0)
-        self.needs_everything = False
-        return Written({}, {})
+        self.needs_full_sync = False
+        return ApplyResult({}, {})
 
 
 class Watcher:
@@ -70,7 +70,7 @@ class Watcher:
     def queued(self, family: Family, now: float) -> None:
         self.queued_at.append((family, now))
 
-    def changed(self, kind: Kind, changed: Changed) -> None:
+    def changed(self, kind: Kind, changed: StoreChange) -> None:
         self.changes.append((kind, changed.services))
 
     def synced(self, report: SyncReport) -> None:
@@ -206,7 +206,7 @@ def test_a_backend_that_knows_nothing_gets_everything() -> None:
     proxy = Proxy()
     proxy.take(Upsert(service("a")), Upsert(service("b")))
     proxy.after(0)
-    proxy.four.needs_everything = True
+    proxy.four.needs_full_sync = True
     proxy.take(Delete(Service, "ns", "b"))
     proxy.after(5)
     assert proxy.four.syncs[-1] == {"ns/a", "ns/b"}
@@ -389,11 +389,15 @@ def test_observers_are_told_of_changes_and_of_what_became_of_them() -> None:
     assert proxy.watcher.changes == [(Service, frozenset({"ns/a"})), (EndpointSlice, frozenset({"ns/a"}))]
     failed, done = proxy.watcher.reports
     assert (failed.family, failed.error, failed.written, failed.last_changes) == (Family.IPV4, "no", None, ())
-    assert (done.family, done.error, done.written) == (Family.IPV6, "", Written({}, {}))
+    assert (done.family, done.error, done.written) == (Family.IPV6, "", ApplyResult({}, {}))
     assert (set(done.plans), done.complete, done.last_changes) == ({"ns/a"}, False, ())
     proxy.after(1)
-    retried = proxy.watcher.reports[-1]
-    assert (retried.family, retried.error, retried.last_changes) == (Family.IPV4, "", (7.0,))
+    retry_interrupted = proxy.watcher.reports[-1]
+    assert (retry_interrupted.family, retry_interrupted.error, retry_interrupted.last_changes) == (
+        Family.IPV4,
+        "",
+        (7.0,),
+    )
 
 
 def test_a_sync_of_everything_is_reported_as_complete() -> None:

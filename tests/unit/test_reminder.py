@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from kproxy.model.logging import Reminder
+from kproxy.model.logging import LogThrottle
 
 HOUR = 3600.0
 
 
-def moments(reminder: Reminder, until: float, since: float = 0.0) -> list[float]:
+def moments(reminder: LogThrottle, until: float, since: float = 0.0) -> list[float]:
     """Return when it was due, asked exactly when it says so, and every 10 s besides."""
     now, found = since, []
     while now <= until:
@@ -19,11 +19,11 @@ def moments(reminder: Reminder, until: float, since: float = 0.0) -> list[float]
 
 def test_pauses_grow_up_to_an_hour() -> None:
     minutes = [0, 1, 3, 7, 15, 31, 63, 123, 183, 243]
-    assert moments(Reminder(), 4.5 * HOUR) == [60.0 * minute for minute in minutes]
+    assert moments(LogThrottle(), 4.5 * HOUR) == [60.0 * minute for minute in minutes]
 
 
 def test_another_problem_starts_over() -> None:
-    reminder = Reminder()
+    reminder = LogThrottle()
     moments(reminder, HOUR)
     reminder.reset()
     assert reminder.wait(2 * HOUR) == 0.0
@@ -31,7 +31,7 @@ def test_another_problem_starts_over() -> None:
 
 
 def test_who_asks_late_gets_one_line_and_the_next_pause_begins_then() -> None:
-    reminder = Reminder()
+    reminder = LogThrottle()
     assert reminder.is_due(0.0)
     assert reminder.is_due(1000.0)
     assert not reminder.is_due(1119.0)

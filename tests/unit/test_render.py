@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from kproxy.iptables.backend import IptablesBackend
-from kproxy.iptables.names import Chain, port_hash
+from kproxy.iptables.names import ChainName, port_hash
 from kproxy.iptables.render import RenderedPort, host_cidr, render_port
 from kproxy.model.context import Context, LocalTraffic, local_traffic
 from kproxy.model.delta import Replace
@@ -112,7 +112,7 @@ def chain_of(found: RenderedPort, prefix: str) -> list[str]:
 
 def dispatch(found: RenderedPort, table: str, name: str) -> list[str]:
     start = f"-A {name} "
-    return [rule.removeprefix(start) for chain, rule, *_ in found.dispatch if chain == Chain(table, name)]
+    return [rule.removeprefix(start) for chain, rule, *_ in found.dispatch if chain == ChainName(table, name)]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])

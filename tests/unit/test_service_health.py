@@ -17,11 +17,11 @@ import pytest
 from kproxy.model.context import Context
 from kproxy.model.plan import plan_service
 from kproxy.model.store import Store
-from kproxy.model.sync_report import Plans, SyncReport, Written
+from kproxy.model.sync_report import ApplyResult, Plans, SyncReport
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Service, ServicePort
 from kproxy.serve.http import encode
-from kproxy.serve.server import Address, HttpServer, listen
-from kproxy.serve.service_health import HealthPorts, ServiceHealth, ServiceHealthObserver, service_answer
+from kproxy.serve.server import HttpServer, ListenAddress, listen
+from kproxy.serve.service_health import HealthCheckNodePorts, ServiceHealth, ServiceHealthTracker, service_answer
 from tests.lab.attempts import Attempts
 from tests.lab.waiting import HANG_GUARD
 from tests.ports import free_port, get
@@ -34,7 +34,7 @@ Updates = dict[str, ServiceHealth | None]
 
 def report(family: Family, plans: Plans, *, complete: bool = True, error: str = "", **more: Any) -> SyncReport:
     context = None if error else Context(family, "node-1", **more)
-    return SyncReport(family, 0.0, 1.0, complete, plans, context, None if error else Written({}, {}), error)
+    return SyncReport(family, 0.0, 1.0, complete, plans, context, None if error else ApplyResult({}, {}), error)
 
 
 def plans_of(found: Store, family: Family) -> Plans:
@@ -48,7 +48,7 @@ class Follower:
 
     def __init__(self) -> None:
         self.updates: list[Updates] = []
-        self.observer = ServiceHealthObserver((V4, V6), lambda changes: self.updates.append(dict(changes)))
+        self.observer = ServiceHealthTracker((V4, V6), lambda changes: self.updates.append(dict(changes)))
 
     @property
     def state(self) -> dict[str, ServiceHealth]:
@@ -146,7 +146,7 @@ def test_what_counts() -> None:
 def test_only_changes_are_passed_on() -> None:
     follower = Follower()
     one, two = here("10.244.1.1"), here("10.244.1.2")
-    where = Address("", 32000)
+    where = ListenAddress("", 32000)
     observer = follower.observer
     observer.synced(report(V4, plans(one)))
     observer.synced(report(V4, plans(one)))
@@ -160,7 +160,7 @@ def test_only_changes_are_passed_on() -> None:
     assert follower.updates == [
         {"ns/web": ServiceHealth({where: 1})},
         {"ns/web": ServiceHealth({where: 2})},
-        {"ns/web": ServiceHealth({Address("", 32001): 2})},
+        {"ns/web": ServiceHealth({ListenAddress("", 32001): 2})},
         {"ns/web": None},
         {"ns/web": ServiceHealth({where: 1})},
         {"ns/web": None},
@@ -170,15 +170,19 @@ def test_only_changes_are_passed_on() -> None:
 @pytest.mark.parametrize(
     ("ipv4", "ipv6", "addresses"),
     [
-        ("all", None, {Address("", 32000)}),
-        ("all", "all", {Address("0.0.0.0", 32000, True), Address("::", 32000, True)}),
-        (("10.0.0.1", "10.0.0.2"), None, {Address("10.0.0.1", 32000, True), Address("10.0.0.2", 32000, True)}),
-        (("10.0.0.1",), "all", {Address("10.0.0.1", 32000, True), Address("::", 32000, True)}),
-        ("all", ("fd00::1",), {Address("0.0.0.0", 32000, True), Address("fd00::1", 32000, True)}),
+        ("all", None, {ListenAddress("", 32000)}),
+        ("all", "all", {ListenAddress("0.0.0.0", 32000, True), ListenAddress("::", 32000, True)}),
+        (
+            ("10.0.0.1", "10.0.0.2"),
+            None,
+            {ListenAddress("10.0.0.1", 32000, True), ListenAddress("10.0.0.2", 32000, True)},
+        ),
+        (("10.0.0.1",), "all", {ListenAddress("10.0.0.1", 32000, True), ListenAddress("::", 32000, True)}),
+        ("all", ("fd00::1",), {ListenAddress("0.0.0.0", 32000, True), ListenAddress("fd00::1", 32000, True)}),
         ((), None, set()),
     ],
 )
-def test_it_listens_where_node_ports_do(ipv4: Any, ipv6: Any, addresses: set[Address]) -> None:
+def test_it_listens_where_node_ports_do(ipv4: Any, ipv6: Any, addresses: set[ListenAddress]) -> None:
     follower = Follower()
     for family, hosts in ((V4, ipv4), (V6, ipv6)):
         dual_stack = None not in {ipv4, ipv6}
@@ -191,7 +195,7 @@ def test_it_listens_where_node_ports_do(ipv4: Any, ipv6: Any, addresses: set[Add
 def test_each_family_answers_for_itself() -> None:
     follower = Follower()
     v4, v6 = here("10.244.1.1"), [here(f"fd00::{number}") for number in (1, 2)]
-    four, six = Address("0.0.0.0", 32000, one_family=True), Address("::", 32000, one_family=True)
+    four, six = ListenAddress("0.0.0.0", 32000, one_family=True), ListenAddress("::", 32000, one_family=True)
     follower.observer.synced(report(V4, plans(v4, dual_stack=True)))
     assert follower.state["ns/web"].endpoints == {four: 1}, "nothing is known of IPv6 yet"
     follower.observer.synced(report(V6, plans(*v6, family=V6, dual_stack=True)))
@@ -201,7 +205,7 @@ def test_each_family_answers_for_itself() -> None:
     follower.observer.synced(report(V6, {"ns/web": ()}))
     assert follower.state["ns/web"].endpoints == {four: 1}, "IPv4 has not heard of it yet"
     follower.observer.synced(report(V4, plans(v4)))
-    assert follower.state["ns/web"].endpoints == {Address("", 32000): 1}, "a Service of one family by now"
+    assert follower.state["ns/web"].endpoints == {ListenAddress("", 32000): 1}, "a Service of one family by now"
     follower.observer.synced(report(V4, {"ns/web": ()}))
     assert follower.state == {}
 
@@ -214,7 +218,9 @@ class Ports:
         self.failures: queue.SimpleQueue[tuple[str, int, str]] = queue.SimpleQueue()
         self.later = 0.0
         self._server = HttpServer(clock=lambda: monotonic() + self.later, wall=time)
-        self._ports = HealthPorts(self._server, lambda: self.healthy, lambda *failure: self.failures.put(failure))
+        self._ports = HealthCheckNodePorts(
+            self._server, lambda: self.healthy, lambda *failure: self.failures.put(failure)
+        )
         self._server.start()
 
     def update(self, **services: ServiceHealth | None) -> None:
@@ -239,7 +245,7 @@ def ports() -> Iterator[Ports]:
 
 
 def at(port: int, endpoints: int = 1, host: str = "127.0.0.1") -> ServiceHealth:
-    return ServiceHealth({Address(host, port): endpoints})
+    return ServiceHealth({ListenAddress(host, port): endpoints})
 
 
 def status(port: int, host: str = "127.0.0.1") -> int | None:
@@ -308,7 +314,7 @@ def test_a_port_may_pass_to_another_service_at_once(ports: Ports) -> None:
 
 def test_all_addresses_of_a_service_are_served(ports: Ports) -> None:
     port = free_port()
-    ports.update(web=ServiceHealth({Address("127.0.0.1", port): 1, Address("127.0.0.2", port): 1}))
+    ports.update(web=ServiceHealth({ListenAddress("127.0.0.1", port): 1, ListenAddress("127.0.0.2", port): 1}))
     for host in ("127.0.0.1", "127.0.0.2"):
         socket.create_connection((host, port), timeout=HANG_GUARD).close()
     assert ports.failures.empty()
@@ -317,8 +323,8 @@ def test_all_addresses_of_a_service_are_served(ports: Ports) -> None:
 def test_both_families_of_a_port_have_answers_of_their_own(ports: Ports) -> None:
     """As load balancers ask them: by IPv4 and by IPv6, on the same port."""
     port = free_port()
-    four, six = Address("0.0.0.0", port, one_family=True), Address("::", port, one_family=True)
-    ports.update(web=ServiceHealth({Address("", port): 1}))
+    four, six = ListenAddress("0.0.0.0", port, one_family=True), ListenAddress("::", port, one_family=True)
+    ports.update(web=ServiceHealth({ListenAddress("", port): 1}))
     assert [status(port, host) for host in ("127.0.0.1", "::1")] == [200, 200]
     ports.update(web=ServiceHealth({four: 1, six: 0}))
     assert [status(port, host) for host in ("127.0.0.1", "::1")] == [200, 503]
@@ -332,7 +338,7 @@ def test_a_taken_port_is_reported_once_and_served_when_it_is_free(
 ) -> None:
     monkeypatch.setattr("kproxy.serve.service_health.RETRY_SECONDS", 0.01)
     good = free_port()
-    with listen(Address("127.0.0.1", 0)) as taken:
+    with listen(ListenAddress("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         ports.update(web=at(port), other=at(good))
         reason = f"cannot listen on 127.0.0.1:{port}: Address already in use"
@@ -351,7 +357,7 @@ def test_a_taken_port_is_said_ever_more_rarely_and_when_it_is_served(
 ) -> None:
     caplog.set_level(logging.INFO, logger="kproxy")
     attempts = Attempts(monkeypatch, "kproxy.serve.service_health")
-    with listen(Address("127.0.0.1", 0)) as taken:
+    with listen(ListenAddress("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         said = f"Service ns/web: its health cannot be asked for on 127.0.0.1:{port}: Address already in use"
         ports.update(web=at(port))
@@ -386,6 +392,6 @@ def test_of_two_services_with_one_port_the_first_has_it(ports: Ports) -> None:
 
 def test_one_bad_address_does_not_hold_up_the_others(ports: Ports) -> None:
     port = free_port()
-    ports.update(web=ServiceHealth({Address("192.0.2.1", port): 1, Address("127.0.0.1", port): 1}))
+    ports.update(web=ServiceHealth({ListenAddress("192.0.2.1", port): 1, ListenAddress("127.0.0.1", port): 1}))
     assert status(port) == 200
     assert ports.failures.get(timeout=HANG_GUARD)[2].startswith(f"cannot listen on 192.0.2.1:{port}: ")

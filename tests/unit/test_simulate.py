@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from kproxy.model.types import Family
-from kproxy.simulate.iptables import Iptables
-from kproxy.simulate.packet import Fate, Outcome, UnknownRuleError, Verdict
+from kproxy.simulate.iptables import IptablesSimulator
+from kproxy.simulate.packet import Fate, FateDistribution, UnknownRuleError, Verdict
 from tests.unit.simulation import ACCEPTED, DROPPED, NODE, OWN, POD, TRANSLATED, packet
 
 BUILT_IN = {
@@ -19,7 +19,9 @@ BUILT_IN = {
 DNAT = f"-p tcp -j DNAT --to-destination {POD}"
 
 
-def rules(*lines: str, family: Family = Family.IPV4, policy: str = "ACCEPT", chains: Iterable[str] = ()) -> Iptables:
+def rules(
+    *lines: str, family: Family = Family.IPV4, policy: str = "ACCEPT", chains: Iterable[str] = ()
+) -> IptablesSimulator:
     """Return rules from lines `TABLE CHAIN RULE`; chains that are not built in are named as `TABLE CHAIN`."""
     text = []
     for table, built_in in BUILT_IN.items():
@@ -28,7 +30,7 @@ def rules(*lines: str, family: Family = Family.IPV4, policy: str = "ACCEPT", cha
         text += [f":{name} - [0:0]" for name in own]
         text += [f"-A {line.split(' ', 1)[1]}" for line in lines if line.startswith(table)]
         text.append("COMMIT")
-    return Iptables("\n".join(text), family)
+    return IptablesSimulator("\n".join(text), family)
 
 
 def test_a_packet_that_meets_no_rule_arrives() -> None:
@@ -215,12 +217,12 @@ def test_a_chance_of_none_and_of_all(chance: str, fate: Fate) -> None:
 
 def test_probabilities_that_do_not_sum_to_one_are_no_outcome() -> None:
     with pytest.raises(ValueError, match=r"sum to 0\.5"):
-        Outcome([(ACCEPTED, 0.25), (DROPPED, 0.25)])
+        FateDistribution([(ACCEPTED, 0.25), (DROPPED, 0.25)])
 
 
 def test_the_only_fate_is_one() -> None:
     with pytest.raises(ValueError, match="unpack"):
-        _ = Outcome([(ACCEPTED, 0.25), (DROPPED, 0.75)]).only
+        _ = FateDistribution([(ACCEPTED, 0.25), (DROPPED, 0.75)]).only
 
 
 def test_affinity_sends_who_is_remembered_to_the_same_endpoint() -> None:
@@ -370,10 +372,10 @@ def test_what_is_not_known_is_an_error_that_names_it(rule: str, what: str) -> No
 )
 def test_what_is_no_dump_is_an_error(text: str) -> None:
     with pytest.raises(UnknownRuleError, match=r"line \d"):
-        Iptables(text, Family.IPV4)
+        IptablesSimulator(text, Family.IPV4)
 
 
 def test_counters_comments_and_empty_tables_are_part_of_a_dump() -> None:
     text = "# made by hand\n*mangle\n:OUTPUT ACCEPT [3:4]\nCOMMIT\n\n*filter\n:FORWARD ACCEPT [1:2]\n"
-    found = Iptables(text + "[5:6] -A FORWARD -p tcp -j DROP\nCOMMIT\n", Family.IPV4)
+    found = IptablesSimulator(text + "[5:6] -A FORWARD -p tcp -j DROP\nCOMMIT\n", Family.IPV4)
     assert found.send(packet()).only == DROPPED

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from kproxy.model.types import Family
-from kproxy.simulate.nftables import Nftables
+from kproxy.simulate.nftables import NftablesSimulator
 from kproxy.simulate.packet import Fate, Verdict
 from tests.unit.simulation import ACCEPTED, DROPPED, NODE, OWN, POD, TRANSLATED, packet
 
@@ -96,16 +96,16 @@ def chain(name: str, *rules: str) -> str:
     return "\n".join([f"chain {name} {{", *(f"\t{line}" for line in (*lines, *rules)), "}", ""])
 
 
-def rules(sets: str = EVERYTHING, family: Family = Family.IPV4, **chains: list[str]) -> Nftables:
+def rules(sets: str = EVERYTHING, family: Family = Family.IPV4, **chains: list[str]) -> NftablesSimulator:
     """Return rules by chain, an underscore in its name for a hyphen; there always is an empty chain `other`."""
     named = {name.replace("_", "-"): lines for name, lines in chains.items()}
     body = sets + "".join(chain(name, *lines) for name, lines in ({"other": list[str]()} | named).items())
-    return Nftables(table(body, "ip6" if family is Family.IPV6 else "ip"), family)
+    return NftablesSimulator(table(body, "ip6" if family is Family.IPV6 else "ip"), family)
 
 
 def test_a_packet_that_meets_no_rule_arrives() -> None:
     assert rules().send(packet()).fates == {ACCEPTED: 1.0}
-    assert Nftables("", Family.IPV4).send(packet()).fates == {ACCEPTED: 1.0}
+    assert NftablesSimulator("", Family.IPV4).send(packet()).fates == {ACCEPTED: 1.0}
 
 
 MATCHING: list[tuple[str, dict[str, Any], dict[str, Any] | None]] = [
@@ -350,7 +350,7 @@ def test_priorities_of_type_nat_only_order_such_chains() -> None:
             ("soon", "nat", "-100", "ip saddr 192.0.2.1 meta l4proto tcp dnat to 10.0.0.1:1"),
         ]
     )
-    found = Nftables(table(text), Family.IPV4)
+    found = NftablesSimulator(table(text), Family.IPV4)
     assert found.send(packet()).only == Fate(Verdict.DROPPED, "10.0.0.2:2")
     assert found.send(packet(source="192.0.2.1")).only == Fate(Verdict.DROPPED, "10.0.0.1:1")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kproxy.simulate.nftables import Nftables
+from kproxy.simulate.nftables import NftablesSimulator
 from kproxy.simulate.packet import Fate, Verdict
 from tests.unit.simulation import ACCEPTED, POD, TRANSLATED, packet
 from tests.unit.test_simulate_nftables import DNAT, rules
@@ -84,7 +84,7 @@ def test_chance_that_meets_again_after_a_chain_goes_on_with_both() -> None:
     assert found.send(packet()).fates == pytest.approx({masqueraded: 0.25, TRANSLATED: 0.75})
 
 
-def affinity(first: str = "one", second: str = "two") -> Nftables:
+def affinity(first: str = "one", second: str = "two") -> NftablesSimulator:
     return rules(
         prerouting=[
             f"ip saddr @{first} goto endpoint-{first}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kproxy.model.types import Family
-from kproxy.simulate.nftables import Nftables
+from kproxy.simulate.nftables import NftablesSimulator
 from kproxy.simulate.packet import UnknownRuleError
 from tests.unit.test_simulate_nftables import chain, rules, table
 
@@ -131,7 +131,7 @@ def test_what_is_not_known_is_an_error_that_names_it(rule: str, what: str) -> No
 )
 def test_what_is_no_known_part_of_a_table_is_an_error(block: str, what: str) -> None:
     with pytest.raises(UnknownRuleError) as error:
-        Nftables(table(block), Family.IPV4)
+        NftablesSimulator(table(block), Family.IPV4)
     assert what in str(error.value)
 
 
@@ -150,12 +150,12 @@ def test_what_is_no_known_part_of_a_table_is_an_error(block: str, what: str) -> 
 )
 def test_what_is_no_table_of_the_family_is_an_error(text: str, what: str) -> None:
     with pytest.raises(UnknownRuleError) as error:
-        Nftables(text, Family.IPV4)
+        NftablesSimulator(text, Family.IPV4)
     assert what in str(error.value)
 
 
 def test_errors_show_where_and_not_all_of_a_long_line() -> None:
     elements = ", ".join(f"10.0.{number}.1" for number in range(200))
     with pytest.raises(UnknownRuleError, match=r"^line 5: word is not an address: elements = ") as error:
-        Nftables(table(f"set x {{\ntype ipv4_addr\nelements = {{ {elements}, word }}\n}}"), Family.IPV4)
+        NftablesSimulator(table(f"set x {{\ntype ipv4_addr\nelements = {{ {elements}, word }}\n}}"), Family.IPV4)
     assert len(str(error.value)) < 300

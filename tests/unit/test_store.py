@@ -8,16 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kproxy.model.delta import BASIC_KINDS, Delete, Delta, Kind, Object, Refused, Replace, Upsert
-from kproxy.model.store import Changed, Store
+from kproxy.model.delta import BASIC_KINDS, Delete, Delta, Invalid, Kind, Object, Replace, Upsert
+from kproxy.model.store import Store, StoreChange
 from kproxy.model.types import Endpoint, EndpointSlice, Family, Node, Service, ServiceCIDR
 from tests.unit.strategies import deltas
 
-NOTHING = Changed()
+NOTHING = StoreChange()
 
 
-def changed(*services: str, node: bool = False, appeared: str = "") -> Changed:
-    return Changed(frozenset(services), node, appeared=frozenset(appeared.split()))
+def changed(*services: str, node: bool = False, appeared: str = "") -> StoreChange:
+    return StoreChange(frozenset(services), node, appeared=frozenset(appeared.split()))
 
 
 def service(name: str, address: str = "10.96.0.1") -> Service:
@@ -50,7 +50,7 @@ def test_a_change_is_true_if_anything_changed() -> None:
     assert not NOTHING
     assert changed("ns/web")
     assert changed(node=True)
-    assert Changed(service_cidrs=True)
+    assert StoreChange(service_cidrs=True)
 
 
 def test_a_new_or_changed_service_dirties_itself(store: Store) -> None:
@@ -113,20 +113,20 @@ def test_only_the_own_node_counts(store: Store) -> None:
 
 
 def test_refused_services_are_counted_until_they_can_be_used_or_are_gone(store: Store) -> None:
-    assert store.refused_services == 0
-    assert store.apply(Refused(Service, "ns", "web")) == NOTHING
-    assert store.apply(Refused(Service, "ns", "broken")) == NOTHING
-    store.apply(Refused(EndpointSlice, "ns", "web-1"))
-    assert store.refused_services == 2
+    assert store.invalid_services == 0
+    assert store.apply(Invalid(Service, "ns", "web")) == NOTHING
+    assert store.apply(Invalid(Service, "ns", "broken")) == NOTHING
+    store.apply(Invalid(EndpointSlice, "ns", "web-1"))
+    assert store.invalid_services == 2
     assert store.service("ns/web") == service("web")
     assert store.apply(Upsert(service("web"))) == NOTHING
-    assert store.refused_services == 1
+    assert store.invalid_services == 1
     store.apply(Delete(Service, "ns", "broken"))
-    assert store.refused_services == 0
+    assert store.invalid_services == 0
     store.apply(Replace(Service, (service("web"),), (("ns", "api"), ("ns", "other"))))
-    assert store.refused_services == 2
+    assert store.invalid_services == 2
     store.apply(Replace(Service, (service("web"),), ignored=3))
-    assert (store.refused_services, store.ignored_services) == (0, 3)
+    assert (store.invalid_services, store.ignored_services) == (0, 3)
 
 
 def test_a_relist_is_a_difference(store: Store) -> None:
@@ -193,7 +193,7 @@ def test_service_cidrs_have_to_be_listed_only_where_asked_for() -> None:
     assert store.complete
 
 
-RANGES = Changed(service_cidrs=True)
+RANGES = StoreChange(service_cidrs=True)
 
 
 @pytest.fixture(name="wide")
@@ -263,9 +263,9 @@ def test_whether_this_node_exists() -> None:
     store.apply(Replace(Node, (Node("node-2"),)))
     assert store.has_listed(Node)
     assert store.node_missing
-    store.apply(Refused(Node, "", "node-2"))
+    store.apply(Invalid(Node, "", "node-2"))
     assert store.node_missing
-    store.apply(Refused(Node, "", "node-1"))
+    store.apply(Invalid(Node, "", "node-1"))
     assert not store.node_missing, "it is there, whatever is wrong with it"
     store.apply(Replace(Node, (Node("node-2"),)))
     store.apply(Upsert(Node("node-1", being_deleted=True)))

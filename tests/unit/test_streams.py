@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from kproxy.kube.client.response import TransportError
 from kproxy.kube.codec import streams as framing
-from kproxy.kube.codec.conversion import Decoded
+from kproxy.kube.codec.conversion import DecodedObject
 from kproxy.kube.codec.streams import FramingError, read_events, split_frames, split_lines
-from kproxy.kube.codec.watch_events import Event, Gone, Unreadable
+from kproxy.kube.codec.watch_events import Deleted, Event, UndecodableObject
 from kproxy.model.types import Service
 from tests.apiserver import protobuf
 from tests.apiserver.objects import service
@@ -63,7 +63,7 @@ def test_an_event_is_there_as_soon_as_it_is_complete() -> None:
         raise TransportError("reset by peer")
 
     events = read_events(Service, Body(protobuf.MEDIA_TYPE, pieces()))
-    assert isinstance(next(events), Decoded)
+    assert isinstance(next(events), DecodedObject)
     with pytest.raises(TransportError):
         next(events)
 
@@ -71,8 +71,8 @@ def test_an_event_is_there_as_soon_as_it_is_complete() -> None:
 @pytest.mark.parametrize("media_type", ["application/json", "", "text/plain"])
 def test_lines_are_read_as_json(media_type: str) -> None:
     first, second = read(media_type, LINES)
-    assert isinstance(first, Decoded)
-    assert second == Gone("demo", "web", "")
+    assert isinstance(first, DecodedObject)
+    assert second == Deleted("demo", "web", "")
 
 
 def test_frames_are_read_as_protobuf() -> None:
@@ -85,7 +85,7 @@ def test_what_is_longer_than_any_event_ends_them(monkeypatch: pytest.MonkeyPatch
     good = LINES if media_type == "application/json" else FRAMES
     *before, last = read(media_type, good, b"\x7f" * 6000, good)
     assert len(before) == 2
-    assert isinstance(last, Unreadable)
+    assert isinstance(last, UndecodableObject)
     assert "at most 5000 bytes" in last.text
     assert not last.name
 

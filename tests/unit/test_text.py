@@ -6,13 +6,13 @@ import pytest
 
 from kproxy.iptables.backend import IptablesBackend
 from kproxy.iptables.base_rules import base_chains
-from kproxy.iptables.names import Chain
-from kproxy.iptables.patch import Patch
+from kproxy.iptables.names import ChainName
+from kproxy.iptables.patch import ChainPatch
 from kproxy.iptables.render import render_port
 from kproxy.iptables.save_restore import (
-    Restore,
-    Saved,
+    RestoreInput,
     SavedChain,
+    SavedTables,
     count_rules,
     incompatible_line,
     parse_save,
@@ -37,13 +37,13 @@ def test_every_probability_is_read_as_it_was_written() -> None:
         f"-A C -m statistic --mode random --probability {printed(float(f'{1 / n:.10f}'))} -j D\n"
         for n in range(1, 5001)
     ]
-    assert parse_save(["*nat", ":C - [0:0]", *saved])[Chain("nat", "C")].rules == written
-    assert parse_save(["*nat", ":C - [0:0]", *written])[Chain("nat", "C")].rules == written
+    assert parse_save(["*nat", ":C - [0:0]", *saved])[ChainName("nat", "C")].rules == written
+    assert parse_save(["*nat", ":C - [0:0]", *written])[ChainName("nat", "C")].rules == written
 
 
 def test_a_probability_of_nothing_stays() -> None:
     rule = "-A C -m statistic --mode random --probability 0.00000000000 -j D"
-    assert parse_save(["*nat", rule])[Chain("nat", "C")].rules == [rule]
+    assert parse_save(["*nat", rule])[ChainName("nat", "C")].rules == [rule]
 
 
 @pytest.mark.parametrize("family", Family)
@@ -58,7 +58,7 @@ def test_what_is_rendered_is_what_is_read(scenario: str, family: Family) -> None
         service = found.service(key)
         assert service is not None
         for plan in plan_service(service, found.slices(key), context):
-            expected |= {Chain("nat", name): rules for name, rules in render_port(plan, context).chains.items()}
+            expected |= {ChainName("nat", name): rules for name, rules in render_port(plan, context).chains.items()}
     assert {chain: read[chain] for chain in expected} == expected
 
 
@@ -74,8 +74,8 @@ def test_what_iptables_save_prints_otherwise_than_it_was_written() -> None:
         "# Completed\n",
     ]
     assert parse_save(saved) == {
-        Chain("filter", "INPUT"): SavedChain([]),
-        Chain("filter", "C"): SavedChain(
+        ChainName("filter", "INPUT"): SavedChain([]),
+        ChainName("filter", "C"): SavedChain(
             ["-A C -m nfacct --nfacct-name dropped -j DROP", '-A C -m comment --comment "a -- b" -j ACCEPT']
         ),
     }
@@ -84,15 +84,18 @@ def test_what_iptables_save_prints_otherwise_than_it_was_written() -> None:
 def test_tables_are_kept_apart_and_others_left_out() -> None:
     saved = ["*raw", ":C - [0:0]", "-A C -j X", "COMMIT", "*nat", ":C - [0:0]", "-A C -j Y", "COMMIT"]
     saved += ["*filter", ":C - [0:0]", "COMMIT"]
-    assert parse_save(saved) == {Chain("nat", "C"): SavedChain(["-A C -j Y"]), Chain("filter", "C"): SavedChain([])}
-    assert set(parse_save(saved, ["raw"])) == {Chain("raw", "C")}
+    assert parse_save(saved) == {
+        ChainName("nat", "C"): SavedChain(["-A C -j Y"]),
+        ChainName("filter", "C"): SavedChain([]),
+    }
+    assert set(parse_save(saved, ["raw"])) == {ChainName("raw", "C")}
 
 
 def test_of_a_table_that_could_not_be_printed_nothing_is_taken_for_whole() -> None:
     lines = ["*filter\n", ":A - [0:0]\n", "-A A -j B\n", incompatible_line("filter", "status 3: no word for it")]
     lines += ["*nat\n", ":C - [0:0]\n", "COMMIT\n"]
-    kept = {Chain("nat", "C"): SavedChain([])}
-    assert read_save(lines) == Saved(kept, {"filter": "status 3: no word for it"})
+    kept = {ChainName("nat", "C"): SavedChain([])}
+    assert read_save(lines) == SavedTables(kept, {"filter": "status 3: no word for it"})
     names: set[str] = set()
     assert parse_save(lines, incompatible=names) == kept
     assert names == {"filter"}
@@ -110,25 +113,32 @@ def test_of_a_table_that_comes_twice_the_second_counts() -> None:
         ":B - [0:0]",
         "-A B -j Y",
     ]
-    assert parse_save(lines) == {Chain("nat", "B"): SavedChain(["-A B -j Y"]), Chain("filter", "F"): SavedChain([])}
+    assert parse_save(lines) == {
+        ChainName("nat", "B"): SavedChain(["-A B -j Y"]),
+        ChainName("filter", "F"): SavedChain([]),
+    }
 
 
 def test_what_iptables_save_says_itself_of_a_table_that_it_cannot_print() -> None:
     said = "Table `filter' is incompatible, use 'nft' tool."
-    assert read_save([f"# {said}\n"]) == Saved({}, {"filter": said})
+    assert read_save([f"# {said}\n"]) == SavedTables({}, {"filter": said})
 
 
 def test_an_empty_change_is_no_text() -> None:
-    assert not Restore()
-    assert Restore().text() == ""
+    assert not RestoreInput()
+    assert RestoreInput().text() == ""
 
 
 def test_a_change_is_one_transaction_per_table_in_a_safe_order() -> None:
-    change = Restore(
-        {Chain("filter", "F"): "-A F -j DROP", Chain("nat", "A"): "-A A -j B\n-A A -j C", Chain("nat", "E"): ""},
-        {Chain("nat", "LONG"): Patch(("-R LONG 3 -j A", "-D LONG 2"), 6, "-A LONG ...")},
+    change = RestoreInput(
+        {
+            ChainName("filter", "F"): "-A F -j DROP",
+            ChainName("nat", "A"): "-A A -j B\n-A A -j C",
+            ChainName("nat", "E"): "",
+        },
+        {ChainName("nat", "LONG"): ChainPatch(("-R LONG 3 -j A", "-D LONG 2"), 6, "-A LONG ...")},
         [("filter", "-I INPUT 1 -j F")],
-        [Chain("nat", "OLD")],
+        [ChainName("nat", "OLD")],
     )
     assert change
     assert change.text().splitlines() == [
@@ -141,8 +151,8 @@ def test_a_change_is_one_transaction_per_table_in_a_safe_order() -> None:
     assert change.rules_by_table() == {"nat": 3, "filter": 1}
 
 
-@pytest.mark.parametrize("change", [Restore({Chain("nat", "A"): ""}), Restore(edits=[("nat", "-I A 1")])])
-def test_any_change_is_one(change: Restore) -> None:
+@pytest.mark.parametrize("change", [RestoreInput({ChainName("nat", "A"): ""}), RestoreInput(edits=[("nat", "-I A 1")])])
+def test_any_change_is_one(change: RestoreInput) -> None:
     assert change
 
 

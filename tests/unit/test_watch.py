@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kproxy.kube.codec.json_codec import decode_object, read_line
-from kproxy.kube.codec.watch_events import Unreadable
-from kproxy.kube.listwatch.list_watch import LeftOut, ListWatch, Problem, Request, Step
+from kproxy.kube.codec.watch_events import UndecodableObject
+from kproxy.kube.listwatch.list_watch import IgnoredFields, InvalidObject, ListWatch, ListWatchRequest, ListWatchStep
 from kproxy.model.delta import Delete, Kind, Object, Replace, Upsert
 from kproxy.model.types import EndpointSlice, Node, Service, ServiceCIDR
 
@@ -37,7 +37,7 @@ def answer_of(name: str) -> tuple[int, dict[str, str], bytes]:
 class JsonWatch(ListWatch):
     """The machine, fed with the lines of a watch."""
 
-    def line(self, raw: bytes) -> Step:
+    def line(self, raw: bytes) -> ListWatchStep:
         return self.event(read_line(self._kind, raw))
 
 
@@ -50,12 +50,12 @@ class Folded:
     """What a consumer knows after the messages it got."""
 
     objects: dict[Key, Object] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[InvalidObject] = field(default_factory=list)
     replaces: int = 0
 
-    def take(self, step: Step) -> Step:
+    def take(self, step: ListWatchStep) -> ListWatchStep:
         for message in step.messages:
-            if isinstance(message, Problem):
+            if isinstance(message, InvalidObject):
                 self.problems.append(message)
             elif isinstance(message, Upsert):
                 self.objects[key_of(message.object)] = message.object
@@ -105,7 +105,7 @@ def test_recorded_list_by_watch(kind: Kind, name: str) -> None:
             assert folded.objects == truth(kind, [], lines[: end + 1])
     assert folded.objects == truth(kind, [], lines)
     assert not folded.problems
-    assert watch.closed(75.0) == Step(again_after=0.0)
+    assert watch.closed(75.0) == ListWatchStep(again_after=0.0)
     last = json.loads(lines[-1])["object"]["metadata"]["resourceVersion"]
     params = watch.next_request().params
     assert params["resourceVersion"] == last
@@ -118,7 +118,7 @@ def test_recorded_pages() -> None:
     first = watch.next_request()
     assert (first.watch, first.params["limit"], "continue" in first.params) == (False, "500", False)
     page_1, page_2 = answer_of("list-page-1.txt")[2], answer_of("list-page-2.txt")[2]
-    assert folded.take(watch.page(page_1)) == Step(again_after=0.0)
+    assert folded.take(watch.page(page_1)) == ListWatchStep(again_after=0.0)
     token = json.loads(page_1)["metadata"]["continue"]
     assert watch.next_request().params["continue"] == token
     folded.take(watch.page(page_2))
@@ -131,7 +131,7 @@ def test_recorded_pages() -> None:
 
 def test_list_by_watch_refused_with_one_error_event_is_remembered() -> None:
     watch = machine()
-    assert watch.line(OLD_ETCD) == Step(again_after=0.0)
+    assert watch.line(OLD_ETCD) == ListWatchStep(again_after=0.0)
     assert not watch.next_request().watch
     watch.page(b'{"metadata":{"resourceVersion":"7"},"items":[]}')
     watch.line((RECORDED / "watch-too-old.txt").read_bytes().splitlines()[-1])
@@ -143,7 +143,7 @@ def test_list_by_watch_refused_with_a_status(status: int, reason: str) -> None:
     watch = machine()
     text = "sendInitialEvents is forbidden for watch unless the WatchList feature gate is enabled"
     body = json.dumps({"kind": "Status", "code": status, "reason": reason, "message": text}).encode()
-    assert watch.refused(status, {}, body) == Step(again_after=0.0)
+    assert watch.refused(status, {}, body) == ListWatchStep(again_after=0.0)
     request = watch.next_request()
     assert not request.watch
     assert "fieldSelector" in request.params
@@ -152,15 +152,15 @@ def test_list_by_watch_refused_with_a_status(status: int, reason: str) -> None:
 def test_a_server_that_ignores_initial_events_is_listed_by_pages() -> None:
     watch, folded = machine(), Folded()
     line = lines_of("services.watchlist.jsonl")[0]
-    assert folded.take(watch.line(line)) == Step()
-    assert folded.take(watch.line(BOOKMARK % (9, b""))) == Step(again_after=0.0)
+    assert folded.take(watch.line(line)) == ListWatchStep()
+    assert folded.take(watch.line(BOOKMARK % (9, b""))) == ListWatchStep(again_after=0.0)
     assert not watch.next_request().watch
 
 
 def test_a_server_that_ignores_initial_events_and_sends_no_bookmarks() -> None:
     watch = machine()
     watch.line(lines_of("services.watchlist.jsonl")[0])
-    assert watch.silent() == Step(again_after=0.0)
+    assert watch.silent() == ListWatchStep(again_after=0.0)
     assert not watch.next_request().watch
 
 
@@ -198,25 +198,27 @@ def test_requests_of_each_kind() -> None:
         "resourceVersionMatch": "NotOlderThan",
     }
     fields = "spec.clusterIP!=None,spec.type!=ExternalName"
-    expected: dict[Kind, Request] = {
-        Service: Request("/api/v1/services", {"labelSelector": ours, "fieldSelector": fields} | common, True, BOTH),
-        EndpointSlice: Request(
+    expected: dict[Kind, ListWatchRequest] = {
+        Service: ListWatchRequest(
+            "/api/v1/services", {"labelSelector": ours, "fieldSelector": fields} | common, True, BOTH
+        ),
+        EndpointSlice: ListWatchRequest(
             "/apis/discovery.k8s.io/v1/endpointslices", {"labelSelector": ours_with_ip} | common, True, BOTH
         ),
-        Node: Request("/api/v1/nodes", {"fieldSelector": "metadata.name=node-1"} | common, True, BOTH),
-        ServiceCIDR: Request("/apis/networking.k8s.io/v1/servicecidrs", common, True, BOTH),
+        Node: ListWatchRequest("/api/v1/nodes", {"fieldSelector": "metadata.name=node-1"} | common, True, BOTH),
+        ServiceCIDR: ListWatchRequest("/apis/networking.k8s.io/v1/servicecidrs", common, True, BOTH),
     }
     for kind, request in expected.items():
         for chance, seconds in ((0.0, "300"), (0.999999, "600")):
             found = machine(kind, chance).next_request()
-            assert found == Request(request.path, request.params | {"timeoutSeconds": seconds}, True, BOTH)
+            assert found == ListWatchRequest(request.path, request.params | {"timeoutSeconds": seconds}, True, BOTH)
 
 
 @pytest.mark.parametrize("refused", [ERROR_410, (410, b"{}")])
 def test_410_lists_anew_at_first_at_once_then_slower(refused: Any) -> None:
     watch = following()
 
-    def expire() -> Step:
+    def expire() -> ListWatchStep:
         return watch.line(refused) if isinstance(refused, bytes) else watch.refused(refused[0], {}, refused[1])
 
     delays = []
@@ -291,7 +293,7 @@ def test_a_watch_that_ends_as_soon_as_it_began_backs_off() -> None:
 
 def test_silence_resumes_at_once() -> None:
     watch = following()
-    assert watch.silent() == Step(again_after=0.0)
+    assert watch.silent() == ListWatchStep(again_after=0.0)
     assert watch.trouble == "nothing heard about services for 90 s"
     assert watch.next_request().params["resourceVersion"] == "96"
 
@@ -339,10 +341,10 @@ KINDS_AND_NAMES = [
 def test_a_second_silence_in_a_row_leads_to_a_new_list(kind: Kind, name: str) -> None:
     watch = following(kind)
     for _ in range(3):
-        assert watch.silent() == Step(again_after=0.0)
+        assert watch.silent() == ListWatchStep(again_after=0.0)
         assert watch.next_request().params["resourceVersion"] == "96"
         watch.opened()
-        assert watch.silent() == Step(again_after=0.0)
+        assert watch.silent() == ListWatchStep(again_after=0.0)
         assert watch.trouble == f"no event or bookmark about {name} for long: listing them anew"
         request = watch.next_request()
         assert (request.params["sendInitialEvents"], request.params["resourceVersionMatch"]) == ("true", "NotOlderThan")
@@ -360,7 +362,7 @@ def test_a_second_silence_in_a_row_leads_to_new_pages_where_lists_are_in_pages()
     for _ in range(2):
         watch.next_request()
         watch.opened()
-        assert watch.silent() == Step(again_after=0.0)
+        assert watch.silent() == ListWatchStep(again_after=0.0)
     request = watch.next_request()
     assert (request.watch, request.params.keys() & {"resourceVersion", "continue"}) == (False, set())
 
@@ -380,7 +382,7 @@ def test_silence_counts_over_connections_that_end_before_it_is_noticed() -> None
     watch = following()
     for lasted in (100.0, 75.0):
         watch.opened()
-        assert watch.closed(lasted) == Step(again_after=0.0)
+        assert watch.closed(lasted) == ListWatchStep(again_after=0.0)
         assert watch.next_request().params["resourceVersion"] == "96"
     watch.opened()
     assert watch.failed("reset by peer", 9.0).again_after == pytest.approx(0.8)
@@ -430,7 +432,7 @@ BAD_SLICE = {
     "endpoints": [{"addresses": ["10.244.0.1"]}, {"addresses": ["fd00::1"]}],
     "ports": [{"port": 80}],
 }
-LEFT_OUT = LeftOut(EndpointSlice, "ns", "web-1", "endpoints[1]: 'fd00::1' is not an IPv4 address")
+LEFT_OUT = IgnoredFields(EndpointSlice, "ns", "web-1", "endpoints[1]: 'fd00::1' is not an IPv4 address")
 
 
 def test_what_is_left_out_of_an_object_is_said_beside_it() -> None:
@@ -539,7 +541,7 @@ def test_trouble_ends_when_the_watch_is_open_again() -> None:
 def test_a_refused_field_selector_is_dropped_for_good() -> None:
     watch = machine()
     body = b'{"code":400,"reason":"BadRequest","message":"field label not supported: spec.type"}'
-    assert watch.refused(400, {}, body) == Step(again_after=0.0)
+    assert watch.refused(400, {}, body) == ListWatchStep(again_after=0.0)
     request = watch.next_request()
     assert request.params["sendInitialEvents"] == "true"
     assert "fieldSelector" not in request.params
@@ -550,7 +552,7 @@ def test_a_bad_request_for_no_said_reason_gives_up_what_can_be_given_up() -> Non
     watch = machine()
     delays = [watch.refused(400, {}, b"").again_after for _ in range(3)]
     assert delays == [0.0, 0.0, pytest.approx(0.8)]
-    assert watch.next_request() == Request(
+    assert watch.next_request() == ListWatchRequest(
         "/api/v1/services", {"labelSelector": watch.next_request().params["labelSelector"], "limit": "500"}, False
     )
 
@@ -629,9 +631,9 @@ def test_garbage_is_reported_and_the_stream_goes_on(garbage: bytes) -> None:
     watch = following()
     step = watch.line(garbage)
     assert step.again_after is None
-    assert [type(message) for message in step.messages] == [Problem]
+    assert [type(message) for message in step.messages] == [InvalidObject]
     assert len(watch.line(lines_of("services.watchlist.jsonl")[9]).messages) == 1
-    assert watch.closed(300.0) == Step(again_after=0.0)
+    assert watch.closed(300.0) == ListWatchStep(again_after=0.0)
     assert watch.next_request().params.get("resourceVersion") is None, "what was missed, only a list can tell"
 
 
@@ -641,7 +643,7 @@ HEADLESS = b"""{"type":"MODIFIED","object":{"metadata":{"name":"web","namespace"
 
 
 def test_an_object_without_rules_any_more_is_gone() -> None:
-    assert following().line(HEADLESS) == Step((Delete(Service, "demo", "web"),))
+    assert following().line(HEADLESS) == ListWatchStep((Delete(Service, "demo", "web"),))
 
 
 @pytest.mark.parametrize("change", [HEADLESS, bad(kind="DELETED")])
@@ -760,7 +762,7 @@ class Replayed:
                 known[key] = event["object"]
         return [known[key] for key in sorted(known)]
 
-    def stream(self, request: Request) -> list[bytes]:
+    def stream(self, request: ListWatchRequest) -> list[bytes]:
         """Return the lines a watch gets up to now."""
         given = request.params.get("resourceVersion")
         if given is None and not self.by_watch:
@@ -772,7 +774,7 @@ class Replayed:
         seen = next(upto for upto in reversed(range(self.now + 1)) if self.version(upto) == given)
         return [ERROR_410] if seen < self.compacted else self.events[seen : self.now]
 
-    def page(self, request: Request) -> bytes | None:
+    def page(self, request: ListWatchRequest) -> bytes | None:
         version, offset = self.version(self.now), 0
         if token := request.params.get("continue"):
             version, text = token.split("/")
@@ -819,7 +821,7 @@ def read_stream(lines: list[bytes], watch: JsonWatch, folded: Folded, fault: str
         garbled = fault == "garbage" and number == cut % len(lines)
         if folded.take(watch.line(line[: 1 + cut % (len(line) - 1)] if garbled else line)).again_after is not None:
             return
-    endings: dict[str, Callable[[], Step]] = {
+    endings: dict[str, Callable[[], ListWatchStep]] = {
         "clean": lambda: watch.closed(300.0),
         "none": lambda: watch.closed(300.0),
         "short": lambda: watch.closed(0.1),
@@ -882,9 +884,9 @@ def test_406_asks_for_json_from_then_on() -> None:
 
 def test_what_is_unreadable_without_a_name_asks_for_json_from_then_on() -> None:
     watch = following()
-    watch.event(Unreadable("demo", "web", "97", "Expected a port"))
+    watch.event(UndecodableObject("demo", "web", "97", "Expected a port"))
     assert watch.next_request().accept == BOTH
-    watch.event(Unreadable("", "", "", "a message is cut off"))
+    watch.event(UndecodableObject("", "", "", "a message is cut off"))
     assert watch.next_request().accept == "application/json"
 
 

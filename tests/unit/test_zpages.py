@@ -10,7 +10,7 @@ import pytest
 from kproxy.config import Config, configure
 from kproxy.config.flag_table import CONFIG_FLAGS, PORT_FLAGS
 from kproxy.config.flags import add_flags, flag_values
-from kproxy.serve.http import Handler, Request
+from kproxy.serve.http import Handler, HttpRequest
 from kproxy.serve.zpages import flagz, statusz
 
 FLAGS = {"v": "2", "cleanup": "false", "nodeport-addresses": "[primary]"}
@@ -39,7 +39,7 @@ def pages(clock: Clock | None = None) -> dict[str, Handler]:
 def ask(handler: Handler, accept: str | None) -> tuple[int, str, str]:
     """Return status, content type and body."""
     headers = {} if accept is None else {"accept": accept}
-    answer = handler(Request("GET", "/", headers, persistent=True))
+    answer = handler(HttpRequest("GET", "/", headers, persistent=True))
     return answer.status, dict(answer.headers)["Content-Type"], answer.body.decode()
 
 

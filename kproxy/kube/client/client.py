@@ -15,11 +15,10 @@ from collections.abc import Callable, Collection, Mapping
 from urllib.parse import urlencode, urlsplit
 
 from kproxy import __version__
-from kproxy.kube.client.cluster_access import Access, ClientError, PlainAccess, check_server, find_plain
-from kproxy.kube.client.plugin_access import PackageAccess
-from kproxy.kube.client.response import Response, SilenceError, Translated, TransportError
+from kproxy.kube.client.cluster_access import ClientError, ClusterAccess, StaticAccess, check_server, find_static_config
+from kproxy.kube.client.plugin_access import PluginAccess
+from kproxy.kube.client.response import ApiResponse, TransportErrors
 
-__all__ = ["Client", "ClientError", "Response", "SilenceError", "TransportError"]
 CONNECT_TIMEOUT = 10.0
 """Seconds for TCP and TLS to come up."""
 ROTATION_PERIOD = 60.0
@@ -28,7 +27,7 @@ _JSON = "application/json"
 log = logging.getLogger(__name__)
 
 
-class Client:
+class ApiClient:
     """A client of one API server, for any number of threads."""
 
     def __init__(self, kubeconfig: str | None, server: str | None) -> None:
@@ -43,7 +42,7 @@ class Client:
         self._use(_load_access(kubeconfig, server, None))
 
     @classmethod
-    def from_config(cls, kubeconfig: str | None = None, server: str | None = None) -> Client:
+    def from_config(cls, kubeconfig: str | None = None, server: str | None = None) -> ApiClient:
         """Return a client for a kubeconfig file, or for the Pod's service account if there is none.
 
         `server` is a URL that overrides the kubeconfig's; without a kubeconfig it is used without
@@ -59,7 +58,7 @@ class Client:
         accept: str = _JSON,
         *,
         absences: Collection[int] = (),
-    ) -> Response:
+    ) -> ApiResponse:
         """Send a GET and return as soon as the headers are there; `timeout` is seconds without any byte.
 
         `accept` has the media types to choose from, best first. Lists may come compressed, watches not: gzip would
@@ -71,11 +70,11 @@ class Client:
         headers = {"Accept": accept, "Accept-Encoding": encoding}
         return self._send("GET", url, timeout, headers, None, uncounted=absences)
 
-    def post(self, path: str, body: bytes, timeout: float) -> Response:
+    def post(self, path: str, body: bytes, timeout: float) -> ApiResponse:
         """Send a JSON object; otherwise like `get`."""
         return self._send("POST", path, timeout, {"Accept": _JSON, "Content-Type": _JSON}, body)
 
-    def renew(self, seen: Response | None) -> None:
+    def renew(self, seen: ApiResponse | None) -> None:
         """Read the configuration anew because the server did not accept the credentials of `seen`.
 
         Does nothing if that has been done since. Raises `ClientError`; what was loaded stays in use then.
@@ -92,7 +91,7 @@ class Client:
     def _load(self) -> None:
         self._use(_load_access(self._kubeconfig, self._server, self._access))
 
-    def _use(self, access: Access) -> None:
+    def _use(self, access: ClusterAccess) -> None:
         self._access = access
         self._base = access.server.rstrip("/")
         self._loaded = time.monotonic()
@@ -107,7 +106,7 @@ class Client:
         body: bytes | None,
         *,
         uncounted: Collection[int] = (),
-    ) -> Response:
+    ) -> ApiResponse:
         from urllib3 import Timeout
 
         with self._lock:
@@ -117,7 +116,7 @@ class Client:
         headers["User-Agent"] = f"kproxy/{__version__}"
         code, began = "<error>", time.monotonic()
         try:
-            with Translated():
+            with TransportErrors():
                 raw = pool.request(
                     method,
                     base + url,
@@ -128,7 +127,7 @@ class Client:
                     retries=False,
                 )
                 code = str(raw.status)
-                return Response(raw, generation)
+                return ApiResponse(raw, generation)
         finally:
             if code not in map(str, uncounted):
                 self.answered(method, urlsplit(base).netloc, code, time.monotonic() - began)
@@ -142,11 +141,11 @@ class Client:
                 log.warning("keeping the credentials in use: %s", error)
 
 
-def _load_access(kubeconfig: str | None, server: str | None, before: Access | None) -> Access:
+def _load_access(kubeconfig: str | None, server: str | None, before: ClusterAccess | None) -> ClusterAccess:
     if server:
         check_server(server, None)
     first = before is None
-    plain = find_plain(kubeconfig, server, os.environ, first=first)
-    access: Access = PlainAccess(plain, before) if plain else PackageAccess(kubeconfig, server, first=first)
+    plain = find_static_config(kubeconfig, server, os.environ, first=first)
+    access: ClusterAccess = StaticAccess(plain, before) if plain else PluginAccess(kubeconfig, server, first=first)
     check_server(access.server, kubeconfig)
     return access

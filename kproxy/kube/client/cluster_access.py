@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from msgspec import Struct
 
-from kproxy.kube.client.http_proxy import proxy_for
+from kproxy.kube.client.http_proxy import http_proxy_for
 
 KEEPALIVE = [
     (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
@@ -42,7 +42,7 @@ class ClientError(Exception):
     """The configuration or the credentials cannot be used; the message is one line: which file, what, why."""
 
 
-class Access(Protocol):
+class ClusterAccess(Protocol):
     """A way to the API server."""
 
     @property
@@ -148,35 +148,35 @@ _USER = {
 }
 
 
-class Pem(Struct, frozen=True):
+class PemData(Struct, frozen=True):
     """Certificates or a key: the text, and the file or field that it is from."""
 
     content: bytes
     source: str
 
 
-class Plain(Struct, frozen=True):
+class StaticConfig(Struct, frozen=True):
     """All that a plain way to the server consists of; two that are equal need but one pool of connections.
 
     Without an `authority` the system's count; `insecure` checks none at all. `server_name` stands in the server's
-    certificate instead of its host. `rotates`: see `Access`.
+    certificate instead of its host. `rotates`: see `ClusterAccess`.
     """
 
     source: str
     server: str
     token: str = ""
     rotates: bool = False
-    authority: Pem | None = None
-    certificate: Pem | None = None
-    key: Pem | None = None
+    authority: PemData | None = None
+    certificate: PemData | None = None
+    key: PemData | None = None
     insecure: bool = False
     server_name: str = ""
 
 
-class PlainAccess:
-    """A way to the server (`kproxy.kube.client.cluster_access.Access`) by plain credentials."""
+class StaticAccess:
+    """A way to the server (`kproxy.kube.client.cluster_access.ClusterAccess`) by plain credentials."""
 
-    def __init__(self, plain: Plain, before: object = None) -> None:
+    def __init__(self, plain: StaticConfig, before: object = None) -> None:
         """`before` is the access in use so far: its connections stay if only the token is another.
 
         Raises `ClientError` if certificates cannot be used.
@@ -185,7 +185,7 @@ class PlainAccess:
         self.server = plain.server
         self.rotates = plain.rotates
         self.pool: Any
-        if isinstance(before, PlainAccess) and _without_token(before._plain) == _without_token(plain):
+        if isinstance(before, StaticAccess) and _without_token(before._plain) == _without_token(plain):
             self.pool = before.pool
         else:
             self.pool = _make_pool(plain)
@@ -195,9 +195,9 @@ class PlainAccess:
         return {"Authorization": f"Bearer {self._plain.token}"} if self._plain.token else {}
 
 
-def find_plain(
+def find_static_config(
     kubeconfig: str | None, server: str | None, environment: Mapping[str, str], *, first: bool = True
-) -> Plain | None:
+) -> StaticConfig | None:
     """Return the plain way to the server, None if it is not plain or anything is missing or malformed.
 
     `kubeconfig` None stands for the Pod's service account, or with a `server` for no credentials at all. A `server`
@@ -208,25 +208,25 @@ def find_plain(
     if kubeconfig is not None:
         found = _from_kubeconfig(kubeconfig, server, first)
     else:
-        found = Plain("server", server) if server else _from_service_account(environment)
-    return None if found is None or proxy_for(found.server, environment) else found
+        found = StaticConfig("server", server) if server else _from_service_account(environment)
+    return None if found is None or http_proxy_for(found.server, environment) else found
 
 
-def _from_service_account(environment: Mapping[str, str]) -> Plain:
+def _from_service_account(environment: Mapping[str, str]) -> StaticConfig:
     host, port = (environment.get(f"KUBERNETES_SERVICE_{part}", "") for part in ("HOST", "PORT"))
     if not (host and port):
         raise ClientError(f"{IN_CLUSTER}: KUBERNETES_SERVICE_HOST and KUBERNETES_SERVICE_PORT are not set")
     token, authority = SERVICE_ACCOUNT / "token", SERVICE_ACCOUNT / "ca.crt"
-    return Plain(
+    return StaticConfig(
         IN_CLUSTER,
         f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}",
         usable_token(read_file(IN_CLUSTER, token), f"{IN_CLUSTER}: {token}"),
         rotates=True,
-        authority=Pem(read_file(IN_CLUSTER, authority), str(authority)),
+        authority=PemData(read_file(IN_CLUSTER, authority), str(authority)),
     )
 
 
-def _from_kubeconfig(path: str, server: str | None, first: bool) -> Plain | None:
+def _from_kubeconfig(path: str, server: str | None, first: bool) -> StaticConfig | None:
     import yaml
 
     try:
@@ -239,8 +239,8 @@ def _from_kubeconfig(path: str, server: str | None, first: bool) -> Plain | None
     if not _is_plain(cluster, _CLUSTER) or not _is_plain(user, _USER) or not (server or cluster.get("server")):
         return None
     check_entries(cluster, user, path)
-    reader = _Reader(path)
-    return Plain(
+    reader = _KubeconfigReader(path)
+    return StaticConfig(
         path,
         server or cluster["server"],
         read_token(user, reader.folder, path, first=first),
@@ -265,31 +265,31 @@ def _is_plain(fields: Any, known: set[str]) -> bool:
     return all(isinstance(value, kinds.get(name, str)) for name, value in fields.items())
 
 
-class _Reader:
+class _KubeconfigReader:
     """Reads what a kubeconfig names; its paths count from the folder that it is in."""
 
     def __init__(self, kubeconfig: str) -> None:
         self._kubeconfig = kubeconfig
         self.folder = Path(kubeconfig).expanduser().parent
 
-    def pem(self, fields: Mapping[str, Any], name: str) -> Pem | None:
+    def pem(self, fields: Mapping[str, Any], name: str) -> PemData | None:
         """Return what a field holds in base64 (`NAME-data`, which comes first) or names a file of, None if neither."""
         if encoded := fields.get(f"{name}-data"):
             try:
-                return Pem(base64.b64decode("".join(encoded.split()), validate=True), f"{name}-data")
+                return PemData(base64.b64decode("".join(encoded.split()), validate=True), f"{name}-data")
             except (binascii.Error, ValueError) as error:
                 raise ClientError(f"{self._kubeconfig}: {name}-data is no base64: {error}") from None
         if not fields.get(name):
             return None
         path = self.folder / fields[name]
-        return Pem(read_file(self._kubeconfig, path), str(path))
+        return PemData(read_file(self._kubeconfig, path), str(path))
 
 
-def _without_token(plain: Plain) -> tuple[object, ...]:
+def _without_token(plain: StaticConfig) -> tuple[object, ...]:
     return (plain.server, plain.authority, plain.certificate, plain.key, plain.insecure, plain.server_name)
 
 
-def _make_pool(plain: Plain) -> Any:
+def _make_pool(plain: StaticConfig) -> Any:
     import urllib3
 
     if plain.insecure:  # asked for in so many words: no warning per request
@@ -298,7 +298,7 @@ def _make_pool(plain: Plain) -> Any:
     return urllib3.PoolManager(ssl_context=_tls(plain), maxsize=CONNECTIONS, socket_options=KEEPALIVE, **name)
 
 
-def _tls(plain: Plain) -> ssl.SSLContext:
+def _tls(plain: StaticConfig) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # an intermediate authority alone will do, as for Go and curl
     if plain.insecure:

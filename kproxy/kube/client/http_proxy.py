@@ -15,7 +15,7 @@ _PORTS = {"http": 80, "https": 443}
 _IP: TypeAlias = IPv4Address | IPv6Address
 
 
-def proxy_for(server: str, environment: Mapping[str, str]) -> str:
+def http_proxy_for(server: str, environment: Mapping[str, str]) -> str:
     """Return the URL of the proxy to use for `server`, an `http` or `https` URL, or "" to connect directly.
 
     `HTTPS_PROXY` applies to `https`, `HTTP_PROXY` to `http`; names in lower case count where those in upper case are

@@ -24,15 +24,15 @@ from kproxy.kube.client.cluster_access import (
     read_token,
     usable_token,
 )
-from kproxy.kube.client.http_proxy import proxy_for
+from kproxy.kube.client.http_proxy import http_proxy_for
 
 _FILES = ("tokenFile", "client-certificate", "client-key")
 _RUNS = {"exec", "auth-provider"}
 """Fields of users whose credentials are not for the asking every minute."""
 
 
-class PackageAccess:
-    """A way to the server (`kproxy.kube.client.cluster_access.Access`) by a kubeconfig or a service account.
+class PluginAccess:
+    """A way to the server (`kproxy.kube.client.cluster_access.ClusterAccess`) by a kubeconfig or a service account.
 
     Without a kubeconfig, it is that of the Pod.
     `server` overrides the URL in it; alone it needs no credentials. `first`: see `read_token`. Raises `ClientError`.
@@ -53,7 +53,7 @@ class PackageAccess:
         if kubeconfig is not None:
             self.rotates = _load_kubeconfig(configuration, kubeconfig, first)
         elif server is None:
-            with Explained(IN_CLUSTER):
+            with PackageErrors(IN_CLUSTER):
                 config.load_incluster_config(configuration, try_refresh_token=False)
         if server:
             configuration.host = server
@@ -65,7 +65,7 @@ class PackageAccess:
 
     def authentication(self) -> dict[str, str]:
         """Return the headers by which the server knows us, with a token that the package may refresh for that."""
-        with Explained(self._source):
+        with PackageErrors(self._source):
             settings = self._configuration.auth_settings()
         return {item["key"].title(): self._header(item["value"]) for item in settings.values() if item.get("value")}
 
@@ -79,9 +79,9 @@ def _load_kubeconfig(configuration: Any, kubeconfig: str, first: bool) -> bool:
     from kubernetes.config.kube_config import KubeConfigLoader, KubeConfigMerger
 
     for path in kubeconfig.split(":"):
-        with Explained(path), Path(path).expanduser().open("rb"):
+        with PackageErrors(path), Path(path).expanduser().open("rb"):
             pass  # the package passes over files that are not there
-    with Explained(kubeconfig):
+    with PackageErrors(kubeconfig):
         merged = KubeConfigMerger(kubeconfig).config
         for kind in ("clusters", "contexts", "users"):
             for entry in merged.value[kind]:
@@ -117,10 +117,10 @@ def _find_user(merged: Any, context: Any) -> tuple[dict[str, Any], Path]:
 def _choose_proxy(configuration: Any, source: str) -> None:
     """Have the package use the proxy of the kubeconfig, whatever `NO_PROXY` says, or else that of the environment."""
     if not configuration.proxy:
-        configuration.proxy = proxy_for(configuration.host, os.environ) or None
+        configuration.proxy = http_proxy_for(configuration.host, os.environ) or None
     if not configuration.proxy:
         return
-    with Explained(f"{source}: proxy"):
+    with PackageErrors(f"{source}: proxy"):
         proxy = urlsplit(configuration.proxy)
     if proxy.scheme.lower().startswith("socks"):
         if find_spec("socks") is None:
@@ -139,7 +139,7 @@ def _make_pool(configuration: Any, source: str) -> Any:
     context = _tls(configuration, source)
     if not configuration.verify_ssl:  # asked for in so many words: no warning per request
         urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
-    with Explained("connection settings"):
+    with PackageErrors("connection settings"):
         pool = RESTClientObject(configuration).pool_manager
     # Certificates of ours are in the context already, and loading them anew while others connect is not safe.
     pool.connection_pool_kw |= {"ssl_context": context, "cert_file": None, "key_file": None}
@@ -153,18 +153,18 @@ def _tls(configuration: Any, source: str) -> ssl.SSLContext:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     if configuration.ssl_ca_cert:
-        with Explained(f"{source}: certificate authority {configuration.ssl_ca_cert}"):
+        with PackageErrors(f"{source}: certificate authority {configuration.ssl_ca_cert}"):
             context.load_verify_locations(configuration.ssl_ca_cert)
     else:
         context.load_default_certs()
     if configuration.cert_file:
-        with Explained(f"{source}: client certificate {configuration.cert_file}, key {configuration.key_file}"):
+        with PackageErrors(f"{source}: client certificate {configuration.cert_file}, key {configuration.key_file}"):
             # A password callback, so that an encrypted key is an error and no question on the terminal.
             context.load_cert_chain(configuration.cert_file, configuration.key_file, lambda: "")
     return context
 
 
-class Explained:
+class PackageErrors:
     """Turns whatever goes wrong inside into a `ClientError` that names the source, on one line.
 
     The package reports a failed exec plugin only to the root logger and goes on without credentials: records

@@ -20,7 +20,7 @@ class SilenceError(TransportError):
     """Nothing arrived for the timeout of the request."""
 
 
-class Response:
+class ApiResponse:
     """One HTTP answer: `status`, `headers`, and the body by `read`, `lines` or `frames`.
 
     `generation` counts the credentials that the client had loaded when it sent the request.
@@ -34,7 +34,7 @@ class Response:
 
     def read(self) -> bytes:
         """Return the whole body, decompressed. Raises `TransportError`."""
-        with Translated():
+        with TransportErrors():
             body: bytes = self._raw.read(decode_content=True)
             return body
 
@@ -59,7 +59,7 @@ class Response:
         chunked = getattr(self._raw, "chunked", False)
         source = self._raw.read_chunked(_CHUNK, decode_content=True) if chunked else None
         while True:
-            with Translated():
+            with TransportErrors():
                 chunk = next(source, b"") if source else self._raw.read1(_CHUNK, decode_content=True)
             if not chunk:
                 return
@@ -74,14 +74,14 @@ class Response:
         """Give up the answer, read to its end or not. Only for the thread that reads."""
         self._raw.close()
 
-    def __enter__(self) -> Response:
+    def __enter__(self) -> ApiResponse:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.release()
 
 
-class Translated:
+class TransportErrors:
     """Turns the exceptions of urllib3 and of sockets into `TransportError`."""
 
     def __enter__(self) -> None:

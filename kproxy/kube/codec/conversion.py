@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeVar
 
 from msgspec import Struct
 
-from kproxy.documents.document import FieldPath, dotted
+from kproxy.documents.document import FieldPath, field_path_text
 from kproxy.kube.codec import schema as wire
 from kproxy.model.addresses import canonical_address, canonical_cidr, family_of
 from kproxy.model.delta import Object
@@ -25,16 +25,16 @@ SHOWN = 3
 """How many parts of one object are named on a line: a slice may have a hundred bad endpoints."""
 
 
-class Remark(NamedTuple):
+class IgnoredField(NamedTuple):
     """A part of an object that is left out: where it is, and why."""
 
     field: FieldPath
     text: str
 
 
-def remarks_text(remarks: Sequence[Remark]) -> str:
+def ignored_fields_text(remarks: Sequence[IgnoredField]) -> str:
     """Return what is left out of one object, on a line."""
-    parts = [f"{dotted(remark.field)}: {remark.text}" for remark in remarks[:SHOWN]]
+    parts = [f"{field_path_text(remark.field)}: {remark.text}" for remark in remarks[:SHOWN]]
     more = len(remarks) - SHOWN
     return "; ".join(parts) + (f"; and {more} more" if more > 0 else "")
 
@@ -54,7 +54,7 @@ class ObjectError(ValueError):
     """An object that cannot be decoded; the message names the field and what it should hold."""
 
 
-class Decoded(Struct, frozen=True, gc=False):
+class DecodedObject(Struct, frozen=True, gc=False):
     """One object of the API: who it is, and what kproxy keeps of it (None: it has no rules for this one).
 
     `remarks` say which parts of it are left out although somebody may expect them to work.
@@ -64,7 +64,7 @@ class Decoded(Struct, frozen=True, gc=False):
     name: str
     resource_version: str
     object: Object | None
-    remarks: tuple[Remark, ...] = ()
+    remarks: tuple[IgnoredField, ...] = ()
 
 
 _E = TypeVar("_E")
@@ -78,37 +78,37 @@ def _check_name(pattern: re.Pattern[str], text: str, field: str) -> None:
         raise ObjectError(f"Expected a name of lower case letters, digits, '-' and '.', got {text!r} - at `$.{field}`")
 
 
-def reduce_service(found: wire.ServiceWire) -> Decoded:
+def convert_service(found: wire.ApiService) -> DecodedObject:
     """Reduce a Service. Raises `ObjectError`, as all of these do, for a value of no use."""
     return _decoded(found.metadata, _reduce_service(found))
 
 
-def reduce_slice(
-    found: wire.EndpointSliceWire,
+def convert_slice(
+    found: wire.ApiEndpointSlice,
     endpoints: Iterable[_E],
     reduce: Callable[[_E, Family], Endpoint | str],
-) -> Decoded:
+) -> DecodedObject:
     """Reduce an EndpointSlice whose `endpoints`, in whatever form they came, are reduced by `reduce`.
 
     That returns why an endpoint cannot be used if it cannot.
     """
-    remarks: list[Remark] = []
+    remarks: list[IgnoredField] = []
     return _decoded(found.metadata, _reduce_slice(found, endpoints, reduce, remarks), remarks)
 
 
-def reduce_node(found: wire.NodeWire) -> Decoded:
+def convert_node(found: wire.ApiNode) -> DecodedObject:
     """Reduce a Node."""
     return _decoded(found.metadata, _reduce_node(found))
 
 
-def reduce_service_cidr(found: wire.ServiceCIDRWire) -> Decoded:
+def convert_service_cidr(found: wire.ApiServiceCIDR) -> DecodedObject:
     """Reduce a ServiceCIDR."""
     return _decoded(found.metadata, _reduce_service_cidr(found))
 
 
-def _decoded(metadata: wire.MetadataWire, reduced: Object | None, remarks: Iterable[Remark] = ()) -> Decoded:
+def _decoded(metadata: wire.ApiMetadata, reduced: Object | None, remarks: Iterable[IgnoredField] = ()) -> DecodedObject:
     _check_name(_NAME, metadata.name, "metadata.name")
-    return Decoded(metadata.namespace, metadata.name, metadata.resource_version, reduced, tuple(remarks))
+    return DecodedObject(metadata.namespace, metadata.name, metadata.resource_version, reduced, tuple(remarks))
 
 
 def _canonical(convert: Callable[[str], str | None], texts: Iterable[str] | None, field: str) -> tuple[str, ...]:
@@ -122,14 +122,14 @@ def _canonical(convert: Callable[[str], str | None], texts: Iterable[str] | None
     return tuple(dict.fromkeys(found))
 
 
-def _reduce_service(service: wire.ServiceWire) -> Service | None:
-    metadata, spec = service.metadata, service.spec or wire.ServiceSpecWire()
+def _reduce_service(service: wire.ApiService) -> Service | None:
+    metadata, spec = service.metadata, service.spec or wire.ApiServiceSpec()
     labels = metadata.labels or {}
     if PROXY_NAME_LABEL in labels:
         return None
     if spec.type == "ExternalName" or spec.cluster_ip in {"", "None"}:
         return None
-    balancer = (service.status and service.status.load_balancer) or wire.LoadBalancerWire()
+    balancer = (service.status and service.status.load_balancer) or wire.ApiLoadBalancer()
     ingress = [entry.ip for entry in balancer.ingress or () if entry.ip and entry.ip_mode in {None, "VIP"}]
     external_ips = _canonical(canonical_address, spec.external_ips, "spec.externalIPs")
     accepts_external = spec.type in {"NodePort", "LoadBalancer"} or bool(external_ips)
@@ -156,7 +156,7 @@ def _reduce_service(service: wire.ServiceWire) -> Service | None:
     )
 
 
-def _reduce_port(port: wire.ServicePortWire) -> ServicePort:
+def _reduce_port(port: wire.ApiServicePort) -> ServicePort:
     if not 1 <= port.port <= 65535:
         raise ObjectError(f"Expected a port from 1 to 65535, got {port.port} - at `$.spec.ports[...].port`")
     if not 0 <= port.node_port <= 65535:
@@ -165,7 +165,7 @@ def _reduce_port(port: wire.ServicePortWire) -> ServicePort:
     return ServicePort(intern(port.name), port.port, port.protocol, port.node_port)
 
 
-def _affinity_seconds(spec: wire.ServiceSpecWire) -> int:
+def _affinity_seconds(spec: wire.ApiServiceSpec) -> int:
     if spec.session_affinity != "ClientIP":
         return 0
     config = spec.session_affinity_config
@@ -179,10 +179,10 @@ def _affinity_seconds(spec: wire.ServiceSpecWire) -> int:
 
 
 def _reduce_slice(
-    found: wire.EndpointSliceWire,
+    found: wire.ApiEndpointSlice,
     endpoints: Iterable[_E],
     reduce: Callable[[_E, Family], Endpoint | str],
-    remarks: list[Remark],
+    remarks: list[IgnoredField],
 ) -> EndpointSlice | None:
     metadata, labels = found.metadata, found.metadata.labels or {}
     service = labels.get(SERVICE_NAME_LABEL, "")
@@ -195,11 +195,13 @@ def _reduce_slice(
     usable = tuple([each for each in reduced if isinstance(each, Endpoint)])
     if len(usable) < len(reduced):
         bad = ((place, each) for place, each in enumerate(reduced) if isinstance(each, str))
-        remarks += [Remark(("endpoints", place), text) for place, text in bad]
+        remarks += [IgnoredField(("endpoints", place), text) for place, text in bad]
     ports = found.ports or ()
     if not all(port.port for port in ports):
         remarks += [
-            Remark(("ports", place), f"port {port.name!r} has no number" if port.name else "the port has no number")
+            IgnoredField(
+                ("ports", place), f"port {port.name!r} has no number" if port.name else "the port has no number"
+            )
             for place, port in enumerate(ports)
             if not port.port
         ]
@@ -214,14 +216,14 @@ def _reduce_slice(
     )
 
 
-def _reduce_endpoint_port(port: wire.EndpointPortWire) -> EndpointPort:
+def _reduce_endpoint_port(port: wire.ApiEndpointPort) -> EndpointPort:
     number = port.port or 0
     if not 1 <= number <= 65535:
         raise ObjectError(f"Expected a port from 1 to 65535, got {number} - at `$.ports[...].port`")
     return EndpointPort(intern(port.name or ""), number, port.protocol or "TCP")
 
 
-def reduce_endpoint(endpoint: wire.EndpointWire, family: Family) -> Endpoint | str:
+def convert_endpoint(endpoint: wire.ApiEndpoint, family: Family) -> Endpoint | str:
     """Keep only the first address (KEP-752 deprecated the others), and only one of the slice's family.
 
     Return why an endpoint cannot be used if it cannot.
@@ -231,8 +233,8 @@ def reduce_endpoint(endpoint: wire.EndpointWire, family: Family) -> Endpoint | s
     address = canonical_address(endpoint.addresses[0])
     if address is None or family_of(address) is not family:
         return f"{endpoint.addresses[0]!r} is not an {family.value} address"
-    conditions = endpoint.conditions or wire.ConditionsWire()
-    hints = endpoint.hints or wire.HintsWire()
+    conditions = endpoint.conditions or wire.ApiConditions()
+    hints = endpoint.hints or wire.ApiHints()
     return Endpoint(
         address=address,
         node=intern(endpoint.node_name or ""),
@@ -252,11 +254,11 @@ def _trigger_time(annotations: dict[str, str] | None) -> float:
         return 0.0
 
 
-def _reduce_node(node: wire.NodeWire) -> Node:
+def _reduce_node(node: wire.ApiNode) -> Node:
     metadata, spec, status = (
         node.metadata,
-        node.spec or wire.NodeSpecWire(),
-        node.status or wire.NodeStatusWire(),
+        node.spec or wire.ApiNodeSpec(),
+        node.status or wire.ApiNodeStatus(),
     )
     addresses = status.addresses or []
     own = [item.address for kind in ("InternalIP", "ExternalIP") for item in addresses if item.type == kind]
@@ -272,6 +274,6 @@ def _reduce_node(node: wire.NodeWire) -> Node:
     )
 
 
-def _reduce_service_cidr(found: wire.ServiceCIDRWire) -> ServiceCIDR:
+def _reduce_service_cidr(found: wire.ApiServiceCIDR) -> ServiceCIDR:
     cidrs = found.spec.cidrs if found.spec else None
     return ServiceCIDR(found.metadata.name, _canonical(canonical_cidr, cidrs, "spec.cidrs"))

@@ -29,15 +29,23 @@ from kproxy.kube.codec.conversion import (
     SERVICE_NAME_LABEL,
     TRIGGER_TIME_ANNOTATION,
     ZONE_LABEL,
-    Decoded,
+    DecodedObject,
     ObjectError,
-    reduce_endpoint,
-    reduce_node,
-    reduce_service,
-    reduce_service_cidr,
-    reduce_slice,
+    convert_endpoint,
+    convert_node,
+    convert_service,
+    convert_service_cidr,
+    convert_slice,
 )
-from kproxy.kube.codec.watch_events import INITIAL_EVENTS_END, Bookmark, Event, Gone, Unreadable, one_line, refusal_of
+from kproxy.kube.codec.watch_events import (
+    INITIAL_EVENTS_END,
+    Bookmark,
+    Deleted,
+    Event,
+    UndecodableObject,
+    one_line,
+    refusal_of,
+)
 from kproxy.model.delta import Kind
 from kproxy.model.types import Endpoint, EndpointSlice, Family, Protocol, Service, ServiceCIDR
 
@@ -52,7 +60,7 @@ class ProtobufError(ValueError):
     """Bytes that are not the message they should be; the message says why."""
 
 
-class Field(NamedTuple):
+class ProtobufField(NamedTuple):
     """How a field is read: the number and wire type before it, what makes a value of it, whether there are more."""
 
     tag: int
@@ -63,7 +71,7 @@ class Field(NamedTuple):
 _Known: TypeAlias = dict[int, tuple[str, Callable[[Any], Any], bool]]
 
 
-def message(shape: Callable[..., _S], **fields: Field) -> Callable[[bytes], _S]:
+def message(shape: Callable[..., _S], **fields: ProtobufField) -> Callable[[bytes], _S]:
     """Return what reads a message and calls `shape` with those of `fields` that are there; others are skipped.
 
     An empty text or message counts as not there, a 0 or false does not. Reading raises `ProtobufError`, whatever a
@@ -139,29 +147,29 @@ def _signed(number: int) -> int:
     return number - (1 << 64) if number >> 63 else number
 
 
-def text(number: int, *, repeated: bool = False) -> Field:
+def text(number: int, *, repeated: bool = False) -> ProtobufField:
     """Return a string field. Raises `UnicodeDecodeError` when read, if it is not UTF-8."""
-    return Field(number << 3 | _BYTES, bytes.decode, repeated)
+    return ProtobufField(number << 3 | _BYTES, bytes.decode, repeated)
 
 
-def octets(number: int, *, repeated: bool = False) -> Field:
+def octets(number: int, *, repeated: bool = False) -> ProtobufField:
     """Return a field of bytes, or one whose message is to be read later."""
-    return Field(number << 3 | _BYTES, bytes, repeated)
+    return ProtobufField(number << 3 | _BYTES, bytes, repeated)
 
 
-def integer(number: int) -> Field:
+def integer(number: int) -> ProtobufField:
     """Return an int32 or int64 field."""
-    return Field(number << 3 | _VARINT, _signed)
+    return ProtobufField(number << 3 | _VARINT, _signed)
 
 
-def boolean(number: int) -> Field:
+def boolean(number: int) -> ProtobufField:
     """Return a bool field."""
-    return Field(number << 3 | _VARINT, bool)
+    return ProtobufField(number << 3 | _VARINT, bool)
 
 
-def nested(number: int, read: Callable[[bytes], Any], *, repeated: bool = False) -> Field:
+def nested(number: int, read: Callable[[bytes], Any], *, repeated: bool = False) -> ProtobufField:
     """Return a field whose bytes `read` makes a value of, like those that `message` returns."""
-    return Field(number << 3 | _BYTES, read, repeated)
+    return ProtobufField(number << 3 | _BYTES, read, repeated)
 
 
 MEDIA_TYPE = "application/vnd.kubernetes.protobuf"
@@ -202,8 +210,8 @@ def _metadata(
     labels: list[tuple[str, str] | None] | None = None,
     annotations: list[tuple[str, str] | None] | None = None,
     **found: str,
-) -> wire.MetadataWire:
-    return wire.MetadataWire(
+) -> wire.ApiMetadata:
+    return wire.ApiMetadata(
         labels=dict(filter(None, labels or ())), annotations=dict(filter(None, annotations or ())), **found
     )
 
@@ -219,15 +227,13 @@ _METADATA = message(
     annotations=nested(12, _label, repeated=True),
 )
 _NAME_OF = nested(1, _METADATA)
-_NO_NAME = wire.MetadataWire()
+_NO_NAME = wire.ApiMetadata()
 _SERVICE_PORT = lru_cache(maxsize=256)(  # most are those of some other Service
-    message(wire.ServicePortWire, name=text(1), protocol=nested(2, _protocol), port=integer(3), node_port=integer(5))
+    message(wire.ApiServicePort, name=text(1), protocol=nested(2, _protocol), port=integer(3), node_port=integer(5))
 )
-_AFFINITY = message(
-    wire.AffinityConfigWire, client_ip=nested(1, message(wire.ClientIPWire, timeout_seconds=integer(1)))
-)
+_AFFINITY = message(wire.ApiAffinityConfig, client_ip=nested(1, message(wire.ApiClientIP, timeout_seconds=integer(1))))
 _SERVICE_SPEC = message(
-    wire.ServiceSpecWire,
+    wire.ApiServiceSpec,
     ports=nested(1, _SERVICE_PORT, repeated=True),
     cluster_ip=text(3),
     type=text(4),
@@ -241,72 +247,72 @@ _SERVICE_SPEC = message(
     internal_traffic_policy=text(22),
 )
 _LOAD_BALANCER = message(
-    wire.LoadBalancerWire, ingress=nested(1, message(wire.IngressWire, ip=text(1), ip_mode=text(3)), repeated=True)
+    wire.ApiLoadBalancer, ingress=nested(1, message(wire.ApiIngress, ip=text(1), ip_mode=text(3)), repeated=True)
 )
 _SERVICE = message(
-    partial(wire.ServiceWire, metadata=_NO_NAME),
+    partial(wire.ApiService, metadata=_NO_NAME),
     metadata=_NAME_OF,
     spec=nested(2, _SERVICE_SPEC),
-    status=nested(3, message(wire.ServiceStatusWire, load_balancer=nested(1, _LOAD_BALANCER))),
+    status=nested(3, message(wire.ApiServiceStatus, load_balancer=nested(1, _LOAD_BALANCER))),
 )
-_NAMED = message(wire.NamedWire, name=text(1))
+_NAMED = message(wire.ApiNamed, name=text(1))
 _CONDITIONS = lru_cache(maxsize=32)(  # there are not many different ones
-    message(wire.ConditionsWire, ready=boolean(1), serving=boolean(2), terminating=boolean(3))
+    message(wire.ApiConditions, ready=boolean(1), serving=boolean(2), terminating=boolean(3))
 )
 _ENDPOINT = message(
-    wire.EndpointWire,
+    wire.ApiEndpoint,
     addresses=text(1, repeated=True),
     conditions=nested(2, _CONDITIONS),
     node_name=text(6),
     hints=nested(
         8,
-        message(wire.HintsWire, for_zones=nested(1, _NAMED, repeated=True), for_nodes=nested(2, _NAMED, repeated=True)),
+        message(wire.ApiHints, for_zones=nested(1, _NAMED, repeated=True), for_nodes=nested(2, _NAMED, repeated=True)),
     ),
 )
 _ENDPOINT_PORT = lru_cache(maxsize=256)(
-    message(wire.EndpointPortWire, name=text(1), protocol=nested(2, _protocol), port=integer(3))
+    message(wire.ApiEndpointPort, name=text(1), protocol=nested(2, _protocol), port=integer(3))
 )
 
 
-class _Slice(Struct):
+class _UndecodedSlice(Struct):
     """An EndpointSlice whose endpoints are not read yet: how they are depends on a field after them."""
 
-    metadata: wire.MetadataWire = field(default_factory=wire.MetadataWire)
+    metadata: wire.ApiMetadata = field(default_factory=wire.ApiMetadata)
     address_type: str = ""
     endpoints: list[bytes] = []
-    ports: list[wire.EndpointPortWire] | None = None
+    ports: list[wire.ApiEndpointPort] | None = None
 
 
 _SLICE = message(
-    _Slice,
+    _UndecodedSlice,
     metadata=_NAME_OF,
     endpoints=octets(2, repeated=True),
     ports=nested(3, _ENDPOINT_PORT, repeated=True),
     address_type=text(4),
 )
 _NODE_SPEC = message(
-    wire.NodeSpecWire,
+    wire.ApiNodeSpec,
     pod_cidr=text(1),
-    taints=nested(5, message(wire.TaintWire, key=text(1)), repeated=True),
+    taints=nested(5, message(wire.ApiTaint, key=text(1)), repeated=True),
     pod_cidrs=text(7, repeated=True),
 )
-_NODE_ADDRESS = message(wire.NodeAddressWire, type=text(1), address=text(2))
+_NODE_ADDRESS = message(wire.ApiNodeAddress, type=text(1), address=text(2))
 _NODE = message(
-    partial(wire.NodeWire, metadata=_NO_NAME),
+    partial(wire.ApiNode, metadata=_NO_NAME),
     metadata=_NAME_OF,
     spec=nested(2, _NODE_SPEC),
-    status=nested(3, message(wire.NodeStatusWire, addresses=nested(5, _NODE_ADDRESS, repeated=True))),
+    status=nested(3, message(wire.ApiNodeStatus, addresses=nested(5, _NODE_ADDRESS, repeated=True))),
 )
 _SERVICE_CIDR = message(
-    partial(wire.ServiceCIDRWire, metadata=_NO_NAME),
+    partial(wire.ApiServiceCIDR, metadata=_NO_NAME),
     metadata=_NAME_OF,
-    spec=nested(2, message(wire.ServiceCIDRSpecWire, cidrs=text(1, repeated=True))),
+    spec=nested(2, message(wire.ApiServiceCIDRSpec, cidrs=text(1, repeated=True))),
 )
 _STATUS = message(
-    wire.StatusWire,
+    wire.ApiStatus,
     message=text(3),
     reason=text(4),
-    details=nested(5, message(wire.StatusDetailsWire, retry_after_seconds=integer(5))),
+    details=nested(5, message(wire.ApiStatusDetails, retry_after_seconds=integer(5))),
     code=integer(6),
 )
 
@@ -321,7 +327,7 @@ def _form(encoding: str = "", media_type: str = "") -> tuple[str, str]:
 
 _TYPE_META = lru_cache(maxsize=8)(message(_kind, kind=text(2)))
 _FORM = message(_form, encoding=text(3), media_type=text(4))
-_ONLY_METADATA = message(partial(wire.ServiceWire, metadata=_NO_NAME), metadata=_NAME_OF)
+_ONLY_METADATA = message(partial(wire.ApiService, metadata=_NO_NAME), metadata=_NAME_OF)
 _BAD_BYTES = (ValueError, IndexError)  # IndexError: cut off
 
 
@@ -353,7 +359,7 @@ def _change(frame: bytes) -> tuple[str, bytes]:
     return change, frame[begin:end]
 
 
-def read_status(raw: bytes) -> wire.StatusWire:
+def read_status(raw: bytes) -> wire.ApiStatus:
     """Read the Status in a whole answer. Raises `ProtobufError`."""
     try:
         return _STATUS(_opened(raw, "Status"))
@@ -362,7 +368,7 @@ def read_status(raw: bytes) -> wire.StatusWire:
 
 
 def _read_endpoint(raw: bytes, family: Family) -> Endpoint | str:
-    return reduce_endpoint(_ENDPOINT(raw), family)
+    return convert_endpoint(_ENDPOINT(raw), family)
 
 
 class FrameReader:
@@ -373,7 +379,7 @@ class FrameReader:
         self._read_endpoint = lru_cache(maxsize=KEPT_ENDPOINTS)(_read_endpoint)
 
     def read(self, frame: bytes) -> Event:
-        """Read one frame, without its length. Never raises: what cannot be read becomes `Unreadable`."""
+        """Read one frame, without its length. Never raises: what cannot be read becomes `UndecodableObject`."""
         try:
             change, envelope = _change(frame)
             if change == "ERROR":
@@ -383,28 +389,28 @@ class FrameReader:
                 return self._read_object(raw)
             metadata = _ONLY_METADATA(raw).metadata
         except _BAD_BYTES as error:
-            return Unreadable("", "", "", _reason(error))
+            return UndecodableObject("", "", "", _reason(error))
         if change == "BOOKMARK":
             ends_initial = (metadata.annotations or {}).get(INITIAL_EVENTS_END) == "true"
             return Bookmark(metadata.resource_version, ends_initial)
         if change == "DELETED" and metadata.name:
-            return Gone(metadata.namespace, metadata.name, metadata.resource_version)
-        return Unreadable("", "", "", one_line(f"Expected a watch event with a named object, got {change!r}"))
+            return Deleted(metadata.namespace, metadata.name, metadata.resource_version)
+        return UndecodableObject("", "", "", one_line(f"Expected a watch event with a named object, got {change!r}"))
 
-    def _read_object(self, raw: bytes) -> Decoded | Unreadable:
+    def _read_object(self, raw: bytes) -> DecodedObject | UndecodableObject:
         try:
             return self._decode(raw)
         except _BAD_BYTES as error:
             metadata = _ONLY_METADATA(raw).metadata
-            return Unreadable(metadata.namespace, metadata.name, metadata.resource_version, _reason(error))
+            return UndecodableObject(metadata.namespace, metadata.name, metadata.resource_version, _reason(error))
 
-    def _decode(self, raw: bytes) -> Decoded:
+    def _decode(self, raw: bytes) -> DecodedObject:
         if self._kind is Service:
-            return reduce_service(_SERVICE(raw))
+            return convert_service(_SERVICE(raw))
         if self._kind is EndpointSlice:
             found = _SLICE(raw)
-            rest = wire.EndpointSliceWire(found.metadata, found.address_type, None, found.ports)
-            return reduce_slice(rest, found.endpoints, self._read_endpoint)
+            rest = wire.ApiEndpointSlice(found.metadata, found.address_type, None, found.ports)
+            return convert_slice(rest, found.endpoints, self._read_endpoint)
         if self._kind is ServiceCIDR:
-            return reduce_service_cidr(_SERVICE_CIDR(raw))
-        return reduce_node(_NODE(raw))
+            return convert_service_cidr(_SERVICE_CIDR(raw))
+        return convert_node(_NODE(raw))

@@ -8,11 +8,11 @@ from msgspec import Struct
 from kproxy.model.types import Protocol
 
 
-class Wire(Struct, rename="camel", gc=False):
+class ApiStruct(Struct, rename="camel", gc=False):
     """An object as the API sends it: camelCase keys in JSON, everything optional, unknown keys passed over."""
 
 
-class MetadataWire(Wire):
+class ApiMetadata(ApiStruct):
     name: str = ""
     namespace: str = ""
     uid: str = ""
@@ -22,28 +22,28 @@ class MetadataWire(Wire):
     annotations: dict[str, str] | None = None
 
 
-class ServicePortWire(Wire):
+class ApiServicePort(ApiStruct):
     port: int = 0
     name: str = ""
     protocol: Protocol = "TCP"
     node_port: int = 0
 
 
-class ClientIPWire(Wire):
+class ApiClientIP(ApiStruct):
     timeout_seconds: int | None = None
 
 
-class AffinityConfigWire(Wire):
-    client_ip: ClientIPWire | None = msgspec.field(default=None, name="clientIP")
+class ApiAffinityConfig(ApiStruct):
+    client_ip: ApiClientIP | None = msgspec.field(default=None, name="clientIP")
 
 
-class ServiceSpecWire(Wire):
+class ApiServiceSpec(ApiStruct):
     type: str = "ClusterIP"
     cluster_ip: str = msgspec.field(default="", name="clusterIP")
     cluster_ips: list[str] | None = msgspec.field(default=None, name="clusterIPs")
-    ports: list[ServicePortWire] | None = None
+    ports: list[ApiServicePort] | None = None
     session_affinity: str = "None"
-    session_affinity_config: AffinityConfigWire | None = None
+    session_affinity_config: ApiAffinityConfig | None = None
     internal_traffic_policy: str | None = None
     external_traffic_policy: str | None = None
     external_ips: list[str] | None = msgspec.field(default=None, name="externalIPs")
@@ -51,100 +51,100 @@ class ServiceSpecWire(Wire):
     health_check_node_port: int = 0
 
 
-class IngressWire(Wire):
+class ApiIngress(ApiStruct):
     ip: str = ""
     ip_mode: str | None = None
 
 
-class LoadBalancerWire(Wire):
-    ingress: list[IngressWire] | None = None
+class ApiLoadBalancer(ApiStruct):
+    ingress: list[ApiIngress] | None = None
 
 
-class ServiceStatusWire(Wire):
-    load_balancer: LoadBalancerWire | None = None
+class ApiServiceStatus(ApiStruct):
+    load_balancer: ApiLoadBalancer | None = None
 
 
-class ServiceWire(Wire):
-    metadata: MetadataWire
-    spec: ServiceSpecWire | None = None
-    status: ServiceStatusWire | None = None
+class ApiService(ApiStruct):
+    metadata: ApiMetadata
+    spec: ApiServiceSpec | None = None
+    status: ApiServiceStatus | None = None
 
 
-class ConditionsWire(Wire):
+class ApiConditions(ApiStruct):
     ready: bool | None = None
     serving: bool | None = None
     terminating: bool | None = None
 
 
-class NamedWire(Wire):
+class ApiNamed(ApiStruct):
     name: str = ""
 
 
-class HintsWire(Wire):
-    for_zones: list[NamedWire] | None = None
-    for_nodes: list[NamedWire] | None = None
+class ApiHints(ApiStruct):
+    for_zones: list[ApiNamed] | None = None
+    for_nodes: list[ApiNamed] | None = None
 
 
-class EndpointWire(Wire):
+class ApiEndpoint(ApiStruct):
     addresses: list[str] | None = None
-    conditions: ConditionsWire | None = None
+    conditions: ApiConditions | None = None
     node_name: str | None = None
-    hints: HintsWire | None = None
+    hints: ApiHints | None = None
 
 
-class EndpointPortWire(Wire):
+class ApiEndpointPort(ApiStruct):
     name: str | None = None
     port: int | None = None
     protocol: Protocol | None = None
 
 
-class EndpointSliceWire(Wire):
-    metadata: MetadataWire
+class ApiEndpointSlice(ApiStruct):
+    metadata: ApiMetadata
     address_type: str = ""
-    endpoints: list[EndpointWire] | None = None
-    ports: list[EndpointPortWire] | None = None
+    endpoints: list[ApiEndpoint] | None = None
+    ports: list[ApiEndpointPort] | None = None
 
 
-class TaintWire(Wire):
+class ApiTaint(ApiStruct):
     key: str = ""
 
 
-class NodeSpecWire(Wire):
+class ApiNodeSpec(ApiStruct):
     pod_cidr: str = msgspec.field(default="", name="podCIDR")
     pod_cidrs: list[str] | None = msgspec.field(default=None, name="podCIDRs")
-    taints: list[TaintWire] | None = None
+    taints: list[ApiTaint] | None = None
 
 
-class NodeAddressWire(Wire):
+class ApiNodeAddress(ApiStruct):
     type: str = ""
     address: str = ""
 
 
-class NodeStatusWire(Wire):
-    addresses: list[NodeAddressWire] | None = None
+class ApiNodeStatus(ApiStruct):
+    addresses: list[ApiNodeAddress] | None = None
 
 
-class NodeWire(Wire):
-    metadata: MetadataWire
-    spec: NodeSpecWire | None = None
-    status: NodeStatusWire | None = None
+class ApiNode(ApiStruct):
+    metadata: ApiMetadata
+    spec: ApiNodeSpec | None = None
+    status: ApiNodeStatus | None = None
 
 
-class ServiceCIDRSpecWire(Wire):
+class ApiServiceCIDRSpec(ApiStruct):
     cidrs: list[str] | None = None
 
 
-class ServiceCIDRWire(Wire):
-    metadata: MetadataWire
-    spec: ServiceCIDRSpecWire | None = None
+class ApiServiceCIDR(ApiStruct):
+    metadata: ApiMetadata
+    spec: ApiServiceCIDRSpec | None = None
 
 
-class StatusDetailsWire(Wire):
+class ApiStatusDetails(ApiStruct):
     retry_after_seconds: float = 0.0
 
 
-class StatusWire(Wire):
+class ApiStatus(ApiStruct):
     code: int = 0
     reason: str = ""
     message: str = ""
-    details: StatusDetailsWire | None = None
+    details: ApiStatusDetails | None = None

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from kproxy.kube.codec import protobuf
 from kproxy.kube.codec.json_codec import read_line
-from kproxy.kube.codec.watch_events import Event, Unreadable
+from kproxy.kube.codec.watch_events import Event, UndecodableObject
 from kproxy.model.delta import Kind
 
 LONGEST_EVENT = 64 << 20
@@ -66,7 +66,7 @@ WATCH = f"{protobuf.MEDIA_TYPE};stream=watch,{JSON}"
 """What to accept of a watch, best first: the API server takes the first it can do."""
 
 
-class Stream(Protocol):
+class WatchStream(Protocol):
     """An open watch: its type, and its body in either of two ways to cut it up."""
 
     @property
@@ -80,10 +80,10 @@ class Stream(Protocol):
         """Yield the body's frames."""
 
 
-def read_events(kind: Kind, stream: Stream) -> Iterator[Event]:
+def read_events(kind: Kind, stream: WatchStream) -> Iterator[Event]:
     """Yield the events of a watch of `kind` as they come, until it ends.
 
-    What cannot be read is an `Unreadable`, the last event if nothing after it can be found. Raises only what
+    What cannot be read is an `UndecodableObject`, the last event if nothing after it can be found. Raises only what
     reading the stream does.
     """
     try:
@@ -92,4 +92,4 @@ def read_events(kind: Kind, stream: Stream) -> Iterator[Event]:
         else:
             yield from (read_line(kind, line) for line in stream.lines() if line.strip())
     except FramingError as error:
-        yield Unreadable("", "", "", str(error))
+        yield UndecodableObject("", "", "", str(error))

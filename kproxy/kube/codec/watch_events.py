@@ -6,8 +6,8 @@ from typing import TypeAlias
 
 from msgspec import Struct
 
-from kproxy.kube.codec.conversion import Decoded
-from kproxy.kube.codec.schema import StatusWire
+from kproxy.kube.codec.conversion import DecodedObject
+from kproxy.kube.codec.schema import ApiStatus
 
 INITIAL_EVENTS_END = "k8s.io/initial-events-end"
 """Marks the bookmark after the last initial event of a watch with `sendInitialEvents` (KEP-3157)."""
@@ -15,7 +15,7 @@ LONGEST_TEXT = 400
 """Characters of a server's message that are worth a log line."""
 
 
-class Gone(Struct, frozen=True):
+class Deleted(Struct, frozen=True):
     """A DELETED event."""
 
     namespace: str
@@ -30,7 +30,7 @@ class Bookmark(Struct, frozen=True):
     ends_initial: bool
 
 
-class Unreadable(Struct, frozen=True):
+class UndecodableObject(Struct, frozen=True):
     """An object that could not be decoded. `name` is "" if not even that could be read."""
 
     namespace: str
@@ -39,7 +39,7 @@ class Unreadable(Struct, frozen=True):
     text: str
 
 
-class Refusal(Struct, frozen=True):
+class ErrorStatus(Struct, frozen=True):
     """An HTTP status other than 200, or an ERROR event. `retry_after` is in seconds, 0 if not given."""
 
     code: int
@@ -52,7 +52,7 @@ class Refusal(Struct, frozen=True):
         return f"{self.code} {self.reason}: {self.message}" if self.reason else f"{self.code}: {self.message}"
 
 
-Event: TypeAlias = Decoded | Gone | Bookmark | Unreadable | Refusal
+Event: TypeAlias = DecodedObject | Deleted | Bookmark | UndecodableObject | ErrorStatus
 
 
 def one_line(text: str) -> str:
@@ -61,8 +61,10 @@ def one_line(text: str) -> str:
     return flat if len(flat) <= LONGEST_TEXT else flat[:LONGEST_TEXT] + "..."
 
 
-def refusal_of(status: StatusWire, code: int, retry_after: float) -> Refusal:
+def refusal_of(status: ApiStatus, code: int, retry_after: float) -> ErrorStatus:
     """Return what a Status says; `code` and `retry_after`, in seconds, come before its own unless they are 0."""
     if not retry_after and status.details:
         retry_after = max(0.0, status.details.retry_after_seconds)
-    return Refusal(code or status.code, one_line(status.reason), one_line(status.message) or "no message", retry_after)
+    return ErrorStatus(
+        code or status.code, one_line(status.reason), one_line(status.message) or "no message", retry_after
+    )

@@ -30,7 +30,7 @@ LONGEST_NAME = 253
 """The API server's limits, in bytes (validation of `events.k8s.io/v1`; object names are DNS subdomains)."""
 
 
-class Reference(Struct, frozen=True):
+class ObjectReference(Struct, frozen=True):
     """The object that an event is about; `namespace` is "" for one that has none."""
 
     kind: str
@@ -39,10 +39,10 @@ class Reference(Struct, frozen=True):
     uid: str
 
 
-class Occurrence(Struct, frozen=True):
+class EventOccurrence(Struct, frozen=True):
     """Something that happened at one moment."""
 
-    regarding: Reference
+    regarding: ObjectReference
     event_type: EventType
     reason: str
     action: str
@@ -51,28 +51,28 @@ class Occurrence(Struct, frozen=True):
     wall: int
 
     @property
-    def identity(self) -> tuple[Reference, str, str, str, str]:
+    def identity(self) -> tuple[ObjectReference, str, str, str, str]:
         """What two occurrences of the same event have in common: everything but the moment."""
         return self.regarding, self.event_type, self.reason, self.action, self.note
 
 
-class Report(Struct, frozen=True):
+class EventReport(Struct, frozen=True):
     """An event to write: the latest occurrence, when the first was that it stands for, and how many these are."""
 
-    latest: Occurrence
+    latest: EventOccurrence
     first_wall: int
     count: int
 
 
-def node_reference(name: str) -> Reference:
+def node_reference(name: str) -> ObjectReference:
     """Return the reference to a Node. As kube-proxy's and the kubelet's it has the name as `uid`."""
-    return Reference("Node", name, "", name)
+    return ObjectReference("Node", name, "", name)
 
 
-def service_reference(key: ServiceKey) -> Reference:
+def service_reference(key: ServiceKey) -> ObjectReference:
     """Return the reference to a Service. As kube-proxy's it has `namespace/name` as `uid`."""
     namespace, _, name = key.partition("/")
-    return Reference("Service", name, namespace, key)
+    return ObjectReference("Service", name, namespace, key)
 
 
 class TokenBucket:
@@ -94,13 +94,13 @@ class TokenBucket:
         return True
 
 
-class _Memory(Struct):
+class _EventSeries(Struct):
     written_at: float = float("-inf")
     first_wall: int = 0
     waiting: int = 0
 
 
-class EventRules:
+class EventCorrelator:
     """Decides which occurrences are written, and counts the others.
 
     The same event is written once in `WINDOW`, and all events together not faster than the token bucket allows. What
@@ -109,11 +109,11 @@ class EventRules:
 
     def __init__(self) -> None:
         self._bucket = TokenBucket(BURST, REFILL_SECONDS)
-        self._known: dict[tuple[Reference, str, str, str, str], _Memory] = {}
+        self._known: dict[tuple[ObjectReference, str, str, str, str], _EventSeries] = {}
 
-    def admit(self, occurrence: Occurrence) -> Report | None:
+    def admit(self, occurrence: EventOccurrence) -> EventReport | None:
         """Return the event to write now for an occurrence, None if it is only counted."""
-        memory = self._known.pop(occurrence.identity, None) or _Memory()
+        memory = self._known.pop(occurrence.identity, None) or _EventSeries()
         self._known[occurrence.identity] = memory
         if len(self._known) > MOST_REMEMBERED:
             del self._known[next(iter(self._known))]  # the one that has not occurred for longest
@@ -122,17 +122,17 @@ class EventRules:
             memory.first_wall = occurrence.wall
         if occurrence.at - memory.written_at < WINDOW or not self._bucket.take(occurrence.at):
             return None
-        report = Report(occurrence, memory.first_wall, memory.waiting)
+        report = EventReport(occurrence, memory.first_wall, memory.waiting)
         memory.written_at, memory.waiting = occurrence.at, 0
         return report
 
 
-def event_path(regarding: Reference) -> str:
+def event_path(regarding: ObjectReference) -> str:
     """Return the path of the API that events about an object are posted to."""
     return f"/apis/events.k8s.io/v1/namespaces/{_namespace(regarding)}/events"
 
 
-def event_object(report: Report, node_name: str) -> dict[str, Any]:
+def event_object(report: EventReport, node_name: str) -> dict[str, Any]:
     """Return the Event of a report, in the form that client-go's `tools/events` gives it.
 
     Its name ends in the moment, so that no two are the same. What is too long for the API server is cut.
@@ -178,11 +178,11 @@ def verdict(status: int) -> Verdict:
     return "again" if status == 429 or status >= 500 else "refused"
 
 
-def _namespace(regarding: Reference) -> str:
+def _namespace(regarding: ObjectReference) -> str:
     return regarding.namespace or "default"
 
 
-def _name(occurrence: Occurrence) -> str:
+def _name(occurrence: EventOccurrence) -> str:
     end = f".{occurrence.wall:x}"
     return _cut(occurrence.regarding.name, LONGEST_NAME - len(end)).rstrip("-.") + end
 

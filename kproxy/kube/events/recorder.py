@@ -11,16 +11,16 @@ from typing import Protocol
 import msgspec
 from msgspec import Struct
 
-from kproxy.kube.client.client import Client
+from kproxy.kube.client.client import ApiClient
 from kproxy.kube.client.cluster_access import ClientError
-from kproxy.kube.client.response import Response, TransportError
+from kproxy.kube.client.response import ApiResponse, TransportError
 from kproxy.kube.codec.json_codec import read_refusal
 from kproxy.kube.events.correlator import (
-    EventRules,
+    EventCorrelator,
+    EventOccurrence,
+    EventReport,
     EventType,
-    Occurrence,
-    Reference,
-    Report,
+    ObjectReference,
     Verdict,
     event_object,
     event_path,
@@ -38,10 +38,10 @@ STOP_TIMEOUT = 0.5
 log = logging.getLogger(__name__)
 
 
-class Recorder(Protocol):
+class EventSink(Protocol):
     """Takes note of what operators should see."""
 
-    def event(self, regarding: Reference, event_type: EventType, reason: str, action: str, note: str) -> None:
+    def event(self, regarding: ObjectReference, event_type: EventType, reason: str, action: str, note: str) -> None:
         """Note that something happened to an object. For any thread; neither waits nor raises.
 
         `reason` is why, in one word for machines; `action` what was being done; `note` a sentence for people.
@@ -51,7 +51,7 @@ class Recorder(Protocol):
 class NullRecorder:
     """Forgets everything: for a proxy without an API server."""
 
-    def event(self, regarding: Reference, event_type: EventType, reason: str, action: str, note: str) -> None:
+    def event(self, regarding: ObjectReference, event_type: EventType, reason: str, action: str, note: str) -> None:
         """Do nothing."""
 
     def start(self) -> None:
@@ -68,18 +68,20 @@ class EventRecorder:
     after some tries is given up. Trouble is logged once, until an event is written again.
     """
 
-    def __init__(self, client: Client, node_name: str, *, clock: Callable[[], float], wall: Callable[[], int]) -> None:
+    def __init__(
+        self, client: ApiClient, node_name: str, *, clock: Callable[[], float], wall: Callable[[], int]
+    ) -> None:
         self._client, self._node_name = client, node_name
         self._clock, self._wall = clock, wall
-        self._rules = EventRules()
-        self._queue: queue.SimpleQueue[Occurrence | None] = queue.SimpleQueue()
+        self._rules = EventCorrelator()
+        self._queue: queue.SimpleQueue[EventOccurrence | None] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._in_trouble = False
         self._thread = threading.Thread(target=self._run, name="events", daemon=True)
 
-    def event(self, regarding: Reference, event_type: EventType, reason: str, action: str, note: str) -> None:
-        """See `Recorder`."""
-        occurrence = Occurrence(regarding, event_type, reason, action, note, self._clock(), self._wall())
+    def event(self, regarding: ObjectReference, event_type: EventType, reason: str, action: str, note: str) -> None:
+        """See `EventSink`."""
+        occurrence = EventOccurrence(regarding, event_type, reason, action, note, self._clock(), self._wall())
         if self._queue.qsize() < MOST_WAITING:
             self._queue.put(occurrence)
         else:
@@ -107,7 +109,7 @@ class EventRecorder:
             except Exception as error:  # noqa: BLE001 - whatever it is, it must not end the writing of events
                 self._log_trouble(report, f"unexpected {type(error).__name__}: {error}")
 
-    def _write(self, report: Report) -> None:
+    def _write(self, report: EventReport) -> None:
         """Try until the event is written, refused or given up, or `stop` is called."""
         path = event_path(report.latest.regarding)
         body = msgspec.json.encode(event_object(report, self._node_name))
@@ -117,7 +119,7 @@ class EventRecorder:
             if answer.verdict != "again" or pause is None or self._stopping.wait(pause):
                 return
 
-    def _post(self, path: str, body: bytes) -> _Answer:
+    def _post(self, path: str, body: bytes) -> _PostResult:
         try:
             with self._client.post(path, body, POST_TIMEOUT) as response:
                 answer = _read(response)
@@ -125,10 +127,10 @@ class EventRecorder:
                 self._client.renew(response)
                 return msgspec.structs.replace(answer, verdict="again")
         except (TransportError, ClientError) as error:
-            return _Answer("again", str(error))
+            return _PostResult("again", str(error))
         return answer
 
-    def _log_trouble(self, report: Report, trouble: str) -> None:
+    def _log_trouble(self, report: EventReport, trouble: str) -> None:
         """Log where trouble begins and where it ends."""
         if trouble and not self._in_trouble:
             log.warning("%s cannot be written: %s", _describe(report.latest), trouble)
@@ -137,22 +139,22 @@ class EventRecorder:
         self._in_trouble = bool(trouble)
 
 
-class _Answer(Struct, frozen=True):
+class _PostResult(Struct, frozen=True):
     """What came of one try; `trouble` is "" if the event is written."""
 
     verdict: Verdict
     trouble: str = ""
 
 
-def _read(response: Response) -> _Answer:
+def _read(response: ApiResponse) -> _PostResult:
     body = response.read()
     found = verdict(response.status)
     if found == "written":
-        return _Answer(found)
-    return _Answer(found, str(read_refusal(response.status, response.headers, body)))
+        return _PostResult(found)
+    return _PostResult(found, str(read_refusal(response.status, response.headers, body)))
 
 
-def _describe(occurrence: Occurrence) -> str:
+def _describe(occurrence: EventOccurrence) -> str:
     regarding = occurrence.regarding
     name = f"{regarding.namespace}/{regarding.name}".lstrip("/")
     return f"event {occurrence.reason} of {regarding.kind} {name}"

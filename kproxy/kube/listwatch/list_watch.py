@@ -11,10 +11,10 @@ from typing import TypeAlias
 
 from msgspec import Struct
 
-from kproxy.kube.codec.conversion import HEADLESS_LABEL, PROXY_NAME_LABEL, Decoded, remarks_text
+from kproxy.kube.codec.conversion import HEADLESS_LABEL, PROXY_NAME_LABEL, DecodedObject, ignored_fields_text
 from kproxy.kube.codec.json_codec import AnswerError, read_page, read_refusal
 from kproxy.kube.codec.streams import JSON, WATCH
-from kproxy.kube.codec.watch_events import Bookmark, Event, Gone, Refusal, Unreadable
+from kproxy.kube.codec.watch_events import Bookmark, Deleted, ErrorStatus, Event, UndecodableObject
 from kproxy.model.delta import Delete, Delta, Kind, Replace, Upsert
 from kproxy.model.packed import PackedSequence, pack
 from kproxy.model.types import EndpointSlice, Service, ServiceCIDR
@@ -24,7 +24,7 @@ _OURS_WITH_IP = f"{_OURS},!{HEADLESS_LABEL}"
 _SERVED = "spec.clusterIP!=None,spec.type!=ExternalName"
 
 
-class Resource(Struct, frozen=True):
+class ApiResource(Struct, frozen=True):
     """A resource of the API: its path, its name as RBAC has it, and the selectors of what is wanted of it.
 
     `without` tells the user what it means to go without it, "" if kproxy cannot.
@@ -36,22 +36,22 @@ class Resource(Struct, frozen=True):
     without: str = ""
 
 
-def resource_of(kind: Kind, node_name: str) -> Resource:
+def resource_of(kind: Kind, node_name: str) -> ApiResource:
     """Return the resource of a kind. Of the Nodes only that of `node_name` is selected."""
     if kind is Service:
-        return Resource("/api/v1/services", "services", {"labelSelector": _OURS, "fieldSelector": _SERVED})
+        return ApiResource("/api/v1/services", "services", {"labelSelector": _OURS, "fieldSelector": _SERVED})
     if kind is EndpointSlice:
         path = "/apis/discovery.k8s.io/v1/endpointslices"
-        return Resource(path, "endpointslices.discovery.k8s.io", {"labelSelector": _OURS_WITH_IP})
+        return ApiResource(path, "endpointslices.discovery.k8s.io", {"labelSelector": _OURS_WITH_IP})
     if kind is ServiceCIDR:
         # New in Kubernetes 1.33, and a ClusterRole from before does not grant it: no reason to program nothing.
         path = "/apis/networking.k8s.io/v1/servicecidrs"
         without = "packets to unallocated service addresses are not dropped"
-        return Resource(path, "servicecidrs.networking.k8s.io", without=without)
-    return Resource("/api/v1/nodes", "nodes", {"fieldSelector": f"metadata.name={node_name}"})
+        return ApiResource(path, "servicecidrs.networking.k8s.io", without=without)
+    return ApiResource("/api/v1/nodes", "nodes", {"fieldSelector": f"metadata.name={node_name}"})
 
 
-class Request(Struct, frozen=True):
+class ListWatchRequest(Struct, frozen=True):
     """A GET: path, query parameters, whether the answer is a watch or a page (one body), and its media types."""
 
     path: str
@@ -60,7 +60,7 @@ class Request(Struct, frozen=True):
     accept: str = JSON
 
 
-class Problem(Struct, frozen=True):
+class InvalidObject(Struct, frozen=True):
     """An object that cannot be used. Its earlier state, if any, stays; `name` is "" where it is unknown."""
 
     kind: Kind
@@ -69,7 +69,7 @@ class Problem(Struct, frozen=True):
     text: str
 
 
-class LeftOut(Struct, frozen=True):
+class IgnoredFields(Struct, frozen=True):
     """Parts of an object that are of no use and left out; `text` says which and why."""
 
     kind: Kind
@@ -78,10 +78,10 @@ class LeftOut(Struct, frozen=True):
     text: str
 
 
-Message: TypeAlias = Delta | Problem | LeftOut
+Message: TypeAlias = Delta | InvalidObject | IgnoredFields
 
 
-class Step(Struct, frozen=True):
+class ListWatchStep(Struct, frozen=True):
     """What follows from an answer.
 
     `again_after` is None while the present connection goes on; otherwise it is to be closed, and the next
@@ -124,7 +124,7 @@ class ListWatch:
     """The list/watch state machine of one kind.
 
     Ask `next_request`, then report everything that comes back through the other methods, and do what the
-    `Step` says. `random` returns a float in [0, 1); `inactivity` is in seconds. `trouble` says on one line
+    `ListWatchStep` says. `random` returns a float in [0, 1); `inactivity` is in seconds. `trouble` says on one line
     what is wrong at the moment, "" if nothing is. `absences` are the statuses that are no error, since kproxy can do
     without the kind.
     """
@@ -159,21 +159,21 @@ class ListWatch:
         """Whether the present trouble is only that kproxy has to do, maybe for long, without an optional kind."""
         return bool(self._absence) and self.trouble == self._absence
 
-    def next_request(self) -> Request:
+    def next_request(self) -> ListWatchRequest:
         """Return the request to send now."""
         params = dict(self._params)
         if not self._version and not self._by_watch:
             params["limit"] = str(PAGE_SIZE)
             if self._continue:
                 params["continue"] = self._continue
-            return Request(self._path, params, watch=False)
+            return ListWatchRequest(self._path, params, watch=False)
         params |= {"watch": "1", "allowWatchBookmarks": "true"}
         if self._version:
             params["resourceVersion"] = self._version
         else:
             params |= {"sendInitialEvents": "true", "resourceVersionMatch": "NotOlderThan"}
         params["timeoutSeconds"] = str(300 + int(301 * self._random()))
-        return Request(self._path, params, watch=True, accept=self._accept)
+        return ListWatchRequest(self._path, params, watch=True, accept=self._accept)
 
     def opened(self) -> None:
         """Note that the server accepted a watch."""
@@ -181,32 +181,32 @@ class ListWatch:
         if self._version:
             self.trouble = ""
 
-    def event(self, event: Event) -> Step:
+    def event(self, event: Event) -> ListWatchStep:
         """Take one event of a watch."""
-        if isinstance(event, Unreadable) and not event.name:
+        if isinstance(event, UndecodableObject) and not event.name:
             self._accept = JSON  # protobuf, if it was that, may be what is wrong
-        if isinstance(event, Refusal):
+        if isinstance(event, ErrorStatus):
             return self._error(event)
         return self._changed(event) if self._version else self._listed(event)
 
-    def page(self, raw: bytes) -> Step:
+    def page(self, raw: bytes) -> ListWatchStep:
         """Take the body of a list page."""
         try:
             page = read_page(self._kind, raw)
         except AnswerError as error:
             return self._retry(f"a page of the list of {self.resource} cannot be read: {error}")
-        problems = tuple(self._note(item) for item in page.items if isinstance(item, Unreadable))
-        decoded = [item for item in page.items if isinstance(item, Decoded)]
+        problems = tuple(self._note(item) for item in page.items if isinstance(item, UndecodableObject))
+        decoded = [item for item in page.items if isinstance(item, DecodedObject)]
         for item in decoded:
             self._keep(item)
         left_out = [each for item in decoded if item.remarks for each in self._left_out(item)]
         before: tuple[Message, ...] = (*problems, *left_out)
         self._continue = page.continue_token
         if page.continue_token:
-            return Step(before, again_after=0.0)
+            return ListWatchStep(before, again_after=0.0)
         return self._complete(page.resource_version, before, again_after=0.0)
 
-    def refused(self, status: int, headers: Mapping[str, str], body: bytes) -> Step:
+    def refused(self, status: int, headers: Mapping[str, str], body: bytes) -> ListWatchStep:
         """Take an HTTP answer other than 200."""
         refusal = read_refusal(status, headers, body)
         if status == 410 or (status == 400 and self._continue):
@@ -222,7 +222,7 @@ class ListWatch:
             return self._relist(refusal)
         return self._refused(refusal)
 
-    def closed(self, lasted: float) -> Step:
+    def closed(self, lasted: float) -> ListWatchStep:
         """Note that the server ended a watch in good order, `lasted` seconds after opening it."""
         if not self._version:
             return self._retry(f"the list of {self.resource} ended before it was complete")
@@ -231,16 +231,16 @@ class ListWatch:
         self._failures = 0
         self._start_anew_if_missed()
         self._note_quiet(lasted)
-        return Step(again_after=0.0)
+        return ListWatchStep(again_after=0.0)
 
-    def failed(self, text: str, lasted: float = 0.0) -> Step:
+    def failed(self, text: str, lasted: float = 0.0) -> ListWatchStep:
         """Note that there is no connection, or that it broke, `lasted` seconds after opening; `text` says how."""
         verb = "watch" if self._version else "list"
         step = self._retry(f"cannot {verb} {self.resource}: {text}")
         self._note_quiet(lasted)
         return step
 
-    def silent(self) -> Step:
+    def silent(self) -> ListWatchStep:
         """Note that nothing arrived for `inactivity` seconds."""
         text = f"nothing heard about {self.resource} for {self.inactivity:g} s"
         if self._version:
@@ -248,7 +248,7 @@ class ListWatch:
             self.trouble = text
             self._heard = False  # what was heard was heard before the silence
             self._note_quiet(self.inactivity)
-            return Step(again_after=0.0)
+            return ListWatchStep(again_after=0.0)
         if self._by_watch and not self._proven:  # ends no initial events: it does not know of them
             self.trouble = text
             return self._fall_back()
@@ -265,57 +265,57 @@ class ListWatch:
             self._forget()
             self._version, self._missed = "", False
 
-    def _listed(self, event: Event) -> Step:
+    def _listed(self, event: Event) -> ListWatchStep:
         """Take an event of the initial list by watch."""
         if isinstance(event, Bookmark):
             if not event.ends_initial:  # a server that has never heard of sendInitialEvents
                 return self._fall_back()
             self._proven = True
             return self._complete(event.resource_version, (), again_after=None)
-        if isinstance(event, Unreadable):
-            return Step((self._note(event),))
-        if isinstance(event, Gone):
+        if isinstance(event, UndecodableObject):
+            return ListWatchStep((self._note(event),))
+        if isinstance(event, Deleted):
             self._found.pop((event.namespace, event.name), None)
-        elif isinstance(event, Decoded):
+        elif isinstance(event, DecodedObject):
             self._keep(event)
-            return Step(self._left_out(event))
-        return Step()
+            return ListWatchStep(self._left_out(event))
+        return ListWatchStep()
 
-    def _changed(self, event: Event) -> Step:
+    def _changed(self, event: Event) -> ListWatchStep:
         """Take an event after the list."""
-        assert not isinstance(event, Refusal)
+        assert not isinstance(event, ErrorStatus)
         self._heard, self._quiet = True, 0.0
         self._version = event.resource_version or self._version
-        if isinstance(event, Unreadable):
+        if isinstance(event, UndecodableObject):
             self._missed |= not event.name
-            return Step((Problem(self._kind, event.namespace, event.name, event.text),))
+            return ListWatchStep((InvalidObject(self._kind, event.namespace, event.name, event.text),))
         self._failures = self._relists = 0
         self.trouble = ""
         if isinstance(event, Bookmark):
-            return Step()
-        if isinstance(event, Gone) or event.object is None:
-            return Step((Delete(self._kind, event.namespace, event.name),))
-        return Step((Upsert(event.object), *self._left_out(event)))
+            return ListWatchStep()
+        if isinstance(event, Deleted) or event.object is None:
+            return ListWatchStep((Delete(self._kind, event.namespace, event.name),))
+        return ListWatchStep((Upsert(event.object), *self._left_out(event)))
 
-    def _keep(self, item: Decoded) -> None:
+    def _keep(self, item: DecodedObject) -> None:
         if item.object is None:
             self._found.pop((item.namespace, item.name), None)
         else:
             self._found[item.namespace, item.name] = pack(item.object)
 
-    def _left_out(self, item: Decoded) -> tuple[LeftOut, ...]:
+    def _left_out(self, item: DecodedObject) -> tuple[IgnoredFields, ...]:
         if not item.remarks:
             return ()
-        return (LeftOut(self._kind, item.namespace, item.name, remarks_text(item.remarks)),)
+        return (IgnoredFields(self._kind, item.namespace, item.name, ignored_fields_text(item.remarks)),)
 
-    def _note(self, item: Unreadable) -> Problem:
+    def _note(self, item: UndecodableObject) -> InvalidObject:
         if item.name:
             self._found[item.namespace, item.name] = None
         else:
             self._missed = True
-        return Problem(self._kind, item.namespace, item.name, item.text)
+        return InvalidObject(self._kind, item.namespace, item.name, item.text)
 
-    def _complete(self, version: str, before: tuple[Message, ...], again_after: float | None) -> Step:
+    def _complete(self, version: str, before: tuple[Message, ...], again_after: float | None) -> ListWatchStep:
         """Turn a complete list into one message, unless it may lack objects that a new one would have."""
         if not version:
             return self._retry(f"the list of {self.resource} has no resourceVersion", before)
@@ -331,9 +331,9 @@ class ListWatch:
         self._heard, self._quiet = True, 0.0
         self._was_listed = True
         self.trouble = ""
-        return Step((*before, Replace(self._kind, objects, unreadable)), again_after)
+        return ListWatchStep((*before, Replace(self._kind, objects, unreadable)), again_after)
 
-    def _error(self, refusal: Refusal) -> Step:
+    def _error(self, refusal: ErrorStatus) -> ListWatchStep:
         """Take an ERROR event."""
         if refusal.code == 410:
             return self._relist(refusal)
@@ -344,7 +344,7 @@ class ListWatch:
             return self._relist(refusal, at_once=False)  # from the same version on, it may well come for ever
         return self._refused(refusal)
 
-    def _refused(self, refusal: Refusal) -> Step:
+    def _refused(self, refusal: ErrorStatus) -> ListWatchStep:
         if "Too large resource version" in refusal.message and self._version:
             return self._relist(refusal)  # the server's past was replaced, by a backup for instance
         if refusal.code in self.absences:
@@ -356,7 +356,7 @@ class ListWatch:
         renew = refusal.code == 401
         return self._retry(text, at_least=refusal.retry_after, renew=renew)
 
-    def _absent(self, refusal: Refusal) -> Step:
+    def _absent(self, refusal: ErrorStatus) -> ListWatchStep:
         """Go on without a kind that the server does not have (404) or does not show us (403).
 
         What is known of it stays; if nothing is, it counts as listed and empty. The tries become rare.
@@ -368,14 +368,14 @@ class ListWatch:
         messages = () if self._was_listed else (Replace(self._kind, ()),)
         return self._retry(self._absence, messages, longest=LONGEST_ABSENCE)
 
-    def _relist(self, refusal: Refusal, *, at_once: bool = True) -> Step:
+    def _relist(self, refusal: ErrorStatus, *, at_once: bool = True) -> ListWatchStep:
         """Start over with a list: maybe at once, but slower and slower while that leads here again."""
         self._forget()
         self._version, self._missed = "", False
         delay = 0.0 if at_once and not self._relists else max(self._backoff(self._relists), refusal.retry_after)
         self._relists += 1
         self.trouble = f"listing {self.resource} anew: {refusal}"
-        return Step(again_after=delay)
+        return ListWatchStep(again_after=delay)
 
     def _retry(
         self,
@@ -385,7 +385,7 @@ class ListWatch:
         at_least: float = 0.0,
         longest: float = LONGEST_PAUSE,
         renew: bool = False,
-    ) -> Step:
+    ) -> ListWatchStep:
         """Try again later: a stream of initial events from its beginning, pages from the failed one."""
         if self._by_watch:
             self._forget()
@@ -393,25 +393,25 @@ class ListWatch:
         delay = max(self._backoff(self._failures, longest), at_least)
         self._failures += 1
         self.trouble = text
-        return Step(messages, delay, renew)
+        return ListWatchStep(messages, delay, renew)
 
     def _start_anew_if_missed(self) -> None:
         if self._missed:
             self._forget()
             self._version, self._missed = "", False
 
-    def _fall_back(self) -> Step:
+    def _fall_back(self) -> ListWatchStep:
         """List by pages from now on, as every server can."""
         self._by_watch = False
         self._forget()
         self._missed = False
-        return Step(again_after=0.0)
+        return ListWatchStep(again_after=0.0)
 
-    def _drop_fields(self) -> Step:
+    def _drop_fields(self) -> ListWatchStep:
         """Ask without the optional field selector: what it keeps away is filtered by decoding too."""
         self._may_drop_fields = False
         self._params.pop("fieldSelector")
-        return Step(again_after=0.0)
+        return ListWatchStep(again_after=0.0)
 
     def _forget(self) -> None:
         self._found, self._continue = {}, ""

@@ -8,12 +8,19 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 
-from kproxy.kube.client.client import Client
+from kproxy.kube.client.client import ApiClient
 from kproxy.kube.client.cluster_access import ClientError
-from kproxy.kube.client.response import Response, SilenceError, TransportError
+from kproxy.kube.client.response import ApiResponse, SilenceError, TransportError
 from kproxy.kube.codec.streams import read_events
-from kproxy.kube.listwatch.list_watch import INACTIVITY, LeftOut, ListWatch, Problem, Request, Step
-from kproxy.model.delta import BASIC_KINDS, Delta, Kind, Refused
+from kproxy.kube.listwatch.list_watch import (
+    INACTIVITY,
+    IgnoredFields,
+    InvalidObject,
+    ListWatch,
+    ListWatchRequest,
+    ListWatchStep,
+)
+from kproxy.model.delta import BASIC_KINDS, Delta, Invalid, Kind
 
 REPEAT_PERIOD = 60.0
 """Seconds before the same complaint is logged again."""
@@ -35,7 +42,7 @@ class ApiSource:
 
     def __init__(
         self,
-        client: Client,
+        client: ApiClient,
         node_name: str,
         sink: Callable[[Delta], None],
         *,
@@ -45,7 +52,7 @@ class ApiSource:
         def machine(kind: Kind) -> ListWatch:
             return ListWatch(kind, node_name, random.random, inactivity)
 
-        self._followers = [_Follower(client, kind, machine, sink) for kind in kinds]
+        self._followers = [_Reflector(client, kind, machine, sink) for kind in kinds]
 
     def start(self) -> None:
         """Start the threads. They are daemons: a process may end without `stop`."""
@@ -61,7 +68,7 @@ class ApiSource:
             follower.join(max(0.0, deadline - time.monotonic()))
 
 
-class Complaints:
+class LogDeduplicator:
     """Decides which complaints of one thread are worth a log line; times are seconds of one clock."""
 
     def __init__(self, period: float = REPEAT_PERIOD) -> None:
@@ -90,24 +97,24 @@ class Complaints:
         return ended
 
 
-class _Follower:
+class _Reflector:
     """The thread of one kind."""
 
     def __init__(
         self,
-        client: Client,
+        client: ApiClient,
         kind: Kind,
         machine: Callable[[Kind], ListWatch],
         sink: Callable[[Delta], None],
     ) -> None:
         self._client, self._kind, self._new_machine, self._sink = client, kind, machine, sink
         self._machine = machine(kind)
-        self._complaints = Complaints()
-        self._left_out = Complaints(LEFT_OUT_PERIOD)
+        self._complaints = LogDeduplicator()
+        self._left_out = LogDeduplicator(LEFT_OUT_PERIOD)
         self._stopping = threading.Event()
         self._lock = threading.Lock()  # between stop() and: using the sink, holding a response
-        self._response: Response | None = None
-        self._seen: Response | None = None
+        self._response: ApiResponse | None = None
+        self._seen: ApiResponse | None = None
         self._opened: float | None = None  # when the present watch began
         self._thread = threading.Thread(target=self._run, name=f"api-{self._machine.resource}", daemon=True)
 
@@ -147,7 +154,7 @@ class _Follower:
                 request.path, request.params, machine.inactivity, request.accept, absences=machine.absences
             ) as response:
                 try:
-                    step = self._take(request, response) if self._hold(response) else Step(again_after=0.0)
+                    step = self._take(request, response) if self._hold(response) else ListWatchStep(again_after=0.0)
                 finally:
                     self._response = None
         except SilenceError:
@@ -160,13 +167,13 @@ class _Follower:
                 self._renew()
         return step.again_after or 0.0
 
-    def _hold(self, response: Response) -> bool:
+    def _hold(self, response: ApiResponse) -> bool:
         """Let `stop` close the response from now on; false if it came first."""
         with self._lock:
             self._response = self._seen = response
             return not self._stopping.is_set()
 
-    def _take(self, request: Request, response: Response) -> Step:
+    def _take(self, request: ListWatchRequest, response: ApiResponse) -> ListWatchStep:
         """Read an answer; return the step that ended it, not yet followed."""
         if response.status != 200:
             return self._machine.refused(response.status, response.headers, response.read())
@@ -174,7 +181,7 @@ class _Follower:
             return self._machine.page(response.read())
         self._opened = time.monotonic()
         self._machine.opened()
-        self._follow(Step())
+        self._follow(ListWatchStep())
         for event in read_events(self._kind, response):
             step = self._machine.event(event)
             if step.again_after is not None:
@@ -186,16 +193,16 @@ class _Follower:
         """Return for how many seconds the present watch has been open, 0 if it never was."""
         return time.monotonic() - self._opened if self._opened is not None else 0.0
 
-    def _follow(self, step: Step) -> None:
+    def _follow(self, step: ListWatchStep) -> None:
         """Log what changed, and hand on the messages of a step."""
         now = time.monotonic()
         self._log_trouble(step, now)
         for message in step.messages:
-            if isinstance(message, Problem):
+            if isinstance(message, InvalidObject):
                 self._log_problem(message, now)
                 if message.name:
-                    self._hand_on(Refused(message.kind, message.namespace, message.name))
-            elif isinstance(message, LeftOut):
+                    self._hand_on(Invalid(message.kind, message.namespace, message.name))
+            elif isinstance(message, IgnoredFields):
                 self._log_left_out(message, now)
             else:
                 self._hand_on(message)
@@ -205,7 +212,7 @@ class _Follower:
             if not self._stopping.is_set():
                 self._sink(delta)
 
-    def _log_trouble(self, step: Step, now: float) -> None:
+    def _log_trouble(self, step: ListWatchStep, now: float) -> None:
         trouble = self._machine.trouble
         if not self._complaints.is_trouble_news(trouble, now, lasting=self._machine.absent):
             return
@@ -214,13 +221,13 @@ class _Follower:
         else:
             log.info("following %s again", self._machine.resource)
 
-    def _log_problem(self, problem: Problem, now: float) -> None:
+    def _log_problem(self, problem: InvalidObject, now: float) -> None:
         name = f"{problem.namespace}/{problem.name}".lstrip("/") or "an object without a readable name"
         text = f"{problem.kind.__name__} {name} cannot be read, its last good state stays: {problem.text}"
         if self._complaints.is_news(text, now):
             log.warning("%s", text)
 
-    def _log_left_out(self, found: LeftOut, now: float) -> None:
+    def _log_left_out(self, found: IgnoredFields, now: float) -> None:
         name = f"{found.kind.__name__} {found.namespace}/{found.name}"
         text = f"{name}: left out what cannot be used: {found.text}"
         if self._left_out.is_news(text, now):

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from msgspec import Struct
 
 from kproxy.documents.document import FileProblem
-from kproxy.documents.watch import PathFollower, Reading, read_files
-from kproxy.kube.manifests.parse import FileContent, combine, parse_file
+from kproxy.documents.watch import PathSnapshot, PathWatcher, read_files
+from kproxy.kube.manifests.parse import ManifestFile, combine, parse_file
 from kproxy.model.delta import Delta, Replace
 
 RELOAD_PERIOD = 2.0
@@ -27,7 +27,7 @@ class FileSourceError(Exception):
         self.problems = problems
 
 
-class Update(Struct, frozen=True):
+class ManifestUpdate(Struct, frozen=True):
     """What a reading leads to: the objects to hand on (none if they are as before), and what is wrong."""
 
     replacements: tuple[Replace, ...] = ()
@@ -36,7 +36,7 @@ class Update(Struct, frozen=True):
     problems: tuple[FileProblem, ...] = ()
 
 
-class Following:
+class ManifestState:
     """Decides what changed files mean. Pure: it is given readings, in the order in which they were made.
 
     Nothing is handed on before all files are good once: what an earlier run programmed would be deleted.
@@ -46,14 +46,14 @@ class Following:
 
     def __init__(self) -> None:
         self._texts: dict[str, bytes] = {}
-        self._parsed: dict[str, FileContent] = {}
-        self._good: dict[str, FileContent] = {}
+        self._parsed: dict[str, ManifestFile] = {}
+        self._good: dict[str, ManifestFile] = {}
         self._handed_on: tuple[Replace, ...] = ()
 
-    def take(self, reading: Reading) -> Update:
+    def take(self, reading: PathSnapshot) -> ManifestUpdate:
         """Return what to do about a reading."""
         if reading.trouble is not None:
-            return Update(problems=(reading.trouble,))
+            return ManifestUpdate(problems=(reading.trouble,))
         texts = {path: text for path, text in reading.files.items() if isinstance(text, bytes)}
         self._parsed = {
             path: self._parsed[path] if self._texts.get(path) == text else parse_file(path, text)
@@ -67,9 +67,9 @@ class Following:
         changed = loaded.replacements != self._handed_on and (bool(self._handed_on) or not problems)
         if changed:
             self._handed_on = loaded.replacements
-        return Update(loaded.replacements if changed else (), loaded.notes, loaded.warnings, tuple(problems))
+        return ManifestUpdate(loaded.replacements if changed else (), loaded.notes, loaded.warnings, tuple(problems))
 
-    def _in_force(self, files: Mapping[str, bytes | FileProblem]) -> Iterator[tuple[str, FileContent]]:
+    def _in_force(self, files: Mapping[str, bytes | FileProblem]) -> Iterator[tuple[str, ManifestFile]]:
         for path in files:
             content = self._parsed.get(path)
             if content is not None and not content.problems:
@@ -88,10 +88,10 @@ class FileSource:
     def __init__(self, path: str, sink: Callable[[tuple[Delta, ...]], None]) -> None:
         self._path = path
         self._sink = sink
-        self._following = Following()
+        self._following = ManifestState()
         self._said: frozenset[str] = frozenset()
         self._in_trouble = False
-        self._follower = PathFollower(path, self._take, name="file-source", period=RELOAD_PERIOD, patience=STOP_TIMEOUT)
+        self._follower = PathWatcher(path, self._take, name="file-source", period=RELOAD_PERIOD, patience=STOP_TIMEOUT)
 
     def load_once(self) -> None:
         """Read the files and hand their objects on, in the calling thread.
@@ -112,7 +112,7 @@ class FileSource:
         """End the thread. `sink` is not called any more afterwards, unless it blocks."""
         self._follower.stop()
 
-    def _take(self, reading: Reading) -> bool:
+    def _take(self, reading: PathSnapshot) -> bool:
         try:
             self._take_in(reading)
         except Exception as error:  # a bug must not make us deaf to the next change
@@ -120,17 +120,17 @@ class FileSource:
             log.debug("where it happened", exc_info=error)
         return True
 
-    def _take_in(self, reading: Reading) -> None:
+    def _take_in(self, reading: PathSnapshot) -> None:
         update = self._following.take(reading)
         self._report(update)
         if not self._follower.stopping:
             self._hand_on(update)
 
-    def _hand_on(self, update: Update) -> None:
+    def _hand_on(self, update: ManifestUpdate) -> None:
         if update.replacements:
             self._sink(update.replacements)
 
-    def _report(self, update: Update) -> None:
+    def _report(self, update: ManifestUpdate) -> None:
         """Log what was not true of the reading before."""
         lines = [(logging.ERROR, str(problem)) for problem in update.problems]
         lines += ((logging.WARNING, warning) for warning in update.warnings)

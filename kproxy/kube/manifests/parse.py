@@ -15,10 +15,10 @@ from typing import Any, TypeAlias, TypeVar, get_args
 import msgspec
 from msgspec import Struct
 
-from kproxy.documents.document import Document, DocumentError, FileProblem, dotted
+from kproxy.documents.document import Document, DocumentError, FileProblem, field_path_text
 from kproxy.documents.document import FieldPath as Path
 from kproxy.documents.parse import read_documents
-from kproxy.kube.codec.conversion import Decoded, ObjectError, remarks_text
+from kproxy.kube.codec.conversion import DecodedObject, ObjectError, ignored_fields_text
 from kproxy.kube.codec.json_codec import decode_object
 from kproxy.model.delta import Kind, Object, Replace
 from kproxy.model.types import EndpointSlice, Node, Protocol, Service, ServiceCIDR
@@ -104,7 +104,7 @@ def _replaced(data: Any, path: list[str | int], value: Any) -> Any:
     return copy
 
 
-class Served(Struct, frozen=True):
+class ManifestKind(Struct, frozen=True):
     """A kind that decides rules: its type, the apiVersions it may have (the usual one first), and its scope."""
 
     kind: Kind
@@ -113,17 +113,17 @@ class Served(Struct, frozen=True):
 
 
 SERVED = {
-    "Service": Served(Service, ("v1",)),
-    "EndpointSlice": Served(EndpointSlice, ("discovery.k8s.io/v1",)),
-    "Node": Served(Node, ("v1",), namespaced=False),
-    "ServiceCIDR": Served(ServiceCIDR, ("networking.k8s.io/v1", "networking.k8s.io/v1beta1"), namespaced=False),
+    "Service": ManifestKind(Service, ("v1",)),
+    "EndpointSlice": ManifestKind(EndpointSlice, ("discovery.k8s.io/v1",)),
+    "Node": ManifestKind(Node, ("v1",), namespaced=False),
+    "ServiceCIDR": ManifestKind(ServiceCIDR, ("networking.k8s.io/v1", "networking.k8s.io/v1beta1"), namespaced=False),
 }
 """The kinds that decide rules, by their name in files."""
 Identity: TypeAlias = tuple[str, str, str]
 """What tells objects apart: kind, namespace ("" for Nodes and ServiceCIDRs) and name."""
 
 
-class FileContent(Struct, frozen=True):
+class ManifestFile(Struct, frozen=True):
     """What one file holds, in its order. `passed_over` names the kinds kproxy has no use for.
 
     An object that gets no rules (a headless Service) is None. `remarks` name parts of objects that are left out, on a
@@ -137,7 +137,7 @@ class FileContent(Struct, frozen=True):
     remarks: tuple[str, ...] = ()
 
 
-class Loaded(Struct, frozen=True):
+class LoadedManifests(Struct, frozen=True):
     """The objects of several files, with what a user should know of them, a line each.
 
     `replacements` has one entry for each kind of `SERVED`, in its order, also where there are none.
@@ -151,12 +151,12 @@ class Loaded(Struct, frozen=True):
     problems: tuple[FileProblem, ...] = ()
 
 
-def load_objects(texts: Mapping[str, bytes]) -> Loaded:
+def load_objects(texts: Mapping[str, bytes]) -> LoadedManifests:
     """Return the objects of the files whose path and text are given. Files with problems give none."""
     return combine(parse_file(path, text) for path, text in texts.items())
 
 
-def combine(files: Iterable[FileContent]) -> Loaded:
+def combine(files: Iterable[ManifestFile]) -> LoadedManifests:
     """Put files together. Of an object that is in two of them, the later in the order of paths is taken."""
     found: dict[Identity, tuple[str, Object | None]] = {}
     notes: list[str] = []
@@ -179,21 +179,21 @@ def combine(files: Iterable[FileContent]) -> Loaded:
         Replace(served.kind, tuple(item for item in kept if type(item) is served.kind), ignored=ignored[name])
         for name, served in SERVED.items()
     ]
-    return Loaded(tuple(replacements), tuple(notes), tuple(warnings), tuple(problems))
+    return LoadedManifests(tuple(replacements), tuple(notes), tuple(warnings), tuple(problems))
 
 
-def parse_file(path: str, text: bytes) -> FileContent:
+def parse_file(path: str, text: bytes) -> ManifestFile:
     """Decode the text of one file. `path` names it in problems; `.json` at its end says that it is JSON."""
     try:
         documents = read_documents(text, json=path.endswith(".json"))
     except DocumentError as error:
-        return FileContent(path, problems=(FileProblem(path, str(error), error.line, error.column),))
-    reading = _Reading(path)
+        return ManifestFile(path, problems=(FileProblem(path, str(error), error.line, error.column),))
+    reading = _FileParser(path)
     for document in documents:
         reading.add(document)
     if not documents:
         reading.problem("holds no Kubernetes object")
-    return FileContent(
+    return ManifestFile(
         path,
         tuple(reading.objects),
         tuple(dict.fromkeys(reading.passed_over)),
@@ -202,7 +202,7 @@ def parse_file(path: str, text: bytes) -> FileContent:
     )
 
 
-class _Type(Struct, rename="camel"):
+class _TypeMeta(Struct, rename="camel"):
     api_version: str = ""
     kind: str = ""
 
@@ -215,16 +215,16 @@ class _DataItems(Struct):
     items: list[Any] | None = None
 
 
-class _Names(Struct):
+class _ManifestMetadata(Struct):
     name: str = ""
     namespace: str = ""
 
 
-class _Named(Struct):
-    metadata: _Names
+class _NamedManifest(Struct):
+    metadata: _ManifestMetadata
 
 
-class _Item(Struct):
+class _ManifestItem(Struct):
     """One object: JSON text or data, where it is in its document, and what a typed list says of its type."""
 
     content: bytes | Any
@@ -233,7 +233,7 @@ class _Item(Struct):
     kind: str = ""
 
 
-class _Reading:
+class _FileParser:
     """Gathers what the documents of one file hold."""
 
     def __init__(self, path: str) -> None:
@@ -251,7 +251,7 @@ class _Reading:
         try:
             items = list(_items(document.content))
         except ObjectError as error:
-            self._refuse(_Item(document.content, ()), error, document)
+            self._refuse(_ManifestItem(document.content, ()), error, document)
             return
         for item in items:
             try:
@@ -259,7 +259,7 @@ class _Reading:
             except ObjectError as error:
                 self._refuse(item, error, document)
 
-    def _add_item(self, item: _Item, document: Document) -> None:
+    def _add_item(self, item: _ManifestItem, document: Document) -> None:
         served = _served(item)
         if served is None:
             self.passed_over.append(f"{item.api_version} {item.kind}".strip())
@@ -267,42 +267,42 @@ class _Reading:
         decoded = _decode(served, item.content)
         if decoded.remarks:
             line = document.line_of((*item.at, *decoded.remarks[0].field))
-            text = f"{_name_of(item)}: left out what cannot be used: {remarks_text(decoded.remarks)}"
+            text = f"{_name_of(item)}: left out what cannot be used: {ignored_fields_text(decoded.remarks)}"
             self.remarks.append(str(FileProblem(self.path, text, line)))
         namespace = decoded.namespace if served.namespaced else ""
         self.objects.append(((item.kind, namespace, decoded.name), decoded.object))
 
-    def _refuse(self, item: _Item, error: ObjectError, document: Document) -> None:
+    def _refuse(self, item: _ManifestItem, error: ObjectError, document: Document) -> None:
         served = SERVED.get(item.kind, SERVED["Service"])
         try:
             field, message = explain(error, _data(item.content), partial(_decode, served))
         except ObjectError:
             field, message = (), str(error)
-        text = ": ".join(part for part in (_name_of(item), dotted(field), message) if part)
+        text = ": ".join(part for part in (_name_of(item), field_path_text(field), message) if part)
         self.problem(text, document.line_of((*item.at, *field)))
 
 
-def _items(content: bytes | Any) -> Iterator[_Item]:
+def _items(content: bytes | Any) -> Iterator[_ManifestItem]:
     """Yield the objects of a document: the items of a list, or itself."""
     own = _type_of(content)
     if not own.kind:
         raise ObjectError("Expected a Kubernetes object, got one without a kind - at `$.kind`")
     if not own.kind.endswith("List"):
-        yield _Item(content, (), own.api_version, own.kind)
+        yield _ManifestItem(content, (), own.api_version, own.kind)
         return
     typed = own.kind.removesuffix("List")
     if typed and typed not in SERVED:
-        yield _Item(content, (), own.api_version, own.kind)
+        yield _ManifestItem(content, (), own.api_version, own.kind)
         return
     if isinstance(content, bytes):
         members: list[Any] | None = _read(content, _TextItems).items
     else:
         members = _read(content, _DataItems).items
     for index, item in enumerate(members or ()):
-        yield _Item(item, ("items", index), own.api_version if typed else "", typed)
+        yield _ManifestItem(item, ("items", index), own.api_version if typed else "", typed)
 
 
-def _served(item: _Item) -> Served | None:
+def _served(item: _ManifestItem) -> ManifestKind | None:
     """Complete the type of an item from its own text, and return the kind to decode it as, if any."""
     own = _type_of(item.content)
     item.kind = own.kind or item.kind
@@ -319,16 +319,16 @@ def _served(item: _Item) -> Served | None:
     return served
 
 
-def _type_of(content: bytes | Any) -> _Type:
+def _type_of(content: bytes | Any) -> _TypeMeta:
     try:
-        return _read(content, _Type)
+        return _read(content, _TypeMeta)
     except ObjectError as error:
         raise ObjectError(str(error).replace("`object`", "a Kubernetes object")) from None
 
 
-def _decode(served: Served, content: bytes | Any) -> Decoded:
+def _decode(served: ManifestKind, content: bytes | Any) -> DecodedObject:
     """Decode an object of a file: one must have a name, and one without a namespace is in `default`."""
-    names = _read(content, _Named).metadata
+    names = _read(content, _NamedManifest).metadata
     if not names.name:
         raise ObjectError("Expected a name, got none - at `$.metadata.name`")
     if served.namespaced and not names.namespace:
@@ -346,9 +346,9 @@ def _data(content: bytes | Any) -> Any:
         raise ObjectError(str(error)) from None
 
 
-def _name_of(item: _Item) -> str:
+def _name_of(item: _ManifestItem) -> str:
     try:
-        names = _read(item.content, _Named).metadata
+        names = _read(item.content, _NamedManifest).metadata
     except ObjectError:
         return item.kind
     if not item.kind:
