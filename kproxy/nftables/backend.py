@@ -167,7 +167,7 @@ class NftablesBackend:
     def _load_over(
         self, view: TableSnapshot | None, generation: int | None, plans: Plans, context: Context
     ) -> NftablesLedger:
-        """Bring a table that was read to the plans. Raises `GenerationChangedError` for a `generation` that is not current.
+        """Bring a table that was read to the plans. Raises `GenerationChangedError` if `generation` is not current.
 
         What is taken over changes in one step, for its chains must agree with each other and with the settings.
         """
