@@ -9,8 +9,6 @@ from kproxy.app.cleanup import VirtualServersRemainError, out_of_reach, remove_i
 from kproxy.app.kernel_parameters import prepare_localhost_node_ports
 from kproxy.config import Config
 from kproxy.host.commands import CommandError
-from kproxy.model.delta import Kind
-from kproxy.model.store import StoreChange
 from kproxy.model.sync_report import SyncReport
 from kproxy.model.types import Family
 from kproxy.nftables.kernel import remove_table
@@ -39,20 +37,14 @@ class FirstSyncSteps:
         self._ipvs_complaint = ""
         self._complaints: dict[Family, str] = {}
 
-    def queued(self, family: Family, now: float) -> None:
-        """Do nothing."""
-
-    def changed(self, kind: Kind, changed: StoreChange) -> None:
-        """Do nothing."""
-
-    def synced(self, report: SyncReport) -> None:
-        """Act if this is the family's first success, or if what was begun then could not be done."""
-        family = report.family
-        if report.error:
+    def run(self, report: SyncReport) -> None:
+        """Run the steps that are left after a sync, if it succeeded."""
+        family, result = report.family, report.result
+        if result is None:
             return
         if family not in self._done:
             self._act(family)
-        elif self._ipvs_waits and not report.complete:
+        elif self._ipvs_waits and not result.complete:
             return
         if self._done == self._families and not self._ipvs_done:
             self._remove_ipvs()

@@ -106,7 +106,7 @@ class IptablesBackend:
         A Service without plans is deleted. Raises `SyncError` if the kernel refused; what was accepted before stays.
         """
         ledger, view = (self._ledger, None) if self._ledger is not None else (IptablesLedger(), self._read(context))
-        wanted = ((key, render_ports(ports, context)) for key, ports in plans.items())
+        wanted = ((key, render_ports(ports, context)) for key, ports in plans.by_service())
         change = IptablesDiff(
             ledger,
             view,
@@ -161,7 +161,7 @@ class IptablesBackend:
         return IptablesDiff(
             ledger,
             None,
-            ((key, render_ports(plans[key], context)) for key in dict.fromkeys(crossed.values())),
+            ((key, render_ports(plans.of(key), context)) for key in dict.fromkeys(crossed.values())),
             context,
             block_rules=self._block_for(ledger),
             dispatch_threshold=self._dispatch_threshold,
@@ -271,7 +271,7 @@ class IptablesPrinter:
 
     def sync(self, plans: Plans, context: Context) -> ApplyResult:
         """Hand on the one `iptables-restore --noflush` input that programs all `plans`."""
-        wanted = ((key, render_ports(ports, context)) for key, ports in plans.items())
+        wanted = ((key, render_ports(ports, context)) for key, ports in plans.by_service())
         ledger = IptablesLedger()
         change = IptablesDiff(
             ledger,

@@ -104,7 +104,7 @@ class Store:
         packed = self._services.get(key)
         return unpack(Service, packed) if packed else None
 
-    def slices(self, key: ServiceKey) -> Iterable[EndpointSlice]:
+    def slices(self, key: ServiceKey) -> list[EndpointSlice]:
         """Return the EndpointSlices of a Service, of both families."""
         return [unpack(EndpointSlice, self._slices[each]) for each in self._slices_of.get(key, ())]
 

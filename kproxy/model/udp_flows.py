@@ -7,7 +7,7 @@ are named by `ip:port` texts; a NodePort is the frontend `:port`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from ipaddress import ip_address
 from typing import NamedTuple
 
@@ -15,7 +15,6 @@ from kproxy.model.addresses import socket_text, split_socket_text
 from kproxy.model.context import Context
 from kproxy.model.frontend_conflicts import ClaimRank, external_rank
 from kproxy.model.plan import ServicePortPlan, TrafficDecision
-from kproxy.model.sync_report import Plans
 from kproxy.model.types import Family, ServiceKey
 
 Endpoints = frozenset[str]
@@ -56,7 +55,7 @@ class UdpFrontends:
         """The frontends whose flows are to be looked at."""
         return self._suspects
 
-    def accept(self, plans: Plans, *, complete: bool) -> None:
+    def accept(self, plans: Mapping[ServiceKey, Sequence[ServicePortPlan]], *, complete: bool) -> None:
         """Take in the plans that the kernel has accepted: of all Services if `complete`, else of some.
 
         A complete set puts all frontends under suspicion: whatever came before (an earlier process, a failed sync)

@@ -184,7 +184,7 @@ class NftablesBackend:
 
     def _batches(self, change: NftablesDiff, plans: Plans, context: Context, size: float) -> Iterator[Transaction]:
         """Yield the transactions of a change, each as soon as it has as many frontends as it may."""
-        for key, ports in plans.items():
+        for key, ports in plans.by_service():
             change.put(key, render_service(ports, context))
             if change.size >= size:
                 yield change.take()
@@ -193,7 +193,7 @@ class NftablesBackend:
     def _replace(self, plans: Plans, context: Context) -> NftablesLedger:
         ledger = NftablesLedger()
         change = NftablesDiff(ledger, context, create=True)
-        for key, ports in plans.items():
+        for key, ports in plans.by_service():
             change.put(key, render_service(ports, context))
         self._generation = None
         self._kernel.commit(change.finish())
@@ -268,7 +268,7 @@ class NftablesPrinter:
         """Hand on the table for all `plans`, as `nft list table` prints it."""
         ledger = NftablesLedger()
         change = NftablesDiff(ledger, context, create=True)
-        for key, ports in plans.items():
+        for key, ports in plans.by_service():
             change.put(key, render_service(ports, context))
         made = change.finish()
         self._show(self._writer.table(made.sets, made.additions(), made.rules))

@@ -13,11 +13,9 @@ from http import HTTPStatus
 
 from msgspec import Struct
 
-from kproxy.model.delta import Kind
-from kproxy.model.store import StoreChange
+from kproxy.model.sync_report import SyncReport
 from kproxy.model.types import Family, Node
 from kproxy.serve.http import Handler, HttpRequest, HttpResponse, json, routes
-from kproxy.serve.observed import Sync
 
 NANO = 10**9
 NEVER = "0001-01-01T00:00:00Z"
@@ -45,22 +43,19 @@ class Health:
         self._succeeded: dict[Family, int] = dict.fromkeys(families, 0)
         self._lock = threading.Lock()
 
-    def queued(self, family: Family, now: float) -> None:
-        """Note that a change of a family waits to be programmed."""
+    def on_queue(self, family: Family, now: float) -> None:
+        """Record that a change of a family waits for a sync."""
         with self._lock:
             self._pending.setdefault(family, now)
 
-    def changed(self, kind: Kind, changed: StoreChange) -> None:
-        """Do nothing: `queued` says what matters here."""
-
-    def synced(self, sync: Sync) -> None:
-        """Note how a sync ended; one that failed leaves its changes waiting."""
+    def on_sync(self, report: SyncReport) -> None:
+        """Record the outcome of a sync. The changes of one that failed are still waiting."""
         with self._lock:
-            if sync.error:
-                self._pending.setdefault(sync.family, sync.began)
+            if report.result is None:
+                self._pending.setdefault(report.family, report.started)
             else:
-                self._pending.pop(sync.family, None)
-                self._succeeded[sync.family] = self._wall()
+                self._pending.pop(report.family, None)
+                self._succeeded[report.family] = self._wall()
 
     def families(self, now: float) -> dict[Family, FamilyHealth]:
         """Return the health of every family."""

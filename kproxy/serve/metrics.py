@@ -7,13 +7,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from prometheus_client import generate_latest
 
 from kproxy.model.delta import Kind
-from kproxy.model.plan import TrafficDecision
+from kproxy.model.plan import ServicePortPlan, TrafficDecision
 from kproxy.model.store import StoreChange
-from kproxy.model.sync_report import ApplyResult, Plans
+from kproxy.model.sync_report import ApplyResult, SyncReport
 from kproxy.model.types import EndpointSlice, Family, Service, ServiceKey
 from kproxy.serve.http import HttpRequest, HttpResponse
 from kproxy.serve.metric_definitions import POLICIES, TABLES, MetricDefinitions
-from kproxy.serve.observed import Sync
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 """The text format, which is all that kube-proxy offers besides protobuf."""
@@ -49,11 +48,11 @@ class Metrics:
         """Answer with all metrics."""
         return HttpResponse(200, (("Content-Type", CONTENT_TYPE),), generate_latest(self._series.registry))
 
-    def queued(self, family: Family, now: float) -> None:  # noqa: ARG002 - dashboards want the time of day
+    def on_queue(self, family: Family, now: float) -> None:  # noqa: ARG002 - dashboards want the time of day
         """Note that a change of a family waits to be programmed."""
         self._series.last_queued.labels(family.value).set(self._wall())
 
-    def changed(self, kind: Kind, changed: StoreChange) -> None:
+    def on_change(self, kind: Kind, changed: StoreChange) -> None:
         """Count what one delta changed: Services once for each family, as kube-proxy does, and EndpointSlices once."""
         if kind is Service:
             self._series.service_changes.inc(len(changed.services) * len(self._families))
@@ -63,24 +62,24 @@ class Metrics:
             self._wait(self._endpoints_pending, len(changed.services))
         self._show_pending()
 
-    def synced(self, sync: Sync) -> None:
-        """Take in how a sync ended."""
-        full = sync.complete or sync.family in self._unknown
-        name, seconds = sync.family.value, sync.ended - sync.began
+    def on_sync(self, report: SyncReport) -> None:
+        """Record the duration and the outcome of a sync."""
+        result, name, seconds = report.result, report.family.value, report.finished - report.started
+        full = report.family in self._unknown or (result is not None and result.complete)
         self._series.sync.labels(name).observe(seconds)
         (self._series.full_sync if full else self._series.partial_sync).labels(name).observe(seconds)
-        if sync.error:
-            self._failed(sync.family, full=full)
+        if result is None:
+            self._failed(report.family, full=full)
             return
-        self._unknown.discard(sync.family)
-        self._services_pending[sync.family] = self._endpoints_pending[sync.family] = 0
+        self._unknown.discard(report.family)
+        self._services_pending[report.family] = self._endpoints_pending[report.family] = 0
         self._show_pending()
-        self._show_times(name, sync.last_changes)
-        self._show_rules(name, sync.written)
-        self._series.without_endpoints.labels(name).set(sync.tally.without_endpoints)
-        self._series.in_conflict.labels(name).set(sync.tally.in_conflict)
-        gaps = self._gaps[sync.family]
-        gaps.update(sync.plans, complete=sync.complete)
+        self._show_times(name, result.last_changes)
+        self._show_rules(name, result.applied)
+        self._series.without_endpoints.labels(name).set(result.counts.without_endpoints)
+        self._series.in_conflict.labels(name).set(result.counts.in_conflict)
+        gaps = self._gaps[report.family]
+        gaps.update(result.plans, complete=result.complete)
         for policy, number in zip(POLICIES, gaps.totals, strict=True):
             self._series.no_local_endpoints.labels(name, policy).set(number)
 
@@ -132,12 +131,12 @@ class Metrics:
             if moment > self._since:
                 self._series.programming.labels(name).observe(max(0.0, now - moment))
 
-    def _show_rules(self, name: str, written: ApplyResult | None) -> None:
-        if not self._iptables or written is None:
+    def _show_rules(self, name: str, applied: ApplyResult) -> None:
+        if not self._iptables:
             return
         for table in TABLES:
-            self._series.rules_written.labels(name, table).set(written.rules.get(table, 0))
-            self._series.rules.labels(name, table).set(written.total_rules.get(table, 0))
+            self._series.rules_written.labels(name, table).set(applied.written_rules.get(table, 0))
+            self._series.rules.labels(name, table).set(applied.total_rules.get(table, 0))
 
 
 class MissingLocalEndpoints:
@@ -156,7 +155,7 @@ class MissingLocalEndpoints:
         """The numbers for internal and for external traffic."""
         return self._internal, self._external
 
-    def update(self, plans: Plans, *, complete: bool) -> None:
+    def update(self, plans: Mapping[ServiceKey, Sequence[ServicePortPlan]], *, complete: bool) -> None:
         """Take in the plans of all Services, or of those that may have changed."""
         gone = self._ports.keys() - plans.keys() if complete else ()
         for key in gone:

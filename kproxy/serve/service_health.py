@@ -12,13 +12,11 @@ from typing import TypeAlias
 from msgspec import Struct
 
 from kproxy.model.context import Context
-from kproxy.model.delta import Kind
 from kproxy.model.logging import LogThrottle
 from kproxy.model.plan import ServicePortPlan
-from kproxy.model.store import StoreChange
+from kproxy.model.sync_report import SyncReport
 from kproxy.model.types import Family, ServiceKey
 from kproxy.serve.http import NO_SNIFF, HttpRequest, HttpResponse, plain
-from kproxy.serve.observed import Sync
 from kproxy.serve.server import HttpServer, ListenAddress, listen
 
 log = logging.getLogger(__name__)
@@ -168,19 +166,14 @@ class ServiceHealthTracker:
         self._update = update
         self._known: dict[Family, dict[ServiceKey, FamilyServiceHealth]] = {family: {} for family in families}
 
-    def queued(self, family: Family, now: float) -> None:
-        """Do nothing: what is not in the kernel yet cannot be told."""
-
-    def changed(self, kind: Kind, changed: StoreChange) -> None:
-        """Do nothing: what is not in the kernel yet cannot be told."""
-
-    def synced(self, sync: Sync) -> None:
-        """Take in what is in the kernel now."""
-        if sync.context is None:  # it failed
+    def on_sync(self, report: SyncReport) -> None:
+        """Update the health of the Services that a successful sync covered."""
+        result = report.result
+        if result is None:
             return
-        known = self._known[sync.family]
-        found = {key: family_health(plans, sync.context) for key, plans in sync.plans.items()}
-        if sync.complete:
+        known = self._known[report.family]
+        found = {key: family_health(plans, result.context) for key, plans in result.plans.items()}
+        if result.complete:
             found.update(dict.fromkeys(known.keys() - found.keys()))
         touched = [key for key, health in found.items() if health != known.get(key)]
         for key in touched:

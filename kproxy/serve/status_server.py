@@ -6,17 +6,14 @@ import logging
 import platform
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Protocol
 
 from kproxy import __version__
-from kproxy.model.delta import Kind
 from kproxy.model.logging import LogThrottle
-from kproxy.model.store import StoreChange
+from kproxy.model.sync_report import ChangeListener, QueueListener, SyncListener
 from kproxy.model.types import Family, Node
 from kproxy.serve.health import NANO, Health, HealthPages
 from kproxy.serve.http import Handler, HttpRequest, HttpResponse, json, plain, routes
 from kproxy.serve.metrics import Metrics
-from kproxy.serve.observed import Sync
 from kproxy.serve.server import HttpServer, listen, parse_address
 from kproxy.serve.service_health import Failed, HealthCheckNodePorts, ServiceHealthTracker
 from kproxy.serve.zpages import flagz, statusz
@@ -28,19 +25,6 @@ RETRY_SECONDS = 5.0
 
 class ListenError(Exception):
     """A port cannot be opened that must be; the message says which and why on one line."""
-
-
-class _Observer(Protocol):
-    """Told of changes and syncs, in the reconciler's thread."""
-
-    def queued(self, family: Family, now: float) -> None:
-        """Note that changes of a family wait to be programmed, at `now` of the reconciler's clock."""
-
-    def changed(self, kind: Kind, changed: StoreChange) -> None:
-        """Note what one delta about a kind of objects changed."""
-
-    def synced(self, sync: Sync) -> None:
-        """Take in how a sync ended, well or not."""
 
 
 class StatusServer:
@@ -83,7 +67,9 @@ class StatusServer:
         self.metrics = Metrics(mode, families, counters, wall=self._wall)
         ports = HealthCheckNodePorts(self._server, lambda: self.health.is_healthy(clock()), port_failed)
         services = ServiceHealthTracker(families, lambda changes: self._server.call(partial(ports.update, changes)))
-        self.observers: tuple[_Observer, ...] = (self.health, services, self.metrics)
+        self.on_queue: tuple[QueueListener, ...] = (self.health.on_queue, self.metrics.on_queue)
+        self.on_change: tuple[ChangeListener, ...] = (self.metrics.on_change,)
+        self.on_sync: tuple[SyncListener, ...] = (self.health.on_sync, services.on_sync, self.metrics.on_sync)
         pages = HealthPages(self.health, node, clock=clock, wall=wall, probed=self.metrics.probed, reason=reason)
         self._fixed = {"healthz": (healthz_address, pages.handler), "metrics": (metrics_address, self._metrics_pages())}
 

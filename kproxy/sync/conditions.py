@@ -9,7 +9,7 @@ from msgspec import Struct
 from kproxy.model.frontend_conflicts import FrontendConflict
 from kproxy.model.plan import ServicePortPlan, TrafficDecision
 from kproxy.model.store import Store
-from kproxy.model.sync_report import ConditionTransition, NoticeKind, ServiceCounts
+from kproxy.model.sync_report import ConditionReason, ConditionTransition, ServiceCounts
 from kproxy.model.types import Family, ServiceKey
 
 
@@ -65,13 +65,13 @@ class ConditionTracker:
             return self._lost | self._losers
         return [key for key in examined if key in self._lost or key in self._losers]
 
-    def tally(self, store: Store) -> ServiceCounts:
+    def counts(self, store: Store) -> ServiceCounts:
         """Return how many Services are in which condition."""
         return ServiceCounts(
             without_endpoints=self._rejected,
             dropped=self._dropped,
             in_conflict=len(self._losers),
-            refused=store.invalid_services,
+            invalid=store.invalid_services,
             ignored=store.ignored_services,
         )
 
@@ -150,7 +150,7 @@ class ConditionTracker:
             text = f"{each.loser} no longer loses {each.frontend} to {each.holder}"
             yield ConditionTransition(_service_of(each.loser), "ConflictResolved", f"{self._family.value}: {text}")
 
-    def _notice(self, key: ServiceKey, kind: NoticeKind, text: str) -> ConditionTransition:
+    def _notice(self, key: ServiceKey, kind: ConditionReason, text: str) -> ConditionTransition:
         return ConditionTransition(key, kind, f"{self._family.value}: Service {key} {text}")
 
 

@@ -10,8 +10,6 @@ from typing import Protocol
 from msgspec import Struct
 
 from kproxy.model.context import Context
-from kproxy.model.delta import Kind
-from kproxy.model.store import StoreChange
 from kproxy.model.sync_report import SyncReport
 from kproxy.model.types import Family
 from kproxy.model.udp_flows import UdpFrontends, accepts_node_ports
@@ -59,23 +57,17 @@ class ConntrackCleaner:
         self._tell = tell
         self._warned: set[Family] = set()
 
-    def queued(self, family: Family, now: float) -> None:
-        """Do nothing: flows are looked at when the kernel has accepted the changes."""
-
-    def changed(self, kind: Kind, changed: StoreChange) -> None:
-        """Do nothing: what a sync looked at is in its report."""
-
-    def synced(self, report: SyncReport) -> None:
-        """Delete what the sync made stale, and what earlier attempts left."""
-        if report.error or report.context is None or report.family not in self._tables:
+    def clean(self, report: SyncReport) -> None:
+        """Delete the entries that a sync made stale, and those that earlier attempts could not delete."""
+        if report.result is None or report.family not in self._tables:
             return
         frontends = self._frontends[report.family]
-        frontends.accept(report.plans, complete=report.complete)
+        frontends.accept(report.result.plans, complete=report.result.complete)
         if not frontends.suspects:
             return
         began = self._clock()
         try:
-            deleted = self._clean(frontends, report.context)
+            deleted = self._clean(frontends, report.result.context)
         except OSError as error:
             cleaning = ConntrackCleanup(report.family, 0, self._clock() - began, error.strerror or str(error))
         else:

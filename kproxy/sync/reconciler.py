@@ -5,24 +5,31 @@ from __future__ import annotations
 import logging
 import math
 import queue
-from collections.abc import Callable, Mapping, Sequence
-from operator import methodcaller
-from typing import TypeAlias
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import ParamSpec, TypeAlias
 
 from msgspec import Struct
-from msgspec.structs import asdict, replace
+from msgspec.structs import replace
 
 from kproxy.model.delta import Delta, Upsert
 from kproxy.model.logging import V2
 from kproxy.model.store import Store, StoreChange
-from kproxy.model.sync_report import SyncError, SyncListener, SyncReport
+from kproxy.model.sync_report import (
+    AfterSyncStep,
+    ChangeListener,
+    QueueListener,
+    SyncError,
+    SyncListener,
+    SyncReport,
+    SyncResult,
+)
 from kproxy.model.types import Family
-from kproxy.sync.family import FamilySync, FamilySyncResult
+from kproxy.sync.family import FamilySync
 from kproxy.sync.schedule import Schedule
 from kproxy.sync.summary import Summary, seconds_text, synced_text
 
 log = logging.getLogger(__name__)
-
+_P = ParamSpec("_P")
 
 MESSAGES_PER_SYNC = 10_000
 """How many messages are taken in before a sync that is due goes first."""
@@ -56,7 +63,10 @@ class Reconciler:
         make_schedule: Callable[[], Schedule],
         clock: Callable[[], float],
         is_ready: Callable[[Store], bool] = lambda store: store.complete,
-        observers: Sequence[SyncListener] = (),
+        on_queue: Sequence[QueueListener] = (),
+        on_change: Sequence[ChangeListener] = (),
+        on_sync: Sequence[SyncListener] = (),
+        after_sync: Sequence[AfterSyncStep] = (),
         check_interval: float | None = None,
         full_check_interval: float | None = None,
         look: Callable[[Store, float], float | None] = lambda *_: None,
@@ -77,7 +87,10 @@ class Reconciler:
         self._store = store
         self._is_ready = is_ready
         self._ready = False
-        self._observers = observers
+        self._on_queue = on_queue
+        self._on_change = on_change
+        self._on_sync = on_sync
+        self._after_sync = after_sync
         self._families = {family: (sync, make_schedule()) for family, sync in families.items()}
         self._summaries = {family: Summary(family) for family in families}
         self._synced: set[Family] = set()
@@ -131,16 +144,16 @@ class Reconciler:
             changed = self._store.apply(message)
             if changed:
                 kind = type(message.object) if isinstance(message, Upsert) else message.kind
-                self._tell(methodcaller("changed", kind, changed))
+                _call_each(self._on_change, kind, changed)
             if not self._ready and self._is_ready(self._store):
                 self._ready = True
                 changed = replace(changed, node=True)
         if not changed:
             return
         for family, (sync, schedule) in self._families.items():
-            sync.note(changed)
+            sync.add_changes(changed)
             schedule.request()
-            self._tell(methodcaller("queued", family, self._clock()))
+            _call_each(self._on_queue, family, self._clock())
 
     def wait(self) -> float | None:
         """Return in how many seconds `sync_due` has something to do, None if only a message can tell."""
@@ -162,11 +175,13 @@ class Reconciler:
             return True
         self._check()
         due = [family for family in self._families if self._due(family)]
-        outcomes = [self._sync(family) for family in due]
+        reports = [self._sync(family) for family in due]
         for summary in self._summaries.values():
             if text := summary.take(self._clock()):
                 log.info("%s", text)
-        return all(outcomes)
+        for report in reports:
+            _call_each(self._after_sync, report)
+        return all(report.result is not None for report in reports)
 
     def _check(self) -> None:
         if self._next_check is None or self._check_interval is None or self._clock() < self._next_check:
@@ -188,47 +203,48 @@ class Reconciler:
         wait = self._families[family][1].wait(self._clock())
         return wait is not None and wait <= 0
 
-    def _sync(self, family: Family) -> bool:
-        sync, schedule = self._families[family]
-        began = self._clock()
-        schedule.started(began)
+    def _sync(self, family: Family) -> SyncReport:
+        started = self._clock()
+        schedule = self._families[family][1]
+        schedule.started(started)
         try:
-            outcome = sync.sync(self._store)
+            result = self._families[family][0].sync(self._store)
         except Exception as error:  # a bug in here must not end the node's proxy: it is told and retried
             schedule.failed(self._clock())
-            self._failing_since.setdefault(family, began)
+            self._failing_since.setdefault(family, started)
             pause = schedule.wait(self._clock()) or 0.0
             reason = str(error) if isinstance(error, SyncError) else f"unexpected {error!r}"
             log.error("%s: sync failed, trying again in %.1f s: %s", family.value, pause, reason)
             log.debug("%s: where it failed", family.value, exc_info=error)
-            report = SyncReport(family, began, self._clock(), False, {}, None, None, error=reason)
-            self._tell(methodcaller("synced", report))
-            return False
-        schedule.succeeded()
-        ended = self._clock()
-        self._log_sync(family, outcome, began, ended)
-        report = SyncReport(family=family, began=began, ended=ended, error="", **asdict(outcome))
-        self._tell(methodcaller("synced", report))
-        return True
+            report = SyncReport(family, started, self._clock(), None, reason)
+        else:
+            schedule.succeeded()
+            report = SyncReport(family, started, self._clock(), result)
+            self._log_sync(report, result)
+        _call_each(self._on_sync, report)
+        return report
 
-    def _log_sync(self, family: Family, outcome: FamilySyncResult, began: float, ended: float) -> None:
+    def _log_sync(self, report: SyncReport, result: SyncResult) -> None:
         """Log a sync: at once if it is the first, ends a failure or puts rules back, else in the next summary."""
-        seconds = ended - began
-        text = synced_text(family, outcome.services, seconds, outcome.tally, complete=outcome.complete)
-        failed = self._failing_since.pop(family, None)
-        if failed is not None:
-            text += f", after failures for {seconds_text(ended - failed)}"
-        if failed is not None or family not in self._synced:
+        family, seconds = report.family, report.finished - report.started
+        text = synced_text(family, result.services, seconds, result.counts, complete=result.complete)
+        failing_since = self._failing_since.pop(family, None)
+        if failing_since is not None:
+            text += f", after failures for {seconds_text(report.finished - failing_since)}"
+        if failing_since is not None or family not in self._synced:
             self._synced.add(family)
             log.info("%s", text)
             return
-        self._summaries[family].add(ended, outcome.services, seconds, outcome.tally, complete=outcome.complete)
+        self._summaries[family].add(report.finished, result.services, seconds, result.counts, complete=result.complete)
         log.log(V2, "%s", text)
 
-    def _tell(self, what: Callable[[SyncListener], None]) -> None:
-        for observer in self._observers:
-            try:
-                what(observer)
-            except Exception as error:  # who watches must not stop the work
-                log.error("%s failed: unexpected %r", type(observer).__name__, error)
-                log.debug("where it failed", exc_info=error)
+
+def _call_each(callbacks: Iterable[Callable[_P, None]], *args: _P.args, **kwargs: _P.kwargs) -> None:
+    """Call each of some callbacks. One that raises is logged and does not keep the others from being called."""
+    for callback in callbacks:
+        try:
+            callback(*args, **kwargs)
+        except Exception as error:
+            name = getattr(callback, "__qualname__", repr(callback))
+            log.error("%s failed: unexpected %r", name, error)
+            log.debug("where it failed", exc_info=error)

@@ -6,10 +6,8 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable
 
-from kproxy.model.delta import Kind
-from kproxy.model.store import StoreChange
 from kproxy.model.sync_report import ConditionTransition, SyncReport
-from kproxy.model.types import Family, ServiceKey
+from kproxy.model.types import ServiceKey
 
 log = logging.getLogger(__name__)
 LINES_PER_SYNC = 10
@@ -25,23 +23,17 @@ class ServiceEventListener:
     def __init__(self, event: Callable[[ServiceKey, str, str], None]) -> None:
         self._event = event
 
-    def queued(self, family: Family, now: float) -> None:
-        """Do nothing: what is not in the kernel yet is no news."""
-
-    def changed(self, kind: Kind, changed: StoreChange) -> None:
-        """Do nothing: what is not in the kernel yet is no news."""
-
-    def synced(self, report: SyncReport) -> None:
-        """Tell of a sync's notices."""
-        by_kind: dict[str, list[ConditionTransition]] = defaultdict(list)
-        for notice in report.notices:
-            by_kind[notice.kind].append(notice)
-            if notice.is_warning:
-                self._event(notice.service, notice.kind, notice.text)
-        for kind, notices in by_kind.items():
-            level = logging.WARNING if notices[0].is_warning else logging.INFO
-            for notice in notices[:LINES_PER_SYNC]:
-                log.log(level, "%s", notice.text)
-            if len(notices) > LINES_PER_SYNC:
-                more = len(notices) - LINES_PER_SYNC
-                log.log(level, "%s: %d more Services with reason %s not listed", report.family.value, more, kind)
+    def on_sync(self, report: SyncReport) -> None:
+        """Log the transitions of a sync, and record events about the warnings among them."""
+        by_reason: dict[str, list[ConditionTransition]] = defaultdict(list)
+        for transition in report.result.transitions if report.result else ():
+            by_reason[transition.reason].append(transition)
+            if transition.is_warning:
+                self._event(transition.service, transition.reason, transition.message)
+        for reason, transitions in by_reason.items():
+            level = logging.WARNING if transitions[0].is_warning else logging.INFO
+            for transition in transitions[:LINES_PER_SYNC]:
+                log.log(level, "%s", transition.message)
+            if len(transitions) > LINES_PER_SYNC:
+                more = len(transitions) - LINES_PER_SYNC
+                log.log(level, "%s: %d more Services with reason %s not listed", report.family.value, more, reason)

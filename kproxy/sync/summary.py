@@ -25,7 +25,7 @@ def tally_text(tally: ServiceCounts) -> str:
         (tally.without_endpoints, "without endpoints"),
         (tally.dropped, "dropped by policy Local"),
         (tally.in_conflict, "in conflict"),
-        (tally.refused, "refused as invalid"),
+        (tally.invalid, "invalid"),
         (tally.ignored, "ignored"),
     )
     said = ", ".join(f"{number:,} {what}" for number, what in parts if number)

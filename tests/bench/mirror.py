@@ -120,7 +120,7 @@ class Mirror:
         for delta in deltas:
             changed = self._store.apply(delta)
             for sync in self._syncs:
-                sync.note(changed)
+                sync.add_changes(changed)
 
 
 def rules_of_service(endpoints: int) -> int:

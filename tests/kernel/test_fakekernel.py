@@ -47,7 +47,7 @@ def test_a_proxys_inputs_have_the_same_effect(namespace: Namespace, variant: str
     proxy = FamilySync(IptablesBackend(fake, block_rules=20), lambda _: context)
     for scenario in HISTORY:
         for delta in replaces(scenario):
-            proxy.note(found.apply(delta))
+            proxy.add_changes(found.apply(delta))
         proxy.sync(found)
         for text in fake.inputs:
             real.restore(text)

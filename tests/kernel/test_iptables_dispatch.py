@@ -67,7 +67,7 @@ class Node:
         present = sum(key.startswith("many/") for key in self.store.service_keys())
         deltas += [Delete(Service, "many", f"extra-{number}") for number in range(count, present)]
         for delta in deltas:
-            self._sync.note(self.store.apply(delta))
+            self._sync.add_changes(self.store.apply(delta))
         self._sync.sync(self.store)
 
 

@@ -85,7 +85,7 @@ def test_own_rules_are_as_they_should_be(namespace: Namespace, family: Family, t
         context = recorded_context(scenario, family, store(scenario))
         proxy = FamilySync(kernel, partial(_constant, context))
         for delta in replaces(scenario):
-            proxy.note(found.apply(delta))
+            proxy.add_changes(found.apply(delta))
         kernel.forget()
         namespace.call(partial(proxy.sync, found))
         assert namespace.call(proxy.verify), scenario

@@ -51,13 +51,13 @@ class Proxy:
         self._store = Store("node-1")
         service = Service("ns", "a", (VIPS[family],), (ServicePort("http", 80, "TCP"),), affinity_seconds=affinity)
         for delta in (Replace(Node, ()), Replace(Service, (service,)), Replace(EndpointSlice, ())):
-            self._family.note(self._store.apply(delta))
+            self._family.add_changes(self._store.apply(delta))
 
     def have(self, family: Family, addresses: Sequence[str]) -> str:
         """Return the input that gave the Service these endpoints."""
         endpoints = tuple(Endpoint(each, "node-2") for each in addresses)
         found = EndpointSlice("ns", "a", "ns/a", family, endpoints, (EndpointPort("http", 8080, "TCP"),))
-        self._family.note(self._store.apply(Upsert(found)))
+        self._family.add_changes(self._store.apply(Upsert(found)))
         self.iptables.inputs.clear()
         self.node.call(lambda: self._family.sync(self._store))
         return "".join(self.iptables.inputs)

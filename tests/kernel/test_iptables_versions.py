@@ -49,7 +49,7 @@ class Proxy:
         self._store = Store("node-1")
         service = Service("ns", "a", ("10.96.0.1", "fd00:10:96::1"), (ServicePort("http", 80, "TCP"),))
         for delta in (Replace(Node, ()), Replace(Service, (service,)), Replace(EndpointSlice, ())):
-            family.note(self._store.apply(delta))
+            family.add_changes(self._store.apply(delta))
 
     def have(self, numbers: range) -> None:
         """Give the Service these endpoints, in both families."""
@@ -57,7 +57,7 @@ class Proxy:
             endpoints = tuple(Endpoint(f"{prefix}{number}", "node-2") for number in numbers)
             ports = (EndpointPort("http", 8080, "TCP"),)
             found = EndpointSlice("ns", f"a-{family.value}", "ns/a", family, endpoints, ports)
-            self._family.note(self._store.apply(Upsert(found)))
+            self._family.add_changes(self._store.apply(Upsert(found)))
         self._namespace.call(lambda: self._family.sync(self._store))
 
 

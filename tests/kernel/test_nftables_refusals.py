@@ -182,7 +182,7 @@ class Cluster:
         found = tuple(Endpoint(str(first + number)) for number in range(1, count + 1))
         service = Service("ns", name, (ip,), (ServicePort(port, 80, "TCP"),), affinity_seconds=affinity)
         for each in (service, EndpointSlice("ns", name, f"ns/{name}", self._family, found, ports)):
-            self.sync_family.note(self.store.apply(Upsert(each)))
+            self.sync_family.add_changes(self.store.apply(Upsert(each)))
         return self
 
     def sync(self) -> Cluster:

@@ -68,7 +68,7 @@ class Proxy:
         for delta in deltas:
             changed = self._store.apply(delta)
             for family in self._families:
-                family.note(changed)
+                family.add_changes(changed)
         for family in self._families:
             self._node.call(partial(family.sync, self._store))
 

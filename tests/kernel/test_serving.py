@@ -16,13 +16,13 @@ from kproxy.config.load import load_config
 from kproxy.config.types import Config
 from kproxy.host.nfacct import ensure_counters, read_counter
 from kproxy.model.plan import plan_service
-from kproxy.model.sync_report import ApplyResult, SyncReport
 from kproxy.model.types import Family
 from kproxy.serve.metric_definitions import INVALID_DROPPED, LOCALHOST_ACCEPTED
 from kproxy.serve.status_server import StatusServer
 from tests.lab.namespace import HANG_GUARD, Namespace
 from tests.lab.waiting import wait_until
 from tests.recordings import GOLDEN, store
+from tests.reports import succeeded
 
 ADDRESSES = ("10.99.0.2", "fd00:99::2", "127.0.0.1", "::1")
 RECORDED = sorted(GOLDEN.glob("*/healthcheck-*.txt"))
@@ -64,9 +64,9 @@ class Daemon:
                 config, family, "node-1", cluster.node, ADDRESSES, accounting=True, random_fully=True
             )
             plans = {each.key: plan_service(each, cluster.slices(each.key), context) for each in services}
-            report = SyncReport(family, monotonic(), monotonic(), True, plans, context, ApplyResult({}, {}))
-            for observer in self.serving.observers:
-                observer.synced(report)
+            report = succeeded(family, plans, context=context, started=monotonic(), finished=monotonic())
+            for listener in self.serving.on_sync:
+                listener(report)
 
     def get(self, host: str, port: int, path: str = "/") -> tuple[HTTPResponse, bytes]:
         client = self._node.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)

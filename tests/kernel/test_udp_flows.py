@@ -97,7 +97,7 @@ class Proxy:
             },
             make_schedule=lambda: Schedule(min_interval=0, max_retry=0),
             clock=time.monotonic,
-            observers=[cleaner],
+            after_sync=[cleaner.clean],
         )
         objects = [delta.object for delta in deltas if isinstance(delta, Upsert)]
         services = tuple(each for each in objects if isinstance(each, Service))

@@ -53,8 +53,8 @@ class Cluster:
 
     def put(self, *objects: Service | EndpointSlice) -> tuple[FrontendConflict, ...]:
         for each in objects:
-            self._family.note(self.store.apply(Upsert(each)))
-        self._written = self._family.sync(self.store).written
+            self._family.add_changes(self.store.apply(Upsert(each)))
+        self._written = self._family.sync(self.store).applied
         return tuple(self._written.conflicts)
 
     def rules(self) -> int:

@@ -7,16 +7,16 @@ import math
 from typing import Any
 
 import pytest
-from msgspec.structs import asdict, replace
+from msgspec.structs import replace
 
 from kproxy.iptables.backend import IptablesBackend
 from kproxy.model.context import Context
 from kproxy.model.delta import Delete, Delta, Invalid, Replace, Upsert
-from kproxy.model.store import Store, StoreChange
-from kproxy.model.sync_report import ServiceCounts, SyncError, SyncReport
+from kproxy.model.store import Store
+from kproxy.model.sync_report import ServiceCounts, SyncError, SyncReport, SyncResult
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Node, Service, ServicePort
 from kproxy.nftables.backend import NftablesBackend
-from kproxy.sync.family import Backend, FamilySync, FamilySyncResult
+from kproxy.sync.family import Backend, FamilySync
 from kproxy.sync.service_events import LINES_PER_SYNC, ServiceEventListener
 from kproxy.sync.summary import PERIOD, Summary, synced_text
 from tests.fakekernel import FakeKernel
@@ -49,15 +49,15 @@ class Cluster:
 
     def take(self, *deltas: Delta) -> None:
         for delta in deltas:
-            self.family.note(self.store.apply(delta))
+            self.family.add_changes(self.store.apply(delta))
 
-    def sync(self, *objects: Service | EndpointSlice) -> FamilySyncResult:
+    def sync(self, *objects: Service | EndpointSlice) -> SyncResult:
         self.take(*map(Upsert, objects))
         return self.family.sync(self.store)
 
     def told(self, *objects: Service | EndpointSlice) -> list[str]:
         """What a sync tells, less the family."""
-        return [notice.text.removeprefix("IPv4: ") for notice in self.sync(*objects).notices]
+        return [each.message.removeprefix("IPv4: ") for each in self.sync(*objects).transitions]
 
 
 @pytest.fixture(params=["iptables", "nftables"])
@@ -98,7 +98,7 @@ def test_a_service_that_is_served_no_longer_gets_no_good_news(cluster: Cluster, 
 
 def test_a_new_service_may_wait_for_its_first_endpoint(cluster: Cluster) -> None:
     assert cluster.told(service("web")) == []
-    assert cluster.sync().tally == ServiceCounts(without_endpoints=1)
+    assert cluster.sync().counts == ServiceCounts(without_endpoints=1)
     assert cluster.told(slices("web", "node-1")) == []
     assert cluster.told(slices("web")) == [LOST]
 
@@ -127,17 +127,17 @@ def test_a_port_that_no_endpoint_has_is_named(cluster: Cluster) -> None:
 
 def test_policy_local_without_an_endpoint_here_is_counted_and_no_news(cluster: Cluster) -> None:
     found = cluster.sync(service("web", internal_local=True), slices("web", "node-2"))
-    assert (found.tally, found.notices) == (ServiceCounts(dropped=1), ())
-    assert cluster.sync(slices("web", "node-1")).tally == ServiceCounts()
+    assert (found.counts, found.transitions) == (ServiceCounts(dropped=1), ())
+    assert cluster.sync(slices("web", "node-1")).counts == ServiceCounts()
 
 
 def test_all_conditions_are_counted(cluster: Cluster) -> None:
     cluster.take(Replace(Service, (service("a"), service("b", 2), service("c", 3)), (("ns", "bad"),), ignored=2))
     shared = {"external_ips": ("203.0.113.1",)}
     found = cluster.sync(service("b", 2, **shared), service("c", 3, **shared))
-    assert found.tally == ServiceCounts(without_endpoints=3, in_conflict=1, refused=1, ignored=2)
+    assert found.counts == ServiceCounts(without_endpoints=3, in_conflict=1, invalid=1, ignored=2)
     cluster.take(Invalid(Service, "ns", "a"), Delete(Service, "ns", "bad"), Delete(Service, "ns", "b"))
-    assert cluster.sync().tally == ServiceCounts(without_endpoints=2, refused=1, ignored=2)
+    assert cluster.sync().counts == ServiceCounts(without_endpoints=2, invalid=1, ignored=2)
 
 
 @pytest.mark.parametrize("mode", ["iptables", "nftables"])
@@ -145,24 +145,24 @@ def test_source_ranges_of_the_other_family_only_leave_a_load_balancer_open(mode:
     balanced = service("web", vips=("203.0.113.1", "2001:db8::1"), source_ranges=("198.51.100.0/24",))
     four, six = Cluster(mode), Cluster(mode, Family.IPV6)
     assert four.told(balanced, slices("web", "node-1")) == []
-    assert [notice.text for notice in six.sync(balanced).notices] == [
+    assert [each.message for each in six.sync(balanced).transitions] == [
         "IPv6: Service ns/web names no IPv6 range in loadBalancerSourceRanges: its IPv6 load balancer addresses are "
         "open to all sources; add IPv6 ranges"
     ]
     six.family.forget()
-    assert six.sync(balanced).notices == ()
+    assert six.sync(balanced).transitions == ()
     everything = replace(balanced, source_ranges=("198.51.100.0/24", "::/0"))
-    assert six.sync(everything).notices == ()
-    assert len(six.sync(balanced).notices) == 1
-    assert six.sync(replace(balanced, vips=("203.0.113.1",))).notices == ()
+    assert six.sync(everything).transitions == ()
+    assert len(six.sync(balanced).transitions) == 1
+    assert six.sync(replace(balanced, vips=("203.0.113.1",))).transitions == ()
 
 
 def test_a_conflict_is_told_once_and_so_is_its_end(cluster: Cluster) -> None:
     claim = {"external_ips": ("203.0.113.1",)}
     cluster.sync(service("a", 1, **claim), slices("a", "node-1"))
-    (notice,) = cluster.sync(service("b", 2, **claim), slices("b", "node-1")).notices
-    assert (notice.service, notice.kind) == ("ns/b", "FrontendConflict")
-    assert notice.text == (
+    (transition,) = cluster.sync(service("b", 2, **claim), slices("b", "node-1")).transitions
+    assert (transition.service, transition.reason) == ("ns/b", "FrontendConflict")
+    assert transition.message == (
         "IPv4: ns/b:http and ns/a:http both claim 203.0.113.1:80/TCP: traffic goes to ns/a:http only"
     )
     cluster.family.forget()
@@ -188,29 +188,27 @@ def test_nothing_is_told_before_the_kernel_has_it() -> None:
 def test_warnings_become_events_and_many_at_once_are_not_all_named(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     events: list[tuple[str, str, str]] = []
-    notices = ServiceEventListener(lambda *event: events.append(event))
+    listener = ServiceEventListener(lambda *event: events.append(event))
     cluster = Cluster("nftables")
     names = [f"s{number}" for number in range(LINES_PER_SYNC + 3)]
     for number, name in enumerate(names, 1):
         cluster.sync(service(name, number), slices(name, "node-1"))
-    notices.queued(Family.IPV4, 0.0)
-    notices.changed(Service, StoreChange())
-    notices.synced(report(cluster.sync(*(slices(name) for name in names))))
+    listener.on_sync(report(cluster.sync(*(slices(name) for name in names))))
     assert [event[:2] for event in sorted(events)] == [(f"ns/{name}", "NoEndpoints") for name in sorted(names)]
     assert all(event[2].endswith(" has no endpoints: new connections are rejected") for event in events)
     assert [record.levelname for record in caplog.records] == ["WARNING"] * (LINES_PER_SYNC + 1)
     assert caplog.messages[-1] == "IPv4: 3 more Services with reason NoEndpoints not listed"
     events.clear()
     caplog.clear()
-    notices.synced(report(cluster.sync(slices(names[0], "node-1"))))
+    listener.on_sync(report(cluster.sync(slices(names[0], "node-1"))))
     assert events == []
     assert [(record.levelname, record.message) for record in caplog.records] == [
         ("INFO", "IPv4: Service ns/s0 has endpoints again")
     ]
 
 
-def report(outcome: FamilySyncResult) -> SyncReport:
-    return SyncReport(family=Family.IPV4, began=0.0, ended=1.0, **asdict(outcome))
+def report(result: SyncResult) -> SyncReport:
+    return SyncReport(Family.IPV4, 0.0, 1.0, result)
 
 
 # Lines.
@@ -218,10 +216,10 @@ def report(outcome: FamilySyncResult) -> SyncReport:
 
 def test_the_line_about_a_sync_names_only_what_there_is() -> None:
     assert synced_text(Family.IPV4, 5, 0.0042, ServiceCounts(), complete=True) == "IPv4: synced 5 services in 4 ms"
-    tally = ServiceCounts(without_endpoints=2, dropped=1, in_conflict=1, refused=1, ignored=1200)
+    tally = ServiceCounts(without_endpoints=2, dropped=1, in_conflict=1, invalid=1, ignored=1200)
     assert synced_text(Family.IPV6, 1, 1.26, tally, complete=False) == (
         "IPv6: synced 1 changed service in 1.3 s (2 without endpoints, 1 dropped by policy Local, 1 in conflict, "
-        "1 refused as invalid, 1,200 ignored)"
+        "1 invalid, 1,200 ignored)"
     )
 
 
@@ -264,4 +262,4 @@ def test_at_the_start_all_services_may_wait_for_their_first_endpoint() -> None:
     cluster = Cluster("iptables")
     cluster.store.apply(Upsert(service("web")))
     assert cluster.told() == []
-    assert cluster.sync().tally == ServiceCounts(without_endpoints=1)
+    assert cluster.sync().counts == ServiceCounts(without_endpoints=1)

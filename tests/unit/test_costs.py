@@ -40,12 +40,12 @@ class Proxy:
             Replace(Service, tuple(service(number) for number in range(services))),
             Replace(EndpointSlice, tuple(endpoint_slice(number) for number in range(services))),
         ):
-            self._family.note(self._store.apply(delta))
+            self._family.add_changes(self._store.apply(delta))
         self._family.sync(self._store)
 
     def change(self, *deltas: Delta) -> None:
         for delta in deltas:
-            self._family.note(self._store.apply(delta))
+            self._family.add_changes(self._store.apply(delta))
         self._family.sync(self._store)
 
 

@@ -72,7 +72,7 @@ class Proxy:
 
     def take(self, *deltas: Delta) -> None:
         for delta in deltas:
-            self.family.note(self.store.apply(delta))
+            self.family.add_changes(self.store.apply(delta))
 
     def put(self, *objects: Service | EndpointSlice | Node) -> list[str]:
         """Sync these objects and return the lines that this wrote."""

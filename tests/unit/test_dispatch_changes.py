@@ -28,6 +28,7 @@ from tests.packets.expectation import describe
 from tests.packets.places import NODE_ADDRESSES, packet_of
 from tests.packets.table import Row, read_table
 from tests.recordings import GOLDEN, SCENARIOS, store
+from tests.reports import FixedPlans
 from tests.unit.test_diff import CONTEXT, Proxy, Watched, a_slice, deleted, written
 from tests.unit.test_iptables_dispatch import Walk
 
@@ -141,7 +142,7 @@ def test_the_rules_are_counted_as_the_kernel_has_them() -> None:
     }
     backend = IptablesBackend(proxy.kernel, dispatch_threshold=THRESHOLD)
     for planned in (plans, {"ns/web1": ()}, {"ns/web1": plans["ns/web1"], "ns/web2": ()}):
-        held = backend.sync(planned, CONTEXT).total_rules
+        held = backend.sync(FixedPlans(planned), CONTEXT).total_rules
         for table in ("nat", "filter"):
             ours = [rules for name, rules in proxy.kernel.tables[table].items() if name.startswith("KUBE-")]
             assert held[table] == sum(map(len, ours))

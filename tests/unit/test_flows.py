@@ -13,10 +13,10 @@ from msgspec.structs import replace
 
 from kproxy.model.context import Context
 from kproxy.model.plan import ServicePortPlan, TrafficDecision
-from kproxy.model.sync_report import SyncReport
 from kproxy.model.types import Family
 from kproxy.model.udp_flows import UdpFrontends, accepts_node_ports, udp_frontends
 from kproxy.sync.conntrack import ConntrackCleaner, ConntrackCleanup
+from tests.reports import failed, succeeded
 
 A, B, C = "10.244.1.1:53", "10.244.1.2:53", "10.244.2.3:53"
 DNS = "10.96.0.10:53"
@@ -45,7 +45,6 @@ def plan(*endpoints: str, **fields: Any) -> ServicePortPlan:
         "external": TrafficDecision.FORWARD if endpoints else TrafficDecision.REJECT,
         "cluster_endpoints": endpoints,
         "local_endpoints": (),
-        "known_endpoints": len(endpoints),
     }
     return ServicePortPlan(**defaults | fields)
 
@@ -396,12 +395,10 @@ class Bench:
         return {OWN}
 
     def synced(self, *ports: ServicePortPlan, complete: bool = False, family: Family = Family.IPV4) -> None:
-        report = SyncReport(family, 0.0, 1.0, complete, {"ns/dns": ports}, Context(family, "node-1"), None)
-        self._cleaner.synced(report)
+        self._cleaner.clean(succeeded(family, {"ns/dns": ports}, complete=complete))
 
     def failed(self) -> None:
-        plans, context = {"ns/dns": (plan(B),)}, Context(Family.IPV4, "node-1")
-        self._cleaner.synced(SyncReport(Family.IPV4, 0.0, 1.0, False, plans, context, None, error="refused"))
+        self._cleaner.clean(failed(Family.IPV4))
 
 
 def test_a_first_sync_deletes_what_died_before() -> None:

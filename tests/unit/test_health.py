@@ -8,22 +8,17 @@ from typing import Any
 
 import pytest
 
-from kproxy.model.context import Context
-from kproxy.model.sync_report import ApplyResult, SyncReport
 from kproxy.model.types import Family, Node
 from kproxy.serve.health import NANO, Health, HealthPages, rfc3339
 from kproxy.serve.http import HttpRequest, encode
 from tests.recordings import GOLDEN, SCENARIOS
+from tests.reports import failed, succeeded
 
 V4, V6 = Family.IPV4, Family.IPV6
 TIMEOUT = 60.0
 REQUEST = HttpRequest("GET", "/", {}, persistent=True)
 EPOCH = 1795218460 * NANO
 TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{0,8}[1-9])?Z")
-
-
-def report(family: Family, ended: float = 0.0, error: str = "") -> SyncReport:
-    return SyncReport(family, ended, ended, True, {}, Context(family, "node-1"), ApplyResult({}, {}), error)
 
 
 class Scene:
@@ -47,10 +42,10 @@ class Scene:
 
     def succeed(self, *families: Family) -> None:
         for family in families or (V4, V6):
-            self.health.synced(report(family, self.now))
+            self.health.on_sync(succeeded(family, started=self.now, finished=self.now))
 
     def fail(self, family: Family) -> None:
-        self.health.synced(report(family, self.now, error="refused"))
+        self.health.on_sync(failed(family, started=self.now, finished=self.now))
 
     def pass_time(self, seconds: float) -> None:
         self.now += seconds
@@ -107,9 +102,9 @@ def test_nothing_to_do_is_healthy_however_long_it_lasts(scene: Scene) -> None:
 def test_changes_that_wait_too_long_are_unhealthy(scene: Scene) -> None:
     scene.succeed()
     scene.pass_time(1000)
-    scene.health.queued(V6, scene.now)
+    scene.health.on_queue(V6, scene.now)
     scene.pass_time(TIMEOUT)
-    scene.health.queued(V6, scene.now)  # later changes do not make the first younger
+    scene.health.on_queue(V6, scene.now)  # later changes do not make the first younger
     assert scene.statuses == (200, 200)
     scene.pass_time(1)
     assert scene.statuses == (503, 503)
@@ -134,7 +129,7 @@ def test_a_failed_sync_leaves_its_changes_waiting(scene: Scene) -> None:
 
 def test_the_time_of_day_decides_nothing(scene: Scene) -> None:
     scene.succeed()
-    scene.health.queued(V4, scene.now)
+    scene.health.on_queue(V4, scene.now)
     scene.wall += 10_000 * NANO
     assert scene.statuses == (200, 200)
     scene.wall -= 20_000 * NANO

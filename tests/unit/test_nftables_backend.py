@@ -52,11 +52,11 @@ class Cluster:
 
     def put(self, *objects: Service | EndpointSlice) -> Cluster:
         for each in objects:
-            self.family.note(self.store.apply(Upsert(each)))
+            self.family.add_changes(self.store.apply(Upsert(each)))
         return self
 
     def delete(self, name: str) -> Cluster:
-        self.family.note(self.store.apply(Delete(Service, "ns", name)))
+        self.family.add_changes(self.store.apply(Delete(Service, "ns", name)))
         return self
 
     def sync(self) -> list[Transaction]:

@@ -64,7 +64,7 @@ class Proxy:
     def take(self, delta: Delta) -> None:
         changed = self.store.apply(delta)
         for sync in self.families.values():
-            sync.note(changed)
+            sync.add_changes(changed)
 
     def sync(self) -> None:
         """Try once, whether or not the kernel takes it."""

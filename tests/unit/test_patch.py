@@ -147,18 +147,18 @@ class Proxy:
         found = tuple(ServicePort(f"port-{number}", 80 + number, "TCP") for number in range(ports))
         service = Service("ns", "a", ("10.96.0.1",), found, affinity_seconds=affinity)
         for delta in (Replace(Node, ()), Replace(Service, (service,)), Replace(EndpointSlice, ())):
-            self._family.note(self._store.apply(delta))
+            self._family.add_changes(self._store.apply(delta))
         self._ports = tuple(EndpointPort(each.name, 8000 + each.port, "TCP") for each in found)
         self.written = ApplyResult({}, {})
 
     def have(self, addresses: Sequence[str]) -> str:
         """Return what was written for these endpoints."""
         endpoints = tuple(Endpoint(each, "node-2") for each in addresses)
-        self._family.note(
+        self._family.add_changes(
             self._store.apply(Upsert(EndpointSlice("ns", "a", "ns/a", Family.IPV4, endpoints, self._ports)))
         )
         self.kernel.inputs.clear()
-        self.written = self._family.sync(self._store).written
+        self.applied = self._family.sync(self._store).applied
         return "".join(self.kernel.inputs)
 
     @property
@@ -192,11 +192,11 @@ def test_a_chain_that_somebody_else_was_at_is_written_anew() -> None:
     assert "-R KUBE-SVC" not in proxy.have(MANY)
     assert proxy.have([*MANY[:-1], "10.244.1.98"]).count("-R KUBE-SVC") == 2
     # The two rules of the new endpoint's own chain as well.
-    assert proxy.written.rules["nat"] == 4
+    assert proxy.applied.written_rules["nat"] == 4
     (name,) = proxy.chains
     proxy.kernel.restore(f"*nat\n-I {name} 1 -j ACCEPT\nCOMMIT\n")
     assert "-R KUBE-SVC" not in proxy.have([*MANY[:-1], "10.244.1.99"])
-    assert proxy.written.rules["nat"] == 2 + 2 * len(MANY)
+    assert proxy.applied.written_rules["nat"] == 2 + 2 * len(MANY)
     assert "-j ACCEPT" not in proxy.kernel.tables["nat"][name]
     assert proxy.have(MANY).count("-R KUBE-SVC") == 2
     del proxy.kernel.tables["nat"][name][3:]
@@ -231,7 +231,7 @@ def test_of_chains_that_somebody_else_changed_at_the_same_moment_only_these_are_
     patched = [line.split()[1] for line in written.splitlines() if line.startswith("-D")]
     assert sorted(patched) == sorted([*proxy.chains, crossed])
     assert {line.split()[1] for line in written.splitlines() if line.startswith("-A KUBE-SVC")} == {crossed}
-    assert proxy.written.rules["nat"] == len(MANY) - 1
+    assert proxy.applied.written_rules["nat"] == len(MANY) - 1
     assert kernel.reads == 1
     assert ":KUBE-SVC" not in proxy.have(MANY), "and all that is there is known"
 

@@ -250,6 +250,6 @@ def test_the_comments_come_back_when_the_cluster_shrinks() -> None:
     family.sync(found)
     fresh_family, fresh_store, fresh_kernel = with_endpoints(3)
     fresh_family.sync(fresh_store)
-    family.note(found.apply(Replace(EndpointSlice, tuple(fresh_store.slices("ns/web")))))
+    family.add_changes(found.apply(Replace(EndpointSlice, tuple(fresh_store.slices("ns/web")))))
     family.sync(found)
     assert kernel.dump() == fresh_kernel.dump()
