@@ -14,8 +14,6 @@ from kproxy.documents.watch import PathSnapshot, PathWatcher
 
 RELOAD_PERIOD = 10.0
 """Seconds between looks at the file where the kernel gives no notice of changes."""
-STOP_TIMEOUT = 1.0
-"""Seconds that `ConfigWatcher.stop` waits for its thread, which takes longer only while `changed` does."""
 Load: TypeAlias = Callable[[bytes], tuple[Config, list[str]]]
 """From what the file holds to a configuration and warnings, a line each. Raises `ConfigError`."""
 log = logging.getLogger(__name__)
@@ -39,18 +37,18 @@ class ConfigWatcher:
         self._path, self._seen, self._config = path, content, config
         self._load, self._changed = load, changed
         self._missed = False
-        self._follower = PathWatcher(path, self._take, name="config-watch", period=RELOAD_PERIOD, patience=STOP_TIMEOUT)
+        self._follower = PathWatcher(path, self._take, name="config-watch", period=RELOAD_PERIOD)
 
     def start(self) -> None:
-        """Start the thread that follows the file. It is a daemon: a process may end without `stop`."""
+        """Start the thread that watches the file."""
         if _is_stream(self._path):
             log.info("%s: is no file; changes are not followed", self._path)
             return
         self._follower.start()
 
-    def stop(self) -> None:
-        """End the thread. `changed` is not called any more afterwards, unless it is under way."""
-        self._follower.stop()
+    def stop(self, timeout: float) -> None:
+        """Stop the thread; wait at most `timeout` seconds for a call of `changed` that is under way."""
+        self._follower.stop(timeout)
 
     def _take(self, reading: PathSnapshot) -> bool:
         """Take in what was read; tell whether there is anything left to wait for."""

@@ -212,15 +212,12 @@ class PathWatcher:
     """Hands readings of `path` (see `read_files`) to `take`: one at the start, and one after each change.
 
     `take` is called from a thread called `name` and must not raise; once it returns False, following is over. Where the
-    kernel gives no notices of changes, the path is read every `period` seconds instead. `patience` is how many seconds
-    `stop` waits for a `take` that is under way.
+    kernel gives no notices of changes, the path is read every `period` seconds instead.
     """
 
-    def __init__(
-        self, path: str, take: Callable[[PathSnapshot], bool], *, name: str, period: float, patience: float
-    ) -> None:
+    def __init__(self, path: str, take: Callable[[PathSnapshot], bool], *, name: str, period: float) -> None:
         self._path, self._take = path, take
-        self._name, self._period, self._patience = name, period, patience
+        self._name, self._period = name, period
         self._stopping = threading.Event()
         self._wake = -1
         self._thread: threading.Thread | None = None
@@ -231,18 +228,18 @@ class PathWatcher:
         return self._stopping.is_set()
 
     def start(self) -> None:
-        """Start the thread. It is a daemon: a process may end without `stop`."""
+        """Start the thread."""
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._thread = threading.Thread(target=self._follow, name=self._name, daemon=True)
         self._thread.start()
 
-    def stop(self) -> None:
-        """End the thread. `take` is not called any more afterwards, unless it is under way."""
+    def stop(self, timeout: float) -> None:
+        """Stop the thread; wait at most `timeout` seconds for a call of `take` that is under way, and make no other."""
         if self._thread is None:
             return
         self._stopping.set()
         os.eventfd_write(self._wake, 1)
-        self._thread.join(self._patience)
+        self._thread.join(timeout)
         if not self._thread.is_alive():
             os.close(self._wake)
         self._thread = None

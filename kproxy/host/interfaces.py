@@ -100,14 +100,15 @@ class AddressMonitor:
         """Start the thread."""
         self._thread.start()
 
-    def stop(self) -> None:
-        """End the thread."""
+    def stop(self, timeout: float) -> None:
+        """Stop the thread; wait at most `timeout` seconds for a call of `changed` that is under way."""
         self._stopping = True
         os.eventfd_write(self._wake, 1)
-        if self._thread.is_alive():
-            self._thread.join()
-        self._socket.close()
-        os.close(self._wake)
+        if self._thread.ident is not None:
+            self._thread.join(timeout)
+        if not self._thread.is_alive():
+            self._socket.close()
+            os.close(self._wake)
 
     def _listen(self) -> None:
         while True:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from kproxy.model.context import Context
 from kproxy.model.sync_report import ApplyResult, DriftError, Plans, SyncError
@@ -38,13 +38,40 @@ def pipelined(do: Callable[[_T], object], things: Iterable[_T]) -> None:
         do(ready[0])
     if len(ready) < 2:
         return
-    with ThreadPoolExecutor(1, thread_name_prefix="in-step") as worker:
-        running = worker.submit(do, ready.pop(0))
+    running = _BackgroundCall(do, ready.pop(0))
+    try:
         while ready:
             running.result()
-            running = worker.submit(do, ready.pop())
+            running = _BackgroundCall(do, ready.pop())
             ready += islice(iterator, 1)
-        running.result()
+    finally:
+        running.join()
+    running.result()
+
+
+class _BackgroundCall(Generic[_T]):
+    """A call in a daemon thread of its own: Python does not wait for one at exit, as it does for an executor's."""
+
+    def __init__(self, do: Callable[[_T], object], thing: _T) -> None:
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(do, thing), name="nft-commit", daemon=True)
+        self._thread.start()
+
+    def join(self) -> None:
+        """Wait until the call has returned or raised."""
+        self._thread.join()
+
+    def result(self) -> None:
+        """Wait for the call, and raise what it raised."""
+        self.join()
+        if self._error is not None:
+            raise self._error
+
+    def _run(self, do: Callable[[_T], object], thing: _T) -> None:
+        try:
+            do(thing)
+        except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
+            self._error = error
 
 
 log = logging.getLogger(__name__)

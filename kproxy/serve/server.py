@@ -224,13 +224,13 @@ class HttpServer:
         """Begin to serve."""
         self._thread.start()
 
-    def stop(self) -> None:
-        """Close everything and return once that is done."""
+    def stop(self, timeout: float) -> None:
+        """Stop the thread and close all sockets; wait at most `timeout` seconds for a handler that is running."""
         if self._thread.ident is None:
             self._close()
             return
         self.call(self._stop)
-        self._thread.join()
+        self._thread.join(timeout)
 
     def call(self, action: Action) -> None:
         """Have something done in the server's thread, after what was asked for before. Returns at once.

@@ -80,9 +80,9 @@ class StatusServer:
                 self._open(name, address, handler, None if self._hard_fail else LogThrottle())
         self._server.start()
 
-    def stop(self) -> None:
-        """Close all ports."""
-        self._server.stop()
+    def stop(self, timeout: float) -> None:
+        """Close all ports; wait at most `timeout` seconds for a request that is being answered."""
+        self._server.stop(timeout)
 
     def _open(
         self, name: str, address: str, handler: Handler, reminder: LogThrottle | None, *, again: bool = False

@@ -70,6 +70,7 @@ class Reconciler:
         check_interval: float | None = None,
         full_check_interval: float | None = None,
         look: Callable[[Store, float], float | None] = lambda *_: None,
+        stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         """`is_ready` says whether enough is known to program anything; once it is, it stays so.
 
@@ -96,6 +97,7 @@ class Reconciler:
         self._synced: set[Family] = set()
         self._failing_since: dict[Family, float] = {}
         self._clock = clock
+        self._stopping = stopping
 
     def run(self, messages: queue.SimpleQueue[Message]) -> None:
         """Work until a `Stop` arrives."""
@@ -214,7 +216,10 @@ class Reconciler:
             self._failing_since.setdefault(family, started)
             pause = schedule.wait(self._clock()) or 0.0
             reason = str(error) if isinstance(error, SyncError) else f"unexpected {error!r}"
-            log.error("%s: sync failed, trying again in %.1f s: %s", family.value, pause, reason)
+            if self._stopping():
+                log.info("%s: sync canceled: kproxy is stopping", family.value)
+            else:
+                log.error("%s: sync failed, trying again in %.1f s: %s", family.value, pause, reason)
             log.debug("%s: where it failed", family.value, exc_info=error)
             report = SyncReport(family, started, self._clock(), None, reason)
         else:

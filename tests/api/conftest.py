@@ -143,7 +143,7 @@ def follow(received: Received, tmp_path: Path) -> Iterator[Follow]:
 
     yield start
     for source in sources:
-        source.stop()
+        source.stop(1.0)
 
 
 @pytest.fixture

@@ -270,7 +270,7 @@ def test_stop_ends_threads_and_the_sink(server: ApiServer, follow: Follow, recei
             received.until_listed()
         before = {thread for thread in threading.enumerate() if thread.name.startswith("api-")}
         assert len(before) == 3
-        source.stop()
+        source.stop(0.5)
         server.create(service("late", "10.96.7.9"))
         relay.resume()
         for thread in before:

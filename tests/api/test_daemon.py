@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import signal
+import time
 
 import pytest
 
 from tests.api.conftest import Cluster
 from tests.api.node import ProxiedNode
 from tests.apiserver.objects import endpoint_slice, node, service
-from tests.lab.waiting import wait_until
+from tests.lab.waiting import HANG_GUARD, wait_until
 
 
 def populate(cluster: Cluster) -> None:
@@ -143,3 +144,13 @@ def test_touches_nothing_before_it_knows_the_cluster(cluster: Cluster, proxied: 
     wait_until(lambda: "Connection refused" in proxied.log(), "a complaint that there is no connection")
     assert proxied.stop(process) == 0
     assert proxied.rules() == held
+
+
+def test_ends_at_once_while_a_list_hangs(cluster: Cluster, proxied: ProxiedNode) -> None:
+    populate(cluster)
+    proxied.relay.stall(new=True)
+    process = proxied.start()
+    wait_until(lambda: proxied.relay.connections >= 3, "requests for three lists")
+    began = time.monotonic()
+    assert proxied.stop(process) == 0
+    assert time.monotonic() - began < HANG_GUARD / 6

@@ -71,7 +71,7 @@ def record(tmp_path: Path, clock: Clock) -> Iterator[Record]:
 
     yield start
     for recorder in started:
-        recorder.stop()
+        recorder.stop(0.5)
     for thread in threading.enumerate():
         if thread.name == "events":
             thread.join(HANG)
@@ -219,7 +219,7 @@ def test_what_happened_before_the_start_is_written_too(
     say(recorder, "early")
     recorder.start()
     assert notes(server.requests.wait_for(is_post)) == ["early"]
-    recorder.stop()
+    recorder.stop(HANG)
 
 
 def test_noting_never_waits_even_when_the_server_says_nothing(server: ApiServer, record: Record) -> None:
@@ -340,26 +340,24 @@ def test_stop_does_not_wait_for_further_tries(
     server: ApiServer, record: Record, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(events, "PAUSES", (3600.0,))
-    monkeypatch.setattr(events, "STOP_TIMEOUT", HANG)
     said = said_something(caplog)
     server.refuse(503, times=2)
     recorder = record(server)
     say(recorder, "never")
     assert said.wait(HANG)
-    recorder.stop()
+    recorder.stop(HANG)
     assert not runs()
     assert len(server.requests.wait_for(is_post)) == 1
 
 
 def test_stop_does_not_write_what_waits(server: ApiServer, record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(events, "PAUSES", (3600.0,))
-    monkeypatch.setattr(events, "STOP_TIMEOUT", HANG)
     server.refuse(503)
     recorder = record(server)
     for number in range(2 * MOST_WAITING):
         say(recorder, f"note {number}")
     server.requests.wait_for(is_post)
-    recorder.stop()
+    recorder.stop(HANG)
     assert not runs()
     assert stored(server) == []
 
@@ -369,7 +367,7 @@ def test_stop_returns_while_the_server_says_nothing(server: ApiServer, record: R
         recorder = record(server, port=relay.port)
         relay.stall(new=True)
         say(recorder, "never answered")
-        stopper = threading.Thread(target=recorder.stop, daemon=True)
+        stopper = threading.Thread(target=recorder.stop, args=(0.1,), daemon=True)
         stopper.start()
         stopper.join(HANG)
         assert not stopper.is_alive()

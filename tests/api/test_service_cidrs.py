@@ -14,7 +14,7 @@ from kproxy.kube.listwatch import reflector as api_source
 from kproxy.kube.listwatch.reflector import ApiSource
 from kproxy.model.delta import BASIC_KINDS, Kind
 from kproxy.model.types import Service, ServiceCIDR
-from tests.api.conftest import Cluster, Follow, Received
+from tests.api.conftest import HANG, Cluster, Follow, Received
 from tests.apiserver import ApiServer, NotFoundError, SeenRequest
 from tests.apiserver.objects import service, service_cidr
 
@@ -131,7 +131,7 @@ def test_a_server_that_withholds_them_counts_as_no_error(
     server.withhold("nodes", status)
     server.drop_watches()
     server.requests.wait_for(lambda request: request.path == "/api/v1/nodes", 3)
-    source.stop()
+    source.stop(HANG)
     codes = [counted.get() for _ in range(counted.qsize())]
     for_nodes = len([each for each in server.requests.all() if each.path == "/api/v1/nodes"]) - 1
     assert "200" in codes
@@ -165,7 +165,7 @@ def test_no_other_kind_is_done_without(
     source = follow(server, kinds=KINDS)
     received.until(lambda _: all(received.lists(kind) for kind in KINDS if kind is not withheld))
     server.requests.wait_for(lambda request: request.path.endswith(f"/{plural}"), 3)
-    source.stop()
+    source.stop(HANG)
     assert received.is_empty()
     assert not received.lists(withheld)
 
@@ -173,5 +173,5 @@ def test_no_other_kind_is_done_without(
 def test_they_are_not_asked_for_unless_wanted(server: ApiServer, follow: Follow, received: Received) -> None:
     source = follow(server)
     received.until(lambda _: all(received.lists(kind) for kind in BASIC_KINDS))
-    source.stop()
+    source.stop(HANG)
     assert not any(map(is_asked_for, server.requests.all()))

@@ -107,7 +107,7 @@ def test_health_check_ports_answer_as_kube_proxys(node: Namespace, path: Path) -
     recorded = [header for header in headers if not header.startswith("Date:")]
     assert [f"{name}: {value}" for name, value in response.getheaders() if name != "Date"] == recorded
     assert daemon.failures == []
-    daemon.serving.stop()
+    daemon.serving.stop(HANG_GUARD)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_health_check_ports_listen_where_node_ports_do(
     daemon = Daemon(node, scenario)
     wait_until(lambda: daemon.answers(port), "the port is open")
     assert daemon.answers(port) == hosts
-    daemon.serving.stop()
+    daemon.serving.stop(HANG_GUARD)
 
 
 def test_the_fixed_ports(node: Namespace) -> None:
@@ -134,7 +134,7 @@ def test_the_fixed_ports(node: Namespace) -> None:
     response, body = daemon.get("fd00:99::2", 10256, "/healthz")
     assert (response.status, json.loads(body)["nodeEligible"]) == (200, True)
     assert daemon.get("127.0.0.1", 10249, "/metrics")[1].count(b'kubeproxy_proxy_healthz_total{code="200"} 1.0') == 1
-    daemon.serving.stop()
+    daemon.serving.stop(HANG_GUARD)
     assert daemon.answers(10256) == daemon.answers(10249) == set()
 
 
@@ -151,4 +151,4 @@ def test_the_kernels_counters(node: Namespace) -> None:
     assert f"\n{INVALID_DROPPED[0]} 3.0\n" in page
     assert LOCALHOST_ACCEPTED[0] not in page
     assert node.call(lambda: read_counter("dropped-too")) == 0
-    daemon.serving.stop()
+    daemon.serving.stop(HANG_GUARD)

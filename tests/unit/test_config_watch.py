@@ -46,7 +46,7 @@ class Watched:
     def stop(self) -> None:
         """End the watch; afterwards all calls have been made."""
         threads = running()
-        self.watch.stop()
+        self.watch.stop(HANG)
         for thread in threads:
             thread.join(HANG)
         assert running() == []

@@ -501,7 +501,7 @@ def follow() -> Iterator[Any]:
 
     yield start
     for followed in running:
-        followed.source.stop()
+        followed.source.stop(HANG)
     assert not [thread for thread in threading.enumerate() if thread.name == "file-source"]
 
 
@@ -631,12 +631,12 @@ def test_a_broken_file_is_said_once_and_kept_as_it_was(tmp_path: Path, follow: A
 
 
 def test_stop_before_start_and_twice_does_nothing(tmp_path: Path, follow: Any) -> None:
-    FileSource(str(tmp_path), lambda _: None).stop()
+    FileSource(str(tmp_path), lambda _: None).stop(HANG)
     (tmp_path / "a.yaml").write_bytes(GOOD)
     followed = follow(tmp_path)
     followed.services()
-    followed.source.stop()
-    followed.source.stop()
+    followed.source.stop(HANG)
+    followed.source.stop(HANG)
     renamed_into(tmp_path / "a.yaml", text(service("b")))
     assert followed.batches.empty()
 

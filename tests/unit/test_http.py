@@ -50,7 +50,7 @@ def server(clock: Clock) -> Iterator[HttpServer]:
     found = HttpServer(clock=clock, wall=lambda: 1795218460.8)
     found.start()
     yield found
-    found.stop()
+    found.stop(HANG_GUARD)
 
 
 def opened(server: HttpServer, handler: Callable[[HttpRequest], HttpResponse] = echo) -> socket.socket:
@@ -345,7 +345,7 @@ def test_hundreds_of_ports_take_one_thread(clock: Clock) -> None:
         client.sendall(REQUEST)
     assert all(client.recv(65536).endswith(b"GET /a") for client in clients)
     assert threading.active_count() == before + 1
-    server.stop()
+    server.stop(HANG_GUARD)
     assert [client.recv(1) for client in clients] == [b""] * 300
     for client in clients:
         client.close()
@@ -356,7 +356,7 @@ def test_hundreds_of_ports_take_one_thread(clock: Clock) -> None:
 def test_a_stopped_server_can_still_be_called(clock: Clock) -> None:
     server = HttpServer(clock=clock, wall=time)
     server.start()
-    server.stop()
+    server.stop(HANG_GUARD)
     server.call(lambda: pytest.fail("done after the end"))
 
 
@@ -365,7 +365,7 @@ def test_a_server_that_never_started_lets_go_of_its_ports(clock: Clock) -> None:
     listener = listen(LOOPBACK)
     port = port_of(listener)
     server.add(listener, echo)
-    server.stop()
+    server.stop(HANG_GUARD)
     listen(ListenAddress("127.0.0.1", port)).close()
 
 
@@ -427,7 +427,7 @@ def pages() -> Iterator[int]:
     found = serving(metrics_address=f"127.0.0.1:{port}")
     found.start()
     yield port
-    found.stop()
+    found.stop(HANG_GUARD)
 
 
 @pytest.mark.parametrize(
@@ -454,7 +454,7 @@ def test_status_and_flags_can_be_read() -> None:
     assert "\nUp: 0 hr 0" in body
     assert "\nPaths: /configz /flagz /healthz /metrics /proxyMode /statusz\n" in body
     assert get(port, "/flagz")[1].endswith(b"\n\nv=2\n")
-    found.stop()
+    found.stop(HANG_GUARD)
 
 
 def test_the_configuration_can_be_read(pages: int) -> None:
@@ -470,7 +470,7 @@ def test_no_address_means_no_port() -> None:
     found = serving()
     found.start()
     assert threading.active_count() == before + 1
-    found.stop()
+    found.stop(HANG_GUARD)
 
 
 @pytest.mark.parametrize("name", ["healthz", "metrics"])
@@ -481,7 +481,7 @@ def test_a_port_that_must_be_there(name: str) -> None:
         message = f"{name}BindAddress {address}: cannot listen: Address already in use"
         with pytest.raises(ListenError, match=f"^{message}$"):
             found.start()
-        found.stop()
+        found.stop(HANG_GUARD)
 
 
 @pytest.mark.parametrize("name", ["healthz", "metrics"])
@@ -507,12 +507,12 @@ def test_a_port_that_is_taken_is_said_ever_more_rarely_and_served_once_it_is_fre
     wait_until(lambda: len(caplog.messages) > 2, "a line that says that the port is served")
     assert caplog.messages[2:] == [f"{name}BindAddress 127.0.0.1:{port}: listening now"]
     assert get(port, "/healthz")[0].status in {200, 503}
-    found.stop()
+    found.stop(HANG_GUARD)
 
 
 def test_a_port_that_can_be_had_at_once_is_not_said(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="kproxy")
     found = serving(metrics_address=f"127.0.0.1:{free_port()}")
     found.start()
-    found.stop()
+    found.stop(HANG_GUARD)
     assert caplog.messages == []

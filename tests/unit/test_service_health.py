@@ -234,7 +234,7 @@ class Ports:
         assert done.wait(HANG_GUARD)
 
     def stop(self) -> None:
-        self._server.stop()
+        self._server.stop(HANG_GUARD)
 
 
 @pytest.fixture

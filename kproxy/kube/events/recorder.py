@@ -33,8 +33,6 @@ POST_TIMEOUT = 10.0
 """Seconds without any byte of an answer after which a try counts as failed."""
 PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0)
 """Seconds before each further try to write an event; after the last one it is given up."""
-STOP_TIMEOUT = 0.5
-"""Seconds that `EventRecorder.stop` waits for its thread: only one that waits for an answer takes longer."""
 log = logging.getLogger(__name__)
 
 
@@ -57,7 +55,7 @@ class NullRecorder:
     def start(self) -> None:
         """Do nothing."""
 
-    def stop(self) -> None:
+    def stop(self, timeout: float) -> None:
         """Do nothing."""
 
 
@@ -88,15 +86,18 @@ class EventRecorder:
             log.debug("too many events wait to be written; %s is left out", _describe(occurrence))
 
     def start(self) -> None:
-        """Start the thread; what was noted before is written too. It is a daemon: a process may end without `stop`."""
+        """Start the thread; what was noted before is written too."""
         self._thread.start()
 
-    def stop(self) -> None:
-        """End the thread; events that are not written yet never will be."""
+    def stop(self, timeout: float) -> None:
+        """Stop the thread; events that are not written yet are dropped.
+
+        Waits at most `timeout` seconds: a thread that waits for an answer takes longer.
+        """
         self._stopping.set()
         self._queue.put(None)
         if self._thread.ident is not None:
-            self._thread.join(STOP_TIMEOUT)
+            self._thread.join(timeout)
 
     def _run(self) -> None:
         while (occurrence := self._queue.get()) is not None and not self._stopping.is_set():

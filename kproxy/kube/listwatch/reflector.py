@@ -26,8 +26,6 @@ REPEAT_PERIOD = 60.0
 """Seconds before the same complaint is logged again."""
 LEFT_OUT_PERIOD = 3600.0
 """Seconds before it is logged again that parts of an object are of no use: nothing may change about that."""
-STOP_TIMEOUT = 1.0
-"""Seconds that `ApiSource.stop` waits for its threads in all: only one that still connects takes longer."""
 log = logging.getLogger(__name__)
 
 
@@ -55,15 +53,18 @@ class ApiSource:
         self._followers = [_Reflector(client, kind, machine, sink) for kind in kinds]
 
     def start(self) -> None:
-        """Start the threads. They are daemons: a process may end without `stop`."""
+        """Start the threads."""
         for follower in self._followers:
             follower.start()
 
-    def stop(self) -> None:
-        """End the threads, even those that wait for data. `sink` is not called any more afterwards."""
+    def stop(self, timeout: float) -> None:
+        """Stop the threads, even those that wait for data. `sink` is not called again.
+
+        Waits at most `timeout` seconds: a thread that connects, or waits for the beginning of an answer, takes longer.
+        """
         for follower in self._followers:
             follower.stop()
-        deadline = time.monotonic() + STOP_TIMEOUT
+        deadline = time.monotonic() + timeout
         for follower in self._followers:
             follower.join(max(0.0, deadline - time.monotonic()))
 

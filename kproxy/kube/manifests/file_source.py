@@ -14,8 +14,6 @@ from kproxy.model.delta import Delta, Replace
 
 RELOAD_PERIOD = 2.0
 """Seconds between readings where the kernel gives no notices of changes."""
-STOP_TIMEOUT = 5.0
-"""Seconds that `FileSource.stop` waits for a `sink` that blocks."""
 log = logging.getLogger(__name__)
 
 
@@ -91,7 +89,7 @@ class FileSource:
         self._following = ManifestState()
         self._said: frozenset[str] = frozenset()
         self._in_trouble = False
-        self._follower = PathWatcher(path, self._take, name="file-source", period=RELOAD_PERIOD, patience=STOP_TIMEOUT)
+        self._follower = PathWatcher(path, self._take, name="file-source", period=RELOAD_PERIOD)
 
     def load_once(self) -> None:
         """Read the files and hand their objects on, in the calling thread.
@@ -105,12 +103,12 @@ class FileSource:
         self._hand_on(update)
 
     def start(self) -> None:
-        """Start the thread that follows the files. It is a daemon: a process may end without `stop`."""
+        """Start the thread that watches the files."""
         self._follower.start()
 
-    def stop(self) -> None:
-        """End the thread. `sink` is not called any more afterwards, unless it blocks."""
-        self._follower.stop()
+    def stop(self, timeout: float) -> None:
+        """Stop the thread; wait at most `timeout` seconds for a call of `sink` that is under way, and make no other."""
+        self._follower.stop(timeout)
 
     def _take(self, reading: PathSnapshot) -> bool:
         try:
