@@ -144,10 +144,10 @@ class ConditionTracker:
         before, self._conflicts = self._conflicts, now
         self._losers = frozenset(_service_of(conflict.loser) for conflict in now)
         for each in sorted(now - before):
-            text = f"{each.loser} and {each.holder} both claim {each.frontend}: traffic goes to {each.holder} only"
+            text = f"{each.loser} and {each.owner} both claim {each.frontend}: traffic goes to {each.owner} only"
             yield ConditionTransition(_service_of(each.loser), "FrontendConflict", f"{self._family.value}: {text}")
         for each in sorted(conflict for conflict in before - now if _service_of(conflict.loser) not in left):
-            text = f"{each.loser} no longer loses {each.frontend} to {each.holder}"
+            text = f"{each.loser} no longer loses {each.frontend} to {each.owner}"
             yield ConditionTransition(_service_of(each.loser), "ConflictResolved", f"{self._family.value}: {text}")
 
     def _notice(self, key: ServiceKey, kind: ConditionReason, text: str) -> ConditionTransition:

@@ -62,8 +62,8 @@ class ConntrackCleaner:
         if report.result is None or report.family not in self._tables:
             return
         frontends = self._frontends[report.family]
-        frontends.accept(report.result.plans, complete=report.result.complete)
-        if not frontends.suspects:
+        frontends.update(report.result.plans, complete=report.result.complete)
+        if not frontends.unchecked:
             return
         began = self._clock()
         try:
@@ -71,7 +71,7 @@ class ConntrackCleaner:
         except OSError as error:
             cleaning = ConntrackCleanup(report.family, 0, self._clock() - began, error.strerror or str(error))
         else:
-            frontends.cleaned()
+            frontends.mark_checked()
             cleaning = ConntrackCleanup(report.family, deleted, self._clock() - began)
         self._log(cleaning)
         self._tell(cleaning)
@@ -84,7 +84,7 @@ class ConntrackCleaner:
                 destination, source, lambda address: accepts_node_ports(context, address, own_addresses)
             )
 
-        return self._tables[context.family].clean(frontends.suspects, is_stale)
+        return self._tables[context.family].clean(frontends.unchecked, is_stale)
 
     def _log(self, cleaning: ConntrackCleanup) -> None:
         name = cleaning.family.value

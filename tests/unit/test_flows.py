@@ -52,8 +52,8 @@ def plan(*endpoints: str, **fields: Any) -> ServicePortPlan:
 def accepted(*ports: ServicePortPlan, key: str = "ns/dns") -> UdpFrontends:
     """Frontends with one Service whose flows have been looked at."""
     frontends = UdpFrontends()
-    frontends.accept({key: ports}, complete=True)
-    frontends.cleaned()
+    frontends.update({key: ports}, complete=True)
+    frontends.mark_checked()
     return frontends
 
 
@@ -66,27 +66,27 @@ def stale(frontends: UdpFrontends, flows: Iterable[Flow]) -> set[Flow]:
 
 def test_at_a_new_frontend_only_its_endpoints_are_valid() -> None:
     frontends = UdpFrontends()
-    frontends.accept({"ns/dns": [plan(A, B)]}, complete=False)
-    assert set(frontends.suspects) == {DNS}
+    frontends.update({"ns/dns": [plan(A, B)]}, complete=False)
+    assert set(frontends.unchecked) == {DNS}
     assert stale(frontends, [(DNS, A), (DNS, B), (DNS, C), (DNS, DNS)]) == {(DNS, C), (DNS, DNS)}
 
 
 def test_the_endpoint_that_left_is_stale() -> None:
     frontends = accepted(plan(A, B))
-    frontends.accept({"ns/dns": [plan(B, C)]}, complete=False)
+    frontends.update({"ns/dns": [plan(B, C)]}, complete=False)
     assert stale(frontends, [(DNS, A), (DNS, B), (DNS, C)]) == {(DNS, A)}
 
 
 @pytest.mark.parametrize("endpoints", [(A, B), (A, B, C)], ids=["the-same", "one-more"])
 def test_nothing_is_looked_at_when_no_endpoint_left(endpoints: tuple[str, ...]) -> None:
     frontends = accepted(plan(A, B))
-    frontends.accept({"ns/dns": [plan(*endpoints)]}, complete=False)
-    assert not frontends.suspects
+    frontends.update({"ns/dns": [plan(*endpoints)]}, complete=False)
+    assert not frontends.unchecked
 
 
 def test_without_endpoints_everything_is_stale() -> None:
     frontends = accepted(plan(A))
-    frontends.accept({"ns/dns": [plan()]}, complete=False)
+    frontends.update({"ns/dns": [plan()]}, complete=False)
     assert stale(frontends, [(DNS, A), (DNS, DNS)]) == {(DNS, A), (DNS, DNS)}
 
 
@@ -127,68 +127,68 @@ def test_what_left_untranslated_is_stale_once_it_would_be_translated(
     """The endpoints that serve stay the same: only the decision about the client's packets changes."""
     serving = {"serving_endpoints": (A, B)}
     frontends = accepted(plan(A, B, **before | serving))
-    frontends.accept({"ns/dns": [plan(A, B, **after | serving)]}, complete=False)
+    frontends.update({"ns/dns": [plan(A, B, **after | serving)]}, complete=False)
     assert stale(frontends, [(frontend, frontend), (frontend, A)]) == {(frontend, frontend)}
 
 
 def test_of_a_deleted_service_what_was_translated_is_stale() -> None:
     frontends = accepted(plan(A))
-    frontends.accept({"ns/dns": ()}, complete=False)
+    frontends.update({"ns/dns": ()}, complete=False)
     assert stale(frontends, [(DNS, A), (DNS, C), (DNS, DNS)]) == {(DNS, A), (DNS, C)}
-    frontends.cleaned()
+    frontends.mark_checked()
     assert stale(frontends, [(DNS, A)]) == set()
 
 
 def test_a_deleted_service_is_noticed_by_its_absence_from_the_whole() -> None:
     frontends = accepted(plan(A))
-    frontends.accept({}, complete=True)
+    frontends.update({}, complete=True)
     assert stale(frontends, [(DNS, A)]) == {(DNS, A)}
 
 
 def test_a_part_says_nothing_of_other_services() -> None:
     frontends = accepted(plan(A))
-    frontends.accept({"ns/other": [plan(B, cluster_ip="10.96.0.11")]}, complete=False)
-    assert set(frontends.suspects) == {"10.96.0.11:53"}
+    frontends.update({"ns/other": [plan(B, cluster_ip="10.96.0.11")]}, complete=False)
+    assert set(frontends.unchecked) == {"10.96.0.11:53"}
 
 
 def test_a_changed_port_leaves_the_old_one() -> None:
     frontends = accepted(plan(A))
-    frontends.accept({"ns/dns": [plan(A, port=5353)]}, complete=False)
+    frontends.update({"ns/dns": [plan(A, port=5353)]}, complete=False)
     assert stale(frontends, [(DNS, A), ("10.96.0.10:5353", A)]) == {(DNS, A)}
 
 
 def test_a_changed_target_port_is_another_endpoint() -> None:
     frontends = accepted(plan(A))
-    frontends.accept({"ns/dns": [plan("10.244.1.1:5353")]}, complete=False)
+    frontends.update({"ns/dns": [plan("10.244.1.1:5353")]}, complete=False)
     assert stale(frontends, [(DNS, A), (DNS, "10.244.1.1:5353")]) == {(DNS, A)}
 
 
 def test_the_whole_is_looked_at_as_a_whole() -> None:
     frontends = accepted(plan(A, node_port=30053))
-    frontends.accept({"ns/dns": [plan(A, node_port=30053)]}, complete=True)
-    assert set(frontends.suspects) == {DNS, ":30053"}
+    frontends.update({"ns/dns": [plan(A, node_port=30053)]}, complete=True)
+    assert set(frontends.unchecked) == {DNS, ":30053"}
 
 
 def test_suspicion_stays_until_it_is_cleared() -> None:
     frontends = accepted(plan(A))
-    frontends.accept({"ns/dns": [plan(B)]}, complete=False)
-    frontends.accept({"ns/other": [plan(B, cluster_ip="10.96.0.11")]}, complete=False)
+    frontends.update({"ns/dns": [plan(B)]}, complete=False)
+    frontends.update({"ns/other": [plan(B, cluster_ip="10.96.0.11")]}, complete=False)
     assert stale(frontends, [(DNS, A)]) == {(DNS, A)}
-    frontends.cleaned()
-    assert not frontends.suspects
+    frontends.mark_checked()
+    assert not frontends.unchecked
 
 
 def test_what_left_and_came_back_is_valid() -> None:
     frontends = accepted(plan(A))
-    frontends.accept({"ns/dns": [plan(B)]}, complete=False)
-    frontends.accept({"ns/dns": [plan(A)]}, complete=False)
+    frontends.update({"ns/dns": [plan(B)]}, complete=False)
+    frontends.update({"ns/dns": [plan(A)]}, complete=False)
     assert stale(frontends, [(DNS, A), (DNS, B)]) == {(DNS, B)}
 
 
 def test_other_protocols_are_not_kept() -> None:
     frontends = UdpFrontends()
-    frontends.accept({"ns/web": [plan(A, protocol="TCP"), plan(A, protocol="SCTP")]}, complete=True)
-    assert not frontends.suspects
+    frontends.update({"ns/web": [plan(A, protocol="TCP"), plan(A, protocol="SCTP")]}, complete=True)
+    assert not frontends.unchecked
 
 
 def test_of_two_services_with_one_frontend_only_the_flows_of_its_holder_stay() -> None:
@@ -197,18 +197,18 @@ def test_of_two_services_with_one_frontend_only_the_flows_of_its_holder_stay() -
     first, second = plan(A, external_ips=("203.0.113.1",)), plan(B, service="ns/other", cluster_ip="10.96.0.11")
     second = replace(second, external_ips=("203.0.113.1",))
     frontends = accepted(first)
-    frontends.accept({"ns/other": [second]}, complete=False)
+    frontends.update({"ns/other": [second]}, complete=False)
     assert stale(frontends, flows) == {(shared, B)}
     for holder, state, lost in (
         ("the other, as the first has no endpoints", [plan(external_ips=("203.0.113.1",))], A),
         ("the first by name", [first], B),
         ("the other, as the first is gone", [], A),
     ):
-        frontends.cleaned()
-        frontends.accept({"ns/dns": state}, complete=False)
+        frontends.mark_checked()
+        frontends.update({"ns/dns": state}, complete=False)
         assert stale(frontends, flows) == {(shared, lost)}, holder
-    frontends.cleaned()
-    frontends.accept({"ns/other": ()}, complete=False)
+    frontends.mark_checked()
+    frontends.update({"ns/other": ()}, complete=False)
     assert stale(frontends, flows[1:]) == {(shared, B)}
 
 
@@ -228,14 +228,14 @@ def test_many_services_with_one_frontend_are_not_compared_with_each_other(monkey
     }
     frontends = UdpFrontends()
     for _ in range(2):
-        frontends.accept(plans, complete=True)
+        frontends.update(plans, complete=True)
         stale(frontends, [("203.0.113.1:53", A)] * number)
     assert sum(compared) <= 4 * number
 
 
 def test_who_claims_the_cluster_ip_of_another_service_takes_no_flow_of_it() -> None:
     frontends = accepted(plan())
-    frontends.accept(
+    frontends.update(
         {"ns/a": [plan(B, service="ns/a", cluster_ip="10.96.0.11", external_ips=("10.96.0.10",))]}, complete=False
     )
     assert stale(frontends, [(DNS, B)]) == {(DNS, B)}
@@ -246,23 +246,23 @@ def test_who_claims_the_cluster_ip_of_another_service_takes_no_flow_of_it() -> N
 
 def test_node_ports_count_on_own_addresses_only() -> None:
     frontends = accepted(plan(A, node_port=30053))
-    frontends.accept({"ns/dns": [plan(B, node_port=30053)]}, complete=False)
+    frontends.update({"ns/dns": [plan(B, node_port=30053)]}, complete=False)
     flows = [(f"{OWN}:30053", A), ("198.51.100.1:30053", A), ("198.51.100.1:30053", "198.51.100.1:30053")]
     assert stale(frontends, flows) == {(f"{OWN}:30053", A)}
 
 
 def test_what_a_host_process_serves_on_a_former_node_port_is_left_alone() -> None:
     frontends = accepted(plan(A, node_port=30053))
-    frontends.accept({"ns/dns": [plan(A)]}, complete=False)
+    frontends.update({"ns/dns": [plan(A)]}, complete=False)
     flows = [(f"{OWN}:30053", A), (f"{OWN}:30053", f"{OWN}:30053")]
     assert stale(frontends, flows) == {(f"{OWN}:30053", A)}
 
 
 def test_an_address_comes_before_the_node_port_on_it() -> None:
     frontends = accepted(plan(A, external_ips=(OWN,), port=30053))
-    frontends.accept({"ns/other": [plan(B, cluster_ip="10.96.0.11", node_port=30053)]}, complete=False)
+    frontends.update({"ns/other": [plan(B, cluster_ip="10.96.0.11", node_port=30053)]}, complete=False)
     assert stale(frontends, [(f"{OWN}:30053", A), (f"{OWN}:30053", B)]) == {(f"{OWN}:30053", B)}
-    frontends.accept({"ns/dns": ()}, complete=False)
+    frontends.update({"ns/dns": ()}, complete=False)
     assert stale(frontends, [(f"{OWN}:30053", A), (f"{OWN}:30053", B)]) == {(f"{OWN}:30053", A)}
 
 
@@ -348,12 +348,12 @@ def test_after_any_history_the_flows_are_those_that_new_ones_would_be(history: l
     for number, state in enumerate(history):
         now = plans_of(state)
         changed = {key: now.get(key, []) for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
-        frontends.accept(changed, complete=number == 0)
+        frontends.update(changed, complete=number == 0)
         living = flows_into(now)
         assert not stale(frontends, living)
         table = (table - stale(frontends, table)) | living
         assert table == living
-        frontends.cleaned()
+        frontends.mark_checked()
         before = now
 
 
@@ -464,6 +464,6 @@ def test_a_new_trouble_is_told_again(caplog: pytest.LogCaptureFixture) -> None:
 def test_what_came_while_there_were_no_endpoints_is_stale_once_there_are() -> None:
     """The node's own packets to a NodePort or an external address are not refused on their way out."""
     frontends = accepted(plan(external_ips=("203.0.113.5",)))
-    frontends.accept({"ns/dns": (plan(A, external_ips=("203.0.113.5",)),)}, complete=False)
+    frontends.update({"ns/dns": (plan(A, external_ips=("203.0.113.5",)),)}, complete=False)
     early = ("203.0.113.5:53", "203.0.113.5:53")
     assert stale(frontends, [early, ("203.0.113.5:53", A)]) == {early}
