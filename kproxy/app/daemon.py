@@ -184,7 +184,7 @@ class Daemon:
             name,
             required=client is not None,  # files need not have Nodes
             needs_pod_cidrs=config.detect_local_mode == "NodeCIDR",
-            missing=serving.metrics.node_missing,
+            on_missing=serving.metrics.node_missing,
         )
         if client is not None:
             client.answered = serving.metrics.requested
@@ -192,7 +192,7 @@ class Daemon:
             {family: UdpConntrack(family) for family in families},
             own_addresses,
             clock=time.monotonic,
-            tell=lambda done: serving.metrics.conntrack_reconciled(done.family, done.seconds, done.deleted),
+            on_cleanup=lambda done: serving.metrics.conntrack_reconciled(done.family, done.seconds, done.deleted),
         )
         self._start(parts, serving)
         prepare_process(config)
@@ -212,7 +212,7 @@ class Daemon:
             after_sync=[conntrack.clean, FirstSyncSteps(config, families).run],
             check_interval=periods.sync_period,
             full_check_interval=FULL_CHECK_SECONDS,
-            look=watch.look,
+            monitor=watch.check,
             stopping=self._stopping.is_set,
         )
 

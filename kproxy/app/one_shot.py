@@ -38,7 +38,7 @@ def apply(config: Config, objects: str) -> None:
     store = load_store(config, objects)
     families = make_families(config, [])
     tables = {family: UdpConntrack(family) for family in families}
-    cleaner = ConntrackCleaner(tables, own_addresses, clock=time.monotonic, tell=lambda _: None)
+    cleaner = ConntrackCleaner(tables, own_addresses, clock=time.monotonic, on_cleanup=lambda _: None)
     steps = (ServiceEventListener(lambda *_: None).on_sync, cleaner.clean, FirstSyncSteps(config, families).run)
     failures = []
     for family, sync in families.items():

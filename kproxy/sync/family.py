@@ -137,10 +137,9 @@ class FamilySync:
         self, conditions: ConditionTracker, plans: StorePlans, applied: ApplyResult, *, full: bool
     ) -> tuple[ConditionTransition, ...]:
         """Update the conditions of the Services that the sync covered; return the transitions to report."""
-        examined = None if full else self._pending
-        troubled = conditions.troubled(examined)
-        gone = [key for key in troubled if key not in plans.conditions and not plans.of(key)]
-        return conditions.accept(plans.conditions, examined, self._appeared, applied.conflicts, gone)
+        covered = None if full else self._pending
+        deleted = [key for key in conditions.reported(covered) if key not in plans.conditions and not plans.of(key)]
+        return conditions.update(plans.conditions, covered, self._appeared, applied.conflicts, deleted)
 
 
 class StorePlans:

@@ -1,4 +1,4 @@
-"""Telling of Services whose condition changed: log lines and events."""
+"""Log lines and Kubernetes events about Services whose condition changed."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from kproxy.model.types import ServiceKey
 
 log = logging.getLogger(__name__)
 LINES_PER_SYNC = 10
-"""How many Services one sync names for each kind of notice: when a node or a deployment fails, it may be thousands."""
+"""The maximum number of Services that one sync logs per reason. A failing node can affect thousands."""
 
 
 class ServiceEventListener:
-    """An `Observer` that logs what syncs changed in the condition of Services, and records events of it.
+    """Logs the condition transitions of Services, and records an event about each warning.
 
-    `event` is told the Service, the reason and the sentence of each warning, and must neither block nor raise.
+    `event` is called with the Service, the reason and the message. It must neither block nor raise.
     """
 
     def __init__(self, event: Callable[[ServiceKey, str, str], None]) -> None:

@@ -299,7 +299,7 @@ def test_what_others_flush_is_put_back(node: Namespace, tmp_path: Path, removal:
     for command in removal:
         node.run(["iptables", *command.split()])
     wait_until(lambda: held(node, Family.IPV4) == wanted, "the rules to come back")
-    assert "somebody else has removed rules of ours" in log.read_text()
+    assert "another process removed kproxy's rules" in log.read_text()
     process.terminate()
     assert process.wait(HANG_GUARD) == 0
 

@@ -87,7 +87,7 @@ class Proxy:
             {family: UdpConntrack(family) for family in Family},
             own_addresses,
             clock=time.monotonic,
-            tell=self.cleanings.append,
+            on_cleanup=self.cleanings.append,
         )
         self._reconciler = Reconciler(
             Store(NODE),
@@ -118,7 +118,7 @@ class Proxy:
     def _sync(self, *deltas: Delta) -> bool:
         def work() -> bool:
             for delta in deltas:
-                self._reconciler.take(delta)
+                self._reconciler.apply(delta)
             return self._reconciler.sync_due()
 
         return self._node.call(work)

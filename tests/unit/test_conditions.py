@@ -146,7 +146,7 @@ def test_source_ranges_of_the_other_family_only_leave_a_load_balancer_open(mode:
     four, six = Cluster(mode), Cluster(mode, Family.IPV6)
     assert four.told(balanced, slices("web", "node-1")) == []
     assert [each.message for each in six.sync(balanced).transitions] == [
-        "IPv6: Service ns/web names no IPv6 range in loadBalancerSourceRanges: its IPv6 load balancer addresses are "
+        "IPv6: Service ns/web has no IPv6 range in loadBalancerSourceRanges: its IPv6 load balancer addresses are "
         "open to all sources; add IPv6 ranges"
     ]
     six.family.forget()
@@ -225,12 +225,12 @@ def test_the_line_about_a_sync_names_only_what_there_is() -> None:
 
 def test_a_summary_tells_of_a_minute_from_its_first_sync_on() -> None:
     summary = Summary(Family.IPV4)
-    assert (summary.wait(0.0), summary.take(0.0)) == (None, "")
+    assert (summary.wait(0.0), summary.flush(0.0)) == (None, "")
     summary.add(100.0, 1, 0.005, ServiceCounts(), complete=False)
     summary.add(130.0, 20, 1.5, ServiceCounts(without_endpoints=1), complete=False)
-    assert (summary.wait(130.0), summary.take(130.0)) == (PERIOD - 30, "")
+    assert (summary.wait(130.0), summary.flush(130.0)) == (PERIOD - 30, "")
     assert summary.wait(100.0 + PERIOD) == 0.0
-    assert summary.take(100.0 + PERIOD) == (
+    assert summary.flush(100.0 + PERIOD) == (
         "IPv4: 2 syncs in the last 60 s: 21 changed services, the longest took 1.5 s (1 without endpoints)"
     )
     assert summary.wait(200.0) is None
@@ -252,9 +252,9 @@ def test_syncs_of_all_services_do_not_count_as_changes(syncs: list[tuple[int, bo
     summary = Summary(Family.IPV4)
     for services, complete in syncs:
         summary.add(0.0, services, 1.0, ServiceCounts(), complete=complete)
-    assert summary.take(PERIOD) == f"IPv4: {said}, the longest took 1.0 s"
+    assert summary.flush(PERIOD) == f"IPv4: {said}, the longest took 1.0 s"
     summary.add(PERIOD, 1, 1.0, ServiceCounts(), complete=False)
-    assert summary.take(2 * PERIOD) == "IPv4: 1 sync in the last 60 s: 1 changed service, the longest took 1.0 s"
+    assert summary.flush(2 * PERIOD) == "IPv4: 1 sync in the last 60 s: 1 changed service, the longest took 1.0 s"
 
 
 def test_at_the_start_all_services_may_wait_for_their_first_endpoint() -> None:

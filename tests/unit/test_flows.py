@@ -387,7 +387,7 @@ class Bench:
         self.asked: list[Family] = []
         ticks = iter(range(1000))
         self._cleaner = ConntrackCleaner(
-            {Family.IPV4: self.table}, self._own, clock=lambda: float(next(ticks)), tell=self.told.append
+            {Family.IPV4: self.table}, self._own, clock=lambda: float(next(ticks)), on_cleanup=self.told.append
         )
 
     def _own(self, family: Family) -> Collection[str]:
@@ -443,7 +443,7 @@ def test_what_could_not_be_deleted_is_deleted_after_the_next_sync(caplog: pytest
         bench.synced(plan(B))
         bench.synced(plan(B))
     assert [record.message for record in caplog.records] == [
-        "IPv4: UDP flows to removed endpoints may live on: conntrack: Operation not permitted"
+        "IPv4: cannot delete stale UDP conntrack entries: Operation not permitted"
     ]
     assert bench.told[-1].error == "Operation not permitted"
     bench.table.error = None

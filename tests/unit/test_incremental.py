@@ -54,10 +54,10 @@ class Proxy:
             clock=lambda: self.now,
         )
         for delta in EMPTY:
-            self.reconciler.take(delta)
+            self.reconciler.apply(delta)
 
     def take(self, delta: Delta) -> None:
-        self.reconciler.take(delta)
+        self.reconciler.apply(delta)
 
     def settle(self) -> None:
         while (wait := self.reconciler.wait()) is not None:
@@ -218,6 +218,6 @@ def test_what_others_change_is_found_when_all_is_compared() -> None:
     chains["KUBE-MARK-MASQ"].append("-j RETURN")
     for sync, _ in proxy.reconciler._families.values():
         sync.forget()
-    proxy.reconciler.take(Resync())
+    proxy.reconciler.apply(Resync())
     proxy.settle()
     assert proxy.dump() == wanted

@@ -117,7 +117,7 @@ class Proxy:
 
     def take(self, *deltas: Delta | Resync) -> None:
         for delta in deltas:
-            self.reconciler.take(delta)
+            self.reconciler.apply(delta)
 
     def after(self, seconds: float) -> bool:
         self.now += seconds
@@ -282,7 +282,7 @@ def test_a_bug_is_told_and_retried(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.ERROR):
         assert proxy.after(0) is False
     (record,) = caplog.records
-    assert record.getMessage() == "IPv4: sync failed, trying again in 1.0 s: unexpected KeyError('oops')"
+    assert record.getMessage() == "IPv4: sync failed, retrying in 1.0 s: unexpected KeyError('oops')"
     assert proxy.after(1) is True
     assert proxy.four.syncs == [{"ns/a"}, {"ns/a"}]
 
@@ -307,7 +307,7 @@ def test_by_default_a_log_has_the_first_sync_failures_recoveries_and_one_summary
     proxy.after(2)
     proxy.after(1)
     assert logged(caplog) == [
-        ("ERROR", "IPv4: sync failed, trying again in 1.0 s: refused"),
+        ("ERROR", "IPv4: sync failed, retrying in 1.0 s: refused"),
         ("INFO", "IPv4: synced 1 changed service in 0 ms (9 without endpoints), after failures for 1.0 s"),
     ]
     caplog.clear()
@@ -327,7 +327,7 @@ def test_that_rules_are_back_which_somebody_else_removed_is_logged(caplog: pytes
     proxy.four.intact = False
     proxy.after(30)
     assert logged(caplog) == [
-        ("WARNING", "IPv4: somebody else has removed rules of ours: putting them back"),
+        ("WARNING", "IPv4: another process removed kproxy's rules; restoring them"),
         ("INFO", "IPv4: synced 1 service in 0 ms (1 without endpoints)"),
     ]
 
@@ -350,7 +350,7 @@ def test_a_refusal_is_logged_on_one_line_with_its_reason(caplog: pytest.LogCaptu
     with caplog.at_level(logging.ERROR):
         proxy.after(0)
     assert [each.getMessage() for each in caplog.records] == [
-        "IPv6: sync failed, trying again in 1.0 s: line 3 failed",
+        "IPv6: sync failed, retrying in 1.0 s: line 3 failed",
     ]
 
 
@@ -420,7 +420,7 @@ def test_a_message_that_cannot_be_taken_in_is_told_and_the_next_one_works(caplog
     messages.put(Upsert(service("a")))
     messages.put(Stop())
     proxy.reconciler.run(messages)
-    assert "a change could not be taken in: unexpected AttributeError" in caplog.text
+    assert "cannot apply a change: unexpected AttributeError" in caplog.text
     assert proxy.after(0) is True
     assert proxy.four.syncs == [{"ns/a"}]
 
