@@ -184,10 +184,10 @@ class Daemon:
             name,
             required=client is not None,  # files need not have Nodes
             needs_pod_cidrs=config.detect_local_mode == "NodeCIDR",
-            on_missing=serving.metrics.node_missing,
+            on_missing=serving.metrics.set_node_missing,
         )
         if client is not None:
-            client.answered = serving.metrics.requested
+            client.answered = serving.metrics.on_request
         conntrack = ConntrackCleaner(
             {family: UdpConntrack(family) for family in families},
             own_addresses,
@@ -245,7 +245,7 @@ class Daemon:
         # Files need not have Nodes: then nobody says that this one is about to go.
         stand_in = Node(local_node_name(config)) if self._objects is not None else None
 
-        def port_failed(service: ServiceKey, port: int, reason: str) -> None:
+        def on_port_failed(service: ServiceKey, port: int, reason: str) -> None:
             note = f"cannot serve the health check node port {port}: {reason}"
             events.event(service_reference(service), "Warning", "FailedToStartServiceHealthcheck", "Listen", note)
 
@@ -262,7 +262,7 @@ class Daemon:
                 INVALID_DROPPED: partial(read_counter, INVALID_COUNTER),
                 LOCALHOST_ACCEPTED: partial(read_counter, LOCALHOST_COUNTER),
             },
-            port_failed=port_failed,
+            on_port_failed=on_port_failed,
             clock=time.monotonic,
             wall=time.time_ns,
             reason=reason,

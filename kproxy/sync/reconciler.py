@@ -236,7 +236,7 @@ class Reconciler:
         return report
 
     def _log_sync(self, report: SyncReport, result: SyncResult) -> None:
-        """Log a successful sync: at once if it is the first, ends a failure or restores rules, otherwise in a summary."""
+        """Log a successful sync: at once if it is the first, ends a failure or restores rules, else in a summary."""
         family, seconds = report.family, report.finished - report.started
         text = synced_text(family, result.services, seconds, result.counts, complete=result.complete)
         failing_since = self._failing_since.pop(family, None)

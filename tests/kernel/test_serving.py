@@ -51,7 +51,7 @@ class Daemon:
                 "health_timeout": 2 * config.backend.sync_period,
                 "node": lambda: cluster.node,
                 "counters": {},
-                "port_failed": lambda *failure: self.failures.append(failure),
+                "on_port_failed": lambda *failure: self.failures.append(failure),
                 "clock": monotonic,
                 "wall": time_ns,
                 **more,

@@ -36,7 +36,7 @@ class Scene:
             lambda: self.node,
             clock=lambda: self.now,
             wall=lambda: self.wall,
-            probed=lambda page, status: self.probed.append((page, status)),
+            on_probe=lambda page, status: self.probed.append((page, status)),
             reason=lambda: self.reason,
         )
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from kproxy.model.types import Family, Node
-from kproxy.serve.http import MAX_HEAD, HttpRequest, HttpResponse, RequestError, plain, take_request
+from kproxy.serve.http import MAX_HEAD, HttpRequest, HttpResponse, RequestError, plain, pop_request
 from kproxy.serve.server import HttpServer, ListenAddress, listen, parse_address
 from kproxy.serve.status_server import ListenError, StatusServer
 from tests.lab.attempts import Attempts
@@ -109,7 +109,7 @@ REQUEST = b"GET /a?b=c HTTP/1.1\r\nHost: x\r\n\r\n"
 )
 def test_requests_are_understood(text: bytes, method: str, path: str, persistent: bool) -> None:
     buffer = bytearray(text + b"rest")
-    request = take_request(buffer)
+    request = pop_request(buffer)
     assert request is not None
     assert (request.method, request.path, request.persistent) == (method, path, persistent)
     assert buffer == b"rest"
@@ -117,7 +117,7 @@ def test_requests_are_understood(text: bytes, method: str, path: str, persistent
 
 @pytest.mark.parametrize("end", range(len(REQUEST)))
 def test_a_part_of_a_request_is_none_yet(end: int) -> None:
-    assert take_request(bytearray(REQUEST[:end])) is None
+    assert pop_request(bytearray(REQUEST[:end])) is None
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_a_part_of_a_request_is_none_yet(end: int) -> None:
 )
 def test_what_is_no_request_is_refused(server: HttpServer, text: bytes, status: int) -> None:
     with pytest.raises(RequestError) as refusal:
-        take_request(bytearray(text))
+        pop_request(bytearray(text))
     assert refusal.value.status == status
     answer = exchange(opened(server), text)
     assert answer.startswith(f"HTTP/1.1 {status} ".encode())
@@ -412,7 +412,7 @@ def serving(**more: Any) -> StatusServer:
             "health_timeout": 60.0,
             "node": lambda: Node("node-1"),
             "counters": {},
-            "port_failed": lambda *_: None,
+            "on_port_failed": lambda *_: None,
             "clock": monotonic,
             "wall": time_ns,
             **more,
@@ -493,7 +493,7 @@ def test_a_port_that_is_taken_is_said_ever_more_rarely_and_served_once_it_is_fre
     attempts = Attempts(monkeypatch, "kproxy.serve.status_server")
     with listen(LOOPBACK) as taken:
         port = port_of(taken)
-        said = f"{name}BindAddress 127.0.0.1:{port}: cannot listen: Address already in use, trying again every 0 s"
+        said = f"{name}BindAddress 127.0.0.1:{port}: cannot listen: Address already in use, retrying every 0 s"
         found = serving(clock=lambda: monotonic() + now, **{f"{name}_address": f"127.0.0.1:{port}"})
         found.start()
         assert attempts.many_more()

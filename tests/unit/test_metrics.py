@@ -129,8 +129,8 @@ def everything(mode: str) -> Page:
     scene.sync(complete=False)
     scene.metrics.conntrack_reconciled(V4, 0.1, 1)
     for page in ("healthz", "livez"):
-        scene.metrics.probed(page, 200)
-    scene.metrics.requested("GET", "10.99.0.1:6443", "200", 0.1)
+        scene.metrics.on_probe(page, 200)
+    scene.metrics.on_request("GET", "10.99.0.1:6443", "200", 0.1)
     return scene.page
 
 
@@ -356,11 +356,11 @@ def test_kernel_counters_are_read_when_asked() -> None:
 def test_what_others_report(scene: Scene) -> None:
     scene.metrics.conntrack_reconciled(V4, 0.25, 3)
     scene.metrics.conntrack_reconciled(V4, 0.25, 2)
-    scene.metrics.requested("GET", "10.99.0.1:6443", "200", 0.5)
-    scene.metrics.requested("GET", "10.99.0.1:6443", "<error>", 0.25)
-    scene.metrics.probed("healthz", 200)
-    scene.metrics.probed("healthz", 503)
-    scene.metrics.probed("livez", 200)
+    scene.metrics.on_request("GET", "10.99.0.1:6443", "200", 0.5)
+    scene.metrics.on_request("GET", "10.99.0.1:6443", "<error>", 0.25)
+    scene.metrics.on_probe("healthz", 200)
+    scene.metrics.on_probe("healthz", 503)
+    scene.metrics.on_probe("livez", 200)
     page = scene.page
     assert page.value("kubeproxy_conntrack_reconciler_deleted_entries_total", ip_family="IPv4") == 5
     assert page.value("kubeproxy_conntrack_reconciler_sync_duration_seconds_sum", ip_family="IPv4") == 0.5
@@ -386,9 +386,9 @@ def test_the_process_and_the_build(scene: Scene) -> None:
 
 def test_whether_the_node_is_missing(scene: Scene) -> None:
     assert scene.value("kproxy_node_missing") == 0
-    scene.metrics.node_missing(True)
+    scene.metrics.set_node_missing(True)
     assert scene.value("kproxy_node_missing") == 1
-    scene.metrics.node_missing(False)
+    scene.metrics.set_node_missing(False)
     assert scene.value("kproxy_node_missing") == 0
 
 

@@ -21,7 +21,7 @@ from kproxy.model.sync_report import SyncReport
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Service, ServicePort
 from kproxy.serve.http import encode
 from kproxy.serve.server import HttpServer, ListenAddress, listen
-from kproxy.serve.service_health import HealthCheckNodePorts, ServiceHealth, ServiceHealthTracker, service_answer
+from kproxy.serve.service_health import HealthCheckNodePorts, ServiceHealth, ServiceHealthTracker, service_response
 from tests.lab.attempts import Attempts
 from tests.lab.waiting import HANG_GUARD
 from tests.ports import free_port, get
@@ -67,7 +67,7 @@ def test_answers_are_kube_proxys(path: Path) -> None:
     ((key, health),) = [(k, h) for k, h in follower.state.items() if {each.port for each in h.endpoints} == {port}]
     # Recorded by IPv4.
     (count,) = [found for address, found in health.endpoints.items() if address.host in {"", "0.0.0.0"}]
-    answer = encode(service_answer(key, count, healthy=True), 0.0, head_only=False, close=False)
+    answer = encode(service_response(key, count, healthy=True), 0.0, head_only=False, close=False)
     head, _, body = answer.decode().partition("\r\n\r\n")
     recorded = path.read_bytes().decode().replace("\r\n", "\n")
     recorded_head, _, recorded_body = recorded.partition("\n\n")
@@ -348,7 +348,7 @@ def test_a_taken_port_is_reported_once_and_served_when_it_is_free(
     until(lambda: status(port) == 200)
     assert ports.failures.empty()
     assert caplog.messages == [
-        f"Service ns/web: its health cannot be asked for on 127.0.0.1:{port}: Address already in use"
+        f"Service ns/web: health check node port: cannot listen on 127.0.0.1:{port}: Address already in use"
     ]
 
 
@@ -359,7 +359,7 @@ def test_a_taken_port_is_said_ever_more_rarely_and_when_it_is_served(
     attempts = Attempts(monkeypatch, "kproxy.serve.service_health")
     with listen(ListenAddress("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        said = f"Service ns/web: its health cannot be asked for on 127.0.0.1:{port}: Address already in use"
+        said = f"Service ns/web: health check node port: cannot listen on 127.0.0.1:{port}: Address already in use"
         ports.update(web=at(port))
         assert attempts.many_more()
         assert caplog.messages == [said]
@@ -368,7 +368,7 @@ def test_a_taken_port_is_said_ever_more_rarely_and_when_it_is_served(
             assert attempts.many_more()
             assert caplog.messages == [said] * lines
     until(lambda: len(caplog.messages) > 3)
-    assert caplog.messages[3:] == [f"Service ns/web: its health can be asked for on 127.0.0.1:{port} now"]
+    assert caplog.messages[3:] == [f"Service ns/web: health check node port: listening on 127.0.0.1:{port}"]
     assert status(port) == 200
     assert ports.failures.qsize() == 1, "one event will do"
 
