@@ -60,7 +60,7 @@ class Metrics:
         elif kind is EndpointSlice:
             self._metrics.endpoint_changes.inc(len(changed.services))
             self._add_pending(self._endpoints_pending, len(changed.services))
-        self._show_pending()
+        self._set_pending()
 
     def on_sync(self, report: SyncReport) -> None:
         """Record the duration and the outcome of a sync."""
@@ -73,9 +73,9 @@ class Metrics:
             return
         self._unsynced.discard(report.family)
         self._services_pending[report.family] = self._endpoints_pending[report.family] = 0
-        self._show_pending()
-        self._show_times(name, result.last_changes)
-        self._show_rules(name, result.applied)
+        self._set_pending()
+        self._set_times(name, result.last_changes)
+        self._set_rules(name, result.applied)
         self._metrics.without_endpoints.labels(name).set(result.counts.without_endpoints)
         self._metrics.in_conflict.labels(name).set(result.counts.in_conflict)
         missing = self._missing_local[report.family]
@@ -120,18 +120,18 @@ class Metrics:
         for family in pending:
             pending[family] += number
 
-    def _show_pending(self) -> None:
+    def _set_pending(self) -> None:
         self._metrics.services_pending.set(max(self._services_pending.values(), default=0))
         self._metrics.endpoints_pending.set(max(self._endpoints_pending.values(), default=0))
 
-    def _show_times(self, name: str, last_changes: Sequence[float]) -> None:
+    def _set_times(self, name: str, last_changes: Sequence[float]) -> None:
         now = self._wall()
         self._metrics.last_synced.labels(name).set(now)
         for moment in last_changes:
             if moment > self._since:
                 self._metrics.programming.labels(name).observe(max(0.0, now - moment))
 
-    def _show_rules(self, name: str, applied: ApplyResult) -> None:
+    def _set_rules(self, name: str, applied: ApplyResult) -> None:
         if not self._iptables:
             return
         for table in TABLES:
