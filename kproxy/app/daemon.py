@@ -26,7 +26,7 @@ from kproxy.app.backends import (
     watched_kinds,
     watches_addresses,
 )
-from kproxy.app.contexts import is_known
+from kproxy.app.contexts import is_ready
 from kproxy.app.first_sync import FirstSyncSteps
 from kproxy.app.kernel_parameters import prepare_conntrack, prepare_process
 from kproxy.config import Config, as_document
@@ -179,7 +179,7 @@ class Daemon:
             families,
             make_schedule=lambda: Schedule(min_interval=periods.min_sync_period, max_retry=periods.sync_period),
             clock=time.monotonic,
-            is_ready=lambda store: is_known(config, store),
+            is_ready=lambda store: is_ready(config, store),
             observers=[
                 conntrack,
                 FirstSyncSteps(config, families),

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
-from kproxy.app import kernel_parameters as limits
+from kproxy.config import conntrack_sysctls
 from kproxy.config.types import Conntrack, Seconds
 from kproxy.host.conntrack import FEW, IP_KINDS, ConntrackEntryReader, Ends, UdpConntrack, question
 from kproxy.host.interfaces import own_addresses
@@ -414,8 +414,10 @@ def test_timeouts_are_set_for_this_namespace(namespace: Namespace) -> None:
     )
 
     def work() -> tuple[list[str], dict[str, int]]:
-        problems = write_parameters(limits.changes(config, 8, read_parameters(limits.PARAMETERS)))
-        return problems, limits.changes(config, 8, read_parameters(limits.PARAMETERS))
+        problems = write_parameters(
+            conntrack_sysctls.sysctl_changes(config, 8, read_parameters(conntrack_sysctls.PARAMETERS))
+        )
+        return problems, conntrack_sysctls.sysctl_changes(config, 8, read_parameters(conntrack_sysctls.PARAMETERS))
 
     assert namespace.call(work) == ([], {})
 
@@ -428,7 +430,9 @@ def test_route_localnet_is_set_for_this_namespace(namespace: Namespace) -> None:
 
 def test_what_is_read_only_is_told(namespace: Namespace) -> None:
     """As in a container that is not privileged."""
-    program = f"from kproxy.host.sysctl import write_parameters; print(write_parameters({{{limits.UDP!r}: 77}}))"
+    program = (
+        f"from kproxy.host.sysctl import write_parameters; print(write_parameters({{{conntrack_sysctls.UDP!r}: 77}}))"
+    )
     script = 'mount -o bind,ro /proc/sys /proc/sys && exec "$@"'
     done = namespace.run(["unshare", "--mount", "sh", "-c", script, "sh", sys.executable, "-c", program])
-    assert done.stdout == f"['cannot set /{limits.UDP} to 77: Read-only file system']\n"
+    assert done.stdout == f"['cannot set /{conntrack_sysctls.UDP} to 77: Read-only file system']\n"

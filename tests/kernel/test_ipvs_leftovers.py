@@ -172,7 +172,7 @@ def test_iptables_mode_removes_what_is_not_its_own(
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     leave(node)
     chains = ", ".join(f"{OF_IPVS_MODE} iptables chains of {family.value}" for family in Family)
-    assert apply(node, "iptables") == [f"removed what ipvs mode left: {chains}, {EVERYTHING}"]
+    assert apply(node, "iptables") == [f"removed leftovers of ipvs mode: {chains}, {EVERYTHING}"]
     assert (leftover_rules(node), sets(node), has_interface(node)) == ([], [], False)
     assert any(line.startswith("-A KUBE-SERVICES -d ") for line in rules(node, Family.IPV4))
     assert apply(node, "iptables") == []
@@ -183,7 +183,7 @@ def test_nftables_mode_removes_everything(node: Namespace) -> None:
     leave(node)
     *chains, rest = apply(node, "nftables")
     assert [line.rpartition(" ")[2] for line in chains] == ["IPv4", "IPv6"]
-    assert rest == f"removed what ipvs mode left: {EVERYTHING}"
+    assert rest == f"removed leftovers of ipvs mode: {EVERYTHING}"
     assert (leftover_rules(node), sets(node), has_interface(node)) == ([], [], False)
     for family in Family:
         after = [line for line in rules(node, family) if "KUBE-MARK-DROP" not in line]
@@ -196,7 +196,7 @@ def test_cleaning_up_removes_everything_and_may_be_repeated(node: Namespace) -> 
     assert done.stderr == ""
     assert done.stdout.splitlines()[-1] == f"removed {EVERYTHING} of ipvs mode"
     assert (leftover_rules(node), sets(node), has_interface(node)) == ([], [], False)
-    assert node.run([KPROXY, "run", "--cleanup"]).stdout == "there was nothing to remove\n"
+    assert node.run([KPROXY, "run", "--cleanup"]).stdout == "nothing to remove\n"
 
 
 @pytest.mark.parametrize("mode", ["iptables", "nftables"])
@@ -322,7 +322,7 @@ def test_virtual_servers_that_stay_are_tried_again_with_the_next_sync_of_all_ser
     said = [record.getMessage() for record in caplog.records if "is still there" in record.getMessage()]
     assert said == [
         "what ipvs mode left is still there, and may take traffic of Services: 1 virtual servers of IPVS cannot be "
-        "removed, such as 10.96.0.80 port 80: Device or resource busy; its interface and its ipsets stay as well"
+        "removed, such as 10.96.0.80 port 80: Device or resource busy; its interface and ipsets are kept as well"
     ]
 
 

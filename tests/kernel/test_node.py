@@ -74,7 +74,7 @@ def test_iptables_legacy_without_nat_for_a_family_is_left_to_the_other(
     assert list(namespace.call(discover_iptables)) == [OTHER[family]]
     name = f"{PREFIXES[family]}-restore"
     assert warnings(caplog) == [
-        f"{family.value} is left out: the kernel lacks one of the tables mangle, nat, filter: "
+        f"skipping {family.value}: the kernel lacks one of the tables mangle, nat, filter: "
         f"{name} failed with status 2: {name}: unable to initialize table 'nat'"
     ]
 
@@ -84,7 +84,7 @@ def test_apply_programs_the_family_that_works(node: Namespace, put: Callable[[st
     folder = GOLDEN / "dual-stack"
     command = [KPROXY, "apply", f"--config={folder}/config.json", f"--objects={folder}", "--proxy-mode=iptables"]
     done = node.run(command)
-    assert "IPv6 is left out: " in done.stderr
+    assert "skipping IPv6: " in done.stderr
     assert "ERROR" not in done.stderr
     assert any(line.startswith(":KUBE-SVC-") for line in rules(node, Family.IPV4))
 
@@ -108,7 +108,7 @@ def test_a_machine_with_ipv4_addresses_does_not_start_without_ipv4(
         put(*without_nat(Family.IPV4))
         with pytest.raises(CommandError, match=r"^IPv4: the kernel lacks one of the tables"):
             node.call(discover_iptables)
-        with pytest.raises(CommandError, match=r"; IPv4 is needed, because this machine has the address [0-9.]+$"):
+        with pytest.raises(CommandError, match=r"; IPv4 cannot be skipped: this node has the address [0-9.]+$"):
             node.call(discover_iptables)
     else:
         refusing(monkeypatch, {Family.IPV4})
@@ -122,7 +122,7 @@ def test_a_link_local_address_needs_no_ipv4(
     namespace.run(["ip", "address", "add", "169.254.20.10/32", "dev", "lo"])
     put(*without_nat(Family.IPV4))
     assert list(namespace.call(discover_iptables)) == [Family.IPV6]
-    assert "IPv4 is left out" in caplog.text
+    assert "skipping IPv4" in caplog.text
 
 
 @pytest.mark.parametrize("program", ["ip6tables", "ip6tables-restore"])
@@ -135,8 +135,7 @@ def test_a_program_that_hangs_is_no_reason_to_leave_a_family_out(
 ) -> None:
     os.mkfifo(tmp_path / "never")
     put(program, f"cat {tmp_path}/never")
-    for module in ("apply", "probe"):
-        monkeypatch.setattr(f"kproxy.iptables.{module}.START_SECONDS", 1)
+    monkeypatch.setattr("kproxy.iptables.runner.START_SECONDS", 1)
     with pytest.raises(InconclusiveError, match=f"{program} did not end within 1 s"):
         namespace.call(discover_iptables)
 
@@ -178,7 +177,7 @@ def test_nft_that_hangs_is_no_reason_either(
     monkeypatch.setattr("kproxy.nftables.probe.START_SECONDS", 1)
     with pytest.raises(InconclusiveError, match="No buffer space available; nft: nft did not end within 1 s"):
         namespace.call(discover_nftables)
-    with pytest.raises(StartError, match="cannot choose a mode: cannot tell"):
+    with pytest.raises(StartError, match="cannot choose a proxy mode: "):
         namespace.call(lambda: choose_mode(Config(mode="")))
 
 
@@ -187,7 +186,7 @@ def test_a_family_without_programs_is_left_out(
 ) -> None:
     put("ip6tables", "exit 127")
     assert list(namespace.call(discover_iptables)) == [Family.IPV4]
-    assert warnings(caplog) == ["IPv6 is left out: ip6tables --version failed: no message"]
+    assert warnings(caplog) == ["skipping IPv6: ip6tables --version failed: no message"]
 
 
 def test_legacy_tables_that_exist_are_not_asked_for(
@@ -256,7 +255,7 @@ def test_iptables_nft_without_nat_for_a_family_is_left_to_the_other(
     monkeypatch.setattr(BatchSocket, "commit", commit)
     assert list(namespace.call(discover_iptables)) == [OTHER[family]]
     assert warnings(caplog) == [
-        f"{family.value} is left out: the kernel lacks one of the tables mangle, nat, filter: "
+        f"skipping {family.value}: the kernel lacks one of the tables mangle, nat, filter: "
         "it refuses a chain of type nat: No such file or directory"
     ]
 
@@ -269,7 +268,7 @@ def test_nftables_mode_asks_for_nat_and_leaves_a_family_without_it_out(
     refusing(monkeypatch, {family})
     assert list(namespace.call(discover_nftables)) == [OTHER[family]]
     assert [line.count("\n") for line in warnings(caplog)] == [0]
-    said = f"{family.value} is left out: Linux {os.uname().release} does not take the table: chain nat-prerouting: "
+    said = f"skipping {family.value}: Linux {os.uname().release} does not take the table: chain nat-prerouting: "
     assert warnings(caplog)[0].startswith(said)
 
 
