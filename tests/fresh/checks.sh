@@ -69,9 +69,9 @@ missing_packages() {
     sed 's/.* with: //' /tmp/lines
 }
 
-# Print README's section "By hand, without a cluster".
+# Print the section "Try it by hand" of docs/local.md.
 by_hand() {
-    sed -n '/^## By hand/,/^## In kube/p' README.md
+    sed -n '/^## Try it by hand$/,/^## Work/p' docs/local.md
 }
 
 # Print the commands of that section that follow a prompt.

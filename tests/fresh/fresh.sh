@@ -12,7 +12,7 @@
 #   test    `make test` as the first and only command
 #   short   as an ordinary user `make demo`, which names what is missing; as root `make demo`, then a part of `make test`
 #   user    an ordinary user: `make demo`, the command that it names as root, `make demo` and `make test` again
-#   byhand  the commands of README's section "By hand", typed by an ordinary user with sudo
+#   byhand  the commands of the section "Try it by hand" of docs/local.md, typed by an ordinary user with sudo
 set -eu
 cd "$(dirname "$0")/../.."
 MIRROR=${MIRROR:-http://deb.debian.org/debian}

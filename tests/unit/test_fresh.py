@@ -31,7 +31,7 @@ def test_files_of_the_short_check_exist() -> None:
 
 
 def test_commands_by_hand_are_found() -> None:
-    section = (ROOT / "README.md").read_text().partition("\n## By hand")[2].partition("\n## ")[0]
+    section = (ROOT / "docs" / "local.md").read_text().partition("\n## Try it by hand\n")[2].partition("\n## ")[0]
     assert re.search(r"`apt-get install (.*)`", section)
     assert len(re.findall(r"^\$ ", section, re.MULTILINE)) == 2
     assert len(re.findall(r"^# ", section, re.MULTILINE)) > 5
