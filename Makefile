@@ -33,7 +33,8 @@ MODE ?= iptables
 NODE_IMAGE ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup packages demo recording test fresh check bench image image-base image-test kind-up kind-test kind-down clean
+.PHONY: help setup packages demo recording test fresh check bench \
+    image image-base image-test kind-up kind-test kind-down clean
 
 help: ## list these targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
