@@ -12,7 +12,7 @@ from kproxy.iptables.names import PORT_CHAIN_PREFIXES, ChainName
 from kproxy.iptables.runner import IptablesRunner, IptablesVersion, RestoreError
 from kproxy.iptables.save_restore import RestoreInput, SavedChain, parse_save
 from kproxy.iptables.variant import rules_in_other_variant
-from kproxy.ipvs import cleanup as ipvs_leftovers
+from kproxy.ipvs.cleanup import find_leftovers, remove_leftovers
 from kproxy.model.types import Family
 from kproxy.nftables.kernel import remove_table
 
@@ -66,7 +66,7 @@ def remove_ipvs() -> str:
     iptables fails, `VirtualServersRemainError` if virtual servers stay.
     """
     try:
-        if not ipvs_leftovers.find():
+        if not find_leftovers():
             return ""
     except OSError as error:
         log.debug("cannot look for what ipvs mode left: %s", error.strerror)
@@ -90,11 +90,11 @@ def _remove_ipvs_objects() -> str:
     Raises `VirtualServersRemainError` if virtual servers stay.
     """
     try:
-        done = ipvs_leftovers.remove(ipvs_leftovers.find())
+        done = remove_leftovers(find_leftovers())
     except OSError as error:
         log.warning("cannot look for what ipvs mode left: %s", error.strerror)
         return ""
-    if done.unfinished:
+    if done.servers_remain:
         if done.removed:
             log.info("removed %s of ipvs mode", ", ".join(done.removed))
         raise VirtualServersRemainError(f"{'; '.join(done.problems)}; its interface and its ipsets stay as well")
