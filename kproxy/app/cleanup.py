@@ -6,12 +6,12 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from kproxy.host.commands import CommandError
-from kproxy.iptables.backend import BLOCK_RULES, UNLIMITED
+from kproxy.iptables.backend import MAX_TRANSACTION_RULES, UNLIMITED
 from kproxy.iptables.cleanup import cleanup, cleanup_ipvs
 from kproxy.iptables.names import PORT_CHAIN_PREFIXES, ChainName
 from kproxy.iptables.runner import IptablesRunner, IptablesVersion, RestoreError
 from kproxy.iptables.save_restore import RestoreInput, SavedChain, parse_save
-from kproxy.iptables.variant import rules_in_other_variant
+from kproxy.iptables.variant import other_variant_warning
 from kproxy.ipvs.cleanup import find_leftovers, remove_leftovers
 from kproxy.model.types import Family
 from kproxy.nftables.kernel import remove_table
@@ -52,7 +52,7 @@ def remove_iptables(family: Family) -> str:
     """
 
     def changes(saved: Mapping[ChainName, SavedChain], version: IptablesVersion) -> Iterable[RestoreInput]:
-        return cleanup(saved, block_rules=BLOCK_RULES if version.nft else UNLIMITED)
+        return cleanup(saved, max_transaction_rules=MAX_TRANSACTION_RULES if version.nft else UNLIMITED)
 
     removed = _remove_chains(family, changes)
     return f"removed {_chains(removed, family)}" if removed else ""
@@ -115,18 +115,17 @@ def _remove_chains(
     version = _version(kernel)
     if version is None:
         return 0
-    incompatible: set[str] = set()
     with kernel.save() as lines:
         needed = (line for line in lines if not line.startswith(_RULES_OF_PORTS))
-        saved = parse_save(needed, incompatible=incompatible)
-    for table in sorted(incompatible):
+        saved = parse_save(needed)
+    for table in sorted(saved.incompatible):
         log.warning(
             "%s: table %s holds rules that only nft can show: chains of iptables mode may be left there",
             family.value,
             table,
         )
     try:
-        changes = [change for change in plan(saved, version) if change]
+        changes = [change for change in plan(saved.chains, version) if change]
         kernel.restore_each(change.text() for change in changes)
     except RestoreError as error:
         raise CommandError(str(error)) from None
@@ -142,7 +141,7 @@ def out_of_reach() -> str:
     found = [
         f"iptables-{name}"
         for name, is_nft in (("legacy", False), ("nft", True))
-        if (used is None or used.nft is not is_nft) and rules_in_other_variant(ours_is_nft=not is_nft)
+        if (used is None or used.nft is not is_nft) and other_variant_warning(uses_nft=not is_nft)
     ]
     if not found:
         return ""

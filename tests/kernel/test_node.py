@@ -135,8 +135,7 @@ def test_a_program_that_hangs_is_no_reason_to_leave_a_family_out(
 ) -> None:
     os.mkfifo(tmp_path / "never")
     put(program, f"cat {tmp_path}/never")
-    for module in ("apply", "probe"):
-        monkeypatch.setattr(f"kproxy.iptables.{module}.START_SECONDS", 1)
+    monkeypatch.setattr("kproxy.iptables.runner.START_SECONDS", 1)
     with pytest.raises(InconclusiveError, match=f"{program} did not end within 1 s"):
         namespace.call(discover_iptables)
 
@@ -306,4 +305,4 @@ def test_somebody_without_the_privilege_is_told_so(namespace: Namespace) -> None
     python = str(Path(KPROXY).with_name("python"))
     drop = ["setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin"]
     done = namespace.run([*drop, python, "-c", script])
-    assert done.stdout == ("cannot ask the kernel for its tables of IPv4: Operation not permitted\n")
+    assert done.stdout == ("cannot check the kernel's IPv4 tables: Operation not permitted\n")
