@@ -358,7 +358,7 @@ def test_a_clean_up_that_fails_in_the_end_has_said_what_it_removed(
     def clean_up() -> None:
         said.extend(remove_all())
 
-    with pytest.raises(VirtualServersRemainError, match="port 80: Device or resource busy"):
+    with pytest.raises(VirtualServersRemainError, match=r"port 80\): Device or resource busy"):
         node.call(clean_up)
     assert [line.rpartition(" ")[2] for line in said] == ["IPv4", "IPv6"]
 
