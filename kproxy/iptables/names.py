@@ -1,4 +1,4 @@
-"""Names of iptables chains. They are a contract: kube-proxy uses them, administrators and other tools rely on them."""
+"""Names of iptables chains. They are those of kube-proxy, because administrators and other tools rely on them."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ SHARD_PREFIXES = {
 }
 """Name prefixes of the shards of each dispatch chain. A shard is named, for example, `KUBE-SVC-10.96.16.0/20`.
 
-kube-proxy deletes unused chains in table nat that have one of these prefixes. This lets kube-proxy take over from
-kproxy: it could not delete a per-Service chain while a chain that it does not recognize still jumps there.
+With these prefixes, kube-proxy can take over from kproxy: it deletes unused chains in table nat that have one of them.
+A shard that kube-proxy did not recognize would still jump to a per-Service chain, which could then not be deleted.
 """
 _MAX_ADDRESS_BITS = 128
 _SHARD = re.compile(

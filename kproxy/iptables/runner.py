@@ -34,23 +34,24 @@ HANG_SECONDS = 900
 """Time limit for one iptables command or transaction; the longest known successful run took 150 s."""
 UNREADABLE_RULE = "# a rule that iptables cannot print"
 """Stands for the rules of a chain that iptables cannot print. It is not equal to any rule."""
+# Exit statuses of iptables (enum xtables_exittype in xtables.h).
 _OTHER_PROBLEM = 1
-"""Exit status (xtables.h) if a chain or rule does not exist, or if a chain to be created exists already."""
+"""The chain or rule does not exist, or a chain to be created exists already."""
 _PARAMETER_PROBLEM = 2
-"""Exit status (xtables.h) for an invalid rule, such as a jump to a chain that does not exist."""
+"""The rule is invalid: for example, it jumps to a chain that does not exist."""
 _VERSION_PROBLEM = 3
-"""Exit status (xtables.h) of iptables-nft at a rule of nft that it cannot print. It has printed the rules before it.
+"""iptables-nft found a rule, written by nft, that it cannot print. It has printed the rules before it.
 
 Some of these rules make iptables-nft report the whole chain or table as incompatible.
 """
 _RESOURCE_PROBLEM = 4
-"""Exit status (xtables.h) of iptables-legacy if another process held the lock for the whole waiting time."""
+"""Another process held the lock of iptables-legacy for the whole waiting time."""
 _MAX_SINGLE_RULE_READS = 1000
 """Maximum number of rules of a chain to read one by one; each takes 3 ms."""
 _READ_AHEAD = (1 << 20) + (1 << 16)
-"""Number of characters that a program may not have processed yet: more than a pipe and one read of the program hold.
+"""Upper bound for the input, in characters, that a program has not processed yet: a full pipe and one read.
 
-A pipe holds 64 KiB, or 1 MiB with large pages (pipe(7)). The program has processed all input before that.
+A pipe holds 64 KiB, or 1 MiB with large pages (pipe(7)).
 """
 _LINE_NUMBER = re.compile(r"line:? (\d+)")
 _LEGACY_TABLE_FILES = {
@@ -120,8 +121,8 @@ class IptablesRunner:
     def stop(self) -> None:
         """Kill the running program and do not start others. Call it from another thread.
 
-        A transaction is applied completely or not at all. After this call returns, the kernel does not apply it any
-        more, so a successor can read the final state.
+        A transaction is applied completely or not at all. After this call returns, the kernel no longer applies
+        it, so a successor can read the final state.
         """
         self._commands.stop()
 
