@@ -21,7 +21,7 @@ from kproxy.host.netlink_message import NLM_F_CREATE, attribute, nfgenmsg
 from kproxy.host.nf_tables import count_rules
 from kproxy.host.nfacct import ensure_counters
 from kproxy.iptables.names import ChainName
-from kproxy.iptables.runner import IptablesRunner, RestoreError, parse_version, restore_error
+from kproxy.iptables.runner import IptablesRunner, RestoreError, make_restore_error, parse_version
 from kproxy.model.types import Family
 from kproxy.nftables.kernel import NftCommit
 from kproxy.nftables.transaction import Transaction
@@ -479,7 +479,7 @@ def test_refusals_are_worded_as_the_unit_tests_have_them(
     done = namespace.run([*command, "iptables-restore", "--noflush"], case.text, check=False)
     if version.number == (1, 8, 9):
         assert (done.returncode, done.stderr) == (case.code, case.stderr)
-    assert case.reason in str(restore_error("iptables-restore", done.returncode, done.stderr, lines_of(case.text)))
+    assert case.reason in str(make_restore_error("iptables-restore", done.returncode, done.stderr, lines_of(case.text)))
 
 
 @pytest.mark.parametrize("family", Family)
@@ -525,7 +525,7 @@ def test_rules_of_single_chains_are_counted(namespace: Namespace, family: Family
     iptables = IptablesRunner(family)
 
     def count() -> dict[ChainName, int]:
-        return iptables.lengths(
+        return iptables.count_rules(
             [ChainName("nat", name) for name in (*rules, "KUBE-NONE")] + [ChainName("filter", "KUBE-A")]
         )
 
@@ -537,12 +537,12 @@ def test_rules_of_single_chains_are_counted(namespace: Namespace, family: Family
 
 def test_who_may_not_count_rules_knows_nothing_of_them(namespace: Namespace) -> None:
     script = (
-        "from kproxy.iptables.runner import Iptables\n"
-        "from kproxy.iptables.names import Chain\n"
+        "from kproxy.iptables.runner import IptablesRunner\n"
+        "from kproxy.iptables.names import ChainName\n"
         "from kproxy.model.types import Family\n"
-        "print(Iptables(Family.IPV4).lengths([Chain('nat', 'KUBE-A')]))"
+        "print(IptablesRunner(Family.IPV4).count_rules([ChainName('nat', 'KUBE-A')]))"
     )
-    assert namespace.run([PYTHON, "-c", script]).stdout == "{Chain(table='nat', name='KUBE-A'): 0}\n"
+    assert namespace.run([PYTHON, "-c", script]).stdout == "{ChainName(table='nat', name='KUBE-A'): 0}\n"
     assert namespace.run(["setpriv", "--bounding-set=-net_admin", PYTHON, "-c", script]).stdout == "{}\n"
 
 
@@ -557,7 +557,7 @@ def test_a_chain_is_looked_at_again_if_others_interrupt(namespace: Namespace, mo
 
     monkeypatch.setattr("kproxy.iptables.runner.count_rules", interrupted_once)
     chains = [ChainName("nat", "KUBE-A"), ChainName("nat", "KUBE-B")]
-    assert namespace.call(lambda: IptablesRunner(Family.IPV4).lengths(chains)) == dict.fromkeys(chains, 0)
+    assert namespace.call(lambda: IptablesRunner(Family.IPV4).count_rules(chains)) == dict.fromkeys(chains, 0)
     assert asked == ["KUBE-A", "KUBE-A", "KUBE-B", "KUBE-B"]
 
 
@@ -575,7 +575,7 @@ def test_the_line_that_is_refused_is_found_in_whichever_text(namespace: Namespac
     with pytest.raises(RestoreError) as caught:
         namespace.call(lambda: iptables.restore_each(texts()))
     assert caught.value.line == "-A KUBE-A --frobnicate"
-    found = namespace.call(lambda: iptables.look([ChainName("nat", "KUBE-A")]))
+    found = namespace.call(lambda: iptables.list_rules([ChainName("nat", "KUBE-A")]))
     assert found == {ChainName("nat", "KUBE-A"): ["-A KUBE-A -p tcp -m tcp --dport 30 -j RETURN"]}
 
 

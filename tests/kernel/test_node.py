@@ -305,4 +305,4 @@ def test_somebody_without_the_privilege_is_told_so(namespace: Namespace) -> None
     python = str(Path(KPROXY).with_name("python"))
     drop = ["setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin"]
     done = namespace.run([*drop, python, "-c", script])
-    assert done.stdout == ("cannot ask the kernel for its tables of IPv4: Operation not permitted\n")
+    assert done.stdout == ("cannot check the kernel's IPv4 tables: Operation not permitted\n")
