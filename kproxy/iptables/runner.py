@@ -14,7 +14,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from kproxy.host.commands import (
-    START_SECONDS,
+    PROBE_TIMEOUT_SECONDS,
     CommandError,
     CommandRunner,
     CompletedCommand,
@@ -23,7 +23,7 @@ from kproxy.host.commands import (
     run,
 )
 from kproxy.host.netlink import retry_interrupted
-from kproxy.host.nf_tables import count_rules, nat_refused
+from kproxy.host.nf_tables import count_rules, nat_unsupported_reason
 from kproxy.iptables.names import ChainName
 from kproxy.iptables.save_restore import TABLES, incompatible_line, parse_rules, parse_save
 from kproxy.model.types import Family
@@ -118,10 +118,10 @@ class IptablesRunner:
         return self._version
 
     def _ask_version(self) -> IptablesVersion:
-        done = self._programs.run([self._prefix, "--version"], timeout=START_SECONDS)
+        done = self._programs.run([self._prefix, "--version"], timeout=PROBE_TIMEOUT_SECONDS)
         if done.code:
             error = InconclusiveError if done.code < 0 else CommandError
-            raise error(f"{self._prefix} --version failed: {done.complaint}")
+            raise error(f"{self._prefix} --version failed: {done.error_message}")
         return parse_version(done.stdout)
 
     @contextmanager
@@ -148,7 +148,7 @@ class IptablesRunner:
         nft = self.version().nft
         began = False
         try:
-            with self._programs.reading(argv, timeout=HANG_SECONDS) as lines:
+            with self._programs.stream_output(argv, timeout=HANG_SECONDS) as lines:
                 began = True
                 yield from lines
         except CommandError as error:
@@ -176,7 +176,7 @@ class IptablesRunner:
         if first is None:
             return
         recent = RecentInput()
-        done = self._programs.feed(argv, recent.of(itertools.chain([first], remaining)), timeout=HANG_SECONDS)
+        done = self._programs.stream_input(argv, recent.of(itertools.chain([first], remaining)), timeout=HANG_SECONDS)
         if done.code:
             raise restore_error(argv[0], done.code, done.stderr, recent.line)
 
@@ -216,7 +216,7 @@ class IptablesRunner:
         for table, wanted in names.items():
             # Whatever iptables-legacy is asked, it fetches a whole table: one look at each serves for all chains.
             needed = ("*", *(f":{name} " for name in wanted), *(f"-A {name} " for name in wanted))
-            with self._programs.reading([f"{self._prefix}-save", "-t", table], timeout=HANG_SECONDS) as lines:
+            with self._programs.stream_output([f"{self._prefix}-save", "-t", table], timeout=HANG_SECONDS) as lines:
                 saved = parse_save(line for line in lines if line.startswith(needed))
             found |= {chain: content.rules for chain, content in saved.items()}
         return found
@@ -319,7 +319,7 @@ def check_tables(family: Family, version: IptablesVersion) -> None:
 
 def _refused_by_nft(family: Family) -> str:
     try:
-        return nat_refused(family)
+        return nat_unsupported_reason(family)
     except OSError as error:
         raise InconclusiveError(f"cannot ask the kernel for its tables of {family.value}: {error.strerror}") from None
 
@@ -329,9 +329,9 @@ def _refused_by_legacy(family: Family, program: str) -> str:
     text = "".join(f"*{table}\nCOMMIT\n" for table in TABLES if table not in existing)
     if not text:
         return ""
-    done = run([program, "--test", "--noflush", "-w", str(LOCK_WAIT_SECONDS)], text, timeout=START_SECONDS)
+    done = run([program, "--test", "--noflush", "-w", str(LOCK_WAIT_SECONDS)], text, timeout=PROBE_TIMEOUT_SECONDS)
     if done.code < 0:
-        raise InconclusiveError(f"{program}: {done.complaint}")
+        raise InconclusiveError(f"{program}: {done.error_message}")
     return str(restore_error(program, done.code, done.stderr, lambda _: "")) if done.code not in {0, _LOCKED} else ""
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from kproxy.host.netlink import NETLINK_NETFILTER, NetlinkSocket, retry_interrupted
-from kproxy.host.netlink_message import attribute, attributes, each_attribute, nfgenmsg
+from kproxy.host.netlink_message import attribute, attributes, iterate_attributes, nfgenmsg
 
 _SUBSYSTEM = 6 << 8  # NFNL_SUBSYS_IPSET
 _DESTROY, _LIST = 3, 7
@@ -73,7 +73,7 @@ def _entries_of(name: str) -> set[IpsetEntry]:
 
 def _entries(data: bytes, begin: int, end: int) -> Iterator[IpsetEntry]:
     entries = attributes(data, begin, end).get(_ADT)
-    for kind, first, last in each_attribute(data, *entries) if entries else ():
+    for kind, first, last in iterate_attributes(data, *entries) if entries else ():
         found = attributes(data, first, last)
         if kind == _DATA and _PORT in found:
             (port,) = struct.unpack_from(">H", data, found[_PORT][0])
@@ -82,14 +82,14 @@ def _entries(data: bytes, begin: int, end: int) -> Iterator[IpsetEntry]:
 
 
 def _address(data: bytes, begin: int, end: int) -> str:
-    ((kind, first, last),) = each_attribute(data, begin, end)
+    ((kind, first, last),) = iterate_attributes(data, begin, end)
     return socket.inet_ntop(_IP_VERSIONS[kind], data[first:last])
 
 
 def destroy_sets(names: Sequence[str]) -> dict[str, str]:
     """Destroy sets with all that they hold; return why for each that stays. Raises `OSError`."""
     with NetlinkSocket(NETLINK_NETFILTER) as netlink:
-        refused = netlink.requests(_SUBSYSTEM | _DESTROY, 0, [_question(name) for name in names])
+        refused = netlink.request_many(_SUBSYSTEM | _DESTROY, 0, [_question(name) for name in names])
     return {
         names[place]: "rules use it" if code == _BUSY else os.strerror(code) for place, code in sorted(refused.items())
     }

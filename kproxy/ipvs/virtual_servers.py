@@ -52,7 +52,7 @@ def _list() -> list[VirtualServer]:
 def delete_virtual_servers(servers: Sequence[VirtualServer]) -> dict[VirtualServer, str]:
     """Delete virtual servers; return why for each that stays. Raises `OSError`."""
     with NetlinkSocket(NETLINK_GENERIC) as netlink:
-        refused = netlink.requests(family_number(netlink, "IPVS"), 0, [deletion(server) for server in servers])
+        refused = netlink.request_many(family_number(netlink, "IPVS"), 0, [deletion(server) for server in servers])
     return {servers[place]: os.strerror(code) for place, code in sorted(refused.items()) if code != errno.ESRCH}
 
 
@@ -61,7 +61,7 @@ def family_number(netlink: NetlinkSocket, name: str) -> int:
     question = _HEADER.pack(_GETFAMILY, 1, 0) + attribute(_FAMILY_NAME, name.encode() + b"\0")
     numbers = [
         _NUMBER.unpack_from(data, attributes(data, begin + _HEADER.size, end)[_FAMILY_ID][0])[0]
-        for data, begin, end in netlink.answers(_CTRL, question)
+        for data, begin, end in netlink.get(_CTRL, question)
     ]
     if not numbers:
         raise NetlinkError(errno.ENOENT, os.strerror(errno.ENOENT))
