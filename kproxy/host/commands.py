@@ -99,8 +99,8 @@ class CommandRunner:
     def stream_input(self, argv: Sequence[str], chunks: Iterable[str], *, timeout: float) -> CompletedCommand:
         """Run a program on input that is generated while the program reads it. Its standard output is discarded.
 
-        If the program exits before all chunks are written, no more are generated and `code` is not 0. The program is
-        killed `timeout` seconds after the last chunk was taken from `chunks`. If generating a chunk fails, the program
+        If the program exits before all chunks are written, no more are generated and `code` is not 0. Each chunk
+        restarts the `timeout` (in seconds), after which the program is killed. If generating a chunk fails, the program
         is killed and the exception propagates. Raises `CommandError` if the program cannot be started.
         """
         streams = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL}

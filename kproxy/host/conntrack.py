@@ -1,7 +1,7 @@
 """Delete stale UDP entries of the kernel's connection tracking table, over ctnetlink.
 
-What matters of an entry are two sockets: the original destination, to which the client sends, and the source of the
-replies. They differ if the destination is translated (DNAT).
+Two sockets of an entry decide whether it is stale: the original destination, to which the client sends, and the source
+of the replies. They differ if the destination is translated (DNAT).
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ _PORT = struct.Struct(">H")
 FlowSockets: TypeAlias = tuple[bytes, bytes]
 """Original destination and reply source of an entry. Each is a packed address followed by a packed port."""
 IsStale: TypeAlias = Callable[[str, str], bool]
-"""Return whether flows to this destination that have this reply source are stale. Both are "ip:port"."""
+"""Reports whether flows to this destination with this reply source are stale. Both are "ip:port"."""
 
 
 class TupleLayout(Struct, frozen=True):

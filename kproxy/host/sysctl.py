@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 ROOT = Path("/")
-"""Where /proc and /sys are mounted. Tests use another directory."""
+"""The directory that contains proc/ and sys/. In a container they may be mounted elsewhere."""
 ROUTE_LOCALNET = "proc/sys/net/ipv4/conf/all/route_localnet"
 _SYSCTLS = "proc/sys/"
 
