@@ -188,7 +188,7 @@ def test_the_offending_line_is_told_where_iptables_knows_it(case: Case) -> None:
 
 def test_a_program_that_says_nothing() -> None:
     error = make_restore_error("iptables-restore", 1, "", lines_of(EMPTY))
-    assert str(error) == "iptables-restore failed with status 1: no message"
+    assert str(error) == "iptables-restore failed with status 1: no error message"
 
 
 def test_a_line_number_beyond_the_input_names_no_line() -> None:
@@ -196,8 +196,8 @@ def test_a_line_number_beyond_the_input_names_no_line() -> None:
 
 
 def test_a_program_that_hung() -> None:
-    error = make_restore_error("iptables-restore", -1, "iptables-restore did not end within 900 s", lines_of(EMPTY))
-    assert "did not end within 900 s" in str(error)
+    error = make_restore_error("iptables-restore", -1, "iptables-restore timed out after 900 s", lines_of(EMPTY))
+    assert "timed out after 900 s" in str(error)
     assert error.line == ""
 
 
