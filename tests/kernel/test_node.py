@@ -22,10 +22,10 @@ from kproxy.nftables.kernel import NetlinkCommit, TableError
 from kproxy.nftables.probe import NftablesUnsupportedError, probe
 from kproxy.nftables.transaction import Transaction
 from tests.kernel.test_cleanup import rules
-from tests.lab.commits import Commits
 from tests.lab.iptables import PREFIXES, link, missing_variant, programs_of
 from tests.lab.namespace import Namespace
 from tests.lab.proxy import KPROXY
+from tests.lab.transaction_monitor import Commits
 from tests.recordings import GOLDEN
 
 OTHER = {Family.IPV4: Family.IPV6, Family.IPV6: Family.IPV4}
