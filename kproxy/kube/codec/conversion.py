@@ -59,14 +59,14 @@ _E = TypeVar("_E")
 
 
 class IgnoredField(NamedTuple):
-    """A field that makes an endpoint or port unusable, and why. The rest of the object is used."""
+    """An invalid field of an endpoint or port, which is ignored, and the problem. The rest of the object is used."""
 
     field: FieldPath
     problem: str
 
 
 class DecodedObject(Struct, frozen=True, gc=False):
-    """An API object's identity and its content as model object, None if it gets no rules."""
+    """An API object: its identity, and its content as a model object, None if it gets no rules."""
 
     namespace: str
     name: str
@@ -92,9 +92,9 @@ def convert_slice(
     endpoints: Iterable[_E],
     convert: Callable[[_E, Family], Endpoint | IgnoredField],
 ) -> DecodedObject:
-    """Convert an EndpointSlice.
+    """Convert an EndpointSlice with these `endpoints`; `endpoint_slice.endpoints` is not used.
 
-    `endpoints` replaces `endpoint_slice.endpoints`; `convert` converts each of them, or returns why it is unusable.
+    `convert` converts an endpoint from the form that the decoder has it in, or returns why it is unusable.
     """
     ignored: list[IgnoredField] = []
     return _decoded(endpoint_slice.metadata, _convert_slice(endpoint_slice, endpoints, convert, ignored), ignored)

@@ -32,7 +32,7 @@ class Bookmark(Struct, frozen=True):
 
 
 class UndecodableObject(Struct, frozen=True):
-    """An object that cannot be decoded, and why. `name` is "" if the name cannot be decoded either."""
+    """An invalid or undecodable object. `text` says why; `name` is "" if the name cannot be decoded either."""
 
     namespace: str
     name: str

@@ -26,19 +26,19 @@ from kproxy.model.delta import BASIC_KINDS, Delta, Invalid, Kind
 REPEAT_PERIOD = 60.0
 """Seconds before the same message is logged again."""
 IGNORED_FIELDS_PERIOD = 3600.0
-"""The same for ignored fields of an object: nobody may ever correct the object."""
+"""The same for ignored fields of an object, which may never be corrected."""
 STOP_TIMEOUT = 1.0
 """Seconds that `ApiSource.stop` waits for all its threads together. Only a thread that is connecting takes longer."""
 log = logging.getLogger(__name__)
 
 
 class ApiSource:
-    """Lists and watches objects of `kinds` and passes every change to `sink`; of Nodes, only `node_name`.
+    """Lists and watches objects of `kinds` and passes every change to `sink`. Of Nodes, it watches only `node_name`.
 
     `sink` is called from several threads and must not block. The first message of each kind is a `Replace` with the
-    complete list. Failed requests are retried forever. ServiceCIDRs start with an empty `Replace` if the server does
-    not serve or allow them, and are then requested less and less often. `inactivity` is in seconds: a connection that
-    receives nothing for that long is replaced.
+    complete list. Failed requests are retried forever. If the server does not serve ServiceCIDRs, or does not allow
+    reading them, their first message is an empty `Replace`, and requests for them become rare. `inactivity` is in
+    seconds: a connection that receives nothing for that long is replaced.
     """
 
     def __init__(

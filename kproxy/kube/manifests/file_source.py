@@ -13,7 +13,7 @@ from kproxy.kube.manifests.parse import ManifestFile, combine, parse_file
 from kproxy.model.delta import Delta, Replace
 
 RELOAD_PERIOD = 2.0
-"""Seconds between reads where the kernel does not notify of changes."""
+"""Seconds between reads of the files where inotify is not available."""
 STOP_TIMEOUT = 5.0
 """Seconds that `FileSource.stop` waits for a `sink` that blocks."""
 log = logging.getLogger(__name__)

@@ -1,7 +1,8 @@
 """Decode the Services, EndpointSlices, Nodes and ServiceCIDRs in the text of files. Pure.
 
-A file contains what `kubectl get -o yaml`, `kubectl get -o json` or the API server prints: single objects, a `List`, a
-typed list such as `ServiceList` (whose items have no kind of their own), or several YAML documents.
+A file contains what `kubectl get -o yaml` or `kubectl get -o json` prints, or what the API server returns: an object, a
+`List`, or a typed list such as `ServiceList`, whose items have no kind of their own. YAML files can have several
+documents.
 """
 
 from __future__ import annotations
