@@ -1,4 +1,4 @@
-"""The configuration of kube-proxy 1.36: every field of `KubeProxyConfiguration` v1alpha1, with its default.
+"""The configuration of kube-proxy 1.36: every field of `KubeProxyConfiguration` v1alpha1, with its default. Pure.
 
 Fields are named as in the file, in Python's spelling (`masqueradeBit` is `masquerade_bit`), and mean the same;
 those that kproxy has no use for say so. Durations are seconds.

@@ -115,11 +115,11 @@ def test_changes_of_a_failed_sync_count_once() -> None:
     kernel = FakeKernel()
     cluster = Cluster(IptablesBackend(kernel), 25.0)
     cluster.sync(Upsert(service(1)), Upsert(slices(1, 10)))
-    kernel.refuse = lambda _: "no"
+    kernel.reject = lambda _: "no"
     for _ in range(3):
         with pytest.raises(SyncError):
             cluster.sync(Upsert(slices(1, 20)))
-    kernel.refuse = lambda _: None
+    kernel.reject = lambda _: None
     assert not cluster.sync().context.large_cluster
 
 
