@@ -14,6 +14,7 @@ from uuid import uuid4
 import pytest
 
 from kproxy.kube.client.client import ApiClient
+from kproxy.kube.codec.streams import split_lines
 from kproxy.kube.events import recorder as events
 from kproxy.kube.events.correlator import (
     BURST,
@@ -132,7 +133,7 @@ def first_events(cluster: Cluster, tmp_path: Path, note: str, count: int) -> lis
     client = ApiClient.from_config(str(cluster.kubeconfig(tmp_path / "watcher")))
     found = []
     with client.get(PATH, {"watch": "1"}, HANG) as response:
-        for line in response.lines():
+        for line in split_lines(response.chunks()):
             event = json.loads(line)["object"]
             if event.get("note") == note:
                 found.append(event)
