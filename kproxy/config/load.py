@@ -63,7 +63,7 @@ def load_config(text: bytes, path: str, *, strict: bool = False) -> tuple[Config
 
     data = _typed(_data(document), place)
     refuse_retired_mode(data.get("mode"), place)
-    doubled = doubled_in_json(document.content) if isinstance(document.content, bytes) else document.doubled
+    doubled = doubled_in_json(document.content) if isinstance(document.content, bytes) else document.duplicate_keys
     problems += (ConfigProblem(f"{place(tuple(at))}: given more than once", "the last one counts") for at in doubled)
     fields = known_fields(Config, data, place, problems)
     if fields.get("featureGates") == "":
@@ -97,7 +97,7 @@ def as_document(config: Config) -> dict[str, Any]:
 def _document(text: bytes, path: str, problems: list[ConfigProblem]) -> Document:
     """Return the document with the configuration; the others are added to `problems`."""
     try:
-        documents = read_documents(text, json=path.endswith(".json"), doubled_keys=True)
+        documents = read_documents(text, json=path.endswith(".json"), allow_duplicate_keys=True)
     except DocumentError as error:
         place = "".join(f":{number}" for number in (error.line, error.column) if number)
         raise ConfigError(f"{path}{place}: {error}") from None

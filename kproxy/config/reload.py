@@ -39,7 +39,9 @@ class ConfigWatcher:
         self._path, self._seen, self._config = path, content, config
         self._load, self._changed = load, changed
         self._missed = False
-        self._follower = PathWatcher(path, self._take, name="config-watch", period=RELOAD_PERIOD, patience=STOP_TIMEOUT)
+        self._follower = PathWatcher(
+            path, self._take, name="config-watch", poll_period=RELOAD_PERIOD, stop_timeout=STOP_TIMEOUT
+        )
 
     def start(self) -> None:
         """Start the thread that follows the file. It is a daemon: a process may end without `stop`."""

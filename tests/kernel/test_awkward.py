@@ -236,11 +236,11 @@ def test_it_ends_while_iptables_hangs(node: Namespace, tmp_path: Path) -> None:
 def test_a_thread_that_ends_ends_the_daemon(node: Namespace) -> None:
     script = textwrap.dedent(f"""\
         import sys
-        from kproxy.documents.watch import PathFollower
+        from kproxy.documents.watch import PathWatcher
         from kproxy.cli.main import main
         def broken(self):
             raise MemoryError("no more")
-        PathFollower._follow = broken
+        PathWatcher._run = broken
         sys.exit(main(["run", "--objects={GOLDEN}/clusterip"]))
     """)
     done = node.run([sys.executable, "-c", script], check=False)

@@ -13,11 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from kproxy.config import load_config
-from kproxy.config import reload as watch
+from kproxy.config import load_config, reload
 from kproxy.config.reload import ConfigWatcher
-from kproxy.documents import watch as file_reading
-from kproxy.documents import watch as path_follower
+from kproxy.documents import watch as documents_watch
 from kproxy.documents.watch import PathSnapshot
 from kproxy.host.inotify import InotifyError
 
@@ -82,7 +80,7 @@ def running() -> list[threading.Thread]:
 
 @pytest.fixture
 def looks(monkeypatch: pytest.MonkeyPatch) -> Looks:
-    monkeypatch.setattr(file_reading, "PATIENCE", 2 * HANG)  # on a slow machine, no half-written file either
+    monkeypatch.setattr(documents_watch, "SETTLE_TIMEOUT", 2 * HANG)  # on a slow machine, no half-written file either
     return Looks(monkeypatch)
 
 
@@ -315,12 +313,12 @@ def test_without_notices_of_the_kernel_the_file_is_looked_at_now_and_then(
     def refuse() -> None:
         raise InotifyError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-    monkeypatch.setattr(path_follower, "Inotify", refuse)
-    monkeypatch.setattr(watch, "RELOAD_PERIOD", 0.01)
+    monkeypatch.setattr(documents_watch, "Inotify", refuse)
+    monkeypatch.setattr(reload, "RELOAD_PERIOD", 0.01)
     watched = follow(path)
     looks.until(OLD)
     looks.until(OLD)
     assert watched.calls.empty()
     path.write_bytes(NEW)
     watched.until_changed()
-    assert "the kernel gives no notice of changes (Too many open files)" in caplog.text
+    assert "cannot watch for changes (Too many open files)" in caplog.text

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from msgspec import Struct
 
 from kproxy.documents.document import FileProblem
-from kproxy.documents.watch import PathSnapshot, PathWatcher, read_files
+from kproxy.documents.watch import PathSnapshot, PathWatcher, read_path
 from kproxy.kube.manifests.parse import ManifestFile, combine, parse_file
 from kproxy.model.delta import Delta, Replace
 
@@ -79,7 +79,7 @@ class ManifestState:
 
 
 class FileSource:
-    """Hands the objects of `path`, a file or a folder (see `read_files`), to `sink`.
+    """Hands the objects of `path`, a file or a folder (see `read_path`), to `sink`.
 
     Each time it calls `sink` once, with a `Replace` of Services, of EndpointSlices, of Nodes and of ServiceCIDRs, in
     this order, empty where there are none. `sink` is called from a thread and must not block.
@@ -91,14 +91,16 @@ class FileSource:
         self._following = ManifestState()
         self._said: frozenset[str] = frozenset()
         self._in_trouble = False
-        self._follower = PathWatcher(path, self._take, name="file-source", period=RELOAD_PERIOD, patience=STOP_TIMEOUT)
+        self._follower = PathWatcher(
+            path, self._take, name="file-source", poll_period=RELOAD_PERIOD, stop_timeout=STOP_TIMEOUT
+        )
 
     def load_once(self) -> None:
         """Read the files and hand their objects on, in the calling thread.
 
         Raises `FileSourceError`, and hands nothing on, if a file cannot be used or there is none.
         """
-        update = self._following.take(read_files(self._path))
+        update = self._following.take(read_path(self._path))
         if update.problems:
             raise FileSourceError(update.problems)
         self._report(update)
