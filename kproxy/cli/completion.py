@@ -10,7 +10,7 @@ from kproxy.cli.parser import COMMANDS, HelpFormatter
 from kproxy.config.flag_table import CONFIG_FLAGS
 
 SHELLS = ("bash", "zsh", "fish")
-WORDS = {flag.option: flag.words for flag in CONFIG_FLAGS}
+WORDS = {flag.option: flag.choices for flag in CONFIG_FLAGS}
 EPILOG = """\
 examples:
   # bash: in this shell, and in all new ones

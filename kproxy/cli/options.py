@@ -21,7 +21,7 @@ Lists may be given in parts: the flag more than once."""
 """How flags are written, for the help of each command that takes them."""
 
 
-OF_THE_DAEMON: tuple[Group, ...] = ("what is followed", "sync", "serving", "conntrack and memory", "without effect")
+OF_THE_DAEMON: tuple[Group, ...] = ("API server", "syncing", "health and metrics", "conntrack and memory", "no effect")
 """The flags that mean nothing to a command that does its work once."""
 
 

@@ -70,15 +70,15 @@ def complaint(done: subprocess.CompletedProcess[str]) -> str:
             ("run", "--objects=/nonexistent", "--logging-format=xml"),
             'kproxy: --logging-format: must be text or json, not "',
         ),
-        (("run", "--objects=/nonexistent", "--v=much"), 'kproxy: --v: must be a whole number, not "much"'),
+        (("run", "--objects=/nonexistent", "--v=much"), 'kproxy: --v: must be an integer, not "much"'),
         (
             ("run", "--objects=/nonexistent", "-v=-1"),
-            "kproxy: --v: must be a whole number from 0 to 2147483647, not -1",
+            "kproxy: --v: must be an integer from 0 to 2147483647, not -1",
         ),
         (("run", "--objects=/nonexistent", "--vmodule=node"), 'kproxy: --vmodule: must be PATTERN=N, not "node"'),
         (
             ("run", "--objects=/nonexistent", "--vmodule=node=4", "--logging-format=json"),
-            "kproxy: --vmodule: needs logging.format text",
+            "kproxy: --vmodule: requires logging.format text",
         ),
         (
             ("run", "--strict-config=perhaps"),
