@@ -148,27 +148,27 @@ CONNTRACK = (
     Flag(
         "conntrack-max-per-core",
         ("conntrack.maxPerCore",),
-        "maximum number of tracked connections per CPU core; 0 leaves the limit as it is (default: 32768)",
+        "maximum number of tracked connections per CPU core; 0 leaves the limit unchanged (default: 32768)",
         "int",
         metavar="N",
     ),
     Flag(
         "conntrack-min",
         ("conntrack.min",),
-        "lower bound of that limit, regardless of the number of CPU cores (default: 131072)",
+        "lower bound of the limit on tracked connections, regardless of the number of CPU cores (default: 131072)",
         "int",
         metavar="N",
     ),
     Flag(
         "conntrack-tcp-timeout-established",
         ("conntrack.tcpEstablishedTimeout",),
-        "timeout of idle TCP connections; 0 leaves it as it is (default: 24h)",
+        "timeout of idle TCP connections; 0 leaves it unchanged (default: 24h)",
         metavar="DURATION",
     ),
     Flag(
         "conntrack-tcp-timeout-close-wait",
         ("conntrack.tcpCloseWaitTimeout",),
-        "timeout of TCP connections in the CLOSE_WAIT state; 0 leaves it as it is (default: 1h)",
+        "timeout of TCP connections in the CLOSE_WAIT state; 0 leaves it unchanged (default: 1h)",
         metavar="DURATION",
     ),
     Flag(
@@ -180,13 +180,13 @@ CONNTRACK = (
     Flag(
         "conntrack-udp-timeout",
         ("conntrack.udpTimeout",),
-        "timeout of UDP flows without replies; 0 leaves it as it is (default: 0)",
+        "timeout of UDP flows without replies; 0 leaves it unchanged (default: 0)",
         metavar="DURATION",
     ),
     Flag(
         "conntrack-udp-timeout-stream",
         ("conntrack.udpStreamTimeout",),
-        "timeout of UDP flows with replies; 0 leaves it as it is (default: 0)",
+        "timeout of UDP flows with replies; 0 leaves it unchanged (default: 0)",
         metavar="DURATION",
     ),
     Flag(
@@ -201,7 +201,7 @@ LOGGING = (
     Flag(
         "v",
         ("logging.verbosity",),
-        "log verbosity; 2 adds details of each sync, 4 debug messages (default: 0)",
+        "log verbosity: 2 adds details of each sync, 4 adds debug messages (default: 0)",
         "int",
         metavar="N",
     ),
