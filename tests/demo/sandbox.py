@@ -29,7 +29,7 @@ def enter(module: str) -> str:
     if problem:
         return problem
     if not Path(KPROXY).exists():
-        return f"{KPROXY} not found: install the project into this Python with `pip install -e .`"
+        return f"{KPROXY} not found: install the project into this Python with `pip install -e '.[dev]'`"
     os.environ["PATH"] = path
     folder = _mount_point((os.getcwd(), sys.prefix, sys.base_prefix))
     for unshare in (AS_ROOT, AS_USER) if os.geteuid() == 0 else (AS_USER,):
