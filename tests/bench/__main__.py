@@ -19,15 +19,15 @@ from rich.console import Console
 from kproxy.host.commands import CommandError
 from kproxy.iptables.runner import IptablesRunner
 from kproxy.model.types import Family
-from tests.bench import floors, measured
+from tests.bench import baselines, measurements
 from tests.bench.catalog import figures, with_memory_floors
 from tests.bench.chart import chart
 from tests.bench.cluster import Cluster
-from tests.bench.efforts import MODES, SIZES, Task
 from tests.bench.figures import FORMAT, Results, Run, compare
 from tests.bench.machine import machine
 from tests.bench.report import show, show_comparison
-from tests.bench.scene import SERVED, Scene
+from tests.bench.sizes import MODES, SIZES, Task
+from tests.bench.testbed import SERVED, Scene
 from tests.lab.requirements import missing_commands, missing_privilege
 
 LEAST_SERVICES = 20
@@ -38,8 +38,8 @@ def run_task(task: Task, endpoints: int, folder: Path) -> Run:
     """Measure one mode and size of cluster, then its floors. Raises `RuntimeError` if those are of something else."""
     cluster = Cluster(task.services, endpoints, SERVED)
     with Scene(task.mode, cluster, folder) as scene:
-        done = measured.take_all(scene, task.effort)
-    floor, kernel = floors.take_all(task.mode, cluster, task.effort, rolling_syncs=done.rolling_syncs)
+        done = measurements.take_all(scene, task.effort)
+    floor, kernel = baselines.take_all(task.mode, cluster, task.effort, rolling_syncs=done.rolling_syncs)
     if kernel != done.kernel:
         raise RuntimeError(f"the floor is of another state: the kernel held {kernel}, under kproxy {done.kernel}")
     return Run(task.mode, task.services, endpoints, figures(done.found, floor | done.direct))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import kproxy
-from tests.bench.companion import ROOT
+from tests.bench.child_process import ROOT
 from tests.bench.figures import Machine
 
 

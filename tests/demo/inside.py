@@ -9,9 +9,9 @@ from types import FrameType
 
 from rich.console import Console
 
-from tests.demo.picture import Screen
-from tests.demo.scene import Scene
-from tests.demo.story import tell
+from tests.demo.cluster import Scene
+from tests.demo.screen import Screen
+from tests.demo.steps import tell
 
 INTERRUPTED = 130
 

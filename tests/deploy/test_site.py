@@ -12,7 +12,7 @@ import yaml
 from tests.deploy.kubeadm import config_map
 from tests.deploy.rendered import DEPLOY, ROOT, Object, build, container_of, images, one, pod_of
 from tests.deploy.settings import parsed
-from tests.deploy.site import IMAGE, PAGES, kustomization, make_site
+from tests.deploy.site_kustomization import IMAGE, PAGES, kustomization, make_site
 from tests.deploy.test_manifests import NEWEST, OLDEST
 
 LOCAL = "127.0.0.1:10249"

@@ -17,11 +17,11 @@ import pytest
 from tests.bench.catalog import CATALOG, NAMES
 from tests.bench.chart import SHOWN
 from tests.bench.cluster import Cluster
-from tests.bench.feed import Feed
+from tests.bench.api_server import Feed
 from tests.bench.figures import Results
-from tests.bench.mirror import Mirror, replay
-from tests.bench.notices import Notices
-from tests.bench.rules import KernelObjects, flush, kernel_objects
+from tests.bench.replay import Mirror, replay
+from tests.bench.commit_monitor import Notices
+from tests.bench.kernel_objects import KernelObjects, flush, kernel_objects
 from tests.lab.commits import Commits
 from tests.lab.namespace import Namespace
 from tests.lab.waiting import HANG_GUARD, wait_until

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tests.demo.picture import Screen, as_expected
+from tests.demo.screen import Screen, as_expected
 from tests.demo.rules import rules_of
-from tests.demo.scene import Scene
-from tests.demo.story import tell
+from tests.demo.cluster import Scene
+from tests.demo.steps import tell
 from tests.lab import proxy
 from tests.lab.client import Outcome, Refused
 from tests.lab.requirements import NOBODY, PACKAGES, missing_access, missing_commands

@@ -24,7 +24,7 @@ from tests.lab.requirements import missing_protocol
 from tests.lab.servers import Servers
 from tests.lab.topology import OUTSIDE_ADDRESSES, Host, Lab
 from tests.packets.differences import Reason, read_differences, read_nftables_table
-from tests.packets.places import HERE, HOLDER, NODE, NODE_ADDRESSES, SERVICE_CIDRS, place_of, source_of
+from tests.packets.senders import HERE, HOLDER, NODE, NODE_ADDRESSES, SERVICE_CIDRS, place_of, source_of
 from tests.packets.table import Row, read_table, socket_text, split_socket
 from tests.recordings import GOLDEN
 

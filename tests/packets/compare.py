@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from kproxy.model.types import Family
 from kproxy.simulate.packet import Simulator
 from tests.packets.expectation import EXACTLY, describe, uneven
-from tests.packets.places import packet_of
+from tests.packets.senders import packet_of
 from tests.packets.table import Row
 
 

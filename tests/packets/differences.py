@@ -9,7 +9,7 @@ from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.packets.places import (
+from tests.packets.senders import (
     HERE,
     HOLDER,
     NODE,

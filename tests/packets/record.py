@@ -16,7 +16,7 @@ from kproxy.simulate.nftables import NftablesSimulator
 from tests.packets.differences import PATH as DIFFERENCES
 from tests.packets.differences import Difference, differences_text, reason_for
 from tests.packets.expectation import describe
-from tests.packets.places import (
+from tests.packets.senders import (
     HOLDER,
     NODE,
     NODE_ADDRESSES,

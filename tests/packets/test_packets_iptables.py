@@ -16,8 +16,8 @@ from kproxy.simulate.iptables import IptablesSimulator
 from kproxy.sync.family import FamilySync
 from tests.fakekernel import FakeKernel
 from tests.packets.compare import wrong_fates
-from tests.packets.places import NODE_ADDRESSES
 from tests.packets.record import record, recorded_iptables
+from tests.packets.senders import NODE_ADDRESSES
 from tests.packets.table import read_table
 from tests.recordings import GOLDEN, SCENARIOS, store
 

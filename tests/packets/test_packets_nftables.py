@@ -20,8 +20,8 @@ from kproxy.sync.family import FamilySync
 from tests.packets.compare import wrong_fates
 from tests.packets.differences import Reason, read_differences, read_nftables_table, reason_for
 from tests.packets.expectation import EXACTLY, describe, uneven
-from tests.packets.places import NODE_ADDRESSES, PLACES, SECOND_NODE_ADDRESSES, SERVICE_CIDRS
 from tests.packets.record import record_differences, recorded_iptables, recorded_nftables
+from tests.packets.senders import NODE_ADDRESSES, PLACES, SECOND_NODE_ADDRESSES, SERVICE_CIDRS
 from tests.packets.table import read_table
 from tests.packets.test_packets_iptables import context_of
 from tests.packets.test_packets_iptables import our_rules as our_iptables

@@ -13,9 +13,9 @@ from kproxy.kube.codec.json_codec import read_page
 from kproxy.model.types import EndpointSlice
 from tests.bench import cluster as objects
 from tests.bench.cluster import SERVICE_CIDR, Cluster, Object, cluster_ip
-from tests.bench.efforts import MODES, SIZES
-from tests.bench.measured import changed_slices, spare
-from tests.bench.scene import SERVED
+from tests.bench.sizes import MODES, SIZES
+from tests.bench.measurements import changed_slices, spare
+from tests.bench.testbed import SERVED
 
 
 def addresses(found: Object) -> list[str]:

@@ -7,10 +7,10 @@ from msgspec.structs import replace
 
 from tests.bench.catalog import CATALOG, NAMES, figures, with_memory_floors
 from tests.bench.chart import decades, share
-from tests.bench.connects import percentile
+from tests.bench.connections import percentile
 from tests.bench.figures import FORMAT, Figure, Machine, Results, Run, Spread, compare, exact, mean, median, scaled
 from tests.bench.report import number, spread
-from tests.bench.scene import count_groups
+from tests.bench.testbed import count_groups
 
 SECOND = 1_000_000_000
 MACHINE = Machine("6.1", 2, "cpu", 8.0, "3.11", "1.8", "0.1", "abc", 0.0)

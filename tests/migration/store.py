@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 from tests.apiserver.resources import Resource
 from tests.apiserver.store import ConflictError, Store
-from tests.walk.resources import ALL, PODS, Object, resource_of
+from tests.migration.resources import ALL, PODS, Object, resource_of
 
 
 class ClusterStore(Store):

@@ -10,11 +10,11 @@ import pytest
 import yaml
 
 from tests.apiserver.resources import ENDPOINT_SLICES, SERVICES
-from tests.walk import cluster, rbac
-from tests.walk.commands import Said, comparable, mentioned, run, transcript
-from tests.walk.controllers import fits, new_pod, status
-from tests.walk.resources import CONFIG_MAPS, DAEMON_SETS, SERVICE_ACCOUNTS, Object, Place
-from tests.walk.server import VERSION, ControlPlane
+from tests.migration import cluster, rbac
+from tests.migration.commands import Said, comparable, mentioned, run, transcript
+from tests.migration.controllers import fits, new_pod, status
+from tests.migration.resources import CONFIG_MAPS, DAEMON_SETS, SERVICE_ACCOUNTS, Object, Place
+from tests.migration.server import VERSION, ControlPlane
 
 OBJECTS = list(yaml.safe_load_all(Path(cluster.__file__).with_name("kube-proxy.yaml").read_text()))
 NODE_1, NODE_2 = (cluster.node(name, ("192.0.2.1",), control_plane=name == "node-1") for name in cluster.NODES)

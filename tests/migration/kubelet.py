@@ -17,10 +17,10 @@ from tests.deploy.kubeadm import ACCOUNT
 from tests.lab.namespace import Namespace
 from tests.lab.proxy import KPROXY
 from tests.lab.waiting import HANG_GUARD
-from tests.walk.controllers import Loop
-from tests.walk.rbac import token_of
-from tests.walk.resources import CONFIG_MAPS, PODS, SERVICE_ACCOUNTS, Object
-from tests.walk.store import ClusterStore, key_of
+from tests.migration.controllers import Loop
+from tests.migration.rbac import token_of
+from tests.migration.resources import CONFIG_MAPS, PODS, SERVICE_ACCOUNTS, Object
+from tests.migration.store import ClusterStore, key_of
 
 HIDDEN = ("/var/lib", "/run")
 """Folders of this machine that are empty for a container, so that what is mounted below them can have its place."""

@@ -9,11 +9,11 @@ from msgspec import Struct
 
 from tests.bench import cluster as objects
 from tests.bench.cluster import PORT, TARGET_PORT, Cluster, cluster_ip
-from tests.bench.connects import Round, measure
-from tests.bench.efforts import Effort
-from tests.bench.rules import KernelObjects, kernel_objects
-from tests.bench.scene import SERVED, Scene
-from tests.bench.subject import Subject
+from tests.bench.connections import Round, measure
+from tests.bench.daemon import Subject
+from tests.bench.kernel_objects import KernelObjects, kernel_objects
+from tests.bench.sizes import Effort
+from tests.bench.testbed import SERVED, Scene
 
 PACE = 0.02
 """Seconds between the events of a rolling update."""

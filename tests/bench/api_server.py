@@ -17,8 +17,8 @@ from tests.apiserver.handler import Handler
 from tests.apiserver.resources import ENDPOINT_SLICES, NODES, SERVICES
 from tests.apiserver.selectors import Stored
 from tests.apiserver.writing import ProtobufWriter
+from tests.bench.child_process import Companion
 from tests.bench.cluster import Cluster, Object
-from tests.bench.companion import Companion
 from tests.bench.watchlog import LoggedSocket, WatchLog, Written
 from tests.lab.namespace import Namespace
 
@@ -57,7 +57,7 @@ class Feed(Companion):
     """An API server without authentication inside a namespace. Use it in a `with`."""
 
     def __init__(self, namespace: Namespace) -> None:
-        super().__init__(namespace, "tests.bench.feed")
+        super().__init__(namespace, "tests.bench.api_server")
         self.url = ""
 
     def __enter__(self) -> Self:

@@ -9,8 +9,8 @@ from abc import ABC, abstractmethod
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from tests.apiserver.resources import NODES
-from tests.walk.resources import DAEMON_SETS, PODS, Object
-from tests.walk.store import ClusterStore, key_of
+from tests.migration.resources import DAEMON_SETS, PODS, Object
+from tests.migration.store import ClusterStore, key_of
 
 BETWEEN_LOOKS = 0.05
 

@@ -10,12 +10,12 @@ from typing import Self
 
 from msgspec import Struct
 
+from tests.bench.api_server import Feed
 from tests.bench.cluster import TARGET_PORT, Cluster, Object
-from tests.bench.connects import Server
-from tests.bench.feed import Feed
-from tests.bench.notices import Notice, Notices
-from tests.bench.rules import flush
-from tests.bench.subject import LOOK, SYNC_PERIOD, Subject
+from tests.bench.commit_monitor import Notice, Notices
+from tests.bench.connections import Server
+from tests.bench.daemon import LOOK, SYNC_PERIOD, Subject
+from tests.bench.kernel_objects import flush
 from tests.bench.watchlog import Written
 from tests.lab.topology import Lab
 

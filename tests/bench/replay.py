@@ -35,8 +35,8 @@ from kproxy.nftables.kernel import NftTable
 from kproxy.nftables.transaction import Transaction
 from kproxy.sync.family import FamilySync
 from tests.bench.cluster import CLUSTER_CIDR, Cluster, Object
-from tests.bench.cost import spent
-from tests.bench.notices import Notices
+from tests.bench.commit_monitor import Notices
+from tests.bench.usage import spent
 from tests.lab.iptables import Recorder
 from tests.lab.topology import NODE
 

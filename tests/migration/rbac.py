@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tests.walk.resources import CLUSTER_ROLE_BINDINGS, CLUSTER_ROLES, SERVICE_ACCOUNTS, Object, Place
-from tests.walk.store import ClusterStore, key_of
+from tests.migration.resources import CLUSTER_ROLE_BINDINGS, CLUSTER_ROLES, SERVICE_ACCOUNTS, Object, Place
+from tests.migration.store import ClusterStore, key_of
 
 ADMIN = "kubernetes-admin"
 PREFIX = "system:serviceaccount:"

@@ -20,7 +20,7 @@ from typing import Self
 import msgspec
 from msgspec import Struct
 
-from tests.bench.companion import ROOT, Companion
+from tests.bench.child_process import ROOT, Companion
 from tests.lab.namespace import Namespace
 
 BACKLOG = 4096
@@ -41,7 +41,7 @@ class Server(Companion):
     """Accepts connections to one port of a namespace and closes them. Use it in a `with`."""
 
     def __init__(self, namespace: Namespace, port: int) -> None:
-        super().__init__(namespace, "tests.bench.connects", "serve", str(port))
+        super().__init__(namespace, "tests.bench.connections", "serve", str(port))
 
     def __enter__(self) -> Self:
         super().__enter__()
@@ -59,7 +59,7 @@ def measure(
     order = json.dumps({"targets": targets, "rounds": rounds, "count": count})
     done = origin.call(
         lambda: subprocess.run(
-            [sys.executable, "-m", "tests.bench.connects", "connect", order],
+            [sys.executable, "-m", "tests.bench.connections", "connect", order],
             capture_output=True,
             text=True,
             cwd=ROOT,

@@ -22,11 +22,11 @@ from tests.lab.proxy import CLUSTER_CIDR
 from tests.lab.servers import Servers
 from tests.lab.topology import NODE_ADDRESSES, OUTSIDE_ADDRESSES, Host, Lab
 from tests.lab.waiting import wait_until
-from tests.walk.controllers import DaemonSets
-from tests.walk.kubelet import Kubelet
-from tests.walk.rbac import ADMIN
-from tests.walk.resources import Object
-from tests.walk.server import ControlPlane
+from tests.migration.controllers import DaemonSets
+from tests.migration.kubelet import Kubelet
+from tests.migration.rbac import ADMIN
+from tests.migration.resources import Object
+from tests.migration.server import ControlPlane
 
 NODES = {"node-1": NODE_ADDRESSES, "node-2": OUTSIDE_ADDRESSES}
 SERVER, SERVER_PORT = "192.0.2.6", 6443

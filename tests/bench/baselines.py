@@ -10,11 +10,11 @@ import msgspec
 
 from tests.bench import cluster as objects
 from tests.bench.cluster import Cluster
-from tests.bench.efforts import Effort
-from tests.bench.measured import changed_slices, spare
-from tests.bench.mirror import Cost, Mirror, Recording, replay, rules_of_service
-from tests.bench.notices import Notices
-from tests.bench.rules import KernelObjects, flush, kernel_objects
+from tests.bench.commit_monitor import Notices
+from tests.bench.kernel_objects import KernelObjects, flush, kernel_objects
+from tests.bench.measurements import changed_slices, spare
+from tests.bench.replay import Cost, Mirror, Recording, replay, rules_of_service
+from tests.bench.sizes import Effort
 from tests.lab.namespace import Namespace
 
 Samples = dict[str, list[float]]

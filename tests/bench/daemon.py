@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Self
 
 from tests.bench.cluster import CLUSTER_CIDR
-from tests.bench.cost import cpu_seconds, has_children, memory_megabytes, own_cpu_seconds
-from tests.bench.notices import Notice, Notices
+from tests.bench.commit_monitor import Notice, Notices
+from tests.bench.usage import cpu_seconds, has_children, memory_megabytes, own_cpu_seconds
 from tests.lab.namespace import Namespace
 from tests.lab.proxy import KPROXY
 from tests.lab.topology import NODE

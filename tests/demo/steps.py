@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from tests.demo.picture import Screen, as_expected
+from tests.demo.cluster import PORT, SERVICE, TARGET_PORT, VIP, Scene
 from tests.demo.rules import rules_of
-from tests.demo.scene import PORT, SERVICE, TARGET_PORT, VIP, Scene
+from tests.demo.screen import Screen, as_expected
 from tests.lab.client import Outcome
 from tests.lab.flow import Flow, failures
 from tests.lab.topology import Host

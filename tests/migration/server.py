@@ -14,9 +14,9 @@ from urllib.parse import parse_qsl, urlsplit
 from tests.apiserver import ApiServer, SeenRequest, statuses
 from tests.apiserver.handler import Handler
 from tests.apiserver.resources import Resource
-from tests.walk import rbac
-from tests.walk.resources import PODS, Object, Place, described, find
-from tests.walk.store import ClusterStore
+from tests.migration import rbac
+from tests.migration.resources import PODS, Object, Place, described, find
+from tests.migration.store import ClusterStore
 
 PATCHES = {
     "application/strategic-merge-patch+json": "strategic",

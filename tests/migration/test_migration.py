@@ -9,12 +9,12 @@ from typing import NamedTuple
 import pytest
 
 from tests.deploy.rendered import ROOT
-from tests.deploy.site import IMAGE, make_site
+from tests.deploy.site_kustomization import IMAGE, make_site
 from tests.lab.load import Stream
-from tests.walk.cluster import NODES, Cluster
-from tests.walk.commands import Said, comparable, mentioned, run, section, shown, transcript
-from tests.walk.resources import ALL, PODS, Object
-from tests.walk.store import key_of
+from tests.migration.cluster import NODES, Cluster
+from tests.migration.commands import Said, comparable, mentioned, run, section, shown, transcript
+from tests.migration.resources import ALL, PODS, Object
+from tests.migration.store import key_of
 
 PAGE = ROOT / "docs/operations.md"
 PLACE, BACK = section(PAGE, "## Replace kube-proxy"), section(PAGE, "### Switch back to kube-proxy")
