@@ -1,6 +1,6 @@
-"""The API server of the benchmark: the tests' own, in a process of its own, so that its work is not the daemon's.
+"""The API server of the benchmark: the tests' API server, in a child process.
 
-The process takes commands on its standard input, one line of JSON each, and answers each with a line.
+The process reads commands from standard input, one line of JSON each, and replies to each with a line.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from tests.apiserver.handler import Handler
 from tests.apiserver.resources import ENDPOINT_SLICES, NODES, SERVICES
 from tests.apiserver.selectors import Stored
 from tests.apiserver.writing import ProtobufWriter
-from tests.bench.child_process import Companion
+from tests.bench.child_process import ChildProcess
 from tests.bench.cluster import Cluster, Object
-from tests.bench.watchlog import LoggedSocket, WatchLog, Written
+from tests.bench.watchlog import LoggedSocket, WatchLog, WatchTraffic
 from tests.lab.namespace import Namespace
 
-FOLLOWED = (SERVICES, ENDPOINT_SLICES, NODES)
+WATCHED = (SERVICES, ENDPOINT_SLICES, NODES)
 
-Content: TypeAlias = Literal["JSON", "protobuf"]
+Encoding: TypeAlias = Literal["JSON", "protobuf"]
 
 
 class Load(Struct, tag=True):
@@ -34,27 +34,27 @@ class Load(Struct, tag=True):
 
 
 class Change(Struct, tag=True):
-    """Create or replace some objects and delete others, so that a watch sees all of it at once."""
+    """Create or replace some objects and delete others; watches see all changes at once."""
 
     put: Sequence[Object] = ()
     delete: Sequence[Object] = ()
 
 
-class Speak(Struct, tag=True):
-    """Answer requests from now on in protobuf, where it is asked for, or in JSON whatever is asked for."""
+class SetEncoding(Struct, tag=True):
+    """From now on, serve JSON only, or protobuf to clients that accept it."""
 
-    content: Content
-
-
-class Take(Struct, tag=True):
-    """Answer with what was written to watches since the last time."""
+    encoding: Encoding
 
 
-Command: TypeAlias = Load | Change | Speak | Take
+class DrainTraffic(Struct, tag=True):
+    """Reply with the watch traffic since the last time."""
 
 
-class Feed(Companion):
-    """An API server without authentication inside a namespace. Use it in a `with`."""
+Command: TypeAlias = Load | Change | SetEncoding | DrainTraffic
+
+
+class BenchApiServer(ChildProcess):
+    """An API server without authentication in a network namespace. Use it as a context manager."""
 
     def __init__(self, namespace: Namespace) -> None:
         super().__init__(namespace, "tests.bench.api_server")
@@ -62,32 +62,32 @@ class Feed(Companion):
 
     def __enter__(self) -> Self:
         super().__enter__()
-        self.url = msgspec.json.decode(self.answer(), type=str)
+        self.url = msgspec.json.decode(self.read_line(), type=str)
         return self
 
     def load(self, cluster: Cluster) -> None:
         """Create all objects of a cluster."""
-        self._command(Load(cluster))
+        self._send(Load(cluster))
 
     def change(self, *, put: Sequence[Object] = (), delete: Sequence[Object] = ()) -> None:
-        """Create or replace objects, then delete others. Watches are written to after this returns."""
-        self._command(Change(put, delete))
+        """Create or replace objects, then delete others. Watches receive the events after this returns."""
+        self._send(Change(put, delete))
 
-    def speak(self, content: Content) -> None:
-        """Answer requests from now on in protobuf, where it is asked for, or in JSON whatever is asked for."""
-        self._command(Speak(content))
+    def set_encoding(self, encoding: Encoding) -> None:
+        """From now on, serve JSON only, or protobuf to clients that accept it."""
+        self._send(SetEncoding(encoding))
 
-    def take(self) -> Written:
-        """Return what was written to watches since the last call."""
-        return msgspec.json.decode(self._command(Take()), type=Written)
+    def drain_traffic(self) -> WatchTraffic:
+        """Return the watch traffic since the last call."""
+        return msgspec.json.decode(self._send(DrainTraffic()), type=WatchTraffic)
 
-    def _command(self, command: Command) -> bytes:
-        self.send(msgspec.json.encode(command))
-        return self.answer()
+    def _send(self, command: Command) -> bytes:
+        self.write_line(msgspec.json.encode(command))
+        return self.read_line()
 
 
-def obey(server: ApiServer, log: WatchLog, command: Command) -> Written | None:
-    """Carry out one command and return the answer."""
+def execute(server: ApiServer, log: WatchLog, command: Command) -> WatchTraffic | None:
+    """Execute one command and return the reply."""
     if isinstance(command, Load):
         for each in command.cluster.objects():
             server.create(each)
@@ -100,25 +100,25 @@ def obey(server: ApiServer, log: WatchLog, command: Command) -> Written | None:
             for each in command.delete:
                 server.delete(each)
             _encode_since(server, version)
-    elif isinstance(command, Speak):
-        server.faults.protobuf = "supported" if command.content == "protobuf" else "ignored"
+    elif isinstance(command, SetEncoding):
+        server.faults.protobuf = "supported" if command.encoding == "protobuf" else "ignored"
     else:
-        return log.take()
+        return log.drain()
     return None
 
 
 def _encode_all(server: ApiServer) -> None:
-    """Work out the protobuf of all objects beforehand: the daemon is to be waited for, not a server in Python."""
+    """Encode all objects as protobuf in advance, so that the daemon does not wait for a server written in Python."""
     writer = ProtobufWriter()
-    for resource in FOLLOWED:
+    for resource in WATCHED:
         for each in server.store.snapshot(resource, _any)[1]:
             writer.stored("ADDED", resource, each)
 
 
 def _encode_since(server: ApiServer, version: int) -> None:
-    """Work out the protobuf of all events since a resourceVersion, for the same reason."""
+    """Encode all events since a resourceVersion as protobuf in advance."""
     writer = ProtobufWriter()
-    for resource in FOLLOWED:
+    for resource in WATCHED:
         for change in server.store.changes_after(resource, version)[1]:
             if event := change.seen_through(_any):
                 writer.stored(event[0], resource, event[1])
@@ -129,25 +129,26 @@ def _any(_: Stored) -> bool:
 
 
 def main() -> None:
-    """Serve until the standard input ends."""
+    """Serve until standard input is closed."""
     log = WatchLog()
 
-    class Logged(Handler):
+    class LoggedHandler(Handler):
         def setup(self) -> None:
             self.request = LoggedSocket(self.request, log)
             super().setup()
 
     decoder = msgspec.json.Decoder(Command)
     server = ApiServer()
-    server.handler = Logged
+    server.handler = LoggedHandler
     with server:
-        answer: str | Written | None = server.url
-        sys.stdout.buffer.write(msgspec.json.encode(answer) + b"\n")
-        sys.stdout.flush()
+        _reply(server.url)
         for line in sys.stdin.buffer:
-            answer = obey(server, log, decoder.decode(line))
-            sys.stdout.buffer.write(msgspec.json.encode(answer) + b"\n")
-            sys.stdout.flush()
+            _reply(execute(server, log, decoder.decode(line)))
+
+
+def _reply(reply: str | WatchTraffic | None) -> None:
+    sys.stdout.buffer.write(msgspec.json.encode(reply) + b"\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The floors: samples of the same work without kproxy, under the names of the figures that they are floors of."""
+"""Baselines: samples of the same work without kproxy, under the names of the figures they belong to."""
 
 from __future__ import annotations
 
@@ -10,132 +10,136 @@ import msgspec
 
 from tests.bench import cluster as objects
 from tests.bench.cluster import Cluster
-from tests.bench.commit_monitor import Notices
+from tests.bench.commit_monitor import CommitMonitor
 from tests.bench.kernel_objects import KernelObjects, flush, kernel_objects
-from tests.bench.measurements import changed_slices, spare
-from tests.bench.replay import Cost, Mirror, Recording, replay, rules_of_service
-from tests.bench.sizes import Effort
+from tests.bench.measurements import changed_slices, unconnected_services
+from tests.bench.replay import Cost, Recording, RecordingProxy, replay, rules_per_service
+from tests.bench.sizes import Repetitions
 from tests.lab.namespace import Namespace
 
 Samples = dict[str, list[float]]
 
 
-def take_all(mode: str, cluster: Cluster, effort: Effort, *, rolling_syncs: int) -> tuple[Samples, KernelObjects]:
-    """Measure all floors; return them, and what the kernel held after the first sync.
+def measure_baselines(
+    mode: str, cluster: Cluster, repetitions: Repetitions, *, rolling_syncs: int
+) -> tuple[Samples, KernelObjects]:
+    """Measure all baselines; return them and the number of kernel objects after the first sync.
 
-    `rolling_syncs` is how many syncs the daemon made of a rolling update.
+    `rolling_syncs` is the number of syncs that the daemon made for one rolling update.
     """
-    namespace = Namespace("floor")
+    namespace = Namespace("baseline")
     try:
-        # With a listener, as the daemon has one: telling it of every element takes the kernel some time.
-        with Notices(namespace) as notices:
-            floors = _Floors(mode, cluster, effort, notices)
-            kernel = namespace.call(lambda: floors.take_all(rolling_syncs))
-            return floors.samples, kernel
+        # The daemon's measurement has a listener too. With one, the kernel sends a notification for every element,
+        # which takes time.
+        with CommitMonitor(namespace) as monitor:
+            baselines = _Baselines(mode, cluster, repetitions, monitor)
+            kernel = namespace.call(lambda: baselines.measure(rolling_syncs))
+            return baselines.samples, kernel
     finally:
         namespace.close()
 
 
-class _Floors:
-    """Everything happens in the namespace that it is called in."""
+class _Baselines:
+    """Measures in the current network namespace."""
 
-    def __init__(self, mode: str, cluster: Cluster, effort: Effort, notices: Notices) -> None:
+    def __init__(self, mode: str, cluster: Cluster, repetitions: Repetitions, monitor: CommitMonitor) -> None:
         self.samples: Samples = defaultdict(list)
-        self._mode, self._cluster, self._effort = mode, cluster, effort
-        self._notices = notices
+        self._mode, self._cluster, self._repetitions = mode, cluster, repetitions
+        self._monitor = monitor
 
-    def take_all(self, rolling_syncs: int) -> KernelObjects:
-        """Take all samples; return what the kernel held after the first sync."""
-        effort, mirror = self._effort, Mirror(self._mode, self._cluster)
-        everything = mirror.change()
-        for _ in range(effort.first_syncs):
+    def measure(self, rolling_syncs: int) -> KernelObjects:
+        """Take all samples; return the number of kernel objects after the first sync."""
+        repetitions, proxy = self._repetitions, RecordingProxy(self._mode, self._cluster)
+        first_sync = proxy.change()
+        for _ in range(repetitions.first_syncs):
             flush()
-            self._note("first sync", everything)
+            self._sample("first sync", first_sync)
         if self._mode == "iptables":
-            self._first_sync_apart(effort.first_syncs)
+            self._first_sync_in_blocks(repetitions.first_syncs)
         flush()
-        self._replay(everything)
+        self._replay(first_sync)
         kernel = kernel_objects()
         for name in KernelObjects.__struct_fields__:
             self.samples[f"kernel: {name}"].append(getattr(kernel, name))
-        if effort.changes:
-            self._endpoints(mirror, effort.changes)
-            self._services(mirror, effort.services)
-            for _ in range(effort.rollings):
-                self._rolling(mirror, effort.rolled, rolling_syncs)
-            for _ in range(effort.bursts):
-                self._burst(mirror, effort.burst)
-            for _ in range(effort.idles):
-                parsed = _parsing(self._cluster, effort.burst)
-                for form in ("JSON", "protobuf"):
-                    self.samples[f"event, {form}: CPU"].append(parsed)
+        if repetitions.endpoint_changes:
+            self._endpoints(proxy, repetitions.endpoint_changes)
+            self._services(proxy, repetitions.service_changes)
+            for _ in range(repetitions.rolling_updates):
+                self._rolling_update(proxy, repetitions.rolling_endpoints, rolling_syncs)
+            for _ in range(repetitions.bursts):
+                self._burst(proxy, repetitions.burst_changes)
+            for _ in range(repetitions.annotation_bursts):
+                parsing = _parsing_seconds(self._cluster, repetitions.burst_changes)
+                for encoding in ("JSON", "protobuf"):
+                    self.samples[f"event, {encoding}: CPU"].append(parsing)
         return kernel
 
     def _replay(self, recording: Recording) -> Cost:
-        self._notices.forget()
-        return replay(recording, self._notices)
+        self._monitor.clear()
+        return replay(recording, self._monitor)
 
-    def _note(self, name: str, recording: Recording) -> None:
+    def _sample(self, name: str, recording: Recording) -> None:
         cost = self._replay(recording)
         self.samples[name].append(cost.seconds)
         self.samples[f"{name}: CPU"].append(cost.cpu)
 
-    def _first_sync_apart(self, times: int) -> None:
-        """Write the same rules in blocks of 25 Services with a program for each, which is how one would begin."""
+    def _first_sync_in_blocks(self, count: int) -> None:
+        """Write the same rules in blocks of 25 Services with one program start per block, the obvious design."""
         flush()
-        apart = Mirror(self._mode, self._cluster, block_rules=25 * rules_of_service(self._cluster.endpoints)).change()
-        for _ in range(times):
+        block_rules = 25 * rules_per_service(self._cluster.endpoints)
+        recorded = RecordingProxy(self._mode, self._cluster, block_rules=block_rules).change()
+        for _ in range(count):
             flush()
-            cost = self._replay([(recorder, [text]) for recorder, texts in apart for text in texts])  # type: ignore[misc]
+            cost = self._replay([(recorder, [text]) for recorder, texts in recorded for text in texts])  # type: ignore[misc]
             self.samples["first sync: in blocks"].append(cost.seconds)
 
-    def _endpoints(self, mirror: Mirror, count: int) -> None:
-        numbers = spare(self._cluster)
+    def _endpoints(self, proxy: RecordingProxy, count: int) -> None:
+        numbers = unconnected_services(self._cluster)
         for turn in range(count):
             number = numbers[turn * len(numbers) // count]
-            there = mirror.change(put=[self._cluster.endpoint_slice(number, shift=turn + 1)])
-            back = mirror.change(put=[self._cluster.endpoint_slice(number)])
-            self._note("one endpoint", there)
-            self._note("one endpoint", back)
+            change = proxy.change(put=[self._cluster.endpoint_slice(number, variant=turn + 1)])
+            reverse = proxy.change(put=[self._cluster.endpoint_slice(number)])
+            self._sample("one endpoint", change)
+            self._sample("one endpoint", reverse)
 
-    def _services(self, mirror: Mirror, count: int) -> None:
+    def _services(self, proxy: RecordingProxy, count: int) -> None:
         for number in range(self._cluster.services, self._cluster.services + count):
-            service, found = self._cluster.service(number), self._cluster.endpoint_slice(number)
-            mirror.change(put=[found])
-            new, deleted = mirror.change(put=[service]), mirror.change(delete=[service])
-            self._note("new Service", new)
-            self._note("deleted Service", deleted)
-            mirror.change(delete=[found])
+            service, its_slice = self._cluster.service(number), self._cluster.endpoint_slice(number)
+            proxy.change(put=[its_slice])
+            new, deleted = proxy.change(put=[service]), proxy.change(delete=[service])
+            self._sample("new Service", new)
+            self._sample("deleted Service", deleted)
+            proxy.change(delete=[its_slice])
 
-    def _rolling(self, mirror: Mirror, endpoints: int, syncs: int) -> None:
-        there = [objects.rolling_slice(endpoints, 0), objects.rolling_service()]
-        mirror.change(put=there)
+    def _rolling_update(self, proxy: RecordingProxy, endpoints: int, syncs: int) -> None:
+        initial = [objects.rolling_slice(endpoints, 0), objects.rolling_service()]
+        proxy.change(put=initial)
         steps: Sequence[Recording] = [
-            mirror.change(put=[objects.rolling_slice(endpoints, endpoints * step // syncs)])
+            proxy.change(put=[objects.rolling_slice(endpoints, endpoints * step // syncs)])
             for step in range(1, syncs + 1)
         ]
-        back = mirror.change(put=there)
+        reverse = proxy.change(put=initial)
         costs = [self._replay(each) for each in steps]
-        self._replay(back)
-        mirror.change(delete=there)
+        self._replay(reverse)
+        proxy.change(delete=initial)
         self.samples["rolling update"].append(costs[-1].seconds)
         self.samples["rolling update: CPU/change"].append(sum(each.cpu for each in costs) / endpoints)
 
-    def _burst(self, mirror: Mirror, count: int) -> None:
-        there, back = (
-            mirror.change(put=changed_slices(self._cluster, count, shifted=shifted)) for shifted in (True, False)
+    def _burst(self, proxy: RecordingProxy, count: int) -> None:
+        change, reverse = (
+            proxy.change(put=changed_slices(self._cluster, count, variants=variants)) for variants in (True, False)
         )
-        for each in (there, back):
+        for each in (change, reverse):
             cost = self._replay(each)
             self.samples["burst"].append(cost.seconds)
             self.samples["burst: CPU/change"].append(cost.cpu / count)
 
 
-def _parsing(cluster: Cluster, count: int) -> float:
-    """Return the CPU seconds that finding the end of one event's JSON takes, of which nothing is kept."""
-    lines = [msgspec.json.encode(each) for each in changed_slices(cluster, count, shifted=False)]
+def _parsing_seconds(cluster: Cluster, count: int) -> float:
+    """Return the CPU seconds that a parser takes to find the end of one event's JSON, without decoding anything."""
+    lines = [msgspec.json.encode(each) for each in changed_slices(cluster, count, variants=False)]
     decoder = msgspec.json.Decoder(msgspec.Raw)
-    began = time.thread_time()
+    start = time.thread_time()
     for line in lines:
         decoder.decode(line)
-    return (time.thread_time() - began) / count
+    return (time.thread_time() - start) / count

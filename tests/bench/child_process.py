@@ -1,4 +1,4 @@
-"""Modules of the benchmark that run as processes of their own, so that their work is not the daemon's."""
+"""Modules of the benchmark that run in child processes, so that their CPU time does not count as the daemon's."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from tests.lab.namespace import Namespace
 ROOT = Path(__file__).parents[2]
 
 
-class Companion:
-    """A module, run as a program inside a namespace. Use it in a `with`; it dies with the namespace, and so with us.
+class ChildProcess:
+    """A module that runs as a program in a network namespace. Use it as a context manager.
 
-    It may be sent lines on its standard input, and answers with lines on its standard output.
+    The process reads lines from standard input and replies with lines on standard output. The kernel kills it when the
+    namespace's thread exits, so it cannot outlive the benchmark.
     """
 
     def __init__(self, namespace: Namespace, module: str, *arguments: str) -> None:
@@ -36,16 +37,16 @@ class Companion:
             assert stream is not None
             stream.close()
 
-    def send(self, line: bytes) -> None:
-        """Send it a line, given without its end."""
+    def write_line(self, line: bytes) -> None:
+        """Send one line, given without its newline."""
         assert self._process.stdin is not None
         self._process.stdin.write(line + b"\n")
         self._process.stdin.flush()
 
-    def answer(self) -> bytes:
-        """Return its next line. Raises `RuntimeError` if it has ended."""
+    def read_line(self) -> bytes:
+        """Return the next line of output. Raises `RuntimeError` if the process has exited."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self._module} has ended; what it said is above")
+            raise RuntimeError(f"{self._module} exited unexpectedly; see its output above")
         return line

@@ -1,4 +1,4 @@
-"""When the kernel's rules changed: its own notice of each transaction, with the moment at which it arrived."""
+"""Times of rule set changes, taken from the kernel's notification of each nf_tables transaction."""
 
 from __future__ import annotations
 
@@ -24,34 +24,34 @@ _PROCESS_NAME = 3  # NFTA_GEN_PROC_NAME
 _HEADER = struct.Struct("=IHHII")
 _NFGENMSG_SIZE = 4
 _CHUNK = 1 << 16
-_RECEIVE_BUFFER_FORCED, _BUFFER = 33, 1 << 24
+_RECEIVE_BUFFER_FORCED, _BUFFER = 33, 1 << 24  # SO_RCVBUFFORCE, bytes
 
 _SO_ATTACH_FILTER = 26
 _INSTRUCTION = struct.Struct("=HBBI")
 _FILTER = b"".join(
     _INSTRUCTION.pack(*each)
     for each in (
-        (0x28, 0, 0, 4),  # load the half word at 4, the type of the first message
-        (0x15, 0, 1, socket.htons(_NEW_GENERATION)),  # BPF loads it as if it came from a network
+        (0x28, 0, 0, 4),  # load the half word at offset 4, the type of the first message
+        (0x15, 0, 1, socket.htons(_NEW_GENERATION)),  # BPF loads half words in network byte order
         (0x06, 0, 0, 0xFFFFFFFF),
         (0x06, 0, 0, 0),
     )
 )
-"""Lets only the ends of transactions through: of a large one, the kernel tells of every element too, which would
-overflow any buffer. It sends the end in a packet of its own (`nf_tables_gen_notify`)."""
+"""A BPF filter that passes only the end of a transaction. The kernel also sends a notification for every element, which
+overflows any buffer if the transaction is large. It sends the end in a separate packet (`nf_tables_gen_notify`)."""
 
 
-class Notice(Struct, frozen=True):
-    """A transaction is in force: since when (nanoseconds of CLOCK_MONOTONIC), and which program made it."""
+class Commit(Struct, frozen=True):
+    """A committed transaction: when its notification arrived (nanoseconds of CLOCK_MONOTONIC), and its process name."""
 
-    moment: int
+    time: int
     process: str
 
 
-class Notices:
-    """Listens to a namespace's nf_tables in a thread of its own. Use it in a `with`.
+class CommitMonitor:
+    """Records the commits in a network namespace, in a background thread. Use it as a context manager.
 
-    Changes by iptables-legacy give no notice.
+    iptables-legacy does not use nf_tables, so its changes are not recorded.
     """
 
     def __init__(self, namespace: Namespace) -> None:
@@ -62,45 +62,45 @@ class Notices:
         program = struct.pack("@HP", len(_FILTER) // _INSTRUCTION.size, ctypes.addressof(code))
         self._socket.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
         self._socket.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, _GROUP)
-        self._wake, self._woken = os.pipe()
+        self._stop_reader, self._stop_writer = os.pipe()
         self._lock = threading.Lock()
-        self._found: list[Notice] = []
-        self._thread = threading.Thread(target=self._listen, name="notices", daemon=True)
+        self._commits: list[Commit] = []
+        self._thread = threading.Thread(target=self._listen, name="commit-monitor", daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._woken)
+        os.close(self._stop_writer)
         self._thread.join()
-        os.close(self._wake)
+        os.close(self._stop_reader)
         self._socket.close()
 
-    def since(self, moment: int) -> list[Notice]:
-        """Return the notices that came after a moment, in their order, without leaving out any that has been sent."""
+    def since(self, start: int) -> list[Commit]:
+        """Return the commits after a time, in order, including notifications still in the socket's buffer."""
         while True:
             with self._lock:
                 if not select.select([self._socket], [], [], 0)[0]:
-                    return [each for each in self._found if each.moment > moment]
+                    return [each for each in self._commits if each.time > start]
             time.sleep(0)
 
-    def forget(self) -> None:
-        """Drop the notices so far."""
+    def clear(self) -> None:
+        """Discard the commits recorded so far."""
         with self._lock:
-            self._found.clear()
+            self._commits.clear()
 
     def _listen(self) -> None:
         poll = select.poll()
-        for each in (self._socket.fileno(), self._wake):
+        for each in (self._socket.fileno(), self._stop_reader):
             poll.register(each, select.POLLIN)
-        while self._wake not in dict(poll.poll()):
+        while self._stop_reader not in dict(poll.poll()):
             with self._lock:
                 data = self._socket.recv(_CHUNK)
-                self._found.append(Notice(time.monotonic_ns(), _process(data)))
+                self._commits.append(Commit(time.monotonic_ns(), _process_name(data)))
 
 
-def _process(data: bytes) -> str:
+def _process_name(data: bytes) -> str:
     size = _HEADER.unpack_from(data)[0]
     begin, end = attributes(data, _HEADER.size + _NFGENMSG_SIZE, size)[_PROCESS_NAME]
     return data[begin:end].rstrip(b"\0").decode()

@@ -1,4 +1,4 @@
-"""The daemon that is measured: started, watched from outside until it rests, and stopped."""
+"""The measured daemon: start it, wait until it is idle, read its CPU time and memory."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from pathlib import Path
 from typing import Self
 
 from tests.bench.cluster import CLUSTER_CIDR
-from tests.bench.commit_monitor import Notice, Notices
+from tests.bench.commit_monitor import Commit, CommitMonitor
 from tests.bench.usage import cpu_seconds, has_children, memory_megabytes, own_cpu_seconds
 from tests.lab.namespace import Namespace
 from tests.lab.proxy import KPROXY
 from tests.lab.topology import NODE
 
 SYNC_PERIOD = 1.0
-"""`minSyncPeriod` as it is by default: changes within this time after a sync wait for the next one."""
+"""The default of `minSyncPeriod`: changes within this time after a sync wait for the next sync."""
 
-REST = SYNC_PERIOD + 0.15
-"""Seconds without a commit after which a daemon that does nothing either has nothing left to do."""
+IDLE_TIME = SYNC_PERIOD + 0.15
+"""Seconds without a commit after which a daemon that uses no CPU is idle."""
 
-LOOK = 0.05
-RESTING_LOAD = 0.1
-"""Share of a CPU below which a daemon does nothing."""
+POLL_INTERVAL = 0.05
+IDLE_LOAD = 0.1
+"""Share of a CPU below which the daemon counts as using none."""
 
 HANG_GUARD = 3600.0
 
 
-class Subject:
-    """`kproxy run` in a namespace, following an API server. Use it in a `with`."""
+class MeasuredDaemon:
+    """`kproxy run` in a network namespace, connected to an API server. Use it as a context manager."""
 
-    def __init__(self, namespace: Namespace, notices: Notices, mode: str, url: str, log: Path) -> None:
+    def __init__(self, namespace: Namespace, monitor: CommitMonitor, mode: str, url: str, log: Path) -> None:
         self._namespace = namespace
-        self._notices = notices
+        self._monitor = monitor
         self._log = log
         self._command = [
             KPROXY,
@@ -41,7 +41,7 @@ class Subject:
             f"--proxy-mode={mode}",
             f"--hostname-override={NODE}",
             f"--cluster-cidr={CLUSTER_CIDR}",
-            "--conntrack-max-per-core=0",  # a setting of the whole machine
+            "--conntrack-max-per-core=0",  # this limit is not per network namespace
             "--conntrack-min=0",
         ]
         self.started = 0
@@ -62,38 +62,41 @@ class Subject:
 
     @property
     def cpu(self) -> float:
-        """The CPU seconds that it and its children have used so far."""
+        """CPU seconds used so far by the daemon and the child processes it has waited for."""
         return cpu_seconds(self._process.pid)
 
     @property
     def memory(self) -> tuple[float, float]:
-        """Its resident memory now and at its peak, in MB."""
+        """Current and peak resident memory in MB."""
         return memory_megabytes(self._process.pid)
 
-    def settle(self, since: int, *, commits: int = 1) -> list[Notice]:
-        """Wait until it rests and at least so many commits have come after a moment; return all of these.
+    def wait_until_idle(self, since: int, *, commits: int = 1) -> list[Commit]:
+        """Wait until the daemon is idle and has made at least `commits` commits after `since`; return these commits.
 
-        Raises `RuntimeError` with its last words if it ends, `TimeoutError` if it never rests.
+        Raises:
+            RuntimeError: the daemon exited; the message has the last line of its log.
+            TimeoutError: the daemon did not become idle.
+
         """
-        asked = time.monotonic_ns()
+        called = time.monotonic_ns()
         deadline = time.monotonic() + HANG_GUARD
         while time.monotonic() < deadline:
-            works = self._works()
-            found = self._notices.since(since)
-            last = max(found[-1].moment if found else 0, asked, since)
-            if not works and len(found) >= commits and time.monotonic_ns() - last > REST * 1e9:
+            busy = self._is_busy()
+            found = self._monitor.since(since)
+            last = max(found[-1].time if found else 0, called, since)
+            if not busy and len(found) >= commits and time.monotonic_ns() - last > IDLE_TIME * 1e9:
                 return found
-        raise TimeoutError(f"kproxy never rests; {len(found)} of {commits} commits")
+        raise TimeoutError(f"kproxy did not become idle; {len(found)} of {commits} expected commits")
 
     def check(self) -> None:
-        """Raise `RuntimeError` with its last words if it has ended."""
+        """Raise `RuntimeError` with the last line of the log if the daemon has exited."""
         if self._process.poll() is not None:
-            words = self._log.read_text().strip().splitlines() or ["(it said nothing)"]
-            raise RuntimeError(f"kproxy ended with exit code {self._process.returncode}: {words[-1]}")
+            lines = self._log.read_text().strip().splitlines() or ["(no output)"]
+            raise RuntimeError(f"kproxy exited with code {self._process.returncode}: {lines[-1]}")
 
-    def _works(self) -> bool:
+    def _is_busy(self) -> bool:
         self.check()
         pid = self._process.pid
-        before, busy = own_cpu_seconds(pid), has_children(pid)
-        time.sleep(LOOK)
-        return busy or has_children(pid) or own_cpu_seconds(pid) - before > RESTING_LOAD * LOOK
+        before, children = own_cpu_seconds(pid), has_children(pid)
+        time.sleep(POLL_INTERVAL)
+        return children or has_children(pid) or own_cpu_seconds(pid) - before > IDLE_LOAD * POLL_INTERVAL

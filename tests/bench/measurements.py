@@ -1,4 +1,4 @@
-"""What the daemon costs: samples of every figure for one mode and size of cluster."""
+"""Measurements of the daemon: samples of every figure for one mode and cluster size."""
 
 from __future__ import annotations
 
@@ -10,163 +10,174 @@ from msgspec import Struct
 from tests.bench import cluster as objects
 from tests.bench.cluster import PORT, TARGET_PORT, Cluster, cluster_ip
 from tests.bench.connections import Round, measure
-from tests.bench.daemon import Subject
+from tests.bench.daemon import MeasuredDaemon
 from tests.bench.kernel_objects import KernelObjects, kernel_objects
-from tests.bench.sizes import Effort
-from tests.bench.testbed import SERVED, Scene
+from tests.bench.sizes import Repetitions
+from tests.bench.testbed import SERVER_ADDRESSES, Testbed
 
-PACE = 0.02
+EVENT_INTERVAL = 0.02
 """Seconds between the events of a rolling update."""
 
 
-class Measured(Struct):
-    """Samples by the name of their figure, those of connections without rules, and what the floors need to know."""
+class Measurements(Struct):
+    """Samples by the name of their figure, and what the baselines need to know.
 
-    found: dict[str, list[float]]
+    samples: measured with the daemon running.
+    direct: connections on a node without rules.
+    """
+
+    samples: dict[str, list[float]]
     direct: dict[str, list[float]]
     kernel: KernelObjects = KernelObjects(0, 0, 0, 0)
     rolling_syncs: int = 1
 
 
-def spare(cluster: Cluster) -> list[int]:
-    """Return the Services whose endpoints may change: those that nobody connects to."""
-    return [number for number in range(cluster.services) if number not in cluster.reached]
+def unconnected_services(cluster: Cluster) -> list[int]:
+    """Return the Services that the client does not connect to, so that their endpoints may change."""
+    return [number for number in range(cluster.services) if number not in cluster.connected]
 
 
-def changed_slices(cluster: Cluster, count: int, *, shifted: bool = True, note: str = "") -> list[objects.Object]:
-    """Return one slice of each of `count` Services, or several of the same if there are not so many."""
-    numbers = spare(cluster)
+def changed_slices(
+    cluster: Cluster, count: int, *, variants: bool = True, annotation: str = ""
+) -> list[objects.Object]:
+    """Return `count` EndpointSlices of different Services; Services repeat if the cluster has fewer.
+
+    Without `variants`, the slices have their original endpoints.
+    """
+    numbers = unconnected_services(cluster)
     return [
-        cluster.endpoint_slice(numbers[turn % len(numbers)], shift=turn + 1 if shifted else 0, note=note)
+        cluster.endpoint_slice(numbers[turn % len(numbers)], variant=turn + 1 if variants else 0, annotation=annotation)
         for turn in range(count)
     ]
 
 
-def take_all(scene: Scene, effort: Effort) -> Measured:
-    """Measure everything, one thing after the other."""
-    done = Measured(defaultdict(list), defaultdict(list))
-    _direct(scene, effort, done)
-    for _ in range(effort.first_syncs - 1):
-        with scene.subject() as subject:
-            _first_sync(scene, subject, done)
-        scene.empty()
-    with scene.subject() as subject:
-        _first_sync(scene, subject, done)
-        done.kernel = scene.node.call(kernel_objects)
-        done.found["RSS after first sync"].append(subject.memory[0])
-        _connects(scene, effort, done)
-        if effort.changes:
-            _changes(scene, subject, effort, done)
-            done.found["RSS after changes"].append(subject.memory[0])
-        done.found["RSS at peak"].append(subject.memory[1])
-    if effort.changes:
-        with scene.subject() as subject:
-            scene.settle_start(subject, commits=0)
-            done.found["restart: CPU"].append(subject.cpu)
-        scene.feed.speak("JSON")
-        with scene.subject() as subject:
-            scene.settle_start(subject, commits=0)
-            _idle_events(scene, subject, effort, done)
+def measure_daemon(testbed: Testbed, repetitions: Repetitions) -> Measurements:
+    """Take all samples, one after the other."""
+    result = Measurements(defaultdict(list), defaultdict(list))
+    _direct_connections(testbed, repetitions, result)
+    for _ in range(repetitions.first_syncs - 1):
+        with testbed.daemon() as daemon:
+            _first_sync(testbed, daemon, result)
+        testbed.flush_rules()
+    with testbed.daemon() as daemon:
+        _first_sync(testbed, daemon, result)
+        result.kernel = testbed.node.call(kernel_objects)
+        result.samples["RSS after first sync"].append(daemon.memory[0])
+        _connections(testbed, repetitions, result)
+        if repetitions.endpoint_changes:
+            _changes(testbed, daemon, repetitions, result)
+            result.samples["RSS after changes"].append(daemon.memory[0])
+        result.samples["RSS at peak"].append(daemon.memory[1])
+    if repetitions.endpoint_changes:
+        with testbed.daemon() as daemon:
+            testbed.wait_for_start(daemon, commits=0)
+            result.samples["restart: CPU"].append(daemon.cpu)
+        testbed.api_server.set_encoding("JSON")
+        with testbed.daemon() as daemon:
+            testbed.wait_for_start(daemon, commits=0)
+            _annotation_events(testbed, daemon, repetitions, result)
     for name in KernelObjects.__struct_fields__:
-        done.found[f"kernel: {name}"].append(getattr(done.kernel, name))
-    return done
+        result.samples[f"kernel: {name}"].append(getattr(result.kernel, name))
+    return result
 
 
-def _first_sync(scene: Scene, subject: Subject, done: Measured) -> None:
-    notices = scene.settle_start(subject)
-    seconds = (notices[-1].moment - subject.started) / 1e9
-    done.found["first sync"].append(seconds)
-    if scene.mode == "iptables":
-        done.found["first sync: in blocks"].append(seconds)
-    done.found["first sync: CPU"].append(subject.cpu)
+def _first_sync(testbed: Testbed, daemon: MeasuredDaemon, result: Measurements) -> None:
+    commits = testbed.wait_for_start(daemon)
+    seconds = (commits[-1].time - daemon.started) / 1e9
+    result.samples["first sync"].append(seconds)
+    if testbed.mode == "iptables":
+        result.samples["first sync: in blocks"].append(seconds)
+    result.samples["first sync: CPU"].append(daemon.cpu)
 
 
-def _direct(scene: Scene, effort: Effort, done: Measured) -> None:
-    pods = [(address, TARGET_PORT) for address in SERVED]
-    (rounds,) = measure(scene.client, [pods], rounds=effort.rounds, count=effort.connects)
-    _note_rounds(done.direct, rounds)
-    done.direct["connect past the rules"] = [each.median for each in rounds]
+def _direct_connections(testbed: Testbed, repetitions: Repetitions, result: Measurements) -> None:
+    pods = [(address, TARGET_PORT) for address in SERVER_ADDRESSES]
+    (rounds,) = measure(testbed.client, [pods], rounds=repetitions.rounds, count=repetitions.connections)
+    _add_rounds(result.direct, rounds)
+    result.direct["connect past the rules"] = [each.median for each in rounds]
 
 
-def _connects(scene: Scene, effort: Effort, done: Measured) -> None:
-    vips = [(cluster_ip(number), PORT) for number in scene.cluster.reached]
-    pods = [(address, TARGET_PORT) for address in SERVED]
-    through, past = measure(scene.client, [vips, pods], rounds=effort.rounds, count=effort.connects)
-    _note_rounds(done.found, through)
-    done.found["connect past the rules"] += [each.median for each in past]
+def _connections(testbed: Testbed, repetitions: Repetitions, result: Measurements) -> None:
+    vips = [(cluster_ip(number), PORT) for number in testbed.cluster.connected]
+    pods = [(address, TARGET_PORT) for address in SERVER_ADDRESSES]
+    to_vips, to_pods = measure(testbed.client, [vips, pods], rounds=repetitions.rounds, count=repetitions.connections)
+    _add_rounds(result.samples, to_vips)
+    result.samples["connect past the rules"] += [each.median for each in to_pods]
 
 
-def _note_rounds(samples: dict[str, list[float]], rounds: list[Round]) -> None:
+def _add_rounds(samples: dict[str, list[float]], rounds: list[Round]) -> None:
     samples["connect to a VIP: median"] += [each.median for each in rounds]
     samples["connect to a VIP: p99"] += [each.p99 for each in rounds]
     samples["connections to VIPs"] += [each.rate for each in rounds]
 
 
-def _changes(scene: Scene, subject: Subject, effort: Effort, done: Measured) -> None:
-    _endpoints(scene, subject, effort.changes, done)
-    _services(scene, subject, effort.services, done)
-    for _ in range(effort.rollings):
-        _rolling(scene, subject, effort.rolled, done)
-    for _ in range(effort.bursts):
-        _burst(scene, subject, effort.burst, done)
-    _idle_events(scene, subject, effort, done)
+def _changes(testbed: Testbed, daemon: MeasuredDaemon, repetitions: Repetitions, result: Measurements) -> None:
+    _endpoints(testbed, daemon, repetitions.endpoint_changes, result)
+    _services(testbed, daemon, repetitions.service_changes, result)
+    for _ in range(repetitions.rolling_updates):
+        _rolling_update(testbed, daemon, repetitions.rolling_endpoints, result)
+    for _ in range(repetitions.bursts):
+        _burst(testbed, daemon, repetitions.burst_changes, result)
+    _annotation_events(testbed, daemon, repetitions, result)
 
 
-def _endpoints(scene: Scene, subject: Subject, count: int, done: Measured) -> None:
-    numbers = spare(scene.cluster)
+def _endpoints(testbed: Testbed, daemon: MeasuredDaemon, count: int, result: Measurements) -> None:
+    numbers = unconnected_services(testbed.cluster)
     for turn in range(count):
         number = numbers[turn * len(numbers) // count]
-        for shift in (turn + 1, 0):
-            effect = scene.change(subject, put=[scene.cluster.endpoint_slice(number, shift=shift)])
-            done.found["one endpoint"].append(effect.seconds)
-            done.found["one endpoint: CPU"].append(effect.cpu)
+        for variant in (turn + 1, 0):
+            effect = testbed.change(daemon, put=[testbed.cluster.endpoint_slice(number, variant=variant)])
+            result.samples["one endpoint"].append(effect.seconds)
+            result.samples["one endpoint: CPU"].append(effect.cpu)
 
 
-def _services(scene: Scene, subject: Subject, count: int, done: Measured) -> None:
-    """Let Services come and go whose slices are there all the time: so each is one event, and one sync."""
-    numbers = range(scene.cluster.services, scene.cluster.services + count)
-    slices = [scene.cluster.endpoint_slice(number) for number in numbers]
-    scene.change(subject, put=slices, commits=0)
+def _services(testbed: Testbed, daemon: MeasuredDaemon, count: int, result: Measurements) -> None:
+    """Create and delete Services. Their EndpointSlices exist throughout, so each change is one event and one sync."""
+    numbers = range(testbed.cluster.services, testbed.cluster.services + count)
+    slices = [testbed.cluster.endpoint_slice(number) for number in numbers]
+    testbed.change(daemon, put=slices, commits=0)
     for number in numbers:
-        service = scene.cluster.service(number)
+        service = testbed.cluster.service(number)
         for name, effect in (
-            ("new Service", scene.change(subject, put=[service])),
-            ("deleted Service", scene.change(subject, delete=[service])),
+            ("new Service", testbed.change(daemon, put=[service])),
+            ("deleted Service", testbed.change(daemon, delete=[service])),
         ):
-            done.found[name].append(effect.seconds)
-            done.found[f"{name}: CPU"].append(effect.cpu)
-    scene.change(subject, delete=slices, commits=0)
+            result.samples[name].append(effect.seconds)
+            result.samples[f"{name}: CPU"].append(effect.cpu)
+    testbed.change(daemon, delete=slices, commits=0)
 
 
-def _rolling(scene: Scene, subject: Subject, endpoints: int, done: Measured) -> None:
+def _rolling_update(testbed: Testbed, daemon: MeasuredDaemon, endpoints: int, result: Measurements) -> None:
     def replace_all() -> None:
         for step in range(1, endpoints + 1):
-            scene.feed.change(put=[objects.rolling_slice(endpoints, step)])
-            time.sleep(PACE)
+            testbed.api_server.change(put=[objects.rolling_slice(endpoints, step)])
+            time.sleep(EVENT_INTERVAL)
 
-    there = [objects.rolling_slice(endpoints, 0), objects.rolling_service()]
-    scene.change(subject, put=there)
-    effect = scene.effect(subject, replace_all)
-    done.found["rolling update"].append(effect.lag)
-    done.found["rolling update: CPU/change"].append(effect.cpu / endpoints)
-    done.rolling_syncs = effect.syncs
-    scene.change(subject, delete=there)
-
-
-def _burst(scene: Scene, subject: Subject, count: int, done: Measured) -> None:
-    for shifted in (True, False):
-        effect = scene.change(subject, put=changed_slices(scene.cluster, count, shifted=shifted))
-        done.found["burst"].append(effect.seconds)
-        done.found["burst: CPU/change"].append(effect.cpu / count)
-        done.found["burst: commits"].append(effect.commits)
+    initial = [objects.rolling_slice(endpoints, 0), objects.rolling_service()]
+    testbed.change(daemon, put=initial)
+    effect = testbed.effect(daemon, replace_all)
+    result.samples["rolling update"].append(effect.lag)
+    result.samples["rolling update: CPU/change"].append(effect.cpu / endpoints)
+    result.rolling_syncs = effect.syncs
+    testbed.change(daemon, delete=initial)
 
 
-def _idle_events(scene: Scene, subject: Subject, effort: Effort, done: Measured) -> None:
-    """Let the server send events in which rules have no part, in the form that server and daemon have agreed on."""
-    for turn in range(effort.idles):
-        slices = changed_slices(scene.cluster, effort.burst, shifted=False, note=f"{turn}")
-        effect = scene.change(subject, put=slices, commits=0)
-        written = effect.written
-        form = "protobuf" if written.protobuf else "JSON"
-        done.found[f"event, {form}: bytes"].append(written.bytes / written.events)
-        done.found[f"event, {form}: CPU"].append(effect.cpu / written.events)
+def _burst(testbed: Testbed, daemon: MeasuredDaemon, count: int, result: Measurements) -> None:
+    for variants in (True, False):
+        effect = testbed.change(daemon, put=changed_slices(testbed.cluster, count, variants=variants))
+        result.samples["burst"].append(effect.seconds)
+        result.samples["burst: CPU/change"].append(effect.cpu / count)
+        result.samples["burst: commits"].append(effect.commits)
+
+
+def _annotation_events(
+    testbed: Testbed, daemon: MeasuredDaemon, repetitions: Repetitions, result: Measurements
+) -> None:
+    """Change only annotations, so that no rule changes, in the encoding that server and daemon negotiated."""
+    for turn in range(repetitions.annotation_bursts):
+        slices = changed_slices(testbed.cluster, repetitions.burst_changes, variants=False, annotation=f"{turn}")
+        effect = testbed.change(daemon, put=slices, commits=0)
+        traffic = effect.traffic
+        encoding = "protobuf" if traffic.protobuf else "JSON"
+        result.samples[f"event, {encoding}: bytes"].append(traffic.bytes / traffic.events)
+        result.samples[f"event, {encoding}: CPU"].append(effect.cpu / traffic.events)

@@ -1,6 +1,6 @@
-"""The same decisions as the daemon's, in this process, with everything that the kernel is given kept for a replay.
+"""Record what kproxy sends to the kernel, and replay it without kproxy.
 
-The replay is the floor: no proxy that wants this state in the kernel can be faster than its bare transactions.
+A replay is a lower bound: no proxy that creates the same kernel state by the same means can be faster.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from kproxy.nftables.kernel import NftTable
 from kproxy.nftables.transaction import Transaction
 from kproxy.sync.family import FamilySync
 from tests.bench.cluster import CLUSTER_CIDR, Cluster, Object
-from tests.bench.commit_monitor import Notices
-from tests.bench.usage import spent
+from tests.bench.commit_monitor import CommitMonitor
+from tests.bench.usage import self_cpu_seconds
 from tests.lab.iptables import Recorder
 from tests.lab.topology import NODE
 
@@ -46,22 +46,22 @@ NetlinkMessages: TypeAlias = list[tuple[int, int, bytes]]
 
 
 class Cost(Struct, frozen=True):
-    """What a replay took: seconds until the last commit, and CPU seconds, children included."""
+    """The cost of a replay: seconds until the last commit, and CPU seconds including child processes."""
 
     seconds: float
     cpu: float
 
 
 class IptablesRecorder(Recorder):
-    """The real iptables, with every input kept."""
+    """Runs the real iptables and records every input."""
 
     def replay(self, inputs: Sequence[str]) -> None:
-        """Run the bare `iptables-restore` on the inputs."""
-        IptablesRunner.restore_each(self, inputs)  # which keeps nothing
+        """Pass the inputs to `iptables-restore`."""
+        IptablesRunner.restore_each(self, inputs)  # the overridden method, which records nothing
 
 
 class NetlinkRecorder:
-    """The real netlink, with every input kept: the messages of each batch."""
+    """Uses the real netlink and records the messages of each batch."""
 
     def __init__(self, family: Family) -> None:
         self.inputs: list[NetlinkMessages] = []
@@ -69,13 +69,13 @@ class NetlinkRecorder:
         self._socket = BatchSocket(NFNL_SUBSYS_NFTABLES)
 
     def __call__(self, change: Transaction, generation: int | None = None, /) -> None:
-        """Make a transaction, whatever the generation: replays by this object make it wrong."""
+        """Commit a transaction. The generation is ignored, because replays advance it."""
         messages = [(each.kind, each.flags, each.payload) for each in self._encoder.encode(change)]
         self.inputs.append(messages)
         self._socket.commit(messages)
 
     def replay(self, inputs: Sequence[NetlinkMessages]) -> None:
-        """Send each batch as it was and wait until the kernel has taken it."""
+        """Send each batch unchanged and wait until the kernel has committed it."""
         for messages in inputs:
             self._socket.commit(messages)
 
@@ -83,18 +83,18 @@ class NetlinkRecorder:
 Recording: TypeAlias = list[tuple[IptablesRecorder, list[str]] | tuple[NetlinkRecorder, list[NetlinkMessages]]]
 
 
-class Mirror:
-    """A second kproxy without API server, daemon and schedule, in the present namespace."""
+class RecordingProxy:
+    """kproxy's sync in this process and network namespace, without an API server, a daemon and a schedule."""
 
     def __init__(self, mode: str, cluster: Cluster, *, block_rules: int = BLOCK_RULES) -> None:
-        """`block_rules` is for mode iptables: how many rules a transaction of the first sync may hold."""
+        """`block_rules` is the maximum number of rules per transaction of the first sync, in iptables mode."""
         config = Config(cluster_cidr=CLUSTER_CIDR, hostname_override=NODE, mode=mode)  # type: ignore[arg-type]
         self._store = Store(NODE, watched_kinds(config))
-        found: dict[Kind, list[Object]] = {kind: [] for kind in watched_kinds(config)}
+        by_kind: dict[Kind, list[Object]] = {kind: [] for kind in watched_kinds(config)}
         for each in cluster.objects():
-            if KINDS[each["kind"]] in found:
-                found[KINDS[each["kind"]]].append(each)
-        for kind, bodies in found.items():
+            if KINDS[each["kind"]] in by_kind:
+                by_kind[KINDS[each["kind"]]].append(each)
+        for kind, bodies in by_kind.items():
             self._store.apply(Replace(kind, tuple(_decoded(kind, bodies))))
         self._recorders: list[IptablesRecorder] | list[NetlinkRecorder]
         if mode == "iptables":
@@ -103,7 +103,7 @@ class Mirror:
             self._recorders, self._syncs = _nftables(config)
 
     def change(self, *, put: Sequence[Object] = (), delete: Sequence[Object] = ()) -> Recording:
-        """Program a change, or at first everything, and return what the kernel was given for it."""
+        """Program a change and return what was sent to the kernel. The first call programs the whole cluster."""
         for body in put:
             kind = KINDS[body["kind"]]
             self._apply(*(Upsert(each) for each in _decoded(kind, [body])))
@@ -123,28 +123,28 @@ class Mirror:
                 sync.note(changed)
 
 
-def rules_of_service(endpoints: int) -> int:
-    """Return how many rules mode iptables has in chains of a Service's own, for one port of type ClusterIP."""
-    return 1 + 3 * endpoints  # masquerading; for each endpoint one that picks it, and two in a chain of its own
+def rules_per_service(endpoints: int) -> int:
+    """Return the number of rules in the per-Service chains of a ClusterIP Service with one port, in iptables mode."""
+    return 1 + 3 * endpoints  # one for masquerading; per endpoint, one that selects it and two in its own chain
 
 
-def replay(recording: Recording, notices: Notices) -> Cost:
-    """Give the kernel once more what it was given, and measure only that.
+def replay(recording: Recording, monitor: CommitMonitor) -> Cost:
+    """Send a recording to the kernel again and measure only that.
 
-    As for the daemon, the end is the last notice: what `iptables-restore` does after its commit is not waited for.
+    As for the daemon, the last notification ends the measurement, so the exit of `iptables-restore` does not count.
     """
-    cpu, began = spent(), time.monotonic_ns()
+    cpu, start = self_cpu_seconds(), time.monotonic_ns()
     for recorder, inputs in recording:
         recorder.replay(inputs)  # type: ignore[arg-type]
-    ended = time.monotonic_ns()
-    commits = notices.since(began)
-    return Cost(((commits[-1].moment if commits else ended) - began) / 1e9, spent() - cpu)
+    end = time.monotonic_ns()
+    commits = monitor.since(start)
+    return Cost(((commits[-1].time if commits else end) - start) / 1e9, self_cpu_seconds() - cpu)
 
 
 def _decoded(kind: Kind, bodies: Sequence[Object]) -> list[Service | EndpointSlice | Node | ServiceCIDR]:
     page = read_page(kind, msgspec.json.encode({"metadata": {}, "items": bodies}))
-    found = [item.object for item in page.items if isinstance(item, DecodedObject)]
-    return [each for each in found if each is not None]
+    decoded = [item.object for item in page.items if isinstance(item, DecodedObject)]
+    return [each for each in decoded if each is not None]
 
 
 def _iptables(config: Config, block_rules: int) -> tuple[list[IptablesRecorder], list[FamilySync]]:

@@ -1,4 +1,4 @@
-"""How much is measured: which sizes of cluster in which mode, and how often each thing is done."""
+"""What `SIZE=` selects: the cluster sizes to measure in each mode, and how often to repeat each measurement."""
 
 from __future__ import annotations
 
@@ -9,93 +9,116 @@ from msgspec import Struct
 MODES = ("iptables", "nftables")
 
 
-class Effort(Struct, frozen=True):
-    """How often each thing is done for one size of cluster; 0: not at all.
+class Repetitions(Struct, frozen=True):
+    """How often to repeat each measurement for one cluster size; 0 skips it.
 
-    `changes` are endpoints that change and change back, `services` come and go, `rollings` are rolling updates of
-    `rolled` endpoints, `bursts` are of `burst` changes at once and as many back, `idles` are as many watch events in
-    which rules have no part, `connects` the connections of one of `rounds` rounds.
+    first_syncs: starts of the daemon on a node without rules.
+    rounds, connections: rounds of connections, and connections per round.
+    endpoint_changes: changes of one endpoint, each followed by the reverse change.
+    service_changes: Services to create and delete.
+    rolling_updates, rolling_endpoints: rolling updates, and endpoints to replace in each.
+    bursts, burst_changes: bursts of simultaneous changes, each followed by the reverse burst, and changes per burst.
+    annotation_bursts: bursts of as many watch events in which only an annotation differs.
     """
 
     first_syncs: int
     rounds: int
-    connects: int
-    changes: int = 0
-    services: int = 0
-    rollings: int = 0
-    rolled: int = 100
+    connections: int
+    endpoint_changes: int = 0
+    service_changes: int = 0
+    rolling_updates: int = 0
+    rolling_endpoints: int = 100
     bursts: int = 0
-    burst: int = 1000
-    idles: int = 0
+    burst_changes: int = 1000
+    annotation_bursts: int = 0
 
 
 class Task(Struct, frozen=True):
-    """One mode and size of cluster, and the effort for it."""
+    """One mode and cluster size to measure."""
 
     mode: str
     services: int
-    effort: Effort
+    repetitions: Repetitions
 
 
 class Size(Struct, frozen=True):
-    """A choice for `SIZE=`: of which sizes only the first sync, memory and connections are measured, of which all."""
+    """A value of `SIZE=`: the numbers of Services to measure briefly and in full, by mode.
+
+    Brief measurements cover only the first sync, memory, kernel objects and connections.
+    """
 
     brief: dict[str, tuple[int, ...]]
     full: dict[str, tuple[int, ...]]
-    brief_effort: Effort
-    full_effort: Effort
+    brief_repetitions: Repetitions
+    full_repetitions: Repetitions
 
     def tasks(self, modes: Sequence[str], services: Sequence[int] = ()) -> Iterator[Task]:
-        """Yield what is to be measured, small before large. `services` are sizes to take instead of the own full ones.
+        """Yield the tasks by mode, in increasing order of size. `services` overrides the sizes to measure in full.
 
-        One Service comes first whatever the choice: it is the floor of the memory.
+        Every mode starts with one Service, which is the baseline for memory.
         """
         for mode in modes:
             full = tuple(services) or self.full[mode]
             brief = {1} if services else {1, *self.brief[mode]}
             for count in sorted(brief | set(full)):
-                yield Task(mode, count, self.full_effort if count in full else self.brief_effort)
+                yield Task(mode, count, self.full_repetitions if count in full else self.brief_repetitions)
 
 
-_ONCE = Effort(first_syncs=1, rounds=5, connects=2000)
-_OFTEN = Effort(first_syncs=3, rounds=7, connects=3000, changes=15, services=10, rollings=3, bursts=3, idles=3)
+_BRIEF = Repetitions(first_syncs=1, rounds=5, connections=2000)
+_FULL = Repetitions(
+    first_syncs=3,
+    rounds=7,
+    connections=3000,
+    endpoint_changes=15,
+    service_changes=10,
+    rolling_updates=3,
+    bursts=3,
+    annotation_bursts=3,
+)
 
 SIZES = {
     "tiny": Size(
         brief=dict.fromkeys(MODES, ()),
         full=dict.fromkeys(MODES, (20,)),
-        brief_effort=Effort(first_syncs=1, rounds=1, connects=20),
-        full_effort=Effort(
+        brief_repetitions=Repetitions(first_syncs=1, rounds=1, connections=20),
+        full_repetitions=Repetitions(
             first_syncs=1,
             rounds=2,
-            connects=50,
-            changes=1,
-            services=1,
-            rollings=1,
-            rolled=10,
+            connections=50,
+            endpoint_changes=1,
+            service_changes=1,
+            rolling_updates=1,
+            rolling_endpoints=10,
             bursts=1,
-            burst=30,
-            idles=1,
+            burst_changes=30,
+            annotation_bursts=1,
         ),
     ),
     "small": Size(
         brief=dict.fromkeys(MODES, ()),
         full=dict.fromkeys(MODES, (1000,)),
-        brief_effort=Effort(first_syncs=1, rounds=9, connects=1500),
-        full_effort=Effort(
-            first_syncs=3, rounds=9, connects=1500, changes=4, services=3, rollings=1, bursts=1, idles=1
+        brief_repetitions=Repetitions(first_syncs=1, rounds=9, connections=1500),
+        full_repetitions=Repetitions(
+            first_syncs=3,
+            rounds=9,
+            connections=1500,
+            endpoint_changes=4,
+            service_changes=3,
+            rolling_updates=1,
+            bursts=1,
+            annotation_bursts=1,
         ),
     ),
     "medium": Size(
         brief={"iptables": (10_000,), "nftables": ()},
         full={"iptables": (1000, 5000), "nftables": (1000, 10_000)},
-        brief_effort=_ONCE,
-        full_effort=_OFTEN,
+        brief_repetitions=_BRIEF,
+        full_repetitions=_FULL,
     ),
     "large": Size(
         brief=dict.fromkeys(MODES, ()),
         full=dict.fromkeys(MODES, (1000, 5000, 10000, 20000)),
-        brief_effort=_ONCE,
-        full_effort=_OFTEN,
+        brief_repetitions=_BRIEF,
+        full_repetitions=_FULL,
     ),
 }

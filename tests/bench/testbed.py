@@ -1,4 +1,4 @@
-"""One measurement's surroundings: a node with the daemon, the API server, a client, and a pod that answers."""
+"""The environment of a measurement: a node for the daemon, an API server, a client pod and a server pod."""
 
 from __future__ import annotations
 
@@ -10,23 +10,25 @@ from typing import Self
 
 from msgspec import Struct
 
-from tests.bench.api_server import Feed
+from tests.bench.api_server import BenchApiServer
 from tests.bench.cluster import TARGET_PORT, Cluster, Object
-from tests.bench.commit_monitor import Notice, Notices
+from tests.bench.commit_monitor import Commit, CommitMonitor
 from tests.bench.connections import Server
-from tests.bench.daemon import LOOK, SYNC_PERIOD, Subject
+from tests.bench.daemon import POLL_INTERVAL, SYNC_PERIOD, MeasuredDaemon
 from tests.bench.kernel_objects import flush
-from tests.bench.watchlog import Written
+from tests.bench.watchlog import WatchTraffic
 from tests.lab.topology import Lab
 
-SERVED = tuple(f"10.244.1.{host}" for host in range(11, 21))
-"""The addresses of the pod that answers."""
+SERVER_ADDRESSES = tuple(f"10.244.1.{host}" for host in range(11, 21))
+"""The addresses of the server pod, which accepts connections."""
 
 
 class Effect(Struct, frozen=True):
-    """What came of a change: seconds from its first and its last event to the last commit, CPU seconds, and more.
+    """What a change caused.
 
-    `syncs` is the number of groups of `commits` with a pause between them; without any commit the times are negative.
+    seconds, lag: from the first and from the last watch event to the last commit; negative without a commit.
+    cpu: CPU seconds of the daemon and its children.
+    syncs: groups of commits that are separated by a pause.
     """
 
     seconds: float
@@ -34,11 +36,11 @@ class Effect(Struct, frozen=True):
     cpu: float
     syncs: int
     commits: int
-    written: Written
+    traffic: WatchTraffic
 
 
-class Scene:
-    """Everything but the daemon. Use it in a `with`."""
+class Testbed:
+    """Everything except the daemon. Use it as a context manager."""
 
     def __init__(self, mode: str, cluster: Cluster, folder: Path) -> None:
         self.mode, self.cluster = mode, cluster
@@ -50,62 +52,66 @@ class Scene:
             lab = stack.enter_context(Lab())
             self.node = lab.node.namespace
             self.client = lab.add_pod("client", "10.244.1.250").namespace
-            pod = lab.add_pod("server", *SERVED)
+            pod = lab.add_pod("server", *SERVER_ADDRESSES)
             stack.enter_context(Server(pod.namespace, TARGET_PORT))
-            self.notices = stack.enter_context(Notices(self.node))
-            self.feed = stack.enter_context(Feed(self.node))
-            self.feed.load(self.cluster)
-            self.feed.take()
+            self.monitor = stack.enter_context(CommitMonitor(self.node))
+            self.api_server = stack.enter_context(BenchApiServer(self.node))
+            self.api_server.load(self.cluster)
+            self.api_server.drain_traffic()
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def subject(self) -> Subject:
-        """Return the daemon, not yet started."""
-        return Subject(self.node, self.notices, self.mode, self.feed.url, self._log)
+    def daemon(self) -> MeasuredDaemon:
+        """Return a daemon that has not been started."""
+        return MeasuredDaemon(self.node, self.monitor, self.mode, self.api_server.url, self._log)
 
-    def empty(self) -> None:
+    def flush_rules(self) -> None:
         """Remove all rules from the node."""
         self.node.call(flush)
 
-    def settle_start(self, subject: Subject, *, commits: int = 1) -> list[Notice]:
-        """Wait until a daemon that was just started has been sent every object and rests; return all commits."""
-        kinds = 2 * self.cluster.services + (2 if self.mode == "nftables" else 1)  # iptables mode has no ServiceCIDRs
+    def wait_for_start(self, daemon: MeasuredDaemon, *, commits: int = 1) -> list[Commit]:
+        """Wait until a new daemon has received every object and is idle; return all of its commits."""
+        # Two objects per Service, the Node, and in nftables mode the ServiceCIDR, which iptables mode does not watch.
+        expected = 2 * self.cluster.services + (2 if self.mode == "nftables" else 1)
         sent = 0
-        while sent < kinds:
-            subject.check()
-            time.sleep(LOOK)
-            sent += self.feed.take().events
-        return subject.settle(subject.started, commits=commits)
+        while sent < expected:
+            daemon.check()
+            time.sleep(POLL_INTERVAL)
+            sent += self.api_server.drain_traffic().events
+        return daemon.wait_until_idle(daemon.started, commits=commits)
 
-    def effect(self, subject: Subject, change: Callable[[], None], *, commits: int = 1) -> Effect:
-        """Make a change and wait until the daemon rests again; it must rest when this is called."""
-        self.feed.take()
-        self.notices.forget()
-        cpu, began = subject.cpu, time.monotonic_ns()
+    def effect(self, daemon: MeasuredDaemon, change: Callable[[], None], *, commits: int = 1) -> Effect:
+        """Make a change and wait until the daemon is idle again. The daemon must be idle before."""
+        self.api_server.drain_traffic()
+        self.monitor.clear()
+        cpu, start = daemon.cpu, time.monotonic_ns()
         change()
-        moments = [each.moment for each in subject.settle(began, commits=commits)]
-        written = self.feed.take()
-        last = moments[-1] if moments else 0
+        times = [each.time for each in daemon.wait_until_idle(start, commits=commits)]
+        traffic = self.api_server.drain_traffic()
+        last = times[-1] if times else 0
         return Effect(
-            (last - written.first) / 1e9,
-            (last - written.last) / 1e9,
-            subject.cpu - cpu,
-            count_groups(moments),
-            len(moments),
-            written,
+            (last - traffic.first) / 1e9,
+            (last - traffic.last) / 1e9,
+            daemon.cpu - cpu,
+            count_syncs(times),
+            len(times),
+            traffic,
         )
 
     def change(
-        self, subject: Subject, *, put: Sequence[Object] = (), delete: Sequence[Object] = (), commits: int = 1
+        self, daemon: MeasuredDaemon, *, put: Sequence[Object] = (), delete: Sequence[Object] = (), commits: int = 1
     ) -> Effect:
-        """Let some objects change at once, and wait; see `effect`."""
-        return self.effect(subject, lambda: self.feed.change(put=put, delete=delete), commits=commits)
+        """Change some objects at once, and wait as `effect` does."""
+        return self.effect(daemon, lambda: self.api_server.change(put=put, delete=delete), commits=commits)
 
 
-def count_groups(moments: Sequence[int]) -> int:
-    """Return how many groups moments (nanoseconds, ascending) fall into: syncs are apart, their commits are not."""
-    apart = SYNC_PERIOD / 4 * 1e9
-    return sum(not before or now - before > apart for before, now in zip((0, *moments), moments, strict=False))
+def count_syncs(times: Sequence[int]) -> int:
+    """Return the number of syncs behind some commits, given by ascending times in nanoseconds.
+
+    One sync may make several commits in quick succession; a longer pause separates syncs.
+    """
+    pause = SYNC_PERIOD / 4 * 1e9
+    return sum(not before or now - before > pause for before, now in zip((0, *times), times, strict=False))

@@ -1,4 +1,4 @@
-"""What a process and its children cost, from outside: CPU time and memory."""
+"""CPU time and memory of a process, read from /proc and process clocks."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _CPUCLOCK_SCHED = 2
 
 
 def cpu_seconds(pid: int) -> float:
-    """Return the CPU time of a process and of those children of it that have ended.
+    """Return the CPU time of a process and of the child processes it has waited for.
 
-    Its own is exact to the nanosecond, that of the children to a tick of 10 ms: average over several changes.
+    Its own time has nanosecond resolution, that of the children a tick of 10 ms: average over several changes.
     """
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     children = (int(fields[13]) + int(fields[14])) / _TICK  # cutime and cstime of proc_pid_stat(5)
@@ -22,7 +22,10 @@ def cpu_seconds(pid: int) -> float:
 
 
 def own_cpu_seconds(pid: int) -> float:
-    """Return the CPU time of all threads of a process (clock_getcpuclockid(3), whose encoding Linux promises)."""
+    """Return the CPU time of all threads of a process, without its children.
+
+    The clock ID is encoded as described in clock_getcpuclockid(3); Linux guarantees the encoding.
+    """
     return time.clock_gettime(~pid << 3 | _CPUCLOCK_SCHED)
 
 
@@ -32,13 +35,13 @@ def has_children(pid: int) -> bool:
 
 
 def memory_megabytes(pid: int) -> tuple[float, float]:
-    """Return the resident memory of a process without its children, now and at its peak, in units of 10^6 bytes."""
+    """Return the current and the peak resident memory of a process without its children, in units of 10^6 bytes."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     sizes = {line.partition(":")[0]: line.split()[1] for line in lines if line.startswith("Vm")}
     return int(sizes["VmRSS"]) * 1024 / 1e6, int(sizes["VmHWM"]) * 1024 / 1e6
 
 
-def spent() -> float:
-    """Return the CPU time of this process and of its ended children, in seconds."""
+def self_cpu_seconds() -> float:
+    """Return the CPU time of this process and of the child processes it has waited for."""
     own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
     return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
