@@ -42,5 +42,5 @@ def test_an_unknown_check_is_refused_before_anything_is_made() -> None:
         pytest.skip("only root can run it")
     done = subprocess.run(["sh", str(SCRIPT), "bookworm", "nosuch"], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr.startswith('fresh: there is no check "nosuch": choose from ')
+    assert done.stderr.startswith('fresh: unknown check "nosuch": choose from ')
     assert all(name in done.stderr for name in CHECKS)
