@@ -1,4 +1,4 @@
-"""The demo's cluster: a node with kproxy on it, pods that answer over HTTP, a client, and the files that tell."""
+"""The demo's cluster: a node that runs kproxy, HTTP server pods, a client pod, and the API objects as files."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from tests.lab.waiting import wait_until
 SERVICE = "demo/web"
 VIP = "10.96.0.80"
 PORT, TARGET_PORT = 80, 8080
-FIRST_TRIES = 0.5
-"""Seconds for a request before the rules are there: TCP would wait a whole one before it asks again."""
+START_TIMEOUT = 0.5
+"""Seconds until a request times out while kproxy starts. TCP would retransmit its SYN only after a full second."""
 
 
-class Scene:
-    """Everything on the stage. Close it, or use it in a `with`: nothing of it stays."""
+class DemoCluster:
+    """The demo's cluster. Use it as a context manager, which removes everything on exit."""
 
     def __init__(self, folder: Path) -> None:
         self.objects = folder / "objects"
@@ -37,20 +37,20 @@ class Scene:
         self.client = self._lab.add_pod("client", "10.244.1.100")
         self._ports = count(FIRST_PORT)
 
-    def __enter__(self) -> Scene:
+    def __enter__(self) -> DemoCluster:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
 
     def add_pod(self, name: str, address: str) -> Host:
-        """Start a pod that answers with its name."""
+        """Start a pod that replies to HTTP requests with its name."""
         pod = self._lab.add_pod(name, address)
         self._servers.serve(pod, TARGET_PORT)
         return pod
 
     def stop_pod(self, pod: Host) -> None:
-        """End a pod, once it has answered what it accepted."""
+        """Stop a pod's server after it has replied to all accepted requests."""
         self._servers.stop(pod)
 
     def write_service(self) -> None:
@@ -60,40 +60,40 @@ class Scene:
         objects.write(self.objects / "node.yaml", [node])
         objects.write(self.objects / "service.yaml", [service])
 
-    def write_endpoints(self, ready: Sequence[Host], leaving: Sequence[Host] = ()) -> None:
-        """Write who is behind the Service, and who is about to leave."""
+    def write_endpoints(self, ready: Sequence[Host], terminating: Sequence[Host] = ()) -> None:
+        """Write the EndpointSlice of the Service with its ready and its terminating endpoints."""
         endpoints = [objects.endpoint(pod.address(), NODE) for pod in ready]
-        endpoints += [objects.endpoint(pod.address(), NODE, ready=False, terminating=True) for pod in leaving]
-        found = objects.endpoint_slice("web", endpoints, port=TARGET_PORT)
-        objects.write(self.objects / "endpoints.yaml", [found])
+        endpoints += [objects.endpoint(pod.address(), NODE, ready=False, terminating=True) for pod in terminating]
+        endpoint_slice = objects.endpoint_slice("web", endpoints, port=TARGET_PORT)
+        objects.write(self.objects / "endpoints.yaml", [endpoint_slice])
 
     def start_kproxy(self) -> tuple[Daemon, float]:
-        """Start the daemon; return it once the Service answers, with the seconds until then."""
-        begun = time.monotonic()
+        """Start the daemon and wait until the Service is reachable; return the daemon and the elapsed seconds."""
+        start = time.monotonic()
         daemon = self._stack.enter_context(Daemon(self._lab, self.objects, self._log))
 
-        def answers() -> bool:
-            first = ask(self.client, VIP, PORT, source_port=next(self._ports), patience=FIRST_TRIES)
-            return daemon.is_up() and isinstance(first, Answered)
+        def is_reachable() -> bool:
+            outcome = ask(self.client, VIP, PORT, source_port=next(self._ports), patience=START_TIMEOUT)
+            return daemon.is_up() and isinstance(outcome, Answered)
 
-        wait_until(answers, f"http://{VIP}/ answers")
-        return daemon, time.monotonic() - begun
+        wait_until(is_reachable, f"a reply from http://{VIP}/")
+        return daemon, time.monotonic() - start
 
     def request(self) -> Outcome:
         """Send one request from the client to the Service."""
         return ask(self.client, VIP, PORT, source_port=next(self._ports))
 
     def dump(self) -> str:
-        """Return the node's NAT rules, as `iptables-save` prints them."""
+        """Return the node's nat table in the format of `iptables-save`."""
         return self.node.namespace.run(["iptables-save", "-t", "nat"]).stdout
 
-    def follow(self, change: Callable[[], None], pod: Host, present: bool) -> float:
-        """Make a change, and return the seconds until the rules name the pod (or no longer do)."""
+    def time_until_programmed(self, change: Callable[[], None], pod: Host, *, present: bool) -> float:
+        """Make a change; return the seconds until the rules have the pod as a target (or no longer have it)."""
         target = f"--to-destination {pod.address()}:{TARGET_PORT}"
-        begun = time.monotonic()
+        start = time.monotonic()
         change()
         wait_until(
             lambda: (target in self.dump()) is present,
-            f"the rules {'name' if present else 'no longer name'} {pod.name}",
+            f"rules {'with' if present else 'without'} {pod.name}",
         )
-        return time.monotonic() - begun
+        return time.monotonic() - start
