@@ -1,16 +1,13 @@
-"""The commands of docs/operations.md that take kube-proxy off the nodes and put it back."""
+"""The commands in docs/operations.md that remove kube-proxy from the nodes and restore it."""
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
-import subprocess
-from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.deploy.patch import patched
 from tests.deploy.rendered import ROOT
 
 LABELS = {"k8s-app": "kube-proxy"}
@@ -32,23 +29,16 @@ KUBE_PROXY = {
 
 
 def patches() -> list[tuple[str, str]]:
-    """Return type and content of each patch in the page."""
+    """Return type and content of each patch on the page."""
     text = (ROOT / "docs/operations.md").read_text()
     return re.findall(r"patch daemonset kube-proxy --type=(\w+) \\\n +-p '([^']+)'", text)
 
 
-def patched(body: Any, kind: str, patch: str, folder: Path) -> Any:
-    file = folder / "daemonset.json"
-    file.write_text(json.dumps(body))
-    command = ["kubectl", "patch", "--local", "-f", str(file), f"--type={kind}", "-p", patch, "-o", "json"]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-
-
-def test_kube_proxy_leaves_every_node_and_comes_back_as_it_was(tmp_path: Path) -> None:
+def test_kube_proxy_is_removed_from_every_node_and_restored_unchanged() -> None:
     if shutil.which("kubectl") is None:
         pytest.skip("kubectl not found")
-    (there, off), (back, on) = patches()
-    away = patched(KUBE_PROXY, there, off, tmp_path)
-    selector = away["spec"]["template"]["spec"]["nodeSelector"]
+    remove, restore = patches()
+    removed = patched(KUBE_PROXY, *remove)
+    selector = removed["spec"]["template"]["spec"]["nodeSelector"]
     assert selector == {"kubernetes.io/os": "linux", "kproxy/replaced": "true"}
-    assert patched(away, back, on, tmp_path) == KUBE_PROXY
+    assert patched(removed, *restore) == KUBE_PROXY
