@@ -1,10 +1,11 @@
-"""The way into kube-proxy's place and back, walked with the commands of docs/operations.md as they stand.
+"""Replace kube-proxy with kproxy and switch back, with the commands in docs/operations.md, under continuous traffic.
 
-kubectl is the real one, and so are manifests, kproxy, its HTTPS, its probes, the nodes' kernels and the packets. The
-cluster is a stand-in, as far as these commands reach: `server.py` (the test API server with what kubectl wants, and
-RBAC), `controllers.py` (DaemonSets), `kubelet.py` (Pods as processes), `kube-proxy.yaml` (what kubeadm leaves).
+kubectl, the manifests, kproxy, its TLS connections and probes, the nodes' kernels and the packets are real. A stand-in
+for the cluster implements what these commands need: `server.py` (the test API server with discovery, patches and
+RBAC), `controllers.py` (DaemonSets), `kubelet.py` (Pods as processes) and `kube-proxy.yaml` (the objects that kubeadm
+creates).
 
-kube-proxy's own program is not here: kproxy runs in its Pods, with its command line. So what is proved is the commands,
-their order, the manifests, the way of the configuration, RBAC, and that nobody notices; what kproxy finds when the real
-kube-proxy was there before is the matter of tests/kernel/test_takeover.py.
+kube-proxy's own program is not available: its Pods run kproxy with kube-proxy's command line. The tests therefore cover
+the commands and their order, the manifests, the configuration, RBAC, and that no request fails.
+tests/kernel/test_takeover.py tests that kproxy takes over the rules of the real kube-proxy.
 """

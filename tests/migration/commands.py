@@ -1,4 +1,4 @@
-"""The commands of a page, and what they print."""
+"""Commands on a documentation page, and their output."""
 
 from __future__ import annotations
 
@@ -16,39 +16,39 @@ _COMMAND = re.compile(r"^\$ ((?:.*\\\n)*.*)\n((?:(?!\$ ).*\n)*)", re.MULTILINE)
 _SPAN = re.compile(r"`(kubectl [^`]+)`")
 _WAITING = re.compile(r"Waiting for daemon set .*")
 _POD = re.compile(r"\b(pod/[a-z-]+)-[a-z0-9]{5}\b")
-_PLACE = re.compile(r"(?<= deleted) from \S+ namespace$")
-"""kubectl says it from 1.34 on."""
+_NAMESPACE = re.compile(r"(?<= deleted) from \S+ namespace$")
+"""kubectl prints the namespace since 1.34."""
 
 
-class Said(NamedTuple):
-    """A command as a page has it, without the prompt, and what it prints."""
+class CommandOutput(NamedTuple):
+    """A command without its prompt, and its output."""
 
     command: str
     output: str
 
 
 def section(page: Path, heading: str) -> str:
-    """Return what stands below a heading of a page, up to the next one; "" if there is no such heading."""
+    """Return the text between a heading on a page and the next heading; "" if the heading does not exist."""
     return re.split(r"^#+ ", page.read_text().partition(f"\n{heading}\n")[2], maxsplit=1, flags=re.MULTILINE)[0]
 
 
-def transcript(text: str) -> list[Said]:
-    """Return the commands of all console blocks; one that ends its line with a backslash goes on in the next."""
-    return [Said(*found) for block in _BLOCK.findall(text) for found in _COMMAND.findall(block)]
+def transcript(text: str) -> list[CommandOutput]:
+    """Return the commands in all console blocks. A backslash at the end of a line continues a command."""
+    return [CommandOutput(*groups) for block in _BLOCK.findall(text) for groups in _COMMAND.findall(block)]
 
 
-def mentioned(text: str) -> list[str]:
-    """Return the calls of kubectl within the sentences of a text."""
+def inline_commands(text: str) -> list[str]:
+    """Return the kubectl commands in code spans outside of console blocks."""
     return _SPAN.findall(_BLOCK.sub("", text))
 
 
-def shown(found: Sequence[Said]) -> str:
-    """Return a transcript as a console block shows it."""
-    return "".join(f"$ {each.command}\n{each.output}" for each in found)
+def console_block(outputs: Sequence[CommandOutput]) -> str:
+    """Format a transcript as the content of a console block."""
+    return "".join(f"$ {each.command}\n{each.output}" for each in outputs)
 
 
-def run(command: str, checkout: Path, kubeconfig: Path, home: Path) -> Said:
-    """Run a command in the root of a checkout; raise with what it said if it fails."""
+def run(command: str, checkout: Path, kubeconfig: Path, home: Path) -> CommandOutput:
+    """Run a command in the root of a checkout. Raises `RuntimeError` with its output if it fails."""
     done = subprocess.run(
         ["bash", "-c", command],
         cwd=checkout,
@@ -61,14 +61,14 @@ def run(command: str, checkout: Path, kubeconfig: Path, home: Path) -> Said:
     )
     if done.returncode:
         raise RuntimeError(f"{command}: exit code {done.returncode}: {done.stdout}")
-    return Said(command, done.stdout)
+    return CommandOutput(command, done.stdout)
 
 
-def comparable(found: Sequence[Said]) -> list[Said]:
-    """Return a transcript without what differs: Pods' names, how often one waited, words of new kubectls."""
-    return [Said(each.command, "\n".join(_lines(each.output))) for each in found]
+def comparable(outputs: Sequence[CommandOutput]) -> list[CommandOutput]:
+    """Return a transcript without the parts that vary: Pod names, progress lines, and text added by newer kubectls."""
+    return [CommandOutput(each.command, "\n".join(_lines(each.output))) for each in outputs]
 
 
 def _lines(output: str) -> Iterator[str]:
-    lines = (_PLACE.sub("", _POD.sub(r"\1-*", line)) for line in output.splitlines())
+    lines = (_NAMESPACE.sub("", _POD.sub(r"\1-*", line)) for line in output.splitlines())
     return (line for line in lines if not _WAITING.fullmatch(line))

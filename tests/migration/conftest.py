@@ -1,4 +1,4 @@
-"""What these tests need of the machine."""
+"""Fixtures of these tests."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ PROGRAMS = ("kubectl", "nft", "openssl")
 
 @pytest.fixture(scope="session")
 def machine() -> None:
-    """Skip where a cluster cannot be made."""
-    if absent := [program for program in PROGRAMS if shutil.which(program) is None]:
-        pytest.skip(f"{', '.join(absent)} not found")
+    """Skip the test if this machine cannot run the cluster."""
+    if missing := [program for program in PROGRAMS if shutil.which(program) is None]:
+        pytest.skip(f"{', '.join(missing)} not found")
     if reason := kubectl_problem() or missing_commands() or missing_privilege():
         pytest.skip(reason)

@@ -1,4 +1,4 @@
-"""What the controller manager does here: a Pod for each DaemonSet and node, none without its owner, and statuses."""
+"""The controller manager: creates the Pods of DaemonSets, deletes orphaned Pods, and updates DaemonSet statuses."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from tests.apiserver.resources import NODES
 from tests.migration.resources import DAEMON_SETS, PODS, Object
 from tests.migration.store import ClusterStore, key_of
 
-BETWEEN_LOOKS = 0.05
+INTERVAL = 0.05
+"""Seconds between two iterations of a control loop."""
 
 
-class Loop(ABC):
-    """A thread that looks at the cluster again and again, until it is left (use it in a `with`)."""
+class ControlLoop(ABC):
+    """A thread that reconciles the cluster repeatedly. Use it as a context manager."""
 
     def __init__(self, store: ClusterStore) -> None:
         self._store = store
-        self._ended = threading.Event()
+        self._stopped = threading.Event()
         self._worker = ThreadPoolExecutor(max_workers=1)
         self._work: Future[None] | None = None
 
@@ -28,59 +29,59 @@ class Loop(ABC):
         self._work = self._worker.submit(self._repeat)
 
     def __exit__(self, *exc: object) -> None:
-        """End it, and raise what has ended it before, if anything."""
-        self._ended.set()
+        """Stop the loop. Raises the exception that ended it early, if any."""
+        self._stopped.set()
         self._worker.shutdown()
         if self._work:
             self._work.result()
 
     @abstractmethod
-    def look(self) -> None:
-        """Do what is to be done now."""
+    def reconcile(self) -> None:
+        """Make the changes that are due now."""
 
     def _repeat(self) -> None:
-        while not self._ended.wait(BETWEEN_LOOKS):
-            self.look()
+        while not self._stopped.wait(INTERVAL):
+            self.reconcile()
 
 
-class DaemonSets(Loop):
-    """The DaemonSet controller, and of the garbage collector what ends the Pods of a DaemonSet that was deleted."""
+class DaemonSets(ControlLoop):
+    """The DaemonSet controller, and the garbage collection of Pods whose DaemonSet was deleted."""
 
-    def look(self) -> None:
+    def reconcile(self) -> None:
         with self._store.changed:
             owners = self._store.all(DAEMON_SETS)
             pods = self._store.all(PODS)
-            kept = {each["metadata"]["uid"] for each in owners}
-            self._end([pod for pod in pods if _owner(pod) not in kept])
+            existing = {each["metadata"]["uid"] for each in owners}
+            self._delete([pod for pod in pods if _owner(pod) not in existing])
             for owner in owners:
-                self._follow(owner, [pod for pod in pods if _owner(pod) == owner["metadata"]["uid"]])
+                self._reconcile_one(owner, [pod for pod in pods if _owner(pod) == owner["metadata"]["uid"]])
 
-    def _follow(self, owner: Object, pods: list[Object]) -> None:
+    def _reconcile_one(self, owner: Object, pods: list[Object]) -> None:
         template = owner["spec"]["template"]
-        nodes = {node["metadata"]["name"] for node in self._store.all(NODES) if fits(template["spec"], node)}
-        self._end([pod for pod in pods if pod["spec"]["nodeName"] not in nodes])
+        nodes = {node["metadata"]["name"] for node in self._store.all(NODES) if should_run_on(template["spec"], node)}
+        self._delete([pod for pod in pods if pod["spec"]["nodeName"] not in nodes])
         for node in sorted(nodes - {pod["spec"]["nodeName"] for pod in pods}):
             self._store.create(new_pod(owner, node))
-        here = [pod for pod in pods if pod["spec"]["nodeName"] in nodes]
-        self._store.set_status(owner, status(owner, len(nodes), here))
+        scheduled = [pod for pod in pods if pod["spec"]["nodeName"] in nodes]
+        self._store.set_status(owner, status(owner, len(nodes), scheduled))
 
-    def _end(self, pods: list[Object]) -> None:
+    def _delete(self, pods: list[Object]) -> None:
         for pod in pods:
             if "deletionTimestamp" not in pod["metadata"]:
-                self._store.end_pod(key_of(pod))
+                self._store.terminate_pod(key_of(pod))
 
 
-def fits(spec: Object, node: Object) -> bool:
-    """Tell whether a DaemonSet's Pod goes to a node: by its selector, and by the taints that it tolerates."""
+def should_run_on(spec: Object, node: Object) -> bool:
+    """Return whether a DaemonSet's Pod belongs on a node, according to its node selector and tolerations."""
     labels = node["metadata"]["labels"]
-    chosen = all(labels.get(key) == value for key, value in spec.get("nodeSelector", {}).items())
+    selected = all(labels.get(key) == value for key, value in spec.get("nodeSelector", {}).items())
     tolerated = {each.get("key", "*") for each in spec.get("tolerations", ()) if each.get("operator") == "Exists"}
     taints = {each["key"] for each in node["spec"].get("taints", ())}
-    return chosen and ("*" in tolerated or taints <= tolerated)
+    return selected and ("*" in tolerated or taints <= tolerated)
 
 
 def new_pod(owner: Object, node: str) -> Object:
-    """Return the Pod that a DaemonSet wants on a node."""
+    """Return a new Pod of a DaemonSet for a node."""
     metadata, template = owner["metadata"], owner["spec"]["template"]
     reference = {"apiVersion": "apps/v1", "kind": "DaemonSet", "name": metadata["name"], "uid": metadata["uid"]}
     return {
@@ -96,28 +97,28 @@ def new_pod(owner: Object, node: str) -> Object:
     }
 
 
-def status(owner: Object, wanted: int, pods: list[Object]) -> Object:
-    """Return a DaemonSet's status, by its Pods on those nodes where it wants one."""
+def status(owner: Object, desired: int, pods: list[Object]) -> Object:
+    """Return a DaemonSet's status, given the number of nodes it should run on and its Pods there."""
     ready = sum(is_ready(pod) for pod in pods)
     return {
         "observedGeneration": owner["metadata"]["generation"],
-        "desiredNumberScheduled": wanted,
+        "desiredNumberScheduled": desired,
         "currentNumberScheduled": len(pods),
         "updatedNumberScheduled": sum(_revision_of(pod) == revision(owner) for pod in pods),
         "numberMisscheduled": 0,
         "numberReady": ready,
         "numberAvailable": ready,
-        "numberUnavailable": wanted - ready,
+        "numberUnavailable": desired - ready,
     }
 
 
 def revision(owner: Object) -> str:
-    """Return what tells one form of a DaemonSet's Pods from another."""
+    """Return a hash of a DaemonSet's Pod template."""
     return hashlib.sha256(json.dumps(owner["spec"]["template"], sort_keys=True).encode()).hexdigest()[:10]
 
 
 def is_ready(pod: Object) -> bool:
-    """Tell whether a Pod's kubelet says that it is ready."""
+    """Return whether a Pod has the condition Ready."""
     conditions = pod.get("status", {}).get("conditions", ())
     return any((each["type"], each["status"]) == ("Ready", "True") for each in conditions)
 

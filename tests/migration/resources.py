@@ -1,4 +1,4 @@
-"""What kubectl is told that there is: resources, their discovery, and the little of OpenAPI that it asks for."""
+"""The resources of the API server, their discovery, and the part of OpenAPI that kubectl requests."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ VERBS = ["create", "delete", "get", "list", "patch", "update", "watch"]
 _PATH = re.compile(r"(/api/v1|/apis/[^/]+/[^/]+)(?:/namespaces/([^/]+)(?=/))?/([^/]+)(?:/([^/]+))?(?:/([^/]+))?")
 
 
-class Place(NamedTuple):
-    """What a path leads to; what it does not say is ""."""
+class RequestTarget(NamedTuple):
+    """The target of a request path. Parts that are not in the path are ""."""
 
     resource: Resource
     namespace: str
@@ -38,25 +38,25 @@ def resource_of(body: Object) -> Resource:
     return next(item for item in ALL if (item.api_version, item.kind) == (body["apiVersion"], body["kind"]))
 
 
-def find(path: str) -> Place | None:
-    """Return what a path leads to, if the server has it."""
-    found = _PATH.fullmatch(path)
-    if found is None:
+def find(path: str) -> RequestTarget | None:
+    """Return the target of a path, or None if the resource does not exist."""
+    match = _PATH.fullmatch(path)
+    if match is None:
         return None
-    root, namespace, plural, name, subresource = (part or "" for part in found.groups())
+    root, namespace, plural, name, subresource = (part or "" for part in match.groups())
     resource = next((item for item in ALL if (item.root, item.plural) == (root, plural)), None)
-    return Place(resource, namespace, name, subresource) if resource else None
+    return RequestTarget(resource, namespace, name, subresource) if resource else None
 
 
-def described(path: str) -> Object | None:
-    """Return the answer to a path that is about the API itself; None for any other."""
+def discovery(path: str) -> Object | None:
+    """Return the response to a request for discovery or OpenAPI; None for any other path."""
     roots = {item.root: item.api_version for item in ALL}
     if path == "/api":
         return {"kind": "APIVersions", "versions": ["v1"]}
     if path == "/apis":
         return {"kind": "APIGroupList", "apiVersion": "v1", "groups": _groups()}
     if path in roots:
-        resources = [_listed(item) for item in ALL if item.root == path]
+        resources = [_api_resource(item) for item in ALL if item.root == path]
         return {"kind": "APIResourceList", "apiVersion": "v1", "groupVersion": roots[path], "resources": resources}
     if path == "/openapi/v3":
         return {"paths": {root[1:]: {"serverRelativeURL": f"{path}{root}"} for root in roots}}
@@ -70,7 +70,7 @@ def _groups() -> list[Object]:
     return [{"name": name, "versions": [each], "preferredVersion": each} for name, each in versions.items()]
 
 
-def _listed(resource: Resource) -> Object:
+def _api_resource(resource: Resource) -> Object:
     return {
         "name": resource.plural,
         "singularName": resource.kind.lower(),
@@ -82,7 +82,7 @@ def _listed(resource: Resource) -> Object:
 
 
 def _openapi(root: str) -> Object:
-    """Say of each kind that the server itself looks for fields which do not exist; else kubectl wants all schemas."""
+    """Declare server-side field validation for every kind. Without it, kubectl downloads all schemas."""
     parameter = {"name": "fieldValidation", "in": "query", "schema": {"type": "string"}}
     paths = {}
     for item in (each for each in ALL if each.root == root):

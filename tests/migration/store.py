@@ -1,4 +1,4 @@
-"""The cluster's objects: those of the test API server and more kinds, with generations and statuses."""
+"""The cluster's objects: the store of the test API server with more kinds, generations and statuses."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tests.migration.resources import ALL, PODS, Object, resource_of
 
 
 class ClusterStore(Store):
-    """What the server, the controllers and the kubelets share. Hold `changed` while you read in order to write."""
+    """The store that server, controllers and kubelets share. Hold `changed` from a read to a dependent write."""
 
     def __init__(self) -> None:
         super().__init__()
         self._objects = {item: {} for item in ALL}
 
     def create(self, body: Object) -> Object:
-        """Add an object, and return it with its name; raise `ConflictError` if there is one of this name."""
+        """Add an object and return it with its generated fields. Raises `ConflictError` if the name exists."""
         body = copy.deepcopy(body)
         metadata = body["metadata"]
         if "generateName" in metadata:
@@ -33,31 +33,31 @@ class ClusterStore(Store):
             return self._put(resource, body)
 
     def update(self, body: Object) -> Object:
-        """Replace an object but for its status; its generation grows if its specification becomes another."""
+        """Replace an object except its status. The generation increases if the specification changes."""
 
-        def replace(present: Object) -> None:
-            own = {name: present["metadata"][name] for name in ("uid", "creationTimestamp", "generation")}
-            own["generation"] += body.get("spec") != present.get("spec")
-            status = {"status": present["status"]} if "status" in present else {}
-            present |= body | {"metadata": body["metadata"] | own} | status
+        def replace(current: Object) -> None:
+            metadata = {name: current["metadata"][name] for name in ("uid", "creationTimestamp", "generation")}
+            metadata["generation"] += body.get("spec") != current.get("spec")
+            status = {"status": current["status"]} if "status" in current else {}
+            current |= body | {"metadata": body["metadata"] | metadata} | status
 
         return self.change(resource_of(body), key_of(body), replace)
 
     def set_status(self, body: Object, status: Object) -> None:
-        """Write the status of an object if it is a new one, and the object still there."""
+        """Update the status of an object if it differs and the object still exists."""
         with self.changed:
             if body.get("status") != status and key_of(body) in self.keys(resource_of(body)):
                 self.change(resource_of(body), key_of(body), lambda each: each.update(status=status))
 
     def change(self, resource: Resource, key: str, change: Callable[[Object], object]) -> Object:
-        """Store an object as `change` changes it; raise `NotFoundError` if there is none."""
+        """Apply `change` to an object and store it. Raises `NotFoundError` if the object does not exist."""
         with self.changed:
             body = self.get(resource, key)
             change(body)
             return self._put(resource, body)
 
-    def end_pod(self, key: str) -> Object:
-        """Mark a Pod as one that its kubelet is to end."""
+    def terminate_pod(self, key: str) -> Object:
+        """Mark a Pod as terminating, so that its kubelet stops it."""
 
         def mark(pod: Object) -> None:
             grace = pod["spec"].get("terminationGracePeriodSeconds", 30)
@@ -73,11 +73,11 @@ class ClusterStore(Store):
 
 
 def key_of(body: Object) -> str:
-    """Return the name of an object, behind its namespace if it is in one."""
+    """Return `namespace/name` of an object, or its name if it is not namespaced."""
     metadata = body["metadata"]
     return f"{metadata['namespace']}/{metadata['name']}" if "namespace" in metadata else str(metadata["name"])
 
 
 def now() -> str:
-    """Return the present time as the API writes it."""
+    """Return the current time in the format of the API."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
