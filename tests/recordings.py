@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from kproxy.iptables.names import DISPATCH, ChainName
+from kproxy.iptables.names import DISPATCH_CHAINS, ChainName
 from kproxy.iptables.save_restore import parse_save
 from kproxy.kube.codec.json_codec import decode_object
 from kproxy.model.delta import Kind, Replace
@@ -62,10 +62,10 @@ def comparable(saved: Iterable[str]) -> State:
 
     Rules in dispatch chains are sorted, because their order has no meaning. The jump to KUBE-NODEPORTS stays last.
     """
-    chains = parse_save(saved, ("nat", "filter"))
+    chains = parse_save(saved, ("nat", "filter")).chains
     return {
         chain: sorted(content.rules, key=lambda rule: (NODEPORTS_COMMENT in rule, rule))
-        if chain in DISPATCH
+        if chain in DISPATCH_CHAINS
         else content.rules
         for chain, content in chains.items()
     }

@@ -86,8 +86,8 @@ class _Baselines:
     def _first_sync_in_blocks(self, count: int) -> None:
         """Write the same rules in blocks of 25 Services with one program start per block, the obvious design."""
         flush()
-        block_rules = 25 * rules_per_service(self._cluster.endpoints)
-        recorded = RecordingProxy(self._mode, self._cluster, block_rules=block_rules).change()
+        max_rules = 25 * rules_per_service(self._cluster.endpoints)
+        recorded = RecordingProxy(self._mode, self._cluster, max_transaction_rules=max_rules).change()
         for _ in range(count):
             flush()
             cost = self._replay([(recorder, [text]) for recorder, texts in recorded for text in texts])  # type: ignore[misc]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kproxy.iptables.variant import FOLDER, detect_variant, use_host_variant
+from kproxy.iptables.variant import FOLDER_VARIABLE, detect_variant, use_host_variant
 from tests.lab.namespace import Namespace
 
 PROGRAMS = ("iptables", "ip6tables")
@@ -77,7 +77,7 @@ def test_missing_variant_is_never_selected(node: Namespace, folder: Path) -> Non
 
 def test_selected_variant_precedes_others_in_path(node: Namespace, folder: Path) -> None:
     add(node, "iptables-legacy", HINT)
-    environment = {FOLDER: str(folder), "PATH": "/usr/sbin:/usr/bin"}
+    environment = {FOLDER_VARIABLE: str(folder), "PATH": "/usr/sbin:/usr/bin"}
     assert node.call(lambda: use_host_variant(environment)) == "legacy"
     program = shutil.which("iptables-save", path=environment["PATH"])
     assert program == str(folder / "legacy/iptables-save")

@@ -44,7 +44,7 @@ def test_a_proxys_inputs_have_the_same_effect(namespace: Namespace, variant: str
     real, fake = RealKernel(namespace, family, variant), FakeKernel()
     found = store(HISTORY[0])
     context = recorded_context(HISTORY[0], family, found)
-    proxy = FamilySync(IptablesBackend(fake, block_rules=20), lambda _: context)
+    proxy = FamilySync(IptablesBackend(fake, max_transaction_rules=20), lambda _: context)
     for scenario in HISTORY:
         for delta in replaces(scenario):
             proxy.note(found.apply(delta))

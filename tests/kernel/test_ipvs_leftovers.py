@@ -15,7 +15,7 @@ from kproxy.app.cleanup import VirtualServersRemainError, remove_all, remove_ipv
 from kproxy.app.first_sync import FirstSyncSteps
 from kproxy.config import Config
 from kproxy.config.types import Mode
-from kproxy.ipvs import cleanup as ipvs_leftovers
+from kproxy.ipvs import cleanup
 from kproxy.ipvs.cleanup import INTERFACE, SETS
 from kproxy.ipvs.ipset import IpsetEntry, set_entries, set_names
 from kproxy.ipvs.virtual_servers import VirtualServer, virtual_servers
@@ -238,7 +238,7 @@ def test_a_set_that_a_foreign_rule_uses_stays_and_is_said(node: Namespace, caplo
         == f"removed {len(SETS) - 1} ipsets, the interface {INTERFACE} of ipvs mode"
     )
     said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    assert said == ["ipsets KUBE-IPVS-IPS cannot be removed: rules use it"]
+    assert said == ["cannot remove ipsets KUBE-IPVS-IPS: in use by rules"]
     assert sets(node) == ["KUBE-IPVS-IPS"]
 
 
@@ -303,9 +303,9 @@ def test_virtual_servers_that_stay_are_tried_again_with_the_next_sync_of_all_ser
     leave(node)
     server = VirtualServer("10.96.0.80", 6, 80, b"a")
     busy = [True]
-    monkeypatch.setattr(ipvs_leftovers, "virtual_servers", lambda: [server])
+    monkeypatch.setattr(cleanup, "virtual_servers", lambda: [server])
     monkeypatch.setattr(
-        ipvs_leftovers, "delete_virtual_servers", lambda _: {server: "Device or resource busy"} if busy else {}
+        cleanup, "delete_virtual_servers", lambda _: {server: "Device or resource busy"} if busy else {}
     )
     observer = FirstSyncSteps(Config(mode=mode), [Family.IPV4])
 
@@ -321,8 +321,8 @@ def test_virtual_servers_that_stay_are_tried_again_with_the_next_sync_of_all_ser
     assert "KUBE-IPVS-IPS" not in sets(node)
     said = [record.getMessage() for record in caplog.records if "is still there" in record.getMessage()]
     assert said == [
-        "what ipvs mode left is still there, and may take traffic of Services: 1 virtual servers of IPVS cannot be "
-        "removed, such as 10.96.0.80 port 80: Device or resource busy; its interface and ipsets are kept as well"
+        "what ipvs mode left is still there, and may take traffic of Services: cannot remove 1 IPVS virtual "
+        "server (first: 10.96.0.80 port 80): Device or resource busy; its interface and ipsets are kept as well"
     ]
 
 
@@ -351,14 +351,14 @@ def test_a_clean_up_that_fails_in_the_end_has_said_what_it_removed(
 ) -> None:
     leave(node)
     server = VirtualServer("10.96.0.80", 6, 80, b"a")
-    monkeypatch.setattr(ipvs_leftovers, "virtual_servers", lambda: [server])
-    monkeypatch.setattr(ipvs_leftovers, "delete_virtual_servers", lambda _: {server: "Device or resource busy"})
+    monkeypatch.setattr(cleanup, "virtual_servers", lambda: [server])
+    monkeypatch.setattr(cleanup, "delete_virtual_servers", lambda _: {server: "Device or resource busy"})
     said: list[str] = []
 
     def clean_up() -> None:
         said.extend(remove_all())
 
-    with pytest.raises(VirtualServersRemainError, match="port 80: Device or resource busy"):
+    with pytest.raises(VirtualServersRemainError, match=r"port 80\): Device or resource busy"):
         node.call(clean_up)
     assert [line.rpartition(" ")[2] for line in said] == ["IPv4", "IPv6"]
 
@@ -388,7 +388,7 @@ def test_virtual_servers_go_while_the_interface_says_which_are_theirs(
         deleted.extend(servers)
         return {}
 
-    monkeypatch.setattr(ipvs_leftovers, "virtual_servers", lambda: [*theirs, *foreign])
-    monkeypatch.setattr(ipvs_leftovers, "delete_virtual_servers", delete)
+    monkeypatch.setattr(cleanup, "virtual_servers", lambda: [*theirs, *foreign])
+    monkeypatch.setattr(cleanup, "delete_virtual_servers", delete)
     assert node.call(lambda: list(remove_all()))[-1] == f"removed 3 virtual servers, {EVERYTHING} of ipvs mode"
     assert deleted == theirs

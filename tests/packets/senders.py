@@ -75,5 +75,5 @@ def packet_of(row: Row) -> Packet:
         port=row.port,
         interface="" if from_node else sender_of(row.sender).interface,
         local_addresses=frozenset({*NODE_ADDRESSES.values(), *([source_of(row)] if from_node else ())}),
-        remembered=frozenset({row.remembering} if row.remembering else ()),
+        affinity_endpoints=frozenset({row.remembering} if row.remembering else ()),
     )

@@ -9,7 +9,7 @@ import pytest
 
 from kproxy.model.types import Family
 from kproxy.simulate.nftables import NftablesSimulator
-from kproxy.simulate.packet import Fate, FateDistribution, Packet, Simulator, Verdict
+from kproxy.simulate.packet import OutcomeDistribution, Packet, PacketOutcome, Simulator, Verdict
 from tests.packets.compare import wrong_fates
 from tests.packets.differences import Reason, read_differences, read_nftables_table, reason_for
 from tests.packets.expectation import EXACTLY, describe, uneven
@@ -71,7 +71,12 @@ def test_only_iptables_mode_drops_invalid_packets(
     rules: Callable[[str], dict[Family, Simulator]], expected: str, scenario: str
 ) -> None:
     packet = Packet(
-        protocol="TCP", source="10.244.1.1", destination="198.51.100.10", port=50000, interface="veth0", state="INVALID"
+        protocol="TCP",
+        source="10.244.1.1",
+        destination="198.51.100.10",
+        port=50000,
+        interface="veth0",
+        conntrack_state="INVALID",
     )
     expected = "untouched" if scenario == "config-conntrack-liberal" else expected
     assert describe(rules(scenario)[Family.IPV4].send(packet)) == expected
@@ -97,8 +102,8 @@ def test_node_ports_at_a_second_address_of_the_node(
         local_addresses=frozenset({NODE_ADDRESSES[4], SECOND_NODE_ADDRESSES[4]}),
     )
     outcome = rules(scenario)[Family.IPV4].send(packet)
-    assert bool(outcome.targets) == (is_iptables and all_addresses)
-    assert {fate.verdict for fate in outcome.fates} == {Verdict.ACCEPTED}
+    assert bool(outcome.endpoints) == (is_iptables and all_addresses)
+    assert {fate.verdict for fate in outcome.probabilities} == {Verdict.ACCEPTED}
 
 
 @pytest.mark.parametrize(
@@ -106,5 +111,5 @@ def test_node_ports_at_a_second_address_of_the_node(
 )
 def test_unequal_probability_of_an_endpoint_is_detected(first: float, tolerance: float, is_uneven: bool) -> None:
     shares = {"10.0.0.1:1": first, "10.0.0.2:2": 1 - first}
-    outcome = FateDistribution((Fate(Verdict.ACCEPTED, target), share) for target, share in shares.items())
+    outcome = OutcomeDistribution((PacketOutcome(Verdict.ACCEPTED, target), share) for target, share in shares.items())
     assert uneven(outcome, tolerance) == (shares if is_uneven else {})

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from kproxy.iptables import backend as iptables
-from kproxy.iptables.conflicts import FrontendClaims, frontend_of
+from kproxy.iptables.conflicts import FrontendIndex, frontend_of
 from kproxy.iptables.names import ChainName
-from kproxy.iptables.render import DispatchRule, FrontendClaim
+from kproxy.iptables.render import DispatchRule, FrontendMatch
 from kproxy.model.context import Context
 from kproxy.model.delta import Upsert
 from kproxy.model.frontend_conflicts import ClaimRank, FrontendConflict
@@ -116,20 +116,20 @@ def test_node_ports_and_other_ports_and_protocols_are_frontends_of_their_own(mod
 
 def test_services_that_share_an_address_but_no_port_are_not_compared() -> None:
     """An address that thousands share, each with a port of its own, is ordinary behind one load balancer."""
-    claims, chain = FrontendClaims(), ChainName("nat", "KUBE-SERVICES")
-    claim = DispatchRule(chain, "a rule", 42, claim=FrontendClaim("tcp", 80, ClaimRank.FORWARDS))
+    index, chain = FrontendIndex(), ChainName("nat", "KUBE-SERVICES")
+    claim = DispatchRule(chain, "a rule", 42, frontend=FrontendMatch("tcp", 80, ClaimRank.FORWARDS))
     others = [
-        claim._replace(claim=FrontendClaim("tcp", 81, ClaimRank.FORWARDS)),
-        claim._replace(claim=FrontendClaim("udp", 80, ClaimRank.FORWARDS)),
-        claim._replace(place=43),
-        claim._replace(place=80, protocol="tcp"),
-        claim._replace(claim=None),
+        claim._replace(frontend=FrontendMatch("tcp", 81, ClaimRank.FORWARDS)),
+        claim._replace(frontend=FrontendMatch("udp", 80, ClaimRank.FORWARDS)),
+        claim._replace(destination=43),
+        claim._replace(destination=80, protocol="tcp"),
+        claim._replace(frontend=None),
     ]
     for number, rule in enumerate(others):
-        claims.put(f"ns/s{number}", (), (rule,))
-    assert claims.contested({"ns/web": [claim]}) == {}
-    claims.put("ns/web", (), (claim,))
-    ((frontend, found),) = claims.contested({"ns/same": [claim]}).items()
+        index.update(f"ns/s{number}", (), (rule,))
+    assert index.shared_frontends({"ns/web": [claim]}) == {}
+    index.update("ns/web", (), (claim,))
+    ((frontend, found),) = index.shared_frontends({"ns/same": [claim]}).items()
     assert (frontend, found) == (frontend_of(claim), {"ns/web", "ns/same"})
 
 

@@ -174,11 +174,11 @@ def test_nothing_is_told_before_the_kernel_has_it() -> None:
     cluster = Cluster("iptables")
     cluster.sync(service("web"), slices("web", "node-1"))
     kernel = FakeKernel()
-    kernel.refuse = lambda _: "out of memory"
+    kernel.reject = lambda _: "out of memory"
     cluster.family._backend = IptablesBackend(kernel)
     with pytest.raises(SyncError):
         cluster.sync(slices("web"))
-    kernel.refuse = lambda _: None
+    kernel.reject = lambda _: None
     assert cluster.told() == [LOST]
 
 

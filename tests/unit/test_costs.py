@@ -8,8 +8,8 @@ from math import isqrt
 
 import pytest
 
-from kproxy.iptables.backend import CHANGED_FACTOR, IptablesBackend
-from kproxy.iptables.dispatch import SHARD_RULES
+from kproxy.iptables.backend import INCREMENTAL_FACTOR, IptablesBackend
+from kproxy.iptables.dispatch import MAX_SHARD_RULES
 from kproxy.iptables.names import ChainName
 from kproxy.model.context import Context, LocalTraffic
 from kproxy.model.delta import Delete, Delta, Replace, Upsert
@@ -116,7 +116,7 @@ def rules_in(text: str) -> int:
 class Busy(FakeKernel):
     """A kernel that never tells how many rules a chain has, as somebody else changes rules all the time."""
 
-    def lengths(self, chains: Collection[ChainName]) -> dict[ChainName, int]:
+    def count_rules(self, chains: Collection[ChainName]) -> dict[ChainName, int]:
         return {chain: 0 for chain in chains if not self.tables}
 
 
@@ -127,12 +127,12 @@ class Busy(FakeKernel):
 def test_iptables_a_large_burst_goes_in_blocks(make: type[FakeKernel], services: int, each: int, weight: int) -> None:
     """Of what is in use, blocks are the larger the more rules there are."""
     kernel = make()
-    proxy = Proxy(IptablesBackend(kernel, block_rules=services), services)
+    proxy = Proxy(IptablesBackend(kernel, max_transaction_rules=services), services)
     begin = len(kernel.inputs)
     assert max(map(rules_in, kernel.inputs)) <= services + OWN
     proxy.change(*(Upsert(endpoint_slice(number, last=20)) for number in range(services)))
     found = [rules_in(text) for text in kernel.inputs[begin:]]
-    most = CHANGED_FACTOR * isqrt(rules_of(kernel))
+    most = INCREMENTAL_FACTOR * isqrt(rules_of(kernel))
     assert sum(found) == each * services
     assert max(found) <= most
     # All but the deletion of an old endpoint's chain is done before any deletion.
@@ -161,7 +161,7 @@ def test_iptables_a_service_comes_and_goes_in_a_split_dispatch_chain() -> None:
     proxy.change(Upsert(service(SPLIT)))
     proxy.change(Delete(Service, "ns", f"service-{SPLIT}"))
     shared = len([line for line in written(kernel, begin) if line.startswith(("-A", "-I", "-D"))]) - OWN
-    assert shared <= 2 * SHARD_RULES
+    assert shared <= 2 * MAX_SHARD_RULES
 
 
 # nftables

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from kproxy.iptables.backend import IptablesBackend
 from kproxy.iptables.base_rules import ensured_rules
-from kproxy.iptables.names import DISPATCH, PORT_CHAIN_PREFIXES, port_hash
+from kproxy.iptables.names import DISPATCH_CHAINS, PORT_CHAIN_PREFIXES, port_hash
 from kproxy.model.context import Context, LocalTraffic
 from kproxy.model.delta import Delete, Delta, Replace, Upsert
 from kproxy.model.store import Store
@@ -32,7 +32,7 @@ CONTEXT = Context(
     localhost_node_ports=True,
 )
 SVC = f"KUBE-SVC-{port_hash('ns/web:http', 'TCP')}"
-DISPATCH_NAMES = {chain.name for chain in DISPATCH}
+DISPATCH_NAMES = {chain.name for chain in DISPATCH_CHAINS}
 
 
 def sep(last: int) -> str:
@@ -60,14 +60,16 @@ class Proxy:
         self,
         kernel: FakeKernel | None = None,
         *,
-        block_rules: int = 600,
+        max_transaction_rules: int = 600,
         dispatch_threshold: int = 1000,
         context: Context = CONTEXT,
     ) -> None:
         self.kernel = kernel or FakeKernel()
         self.context = context
         self.store = Store("node-1")
-        backend = IptablesBackend(self.kernel, block_rules=block_rules, dispatch_threshold=dispatch_threshold)
+        backend = IptablesBackend(
+            self.kernel, max_transaction_rules=max_transaction_rules, dispatch_threshold=dispatch_threshold
+        )
         self.family = FamilySync(backend, lambda _: self.context)
 
     def take(self, *deltas: Delta) -> None:
@@ -267,10 +269,10 @@ def test_a_chain_that_was_tampered_with_is_repaired_at_start(proxy: Proxy) -> No
 
 
 def test_after_a_failure_the_kernel_is_read_and_only_what_is_missing_is_written(proxy: Proxy) -> None:
-    proxy.kernel.refuse = lambda _: "out of memory"
+    proxy.kernel.reject = lambda _: "out of memory"
     with pytest.raises(SyncError, match="out of memory"):
         proxy.put(a_slice(1, 2, 4))
-    proxy.kernel.refuse = lambda _: None
+    proxy.kernel.reject = lambda _: None
     assert written(proxy.sync()) == {SVC, sep(4)}
     assert proxy.kernel.reads == 2
 
@@ -339,9 +341,9 @@ def assert_safe(before: dict[str, list[str]], states: list[dict[str, list[str]]]
             assert state[name]
 
 
-@pytest.mark.parametrize("block_rules", [1, 5, 20, 600])
-def test_a_large_load_is_safe_at_every_moment(block_rules: int) -> None:
-    proxy = Proxy(Watched(), block_rules=block_rules)
+@pytest.mark.parametrize("max_transaction_rules", [1, 5, 20, 600])
+def test_a_large_load_is_safe_at_every_moment(max_transaction_rules: int) -> None:
+    proxy = Proxy(Watched(), max_transaction_rules=max_transaction_rules)
     kernel = proxy.kernel
     assert isinstance(kernel, Watched)
     objects = [each for name in "abcdef" for each in (service(name), a_slice(1, 2, 3, owner=name))]
@@ -353,7 +355,7 @@ def test_a_large_load_is_safe_at_every_moment(block_rules: int) -> None:
 
 
 def test_blocks_hold_what_they_may_and_never_half_a_service() -> None:
-    proxy = Proxy(block_rules=30)
+    proxy = Proxy(max_transaction_rules=30)
     proxy.put(*(each for name in "abcdefgh" for each in (service(name), a_slice(1, 2, 3, owner=name))))
     *blocks, switch = proxy.kernel.inputs
     assert len(blocks) > 2
@@ -368,7 +370,7 @@ def test_blocks_hold_what_they_may_and_never_half_a_service() -> None:
 
 
 def test_a_service_larger_than_a_block_is_a_block() -> None:
-    proxy = Proxy(block_rules=5)
+    proxy = Proxy(max_transaction_rules=5)
     proxy.put(service(), a_slice(*range(1, 20)))
     assert [text.count(":KUBE-SVC-") for text in proxy.kernel.inputs].count(1) == 1
 
@@ -378,7 +380,7 @@ def test_many_stale_chains_are_deleted_in_blocks_without_one_that_is_still_in_us
     ranges = {"vips": ("203.0.113.1",), "source_ranges": ("198.51.100.0/24",), "external_local": True}
     for name in "abcdef":
         former.put(service(name, **ranges), a_slice(1, 2, 3, owner=name))
-    again = Proxy(former.kernel, block_rules=3)
+    again = Proxy(former.kernel, max_transaction_rules=3)
     again.sync()
     assert not [name for name in former.kernel.tables["nat"] if name.startswith(PORT_CHAIN_PREFIXES)]
     assert next(text.count("-X ") for text in again.kernel.inputs if "-X " in text) == 3
@@ -393,17 +395,17 @@ def test_many_stale_chains_are_deleted_in_blocks_without_one_that_is_still_in_us
     st.booleans(),
 )
 def test_every_change_is_safe_at_every_moment(
-    before: list[Delta], more: list[Delta], block_rules: int, dispatch_threshold: int, restarted: bool
+    before: list[Delta], more: list[Delta], max_transaction_rules: int, dispatch_threshold: int, restarted: bool
 ) -> None:
     kernel = Watched()
-    proxy = Proxy(kernel, block_rules=block_rules, dispatch_threshold=dispatch_threshold)
+    proxy = Proxy(kernel, max_transaction_rules=max_transaction_rules, dispatch_threshold=dispatch_threshold)
     listed = partial(proxy.take, Replace(Service, ()), Replace(EndpointSlice, ()))
     listed()
     proxy.take(*before)
     proxy.sync()
     state = dict(kernel.tables["nat"])
     if restarted:
-        proxy = Proxy(kernel, block_rules=block_rules, dispatch_threshold=dispatch_threshold)
+        proxy = Proxy(kernel, max_transaction_rules=max_transaction_rules, dispatch_threshold=dispatch_threshold)
         proxy.take(*before)
     kernel.states.clear()
     proxy.take(*more)

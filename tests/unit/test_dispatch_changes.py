@@ -14,7 +14,7 @@ from kproxy.config import Config
 from kproxy.config.load import load_config
 from kproxy.iptables.backend import IptablesBackend, IptablesPrinter
 from kproxy.iptables.cleanup import cleanup
-from kproxy.iptables.names import DISPATCH, NAT_SERVICES, PORT_CHAIN_PREFIXES, ChainName, is_shard
+from kproxy.iptables.names import DISPATCH_CHAINS, NAT_SERVICES, PORT_CHAIN_PREFIXES, ChainName, is_shard
 from kproxy.iptables.save_restore import parse_save
 from kproxy.model.context import Context
 from kproxy.model.delta import Delete, Upsert
@@ -54,7 +54,9 @@ def objects(count: int) -> Iterator[Service | EndpointSlice]:
 def split(proxy: Proxy) -> set[ChainName]:
     """The dispatch chains of the kernel that are split, told by where they jump to."""
     tables = proxy.kernel.tables
-    jumps = {chain: [rule.rpartition("-j ")[2] for rule in tables[chain.table][chain.name]] for chain in DISPATCH}
+    jumps = {
+        chain: [rule.rpartition("-j ")[2] for rule in tables[chain.table][chain.name]] for chain in DISPATCH_CHAINS
+    }
     return {
         chain for chain, targets in jumps.items() if any(is_shard(ChainName(chain.table, each)) for each in targets)
     }
@@ -77,7 +79,7 @@ def large() -> Proxy:
 
 def dispatch_written(lines: list[str]) -> set[str]:
     """The dispatch chains and shards that were written, and neither are nor were of a service port."""
-    fixed = {chain.name for chain in DISPATCH}
+    fixed = {chain.name for chain in DISPATCH_CHAINS}
     return {name for name in written(lines) if name in fixed or is_shard(ChainName("nat", name))}
 
 
@@ -156,19 +158,23 @@ def states(kernel: Watched) -> list[dict[ChainName, str]]:
         {
             chain: "\n".join(f"-A {name} {rule}" for rule in rules)
             for name, rules in state.items()
-            if (chain := ChainName("nat", name)) in DISPATCH or is_shard(chain)
+            if (chain := ChainName("nat", name)) in DISPATCH_CHAINS or is_shard(chain)
         }
         for state in kernel.states
     ]
 
 
-@pytest.mark.parametrize("block_rules", [1, 30, 600])
+@pytest.mark.parametrize("max_transaction_rules", [1, 30, 600])
 @pytest.mark.parametrize("restarted", [False, True])
-def test_no_packet_misses_its_service_while_the_threshold_is_crossed(block_rules: int, restarted: bool) -> None:
+def test_no_packet_misses_its_service_while_the_threshold_is_crossed(
+    max_transaction_rules: int, restarted: bool
+) -> None:
     kernel = Watched()
 
     def start() -> Proxy:
-        return Proxy(kernel, block_rules=block_rules, dispatch_threshold=THRESHOLD, context=UNCOUNTED)
+        return Proxy(
+            kernel, max_transaction_rules=max_transaction_rules, dispatch_threshold=THRESHOLD, context=UNCOUNTED
+        )
 
     proxy = start()
     proxy.put(*objects(THRESHOLD))
@@ -194,7 +200,7 @@ def test_no_packet_misses_its_service_while_the_threshold_is_crossed(block_rules
 
 @pytest.mark.parametrize("refused", range(1, 12))
 def test_a_refusal_amid_the_crossing_is_made_good(refused: int) -> None:
-    proxy = Proxy(block_rules=30, dispatch_threshold=THRESHOLD, context=UNCOUNTED)
+    proxy = Proxy(max_transaction_rules=30, dispatch_threshold=THRESHOLD, context=UNCOUNTED)
     proxy.put(*objects(THRESHOLD))
     left = refused
 
@@ -204,14 +210,14 @@ def test_a_refusal_amid_the_crossing_is_made_good(refused: int) -> None:
         return None if left else "out of memory"
 
     for wanted in (THRESHOLD + 20, THRESHOLD - 10):
-        left, proxy.kernel.refuse = refused, refuse
+        left, proxy.kernel.reject = refused, refuse
         proxy.take(*map(Upsert, objects(wanted)))
         proxy.take(*(Delete(Service, "ns", f"web{number}") for number in range(wanted, THRESHOLD + 20)))
         try:
             proxy.sync()
         except SyncError:
             assert left == 0
-        proxy.kernel.refuse = lambda _: None
+        proxy.kernel.reject = lambda _: None
         proxy.sync()
         fresh = Proxy(dispatch_threshold=THRESHOLD, context=UNCOUNTED)
         fresh.put(*objects(wanted))
@@ -226,7 +232,7 @@ def test_cleaning_up_leaves_no_shard(large: Proxy) -> None:
     assert {
         table for table in ("nat", "filter") for name in large.kernel.tables[table] if is_shard(ChainName(table, name))
     }
-    for change in cleanup(parse_save(large.kernel.dump()), block_rules=30):
+    for change in cleanup(parse_save(large.kernel.dump()).chains, max_transaction_rules=30):
         large.kernel.restore(change.text())
     assert [name for chains in large.kernel.tables.values() for name in chains if name.startswith("KUBE-")] == [
         "KUBE-FIREWALL"

@@ -33,7 +33,7 @@ class Proxy:
     def __init__(
         self,
         *,
-        block_rules: int = 600,
+        max_transaction_rules: int = 600,
         dispatch_threshold: int = 1000,
         kernels: dict[Family, FakeKernel] | None = None,
     ) -> None:
@@ -42,7 +42,9 @@ class Proxy:
         self.store = Store("node-1")
         families = {
             family: FamilySync(
-                IptablesBackend(kernel, block_rules=block_rules, dispatch_threshold=dispatch_threshold),
+                IptablesBackend(
+                    kernel, max_transaction_rules=max_transaction_rules, dispatch_threshold=dispatch_threshold
+                ),
                 partial(context, family),
             )
             for family, kernel in self.kernels.items()
@@ -98,18 +100,18 @@ def from_scratch(store: Store, dispatch_threshold: int = 1000) -> dict[Family, l
     st.sampled_from(THRESHOLDS),
 )
 def test_any_sequence_ends_like_a_fresh_start(
-    history: list[tuple[Delta, bool, bool]], block_rules: int, dispatch_threshold: int
+    history: list[tuple[Delta, bool, bool]], max_transaction_rules: int, dispatch_threshold: int
 ) -> None:
-    proxy = Proxy(block_rules=block_rules, dispatch_threshold=dispatch_threshold)
+    proxy = Proxy(max_transaction_rules=max_transaction_rules, dispatch_threshold=dispatch_threshold)
     for delta, pause, refused in history:
         proxy.take(delta)
         for kernel in proxy.kernels.values():
-            kernel.refuse = (lambda _: "out of memory") if refused else (lambda _: None)
+            kernel.reject = (lambda _: "out of memory") if refused else (lambda _: None)
         if pause:
             proxy.now += 100
             proxy.reconciler.sync_due()
     for kernel in proxy.kernels.values():
-        kernel.refuse = lambda _: None
+        kernel.reject = lambda _: None
     proxy.settle()
     assert proxy.dump() == from_scratch(proxy.store, dispatch_threshold)
 

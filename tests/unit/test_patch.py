@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kproxy.iptables.backend import IptablesBackend
 from kproxy.iptables.names import ChainName
-from kproxy.iptables.patch import WORTHWHILE_RULES, WORTHWHILE_SHARE, ChainPatch, patch
+from kproxy.iptables.patch import MIN_PATCHABLE_RULES, RULES_PER_COMMAND, ChainPatch, make_patch
 from kproxy.iptables.save_restore import RestoreInput
 from kproxy.model.context import Context
 from kproxy.model.delta import Replace, Upsert
@@ -30,7 +30,7 @@ def lines(rules: Sequence[str]) -> str:
 
 
 def way(held: Sequence[str], wanted: Sequence[str]) -> ChainPatch | None:
-    return patch(NAME, [hash(f"-A {NAME} {rule}") for rule in held], lines(wanted))
+    return make_patch(NAME, [hash(f"-A {NAME} {rule}") for rule in held], lines(wanted))
 
 
 def kernel_with(rules: Sequence[str]) -> FakeKernel:
@@ -43,7 +43,7 @@ def kernel_with(rules: Sequence[str]) -> FakeKernel:
 @given(st.data())
 def test_a_patch_leads_to_what_is_wanted(data: st.DataObject) -> None:
     rule = st.integers(0, 40).map(lambda number: f"-s 10.0.0.{number}")
-    held = data.draw(st.lists(rule, min_size=WORTHWHILE_RULES, max_size=40))
+    held = data.draw(st.lists(rule, min_size=MIN_PATCHABLE_RULES, max_size=40))
     wanted = list(held)
     for _ in range(data.draw(st.integers(1, 4))):
         begin = data.draw(st.integers(0, len(wanted)))
@@ -52,14 +52,14 @@ def test_a_patch_leads_to_what_is_wanted(data: st.DataObject) -> None:
     found = way(held, wanted)
     if found is None:
         return
-    assert found.length == len(held)
-    assert len(found.commands) * WORTHWHILE_SHARE <= len(wanted)
+    assert found.old_length == len(held)
+    assert len(found.commands) * RULES_PER_COMMAND <= len(wanted)
     kernel = kernel_with(held)
     kernel.restore(RestoreInput(patches={CHAIN: found}).text())
     assert kernel.tables["nat"][NAME] == wanted
 
 
-@pytest.mark.parametrize("count", [WORTHWHILE_RULES, 10, 100])
+@pytest.mark.parametrize("count", [MIN_PATCHABLE_RULES, 10, 100])
 @pytest.mark.parametrize("place", [0, 1, -2, -1])
 def test_one_other_rule_is_one_command(count: int, place: int) -> None:
     held = [f"-s 10.0.0.{number}" for number in range(count)]
@@ -89,13 +89,13 @@ def test_rules_that_are_alike_are_not_mixed_up() -> None:
 
 
 def test_what_is_written_anew() -> None:
-    few = [f"-s 10.0.0.{number}" for number in range(WORTHWHILE_RULES - 1)]
+    few = [f"-s 10.0.0.{number}" for number in range(MIN_PATCHABLE_RULES - 1)]
     assert way([*few, "-s 10.1.0.1"], few) is None
-    many = [f"-s 10.0.0.{number}" for number in range(3 * WORTHWHILE_SHARE)]
+    many = [f"-s 10.0.0.{number}" for number in range(3 * RULES_PER_COMMAND)]
     assert way(many, ["-s 10.1.0.1"] * 3 + many[3:]) is not None
     assert way(many, ["-s 10.1.0.1"] * 4 + many[4:]) is None
     assert way(many, many[:2]) is None
-    assert patch(NAME, [hash(rule) for rule in many], "") is None
+    assert make_patch(NAME, [hash(rule) for rule in many], "") is None
 
 
 def test_a_patch_stays_only_while_the_chain_is_as_long_as_it_says() -> None:
@@ -109,18 +109,18 @@ def test_a_patch_stays_only_while_the_chain_is_as_long_as_it_says() -> None:
         {CHAIN: fits, other: late},
         [("nat", "-I INPUT 1 -j DROP")],
         [],
-        may_fail=True,
+        best_effort=True,
     )
-    assert change.settled({CHAIN: 4, other: 4}) is change
+    assert change.with_applicable_patches({CHAIN: 4, other: 4}) is change
     # The patch of a chain counts for the rules that have to be read, too: here too few to matter.
-    assert change.rules == 4
-    assert ChainPatch(late.commands, 1000, late.rules).weight > 2 + 1000 // 10
+    assert change.cost == 4
+    assert ChainPatch(late.commands, 1000, late.rules).cost > 2 + 1000 // 10
     assert change.rules_by_table() == {"nat": 2}
-    settled = change.settled({CHAIN: 4, other: 5})
+    settled = change.with_applicable_patches({CHAIN: 4, other: 5})
     assert settled.patches == {CHAIN: fits}
     assert settled.chains == {ChainName("nat", "KUBE-SEP-A"): "", other: late.rules}
-    assert (settled.edits, settled.may_fail) == (change.edits, True)
-    assert change.settled({}).patches == {}
+    assert (settled.edits, settled.best_effort) == (change.edits, True)
+    assert change.with_applicable_patches({}).patches == {}
 
 
 # With the whole way of a change.
@@ -138,10 +138,10 @@ class Proxy:
         patching: bool = True,
         affinity: int = 0,
         ports: int = 1,
-        block_rules: int = 1200,
+        max_transaction_rules: int = 1200,
     ) -> None:
         self.kernel = kernel or FakeKernel()
-        backend = IptablesBackend(self.kernel, patching=patching, block_rules=block_rules)
+        backend = IptablesBackend(self.kernel, patching=patching, max_transaction_rules=max_transaction_rules)
         self._family = FamilySync(backend, lambda _: Context(Family.IPV4, "node-1"))
         self._store = Store("node-1")
         found = tuple(ServicePort(f"port-{number}", 80 + number, "TCP") for number in range(ports))
@@ -243,9 +243,9 @@ class Forgetful(FakeKernel):
         super().__init__()
         self.asked = 0
 
-    def lengths(self, chains: Collection[ChainName]) -> dict[ChainName, int]:
+    def count_rules(self, chains: Collection[ChainName]) -> dict[ChainName, int]:
         self.asked += 1
-        return super().lengths(chains) if self.asked == 1 else {}
+        return super().count_rules(chains) if self.asked == 1 else {}
 
 
 def test_a_chain_of_which_nobody_can_tell_whether_it_was_left_alone_is_written_anew() -> None:
@@ -265,8 +265,8 @@ def test_without_patching_chains_are_always_written_anew() -> None:
 
 def test_the_shortest_chain_that_is_patched() -> None:
     proxy = Proxy()
-    proxy.have(MANY[:WORTHWHILE_RULES])
-    assert "-R KUBE-SVC" in proxy.have([*MANY[: WORTHWHILE_RULES - 1], "10.244.1.98"])
+    proxy.have(MANY[:MIN_PATCHABLE_RULES])
+    assert "-R KUBE-SVC" in proxy.have([*MANY[: MIN_PATCHABLE_RULES - 1], "10.244.1.98"])
 
 
 def test_each_port_has_a_patch_of_its_own() -> None:
