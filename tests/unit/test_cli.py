@@ -115,7 +115,9 @@ def test_a_broken_object_is_named_with_its_line(tmp_path: Path) -> None:
     )
     done = run("render", f"--objects={broken}")
     assert done.returncode == 1
-    assert complaint(done) == f'kproxy: {broken}:7: Service default/web: spec.ports[0].port must be an integer, not "http"'
+    assert (
+        complaint(done) == f'kproxy: {broken}:7: Service default/web: spec.ports[0].port must be an integer, not "http"'
+    )
 
 
 def test_without_iptables_it_says_so() -> None:
