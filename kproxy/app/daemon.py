@@ -187,7 +187,7 @@ class Daemon:
             on_missing=serving.metrics.set_node_missing,
         )
         if client is not None:
-            client.answered = serving.metrics.on_request
+            client.observe_request = serving.metrics.on_request
         conntrack = ConntrackCleaner(
             {family: UdpConntrack(family) for family in families},
             own_addresses,

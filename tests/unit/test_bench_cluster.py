@@ -13,9 +13,9 @@ from kproxy.kube.codec.json_codec import read_page
 from kproxy.model.types import EndpointSlice
 from tests.bench import cluster as objects
 from tests.bench.cluster import SERVICE_CIDR, Cluster, Object, cluster_ip
-from tests.bench.efforts import MODES, SIZES
-from tests.bench.measured import changed_slices, spare
-from tests.bench.scene import SERVED
+from tests.bench.measurements import changed_slices, unconnected_services
+from tests.bench.sizes import MODES, SIZES
+from tests.bench.testbed import SERVER_ADDRESSES
 
 
 def addresses(found: Object) -> list[str]:
@@ -45,21 +45,21 @@ def test_all_objects_are_there() -> None:
 
 @pytest.mark.parametrize(("services", "reached"), [(1, (0,)), (2, (0, 1)), (20, (0, 4, 9, 14, 19))])
 def test_services_that_answer_are_spread_over_all(services: int, reached: tuple[int, ...]) -> None:
-    cluster = Cluster(services, 2, SERVED)
-    assert cluster.reached == reached
-    assert all(addresses(cluster.endpoint_slice(number)) == list(SERVED[:2]) for number in reached)
-    assert Cluster(services, 2).reached == ()
+    cluster = Cluster(services, 2, SERVER_ADDRESSES)
+    assert cluster.connected == reached
+    assert all(addresses(cluster.endpoint_slice(number)) == list(SERVER_ADDRESSES[:2]) for number in reached)
+    assert Cluster(services, 2).connected == ()
 
 
 def test_a_shift_changes_one_endpoint() -> None:
-    before, after = (addresses(Cluster(3, 4).endpoint_slice(1, shift=shift)) for shift in (0, 7))
+    before, after = (addresses(Cluster(3, 4).endpoint_slice(1, variant=variant)) for variant in (0, 7))
     assert [old == new for old, new in zip(before, after, strict=True)] == [True, True, True, False]
 
 
 def test_a_note_changes_no_rule() -> None:
     cluster = Cluster(3, 4)
-    assert cluster.endpoint_slice(1) != cluster.endpoint_slice(1, note="x")
-    assert decoded(cluster.endpoint_slice(1)) == decoded(cluster.endpoint_slice(1, note="x"))
+    assert cluster.endpoint_slice(1) != cluster.endpoint_slice(1, annotation="x")
+    assert decoded(cluster.endpoint_slice(1)) == decoded(cluster.endpoint_slice(1, annotation="x"))
 
 
 def test_a_rolling_update_replaces_one_after_the_other() -> None:
@@ -69,14 +69,14 @@ def test_a_rolling_update_replaces_one_after_the_other() -> None:
 
 
 def test_a_burst_is_of_different_services_that_nobody_connects_to() -> None:
-    cluster = Cluster(30, 2, SERVED)
+    cluster = Cluster(30, 2, SERVER_ADDRESSES)
     slices = changed_slices(cluster, 20)
     assert len({each["metadata"]["name"] for each in slices}) == 20
     assert all(
         decoded(each) != decoded(cluster.endpoint_slice(number))
-        for number, each in zip(spare(cluster), slices, strict=False)
+        for number, each in zip(unconnected_services(cluster), slices, strict=False)
     )
-    assert not set(spare(cluster)) & set(cluster.reached)
+    assert not set(unconnected_services(cluster)) & set(cluster.connected)
 
 
 def test_a_burst_larger_than_the_cluster_changes_some_twice() -> None:
@@ -96,4 +96,8 @@ def test_one_service_comes_first_in_each_mode(size: str) -> None:
 
 def test_sizes_of_ones_own_are_measured_in_full() -> None:
     tasks = list(SIZES["medium"].tasks(["nftables"], [300, 200]))
-    assert [(task.services, bool(task.effort.changes)) for task in tasks] == [(1, False), (200, True), (300, True)]
+    assert [(task.services, bool(task.repetitions.endpoint_changes)) for task in tasks] == [
+        (1, False),
+        (200, True),
+        (300, True),
+    ]

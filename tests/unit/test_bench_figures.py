@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 
-from tests.bench.catalog import CATALOG, NAMES, figures, with_memory_floors
+from tests.bench.catalog import CATALOG, NAMES, figures, with_memory_baselines
 from tests.bench.chart import decades, share
-from tests.bench.connects import percentile
+from tests.bench.connections import percentile
 from tests.bench.figures import FORMAT, Figure, Machine, Results, Run, Spread, compare, exact, mean, median, scaled
 from tests.bench.report import number, spread
-from tests.bench.scene import count_groups
+from tests.bench.testbed import count_syncs
 
 SECOND = 1_000_000_000
 MACHINE = Machine("6.1", 2, "cpu", 8.0, "3.11", "1.8", "0.1", "abc", 0.0)
@@ -65,7 +65,7 @@ def test_p99_leaves_out_one_in_a_hundred() -> None:
     ],
 )
 def test_commits_close_together_are_one_sync(moments: list[int], groups: int) -> None:
-    assert count_groups(moments) == groups
+    assert count_syncs(moments) == groups
 
 
 def test_comparison_is_new_by_old_for_the_same_mode_size_and_unit() -> None:
@@ -91,7 +91,7 @@ def test_endpoints_are_part_of_the_size() -> None:
 )
 def test_a_difference_counts_if_the_spreads_do_not_touch(new: Spread, apart: bool) -> None:
     (found,) = compare(results(run(Spread(4.0, 3.0, 5.0, 3))), results(run(new)))
-    assert found.apart is apart
+    assert found.disjoint is apart
 
 
 def test_there_is_no_ratio_to_nothing() -> None:
@@ -102,18 +102,18 @@ def test_there_is_no_ratio_to_nothing() -> None:
 def test_samples_become_figures_in_the_order_of_the_catalog() -> None:
     found = figures({"burst": [2.0], "first sync": [1.0, 3.0]}, {"burst": [0.5]})
     assert [each.name for each in found] == ["first sync", "burst"]
-    assert found[0].found == Spread(2.0, 1.0, 3.0, 2)
-    assert (found[0].floor, found[0].floor_is) == (None, "")
-    assert (found[1].found.value, found[1].unit, found[1].ratio) == (2000.0, "ms", 4.0)
+    assert found[0].measured == Spread(2.0, 1.0, 3.0, 2)
+    assert (found[0].baseline, found[0].baseline_is) == (None, "")
+    assert (found[1].measured.value, found[1].unit, found[1].ratio) == (2000.0, "ms", 4.0)
 
 
 def test_cpu_is_averaged_because_it_comes_in_ticks() -> None:
     (found,) = figures({"one endpoint: CPU": [0.0, 0.0, 0.03]}, {})
-    assert found.found.value == pytest.approx(10.0)
+    assert found.measured.value == pytest.approx(10.0)
 
 
 def test_a_misspelt_figure_is_not_lost() -> None:
-    with pytest.raises(KeyError, match="no figure is called frist sync"):
+    with pytest.raises(KeyError, match="unknown figure: frist sync"):
         figures({"frist sync": [1.0]}, {})
 
 
@@ -159,7 +159,7 @@ def test_the_memory_of_one_service_is_the_floor_of_the_same_mode() -> None:
         return Run(mode, services, 10, [Figure(name, "MB", exact(value)), Figure("burst", "ms", exact(1.0))])
 
     runs = [memory("iptables", 1, 50.0), memory("nftables", 1, 40.0), memory("nftables", 1000, 80.0)]
-    found = with_memory_floors(runs)
+    found = with_memory_baselines(runs)
     assert [run.figures[0].ratio for run in found] == [1.0, 1.0, 2.0]
     assert [replace(run, figures=run.figures[1:]) for run in found] == [
         replace(run, figures=run.figures[1:]) for run in runs

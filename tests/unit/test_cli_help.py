@@ -18,7 +18,7 @@ from kproxy.config.flag_table import CONFIG_FLAGS, GROUPS, PORT_FLAGS, Flag
 from kproxy.config.types import LocalMode, Mode
 
 KPROXY = str(Path(sys.executable).with_name("kproxy"))
-STATED = [flag for title, flags in GROUPS.items() if title != "without effect" for flag in flags]
+STATED = [flag for title, flags in GROUPS.items() if title != "no effect" for flag in flags]
 PAGES = [(), *((name,) for name in COMMANDS)]
 
 
@@ -99,7 +99,7 @@ def test_flags_are_shown_under_their_headings_as_they_are_written() -> None:
         assert [name for name in shown[title] if name not in ("--config", "--strict-config", "--master")] == [
             each.option for each in flags
         ]
-    assert shown["instead of running"] == ["--write-config-to", "--cleanup", "--init-only"]
+    assert shown["actions"] == ["--write-config-to", "--cleanup", "--init-only"]
 
 
 @pytest.mark.parametrize("name", ["apply", "render"])
@@ -108,7 +108,7 @@ def test_what_means_nothing_to_a_command_is_taken_and_not_shown(name: str) -> No
     assert "--cluster-cidr" in shown
     assert "--conntrack-min" not in shown
     assert "--conntrack-min" not in page(name)
-    assert "without effect" not in page(name)
+    assert "no effect" not in page(name)
     options = parse([name, "--objects=x", "--conntrack-min=5", "--ipvs_scheduler=rr", "--metrics-port=1"])
     assert apply_flags(Config(), options)[0].conntrack.min == 5
 
@@ -128,12 +128,12 @@ def test_a_stated_default_is_the_default(flag: Flag) -> None:
 @pytest.mark.parametrize("flag", STATED, ids=lambda flag: flag.name)
 def test_each_number_switch_and_duration_has_its_default_stated(flag: Flag) -> None:
     assert flag.help
-    if (flag.kind in ("int", "bool") or flag.value in ("DURATION", "MODE", "HOW")) and flag not in PORT_FLAGS:
+    if (flag.kind in ("int", "bool") or flag.metavar in ("DURATION", "MODE")) and flag not in PORT_FLAGS:
         assert stated_default(flag) is not None
 
 
 def test_the_words_that_are_offered_are_those_that_are_taken() -> None:
-    words = {flag.name: flag.words for flag in CONFIG_FLAGS if flag.words}
+    words = {flag.name: flag.choices for flag in CONFIG_FLAGS if flag.choices}
     assert words["proxy-mode"] == get_args(Mode)
     assert words["detect-local-mode"] == get_args(LocalMode)
     for name, each in words.items():

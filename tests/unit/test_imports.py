@@ -54,7 +54,7 @@ PURE = (
         "simulate.*",
     ),
 )
-NOT_SAYING_SO = {"documents", "nftables"}
+NOT_SAYING_SO = {"nftables"}
 """The parts whose pure modules do not all say so in their docstrings."""
 IMPURE = {"os", "socket", "subprocess", "threading", "time", "pathlib", "random", "logging"}
 CONVERSIONS = {"AF_INET", "AF_INET6", "AF_UNSPEC", "inet_ntop", "inet_pton"}
