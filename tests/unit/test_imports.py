@@ -39,7 +39,14 @@ PURE = (
     *(f"kube.codec.{name}" for name in ("schema", "conversion", "json_codec", "protobuf", "watch_events", "streams")),
     *("kube.listwatch.list_watch", "kube.events.correlator", "kube.client.http_proxy"),
     *("sync.schedule", "sync.family", "sync.conditions", "sync.summary", "app.contexts"),
-    *("config.types", "serve.http", "serve.zpages", "host.netlink_message", "documents.document"),
+    *(
+        "config.types",
+        "serve.http",
+        "serve.zpages",
+        "host.netlink_message",
+        "host.nf_tables_constants",
+        "documents.document",
+    ),
 )
 IMPURE = {"os", "socket", "subprocess", "threading", "time", "pathlib", "random", "logging"}
 CONVERSIONS = {"AF_INET", "AF_INET6", "AF_UNSPEC", "inet_ntop", "inet_pton"}
