@@ -61,14 +61,18 @@ class NftablesBackend:
     """
 
     def __init__(
-        self, kernel: NftablesKernel, own: OwnGenerations | None = None, *, batch_frontends: int = BATCH_FRONTENDS
+        self,
+        kernel: NftablesKernel,
+        own_generations: OwnGenerations | None = None,
+        *,
+        batch_frontends: int = BATCH_FRONTENDS,
     ) -> None:
-        """All backends of a network namespace share `own`.
+        """All backends of a network namespace share `own_generations`.
 
         `batch_frontends` is the maximum number of frontends in a batch. A batch never splits a Service.
         """
         self._kernel = kernel
-        self._own = own or OwnGenerations()
+        self._own_generations = own_generations or OwnGenerations()
         self._batch_frontends = batch_frontends
         self._ledger: NftablesLedger | None = None
         # The ruleset's generation after the last commit; None if another process may have changed the table since.
@@ -195,7 +199,7 @@ class NftablesBackend:
 
     def _commit_one(self, transaction: Transaction, *, must_be_current: bool) -> None:
         if self._generation is not None:
-            current = self._own.newest_after(self._generation)
+            current = self._own_generations.newest_after(self._generation)
             try:
                 self._kernel.commit(transaction, current)
             except GenerationChangedError:
@@ -203,7 +207,7 @@ class NftablesBackend:
                 if must_be_current:
                     raise
             else:
-                self._generation = self._own.record_commit(current)
+                self._generation = self._own_generations.record_commit(current)
                 return
         try:
             self._kernel.commit(transaction)

@@ -95,7 +95,7 @@ ElementValue: TypeAlias = bytes | str | None
 
 
 class SetElement(Struct, frozen=True, gc=False):
-    """One element of a set or map. The kernel ignores the `comment`."""
+    """One element of a set or map. nft shows the `comment`; the kernel only stores it."""
 
     key: bytes
     value: ElementValue = None

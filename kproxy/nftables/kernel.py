@@ -33,7 +33,7 @@ _T = TypeVar("_T")
 
 
 class TableError(Exception):
-    """The kernel rejected a transaction, and applied none of it, or a read failed. The message is one line.
+    """The kernel rejected a transaction as a whole, or the table cannot be read. The message is one line.
 
     `inconclusive` means that the kernel may not have seen the transaction, for example because `nft` was killed.
     """

@@ -1,4 +1,4 @@
-"""Chains that Services share. What a chain does depends on the number of endpoints and the traffic policy only. Pure.
+"""Shared chains, one for all frontends with the same traffic policy and a similar number of endpoints. Pure.
 
 A frontend's verdict goes to one of them. The chain finds the frontend's endpoints in a map, by the frontend's key.
 """

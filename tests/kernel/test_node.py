@@ -178,7 +178,7 @@ def test_nft_that_hangs_is_no_reason_either(
     monkeypatch.setattr("kproxy.nftables.probe.START_SECONDS", 1)
     with pytest.raises(InconclusiveError, match="No buffer space available; nft: nft did not end within 1 s"):
         namespace.call(discover_nftables)
-    with pytest.raises(StartError, match="cannot choose a mode: cannot tell"):
+    with pytest.raises(StartError, match="cannot choose a mode: cannot determine"):
         namespace.call(lambda: choose_mode(Config(mode="")))
 
 
