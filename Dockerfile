@@ -1,5 +1,5 @@
-# kproxy's image: Python, iptables and nftables of one Debian, and nothing else: no shell, no package manager.
-# `make image` builds it with docker, podman or buildah; `make image-base` makes a BASE where no registry is reachable.
+# kproxy with Python, iptables and nftables from one Debian release. The image has no shell and no package manager.
+# `make image` builds it with docker, podman or buildah. Without access to a registry, `make image-base` builds a BASE.
 ARG BASE=docker.io/library/debian:bookworm-slim
 
 FROM ${BASE} AS build
@@ -7,7 +7,7 @@ ENV DEBIAN_FRONTEND=noninteractive
 RUN apt-get -qq update && apt-get -qq install -y --no-install-recommends \
     gcc iptables kmod libc6-dev libip4tc-dev libip6tc-dev libxtables-dev netbase nftables python3-dev python3-venv
 RUN python3 -m venv /opt/kproxy
-# The dependencies first: they change more rarely than kproxy.
+# Dependencies change less often than kproxy, so they get a layer of their own.
 COPY constraints.txt pyproject.toml /src/
 COPY deploy/image/requirements.py /src/deploy/image/
 RUN python3 /src/deploy/image/requirements.py /src/pyproject.toml > /src/requirements.txt \
@@ -15,7 +15,7 @@ RUN python3 /src/deploy/image/requirements.py /src/pyproject.toml > /src/require
 COPY LICENSE README.md /src/
 COPY kproxy /src/kproxy
 RUN /opt/kproxy/bin/pip install --no-cache-dir --no-compile --no-deps /src \
-    # what only kubernetes.aio needs, and the tools of this stage
+    # Only kubernetes.aio needs these; pip and setuptools are build tools.
     && /opt/kproxy/bin/pip uninstall --yes aiohappyeyeballs aiohttp aiohttp-retry aiosignal frozenlist multidict propcache \
         yarl pip setuptools
 COPY deploy/image/rootfs.py /src/deploy/image/
@@ -23,7 +23,7 @@ RUN python3 /src/deploy/image/rootfs.py /rootfs
 
 FROM scratch
 COPY --from=build /rootfs /
-# Which variant of iptables the host uses is found out at start; PATH has the usual one.
+# kproxy detects the host's iptables variant at startup. PATH contains the nf_tables variant, the usual one.
 ENV PATH=/opt/kproxy/bin:/usr/sbin:/usr/bin \
     KPROXY_IPTABLES=/usr/lib/kproxy/iptables \
     PYTHONDONTWRITEBYTECODE=1 \

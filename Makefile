@@ -1,88 +1,97 @@
-# kproxy: everything a developer or a newcomer runs. `make` alone lists it.
+# Everything that developers and new users run. `make` without a target lists the targets.
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.ready
 RUN := $(VENV)/bin/python
-# where Debian puts iptables, nft and ip, and an ordinary user's PATH does not look
+# Debian installs iptables, nft and ip in /usr/sbin, which is not in an ordinary user's PATH.
 export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
-# of `make test`: files or folders, by default all tests
+# make test: files or directories; all tests by default.
 TESTS ?=
 
-# of `make fresh`: Debian releases, and checks of tests/fresh/fresh.sh; CHECKS=short takes a few minutes
+# make fresh: Debian releases, and checks from tests/fresh/fresh.sh. CHECKS=short takes a few minutes.
 RELEASES ?= bookworm trixie
 CHECKS ?= demo test
 
-# of `make bench`: small, medium or large; the modes; where results and chart go; earlier results to compare with
+# make bench: small, medium or large; proxy modes; output files; earlier results to compare with.
 SIZE ?= medium
 MODES ?= iptables,nftables
 JSON ?= build/bench.json
 CHART ?= build/bench.svg
 COMPARE ?=
 
-# of `make image` and `make kind-up`: the image's name; another base (`make image-base` makes one where no registry is
-# reachable); docker, podman or buildah, by default the first that works
+# make image, make kind-up: name of the image; base image (`make image-base` builds one without a registry);
+# docker, podman or buildah, by default the first one that works.
 IMAGE ?= localhost/kproxy:dev
 BASE ?=
 ENGINE ?=
 LOCAL_BASE := localhost/kproxy-base:bookworm
 
-.DEFAULT_GOAL := help
-.PHONY: help setup packages demo test fresh check bench clean image image-base image-test kind-up kind-test kind-down
+# make kind-up: proxy mode, iptables or nftables; node image, which selects the Kubernetes version of a new cluster,
+# by default kind's own.
+MODE ?= iptables
+NODE_IMAGE ?=
 
-help: ## list the targets
+.DEFAULT_GOAL := help
+.PHONY: help setup packages demo recording test fresh check bench \
+    image image-base image-test kind-up kind-test kind-down clean
+
+help: ## list these targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: packages $(STAMP) ## install the system packages and .venv/bin/kproxy
+setup: packages $(STAMP) ## install system packages, and kproxy with its dependencies in .venv
 
 packages:
 	@PYTHON="$(PYTHON)" sh tests/packages.sh tests
 
-# pip's own setuptools would build python-iptables in a way that pip calls deprecated in three lines.
+# Without PEP 517, pip prints three lines of deprecation warnings when it builds python-iptables.
 $(STAMP): export PIP_USE_PEP517 := 1
 $(STAMP): pyproject.toml constraints.txt | packages
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "kproxy needs Python 3.11 or newer: $(PYTHON) is $$($(PYTHON) -V); name another with make PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "kproxy requires Python 3.11 or newer, but $(PYTHON) is $$($(PYTHON) -V); select another one with make PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: setup ## see it work: pods, a Service, real requests, in less than half a minute
+demo: setup ## watch kproxy serve real requests in network namespaces, in less than half a minute
 	@$(RUN) -m tests.demo
 
-test: setup ## run all tests, those on the real kernel included
+recording: setup ## run the demo and record it in docs/pictures/demo.svg
+	@$(RUN) -m tests.demo.recording docs/pictures/demo.svg
+
+test: setup ## run all tests, including those that program the kernel
 	$(RUN) -m pytest -q --numprocesses=auto --dist=worksteal $(TESTS)
 
-fresh: ## as root: run the README's commands on a minimal Debian, for each of RELEASES in fresh roots by debootstrap
+fresh: ## run the README's commands on minimal Debian installations made by debootstrap; needs root
 	@sh tests/packages.sh fresh
 	@for release in $(RELEASES); do sh tests/fresh/fresh.sh "$$release" $(CHECKS) || exit; done
 
-check: setup ## format, lint, types
+check: setup ## check formatting, lint and types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
-bench: setup ## measure the costs beside their floors; SIZE=small ends in 3 minutes
+bench: setup ## run the benchmark; SIZE=small takes 3 minutes
 	@$(RUN) -m tests.bench --size=$(SIZE) --modes=$(MODES) --json=$(JSON) --chart=$(CHART) $(if $(COMPARE),--compare=$(COMPARE))
 
-image: ## build the image IMAGE with docker, podman or buildah
+image: ## build the container image with docker, podman or buildah
 	@ENGINE="$(ENGINE)" sh deploy/image/image.sh build $(IMAGE) $(BASE)
 
-image-base: ## make a base for it by debootstrap, called localhost/kproxy-base:bookworm, where no registry is reachable
+image-base: ## build a base image with debootstrap, for machines without access to a registry
 	@ENGINE="$(ENGINE)" sh deploy/image/image.sh base $(LOCAL_BASE)
 
-image-test: setup ## build the image on a base of our own and run it under the manifest's privileges, as root
+image-test: setup ## build the image and test it with the privileges of the manifest; needs root
 	@sh tests/packages.sh image
 	@ENGINE=$(or $(ENGINE),buildah) RUN=$(RUN) sh deploy/image/image.sh trial $(LOCAL_BASE)
 
-kind-up: ## make a kind cluster without kube-proxy, and kproxy in it
-	@ENGINE="$(ENGINE)" sh deploy/kind.sh up $(IMAGE)
+kind-up: ## create a kind cluster with kproxy as its only service proxy; MODE=nftables, NODE_IMAGE=kindest/node:...
+	@ENGINE="$(ENGINE)" MODE="$(MODE)" NODE_IMAGE="$(NODE_IMAGE)" sh deploy/kind.sh up $(IMAGE)
 
-kind-test: setup ## run the end-to-end tests against it
+kind-test: setup ## run the end-to-end tests on the kind cluster
 	@KUBECONFIG=$(CURDIR)/build/kind.kubeconfig $(RUN) -m pytest -q tests/e2e
 
-kind-down: ## delete it
+kind-down: ## delete the kind cluster
 	@sh deploy/kind.sh down
 
-clean: ## remove what the other targets made
+clean: ## remove build artifacts, caches and .venv
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""`python -m kproxy`, and the console script."""
+"""Entry point of `python -m kproxy` and of the `kproxy` command."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import sys
 def main() -> int:
     """Run the command line and return its exit code."""
     if sys.argv[1:2] == ["run"]:
-        # They wait until the daemon asks for them: as PID 1, it would never get one that comes before.
-        from kproxy.host.signals import block_signals  # noqa: PLC0415 - only the daemon waits for them
+        # Block them first: as PID 1, the daemon would lose any signal sent before it starts to wait for them.
+        from kproxy.host.signals import block_signals  # noqa: PLC0415 - only the daemon needs it
 
         block_signals()
     try:
-        from kproxy.cli.main import main as run_command_line  # noqa: PLC0415 - so that Ctrl-C in here is no traceback
+        from kproxy.cli.main import main as run_command_line  # noqa: PLC0415 - inside `try`: Ctrl-C while importing prints no traceback
 
         return run_command_line(sys.argv[1:])
     except KeyboardInterrupt:

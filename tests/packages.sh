@@ -1,13 +1,16 @@
 #!/bin/sh
-# packages.sh tests|image|fresh: install the Debian packages that demo and tests, `make image-test` or `make fresh` need.
-# As an ordinary user, name the missing ones in one line. PYTHON is the interpreter that gets the virtual environment.
+# packages.sh tests|image|fresh: install missing Debian packages for the demo and the tests, `make image-test` or
+# `make fresh`. Run by an ordinary user, print the command that installs them, in one line.
+#
+# Environment:
+#   PYTHON   interpreter of the virtual environment, python3 by default
 set -u
 PYTHON=${PYTHON:-python3}
-# An ordinary user's PATH leaves out where Debian puts most of them.
+# Most programs are in directories that are not in an ordinary user's PATH.
 PATH=$PATH:${SBIN:-/usr/local/sbin:/usr/sbin:/sbin}
 
 missing=""
-need() { # PACKAGE COMMAND...: the package is missing unless the command succeeds
+need() { # PACKAGE COMMAND...: record the package as missing if the command fails
     package=$1
     shift
     "$@" >/dev/null 2>&1 || missing="$missing $package"
@@ -25,14 +28,14 @@ tests() {
     need util-linux program setpriv
     need mount program mount
     need openssl program openssl
-    need curl program curl # tests of the README's commands and of scripts that run in Pods
+    need curl program curl # tests of the README's commands and of scripts for Pods
     case ${PYTHON##*/} in
-    python3.*) packaged=${PYTHON##*/} ;; # has packages of its own
+    python3.*) packaged=${PYTHON##*/} ;; # Debian packages each minor version separately
     *) packaged=python3 ;;
     esac
     need "$packaged" program "$PYTHON"
     need "$packaged-venv" python 'import ensurepip, venv'
-    # python-iptables has a C extension, and no wheel at PyPI.
+    # pip compiles python-iptables, which has a C extension and no wheel on PyPI.
     [ -e .venv/.ready ] && return
     need gcc program "$(python 'import sysconfig; print(sysconfig.get_config_var("CC").split()[0])' 2>/dev/null || echo gcc)"
     need libc6-dev file /usr/include/stdio.h
@@ -56,7 +59,7 @@ fresh() {
 }
 
 apt() {
-    # Wait for unattended upgrades, which many machines run right after their first boot.
+    # Wait for unattended upgrades, which many machines run directly after their first boot.
     apt-get -qq -o Dpkg::Use-Pty=0 -o DPkg::Lock::Timeout=300 "$@"
 }
 
@@ -67,21 +70,21 @@ esac
 "$1"
 [ -z "$missing" ] && exit 0
 if ! command -v apt-get >/dev/null 2>&1; then
-    echo "missing packages (by their names in Debian):$missing" >&2
+    echo "missing packages (Debian names):$missing" >&2
     exit 1
 fi
 if [ "$(id -u)" -ne 0 ]; then
     as="as root " do=""
     ! command -v sudo >/dev/null 2>&1 || as="" do="sudo "
-    echo "missing packages, install them ${as}with: ${do}apt-get update; ${do}apt-get install$missing" >&2
+    echo "missing packages; install them ${as}with: ${do}apt-get update; ${do}apt-get install$missing" >&2
     exit 1
 fi
 echo "installing$missing"
 export DEBIAN_FRONTEND=noninteractive
-# An error of one source, such as a third party's that is gone, says nothing about the others.
-apt update || echo "apt-get update failed for at least one source, using the others" >&2
+# A failing source, such as a third-party one that no longer exists, does not affect the others.
+apt update || echo "apt-get update failed for at least one source; using the others" >&2
 # shellcheck disable=SC2086 # a list of words
 apt -y install --no-install-recommends $missing >/dev/null || exit 1
 missing=""
 "$1"
-[ -z "$missing" ] || { echo "still missing after the installation:$missing" >&2; exit 1; }
+[ -z "$missing" ] || { echo "still missing after installation:$missing" >&2; exit 1; }

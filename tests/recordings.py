@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from kproxy.iptables.names import DISPATCH, ChainName
+from kproxy.iptables.names import DISPATCH_CHAINS, ChainName
 from kproxy.iptables.save_restore import parse_save
 from kproxy.kube.codec.json_codec import decode_object
 from kproxy.model.delta import Kind, Replace
@@ -53,8 +53,10 @@ def recorded(scenario: str, family: Family) -> State:
 
 def comparable(saved: Iterable[str]) -> State:
     """The state that counts, of tables nat and filter: rules in dispatch chains have no order, but the last one."""
-    chains = parse_save(saved, ("nat", "filter"))
+    chains = parse_save(saved, ("nat", "filter")).chains
     return {
-        chain: sorted(content.rules, key=lambda rule: (LAST in rule, rule)) if chain in DISPATCH else content.rules
+        chain: sorted(content.rules, key=lambda rule: (LAST in rule, rule))
+        if chain in DISPATCH_CHAINS
+        else content.rules
         for chain, content in chains.items()
     }

@@ -1,9 +1,12 @@
 #!/bin/sh
-# image.sh build IMAGE [BASE]   build kproxy's image
-# image.sh base BASE            make a base for it, where no registry is reachable
-# image.sh save IMAGE FILE      write it to a file that `kind load image-archive` takes
-# image.sh trial BASE           make a base unless it is there, build the image on it, and run tests/deploy/test_image.py
-# ENGINE names docker, podman or buildah; without it, the first of them that works here is taken.
+# image.sh build IMAGE [BASE]   build the container image
+# image.sh base BASE            build a base image with debootstrap, without a registry
+# image.sh save IMAGE FILE      write the image to an archive for `kind load image-archive`
+# image.sh trial BASE           build the base image if missing, build on it, and run tests/deploy/test_image.py
+#
+# Environment:
+#   ENGINE   docker, podman or buildah; the first one that works by default
+#   MIRROR   Debian mirror for the base image
 set -eu
 cd "$(dirname "$0")/../.."
 
@@ -14,7 +17,7 @@ engine() {
             return
         fi
     done
-    echo "no container engine works here: ${ENGINE:-docker, podman or buildah} is needed (buildah as root: apt-get install buildah)" >&2
+    echo "image.sh: no working container engine: install ${ENGINE:-docker, podman or buildah} (as root: apt-get install buildah)" >&2
     exit 1
 }
 
@@ -25,14 +28,14 @@ build() { # IMAGE [BASE]
     if [ "$engine" = docker ]; then
         DOCKER_BUILDKIT=1 docker build "$@" -t "$image" .
     else
-        # The format that kubelets of any age and `kind load` take.
+        # The image format that all kubelets and `kind load` accept.
         "$engine" build --layers --format=docker "$@" -t "$image" .
     fi
 }
 
-# A Debian as small as `debian:bookworm-slim`, with the certificate authorities that this machine adds to Debian's.
+# Build a minimal Debian like `debian:bookworm-slim`, with this machine's additional certificate authorities.
 base() { # BASE
-    command -v debootstrap >/dev/null || { echo "debootstrap is needed: apt-get install debootstrap (as root)" >&2; exit 1; }
+    command -v debootstrap >/dev/null || { echo "image.sh: debootstrap not found: run apt-get install debootstrap as root" >&2; exit 1; }
     folder=$(mktemp -d)
     trap 'rm -rf "$folder"' EXIT INT TERM
     debootstrap --variant=minbase bookworm "$folder/root" "${MIRROR:-http://deb.debian.org/debian}" >"$folder/log" 2>&1 ||
@@ -65,7 +68,7 @@ save() { # IMAGE FILE
 
 trial() { # BASE
     image=localhost/kproxy:trial
-    [ "$engine" = buildah ] || { echo "the trial needs buildah: ENGINE=buildah" >&2; exit 1; }
+    [ "$engine" = buildah ] || { echo "image.sh: the trial requires buildah: set ENGINE=buildah" >&2; exit 1; }
     buildah inspect --type=image "$1" >/dev/null 2>&1 || base "$1"
     BUILDAH_ISOLATION=${BUILDAH_ISOLATION:-chroot}
     export BUILDAH_ISOLATION

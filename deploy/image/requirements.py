@@ -1,6 +1,6 @@
-"""`python3 requirements.py pyproject.toml`: print what kproxy depends on, a line each, as pip reads it.
+"""`python3 requirements.py pyproject.toml`: print kproxy's dependencies in the format of a requirements file.
 
-So that an image's layer with the dependencies is built anew only when these change.
+The image installs the dependencies in a layer of their own, which is rebuilt only when they change.
 """
 
 from __future__ import annotations

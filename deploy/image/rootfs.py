@@ -1,11 +1,10 @@
-"""`python3 rootfs.py FOLDER`: lay out the root of the image, out of what Debian's packages installed here.
+"""`python3 rootfs.py FOLDER`: create the image's root file system from the Debian packages installed in this stage.
 
-Taken is what runs: the files of `PACKAGES`, the interpreter's environment below `VENV`, and the shared libraries that
-either of them loads, which `ldd` names. There is no shell in it, no package manager and no compiler. Everything comes
-from one distribution, so iptables and nftables are versions that were tested together. Only the standard library is
-needed to run this.
+The root contains the files of `PACKAGES`, the virtual environment `VENV`, and the shared libraries that they load, as
+`ldd` reports them. It has no shell, no package manager and no compiler. All files come from one Debian release, whose
+iptables and nftables are tested together. This script uses only the standard library.
 """
-# ruff: noqa: S603, S607 - runs fixed programs of the stage that builds the image, never through a shell
+# ruff: noqa: S603, S607 - runs fixed programs of the build stage, never through a shell
 
 from __future__ import annotations
 
@@ -18,8 +17,8 @@ from pathlib import Path
 
 PACKAGES = (
     "iptables",
-    "kmod",  # iptables-legacy asks it for modules
-    "libip4tc2",  # and the next two: found by name, so that ldd does not see them
+    "kmod",  # iptables-legacy loads modules through it
+    "libip4tc2",  # this and the next two are loaded by name, so ldd does not report them
     "libip6tc2",
     "libxtables12",
     "libpython3.11-minimal",
@@ -34,11 +33,11 @@ FILES = (
     "/etc/nsswitch.conf",
     "/etc/os-release",
     "/usr/lib/os-release",
-    "/usr/sbin/ldconfig",  # by which Python finds libraries by name
+    "/usr/sbin/ldconfig",  # Python finds libraries by name through it
 )
 VENV = Path("/opt/kproxy")
 VARIANTS = Path("usr/lib/kproxy/iptables")
-"""Where kproxy finds both variants of iptables under their plain names; which one counts is decided at start."""
+"""Directory with both iptables variants under their plain command names. kproxy selects one at startup."""
 
 PROGRAMS = ("iptables", "ip6tables")
 ACTIONS = ("", "-save", "-restore")
@@ -47,10 +46,10 @@ UNUSED_FOLDERS = ("/usr/share/doc", "/usr/share/man", "/usr/share/lintian", "/us
 UNUSED_MODULES = ("curses", "dbm", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "sqlite3", "turtledemo", "tkinter")
 UNUSED_EXTENSIONS = ("_curses", "_curses_panel", "_dbm", "_sqlite3", "nis", "readline")
 API_CLASSES = ("kubernetes/aio", "kubernetes/client/api", "kubernetes/client/models")
-"""The API classes of the `kubernetes` package, which kproxy never loads: 120 MB."""
+"""Generated API classes of the `kubernetes` package, 120 MB, which kproxy never loads."""
 
 COMMANDS = ("kproxy", "python", "python3", "python3.11")
-"""What stays of the environment's `bin`; the rest is commands and shell scripts that dependencies bring along."""
+"""Commands to keep in the `bin` directory of the virtual environment; the others belong to dependencies."""
 
 LINKS = {"bin": "usr/bin", "sbin": "usr/sbin", "lib": "usr/lib", "lib64": "usr/lib64", "var/run": "/run"}
 FOLDERS = ("dev", "proc", "run", "sys", "tmp", "var")
@@ -58,7 +57,7 @@ ACCOUNTS = {"etc/passwd": "root:x:0:0:root:/:/usr/sbin/nologin\n", "etc/group": 
 
 
 def main(root: Path) -> None:
-    """Lay out the root of the image in a new folder."""
+    """Create the root file system in a new folder."""
     for name in (*FOLDERS, "etc", "usr/bin", "usr/sbin", "usr/lib", "usr/lib64"):
         (root / name).mkdir(parents=True)
     for name, target in LINKS.items():
@@ -80,17 +79,17 @@ def main(root: Path) -> None:
 
 
 def package_files(package: str) -> Iterator[Path]:
-    """Yield the files and links of an installed package that are of use at run time."""
+    """Yield the files and links of an installed package that are needed at run time."""
     listed = subprocess.run(["dpkg", "-L", package], check=True, capture_output=True, text=True).stdout
     for line in listed.splitlines():
         path = Path(line)
-        is_licence = path.name == "copyright"
-        if (path.is_file() or path.is_symlink()) and (is_licence or not line.startswith(UNUSED_FOLDERS)):
+        is_license = path.name == "copyright"
+        if (path.is_file() or path.is_symlink()) and (is_license or not line.startswith(UNUSED_FOLDERS)):
             yield path
 
 
 def note(package: str, root: Path) -> None:
-    """Say that a package is in the image, where scanners for known vulnerabilities look in images without dpkg."""
+    """Record a package in `status.d`, where vulnerability scanners look in images without dpkg."""
     folder = root / "var/lib/dpkg/status.d"
     folder.mkdir(parents=True, exist_ok=True)
     status = subprocess.run(["dpkg", "-s", package], check=True, capture_output=True, text=True).stdout
@@ -98,8 +97,8 @@ def note(package: str, root: Path) -> None:
 
 
 def copy(path: Path, root: Path) -> None:
-    """Copy a file, and if it is a link what it leads to, to the same place below `root`."""
-    # Debian's packages still name files below /lib and /sbin, which are links into /usr.
+    """Copy a file to the same path below `root`, and the target of a link too."""
+    # Debian packages still list files below /lib and /sbin, which are links into /usr.
     real = Path(os.path.realpath(path.parent)) / path.name
     target = root / real.relative_to("/")
     if os.path.lexists(target):
@@ -111,7 +110,7 @@ def copy(path: Path, root: Path) -> None:
 
 
 def prune(root: Path) -> None:
-    """Remove what no part of kproxy loads."""
+    """Remove files that kproxy never loads."""
     library = root / "usr/lib/python3.11"
     for name in UNUSED_MODULES:
         shutil.rmtree(library / name, ignore_errors=True)
@@ -129,7 +128,7 @@ def prune(root: Path) -> None:
 
 
 def add_libraries(root: Path) -> None:
-    """Copy the shared libraries that programs and libraries below `root` load, and the dynamic loader."""
+    """Copy the dynamic loader and the shared libraries that the ELF files below `root` load."""
     packages = set()
     for path in root.rglob("*"):
         if path.is_symlink() or not path.is_file() or path.open("rb").read(4) != b"\x7fELF":
@@ -142,9 +141,9 @@ def add_libraries(root: Path) -> None:
 
 
 def libraries(path: Path) -> Iterator[Path]:
-    """Yield the shared libraries that a program or library loads, with those that these load."""
-    said = subprocess.run(["ldd", str(path)], check=False, capture_output=True, text=True).stdout
-    for line in said.splitlines():
+    """Yield the shared libraries that an ELF file loads, directly or indirectly."""
+    output = subprocess.run(["ldd", str(path)], check=False, capture_output=True, text=True).stdout
+    for line in output.splitlines():
         if "not found" in line:
             raise SystemExit(f"{path}: {line.strip()}")
         found = next((word for word in line.split() if word.startswith("/")), None)
@@ -153,7 +152,7 @@ def libraries(path: Path) -> Iterator[Path]:
 
 
 def owner(library: Path) -> str:
-    """Return the package that a library is from, "" if it is from none."""
+    """Return the package that owns a library, or ""."""
     for name in (str(library), os.path.realpath(library), os.path.realpath(library).removeprefix("/usr")):
         done = subprocess.run(["dpkg", "-S", name], check=False, capture_output=True, text=True)
         if done.returncode == 0:
@@ -162,7 +161,7 @@ def owner(library: Path) -> str:
 
 
 def add_variants(root: Path) -> None:
-    """Give each variant of iptables a folder with the plain names, and make nf_tables the usual one."""
+    """Link both iptables variants under their plain command names, and make nf_tables the default."""
     for variant in ("nft", "legacy"):
         folder = root / VARIANTS / variant
         folder.mkdir(parents=True)
@@ -175,9 +174,9 @@ def add_variants(root: Path) -> None:
 
 
 def compile_modules(root: Path) -> None:
-    """Compile all of Python's modules: nobody can write them down later, and each start would do it again."""
+    """Compile all Python modules. In a read-only root, Python would otherwise compile them again at every start."""
     for folder in ("usr/lib/python3.11", VENV.relative_to("/")):
-        # Unchecked: what copies images may change times of files.
+        # Copying an image may change modification times, so the byte code must not depend on them.
         options = ["-q", "-j", "0", "--invalidation-mode", "unchecked-hash", "-s", str(root), "-p", "/"]
         subprocess.run([sys.executable, "-m", "compileall", *options, str(root / folder)], check=True)
 

@@ -1,4 +1,4 @@
-"""The proxy mode that works on this node, and the backend of each IP family."""
+"""Choose the proxy mode and build the backend of each IP family that works on this node."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from kproxy.host.commands import CommandError, InconclusiveError
 from kproxy.host.interfaces import local_addresses, own_addresses
 from kproxy.host.nfacct import ensure_counters
 from kproxy.host.process import has_net_admin
-from kproxy.iptables.backend import BLOCK_RULES, UNLIMITED, IptablesBackend
+from kproxy.iptables.backend import MAX_TRANSACTION_RULES, UNLIMITED, IptablesBackend
 from kproxy.iptables.base_rules import INVALID_COUNTER
 from kproxy.iptables.render import LOCALHOST_COUNTER
 from kproxy.iptables.runner import IptablesRunner, check_tables
-from kproxy.iptables.variant import rules_in_other_variant
+from kproxy.iptables.variant import other_variant_warning
 from kproxy.model.context import Context
 from kproxy.model.delta import BASIC_KINDS, Kind
 from kproxy.model.types import Family, Node, ServiceCIDR
@@ -31,207 +31,111 @@ from kproxy.nftables.probe import NftablesUnsupportedError, choose_commit
 from kproxy.sync.family import FamilySync
 
 log = logging.getLogger(__name__)
+
 IPV6_ADDRESSES = Path("/proc/thread-self/net/if_inet6")
-
-
-def discover_iptables() -> dict[Family, IptablesRunner]:
-    """Return the iptables of each family that works here.
-
-    Raises `CommandError` if none works, or IPv4 does not and is needed.
-
-    A family that the kernel refuses is left out with a warning: a kernel without IPv6, or without NAT for it, is
-    ordinary. What may work a moment later, such as a program that hung, is no reason to leave anything out: it raises
-    `InconclusiveError`.
-    """
-    found: dict[Family, IptablesRunner] = {}
-    reasons: dict[Family, str] = {}
-    for family in _families():
-        iptables = IptablesRunner(family)
-        try:
-            check_tables(family, iptables.version())
-        except InconclusiveError:
-            raise
-        except CommandError as error:
-            reasons[family] = str(error)
-        else:
-            found[family] = iptables
-    if (needed := _check_ipv4(reasons)) or not found:
-        raise CommandError(_all_of(reasons, needed))
-    _leave_out(reasons)
-    version = next(iter(found.values())).version()
-    if warning := rules_in_other_variant(ours_is_nft=version.nft):
-        log.warning("%s", warning)
-    return found
-
-
-def discover_nftables() -> dict[Family, Commit]:
-    """Return by which way the kernel takes each family's transactions.
-
-    A family that does not work is left out with a warning.
-
-    Raises `NftablesUnsupportedError` if none works, or IPv4 does
-    not and is needed, and `InconclusiveError` as the other.
-    """
-    ways: dict[Family, Commit] = {}
-    reasons: dict[Family, str] = {}
-    for family in _families():
-        try:
-            ways[family] = choose_commit(family)
-        except NftablesUnsupportedError as error:
-            reasons[family] = str(error)
-    if (needed := _check_ipv4(reasons)) or not ways:
-        raise NftablesUnsupportedError(_all_of(reasons, needed))
-    _leave_out(reasons)
-    return ways
-
-
-def _families() -> list[Family]:
-    return [family for family in Family if family is not Family.IPV6 or _has_ipv6()]
-
-
-def _check_ipv4(reasons: Mapping[Family, str]) -> str:
-    """Return why this node cannot do without IPv4, if that is refused; "" if it is not, or can.
-
-    On a machine with IPv4 addresses, Services might have no rule at all where everything looks well.
-    """
-    if Family.IPV4 not in reasons:
-        return ""
-    try:
-        found = map(ip_address, own_addresses(Family.IPV4))
-        address = next((each for each in sorted(found) if not (each.is_loopback or each.is_link_local)), None)
-    except OSError as error:
-        return f"IPv4 is needed as far as is known: this machine's addresses cannot be read: {error.strerror}"
-    return f"IPv4 is needed, because this machine has the address {address}" if address else ""
-
-
-def _leave_out(reasons: Mapping[Family, str]) -> None:
-    for family, reason in reasons.items():
-        log.warning("%s is left out: %s", family.value, reason)
-
-
-def _all_of(reasons: Mapping[Family, str], needed: str = "") -> str:
-    """Return one line about why each family does not work, and why one is `needed`."""
-    families: dict[str, list[str]] = {}
-    for family, reason in reasons.items():
-        families.setdefault(reason, []).append(family.value)
-    found = [f"{' and '.join(names)}: {reason}" for reason, names in families.items()]
-    return "; ".join([*found, needed] if needed and Family.IPV6 not in reasons else found)
-
-
-def _has_ipv6() -> bool:
-    if IPV6_ADDRESSES.exists():
-        return True
-    log.warning("IPv6 is left out: this kernel has none")
-    return False
-
-
-def make_counters() -> bool:
-    """Create the counters that rules name; return whether they are there. If not, a warning says why."""
-    try:
-        ensure_counters((INVALID_COUNTER, LOCALHOST_COUNTER))
-    except OSError as error:
-        log.warning("nfacct counters are left out: %s", error.strerror)
-        return False
-    return True
+"""Exists if the kernel supports IPv6."""
 
 
 class StartError(Exception):
-    """kproxy cannot work here; the message says why on one line."""
+    """kproxy cannot run on this node; the message says why, on one line."""
 
 
 def check_privileges() -> None:
     """Raise `StartError` unless this process may change the rules of its network namespace."""
     if not has_net_admin():
         raise StartError(
-            "the capability CAP_NET_ADMIN over this network namespace is missing: run as root or give it to the process"
+            "missing capability CAP_NET_ADMIN in this network namespace: run as root or grant it to the process"
         )
 
 
 def local_node_name(config: Config) -> str:
-    """Return this node's name: `hostnameOverride`, or the machine's host name."""
+    """Return this node's name: `hostnameOverride`, or else the host name."""
     return node_name(config, socket.gethostname())
 
 
 def watches_addresses(config: Config) -> bool:
-    """Return whether rules depend on the addresses of this machine's interfaces."""
+    """Return whether the rules depend on the addresses of the node's interfaces."""
     return config.effective_node_port_addresses not in {(), (PRIMARY,)}
 
 
 def watched_kinds(config: Config) -> tuple[Kind, ...]:
-    """Return the kinds of objects that rules depend on."""
+    """Return the kinds of objects that the rules depend on."""
     return (*BASIC_KINDS, ServiceCIDR) if config.effective_mode == "nftables" else BASIC_KINDS
 
 
 def choose_mode(config: Config) -> Config:
-    """Return the configuration with a mode: one that leaves it open gets nftables if it works here, else iptables.
+    """Return the configuration with a proxy mode: `mode: ""` becomes nftables if that works here, else iptables.
 
-    Raises `StartError` if that cannot be told.
+    Raises `StartError` if it cannot be determined whether nftables mode works.
     """
     if config.mode:
         return config
     try:
         choose_commit(Family.IPV4)
     except NftablesUnsupportedError as error:
-        log.warning("mode iptables, since nftables mode does not work here for IPv4: %s", error)
+        log.warning("using iptables mode: nftables mode does not work on this node for IPv4: %s", error)
         return config.resolved("iptables")
     except InconclusiveError as error:
-        raise StartError(f"cannot choose a mode: {error}") from None
-    log.info("mode nftables, which works here")
+        raise StartError(f"cannot choose a proxy mode: {error}") from None
+    log.info("using nftables mode, which this node supports")
     return config.resolved("nftables")
 
 
-def make_families(config: Config, programs: list[IptablesRunner]) -> dict[Family, FamilySync]:
-    """Return the way to the kernel for each family that works here. Raises `StartError` if none does.
+def make_families(config: Config, runners: list[IptablesRunner]) -> dict[Family, FamilySync]:
+    """Build the `FamilySync` of each IP family that works on this node. Raises `StartError` if none works.
 
-    What can be stopped from another thread is added to `programs`. Interfaces of pods that are not there are logged.
+    Everything that another thread can stop is appended to `runners`. Warns about missing pod interfaces.
     """
     if warning := interface_warning(config, [name for _, name in socket.if_nameindex()]):
         log.warning("%s", warning)
     if config.effective_mode == "iptables":
-        return _iptables(config, programs)
-    try:
-        ways = discover_nftables()
-    except (NftablesUnsupportedError, InconclusiveError) as error:
-        raise StartError(f"nftables mode does not work here: {error}") from None
-    own = OwnGenerations()
-    return {family: _nftables(config, family, commit, own) for family, commit in ways.items()}
+        return _iptables_families(config, runners)
+    return _nftables_families(config)
 
 
-def _iptables(config: Config, programs: list[IptablesRunner]) -> dict[Family, FamilySync]:
+def _iptables_families(config: Config, runners: list[IptablesRunner]) -> dict[Family, FamilySync]:
     try:
         found = discover_iptables()
     except CommandError as error:
-        raise StartError(f"iptables mode does not work here: {error}") from None
+        raise StartError(f"iptables mode does not work on this node: {error}") from None
     families = {}
-    counters = cache(make_counters)  # not before the first sync: a start that fails leaves nothing behind
+    counters = cache(ensure_packet_counters)  # called at the first sync: a failed start must leave nothing behind
     for family, iptables in found.items():
         version = iptables.version()
         log.info("%s: %s", family.value, version)
-        programs.append(iptables)
+        runners.append(iptables)
         backend = IptablesBackend(
             iptables,
-            block_rules=BLOCK_RULES if version.nft else UNLIMITED,
+            max_transaction_rules=MAX_TRANSACTION_RULES if version.nft else UNLIMITED,
             dispatch_threshold=config.kproxy.iptables_dispatch_threshold,
-            patching=version.finds_single_rules,
+            patching=version.supports_patching,
         )
         contexts = ContextFactory(config, family, accounting=counters, random_fully=version.random_fully)
         families[family] = FamilySync(backend, contexts.make)
     return families
 
 
-def _nftables(config: Config, family: Family, commit: Commit, own: OwnGenerations) -> FamilySync:
-    return FamilySync(
-        NftablesBackend(NftTable(family, commit), own),
-        ContextFactory(config, family, accounting=lambda: False, random_fully=True).make,
-        large_cluster_endpoints=math.inf,  # elements cost the same however many there are
-    )
+def _nftables_families(config: Config) -> dict[Family, FamilySync]:
+    try:
+        commits = discover_nftables()
+    except (NftablesUnsupportedError, InconclusiveError) as error:
+        raise StartError(f"nftables mode does not work on this node: {error}") from None
+    own = OwnGenerations()
+    return {
+        family: FamilySync(
+            NftablesBackend(NftTable(family, commit), own),
+            ContextFactory(config, family, accounting=lambda: False, random_fully=True).make,
+            large_cluster_endpoints=math.inf,  # the number of endpoints does not change what an element costs
+        )
+        for family, commit in commits.items()
+    }
 
 
 class ContextFactory:
-    """Makes the contexts of one family, and warns of what its settings cannot do on this node."""
+    """Makes the contexts of one family and warns about settings that this node cannot satisfy."""
 
     def __init__(self, config: Config, family: Family, *, accounting: Callable[[], bool], random_fully: bool) -> None:
-        """`accounting` is asked before the first sync whether nfacct counters can be used."""
+        """`accounting` returns whether nfacct counters are available; it is called before the first sync."""
         self._config = config
         self._family = family
         self._accounting = accounting
@@ -239,7 +143,7 @@ class ContextFactory:
         self._warnings: tuple[str, ...] = ()
 
     def make(self, node: Node | None) -> Context:
-        """Return the context for what is known of this Node, and of the machine's addresses."""
+        """Return the context for this Node, if known, and the node's current addresses."""
         config = self._config
         context = make_context(
             config,
@@ -256,3 +160,96 @@ class ContextFactory:
                 log.warning("%s", warning)
         self._warnings = warnings
         return context
+
+
+def discover_iptables() -> dict[Family, IptablesRunner]:
+    """Return the iptables of each family that works on this node.
+
+    A family that the kernel rejects is skipped with a warning: kernels without IPv6, or without NAT for it, are
+    common. Raises `CommandError` if no family works or if IPv4 fails and the node needs it. Raises
+    `InconclusiveError`, and skips nothing, for a failure that may be temporary, such as a program that hung.
+    """
+    found: dict[Family, IptablesRunner] = {}
+    reasons: dict[Family, str] = {}
+    for family in _candidate_families():
+        iptables = IptablesRunner(family)
+        try:
+            check_tables(family, iptables.version())
+        except InconclusiveError:
+            raise
+        except CommandError as error:
+            reasons[family] = str(error)
+        else:
+            found[family] = iptables
+    if (ipv4_required := _why_ipv4_is_required(reasons)) or not found:
+        raise CommandError(_combined_reasons(reasons, ipv4_required))
+    _warn_of_skipped(reasons)
+    version = next(iter(found.values())).version()
+    if warning := other_variant_warning(uses_nft=version.nft):
+        log.warning("%s", warning)
+    return found
+
+
+def discover_nftables() -> dict[Family, Commit]:
+    """Return how to commit nftables transactions, for each family that works on this node.
+
+    A family that does not work is skipped with a warning. Raises `NftablesUnsupportedError` if no family works or if
+    IPv4 fails and the node needs it, `InconclusiveError` for a failure that may be temporary.
+    """
+    commits: dict[Family, Commit] = {}
+    reasons: dict[Family, str] = {}
+    for family in _candidate_families():
+        try:
+            commits[family] = choose_commit(family)
+        except NftablesUnsupportedError as error:
+            reasons[family] = str(error)
+    if (ipv4_required := _why_ipv4_is_required(reasons)) or not commits:
+        raise NftablesUnsupportedError(_combined_reasons(reasons, ipv4_required))
+    _warn_of_skipped(reasons)
+    return commits
+
+
+def ensure_packet_counters() -> bool:
+    """Create the nfacct counters that rules refer to. Return whether they exist; if not, log why."""
+    try:
+        ensure_counters((INVALID_COUNTER, LOCALHOST_COUNTER))
+    except OSError as error:
+        log.warning("running without nfacct packet counters: %s", error.strerror)
+        return False
+    return True
+
+
+def _candidate_families() -> list[Family]:
+    if IPV6_ADDRESSES.exists():
+        return list(Family)
+    log.warning("skipping IPv6: the kernel does not support it")
+    return [Family.IPV4]
+
+
+def _why_ipv4_is_required(reasons: Mapping[Family, str]) -> str:
+    """Return why this node cannot run without IPv4 if IPv4 failed, else "".
+
+    On a node with IPv4 addresses, skipping IPv4 would leave its Services without rules while kproxy looks healthy.
+    """
+    if Family.IPV4 not in reasons:
+        return ""
+    try:
+        found = map(ip_address, own_addresses(Family.IPV4))
+        address = next((each for each in sorted(found) if not (each.is_loopback or each.is_link_local)), None)
+    except OSError as error:
+        return f"IPv4 cannot be skipped: the addresses of this node cannot be read: {error.strerror}"
+    return f"IPv4 cannot be skipped: this node has the address {address}" if address else ""
+
+
+def _warn_of_skipped(reasons: Mapping[Family, str]) -> None:
+    for family, reason in reasons.items():
+        log.warning("skipping %s: %s", family.value, reason)
+
+
+def _combined_reasons(reasons: Mapping[Family, str], ipv4_required: str) -> str:
+    """Return one line with the reason of each family that failed, and why IPv4 cannot be skipped."""
+    families: dict[str, list[str]] = {}
+    for family, reason in reasons.items():
+        families.setdefault(reason, []).append(family.value)
+    parts = [f"{' and '.join(names)}: {reason}" for reason, names in families.items()]
+    return "; ".join([*parts, ipv4_required] if ipv4_required and Family.IPV6 not in reasons else parts)

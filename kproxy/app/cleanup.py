@@ -1,4 +1,4 @@
-"""Removing what nobody keeps up to date any more: everything, or what modes that are not in use left."""
+"""Remove rules that no proxy maintains: everything, or what the other proxy modes left behind."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from kproxy.host.commands import CommandError
-from kproxy.iptables.backend import BLOCK_RULES, UNLIMITED
+from kproxy.iptables.backend import MAX_TRANSACTION_RULES, UNLIMITED
 from kproxy.iptables.cleanup import cleanup, cleanup_ipvs
 from kproxy.iptables.names import PORT_CHAIN_PREFIXES, ChainName
 from kproxy.iptables.runner import IptablesRunner, IptablesVersion, RestoreError
 from kproxy.iptables.save_restore import RestoreInput, SavedChain, parse_save
-from kproxy.iptables.variant import rules_in_other_variant
-from kproxy.ipvs import cleanup as ipvs_leftovers
+from kproxy.iptables.variant import other_variant_warning
+from kproxy.ipvs.cleanup import find_leftovers, remove_leftovers
 from kproxy.model.types import Family
 from kproxy.nftables.kernel import remove_table
 
 log = logging.getLogger(__name__)
-_RULES_OF_PORTS = tuple(f"-A {prefix}" for prefix in PORT_CHAIN_PREFIXES)
-"""How the lines begin that are most of a dump. What is in a chain does not matter if all of it goes."""
+_PORT_CHAIN_RULES = tuple(f"-A {prefix}" for prefix in PORT_CHAIN_PREFIXES)
+"""Prefixes of most lines in a dump. These rules are not parsed: whole chains are deleted."""
 
 
 class VirtualServersRemainError(CommandError):
-    """Virtual servers of ipvs mode cannot be removed; their interface and ipsets, which tell whose they are, stay."""
+    """IPVS virtual servers could not be removed. The interface and ipsets that identify them are kept as well."""
 
 
 def remove_all() -> Iterator[str]:
-    """Remove the rules of all modes and both families, kube-proxy's included; yield a line about each when it is gone.
+    """Remove the rules of all modes and both families, including kube-proxy's. Yields a line for each removal.
 
-    What cannot be seen, and so neither be removed, is warned about. Raises `CommandError` if something is there
-    and stays.
+    Rules in the iptables variant that is not in use cannot be removed; a warning names them. Raises `CommandError` if
+    a removal fails.
     """
     for family in Family:
         if removed := remove_iptables(family):
@@ -37,39 +37,41 @@ def remove_all() -> Iterator[str]:
     for family in Family:
         if remove_table(family):
             yield f"removed the nftables table of {family.value}"
-    if warning := out_of_reach():
+    if warning := unremovable_chains():
         log.warning("%s", warning)
-    if ipvs := _remove_ipvs_objects():
-        yield f"removed {ipvs} of ipvs mode"
+    if objects := _remove_ipvs_objects():
+        yield f"removed {objects} of ipvs mode"
 
 
 def remove_iptables(family: Family) -> str:
-    """Remove the rules of iptables mode of a family; say on a line what was removed, or nothing.
+    """Remove a family's iptables-mode rules. Return a line that says what was removed, or "".
 
-    A family for which there is no iptables has none. A table that iptables cannot show is warned about. Raises
-    `CommandError`. With 20,000 chains it takes 1.6 s (iptables-nft 1.8.9), with 55,000 5.3 s. It should not run beside
-    somebody who changes tables all the time: iptables-nft begins to read anew at each change, and may never end.
+    Does nothing if the family's iptables is not installed. Warns about tables that iptables cannot print. Raises
+    `CommandError`.
+
+    Takes 1.6 s for 20,000 chains and 5.3 s for 55,000 (iptables-nft 1.8.9). Do not run it while another process
+    changes tables continuously: iptables-nft restarts its dump at every change and may never finish.
     """
 
     def changes(saved: Mapping[ChainName, SavedChain], version: IptablesVersion) -> Iterable[RestoreInput]:
-        return cleanup(saved, block_rules=BLOCK_RULES if version.nft else UNLIMITED)
+        return cleanup(saved, max_transaction_rules=MAX_TRANSACTION_RULES if version.nft else UNLIMITED)
 
     removed = _remove_chains(family, changes)
     return f"removed {_chains(removed, family)}" if removed else ""
 
 
 def remove_ipvs() -> str:
-    """Remove what kube-proxy's ipvs mode left, once rules of ours are in place; say on a line what, or nothing.
+    """Remove what kube-proxy's ipvs mode left behind. Return a line that says what was removed, or "".
 
-    What cannot be removed is warned about. Chains that ipvs mode shares with iptables mode are not looked at: in
-    iptables mode they are ours by now, in nftables mode `remove_iptables` takes them. Raises `CommandError` if
-    iptables fails, `VirtualServersRemainError` if virtual servers stay.
+    Call it once kproxy's own rules are in place. Warns about what cannot be removed. Chains that ipvs mode shares with
+    iptables mode are left alone: in iptables mode kproxy owns them by now, in nftables mode `remove_iptables` deletes
+    them. Raises `CommandError` if iptables fails, `VirtualServersRemainError` if virtual servers remain.
     """
     try:
-        if not ipvs_leftovers.find():
+        if not find_leftovers():
             return ""
     except OSError as error:
-        log.debug("cannot look for what ipvs mode left: %s", error.strerror)
+        log.debug("cannot check for leftovers of ipvs mode: %s", error.strerror)
         return ""
     counts = {family: _remove_chains(family, lambda saved, _: [cleanup_ipvs(saved)]) for family in Family}
     removed = [_chains(number, family) for family, number in counts.items() if number]
@@ -77,27 +79,27 @@ def remove_ipvs() -> str:
         objects = _remove_ipvs_objects()
     except VirtualServersRemainError:
         if removed:
-            log.info("removed of what ipvs mode left: %s", ", ".join(removed))
+            log.info("removed leftovers of ipvs mode: %s", ", ".join(removed))
         raise
     if objects:
         removed.append(objects)
-    return f"removed what ipvs mode left: {', '.join(removed)}" if removed else ""
+    return f"removed leftovers of ipvs mode: {', '.join(removed)}" if removed else ""
 
 
 def _remove_ipvs_objects() -> str:
-    """Remove what ipvs mode left beside its rules; say what was removed, and warn about what was not.
+    """Remove virtual servers, interface and ipsets of ipvs mode. Return what was removed; warn about the rest.
 
-    Raises `VirtualServersRemainError` if virtual servers stay.
+    Raises `VirtualServersRemainError` if virtual servers remain.
     """
     try:
-        done = ipvs_leftovers.remove(ipvs_leftovers.find())
+        done = remove_leftovers(find_leftovers())
     except OSError as error:
-        log.warning("cannot look for what ipvs mode left: %s", error.strerror)
+        log.warning("cannot check for leftovers of ipvs mode: %s", error.strerror)
         return ""
-    if done.unfinished:
+    if done.servers_remain:
         if done.removed:
             log.info("removed %s of ipvs mode", ", ".join(done.removed))
-        raise VirtualServersRemainError(f"{'; '.join(done.problems)}; its interface and its ipsets stay as well")
+        raise VirtualServersRemainError(f"{'; '.join(done.problems)}; its interface and ipsets are kept as well")
     for problem in done.problems:
         log.warning("%s", problem)
     return ", ".join(done.removed)
@@ -110,44 +112,43 @@ def _chains(number: int, family: Family) -> str:
 def _remove_chains(
     family: Family, plan: Callable[[Mapping[ChainName, SavedChain], IptablesVersion], Iterable[RestoreInput]]
 ) -> int:
-    """Make the changes that a plan finds in what a family has now; return how many chains were deleted by them."""
+    """Apply the changes that `plan` derives from a family's current rules. Return how many chains were deleted."""
     kernel = IptablesRunner(family)
     version = _version(kernel)
     if version is None:
         return 0
-    incompatible: set[str] = set()
     with kernel.save() as lines:
-        needed = (line for line in lines if not line.startswith(_RULES_OF_PORTS))
-        saved = parse_save(needed, incompatible=incompatible)
-    for table in sorted(incompatible):
+        relevant = (line for line in lines if not line.startswith(_PORT_CHAIN_RULES))
+        saved = parse_save(relevant)
+    for table in sorted(saved.incompatible):
         log.warning(
-            "%s: table %s holds rules that only nft can show: chains of iptables mode may be left there",
+            "%s: table %s has rules that only nft can print; chains of iptables mode may remain there",
             family.value,
             table,
         )
     try:
-        changes = [change for change in plan(saved, version) if change]
+        changes = [change for change in plan(saved.chains, version) if change]
         kernel.restore_each(change.text() for change in changes)
     except RestoreError as error:
         raise CommandError(str(error)) from None
     return sum(len(change.deleted) for change in changes)
 
 
-def out_of_reach() -> str:
-    """Return one line about Services' rules that `remove_iptables` does not see, or "" if there are none.
+def unremovable_chains() -> str:
+    """Return one line about KUBE- chains that `remove_iptables` cannot remove, or "".
 
-    That is those of the variant of iptables which is not in use here, or of both if there is no iptables.
+    These are chains of the iptables variant that is not in use, or of both variants if iptables is not installed.
     """
     used = _version(IptablesRunner(Family.IPV4))
     found = [
         f"iptables-{name}"
         for name, is_nft in (("legacy", False), ("nft", True))
-        if (used is None or used.nft is not is_nft) and rules_in_other_variant(ours_is_nft=not is_nft)
+        if (used is None or used.nft is not is_nft) and other_variant_warning(uses_nft=not is_nft)
     ]
     if not found:
         return ""
-    here = f"in use here is {used}" if used else "there is no iptables here"
-    return f"KUBE- chains of {' and '.join(found)} are still there and cannot be removed: {here}"
+    reason = f"this node uses {used}" if used else "iptables is not installed"
+    return f"KUBE- chains of {' and '.join(found)} remain and cannot be removed: {reason}"
 
 
 def _version(kernel: IptablesRunner) -> IptablesVersion | None:

@@ -26,14 +26,14 @@ from kproxy.app.backends import (
     watched_kinds,
     watches_addresses,
 )
-from kproxy.app.contexts import is_known
+from kproxy.app.contexts import is_ready
 from kproxy.app.first_sync import FirstSyncSteps
 from kproxy.app.kernel_parameters import prepare_conntrack, prepare_process
 from kproxy.config import Config, as_document
 from kproxy.host.conntrack import UdpConntrack
 from kproxy.host.interfaces import AddressMonitor, own_addresses
 from kproxy.host.nfacct import read_counter
-from kproxy.host.signals import HANDLED, STACKS, STOPPING, block_signals
+from kproxy.host.signals import HANDLED_SIGNALS, STACK_DUMP_SIGNALS, STOP_SIGNALS, block_signals
 from kproxy.iptables.base_rules import INVALID_COUNTER
 from kproxy.iptables.render import LOCALHOST_COUNTER
 from kproxy.iptables.runner import IptablesRunner
@@ -179,7 +179,7 @@ class Daemon:
             families,
             make_schedule=lambda: Schedule(min_interval=periods.min_sync_period, max_retry=periods.sync_period),
             clock=time.monotonic,
-            is_ready=lambda store: is_known(config, store),
+            is_ready=lambda store: is_ready(config, store),
             observers=[
                 conntrack,
                 FirstSyncSteps(config, families),
@@ -266,8 +266,8 @@ def _service_event(events: EventSink, service: ServiceKey, reason: str, note: st
 
 def _wait_for_stop() -> signal.Signals:
     """Return the next signal that ends the daemon; act on others meanwhile."""
-    while (number := signal.Signals(signal.sigwait(HANDLED))) not in STOPPING:
-        if number in STACKS:
+    while (number := signal.Signals(signal.sigwait(HANDLED_SIGNALS))) not in STOP_SIGNALS:
+        if number in STACK_DUMP_SIGNALS:
             log.info("%s: writing the stacks of all threads to stderr", number.name)
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
         else:

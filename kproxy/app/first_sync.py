@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection
 
-from kproxy.app.cleanup import VirtualServersRemainError, out_of_reach, remove_iptables, remove_ipvs
+from kproxy.app.cleanup import VirtualServersRemainError, remove_iptables, remove_ipvs, unremovable_chains
 from kproxy.app.kernel_parameters import prepare_localhost_node_ports
 from kproxy.config import Config
 from kproxy.host.commands import CommandError
@@ -90,7 +90,7 @@ class FirstSyncSteps:
         if removed:
             log.info("%s", removed)
         # It looks at both families, so once is enough. At the start of iptables mode somebody else looks.
-        if self._config.effective_mode == "nftables" and family is Family.IPV4 and (warning := out_of_reach()):
+        if self._config.effective_mode == "nftables" and family is Family.IPV4 and (warning := unremovable_chains()):
             log.warning("%s", warning)
 
     def _complain(self, family: Family, reason: str) -> None:

@@ -1,1 +1,1 @@
-"""The command line: one module per command, parsing and printing only."""
+"""The command line: one module per command. Parsing and printing only."""

@@ -1,32 +1,32 @@
-"""`kproxy apply`: program the node once."""
+"""`kproxy apply`: program the node once, from files."""
 
 from __future__ import annotations
 
 import argparse
 
 from kproxy.cli.console import CommandFailedError
-from kproxy.cli.options import OBJECTS_HELP, OF_THE_DAEMON, SYNTAX, load_settings, needed_objects
+from kproxy.cli.options import DAEMON_GROUPS, OBJECTS_HELP, SYNTAX, load_settings, required_objects
 from kproxy.cli.parser import COMMANDS, HelpFormatter
 from kproxy.config.flags import add_flags
 
 EPILOG = f"""\
 examples:
-  # what the cluster has now
+  # program what the cluster has now
   kubectl get svc,endpointslices,nodes -A -o yaml > all.yaml
   kproxy apply --objects=all.yaml
-  # as the Node of that name, with the settings of its kube-proxy
+  # act as another Node, with its kube-proxy's settings
   kproxy apply --objects=all.yaml --hostname-override=node-1 \\
       --config=config.conf
-  # a folder of files, in mode nftables
+  # read a directory of files; nftables mode
   kproxy apply --objects=./cluster/ --proxy-mode=nftables
-  # traffic from outside of the pods' addresses to cluster IPs gets SNAT
+  # masquerade traffic to ClusterIPs from outside the pod network
   kproxy apply --objects=web.yaml --cluster-cidr=10.244.0.0/16,fd00:10::/56
 
 {SYNTAX}
-Flags of `kproxy run` that mean nothing here are taken too, and not shown.
+Flags that only apply to `kproxy run` are accepted, ignored and not listed.
 
-Exits with 0 only when the kernel accepted everything. Rules of Services that
-are not in PATH are removed."""
+Rules of Services that are not in PATH are removed. The exit code is 0 only if
+the kernel accepted everything."""
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -35,19 +35,19 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "apply",
         help=COMMANDS["apply"],
         usage="kproxy apply --objects=PATH [FLAGS]",
-        description="Program this node once, from files.",
+        description="Program this node once, from files, and exit.",
         epilog=EPILOG,
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    # Not `required`, or its lack would be told when it is misspelt.
+    # Not `required`: otherwise a misspelt flag would be reported as missing.
     parser.add_argument("--objects", metavar="PATH", help=OBJECTS_HELP)
-    add_flags(parser, once=True, hidden=OF_THE_DAEMON)
+    add_flags(parser, once=True, hidden=DAEMON_GROUPS)
     parser.set_defaults(command=_apply)
 
 
 def _apply(options: argparse.Namespace) -> None:
-    objects = needed_objects(options)
+    objects = required_objects(options)
     config = load_settings(options)
     from kproxy.app import one_shot as once
     from kproxy.app.backends import StartError

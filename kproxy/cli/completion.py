@@ -1,4 +1,4 @@
-"""`kproxy completion`: teach a shell kproxy's commands, flags and values."""
+"""`kproxy completion`: print a shell completion script."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ SHELLS = ("bash", "zsh", "fish")
 WORDS = {flag.option: flag.words for flag in CONFIG_FLAGS}
 EPILOG = """\
 examples:
-  # bash: in this shell, and in all new ones
+  # bash: this shell, and every new one
   source <(kproxy completion bash)
   echo 'source <(kproxy completion bash)' >> ~/.bashrc
-  # bash with bash-completion: loaded when it is first needed
+  # bash with the bash-completion package: loaded on first use
   kproxy completion bash > ~/.local/share/bash-completion/completions/kproxy
-  # zsh: after `autoload -U compinit; compinit`, or into a folder of $fpath
+  # zsh: after `autoload -U compinit; compinit`, or in a directory of $fpath
   source <(kproxy completion zsh)
   kproxy completion zsh > ~/.zfunc/_kproxy
   # fish
   kproxy completion fish > ~/.config/fish/completions/kproxy.fish
 
-Then TAB completes commands, flags, the values that a flag can have, and files."""
+TAB then completes commands, flags, flag values and file names."""
 BASH = """
-# bash takes --flag=value for three words, and the above expects two.
+# Bash splits --flag=value into three words; shtab's function expects two.
 _kproxy() {
   local word words=() at=0 position=$COMP_CWORD
   for word in "${COMP_WORDS[@]}"; do
@@ -44,16 +44,16 @@ _kproxy() {
 }
 complete -o bashdefault -F _kproxy kproxy
 """
-"""What follows the script for bash."""
+"""Appended to the bash script."""
 ZSH = """\
-# Below, only `eval` counts as being read to be used later.
+# shtab registers the function only under `eval`; do the same when sourced from a file.
 if [[ $zsh_eval_context[-1] == file ]]; then
   compdef _shtab_kproxy kproxy
   return
 fi"""
-"""What stands before the end of the script for zsh."""
+"""Inserted before the end of the zsh script."""
 FISH_FILE = "(__fish_complete_path (string replace -r -- '^--[^=]*=' '' (commandline -ct)))"
-"""Files in fish, of `--flag=path` too."""
+"""File completion for fish, including `--flag=path`."""
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -62,7 +62,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "completion",
         help=COMMANDS["completion"],
         usage="kproxy completion bash|zsh|fish",
-        description="Print a script that lets a shell complete kproxy's commands and flags.",
+        description="Print a script that completes commands, flags and flag values in a shell.",
         epilog=EPILOG,
         formatter_class=HelpFormatter,
         allow_abbrev=False,
@@ -76,7 +76,7 @@ def _print_script(options: argparse.Namespace) -> None:
 
 
 def script(shell: str) -> str:
-    """Return the script for one of `SHELLS`."""
+    """Return the completion script for one of `SHELLS`."""
     import shtab
 
     from kproxy.cli.parser import command_line
@@ -90,14 +90,14 @@ def script(shell: str) -> str:
 
 
 def _prepare(action: argparse.Action, shell: str, file: Mapping[str, object]) -> None:
-    """Say of a flag what the parser does not know, and `shtab` has to: its values, files, and where they stand."""
+    """Add what shtab needs to know about a flag and argparse does not: its values, and whether it takes a file."""
     if action.nargs == "?":
-        # Only in bash the value can be left out then; elsewhere, it can only be typed.
+        # Only bash can offer an optional value; the other shells treat the flag as a switch.
         action.nargs, action.choices = ("?" if shell == "bash" else 0), ("true", "false")
     elif action.metavar in ("FILE", "PATH"):
         action.complete = file  # type: ignore[attr-defined]
     elif action.option_strings:
         action.choices = action.choices or WORDS.get(action.option_strings[-1])
     if shell == "zsh" and action.nargs != 0:
-        # In zsh's terms, that is a flag whose value is the next word or follows a "=".
+        # zsh syntax for a flag whose value is the next word or follows "=".
         action.option_strings = [f"{option}=" for option in action.option_strings]

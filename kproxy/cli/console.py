@@ -1,4 +1,4 @@
-"""Printing to standard output, and the errors that end a command."""
+"""Printing to standard output, and the errors that make a command fail."""
 
 from __future__ import annotations
 
@@ -6,22 +6,25 @@ import sys
 
 
 class UsageError(Exception):
-    """The command was called wrongly: flags or configuration. Exit code 2."""
+    """Invalid flags or configuration. Exit code 2."""
 
 
 class CommandFailedError(Exception):
-    """The command could not do what it was asked for. Exit code 1."""
+    """The command could not do its work. Exit code 1."""
 
 
 def show(text: str) -> None:
-    """Print to standard output, at once. Raises `CommandFailedError`, or `BrokenPipeError` if nobody reads on."""
+    """Print to standard output and flush.
+
+    Raises `CommandFailedError` if that fails, and `BrokenPipeError` if the reader has closed the pipe.
+    """
     if sys.stdout is None:
-        raise CommandFailedError("cannot print: standard output is closed")
+        raise CommandFailedError("cannot write to standard output: it is closed")
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
         raise
     except OSError as error:
-        sys.stdout = None  # or the interpreter would try once more at its end
-        raise CommandFailedError(f"cannot print: {error.strerror}") from None
+        sys.stdout = None  # otherwise the interpreter flushes it again at exit
+        raise CommandFailedError(f"cannot write to standard output: {error.strerror}") from None

@@ -1,12 +1,13 @@
-"""Log lines as Kubernetes' components write them: klog's text, or JSON (`logging.format`).
+"""Log lines in klog's text format or in Kubernetes' JSON format, with verbosity per source file.
 
-Text is one line with klog's header, `Lmmdd hh:mm:ss.uuuuuu threadid file:line] msg`, as k8s.io/klog/v2 documents it at
-the top of klog.go; like klog, it puts the process id where that says threadid, and uses local time. JSON has the keys
-that k8s.io/component-base/logs/json sets up: `ts` (milliseconds since the epoch), `caller` (folder, file and line),
-`msg`, then `v` (the verbosity) for all but errors, which have `err` instead if there is one. What it does not have is
-`severity`, for warnings only: those cannot be told from other lines there.
+Text: one line with klog's header, `Lmmdd hh:mm:ss.uuuuuu threadid file:line] msg`, as documented at the top of
+klog.go in k8s.io/klog/v2. Like klog, kproxy puts the process ID where the header says threadid, and uses local time.
 
-Whatever a message holds, it cannot begin another line: what is not printable is escaped.
+JSON: the keys that k8s.io/component-base/logs/json sets up: `ts` (milliseconds since the epoch), `caller` (directory,
+file and line), `msg`, then `v` (the verbosity) except for errors, which have `err` if there is an exception. kproxy
+adds `severity` to warnings, because nothing else in that format tells them from other lines.
+
+Non-printable characters are escaped, so no message can forge another log line.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ _SEVERITIES = {logging.CRITICAL: "F", logging.ERROR: "E", logging.WARNING: "W"}
 
 
 def start_logging(settings: Logging) -> None:
-    """Log to stderr as the settings say, and to nothing else."""
+    """Send all log output to stderr, in the configured format and verbosity."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if settings.format == "json" else TextFormatter())
-    lowest = max((settings.verbosity, *(item.verbosity for item in settings.vmodule)))
-    if lowest > settings.verbosity:
+    highest = max((settings.verbosity, *(item.verbosity for item in settings.vmodule)))
+    if highest > settings.verbosity:
         handler.addFilter(FileVerbosity(settings.verbosity, settings.vmodule))
     root = logging.getLogger()
     root.handlers[:] = [handler]
-    root.setLevel(level_of(lowest))
-    if lowest < 4:
-        # Its warnings are about details of connections; what fails, kproxy logs itself.
+    root.setLevel(level_of(highest))
+    if highest < 4:
+        # Its warnings are about connection details; kproxy logs failures itself.
         logging.getLogger("urllib3").setLevel(logging.ERROR)
 
 
@@ -46,21 +47,21 @@ def writes_json() -> bool:
 
 
 def level_of(verbosity: int) -> int:
-    """Return the lowest level that is logged with `--v` of this number."""
+    """Return the lowest `logging` level that `--v=verbosity` shows."""
     if verbosity >= 4:
         return logging.DEBUG
     return V2 if verbosity >= 2 else logging.INFO
 
 
 def verbosity_of(level: int) -> int:
-    """Return the least `--v` with which messages of a level are logged."""
+    """Return the lowest `--v` that shows messages of a `logging` level."""
     if level >= logging.INFO:
         return 0
     return 2 if level >= V2 else 4
 
 
 def printable(text: str) -> str:
-    """Return text on one line: control characters, line separators and the like are escaped as in Python."""
+    """Escape control characters, line separators and other non-printable characters as Python does."""
     if text.isprintable():
         return text
     return "".join(
@@ -69,14 +70,14 @@ def printable(text: str) -> str:
 
 
 class TextFormatter(logging.Formatter):
-    """klog's lines. Each line of a traceback, which only `--v=4` shows, has the header of its message."""
+    """klog's text format. Each line of a traceback (shown with `--v=4`) gets the header of its message."""
 
     def __init__(self) -> None:
         super().__init__()
         self._second, self._time = -1, ""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line of one record."""
+        """Format one record."""
         severity = _SEVERITIES.get(record.levelno, "I")
         header = f"{severity}{self._when(record.created)} {record.process:>7} {record.filename}:{record.lineno}] "
         lines = [record.getMessage()]
@@ -88,17 +89,17 @@ class TextFormatter(logging.Formatter):
         microseconds = int(seconds * 1e6)
         second = microseconds // 1_000_000
         if second != self._second:
-            # Two threads never format at once: a handler has a lock.
+            # No lock needed: the handler formats one record at a time.
             self._time = time.strftime("%m%d %H:%M:%S", time.localtime(second))
             self._second = second
         return f"{self._time}.{microseconds % 1_000_000:06}"
 
 
 class JsonFormatter(logging.Formatter):
-    """The lines of component-base; a traceback is in `stacktrace`, zap's usual name for one."""
+    """component-base's JSON format. A traceback is in `stacktrace`, the name that zap uses."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line of one record."""
+        """Format one record."""
         caller = "/".join(record.pathname.rsplit("/", 2)[-2:])
         fields: dict[str, object] = {
             "ts": record.created * 1000,
@@ -116,10 +117,10 @@ class JsonFormatter(logging.Formatter):
 
 
 class FileVerbosity:
-    """Lets messages through that are within the verbosity of their source file (`logging.vmodule`).
+    """A logging filter for `logging.vmodule`: verbosity per source file.
 
-    As in klog, patterns are compared with the file's name less its ending, the first that fits counts, and it can only
-    add to what the verbosity of all files shows.
+    As in klog, patterns match the file name without its extension, the first match wins, and a pattern can only raise
+    the general verbosity.
     """
 
     def __init__(self, verbosity: int, files: Iterable[VModule]) -> None:
@@ -131,11 +132,11 @@ class FileVerbosity:
         """Return whether to log a record."""
         level = self._levels.get(record.module)
         if level is None:
-            fitting = (item.verbosity for item in self._files if fnmatchcase(record.module, item.file_pattern))
-            level = self._levels[record.module] = level_of(max(self._verbosity, next(fitting, 0)))
+            matches = (item.verbosity for item in self._files if fnmatchcase(record.module, item.file_pattern))
+            level = self._levels[record.module] = level_of(max(self._verbosity, next(matches, 0)))
         return record.levelno >= level
 
 
 def _encodable(text: str) -> str:
-    """Return text that has an encoding in UTF-8: what programs print may be any bytes (PEP 383)."""
+    """Replace surrogate escapes (PEP 383), which have no UTF-8 encoding: programs may print any bytes."""
     return text.encode("utf-8", "backslashreplace").decode()

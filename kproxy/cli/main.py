@@ -1,4 +1,4 @@
-"""The `kproxy` command: which subcommand, and what its errors look like."""
+"""The `kproxy` command: run a subcommand and turn its errors into one line and an exit code."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ from kproxy.cli.parser import parse
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run one command. Return 0, 1 if it failed, or 2 if it was called wrongly; errors are one line on stderr.
+    """Run one command and return its exit code: 0, 1 for a failure, 2 for invalid usage.
 
-    Raises `SystemExit` with 0 after `--help` and `--version`, and with 2 for wrong flags.
+    Errors are one line on stderr. Raises `SystemExit`: 0 after `--help` and `--version`, 2 for invalid flags.
     """
     try:
         options = parse(arguments)
         options.command(options)
     except UsageError as error:
-        return _complain(error, 2)
+        return _report(error, 2)
     except CommandFailedError as error:
-        return _complain(error, 1)
+        return _report(error, 1)
     except BrokenPipeError:
-        # Whoever read our output has seen enough; leave nothing that the interpreter would flush into it.
+        # The reader, such as `head`, is done. Point stdout elsewhere so that the interpreter's final flush succeeds.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
         import logging
 
-        logging.getLogger(__name__).debug("where it happened", exc_info=error)
-        return _complain(f"unexpected {error!r}: please report this (with -v=4 it says where)", 1)
+        logging.getLogger(__name__).debug("traceback", exc_info=error)
+        return _report(f"unexpected error: {error!r}; this is a bug, please report it with the output of -v=4", 1)
     return 0
 
 
-def _complain(error: object, code: int) -> int:
+def _report(error: object, code: int) -> int:
     import logging
 
     from kproxy.cli.logs import printable, writes_json
 
     for line in str(error).splitlines():
         if writes_json():
-            logging.getLogger(__name__).error("%s", line)  # what reads JSON reads nothing else
+            logging.getLogger(__name__).error("%s", line)  # whatever parses the log expects JSON only
         else:
             print(f"kproxy: {printable(line)}", file=sys.stderr)
     return code

@@ -1,4 +1,4 @@
-"""What the commands have in common: kube-proxy's flags, the configuration they make, and logging."""
+"""Options shared by several commands: kube-proxy's flags, the resulting configuration, logging."""
 
 from __future__ import annotations
 
@@ -6,37 +6,37 @@ import argparse
 import logging
 
 from kproxy.cli.console import UsageError
-from kproxy.config import Config, ConfigError, add_flags, configure
+from kproxy.config import Config, ConfigError, configure
 from kproxy.config.flag_table import Group
 
 log = logging.getLogger(__name__)
 OBJECTS_HELP = (
-    "a file or folder with Services, EndpointSlices and Nodes as YAML or JSON, such as "
-    "`kubectl get svc,endpointslices,nodes -A -o yaml` prints"
+    "file or directory with Services, EndpointSlices and Nodes as YAML or JSON, "
+    "for example the output of `kubectl get svc,endpointslices,nodes -A -o yaml`"
 )
 SYNTAX = """\
-A flag that is given wins over the file of --config. A DURATION is written as
-30s, 1m30s or 250ms. A BOOL is true or false, and the flag alone means true.
-Lists may be given in parts: the flag more than once."""
-"""How flags are written, for the help of each command that takes them."""
+Flags override the --config file. A DURATION is written as 30s, 1m30s or 250ms.
+A BOOL is true or false; the flag alone means true. A flag that takes a list
+may be repeated."""
+"""Flag syntax, for the help of each command that takes flags."""
 
 
-OF_THE_DAEMON: tuple[Group, ...] = ("what is followed", "sync", "serving", "conntrack and memory", "without effect")
-"""The flags that mean nothing to a command that does its work once."""
+DAEMON_GROUPS: tuple[Group, ...] = ("what is followed", "sync", "serving", "conntrack and memory", "without effect")
+"""Groups of flags that do not apply to commands that run once."""
 
 
-def needed_objects(options: argparse.Namespace) -> str:
-    """Return what `--objects` names, where a command cannot do without. Raises `UsageError`."""
+def required_objects(options: argparse.Namespace) -> str:
+    """Return the value of `--objects`, which the command requires. Raises `UsageError`."""
     if not options.objects:
-        raise UsageError("--objects=PATH is missing: a file or folder with Services, EndpointSlices and Nodes")
+        raise UsageError("--objects=PATH is required: a file or directory with Services, EndpointSlices and Nodes")
     return str(options.objects)
 
 
 def load_settings(options: argparse.Namespace, content: bytes | None = None) -> Config:
-    """Return the configuration that the flags and the file behind `--config` make. Raises `UsageError`.
+    """Build the configuration from the `--config` file and the flags, and start logging. Raises `UsageError`.
 
-    `content` is what that file holds, if it has been read already. Starts logging, as the configuration says, and logs
-    what of it has no effect.
+    `content` is the file's content, if the caller has read it already. Settings that have no effect are logged as
+    warnings.
     """
     from kproxy.cli.logs import start_logging
 
@@ -48,6 +48,3 @@ def load_settings(options: argparse.Namespace, content: bytes | None = None) -> 
     for warning in warnings:
         log.warning("%s", warning)
     return config
-
-
-__all__ = ["OBJECTS_HELP", "OF_THE_DAEMON", "SYNTAX", "add_flags", "load_settings", "needed_objects"]

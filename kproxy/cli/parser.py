@@ -1,4 +1,4 @@
-"""The parser of the command line: which commands there are, how their help looks, and what wrong usage is told."""
+"""The command-line parser: the commands, the layout of their help, one-line usage errors."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from kproxy.cli.console import show
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
 COMMANDS = {
-    "run": "keep the node's rules after the cluster (or files), until told to stop",
-    "apply": "program the node once from files",
-    "render": "print the rules for files, changing nothing",
-    "completion": "print a script that lets a shell complete kproxy's flags",
+    "run": "keep the node's rules in sync with the cluster, or with files",
+    "apply": "program the node once, from files",
+    "render": "print the rules for files without changing anything",
+    "completion": "print a shell completion script",
 }
-"""What each command is for; it is described in full by the module of its name beside this one."""
+"""The commands and their summaries. The module of the same name in this package defines each."""
 DESCRIPTION = """\
-Kubernetes' Linux service proxy: programs the node so that connections to
-Services reach their endpoints. Takes kube-proxy's configuration file and flags
-as they are."""
+Service proxy for Kubernetes on Linux: programs iptables or nftables rules so
+that connections to Services reach their endpoints. Accepts kube-proxy's
+configuration file and flags unchanged."""
 EPILOG = """\
 examples:
-  # in kube-proxy's place on a node, with its file
+  # replace kube-proxy on a node, with kube-proxy's configuration file
   kproxy run --config=/var/lib/kube-proxy/config.conf
-  # the same without a cluster, from files, which are followed
+  # run without a cluster: read files, and read them again when they change
   kproxy run --objects=./cluster/
   # program the node once
   kubectl get svc,endpointslices,nodes -A -o yaml > all.yaml
   kproxy apply --objects=all.yaml
-  # show the rules; needs no root
+  # print the rules; needs no root privileges
   kproxy render --objects=all.yaml --family=ipv4
-  # take all rules out again
+  # remove all rules
   kproxy run --cleanup
 
-`kproxy COMMAND --help` tells more."""
+Run `kproxy COMMAND --help` for the flags of a command."""
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Help that spells flags as they are written: `--flag=VALUE`, or `--flag[=BOOL]` where no value is needed."""
+    """Formats flags the way they are typed: `--flag=VALUE`, or `--flag[=BOOL]` if the value is optional."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings or action.nargs == 0:
@@ -56,10 +56,10 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser whose complaint is one line, not a page of usage with the reason at its end."""
+    """A parser whose errors are one line instead of a page of usage."""
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong and where to read what is right. Exits with 2."""
+        """Print what is wrong and where to find help. Exits with 2."""
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
     def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
@@ -68,41 +68,42 @@ class OneLineParser(argparse.ArgumentParser):
         else:
             super()._print_message(message, file)
 
-    def refuse(self, word: str) -> NoReturn:
-        """Say that a word of the command line is not known, and which flag was probably meant. Exits with 2."""
+    def reject(self, word: str) -> NoReturn:
+        """Report an unknown argument or flag, with the closest known flag. Exits with 2."""
         if not word.strip("-") or not word.startswith("-"):
             self.error(f"unexpected argument {word!r}")
         flag = word.partition("=")[0]
         self.error(f"unknown flag {flag}{_did_you_mean(flag, self.flags())}")
 
     def shown(self) -> list[argparse.Action]:
-        """Return what the help names."""
+        """Return the actions that the help lists."""
         return [action for action in self._actions if action.help != argparse.SUPPRESS]
 
     def flags(self) -> list[str]:
-        """Return the flags as the help spells them."""
+        """Return the flags that the help lists, as they are typed."""
         return [option for action in self.shown() for option in action.option_strings]
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Return the options of one command, and as `command` the function that runs it. Exits with 2 if it cannot."""
+    """Parse the command line. `command` of the result is the function to run. Exits with 2 for invalid usage."""
     first = arguments[0] if arguments else ""
     parser, commands = command_line({first})
     if not arguments:
         parser.print_help(sys.stderr)
         parser.exit(2)
     if first not in commands:
-        _without_command(parser, first)
+        _reject_first(parser, first)
     options, unknown = parser.parse_known_args(arguments)
     for word in unknown:
-        commands[first].refuse(word)
+        commands[first].reject(word)
     return options
 
 
 def command_line(described: Collection[str]) -> tuple[OneLineParser, dict[str, OneLineParser]]:
-    """Return the parser, and those of all commands by name, of which only the `described` know their flags.
+    """Return the top-level parser and the parsers of all commands by name.
 
-    What describes a command imports more than there is time for at every start.
+    Only the commands in `described` get their flags: defining them imports the configuration, which would slow every
+    start.
     """
     parser = OneLineParser(
         "kproxy",
@@ -122,17 +123,17 @@ def command_line(described: Collection[str]) -> tuple[OneLineParser, dict[str, O
     return parser, commands.choices
 
 
-def _without_command(parser: OneLineParser, first: str) -> None:
-    """Complain about a first word that is no command, unless the parser itself knows it."""
+def _reject_first(parser: OneLineParser, first: str) -> None:
+    """Report a first argument that is not a command, unless it is a top-level flag."""
     if not first.startswith("-"):
         names = ", ".join(COMMANDS)
-        parser.error(f"unknown command {first!r}{_did_you_mean(first, COMMANDS) or f'; there are {names}'}")
+        parser.error(f"unknown command {first!r}{_did_you_mean(first, COMMANDS) or f'; commands: {names}'}")
     flag = first.partition("=")[0]
     if flag in parser.flags():
         return
     if flag in command_line({"run"})[1]["run"].flags():
-        parser.error(f"a command comes before {flag}, as in `kproxy run {first}`")
-    parser.refuse(first)
+        parser.error(f"{flag} must follow a command, for example `kproxy run {first}`")
+    parser.reject(first)
 
 
 def _did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -1,11 +1,11 @@
-"""`kproxy render`: show the rules without touching anything."""
+"""`kproxy render`: print the rules without changing anything."""
 
 from __future__ import annotations
 
 import argparse
 
 from kproxy.cli.console import CommandFailedError, show
-from kproxy.cli.options import OBJECTS_HELP, OF_THE_DAEMON, SYNTAX, load_settings, needed_objects
+from kproxy.cli.options import DAEMON_GROUPS, OBJECTS_HELP, SYNTAX, load_settings, required_objects
 from kproxy.cli.parser import COMMANDS, HelpFormatter
 from kproxy.config import Config
 from kproxy.config.flags import add_flags
@@ -13,26 +13,26 @@ from kproxy.model.types import Family
 
 EPILOG = f"""\
 examples:
-  # both IP families, each after a line that names it
+  # both IP families, each under a heading
   kproxy render --objects=web.yaml | less
-  # one family: input for a program
+  # one family, as input for a program
   kproxy render --objects=web.yaml --family=ipv4 \\
       | sudo iptables-restore --noflush
   kproxy render --objects=web.yaml --proxy-mode=nftables | sudo nft -f -
-  # the rules of another node, with the settings of its kube-proxy
+  # the rules of another node, with its kube-proxy's settings
   kproxy render --objects=all.yaml --hostname-override=node-2 \\
       --config=config.conf
-  # what one setting changes
+  # show what one setting changes
   kproxy render --objects=web.yaml --family=ipv4 > before
   kproxy render --objects=web.yaml --family=ipv4 --masquerade-all \\
       | diff before -
 
 {SYNTAX}
-Flags of `kproxy run` that mean nothing here are taken too, and not shown.
+Flags that only apply to `kproxy run` are accepted, ignored and not listed.
 
-Needs no root and no kernel. The rules are those of a node where everything
-works: iptables with --random-fully, and the nfacct counters that two rules
-name."""
+Needs no root privileges and does not access the kernel. The output assumes a
+node where everything is available: iptables with --random-fully, and the
+nfacct counters that two rules use."""
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -41,24 +41,24 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "render",
         help=COMMANDS["render"],
         usage="kproxy render --objects=PATH [--family=ipv4|ipv6] [FLAGS]",
-        description="Print what programs an empty node from files: input for iptables-restore or nft.",
+        description="Print the rules for the objects in files, as input for iptables-restore or nft.",
         epilog=EPILOG,
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    # Not `required`, or its lack would be told when it is misspelt.
+    # Not `required`: otherwise a misspelt flag would be reported as missing.
     parser.add_argument("--objects", metavar="PATH", help=OBJECTS_HELP)
     parser.add_argument(
         "--family",
         choices=["ipv4", "ipv6"],
-        help="print one family only; both otherwise, each after a line that names it",
+        help="print only this IP family (default: both, each under a heading)",
     )
-    add_flags(parser, once=True, hidden=OF_THE_DAEMON)
+    add_flags(parser, once=True, hidden=DAEMON_GROUPS)
     parser.set_defaults(command=_render)
 
 
 def _render(options: argparse.Namespace) -> None:
-    objects = needed_objects(options)
+    objects = required_objects(options)
     config = load_settings(options)
     from kproxy.app import one_shot as once
     from kproxy.kube.manifests.file_source import FileSourceError

@@ -15,32 +15,32 @@ from kproxy.config.flags import add_flags
 
 EPILOG = f"""\
 examples:
-  # in kube-proxy's place on a node of a kubeadm cluster: its file, its flags
+  # replace kube-proxy on a kubeadm node: same file, same flags
   kproxy run --config=/var/lib/kube-proxy/config.conf --hostname-override=node-1
-  # against a cluster, with the credentials of a user
+  # connect to a cluster with a kubeconfig
   kproxy run --kubeconfig=$HOME/.kube/config --cluster-cidr=10.244.0.0/16
-  # mode nftables, in two IP families; NodePorts only on one network
+  # nftables mode, dual-stack; NodePorts only on one network
   kproxy run --proxy-mode=nftables --cluster-cidr=10.244.0.0/16,fd00:10::/56 \\
       --nodeport-addresses=192.168.0.0/24
-  # at most two syncs a second; only this machine sees health and metrics
+  # at most two syncs per second; health and metrics on loopback only
   kproxy run --iptables-min-sync-period=500ms \\
       --healthz-bind-address=127.0.0.1 --metrics-bind-address=127.0.0.1
-  # one node, without a cluster: follow the files of a folder
+  # run without a cluster: watch the files in a directory
   kproxy run --objects=./cluster/ --hostname-override=node-1
-  # see what it does
+  # log every step
   kproxy run --objects=web.yaml -v=4
-  # in an init container with privileges, so that the proxy needs fewer
+  # set kernel parameters in a privileged init container, then exit
   kproxy run --init-only --config=/var/lib/kube-proxy/config.conf
-  # a configuration file with what these flags say, all defaults beside it
+  # write a configuration file with these flags and all defaults, then exit
   kproxy run --write-config-to=config.yaml --proxy-mode=nftables
-  # no proxy on this node any more: take all rules out, of either mode
+  # stop proxying on this node: remove the rules of both modes, then exit
   kproxy run --cleanup
 
 {SYNTAX}
 
-Without --kubeconfig and --objects it uses the Pod's service account. SIGTERM
-ends it and leaves the rules in place; SIGUSR1 and SIGQUIT write the stacks of
-all threads to stderr, SIGHUP and SIGUSR2 are ignored."""
+Without --kubeconfig and --objects, kproxy uses the Pod's service account.
+SIGTERM stops it and leaves the rules in place. SIGUSR1 and SIGQUIT write the
+stacks of all threads to stderr. SIGHUP and SIGUSR2 are ignored."""
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -49,18 +49,18 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "run",
         help=COMMANDS["run"],
         usage="kproxy run [--objects=PATH] [FLAGS]",
-        description="Keep this node's rules after the Services of a cluster, or of files.",
+        description="Keep this node's rules in sync with the Services of a cluster, or of files.",
         epilog=EPILOG,
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--objects", metavar="PATH", help=f"follow {OBJECTS_HELP}, instead of an API server")
+    parser.add_argument("--objects", metavar="PATH", help=f"instead of an API server, watch a {OBJECTS_HELP}")
     add_flags(parser)
     parser.set_defaults(command=_run)
 
 
 def _run(options: argparse.Namespace) -> None:
-    # Before it is parsed: a change right after that must not go unnoticed.
+    # Read it before parsing: a change right after that must not go unnoticed.
     content = _read(options.config)
     config = load_settings(options, content or None)
     if options.write_config_to:
@@ -74,18 +74,18 @@ def _run(options: argparse.Namespace) -> None:
     elif options.init_only:
         _prepare(config)
     else:
-        _serve(config, options, content)
+        _run_daemon(config, options, content)
 
 
 def _read(path: str | None) -> bytes:
     try:
-        # A pipe can be read only once, and is not followed.
+        # A pipe can be read only once and is not watched.
         return Path(path).read_bytes() if path and Path(path).is_file() else b""
     except OSError:
-        return b""  # reading it for good says what is wrong
+        return b""  # load_settings reads it again and reports the error
 
 
-def _serve(config: Config, options: argparse.Namespace, content: bytes) -> None:
+def _run_daemon(config: Config, options: argparse.Namespace, content: bytes) -> None:
     from kproxy.app import daemon
     from kproxy.app.backends import StartError
     from kproxy.config.flags import flag_values
@@ -132,6 +132,6 @@ def _clean_up() -> None:
             show(f"{line}\n")
             found = True
         if not found:
-            show("there was nothing to remove\n")
+            show("nothing to remove\n")
     except (StartError, CommandError) as error:
         raise CommandFailedError(str(error)) from None

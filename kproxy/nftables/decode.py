@@ -12,7 +12,7 @@ from msgspec import Struct
 
 from kproxy.host import nf_tables_constants as nf
 from kproxy.host.netlink import NETLINK_NETFILTER, DumpInterruptedError, NetlinkError, NetlinkSocket
-from kproxy.host.netlink_message import attributes, nfgenmsg
+from kproxy.host.netlink_message import attributes, nfgenmsg, nfnl_type
 from kproxy.model.types import Family
 from kproxy.nftables.base_table import SETS
 from kproxy.nftables.elements import (
@@ -24,7 +24,7 @@ from kproxy.nftables.elements import (
     endpoint_size,
     set_layout,
 )
-from kproxy.nftables.encode import HOOK_NUMBERS, message_type
+from kproxy.nftables.encode import HOOK_NUMBERS
 from kproxy.nftables.expressions import string_attribute
 from kproxy.nftables.names import TABLE
 from kproxy.nftables.ruleset import MapValue, NftHook, NftSet
@@ -32,6 +32,11 @@ from kproxy.nftables.snapshot import TableSnapshot
 
 Span: TypeAlias = tuple[int, int]
 """Begin and end of an attribute's payload in a buffer."""
+_GETTABLE = nfnl_type(nf.NFNL_SUBSYS_NFTABLES, nf.NFT_MSG_GETTABLE)
+_GETCHAIN = nfnl_type(nf.NFNL_SUBSYS_NFTABLES, nf.NFT_MSG_GETCHAIN)
+_GETSET = nfnl_type(nf.NFNL_SUBSYS_NFTABLES, nf.NFT_MSG_GETSET)
+_GETSETELEM = nfnl_type(nf.NFNL_SUBSYS_NFTABLES, nf.NFT_MSG_GETSETELEM)
+_GETGEN = nfnl_type(nf.NFNL_SUBSYS_NFTABLES, nf.NFT_MSG_GETGEN)
 _NFGENMSG_SIZE = 4
 _HOOK_NAMES = {number: name for name, number in HOOK_NUMBERS.items()}
 _BE32 = struct.Struct(">I")
@@ -52,7 +57,7 @@ class TableReader:
         """Return the generation ID, which every change of any table increments. Raises `NetlinkError`."""
         with NetlinkSocket(NETLINK_NETFILTER) as netlink:
             generations: list[int] = []
-            for data, begin, end in netlink.answers(message_type(nf.NFT_MSG_GETGEN), nfgenmsg()):
+            for data, begin, end in netlink.get(_GETGEN, nfgenmsg()):
                 spans = attributes(data, begin + _NFGENMSG_SIZE, end)
                 generations.append(_u32(data, spans[nf.NFTA_GEN_ID]))
             return generations[0]
@@ -87,7 +92,7 @@ class TableReader:
         """
         counts: Counter[str] = Counter()
         with NetlinkSocket(NETLINK_NETFILTER) as netlink:
-            for data, begin, end in netlink.dump(message_type(nf.NFT_MSG_GETCHAIN), self._header + self._table):
+            for data, begin, end in netlink.dump(_GETCHAIN, self._header + self._table):
                 spans = attributes(data, begin + _NFGENMSG_SIZE, end)
                 if _string(data, spans[nf.NFTA_CHAIN_TABLE]) == TABLE:
                     counts[_string(data, spans[nf.NFTA_CHAIN_NAME])] = _u32(data, spans[nf.NFTA_CHAIN_USE])
@@ -97,7 +102,7 @@ class TableReader:
         """Return the table's flags, or None if the table does not exist."""
         flags = 0
         try:
-            for data, begin, end in netlink.answers(message_type(nf.NFT_MSG_GETTABLE), self._header + self._table):
+            for data, begin, end in netlink.get(_GETTABLE, self._header + self._table):
                 spans = attributes(data, begin + _NFGENMSG_SIZE, end)
                 flags = _u32(data, spans[nf.NFTA_TABLE_FLAGS])
         except NetlinkError as error:
@@ -108,7 +113,7 @@ class TableReader:
 
     def _sets(self, netlink: NetlinkSocket) -> dict[str, SetLayout]:
         layouts = {}
-        for data, begin, end in netlink.dump(message_type(nf.NFT_MSG_GETSET), self._header + self._table):
+        for data, begin, end in netlink.dump(_GETSET, self._header + self._table):
             spans = attributes(data, begin + _NFGENMSG_SIZE, end)
             layout = _set_layout(data, spans)
             if not layout.flags & nf.NFT_SET_ANONYMOUS:  # an anonymous set is part of a rule and deleted with it
@@ -117,7 +122,7 @@ class TableReader:
 
     def _chains(self, netlink: NetlinkSocket) -> dict[str, NftHook | None]:
         chains = {}
-        for data, begin, end in netlink.dump(message_type(nf.NFT_MSG_GETCHAIN), self._header + self._table):
+        for data, begin, end in netlink.dump(_GETCHAIN, self._header + self._table):
             spans = attributes(data, begin + _NFGENMSG_SIZE, end)
             # Before Linux 6.3, the dump has the chains of all tables of the family.
             if _string(data, spans[nf.NFTA_CHAIN_TABLE]) == TABLE:
@@ -136,7 +141,7 @@ class TableReader:
     def _read_elements(self, netlink: NetlinkSocket, definition: NftSet, elements: dict[bytes, SetElement]) -> None:
         request = self._header + self._table + string_attribute(nf.NFTA_SET_ELEM_LIST_SET, definition.name)
         endpoint_layout = _endpoint_layout(definition, self._family)
-        for data, begin, end in netlink.dump(message_type(nf.NFT_MSG_GETSETELEM), request):
+        for data, begin, end in netlink.dump(_GETSETELEM, request):
             spans = attributes(data, begin + _NFGENMSG_SIZE, end)
             offset, list_end = spans[nf.NFTA_SET_ELEM_LIST_ELEMENTS]
             while offset + 4 <= list_end:

@@ -14,7 +14,7 @@ from typing import TypeVar
 from msgspec import Struct
 
 from kproxy.host import nf_tables_constants as nf
-from kproxy.host.netlink_message import NLM_F_APPEND, NLM_F_CREATE, attribute, nested, nfgenmsg
+from kproxy.host.netlink_message import NLM_F_APPEND, NLM_F_CREATE, attribute, nested, nfgenmsg, nfnl_type
 from kproxy.model.types import Family
 from kproxy.nftables.base_table import TABLE_COMMENT
 from kproxy.nftables.elements import EndpointElements, SetElement, address_family, set_layout
@@ -47,11 +47,6 @@ _PROTO_DESC_TH, _PROTO_DESC_IP, _PROTO_DESC_IP6 = 11, 12, 13
 _THDR_DPORT = 2
 _IPHDR_SADDR, _IPHDR_DADDR = 11, 12
 _IP6HDR_SADDR, _IP6HDR_DADDR = 8, 9
-
-
-def message_type(message: int) -> int:
-    """Return the netlink message type of an NFT_MSG_ constant."""
-    return nf.NFNL_SUBSYS_NFTABLES << 8 | message
 
 
 class NftMessage(Struct, frozen=True, gc=False):
@@ -112,7 +107,7 @@ class TransactionEncoder:
 
     def _message(self, message: int, flags: int, subject: str, *attributes: bytes) -> NftMessage:
         payload = b"".join((self._header, self._table, *attributes))
-        return NftMessage(message_type(message), flags, payload, subject)
+        return NftMessage(nfnl_type(nf.NFNL_SUBSYS_NFTABLES, message), flags, payload, subject)
 
     def _add_table(self) -> NftMessage:
         flags = u32_attribute(nf.NFTA_TABLE_FLAGS, 0)
@@ -167,7 +162,7 @@ class TransactionEncoder:
     ) -> Iterator[NftMessage]:
         """Yield as many messages as the elements need; see `_MAX_ELEMENTS_SIZE`."""
         start = self._header + self._table + string_attribute(nf.NFTA_SET_ELEM_LIST_SET, set_name)
-        kind = message_type(message)
+        kind = nfnl_type(nf.NFNL_SUBSYS_NFTABLES, message)
         parts: list[bytes] = []
         begin = size = 0
         for end, element in enumerate(elements):

@@ -112,16 +112,16 @@ class NetlinkCommit:
         except StaleGenerationError:
             raise GenerationChangedError("the ruleset has changed since the expected generation") from None
         except BatchRejectedError as error:
-            raise TableError(self._describe(messages, error.refusals)) from None
+            raise TableError(self._describe(messages, error.rejections)) from None
         except OSError as error:
             raise TableError(f"netlink: {error.strerror}") from None
 
     def _describe(self, messages: Sequence[NftMessage], rejections: Sequence[RejectedMessage]) -> str:
         first = rejections[0]
-        if first.place < 0:
+        if first.index < 0:
             return f"the kernel rejected the transaction: {first.reason}"
         more = f" (and {len(rejections) - 1} more)" if len(rejections) > 1 else ""
-        return f"{self._subject(messages[first.place], first.offset)}: {first.reason}{more}"
+        return f"{self._subject(messages[first.index], first.offset)}: {first.reason}{more}"
 
     def _subject(self, message: NftMessage, offset: int) -> str:
         if not message.elements:
@@ -153,7 +153,7 @@ class NftCommit:
         except CommandError as error:
             raise TableError(str(error)) from None
         if done.code:
-            raise TableError(f"nft: {done.complaint}", inconclusive=done.code < 0)
+            raise TableError(f"nft: {done.error_message}", inconclusive=done.code < 0)
 
 
 # The table

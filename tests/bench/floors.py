@@ -83,7 +83,9 @@ class _Floors:
     def _first_sync_apart(self, times: int) -> None:
         """Write the same rules in blocks of 25 Services with a program for each, which is how one would begin."""
         flush()
-        apart = Mirror(self._mode, self._cluster, block_rules=25 * rules_of_service(self._cluster.endpoints)).change()
+        apart = Mirror(
+            self._mode, self._cluster, max_transaction_rules=25 * rules_of_service(self._cluster.endpoints)
+        ).change()
         for _ in range(times):
             flush()
             cost = self._replay([(recorder, [text]) for recorder, texts in apart for text in texts])  # type: ignore[misc]

@@ -20,7 +20,7 @@ from kproxy.config import Config
 from kproxy.host.netlink import BatchSocket
 from kproxy.host.nf_tables_constants import NFNL_SUBSYS_NFTABLES
 from kproxy.host.nfacct import ensure_counters
-from kproxy.iptables.backend import BLOCK_RULES, IptablesBackend
+from kproxy.iptables.backend import MAX_TRANSACTION_RULES, IptablesBackend
 from kproxy.iptables.base_rules import INVALID_COUNTER
 from kproxy.iptables.render import LOCALHOST_COUNTER
 from kproxy.iptables.runner import IptablesRunner
@@ -87,8 +87,8 @@ Recording: TypeAlias = list[tuple[IptablesRecorder, list[str]] | tuple[NetlinkRe
 class Mirror:
     """A second kproxy without API server, daemon and schedule, in the present namespace."""
 
-    def __init__(self, mode: str, cluster: Cluster, *, block_rules: int = BLOCK_RULES) -> None:
-        """`block_rules` is for mode iptables: how many rules a transaction of the first sync may hold."""
+    def __init__(self, mode: str, cluster: Cluster, *, max_transaction_rules: int = MAX_TRANSACTION_RULES) -> None:
+        """`max_transaction_rules` is for mode iptables: how many rules a transaction of the first sync may hold."""
         config = Config(cluster_cidr=CLUSTER_CIDR, hostname_override=NODE, mode=mode)  # type: ignore[arg-type]
         self._store = Store(NODE, watched_kinds(config))
         found: dict[Kind, list[Object]] = {kind: [] for kind in watched_kinds(config)}
@@ -99,7 +99,7 @@ class Mirror:
             self._store.apply(Replace(kind, tuple(_decoded(kind, bodies))))
         self._recorders: list[IptablesRecorder] | list[NetlinkRecorder]
         if mode == "iptables":
-            self._recorders, self._syncs = _iptables(config, block_rules)
+            self._recorders, self._syncs = _iptables(config, max_transaction_rules)
         else:
             self._recorders, self._syncs = _nftables(config)
 
@@ -148,7 +148,7 @@ def _decoded(kind: Kind, bodies: Sequence[Object]) -> list[Service | EndpointSli
     return [each for each in found if each is not None]
 
 
-def _iptables(config: Config, block_rules: int) -> tuple[list[IptablesRecorder], list[FamilySync]]:
+def _iptables(config: Config, max_transaction_rules: int) -> tuple[list[IptablesRecorder], list[FamilySync]]:
     try:
         ensure_counters((INVALID_COUNTER, LOCALHOST_COUNTER))
         accounting = True
@@ -158,7 +158,7 @@ def _iptables(config: Config, block_rules: int) -> tuple[list[IptablesRecorder],
     recorders = [IptablesRecorder(family) for family in Family]
     syncs = [
         FamilySync(
-            IptablesBackend(recorder, block_rules=block_rules),
+            IptablesBackend(recorder, max_transaction_rules=max_transaction_rules),
             partial(_context, config, family, accounting=accounting, random_fully=random_fully),
         )
         for family, recorder in zip(Family, recorders, strict=True)

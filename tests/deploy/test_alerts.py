@@ -58,16 +58,16 @@ def down(count: int, name: str) -> Alert:
 
 
 def not_scraped(node: str) -> Alert:
-    return Alert({"instance": node, "job": "kproxy"}, f"{node}: Prometheus gets no metrics of the service proxy")
+    return Alert({"instance": node, "job": "kproxy"}, f"{node}: Prometheus cannot scrape the service proxy")
 
 
 ABSENT = Alert({}, "No DaemonSet runs a service proxy, or kube-state-metrics is not scraped")
-NOTHING_SCRAPED = Alert({}, "every node: Prometheus gets no metrics of the service proxy")
+NOTHING_SCRAPED = Alert({}, "all nodes: Prometheus cannot scrape the service proxy")
 
 
 def api_error(code: str) -> Alert:
     labels = {"instance": "node-1", "host": "192.0.2.1:6443", "code": code}
-    return Alert(labels, f"node-1: the API server 192.0.2.1:6443 answers {code}")
+    return Alert(labels, f"node-1: requests to API server 192.0.2.1:6443 fail with {code}")
 
 
 CASES: dict[str, tuple[str, dict[str, str], list[Alert]]] = {
@@ -105,7 +105,7 @@ CASES: dict[str, tuple[str, dict[str, str], list[Alert]]] = {
     "the Node does not exist": (
         "KproxyNodeMissing",
         {'kproxy_node_missing{job="kproxy",instance="node-1"}': always(1)},
-        [Alert({"instance": "node-1", "job": "kproxy"}, "node-1: no Node has the name that the service proxy has")],
+        [Alert({"instance": "node-1", "job": "kproxy"}, "node-1: the Node object of the service proxy does not exist")],
     ),
     "the API server answers": ("KproxyApiErrors", HEALTHY, []),
     "the API server refuses": ("KproxyApiErrors", HEALTHY | requests("403", GROWING), [api_error("403")]),

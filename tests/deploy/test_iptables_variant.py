@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kproxy.iptables.variant import FOLDER, detect_variant, use_host_variant
+from kproxy.iptables.variant import FOLDER_VARIABLE, detect_variant, use_host_variant
 from tests.lab.namespace import Namespace
 
 PROGRAMS = ("iptables", "ip6tables")
@@ -77,7 +77,7 @@ def test_a_variant_that_is_not_there_is_not_in_use(node: Namespace, folder: Path
 
 def test_programs_started_later_are_of_the_hosts_variant(node: Namespace, folder: Path) -> None:
     add(node, "iptables-legacy", HINT)
-    environment = {FOLDER: str(folder), "PATH": "/usr/sbin:/usr/bin"}
+    environment = {FOLDER_VARIABLE: str(folder), "PATH": "/usr/sbin:/usr/bin"}
     assert node.call(lambda: use_host_variant(environment)) == "legacy"
     program = shutil.which("iptables-save", path=environment["PATH"])
     assert program == str(folder / "legacy/iptables-save")

@@ -1,4 +1,4 @@
-# The checks of fresh.sh, a function each. They run as root in a fresh root, in the folder of the clone, under `set -eu`.
+# The checks of fresh.sh, one function each. They run as root in a fresh root file system, in the clone, with `set -eu`.
 
 check_demo() {
     make demo
@@ -20,7 +20,7 @@ check_user() {
     add_user
     command=$(missing_packages)
     echo "as root: $command"
-    echo 'APT::Get::Assume-Yes "true";' >/etc/apt/apt.conf.d/90-yes # instead of a human
+    echo 'APT::Get::Assume-Yes "true";' >/etc/apt/apt.conf.d/90-yes # answers apt's prompt
     sh -c "$command" >/dev/null
     as_user "make demo"
     as_user "make test"
@@ -32,20 +32,20 @@ check_byhand() {
     install sudo $(by_hand | sed -n 's/.*`apt-get install \(.*\)`.*/\1/p')
     echo 'somebody ALL = NOPASSWD: ALL' >/etc/sudoers.d/somebody
     typed '$' >/tmp/ordinary
-    # A human needs longer to type the next command than a server to listen.
+    # Wait for the server to listen, which takes less time than typing the next command.
     typed '#' | sed '/&$/a until curl --silent --output /dev/null http://192.0.2.10:8080/; do sleep 0.1; done' >/tmp/root
     chmod a+r /tmp/ordinary /tmp/root
-    # As with a terminal, each shell reads what the one before it leaves.
+    # As on a terminal, each shell reads the input that the previous one left.
     as_user ". /tmp/ordinary" </tmp/root 2>&1 | tee /tmp/output
     [ "$(grep -cx 200 /tmp/output)" -eq 1 ] || stop "the Service was not reached"
     grep -q '^curl: (28)' /tmp/output || stop "the Service was reached after --cleanup"
 }
 
-# A third party's source that is gone, and one that cannot be reached: apt-get update fails.
+# Make apt-get update fail: add a source that no longer exists, and one that is unreachable.
 add_broken_source() {
     echo 'deb file:/nonexistent stable main' >/etc/apt/sources.list.d/gone.list
     echo 'deb http://127.0.0.1:9/debian stable main' >/etc/apt/sources.list.d/unreachable.list
-    ! apt-get -qq update 2>/dev/null || stop "apt-get update was to fail"
+    ! apt-get -qq update 2>/dev/null || stop "apt-get update succeeded despite a broken source"
     rm -rf /var/lib/apt/lists/*
 }
 
@@ -59,22 +59,22 @@ as_user() { # COMMAND
     su - somebody -c "cd kproxy && $1"
 }
 
-# Print the command that `make demo` gives to an ordinary user, in one line.
+# Print the installation command that `make demo` prints for an ordinary user.
 missing_packages() {
-    ! as_user "make demo" >/tmp/said 2>&1 || stop "packages were expected to be missing"
+    ! as_user "make demo" >/tmp/said 2>&1 || stop "make demo succeeded although packages should be missing"
     grep -v '^make: ' /tmp/said >/tmp/lines
-    [ "$(wc -l </tmp/lines)" -eq 1 ] || stop "more than one line says what is missing: $(cat /tmp/said)"
-    grep '^missing packages, install them as root with: apt-get update; apt-get install ' /tmp/lines >/dev/null ||
-        stop "no command says how to install what is missing: $(cat /tmp/said)"
+    [ "$(wc -l </tmp/lines)" -eq 1 ] || stop "expected one line about missing packages, got: $(cat /tmp/said)"
+    grep '^missing packages; install them as root with: apt-get update; apt-get install ' /tmp/lines >/dev/null ||
+        stop "the output has no installation command: $(cat /tmp/said)"
     sed 's/.* with: //' /tmp/lines
 }
 
-# Print README's section "By hand, without a cluster".
+# Print the section "Try it by hand" of docs/local.md.
 by_hand() {
-    sed -n '/^## By hand/,/^## In kube/p' README.md
+    sed -n '/^## Try it by hand$/,/^## Work/p' docs/local.md
 }
 
-# Print the commands of that section that follow a prompt.
+# Print the commands of that section that follow the given prompt.
 typed() { # PROMPT
     by_hand | sed -n "s/^$1 //p"
 }

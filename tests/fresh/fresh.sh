@@ -1,18 +1,18 @@
 #!/bin/sh
-# fresh.sh RELEASE CHECK...: run README's commands on a fresh, minimal Debian.
+# fresh.sh RELEASE CHECK...: run the README's commands on a minimal Debian.
 #
-# Each check gets a pristine root of its own: debootstrap's minbase with git, make, python3 and python3-venv, and a clone
-# of HEAD. It runs there in new mount, PID, IPC and UTS namespaces with an empty environment. The network is the host's,
-# because packages come from there; the tests make their own network namespaces.
+# Each check gets a pristine root file system: debootstrap's minbase variant with git, make, python3 and python3-venv,
+# and a clone of HEAD. It runs in new mount, PID, IPC and UTS namespaces with an empty environment. It shares the host's
+# network, which it needs to install packages; the tests create network namespaces of their own.
 #
-# From this machine come only the mirror's address (MIRROR), its resolv.conf, proxy variables, and the certificate
-# authorities in /usr/local/share/ca-certificates. The roots as debootstrap leaves them are kept in build/fresh for a week.
+# A check inherits from this machine only MIRROR, resolv.conf, the proxy variables and the certificate authorities in
+# /usr/local/share/ca-certificates. build/fresh caches debootstrap's root file systems for a week.
 #
-#   demo    `make demo` as the first and only command
-#   test    `make test` as the first and only command
-#   short   as an ordinary user `make demo`, which names what is missing; as root `make demo`, then a part of `make test`
-#   user    an ordinary user: `make demo`, the command that it names as root, `make demo` and `make test` again
-#   byhand  the commands of README's section "By hand", typed by an ordinary user with sudo
+#   demo    `make demo` as the only command
+#   test    `make test` as the only command
+#   short   `make demo` as an ordinary user, which names missing packages; as root `make demo` and part of `make test`
+#   user    `make demo` as an ordinary user; as root the command that it prints; `make demo` and `make test` as the user
+#   byhand  the commands in "Try it by hand" of docs/local.md, typed by an ordinary user with sudo
 set -eu
 cd "$(dirname "$0")/../.."
 MIRROR=${MIRROR:-http://deb.debian.org/debian}
@@ -26,11 +26,11 @@ fail() {
     exit 1
 }
 
-# Make the root that every check of a release starts from, unless a recent one is there.
+# Create the root file system that all checks of a release start from, unless a recent one is cached.
 make_base() { # RELEASE
     base=$CACHE/$1.tar
     [ -z "$(find "$base" -newer "$0" -mtime "-$BASE_DAYS" 2>/dev/null)" ] || return 0
-    echo "fresh: $1: making a minimal root with debootstrap"
+    echo "fresh: $1: creating a minimal root file system with debootstrap"
     confined debootstrap --variant=minbase --include="$PACKAGES" "$1" "$work/base" "$MIRROR" >"$CACHE/$1.log" 2>&1 ||
         fail "$1: debootstrap failed, see $CACHE/$1.log: $(tail -1 "$CACHE/$1.log")"
     rm -rf "$work"/base/var/cache/apt/archives/*.deb "$work"/base/var/lib/apt/lists/*
@@ -39,7 +39,7 @@ make_base() { # RELEASE
     rm -rf "$work/base"
 }
 
-# Unpack a pristine root, with a clean clone and what no machine reaches its mirrors without here.
+# Unpack a pristine root file system, and add a clean clone and this machine's network configuration.
 make_root() { # RELEASE ROOT
     mkdir "$2"
     tar -C "$2" -xf "$CACHE/$1.tar"
@@ -66,8 +66,8 @@ run_check() { # RELEASE CHECK
     return "$status"
 }
 
-# Run a command whose processes and mounts are gone when this returns, or when this script ends: the PID namespace ends
-# with its first process, which dies with unshare.
+# Run a command in namespaces that vanish when this function returns or this script exits, with all processes and mounts:
+# the first process of the PID namespace dies with unshare, and takes the others with it.
 confined() { # COMMAND...
     unshare --mount --pid --ipc --uts --fork --kill-child "$@" </dev/null &
     running=$!
@@ -86,20 +86,20 @@ clean_up() {
     rm -rf --one-file-system "$work"
 }
 
-[ "$(id -u)" -eq 0 ] || fail "debootstrap and chroot need root: run \`sudo make fresh\`"
+[ "$(id -u)" -eq 0 ] || fail "debootstrap and pivot_root require root: run \`sudo make fresh\`"
 [ $# -ge 2 ] || fail "usage: fresh.sh RELEASE CHECK..."
 release=$1
 shift
 for check in "$@"; do
     grep -q "^check_$check()" tests/fresh/checks.sh ||
-        fail "there is no check \"$check\": choose from $(sed -n 's/^check_\([a-z]*\)().*/\1/p' tests/fresh/checks.sh | xargs)"
+        fail "unknown check \"$check\": choose from $(sed -n 's/^check_\([a-z]*\)().*/\1/p' tests/fresh/checks.sh | xargs)"
 done
 mkdir -p "$CACHE"
 work=$(mktemp -d "$CACHE/run.XXXXXX")
 trap clean_up EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM HUP
-[ -z "$(git status --porcelain)" ] || echo "fresh: uncommitted changes are left out: HEAD is what is checked" >&2
+[ -z "$(git status --porcelain)" ] || echo "fresh: ignoring uncommitted changes: the checks run on HEAD" >&2
 make_base "$release"
 for check in "$@"; do
     echo "fresh: $release: $check"

@@ -1,5 +1,5 @@
 #!/bin/sh
-# inside.sh ROOT CHECK: make ROOT the root of this mount namespace, and run a check of checks.sh in it.
+# inside.sh ROOT CHECK: make ROOT the root of this mount namespace, and run a check from checks.sh in it.
 set -eu
 root=$1
 check=$2
@@ -23,7 +23,7 @@ for number in 0:stdin 1:stdout 2:stderr; do
     ln -s "/proc/self/fd/${number%:*}" "$root/dev/${number#*:}"
 done
 
-# Nothing of the host's files can be reached after this, and the mounts are those of this root alone.
+# From here on, the host's files are unreachable, and only the mounts of this root remain.
 cd "$root"
 pivot_root . mnt
 cd /
@@ -33,5 +33,5 @@ umount --lazy /mnt
 . /fresh/checks.sh
 cd /root/kproxy
 "check_$check"
-# A first process that only waits: the shell collects the orphans of the PID namespace meanwhile.
+# Keep the shell as PID 1 until the check ends: it reaps orphaned processes.
 exit $?

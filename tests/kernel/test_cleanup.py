@@ -17,10 +17,10 @@ from kproxy.host.nf_tables_constants import NFNL_SUBSYS_NFTABLES
 from kproxy.model.types import Family
 from kproxy.nftables.kernel import remove_table
 from tests.kernel.test_recordings import apply
-from tests.lab.commits import Commits
 from tests.lab.iptables import PREFIXES, PROGRAMS, link
 from tests.lab.namespace import Namespace
 from tests.lab.proxy import KPROXY
+from tests.lab.transaction_monitor import Commits
 from tests.recordings import GOLDEN
 
 NFT_TABLE_F_OWNER = 2
@@ -196,7 +196,7 @@ def test_the_command_says_what_it_removed_and_that_it_may_be_repeated(node: Name
     assert [line.rpartition(" ")[2] for line in said] == ["IPv4", "IPv6", "IPv4", "IPv6"]
     assert proxy_tables(node) == []
     assert without_firewall(rules(node, Family.IPV4)) == before
-    assert node.run([KPROXY, "run", "--cleanup"]).stdout == "there was nothing to remove\n"
+    assert node.run([KPROXY, "run", "--cleanup"]).stdout == "nothing to remove\n"
 
 
 def test_the_command_fails_in_one_line(node: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

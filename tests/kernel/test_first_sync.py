@@ -207,9 +207,7 @@ def test_rules_that_the_iptables_in_use_does_not_see_are_said_once(
     tell(report(Family.IPV6))
     assert not chains(node, Family.IPV4) | chains(node, Family.IPV6)
     said = warnings(logged)
-    assert [line.partition(":")[0] for line in said] == [
-        "KUBE- chains of iptables-legacy are still there and cannot be removed"
-    ]
+    assert [line.partition(":")[0] for line in said] == ["KUBE- chains of iptables-legacy remain and cannot be removed"]
 
 
 def test_the_command_ends_only_when_they_are_gone(node: Namespace) -> None:

@@ -15,17 +15,17 @@ from kproxy.app.cleanup import VirtualServersRemainError, remove_all, remove_ipv
 from kproxy.app.first_sync import FirstSyncSteps
 from kproxy.config import Config
 from kproxy.config.types import Mode
-from kproxy.ipvs import cleanup as ipvs_leftovers
+from kproxy.ipvs import cleanup
 from kproxy.ipvs.cleanup import INTERFACE, SETS
 from kproxy.ipvs.ipset import IpsetEntry, set_entries, set_names
 from kproxy.ipvs.virtual_servers import VirtualServer, virtual_servers
 from kproxy.model.sync_report import SyncReport
 from kproxy.model.types import Family
 from tests.kernel.test_cleanup import rules, without_firewall
-from tests.lab.commits import Commits
 from tests.lab.iptables import PREFIXES, link, programs_of
 from tests.lab.namespace import Namespace
 from tests.lab.proxy import KPROXY
+from tests.lab.transaction_monitor import Commits
 from tests.recordings import GOLDEN
 
 ADDRESSES = ("10.96.0.1/32", "10.96.0.80/32", "fd00:10:96::80/128")
@@ -172,7 +172,7 @@ def test_iptables_mode_removes_what_is_not_its_own(
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     leave(node)
     chains = ", ".join(f"{OF_IPVS_MODE} iptables chains of {family.value}" for family in Family)
-    assert apply(node, "iptables") == [f"removed what ipvs mode left: {chains}, {EVERYTHING}"]
+    assert apply(node, "iptables") == [f"removed leftovers of ipvs mode: {chains}, {EVERYTHING}"]
     assert (leftover_rules(node), sets(node), has_interface(node)) == ([], [], False)
     assert any(line.startswith("-A KUBE-SERVICES -d ") for line in rules(node, Family.IPV4))
     assert apply(node, "iptables") == []
@@ -183,7 +183,7 @@ def test_nftables_mode_removes_everything(node: Namespace) -> None:
     leave(node)
     *chains, rest = apply(node, "nftables")
     assert [line.rpartition(" ")[2] for line in chains] == ["IPv4", "IPv6"]
-    assert rest == f"removed what ipvs mode left: {EVERYTHING}"
+    assert rest == f"removed leftovers of ipvs mode: {EVERYTHING}"
     assert (leftover_rules(node), sets(node), has_interface(node)) == ([], [], False)
     for family in Family:
         after = [line for line in rules(node, family) if "KUBE-MARK-DROP" not in line]
@@ -196,7 +196,7 @@ def test_cleaning_up_removes_everything_and_may_be_repeated(node: Namespace) -> 
     assert done.stderr == ""
     assert done.stdout.splitlines()[-1] == f"removed {EVERYTHING} of ipvs mode"
     assert (leftover_rules(node), sets(node), has_interface(node)) == ([], [], False)
-    assert node.run([KPROXY, "run", "--cleanup"]).stdout == "there was nothing to remove\n"
+    assert node.run([KPROXY, "run", "--cleanup"]).stdout == "nothing to remove\n"
 
 
 @pytest.mark.parametrize("mode", ["iptables", "nftables"])
@@ -238,7 +238,7 @@ def test_a_set_that_a_foreign_rule_uses_stays_and_is_said(node: Namespace, caplo
         == f"removed {len(SETS) - 1} ipsets, the interface {INTERFACE} of ipvs mode"
     )
     said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    assert said == ["ipsets KUBE-IPVS-IPS cannot be removed: rules use it"]
+    assert said == ["cannot remove ipsets KUBE-IPVS-IPS: in use by rules"]
     assert sets(node) == ["KUBE-IPVS-IPS"]
 
 
@@ -303,9 +303,9 @@ def test_virtual_servers_that_stay_are_tried_again_with_the_next_sync_of_all_ser
     leave(node)
     server = VirtualServer("10.96.0.80", 6, 80, b"a")
     busy = [True]
-    monkeypatch.setattr(ipvs_leftovers, "virtual_servers", lambda: [server])
+    monkeypatch.setattr(cleanup, "virtual_servers", lambda: [server])
     monkeypatch.setattr(
-        ipvs_leftovers, "delete_virtual_servers", lambda _: {server: "Device or resource busy"} if busy else {}
+        cleanup, "delete_virtual_servers", lambda _: {server: "Device or resource busy"} if busy else {}
     )
     observer = FirstSyncSteps(Config(mode=mode), [Family.IPV4])
 
@@ -321,8 +321,8 @@ def test_virtual_servers_that_stay_are_tried_again_with_the_next_sync_of_all_ser
     assert "KUBE-IPVS-IPS" not in sets(node)
     said = [record.getMessage() for record in caplog.records if "is still there" in record.getMessage()]
     assert said == [
-        "what ipvs mode left is still there, and may take traffic of Services: 1 virtual servers of IPVS cannot be "
-        "removed, such as 10.96.0.80 port 80: Device or resource busy; its interface and its ipsets stay as well"
+        "what ipvs mode left is still there, and may take traffic of Services: cannot remove 1 IPVS virtual "
+        "server (first: 10.96.0.80 port 80): Device or resource busy; its interface and ipsets are kept as well"
     ]
 
 
@@ -351,14 +351,14 @@ def test_a_clean_up_that_fails_in_the_end_has_said_what_it_removed(
 ) -> None:
     leave(node)
     server = VirtualServer("10.96.0.80", 6, 80, b"a")
-    monkeypatch.setattr(ipvs_leftovers, "virtual_servers", lambda: [server])
-    monkeypatch.setattr(ipvs_leftovers, "delete_virtual_servers", lambda _: {server: "Device or resource busy"})
+    monkeypatch.setattr(cleanup, "virtual_servers", lambda: [server])
+    monkeypatch.setattr(cleanup, "delete_virtual_servers", lambda _: {server: "Device or resource busy"})
     said: list[str] = []
 
     def clean_up() -> None:
         said.extend(remove_all())
 
-    with pytest.raises(VirtualServersRemainError, match="port 80: Device or resource busy"):
+    with pytest.raises(VirtualServersRemainError, match=r"port 80\): Device or resource busy"):
         node.call(clean_up)
     assert [line.rpartition(" ")[2] for line in said] == ["IPv4", "IPv6"]
 
@@ -388,7 +388,7 @@ def test_virtual_servers_go_while_the_interface_says_which_are_theirs(
         deleted.extend(servers)
         return {}
 
-    monkeypatch.setattr(ipvs_leftovers, "virtual_servers", lambda: [*theirs, *foreign])
-    monkeypatch.setattr(ipvs_leftovers, "delete_virtual_servers", delete)
+    monkeypatch.setattr(cleanup, "virtual_servers", lambda: [*theirs, *foreign])
+    monkeypatch.setattr(cleanup, "delete_virtual_servers", delete)
     assert node.call(lambda: list(remove_all()))[-1] == f"removed 3 virtual servers, {EVERYTHING} of ipvs mode"
     assert deleted == theirs

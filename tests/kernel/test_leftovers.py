@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from kproxy.app.cleanup import out_of_reach, remove_all, remove_iptables
+from kproxy.app.cleanup import remove_all, remove_iptables, unremovable_chains
 from kproxy.model.types import Family
 from tests.kernel.test_cleanup import nft_tables, proxy_tables, rules, without_firewall
-from tests.lab.commits import Commits
 from tests.lab.iptables import PREFIXES, link, programs_of
 from tests.lab.namespace import Namespace
 from tests.lab.proxy import KPROXY
+from tests.lab.transaction_monitor import Commits
 from tests.recordings import GOLDEN
 
 SCENARIO = "random-12"
@@ -62,7 +62,7 @@ def test_a_table_that_iptables_cannot_show_is_said(node: Namespace, caplog: pyte
     node.run(["nft", "add", "rule", "ip", "filter", "FORWARD", "ct", "state", "new", "meta", "nftrace", "set", "1"])
     node.call(lambda: remove_iptables(Family.IPV4))
     assert [record.getMessage() for record in caplog.records] == [
-        "IPv4: table filter holds rules that only nft can show: chains of iptables mode may be left there"
+        "IPv4: table filter has rules that only nft can print; chains of iptables mode may remain there"
     ]
     left = rules(node, Family.IPV4)
     assert ":KUBE-POSTROUTING" not in left
@@ -103,7 +103,7 @@ def test_chains_of_the_other_variant_stay_and_are_said(
     version = "nf_tables" if used == "nft" else "legacy"
     assert len(said) == 1
     where = f"KUBE- chains of iptables-{other}"
-    assert said[0].startswith(f"{where} are still there and cannot be removed: in use here is ")
+    assert said[0].startswith(f"{where} remain and cannot be removed: this node uses ")
     assert said[0].endswith(f" ({version})")
     assert node.run(listing).stdout == "-N KUBE-SERVICES\n"
     assert node.call(lambda: list(remove_all())) == []
@@ -118,13 +118,13 @@ def test_without_iptables_the_chains_of_both_variants_are_said(
         node.run([f"iptables-{each}", "-t", "nat", "-N", "KUBE-SERVICES"])
     only({})
     assert node.call(lambda: remove_iptables(Family.IPV4)) == ""
-    said = "are still there and cannot be removed: there is no iptables here"
-    assert node.call(out_of_reach) == f"KUBE- chains of iptables-legacy and iptables-nft {said}"
+    said = "remain and cannot be removed: iptables is not installed"
+    assert node.call(unremovable_chains) == f"KUBE- chains of iptables-legacy and iptables-nft {said}"
 
 
 def test_nothing_is_out_of_reach_on_a_node_of_one_variant(node: Namespace) -> None:
     apply(node, "iptables")
-    assert node.call(out_of_reach) == ""
+    assert node.call(unremovable_chains) == ""
 
 
 def test_the_command_says_what_is_out_of_reach_beside_what_it_removed(node: Namespace) -> None:
@@ -135,7 +135,7 @@ def test_the_command_says_what_is_out_of_reach_beside_what_it_removed(node: Name
     node.run([legacy, "-t", "nat", "-N", "KUBE-SERVICES"])
     done = node.run([KPROXY, "run", "--cleanup"])
     assert [line.partition(" ")[0] for line in done.stdout.splitlines()] == ["removed"] * 2
-    assert re.search(r"^W\d{4} .*\] KUBE- chains of iptables-legacy are still there", done.stderr, re.MULTILINE)
+    assert re.search(r"^W\d{4} .*\] KUBE- chains of iptables-legacy remain", done.stderr, re.MULTILINE)
     assert [table for table in nft_tables(node) if "kube-proxy" in table] == []
 
 

@@ -1,4 +1,4 @@
-"""The commands that the README gives to root, copied as they stand, print what it shows."""
+"""The commands that docs/local.md gives to root print what the page shows."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LISTENING = "until curl --silent --output /dev/null http://192.0.2.10:8080/; do 
 
 def block() -> list[str]:
     """Return the lines of the block for the shell that has a network of its own."""
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs" / "local.md").read_text()
     (found,) = (part for part in re.findall(r"```console\n(.*?)```", text, re.DOTALL) if part.startswith(OPENING))
     return str(found).splitlines()
 

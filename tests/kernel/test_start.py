@@ -23,7 +23,7 @@ NOT_OF_THE_MACHINE = "--conntrack-max-per-core=0"
 """Keeps a start away from the parameters that all network namespaces share."""
 
 WITHOUT = ["setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin"]
-REFUSED = "the capability CAP_NET_ADMIN over this network namespace is missing: run as root or give it to the process"
+REFUSED = "missing capability CAP_NET_ADMIN in this network namespace: run as root or grant it to the process"
 ASK = "from kproxy.host.process import has_net_admin; print(has_net_admin())"
 ESTABLISHED = "net/netfilter/nf_conntrack_tcp_timeout_established"
 ROUTE_LOCALNET = "net/ipv4/conf/all/route_localnet"
@@ -168,5 +168,5 @@ def test_parameters_are_set_and_logged_by_init_only(node: Namespace, mode: str) 
 
 def assert_logged(log: str, wanted: dict[str, int]) -> None:
     for name, value in wanted.items():
-        line = f"] sysctl {name.replace('/', '.')}: {FRESH[name]} -> {value}\n"
+        line = f"] set sysctl {name.replace('/', '.')}: {FRESH[name]} -> {value}\n"
         assert log.count(line) == int(value != FRESH[name]), log

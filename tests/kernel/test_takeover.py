@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from kproxy.iptables.names import DISPATCH
+from kproxy.iptables.names import DISPATCH_CHAINS
 from kproxy.model.types import Family
+from tests.lab.connection_stream import Stream, Target
 from tests.lab.iptables import PREFIXES, held, restore_recording
-from tests.lab.load import Stream, Target
 from tests.lab.modes import NFT_FAMILIES, flag, nothing_left_of_other, table_state
 from tests.lab.namespace import Namespace
 from tests.lab.proxy import FLAGS, KPROXY
@@ -38,7 +38,7 @@ def leftovers(own: State, other: State) -> str:
     for table in TABLES:
         chains = [chain for chain in other if chain.table == table and chain not in own]
         rules = [rule for chain in chains for rule in other[chain]]
-        for chain in DISPATCH:
+        for chain in DISPATCH_CHAINS:
             rules += [rule for rule in other[chain] if chain.table == table and rule not in own[chain]]
         text += "\n".join((f"*{table}", *(f":{chain.name} - [0:0]" for chain in chains), *rules, "COMMIT\n"))
     return text

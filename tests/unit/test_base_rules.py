@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from kproxy.iptables.base_rules import base_chains, dispatch_tails, ensured_rules
+from kproxy.iptables.base_rules import base_chains, dispatch_trailing_rules, ensured_rules
 from kproxy.iptables.names import (
-    DISPATCH,
+    DISPATCH_CHAINS,
     FILTER_FIREWALL,
     FILTER_FORWARD,
     MARK_MASQ,
@@ -65,7 +65,7 @@ def test_the_martian_rule_guards_localhost_node_ports_and_only_them() -> None:
 def test_every_ensured_rule_is_found_again_and_no_other_of_its_chain_taken_for_it() -> None:
     rules = ensured_rules(LOCALHOST)
     for rule in rules:
-        assert [each for each in rules if each.chain == rule.chain and rule.is_met_by(each.text)] == [rule]
+        assert [each for each in rules if each.chain == rule.chain and rule.is_satisfied_by(each.text)] == [rule]
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_every_ensured_rule_is_found_again_and_no_other_of_its_chain_taken_for_i
 )
 def test_only_a_rule_without_other_matches_is_our_jump(listed: str, met: bool) -> None:
     jump = next(each for each in ensured_rules(FOUR) if each.chain == ChainName("nat", "OUTPUT"))
-    assert jump.is_met_by(listed) is met
+    assert jump.is_satisfied_by(listed) is met
 
 
 def test_jumps_of_table_nat_see_all_packets_and_those_to_services_in_filter_only_new_connections() -> None:
@@ -109,8 +109,8 @@ def test_jumps_of_table_nat_see_all_packets_and_those_to_services_in_filter_only
     ],
 )
 def test_what_leads_to_node_ports(context: Context, starts: list[str]) -> None:
-    tails = dispatch_tails(context)
-    assert set(tails) == set(DISPATCH)
+    tails = dispatch_trailing_rules(context)
+    assert set(tails) == set(DISPATCH_CHAINS)
     assert [each for chain, tail in tails.items() if chain != NAT_SERVICES for each in tail] == []
     rules = [rule.removeprefix("-A KUBE-SERVICES ") for rule in tails[NAT_SERVICES]]
     assert len(rules) == len(starts)

@@ -34,18 +34,18 @@ def complaint(done: subprocess.CompletedProcess[str]) -> str:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("frobnicate",), "kproxy: unknown command 'frobnicate'; there are run, apply, render, completion (see"),
+        (("frobnicate",), "kproxy: unknown command 'frobnicate'; commands: run, apply, render, completion (see"),
         (("rendr",), "kproxy: unknown command 'rendr'; did you mean render? (see kproxy --help)"),
-        (("",), "kproxy: unknown command ''; there are run, "),
+        (("",), "kproxy: unknown command ''; commands: run, "),
         (
             ("--cluster-cidr=10.0.0.0/8",),
-            "kproxy: a command comes before --cluster-cidr, as in `kproxy run --cluster-c",
+            "kproxy: --cluster-cidr must follow a command, for example `kproxy run --cluster-c",
         ),
-        (("-v=4",), "kproxy: a command comes before -v, as in `kproxy run -v=4`"),
+        (("-v=4",), "kproxy: -v must follow a command, for example `kproxy run -v=4`"),
         (("--versoin",), "kproxy: unknown flag --versoin; did you mean --version? (see kproxy --help)"),
         (("--frob",), "kproxy: unknown flag --frob (see kproxy --help)"),
-        (("render",), "kproxy: --objects=PATH is missing: a file or folder with Services"),
-        (("apply",), "kproxy: --objects=PATH is missing: a file or folder with Services"),
+        (("render",), "kproxy: --objects=PATH is required: a file or directory with Services"),
+        (("apply",), "kproxy: --objects=PATH is required: a file or directory with Services"),
         (
             ("apply", "--object=/nonexistent"),
             "kproxy apply: unknown flag --object; did you mean --objects? (see kproxy a",
@@ -125,7 +125,7 @@ def test_without_iptables_it_says_so() -> None:
         f"{family}: cannot run {name}: No such file or directory"
         for family, name in (("IPv4", "iptables"), ("IPv6", "ip6tables"))
     )
-    assert complaint(done) == f"kproxy: iptables mode does not work here: {why}"
+    assert complaint(done) == f"kproxy: iptables mode does not work on this node: {why}"
 
 
 def test_lines_have_the_header_of_klog() -> None:
@@ -228,7 +228,7 @@ def test_what_cannot_be_printed_is_one_line(arguments: tuple[str, ...]) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run([KPROXY, *arguments], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 1
-    assert complaint(done) == "kproxy: cannot print: No space left on device"
+    assert complaint(done) == "kproxy: cannot write to standard output: No space left on device"
 
 
 def modules_after(*arguments: str) -> set[str]:
@@ -261,7 +261,8 @@ def test_other_commands_load_neither_another_nor_what_it_needs() -> None:
 def test_warnings_of_the_http_library_are_for_debugging(flag: str, shown: str) -> None:
     program = """
 import argparse, logging, sys
-from kproxy.cli.options import add_flags, load_settings
+from kproxy.cli.options import load_settings
+from kproxy.config import add_flags
 parser = argparse.ArgumentParser()
 add_flags(parser)
 load_settings(parser.parse_args(sys.argv[1:]))

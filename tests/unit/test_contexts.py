@@ -101,7 +101,7 @@ def test_primary_addresses_that_are_not_known_are_said(mode: str, text: str, nod
     found = context(mode, text, node=node)
     assert found.node_port_addresses == ()
     said = node_port_warning(configured(mode, text), node, found)
-    assert said == "IPv4: NodePorts answer nowhere until the addresses of Node node-1 are known"
+    assert said == "IPv4: NodePorts are unreachable until the addresses of Node node-1 are known"
 
 
 def test_a_node_of_one_family_is_nothing_to_say() -> None:
@@ -126,7 +126,7 @@ def test_while_node_ports_answer_somewhere_there_is_nothing_to_say(mode: str, te
     assert node_port_warning(configured(mode, text), NODE, context(mode, text, family)) == ""
 
 
-LOOPBACK = "; there are none on loopback addresses in mode nftables"
+LOOPBACK = "; nftables mode has no NodePorts on loopback addresses"
 
 
 @pytest.mark.parametrize(
@@ -142,8 +142,8 @@ LOOPBACK = "; there are none on loopback addresses in mode nftables"
 def test_cidrs_without_an_address_are_said(mode: str, cidrs: str, family: Family, said: str) -> None:
     text = f"nodePortAddresses: {cidrs}"
     found = node_port_warning(configured(mode, text), NODE, context(mode, text, family))
-    where = "this machine has no address in nodePortAddresses"
-    assert found == f"{family.value}: NodePorts answer nowhere: {where} {said}"
+    where = "no local address is in nodePortAddresses"
+    assert found == f"{family.value}: NodePorts are unreachable: {where} {said}"
 
 
 def test_loopback_is_no_remark_in_iptables_mode() -> None:
@@ -185,7 +185,7 @@ def detection_warning(text: str, family: Family, node: Node | None = NODE) -> st
 SINGLE = Node("node-1", addresses=("10.99.0.2",))
 NO_CIDR = "detectLocalMode is ClusterCIDR, but no {0} clusterCIDR is set: local pod traffic is not detected"
 NO_POD_CIDR = "detectLocalMode is NodeCIDR, but Node node-1 has no {0} pod CIDR: local pod traffic is not detected"
-LOST = ", and off-cluster traffic to cluster IPs is not masqueraded"
+LOST = ", and off-cluster traffic to ClusterIPs is not masqueraded"
 
 
 @pytest.mark.parametrize(
@@ -255,10 +255,10 @@ def test_a_warning_is_logged_when_it_changes(mode: str, caplog: pytest.LogCaptur
 @pytest.mark.parametrize(
     ("mode", "interfaces", "missing"),
     [
-        ("BridgeInterface", ["lo", "eth0"], "there is no interface cbr0"),
-        ("BridgeInterface", ["lo", "cbr00"], "there is no interface cbr0"),
+        ("BridgeInterface", ["lo", "eth0"], "the node has no interface cbr0"),
+        ("BridgeInterface", ["lo", "cbr00"], "the node has no interface cbr0"),
         ("BridgeInterface", ["lo", "cbr0"], ""),
-        ("InterfaceNamePrefix", ["lo", "eazv0"], "there is no interface whose name begins with azv"),
+        ("InterfaceNamePrefix", ["lo", "eazv0"], "the node has no interface with the name prefix azv"),
         ("InterfaceNamePrefix", ["lo", "azv12"], ""),
         ("ClusterCIDR", ["lo"], ""),
         ("NodeCIDR", [], ""),
@@ -266,5 +266,5 @@ def test_a_warning_is_logged_when_it_changes(mode: str, caplog: pytest.LogCaptur
 )
 def test_interfaces_of_pods_that_are_missing_are_said(mode: str, interfaces: list[str], missing: str) -> None:
     text = f"detectLocalMode: {mode}\ndetectLocal: {{bridgeInterface: cbr0, interfaceNamePrefix: azv}}"
-    outcome = f"detectLocalMode {mode}: no traffic counts as local pod traffic, since {missing}"
+    outcome = f"detectLocalMode {mode}: local pod traffic is not detected: {missing}"
     assert interface_warning(configured("iptables", text), interfaces) == (outcome if missing else "")

@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from kproxy.iptables.dispatch import LEVELS, SHARD_RULES, lay_out
+from kproxy.iptables.dispatch import MAX_LEVELS, MAX_SHARD_RULES, lay_out
 from kproxy.iptables.names import NAT_NODEPORTS, NAT_SERVICES
 from kproxy.model.types import Family
 from tests.unit.test_iptables_dispatch import BITS, TAIL, Walk, specs, to_address, to_port, v4, v6
@@ -34,7 +34,7 @@ def test_a_packet_passes_few_rules(where: str) -> None:
     rules = [to_address(number, f"s{n}", family=family) for n, number in enumerate(numbers)]
     chains = lay_out(NAT_SERVICES, rules, TAIL, family, 1000).chains
     for rule in RANDOM.sample(rules, 300):
-        walk = Walk(chains, NAT_SERVICES, rule.place)
+        walk = Walk(chains, NAT_SERVICES, rule.destination)
         assert walk.hit == specs([rule])
         assert walk.passed <= WALKED_AT_MOST
     beside = [number ^ 1 << RANDOM.randrange(BITS[family]) for number in RANDOM.sample(sorted(numbers), 300)]
@@ -54,7 +54,7 @@ def test_a_packet_to_a_node_port_passes_few_rules(protocol: str) -> None:
     rules = [to_port(number, protocol, f"s{number}") for number in range(30000, 30000 + LARGE)]
     chains = lay_out(NAT_NODEPORTS, rules, (), Family.IPV4, 1000).chains
     for rule in RANDOM.sample(rules, 300):
-        walk = Walk(chains, NAT_NODEPORTS, rule.place, protocol)
+        walk = Walk(chains, NAT_NODEPORTS, rule.destination, protocol)
         assert walk.hit == specs([rule])
         assert walk.passed <= WALKED_AT_MOST
     assert Walk(chains, NAT_NODEPORTS, 443, protocol).passed <= 16
@@ -66,8 +66,8 @@ def test_no_choice_of_addresses_leads_deeper_than_the_kernel_follows() -> None:
     rules = [to_address(number, family=Family.IPV6) for number in nested]
     chains = lay_out(NAT_SERVICES, rules, (), Family.IPV6, 1).chains
     levels = {Walk(chains, NAT_SERVICES, number).levels for number in nested}
-    assert max(levels) == LEVELS
-    assert all(Walk(chains, NAT_SERVICES, rule.place).hit == specs([rule]) for rule in rules)
+    assert max(levels) == MAX_LEVELS
+    assert all(Walk(chains, NAT_SERVICES, rule.destination).hit == specs([rule]) for rule in rules)
 
 
 @pytest.mark.parametrize("where", ADDRESSES)
@@ -81,4 +81,4 @@ def test_one_more_destination_changes_a_shard_or_splits_it(where: str) -> None:
         after = lay_out(NAT_SERVICES, [*rules, to_address(new, family=family)], TAIL, family, 1000).chains
         touched = [chain for chain in before.keys() | after.keys() if before.get(chain) != after.get(chain)]
         assert len(touched) <= 8
-        assert sum(after.get(chain, "").count("\n") + 1 for chain in touched) <= 4 * SHARD_RULES
+        assert sum(after.get(chain, "").count("\n") + 1 for chain in touched) <= 4 * MAX_SHARD_RULES

@@ -30,7 +30,7 @@ E2E_OPTIONS = ROOT / "tests" / "e2e" / "conftest.py"
 TROUBLESHOOTING = ROOT / "docs" / "troubleshooting.md"
 OPTIONAL = (ROOT / "tests" / "e2e" / "README.md",)
 PAGES = [
-    *(ROOT / name for name in ("README.md", "CHANGELOG.md")),
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")),
     *sorted((ROOT / "docs").glob("*.md")),
     MAP,
     *(page for page in OPTIONAL if page.exists()),
@@ -150,7 +150,7 @@ def test_the_list_of_others_flags_is_short() -> None:
 
 
 def test_calls_are_found() -> None:
-    assert ("run", " --cleanup") in kproxy_calls(ROOT / "README.md")
+    assert ("run", " --cleanup") in kproxy_calls(ROOT / "docs" / "local.md")
     assert len(list(kproxy_calls(TROUBLESHOOTING))) > 1
 
 

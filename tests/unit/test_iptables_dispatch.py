@@ -8,13 +8,13 @@ from ipaddress import IPv4Address, IPv6Address, ip_network
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kproxy.iptables.dispatch import LEVELS, lay_out
+from kproxy.iptables.dispatch import MAX_LEVELS, lay_out
 from kproxy.iptables.names import (
-    DISPATCH,
+    DISPATCH_CHAINS,
     FILTER_EXTERNAL_SERVICES,
     NAT_NODEPORTS,
     NAT_SERVICES,
-    SHARD_STEMS,
+    SHARD_PREFIXES,
     ChainName,
     deletion_order,
     is_shard,
@@ -107,7 +107,7 @@ def test_up_to_the_threshold_a_chain_is_flat_and_in_the_order_of_the_services() 
     flat = "\n".join([*(rule.rule for rule in rules), *TAIL])
     for threshold in (3, 1000, 0):
         found = lay_out(NAT_SERVICES, rules, TAIL, Family.IPV4, threshold)
-        assert (found.chains, found.own) == ({NAT_SERVICES: flat}, 1)
+        assert (found.chains, found.non_service_rules) == ({NAT_SERVICES: flat}, 1)
     assert len(lay_out(NAT_SERVICES, rules, TAIL, Family.IPV4, 2).chains) > 1
 
 
@@ -130,7 +130,7 @@ def test_above_it_is_a_tree_of_prefixes() -> None:
             *TAIL,
         ],
     }
-    assert found.own == 5
+    assert found.non_service_rules == 5
     assert {chain.table for chain in found.chains} == {"nat"}
 
 
@@ -178,11 +178,11 @@ def test_a_single_rule_of_one_kind_beside_many_of_another_is_not_matched_by_ever
 
 
 def test_shards_have_names_that_kube_proxy_removes_and_gives_to_no_chain() -> None:
-    assert set(SHARD_STEMS) == set(DISPATCH)
+    assert set(SHARD_PREFIXES) == set(DISPATCH_CHAINS)
     of_ports = {"KUBE-SVC-", "KUBE-SVL-", "KUBE-EXT-", "KUBE-FW-", "KUBE-SEP-"}
-    assert set(SHARD_STEMS.values()) <= of_ports
+    assert set(SHARD_PREFIXES.values()) <= of_ports
     for table in ("nat", "filter"):
-        stems = [stem for chain, stem in SHARD_STEMS.items() if chain.table == table]
+        stems = [stem for chain, stem in SHARD_PREFIXES.items() if chain.table == table]
         assert len(set(stems)) == len(stems)
     for name in ("KUBE-SVC-XRY76EGRC3BSCIIJ", "KUBE-SEP-10.0.0.0/8", "KUBE-SERVICES", "KUBE-FW-", "KUBE-SVC-10.0.0.0"):
         assert not is_shard(ChainName("nat", name))
@@ -212,8 +212,8 @@ Clusters = tuple[Family, list[DispatchRule], list[DispatchRule]]
 
 
 def about(rules: Iterable[DispatchRule], destination: DispatchRule) -> list[str]:
-    wanted = (destination.place, destination.protocol)
-    return specs(rule for rule in rules if (rule.place, rule.protocol) == wanted)
+    wanted = (destination.destination, destination.protocol)
+    return specs(rule for rule in rules if (rule.destination, rule.protocol) == wanted)
 
 
 @settings(deadline=None, max_examples=200)
@@ -222,9 +222,9 @@ def test_every_packet_meets_its_rules_in_their_order_and_no_other(clusters: Clus
     family, rules, others = clusters
     chains = lay_out(MIXED, rules, (), family, threshold).chains
     for rule in (*rules, *others):
-        walk = Walk(chains, MIXED, rule.place, rule.protocol)
+        walk = Walk(chains, MIXED, rule.destination, rule.protocol)
         assert walk.hit == about(rules, rule)
-        assert walk.levels <= LEVELS
+        assert walk.levels <= MAX_LEVELS
 
 
 @settings(deadline=None, max_examples=200)
@@ -237,7 +237,7 @@ def test_on_the_way_from_one_tree_to_another_every_packet_meets_its_rules(
     old, new = (list(lay_out(MIXED, rules, (), family, threshold).chains.items()) for rules in (before, after))
     chains = dict(old + new[: data.draw(st.integers(0, len(new)))])
     for rule in (*before, *after):
-        assert Walk(chains, MIXED, rule.place, rule.protocol).hit in (about(before, rule), about(after, rule))
+        assert Walk(chains, MIXED, rule.destination, rule.protocol).hit in (about(before, rule), about(after, rule))
 
 
 @settings(deadline=None, max_examples=200)
@@ -259,14 +259,14 @@ def test_the_shape_of_a_tree(clusters: Clusters, threshold: int) -> None:
         assert len(chain.name) <= 28
         assert ways in ([], targets)
         assert all(deletion_order(chain) < deletion_order(target) < 0 for target in ways)
-    assert sum(map(len, texts.values())) == len(rules) + layout.own
+    assert sum(map(len, texts.values())) == len(rules) + layout.non_service_rules
     assert list(texts)[-1] == MIXED
 
 
 @given(TWO_CLUSTERS, st.sampled_from((1, 2, 5)))
 def test_the_order_in_which_services_come_matters_to_no_destination(clusters: Clusters, threshold: int) -> None:
     family, rules, _ = clusters
-    distinct = list({(rule.place, rule.protocol): rule for rule in rules}.values())
+    distinct = list({(rule.destination, rule.protocol): rule for rule in rules}.values())
     if len(distinct) > threshold:
         upside_down = lay_out(MIXED, distinct[::-1], (), family, threshold)
         assert lay_out(MIXED, distinct, (), family, threshold).chains == upside_down.chains

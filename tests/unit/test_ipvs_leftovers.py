@@ -15,10 +15,16 @@ from pyroute2.netlink.generic.ipvs import ipvsmsg
 
 from kproxy.host.netlink import NetlinkError, NetlinkSocket
 from kproxy.host.netlink_message import HEADER, attribute
-from kproxy.ipvs import cleanup as ipvs_leftovers
-from kproxy.ipvs.cleanup import SETS, IpvsLeftovers, remove, theirs
+from kproxy.ipvs import cleanup
+from kproxy.ipvs.cleanup import SETS, IpvsLeftovers, kube_proxy_servers, remove_leftovers
 from kproxy.ipvs.ipset import IpsetEntry
-from kproxy.ipvs.virtual_servers import NETLINK_GENERIC, VirtualServer, deletion, family_number, read_servers
+from kproxy.ipvs.virtual_servers import (
+    NETLINK_GENERIC,
+    VirtualServer,
+    encode_deletion,
+    parse_servers,
+    resolve_family_id,
+)
 
 TCP, UDP = socket.IPPROTO_TCP, socket.IPPROTO_UDP
 
@@ -34,7 +40,7 @@ def message(**attributes: object) -> tuple[bytes, int, int]:
 
 
 def test_what_the_kernel_says_of_virtual_servers_is_read() -> None:
-    found = read_servers(
+    found = parse_servers(
         iter(
             (
                 message(af=socket.AF_INET, protocol=TCP, addr="10.96.0.80", port=80, sched_name="rr", timeout=0),
@@ -59,15 +65,15 @@ def test_an_ipv4_address_comes_in_as_many_bytes_as_one_of_ipv6() -> None:
         + attribute(4, struct.pack(">H", 80))
     )
     data = bytes(4) + attribute(1, parts + attribute(6, b"rr\0"))
-    (server,) = read_servers(iter([(data, 0, len(data))]))
+    (server,) = parse_servers(iter([(data, 0, len(data))]))
     assert server == VirtualServer("10.96.0.80", TCP, 80, parts)
 
 
 @pytest.mark.parametrize("address", ["10.96.0.80", "fd00:10:96::80"])
 def test_a_deletion_names_one_virtual_server(address: str) -> None:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    (server,) = read_servers(iter([message(af=family, protocol=TCP, addr=address, port=80, sched_name="rr")]))
-    payload = deletion(server)
+    (server,) = parse_servers(iter([message(af=family, protocol=TCP, addr=address, port=80, sched_name="rr")]))
+    payload = encode_deletion(server)
     read = ipvsmsg(HEADER.pack(HEADER.size + len(payload), 30, 0, 1, 0) + payload)
     read.decode()
     assert read["cmd"] == 3
@@ -82,9 +88,9 @@ def test_a_deletion_names_one_virtual_server(address: str) -> None:
 
 def test_a_family_of_generic_netlink_is_found_by_its_name() -> None:
     with NetlinkSocket(NETLINK_GENERIC) as netlink:
-        assert family_number(netlink, "nlctrl") == 16
+        assert resolve_family_id(netlink, "nlctrl") == 16
         with pytest.raises(NetlinkError, match="No such file"):
-            family_number(netlink, "kproxy-none")
+            resolve_family_id(netlink, "kproxy-none")
 
 
 def test_names_of_sets_are_exact_and_fit() -> None:
@@ -107,7 +113,7 @@ def test_virtual_servers_are_kube_proxys_by_what_its_sets_hold() -> None:
         )
     }
     entries = {IpsetEntry("10.96.0.80", TCP, 80), IpsetEntry("", TCP, 30080)}
-    found = theirs(servers.values(), entries, {"192.0.2.10"})
+    found = kube_proxy_servers(servers.values(), entries, {"192.0.2.10"})
     assert [each.key.decode() for each in found] == ["cluster IP", "node port"]
 
 
@@ -139,13 +145,13 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, **steps: Callable[..., object]) ->
         "delete_interface": delete("interface"),
     }
     for name, step in (answers | steps).items():
-        monkeypatch.setattr(ipvs_leftovers, name, step)
+        monkeypatch.setattr(cleanup, name, step)
     return deleted
 
 
 def test_what_tells_of_virtual_servers_goes_after_them(monkeypatch: pytest.MonkeyPatch) -> None:
     deleted = stand_in(monkeypatch)
-    assert remove(FOUND).removed == ["1 virtual server", "2 ipsets", "the interface kube-ipvs0"]
+    assert remove_leftovers(FOUND).removed == ["1 virtual server", "2 ipsets", "the interface kube-ipvs0"]
     assert deleted == ["virtual servers", "sets", "interface"]
 
 
@@ -155,21 +161,21 @@ def test_what_tells_of_virtual_servers_goes_after_them(monkeypatch: pytest.Monke
         (
             "delete_virtual_servers",
             lambda servers: dict.fromkeys(servers, "Device or resource busy"),
-            "1 virtual servers of IPVS cannot be removed, such as 10.96.0.80 port 80: Device or resource busy",
+            "cannot remove 1 IPVS virtual server (first: 10.96.0.80 port 80): Device or resource busy",
         ),
-        ("virtual_servers", refuse, "virtual servers of IPVS cannot be removed: Operation not permitted"),
-        ("set_entries", refuse, "virtual servers of IPVS cannot be removed: Operation not permitted"),
+        ("virtual_servers", refuse, "cannot remove IPVS virtual servers: Operation not permitted"),
+        ("set_entries", refuse, "cannot remove IPVS virtual servers: Operation not permitted"),
     ],
 )
 def test_while_virtual_servers_stay_all_stays_that_tells_which_they_are(
     monkeypatch: pytest.MonkeyPatch, step: str, answer: Callable[..., object], problem: str
 ) -> None:
     deleted = stand_in(monkeypatch, **{step: answer})
-    done = remove(FOUND)
-    assert (done.unfinished, done.removed, deleted) == (True, [], [])
+    done = remove_leftovers(FOUND)
+    assert (done.servers_remain, done.removed, deleted) == (True, [], [])
     assert done.problems == [problem]
     stand_in(monkeypatch)
-    assert remove(FOUND).removed == ["1 virtual server", "2 ipsets", "the interface kube-ipvs0"]
+    assert remove_leftovers(FOUND).removed == ["1 virtual server", "2 ipsets", "the interface kube-ipvs0"]
 
 
 def test_a_virtual_server_of_a_service_that_no_set_names_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,20 +184,20 @@ def test_a_virtual_server_of_a_service_that_no_set_names_is_said(monkeypatch: py
         set_entries=lambda _: set(),
         addresses_by_interface=lambda _: {7: frozenset({"10.96.0.80"}), 1: frozenset({"192.0.2.10"})},
     )
-    done = remove(FOUND)
+    done = remove_leftovers(FOUND)
     assert done.removed == ["2 ipsets", "the interface kube-ipvs0"]
     assert done.problems == [
-        "1 virtual servers of IPVS stay, such as 10.96.0.80 port 80: they are at addresses of kube-ipvs0, but in no "
-        "ipset of kube-proxy's"
+        "not removing 1 IPVS virtual server (first: 10.96.0.80 port 80) on addresses of kube-ipvs0: not in any of "
+        "kube-proxy's ipsets"
     ]
 
 
 def test_what_else_cannot_be_removed_is_said_and_the_rest_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(monkeypatch, destroy_sets=lambda names: {names[0]: "rules use it"}, delete_interface=refuse)
-    done = remove(FOUND)
-    assert not done.unfinished
+    done = remove_leftovers(FOUND)
+    assert not done.servers_remain
     assert done.removed == ["1 virtual server", "1 ipset"]
     assert done.problems == [
-        "ipsets KUBE-CLUSTER-IP cannot be removed: rules use it",
-        "the interface kube-ipvs0 cannot be removed: Operation not permitted",
+        "cannot remove ipsets KUBE-CLUSTER-IP: rules use it",
+        "cannot remove the interface kube-ipvs0: Operation not permitted",
     ]

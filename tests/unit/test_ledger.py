@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 
-from kproxy.iptables.ledger import DispatchRecord, IptablesLedger, IptablesSnapshot, PortRecord, dispatch_differs
+from kproxy.iptables.ledger import DispatchRecord, IptablesLedger, IptablesSnapshot, PortRecord, changed_dispatch_chains
 from kproxy.iptables.names import FILTER_SERVICES, NAT_NODEPORTS, NAT_SERVICES, ChainName
-from kproxy.iptables.patch import WORTHWHILE_RULES
+from kproxy.iptables.patch import MIN_PATCHABLE_RULES
 from kproxy.iptables.render import DispatchRule, RenderedPort
 from kproxy.iptables.save_restore import SavedChain
 
@@ -14,7 +14,7 @@ from kproxy.iptables.save_restore import SavedChain
 def port(*dispatch: tuple[ChainName, str], **chains: str) -> PortRecord:
     named = {name.replace("_", "-"): rules for name, rules in chains.items()}
     rules = tuple(DispatchRule(chain, rule, place) for place, (chain, rule) in enumerate(dispatch))
-    return PortRecord.of(RenderedPort(named, rules))
+    return PortRecord.from_rendered(RenderedPort(named, rules))
 
 
 def test_a_record_knows_its_chains_by_digest() -> None:
@@ -26,18 +26,21 @@ def test_a_record_knows_its_chains_by_digest() -> None:
 
 
 def test_a_record_knows_each_rule_of_long_chains() -> None:
-    first, second = [f"-j A{number}" for number in range(WORTHWHILE_RULES)], [f"-j B{number}" for number in range(30)]
+    first, second = (
+        [f"-j A{number}" for number in range(MIN_PATCHABLE_RULES)],
+        [f"-j B{number}" for number in range(30)],
+    )
     short = first[1:]
     record = port(KUBE_SVL_A="\n".join(first), KUBE_SEP_A="\n".join(short), KUBE_SVC_A="\n".join(second))
-    assert list(record.rules_of("KUBE-SVL-A")) == [hash(rule) for rule in first]
-    assert list(record.rules_of("KUBE-SVC-A")) == [hash(rule) for rule in second]
-    assert list(record.rules_of("KUBE-SEP-A")) == []
-    assert list(record.rules_of("KUBE-SVC-B")) == []
-    assert record.rules == len(first) + len(short) + len(second)
+    assert list(record.rule_digests_of("KUBE-SVL-A")) == [hash(rule) for rule in first]
+    assert list(record.rule_digests_of("KUBE-SVC-A")) == [hash(rule) for rule in second]
+    assert list(record.rule_digests_of("KUBE-SEP-A")) == []
+    assert list(record.rule_digests_of("KUBE-SVC-B")) == []
+    assert record.rule_count == len(first) + len(short) + len(second)
 
 
 def test_a_dump_is_sorted_into_ours_and_those_we_share() -> None:
-    view = IptablesSnapshot.of(
+    view = IptablesSnapshot.from_saved(
         {
             ChainName("nat", "KUBE-SVC-A"): SavedChain(["one", "two"]),
             ChainName("nat", "KUBE-SERVICES"): SavedChain(["three"]),
@@ -45,12 +48,12 @@ def test_a_dump_is_sorted_into_ours_and_those_we_share() -> None:
             ChainName("nat", "CALICO"): SavedChain([]),
         }
     )
-    assert view.ours == {
+    assert view.digests == {
         ChainName("nat", "KUBE-SVC-A"): hash("one\ntwo"),
         ChainName("nat", "KUBE-SERVICES"): hash("three"),
     }
-    assert view.shared[ChainName("nat", "PREROUTING")] == ["four"]
-    assert ChainName("nat", "KUBE-SVC-A") not in view.shared
+    assert view.rules[ChainName("nat", "PREROUTING")] == ["four"]
+    assert ChainName("nat", "KUBE-SVC-A") not in view.rules
 
 
 def test_stale_are_chains_of_ports_in_table_nat_that_nobody_uses() -> None:
@@ -58,7 +61,7 @@ def test_stale_are_chains_of_ports_in_table_nat_that_nobody_uses() -> None:
     others = ("KUBE-KUBELET-CANARY", "KUBE-FIREWALL", "CALICO-KUBE-SVC-A", "KUBE-NODE-PORT", "KUBE-MARK-DROP")
     saved = {ChainName("nat", name): SavedChain([]) for name in (*names, *others)}
     saved[ChainName("filter", "KUBE-SVC-A")] = SavedChain([])
-    stale = IptablesSnapshot.of(saved).stale_chains(["KUBE-SVC-USED"], ())
+    stale = IptablesSnapshot.from_saved(saved).stale_chains(["KUBE-SVC-USED"], ())
     assert {name for _, name in stale} == {"KUBE-SVC-A", "KUBE-SEP-A", "KUBE-SVL-A", "KUBE-EXT-A", "KUBE-FW-A"}
     assert {table for table, _ in stale} == {"nat"}
 
@@ -71,7 +74,7 @@ def test_stale_are_shards_of_both_tables_that_nobody_uses() -> None:
         ChainName("filter", "KUBE-EXT-A"),
         ChainName("mangle", names[0]),
     ]
-    view = IptablesSnapshot.of({chain: SavedChain([]) for chain in (*shards, *others)})
+    view = IptablesSnapshot.from_saved({chain: SavedChain([]) for chain in (*shards, *others)})
     assert view.stale_chains([], ()) == shards
     assert view.stale_chains([], {shards[0], shards[-1]}) == shards[1:-1]
 
@@ -95,13 +98,15 @@ def test_what_services_add_to_dispatch_chains_is_in_the_order_of_their_names() -
 
 def test_which_dispatch_chains_differ() -> None:
     old = {"/TCP": port((NAT_SERVICES, "a"), (NAT_NODEPORTS, "b"), KUBE_SVC_A="x")}
-    assert dispatch_differs(old, {"/TCP": port((NAT_SERVICES, "a"), (NAT_NODEPORTS, "b"), KUBE_SVC_A="y")}) == set()
-    assert dispatch_differs(old, {"/TCP": port((NAT_SERVICES, "a"), (NAT_NODEPORTS, "c"))}) == {NAT_NODEPORTS}
-    assert dispatch_differs(old, {"/TCP": port((NAT_SERVICES, "a"), (FILTER_SERVICES, "b"))}) == {
+    assert (
+        changed_dispatch_chains(old, {"/TCP": port((NAT_SERVICES, "a"), (NAT_NODEPORTS, "b"), KUBE_SVC_A="y")}) == set()
+    )
+    assert changed_dispatch_chains(old, {"/TCP": port((NAT_SERVICES, "a"), (NAT_NODEPORTS, "c"))}) == {NAT_NODEPORTS}
+    assert changed_dispatch_chains(old, {"/TCP": port((NAT_SERVICES, "a"), (FILTER_SERVICES, "b"))}) == {
         NAT_NODEPORTS,
         FILTER_SERVICES,
     }
-    assert dispatch_differs(old, {}) == {NAT_SERVICES, NAT_NODEPORTS} == dispatch_differs({}, old)
+    assert changed_dispatch_chains(old, {}) == {NAT_SERVICES, NAT_NODEPORTS} == changed_dispatch_chains({}, old)
 
 
 def test_an_empty_record_removes_the_service() -> None:
@@ -118,11 +123,11 @@ def test_rules_are_counted_as_they_come_and_go() -> None:
     ledger.put(
         "ns/a", {"/TCP": port((NAT_SERVICES, "a"), (FILTER_SERVICES, "b"), KUBE_SVC_A="1\n2\n3", KUBE_SEP_A="4")}
     )
-    assert ledger.rules == {"nat": 5 + 1 + 4, "filter": 3 + 1}
+    assert ledger.rule_counts == {"nat": 5 + 1 + 4, "filter": 3 + 1}
     ledger.put("ns/a", {"/TCP": port((NAT_SERVICES, "a"))})
-    assert ledger.rules == {"nat": 6, "filter": 3}
+    assert ledger.rule_counts == {"nat": 6, "filter": 3}
     ledger.put("ns/a", {})
     ledger.put_base({}, Counter({"nat": 4}))
-    assert ledger.rules == {"nat": 4, "filter": 0}
+    assert ledger.rule_counts == {"nat": 4, "filter": 0}
     ledger.dispatch = {NAT_SERVICES: DispatchRecord(0, {}, 3), FILTER_SERVICES: DispatchRecord(0, {}, 2)}
-    assert ledger.rules == {"nat": 7, "filter": 2}
+    assert ledger.rule_counts == {"nat": 7, "filter": 2}

@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 
-from kproxy.host.netlink_message import each_attribute
+from kproxy.host.netlink_message import iterate_attributes
 from kproxy.host.nf_tables_constants import NFTA_LIST_ELEM
 from kproxy.model.types import Family
 from kproxy.nftables import ruleset as nft
@@ -54,5 +54,5 @@ def test_every_statement_is_encoded_and_formatted(kind: type[nft.Statement]) -> 
         assert expressions
         for expression in expressions:
             # One attribute, which spans the whole expression.
-            ((attribute_type, _, end),) = each_attribute(expression, 0, len(expression))
+            ((attribute_type, _, end),) = iterate_attributes(expression, 0, len(expression))
             assert (attribute_type, end) == (NFTA_LIST_ELEM, len(expression))

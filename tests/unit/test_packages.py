@@ -96,7 +96,7 @@ def test_an_ordinary_user_is_given_the_command_in_one_line(tmp_path: Path) -> No
     assert (done.stdout, fresh.asked()) == ("", [])
     (line,) = done.stderr.splitlines()
     said, _, command = line.partition(" with: ")
-    assert said == "missing packages, install them as root"
+    assert said == "missing packages; install them as root"
     assert command.startswith("apt-get update; apt-get install ")
     assert set(command.split()) >= PACKAGES
 
@@ -104,7 +104,7 @@ def test_an_ordinary_user_is_given_the_command_in_one_line(tmp_path: Path) -> No
 def test_an_ordinary_user_with_sudo_is_told_to_use_it(tmp_path: Path) -> None:
     fresh = machine(tmp_path, user=1000)
     (tmp_path / "bin/sudo").symlink_to("/bin/true")
-    assert "packages, install them with: sudo apt-get update; sudo apt-get install " in fresh.run().stderr
+    assert "packages; install them with: sudo apt-get update; sudo apt-get install " in fresh.run().stderr
 
 
 def test_no_compiler_is_needed_once_everything_is_installed(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_no_compiler_is_needed_once_everything_is_installed(tmp_path: Path) -> N
     ("install", "says"),
     [
         ("echo 'E: no such package' >&2; exit 100", "E: no such package"),
-        ("true", "still missing after the installation: "),
+        ("true", "still missing after installation: "),
     ],
 )
 def test_what_cannot_be_installed_is_an_error(tmp_path: Path, install: str, says: str) -> None:

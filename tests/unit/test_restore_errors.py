@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 
 from kproxy.host.commands import CommandError
-from kproxy.iptables.runner import IptablesVersion, RecentInput, RestoreError, parse_version, restore_error
+from kproxy.iptables.runner import IptablesVersion, RecentInput, RestoreError, make_restore_error, parse_version
 
 LARGEST_PIPE = 16 * 65_536
 """Bytes that a pipe holds where pages are as large as they are anywhere (pipe(7))."""
@@ -161,12 +161,12 @@ CASES = [
 
 def lines_of(*texts: str) -> Callable[[int], str]:
     recent = RecentInput()
-    assert list(recent.of(texts)) == list(texts)
+    assert list(recent.record(texts)) == list(texts)
     return recent.line
 
 
 def told(case: Case) -> RestoreError:
-    return restore_error("iptables-restore", case.code, case.stderr, lines_of(case.text))
+    return make_restore_error("iptables-restore", case.code, case.stderr, lines_of(case.text))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -187,17 +187,17 @@ def test_the_offending_line_is_told_where_iptables_knows_it(case: Case) -> None:
 
 
 def test_a_program_that_says_nothing() -> None:
-    error = restore_error("iptables-restore", 1, "", lines_of(EMPTY))
-    assert str(error) == "iptables-restore failed with status 1: no message"
+    error = make_restore_error("iptables-restore", 1, "", lines_of(EMPTY))
+    assert str(error) == "iptables-restore failed with status 1: no error message"
 
 
 def test_a_line_number_beyond_the_input_names_no_line() -> None:
-    assert restore_error("iptables-restore", 1, "iptables-restore: line 99 failed\n", lines_of(EMPTY)).line == ""
+    assert make_restore_error("iptables-restore", 1, "iptables-restore: line 99 failed\n", lines_of(EMPTY)).line == ""
 
 
 def test_a_program_that_hung() -> None:
-    error = restore_error("iptables-restore", -1, "iptables-restore did not end within 900 s", lines_of(EMPTY))
-    assert "did not end within 900 s" in str(error)
+    error = make_restore_error("iptables-restore", -1, "iptables-restore timed out after 900 s", lines_of(EMPTY))
+    assert "timed out after 900 s" in str(error)
     assert error.line == ""
 
 
@@ -249,10 +249,10 @@ def test_random_fully_came_with_1_6_2(number: tuple[int, ...], expected: bool) -
     ids=str,
 )
 def test_which_iptables_finds_single_rules(version: IptablesVersion, expected: bool) -> None:
-    assert version.finds_single_rules is expected
+    assert version.supports_patching is expected
 
 
 @pytest.mark.parametrize("text", ["", "busybox\n", "iptables version unknown\n"])
 def test_a_version_that_cannot_be_told(text: str) -> None:
-    with pytest.raises(CommandError, match="cannot tell the version of iptables"):
+    with pytest.raises(CommandError, match="cannot parse the iptables version"):
         parse_version(text)

@@ -16,12 +16,11 @@ from kproxy.iptables.save_restore import (
     count_rules,
     incompatible_line,
     parse_save,
-    read_save,
 )
 from kproxy.model.plan import plan_service
 from kproxy.model.types import Family
-from kproxy.sync.family import FamilySync
 from tests.fakekernel import FakeKernel
+from tests.inprocess import SingleFamilyProxy
 from tests.recordings import SCENARIOS, store
 from tests.unit.test_render import recorded_context
 
@@ -37,13 +36,13 @@ def test_every_probability_is_read_as_it_was_written() -> None:
         f"-A C -m statistic --mode random --probability {printed(float(f'{1 / n:.10f}'))} -j D\n"
         for n in range(1, 5001)
     ]
-    assert parse_save(["*nat", ":C - [0:0]", *saved])[ChainName("nat", "C")].rules == written
-    assert parse_save(["*nat", ":C - [0:0]", *written])[ChainName("nat", "C")].rules == written
+    assert parse_save(["*nat", ":C - [0:0]", *saved]).chains[ChainName("nat", "C")].rules == written
+    assert parse_save(["*nat", ":C - [0:0]", *written]).chains[ChainName("nat", "C")].rules == written
 
 
 def test_a_probability_of_nothing_stays() -> None:
     rule = "-A C -m statistic --mode random --probability 0.00000000000 -j D"
-    assert parse_save(["*nat", rule])[ChainName("nat", "C")].rules == [rule]
+    assert parse_save(["*nat", rule]).chains[ChainName("nat", "C")].rules == [rule]
 
 
 @pytest.mark.parametrize("family", Family)
@@ -51,8 +50,8 @@ def test_a_probability_of_nothing_stays() -> None:
 def test_what_is_rendered_is_what_is_read(scenario: str, family: Family) -> None:
     found, kernel = store(scenario), FakeKernel()
     context = recorded_context(scenario, family, found)
-    FamilySync(IptablesBackend(kernel), lambda _: context).sync(found)
-    read = {chain: "\n".join(content.rules) for chain, content in parse_save(kernel.dump()).items()}
+    SingleFamilyProxy(IptablesBackend(kernel), context, store=found).sync()
+    read = {chain: "\n".join(content.rules) for chain, content in parse_save(kernel.dump()).chains.items()}
     expected = dict(base_chains(context))
     for key in found.service_keys():
         service = found.service(key)
@@ -73,7 +72,7 @@ def test_what_iptables_save_prints_otherwise_than_it_was_written() -> None:
         "COMMIT\n",
         "# Completed\n",
     ]
-    assert parse_save(saved) == {
+    assert parse_save(saved).chains == {
         ChainName("filter", "INPUT"): SavedChain([]),
         ChainName("filter", "C"): SavedChain(
             ["-A C -m nfacct --nfacct-name dropped -j DROP", '-A C -m comment --comment "a -- b" -j ACCEPT']
@@ -84,21 +83,18 @@ def test_what_iptables_save_prints_otherwise_than_it_was_written() -> None:
 def test_tables_are_kept_apart_and_others_left_out() -> None:
     saved = ["*raw", ":C - [0:0]", "-A C -j X", "COMMIT", "*nat", ":C - [0:0]", "-A C -j Y", "COMMIT"]
     saved += ["*filter", ":C - [0:0]", "COMMIT"]
-    assert parse_save(saved) == {
+    assert parse_save(saved).chains == {
         ChainName("nat", "C"): SavedChain(["-A C -j Y"]),
         ChainName("filter", "C"): SavedChain([]),
     }
-    assert set(parse_save(saved, ["raw"])) == {ChainName("raw", "C")}
+    assert set(parse_save(saved, ["raw"]).chains) == {ChainName("raw", "C")}
 
 
 def test_of_a_table_that_could_not_be_printed_nothing_is_taken_for_whole() -> None:
     lines = ["*filter\n", ":A - [0:0]\n", "-A A -j B\n", incompatible_line("filter", "status 3: no word for it")]
     lines += ["*nat\n", ":C - [0:0]\n", "COMMIT\n"]
     kept = {ChainName("nat", "C"): SavedChain([])}
-    assert read_save(lines) == SavedTables(kept, {"filter": "status 3: no word for it"})
-    names: set[str] = set()
-    assert parse_save(lines, incompatible=names) == kept
-    assert names == {"filter"}
+    assert parse_save(lines) == SavedTables(kept, {"filter": "status 3: no word for it"})
 
 
 def test_of_a_table_that_comes_twice_the_second_counts() -> None:
@@ -113,7 +109,7 @@ def test_of_a_table_that_comes_twice_the_second_counts() -> None:
         ":B - [0:0]",
         "-A B -j Y",
     ]
-    assert parse_save(lines) == {
+    assert parse_save(lines).chains == {
         ChainName("nat", "B"): SavedChain(["-A B -j Y"]),
         ChainName("filter", "F"): SavedChain([]),
     }
@@ -121,7 +117,7 @@ def test_of_a_table_that_comes_twice_the_second_counts() -> None:
 
 def test_what_iptables_save_says_itself_of_a_table_that_it_cannot_print() -> None:
     said = "Table `filter' is incompatible, use 'nft' tool."
-    assert read_save([f"# {said}\n"]) == SavedTables({}, {"filter": said})
+    assert parse_save([f"# {said}\n"]) == SavedTables({}, {"filter": said})
 
 
 def test_an_empty_change_is_no_text() -> None:
@@ -147,7 +143,7 @@ def test_a_change_is_one_transaction_per_table_in_a_safe_order() -> None:
         *("*filter", ":F - [0:0]", "-A F -j DROP", "-I INPUT 1 -j F", "COMMIT"),
     ]
     assert change.text().endswith("COMMIT\n")
-    assert change.rules == 7
+    assert change.cost == 7
     assert change.rules_by_table() == {"nat": 3, "filter": 1}
 
 

@@ -1,4 +1,4 @@
-"""In kube-proxy's place, and back: by the commands of docs/operations.md, under traffic that never ends."""
+"""Replace kube-proxy and switch back, with the commands of docs/operations.md, under continuous traffic."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import pytest
 
 from tests.deploy.rendered import ROOT
 from tests.deploy.site import IMAGE, make_site
-from tests.lab.load import Stream
+from tests.lab.connection_stream import Stream
 from tests.walk.cluster import NODES, Cluster
 from tests.walk.commands import Said, comparable, mentioned, run, section, shown, transcript
 from tests.walk.resources import ALL, PODS, Object
 from tests.walk.store import key_of
 
 PAGE = ROOT / "docs/operations.md"
-PLACE, BACK = section(PAGE, "## In kube-proxy's place"), section(PAGE, "### And back")
-SHOWN = transcript(section(ROOT / "README.md", "## In kube-proxy's place, and back"))
+PLACE, BACK = section(PAGE, "## Replace kube-proxy"), section(PAGE, "### Switch back to kube-proxy")
+README = transcript(section(ROOT / "README.md", "## Install on a cluster"))
 KUBE_PROXY, KPROXY = "registry.k8s.io/kube-proxy:v1.36.0", IMAGE
 
 
@@ -156,7 +156,10 @@ def test_the_page_shows_how_to_look_at_configuration_and_log(walk: Walk) -> None
     assert ": synced " in log
 
 
-def test_the_readme_shows_it(walk: Walk) -> None:
-    if not SHOWN:
-        pytest.skip("README.md has no section about it")
-    assert comparable(SHOWN) == comparable(walk.said), f"README.md should show:\n{shown(walk.said)}"
+def test_the_page_shows_what_the_commands_print(walk: Walk) -> None:
+    expected = transcript(PLACE) + transcript(BACK)
+    assert comparable(expected) == comparable(walk.said), f"docs/operations.md should show:\n{shown(walk.said)}"
+
+
+def test_the_readme_has_the_same_commands() -> None:
+    assert [each.command for each in README] == [each.command for each in transcript(PLACE) + transcript(BACK)]

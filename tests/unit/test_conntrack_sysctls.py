@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kproxy.app import kernel_parameters as limits
+from kproxy.config import conntrack_sysctls
 from kproxy.config.types import Conntrack, Seconds
 from kproxy.host.sysctl import ROUTE_LOCALNET, ensure_route_localnet, read_parameters, write_parameters
 
@@ -16,21 +16,21 @@ NOTHING = Conntrack(
     max_per_core=0, min=0, tcp_established_timeout=Seconds(0), tcp_close_wait_timeout=Seconds(0), tcp_be_liberal=False
 )
 KERNEL = {
-    limits.MAX: 65536,
-    limits.HASH_SIZE: 65536,
-    limits.TCP_ESTABLISHED: 432000,
-    limits.TCP_CLOSE_WAIT: 60,
-    limits.TCP_BE_LIBERAL: 0,
-    limits.UDP: 30,
-    limits.UDP_STREAM: 120,
+    conntrack_sysctls.MAX: 65536,
+    conntrack_sysctls.HASH_SIZE: 65536,
+    conntrack_sysctls.TCP_ESTABLISHED: 432000,
+    conntrack_sysctls.TCP_CLOSE_WAIT: 60,
+    conntrack_sysctls.TCP_BE_LIBERAL: 0,
+    conntrack_sysctls.UDP: 30,
+    conntrack_sysctls.UDP_STREAM: 120,
 }
 
 
 def test_the_defaults_of_kube_proxy_on_a_kernel_of_its_own() -> None:
-    assert limits.changes(Conntrack(), 8, KERNEL) == {
-        limits.MAX: 262144,
-        limits.TCP_ESTABLISHED: 86400,
-        limits.TCP_CLOSE_WAIT: 3600,
+    assert conntrack_sysctls.sysctl_changes(Conntrack(), 8, KERNEL) == {
+        conntrack_sysctls.MAX: 262144,
+        conntrack_sysctls.TCP_ESTABLISHED: 86400,
+        conntrack_sysctls.TCP_CLOSE_WAIT: 3600,
     }
 
 
@@ -45,34 +45,46 @@ def test_the_defaults_of_kube_proxy_on_a_kernel_of_its_own() -> None:
     ids=["scaled", "at-least-min", "no-min", "left-alone"],
 )
 def test_the_maximum_grows_with_the_cpus(config: Conntrack, cpus: int, maximum: int | None) -> None:
-    assert limits.changes(config, cpus, {}).get(limits.MAX) == maximum
+    assert conntrack_sysctls.sysctl_changes(config, cpus, {}).get(conntrack_sysctls.MAX) == maximum
 
 
 @pytest.mark.parametrize(
     ("buckets", "written"),
-    [({limits.HASH_SIZE: 100}, 1000), ({}, 1000), ({limits.HASH_SIZE: 1000}, None), ({limits.HASH_SIZE: 1001}, None)],
+    [
+        ({conntrack_sysctls.HASH_SIZE: 100}, 1000),
+        ({}, 1000),
+        ({conntrack_sysctls.HASH_SIZE: 1000}, None),
+        ({conntrack_sysctls.HASH_SIZE: 1001}, None),
+    ],
     ids=["raised", "unknown", "enough", "never-lowered"],
 )
 def test_the_hash_table_has_a_bucket_for_four_entries(buckets: dict[str, int], written: int | None) -> None:
-    changes = limits.changes(Conntrack(max_per_core=1000, min=0), 4, buckets)
-    assert changes.get(limits.HASH_SIZE) == written
+    changes = conntrack_sysctls.sysctl_changes(Conntrack(max_per_core=1000, min=0), 4, buckets)
+    assert changes.get(conntrack_sysctls.HASH_SIZE) == written
 
 
 def test_nothing_asked_for_is_nothing_written() -> None:
-    assert limits.changes(NOTHING, 8, KERNEL) == {}
-    assert limits.changes(NOTHING, 8, {}) == {}
+    assert conntrack_sysctls.sysctl_changes(NOTHING, 8, KERNEL) == {}
+    assert conntrack_sysctls.sysctl_changes(NOTHING, 8, {}) == {}
 
 
 def test_what_is_right_already_is_not_written() -> None:
     config = Conntrack(tcp_be_liberal=True, udp_timeout=Seconds(10), udp_stream_timeout=Seconds(20))
-    first = limits.changes(config, 8, KERNEL)
-    assert [first[path] for path in (limits.TCP_BE_LIBERAL, limits.UDP, limits.UDP_STREAM)] == [1, 10, 20]
-    assert limits.changes(config, 8, KERNEL | first) == {}
+    first = conntrack_sysctls.sysctl_changes(config, 8, KERNEL)
+    assert [
+        first[path] for path in (conntrack_sysctls.TCP_BE_LIBERAL, conntrack_sysctls.UDP, conntrack_sysctls.UDP_STREAM)
+    ] == [1, 10, 20]
+    assert conntrack_sysctls.sysctl_changes(config, 8, KERNEL | first) == {}
 
 
 @pytest.mark.parametrize(("current", "written"), [(131071, 131072), (131072, None), (131073, None), (1 << 22, None)])
 def test_a_maximum_that_is_larger_is_left_alone(current: int, written: int | None) -> None:
-    assert limits.changes(Conntrack(), 1, KERNEL | {limits.MAX: current}).get(limits.MAX) == written
+    assert (
+        conntrack_sysctls.sysctl_changes(Conntrack(), 1, KERNEL | {conntrack_sysctls.MAX: current}).get(
+            conntrack_sysctls.MAX
+        )
+        == written
+    )
 
 
 @pytest.mark.parametrize(
@@ -87,14 +99,14 @@ def test_a_maximum_that_is_larger_is_left_alone(current: int, written: int | Non
     ],
 )
 def test_many_cpus_do_not_ask_for_more_than_a_million(config: Conntrack, cpus: int, maximum: int) -> None:
-    found = limits.changes(config, cpus, KERNEL)
-    assert (found[limits.MAX], found[limits.HASH_SIZE]) == (maximum, maximum // 4)
+    found = conntrack_sysctls.sysctl_changes(config, cpus, KERNEL)
+    assert (found[conntrack_sysctls.MAX], found[conntrack_sysctls.HASH_SIZE]) == (maximum, maximum // 4)
 
 
 def test_a_fraction_of_a_second_does_not_become_never() -> None:
     config = Conntrack(udp_timeout=Seconds(0.25), udp_stream_timeout=Seconds(1.5))
-    changes = limits.changes(config, 1, KERNEL)
-    assert (changes[limits.UDP], changes[limits.UDP_STREAM]) == (1, 2)
+    changes = conntrack_sysctls.sysctl_changes(config, 1, KERNEL)
+    assert (changes[conntrack_sysctls.UDP], changes[conntrack_sysctls.UDP_STREAM]) == (1, 2)
 
 
 # Writing. The root is a folder: these are parameters of the whole machine.
@@ -112,42 +124,44 @@ def machine(tmp_path: Path) -> Path:
 def test_parameters_are_read_computed_and_written(machine: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     config = Conntrack(max_per_core=100000, tcp_be_liberal=True)
-    changes = limits.changes(config, 4, read_parameters(limits.PARAMETERS, machine))
+    changes = conntrack_sysctls.sysctl_changes(config, 4, read_parameters(conntrack_sysctls.PARAMETERS, machine))
     assert write_parameters(changes, machine) == []
-    assert read_parameters(limits.PARAMETERS, machine) == KERNEL | {
-        limits.MAX: 400000,
-        limits.HASH_SIZE: 100000,
-        limits.TCP_ESTABLISHED: 86400,
-        limits.TCP_CLOSE_WAIT: 3600,
-        limits.TCP_BE_LIBERAL: 1,
+    assert read_parameters(conntrack_sysctls.PARAMETERS, machine) == KERNEL | {
+        conntrack_sysctls.MAX: 400000,
+        conntrack_sysctls.HASH_SIZE: 100000,
+        conntrack_sysctls.TCP_ESTABLISHED: 86400,
+        conntrack_sysctls.TCP_CLOSE_WAIT: 3600,
+        conntrack_sysctls.TCP_BE_LIBERAL: 1,
     }
     assert [record.getMessage() for record in caplog.records] == [
-        "sysctl net.netfilter.nf_conntrack_max: 65536 -> 400000",
-        "sysctl /sys/module/nf_conntrack/parameters/hashsize: 65536 -> 100000",
-        "sysctl net.netfilter.nf_conntrack_tcp_timeout_established: 432000 -> 86400",
-        "sysctl net.netfilter.nf_conntrack_tcp_timeout_close_wait: 60 -> 3600",
-        "sysctl net.netfilter.nf_conntrack_tcp_be_liberal: 0 -> 1",
+        "set sysctl net.netfilter.nf_conntrack_max: 65536 -> 400000",
+        "set /sys/module/nf_conntrack/parameters/hashsize: 65536 -> 100000",
+        "set sysctl net.netfilter.nf_conntrack_tcp_timeout_established: 432000 -> 86400",
+        "set sysctl net.netfilter.nf_conntrack_tcp_timeout_close_wait: 60 -> 3600",
+        "set sysctl net.netfilter.nf_conntrack_tcp_be_liberal: 0 -> 1",
     ]
 
 
 def test_a_parameter_that_is_missing_is_told_and_the_others_are_written(machine: Path) -> None:
-    (machine / limits.MAX).unlink()
-    (machine / limits.UDP).write_text("not a number")
-    found = read_parameters(limits.PARAMETERS, machine)
-    assert found == {path: value for path, value in KERNEL.items() if path not in {limits.MAX, limits.UDP}}
-    problems = write_parameters({limits.MAX: 1, limits.UDP: 2}, machine)
+    (machine / conntrack_sysctls.MAX).unlink()
+    (machine / conntrack_sysctls.UDP).write_text("not a number")
+    found = read_parameters(conntrack_sysctls.PARAMETERS, machine)
+    assert found == {
+        path: value for path, value in KERNEL.items() if path not in {conntrack_sysctls.MAX, conntrack_sysctls.UDP}
+    }
+    problems = write_parameters({conntrack_sysctls.MAX: 1, conntrack_sysctls.UDP: 2}, machine)
     assert problems == ["cannot set /proc/sys/net/netfilter/nf_conntrack_max to 1: No such file or directory"]
-    assert (machine / limits.UDP).read_text() == "2"
-    assert not (machine / limits.MAX).exists()
+    assert (machine / conntrack_sysctls.UDP).read_text() == "2"
+    assert not (machine / conntrack_sysctls.MAX).exists()
 
 
 def test_a_parameter_without_a_value_that_can_be_read_is_logged_as_such(
     machine: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    (machine / limits.UDP).write_text("not a number")
-    assert write_parameters({limits.UDP: 2}, machine) == []
-    assert caplog.messages == ["sysctl net.netfilter.nf_conntrack_udp_timeout: unknown -> 2"]
+    (machine / conntrack_sysctls.UDP).write_text("not a number")
+    assert write_parameters({conntrack_sysctls.UDP: 2}, machine) == []
+    assert caplog.messages == ["set sysctl net.netfilter.nf_conntrack_udp_timeout: unknown -> 2"]
 
 
 def test_route_localnet_is_set_where_it_is_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -161,4 +175,4 @@ def test_route_localnet_is_set_where_it_is_not(tmp_path: Path, caplog: pytest.Lo
     os.utime(file, (0, 0))
     assert ensure_route_localnet(tmp_path) == []
     assert file.stat().st_mtime == 0
-    assert caplog.messages == ["sysctl net.ipv4.conf.all.route_localnet: 0 -> 1"]
+    assert caplog.messages == ["set sysctl net.ipv4.conf.all.route_localnet: 0 -> 1"]
