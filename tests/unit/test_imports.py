@@ -46,6 +46,7 @@ PURE = (
         "serve.http",
         "serve.zpages",
         "host.netlink_message",
+        "host.nf_tables_constants",
         "documents.document",
     ),
 )
