@@ -18,6 +18,7 @@ from kproxy.app.backends import watched_kinds
 from kproxy.app.contexts import make_context
 from kproxy.config import Config
 from kproxy.host.netlink import BatchSocket
+from kproxy.host.nf_tables_constants import NFNL_SUBSYS_NFTABLES
 from kproxy.host.nfacct import ensure_counters
 from kproxy.iptables.backend import MAX_TRANSACTION_RULES, IptablesBackend
 from kproxy.iptables.base_rules import INVALID_COUNTER
@@ -30,7 +31,7 @@ from kproxy.model.delta import Delete, Kind, Replace, Upsert
 from kproxy.model.store import Store
 from kproxy.model.types import EndpointSlice, Family, Node, Service, ServiceCIDR
 from kproxy.nftables.backend import NftablesBackend
-from kproxy.nftables.encode import NFNL_SUBSYS_NFTABLES, TransactionEncoder
+from kproxy.nftables.encode import TransactionEncoder
 from kproxy.nftables.kernel import NftTable
 from kproxy.nftables.transaction import Transaction
 from kproxy.sync.family import FamilySync
@@ -70,7 +71,7 @@ class NetlinkRecorder:
 
     def __call__(self, change: Transaction, generation: int | None = None, /) -> None:
         """Commit a transaction. The generation is ignored, because replays advance it."""
-        messages = [(each.kind, each.flags, each.payload) for each in self._encoder.encode(change)]
+        messages = [(each.type, each.flags, each.payload) for each in self._encoder.encode(change)]
         self.inputs.append(messages)
         self._socket.commit(messages)
 

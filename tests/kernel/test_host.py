@@ -356,7 +356,7 @@ def test_an_nft_that_takes_long_is_logged(
     program.write_text(f"#!/bin/sh\ncat {fifo}\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    thread = threading.Thread(target=lambda: NftCommit(Family.IPV4)(Transaction(drop=True)))
+    thread = threading.Thread(target=lambda: NftCommit(Family.IPV4)(Transaction(delete_table=True)))
     thread.start()
     kept_open = open_when_read(fifo)
     wait_until(lambda: bool(caplog.messages), "a line about a program that still runs")

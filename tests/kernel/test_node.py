@@ -19,7 +19,7 @@ from kproxy.host.nf_tables import nat_unsupported_reason
 from kproxy.iptables.runner import check_tables, parse_version
 from kproxy.model.types import Family
 from kproxy.nftables.kernel import NetlinkCommit, TableError
-from kproxy.nftables.probe import NftablesUnsupportedError, probe
+from kproxy.nftables.probe import NftablesUnsupportedError, probe_transaction
 from kproxy.nftables.transaction import Transaction
 from tests.kernel.test_cleanup import rules
 from tests.lab.iptables import PREFIXES, link, missing_variant, programs_of
@@ -112,7 +112,7 @@ def test_a_machine_with_ipv4_addresses_does_not_start_without_ipv4(
             node.call(discover_iptables)
     else:
         refusing(monkeypatch, {Family.IPV4})
-        with pytest.raises(NftablesUnsupportedError, match=r"^IPv4: Linux .* does not take the table"):
+        with pytest.raises(NftablesUnsupportedError, match=r"^IPv4: Linux .* rejected the table over netlink"):
             node.call(discover_nftables)
 
 
@@ -177,7 +177,7 @@ def test_nft_that_hangs_is_no_reason_either(
     monkeypatch.setattr("kproxy.nftables.probe.PROBE_TIMEOUT_SECONDS", 1)
     with pytest.raises(InconclusiveError, match="No buffer space available; nft: nft timed out after 1 s"):
         namespace.call(discover_nftables)
-    with pytest.raises(StartError, match="cannot choose a proxy mode: "):
+    with pytest.raises(StartError, match="cannot choose a proxy mode: cannot determine"):
         namespace.call(lambda: choose_mode(Config(mode="")))
 
 
@@ -264,11 +264,12 @@ def test_iptables_nft_without_nat_for_a_family_is_left_to_the_other(
 def test_nftables_mode_asks_for_nat_and_leaves_a_family_without_it_out(
     namespace: Namespace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, family: Family
 ) -> None:
-    assert any(chain.hook and chain.hook.type == "nat" for chain in probe(family).chains)
+    assert any(chain.hook and chain.hook.type == "nat" for chain in probe_transaction(family).added_chains)
     refusing(monkeypatch, {family})
     assert list(namespace.call(discover_nftables)) == [OTHER[family]]
     assert [line.count("\n") for line in warnings(caplog)] == [0]
-    said = f"skipping {family.value}: Linux {os.uname().release} does not take the table: chain nat-prerouting: "
+    reason = f"Linux {os.uname().release} rejected the table over netlink: chain nat-prerouting: "
+    said = f"skipping {family.value}: {reason}"
     assert warnings(caplog)[0].startswith(said)
 
 
@@ -276,7 +277,9 @@ def test_nftables_mode_for_no_family_is_said_in_one_line(
     namespace: Namespace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     refusing(monkeypatch, set(Family))
-    with pytest.raises(NftablesUnsupportedError, match=r"^IPv4 and IPv6: Linux .* does not take the table: [^\n]*$"):
+    with pytest.raises(
+        NftablesUnsupportedError, match=r"^IPv4 and IPv6: Linux .* rejected the table over netlink: [^\n]*$"
+    ):
         namespace.call(discover_nftables)
     assert warnings(caplog) == []
 

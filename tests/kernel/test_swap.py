@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kproxy.nftables.probe import TABLE as PROBE
+from kproxy.nftables.probe import PROBE_TABLE
 from tests.lab.cluster import SERVICES, Cluster
 from tests.lab.connection_stream import Stream
 from tests.lab.modes import TABLE, NftablesRules, flag
@@ -62,7 +62,7 @@ def commits(lab: Lab, mode: str) -> Iterator[Commits]:
     """What is written to the node's rules."""
     if mode == "iptables" and "nf_tables" not in lab.node.namespace.run(["iptables", "--version"]).stdout:
         pytest.skip("iptables-legacy is in use, of whose changes the kernel tells nobody")
-    with Commits(lab.node.namespace, without=PROBE) as found:
+    with Commits(lab.node.namespace, without=PROBE_TABLE) as found:
         yield found
 
 

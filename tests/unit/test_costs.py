@@ -179,8 +179,8 @@ def chains_of(kernel: FakeTable) -> dict[str, int]:
 
 def elements_in(commits: list[Transaction]) -> Iterator[int]:
     for change in commits:
-        assert (change.rules, change.chains, change.sets) == ([], [], []), "a change needs no rules"
-        yield sum(map(len, change.removed.values())) + sum(map(len, change.additions().values()))
+        assert (change.added_rules, change.added_chains, change.added_sets) == ([], [], []), "a change needs no rules"
+        yield sum(map(len, change.deleted_elements.values())) + sum(map(len, change.all_added_elements().values()))
 
 
 def test_nftables_elements_of_a_cluster() -> None:

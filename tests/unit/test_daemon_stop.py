@@ -13,7 +13,7 @@ DAEMON = """
 import atexit, logging, os, signal, sys, threading
 from kproxy.app.daemon import Daemon
 from kproxy.config import Config
-from kproxy.nftables.backend import pipelined
+from kproxy.nftables.backend import run_pipelined
 from kproxy.sync.reconciler import Stop
 
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
@@ -61,7 +61,7 @@ class Stopped(Daemon):
         if case == "sync":
             return Reconciler(hang)
         if case == "commit":
-            return Reconciler(lambda: pipelined(hang, [1, 2, 3]))
+            return Reconciler(lambda: run_pipelined(hang, [1, 2, 3]))
         return Reconciler()
 
 

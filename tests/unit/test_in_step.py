@@ -7,15 +7,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from kproxy.nftables.backend import pipelined
+from kproxy.nftables.backend import run_pipelined
 
 HANG = 30.0
 
 
 def test_nothing_and_one_thing_take_no_thread() -> None:
     threads: list[int] = []
-    pipelined(lambda _: threads.append(threading.get_ident()), [])
-    pipelined(lambda _: threads.append(threading.get_ident()), ["one"])
+    run_pipelined(lambda _: threads.append(threading.get_ident()), [])
+    run_pipelined(lambda _: threads.append(threading.get_ident()), ["one"])
     assert threads == [threading.get_ident()]
 
 
@@ -35,7 +35,7 @@ def test_things_are_done_in_their_order_while_the_next_is_made() -> None:
             assert fourth.wait(HANG)
         done.append(number)
 
-    pipelined(do, things())
+    run_pipelined(do, things())
     assert done == list(range(6))
 
 
@@ -49,7 +49,7 @@ def test_nothing_is_begun_after_a_failure(bad: int) -> None:
             raise ValueError(f"no {number}")
 
     with pytest.raises(ValueError, match=f"no {bad}"):
-        pipelined(do, range(6))
+        run_pipelined(do, range(6))
     assert begun == list(range(bad + 1))
 
 
@@ -69,7 +69,7 @@ def test_what_was_begun_has_ended_when_the_next_cannot_be_made(bad: int) -> None
         ended.append(number)
 
     with pytest.raises(ValueError, match=f"no {bad}"):
-        pipelined(do, things())
+        run_pipelined(do, things())
     assert begun == ended
     assert begun == list(range(bad))[: len(begun)]
 
@@ -84,5 +84,5 @@ def test_one_at_a_time() -> None:
         most = max(most, under_way)
         under_way -= 1
 
-    pipelined(do, range(50))
+    run_pipelined(do, range(50))
     assert most == 1
