@@ -1,4 +1,4 @@
-"""When a problem that lasts is logged again."""
+"""How often a lasting problem is logged."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ from kproxy.model.logging import LogThrottle
 HOUR = 3600.0
 
 
-def moments(reminder: LogThrottle, until: float, since: float = 0.0) -> list[float]:
-    """Return when it was due, asked exactly when it says so, and every 10 s besides."""
+def due_times(throttle: LogThrottle, until: float, since: float = 0.0) -> list[float]:
+    """Return the times at which the throttle is due, checked at each of them and at least every 10 s."""
     now, found = since, []
     while now <= until:
-        if reminder.is_due(now):
+        if throttle.is_due(now):
             found.append(now - since)
-        now += min(10.0, reminder.wait(now))
+        now += min(10.0, throttle.wait(now))
     return found
 
 
-def test_pauses_grow_up_to_an_hour() -> None:
+def test_intervals_double_up_to_an_hour() -> None:
     minutes = [0, 1, 3, 7, 15, 31, 63, 123, 183, 243]
-    assert moments(LogThrottle(), 4.5 * HOUR) == [60.0 * minute for minute in minutes]
+    assert due_times(LogThrottle(), 4.5 * HOUR) == [60.0 * minute for minute in minutes]
 
 
-def test_another_problem_starts_over() -> None:
-    reminder = LogThrottle()
-    moments(reminder, HOUR)
-    reminder.reset()
-    assert reminder.wait(2 * HOUR) == 0.0
-    assert moments(reminder, 2 * HOUR + 200.0, since=2 * HOUR) == [0.0, 60.0, 180.0]
+def test_reset_starts_over() -> None:
+    throttle = LogThrottle()
+    due_times(throttle, HOUR)
+    throttle.reset()
+    assert throttle.wait(2 * HOUR) == 0.0
+    assert due_times(throttle, 2 * HOUR + 200.0, since=2 * HOUR) == [0.0, 60.0, 180.0]
 
 
-def test_who_asks_late_gets_one_line_and_the_next_pause_begins_then() -> None:
-    reminder = LogThrottle()
-    assert reminder.is_due(0.0)
-    assert reminder.is_due(1000.0)
-    assert not reminder.is_due(1119.0)
-    assert reminder.wait(1119.0) == 1.0
+def test_late_check_is_due_once_and_starts_the_next_interval() -> None:
+    throttle = LogThrottle()
+    assert throttle.is_due(0.0)
+    assert throttle.is_due(1000.0)
+    assert not throttle.is_due(1119.0)
+    assert throttle.wait(1119.0) == 1.0

@@ -1,4 +1,4 @@
-"""One thing is done while the next is made, and nothing after a failure."""
+"""Pipelined processing: one item is processed while the next one is produced, and none after a failure."""
 
 from __future__ import annotations
 
@@ -8,81 +8,80 @@ from collections.abc import Iterator
 import pytest
 
 from kproxy.nftables.backend import pipelined
+from tests.lab.waiting import HANG_GUARD
 
-HANG = 30.0
 
-
-def test_nothing_and_one_thing_take_no_thread() -> None:
+def test_no_thread_for_fewer_than_two_items() -> None:
     threads: list[int] = []
     pipelined(lambda _: threads.append(threading.get_ident()), [])
-    pipelined(lambda _: threads.append(threading.get_ident()), ["one"])
+    pipelined(lambda _: threads.append(threading.get_ident()), ["item"])
     assert threads == [threading.get_ident()]
 
 
-def test_things_are_done_in_their_order_while_the_next_is_made() -> None:
-    """The second is done only when the fourth is under way: each waits for the other."""
-    done: list[int] = []
+def test_items_are_processed_in_order_while_the_next_ones_are_produced() -> None:
+    """Processing item 2 waits until item 3 is requested, so both must run at the same time."""
+    processed: list[int] = []
     fourth = threading.Event()
 
-    def things() -> Iterator[int]:
+    def items() -> Iterator[int]:
         for number in range(6):
             if number == 3:
                 fourth.set()
             yield number
 
-    def do(number: int) -> None:
+    def process(number: int) -> None:
         if number == 2:
-            assert fourth.wait(HANG)
-        done.append(number)
+            assert fourth.wait(HANG_GUARD)
+        processed.append(number)
 
-    pipelined(do, things())
-    assert done == list(range(6))
+    pipelined(process, items())
+    assert processed == list(range(6))
 
 
-@pytest.mark.parametrize("bad", [0, 1, 3, 5])
-def test_nothing_is_begun_after_a_failure(bad: int) -> None:
-    begun: list[int] = []
+@pytest.mark.parametrize("failing", [0, 1, 3, 5])
+def test_no_item_is_processed_after_a_failure(failing: int) -> None:
+    started: list[int] = []
 
-    def do(number: int) -> None:
-        begun.append(number)
-        if number == bad:
+    def process(number: int) -> None:
+        started.append(number)
+        if number == failing:
             raise ValueError(f"no {number}")
 
-    with pytest.raises(ValueError, match=f"no {bad}"):
-        pipelined(do, range(6))
-    assert begun == list(range(bad + 1))
+    with pytest.raises(ValueError, match=f"no {failing}"):
+        pipelined(process, range(6))
+    assert started == list(range(failing + 1))
 
 
-@pytest.mark.parametrize("bad", [0, 1, 2, 5])
-def test_what_was_begun_has_ended_when_the_next_cannot_be_made(bad: int) -> None:
-    begun: list[int] = []
-    ended: list[int] = []
+@pytest.mark.parametrize("failing", [0, 1, 2, 5])
+def test_running_call_has_finished_when_producing_an_item_fails(failing: int) -> None:
+    started: list[int] = []
+    finished: list[int] = []
 
-    def things() -> Iterator[int]:
+    def items() -> Iterator[int]:
         for number in range(6):
-            if number == bad:
+            if number == failing:
                 raise ValueError(f"no {number}")
             yield number
 
-    def do(number: int) -> None:
-        begun.append(number)
-        ended.append(number)
+    def process(number: int) -> None:
+        started.append(number)
+        finished.append(number)
 
-    with pytest.raises(ValueError, match=f"no {bad}"):
-        pipelined(do, things())
-    assert begun == ended
-    assert begun == list(range(bad))[: len(begun)]
+    with pytest.raises(ValueError, match=f"no {failing}"):
+        pipelined(process, items())
+    assert started == finished
+    assert started == list(range(failing))[: len(started)]
 
 
-def test_one_at_a_time() -> None:
-    under_way = 0
-    most = 0
+def test_one_item_is_processed_at_a_time() -> None:
+    running = 0
+    maximum = 0
 
-    def do(_: int) -> None:
-        nonlocal under_way, most
-        under_way += 1
-        most = max(most, under_way)
-        under_way -= 1
+    def process(_: int) -> None:
+        nonlocal running, maximum
+        running += 1
+        maximum = max(maximum, running)
+        running -= 1
 
-    pipelined(do, range(50))
-    assert most == 1
+    pipelined(process, range(50))
+    assert maximum == 1
