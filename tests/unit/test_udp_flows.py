@@ -1,4 +1,4 @@
-"""Which UDP flows are stale, after which change, and who is told when they cannot be deleted."""
+"""Stale UDP flows: which changes make them stale, and how they are deleted."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kproxy.sync.conntrack import ConntrackCleaner, ConntrackCleanup
 
 A, B, C = "10.244.1.1:53", "10.244.1.2:53", "10.244.2.3:53"
 DNS = "10.96.0.10:53"
-OWN = "192.0.2.1"
+NODE_ADDRESS = "192.0.2.1"
 
 Flow = tuple[str, str]
 
@@ -50,8 +50,8 @@ def plan(*endpoints: str, **fields: Any) -> ServicePortPlan:
     return ServicePortPlan(**defaults | fields)
 
 
-def accepted(*ports: ServicePortPlan, key: str = "ns/dns") -> UdpFrontends:
-    """Frontends with one Service whose flows have been looked at."""
+def accepted_frontends(*ports: ServicePortPlan, key: str = "ns/dns") -> UdpFrontends:
+    """Return the frontends of one Service after its flows were cleaned."""
     frontends = UdpFrontends()
     frontends.accept({key: ports}, complete=True)
     frontends.cleaned()
@@ -59,52 +59,61 @@ def accepted(*ports: ServicePortPlan, key: str = "ns/dns") -> UdpFrontends:
 
 
 def stale(frontends: UdpFrontends, flows: Iterable[Flow]) -> set[Flow]:
-    return {flow for flow in flows if frontends.is_stale(*flow, {OWN}.__contains__)}
+    return {flow for flow in flows if frontends.is_stale(*flow, {NODE_ADDRESS}.__contains__)}
 
 
-# Which changes put which flows under suspicion.
+# Which changes make which flows suspect.
 
 
-def test_at_a_new_frontend_only_its_endpoints_are_valid() -> None:
+def test_new_frontend_keeps_only_flows_to_its_endpoints() -> None:
     frontends = UdpFrontends()
     frontends.accept({"ns/dns": [plan(A, B)]}, complete=False)
     assert set(frontends.suspects) == {DNS}
     assert stale(frontends, [(DNS, A), (DNS, B), (DNS, C), (DNS, DNS)]) == {(DNS, C), (DNS, DNS)}
 
 
-def test_the_endpoint_that_left_is_stale() -> None:
-    frontends = accepted(plan(A, B))
+def test_flows_to_a_removed_endpoint_are_stale() -> None:
+    frontends = accepted_frontends(plan(A, B))
     frontends.accept({"ns/dns": [plan(B, C)]}, complete=False)
     assert stale(frontends, [(DNS, A), (DNS, B), (DNS, C)]) == {(DNS, A)}
 
 
-@pytest.mark.parametrize("endpoints", [(A, B), (A, B, C)], ids=["the-same", "one-more"])
-def test_nothing_is_looked_at_when_no_endpoint_left(endpoints: tuple[str, ...]) -> None:
-    frontends = accepted(plan(A, B))
+@pytest.mark.parametrize("endpoints", [(A, B), (A, B, C)], ids=["unchanged", "one-added"])
+def test_no_frontend_is_suspect_unless_an_endpoint_was_removed(endpoints: tuple[str, ...]) -> None:
+    frontends = accepted_frontends(plan(A, B))
     frontends.accept({"ns/dns": [plan(*endpoints)]}, complete=False)
     assert not frontends.suspects
 
 
-def test_without_endpoints_everything_is_stale() -> None:
-    frontends = accepted(plan(A))
+def test_without_endpoints_all_flows_are_stale() -> None:
+    frontends = accepted_frontends(plan(A))
     frontends.accept({"ns/dns": [plan()]}, complete=False)
     assert stale(frontends, [(DNS, A), (DNS, DNS)]) == {(DNS, A), (DNS, DNS)}
 
 
-HERE: dict[str, Any] = {"internal_local": True, "external_local": True, "node_port": 30053, "vips": ("203.0.113.2",)}
-"""A Service that only endpoints on this node serve, by its ClusterIP, its NodePort and its load balancer."""
+LOCAL_POLICY: dict[str, Any] = {
+    "internal_local": True,
+    "external_local": True,
+    "node_port": 30053,
+    "vips": ("203.0.113.2",),
+}
+"""A Service with traffic policy Local for its ClusterIP, NodePort and load balancer address."""
 
-ELSEWHERE: dict[str, Any] = {"internal": TrafficDecision.DROP, "external": TrafficDecision.DROP}
+NO_LOCAL_ENDPOINT: dict[str, Any] = {"internal": TrafficDecision.DROP, "external": TrafficDecision.DROP}
 
 
 @pytest.mark.parametrize(
     ("before", "after", "frontend"),
     [
-        (HERE | ELSEWHERE, HERE | {"local_endpoints": (A,)}, DNS),
-        (HERE | ELSEWHERE, HERE | {"local_endpoints": (A,)}, f"{OWN}:30053"),
-        (HERE | ELSEWHERE, HERE | {"local_endpoints": (A,)}, "203.0.113.2:53"),
-        (HERE | ELSEWHERE, HERE | {"internal_local": False, "external_local": False}, DNS),
-        (HERE | ELSEWHERE, HERE | {"internal_local": False, "external_local": False}, f"{OWN}:30053"),
+        (LOCAL_POLICY | NO_LOCAL_ENDPOINT, LOCAL_POLICY | {"local_endpoints": (A,)}, DNS),
+        (LOCAL_POLICY | NO_LOCAL_ENDPOINT, LOCAL_POLICY | {"local_endpoints": (A,)}, f"{NODE_ADDRESS}:30053"),
+        (LOCAL_POLICY | NO_LOCAL_ENDPOINT, LOCAL_POLICY | {"local_endpoints": (A,)}, "203.0.113.2:53"),
+        (LOCAL_POLICY | NO_LOCAL_ENDPOINT, LOCAL_POLICY | {"internal_local": False, "external_local": False}, DNS),
+        (
+            LOCAL_POLICY | NO_LOCAL_ENDPOINT,
+            LOCAL_POLICY | {"internal_local": False, "external_local": False},
+            f"{NODE_ADDRESS}:30053",
+        ),
         (
             {"vips": ("203.0.113.2",), "source_ranges": ("198.51.100.0/24",)},
             {"vips": ("203.0.113.2",), "source_ranges": ("198.51.100.0/24", "192.0.2.0/24")},
@@ -113,65 +122,65 @@ ELSEWHERE: dict[str, Any] = {"internal": TrafficDecision.DROP, "external": Traff
         ({"internal": TrafficDecision.REJECT, "cluster_endpoints": ()}, {}, DNS),
     ],
     ids=[
-        "a-pod-comes-here:cluster-ip",
-        "a-pod-comes-here:node-port",
-        "a-pod-comes-here:load-balancer",
+        "pod-added-on-node:cluster-ip",
+        "pod-added-on-node:node-port",
+        "pod-added-on-node:load-balancer",
         "policy-cluster:cluster-ip",
         "policy-cluster:node-port",
-        "another-source-range",
-        "serving-but-not-ready-before",
+        "source-range-added",
+        "endpoint-becomes-ready",
     ],
 )
-def test_what_left_untranslated_is_stale_once_it_would_be_translated(
+def test_untranslated_flows_are_stale_once_their_packets_would_be_translated(
     before: dict[str, Any], after: dict[str, Any], frontend: str
 ) -> None:
-    """The endpoints that serve stay the same: only the decision about the client's packets changes."""
+    """The serving endpoints stay the same; only the decision about the client's packets changes."""
     serving = {"serving_endpoints": (A, B)}
-    frontends = accepted(plan(A, B, **before | serving))
+    frontends = accepted_frontends(plan(A, B, **before | serving))
     frontends.accept({"ns/dns": [plan(A, B, **after | serving)]}, complete=False)
     assert stale(frontends, [(frontend, frontend), (frontend, A)]) == {(frontend, frontend)}
 
 
-def test_of_a_deleted_service_what_was_translated_is_stale() -> None:
-    frontends = accepted(plan(A))
+def test_translated_flows_of_a_deleted_service_are_stale() -> None:
+    frontends = accepted_frontends(plan(A))
     frontends.accept({"ns/dns": ()}, complete=False)
     assert stale(frontends, [(DNS, A), (DNS, C), (DNS, DNS)]) == {(DNS, A), (DNS, C)}
     frontends.cleaned()
     assert stale(frontends, [(DNS, A)]) == set()
 
 
-def test_a_deleted_service_is_noticed_by_its_absence_from_the_whole() -> None:
-    frontends = accepted(plan(A))
+def test_service_missing_from_a_complete_sync_is_deleted() -> None:
+    frontends = accepted_frontends(plan(A))
     frontends.accept({}, complete=True)
     assert stale(frontends, [(DNS, A)]) == {(DNS, A)}
 
 
-def test_a_part_says_nothing_of_other_services() -> None:
-    frontends = accepted(plan(A))
+def test_partial_sync_does_not_affect_other_services() -> None:
+    frontends = accepted_frontends(plan(A))
     frontends.accept({"ns/other": [plan(B, cluster_ip="10.96.0.11")]}, complete=False)
     assert set(frontends.suspects) == {"10.96.0.11:53"}
 
 
-def test_a_changed_port_leaves_the_old_one() -> None:
-    frontends = accepted(plan(A))
+def test_flows_to_the_previous_service_port_are_stale() -> None:
+    frontends = accepted_frontends(plan(A))
     frontends.accept({"ns/dns": [plan(A, port=5353)]}, complete=False)
     assert stale(frontends, [(DNS, A), ("10.96.0.10:5353", A)]) == {(DNS, A)}
 
 
-def test_a_changed_target_port_is_another_endpoint() -> None:
-    frontends = accepted(plan(A))
+def test_changed_target_port_is_a_different_endpoint() -> None:
+    frontends = accepted_frontends(plan(A))
     frontends.accept({"ns/dns": [plan("10.244.1.1:5353")]}, complete=False)
     assert stale(frontends, [(DNS, A), (DNS, "10.244.1.1:5353")]) == {(DNS, A)}
 
 
-def test_the_whole_is_looked_at_as_a_whole() -> None:
-    frontends = accepted(plan(A, node_port=30053))
+def test_complete_sync_makes_every_frontend_suspect() -> None:
+    frontends = accepted_frontends(plan(A, node_port=30053))
     frontends.accept({"ns/dns": [plan(A, node_port=30053)]}, complete=True)
     assert set(frontends.suspects) == {DNS, ":30053"}
 
 
-def test_suspicion_stays_until_it_is_cleared() -> None:
-    frontends = accepted(plan(A))
+def test_frontends_stay_suspect_until_cleaned() -> None:
+    frontends = accepted_frontends(plan(A))
     frontends.accept({"ns/dns": [plan(B)]}, complete=False)
     frontends.accept({"ns/other": [plan(B, cluster_ip="10.96.0.11")]}, complete=False)
     assert stale(frontends, [(DNS, A)]) == {(DNS, A)}
@@ -179,42 +188,42 @@ def test_suspicion_stays_until_it_is_cleared() -> None:
     assert not frontends.suspects
 
 
-def test_what_left_and_came_back_is_valid() -> None:
-    frontends = accepted(plan(A))
+def test_flows_to_an_endpoint_that_returned_are_valid() -> None:
+    frontends = accepted_frontends(plan(A))
     frontends.accept({"ns/dns": [plan(B)]}, complete=False)
     frontends.accept({"ns/dns": [plan(A)]}, complete=False)
     assert stale(frontends, [(DNS, A), (DNS, B)]) == {(DNS, B)}
 
 
-def test_other_protocols_are_not_kept() -> None:
+def test_other_protocols_are_ignored() -> None:
     frontends = UdpFrontends()
     frontends.accept({"ns/web": [plan(A, protocol="TCP"), plan(A, protocol="SCTP")]}, complete=True)
     assert not frontends.suspects
 
 
-def test_of_two_services_with_one_frontend_only_the_flows_of_its_holder_stay() -> None:
-    """Rules let one of them have all traffic (`kproxy.model.frontend_conflicts`), whichever it is, at any time."""
+def test_only_flows_of_the_owner_of_a_shared_frontend_are_kept() -> None:
+    """One Service at a time owns a shared frontend (`kproxy.model.frontend_conflicts`) and receives all its traffic."""
     shared, flows = "203.0.113.1:53", [("203.0.113.1:53", A), ("203.0.113.1:53", B)]
     first, second = plan(A, external_ips=("203.0.113.1",)), plan(B, service="ns/other", cluster_ip="10.96.0.11")
     second = replace(second, external_ips=("203.0.113.1",))
-    frontends = accepted(first)
+    frontends = accepted_frontends(first)
     frontends.accept({"ns/other": [second]}, complete=False)
     assert stale(frontends, flows) == {(shared, B)}
-    for holder, state, lost in (
-        ("the other, as the first has no endpoints", [plan(external_ips=("203.0.113.1",))], A),
-        ("the first by name", [first], B),
-        ("the other, as the first is gone", [], A),
+    for owner, state, stale_endpoint in (
+        ("the second, because the first has no endpoints", [plan(external_ips=("203.0.113.1",))], A),
+        ("the first, by name", [first], B),
+        ("the second, because the first was deleted", [], A),
     ):
         frontends.cleaned()
         frontends.accept({"ns/dns": state}, complete=False)
-        assert stale(frontends, flows) == {(shared, lost)}, holder
+        assert stale(frontends, flows) == {(shared, stale_endpoint)}, owner
     frontends.cleaned()
     frontends.accept({"ns/other": ()}, complete=False)
     assert stale(frontends, flows[1:]) == {(shared, B)}
 
 
-def test_many_services_with_one_frontend_are_not_compared_with_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever may create Services could else stop a node's proxy for minutes."""
+def test_services_with_a_shared_frontend_are_compared_in_linear_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quadratic time would let anyone who may create Services block the proxy of a node for minutes."""
     number, compared = 200, []
     best = UdpFrontends._best
 
@@ -234,8 +243,8 @@ def test_many_services_with_one_frontend_are_not_compared_with_each_other(monkey
     assert sum(compared) <= 4 * number
 
 
-def test_who_claims_the_cluster_ip_of_another_service_takes_no_flow_of_it() -> None:
-    frontends = accepted(plan())
+def test_external_ip_that_equals_a_cluster_ip_takes_over_no_flows() -> None:
+    frontends = accepted_frontends(plan())
     frontends.accept(
         {"ns/a": [plan(B, service="ns/a", cluster_ip="10.96.0.11", external_ips=("10.96.0.10",))]}, complete=False
     )
@@ -245,54 +254,58 @@ def test_who_claims_the_cluster_ip_of_another_service_takes_no_flow_of_it() -> N
 # NodePorts.
 
 
-def test_node_ports_count_on_own_addresses_only() -> None:
-    frontends = accepted(plan(A, node_port=30053))
+def test_node_port_flows_are_stale_on_node_addresses_only() -> None:
+    frontends = accepted_frontends(plan(A, node_port=30053))
     frontends.accept({"ns/dns": [plan(B, node_port=30053)]}, complete=False)
-    flows = [(f"{OWN}:30053", A), ("198.51.100.1:30053", A), ("198.51.100.1:30053", "198.51.100.1:30053")]
-    assert stale(frontends, flows) == {(f"{OWN}:30053", A)}
+    flows = [(f"{NODE_ADDRESS}:30053", A), ("198.51.100.1:30053", A), ("198.51.100.1:30053", "198.51.100.1:30053")]
+    assert stale(frontends, flows) == {(f"{NODE_ADDRESS}:30053", A)}
 
 
-def test_what_a_host_process_serves_on_a_former_node_port_is_left_alone() -> None:
-    frontends = accepted(plan(A, node_port=30053))
+def test_host_process_on_a_former_node_port_keeps_its_flows() -> None:
+    frontends = accepted_frontends(plan(A, node_port=30053))
     frontends.accept({"ns/dns": [plan(A)]}, complete=False)
-    flows = [(f"{OWN}:30053", A), (f"{OWN}:30053", f"{OWN}:30053")]
-    assert stale(frontends, flows) == {(f"{OWN}:30053", A)}
+    flows = [(f"{NODE_ADDRESS}:30053", A), (f"{NODE_ADDRESS}:30053", f"{NODE_ADDRESS}:30053")]
+    assert stale(frontends, flows) == {(f"{NODE_ADDRESS}:30053", A)}
 
 
-def test_an_address_comes_before_the_node_port_on_it() -> None:
-    frontends = accepted(plan(A, external_ips=(OWN,), port=30053))
+def test_address_frontend_takes_precedence_over_a_node_port() -> None:
+    frontends = accepted_frontends(plan(A, external_ips=(NODE_ADDRESS,), port=30053))
     frontends.accept({"ns/other": [plan(B, cluster_ip="10.96.0.11", node_port=30053)]}, complete=False)
-    assert stale(frontends, [(f"{OWN}:30053", A), (f"{OWN}:30053", B)]) == {(f"{OWN}:30053", B)}
+    assert stale(frontends, [(f"{NODE_ADDRESS}:30053", A), (f"{NODE_ADDRESS}:30053", B)]) == {
+        (f"{NODE_ADDRESS}:30053", B)
+    }
     frontends.accept({"ns/dns": ()}, complete=False)
-    assert stale(frontends, [(f"{OWN}:30053", A), (f"{OWN}:30053", B)]) == {(f"{OWN}:30053", A)}
+    assert stale(frontends, [(f"{NODE_ADDRESS}:30053", A), (f"{NODE_ADDRESS}:30053", B)]) == {
+        (f"{NODE_ADDRESS}:30053", A)
+    }
 
 
 @pytest.mark.parametrize(
     ("context", "address", "expected"),
     [
-        (Context(Family.IPV4, "n"), OWN, True),
+        (Context(Family.IPV4, "n"), NODE_ADDRESS, True),
         (Context(Family.IPV4, "n"), "198.51.100.1", False),
         (Context(Family.IPV4, "n"), "127.0.0.1", False),
         (Context(Family.IPV4, "n", localhost_node_ports=True), "127.0.0.1", True),
         (Context(Family.IPV4, "n", localhost_node_ports=True), "127.0.0.2", True),
         (Context(Family.IPV6, "n", localhost_node_ports=True), "::1", False),
-        (Context(Family.IPV4, "n", node_port_addresses=("192.0.2.2",)), OWN, False),
+        (Context(Family.IPV4, "n", node_port_addresses=("192.0.2.2",)), NODE_ADDRESS, False),
         (Context(Family.IPV4, "n", node_port_addresses=("192.0.2.2",)), "192.0.2.2", True),
-        (Context(Family.IPV4, "n", node_port_addresses=()), OWN, False),
+        (Context(Family.IPV4, "n", node_port_addresses=()), NODE_ADDRESS, False),
     ],
 )
-def test_where_node_ports_answer(context: Context, address: str, expected: bool) -> None:
-    assert accepts_node_ports(context, address, lambda: {OWN, "127.0.0.1", "::1"}) is expected
+def test_node_port_addresses(context: Context, address: str, expected: bool) -> None:
+    assert accepts_node_ports(context, address, lambda: {NODE_ADDRESS, "127.0.0.1", "::1"}) is expected
 
 
-# What a frontend's endpoints are.
+# The endpoints of a frontend.
 
 
 def endpoints_by_frontend(ports: Sequence[ServicePortPlan]) -> dict[str, frozenset[str]]:
     return {name: frontend.endpoints for name, frontend in udp_frontends(ports).items()}
 
 
-def test_all_frontends_of_policy_cluster_have_its_endpoints() -> None:
+def test_all_frontends_with_traffic_policy_cluster_have_all_endpoints() -> None:
     port = plan(A, B, external_ips=("203.0.113.1",), vips=("203.0.113.2",), node_port=30053)
     expected = frozenset({A, B})
     assert endpoints_by_frontend([port]) == {
@@ -303,28 +316,28 @@ def test_all_frontends_of_policy_cluster_have_its_endpoints() -> None:
     }
 
 
-def test_policy_local_counts_for_its_kind_of_frontend() -> None:
+def test_traffic_policy_local_applies_to_internal_or_external_frontends() -> None:
     internal = plan(A, B, local_endpoints=(A,), internal_local=True, node_port=30053)
     assert endpoints_by_frontend([internal]) == {DNS: {A}, ":30053": {A, B}}
     external = plan(A, B, local_endpoints=(A, C), external_local=True, node_port=30053)
     assert endpoints_by_frontend([external]) == {DNS: {A, B}, ":30053": {A, B, C}}
 
 
-def test_frontends_of_ipv6() -> None:
+def test_ipv6_frontends() -> None:
     port = plan("[fd00::1]:53", cluster_ip="fd00:96::a", node_port=30053)
     assert set(endpoints_by_frontend([port])) == {"[fd00:96::a]:53", ":30053"}
 
 
-# Any history.
+# Any sequence of states.
 
 SERVICES = {"ns/a": ("10.96.0.1", 30001), "ns/b": ("10.96.0.2", 30001), "ns/c": ("10.96.0.3", 30003)}
-states = st.dictionaries(
+service_states = st.dictionaries(
     st.sampled_from(sorted(SERVICES)),
     st.tuples(st.frozensets(st.sampled_from([A, B, C])), st.booleans(), st.sampled_from([53, 5353]), st.booleans()),
 )
 
 
-def plans_of(state: Mapping[str, Any]) -> dict[str, list[ServicePortPlan]]:
+def plans_for(state: Mapping[str, Any]) -> dict[str, list[ServicePortPlan]]:
     found = {}
     for key, (endpoints, node_port, port, shares) in state.items():
         address, number = SERVICES[key]
@@ -334,26 +347,30 @@ def plans_of(state: Mapping[str, Any]) -> dict[str, list[ServicePortPlan]]:
     return found
 
 
-def flows_into(plans: Mapping[str, Sequence[ServicePortPlan]]) -> set[Flow]:
-    """The flows that new connections make, to every frontend and endpoint of the Service that holds it."""
-    held: dict[str, frozenset[str]] = {}
+def expected_flows(plans: Mapping[str, Sequence[ServicePortPlan]]) -> set[Flow]:
+    """Return the flows that new connections would create: from every frontend to the endpoints of its owner."""
+    endpoints_of: dict[str, frozenset[str]] = {}
     for ports in sorted(plans.values(), key=lambda ports: (not ports[0].cluster_endpoints, ports[0].name)):
-        held = endpoints_by_frontend(ports) | held
-    return {(OWN + front if front[0] == ":" else front, to) for front, endpoints in held.items() for to in endpoints}
+        endpoints_of = endpoints_by_frontend(ports) | endpoints_of
+    return {
+        (NODE_ADDRESS + front if front[0] == ":" else front, to)
+        for front, endpoints in endpoints_of.items()
+        for to in endpoints
+    }
 
 
-@given(history=st.lists(states, min_size=1, max_size=6))
-def test_after_any_history_the_flows_are_those_that_new_ones_would_be(history: list[Mapping[str, Any]]) -> None:
-    frontends, table = UdpFrontends(), set[Flow]()
+@given(history=st.lists(service_states, min_size=1, max_size=6))
+def test_remaining_flows_match_what_new_connections_would_create(history: list[Mapping[str, Any]]) -> None:
+    frontends, remaining = UdpFrontends(), set[Flow]()
     before: dict[str, list[ServicePortPlan]] = {}
     for number, state in enumerate(history):
-        now = plans_of(state)
+        now = plans_for(state)
         changed = {key: now.get(key, []) for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
         frontends.accept(changed, complete=number == 0)
-        living = flows_into(now)
-        assert not stale(frontends, living)
-        table = (table - stale(frontends, table)) | living
-        assert table == living
+        live = expected_flows(now)
+        assert not stale(frontends, live)
+        remaining = (remaining - stale(frontends, remaining)) | live
+        assert remaining == live
         frontends.cleaned()
         before = now
 
@@ -361,8 +378,8 @@ def test_after_any_history_the_flows_are_those_that_new_ones_would_be(history: l
 # The cleaner.
 
 
-class Table:
-    """A flow table in memory, which fails on demand."""
+class FakeConntrack:
+    """A connection tracking table in memory that fails on demand."""
 
     def __init__(self, *flows: Flow) -> None:
         self.flows = set(flows)
@@ -373,27 +390,32 @@ class Table:
         self.calls += 1
         if self.error:
             raise self.error
-        asked = {flow for flow in self.flows if not {flow[0], flow[0][flow[0].rindex(":") :]}.isdisjoint(destinations)}
-        gone = {flow for flow in asked if is_stale(*flow)}
-        self.flows -= gone
-        return len(gone)
+        selected = {
+            flow for flow in self.flows if not {flow[0], flow[0][flow[0].rindex(":") :]}.isdisjoint(destinations)
+        }
+        deleted = {flow for flow in selected if is_stale(*flow)}
+        self.flows -= deleted
+        return len(deleted)
 
 
-class Bench:
-    """A cleaner over a table, and what it told."""
+class CleanerFixture:
+    """A cleaner of a fake conntrack table, and the cleanups that it reported."""
 
     def __init__(self, *flows: Flow) -> None:
-        self.table = Table(*flows)
-        self.told: list[ConntrackCleanup] = []
-        self.asked: list[Family] = []
+        self.conntrack = FakeConntrack(*flows)
+        self.cleanups: list[ConntrackCleanup] = []
+        self.address_reads: list[Family] = []
         ticks = iter(range(1000))
         self._cleaner = ConntrackCleaner(
-            {Family.IPV4: self.table}, self._own, clock=lambda: float(next(ticks)), tell=self.told.append
+            {Family.IPV4: self.conntrack},
+            self._node_addresses,
+            clock=lambda: float(next(ticks)),
+            tell=self.cleanups.append,
         )
 
-    def _own(self, family: Family) -> Collection[str]:
-        self.asked.append(family)
-        return {OWN}
+    def _node_addresses(self, family: Family) -> Collection[str]:
+        self.address_reads.append(family)
+        return {NODE_ADDRESS}
 
     def synced(self, *ports: ServicePortPlan, complete: bool = False, family: Family = Family.IPV4) -> None:
         report = SyncReport(family, 0.0, 1.0, complete, {"ns/dns": ports}, Context(family, "node-1"), None)
@@ -404,69 +426,69 @@ class Bench:
         self._cleaner.synced(SyncReport(Family.IPV4, 0.0, 1.0, False, plans, context, None, error="refused"))
 
 
-def test_a_first_sync_deletes_what_died_before() -> None:
-    bench = Bench((DNS, A), (DNS, B))
-    bench.synced(plan(A), complete=True)
-    assert bench.table.flows == {(DNS, A)}
-    assert bench.told == [ConntrackCleanup(Family.IPV4, deleted=1, seconds=1.0)]
+def test_first_sync_deletes_flows_that_became_stale_before() -> None:
+    cleaner = CleanerFixture((DNS, A), (DNS, B))
+    cleaner.synced(plan(A), complete=True)
+    assert cleaner.conntrack.flows == {(DNS, A)}
+    assert cleaner.cleanups == [ConntrackCleanup(Family.IPV4, deleted=1, seconds=1.0)]
 
 
-def test_a_sync_without_stale_flows_costs_nothing() -> None:
-    bench = Bench()
-    bench.synced(plan(A), complete=True)
-    bench.synced(plan(A, B))
-    bench.synced(plan(A, B, protocol="TCP"), family=Family.IPV6)
-    assert bench.table.calls == 1
-    assert len(bench.told) == 1
+def test_sync_without_suspect_frontends_does_not_read_conntrack() -> None:
+    cleaner = CleanerFixture()
+    cleaner.synced(plan(A), complete=True)
+    cleaner.synced(plan(A, B))
+    cleaner.synced(plan(A, B, protocol="TCP"), family=Family.IPV6)
+    assert cleaner.conntrack.calls == 1
+    assert len(cleaner.cleanups) == 1
 
 
-def test_own_addresses_are_read_once_and_only_for_node_ports() -> None:
-    bench = Bench((DNS, A), (f"{OWN}:30053", A), ("198.51.100.1:30053", A))
-    bench.synced(plan(B), complete=True)
-    assert bench.asked == []
-    bench.synced(plan(B, node_port=30053))
-    assert bench.asked == [Family.IPV4]
-    assert bench.table.flows == {("198.51.100.1:30053", A)}
+def test_node_addresses_are_read_once_and_only_for_node_ports() -> None:
+    cleaner = CleanerFixture((DNS, A), (f"{NODE_ADDRESS}:30053", A), ("198.51.100.1:30053", A))
+    cleaner.synced(plan(B), complete=True)
+    assert cleaner.address_reads == []
+    cleaner.synced(plan(B, node_port=30053))
+    assert cleaner.address_reads == [Family.IPV4]
+    assert cleaner.conntrack.flows == {("198.51.100.1:30053", A)}
 
 
-def test_flows_stay_when_the_sync_failed_and_go_after_the_next() -> None:
-    bench = Bench((DNS, A))
-    bench.synced(plan(A), complete=True)
-    bench.failed()
-    assert bench.table.flows == {(DNS, A)}
-    bench.synced(plan(B), complete=True)
-    assert bench.table.flows == set()
+def test_failed_sync_keeps_flows_and_the_next_one_deletes_them() -> None:
+    cleaner = CleanerFixture((DNS, A))
+    cleaner.synced(plan(A), complete=True)
+    cleaner.failed()
+    assert cleaner.conntrack.flows == {(DNS, A)}
+    cleaner.synced(plan(B), complete=True)
+    assert cleaner.conntrack.flows == set()
 
 
-def test_what_could_not_be_deleted_is_deleted_after_the_next_sync(caplog: pytest.LogCaptureFixture) -> None:
-    bench = Bench((DNS, A))
-    bench.synced(plan(A), complete=True)
-    bench.table.error = PermissionError(1, "Operation not permitted")
+def test_flows_that_could_not_be_deleted_are_deleted_after_the_next_sync(caplog: pytest.LogCaptureFixture) -> None:
+    cleaner = CleanerFixture((DNS, A))
+    cleaner.synced(plan(A), complete=True)
+    cleaner.conntrack.error = PermissionError(1, "Operation not permitted")
     with caplog.at_level(logging.WARNING):
-        bench.synced(plan(B))
-        bench.synced(plan(B))
+        cleaner.synced(plan(B))
+        cleaner.synced(plan(B))
     assert [record.message for record in caplog.records] == [
         "IPv4: UDP flows to removed endpoints may live on: conntrack: Operation not permitted"
     ]
-    assert bench.told[-1].error == "Operation not permitted"
-    bench.table.error = None
-    bench.synced(plan(B))
-    assert bench.table.flows == set()
-    assert bench.told[-1] == ConntrackCleanup(Family.IPV4, deleted=1, seconds=1.0)
+    assert cleaner.cleanups[-1].error == "Operation not permitted"
+    cleaner.conntrack.error = None
+    cleaner.synced(plan(B))
+    assert cleaner.conntrack.flows == set()
+    assert cleaner.cleanups[-1] == ConntrackCleanup(Family.IPV4, deleted=1, seconds=1.0)
 
 
-def test_a_new_trouble_is_told_again(caplog: pytest.LogCaptureFixture) -> None:
-    bench = Bench()
+def test_new_conntrack_error_is_logged_again(caplog: pytest.LogCaptureFixture) -> None:
+    cleaner = CleanerFixture()
     with caplog.at_level(logging.WARNING):
         for error in (OSError("one"), None, OSError("two")):
-            bench.table.error = error
-            bench.synced(plan(A), complete=True)
+            cleaner.conntrack.error = error
+            cleaner.synced(plan(A), complete=True)
     assert len(caplog.records) == 2
 
 
-def test_what_came_while_there_were_no_endpoints_is_stale_once_there_are() -> None:
-    """The node's own packets to a NodePort or an external address are not refused on their way out."""
-    frontends = accepted(plan(external_ips=("203.0.113.5",)))
+def test_flow_created_without_endpoints_is_stale_once_there_are_some() -> None:
+    """Packets of the node itself to a NodePort or an external address are not rejected in the output hook."""
+    frontends = accepted_frontends(plan(external_ips=("203.0.113.5",)))
     frontends.accept({"ns/dns": (plan(A, external_ips=("203.0.113.5",)),)}, complete=False)
-    early = ("203.0.113.5:53", "203.0.113.5:53")
-    assert stale(frontends, [early, ("203.0.113.5:53", A)]) == {early}
+    untranslated = ("203.0.113.5:53", "203.0.113.5:53")
+    assert stale(frontends, [untranslated, ("203.0.113.5:53", A)]) == {untranslated}
