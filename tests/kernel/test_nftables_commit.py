@@ -40,7 +40,7 @@ from kproxy.nftables.transaction import Transaction
 from kproxy.sync.family import Backend, FamilySync
 from tests.lab.namespace import Namespace
 from tests.recordings import SCENARIOS, config, replaces
-from tests.unit.test_render import OWN, recorded_context
+from tests.unit.test_iptables_render import OWN, recorded_context
 
 CIDRS = ("10.96.0.0/12", "fd00:10:96::/108")
 _NFTABLES = 10 << 8

@@ -22,7 +22,7 @@ from kproxy.model.types import Family
 from kproxy.sync.family import FamilySync
 from tests.fakekernel import FakeKernel
 from tests.recordings import SCENARIOS, store
-from tests.unit.test_render import recorded_context
+from tests.unit.test_iptables_render import recorded_context
 
 
 def printed(share: float) -> str:

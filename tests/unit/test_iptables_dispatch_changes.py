@@ -28,7 +28,7 @@ from tests.packets.expectation import describe
 from tests.packets.places import NODE_ADDRESSES, packet_of
 from tests.packets.table import Row, read_table
 from tests.recordings import GOLDEN, SCENARIOS, store
-from tests.unit.test_diff import CONTEXT, Proxy, Watched, a_slice, deleted, written
+from tests.unit.test_iptables_diff import CONTEXT, Proxy, Watched, a_slice, deleted, written
 from tests.unit.test_iptables_dispatch import Walk
 
 THRESHOLD = 40
