@@ -30,6 +30,7 @@ from tests.api.conftest import HANG, Cluster
 from tests.apiserver import ApiServer, Relay, SeenRequest
 from tests.apiserver.objects import service
 from tests.apiserver.resources import EVENTS
+from tests.clock import Clock
 
 NOON = 1_767_268_800 * 10**9
 PATH = "/apis/events.k8s.io/v1/events"
@@ -37,24 +38,12 @@ NODE = node_reference("node-1")
 WEB = service_reference("demo/web")
 
 
-class Clock:
-    """A clock that tests set; each look at the wall takes a nanosecond, so that no two moments are the same."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self.time = NOON
-
-    def wall(self) -> int:
-        self.time += 1
-        return self.time
-
-
 Record = Callable[..., EventRecorder]
 
 
 @pytest.fixture
 def clock() -> Clock:
-    return Clock()
+    return Clock(wall=NOON)
 
 
 @pytest.fixture
@@ -64,7 +53,7 @@ def record(tmp_path: Path, clock: Clock) -> Iterator[Record]:
 
     def start(cluster: Cluster, *, port: int | None = None) -> EventRecorder:
         client = ApiClient.from_config(str(cluster.kubeconfig(tmp_path / "kubeconfig", port=port)))
-        recorder = EventRecorder(client, "node-1", clock=lambda: clock.now, wall=clock.wall)
+        recorder = EventRecorder(client, "node-1", clock=clock, wall=clock.wall)
         started.append(recorder)
         recorder.start()
         return recorder
@@ -215,7 +204,7 @@ def test_what_happened_before_the_start_is_written_too(
     server: ApiServer, tmp_path: Path, clock: Clock, record: Record
 ) -> None:
     client = ApiClient.from_config(str(server.kubeconfig(tmp_path / "kubeconfig")))
-    recorder = EventRecorder(client, "node-1", clock=lambda: clock.now, wall=clock.wall)
+    recorder = EventRecorder(client, "node-1", clock=clock, wall=clock.wall)
     say(recorder, "early")
     recorder.start()
     assert notes(server.requests.wait_for(is_post)) == ["early"]
@@ -329,9 +318,9 @@ def test_what_nobody_foresaw_does_not_end_the_writing(
     server: ApiServer, record: Record, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     recorder = record(server)
-    clock.time = 10**40  # no calendar reaches so far
+    clock.wall_time = 10**40  # no calendar reaches so far
     say(recorder, "impossible")
-    clock.time = NOON
+    clock.wall_time = NOON
     assert settle(recorder, server) == []
     assert "unexpected" in logged(caplog)[0]
 

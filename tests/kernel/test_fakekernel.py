@@ -7,8 +7,8 @@ import pytest
 from kproxy.iptables.backend import IptablesBackend
 from kproxy.iptables.runner import RestoreError
 from kproxy.model.types import Family
-from kproxy.sync.family import FamilySync
 from tests.fakekernel import FakeKernel
+from tests.inprocess import SingleFamilyProxy
 from tests.lab.iptables import RealKernel
 from tests.lab.namespace import Namespace
 from tests.recordings import comparable, replaces, store
@@ -44,11 +44,9 @@ def test_a_proxys_inputs_have_the_same_effect(namespace: Namespace, variant: str
     real, fake = RealKernel(namespace, family, variant), FakeKernel()
     found = store(HISTORY[0])
     context = recorded_context(HISTORY[0], family, found)
-    proxy = FamilySync(IptablesBackend(fake, max_transaction_rules=20), lambda _: context)
+    proxy = SingleFamilyProxy(IptablesBackend(fake, max_transaction_rules=20), context, store=found)
     for scenario in HISTORY:
-        for delta in replaces(scenario):
-            proxy.note(found.apply(delta))
-        proxy.sync(found)
+        proxy.apply(*replaces(scenario)).sync()
         for text in fake.inputs:
             real.restore(text)
         assert real.state() == comparable(fake.dump())

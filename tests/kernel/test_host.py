@@ -25,6 +25,7 @@ from kproxy.iptables.runner import IptablesRunner, RestoreError, make_restore_er
 from kproxy.model.types import Family
 from kproxy.nftables.kernel import NftCommit
 from kproxy.nftables.transaction import Transaction
+from tests.clock import Clock
 from tests.lab.iptables import link, missing_variant, programs_of
 from tests.lab.namespace import Namespace
 from tests.lab.waiting import wait_until
@@ -209,33 +210,14 @@ def test_no_part_is_asked_for_once_all_is_stopped() -> None:
     assert made == [0, 1, 2, 3]
 
 
-class Clock:
-    """Seconds that pass when the test wants it."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self.reads = 0
-
-    def now(self) -> float:
-        self.reads += 1
-        return self.seconds
-
-    def pass_by(self, seconds: float) -> None:
-        """Let time pass, and wait until somebody else has seen so."""
-        self.seconds += seconds
-        # Who looked just now may have done so a moment too early.
-        seen = self.reads + 2
-        wait_until(lambda: self.reads > seen, "somebody to look at the clock")
-
-
 def test_each_part_has_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    monkeypatch.setattr("kproxy.host.commands.monotonic", clock.now)
+    monkeypatch.setattr("kproxy.host.commands.monotonic", clock)
 
     def parts() -> Iterator[str]:
         for _ in range(4):
             yield "one\n"
-            clock.pass_by(0.0006)
+            clock.advance_and_wait(0.0006)
 
     assert CommandRunner().feed(["cat"], parts(), timeout=0.001).code == 0
 
@@ -276,7 +258,7 @@ def test_a_script_ends_together_with_what_it_waits_for(
 ) -> None:
     """Else a part would wait for ever for its place in the pipe, which the other program holds as well."""
     clock, programs, codes = Clock(), CommandRunner(), list[int]()
-    monkeypatch.setattr("kproxy.host.commands.monotonic", clock.now)
+    monkeypatch.setattr("kproxy.host.commands.monotonic", clock)
     fifo = tmp_path / "never"
     os.mkfifo(fifo)
 
@@ -292,7 +274,7 @@ def test_a_script_ends_together_with_what_it_waits_for(
     else:
         give_up = time.monotonic() + GUARD
         while thread.is_alive() and time.monotonic() < give_up:
-            clock.seconds += 1.0  # again and again: a slow feeder may begin its seconds anew in between
+            clock.advance(1.0)  # again and again: a slow feeder may begin its seconds anew in between
             thread.join(0.01)
     thread.join(GUARD)
     ended = list(codes)

@@ -13,11 +13,11 @@ from kproxy.iptables.names import DISPATCH_CHAINS, ChainName, is_shard
 from kproxy.iptables.runner import IptablesRunner
 from kproxy.iptables.save_restore import parse_save
 from kproxy.model.context import Context
-from kproxy.model.delta import Delete, Upsert
+from kproxy.model.delta import Upsert
 from kproxy.model.store import Store
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Service, ServicePort
-from kproxy.sync.family import FamilySync
 from tests.fakekernel import FakeKernel
+from tests.inprocess import SingleFamilyProxy
 from tests.lab.iptables import RealKernel, Recorder, add_counters, held
 from tests.lab.load import Stream
 from tests.lab.namespace import Namespace
@@ -52,23 +52,19 @@ def extra(number: int, family: Family) -> tuple[Service, EndpointSlice]:
     return service, EndpointSlice("many", name, f"many/{name}", family, endpoints, ports)
 
 
-class Node:
-    """A proxy of one family whose store is filled and emptied of extra Services."""
+class ManyServicesProxy(SingleFamilyProxy):
+    """A proxy of one family whose store is filled with, and emptied of, extra Services."""
 
     def __init__(self, found: Store, context: Context, backend: IptablesBackend) -> None:
-        self.store = found
-        self.family = context.family
-        self._sync = FamilySync(backend, lambda _: context)
+        super().__init__(backend, context, store=found)
 
-    def have(self, count: int) -> None:
-        """Have so many extra Services."""
-        wanted = [each for number in range(count) for each in extra(number, self.family)]
-        deltas: list[Upsert | Delete] = [Upsert(each) for each in wanted]
+    def sync_extra(self, count: int) -> None:
+        """Have `count` extra Services, and sync."""
         present = sum(key.startswith("many/") for key in self.store.service_keys())
-        deltas += [Delete(Service, "many", f"extra-{number}") for number in range(count, present)]
-        for delta in deltas:
-            self._sync.note(self.store.apply(delta))
-        self._sync.sync(self.store)
+        self.put(*(each for number in range(count) for each in extra(number, self.context.family)))
+        for number in range(count, present):
+            self.delete(Service, f"extra-{number}", namespace="many")
+        self.sync()
 
 
 def shards(state: State) -> list[ChainName]:
@@ -81,15 +77,15 @@ def test_it_reads_back_what_was_written(namespace: Namespace, variant: str, fami
     real, fake = RealKernel(namespace, family, variant), FakeKernel()
     context = replace(Context(family, "node-1"), localhost_node_ports=family is Family.IPV4)
     backend = IptablesBackend(fake, max_transaction_rules=50, dispatch_threshold=THRESHOLD)
-    proxy = Node(Store("node-1"), context, backend)
+    proxy = ManyServicesProxy(Store("node-1"), context, backend)
     for count in (THRESHOLD - 5, 3 * THRESHOLD, 2 * THRESHOLD, 5):
-        proxy.have(count)
+        proxy.sync_extra(count)
         for text in fake.inputs:
             real.restore(text)
         fake.inputs.clear()
         assert real.state() == comparable(fake.dump())
         assert bool(shards(real.state())) is (count > THRESHOLD)
-    proxy.have(4 * THRESHOLD)
+    proxy.sync_extra(4 * THRESHOLD)
     for text in fake.inputs:
         real.restore(text)
     stems = {(chain.table, chain.name.split("-")[1]) for chain in shards(real.state())}
@@ -109,7 +105,7 @@ def test_the_kernel_follows_the_deepest_tree(namespace: Namespace, variant: str)
     found.apply(Upsert(service))
     found.apply(Upsert(extra(1, Family.IPV6)[1]))
     context = Context(Family.IPV6, "node-1", masquerade_all=True)
-    FamilySync(IptablesBackend(fake, dispatch_threshold=1), lambda _: context).sync(found)
+    SingleFamilyProxy(IptablesBackend(fake, dispatch_threshold=1), context, store=found).sync()
     for text in fake.inputs:
         real.restore(text)
     assert real.state() == comparable(fake.dump())
@@ -133,11 +129,11 @@ def test_a_start_over_split_chains_writes_nothing(namespace: Namespace) -> None:
         for writes in (True, False):
             iptables = Recorder(family)
             backend = IptablesBackend(iptables, max_transaction_rules=50, dispatch_threshold=THRESHOLD)
-            proxy = Node(Store("node-1"), Context(family, "node-1"), backend)
+            proxy = ManyServicesProxy(Store("node-1"), Context(family, "node-1"), backend)
             for number in range(3 * THRESHOLD):
                 for each in extra(number, family):
                     proxy.store.apply(Upsert(each))
-            namespace.call(lambda proxy=proxy: proxy.have(3 * THRESHOLD))  # type: ignore[misc]
+            namespace.call(lambda proxy=proxy: proxy.sync_extra(3 * THRESHOLD))  # type: ignore[misc]
             assert bool(iptables.inputs) is writes
 
 
@@ -149,8 +145,10 @@ def test_no_connection_fails_while_chains_are_split_and_made_flat_again(lab: Lab
     context = recorded_context(SCENARIO, Family.IPV4, found)
     kernel = IptablesRunner(Family.IPV4)
 
-    def start(threshold: int) -> Node:
-        return Node(found, context, IptablesBackend(kernel, max_transaction_rules=50, dispatch_threshold=threshold))
+    def start(threshold: int) -> ManyServicesProxy:
+        return ManyServicesProxy(
+            found, context, IptablesBackend(kernel, max_transaction_rules=50, dispatch_threshold=threshold)
+        )
 
     def split() -> set[ChainName]:
         state = held(node, Family.IPV4)
@@ -160,19 +158,19 @@ def test_no_connection_fails_while_chains_are_split_and_made_flat_again(lab: Lab
         }
 
     proxy = start(60)
-    node.call(lambda: proxy.have(0))
+    node.call(lambda: proxy.sync_extra(0))
     assert split() == set()
     with Stream(cluster.targets) as stream:
         stream.take()
         for count in (60, 0, 60, 40, 0):
             stream.mark(f"{count} more Services")
-            node.call(lambda count=count: proxy.have(count))  # type: ignore[misc]
+            node.call(lambda count=count: proxy.sync_extra(count))  # type: ignore[misc]
             stream.take()
             assert {chain.name for chain in split()} >= {"KUBE-SERVICES"} if count else not split()
         for threshold in (1, 60, 3, 0):
             stream.mark(f"a start with threshold {threshold}")
             again = start(threshold)
-            node.call(lambda again=again: again.have(0))  # type: ignore[misc]
+            node.call(lambda again=again: again.sync_extra(0))  # type: ignore[misc]
             stream.take()
             assert bool(split()) is (threshold in {1, 3})
     assert stream.complaints() == ""

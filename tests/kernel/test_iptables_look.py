@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,9 +13,8 @@ from kproxy.iptables.backend import IptablesBackend
 from kproxy.iptables.base_rules import ensured_rules
 from kproxy.iptables.names import CANARIES, DISPATCH_CHAINS, ChainName
 from kproxy.iptables.runner import IptablesRunner
-from kproxy.model.context import Context
-from kproxy.model.types import Family, Node
-from kproxy.sync.family import FamilySync
+from kproxy.model.types import Family
+from tests.inprocess import SingleFamilyProxy
 from tests.lab.iptables import link, programs_of
 from tests.lab.namespace import Namespace
 from tests.recordings import SCENARIOS, replaces, store
@@ -25,10 +23,6 @@ from tests.unit.test_iptables_render import recorded_context
 SCENARIO = "random-11"
 
 pytestmark = pytest.mark.usefixtures("counters")
-
-
-def _constant(context: Context, _: Node | None) -> Context:
-    return context
 
 
 @pytest.fixture
@@ -46,28 +40,17 @@ def variant(programs: Path, variant: str) -> str:
     return variant
 
 
-class Proxy:
+class RecordedProxy(SingleFamilyProxy):
     """A proxy that has programmed a recorded cluster in a namespace."""
 
     def __init__(self, namespace: Namespace) -> None:
-        self._namespace = namespace
-        self._store = store(SCENARIO)
-        self.context = recorded_context(SCENARIO, Family.IPV4, self._store)
-        self.backend = IptablesBackend(IptablesRunner(Family.IPV4))
-        self._proxy = FamilySync(self.backend, partial(_constant, self.context))
+        objects = store(SCENARIO)
+        context = recorded_context(SCENARIO, Family.IPV4, objects)
+        super().__init__(IptablesBackend(IptablesRunner(Family.IPV4)), context, store=objects, namespace=namespace)
         self.sync()
 
-    def sync(self) -> None:
-        self._namespace.call(partial(self._proxy.sync, self._store))
-
-    def verify(self) -> bool:
-        return self._namespace.call(self._proxy.verify)
-
-    def forget(self) -> None:
-        self._proxy.forget()
-
-    def sees_what_is_missing(self) -> bool:
-        """Whether a look finds something missing, and the next finds nothing once it is put back."""
+    def detects_and_repairs(self) -> bool:
+        """Return whether a drift check finds damage, and the next one finds none after a sync."""
         if self.verify():
             return False
         assert self.backend.needs_full_sync
@@ -83,48 +66,47 @@ def test_own_rules_are_as_they_should_be(namespace: Namespace, family: Family, t
     found = store(SCENARIOS[0])
     for scenario in SCENARIOS[::3]:
         context = recorded_context(scenario, family, store(scenario))
-        proxy = FamilySync(kernel, partial(_constant, context))
-        for delta in replaces(scenario):
-            proxy.note(found.apply(delta))
-        kernel.forget()
-        namespace.call(partial(proxy.sync, found))
-        assert namespace.call(proxy.verify), scenario
+        proxy = SingleFamilyProxy(kernel, context, store=found, namespace=namespace)
+        proxy.apply(*replaces(scenario))
+        proxy.forget()
+        proxy.sync()
+        assert proxy.verify(), scenario
         assert not kernel.needs_full_sync
 
 
 @pytest.mark.usefixtures("variant")
 @pytest.mark.parametrize("chain", DISPATCH_CHAINS, ids=lambda chain: f"{chain.table}-{chain.name}")
 def test_a_rule_of_others_in_a_chain_that_all_share(namespace: Namespace, chain: ChainName) -> None:
-    proxy = Proxy(namespace)
+    proxy = RecordedProxy(namespace)
     namespace.run(["iptables", "-t", chain.table, "-A", chain.name, "-j", "RETURN"])
-    assert proxy.sees_what_is_missing()
+    assert proxy.detects_and_repairs()
 
 
 @pytest.mark.usefixtures("variant")
 def test_each_rule_in_a_chain_of_others_and_each_canary_is_missed(namespace: Namespace) -> None:
-    proxy = Proxy(namespace)
+    proxy = RecordedProxy(namespace)
     for rule in ensured_rules(proxy.context):
         namespace.run(["iptables-restore", "--noflush"], f"*{rule.chain.table}\n-D{rule.text[2:]}\nCOMMIT\n")
-        assert proxy.sees_what_is_missing(), rule
+        assert proxy.detects_and_repairs(), rule
     for canary in CANARIES:
         namespace.run(["iptables", "-t", canary.table, "-X", canary.name])
-        assert proxy.sees_what_is_missing(), canary
+        assert proxy.detects_and_repairs(), canary
 
 
 @pytest.mark.usefixtures("variant")
 def test_a_jump_in_another_spelling_is_as_good_as_ours(namespace: Namespace) -> None:
     namespace.run(["iptables", "-t", "nat", "-N", "KUBE-POSTROUTING"])
     namespace.run(["iptables", "-t", "nat", "-A", "POSTROUTING", "-j", "KUBE-POSTROUTING"])
-    proxy = Proxy(namespace)
+    proxy = RecordedProxy(namespace)
     assert proxy.verify()
     namespace.run(["iptables", "-t", "nat", "-D", "POSTROUTING", "-j", "KUBE-POSTROUTING"])
-    assert proxy.sees_what_is_missing()
+    assert proxy.detects_and_repairs()
 
 
 def test_a_look_does_not_wait_for_the_lock_that_somebody_else_holds(
     namespace: Namespace, variant: str, programs: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    proxy = Proxy(namespace)
+    proxy = RecordedProxy(namespace)
     with (programs / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert proxy.verify(), variant
@@ -134,7 +116,7 @@ def test_a_look_does_not_wait_for_the_lock_that_somebody_else_holds(
 def test_a_look_that_fails_says_so_and_changes_nothing(
     namespace: Namespace, variant: str, programs: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    proxy = Proxy(namespace)
+    proxy = RecordedProxy(namespace)
     failing = programs / ("iptables" if variant == "nft" else "iptables-save")
     failing.unlink()
     failing.write_text("#!/bin/sh\necho 'Another app is currently holding the xtables lock.' >&2\nexit 4\n")
@@ -161,7 +143,7 @@ UNREADABLE = (
 @pytest.mark.parametrize("rule", UNREADABLE)
 def test_a_rule_that_only_nft_can_show_hides_nothing_that_matters(namespace: Namespace, rule: str) -> None:
     """Neither is a jump missed that is there, nor one put in twice for ever."""
-    proxy = Proxy(namespace)
+    proxy = RecordedProxy(namespace)
     namespace.run(["nft", "add", "chain", "ip", "filter", "foreign"])
     namespace.run(["nft", *rule.split()])
     assert proxy.verify()
@@ -173,14 +155,14 @@ def test_a_rule_that_only_nft_can_show_hides_nothing_that_matters(namespace: Nam
     proxy.sync()
     assert jumps(namespace) == once
     namespace.run(["iptables", "-t", "nat", "-D", "PREROUTING", "1"])
-    assert proxy.sees_what_is_missing()
+    assert proxy.detects_and_repairs()
 
 
 @pytest.mark.parametrize("chain", DISPATCH_CHAINS, ids=lambda chain: f"{chain.table}-{chain.name}")
 def test_a_rule_that_only_nft_can_show_in_a_chain_of_ours_is_taken_out(namespace: Namespace, chain: ChainName) -> None:
-    proxy = Proxy(namespace)
+    proxy = RecordedProxy(namespace)
     namespace.run(["nft", "add", "rule", "ip", *chain, "meta", "cpu", "99", "accept"])
-    assert proxy.sees_what_is_missing()
+    assert proxy.detects_and_repairs()
     assert "meta cpu" not in namespace.run(["nft", "list", "ruleset"]).stdout
 
 

@@ -10,10 +10,8 @@ import pytest
 
 from kproxy.app.backends import make_families
 from kproxy.config import Config
-from kproxy.model.delta import Replace, Upsert
-from kproxy.model.store import Store
-from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Node, Service, ServicePort
-from kproxy.sync.family import FamilySync
+from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Service, ServicePort
+from tests.inprocess import EMPTY_LISTS, InProcessProxy
 from tests.lab.namespace import Namespace
 
 VERSION_OF = '#!/bin/sh\nif [ "$1" = --version ]; then echo "iptables {version}"; else exec {program} "$@"; fi\n'
@@ -41,24 +39,13 @@ class Installed:
         return found
 
 
-class Proxy:
-    """One family of a daemon, with one Service whose endpoints leave."""
-
-    def __init__(self, namespace: Namespace, family: FamilySync) -> None:
-        self._namespace, self._family = namespace, family
-        self._store = Store("node-1")
-        service = Service("ns", "a", ("10.96.0.1", "fd00:10:96::1"), (ServicePort("http", 80, "TCP"),))
-        for delta in (Replace(Node, ()), Replace(Service, (service,)), Replace(EndpointSlice, ())):
-            family.note(self._store.apply(delta))
-
-    def have(self, numbers: range) -> None:
-        """Give the Service these endpoints, in both families."""
-        for family, prefix in ((Family.IPV4, "10.244.1."), (Family.IPV6, "fd00:10:244:1::")):
-            endpoints = tuple(Endpoint(f"{prefix}{number}", "node-2") for number in numbers)
-            ports = (EndpointPort("http", 8080, "TCP"),)
-            found = EndpointSlice("ns", f"a-{family.value}", "ns/a", family, endpoints, ports)
-            self._family.note(self._store.apply(Upsert(found)))
-        self._namespace.call(lambda: self._family.sync(self._store))
+def sync_endpoints(proxy: InProcessProxy, numbers: range) -> None:
+    """Give the Service ns/a these endpoints, in both families, and sync."""
+    for family, prefix in ((Family.IPV4, "10.244.1."), (Family.IPV6, "fd00:10:244:1::")):
+        endpoints = tuple(Endpoint(f"{prefix}{number}", "node-2") for number in numbers)
+        ports = (EndpointPort("http", 8080, "TCP"),)
+        proxy.put(EndpointSlice("ns", f"a-{family.value}", "ns/a", family, endpoints, ports))
+    proxy.sync()
 
 
 @pytest.mark.parametrize(
@@ -71,11 +58,13 @@ def test_only_some_are_told_to_change_single_rules(
     installed = Installed(tmp_path, version)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     families = namespace.call(lambda: make_families(Config(mode="iptables"), []))
-    proxies = [Proxy(namespace, family) for family in families.values()]
+    proxies = [InProcessProxy({family: sync}, namespace=namespace) for family, sync in families.items()]
+    service = Service("ns", "a", ("10.96.0.1", "fd00:10:96::1"), (ServicePort("http", 80, "TCP"),))
     for proxy in proxies:
-        proxy.have(range(10, 20))
+        proxy.apply(*EMPTY_LISTS).put(service)
+        sync_endpoints(proxy, range(10, 20))
     installed.take()
     for proxy in proxies:
-        proxy.have(range(11, 20))
+        sync_endpoints(proxy, range(11, 20))
         changes = [line for line in installed.take().splitlines() if line.startswith(("-A KUBE-SVC-", *SINGLE_RULES))]
         assert {line.startswith(SINGLE_RULES) for line in changes} == {expected}

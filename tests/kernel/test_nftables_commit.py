@@ -37,7 +37,8 @@ from kproxy.nftables.names import TABLE, table_family
 from kproxy.nftables.nft_syntax import NftWriter
 from kproxy.nftables.ruleset import KeyField, rule
 from kproxy.nftables.transaction import Transaction
-from kproxy.sync.family import Backend, FamilySync
+from kproxy.sync.family import Backend
+from tests.inprocess import SingleFamilyProxy
 from tests.lab.namespace import Namespace
 from tests.recordings import SCENARIOS, config, replaces
 from tests.unit.test_iptables_render import OWN, recorded_context
@@ -132,13 +133,15 @@ def _elements(family: Family, named: bytes, name: bytes) -> Iterator[Attributes]
             place += (size + 3) & ~3
 
 
-def recorded_sync(scenario: str, family: Family, backend: Backend) -> tuple[FamilySync, Store]:
-    """Return the objects of a recorded cluster, and what brings them to a backend in the recorded configuration."""
+def recorded_proxy(
+    scenario: str, family: Family, backend: Backend, namespace: Namespace | None = None
+) -> SingleFamilyProxy:
+    """Return a proxy with the objects of a recorded cluster, in the recorded configuration."""
     store = Store("node-1", (*BASIC_KINDS, ServiceCIDR))
     for delta in (*replaces(scenario), Replace(ServiceCIDR, (ServiceCIDR("kubernetes", CIDRS),))):
         store.apply(delta)
     context = nftables_context(scenario, family, store)
-    return FamilySync(backend, lambda _: context), store
+    return SingleFamilyProxy(backend, context, store=store, namespace=namespace)
 
 
 def nftables_context(scenario: str, family: Family, store: Store) -> Context:
@@ -152,16 +155,14 @@ def nftables_context(scenario: str, family: Family, store: Store) -> Context:
 def program(namespace: Namespace, scenario: str, family: Family, commit: Commit) -> NftablesBackend:
     """Bring a recorded cluster into the kernel of a namespace; return the backend, which knows what it did."""
     backend = NftablesBackend(NftTable(family, commit))
-    sync, store = recorded_sync(scenario, family, backend)
-    namespace.call(lambda: sync.sync(store))
+    recorded_proxy(scenario, family, backend, namespace).sync()
     return backend
 
 
 def printed(scenario: str, family: Family) -> str:
     """Return the table of a recorded cluster as text."""
     pages: list[str] = []
-    sync, store = recorded_sync(scenario, family, NftablesPrinter(family, pages.append))
-    sync.sync(store)
+    recorded_proxy(scenario, family, NftablesPrinter(family, pages.append)).sync()
     return "".join(pages)
 
 

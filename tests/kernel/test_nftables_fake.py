@@ -39,7 +39,7 @@ from tests.unit.test_nftables_incremental import (
     Contexts,
     Damaged,
     Event,
-    Proxy,
+    TablesProxy,
     family_contexts,
     histories,
     lead,
@@ -198,7 +198,7 @@ def test_what_the_one_takes_of_a_proxy_the_other_takes(
     kernel: None, contexts: Contexts, history: list[Event], size: int
 ) -> None:
     undamaged = [event for event in history if not isinstance(event, Damaged)]
-    proxy = lead(Proxy(contexts, batch_frontends=size), undamaged)
+    proxy = lead(TablesProxy(contexts, batch_frontends=size), undamaged)
     proxy.settle()
     node = Namespace("both")
     try:

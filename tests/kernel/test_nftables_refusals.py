@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Callable
 from ipaddress import ip_address
+from typing import Self
 
 import pytest
 
@@ -29,7 +30,7 @@ from kproxy.nftables.kernel import (
 from kproxy.nftables.names import TABLE, table_family
 from kproxy.nftables.ruleset import Drop, Go, KeyField, Lookup, NftChain, NftHook, NftSet, rule
 from kproxy.nftables.transaction import Transaction
-from kproxy.sync.family import FamilySync
+from tests.inprocess import SingleFamilyProxy
 from tests.kernel.test_nftables_commit import held, in_order
 from tests.kernel.test_nftables_restart import Watched, without_remarks
 from tests.lab.namespace import Namespace
@@ -162,88 +163,78 @@ def test_a_change_that_comes_too_late_is_not_made(namespaces: Callable[[], Names
 # A proxy on the real kernel
 
 
-class Cluster:
-    """A store and one family's backend in a network namespace."""
+class NftablesProxy(SingleFamilyProxy):
+    """One family in nftables mode in a network namespace."""
 
     def __init__(self, node: Namespace, family: Family = IPV4, own: OwnGenerations | None = None) -> None:
         self.node = node
         self.kernel = Watched(family)
-        self.store = Store("node-1")
         context = Context(family, "node-1", node_port_addresses=())
-        self._family = family
-        self.sync_family = FamilySync(NftablesBackend(self.kernel, own), lambda _: context)
+        super().__init__(NftablesBackend(self.kernel, own), context, namespace=node)
 
-    def put(self, name: str, count: int, *, affinity: int = 0, port: str = "") -> Cluster:
-        """Add or change a Service with so many endpoints."""
-        six = self._family is Family.IPV6
+    def put_service(self, name: str, count: int, *, affinity: int = 0, port: str = "") -> Self:
+        """Create or update a Service with `count` endpoints."""
+        family = self.context.family
+        six = family is Family.IPV6
         first = ip_address("fd00:1::" if six else "10.244.0.0")
         ip = f"{'fd00::' if six else '10.96.0.'}{len(name) % 200 + 1}"
         ports = (EndpointPort(port, 8080, "TCP"),)
-        found = tuple(Endpoint(str(first + number)) for number in range(1, count + 1))
+        endpoints = tuple(Endpoint(str(first + number)) for number in range(1, count + 1))
         service = Service("ns", name, (ip,), (ServicePort(port, 80, "TCP"),), affinity_seconds=affinity)
-        for each in (service, EndpointSlice("ns", name, f"ns/{name}", self._family, found, ports)):
-            self.sync_family.note(self.store.apply(Upsert(each)))
-        return self
-
-    def sync(self) -> Cluster:
-        self.node.call(lambda: self.sync_family.sync(self.store))
-        return self
-
-    def verify(self) -> bool:
-        return self.node.call(self.sync_family.verify)
+        return self.put(service, EndpointSlice("ns", name, f"ns/{name}", family, endpoints, ports))
 
 
 @pytest.mark.parametrize("family", Family)
 def test_thousands_of_endpoints_come_grow_shrink_and_go(namespaces: Callable[[], Namespace], family: Family) -> None:
-    cluster = Cluster(namespaces(), family)
+    proxy = NftablesProxy(namespaces(), family)
     for count in (MANY, 3, MANY - 1, MANY, 0, MANY):
-        cluster.put("web", count).sync()
-        fresh = Cluster(namespaces(), family).put("web", count).sync()
-        assert held(cluster.node, family) == held(fresh.node, family)
-        assert cluster.verify()
-    view = cluster.node.call(cluster.kernel.view)
+        proxy.put_service("web", count).sync()
+        fresh = NftablesProxy(namespaces(), family).put_service("web", count).sync()
+        assert held(proxy.node, family) == held(fresh.node, family)
+        assert proxy.verify()
+    view = proxy.node.call(proxy.kernel.view)
     assert view is not None
     assert len(view.elements[names.SERVICE_ENDPOINTS]) == MANY
-    assert max(len(list(TransactionEncoder(family).encode(change))) for change in cluster.kernel.commits) > 5
+    assert max(len(list(TransactionEncoder(family).encode(change))) for change in proxy.kernel.commits) > 5
 
 
 def test_a_small_change_takes_one_commit_no_look_and_no_process(
     namespaces: Callable[[], Namespace], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cluster = Cluster(namespaces()).put("web", 10).put("other", 5_000).sync()
+    proxy = NftablesProxy(namespaces()).put_service("web", 10).put_service("other", 5_000).sync()
 
     def forbidden(*args: object, **options: object) -> None:
         raise AssertionError(f"a process: {args}")
 
     monkeypatch.setattr(subprocess, "Popen", forbidden)
-    commits, reads = len(cluster.kernel.commits), cluster.kernel.reads
+    commits, reads = len(proxy.kernel.commits), proxy.kernel.reads
     for count in (11, 12, 9, 30):
-        cluster.put("web", count).sync()
+        proxy.put_service("web", count).sync()
     # The last needs a chain for another size, which has to be there before a verdict names it.
-    assert (len(cluster.kernel.commits), cluster.kernel.reads) == (commits + 5, reads)
-    assert "rules" not in written_last(cluster, 5, 3)
+    assert (len(proxy.kernel.commits), proxy.kernel.reads) == (commits + 5, reads)
+    assert "rules" not in written_last(proxy, 5, 3)
 
 
 def test_the_families_do_not_take_each_other_for_strangers(namespaces: Callable[[], Namespace]) -> None:
     node, own = namespaces(), OwnGenerations()
-    clusters = [Cluster(node, family, own).put("web", 10).sync() for family in Family]
-    clusters[0].put("web", 11).sync()  # its first look since the other made its table
-    reads = [cluster.kernel.reads for cluster in clusters]
+    proxies = [NftablesProxy(node, family, own).put_service("web", 10).sync() for family in Family]
+    proxies[0].put_service("web", 11).sync()  # its first look since the other made its table
+    reads = [proxy.kernel.reads for proxy in proxies]
     for count in (12, 9, 10, 11):
-        for cluster in clusters:
-            cluster.put("web", count).sync()
-    assert [cluster.kernel.reads for cluster in clusters] == reads
+        for proxy in proxies:
+            proxy.put_service("web", count).sync()
+    assert [proxy.kernel.reads for proxy in proxies] == reads
     # A stranger is found out by both, whichever has something to change first.
     node.run(["nft", "flush table ip kube-proxy; flush table ip6 kube-proxy"])
-    for cluster, family in zip(clusters, Family, strict=True):
-        cluster.put("web", 12).sync()
-        fresh = Cluster(namespaces(), family).put("web", 12).sync()
+    for proxy, family in zip(proxies, Family, strict=True):
+        proxy.put_service("web", 12).sync()
+        fresh = NftablesProxy(namespaces(), family).put_service("web", 12).sync()
         assert without_remarks(held(node, family)) == without_remarks(held(fresh.node, family))
 
 
-def written_last(cluster: Cluster, count: int, of: int) -> set[str]:
+def written_last(proxy: NftablesProxy, count: int, of: int) -> set[str]:
     """The parts that the first `of` of the last `count` transactions used."""
-    recent = cluster.kernel.commits[-count:][:of]
+    recent = proxy.kernel.commits[-count:][:of]
     return {name for change in recent for name in change.__struct_fields__ if getattr(change, name)}
 
 
@@ -270,17 +261,17 @@ DAMAGES = {
 def test_what_others_do_is_noticed_and_put_right(
     namespaces: Callable[[], Namespace], damage: str, looked: bool
 ) -> None:
-    cluster = Cluster(namespaces()).put("web", 10).put("affine", 3, affinity=60).sync()
-    assert cluster.verify()
-    cluster.node.run(["nft", "; ".join(DAMAGES[damage])])
+    proxy = NftablesProxy(namespaces()).put_service("web", 10).put_service("affine", 3, affinity=60).sync()
+    assert proxy.verify()
+    proxy.node.run(["nft", "; ".join(DAMAGES[damage])])
     if looked:
-        assert not cluster.verify()
-    fresh = Cluster(namespaces()).put("web", 10).put("affine", 3, affinity=60)
+        assert not proxy.verify()
+    fresh = NftablesProxy(namespaces()).put_service("web", 10).put_service("affine", 3, affinity=60)
     if not looked:
-        for each in (cluster, fresh):
-            each.put("other-one", 1)
-    assert without_remarks(held(cluster.sync().node, IPV4)) == without_remarks(held(fresh.sync().node, IPV4))
-    assert cluster.verify()
+        for each in (proxy, fresh):
+            each.put_service("other-one", 1)
+    assert without_remarks(held(proxy.sync().node, IPV4)) == without_remarks(held(fresh.sync().node, IPV4))
+    assert proxy.verify()
 
 
 @pytest.mark.parametrize("way", [NetlinkCommit, NftCommit])
@@ -305,10 +296,9 @@ def test_the_longest_names_that_kubernetes_allows(
         slices = EndpointSlice("n" * 63, end, service.key, IPV4, found, (EndpointPort(port, 8080, "TCP"),))
         store.apply(Upsert(service))
         store.apply(Upsert(slices))
-    sync = FamilySync(NftablesBackend(kernel), lambda _: context)
-    node.call(lambda: sync.sync(store))
-    assert node.call(sync.verify)
-    FamilySync(NftablesPrinter(IPV4, texts.append), lambda _: context).sync(store)
+    proxy = SingleFamilyProxy(NftablesBackend(kernel), context, store=store, namespace=node).sync()
+    assert proxy.verify()
+    SingleFamilyProxy(NftablesPrinter(IPV4, texts.append), context, store=store).sync()
     listed = node.run(["nft", "list", "table", table_family(IPV4), TABLE]).stdout
     assert in_order(listed) == in_order("".join(texts))
     again = namespaces()

@@ -18,7 +18,7 @@ from kproxy.nftables.names import TABLE, table_family
 from kproxy.nftables.snapshot import TableSnapshot
 from kproxy.nftables.transaction import Transaction
 from tests.faketable import FakeTable
-from tests.kernel.test_nftables_commit import Attributes, Held, held, program, recorded_sync
+from tests.kernel.test_nftables_commit import Attributes, Held, held, program, recorded_proxy
 from tests.lab.namespace import Namespace
 from tests.recordings import GOLDEN, SCENARIOS
 
@@ -134,9 +134,8 @@ def generation(node: Namespace) -> int:
 def start(node: Namespace, scenario: str, family: Family, *, batch_frontends: int = 2_000) -> Watched:
     """Start over a recorded cluster with whatever the kernel holds, and make sure of what it holds then."""
     kernel = Watched(family)
-    sync, store = recorded_sync(scenario, family, NftablesBackend(kernel, batch_frontends=batch_frontends))
-    node.call(lambda: sync.sync(store))
-    assert node.call(sync.verify)
+    backend = NftablesBackend(kernel, batch_frontends=batch_frontends)
+    assert recorded_proxy(scenario, family, backend, node).sync().verify()
     return kernel
 
 

@@ -6,19 +6,18 @@ import logging
 import math
 import os
 import random
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from kproxy.model.context import Context, LocalTraffic
-from kproxy.model.delta import Delta, Replace
-from kproxy.model.store import Store
+from kproxy.model.delta import Replace
 from kproxy.model.types import EndpointSlice, Family, Node, Service
 from kproxy.nftables.backend import NftablesBackend
 from kproxy.nftables.kernel import NetlinkCommit, NftTable
 from kproxy.sync.family import FamilySync
+from tests.inprocess import InProcessProxy
 from tests.lab.churn import NODE_PORT as FIRST_NODE_PORT
 from tests.lab.churn import NODES, PORT, STEADY, Churn, addresses_on
 from tests.lab.client import Answered
@@ -45,32 +44,22 @@ CIDRS = {Family.IPV4: "10.244.0.0/16", Family.IPV6: "fd00:10:244::/48"}
 NODE_OBJECT = Node(NODE, addresses=NODE_ADDRESSES)
 
 
-class Proxy:
-    """Both families of nftables mode in a namespace, as long as a process would live."""
+class ChurnProxy(InProcessProxy):
+    """Both families of nftables mode in a namespace, for as long as one process would live."""
 
     def __init__(self, node: Namespace, churn: Churn) -> None:
-        """Begin with all objects, whatever the tables hold."""
-        self._node = node
-        self._store = Store(NODE)
-        self._families = [
-            FamilySync(
+        """Start with all objects, whatever the tables hold."""
+        families = {
+            family: FamilySync(
                 NftablesBackend(NftTable(family, NetlinkCommit(family)), batch_frontends=25),
                 partial(_context, family),
                 large_cluster_endpoints=math.inf,
             )
             for family in Family
-        ]
+        }
+        super().__init__(families, namespace=node)
         services, slices = churn.everything()
-        self.sync([Replace(Node, (NODE_OBJECT,)), Replace(Service, services), Replace(EndpointSlice, slices)])
-
-    def sync(self, deltas: Sequence[Delta]) -> None:
-        """Take in changes and program them."""
-        for delta in deltas:
-            changed = self._store.apply(delta)
-            for family in self._families:
-                family.note(changed)
-        for family in self._families:
-            self._node.call(partial(family.sync, self._store))
+        self.apply(Replace(Node, (NODE_OBJECT,)), Replace(Service, services), Replace(EndpointSlice, slices)).sync()
 
 
 def _context(family: Family, node: Node | None) -> Context:
@@ -103,16 +92,16 @@ def test_no_connection_fails_while_everything_changes(lab: Lab, tmp_path: Path) 
     outside = lab.add_client("visitor", "198.51.100.10", "2001:db8:51::10")
     Greeters(tmp_path, machines, PORT)
     watch = Watch(node, churn.frontends(), [FIRST_NODE_PORT + number for number in range(STEADY)])
-    proxy = Proxy(node, churn)
+    proxy = ChurnProxy(node, churn)
     with Rush(churn.ways(inside, outside), tmp_path) as rush:
         rush.settle()
         changes = 0
         while changes < CHANGES:
             count = min(sizes.randint(1, LARGEST_BATCH), CHANGES - changes)
-            proxy.sync(churn.batch(count))
+            proxy.apply(*churn.batch(count)).sync()
             changes += count
             if sizes.random() < RESTARTS:
-                proxy = Proxy(node, churn)
+                proxy = ChurnProxy(node, churn)
             rush.wait_for(changes * CONNECTIONS_PER_CHANGE)
         rush.settle()
         log.info("seed %d: %d changes, %.0f connections a second", seed, changes, rush.rate)
@@ -130,7 +119,7 @@ def assert_as_afresh(node: Namespace, churn: Churn, seed: int) -> None:
     """Compare the tables with those of the same objects on an empty node."""
     fresh = Namespace("fresh")
     try:
-        Proxy(fresh, churn)
+        ChurnProxy(fresh, churn)
         for family in NFT_FAMILIES:
             wanted = table_state(fresh, family)
             assert wanted

@@ -25,8 +25,7 @@ from kproxy.nftables.kernel import NetlinkCommit, NftTable, TableError
 from kproxy.nftables.transaction import Transaction
 from kproxy.sync.conntrack import ConntrackCleaner, ConntrackCleanup
 from kproxy.sync.family import Backend, FamilySync
-from kproxy.sync.reconciler import Reconciler
-from kproxy.sync.schedule import Schedule
+from tests.inprocess import ReconciledProxy
 from tests.kernel.test_conntrack import entries
 from tests.lab import objects as lab_objects
 from tests.lab.client import Answered, finish, open_connection
@@ -66,14 +65,13 @@ class FickleTable(NftTable):
         super().commit(change, generation)
 
 
-class Proxy:
+class UdpProxy(ReconciledProxy):
     """kproxy's reconciler on the lab's node, one sync per call."""
 
     def __init__(
         self, lab: Lab, *deltas: Delta, node_port_addresses: tuple[str, ...] | None = None, mode: str = "iptables"
     ) -> None:
-        """Start with these objects: all there are."""
-        self._node = lab.node.namespace
+        """Start with these objects and no others."""
         self.cleanings: list[ConntrackCleanup] = []
         self._kernels = {family: _kernel(mode, family) for family in Family}
 
@@ -89,14 +87,15 @@ class Proxy:
             clock=time.monotonic,
             tell=self.cleanings.append,
         )
-        self._reconciler = Reconciler(
-            Store(NODE),
+        super().__init__(
             {
                 family: FamilySync(_backend(kernel), partial(context, family))
                 for family, kernel in self._kernels.items()
             },
-            make_schedule=lambda: Schedule(min_interval=0, max_retry=0),
-            clock=time.monotonic,
+            min_interval=0,
+            max_retry=0,
+            store=Store(NODE),
+            namespace=lab.node.namespace,
             observers=[cleaner],
         )
         objects = [delta.object for delta in deltas if isinstance(delta, Upsert)]
@@ -105,23 +104,18 @@ class Proxy:
         self.sync(Replace(Service, services), Replace(EndpointSlice, slices), Replace(Node, ()))
 
     def sync(self, *deltas: Delta) -> None:
-        assert self._sync(*deltas), "the kernel refused"
+        """Apply deltas and sync, which must succeed."""
+        self.apply(*deltas)
+        assert self.sync_after(), "the kernel rejected the change"
 
     def fail(self, *deltas: Delta) -> None:
-        """Let a sync fail."""
+        """Apply deltas and let their sync fail."""
         for kernel in self._kernels.values():
             kernel.refuses = True
-        assert not self._sync(*deltas)
+        self.apply(*deltas)
+        assert not self.sync_after()
         for kernel in self._kernels.values():
             kernel.refuses = False
-
-    def _sync(self, *deltas: Delta) -> bool:
-        def work() -> bool:
-            for delta in deltas:
-                self._reconciler.take(delta)
-            return self._reconciler.sync_due()
-
-        return self._node.call(work)
 
 
 def _kernel(mode: str, family: Family) -> FickleIptables | FickleTable:
@@ -256,7 +250,7 @@ Pods = Callable[[int], Host]
 def test_a_flow_follows_the_replacement_of_its_endpoint(
     lab: Lab, pod: Pods, anybody: Host, version: int, mode: str
 ) -> None:
-    proxy = Proxy(lab, service(), *slices(pod(1)), mode=mode)
+    proxy = UdpProxy(lab, service(), *slices(pod(1)), mode=mode)
     talk = Talk(lab, anybody, CLUSTER_IPS[version])
     assert talk.ask() == "pod-1"
     proxy.sync(*slices(pod(2)))
@@ -267,7 +261,7 @@ def test_a_flow_follows_the_replacement_of_its_endpoint(
 @VERSIONS
 def test_a_pods_flow_to_itself_follows_too(lab: Lab, pod: Pods, version: int) -> None:
     one = pod(1)
-    proxy = Proxy(lab, service(), *slices(one))
+    proxy = UdpProxy(lab, service(), *slices(one))
     talk = Talk(lab, one, CLUSTER_IPS[version])
     assert talk.ask() == "pod-1"
     proxy.sync(*slices(pod(2)))
@@ -280,7 +274,7 @@ def test_a_pods_flow_to_itself_follows_too(lab: Lab, pod: Pods, version: int) ->
 def test_scaled_to_zero_a_flow_is_refused_and_later_served(
     lab: Lab, pod: Pods, client: Host, version: int, mode: str
 ) -> None:
-    proxy = Proxy(lab, service(), *slices(pod(1)), mode=mode)
+    proxy = UdpProxy(lab, service(), *slices(pod(1)), mode=mode)
     talk = Talk(lab, client, CLUSTER_IPS[version])
     assert talk.ask() == "pod-1"
     proxy.sync(*slices())
@@ -296,7 +290,7 @@ def test_scaled_to_zero_a_flow_is_refused_and_later_served(
 def test_a_flow_to_a_deleted_service_ends_and_one_that_came_early_is_served(
     lab: Lab, pod: Pods, client: Host, version: int, mode: str
 ) -> None:
-    proxy = Proxy(lab, service(), *slices(pod(1)), mode=mode)
+    proxy = UdpProxy(lab, service(), *slices(pod(1)), mode=mode)
     talk = Talk(lab, client, CLUSTER_IPS[version])
     assert talk.ask() == "pod-1"
     proxy.sync(*DELETED)
@@ -310,7 +304,7 @@ def test_a_flow_to_a_deleted_service_ends_and_one_that_came_early_is_served(
 
 @VERSIONS
 def test_a_changed_port_ends_the_flows_to_the_old_one(lab: Lab, pod: Pods, client: Host, version: int) -> None:
-    proxy = Proxy(lab, service(port=53), *slices(pod(1)))
+    proxy = UdpProxy(lab, service(port=53), *slices(pod(1)))
     old = Talk(lab, client, CLUSTER_IPS[version], 53)
     assert old.ask() == "pod-1"
     proxy.sync(service(port=54))
@@ -324,7 +318,7 @@ def test_a_changed_port_ends_the_flows_to_the_old_one(lab: Lab, pod: Pods, clien
 @VERSIONS
 def test_a_flow_follows_the_target_port(lab: Lab, pod: Pods, client: Host, version: int) -> None:
     one = pod(1)
-    proxy = Proxy(lab, service(), *slices(one, port=8053))
+    proxy = UdpProxy(lab, service(), *slices(one, port=8053))
     talk = Talk(lab, client, CLUSTER_IPS[version])
     assert talk.ask() == "pod-1"
     proxy.sync(*slices(one, port=9053))
@@ -338,7 +332,7 @@ def test_a_flow_follows_the_target_port(lab: Lab, pod: Pods, client: Host, versi
 def test_a_failed_sync_in_between_leaves_nothing_behind(
     lab: Lab, pod: Pods, client: Host, version: int, mode: str
 ) -> None:
-    proxy = Proxy(lab, service(), *slices(pod(1)), mode=mode)
+    proxy = UdpProxy(lab, service(), *slices(pod(1)), mode=mode)
     talk = Talk(lab, client, CLUSTER_IPS[version])
     assert talk.ask() == "pod-1"
     before = talk.entries()
@@ -354,7 +348,7 @@ def test_a_failed_sync_in_between_leaves_nothing_behind(
 def test_a_service_deleted_while_syncs_fail_is_cleaned_up_afterwards(
     lab: Lab, pod: Pods, client: Host, version: int
 ) -> None:
-    proxy = Proxy(lab, service(), *slices(pod(1)))
+    proxy = UdpProxy(lab, service(), *slices(pod(1)))
     talk = Talk(lab, client, CLUSTER_IPS[version])
     assert talk.ask() == "pod-1"
     proxy.fail(*DELETED)
@@ -369,7 +363,7 @@ def test_flows_to_endpoints_that_stay_keep_their_entries(
     lab: Lab, pod: Pods, client: Host, version: int, mode: str
 ) -> None:
     pods = {each.name: each for each in (pod(1), pod(2))}
-    proxy = Proxy(lab, service(), *slices(*pods.values()), mode=mode)
+    proxy = UdpProxy(lab, service(), *slices(*pods.values()), mode=mode)
     talk = Talk(lab, client, CLUSTER_IPS[version])
     name = talk.ask()
     before = talk.entries()
@@ -384,14 +378,14 @@ def test_flows_to_endpoints_that_stay_keep_their_entries(
 @VERSIONS
 def test_a_restart_cuts_nothing_that_lives(lab: Lab, pod: Pods, client: Host, version: int, mode: str) -> None:
     state = (service(node_port=NODE_PORT), *slices(pod(1)))
-    Proxy(lab, *state, mode=mode)
+    UdpProxy(lab, *state, mode=mode)
     talks = [
         Talk(lab, client, CLUSTER_IPS[version]),
         Talk(lab, client, lab.node.address(version), NODE_PORT),
     ]
     assert [talk.ask() for talk in talks] == ["pod-1", "pod-1"]
     before = [talk.entries() for talk in talks]
-    again = Proxy(lab, *state, mode=mode)
+    again = UdpProxy(lab, *state, mode=mode)
     assert [cleaning.deleted for cleaning in again.cleanings] == [0, 0]
     assert [talk.ask() for talk in talks] == ["pod-1", "pod-1"]
     assert [talk.entries() for talk in talks] == before
@@ -401,10 +395,10 @@ def test_a_restart_cuts_nothing_that_lives(lab: Lab, pod: Pods, client: Host, ve
 
 @VERSIONS
 def test_a_restart_moves_flows_whose_endpoint_died_meanwhile(lab: Lab, pod: Pods, client: Host, version: int) -> None:
-    Proxy(lab, service(), *slices(pod(1)))
+    UdpProxy(lab, service(), *slices(pod(1)))
     talk = Talk(lab, client, CLUSTER_IPS[version])
     assert talk.ask() == "pod-1"
-    Proxy(lab, service(), *slices(pod(2)))
+    UdpProxy(lab, service(), *slices(pod(2)))
     assert talk.ask() == "pod-2"
     talk.close()
 
@@ -415,7 +409,7 @@ def test_node_port_and_external_address_follow_too(
     lab: Lab, pod: Pods, outsider: Host, version: int, mode: str
 ) -> None:
     external_ips = ("203.0.113.7", "2001:db8:7::7")
-    proxy = Proxy(lab, service(53, NODE_PORT, external_ips), *slices(pod(1)), mode=mode)
+    proxy = UdpProxy(lab, service(53, NODE_PORT, external_ips), *slices(pod(1)), mode=mode)
     talks = [
         Talk(lab, outsider, lab.node.address(version), NODE_PORT),
         Talk(lab, outsider, external_ips[version == 6]),
@@ -451,7 +445,7 @@ def test_what_slipped_past_policy_local_is_served_once_it_can_be(
 ) -> None:
     """Only iptables mode: no rule of another table comes between nftables mode's decision and its drop."""
     outsider = lab.add_client("outsider", "198.51.100.10", "2001:db8:51::10")
-    proxy = Proxy(lab, service(53, NODE_PORT, EXTERNAL_IPS, local=True), *slices(elsewhere=[far]))
+    proxy = UdpProxy(lab, service(53, NODE_PORT, EXTERNAL_IPS, local=True), *slices(elsewhere=[far]))
     accept_everything_first(lab, version)
     talks = [
         Talk(lab, outsider, CLUSTER_IPS[version]),
@@ -476,7 +470,7 @@ def test_flows_to_the_same_port_of_another_host_are_not_touched(
     lab: Lab, pod: Pods, away: Host, version: int, restricted: bool
 ) -> None:
     client, addresses = pod(9), lab.node.addresses if restricted else None
-    proxy = Proxy(lab, service(node_port=NODE_PORT), *slices(pod(1)), node_port_addresses=addresses)
+    proxy = UdpProxy(lab, service(node_port=NODE_PORT), *slices(pod(1)), node_port_addresses=addresses)
     talk = Talk(lab, client, away.address(version), NODE_PORT)
     assert talk.ask() == "away"
     before = talk.entries()
@@ -492,7 +486,7 @@ def test_where_node_ports_do_not_answer_others_flows_stay(
     lab: Lab, pod: Pods, servers: Servers, outsider: Host, version: int
 ) -> None:
     servers.serve(lab.node, NODE_PORT, "UDP")
-    proxy = Proxy(lab, service(node_port=NODE_PORT), *slices(pod(1)), node_port_addresses=())
+    proxy = UdpProxy(lab, service(node_port=NODE_PORT), *slices(pod(1)), node_port_addresses=())
     talk = Talk(lab, outsider, lab.node.address(version), NODE_PORT)
     assert talk.ask() == NODE
     before = talk.entries()

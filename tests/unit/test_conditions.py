@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import logging
-import math
 from typing import Any
 
 import pytest
 from msgspec.structs import asdict, replace
 
-from kproxy.iptables.backend import IptablesBackend
-from kproxy.model.context import Context
-from kproxy.model.delta import Delete, Delta, Invalid, Replace, Upsert
-from kproxy.model.store import Store, StoreChange
+from kproxy.model.delta import Delete, Invalid, Replace, Upsert
+from kproxy.model.store import StoreChange
 from kproxy.model.sync_report import ServiceCounts, SyncError, SyncReport
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Node, Service, ServicePort
-from kproxy.nftables.backend import NftablesBackend
-from kproxy.sync.family import Backend, FamilySync, FamilySyncResult
+from kproxy.sync.family import FamilySyncResult
 from kproxy.sync.service_events import LINES_PER_SYNC, ServiceEventListener
 from kproxy.sync.summary import PERIOD, Summary, synced_text
-from tests.fakekernel import FakeKernel
-from tests.faketable import FakeTable
+from tests.inprocess import FakeKernelProxy
 
 HTTP, DNS = ServicePort("http", 80, "TCP"), ServicePort("dns", 53, "UDP")
 
@@ -36,150 +31,136 @@ def slices(name: str, *nodes: str, ports: tuple[ServicePort, ...] = (HTTP,)) -> 
     return EndpointSlice("ns", name, f"ns/{name}", Family.IPV4, endpoints, served)
 
 
-class Cluster:
-    """One family of a node in one mode, which says what each sync found."""
+class ConditionsProxy(FakeKernelProxy):
+    """One family of a node in one mode, with the condition transitions that a sync reports."""
 
-    def __init__(self, mode: str, family: Family = Family.IPV4) -> None:
-        self.store = Store("node-1")
-        backend: Backend = IptablesBackend(FakeKernel())
-        large = 1000.0
-        if mode == "nftables":
-            backend, large = NftablesBackend(FakeTable(family)), math.inf
-        self.family = FamilySync(backend, lambda _: Context(family, "node-1"), large_cluster_endpoints=large)
+    def result_of(self, *objects: Service | EndpointSlice) -> FamilySyncResult:
+        """Sync these objects and return the result."""
+        return self.sync(*objects).result
 
-    def take(self, *deltas: Delta) -> None:
-        for delta in deltas:
-            self.family.note(self.store.apply(delta))
-
-    def sync(self, *objects: Service | EndpointSlice) -> FamilySyncResult:
-        self.take(*map(Upsert, objects))
-        return self.family.sync(self.store)
-
-    def told(self, *objects: Service | EndpointSlice) -> list[str]:
-        """What a sync tells, less the family."""
-        return [notice.text.removeprefix("IPv4: ") for notice in self.sync(*objects).notices]
+    def reported(self, *objects: Service | EndpointSlice) -> list[str]:
+        """Sync these objects and return the reported transitions, without the family."""
+        return [notice.text.removeprefix("IPv4: ") for notice in self.result_of(*objects).notices]
 
 
 @pytest.fixture(params=["iptables", "nftables"])
-def cluster(request: pytest.FixtureRequest) -> Cluster:
-    return Cluster(request.param)
+def proxy(request: pytest.FixtureRequest) -> ConditionsProxy:
+    return ConditionsProxy(request.param)
 
 
 LOST = "Service ns/web has no endpoints: new connections are rejected"
 BACK = "Service ns/web has endpoints again"
 
 
-def test_a_service_that_loses_its_last_endpoint_is_told_once_and_so_is_that_it_is_back(cluster: Cluster) -> None:
-    assert cluster.told(service("web"), slices("web", "node-1", "node-2")) == []
-    assert cluster.told(slices("web", "node-2")) == []
-    assert cluster.told(slices("web")) == [LOST]
-    assert cluster.told(service("other", 2)) == []
-    assert cluster.told(slices("web")) == []
-    assert cluster.told(slices("web", "node-2")) == [BACK]
-    assert cluster.told(slices("web")) == [LOST]
-    cluster.take(Delete(Service, "ns", "web"))
-    assert cluster.told() == []
+def test_a_service_that_loses_its_last_endpoint_is_told_once_and_so_is_that_it_is_back(proxy: ConditionsProxy) -> None:
+    assert proxy.reported(service("web"), slices("web", "node-1", "node-2")) == []
+    assert proxy.reported(slices("web", "node-2")) == []
+    assert proxy.reported(slices("web")) == [LOST]
+    assert proxy.reported(service("other", 2)) == []
+    assert proxy.reported(slices("web")) == []
+    assert proxy.reported(slices("web", "node-2")) == [BACK]
+    assert proxy.reported(slices("web")) == [LOST]
+    proxy.apply(Delete(Service, "ns", "web"))
+    assert proxy.reported() == []
 
 
 @pytest.mark.parametrize("left", ["deleted", "this-family"])
-def test_a_service_that_is_served_no_longer_gets_no_good_news(cluster: Cluster, left: str) -> None:
+def test_a_service_that_is_served_no_longer_gets_no_good_news(proxy: ConditionsProxy, left: str) -> None:
     claim = {"external_ips": ("203.0.113.1",)}
-    cluster.sync(service("a", 1, **claim), slices("a", "node-1"))
-    cluster.sync(service("web", 2, **claim), slices("web", "node-1"))
-    assert cluster.told(slices("web")) == [LOST]
+    proxy.sync(service("a", 1, **claim), slices("a", "node-1"))
+    proxy.sync(service("web", 2, **claim), slices("web", "node-1"))
+    assert proxy.reported(slices("web")) == [LOST]
     if left == "deleted":
-        cluster.take(Delete(Service, "ns", "web"))
+        proxy.apply(Delete(Service, "ns", "web"))
     else:
-        cluster.take(Upsert(Service("ns", "web", ("fd00:96::2",), (HTTP,))))
-    assert cluster.told() == []
-    cluster.take(Upsert(service("web", 2)))
-    assert cluster.told(slices("web", "node-1")) == []
+        proxy.apply(Upsert(Service("ns", "web", ("fd00:96::2",), (HTTP,))))
+    assert proxy.reported() == []
+    proxy.apply(Upsert(service("web", 2)))
+    assert proxy.reported(slices("web", "node-1")) == []
 
 
-def test_a_new_service_may_wait_for_its_first_endpoint(cluster: Cluster) -> None:
-    assert cluster.told(service("web")) == []
-    assert cluster.sync().tally == ServiceCounts(without_endpoints=1)
-    assert cluster.told(slices("web", "node-1")) == []
-    assert cluster.told(slices("web")) == [LOST]
+def test_a_new_service_may_wait_for_its_first_endpoint(proxy: ConditionsProxy) -> None:
+    assert proxy.reported(service("web")) == []
+    assert proxy.result_of().tally == ServiceCounts(without_endpoints=1)
+    assert proxy.reported(slices("web", "node-1")) == []
+    assert proxy.reported(slices("web")) == [LOST]
 
 
 @pytest.mark.parametrize("failed", [False, True], ids=["change-of-the-node", "after-a-failure"])
-def test_a_loss_is_told_though_everything_was_synced_at_once(cluster: Cluster, failed: bool) -> None:
-    cluster.sync(service("web"), slices("web", "node-1"))
-    cluster.take(Upsert(slices("web")))
+def test_a_loss_is_told_though_everything_was_synced_at_once(proxy: ConditionsProxy, failed: bool) -> None:
+    proxy.sync(service("web"), slices("web", "node-1"))
+    proxy.apply(Upsert(slices("web")))
     if failed:
-        cluster.family.forget()
+        proxy.forget()
     else:
-        cluster.take(Upsert(Node("node-1", zone="other")))
-    assert cluster.told() == [LOST]
-    cluster.family.forget()
-    assert cluster.told() == []
+        proxy.apply(Upsert(Node("node-1", zone="other")))
+    assert proxy.reported() == [LOST]
+    proxy.forget()
+    assert proxy.reported() == []
 
 
-def test_a_port_that_no_endpoint_has_is_named(cluster: Cluster) -> None:
+def test_a_port_that_no_endpoint_has_is_named(proxy: ConditionsProxy) -> None:
     both = (HTTP, DNS)
-    cluster.sync(service("web", 1, *both), slices("web", "node-1", ports=both))
+    proxy.sync(service("web", 1, *both), slices("web", "node-1", ports=both))
     lost = "Service ns/web has no endpoints at port dns: new connections are rejected"
-    assert cluster.told(slices("web", "node-1", ports=(HTTP,))) == [lost]
-    assert cluster.told(slices("web", ports=both)) == [LOST]
-    assert cluster.told(slices("web", "node-1", ports=both)) == [BACK]
+    assert proxy.reported(slices("web", "node-1", ports=(HTTP,))) == [lost]
+    assert proxy.reported(slices("web", ports=both)) == [LOST]
+    assert proxy.reported(slices("web", "node-1", ports=both)) == [BACK]
 
 
-def test_policy_local_without_an_endpoint_here_is_counted_and_no_news(cluster: Cluster) -> None:
-    found = cluster.sync(service("web", internal_local=True), slices("web", "node-2"))
+def test_policy_local_without_an_endpoint_here_is_counted_and_no_news(proxy: ConditionsProxy) -> None:
+    found = proxy.result_of(service("web", internal_local=True), slices("web", "node-2"))
     assert (found.tally, found.notices) == (ServiceCounts(dropped=1), ())
-    assert cluster.sync(slices("web", "node-1")).tally == ServiceCounts()
+    assert proxy.result_of(slices("web", "node-1")).tally == ServiceCounts()
 
 
-def test_all_conditions_are_counted(cluster: Cluster) -> None:
-    cluster.take(Replace(Service, (service("a"), service("b", 2), service("c", 3)), (("ns", "bad"),), ignored=2))
+def test_all_conditions_are_counted(proxy: ConditionsProxy) -> None:
+    proxy.apply(Replace(Service, (service("a"), service("b", 2), service("c", 3)), (("ns", "bad"),), ignored=2))
     shared = {"external_ips": ("203.0.113.1",)}
-    found = cluster.sync(service("b", 2, **shared), service("c", 3, **shared))
+    found = proxy.result_of(service("b", 2, **shared), service("c", 3, **shared))
     assert found.tally == ServiceCounts(without_endpoints=3, in_conflict=1, refused=1, ignored=2)
-    cluster.take(Invalid(Service, "ns", "a"), Delete(Service, "ns", "bad"), Delete(Service, "ns", "b"))
-    assert cluster.sync().tally == ServiceCounts(without_endpoints=2, refused=1, ignored=2)
+    proxy.apply(Invalid(Service, "ns", "a"), Delete(Service, "ns", "bad"), Delete(Service, "ns", "b"))
+    assert proxy.result_of().tally == ServiceCounts(without_endpoints=2, refused=1, ignored=2)
 
 
 @pytest.mark.parametrize("mode", ["iptables", "nftables"])
 def test_source_ranges_of_the_other_family_only_leave_a_load_balancer_open(mode: str) -> None:
     balanced = service("web", vips=("203.0.113.1", "2001:db8::1"), source_ranges=("198.51.100.0/24",))
-    four, six = Cluster(mode), Cluster(mode, Family.IPV6)
-    assert four.told(balanced, slices("web", "node-1")) == []
-    assert [notice.text for notice in six.sync(balanced).notices] == [
+    four, six = ConditionsProxy(mode), ConditionsProxy(mode, Family.IPV6)
+    assert four.reported(balanced, slices("web", "node-1")) == []
+    assert [notice.text for notice in six.result_of(balanced).notices] == [
         "IPv6: Service ns/web names no IPv6 range in loadBalancerSourceRanges: its IPv6 load balancer addresses are "
         "open to all sources; add IPv6 ranges"
     ]
-    six.family.forget()
-    assert six.sync(balanced).notices == ()
+    six.forget()
+    assert six.result_of(balanced).notices == ()
     everything = replace(balanced, source_ranges=("198.51.100.0/24", "::/0"))
-    assert six.sync(everything).notices == ()
-    assert len(six.sync(balanced).notices) == 1
-    assert six.sync(replace(balanced, vips=("203.0.113.1",))).notices == ()
+    assert six.result_of(everything).notices == ()
+    assert len(six.result_of(balanced).notices) == 1
+    assert six.result_of(replace(balanced, vips=("203.0.113.1",))).notices == ()
 
 
-def test_a_conflict_is_told_once_and_so_is_its_end(cluster: Cluster) -> None:
+def test_a_conflict_is_told_once_and_so_is_its_end(proxy: ConditionsProxy) -> None:
     claim = {"external_ips": ("203.0.113.1",)}
-    cluster.sync(service("a", 1, **claim), slices("a", "node-1"))
-    (notice,) = cluster.sync(service("b", 2, **claim), slices("b", "node-1")).notices
+    proxy.sync(service("a", 1, **claim), slices("a", "node-1"))
+    (notice,) = proxy.result_of(service("b", 2, **claim), slices("b", "node-1")).notices
     assert (notice.service, notice.kind) == ("ns/b", "FrontendConflict")
     assert notice.text == (
         "IPv4: ns/b:http and ns/a:http both claim 203.0.113.1:80/TCP: traffic goes to ns/a:http only"
     )
-    cluster.family.forget()
-    assert cluster.told() == []
-    assert cluster.told(service("a", 1)) == ["ns/b:http no longer loses 203.0.113.1:80/TCP to ns/a:http"]
+    proxy.forget()
+    assert proxy.reported() == []
+    assert proxy.reported(service("a", 1)) == ["ns/b:http no longer loses 203.0.113.1:80/TCP to ns/a:http"]
 
 
 def test_nothing_is_told_before_the_kernel_has_it() -> None:
-    cluster = Cluster("iptables")
-    cluster.sync(service("web"), slices("web", "node-1"))
-    kernel = FakeKernel()
-    kernel.reject = lambda _: "out of memory"
-    cluster.family._backend = IptablesBackend(kernel)
+    proxy = ConditionsProxy("iptables")
+    proxy.sync(service("web"), slices("web", "node-1"))
+    proxy.kernel.reject = lambda _: "out of memory"
     with pytest.raises(SyncError):
-        cluster.sync(slices("web"))
-    kernel.reject = lambda _: None
-    assert cluster.told() == [LOST]
+        proxy.sync(slices("web"))
+    proxy.kernel.reject = lambda _: None
+    assert proxy.reported() == [LOST]
 
 
 # The observer.
@@ -189,20 +170,20 @@ def test_warnings_become_events_and_many_at_once_are_not_all_named(caplog: pytes
     caplog.set_level(logging.INFO)
     events: list[tuple[str, str, str]] = []
     notices = ServiceEventListener(lambda *event: events.append(event))
-    cluster = Cluster("nftables")
+    proxy = ConditionsProxy("nftables")
     names = [f"s{number}" for number in range(LINES_PER_SYNC + 3)]
     for number, name in enumerate(names, 1):
-        cluster.sync(service(name, number), slices(name, "node-1"))
+        proxy.sync(service(name, number), slices(name, "node-1"))
     notices.queued(Family.IPV4, 0.0)
     notices.changed(Service, StoreChange())
-    notices.synced(report(cluster.sync(*(slices(name) for name in names))))
+    notices.synced(report(proxy.result_of(*(slices(name) for name in names))))
     assert [event[:2] for event in sorted(events)] == [(f"ns/{name}", "NoEndpoints") for name in sorted(names)]
     assert all(event[2].endswith(" has no endpoints: new connections are rejected") for event in events)
     assert [record.levelname for record in caplog.records] == ["WARNING"] * (LINES_PER_SYNC + 1)
     assert caplog.messages[-1] == "IPv4: 3 more Services with reason NoEndpoints not listed"
     events.clear()
     caplog.clear()
-    notices.synced(report(cluster.sync(slices(names[0], "node-1"))))
+    notices.synced(report(proxy.result_of(slices(names[0], "node-1"))))
     assert events == []
     assert [(record.levelname, record.message) for record in caplog.records] == [
         ("INFO", "IPv4: Service ns/s0 has endpoints again")
@@ -261,7 +242,7 @@ def test_syncs_of_all_services_do_not_count_as_changes(syncs: list[tuple[int, bo
 
 def test_at_the_start_all_services_may_wait_for_their_first_endpoint() -> None:
     """`kproxy apply` and `kproxy render` have no history at all."""
-    cluster = Cluster("iptables")
-    cluster.store.apply(Upsert(service("web")))
-    assert cluster.told() == []
-    assert cluster.sync().tally == ServiceCounts(without_endpoints=1)
+    proxy = ConditionsProxy("iptables")
+    proxy.store.apply(Upsert(service("web")))
+    assert proxy.reported() == []
+    assert proxy.result_of().tally == ServiceCounts(without_endpoints=1)

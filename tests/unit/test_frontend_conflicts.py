@@ -10,19 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from kproxy.iptables import backend as iptables
 from kproxy.iptables.conflicts import FrontendIndex, frontend_of
 from kproxy.iptables.names import ChainName
 from kproxy.iptables.render import DispatchRule, FrontendMatch
-from kproxy.model.context import Context
-from kproxy.model.delta import Upsert
 from kproxy.model.frontend_conflicts import ClaimRank, FrontendConflict
-from kproxy.model.store import Store
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Service, ServicePort
-from kproxy.nftables import backend as nftables
-from kproxy.sync.family import Backend, FamilySync
-from tests.fakekernel import FakeKernel
-from tests.faketable import FakeTable
+from tests.inprocess import FakeKernelProxy
 from tests.unit.strategies import endpoint_slices, services
 
 SHARED = "203.0.113.1"
@@ -39,29 +32,18 @@ def slices(name: str, *nodes: str) -> EndpointSlice:
     return EndpointSlice("ns", name, f"ns/{name}", Family.IPV4, endpoints, ports)
 
 
-class Cluster:
-    """One family of a node in one mode."""
+class ClaimsProxy(FakeKernelProxy):
+    """One family of a node in one mode, with the conflicts that a sync finds."""
 
-    def __init__(self, mode: str, family: Family = Family.IPV4) -> None:
-        self.store = Store("node-1")
-        self.kernel = FakeKernel()
-        self.table = FakeTable(family)
-        backend: Backend = iptables.IptablesBackend(self.kernel)
-        if mode == "nftables":
-            backend = nftables.NftablesBackend(self.table)
-        self._family = FamilySync(backend, lambda _: Context(family, "node-1"))
+    def conflicts_after(self, *objects: Service | EndpointSlice) -> tuple[FrontendConflict, ...]:
+        self.sync(*objects)
+        return tuple(self.result.written.conflicts)
 
-    def put(self, *objects: Service | EndpointSlice) -> tuple[FrontendConflict, ...]:
-        for each in objects:
-            self._family.note(self.store.apply(Upsert(each)))
-        self._written = self._family.sync(self.store).written
-        return tuple(self._written.conflicts)
+    def reported_rules(self) -> int:
+        """The number of rules that the backend reports in iptables mode, without the jumps from built-in chains."""
+        return sum(self.result.written.total_rules.values())
 
-    def rules(self) -> int:
-        """How many rules are said to be there in iptables mode, the jumps from built-in chains aside."""
-        return sum(self._written.total_rules.values())
-
-    def listed(self) -> int:
+    def existing_rules(self) -> int:
         return sum(line.startswith("-A KUBE-") for line in self.kernel.dump())
 
 
@@ -74,43 +56,43 @@ def conflict(holder: str, loser: str, frontend: str = f"{SHARED}:80/TCP") -> Fro
 
 @BOTH
 def test_a_cluster_ip_belongs_to_its_service_with_and_without_endpoints(mode: str) -> None:
-    cluster = Cluster(mode)
+    proxy = ClaimsProxy(mode)
     frontend = "10.96.0.1:80/TCP"
     owner, thief = service("web", 1), service("a-thief", 2, external_ips=("10.96.0.1",))
     stolen = (conflict("web", "a-thief", frontend),)
-    assert cluster.put(thief, slices("a-thief", HERE)) == ()
-    assert cluster.put(owner) == stolen
-    assert cluster.put(slices("web", HERE)) == stolen
-    assert cluster.put(slices("web")) == stolen
-    assert cluster.put(service("a-thief", 2)) == ()
+    assert proxy.conflicts_after(thief, slices("a-thief", HERE)) == ()
+    assert proxy.conflicts_after(owner) == stolen
+    assert proxy.conflicts_after(slices("web", HERE)) == stolen
+    assert proxy.conflicts_after(slices("web")) == stolen
+    assert proxy.conflicts_after(service("a-thief", 2)) == ()
 
 
 @BOTH
 def test_of_two_that_can_serve_the_first_by_name_does(mode: str) -> None:
-    cluster = Cluster(mode)
+    proxy = ClaimsProxy(mode)
     for name, number in (("b", 2), ("a", 1)):
-        found = cluster.put(service(name, number, external_ips=(SHARED,)), slices(name, HERE))
+        found = proxy.conflicts_after(service(name, number, external_ips=(SHARED,)), slices(name, HERE))
     assert found == (conflict("a", "b"),)
 
 
 @BOTH
 def test_one_that_can_serve_comes_before_one_that_drops_and_that_before_one_that_rejects(mode: str) -> None:
-    cluster = Cluster(mode)
+    proxy = ClaimsProxy(mode)
     a, b = (service(name, n, vips=(SHARED,), external_local=True) for n, name in enumerate("ab", 1))
-    assert cluster.put(a, b) == (conflict("a", "b"),)
-    assert cluster.put(slices("b", ELSEWHERE)) == (conflict("b", "a"),)
-    assert cluster.put(slices("a", ELSEWHERE)) == (conflict("a", "b"),)
-    assert cluster.put(slices("b", HERE)) == (conflict("b", "a"),)
-    assert cluster.put(slices("a", HERE)) == (conflict("a", "b"),)
+    assert proxy.conflicts_after(a, b) == (conflict("a", "b"),)
+    assert proxy.conflicts_after(slices("b", ELSEWHERE)) == (conflict("b", "a"),)
+    assert proxy.conflicts_after(slices("a", ELSEWHERE)) == (conflict("a", "b"),)
+    assert proxy.conflicts_after(slices("b", HERE)) == (conflict("b", "a"),)
+    assert proxy.conflicts_after(slices("a", HERE)) == (conflict("a", "b"),)
 
 
 @BOTH
 def test_node_ports_and_other_ports_and_protocols_are_frontends_of_their_own(mode: str) -> None:
-    cluster = Cluster(mode)
-    assert cluster.put(service("a", 1, external_ips=(SHARED,)), slices("a", HERE)) == ()
+    proxy = ClaimsProxy(mode)
+    assert proxy.conflicts_after(service("a", 1, external_ips=(SHARED,)), slices("a", HERE)) == ()
     ports = (ServicePort("http", 81, "TCP"), ServicePort("dns", 80, "UDP"))
-    assert cluster.put(replace(service("b", 2, external_ips=(SHARED,)), ports=ports)) == ()
-    found = cluster.put(service("c", 3, node_port=30080), service("d", 4, node_port=30080))
+    assert proxy.conflicts_after(replace(service("b", 2, external_ips=(SHARED,)), ports=ports)) == ()
+    found = proxy.conflicts_after(service("c", 3, node_port=30080), service("d", 4, node_port=30080))
     assert found == (conflict("c", "d", "NodePort 30080/TCP"),)
 
 
@@ -134,28 +116,28 @@ def test_services_that_share_an_address_but_no_port_are_not_compared() -> None:
 
 
 def test_the_rules_of_who_loses_a_frontend_are_left_out_and_counted_out() -> None:
-    cluster = Cluster("iptables")
+    proxy = ClaimsProxy("iptables")
     more: dict[str, Any] = {"vips": (SHARED,), "source_ranges": ("198.51.100.0/24",)}
-    cluster.put(service("a", 1, **more), slices("a", HERE), service("b", 2, **more), slices("b", HERE))
+    proxy.conflicts_after(service("a", 1, **more), slices("a", HERE), service("b", 2, **more), slices("b", HERE))
 
     def shared() -> list[str]:
         """Whose rules about the shared address there are: that to its KUBE-FW chain, and that which drops the rest."""
-        rules = [line for line in cluster.kernel.dump() if f"-d {SHARED}/32" in line]
+        rules = [line for line in proxy.kernel.dump() if f"-d {SHARED}/32" in line]
         return [line.split('--comment "')[1][:6] for line in rules]
 
     assert shared() == ["ns/a:h"] * 2
-    assert any("-d 10.96.0.2/32" in line for line in cluster.kernel.dump())
-    assert cluster.rules() == cluster.listed()
-    cluster.put(service("a", 1))
+    assert any("-d 10.96.0.2/32" in line for line in proxy.kernel.dump())
+    assert proxy.reported_rules() == proxy.existing_rules()
+    proxy.conflicts_after(service("a", 1))
     assert shared() == ["ns/b:h"] * 2
-    assert cluster.rules() == cluster.listed()
+    assert proxy.reported_rules() == proxy.existing_rules()
 
 
 def conflicts(
     mode: str, family: Family, found: Iterable[Service], endpoints: Iterable[EndpointSlice]
 ) -> list[FrontendConflict]:
-    cluster = Cluster(mode, family)
-    return sorted(cluster.put(*found, *endpoints))
+    proxy = ClaimsProxy(mode, family)
+    return sorted(proxy.conflicts_after(*found, *endpoints))
 
 
 @settings(deadline=None, max_examples=100)

@@ -19,21 +19,12 @@ from kproxy.model.types import Family, Node
 from kproxy.serve.http import MAX_HEAD, HttpRequest, HttpResponse, RequestError, plain, take_request
 from kproxy.serve.server import HttpServer, ListenAddress, listen, parse_address
 from kproxy.serve.status_server import ListenError, StatusServer
+from tests.clock import Clock
 from tests.lab.attempts import Attempts
 from tests.lab.waiting import HANG_GUARD, wait_until
 from tests.ports import free_port, get
 
 LOOPBACK = ListenAddress("127.0.0.1", 0)
-
-
-class Clock:
-    """Seconds that pass when a test says so."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def echo(request: HttpRequest) -> HttpResponse:
@@ -42,7 +33,7 @@ def echo(request: HttpRequest) -> HttpResponse:
 
 @pytest.fixture
 def clock() -> Clock:
-    return Clock()
+    return Clock(1000.0)
 
 
 @pytest.fixture
@@ -223,12 +214,12 @@ def test_clients_that_take_too_long_are_dropped(server: HttpServer, clock: Clock
         if sent.endswith(b"\r\n\r\n"):
             assert client.recv(65536).endswith(b"GET /")
         get(port_of(listener))  # so the client was looked at
-        clock.now += patience - 0.5
+        clock.advance(patience - 0.5)
         settled(server)
         client.setblocking(False)
         with pytest.raises(BlockingIOError):
             client.recv(1)
-        clock.now += 1.5
+        clock.advance(1.5)
         settled(server)
         assert client.recv(1) == b""
 
@@ -241,7 +232,7 @@ def test_clients_that_do_not_hang_up_are_dropped(server: HttpServer, clock: Cloc
         client.sendall(b"x")
         settled(server)
         client.sendall(b"x")  # would fail if the server had closed its side
-        clock.now += 3
+        clock.advance(3)
         settled(server)
 
         def is_refused() -> bool:
@@ -260,9 +251,9 @@ def test_dribbling_does_not_buy_time(server: HttpServer, clock: Clock) -> None:
         for _ in range(9):
             client.sendall(b"G")
             get(port_of(listener))
-            clock.now += 1
+            clock.advance(1)
             settled(server)
-        clock.now += 2
+        clock.advance(2)
         settled(server)
         assert client.recv(1) == b""
 
@@ -275,7 +266,7 @@ def test_too_many_clients_push_out_those_that_wait_longest(
     clients = []
     for _ in range(5):
         clients.append(connected(listener))
-        clock.now += 0.1
+        clock.advance(0.1)
         settled(server)
     assert [client.recv(1) for client in clients[:2]] == [b"", b""]
     for client in clients[2:]:

@@ -16,12 +16,11 @@ from kproxy.iptables.backend import IptablesBackend
 from kproxy.iptables.base_rules import ensured_rules
 from kproxy.iptables.names import DISPATCH_CHAINS, PORT_CHAIN_PREFIXES, port_hash
 from kproxy.model.context import Context, LocalTraffic
-from kproxy.model.delta import Delete, Delta, Replace, Upsert
-from kproxy.model.store import Store
+from kproxy.model.delta import Delete, Delta, Replace
 from kproxy.model.sync_report import SyncError
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Node, Service, ServicePort
-from kproxy.sync.family import FamilySync
 from tests.fakekernel import BUILTIN, FakeKernel
+from tests.inprocess import SingleFamilyProxy
 from tests.unit.strategies import deltas
 
 CONTEXT = Context(
@@ -53,8 +52,8 @@ def a_slice(*lasts: int, owner: str = "web") -> EndpointSlice:
     return EndpointSlice("ns", f"{owner}-1", f"ns/{owner}", Family.IPV4, endpoints, ports)
 
 
-class Proxy:
-    """One family on a fake kernel, synced by hand."""
+class IptablesProxy(SingleFamilyProxy):
+    """One family in iptables mode on a fake kernel."""
 
     def __init__(
         self,
@@ -65,25 +64,15 @@ class Proxy:
         context: Context = CONTEXT,
     ) -> None:
         self.kernel = kernel or FakeKernel()
-        self.context = context
-        self.store = Store("node-1")
         backend = IptablesBackend(
             self.kernel, max_transaction_rules=max_transaction_rules, dispatch_threshold=dispatch_threshold
         )
-        self.family = FamilySync(backend, lambda _: self.context)
+        super().__init__(backend, context)
 
-    def take(self, *deltas: Delta) -> None:
-        for delta in deltas:
-            self.family.note(self.store.apply(delta))
-
-    def put(self, *objects: Service | EndpointSlice | Node) -> list[str]:
+    def lines_of(self, *objects: Service | EndpointSlice | Node) -> list[str]:
         """Sync these objects and return the lines that this wrote."""
-        self.take(*map(Upsert, objects))
-        return self.sync()
-
-    def sync(self) -> list[str]:
         self.kernel.inputs.clear()
-        self.family.sync(self.store)
+        self.sync(*objects)
         return "".join(self.kernel.inputs).splitlines()
 
 
@@ -97,50 +86,50 @@ def deleted(lines: Iterable[str]) -> set[str]:
 
 
 @pytest.fixture
-def proxy() -> Proxy:
+def proxy() -> IptablesProxy:
     """A proxy that has programmed Services `web` (endpoints 1 and 2) and `api` (endpoint 3)."""
-    found = Proxy()
-    found.put(service(), a_slice(1, 2), service("api"), a_slice(3, owner="api"))
+    found = IptablesProxy()
+    found.sync(service(), a_slice(1, 2), service("api"), a_slice(3, owner="api"))
     return found
 
 
 # Small changes.
 
 
-def test_nothing_to_do_is_nothing_written(proxy: Proxy) -> None:
-    assert proxy.sync() == []
+def test_nothing_to_do_is_nothing_written(proxy: IptablesProxy) -> None:
+    assert proxy.lines_of() == []
     assert proxy.kernel.inputs == []
 
 
-def test_one_more_endpoint_is_its_chain_and_the_one_that_picks(proxy: Proxy) -> None:
-    lines = proxy.put(a_slice(1, 2, 4))
+def test_one_more_endpoint_is_its_chain_and_the_one_that_picks(proxy: IptablesProxy) -> None:
+    lines = proxy.lines_of(a_slice(1, 2, 4))
     assert written(lines) == {SVC, sep(4)}
     assert deleted(lines) == set()
     assert lines[0] == "*nat"
     assert lines.count("COMMIT") == 1
 
 
-def test_a_replaced_endpoint_deletes_the_old_ones_chain(proxy: Proxy) -> None:
-    lines = proxy.put(a_slice(1, 4))
+def test_a_replaced_endpoint_deletes_the_old_ones_chain(proxy: IptablesProxy) -> None:
+    lines = proxy.lines_of(a_slice(1, 4))
     assert written(lines) == {SVC, sep(2), sep(4)}
     assert deleted(lines) == {sep(2)}
     assert lines.count("COMMIT") == 1
     assert not [line for line in lines if "KUBE-SERVICES" in line]
 
 
-def test_one_less_endpoint(proxy: Proxy) -> None:
-    lines = proxy.put(a_slice(1))
+def test_one_less_endpoint(proxy: IptablesProxy) -> None:
+    lines = proxy.lines_of(a_slice(1))
     assert (written(lines), deleted(lines)) == ({SVC, sep(2)}, {sep(2)})
 
 
-def test_the_kernel_is_read_once(proxy: Proxy) -> None:
-    proxy.put(a_slice(1))
-    proxy.put(service("new"))
+def test_the_kernel_is_read_once(proxy: IptablesProxy) -> None:
+    proxy.sync(a_slice(1))
+    proxy.sync(service("new"))
     assert proxy.kernel.reads == 1
 
 
-def test_a_new_service_adds_its_chains_and_rewrites_only_the_dispatch_chains_it_is_in(proxy: Proxy) -> None:
-    lines = proxy.put(service("new"), a_slice(9, owner="new"))
+def test_a_new_service_adds_its_chains_and_rewrites_only_the_dispatch_chains_it_is_in(proxy: IptablesProxy) -> None:
+    lines = proxy.lines_of(service("new"), a_slice(9, owner="new"))
     own = {name for name in written(lines) if name.startswith(PORT_CHAIN_PREFIXES)}
     assert len(own) == 2
     assert written(lines) - own == {"KUBE-SERVICES"}
@@ -149,41 +138,41 @@ def test_a_new_service_adds_its_chains_and_rewrites_only_the_dispatch_chains_it_
     assert "must be the last rule" in [line for line in lines if line.startswith("-A KUBE-SERVICES")][-1]
 
 
-def test_a_deleted_service_takes_its_chains_along(proxy: Proxy) -> None:
-    proxy.take(Delete(Service, "ns", "web"))
-    lines = proxy.sync()
+def test_a_deleted_service_takes_its_chains_along(proxy: IptablesProxy) -> None:
+    proxy.apply(Delete(Service, "ns", "web"))
+    lines = proxy.lines_of()
     assert deleted(lines) == {SVC, sep(1), sep(2)}
     assert written(lines) == {SVC, sep(1), sep(2), "KUBE-SERVICES"}
     assert not [rule for rules in proxy.kernel.tables["nat"].values() for rule in rules if "ns/web" in rule]
 
 
-def test_a_service_that_loses_its_last_endpoint_is_refused_instead(proxy: Proxy) -> None:
-    lines = proxy.put(a_slice())
+def test_a_service_that_loses_its_last_endpoint_is_refused_instead(proxy: IptablesProxy) -> None:
+    lines = proxy.lines_of(a_slice())
     assert deleted(lines) == {SVC, sep(1), sep(2)}
     assert [line for line in lines if line.startswith("*")] == ["*nat", "*filter"]
     assert [rule.split(" ")[1] for rule in proxy.kernel.tables["filter"]["KUBE-SERVICES"]] == ["10.96.0.119/32"]
 
 
-def test_a_port_that_is_renamed_changes_its_chains(proxy: Proxy) -> None:
-    lines = proxy.put(service(ports=(ServicePort("other", 80, "TCP"),)))
+def test_a_port_that_is_renamed_changes_its_chains(proxy: IptablesProxy) -> None:
+    lines = proxy.lines_of(service(ports=(ServicePort("other", 80, "TCP"),)))
     assert deleted(lines) == {SVC, sep(1), sep(2)}
 
 
-def test_a_node_port_does_not_touch_the_service_chain(proxy: Proxy) -> None:
-    lines = proxy.put(service(ports=(ServicePort("http", 80, "TCP", 30080),)))
+def test_a_node_port_does_not_touch_the_service_chain(proxy: IptablesProxy) -> None:
+    lines = proxy.lines_of(service(ports=(ServicePort("http", 80, "TCP", 30080),)))
     external = f"KUBE-EXT-{port_hash('ns/web:http', 'TCP')}"
     assert written(lines) == {external, "KUBE-NODEPORTS"}
 
 
-def test_repeated_objects_write_nothing(proxy: Proxy) -> None:
-    assert proxy.put(service(), a_slice(1, 2)) == []
+def test_repeated_objects_write_nothing(proxy: IptablesProxy) -> None:
+    assert proxy.lines_of(service(), a_slice(1, 2)) == []
 
 
 # At start, and after a failure.
 
 
 def test_kube_proxys_jumps_are_in_its_order() -> None:
-    proxy = Proxy()
+    proxy = IptablesProxy()
     proxy.sync()
     for table, chains in BUILTIN.items():
         for chain in chains:
@@ -191,17 +180,17 @@ def test_kube_proxys_jumps_are_in_its_order() -> None:
             assert proxy.kernel.tables[table][chain] == expected
 
 
-def test_only_missing_jumps_are_put_back(proxy: Proxy) -> None:
+def test_only_missing_jumps_are_put_back(proxy: IptablesProxy) -> None:
     missing = proxy.kernel.tables["filter"]["FORWARD"].pop(1)
-    again = Proxy(proxy.kernel)
-    lines = again.put(service(), a_slice(1, 2), service("api"), a_slice(3, owner="api"))
+    again = IptablesProxy(proxy.kernel)
+    lines = again.lines_of(service(), a_slice(1, 2), service("api"), a_slice(3, owner="api"))
     assert lines == ["*filter", f"-I FORWARD 1 {missing}", "COMMIT"]
 
 
 def test_a_jump_counts_as_there_whatever_it_matches() -> None:
     kernel = FakeKernel()
     kernel.restore("*nat\n:KUBE-SERVICES - [0:0]\n-A PREROUTING -m comment --comment old -j KUBE-SERVICES\nCOMMIT\n")
-    lines = Proxy(kernel).sync()
+    lines = IptablesProxy(kernel).lines_of()
     assert not [line for line in lines if line.startswith("-I PREROUTING")]
     assert [line for line in lines if line.startswith("-I OUTPUT 1 ") and line.endswith("-j KUBE-SERVICES")]
 
@@ -218,8 +207,8 @@ FOREIGN = (
 def test_foreign_chains_and_rules_stay() -> None:
     kernel = FakeKernel()
     kernel.restore(FOREIGN)
-    proxy = Proxy(kernel)
-    lines = proxy.put(service(), a_slice(1))
+    proxy = IptablesProxy(kernel)
+    lines = proxy.lines_of(service(), a_slice(1))
     assert kernel.tables["nat"]["DOCKER"] == ["-i docker0 -j RETURN"]
     assert "-m addrtype --dst-type LOCAL -j DOCKER" in kernel.tables["nat"]["PREROUTING"]
     assert "KUBE-KUBELET-CANARY" in kernel.tables["nat"]
@@ -230,50 +219,50 @@ def test_foreign_chains_and_rules_stay() -> None:
 def test_kubelets_firewall_chain_is_added_to_but_never_emptied() -> None:
     kernel = FakeKernel()
     kernel.restore(FOREIGN)
-    lines = Proxy(kernel).sync()
+    lines = IptablesProxy(kernel).lines_of()
     assert "KUBE-FIREWALL" not in written(lines)
     martians, kubelets = kernel.tables["filter"]["KUBE-FIREWALL"]
     assert martians.startswith("! -s 127.0.0.0/8 ")
     assert "kubernetes firewall" in kubelets
-    assert Proxy(kernel).sync() == []
+    assert IptablesProxy(kernel).lines_of() == []
 
 
-def test_a_restart_writes_nothing_and_takes_over(proxy: Proxy) -> None:
-    again = Proxy(proxy.kernel)
-    assert again.put(service(), a_slice(1, 2), service("api"), a_slice(3, owner="api")) == []
-    assert written(again.put(a_slice(1, 2, 4))) == {SVC, sep(4)}
+def test_a_restart_writes_nothing_and_takes_over(proxy: IptablesProxy) -> None:
+    again = IptablesProxy(proxy.kernel)
+    assert again.lines_of(service(), a_slice(1, 2), service("api"), a_slice(3, owner="api")) == []
+    assert written(again.lines_of(a_slice(1, 2, 4))) == {SVC, sep(4)}
 
 
 def test_stale_chains_of_a_former_proxy_are_removed() -> None:
-    former = Proxy()
+    former = IptablesProxy()
     ranges = {"vips": ("203.0.113.1",), "source_ranges": ("198.51.100.0/24",), "external_local": True}
-    former.put(service("old", **ranges), a_slice(1, 2, owner="old"), service(), a_slice(3))
-    again = Proxy(former.kernel)
-    lines = again.put(service(), a_slice(3))
+    former.sync(service("old", **ranges), a_slice(1, 2, owner="old"), service(), a_slice(3))
+    again = IptablesProxy(former.kernel)
+    lines = again.lines_of(service(), a_slice(3))
     assert {name.split("-")[1] for name in deleted(lines)} == {"SVC", "SVL", "EXT", "FW", "SEP"}
-    fresh = Proxy()
-    fresh.put(service(), a_slice(3))
+    fresh = IptablesProxy()
+    fresh.sync(service(), a_slice(3))
     assert former.kernel.dump() == fresh.kernel.dump()
 
 
-def test_a_chain_that_was_tampered_with_is_repaired_at_start(proxy: Proxy) -> None:
+def test_a_chain_that_was_tampered_with_is_repaired_at_start(proxy: IptablesProxy) -> None:
     expected = proxy.kernel.dump()
     proxy.kernel.tables["nat"][SVC].pop()
     proxy.kernel.tables["nat"]["KUBE-SERVICES"].append("-j ACCEPT")
     proxy.kernel.tables["filter"]["KUBE-FORWARD"].clear()
     del proxy.kernel.tables["mangle"]["KUBE-PROXY-CANARY"]
-    again = Proxy(proxy.kernel)
-    lines = again.put(service(), a_slice(1, 2), service("api"), a_slice(3, owner="api"))
+    again = IptablesProxy(proxy.kernel)
+    lines = again.lines_of(service(), a_slice(1, 2), service("api"), a_slice(3, owner="api"))
     assert written(lines) == {SVC, "KUBE-SERVICES", "KUBE-FORWARD", "KUBE-PROXY-CANARY"}
     assert proxy.kernel.dump() == expected
 
 
-def test_after_a_failure_the_kernel_is_read_and_only_what_is_missing_is_written(proxy: Proxy) -> None:
+def test_after_a_failure_the_kernel_is_read_and_only_what_is_missing_is_written(proxy: IptablesProxy) -> None:
     proxy.kernel.reject = lambda _: "out of memory"
     with pytest.raises(SyncError, match="out of memory"):
-        proxy.put(a_slice(1, 2, 4))
+        proxy.sync(a_slice(1, 2, 4))
     proxy.kernel.reject = lambda _: None
-    assert written(proxy.sync()) == {SVC, sep(4)}
+    assert written(proxy.lines_of()) == {SVC, sep(4)}
     assert proxy.kernel.reads == 2
 
 
@@ -292,13 +281,15 @@ def test_after_a_failure_the_kernel_is_read_and_only_what_is_missing_is_written(
         ({"zone": "zone-a"}, set()),
     ],
 )
-def test_a_changed_context_rewrites_what_it_shapes(proxy: Proxy, change: dict[str, Any], chains: set[str]) -> None:
+def test_a_changed_context_rewrites_what_it_shapes(
+    proxy: IptablesProxy, change: dict[str, Any], chains: set[str]
+) -> None:
     proxy.context = replace(CONTEXT, **change)
-    assert written(proxy.sync()) == chains
-    fresh = Proxy(context=proxy.context)
-    fresh.put(service(), a_slice(1, 2), service("api"), a_slice(3, owner="api"))
+    assert written(proxy.lines_of()) == chains
+    fresh = IptablesProxy(context=proxy.context)
+    fresh.sync(service(), a_slice(1, 2), service("api"), a_slice(3, owner="api"))
     assert proxy.kernel.dump() == fresh.kernel.dump()
-    assert proxy.sync() == []
+    assert proxy.lines_of() == []
 
 
 # Large changes, in blocks.
@@ -343,20 +334,20 @@ def assert_safe(before: dict[str, list[str]], states: list[dict[str, list[str]]]
 
 @pytest.mark.parametrize("max_transaction_rules", [1, 5, 20, 600])
 def test_a_large_load_is_safe_at_every_moment(max_transaction_rules: int) -> None:
-    proxy = Proxy(Watched(), max_transaction_rules=max_transaction_rules)
+    proxy = IptablesProxy(Watched(), max_transaction_rules=max_transaction_rules)
     kernel = proxy.kernel
     assert isinstance(kernel, Watched)
     objects = [each for name in "abcdef" for each in (service(name), a_slice(1, 2, 3, owner=name))]
-    proxy.put(*objects)
-    whole = Proxy()
-    whole.put(*objects)
+    proxy.sync(*objects)
+    whole = IptablesProxy()
+    whole.sync(*objects)
     assert kernel.dump() == whole.kernel.dump()
     assert_safe({}, kernel.states)
 
 
 def test_blocks_hold_what_they_may_and_never_half_a_service() -> None:
-    proxy = Proxy(max_transaction_rules=30)
-    proxy.put(*(each for name in "abcdefgh" for each in (service(name), a_slice(1, 2, 3, owner=name))))
+    proxy = IptablesProxy(max_transaction_rules=30)
+    proxy.sync(*(each for name in "abcdefgh" for each in (service(name), a_slice(1, 2, 3, owner=name))))
     *blocks, switch = proxy.kernel.inputs
     assert len(blocks) > 2
     for block in blocks:
@@ -370,18 +361,18 @@ def test_blocks_hold_what_they_may_and_never_half_a_service() -> None:
 
 
 def test_a_service_larger_than_a_block_is_a_block() -> None:
-    proxy = Proxy(max_transaction_rules=5)
-    proxy.put(service(), a_slice(*range(1, 20)))
+    proxy = IptablesProxy(max_transaction_rules=5)
+    proxy.sync(service(), a_slice(*range(1, 20)))
     assert [text.count(":KUBE-SVC-") for text in proxy.kernel.inputs].count(1) == 1
 
 
 def test_many_stale_chains_are_deleted_in_blocks_without_one_that_is_still_in_use() -> None:
-    former = Proxy()
+    former = IptablesProxy()
     ranges = {"vips": ("203.0.113.1",), "source_ranges": ("198.51.100.0/24",), "external_local": True}
     for name in "abcdef":
-        former.put(service(name, **ranges), a_slice(1, 2, 3, owner=name))
-    again = Proxy(former.kernel, max_transaction_rules=3)
-    again.sync()
+        former.sync(service(name, **ranges), a_slice(1, 2, 3, owner=name))
+    again = IptablesProxy(former.kernel, max_transaction_rules=3)
+    again.lines_of()
     assert not [name for name in former.kernel.tables["nat"] if name.startswith(PORT_CHAIN_PREFIXES)]
     assert next(text.count("-X ") for text in again.kernel.inputs if "-X " in text) == 3
 
@@ -398,16 +389,18 @@ def test_every_change_is_safe_at_every_moment(
     before: list[Delta], more: list[Delta], max_transaction_rules: int, dispatch_threshold: int, restarted: bool
 ) -> None:
     kernel = Watched()
-    proxy = Proxy(kernel, max_transaction_rules=max_transaction_rules, dispatch_threshold=dispatch_threshold)
-    listed = partial(proxy.take, Replace(Service, ()), Replace(EndpointSlice, ()))
+    proxy = IptablesProxy(kernel, max_transaction_rules=max_transaction_rules, dispatch_threshold=dispatch_threshold)
+    listed = partial(proxy.apply, Replace(Service, ()), Replace(EndpointSlice, ()))
     listed()
-    proxy.take(*before)
+    proxy.apply(*before)
     proxy.sync()
     state = dict(kernel.tables["nat"])
     if restarted:
-        proxy = Proxy(kernel, max_transaction_rules=max_transaction_rules, dispatch_threshold=dispatch_threshold)
-        proxy.take(*before)
+        proxy = IptablesProxy(
+            kernel, max_transaction_rules=max_transaction_rules, dispatch_threshold=dispatch_threshold
+        )
+        proxy.apply(*before)
     kernel.states.clear()
-    proxy.take(*more)
+    proxy.apply(*more)
     proxy.sync()
     assert_safe(state, kernel.states)

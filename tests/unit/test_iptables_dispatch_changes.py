@@ -28,7 +28,7 @@ from tests.packets.expectation import describe
 from tests.packets.places import NODE_ADDRESSES, packet_of
 from tests.packets.table import Row, read_table
 from tests.recordings import GOLDEN, SCENARIOS, store
-from tests.unit.test_iptables_diff import CONTEXT, Proxy, Watched, a_slice, deleted, written
+from tests.unit.test_iptables_diff import CONTEXT, IptablesProxy, Watched, a_slice, deleted, written
 from tests.unit.test_iptables_dispatch import Walk
 
 THRESHOLD = 40
@@ -51,7 +51,7 @@ def objects(count: int) -> Iterator[Service | EndpointSlice]:
         yield a_slice(1, 2, owner=f"web{number}")
 
 
-def split(proxy: Proxy) -> set[ChainName]:
+def split(proxy: IptablesProxy) -> set[ChainName]:
     """The dispatch chains of the kernel that are split, told by where they jump to."""
     tables = proxy.kernel.tables
     jumps = {
@@ -62,17 +62,17 @@ def split(proxy: Proxy) -> set[ChainName]:
     }
 
 
-def shards(proxy: Proxy) -> list[str]:
+def shards(proxy: IptablesProxy) -> list[str]:
     return [
         name for table, chains in proxy.kernel.tables.items() for name in chains if is_shard(ChainName(table, name))
     ]
 
 
 @pytest.fixture
-def large() -> Proxy:
+def large() -> IptablesProxy:
     """A proxy with three times as many Services as its threshold."""
-    found = Proxy(dispatch_threshold=THRESHOLD, context=UNCOUNTED)
-    found.put(*objects(3 * THRESHOLD))
+    found = IptablesProxy(dispatch_threshold=THRESHOLD, context=UNCOUNTED)
+    found.sync(*objects(3 * THRESHOLD))
     assert {chain.name for chain in split(found)} == {"KUBE-SERVICES", "KUBE-NODEPORTS"}
     return found
 
@@ -84,58 +84,58 @@ def dispatch_written(lines: list[str]) -> set[str]:
 
 
 def test_the_threshold_is_what_a_flat_chain_may_hold() -> None:
-    proxy = Proxy(dispatch_threshold=THRESHOLD, context=UNCOUNTED)
-    proxy.put(*objects(THRESHOLD))
+    proxy = IptablesProxy(dispatch_threshold=THRESHOLD, context=UNCOUNTED)
+    proxy.sync(*objects(THRESHOLD))
     assert split(proxy) == set()
     flat = proxy.kernel.dump()
-    proxy.put(web(THRESHOLD), a_slice(1, owner=f"web{THRESHOLD}"))
+    proxy.sync(web(THRESHOLD), a_slice(1, owner=f"web{THRESHOLD}"))
     assert len(split(proxy)) == 2
-    proxy.take(Delete(Service, "ns", f"web{THRESHOLD}"))
+    proxy.apply(Delete(Service, "ns", f"web{THRESHOLD}"))
     proxy.sync()
     assert shards(proxy) == []
     assert proxy.kernel.dump() == flat
 
 
 def test_without_a_threshold_nothing_is_split() -> None:
-    proxy = Proxy(dispatch_threshold=0, context=UNCOUNTED)
-    proxy.put(*objects(3 * THRESHOLD))
+    proxy = IptablesProxy(dispatch_threshold=0, context=UNCOUNTED)
+    proxy.sync(*objects(3 * THRESHOLD))
     assert split(proxy) == set()
 
 
-def test_one_service_more_or_less_rewrites_a_shard(large: Proxy) -> None:
+def test_one_service_more_or_less_rewrites_a_shard(large: IptablesProxy) -> None:
     new = Service("ns", "new", ("10.96.14.1",), (ServicePort("http", 80, "TCP"),))
     for change in (Upsert(new), Delete(Service, "ns", "new")):
-        large.take(Upsert(a_slice(9, owner="new")), change)
-        lines = large.sync()
+        large.apply(Upsert(a_slice(9, owner="new")), change)
+        lines = large.lines_of()
         assert dispatch_written(lines) == {"KUBE-SVC-10.96.12.0/22"}
         assert sum(line.startswith("-A ") for line in lines) <= 30
         assert lines.count("COMMIT") == 1
 
 
-def test_a_change_of_endpoints_touches_no_dispatch_chain(large: Proxy) -> None:
-    lines = large.put(a_slice(1, 2, 3, owner="web7"))
+def test_a_change_of_endpoints_touches_no_dispatch_chain(large: IptablesProxy) -> None:
+    lines = large.lines_of(a_slice(1, 2, 3, owner="web7"))
     assert lines
     assert dispatch_written(lines) == set()
-    assert large.sync() == []
+    assert large.lines_of() == []
 
 
-def test_a_service_without_endpoints_moves_to_the_chain_that_refuses(large: Proxy) -> None:
+def test_a_service_without_endpoints_moves_to_the_chain_that_refuses(large: IptablesProxy) -> None:
     for number in range(THRESHOLD + 1):
-        large.take(Upsert(a_slice(owner=f"web{number}")))
+        large.apply(Upsert(a_slice(owner=f"web{number}")))
     large.sync()
     assert {(chain.table, chain.name) for chain in split(large)} >= {
         ("filter", "KUBE-SERVICES"),
         ("filter", "KUBE-EXTERNAL-SERVICES"),
     }
-    again = Proxy(dispatch_threshold=THRESHOLD, context=UNCOUNTED)
-    again.put(*objects(3 * THRESHOLD), *(a_slice(owner=f"web{number}") for number in range(THRESHOLD + 1)))
+    again = IptablesProxy(dispatch_threshold=THRESHOLD, context=UNCOUNTED)
+    again.sync(*objects(3 * THRESHOLD), *(a_slice(owner=f"web{number}") for number in range(THRESHOLD + 1)))
     assert large.kernel.dump() == again.kernel.dump()
 
 
 def test_the_rules_are_counted_as_the_kernel_has_them() -> None:
-    proxy = Proxy(dispatch_threshold=THRESHOLD, context=UNCOUNTED)
-    proxy.take(*map(Upsert, objects(3 * THRESHOLD)))
-    proxy.take(Upsert(web(0, health_check_node_port=32000, vips=("203.0.113.1",), external_local=True)))
+    proxy = IptablesProxy(dispatch_threshold=THRESHOLD, context=UNCOUNTED)
+    proxy.apply(*map(Upsert, objects(3 * THRESHOLD)))
+    proxy.apply(Upsert(web(0, health_check_node_port=32000, vips=("203.0.113.1",), external_local=True)))
     plans = {
         key: plan_service(found, proxy.store.slices(key), CONTEXT)
         for key in proxy.store.service_keys()
@@ -171,21 +171,21 @@ def test_no_packet_misses_its_service_while_the_threshold_is_crossed(
 ) -> None:
     kernel = Watched()
 
-    def start() -> Proxy:
-        return Proxy(
+    def start() -> IptablesProxy:
+        return IptablesProxy(
             kernel, max_transaction_rules=max_transaction_rules, dispatch_threshold=THRESHOLD, context=UNCOUNTED
         )
 
     proxy = start()
-    proxy.put(*objects(THRESHOLD))
+    proxy.sync(*objects(THRESHOLD))
     for wanted in (2 * THRESHOLD, THRESHOLD, THRESHOLD + 1, THRESHOLD - 1):
         have = len(list(proxy.store.service_keys()))
         kernel.states.clear()
         if restarted:
             proxy = start()
-            proxy.take(*map(Upsert, objects(min(have, wanted))))
-        proxy.take(*map(Upsert, objects(wanted)))
-        proxy.take(*(Delete(Service, "ns", f"web{number}") for number in range(wanted, have)))
+            proxy.apply(*map(Upsert, objects(min(have, wanted))))
+        proxy.apply(*map(Upsert, objects(wanted)))
+        proxy.apply(*(Delete(Service, "ns", f"web{number}") for number in range(wanted, have)))
         proxy.sync()
         assert bool(split(proxy)) is (wanted > THRESHOLD)
         assert kernel.states
@@ -200,8 +200,8 @@ def test_no_packet_misses_its_service_while_the_threshold_is_crossed(
 
 @pytest.mark.parametrize("refused", range(1, 12))
 def test_a_refusal_amid_the_crossing_is_made_good(refused: int) -> None:
-    proxy = Proxy(max_transaction_rules=30, dispatch_threshold=THRESHOLD, context=UNCOUNTED)
-    proxy.put(*objects(THRESHOLD))
+    proxy = IptablesProxy(max_transaction_rules=30, dispatch_threshold=THRESHOLD, context=UNCOUNTED)
+    proxy.sync(*objects(THRESHOLD))
     left = refused
 
     def refuse(_: str) -> str | None:
@@ -211,24 +211,24 @@ def test_a_refusal_amid_the_crossing_is_made_good(refused: int) -> None:
 
     for wanted in (THRESHOLD + 20, THRESHOLD - 10):
         left, proxy.kernel.reject = refused, refuse
-        proxy.take(*map(Upsert, objects(wanted)))
-        proxy.take(*(Delete(Service, "ns", f"web{number}") for number in range(wanted, THRESHOLD + 20)))
+        proxy.apply(*map(Upsert, objects(wanted)))
+        proxy.apply(*(Delete(Service, "ns", f"web{number}") for number in range(wanted, THRESHOLD + 20)))
         try:
             proxy.sync()
         except SyncError:
             assert left == 0
         proxy.kernel.reject = lambda _: None
         proxy.sync()
-        fresh = Proxy(dispatch_threshold=THRESHOLD, context=UNCOUNTED)
-        fresh.put(*objects(wanted))
+        fresh = IptablesProxy(dispatch_threshold=THRESHOLD, context=UNCOUNTED)
+        fresh.sync(*objects(wanted))
         assert proxy.kernel.dump() == fresh.kernel.dump()
 
 
 # Those who come after.
 
 
-def test_cleaning_up_leaves_no_shard(large: Proxy) -> None:
-    large.put(web(0, health_check_node_port=32000), *(a_slice(owner=f"web{number}") for number in range(60)))
+def test_cleaning_up_leaves_no_shard(large: IptablesProxy) -> None:
+    large.sync(web(0, health_check_node_port=32000), *(a_slice(owner=f"web{number}") for number in range(60)))
     assert {
         table for table in ("nat", "filter") for name in large.kernel.tables[table] if is_shard(ChainName(table, name))
     }
@@ -239,7 +239,7 @@ def test_cleaning_up_leaves_no_shard(large: Proxy) -> None:
     ]
 
 
-def test_kube_proxy_can_take_over(large: Proxy) -> None:
+def test_kube_proxy_can_take_over(large: IptablesProxy) -> None:
     """It rewrites the chains that it knows, and empties and deletes those of table nat that look like a Service's."""
     nat = large.kernel.tables["nat"]
     stale = [name for name in nat if name.startswith(PORT_CHAIN_PREFIXES)]
@@ -247,20 +247,20 @@ def test_kube_proxy_can_take_over(large: Proxy) -> None:
     emptied = "".join(f":{name} - [0:0]\n" for name in (*known, *stale))
     large.kernel.restore(f"*nat\n{emptied}" + "".join(f"-X {name}\n" for name in stale) + "COMMIT\n")
     assert not [name for name in large.kernel.tables["nat"] if is_shard(ChainName("nat", name))]
-    again = Proxy(large.kernel, dispatch_threshold=0, context=UNCOUNTED)
-    again.put(*objects(3))
+    again = IptablesProxy(large.kernel, dispatch_threshold=0, context=UNCOUNTED)
+    again.sync(*objects(3))
     assert shards(again) == []
-    fresh = Proxy(context=UNCOUNTED)
-    fresh.put(*objects(3))
+    fresh = IptablesProxy(context=UNCOUNTED)
+    fresh.sync(*objects(3))
     assert again.kernel.dump() == fresh.kernel.dump()
 
 
-def test_a_shard_that_was_tampered_with_is_repaired_at_start(large: Proxy) -> None:
+def test_a_shard_that_was_tampered_with_is_repaired_at_start(large: IptablesProxy) -> None:
     expected = large.kernel.dump()
     name = next(name for name in shards(large) if name.startswith("KUBE-SVC-10.96."))
     large.kernel.tables["nat"][name].pop()
-    again = Proxy(large.kernel, dispatch_threshold=THRESHOLD, context=UNCOUNTED)
-    lines = again.put(*objects(3 * THRESHOLD))
+    again = IptablesProxy(large.kernel, dispatch_threshold=THRESHOLD, context=UNCOUNTED)
+    lines = again.lines_of(*objects(3 * THRESHOLD))
     assert (written(lines), deleted(lines)) == ({name}, set())
     assert large.kernel.dump() == expected
 

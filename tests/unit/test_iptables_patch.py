@@ -14,12 +14,9 @@ from kproxy.iptables.names import ChainName
 from kproxy.iptables.patch import MIN_PATCHABLE_RULES, RULES_PER_COMMAND, ChainPatch, make_patch
 from kproxy.iptables.save_restore import RestoreInput
 from kproxy.model.context import Context
-from kproxy.model.delta import Replace, Upsert
-from kproxy.model.store import Store
-from kproxy.model.sync_report import ApplyResult
-from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Node, Service, ServicePort
-from kproxy.sync.family import FamilySync
+from kproxy.model.types import Family
 from tests.fakekernel import FakeKernel
+from tests.inprocess import SingleServiceProxy
 
 NAME = "KUBE-SVC-A"
 CHAIN = ChainName("nat", NAME)
@@ -128,8 +125,8 @@ def test_a_patch_stays_only_while_the_chain_is_as_long_as_it_says() -> None:
 SIZES = (1, 3, 4, 9, 30)
 
 
-class Proxy:
-    """One Service whose endpoints change."""
+class PatchingProxy(SingleServiceProxy):
+    """One Service whose endpoints change, on a fake kernel."""
 
     def __init__(
         self,
@@ -142,24 +139,18 @@ class Proxy:
     ) -> None:
         self.kernel = kernel or FakeKernel()
         backend = IptablesBackend(self.kernel, patching=patching, max_transaction_rules=max_transaction_rules)
-        self._family = FamilySync(backend, lambda _: Context(Family.IPV4, "node-1"))
-        self._store = Store("node-1")
-        found = tuple(ServicePort(f"port-{number}", 80 + number, "TCP") for number in range(ports))
-        service = Service("ns", "a", ("10.96.0.1",), found, affinity_seconds=affinity)
-        for delta in (Replace(Node, ()), Replace(Service, (service,)), Replace(EndpointSlice, ())):
-            self._family.note(self._store.apply(delta))
-        self._ports = tuple(EndpointPort(each.name, 8000 + each.port, "TCP") for each in found)
-        self.written = ApplyResult({}, {})
+        super().__init__(backend, Context(Family.IPV4, "node-1"), affinity=affinity, ports=ports)
 
-    def have(self, addresses: Sequence[str]) -> str:
-        """Return what was written for these endpoints."""
-        endpoints = tuple(Endpoint(each, "node-2") for each in addresses)
-        self._family.note(
-            self._store.apply(Upsert(EndpointSlice("ns", "a", "ns/a", Family.IPV4, endpoints, self._ports)))
-        )
+    def written_for(self, addresses: Sequence[str]) -> str:
+        """Make these addresses the endpoints and return what this wrote."""
         self.kernel.inputs.clear()
-        self.written = self._family.sync(self._store).written
+        self.sync_endpoints(addresses)
         return "".join(self.kernel.inputs)
+
+    @property
+    def written_rules(self) -> int:
+        """The number of rules of the nat table that the last sync wrote."""
+        return self.result.written.rules["nat"]
 
     @property
     def chains(self) -> list[str]:
@@ -171,15 +162,15 @@ class Proxy:
 @given(st.integers(), st.lists(st.sampled_from(SIZES), min_size=1, max_size=6))
 def test_endpoints_come_go_and_are_replaced(seed: int, sizes: list[int]) -> None:
     chance = random.Random(seed)
-    proxy = Proxy(affinity=60)
+    proxy = PatchingProxy(affinity=60)
     addresses: list[str] = []
     for size in sizes:
         addresses = chance.sample(addresses, min(size, len(addresses)))
         addresses += [f"10.244.{chance.randrange(9)}.{number}" for number in range(size - len(addresses))]
         for _ in range(3):
-            proxy.have(addresses)
-            fresh = Proxy(affinity=60)
-            fresh.have(addresses)
+            proxy.sync_endpoints(addresses)
+            fresh = PatchingProxy(affinity=60)
+            fresh.sync_endpoints(addresses)
             assert proxy.kernel.dump() == fresh.kernel.dump()
             addresses[chance.randrange(size)] = f"10.245.{chance.randrange(9)}.{chance.randrange(250)}"
 
@@ -188,19 +179,19 @@ MANY = [f"10.244.1.{number}" for number in range(10, 40)]
 
 
 def test_a_chain_that_somebody_else_was_at_is_written_anew() -> None:
-    proxy = Proxy(affinity=60)
-    assert "-R KUBE-SVC" not in proxy.have(MANY)
-    assert proxy.have([*MANY[:-1], "10.244.1.98"]).count("-R KUBE-SVC") == 2
+    proxy = PatchingProxy(affinity=60)
+    assert "-R KUBE-SVC" not in proxy.written_for(MANY)
+    assert proxy.written_for([*MANY[:-1], "10.244.1.98"]).count("-R KUBE-SVC") == 2
     # The two rules of the new endpoint's own chain as well.
-    assert proxy.written.rules["nat"] == 4
+    assert proxy.written_rules == 4
     (name,) = proxy.chains
     proxy.kernel.restore(f"*nat\n-I {name} 1 -j ACCEPT\nCOMMIT\n")
-    assert "-R KUBE-SVC" not in proxy.have([*MANY[:-1], "10.244.1.99"])
-    assert proxy.written.rules["nat"] == 2 + 2 * len(MANY)
+    assert "-R KUBE-SVC" not in proxy.written_for([*MANY[:-1], "10.244.1.99"])
+    assert proxy.written_rules == 2 + 2 * len(MANY)
     assert "-j ACCEPT" not in proxy.kernel.tables["nat"][name]
-    assert proxy.have(MANY).count("-R KUBE-SVC") == 2
+    assert proxy.written_for(MANY).count("-R KUBE-SVC") == 2
     del proxy.kernel.tables["nat"][name][3:]
-    proxy.have([*MANY[:-1], "10.244.1.99"])
+    proxy.sync_endpoints([*MANY[:-1], "10.244.1.99"])
     assert len(proxy.kernel.tables["nat"][name]) == 2 * len(MANY)
     assert proxy.kernel.reads == 1
 
@@ -221,19 +212,19 @@ class Crowded(FakeKernel):
 
 def test_of_chains_that_somebody_else_changed_at_the_same_moment_only_these_are_written_anew() -> None:
     kernel = Crowded()
-    proxy, fresh = Proxy(kernel, ports=3), Proxy(ports=3)
-    proxy.have(MANY)
+    proxy, fresh = PatchingProxy(kernel, ports=3), PatchingProxy(ports=3)
+    proxy.sync_endpoints(MANY)
     crossed = proxy.chains[1]
     kernel.others = f"*nat\n-D {crossed} 1\nCOMMIT\n"
-    written = proxy.have(MANY[1:])
-    fresh.have(MANY[1:])
+    written = proxy.written_for(MANY[1:])
+    fresh.sync_endpoints(MANY[1:])
     assert kernel.dump() == fresh.kernel.dump()
     patched = [line.split()[1] for line in written.splitlines() if line.startswith("-D")]
     assert sorted(patched) == sorted([*proxy.chains, crossed])
     assert {line.split()[1] for line in written.splitlines() if line.startswith("-A KUBE-SVC")} == {crossed}
-    assert proxy.written.rules["nat"] == len(MANY) - 1
+    assert proxy.written_rules == len(MANY) - 1
     assert kernel.reads == 1
-    assert ":KUBE-SVC" not in proxy.have(MANY), "and all that is there is known"
+    assert ":KUBE-SVC" not in proxy.written_for(MANY), "and all that is there is known"
 
 
 class Forgetful(FakeKernel):
@@ -249,32 +240,32 @@ class Forgetful(FakeKernel):
 
 
 def test_a_chain_of_which_nobody_can_tell_whether_it_was_left_alone_is_written_anew() -> None:
-    proxy, fresh = Proxy(Forgetful()), Proxy()
-    proxy.have(MANY)
-    assert "-D KUBE-SVC" in proxy.have(MANY[1:])
+    proxy, fresh = PatchingProxy(Forgetful()), PatchingProxy()
+    proxy.sync_endpoints(MANY)
+    assert "-D KUBE-SVC" in proxy.written_for(MANY[1:])
     assert proxy.kernel.inputs[-1].count("-A KUBE-SVC") == len(MANY) - 1
-    fresh.have(MANY[1:])
+    fresh.sync_endpoints(MANY[1:])
     assert proxy.kernel.dump() == fresh.kernel.dump()
 
 
 def test_without_patching_chains_are_always_written_anew() -> None:
-    proxy = Proxy(patching=False)
-    proxy.have(MANY)
-    assert "-R KUBE-SVC" not in proxy.have([*MANY[:-1], "10.244.1.98"])
+    proxy = PatchingProxy(patching=False)
+    proxy.sync_endpoints(MANY)
+    assert "-R KUBE-SVC" not in proxy.written_for([*MANY[:-1], "10.244.1.98"])
 
 
 def test_the_shortest_chain_that_is_patched() -> None:
-    proxy = Proxy()
-    proxy.have(MANY[:MIN_PATCHABLE_RULES])
-    assert "-R KUBE-SVC" in proxy.have([*MANY[: MIN_PATCHABLE_RULES - 1], "10.244.1.98"])
+    proxy = PatchingProxy()
+    proxy.sync_endpoints(MANY[:MIN_PATCHABLE_RULES])
+    assert "-R KUBE-SVC" in proxy.written_for([*MANY[: MIN_PATCHABLE_RULES - 1], "10.244.1.98"])
 
 
 def test_each_port_has_a_patch_of_its_own() -> None:
-    proxy, fresh = Proxy(ports=3), Proxy(ports=3)
-    proxy.have(MANY)
-    assert {line.split()[1] for line in proxy.have([*MANY[:-1], "10.244.1.98"]).splitlines() if line[:2] == "-R"} == {
-        *proxy.chains
-    }
-    fresh.have([*MANY[:-1], "10.244.1.98"])
+    proxy, fresh = PatchingProxy(ports=3), PatchingProxy(ports=3)
+    proxy.sync_endpoints(MANY)
+    assert {
+        line.split()[1] for line in proxy.written_for([*MANY[:-1], "10.244.1.98"]).splitlines() if line[:2] == "-R"
+    } == {*proxy.chains}
+    fresh.sync_endpoints([*MANY[:-1], "10.244.1.98"])
     assert len(proxy.chains) == 3
     assert proxy.kernel.dump() == fresh.kernel.dump()

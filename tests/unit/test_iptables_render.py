@@ -16,8 +16,8 @@ from kproxy.model.delta import Replace
 from kproxy.model.plan import plan_service
 from kproxy.model.store import Store
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Node, Service, ServicePort
-from kproxy.sync.family import FamilySync
 from tests.fakekernel import FakeKernel
+from tests.inprocess import SingleFamilyProxy
 from tests.recordings import SCENARIOS, comparable, config, recorded, store
 
 OWN = {Family.IPV4: "10.99.0.2", Family.IPV6: "fd00:99::2"}
@@ -57,7 +57,7 @@ def recorded_context(scenario: str, family: Family, found: Store) -> Context:
 def test_a_recorded_cluster_has_the_recorded_rules(scenario: str, family: Family) -> None:
     found, kernel = store(scenario), FakeKernel()
     context = recorded_context(scenario, family, found)
-    FamilySync(IptablesBackend(kernel), lambda _: context).sync(found)
+    SingleFamilyProxy(IptablesBackend(kernel), context, store=found).sync()
     assert comparable(kernel.dump()) == recorded(scenario, family)
 
 
@@ -221,7 +221,7 @@ def test_ipv6_differs_in_masks_brackets_and_replies() -> None:
 # Large clusters.
 
 
-def with_endpoints(count: int) -> tuple[FamilySync, Store, FakeKernel]:
+def with_endpoints(count: int) -> tuple[SingleFamilyProxy, FakeKernel]:
     found, kernel = Store("node-1"), FakeKernel()
     found.apply(Replace(Service, (Service("ns", "web", ("10.96.0.1",), (ServicePort("http", 80, "TCP"),)),)))
     endpoints = tuple(Endpoint(f"10.244.{n >> 8}.{n & 255}") for n in range(count))
@@ -229,13 +229,13 @@ def with_endpoints(count: int) -> tuple[FamilySync, Store, FakeKernel]:
     found.apply(Replace(EndpointSlice, (EndpointSlice("ns", "s", "ns/web", Family.IPV4, endpoints, ports),)))
     found.apply(Replace(Node, ()))
     context = Context(Family.IPV4, "node-1", local_traffic=LOCAL)
-    return FamilySync(IptablesBackend(kernel), lambda _: context), found, kernel
+    return SingleFamilyProxy(IptablesBackend(kernel), context, store=found), kernel
 
 
 @pytest.mark.parametrize(("count", "commented"), [(1000, True), (1001, False)])
 def test_more_than_1000_endpoints_leave_out_the_comments_of_their_rules(count: int, commented: bool) -> None:
-    family, found, kernel = with_endpoints(count)
-    family.sync(found)
+    proxy, kernel = with_endpoints(count)
+    proxy.sync()
     rules = [(name, rule) for name, rules in kernel.tables["nat"].items() for rule in rules]
     of_endpoints = [
         rule for name, rule in rules if name.startswith("KUBE-SEP-") or (name.startswith("KUBE-SVC-") and "SEP" in rule)
@@ -246,10 +246,9 @@ def test_more_than_1000_endpoints_leave_out_the_comments_of_their_rules(count: i
 
 
 def test_the_comments_come_back_when_the_cluster_shrinks() -> None:
-    family, found, kernel = with_endpoints(1001)
-    family.sync(found)
-    fresh_family, fresh_store, fresh_kernel = with_endpoints(3)
-    fresh_family.sync(fresh_store)
-    family.note(found.apply(Replace(EndpointSlice, tuple(fresh_store.slices("ns/web")))))
-    family.sync(found)
+    proxy, kernel = with_endpoints(1001)
+    proxy.sync()
+    fresh, fresh_kernel = with_endpoints(3)
+    fresh.sync()
+    proxy.apply(Replace(EndpointSlice, tuple(fresh.store.slices("ns/web")))).sync()
     assert kernel.dump() == fresh_kernel.dump()

@@ -19,8 +19,8 @@ from kproxy.iptables.save_restore import (
 )
 from kproxy.model.plan import plan_service
 from kproxy.model.types import Family
-from kproxy.sync.family import FamilySync
 from tests.fakekernel import FakeKernel
+from tests.inprocess import SingleFamilyProxy
 from tests.recordings import SCENARIOS, store
 from tests.unit.test_iptables_render import recorded_context
 
@@ -50,7 +50,7 @@ def test_a_probability_of_nothing_stays() -> None:
 def test_what_is_rendered_is_what_is_read(scenario: str, family: Family) -> None:
     found, kernel = store(scenario), FakeKernel()
     context = recorded_context(scenario, family, found)
-    FamilySync(IptablesBackend(kernel), lambda _: context).sync(found)
+    SingleFamilyProxy(IptablesBackend(kernel), context, store=found).sync()
     read = {chain: "\n".join(content.rules) for chain, content in parse_save(kernel.dump()).chains.items()}
     expected = dict(base_chains(context))
     for key in found.service_keys():

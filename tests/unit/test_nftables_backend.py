@@ -12,8 +12,6 @@ from msgspec.structs import replace
 
 from kproxy.host.netlink_message import attributes
 from kproxy.model.context import Context
-from kproxy.model.delta import Delete, Upsert
-from kproxy.model.store import Store
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Service, ServicePort
 from kproxy.nftables import names
 from kproxy.nftables.backend import NftablesBackend, NftablesPrinter
@@ -21,8 +19,8 @@ from kproxy.nftables.elements import hairpin_key, pack_address, service_key
 from kproxy.nftables.encode import TransactionEncoder
 from kproxy.nftables.ruleset import KeyField, NftSet
 from kproxy.nftables.transaction import Transaction
-from kproxy.sync.family import FamilySync
 from tests.faketable import FakeTable, TableState
+from tests.inprocess import SingleFamilyProxy
 
 IPV4 = Family.IPV4
 CONTEXT = Context(IPV4, "node-1", node_port_addresses=("10.99.0.2",))
@@ -37,39 +35,33 @@ def endpoints(name: str, numbers: Iterable[int], *ports: EndpointPort, node: str
     return EndpointSlice("ns", f"{name}-1", f"ns/{name}", IPV4, found, ports or (EndpointPort("", 8080, "TCP"),))
 
 
-class Cluster:
-    """A store and one family's backend on a table in memory."""
+class NftablesProxy(SingleFamilyProxy):
+    """One family in nftables mode on a table in memory."""
 
     def __init__(self, *, batch_frontends: int = 2_000, kernel: FakeTable | None = None) -> None:
         self.kernel = kernel or FakeTable(IPV4)
-        self.store = Store("node-1")
-        self.family = self.start(batch_frontends)
+        super().__init__(self._backend(batch_frontends), CONTEXT, large_cluster_endpoints=math.inf)
 
-    def start(self, batch_frontends: int = 2_000) -> FamilySync:
-        backend = NftablesBackend(self.kernel, batch_frontends=batch_frontends)
-        self.family = FamilySync(backend, lambda _: CONTEXT, large_cluster_endpoints=math.inf)
-        return self.family
+    def _backend(self, batch_frontends: int) -> NftablesBackend:
+        return NftablesBackend(self.kernel, batch_frontends=batch_frontends)
 
-    def put(self, *objects: Service | EndpointSlice) -> Cluster:
-        for each in objects:
-            self.family.note(self.store.apply(Upsert(each)))
-        return self
+    def restart_batching(self, batch_frontends: int = 2_000) -> None:
+        """Continue as a new process on the same table."""
+        self.restart(self._backend(batch_frontends))
 
-    def delete(self, name: str) -> Cluster:
-        self.family.note(self.store.apply(Delete(Service, "ns", name)))
-        return self
-
-    def sync(self) -> list[Transaction]:
-        """Return what was written; make sure that it adds up to what a start from nothing writes."""
+    def checked_sync(self) -> list[Transaction]:
+        """Return what a sync wrote, after checking that the result is what a first sync would write."""
         before = len(self.kernel.commits)
-        self.family.sync(self.store)
+        self.sync()
         assert self.kernel.table == self.fresh()
-        assert self.family.verify()
+        assert self.verify()
         return self.kernel.commits[before:]
 
     def fresh(self) -> TableState | None:
+        """Return the table as a first sync writes it."""
         kernel = FakeTable(IPV4)
-        FamilySync(NftablesBackend(kernel), lambda _: CONTEXT, large_cluster_endpoints=math.inf).sync(self.store)
+        backend = NftablesBackend(kernel)
+        SingleFamilyProxy(backend, CONTEXT, store=self.store, large_cluster_endpoints=math.inf).sync()
         return kernel.table
 
     @property
@@ -82,10 +74,10 @@ FIRST = 101
 """Endpoints from here on, below 200, are in the same order as numbers and as text."""
 
 
-def web(count: int = 10) -> Cluster:
-    cluster = Cluster().put(service("web", "10.96.0.1"), endpoints("web", range(FIRST, FIRST + count)))
-    cluster.sync()
-    return cluster
+def web(count: int = 10) -> NftablesProxy:
+    proxy = NftablesProxy().put(service("web", "10.96.0.1"), endpoints("web", range(FIRST, FIRST + count)))
+    proxy.checked_sync()
+    return proxy
 
 
 def elements(change: Transaction) -> tuple[int, int]:
@@ -113,24 +105,24 @@ def written(change: Transaction) -> set[str]:
     ids=["last moves", "one more", "one less", "another moves", "first goes"],
 )
 def test_a_changed_endpoint_is_a_few_elements_and_two_messages(after: Iterable[int], removed: int, added: int) -> None:
-    cluster = web(10)
-    reads = cluster.kernel.reads
-    cluster.put(endpoints("web", after)).family.sync(cluster.store)
-    assert cluster.kernel.reads == reads
-    change = cluster.kernel.commits[-1]
+    proxy = web(10)
+    reads = proxy.kernel.reads
+    proxy.put(endpoints("web", after)).sync()
+    assert proxy.kernel.reads == reads
+    change = proxy.kernel.commits[-1]
     assert elements(change) == (removed, added)
     assert written(change) <= {"removed", "added"}
     assert len(list(TransactionEncoder(IPV4).encode(change))) == (removed > 0) + (added > 0)
-    assert cluster.kernel.table == cluster.fresh()
+    assert proxy.kernel.table == proxy.fresh()
 
 
 def test_no_verdict_and_no_chain_changes_while_a_size_lasts() -> None:
-    cluster = web(9)
+    proxy = web(9)
     for count in (10, 11, 12, 9):
-        (change,) = cluster.put(endpoints("web", range(FIRST, FIRST + count))).sync()
+        (change,) = proxy.put(endpoints("web", range(FIRST, FIRST + count))).checked_sync()
         assert written(change) <= {"removed", "added"}
         assert names.SERVICE_IPS not in change.removed | change.added
-    new, change = cluster.put(endpoints("web", range(FIRST, FIRST + 13))).sync()
+    new, change = proxy.put(endpoints("web", range(FIRST, FIRST + 13))).checked_sync()
     # A verdict must not come at once with its chain: a packet under way would find the chain empty.
     assert written(new) == {"chains", "rules"}
     assert [chain.name for chain in new.chains] == ["service-any-16"]
@@ -140,33 +132,33 @@ def test_no_verdict_and_no_chain_changes_while_a_size_lasts() -> None:
 
 
 def test_nothing_to_change_is_nothing_written_and_nothing_read() -> None:
-    cluster = web()
-    reads = cluster.kernel.reads
-    cluster.put(service("web", "10.96.0.1"), endpoints("none", [1])).family.sync(cluster.store)
-    assert (len(cluster.kernel.commits), cluster.kernel.reads) == (1, reads)
+    proxy = web()
+    reads = proxy.kernel.reads
+    proxy.put(service("web", "10.96.0.1"), endpoints("none", [1])).sync()
+    assert (len(proxy.kernel.commits), proxy.kernel.reads) == (1, reads)
 
 
 def test_a_start_reads_the_table_once_and_writes_no_element_anew() -> None:
-    cluster = web()
-    reads = cluster.kernel.reads
-    cluster.start()
-    cluster.family.sync(cluster.store)
-    assert cluster.kernel.reads == reads + 1
-    assert written(cluster.kernel.commits[-1]) == {"flushed", "rules"}
+    proxy = web()
+    reads = proxy.kernel.reads
+    proxy.restart_batching()
+    proxy.sync()
+    assert proxy.kernel.reads == reads + 1
+    assert written(proxy.kernel.commits[-1]) == {"flushed", "rules"}
 
 
 def test_clients_are_remembered_anew_when_the_time_for_it_changes() -> None:
-    cluster = Cluster().put(service("web", "10.96.0.1", affinity=60), endpoints("web", range(FIRST, FIRST + 2)))
-    cluster.sync()
-    (change,) = cluster.put(service("web", "10.96.0.1", affinity=61)).sync()
+    proxy = NftablesProxy().put(service("web", "10.96.0.1", affinity=60), endpoints("web", range(FIRST, FIRST + 2)))
+    proxy.checked_sync()
+    (change,) = proxy.put(service("web", "10.96.0.1", affinity=61)).checked_sync()
     assert sorted(change.deleted_sets) == sorted(found.name for found in change.sets)
     assert [found.timeout for found in change.sets] == [61, 61]
 
 
 def test_clients_stay_with_the_endpoints_that_stay() -> None:
-    cluster = Cluster().put(service("web", "10.96.0.1", affinity=60), endpoints("web", (101, 102)))
-    cluster.sync()
-    new, change = cluster.put(endpoints("web", (102, 103))).sync()
+    proxy = NftablesProxy().put(service("web", "10.96.0.1", affinity=60), endpoints("web", (101, 102)))
+    proxy.checked_sync()
+    new, change = proxy.put(endpoints("web", (102, 103))).checked_sync()
     assert [found.name.rpartition("__")[2] for found in new.sets] == ["10.244.0.103/8080"]
     assert [name.rpartition("__")[2] for name in change.deleted_sets] == ["10.244.0.101/8080"]
     assert change.sets == []
@@ -175,24 +167,24 @@ def test_clients_stay_with_the_endpoints_that_stay() -> None:
 def test_plain_services_have_no_chains_sets_or_rules_of_their_own() -> None:
     made = []
     for count in (1, 300):
-        cluster = Cluster()
+        proxy = NftablesProxy()
         for number in range(count):
             name, ports = f"s{number}", (ServicePort("", 80, "TCP", 30000 + number),)
-            cluster.put(service(name, f"10.96.{number // 250}.{number % 250 + 1}", *ports))
-            cluster.put(endpoints(name, range(FIRST, FIRST + 3)))
-        cluster.sync()
-        made.append({name: chain.rules for name, chain in cluster.table.chains.items()})
-        assert len(cluster.table.sets[names.SERVICE_IPS].elements) == count
-        assert len(cluster.table.sets) == 12
+            proxy.put(service(name, f"10.96.{number // 250}.{number % 250 + 1}", *ports))
+            proxy.put(endpoints(name, range(FIRST, FIRST + 3)))
+        proxy.checked_sync()
+        made.append({name: chain.rules for name, chain in proxy.table.chains.items()})
+        assert len(proxy.table.sets[names.SERVICE_IPS].elements) == count
+        assert len(proxy.table.sets) == 12
     assert made[0] == made[1]
 
 
 def test_batches_never_split_a_service() -> None:
-    cluster = Cluster(batch_frontends=2)
+    proxy = NftablesProxy(batch_frontends=2)
     ports = tuple(ServicePort(f"p{number}", number, "TCP") for number in range(1, 6))
     for name, ip in (("a", "10.96.0.1"), ("b", "10.96.0.2"), ("c", "10.96.0.3")):
-        cluster.put(service(name, ip, *ports if name == "b" else ports[:1]))
-    added = [len(change.added.get(names.NO_ENDPOINT_SERVICES, ())) for change in cluster.sync()]
+        proxy.put(service(name, ip, *ports if name == "b" else ports[:1]))
+    added = [len(change.added.get(names.NO_ENDPOINT_SERVICES, ())) for change in proxy.checked_sync()]
     assert added == [6, 1]
 
 
@@ -200,30 +192,30 @@ def test_batches_never_split_a_service() -> None:
 
 
 def test_an_endpoint_on_this_node_that_two_services_share_stays_while_one_of_them_has_it() -> None:
-    cluster = Cluster()
+    proxy = NftablesProxy()
     for name, ip in (("a", "10.96.0.1"), ("b", "10.96.0.2")):
-        cluster.put(service(name, ip), endpoints(name, [1], node="node-1"))
+        proxy.put(service(name, ip), endpoints(name, [1], node="node-1"))
     hairpin = hairpin_key("10.244.0.1:8080", "TCP")
-    cluster.sync()
-    assert list(cluster.table.sets[names.HAIRPINS].elements) == [hairpin]
-    cluster.put(endpoints("a", [1], node="node-2"))
-    assert [written(change) for change in cluster.sync()] == []
-    assert list(cluster.table.sets[names.HAIRPINS].elements) == [hairpin]
-    cluster.delete("b").sync()
-    assert not cluster.table.sets[names.HAIRPINS].elements
+    proxy.checked_sync()
+    assert list(proxy.table.sets[names.HAIRPINS].elements) == [hairpin]
+    proxy.put(endpoints("a", [1], node="node-2"))
+    assert [written(change) for change in proxy.checked_sync()] == []
+    assert list(proxy.table.sets[names.HAIRPINS].elements) == [hairpin]
+    proxy.delete(Service, "b").checked_sync()
+    assert not proxy.table.sets[names.HAIRPINS].elements
 
 
 def test_two_ports_of_a_service_share_its_cluster_ip_and_endpoint() -> None:
     ports = (ServicePort("x", 80, "TCP"), ServicePort("y", 81, "TCP"))
     targets = (EndpointPort("x", 8080, "TCP"), EndpointPort("y", 8080, "TCP"))
-    cluster = Cluster().put(service("web", "10.96.0.1", *ports), endpoints("web", [1], *targets, node="node-1"))
-    cluster.sync()
-    cluster.put(service("web", "10.96.0.1", ports[1])).sync()
-    assert list(cluster.table.sets[names.CLUSTER_IPS].elements) == [pack_address("10.96.0.1")]
-    assert len(cluster.table.sets[names.HAIRPINS].elements) == 1
-    cluster.delete("web").sync()
-    assert not cluster.table.sets[names.CLUSTER_IPS].elements
-    assert not cluster.table.sets[names.HAIRPINS].elements
+    proxy = NftablesProxy().put(service("web", "10.96.0.1", *ports), endpoints("web", [1], *targets, node="node-1"))
+    proxy.checked_sync()
+    proxy.put(service("web", "10.96.0.1", ports[1])).checked_sync()
+    assert list(proxy.table.sets[names.CLUSTER_IPS].elements) == [pack_address("10.96.0.1")]
+    assert len(proxy.table.sets[names.HAIRPINS].elements) == 1
+    proxy.delete(Service, "web").checked_sync()
+    assert not proxy.table.sets[names.CLUSTER_IPS].elements
+    assert not proxy.table.sets[names.HAIRPINS].elements
 
 
 @pytest.mark.parametrize("thief_first", [True, False])
@@ -231,13 +223,13 @@ def test_two_ports_of_a_service_share_its_cluster_ip_and_endpoint() -> None:
 def test_a_cluster_ip_stays_with_its_service_whoever_claims_it(thief_first: bool, batch_frontends: int) -> None:
     owner, thief = service("web", "10.96.0.1"), service("a-thief", "10.96.0.9")
     thief = replace(thief, external_ips=("10.96.0.1",))
-    cluster = Cluster(batch_frontends=batch_frontends)
-    cluster.put(*(thief, owner) if thief_first else (owner, thief))
-    cluster.sync()
+    proxy = NftablesProxy(batch_frontends=batch_frontends)
+    proxy.put(*(thief, owner) if thief_first else (owner, thief))
+    proxy.checked_sync()
     key = service_key("10.96.0.1", "TCP", 80)
-    assert cluster.table.sets[names.NO_ENDPOINT_SERVICES].elements[key].comment == "ns/web"
-    cluster.delete("web").sync()
-    assert cluster.table.sets[names.NO_ENDPOINT_SERVICES].elements[key].comment == "ns/a-thief"
+    assert proxy.table.sets[names.NO_ENDPOINT_SERVICES].elements[key].comment == "ns/web"
+    proxy.delete(Service, "web").checked_sync()
+    assert proxy.table.sets[names.NO_ENDPOINT_SERVICES].elements[key].comment == "ns/a-thief"
 
 
 def test_names_are_cut_where_they_are_too_long_and_stay_apart() -> None:
@@ -245,12 +237,11 @@ def test_names_are_cut_where_they_are_too_long_and_stay_apart() -> None:
     texts = []
     for found in long:
         pages: list[str] = []
-        store = Store("node-1")
-        store.apply(Upsert(replace(found, affinity_seconds=60)))
         port = found.ports[0]
         slices = replace(endpoints("x", [1], EndpointPort(port.name, 8080, "TCP")), service=found.key)
-        store.apply(Upsert(slices))
-        FamilySync(NftablesPrinter(IPV4, pages.append), lambda _: CONTEXT).sync(store)
+        SingleFamilyProxy(NftablesPrinter(IPV4, pages.append), CONTEXT).sync(
+            replace(found, affinity_seconds=60), slices
+        )
         words = "".join(pages).split()
         texts.append({word for before, word in pairwise(words) if before in {"chain", "set"}})
         assert all(len(word) <= names.LONGEST for word in texts[-1])

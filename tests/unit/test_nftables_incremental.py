@@ -16,24 +16,24 @@ from kproxy.model.context import Context
 from kproxy.model.delta import BASIC_KINDS, Delete, Delta, Replace, Upsert
 from kproxy.model.store import Store
 from kproxy.model.sync_report import SyncError
-from kproxy.model.types import EndpointSlice, Family, Node, Service, ServiceCIDR
+from kproxy.model.types import Family, Node, ServiceCIDR
 from kproxy.nftables.backend import NftablesBackend
 from kproxy.nftables.elements import SetElement
 from kproxy.nftables.ruleset import Go, rule
 from kproxy.nftables.transaction import Transaction
 from kproxy.sync.family import FamilySync
 from tests.faketable import FakeChain, FakeTable, TableState
+from tests.inprocess import EMPTY_LISTS, InProcessProxy
 from tests.unit.strategies import contested_deltas, contested_services, contexts, serving_slices, weighted
 
 KINDS = (*BASIC_KINDS, ServiceCIDR)
-EMPTY = (Replace(Service, ()), Replace(EndpointSlice, ()), Replace(Node, ()), Replace(ServiceCIDR, ()))
 SIZES = (1, 2, 2_000)
 
 Contexts: TypeAlias = Mapping[Family, Context]
 
 
-class Proxy:
-    """The real store, planner and backends on two tables in memory."""
+class TablesProxy(InProcessProxy):
+    """Both families of nftables mode on two tables in memory."""
 
     def __init__(
         self,
@@ -45,8 +45,7 @@ class Proxy:
     ) -> None:
         self.contexts = contexts
         self.kernels = kernels or {family: FakeTable(family) for family in Family}
-        self.store = store or Store("node-1", KINDS)
-        self.families = {
+        families = {
             family: FamilySync(
                 NftablesBackend(kernel, batch_frontends=batch_frontends),
                 self._maker(family),
@@ -54,20 +53,15 @@ class Proxy:
             )
             for family, kernel in self.kernels.items()
         }
+        super().__init__(families, store=store or Store("node-1", KINDS))
         if store is None:
-            for delta in EMPTY:
-                self.take(delta)
+            self.apply(*EMPTY_LISTS, Replace(ServiceCIDR, ()))
 
     def _maker(self, family: Family) -> Callable[[Node | None], Context]:
         return lambda node: replace(self.contexts[family], zone=node.zone if node else "")
 
-    def take(self, delta: Delta) -> None:
-        changed = self.store.apply(delta)
-        for sync in self.families.values():
-            sync.note(changed)
-
-    def sync(self) -> None:
-        """Try once, whether or not the kernel takes it."""
+    def try_sync(self) -> None:
+        """Sync each family once, whether or not the kernel accepts the change."""
         for sync in self.families.values():
             with suppress(SyncError):
                 sync.sync(self.store)
@@ -75,17 +69,16 @@ class Proxy:
     def settle(self) -> None:
         for kernel in self.kernels.values():
             kernel.refuse = lambda _: None
-        for sync in self.families.values():
-            sync.sync(self.store)
+        self.sync()
 
     def tables(self) -> dict[Family, TableState | None]:
         return {family: kernel.table for family, kernel in self.kernels.items()}
 
-    def restarted(self, batch_frontends: int) -> Proxy:
-        return Proxy(self.contexts, batch_frontends=batch_frontends, kernels=self.kernels, store=self.store)
+    def restarted(self, batch_frontends: int) -> TablesProxy:
+        return TablesProxy(self.contexts, batch_frontends=batch_frontends, kernels=self.kernels, store=self.store)
 
-    def fresh(self) -> Proxy:
-        found = Proxy(self.contexts, store=self.store)
+    def fresh(self) -> TablesProxy:
+        found = TablesProxy(self.contexts, store=self.store)
         found.settle()
         return found
 
@@ -185,7 +178,7 @@ def refusing(after: int) -> Callable[[Transaction], str | None]:
     return refuse
 
 
-def lead(proxy: Proxy, history: Sequence[Event]) -> Proxy:
+def lead(proxy: TablesProxy, history: Sequence[Event]) -> TablesProxy:
     """Lead a proxy through events and return the one that runs at their end."""
     for event in history:
         for kernel in proxy.kernels.values():
@@ -196,9 +189,9 @@ def lead(proxy: Proxy, history: Sequence[Event]) -> Proxy:
             case Restarted() | Damaged():
                 proxy = proxy.restarted(event.batch_frontends)
             case Pause():
-                proxy.sync()
+                proxy.try_sync()
             case Upsert() | Delete() | Replace():
-                proxy.take(event)
+                proxy.apply(event)
     return proxy
 
 
@@ -216,7 +209,7 @@ def happen(kernel: FakeTable, event: Event) -> None:
 @settings(deadline=None, max_examples=300)
 @given(family_contexts(), histories(), st.sampled_from(SIZES))
 def test_any_sequence_ends_like_a_fresh_start(contexts: Contexts, history: list[Event], size: int) -> None:
-    proxy = lead(Proxy(contexts, batch_frontends=size), history)
+    proxy = lead(TablesProxy(contexts, batch_frontends=size), history)
     proxy.settle()
     assert proxy.tables() == proxy.fresh().tables()
-    assert all(sync.verify() for sync in proxy.families.values())
+    assert proxy.verify()

@@ -18,18 +18,18 @@ from kproxy.nftables.ruleset import Drop, Go, NftChain, rule
 from kproxy.nftables.snapshot import TableSnapshot
 from kproxy.nftables.transaction import Transaction
 from tests.faketable import FakeTable
-from tests.unit.test_nftables_backend import FIRST, IPV4, Cluster, endpoints, service, web, written
+from tests.unit.test_nftables_backend import FIRST, IPV4, NftablesProxy, endpoints, service, web, written
 
 
 def test_a_change_of_others_elsewhere_costs_one_look_at_the_chains() -> None:
-    cluster = web()
-    cluster.kernel.current += 1
-    reads = cluster.kernel.reads
-    cluster.put(service("more", "10.96.0.2")).family.sync(cluster.store)
-    assert cluster.kernel.reads == reads + 1
-    cluster.put(service("even-more", "10.96.0.3")).family.sync(cluster.store)
-    assert cluster.kernel.reads == reads + 1
-    assert cluster.kernel.table == cluster.fresh()
+    proxy = web()
+    proxy.kernel.current += 1
+    reads = proxy.kernel.reads
+    proxy.put(service("more", "10.96.0.2")).sync()
+    assert proxy.kernel.reads == reads + 1
+    proxy.put(service("even-more", "10.96.0.3")).sync()
+    assert proxy.kernel.reads == reads + 1
+    assert proxy.kernel.table == proxy.fresh()
 
 
 def drop_table(kernel: FakeTable) -> None:
@@ -69,18 +69,18 @@ def add_frontend(kernel: FakeTable) -> None:
 DAMAGES = (drop_table, flush_chain, remove_frontend, remove_chain, add_rule, add_chain, add_frontend)
 
 
-def hurt(cluster: Cluster, damage: Callable[[FakeTable], None]) -> None:
-    damage(cluster.kernel)
-    cluster.kernel.current += 1
+def hurt(proxy: NftablesProxy, damage: Callable[[FakeTable], None]) -> None:
+    damage(proxy.kernel)
+    proxy.kernel.current += 1
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_look_notices_what_others_did_and_the_next_sync_repairs_it(damage: Callable[[FakeTable], None]) -> None:
-    cluster = web()
-    assert cluster.family.verify()
-    hurt(cluster, damage)
-    assert not cluster.family.verify()
-    cluster.sync()
+    proxy = web()
+    assert proxy.verify()
+    hurt(proxy, damage)
+    assert not proxy.verify()
+    proxy.checked_sync()
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -88,11 +88,13 @@ def test_a_look_notices_what_others_did_and_the_next_sync_repairs_it(damage: Cal
 def test_a_sync_notices_what_others_did_since_the_last_and_repairs_it(
     damage: Callable[[FakeTable], None], batch_frontends: int
 ) -> None:
-    cluster = web()
-    cluster.start(batch_frontends)
-    cluster.sync()
-    hurt(cluster, damage)
-    cluster.put(service("more", "10.96.0.2"), endpoints("more", [1]), service("web", "10.96.0.1", affinity=60)).sync()
+    proxy = web()
+    proxy.restart_batching(batch_frontends)
+    proxy.checked_sync()
+    hurt(proxy, damage)
+    proxy.put(
+        service("more", "10.96.0.2"), endpoints("more", [1]), service("web", "10.96.0.1", affinity=60)
+    ).checked_sync()
 
 
 class Meddled(FakeTable):
@@ -131,40 +133,40 @@ def test_others_who_meddle_with_a_load_take_nothing_away(
     damage: Callable[[FakeTable], None], when: dict[str, int]
 ) -> None:
     kernel = Meddled({})
-    cluster = Cluster(kernel=kernel)
+    proxy = NftablesProxy(kernel=kernel)
     ips = {"web": "10.96.0.1", "b": "10.96.0.2", "c": "10.96.0.3"}
     for name, ip in ips.items():
-        cluster.put(service(name, ip), endpoints(name, range(FIRST, FIRST + 10)))
-    cluster.sync()
-    cluster.start(batch_frontends=1)
+        proxy.put(service(name, ip), endpoints(name, range(FIRST, FIRST + 10)))
+    proxy.checked_sync()
+    proxy.restart_batching(batch_frontends=1)
     for name, ip in ips.items():
-        cluster.put(service(name, ip, affinity=60))
+        proxy.put(service(name, ip, affinity=60))
     # Before READS views are of no use, something else has to change each time.
     kernel.calls = {call: [*[nothing if place == READS else None] * place, damage] for call, place in when.items()}
-    cluster.sync()
+    proxy.checked_sync()
     assert not any(kernel.calls.values())
 
 
 @pytest.mark.parametrize("times", [1, READS - 1, READS, READS + 1])
 def test_a_table_is_taken_over_however_often_others_change_theirs(times: int) -> None:
     kernel = Meddled({})
-    cluster = Cluster(kernel=kernel).put(service("web", "10.96.0.1", affinity=60), endpoints("web", [FIRST]))
-    cluster.sync()
-    cluster.start()
+    proxy = NftablesProxy(kernel=kernel).put(service("web", "10.96.0.1", affinity=60), endpoints("web", [FIRST]))
+    proxy.checked_sync()
+    proxy.restart_batching()
     kernel.calls = {"after view": [nothing] * times}
-    (change,) = cluster.sync()
+    (change,) = proxy.checked_sync()
     assert not kernel.calls["after view"]
     assert written(change) == {"flushed", "rules"}
 
 
 def test_a_table_that_changes_all_the_time_is_replaced_in_the_end() -> None:
     kernel = Meddled({})
-    cluster = Cluster(kernel=kernel).put(service("web", "10.96.0.1"), endpoints("web", [FIRST]))
-    cluster.sync()
-    cluster.start()
+    proxy = NftablesProxy(kernel=kernel).put(service("web", "10.96.0.1"), endpoints("web", [FIRST]))
+    proxy.checked_sync()
+    proxy.restart_batching()
     kernel.calls = {"after view": [*[nothing] * READS, remove_frontend]}
-    cluster.put(service("web", "10.96.0.1", affinity=60))
-    *_, change = cluster.sync()
+    proxy.put(service("web", "10.96.0.1", affinity=60))
+    *_, change = proxy.checked_sync()
     assert change.replace
 
 
@@ -182,68 +184,68 @@ class Restless(FakeTable):
 
 def test_what_the_kernel_took_counts_though_there_was_no_time_for_a_look() -> None:
     kernel = Restless(IPV4)
-    cluster = Cluster(kernel=kernel).put(service("web", "10.96.0.1"))
-    cluster.sync()
+    proxy = NftablesProxy(kernel=kernel).put(service("web", "10.96.0.1"))
+    proxy.checked_sync()
     kernel.restless = True
     for number in range(2, 5):
         kernel.current += 1
         begin = len(kernel.commits)
-        cluster.put(service(f"web-{number}", f"10.96.0.{number}")).family.sync(cluster.store)
+        proxy.put(service(f"web-{number}", f"10.96.0.{number}")).sync()
         assert len(kernel.commits) == begin + 1
     kernel.restless = False
     add_frontend(kernel)
     kernel.current += 1
-    cluster.put(service("more", "10.96.0.9")).sync()
+    proxy.put(service("more", "10.96.0.9")).checked_sync()
 
 
 def test_what_was_refused_is_told_and_tried_again_from_what_is_there() -> None:
-    cluster = web()
-    cluster.kernel.refuse = lambda _: "element 10.96.0.2 of cluster-ips: Cannot allocate memory"
-    cluster.put(service("more", "10.96.0.2"))
+    proxy = web()
+    proxy.kernel.refuse = lambda _: "element 10.96.0.2 of cluster-ips: Cannot allocate memory"
+    proxy.put(service("more", "10.96.0.2"))
     with pytest.raises(SyncError, match=r"^element 10\.96\.0\.2 of cluster-ips: Cannot allocate memory$"):
-        cluster.family.sync(cluster.store)
-    cluster.kernel.refuse = lambda _: None
-    (change,) = cluster.sync()
+        proxy.sync()
+    proxy.kernel.refuse = lambda _: None
+    (change,) = proxy.checked_sync()
     assert written(change) == {"flushed", "rules", "added"}
     assert [element.comment for element in change.added[names.NO_ENDPOINT_SERVICES]] == ["ns/more"]
 
 
 def test_endpoints_that_others_left_behind_a_gap_make_way_whoever_claims_the_address_first() -> None:
     thief = replace(service("thief", "10.96.0.9"), external_ips=("10.96.0.1",))
-    cluster = Cluster().put(thief, service("web", "10.96.0.1"), endpoints("web", range(FIRST, FIRST + 5)))
-    cluster.sync()
-    assert cluster.kernel.table is not None
-    left = cluster.kernel.table.sets[names.SERVICE_ENDPOINTS].elements
+    proxy = NftablesProxy().put(thief, service("web", "10.96.0.1"), endpoints("web", range(FIRST, FIRST + 5)))
+    proxy.checked_sync()
+    assert proxy.kernel.table is not None
+    left = proxy.kernel.table.sets[names.SERVICE_ENDPOINTS].elements
     for place, key in enumerate(list(left)):
         if place in {0, 2}:
             del left[key]
         else:
             left[key] = replace(left[key], value=bytes(8))
-    cluster.start(batch_frontends=1)
-    cluster.sync()
+    proxy.restart_batching(batch_frontends=1)
+    proxy.checked_sync()
 
 
 def test_a_look_that_fails_says_so_and_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    cluster = web()
+    proxy = web()
 
     def fail() -> None:
         raise TableError("cannot read the table: Operation not permitted")
 
-    cluster.kernel.uses = fail  # type: ignore[method-assign, assignment]
+    proxy.kernel.uses = fail  # type: ignore[method-assign, assignment]
     with caplog.at_level(logging.WARNING):
-        assert cluster.family.verify()
+        assert proxy.verify()
     assert "cannot look at the table: cannot read the table: Operation not permitted" in caplog.text
-    cluster.put(service("more", "10.96.0.2")).family.sync(cluster.store)
-    assert len(cluster.kernel.commits) == 2
+    proxy.put(service("more", "10.96.0.2")).sync()
+    assert len(proxy.kernel.commits) == 2
 
 
 def test_generations_begin_anew_after_the_last() -> None:
-    cluster = web()
-    cluster.kernel.current = 0xFFFFFFFF
-    cluster.start()
-    cluster.put(service("more", "10.96.0.2"))
-    cluster.family.sync(cluster.store)
-    assert cluster.kernel.current == 1
-    reads = cluster.kernel.reads
-    cluster.put(service("even-more", "10.96.0.3")).family.sync(cluster.store)
-    assert cluster.kernel.reads == reads
+    proxy = web()
+    proxy.kernel.current = 0xFFFFFFFF
+    proxy.restart_batching()
+    proxy.put(service("more", "10.96.0.2"))
+    proxy.sync()
+    assert proxy.kernel.current == 1
+    reads = proxy.kernel.reads
+    proxy.put(service("even-more", "10.96.0.3")).sync()
+    assert proxy.kernel.reads == reads

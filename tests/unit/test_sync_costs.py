@@ -13,13 +13,13 @@ from kproxy.iptables.dispatch import MAX_SHARD_RULES
 from kproxy.iptables.names import ChainName
 from kproxy.model.context import Context, LocalTraffic
 from kproxy.model.delta import Delete, Delta, Replace, Upsert
-from kproxy.model.store import Store
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Node, Service, ServicePort
 from kproxy.nftables.backend import NftablesBackend
 from kproxy.nftables.transaction import Transaction
-from kproxy.sync.family import Backend, FamilySync
+from kproxy.sync.family import Backend
 from tests.fakekernel import FakeKernel
 from tests.faketable import FakeTable
+from tests.inprocess import SingleFamilyProxy
 
 ENDPOINTS = 10
 SMALL, LARGE, SPLIT = 30, 300, 1200
@@ -28,25 +28,20 @@ SMALL, LARGE, SPLIT = 30, 300, 1200
 CONTEXT = Context(Family.IPV4, "node-1", local_traffic=LocalTraffic(cidr="10.244.0.0/16"))
 
 
-class Proxy:
-    """A store with Services of ten endpoints, and one family's way to the kernel."""
+class LoadedProxy(SingleFamilyProxy):
+    """A proxy that has programmed Services of ten endpoints each."""
 
     def __init__(self, backend: Backend, services: int) -> None:
         # As with kube-proxy, rules of large clusters have no comments: that is no part of what is counted here.
-        self._family = FamilySync(backend, lambda _: CONTEXT, large_cluster_endpoints=math.inf)
-        self._store = Store("node-1")
-        for delta in (
+        super().__init__(backend, CONTEXT, large_cluster_endpoints=math.inf)
+        self.apply(
             Replace(Node, ()),
             Replace(Service, tuple(service(number) for number in range(services))),
             Replace(EndpointSlice, tuple(endpoint_slice(number) for number in range(services))),
-        ):
-            self._family.note(self._store.apply(delta))
-        self._family.sync(self._store)
+        ).sync()
 
-    def change(self, *deltas: Delta) -> None:
-        for delta in deltas:
-            self._family.note(self._store.apply(delta))
-        self._family.sync(self._store)
+    def sync_deltas(self, *deltas: Delta) -> None:
+        self.apply(*deltas).sync()
 
 
 def service(number: int) -> Service:
@@ -67,9 +62,9 @@ OWN = (1 + ENDPOINTS) + 2 * ENDPOINTS
 """Rules of a Service's own chains: masquerading and one for each endpoint; two for each endpoint's own chain."""
 
 
-def iptables(services: int) -> tuple[FakeKernel, Proxy]:
+def iptables(services: int) -> tuple[FakeKernel, LoadedProxy]:
     kernel = FakeKernel()
-    return kernel, Proxy(IptablesBackend(kernel), services)
+    return kernel, LoadedProxy(IptablesBackend(kernel), services)
 
 
 def rules_of(kernel: FakeKernel) -> int:
@@ -93,7 +88,7 @@ def test_iptables_rules_of_a_cluster() -> None:
 def test_iptables_one_endpoint_changed(services: int) -> None:
     kernel, proxy = iptables(services)
     begin = len(kernel.inputs)
-    proxy.change(Upsert(endpoint_slice(services // 2, last=20)))
+    proxy.sync_deltas(Upsert(endpoint_slice(services // 2, last=20)))
     lines = written(kernel, begin)
     # Two chains are named, of which the one that is gone is deleted; of the Service's own chain one rule differs.
     assert sorted(line.split(" ")[0][:2] for line in lines) == sorted([":K", ":K", "-A", "-A", "-R", "-X"])
@@ -104,7 +99,7 @@ def test_iptables_one_endpoint_changed(services: int) -> None:
 def test_iptables_a_burst_is_one_transaction(changed: int) -> None:
     kernel, proxy = iptables(SMALL)
     begin = len(kernel.inputs)
-    proxy.change(*(Upsert(endpoint_slice(number, last=20)) for number in range(changed)))
+    proxy.sync_deltas(*(Upsert(endpoint_slice(number, last=20)) for number in range(changed)))
     assert len(kernel.inputs) == begin + 1
     assert len(written(kernel, begin)) == 6 * changed
 
@@ -127,10 +122,10 @@ class Busy(FakeKernel):
 def test_iptables_a_large_burst_goes_in_blocks(make: type[FakeKernel], services: int, each: int, weight: int) -> None:
     """Of what is in use, blocks are the larger the more rules there are."""
     kernel = make()
-    proxy = Proxy(IptablesBackend(kernel, max_transaction_rules=services), services)
+    proxy = LoadedProxy(IptablesBackend(kernel, max_transaction_rules=services), services)
     begin = len(kernel.inputs)
     assert max(map(rules_in, kernel.inputs)) <= services + OWN
-    proxy.change(*(Upsert(endpoint_slice(number, last=20)) for number in range(services)))
+    proxy.sync_deltas(*(Upsert(endpoint_slice(number, last=20)) for number in range(services)))
     found = [rules_in(text) for text in kernel.inputs[begin:]]
     most = INCREMENTAL_FACTOR * isqrt(rules_of(kernel))
     assert sum(found) == each * services
@@ -143,23 +138,23 @@ def test_iptables_a_large_burst_goes_in_blocks(make: type[FakeKernel], services:
 @pytest.mark.parametrize("services", [SMALL, LARGE])
 def test_iptables_a_service_comes_and_goes_in_a_flat_dispatch_chain(services: int) -> None:
     kernel, proxy = iptables(services)
-    proxy.change(Upsert(endpoint_slice(services)))
+    proxy.sync_deltas(Upsert(endpoint_slice(services)))
     begin = len(kernel.inputs)
-    proxy.change(Upsert(service(services)))
+    proxy.sync_deltas(Upsert(service(services)))
     appended = [line for line in written(kernel, begin) if line.startswith("-A")]
     # The chain that all Services share is written anew: as kube-proxy's, it ends with the rule for NodePorts.
     assert len(appended) == (services + 1 + 1) + OWN
     begin = len(kernel.inputs)
-    proxy.change(Delete(Service, "ns", f"service-{services}"))
+    proxy.sync_deltas(Delete(Service, "ns", f"service-{services}"))
     assert len([line for line in written(kernel, begin) if line.startswith("-A")]) == services + 1
 
 
 def test_iptables_a_service_comes_and_goes_in_a_split_dispatch_chain() -> None:
     kernel, proxy = iptables(SPLIT)
-    proxy.change(Upsert(endpoint_slice(SPLIT)))
+    proxy.sync_deltas(Upsert(endpoint_slice(SPLIT)))
     begin = len(kernel.inputs)
-    proxy.change(Upsert(service(SPLIT)))
-    proxy.change(Delete(Service, "ns", f"service-{SPLIT}"))
+    proxy.sync_deltas(Upsert(service(SPLIT)))
+    proxy.sync_deltas(Delete(Service, "ns", f"service-{SPLIT}"))
     shared = len([line for line in written(kernel, begin) if line.startswith(("-A", "-I", "-D"))]) - OWN
     assert shared <= 2 * MAX_SHARD_RULES
 
@@ -167,9 +162,9 @@ def test_iptables_a_service_comes_and_goes_in_a_split_dispatch_chain() -> None:
 # nftables
 
 
-def nftables(services: int) -> tuple[FakeTable, Proxy]:
+def nftables(services: int) -> tuple[FakeTable, LoadedProxy]:
     kernel = FakeTable(Family.IPV4)
-    return kernel, Proxy(NftablesBackend(kernel), services)
+    return kernel, LoadedProxy(NftablesBackend(kernel), services)
 
 
 def elements_of(kernel: FakeTable) -> int:
@@ -202,7 +197,7 @@ def test_nftables_elements_of_a_cluster() -> None:
 def test_nftables_one_endpoint_changed(services: int) -> None:
     kernel, proxy = nftables(services)
     begin = len(kernel.commits)
-    proxy.change(Upsert(endpoint_slice(services // 2, last=20)))
+    proxy.sync_deltas(Upsert(endpoint_slice(services // 2, last=20)))
     assert list(elements_in(kernel.commits[begin:])) == [1 + 1]
     assert kernel.reads == 1
 
@@ -210,9 +205,9 @@ def test_nftables_one_endpoint_changed(services: int) -> None:
 @pytest.mark.parametrize("services", [SMALL, LARGE])
 def test_nftables_a_service_comes_and_goes(services: int) -> None:
     kernel, proxy = nftables(services)
-    proxy.change(Upsert(endpoint_slice(services)))
+    proxy.sync_deltas(Upsert(endpoint_slice(services)))
     begin = len(kernel.commits)
-    proxy.change(Upsert(service(services)))
-    proxy.change(Delete(Service, "ns", f"service-{services}"))
+    proxy.sync_deltas(Upsert(service(services)))
+    proxy.sync_deltas(Delete(Service, "ns", f"service-{services}"))
     assert list(elements_in(kernel.commits[begin:])) == [1 + 1 + ENDPOINTS] * 2
     assert kernel.reads == 1

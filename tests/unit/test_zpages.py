@@ -12,22 +12,17 @@ from kproxy.config.flag_table import CONFIG_FLAGS, PORT_FLAGS
 from kproxy.config.flags import add_flags, flag_values
 from kproxy.serve.http import Handler, HttpRequest
 from kproxy.serve.zpages import flagz, statusz
+from tests.clock import Clock
 
 FLAGS = {"v": "2", "cleanup": "false", "nodeport-addresses": "[primary]"}
 
 
-class Clock:
-    """Seconds since the start."""
-
-    up = 16.9
-
-
 def pages(clock: Clock | None = None) -> dict[str, Handler]:
-    found = clock or Clock()
+    up = clock or Clock(16.9)
     return {
         "Statusz": statusz(
             started=1729112623.4,
-            up=lambda: found.up,
+            up=up,
             binary_version="0.1.0",
             python_version="3.11.7 (CPython)",
             paths=("/statusz", "/metrics"),
@@ -44,7 +39,7 @@ def ask(handler: Handler, accept: str | None) -> tuple[int, str, str]:
 
 
 def test_statusz_for_people() -> None:
-    clock = Clock()
+    clock = Clock(16.9)
     handler = pages(clock)["Statusz"]
     status, kind, body = ask(handler, None)
     assert (status, kind) == (200, "text/plain; charset=utf-8")
@@ -60,7 +55,7 @@ def test_statusz_for_people() -> None:
         "Paths: /metrics /statusz",
         "",
     ]
-    clock.up = 100 * 3600 + 61
+    clock.now = 100 * 3600 + 61
     assert "Up: 100 hr 01 min 01 sec\n" in ask(handler, None)[2]
 
 
