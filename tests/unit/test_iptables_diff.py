@@ -310,19 +310,19 @@ class Watched(FakeKernel):
 
 def reachable(table: dict[str, list[str]]) -> set[str]:
     """Return the per-Service chains that a packet can reach from a dispatch chain."""
-    found: set[str] = set()
+    reached: set[str] = set()
     pending = [name for name in DISPATCH_NAMES if name in table]
     while pending:
         for rule in table[pending.pop()]:
             target = rule.rsplit("-j ", 1)[-1]
-            if target.startswith(PORT_CHAIN_PREFIXES) and target not in found:
-                found.add(target)
+            if target.startswith(PORT_CHAIN_PREFIXES) and target not in reached:
+                reached.add(target)
                 pending.append(target)
-    return found
+    return reached
 
 
 def assert_safe(before: dict[str, list[str]], states: list[dict[str, list[str]]]) -> None:
-    """Assert that in every state, each reachable chain is complete: identical to its first or its final version."""
+    """Assert that in every state, each reachable chain is complete: identical to its initial or its final version."""
     after = states[-1] if states else before
     for state in states:
         for name in DISPATCH_NAMES & state.keys():

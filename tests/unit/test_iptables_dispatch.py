@@ -115,9 +115,9 @@ def test_chain_up_to_the_threshold_is_flat_in_the_order_of_services() -> None:
 def test_chain_above_the_threshold_is_a_tree_of_prefixes() -> None:
     addresses = ("203.0.113.7", "10.96.0.1", "10.96.0.2", "10.96.0.10", "10.96.128.0", "10.96.128.1")
     rules = [to_address(v4(address), str(n)) for n, address in enumerate(addresses)]
-    found = lay_out(NAT_SERVICES, rules, TAIL, Family.IPV4, 3)
+    layout = lay_out(NAT_SERVICES, rules, TAIL, Family.IPV4, 3)
     rule = specs(rules)
-    assert {chain.name: text.splitlines() for chain, text in found.chains.items()} == {
+    assert {chain.name: text.splitlines() for chain, text in layout.chains.items()} == {
         "KUBE-SVC-10.96.0.0/28": [f"-A KUBE-SVC-10.96.0.0/28 {rule[n]}" for n in (1, 2, 3)],
         "KUBE-SVC-10.96.128.0/31": [f"-A KUBE-SVC-10.96.128.0/31 {rule[n]}" for n in (4, 5)],
         "KUBE-SVC-10.96.0.0/16": [
@@ -131,23 +131,25 @@ def test_chain_above_the_threshold_is_a_tree_of_prefixes() -> None:
             *TAIL,
         ],
     }
-    assert found.non_service_rules == 5
-    assert {chain.table for chain in found.chains} == {"nat"}
+    assert layout.non_service_rules == 5
+    assert {chain.table for chain in layout.chains} == {"nat"}
 
 
 def test_ipv6_prefix_is_hashed_in_the_chain_name_and_complete_in_the_rule() -> None:
     rules = [to_address(v6(f"fd00:10:96::{n:x}"), family=Family.IPV6) for n in (0, 1, 8)]
-    found = lay_out(NAT_SERVICES, rules, (), Family.IPV6, 2)
-    jumps = [line for text in found.chains.values() for line in text.splitlines() if "/128" not in line.split(" -j")[0]]
+    layout = lay_out(NAT_SERVICES, rules, (), Family.IPV6, 2)
+    jumps = [
+        line for text in layout.chains.values() for line in text.splitlines() if "/128" not in line.split(" -j")[0]
+    ]
     assert [spec(line).split(" -j ")[0] for line in jumps] == ["-d fd00:10:96::/127", "-d fd00:10:96::/124"]
-    assert all(is_shard(chain) for chain in found.chains if chain != NAT_SERVICES)
-    assert len({chain.name for chain in found.chains}) == 4
+    assert all(is_shard(chain) for chain in layout.chains if chain != NAT_SERVICES)
+    assert len({chain.name for chain in layout.chains}) == 4
 
 
 def test_node_ports_are_split_by_protocol_and_port_range() -> None:
     rules = [to_port(n) for n in (30000, 30001, 30015, 30016)] + [to_port(53, "udp")]
-    found = lay_out(NAT_NODEPORTS, rules, (), Family.IPV4, 3)
-    chains = {chain.name: [spec(line) for line in text.splitlines()] for chain, text in found.chains.items()}
+    layout = lay_out(NAT_NODEPORTS, rules, (), Family.IPV4, 3)
+    chains = {chain.name: [spec(line) for line in text.splitlines()] for chain, text in layout.chains.items()}
     assert chains["KUBE-NODEPORTS"] == [
         "-p tcp -m tcp --dport 29952:30207 -j KUBE-EXT-tcp-29952-30207",
         "-p udp -m udp --dport 53 -j KUBE-EXT-udp-53-53",
@@ -161,8 +163,8 @@ def test_node_ports_are_split_by_protocol_and_port_range() -> None:
 
 def test_rules_of_one_destination_stay_in_one_shard() -> None:
     rules = [to_address(v4("10.96.0.1"), f"s{n}") for n in range(50)]
-    found = lay_out(NAT_SERVICES, rules, TAIL, Family.IPV4, 10)
-    shard = found.chains[ChainName("nat", "KUBE-SVC-10.96.0.1/32")]
+    layout = lay_out(NAT_SERVICES, rules, TAIL, Family.IPV4, 10)
+    shard = layout.chains[ChainName("nat", "KUBE-SVC-10.96.0.1/32")]
     assert [spec(line) for line in shard.splitlines()] == specs(rules)
 
 
