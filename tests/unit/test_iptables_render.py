@@ -24,23 +24,23 @@ OWN = {Family.IPV4: "10.99.0.2", Family.IPV6: "fd00:99::2"}
 LOCAL = LocalTraffic(cidr="10.244.0.0/16")
 
 
-def recorded_context(scenario: str, family: Family, found: Store) -> Context:
+def recorded_context(scenario: str, family: Family, cluster: Store) -> Context:
     """Return the context of a recording, from the kube-proxy configuration that it was made with."""
     settings = config(scenario)
     iptables, detect = settings.get("iptables", {}), settings.get("detectLocal", {})
     cidrs = settings.get("nodePortAddresses", [])
     restricted = cidrs == ["primary"] or (cidrs and family is Family.IPV4)
-    assert found.node is not None
+    assert cluster.node is not None
     return Context(
         family,
         "node-1",
-        zone=found.node.zone,
+        zone=cluster.node.zone,
         node_address=OWN[family],
         local_traffic=local_traffic(
             settings.get("detectLocalMode", "ClusterCIDR"),
             family,
             cluster_cidrs=settings["clusterCIDR"].split(","),
-            pod_cidrs=found.node.pod_cidrs,
+            pod_cidrs=cluster.node.pod_cidrs,
             bridge=detect.get("bridgeInterface", ""),
             interface_prefix=detect.get("interfaceNamePrefix", ""),
         ),
@@ -55,9 +55,9 @@ def recorded_context(scenario: str, family: Family, found: Store) -> Context:
 @pytest.mark.parametrize("family", Family)
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_rules_match_the_recording(scenario: str, family: Family) -> None:
-    found, kernel = store(scenario), FakeKernel()
-    context = recorded_context(scenario, family, found)
-    SingleFamilyProxy(IptablesBackend(kernel), context, store=found).sync()
+    cluster, kernel = store(scenario), FakeKernel()
+    context = recorded_context(scenario, family, cluster)
+    SingleFamilyProxy(IptablesBackend(kernel), context, store=cluster).sync()
     assert comparable(kernel.dump()) == recorded(scenario, family)
 
 

@@ -48,15 +48,15 @@ def test_probability_zero_is_kept() -> None:
 @pytest.mark.parametrize("family", Family)
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_rendered_rules_are_equal_to_parsed_rules(scenario: str, family: Family) -> None:
-    found, kernel = store(scenario), FakeKernel()
-    context = recorded_context(scenario, family, found)
-    SingleFamilyProxy(IptablesBackend(kernel), context, store=found).sync()
+    cluster, kernel = store(scenario), FakeKernel()
+    context = recorded_context(scenario, family, cluster)
+    SingleFamilyProxy(IptablesBackend(kernel), context, store=cluster).sync()
     parsed = {chain: "\n".join(content.rules) for chain, content in parse_save(kernel.dump()).chains.items()}
     expected = dict(base_chains(context))
-    for key in found.service_keys():
-        service = found.service(key)
+    for key in cluster.service_keys():
+        service = cluster.service(key)
         assert service is not None
-        for plan in plan_service(service, found.slices(key), context):
+        for plan in plan_service(service, cluster.slices(key), context):
             expected |= {ChainName("nat", name): rules for name, rules in render_port(plan, context).chains.items()}
     assert {chain: parsed[chain] for chain in expected} == expected
 
