@@ -33,7 +33,7 @@ from kproxy.config import Config, as_document
 from kproxy.host.conntrack import UdpConntrack
 from kproxy.host.interfaces import AddressMonitor, own_addresses
 from kproxy.host.nfacct import read_counter
-from kproxy.host.signals import HANDLED, STACKS, STOPPING, block_signals
+from kproxy.host.signals import HANDLED_SIGNALS, STACK_DUMP_SIGNALS, STOP_SIGNALS, block_signals
 from kproxy.iptables.base_rules import INVALID_COUNTER
 from kproxy.iptables.render import LOCALHOST_COUNTER
 from kproxy.iptables.runner import IptablesRunner
@@ -266,8 +266,8 @@ def _service_event(events: EventSink, service: ServiceKey, reason: str, note: st
 
 def _wait_for_stop() -> signal.Signals:
     """Return the next signal that ends the daemon; act on others meanwhile."""
-    while (number := signal.Signals(signal.sigwait(HANDLED))) not in STOPPING:
-        if number in STACKS:
+    while (number := signal.Signals(signal.sigwait(HANDLED_SIGNALS))) not in STOP_SIGNALS:
+        if number in STACK_DUMP_SIGNALS:
             log.info("%s: writing the stacks of all threads to stderr", number.name)
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
+import msgspec
 from msgspec import Struct
 
 
@@ -51,3 +52,16 @@ class FileProblem(Struct, frozen=True):
     def __str__(self) -> str:
         place = "".join(f":{number}" for number in (self.line, self.column) if number)
         return f"{self.path}{place}: {self.message}"
+
+
+MAX_VALUE_LENGTH = 80
+"""Characters of a value that an error message quotes."""
+
+
+def format_value(value: object) -> str:
+    """Return a value as JSON for an error message, cut to `MAX_VALUE_LENGTH` characters."""
+    try:
+        text = msgspec.json.encode(value).decode()
+    except (TypeError, ValueError, RecursionError):  # keys that JSON does not allow, lone surrogates, cycles
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= MAX_VALUE_LENGTH else f"{text[: MAX_VALUE_LENGTH - 3]}..."

@@ -14,7 +14,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from kproxy.host.commands import (
-    START_SECONDS,
+    PROBE_TIMEOUT_SECONDS,
     CommandError,
     CommandRunner,
     CompletedCommand,
@@ -23,7 +23,7 @@ from kproxy.host.commands import (
     run,
 )
 from kproxy.host.netlink import retry_interrupted
-from kproxy.host.nf_tables import count_rules, nat_refused
+from kproxy.host.nf_tables import count_rules, nat_unsupported_reason
 from kproxy.iptables.names import ChainName
 from kproxy.iptables.save_restore import TABLES, incompatible_line, parse_rules, parse_save
 from kproxy.model.types import Family
@@ -133,10 +133,10 @@ class IptablesRunner:
         return self._version
 
     def _read_version(self) -> IptablesVersion:
-        done = self._commands.run([self._program, "--version"], timeout=START_SECONDS)
+        done = self._commands.run([self._program, "--version"], timeout=PROBE_TIMEOUT_SECONDS)
         if done.code:
             error = InconclusiveError if done.code < 0 else CommandError
-            raise error(f"{self._program} --version failed: {done.complaint}")
+            raise error(f"{self._program} --version failed: {done.error_message}")
         return parse_version(done.stdout)
 
     @contextmanager
@@ -165,7 +165,7 @@ class IptablesRunner:
         nft = self.version().nft
         started = False
         try:
-            with self._commands.reading(argv, timeout=HANG_SECONDS) as lines:
+            with self._commands.stream_output(argv, timeout=HANG_SECONDS) as lines:
                 started = True
                 yield from lines
         except CommandError as error:
@@ -193,7 +193,9 @@ class IptablesRunner:
         if first is None:
             return
         recent = RecentInput()
-        done = self._commands.feed(argv, recent.record(itertools.chain([first], remaining)), timeout=HANG_SECONDS)
+        done = self._commands.stream_input(
+            argv, recent.record(itertools.chain([first], remaining)), timeout=HANG_SECONDS
+        )
         if done.code:
             raise make_restore_error(argv[0], done.code, done.stderr, recent.line)
 
@@ -233,7 +235,7 @@ class IptablesRunner:
         for table, selected in names.items():
             # iptables-legacy always reads a whole table: read it once for all chains.
             prefixes = ("*", *(f":{name} " for name in selected), *(f"-A {name} " for name in selected))
-            with self._commands.reading([f"{self._program}-save", "-t", table], timeout=HANG_SECONDS) as lines:
+            with self._commands.stream_output([f"{self._program}-save", "-t", table], timeout=HANG_SECONDS) as lines:
                 saved = parse_save(line for line in lines if line.startswith(prefixes))
             found |= {chain: content.rules for chain, content in saved.chains.items()}
         return found
@@ -323,7 +325,7 @@ def check_tables(family: Family, version: IptablesVersion) -> None:
 
 def _nft_problem(family: Family) -> str:
     try:
-        return nat_refused(family)
+        return nat_unsupported_reason(family)
     except OSError as error:
         raise InconclusiveError(f"cannot check the kernel's {family.value} tables: {error.strerror}") from None
 
@@ -333,9 +335,9 @@ def _legacy_problem(family: Family, program: str) -> str:
     text = "".join(f"*{table}\nCOMMIT\n" for table in TABLES if table not in existing)
     if not text:
         return ""
-    done = run([program, "--test", "--noflush", "-w", str(LOCK_WAIT_SECONDS)], text, timeout=START_SECONDS)
+    done = run([program, "--test", "--noflush", "-w", str(LOCK_WAIT_SECONDS)], text, timeout=PROBE_TIMEOUT_SECONDS)
     if done.code < 0:
-        raise InconclusiveError(f"{program}: {done.complaint}")
+        raise InconclusiveError(f"{program}: {done.error_message}")
     if done.code in {0, _RESOURCE_PROBLEM}:
         return ""
     return str(make_restore_error(program, done.code, done.stderr, lambda _: ""))

@@ -73,7 +73,9 @@ def _has_mangle_chain(folder: Path, variant: Variant, program: str, chain: str) 
 
 def _count_rules(folder: Path, variant: Variant, program: str) -> int:
     try:
-        with CommandRunner().reading([str(folder / variant / f"{program}-save")], timeout=TIMEOUT_SECONDS) as lines:
+        with CommandRunner().stream_output(
+            [str(folder / variant / f"{program}-save")], timeout=TIMEOUT_SECONDS
+        ) as lines:
             return sum(line.startswith("-A ") for line in lines)
     except CommandError:
         return 0

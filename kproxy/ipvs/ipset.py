@@ -12,7 +12,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from kproxy.host.netlink import NETLINK_NETFILTER, NetlinkSocket, retry_interrupted
-from kproxy.host.netlink_message import NLA_F_NET_BYTEORDER, attribute, attributes, each_attribute, nfgenmsg
+from kproxy.host.netlink_message import NLA_F_NET_BYTEORDER, attribute, attributes, iterate_attributes, nfgenmsg
 
 # linux/netfilter/nfnetlink.h
 NFNL_SUBSYS_IPSET = 6
@@ -69,7 +69,7 @@ def set_entries(name: str) -> set[IpsetEntry]:
 def destroy_sets(names: Sequence[str]) -> dict[str, str]:
     """Destroy sets with all their entries; return the reason for each set that remains. Raises `OSError`."""
     with NetlinkSocket(NETLINK_NETFILTER) as netlink:
-        errors = netlink.requests(_DESTROY_SET, 0, [_encode_request(name) for name in names])
+        errors = netlink.request_many(_DESTROY_SET, 0, [_encode_request(name) for name in names])
     return {
         names[index]: "in use by rules" if code == IPSET_ERR_BUSY else os.strerror(code)
         for index, code in sorted(errors.items())
@@ -96,7 +96,7 @@ def _list_entries(name: str) -> set[IpsetEntry]:
 
 def _parse_entries(data: bytes, begin: int, end: int) -> Iterator[IpsetEntry]:
     entries = attributes(data, begin, end).get(IPSET_ATTR_ADT)
-    for kind, first, last in each_attribute(data, *entries) if entries else ():
+    for kind, first, last in iterate_attributes(data, *entries) if entries else ():
         fields = attributes(data, first, last)
         if kind == IPSET_ATTR_DATA and IPSET_ATTR_PORT in fields:
             (port,) = struct.unpack_from(">H", data, fields[IPSET_ATTR_PORT][0])
@@ -106,7 +106,7 @@ def _parse_entries(data: bytes, begin: int, end: int) -> Iterator[IpsetEntry]:
 
 
 def _parse_address(data: bytes, begin: int, end: int) -> str:
-    ((kind, first, last),) = each_attribute(data, begin, end)
+    ((kind, first, last),) = iterate_attributes(data, begin, end)
     return socket.inet_ntop(_ADDRESS_FAMILIES[kind], data[first:last])
 
 

@@ -61,7 +61,7 @@ def delete_virtual_servers(servers: Sequence[VirtualServer]) -> dict[VirtualServ
     """Delete virtual servers; return the reason for each that remains. Raises `OSError`."""
     with NetlinkSocket(NETLINK_GENERIC) as netlink:
         family_id = resolve_family_id(netlink, IPVS_GENL_NAME)
-        errors = netlink.requests(family_id, 0, [encode_deletion(server) for server in servers])
+        errors = netlink.request_many(family_id, 0, [encode_deletion(server) for server in servers])
     return {servers[index]: os.strerror(code) for index, code in sorted(errors.items()) if code != errno.ESRCH}
 
 
@@ -70,7 +70,7 @@ def resolve_family_id(netlink: NetlinkSocket, name: str) -> int:
     request = _header(CTRL_CMD_GETFAMILY) + attribute(CTRL_ATTR_FAMILY_NAME, name.encode() + b"\0")
     ids = [
         _U16.unpack_from(data, attributes(data, begin + _GENLMSGHDR.size, end)[CTRL_ATTR_FAMILY_ID][0])[0]
-        for data, begin, end in netlink.answers(GENL_ID_CTRL, request)
+        for data, begin, end in netlink.get(GENL_ID_CTRL, request)
     ]
     if not ids:
         raise NetlinkError(errno.ENOENT, os.strerror(errno.ENOENT))

@@ -49,7 +49,7 @@ class TableReader:
         """Return the number of the last change that anybody made to any table. Raises `NetlinkError`."""
         with NetlinkSocket(NETLINK_NETFILTER) as netlink:
             found: list[int] = []
-            for data, begin, end in netlink.answers(_kind(_GETGEN), nfgenmsg()):
+            for data, begin, end in netlink.get(_kind(_GETGEN), nfgenmsg()):
                 place, _ = attributes(data, begin + _NFGENMSG_SIZE, end)[1]
                 found.append(_BE32.unpack_from(data, place)[0])
             return found[0]
@@ -89,7 +89,7 @@ class TableReader:
         """Return the table's flags, None if there is no table."""
         flags = 0
         try:
-            for data, begin, end in netlink.answers(_kind(_GETTABLE), self._header + self._table):
+            for data, begin, end in netlink.get(_kind(_GETTABLE), self._header + self._table):
                 place, _ = attributes(data, begin + _NFGENMSG_SIZE, end)[2]
                 (flags,) = _BE32.unpack_from(data, place)
         except NetlinkError as error:

@@ -104,16 +104,16 @@ class NetlinkCommit:
         except StaleGenerationError:
             raise GenerationChangedError("tables have changed meanwhile") from None
         except BatchRejectedError as error:
-            raise TableError(self._complaint(messages, error.refusals)) from None
+            raise TableError(self._complaint(messages, error.rejections)) from None
         except OSError as error:
             raise TableError(f"netlink: {error.strerror}") from None
 
-    def _complaint(self, messages: Sequence[NftMessage], refusals: Sequence[RejectedMessage]) -> str:
-        refusal = refusals[0]
-        if refusal.place < 0:
+    def _complaint(self, messages: Sequence[NftMessage], rejections: Sequence[RejectedMessage]) -> str:
+        refusal = rejections[0]
+        if refusal.index < 0:
             return f"the kernel refused the change as a whole: {refusal.reason}"
-        message = messages[refusal.place]
-        more = f" (and {len(refusals) - 1} more)" if len(refusals) > 1 else ""
+        message = messages[refusal.index]
+        more = f" (and {len(rejections) - 1} more)" if len(rejections) > 1 else ""
         return f"{self._subject(message, refusal.offset)}: {refusal.reason}{more}"
 
     def _subject(self, message: NftMessage, offset: int) -> str:
@@ -146,7 +146,7 @@ class NftCommit:
         except CommandError as error:
             raise TableError(str(error)) from None
         if done.code:
-            raise TableError(f"nft: {done.complaint}", undecided=done.code < 0)
+            raise TableError(f"nft: {done.error_message}", undecided=done.code < 0)
 
 
 class NftTable:

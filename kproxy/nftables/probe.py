@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 
-from kproxy.host.commands import START_SECONDS, InconclusiveError
+from kproxy.host.commands import PROBE_TIMEOUT_SECONDS, InconclusiveError
 from kproxy.model.context import Context, LocalTraffic
 from kproxy.model.plan import ServicePortPlan, TrafficDecision
 from kproxy.model.types import Family
@@ -35,7 +35,7 @@ def choose_commit(family: Family) -> Commit:
     else:
         return NetlinkCommit(family)
     try:
-        NftCommit(family, TABLE, timeout=START_SECONDS)(probe(family))
+        NftCommit(family, TABLE, timeout=PROBE_TIMEOUT_SECONDS)(probe(family))
     except TableError as error:
         if error.undecided:
             raise InconclusiveError(f"cannot tell whether the kernel takes the table: {refused}; {error}") from None

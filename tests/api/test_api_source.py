@@ -221,10 +221,14 @@ def test_refusals_are_said_and_survived(
     follow(server)
     received.until_listed()
     assert received.names(Service) == {"web"}
-    said = [entry.getMessage() for entry in caplog.records if "refuses to watch services:" in entry.getMessage()]
+    said = [
+        entry.getMessage()
+        for entry in caplog.records
+        if "cannot watch services: the API server returned" in entry.getMessage()
+    ]
     assert len(said) == 1
     assert str(status) in said[0]
-    assert [entry.getMessage() for entry in caplog.records if "following services again" in entry.getMessage()]
+    assert [entry.getMessage() for entry in caplog.records if "watching services again" in entry.getMessage()]
 
 
 @pytest.mark.parametrize("protobuf", ["supported", "ignored"])
@@ -242,8 +246,11 @@ def test_a_garbled_event_costs_nothing_but_a_line_in_the_log(
     server.create(service("db", "10.96.7.2"))
     received.until(lambda _: received.names(Service) == {"web", "db"})
     text = caplog.text
-    assert "Service demo/web cannot be read, its last good state stays" in text
-    assert "Service an object without a readable name cannot be read" in text
+    assert (
+        "Service demo/web is invalid: spec.ports[0].port must be from 1 to 65535, not 70000; keeping its last valid"
+        in text
+    )
+    assert "cannot decode a Service: " in text
 
 
 @pytest.mark.parametrize("protobuf", ["supported", "ignored"])
@@ -295,7 +302,7 @@ def test_a_failing_sink_does_not_end_the_updates(
     follow(server)
     received.until_listed()
     assert received.names(Service) == {"web"}
-    assert "unexpected RuntimeError: the queue is on fire; starting over" in caplog.text
+    assert "unexpected RuntimeError: the queue is on fire; relisting" in caplog.text
 
 
 def test_parts_of_a_slice_that_are_of_no_use_are_logged_once(
@@ -308,8 +315,11 @@ def test_parts_of_a_slice_that_are_of_no_use_are_logged_once(
     received.until(lambda _: [len(each.endpoints) for each in received.objects[EndpointSlice].values()] == [1])  # type: ignore[union-attr]
     server.update(endpoint_slice("web-1", "web", ["10.0.0.2"]))
     received.until(lambda _: sum(isinstance(delta, Upsert) for delta in received.deltas) == 2)
-    text = "EndpointSlice demo/web-1: left out what cannot be used: endpoints[1]: 'fd00::1' is not an IPv4 address"
-    assert [entry.getMessage() for entry in caplog.records if "left out" in entry.getMessage()] == [text]
+    text = (
+        "EndpointSlice demo/web-1: ignoring unusable endpoints and ports: "
+        'endpoints[1].addresses[0] must be an IPv4 address, not "fd00::1"'
+    )
+    assert [entry.getMessage() for entry in caplog.records if "unusable" in entry.getMessage()] == [text]
 
 
 def test_a_service_that_cannot_be_used_is_told_as_refused(
@@ -324,23 +334,23 @@ def test_a_service_that_cannot_be_used_is_told_as_refused(
 
 
 def test_complaints_are_repeated_once_per_minute_and_their_end_is_said() -> None:
-    complaints = LogDeduplicator()
-    assert complaints.is_trouble_news("refused", 0.0)
-    assert not complaints.is_trouble_news("refused", REPEAT_PERIOD - 1)
-    assert complaints.is_trouble_news("refused", REPEAT_PERIOD)
-    assert complaints.is_trouble_news("", REPEAT_PERIOD + 1)
-    assert not complaints.is_trouble_news("", REPEAT_PERIOD + 2)
-    assert not complaints.is_trouble_news("refused", REPEAT_PERIOD + 3)
-    assert not complaints.is_trouble_news("", REPEAT_PERIOD + 4)
+    complaints = LogDeduplicator(REPEAT_PERIOD)
+    assert complaints.should_log_error("refused", 0.0)
+    assert not complaints.should_log_error("refused", REPEAT_PERIOD - 1)
+    assert complaints.should_log_error("refused", REPEAT_PERIOD)
+    assert complaints.should_log_error("", REPEAT_PERIOD + 1)
+    assert not complaints.should_log_error("", REPEAT_PERIOD + 2)
+    assert not complaints.should_log_error("refused", REPEAT_PERIOD + 3)
+    assert not complaints.should_log_error("", REPEAT_PERIOD + 4)
 
 
 def test_lasting_trouble_is_said_once_until_something_else_is_said() -> None:
-    complaints = LogDeduplicator()
-    assert complaints.is_trouble_news("no such thing", 0.0, lasting=True)
-    assert not complaints.is_trouble_news("no such thing", 10 * REPEAT_PERIOD, lasting=True)
-    assert complaints.is_trouble_news("connection refused", 10 * REPEAT_PERIOD)
-    assert complaints.is_trouble_news("no such thing", 10 * REPEAT_PERIOD, lasting=True)
-    assert complaints.is_trouble_news("", 10 * REPEAT_PERIOD)
+    complaints = LogDeduplicator(REPEAT_PERIOD)
+    assert complaints.should_log_error("no such thing", 0.0, lasting=True)
+    assert not complaints.should_log_error("no such thing", 10 * REPEAT_PERIOD, lasting=True)
+    assert complaints.should_log_error("connection refused", 10 * REPEAT_PERIOD)
+    assert complaints.should_log_error("no such thing", 10 * REPEAT_PERIOD, lasting=True)
+    assert complaints.should_log_error("", 10 * REPEAT_PERIOD)
 
 
 def test_ten_thousand_slices(server: ApiServer, follow: Follow, received: Received) -> None:

@@ -11,7 +11,7 @@ import pytest
 from kproxy.kube.client.client import ApiClient
 from kproxy.kube.codec.conversion import DecodedObject
 from kproxy.kube.codec.json_codec import read_page
-from kproxy.kube.codec.streams import JSON, WATCH, read_events
+from kproxy.kube.codec.streams import ACCEPT_JSON, ACCEPT_WATCH, read_events
 from kproxy.model.delta import Kind
 from kproxy.model.types import EndpointSlice, Node, Service, ServiceCIDR
 from tests.api.conftest import HANG, Cluster, Follow, Received
@@ -65,9 +65,9 @@ def read(client: ApiClient, kind: Kind, resource: Resource, accept: str) -> tupl
 def test_both_forms_tell_the_same(cluster: Cluster, tmp_path: Path, kind: Kind, resource: Resource) -> None:
     fill(cluster)
     client = ApiClient.from_config(str(cluster.kubeconfig(tmp_path / "kubeconfig")))
-    json_type, plain = read(client, kind, resource, JSON)
-    framed_type, framed = read(client, kind, resource, WATCH)
-    assert (json_type, framed_type) == (JSON, protobuf.MEDIA_TYPE)
+    json_type, plain = read(client, kind, resource, ACCEPT_JSON)
+    framed_type, framed = read(client, kind, resource, ACCEPT_WATCH)
+    assert (json_type, framed_type) == (ACCEPT_JSON, protobuf.MEDIA_TYPE)
     assert plain == framed
     assert plain
 
@@ -84,7 +84,7 @@ def test_watches_come_as_protobuf_and_lists_as_compressed_json(
     server.create(service("late", "10.96.7.1"))
     received.until(lambda _: "late" in received.names(Service))
     for request in server.requests.all():
-        assert request.headers["Accept"] == (WATCH if request.is_watch else JSON)
+        assert request.headers["Accept"] == (ACCEPT_WATCH if request.is_watch else ACCEPT_JSON)
         assert request.headers["Accept-Encoding"] == ("identity" if request.is_watch else "gzip")
 
 
@@ -125,7 +125,7 @@ def test_a_server_without_protobuf_is_followed_in_json(
     if odd == "refused":
         server.drop_watches()
         asked = [request.headers["Accept"] for request in server.requests.wait_for(is_service_watch, 3)]
-        assert asked[:3] == [WATCH, JSON, JSON]
+        assert asked[:3] == [ACCEPT_WATCH, ACCEPT_JSON, ACCEPT_JSON]
 
 
 def test_after_frames_that_cannot_be_read_the_next_list_is_in_json(
@@ -139,7 +139,7 @@ def test_after_frames_that_cannot_be_read_the_next_list_is_in_json(
     received.until(lambda _: received.names(Service) == {"web"})
     server.drop_watches()
     asked = server.requests.wait_for(is_service_watch, 2)
-    assert [request.headers["Accept"] for request in asked] == [WATCH, JSON]
+    assert [request.headers["Accept"] for request in asked] == [ACCEPT_WATCH, ACCEPT_JSON]
     assert "sendInitialEvents" in asked[1].query, "what was missed, only a list can tell"
     server.create(service("db", "10.96.7.2"))
     received.until(lambda _: received.names(Service) == {"web", "db"})

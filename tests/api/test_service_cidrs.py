@@ -75,10 +75,11 @@ def test_a_bad_one_is_said_and_keeps_its_last_good_state(
     server.create(service_cidr("last", "10.98.0.0/16"))
     received.until(lambda _: "last" in ranges(received))
     assert ranges(received) == {"more": ("10.97.0.0/16",), "last": ("10.98.0.0/16",)}
-    assert "ServiceCIDR more cannot be read, its last good state stays: Expected an IP CIDR" in caplog.text
+    problem = 'spec.cidrs[0] must be a CIDR (such as 10.0.0.0/8), not "10.97.0.0/99"'
+    assert f"ServiceCIDR more is invalid: {problem}; keeping its last valid state" in caplog.text
 
 
-SAID = {404: "the API server does not have", 403: "permission is missing to list and watch"}
+SAID = {404: "the API server does not serve", 403: "no permission to list and watch"}
 
 
 @pytest.fixture
@@ -112,7 +113,7 @@ def test_a_server_that_withholds_them_blocks_nothing_and_may_have_them_later(
     assert len(lines) == 2
     effect = "packets to unallocated service addresses are not dropped"
     assert lines[0].startswith(f"{SAID[status]} servicecidrs.networking.k8s.io: {effect} ({status}")
-    assert lines[1] == "following servicecidrs.networking.k8s.io again"
+    assert lines[1] == "watching servicecidrs.networking.k8s.io again"
 
 
 @pytest.mark.parametrize("status", [404, 403])

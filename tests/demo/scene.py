@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.lab import objects
 from tests.lab.client import Answered, Outcome, ask
-from tests.lab.load import FIRST_PORT
+from tests.lab.connection_stream import FIRST_PORT
 from tests.lab.proxy import Daemon
 from tests.lab.servers import Servers
 from tests.lab.topology import NODE, Host, Lab

@@ -9,7 +9,7 @@ from tests.demo.picture import Screen, as_expected
 from tests.demo.rules import rules_of
 from tests.demo.scene import PORT, SERVICE, TARGET_PORT, VIP, Scene
 from tests.lab.client import Outcome
-from tests.lab.flow import Flow, failures
+from tests.lab.continuous_requests import Flow, failures
 from tests.lab.topology import Host
 
 REQUESTS = 300

@@ -22,8 +22,8 @@ from tests.bench.figures import Results
 from tests.bench.mirror import Mirror, replay
 from tests.bench.notices import Notices
 from tests.bench.rules import KernelObjects, flush, kernel_objects
-from tests.lab.commits import Commits
 from tests.lab.namespace import Namespace
+from tests.lab.transaction_monitor import Commits
 from tests.lab.waiting import HANG_GUARD, wait_until
 
 CHECKOUT = Path(__file__).parents[2]

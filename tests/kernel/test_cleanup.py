@@ -17,10 +17,10 @@ from kproxy.model.types import Family
 from kproxy.nftables.encode import NFNL_SUBSYS_NFTABLES
 from kproxy.nftables.kernel import remove_table
 from tests.kernel.test_recordings import apply
-from tests.lab.commits import Commits
 from tests.lab.iptables import PREFIXES, PROGRAMS, link
 from tests.lab.namespace import Namespace
 from tests.lab.proxy import KPROXY
+from tests.lab.transaction_monitor import Commits
 from tests.recordings import GOLDEN
 
 NFT_TABLE_F_OWNER = 2

@@ -18,8 +18,8 @@ from kproxy.model.store import Store
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Service, ServicePort
 from tests.fakekernel import FakeKernel
 from tests.inprocess import SingleFamilyProxy
+from tests.lab.connection_stream import Stream
 from tests.lab.iptables import RealKernel, Recorder, add_counters, held
-from tests.lab.load import Stream
 from tests.lab.namespace import Namespace
 from tests.lab.recorded import RecordedCluster
 from tests.lab.servers import Servers

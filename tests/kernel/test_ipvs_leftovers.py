@@ -22,10 +22,10 @@ from kproxy.ipvs.virtual_servers import VirtualServer, virtual_servers
 from kproxy.model.sync_report import SyncReport
 from kproxy.model.types import Family
 from tests.kernel.test_cleanup import rules, without_firewall
-from tests.lab.commits import Commits
 from tests.lab.iptables import PREFIXES, link, programs_of
 from tests.lab.namespace import Namespace
 from tests.lab.proxy import KPROXY
+from tests.lab.transaction_monitor import Commits
 from tests.recordings import GOLDEN
 
 ADDRESSES = ("10.96.0.1/32", "10.96.0.80/32", "fd00:10:96::80/128")

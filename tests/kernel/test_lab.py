@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.lab.client import Answered, Failed, Refused, TimedOut, ask, finish, open_connection
-from tests.lab.flow import Flow, failures, tally
-from tests.lab.load import FIRST_PORT, LIMIT, Stream, Target
+from tests.lab.connection_stream import FIRST_PORT, LIMIT, Stream, Target
+from tests.lab.continuous_requests import Flow, failures, tally
 from tests.lab.servers import Servers
 from tests.lab.topology import Host, Lab
 from tests.lab.waiting import HANG_GUARD, wait_until

@@ -13,10 +13,10 @@ import pytest
 from kproxy.app.cleanup import remove_all, remove_iptables, unremovable_chains
 from kproxy.model.types import Family
 from tests.kernel.test_cleanup import nft_tables, proxy_tables, rules, without_firewall
-from tests.lab.commits import Commits
 from tests.lab.iptables import PREFIXES, link, programs_of
 from tests.lab.namespace import Namespace
 from tests.lab.proxy import KPROXY
+from tests.lab.transaction_monitor import Commits
 from tests.recordings import GOLDEN
 
 SCENARIO = "random-12"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.lab.cluster import SERVICES, Cluster
-from tests.lab.load import Stream
+from tests.lab.connection_stream import Stream
 from tests.lab.modes import flag, nothing_left_of_other, rules_of
 from tests.lab.restart import MortalDaemon
 from tests.lab.servers import Servers

@@ -122,7 +122,7 @@ def test_no_call_after_stop(node: Namespace) -> None:
         notices.take()
     address(node, "add", ADDRESSES["IPv6"])
     assert notices.calls.empty()
-    assert "addresses" not in {thread.name for thread in threading.enumerate()}
+    assert "address-monitor" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_stop_waits_for_a_call_under_way(node: Namespace) -> None:

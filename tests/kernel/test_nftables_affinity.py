@@ -16,7 +16,7 @@ from tests.lab.restart import MortalDaemon
 from tests.lab.servers import Servers
 from tests.lab.topology import Host, Lab
 from tests.lab.waiting import wait_until
-from tests.lab.web import EXTERNAL, NODE_PORT, VIPS, Web
+from tests.lab.web_service import EXTERNAL, NODE_PORT, VIPS, Web
 
 VERSIONS = pytest.mark.parametrize("version", [4, 6], ids=["ipv4", "ipv6"])
 PROTOCOLS = pytest.mark.parametrize("protocol", ["TCP", "UDP"])

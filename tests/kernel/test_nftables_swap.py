@@ -21,12 +21,12 @@ from tests.inprocess import InProcessProxy
 from tests.lab.churn import NODE_PORT as FIRST_NODE_PORT
 from tests.lab.churn import NODES, PORT, STEADY, Churn, addresses_on
 from tests.lab.client import Answered
+from tests.lab.connection_load import Greeters, Rush, Watch
 from tests.lab.modes import NFT_FAMILIES, TABLE, table_state
 from tests.lab.namespace import Namespace
-from tests.lab.rush import Greeters, Rush, Watch
 from tests.lab.servers import Servers
 from tests.lab.topology import NODE, NODE_ADDRESSES, Lab
-from tests.lab.web import VIPS, Web
+from tests.lab.web_service import VIPS, Web
 
 log = logging.getLogger(__name__)
 

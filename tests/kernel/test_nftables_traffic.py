@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from tests.lab.client import Answered, Refused
-from tests.lab.flow import tally
+from tests.lab.continuous_requests import tally
 from tests.lab.requirements import missing_protocol
 from tests.lab.servers import Servers
 from tests.lab.topology import Host, Lab
-from tests.lab.web import BALANCED, EXTERNAL, NODE_PORT, VIPS, Web
+from tests.lab.web_service import BALANCED, EXTERNAL, NODE_PORT, VIPS, Web
 
 UNUSED = {4: "10.96.0.99", 6: "fd00:10:96::99"}
 SECOND = {4: "10.99.0.7", 6: "fd00:99::7"}

@@ -12,7 +12,7 @@ from tests.lab.client import Answered, Refused, TimedOut, ask
 from tests.lab.modes import BOTH_MODES, flag
 from tests.lab.servers import Servers
 from tests.lab.topology import Host, Lab
-from tests.lab.web import SILENCE
+from tests.lab.web_service import SILENCE
 
 NODE_PORT = 30080
 CHOSEN = "--nodeport-addresses=10.99.0.0/24,fd00:99::/64"

@@ -10,13 +10,13 @@ import pytest
 
 from kproxy.nftables.probe import TABLE as PROBE
 from tests.lab.cluster import SERVICES, Cluster
-from tests.lab.commits import Commits
-from tests.lab.crowd import VANISHED, vanish
-from tests.lab.load import Stream
+from tests.lab.connection_stream import Stream
 from tests.lab.modes import TABLE, NftablesRules, flag
+from tests.lab.node_pods import VANISHED, vanish
 from tests.lab.restart import MortalDaemon
 from tests.lab.servers import Servers
 from tests.lab.topology import Lab
+from tests.lab.transaction_monitor import Commits
 from tests.lab.waiting import wait_until
 
 REPLICAS = 5

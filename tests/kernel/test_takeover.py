@@ -10,8 +10,8 @@ import pytest
 
 from kproxy.iptables.names import DISPATCH_CHAINS
 from kproxy.model.types import Family
+from tests.lab.connection_stream import Stream, Target
 from tests.lab.iptables import PREFIXES, held, restore_recording
-from tests.lab.load import Stream, Target
 from tests.lab.modes import NFT_FAMILIES, flag, nothing_left_of_other, table_state
 from tests.lab.namespace import Namespace
 from tests.lab.proxy import FLAGS, KPROXY

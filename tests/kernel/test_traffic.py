@@ -12,8 +12,8 @@ import pytest
 
 from tests.lab import objects, proxy
 from tests.lab.client import Answered, Outcome, Refused, ask, finish, open_connection
-from tests.lab.flow import Flow, failures, tally
-from tests.lab.load import FIRST_PORT
+from tests.lab.connection_stream import FIRST_PORT
+from tests.lab.continuous_requests import Flow, failures, tally
 from tests.lab.modes import flag
 from tests.lab.requirements import missing_protocol
 from tests.lab.servers import Servers

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from kproxy.model.delta import Delete, Delta, Upsert
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Service, ServicePort
-from tests.lab.rush import Way
+from tests.lab.connection_load import Way
 from tests.lab.topology import NODE, NODE_ADDRESSES, Host
 
 NODES = (NODE, "node-2", "node-3")

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.lab import objects
-from tests.lab.crowd import Machine
-from tests.lab.load import Target
+from tests.lab.connection_stream import Target
 from tests.lab.modes import rules_of
+from tests.lab.node_pods import Machine
 from tests.lab.servers import Servers
 from tests.lab.topology import NODE, Host, Lab
 

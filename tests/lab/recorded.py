@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tests.lab.crowd import Machine
+from tests.lab.connection_stream import Target
 from tests.lab.links import version_of
-from tests.lab.load import Target
+from tests.lab.node_pods import Machine
 from tests.lab.objects import Object
 from tests.lab.servers import Servers
 from tests.lab.topology import NODE, OUTSIDE_ADDRESSES, Host, Lab

@@ -72,5 +72,5 @@ def packet_of(row: Row) -> Packet:
         port=row.port,
         interface="" if by_node else place_of(row.sender).interface,
         local_addresses=frozenset({*NODE_ADDRESSES.values(), *([source_of(row)] if by_node else ())}),
-        remembered=frozenset({row.remembering} if row.remembering else ()),
+        affinity_endpoints=frozenset({row.remembering} if row.remembering else ()),
     )

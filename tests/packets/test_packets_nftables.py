@@ -15,7 +15,7 @@ from kproxy.model.store import Store
 from kproxy.model.types import Family, ServiceCIDR
 from kproxy.nftables.backend import NftablesPrinter
 from kproxy.simulate.nftables import NftablesSimulator
-from kproxy.simulate.packet import Fate, FateDistribution, Packet, Simulator, Verdict
+from kproxy.simulate.packet import OutcomeDistribution, Packet, PacketOutcome, Simulator, Verdict
 from kproxy.sync.family import FamilySync
 from tests.packets.compare import wrong_fates
 from tests.packets.differences import Reason, read_differences, read_nftables_table, reason_for
@@ -94,7 +94,12 @@ def test_only_iptables_mode_drops_what_is_invalid(
     rules: Callable[[str], dict[Family, Simulator]], invalid: str, scenario: str
 ) -> None:
     packet = Packet(
-        protocol="TCP", source="10.244.1.1", destination="198.51.100.10", port=50000, interface="veth0", state="INVALID"
+        protocol="TCP",
+        source="10.244.1.1",
+        destination="198.51.100.10",
+        port=50000,
+        interface="veth0",
+        conntrack_state="INVALID",
     )
     expected = "untouched" if scenario == "config-conntrack-liberal" else invalid
     assert describe(rules(scenario)[Family.IPV4].send(packet)) == expected
@@ -120,8 +125,8 @@ def test_who_takes_node_ports_at_another_address(
         local_addresses=frozenset({NODE_ADDRESSES[4], SECOND_NODE_ADDRESSES[4]}),
     )
     outcome = rules(scenario)[Family.IPV4].send(packet)
-    assert bool(outcome.targets) == (is_iptables and everywhere)
-    assert {fate.verdict for fate in outcome.fates} == {Verdict.ACCEPTED}
+    assert bool(outcome.endpoints) == (is_iptables and everywhere)
+    assert {fate.verdict for fate in outcome.probabilities} == {Verdict.ACCEPTED}
 
 
 @pytest.mark.parametrize(
@@ -129,5 +134,5 @@ def test_who_takes_node_ports_at_another_address(
 )
 def test_chance_that_prefers_an_endpoint_is_told(first: float, tolerance: float, is_uneven: bool) -> None:
     shares = {"10.0.0.1:1": first, "10.0.0.2:2": 1 - first}
-    outcome = FateDistribution((Fate(Verdict.ACCEPTED, target), share) for target, share in shares.items())
+    outcome = OutcomeDistribution((PacketOutcome(Verdict.ACCEPTED, target), share) for target, share in shares.items())
     assert uneven(outcome, tolerance) == (shares if is_uneven else {})

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from kproxy.simulate.packet import Fate, Packet, Verdict
+from kproxy.simulate.packet import Packet, PacketOutcome, Verdict
 
 NODE = "10.99.0.2"
 POD = "10.244.1.9:8080"
 OWN = {"source": NODE, "interface": ""}
 """What is different for a packet of this node's own."""
 
-ACCEPTED = Fate(Verdict.ACCEPTED)
-DROPPED = Fate(Verdict.DROPPED)
-TRANSLATED = Fate(Verdict.ACCEPTED, POD)
+ACCEPTED = PacketOutcome(Verdict.ACCEPTED)
+DROPPED = PacketOutcome(Verdict.DROPPED)
+TRANSLATED = PacketOutcome(Verdict.ACCEPTED, POD)
 
 
 def packet(**changes: Any) -> Packet:

@@ -134,11 +134,11 @@ def test_parameters_are_read_computed_and_written(machine: Path, caplog: pytest.
         conntrack_sysctls.TCP_BE_LIBERAL: 1,
     }
     assert [record.getMessage() for record in caplog.records] == [
-        "sysctl net.netfilter.nf_conntrack_max: 65536 -> 400000",
-        "sysctl /sys/module/nf_conntrack/parameters/hashsize: 65536 -> 100000",
-        "sysctl net.netfilter.nf_conntrack_tcp_timeout_established: 432000 -> 86400",
-        "sysctl net.netfilter.nf_conntrack_tcp_timeout_close_wait: 60 -> 3600",
-        "sysctl net.netfilter.nf_conntrack_tcp_be_liberal: 0 -> 1",
+        "set sysctl net.netfilter.nf_conntrack_max: 65536 -> 400000",
+        "set /sys/module/nf_conntrack/parameters/hashsize: 65536 -> 100000",
+        "set sysctl net.netfilter.nf_conntrack_tcp_timeout_established: 432000 -> 86400",
+        "set sysctl net.netfilter.nf_conntrack_tcp_timeout_close_wait: 60 -> 3600",
+        "set sysctl net.netfilter.nf_conntrack_tcp_be_liberal: 0 -> 1",
     ]
 
 
@@ -161,7 +161,7 @@ def test_a_parameter_without_a_value_that_can_be_read_is_logged_as_such(
     caplog.set_level(logging.INFO)
     (machine / conntrack_sysctls.UDP).write_text("not a number")
     assert write_parameters({conntrack_sysctls.UDP: 2}, machine) == []
-    assert caplog.messages == ["sysctl net.netfilter.nf_conntrack_udp_timeout: unknown -> 2"]
+    assert caplog.messages == ["set sysctl net.netfilter.nf_conntrack_udp_timeout: unknown -> 2"]
 
 
 def test_route_localnet_is_set_where_it_is_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -175,4 +175,4 @@ def test_route_localnet_is_set_where_it_is_not(tmp_path: Path, caplog: pytest.Lo
     os.utime(file, (0, 0))
     assert ensure_route_localnet(tmp_path) == []
     assert file.stat().st_mtime == 0
-    assert caplog.messages == ["sysctl net.ipv4.conf.all.route_localnet: 0 -> 1"]
+    assert caplog.messages == ["set sysctl net.ipv4.conf.all.route_localnet: 0 -> 1"]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kproxy.documents.document import DocumentError
+from kproxy.documents.document import DocumentError, format_value
 from kproxy.documents.parse import read_documents
 
 
@@ -147,3 +147,19 @@ def test_no_yaml_brings_any_other_error(text: str) -> None:
     with suppress(DocumentError):
         for document in read_documents(text.encode()):
             assert document.line_of(("a", 0, "b")) > 0
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("http", '"http"'),
+        (5, "5"),
+        (None, "null"),
+        ({"a": [True, 1.5]}, '{"a":[true,1.5]}'),
+        ("x" * 100, '"' + "x" * 76 + "..."),
+        ({(1, 2): 3}, "a dict"),
+        ("\ud800", "a str"),
+    ],
+)
+def test_values_in_messages_are_json_of_a_readable_length(value: object, text: str) -> None:
+    assert format_value(value) == text

@@ -68,7 +68,8 @@ def test_recorded_clusters_load_as_json_and_the_same_as_yaml(folder: Path) -> No
     assert not loaded.problems
     assert not loaded.warnings
     assert loaded.notes == (
-        f"{folder}/config.json: passed over: kubeproxy.config.k8s.io/v1alpha1 KubeProxyConfiguration",
+        f"{folder}/config.json: ignoring kubeproxy.config.k8s.io/v1alpha1 KubeProxyConfiguration: "
+        "kproxy does not use this kind",
     )
     assert [replacement.kind for replacement in loaded.replacements] == KINDS
     assert [bool(replacement.objects) for replacement in loaded.replacements] == [True, True, True, False]
@@ -106,7 +107,9 @@ def test_a_service_cidr_has_no_namespace_whatever_its_file_says() -> None:
     astray = service_cidr("kubernetes", "10.97.0.0/16")
     astray["metadata"]["namespace"] = "demo"
     loaded = load_objects({"a.yaml": text(service_cidr("kubernetes", "10.96.0.0/16")), "b.yaml": text(astray)})
-    assert loaded.warnings == ("ServiceCIDR kubernetes is in a.yaml and in b.yaml: the latter is taken",)
+    assert loaded.warnings == (
+        "ServiceCIDR kubernetes is defined in a.yaml and in b.yaml; using the definition in b.yaml",
+    )
     assert loaded.replacements[-1] == Replace(ServiceCIDR, (ServiceCIDR("kubernetes", ("10.97.0.0/16",)),))
 
 
@@ -133,10 +136,10 @@ def test_kinds_without_use_are_noted_once_a_file() -> None:
     loaded = load_objects({"a.yaml": text(pod, pod, old, other, pods, service("a"))})
     assert not loaded.problems
     assert loaded.notes == (
-        "a.yaml: passed over: v1 Pod",
-        "a.yaml: passed over: v1 Endpoints",
-        "a.yaml: passed over: serving.knative.dev/v1 Service",
-        "a.yaml: passed over: v1 PodList",
+        "a.yaml: ignoring v1 Pod: kproxy does not use this kind",
+        "a.yaml: ignoring v1 Endpoints: kproxy does not use this kind",
+        "a.yaml: ignoring serving.knative.dev/v1 Service: kproxy does not use this kind",
+        "a.yaml: ignoring v1 PodList: kproxy does not use this kind",
     )
     assert names(loaded.replacements) == [["a"], [], [], []]
 
@@ -148,11 +151,20 @@ def test_of_an_object_in_two_files_the_later_is_taken_and_both_are_named() -> No
             "a.yaml": text(service("web", clusterIP="10.96.0.1"), service("other")),
         }
     )
-    assert loaded.warnings == ("Service demo/web is in a.yaml and in b.yaml: the latter is taken",)
+    assert loaded.warnings == ("Service demo/web is defined in a.yaml and in b.yaml; using the definition in b.yaml",)
     found = {item.name: item for item in loaded.replacements[0].objects}
     assert found.keys() == {"web", "other"}
     assert isinstance(found["web"], Service)
     assert found["web"].cluster_ips == ("10.96.0.2",)
+
+
+def test_of_an_object_twice_in_a_file_the_last_is_taken() -> None:
+    twice = text(service("web", clusterIP="10.96.0.1"), service("web", clusterIP="10.96.0.2"))
+    loaded = load_objects({"a.yaml": twice})
+    assert loaded.warnings == ("Service demo/web is defined more than once in a.yaml; using the last definition",)
+    (web,) = loaded.replacements[0].objects
+    assert isinstance(web, Service)
+    assert web.cluster_ips == ("10.96.0.2",)
 
 
 def test_a_headless_service_in_a_later_file_takes_the_place_of_one_with_rules() -> None:
@@ -171,83 +183,87 @@ HEAD = "apiVersion: v1\nkind: Service\nmetadata:\n  name: web\n  namespace: demo
     [
         (
             HEAD + "spec:\n  clusterIP: 10.0.0.1\n  ports:\n  - port: '80'\n",
-            "f.yaml:9: Service demo/web: spec.ports[0].port: expected `int`, got `str`",
+            'f.yaml:9: Service demo/web: spec.ports[0].port must be an integer, not "80"',
         ),
         (
             HEAD + "spec:\n  clusterIP: 10.0.0.1\n  ports:\n  - port: 80\n  - port: 70000\n",
-            "f.yaml:10: Service demo/web: spec.ports[1].port: expected a port from 1 to 65535, got 70000",
+            "f.yaml:10: Service demo/web: spec.ports[1].port must be from 1 to 65535, not 70000",
         ),
         (
             HEAD + "spec:\n  clusterIP: 10.0.0.1\n  ports: [{port: 0080}]\n",
-            "f.yaml:8: Service demo/web: spec.ports[0].port: expected `int`, got `str`",
+            'f.yaml:8: Service demo/web: spec.ports[0].port must be an integer, not "0080"',
         ),
         (
             HEAD + "spec:\n  clusterIP: 10.0.0.1\n  ports: [{port: 80, protocol: tcp}]\n",
-            "f.yaml:8: Service demo/web: spec.ports[0].protocol: invalid enum value 'tcp', "
-            "expected one of TCP, UDP, SCTP",
+            'f.yaml:8: Service demo/web: spec.ports[0].protocol must be one of TCP, UDP, SCTP, not "tcp"',
         ),
         (
             HEAD + "  labels:\n    good: a\n    bad: 1\n",
-            "f.yaml:8: Service demo/web: metadata.labels.bad: expected `str`, got `int`",
+            "f.yaml:8: Service demo/web: metadata.labels.bad must be a string, not 1",
         ),
         (
             HEAD + "  labels: {1: a}\n",
-            "f.yaml:6: Service demo/web: metadata.labels: expected `str`, got `int` as a key",
+            "f.yaml:6: Service demo/web: metadata.labels must have only strings as keys, not 1",
         ),
         (
             HEAD + "spec:\n  clusterIP: 10.0.0.1\n  externalIPs: [10.0.0.2, here]\n",
-            "f.yaml:8: Service demo/web: spec.externalIPs: expected an IP address, got 'here'",
+            'f.yaml:8: Service demo/web: spec.externalIPs[1] must be an IP address, not "here"',
         ),
         (
             "kind: Service\napiVersion: v1\nmetadata: {name: on}\n",
-            "f.yaml:3: Service: metadata.name: expected `str`, got `bool`",
+            "f.yaml:3: Service: metadata.name must be a string, not true",
         ),
         (
             "kind: Service\napiVersion: v1\n",
-            "f.yaml:1: Service: object missing required field `metadata`",
+            "f.yaml:1: Service: metadata is missing",
         ),
         (
             "kind: Node\napiVersion: v1\nmetadata: {}\n",
-            "f.yaml:3: Node: metadata.name: expected a name, got none",
+            "f.yaml:3: Node: metadata.name is missing",
         ),
         (
             "kind: Node\napiVersion: v1\nmetadata: {name: n}\nspec: {podCIDRs: [x]}\n",
-            "f.yaml:4: Node n: spec.podCIDRs: expected an IP CIDR, got 'x'",
+            'f.yaml:4: Node n: spec.podCIDRs[0] must be a CIDR (such as 10.0.0.0/8), not "x"',
         ),
         (
             "kind: ServiceCIDR\napiVersion: networking.k8s.io/v1\nmetadata: {name: a}\nspec:\n"
             "  cidrs: [10.96.0.0/16, fd00::/129]\n",
-            "f.yaml:5: ServiceCIDR a: spec.cidrs: expected an IP CIDR, got 'fd00::/129'",
+            'f.yaml:5: ServiceCIDR a: spec.cidrs[1] must be a CIDR (such as 10.0.0.0/8), not "fd00::/129"',
         ),
         (
             "kind: ServiceCIDR\napiVersion: networking.k8s.io/v1alpha1\nmetadata: {name: a}\n",
-            "f.yaml:2: ServiceCIDR a: apiVersion: expected `networking.k8s.io/v1`, got 'networking.k8s.io/v1alpha1'",
+            "f.yaml:2: ServiceCIDR a: apiVersion must be networking.k8s.io/v1 or networking.k8s.io/v1beta1, "
+            'not "networking.k8s.io/v1alpha1"',
         ),
         (
             "kind: EndpointSlice\napiVersion: discovery.k8s.io/v1beta1\nmetadata: {name: e}\n",
-            "f.yaml:2: EndpointSlice default/e: apiVersion: expected `discovery.k8s.io/v1`, "
-            "got 'discovery.k8s.io/v1beta1'",
+            'f.yaml:2: EndpointSlice default/e: apiVersion must be discovery.k8s.io/v1, not "discovery.k8s.io/v1beta1"',
         ),
         (
             "kind: EndpointSlice\napiVersion: v1\nmetadata: {name: e}\n",
-            "f.yaml:2: EndpointSlice default/e: apiVersion: expected `discovery.k8s.io/v1`, got 'v1'",
+            'f.yaml:2: EndpointSlice default/e: apiVersion must be discovery.k8s.io/v1, not "v1"',
         ),
         (
             "kind: Service\nmetadata: {name: web}\n",
-            "f.yaml:1: Service default/web: apiVersion: expected `v1`, got none",
+            "f.yaml:1: Service default/web: apiVersion is missing (must be v1)",
         ),
-        ("a: b\n", "f.yaml:1: kind: expected a Kubernetes object, got one without a kind"),
-        ("kind: [v1]\n", "f.yaml:1: kind: expected `str`, got `array`"),
-        ("- a\n", "f.yaml:1: expected a Kubernetes object, got `array`"),
-        ("just words\n", "f.yaml:1: expected a Kubernetes object, got `str`"),
-        ("# nothing\n", "f.yaml: holds no Kubernetes object"),
-        ("", "f.yaml: holds no Kubernetes object"),
-        ("kind: List\nitems:\n- 3\n", "f.yaml:3: expected a Kubernetes object, got `int`"),
+        (
+            'kind: Node\napiVersion: v1\nmetadata: {name: "a\\nb"}\n',
+            "f.yaml:3: Node a b: metadata.name must be a lowercase RFC 1123 subdomain (letters, digits, '-' and '.'), "
+            'not "a\\nb"',
+        ),
+        ("a: b\n", "f.yaml:1: kind is missing"),
+        ("kind: [v1]\n", 'f.yaml:1: kind must be a string, not ["v1"]'),
+        ("- a\n", 'f.yaml:1: must be a Kubernetes object, not ["a"]'),
+        ("just words\n", 'f.yaml:1: must be a Kubernetes object, not "just words"'),
+        ("# nothing\n", "f.yaml: contains no Kubernetes objects"),
+        ("", "f.yaml: contains no Kubernetes objects"),
+        ("kind: List\nitems:\n- 3\n", "f.yaml:3: must be a Kubernetes object, not 3"),
         (
             "kind: List\nitems:\n- metadata: {name: a}\n",
-            "f.yaml:3: kind: expected a Kubernetes object, got one without a kind",
+            "f.yaml:3: kind is missing",
         ),
-        ("kind: ServiceList\nitems: {}\n", "f.yaml:2: items: expected `array | null`, got `object`"),
+        ("kind: ServiceList\nitems: {}\n", "f.yaml:2: items must be a list, not {}"),
         ("a: [\n", "f.yaml:2:1: not valid YAML: while parsing a flow node did not find expected node content"),
     ],
 )
@@ -260,8 +276,8 @@ def test_problems_in_json_have_lines_too_and_all_objects_are_checked() -> None:
     content = json.dumps({"kind": "ServiceList", "apiVersion": "v1", "items": items}, indent=1)
     line_a, line_c = (content.split(f'"{field}":')[0].count("\n") + 1 for field in ("port", "clusterIPs"))
     assert problems("f.json", content) == [
-        f"f.json:{line_a}: Service demo/a: spec.ports[0].port: expected `int`, got `str`",
-        f"f.json:{line_c}: Service default/c: spec.clusterIPs: expected an IP address, got '10.0.0.300'",
+        f'f.json:{line_a}: Service demo/a: spec.ports[0].port must be an integer, not "x"',
+        f'f.json:{line_c + 1}: Service default/c: spec.clusterIPs[0] must be an IP address, not "10.0.0.300"',
     ]
 
 
@@ -389,59 +405,59 @@ BROKEN = b"a: ["
 
 def test_nothing_is_handed_on_before_all_files_are_good() -> None:
     following = ManifestState()
-    first = following.take(PathSnapshot({"a.yaml": GOOD, "b.yaml": BROKEN}))
+    first = following.update(PathSnapshot({"a.yaml": GOOD, "b.yaml": BROKEN}))
     assert (first.replacements, len(first.problems)) == ((), 1)
     # a.yaml was good, but is not now: what it was does not count yet
-    second = following.take(PathSnapshot({"a.yaml": BROKEN, "b.yaml": text(service("b"))}))
+    second = following.update(PathSnapshot({"a.yaml": BROKEN, "b.yaml": text(service("b"))}))
     assert (second.replacements, len(second.problems)) == ((), 1)
-    third = following.take(PathSnapshot({"a.yaml": GOOD, "b.yaml": text(service("b"))}))
+    third = following.update(PathSnapshot({"a.yaml": GOOD, "b.yaml": text(service("b"))}))
     assert names(third.replacements) == [["a", "b"], [], [], []]
 
 
 def test_a_file_that_breaks_stays_in_force_as_it_was_and_others_are_followed() -> None:
     following = ManifestState()
-    following.take(PathSnapshot({"a.yaml": GOOD, "b.yaml": text(service("b"))}))
-    broken = following.take(PathSnapshot({"a.yaml": BROKEN, "b.yaml": text(service("b2"))}))
+    following.update(PathSnapshot({"a.yaml": GOOD, "b.yaml": text(service("b"))}))
+    broken = following.update(PathSnapshot({"a.yaml": BROKEN, "b.yaml": text(service("b2"))}))
     assert names(broken.replacements)[0] == ["a", "b2"]
     assert [problem.path for problem in broken.problems] == ["a.yaml"]
     unreadable = FileProblem("a.yaml", "cannot be read")
-    still = following.take(PathSnapshot({"a.yaml": unreadable, "b.yaml": text(service("b3"))}))
+    still = following.update(PathSnapshot({"a.yaml": unreadable, "b.yaml": text(service("b3"))}))
     assert names(still.replacements)[0] == ["a", "b3"]
     assert still.problems == (unreadable,)
-    gone = following.take(PathSnapshot({"b.yaml": text(service("b3"))}))
+    gone = following.update(PathSnapshot({"b.yaml": text(service("b3"))}))
     assert names(gone.replacements)[0] == ["b3"]
 
 
 def test_a_new_file_that_is_broken_counts_as_absent() -> None:
     following = ManifestState()
-    following.take(PathSnapshot({"a.yaml": GOOD}))
-    update = following.take(PathSnapshot({"a.yaml": GOOD, "new.yaml": BROKEN}))
+    following.update(PathSnapshot({"a.yaml": GOOD}))
+    update = following.update(PathSnapshot({"a.yaml": GOOD, "new.yaml": BROKEN}))
     assert update.replacements == ()
     assert len(update.problems) == 1
 
 
 def test_when_only_broken_files_are_left_everything_stays() -> None:
     following = ManifestState()
-    following.take(PathSnapshot({"a.yaml": GOOD}))
-    assert following.take(PathSnapshot({"new.yaml": b""})).replacements == ()
-    update = following.take(PathSnapshot({"new.yaml": text(service("b"))}))
+    following.update(PathSnapshot({"a.yaml": GOOD}))
+    assert following.update(PathSnapshot({"new.yaml": b""})).replacements == ()
+    update = following.update(PathSnapshot({"new.yaml": text(service("b"))}))
     assert names(update.replacements)[0] == ["b"]
 
 
 def test_what_changes_nothing_is_not_handed_on() -> None:
     following = ManifestState()
-    assert following.take(PathSnapshot({"a.yaml": GOOD})).replacements
-    assert not following.take(PathSnapshot({"a.yaml": GOOD})).replacements
-    assert not following.take(PathSnapshot({"a.yaml": GOOD + b"# a comment\n"})).replacements
-    assert following.take(PathSnapshot({"a.yaml": text(service("b"))})).replacements
+    assert following.update(PathSnapshot({"a.yaml": GOOD})).replacements
+    assert not following.update(PathSnapshot({"a.yaml": GOOD})).replacements
+    assert not following.update(PathSnapshot({"a.yaml": GOOD + b"# a comment\n"})).replacements
+    assert following.update(PathSnapshot({"a.yaml": text(service("b"))})).replacements
 
 
 def test_without_any_file_everything_stays_but_an_empty_list_is_honoured() -> None:
     following = ManifestState()
-    following.take(PathSnapshot({"a.yaml": GOOD}))
+    following.update(PathSnapshot({"a.yaml": GOOD}))
     trouble = FileProblem("objects", "no object files here")
-    assert following.take(PathSnapshot({}, trouble)) == file_source.ManifestUpdate(problems=(trouble,))
-    emptied = following.take(PathSnapshot({"a.yaml": b"kind: List\nitems: []\n"}))
+    assert following.update(PathSnapshot({}, trouble)) == file_source.ManifestUpdate(problems=(trouble,))
+    emptied = following.update(PathSnapshot({"a.yaml": b"kind: List\nitems: []\n"}))
     assert names(emptied.replacements) == [[], [], [], []]
     assert not emptied.problems
 
@@ -610,7 +626,7 @@ def test_an_emptied_folder_deletes_nothing_and_is_said_once(tmp_path: Path, foll
     (tmp_path / "notes.txt").write_text("another notice, the same problem")
     (tmp_path / "b.yaml").write_bytes(text(service("b")))
     assert followed.services() == ["b"]
-    assert lines.next() == f"INFO {tmp_path}: all object files are good"
+    assert lines.next() == f"INFO {tmp_path}: all object files are valid"
     assert lines.lines.empty()
 
 
@@ -621,7 +637,7 @@ def test_a_broken_file_is_said_once_and_kept_as_it_was(tmp_path: Path, follow: A
     (tmp_path / "b.yaml").write_bytes(text(service("b")))
     (tmp_path / "a.yaml").write_bytes(text(service("a")))
     assert followed.services() == ["a", "b"]
-    assert lines.next() == f"INFO {tmp_path}: all object files are good"
+    assert lines.next() == f"INFO {tmp_path}: all object files are valid"
     (tmp_path / "a.yaml").write_text("kind: Service\n")
     assert lines.next().startswith(f"ERROR {tmp_path}/a.yaml:1: Service: ")
     (tmp_path / "b.yaml").write_bytes(text(service("b2")))
@@ -795,7 +811,7 @@ endpoints:
 """
     loaded = load_objects({"a.yaml": bad.encode()})
     assert loaded.warnings == (
-        "a.yaml:8: EndpointSlice demo/web-1: left out what cannot be used: "
-        "endpoints[1]: 'fd00::1' is not an IPv4 address",
+        "a.yaml:8: EndpointSlice demo/web-1: ignoring unusable endpoints and ports: "
+        'endpoints[1].addresses[0] must be an IPv4 address, not "fd00::1"',
     )
     assert loaded.problems == ()

@@ -20,7 +20,7 @@ from kproxy.serve.http import MAX_HEAD, HttpRequest, HttpResponse, RequestError,
 from kproxy.serve.server import HttpServer, ListenAddress, listen, parse_address
 from kproxy.serve.status_server import ListenError, StatusServer
 from tests.clock import Clock
-from tests.lab.attempts import Attempts
+from tests.lab.listen_attempts import Attempts
 from tests.lab.waiting import HANG_GUARD, wait_until
 from tests.ports import free_port, get
 

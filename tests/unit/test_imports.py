@@ -36,7 +36,8 @@ PURE = (
         f"nftables.{name}"
         for name in ("ledger", "transaction", "diff", "snapshot", "nft_syntax", "expressions", "encode")
     ),
-    *(f"kube.codec.{name}" for name in ("schema", "conversion", "json_codec", "protobuf", "watch_events", "streams")),
+    *(f"kube.codec.{name}" for name in ("schema", "object_error", "conversion", "json_codec", "protobuf")),
+    *("kube.codec.watch_events", "kube.codec.streams"),
     *("kube.listwatch.list_watch", "kube.events.correlator", "kube.client.http_proxy"),
     *("sync.schedule", "sync.family", "sync.conditions", "sync.summary", "app.contexts"),
     *(

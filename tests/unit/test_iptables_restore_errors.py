@@ -193,7 +193,7 @@ def test_error_has_the_offending_line_if_iptables_names_it(case: Case) -> None:
 
 def test_error_without_stderr_says_no_message() -> None:
     error = make_restore_error("iptables-restore", 1, "", lines_of(EMPTY))
-    assert str(error) == "iptables-restore failed with status 1: no message"
+    assert str(error) == "iptables-restore failed with status 1: no error message"
 
 
 def test_line_number_beyond_the_input_is_ignored() -> None:
@@ -201,8 +201,8 @@ def test_line_number_beyond_the_input_is_ignored() -> None:
 
 
 def test_timeout_has_no_offending_line() -> None:
-    error = make_restore_error("iptables-restore", -1, "iptables-restore did not end within 900 s", lines_of(EMPTY))
-    assert "did not end within 900 s" in str(error)
+    error = make_restore_error("iptables-restore", -1, "iptables-restore timed out after 900 s", lines_of(EMPTY))
+    assert "timed out after 900 s" in str(error)
     assert error.line == ""
 
 

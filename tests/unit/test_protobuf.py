@@ -12,9 +12,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kproxy.kube.codec.conversion import DecodedObject
-from kproxy.kube.codec.json_codec import read_line, read_refusal
+from kproxy.kube.codec.json_codec import read_error, read_line
 from kproxy.kube.codec.protobuf import (
-    KEPT_ENDPOINTS,
+    ENDPOINT_CACHE_SIZE,
     FrameReader,
     ProtobufError,
     boolean,
@@ -219,15 +219,15 @@ def test_an_endpoint_that_comes_again_is_the_very_same_value() -> None:
 
     first, second = read("10.0.0.1", "10.0.0.2"), read("10.0.0.2", "10.0.0.3")
     assert first.endpoints[1] is second.endpoints[0]
-    read(*(f"10.{number >> 8}.{number & 255}.9" for number in range(KEPT_ENDPOINTS)))
+    read(*(f"10.{number >> 8}.{number & 255}.9" for number in range(ENDPOINT_CACHE_SIZE)))
     assert read("10.0.0.1").endpoints[0] is not first.endpoints[0], "what is remembered has a bound"
 
 
 def test_bookmarks() -> None:
     body: dict[str, Any] = {"kind": "Service", "apiVersion": "v1", "metadata": {"resourceVersion": "96"}}
-    assert from_frame(Service, "BOOKMARK", body) == Bookmark("96", ends_initial=False)
+    assert from_frame(Service, "BOOKMARK", body) == Bookmark("96", initial_events_end=False)
     body["metadata"] |= {"annotations": {"k8s.io/initial-events-end": "true"}}
-    assert from_frame(Service, "BOOKMARK", body) == Bookmark("96", ends_initial=True)
+    assert from_frame(Service, "BOOKMARK", body) == Bookmark("96", initial_events_end=True)
 
 
 def test_a_deletion() -> None:
@@ -243,11 +243,11 @@ def test_errors_and_refusals(body: dict[str, Any]) -> None:
     assert isinstance(plain, ErrorStatus)
     assert from_frame(Service, "ERROR", body) == plain
     text = json.dumps(body).encode()
-    assert read_refusal(body["code"], {}, protobuf.enveloped(body)) == read_refusal(body["code"], {}, text)
+    assert read_error(body["code"], {}, protobuf.enveloped(body)) == read_error(body["code"], {}, text)
 
 
 def test_a_refusal_in_broken_protobuf_is_still_one() -> None:
-    found = read_refusal(503, {"Retry-After": "3"}, protobuf.enveloped(refusal(503, None))[:-3])
+    found = read_error(503, {"Retry-After": "3"}, protobuf.enveloped(refusal(503, None))[:-3])
     assert (found.code, found.retry_after) == (503, 3.0)
 
 
@@ -257,14 +257,12 @@ def test_an_error_that_is_no_status_is_unreadable() -> None:
 
 def test_what_is_wrong_is_said_with_the_name() -> None:
     event = from_frame(Service, "ADDED", service("web", "10.96.7.1", port=70_000))
-    assert event == UndecodableObject(
-        "demo", "web", "", "Expected a port from 1 to 65535, got 70000 - at `$.spec.ports[...].port`"
-    )
+    assert event == UndecodableObject("demo", "web", "", "spec.ports[0].port must be from 1 to 65535, not 70000")
     body = service("web", "10.96.7.1")
     body["spec"]["ports"][0]["protocol"] = "ICMP"
     event = from_frame(Service, "ADDED", body)
     assert event == UndecodableObject(
-        "demo", "web", "", "Expected TCP, UDP or SCTP, got 'ICMP' - at `ports[...].protocol`"
+        "demo", "web", "", 'spec.ports[0].protocol must be one of TCP, UDP, SCTP, not "ICMP"'
     )
 
 
@@ -279,19 +277,22 @@ GOOD: dict[Kind, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("frame", "said"),
     [
-        (b"", "a message is cut off"),
-        (protobuf.encode("WatchEvent", {"type": "ADDED"}), "a message is cut off"),
+        (b"", "a message is truncated"),
+        (protobuf.encode("WatchEvent", {"type": "ADDED"}), "a message is truncated"),
         (
             protobuf.encode("WatchEvent", {"type": "ADDED", "object": {"raw": b"{}"}}),
-            "begins with b'k8s\\x00', got b'{}'",
+            "must start with b'k8s\\x00', not b'{}'",
         ),
-        (protobuf.frame("ADDED", GOOD[Node])[4:], "Expected a Service, got 'Node'"),
-        (protobuf.frame("SYNC", GOOD[Service])[4:], "got 'SYNC'"),
-        (protobuf.frame("ADDED", GOOD[Service])[4:-1], "a field is longer than its message"),
-        (b"\n" + b"\xff" * 40, "a number of more than 64 bits"),
-        (b"\x12\0\n\5ADDED", "Expected field 1, got 0x12"),
-        (b"\x0a", "a message is cut off"),
-        (b'{"type":"ADDED"}', "Expected field 1, got 0x7b"),
+        (protobuf.frame("ADDED", GOOD[Node])[4:], 'kind must be Service, not "Node"'),
+        (
+            protobuf.frame("SYNC", GOOD[Service])[4:],
+            'type must be one of ADDED, MODIFIED, DELETED, BOOKMARK, ERROR, not "SYNC"',
+        ),
+        (protobuf.frame("ADDED", GOOD[Service])[4:-1], "a field extends past the end of its message"),
+        (b"\n" + b"\xff" * 40, "a varint is longer than 64 bits"),
+        (b"\x12\0\n\5ADDED", "expected field 1, but found tag 0x12"),
+        (b"\x0a", "a message is truncated"),
+        (b'{"type":"ADDED"}', "expected field 1, but found tag 0x7b"),
     ],
 )
 def test_frames_that_are_none(frame: bytes, said: str) -> None:
@@ -338,7 +339,7 @@ def test_random_bytes_never_raise(frame: bytes) -> None:
 
 @given(body=st.binary(max_size=100))
 def test_no_body_of_a_refusal_raises_anything_else(body: bytes) -> None:
-    assert read_refusal(500, {}, protobuf.MAGIC + body).code == 500
+    assert read_error(500, {}, protobuf.MAGIC + body).code == 500
     with pytest.raises(ProtobufError):
         read_status(body)
 

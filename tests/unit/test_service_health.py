@@ -22,7 +22,7 @@ from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Se
 from kproxy.serve.http import encode
 from kproxy.serve.server import HttpServer, ListenAddress, listen
 from kproxy.serve.service_health import HealthCheckNodePorts, ServiceHealth, ServiceHealthTracker, service_answer
-from tests.lab.attempts import Attempts
+from tests.lab.listen_attempts import Attempts
 from tests.lab.waiting import HANG_GUARD
 from tests.ports import free_port, get
 from tests.recordings import GOLDEN, store

@@ -9,7 +9,7 @@ import pytest
 
 from kproxy.model.types import Family
 from kproxy.simulate.iptables import IptablesSimulator
-from kproxy.simulate.packet import Fate, FateDistribution, UnknownRuleError, Verdict
+from kproxy.simulate.packet import OutcomeDistribution, PacketOutcome, UnknownRuleError, Verdict
 from tests.unit.simulation import ACCEPTED, DROPPED, NODE, OWN, POD, TRANSLATED, packet
 
 BUILT_IN = {
@@ -34,7 +34,7 @@ def rules(
 
 
 def test_a_packet_that_meets_no_rule_arrives() -> None:
-    assert rules().send(packet()).fates == {ACCEPTED: 1.0}
+    assert rules().send(packet()).probabilities == {ACCEPTED: 1.0}
 
 
 def test_the_policy_of_a_filter_chain_ends_what_no_rule_decides() -> None:
@@ -63,9 +63,13 @@ MATCHING = [
     ("-m mark --mark 0x0/0x4000", {}, None),
     ("-m mark ! --mark 0x4000/0x4000", {}, None),
     ("-m mark --mark 0x0", {}, None),
-    ("-m conntrack --ctstate NEW", {}, {"state": "ESTABLISHED"}),
-    ("-m conntrack --ctstate RELATED,ESTABLISHED", {"state": "RELATED"}, {"state": "INVALID"}),
-    ("-m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT", {"state": "INVALID"}, {"state": "ESTABLISHED"}),
+    ("-m conntrack --ctstate NEW", {}, {"conntrack_state": "ESTABLISHED"}),
+    ("-m conntrack --ctstate RELATED,ESTABLISHED", {"conntrack_state": "RELATED"}, {"conntrack_state": "INVALID"}),
+    (
+        "-m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT",
+        {"conntrack_state": "INVALID"},
+        {"conntrack_state": "ESTABLISHED"},
+    ),
     ('-m comment --comment "say \\"-j DROP\\"; ! -s 1.2.3.4/32"', {}, None),
     ("-m nfacct --nfacct-name  seen", {}, None),
 ]
@@ -98,16 +102,16 @@ def test_ipv6_targets_and_loopback() -> None:
         "nat OUTPUT ! -d ::1/128 -m addrtype --dst-type LOCAL -j DNAT --to-destination [fd00::8]:80",
         family=Family.IPV6,
     )
-    assert found.send(packet(source="2001:db8::1", destination="fd00:99::2")).only.target == "[fd00::9]:8080"
+    assert found.send(packet(source="2001:db8::1", destination="fd00:99::2")).only.endpoint == "[fd00::9]:8080"
     own = {"source": "::1", "interface": ""}
     assert found.send(packet(**own, destination="::1")).only == ACCEPTED
-    assert found.send(packet(**own, destination="fd00:99::2")).only.target == "[fd00::8]:80"
+    assert found.send(packet(**own, destination="fd00:99::2")).only.endpoint == "[fd00::8]:80"
 
 
 def test_packets_of_the_other_family_are_no_question_for_these_rules() -> None:
     with pytest.raises(ValueError, match="IPv4"):
         rules().send(packet(source="2001:db8::1", destination="fd00::1"))
-    with pytest.raises(ValueError, match="not of one family"):
+    with pytest.raises(ValueError, match="differ in their IP family"):
         rules().send(packet(source="2001:db8::1"))
 
 
@@ -138,7 +142,7 @@ def test_return_from_a_built_in_chain_leads_to_its_policy() -> None:
 
 def test_a_rejection_names_its_icmp_message() -> None:
     found = rules("filter FORWARD -j REJECT --reject-with icmp-port-unreachable")
-    assert found.send(packet()).only == Fate(Verdict.REJECTED, reply="icmp-port-unreachable")
+    assert found.send(packet()).only == PacketOutcome(Verdict.REJECTED, reject_with="icmp-port-unreachable")
 
 
 @pytest.mark.parametrize(
@@ -161,7 +165,7 @@ def test_a_mark_set_in_one_table_is_seen_in_the_next() -> None:
         "nat PREROUTING -j MARK --set-xmark 0x4000/0x4000",
         "nat POSTROUTING -m mark --mark 0x4000/0x4000 -j MASQUERADE --random-fully",
     )
-    assert found.send(packet()).only == Fate(Verdict.ACCEPTED, masqueraded=True)
+    assert found.send(packet()).only == PacketOutcome(Verdict.ACCEPTED, masqueraded=True)
     assert found.send(packet(**OWN)).only == ACCEPTED
 
 
@@ -173,13 +177,13 @@ def test_translation_ends_the_hook_and_changes_what_later_ones_see() -> None:
         policy="DROP",
     )
     assert found.send(packet()).only == TRANSLATED
-    assert found.send(packet(protocol="UDP")).only == Fate(Verdict.DROPPED, "10.244.1.10:80")
+    assert found.send(packet(protocol="UDP")).only == PacketOutcome(Verdict.DROPPED, "10.244.1.10:80")
 
 
 def test_a_counter_counts_what_its_rule_hits() -> None:
     found = rules("filter FORWARD -p tcp -m nfacct --nfacct-name seen -j ACCEPT")
-    assert found.send(packet()).only.counted == ("seen",)
-    assert found.send(packet(protocol="UDP")).only.counted == ()
+    assert found.send(packet()).only.counters == ("seen",)
+    assert found.send(packet(protocol="UDP")).only.counters == ()
 
 
 # Chance and affinity.
@@ -193,8 +197,8 @@ def test_chance_divides_what_is_left() -> None:
         "nat PREROUTING -j DNAT --to-destination 10.0.0.3:3",
     )
     outcome = found.send(packet())
-    assert outcome.targets == pytest.approx({"10.0.0.1:1": 1 / 3, "10.0.0.2:2": 1 / 3, "10.0.0.3:3": 1 / 3})
-    assert sum(outcome.fates.values()) == pytest.approx(1.0, abs=1e-12)
+    assert outcome.endpoints == pytest.approx({"10.0.0.1:1": 1 / 3, "10.0.0.2:2": 1 / 3, "10.0.0.3:3": 1 / 3})
+    assert sum(outcome.probabilities.values()) == pytest.approx(1.0, abs=1e-12)
 
 
 def test_chance_that_meets_again_after_a_chain_goes_on_with_both() -> None:
@@ -205,24 +209,24 @@ def test_chance_that_meets_again_after_a_chain_goes_on_with_both() -> None:
         "nat POSTROUTING -m mark --mark 0x1/0x1 -j MASQUERADE",
         chains=["nat SEEN"],
     )
-    masqueraded = Fate(Verdict.ACCEPTED, POD, masqueraded=True)
-    assert found.send(packet()).fates == pytest.approx({masqueraded: 0.25, TRANSLATED: 0.75})
+    masqueraded = PacketOutcome(Verdict.ACCEPTED, POD, masqueraded=True)
+    assert found.send(packet()).probabilities == pytest.approx({masqueraded: 0.25, TRANSLATED: 0.75})
 
 
 @pytest.mark.parametrize(("chance", "fate"), [("0.00000000000", ACCEPTED), ("1.00000000000", DROPPED)])
-def test_a_chance_of_none_and_of_all(chance: str, fate: Fate) -> None:
+def test_a_chance_of_none_and_of_all(chance: str, fate: PacketOutcome) -> None:
     found = rules(f"filter FORWARD -m statistic --mode random --probability {chance} -j DROP")
-    assert found.send(packet()).fates == {fate: 1.0}
+    assert found.send(packet()).probabilities == {fate: 1.0}
 
 
 def test_probabilities_that_do_not_sum_to_one_are_no_outcome() -> None:
     with pytest.raises(ValueError, match=r"sum to 0\.5"):
-        FateDistribution([(ACCEPTED, 0.25), (DROPPED, 0.25)])
+        OutcomeDistribution([(ACCEPTED, 0.25), (DROPPED, 0.25)])
 
 
 def test_the_only_fate_is_one() -> None:
     with pytest.raises(ValueError, match="unpack"):
-        _ = FateDistribution([(ACCEPTED, 0.25), (DROPPED, 0.75)]).only
+        _ = OutcomeDistribution([(ACCEPTED, 0.25), (DROPPED, 0.75)]).only
 
 
 def test_affinity_sends_who_is_remembered_to_the_same_endpoint() -> None:
@@ -236,10 +240,10 @@ def test_affinity_sends_who_is_remembered_to_the_same_endpoint() -> None:
         f"nat TWO -p tcp -m recent --set --name TWO {tail} -m tcp -j DNAT --to-destination 10.0.0.2:2",
         chains=["nat ONE", "nat TWO"],
     )
-    anyone, again = found.send(packet()), found.send(packet(remembered=frozenset({"10.0.0.2:2"})))
-    assert anyone.targets == {"10.0.0.1:1": 0.5, "10.0.0.2:2": 0.5}
-    assert again.fates == {Fate(Verdict.ACCEPTED, "10.0.0.2:2", remembered=True): 1.0}
-    assert found.send(packet(remembered=frozenset({"10.0.0.3:3"}))) == anyone
+    anyone, again = found.send(packet()), found.send(packet(affinity_endpoints=frozenset({"10.0.0.2:2"})))
+    assert anyone.endpoints == {"10.0.0.1:1": 0.5, "10.0.0.2:2": 0.5}
+    assert again.probabilities == {PacketOutcome(Verdict.ACCEPTED, "10.0.0.2:2", affinity_recorded=True): 1.0}
+    assert found.send(packet(affinity_endpoints=frozenset({"10.0.0.3:3"}))) == anyone
 
 
 # Which hooks a packet passes.
@@ -252,15 +256,15 @@ def test_where_a_packet_goes_is_decided_after_its_translation() -> None:
         "filter INPUT -j REJECT --reject-with icmp-port-unreachable",
         "nat POSTROUTING -j MASQUERADE",
     )
-    forwarded = Fate(Verdict.ACCEPTED, POD, masqueraded=True)
+    forwarded = PacketOutcome(Verdict.ACCEPTED, POD, masqueraded=True)
     assert found.send(packet(destination=NODE)).only == forwarded
     taken_in = found.send(packet(destination="10.96.0.7")).only
-    assert taken_in == Fate(Verdict.REJECTED, f"{NODE}:443", reply="icmp-port-unreachable")
+    assert taken_in == PacketOutcome(Verdict.REJECTED, f"{NODE}:443", reject_with="icmp-port-unreachable")
 
 
 def test_what_comes_in_for_this_node_passes_no_postrouting() -> None:
     found = rules("nat POSTROUTING -j MASQUERADE", "nat INPUT -m nfacct --nfacct-name seen -j ACCEPT")
-    assert found.send(packet(destination=NODE)).only == Fate(Verdict.ACCEPTED, counted=("seen",))
+    assert found.send(packet(destination=NODE)).only == PacketOutcome(Verdict.ACCEPTED, counters=("seen",))
 
 
 def test_what_the_node_sends_passes_output_and_no_prerouting() -> None:
@@ -271,7 +275,7 @@ def test_what_the_node_sends_passes_output_and_no_prerouting() -> None:
         "filter FORWARD -j DROP",
         "filter INPUT -j DROP",
     )
-    assert found.send(packet(**OWN)).only == Fate(Verdict.ACCEPTED, POD, counted=("seen",))
+    assert found.send(packet(**OWN)).only == PacketOutcome(Verdict.ACCEPTED, POD, counters=("seen",))
 
 
 def test_what_the_node_sends_to_itself_comes_in_by_lo_untranslated() -> None:
@@ -293,8 +297,8 @@ def test_what_comes_from_no_interface_is_not_from_any_other() -> None:
 @pytest.mark.parametrize("state", ["ESTABLISHED", "RELATED", "INVALID"])
 def test_only_the_first_packet_of_a_connection_is_translated(state: str) -> None:
     found = rules(f"nat PREROUTING {DNAT}", f"nat OUTPUT {DNAT}", "nat POSTROUTING -j MASQUERADE")
-    assert found.send(packet(state=state)).only == ACCEPTED
-    assert found.send(packet(**OWN, state=state)).only == ACCEPTED
+    assert found.send(packet(conntrack_state=state)).only == ACCEPTED
+    assert found.send(packet(**OWN, conntrack_state=state)).only == ACCEPTED
 
 
 def test_what_one_hook_ends_the_next_does_not_see() -> None:
@@ -306,48 +310,51 @@ def test_what_one_hook_ends_the_next_does_not_see() -> None:
 
 RECENT = "--name X --mask 255.255.255.255 --rsource"
 UNKNOWN = [
-    ("-j LOG", "-j LOG is no chain"),
-    ("-j NOWHERE", "-j NOWHERE is no chain"),
-    ("-g OTHER", "-g is not known"),
-    ("-o eth0 -j DROP", "-o is not known"),
-    ("-p icmp -j DROP", "protocol icmp"),
-    ("-p tcp -m tcp --sport 80 -j DROP", "--sport is not known"),
-    ("-p tcp -m tcp --dport 80: -j DROP", "80: is not a port"),
-    ("-p tcp -m tcp ! --dport 80 -j DROP", "! --dport is not known"),
-    ("-p tcp --dport 80 -j DROP", "--dport is not known"),
-    ("-p tcp -m udp --dport 80 -j DROP", "-m udp without -p udp"),
-    ("! -p tcp -j DROP", "! -p is not known"),
-    ("-m multiport --dports 1,2 -j DROP", "-m multiport is not known"),
-    ("-m addrtype --dst-type BROADCAST -j DROP", "BROADCAST"),
-    ("-m addrtype --dst-type LOCAL --limit-iface-in -j DROP", "--limit-iface-in is not known"),
-    ("-m conntrack --ctstate SNAT -j DROP", "SNAT"),
-    ("-m conntrack --ctstatus ASSURED -j DROP", "--ctstatus is not known"),
-    ("-m conntrack -j DROP", "conntrack without --ctstate"),
-    ("-m mark --mark all -j DROP", "all is not a mark"),
-    ("-m statistic --mode nth --every 2 -j DROP", "--mode nth"),
-    ("-m statistic --mode random -j DROP", "statistic without --probability"),
-    ("-m statistic --mode random --probability 1.5 -j DROP", "1.5 is not a probability"),
-    (f"-m recent --update {RECENT} -j DROP", "--update is not known"),
-    ("-m recent --rcheck --name X --mask 255.255.255.0 --rsource -j DROP", "--mask 255.255.255.0"),
-    ("-m recent --rcheck --name X --mask 255.255.255.255 -j DROP", "recent without --rsource"),
-    (f"-m recent {RECENT} -j DROP", "either --rcheck or --set"),
-    (f"-m recent --set {RECENT} -m statistic --mode random --probability 0.5 -j DROP", "--set by chance"),
-    ("-m comment --comment one -m comment --comment two -j DROP", "-m comment stands twice"),
-    ("-s 10.0.0.0/8 -s 11.0.0.0/8 -j DROP", "-s stands twice"),
-    ("-s 10.0.0.1/8 -j DROP", "10.0.0.1/8 is not a network"),
-    ("-s somewhere -j DROP", "somewhere is not a network"),
-    ("-j REJECT", "-j REJECT without --reject-with"),
-    ("-j REJECT --reject-with tcp-reset", "tcp-reset"),
-    ("-j MARK --set-mark 0x1", "--set-mark is not known"),
-    ("-j MASQUERADE --to-ports 1-2", "--to-ports is not known"),
-    ("-j DNAT --to-destination 10.0.0.1", "10.0.0.1 is not an address with a port"),
-    ("-j DNAT --to-destination 10.0.0.1-10.0.0.9:80", "is not an address with a port"),
-    ("-j DNAT --to-destination 10.0.0.1:80 --persistent", "--persistent is not known"),
-    ("-j DROP -j ACCEPT", "-j is not known"),
-    ("-j DROP !", "nothing after !"),
-    ("! ! -s 10.0.0.0/8 -j DROP", "! ! is not known"),
-    ("-s", "-s lacks its argument"),
-    ("word", "word is not known"),
+    ("-j LOG", "chain PREROUTING: -j LOG is neither a chain nor a supported target"),
+    ("-j NOWHERE", "chain PREROUTING: -j NOWHERE is neither a chain nor a supported target"),
+    ("-g OTHER", "unsupported option -g"),
+    ("-o eth0 -j DROP", "unsupported option -o"),
+    ("-p icmp -j DROP", "unsupported protocol icmp"),
+    ("-p tcp -m tcp --sport 80 -j DROP", "unsupported option --sport"),
+    ("-p tcp -m tcp --dport 80: -j DROP", "invalid port or port range 80:"),
+    ("-p tcp -m tcp ! --dport 80 -j DROP", "unsupported option ! --dport"),
+    ("-p tcp --dport 80 -j DROP", "unsupported option --dport"),
+    ("-p tcp -m udp --dport 80 -j DROP", "-m udp requires -p udp"),
+    ("! -p tcp -j DROP", "unsupported option ! -p"),
+    ("-m multiport --dports 1,2 -j DROP", "unsupported option -m multiport"),
+    ("-m addrtype --dst-type BROADCAST -j DROP", "unsupported address type BROADCAST"),
+    ("-m addrtype --dst-type LOCAL --limit-iface-in -j DROP", "unsupported option --limit-iface-in"),
+    ("-m conntrack --ctstate SNAT -j DROP", "unsupported connection state SNAT"),
+    ("-m conntrack --ctstatus ASSURED -j DROP", "unsupported option --ctstatus"),
+    ("-m conntrack -j DROP", "-m conntrack requires --ctstate"),
+    ("-m mark --mark all -j DROP", "invalid mark all"),
+    ("-m statistic --mode nth --every 2 -j DROP", "unsupported option --mode nth"),
+    ("-m statistic --mode random -j DROP", "-m statistic requires --probability"),
+    ("-m statistic --mode random --probability 1.5 -j DROP", "invalid probability 1.5"),
+    (f"-m recent --update {RECENT} -j DROP", "unsupported option --update"),
+    ("-m recent --rcheck --name X --mask 255.255.255.0 --rsource -j DROP", "unsupported option --mask 255.255.255.0"),
+    ("-m recent --rcheck --name X --mask 255.255.255.255 -j DROP", "-m recent requires --rsource"),
+    (f"-m recent {RECENT} -j DROP", "-m recent requires either --rcheck or --set"),
+    (
+        f"-m recent --set {RECENT} -m statistic --mode random --probability 0.5 -j DROP",
+        "unsupported combination of -m recent --set with -m statistic",
+    ),
+    ("-m comment --comment one -m comment --comment two -j DROP", "duplicate option -m comment"),
+    ("-s 10.0.0.0/8 -s 11.0.0.0/8 -j DROP", "duplicate option -s"),
+    ("-s 10.0.0.1/8 -j DROP", "invalid network 10.0.0.1/8"),
+    ("-s somewhere -j DROP", "invalid network somewhere"),
+    ("-j REJECT", "-j REJECT requires --reject-with"),
+    ("-j REJECT --reject-with tcp-reset", "unsupported option --reject-with tcp-reset"),
+    ("-j MARK --set-mark 0x1", "unsupported option --set-mark"),
+    ("-j MASQUERADE --to-ports 1-2", "unsupported option --to-ports"),
+    ("-j DNAT --to-destination 10.0.0.1", "invalid address and port 10.0.0.1"),
+    ("-j DNAT --to-destination 10.0.0.1-10.0.0.9:80", "invalid address and port 10.0.0.1-10.0.0.9:80"),
+    ("-j DNAT --to-destination 10.0.0.1:80 --persistent", "unsupported option --persistent"),
+    ("-j DROP -j ACCEPT", "duplicate option -j"),
+    ("-j DROP !", "expected an option after !"),
+    ("! ! -s 10.0.0.0/8 -j DROP", "unsupported option ! !"),
+    ("-s", "-s requires an argument"),
+    ("word", "unsupported option word"),
 ]
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from kproxy.model.types import Family
 from kproxy.simulate.nftables import NftablesSimulator
-from kproxy.simulate.packet import Fate, Verdict
+from kproxy.simulate.packet import PacketOutcome, Verdict
 from tests.unit.simulation import ACCEPTED, DROPPED, NODE, OWN, POD, TRANSLATED, packet
 
 DNAT = f"meta l4proto tcp dnat to {POD}"
@@ -104,8 +104,8 @@ def rules(sets: str = EVERYTHING, family: Family = Family.IPV4, **chains: list[s
 
 
 def test_a_packet_that_meets_no_rule_arrives() -> None:
-    assert rules().send(packet()).fates == {ACCEPTED: 1.0}
-    assert NftablesSimulator("", Family.IPV4).send(packet()).fates == {ACCEPTED: 1.0}
+    assert rules().send(packet()).probabilities == {ACCEPTED: 1.0}
+    assert NftablesSimulator("", Family.IPV4).send(packet()).probabilities == {ACCEPTED: 1.0}
 
 
 MATCHING: list[tuple[str, dict[str, Any], dict[str, Any] | None]] = [
@@ -136,8 +136,8 @@ MATCHING: list[tuple[str, dict[str, Any], dict[str, Any] | None]] = [
     ('iifname != "veth*"', {}, {"interface": "veth"}),
     ("fib saddr type local", {"source": NODE}, {}),
     ("fib saddr type local", {"source": "127.8.8.8"}, {"source": "128.0.0.1"}),
-    ("ct state new", {}, {"state": "ESTABLISHED"}),
-    ("ct state established,related", {"state": "RELATED"}, {"state": "INVALID"}),
+    ("ct state new", {}, {"conntrack_state": "ESTABLISHED"}),
+    ("ct state established,related", {"conntrack_state": "RELATED"}, {"conntrack_state": "INVALID"}),
     ("meta mark & 0x00004000 == 0x00000000", {}, None),
     ("numgen random mod 1 0", {}, None),
 ]
@@ -155,7 +155,7 @@ def test_a_match_hits_and_misses(match: str, hit: dict[str, Any], miss: dict[str
     "match", ["ip saddr != 0.0.0.0/0", "ct status dnat", "meta mark & 0x4000 != 0x0", "numgen random mod 3 3"]
 )
 def test_a_match_that_holds_for_none(match: str) -> None:
-    assert rules(forward=[f"{match} drop"]).send(packet()).fates == {ACCEPTED: 1.0}
+    assert rules(forward=[f"{match} drop"]).send(packet()).probabilities == {ACCEPTED: 1.0}
 
 
 def test_what_goes_to_this_node_itself() -> None:
@@ -183,13 +183,13 @@ def test_ipv6() -> None:
         forward=["ip6 saddr fd00::/16 reject"],
     )
     outside = {"source": "2001:db8::1"}
-    assert found.send(packet(**outside, destination="fd00:99::2")).only.target == "[fd00::9]:8080"
-    assert found.send(packet(**outside, destination="fd00:10:96::4")).only.target == "[fd00::8]:80"
+    assert found.send(packet(**outside, destination="fd00:99::2")).only.endpoint == "[fd00::9]:8080"
+    assert found.send(packet(**outside, destination="fd00:10:96::4")).only.endpoint == "[fd00::8]:80"
     own = {"source": "::1", "interface": ""}
     assert found.send(packet(**own, destination="::1")).only == ACCEPTED
-    assert found.send(packet(**own, destination="fd00:99::2")).only.target == "[fd00::7]:80"
+    assert found.send(packet(**own, destination="fd00:99::2")).only.endpoint == "[fd00::7]:80"
     rejected = found.send(packet(source="fd00::1", destination="2001:db8::1")).only
-    assert rejected == Fate(Verdict.REJECTED, reply="icmp6-port-unreachable")
+    assert rejected == PacketOutcome(Verdict.REJECTED, reject_with="icmp6-port-unreachable")
 
 
 def test_packets_of_the_other_family_are_no_question_for_these_rules() -> None:
@@ -237,7 +237,7 @@ def test_accept_ends_a_base_chain_and_no_other() -> None:
 
 def test_reject_names_the_icmp_message_and_ends_all() -> None:
     found = rules(forward=["reject"], closed=[])
-    assert found.send(packet()).only == Fate(Verdict.REJECTED, reply="icmp-port-unreachable")
+    assert found.send(packet()).only == PacketOutcome(Verdict.REJECTED, reject_with="icmp-port-unreachable")
 
 
 VERDICTS = [
@@ -260,8 +260,8 @@ def test_a_map_of_verdicts(changes: dict[str, Any], what: str) -> None:
         other=["meta l4proto tcp dnat to 10.0.0.1:1"],
     )
     fate = found.send(packet(**changes)).only
-    told = {"dropped": DROPPED, "arrives": ACCEPTED, "from other": Fate(Verdict.ACCEPTED, "10.0.0.1:1")}
-    assert fate == told.get(what, Fate(Verdict.ACCEPTED, "10.0.0.2:2"))
+    told = {"dropped": DROPPED, "arrives": ACCEPTED, "from other": PacketOutcome(Verdict.ACCEPTED, "10.0.0.1:1")}
+    assert fate == told.get(what, PacketOutcome(Verdict.ACCEPTED, "10.0.0.2:2"))
 
 
 def test_a_map_of_verdicts_within_a_rule() -> None:
@@ -296,7 +296,7 @@ def test_a_mark_set_at_one_hook_is_seen_at_the_next() -> None:
         prerouting=["meta mark set meta mark | 0x00004000"],
         postrouting=["meta mark & 0x00004000 != 0x00000000 meta mark set meta mark ^ 0x00004000 masquerade"],
     )
-    assert found.send(packet()).only == Fate(Verdict.ACCEPTED, masqueraded=True)
+    assert found.send(packet()).only == PacketOutcome(Verdict.ACCEPTED, masqueraded=True)
     assert found.send(packet(**OWN)).only == ACCEPTED
 
 
@@ -316,9 +316,9 @@ def test_where_a_packet_goes_is_decided_after_its_translation() -> None:
         input=["reject"],
         postrouting=["masquerade"],
     )
-    assert found.send(packet(destination=NODE)).only == Fate(Verdict.ACCEPTED, POD, masqueraded=True)
+    assert found.send(packet(destination=NODE)).only == PacketOutcome(Verdict.ACCEPTED, POD, masqueraded=True)
     taken_in = found.send(packet(destination="10.96.0.7")).only
-    assert taken_in == Fate(Verdict.REJECTED, f"{NODE}:443", reply="icmp-port-unreachable")
+    assert taken_in == PacketOutcome(Verdict.REJECTED, f"{NODE}:443", reject_with="icmp-port-unreachable")
 
 
 def test_what_comes_in_for_this_node_passes_no_postrouting() -> None:
@@ -337,7 +337,7 @@ def test_the_chains_of_a_hook_run_by_priority_however_they_are_listed() -> None:
         nat_output=["meta l4proto tcp dnat to 10.244.1.9:8080"],
         early=["ip daddr 10.244.1.9 reject"],
     )
-    assert found.send(packet(**OWN)).only == Fate(Verdict.DROPPED, POD)
+    assert found.send(packet(**OWN)).only == PacketOutcome(Verdict.DROPPED, POD)
 
 
 def test_priorities_of_type_nat_only_order_such_chains() -> None:
@@ -351,8 +351,8 @@ def test_priorities_of_type_nat_only_order_such_chains() -> None:
         ]
     )
     found = NftablesSimulator(table(text), Family.IPV4)
-    assert found.send(packet()).only == Fate(Verdict.DROPPED, "10.0.0.2:2")
-    assert found.send(packet(source="192.0.2.1")).only == Fate(Verdict.DROPPED, "10.0.0.1:1")
+    assert found.send(packet()).only == PacketOutcome(Verdict.DROPPED, "10.0.0.2:2")
+    assert found.send(packet(source="192.0.2.1")).only == PacketOutcome(Verdict.DROPPED, "10.0.0.1:1")
 
 
 def test_what_the_node_sends_to_itself_comes_in_by_lo_untranslated() -> None:
@@ -376,8 +376,8 @@ def test_what_comes_from_no_interface_is_not_from_any_other() -> None:
 @pytest.mark.parametrize("state", ["ESTABLISHED", "RELATED", "INVALID"])
 def test_only_the_first_packet_of_a_connection_is_translated(state: str) -> None:
     found = rules(prerouting=[DNAT], nat_output=[DNAT], postrouting=["masquerade"])
-    assert found.send(packet(state=state)).only == ACCEPTED
-    assert found.send(packet(**OWN, state=state)).only == ACCEPTED
+    assert found.send(packet(conntrack_state=state)).only == ACCEPTED
+    assert found.send(packet(**OWN, conntrack_state=state)).only == ACCEPTED
 
 
 def test_what_one_hook_ends_the_next_does_not_see() -> None:

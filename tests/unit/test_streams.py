@@ -81,17 +81,17 @@ def test_frames_are_read_as_protobuf() -> None:
 
 @pytest.mark.parametrize("media_type", ["application/json", protobuf.MEDIA_TYPE])
 def test_what_is_longer_than_any_event_ends_them(monkeypatch: pytest.MonkeyPatch, media_type: str) -> None:
-    monkeypatch.setattr(framing, "LONGEST_EVENT", 5000)
+    monkeypatch.setattr(framing, "MAX_EVENT_BYTES", 5000)
     good = LINES if media_type == "application/json" else FRAMES
     *before, last = read(media_type, good, b"\x7f" * 6000, good)
     assert len(before) == 2
     assert isinstance(last, UndecodableObject)
-    assert "at most 5000 bytes" in last.text
+    assert "exceeds the maximum of 5000 bytes" in last.text
     assert not last.name
 
 
 def test_a_line_without_end_is_not_kept_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(framing, "LONGEST_EVENT", 5000)
+    monkeypatch.setattr(framing, "MAX_EVENT_BYTES", 5000)
     taken = 0
 
     def endless() -> Iterator[bytes]:

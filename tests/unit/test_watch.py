@@ -38,7 +38,7 @@ class JsonWatch(ListWatch):
     """The machine, fed with the lines of a watch."""
 
     def line(self, raw: bytes) -> ListWatchStep:
-        return self.event(read_line(self._kind, raw))
+        return self.handle_event(read_line(self._kind, raw))
 
 
 def machine(kind: Kind = Service, chance: float = 0.5) -> JsonWatch:
@@ -99,13 +99,13 @@ def test_recorded_list_by_watch(kind: Kind, name: str) -> None:
     end = next(number for number, line in enumerate(lines) if b"initial-events-end" in line)
     assert watch.next_request().params["sendInitialEvents"] == "true"
     for number, line in enumerate(lines):
-        assert folded.take(watch.line(line)).again_after is None
+        assert folded.take(watch.line(line)).reconnect_after is None
         assert folded.replaces == (1 if number >= end else 0)
         if number == end:
             assert folded.objects == truth(kind, [], lines[: end + 1])
     assert folded.objects == truth(kind, [], lines)
     assert not folded.problems
-    assert watch.closed(75.0) == ListWatchStep(again_after=0.0)
+    assert watch.handle_close(75.0) == ListWatchStep(reconnect_after=0.0)
     last = json.loads(lines[-1])["object"]["metadata"]["resourceVersion"]
     params = watch.next_request().params
     assert params["resourceVersion"] == last
@@ -118,10 +118,10 @@ def test_recorded_pages() -> None:
     first = watch.next_request()
     assert (first.watch, first.params["limit"], "continue" in first.params) == (False, "500", False)
     page_1, page_2 = answer_of("list-page-1.txt")[2], answer_of("list-page-2.txt")[2]
-    assert folded.take(watch.page(page_1)) == ListWatchStep(again_after=0.0)
+    assert folded.take(watch.handle_page(page_1)) == ListWatchStep(reconnect_after=0.0)
     token = json.loads(page_1)["metadata"]["continue"]
     assert watch.next_request().params["continue"] == token
-    folded.take(watch.page(page_2))
+    folded.take(watch.handle_page(page_2))
     items = json.loads(page_1)["items"] + json.loads(page_2)["items"]
     assert (folded.replaces, folded.objects) == (1, truth(Service, items, []))
     assert len(folded.objects) == 4
@@ -131,9 +131,9 @@ def test_recorded_pages() -> None:
 
 def test_list_by_watch_refused_with_one_error_event_is_remembered() -> None:
     watch = machine()
-    assert watch.line(OLD_ETCD) == ListWatchStep(again_after=0.0)
+    assert watch.line(OLD_ETCD) == ListWatchStep(reconnect_after=0.0)
     assert not watch.next_request().watch
-    watch.page(b'{"metadata":{"resourceVersion":"7"},"items":[]}')
+    watch.handle_page(b'{"metadata":{"resourceVersion":"7"},"items":[]}')
     watch.line((RECORDED / "watch-too-old.txt").read_bytes().splitlines()[-1])
     assert not watch.next_request().watch
 
@@ -143,7 +143,7 @@ def test_list_by_watch_refused_with_a_status(status: int, reason: str) -> None:
     watch = machine()
     text = "sendInitialEvents is forbidden for watch unless the WatchList feature gate is enabled"
     body = json.dumps({"kind": "Status", "code": status, "reason": reason, "message": text}).encode()
-    assert watch.refused(status, {}, body) == ListWatchStep(again_after=0.0)
+    assert watch.handle_status(status, {}, body) == ListWatchStep(reconnect_after=0.0)
     request = watch.next_request()
     assert not request.watch
     assert "fieldSelector" in request.params
@@ -153,21 +153,21 @@ def test_a_server_that_ignores_initial_events_is_listed_by_pages() -> None:
     watch, folded = machine(), Folded()
     line = lines_of("services.watchlist.jsonl")[0]
     assert folded.take(watch.line(line)) == ListWatchStep()
-    assert folded.take(watch.line(BOOKMARK % (9, b""))) == ListWatchStep(again_after=0.0)
+    assert folded.take(watch.line(BOOKMARK % (9, b""))) == ListWatchStep(reconnect_after=0.0)
     assert not watch.next_request().watch
 
 
 def test_a_server_that_ignores_initial_events_and_sends_no_bookmarks() -> None:
     watch = machine()
     watch.line(lines_of("services.watchlist.jsonl")[0])
-    assert watch.silent() == ListWatchStep(again_after=0.0)
+    assert watch.handle_inactivity() == ListWatchStep(reconnect_after=0.0)
     assert not watch.next_request().watch
 
 
 def test_a_server_known_to_list_by_watch_may_be_silent() -> None:
     watch = following()
     watch.line(ERROR_410)
-    assert watch.silent().again_after == pytest.approx(0.8)
+    assert watch.handle_inactivity().reconnect_after == pytest.approx(0.8)
     assert watch.next_request().params["sendInitialEvents"] == "true"
 
 
@@ -181,7 +181,7 @@ def following(kind: Kind = Service, chance: float = 0.5) -> JsonWatch:
         watch.line(line)
     if kind is not Service:
         watch.line(BOOKMARK % (96, b',"annotations":{"k8s.io/initial-events-end":"true"}'))
-    watch.opened()
+    watch.handle_open()
     return watch
 
 
@@ -219,28 +219,28 @@ def test_410_lists_anew_at_first_at_once_then_slower(refused: Any) -> None:
     watch = following()
 
     def expire() -> ListWatchStep:
-        return watch.line(refused) if isinstance(refused, bytes) else watch.refused(refused[0], {}, refused[1])
+        return watch.line(refused) if isinstance(refused, bytes) else watch.handle_status(refused[0], {}, refused[1])
 
     delays = []
     for _ in range(3):
-        delays.append(expire().again_after)
+        delays.append(expire().reconnect_after)
         assert watch.next_request().params["sendInitialEvents"] == "true"
         watch.line(BOOKMARK % (200, b',"annotations":{"k8s.io/initial-events-end":"true"}'))
     assert delays == [0.0, pytest.approx(1.6), pytest.approx(3.2)]
     watch.line(lines_of("services.watchlist.jsonl")[9])
-    assert expire().again_after == 0.0
+    assert expire().reconnect_after == 0.0
 
 
 @pytest.mark.parametrize("recording", ["list-continue-too-old.txt", "list-bad-continue.txt"])
 def test_a_refused_continuation_starts_the_list_over(recording: str) -> None:
     watch, folded = machine(), Folded()
     watch.line(OLD_ETCD)
-    watch.page(answer_of("list-page-1.txt")[2])
-    assert watch.refused(*answer_of(recording)).again_after == 0.0
+    watch.handle_page(answer_of("list-page-1.txt")[2])
+    assert watch.handle_status(*answer_of(recording)).reconnect_after == 0.0
     request = watch.next_request()
     assert "continue" not in request.params
     assert "fieldSelector" in request.params
-    folded.take(watch.page(answer_of("list-page-2.txt")[2]))
+    folded.take(watch.handle_page(answer_of("list-page-2.txt")[2]))
     assert len(folded.objects) == 2
 
 
@@ -248,53 +248,53 @@ def test_other_errors_list_anew_after_a_pause() -> None:
     watch, delays = following(), []
     error = b'{"type":"ERROR","object":{"kind":"Status","code":500,"reason":"InternalError","message":"etcd"}}'
     for _ in range(3):
-        delays.append(watch.line(error).again_after)
-        assert watch.trouble == "listing services anew: 500 InternalError: etcd"
+        delays.append(watch.line(error).reconnect_after)
+        assert watch.error == "must relist services: 500 InternalError: etcd"
         assert watch.next_request().params["sendInitialEvents"] == "true"
-        assert watch.line(END_OF_LIST).again_after is None
+        assert watch.line(END_OF_LIST).reconnect_after is None
     assert delays == [pytest.approx(0.8), pytest.approx(1.6), pytest.approx(3.2)]
     watch.line(lines_of("services.watchlist.jsonl")[9])
-    assert watch.line(error).again_after == pytest.approx(0.8)
+    assert watch.line(error).reconnect_after == pytest.approx(0.8)
 
 
 def test_an_error_that_says_when_to_come_back_lists_anew_then() -> None:
     error = b'{"type":"ERROR","object":{"code":500,"message":"x","details":{"retryAfterSeconds":9}}}'
-    assert following().line(error).again_after == 9.0
+    assert following().line(error).reconnect_after == 9.0
 
 
 @pytest.mark.parametrize("code", [401, 429, 503, 504])
 def test_a_passing_error_resumes_after_a_pause(code: int) -> None:
     watch = following()
     step = watch.line(b'{"type":"ERROR","object":{"code":%d,"message":"x"}}' % code)
-    assert step.again_after == pytest.approx(0.8)
-    assert step.renew == (code == 401)
+    assert step.reconnect_after == pytest.approx(0.8)
+    assert step.renew_credentials == (code == 401)
     assert watch.next_request().params["resourceVersion"] == "96"
 
 
 def test_failures_back_off_with_jitter_until_something_arrives() -> None:
     for chance, factor in ((0.0, 0.75), (1.0, 1.25)):
         watch = following(chance=chance)
-        delays = [watch.failed("reset by peer").again_after for _ in range(8)]
+        delays = [watch.handle_failure("reset by peer").reconnect_after for _ in range(8)]
         expected = [0.8, 1.6, 3.2, 6.4, 12.8, 24.0, 24.0, 24.0]
         assert delays == [pytest.approx(seconds * factor) for seconds in expected]
-        watch.opened()
-        assert watch.failed("again").again_after == pytest.approx(24.0 * factor)
+        watch.handle_open()
+        assert watch.handle_failure("again").reconnect_after == pytest.approx(24.0 * factor)
         watch.line(BOOKMARK % (97, b""))
-        assert watch.failed("again").again_after == pytest.approx(0.8 * factor)
+        assert watch.handle_failure("again").reconnect_after == pytest.approx(0.8 * factor)
         assert watch.next_request().params["resourceVersion"] == "97"
 
 
 def test_a_watch_that_ends_as_soon_as_it_began_backs_off() -> None:
     watch = following()
-    assert watch.closed(0.2).again_after == pytest.approx(0.8)
-    assert watch.closed(0.2).again_after == pytest.approx(1.6)
-    assert watch.closed(300.0).again_after == 0.0
+    assert watch.handle_close(0.2).reconnect_after == pytest.approx(0.8)
+    assert watch.handle_close(0.2).reconnect_after == pytest.approx(1.6)
+    assert watch.handle_close(300.0).reconnect_after == 0.0
 
 
 def test_silence_resumes_at_once() -> None:
     watch = following()
-    assert watch.silent() == ListWatchStep(again_after=0.0)
-    assert watch.trouble == "nothing heard about services for 90 s"
+    assert watch.handle_inactivity() == ListWatchStep(reconnect_after=0.0)
+    assert watch.error == "cannot watch services: no data received for 90 s"
     assert watch.next_request().params["resourceVersion"] == "96"
 
 
@@ -311,21 +311,21 @@ def test_silence_resumes_at_once() -> None:
 )
 def test_retry_after(status: int, headers: dict[str, str], body: bytes, least: float) -> None:
     for watch in (machine(), following()):
-        assert watch.refused(status, headers, body).again_after == pytest.approx(least)
+        assert watch.handle_status(status, headers, body).reconnect_after == pytest.approx(least)
 
 
 def test_401_asks_for_new_credentials() -> None:
-    step = following().refused(401, {}, b"")
-    assert step.again_after == pytest.approx(0.8)
-    assert step.renew
+    step = following().handle_status(401, {}, b"")
+    assert step.reconnect_after == pytest.approx(0.8)
+    assert step.renew_credentials
 
 
 def test_403_says_what_is_not_allowed() -> None:
     watch = machine()
-    step = watch.refused(*answer_of("unauthorized.txt"))
-    assert step.again_after == pytest.approx(0.8)
-    assert not step.renew
-    assert watch.trouble.startswith("the API server refuses to watch services: 403 Forbidden: services is forbid")
+    step = watch.handle_status(*answer_of("unauthorized.txt"))
+    assert step.reconnect_after == pytest.approx(0.8)
+    assert not step.renew_credentials
+    assert watch.error.startswith("cannot watch services: the API server returned 403 Forbidden: services is forbid")
     assert watch.next_request().watch, "a missing permission is no reason to list by pages"
 
 
@@ -341,28 +341,28 @@ KINDS_AND_NAMES = [
 def test_a_second_silence_in_a_row_leads_to_a_new_list(kind: Kind, name: str) -> None:
     watch = following(kind)
     for _ in range(3):
-        assert watch.silent() == ListWatchStep(again_after=0.0)
+        assert watch.handle_inactivity() == ListWatchStep(reconnect_after=0.0)
         assert watch.next_request().params["resourceVersion"] == "96"
-        watch.opened()
-        assert watch.silent() == ListWatchStep(again_after=0.0)
-        assert watch.trouble == f"no event or bookmark about {name} for long: listing them anew"
+        watch.handle_open()
+        assert watch.handle_inactivity() == ListWatchStep(reconnect_after=0.0)
+        assert watch.error == f"must relist {name}: no event or bookmark for too long"
         request = watch.next_request()
         assert (request.params["sendInitialEvents"], request.params["resourceVersionMatch"]) == ("true", "NotOlderThan")
         assert "resourceVersion" not in request.params, "the version of before is what the server may never reach"
-        watch.opened()
+        watch.handle_open()
         listed = watch.line(BOOKMARK % (96, b',"annotations":{"k8s.io/initial-events-end":"true"}'))
         assert listed.messages == (Replace(kind, ()),)
-        assert watch.trouble == ""
+        assert watch.error == ""
 
 
 def test_a_second_silence_in_a_row_leads_to_new_pages_where_lists_are_in_pages() -> None:
     watch = machine()
     watch.line(OLD_ETCD)
-    watch.page(b'{"metadata":{"resourceVersion":"96"},"items":[]}')
+    watch.handle_page(b'{"metadata":{"resourceVersion":"96"},"items":[]}')
     for _ in range(2):
         watch.next_request()
-        watch.opened()
-        assert watch.silent() == ListWatchStep(again_after=0.0)
+        watch.handle_open()
+        assert watch.handle_inactivity() == ListWatchStep(reconnect_after=0.0)
     request = watch.next_request()
     assert (request.watch, request.params.keys() & {"resourceVersion", "continue"}) == (False, set())
 
@@ -371,9 +371,9 @@ def test_a_second_silence_in_a_row_leads_to_new_pages_where_lists_are_in_pages()
 def test_whatever_is_heard_between_two_silences_keeps_the_watch(said: bytes) -> None:
     watch = following()
     for _ in range(5):
-        watch.silent()
+        watch.handle_inactivity()
         watch.next_request()
-        watch.opened()
+        watch.handle_open()
         watch.line(said)
     assert "sendInitialEvents" not in watch.next_request().params
 
@@ -381,14 +381,14 @@ def test_whatever_is_heard_between_two_silences_keeps_the_watch(said: bytes) -> 
 def test_silence_counts_over_connections_that_end_before_it_is_noticed() -> None:
     watch = following()
     for lasted in (100.0, 75.0):
-        watch.opened()
-        assert watch.closed(lasted) == ListWatchStep(again_after=0.0)
+        watch.handle_open()
+        assert watch.handle_close(lasted) == ListWatchStep(reconnect_after=0.0)
         assert watch.next_request().params["resourceVersion"] == "96"
-    watch.opened()
-    assert watch.failed("reset by peer", 9.0).again_after == pytest.approx(0.8)
+    watch.handle_open()
+    assert watch.handle_failure("reset by peer", 9.0).reconnect_after == pytest.approx(0.8)
     assert watch.next_request().params["resourceVersion"] == "96"
-    watch.opened()
-    assert watch.failed("reset by peer", 80.0).again_after == pytest.approx(1.6)
+    watch.handle_open()
+    assert watch.handle_failure("reset by peer", 80.0).reconnect_after == pytest.approx(1.6)
     assert watch.next_request().params["sendInitialEvents"] == "true"
 
 
@@ -398,8 +398,8 @@ def test_connections_too_short_for_a_bookmark_lead_to_a_list_no_more_than_every_
     watch = following()
     passed = 0.0
     while watch.next_request().params.get("resourceVersion") == "96":
-        watch.opened()
-        watch.closed(lasted)
+        watch.handle_open()
+        watch.handle_close(lasted)
         passed += lasted
     assert passed == pytest.approx(3600.0, abs=lasted)
 
@@ -407,7 +407,7 @@ def test_connections_too_short_for_a_bookmark_lead_to_a_list_no_more_than_every_
 def test_failures_to_connect_are_no_silence() -> None:
     watch = following()
     for _ in range(50):
-        watch.failed("connection refused")
+        watch.handle_failure("connection refused")
     assert watch.next_request().params["resourceVersion"] == "96"
 
 
@@ -415,9 +415,9 @@ NO_RESOURCE = b'{"code":404,"reason":"NotFound","message":"the server could not 
 FORBIDDEN = b'{"code":403,"reason":"Forbidden","message":"User \\"kube-proxy\\" cannot watch resource"}'
 NOT_DROPPED = "servicecidrs.networking.k8s.io: packets to unallocated service addresses are not dropped"
 WITHHELD = [
-    (404, NO_RESOURCE, f"the API server does not have {NOT_DROPPED} (404 NotFound: the server could not find the"),
-    (404, b"404 page not found\n", f"the API server does not have {NOT_DROPPED} (404: 404 page not found)"),
-    (403, FORBIDDEN, f'permission is missing to list and watch {NOT_DROPPED} (403 Forbidden: User "kube-proxy" cannot'),
+    (404, NO_RESOURCE, f"the API server does not serve {NOT_DROPPED} (404 NotFound: the server could not find the"),
+    (404, b"404 page not found\n", f"the API server does not serve {NOT_DROPPED} (404: 404 page not found)"),
+    (403, FORBIDDEN, f'no permission to list and watch {NOT_DROPPED} (403 Forbidden: User "kube-proxy" cannot'),
 ]
 
 
@@ -432,7 +432,9 @@ BAD_SLICE = {
     "endpoints": [{"addresses": ["10.244.0.1"]}, {"addresses": ["fd00::1"]}],
     "ports": [{"port": 80}],
 }
-LEFT_OUT = IgnoredFields(EndpointSlice, "ns", "web-1", "endpoints[1]: 'fd00::1' is not an IPv4 address")
+LEFT_OUT = IgnoredFields(
+    EndpointSlice, "ns", "web-1", 'endpoints[1].addresses[0] must be an IPv4 address, not "fd00::1"'
+)
 
 
 def test_what_is_left_out_of_an_object_is_said_beside_it() -> None:
@@ -450,7 +452,7 @@ def test_what_is_left_out_of_an_object_of_a_page_is_said_before_the_list() -> No
     watch = machine(EndpointSlice)
     watch.line(OLD_ETCD)
     body = {"metadata": {"resourceVersion": "9"}, "items": [BAD_SLICE]}
-    left_out, listed = watch.page(json.dumps(body).encode()).messages
+    left_out, listed = watch.handle_page(json.dumps(body).encode()).messages
     assert left_out == LEFT_OUT
     assert isinstance(listed, Replace)
 
@@ -461,14 +463,14 @@ def test_service_cidrs_that_the_server_withholds_count_as_listed_and_empty(
     status: int, body: bytes, said: str, by_watch: bool
 ) -> None:
     watch = machine(ServiceCIDR)
-    assert not watch.absent
+    assert not watch.unavailable
     if not by_watch:
         watch.line(OLD_ETCD)
-    step = watch.refused(status, {}, body)
+    step = watch.handle_status(status, {}, body)
     assert step.messages == (Replace(ServiceCIDR, ()),)
-    assert step.again_after == pytest.approx(0.8)
-    assert watch.trouble.startswith(said)
-    assert watch.absent
+    assert step.reconnect_after == pytest.approx(0.8)
+    assert watch.error.startswith(said)
+    assert watch.unavailable
     assert watch.next_request().watch is by_watch
     assert "resourceVersion" not in watch.next_request().params
 
@@ -476,72 +478,72 @@ def test_service_cidrs_that_the_server_withholds_count_as_listed_and_empty(
 def test_service_cidrs_that_the_server_withholds_are_asked_for_ever_more_rarely() -> None:
     for chance, factor in ((0.0, 0.75), (1.0, 1.25)):
         watch = machine(ServiceCIDR, chance)
-        delays = [watch.refused(404, {}, NO_RESOURCE).again_after for _ in range(11)]
+        delays = [watch.handle_status(404, {}, NO_RESOURCE).reconnect_after for _ in range(11)]
         expected = [0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 51.2, 102.4, 204.8, 240.0, 240.0]
         assert delays == [pytest.approx(seconds * factor) for seconds in expected]
-        assert watch.failed("connection refused").again_after == pytest.approx(24.0 * factor)
+        assert watch.handle_failure("connection refused").reconnect_after == pytest.approx(24.0 * factor)
 
 
 def test_service_cidrs_that_the_server_gets_later_end_the_absence() -> None:
     watch = machine(ServiceCIDR)
-    watch.refused(404, {}, NO_RESOURCE)
-    watch.opened()
-    assert watch.absent, "no list yet"
+    watch.handle_status(404, {}, NO_RESOURCE)
+    watch.handle_open()
+    assert watch.unavailable, "no list yet"
     line = b'{"type":"ADDED","object":{"metadata":{"name":"kubernetes"},"spec":{"cidrs":["10.96.0.0/16"]}}}'
     watch.line(line)
     expected = ServiceCIDR("kubernetes", ("10.96.0.0/16",))
     assert watch.line(END_OF_LIST).messages == (Replace(ServiceCIDR, (expected,)),)
-    assert (watch.absent, watch.trouble) == (False, "")
-    assert watch.failed("reset by peer").again_after == pytest.approx(0.8)
-    assert not watch.absent
+    assert (watch.unavailable, watch.error) == (False, "")
+    assert watch.handle_failure("reset by peer").reconnect_after == pytest.approx(0.8)
+    assert not watch.unavailable
 
 
 @pytest.mark.parametrize(("status", "body"), [(404, NO_RESOURCE), (403, FORBIDDEN)])
 def test_service_cidrs_that_are_known_stay_when_the_server_withholds_them(status: int, body: bytes) -> None:
     watch = following(ServiceCIDR)
-    step = watch.refused(status, {}, body)
+    step = watch.handle_status(status, {}, body)
     assert step.messages == ()
-    assert step.again_after == pytest.approx(0.8)
-    assert "servicecidrs.networking.k8s.io: what was known of them stays in force (40" in watch.trouble
-    assert watch.absent
+    assert step.reconnect_after == pytest.approx(0.8)
+    assert "servicecidrs.networking.k8s.io: keeping the last known objects (40" in watch.error
+    assert watch.unavailable
     assert watch.next_request().params["resourceVersion"] == "96"
     watch.line(ERROR_410)
-    assert not watch.absent
-    assert watch.refused(status, {}, body).messages == ()
+    assert not watch.unavailable
+    assert watch.handle_status(status, {}, body).messages == ()
 
 
 @pytest.mark.parametrize("status", [400, 401, 429, 500, 503])
 def test_service_cidrs_are_waited_for_whatever_else_is_wrong(status: int) -> None:
     watch = machine(ServiceCIDR)
     for _ in range(8):
-        assert watch.refused(status, {}, b"").messages == ()
-        assert watch.failed("connection refused").messages == ()
-        assert watch.silent().messages == ()
-        assert not watch.absent
+        assert watch.handle_status(status, {}, b"").messages == ()
+        assert watch.handle_failure("connection refused").messages == ()
+        assert watch.handle_inactivity().messages == ()
+        assert not watch.unavailable
 
 
 @pytest.mark.parametrize("kind", [Service, EndpointSlice, Node])
 @pytest.mark.parametrize(("status", "body"), [(404, NO_RESOURCE), (403, FORBIDDEN)])
 def test_no_other_kind_is_done_without(kind: Kind, status: int, body: bytes) -> None:
     watch = machine(kind)
-    steps = [watch.refused(status, {}, body) for _ in range(8)]
+    steps = [watch.handle_status(status, {}, body) for _ in range(8)]
     assert [step.messages for step in steps] == [()] * 8
-    assert steps[-1].again_after == pytest.approx(24.0)
-    assert not watch.absent
+    assert steps[-1].reconnect_after == pytest.approx(24.0)
+    assert not watch.unavailable
 
 
 def test_trouble_ends_when_the_watch_is_open_again() -> None:
     watch = following()
-    watch.failed("connection refused")
-    assert watch.trouble == "cannot watch services: connection refused"
-    watch.opened()
-    assert not watch.trouble
+    watch.handle_failure("connection refused")
+    assert watch.error == "cannot watch services: connection refused"
+    watch.handle_open()
+    assert not watch.error
 
 
 def test_a_refused_field_selector_is_dropped_for_good() -> None:
     watch = machine()
     body = b'{"code":400,"reason":"BadRequest","message":"field label not supported: spec.type"}'
-    assert watch.refused(400, {}, body) == ListWatchStep(again_after=0.0)
+    assert watch.handle_status(400, {}, body) == ListWatchStep(reconnect_after=0.0)
     request = watch.next_request()
     assert request.params["sendInitialEvents"] == "true"
     assert "fieldSelector" not in request.params
@@ -550,7 +552,7 @@ def test_a_refused_field_selector_is_dropped_for_good() -> None:
 
 def test_a_bad_request_for_no_said_reason_gives_up_what_can_be_given_up() -> None:
     watch = machine()
-    delays = [watch.refused(400, {}, b"").again_after for _ in range(3)]
+    delays = [watch.handle_status(400, {}, b"").reconnect_after for _ in range(3)]
     assert delays == [0.0, 0.0, pytest.approx(0.8)]
     assert watch.next_request() == ListWatchRequest(
         "/api/v1/services", {"labelSelector": watch.next_request().params["labelSelector"], "limit": "500"}, False
@@ -560,13 +562,13 @@ def test_a_bad_request_for_no_said_reason_gives_up_what_can_be_given_up() -> Non
 def test_the_selector_of_the_node_is_never_dropped() -> None:
     watch = machine(Node)
     for _ in range(4):
-        watch.refused(400, {}, b'{"message":"field label not supported"}')
+        watch.handle_status(400, {}, b'{"message":"field label not supported"}')
     assert watch.next_request().params["fieldSelector"] == "metadata.name=node-1"
 
 
 def test_a_server_whose_past_was_replaced_is_listed_anew() -> None:
     watch = following()
-    watch.refused(504, {}, b'{"reason":"Timeout","message":"Too large resource version: 96, current: 12"}')
+    watch.handle_status(504, {}, b'{"reason":"Timeout","message":"Too large resource version: 96, current: 12"}')
     assert watch.next_request().params.get("resourceVersion") is None
 
 
@@ -582,7 +584,7 @@ def test_an_unreadable_object_keeps_its_last_state() -> None:
     for line in lines[:9]:
         folded.take(watch.line(line))
     before = dict(folded.objects)
-    assert folded.take(watch.line(bad())).again_after is None
+    assert folded.take(watch.line(bad())).reconnect_after is None
     assert folded.objects == before
     (problem,) = folded.problems
     assert (problem.kind, problem.namespace, problem.name) == (Service, "demo", "web")
@@ -605,7 +607,7 @@ def test_an_unreadable_object_in_a_list_keeps_its_last_state(by_watch: bool) -> 
     else:
         watch.line(OLD_ETCD)
         item = json.loads(bad())["object"]
-        folded.take(watch.page(json.dumps({"metadata": {"resourceVersion": "7"}, "items": [item]}).encode()))
+        folded.take(watch.handle_page(json.dumps({"metadata": {"resourceVersion": "7"}, "items": [item]}).encode()))
     assert folded.objects == {("demo", "web"): before["demo", "web"]}
     assert len(folded.problems) == 1
 
@@ -630,11 +632,39 @@ GARBAGE = [
 def test_garbage_is_reported_and_the_stream_goes_on(garbage: bytes) -> None:
     watch = following()
     step = watch.line(garbage)
-    assert step.again_after is None
+    assert step.reconnect_after is None
     assert [type(message) for message in step.messages] == [InvalidObject]
     assert len(watch.line(lines_of("services.watchlist.jsonl")[9]).messages) == 1
-    assert watch.closed(300.0) == ListWatchStep(again_after=0.0)
+    assert watch.handle_close(300.0) == ListWatchStep(reconnect_after=0.0)
     assert watch.next_request().params.get("resourceVersion") is None, "what was missed, only a list can tell"
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        (b"{", "not valid JSON: input data was truncated"),
+        (b"null", "must be a mapping, not null"),
+        (b'{"type":"ADDED"}', "object is missing"),
+        (b'{"type":5,"object":{}}', "type must be a string, not 5"),
+        (b'{"type":"ADDED","object":{"metadata":{}}}', "metadata.name is missing"),
+        (b'{"type":"ADDED","object":{"metadata":{"name":7}}}', "metadata.name must be a string, not 7"),
+        (b'{"type":"DELETED","object":{"metadata":{}}}', "object.metadata.name is missing"),
+        (b'{"type":"BOOKMARK","object":7}', "must be a mapping, not 7"),
+        (
+            b'{"type":"RENAMED","object":{"metadata":{"name":"web"}}}',
+            'type must be one of ADDED, MODIFIED, DELETED, BOOKMARK, ERROR, not "RENAMED"',
+        ),
+    ],
+)
+def test_what_is_wrong_with_an_event_is_said_in_the_terms_of_the_api(line: bytes, text: str) -> None:
+    assert following().line(line).messages == (InvalidObject(Service, "", "", text),)
+
+
+def test_an_invalid_field_of_an_object_is_named() -> None:
+    body = b'{"metadata":{"name":"web","namespace":"shop"},"spec":{"ports":[{"port":"http"}]}}'
+    line = b'{"type":"MODIFIED","object":%b}' % body
+    expected = InvalidObject(Service, "shop", "web", 'spec.ports[0].port must be an integer, not "http"')
+    assert following().line(line).messages == (expected,)
 
 
 END_OF_LIST = BOOKMARK % (200, b',"annotations":{"k8s.io/initial-events-end":"true"}')
@@ -659,7 +689,7 @@ def test_changes_among_the_initial_events_count(change: bytes) -> None:
 def test_a_passing_error_is_no_reason_to_list_by_pages(code: int) -> None:
     watch = machine()
     step = watch.line(b'{"type":"ERROR","object":{"code":%d,"message":"x"}}' % code)
-    assert step.again_after == pytest.approx(0.8)
+    assert step.reconnect_after == pytest.approx(0.8)
     assert watch.next_request().watch
 
 
@@ -667,7 +697,7 @@ def test_an_error_after_objects_discards_them_and_tries_again() -> None:
     watch, folded = machine(), Folded()
     lines = lines_of("services.watchlist.jsonl")
     watch.line(lines[0])
-    assert watch.line(OLD_ETCD).again_after == pytest.approx(0.8)
+    assert watch.line(OLD_ETCD).reconnect_after == pytest.approx(0.8)
     assert watch.next_request().watch
     folded.take(watch.line(lines[1]))
     folded.take(watch.line(END_OF_LIST))
@@ -677,9 +707,9 @@ def test_an_error_after_objects_discards_them_and_tries_again() -> None:
 def test_a_complete_list_forgets_earlier_failures() -> None:
     watch = machine()
     for _ in range(5):
-        watch.failed("connection refused")
+        watch.handle_failure("connection refused")
     watch.line(END_OF_LIST)
-    assert watch.failed("reset by peer").again_after == pytest.approx(0.8)
+    assert watch.handle_failure("reset by peer").reconnect_after == pytest.approx(0.8)
 
 
 @pytest.mark.parametrize("ending", ["silent", "failed", "closed"])
@@ -687,25 +717,25 @@ def test_what_was_missed_is_listed_however_the_watch_ends(ending: str) -> None:
     watch = following()
     watch.line(GARBAGE[0])
     if ending == "silent":
-        watch.silent()
+        watch.handle_inactivity()
     elif ending == "failed":
-        watch.failed("reset by peer")
+        watch.handle_failure("reset by peer")
     else:
-        watch.closed(0.0)
+        watch.handle_close(0.0)
     assert watch.next_request().params["sendInitialEvents"] == "true"
 
 
 def test_a_list_without_a_version_is_no_list() -> None:
     watch = machine()
     watch.line(OLD_ETCD)
-    assert not watch.page(b'{"metadata":{},"items":[]}').messages
+    assert not watch.handle_page(b'{"metadata":{},"items":[]}').messages
     assert not watch.next_request().watch
 
 
 @pytest.mark.parametrize("status", [400, 422])
 def test_a_version_that_the_server_calls_invalid_is_given_up(status: int) -> None:
     watch = following(EndpointSlice)
-    assert watch.refused(status, {}, b'{"message":"Invalid value: \\"96\\""}').again_after == 0.0
+    assert watch.handle_status(status, {}, b'{"message":"Invalid value: \\"96\\""}').reconnect_after == 0.0
     assert watch.next_request().params["sendInitialEvents"] == "true"
 
 
@@ -715,22 +745,22 @@ def test_garbage_in_every_list_does_not_keep_the_rest_away() -> None:
         folded.take(watch.line(GARBAGE[0]))
         for line in lines_of("services.watchlist.jsonl")[:9]:
             step = folded.take(watch.line(line))
-        delays.append(step.again_after)
+        delays.append(step.reconnect_after)
     assert delays == [pytest.approx(0.8), pytest.approx(1.6), None]
     assert len(folded.objects) == 8
     assert watch.next_request().params.get("resourceVersion")
-    watch.closed(300.0)
+    watch.handle_close(300.0)
     assert watch.next_request().params.get("resourceVersion") is None, "a later list may have what is missing"
 
 
 def test_an_unreadable_page_is_asked_for_again() -> None:
     watch = machine()
     watch.line(OLD_ETCD)
-    watch.page(answer_of("list-page-1.txt")[2])
+    watch.handle_page(answer_of("list-page-1.txt")[2])
     asked = watch.next_request()
-    assert watch.page(b'{"metadata":{"resourceVersion":"2695"},"items":[{').again_after == pytest.approx(0.8)
+    assert watch.handle_page(b'{"metadata":{"resourceVersion":"2695"},"items":[{').reconnect_after == pytest.approx(0.8)
     assert watch.next_request() == asked
-    assert watch.page(b"{}").again_after == pytest.approx(1.6)
+    assert watch.handle_page(b"{}").reconnect_after == pytest.approx(1.6)
 
 
 @dataclass
@@ -798,19 +828,19 @@ def converse(server: Replayed, watch: JsonWatch, folded: Folded, fault: str, cut
     """Make one request, and let the fault end it after `cut` lines."""
     request = watch.next_request()
     if fault == "connect":
-        folded.take(watch.failed("connection refused"))
+        folded.take(watch.handle_failure("connection refused"))
     elif fault in {"429", "500", "503", "410", "403", "401"}:
-        folded.take(watch.refused(int(fault), {}, b""))
+        folded.take(watch.handle_status(int(fault), {}, b""))
     elif not request.watch:
         page = server.page(request)
         if page is None:
-            folded.take(watch.refused(*answer_of("list-continue-too-old.txt")))
+            folded.take(watch.handle_status(*answer_of("list-continue-too-old.txt")))
         elif fault in {"none", "clean"}:
-            folded.take(watch.page(page))
+            folded.take(watch.handle_page(page))
         else:
-            folded.take(watch.page(page[:cut]) if fault == "garbage" else watch.failed("reset"))
+            folded.take(watch.handle_page(page[:cut]) if fault == "garbage" else watch.handle_failure("reset"))
     else:
-        watch.opened()
+        watch.handle_open()
         read_stream(server.stream(request), watch, folded, fault, cut)
 
 
@@ -819,20 +849,20 @@ def read_stream(lines: list[bytes], watch: JsonWatch, folded: Folded, fault: str
         lines = lines[: cut % (len(lines) + 1)]
     for number, line in enumerate(lines):
         garbled = fault == "garbage" and number == cut % len(lines)
-        if folded.take(watch.line(line[: 1 + cut % (len(line) - 1)] if garbled else line)).again_after is not None:
+        if folded.take(watch.line(line[: 1 + cut % (len(line) - 1)] if garbled else line)).reconnect_after is not None:
             return
     endings: dict[str, Callable[[], ListWatchStep]] = {
-        "clean": lambda: watch.closed(300.0),
-        "none": lambda: watch.closed(300.0),
-        "short": lambda: watch.closed(0.1),
-        "silent": watch.silent,
+        "clean": lambda: watch.handle_close(300.0),
+        "none": lambda: watch.handle_close(300.0),
+        "short": lambda: watch.handle_close(0.1),
+        "silent": watch.handle_inactivity,
         "error": lambda: watch.line(b'{"type":"ERROR","object":{"code":500,"message":"x"}}'),
         "expired": lambda: watch.line(ERROR_410),
     }
     if fault in endings:
         folded.take(endings[fault]())
     else:
-        folded.take(watch.failed("reset by peer"))
+        folded.take(watch.handle_failure("reset by peer"))
 
 
 FAULTS = (
@@ -867,26 +897,26 @@ def test_whatever_goes_wrong_the_result_is_the_truth(
 def test_no_line_ever_raises(text: bytes, listed: bool) -> None:
     watch = following() if listed else machine()
     watch.line(text)
-    watch.refused(500, {}, text)
+    watch.handle_status(500, {}, text)
     watch.line(OLD_ETCD)
-    watch.page(text)
+    watch.handle_page(text)
     assert watch.next_request().path == "/api/v1/services"
 
 
 def test_406_asks_for_json_from_then_on() -> None:
     watch = machine()
-    assert watch.refused(406, {}, b"").again_after == pytest.approx(0.8)
+    assert watch.handle_status(406, {}, b"").reconnect_after == pytest.approx(0.8)
     assert watch.next_request().accept == "application/json"
     assert watch.next_request().params["sendInitialEvents"] == "true", "no reason to list by pages"
-    watch.refused(503, {}, b"")
+    watch.handle_status(503, {}, b"")
     assert watch.next_request().accept == "application/json"
 
 
 def test_what_is_unreadable_without_a_name_asks_for_json_from_then_on() -> None:
     watch = following()
-    watch.event(UndecodableObject("demo", "web", "97", "Expected a port"))
+    watch.handle_event(UndecodableObject("demo", "web", "97", "spec.ports[0].port must be from 1 to 65535, not 0"))
     assert watch.next_request().accept == BOTH
-    watch.event(UndecodableObject("", "", "", "a message is cut off"))
+    watch.handle_event(UndecodableObject("", "", "", "a message is truncated"))
     assert watch.next_request().accept == "application/json"
 
 

@@ -15,9 +15,9 @@ from tests.apiserver import Relay
 from tests.apiserver.objects import service_cidr
 from tests.deploy.kubeadm import config_map
 from tests.lab import objects
-from tests.lab.crowd import Machine
-from tests.lab.load import Target
+from tests.lab.connection_stream import Target
 from tests.lab.modes import rules_of
+from tests.lab.node_pods import Machine
 from tests.lab.proxy import CLUSTER_CIDR
 from tests.lab.servers import Servers
 from tests.lab.topology import NODE_ADDRESSES, OUTSIDE_ADDRESSES, Host, Lab

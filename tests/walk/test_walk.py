@@ -10,7 +10,7 @@ import pytest
 
 from tests.deploy.rendered import ROOT
 from tests.deploy.site import IMAGE, make_site
-from tests.lab.load import Stream
+from tests.lab.connection_stream import Stream
 from tests.walk.cluster import NODES, Cluster
 from tests.walk.commands import Said, comparable, mentioned, run, section, shown, transcript
 from tests.walk.resources import ALL, PODS, Object

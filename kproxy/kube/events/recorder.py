@@ -14,7 +14,7 @@ from msgspec import Struct
 from kproxy.kube.client.client import ApiClient
 from kproxy.kube.client.cluster_access import ClientError
 from kproxy.kube.client.response import ApiResponse, TransportError
-from kproxy.kube.codec.json_codec import read_refusal
+from kproxy.kube.codec.json_codec import read_error
 from kproxy.kube.events.correlator import (
     EventCorrelator,
     EventOccurrence,
@@ -151,7 +151,7 @@ def _read(response: ApiResponse) -> _PostResult:
     found = verdict(response.status)
     if found == "written":
         return _PostResult(found)
-    return _PostResult(found, str(read_refusal(response.status, response.headers, body)))
+    return _PostResult(found, str(read_error(response.status, response.headers, body)))
 
 
 def _describe(occurrence: EventOccurrence) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.lab import caller, greeter
+from tests.lab import address_server, connecting_client
 from tests.lab.namespace import Namespace
 from tests.lab.topology import Host
 from tests.lab.waiting import HANG_GUARD, wait_until
@@ -49,7 +49,7 @@ class Greeters:
         for number, machine in enumerate(machines):
             log = folder / f"greeter-{number}.log"
             with log.open("w") as output:
-                machine.popen([sys.executable, str(greeter.__file__), str(port)], output)
+                machine.popen([sys.executable, str(address_server.__file__), str(port)], output)
             _wait_for_line(log)
 
 
@@ -70,7 +70,7 @@ class Rush:
         self._began = time.monotonic()
         for origin, log in zip(self._origins, self._logs, strict=True):
             targets = [(way.address, way.port, way.pods) for way in self._ways if way.origin is origin]
-            argv = [sys.executable, str(caller.__file__), str(RATE), json.dumps(targets)]
+            argv = [sys.executable, str(connecting_client.__file__), str(RATE), json.dumps(targets)]
             with log.open("w") as output:
                 self._processes.append(origin.namespace.popen(argv, output))
         return self

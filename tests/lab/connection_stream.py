@@ -13,7 +13,7 @@ from http.client import HTTPException
 from itertools import cycle
 
 from tests.lab.client import Answered, Failed, Outcome, Refused, TimedOut, finish, open_connection
-from tests.lab.flow import Flow
+from tests.lab.continuous_requests import Flow
 from tests.lab.topology import Host
 
 RATE = 200
