@@ -102,18 +102,18 @@ def shown(document: str) -> list[str]:
 
 
 def plain(text: str) -> str:
-    """Return a text without what differs from run to run, or by where lines are wrapped."""
+    """Return a text without white space and with all numbers replaced by 0, to compare output of different runs."""
     return re.sub(r"\s+", "", re.sub(r"\d+", "0", text))
 
 
-def test_it_shows_the_steps_of_the_demo() -> None:
+def test_picture_has_the_steps_of_the_demo() -> None:
     steps = [found[1] for line in shown(PICTURE.read_text()) if (found := re.match(r"\d+\. (.*)", line))]
     expected = rehearse().steps
     assert expected
     assert steps == expected, "the demo's steps have changed: run `make recording`"
 
 
-def test_it_shows_what_the_demo_says() -> None:
+def test_picture_has_the_output_of_the_demo() -> None:
     picture = plain("".join(shown(PICTURE.read_text())))
     words = rehearse().words
     assert any(str(TARGET_PORT) in line for line in words)
@@ -121,7 +121,7 @@ def test_it_shows_what_the_demo_says() -> None:
     assert missing == [], "the demo's words have changed: run `make recording`"
 
 
-def test_it_is_small_and_refers_to_nothing_outside() -> None:
+def test_picture_is_small_and_self_contained() -> None:
     document = PICTURE.read_text()
     assert len(document.encode()) < LIMIT
     names = {element.tag.removeprefix(SVG) for element in ET.fromstring(document).iter()}
@@ -132,7 +132,7 @@ def test_it_is_small_and_refers_to_nothing_outside() -> None:
     assert [name for name in attributes if "href" in name or name.startswith("on")] == []
 
 
-def test_colors_and_special_characters_reach_the_picture() -> None:
+def test_colors_and_special_characters_are_rendered() -> None:
     document = render("\x1b[1;32m1. \x1b[0mA <b> & \u2588\n")
     assert shown(document) == ["$ make demo", "1. A <b> & \u2588"]
     assert len(set(re.findall(r'class="(.*?)"', document))) == 3
@@ -144,7 +144,7 @@ def test_long_lines_are_wrapped_and_indented() -> None:
     assert [line[:6] for line in lines] == ["   wor", "     w", "     w"]
 
 
-def test_every_step_is_a_frame_and_the_last_lines_stay_in_view() -> None:
+def test_every_step_is_a_frame_and_the_last_lines_stay_visible() -> None:
     lines = ["$", "", "intro", "", "1. a", "x", "", *["2. b"], *["y"] * ROWS]
     found = frames(lines)
     assert [frame.lines for frame in found] == [1, 4, 7, len(lines)]
