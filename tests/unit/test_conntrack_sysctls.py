@@ -109,7 +109,7 @@ def test_fractional_timeouts_are_rounded_up() -> None:
     assert (changes[conntrack_sysctls.UDP], changes[conntrack_sysctls.UDP_STREAM]) == (1, 2)
 
 
-# Reading and writing, in a temporary directory instead of /: the real parameters affect the whole root.
+# Reading and writing, in a temporary directory instead of /: the real parameters affect the whole machine.
 
 
 @pytest.fixture

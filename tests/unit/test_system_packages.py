@@ -35,7 +35,7 @@ INSTALLS = f"for name in {' '.join(NEEDED.values())} our-gcc; do ln -sf /bin/tru
 
 
 PACKAGES = {*NEEDED, "iptables", "iproute2", "nftables", "gcc", "python3-dev"}
-"""All packages, except libc6-dev, which is detected by a file outside of the test's PATH, and those of Python."""
+"""All packages, except libc6-dev, which is detected by a file of the real machine, and those of Python."""
 
 
 class Machine:
