@@ -161,7 +161,7 @@ class Daemon:
             missing=serving.metrics.node_missing,
         )
         if client is not None:
-            client.answered = serving.metrics.requested
+            client.observe_request = serving.metrics.requested
         conntrack = ConntrackCleaner(
             {family: UdpConntrack(family) for family in families},
             own_addresses,

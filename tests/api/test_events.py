@@ -14,6 +14,7 @@ from uuid import uuid4
 import pytest
 
 from kproxy.kube.client.client import ApiClient
+from kproxy.kube.codec.streams import split_lines
 from kproxy.kube.events import recorder as events
 from kproxy.kube.events.correlator import (
     BURST,
@@ -25,7 +26,7 @@ from kproxy.kube.events.correlator import (
     node_reference,
     service_reference,
 )
-from kproxy.kube.events.recorder import MOST_WAITING, EventRecorder
+from kproxy.kube.events.recorder import QUEUE_LIMIT, EventRecorder
 from tests.api.conftest import HANG, Cluster
 from tests.apiserver import ApiServer, Relay, SeenRequest
 from tests.apiserver.objects import service
@@ -69,7 +70,7 @@ def record(tmp_path: Path, clock: Clock) -> Iterator[Record]:
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let further tries come at once."""
-    monkeypatch.setattr(events, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(events, "RETRY_DELAYS", (0.0, 0.0))
 
 
 def is_post(request: SeenRequest) -> bool:
@@ -121,7 +122,7 @@ def first_events(cluster: Cluster, tmp_path: Path, note: str, count: int) -> lis
     client = ApiClient.from_config(str(cluster.kubeconfig(tmp_path / "watcher")))
     found = []
     with client.get(PATH, {"watch": "1"}, HANG) as response:
-        for line in response.lines():
+        for line in split_lines(response.chunks()):
             event = json.loads(line)["object"]
             if event.get("note") == note:
                 found.append(event)
@@ -217,7 +218,7 @@ def test_noting_never_waits_even_when_the_server_says_nothing(server: ApiServer,
         relay.stall(new=True)
 
         def flood() -> None:
-            for number in range(2 * MOST_WAITING):
+            for number in range(2 * QUEUE_LIMIT):
                 say(recorder, f"note {number}")
 
         caller = threading.Thread(target=flood, daemon=True)
@@ -235,14 +236,14 @@ def test_not_all_that_happens_while_the_server_says_nothing_is_kept(
     with Relay(server.address) as relay:
         recorder = record(server, port=relay.port)
         relay.stall(new=True)
-        for number in range(MOST_WAITING + 10):
+        for number in range(QUEUE_LIMIT + 10):
             clock.now += REFILL_SECONDS
             say(recorder, f"note {number}")
         relay.resume()
-        settled = notes(server.requests.wait_for(is_post, MOST_WAITING))
-        assert settled[:MOST_WAITING] == [f"note {number}" for number in range(MOST_WAITING)]
+        settled = notes(server.requests.wait_for(is_post, QUEUE_LIMIT))
+        assert settled[:QUEUE_LIMIT] == [f"note {number}" for number in range(QUEUE_LIMIT)]
         last = settle(recorder, server)[-1]
-        assert last in {f"note {MOST_WAITING - 1}", f"note {MOST_WAITING}"}  # one more if one was being sent
+        assert last in {f"note {QUEUE_LIMIT - 1}", f"note {QUEUE_LIMIT}"}  # one more if one was being sent
 
 
 def test_a_refused_event_is_not_tried_again_and_said_once(
@@ -255,9 +256,7 @@ def test_a_refused_event_is_not_tried_again_and_said_once(
         say(recorder, note)
     assert settle(recorder, server) == ["one", "two", "three", "four"]
     first, last = logged(caplog)
-    assert first.startswith(
-        "event FailedToStartServiceHealthcheck of Service demo/web cannot be written: 403 Forbidden: "
-    )
+    assert first.startswith("cannot write event FailedToStartServiceHealthcheck of Service demo/web: 403 Forbidden: ")
     assert last == "events are written again"
 
 
@@ -278,13 +277,13 @@ def test_an_event_is_given_up_at_last(
     say(recorder, "lost")
     assert settle(recorder, server) == ["lost"] * 3
     assert "lost" not in stored(server)
-    assert len([line for line in logged(caplog) if "cannot be written: 503" in line]) == 1
+    assert len([line for line in logged(caplog) if line.startswith("cannot write event ") and ": 503" in line]) == 1
 
 
 def test_a_server_that_is_away_is_tried_again(
     server: ApiServer, record: Record, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(events, "PAUSES", (0.01,) * 1000)
+    monkeypatch.setattr(events, "RETRY_DELAYS", (0.01,) * 1000)
     said = said_something(caplog)
     with Relay(server.address) as relay:
         relay.refuse()
@@ -328,7 +327,7 @@ def test_what_nobody_foresaw_does_not_end_the_writing(
 def test_stop_does_not_wait_for_further_tries(
     server: ApiServer, record: Record, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(events, "PAUSES", (3600.0,))
+    monkeypatch.setattr(events, "RETRY_DELAYS", (3600.0,))
     monkeypatch.setattr(events, "STOP_TIMEOUT", HANG)
     said = said_something(caplog)
     server.refuse(503, times=2)
@@ -341,11 +340,11 @@ def test_stop_does_not_wait_for_further_tries(
 
 
 def test_stop_does_not_write_what_waits(server: ApiServer, record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(events, "PAUSES", (3600.0,))
+    monkeypatch.setattr(events, "RETRY_DELAYS", (3600.0,))
     monkeypatch.setattr(events, "STOP_TIMEOUT", HANG)
     server.refuse(503)
     recorder = record(server)
-    for number in range(2 * MOST_WAITING):
+    for number in range(2 * QUEUE_LIMIT):
         say(recorder, f"note {number}")
     server.requests.wait_for(is_post)
     recorder.stop()

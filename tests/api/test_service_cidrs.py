@@ -123,7 +123,7 @@ def test_a_server_that_withholds_them_counts_as_no_error(
     server.withhold("servicecidrs", status)
     client = ApiClient.from_config(str(server.kubeconfig(tmp_path / "kubeconfig")))
     counted: SimpleQueue[str] = SimpleQueue()
-    client.answered = lambda _method, _host, code, _seconds: counted.put(code)
+    client.observe_request = lambda _method, _host, code, _seconds: counted.put(code)
     source = ApiSource(client, "node-1", received.put, kinds=KINDS)
     source.start()
     received.until_listed()

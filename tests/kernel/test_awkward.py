@@ -240,7 +240,7 @@ def test_a_thread_that_ends_ends_the_daemon(node: Namespace) -> None:
         from kproxy.cli.main import main
         def broken(self):
             raise MemoryError("no more")
-        PathWatcher._follow = broken
+        PathWatcher._run = broken
         sys.exit(main(["run", "--objects={GOLDEN}/clusterip"]))
     """)
     done = node.run([sys.executable, "-c", script], check=False)

@@ -70,15 +70,15 @@ def error_line(done: subprocess.CompletedProcess[str]) -> str:
             ("run", "--objects=/nonexistent", "--logging-format=xml"),
             'kproxy: --logging-format: must be text or json, not "',
         ),
-        (("run", "--objects=/nonexistent", "--v=much"), 'kproxy: --v: must be a whole number, not "much"'),
+        (("run", "--objects=/nonexistent", "--v=much"), 'kproxy: --v: must be an integer, not "much"'),
         (
             ("run", "--objects=/nonexistent", "-v=-1"),
-            "kproxy: --v: must be a whole number from 0 to 2147483647, not -1",
+            "kproxy: --v: must be an integer from 0 to 2147483647, not -1",
         ),
         (("run", "--objects=/nonexistent", "--vmodule=node"), 'kproxy: --vmodule: must be PATTERN=N, not "node"'),
         (
             ("run", "--objects=/nonexistent", "--vmodule=node=4", "--logging-format=json"),
-            "kproxy: --vmodule: needs logging.format text",
+            "kproxy: --vmodule: requires logging.format text",
         ),
         (
             ("run", "--strict-config=perhaps"),
@@ -115,7 +115,10 @@ def test_invalid_object_is_named_with_its_file_and_line(tmp_path: Path) -> None:
     )
     done = run("render", f"--objects={broken}")
     assert done.returncode == 1
-    assert error_line(done).startswith(f"kproxy: {broken}:7: Service default/web: spec.ports[0].port: ")
+    assert (
+        error_line(done)
+        == f'kproxy: {broken}:7: Service default/web: spec.ports[0].port must be an integer, not "http"'
+    )
 
 
 def test_missing_iptables_is_reported() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import socket
 import ssl
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from kproxy import __version__
 from kproxy.kube.client.client import ApiClient
 from kproxy.kube.client.cluster_access import ClientError, find_static_config
 from kproxy.kube.client.response import ApiResponse, SilenceError, TransportError
+from kproxy.kube.codec.streams import split_lines
 from tests.apiserver import ApiServer
 from tests.apiserver.objects import endpoint_slice, service
 
@@ -94,7 +97,7 @@ def test_a_token_file_is_read_again_in_time(
     assert get(client)[0] == 200
     token.unlink()
     assert get(client)[0] == 200
-    assert f"keeping the credentials in use: {tmp_path / 'config'}: " in caplog.text
+    assert f"cannot reload the credentials, keeping the current ones: {tmp_path / 'config'}: " in caplog.text
 
 
 def plugin(path: Path, text: str) -> dict[str, Any]:
@@ -170,7 +173,8 @@ def test_in_cluster_token_is_read_again_in_time(
         tokens = [seen.headers["Authorization"] for seen in server.requests.all()]
         assert tokens == ["Bearer first", "Bearer second", "Bearer second"]
         assert client._access.pool is connections
-    assert f"keeping the credentials in use: in-cluster service account: {account / 'token'}: No such" in caplog.text
+    kept = "cannot reload the credentials, keeping the current ones: in-cluster service account: "
+    assert f"{kept}{account / 'token'}: No such" in caplog.text
 
 
 def test_a_certificate_authority_that_rotates(
@@ -301,7 +305,9 @@ def test_a_user_that_is_not_there_is_an_error(tmp_path: Path, users: list[Any] |
     content = json.loads(path.read_text())
     content["contexts"][0]["context"]["user"] = "missing"
     path.write_text(json.dumps(content | {"users": users}))
-    with pytest.raises(ClientError, match=f"^{path}: the current context names user 'missing', and there is none"):
+    with pytest.raises(
+        ClientError, match=f"^{path}: the current context refers to user 'missing', which does not exist"
+    ):
         ApiClient.from_config(str(path))
 
 
@@ -320,7 +326,7 @@ def test_an_unusable_kubeconfig_is_one_line(tmp_path: Path, content: bytes | Non
 
 @pytest.mark.parametrize("address", ["10.0.0.1:6443", "ftp://x", "https://", "http://x:99999", "http://[::1"])
 def test_a_server_that_is_no_url(tmp_path: Path, address: str) -> None:
-    with pytest.raises(ClientError, match=r"is no URL like https://10\.0\.0\.1:6443$"):
+    with pytest.raises(ClientError, match=r"server: must be a URL such as https://10\.0\.0\.1:6443, not '"):
         ApiClient.from_config(None, address)
     with pytest.raises(ClientError, match=str(tmp_path)):
         ApiClient.from_config(kubeconfig(tmp_path / "config", address))
@@ -355,7 +361,7 @@ def test_large_lists_come_compressed_and_watches_do_not(server: ApiServer, confi
         assert response.headers["content-encoding"] == "gzip"
         assert len(json.loads(response.read())["items"][0]["endpoints"]) == 5000
     with client.get(path, {"watch": "1"}, HANG) as watch:
-        line = next(iter(watch.lines()))
+        line = next(split_lines(watch.chunks()))
         assert len(json.loads(line)["object"]["endpoints"]) == 5000
     encodings = [seen.headers["Accept-Encoding"] for seen in server.requests.all()]
     assert encodings == ["gzip", "identity"]
@@ -415,7 +421,7 @@ def read_lines(pieces: list[bytes], *, end: bool = True, timeout: float = HANG) 
         client = ApiClient.from_config(None, f"http://127.0.0.1:{port}")
         try:
             with client.get("/", {"watch": "1"}, timeout) as response:
-                found.extend(response.lines())
+                found.extend(split_lines(response.chunks()))
         except TransportError as error:
             return found, type(error).__name__
     return found, ""
@@ -501,7 +507,7 @@ def test_redirects_are_answers() -> None:
 def close_while_reading(client: ApiClient, params: dict[str, str], path: str = SERVICES) -> list[BaseException | None]:
     response: ApiResponse = client.get(path, params, HANG)
     ended: list[BaseException | None] = []
-    lines = response.lines()
+    lines = split_lines(response.chunks())
     next(lines)
 
     def read() -> None:
@@ -549,6 +555,10 @@ def loaded_by(program: str, *names: str) -> set[str]:
     return {name for name in names if any(f"{module}.".startswith(f"{name}.") for module in modules)}
 
 
+def test_the_client_knows_no_object_format() -> None:
+    assert loaded_by("import kproxy.kube.client.client, kproxy.kube.client.plugin_access", "kproxy.kube.codec") == set()
+
+
 def test_only_a_client_needs_http() -> None:
     assert loaded_by("import kproxy.app.daemon", "kubernetes", "urllib3") == set()
 
@@ -593,6 +603,49 @@ def test_a_server_behind_a_proxy_of_the_environment_is_left_to_the_package(tmp_p
     assert find_static_config(config, None, proxy | {"NO_PROXY": "10.0.0.0/8"}) is not None
     assert find_static_config(config, "https://127.0.0.1:6443", proxy) is not None
     assert find_static_config(None, "https://10.0.5.1:6443", proxy) is None
+
+
+class NoEnvironment(dict[str, str]):
+    """An environment that must not be read."""
+
+    def __getitem__(self, name: str) -> str:
+        raise AssertionError(f"{name} was read")
+
+    def get(self, name: str, default: object = None) -> Any:
+        raise AssertionError(f"{name} was read")
+
+    def __contains__(self, name: object) -> bool:
+        raise AssertionError(f"{name} was read")
+
+
+def test_static_credentials_depend_on_the_given_environment_only(
+    account: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (account / "token").write_text("of-the-pod")
+    (account / "ca.crt").write_text("")
+    (tmp_path / "key").write_text("of-the-home")
+    kubeconfig(tmp_path / "config", "https://192.0.2.1:6443", {"tokenFile": "key"})
+    given = {"HOME": str(tmp_path), "KUBERNETES_SERVICE_HOST": "10.96.0.1", "KUBERNETES_SERVICE_PORT": "443"}
+    proxied = given | {"HTTPS_PROXY": "http://proxy.example:3128"}
+    database = SimpleNamespace(getpwuid=lambda _: SimpleNamespace(pw_dir=str(tmp_path)))
+    monkeypatch.setattr("kproxy.kube.client.cluster_access.pwd", database)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "environ", NoEnvironment())
+        of_home = find_static_config("~/config", None, given)
+        without_home = find_static_config("~/config", None, {})
+        of_pod = find_static_config(None, None, given)
+        assert find_static_config("~/config", None, proxied) is None
+        with pytest.raises(ClientError, match="KUBERNETES_SERVICE_PORT are not set"):
+            find_static_config(None, None, {})
+    assert of_home == without_home
+    assert of_home and of_pod  # noqa: PT018 - for the type checker
+    assert (of_home.server, of_home.token) == ("https://192.0.2.1:6443", "of-the-home")
+    assert (of_pod.server, of_pod.token) == ("https://10.96.0.1:443", "of-the-pod")
+
+
+def test_a_home_that_does_not_exist_is_one_error() -> None:
+    with pytest.raises(ClientError, match=r"^~nobody-of-that-name/config: No such file or directory$"):
+        ApiClient.from_config("~nobody-of-that-name/config")
 
 
 @pytest.mark.parametrize("user", [{"token": "secret"}, {"tokenFile": "token"}, {}])

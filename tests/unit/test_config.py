@@ -102,7 +102,7 @@ def test_durations_are_read_and_written_as_go_does(text: str, seconds: float, ca
     "text", ["", "30", "s", "1 s", "1d", "1s30", "--1s", ".s", "1e3s", "300000h300000h2000000h", "9" * 400 + "s"]
 )
 def test_what_go_takes_for_no_duration_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="is no duration"):
+    with pytest.raises(ValueError, match="is not a duration"):
         parse_duration(text)
 
 
@@ -374,7 +374,7 @@ def test_the_periods_of_the_mode_that_is_not_in_force_may_not_fit() -> None:
 
 @pytest.mark.parametrize("mode", ["iptables", "nftables"])
 def test_the_periods_of_both_modes_must_fit_while_the_mode_is_open(mode: str) -> None:
-    message = f"kp.yaml:4: {mode}.minSyncPeriod: must not exceed {mode}.syncPeriod, 1s, but is 1m0s"
+    message = f"kp.yaml:4: {mode}.minSyncPeriod: must not exceed {mode}.syncPeriod (1s), but is 1m0s"
     assert refusal(f'mode: ""\n{mode}: {{minSyncPeriod: 1m, syncPeriod: 1s}}') == message
 
 
@@ -383,23 +383,23 @@ def test_the_periods_of_both_modes_must_fit_while_the_mode_is_open(mode: str) ->
     [
         (
             "iptables:\n  masqueradeBit: 32",
-            "kp.yaml:4: iptables.masqueradeBit: must be a whole number from 0 to 31, not 32",
+            "kp.yaml:4: iptables.masqueradeBit: must be an integer from 0 to 31, not 32",
         ),
         (
             "iptables: {masqueradeBit: -1}",
-            "kp.yaml:3: iptables.masqueradeBit: must be a whole number from 0 to 31, not -1",
+            "kp.yaml:3: iptables.masqueradeBit: must be an integer from 0 to 31, not -1",
         ),
         (
             "iptables: {masqueradeBit: '1'}",
-            'kp.yaml:3: iptables.masqueradeBit: must be a whole number from 0 to 31, not "1"',
+            'kp.yaml:3: iptables.masqueradeBit: must be an integer from 0 to 31, not "1"',
         ),
         (
             "iptables: {masqueradeBit: true}",
-            "kp.yaml:3: iptables.masqueradeBit: must be a whole number from 0 to 31, not true",
+            "kp.yaml:3: iptables.masqueradeBit: must be an integer from 0 to 31, not true",
         ),
         (
             "nftables: {masqueradeBit: 1.0}",
-            "kp.yaml:3: nftables.masqueradeBit: must be a whole number from 0 to 31, not 1.0",
+            "kp.yaml:3: nftables.masqueradeBit: must be an integer from 0 to 31, not 1.0",
         ),
         ("iptables: {masqueradeAll: 1}", "kp.yaml:3: iptables.masqueradeAll: must be true or false, not 1"),
         ("iptables: [a]", 'kp.yaml:3: iptables: must be a mapping, not ["a"]'),
@@ -407,13 +407,13 @@ def test_the_periods_of_both_modes_must_fit_while_the_mode_is_open(mode: str) ->
         ("hostnameOverride: '  '", 'kp.yaml:3: hostnameOverride: must be a host name, not "  "'),
         (
             "mode: ipvs",
-            "kp.yaml:3: mode: ipvs is deprecated by Kubernetes and not in kproxy; use nftables (or iptables)",
+            "kp.yaml:3: mode: ipvs is deprecated in Kubernetes and not supported by kproxy; use nftables or iptables",
         ),
-        ("mode: userspace", "kp.yaml:3: mode: userspace is removed from Kubernetes; use nftables (or iptables)"),
-        ("mode: kernelspace", "kp.yaml:3: mode: kernelspace is for Windows; use nftables (or iptables)"),
-        ("mode: IPTables", 'kp.yaml:3: mode: must be iptables or nftables or "", not "IPTables"'),
-        ("mode: [ipvs]", 'kp.yaml:3: mode: must be iptables or nftables or "", not ["ipvs"]'),
-        ("mode: 0", 'kp.yaml:3: mode: must be iptables or nftables or "", not 0'),
+        ("mode: userspace", "kp.yaml:3: mode: userspace has been removed from Kubernetes; use nftables or iptables"),
+        ("mode: kernelspace", "kp.yaml:3: mode: kernelspace is for Windows only; use nftables or iptables"),
+        ("mode: IPTables", 'kp.yaml:3: mode: must be iptables, nftables or "", not "IPTables"'),
+        ("mode: [ipvs]", 'kp.yaml:3: mode: must be iptables, nftables or "", not ["ipvs"]'),
+        ("mode: 0", 'kp.yaml:3: mode: must be iptables, nftables or "", not 0'),
         (
             "iptables: {syncPeriod: 30}",
             "kp.yaml:3: iptables.syncPeriod: must be a duration (such as 30s or 1m30s) greater than 0, not 30",
@@ -428,7 +428,7 @@ def test_the_periods_of_both_modes_must_fit_while_the_mode_is_open(mode: str) ->
         ),
         (
             "iptables: {minSyncPeriod: 31s}",
-            "kp.yaml:3: iptables.minSyncPeriod: must not exceed iptables.syncPeriod, 30s, but is 31s",
+            "kp.yaml:3: iptables.minSyncPeriod: must not exceed iptables.syncPeriod (30s), but is 31s",
         ),
         (
             "configSyncPeriod: soon",
@@ -438,16 +438,16 @@ def test_the_periods_of_both_modes_must_fit_while_the_mode_is_open(mode: str) ->
             "conntrack: {udpTimeout: -5s}",
             'kp.yaml:3: conntrack.udpTimeout: must be a duration (such as 30s or 1m30s) of at least 0, not "-5s"',
         ),
-        ("conntrack: {min: -1}", "kp.yaml:3: conntrack.min: must be a whole number from 0 to 2147483647, not -1"),
+        ("conntrack: {min: -1}", "kp.yaml:3: conntrack.min: must be an integer from 0 to 2147483647, not -1"),
         (
             "conntrack: {maxPerCore: 2147483648}",
-            "kp.yaml:3: conntrack.maxPerCore: must be a whole number from 0 to 2147483647, not 2147483648",
+            "kp.yaml:3: conntrack.maxPerCore: must be an integer from 0 to 2147483647, not 2147483648",
         ),
-        ("oomScoreAdj: -1001", "kp.yaml:3: oomScoreAdj: must be a whole number from -1000 to 1000, not -1001"),
-        ("oomScoreAdj: 1001", "kp.yaml:3: oomScoreAdj: must be a whole number from -1000 to 1000, not 1001"),
+        ("oomScoreAdj: -1001", "kp.yaml:3: oomScoreAdj: must be an integer from -1000 to 1000, not -1001"),
+        ("oomScoreAdj: 1001", "kp.yaml:3: oomScoreAdj: must be an integer from -1000 to 1000, not 1001"),
         (
             "clientConnection: {burst: -1}",
-            "kp.yaml:3: clientConnection.burst: must be a whole number from 0 to 2147483647, not -1",
+            "kp.yaml:3: clientConnection.burst: must be an integer from 0 to 2147483647, not -1",
         ),
         ("clientConnection: {qps: fast}", 'kp.yaml:3: clientConnection.qps: must be a number, not "fast"'),
         ("clientConnection: {qps: .inf}", "kp.yaml:3: clientConnection.qps: must be a number, not null"),
@@ -471,12 +471,12 @@ def test_the_periods_of_both_modes_must_fit_while_the_mode_is_open(mode: str) ->
         (
             "clusterCIDR: 10.0.0.0",
             "kp.yaml:3: clusterCIDR: must be a CIDR (such as 10.244.0.0/16 or fd00::/64), "
-            'or one of each family with a comma between, not "10.0.0.0"',
+            'or one of each IP family separated by a comma, not "10.0.0.0"',
         ),
         (
             "clusterCIDR: 10.0.0.0/8,11.0.0.0/8",
             "kp.yaml:3: clusterCIDR: must be a CIDR (such as 10.244.0.0/16 or fd00::/64), "
-            'or one of each family with a comma between, not "10.0.0.0/8,11.0.0.0/8"',
+            'or one of each IP family separated by a comma, not "10.0.0.0/8,11.0.0.0/8"',
         ),
         (
             "nodePortAddresses:\n- 10.0.0.0/8\n- primary",
@@ -487,16 +487,16 @@ def test_the_periods_of_both_modes_must_fit_while_the_mode_is_open(mode: str) ->
         ("nodePortAddresses: [1]", "kp.yaml:3: nodePortAddresses[0]: must be a string, not 1"),
         (
             "detectLocalMode: Magic",
-            "kp.yaml:3: detectLocalMode: must be ClusterCIDR or NodeCIDR or BridgeInterface or InterfaceNamePrefix, "
+            "kp.yaml:3: detectLocalMode: must be ClusterCIDR, NodeCIDR, BridgeInterface or InterfaceNamePrefix, "
             'not "Magic"',
         ),
         (
             "detectLocalMode: BridgeInterface",
-            "kp.yaml:1: detectLocal.bridgeInterface: must be set with detectLocalMode BridgeInterface",
+            "kp.yaml:1: detectLocal.bridgeInterface: must be set if detectLocalMode is BridgeInterface",
         ),
         (
             "detectLocalMode: InterfaceNamePrefix\ndetectLocal:\n  bridgeInterface: cbr0",
-            "kp.yaml:4: detectLocal.interfaceNamePrefix: must be set with detectLocalMode InterfaceNamePrefix",
+            "kp.yaml:4: detectLocal.interfaceNamePrefix: must be set if detectLocalMode is InterfaceNamePrefix",
         ),
         ("featureGates: {A: 'yes'}", 'kp.yaml:3: featureGates.A: must be true or false, not "yes"'),
         ("featureGates: [A]", 'kp.yaml:3: featureGates: must be a mapping, not ["A"]'),
@@ -508,16 +508,16 @@ def test_the_periods_of_both_modes_must_fit_while_the_mode_is_open(mode: str) ->
         ),
         (
             "logging: {options: {text: {infoBufferSize: big}}}",
-            'kp.yaml:3: logging.options.text.infoBufferSize: must be an amount (such as 0 or 64Ki), not "big"',
+            'kp.yaml:3: logging.options.text.infoBufferSize: must be a quantity (such as 0 or 64Ki), not "big"',
         ),
         (
             "logging:\n  vmodule:\n  - {filePattern: a}\n  - {filePattern: 'a,b'}",
-            "kp.yaml:6: logging.vmodule[1].filePattern: must be the name of a source file, or a pattern, "
-            'without = and ,, not "a,b"',
+            "kp.yaml:6: logging.vmodule[1].filePattern: must be the name or pattern of a source file "
+            "(without '=' and ','), not \"a,b\"",
         ),
         (
             "logging: {format: json, vmodule: [{filePattern: a}]}",
-            "kp.yaml:3: logging.vmodule: needs logging.format text",
+            "kp.yaml:3: logging.vmodule: requires logging.format text",
         ),
         (
             "showHiddenMetricsForVersion: v1",
@@ -557,15 +557,15 @@ def test_no_value_of_any_field_brings_another_error(field: str, value: object) -
 )
 def test_values_are_shown_at_a_readable_length(value: str, shown: str) -> None:
     message = refusal(f"oomScoreAdj: {value}")
-    assert message == f"kp.yaml:3: oomScoreAdj: must be a whole number from -1000 to 1000, not {shown}"
+    assert message == f"kp.yaml:3: oomScoreAdj: must be an integer from -1000 to 1000, not {shown}"
 
 
 @pytest.mark.parametrize(
     ("text", "path", "message"),
     [
-        (b"", "kp.yaml", "kp.yaml: must hold a document of kind KubeProxyConfiguration, but is empty"),
+        (b"", "kp.yaml", "kp.yaml: must contain a KubeProxyConfiguration, but is empty"),
         (b"- a", "kp.yaml", 'kp.yaml:1: must be a mapping, not ["a"]'),
-        (b"{}", "kp.json", "kp.json:1: apiVersion is missing: must be kubeproxy.config.k8s.io/v1alpha1"),
+        (b"{}", "kp.json", "kp.json:1: apiVersion is missing; must be kubeproxy.config.k8s.io/v1alpha1"),
         (
             b"kind: KubeProxyConfiguration\napiVersion: v1",
             "kp.yaml",
@@ -587,18 +587,18 @@ def test_a_file_that_is_no_configuration_is_refused(text: bytes, path: str, mess
 
 def test_what_has_no_effect_is_said() -> None:
     assert warnings_for("ipvs:\n  scheduler: wrr\n  strictARP: true\nwinkernel: {networkName: x}\nportRange: 1-2") == [
-        "kp.yaml:4: ipvs.scheduler: has no effect in kproxy",
-        "kp.yaml:5: ipvs.strictARP: has no effect in kproxy",
-        "kp.yaml:6: winkernel.networkName: has no effect in kproxy",
-        "kp.yaml:7: portRange: has no effect in kproxy",
+        "kp.yaml:4: ipvs.scheduler: no effect in kproxy",
+        "kp.yaml:5: ipvs.strictARP: no effect in kproxy",
+        "kp.yaml:6: winkernel.networkName: no effect in kproxy",
+        "kp.yaml:7: portRange: no effect in kproxy",
     ]
     assert warnings_for("windowsRunAsService: true\nlogging: {options: {json: {splitStream: true}}}") == [
-        "kp.yaml:4: logging.options.json.splitStream: has no effect in kproxy",
-        "kp.yaml:3: windowsRunAsService: has no effect in kproxy",
+        "kp.yaml:4: logging.options.json.splitStream: no effect in kproxy",
+        "kp.yaml:3: windowsRunAsService: no effect in kproxy",
     ]
     assert warnings_for("featureGates: {B: true, A: false, NFTablesProxyMode: false, LoadBalancerIPMode: true}") == [
-        "kp.yaml:3: featureGates: no such gates in kproxy, without effect: A, B",
-        "kp.yaml:3: featureGates: always on in kproxy: NFTablesProxyMode",
+        "kp.yaml:3: featureGates: unknown feature gates, no effect: A, B",
+        "kp.yaml:3: featureGates: cannot be disabled in kproxy: NFTablesProxyMode",
     ]
 
 
@@ -764,15 +764,15 @@ def test_flags_for_servers(arguments: tuple[str, ...], healthz: str, metrics: st
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("--iptables-masquerade-bit=40", "--iptables-masquerade-bit: must be a whole number from 0 to 31, not 40"),
-        ("--iptables-masquerade-bit=x", '--iptables-masquerade-bit: must be a whole number, not "x"'),
+        ("--iptables-masquerade-bit=40", "--iptables-masquerade-bit: must be an integer from 0 to 31, not 40"),
+        ("--iptables-masquerade-bit=x", '--iptables-masquerade-bit: must be an integer, not "x"'),
         ("--masquerade-all=maybe", '--masquerade-all: must be true or false, not "maybe"'),
         ("--kube-api-qps=fast", '--kube-api-qps: must be a number, not "fast"'),
         (
             "--proxy-mode=ipvs",
-            "--proxy-mode: ipvs is deprecated by Kubernetes and not in kproxy; use nftables (or iptables)",
+            "--proxy-mode: ipvs is deprecated in Kubernetes and not supported by kproxy; use nftables or iptables",
         ),
-        ("--proxy-mode=x", '--proxy-mode: must be iptables or nftables or "", not "x"'),
+        ("--proxy-mode=x", '--proxy-mode: must be iptables, nftables or "", not "x"'),
         (
             "--nodeport-addresses=10.0.0.0/8,x",
             "--nodeport-addresses: must be a CIDR (such as 10.244.0.0/16 or fd00::/64), "
@@ -781,16 +781,19 @@ def test_flags_for_servers(arguments: tuple[str, ...], healthz: str, metrics: st
         ("--feature-gates=A", '--feature-gates: must be NAME=true or NAME=false, not "A"'),
         ("--feature-gates=A=2", '--feature-gates: A: must be true or false, not "2"'),
         ("--vmodule=a", '--vmodule: must be PATTERN=N, not "a"'),
-        ("--vmodule=a=b", '--vmodule: a: must be a whole number, not "b"'),
+        ("--vmodule=a=b", '--vmodule: a: must be an integer, not "b"'),
         ("--hostname-override=  ", '--hostname-override: must be a host name, not "  "'),
-        ("--healthz-port=70000", "--healthz-port: must be a port from 1 to 65535, or 0 for none, not 70000"),
+        (
+            "--healthz-port=70000",
+            "--healthz-port: must be a port from 1 to 65535, or 0 to disable the server, not 70000",
+        ),
         (
             "--iptables-sync-period=500ms",
-            "iptables.minSyncPeriod: must not exceed iptables.syncPeriod, 500ms, but is 1s",
+            "iptables.minSyncPeriod: must not exceed iptables.syncPeriod (500ms), but is 1s",
         ),
         (
             "--detect-local-mode=BridgeInterface",
-            "detectLocal.bridgeInterface: must be set with detectLocalMode BridgeInterface",
+            "detectLocal.bridgeInterface: must be set if detectLocalMode is BridgeInterface",
         ),
     ],
 )
@@ -801,9 +804,9 @@ def test_a_wrong_flag_is_named_in_one_line(argument: str, message: str) -> None:
 def test_flags_without_effect_and_deprecated_ones_are_said() -> None:
     arguments = ("--ipvs-scheduler=rr", "--boot-id-file=x", "--healthz-port=1", "--feature-gates=A=true")
     assert apply_flags(Config(), parse(*arguments))[1] == [
-        "--ipvs-scheduler, --boot-id-file: without effect in kproxy",
-        "--healthz-port: deprecated: use --healthz-bind-address",
-        "--feature-gates: no such gates in kproxy, without effect: A",
+        "--ipvs-scheduler, --boot-id-file: no effect in kproxy",
+        "--healthz-port: deprecated, use --healthz-bind-address",
+        "--feature-gates: unknown feature gates, no effect: A",
     ]
 
 

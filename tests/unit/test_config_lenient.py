@@ -91,8 +91,11 @@ def test_what_is_under_an_unknown_field_is_not_looked_at() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("x: 1\niptables: {masqueradeBit: '1'}", "kp.yaml:4: iptables.masqueradeBit: must be a whole number from 0"),
-        ("x: 1\nmode: ipvs", "kp.yaml:4: mode: ipvs is deprecated by Kubernetes and not in kproxy; use nftables"),
+        ("x: 1\niptables: {masqueradeBit: '1'}", "kp.yaml:4: iptables.masqueradeBit: must be an integer from 0"),
+        (
+            "x: 1\nmode: ipvs",
+            "kp.yaml:4: mode: ipvs is deprecated in Kubernetes and not supported by kproxy; use nftables",
+        ),
         ('x: 1\nnodePortAddresses: ""', 'kp.yaml:4: nodePortAddresses: must be a list, not ""'),
         ("featureGates: x", 'kp.yaml:3: featureGates: must be a mapping, not "x"'),
     ],
@@ -107,10 +110,10 @@ def test_a_key_given_twice_has_its_last_value() -> None:
     text = (
         HEAD + "mode: nftables\niptables:\n  masqueradeBit: 1\n  masqueradeBit: 2\n  masqueradeBit: 3\nmode: iptables\n"
     )
-    problems = ["kp.yaml:8: mode: given more than once", "kp.yaml:7: iptables.masqueradeBit: given more than once"]
+    problems = ["kp.yaml:8: mode: duplicate key", "kp.yaml:7: iptables.masqueradeBit: duplicate key"]
     config, warnings = lenient(text)
     assert config == Config(iptables=IPTables(masquerade_bit=3))
-    assert sorted(warnings) == sorted(f"{problem} (the last one counts)" for problem in problems)
+    assert sorted(warnings) == sorted(f"{problem} (the last value applies)" for problem in problems)
     assert sorted(strict(text)) == sorted(problems)
 
 
@@ -119,8 +122,8 @@ def test_a_key_given_twice_in_an_item_of_a_list_and_where_nothing_is_known() -> 
     config, warnings = lenient(text)
     assert [item.file_pattern for item in config.logging.vmodule] == ["b"]
     assert sorted(warnings) == [
-        "kp.yaml:6: logging.vmodule[0].filePattern: given more than once (the last one counts)",
-        "kp.yaml:7: metadata.name: given more than once (the last one counts)",
+        "kp.yaml:6: logging.vmodule[0].filePattern: duplicate key (the last value applies)",
+        "kp.yaml:7: metadata.name: duplicate key (the last value applies)",
         "kp.yaml:7: metadata: unknown field (ignored)",
     ]
 
@@ -135,8 +138,8 @@ def test_keys_given_twice_in_json() -> None:
     head = '{"apiVersion": "kubeproxy.config.k8s.io/v1alpha1",\n "kind": "KubeProxyConfiguration",\n'
     text = head + ' "iptables": {"masqueradeBit": 1,\n  "masqueradeBit": 3}, "x": [{"y": 1, "y": 2}]}'
     problems = [
-        "kp.json:4: iptables.masqueradeBit: given more than once",
-        "kp.json:4: x[0].y: given more than once",
+        "kp.json:4: iptables.masqueradeBit: duplicate key",
+        "kp.json:4: x[0].y: duplicate key",
         "kp.json:4: x: unknown field",
     ]
     config, warnings = lenient(text, "kp.json")
@@ -147,7 +150,7 @@ def test_keys_given_twice_in_json() -> None:
 def test_an_empty_text_for_feature_gates_is_unset() -> None:
     text = HEAD + 'featureGates: ""\n'
     problem = 'kp.yaml:3: featureGates: must be a mapping, not ""'
-    assert lenient(text) == (Config(), [f"{problem} (taken as unset)"])
+    assert lenient(text) == (Config(), [f"{problem} (treated as unset)"])
     assert strict(text) == [problem]
 
 

@@ -13,11 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from kproxy.config import load_config
-from kproxy.config import reload as watch
+from kproxy.config import load_config, reload
 from kproxy.config.reload import ConfigWatcher
-from kproxy.documents import watch as file_reading
-from kproxy.documents import watch as path_follower
+from kproxy.documents import watch as documents_watch
 from kproxy.documents.watch import PathSnapshot
 from kproxy.host.inotify import InotifyError
 
@@ -57,7 +55,7 @@ class Looks:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._contents: queue.Queue[bytes | None] = queue.Queue()
-        take = ConfigWatcher._take
+        take = ConfigWatcher._check
 
         def seen(self_: ConfigWatcher, reading: PathSnapshot) -> bool:
             goes_on = take(self_, reading)
@@ -65,7 +63,7 @@ class Looks:
             self._contents.put(content if isinstance(content, bytes) else None)
             return goes_on
 
-        monkeypatch.setattr(ConfigWatcher, "_take", seen)
+        monkeypatch.setattr(ConfigWatcher, "_check", seen)
 
     def until(self, content: bytes | None) -> None:
         """Wait until the watch has read this, None for nothing at all, and has acted on it."""
@@ -82,7 +80,7 @@ def running() -> list[threading.Thread]:
 
 @pytest.fixture
 def looks(monkeypatch: pytest.MonkeyPatch) -> Looks:
-    monkeypatch.setattr(file_reading, "PATIENCE", 2 * HANG)  # on a slow machine, no half-written file either
+    monkeypatch.setattr(documents_watch, "SETTLE_TIMEOUT", 2 * HANG)  # on a slow machine, no half-written file either
     return Looks(monkeypatch)
 
 
@@ -211,8 +209,8 @@ def test_a_file_that_is_gone_changes_nothing_until_it_comes_back(
     looks.until(OLD)
     assert watched.calls.empty()
     assert [record.getMessage() for record in caplog.records] == [
-        f"{path}: cannot be read any more; what was loaded stays in force",
-        f"{path}: is there again, unchanged",
+        f"{path}: can no longer be read, keeping the current configuration",
+        f"{path}: can be read again, unchanged",
     ]
     path.unlink()
     looks.until(None)
@@ -237,12 +235,12 @@ def test_an_edit_that_is_not_valid_is_reported_once_and_changes_nothing(
     path.write_bytes(OLD)
     looks.until(OLD)
     assert watched.calls.empty()
-    ignored = "(edit ignored; the configuration loaded before stays in use)"
+    ignored = "(edit ignored, keeping the current configuration)"
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
-        ("ERROR", f"{path}:4: iptables.masqueradeBit: must be a whole number from 0 to 31, not 32 {ignored}"),
+        ("ERROR", f"{path}:4: iptables.masqueradeBit: must be an integer from 0 to 31, not 32 {ignored}"),
         ("ERROR", f'{path}:1: must be a mapping, not ["a"] {ignored}'),
-        ("ERROR", f"{path}: must hold a document of kind KubeProxyConfiguration, but is empty {ignored}"),
-        ("INFO", f"{path}: edited, but the settings are the same"),
+        ("ERROR", f"{path}: must contain a KubeProxyConfiguration, but is empty {ignored}"),
+        ("INFO", f"{path}: edited, but the configuration is unchanged"),
     ]
     path.write_bytes(WRONG)
     looks.until(WRONG)
@@ -262,7 +260,7 @@ def test_an_edit_that_leaves_the_settings_as_they_are_changes_nothing(
     path.write_bytes(edit)
     looks.until(edit)
     assert watched.calls.empty()
-    assert caplog.messages == [f"{path}: edited, but the settings are the same"]
+    assert caplog.messages == [f"{path}: edited, but the configuration is unchanged"]
     path.write_bytes(NEW)
     watched.until_changed()
 
@@ -305,7 +303,9 @@ def test_a_pipe_is_not_followed(tmp_path: Path, follow: Follow, caplog: pytest.L
     os.mkfifo(path)
     watched = follow(path)
     assert running() == []
-    assert [record.getMessage() for record in caplog.records] == [f"{path}: is no file; changes are not followed"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path}: not a regular file, not watched for changes"
+    ]
     watched.stop()
 
 
@@ -315,12 +315,12 @@ def test_without_notices_of_the_kernel_the_file_is_looked_at_now_and_then(
     def refuse() -> None:
         raise InotifyError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-    monkeypatch.setattr(path_follower, "Inotify", refuse)
-    monkeypatch.setattr(watch, "RELOAD_PERIOD", 0.01)
+    monkeypatch.setattr(documents_watch, "Inotify", refuse)
+    monkeypatch.setattr(reload, "RELOAD_PERIOD", 0.01)
     watched = follow(path)
     looks.until(OLD)
     looks.until(OLD)
     assert watched.calls.empty()
     path.write_bytes(NEW)
     watched.until_changed()
-    assert "the kernel gives no notice of changes (Too many open files)" in caplog.text
+    assert "cannot watch for changes (Too many open files)" in caplog.text

@@ -16,7 +16,7 @@ from kproxy.config import Config, add_flags, apply_flags
 from kproxy.config.decode import encode
 from kproxy.config.flag_table import CONFIG_FLAGS, PORT_FLAGS
 from kproxy.config.types import FlushSeconds, Quantity, Seconds, VModule
-from kproxy.config.validation import warnings_of
+from kproxy.config.validation import ineffective_settings
 from kproxy.documents.document import field_path_text
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
@@ -173,7 +173,7 @@ def test_a_flag_has_the_effect_of_its_field(row: Row) -> None:
 @pytest.mark.parametrize("row", [row for row in FIELD_ROWS if "[]" not in row.name], ids=lambda row: row.name)
 def test_a_field_is_warned_about_where_the_page_says_so(row: Row) -> None:
     config = with_field(Config(), row.name, changed(DEFAULTS[row.name]))
-    assert bool(warnings_of(config, field_path_text)) == (WARNED in row.note)
+    assert bool(ineffective_settings(config, field_path_text)) == (WARNED in row.note)
 
 
 @pytest.mark.parametrize("row", [row for row in FLAG_ROWS if row.name in FLAGS], ids=lambda row: row.name)

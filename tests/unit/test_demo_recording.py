@@ -13,10 +13,10 @@ from xml.etree import ElementTree as ET
 
 from rich.console import Console
 
-from tests.demo.picture import Screen
+from tests.demo.cluster import SERVICE, TARGET_PORT, DemoCluster
 from tests.demo.recording import ROWS, frames, render
-from tests.demo.scene import SERVICE, TARGET_PORT, Scene
-from tests.demo.story import tell
+from tests.demo.screen import Screen
+from tests.demo.steps import run
 from tests.lab.client import Answered, Outcome
 
 PICTURE = Path(__file__).parents[2] / "docs/pictures/demo.svg"
@@ -25,7 +25,7 @@ LIMIT = 60_000
 
 
 class Rehearsal:
-    """Stands in for a Scene: answers at once and evenly, without namespaces, processes or rules."""
+    """Stands in for a DemoCluster: answers at once and evenly, without namespaces, processes or rules."""
 
     def __init__(self) -> None:
         self.node, self.client = host("node-1", "10.99.0.2"), host("client", "10.244.1.100")
@@ -41,7 +41,7 @@ class Rehearsal:
     def write_service(self) -> None:
         pass
 
-    def write_endpoints(self, ready: Sequence[Any], leaving: Sequence[Any] = ()) -> None:
+    def write_endpoints(self, ready: Sequence[Any], terminating: Sequence[Any] = ()) -> None:
         self._ready = tuple(ready)
 
     def start_kproxy(self) -> tuple[Any, float]:
@@ -54,7 +54,7 @@ class Rehearsal:
     def dump(self) -> str:
         return f'-A KUBE-SERVICES -m comment --comment "{SERVICE}:main cluster IP"\n'
 
-    def follow(self, change: Callable[[], None], pod: Any, present: bool) -> float:
+    def time_until_programmed(self, change: Callable[[], None], pod: Any, *, present: bool) -> float:
         change()
         return 0.5
 
@@ -77,18 +77,18 @@ class Words(Screen):
     def step(self, text: str) -> None:
         self.steps.append(text)
 
-    def say(self, text: str, style: str = "") -> None:
+    def line(self, text: str, style: str = "") -> None:
         if not text.startswith("$ "):
             self.words.append(text)
 
-    def verdict(self, good: bool, text: str) -> None:
-        assert good
+    def result(self, passed: bool, text: str) -> None:
+        assert passed
         self.words.append(f"ok: {text}")
 
 
 def rehearse() -> Words:
     words = Words()
-    assert tell(cast("Scene", Rehearsal()), words)
+    assert run(cast("DemoCluster", Rehearsal()), words)
     return words
 
 

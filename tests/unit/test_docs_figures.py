@@ -77,7 +77,7 @@ def figure(mode: str, services: int, name: str) -> tuple[float, str]:
         for each in run.figures
         if each.name == name
     ]
-    return match.found.value, match.unit
+    return match.measured.value, match.unit
 
 
 def quotes(text: str, value: float, unit: str, text_unit: str) -> bool:
@@ -141,7 +141,9 @@ def test_pages_state_the_measured_cost_of_an_event() -> None:
     runs = msgspec.json.decode((HISTORY / f"{SOURCE}.json").read_bytes(), type=Results).runs
     ranges = {}
     for form in ("JSON", "protobuf"):
-        found = [each.found.value / 1000 for run in runs for each in run.figures if each.name == f"event, {form}: CPU"]
+        found = [
+            each.measured.value / 1000 for run in runs for each in run.figures if each.name == f"event, {form}: CPU"
+        ]
         ranges[form] = f"{min(found):.2f} to {max(found):.2f} ms"
     performance = " ".join((ROOT / "docs" / "performance.md").read_text().split())
     comparison = " ".join((ROOT / "docs" / "comparison.md").read_text().split())

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from kproxy.kube.events.correlator import (
     BURST,
-    MOST_REMEMBERED,
+    DEDUPLICATION_WINDOW,
+    MAX_TRACKED_EVENTS,
     REFILL_SECONDS,
-    WINDOW,
     EventCorrelator,
     EventOccurrence,
     EventReport,
@@ -21,8 +21,8 @@ from kproxy.kube.events.correlator import (
     event_path,
     micro_time,
     node_reference,
+    post_outcome,
     service_reference,
-    verdict,
 )
 from kproxy.kube.events.recorder import EventSink, NullRecorder
 from tests.apiserver.events import event_problems
@@ -130,14 +130,14 @@ def test_the_api_server_accepts_every_event(name: str, note: str, wall: int) -> 
 
 def test_the_same_event_is_written_once_in_a_while_and_then_counted() -> None:
     rules = EventCorrelator()
-    assert admitted(rules, occurrence(at=0), occurrence(at=1), occurrence(at=WINDOW - 0.1)) == [
+    assert admitted(rules, occurrence(at=0), occurrence(at=1), occurrence(at=DEDUPLICATION_WINDOW - 0.1)) == [
         ("port 30000 is in use", 1)
     ]
-    again = rules.admit(occurrence(at=WINDOW))
-    assert again == EventReport(occurrence(at=WINDOW), first_wall=NOON + 10**9, count=3)
-    assert rules.admit(occurrence(at=2 * WINDOW - 0.1)) is None
-    assert rules.admit(occurrence(at=3 * WINDOW)) == EventReport(
-        occurrence(at=3 * WINDOW), first_wall=occurrence(at=2 * WINDOW - 0.1).wall, count=2
+    again = rules.admit(occurrence(at=DEDUPLICATION_WINDOW))
+    assert again == EventReport(occurrence(at=DEDUPLICATION_WINDOW), first_wall=NOON + 10**9, count=3)
+    assert rules.admit(occurrence(at=2 * DEDUPLICATION_WINDOW - 0.1)) is None
+    assert rules.admit(occurrence(at=3 * DEDUPLICATION_WINDOW)) == EventReport(
+        occurrence(at=3 * DEDUPLICATION_WINDOW), first_wall=occurrence(at=2 * DEDUPLICATION_WINDOW - 0.1).wall, count=2
     )
 
 
@@ -176,7 +176,7 @@ def test_an_event_that_was_held_back_is_written_when_it_happens_again() -> None:
 
 def test_what_is_remembered_is_bounded_and_the_longest_unseen_goes_first() -> None:
     rules = EventCorrelator()
-    crowd = [occurrence(f"note {number}") for number in range(MOST_REMEMBERED)]
+    crowd = [occurrence(f"note {number}") for number in range(MAX_TRACKED_EVENTS)]
     assert len(admitted(rules, *crowd)) == BURST
     assert admitted(rules, occurrence("note 0", at=1), occurrence("one more", at=2)) == []
     assert admitted(rules, occurrence("note 0", at=REFILL_SECONDS)) == []  # remembered as written
@@ -202,21 +202,21 @@ def test_a_moment_in_the_past_gives_no_tokens() -> None:
 @pytest.mark.parametrize(
     ("status", "meaning"),
     [
-        (200, "written"),
-        (201, "written"),
-        (409, "written"),
+        (200, "accepted"),
+        (201, "accepted"),
+        (409, "accepted"),
         (401, "renew"),
-        (429, "again"),
-        (500, "again"),
-        (503, "again"),
-        (400, "refused"),
-        (403, "refused"),
-        (404, "refused"),
-        (422, "refused"),
+        (429, "retry"),
+        (500, "retry"),
+        (503, "retry"),
+        (400, "rejected"),
+        (403, "rejected"),
+        (404, "rejected"),
+        (422, "rejected"),
     ],
 )
 def test_what_a_status_means(status: int, meaning: str) -> None:
-    assert verdict(status) == meaning
+    assert post_outcome(status) == meaning
 
 
 def test_without_an_api_server_events_go_nowhere() -> None:

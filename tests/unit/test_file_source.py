@@ -14,10 +14,9 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from kproxy.documents import watch as file_reading
-from kproxy.documents import watch as path_follower
+from kproxy.documents import watch
 from kproxy.documents.document import FileProblem
-from kproxy.documents.watch import PathSnapshot, SettledReader, places_of, read_files
+from kproxy.documents.watch import PathSnapshot, SettledReader, find_watched_paths, read_path
 from kproxy.host.inotify import Inotify, InotifyError
 from kproxy.kube.manifests import file_source
 from kproxy.kube.manifests.file_source import FileSource, FileSourceError, ManifestState
@@ -333,7 +332,7 @@ def test_a_folder_is_read_flat_and_without_hidden_and_other_files(tmp_path: Path
     (tmp_path / "sub.yaml").mkdir()
     (tmp_path / "sub.yaml" / "g.yaml").write_text("g")
     os.mkfifo(tmp_path / "pipe.yaml")
-    reading = read_files(str(tmp_path))
+    reading = read_path(str(tmp_path))
     assert reading.trouble is None
     assert reading.files == {str(tmp_path / name): name.encode() for name in ("a.json", "b.yaml", "c.yml")}
 
@@ -341,22 +340,22 @@ def test_a_folder_is_read_flat_and_without_hidden_and_other_files(tmp_path: Path
 def test_a_file_given_by_name_may_be_called_anything(tmp_path: Path) -> None:
     path = tmp_path / ".objects"
     path.write_bytes(text(service("a")))
-    assert read_files(str(path)).files == {str(path): path.read_bytes()}
+    assert read_path(str(path)).files == {str(path): path.read_bytes()}
 
 
 def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
     (tmp_path / "gone.yaml").symlink_to("nowhere")
     (tmp_path / "loop.yaml").symlink_to("loop.yaml")
-    files = read_files(str(tmp_path)).files
+    files = read_path(str(tmp_path)).files
     assert [str(problem) for problem in files.values()] == [
-        f"{tmp_path}/gone.yaml: leads nowhere (symbolic link)",
+        f"{tmp_path}/gone.yaml: dangling symbolic link",
         f"{tmp_path}/loop.yaml: cannot be read: too many levels of symbolic links",
     ]
-    missing = read_files(str(tmp_path / "missing"))
+    missing = read_path(str(tmp_path / "missing"))
     assert str(missing.trouble) == f"{tmp_path}/missing: cannot be read: no such file or directory"
     (tmp_path / "empty").mkdir()
-    empty = read_files(str(tmp_path / "empty"))
-    assert str(empty.trouble) == f"{tmp_path}/empty: no object files here (*.json, *.yaml, *.yml)"
+    empty = read_path(str(tmp_path / "empty"))
+    assert str(empty.trouble) == f"{tmp_path}/empty: directory contains no object files (*.json, *.yaml, *.yml)"
 
 
 def loaded_once(path: Path) -> list[Delta]:
@@ -530,7 +529,7 @@ def renamed_into(path: Path, content: bytes) -> None:
 def test_files_written_in_place_renamed_linked_and_deleted_are_noticed(
     tmp_path: Path, follow: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(file_reading, "PATIENCE", 2 * HANG)
+    monkeypatch.setattr(watch, "SETTLE_TIMEOUT", 2 * HANG)
     folder = tmp_path / "objects"
     folder.mkdir()
     (folder / "a.yaml").write_bytes(text(service("a")))
@@ -622,7 +621,7 @@ def test_an_emptied_folder_deletes_nothing_and_is_said_once(tmp_path: Path, foll
     followed = follow(tmp_path)
     assert followed.services() == ["a"]
     (tmp_path / "a.yaml").unlink()
-    assert lines.next() == f"ERROR {tmp_path}: no object files here (*.json, *.yaml, *.yml)"
+    assert lines.next() == f"ERROR {tmp_path}: directory contains no object files (*.json, *.yaml, *.yml)"
     (tmp_path / "notes.txt").write_text("another notice, the same problem")
     (tmp_path / "b.yaml").write_bytes(text(service("b")))
     assert followed.services() == ["b"]
@@ -663,12 +662,12 @@ def test_without_notices_the_files_are_read_again_and_again(
     def refuse() -> Inotify:
         raise InotifyError(24, "Too many open files")
 
-    monkeypatch.setattr(path_follower, "Inotify", refuse)
+    monkeypatch.setattr(watch, "Inotify", refuse)
     monkeypatch.setattr(file_source, "RELOAD_PERIOD", 0.01)
     (tmp_path / "a.yaml").write_bytes(text(service("a")))
     followed = follow(tmp_path)
     assert followed.services() == ["a"]
-    assert "gives no notice of changes (Too many open files)" in lines.next()
+    assert "cannot watch for changes (Too many open files)" in lines.next()
     renamed_into(tmp_path / "a.yaml", text(service("b")))
     assert followed.services() == ["b"]
 
@@ -719,13 +718,13 @@ class Reader:
 
 
 def test_a_reading_waits_for_the_end_of_a_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file_reading, "PATIENCE", HANG)
+    monkeypatch.setattr(watch, "SETTLE_TIMEOUT", HANG)
     waits = threading.Event()
 
     class Observed(SettledReader):
-        def _is_over(self, seconds: float | None) -> bool:
+        def _wait_for_events(self, seconds: float | None) -> bool:
             waits.set()
-            return super()._is_over(seconds)
+            return super()._wait_for_events(seconds)
 
     path = tmp_path / "a.yaml"
     path.write_bytes(GOOD)
@@ -745,7 +744,7 @@ def test_a_reading_waits_for_the_end_of_a_write(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_writer_that_never_ends_is_not_waited_for_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file_reading, "PATIENCE", 0.05)
+    monkeypatch.setattr(watch, "SETTLE_TIMEOUT", 0.05)
     path = tmp_path / "a.yaml"
     path.write_bytes(GOOD)
     with Inotify() as notices, path.open("ab", buffering=0) as file:
@@ -763,12 +762,12 @@ def test_only_what_counts_is_a_reason_to_read_again(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "a.yaml").write_bytes(GOOD)
     with Inotify() as notices:
-        places = places_of(str(folder))
+        places = find_watched_paths(str(folder))
         assert places.directories == (str(tmp_path), str(folder))
         notices.watch(places.directories)
 
         def reasons() -> list[str]:
-            return [event.name for event in notices.read() if places.concern(event)]
+            return [event.name for event in notices.read() if places.requires_read(event)]
 
         (tmp_path / "log").write_text("next to the folder")
         (tmp_path / "log").unlink()
@@ -787,12 +786,12 @@ def test_only_what_counts_is_a_reason_to_read_again(tmp_path: Path) -> None:
 
 
 def test_places_of_a_path_that_is_not_there_or_is_a_link(tmp_path: Path) -> None:
-    missing = places_of(str(tmp_path / "x" / "y" / "z"))
+    missing = find_watched_paths(str(tmp_path / "x" / "y" / "z"))
     assert (missing.directories, missing.awaited) == ((str(tmp_path),), "x")
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "file").write_bytes(GOOD)
     (tmp_path / "link").symlink_to("real/file")
-    link = places_of(str(tmp_path / "link"))
+    link = find_watched_paths(str(tmp_path / "link"))
     assert link.directories == (str(tmp_path), str(tmp_path / "real"))
     assert link.awaited == ""
     assert link.files == {str(tmp_path / "link"), str(tmp_path / "real" / "file")}

@@ -25,7 +25,7 @@ from kproxy.simulate.iptables import IptablesSimulator
 from kproxy.sync.family import FamilySync
 from tests.fakekernel import FakeKernel
 from tests.packets.expectation import describe
-from tests.packets.places import NODE_ADDRESSES, packet_of
+from tests.packets.senders import NODE_ADDRESSES, packet_of
 from tests.packets.table import Row, read_table
 from tests.recordings import GOLDEN, SCENARIOS, store
 from tests.unit.test_iptables_diff import CONTEXT, IptablesProxy, Watched, a_slice, deleted, written

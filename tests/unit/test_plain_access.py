@@ -92,7 +92,7 @@ UNUSABLE = [
 def test_a_token_that_no_header_can_carry_is_not_shown(way: str, tmp_path: Path, token: str) -> None:
     path = tmp_path / "config"
     (tmp_path / "token").write_text(token)
-    why = "the token is not a single word of visible ASCII characters"
+    why = "the token contains characters other than visible ASCII"
     assert refusal(kubeconfig(path, "http://127.0.0.1:1", {"token": token})) == f"{path}: token: {why}"
     assert refusal(kubeconfig(path, "http://127.0.0.1:1", {"tokenFile": "token"})) == f"{path}: {tmp_path}/token: {why}"
 
@@ -101,15 +101,15 @@ def test_a_plugins_token_that_no_header_can_carry_is_not_shown(tmp_path: Path) -
     answer = {"apiVersion": "client.authentication.k8s.io/v1", "kind": "ExecCredential", "status": {"token": "a\nb"}}
     user = plugin(tmp_path / "plugin", f"print({json.dumps(json.dumps(answer))})")
     path = kubeconfig(tmp_path / "config", "http://127.0.0.1:1", user)
-    assert refusal(path) == f"{path}: credentials: the token is not a single word of visible ASCII characters"
+    assert refusal(path) == f"{path}: credentials: the token contains characters other than visible ASCII"
 
 
 def test_no_error_shows_a_header(server: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     client = ApiClient.from_config(kubeconfig(tmp_path / "config", server.url, {"token": "secret"}))
     for value in ("Bearer top-secret\n", "Bearer top-s\u20accret"):
         headers = {"Authorization": value}
-        monkeypatch.setattr(client._access, "authentication", lambda headers=headers: headers)
-        with pytest.raises(TransportError, match=r"^the connection ended in a (Value|UnicodeEncode)Error$"):
+        monkeypatch.setattr(client._access, "auth_headers", headers)
+        with pytest.raises(TransportError, match=r"^connection failed with (Value|UnicodeEncode)Error$"):
             get(client)
 
 
@@ -138,7 +138,10 @@ def test_an_empty_token_file_replaces_no_good_token(
         token.write_text(content)
         assert get(client)[0] == 200
     assert sent(server) == ["Bearer secret"] * 3
-    assert f"keeping the credentials in use: {tmp_path}/config: {token}: the token is empty" in caplog.text
+    assert (
+        f"cannot reload the credentials, keeping the current ones: {tmp_path}/config: {token}: the token is empty"
+        in caplog.text
+    )
     assert type(client._access) is WAYS[way]
 
 
@@ -163,7 +166,7 @@ def test_an_empty_token_file_of_a_pod_replaces_no_good_token(
             token.write_text(content)
             assert get(client)[0] == 200
         assert [str(value).split()[1] for value in sent(server)] == ["secret", "secret", "next"]
-    assert "keeping the credentials in use: in-cluster service account: " in caplog.text
+    assert "cannot reload the credentials, keeping the current ones: in-cluster service account: " in caplog.text
     assert type(client._access) is WAYS[way]
 
 
@@ -181,7 +184,7 @@ def test_a_token_of_a_pod_is_kept_until_all_is_read_again(
     monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "1")
     access = PluginAccess(None, None)
     token.write_text("")
-    assert access.authentication() == {"Authorization": "bearer secret"}
+    assert access.auth_headers == {"Authorization": "bearer secret"}
 
 
 def test_an_empty_name_of_a_token_file_is_none(way: str, server: ApiServer, tmp_path: Path) -> None:
@@ -200,7 +203,7 @@ def test_a_token_stands_in_for_a_file_that_was_never_there(
     user = {"tokenFile": "token", "token": "secret"}
     client = ApiClient.from_config(kubeconfig(tmp_path / "config", server.url, user))
     token = tmp_path / "token"
-    assert f"{token}: No such file or directory; using the token of the kubeconfig instead" in caplog.text
+    assert f"{token}: No such file or directory; using the kubeconfig's token instead" in caplog.text
     assert get(client)[0] == 200
     monkeypatch.setattr("kproxy.kube.client.client.ROTATION_PERIOD", 0.0)
     token.write_text("newer")
@@ -233,7 +236,7 @@ def test_an_authority_that_is_not_to_be_asked_is_refused(
     name = "certificate-authority-data" if inline else "certificate-authority"
     cluster: dict[str, Any] = {name: encoded(file) if inline else str(file), "insecure-skip-tls-verify": True}
     path = kubeconfig(tmp_path / "config", "https://127.0.0.1:1", {}, cluster)
-    assert refusal(path) == f"{path}: cluster: {name} and insecure-skip-tls-verify exclude each other"
+    assert refusal(path) == f"{path}: cluster: {name} and insecure-skip-tls-verify are mutually exclusive"
 
 
 def test_without_verification_any_certificate_will_do(way: str, certificates: Path, tmp_path: Path) -> None:
@@ -306,7 +309,7 @@ def test_no_proxy_counts_for_a_socks_proxy_of_the_environment(
     monkeypatch.setitem(sys.modules, "socks", None)
     monkeypatch.setenv("HTTP_PROXY", "socks5://127.0.0.1:1")
     path = kubeconfig(tmp_path / "config", "http://kube.invalid:8080", {"token": "secret"})
-    assert refusal(path).startswith(f"{path}: a SOCKS proxy needs")
+    assert refusal(path).startswith(f"{path}: a SOCKS proxy requires")
     monkeypatch.setenv("NO_PROXY", ".invalid:8080")
     assert type(ApiClient.from_config(path)._access) is WAYS[way]
 
@@ -315,7 +318,7 @@ def test_a_socks_proxy_without_what_it_needs_is_one_error(tmp_path: Path, monkey
     monkeypatch.setitem(sys.modules, "socks", None)
     proxy = {"proxy-url": "socks5://127.0.0.1:1"}
     path = kubeconfig(tmp_path / "config", "http://kube.invalid", {}, proxy)
-    assert refusal(path) == f"{path}: a SOCKS proxy needs the Python package PySocks, which is not installed"
+    assert refusal(path) == f"{path}: a SOCKS proxy requires the Python package PySocks, which is not installed"
 
 
 def test_a_socks_proxy_with_what_it_needs(tmp_path: Path) -> None:

@@ -32,11 +32,8 @@ class Body:
     media_type: str
     pieces: Iterable[bytes]
 
-    def lines(self) -> Iterator[bytes]:
-        return split_lines(self.pieces)
-
-    def frames(self) -> Iterator[bytes]:
-        return split_frames(self.pieces)
+    def chunks(self) -> Iterable[bytes]:
+        return self.pieces
 
 
 def read(media_type: str, *pieces: bytes) -> list[Event]:

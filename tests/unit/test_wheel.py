@@ -134,8 +134,32 @@ def imported() -> Iterator[str]:
                 yield node.module.partition(".")[0]
 
 
-def test_every_package_that_is_imported_is_a_dependency() -> None:
+EXTRAS = PROJECT["optional-dependencies"]
+
+
+def test_the_dependencies_are_the_packages_that_are_imported() -> None:
     providers = packages_distributions()
     used = {requirement(name) for module in set(imported()) for name in providers.get(module, [])} - {"kproxy"}
-    assert "msgspec" in used
-    assert used <= {requirement(line) for line in PROJECT["dependencies"]}
+    assert used == {requirement(line) for line in [*PROJECT["dependencies"], *EXTRAS["completion"]]}
+    assert set(EXTRAS["completion"]) <= set(EXTRAS["dev"])
+
+
+LOADS_ALL = """
+import pkgutil, sys
+for name in ("rich", "shtab"):
+    sys.modules[name] = None
+import kproxy
+for module in pkgutil.walk_packages(kproxy.__path__, "kproxy."):
+    if module.name != "kproxy.__main__":
+        __import__(module.name)
+from kproxy.cli.main import main
+assert main(["completion", "bash"]) == 1
+print(len([name for name in sys.modules if name.startswith("kproxy.")]))
+"""
+
+
+def test_all_modules_load_without_what_only_developers_and_completion_need() -> None:
+    done = subprocess.run([sys.executable, "-c", LOADS_ALL], capture_output=True, text=True, check=False)
+    need = "completion requires the Python package shtab; install it with: pip install 'kproxy[completion]'"
+    assert (done.returncode, done.stderr) == (0, f"kproxy: {need}\n")
+    assert int(done.stdout) > 100

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from msgspec import Struct
 
 from kproxy.documents.document import FileProblem
-from kproxy.documents.watch import PathSnapshot, PathWatcher, read_files
+from kproxy.documents.watch import PathSnapshot, PathWatcher, read_path
 from kproxy.kube.manifests.parse import ManifestFile, combine, parse_file
 from kproxy.model.delta import Delta, Replace
 
@@ -79,7 +79,7 @@ class ManifestState:
 
 
 class FileSource:
-    """Loads the objects of `path`, a file or a directory (see `read_files`), and passes them to `sink`.
+    """Loads the objects of `path`, a file or a directory (see `read_path`), and passes them to `sink`.
 
     Each call of `sink` has a `Replace` of Services, EndpointSlices, Nodes and ServiceCIDRs, in this order, empty for a
     kind without objects. `sink` is called from a thread and must not block.
@@ -92,7 +92,7 @@ class FileSource:
         self._last_lines: frozenset[str] = frozenset()
         self._has_problems = False
         self._watcher = PathWatcher(
-            path, self._handle_snapshot, name="file-source", period=RELOAD_PERIOD, patience=STOP_TIMEOUT
+            path, self._handle_snapshot, name="file-source", poll_period=RELOAD_PERIOD, stop_timeout=STOP_TIMEOUT
         )
 
     def load_once(self) -> None:
@@ -100,7 +100,7 @@ class FileSource:
 
         Raises `FileSourceError`, and delivers nothing, if a file is invalid or there is none.
         """
-        update = self._state.update(read_files(self._path))
+        update = self._state.update(read_path(self._path))
         if update.problems:
             raise FileSourceError(update.problems)
         self._log(update)
