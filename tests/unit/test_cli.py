@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 import kproxy
+from tests.lab.proxy import KPROXY
 from tests.recordings import GOLDEN
 
-KPROXY = str(Path(sys.executable).with_name("kproxy"))
 CLUSTER = str(GOLDEN / "clusterip")
 HEADER = re.compile(r"[IWEF][01]\d[0-3]\d [0-2]\d:[0-5]\d:[0-5]\d\.\d{6} [ \d]{6}\d [\w.]+:\d+\] ")
 

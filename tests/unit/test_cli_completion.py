@@ -6,15 +6,13 @@ import os
 import pty
 import shutil
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from kproxy.cli.completion import SHELLS, script
-
-KPROXY = str(Path(sys.executable).with_name("kproxy"))
+from tests.lab.proxy import KPROXY
 
 STUB = f"""\
 #!/bin/sh
@@ -53,7 +51,7 @@ TYPED = [
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def directory(tmp_path: Path) -> Path:
     """A directory with one file and `bin/kproxy`, which prints its arguments."""
     (tmp_path / "settings.yaml").touch()
     stub = tmp_path / "bin" / "kproxy"
@@ -63,16 +61,21 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def environment(folder: Path) -> dict[str, str]:
-    return {"PATH": f"{folder}/bin:{os.environ['PATH']}", "HOME": str(folder), "TERM": "dumb", "LC_ALL": "C.UTF-8"}
+def environment(directory: Path) -> dict[str, str]:
+    return {
+        "PATH": f"{directory}/bin:{os.environ['PATH']}",
+        "HOME": str(directory),
+        "TERM": "dumb",
+        "LC_ALL": "C.UTF-8",
+    }
 
 
-def session(command: list[str], folder: Path, source: str, lines: Sequence[str]) -> str:
+def session(command: list[str], directory: Path, source: str, lines: Sequence[str]) -> str:
     """Return the output of a shell on a terminal in which each line is typed, completed with TAB, and executed."""
     pid, terminal = pty.fork()
     if pid == 0:
-        os.chdir(folder)
-        os.execvpe(command[0], command, environment(folder))
+        os.chdir(directory)
+        os.execvpe(command[0], command, environment(directory))
     shown = b""
     # The quotes distinguish the output of the command from the echo of its input.
     os.write(terminal, f"{source}; echo rea''dy\n".encode())
@@ -90,16 +93,16 @@ def session(command: list[str], folder: Path, source: str, lines: Sequence[str])
 
 
 @pytest.mark.parametrize("name", SOURCE)
-def test_tab_completes_on_a_terminal(name: str, folder: Path) -> None:
+def test_tab_completes_on_a_terminal(name: str, directory: Path) -> None:
     shell = name.partition(",")[0]
     if not shutil.which(shell):
         pytest.skip(f"{shell} not found")
-    text = session(INTERACTIVE[shell], folder, SOURCE[name], [line for line, _ in TYPED])
+    text = session(INTERACTIVE[shell], directory, SOURCE[name], [line for line, _ in TYPED])
     called = [line.partition("called: ")[2].strip()[:-1] for line in text.splitlines() if line.startswith("called: ")]
     assert called == [completed for _, completed in TYPED], text
 
 
-def bash_completions(folder: Path, *words: str) -> set[str]:
+def bash_completions(directory: Path, *words: str) -> set[str]:
     """Return the completions of bash for the last word of a command line, split into words as bash does it."""
     quoted = " ".join(f"'{word}'" for word in words)
     commands = f"""
@@ -110,8 +113,8 @@ def bash_completions(folder: Path, *words: str) -> set[str]:
     """
     done = subprocess.run(
         ["bash", "--norc", "--noprofile", "-c", commands],
-        cwd=folder,
-        env=environment(folder),
+        cwd=directory,
+        env=environment(directory),
         capture_output=True,
         text=True,
         check=True,
@@ -143,8 +146,8 @@ def bash_completions(folder: Path, *words: str) -> set[str]:
         (("completion", ""), set(SHELLS)),
     ],
 )
-def test_bash_completions(folder: Path, words: tuple[str, ...], completions: set[str]) -> None:
-    assert bash_completions(folder, "kproxy", *words) == completions
+def test_bash_completions(directory: Path, words: tuple[str, ...], completions: set[str]) -> None:
+    assert bash_completions(directory, "kproxy", *words) == completions
 
 
 @pytest.mark.parametrize("shell", SHELLS)

@@ -6,8 +6,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
-from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -16,8 +14,8 @@ from kproxy.cli.parser import COMMANDS, command_line, parse
 from kproxy.config import Config, apply_flags
 from kproxy.config.flag_table import CONFIG_FLAGS, GROUPS, PORT_FLAGS, Flag
 from kproxy.config.types import LocalMode, Mode
+from tests.lab.proxy import KPROXY
 
-KPROXY = str(Path(sys.executable).with_name("kproxy"))
 DOCUMENTED = [flag for title, flags in GROUPS.items() if title != "no effect" for flag in flags]
 PAGES = [(), *((name,) for name in COMMANDS)]
 

@@ -233,11 +233,11 @@ def example(spec: dict[str, Any], endpoints: list[tuple[str, str]]) -> list[dict
     ]
 
 
-def rendered(folder: Path, mode: str) -> str:
+def rendered(directory: Path, mode: str) -> str:
     """Return the output of `kproxy render` for all examples."""
     output = io.StringIO()
     for number, (spec, endpoints) in enumerate(EXAMPLES.values()):
-        file = folder / f"{number}.json"
+        file = directory / f"{number}.json"
         file.write_text(json.dumps({"apiVersion": "v1", "kind": "List", "items": example(spec, endpoints)}))
         flags = [f"--proxy-mode={mode}", "--hostname-override=node-1", "--cluster-cidr=10.244.0.0/16"]
         with contextlib.redirect_stdout(output):

@@ -76,7 +76,7 @@ def test_first_service_by_name_wins_among_those_with_endpoints(mode: str) -> Non
 
 
 @BOTH
-def test_service_that_forwards_wins_over_one_that_drops_and_that_over_one_that_rejects(mode: str) -> None:
+def test_forwarding_service_wins_over_dropping_and_dropping_over_rejecting(mode: str) -> None:
     proxy = ClaimsProxy(mode)
     a, b = (service(name, n, vips=(SHARED,), external_local=True) for n, name in enumerate("ab", 1))
     assert proxy.conflicts_after(a, b) == (conflict("a", "b"),)

@@ -41,26 +41,26 @@ PACKAGES = {*NEEDED, "iptables", "iproute2", "nftables", "gcc", "python3-dev"}
 class Machine:
     """A machine whose PATH has only a shell, `id`, Python and `apt-get`."""
 
-    def __init__(self, folder: Path, *, user: int, install: str) -> None:
-        self.folder = folder
-        (folder / "bin").mkdir()
+    def __init__(self, directory: Path, *, user: int, install: str) -> None:
+        self.directory = directory
+        (directory / "bin").mkdir()
         sh = shutil.which("sh")
         assert sh is not None
-        (folder / "bin/sh").symlink_to(sh)
+        (directory / "bin/sh").symlink_to(sh)
         self._program("id", f"#!/bin/sh\necho {user}\n")
         self._program("python3", PYTHON)
         self._program("apt-get", APT.format(install=install))
 
     def _program(self, name: str, text: str) -> None:
-        file = self.folder / "bin" / name
+        file = self.directory / "bin" / name
         file.write_text(text)
         file.chmod(0o755)
 
     def run(self, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [str(self.folder / "bin/sh"), str(SCRIPT), "tests"],
-            cwd=self.folder,
-            env={"PATH": str(self.folder / "bin"), "SBIN": "/nonexistent"} | environment,
+            [str(self.directory / "bin/sh"), str(SCRIPT), "tests"],
+            cwd=self.directory,
+            env={"PATH": str(self.directory / "bin"), "SBIN": "/nonexistent"} | environment,
             capture_output=True,
             text=True,
             check=False,
@@ -68,13 +68,13 @@ class Machine:
 
     def apt_get_calls(self) -> list[str]:
         """Return the arguments of each call of apt-get."""
-        log = self.folder / "apt.log"
+        log = self.directory / "apt.log"
         return log.read_text().splitlines() if log.exists() else []
 
 
-def machine(folder: Path, *, user: int = 0, install: str = INSTALLS) -> Machine:
+def machine(directory: Path, *, user: int = 0, install: str = INSTALLS) -> Machine:
     path = os.environ["PATH"]
-    return Machine(folder, user=user, install=f"PATH={path}; {install}")
+    return Machine(directory, user=user, install=f"PATH={path}; {install}")
 
 
 def test_root_installs_all_packages_even_if_apt_get_update_fails(tmp_path: Path) -> None:

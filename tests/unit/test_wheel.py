@@ -27,11 +27,11 @@ SOURCES = ("kproxy", "tests", "docs", "deploy", "pyproject.toml", "README.md", "
 MIN_SETUPTOOLS = 77
 
 
-def checkout(folder: Path) -> Path:
+def checkout(directory: Path) -> Path:
     """Copy the checkout to a directory: a build leaves files behind."""
     for name in SOURCES:
-        subprocess.run(["cp", "-R", str(ROOT / name), str(folder)], check=True)
-    return folder
+        subprocess.run(["cp", "-R", str(ROOT / name), str(directory)], check=True)
+    return directory
 
 
 @pytest.fixture(scope="module")
@@ -51,20 +51,20 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The `bin` directory of a virtual environment with the wheel and this environment's dependencies."""
-    folder = tmp_path_factory.mktemp("installed")
-    venv.create(folder, with_pip=False, symlinks=True)
-    python = folder / "bin" / "python"
+    directory = tmp_path_factory.mktemp("installed")
+    venv.create(directory, with_pip=False, symlinks=True)
+    python = directory / "bin" / "python"
     command = [sys.executable, "-m", "pip", f"--python={python}", "install", "--quiet", "--no-index", "--no-deps"]
     subprocess.run([*command, str(wheel)], check=True)
-    (packages,) = folder.glob("lib/python*/site-packages")
+    (packages,) = directory.glob("lib/python*/site-packages")
     # Python does not read .pth files in directories added by a .pth file, so the editable install is not visible.
     (packages / "dependencies.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
-    return folder / "bin"
+    return directory / "bin"
 
 
-def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = {"PATH": os.environ["PATH"], "HOME": str(folder)}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+def run(command: list[str], directory: Path) -> subprocess.CompletedProcess[str]:
+    environment = {"PATH": os.environ["PATH"], "HOME": str(directory)}
+    return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, check=True)
 
 
 def metadata(wheel: Path, name: str) -> str:
@@ -137,14 +137,14 @@ def imported() -> Iterator[str]:
 EXTRAS = PROJECT["optional-dependencies"]
 
 
-def test_the_dependencies_are_the_packages_that_are_imported() -> None:
+def test_dependencies_are_the_imported_packages() -> None:
     providers = packages_distributions()
     used = {requirement(name) for module in set(imported()) for name in providers.get(module, [])} - {"kproxy"}
     assert used == {requirement(line) for line in [*PROJECT["dependencies"], *EXTRAS["completion"]]}
     assert set(EXTRAS["completion"]) <= set(EXTRAS["dev"])
 
 
-LOADS_ALL = """
+LOAD_ALL_MODULES = """
 import pkgutil, sys
 for name in ("rich", "shtab"):
     sys.modules[name] = None
@@ -158,8 +158,8 @@ print(len([name for name in sys.modules if name.startswith("kproxy.")]))
 """
 
 
-def test_all_modules_load_without_what_only_developers_and_completion_need() -> None:
-    done = subprocess.run([sys.executable, "-c", LOADS_ALL], capture_output=True, text=True, check=False)
+def test_all_modules_load_without_rich_and_shtab() -> None:
+    done = subprocess.run([sys.executable, "-c", LOAD_ALL_MODULES], capture_output=True, text=True, check=False)
     need = "completion requires the Python package shtab; install it with: pip install 'kproxy[completion]'"
     assert (done.returncode, done.stderr) == (0, f"kproxy: {need}\n")
     assert int(done.stdout) > 100
