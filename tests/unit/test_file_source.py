@@ -680,7 +680,7 @@ def test_files_are_polled_without_inotify(
     (tmp_path / "a.yaml").write_bytes(manifest(service("a")))
     running = start_source(tmp_path)
     assert running.services() == ["a"]
-    assert "gives no notice of changes (Too many open files)" in log_lines.next()
+    assert "cannot watch for changes (Too many open files)" in log_lines.next()
     renamed_into(tmp_path / "a.yaml", manifest(service("b")))
     assert running.services() == ["b"]
 
