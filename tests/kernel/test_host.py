@@ -29,7 +29,7 @@ from tests.clock import Clock
 from tests.lab.iptables import link, missing_variant, programs_of
 from tests.lab.namespace import Namespace
 from tests.lab.waiting import wait_until
-from tests.unit.test_restore_errors import VARIANTS, Case, lines_of
+from tests.unit.test_iptables_restore_errors import VARIANTS, Case, lines_of
 
 GUARD = 30.0
 PYTHON = sys.executable

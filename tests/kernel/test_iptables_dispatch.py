@@ -25,7 +25,7 @@ from tests.lab.recorded import RecordedCluster
 from tests.lab.servers import Servers
 from tests.lab.topology import Lab
 from tests.recordings import State, comparable, store
-from tests.unit.test_render import recorded_context
+from tests.unit.test_iptables_render import recorded_context
 
 THRESHOLD = 20
 SCENARIO = "random-11"

@@ -18,7 +18,7 @@ from tests.inprocess import SingleFamilyProxy
 from tests.lab.iptables import link, programs_of
 from tests.lab.namespace import Namespace
 from tests.recordings import SCENARIOS, replaces, store
-from tests.unit.test_render import recorded_context
+from tests.unit.test_iptables_render import recorded_context
 
 SCENARIO = "random-11"
 

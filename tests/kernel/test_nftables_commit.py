@@ -41,7 +41,7 @@ from kproxy.sync.family import Backend
 from tests.inprocess import SingleFamilyProxy
 from tests.lab.namespace import Namespace
 from tests.recordings import SCENARIOS, config, replaces
-from tests.unit.test_render import OWN, recorded_context
+from tests.unit.test_iptables_render import OWN, recorded_context
 
 CIDRS = ("10.96.0.0/12", "fd00:10:96::/108")
 _NFTABLES = 10 << 8

@@ -1,4 +1,4 @@
-"""What the simulator of nftables does not know is an error that names it, never a guess."""
+"""The nftables simulator rejects every rule and block that it does not support, and names it in the error."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kproxy.simulate.nftables import NftablesSimulator
 from kproxy.simulate.packet import UnknownRuleError
 from tests.unit.test_simulate_nftables import chain, rules, table
 
-UNKNOWN = [
+UNSUPPORTED = [
     ("log", "unsupported expression or statement log"),
     ("counter packets 0 bytes 0 drop", "unsupported expression or statement counter"),
     ("goto nowhere", "chain other: chain nowhere does not exist"),
@@ -87,16 +87,16 @@ UNKNOWN = [
 ]
 
 
-@pytest.mark.parametrize(("rule", "what"), UNKNOWN)
-def test_what_is_not_known_is_an_error_that_names_it(rule: str, what: str) -> None:
+@pytest.mark.parametrize(("rule", "message"), UNSUPPORTED)
+def test_unsupported_rules(rule: str, message: str) -> None:
     with pytest.raises(UnknownRuleError) as error:
         rules(other=[rule])
-    assert what in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("block", "what"),
+    ("block", "message"),
     [
         ("set x {\ntype ipv4_addr\nelements = { 10.0.0.1 : drop }\n}", "unexpected :, expected ,"),
         (
@@ -150,14 +150,14 @@ def test_what_is_not_known_is_an_error_that_names_it(rule: str, what: str) -> No
         ("chain x {", "unterminated table"),
     ],
 )
-def test_what_is_no_known_part_of_a_table_is_an_error(block: str, what: str) -> None:
+def test_unsupported_blocks_of_a_table(block: str, message: str) -> None:
     with pytest.raises(UnknownRuleError) as error:
         NftablesSimulator(table(block), Family.IPV4)
-    assert what in str(error.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("text", "what"),
+    ("text", "message"),
     [
         ("table ip6 kube-proxy {\n}", "line 1: unexpected ip6, expected ip"),
         ("table inet kube-proxy {\n}", "line 1: unexpected inet, expected ip"),
@@ -169,13 +169,13 @@ def test_what_is_no_known_part_of_a_table_is_an_error(block: str, what: str) -> 
         ("}", "line 1: unexpected }, expected table"),
     ],
 )
-def test_what_is_no_table_of_the_family_is_an_error(text: str, what: str) -> None:
+def test_text_that_is_not_a_table_of_the_family(text: str, message: str) -> None:
     with pytest.raises(UnknownRuleError) as error:
         NftablesSimulator(text, Family.IPV4)
-    assert what in str(error.value)
+    assert message in str(error.value)
 
 
-def test_errors_show_where_and_not_all_of_a_long_line() -> None:
+def test_error_has_the_line_number_and_shortens_a_long_line() -> None:
     elements = ", ".join(f"10.0.{number}.1" for number in range(200))
     with pytest.raises(UnknownRuleError, match=r"^line 5: invalid address word: elements = ") as error:
         NftablesSimulator(table(f"set x {{\ntype ipv4_addr\nelements = {{ {elements}, word }}\n}}"), Family.IPV4)

@@ -24,8 +24,8 @@ SVG = "{http://www.w3.org/2000/svg}"
 LIMIT = 60_000
 
 
-class Rehearsal:
-    """Stands in for a DemoCluster: answers at once and evenly, without namespaces, processes or rules."""
+class FakeDemoCluster:
+    """A DemoCluster without namespaces, processes or rules. Ready pods answer in turn, without delay."""
 
     def __init__(self) -> None:
         self.node, self.client = host("node-1", "10.99.0.2"), host("client", "10.244.1.100")
@@ -63,36 +63,36 @@ def host(name: str, address: str) -> Any:
     return SimpleNamespace(name=name, address=lambda: address)
 
 
-class Words(Screen):
-    """Keeps the words of the story, without bars, rules and the daemon's command line."""
+class TextScreen(Screen):
+    """A screen that records the text of the demo, without bars, rules and the daemon's command line."""
 
     def __init__(self) -> None:
         super().__init__(Console(file=io.StringIO()))
         self.steps: list[str] = []
-        self.words: list[str] = []
+        self.texts: list[str] = []
 
     def heading(self, text: str) -> None:
-        self.words.append(text)
+        self.texts.append(text)
 
     def step(self, text: str) -> None:
         self.steps.append(text)
 
     def line(self, text: str, style: str = "") -> None:
         if not text.startswith("$ "):
-            self.words.append(text)
+            self.texts.append(text)
 
     def result(self, passed: bool, text: str) -> None:
         assert passed
-        self.words.append(f"ok: {text}")
+        self.texts.append(f"ok: {text}")
 
 
-def rehearse() -> Words:
-    words = Words()
-    assert run(cast("DemoCluster", Rehearsal()), words)
-    return words
+def run_demo() -> TextScreen:
+    screen = TextScreen()
+    assert run(cast("DemoCluster", FakeDemoCluster()), screen)
+    return screen
 
 
-def shown(document: str) -> list[str]:
+def picture_lines(document: str) -> list[str]:
     """Return the text of a picture, line by line."""
     lines: dict[float, str] = {}
     for piece in ET.fromstring(document).iter(f"{SVG}text"):
@@ -101,27 +101,27 @@ def shown(document: str) -> list[str]:
     return [lines[height] for height in sorted(lines)]
 
 
-def plain(text: str) -> str:
-    """Return a text without what differs from run to run, or by where lines are wrapped."""
+def normalized(text: str) -> str:
+    """Return a text without white space and with all numbers replaced by 0, to compare output of different runs."""
     return re.sub(r"\s+", "", re.sub(r"\d+", "0", text))
 
 
-def test_it_shows_the_steps_of_the_demo() -> None:
-    steps = [found[1] for line in shown(PICTURE.read_text()) if (found := re.match(r"\d+\. (.*)", line))]
-    expected = rehearse().steps
+def test_picture_has_the_steps_of_the_demo() -> None:
+    steps = [found[1] for line in picture_lines(PICTURE.read_text()) if (found := re.match(r"\d+\. (.*)", line))]
+    expected = run_demo().steps
     assert expected
     assert steps == expected, "the demo's steps have changed: run `make recording`"
 
 
-def test_it_shows_what_the_demo_says() -> None:
-    picture = plain("".join(shown(PICTURE.read_text())))
-    words = rehearse().words
-    assert any(str(TARGET_PORT) in line for line in words)
-    missing = [line for line in words if plain(line) not in picture]
-    assert missing == [], "the demo's words have changed: run `make recording`"
+def test_picture_has_the_output_of_the_demo() -> None:
+    picture = normalized("".join(picture_lines(PICTURE.read_text())))
+    texts = run_demo().texts
+    assert any(str(TARGET_PORT) in line for line in texts)
+    missing = [line for line in texts if normalized(line) not in picture]
+    assert missing == [], "the demo's output has changed: run `make recording`"
 
 
-def test_it_is_small_and_refers_to_nothing_outside() -> None:
+def test_picture_is_small_and_self_contained() -> None:
     document = PICTURE.read_text()
     assert len(document.encode()) < LIMIT
     names = {element.tag.removeprefix(SVG) for element in ET.fromstring(document).iter()}
@@ -132,19 +132,19 @@ def test_it_is_small_and_refers_to_nothing_outside() -> None:
     assert [name for name in attributes if "href" in name or name.startswith("on")] == []
 
 
-def test_colors_and_special_characters_reach_the_picture() -> None:
+def test_colors_and_special_characters_are_rendered() -> None:
     document = render("\x1b[1;32m1. \x1b[0mA <b> & \u2588\n")
-    assert shown(document) == ["$ make demo", "1. A <b> & \u2588"]
+    assert picture_lines(document) == ["$ make demo", "1. A <b> & \u2588"]
     assert len(set(re.findall(r'class="(.*?)"', document))) == 3
 
 
 def test_long_lines_are_wrapped_and_indented() -> None:
-    lines = shown(render("   " + " ".join(["word"] * 40)))[1:]
+    lines = picture_lines(render("   " + " ".join(["word"] * 40)))[1:]
     assert len(lines) == 3
     assert [line[:6] for line in lines] == ["   wor", "     w", "     w"]
 
 
-def test_every_step_is_a_frame_and_the_last_lines_stay_in_view() -> None:
+def test_every_step_is_a_frame_and_the_last_lines_stay_visible() -> None:
     lines = ["$", "", "intro", "", "1. a", "x", "", *["2. b"], *["y"] * ROWS]
     found = frames(lines)
     assert [frame.lines for frame in found] == [1, 4, 7, len(lines)]

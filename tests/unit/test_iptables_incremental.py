@@ -1,4 +1,4 @@
-"""Whatever happened on the way, the kernel ends up with what a start from the final objects would give."""
+"""After any history of changes, failures and restarts, the kernel has the same rules as after a fresh start."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.unit.strategies import deltas
 
 NAMED = {"old": "10.96.0.1", "new": "10.96.0.2"}
 THRESHOLDS = (1, 3, 1000)
-"""Of dispatch rules: above, a chain is split. So few Services come and go above 3, always, and never."""
+"""Dispatch thresholds: with up to three Services, chains are always split, split at times, and never split."""
 
 
 class KernelsProxy(ReconciledProxy):
@@ -67,7 +67,7 @@ def context(family: Family, node: Node | None) -> Context:
 
 def from_scratch(store: Store, dispatch_threshold: int = 1000) -> dict[Family, list[str]]:
     fresh = KernelsProxy(dispatch_threshold=dispatch_threshold)
-    fresh.apply(Replace(Service, tuple(found for key in store.service_keys() if (found := store.service(key)))))
+    fresh.apply(Replace(Service, tuple(each for key in store.service_keys() if (each := store.service(key)))))
     owners = {f"ns/{name}" for name in "abc"}
     fresh.apply(Replace(EndpointSlice, tuple(each for key in owners for each in store.slices(key))))
     fresh.apply(Replace(Node, (store.node,) if store.node else ()))
@@ -81,14 +81,14 @@ def from_scratch(store: Store, dispatch_threshold: int = 1000) -> dict[Family, l
     st.sampled_from((1, 6, 600)),
     st.sampled_from(THRESHOLDS),
 )
-def test_any_sequence_ends_like_a_fresh_start(
+def test_any_history_leaves_the_rules_of_a_fresh_start(
     history: list[tuple[Delta, bool, bool]], max_transaction_rules: int, dispatch_threshold: int
 ) -> None:
     proxy = KernelsProxy(max_transaction_rules=max_transaction_rules, dispatch_threshold=dispatch_threshold)
-    for delta, pause, refused in history:
+    for delta, pause, rejected in history:
         proxy.apply(delta)
         for kernel in proxy.kernels.values():
-            kernel.reject = (lambda _: "out of memory") if refused else (lambda _: None)
+            kernel.reject = (lambda _: "out of memory") if rejected else (lambda _: None)
         if pause:
             proxy.sync_after(100)
     for kernel in proxy.kernels.values():
@@ -121,10 +121,10 @@ def test_restart_changes_nothing(history: list[Delta], dispatch_threshold: int) 
     st.sampled_from(THRESHOLDS),
     st.sampled_from(THRESHOLDS),
 )
-def test_restart_after_missed_changes_cleans_up(
-    before: list[Delta], missed: list[Delta], former_threshold: int, dispatch_threshold: int
+def test_restart_after_missed_changes_leaves_the_rules_of_a_fresh_start(
+    before: list[Delta], missed: list[Delta], previous_threshold: int, dispatch_threshold: int
 ) -> None:
-    proxy = KernelsProxy(dispatch_threshold=former_threshold)
+    proxy = KernelsProxy(dispatch_threshold=previous_threshold)
     for delta in before:
         proxy.apply(delta)
     proxy.settle()
@@ -137,7 +137,7 @@ def test_restart_after_missed_changes_cleans_up(
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(deltas(), min_size=1, max_size=10))
-def test_repeated_objects_write_nothing(history: list[Delta]) -> None:
+def test_relisting_unchanged_objects_writes_nothing(history: list[Delta]) -> None:
     proxy = KernelsProxy()
     for delta in history:
         proxy.apply(delta)
@@ -151,7 +151,7 @@ def test_repeated_objects_write_nothing(history: list[Delta]) -> None:
     assert [kernel.inputs for kernel in proxy.kernels.values()] == [[], []]
 
 
-def test_a_node_that_goes_leaves_its_addresses_and_zone_in_force() -> None:
+def test_deleted_node_keeps_its_addresses_and_zone() -> None:
     proxy = KernelsProxy()
     proxy.apply(Upsert(Node("node-1", addresses=("10.99.0.2",), zone="zone-a")))
     service = Service("ns", "a", ("10.96.0.1",), (ServicePort("", 80, "TCP", 30080),), vips=("203.0.113.1",))
@@ -166,7 +166,7 @@ def test_a_node_that_goes_leaves_its_addresses_and_zone_in_force() -> None:
 
 
 @pytest.mark.parametrize("restarted", [False, True])
-def test_a_chain_that_somebody_else_uses_holds_up_nothing(restarted: bool) -> None:
+def test_stale_chain_in_use_by_another_process_does_not_block_syncs(restarted: bool) -> None:
     endpoint = EndpointSlice(
         "ns", "s", "ns/old", Family.IPV4, (Endpoint("10.244.0.1"),), (EndpointPort("", 8080, "TCP"),)
     )
@@ -190,11 +190,11 @@ def test_a_chain_that_somebody_else_uses_holds_up_nothing(restarted: bool) -> No
     assert not kernel.tables["filter"]["KUBE-SERVICES"]
 
 
-def test_what_others_change_is_found_when_all_is_compared() -> None:
+def test_full_sync_repairs_rules_modified_by_another_process() -> None:
     proxy = KernelsProxy()
     proxy.apply(Upsert(Service("ns", "a", ("10.96.0.1",), (ServicePort("", 80, "TCP"),))))
     proxy.settle()
-    wanted = proxy.dump()
+    expected = proxy.dump()
     chains = proxy.kernels[Family.IPV4].tables["nat"]
     own = next(name for name in chains if name.startswith("KUBE-SERVICES"))
     chains[own].pop()
@@ -203,4 +203,4 @@ def test_what_others_change_is_found_when_all_is_compared() -> None:
         sync.forget()
     proxy.apply(Resync())
     proxy.settle()
-    assert proxy.dump() == wanted
+    assert proxy.dump() == expected

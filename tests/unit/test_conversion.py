@@ -1,4 +1,4 @@
-"""Which objects count, and what is kept of them."""
+"""Decoding of API objects: which are used or ignored, which fields are kept, and what is reported as invalid."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KINDS: tuple[Kind, ...] = (Service, EndpointSlice, Node, ServiceCIDR)
 
 
 def decode(kind: Kind, data: dict[str, Any]) -> DecodedObject:
-    """Decode what is both JSON text (from the API) and parsed data (from YAML): the result must be the same."""
+    """Decode an object both from JSON text (API server) and from parsed data (YAML), with the same result."""
     from_text, from_data = outcome(kind, json.dumps(data).encode()), outcome(kind, data)
     if isinstance(from_text, ObjectError):
         assert isinstance(from_data, ObjectError)
@@ -47,7 +47,7 @@ def service(labels: dict[str, str] | None = None, status: Any = None, **spec: An
     return found
 
 
-def served(**spec: Any) -> Service:
+def valid_service(**spec: Any) -> Service:
     found = service(**spec)
     assert found is not None
     return found
@@ -63,8 +63,8 @@ def endpoint_slice(labels: dict[str, str] | None = None, **content: Any) -> Endp
 def endpoint(**content: Any) -> Endpoint:
     found = endpoint_slice(endpoints=[{"addresses": ["10.244.0.1"], **content}])
     assert found is not None
-    (one,) = found.endpoints
-    return one
+    (only,) = found.endpoints
+    return only
 
 
 def node(**content: Any) -> Node:
@@ -76,11 +76,11 @@ def node(**content: Any) -> Node:
 # Services.
 
 
-def test_a_service_with_nothing_but_a_cluster_ip_has_defaults() -> None:
+def test_service_defaults() -> None:
     assert service() == Service("ns", "web", ("10.96.0.1",), ())
 
 
-def test_all_fields_of_a_service() -> None:
+def test_all_service_fields() -> None:
     found = service(
         status={"loadBalancer": {"ingress": [{"ip": "203.0.113.1"}]}},
         type="LoadBalancer",
@@ -118,36 +118,36 @@ def test_all_fields_of_a_service() -> None:
         {"type": "ExternalName", "externalIPs": ["192.0.2.1"]},
     ],
 )
-def test_headless_and_external_name_services_do_not_count(spec: dict[str, Any]) -> None:
+def test_headless_and_external_name_services_are_ignored(spec: dict[str, Any]) -> None:
     assert service(**spec) is None
 
 
-def test_a_service_without_a_spec_does_not_count() -> None:
+def test_service_without_a_spec_is_ignored() -> None:
     assert decode(Service, {"metadata": {"namespace": "ns", "name": "web"}}).object is None
 
 
 @pytest.mark.parametrize("value", ["", "another"])
-def test_a_service_of_another_proxy_does_not_count(value: str) -> None:
+def test_service_of_another_proxy_is_ignored(value: str) -> None:
     assert service(labels={"service.kubernetes.io/service-proxy-name": value}) is None
 
 
-def test_a_service_labelled_headless_counts_if_it_has_a_cluster_ip() -> None:
+def test_service_labeled_headless_is_used_if_it_has_a_cluster_ip() -> None:
     assert service(labels={"service.kubernetes.io/headless": ""}) is not None
 
 
-def test_what_does_not_count_still_has_a_name_and_version() -> None:
+def test_ignored_object_still_has_a_name_and_version() -> None:
     metadata = {"namespace": "ns", "name": "web", "resourceVersion": "7"}
     found = decode(Service, {"metadata": metadata, "spec": {"clusterIP": "None"}})
     assert found == DecodedObject("ns", "web", "7", None)
 
 
-def test_which_services_and_slices_of_the_recording_count() -> None:
-    def counted(kind: Kind, name: str) -> set[str]:
-        found = (decode(kind, item) for item in items("ignored-services", name))
-        return {each.name for each in found if each.object}
+def test_ignored_objects_of_the_recording() -> None:
+    def used(kind: Kind, name: str) -> set[str]:
+        decoded = (decode(kind, item) for item in items("ignored-services", name))
+        return {result.name for result in decoded if result.object}
 
-    assert counted(Service, "services") == {"kubernetes", "headless-label"}
-    assert counted(EndpointSlice, "endpointslices") == {"kubernetes", "headless-a"}
+    assert used(Service, "services") == {"kubernetes", "headless-label"}
+    assert used(EndpointSlice, "endpointslices") == {"kubernetes", "headless-a"}
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_which_services_and_slices_of_the_recording_count() -> None:
     ],
 )
 def test_session_affinity(spec: dict[str, Any], seconds: int) -> None:
-    assert served(**spec).affinity_seconds == seconds
+    assert valid_service(**spec).affinity_seconds == seconds
 
 
 @pytest.mark.parametrize(
@@ -177,10 +177,10 @@ def test_session_affinity(spec: dict[str, Any], seconds: int) -> None:
         ({"type": "LoadBalancer", "externalTrafficPolicy": None}, False, 0),
     ],
 )
-def test_external_policy_and_health_check_count_only_where_the_type_gives_them_meaning(
+def test_external_policy_and_health_check_port_apply_to_their_service_types_only(
     spec: dict[str, Any], local: bool, health_check: int
 ) -> None:
-    found = served(**{"externalTrafficPolicy": "Local", "healthCheckNodePort": 32000, **spec})
+    found = valid_service(**{"externalTrafficPolicy": "Local", "healthCheckNodePort": 32000, **spec})
     assert (found.external_local, found.health_check_node_port) == (local, health_check)
 
 
@@ -188,11 +188,11 @@ def test_external_policy_and_health_check_count_only_where_the_type_gives_them_m
     ("policy", "local"),
     [({}, False), ({"internalTrafficPolicy": None}, False), ({"internalTrafficPolicy": "X"}, False)],
 )
-def test_internal_policy_is_cluster_unless_it_says_local(policy: dict[str, Any], local: bool) -> None:
-    assert served(**policy).internal_local is local
+def test_internal_policy_defaults_to_cluster(policy: dict[str, Any], local: bool) -> None:
+    assert valid_service(**policy).internal_local is local
 
 
-def test_only_load_balancer_addresses_of_mode_vip_count() -> None:
+def test_only_load_balancer_addresses_with_ip_mode_vip_are_used() -> None:
     ingress = [
         {"ip": "203.0.113.1", "ipMode": "VIP"},
         {"ip": "203.0.113.2", "ipMode": "Proxy"},
@@ -200,12 +200,12 @@ def test_only_load_balancer_addresses_of_mode_vip_count() -> None:
         {"ip": "203.0.113.3"},
         {"ip": "203.0.113.1"},
     ]
-    assert served(status={"loadBalancer": {"ingress": ingress}}).vips == ("203.0.113.1", "203.0.113.3")
+    assert valid_service(status={"loadBalancer": {"ingress": ingress}}).vips == ("203.0.113.1", "203.0.113.3")
 
 
 @pytest.mark.parametrize("status", [None, {}, {"loadBalancer": None}, {"loadBalancer": {"ingress": None}}])
-def test_a_service_without_a_load_balancer_has_no_vips(status: Any) -> None:
-    assert served(status=status).vips == ()
+def test_service_without_a_load_balancer_has_no_vips(status: Any) -> None:
+    assert valid_service(status=status).vips == ()
 
 
 # Addresses.
@@ -244,7 +244,7 @@ def test_canonical_addresses(text: str, expected: str) -> None:
         "٣.1.1.1",
     ],
 )
-def test_what_is_no_address(text: str) -> None:
+def test_invalid_addresses(text: str) -> None:
     assert canonical_address(text) is None
 
 
@@ -269,16 +269,16 @@ def test_canonical_cidrs(text: str, expected: str) -> None:
     "text",
     ["", "/8", "10.0.0.0", "10.0.0.0/", "10.0.0.0/33", "10.0.0.0/-1", "10.0.0.0/8/8", "fd00::/129", "10.0.0.0/٨"],
 )
-def test_what_is_no_cidr(text: str) -> None:
+def test_invalid_cidrs(text: str) -> None:
     assert canonical_cidr(text) is None
 
 
-def test_a_cidr_with_an_absurd_length_is_no_cidr() -> None:
+def test_cidr_with_a_prefix_length_of_thousands_of_digits_is_invalid() -> None:
     assert canonical_cidr("10.0.0.0/" + "1" * 5000) is None
 
 
 @given(st.ip_addresses())
-def test_canonical_addresses_stay_as_they_are(address: Any) -> None:
+def test_canonical_address_is_idempotent(address: Any) -> None:
     found = canonical_address(str(address))
     assert found is not None
     assert canonical_address(found) == found
@@ -287,7 +287,7 @@ def test_canonical_addresses_stay_as_they_are(address: Any) -> None:
 # EndpointSlices.
 
 
-def test_all_fields_of_a_slice() -> None:
+def test_all_endpoint_slice_fields() -> None:
     found = endpoint_slice(
         endpoints=[
             {
@@ -317,28 +317,28 @@ def test_all_fields_of_a_slice() -> None:
         {"service.kubernetes.io/service-proxy-name": "another"},
     ],
 )
-def test_slices_that_do_not_count(labels: dict[str, str]) -> None:
+def test_ignored_endpoint_slices(labels: dict[str, str]) -> None:
     assert endpoint_slice(labels=labels) is None
 
 
-def test_a_slice_without_labels_does_not_count() -> None:
+def test_endpoint_slice_without_labels_is_ignored() -> None:
     assert decode(EndpointSlice, {"metadata": {"name": "a", "namespace": "ns"}, "addressType": "IPv4"}).object is None
 
 
 @pytest.mark.parametrize("kind", ["FQDN", "", "ipv4"])
-def test_a_slice_of_another_address_type_does_not_count(kind: str) -> None:
+def test_endpoint_slice_with_another_address_type_is_ignored(kind: str) -> None:
     assert endpoint_slice(addressType=kind) is None
 
 
-def test_a_slice_of_ipv6() -> None:
+def test_ipv6_endpoint_slice() -> None:
     found = endpoint_slice(addressType="IPv6", endpoints=[{"addresses": ["FD00::1"]}, {"addresses": ["10.0.0.1"]}])
     assert found is not None
     assert found.family is Family.IPV6
-    assert [each.address for each in found.endpoints] == ["fd00::1"]
+    assert [item.address for item in found.endpoints] == ["fd00::1"]
 
 
 @pytest.mark.parametrize("addresses", [None, [], ["fd00::1"], ["example.com"], ["example.com", "10.0.0.1"]])
-def test_an_endpoint_whose_first_address_is_not_of_the_family_does_not_count(addresses: Any) -> None:
+def test_endpoint_whose_first_address_has_another_family_is_ignored(addresses: Any) -> None:
     found = endpoint_slice(endpoints=[{"addresses": addresses}])
     assert found is not None
     assert found.endpoints == ()
@@ -355,24 +355,24 @@ def test_an_endpoint_whose_first_address_is_not_of_the_family_does_not_count(add
         ({"terminating": True}, (True, True, True)),
     ],
 )
-def test_conditions_that_are_unset(conditions: Any, expected: tuple[bool, bool, bool]) -> None:
+def test_defaults_of_endpoint_conditions(conditions: Any, expected: tuple[bool, bool, bool]) -> None:
     found = endpoint(conditions=conditions)
     assert (found.ready, found.serving, found.terminating) == expected
 
 
-def test_fields_of_an_endpoint_that_are_null() -> None:
+def test_null_endpoint_fields_count_as_unset() -> None:
     assert endpoint(nodeName=None, hints=None) == Endpoint("10.244.0.1")
     assert endpoint(hints={"forZones": None, "forNodes": None}) == Endpoint("10.244.0.1")
 
 
 @pytest.mark.parametrize("port", [{}, {"port": None}, {"port": 0}])
-def test_a_slice_port_without_a_number_is_skipped(port: dict[str, Any]) -> None:
+def test_endpoint_port_without_a_number_is_skipped(port: dict[str, Any]) -> None:
     found = endpoint_slice(ports=[{"name": "a", **port}, {"name": None, "port": 80, "protocol": None}])
     assert found is not None
     assert found.ports == (EndpointPort("", 80, "TCP"),)
 
 
-def test_parts_of_a_slice_that_are_of_no_use_are_named() -> None:
+def test_unusable_endpoints_and_ports_are_reported() -> None:
     metadata = {"namespace": "ns", "name": "web-1", "labels": {"kubernetes.io/service-name": "web"}}
     endpoints = [
         {"addresses": ["10.244.0.1"]},
@@ -394,10 +394,10 @@ def test_parts_of_a_slice_that_are_of_no_use_are_named() -> None:
     assert decode(EndpointSlice, data | {"metadata": metadata | {"labels": other}}).ignored_fields == ()
 
 
-def test_a_line_names_a_few_parts_and_counts_the_others() -> None:
-    remarks = [IgnoredField(("endpoints", number, "addresses"), "is empty") for number in range(5)]
-    assert ignored_fields_text(remarks[:1]) == "endpoints[0].addresses is empty"
-    assert ignored_fields_text(remarks) == "; ".join(
+def test_ignored_fields_text_names_three_fields_and_counts_the_rest() -> None:
+    ignored = [IgnoredField(("endpoints", number, "addresses"), "is empty") for number in range(5)]
+    assert ignored_fields_text(ignored[:1]) == "endpoints[0].addresses is empty"
+    assert ignored_fields_text(ignored) == "; ".join(
         [*(f"endpoints[{number}].addresses is empty" for number in range(3)), "and 2 more"]
     )
 
@@ -406,7 +406,7 @@ def test_a_line_names_a_few_parts_and_counts_the_others() -> None:
     ("text", "seconds"),
     [("2026-11-20T23:47:40Z", 1795218460.0), ("2026-11-20T23:47:40.5Z", 1795218460.5), ("", 0.0), ("yesterday", 0.0)],
 )
-def test_when_a_slice_changed(text: str, seconds: float) -> None:
+def test_last_change_trigger_time(text: str, seconds: float) -> None:
     labels = {"kubernetes.io/service-name": "web"}
     annotations = {"endpoints.kubernetes.io/last-change-trigger-time": text}
     metadata = {"namespace": "ns", "name": "web-1", "labels": labels, "annotations": annotations}
@@ -418,7 +418,7 @@ def test_when_a_slice_changed(text: str, seconds: float) -> None:
 # Nodes.
 
 
-def test_all_fields_of_a_node() -> None:
+def test_all_node_fields() -> None:
     found = decode(
         Node,
         {
@@ -439,7 +439,7 @@ def test_all_fields_of_a_node() -> None:
     assert found.object == Node("node-1", "u", addresses, "zone-a", ("10.244.1.0/24", "fd00:1::/64"))
 
 
-def test_a_node_with_nothing_but_a_name() -> None:
+def test_node_defaults() -> None:
     assert node() == Node("node-1")
     assert node(spec={"podCIDR": "10.244.1.0/24"}) == Node("node-1", pod_cidrs=("10.244.1.0/24",))
 
@@ -454,7 +454,7 @@ def test_a_node_with_nothing_but_a_name() -> None:
         ({}, {"taints": None}, False),
     ],
 )
-def test_a_node_that_is_being_deleted(metadata: dict[str, str], spec: dict[str, Any], expected: bool) -> None:
+def test_node_that_is_being_deleted(metadata: dict[str, str], spec: dict[str, Any], expected: bool) -> None:
     assert node(metadata={"name": "node-1", **metadata}, spec=spec).being_deleted is expected
 
 
@@ -472,13 +472,13 @@ def test_a_node_that_is_being_deleted(metadata: dict[str, str], spec: dict[str, 
         ({}, ()),
     ],
 )
-def test_the_ranges_of_a_service_cidr(content: dict[str, Any], cidrs: tuple[str, ...]) -> None:
+def test_service_cidr_ranges(content: dict[str, Any], cidrs: tuple[str, ...]) -> None:
     metadata = {"name": "kubernetes", "resourceVersion": "7"}
     expected = DecodedObject("", "kubernetes", "7", ServiceCIDR("kubernetes", cidrs))
     assert decode(ServiceCIDR, {"metadata": metadata, **content}) == expected
 
 
-# What is refused, and what the message says.
+# Rejected objects and the error messages.
 
 
 LONG = "10.0.0.0/8, " * 20
@@ -535,21 +535,21 @@ LONG = "10.0.0.0/8, " * 20
         ({"labels": ["app"]}, 'metadata.labels must be a mapping, not ["app"]'),
     ],
 )
-def test_a_wrong_value_in_a_service_is_named(spec: dict[str, Any], message: str) -> None:
+def test_invalid_service_field_is_named(spec: dict[str, Any], message: str) -> None:
     with pytest.raises(ObjectError) as caught:
         service(**spec)
     assert str(caught.value) == message
 
 
 @pytest.mark.parametrize("seconds", [-1, 0, 86401, 1 << 40])
-def test_affinity_out_of_range_is_named(seconds: int) -> None:
+def test_affinity_timeout_out_of_range_is_named(seconds: int) -> None:
     config = {"clientIP": {"timeoutSeconds": seconds}}
     with pytest.raises(ObjectError, match=f"clientIP.timeoutSeconds must be from 1 to 86400, not {seconds}$"):
         service(sessionAffinity="ClientIP", sessionAffinityConfig=config)
 
 
 @pytest.mark.parametrize("port", [-1, 65536])
-def test_a_health_check_port_out_of_range_is_named(port: int) -> None:
+def test_health_check_port_out_of_range_is_named(port: int) -> None:
     with pytest.raises(ObjectError, match=f"^spec.healthCheckNodePort must be from 0 to 65535, not {port}$"):
         service(type="LoadBalancer", externalTrafficPolicy="Local", healthCheckNodePort=port)
 
@@ -568,13 +568,13 @@ def test_a_health_check_port_out_of_range_is_named(port: int) -> None:
         ({"ports": [{"protocol": ""}]}, 'ports[0].protocol must be one of TCP, UDP, SCTP, not ""'),
     ],
 )
-def test_a_wrong_value_in_a_slice_is_named(content: dict[str, Any], message: str) -> None:
+def test_invalid_endpoint_slice_field_is_named(content: dict[str, Any], message: str) -> None:
     with pytest.raises(ObjectError) as caught:
         endpoint_slice(**content)
     assert str(caught.value) == message
 
 
-def test_a_wrong_value_in_a_node_is_named() -> None:
+def test_invalid_node_field_is_named() -> None:
     with pytest.raises(
         ObjectError, match=r"^spec.podCIDRs\[0\] must be a CIDR \(such as 10.0.0.0/8\), not \"10.0.0.0\"$"
     ):
@@ -595,7 +595,7 @@ def test_a_wrong_value_in_a_node_is_named() -> None:
         ("10.96.0.0/16", "spec.cidrs"),
     ],
 )
-def test_a_wrong_range_in_a_service_cidr_is_named(cidrs: Any, field: str) -> None:
+def test_invalid_service_cidr_field_is_named(cidrs: Any, field: str) -> None:
     with pytest.raises(ObjectError) as caught:
         decode(ServiceCIDR, {"metadata": {"name": "a"}, "spec": {"cidrs": cidrs}})
     assert str(caught.value).startswith(f"{field} must be a ")
@@ -606,13 +606,13 @@ BAD_NAMES = ("", 'a"b', "a\nb", "a b", "A", "a\\", "-a", "a-", "a" * 254, "a;b",
 
 @pytest.mark.parametrize("name", BAD_NAMES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_names_that_could_break_rules_are_refused(kind: Kind, name: str) -> None:
+def test_names_that_could_break_rules_are_rejected(kind: Kind, name: str) -> None:
     with pytest.raises(ObjectError, match=r"^metadata\.name (is missing|must be a lowercase RFC 1123 subdomain .*)"):
         decode(kind, {"metadata": {"namespace": "ns", "name": name}})
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
-def test_namespaces_that_could_break_rules_are_refused(name: str) -> None:
+def test_namespaces_that_could_break_rules_are_rejected(name: str) -> None:
     with pytest.raises(
         ObjectError, match=r"^metadata\.namespace (is missing|must be a lowercase RFC 1123 subdomain .*)"
     ):
@@ -620,19 +620,19 @@ def test_namespaces_that_could_break_rules_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ['"', "a\n", "a b", "A", "a.b", "a" * 64])
-def test_port_names_that_could_break_rules_are_refused(name: str) -> None:
+def test_port_names_that_could_break_rules_are_rejected(name: str) -> None:
     with pytest.raises(ObjectError, match=r"^spec\.ports\[0\]\.name must be a lowercase RFC 1123 label"):
         service(ports=[{"port": 80, "name": name}])
 
 
-def test_names_as_long_as_they_may_be() -> None:
+def test_names_of_the_maximum_length() -> None:
     assert decode(Node, {"metadata": {"name": "a" * 253}}).name == "a" * 253
-    assert served(ports=[{"port": 80, "name": "a" * 63}]).ports[0].name == "a" * 63
+    assert valid_service(ports=[{"port": 80, "name": "a" * 63}]).ports[0].name == "a" * 63
 
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"null", b"[]", b"{}", b'"x"', b'{"metadata": []}', b'{"metadata": null}'])
 @pytest.mark.parametrize("kind", KINDS)
-def test_text_that_is_no_object_is_refused(kind: Kind, raw: bytes) -> None:
+def test_text_that_is_not_an_object_is_rejected(kind: Kind, raw: bytes) -> None:
     with pytest.raises(ObjectError):
         decode_object(kind, raw)
 
@@ -649,7 +649,7 @@ def test_text_that_is_no_object_is_refused(kind: Kind, raw: bytes) -> None:
         (b'{"metadata":{"name":"a"},"spec":[],"x":1e999}', "spec must be a mapping"),
     ],
 )
-def test_what_is_wrong_with_text_is_said_in_the_terms_of_the_api(raw: bytes, message: str) -> None:
+def test_syntax_and_type_errors_name_the_api_field(raw: bytes, message: str) -> None:
     with pytest.raises(ObjectError) as caught:
         decode_object(ServiceCIDR, raw)
     assert str(caught.value) == message
@@ -665,20 +665,20 @@ def test_what_is_wrong_with_text_is_said_in_the_terms_of_the_api(raw: bytes, mes
         (b'{"metadata":{"name":"a"},"spec":{"ports":[{"port":1e999}]}}', "spec.ports[0].port is out of range"),
     ],
 )
-def test_numbers_that_are_out_of_range_are_named(raw: bytes, message: str) -> None:
+def test_number_out_of_range_is_named(raw: bytes, message: str) -> None:
     with pytest.raises(ObjectError) as caught:
         decode_object(Service, raw)
     assert str(caught.value) == message
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_text_that_is_not_utf8_is_refused(kind: Kind) -> None:
+def test_text_that_is_not_utf8_is_rejected(kind: Kind) -> None:
     with pytest.raises(ObjectError, match=r"^not valid UTF-8$"):
         decode_object(kind, b'{"metadata": {"name": "\xff"}}')
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_text_that_is_nested_too_deeply_is_refused(kind: Kind) -> None:
+def test_text_nested_too_deeply_is_rejected(kind: Kind) -> None:
     with pytest.raises(ObjectError, match=r"^nested too deeply$"):
         decode_object(kind, b'{"metadata": {"name": "a"}, "x":' + b"[" * 100_000 + b"]" * 100_000 + b"}")
 
@@ -692,7 +692,7 @@ def test_text_that_is_nested_too_deeply_is_refused(kind: Kind) -> None:
     ],
 )
 @pytest.mark.parametrize("kind", KINDS)
-def test_data_that_json_could_not_hold_is_refused(kind: Kind, data: dict[str, Any], message: str) -> None:
+def test_data_that_json_cannot_represent_is_rejected(kind: Kind, data: dict[str, Any], message: str) -> None:
     with pytest.raises(ObjectError) as caught:
         decode_object(kind, data)
     assert str(caught.value) == message
@@ -773,7 +773,7 @@ OBJECTS = st.one_of(
 
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(KINDS), OBJECTS)
-def test_whatever_json_says_it_decodes_or_is_refused(kind: Kind, data: dict[str, Any]) -> None:
+def test_any_json_is_decoded_or_rejected(kind: Kind, data: dict[str, Any]) -> None:
     from_text, from_data = outcome(kind, json.dumps(data).encode()), outcome(kind, data)
     assert str(from_text) == str(from_data)
 
@@ -783,6 +783,6 @@ def test_whatever_json_says_it_decodes_or_is_refused(kind: Kind, data: dict[str,
     st.sampled_from(KINDS),
     st.binary(max_size=40) | st.text(max_size=40).map(lambda text: b'{"metadata":' + text.encode()),
 )
-def test_whatever_bytes_say_it_decodes_or_is_refused(kind: Kind, raw: bytes) -> None:
+def test_any_bytes_are_decoded_or_rejected(kind: Kind, raw: bytes) -> None:
     with suppress(ObjectError):
         assert decode_object(kind, raw).name

@@ -1,4 +1,4 @@
-"""What happens to the kernel when dispatch chains are split, changed while they are, and made flat again."""
+"""Dispatch chains in the kernel while they are split into shards, while shards change, and when they become flat."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from tests.packets.senders import NODE_ADDRESSES, packet_of
 from tests.packets.table import Row, read_table
 from tests.recordings import GOLDEN, SCENARIOS, store
 from tests.reports import FixedPlans
-from tests.unit.test_diff import CONTEXT, IptablesProxy, Watched, a_slice, deleted, written
-from tests.unit.test_iptables_dispatch import Walk
+from tests.unit.test_iptables_diff import CONTEXT, IptablesProxy, Watched, a_slice, deleted, written
+from tests.unit.test_iptables_dispatch import Traversal
 
 THRESHOLD = 40
 TABLE = read_table()
 
 
 UNCOUNTED = replace(CONTEXT, accounting=False)
-"""A NodePort is one rule."""
+"""Without accounting, each NodePort is one rule."""
 
 
 def web(number: int, **more: object) -> Service:
@@ -53,7 +53,7 @@ def objects(count: int) -> Iterator[Service | EndpointSlice]:
 
 
 def split(proxy: IptablesProxy) -> set[ChainName]:
-    """The dispatch chains of the kernel that are split, told by where they jump to."""
+    """Return the dispatch chains of the kernel that are split, that is, jump to shards."""
     tables = proxy.kernel.tables
     jumps = {
         chain: [rule.rpartition("-j ")[2] for rule in tables[chain.table][chain.name]] for chain in DISPATCH_CHAINS
@@ -72,19 +72,19 @@ def shards(proxy: IptablesProxy) -> list[str]:
 @pytest.fixture
 def large() -> IptablesProxy:
     """A proxy with three times as many Services as its threshold."""
-    found = IptablesProxy(dispatch_threshold=THRESHOLD, context=UNCOUNTED)
-    found.sync(*objects(3 * THRESHOLD))
-    assert {chain.name for chain in split(found)} == {"KUBE-SERVICES", "KUBE-NODEPORTS"}
-    return found
+    proxy = IptablesProxy(dispatch_threshold=THRESHOLD, context=UNCOUNTED)
+    proxy.sync(*objects(3 * THRESHOLD))
+    assert {chain.name for chain in split(proxy)} == {"KUBE-SERVICES", "KUBE-NODEPORTS"}
+    return proxy
 
 
 def dispatch_written(lines: list[str]) -> set[str]:
-    """The dispatch chains and shards that were written, and neither are nor were of a service port."""
+    """Return the dispatch chains and shards among the written chains, without per-Service chains."""
     fixed = {chain.name for chain in DISPATCH_CHAINS}
     return {name for name in written(lines) if name in fixed or is_shard(ChainName("nat", name))}
 
 
-def test_the_threshold_is_what_a_flat_chain_may_hold() -> None:
+def test_chain_is_split_only_above_the_threshold() -> None:
     proxy = IptablesProxy(dispatch_threshold=THRESHOLD, context=UNCOUNTED)
     proxy.sync(*objects(THRESHOLD))
     assert split(proxy) == set()
@@ -97,13 +97,13 @@ def test_the_threshold_is_what_a_flat_chain_may_hold() -> None:
     assert proxy.kernel.dump() == flat
 
 
-def test_without_a_threshold_nothing_is_split() -> None:
+def test_threshold_zero_disables_splitting() -> None:
     proxy = IptablesProxy(dispatch_threshold=0, context=UNCOUNTED)
     proxy.sync(*objects(3 * THRESHOLD))
     assert split(proxy) == set()
 
 
-def test_one_service_more_or_less_rewrites_a_shard(large: IptablesProxy) -> None:
+def test_added_or_deleted_service_rewrites_one_shard(large: IptablesProxy) -> None:
     new = Service("ns", "new", ("10.96.14.1",), (ServicePort("http", 80, "TCP"),))
     for change in (Upsert(new), Delete(Service, "ns", "new")):
         large.apply(Upsert(a_slice(9, owner="new")), change)
@@ -113,14 +113,14 @@ def test_one_service_more_or_less_rewrites_a_shard(large: IptablesProxy) -> None
         assert lines.count("COMMIT") == 1
 
 
-def test_a_change_of_endpoints_touches_no_dispatch_chain(large: IptablesProxy) -> None:
+def test_endpoint_change_rewrites_no_dispatch_chain(large: IptablesProxy) -> None:
     lines = large.lines_of(a_slice(1, 2, 3, owner="web7"))
     assert lines
     assert dispatch_written(lines) == set()
     assert large.lines_of() == []
 
 
-def test_a_service_without_endpoints_moves_to_the_chain_that_refuses(large: IptablesProxy) -> None:
+def test_services_without_endpoints_move_to_the_split_reject_chains(large: IptablesProxy) -> None:
     for number in range(THRESHOLD + 1):
         large.apply(Upsert(a_slice(owner=f"web{number}")))
     large.sync()
@@ -133,28 +133,28 @@ def test_a_service_without_endpoints_moves_to_the_chain_that_refuses(large: Ipta
     assert large.kernel.dump() == again.kernel.dump()
 
 
-def test_the_rules_are_counted_as_the_kernel_has_them() -> None:
+def test_total_rules_match_the_kernel() -> None:
     proxy = IptablesProxy(dispatch_threshold=THRESHOLD, context=UNCOUNTED)
     proxy.apply(*map(Upsert, objects(3 * THRESHOLD)))
     proxy.apply(Upsert(web(0, health_check_node_port=32000, vips=("203.0.113.1",), external_local=True)))
     plans = {
-        key: plan_service(found, proxy.store.slices(key), CONTEXT)
+        key: plan_service(service, proxy.store.slices(key), CONTEXT)
         for key in proxy.store.service_keys()
-        if (found := proxy.store.service(key))
+        if (service := proxy.store.service(key))
     }
     backend = IptablesBackend(proxy.kernel, dispatch_threshold=THRESHOLD)
     for planned in (plans, {"ns/web1": ()}, {"ns/web1": plans["ns/web1"], "ns/web2": ()}):
-        held = backend.sync(FixedPlans(planned), CONTEXT).total_rules
+        total_rules = backend.sync(FixedPlans(planned), CONTEXT).total_rules
         for table in ("nat", "filter"):
             ours = [rules for name, rules in proxy.kernel.tables[table].items() if name.startswith("KUBE-")]
-            assert held[table] == sum(map(len, ours))
+            assert total_rules[table] == sum(map(len, ours))
 
 
 # From flat to split and back.
 
 
 def states(kernel: Watched) -> list[dict[ChainName, str]]:
-    """What each commit left in table nat in dispatch chains and shards."""
+    """Return the dispatch chains and shards of table nat after each commit."""
     return [
         {
             chain: "\n".join(f"-A {name} {rule}" for rule in rules)
@@ -179,56 +179,56 @@ def test_no_packet_misses_its_service_while_the_threshold_is_crossed(
 
     proxy = start()
     proxy.sync(*objects(THRESHOLD))
-    for wanted in (2 * THRESHOLD, THRESHOLD, THRESHOLD + 1, THRESHOLD - 1):
-        have = len(list(proxy.store.service_keys()))
+    for count in (2 * THRESHOLD, THRESHOLD, THRESHOLD + 1, THRESHOLD - 1):
+        previous = len(list(proxy.store.service_keys()))
         kernel.states.clear()
         if restarted:
             proxy = start()
-            proxy.apply(*map(Upsert, objects(min(have, wanted))))
-        proxy.apply(*map(Upsert, objects(wanted)))
-        proxy.apply(*(Delete(Service, "ns", f"web{number}") for number in range(wanted, have)))
+            proxy.apply(*map(Upsert, objects(min(previous, count))))
+        proxy.apply(*map(Upsert, objects(count)))
+        proxy.apply(*(Delete(Service, "ns", f"web{number}") for number in range(count, previous)))
         proxy.sync()
-        assert bool(split(proxy)) is (wanted > THRESHOLD)
+        assert bool(split(proxy)) is (count > THRESHOLD)
         assert kernel.states
-        for state, whole in zip(states(kernel), kernel.states, strict=True):
-            for number in range(0, min(have, wanted), 5):
-                (hit,) = Walk(state, NAT_SERVICES, int(ip_address(web(number).cluster_ips[0]))).hit
+        for state, nat in zip(states(kernel), kernel.states, strict=True):
+            for number in range(0, min(previous, count), 5):
+                (hit,) = Traversal(state, NAT_SERVICES, int(ip_address(web(number).cluster_ips[0]))).hit
                 assert f'"ns/web{number}:http cluster IP"' in hit
-                (hit,) = Walk(state, ChainName("nat", "KUBE-NODEPORTS"), 30000 + number, "tcp").hit
+                (hit,) = Traversal(state, ChainName("nat", "KUBE-NODEPORTS"), 30000 + number, "tcp").hit
                 assert f'"ns/web{number}:http"' in hit
-                assert len(whole[hit.rpartition("-j ")[2]]) == 2
+                assert len(nat[hit.rpartition("-j ")[2]]) == 2
 
 
-@pytest.mark.parametrize("refused", range(1, 12))
-def test_a_refusal_amid_the_crossing_is_made_good(refused: int) -> None:
+@pytest.mark.parametrize("rejected", range(1, 12))
+def test_rejected_transaction_while_crossing_the_threshold_is_retried(rejected: int) -> None:
     proxy = IptablesProxy(max_transaction_rules=30, dispatch_threshold=THRESHOLD, context=UNCOUNTED)
     proxy.sync(*objects(THRESHOLD))
-    left = refused
+    remaining = rejected
 
-    def refuse(_: str) -> str | None:
-        nonlocal left
-        left -= 1
-        return None if left else "out of memory"
+    def reject(_: str) -> str | None:
+        nonlocal remaining
+        remaining -= 1
+        return None if remaining else "out of memory"
 
-    for wanted in (THRESHOLD + 20, THRESHOLD - 10):
-        left, proxy.kernel.reject = refused, refuse
-        proxy.apply(*map(Upsert, objects(wanted)))
-        proxy.apply(*(Delete(Service, "ns", f"web{number}") for number in range(wanted, THRESHOLD + 20)))
+    for count in (THRESHOLD + 20, THRESHOLD - 10):
+        remaining, proxy.kernel.reject = rejected, reject
+        proxy.apply(*map(Upsert, objects(count)))
+        proxy.apply(*(Delete(Service, "ns", f"web{number}") for number in range(count, THRESHOLD + 20)))
         try:
             proxy.sync()
         except SyncError:
-            assert left == 0
+            assert remaining == 0
         proxy.kernel.reject = lambda _: None
         proxy.sync()
         fresh = IptablesProxy(dispatch_threshold=THRESHOLD, context=UNCOUNTED)
-        fresh.sync(*objects(wanted))
+        fresh.sync(*objects(count))
         assert proxy.kernel.dump() == fresh.kernel.dump()
 
 
-# Those who come after.
+# Cleanup, migration and repair.
 
 
-def test_cleaning_up_leaves_no_shard(large: IptablesProxy) -> None:
+def test_cleanup_removes_all_shards(large: IptablesProxy) -> None:
     large.sync(web(0, health_check_node_port=32000), *(a_slice(owner=f"web{number}") for number in range(60)))
     assert {
         table for table in ("nat", "filter") for name in large.kernel.tables[table] if is_shard(ChainName(table, name))
@@ -241,12 +241,12 @@ def test_cleaning_up_leaves_no_shard(large: IptablesProxy) -> None:
 
 
 def test_kube_proxy_can_take_over(large: IptablesProxy) -> None:
-    """It rewrites the chains that it knows, and empties and deletes those of table nat that look like a Service's."""
+    """Kube-proxy rewrites its fixed chains, and flushes and deletes chains of table nat with per-Service names."""
     nat = large.kernel.tables["nat"]
     stale = [name for name in nat if name.startswith(PORT_CHAIN_PREFIXES)]
     known = ["KUBE-SERVICES", "KUBE-NODEPORTS"]
-    emptied = "".join(f":{name} - [0:0]\n" for name in (*known, *stale))
-    large.kernel.restore(f"*nat\n{emptied}" + "".join(f"-X {name}\n" for name in stale) + "COMMIT\n")
+    flushed = "".join(f":{name} - [0:0]\n" for name in (*known, *stale))
+    large.kernel.restore(f"*nat\n{flushed}" + "".join(f"-X {name}\n" for name in stale) + "COMMIT\n")
     assert not [name for name in large.kernel.tables["nat"] if is_shard(ChainName("nat", name))]
     again = IptablesProxy(large.kernel, dispatch_threshold=0, context=UNCOUNTED)
     again.sync(*objects(3))
@@ -256,7 +256,7 @@ def test_kube_proxy_can_take_over(large: IptablesProxy) -> None:
     assert again.kernel.dump() == fresh.kernel.dump()
 
 
-def test_a_shard_that_was_tampered_with_is_repaired_at_start(large: IptablesProxy) -> None:
+def test_modified_shard_is_repaired_at_start(large: IptablesProxy) -> None:
     expected = large.kernel.dump()
     name = next(name for name in shards(large) if name.startswith("KUBE-SVC-10.96."))
     large.kernel.tables["nat"][name].pop()
@@ -266,21 +266,21 @@ def test_a_shard_that_was_tampered_with_is_repaired_at_start(large: IptablesProx
     assert large.kernel.dump() == expected
 
 
-# Behaviour.
+# Packets.
 
 
 def our_rules(scenario: str, dispatch_threshold: int) -> dict[Family, FakeKernel]:
     path = GOLDEN / scenario / "config.json"
     config, _ = load_config(path.read_bytes(), str(path))
-    found = {}
+    kernels = {}
     for family in Family:
         kernel = FakeKernel()
         context = partial(context_of, config, family)
         FamilySync(IptablesPrinter(kernel.restore, dispatch_threshold=dispatch_threshold), context).sync(
             store(scenario)
         )
-        found[family] = kernel
-    return found
+        kernels[family] = kernel
+    return kernels
 
 
 def context_of(config: Config, family: Family, node: Node | None) -> Context:
@@ -289,7 +289,7 @@ def context_of(config: Config, family: Family, node: Node | None) -> Context:
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_every_packet_of_the_table_has_the_same_fate_in_split_chains(scenario: str) -> None:
+def test_packets_of_the_table_have_the_same_fate_in_split_chains(scenario: str) -> None:
     kernels = our_rules(scenario, 1)
     rules = {family: IptablesSimulator("".join(kernel.dump()), family) for family, kernel in kernels.items()}
     fates: dict[Row, str] = {}
@@ -299,10 +299,10 @@ def test_every_packet_of_the_table_has_the_same_fate_in_split_chains(scenario: s
     assert {str(row): (fate, row.fate) for row, fate in fates.items() if fate != row.fate} == {}
 
 
-def test_the_table_goes_through_shards_of_every_chain() -> None:
-    found = set()
+def test_packet_table_covers_shards_of_every_dispatch_chain() -> None:
+    covered = set()
     for scenario in SCENARIOS:
         for kernel in our_rules(scenario, 1).values():
             names = {ChainName(table, name) for table, chains in kernel.tables.items() for name in chains}
-            found |= {(chain.table, chain.name.split("-")[1]) for chain in names if is_shard(chain)}
-    assert found >= {("nat", "SVC"), ("nat", "EXT"), ("filter", "SVC"), ("filter", "EXT"), ("filter", "FW")}
+            covered |= {(chain.table, chain.name.split("-")[1]) for chain in names if is_shard(chain)}
+    assert covered >= {("nat", "SVC"), ("nat", "EXT"), ("filter", "SVC"), ("filter", "EXT"), ("filter", "FW")}

@@ -1,4 +1,4 @@
-"""The figures on the pages are those of the committed benchmark, so no two pages can contradict each other."""
+"""Figures in the documentation match the committed benchmark results, so pages cannot contradict each other."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 HISTORY = ROOT / "tests" / "bench" / "history"
 
 SOURCE = "2026-11-21-be62721-medium"
-"""The run that all pages quote, but for sizes that it has not."""
+"""The results that all pages quote, except for sizes that were not measured in this run."""
 
 OTHERS = {
     ("nftables", 20_000): "2026-11-21-369abb4-nftables-20000",
@@ -25,7 +25,7 @@ OTHERS = {
 
 
 class Quoted(NamedTuple):
-    """What a cell of a table quotes: figures of one mode and size, in the order of its numbers."""
+    """The figures of one mode and size that a table cell quotes, in the order of the numbers in the cell."""
 
     mode: str
     services: int
@@ -61,48 +61,48 @@ PERFORMANCE = {
     "memory after the first sync, after 9,000 changes": (MEMORY, "RSS after changes"),
     "memory after the first sync, after changes": (MEMORY, "RSS after changes"),
 }
-"""Of the tables of results, whose columns are sizes: what a row quotes."""
+"""The figures that each row of the result tables quotes. The columns of these tables are cluster sizes."""
 
 _NUMBER = re.compile(r"(\d[\d,]*(?:\.\d+)?)(?= (ms|s|MB|µs)|, )")
 
 
 def figure(mode: str, services: int, name: str) -> tuple[float, str]:
-    """Return a figure of the benchmark and its unit."""
+    """Return the value and the unit of a figure of the benchmark."""
     file = HISTORY / f"{OTHERS.get((mode, services), SOURCE)}.json"
     results = msgspec.json.decode(file.read_bytes(), type=Results)
-    (found,) = [
+    (match,) = [
         each
         for run in results.runs
         if (run.mode, run.services) == (mode, services)
         for each in run.figures
         if each.name == name
     ]
-    return found.measured.value, found.unit
+    return match.measured.value, match.unit
 
 
 def quotes(text: str, value: float, unit: str, text_unit: str) -> bool:
-    """Return whether a number as it stands on a page is a figure, rounded to the digits that it has."""
+    """Return whether the number `text` on a page is the given value, rounded to as many decimals as it has."""
     scale = {("s", "ms"): 1000.0, ("ms", "s"): 0.001}.get((unit, text_unit), 1.0)
     decimals = len(text.partition(".")[2])
     return f"{value * scale:,.{decimals}f}" == text
 
 
 def table(page: str, label: str) -> list[list[str]]:
-    """Return the rows of the first table that has a row with this label, as their cells."""
+    """Return the cells of all rows of the first table that has a row with this label."""
     lines = (ROOT / page).read_text().splitlines()
-    place = next(number for number, line in enumerate(lines) if line.startswith(f"| {label} |"))
-    first = next(number for number in range(place, -1, -1) if not lines[number].startswith("|")) + 1
-    last = next(number for number in range(place, len(lines) + 1) if number == len(lines) or lines[number][:1] != "|")
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[first:last]]
+    row = next(number for number, line in enumerate(lines) if line.startswith(f"| {label} |"))
+    first = next(number for number in range(row, -1, -1) if not lines[number].startswith("|")) + 1
+    end = next(number for number in range(row, len(lines) + 1) if number == len(lines) or lines[number][:1] != "|")
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[first:end]]
 
 
 @pytest.mark.parametrize(
     ("page", "rows"), [("README.md", README), ("docs/comparison.md", COMPARISON)], ids=["readme", "comparison"]
 )
-def test_every_row_quotes_the_benchmark(page: str, rows: dict[str, Quoted]) -> None:
-    found = {cells[0]: cells[1] for cells in table(page, next(iter(rows)))[2:]}
-    assert found.keys() == rows.keys()
-    for label, cell in found.items():
+def test_rows_match_the_benchmark(page: str, rows: dict[str, Quoted]) -> None:
+    documented = {cells[0]: cells[1] for cells in table(page, next(iter(rows)))[2:]}
+    assert documented.keys() == rows.keys()
+    for label, cell in documented.items():
         quoted = rows[label]
         numbers = _NUMBER.findall(f"{cell} ")
         assert len(numbers) == len(quoted.names), (label, cell)
@@ -122,7 +122,7 @@ def cells_of_results() -> Iterator[tuple[str, int, str, str]]:
 
 
 @pytest.mark.parametrize(("mode", "services", "label", "cell"), list(cells_of_results()))
-def test_the_tables_of_results_quote_the_benchmark(mode: str, services: int, label: str, cell: str) -> None:
+def test_result_tables_match_the_benchmark(mode: str, services: int, label: str, cell: str) -> None:
     numbers, names = _NUMBER.findall(cell), PERFORMANCE[label]
     assert len(numbers) == len(names), cell
     unit_of_cell = numbers[-1][1]
@@ -131,13 +131,13 @@ def test_the_tables_of_results_quote_the_benchmark(mode: str, services: int, lab
         assert quotes(text, value, unit, text_unit or unit_of_cell), f"{text}, measured {value} {unit}"
 
 
-def test_the_time_of_the_demo_is_the_same_everywhere() -> None:
+def test_readme_and_makefile_state_the_same_demo_duration() -> None:
     phrase = "less than half a minute"
     assert phrase in " ".join((ROOT / "README.md").read_text().split())
     assert phrase in next(line for line in (ROOT / "Makefile").read_text().splitlines() if line.startswith("demo:"))
 
 
-def test_the_cost_of_an_event_is_the_same_on_all_pages() -> None:
+def test_pages_state_the_measured_cost_of_an_event() -> None:
     runs = msgspec.json.decode((HISTORY / f"{SOURCE}.json").read_bytes(), type=Results).runs
     ranges = {}
     for form in ("JSON", "protobuf"):

@@ -1,4 +1,4 @@
-"""Who gets an address and port that several Services claim: the same one in both modes, whatever came first."""
+"""Frontends claimed by several Services: both modes give them to the same Service, in any order of creation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.inprocess import FakeKernelProxy
 from tests.unit.strategies import endpoint_slices, services
 
 SHARED = "203.0.113.1"
-HERE, ELSEWHERE = "node-1", "node-2"
+THIS_NODE, OTHER_NODE = "node-1", "node-2"
 
 
 def service(name: str, number: int, *, node_port: int = 0, **fields: Any) -> Service:
@@ -27,7 +27,7 @@ def service(name: str, number: int, *, node_port: int = 0, **fields: Any) -> Ser
 
 
 def slices(name: str, *nodes: str) -> EndpointSlice:
-    endpoints = tuple(Endpoint(f"10.244.0.{place}", node) for place, node in enumerate(nodes, 1))
+    endpoints = tuple(Endpoint(f"10.244.0.{number}", node) for number, node in enumerate(nodes, 1))
     ports = (EndpointPort("http", 8080, "TCP"),)
     return EndpointSlice("ns", name, f"ns/{name}", Family.IPV4, endpoints, ports)
 
@@ -50,54 +50,54 @@ class ClaimsProxy(FakeKernelProxy):
 BOTH = pytest.mark.parametrize("mode", ["iptables", "nftables"])
 
 
-def conflict(holder: str, loser: str, frontend: str = f"{SHARED}:80/TCP") -> FrontendConflict:
-    return FrontendConflict(frontend, f"ns/{holder}:http", f"ns/{loser}:http")
+def conflict(owner: str, loser: str, frontend: str = f"{SHARED}:80/TCP") -> FrontendConflict:
+    return FrontendConflict(frontend, f"ns/{owner}:http", f"ns/{loser}:http")
 
 
 @BOTH
-def test_a_cluster_ip_belongs_to_its_service_with_and_without_endpoints(mode: str) -> None:
+def test_service_owns_its_cluster_ip_with_and_without_endpoints(mode: str) -> None:
     proxy = ClaimsProxy(mode)
     frontend = "10.96.0.1:80/TCP"
-    owner, thief = service("web", 1), service("a-thief", 2, external_ips=("10.96.0.1",))
-    stolen = (conflict("web", "a-thief", frontend),)
-    assert proxy.conflicts_after(thief, slices("a-thief", HERE)) == ()
-    assert proxy.conflicts_after(owner) == stolen
-    assert proxy.conflicts_after(slices("web", HERE)) == stolen
-    assert proxy.conflicts_after(slices("web")) == stolen
-    assert proxy.conflicts_after(service("a-thief", 2)) == ()
+    owner, other = service("web", 1), service("another", 2, external_ips=("10.96.0.1",))
+    conflicts = (conflict("web", "another", frontend),)
+    assert proxy.conflicts_after(other, slices("another", THIS_NODE)) == ()
+    assert proxy.conflicts_after(owner) == conflicts
+    assert proxy.conflicts_after(slices("web", THIS_NODE)) == conflicts
+    assert proxy.conflicts_after(slices("web")) == conflicts
+    assert proxy.conflicts_after(service("another", 2)) == ()
 
 
 @BOTH
-def test_of_two_that_can_serve_the_first_by_name_does(mode: str) -> None:
+def test_first_service_by_name_wins_among_those_with_endpoints(mode: str) -> None:
     proxy = ClaimsProxy(mode)
     for name, number in (("b", 2), ("a", 1)):
-        found = proxy.conflicts_after(service(name, number, external_ips=(SHARED,)), slices(name, HERE))
+        found = proxy.conflicts_after(service(name, number, external_ips=(SHARED,)), slices(name, THIS_NODE))
     assert found == (conflict("a", "b"),)
 
 
 @BOTH
-def test_one_that_can_serve_comes_before_one_that_drops_and_that_before_one_that_rejects(mode: str) -> None:
+def test_forwarding_service_wins_over_dropping_and_dropping_over_rejecting(mode: str) -> None:
     proxy = ClaimsProxy(mode)
     a, b = (service(name, n, vips=(SHARED,), external_local=True) for n, name in enumerate("ab", 1))
     assert proxy.conflicts_after(a, b) == (conflict("a", "b"),)
-    assert proxy.conflicts_after(slices("b", ELSEWHERE)) == (conflict("b", "a"),)
-    assert proxy.conflicts_after(slices("a", ELSEWHERE)) == (conflict("a", "b"),)
-    assert proxy.conflicts_after(slices("b", HERE)) == (conflict("b", "a"),)
-    assert proxy.conflicts_after(slices("a", HERE)) == (conflict("a", "b"),)
+    assert proxy.conflicts_after(slices("b", OTHER_NODE)) == (conflict("b", "a"),)
+    assert proxy.conflicts_after(slices("a", OTHER_NODE)) == (conflict("a", "b"),)
+    assert proxy.conflicts_after(slices("b", THIS_NODE)) == (conflict("b", "a"),)
+    assert proxy.conflicts_after(slices("a", THIS_NODE)) == (conflict("a", "b"),)
 
 
 @BOTH
-def test_node_ports_and_other_ports_and_protocols_are_frontends_of_their_own(mode: str) -> None:
+def test_only_equal_ports_and_protocols_conflict(mode: str) -> None:
     proxy = ClaimsProxy(mode)
-    assert proxy.conflicts_after(service("a", 1, external_ips=(SHARED,)), slices("a", HERE)) == ()
+    assert proxy.conflicts_after(service("a", 1, external_ips=(SHARED,)), slices("a", THIS_NODE)) == ()
     ports = (ServicePort("http", 81, "TCP"), ServicePort("dns", 80, "UDP"))
     assert proxy.conflicts_after(replace(service("b", 2, external_ips=(SHARED,)), ports=ports)) == ()
     found = proxy.conflicts_after(service("c", 3, node_port=30080), service("d", 4, node_port=30080))
     assert found == (conflict("c", "d", "NodePort 30080/TCP"),)
 
 
-def test_services_that_share_an_address_but_no_port_are_not_compared() -> None:
-    """An address that thousands share, each with a port of its own, is ordinary behind one load balancer."""
+def test_services_that_share_only_an_address_are_not_compared() -> None:
+    """Thousands of Services may share the address of one load balancer, each with its own port."""
     index, chain = FrontendIndex(), ChainName("nat", "KUBE-SERVICES")
     claim = DispatchRule(chain, "a rule", 42, frontend=FrontendMatch("tcp", 80, ClaimRank.FORWARDS))
     others = [
@@ -115,13 +115,15 @@ def test_services_that_share_an_address_but_no_port_are_not_compared() -> None:
     assert (frontend, found) == (frontend_of(claim), {"ns/web", "ns/same"})
 
 
-def test_the_rules_of_who_loses_a_frontend_are_left_out_and_counted_out() -> None:
+def test_rules_of_the_losing_service_are_neither_written_nor_counted() -> None:
     proxy = ClaimsProxy("iptables")
     more: dict[str, Any] = {"vips": (SHARED,), "source_ranges": ("198.51.100.0/24",)}
-    proxy.conflicts_after(service("a", 1, **more), slices("a", HERE), service("b", 2, **more), slices("b", HERE))
+    proxy.conflicts_after(
+        service("a", 1, **more), slices("a", THIS_NODE), service("b", 2, **more), slices("b", THIS_NODE)
+    )
 
     def shared() -> list[str]:
-        """Whose rules about the shared address there are: that to its KUBE-FW chain, and that which drops the rest."""
+        """Return the owners of the two rules for the shared address: the jump to KUBE-FW and the final drop."""
         rules = [line for line in proxy.kernel.dump() if f"-d {SHARED}/32" in line]
         return [line.split('--comment "')[1][:6] for line in rules]
 
@@ -134,10 +136,10 @@ def test_the_rules_of_who_loses_a_frontend_are_left_out_and_counted_out() -> Non
 
 
 def conflicts(
-    mode: str, family: Family, found: Iterable[Service], endpoints: Iterable[EndpointSlice]
+    mode: str, family: Family, claimants: Iterable[Service], endpoints: Iterable[EndpointSlice]
 ) -> list[FrontendConflict]:
     proxy = ClaimsProxy(mode, family)
-    return sorted(proxy.conflicts_after(*found, *endpoints))
+    return sorted(proxy.conflicts_after(*claimants, *endpoints))
 
 
 @settings(deadline=None, max_examples=100)
@@ -146,7 +148,7 @@ def conflicts(
     st.lists(endpoint_slices(), max_size=4, unique_by=lambda each: each.name),
     st.sampled_from(Family),
 )
-def test_both_modes_settle_all_claims_alike(
-    found: list[Service], endpoints: list[EndpointSlice], family: Family
+def test_both_modes_resolve_all_conflicts_alike(
+    claimants: list[Service], endpoints: list[EndpointSlice], family: Family
 ) -> None:
-    assert conflicts("iptables", family, found, endpoints) == conflicts("nftables", family, found, endpoints)
+    assert conflicts("iptables", family, claimants, endpoints) == conflicts("nftables", family, claimants, endpoints)

@@ -1,6 +1,6 @@
-"""Which sets and virtual servers are those of kube-proxy's ipvs mode, and how the kernel speaks of virtual servers.
+"""Cleanup of kube-proxy's ipvs mode: its sets and virtual servers, and the netlink messages for virtual servers.
 
-Messages are checked against pyroute2's own idea of them, as few test kernels have IPVS.
+Few test kernels have IPVS, so the messages are compared with those of pyroute2.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ TCP, UDP = socket.IPPROTO_TCP, socket.IPPROTO_UDP
 
 
 def message(**attributes: object) -> tuple[bytes, int, int]:
-    """What the kernel answers about one virtual server, as pyroute2 would write it."""
-    made = ipvsmsg()
-    made["cmd"] = 1
+    """Return the kernel's message about one virtual server, encoded by pyroute2, and the range of its payload."""
+    encoded = ipvsmsg()
+    encoded["cmd"] = 1
     named = [(f"IPVS_SVC_ATTR_{name.upper()}", value) for name, value in attributes.items()]
-    made["attrs"] = [("IPVS_CMD_ATTR_SERVICE", {"attrs": named})]
-    made.encode()
-    return bytes(made.data), HEADER.size, len(made.data)
+    encoded["attrs"] = [("IPVS_CMD_ATTR_SERVICE", {"attrs": named})]
+    encoded.encode()
+    return bytes(encoded.data), HEADER.size, len(encoded.data)
 
 
-def test_what_the_kernel_says_of_virtual_servers_is_read() -> None:
-    found = parse_servers(
+def test_virtual_servers_of_the_kernel_are_parsed() -> None:
+    servers = parse_servers(
         iter(
             (
                 message(af=socket.AF_INET, protocol=TCP, addr="10.96.0.80", port=80, sched_name="rr", timeout=0),
@@ -49,14 +49,14 @@ def test_what_the_kernel_says_of_virtual_servers_is_read() -> None:
             )
         )
     )
-    assert [(each.address, each.protocol, each.port) for each in found] == [
+    assert [(each.address, each.protocol, each.port) for each in servers] == [
         ("10.96.0.80", TCP, 80),
         ("fd00:10:96::a", UDP, 53),
     ]
 
 
-def test_an_ipv4_address_comes_in_as_many_bytes_as_one_of_ipv6() -> None:
-    """The kernel sends the whole union nf_inet_addr, and wants it back."""
+def test_ipv4_address_has_the_size_of_an_ipv6_address() -> None:
+    """The kernel sends the whole union nf_inet_addr and expects it in requests."""
     address = socket.inet_aton("10.96.0.80") + bytes(12)
     parts = (
         attribute(1, struct.pack("=H", socket.AF_INET))
@@ -70,14 +70,14 @@ def test_an_ipv4_address_comes_in_as_many_bytes_as_one_of_ipv6() -> None:
 
 
 @pytest.mark.parametrize("address", ["10.96.0.80", "fd00:10:96::80"])
-def test_a_deletion_names_one_virtual_server(address: str) -> None:
+def test_deletion_names_one_virtual_server(address: str) -> None:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     (server,) = parse_servers(iter([message(af=family, protocol=TCP, addr=address, port=80, sched_name="rr")]))
     payload = encode_deletion(server)
-    read = ipvsmsg(HEADER.pack(HEADER.size + len(payload), 30, 0, 1, 0) + payload)
-    read.decode()
-    assert read["cmd"] == 3
-    service = read.get_attr("IPVS_CMD_ATTR_SERVICE")
+    decoded = ipvsmsg(HEADER.pack(HEADER.size + len(payload), 30, 0, 1, 0) + payload)
+    decoded.decode()
+    assert decoded["cmd"] == 3
+    service = decoded.get_attr("IPVS_CMD_ATTR_SERVICE")
     assert {name.removeprefix("IPVS_SVC_ATTR_"): value for name, value in service["attrs"]} == {
         "AF": family,
         "PROTOCOL": TCP,
@@ -86,20 +86,20 @@ def test_a_deletion_names_one_virtual_server(address: str) -> None:
     }
 
 
-def test_a_family_of_generic_netlink_is_found_by_its_name() -> None:
+def test_generic_netlink_family_is_resolved_by_name() -> None:
     with NetlinkSocket(NETLINK_GENERIC) as netlink:
         assert resolve_family_id(netlink, "nlctrl") == 16
         with pytest.raises(NetlinkError, match="No such file"):
             resolve_family_id(netlink, "kproxy-none")
 
 
-def test_names_of_sets_are_exact_and_fit() -> None:
+def test_set_names_match_kube_proxy_and_the_length_limit() -> None:
     assert len(SETS) == 34
     assert {"KUBE-CLUSTER-IP", "KUBE-6-CLUSTER-IP", "KUBE-6-LOAD-BALANCER-SOURCE-CID"} < SETS
     assert all(len(name) <= 31 for name in SETS)
 
 
-def test_virtual_servers_are_kube_proxys_by_what_its_sets_hold() -> None:
+def test_virtual_servers_in_the_sets_of_kube_proxy_are_removed() -> None:
     servers = {
         name: VirtualServer(address, protocol, port, name.encode())
         for name, address, protocol, port in (
@@ -107,36 +107,36 @@ def test_virtual_servers_are_kube_proxys_by_what_its_sets_hold() -> None:
             ("another port of a cluster IP", "10.96.0.80", TCP, 8080),
             ("another protocol of a cluster IP", "10.96.0.80", UDP, 80),
             ("node port", "192.0.2.10", TCP, 30080),
-            ("another protocol's node port", "192.0.2.10", UDP, 30080),
-            ("a node port's number elsewhere", "192.0.2.50", TCP, 30080),
-            ("keepalived's", "192.0.2.50", TCP, 80),
+            ("node port of another protocol", "192.0.2.10", UDP, 30080),
+            ("node port number on another address", "192.0.2.50", TCP, 30080),
+            ("of keepalived", "192.0.2.50", TCP, 80),
         )
     }
     entries = {IpsetEntry("10.96.0.80", TCP, 80), IpsetEntry("", TCP, 30080)}
-    found = kube_proxy_servers(servers.values(), entries, {"192.0.2.10"})
-    assert [each.key.decode() for each in found] == ["cluster IP", "node port"]
+    selected = kube_proxy_servers(servers.values(), entries, {"192.0.2.10"})
+    assert [each.key.decode() for each in selected] == ["cluster IP", "node port"]
 
 
-def refuse(*_: object) -> dict[Any, str]:
+def not_permitted(*_: object) -> dict[Any, str]:
     raise NetlinkError(1, "Operation not permitted")
 
 
-FOUND = IpvsLeftovers(7, ("KUBE-CLUSTER-IP", "KUBE-LOOP-BACK"))
+LEFTOVERS = IpvsLeftovers(7, ("KUBE-CLUSTER-IP", "KUBE-LOOP-BACK"))
 SERVER = VirtualServer("10.96.0.80", TCP, 80, b"")
 
 
-def stand_in(monkeypatch: pytest.MonkeyPatch, **steps: Callable[..., object]) -> list[str]:
-    """Let a kernel answer that has IPVS; return the list of what is deleted, in order."""
+def simulate_kernel(monkeypatch: pytest.MonkeyPatch, **steps: Callable[..., object]) -> list[str]:
+    """Replace the functions of the cleanup that access the kernel; return the list of deletions, in order."""
     deleted: list[str] = []
 
-    def delete(what: str) -> Callable[..., dict[str, str]]:
+    def delete(kind: str) -> Callable[..., dict[str, str]]:
         def step(_: object) -> dict[str, str]:
-            deleted.append(what)
+            deleted.append(kind)
             return {}
 
         return step
 
-    answers: dict[str, Callable[..., object]] = {
+    defaults: dict[str, Callable[..., object]] = {
         "addresses_by_interface": lambda _: {},
         "virtual_servers": lambda: [SERVER],
         "set_entries": lambda _: {IpsetEntry("10.96.0.80", TCP, 80)},
@@ -144,47 +144,47 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, **steps: Callable[..., object]) ->
         "destroy_sets": delete("sets"),
         "delete_interface": delete("interface"),
     }
-    for name, step in (answers | steps).items():
+    for name, step in (defaults | steps).items():
         monkeypatch.setattr(cleanup, name, step)
     return deleted
 
 
-def test_what_tells_of_virtual_servers_goes_after_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    deleted = stand_in(monkeypatch)
-    assert remove_leftovers(FOUND).removed == ["1 virtual server", "2 ipsets", "the interface kube-ipvs0"]
+def test_virtual_servers_are_removed_before_sets_and_interface(monkeypatch: pytest.MonkeyPatch) -> None:
+    deleted = simulate_kernel(monkeypatch)
+    assert remove_leftovers(LEFTOVERS).removed == ["1 virtual server", "2 ipsets", "the interface kube-ipvs0"]
     assert deleted == ["virtual servers", "sets", "interface"]
 
 
 @pytest.mark.parametrize(
-    ("step", "answer", "problem"),
+    ("step", "replacement", "problem"),
     [
         (
             "delete_virtual_servers",
             lambda servers: dict.fromkeys(servers, "Device or resource busy"),
             "cannot remove 1 IPVS virtual server (first: 10.96.0.80 port 80): Device or resource busy",
         ),
-        ("virtual_servers", refuse, "cannot remove IPVS virtual servers: Operation not permitted"),
-        ("set_entries", refuse, "cannot remove IPVS virtual servers: Operation not permitted"),
+        ("virtual_servers", not_permitted, "cannot remove IPVS virtual servers: Operation not permitted"),
+        ("set_entries", not_permitted, "cannot remove IPVS virtual servers: Operation not permitted"),
     ],
 )
-def test_while_virtual_servers_stay_all_stays_that_tells_which_they_are(
-    monkeypatch: pytest.MonkeyPatch, step: str, answer: Callable[..., object], problem: str
+def test_sets_and_interface_are_kept_while_virtual_servers_remain(
+    monkeypatch: pytest.MonkeyPatch, step: str, replacement: Callable[..., object], problem: str
 ) -> None:
-    deleted = stand_in(monkeypatch, **{step: answer})
-    done = remove_leftovers(FOUND)
+    deleted = simulate_kernel(monkeypatch, **{step: replacement})
+    done = remove_leftovers(LEFTOVERS)
     assert (done.servers_remain, done.removed, deleted) == (True, [], [])
     assert done.problems == [problem]
-    stand_in(monkeypatch)
-    assert remove_leftovers(FOUND).removed == ["1 virtual server", "2 ipsets", "the interface kube-ipvs0"]
+    simulate_kernel(monkeypatch)
+    assert remove_leftovers(LEFTOVERS).removed == ["1 virtual server", "2 ipsets", "the interface kube-ipvs0"]
 
 
-def test_a_virtual_server_of_a_service_that_no_set_names_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in(
+def test_virtual_server_on_the_ipvs_interface_in_no_set_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    simulate_kernel(
         monkeypatch,
         set_entries=lambda _: set(),
         addresses_by_interface=lambda _: {7: frozenset({"10.96.0.80"}), 1: frozenset({"192.0.2.10"})},
     )
-    done = remove_leftovers(FOUND)
+    done = remove_leftovers(LEFTOVERS)
     assert done.removed == ["2 ipsets", "the interface kube-ipvs0"]
     assert done.problems == [
         "not removing 1 IPVS virtual server (first: 10.96.0.80 port 80) on addresses of kube-ipvs0: not in any of "
@@ -192,9 +192,9 @@ def test_a_virtual_server_of_a_service_that_no_set_names_is_said(monkeypatch: py
     ]
 
 
-def test_what_else_cannot_be_removed_is_said_and_the_rest_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in(monkeypatch, destroy_sets=lambda names: {names[0]: "rules use it"}, delete_interface=refuse)
-    done = remove_leftovers(FOUND)
+def test_failure_to_remove_sets_or_interface_is_reported_and_the_rest_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    simulate_kernel(monkeypatch, destroy_sets=lambda names: {names[0]: "rules use it"}, delete_interface=not_permitted)
+    done = remove_leftovers(LEFTOVERS)
     assert not done.servers_remain
     assert done.removed == ["1 virtual server", "1 ipset"]
     assert done.problems == [

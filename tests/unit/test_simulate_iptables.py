@@ -1,4 +1,4 @@
-"""The simulator, rule by rule, against what iptables(8) and iptables-extensions(8) say."""
+"""The iptables simulator: matches and targets as documented in iptables(8) and iptables-extensions(8)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from kproxy.model.types import Family
 from kproxy.simulate.iptables import IptablesSimulator
 from kproxy.simulate.packet import OutcomeDistribution, PacketOutcome, UnknownRuleError, Verdict
-from tests.unit.simulation import ACCEPTED, DROPPED, NODE, OWN, POD, TRANSLATED, packet
+from tests.unit.simulation import ACCEPTED, DROPPED, FROM_NODE, NODE, POD, TRANSLATED, packet
 
 BUILT_IN = {
     "nat": ("PREROUTING", "INPUT", "OUTPUT", "POSTROUTING"),
@@ -22,22 +22,22 @@ DNAT = f"-p tcp -j DNAT --to-destination {POD}"
 def rules(
     *lines: str, family: Family = Family.IPV4, policy: str = "ACCEPT", chains: Iterable[str] = ()
 ) -> IptablesSimulator:
-    """Return rules from lines `TABLE CHAIN RULE`; chains that are not built in are named as `TABLE CHAIN`."""
+    """Return a simulator of rules, given as `TABLE CHAIN RULE`, and user-defined chains, given as `TABLE CHAIN`."""
     text = []
     for table, built_in in BUILT_IN.items():
-        own = [chain.split()[1] for chain in chains if chain.startswith(table)]
+        user_defined = [chain.split()[1] for chain in chains if chain.startswith(table)]
         text += [f"*{table}", *(f":{name} {policy if table == 'filter' else 'ACCEPT'} [0:0]" for name in built_in)]
-        text += [f":{name} - [0:0]" for name in own]
+        text += [f":{name} - [0:0]" for name in user_defined]
         text += [f"-A {line.split(' ', 1)[1]}" for line in lines if line.startswith(table)]
         text.append("COMMIT")
     return IptablesSimulator("\n".join(text), family)
 
 
-def test_a_packet_that_meets_no_rule_arrives() -> None:
+def test_packet_without_a_matching_rule_is_accepted() -> None:
     assert rules().send(packet()).probabilities == {ACCEPTED: 1.0}
 
 
-def test_the_policy_of_a_filter_chain_ends_what_no_rule_decides() -> None:
+def test_chain_policy_applies_without_a_matching_rule() -> None:
     closed = rules("filter FORWARD -p udp -j ACCEPT", policy="DROP")
     assert closed.send(packet()).only == DROPPED
     assert closed.send(packet(protocol="UDP")).only == ACCEPTED
@@ -76,49 +76,49 @@ MATCHING = [
 
 
 @pytest.mark.parametrize(("match", "hit", "miss"), MATCHING)
-def test_a_match_hits_and_misses(match: str, hit: dict[str, Any], miss: dict[str, Any] | None) -> None:
+def test_match(match: str, hit: dict[str, Any], miss: dict[str, Any] | None) -> None:
     found = rules(f"filter FORWARD {match} -j DROP")
     assert found.send(packet(**hit)).only.verdict is Verdict.DROPPED
     if miss is not None:
         assert found.send(packet(**miss)).only == ACCEPTED
 
 
-def test_all_matches_of_a_rule_must_hold() -> None:
+def test_rule_applies_only_if_all_its_matches_do() -> None:
     found = rules("filter FORWARD -s 198.51.100.1/32 -p tcp -m tcp --dport 80 -j DROP")
     assert found.send(packet()).only == DROPPED
     assert found.send(packet(port=81)).only == ACCEPTED
     assert found.send(packet(source="198.51.100.2")).only == ACCEPTED
 
 
-def test_ipv6_addresses_match() -> None:
+def test_ipv6_address_match() -> None:
     found = rules("filter FORWARD -d fd00:10:96::/48 -j DROP", family=Family.IPV6)
     assert found.send(packet(source="2001:db8::1", destination="fd00:10:96::1")).only == DROPPED
     assert found.send(packet(source="2001:db8::1", destination="fd00:10:97::1")).only == ACCEPTED
 
 
-def test_ipv6_targets_and_loopback() -> None:
+def test_ipv6_dnat_and_loopback() -> None:
     found = rules(
         "nat PREROUTING -p tcp -j DNAT --to-destination [fd00::9]:8080",
         "nat OUTPUT ! -d ::1/128 -m addrtype --dst-type LOCAL -j DNAT --to-destination [fd00::8]:80",
         family=Family.IPV6,
     )
     assert found.send(packet(source="2001:db8::1", destination="fd00:99::2")).only.endpoint == "[fd00::9]:8080"
-    own = {"source": "::1", "interface": ""}
-    assert found.send(packet(**own, destination="::1")).only == ACCEPTED
-    assert found.send(packet(**own, destination="fd00:99::2")).only.endpoint == "[fd00::8]:80"
+    from_loopback = {"source": "::1", "interface": ""}
+    assert found.send(packet(**from_loopback, destination="::1")).only == ACCEPTED
+    assert found.send(packet(**from_loopback, destination="fd00:99::2")).only.endpoint == "[fd00::8]:80"
 
 
-def test_packets_of_the_other_family_are_no_question_for_these_rules() -> None:
+def test_packet_of_another_family_is_rejected() -> None:
     with pytest.raises(ValueError, match="IPv4"):
         rules().send(packet(source="2001:db8::1", destination="fd00::1"))
     with pytest.raises(ValueError, match="differ in their IP family"):
         rules().send(packet(source="2001:db8::1"))
 
 
-# Targets and the walk through chains.
+# Targets and the traversal of chains.
 
 
-def test_a_chain_ends_and_returns_to_the_rule_after_the_jump() -> None:
+def test_chain_returns_to_the_rule_after_the_jump() -> None:
     found = rules(
         "filter FORWARD -j FIRST",
         "filter FORWARD -j DROP",
@@ -134,13 +134,13 @@ def test_a_chain_ends_and_returns_to_the_rule_after_the_jump() -> None:
     assert found.send(packet(protocol="SCTP")).only == ACCEPTED
 
 
-def test_return_from_a_built_in_chain_leads_to_its_policy() -> None:
+def test_return_from_a_built_in_chain_applies_its_policy() -> None:
     found = rules("filter FORWARD -p udp -j RETURN", "filter FORWARD -j ACCEPT", policy="DROP")
     assert found.send(packet(protocol="UDP")).only == DROPPED
     assert found.send(packet()).only == ACCEPTED
 
 
-def test_a_rejection_names_its_icmp_message() -> None:
+def test_reject_has_an_icmp_type() -> None:
     found = rules("filter FORWARD -j REJECT --reject-with icmp-port-unreachable")
     assert found.send(packet()).only == PacketOutcome(Verdict.REJECTED, reject_with="icmp-port-unreachable")
 
@@ -155,21 +155,21 @@ def test_a_rejection_names_its_icmp_message() -> None:
         (["0x4000/0x4000", "0x4000/0x4000"], "0x4000/0x4000"),
     ],
 )
-def test_marks_clear_the_mask_and_flip_the_value(marks: list[str], mark: str) -> None:
-    lines = [f"filter FORWARD -j MARK --set-xmark {each}" for each in marks]
+def test_set_xmark_clears_the_mask_and_xors_the_value(marks: list[str], mark: str) -> None:
+    lines = [f"filter FORWARD -j MARK --set-xmark {value}" for value in marks]
     assert rules(*lines, f"filter FORWARD -m mark --mark {mark} -j DROP").send(packet()).only == DROPPED
 
 
-def test_a_mark_set_in_one_table_is_seen_in_the_next() -> None:
+def test_mark_persists_across_tables() -> None:
     found = rules(
         "nat PREROUTING -j MARK --set-xmark 0x4000/0x4000",
         "nat POSTROUTING -m mark --mark 0x4000/0x4000 -j MASQUERADE --random-fully",
     )
     assert found.send(packet()).only == PacketOutcome(Verdict.ACCEPTED, masqueraded=True)
-    assert found.send(packet(**OWN)).only == ACCEPTED
+    assert found.send(packet(**FROM_NODE)).only == ACCEPTED
 
 
-def test_translation_ends_the_hook_and_changes_what_later_ones_see() -> None:
+def test_dnat_ends_the_hook_and_later_hooks_see_the_new_destination() -> None:
     found = rules(
         f"nat PREROUTING {DNAT}",
         "nat PREROUTING -j DNAT --to-destination 10.244.1.10:80",
@@ -180,20 +180,20 @@ def test_translation_ends_the_hook_and_changes_what_later_ones_see() -> None:
     assert found.send(packet(protocol="UDP")).only == PacketOutcome(Verdict.DROPPED, "10.244.1.10:80")
 
 
-def test_a_counter_counts_what_its_rule_hits() -> None:
+def test_counter_counts_matching_packets() -> None:
     found = rules("filter FORWARD -p tcp -m nfacct --nfacct-name seen -j ACCEPT")
     assert found.send(packet()).only.counters == ("seen",)
     assert found.send(packet(protocol="UDP")).only.counters == ()
 
 
-# Chance and affinity.
+# Probabilities and session affinity.
 
 
-def test_chance_divides_what_is_left() -> None:
-    chance = "-m statistic --mode random --probability"
+def test_probabilities_apply_to_the_remaining_packets() -> None:
+    random = "-m statistic --mode random --probability"
     found = rules(
-        f"nat PREROUTING {chance} 0.33333333349 -j DNAT --to-destination 10.0.0.1:1",
-        f"nat PREROUTING {chance} 0.50000000000 -j DNAT --to-destination 10.0.0.2:2",
+        f"nat PREROUTING {random} 0.33333333349 -j DNAT --to-destination 10.0.0.1:1",
+        f"nat PREROUTING {random} 0.50000000000 -j DNAT --to-destination 10.0.0.2:2",
         "nat PREROUTING -j DNAT --to-destination 10.0.0.3:3",
     )
     outcome = found.send(packet())
@@ -201,7 +201,7 @@ def test_chance_divides_what_is_left() -> None:
     assert sum(outcome.probabilities.values()) == pytest.approx(1.0, abs=1e-12)
 
 
-def test_chance_that_meets_again_after_a_chain_goes_on_with_both() -> None:
+def test_random_branches_both_continue_after_the_chain() -> None:
     found = rules(
         "nat PREROUTING -m statistic --mode random --probability 0.25 -j SEEN",
         f"nat PREROUTING {DNAT}",
@@ -213,23 +213,23 @@ def test_chance_that_meets_again_after_a_chain_goes_on_with_both() -> None:
     assert found.send(packet()).probabilities == pytest.approx({masqueraded: 0.25, TRANSLATED: 0.75})
 
 
-@pytest.mark.parametrize(("chance", "fate"), [("0.00000000000", ACCEPTED), ("1.00000000000", DROPPED)])
-def test_a_chance_of_none_and_of_all(chance: str, fate: PacketOutcome) -> None:
-    found = rules(f"filter FORWARD -m statistic --mode random --probability {chance} -j DROP")
-    assert found.send(packet()).probabilities == {fate: 1.0}
+@pytest.mark.parametrize(("probability", "outcome"), [("0.00000000000", ACCEPTED), ("1.00000000000", DROPPED)])
+def test_probability_zero_and_one(probability: str, outcome: PacketOutcome) -> None:
+    found = rules(f"filter FORWARD -m statistic --mode random --probability {probability} -j DROP")
+    assert found.send(packet()).probabilities == {outcome: 1.0}
 
 
-def test_probabilities_that_do_not_sum_to_one_are_no_outcome() -> None:
+def test_probabilities_must_sum_to_one() -> None:
     with pytest.raises(ValueError, match=r"sum to 0\.5"):
         OutcomeDistribution([(ACCEPTED, 0.25), (DROPPED, 0.25)])
 
 
-def test_the_only_fate_is_one() -> None:
+def test_only_requires_a_single_outcome() -> None:
     with pytest.raises(ValueError, match="unpack"):
         _ = OutcomeDistribution([(ACCEPTED, 0.25), (DROPPED, 0.75)]).only
 
 
-def test_affinity_sends_who_is_remembered_to_the_same_endpoint() -> None:
+def test_affinity_selects_the_recorded_endpoint() -> None:
     tail = "--mask 255.255.255.255 --rsource"
     found = rules(
         f"nat PREROUTING -m recent --rcheck --seconds 60 --reap --name ONE {tail} -j ONE",
@@ -240,16 +240,16 @@ def test_affinity_sends_who_is_remembered_to_the_same_endpoint() -> None:
         f"nat TWO -p tcp -m recent --set --name TWO {tail} -m tcp -j DNAT --to-destination 10.0.0.2:2",
         chains=["nat ONE", "nat TWO"],
     )
-    anyone, again = found.send(packet()), found.send(packet(affinity_endpoints=frozenset({"10.0.0.2:2"})))
-    assert anyone.endpoints == {"10.0.0.1:1": 0.5, "10.0.0.2:2": 0.5}
+    first, again = found.send(packet()), found.send(packet(affinity_endpoints=frozenset({"10.0.0.2:2"})))
+    assert first.endpoints == {"10.0.0.1:1": 0.5, "10.0.0.2:2": 0.5}
     assert again.probabilities == {PacketOutcome(Verdict.ACCEPTED, "10.0.0.2:2", affinity_recorded=True): 1.0}
-    assert found.send(packet(affinity_endpoints=frozenset({"10.0.0.3:3"}))) == anyone
+    assert found.send(packet(affinity_endpoints=frozenset({"10.0.0.3:3"}))) == first
 
 
 # Which hooks a packet passes.
 
 
-def test_where_a_packet_goes_is_decided_after_its_translation() -> None:
+def test_packet_is_routed_after_dnat() -> None:
     found = rules(
         f"nat PREROUTING -d {NODE}/32 {DNAT}",
         f"nat PREROUTING -d 10.96.0.7/32 -j DNAT --to-destination {NODE}:443",
@@ -258,16 +258,16 @@ def test_where_a_packet_goes_is_decided_after_its_translation() -> None:
     )
     forwarded = PacketOutcome(Verdict.ACCEPTED, POD, masqueraded=True)
     assert found.send(packet(destination=NODE)).only == forwarded
-    taken_in = found.send(packet(destination="10.96.0.7")).only
-    assert taken_in == PacketOutcome(Verdict.REJECTED, f"{NODE}:443", reject_with="icmp-port-unreachable")
+    delivered = found.send(packet(destination="10.96.0.7")).only
+    assert delivered == PacketOutcome(Verdict.REJECTED, f"{NODE}:443", reject_with="icmp-port-unreachable")
 
 
-def test_what_comes_in_for_this_node_passes_no_postrouting() -> None:
+def test_packet_to_this_node_does_not_pass_postrouting() -> None:
     found = rules("nat POSTROUTING -j MASQUERADE", "nat INPUT -m nfacct --nfacct-name seen -j ACCEPT")
     assert found.send(packet(destination=NODE)).only == PacketOutcome(Verdict.ACCEPTED, counters=("seen",))
 
 
-def test_what_the_node_sends_passes_output_and_no_prerouting() -> None:
+def test_packet_from_the_node_passes_output_and_not_prerouting() -> None:
     found = rules(
         "nat PREROUTING -j DNAT --to-destination 10.0.0.1:1",
         f"nat OUTPUT {DNAT}",
@@ -275,41 +275,41 @@ def test_what_the_node_sends_passes_output_and_no_prerouting() -> None:
         "filter FORWARD -j DROP",
         "filter INPUT -j DROP",
     )
-    assert found.send(packet(**OWN)).only == PacketOutcome(Verdict.ACCEPTED, POD, counters=("seen",))
+    assert found.send(packet(**FROM_NODE)).only == PacketOutcome(Verdict.ACCEPTED, POD, counters=("seen",))
 
 
-def test_what_the_node_sends_to_itself_comes_in_by_lo_untranslated() -> None:
+def test_packet_from_the_node_to_itself_arrives_on_lo_untranslated() -> None:
     found = rules(
         f"nat PREROUTING {DNAT}",
         "filter INPUT -i lo -m conntrack --ctstate NEW -j DROP",
         "filter OUTPUT -i lo -j REJECT --reject-with icmp-port-unreachable",
     )
-    assert found.send(packet(**OWN, destination=NODE)).only == DROPPED
+    assert found.send(packet(**FROM_NODE, destination=NODE)).only == DROPPED
     assert found.send(packet(source="127.0.0.1", interface="", destination="127.0.0.1")).only == DROPPED
-    assert found.send(packet(**OWN)).only == ACCEPTED
+    assert found.send(packet(**FROM_NODE)).only == ACCEPTED
 
 
-def test_what_comes_from_no_interface_is_not_from_any_other() -> None:
+def test_negated_interface_matches_packets_without_an_input_interface() -> None:
     found = rules("filter OUTPUT ! -i veth+ -j DROP", "filter FORWARD ! -i veth+ -j ACCEPT")
-    assert found.send(packet(**OWN)).only == DROPPED
+    assert found.send(packet(**FROM_NODE)).only == DROPPED
 
 
 @pytest.mark.parametrize("state", ["ESTABLISHED", "RELATED", "INVALID"])
-def test_only_the_first_packet_of_a_connection_is_translated(state: str) -> None:
+def test_only_the_first_packet_of_a_connection_passes_nat(state: str) -> None:
     found = rules(f"nat PREROUTING {DNAT}", f"nat OUTPUT {DNAT}", "nat POSTROUTING -j MASQUERADE")
     assert found.send(packet(conntrack_state=state)).only == ACCEPTED
-    assert found.send(packet(**OWN, conntrack_state=state)).only == ACCEPTED
+    assert found.send(packet(**FROM_NODE, conntrack_state=state)).only == ACCEPTED
 
 
-def test_what_one_hook_ends_the_next_does_not_see() -> None:
+def test_dropped_packet_does_not_reach_the_next_hook() -> None:
     found = rules("filter FORWARD -j DROP", "nat POSTROUTING -j MASQUERADE")
     assert found.send(packet()).only == DROPPED
 
 
-# What is not known.
+# Unsupported rules.
 
 RECENT = "--name X --mask 255.255.255.255 --rsource"
-UNKNOWN = [
+UNSUPPORTED = [
     ("-j LOG", "chain PREROUTING: -j LOG is neither a chain nor a supported target"),
     ("-j NOWHERE", "chain PREROUTING: -j NOWHERE is neither a chain nor a supported target"),
     ("-g OTHER", "unsupported option -g"),
@@ -358,11 +358,11 @@ UNKNOWN = [
 ]
 
 
-@pytest.mark.parametrize(("rule", "what"), UNKNOWN)
-def test_what_is_not_known_is_an_error_that_names_it(rule: str, what: str) -> None:
+@pytest.mark.parametrize(("rule", "message"), UNSUPPORTED)
+def test_unsupported_rules(rule: str, message: str) -> None:
     with pytest.raises(UnknownRuleError) as error:
         rules(f"nat PREROUTING {rule}")
-    assert what in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -377,12 +377,12 @@ def test_what_is_not_known_is_an_error_that_names_it(rule: str, what: str) -> No
         "*filter\nnft add table ip x",
     ],
 )
-def test_what_is_no_dump_is_an_error(text: str) -> None:
+def test_invalid_dumps(text: str) -> None:
     with pytest.raises(UnknownRuleError, match=r"line \d"):
         IptablesSimulator(text, Family.IPV4)
 
 
-def test_counters_comments_and_empty_tables_are_part_of_a_dump() -> None:
+def test_counters_comments_and_empty_tables_in_a_dump() -> None:
     text = "# made by hand\n*mangle\n:OUTPUT ACCEPT [3:4]\nCOMMIT\n\n*filter\n:FORWARD ACCEPT [1:2]\n"
     found = IptablesSimulator(text + "[5:6] -A FORWARD -p tcp -j DROP\nCOMMIT\n", Family.IPV4)
     assert found.send(packet()).only == DROPPED

@@ -1,10 +1,9 @@
-"""What is written for a change: as little as possible, in an order that is safe at every moment."""
+"""Changes in iptables mode write as few rules as possible, and every transaction leaves complete rules behind."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 import pytest
@@ -35,6 +34,7 @@ DISPATCH_NAMES = {chain.name for chain in DISPATCH_CHAINS}
 
 
 def sep(last: int) -> str:
+    """Return the name of the chain of the endpoint 10.244.0.`last`."""
     return f"KUBE-SEP-{port_hash('ns/web:http', 'TCP', f'10.244.0.{last}:8080')}"
 
 
@@ -77,7 +77,7 @@ class IptablesProxy(SingleFamilyProxy):
 
 
 def written(lines: Iterable[str]) -> set[str]:
-    """The chains that the lines create, empty or delete."""
+    """Return the chains that the lines create, flush or delete."""
     return {line[1:].split(" ")[0] for line in lines if line.startswith(":")}
 
 
@@ -87,21 +87,21 @@ def deleted(lines: Iterable[str]) -> set[str]:
 
 @pytest.fixture
 def proxy() -> IptablesProxy:
-    """A proxy that has programmed Services `web` (endpoints 1 and 2) and `api` (endpoint 3)."""
-    found = IptablesProxy()
-    found.sync(service(), a_slice(1, 2), service("api"), a_slice(3, owner="api"))
-    return found
+    """A proxy that has programmed the Services `web` (endpoints 1 and 2) and `api` (endpoint 3)."""
+    proxy = IptablesProxy()
+    proxy.sync(service(), a_slice(1, 2), service("api"), a_slice(3, owner="api"))
+    return proxy
 
 
 # Small changes.
 
 
-def test_nothing_to_do_is_nothing_written(proxy: IptablesProxy) -> None:
+def test_sync_without_changes_writes_nothing(proxy: IptablesProxy) -> None:
     assert proxy.lines_of() == []
     assert proxy.kernel.inputs == []
 
 
-def test_one_more_endpoint_is_its_chain_and_the_one_that_picks(proxy: IptablesProxy) -> None:
+def test_added_endpoint_writes_its_chain_and_the_service_chain(proxy: IptablesProxy) -> None:
     lines = proxy.lines_of(a_slice(1, 2, 4))
     assert written(lines) == {SVC, sep(4)}
     assert deleted(lines) == set()
@@ -109,7 +109,7 @@ def test_one_more_endpoint_is_its_chain_and_the_one_that_picks(proxy: IptablesPr
     assert lines.count("COMMIT") == 1
 
 
-def test_a_replaced_endpoint_deletes_the_old_ones_chain(proxy: IptablesProxy) -> None:
+def test_replaced_endpoint_deletes_the_chain_of_the_old_one(proxy: IptablesProxy) -> None:
     lines = proxy.lines_of(a_slice(1, 4))
     assert written(lines) == {SVC, sep(2), sep(4)}
     assert deleted(lines) == {sep(2)}
@@ -117,18 +117,18 @@ def test_a_replaced_endpoint_deletes_the_old_ones_chain(proxy: IptablesProxy) ->
     assert not [line for line in lines if "KUBE-SERVICES" in line]
 
 
-def test_one_less_endpoint(proxy: IptablesProxy) -> None:
+def test_removed_endpoint_rewrites_the_service_chain_and_deletes_its_own(proxy: IptablesProxy) -> None:
     lines = proxy.lines_of(a_slice(1))
     assert (written(lines), deleted(lines)) == ({SVC, sep(2)}, {sep(2)})
 
 
-def test_the_kernel_is_read_once(proxy: IptablesProxy) -> None:
+def test_kernel_is_read_only_at_start(proxy: IptablesProxy) -> None:
     proxy.sync(a_slice(1))
     proxy.sync(service("new"))
     assert proxy.kernel.reads == 1
 
 
-def test_a_new_service_adds_its_chains_and_rewrites_only_the_dispatch_chains_it_is_in(proxy: IptablesProxy) -> None:
+def test_new_service_adds_its_chains_and_rewrites_only_its_dispatch_chains(proxy: IptablesProxy) -> None:
     lines = proxy.lines_of(service("new"), a_slice(9, owner="new"))
     own = {name for name in written(lines) if name.startswith(PORT_CHAIN_PREFIXES)}
     assert len(own) == 2
@@ -138,7 +138,7 @@ def test_a_new_service_adds_its_chains_and_rewrites_only_the_dispatch_chains_it_
     assert "must be the last rule" in [line for line in lines if line.startswith("-A KUBE-SERVICES")][-1]
 
 
-def test_a_deleted_service_takes_its_chains_along(proxy: IptablesProxy) -> None:
+def test_deleted_service_removes_its_chains_and_dispatch_rules(proxy: IptablesProxy) -> None:
     proxy.apply(Delete(Service, "ns", "web"))
     lines = proxy.lines_of()
     assert deleted(lines) == {SVC, sep(1), sep(2)}
@@ -146,19 +146,19 @@ def test_a_deleted_service_takes_its_chains_along(proxy: IptablesProxy) -> None:
     assert not [rule for rules in proxy.kernel.tables["nat"].values() for rule in rules if "ns/web" in rule]
 
 
-def test_a_service_that_loses_its_last_endpoint_is_refused_instead(proxy: IptablesProxy) -> None:
+def test_service_that_loses_its_last_endpoint_is_rejected(proxy: IptablesProxy) -> None:
     lines = proxy.lines_of(a_slice())
     assert deleted(lines) == {SVC, sep(1), sep(2)}
     assert [line for line in lines if line.startswith("*")] == ["*nat", "*filter"]
     assert [rule.split(" ")[1] for rule in proxy.kernel.tables["filter"]["KUBE-SERVICES"]] == ["10.96.0.119/32"]
 
 
-def test_a_port_that_is_renamed_changes_its_chains(proxy: IptablesProxy) -> None:
+def test_renamed_port_replaces_its_chains(proxy: IptablesProxy) -> None:
     lines = proxy.lines_of(service(ports=(ServicePort("other", 80, "TCP"),)))
     assert deleted(lines) == {SVC, sep(1), sep(2)}
 
 
-def test_a_node_port_does_not_touch_the_service_chain(proxy: IptablesProxy) -> None:
+def test_added_node_port_leaves_the_service_chain_unchanged(proxy: IptablesProxy) -> None:
     lines = proxy.lines_of(service(ports=(ServicePort("http", 80, "TCP", 30080),)))
     external = f"KUBE-EXT-{port_hash('ns/web:http', 'TCP')}"
     assert written(lines) == {external, "KUBE-NODEPORTS"}
@@ -168,10 +168,10 @@ def test_repeated_objects_write_nothing(proxy: IptablesProxy) -> None:
     assert proxy.lines_of(service(), a_slice(1, 2)) == []
 
 
-# At start, and after a failure.
+# At start and after a failure.
 
 
-def test_kube_proxys_jumps_are_in_its_order() -> None:
+def test_jumps_from_builtin_chains_are_in_the_order_of_kube_proxy() -> None:
     proxy = IptablesProxy()
     proxy.sync()
     for table, chains in BUILTIN.items():
@@ -180,14 +180,14 @@ def test_kube_proxys_jumps_are_in_its_order() -> None:
             assert proxy.kernel.tables[table][chain] == expected
 
 
-def test_only_missing_jumps_are_put_back(proxy: IptablesProxy) -> None:
+def test_only_missing_jumps_are_restored(proxy: IptablesProxy) -> None:
     missing = proxy.kernel.tables["filter"]["FORWARD"].pop(1)
     again = IptablesProxy(proxy.kernel)
     lines = again.lines_of(service(), a_slice(1, 2), service("api"), a_slice(3, owner="api"))
     assert lines == ["*filter", f"-I FORWARD 1 {missing}", "COMMIT"]
 
 
-def test_a_jump_counts_as_there_whatever_it_matches() -> None:
+def test_existing_jump_with_another_comment_is_kept() -> None:
     kernel = FakeKernel()
     kernel.restore("*nat\n:KUBE-SERVICES - [0:0]\n-A PREROUTING -m comment --comment old -j KUBE-SERVICES\nCOMMIT\n")
     lines = IptablesProxy(kernel).lines_of()
@@ -204,7 +204,7 @@ FOREIGN = (
 )
 
 
-def test_foreign_chains_and_rules_stay() -> None:
+def test_foreign_chains_and_rules_are_left_alone() -> None:
     kernel = FakeKernel()
     kernel.restore(FOREIGN)
     proxy = IptablesProxy(kernel)
@@ -216,7 +216,7 @@ def test_foreign_chains_and_rules_stay() -> None:
     assert not written(lines) & {"DOCKER", "KUBE-KUBELET-CANARY", "PREROUTING", "INPUT"}
 
 
-def test_kubelets_firewall_chain_is_added_to_but_never_emptied() -> None:
+def test_rule_is_added_to_the_kubelet_firewall_chain_without_flushing_it() -> None:
     kernel = FakeKernel()
     kernel.restore(FOREIGN)
     lines = IptablesProxy(kernel).lines_of()
@@ -227,25 +227,25 @@ def test_kubelets_firewall_chain_is_added_to_but_never_emptied() -> None:
     assert IptablesProxy(kernel).lines_of() == []
 
 
-def test_a_restart_writes_nothing_and_takes_over(proxy: IptablesProxy) -> None:
+def test_restart_adopts_existing_rules_without_writing(proxy: IptablesProxy) -> None:
     again = IptablesProxy(proxy.kernel)
     assert again.lines_of(service(), a_slice(1, 2), service("api"), a_slice(3, owner="api")) == []
     assert written(again.lines_of(a_slice(1, 2, 4))) == {SVC, sep(4)}
 
 
-def test_stale_chains_of_a_former_proxy_are_removed() -> None:
-    former = IptablesProxy()
+def test_stale_chains_of_a_previous_run_are_removed() -> None:
+    previous = IptablesProxy()
     ranges = {"vips": ("203.0.113.1",), "source_ranges": ("198.51.100.0/24",), "external_local": True}
-    former.sync(service("old", **ranges), a_slice(1, 2, owner="old"), service(), a_slice(3))
-    again = IptablesProxy(former.kernel)
+    previous.sync(service("old", **ranges), a_slice(1, 2, owner="old"), service(), a_slice(3))
+    again = IptablesProxy(previous.kernel)
     lines = again.lines_of(service(), a_slice(3))
     assert {name.split("-")[1] for name in deleted(lines)} == {"SVC", "SVL", "EXT", "FW", "SEP"}
     fresh = IptablesProxy()
     fresh.sync(service(), a_slice(3))
-    assert former.kernel.dump() == fresh.kernel.dump()
+    assert previous.kernel.dump() == fresh.kernel.dump()
 
 
-def test_a_chain_that_was_tampered_with_is_repaired_at_start(proxy: IptablesProxy) -> None:
+def test_modified_chains_are_repaired_at_start(proxy: IptablesProxy) -> None:
     expected = proxy.kernel.dump()
     proxy.kernel.tables["nat"][SVC].pop()
     proxy.kernel.tables["nat"]["KUBE-SERVICES"].append("-j ACCEPT")
@@ -257,7 +257,7 @@ def test_a_chain_that_was_tampered_with_is_repaired_at_start(proxy: IptablesProx
     assert proxy.kernel.dump() == expected
 
 
-def test_after_a_failure_the_kernel_is_read_and_only_what_is_missing_is_written(proxy: IptablesProxy) -> None:
+def test_after_a_failure_the_kernel_is_read_and_only_missing_rules_are_written(proxy: IptablesProxy) -> None:
     proxy.kernel.reject = lambda _: "out of memory"
     with pytest.raises(SyncError, match="out of memory"):
         proxy.sync(a_slice(1, 2, 4))
@@ -266,7 +266,7 @@ def test_after_a_failure_the_kernel_is_read_and_only_what_is_missing_is_written(
     assert proxy.kernel.reads == 2
 
 
-# Changes of what all Services share.
+# Changes of the context that all Services share.
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ def test_after_a_failure_the_kernel_is_read_and_only_what_is_missing_is_written(
         ({"zone": "zone-a"}, set()),
     ],
 )
-def test_a_changed_context_rewrites_what_it_shapes(
+def test_changed_context_rewrites_only_the_chains_that_depend_on_it(
     proxy: IptablesProxy, change: dict[str, Any], chains: set[str]
 ) -> None:
     proxy.context = replace(CONTEXT, **change)
@@ -292,11 +292,11 @@ def test_a_changed_context_rewrites_what_it_shapes(
     assert proxy.lines_of() == []
 
 
-# Large changes, in blocks.
+# Large changes, split into several transactions.
 
 
 class Watched(FakeKernel):
-    """Keeps what every single commit of a table left behind."""
+    """A fake kernel that records the state of table nat after every commit."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -309,20 +309,20 @@ class Watched(FakeKernel):
 
 
 def reachable(table: dict[str, list[str]]) -> set[str]:
-    """The chains of service ports that a packet can get to from a dispatch chain."""
-    found: set[str] = set()
-    ahead = [name for name in DISPATCH_NAMES if name in table]
-    while ahead:
-        for rule in table[ahead.pop()]:
+    """Return the per-Service chains that a packet can reach from a dispatch chain."""
+    reached: set[str] = set()
+    pending = [name for name in DISPATCH_NAMES if name in table]
+    while pending:
+        for rule in table[pending.pop()]:
             target = rule.rsplit("-j ", 1)[-1]
-            if target.startswith(PORT_CHAIN_PREFIXES) and target not in found:
-                found.add(target)
-                ahead.append(target)
-    return found
+            if target.startswith(PORT_CHAIN_PREFIXES) and target not in reached:
+                reached.add(target)
+                pending.append(target)
+    return reached
 
 
 def assert_safe(before: dict[str, list[str]], states: list[dict[str, list[str]]]) -> None:
-    """Whatever a packet meets at any moment is a whole chain, as it was before or as it is in the end."""
+    """Assert that in every state, each reachable chain is complete: identical to its initial or its final version."""
     after = states[-1] if states else before
     for state in states:
         for name in DISPATCH_NAMES & state.keys():
@@ -333,47 +333,47 @@ def assert_safe(before: dict[str, list[str]], states: list[dict[str, list[str]]]
 
 
 @pytest.mark.parametrize("max_transaction_rules", [1, 5, 20, 600])
-def test_a_large_load_is_safe_at_every_moment(max_transaction_rules: int) -> None:
+def test_initial_load_never_exposes_an_incomplete_chain(max_transaction_rules: int) -> None:
     proxy = IptablesProxy(Watched(), max_transaction_rules=max_transaction_rules)
     kernel = proxy.kernel
     assert isinstance(kernel, Watched)
     objects = [each for name in "abcdef" for each in (service(name), a_slice(1, 2, 3, owner=name))]
     proxy.sync(*objects)
-    whole = IptablesProxy()
-    whole.sync(*objects)
-    assert kernel.dump() == whole.kernel.dump()
+    single = IptablesProxy()
+    single.sync(*objects)
+    assert kernel.dump() == single.kernel.dump()
     assert_safe({}, kernel.states)
 
 
-def test_blocks_hold_what_they_may_and_never_half_a_service() -> None:
+def test_transactions_respect_the_rule_limit_and_never_split_a_service() -> None:
     proxy = IptablesProxy(max_transaction_rules=30)
     proxy.sync(*(each for name in "abcdefgh" for each in (service(name), a_slice(1, 2, 3, owner=name))))
-    *blocks, switch = proxy.kernel.inputs
-    assert len(blocks) > 2
-    for block in blocks:
-        lines = block.splitlines()
+    *transactions, last = proxy.kernel.inputs
+    assert len(transactions) > 2
+    for text in transactions:
+        lines = text.splitlines()
         assert sum(line.startswith("-A ") for line in lines) <= 30
         assert not written(lines) & DISPATCH_NAMES
         assert sum(line.startswith(":KUBE-SEP-") for line in lines) == 3 * sum(
             line.startswith(":KUBE-SVC-") for line in lines
         )
-    assert written(switch.splitlines()) >= DISPATCH_NAMES
+    assert written(last.splitlines()) >= DISPATCH_NAMES
 
 
-def test_a_service_larger_than_a_block_is_a_block() -> None:
+def test_service_larger_than_the_rule_limit_is_one_transaction() -> None:
     proxy = IptablesProxy(max_transaction_rules=5)
     proxy.sync(service(), a_slice(*range(1, 20)))
     assert [text.count(":KUBE-SVC-") for text in proxy.kernel.inputs].count(1) == 1
 
 
-def test_many_stale_chains_are_deleted_in_blocks_without_one_that_is_still_in_use() -> None:
-    former = IptablesProxy()
+def test_stale_chains_are_deleted_in_several_transactions_referrers_first() -> None:
+    previous = IptablesProxy()
     ranges = {"vips": ("203.0.113.1",), "source_ranges": ("198.51.100.0/24",), "external_local": True}
     for name in "abcdef":
-        former.sync(service(name, **ranges), a_slice(1, 2, 3, owner=name))
-    again = IptablesProxy(former.kernel, max_transaction_rules=3)
+        previous.sync(service(name, **ranges), a_slice(1, 2, 3, owner=name))
+    again = IptablesProxy(previous.kernel, max_transaction_rules=3)
     again.lines_of()
-    assert not [name for name in former.kernel.tables["nat"] if name.startswith(PORT_CHAIN_PREFIXES)]
+    assert not [name for name in previous.kernel.tables["nat"] if name.startswith(PORT_CHAIN_PREFIXES)]
     assert next(text.count("-X ") for text in again.kernel.inputs if "-X " in text) == 3
 
 
@@ -385,14 +385,12 @@ def test_many_stale_chains_are_deleted_in_blocks_without_one_that_is_still_in_us
     st.sampled_from((1, 3, 1000)),
     st.booleans(),
 )
-def test_every_change_is_safe_at_every_moment(
+def test_no_change_ever_exposes_an_incomplete_chain(
     before: list[Delta], more: list[Delta], max_transaction_rules: int, dispatch_threshold: int, restarted: bool
 ) -> None:
     kernel = Watched()
     proxy = IptablesProxy(kernel, max_transaction_rules=max_transaction_rules, dispatch_threshold=dispatch_threshold)
-    listed = partial(proxy.apply, Replace(Service, ()), Replace(EndpointSlice, ()))
-    listed()
-    proxy.apply(*before)
+    proxy.apply(Replace(Service, ()), Replace(EndpointSlice, ()), *before)
     proxy.sync()
     state = dict(kernel.tables["nat"])
     if restarted:

@@ -1,4 +1,4 @@
-"""A program that takes long is logged at growing intervals, with what it may be waiting for."""
+"""Warnings about slow programs: when they are logged, and which lock holder they name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kproxy.host.commands import SLOW_SECONDS, SlowCommandLog, lock_holder
 
 
 @pytest.fixture(autouse=True)
-def _logged(caplog: pytest.LogCaptureFixture) -> None:
+def _log_level(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
 
 
@@ -22,23 +22,23 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [f"{record.levelname} {record.getMessage()}" for record in caplog.records]
 
 
-def logged_moments(slow_log: SlowCommandLog, caplog: pytest.LogCaptureFixture, until: int) -> list[int]:
-    """Look every second, as somebody would who does not know when that is due."""
-    found = []
+def warning_times(slow_log: SlowCommandLog, caplog: pytest.LogCaptureFixture, until: int) -> list[int]:
+    """Check once a second; return the seconds at which a line was logged."""
+    logged = []
     for second in range(1, until + 1):
         caplog.clear()
         slow_log.check(second)
-        found += [second] * len(caplog.records)
-    return found
+        logged += [second] * len(caplog.records)
+    return logged
 
 
-def test_the_first_line_comes_after_seconds_and_each_other_waits_twice_as_long(
+def test_first_warning_after_5_seconds_and_then_with_doubled_intervals(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    assert logged_moments(SlowCommandLog("nft", 77, 0), caplog, 900) == [5, 15, 35, 75, 155, 315, 635]
+    assert warning_times(SlowCommandLog("nft", 77, 0), caplog, 900) == [5, 15, 35, 75, 155, 315, 635]
 
 
-def test_the_line_names_program_age_and_pid(caplog: pytest.LogCaptureFixture) -> None:
+def test_warning_names_program_duration_and_pid(caplog: pytest.LogCaptureFixture) -> None:
     slow_log = SlowCommandLog("ip6tables-restore", 77, 1000.0)
     slow_log.check(1000.0 + SLOW_SECONDS - 0.1)
     assert lines(caplog) == []
@@ -50,7 +50,7 @@ def test_the_line_names_program_age_and_pid(caplog: pytest.LogCaptureFixture) ->
     ]
 
 
-def test_a_program_that_goes_on_reading_its_input_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_program_that_keeps_reading_its_input_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
     slow_log = SlowCommandLog("iptables-restore", 77, 0)
     for second in range(1, 60):
         slow_log.check(second)
@@ -59,19 +59,19 @@ def test_a_program_that_goes_on_reading_its_input_is_not_logged(caplog: pytest.L
     assert lines(caplog) == []
 
 
-def test_a_program_that_was_killed_is_said_to_be(caplog: pytest.LogCaptureFixture) -> None:
+def test_killing_signal_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     slow_log = SlowCommandLog("nft", 77, 0)
     slow_log.check(5)
     slow_log.log_exit(900, -9)
     assert lines(caplog)[1:] == ["INFO nft was killed by signal 9 after 900 s (pid 77)"]
 
 
-def test_a_program_that_was_never_slow_ends_without_a_line(caplog: pytest.LogCaptureFixture) -> None:
+def test_exit_of_a_fast_program_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
     SlowCommandLog("nft", 77, 0).log_exit(4, 1)
     assert lines(caplog) == []
 
 
-def test_who_holds_a_lock_is_seen(tmp_path: Path) -> None:
+def test_lock_holder(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     with path.open("w") as file:
         assert lock_holder(str(path)) == 0
@@ -81,9 +81,9 @@ def test_who_holds_a_lock_is_seen(tmp_path: Path) -> None:
     assert lock_holder(str(tmp_path / "none")) == 0
 
 
-@pytest.mark.parametrize(("program", "named"), [("/usr/sbin/iptables-restore", True), ("nft", False)])
-def test_the_holder_of_the_xtables_lock_is_named_for_programs_that_take_it(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, program: str, named: bool
+@pytest.mark.parametrize(("program", "takes_lock"), [("/usr/sbin/iptables-restore", True), ("nft", False)])
+def test_xtables_lock_holder_is_named_only_for_programs_that_take_the_lock(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, program: str, takes_lock: bool
 ) -> None:
     path = tmp_path / "lock"
     monkeypatch.setenv("XTABLES_LOCKFILE", str(path))
@@ -91,20 +91,20 @@ def test_the_holder_of_the_xtables_lock_is_named_for_programs_that_take_it(
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         SlowCommandLog(program, 77, 0).check(5)
-    obstacle = f"; xtables lock {path} is held by {name} (pid {os.getpid()})" if named else ""
-    assert lines(caplog) == [f"WARNING {program} is still running after 5 s (pid 77){obstacle}"]
+    holder = f"; xtables lock {path} is held by {name} (pid {os.getpid()})" if takes_lock else ""
+    assert lines(caplog) == [f"WARNING {program} is still running after 5 s (pid 77){holder}"]
 
 
-def test_a_program_does_not_wait_for_a_lock_that_it_holds_itself(
+def test_lock_held_by_the_program_itself_is_not_named(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "lock"
     monkeypatch.setenv("XTABLES_LOCKFILE", str(path))
-    holding = "flock $0 sh -c 'echo held; cat'; :"
+    command = "flock $0 sh -c 'echo held; cat'; :"
     with subprocess.Popen(
-        ["sh", "-c", holding, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0
+        ["sh", "-c", command, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"held\n"

@@ -1,4 +1,4 @@
-"""Which endpoints a node uses: the rows of a table, one per rule."""
+"""Endpoint selection: readiness, termination, topology hints, and endpoints on this node."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def ready(node: str = NODE, zones: str = "", nodes: str = "") -> Endpoint:
     return Endpoint("", node, for_zones=tuple(zones.split()), for_nodes=tuple(nodes.split()))
 
 
-def leaving(node: str = NODE, zones: str = "", nodes: str = "") -> Endpoint:
+def terminating_endpoint(node: str = NODE, zones: str = "", nodes: str = "") -> Endpoint:
     return Endpoint("", node, False, True, True, tuple(zones.split()), tuple(nodes.split()))
 
 
@@ -24,12 +24,12 @@ def unready(node: str = NODE) -> Endpoint:
     return Endpoint("", node, ready=False)
 
 
-def gone(node: str = NODE) -> Endpoint:
+def not_serving(node: str = NODE) -> Endpoint:
     return Endpoint("", node, ready=False, serving=False, terminating=True)
 
 
 def named(*endpoints: Endpoint) -> dict[str, Endpoint]:
-    """Name the endpoints a, b, c in their order."""
+    """Name the endpoints a, b, c ... in their order."""
     return dict(zip("abcdef", endpoints, strict=False))
 
 
@@ -38,14 +38,14 @@ def named(*endpoints: Endpoint) -> dict[str, Endpoint]:
     [
         ((), ""),
         ((ready(), ready()), "ab"),
-        ((ready(), leaving(), unready()), "a"),
-        ((unready(), leaving(), leaving(), gone()), "bc"),
-        ((unready(), gone()), ""),
-        ((Endpoint("", ready=True, serving=True, terminating=True), leaving()), "a"),
+        ((ready(), terminating_endpoint(), unready()), "a"),
+        ((unready(), terminating_endpoint(), terminating_endpoint(), not_serving()), "bc"),
+        ((unready(), not_serving()), ""),
+        ((Endpoint("", ready=True, serving=True, terminating=True), terminating_endpoint()), "a"),
         ((Endpoint("", ready=True, serving=False),), "a"),
     ],
 )
-def test_ready_endpoints_or_else_those_that_serve_while_they_leave(
+def test_serving_terminating_endpoints_are_used_only_without_ready_ones(
     endpoints: tuple[Endpoint, ...], expected: str
 ) -> None:
     assert usable(named(*endpoints)) == tuple(expected)
@@ -59,11 +59,11 @@ def test_ready_endpoints_or_else_those_that_serve_while_they_leave(
         ((ready(zones="zone-b zone-a"), ready(zones="zone-b")), "a"),
         ((ready(zones="zone-a"), ready()), "ab"),
         ((ready(zones="zone-b"), ready(zones="zone-c")), "ab"),
-        # an endpoint that is not ready needs no hint and gets no traffic for its own
-        ((ready(zones="zone-a"), unready(), leaving()), "a"),
-        ((ready(zones="zone-b"), leaving(zones="zone-a")), "a"),
-        ((leaving(zones="zone-a"), leaving(zones="zone-b")), "ab"),
-        # node hints come first, and fall back to zone hints
+        # an endpoint that is not ready needs no hint, and its hint attracts no traffic
+        ((ready(zones="zone-a"), unready(), terminating_endpoint()), "a"),
+        ((ready(zones="zone-b"), terminating_endpoint(zones="zone-a")), "a"),
+        ((terminating_endpoint(zones="zone-a"), terminating_endpoint(zones="zone-b")), "ab"),
+        # node hints take precedence over zone hints
         ((ready(nodes="node-1", zones="zone-b"), ready(nodes="node-2", zones="zone-a")), "a"),
         ((ready(nodes="node-2", zones="zone-a"), ready(nodes="node-3", zones="zone-b")), "a"),
         ((ready(nodes="node-1"), ready(zones="zone-a")), "ab"),
@@ -74,11 +74,13 @@ def test_ready_endpoints_or_else_those_that_serve_while_they_leave(
         ((unready(),), ""),
     ],
 )
-def test_hints_count_only_if_complete_and_useful(endpoints: tuple[Endpoint, ...], expected: str) -> None:
+def test_hints_apply_only_if_all_ready_endpoints_have_one_and_one_matches(
+    endpoints: tuple[Endpoint, ...], expected: str
+) -> None:
     assert cluster_endpoints(named(*endpoints), NODE, ZONE) == tuple(expected)
 
 
-def test_zone_hints_lead_nowhere_on_a_node_without_a_zone() -> None:
+def test_zone_hints_are_ignored_on_a_node_without_a_zone() -> None:
     assert cluster_endpoints(named(ready(zones="zone-a"), ready(zones="zone-b")), NODE, "") == ("a", "b")
 
 
@@ -87,26 +89,28 @@ def test_zone_hints_lead_nowhere_on_a_node_without_a_zone() -> None:
     [
         ((ready("node-1"), ready("node-2"), ready("")), "a"),
         ((ready("node-2"),), ""),
-        # the fallback looks at this node's endpoints alone
-        ((leaving("node-1"), ready("node-2")), "a"),
-        ((leaving("node-1"), ready("node-1")), "b"),
+        # the fallback to terminating endpoints considers only endpoints on this node
+        ((terminating_endpoint("node-1"), ready("node-2")), "a"),
+        ((terminating_endpoint("node-1"), ready("node-1")), "b"),
         ((unready("node-1"), ready("node-2")), ""),
         # hints do not apply
         ((ready("node-1", zones="zone-b", nodes="node-2"), ready("node-1", zones="zone-a", nodes="node-1")), "ab"),
     ],
 )
-def test_local_endpoints_are_those_on_this_node(endpoints: tuple[Endpoint, ...], expected: str) -> None:
+def test_local_endpoints(endpoints: tuple[Endpoint, ...], expected: str) -> None:
     assert local_endpoints(named(*endpoints), NODE) == tuple(expected)
 
 
-def test_endpoints_without_a_node_are_local_to_none() -> None:
+def test_endpoint_without_a_node_name_is_local_to_no_node() -> None:
     assert local_endpoints(named(ready("")), "") == ()
 
 
 # From slices to endpoints.
 
 
-def a_slice(*endpoints: Endpoint, family: Family = Family.IPV4, name: str = "s", port: int = 8080) -> EndpointSlice:
+def endpoint_slice(
+    *endpoints: Endpoint, family: Family = Family.IPV4, name: str = "s", port: int = 8080
+) -> EndpointSlice:
     ports = (EndpointPort("http", port, "TCP"), EndpointPort("http", 53, "UDP"), EndpointPort("", 81, "TCP"))
     return EndpointSlice("ns", name, "ns/web", family, endpoints, ports)
 
@@ -115,13 +119,15 @@ def sockets(*slices: EndpointSlice, family: Family = Family.IPV4, port: str = "h
     return list(endpoints_by_socket(slices, family, port, "TCP"))
 
 
-def test_endpoints_are_ordered_by_their_text() -> None:
-    found = sockets(a_slice(Endpoint("10.0.0.9"), Endpoint("10.0.0.10")), a_slice(Endpoint("10.0.0.1"), port=9))
+def test_endpoints_are_sorted_as_text() -> None:
+    found = sockets(
+        endpoint_slice(Endpoint("10.0.0.9"), Endpoint("10.0.0.10")), endpoint_slice(Endpoint("10.0.0.1"), port=9)
+    )
     assert found == ["10.0.0.10:8080", "10.0.0.1:9", "10.0.0.9:8080"]
 
 
-def test_a_port_belongs_to_the_service_port_of_its_name_and_protocol() -> None:
-    one = a_slice(Endpoint("10.0.0.1"))
+def test_ports_match_by_name_and_protocol() -> None:
+    one = endpoint_slice(Endpoint("10.0.0.1"))
     assert sockets(one) == ["10.0.0.1:8080"]
     assert sockets(one, port="") == ["10.0.0.1:81"]
     assert sockets(one, port="other") == []
@@ -129,8 +135,8 @@ def test_a_port_belongs_to_the_service_port_of_its_name_and_protocol() -> None:
     assert list(endpoints_by_socket([one], Family.IPV4, "", "UDP")) == []
 
 
-def test_slices_of_the_other_family_do_not_count() -> None:
-    both = (a_slice(Endpoint("10.0.0.1")), a_slice(Endpoint("fd00::1"), family=Family.IPV6))
+def test_endpoint_slices_of_the_other_family_are_ignored() -> None:
+    both = (endpoint_slice(Endpoint("10.0.0.1")), endpoint_slice(Endpoint("fd00::1"), family=Family.IPV6))
     assert sockets(*both) == ["10.0.0.1:8080"]
     assert sockets(*both, family=Family.IPV6) == ["[fd00::1]:8080"]
 
@@ -143,13 +149,13 @@ def test_slices_of_the_other_family_do_not_count() -> None:
         (Endpoint("10.0.0.1", ready=False), Endpoint("10.0.0.1", ready=False, serving=False)),
     ],
 )
-def test_of_two_entries_of_an_endpoint_the_more_useful_one_counts(one: Endpoint, other: Endpoint) -> None:
-    for slices in ((a_slice(one), a_slice(other)), (a_slice(other), a_slice(one))):
+def test_duplicate_endpoint_takes_the_best_conditions(one: Endpoint, other: Endpoint) -> None:
+    for slices in ((endpoint_slice(one), endpoint_slice(other)), (endpoint_slice(other), endpoint_slice(one))):
         assert endpoints_by_socket(slices, Family.IPV4, "http", "TCP") == {"10.0.0.1:8080": one}
 
 
 def test_one_address_with_two_target_ports_is_two_endpoints() -> None:
-    assert sockets(a_slice(Endpoint("10.0.0.1")), a_slice(Endpoint("10.0.0.1"), port=9)) == [
+    assert sockets(endpoint_slice(Endpoint("10.0.0.1")), endpoint_slice(Endpoint("10.0.0.1"), port=9)) == [
         "10.0.0.1:8080",
         "10.0.0.1:9",
     ]
@@ -158,12 +164,12 @@ def test_one_address_with_two_target_ports_is_two_endpoints() -> None:
 @pytest.mark.parametrize(
     ("address", "text"), [("10.0.0.1", "10.0.0.1:80"), ("fd00::1", "[fd00::1]:80"), ("::", "[::]:80")]
 )
-def test_the_text_of_a_socket_and_back(address: str, text: str) -> None:
+def test_socket_text_round_trip(address: str, text: str) -> None:
     assert socket_text(address, 80) == text
     assert split_socket_text(text) == (address, 80)
 
 
-# Telling local traffic.
+# Detection of local traffic.
 
 BOTH = ("10.244.0.0/16", "fd00:10:244::/48")
 
@@ -181,6 +187,6 @@ BOTH = ("10.244.0.0/16", "fd00:10:244::/48")
         (local_traffic("InterfaceNamePrefix", Family.IPV6, interface_prefix="veth"), LocalTraffic("", "", "veth")),
     ],
 )
-def test_how_local_traffic_is_told(found: LocalTraffic, expected: LocalTraffic) -> None:
+def test_detect_local_mode(found: LocalTraffic, expected: LocalTraffic) -> None:
     assert found == expected
     assert found.detectable is (expected != LocalTraffic())

@@ -1,4 +1,4 @@
-"""The rules that exist whatever the Services."""
+"""The rules of iptables mode that do not depend on Services."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FOUR, SIX = Context(Family.IPV4, "node-1"), Context(Family.IPV6, "node-1")
 LOCALHOST = Context(Family.IPV4, "node-1", localhost_node_ports=True)
 
 
-def test_every_bit_can_be_the_mark() -> None:
+def test_any_bit_can_be_the_masquerade_mark() -> None:
     chains = base_chains(Context(Family.IPV4, "node-1", masquerade_mark=1 << 31))
     assert chains[MARK_MASQ] == "-A KUBE-MARK-MASQ -j MARK --set-xmark 0x80000000/0x80000000"
     assert chains[POSTROUTING].splitlines()[:2] == [
@@ -32,7 +32,7 @@ def test_every_bit_can_be_the_mark() -> None:
 
 
 @pytest.mark.parametrize(("random_fully", "end"), [(True, "-j MASQUERADE --random-fully"), (False, "-j MASQUERADE")])
-def test_random_fully_is_used_where_iptables_has_it(random_fully: bool, end: str) -> None:
+def test_random_fully_is_used_if_iptables_supports_it(random_fully: bool, end: str) -> None:
     chains = base_chains(Context(Family.IPV4, "node-1", random_fully=random_fully))
     assert chains[POSTROUTING].endswith(end)
 
@@ -53,23 +53,23 @@ def test_invalid_packets_are_dropped_and_counted(drop_invalid: bool, accounting:
     assert len(rules) == 2 + drop_invalid
 
 
-def test_the_martian_rule_guards_localhost_node_ports_and_only_them() -> None:
-    guards = [each for each in ensured_rules(LOCALHOST) if each.chain == FILTER_FIREWALL]
-    assert len(guards) == 1
-    assert guards[0].rule.startswith("! -s 127.0.0.0/8 -d 127.0.0.0/8 ")
-    assert guards[0].rule.endswith("-j DROP")
+def test_martian_rule_exists_only_with_localhost_node_ports() -> None:
+    martian_rules = [each for each in ensured_rules(LOCALHOST) if each.chain == FILTER_FIREWALL]
+    assert len(martian_rules) == 1
+    assert martian_rules[0].rule.startswith("! -s 127.0.0.0/8 -d 127.0.0.0/8 ")
+    assert martian_rules[0].rule.endswith("-j DROP")
     assert not [each for each in ensured_rules(FOUR) if each.chain == FILTER_FIREWALL]
     assert not [each for each in ensured_rules(SIX) if each.chain == FILTER_FIREWALL]
 
 
-def test_every_ensured_rule_is_found_again_and_no_other_of_its_chain_taken_for_it() -> None:
+def test_ensured_rule_is_satisfied_only_by_itself() -> None:
     rules = ensured_rules(LOCALHOST)
     for rule in rules:
         assert [each for each in rules if each.chain == rule.chain and rule.is_satisfied_by(each.text)] == [rule]
 
 
 @pytest.mark.parametrize(
-    ("listed", "met"),
+    ("listed", "satisfied"),
     [
         ("-A OUTPUT -m conntrack --ctstate NEW -m comment --comment portals -j KUBE-SERVICES", True),
         ('-A OUTPUT -m comment --comment "of -d another version" -j KUBE-SERVICES', True),
@@ -80,12 +80,12 @@ def test_every_ensured_rule_is_found_again_and_no_other_of_its_chain_taken_for_i
         ("-A OUTPUT -j KUBE-SERVICES-OF-MINE", False),
     ],
 )
-def test_only_a_rule_without_other_matches_is_our_jump(listed: str, met: bool) -> None:
+def test_jump_is_satisfied_only_by_a_rule_without_restricting_matches(listed: str, satisfied: bool) -> None:
     jump = next(each for each in ensured_rules(FOUR) if each.chain == ChainName("nat", "OUTPUT"))
-    assert jump.is_satisfied_by(listed) is met
+    assert jump.is_satisfied_by(listed) is satisfied
 
 
-def test_jumps_of_table_nat_see_all_packets_and_those_to_services_in_filter_only_new_connections() -> None:
+def test_only_service_jumps_of_table_filter_are_limited_to_new_connections() -> None:
     jumps = {(each.chain, each.rule[each.rule.index("-j ") :]): each.rule for each in ensured_rules(FOUR)}
     new = "-m conntrack --ctstate NEW"
     assert new not in jumps[ChainName("nat", "PREROUTING"), "-j KUBE-SERVICES"]
@@ -108,7 +108,7 @@ def test_jumps_of_table_nat_see_all_packets_and_those_to_services_in_filter_only
         (Context(Family.IPV4, "n", node_port_addresses=()), []),
     ],
 )
-def test_what_leads_to_node_ports(context: Context, starts: list[str]) -> None:
+def test_rules_that_jump_to_node_ports(context: Context, starts: list[str]) -> None:
     tails = dispatch_trailing_rules(context)
     assert set(tails) == set(DISPATCH_CHAINS)
     assert [each for chain, tail in tails.items() if chain != NAT_SERVICES for each in tail] == []

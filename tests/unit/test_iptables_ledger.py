@@ -1,4 +1,4 @@
-"""What is remembered of the rules that the kernel accepted."""
+"""The ledger of iptables mode: the rules that the kernel accepted so far, and snapshots of existing rules."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from kproxy.iptables.save_restore import SavedChain
 
 def port(*dispatch: tuple[ChainName, str], **chains: str) -> PortRecord:
     named = {name.replace("_", "-"): rules for name, rules in chains.items()}
-    rules = tuple(DispatchRule(chain, rule, place) for place, (chain, rule) in enumerate(dispatch))
+    rules = tuple(DispatchRule(chain, rule, number) for number, (chain, rule) in enumerate(dispatch))
     return PortRecord.from_rendered(RenderedPort(named, rules))
 
 
-def test_a_record_knows_its_chains_by_digest() -> None:
+def test_port_record_has_a_digest_of_each_chain() -> None:
     record = port(KUBE_SVC_A="one\ntwo", KUBE_SEP_A="three")
     assert dict(record.chains()) == {"KUBE-SVC-A": hash("one\ntwo"), "KUBE-SEP-A": hash("three")}
     assert dict(port().chains()) == {}
@@ -25,11 +25,9 @@ def test_a_record_knows_its_chains_by_digest() -> None:
     assert record != port(KUBE_SVC_A="one\ntwo", KUBE_SEP_A="four")
 
 
-def test_a_record_knows_each_rule_of_long_chains() -> None:
-    first, second = (
-        [f"-j A{number}" for number in range(MIN_PATCHABLE_RULES)],
-        [f"-j B{number}" for number in range(30)],
-    )
+def test_port_record_has_a_digest_of_each_rule_of_long_chains() -> None:
+    first = [f"-j A{number}" for number in range(MIN_PATCHABLE_RULES)]
+    second = [f"-j B{number}" for number in range(30)]
     short = first[1:]
     record = port(KUBE_SVL_A="\n".join(first), KUBE_SEP_A="\n".join(short), KUBE_SVC_A="\n".join(second))
     assert list(record.rule_digests_of("KUBE-SVL-A")) == [hash(rule) for rule in first]
@@ -39,8 +37,8 @@ def test_a_record_knows_each_rule_of_long_chains() -> None:
     assert record.rule_count == len(first) + len(short) + len(second)
 
 
-def test_a_dump_is_sorted_into_ours_and_those_we_share() -> None:
-    view = IptablesSnapshot.from_saved(
+def test_snapshot_has_digests_of_own_chains_and_rules_of_shared_ones() -> None:
+    snapshot = IptablesSnapshot.from_saved(
         {
             ChainName("nat", "KUBE-SVC-A"): SavedChain(["one", "two"]),
             ChainName("nat", "KUBE-SERVICES"): SavedChain(["three"]),
@@ -48,15 +46,15 @@ def test_a_dump_is_sorted_into_ours_and_those_we_share() -> None:
             ChainName("nat", "CALICO"): SavedChain([]),
         }
     )
-    assert view.digests == {
+    assert snapshot.digests == {
         ChainName("nat", "KUBE-SVC-A"): hash("one\ntwo"),
         ChainName("nat", "KUBE-SERVICES"): hash("three"),
     }
-    assert view.rules[ChainName("nat", "PREROUTING")] == ["four"]
-    assert ChainName("nat", "KUBE-SVC-A") not in view.rules
+    assert snapshot.rules[ChainName("nat", "PREROUTING")] == ["four"]
+    assert ChainName("nat", "KUBE-SVC-A") not in snapshot.rules
 
 
-def test_stale_are_chains_of_ports_in_table_nat_that_nobody_uses() -> None:
+def test_unused_per_service_chains_of_table_nat_are_stale() -> None:
     names = ("KUBE-SVC-A", "KUBE-SEP-A", "KUBE-SVL-A", "KUBE-EXT-A", "KUBE-FW-A", "KUBE-SVC-USED", "KUBE-SERVICES")
     others = ("KUBE-KUBELET-CANARY", "KUBE-FIREWALL", "CALICO-KUBE-SVC-A", "KUBE-NODE-PORT", "KUBE-MARK-DROP")
     saved = {ChainName("nat", name): SavedChain([]) for name in (*names, *others)}
@@ -66,7 +64,7 @@ def test_stale_are_chains_of_ports_in_table_nat_that_nobody_uses() -> None:
     assert {table for table, _ in stale} == {"nat"}
 
 
-def test_stale_are_shards_of_both_tables_that_nobody_uses() -> None:
+def test_unused_shards_of_both_tables_are_stale() -> None:
     names = ("KUBE-SVC-10.96.0.0/12", "KUBE-EXT-ABCDEFGHIJ23456/112", "KUBE-SVL-tcp-30000-30015", "KUBE-FW-10.0.0.0/8")
     shards = [ChainName(table, name) for table in ("nat", "filter") for name in names]
     others = [
@@ -74,12 +72,12 @@ def test_stale_are_shards_of_both_tables_that_nobody_uses() -> None:
         ChainName("filter", "KUBE-EXT-A"),
         ChainName("mangle", names[0]),
     ]
-    view = IptablesSnapshot.from_saved({chain: SavedChain([]) for chain in (*shards, *others)})
-    assert view.stale_chains([], ()) == shards
-    assert view.stale_chains([], {shards[0], shards[-1]}) == shards[1:-1]
+    snapshot = IptablesSnapshot.from_saved({chain: SavedChain([]) for chain in (*shards, *others)})
+    assert snapshot.stale_chains([], ()) == shards
+    assert snapshot.stale_chains([], {shards[0], shards[-1]}) == shards[1:-1]
 
 
-def test_what_services_add_to_dispatch_chains_is_in_the_order_of_their_names() -> None:
+def test_dispatch_rules_are_in_the_order_of_service_and_port_names() -> None:
     ledger = IptablesLedger()
     ledger.put("ns/b", {"/TCP": port((NAT_SERVICES, "b"), (FILTER_SERVICES, "no"))})
     ledger.put("ns/c", {"/TCP": port((NAT_SERVICES, "c"))})
@@ -89,14 +87,14 @@ def test_what_services_add_to_dispatch_chains_is_in_the_order_of_their_names() -
         "ns/c": {"/TCP": port((NAT_SERVICES, "c-new"))},
         "ns/d": {},
     }
-    found = ledger.dispatch_rules((NAT_SERVICES, NAT_NODEPORTS), changed)
-    assert [each.rule for each in found[NAT_SERVICES]] == ["a-1", "a-2", "a-y", "b", "c-new"]
-    assert found[NAT_NODEPORTS] == []
-    assert FILTER_SERVICES not in found
+    rules = ledger.dispatch_rules((NAT_SERVICES, NAT_NODEPORTS), changed)
+    assert [each.rule for each in rules[NAT_SERVICES]] == ["a-1", "a-2", "a-y", "b", "c-new"]
+    assert rules[NAT_NODEPORTS] == []
+    assert FILTER_SERVICES not in rules
     assert ledger.dispatch_rules((), changed) == {}
 
 
-def test_which_dispatch_chains_differ() -> None:
+def test_changed_dispatch_chains() -> None:
     old = {"/TCP": port((NAT_SERVICES, "a"), (NAT_NODEPORTS, "b"), KUBE_SVC_A="x")}
     assert (
         changed_dispatch_chains(old, {"/TCP": port((NAT_SERVICES, "a"), (NAT_NODEPORTS, "b"), KUBE_SVC_A="y")}) == set()
@@ -109,7 +107,7 @@ def test_which_dispatch_chains_differ() -> None:
     assert changed_dispatch_chains(old, {}) == {NAT_SERVICES, NAT_NODEPORTS} == changed_dispatch_chains({}, old)
 
 
-def test_an_empty_record_removes_the_service() -> None:
+def test_empty_record_removes_the_service() -> None:
     ledger = IptablesLedger()
     ledger.put("ns/a", {"/TCP": port((NAT_SERVICES, "a"))})
     ledger.put("ns/a", {})
@@ -117,7 +115,7 @@ def test_an_empty_record_removes_the_service() -> None:
     assert ledger.services == {}
 
 
-def test_rules_are_counted_as_they_come_and_go() -> None:
+def test_rule_counts_follow_every_change() -> None:
     ledger = IptablesLedger()
     ledger.put_base({}, Counter({"nat": 5, "filter": 3}))
     ledger.put(

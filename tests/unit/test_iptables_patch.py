@@ -1,4 +1,4 @@
-"""Single rules of a long chain are changed, by numbers, and the chain ends as if it had been written anew."""
+"""Patches change single rules of a long chain by number; the result is the same as rewriting the chain."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def lines(rules: Sequence[str]) -> str:
     return "\n".join(f"-A {NAME} {rule}" for rule in rules)
 
 
-def way(held: Sequence[str], wanted: Sequence[str]) -> ChainPatch | None:
-    return make_patch(NAME, [hash(f"-A {NAME} {rule}") for rule in held], lines(wanted))
+def patch_between(existing: Sequence[str], desired: Sequence[str]) -> ChainPatch | None:
+    return make_patch(NAME, [hash(f"-A {NAME} {rule}") for rule in existing], lines(desired))
 
 
 def kernel_with(rules: Sequence[str]) -> FakeKernel:
@@ -38,95 +38,96 @@ def kernel_with(rules: Sequence[str]) -> FakeKernel:
 
 @settings(max_examples=300)
 @given(st.data())
-def test_a_patch_leads_to_what_is_wanted(data: st.DataObject) -> None:
+def test_patch_produces_the_desired_chain(data: st.DataObject) -> None:
     rule = st.integers(0, 40).map(lambda number: f"-s 10.0.0.{number}")
-    held = data.draw(st.lists(rule, min_size=MIN_PATCHABLE_RULES, max_size=40))
-    wanted = list(held)
+    existing = data.draw(st.lists(rule, min_size=MIN_PATCHABLE_RULES, max_size=40))
+    desired = list(existing)
     for _ in range(data.draw(st.integers(1, 4))):
-        begin = data.draw(st.integers(0, len(wanted)))
+        begin = data.draw(st.integers(0, len(desired)))
         end = begin + data.draw(st.integers(0, 4))
-        wanted[begin:end] = data.draw(st.lists(rule, max_size=4))
-    found = way(held, wanted)
-    if found is None:
+        desired[begin:end] = data.draw(st.lists(rule, max_size=4))
+    patch = patch_between(existing, desired)
+    if patch is None:
         return
-    assert found.old_length == len(held)
-    assert len(found.commands) * RULES_PER_COMMAND <= len(wanted)
-    kernel = kernel_with(held)
-    kernel.restore(RestoreInput(patches={CHAIN: found}).text())
-    assert kernel.tables["nat"][NAME] == wanted
+    assert patch.old_length == len(existing)
+    assert len(patch.commands) * RULES_PER_COMMAND <= len(desired)
+    kernel = kernel_with(existing)
+    kernel.restore(RestoreInput(patches={CHAIN: patch}).text())
+    assert kernel.tables["nat"][NAME] == desired
 
 
 @pytest.mark.parametrize("count", [MIN_PATCHABLE_RULES, 10, 100])
-@pytest.mark.parametrize("place", [0, 1, -2, -1])
-def test_one_other_rule_is_one_command(count: int, place: int) -> None:
-    held = [f"-s 10.0.0.{number}" for number in range(count)]
-    wanted = list(held)
-    wanted[place] = "-s 10.1.0.1"
-    number = place % count + 1
-    assert way(held, wanted) == ChainPatch((f"-R {NAME} {number} -s 10.1.0.1",), count, lines(wanted))
+@pytest.mark.parametrize("index", [0, 1, -2, -1])
+def test_one_changed_rule_is_one_command(count: int, index: int) -> None:
+    existing = [f"-s 10.0.0.{number}" for number in range(count)]
+    desired = list(existing)
+    desired[index] = "-s 10.1.0.1"
+    number = index % count + 1
+    assert patch_between(existing, desired) == ChainPatch((f"-R {NAME} {number} -s 10.1.0.1",), count, lines(desired))
 
 
-def test_a_rule_that_goes_or_comes_takes_no_more_than_those_that_differ() -> None:
-    held = [f"-s 10.0.0.{number}" for number in range(9)]
-    gone, more = way(held, held[:2] + held[3:]), way(held, [*held[:2], "-s 10.1.0.1", *held[2:]])
-    assert gone is not None
-    assert gone.commands == (f"-D {NAME} 3",)
-    assert more is not None
-    assert more.commands == (f"-I {NAME} 3 -s 10.1.0.1",)
+def test_one_added_or_deleted_rule_is_one_command() -> None:
+    existing = [f"-s 10.0.0.{number}" for number in range(9)]
+    deletion = patch_between(existing, existing[:2] + existing[3:])
+    addition = patch_between(existing, [*existing[:2], "-s 10.1.0.1", *existing[2:]])
+    assert deletion is not None
+    assert deletion.commands == (f"-D {NAME} 3",)
+    assert addition is not None
+    assert addition.commands == (f"-I {NAME} 3 -s 10.1.0.1",)
 
 
-def test_rules_that_are_alike_are_not_mixed_up() -> None:
-    held = ["-s 10.0.0.1"] * 9
-    for wanted in (held[1:], [*held, "-s 10.0.0.1"], [*held[2:], "-s 10.0.0.2"]):
-        found = way(held, wanted)
-        assert found is not None
-        kernel = kernel_with(held)
-        kernel.restore(RestoreInput(patches={CHAIN: found}).text())
-        assert kernel.tables["nat"][NAME] == wanted
+def test_chain_of_equal_rules_is_patched_correctly() -> None:
+    existing = ["-s 10.0.0.1"] * 9
+    for desired in (existing[1:], [*existing, "-s 10.0.0.1"], [*existing[2:], "-s 10.0.0.2"]):
+        patch = patch_between(existing, desired)
+        assert patch is not None
+        kernel = kernel_with(existing)
+        kernel.restore(RestoreInput(patches={CHAIN: patch}).text())
+        assert kernel.tables["nat"][NAME] == desired
 
 
-def test_what_is_written_anew() -> None:
+def test_short_or_very_different_chains_are_not_patched() -> None:
     few = [f"-s 10.0.0.{number}" for number in range(MIN_PATCHABLE_RULES - 1)]
-    assert way([*few, "-s 10.1.0.1"], few) is None
+    assert patch_between([*few, "-s 10.1.0.1"], few) is None
     many = [f"-s 10.0.0.{number}" for number in range(3 * RULES_PER_COMMAND)]
-    assert way(many, ["-s 10.1.0.1"] * 3 + many[3:]) is not None
-    assert way(many, ["-s 10.1.0.1"] * 4 + many[4:]) is None
-    assert way(many, many[:2]) is None
+    assert patch_between(many, ["-s 10.1.0.1"] * 3 + many[3:]) is not None
+    assert patch_between(many, ["-s 10.1.0.1"] * 4 + many[4:]) is None
+    assert patch_between(many, many[:2]) is None
     assert make_patch(NAME, [hash(rule) for rule in many], "") is None
 
 
-def test_a_patch_stays_only_while_the_chain_is_as_long_as_it_says() -> None:
+def test_patch_is_replaced_by_a_rewrite_unless_the_chain_has_the_expected_length() -> None:
     other = ChainName("nat", "KUBE-SVL-A")
-    fits = ChainPatch((f"-R {NAME} 1 -j ACCEPT",), 4, "-A x")
-    late = ChainPatch(
+    applicable = ChainPatch((f"-R {NAME} 1 -j ACCEPT",), 4, "-A x")
+    outdated = ChainPatch(
         ("-R KUBE-SVL-A 1 -j ACCEPT", "-D KUBE-SVL-A 2"), 4, "-A KUBE-SVL-A -j ACCEPT\n-A KUBE-SVL-A -j DROP"
     )
     change = RestoreInput(
         {ChainName("nat", "KUBE-SEP-A"): ""},
-        {CHAIN: fits, other: late},
+        {CHAIN: applicable, other: outdated},
         [("nat", "-I INPUT 1 -j DROP")],
         [],
         best_effort=True,
     )
     assert change.with_applicable_patches({CHAIN: 4, other: 4}) is change
-    # The patch of a chain counts for the rules that have to be read, too: here too few to matter.
+    # The cost of a patch includes reading the existing rules; these chains are too short for it to count.
     assert change.cost == 4
-    assert ChainPatch(late.commands, 1000, late.rules).cost > 2 + 1000 // 10
+    assert ChainPatch(outdated.commands, 1000, outdated.rules).cost > 2 + 1000 // 10
     assert change.rules_by_table() == {"nat": 2}
-    settled = change.with_applicable_patches({CHAIN: 4, other: 5})
-    assert settled.patches == {CHAIN: fits}
-    assert settled.chains == {ChainName("nat", "KUBE-SEP-A"): "", other: late.rules}
-    assert (settled.edits, settled.best_effort) == (change.edits, True)
+    remaining = change.with_applicable_patches({CHAIN: 4, other: 5})
+    assert remaining.patches == {CHAIN: applicable}
+    assert remaining.chains == {ChainName("nat", "KUBE-SEP-A"): "", other: outdated.rules}
+    assert (remaining.edits, remaining.best_effort) == (change.edits, True)
     assert change.with_applicable_patches({}).patches == {}
 
 
-# With the whole way of a change.
+# Patches in a whole sync.
 
 SIZES = (1, 3, 4, 9, 30)
 
 
 class PatchingProxy(SingleServiceProxy):
-    """One Service whose endpoints change, on a fake kernel."""
+    """A proxy of one Service whose endpoints change, on a fake kernel."""
 
     def __init__(
         self,
@@ -154,35 +155,35 @@ class PatchingProxy(SingleServiceProxy):
 
     @property
     def chains(self) -> list[str]:
-        """The chains that pick endpoints, one for each port."""
+        """The KUBE-SVC chains, one for each port."""
         return [name for name in self.kernel.tables["nat"] if name.startswith("KUBE-SVC")]
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(), st.lists(st.sampled_from(SIZES), min_size=1, max_size=6))
-def test_endpoints_come_go_and_are_replaced(seed: int, sizes: list[int]) -> None:
-    chance = random.Random(seed)
+def test_changed_endpoints_leave_the_same_rules_as_a_fresh_start(seed: int, sizes: list[int]) -> None:
+    rng = random.Random(seed)
     proxy = PatchingProxy(affinity=60)
     addresses: list[str] = []
     for size in sizes:
-        addresses = chance.sample(addresses, min(size, len(addresses)))
-        addresses += [f"10.244.{chance.randrange(9)}.{number}" for number in range(size - len(addresses))]
+        addresses = rng.sample(addresses, min(size, len(addresses)))
+        addresses += [f"10.244.{rng.randrange(9)}.{number}" for number in range(size - len(addresses))]
         for _ in range(3):
             proxy.sync_endpoints(addresses)
             fresh = PatchingProxy(affinity=60)
             fresh.sync_endpoints(addresses)
             assert proxy.kernel.dump() == fresh.kernel.dump()
-            addresses[chance.randrange(size)] = f"10.245.{chance.randrange(9)}.{chance.randrange(250)}"
+            addresses[rng.randrange(size)] = f"10.245.{rng.randrange(9)}.{rng.randrange(250)}"
 
 
 MANY = [f"10.244.1.{number}" for number in range(10, 40)]
 
 
-def test_a_chain_that_somebody_else_was_at_is_written_anew() -> None:
+def test_chain_modified_by_another_process_is_rewritten() -> None:
     proxy = PatchingProxy(affinity=60)
     assert "-R KUBE-SVC" not in proxy.written_for(MANY)
     assert proxy.written_for([*MANY[:-1], "10.244.1.98"]).count("-R KUBE-SVC") == 2
-    # The two rules of the new endpoint's own chain as well.
+    # The other two are the rules of the new endpoint's own chain.
     assert proxy.written_rules == 4
     (name,) = proxy.chains
     proxy.kernel.restore(f"*nat\n-I {name} 1 -j ACCEPT\nCOMMIT\n")
@@ -196,51 +197,51 @@ def test_a_chain_that_somebody_else_was_at_is_written_anew() -> None:
     assert proxy.kernel.reads == 1
 
 
-class Crowded(FakeKernel):
-    """A kernel in which somebody else makes a change right before ours."""
+class ConcurrentlyChangedKernel(FakeKernel):
+    """A fake kernel in which another process restores `concurrent_input` right before the next restore."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.others = ""
+        self.concurrent_input = ""
 
     def restore(self, text: str) -> None:
-        others, self.others = self.others, ""
-        if others:
-            super().restore(others)
+        concurrent_input, self.concurrent_input = self.concurrent_input, ""
+        if concurrent_input:
+            super().restore(concurrent_input)
         super().restore(text)
 
 
-def test_of_chains_that_somebody_else_changed_at_the_same_moment_only_these_are_written_anew() -> None:
-    kernel = Crowded()
+def test_only_the_chain_changed_concurrently_by_another_process_is_rewritten() -> None:
+    kernel = ConcurrentlyChangedKernel()
     proxy, fresh = PatchingProxy(kernel, ports=3), PatchingProxy(ports=3)
     proxy.sync_endpoints(MANY)
-    crossed = proxy.chains[1]
-    kernel.others = f"*nat\n-D {crossed} 1\nCOMMIT\n"
+    changed = proxy.chains[1]
+    kernel.concurrent_input = f"*nat\n-D {changed} 1\nCOMMIT\n"
     written = proxy.written_for(MANY[1:])
     fresh.sync_endpoints(MANY[1:])
     assert kernel.dump() == fresh.kernel.dump()
     patched = [line.split()[1] for line in written.splitlines() if line.startswith("-D")]
-    assert sorted(patched) == sorted([*proxy.chains, crossed])
-    assert {line.split()[1] for line in written.splitlines() if line.startswith("-A KUBE-SVC")} == {crossed}
+    assert sorted(patched) == sorted([*proxy.chains, changed])
+    assert {line.split()[1] for line in written.splitlines() if line.startswith("-A KUBE-SVC")} == {changed}
     assert proxy.written_rules == len(MANY) - 1
     assert kernel.reads == 1
-    assert ":KUBE-SVC" not in proxy.written_for(MANY), "and all that is there is known"
+    assert ":KUBE-SVC" not in proxy.written_for(MANY), "the ledger does not know the rewritten chain"
 
 
-class Forgetful(FakeKernel):
-    """A kernel that tells only once how many rules chains have."""
+class OnceCountingKernel(FakeKernel):
+    """A fake kernel that counts rules only once; later counts find no chain."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.asked = 0
+        self.counts = 0
 
     def count_rules(self, chains: Collection[ChainName]) -> dict[ChainName, int]:
-        self.asked += 1
-        return super().count_rules(chains) if self.asked == 1 else {}
+        self.counts += 1
+        return super().count_rules(chains) if self.counts == 1 else {}
 
 
-def test_a_chain_of_which_nobody_can_tell_whether_it_was_left_alone_is_written_anew() -> None:
-    proxy, fresh = PatchingProxy(Forgetful()), PatchingProxy()
+def test_chain_is_rewritten_if_its_rules_cannot_be_counted_after_the_patch() -> None:
+    proxy, fresh = PatchingProxy(OnceCountingKernel()), PatchingProxy()
     proxy.sync_endpoints(MANY)
     assert "-D KUBE-SVC" in proxy.written_for(MANY[1:])
     assert proxy.kernel.inputs[-1].count("-A KUBE-SVC") == len(MANY) - 1
@@ -248,19 +249,19 @@ def test_a_chain_of_which_nobody_can_tell_whether_it_was_left_alone_is_written_a
     assert proxy.kernel.dump() == fresh.kernel.dump()
 
 
-def test_without_patching_chains_are_always_written_anew() -> None:
+def test_without_patching_chains_are_always_rewritten() -> None:
     proxy = PatchingProxy(patching=False)
     proxy.sync_endpoints(MANY)
     assert "-R KUBE-SVC" not in proxy.written_for([*MANY[:-1], "10.244.1.98"])
 
 
-def test_the_shortest_chain_that_is_patched() -> None:
+def test_chain_with_the_minimum_number_of_rules_is_patched() -> None:
     proxy = PatchingProxy()
     proxy.sync_endpoints(MANY[:MIN_PATCHABLE_RULES])
     assert "-R KUBE-SVC" in proxy.written_for([*MANY[: MIN_PATCHABLE_RULES - 1], "10.244.1.98"])
 
 
-def test_each_port_has_a_patch_of_its_own() -> None:
+def test_chain_of_each_port_is_patched() -> None:
     proxy, fresh = PatchingProxy(ports=3), PatchingProxy(ports=3)
     proxy.sync_endpoints(MANY)
     assert {

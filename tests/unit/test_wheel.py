@@ -1,4 +1,4 @@
-"""What is installed: the wheel that is built from this checkout, installed by itself, and what its version is."""
+"""The wheel built from this checkout: content, metadata, dependencies, and the installed command."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ import kproxy
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SOURCES = ("kproxy", "tests", "docs", "deploy", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md")
-LEAST_SETUPTOOLS = 77
+MIN_SETUPTOOLS = 77
 
 
-def checkout(folder: Path) -> Path:
-    """A copy of what the checkout has, since a build leaves things behind."""
+def checkout(directory: Path) -> Path:
+    """Copy the checkout to a directory: a build leaves files behind."""
     for name in SOURCES:
-        subprocess.run(["cp", "-R", str(ROOT / name), str(folder)], check=True)
-    return folder
+        subprocess.run(["cp", "-R", str(ROOT / name), str(directory)], check=True)
+    return directory
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built without a network."""
-    if int(version("setuptools").partition(".")[0]) < LEAST_SETUPTOOLS:
-        pytest.skip(f"setuptools is older than {LEAST_SETUPTOOLS}, which the build needs")
+    """The wheel, built without network access."""
+    if int(version("setuptools").partition(".")[0]) < MIN_SETUPTOOLS:
+        pytest.skip(f"the build needs setuptools {MIN_SETUPTOOLS} or newer")
     source = checkout(tmp_path_factory.mktemp("source"))
     target = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-index", "--no-build-isolation", "--no-deps"]
@@ -50,21 +50,21 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the commands of an environment that has the wheel, and of this one only the dependencies."""
-    folder = tmp_path_factory.mktemp("installed")
-    venv.create(folder, with_pip=False, symlinks=True)
-    python = folder / "bin" / "python"
+    """The `bin` directory of a virtual environment with the wheel and this environment's dependencies."""
+    directory = tmp_path_factory.mktemp("installed")
+    venv.create(directory, with_pip=False, symlinks=True)
+    python = directory / "bin" / "python"
     command = [sys.executable, "-m", "pip", f"--python={python}", "install", "--quiet", "--no-index", "--no-deps"]
     subprocess.run([*command, str(wheel)], check=True)
-    (packages,) = folder.glob("lib/python*/site-packages")
-    # Of a folder that is named so, .pth files are not read: the checkout stays out.
+    (packages,) = directory.glob("lib/python*/site-packages")
+    # Python does not read .pth files in directories added by a .pth file, so the editable install is not visible.
     (packages / "dependencies.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
-    return folder / "bin"
+    return directory / "bin"
 
 
-def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = {"PATH": os.environ["PATH"], "HOME": str(folder)}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+def run(command: list[str], directory: Path) -> subprocess.CompletedProcess[str]:
+    environment = {"PATH": os.environ["PATH"], "HOME": str(directory)}
+    return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, check=True)
 
 
 def metadata(wheel: Path, name: str) -> str:
@@ -72,7 +72,7 @@ def metadata(wheel: Path, name: str) -> str:
         return archive.read(f"kproxy-{kproxy.__version__}.dist-info/{name}").decode()
 
 
-def test_the_wheel_has_the_package_and_the_license_and_nothing_else(wheel: Path) -> None:
+def test_wheel_has_only_the_package_and_the_license(wheel: Path) -> None:
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "kproxy").rglob("*.py")}
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
@@ -81,11 +81,11 @@ def test_the_wheel_has_the_package_and_the_license_and_nothing_else(wheel: Path)
     assert metadata(wheel, "licenses/LICENSE") == (ROOT / "LICENSE").read_text()
 
 
-def test_the_wheel_is_for_any_machine_and_python_3(wheel: Path) -> None:
+def test_wheel_is_for_any_platform_and_python_3(wheel: Path) -> None:
     assert wheel.name == f"kproxy-{kproxy.__version__}-py3-none-any.whl"
 
 
-def test_its_one_command_is_kproxy(wheel: Path) -> None:
+def test_only_command_of_the_wheel_is_kproxy(wheel: Path) -> None:
     entries = ConfigParser()
     entries.read_string(metadata(wheel, "entry_points.txt"))
     assert {name: dict(entries[name]) for name in entries.sections()} == {
@@ -93,7 +93,7 @@ def test_its_one_command_is_kproxy(wheel: Path) -> None:
     }
 
 
-def test_its_metadata_say_what_it_is_and_needs(wheel: Path) -> None:
+def test_metadata_match_the_project(wheel: Path) -> None:
     found: Message = email.message_from_string(metadata(wheel, "METADATA"))
     assert found["Version"] == kproxy.__version__
     assert found["License-Expression"] == "Apache-2.0"
@@ -104,7 +104,7 @@ def test_its_metadata_say_what_it_is_and_needs(wheel: Path) -> None:
     assert {requirement(line) for line in needed} == {requirement(line) for line in PROJECT["dependencies"]}
 
 
-def test_the_command_works_from_anywhere(installed: Path, tmp_path: Path) -> None:
+def test_installed_command_works_outside_of_the_checkout(installed: Path, tmp_path: Path) -> None:
     where = run([str(installed / "python"), "-c", "import kproxy; print(kproxy.__file__)"], tmp_path)
     assert where.stdout.startswith(str(installed.parent))
     command = str(installed / "kproxy")
@@ -113,19 +113,19 @@ def test_the_command_works_from_anywhere(installed: Path, tmp_path: Path) -> Non
     assert "--to-destination 10.244.1.1:8080" in rules
 
 
-def test_the_newest_entry_of_the_changes_is_this_version() -> None:
+def test_newest_changelog_entry_is_this_version() -> None:
     entries = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert entries[0] == kproxy.__version__
     assert len(set(entries)) == len(entries)
 
 
 def requirement(line: str) -> str:
-    """The name of a package, in its normal form, of a line that says which versions of it are needed."""
+    """Return the normalized package name of a requirement specifier."""
     return re.sub(r"[-_.]+", "-", re.split(r"[<>=!~; \[]", line)[0]).lower()
 
 
 def imported() -> Iterator[str]:
-    """The first names of what kproxy imports, anywhere in it."""
+    """Yield the top-level names of all modules that kproxy imports."""
     for path in (ROOT / "kproxy").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
@@ -137,14 +137,14 @@ def imported() -> Iterator[str]:
 EXTRAS = PROJECT["optional-dependencies"]
 
 
-def test_the_dependencies_are_the_packages_that_are_imported() -> None:
+def test_dependencies_are_the_imported_packages() -> None:
     providers = packages_distributions()
     used = {requirement(name) for module in set(imported()) for name in providers.get(module, [])} - {"kproxy"}
     assert used == {requirement(line) for line in [*PROJECT["dependencies"], *EXTRAS["completion"]]}
     assert set(EXTRAS["completion"]) <= set(EXTRAS["dev"])
 
 
-LOADS_ALL = """
+LOAD_ALL_MODULES = """
 import pkgutil, sys
 for name in ("rich", "shtab"):
     sys.modules[name] = None
@@ -158,8 +158,8 @@ print(len([name for name in sys.modules if name.startswith("kproxy.")]))
 """
 
 
-def test_all_modules_load_without_what_only_developers_and_completion_need() -> None:
-    done = subprocess.run([sys.executable, "-c", LOADS_ALL], capture_output=True, text=True, check=False)
+def test_all_modules_load_without_rich_and_shtab() -> None:
+    done = subprocess.run([sys.executable, "-c", LOAD_ALL_MODULES], capture_output=True, text=True, check=False)
     need = "completion requires the Python package shtab; install it with: pip install 'kproxy[completion]'"
     assert (done.returncode, done.stderr) == (0, f"kproxy: {need}\n")
     assert int(done.stdout) > 100

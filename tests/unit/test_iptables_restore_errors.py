@@ -1,4 +1,4 @@
-"""What a failed restore means, told from what the programs of iptables 1.8.9 really print."""
+"""Errors of iptables-restore, parsed from the output of the real programs of iptables 1.8.9, and iptables versions."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from kproxy.host.commands import CommandError
 from kproxy.iptables.runner import IptablesVersion, RecentInput, RestoreError, make_restore_error, parse_version
 
 LARGEST_PIPE = 16 * 65_536
-"""Bytes that a pipe holds where pages are as large as they are anywhere (pipe(7))."""
+"""Capacity in bytes of a pipe with 64 KiB pages, the largest page size of any architecture (pipe(7))."""
 
 
 class Case(NamedTuple):
-    """An input, how a program answered it, and what is to be told of that. `line` is "" where it names none."""
+    """An input of iptables-restore, the exit status and stderr for it, and the expected error.
+
+    `line` is the offending line, or "" if stderr does not name one.
+    """
 
     text: str
     code: int
@@ -38,7 +41,7 @@ BAD_TARGET = nat("-A KUBE-A -j ACCEPT", "-A KUBE-A -j NOPE", "-A KUBE-A -j ACCEP
 NO_CHAIN = "*nat\n-A KUBE-X -j ACCEPT\nCOMMIT\n"
 REJECT_IN_NAT = nat("-A KUBE-A -j REJECT --reject-with icmp-port-unreachable")
 IN_USE = nat(":KUBE-B - [0:0]", "-A KUBE-A -j KUBE-B") + "*nat\n:KUBE-B - [0:0]\n-X KUBE-B\nCOMMIT\n"
-NOT_ENDED = "*nat\n:KUBE-A - [0:0]\n"
+WITHOUT_COMMIT = "*nat\n:KUBE-A - [0:0]\n"
 LONG_NAME = f"*nat\n:KUBE-{'A' * 36} - [0:0]\nCOMMIT\n"
 EMPTY = nat()
 
@@ -78,7 +81,7 @@ FROM_NFT = {
         "too long (must be under 29 chars)",
         f":KUBE-{'A' * 36} - [0:0]",
     ),
-    "refused by the kernel": Case(
+    "rejected by the kernel": Case(
         REJECT_IN_NAT,
         4,
         f"{NFT}\nline 3: RULE_APPEND failed (Invalid argument): rule in chain KUBE-A\n",
@@ -99,7 +102,7 @@ FROM_NFT = {
         "Permission denied (you must be root)",
         "",
     ),
-    # A missing target is only found out at COMMIT, which is not at fault.
+    # iptables-nft detects a missing target only at COMMIT, which is not the offending line.
     "no such target": Case(
         BAD_TARGET,
         2,
@@ -126,7 +129,9 @@ FROM_LEGACY = {
     ),
     "no such chain": Case(NO_CHAIN, 1, "iptables-restore: line 2 failed\n", "line 2 failed", "-A KUBE-X -j ACCEPT"),
     "chain in use": Case(IN_USE, 1, "iptables-restore: line 8 failed\n", "line 8 failed", "-X KUBE-B"),
-    "not ended": Case(NOT_ENDED, 1, "iptables-restore: COMMIT expected at line 3\n", "COMMIT expected at line 3", ""),
+    "missing COMMIT": Case(
+        WITHOUT_COMMIT, 1, "iptables-restore: COMMIT expected at line 3\n", "COMMIT expected at line 3", ""
+    ),
     "name too long": Case(
         LONG_NAME,
         2,
@@ -134,8 +139,8 @@ FROM_LEGACY = {
         "(28 chars max)",
         f":KUBE-{'A' * 36} - [0:0]",
     ),
-    # The kernel says no to the whole table, at COMMIT.
-    "refused by the kernel": Case(REJECT_IN_NAT, 1, "iptables-restore: line 4 failed\n", "line 4 failed", ""),
+    # The kernel rejects the whole table at COMMIT.
+    "rejected by the kernel": Case(REJECT_IN_NAT, 1, "iptables-restore: line 4 failed\n", "line 4 failed", ""),
     "lock held": Case(
         EMPTY,
         4,
@@ -155,7 +160,7 @@ FROM_LEGACY = {
 
 VARIANTS = {"nft": FROM_NFT, "legacy": FROM_LEGACY}
 CASES = [
-    pytest.param(case, id=f"{variant}: {name}") for variant, found in VARIANTS.items() for name, case in found.items()
+    pytest.param(case, id=f"{variant}: {name}") for variant, cases in VARIANTS.items() for name, case in cases.items()
 ]
 
 
@@ -165,13 +170,13 @@ def lines_of(*texts: str) -> Callable[[int], str]:
     return recent.line
 
 
-def told(case: Case) -> RestoreError:
+def error_of(case: Case) -> RestoreError:
     return make_restore_error("iptables-restore", case.code, case.stderr, lines_of(case.text))
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_message_is_one_line_with_the_program_its_status_and_the_reason(case: Case) -> None:
-    message = str(told(case))
+def test_message_is_one_line_with_program_status_and_reason(case: Case) -> None:
+    message = str(error_of(case))
     assert message.startswith(f"iptables-restore failed with status {case.code}: ")
     assert case.reason in message
     assert "\n" not in message
@@ -179,35 +184,35 @@ def test_the_message_is_one_line_with_the_program_its_status_and_the_reason(case
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_offending_line_is_told_where_iptables_knows_it(case: Case) -> None:
-    error = told(case)
+def test_error_has_the_offending_line_if_iptables_names_it(case: Case) -> None:
+    error = error_of(case)
     assert error.line == case.line
     assert ("COMMIT'" in str(error)) is False
     assert repr(case.line) in str(error) if case.line else " at '" not in str(error)
 
 
-def test_a_program_that_says_nothing() -> None:
+def test_error_without_stderr_says_no_message() -> None:
     error = make_restore_error("iptables-restore", 1, "", lines_of(EMPTY))
     assert str(error) == "iptables-restore failed with status 1: no error message"
 
 
-def test_a_line_number_beyond_the_input_names_no_line() -> None:
+def test_line_number_beyond_the_input_is_ignored() -> None:
     assert make_restore_error("iptables-restore", 1, "iptables-restore: line 99 failed\n", lines_of(EMPTY)).line == ""
 
 
-def test_a_program_that_hung() -> None:
+def test_timeout_has_no_offending_line() -> None:
     error = make_restore_error("iptables-restore", -1, "iptables-restore timed out after 900 s", lines_of(EMPTY))
     assert "timed out after 900 s" in str(error)
     assert error.line == ""
 
 
-def test_lines_are_counted_over_all_texts() -> None:
+def test_lines_are_numbered_across_texts() -> None:
     line_of = lines_of("one\ntwo\n", "three\n")
     assert [line_of(number) for number in range(5)] == ["", "one", "two", "three", ""]
 
 
-def test_lines_are_remembered_as_far_back_as_the_program_may_still_read_them() -> None:
-    """A full pipe of later lines is not far enough, as the program may have read, but not done the last before them."""
+def test_enough_recent_lines_are_kept_to_find_the_offending_one() -> None:
+    """The program may be a full pipe behind, and in addition have read lines that it has not processed yet."""
     count = 3 * LARGEST_PIPE // 1024
     line_of = lines_of(*(f"{number:<1023}\n" for number in range(1, count + 1)))
     known = [number for number in range(1, count + 1) if line_of(number)]
@@ -227,7 +232,7 @@ def test_lines_are_remembered_as_far_back_as_the_program_may_still_read_them() -
         ("iptables v1.4.21\n", IptablesVersion((1, 4, 21), nft=False), "iptables 1.4.21 (legacy)"),
     ],
 )
-def test_versions(text: str, version: IptablesVersion, shown: str) -> None:
+def test_version_is_parsed_and_printed(text: str, version: IptablesVersion, shown: str) -> None:
     assert parse_version(text) == version
     assert str(version) == shown
 
@@ -235,7 +240,7 @@ def test_versions(text: str, version: IptablesVersion, shown: str) -> None:
 @pytest.mark.parametrize(
     ("number", "expected"), [((1, 6, 1), False), ((1, 6, 2), True), ((1, 8), True), ((1, 10), True), ((2,), True)]
 )
-def test_random_fully_came_with_1_6_2(number: tuple[int, ...], expected: bool) -> None:
+def test_random_fully_is_supported_since_1_6_2(number: tuple[int, ...], expected: bool) -> None:
     assert IptablesVersion(number, nft=False).random_fully is expected
 
 
@@ -248,11 +253,11 @@ def test_random_fully_came_with_1_6_2(number: tuple[int, ...], expected: bool) -
     ],
     ids=str,
 )
-def test_which_iptables_finds_single_rules(version: IptablesVersion, expected: bool) -> None:
+def test_patching_is_supported_by_iptables_nft_since_1_8_5(version: IptablesVersion, expected: bool) -> None:
     assert version.supports_patching is expected
 
 
 @pytest.mark.parametrize("text", ["", "busybox\n", "iptables version unknown\n"])
-def test_a_version_that_cannot_be_told(text: str) -> None:
+def test_unparsable_version_is_an_error(text: str) -> None:
     with pytest.raises(CommandError, match="cannot parse the iptables version"):
         parse_version(text)
