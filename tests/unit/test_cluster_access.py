@@ -1,11 +1,15 @@
-"""What both ways to the API server make of a kubeconfig and its credentials: tokens, refusals, proxies, authorities."""
+"""Access to the API server with static credentials and through the `kubernetes` package.
+
+Most tests run with both, because a kubeconfig means the same to both: tokens, proxies, certificates and errors.
+"""
 
 from __future__ import annotations
 
 import itertools
-import json
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,70 +18,158 @@ from typing import Any
 import pytest
 
 from kproxy.kube.client.client import ApiClient
-from kproxy.kube.client.cluster_access import ClientError, StaticAccess
+from kproxy.kube.client.cluster_access import ClientError, ClusterAccess, StaticAccess, find_static_config
 from kproxy.kube.client.plugin_access import PluginAccess
 from kproxy.kube.client.response import TransportError
 from kproxy.model.delta import BASIC_KINDS
 from kproxy.model.types import ServiceCIDR
 from tests.apiserver import ApiServer
-from tests.unit.test_client import (
-    account,
+from tests.unit.client_fixtures import (
+    EMPTY_OBJECT,
+    HANG,
+    SERVICES,
+    ScriptedServer,
+    accesses,
+    authorizations,
+    base64_of,
     certificates,
-    encoded,
+    client_error,
     get,
+    issue,
     kubeconfig,
-    openssl,
-    plugin,
-    scripted,
+    reload_before_every_request,
+    self_signed,
     server,
     server_context,
+    service_account,
+    set_service_address,
+    token_plugin,
+    write_service_account,
 )
 
-__all__ = ["account", "certificates", "server"]
+__all__ = ["accesses", "certificates", "server", "service_account"]
 
-WAYS = {"plain": StaticAccess, "package": PluginAccess}
-ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
+UNREACHABLE = "http://127.0.0.1:1"
 
 
-@pytest.fixture(params=WAYS)
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Let all clients take this way to the server."""
-    if request.param == "package":
-        monkeypatch.setattr("kproxy.kube.client.client.find_static_config", lambda *_, **__: None)
-    return str(request.param)
+def disable_static_access(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let clients use the `kubernetes` package for all credentials."""
+    monkeypatch.setattr("kproxy.kube.client.client.find_static_config", lambda *_, **__: None)
+
+
+@pytest.fixture(params=[StaticAccess, PluginAccess], ids=["static", "plugin"])
+def _each_access(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, accesses: list[ClusterAccess]
+) -> Iterator[None]:
+    """Run the test once with each type of access, and check afterwards that the test's clients used no other."""
+    if request.param is PluginAccess:
+        disable_static_access(monkeypatch)
+    yield
+    assert {type(access) for access in accesses} <= {request.param}
+
+
+with_each_access = pytest.mark.usefixtures("_each_access")
 
 
 @pytest.fixture(autouse=True)
-def no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
 
 
-def sent(server: ApiServer) -> list[str | None]:
-    return [seen.headers.get("Authorization") for seen in server.requests.all()]
+# Choice between static credentials and the kubernetes package
 
 
-def refusal(path: str) -> str:
-    """Return why no client is made."""
-    with pytest.raises(ClientError) as caught:
-        ApiClient.from_config(path)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+@pytest.mark.parametrize("user", [{"username": "me", "password": "secret"}, {"as": "", "token": "secret"}])
+def test_other_credentials_need_the_kubernetes_package(server: ApiServer, tmp_path: Path, user: dict[str, Any]) -> None:
+    path = kubeconfig(tmp_path / "config", server.url, user)
+    assert find_static_config(path, None, {}) is None
+    get(ApiClient.from_config(path))
+    scheme = "Bearer" if "token" in user else "Basic"
+    assert server.requests.all()[0].headers["Authorization"].startswith(scheme)
 
 
-@pytest.mark.parametrize("user", [{"token": "secret\n"}, {"tokenFile": "token"}])
-def test_white_space_around_a_token_does_not_count(
-    way: str, server: ApiServer, tmp_path: Path, user: dict[str, Any]
+def test_servers_behind_a_proxy_need_the_kubernetes_package(tmp_path: Path) -> None:
+    config = kubeconfig(tmp_path / "config", "https://10.0.5.1:6443", {"token": "secret"})
+    proxy = {"https_proxy": "http://proxy.example:3128"}
+    assert find_static_config(config, None, {}) is not None
+    assert find_static_config(config, None, proxy) is None
+    assert find_static_config(config, None, proxy | {"NO_PROXY": "10.0.0.0/8"}) is not None
+    assert find_static_config(config, "https://127.0.0.1:6443", proxy) is not None
+    assert find_static_config(None, "https://10.0.5.1:6443", proxy) is None
+
+
+class UnreadableEnvironment(dict[str, str]):
+    """Environment variables that must not be read."""
+
+    def __getitem__(self, name: str) -> str:
+        raise AssertionError(f"{name} was read")
+
+    def get(self, name: str, default: object = None) -> Any:
+        raise AssertionError(f"{name} was read")
+
+    def __contains__(self, name: object) -> bool:
+        raise AssertionError(f"{name} was read")
+
+
+def test_static_credentials_depend_only_on_the_given_environment(
+    service_account: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (service_account / "token").write_text("token-of-pod")
+    (service_account / "ca.crt").write_text("")
+    (tmp_path / "key").write_text("token-of-user")
+    kubeconfig(tmp_path / "config", "https://192.0.2.1:6443", {"tokenFile": "key"})
+    environment = {"HOME": str(tmp_path), "KUBERNETES_SERVICE_HOST": "10.96.0.1", "KUBERNETES_SERVICE_PORT": "443"}
+    with_proxy = environment | {"HTTPS_PROXY": "http://proxy.example:3128"}
+    password_database = SimpleNamespace(getpwuid=lambda _: SimpleNamespace(pw_dir=str(tmp_path)))
+    monkeypatch.setattr("kproxy.kube.client.cluster_access.pwd", password_database)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "environ", UnreadableEnvironment())
+        in_home = find_static_config("~/config", None, environment)
+        without_home = find_static_config("~/config", None, {})
+        in_cluster = find_static_config(None, None, environment)
+        assert find_static_config("~/config", None, with_proxy) is None
+        with pytest.raises(ClientError, match="KUBERNETES_SERVICE_PORT are not set"):
+            find_static_config(None, None, {})
+    assert in_home == without_home
+    assert in_home and in_cluster  # noqa: PT018 - for the type checker
+    assert (in_home.server, in_home.token) == ("https://192.0.2.1:6443", "token-of-user")
+    assert (in_cluster.server, in_cluster.token) == ("https://10.96.0.1:443", "token-of-pod")
+
+
+@pytest.mark.parametrize("user", [{"token": "secret"}, {"tokenFile": "token"}, {}])
+def test_requests_have_the_same_headers_with_each_access(
+    server: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, user: dict[str, Any]
+) -> None:
+    (tmp_path / "token").write_text("secret\n")
+    path = kubeconfig(tmp_path / "config", f"{server.url}/", user)
+    get(ApiClient.from_config(path))
+    disable_static_access(monkeypatch)
+    get(ApiClient.from_config(path))
+    static, plugin = (request.headers for request in server.requests.all())
+    assert dict(static) == dict(plugin)
+
+
+# Tokens
+
+
+def test_a_token_file_overrides_a_token(server: ApiServer, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("secret")
+    user = {"tokenFile": "token", "token": "old"}
+    assert get(ApiClient.from_config(kubeconfig(tmp_path / "config", server.url, user)))[0] == 200
+
+
+@with_each_access
+@pytest.mark.parametrize("user", [{"token": "secret\n"}, {"tokenFile": "token"}])
+def test_white_space_around_a_token_is_removed(server: ApiServer, tmp_path: Path, user: dict[str, Any]) -> None:
     (tmp_path / "token").write_text(" secret\r\n\n")
     client = ApiClient.from_config(kubeconfig(tmp_path / "config", server.url, user))
-    assert type(client._access) is WAYS[way]
     assert get(client)[0] == 200
-    assert sent(server) == ["Bearer secret"]
+    assert authorizations(server) == ["Bearer secret"]
 
 
-UNUSABLE = [
+INVALID_TOKENS = [
     "top\nsecret",
     "top secret",
     "top\x00secret",
@@ -88,116 +180,99 @@ UNUSABLE = [
 ]
 
 
-@pytest.mark.parametrize("token", UNUSABLE)
-def test_a_token_that_no_header_can_carry_is_not_shown(way: str, tmp_path: Path, token: str) -> None:
+@with_each_access
+@pytest.mark.parametrize("token", INVALID_TOKENS)
+def test_an_invalid_token_is_rejected_without_showing_it(tmp_path: Path, token: str) -> None:
     path = tmp_path / "config"
     (tmp_path / "token").write_text(token)
-    why = "the token contains characters other than visible ASCII"
-    assert refusal(kubeconfig(path, "http://127.0.0.1:1", {"token": token})) == f"{path}: token: {why}"
-    assert refusal(kubeconfig(path, "http://127.0.0.1:1", {"tokenFile": "token"})) == f"{path}: {tmp_path}/token: {why}"
+    reason = "the token contains characters other than visible ASCII"
+    assert client_error(kubeconfig(path, UNREACHABLE, {"token": token})) == f"{path}: token: {reason}"
+    assert client_error(kubeconfig(path, UNREACHABLE, {"tokenFile": "token"})) == f"{path}: {tmp_path}/token: {reason}"
 
 
-def test_a_plugins_token_that_no_header_can_carry_is_not_shown(tmp_path: Path) -> None:
-    answer = {"apiVersion": "client.authentication.k8s.io/v1", "kind": "ExecCredential", "status": {"token": "a\nb"}}
-    user = plugin(tmp_path / "plugin", f"print({json.dumps(json.dumps(answer))})")
-    path = kubeconfig(tmp_path / "config", "http://127.0.0.1:1", user)
-    assert refusal(path) == f"{path}: credentials: the token contains characters other than visible ASCII"
+def test_an_invalid_token_of_a_plugin_is_rejected_without_showing_it(tmp_path: Path) -> None:
+    path = kubeconfig(tmp_path / "config", UNREACHABLE, token_plugin(tmp_path / "plugin", "a\nb"))
+    assert client_error(path) == f"{path}: credentials: the token contains characters other than visible ASCII"
 
 
-def test_no_error_shows_a_header(server: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transport_errors_do_not_show_headers(
+    server: ApiServer, tmp_path: Path, accesses: list[ClusterAccess], monkeypatch: pytest.MonkeyPatch
+) -> None:
     client = ApiClient.from_config(kubeconfig(tmp_path / "config", server.url, {"token": "secret"}))
     for value in ("Bearer top-secret\n", "Bearer top-s\u20accret"):
-        headers = {"Authorization": value}
-        monkeypatch.setattr(client._access, "auth_headers", headers)
+        monkeypatch.setattr(accesses[-1], "auth_headers", {"Authorization": value})
         with pytest.raises(TransportError, match=r"^connection failed with (Value|UnicodeEncode)Error$"):
             get(client)
 
 
-def test_no_error_of_the_package_quotes_the_user(tmp_path: Path) -> None:
+def test_errors_of_the_kubernetes_package_do_not_show_the_user(tmp_path: Path) -> None:
     provider = {"name": "oidc", "config": {"client-secret": "hidden"}}
-    path = kubeconfig(tmp_path / "config", "http://127.0.0.1:1", {"auth-provider": provider})
-    said = refusal(path)
-    assert "id-token" in said
-    assert "hidden" not in said
+    error = client_error(kubeconfig(tmp_path / "config", UNREACHABLE, {"auth-provider": provider}))
+    assert "id-token" in error
+    assert "hidden" not in error
 
 
-def test_an_empty_token_file_replaces_no_good_token(
-    way: str,
-    server: ApiServer,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+@with_each_access
+def test_an_empty_token_file_does_not_replace_the_current_token(
+    server: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     token = tmp_path / "token"
     token.write_text("secret")
     user = {"tokenFile": "token", "token": "other"}
     client = ApiClient.from_config(kubeconfig(tmp_path / "config", server.url, user))
     assert get(client)[0] == 200
-    monkeypatch.setattr("kproxy.kube.client.client.ROTATION_PERIOD", 0.0)
+    reload_before_every_request(monkeypatch)
     for content in ("", "\n"):
         token.write_text(content)
         assert get(client)[0] == 200
-    assert sent(server) == ["Bearer secret"] * 3
+    assert authorizations(server) == ["Bearer secret"] * 3
     assert (
         f"cannot reload the credentials, keeping the current ones: {tmp_path}/config: {token}: the token is empty"
         in caplog.text
     )
-    assert type(client._access) is WAYS[way]
 
 
-def test_an_empty_token_file_of_a_pod_replaces_no_good_token(
-    way: str,
-    account: Path,
-    certificates: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+@with_each_access
+def test_an_empty_in_cluster_token_file_does_not_replace_the_current_token(
+    service_account: Path, certificates: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    token, authority = account / "token", account / "ca.crt"
-    token.write_text("secret")
-    authority.write_bytes((certificates / "ca.crt").read_bytes())
-    monkeypatch.setattr("kubernetes.config.incluster_config.SERVICE_TOKEN_FILENAME", str(token))
-    monkeypatch.setattr("kubernetes.config.incluster_config.SERVICE_CERT_FILENAME", str(authority))
-    monkeypatch.setattr("kproxy.kube.client.client.ROTATION_PERIOD", 0.0)
+    write_service_account(service_account, "secret", certificates / "ca.crt")
+    reload_before_every_request(monkeypatch)
     with ApiServer(tokens=["secret", "next"], tls=server_context(certificates)) as server:
-        monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
-        monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(server.address[1]))
+        set_service_address(monkeypatch, *server.address)
         client = ApiClient.from_config()
         for content in ("secret", "", "next"):
-            token.write_text(content)
+            (service_account / "token").write_text(content)
             assert get(client)[0] == 200
-        assert [str(value).split()[1] for value in sent(server)] == ["secret", "secret", "next"]
+        assert [str(value).split()[1] for value in authorizations(server)] == ["secret", "secret", "next"]
     assert "cannot reload the credentials, keeping the current ones: in-cluster service account: " in caplog.text
-    assert type(client._access) is WAYS[way]
 
 
-def test_a_token_of_a_pod_is_kept_until_all_is_read_again(
-    account: Path, certificates: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_kubernetes_package_does_not_reload_the_in_cluster_token(
+    service_account: Path, certificates: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    token = account / "token"
-    token.write_text("secret")
+    write_service_account(service_account, "secret", certificates / "ca.crt")
+    set_service_address(monkeypatch, "127.0.0.1", 1)
     days = (datetime(2030, 1, 1) + timedelta(days=number) for number in itertools.count())
-    calendar = SimpleNamespace(datetime=SimpleNamespace(now=lambda: next(days)), timedelta=timedelta)
-    monkeypatch.setattr("kubernetes.config.incluster_config.datetime", calendar)
-    monkeypatch.setattr("kubernetes.config.incluster_config.SERVICE_TOKEN_FILENAME", str(token))
-    monkeypatch.setattr("kubernetes.config.incluster_config.SERVICE_CERT_FILENAME", str(certificates / "ca.crt"))
-    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
-    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "1")
+    clock = SimpleNamespace(datetime=SimpleNamespace(now=lambda: next(days)), timedelta=timedelta)
+    monkeypatch.setattr("kubernetes.config.incluster_config.datetime", clock)
     access = PluginAccess(None, None)
-    token.write_text("")
+    (service_account / "token").write_text("")
     assert access.auth_headers == {"Authorization": "bearer secret"}
 
 
-def test_an_empty_name_of_a_token_file_is_none(way: str, server: ApiServer, tmp_path: Path) -> None:
+@with_each_access
+def test_an_empty_token_file_name_is_unset(server: ApiServer, tmp_path: Path, accesses: list[ClusterAccess]) -> None:
     client = ApiClient.from_config(kubeconfig(tmp_path / "config", server.url, {"tokenFile": "", "token": "secret"}))
     assert get(client)[0] == 200
-    assert not client._access.rotates
-    assert type(client._access) is WAYS[way]
+    assert not accesses[-1].rotates
     assert get(ApiClient.from_config(kubeconfig(tmp_path / "config", server.url, {"tokenFile": ""})))[0] == 401
-    assert sent(server) == ["Bearer secret", None]
+    assert authorizations(server) == ["Bearer secret", None]
 
 
-def test_a_token_stands_in_for_a_file_that_was_never_there(
-    way: str, server: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@with_each_access
+def test_the_token_is_used_until_its_file_exists(
+    server: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     server.tokens = {"secret", "newer"}
     user = {"tokenFile": "token", "token": "secret"}
@@ -205,13 +280,12 @@ def test_a_token_stands_in_for_a_file_that_was_never_there(
     token = tmp_path / "token"
     assert f"{token}: No such file or directory; using the kubeconfig's token instead" in caplog.text
     assert get(client)[0] == 200
-    monkeypatch.setattr("kproxy.kube.client.client.ROTATION_PERIOD", 0.0)
+    reload_before_every_request(monkeypatch)
     token.write_text("newer")
     assert get(client)[0] == 200
     token.unlink()
     assert get(client)[0] == 200
-    assert sent(server) == ["Bearer secret", "Bearer newer", "Bearer newer"]
-    assert type(client._access) is WAYS[way]
+    assert authorizations(server) == ["Bearer secret", "Bearer newer", "Bearer newer"]
 
 
 IMPERSONATIONS: list[dict[str, Any]] = [
@@ -222,58 +296,45 @@ IMPERSONATIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("asked", IMPERSONATIONS)
-def test_impersonation_is_refused(tmp_path: Path, asked: dict[str, Any]) -> None:
-    path = kubeconfig(tmp_path / "config", "http://127.0.0.1:1", {"token": "secret"} | asked)
-    assert refusal(path) == f"{path}: user: {next(iter(asked))}: impersonation is not supported"
+@pytest.mark.parametrize("impersonation", IMPERSONATIONS)
+def test_impersonation_is_rejected(tmp_path: Path, impersonation: dict[str, Any]) -> None:
+    path = kubeconfig(tmp_path / "config", UNREACHABLE, {"token": "secret"} | impersonation)
+    assert client_error(path) == f"{path}: user: {next(iter(impersonation))}: impersonation is not supported"
 
 
-@pytest.mark.parametrize("inline", [True, False])
-def test_an_authority_that_is_not_to_be_asked_is_refused(
-    way: str, certificates: Path, tmp_path: Path, inline: bool
-) -> None:
-    file = certificates / "ca.crt"
-    name = "certificate-authority-data" if inline else "certificate-authority"
-    cluster: dict[str, Any] = {name: encoded(file) if inline else str(file), "insecure-skip-tls-verify": True}
-    path = kubeconfig(tmp_path / "config", "https://127.0.0.1:1", {}, cluster)
-    assert refusal(path) == f"{path}: cluster: {name} and insecure-skip-tls-verify are mutually exclusive"
+# Proxies
 
 
-def test_without_verification_any_certificate_will_do(way: str, certificates: Path, tmp_path: Path) -> None:
-    with ApiServer(tls=server_context(certificates, "named")) as server:
-        path = kubeconfig(tmp_path / "config", server.url, {}, {"insecure-skip-tls-verify": True})
-        assert get(ApiClient.from_config(path))[0] == 200
-
-
-def test_a_proxy_of_the_kubeconfig_counts_whatever_no_proxy_says(
+def test_no_proxy_does_not_apply_to_the_proxy_url_of_the_kubeconfig(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NO_PROXY", "*")
-    with scripted([ANSWER]) as (port, seen):
-        proxy = {"proxy-url": f"http://127.0.0.1:{port}"}
-        client = ApiClient.from_config(kubeconfig(tmp_path / "config", "http://kube.invalid:8080", {}, proxy))
+    with ScriptedServer([EMPTY_OBJECT]) as proxy:
+        cluster = {"proxy-url": proxy.url}
+        client = ApiClient.from_config(kubeconfig(tmp_path / "config", "http://kube.invalid:8080", {}, cluster))
         assert get(client, "/version") == (200, b"{}")
-    assert seen[0].startswith(b"GET http://kube.invalid:8080/version ")
+    assert proxy.requests[0].startswith(b"GET http://kube.invalid:8080/version ")
 
 
-def test_a_proxy_of_the_environment_is_used(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with scripted([ANSWER]) as (port, seen):
-        monkeypatch.setenv("HTTP_PROXY", f"http://me:s%20t@127.0.0.1:{port}")
+@pytest.mark.parametrize("variable", ["HTTP_PROXY", "http_proxy"])
+def test_proxy_of_the_environment_with_credentials(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    with ScriptedServer([EMPTY_OBJECT]) as proxy:
+        monkeypatch.setenv(variable, proxy.url.replace("://", "://me:s%20t@"))
         client = ApiClient.from_config(kubeconfig(tmp_path / "config", "http://kube.invalid:8080", {"token": "secret"}))
         assert get(client, "/version") == (200, b"{}")
-    assert seen[0].startswith(b"GET http://kube.invalid:8080/version ")
-    assert b"\r\nproxy-authorization: basic bwu6cyb0\r\n" in seen[0].lower()
+    assert proxy.requests[0].startswith(b"GET http://kube.invalid:8080/version ")
+    assert b"\r\nproxy-authorization: basic bwu6cyb0\r\n" in proxy.requests[0].lower()
 
 
-DIRECT = [{}, {"NO_PROXY": "10.0.0.0/8"}, {"NO_PROXY": "*"}, {"no_proxy": "localhost"}]
-
-
-@pytest.mark.parametrize("environment", DIRECT)
-def test_a_server_on_this_machine_is_reached_without_a_proxy(
-    way: str, server: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
+@with_each_access
+@pytest.mark.parametrize("environment", [{}, {"NO_PROXY": "10.0.0.0/8"}, {"NO_PROXY": "*"}, {"no_proxy": "localhost"}])
+def test_loopback_servers_do_not_use_the_proxy_of_the_environment(
+    server: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
 ) -> None:
-    nobody = "http://127.0.0.1:1"
-    for name, value in {"HTTP_PROXY": nobody, "HTTPS_PROXY": nobody, "ALL_PROXY": nobody, **environment}.items():
+    proxies = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), UNREACHABLE)
+    for name, value in (proxies | environment).items():
         monkeypatch.setenv(name, value)
     for host in ("127.0.0.1", "localhost"):
         url = f"http://{host}:{server.address[1]}"
@@ -283,129 +344,143 @@ def test_a_server_on_this_machine_is_reached_without_a_proxy(
             ApiClient.from_config(None, url),
         ]
         assert [get(client)[0] for client in clients] == [200, 200, 401]
-        assert {type(client._access) for client in clients} == {WAYS[way]}
 
 
-def test_a_pods_server_on_this_machine_is_reached_without_a_proxy(
-    way: str, account: Path, certificates: Path, monkeypatch: pytest.MonkeyPatch
+@with_each_access
+def test_in_cluster_loopback_server_does_not_use_the_proxy_of_the_environment(
+    service_account: Path, certificates: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    token, authority = account / "token", account / "ca.crt"
-    token.write_text("secret")
-    authority.write_bytes((certificates / "ca.crt").read_bytes())
-    monkeypatch.setattr("kubernetes.config.incluster_config.SERVICE_TOKEN_FILENAME", str(token))
-    monkeypatch.setattr("kubernetes.config.incluster_config.SERVICE_CERT_FILENAME", str(authority))
-    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:1")
+    write_service_account(service_account, "secret", certificates / "ca.crt")
+    monkeypatch.setenv("HTTPS_PROXY", UNREACHABLE)
     with ApiServer(tokens=["secret"], tls=server_context(certificates)) as server:
-        monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
-        monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(server.address[1]))
-        client = ApiClient.from_config()
-        assert get(client)[0] == 200
-        assert type(client._access) is WAYS[way]
+        set_service_address(monkeypatch, *server.address)
+        assert get(ApiClient.from_config())[0] == 200
 
 
-def test_no_proxy_counts_for_a_socks_proxy_of_the_environment(
-    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@with_each_access
+def test_no_proxy_applies_to_a_socks_proxy_of_the_environment(
+    tmp_path: Path, accesses: list[ClusterAccess], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "socks", None)
     monkeypatch.setenv("HTTP_PROXY", "socks5://127.0.0.1:1")
     path = kubeconfig(tmp_path / "config", "http://kube.invalid:8080", {"token": "secret"})
-    assert refusal(path).startswith(f"{path}: a SOCKS proxy requires")
+    assert client_error(path).startswith(f"{path}: a SOCKS proxy requires")
     monkeypatch.setenv("NO_PROXY", ".invalid:8080")
-    assert type(ApiClient.from_config(path)._access) is WAYS[way]
+    ApiClient.from_config(path)
+    assert len(accesses) == 1
 
 
-def test_a_socks_proxy_without_what_it_needs_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_socks_proxy_without_pysocks_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "socks", None)
-    proxy = {"proxy-url": "socks5://127.0.0.1:1"}
-    path = kubeconfig(tmp_path / "config", "http://kube.invalid", {}, proxy)
-    assert refusal(path) == f"{path}: a SOCKS proxy requires the Python package PySocks, which is not installed"
+    cluster = {"proxy-url": "socks5://127.0.0.1:1"}
+    path = kubeconfig(tmp_path / "config", "http://kube.invalid", {}, cluster)
+    assert client_error(path) == f"{path}: a SOCKS proxy requires the Python package PySocks, which is not installed"
 
 
-def test_a_socks_proxy_with_what_it_needs(tmp_path: Path) -> None:
+def test_a_socks_proxy_with_pysocks(tmp_path: Path) -> None:
     (tmp_path / "socks.py").write_text("PROXY_TYPE_SOCKS4, PROXY_TYPE_SOCKS5 = 1, 2\n")
     path = kubeconfig(tmp_path / "config", "http://kube.invalid", {}, {"proxy-url": "socks5://127.0.0.1:1"})
     program = (
-        "import sys; from kproxy.kube.client.client import ApiClient; "
-        "print(ApiClient.from_config(sys.argv[1])._access.pool)"
+        "import sys; from kproxy.kube.client.plugin_access import PluginAccess; "
+        "print(PluginAccess(sys.argv[1], None).pool)"
     )
     command = [sys.executable, "-c", program, path]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env={"PYTHONPATH": str(tmp_path)})
     assert "SOCKSProxyManager" in done.stdout
 
 
-def test_there_is_room_for_the_connections_of_all_threads(
-    way: str, server: ApiServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+# Connections and certificates
+
+
+@with_each_access
+def test_all_threads_can_keep_their_connections(
+    server: ApiServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     client = ApiClient.from_config(kubeconfig(tmp_path / "config", server.url, {"token": "secret"}))
-    one_for_each_kind_and_for_events = len((*BASIC_KINDS, ServiceCIDR)) + 1
-    answers = [client.get("/api/v1/services", {}, 20.0) for _ in range(one_for_each_kind_and_for_events)]
-    for answer in answers:
-        with answer:
-            answer.read()
-    assert caplog.messages == []
-    assert type(client._access) is WAYS[way]
+    threads = len((*BASIC_KINDS, ServiceCIDR)) + 1  # one for each kind of object, and one for events
+    responses = [client.get(SERVICES, {}, HANG) for _ in range(threads)]
+    for response in responses:
+        with response:
+            response.read()
+    assert caplog.messages == [], "urllib3 has discarded a connection"
+
+
+@with_each_access
+@pytest.mark.parametrize("inline", [True, False])
+def test_a_certificate_authority_without_verification_is_rejected(
+    certificates: Path, tmp_path: Path, inline: bool
+) -> None:
+    file = certificates / "ca.crt"
+    name = "certificate-authority-data" if inline else "certificate-authority"
+    cluster: dict[str, Any] = {name: base64_of(file) if inline else str(file), "insecure-skip-tls-verify": True}
+    path = kubeconfig(tmp_path / "config", "https://127.0.0.1:1", {}, cluster)
+    assert client_error(path) == f"{path}: cluster: {name} and insecure-skip-tls-verify are mutually exclusive"
+
+
+@with_each_access
+def test_any_certificate_is_accepted_without_verification(certificates: Path, tmp_path: Path) -> None:
+    with ApiServer(tls=server_context(certificates, "named")) as server:
+        path = kubeconfig(tmp_path / "config", server.url, {}, {"insecure-skip-tls-verify": True})
+        assert get(ApiClient.from_config(path))[0] == 200
 
 
 @pytest.fixture(scope="session")
 def intermediate(certificates: Path) -> Path:
-    """Make an intermediate authority of the CA, and of it a server certificate for 127.0.0.1."""
-    curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-    issued = [("middle", "ca", "basicConstraints=critical,CA:true"), ("below", "middle", "subjectAltName=IP:127.0.0.1")]
-    for name, issuer, extension in issued:
-        (certificates / "extension").write_text(f"{extension}\n")
-        openssl(certificates, "req", "-new", *curve, "-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", "csr")
-        signing = ("x509", "-req", "-in", "csr", "-CA", f"{issuer}.crt", "-CAkey", f"{issuer}.key", "-CAcreateserial")
-        openssl(certificates, *signing, "-extfile", "extension", "-out", f"{name}.crt")
+    """Create an intermediate authority `intermediate`, and a certificate `leaf` that it signed for 127.0.0.1."""
+    issue(certificates, "intermediate", "ca", "basicConstraints=critical,CA:true")
+    issue(certificates, "leaf", "intermediate", "subjectAltName=IP:127.0.0.1")
     return certificates
 
 
-def test_an_intermediate_authority_alone_will_do(way: str, intermediate: Path, tmp_path: Path) -> None:
-    with ApiServer(tls=server_context(intermediate, "below")) as server:
-        cluster = {"certificate-authority": str(intermediate / "middle.crt")}
+@with_each_access
+def test_an_intermediate_certificate_authority_is_sufficient(intermediate: Path, tmp_path: Path) -> None:
+    with ApiServer(tls=server_context(intermediate, "leaf")) as server:
+        cluster = {"certificate-authority": str(intermediate / "intermediate.crt")}
         client = ApiClient.from_config(kubeconfig(tmp_path / "config", server.url, {}, cluster))
         assert get(client)[0] == 200
-        assert type(client._access) is WAYS[way]
         cluster = {"certificate-authority": str(intermediate / "client.crt")}
         client = ApiClient.from_config(kubeconfig(tmp_path / "config", server.url, {}, cluster))
         with pytest.raises(TransportError, match="certificate"):
             get(client)
 
 
-SELF_SIGNED = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-subj", "/CN=stranger")
+def copy_key_pair(directory: Path, source: str, target: Path) -> None:
+    for suffix in (".crt", ".key"):
+        target.with_suffix(suffix).write_bytes((directory / f"{source}{suffix}").read_bytes())
 
 
-def test_a_client_certificate_that_rotates(
-    way: str, certificates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@with_each_access
+def test_client_certificate_files_are_read_again_periodically(
+    certificates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kproxy.kube.client.client.ROTATION_PERIOD", 0.0)
-    openssl(certificates, "req", "-x509", *SELF_SIGNED, "-keyout", "stranger.key", "-out", "stranger.crt")
-    for kind in ("crt", "key"):
-        (tmp_path / f"mine.{kind}").write_bytes((certificates / f"stranger.{kind}").read_bytes())
-    user = {"client-certificate": "mine.crt", "client-key": "mine.key"}
+    reload_before_every_request(monkeypatch)
+    self_signed(certificates, "untrusted")
+    current = tmp_path / "current"
+    copy_key_pair(certificates, "untrusted", current)
+    user = {"client-certificate": "current.crt", "client-key": "current.key"}
     cluster = {"certificate-authority": str(certificates / "ca.crt")}
-    with ApiServer(tls=server_context(certificates, ask_client=True)) as server:
+    with ApiServer(tls=server_context(certificates, require_client=True)) as server:
         client = ApiClient.from_config(kubeconfig(tmp_path / "config", server.url, user, cluster))
         with pytest.raises(TransportError):
             get(client)
-        for kind in ("crt", "key"):
-            (tmp_path / f"mine.{kind}").write_bytes((certificates / f"client.{kind}").read_bytes())
+        copy_key_pair(certificates, "client", current)
         assert get(client)[0] == 200
-        assert type(client._access) is WAYS[way]
-        for kind in ("crt", "key"):
-            (tmp_path / f"mine.{kind}").unlink()
+        for suffix in (".crt", ".key"):
+            current.with_suffix(suffix).unlink()
         client.close()
-        assert get(client)[0] == 200, "the certificate in use stays, for new connections too"
+        assert get(client)[0] == 200, "new connections use the current certificate while its files are missing"
 
 
-def test_a_plugin_is_not_run_every_minute(tmp_path: Path, certificates: Path) -> None:
-    answer = {"apiVersion": "client.authentication.k8s.io/v1", "kind": "ExecCredential", "status": {"token": "secret"}}
-    user = plugin(tmp_path / "plugin", f"print({json.dumps(json.dumps(answer))})")
+def test_an_exec_plugin_is_not_run_periodically_for_certificate_files(
+    tmp_path: Path, certificates: Path, accesses: list[ClusterAccess]
+) -> None:
+    user = token_plugin(tmp_path / "plugin", "secret")
     user |= {"client-certificate": str(certificates / "client.crt"), "client-key": str(certificates / "client.key")}
-    client = ApiClient.from_config(kubeconfig(tmp_path / "config", "https://127.0.0.1:1", user))
-    assert not client._access.rotates
+    ApiClient.from_config(kubeconfig(tmp_path / "config", "https://127.0.0.1:1", user))
+    assert not accesses[-1].rotates
 
 
-ENDS = """
+LOAD_AND_STOP = """
 import os, signal, sys
 from pathlib import Path
 from kproxy.config import Config
@@ -420,18 +495,19 @@ class Loading(Daemon):
 
 Loading(Config(), None, None, None).run()
 """
+"""A daemon that loads a kubeconfig, prints the number of temporary files and receives SIGTERM."""
 
 
-def test_no_private_key_outlives_the_daemon(certificates: Path, tmp_path: Path) -> None:
+def test_temporary_key_files_are_deleted_when_the_daemon_stops(certificates: Path, tmp_path: Path) -> None:
     user = {
-        "client-certificate-data": encoded(certificates / "client.crt"),
-        "client-key-data": encoded(certificates / "client.key"),
+        "client-certificate-data": base64_of(certificates / "client.crt"),
+        "client-key-data": base64_of(certificates / "client.key"),
     }
-    cluster = {"proxy-url": "http://127.0.0.1:1"}
-    path = kubeconfig(tmp_path / "config", "https://127.0.0.1:1", user, cluster)
-    folder = tmp_path / "temporary"
-    folder.mkdir()
-    command = [sys.executable, "-c", ENDS, path, str(folder)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env={"TMPDIR": str(folder)})
+    # The kubernetes package writes inline certificates to temporary files; a proxy URL requires the package.
+    path = kubeconfig(tmp_path / "config", "https://127.0.0.1:1", user, {"proxy-url": UNREACHABLE})
+    directory = tmp_path / "temporary"
+    directory.mkdir()
+    command = [sys.executable, "-c", LOAD_AND_STOP, path, str(directory)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env={"TMPDIR": str(directory)})
     assert (done.stdout, done.stderr) == ("2\n", "")
-    assert not list(folder.iterdir())
+    assert not list(directory.iterdir())

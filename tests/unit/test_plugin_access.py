@@ -1,14 +1,14 @@
-"""Credentials of exec plugins that take long: which threads wait for them, and how often they are run."""
+"""Slow exec plugins: which threads wait for their credentials, and how often they run."""
 
 from __future__ import annotations
 
-import json
 import os
 import select
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +16,16 @@ import pytest
 from kproxy.kube.client.client import ApiClient
 from kproxy.kube.client.cluster_access import ClientError
 from tests.apiserver import ApiServer
-from tests.unit.test_client import HANG, SERVICES, get, kubeconfig, server
+from tests.unit.client_fixtures import (
+    HANG,
+    SERVICES,
+    authorizations,
+    exec_credential,
+    exec_user,
+    get,
+    kubeconfig,
+    server,
+)
 
 __all__ = ["server"]
 
@@ -24,54 +33,59 @@ SLOW_PLUGIN = """#!/bin/sh
 cd "$(dirname "$0")"
 echo >>runs
 [ -p started ] && echo >started
-while [ -e hold ]; do sleep 0.01; done
+while [ -e blocked ]; do sleep 0.01; done
 [ -e fail ] && { echo 'no smart card' >&2; exit 1; }
 cat answer
 """
 
 
 class SlowPlugin:
-    """A user with an exec plugin that, while it is held, does not end."""
+    """An exec plugin that can be blocked. `user` is the kubeconfig's user that runs it.
 
-    def __init__(self, folder: Path, *, token: str, valid: float) -> None:
-        self._folder = folder
-        program = folder / "plugin"
+    Its first token is valid for `lifetime` seconds.
+    """
+
+    def __init__(self, directory: Path, *, token: str, lifetime: float) -> None:
+        self._directory = directory
+        program = directory / "plugin"
         program.write_text(SLOW_PLUGIN)
         program.chmod(0o755)
-        self.user = {"exec": {"apiVersion": "client.authentication.k8s.io/v1", "command": str(program)}}
-        self.answer(token, valid)
+        self.user = exec_user(program)
+        self.set_token(token, lifetime)
 
-    def answer(self, token: str, valid: float) -> None:
-        """Set the token of the next runs, which is valid for so many seconds."""
-        expiry = (datetime.now(UTC) + timedelta(seconds=valid)).strftime("%Y-%m-%dT%H:%M:%SZ")
-        status = {"token": token, "expirationTimestamp": expiry}
-        text = {"apiVersion": "client.authentication.k8s.io/v1", "kind": "ExecCredential", "status": status}
-        (self._folder / "answer").write_text(json.dumps(text))
+    def set_token(self, token: str, lifetime: float) -> None:
+        """Set the token that the plugin returns from now on, and the seconds for which it is valid."""
+        expiry = (datetime.now(UTC) + timedelta(seconds=lifetime)).strftime("%Y-%m-%dT%H:%M:%SZ")
+        (self._directory / "answer").write_text(exec_credential(token=token, expirationTimestamp=expiry))
 
-    def hold(self) -> None:
-        (self._folder / "hold").touch()
-        os.mkfifo(self._folder / "started")
-        self._started = os.open(self._folder / "started", os.O_RDONLY | os.O_NONBLOCK)
+    def block(self) -> None:
+        """Let the next runs block until `unblock`."""
+        (self._directory / "blocked").touch()
+        os.mkfifo(self._directory / "started")
+        self._started = os.open(self._directory / "started", os.O_RDONLY | os.O_NONBLOCK)
 
     def wait_until_started(self) -> None:
+        """Wait until a run has begun since `block`."""
         poll = select.poll()
         poll.register(self._started, select.POLLIN)
         assert poll.poll(HANG * 1000)
 
-    def release(self, *, fail: bool = False) -> None:
+    def unblock(self, *, fail: bool = False) -> None:
+        """Let the blocked run complete, or fail."""
         if fail:
-            (self._folder / "fail").touch()
+            (self._directory / "fail").touch()
         os.close(self._started)
-        (self._folder / "started").unlink()
-        (self._folder / "hold").unlink()
+        (self._directory / "started").unlink()
+        (self._directory / "blocked").unlink()
 
     @property
     def runs(self) -> int:
-        return len((self._folder / "runs").read_text())
+        """The number of runs so far."""
+        return len((self._directory / "runs").read_text())
 
 
 class ObservedLock:
-    """A lock that counts attempts to take it."""
+    """A lock that counts the attempts to acquire it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -83,8 +97,8 @@ class ObservedLock:
         return self._lock.acquire(blocking=blocking)
 
 
-class Called(threading.Thread):
-    """A call in a thread of its own, and its result or `ClientError`."""
+class Call(threading.Thread):
+    """A call in another thread. Its result is the function's, or the `ClientError` that it raised."""
 
     def __init__(self, function: Callable[[], object]) -> None:
         super().__init__(daemon=True)
@@ -104,77 +118,77 @@ class Called(threading.Thread):
         return self._result
 
 
-def authorizations(server: ApiServer) -> list[str | None]:
-    return [seen.headers.get("Authorization") for seen in server.requests.all()]
+@pytest.fixture
+def update_lock(monkeypatch: pytest.MonkeyPatch) -> ObservedLock:
+    """Observe the lock that serializes the updates of credentials. For one client."""
+    lock = ObservedLock()
+    monkeypatch.setattr("kproxy.kube.client.client.threading", SimpleNamespace(Lock=lambda: lock))
+    return lock
 
 
-def test_no_thread_waits_for_a_plugin_while_the_token_is_valid(tmp_path: Path, server: ApiServer) -> None:
+def test_no_thread_waits_for_the_plugin_while_the_token_is_valid(tmp_path: Path, server: ApiServer) -> None:
     server.tokens = {"first", "second", "secret"}
-    slow = SlowPlugin(tmp_path, token="first", valid=120)  # less than the five minutes before which it is refreshed
-    client = ApiClient.from_config(kubeconfig(tmp_path / "config", server.url, slow.user))
+    plugin = SlowPlugin(tmp_path, token="first", lifetime=120)  # tokens are refreshed five minutes before they expire
+    client = ApiClient.from_config(kubeconfig(tmp_path / "config", server.url, plugin.user))
     static = ApiClient.from_config(kubeconfig(tmp_path / "static", server.url, {"token": "secret"}))
-    slow.answer("second", 3600)
-    slow.hold()
-    refreshing = Called(lambda: get(client))
-    slow.wait_until_started()
-    assert Called(lambda: get(client)).result()[0] == 200
-    assert Called(lambda: get(static)).result()[0] == 200
+    plugin.set_token("second", 3600)
+    plugin.block()
+    refreshing = Call(lambda: get(client))
+    plugin.wait_until_started()
+    assert Call(lambda: get(client)).result()[0] == 200
+    assert Call(lambda: get(static)).result()[0] == 200
     with static.get(SERVICES, {}, HANG) as response:
-        Called(lambda: client.renew(response)).result()  # of other credentials than the current ones
-    Called(client.close).result()
+        Call(lambda: client.renew(response)).result()  # the response is to the credentials of another client
+    Call(client.close).result()
     assert refreshing.is_alive()
-    slow.release()
+    plugin.unblock()
     assert refreshing.result()[0] == 200
     assert get(client)[0] == 200
     tokens = ["first", "secret", "secret", "second", "second"]
     assert authorizations(server) == [f"Bearer {token}" for token in tokens]
-    assert slow.runs == 2  # when it was loaded, and when it was due
+    assert plugin.runs == 2  # when the kubeconfig was loaded, and for the refresh
 
 
-def wait_for(
-    client: ApiClient, lock: ObservedLock, calls: list[Callable[[], object]], slow: SlowPlugin
-) -> list[Called]:
-    """Start the calls, all of which need what the plugin answers; return once all wait for it."""
-    threads = [Called(call) for call in calls]
+def start_waiting(functions: list[Callable[[], object]], lock: ObservedLock, plugin: SlowPlugin) -> list[Call]:
+    """Call functions that need new credentials. Return once one of them runs the plugin and the others wait for it."""
+    calls = [Call(function) for function in functions]
     for _ in calls:
         assert lock.attempts.acquire(timeout=HANG)
-    slow.wait_until_started()
-    return threads
+    plugin.wait_until_started()
+    return calls
 
 
 @pytest.mark.parametrize("fail", [False, True])
 def test_threads_with_an_expired_token_wait_for_one_run_of_the_plugin(
-    tmp_path: Path, server: ApiServer, monkeypatch: pytest.MonkeyPatch, fail: bool
+    tmp_path: Path, server: ApiServer, update_lock: ObservedLock, fail: bool
 ) -> None:
     server.tokens = {"second"}
-    slow = SlowPlugin(tmp_path, token="first", valid=-60)
-    client = ApiClient.from_config(kubeconfig(tmp_path / "config", server.url, slow.user))
-    monkeypatch.setattr(client, "_updating", lock := ObservedLock())
-    slow.answer("second", 3600)
-    slow.hold()
-    threads = wait_for(client, lock, [lambda: get(client)[0]] * 4, slow)
-    Called(client.close).result()
-    slow.release(fail=fail)
-    results = [str(thread.result()) for thread in threads]
+    plugin = SlowPlugin(tmp_path, token="first", lifetime=-60)
+    client = ApiClient.from_config(kubeconfig(tmp_path / "config", server.url, plugin.user))
+    plugin.set_token("second", 3600)
+    plugin.block()
+    calls = start_waiting([lambda: get(client)[0]] * 4, update_lock, plugin)
+    Call(client.close).result()
+    plugin.unblock(fail=fail)
+    results = [str(call.result()) for call in calls]
     assert results == [f"{tmp_path}/config: exec: process returned 1. no smart card" if fail else "200"] * 4
     assert authorizations(server) == ([] if fail else ["Bearer second"] * 4)
-    assert slow.runs == 2
+    assert plugin.runs == 2
 
 
-def test_a_plugin_runs_once_for_all_threads_whose_token_is_rejected(
-    tmp_path: Path, server: ApiServer, monkeypatch: pytest.MonkeyPatch
+def test_the_plugin_runs_once_for_all_threads_whose_token_is_rejected(
+    tmp_path: Path, server: ApiServer, update_lock: ObservedLock
 ) -> None:
     server.tokens = {"second"}
-    slow = SlowPlugin(tmp_path, token="first", valid=3600)
-    client = ApiClient.from_config(kubeconfig(tmp_path / "config", server.url, slow.user))
+    plugin = SlowPlugin(tmp_path, token="first", lifetime=3600)
+    client = ApiClient.from_config(kubeconfig(tmp_path / "config", server.url, plugin.user))
     with client.get(SERVICES, {}, HANG) as rejected:
         assert rejected.status == 401
-    monkeypatch.setattr(client, "_updating", lock := ObservedLock())
-    slow.answer("second", 3600)
-    slow.hold()
-    threads = wait_for(client, lock, [lambda: client.renew(rejected)] * 4, slow)
-    assert Called(lambda: get(client)).result()[0] == 401, "a request does not wait"
-    slow.release()
-    assert [thread.result() for thread in threads] == [None] * 4
+    plugin.set_token("second", 3600)
+    plugin.block()
+    calls = start_waiting([lambda: client.renew(rejected)] * 4, update_lock, plugin)
+    assert Call(lambda: get(client)).result()[0] == 401, "requests do not wait for the plugin"
+    plugin.unblock()
+    assert [call.result() for call in calls] == [None] * 4
     assert get(client)[0] == 200
-    assert slow.runs == 2
+    assert plugin.runs == 2
