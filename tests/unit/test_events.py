@@ -171,8 +171,8 @@ def test_all_events_share_one_rate_limit() -> None:
 def test_a_rate_limited_event_is_written_with_its_next_occurrence() -> None:
     correlator = EventCorrelator()
     admitted(correlator, *(occurrence(f"note {number}") for number in range(BURST)))
-    assert admitted(correlator, occurrence("held"), occurrence("held", at=1)) == []
-    assert admitted(correlator, occurrence("held", at=REFILL_SECONDS)) == [("held", 3)]
+    assert admitted(correlator, occurrence("limited"), occurrence("limited", at=1)) == []
+    assert admitted(correlator, occurrence("limited", at=REFILL_SECONDS)) == [("limited", 3)]
 
 
 def test_the_least_recent_event_is_evicted_beyond_the_maximum() -> None:
