@@ -37,7 +37,7 @@ from kproxy.sync.family import FamilySync
 from tests.bench.cluster import CLUSTER_CIDR, Cluster, Object
 from tests.bench.cost import spent
 from tests.bench.notices import Notices
-from tests.lab.iptables import Recorder
+from tests.lab.iptables import RecordingIptables
 from tests.lab.topology import NODE
 
 KINDS: dict[str, Kind] = {each.__name__: each for each in (Service, EndpointSlice, Node, ServiceCIDR)}
@@ -52,7 +52,7 @@ class Cost(Struct, frozen=True):
     cpu: float
 
 
-class IptablesRecorder(Recorder):
+class IptablesRecorder(RecordingIptables):
     """The real iptables, with every input kept."""
 
     def replay(self, inputs: Sequence[str]) -> None:

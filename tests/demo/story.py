@@ -9,7 +9,7 @@ from tests.demo.picture import Screen, as_expected
 from tests.demo.rules import rules_of
 from tests.demo.scene import PORT, SERVICE, TARGET_PORT, VIP, Scene
 from tests.lab.client import Outcome
-from tests.lab.continuous_requests import Flow, failures
+from tests.lab.continuous_requests import ContinuousRequests, failures
 from tests.lab.topology import Host
 
 REQUESTS = 300
@@ -20,7 +20,7 @@ def tell(scene: Scene, screen: Screen) -> bool:
     screen.heading("kproxy demo: a small cluster in network namespaces. Nothing of it touches your machine.")
     pods = _build(scene, screen)
     _start(scene, screen, pods)
-    with Flow(scene.request) as flow:
+    with ContinuousRequests(scene.request) as flow:
         good = _show_spread(screen, flow, pods)
         good &= _take_pod_away(scene, screen, flow, pods)
         good &= _add_pod(scene, screen, flow, pods)
@@ -50,12 +50,12 @@ def _start(scene: Scene, screen: Screen, pods: Sequence[Host]) -> None:
     screen.say(f"http://{VIP}/ answers {seconds:.2f} s after the start.")
 
 
-def _show_spread(screen: Screen, flow: Flow, pods: Sequence[Host]) -> bool:
+def _show_spread(screen: Screen, flow: ContinuousRequests, pods: Sequence[Host]) -> bool:
     screen.step(f"{REQUESTS} requests to http://{VIP}/, each over a connection of its own. Who answers?")
     return _draw(screen, flow.take(REQUESTS), pods, "each pod got about a third.")
 
 
-def _take_pod_away(scene: Scene, screen: Screen, flow: Flow, pods: list[Host]) -> bool:
+def _take_pod_away(scene: Scene, screen: Screen, flow: ContinuousRequests, pods: list[Host]) -> bool:
     leaving = pods.pop(0)
     screen.step(f"{leaving.name} shuts down while requests keep flowing.")
     seconds = scene.follow(lambda: scene.write_endpoints(pods, leaving=[leaving]), leaving, present=False)
@@ -67,7 +67,7 @@ def _take_pod_away(scene: Scene, screen: Screen, flow: Flow, pods: list[Host]) -
     return _draw(screen, flow.take(REQUESTS), pods, "the other two share the traffic.", gone=[leaving])
 
 
-def _add_pod(scene: Scene, screen: Screen, flow: Flow, pods: list[Host]) -> bool:
+def _add_pod(scene: Scene, screen: Screen, flow: ContinuousRequests, pods: list[Host]) -> bool:
     joining = scene.add_pod("web-d", "10.244.1.4")
     pods.append(joining)
     screen.step(f"{joining.name} joins.")

@@ -20,7 +20,7 @@ from kproxy.serve.http import MAX_HEAD, HttpRequest, HttpResponse, RequestError,
 from kproxy.serve.server import HttpServer, ListenAddress, listen, parse_address
 from kproxy.serve.status_server import ListenError, StatusServer
 from tests.clock import Clock
-from tests.lab.listen_attempts import Attempts
+from tests.lab.listen_attempts import ListenAttempts
 from tests.lab.waiting import HANG_GUARD, wait_until
 from tests.ports import free_port, get
 
@@ -481,19 +481,19 @@ def test_a_port_that_is_taken_is_said_ever_more_rarely_and_served_once_it_is_fre
 ) -> None:
     caplog.set_level(logging.INFO, logger="kproxy")
     now = 0.0
-    attempts = Attempts(monkeypatch, "kproxy.serve.status_server")
+    attempts = ListenAttempts(monkeypatch, "kproxy.serve.status_server")
     with listen(LOOPBACK) as taken:
         port = port_of(taken)
         said = f"{name}BindAddress 127.0.0.1:{port}: cannot listen: Address already in use, trying again every 0 s"
         found = serving(clock=lambda: monotonic() + now, **{f"{name}_address": f"127.0.0.1:{port}"})
         found.start()
-        assert attempts.many_more()
+        assert attempts.wait_for_many()
         assert caplog.messages == [said]
         now += 60.0
-        assert attempts.many_more()
+        assert attempts.wait_for_many()
         assert caplog.messages == [said] * 2
         now += 60.0
-        assert attempts.many_more()
+        assert attempts.wait_for_many()
         assert caplog.messages == [said] * 2, "the second pause is longer"
     wait_until(lambda: len(caplog.messages) > 2, "a line that says that the port is served")
     assert caplog.messages[2:] == [f"{name}BindAddress 127.0.0.1:{port}: listening now"]

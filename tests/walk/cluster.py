@@ -17,7 +17,7 @@ from tests.deploy.kubeadm import config_map
 from tests.lab import objects
 from tests.lab.connection_stream import Target
 from tests.lab.modes import rules_of
-from tests.lab.node_pods import Machine
+from tests.lab.node_pods import NodePods
 from tests.lab.proxy import CLUSTER_CIDR
 from tests.lab.servers import Servers
 from tests.lab.topology import NODE_ADDRESSES, OUTSIDE_ADDRESSES, Host, Lab
@@ -145,7 +145,7 @@ def _pods(lab: Lab, servers: Servers) -> list[Host]:
     """Return the pods of the Service, which answer: in turn on both nodes."""
     places = [(number % 2 + 1, number + 1) for number in range(3)]
     machines = {
-        node: Machine(lab, f"node-{node}", [a for place in places if place[0] == node for a in _addresses(*place)])
+        node: NodePods(lab, f"node-{node}", [a for place in places if place[0] == node for a in _addresses(*place)])
         for node in (1, 2)
     }
     pods = [machines[node].pod(f"web/{number}", *_addresses(node, number)) for node, number in places]

@@ -10,7 +10,7 @@ import pytest
 
 from tests.deploy.rendered import ROOT
 from tests.deploy.site import IMAGE, make_site
-from tests.lab.connection_stream import Stream
+from tests.lab.connection_stream import ConnectionStream
 from tests.walk.cluster import NODES, Cluster
 from tests.walk.commands import Said, comparable, mentioned, run, section, shown, transcript
 from tests.walk.resources import ALL, PODS, Object
@@ -45,7 +45,7 @@ class Walk:
         """Run all the commands; in between, the Service gets a third pod, and loses it in the end."""
         self.cluster.set_endpoints(2)
         configuration, log = mentioned(PLACE)[:2]
-        with Stream(self.cluster.targets()) as stream:
+        with ConnectionStream(self.cluster.targets()) as stream:
             self._look_around(stream)
             self.looks.append(self._run(configuration).output)
             self._follow(transcript(PLACE), stream)
@@ -54,10 +54,10 @@ class Walk:
             self._follow(transcript(BACK), stream)
             self.cluster.set_endpoints(2)
             stream.settle()
-            self.complaints = stream.complaints()
+            self.complaints = stream.failure_report()
         self.after = self._objects()
 
-    def _follow(self, commands: list[Said], stream: Stream) -> None:
+    def _follow(self, commands: list[Said], stream: ConnectionStream) -> None:
         for each in commands:
             stream.mark(each.command)
             self.said.append(self._run(each.command))
@@ -66,7 +66,7 @@ class Walk:
     def _run(self, command: str) -> Said:
         return run(command, self._checkout, self.cluster.kubeconfig(), self._home)
 
-    def _look_around(self, stream: Stream) -> None:
+    def _look_around(self, stream: ConnectionStream) -> None:
         running = {each.node: each.running() for each in self.cluster.kubelets}
         self.states.append(State(running, self.cluster.rules(), set(stream.take(3))))
 

@@ -14,7 +14,7 @@ from urllib.request import HTTPSHandler, ProxyHandler, build_opener
 
 from tests.e2e.cluster import Answer, Failure, Outcome
 from tests.e2e.tally import Tally
-from tests.lab.client import finish
+from tests.lab.client import complete_request
 from tests.lab.servers import FAMILIES, SOCKET_TYPES
 from tests.lab.topology import Host
 
@@ -129,5 +129,5 @@ def _ask_again(connection: socket.socket) -> Outcome:
 
 
 def _answer(connection: socket.socket, protocol: str) -> Answer:
-    answered = finish(connection, protocol)
+    answered = complete_request(connection, protocol)
     return Answer(answered.pod, answered.source)

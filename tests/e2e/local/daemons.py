@@ -14,7 +14,7 @@ from urllib.error import URLError
 from tests.apiserver import ApiServer, Relay
 from tests.e2e.cluster import Mode
 from tests.e2e.local.asking import get
-from tests.lab.modes import flag, nothing_left_of_other
+from tests.lab.modes import mode_flag, no_rules_of_other_mode
 from tests.lab.namespace import Namespace
 from tests.lab.proxy import CLUSTER_CIDR, KPROXY
 from tests.lab.topology import Host
@@ -48,7 +48,7 @@ class NodeProxy:
     def start(self, mode: Mode) -> None:
         """Start it; does not wait."""
         with self._log.open("a") as output:
-            self._process = self._node.namespace.popen([*self._command, flag(mode)], output)
+            self._process = self._node.namespace.popen([*self._command, mode_flag(mode)], output)
 
     def end(self, number: int) -> None:
         """End it with a signal and return once it has ended."""
@@ -66,7 +66,7 @@ class NodeProxy:
 
     def is_alone(self, mode: Mode) -> bool:
         """Return whether its node has no rules of the other mode."""
-        return nothing_left_of_other(self._node.namespace, mode)
+        return no_rules_of_other_mode(self._node.namespace, mode)
 
     def words(self, lines: int = LAST_LINES) -> str:
         """Return the last lines of its log."""

@@ -48,7 +48,7 @@ class Network:
                 _ip(self._fabric, "route add unreachable", everywhere)
             self.nodes = {node.name: self._node(node) for node in NODES}
             self.outside = self._host("outside", OUTSIDE, forwards=False)
-            links.hang(self._fabric.namespace, self._fabric.by_version, self.outside.namespace, OUTSIDE)
+            links.attach(self._fabric.namespace, self._fabric.by_version, self.outside.namespace, OUTSIDE)
         except BaseException:
             self.close()
             raise
@@ -62,9 +62,9 @@ class Network:
         number = next(self._numbers)
         addresses = tuple(str(ip_network(cidr)[number]) for cidr in POD_CIDRS[node])
         namespace = Namespace(f"pod-{number}")  # its name becomes an interface's on the node, which is short
-        links.prepare(namespace, forwards=False)
+        links.configure(namespace, forwards=False)
         hub = self._pods[addresses[0]] = self.nodes[node]
-        links.hang(hub.namespace, hub.by_version, namespace, addresses)
+        links.attach(hub.namespace, hub.by_version, namespace, addresses)
         return Host(name, namespace, addresses)
 
     def remove_pod(self, pod: Host) -> None:
@@ -85,7 +85,7 @@ class Network:
     def _node(self, node: Node) -> Host:
         addresses = tuple(node.addresses.values())
         host = self._host(node.name, addresses, forwards=True)
-        links.hang(self._fabric.namespace, self._fabric.by_version, host.namespace, addresses)
+        links.attach(self._fabric.namespace, self._fabric.by_version, host.namespace, addresses)
         # The gateway address of `hang` becomes the node's own with its first pod. Nobody can be a neighbour of it then.
         _ip(self._fabric, "address add", _single(FABRIC[0]), "dev", node.name)
         _ip(self._fabric, "address delete", _single(links.GATEWAYS[4]), "dev", node.name)
@@ -102,7 +102,7 @@ class Network:
     def _host(self, name: str, addresses: tuple[str, ...], *, forwards: bool) -> Host:
         namespace = Namespace(name)
         self._stack.callback(namespace.close)
-        links.prepare(namespace, forwards=forwards)
+        links.configure(namespace, forwards=forwards)
         return Host(name, namespace, addresses)
 
 

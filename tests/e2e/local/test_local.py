@@ -96,7 +96,7 @@ def test_one_socket_keeps_its_port_from_call_to_call() -> None:
     if reason := unavailable():
         pytest.skip(reason)
     namespace = Namespace("alone")
-    links.prepare(namespace, forwards=False)
+    links.configure(namespace, forwards=False)
     with namespace.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver:
         receiver.bind(("127.0.0.1", UDP_PORT))
         for _ in range(2):
