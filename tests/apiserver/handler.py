@@ -1,4 +1,4 @@
-"""One HTTP connection: lists, single objects and writes. Watches are in `watching`."""
+"""Serve one HTTP connection: lists, single objects and writes. `watching` serves watches."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tests.apiserver.server import ApiServer
 
 GZIP_FROM = 128 * 1024
-"""Bytes from which on kube-apiserver compresses an answer."""
+"""Minimum size in bytes of an answer that kube-apiserver compresses."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -30,7 +30,7 @@ class Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
     api: ApiServer
 
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class calls it that
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the name in the base class
         pass
 
     def setup(self) -> None:
@@ -64,17 +64,17 @@ class Handler(BaseHTTPRequestHandler):
         query = dict(parse_qsl(parts.query, keep_blank_values=True))
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.api.requests.add(SeenRequest(self.command, parts.path, query, dict(self.headers.items()), body))
-        refusing = self.api.faults.take_refusal(parts.path, query)
-        if refusing:
-            self._answer(refusing.status, statuses.refusal(refusing.status, refusing.retry_after), refusing.retry_after)
+        failing = self.api.faults.next_failure(parts.path, query)
+        if failing:
+            self._answer(failing.status, statuses.error(failing.status, failing.retry_after), failing.retry_after)
         elif not self._authenticated():
-            self._answer(401, statuses.refusal(401, None))
+            self._answer(401, statuses.error(401, None))
         elif self.api.faults.protobuf == "refused" and protobuf.MEDIA_TYPE in self.headers.get("Accept", ""):
-            self._answer(406, statuses.refusal(406, None))
+            self._answer(406, statuses.error(406, None))
         elif parts.path in {"/readyz", "/healthz", "/livez"}:
             self._write(200, b"ok", "text/plain")
         elif found := find_path(parts.path):
-            self._dispatch_shown(*found, query, body)
+            self._dispatch_unless_hidden(*found, query, body)
         else:
             self._answer(404, statuses.NO_RESOURCE)
 
@@ -82,13 +82,13 @@ class Handler(BaseHTTPRequestHandler):
         scheme, _, token = self.headers.get("Authorization", "").partition(" ")
         return not self.api.tokens or (scheme.lower() == "bearer" and token in self.api.tokens)
 
-    def _dispatch_shown(
+    def _dispatch_unless_hidden(
         self, resource: Resource, namespace: str, name: str, query: dict[str, str], body: bytes
     ) -> None:
-        withheld = self.api.faults.withheld.get(resource.plural)
-        if withheld is None:
+        hidden = self.api.faults.hidden.get(resource.plural)
+        if hidden is None:
             self._dispatch(resource, namespace, name, query, body)
-        elif withheld == 404:
+        elif hidden == 404:
             self._answer(404, statuses.NO_RESOURCE)
         else:
             verb = "watch" if "watch" in query else "list"

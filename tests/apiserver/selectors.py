@@ -1,4 +1,4 @@
-"""Label and field selectors, read the way the API does."""
+"""Label and field selectors, parsed as the API server does."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ Labels = dict[str, str]
 
 
 class SelectorError(ValueError):
-    """A selector the server refuses with 400."""
+    """A selector that the server rejects with status 400."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One object as stored: its JSON without kind and apiVersion, and what selectors look at."""
+    """A stored object: its JSON without kind and apiVersion, and the labels and fields that selectors match."""
 
     key: str
     namespace: str

@@ -16,7 +16,7 @@ NOBODYS_CLASS = "example.com/nobody"
 
 
 def service(name: str, family: IpFamily, protocol: str = "TCP", **spec: Any) -> Object:
-    """Return a Service of one family and port for the pods labelled `app: <name>`.
+    """Return a Service of one family and port for the pods labeled `app: <name>`.
 
     More of its spec by API names; what is None there is left out.
     """

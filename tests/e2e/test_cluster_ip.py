@@ -9,7 +9,7 @@ from tests.e2e.way import Way, cluster_ip
 
 
 def three_pods(cluster: Cluster) -> list[Pod]:
-    """Pods labelled `app: web`: two on the first node, one on the last."""
+    """Pods labeled `app: web`: two on the first node, one on the last."""
     first, last = cluster.nodes[0].name, cluster.nodes[-1].name
     return [*cluster.pods("web", first, labels("web"), 2), cluster.pod("far", last, labels("web"))]
 

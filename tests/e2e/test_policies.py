@@ -13,7 +13,7 @@ pytestmark = needs("two nodes")
 
 
 def pods_on_two_nodes(cluster: Cluster) -> list[Pod]:
-    """One pod on each of the first two nodes, labelled `app: web`."""
+    """One pod on each of the first two nodes, labeled `app: web`."""
     return [cluster.pod(f"web-on-{i}", cluster.nodes[i].name, labels("web")) for i in range(2)]
 
 

@@ -7,6 +7,7 @@ TCP and SCTP servers speak HTTP/1.1; UDP servers answer one line with one line. 
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 import threading
 from collections.abc import Coroutine
@@ -15,8 +16,8 @@ from typing import Any, TypeVar, cast
 
 from tests.lab.links import version_of
 from tests.lab.topology import Host
+from tests.lab.waiting import HANG_GUARD, wait_until
 
-HANG_GUARD = 30.0
 BACKLOG = 512
 FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
 SOCKET_TYPES = {
@@ -58,7 +59,7 @@ class Servers:
             kind, number = SOCKET_TYPES[protocol]
             listening = pod.namespace.socket(FAMILIES[version_of(address)], kind, number)
             listening.setblocking(False)
-            listening.bind((address, port))
+            _bind(listening, address, port)
             listener = self._await(self._start(pod.name, listening, protocol))
             self._listeners.setdefault(pod.name, []).append(listener)
 
@@ -95,6 +96,21 @@ class Servers:
 
         listener.server = await asyncio.start_server(answer, sock=listening, backlog=BACKLOG)
         return listener
+
+
+def _bind(listening: socket.socket, address: str, port: int) -> None:
+    """Bind a socket. A busy kernel may need a moment until an address that was just added can be used."""
+
+    def is_bound() -> bool:
+        try:
+            listening.bind((address, port))
+        except OSError as error:
+            if error.errno != errno.EADDRNOTAVAIL:
+                raise
+            return False
+        return True
+
+    wait_until(is_bound, f"address {address} can be used")
 
 
 async def _finish(listener: _Listener) -> None:

@@ -61,7 +61,7 @@ class _Handler(Handler):
             verb = rbac.verb_of(self.command, place, watch=request.is_watch) if place else ""
             allowed = not place or rbac.allowed(self.api.store, user, verb, place)
         if not user:
-            self._answer(401, statuses.refusal(401, None))
+            self._answer(401, statuses.error(401, None))
         elif answer := described(parts.path):
             self._write(200, json.dumps(answer).encode(), "application/json")
         elif not place:
