@@ -199,7 +199,7 @@ def test_what_the_cluster_has_and_lacks(cluster: RealCluster) -> None:
     assert cluster.lacks("IPv4") == ""
     assert cluster.lacks("IPv6") == "Services get no IPv6 addresses, only IPv4"
     assert cluster.lacks("outside over IPv6") == cluster.lacks("IPv6")
-    assert cluster.lacks("two nodes") == "worker is the only node that takes pods"
+    assert cluster.lacks("two nodes") == "worker is the only schedulable node"
     assert cluster.lacks("outside").startswith("node worker: ")
     assert "k8s-app=kube-dns" in cluster.lacks("DNS")
     assert "no DaemonSet kube-system/kube-proxy" in cluster.lacks("kube-proxy")
@@ -210,12 +210,12 @@ def test_what_the_cluster_has_and_lacks(cluster: RealCluster) -> None:
 def test_requests_of_each_kind_come_from_pods(cluster: RealCluster, answering: Answering) -> None:
     client = cluster.pod("client", "worker")
     answer = Answer("web-0", "127.0.0.1")
-    assert cluster.ask(client, "127.0.0.1", answering.port, times=2) == [answer] * 2
-    assert cluster.ask(client, "127.0.0.1", answering.udp_port, "UDP") == [answer]
-    assert cluster.ask_from_outside("127.0.0.1", answering.port) == [answer]
+    assert cluster.request(client, "127.0.0.1", answering.port, times=2) == [answer] * 2
+    assert cluster.request(client, "127.0.0.1", answering.udp_port, "UDP") == [answer]
+    assert cluster.request_from_outside("127.0.0.1", answering.port) == [answer]
     answering.clients.clear()
     for _ in range(2):
-        assert cluster.ask_from_one_socket(client, "127.0.0.1", answering.udp_port, times=2) == [answer] * 2
+        assert cluster.request_from_one_socket(client, "127.0.0.1", answering.udp_port, times=2) == [answer] * 2
     assert len(answering.clients) == 8
     assert len(set(answering.clients)) == 1
     assert cluster.get_from_pod(client, url("127.0.0.1", answering.port, "/hostname")) == (200, "web-0")
@@ -226,7 +226,7 @@ def test_objects_are_of_the_tests_namespace(cluster: RealCluster, server: Server
     made = cluster.apply(service("web", "IPv4", type="LoadBalancer"))
     namespace = made["metadata"]["namespace"]
     assert f"{CORE}/{namespace}/services/web" in server.objects
-    cluster.give_address("web", "203.0.113.1", "Proxy")
+    cluster.set_load_balancer_ip("web", "203.0.113.1", "Proxy")
     (ingress,) = cluster.get("Service", "web")["status"]["loadBalancer"]["ingress"]
     assert ingress == {"ip": "203.0.113.1", "ipMode": "Proxy"}
     assert ("PATCH", f"{CORE}/{namespace}/services/web/status") in server.asked

@@ -16,7 +16,7 @@ import pytest
 from tests.e2e.cluster import Answer, Failure
 from tests.e2e.manifests import url
 from tests.e2e.real import outside, scripts
-from tests.e2e.real.load import ScriptTally
+from tests.e2e.real.load import ScriptResults
 
 LOOPBACK = {"IPv4": "127.0.0.1", "IPv6": "::1"}
 
@@ -102,13 +102,13 @@ def closed_port(address: str, kind: socket.SocketKind) -> int:
 
 
 def test_each_tcp_request_tells_the_pod_and_the_client_it_saw(address: str, pod: Pod) -> None:
-    lines = run(scripts.ASK_TCP, url(address, pod.port, ""), 3)
+    lines = run(scripts.REQUEST_TCP, url(address, pod.port, ""), 3)
     assert [scripts.outcome(line) for line in lines] == [Answer("web-0", address)] * 3
 
 
 def test_a_refused_connection_is_known_from_other_failures(address: str) -> None:
     port = closed_port(address, socket.SOCK_STREAM)
-    (line,) = run(scripts.ASK_TCP, url(address, port, ""), 1)
+    (line,) = run(scripts.REQUEST_TCP, url(address, port, ""), 1)
     outcome = scripts.outcome(line)
     assert isinstance(outcome, Failure)
     assert outcome.kind == "refused"
@@ -122,14 +122,14 @@ def test_an_answer_that_took_two_connections_is_none(address: str) -> None:
 
 
 def test_each_udp_request_comes_from_a_port_of_its_own(address: str, pod: Pod) -> None:
-    lines = run(scripts.ASK_UDP, address, pod.udp_port, 3)
+    lines = run(scripts.REQUEST_UDP, address, pod.udp_port, 3)
     assert [scripts.outcome(line) for line in lines] == [Answer("web-0", address)] * 3
     assert len(pod.clients) == 6
     assert len(set(pod.clients)) > 1
 
 
 def test_a_datagram_that_is_refused(address: str) -> None:
-    (line,) = run(scripts.ASK_UDP, address, closed_port(address, socket.SOCK_DGRAM), 1)
+    (line,) = run(scripts.REQUEST_UDP, address, closed_port(address, socket.SOCK_DGRAM), 1)
     outcome = scripts.outcome(line)
     assert isinstance(outcome, Failure)
     assert outcome.kind == "refused"
@@ -137,14 +137,14 @@ def test_a_datagram_that_is_refused(address: str) -> None:
 
 def test_a_datagram_that_nobody_answers(pod: Pod, address: str) -> None:
     pod.speaks.clear()
-    (line,) = run(scripts.ASK_UDP, address, pod.udp_port, 1)
+    (line,) = run(scripts.REQUEST_UDP, address, pod.udp_port, 1)
     outcome = scripts.outcome(line)
     assert isinstance(outcome, Failure)
     assert outcome.kind == "no answer"
 
 
 def test_one_socket_keeps_its_port(address: str, pod: Pod) -> None:
-    command = ["bash", "-c", scripts.ASK_FROM_ONE_SOCKET, "bash", address, str(pod.udp_port)]
+    command = ["bash", "-c", scripts.REQUEST_FROM_ONE_SOCKET, "bash", address, str(pod.udp_port)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
         assert process.stdout is not None
@@ -167,7 +167,7 @@ def test_both_kinds_of_timeout_say_that_there_was_no_answer(code: str) -> None:
 
 def test_the_load_counts_every_request_until_its_file_is_there(address: str, pod: Pod, tmp_path: Path) -> None:
     end = tmp_path / "end"
-    tally = ScriptTally()
+    tally = ScriptResults()
     command = ["bash", "-c", scripts.LOAD, "bash", url(address, pod.port, ""), str(end)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -181,7 +181,7 @@ def test_the_load_counts_every_request_until_its_file_is_there(address: str, pod
 
 
 def test_the_load_tells_what_failed(address: str, tmp_path: Path) -> None:
-    end, tally = tmp_path / "end", ScriptTally()
+    end, tally = tmp_path / "end", ScriptResults()
     command = ["bash", "-c", scripts.LOAD, "bash", url(address, closed_port(address, socket.SOCK_STREAM), ""), str(end)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -194,14 +194,14 @@ def test_the_load_tells_what_failed(address: str, tmp_path: Path) -> None:
 
 
 def test_lost_lines_and_lost_packets_are_failures() -> None:
-    tally = ScriptTally()
+    tally = ScriptResults()
     for line in ("1\t0\tweb-0 0.001 \t", "3\t0\tweb-0 0.001 \t", "4\t0\tweb-0 1.02 \t", "end 4"):
         tally.add(line)
     told = tally.failures()
     assert len(told) == 4
-    assert "request 3 is told as the 2th" in told[0]
+    assert "result 2 is for request 3" in told[0]
     assert "packet was lost" in told[2]
-    assert "4 requests were made, and 3 are known" in told[3]
+    assert "4 requests were sent, but 3 results were received" in told[3]
 
 
 def test_a_get_tells_status_and_body_or_that_there_was_none(address: str, pod: Pod) -> None:
@@ -215,10 +215,10 @@ def test_a_get_tells_status_and_body_or_that_there_was_none(address: str, pod: P
 
 
 def test_outside_asks_the_same_questions(address: str, pod: Pod) -> None:
-    assert outside.ask(address, pod.port, "TCP") == Answer("web-0", address)
-    assert outside.ask(address, pod.udp_port, "UDP") == Answer("web-0", address)
+    assert outside.send_request(address, pod.port, "TCP") == Answer("web-0", address)
+    assert outside.send_request(address, pod.udp_port, "UDP") == Answer("web-0", address)
     for kind, protocol in ((socket.SOCK_STREAM, "TCP"), (socket.SOCK_DGRAM, "UDP")):
-        outcome = outside.ask(address, closed_port(address, kind), protocol)
+        outcome = outside.send_request(address, closed_port(address, kind), protocol)
         assert isinstance(outcome, Failure)
         assert outcome.kind == "refused"
 
