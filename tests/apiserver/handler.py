@@ -13,7 +13,7 @@ from tests.apiserver import protobuf, statuses
 from tests.apiserver.events import event_problems
 from tests.apiserver.requests import SeenRequest
 from tests.apiserver.resources import EVENTS, SERVICES, Resource, find_path
-from tests.apiserver.selectors import SelectorError, Test, field_test, label_test
+from tests.apiserver.selectors import Selector, SelectorError, field_test, label_test
 from tests.apiserver.store import ConflictError, ExpiredError, NotFoundError, make_token
 from tests.apiserver.watching import Watch
 from tests.apiserver.writing import JsonWriter, ProtobufWriter, accepts_protobuf
@@ -132,16 +132,16 @@ class Handler(BaseHTTPRequestHandler):
 
     def _collection(self, resource: Resource, namespace: str, query: dict[str, str]) -> None:
         try:
-            wanted = self._selection(resource, namespace, query)
+            matches = self._selector(resource, namespace, query)
         except SelectorError as error:
             self._answer(400, statuses.status(400, "BadRequest", str(error)))
             return
         if query.get("watch") in {"1", "true"}:
-            self._watch(resource, wanted, query)
+            self._watch(resource, matches, query)
         else:
-            self._list(resource, wanted, query)
+            self._list(resource, matches, query)
 
-    def _selection(self, resource: Resource, namespace: str, query: dict[str, str]) -> Test:
+    def _selector(self, resource: Resource, namespace: str, query: dict[str, str]) -> Selector:
         selectable = resource.selectable
         if resource is SERVICES and not self.api.faults.service_fields:
             selectable = ()
@@ -149,10 +149,12 @@ class Handler(BaseHTTPRequestHandler):
         fields = field_test(query.get("fieldSelector", ""), selectable)
         return lambda item: (not namespace or item.namespace == namespace) and labels(item) and fields(item)
 
-    def _list(self, resource: Resource, wanted: Test, query: dict[str, str]) -> None:
+    def _list(self, resource: Resource, matches: Selector, query: dict[str, str]) -> None:
         token = query.get("continue", "")
         try:
-            version, items, following, left = self.api.store.page(resource, wanted, int(query.get("limit") or 0), token)
+            version, items, following, left = self.api.store.page(
+                resource, matches, int(query.get("limit") or 0), token
+            )
         except ExpiredError as error:
             fresh = make_token(-1, str(error).rstrip("\0"))
             self._answer(410, statuses.expired_continue(fresh))
@@ -175,7 +177,7 @@ class Handler(BaseHTTPRequestHandler):
         body = opening + b',"items":[' + b",".join(item.raw for item in items) + b"]}\n"
         self._write(200, body, "application/json")
 
-    def _watch(self, resource: Resource, wanted: Test, query: dict[str, str]) -> None:
+    def _watch(self, resource: Resource, matches: Selector, query: dict[str, str]) -> None:
         if "sendInitialEvents" in query and (refused := self._watch_list_refusal(query)):
             self._answer(422, refused)
             return
@@ -185,7 +187,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Cache-Control", "no-cache, private")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        Watch(self.api, self.connection, resource, wanted, query, writer=writer).serve()
+        Watch(self.api, self.connection, resource, matches, query, writer=writer).serve()
         self.close_connection = True
         self.connection.shutdown(socket.SHUT_WR)
 

@@ -25,10 +25,10 @@ class Stored:
     fields: dict[str, str]
 
 
-Test = Callable[[Stored], bool]
+Selector = Callable[[Stored], bool]
 
 
-def label_test(selector: str) -> Test:
+def label_test(selector: str) -> Selector:
     tests = [_label_term(term.strip()) for term in _split(selector)]
     return lambda item: all(test(item.labels) for test in tests)
 
@@ -53,7 +53,7 @@ def _label_term(term: str) -> Callable[[Labels], bool]:
     return lambda labels: key in labels
 
 
-def field_test(selector: str, selectable: tuple[str, ...]) -> Test:
+def field_test(selector: str, selectable: tuple[str, ...]) -> Selector:
     allowed = {"metadata.name", "metadata.namespace", *selectable}
     terms = []
     for term in _split(selector):

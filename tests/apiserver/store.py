@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from tests.apiserver.resources import RESOURCES, Resource, resource_of
-from tests.apiserver.selectors import Stored, Test
+from tests.apiserver.selectors import Selector, Stored
 
 Object = dict[str, Any]
 
@@ -39,10 +39,10 @@ class Change:
     before: Stored | None
     after: Stored | None
 
-    def seen_through(self, wanted: Test) -> tuple[str, Stored] | None:
+    def event_for(self, matches: Selector) -> tuple[str, Stored] | None:
         """Return the event for a watch with this selector."""
-        old = self.before if self.before and wanted(self.before) else None
-        new = self.after if self.after and wanted(self.after) else None
+        old = self.before if self.before and matches(self.before) else None
+        new = self.after if self.after and matches(self.after) else None
         if new:
             return ("MODIFIED" if old else "ADDED"), new
         return ("DELETED", _at_version(old, self.version)) if old else None
@@ -122,13 +122,13 @@ class Store:
             self._compacted = self.version
             self._snapshots.clear()
 
-    def snapshot(self, resource: Resource, wanted: Test) -> tuple[int, list[Stored]]:
+    def snapshot(self, resource: Resource, matches: Selector) -> tuple[int, list[Stored]]:
         """Return the current version and the objects, sorted by key."""
         with self.changed:
             items = self._objects[resource]
-            return self.version, [items[key] for key in sorted(items) if wanted(items[key])]
+            return self.version, [items[key] for key in sorted(items) if matches(items[key])]
 
-    def page(self, resource: Resource, wanted: Test, limit: int, token: str) -> tuple[int, list[Stored], str, int]:
+    def page(self, resource: Resource, matches: Selector, limit: int, token: str) -> tuple[int, list[Stored], str, int]:
         """Return version, objects, the next token and the number of objects after this page."""
         with self.changed:
             if token:
@@ -136,10 +136,10 @@ class Store:
                 items = self._snapshots.get((resource, version))
                 if items is None:
                     raise ExpiredError(start)
-                items = [item for item in items if wanted(item) and item.key + "\0" > start]
+                items = [item for item in items if matches(item) and item.key + "\0" > start]
                 items = items[1:] if items and items[0].key + "\0" == start else items
             else:
-                version, items = self.snapshot(resource, wanted)
+                version, items = self.snapshot(resource, matches)
             if not limit or len(items) <= limit:
                 return version, items, "", 0
             if not token:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tests.apiserver import statuses
 from tests.apiserver.resources import Resource
-from tests.apiserver.selectors import Test
+from tests.apiserver.selectors import Selector
 from tests.apiserver.store import Change, ExpiredError
 from tests.apiserver.writing import Writer
 
@@ -28,13 +28,13 @@ class Watch:
         api: ApiServer,
         connection: socket.socket,
         resource: Resource,
-        wanted: Test,
+        matches: Selector,
         query: dict[str, str],
         *,
         writer: Writer,
     ) -> None:
         self._writer = writer
-        self._api, self._connection, self._resource, self._wanted = api, connection, resource, wanted
+        self._api, self._connection, self._resource, self._wanted = api, connection, resource, matches
         self._query = query
         self._epoch = api.faults.epoch
         self._bookmarks = query.get("allowWatchBookmarks") in {"1", "true"}
@@ -118,7 +118,7 @@ class Watch:
         for line in lines:
             self._send(self._writer.injected(line))
         for change in changes:
-            if event := change.seen_through(self._wanted):
+            if event := change.event_for(self._wanted):
                 self._send(self._writer.stored(event[0], self._resource, event[1]))
 
     def _end_as_requested(self) -> None:

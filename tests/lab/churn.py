@@ -158,21 +158,21 @@ class Churn:
         return [Delete(Service, namespace, own), *(Delete(EndpointSlice, each.namespace, each.name) for each in slices)]
 
     def _transient_service(self, number: int) -> Service:
-        maybe = self._random.random
+        chance = self._random.random
         return Service(
             "demo",
             f"transient-{number:02}",
             (f"10.96.2.{number + 1}", f"fd00:10:96:2::{number + 1:x}"),
             tuple(
-                ServicePort(name, 80 + place, "TCP", 31000 + 2 * number + place if maybe() < 0.5 else 0)
-                for place, name in enumerate(("main", "more")[: self._random.choice((1, 2))])
+                ServicePort(name, 80 + index, "TCP", 31000 + 2 * number + index if chance() < 0.5 else 0)
+                for index, name in enumerate(("main", "more")[: self._random.choice((1, 2))])
             ),
             affinity_seconds=self._random.choice((0, 0, 0, 5, 10_800)),
-            internal_local=maybe() < 0.2,
-            external_local=maybe() < 0.4,
-            external_ips=SHARED_IPS if maybe() < 0.4 else (),
-            vips=(f"203.0.113.{100 + number}", f"2001:db8:7::{100 + number}") if maybe() < 0.5 else (),
-            source_ranges=("192.0.2.0/24", "2001:db8:9::/64") if maybe() < 0.3 else (),
+            internal_local=chance() < 0.2,
+            external_local=chance() < 0.4,
+            external_ips=SHARED_IPS if chance() < 0.4 else (),
+            vips=(f"203.0.113.{100 + number}", f"2001:db8:7::{100 + number}") if chance() < 0.5 else (),
+            source_ranges=("192.0.2.0/24", "2001:db8:9::/64") if chance() < 0.3 else (),
         )
 
     # Objects
@@ -183,9 +183,9 @@ class Churn:
     def _slices(self, name: str) -> Iterable[EndpointSlice]:
         namespace, _, own = name.partition("/")
         ports = tuple(EndpointPort(each, PORT, "TCP") for each in ("main", "more"))
-        for place, family in enumerate((Family.IPV4, Family.IPV6)):
+        for index, family in enumerate((Family.IPV4, Family.IPV6)):
             endpoints = tuple(
-                Endpoint(pod_addresses(service, number)[place], NODES[number % len(NODES)])
+                Endpoint(pod_addresses(service, number)[index], NODES[number % len(NODES)])
                 for service, number in sorted(self.members[name])
             )
             yield EndpointSlice(namespace, f"{own}-{family.value.lower()}", name, family, endpoints, ports)

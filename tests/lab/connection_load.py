@@ -127,9 +127,9 @@ class UntranslatedPackets:
 
     def __init__(self, node: Namespace, addresses: Sequence[str], node_ports: Sequence[int]) -> None:
         self._node = node
-        leaving = [f"ip{'6' if ':' in each else ''} daddr {each} counter" for each in addresses]
-        staying = [f"tcp dport {each} counter" for each in node_ports]
-        node.run(["nft", "-f", "-"], COUNTERS % ("\n".join(leaving), "\n".join(staying)))
+        outgoing = [f"ip{'6' if ':' in each else ''} daddr {each} counter" for each in addresses]
+        incoming = [f"tcp dport {each} counter" for each in node_ports]
+        node.run(["nft", "-f", "-"], COUNTERS % ("\n".join(outgoing), "\n".join(incoming)))
 
     def seen(self) -> list[str]:
         """Return the rules that have counted packets."""

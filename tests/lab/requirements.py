@@ -20,7 +20,7 @@ PACKAGES = {
 }
 """Required commands and their Debian packages."""
 
-NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+UNPRIVILEGED = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
 """Command prefix that runs a command as an unprivileged user."""
 
 
@@ -48,7 +48,7 @@ def missing_access(*starter: str) -> str:
     Without a `starter`, setpriv itself executes Python, while it still has root's capabilities. With one, such as
     `sh -c 'exec "$0" "$@"'`, they are gone by then.
     """
-    command = [*NOBODY, *starter, sys.executable, "-c", "import kproxy, rich"]
+    command = [*UNPRIVILEGED, *starter, sys.executable, "-c", "import kproxy, rich"]
     if subprocess.run(command, capture_output=True, check=False).returncode:
         return f"an unprivileged user cannot run {sys.executable}"
     return ""
