@@ -21,10 +21,10 @@ from kproxy.ipvs.ipset import IpsetEntry, set_entries, set_names
 from kproxy.ipvs.virtual_servers import VirtualServer, virtual_servers
 from kproxy.model.types import Family
 from tests.kernel.test_cleanup import rules, without_firewall
-from tests.lab.iptables import PREFIXES, link, programs_of
+from tests.lab.iptables import PREFIXES, link_programs, programs_of
 from tests.lab.namespace import Namespace
 from tests.lab.proxy import KPROXY
-from tests.lab.transaction_monitor import Commits
+from tests.lab.transaction_monitor import TransactionMonitor
 from tests.recordings import GOLDEN
 from tests.reports import failed, succeeded
 
@@ -168,7 +168,7 @@ EVERYTHING = f"{len(SETS)} ipsets, the interface {INTERFACE}"
 def test_iptables_mode_removes_what_is_not_its_own(
     node: Namespace, variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    link(programs_of(variant), tmp_path)
+    link_programs(programs_of(variant), tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     leave(node)
     chains = ", ".join(f"{OF_IPVS_MODE} iptables chains of {family.value}" for family in Family)
@@ -250,7 +250,7 @@ def test_where_nothing_is_left_no_program_is_started_and_nothing_is_written(
         (tmp_path / name).write_text(f"#!/bin/sh\ntouch {started}\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    with Commits(node) as commits:
+    with TransactionMonitor(node) as commits:
         assert node.call(remove_ipvs) == ""
         assert commits.new() == []
     assert not started.exists()

@@ -20,7 +20,7 @@ from kproxy.serve.http import MAX_HEAD, HttpRequest, HttpResponse, RequestError,
 from kproxy.serve.server import HttpServer, ListenAddress, listen, parse_address
 from kproxy.serve.status_server import ListenError, StatusServer
 from tests.clock import Clock
-from tests.lab.listen_attempts import Attempts
+from tests.lab.listen_attempts import ListenAttempts
 from tests.lab.waiting import HANG_GUARD, wait_until
 from tests.ports import free_port, get
 
@@ -483,19 +483,19 @@ def test_port_in_use_is_logged_with_backoff_and_served_once_it_is_free(
 ) -> None:
     caplog.set_level(logging.INFO, logger="kproxy")
     now = 0.0
-    attempts = Attempts(monkeypatch, "kproxy.serve.status_server")
+    attempts = ListenAttempts(monkeypatch, "kproxy.serve.status_server")
     with listen(LOOPBACK) as occupied:
         port = port_number(occupied)
         warning = f"{name}BindAddress 127.0.0.1:{port}: cannot listen: Address already in use, retrying every 0 s"
         found = status_server(clock=lambda: monotonic() + now, **{f"{name}_address": f"127.0.0.1:{port}"})
         found.start()
-        assert attempts.many_more()
+        assert attempts.wait_for_many()
         assert caplog.messages == [warning]
         now += 60.0
-        assert attempts.many_more()
+        assert attempts.wait_for_many()
         assert caplog.messages == [warning] * 2
         now += 60.0
-        assert attempts.many_more()
+        assert attempts.wait_for_many()
         assert caplog.messages == [warning] * 2, "the second interval is longer"
     wait_until(lambda: len(caplog.messages) > 2, "a log line when the port is served")
     assert caplog.messages[2:] == [f"{name}BindAddress 127.0.0.1:{port}: listening now"]

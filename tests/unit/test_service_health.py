@@ -22,7 +22,7 @@ from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Se
 from kproxy.serve.http import encode
 from kproxy.serve.server import HttpServer, ListenAddress, listen
 from kproxy.serve.service_health import HealthCheckNodePorts, ServiceHealth, ServiceHealthTracker, service_response
-from tests.lab.listen_attempts import Attempts
+from tests.lab.listen_attempts import ListenAttempts
 from tests.lab.waiting import HANG_GUARD
 from tests.ports import free_port, get
 from tests.recordings import GOLDEN, store
@@ -356,16 +356,16 @@ def test_a_taken_port_is_said_ever_more_rarely_and_when_it_is_served(
     ports: Ports, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, logger="kproxy")
-    attempts = Attempts(monkeypatch, "kproxy.serve.service_health")
+    attempts = ListenAttempts(monkeypatch, "kproxy.serve.service_health")
     with listen(ListenAddress("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         said = f"Service ns/web: health check node port: cannot listen on 127.0.0.1:{port}: Address already in use"
         ports.update(web=at(port))
-        assert attempts.many_more()
+        assert attempts.wait_for_many()
         assert caplog.messages == [said]
         for lines in (2, 2, 3):
             ports.later += 60.0
-            assert attempts.many_more()
+            assert attempts.wait_for_many()
             assert caplog.messages == [said] * lines
     until(lambda: len(caplog.messages) > 3)
     assert caplog.messages[3:] == [f"Service ns/web: health check node port: listening on 127.0.0.1:{port}"]
