@@ -23,7 +23,7 @@ from tests.unit.test_nftables_backend import FIRST, IPV4, NftablesProxy, endpoin
 
 def test_a_change_of_others_elsewhere_costs_one_look_at_the_chains() -> None:
     proxy = web()
-    proxy.kernel.current += 1
+    proxy.kernel.change_another_table()
     reads = proxy.kernel.reads
     proxy.put(service("more", "10.96.0.2")).sync()
     assert proxy.kernel.reads == reads + 1
@@ -73,7 +73,7 @@ DAMAGES = (drop_table, flush_chain, remove_frontend, remove_chain, add_rule, add
 
 def hurt(proxy: NftablesProxy, damage: Callable[[FakeTable], None]) -> None:
     damage(proxy.kernel)
-    proxy.kernel.current += 1
+    proxy.kernel.change_another_table()
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -110,7 +110,7 @@ class Meddled(FakeTable):
         todo = self.calls.get(when)
         if todo and (damage := todo.pop(0)) is not None:
             damage(self)
-            self.current += 1
+            self.change_another_table()
 
     def commit(self, change: Transaction, generation: int | None = None, /) -> None:
         self._meddle("commit")
@@ -192,23 +192,23 @@ def test_what_the_kernel_took_counts_though_there_was_no_time_for_a_look() -> No
     proxy.checked_sync()
     kernel.restless = True
     for number in range(2, 5):
-        kernel.current += 1
+        kernel.change_another_table()
         begin = len(kernel.commits)
         proxy.put(service(f"web-{number}", f"10.96.0.{number}")).sync()
         assert len(kernel.commits) == begin + 1
     kernel.restless = False
     add_frontend(kernel)
-    kernel.current += 1
+    kernel.change_another_table()
     proxy.put(service("more", "10.96.0.9")).checked_sync()
 
 
 def test_what_was_refused_is_told_and_tried_again_from_what_is_there() -> None:
     proxy = web()
-    proxy.kernel.refuse = lambda _: "element 10.96.0.2 of cluster-ips: Cannot allocate memory"
+    proxy.kernel.reject = lambda _: "element 10.96.0.2 of cluster-ips: Cannot allocate memory"
     proxy.put(service("more", "10.96.0.2"))
     with pytest.raises(SyncError, match=r"^element 10\.96\.0\.2 of cluster-ips: Cannot allocate memory$"):
         proxy.sync()
-    proxy.kernel.refuse = lambda _: None
+    proxy.kernel.reject = lambda _: None
     (change,) = proxy.checked_sync()
     assert written(change) == {"flushed_chains", "added_rules", "added_elements"}
     assert [element.comment for element in change.added_elements[names.NO_ENDPOINT_SERVICES]] == ["ns/more"]
@@ -245,11 +245,11 @@ def test_a_look_that_fails_says_so_and_changes_nothing(caplog: pytest.LogCapture
 
 def test_generations_begin_anew_after_the_last() -> None:
     proxy = web()
-    proxy.kernel.current = 0xFFFFFFFF
+    proxy.kernel.generation_id = 0xFFFFFFFF
     proxy.restart_batching()
     proxy.put(service("more", "10.96.0.2"))
     proxy.sync()
-    assert proxy.kernel.current == 1
+    assert proxy.kernel.generation_id == 1
     reads = proxy.kernel.reads
     proxy.put(service("even-more", "10.96.0.3")).sync()
     assert proxy.kernel.reads == reads

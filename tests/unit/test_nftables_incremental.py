@@ -68,7 +68,7 @@ class TablesProxy(InProcessProxy):
 
     def settle(self) -> None:
         for kernel in self.kernels.values():
-            kernel.refuse = lambda _: None
+            kernel.reject = lambda _: None
         self.sync()
 
     def tables(self) -> dict[Family, TableState | None]:
@@ -199,9 +199,9 @@ def happen(kernel: FakeTable, event: Event) -> None:
     """What an event means to a table."""
     match event:
         case Refuses():
-            kernel.refuse = refusing(event.after)
+            kernel.reject = refusing(event.after)
         case Foreign():
-            kernel.current += 1
+            kernel.change_another_table()
         case Damaged() if kernel.table is not None:
             event.apply(kernel.table)
 
