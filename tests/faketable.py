@@ -82,9 +82,9 @@ class FakeTable:
         assert self.table is not None
         return self.table
 
-    def change_another_table(self) -> None:
-        """Act as if another process changed another table: only the generation ID changes."""
-        self._increment_generation()
+    def increment_generation(self) -> None:
+        """Increment the generation ID, as a change of any table by another process does."""
+        self.generation_id = self.generation_id + 1 & 0xFFFFFFFF or 1
 
     def commit(self, transaction: Transaction, generation: int | None = None, /) -> None:
         if generation is not None and generation != self.generation_id:
@@ -97,7 +97,7 @@ class FakeTable:
         except _RejectedError as error:
             raise TableError(f"{error.subject}: {os.strerror(error.code)}") from None
         self.commits.append(transaction)
-        self._increment_generation()
+        self.increment_generation()
 
     def generation(self) -> int:
         return self.generation_id
@@ -118,9 +118,6 @@ class FakeTable:
             if fake_set is not None and fake_set.layout == set_layout(definition, self.family):
                 snapshot.elements[definition.name] = fake_set.elements
         return snapshot
-
-    def _increment_generation(self) -> None:
-        self.generation_id = self.generation_id + 1 & 0xFFFFFFFF or 1
 
 
 class _RejectedError(Exception):

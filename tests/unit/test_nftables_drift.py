@@ -23,7 +23,7 @@ from tests.unit.test_nftables_backend import FIRST, IPV4, NftablesProxy, endpoin
 
 def test_a_change_of_others_elsewhere_costs_one_look_at_the_chains() -> None:
     proxy = web()
-    proxy.kernel.change_another_table()
+    proxy.kernel.increment_generation()
     reads = proxy.kernel.reads
     proxy.put(service("more", "10.96.0.2")).sync()
     assert proxy.kernel.reads == reads + 1
@@ -73,7 +73,7 @@ DAMAGES = (drop_table, flush_chain, remove_frontend, remove_chain, add_rule, add
 
 def hurt(proxy: NftablesProxy, damage: Callable[[FakeTable], None]) -> None:
     damage(proxy.kernel)
-    proxy.kernel.change_another_table()
+    proxy.kernel.increment_generation()
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -110,7 +110,7 @@ class Meddled(FakeTable):
         todo = self.calls.get(when)
         if todo and (damage := todo.pop(0)) is not None:
             damage(self)
-            self.change_another_table()
+            self.increment_generation()
 
     def commit(self, change: Transaction, generation: int | None = None, /) -> None:
         self._meddle("commit")
@@ -192,13 +192,13 @@ def test_what_the_kernel_took_counts_though_there_was_no_time_for_a_look() -> No
     proxy.checked_sync()
     kernel.restless = True
     for number in range(2, 5):
-        kernel.change_another_table()
+        kernel.increment_generation()
         begin = len(kernel.commits)
         proxy.put(service(f"web-{number}", f"10.96.0.{number}")).sync()
         assert len(kernel.commits) == begin + 1
     kernel.restless = False
     add_frontend(kernel)
-    kernel.change_another_table()
+    kernel.increment_generation()
     proxy.put(service("more", "10.96.0.9")).checked_sync()
 
 

@@ -201,7 +201,7 @@ def happen(kernel: FakeTable, event: Event) -> None:
         case Refuses():
             kernel.reject = refusing(event.after)
         case Foreign():
-            kernel.change_another_table()
+            kernel.increment_generation()
         case Damaged() if kernel.table is not None:
             event.apply(kernel.table)
 
