@@ -45,7 +45,7 @@ class TableState(Struct):
     sets: dict[str, FakeSet] = field(default_factory=dict)
 
     def chain_use_counts(self) -> Counter[str]:
-        """Return NFTA_CHAIN_USE of each chain: the number of its rules and of the rules and verdicts that refer to it."""
+        """Return NFTA_CHAIN_USE of each chain: how many rules it has, and how many rules and verdicts refer to it."""
         counts = Counter({name: len(chain.rules) for name, chain in self.chains.items()})
         counts.update(name for chain in self.chains.values() for rule in chain.rules for name in _target_chains(rule))
         elements = (element for fake_set in self.sets.values() for element in fake_set.elements.values())

@@ -1,4 +1,4 @@
-"""What a sync does when others change tables at the same time, and when the kernel refuses."""
+"""Syncs in nftables mode stay correct when other processes change tables or the kernel rejects transactions."""
 
 from __future__ import annotations
 
@@ -18,49 +18,55 @@ from kproxy.nftables.ruleset import Drop, Goto, NftChain, rule
 from kproxy.nftables.snapshot import TableSnapshot
 from kproxy.nftables.transaction import Transaction
 from tests.faketable import FakeTable
-from tests.unit.test_nftables_backend import FIRST, IPV4, NftablesProxy, endpoints, service, web, written
+from tests.unit.nftables_proxy import (
+    FIRST,
+    IPV4,
+    NftablesProxy,
+    endpoint_slice,
+    nonempty_fields,
+    service,
+    synced_proxy,
+)
 
 
-def test_a_change_of_others_elsewhere_costs_one_look_at_the_chains() -> None:
-    proxy = web()
+def test_change_of_another_table_costs_one_drift_check() -> None:
+    proxy = synced_proxy()
     proxy.kernel.increment_generation()
     reads = proxy.kernel.reads
     proxy.put(service("more", "10.96.0.2")).sync()
     assert proxy.kernel.reads == reads + 1
     proxy.put(service("even-more", "10.96.0.3")).sync()
     assert proxy.kernel.reads == reads + 1
-    assert proxy.kernel.table == proxy.fresh()
+    assert proxy.kernel.table == proxy.table_of_first_sync()
 
 
-def drop_table(kernel: FakeTable) -> None:
+# Changes of kproxy's table by another process
+
+
+def delete_table(kernel: FakeTable) -> None:
     kernel.table = None
 
 
 def flush_chain(kernel: FakeTable) -> None:
-    assert kernel.table is not None
-    kernel.table.chains["services"].rules.clear()
+    kernel.existing_table.chains["services"].rules.clear()
 
 
-def remove_frontend(kernel: FakeTable) -> None:
-    assert kernel.table is not None
-    kernel.table.sets[names.SERVICE_IPS].elements.clear()
+def delete_frontend(kernel: FakeTable) -> None:
+    kernel.existing_table.sets[names.SERVICE_IPS].elements.clear()
 
 
-def remove_chain(kernel: FakeTable) -> None:
-    assert kernel.table is not None
-    remove_frontend(kernel)
-    del kernel.table.chains["service-any-12"]
+def delete_chain(kernel: FakeTable) -> None:
+    delete_frontend(kernel)
+    del kernel.existing_table.chains["service-any-12"]
 
 
 def add_rule(kernel: FakeTable) -> None:
-    assert kernel.table is not None
-    kernel.table.chains["services"].rules.insert(0, rule(Drop()))
+    kernel.existing_table.chains["services"].rules.insert(0, rule(Drop()))
 
 
 def add_chain(kernel: FakeTable) -> None:
-    kernel.commit(
-        Transaction(added_chains=[NftChain("mine", ())], added_rules=[NftChain("mine", (rule(Goto("services")),))])
-    )
+    chain = NftChain("foreign", (rule(Goto("services")),))
+    kernel.commit(Transaction(added_chains=[chain], added_rules=[chain]))
 
 
 def add_frontend(kernel: FakeTable) -> None:
@@ -68,188 +74,190 @@ def add_frontend(kernel: FakeTable) -> None:
     kernel.commit(Transaction(added_elements={names.SERVICE_IPS: [element]}))
 
 
-DAMAGES = (drop_table, flush_chain, remove_frontend, remove_chain, add_rule, add_chain, add_frontend)
+DAMAGES = (delete_table, flush_chain, delete_frontend, delete_chain, add_rule, add_chain, add_frontend)
 
 
-def hurt(proxy: NftablesProxy, damage: Callable[[FakeTable], None]) -> None:
-    damage(proxy.kernel)
-    proxy.kernel.increment_generation()
+def change_another_table(kernel: FakeTable) -> None:
+    """Leave this table as it is."""
+
+
+def change_externally(kernel: FakeTable, change: Callable[[FakeTable], None]) -> None:
+    """Make a change as another process does: it increments the generation ID."""
+    change(kernel)
+    kernel.increment_generation()
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_look_notices_what_others_did_and_the_next_sync_repairs_it(damage: Callable[[FakeTable], None]) -> None:
-    proxy = web()
+def test_drift_check_detects_damage_and_the_next_sync_repairs_it(damage: Callable[[FakeTable], None]) -> None:
+    proxy = synced_proxy()
     assert proxy.verify()
-    hurt(proxy, damage)
+    change_externally(proxy.kernel, damage)
     assert not proxy.verify()
     proxy.checked_sync()
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("batch_frontends", [1, 2_000])
-def test_a_sync_notices_what_others_did_since_the_last_and_repairs_it(
+def test_sync_detects_and_repairs_damage_since_the_previous_sync(
     damage: Callable[[FakeTable], None], batch_frontends: int
 ) -> None:
-    proxy = web()
-    proxy.restart_batching(batch_frontends)
+    proxy = synced_proxy()
+    proxy.restart_process(batch_frontends)
     proxy.checked_sync()
-    hurt(proxy, damage)
-    proxy.put(
-        service("more", "10.96.0.2"), endpoints("more", [1]), service("web", "10.96.0.1", affinity=60)
-    ).checked_sync()
+    change_externally(proxy.kernel, damage)
+    proxy.put(service("more", "10.96.0.2"), endpoint_slice("more", [1]), service("web", "10.96.0.1", affinity=60))
+    proxy.checked_sync()
 
 
-class Meddled(FakeTable):
-    """A table to which others do something right before or after a certain call."""
+class ConcurrentlyChangedTable(FakeTable):
+    """A table with changes by another process right before or after certain calls.
 
-    def __init__(self, calls: dict[str, list[Callable[[FakeTable], None] | None]]) -> None:
+    `changes` maps "commit", "before snapshot" and "after snapshot" to the changes at the next such calls (None: no
+    change).
+    """
+
+    def __init__(self) -> None:
         super().__init__(IPV4)
-        self.calls = calls
+        self.changes: dict[str, list[Callable[[FakeTable], None] | None]] = {}
 
-    def _meddle(self, when: str) -> None:
-        todo = self.calls.get(when)
-        if todo and (damage := todo.pop(0)) is not None:
-            damage(self)
-            self.increment_generation()
+    def _change(self, when: str) -> None:
+        changes = self.changes.get(when)
+        if changes and (change := changes.pop(0)) is not None:
+            change_externally(self, change)
 
-    def commit(self, change: Transaction, generation: int | None = None, /) -> None:
-        self._meddle("commit")
-        super().commit(change, generation)
+    def commit(self, transaction: Transaction, generation: int | None = None, /) -> None:
+        self._change("commit")
+        super().commit(transaction, generation)
 
     def snapshot(self, *, allow_interrupted: bool = False) -> TableSnapshot | None:
-        self._meddle("before snapshot")
-        found = super().snapshot(allow_interrupted=allow_interrupted)
-        self._meddle("after snapshot")
-        return found
+        self._change("before snapshot")
+        snapshot = super().snapshot(allow_interrupted=allow_interrupted)
+        self._change("after snapshot")
+        return snapshot
 
 
-def nothing(kernel: FakeTable) -> None:
-    """Change another table."""
-
-
-@pytest.mark.parametrize("damage", [nothing, *DAMAGES])
+@pytest.mark.parametrize("change", [change_another_table, *DAMAGES])
 @pytest.mark.parametrize(
-    "when",
-    [{"before snapshot": 0}, {"after snapshot": 0}, {"after snapshot": MAX_READS}, {"commit": 0}, {"commit": 1}],
-    ids=str,
+    ("when", "calls_before"),
+    [("before snapshot", 0), ("after snapshot", 0), ("after snapshot", MAX_READS), ("commit", 0), ("commit", 1)],
 )
-def test_others_who_meddle_with_a_load_take_nothing_away(
-    damage: Callable[[FakeTable], None], when: dict[str, int]
+def test_first_sync_after_a_restart_repairs_concurrent_changes(
+    change: Callable[[FakeTable], None], when: str, calls_before: int
 ) -> None:
-    kernel = Meddled({})
+    kernel = ConcurrentlyChangedTable()
     proxy = NftablesProxy(kernel=kernel)
     ips = {"web": "10.96.0.1", "b": "10.96.0.2", "c": "10.96.0.3"}
     for name, ip in ips.items():
-        proxy.put(service(name, ip), endpoints(name, range(FIRST, FIRST + 10)))
+        proxy.put(service(name, ip), endpoint_slice(name, range(FIRST, FIRST + 10)))
     proxy.checked_sync()
-    proxy.restart_batching(batch_frontends=1)
+    proxy.restart_process(batch_frontends=1)
     for name, ip in ips.items():
         proxy.put(service(name, ip, affinity=60))
-    # Before MAX_READS snapshots are of no use, something else has to change each time.
-    kernel.calls = {call: [*[nothing if place == MAX_READS else None] * place, damage] for call, place in when.items()}
+    # A sync takes more than MAX_READS snapshots only if a table changes during each of the first MAX_READS.
+    earlier = change_another_table if calls_before == MAX_READS else None
+    kernel.changes = {when: [*[earlier] * calls_before, change]}
     proxy.checked_sync()
-    assert not any(kernel.calls.values())
+    assert not any(kernel.changes.values())
 
 
-@pytest.mark.parametrize("times", [1, MAX_READS - 1, MAX_READS, MAX_READS + 1])
-def test_a_table_is_taken_over_however_often_others_change_theirs(times: int) -> None:
-    kernel = Meddled({})
-    proxy = NftablesProxy(kernel=kernel).put(service("web", "10.96.0.1", affinity=60), endpoints("web", [FIRST]))
-    proxy.checked_sync()
-    proxy.restart_batching()
-    kernel.calls = {"after snapshot": [nothing] * times}
-    (change,) = proxy.checked_sync()
-    assert not kernel.calls["after snapshot"]
-    assert written(change) == {"flushed_chains", "added_rules"}
+@pytest.mark.parametrize("changes", [1, MAX_READS - 1, MAX_READS, MAX_READS + 1])
+def test_restart_keeps_the_table_however_often_other_tables_change(changes: int) -> None:
+    kernel = ConcurrentlyChangedTable()
+    proxy = NftablesProxy(kernel=kernel)
+    proxy.put(service("web", "10.96.0.1", affinity=60), endpoint_slice("web", [FIRST])).checked_sync()
+    proxy.restart_process()
+    kernel.changes = {"after snapshot": [change_another_table] * changes}
+    (transaction,) = proxy.checked_sync()
+    assert not kernel.changes["after snapshot"]
+    assert nonempty_fields(transaction) == {"flushed_chains", "added_rules"}
 
 
-def test_a_table_that_changes_all_the_time_is_replaced_in_the_end() -> None:
-    kernel = Meddled({})
-    proxy = NftablesProxy(kernel=kernel).put(service("web", "10.96.0.1"), endpoints("web", [FIRST]))
-    proxy.checked_sync()
-    proxy.restart_batching()
-    kernel.calls = {"after snapshot": [*[nothing] * MAX_READS, remove_frontend]}
+def test_table_that_changes_during_every_read_is_replaced() -> None:
+    kernel = ConcurrentlyChangedTable()
+    proxy = NftablesProxy(kernel=kernel)
+    proxy.put(service("web", "10.96.0.1"), endpoint_slice("web", [FIRST])).checked_sync()
+    proxy.restart_process()
+    kernel.changes = {"after snapshot": [*[change_another_table] * MAX_READS, delete_frontend]}
     proxy.put(service("web", "10.96.0.1", affinity=60))
-    *_, change = proxy.checked_sync()
-    assert change.replace_table
+    *_, transaction = proxy.checked_sync()
+    assert transaction.replace_table
 
 
-class Restless(FakeTable):
-    """A table that cannot be looked at, since others change tables all the time."""
-
-    restless = False
-
-    def chain_use_counts(self) -> Counter[str]:
-        if self.restless:
-            self.reads += 1
-            raise TableChangingError("tables keep changing while they are read")
-        return super().chain_use_counts()
-
-
-def test_what_the_kernel_took_counts_though_there_was_no_time_for_a_look() -> None:
-    kernel = Restless(IPV4)
-    proxy = NftablesProxy(kernel=kernel).put(service("web", "10.96.0.1"))
-    proxy.checked_sync()
-    kernel.restless = True
-    for number in range(2, 5):
-        kernel.increment_generation()
-        begin = len(kernel.commits)
-        proxy.put(service(f"web-{number}", f"10.96.0.{number}")).sync()
-        assert len(kernel.commits) == begin + 1
-    kernel.restless = False
-    add_frontend(kernel)
-    kernel.increment_generation()
-    proxy.put(service("more", "10.96.0.9")).checked_sync()
-
-
-def test_what_was_refused_is_told_and_tried_again_from_what_is_there() -> None:
-    proxy = web()
-    proxy.kernel.reject = lambda _: "element 10.96.0.2 of cluster-ips: Cannot allocate memory"
-    proxy.put(service("more", "10.96.0.2"))
-    with pytest.raises(SyncError, match=r"^element 10\.96\.0\.2 of cluster-ips: Cannot allocate memory$"):
-        proxy.sync()
-    proxy.kernel.reject = lambda _: None
-    (change,) = proxy.checked_sync()
-    assert written(change) == {"flushed_chains", "added_rules", "added_elements"}
-    assert [element.comment for element in change.added_elements[names.NO_ENDPOINT_SERVICES]] == ["ns/more"]
-
-
-def test_endpoints_that_others_left_behind_a_gap_make_way_whoever_claims_the_address_first() -> None:
-    thief = replace(service("thief", "10.96.0.9"), external_ips=("10.96.0.1",))
-    proxy = NftablesProxy().put(thief, service("web", "10.96.0.1"), endpoints("web", range(FIRST, FIRST + 5)))
-    proxy.checked_sync()
-    assert proxy.kernel.table is not None
-    left = proxy.kernel.table.sets[names.SERVICE_ENDPOINTS].elements
-    for place, key in enumerate(list(left)):
-        if place in {0, 2}:
-            del left[key]
+def test_endpoints_after_a_missing_index_are_replaced_on_a_contested_frontend() -> None:
+    """A restart does not find these endpoints by their frontend, but they must not block the new ones."""
+    claimant = replace(service("claimant", "10.96.0.9"), external_ips=("10.96.0.1",))
+    proxy = NftablesProxy()
+    proxy.put(claimant, service("web", "10.96.0.1"), endpoint_slice("web", range(FIRST, FIRST + 5))).checked_sync()
+    elements = proxy.table.sets[names.SERVICE_ENDPOINTS].elements
+    for index, key in enumerate(list(elements)):
+        if index in {0, 2}:
+            del elements[key]
         else:
-            left[key] = replace(left[key], value=bytes(8))
-    proxy.restart_batching(batch_frontends=1)
+            elements[key] = replace(elements[key], value=bytes(8))
+    proxy.restart_process(batch_frontends=1)
     proxy.checked_sync()
 
 
-def test_a_look_that_fails_says_so_and_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    proxy = web()
-
-    def fail() -> None:
-        raise TableError("cannot read the table: Operation not permitted")
-
-    proxy.kernel.chain_use_counts = fail  # type: ignore[method-assign, assignment]
-    with caplog.at_level(logging.WARNING):
-        assert proxy.verify()
-    assert "IPv4: cannot check the table for drift: cannot read the table: Operation not permitted" in caplog.text
-    proxy.put(service("more", "10.96.0.2")).sync()
-    assert len(proxy.kernel.commits) == 2
-
-
-def test_generations_begin_anew_after_the_last() -> None:
-    proxy = web()
+def test_generation_id_wraps_around_to_1() -> None:
+    proxy = synced_proxy()
     proxy.kernel.generation_id = 0xFFFFFFFF
-    proxy.restart_batching()
+    proxy.restart_process()
     proxy.put(service("more", "10.96.0.2"))
     proxy.sync()
     assert proxy.kernel.generation_id == 1
     reads = proxy.kernel.reads
     proxy.put(service("even-more", "10.96.0.3")).sync()
     assert proxy.kernel.reads == reads
+
+
+# Errors of the kernel
+
+
+class UnreadableTable(FakeTable):
+    """A table whose chains cannot be read while there is an `error`."""
+
+    error: TableError | None = None
+
+    def chain_use_counts(self) -> Counter[str]:
+        if self.error is not None:
+            self.reads += 1
+            raise self.error
+        return super().chain_use_counts()
+
+
+def test_accepted_transactions_are_not_repeated_if_the_drift_check_is_interrupted() -> None:
+    kernel = UnreadableTable(IPV4)
+    proxy = NftablesProxy(kernel=kernel)
+    proxy.put(service("web", "10.96.0.1")).checked_sync()
+    kernel.error = TableChangingError("tables keep changing while they are read")
+    for number in range(2, 5):
+        kernel.increment_generation()
+        commits = len(kernel.commits)
+        proxy.put(service(f"web-{number}", f"10.96.0.{number}")).sync()
+        assert len(kernel.commits) == commits + 1
+    kernel.error = None
+    change_externally(kernel, add_frontend)
+    proxy.put(service("more", "10.96.0.9")).checked_sync()
+
+
+def test_failed_drift_check_is_logged_and_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    kernel = UnreadableTable(IPV4)
+    proxy = synced_proxy(kernel=kernel)
+    kernel.error = TableError("cannot read the table: Operation not permitted")
+    with caplog.at_level(logging.WARNING):
+        assert proxy.verify()
+    assert "IPv4: cannot check the table for drift: cannot read the table: Operation not permitted" in caplog.text
+    proxy.put(service("more", "10.96.0.2")).sync()
+    assert len(kernel.commits) == 2
+
+
+def test_rejected_transaction_is_reported_and_retried_from_the_current_table() -> None:
+    proxy = synced_proxy()
+    proxy.kernel.reject = lambda _: "element 10.96.0.2 of cluster-ips: Cannot allocate memory"
+    proxy.put(service("more", "10.96.0.2"))
+    with pytest.raises(SyncError, match=r"^element 10\.96\.0\.2 of cluster-ips: Cannot allocate memory$"):
+        proxy.sync()
+    proxy.kernel.reject = lambda _: None
+    (transaction,) = proxy.checked_sync()
+    assert nonempty_fields(transaction) == {"flushed_chains", "added_rules", "added_elements"}
+    assert [element.comment for element in transaction.added_elements[names.NO_ENDPOINT_SERVICES]] == ["ns/more"]
