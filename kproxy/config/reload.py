@@ -14,8 +14,6 @@ from kproxy.documents.watch import PathSnapshot, PathWatcher
 
 RELOAD_PERIOD = 10.0
 """Seconds between reads of the file if inotify does not work."""
-STOP_TIMEOUT = 1.0
-"""Seconds that `ConfigWatcher.stop` waits for its thread, which takes longer only while `changed` runs."""
 Load: TypeAlias = Callable[[bytes], tuple[Config, list[str]]]
 """Returns the configuration for a file's content, and warnings of one line each. Raises `ConfigError`."""
 log = logging.getLogger(__name__)
@@ -38,20 +36,18 @@ class ConfigWatcher:
         self._path, self._content, self._config = path, content, config
         self._load, self._changed = load, changed
         self._unreadable = False
-        self._watcher = PathWatcher(
-            path, self._check, name="config-watch", poll_period=RELOAD_PERIOD, stop_timeout=STOP_TIMEOUT
-        )
+        self._watcher = PathWatcher(path, self._check, name="config-watch", poll_period=RELOAD_PERIOD)
 
     def start(self) -> None:
-        """Start the thread. As a daemon thread, it does not need `stop` when the process exits."""
+        """Start the thread."""
         if _is_stream(self._path):
             log.info("%s: not a regular file, not watched for changes", self._path)
             return
         self._watcher.start()
 
-    def stop(self) -> None:
-        """Stop the thread. No call of `changed` begins after this."""
-        self._watcher.stop()
+    def stop(self, timeout: float) -> None:
+        """Stop the thread; wait at most `timeout` seconds for a running call of `changed`."""
+        self._watcher.stop(timeout)
 
     def _check(self, snapshot: PathSnapshot) -> bool:
         """Process a snapshot of the file. Return whether to continue watching."""

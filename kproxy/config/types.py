@@ -1,4 +1,4 @@
-"""The configuration of kube-proxy 1.36: every field of `KubeProxyConfiguration` v1alpha1, with its default.
+"""The configuration of kube-proxy 1.36: every field of `KubeProxyConfiguration` v1alpha1, with its default. Pure.
 
 Fields have the meaning and the name that they have in the file, in snake case: `masqueradeBit` is `masquerade_bit`.
 Sections without effect in kproxy say so. Durations are in seconds.

@@ -1,4 +1,4 @@
-"""Split the text of a file into JSON or YAML documents that know the line of every field.
+"""Split the text of a file into JSON or YAML documents that know the line of every field. Pure.
 
 The common case stays cheap: the line of a field is computed only on request, and JSON files do not load PyYAML.
 """

@@ -216,21 +216,12 @@ class PathWatcher:
     """Calls `callback` with a snapshot of `path` (see `read_path`) at the start and after each change.
 
     `callback` runs in a thread called `name` and must not raise. Watching ends when it returns False. If inotify does
-    not work, the path is read every `poll_period` seconds instead. `stop` waits at most `stop_timeout` seconds for a
-    running `callback`.
+    not work, the path is read every `poll_period` seconds instead.
     """
 
-    def __init__(
-        self,
-        path: str,
-        callback: Callable[[PathSnapshot], bool],
-        *,
-        name: str,
-        poll_period: float,
-        stop_timeout: float,
-    ) -> None:
+    def __init__(self, path: str, callback: Callable[[PathSnapshot], bool], *, name: str, poll_period: float) -> None:
         self._path, self._callback = path, callback
-        self._name, self._poll_period, self._stop_timeout = name, poll_period, stop_timeout
+        self._name, self._poll_period = name, poll_period
         self._stopping = threading.Event()
         self._wake = -1
         self._thread: threading.Thread | None = None
@@ -241,18 +232,18 @@ class PathWatcher:
         return self._stopping.is_set()
 
     def start(self) -> None:
-        """Start the thread. As a daemon thread, it does not need `stop` when the process exits."""
+        """Start the thread."""
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
         self._thread.start()
 
-    def stop(self) -> None:
-        """Stop the thread. No further call of `callback` begins after this."""
+    def stop(self, timeout: float) -> None:
+        """Stop the thread; wait at most `timeout` seconds for a running `callback`, and do not call it again."""
         if self._thread is None:
             return
         self._stopping.set()
         os.eventfd_write(self._wake, 1)
-        self._thread.join(self._stop_timeout)
+        self._thread.join(timeout)
         if not self._thread.is_alive():
             os.close(self._wake)
         self._thread = None

@@ -1,4 +1,4 @@
-"""Parse YAML as `kubectl` does: dates and `12:30` are strings, `on` and `yes` are booleans, `010` is octal.
+"""Parse YAML as `kubectl` does: dates and `12:30` are strings, `on` and `yes` are booleans, `010` is octal. Pure.
 
 A key that occurs twice in one mapping is an error, as for the API server, unless the caller allows duplicate keys.
 """

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from kproxy.model.context import Context
 from kproxy.model.sync_report import ApplyResult, DriftError, Plans, SyncError
@@ -172,7 +172,7 @@ class NftablesBackend:
         self, diff: NftablesDiff, plans: Plans, context: Context, batch_frontends: float
     ) -> Iterator[Transaction]:
         """Yield the transactions of a diff, each as soon as it has the maximum number of frontends."""
-        for key, ports in plans.items():
+        for key, ports in plans.by_service():
             diff.put(key, render_service(ports, context))
             if diff.frontend_count >= batch_frontends:
                 yield diff.next_transaction()
@@ -264,7 +264,7 @@ class NftablesPrinter:
 def _new_table(ledger: NftablesLedger, plans: Plans, context: Context) -> Transaction:
     """Return the transaction that creates the whole table, and add its contents to the ledger."""
     diff = NftablesDiff(ledger, context, create=True)
-    for key, ports in plans.items():
+    for key, ports in plans.by_service():
         diff.put(key, render_service(ports, context))
     return diff.last_transaction()
 
@@ -291,8 +291,9 @@ def _check_compatible(snapshot: TableSnapshot, family: Family) -> None:
 def run_pipelined(process: Callable[[_T], object], items: Iterable[_T]) -> None:
     """Call `process` with each item, in order and one at a time, while the next item is computed.
 
-    A single item is processed in the calling thread, several in a worker thread, which belongs to the same network
-    namespace. Raises the first error of `process` or `items`, after a running call has ended; no further call starts.
+    A single item is processed in the calling thread, each of several in a thread of its own, which belongs to the same
+    network namespace. Raises the first error of `process` or `items`, after a running call has ended; no further call
+    starts.
     """
     iterator = iter(items)
     ready = list(islice(iterator, 2))
@@ -300,10 +301,37 @@ def run_pipelined(process: Callable[[_T], object], items: Iterable[_T]) -> None:
         process(ready[0])
     if len(ready) < 2:
         return
-    with ThreadPoolExecutor(1, thread_name_prefix="nft-commit") as worker:
-        running = worker.submit(process, ready.pop(0))
+    running = _BackgroundCall(process, ready.pop(0))
+    try:
         while ready:
             running.result()
-            running = worker.submit(process, ready.pop())
+            running = _BackgroundCall(process, ready.pop())
             ready += islice(iterator, 1)
-        running.result()
+    finally:
+        running.join()
+    running.result()
+
+
+class _BackgroundCall(Generic[_T]):
+    """A call in a daemon thread of its own. Unlike the threads of an executor, it does not delay the process's exit."""
+
+    def __init__(self, process: Callable[[_T], object], item: _T) -> None:
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(process, item), name="nft-commit", daemon=True)
+        self._thread.start()
+
+    def join(self) -> None:
+        """Wait until the call has returned or raised an error."""
+        self._thread.join()
+
+    def result(self) -> None:
+        """Wait for the call. Raises the error that it raised."""
+        self.join()
+        if self._error is not None:
+            raise self._error
+
+    def _run(self, process: Callable[[_T], object], item: _T) -> None:
+        try:
+            process(item)
+        except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
+            self._error = error

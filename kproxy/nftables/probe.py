@@ -92,6 +92,5 @@ def _plan(address: str, endpoint: str, *, port: int, affinity_seconds: int) -> S
         external=TrafficDecision.FORWARD,
         cluster_endpoints=(endpoint,),
         local_endpoints=(endpoint,),
-        known_endpoints=1,
-        endpoints_here=(endpoint,),
+        endpoints_on_node=(endpoint,),
     )

@@ -77,7 +77,7 @@ def render_service(plans: Sequence[ServicePortPlan], context: Context) -> Render
     sets: list[NftSet] = []
     for plan in plans:
         frontends += _frontends(plan)
-        hairpins += [hairpin_key(endpoint, plan.protocol) for endpoint in plan.endpoints_here]
+        hairpins += [hairpin_key(endpoint, plan.protocol) for endpoint in plan.endpoints_on_node]
         if plan.source_ranges:
             chains.append(_firewall_chain(plan))
         if plan.affinity_seconds and plan.has_endpoints:

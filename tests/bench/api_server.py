@@ -120,7 +120,7 @@ def _encode_since(server: ApiServer, version: int) -> None:
     writer = ProtobufWriter()
     for resource in WATCHED:
         for change in server.store.changes_after(resource, version)[1]:
-            if event := change.seen_through(_any):
+            if event := change.event_for(_any):
                 writer.stored(event[0], resource, event[1])
 
 

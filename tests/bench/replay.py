@@ -38,7 +38,7 @@ from kproxy.sync.family import FamilySync
 from tests.bench.cluster import CLUSTER_CIDR, Cluster, Object
 from tests.bench.commit_monitor import CommitMonitor
 from tests.bench.usage import self_cpu_seconds
-from tests.lab.iptables import Recorder
+from tests.lab.iptables import RecordingIptables
 from tests.lab.topology import NODE
 
 KINDS: dict[str, Kind] = {each.__name__: each for each in (Service, EndpointSlice, Node, ServiceCIDR)}
@@ -53,7 +53,7 @@ class Cost(Struct, frozen=True):
     cpu: float
 
 
-class IptablesRecorder(Recorder):
+class IptablesRecorder(RecordingIptables):
     """Runs the real iptables and records every input."""
 
     def replay(self, inputs: Sequence[str]) -> None:
@@ -121,7 +121,7 @@ class RecordingProxy:
         for delta in deltas:
             changed = self._store.apply(delta)
             for sync in self._syncs:
-                sync.note(changed)
+                sync.add_changes(changed)
 
 
 def rules_per_service(endpoints: int) -> int:

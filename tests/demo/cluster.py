@@ -9,8 +9,8 @@ from itertools import count
 from pathlib import Path
 
 from tests.lab import objects
-from tests.lab.client import Answered, Outcome, ask
-from tests.lab.connection_stream import FIRST_PORT
+from tests.lab.client import Answered, Outcome, send_request
+from tests.lab.connection_stream import FIRST_SOURCE_PORT
 from tests.lab.proxy import Daemon
 from tests.lab.servers import Servers
 from tests.lab.topology import NODE, Host, Lab
@@ -35,7 +35,7 @@ class DemoCluster:
         self._servers = self._stack.enter_context(Servers())
         self.node = self._lab.node
         self.client = self._lab.add_pod("client", "10.244.1.100")
-        self._ports = count(FIRST_PORT)
+        self._ports = count(FIRST_SOURCE_PORT)
 
     def __enter__(self) -> DemoCluster:
         return self
@@ -73,7 +73,7 @@ class DemoCluster:
         daemon = self._stack.enter_context(Daemon(self._lab, self.objects, self._log))
 
         def is_reachable() -> bool:
-            outcome = ask(self.client, VIP, PORT, source_port=next(self._ports), patience=START_TIMEOUT)
+            outcome = send_request(self.client, VIP, PORT, source_port=next(self._ports), timeout=START_TIMEOUT)
             return daemon.is_up() and isinstance(outcome, Answered)
 
         wait_until(is_reachable, f"a reply from http://{VIP}/")
@@ -81,7 +81,7 @@ class DemoCluster:
 
     def request(self) -> Outcome:
         """Send one request from the client to the Service."""
-        return ask(self.client, VIP, PORT, source_port=next(self._ports))
+        return send_request(self.client, VIP, PORT, source_port=next(self._ports))
 
     def dump(self) -> str:
         """Return the node's nat table in the format of `iptables-save`."""

@@ -9,7 +9,7 @@ from tests.demo.cluster import PORT, SERVICE, TARGET_PORT, VIP, DemoCluster
 from tests.demo.rules import rules_of
 from tests.demo.screen import Screen, is_balanced
 from tests.lab.client import Outcome
-from tests.lab.continuous_requests import Flow, failures
+from tests.lab.continuous_requests import ContinuousRequests, failures
 from tests.lab.topology import Host
 
 REQUESTS = 300
@@ -20,7 +20,7 @@ def run(cluster: DemoCluster, screen: Screen) -> bool:
     screen.heading("kproxy demo: a small cluster in network namespaces. It does not change your machine.")
     pods = _create_pods(cluster, screen)
     _start_kproxy(cluster, screen, pods)
-    with Flow(cluster.request) as flow:
+    with ContinuousRequests(cluster.request) as flow:
         passed = _show_balance(screen, flow, pods)
         passed &= _remove_pod(cluster, screen, flow, pods)
         passed &= _add_pod(cluster, screen, flow, pods)
@@ -50,12 +50,12 @@ def _start_kproxy(cluster: DemoCluster, screen: Screen, pods: Sequence[Host]) ->
     screen.line(f"http://{VIP}/ is reachable {seconds:.2f} s after the start.")
 
 
-def _show_balance(screen: Screen, flow: Flow, pods: Sequence[Host]) -> bool:
+def _show_balance(screen: Screen, flow: ContinuousRequests, pods: Sequence[Host]) -> bool:
     screen.step(f"Send {REQUESTS} requests to http://{VIP}/, each over a new connection.")
     return _check_balance(screen, flow.take(REQUESTS), pods, "each pod received about a third of the requests.")
 
 
-def _remove_pod(cluster: DemoCluster, screen: Screen, flow: Flow, pods: list[Host]) -> bool:
+def _remove_pod(cluster: DemoCluster, screen: Screen, flow: ContinuousRequests, pods: list[Host]) -> bool:
     removed = pods.pop(0)
     screen.step(f"Terminate {removed.name} while requests continue.")
     seconds = cluster.time_until_programmed(
@@ -69,7 +69,7 @@ def _remove_pod(cluster: DemoCluster, screen: Screen, flow: Flow, pods: list[Hos
     return _check_balance(screen, flow.take(REQUESTS), pods, "the other two pods share the requests.", former=[removed])
 
 
-def _add_pod(cluster: DemoCluster, screen: Screen, flow: Flow, pods: list[Host]) -> bool:
+def _add_pod(cluster: DemoCluster, screen: Screen, flow: ContinuousRequests, pods: list[Host]) -> bool:
     added = cluster.add_pod("web-d", "10.244.1.4")
     pods.append(added)
     screen.step(f"Add {added.name} while requests continue.")

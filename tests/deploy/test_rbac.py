@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 import pytest
 
-from tests.api.node import ProxiedNode
+from tests.api.node import NodeDaemon
 from tests.apiserver import ApiServer, SeenRequest
 from tests.apiserver.objects import endpoint_slice, node, service
 from tests.apiserver.resources import find_path
@@ -51,7 +51,7 @@ def allowed(name: str) -> set[Permission]:
 
 def sent_requests(folder: Path, mode: str, watch_list: Literal["supported", "forbidden"]) -> list[SeenRequest]:
     """Run the daemon until it has programmed a Service and sent an event; return all of its requests."""
-    with ApiServer(tokens=["secret"]) as server, closing(ProxiedNode(server, folder)) as daemon:
+    with ApiServer(tokens=["secret"]) as server, closing(NodeDaemon(server, folder)) as daemon:
         server.set_watch_list(watch_list)
         server.create(node("node-1"))
         server.create(service("web", "10.96.7.1"))

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from kproxy.model.types import Family
-from tests.lab.iptables import held, restore_recording
+from tests.lab.iptables import current_rules, restore_recording
 from tests.lab.namespace import Namespace
 from tests.lab.proxy import KPROXY
 from tests.lab.waiting import HANG_GUARD, wait_until
@@ -81,7 +81,7 @@ def test_a_rule_that_stops_the_dump_of_its_table_stops_nothing_else(
     apply(node)
     take_out(node, rule)
     apply(node)
-    assert held(node, Family.IPV4) == recorded("clusterip", Family.IPV4)
+    assert current_rules(node, Family.IPV4) == recorded("clusterip", Family.IPV4)
 
 
 @pytest.mark.parametrize(("table", "rule"), FOREIGN)
@@ -295,11 +295,11 @@ def test_what_others_flush_is_put_back(node: Namespace, tmp_path: Path, removal:
     with log.open("w") as output:
         process = node.popen([KPROXY, "run", *CLUSTER, "--iptables-sync-period=1s"], output)
     wait_for(log, process, "IPv6: synced")
-    wanted = held(node, Family.IPV4)
+    wanted = current_rules(node, Family.IPV4)
     for command in removal:
         node.run(["iptables", *command.split()])
-    wait_until(lambda: held(node, Family.IPV4) == wanted, "the rules to come back")
-    assert "somebody else has removed rules of ours" in log.read_text()
+    wait_until(lambda: current_rules(node, Family.IPV4) == wanted, "the rules to come back")
+    assert "another process removed kproxy's rules" in log.read_text()
     process.terminate()
     assert process.wait(HANG_GUARD) == 0
 

@@ -23,7 +23,7 @@ from tests.bench.figures import Results
 from tests.bench.kernel_objects import KernelObjects, flush, kernel_objects
 from tests.bench.replay import RecordingProxy, replay
 from tests.lab.namespace import Namespace
-from tests.lab.transaction_monitor import Commits
+from tests.lab.transaction_monitor import TransactionMonitor
 from tests.lab.waiting import HANG_GUARD, wait_until
 
 CHECKOUT = Path(__file__).parents[2]
@@ -70,7 +70,7 @@ def test_all_figures_are_there(kernel: None, tmp_path: Path) -> None:
 
 
 def test_every_transaction_gives_one_notice(namespace: Namespace) -> None:
-    with Commits(namespace) as commits, CommitMonitor(namespace) as notices:
+    with TransactionMonitor(namespace) as commits, CommitMonitor(namespace) as notices:
         before = time.monotonic_ns()
         for name in ("A", "B", "C"):
             namespace.run(["iptables", "-N", name])

@@ -17,10 +17,10 @@ from kproxy.host.nf_tables_constants import NFNL_SUBSYS_NFTABLES
 from kproxy.model.types import Family
 from kproxy.nftables.kernel import remove_table
 from tests.kernel.test_recordings import apply
-from tests.lab.iptables import PREFIXES, PROGRAMS, link
+from tests.lab.iptables import PREFIXES, PROGRAMS, link_programs
 from tests.lab.namespace import Namespace
 from tests.lab.proxy import KPROXY
-from tests.lab.transaction_monitor import Commits
+from tests.lab.transaction_monitor import TransactionMonitor
 from tests.recordings import GOLDEN
 
 NFT_TABLE_F_OWNER = 2
@@ -119,7 +119,7 @@ def test_only_what_is_a_proxys_is_removed(node: Namespace, scenario: str) -> Non
 def test_a_second_time_there_is_nothing_to_do(node: Namespace) -> None:
     program_both_modes(node, "random-12")
     node.call(lambda: list(remove_all()))
-    with Commits(node) as commits:
+    with TransactionMonitor(node) as commits:
         assert node.call(lambda: list(remove_all())) == []
         assert commits.new() == []
 
@@ -170,7 +170,7 @@ def test_the_program_nft_is_not_needed(node: Namespace, tmp_path: Path, monkeypa
     program_both_modes(node, "clusterip")
     path = tmp_path / "bin"
     path.mkdir()
-    link({name: name for name in PROGRAMS}, path)
+    link_programs({name: name for name in PROGRAMS}, path)
     with monkeypatch.context() as changed:
         changed.setenv("PATH", str(path))
         assert len(node.call(lambda: list(remove_all()))) == 4

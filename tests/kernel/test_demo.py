@@ -21,7 +21,7 @@ from tests.demo.screen import Screen, is_balanced
 from tests.demo.steps import run
 from tests.lab import proxy
 from tests.lab.client import Outcome, Refused
-from tests.lab.requirements import NOBODY, PACKAGES, missing_access, missing_commands
+from tests.lab.requirements import PACKAGES, UNPRIVILEGED, missing_access, missing_commands
 from tests.lab.waiting import HANG_GUARD
 
 DEMO = [sys.executable, "-m", "tests.demo"]
@@ -120,9 +120,9 @@ def test_nothing_stays_when_it_is_stopped(kernel: None, tmp_path: Path, number: 
 def test_an_ordinary_user_can_run_it(kernel: None) -> None:
     if reason := missing_access("sh", "-c", 'exec "$0" "$@"'):
         pytest.skip(reason)
-    if play([*NOBODY, "unshare", "--user", "--map-root-user", "--mount", "true"]).returncode != 0:
+    if play([*UNPRIVILEGED, "unshare", "--user", "--map-root-user", "--mount", "true"]).returncode != 0:
         pytest.skip("this kernel lets only root make user namespaces")
-    done = play([*NOBODY, *DEMO], PATH="/usr/bin:/bin", PYTHONDONTWRITEBYTECODE="1")
+    done = play([*UNPRIVILEGED, *DEMO], PATH="/usr/bin:/bin", PYTHONDONTWRITEBYTECODE="1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert " 0 failed" in done.stdout
 

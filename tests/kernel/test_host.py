@@ -26,7 +26,7 @@ from kproxy.model.types import Family
 from kproxy.nftables.kernel import NftCommit
 from kproxy.nftables.transaction import Transaction
 from tests.clock import Clock
-from tests.lab.iptables import link, missing_variant, programs_of
+from tests.lab.iptables import link_programs, missing_variant, programs_of
 from tests.lab.namespace import Namespace
 from tests.lab.waiting import wait_until
 from tests.unit.test_iptables_restore_errors import VARIANTS, Case, lines_of
@@ -462,7 +462,7 @@ def test_refusals_are_worded_as_the_unit_tests_have_them(
 ) -> None:
     if reason := missing_variant(variant, namespace):
         pytest.skip(reason)
-    link(programs_of(variant), tmp_path)
+    link_programs(programs_of(variant), tmp_path)
     command = ["env", f"PATH={tmp_path}:{os.environ['PATH']}"]
     version = parse_version(namespace.run([*command, "iptables", "--version"]).stdout)
     done = namespace.run([*command, "iptables-restore", "--noflush"], case.text, check=False)

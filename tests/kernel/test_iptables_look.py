@@ -15,7 +15,7 @@ from kproxy.iptables.names import CANARIES, DISPATCH_CHAINS, ChainName
 from kproxy.iptables.runner import IptablesRunner
 from kproxy.model.types import Family
 from tests.inprocess import SingleFamilyProxy
-from tests.lab.iptables import link, programs_of
+from tests.lab.iptables import link_programs, programs_of
 from tests.lab.namespace import Namespace
 from tests.recordings import SCENARIOS, replaces, store
 from tests.unit.test_iptables_render import recorded_context
@@ -36,7 +36,7 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def variant(programs: Path, variant: str) -> str:
     """Each variant of iptables that works here, for this test the one in PATH."""
-    link(programs_of(variant), programs)
+    link_programs(programs_of(variant), programs)
     return variant
 
 

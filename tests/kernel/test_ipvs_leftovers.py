@@ -19,14 +19,14 @@ from kproxy.ipvs import cleanup
 from kproxy.ipvs.cleanup import INTERFACE, SETS
 from kproxy.ipvs.ipset import IpsetEntry, set_entries, set_names
 from kproxy.ipvs.virtual_servers import VirtualServer, virtual_servers
-from kproxy.model.sync_report import SyncReport
 from kproxy.model.types import Family
 from tests.kernel.test_cleanup import rules, without_firewall
-from tests.lab.iptables import PREFIXES, link, programs_of
+from tests.lab.iptables import PREFIXES, link_programs, programs_of
 from tests.lab.namespace import Namespace
 from tests.lab.proxy import KPROXY
-from tests.lab.transaction_monitor import Commits
+from tests.lab.transaction_monitor import TransactionMonitor
 from tests.recordings import GOLDEN
+from tests.reports import failed, succeeded
 
 ADDRESSES = ("10.96.0.1/32", "10.96.0.80/32", "fd00:10:96::80/128")
 TYPES = {
@@ -168,7 +168,7 @@ EVERYTHING = f"{len(SETS)} ipsets, the interface {INTERFACE}"
 def test_iptables_mode_removes_what_is_not_its_own(
     node: Namespace, variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    link(programs_of(variant), tmp_path)
+    link_programs(programs_of(variant), tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     leave(node)
     chains = ", ".join(f"{OF_IPVS_MODE} iptables chains of {family.value}" for family in Family)
@@ -202,10 +202,10 @@ def test_cleaning_up_removes_everything_and_may_be_repeated(node: Namespace) -> 
 @pytest.mark.parametrize("mode", ["iptables", "nftables"])
 def test_it_goes_once_every_family_in_use_has_its_rules(node: Namespace, mode: Mode) -> None:
     leave(node)
-    observer = FirstSyncSteps(Config(mode=mode), list(Family))
+    steps = FirstSyncSteps(Config(mode=mode), list(Family))
 
     def tell(family: Family, error: str = "") -> None:
-        node.call(lambda: observer.synced(SyncReport(family, 0.0, 0.0, True, {}, None, None, error)))
+        node.call(lambda: steps.run(failed(family, error=error) if error else succeeded(family)))
 
     tell(Family.IPV6)
     tell(Family.IPV4, "refused")
@@ -216,8 +216,8 @@ def test_it_goes_once_every_family_in_use_has_its_rules(node: Namespace, mode: M
 
 def test_one_family_alone_is_enough_where_the_other_is_left_out(node: Namespace) -> None:
     leave(node)
-    observer = FirstSyncSteps(Config(mode="nftables"), [Family.IPV4])
-    node.call(lambda: observer.synced(SyncReport(Family.IPV4, 0.0, 0.0, True, {}, None, None, "")))
+    steps = FirstSyncSteps(Config(mode="nftables"), [Family.IPV4])
+    node.call(lambda: steps.run(succeeded(Family.IPV4)))
     assert not has_interface(node)
 
 
@@ -250,7 +250,7 @@ def test_where_nothing_is_left_no_program_is_started_and_nothing_is_written(
         (tmp_path / name).write_text(f"#!/bin/sh\ntouch {started}\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    with Commits(node) as commits:
+    with TransactionMonitor(node) as commits:
         assert node.call(remove_ipvs) == ""
         assert commits.new() == []
     assert not started.exists()
@@ -307,10 +307,10 @@ def test_virtual_servers_that_stay_are_tried_again_with_the_next_sync_of_all_ser
     monkeypatch.setattr(
         cleanup, "delete_virtual_servers", lambda _: {server: "Device or resource busy"} if busy else {}
     )
-    observer = FirstSyncSteps(Config(mode=mode), [Family.IPV4])
+    steps = FirstSyncSteps(Config(mode=mode), [Family.IPV4])
 
     def tell(*, complete: bool) -> bool:
-        node.call(lambda: observer.synced(SyncReport(Family.IPV4, 0.0, 0.0, complete, {}, None, None, "")))
+        node.call(lambda: steps.run(succeeded(Family.IPV4, complete=complete)))
         return has_interface(node)
 
     assert tell(complete=True)
@@ -330,11 +330,11 @@ def test_what_else_fails_is_tried_again_with_the_next_success(
     node: Namespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     leave(node)
-    observer = FirstSyncSteps(Config(mode="nftables"), [Family.IPV4])
-    observer._done.add(Family.IPV4)
+    steps = FirstSyncSteps(Config(mode="nftables"), [Family.IPV4])
+    steps._done.add(Family.IPV4)
 
     def tell() -> bool:
-        node.call(lambda: observer.synced(SyncReport(Family.IPV4, 0.0, 0.0, False, {}, None, None, "")))
+        node.call(lambda: steps.run(succeeded(Family.IPV4, complete=False)))
         return has_interface(node)
 
     (tmp_path / "iptables-restore").write_text("#!/bin/sh\nexit 1\n")

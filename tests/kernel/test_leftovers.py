@@ -13,10 +13,10 @@ import pytest
 from kproxy.app.cleanup import remove_all, remove_iptables, unremovable_chains
 from kproxy.model.types import Family
 from tests.kernel.test_cleanup import nft_tables, proxy_tables, rules, without_firewall
-from tests.lab.iptables import PREFIXES, link, programs_of
+from tests.lab.iptables import PREFIXES, link_programs, programs_of
 from tests.lab.namespace import Namespace
 from tests.lab.proxy import KPROXY
-from tests.lab.transaction_monitor import Commits
+from tests.lab.transaction_monitor import TransactionMonitor
 from tests.recordings import GOLDEN
 
 SCENARIO = "random-12"
@@ -75,7 +75,7 @@ def only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str,
     monkeypatch.setenv("XTABLES_LOCKFILE", str(tmp_path / "lock"))
 
     def put(programs: dict[str, str]) -> None:
-        link({"nft": "nft", **programs}, tmp_path)
+        link_programs({"nft": "nft", **programs}, tmp_path)
         monkeypatch.setenv("PATH", str(tmp_path))
 
     return put
@@ -142,7 +142,7 @@ def test_the_command_says_what_is_out_of_reach_beside_what_it_removed(node: Name
 def test_where_there_is_nothing_to_remove_nothing_is_written(node: Namespace) -> None:
     """Where there is nothing to remove, nothing is written: a node of nftables mode sees no change by it."""
     apply(node, "nftables")
-    with Commits(node) as commits:
+    with TransactionMonitor(node) as commits:
         for family in Family:
             assert node.call(lambda family=family: remove_iptables(family)) == ""  # type: ignore[misc]
         assert commits.new() == []

@@ -22,10 +22,10 @@ from kproxy.nftables.kernel import NetlinkCommit, TableError
 from kproxy.nftables.probe import NftablesUnsupportedError, probe_transaction
 from kproxy.nftables.transaction import Transaction
 from tests.kernel.test_cleanup import rules
-from tests.lab.iptables import PREFIXES, link, missing_variant, programs_of
+from tests.lab.iptables import PREFIXES, link_programs, missing_variant, programs_of
 from tests.lab.namespace import Namespace
 from tests.lab.proxy import KPROXY
-from tests.lab.transaction_monitor import Commits
+from tests.lab.transaction_monitor import TransactionMonitor
 from tests.recordings import GOLDEN
 
 OTHER = {Family.IPV4: Family.IPV6, Family.IPV6: Family.IPV4}
@@ -41,7 +41,7 @@ def put(
         pytest.skip(reason)
     real = tmp_path / "real"
     real.mkdir()
-    link(programs_of("legacy"), real)
+    link_programs(programs_of("legacy"), real)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{real}", prepend=os.pathsep)
 
     def script(name: str, text: str) -> None:
@@ -211,7 +211,7 @@ def test_asking_iptables_legacy_makes_no_rules(namespace: Namespace, put: Callab
 
 @pytest.mark.parametrize("family", Family)
 def test_asking_nf_tables_changes_nothing(namespace: Namespace, family: Family) -> None:
-    with Commits(namespace) as commits:
+    with TransactionMonitor(namespace) as commits:
         assert namespace.call(lambda: nat_unsupported_reason(family)) == ""
         assert commits.new() == []
     assert namespace.run(["nft", "list", "ruleset"]).stdout == ""
@@ -239,7 +239,7 @@ def test_iptables_nft_without_nat_for_a_family_is_left_to_the_other(
     """This kernel has NAT, so the question is for a type of chains that it does not know."""
     if reason := missing_variant("nft", namespace):
         pytest.skip(reason)
-    link(programs_of("nft"), tmp_path)
+    link_programs(programs_of("nft"), tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     unknown = nft_nat._CHAIN.replace(b"nat\0", b"not\0")
     known, family_byte = BatchSocket.commit, nft_nat._ADDRESS_FAMILIES[family]

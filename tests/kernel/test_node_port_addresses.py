@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from tests.lab import objects, proxy
-from tests.lab.client import Answered, Refused, TimedOut, ask
-from tests.lab.modes import BOTH_MODES, flag
+from tests.lab.client import Answered, Refused, TimedOut, send_request
+from tests.lab.modes import BOTH_MODES, mode_flag
 from tests.lab.servers import Servers
 from tests.lab.topology import Host, Lab
-from tests.lab.web_service import SILENCE
+from tests.lab.web_service import DROP_TIMEOUT
 
 NODE_PORT = 30080
 CHOSEN = "--nodeport-addresses=10.99.0.0/24,fd00:99::/64"
@@ -48,9 +48,9 @@ def test_without_endpoints_only_these_addresses_refuse(
     outsider = lab.add_client("outsider", "198.51.100.10", "2001:db8:51::10")
     for protocol in ("TCP", "UDP"):
         objects.write(tmp_path / "web.yaml", [objects.node(), node_port(protocol)])
-        proxy.apply(lab, tmp_path, flag(mode), CHOSEN)
-        assert ask(outsider, lab.node.address(version), NODE_PORT, protocol) == Refused()
-        answer = ask(outsider, program.address(version), NODE_PORT, protocol)
+        proxy.apply(lab, tmp_path, mode_flag(mode), CHOSEN)
+        assert send_request(outsider, lab.node.address(version), NODE_PORT, protocol) == Refused()
+        answer = send_request(outsider, program.address(version), NODE_PORT, protocol)
         assert answer == Answered("program", outsider.address(version))
 
 
@@ -66,6 +66,6 @@ def test_without_local_endpoints_only_these_addresses_drop(
         for number, family in FAMILIES.items()
     ]
     objects.write(tmp_path / "web.yaml", [objects.node(), node_port("TCP", externalTrafficPolicy="Local"), *slices])
-    proxy.apply(lab, tmp_path, flag(mode), CHOSEN)
-    assert ask(outsider, lab.node.address(version), NODE_PORT, patience=SILENCE) == TimedOut()
-    assert ask(outsider, program.address(version), NODE_PORT) == Answered("program", outsider.address(version))
+    proxy.apply(lab, tmp_path, mode_flag(mode), CHOSEN)
+    assert send_request(outsider, lab.node.address(version), NODE_PORT, timeout=DROP_TIMEOUT) == TimedOut()
+    assert send_request(outsider, program.address(version), NODE_PORT) == Answered("program", outsider.address(version))

@@ -18,7 +18,7 @@ from ipaddress import ip_address
 
 import pytest
 
-from tests.lab.client import Answered, Failed, Outcome, Refused, TimedOut, ask
+from tests.lab.client import Answered, Failed, Outcome, Refused, TimedOut, send_request
 from tests.lab.proxy import KPROXY
 from tests.lab.requirements import missing_protocol
 from tests.lab.servers import Servers
@@ -154,7 +154,9 @@ class Stage:
         patience = SILENCE if row.fate == "drop" or row in TO_ITSELF else PATIENCE
         outcomes: list[Outcome] = []
         while len(outcomes) < tries and TimedOut() not in outcomes:
-            outcomes.append(ask(self._senders[row.sender], row.address, row.port, row.protocol, patience=patience))
+            outcomes.append(
+                send_request(self._senders[row.sender], row.address, row.port, row.protocol, timeout=patience)
+            )
         return outcomes
 
     def _add_sender(self, sender: str) -> Host:

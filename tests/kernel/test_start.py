@@ -14,7 +14,7 @@ from kproxy.iptables.base_rules import INVALID_COUNTER
 from tests.lab.modes import BOTH_MODES
 from tests.lab.namespace import Namespace
 from tests.lab.proxy import KPROXY
-from tests.lab.requirements import NOBODY, missing_access
+from tests.lab.requirements import UNPRIVILEGED, missing_access
 from tests.lab.waiting import HANG_GUARD, wait_until
 from tests.recordings import GOLDEN
 
@@ -43,13 +43,13 @@ def parameters(node: Namespace) -> dict[str, int]:
     [
         ([], True),
         (WITHOUT, False),
-        ([*NOBODY], False),
-        ([*NOBODY, "--inh-caps=+net_admin", "--ambient-caps=+net_admin"], True),
+        ([*UNPRIVILEGED], False),
+        ([*UNPRIVILEGED, "--inh-caps=+net_admin", "--ambient-caps=+net_admin"], True),
     ],
     ids=["root", "root without it", "nobody", "nobody with it"],
 )
 def test_the_kernel_tells_whether_there_is_the_capability(node: Namespace, wrapper: list[str], allowed: bool) -> None:
-    if NOBODY[1] in wrapper and (reason := missing_access()):
+    if UNPRIVILEGED[1] in wrapper and (reason := missing_access()):
         pytest.skip(reason)
     links = node.run(["ip", "address"]).stdout
     assert node.run([*wrapper, sys.executable, "-c", ASK]).stdout == f"{allowed}\n"
@@ -97,7 +97,7 @@ def test_an_ordinary_user_with_the_capability_keeps_the_rules(node: Namespace, m
         pytest.skip("iptables-legacy needs more than CAP_NET_ADMIN")
     if reason := missing_access():
         pytest.skip(reason)
-    user = [*NOBODY, "--inh-caps=+net_admin", "--ambient-caps=+net_admin", "--bounding-set=-all,+net_admin"]
+    user = [*UNPRIVILEGED, "--inh-caps=+net_admin", "--ambient-caps=+net_admin", "--bounding-set=-all,+net_admin"]
     log = tmp_path / "log"
     with log.open("w") as output:
         process = node.popen([*user, KPROXY, "run", OBJECTS, f"--proxy-mode={mode}", NOT_OF_THE_MACHINE], output)

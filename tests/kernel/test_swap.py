@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from kproxy.nftables.probe import PROBE_TABLE
-from tests.lab.cluster import SERVICES, Cluster
-from tests.lab.connection_stream import Stream
-from tests.lab.modes import TABLE, NftablesRules, flag
-from tests.lab.node_pods import VANISHED, vanish
-from tests.lab.restart import MortalDaemon
+from tests.lab.cluster import SERVICES, LabCluster
+from tests.lab.connection_stream import ConnectionStream
+from tests.lab.modes import TABLE, NftablesRules, mode_flag
+from tests.lab.node_pods import UNREACHABLE, make_unreachable
+from tests.lab.proxy import Daemon
 from tests.lab.servers import Servers
 from tests.lab.topology import Lab
-from tests.lab.transaction_monitor import Commits
+from tests.lab.transaction_monitor import TransactionMonitor
 from tests.lab.waiting import wait_until
 
 REPLICAS = 5
@@ -36,9 +36,9 @@ def mode(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def cluster(lab: Lab, servers: Servers, tmp_path: Path, mode: str) -> Cluster:
+def cluster(lab: Lab, servers: Servers, tmp_path: Path, mode: str) -> LabCluster:
     """Twenty Services, each with its first five pods running and ready."""
-    found = Cluster(lab, servers, tmp_path / "objects", pods=2 * REPLICAS, mode=mode)
+    found = LabCluster(lab, servers, tmp_path / "objects", pods=2 * REPLICAS, mode=mode)
     for service in range(SERVICES):
         for number in range(REPLICAS):
             found.start(service, number)
@@ -47,9 +47,9 @@ def cluster(lab: Lab, servers: Servers, tmp_path: Path, mode: str) -> Cluster:
 
 
 @pytest.fixture
-def large_cluster(lab: Lab, servers: Servers, tmp_path: Path, mode: str) -> Cluster:
+def large_cluster(lab: Lab, servers: Servers, tmp_path: Path, mode: str) -> LabCluster:
     """Twenty Services, each with two sets of pods running, the first of them ready."""
-    found = Cluster(lab, servers, tmp_path / "objects", pods=2 * HALF, mode=mode)
+    found = LabCluster(lab, servers, tmp_path / "objects", pods=2 * HALF, mode=mode)
     for service in range(SERVICES):
         for number in range(2 * HALF):
             found.start(service, number)
@@ -58,28 +58,28 @@ def large_cluster(lab: Lab, servers: Servers, tmp_path: Path, mode: str) -> Clus
 
 
 @pytest.fixture
-def commits(lab: Lab, mode: str) -> Iterator[Commits]:
+def commits(lab: Lab, mode: str) -> Iterator[TransactionMonitor]:
     """What is written to the node's rules."""
     if mode == "iptables" and "nf_tables" not in lab.node.namespace.run(["iptables", "--version"]).stdout:
         pytest.skip("iptables-legacy is in use, of whose changes the kernel tells nobody")
-    with Commits(lab.node.namespace, without=PROBE_TABLE) as found:
+    with TransactionMonitor(lab.node.namespace, ignore_table=PROBE_TABLE) as found:
         yield found
 
 
 @pytest.fixture
-def daemon(lab: Lab, tmp_path: Path, mode: str) -> Callable[..., MortalDaemon]:
+def daemon(lab: Lab, tmp_path: Path, mode: str) -> Callable[..., Daemon]:
     """Makes a daemon, with further flags."""
 
-    def make(*flags: str) -> MortalDaemon:
-        return MortalDaemon(lab, tmp_path / "objects", tmp_path / "kproxy.log", flag(mode), *flags)
+    def make(*flags: str) -> Daemon:
+        return Daemon(lab, tmp_path / "objects", tmp_path / "kproxy.log", mode_flag(mode), *flags)
 
     return make
 
 
-Daemons = Callable[..., MortalDaemon]
+Daemons = Callable[..., Daemon]
 
 
-def changes(commits: Commits, mode: str) -> Sequence[object]:
+def changes(commits: TransactionMonitor, mode: str) -> Sequence[object]:
     """Return what was changed since the last call.
 
     A table of nftables mode that is taken over gets the rules that it has anew, so there only elements count.
@@ -88,12 +88,14 @@ def changes(commits: Commits, mode: str) -> Sequence[object]:
     return made if mode == "iptables" else [each for each in made if each.elements]
 
 
-def test_ending_and_starting_changes_nothing(cluster: Cluster, commits: Commits, daemon: Daemons, mode: str) -> None:
+def test_ending_and_starting_changes_nothing(
+    cluster: LabCluster, commits: TransactionMonitor, daemon: Daemons, mode: str
+) -> None:
     with daemon() as first:
-        first.wait_in_force()
+        first.wait_until_synced()
         rules = cluster.rules()
         assert changes(commits, mode)
-        with Stream(cluster.targets()) as stream:
+        with ConnectionStream(cluster.targets()) as stream:
             stream.take()
             stream.mark("kill -9")
             first.kill()
@@ -101,7 +103,7 @@ def test_ending_and_starting_changes_nothing(cluster: Cluster, commits: Commits,
             for ending in ("SIGTERM", "the end"):
                 with daemon() as next_one:
                     stream.mark("a start")
-                    next_one.wait_in_force()
+                    next_one.wait_until_synced()
                     stream.take()
                     assert changes(commits, mode) == []
                     assert cluster.rules() == rules
@@ -110,45 +112,45 @@ def test_ending_and_starting_changes_nothing(cluster: Cluster, commits: Commits,
                 stream.take()
                 assert cluster.rules() == rules
             assert changes(commits, mode) == []
-    assert stream.complaints() == ""
+    assert stream.failure_report() == ""
 
 
 @pytest.mark.parametrize("mode", ["iptables"], indirect=True)
 def test_a_restart_writes_only_the_rules_that_have_changed_meanwhile(
-    cluster: Cluster, commits: Commits, daemon: Daemons
+    cluster: LabCluster, commits: TransactionMonitor, daemon: Daemons
 ) -> None:
     with daemon() as first:
-        first.wait_in_force()
+        first.wait_until_synced()
         rules = cluster.rules()
         commits.new()
-        with Stream(cluster.targets()) as stream:
+        with ConnectionStream(cluster.targets()) as stream:
             change_behind_its_back(cluster, stream, first, daemon)
             written = {chain for transaction in commits.new() for chain in transaction.chains}
             differing = set(rules.splitlines()) ^ set(cluster.rules().splitlines())
             assert written == {line.split()[1] for line in differing if line.startswith("-A ")}
-    assert stream.complaints() == ""
+    assert stream.failure_report() == ""
 
 
 @pytest.mark.parametrize("mode", ["nftables"], indirect=True)
 def test_a_restart_writes_only_the_elements_that_have_changed_meanwhile(
-    lab: Lab, cluster: Cluster, commits: Commits, daemon: Daemons
+    lab: Lab, cluster: LabCluster, commits: TransactionMonitor, daemon: Daemons
 ) -> None:
     rules = NftablesRules(lab.node.namespace)
     with daemon() as first:
-        first.wait_in_force()
+        first.wait_until_synced()
         before = rules.elements()
         commits.new()
-        with Stream(cluster.targets()) as stream:
+        with ConnectionStream(cluster.targets()) as stream:
             change_behind_its_back(cluster, stream, first, daemon)
             written = Counter[str]()
             for transaction in commits.new():
                 written.update(dict(transaction.elements))
             assert written == Counter(f"{TABLE} {name}" for _, name, _ in before ^ rules.elements())
             assert written
-    assert stream.complaints() == ""
+    assert stream.failure_report() == ""
 
 
-def change_behind_its_back(cluster: Cluster, stream: Stream, first: MortalDaemon, daemon: Daemons) -> None:
+def change_behind_its_back(cluster: LabCluster, stream: ConnectionStream, first: Daemon, daemon: Daemons) -> None:
     """Add a pod while no kproxy runs, start one, and end it when the pod answers."""
     stream.take()
     first.kill()
@@ -157,19 +159,19 @@ def change_behind_its_back(cluster: Cluster, stream: Stream, first: MortalDaemon
     cluster.write(0, range(REPLICAS + 1))
     with daemon() as second:
         stream.mark("a start")
-        second.wait_in_force()
+        second.wait_until_synced()
         assert cluster.sockets([(0, REPLICAS)]) <= cluster.destinations()
         wait_until(lambda: f"demo/web-00/{REPLICAS}" in stream.take(), "the new pod answers")
 
 
 def test_being_killed_amid_changes_loses_nothing(
-    large_cluster: Cluster, commits: Commits, daemon: Daemons, mode: str
+    large_cluster: LabCluster, commits: TransactionMonitor, daemon: Daemons, mode: str
 ) -> None:
     cluster = large_cluster
     sets = [range(HALF), range(HALF, 2 * HALF)]
     with daemon() as first:
-        first.wait_in_force()
-    with Stream(cluster.targets()) as stream:
+        first.wait_until_synced()
+    with ConnectionStream(cluster.targets()) as stream:
         stream.take()
         for last in range(1, TRANSACTIONS[mode] + 1):
             wanted = sets[last % 2]
@@ -183,25 +185,25 @@ def test_being_killed_amid_changes_loses_nothing(
                 stream.take()
             with daemon() as survivor:
                 stream.mark("the next start")
-                survivor.wait_in_force()
+                survivor.wait_until_synced()
                 assert cluster.destinations() == cluster.sockets((s, n) for s in range(SERVICES) for n in wanted)
-    assert stream.complaints() == ""
+    assert stream.failure_report() == ""
 
 
-def test_a_rolling_update_loses_nothing(cluster: Cluster, daemon: Daemons) -> None:
+def test_a_rolling_update_loses_nothing(cluster: LabCluster, daemon: Daemons) -> None:
     with daemon(QUICK) as running:
-        running.wait_in_force()
-        with Stream(cluster.targets()) as stream:
+        running.wait_until_synced()
+        with ConnectionStream(cluster.targets()) as stream:
             for old in range(REPLICAS):
                 stream.mark(f"pods {old} began to be replaced")
                 replace(cluster, stream, old)
             answered = stream.take(8)
         assert running.is_up()
-    assert stream.complaints() == ""
+    assert stream.failure_report() == ""
     assert {int(pod.rpartition("/")[2]) for pod in answered} == set(range(REPLICAS, 2 * REPLICAS))
 
 
-def replace(cluster: Cluster, stream: Stream, old: int) -> None:
+def replace(cluster: LabCluster, stream: ConnectionStream, old: int) -> None:
     """Replace one pod of every Service as a Deployment does: start, mark, wait for the rules, stop, remove."""
     new, others = old + REPLICAS, range(old + 1, old + REPLICAS)
     for service in range(SERVICES):
@@ -210,7 +212,7 @@ def replace(cluster: Cluster, stream: Stream, old: int) -> None:
     started = cluster.sockets((service, new) for service in range(SERVICES))
     wait_until(lambda: started <= cluster.destinations(), f"the rules send to pods {new}")
     for service in range(SERVICES):
-        cluster.write(service, [*others, new], leaving=[old])
+        cluster.write(service, [*others, new], terminating=[old])
     leaving = cluster.sockets((service, old) for service in range(SERVICES))
     wait_until(lambda: not leaving & cluster.destinations(), f"the rules no longer send to pods {old}")
     stream.settle()
@@ -219,23 +221,23 @@ def replace(cluster: Cluster, stream: Stream, old: int) -> None:
         cluster.write(service, [*others, new])
 
 
-def test_pods_that_vanish_take_only_their_own_connections_along(cluster: Cluster, daemon: Daemons) -> None:
+def test_pods_that_vanish_take_only_their_own_connections_along(cluster: LabCluster, daemon: Daemons) -> None:
     with daemon(QUICK) as running:
-        running.wait_in_force()
-        with Stream(cluster.targets()) as stream:
+        running.wait_until_synced()
+        with ConnectionStream(cluster.targets()) as stream:
             stream.take()
             gone = [(service, number) for number in range(REPLICAS - 1) for service in range(SERVICES)]
             for service, number in gone:
                 stream.mark(f"pod {number} of web-{service:02} vanished")
-                vanish(cluster.pod(service, number))
+                make_unreachable(cluster.pod(service, number))
                 cluster.write(service, range(number + 1, REPLICAS))
             sockets = cluster.sockets(gone)
             wait_until(lambda: not sockets & cluster.destinations(), "the rules send to none of the pods that are gone")
             stream.settle()
             lost = stream.failures()
-            assert stream.told([attempt for attempt in lost if attempt.outcome != VANISHED]) == ""
+            assert stream.describe([attempt for attempt in lost if attempt.outcome != UNREACHABLE]) == ""
             stream.mark("the rules followed")
             answered = stream.take(2)
         assert running.is_up()
-    assert stream.failures() == lost, stream.complaints()
+    assert stream.failures() == lost, stream.failure_report()
     assert {int(pod.rpartition("/")[2]) for pod in answered} == {REPLICAS - 1}

@@ -28,8 +28,8 @@ from kproxy.sync.family import Backend, FamilySync
 from tests.inprocess import ReconciledProxy
 from tests.kernel.test_conntrack import entries
 from tests.lab import objects as lab_objects
-from tests.lab.client import Answered, finish, open_connection
-from tests.lab.modes import BOTH_MODES, flag, rules_of
+from tests.lab.client import Answered, complete_request, open_connection
+from tests.lab.modes import BOTH_MODES, mode_flag, rules_of
 from tests.lab.proxy import Daemon
 from tests.lab.servers import Servers
 from tests.lab.topology import NODE, Host, Lab
@@ -85,7 +85,7 @@ class UdpProxy(ReconciledProxy):
             {family: UdpConntrack(family) for family in Family},
             own_addresses,
             clock=time.monotonic,
-            tell=self.cleanings.append,
+            on_cleanup=self.cleanings.append,
         )
         super().__init__(
             {
@@ -96,7 +96,7 @@ class UdpProxy(ReconciledProxy):
             max_retry=0,
             store=Store(NODE),
             namespace=lab.node.namespace,
-            observers=[cleaner],
+            after_sync=[cleaner.clean],
         )
         objects = [delta.object for delta in deltas if isinstance(delta, Upsert)]
         services = tuple(each for each in objects if isinstance(each, Service))
@@ -211,7 +211,7 @@ class Talk:
 
     def ask(self) -> str:
         """Return the name of the pod that answered. Raises `ConnectionRefusedError`."""
-        answer = finish(self._socket, "UDP")
+        answer = complete_request(self._socket, "UDP")
         assert isinstance(answer, Answered)
         return answer.pod
 
@@ -528,7 +528,7 @@ def test_the_daemon_moves_flows_off_dead_endpoints_and_no_others(
     def leads_to(host: Host) -> bool:
         return socket_text(host.address(version), 8053) in rules_of(mode, lab.node.namespace).destinations()
 
-    with Daemon(lab, objects, tmp_path / "first.log", flag(mode)):
+    with Daemon(lab, objects, tmp_path / "first.log", mode_flag(mode)):
         wait_until(lambda: leads_to(one), "the first endpoint")
         talk = Talk(lab, client, CLUSTER_IPS[version])
         assert talk.ask() == "pod-1"
@@ -541,7 +541,7 @@ def test_the_daemon_moves_flows_off_dead_endpoints_and_no_others(
         wait_until(lambda: talk.entries() == {}, "the flow to the endpoint that is gone to be forgotten")
         assert talk.ask() == "pod-2"
         known = talk.entries()
-    with Daemon(lab, objects, tmp_path / "second.log", flag(mode)):
+    with Daemon(lab, objects, tmp_path / "second.log", mode_flag(mode)):
         wait_until(lambda: ": synced " in (tmp_path / "second.log").read_text(), "the second start's sync")
         assert talk.ask() == "pod-2"
         assert talk.entries() == known, "a restart cut a flow that lives"

@@ -16,7 +16,7 @@ from tests.deploy.tls import server_tls
 from tests.lab import objects
 from tests.lab.connection_stream import Target
 from tests.lab.modes import rules_of
-from tests.lab.node_pods import Machine
+from tests.lab.node_pods import NodePods
 from tests.lab.proxy import CLUSTER_CIDR
 from tests.lab.servers import Servers
 from tests.lab.topology import NODE_ADDRESSES, OUTSIDE_ADDRESSES, Host, Lab
@@ -136,7 +136,7 @@ def _pods(lab: Lab, servers: Servers) -> list[Host]:
     """Start the server pods of the Service, alternating between the nodes."""
     positions = [(number % 2 + 1, number + 1) for number in range(3)]
     machines = {
-        node: Machine(
+        node: NodePods(
             lab,
             f"node-{node}",
             [each for position in positions if position[0] == node for each in _addresses(*position)],

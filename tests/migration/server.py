@@ -56,7 +56,7 @@ class _Handler(Handler):
             verb = rbac.verb_of(self.command, target, watch=request.is_watch) if target else ""
             allowed = not target or rbac.allowed(self.api.store, user, verb, target)
         if not user:
-            self._answer(401, statuses.refusal(401, None))
+            self._answer(401, statuses.error(401, None))
         elif response := discovery(parts.path):
             self._write(200, json.dumps(response).encode(), "application/json")
         elif not target:

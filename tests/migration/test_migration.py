@@ -10,7 +10,7 @@ import pytest
 
 from tests.deploy.rendered import ROOT
 from tests.deploy.site_kustomization import IMAGE, make_site
-from tests.lab.connection_stream import Stream
+from tests.lab.connection_stream import ConnectionStream
 from tests.migration.cluster import NODES, Cluster
 from tests.migration.commands import (
     CommandOutput,
@@ -53,7 +53,7 @@ class Migration:
         """Run all commands. The Service gets a third pod in between and loses it at the end."""
         self.cluster.set_endpoints(2)
         configuration, log = inline_commands(REPLACE)[:2]
-        with Stream(self.cluster.targets()) as stream:
+        with ConnectionStream(self.cluster.targets()) as stream:
             self._record_state(stream)
             self.inspections.append(self._command(configuration).output)
             self._commands(transcript(REPLACE), stream)
@@ -62,10 +62,10 @@ class Migration:
             self._commands(transcript(RESTORE), stream)
             self.cluster.set_endpoints(2)
             stream.settle()
-            self.failed_requests = stream.complaints()
+            self.failed_requests = stream.failure_report()
         self.after = self._objects()
 
-    def _commands(self, commands: list[CommandOutput], stream: Stream) -> None:
+    def _commands(self, commands: list[CommandOutput], stream: ConnectionStream) -> None:
         for each in commands:
             stream.mark(each.command)
             self.outputs.append(self._command(each.command))
@@ -74,7 +74,7 @@ class Migration:
     def _command(self, command: str) -> CommandOutput:
         return run(command, self._checkout, self.cluster.kubeconfig(), self._home)
 
-    def _record_state(self, stream: Stream) -> None:
+    def _record_state(self, stream: ConnectionStream) -> None:
         running = {each.node: each.running() for each in self.cluster.kubelets}
         self.states.append(State(running, self.cluster.rules(), set(stream.take(3))))
 

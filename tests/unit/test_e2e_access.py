@@ -17,7 +17,7 @@ from tests.apiserver import ApiServer, NotFoundError
 from tests.apiserver.handler import Handler
 from tests.apiserver.resources import find_path
 from tests.e2e.manifests import endpoint, endpoint_slice, service
-from tests.e2e.real.api import NAMESPACES, NODES, Api, ApiError, place
+from tests.e2e.real.api import NAMESPACES, NODES, Api, ApiError, object_path
 from tests.e2e.real.execution import ExecutionError, Executor
 from tests.e2e.real.load import RealLoad
 from tests.e2e.real.objects import namespace
@@ -58,17 +58,17 @@ def in_namespace(manifest: dict[str, Any]) -> dict[str, Any]:
 
 def test_objects_are_created_changed_listed_and_deleted(api: Api) -> None:
     assert api.create(NAMESPACES, namespace("test"))["metadata"]["name"] == "test"
-    path = place("Service", "test", "web")
+    path = object_path("Service", "test", "web")
     assert api.find(path) is None
     for port in (80, 81):
         stored = api.apply(path, in_namespace(service("web", "IPv4", ports=[{"port": port}])))
         assert stored["spec"]["ports"] == [{"port": port}]
     manifest = endpoint_slice("web", "IPv4", [endpoint("10.244.0.9", "worker")])
-    api.apply(place("EndpointSlice", "test", "web-by-hand"), in_namespace(manifest))
-    assert [each["metadata"]["name"] for each in api.items(place("Service", "test"))] == ["web"]
-    selected = api.items(place("EndpointSlice", "test"), labelSelector="kubernetes.io/service-name=web")
+    api.apply(object_path("EndpointSlice", "test", "web-by-hand"), in_namespace(manifest))
+    assert [each["metadata"]["name"] for each in api.items(object_path("Service", "test"))] == ["web"]
+    selected = api.items(object_path("EndpointSlice", "test"), labelSelector="kubernetes.io/service-name=web")
     assert [each["metadata"]["name"] for each in selected] == ["web-by-hand"]
-    assert api.items(place("EndpointSlice", "test"), labelSelector="kubernetes.io/service-name=other") == []
+    assert api.items(object_path("EndpointSlice", "test"), labelSelector="kubernetes.io/service-name=other") == []
     api.delete(path)
     api.delete(path, grace=1)
     assert api.find(path) is None

@@ -185,7 +185,7 @@ def test_capabilities_of_the_cluster(cluster: RealCluster) -> None:
     assert cluster.lacks("IPv4") == ""
     assert cluster.lacks("IPv6") == "Services get no IPv6 addresses, only IPv4"
     assert cluster.lacks("outside over IPv6") == cluster.lacks("IPv6")
-    assert cluster.lacks("two nodes") == "worker is the only node that takes pods"
+    assert cluster.lacks("two nodes") == "worker is the only schedulable node"
     assert cluster.lacks("outside").startswith("node worker: ")
     assert "k8s-app=kube-dns" in cluster.lacks("DNS")
     assert "no DaemonSet kube-system/kube-proxy" in cluster.lacks("kube-proxy")
@@ -196,12 +196,12 @@ def test_capabilities_of_the_cluster(cluster: RealCluster) -> None:
 def test_requests_of_each_kind(cluster: RealCluster, netexec: Netexec) -> None:
     client = cluster.pod("client", "worker")
     answer = Answer("web-0", "127.0.0.1")
-    assert cluster.ask(client, "127.0.0.1", netexec.port, times=2) == [answer] * 2
-    assert cluster.ask(client, "127.0.0.1", netexec.udp_port, "UDP") == [answer]
-    assert cluster.ask_from_outside("127.0.0.1", netexec.port) == [answer]
+    assert cluster.request(client, "127.0.0.1", netexec.port, times=2) == [answer] * 2
+    assert cluster.request(client, "127.0.0.1", netexec.udp_port, "UDP") == [answer]
+    assert cluster.request_from_outside("127.0.0.1", netexec.port) == [answer]
     netexec.clients.clear()
     for _ in range(2):
-        assert cluster.ask_from_one_socket(client, "127.0.0.1", netexec.udp_port, times=2) == [answer] * 2
+        assert cluster.request_from_one_socket(client, "127.0.0.1", netexec.udp_port, times=2) == [answer] * 2
     assert len(netexec.clients) == 8
     assert len(set(netexec.clients)) == 1
     assert cluster.get_from_pod(client, url("127.0.0.1", netexec.port, "/hostname")) == (200, "web-0")
@@ -212,7 +212,7 @@ def test_objects_are_created_in_the_namespace_of_the_test(cluster: RealCluster, 
     created = cluster.apply(service("web", "IPv4", type="LoadBalancer"))
     namespace = created["metadata"]["namespace"]
     assert f"{CORE}/{namespace}/services/web" in server.objects
-    cluster.give_address("web", "203.0.113.1", "Proxy")
+    cluster.set_load_balancer_ip("web", "203.0.113.1", "Proxy")
     (ingress,) = cluster.get("Service", "web")["status"]["loadBalancer"]["ingress"]
     assert ingress == {"ip": "203.0.113.1", "ipMode": "Proxy"}
     assert ("PATCH", f"{CORE}/{namespace}/services/web/status") in server.requests

@@ -13,9 +13,9 @@ from tests.e2e import manifests
 from tests.e2e.cluster import Node, Object, Pod
 from tests.e2e.real import objects
 from tests.e2e.real.agents import Agents
-from tests.e2e.real.api import Api, place
-from tests.e2e.real.daemonset import in_other_mode, rolled_out, selector_text
-from tests.e2e.real.proxies import ASIDE, RealProxies
+from tests.e2e.real.api import Api, object_path
+from tests.e2e.real.daemonset import rolled_out, selector_text, with_mode
+from tests.e2e.real.proxies import REPLACED_LABEL, RealProxies
 
 NODE = Node("worker", {"IPv4": "192.0.2.1"})
 
@@ -101,7 +101,7 @@ def test_rollout_is_complete_when_all_pods_are_updated_and_available(change: dic
 
 def test_mode_change_keeps_other_settings() -> None:
     files = {"config.conf": "mode: iptables\nclusterCIDR: 10.244.0.0/16\n", "kubeconfig.conf": "text"}
-    changed = in_other_mode(files, "nftables")
+    changed = with_mode(files, "nftables")
     assert yaml.safe_load(changed["config.conf"]) == {"mode": "nftables", "clusterCIDR": "10.244.0.0/16"}
     assert changed["kubeconfig.conf"] == "text"
     assert selector_text({"b": "2", "a": "1"}) == "a=1,b=2"
@@ -112,7 +112,7 @@ class FakeApi(Api):
 
     def __init__(self) -> None:
         self.sets = {name: self._daemonset(name) for name in ("kproxy", "kube-proxy")}
-        self.sets["kube-proxy"]["spec"]["template"]["spec"]["nodeSelector"] = {ASIDE: "true"}
+        self.sets["kube-proxy"]["spec"]["template"]["spec"]["nodeSelector"] = {REPLACED_LABEL: "true"}
         self.config_maps = {name: {"config.conf": "mode: iptables\n"} for name in ("kproxy-abc", "kube-proxy")}
         self.running: list[set[str]] = [self._running()]
 
@@ -124,7 +124,9 @@ class FakeApi(Api):
 
     def _running(self) -> set[str]:
         return {
-            name for name, each in self.sets.items() if ASIDE not in each["spec"]["template"]["spec"]["nodeSelector"]
+            name
+            for name, each in self.sets.items()
+            if REPLACED_LABEL not in each["spec"]["template"]["spec"]["nodeSelector"]
         }
 
     def find(self, path: str) -> Object | None:
@@ -132,7 +134,7 @@ class FakeApi(Api):
 
     def get(self, path: str) -> Object:
         name = path.rpartition("/")[2]
-        if path == place("ConfigMap", "kube-system", name):
+        if path == object_path("ConfigMap", "kube-system", name):
             return {"data": self.config_maps[name]}
         counts = ("desiredNumberScheduled", "updatedNumberScheduled", "numberAvailable")
         return copy.deepcopy(self.sets[name]) | {"status": dict.fromkeys(counts, 1) | {"observedGeneration": 1}}
@@ -224,9 +226,9 @@ def test_reasons_why_the_proxies_cannot_be_swapped(api: FakeApi) -> None:
     proxies = RealProxies(api, FakeAgents(api), "kproxy", [NODE])
     for mode in ("ipvs", '""'):
         api.config_maps["kube-proxy"] = {"config.conf": f"mode: {mode}\n"}
-        assert "only with iptables or nftables" in proxies.lacks_kube_proxy()
-    del api.sets["kube-proxy"]["spec"]["template"]["spec"]["nodeSelector"][ASIDE]
-    assert "is not put aside" in proxies.lacks_kube_proxy()
+        assert "set iptables or nftables" in proxies.lacks_kube_proxy()
+    del api.sets["kube-proxy"]["spec"]["template"]["spec"]["nodeSelector"][REPLACED_LABEL]
+    assert "is not disabled" in proxies.lacks_kube_proxy()
     del api.sets["kube-proxy"]
     assert "has no DaemonSet kube-system/kube-proxy" in proxies.lacks_kube_proxy()
     assert proxies.missing() == ""

@@ -16,7 +16,7 @@ import pytest
 from tests.e2e.cluster import Answer, Failure
 from tests.e2e.manifests import url
 from tests.e2e.real import outside, scripts
-from tests.e2e.real.load import ScriptTally
+from tests.e2e.real.load import ScriptResults
 
 LOOPBACK = {"IPv4": "127.0.0.1", "IPv6": "::1"}
 
@@ -102,13 +102,13 @@ def closed_port(address: str, kind: socket.SocketKind) -> int:
 
 
 def test_tcp_answer_has_the_pod_and_the_client_address(address: str, pod: Netexec) -> None:
-    lines = run(scripts.ASK_TCP, url(address, pod.port, ""), 3)
+    lines = run(scripts.REQUEST_TCP, url(address, pod.port, ""), 3)
     assert [scripts.outcome(line) for line in lines] == [Answer("web-0", address)] * 3
 
 
 def test_refused_connection_is_recognized(address: str) -> None:
     port = closed_port(address, socket.SOCK_STREAM)
-    (line,) = run(scripts.ASK_TCP, url(address, port, ""), 1)
+    (line,) = run(scripts.REQUEST_TCP, url(address, port, ""), 1)
     outcome = scripts.outcome(line)
     assert isinstance(outcome, Failure)
     assert outcome.kind == "refused"
@@ -122,14 +122,14 @@ def test_answer_over_two_connections_is_a_failure(address: str) -> None:
 
 
 def test_udp_requests_use_different_source_ports(address: str, pod: Netexec) -> None:
-    lines = run(scripts.ASK_UDP, address, pod.udp_port, 3)
+    lines = run(scripts.REQUEST_UDP, address, pod.udp_port, 3)
     assert [scripts.outcome(line) for line in lines] == [Answer("web-0", address)] * 3
     assert len(pod.clients) == 6
     assert len(set(pod.clients)) > 1
 
 
 def test_rejected_datagram_is_recognized(address: str) -> None:
-    (line,) = run(scripts.ASK_UDP, address, closed_port(address, socket.SOCK_DGRAM), 1)
+    (line,) = run(scripts.REQUEST_UDP, address, closed_port(address, socket.SOCK_DGRAM), 1)
     outcome = scripts.outcome(line)
     assert isinstance(outcome, Failure)
     assert outcome.kind == "refused"
@@ -137,14 +137,14 @@ def test_rejected_datagram_is_recognized(address: str) -> None:
 
 def test_unanswered_datagram_is_recognized(pod: Netexec, address: str) -> None:
     pod.answers_udp.clear()
-    (line,) = run(scripts.ASK_UDP, address, pod.udp_port, 1)
+    (line,) = run(scripts.REQUEST_UDP, address, pod.udp_port, 1)
     outcome = scripts.outcome(line)
     assert isinstance(outcome, Failure)
     assert outcome.kind == "no answer"
 
 
 def test_requests_from_one_socket_use_one_source_port(address: str, pod: Netexec) -> None:
-    command = ["bash", "-c", scripts.ASK_FROM_ONE_SOCKET, "bash", address, str(pod.udp_port)]
+    command = ["bash", "-c", scripts.REQUEST_FROM_ONE_SOCKET, "bash", address, str(pod.udp_port)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
         assert process.stdout is not None
@@ -167,7 +167,7 @@ def test_exit_codes_are_classified(code: str) -> None:
 
 def test_load_counts_every_request_until_its_stop_file_exists(address: str, pod: Netexec, tmp_path: Path) -> None:
     end = tmp_path / "end"
-    tally = ScriptTally()
+    tally = ScriptResults()
     command = ["bash", "-c", scripts.LOAD, "bash", url(address, pod.port, ""), str(end)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -181,7 +181,7 @@ def test_load_counts_every_request_until_its_stop_file_exists(address: str, pod:
 
 
 def test_load_reports_failures(address: str, tmp_path: Path) -> None:
-    end, tally = tmp_path / "end", ScriptTally()
+    end, tally = tmp_path / "end", ScriptResults()
     command = ["bash", "-c", scripts.LOAD, "bash", url(address, closed_port(address, socket.SOCK_STREAM), ""), str(end)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -194,7 +194,7 @@ def test_load_reports_failures(address: str, tmp_path: Path) -> None:
 
 
 def test_missing_lines_and_lost_packets_are_failures() -> None:
-    tally = ScriptTally()
+    tally = ScriptResults()
     for line in ("1\t0\tweb-0 0.001 \t", "3\t0\tweb-0 0.001 \t", "4\t0\tweb-0 1.02 \t", "end 4"):
         tally.add(line)
     failures = tally.failures()
@@ -215,10 +215,10 @@ def test_get_returns_status_and_body_or_raises_connection_error(address: str, po
 
 
 def test_requests_from_outside_have_the_same_outcomes(address: str, pod: Netexec) -> None:
-    assert outside.ask(address, pod.port, "TCP") == Answer("web-0", address)
-    assert outside.ask(address, pod.udp_port, "UDP") == Answer("web-0", address)
+    assert outside.send_request(address, pod.port, "TCP") == Answer("web-0", address)
+    assert outside.send_request(address, pod.udp_port, "UDP") == Answer("web-0", address)
     for kind, protocol in ((socket.SOCK_STREAM, "TCP"), (socket.SOCK_DGRAM, "UDP")):
-        outcome = outside.ask(address, closed_port(address, kind), protocol)
+        outcome = outside.send_request(address, closed_port(address, kind), protocol)
         assert isinstance(outcome, Failure)
         assert outcome.kind == "refused"
 

@@ -523,7 +523,7 @@ def start_source() -> Iterator[Any]:
 
     yield start
     for running in sources:
-        running.source.stop()
+        running.source.stop(HANG_GUARD)
     assert not [thread for thread in threading.enumerate() if thread.name == "file-source"]
 
 
@@ -659,12 +659,12 @@ def test_invalid_file_is_reported_once_and_keeps_its_last_state(
 
 
 def test_stop_before_start_and_repeated_stop_have_no_effect(tmp_path: Path, start_source: Any) -> None:
-    FileSource(str(tmp_path), lambda _: None).stop()
+    FileSource(str(tmp_path), lambda _: None).stop(HANG_GUARD)
     (tmp_path / "a.yaml").write_bytes(VALID)
     running = start_source(tmp_path)
     running.services()
-    running.source.stop()
-    running.source.stop()
+    running.source.stop(HANG_GUARD)
+    running.source.stop(HANG_GUARD)
     renamed_into(tmp_path / "a.yaml", manifest(service("b")))
     assert running.batches.empty()
 

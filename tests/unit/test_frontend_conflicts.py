@@ -37,11 +37,11 @@ class ClaimsProxy(FakeKernelProxy):
 
     def conflicts_after(self, *objects: Service | EndpointSlice) -> tuple[FrontendConflict, ...]:
         self.sync(*objects)
-        return tuple(self.result.written.conflicts)
+        return tuple(self.result.applied.conflicts)
 
     def reported_rules(self) -> int:
         """The number of rules that the backend reports in iptables mode, without the jumps from built-in chains."""
-        return sum(self.result.written.total_rules.values())
+        return sum(self.result.applied.total_rules.values())
 
     def existing_rules(self) -> int:
         return sum(line.startswith("-A KUBE-") for line in self.kernel.dump())

@@ -8,22 +8,17 @@ from typing import Any
 
 import pytest
 
-from kproxy.model.context import Context
-from kproxy.model.sync_report import ApplyResult, SyncReport
 from kproxy.model.types import Family, Node
 from kproxy.serve.health import NANO, Health, HealthPages, rfc3339
 from kproxy.serve.http import HttpRequest, encode
 from tests.recordings import GOLDEN, SCENARIOS
+from tests.reports import failed, succeeded
 
 V4, V6 = Family.IPV4, Family.IPV6
 TIMEOUT = 60.0
 REQUEST = HttpRequest("GET", "/", {}, persistent=True)
 EPOCH = 1795218460 * NANO
 TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{0,8}[1-9])?Z")
-
-
-def report(family: Family, ended: float = 0.0, error: str = "") -> SyncReport:
-    return SyncReport(family, ended, ended, True, {}, Context(family, "node-1"), ApplyResult({}, {}), error)
 
 
 class FakeProxy:
@@ -41,16 +36,16 @@ class FakeProxy:
             lambda: self.node,
             clock=lambda: self.now,
             wall=lambda: self.wall,
-            probed=lambda page, status: self.probed.append((page, status)),
+            on_probe=lambda page, status: self.probed.append((page, status)),
             reason=lambda: self.reason,
         )
 
     def succeed(self, *families: Family) -> None:
         for family in families or (V4, V6):
-            self.health.synced(report(family, self.now))
+            self.health.on_sync(succeeded(family, started=self.now, finished=self.now))
 
     def fail(self, family: Family) -> None:
-        self.health.synced(report(family, self.now, error="refused"))
+        self.health.on_sync(failed(family, started=self.now, finished=self.now))
 
     def advance(self, seconds: float) -> None:
         self.now += seconds
@@ -107,9 +102,9 @@ def test_idle_proxy_stays_healthy(proxy: FakeProxy) -> None:
 def test_changes_pending_for_too_long_are_unhealthy(proxy: FakeProxy) -> None:
     proxy.succeed()
     proxy.advance(1000)
-    proxy.health.queued(V6, proxy.now)
+    proxy.health.on_queue(V6, proxy.now)
     proxy.advance(TIMEOUT)
-    proxy.health.queued(V6, proxy.now)  # later changes do not reset the age of the first one
+    proxy.health.on_queue(V6, proxy.now)  # later changes do not reset the age of the first one
     assert proxy.statuses == (200, 200)
     proxy.advance(1)
     assert proxy.statuses == (503, 503)
@@ -134,7 +129,7 @@ def test_failed_sync_leaves_its_changes_pending(proxy: FakeProxy) -> None:
 
 def test_wall_clock_does_not_affect_health(proxy: FakeProxy) -> None:
     proxy.succeed()
-    proxy.health.queued(V4, proxy.now)
+    proxy.health.on_queue(V4, proxy.now)
     proxy.wall += 10_000 * NANO
     assert proxy.statuses == (200, 200)
     proxy.wall -= 20_000 * NANO

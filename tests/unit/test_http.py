@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 
 from kproxy.model.types import Family, Node
-from kproxy.serve.http import MAX_HEAD, HttpRequest, HttpResponse, RequestError, plain, take_request
+from kproxy.serve.http import MAX_HEAD, HttpRequest, HttpResponse, RequestError, plain, pop_request
 from kproxy.serve.server import HttpServer, ListenAddress, listen, parse_address
 from kproxy.serve.status_server import ListenError, StatusServer
 from tests.clock import Clock
-from tests.lab.listen_attempts import Attempts
+from tests.lab.listen_attempts import ListenAttempts
 from tests.lab.waiting import HANG_GUARD, wait_until
 from tests.ports import free_port, get
 
@@ -41,7 +41,7 @@ def server(clock: Clock) -> Iterator[HttpServer]:
     found = HttpServer(clock=clock, wall=lambda: 1795218460.8)
     found.start()
     yield found
-    found.stop()
+    found.stop(HANG_GUARD)
 
 
 def open_port(server: HttpServer, handler: Callable[[HttpRequest], HttpResponse] = echo) -> socket.socket:
@@ -100,7 +100,7 @@ REQUEST = b"GET /a?b=c HTTP/1.1\r\nHost: x\r\n\r\n"
 )
 def test_valid_requests(text: bytes, method: str, path: str, persistent: bool) -> None:
     buffer = bytearray(text + b"rest")
-    request = take_request(buffer)
+    request = pop_request(buffer)
     assert request is not None
     assert (request.method, request.path, request.persistent) == (method, path, persistent)
     assert buffer == b"rest"
@@ -108,7 +108,7 @@ def test_valid_requests(text: bytes, method: str, path: str, persistent: bool) -
 
 @pytest.mark.parametrize("end", range(len(REQUEST)))
 def test_incomplete_request_is_not_parsed_yet(end: int) -> None:
-    assert take_request(bytearray(REQUEST[:end])) is None
+    assert pop_request(bytearray(REQUEST[:end])) is None
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_incomplete_request_is_not_parsed_yet(end: int) -> None:
 )
 def test_invalid_requests_are_rejected(server: HttpServer, text: bytes, status: int) -> None:
     with pytest.raises(RequestError) as error:
-        take_request(bytearray(text))
+        pop_request(bytearray(text))
     assert error.value.status == status
     response = exchange(open_port(server), text)
     assert response.startswith(f"HTTP/1.1 {status} ".encode())
@@ -336,7 +336,7 @@ def test_hundreds_of_ports_use_one_thread(clock: Clock) -> None:
         client.sendall(REQUEST)
     assert all(client.recv(65536).endswith(b"GET /a") for client in clients)
     assert threading.active_count() == before + 1
-    server.stop()
+    server.stop(HANG_GUARD)
     assert [client.recv(1) for client in clients] == [b""] * 300
     for client in clients:
         client.close()
@@ -347,7 +347,7 @@ def test_hundreds_of_ports_use_one_thread(clock: Clock) -> None:
 def test_call_after_stop_has_no_effect(clock: Clock) -> None:
     server = HttpServer(clock=clock, wall=time)
     server.start()
-    server.stop()
+    server.stop(HANG_GUARD)
     server.call(lambda: pytest.fail("called after stop"))
 
 
@@ -356,7 +356,7 @@ def test_stop_before_start_closes_the_ports(clock: Clock) -> None:
     listener = listen(LOOPBACK)
     port = port_number(listener)
     server.add(listener, echo)
-    server.stop()
+    server.stop(HANG_GUARD)
     listen(ListenAddress("127.0.0.1", port)).close()
 
 
@@ -405,7 +405,7 @@ def status_server(**more: Any) -> StatusServer:
             "health_timeout": 60.0,
             "node": lambda: Node("node-1"),
             "counters": {},
-            "port_failed": lambda *_: None,
+            "on_port_failed": lambda *_: None,
             "clock": monotonic,
             "wall": time_ns,
             **more,
@@ -420,7 +420,7 @@ def pages() -> Iterator[int]:
     found = status_server(metrics_address=f"127.0.0.1:{port}")
     found.start()
     yield port
-    found.stop()
+    found.stop(HANG_GUARD)
 
 
 @pytest.mark.parametrize(
@@ -447,7 +447,7 @@ def test_statusz_and_flagz_are_served() -> None:
     assert "\nUp: 0 hr 0" in body
     assert "\nPaths: /configz /flagz /healthz /metrics /proxyMode /statusz\n" in body
     assert get(port, "/flagz")[1].endswith(b"\n\nv=2\n")
-    found.stop()
+    found.stop(HANG_GUARD)
 
 
 def test_configz_is_served(pages: int) -> None:
@@ -463,7 +463,7 @@ def test_empty_addresses_open_no_port() -> None:
     found = status_server()
     found.start()
     assert threading.active_count() == before + 1
-    found.stop()
+    found.stop(HANG_GUARD)
 
 
 @pytest.mark.parametrize("name", ["healthz", "metrics"])
@@ -474,7 +474,7 @@ def test_port_in_use_is_fatal_with_hard_fail(name: str) -> None:
         message = f"{name}BindAddress {address}: cannot listen: Address already in use"
         with pytest.raises(ListenError, match=f"^{message}$"):
             found.start()
-        found.stop()
+        found.stop(HANG_GUARD)
 
 
 @pytest.mark.parametrize("name", ["healthz", "metrics"])
@@ -483,29 +483,29 @@ def test_port_in_use_is_logged_with_backoff_and_served_once_it_is_free(
 ) -> None:
     caplog.set_level(logging.INFO, logger="kproxy")
     now = 0.0
-    attempts = Attempts(monkeypatch, "kproxy.serve.status_server")
+    attempts = ListenAttempts(monkeypatch, "kproxy.serve.status_server")
     with listen(LOOPBACK) as occupied:
         port = port_number(occupied)
-        warning = f"{name}BindAddress 127.0.0.1:{port}: cannot listen: Address already in use, trying again every 0 s"
+        warning = f"{name}BindAddress 127.0.0.1:{port}: cannot listen: Address already in use, retrying every 0 s"
         found = status_server(clock=lambda: monotonic() + now, **{f"{name}_address": f"127.0.0.1:{port}"})
         found.start()
-        assert attempts.many_more()
+        assert attempts.wait_for_many()
         assert caplog.messages == [warning]
         now += 60.0
-        assert attempts.many_more()
+        assert attempts.wait_for_many()
         assert caplog.messages == [warning] * 2
         now += 60.0
-        assert attempts.many_more()
+        assert attempts.wait_for_many()
         assert caplog.messages == [warning] * 2, "the second interval is longer"
     wait_until(lambda: len(caplog.messages) > 2, "a log line when the port is served")
     assert caplog.messages[2:] == [f"{name}BindAddress 127.0.0.1:{port}: listening now"]
     assert get(port, "/healthz")[0].status in {200, 503}
-    found.stop()
+    found.stop(HANG_GUARD)
 
 
 def test_available_port_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="kproxy")
     found = status_server(metrics_address=f"127.0.0.1:{free_port()}")
     found.start()
-    found.stop()
+    found.stop(HANG_GUARD)
     assert caplog.messages == []

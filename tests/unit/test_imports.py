@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,6 +50,10 @@ PURE = (
         "host.netlink_message",
         "host.nf_tables_constants",
         "documents.document",
+        "documents.yaml_parser",
+        "documents.parse",
+        "kube.manifests.parse",
+        "simulate.*",
     ),
 )
 IMPURE = {"os", "socket", "subprocess", "threading", "time", "pathlib", "random", "logging"}
@@ -144,6 +149,15 @@ def test_there_are_no_import_cycles() -> None:
     while leaves := {module for module, used in graph.items() if not used & graph.keys()}:
         graph = {module: used for module, used in graph.items() if module not in leaves}
     assert sorted(graph) == [], "these modules are part of an import cycle, or import one that is"
+
+
+def test_modules_documented_as_pure_are_those_of_the_list() -> None:
+    """The docstring of a package counts for all of its modules."""
+    docstrings = {module: ast.get_docstring(ast.parse(path.read_text())) or "" for module, path in MODULES.items()}
+    documented = {module for module, text in docstrings.items() if re.search(r"\bPure\b", text)}
+    packages = {module.removesuffix(".__init__") for module in documented if module.endswith(".__init__")}
+    documented |= {module for module in MODULES if module.rpartition(".")[0] in packages}
+    assert documented == set(pure_modules())
 
 
 def test_class_names_are_unique() -> None:

@@ -28,6 +28,7 @@ from tests.packets.expectation import describe
 from tests.packets.senders import NODE_ADDRESSES, packet_of
 from tests.packets.table import Row, read_table
 from tests.recordings import GOLDEN, SCENARIOS, store
+from tests.reports import FixedPlans
 from tests.unit.test_iptables_diff import CONTEXT, IptablesProxy, Watched, a_slice, deleted, written
 from tests.unit.test_iptables_dispatch import Traversal
 
@@ -143,7 +144,7 @@ def test_total_rules_match_the_kernel() -> None:
     }
     backend = IptablesBackend(proxy.kernel, dispatch_threshold=THRESHOLD)
     for planned in (plans, {"ns/web1": ()}, {"ns/web1": plans["ns/web1"], "ns/web2": ()}):
-        total_rules = backend.sync(planned, CONTEXT).total_rules
+        total_rules = backend.sync(FixedPlans(planned), CONTEXT).total_rules
         for table in ("nat", "filter"):
             ours = [rules for name, rules in proxy.kernel.tables[table].items() if name.startswith("KUBE-")]
             assert total_rules[table] == sum(map(len, ours))

@@ -151,7 +151,7 @@ class PatchingProxy(SingleServiceProxy):
     @property
     def written_rules(self) -> int:
         """The number of rules of the nat table that the last sync wrote."""
-        return self.result.written.rules["nat"]
+        return self.result.applied.written_rules["nat"]
 
     @property
     def chains(self) -> list[str]:

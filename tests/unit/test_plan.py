@@ -81,7 +81,6 @@ def test_traffic_policies(  # noqa: PLR0917 - the columns of the table
     assert (found.internal, found.external) == (internal, external)
     assert (found.cluster_endpoints, found.local_endpoints) == (cluster, local_sockets)
     assert found.has_endpoints is (internal is not REJECT)
-    assert found.known_endpoints == len(endpoints)
 
 
 def test_hints_apply_to_traffic_policy_cluster_only() -> None:

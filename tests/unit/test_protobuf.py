@@ -28,8 +28,8 @@ from kproxy.kube.codec.watch_events import Bookmark, Deleted, ErrorStatus, Event
 from kproxy.model.delta import Kind
 from kproxy.model.types import EndpointSlice, Node, Service, ServiceCIDR
 from tests.apiserver import protobuf
-from tests.apiserver.objects import endpoint_slice, labelled, node, service, service_cidr
-from tests.apiserver.statuses import expired_continue, refusal
+from tests.apiserver.objects import endpoint_slice, labeled, node, service, service_cidr
+from tests.apiserver.statuses import error, expired_continue
 
 TESTS = Path(__file__).parent.parent
 KINDS: tuple[Kind, ...] = (Service, EndpointSlice, Node, ServiceCIDR)
@@ -247,7 +247,7 @@ def test_deleted_event() -> None:
     assert from_frame(Node, "DELETED", node("node-1")) == Deleted("", "node-1", "")
 
 
-STATUSES = [refusal(429, 7), refusal(410, None), expired_continue("token"), refusal(503, None)]
+STATUSES = [error(429, 7), error(410, None), expired_continue("token"), error(503, None)]
 
 
 @pytest.mark.parametrize("body", STATUSES)
@@ -260,7 +260,7 @@ def test_error_events_and_error_responses(body: dict[str, Any]) -> None:
 
 
 def test_error_response_with_malformed_protobuf_keeps_code_and_retry_after() -> None:
-    found = read_error(503, {"Retry-After": "3"}, protobuf.enveloped(refusal(503, None))[:-3])
+    found = read_error(503, {"Retry-After": "3"}, protobuf.enveloped(error(503, None))[:-3])
     assert (found.code, found.retry_after) == (503, 3.0)
 
 
@@ -280,7 +280,7 @@ def test_invalid_object_is_reported_with_its_name() -> None:
 
 
 GOOD: dict[Kind, dict[str, Any]] = {
-    Service: labelled(service("web", "10.96.7.1"), app="web"),
+    Service: labeled(service("web", "10.96.7.1"), app="web"),
     EndpointSlice: endpoint_slice("web-1", "web", ["10.0.0.1", "10.0.0.2"]),
     Node: node("node-1"),
     ServiceCIDR: service_cidr("kubernetes", "10.96.0.0/16"),

@@ -13,10 +13,10 @@ from msgspec.structs import replace
 
 from kproxy.model.context import Context
 from kproxy.model.plan import ServicePortPlan, TrafficDecision
-from kproxy.model.sync_report import SyncReport
 from kproxy.model.types import Family
 from kproxy.model.udp_flows import UdpFrontends, accepts_node_ports, udp_frontends
 from kproxy.sync.conntrack import ConntrackCleaner, ConntrackCleanup
+from tests.reports import failed, succeeded
 
 A, B, C = "10.244.1.1:53", "10.244.1.2:53", "10.244.2.3:53"
 DNS = "10.96.0.10:53"
@@ -45,7 +45,6 @@ def plan(*endpoints: str, **fields: Any) -> ServicePortPlan:
         "external": TrafficDecision.FORWARD if endpoints else TrafficDecision.REJECT,
         "cluster_endpoints": endpoints,
         "local_endpoints": (),
-        "known_endpoints": len(endpoints),
     }
     return ServicePortPlan(**defaults | fields)
 
@@ -53,8 +52,8 @@ def plan(*endpoints: str, **fields: Any) -> ServicePortPlan:
 def accepted_frontends(*ports: ServicePortPlan, key: str = "ns/dns") -> UdpFrontends:
     """Return the frontends of one Service after its flows were cleaned."""
     frontends = UdpFrontends()
-    frontends.accept({key: ports}, complete=True)
-    frontends.cleaned()
+    frontends.update({key: ports}, complete=True)
+    frontends.mark_checked()
     return frontends
 
 
@@ -67,27 +66,27 @@ def stale(frontends: UdpFrontends, flows: Iterable[Flow]) -> set[Flow]:
 
 def test_new_frontend_keeps_only_flows_to_its_endpoints() -> None:
     frontends = UdpFrontends()
-    frontends.accept({"ns/dns": [plan(A, B)]}, complete=False)
-    assert set(frontends.suspects) == {DNS}
+    frontends.update({"ns/dns": [plan(A, B)]}, complete=False)
+    assert set(frontends.unchecked) == {DNS}
     assert stale(frontends, [(DNS, A), (DNS, B), (DNS, C), (DNS, DNS)]) == {(DNS, C), (DNS, DNS)}
 
 
 def test_flows_to_a_removed_endpoint_are_stale() -> None:
     frontends = accepted_frontends(plan(A, B))
-    frontends.accept({"ns/dns": [plan(B, C)]}, complete=False)
+    frontends.update({"ns/dns": [plan(B, C)]}, complete=False)
     assert stale(frontends, [(DNS, A), (DNS, B), (DNS, C)]) == {(DNS, A)}
 
 
 @pytest.mark.parametrize("endpoints", [(A, B), (A, B, C)], ids=["unchanged", "one-added"])
 def test_no_frontend_is_suspect_unless_an_endpoint_was_removed(endpoints: tuple[str, ...]) -> None:
     frontends = accepted_frontends(plan(A, B))
-    frontends.accept({"ns/dns": [plan(*endpoints)]}, complete=False)
-    assert not frontends.suspects
+    frontends.update({"ns/dns": [plan(*endpoints)]}, complete=False)
+    assert not frontends.unchecked
 
 
 def test_without_endpoints_all_flows_are_stale() -> None:
     frontends = accepted_frontends(plan(A))
-    frontends.accept({"ns/dns": [plan()]}, complete=False)
+    frontends.update({"ns/dns": [plan()]}, complete=False)
     assert stale(frontends, [(DNS, A), (DNS, DNS)]) == {(DNS, A), (DNS, DNS)}
 
 
@@ -137,68 +136,68 @@ def test_untranslated_flows_are_stale_once_their_packets_would_be_translated(
     """The serving endpoints stay the same; only the decision about the client's packets changes."""
     serving = {"serving_endpoints": (A, B)}
     frontends = accepted_frontends(plan(A, B, **before | serving))
-    frontends.accept({"ns/dns": [plan(A, B, **after | serving)]}, complete=False)
+    frontends.update({"ns/dns": [plan(A, B, **after | serving)]}, complete=False)
     assert stale(frontends, [(frontend, frontend), (frontend, A)]) == {(frontend, frontend)}
 
 
 def test_translated_flows_of_a_deleted_service_are_stale() -> None:
     frontends = accepted_frontends(plan(A))
-    frontends.accept({"ns/dns": ()}, complete=False)
+    frontends.update({"ns/dns": ()}, complete=False)
     assert stale(frontends, [(DNS, A), (DNS, C), (DNS, DNS)]) == {(DNS, A), (DNS, C)}
-    frontends.cleaned()
+    frontends.mark_checked()
     assert stale(frontends, [(DNS, A)]) == set()
 
 
 def test_service_missing_from_a_complete_sync_is_deleted() -> None:
     frontends = accepted_frontends(plan(A))
-    frontends.accept({}, complete=True)
+    frontends.update({}, complete=True)
     assert stale(frontends, [(DNS, A)]) == {(DNS, A)}
 
 
 def test_partial_sync_does_not_affect_other_services() -> None:
     frontends = accepted_frontends(plan(A))
-    frontends.accept({"ns/other": [plan(B, cluster_ip="10.96.0.11")]}, complete=False)
-    assert set(frontends.suspects) == {"10.96.0.11:53"}
+    frontends.update({"ns/other": [plan(B, cluster_ip="10.96.0.11")]}, complete=False)
+    assert set(frontends.unchecked) == {"10.96.0.11:53"}
 
 
 def test_flows_to_the_previous_service_port_are_stale() -> None:
     frontends = accepted_frontends(plan(A))
-    frontends.accept({"ns/dns": [plan(A, port=5353)]}, complete=False)
+    frontends.update({"ns/dns": [plan(A, port=5353)]}, complete=False)
     assert stale(frontends, [(DNS, A), ("10.96.0.10:5353", A)]) == {(DNS, A)}
 
 
 def test_changed_target_port_is_a_different_endpoint() -> None:
     frontends = accepted_frontends(plan(A))
-    frontends.accept({"ns/dns": [plan("10.244.1.1:5353")]}, complete=False)
+    frontends.update({"ns/dns": [plan("10.244.1.1:5353")]}, complete=False)
     assert stale(frontends, [(DNS, A), (DNS, "10.244.1.1:5353")]) == {(DNS, A)}
 
 
 def test_complete_sync_makes_every_frontend_suspect() -> None:
     frontends = accepted_frontends(plan(A, node_port=30053))
-    frontends.accept({"ns/dns": [plan(A, node_port=30053)]}, complete=True)
-    assert set(frontends.suspects) == {DNS, ":30053"}
+    frontends.update({"ns/dns": [plan(A, node_port=30053)]}, complete=True)
+    assert set(frontends.unchecked) == {DNS, ":30053"}
 
 
 def test_frontends_stay_suspect_until_cleaned() -> None:
     frontends = accepted_frontends(plan(A))
-    frontends.accept({"ns/dns": [plan(B)]}, complete=False)
-    frontends.accept({"ns/other": [plan(B, cluster_ip="10.96.0.11")]}, complete=False)
+    frontends.update({"ns/dns": [plan(B)]}, complete=False)
+    frontends.update({"ns/other": [plan(B, cluster_ip="10.96.0.11")]}, complete=False)
     assert stale(frontends, [(DNS, A)]) == {(DNS, A)}
-    frontends.cleaned()
-    assert not frontends.suspects
+    frontends.mark_checked()
+    assert not frontends.unchecked
 
 
 def test_flows_to_an_endpoint_that_returned_are_valid() -> None:
     frontends = accepted_frontends(plan(A))
-    frontends.accept({"ns/dns": [plan(B)]}, complete=False)
-    frontends.accept({"ns/dns": [plan(A)]}, complete=False)
+    frontends.update({"ns/dns": [plan(B)]}, complete=False)
+    frontends.update({"ns/dns": [plan(A)]}, complete=False)
     assert stale(frontends, [(DNS, A), (DNS, B)]) == {(DNS, B)}
 
 
 def test_other_protocols_are_ignored() -> None:
     frontends = UdpFrontends()
-    frontends.accept({"ns/web": [plan(A, protocol="TCP"), plan(A, protocol="SCTP")]}, complete=True)
-    assert not frontends.suspects
+    frontends.update({"ns/web": [plan(A, protocol="TCP"), plan(A, protocol="SCTP")]}, complete=True)
+    assert not frontends.unchecked
 
 
 def test_only_flows_of_the_owner_of_a_shared_frontend_are_kept() -> None:
@@ -207,18 +206,18 @@ def test_only_flows_of_the_owner_of_a_shared_frontend_are_kept() -> None:
     first, second = plan(A, external_ips=("203.0.113.1",)), plan(B, service="ns/other", cluster_ip="10.96.0.11")
     second = replace(second, external_ips=("203.0.113.1",))
     frontends = accepted_frontends(first)
-    frontends.accept({"ns/other": [second]}, complete=False)
+    frontends.update({"ns/other": [second]}, complete=False)
     assert stale(frontends, flows) == {(shared, B)}
     for owner, state, stale_endpoint in (
         ("the second, because the first has no endpoints", [plan(external_ips=("203.0.113.1",))], A),
         ("the first, by name", [first], B),
         ("the second, because the first was deleted", [], A),
     ):
-        frontends.cleaned()
-        frontends.accept({"ns/dns": state}, complete=False)
+        frontends.mark_checked()
+        frontends.update({"ns/dns": state}, complete=False)
         assert stale(frontends, flows) == {(shared, stale_endpoint)}, owner
-    frontends.cleaned()
-    frontends.accept({"ns/other": ()}, complete=False)
+    frontends.mark_checked()
+    frontends.update({"ns/other": ()}, complete=False)
     assert stale(frontends, flows[1:]) == {(shared, B)}
 
 
@@ -238,14 +237,14 @@ def test_services_with_a_shared_frontend_are_compared_in_linear_time(monkeypatch
     }
     frontends = UdpFrontends()
     for _ in range(2):
-        frontends.accept(plans, complete=True)
+        frontends.update(plans, complete=True)
         stale(frontends, [("203.0.113.1:53", A)] * number)
     assert sum(compared) <= 4 * number
 
 
 def test_external_ip_that_equals_a_cluster_ip_takes_over_no_flows() -> None:
     frontends = accepted_frontends(plan())
-    frontends.accept(
+    frontends.update(
         {"ns/a": [plan(B, service="ns/a", cluster_ip="10.96.0.11", external_ips=("10.96.0.10",))]}, complete=False
     )
     assert stale(frontends, [(DNS, B)]) == {(DNS, B)}
@@ -256,25 +255,25 @@ def test_external_ip_that_equals_a_cluster_ip_takes_over_no_flows() -> None:
 
 def test_node_port_flows_are_stale_on_node_addresses_only() -> None:
     frontends = accepted_frontends(plan(A, node_port=30053))
-    frontends.accept({"ns/dns": [plan(B, node_port=30053)]}, complete=False)
+    frontends.update({"ns/dns": [plan(B, node_port=30053)]}, complete=False)
     flows = [(f"{NODE_ADDRESS}:30053", A), ("198.51.100.1:30053", A), ("198.51.100.1:30053", "198.51.100.1:30053")]
     assert stale(frontends, flows) == {(f"{NODE_ADDRESS}:30053", A)}
 
 
 def test_host_process_on_a_former_node_port_keeps_its_flows() -> None:
     frontends = accepted_frontends(plan(A, node_port=30053))
-    frontends.accept({"ns/dns": [plan(A)]}, complete=False)
+    frontends.update({"ns/dns": [plan(A)]}, complete=False)
     flows = [(f"{NODE_ADDRESS}:30053", A), (f"{NODE_ADDRESS}:30053", f"{NODE_ADDRESS}:30053")]
     assert stale(frontends, flows) == {(f"{NODE_ADDRESS}:30053", A)}
 
 
 def test_address_frontend_takes_precedence_over_a_node_port() -> None:
     frontends = accepted_frontends(plan(A, external_ips=(NODE_ADDRESS,), port=30053))
-    frontends.accept({"ns/other": [plan(B, cluster_ip="10.96.0.11", node_port=30053)]}, complete=False)
+    frontends.update({"ns/other": [plan(B, cluster_ip="10.96.0.11", node_port=30053)]}, complete=False)
     assert stale(frontends, [(f"{NODE_ADDRESS}:30053", A), (f"{NODE_ADDRESS}:30053", B)]) == {
         (f"{NODE_ADDRESS}:30053", B)
     }
-    frontends.accept({"ns/dns": ()}, complete=False)
+    frontends.update({"ns/dns": ()}, complete=False)
     assert stale(frontends, [(f"{NODE_ADDRESS}:30053", A), (f"{NODE_ADDRESS}:30053", B)]) == {
         (f"{NODE_ADDRESS}:30053", A)
     }
@@ -366,12 +365,12 @@ def test_remaining_flows_match_what_new_connections_would_create(history: list[M
     for number, state in enumerate(history):
         now = plans_for(state)
         changed = {key: now.get(key, []) for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
-        frontends.accept(changed, complete=number == 0)
+        frontends.update(changed, complete=number == 0)
         live = expected_flows(now)
         assert not stale(frontends, live)
         remaining = (remaining - stale(frontends, remaining)) | live
         assert remaining == live
-        frontends.cleaned()
+        frontends.mark_checked()
         before = now
 
 
@@ -410,7 +409,7 @@ class CleanerFixture:
             {Family.IPV4: self.conntrack},
             self._node_addresses,
             clock=lambda: float(next(ticks)),
-            tell=self.cleanups.append,
+            on_cleanup=self.cleanups.append,
         )
 
     def _node_addresses(self, family: Family) -> Collection[str]:
@@ -418,12 +417,10 @@ class CleanerFixture:
         return {NODE_ADDRESS}
 
     def synced(self, *ports: ServicePortPlan, complete: bool = False, family: Family = Family.IPV4) -> None:
-        report = SyncReport(family, 0.0, 1.0, complete, {"ns/dns": ports}, Context(family, "node-1"), None)
-        self._cleaner.synced(report)
+        self._cleaner.clean(succeeded(family, {"ns/dns": ports}, complete=complete))
 
     def failed(self) -> None:
-        plans, context = {"ns/dns": (plan(B),)}, Context(Family.IPV4, "node-1")
-        self._cleaner.synced(SyncReport(Family.IPV4, 0.0, 1.0, False, plans, context, None, error="refused"))
+        self._cleaner.clean(failed(Family.IPV4))
 
 
 def test_first_sync_deletes_flows_that_became_stale_before() -> None:
@@ -468,7 +465,7 @@ def test_flows_that_could_not_be_deleted_are_deleted_after_the_next_sync(caplog:
         cleaner.synced(plan(B))
         cleaner.synced(plan(B))
     assert [record.message for record in caplog.records] == [
-        "IPv4: UDP flows to removed endpoints may live on: conntrack: Operation not permitted"
+        "IPv4: cannot delete stale UDP conntrack entries: Operation not permitted"
     ]
     assert cleaner.cleanups[-1].error == "Operation not permitted"
     cleaner.conntrack.error = None
@@ -489,6 +486,6 @@ def test_new_conntrack_error_is_logged_again(caplog: pytest.LogCaptureFixture) -
 def test_flow_created_without_endpoints_is_stale_once_there_are_some() -> None:
     """Packets of the node itself to a NodePort or an external address are not rejected in the output hook."""
     frontends = accepted_frontends(plan(external_ips=("203.0.113.5",)))
-    frontends.accept({"ns/dns": (plan(A, external_ips=("203.0.113.5",)),)}, complete=False)
+    frontends.update({"ns/dns": (plan(A, external_ips=("203.0.113.5",)),)}, complete=False)
     untranslated = ("203.0.113.5:53", "203.0.113.5:53")
     assert stale(frontends, [untranslated, ("203.0.113.5:53", A)]) == {untranslated}

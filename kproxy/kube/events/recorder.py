@@ -33,8 +33,6 @@ POST_TIMEOUT = 10.0
 """Seconds without data from the server after which an attempt fails."""
 RETRY_DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0)
 """Seconds to wait before each further attempt to write an event. After the last attempt, the event is dropped."""
-STOP_TIMEOUT = 0.5
-"""Seconds that `EventRecorder.stop` waits for its thread, which takes longer only if a response is outstanding."""
 log = logging.getLogger(__name__)
 
 
@@ -58,7 +56,7 @@ class NullRecorder:
     def start(self) -> None:
         """Do nothing."""
 
-    def stop(self) -> None:
+    def stop(self, timeout: float) -> None:
         """Do nothing."""
 
 
@@ -89,15 +87,18 @@ class EventRecorder:
             log.debug("event queue is full, dropping %s", _describe(occurrence))
 
     def start(self) -> None:
-        """Start the thread. It also writes events recorded before. As a daemon thread, it does not need `stop`."""
+        """Start the thread. It also writes events recorded before."""
         self._thread.start()
 
-    def stop(self) -> None:
-        """Stop the thread. Events that are not written yet are dropped."""
+    def stop(self, timeout: float) -> None:
+        """Stop the thread. Events that are not written yet are dropped.
+
+        Waits at most `timeout` seconds. A thread that waits for a response takes longer.
+        """
         self._stopping.set()
         self._queue.put(None)
         if self._thread.ident is not None:
-            self._thread.join(STOP_TIMEOUT)
+            self._thread.join(timeout)
 
     def _run(self) -> None:
         while (occurrence := self._queue.get()) is not None and not self._stopping.is_set():

@@ -14,8 +14,6 @@ from kproxy.model.delta import Delta, Replace
 
 RELOAD_PERIOD = 2.0
 """Seconds between reads of the files where inotify is not available."""
-STOP_TIMEOUT = 5.0
-"""Seconds that `FileSource.stop` waits for a `sink` that blocks."""
 log = logging.getLogger(__name__)
 
 
@@ -91,9 +89,7 @@ class FileSource:
         self._state = ManifestState()
         self._last_lines: frozenset[str] = frozenset()
         self._has_problems = False
-        self._watcher = PathWatcher(
-            path, self._handle_snapshot, name="file-source", poll_period=RELOAD_PERIOD, stop_timeout=STOP_TIMEOUT
-        )
+        self._watcher = PathWatcher(path, self._handle_snapshot, name="file-source", poll_period=RELOAD_PERIOD)
 
     def load_once(self) -> None:
         """Read the files and deliver their objects in the calling thread.
@@ -107,12 +103,12 @@ class FileSource:
         self._deliver(update)
 
     def start(self) -> None:
-        """Start the thread that watches the files. It is a daemon: the process can exit without `stop`."""
+        """Start the thread that watches the files."""
         self._watcher.start()
 
-    def stop(self) -> None:
-        """Stop the thread. `sink` is not called after this returns, unless it blocks."""
-        self._watcher.stop()
+    def stop(self, timeout: float) -> None:
+        """Stop the thread; wait at most `timeout` seconds for a running call of `sink`, and do not call it again."""
+        self._watcher.stop(timeout)
 
     def _handle_snapshot(self, snapshot: PathSnapshot) -> bool:
         try:

@@ -1,4 +1,4 @@
-"""A way to reach something: from a pod or from outside, to one address and port."""
+"""One address and port, and the client that sends requests to it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from tests.e2e.manifests import PORT
 from tests.e2e.waiting import until
 
 ENOUGH = 60
-"""Requests after which three endpoints have all answered: one is missed once in ten thousand million times."""
+"""Requests that reach all of three endpoints: the chance of missing one is 1 in 10^10."""
 
 PER_POD = 12
 
 
-class Way(msgspec.Struct, frozen=True):
-    """Requests of one client to one address. Without a client, they come from outside the cluster."""
+class Target(msgspec.Struct, frozen=True):
+    """Requests from one client to one address. Without a client, they come from outside the cluster."""
 
     cluster: Cluster
     client: Pod | None
@@ -25,44 +25,44 @@ class Way(msgspec.Struct, frozen=True):
     port: int = PORT
     protocol: str = "TCP"
 
-    def ask(self, times: int = 1) -> list[Outcome]:
-        """Send requests one after the other, and return what came of each."""
+    def request(self, times: int = 1) -> list[Outcome]:
+        """Send requests one by one; return the outcome of each."""
         if self.client is None:
-            return self.cluster.ask_from_outside(self.address, self.port, self.protocol, times=times)
-        return self.cluster.ask(self.client, self.address, self.port, self.protocol, times=times)
+            return self.cluster.request_from_outside(self.address, self.port, self.protocol, times=times)
+        return self.cluster.request(self.client, self.address, self.port, self.protocol, times=times)
 
     def answers(self, times: int = 1) -> list[Answer]:
-        """Send requests; fail unless every single one is answered."""
-        outcomes = self.ask(times)
+        """Send requests; return the answers. Fails unless every request is answered."""
+        outcomes = self.request(times)
         assert len(outcomes) == times, f"{self}: {len(outcomes)} outcomes of {times} requests"
         failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
         assert not failures, f"{self}: {len(failures)} of {times} requests failed: {failures[:5]}"
         return [outcome for outcome in outcomes if isinstance(outcome, Answer)]
 
-    def pods(self, times: int = ENOUGH) -> set[str]:
-        """Send requests; fail unless all are answered; return the names of the pods that did."""
+    def answering_pods(self, times: int = ENOUGH) -> set[str]:
+        """Send requests; return the names of the pods that answered. Fails unless every request is answered."""
         return {answer.pod for answer in self.answers(times)}
 
-    def settle_on(self, pods: Iterable[Pod]) -> None:
-        """Return once all of these pods and no other answer, which is how a change shows that it has arrived."""
-        wanted = {pod.name for pod in pods}
-        until(lambda: self._answered_by(wanted), f"{self}: answers of {sorted(wanted)} alone")
+    def wait_for_pods(self, pods: Iterable[Pod]) -> None:
+        """Return once exactly these pods answer, which means that a change has reached the proxies."""
+        expected = {pod.name for pod in pods}
+        until(lambda: self._answered_by(expected), f"{self}: answers from exactly {sorted(expected)}")
 
-    def settle_on_failure(self, kind: str = "") -> None:
-        """Return once a request fails, in the given way if one is given."""
+    def wait_for_failure(self, kind: str = "") -> None:
+        """Return once a request fails; with `kind`, once it fails in this way."""
         until(lambda: self._fails(kind), f"{self}: a request fails {kind}")
 
-    def refused(self, times: int = 3) -> None:
-        """Return once a request is refused; from then on each has to fail.
+    def wait_until_rejected(self, times: int = 3) -> None:
+        """Return once a request is refused; all later requests must fail.
 
-        Not each by a refusal: a kernel sends one address few ICMP errors, six at once and then one a second.
+        Later ones may time out: Linux limits ICMP errors to one address to six at once, then one per second.
         """
-        self.settle_on_failure("refused")
+        self.wait_for_failure("refused")
         self._fail(times)
 
-    def unanswered(self, times: int = 2) -> None:
-        """Return once a request fails in whatever way; from then on each has to."""
-        self.settle_on_failure()
+    def wait_until_unanswered(self, times: int = 2) -> None:
+        """Return once a request fails; all later requests must fail."""
+        self.wait_for_failure()
         self._fail(times)
 
     def __str__(self) -> str:
@@ -70,16 +70,16 @@ class Way(msgspec.Struct, frozen=True):
         return f"from {origin} to {self.address} port {self.port} {self.protocol}"
 
     def _fail(self, times: int) -> None:
-        outcomes = self.ask(times)
+        outcomes = self.request(times)
         assert all(isinstance(outcome, Failure) for outcome in outcomes), f"{self}: {outcomes}"
 
-    def _answered_by(self, wanted: set[str]) -> bool:
-        if not _names(self.ask()) <= wanted:
+    def _answered_by(self, expected: set[str]) -> bool:
+        if not _names(self.request()) <= expected:
             return False
-        return _names(self.ask(PER_POD * len(wanted))) == wanted
+        return _names(self.request(PER_POD * len(expected))) == expected
 
     def _fails(self, kind: str) -> bool:
-        (outcome,) = self.ask()
+        (outcome,) = self.request()
         return isinstance(outcome, Failure) and kind in {"", outcome.kind}
 
 
@@ -100,10 +100,10 @@ def node_port(service: Object) -> int:
 
 
 def address_of(pod: Pod, cluster: Cluster, family: IpFamily) -> str:
-    """Return a pod's address; one in its node's network has the node's."""
+    """Return a pod's address, which is the node's for a pod with hostNetwork."""
     return pod.addresses.get(family) or node_of(pod, cluster).addresses[family]
 
 
 def node_of(pod: Pod, cluster: Cluster) -> Node:
-    """Return the node that a pod is on."""
+    """Return the node of a pod."""
     return next(node for node in cluster.nodes if node.name == pod.node)

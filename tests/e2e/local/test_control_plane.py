@@ -1,4 +1,4 @@
-"""What the cluster of namespaces adds to a Service, and where its load balancer and its failures lead."""
+"""The emulated control plane: allocation for Services, load balancer routes, and failure kinds."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from tests.e2e.cluster import Object
-from tests.e2e.local.asking import failure
-from tests.e2e.local.balancer import hops
+from tests.e2e.local.balancer import next_hops
+from tests.e2e.local.requests import failure
 from tests.e2e.local.services import AFFINITY_SECONDS, Allocator
 
 
@@ -22,7 +22,7 @@ def completed(**spec: Any) -> Object:
     return found
 
 
-def test_defaults() -> None:
+def test_service_defaults() -> None:
     spec = completed()
     assert spec["ports"] == [{"port": 80, "protocol": "TCP", "targetPort": 80}]
     assert (spec["type"], spec["sessionAffinity"], spec["internalTrafficPolicy"]) == ("ClusterIP", "None", "Cluster")
@@ -31,7 +31,7 @@ def test_defaults() -> None:
     assert "externalTrafficPolicy" not in spec
 
 
-def test_a_session_lasts_three_hours_by_default() -> None:
+def test_default_session_affinity_timeout_is_three_hours() -> None:
     assert completed(sessionAffinity="ClientIP")["sessionAffinityConfig"] == {
         "clientIP": {"timeoutSeconds": AFFINITY_SECONDS}
     }
@@ -45,37 +45,37 @@ def test_a_session_lasts_three_hours_by_default() -> None:
         ("RequireDualStack", ["IPv6"], ["IPv6", "IPv4"]),
     ],
 )
-def test_a_cluster_ip_of_each_family(policy: str, given: list[str], families: list[str]) -> None:
+def test_one_cluster_ip_per_family(policy: str, given: list[str], families: list[str]) -> None:
     spec = completed(ipFamilyPolicy=policy, ipFamilies=given)
     assert spec["ipFamilies"] == families
     assert ["IPv6" if ":" in address else "IPv4" for address in spec["clusterIPs"]] == families
 
 
-def test_what_has_no_cluster_ip_gets_none() -> None:
+def test_headless_and_external_name_services_get_no_cluster_ip() -> None:
     assert completed(clusterIP="None")["clusterIPs"] == ["None"]
     assert "clusterIP" not in completed(type="ExternalName", externalName="elsewhere.example")
 
 
-def test_node_ports_and_the_health_check_port() -> None:
+def test_node_ports_and_health_check_node_port() -> None:
     assert "healthCheckNodePort" not in completed(type="NodePort", externalTrafficPolicy="Local")
     spec = completed(type="LoadBalancer", externalTrafficPolicy="Local")
     assert len({spec["ports"][0]["nodePort"], spec["healthCheckNodePort"]}) == 2
     assert "nodePort" not in completed(type="LoadBalancer", allocateLoadBalancerNodePorts=False)["ports"][0]
 
 
-def test_an_update_keeps_what_was_allocated_and_another_service_gets_its_own() -> None:
+def test_update_keeps_allocations_and_other_services_get_their_own() -> None:
     allocator = Allocator()
-    balanced = {"type": "LoadBalancer", "externalTrafficPolicy": "Local"}
-    first = allocator.complete(service(**balanced))
+    load_balancer = {"type": "LoadBalancer", "externalTrafficPolicy": "Local"}
+    first = allocator.complete(service(**load_balancer))
     first["status"] = {"loadBalancer": {"ingress": [{"ip": "203.0.113.8"}]}}
-    assert allocator.complete(service(**balanced), first) == first
+    assert allocator.complete(service(**load_balancer), first) == first
 
     dual = allocator.complete(service(ipFamilyPolicy="PreferDualStack"), first)
     assert dual["spec"]["clusterIP"] == first["spec"]["clusterIP"]
     assert dual["status"] == {"loadBalancer": {}}
     assert "nodePort" not in dual["spec"]["ports"][0]
 
-    other = allocator.complete(service(**balanced))["spec"]
+    other = allocator.complete(service(**load_balancer))["spec"]
     assert other["clusterIP"] != first["spec"]["clusterIP"]
     assert other["ports"][0]["nodePort"] != first["spec"]["ports"][0]["nodePort"]
 
@@ -89,13 +89,13 @@ def test_an_update_keeps_what_was_allocated_and_another_service_gets_its_own() -
         ("Local", "", "node-2"),
     ],
 )
-def test_external_addresses_lead_to_a_node_that_takes_them(policy: str, ready: str, node: str) -> None:
-    balanced = service(externalTrafficPolicy=policy, externalIPs=["203.0.113.9"])
+def test_external_addresses_are_routed_to_a_node_that_accepts_them(policy: str, ready: str, node: str) -> None:
+    load_balancer = service(externalTrafficPolicy=policy, externalIPs=["203.0.113.9"])
     ingress = [{"ip": "203.0.113.7", "ipMode": "Proxy"}, {"ip": "203.0.113.8"}]
-    balanced["status"] = {"loadBalancer": {"ingress": ingress}}
+    load_balancer["status"] = {"loadBalancer": {"ingress": ingress}}
     endpoints = [{"conditions": {"ready": name == ready}, "nodeName": name} for name in ("node-1", "node-2")]
     slices = [{"metadata": {"labels": {"kubernetes.io/service-name": "web"}}, "endpoints": endpoints}]
-    assert hops([balanced], slices, ["node-1", "node-2"]) == {"203.0.113.8": node, "203.0.113.9": node}
+    assert next_hops([load_balancer], slices, ["node-1", "node-2"]) == {"203.0.113.8": node, "203.0.113.9": node}
 
 
 @pytest.mark.parametrize(
@@ -106,8 +106,8 @@ def test_external_addresses_lead_to_a_node_that_takes_them(policy: str, ready: s
         (OSError(errno.EPERM, ""), "refused"),
         (TimeoutError(), "no answer"),
         (OSError(errno.EHOSTUNREACH, ""), "other"),
-        (ValueError("no words"), "other"),
+        (ValueError("garbage"), "other"),
     ],
 )
-def test_a_failure_says_whether_it_was_a_refusal(error: Exception, kind: str) -> None:
+def test_failure_kind_of_each_error(error: Exception, kind: str) -> None:
     assert failure(error).kind == kind

@@ -1,4 +1,4 @@
-"""Which proxy leads to the API server: Go's rule, which kube-proxy and kubectl follow."""
+"""Choice of the HTTP proxy for the API server, by the rules of Go, which kube-proxy and kubectl apply too."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ OTHER = "http://192.0.2.11:3128"
         ("10.0.5.1:6443", {"HTTPS_PROXY": PROXY, "HTTP_PROXY": PROXY}, ""),
     ],
 )
-def test_which_proxy_of_the_environment(server: str, environment: dict[str, str], expected: str) -> None:
+def test_proxy_from_the_environment(server: str, environment: dict[str, str], expected: str) -> None:
     assert http_proxy_for(server, environment) == expected
 
 
 @pytest.mark.parametrize("host", ["localhost", "LocalHost", "127.0.0.1", "127.8.9.10", "[::1]", "[::ffff:127.0.0.1]"])
 @pytest.mark.parametrize("scheme", ["http", "https"])
-def test_this_machine_is_never_behind_a_proxy(scheme: str, host: str) -> None:
-    environment = {"HTTP_PROXY": PROXY, "HTTPS_PROXY": PROXY, "NO_PROXY": "nobody.example"}
+def test_loopback_servers_never_use_a_proxy(scheme: str, host: str) -> None:
+    environment = {"HTTP_PROXY": PROXY, "HTTPS_PROXY": PROXY, "NO_PROXY": "other.example"}
     assert http_proxy_for(f"{scheme}://{host}:6443", environment) == ""
     assert http_proxy_for(f"{scheme}://{host}", environment) == ""
 
@@ -50,7 +50,7 @@ def test_this_machine_is_never_behind_a_proxy(scheme: str, host: str) -> None:
     [
         ("10.0.5.1", "", False),
         ("10.0.5.1", "*", True),
-        ("10.0.5.1", "nobody.example, *", True),
+        ("10.0.5.1", "other.example, *", True),
         ("10.0.5.1", "127.0.0.0/8,10.0.0.0/8,172.16.0.0/12,192.168.0.0/16", True),
         ("10.0.5.1", ".svc,.cluster.local,10.0.0.0/8", True),
         ("10.0.5.1", " 10.0.0.0/8 , .svc", True),
@@ -92,14 +92,14 @@ def test_this_machine_is_never_behind_a_proxy(scheme: str, host: str) -> None:
         ("myhost.localhost", "", False),
     ],
 )
-def test_what_no_proxy_covers(host: str, no_proxy: str, direct: bool) -> None:
+def test_no_proxy(host: str, no_proxy: str, direct: bool) -> None:
     for name in ("NO_PROXY", "no_proxy"):
         environment = {"HTTPS_PROXY": PROXY, name: no_proxy}
         assert http_proxy_for(f"https://{host}:6443", environment) == ("" if direct else PROXY)
 
 
 @pytest.mark.parametrize(("scheme", "port"), [("http", 80), ("https", 443)])
-def test_a_server_without_a_port_has_that_of_its_scheme(scheme: str, port: int) -> None:
+def test_no_proxy_ports_match_the_default_port_of_the_scheme(scheme: str, port: int) -> None:
     environment = {"HTTP_PROXY": PROXY, "HTTPS_PROXY": PROXY}
     assert http_proxy_for(f"{scheme}://kube.example", environment | {"NO_PROXY": f"kube.example:{port}"}) == ""
     assert http_proxy_for(f"{scheme}://kube.example", environment | {"NO_PROXY": f"kube.example:{port + 1}"}) == PROXY

@@ -1,4 +1,4 @@
-"""What has come of a load so far."""
+"""The results of a load so far."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import threading
 from collections.abc import Sequence
 
 
-class Tally:
-    """How many requests were answered, and what was wrong with the others. One thread adds, any may ask."""
+class RequestCounter:
+    """The number of answers and the messages of failed requests. One thread writes, any thread may read."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -16,21 +16,21 @@ class Tally:
 
     @property
     def answers(self) -> int:
-        """How many requests have been answered so far."""
+        """The number of answered requests so far."""
         with self._lock:
             return self._answers
 
     def failures(self) -> Sequence[str]:
-        """Return what was wrong with each request that failed so far, with its time."""
+        """Return one message with time stamp for each failed request so far."""
         with self._lock:
             return list(self._failures)
 
-    def answered(self) -> None:
+    def count_answer(self) -> None:
         """Count an answer."""
         with self._lock:
             self._answers += 1
 
-    def failed(self, what: str) -> None:
-        """Note what was wrong."""
+    def add_failure(self, message: str) -> None:
+        """Add the message of a failed request."""
         with self._lock:
-            self._failures.append(what)
+            self._failures.append(message)
