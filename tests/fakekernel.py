@@ -1,6 +1,6 @@
-"""A kernel for rules in memory: one that understands what `iptables-restore --noflush` reads. It refuses on demand.
+"""A fake kernel that keeps iptables rules in memory. It applies `iptables-restore --noflush` input or rejects it.
 
-`tests/kernel/test_fakekernel.py` checks it against the real one.
+`tests/kernel/test_fakekernel.py` checks it against the real kernel.
 """
 
 from __future__ import annotations
@@ -24,33 +24,36 @@ Table = dict[str, list[str]]
 
 
 class FakeKernel:
-    """The tables of one family. `refuse` may look at an input and return why it is not accepted."""
+    """The tables of one family.
+
+    `reject` gets each input and may return a reason to reject it. `inputs` has all inputs, `reads` counts the dumps.
+    """
 
     def __init__(self) -> None:
         self.tables: dict[str, Table] = {table: {name: [] for name in names} for table, names in BUILTIN.items()}
         self.inputs: list[str] = []
         self.reads = 0
-        self.refuse: Callable[[str], str | None] = lambda _: None
+        self.reject: Callable[[str], str | None] = lambda _: None
 
     @contextmanager
     def save(self) -> Iterator[Iterator[str]]:
         self.reads += 1
         yield iter(self.dump())
 
-    def has(self, chain: ChainName, rule: str) -> bool:
+    def has_rule(self, chain: ChainName, rule: str) -> bool:
         return rule in self.tables[chain.table].get(chain.name, [])
 
-    def look(self, chains: Iterable[ChainName]) -> dict[ChainName, list[str]]:
+    def list_rules(self, chains: Iterable[ChainName]) -> dict[ChainName, list[str]]:
         return {
             chain: [f"-A {chain.name} {rule}" for rule in self.tables[chain.table][chain.name]]
             for chain in chains
             if chain.name in self.tables[chain.table]
         }
 
-    def lengths(self, chains: Collection[ChainName]) -> dict[ChainName, int]:
+    def count_rules(self, chains: Collection[ChainName]) -> dict[ChainName, int]:
         return {chain: len(self.tables[chain.table].get(chain.name, [])) for chain in chains}
 
-    def create(self, chain: ChainName) -> None:
+    def create_chain(self, chain: ChainName) -> None:
         self.tables[chain.table].setdefault(chain.name, [])
 
     def dump(self) -> list[str]:
@@ -64,7 +67,7 @@ class FakeKernel:
 
     def restore(self, text: str) -> None:
         self.inputs.append(text)
-        reason = self.refuse(text)
+        reason = self.reject(text)
         if reason:
             raise RestoreError(reason)
         name, table = "", {}
@@ -92,7 +95,7 @@ class FakeKernel:
         if command == "-X":
             jump = f"-j {chain}"
             if table[chain] or any(
-                jump in each and _target(each) == chain for rules in table.values() for each in rules
+                jump in rule and _target(rule) == chain for rules in table.values() for rule in rules
             ):
                 raise RestoreError(f"line {number}: {chain} is in use", line=line)
             del table[chain]
@@ -104,15 +107,15 @@ class FakeKernel:
             table[chain].append(rule)
         elif command == "-D" and rule in table[chain]:
             table[chain].remove(rule)
-        elif command in {"-I", "-R", "-D"} and (found := re.fullmatch(r"(\d+)(?: (.+))?", rule)):
-            place = int(found[1]) - 1
-            if place >= len(table[chain]) + (command == "-I"):
-                raise RestoreError(f"line {number}: no rule {place + 1} in {chain}", line=line)
-            table[chain][place : place + (command != "-I")] = [found[2]] if found[2] else []
+        elif command in {"-I", "-R", "-D"} and (match := re.fullmatch(r"(\d+)(?: (.+))?", rule)):
+            index = int(match[1]) - 1
+            if index >= len(table[chain]) + (command == "-I"):
+                raise RestoreError(f"line {number}: no rule {index + 1} in {chain}", line=line)
+            table[chain][index : index + (command != "-I")] = [match[2]] if match[2] else []
         else:
             raise RestoreError(f"line {number}: cannot {command}", line=line)
 
 
 def _target(rule: str) -> str:
-    found = re.search(r"-j (\S+)", rule)
-    return found[1] if found else ""
+    match = re.search(r"-j (\S+)", rule)
+    return match[1] if match else ""

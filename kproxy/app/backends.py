@@ -17,11 +17,11 @@ from kproxy.host.commands import CommandError, InconclusiveError
 from kproxy.host.interfaces import local_addresses, own_addresses
 from kproxy.host.nfacct import ensure_counters
 from kproxy.host.process import has_net_admin
-from kproxy.iptables.backend import BLOCK_RULES, UNLIMITED, IptablesBackend
+from kproxy.iptables.backend import MAX_TRANSACTION_RULES, UNLIMITED, IptablesBackend
 from kproxy.iptables.base_rules import INVALID_COUNTER
 from kproxy.iptables.render import LOCALHOST_COUNTER
 from kproxy.iptables.runner import IptablesRunner, check_tables
-from kproxy.iptables.variant import rules_in_other_variant
+from kproxy.iptables.variant import other_variant_warning
 from kproxy.model.context import Context
 from kproxy.model.delta import BASIC_KINDS, Kind
 from kproxy.model.types import Family, Node, ServiceCIDR
@@ -106,9 +106,9 @@ def _iptables_families(config: Config, runners: list[IptablesRunner]) -> dict[Fa
         runners.append(iptables)
         backend = IptablesBackend(
             iptables,
-            block_rules=BLOCK_RULES if version.nft else UNLIMITED,
+            max_transaction_rules=MAX_TRANSACTION_RULES if version.nft else UNLIMITED,
             dispatch_threshold=config.kproxy.iptables_dispatch_threshold,
-            patching=version.finds_single_rules,
+            patching=version.supports_patching,
         )
         contexts = ContextFactory(config, family, accounting=counters, random_fully=version.random_fully)
         families[family] = FamilySync(backend, contexts.make)
@@ -185,7 +185,7 @@ def discover_iptables() -> dict[Family, IptablesRunner]:
         raise CommandError(_combined_reasons(reasons, ipv4_required))
     _warn_of_skipped(reasons)
     version = next(iter(found.values())).version()
-    if warning := rules_in_other_variant(ours_is_nft=version.nft):
+    if warning := other_variant_warning(uses_nft=version.nft):
         log.warning("%s", warning)
     return found
 

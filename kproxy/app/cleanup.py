@@ -6,13 +6,13 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from kproxy.host.commands import CommandError
-from kproxy.iptables.backend import BLOCK_RULES, UNLIMITED
+from kproxy.iptables.backend import MAX_TRANSACTION_RULES, UNLIMITED
 from kproxy.iptables.cleanup import cleanup, cleanup_ipvs
 from kproxy.iptables.names import PORT_CHAIN_PREFIXES, ChainName
 from kproxy.iptables.runner import IptablesRunner, IptablesVersion, RestoreError
 from kproxy.iptables.save_restore import RestoreInput, SavedChain, parse_save
-from kproxy.iptables.variant import rules_in_other_variant
-from kproxy.ipvs import cleanup as ipvs
+from kproxy.iptables.variant import other_variant_warning
+from kproxy.ipvs.cleanup import find_leftovers, remove_leftovers
 from kproxy.model.types import Family
 from kproxy.nftables.kernel import remove_table
 
@@ -54,7 +54,7 @@ def remove_iptables(family: Family) -> str:
     """
 
     def changes(saved: Mapping[ChainName, SavedChain], version: IptablesVersion) -> Iterable[RestoreInput]:
-        return cleanup(saved, block_rules=BLOCK_RULES if version.nft else UNLIMITED)
+        return cleanup(saved, max_transaction_rules=MAX_TRANSACTION_RULES if version.nft else UNLIMITED)
 
     removed = _remove_chains(family, changes)
     return f"removed {_chains(removed, family)}" if removed else ""
@@ -68,7 +68,7 @@ def remove_ipvs() -> str:
     them. Raises `CommandError` if iptables fails, `VirtualServersRemainError` if virtual servers remain.
     """
     try:
-        if not ipvs.find():
+        if not find_leftovers():
             return ""
     except OSError as error:
         log.debug("cannot check for leftovers of ipvs mode: %s", error.strerror)
@@ -92,11 +92,11 @@ def _remove_ipvs_objects() -> str:
     Raises `VirtualServersRemainError` if virtual servers remain.
     """
     try:
-        done = ipvs.remove(ipvs.find())
+        done = remove_leftovers(find_leftovers())
     except OSError as error:
         log.warning("cannot check for leftovers of ipvs mode: %s", error.strerror)
         return ""
-    if done.unfinished:
+    if done.servers_remain:
         if done.removed:
             log.info("removed %s of ipvs mode", ", ".join(done.removed))
         raise VirtualServersRemainError(f"{'; '.join(done.problems)}; its interface and ipsets are kept as well")
@@ -117,18 +117,17 @@ def _remove_chains(
     version = _version(kernel)
     if version is None:
         return 0
-    incompatible: set[str] = set()
     with kernel.save() as lines:
         relevant = (line for line in lines if not line.startswith(_PORT_CHAIN_RULES))
-        saved = parse_save(relevant, incompatible=incompatible)
-    for table in sorted(incompatible):
+        saved = parse_save(relevant)
+    for table in sorted(saved.incompatible):
         log.warning(
             "%s: table %s has rules that only nft can print; chains of iptables mode may remain there",
             family.value,
             table,
         )
     try:
-        changes = [change for change in plan(saved, version) if change]
+        changes = [change for change in plan(saved.chains, version) if change]
         kernel.restore_each(change.text() for change in changes)
     except RestoreError as error:
         raise CommandError(str(error)) from None
@@ -144,7 +143,7 @@ def unremovable_chains() -> str:
     found = [
         f"iptables-{name}"
         for name, is_nft in (("legacy", False), ("nft", True))
-        if (used is None or used.nft is not is_nft) and rules_in_other_variant(ours_is_nft=not is_nft)
+        if (used is None or used.nft is not is_nft) and other_variant_warning(uses_nft=not is_nft)
     ]
     if not found:
         return ""

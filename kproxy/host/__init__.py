@@ -1,1 +1,1 @@
-"""What touches the node: processes, netlink, sysctls. Knows the model, never a backend."""
+"""Access to the node: processes, netlink, sysctls, inotify. Imports only the model, never a backend."""

@@ -1,4 +1,4 @@
-"""The kernel's notices of changed directories (inotify(7)), by way of libc."""
+"""File system notifications for directories (inotify(7)), through libc."""
 
 from __future__ import annotations
 
@@ -25,15 +25,17 @@ IN_MOVE_SELF = 0x800
 IN_Q_OVERFLOW = 0x4000
 IN_ONLYDIR = 0x1000000
 IN_ISDIR = 0x40000000
+
 _CHANGES = IN_MODIFY | IN_ATTRIB | IN_CLOSE_WRITE | IN_MOVED_FROM | IN_MOVED_TO | IN_CREATE | IN_DELETE
 _CHANGES |= IN_DELETE_SELF | IN_MOVE_SELF
 _EVENT = struct.Struct("iIII")
-_BUFFER = 65536
-_NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ELOOP}
+"""`struct inotify_event`: watch descriptor, mask, cookie and length of the name that follows."""
+_READ_SIZE = 65536
+_NO_SUCH_DIRECTORY = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ELOOP}
 
 
 class InotifyEvent(Struct, frozen=True):
-    """Something changed. `directory` is "" where the kernel lost notices; `name` is "" for the directory itself."""
+    """One change. `name` is "" for the directory itself. `directory` is "" if the event queue overflowed."""
 
     directory: str
     name: str
@@ -41,13 +43,13 @@ class InotifyEvent(Struct, frozen=True):
 
 
 class InotifyError(OSError):
-    """The kernel gives no notices, most often because a limit (`fs.inotify`) is reached."""
+    """inotify is not available, usually because a limit (`fs.inotify.*`) is exceeded."""
 
 
 class Inotify:
-    """One inotify instance, a context manager. Has `fileno`, readable when `read` would return something.
+    """An inotify instance and its watches. A context manager.
 
-    Raises `InotifyError` where the limit of instances (`fs.inotify.max_user_instances`) is reached.
+    Raises `InotifyError` if the user has too many instances (`fs.inotify.max_user_instances`).
     """
 
     def __init__(self) -> None:
@@ -55,43 +57,42 @@ class Inotify:
         self._fd = self._libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
         if self._fd < 0:
             raise self._error()
-        self._watched: dict[int, str] = {}
+        self._watches: dict[int, str] = {}
 
     def fileno(self) -> int:
-        """Return the descriptor to poll."""
+        """Return the file descriptor. It is readable when `read` would return events."""
         return int(self._fd)
 
     def watch(self, directories: Iterable[str]) -> bool:
-        """Watch these directories and no others; tell whether one of them was not watched before.
+        """Watch these directories instead of the current ones; return whether any of them is new.
 
-        A directory that was deleted and made again counts as another one. Those that do not exist are left
-        out; one given by two names goes by the first of them. Raises `InotifyError` where the limit of
-        watches is reached.
+        A directory that was deleted and created again is new. Directories that do not exist are skipped. Events for a
+        directory that is given by two names have the first one. Raises `InotifyError` if the user has too many watches.
         """
-        before = self._watched
-        self._watched = {}
+        previous = self._watches
+        self._watches = {}
         for directory in directories:
-            number = self._libc.inotify_add_watch(self._fd, os.fsencode(directory), _CHANGES | IN_ONLYDIR)
-            if number >= 0:
-                self._watched.setdefault(number, directory)
-            elif ctypes.get_errno() not in _NOT_THERE:
+            descriptor = self._libc.inotify_add_watch(self._fd, os.fsencode(directory), _CHANGES | IN_ONLYDIR)
+            if descriptor >= 0:
+                self._watches.setdefault(descriptor, directory)
+            elif ctypes.get_errno() not in _NO_SUCH_DIRECTORY:
                 raise self._error()
-        for number in before.keys() - self._watched.keys():
-            self._libc.inotify_rm_watch(self._fd, number)  # fails if the kernel has done it, with the directory
-        return not self._watched.keys() <= before.keys()
+        for descriptor in previous.keys() - self._watches.keys():
+            self._libc.inotify_rm_watch(self._fd, descriptor)  # fails if the directory was deleted, and its watch too
+        return not self._watches.keys() <= previous.keys()
 
     def read(self) -> list[InotifyEvent]:
-        """Return the changes since the last call, without waiting for one."""
+        """Return all pending events without blocking."""
         events: list[InotifyEvent] = []
         while True:
             try:
-                data = os.read(self._fd, _BUFFER)
+                data = os.read(self._fd, _READ_SIZE)
             except BlockingIOError:
                 return events
             events.extend(self._parse(data))
 
     def close(self) -> None:
-        """Give the descriptor back."""
+        """Close the file descriptor, which ends all watches."""
         os.close(self._fd)
 
     def __enter__(self) -> Self:
@@ -106,15 +107,15 @@ class Inotify:
         events = []
         offset = 0
         while offset < len(data):
-            number, mask, _, length = _EVENT.unpack_from(data, offset)
+            descriptor, mask, _, length = _EVENT.unpack_from(data, offset)
             offset += _EVENT.size
             name = os.fsdecode(data[offset : offset + length].rstrip(b"\0"))
             offset += length
-            if number in self._watched or mask & IN_Q_OVERFLOW:
-                events.append(InotifyEvent(self._watched.get(number, ""), name, mask))
+            if descriptor in self._watches or mask & IN_Q_OVERFLOW:
+                events.append(InotifyEvent(self._watches.get(descriptor, ""), name, mask))
         return events
 
     @staticmethod
     def _error() -> InotifyError:
-        number = ctypes.get_errno()
-        return InotifyError(number, os.strerror(number))
+        code = ctypes.get_errno()
+        return InotifyError(code, os.strerror(code))

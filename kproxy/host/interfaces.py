@@ -14,55 +14,54 @@ from kproxy.host.netlink import NetlinkSocket, retry_interrupted
 from kproxy.host.netlink_message import attributes
 from kproxy.model.types import Family
 
+# linux/rtnetlink.h
+RTM_DELLINK = 17
+RTM_GETADDR = 22
+RTMGRP_IPV4_IFADDR = 0x10
+RTMGRP_IPV6_IFADDR = 0x100
+
+# linux/if_addr.h
+IFA_ADDRESS = 1
+IFA_LOCAL = 2
+
+_IFADDRMSG = struct.Struct("=BBBBI")
+"""`struct ifaddrmsg`: family, prefix length, flags, scope and interface index."""
+_IFINFOMSG = struct.Struct("=BxHiII")
+"""`struct ifinfomsg`: family, type, interface index, flags and change mask."""
+_ADDRESS_FAMILIES = {Family.IPV4: socket.AF_INET, Family.IPV6: socket.AF_INET6}
+_RECEIVE_SIZE = 1 << 16
+
+log = logging.getLogger(__name__)
+
 
 def local_addresses() -> tuple[str, ...]:
-    """Return the addresses of all interfaces, in the kernel's order, link-local IPv6 ones left out.
+    """Return the addresses of all interfaces in the kernel's order, without IPv6 link-local addresses.
 
-    Raises `OSError` if the kernel does not tell.
+    Raises `OSError` if the kernel cannot be read.
     """
-    from pyroute2 import IPRoute  # noqa: PLC0415 - 11 MB that only nodePortAddresses needs
+    from pyroute2 import IPRoute  # noqa: PLC0415 - costs 11 MB, and only nodePortAddresses needs it
 
     with IPRoute() as route:
-        # On a point-to-point link, IFA_ADDRESS is the other end's.
+        # On a point-to-point link, IFA_ADDRESS is the peer's address.
         found = [message.get("IFA_LOCAL") or message.get("IFA_ADDRESS") for message in route.get_addr()]
     return tuple(text for text in found if text and not text.lower().startswith("fe80:"))
 
 
-_RTM_GETADDR = 22
-_IFA_ADDRESS, _IFA_LOCAL = 1, 2
-_IFADDRMSG = struct.Struct("=BBBBI")
-_FAMILIES = {Family.IPV4: socket.AF_INET, Family.IPV6: socket.AF_INET6}
-
-
 def own_addresses(family: Family) -> frozenset[str]:
-    """Return the addresses of all interfaces of a family, link-local ones included (rtnetlink(7)). Raises `OSError`."""
-    return frozenset().union(*addresses_by_interface(_FAMILIES[family]).values())
+    """Return the addresses of all interfaces in one family, including link-local addresses. Raises `OSError`."""
+    return frozenset().union(*addresses_by_interface(_ADDRESS_FAMILIES[family]).values())
 
 
-def addresses_by_interface(family: int) -> dict[int, frozenset[str]]:
-    """Return the addresses of a family (`AF_UNSPEC`: of both) by the index of their interface. Raises `OSError`."""
-    return retry_interrupted(lambda: _read(family))
+def addresses_by_interface(address_family: int) -> dict[int, frozenset[str]]:
+    """Return the addresses of each interface by its index. Raises `OSError`.
 
-
-def _read(family: int) -> dict[int, frozenset[str]]:
-    found: dict[int, set[str]] = {}
-    with NetlinkSocket(socket.NETLINK_ROUTE) as netlink:
-        for data, begin, end in netlink.dump(_RTM_GETADDR, _IFADDRMSG.pack(family, 0, 0, 0, 0)):
-            own, *_, index = _IFADDRMSG.unpack_from(data, begin)
-            parts = attributes(data, begin + _IFADDRMSG.size, end)
-            # On a point-to-point link, IFA_ADDRESS is the other end's.
-            place = parts.get(_IFA_LOCAL) or parts.get(_IFA_ADDRESS)
-            if place and own in _FAMILIES.values():
-                found.setdefault(index, set()).add(socket.inet_ntop(own, data[slice(*place)]))
-    return {index: frozenset(addresses) for index, addresses in found.items()}
-
-
-_RTM_DELLINK = 17
-_IFINFOMSG = struct.Struct("=BxHiII")
+    `address_family` is AF_INET or AF_INET6, or AF_UNSPEC for both.
+    """
+    return retry_interrupted(lambda: _dump_addresses(address_family))
 
 
 def interface_index(name: str) -> int:
-    """Return the index of an interface, 0 if there is none of that name."""
+    """Return the index of an interface, 0 if it does not exist."""
     try:
         return socket.if_nametoindex(name)
     except OSError:
@@ -70,61 +69,71 @@ def interface_index(name: str) -> int:
 
 
 def delete_interface(index: int) -> None:
-    """Delete an interface with its addresses. Raises `OSError`."""
+    """Delete an interface and its addresses. Raises `OSError`."""
     with NetlinkSocket(socket.NETLINK_ROUTE) as netlink:
-        netlink.request(_RTM_DELLINK, 0, _IFINFOMSG.pack(socket.AF_UNSPEC, 0, index, 0, 0))
-
-
-log = logging.getLogger(__name__)
-_RTMGRP_IPV4_IFADDR = 0x10
-_RTMGRP_IPV6_IFADDR = 0x100
+        netlink.request(RTM_DELLINK, 0, _IFINFOMSG.pack(socket.AF_UNSPEC, 0, index, 0, 0))
 
 
 class AddressMonitor:
-    """Calls `changed` whenever an address of an interface comes or goes (rtnetlink(7)).
+    """Calls `on_change` whenever an address is added to an interface, changed or removed.
 
-    `changed` is called from a thread, once for notices that come together, and must not block.
+    The monitor's thread makes the calls, one for all notifications that arrive together. `on_change` must not block.
     """
 
-    def __init__(self, changed: Callable[[], None]) -> None:
-        """Start to listen, so that no change after this is missed. Raises `OSError`."""
-        self._changed = changed
+    def __init__(self, on_change: Callable[[], None]) -> None:
+        """Subscribe to notifications: no change from now on is missed. Raises `OSError`."""
+        self._on_change = on_change
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
-        self._socket.bind((0, _RTMGRP_IPV4_IFADDR | _RTMGRP_IPV6_IFADDR))
+        self._socket.bind((0, RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR))
         self._socket.setblocking(False)
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._stopping = False
-        self._thread = threading.Thread(target=self._listen, name="addresses", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="address-monitor", daemon=True)
 
     def start(self) -> None:
         """Start the thread."""
         self._thread.start()
 
-    def stop(self) -> None:
-        """End the thread."""
+    def stop(self, timeout: float) -> None:
+        """Stop the thread and close the socket; wait at most `timeout` seconds for a running call of `changed`."""
         self._stopping = True
-        os.eventfd_write(self._wake, 1)
-        if self._thread.is_alive():
-            self._thread.join()
-        self._socket.close()
-        os.close(self._wake)
+        os.eventfd_write(self._wakeup, 1)
+        if self._thread.ident is not None:
+            self._thread.join(timeout)
+        if not self._thread.is_alive():
+            self._socket.close()
+            os.close(self._wakeup)
 
-    def _listen(self) -> None:
+    def _run(self) -> None:
         while True:
-            select.select([self._socket.fileno(), self._wake], [], [])
+            select.select([self._socket.fileno(), self._wakeup], [], [])
             if self._stopping:
                 return
             if self._drain():
-                self._changed()
+                self._on_change()
 
     def _drain(self) -> bool:
-        seen = False
+        """Discard all pending notifications; return whether there were any."""
+        received = False
         while True:
             try:
-                self._socket.recv(65536)
+                self._socket.recv(_RECEIVE_SIZE)
             except BlockingIOError:
-                return seen
+                return received
             except OSError as error:
-                # ENOBUFS: notices were lost, so something has changed all the same.
-                log.debug("address notices: %s", error)
-            seen = True
+                # ENOBUFS: the kernel dropped notifications, so addresses have changed.
+                log.debug("failed to receive address notifications: %s", error)
+            received = True
+
+
+def _dump_addresses(address_family: int) -> dict[int, frozenset[str]]:
+    found: dict[int, set[str]] = {}
+    with NetlinkSocket(socket.NETLINK_ROUTE) as netlink:
+        for data, begin, end in netlink.dump(RTM_GETADDR, _IFADDRMSG.pack(address_family, 0, 0, 0, 0)):
+            own_family, *_, index = _IFADDRMSG.unpack_from(data, begin)
+            message = attributes(data, begin + _IFADDRMSG.size, end)
+            # On a point-to-point link, IFA_ADDRESS is the peer's address.
+            address = message.get(IFA_LOCAL) or message.get(IFA_ADDRESS)
+            if address and own_family in _ADDRESS_FAMILIES.values():
+                found.setdefault(index, set()).add(socket.inet_ntop(own_family, data[slice(*address)]))
+    return {index: frozenset(addresses) for index, addresses in found.items()}

@@ -1,4 +1,4 @@
-"""The little of netlink that the hot paths need: one socket; requests, acknowledgements and dumps (RFC 3549)."""
+"""Netlink sockets: requests, acknowledgments, dumps (RFC 3549) and nfnetlink batches."""
 
 from __future__ import annotations
 
@@ -14,57 +14,104 @@ from msgspec import Struct
 
 from kproxy.host.netlink_message import (
     HEADER,
+    NFNL_BATCH_GENID,
+    NFNL_MSG_BATCH_BEGIN,
+    NFNL_MSG_BATCH_END,
     NLM_F_ACK,
+    NLM_F_ACK_TLVS,
+    NLM_F_CAPPED,
     NLM_F_DUMP,
     NLM_F_DUMP_INTR,
     NLM_F_REQUEST,
     NLMSG_DONE,
     NLMSG_ERROR,
-    aligned,
+    NLMSGERR_ATTR_MSG,
+    NLMSGERR_ATTR_OFFS,
+    align,
     attribute,
     attributes,
     nfgenmsg,
 )
 
+# Constants that the module `socket` does not have: linux/netlink.h, linux/socket.h, asm-generic/socket.h.
 NETLINK_NETFILTER = 12
-BATCH = 128
-"""How many requests go to the kernel at once: few enough for a refusal of each of them to fit the socket's buffer."""
-Message: TypeAlias = tuple[bytes, int, int]
-"""A buffer, and where the payload of one message in it begins and ends."""
-ATTEMPTS = 3
-"""How often `retry_interrupted` asks in all."""
-_T = TypeVar("_T")
-_CHUNK = 1 << 16  # the kernel puts at most 32 KiB into one piece of a dump
+NETLINK_CAP_ACK = 10
+NETLINK_EXT_ACK = 11
+SOL_NETLINK = 270
+SO_SNDBUFFORCE = 32
+
+REQUESTS_PER_SEND = 128
+"""Number of requests sent in one datagram. An error for every one of them must fit into the socket's receive buffer."""
+MAX_ATTEMPTS = 3
+"""How many times `retry_interrupted` tries in total."""
+MAX_REJECTIONS = 20
+"""Maximum number of rejected messages reported per batch. Later ones are often consequences of the first."""
+_RECEIVE_SIZE = 1 << 16
+"""Bytes to receive at once. The kernel puts at most 32 KiB of a dump into one datagram."""
+_BATCH_RECEIVE_BUFFER = 1 << 20
+"""Receive buffer of a `BatchSocket` in bytes."""
 _ERRNO = struct.Struct("=i")
+"""Begins the payload of NLMSG_ERROR and NLMSG_DONE: 0 or a negative errno (`struct nlmsgerr`)."""
+
+Message: TypeAlias = tuple[bytes, int, int]
+"""A received buffer, and where the payload of one message in it begins and ends."""
+_T = TypeVar("_T")
 
 
 class NetlinkError(OSError):
-    """The kernel refused a request; `errno` says why."""
+    """The kernel rejected a request; `errno` says why."""
 
 
 class DumpInterruptedError(NetlinkError):
-    """What was being read changed meanwhile, so that the answer may lack something: ask again."""
+    """The dumped objects changed during the dump, so it may be inconsistent (NLM_F_DUMP_INTR). Dump again."""
 
 
-def retry_interrupted(ask: Callable[[], _T]) -> _T:
-    """Return what `ask` returns, which is called again if a dump was interrupted or answers were lost (netlink(7)).
+class RejectedMessage(Struct, frozen=True):
+    """A message of a batch that the kernel rejected.
 
-    It must begin anew each time, with a socket of its own. Raises what the last of `ATTEMPTS` raised.
+    `index` is its position in the batch, -1 for the batch as a whole. `code` is the errno, `reason` its text with the
+    kernel's explanation if there is one. `offset` is the position of the offending attribute in the message's payload,
+    -1 if the kernel did not report it.
     """
-    for _ in range(ATTEMPTS - 1):
+
+    index: int
+    code: int
+    reason: str
+    offset: int = -1
+
+
+class BatchRejectedError(Exception):
+    """The kernel rejected a batch as a whole. `rejections` are the messages that it objected to, in batch order."""
+
+    def __init__(self, rejections: Sequence[RejectedMessage]) -> None:
+        super().__init__(rejections[0].reason)
+        self.rejections = rejections
+
+
+class StaleGenerationError(Exception):
+    """The rule set of this network namespace has changed since the generation that a batch was made for."""
+
+
+def retry_interrupted(read: Callable[[], _T]) -> _T:
+    """Call `read` until its dump is consistent and complete, at most `MAX_ATTEMPTS` times; return its result.
+
+    `read` must start from scratch each time, with a new socket. It is called again if it raises `DumpInterruptedError`
+    or ENOBUFS (messages were lost, see netlink(7)). Raises what the last attempt raised.
+    """
+    for _ in range(MAX_ATTEMPTS - 1):
         try:
-            return ask()
+            return read()
         except OSError as error:
             if not isinstance(error, DumpInterruptedError) and error.errno != errno.ENOBUFS:
                 raise
-    return ask()
+    return read()
 
 
 class BoundSocket:
-    """A netlink socket of one protocol that numbers its messages; closed at the end of its `with`."""
+    """A netlink socket that numbers its messages. A context manager."""
 
     def __init__(self, protocol: int) -> None:
-        """Open it. Raises `OSError` where the kernel has no such protocol."""
+        """Open a socket for a netlink protocol such as NETLINK_ROUTE. Raises `OSError` if the kernel lacks it."""
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
         self._socket.bind((0, 0))
         self._sequence = 0
@@ -78,7 +125,7 @@ class BoundSocket:
         self._socket.close()
 
     def _message(self, kind: int, flags: int, payload: bytes) -> bytes:
-        """Return a request with the next number, padded so that another may follow."""
+        """Encode a request with the next sequence number, padded so that another message can follow."""
         self._sequence += 1
         size = HEADER.size + len(payload)
         padding = b"\0" * (-size % 4)
@@ -86,148 +133,104 @@ class BoundSocket:
 
 
 class NetlinkSocket(BoundSocket):
-    """A netlink socket of one protocol. It does one thing at a time: a dump is read to its end before the next call."""
+    """A netlink socket for requests and dumps. Exhaust the iterator of a dump before the next call."""
 
     def request(self, kind: int, flags: int, payload: bytes) -> None:
-        """Send one request and wait for its acknowledgement. Raises `NetlinkError`."""
-        refused = self.requests(kind, flags, [payload])
-        if refused:
-            raise _error(refused[0])
+        """Send one request and wait for its acknowledgment. Raises `NetlinkError`."""
+        errors = self.request_many(kind, flags, [payload])
+        if errors:
+            raise _error(errors[0])
 
-    def requests(self, kind: int, flags: int, payloads: Sequence[bytes]) -> dict[int, int]:
-        """Send requests of one kind; return the `errno` of each that the kernel refused, by its place in `payloads`.
+    def request_many(self, kind: int, flags: int, payloads: Sequence[bytes]) -> dict[int, int]:
+        """Send requests of one type; return the errno of each rejected request by its index in `payloads`.
 
-        The kernel carries them out one after the other and goes on after a refusal.
+        The kernel processes the requests in order and continues after one that it rejects. Raises `OSError` if the
+        socket fails.
         """
-        refused: dict[int, int] = {}
-        for begin in range(0, len(payloads), BATCH):
-            batch = payloads[begin : begin + BATCH]
+        errors: dict[int, int] = {}
+        for begin in range(0, len(payloads), REQUESTS_PER_SEND):
+            batch = payloads[begin : begin + REQUESTS_PER_SEND]
             first = self._sequence + 1
             messages = [self._message(kind, flags, payload) for payload in batch[:-1]]
             messages.append(self._message(kind, flags | NLM_F_ACK, batch[-1]))
             self._socket.send(b"".join(messages))
-            # Only the last asks for an answer; refusals of the others come before that.
-            refused |= {begin + sequence - first: code for sequence, code in self._answers(first) if code}
-        return refused
+            # Only the last request asks for an acknowledgment. The kernel sends errors for the others before it.
+            errors |= {begin + sequence - first: code for sequence, code in self._receive_errors(first) if code}
+        return errors
 
     def dump(self, kind: int, payload: bytes) -> Iterator[Message]:
-        """Ask for a dump and yield its messages. Raises `NetlinkError`, at the end `DumpInterruptedError`."""
-        return self._ask(kind, NLM_F_DUMP, payload)
+        """Request a dump and yield its messages. Raises `NetlinkError`, at the end `DumpInterruptedError`."""
+        return self._query(kind, NLM_F_DUMP, payload)
 
-    def answers(self, kind: int, payload: bytes) -> Iterator[Message]:
-        """Ask about one thing and yield the messages that answer. Raises `NetlinkError`."""
-        return self._ask(kind, NLM_F_ACK, payload)
+    def get(self, kind: int, payload: bytes) -> Iterator[Message]:
+        """Request a single object and yield the messages of the reply. Raises `NetlinkError`."""
+        return self._query(kind, NLM_F_ACK, payload)
 
-    def _ask(self, kind: int, flags: int, payload: bytes) -> Iterator[Message]:
+    def _query(self, kind: int, flags: int, payload: bytes) -> Iterator[Message]:
         self._socket.send(self._message(kind, flags, payload))
         interrupted = 0
         while True:
-            data = self._socket.recv(_CHUNK)
+            data = self._socket.recv(_RECEIVE_SIZE)
             begin = 0
             while begin < len(data):
-                size, answer, flags, sequence, _ = HEADER.unpack_from(data, begin)
+                size, reply_kind, flags, sequence, _ = HEADER.unpack_from(data, begin)
                 payload_begin, end = begin + HEADER.size, begin + size
-                begin += aligned(size)
+                begin += align(size)
                 if sequence != self._sequence:
                     continue
                 interrupted |= flags & NLM_F_DUMP_INTR
-                if answer in {NLMSG_DONE, NLMSG_ERROR}:
-                    _finish(data, payload_begin, end, interrupted=bool(interrupted))
+                if reply_kind in {NLMSG_DONE, NLMSG_ERROR}:
+                    _check_end(data, payload_begin, end, interrupted=bool(interrupted))
                     return
                 yield data, payload_begin, end
 
-    def _answers(self, first: int) -> Iterator[tuple[int, int]]:
-        """Yield sequence number and `errno` (0: done) of each answer until that to the last request."""
+    def _receive_errors(self, first: int) -> Iterator[tuple[int, int]]:
+        """Yield sequence number and errno (0 for success) of each reply, up to the one to the last request."""
         sequence = 0
         while sequence != self._sequence:
-            answer = self._socket.recv(_CHUNK)
-            _, kind, _, sequence, _ = HEADER.unpack_from(answer)
+            reply = self._socket.recv(_RECEIVE_SIZE)
+            _, kind, _, sequence, _ = HEADER.unpack_from(reply)
             if kind == NLMSG_ERROR and sequence >= first:
-                yield sequence, -_ERRNO.unpack_from(answer, HEADER.size)[0]
-
-
-def _finish(data: bytes, begin: int, end: int, *, interrupted: bool) -> None:
-    """Raise what the last message of a dump says went wrong, if anything."""
-    code = -_ERRNO.unpack_from(data, begin)[0] if end - begin >= _ERRNO.size else 0
-    if code:
-        raise _error(code)
-    if interrupted:
-        raise DumpInterruptedError(0, "the dump was interrupted by changes")
-
-
-def _error(code: int) -> NetlinkError:
-    return NetlinkError(code, os.strerror(code))
-
-
-_BATCH_BEGIN, _BATCH_END = 0x10, 0x11
-_BATCH_GENERATION = 1
-_SOL_NETLINK, _CAP_ACK, _EXT_ACK = 270, 10, 11
-_SO_SNDBUFFORCE = 32
-_CAPPED, _HAS_ATTRIBUTES = 0x100, 0x200
-_ERROR_TEXT, _ERROR_OFFSET = 1, 2
-_RECEIVE_BUFFER = 1 << 20
-REFUSALS_TOLD = 20
-"""How many of a batch's refused messages are told of: the first says what is wrong, the others often follow from it."""
-
-
-class RejectedMessage(Struct, frozen=True):
-    """What the kernel said of one message of a batch: which, why, and where in its payload (-1: it did not say)."""
-
-    place: int
-    code: int
-    reason: str
-    offset: int = -1
-
-
-class BatchRejectedError(Exception):
-    """The kernel took nothing of a batch. `refusals` name the messages that it refused, in their order."""
-
-    def __init__(self, refusals: Sequence[RejectedMessage]) -> None:
-        super().__init__(refusals[0].reason)
-        self.refusals = refusals
-
-
-class StaleGenerationError(Exception):
-    """Somebody else changed the rules of this network namespace after the generation that a batch was made for."""
+                yield sequence, -_ERRNO.unpack_from(reply, HEADER.size)[0]
 
 
 class BatchSocket(BoundSocket):
-    """A netlink socket that sends batches to one netfilter subsystem, one after the other."""
+    """A netlink socket that sends batches to one nfnetlink subsystem."""
 
     def __init__(self, subsystem: int) -> None:
-        """Open it for the subsystem of this number. Raises `OSError` where there is no netlink of netfilter."""
+        """Open a socket for an NFNL_SUBSYS_* number. Raises `OSError` if the kernel lacks nfnetlink."""
         super().__init__(NETLINK_NETFILTER)
         self._subsystem = subsystem
-        self._socket.setsockopt(_SOL_NETLINK, _CAP_ACK, 1)
-        self._socket.setsockopt(_SOL_NETLINK, _EXT_ACK, 1)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER)
+        self._socket.setsockopt(SOL_NETLINK, NETLINK_CAP_ACK, 1)
+        self._socket.setsockopt(SOL_NETLINK, NETLINK_EXT_ACK, 1)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BATCH_RECEIVE_BUFFER)
         self._send_buffer = 0
 
     def commit(self, messages: Sequence[tuple[int, int, bytes]], generation: int | None = None) -> None:
-        """Send messages (type, flags, payload) as one batch and wait until the kernel has taken it.
+        """Send messages (type, flags, payload) as one batch and wait until the kernel has committed it.
 
-        With a `generation` the batch counts only if nobody has changed any rules since. Raises `BatchRejectedError`,
-        `StaleGenerationError` or, where the kernel cannot be asked at all, `NetlinkError`.
+        With a `generation`, the kernel commits the batch only if the rule set still has that generation ID. Raises
+        `BatchRejectedError`, `StaleGenerationError`, or `NetlinkError` if the batch cannot be sent or answered.
         """
         first = self._sequence + 1
-        stamp = attribute(_BATCH_GENERATION, struct.pack(">I", generation)) if generation is not None else b""
-        begin_payload = nfgenmsg(resource=self._subsystem) + stamp
-        parts = [self._message(_BATCH_BEGIN, 0, begin_payload)]
+        genid = attribute(NFNL_BATCH_GENID, struct.pack(">I", generation)) if generation is not None else b""
+        begin_payload = nfgenmsg(resource=self._subsystem) + genid
+        parts = [self._message(NFNL_MSG_BATCH_BEGIN, 0, begin_payload)]
         parts += [self._message(kind, flags, payload) for kind, flags, payload in messages[:-1]]
         kind, flags, payload = messages[-1]
         parts.append(self._message(kind, flags | NLM_F_ACK, payload))
         last = self._sequence
-        parts.append(self._message(_BATCH_END, 0, nfgenmsg(resource=self._subsystem)))
+        parts.append(self._message(NFNL_MSG_BATCH_END, 0, nfgenmsg(resource=self._subsystem)))
         self._send(b"".join(parts))
-        refusals = self._answers(first, last)
-        if refusals:
-            raise BatchRejectedError(refusals)
+        rejections = self._receive_rejections(first, last)
+        if rejections:
+            raise BatchRejectedError(rejections)
 
     def _send(self, batch: bytes) -> None:
         if len(batch) > self._send_buffer:
-            # One batch is one datagram; only the privileged may send more than net.core.wmem_max.
+            # A batch is a single datagram. Sending more than net.core.wmem_max requires CAP_NET_ADMIN.
             try:
-                self._socket.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, len(batch))
+                self._socket.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, len(batch))
             except PermissionError:
                 self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, len(batch))
             self._send_buffer = len(batch)
@@ -236,49 +239,65 @@ class BatchSocket(BoundSocket):
         except OSError as error:
             raise NetlinkError(error.errno, error.strerror) from None
 
-    def _answers(self, first: int, last: int) -> list[RejectedMessage]:
-        """Read answers until that to the last message, or one to the batch as a whole (in the name of its begin).
+    def _receive_rejections(self, first: int, last: int) -> list[RejectedMessage]:
+        """Receive replies up to the one to message `last`, or an error for the whole batch (sent as one to `first`).
 
-        Too many refusals for the socket's buffer are told by an error; those that came first are still in it, and must
-        be taken out, or it would have no room for the answers to come (netlink(7)).
+        If there are more errors than fit into the receive buffer, recv(2) fails with ENOBUFS. The buffer still
+        contains the first ones and must be drained, because otherwise replies to the next batch would be lost, too
+        (netlink(7)).
         """
-        refusals: list[RejectedMessage] = []
+        rejections: list[RejectedMessage] = []
         overrun = False
         while True:
             try:
-                answer = self._socket.recv(_CHUNK, socket.MSG_DONTWAIT if overrun else 0)
+                reply = self._socket.recv(_RECEIVE_SIZE, socket.MSG_DONTWAIT if overrun else 0)
             except BlockingIOError:
-                if refusals:
-                    return refusals
+                if rejections:
+                    return rejections
                 raise NetlinkError(errno.ENOBUFS, os.strerror(errno.ENOBUFS)) from None
             except OSError as error:
                 if error.errno != errno.ENOBUFS:
                     raise NetlinkError(error.errno, error.strerror) from None
                 overrun = True
                 continue
-            size, kind, flags, sequence, _ = HEADER.unpack_from(answer)
+            size, kind, flags, sequence, _ = HEADER.unpack_from(reply)
             if kind != NLMSG_ERROR or not first <= sequence <= last:
                 continue
-            refusal = _refusal(answer, size, flags, sequence - first - 1)
-            if refusal.code == errno.ERESTART and sequence == first:
+            rejection = _parse_error(reply, size, flags, sequence - first - 1)
+            if rejection.code == errno.ERESTART and sequence == first:
                 raise StaleGenerationError
-            if refusal.code and len(refusals) < REFUSALS_TOLD:
-                refusals.append(refusal)
-            if sequence == last or (sequence == first and refusal.code):
-                return refusals
+            if rejection.code and len(rejections) < MAX_REJECTIONS:
+                rejections.append(rejection)
+            if sequence == last or (sequence == first and rejection.code):
+                return rejections
 
 
-def _refusal(answer: bytes, size: int, flags: int, place: int) -> RejectedMessage:
-    (code,) = struct.unpack_from("=i", answer, HEADER.size)
+def _check_end(data: bytes, begin: int, end: int, *, interrupted: bool) -> None:
+    """Raise the error that the last message of a reply reports, if any."""
+    code = -_ERRNO.unpack_from(data, begin)[0] if end - begin >= _ERRNO.size else 0
+    if code:
+        raise _error(code)
+    if interrupted:
+        raise DumpInterruptedError(0, "dump interrupted by concurrent changes")
+
+
+def _error(code: int) -> NetlinkError:
+    return NetlinkError(code, os.strerror(code))
+
+
+def _parse_error(reply: bytes, size: int, flags: int, index: int) -> RejectedMessage:
+    """Parse an NLMSG_ERROR message with its extended acknowledgment (`struct nlmsgerr`, NLMSGERR_ATTR_*)."""
+    (code,) = _ERRNO.unpack_from(reply, HEADER.size)
     reason, offset = os.strerror(-code), -1
-    if flags & _HAS_ATTRIBUTES:
-        (echoed,) = struct.unpack_from("=I", answer, HEADER.size + 4)
-        begin = HEADER.size + 4 + (HEADER.size if flags & _CAPPED else aligned(echoed))
-        found = attributes(answer, begin, size)
-        if _ERROR_TEXT in found:
-            text_begin, text_end = found[_ERROR_TEXT]
-            reason = f"{reason} ({answer[text_begin:text_end].rstrip(bytes(1)).decode(errors='replace')})"
-        if _ERROR_OFFSET in found:
-            # Counted from the message's header.
-            offset = struct.unpack_from("=I", answer, found[_ERROR_OFFSET][0])[0] - HEADER.size
-    return RejectedMessage(place, -code, reason, offset)
+    if flags & NLM_F_ACK_TLVS:
+        # After the errno, the kernel echoes the request's header, and its payload unless NLM_F_CAPPED is set.
+        echo = HEADER.size + _ERRNO.size
+        (echo_size,) = struct.unpack_from("=I", reply, echo)
+        found = attributes(reply, echo + (HEADER.size if flags & NLM_F_CAPPED else align(echo_size)), size)
+        if NLMSGERR_ATTR_MSG in found:
+            begin, end = found[NLMSGERR_ATTR_MSG]
+            reason = f"{reason} ({reply[begin:end].rstrip(bytes(1)).decode(errors='replace')})"
+        if NLMSGERR_ATTR_OFFS in found:
+            # The kernel counts from the begin of the message's header.
+            offset = struct.unpack_from("=I", reply, found[NLMSGERR_ATTR_OFFS][0])[0] - HEADER.size
+    return RejectedMessage(index, -code, reason, offset)

@@ -1,4 +1,4 @@
-"""Netlink headers and attributes as bytes (linux/netlink.h). Pure."""
+"""Encode and decode netlink messages and attributes (linux/netlink.h, linux/netfilter/nfnetlink.h). Pure."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import struct
 from collections.abc import Iterator
 from socket import AF_UNSPEC
 
+# linux/netlink.h
 NLM_F_REQUEST = 0x1
 NLM_F_ACK = 0x4
 NLM_F_DUMP_INTR = 0x10
@@ -13,56 +14,68 @@ NLM_F_EXCL = 0x200
 NLM_F_DUMP = 0x300
 NLM_F_CREATE = 0x400
 NLM_F_APPEND = 0x800
+NLM_F_CAPPED = 0x100
+NLM_F_ACK_TLVS = 0x200
 NLMSG_ERROR = 2
 NLMSG_DONE = 3
+NLMSGERR_ATTR_MSG = 1
+NLMSGERR_ATTR_OFFS = 2
 NLA_F_NESTED = 0x8000
 NLA_F_NET_BYTEORDER = 0x4000
+NLA_TYPE_MASK = ~(NLA_F_NESTED | NLA_F_NET_BYTEORDER)
 
+# linux/netfilter/nfnetlink.h
+NFNL_MSG_BATCH_BEGIN = 0x10
+NFNL_MSG_BATCH_END = 0x11
+NFNL_BATCH_GENID = 1
 
 HEADER = struct.Struct("=IHHII")
-"""`struct nlmsghdr`: size, type, flags, sequence number and port."""
-
-
+"""`struct nlmsghdr`: size, type, flags, sequence number and port ID."""
+NFGENMSG_SIZE = 4
+"""Size of `struct nfgenmsg`, the header that follows `nlmsghdr` in every nfnetlink message."""
 _ATTRIBUTE = struct.Struct("=HH")
-
-
-_TYPE = ~(NLA_F_NESTED | NLA_F_NET_BYTEORDER)
+"""`struct nlattr`: size including this header, and type."""
 
 
 def attribute(kind: int, payload: bytes) -> bytes:
-    """Return a netlink attribute, padded to 4 bytes."""
+    """Encode a netlink attribute, padded to 4 bytes."""
     size = _ATTRIBUTE.size + len(payload)
     return _ATTRIBUTE.pack(size, kind) + payload + b"\0" * (-size % 4)
 
 
 def nested(kind: int, *attributes: bytes) -> bytes:
-    """Return a netlink attribute that holds others."""
+    """Encode a netlink attribute that contains other attributes."""
     return attribute(kind | NLA_F_NESTED, b"".join(attributes))
 
 
 def attributes(data: bytes, begin: int, end: int) -> dict[int, tuple[int, int]]:
-    """Return where the payload of each attribute between two places of a buffer begins and ends, by its type."""
+    """Map the type of each attribute in `data[begin:end]` to the begin and end of its payload."""
     found = {}
     while begin + _ATTRIBUTE.size <= end:
         size, kind = _ATTRIBUTE.unpack_from(data, begin)
-        found[kind & _TYPE] = (begin + _ATTRIBUTE.size, begin + size)
-        begin += max(aligned(size), _ATTRIBUTE.size)
+        found[kind & NLA_TYPE_MASK] = (begin + _ATTRIBUTE.size, begin + size)
+        begin += max(align(size), _ATTRIBUTE.size)
     return found
 
 
-def each_attribute(data: bytes, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Yield type, begin and end of each attribute's payload: for those of which one type comes several times."""
+def iterate_attributes(data: bytes, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Yield type, payload begin and payload end of each attribute, for lists in which a type occurs more than once."""
     while begin + _ATTRIBUTE.size <= end:
         size, kind = _ATTRIBUTE.unpack_from(data, begin)
-        yield kind & _TYPE, begin + _ATTRIBUTE.size, begin + size
-        begin += max(aligned(size), _ATTRIBUTE.size)
+        yield kind & NLA_TYPE_MASK, begin + _ATTRIBUTE.size, begin + size
+        begin += max(align(size), _ATTRIBUTE.size)
 
 
 def nfgenmsg(family: int = AF_UNSPEC, resource: int = 0) -> bytes:
-    """Return the header that every netfilter message begins with (linux/netfilter/nfnetlink.h)."""
+    """Encode `struct nfgenmsg`: address family, version 0 and resource ID."""
     return struct.pack(">BBH", family, 0, resource)
 
 
-def aligned(size: int) -> int:
-    """Return a size rounded up to the 4 bytes that netlink aligns to."""
+def nfnl_type(subsystem: int, message: int) -> int:
+    """Return the netlink message type of a message of an nfnetlink subsystem."""
+    return subsystem << 8 | message
+
+
+def align(size: int) -> int:
+    """Round a size up to the 4 bytes that netlink aligns messages and attributes to (NLMSG_ALIGN, NLA_ALIGN)."""
     return (size + 3) & ~3

@@ -1,4 +1,4 @@
-"""nf_tables questions that the iptables backend asks over netlink: NAT support and rule counts."""
+"""nf_tables queries of the iptables backend: whether NAT is supported, and how many rules a chain has."""
 
 from __future__ import annotations
 
@@ -7,80 +7,100 @@ import socket
 import struct
 
 from kproxy.host.netlink import NETLINK_NETFILTER, BatchRejectedError, BatchSocket, NetlinkError, NetlinkSocket
-from kproxy.host.netlink_message import NLM_F_CREATE, attribute, nested, nfgenmsg
+from kproxy.host.netlink_message import NLM_F_CREATE, attribute, nested, nfgenmsg, nfnl_type
+from kproxy.host.nf_tables_constants import (
+    NF_INET_POST_ROUTING,
+    NFNL_SUBSYS_NFTABLES,
+    NFT_MSG_GETCHAIN,
+    NFT_MSG_GETRULE,
+    NFT_MSG_NEWCHAIN,
+    NFT_MSG_NEWTABLE,
+    NFT_TABLE_F_DORMANT,
+    NFTA_CHAIN_HOOK,
+    NFTA_CHAIN_NAME,
+    NFTA_CHAIN_TABLE,
+    NFTA_CHAIN_TYPE,
+    NFTA_HOOK_HOOKNUM,
+    NFTA_HOOK_PRIORITY,
+    NFTA_RULE_CHAIN,
+    NFTA_RULE_TABLE,
+    NFTA_TABLE_FLAGS,
+    NFTA_TABLE_NAME,
+)
 from kproxy.model.types import Family
 
-_NFTABLES = 10
-_NEWTABLE, _NEWCHAIN, _GETCHAIN, _UNKNOWN = 0, 3, 4, 0xFF
-_TABLE_NAME, _TABLE_FLAGS = 1, 2
-_CHAIN_TABLE, _CHAIN_NAME, _CHAIN_HOOK, _CHAIN_TYPE = 1, 3, 4, 7
-_HOOK_NUMBER, _HOOK_PRIORITY = 1, 2
-_DORMANT, _POSTROUTING, _SRCNAT = 1, 4, 100
-_FAMILIES = {Family.IPV4: socket.AF_INET, Family.IPV6: socket.AF_INET6}
+NF_IP_PRI_NAT_SRC = 100  # linux/netfilter_ipv4.h
+_UNKNOWN_MESSAGE = 0xFF
+"""A message type that nf_tables does not have, so that the kernel rejects the batch that contains it."""
+_ADDRESS_FAMILIES = {Family.IPV4: socket.AF_INET, Family.IPV6: socket.AF_INET6}
+_PROBE_TABLE = "kproxy-probe"
 
 
-def nat_refused(family: Family) -> str:
-    """Return why the kernel makes no chain of type nat for a family, "" if it would. Raises `OSError`.
+def nat_unsupported_reason(family: Family) -> str:
+    """Return why the kernel does not accept chains of type nat in a family, "" if it does. Raises `OSError`.
 
-    Where table nat has the chain POSTROUTING, which only nf_tables with NAT can have, nothing else is asked. Otherwise
-    the kernel is given a table with such a chain, which no packet would pass, in a batch that ends with a message of
-    unknown type: it takes nothing of that, and notifies nobody. It needs some 10 ms.
+    If table nat has a chain POSTROUTING, the answer is known: only a kernel with NAT has it. Otherwise this sends a
+    batch that creates a dormant table with a chain of type nat, followed by a message of an unknown type, for which the
+    kernel rejects the batch as a whole and sends no notification. The probe takes about 10 ms.
     """
-    header = nfgenmsg(_FAMILIES[family])
-    if _has_chain(header + _text(_CHAIN_TABLE, "nat") + _text(_CHAIN_NAME, "POSTROUTING")):
+    header = nfgenmsg(_ADDRESS_FAMILIES[family])
+    if _has_chain(header + _string(NFTA_CHAIN_TABLE, "nat") + _string(NFTA_CHAIN_NAME, "POSTROUTING")):
         return ""
-    subjects = ("a table", "a chain of type nat")
-    with BatchSocket(_NFTABLES) as netlink:
+    created = ("a table", "a chain of type nat")
+    with BatchSocket(NFNL_SUBSYS_NFTABLES) as netlink:
         try:
             netlink.commit(
                 [
-                    (_NFTABLES << 8 | _NEWTABLE, NLM_F_CREATE, header + _TABLE),
-                    (_NFTABLES << 8 | _NEWCHAIN, NLM_F_CREATE, header + _CHAIN),
-                    (_NFTABLES << 8 | _UNKNOWN, 0, header),
+                    (nfnl_type(NFNL_SUBSYS_NFTABLES, NFT_MSG_NEWTABLE), NLM_F_CREATE, header + _TABLE),
+                    (nfnl_type(NFNL_SUBSYS_NFTABLES, NFT_MSG_NEWCHAIN), NLM_F_CREATE, header + _CHAIN),
+                    (nfnl_type(NFNL_SUBSYS_NFTABLES, _UNKNOWN_MESSAGE), 0, header),
                 ]
             )
         except BatchRejectedError as error:
-            first = error.refusals[0]
-    if first.place < 0:
-        return f"it takes no changes from us: {first.reason}"
-    return f"it refuses {subjects[first.place]}: {first.reason}" if first.place < len(subjects) else ""
+            first = error.rejections[0]
+    if first.index < 0:
+        return f"nf_tables rejected the probe transaction: {first.reason}"
+    return f"nf_tables rejected {created[first.index]}: {first.reason}" if first.index < len(created) else ""
 
 
-def _has_chain(question: bytes) -> bool:
+def count_rules(family: Family, table: str, chain: str) -> int:
+    """Return the number of rules of a chain, 0 if the chain does not exist.
+
+    The cost does not depend on the number of other chains. Raises `OSError`, in particular `DumpInterruptedError` if
+    any rule changed during the dump.
+    """
+    names = _string(NFTA_RULE_TABLE, table) + _string(NFTA_RULE_CHAIN, chain)
+    request = nfgenmsg(_ADDRESS_FAMILIES[family]) + names
+    with NetlinkSocket(NETLINK_NETFILTER) as netlink:
+        return sum(1 for _ in netlink.dump(nfnl_type(NFNL_SUBSYS_NFTABLES, NFT_MSG_GETRULE), request))
+
+
+def _has_chain(request: bytes) -> bool:
     try:
         with NetlinkSocket(NETLINK_NETFILTER) as netlink:
-            return any(True for _ in netlink.answers(_NFTABLES << 8 | _GETCHAIN, question))
+            return any(True for _ in netlink.get(nfnl_type(NFNL_SUBSYS_NFTABLES, NFT_MSG_GETCHAIN), request))
     except NetlinkError as error:
         if error.errno == errno.ENOENT:
             return False
         raise
 
 
-def _text(kind: int, text: str) -> bytes:
+def _string(kind: int, text: str) -> bytes:
     return attribute(kind, text.encode() + b"\0")
 
 
-def _number(kind: int, number: int) -> bytes:
+def _int32(kind: int, number: int) -> bytes:
     return attribute(kind, struct.pack(">i", number))
 
 
-_TABLE = _text(_TABLE_NAME, "kproxy-probe") + _number(_TABLE_FLAGS, _DORMANT)
+_TABLE = _string(NFTA_TABLE_NAME, _PROBE_TABLE) + _int32(NFTA_TABLE_FLAGS, NFT_TABLE_F_DORMANT)
 _CHAIN = (
-    _text(_CHAIN_TABLE, "kproxy-probe")
-    + _text(_CHAIN_NAME, "postrouting")
-    + nested(_CHAIN_HOOK, _number(_HOOK_NUMBER, _POSTROUTING), _number(_HOOK_PRIORITY, _SRCNAT))
-    + _text(_CHAIN_TYPE, "nat")
+    _string(NFTA_CHAIN_TABLE, _PROBE_TABLE)
+    + _string(NFTA_CHAIN_NAME, "postrouting")
+    + nested(
+        NFTA_CHAIN_HOOK,
+        _int32(NFTA_HOOK_HOOKNUM, NF_INET_POST_ROUTING),
+        _int32(NFTA_HOOK_PRIORITY, NF_IP_PRI_NAT_SRC),
+    )
+    + _string(NFTA_CHAIN_TYPE, "nat")
 )
-_GETRULE = 10 << 8 | 7
-_RULE_TABLE, _RULE_CHAIN = 1, 2
-
-
-def count_rules(family: Family, table: str, chain: str) -> int:
-    """Return how many rules a chain has, 0 if it is not there.
-
-    That costs the same however many other chains there are. Raises `OSError`, which is `DumpInterruptedError` if
-    somebody changed any rules meanwhile.
-    """
-    names = attribute(_RULE_TABLE, table.encode() + b"\0") + attribute(_RULE_CHAIN, chain.encode() + b"\0")
-    with NetlinkSocket(NETLINK_NETFILTER) as netlink:
-        return sum(1 for _ in netlink.dump(_GETRULE, nfgenmsg(_FAMILIES[family]) + names))

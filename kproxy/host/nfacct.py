@@ -1,4 +1,4 @@
-"""Named packet counters of the kernel (nfacct), which a rule can only name once they exist."""
+"""Named packet counters of the kernel (nfacct, linux/netfilter/nfnetlink_acct.h)."""
 
 from __future__ import annotations
 
@@ -6,39 +6,48 @@ import errno
 from collections.abc import Iterable
 
 from kproxy.host.netlink import NETLINK_NETFILTER, NetlinkError, NetlinkSocket
-from kproxy.host.netlink_message import NLM_F_CREATE, NLM_F_EXCL, attribute, attributes, nfgenmsg
+from kproxy.host.netlink_message import (
+    NFGENMSG_SIZE,
+    NLM_F_CREATE,
+    NLM_F_EXCL,
+    attribute,
+    attributes,
+    nfgenmsg,
+    nfnl_type,
+)
 
-_SUBSYSTEM = 7  # NFNL_SUBSYS_ACCT
-_NEW = _SUBSYSTEM << 8  # NFNL_MSG_ACCT_NEW
-_GET = _SUBSYSTEM << 8 | 1  # NFNL_MSG_ACCT_GET
-_NAME = 1  # NFACCT_NAME
-_PACKETS = 2  # NFACCT_PKTS
-_NFGENMSG_SIZE = 4
+NFNL_SUBSYS_ACCT = 7
+NFNL_MSG_ACCT_NEW = 0
+NFNL_MSG_ACCT_GET = 1
+NFACCT_NAME = 1
+NFACCT_PKTS = 2
 
 
 def ensure_counters(names: Iterable[str]) -> None:
-    """Create the counters that do not exist yet; those that do keep their counts.
+    """Create counters that do not exist; the others keep their counts. A rule can only name an existing counter.
 
-    Raises `OSError` where the kernel has no nfacct or this process may not use it.
+    Raises `OSError` if the kernel lacks nfacct or this process lacks CAP_NET_ADMIN.
     """
+    kind = nfnl_type(NFNL_SUBSYS_ACCT, NFNL_MSG_ACCT_NEW)
     with NetlinkSocket(NETLINK_NETFILTER) as netlink:
         for name in names:
+            payload = nfgenmsg() + attribute(NFACCT_NAME, name.encode() + b"\0")
             try:
-                netlink.request(_NEW, NLM_F_CREATE | NLM_F_EXCL, nfgenmsg() + attribute(_NAME, name.encode() + b"\0"))
+                netlink.request(kind, NLM_F_CREATE | NLM_F_EXCL, payload)
             except NetlinkError as error:
                 if error.errno != errno.EEXIST:
                     raise
 
 
 def read_counter(name: str) -> int | None:
-    """Return how many packets a counter has seen, None where there is no such counter or no way to read it."""
-    found = None
+    """Return a counter's number of packets, None if the counter does not exist or cannot be read."""
+    packets = None
     try:
         with NetlinkSocket(NETLINK_NETFILTER) as netlink:
-            for data, begin, end in netlink.dump(_GET, nfgenmsg()):
-                places = attributes(data, begin + _NFGENMSG_SIZE, end)
-                if data[slice(*places[_NAME])].rstrip(b"\0") == name.encode():
-                    found = int.from_bytes(data[slice(*places[_PACKETS])], "big")
+            for data, begin, end in netlink.dump(nfnl_type(NFNL_SUBSYS_ACCT, NFNL_MSG_ACCT_GET), nfgenmsg()):
+                counter = attributes(data, begin + NFGENMSG_SIZE, end)
+                if data[slice(*counter[NFACCT_NAME])].rstrip(b"\0") == name.encode():
+                    packets = int.from_bytes(data[slice(*counter[NFACCT_PKTS])], "big")
     except OSError:
         return None
-    return found
+    return packets

@@ -1,21 +1,21 @@
-"""The signals that the daemon takes. Imported before anything else, so it imports next to nothing itself."""
+"""The signals that the daemon handles. Imported before all other modules, so it imports almost nothing."""
 
 from __future__ import annotations
 
 import signal
 
-STOPPING = frozenset({signal.SIGTERM, signal.SIGINT})
-"""End the daemon; the rules stay."""
-STACKS = frozenset({signal.SIGUSR1, signal.SIGQUIT})
-"""Write the stacks of all threads to stderr, as they do in other daemons; the daemon goes on."""
-IGNORED = frozenset({signal.SIGHUP, signal.SIGUSR2})
-"""Only logged. Left to their default they would end the process without a word."""
-HANDLED = STOPPING | STACKS | IGNORED
+STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT})
+"""Shut the daemon down; the rules stay in the kernel."""
+STACK_DUMP_SIGNALS = frozenset({signal.SIGUSR1, signal.SIGQUIT})
+"""Dump the stacks of all threads to stderr and continue running."""
+IGNORED_SIGNALS = frozenset({signal.SIGHUP, signal.SIGUSR2})
+"""Only logged. Their default action would terminate the process silently."""
+HANDLED_SIGNALS = STOP_SIGNALS | STACK_DUMP_SIGNALS | IGNORED_SIGNALS
 
 
 def block_signals() -> None:
-    """Have these signals wait for `sigwait`; threads and programs that the calling thread starts inherit that.
+    """Block the handled signals, so that they stay pending until `sigwait`. Threads and child processes inherit this.
 
-    Even the first process of a container gets signals that are blocked, though it has no handlers.
+    Blocking is enough for PID 1 of a container, too: the kernel queues blocked signals even without a handler.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
+    signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED_SIGNALS)

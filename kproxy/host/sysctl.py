@@ -1,4 +1,4 @@
-"""Reading and writing kernel parameters: sysctls under /proc/sys, and those of modules under /sys/module."""
+"""Read and write kernel parameters: sysctls (/proc/sys) and module parameters (/sys/module)."""
 
 from __future__ import annotations
 
@@ -8,45 +8,46 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 ROOT = Path("/")
-"""Where this machine's parameters are; in a container, where its file systems are mounted may be somewhere else."""
-_SYSCTLS = "proc/sys/"
-log = logging.getLogger(__name__)
+"""The directory that contains proc/ and sys/. In a container they may be mounted elsewhere."""
 ROUTE_LOCALNET = "proc/sys/net/ipv4/conf/all/route_localnet"
+_SYSCTLS = "proc/sys/"
+
+log = logging.getLogger(__name__)
 
 
 def read_parameters(paths: Iterable[str], root: Path = ROOT) -> dict[str, int]:
-    """Return those of the numeric parameters that can be read, by their path below `root`."""
-    found = {}
+    """Return the values of numeric parameters by path relative to `root`, without those that cannot be read."""
+    values = {}
     for path in paths:
         try:
-            found[path] = int((root / path).read_text())
+            values[path] = int((root / path).read_text())
         except (OSError, ValueError):
             continue
-    return found
+    return values
 
 
-def write_parameters(wanted: Mapping[str, int], root: Path = ROOT) -> list[str]:
-    """Set numeric parameters by their path below `root`. Return one line for each that cannot be set.
+def write_parameters(values: Mapping[str, int], root: Path = ROOT) -> list[str]:
+    """Set numeric parameters by path relative to `root`. Return one line for each that cannot be set.
 
-    Each that is set is logged with its old and its new value.
+    Logs the old and the new value of each parameter that is set.
     """
     problems = []
-    before = read_parameters(wanted, root)
-    for path, value in wanted.items():
+    previous = read_parameters(values, root)
+    for path, value in values.items():
         try:
             _write(root / path, value)
         except OSError as error:
             problems.append(f"cannot set /{path} to {value}: {error.strerror}")
         else:
-            log.info("sysctl %s: %s -> %d", _name(path), before.get(path, "unknown"), value)
+            log.info("set %s: %s -> %d", _name(path), previous.get(path, "unknown"), value)
     return problems
 
 
 def ensure_route_localnet(root: Path = ROOT) -> list[str]:
-    """Let packets to 127.0.0.0/8 leave the loopback interface, as NodePorts on localhost need (ip-sysctl.rst).
+    """Route packets from and to 127.0.0.0/8 on all interfaces, as NodePorts on localhost need it (ip-sysctl.rst).
 
-    Return one line if that cannot be set. Without a rule that drops what neighbours send to 127.0.0.0/8, it
-    opens this machine's localhost to them.
+    Return one line if the sysctl cannot be set. It exposes localhost to the neighbors of this node, unless a rule
+    drops their packets to 127.0.0.0/8.
     """
     if read_parameters([ROUTE_LOCALNET], root) == {ROUTE_LOCALNET: 1}:
         return []
@@ -54,13 +55,13 @@ def ensure_route_localnet(root: Path = ROOT) -> list[str]:
 
 
 def _name(path: str) -> str:
-    """Return a parameter's name as sysctl(8) has it, or its whole path if it is none of that program's."""
+    """Return a sysctl's name as sysctl(8) writes it, and the absolute path of any other parameter."""
     below = path.removeprefix(_SYSCTLS)
-    return f"/{path}" if below == path else below.replace("/", ".")
+    return f"/{path}" if below == path else f"sysctl {below.replace('/', '.')}"
 
 
 def _write(path: Path, value: int) -> None:
-    # Not to be created where there is no such parameter.
+    # Without O_CREAT: a parameter that does not exist is an error.
     descriptor = os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC)
     try:
         os.write(descriptor, str(value).encode())

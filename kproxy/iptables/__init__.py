@@ -1,1 +1,1 @@
-"""The iptables backend: plans become chains, chains become iptables-restore input."""
+"""The iptables backend: turns plans into chains and rules, and applies them with iptables-restore."""

@@ -1,4 +1,4 @@
-"""The rules that exist whatever the Services: jumps from the built-in chains, masquerading, forwarding. Pure."""
+"""Rules that do not depend on Services: jumps from the built-in chains, masquerading and forwarding. Pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from msgspec import Struct
 
 from kproxy.iptables.names import (
-    DISPATCH,
+    DISPATCH_CHAINS,
     FILTER_FIREWALL,
     FILTER_FORWARD,
     MARK_MASQ,
@@ -22,37 +22,38 @@ from kproxy.model.context import Context
 from kproxy.model.types import Family
 
 INVALID_COUNTER = "ct_state_invalid_dropped_pkts"
+"""The nfacct counter of dropped packets in conntrack state INVALID."""
 
 
 class EnsuredRule(Struct, frozen=True):
-    """A rule in a chain that is not ours alone: put at the top where it is missing, never rewritten."""
+    """A rule in a chain that other tools use too: inserted at the top if it is missing, never rewritten."""
 
     chain: ChainName
     rule: str
 
     @property
     def text(self) -> str:
-        """The rule as it is listed."""
+        """The rule as `iptables-save` prints it."""
         return f"-A {self.chain.name} {self.rule}"
 
-    def is_met_by(self, listed: str) -> bool:
-        """Return whether a rule as it is listed does what this one does.
+    def is_satisfied_by(self, rule: str) -> bool:
+        """Return whether an existing rule, as `iptables-save` prints it, is equivalent to this one.
 
-        Comments, and the connection state that jumps are limited to, differ between versions of kube-proxy; any
-        other match would make it narrower.
+        Comments and `--ctstate NEW` are ignored, because they differ between versions of kube-proxy. A rule with any
+        other additional match applies to fewer packets and is not equivalent.
         """
-        return listed == self.text or _essence(listed) == _essence(self.text)
+        return rule == self.text or _strip_optional_matches(rule) == _strip_optional_matches(self.text)
 
-    def is_met_by_one_of(self, listed: Iterable[str]) -> bool:
-        """Return whether one of several rules as they are listed does what this one does."""
-        return any(self.is_met_by(each) for each in listed)
-
-
-_UNESSENTIAL = re.compile(r' -m (comment --comment ("[^"]*"|\S+)|conntrack --ctstate NEW)(?= )')
+    def is_satisfied_by_any(self, rules: Iterable[str]) -> bool:
+        """Return whether any of the existing rules is equivalent to this one."""
+        return any(self.is_satisfied_by(rule) for rule in rules)
 
 
-def _essence(rule: str) -> str:
-    return _UNESSENTIAL.sub("", rule)
+_OPTIONAL_MATCH = re.compile(r' -m (comment --comment ("[^"]*"|\S+)|conntrack --ctstate NEW)(?= )')
+
+
+def _strip_optional_matches(rule: str) -> str:
+    return _OPTIONAL_MATCH.sub("", rule)
 
 
 def _jump(table: str, chain: str, target: str, comment: str, *, new_only: bool) -> EnsuredRule:
@@ -91,26 +92,25 @@ _JUMPS = (
     ),
     _jump("nat", "POSTROUTING", "KUBE-POSTROUTING", "kubernetes postrouting rules", new_only=False),
 )
-_MARTIAN_COMMENT = "block incoming localnet connections"
-_MARTIANS = EnsuredRule(
+_MARTIAN_RULE = EnsuredRule(
     FILTER_FIREWALL,
-    f'! -s 127.0.0.0/8 -d 127.0.0.0/8 -m comment --comment "{_MARTIAN_COMMENT}" '
+    '! -s 127.0.0.0/8 -d 127.0.0.0/8 -m comment --comment "block incoming localnet connections" '
     "-m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT -j DROP",
 )
 
 
 def ensured_rules(context: Context) -> tuple[EnsuredRule, ...]:
-    """Return the rules that belong in chains shared with others, in the order they have from the top.
+    """Return the rules that must exist in chains that other tools use too, in order from the top.
 
-    The martian rule guards `route_localnet`, which localhost NodePorts need: without it, neighbours could reach
-    services that listen on 127.0.0.1 (CVE-2020-8558).
+    NodePorts on localhost need the sysctl `route_localnet`. The rule against martian packets keeps neighbors on the
+    network from using it to reach programs that listen on 127.0.0.1 (CVE-2020-8558).
     """
-    martians = (_MARTIANS,) if context.localhost_node_ports else ()
-    return (*martians, *_KUBELET_FIREWALL, *_JUMPS)
+    martian_rules = (_MARTIAN_RULE,) if context.localhost_node_ports else ()
+    return (*martian_rules, *_KUBELET_FIREWALL, *_JUMPS)
 
 
 def base_chains(context: Context) -> dict[ChainName, str]:
-    """Return the chains that are ours and the same for every set of Services, with their rules."""
+    """Return the chains that are the same for every set of Services, with their rules."""
     mark = f"{context.masquerade_mark:#x}"
     random = " --random-fully" if context.random_fully else ""
     snat = "kubernetes service traffic requiring SNAT"
@@ -132,8 +132,8 @@ def _forward_rules(context: Context, mark: str) -> list[str]:
     comment = '-m comment --comment "kubernetes forwarding'
     rules = []
     if context.drop_invalid:
-        # conntrack leaves the address of an INVALID reply as it is: the client would see a stranger and
-        # reset its connection (kubernetes/kubernetes#74839).
+        # conntrack does not reverse DNAT for an INVALID reply. The client would get a packet from an address that it
+        # does not know and reset its connection (kubernetes/kubernetes#74839).
         counter = f"-m nfacct --nfacct-name {INVALID_COUNTER} " if context.accounting else ""
         rules.append(f"-m conntrack --ctstate INVALID {counter}-j DROP")
     rules.append(f'{comment} rules" -m mark --mark {mark}/{mark} -j ACCEPT')
@@ -141,8 +141,11 @@ def _forward_rules(context: Context, mark: str) -> list[str]:
     return [f"-A {FILTER_FORWARD.name} {rule}" for rule in rules]
 
 
-def dispatch_tails(context: Context) -> dict[ChainName, tuple[str, ...]]:
-    """Return the rules that end each dispatch chain: the way to NodePorts comes after all Services' addresses."""
+def dispatch_trailing_rules(context: Context) -> dict[ChainName, tuple[str, ...]]:
+    """Return the last rules of each dispatch chain.
+
+    Only KUBE-SERVICES has any: it jumps to KUBE-NODEPORTS after the rules for all Service addresses.
+    """
     comment = '-m comment --comment "kubernetes service nodeports; NOTE: this must be the last rule in this chain"'
     jump = f"-j {NAT_NODEPORTS.name}"
     if context.node_port_addresses is None:
@@ -154,6 +157,6 @@ def dispatch_tails(context: Context) -> dict[ChainName, tuple[str, ...]]:
         rules = [f"{loopback}{comment} -m addrtype --dst-type LOCAL {jump}"]
     else:
         rules = [f"-d {host_cidr(address)} {comment} {jump}" for address in context.node_port_addresses]
-    tails: dict[ChainName, tuple[str, ...]] = dict.fromkeys(DISPATCH, ())
-    tails[NAT_SERVICES] = tuple(f"-A {NAT_SERVICES.name} {rule}" for rule in rules)
-    return tails
+    trailing_rules: dict[ChainName, tuple[str, ...]] = dict.fromkeys(DISPATCH_CHAINS, ())
+    trailing_rules[NAT_SERVICES] = tuple(f"-A {NAT_SERVICES.name} {rule}" for rule in rules)
+    return trailing_rules

@@ -1,4 +1,4 @@
-"""Taking all rules of a proxy in iptables mode out again, ours or kube-proxy's. Pure."""
+"""Remove the iptables rules of kproxy and of kube-proxy's iptables and ipvs modes. Pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import islice
 
 from kproxy.iptables.names import (
     CANARIES,
-    DISPATCH,
+    DISPATCH_CHAINS,
     FILTER_FORWARD,
     MARK_MASQ,
     PORT_CHAIN_PREFIXES,
@@ -22,59 +22,59 @@ IPVS_CHAINS = frozenset(
     {
         ChainName("nat", "KUBE-NODE-PORT"),
         ChainName("nat", "KUBE-LOAD-BALANCER"),
-        ChainName("nat", "KUBE-FIREWALL"),  # until Kubernetes 1.26; that of table filter is the kubelet's
+        ChainName("nat", "KUBE-FIREWALL"),  # until Kubernetes 1.26; the chain in table filter is the kubelet's
         ChainName("filter", "KUBE-NODE-PORT"),
         ChainName("filter", "KUBE-SOURCE-RANGES-FIREWALL"),
         ChainName("filter", "KUBE-IPVS-FILTER"),
         ChainName("filter", "KUBE-IPVS-OUT-FILTER"),
     }
 )
-"""The chains that only kube-proxy's ipvs mode has. Others it shares with iptables mode, under the same names."""
-_FIXED = frozenset({*DISPATCH, *CANARIES, FILTER_FORWARD, MARK_MASQ, POSTROUTING, *IPVS_CHAINS})
+"""The chains that only kube-proxy's ipvs mode uses. It uses others under the same names as iptables mode."""
+_SHARED_CHAINS = frozenset({*DISPATCH_CHAINS, *CANARIES, FILTER_FORWARD, MARK_MASQ, POSTROUTING, *IPVS_CHAINS})
 
 
-def cleanup(saved: Mapping[ChainName, SavedChain], *, block_rules: int) -> Iterator[RestoreInput]:
-    """Yield the changes that remove our chains and the rules that jump to them from what a dump shows.
+def cleanup(saved: Mapping[ChainName, SavedChain], *, max_transaction_rules: int) -> Iterator[RestoreInput]:
+    """Yield the changes that delete all chains of kproxy and kube-proxy in a dump, and the rules that jump to them.
 
-    The first takes away what leads to the Services' own chains; those follow, about `block_rules` at a time.
-    KUBE-FIREWALL and what leads to it stays: it protects 127.0.0.1, and the kubelet may rely on it.
+    The first change deletes the shared chains. Per-Service chains and shards follow, at most `max_transaction_rules`
+    at a time. KUBE-FIREWALL and the jumps to it remain: it protects 127.0.0.1, and the kubelet may rely on it.
     """
-    fixed = [chain for chain in saved if chain in _FIXED]
-    own = sorted((chain for chain in saved if chain.name.startswith(PORT_CHAIN_PREFIXES)), key=deletion_order)
-    gone = frozenset((*fixed, *own))
-    edits = _jumps(saved, gone)
-    # KUBE-MARK-MASQ is what the Services' chains jump to, so it goes last.
-    if edits or fixed:
-        yield RestoreInput(edits=edits, deleted=[chain for chain in fixed if chain != MARK_MASQ])
-    rest = iter(own)
-    while batch := list(islice(rest, block_rules)):
+    shared_chains = [chain for chain in saved if chain in _SHARED_CHAINS]
+    port_chains = sorted((chain for chain in saved if chain.name.startswith(PORT_CHAIN_PREFIXES)), key=deletion_order)
+    deleted = frozenset((*shared_chains, *port_chains))
+    edits = _jump_deletions(saved, deleted)
+    # Per-Service chains jump to KUBE-MARK-MASQ, so it is deleted last.
+    if edits or shared_chains:
+        yield RestoreInput(edits=edits, deleted=[chain for chain in shared_chains if chain != MARK_MASQ])
+    remaining = iter(port_chains)
+    while batch := list(islice(remaining, max_transaction_rules)):
         yield RestoreInput(deleted=batch)
-    if MARK_MASQ in gone:
+    if MARK_MASQ in deleted:
         yield RestoreInput(deleted=[MARK_MASQ])
 
 
 def cleanup_ipvs(saved: Mapping[ChainName, SavedChain]) -> RestoreInput:
-    """Return the change that removes what only ipvs mode has from what a dump shows, and all jumps there."""
-    gone = [chain for chain in saved if chain in IPVS_CHAINS]
-    return RestoreInput(edits=_jumps(saved, frozenset(gone)), deleted=gone)
+    """Return the change that deletes the chains of `IPVS_CHAINS` in a dump, and the rules that jump to them."""
+    deleted = [chain for chain in saved if chain in IPVS_CHAINS]
+    return RestoreInput(edits=_jump_deletions(saved, frozenset(deleted)), deleted=deleted)
 
 
-def _jumps(saved: Mapping[ChainName, SavedChain], gone: frozenset[ChainName]) -> list[tuple[str, str]]:
-    """Return the commands that delete the rules by which chains that stay lead to those that go."""
+def _jump_deletions(saved: Mapping[ChainName, SavedChain], deleted: frozenset[ChainName]) -> list[tuple[str, str]]:
+    """Return the commands that delete the rules in remaining chains that jump to deleted chains."""
     return [
         (chain.table, "-D" + rule.removeprefix("-A"))
         for chain, content in saved.items()
-        if chain not in gone
+        if chain not in deleted
         for rule in content.rules
-        if ChainName(chain.table, _target(rule)) in gone
+        if ChainName(chain.table, _target(rule)) in deleted
     ]
 
 
 def _target(rule: str) -> str:
-    words = iter(shlex.split(rule))
-    for word in words:
-        if word == "--comment":
-            next(words, "")
-        elif word in {"-j", "-g"}:
-            return next(words, "")
+    arguments = iter(shlex.split(rule))
+    for argument in arguments:
+        if argument == "--comment":
+            next(arguments, "")
+        elif argument in {"-j", "-g"}:
+            return next(arguments, "")
     return ""

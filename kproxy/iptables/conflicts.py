@@ -1,8 +1,8 @@
-"""Which rules are left out because another service port holds the frontend that they are about. Pure.
+"""Resolve conflicts over frontends: find the dispatch rules of service ports that do not own their frontend. Pure.
 
-The rule is that of `kproxy.model.frontend_conflicts`. A frontend has rules in several chains, of which packets meet
-those of table nat first: left to their order, the rules of a Service that can serve would take over the ClusterIP of
-one that cannot.
+`kproxy.model.frontend_conflicts` defines which service port owns a frontend. The rules of the others are omitted,
+because the order of chains would decide differently: a frontend has rules in several chains, and packets traverse
+table nat first. A Service that has endpoints would take over the ClusterIP of a Service that has none.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kproxy.model.frontend_conflicts import ClaimRank, FrontendConflict
 from kproxy.model.types import Family, ServiceKey
 
 Frontend: TypeAlias = int
-"""An address, or one of the node's ports, with protocol and port, as one number: there is one for every Service."""
+"""A frontend packed into one integer, because each Service has at least one. NodePorts are negative."""
 DispatchRules: TypeAlias = Mapping[ServiceKey, Iterable[tuple[str, DispatchRule]]]
 """The dispatch rules of some Services, each with the service port (`namespace/name:port`) that it belongs to."""
 _PROTOCOLS = ("tcp", "udp", "sctp")
@@ -28,98 +28,101 @@ _PROTOCOL_BITS = 2
 
 
 class ConflictResolution(Struct, frozen=True):
-    """How claims to the same frontends are settled: rules that are left out, and who loses to whom."""
+    """The dispatch rules to omit because another service port owns their frontend, and the conflicts themselves."""
 
-    left_out: frozenset[DispatchRule] = frozenset()
+    omitted_rules: frozenset[DispatchRule] = frozenset()
     conflicts: tuple[FrontendConflict, ...] = ()
 
 
 def frontend_of(rule: DispatchRule) -> Frontend | None:
-    """Return the frontend that a rule is about, None if it is about none. NodePorts are below 0."""
-    claim = rule.claim
-    if claim is None:
+    """Return the frontend that a dispatch rule matches, None if it does not match any."""
+    match = rule.frontend
+    if match is None:
         return None
-    number = _PROTOCOLS.index(claim.protocol) << _PORT_BITS | claim.port
-    return ~number if rule.protocol else rule.place << (_PORT_BITS + _PROTOCOL_BITS) | number
+    packed = _PROTOCOLS.index(match.protocol) << _PORT_BITS | match.port
+    return ~packed if rule.protocol else rule.destination << (_PORT_BITS + _PROTOCOL_BITS) | packed
 
 
-def settle(family: Family, frontends: Iterable[Frontend], rules: DispatchRules) -> ConflictResolution:
-    """Return how the claims to some frontends are settled, given all rules of the Services that claim any of them."""
-    left_out: set[DispatchRule] = set()
+def resolve_conflicts(family: Family, frontends: Iterable[Frontend], rules: DispatchRules) -> ConflictResolution:
+    """Resolve the conflicts over `frontends`; `rules` are all dispatch rules of the Services that use any of them."""
+    omitted_rules: set[DispatchRule] = set()
     conflicts: list[FrontendConflict] = []
-    claimed: dict[Frontend, dict[str, list[DispatchRule]]] = {frontend: {} for frontend in frontends}
-    for owner, rule in (each for owned in rules.values() for each in owned):
+    users: dict[Frontend, dict[str, list[DispatchRule]]] = {frontend: {} for frontend in frontends}
+    for service_port, rule in (pair for pairs in rules.values() for pair in pairs):
         frontend = frontend_of(rule)
-        if frontend in claimed:
-            claimed[frontend].setdefault(owner, []).append(rule)
-    for frontend, owners in claimed.items():
-        holder = min(owners, key=lambda owner: (_rank(owners[owner]), owner))
-        for loser in (each for each in owners if _service_of(each) != _service_of(holder)):
-            left_out.update(owners[loser])
-            conflicts.append(FrontendConflict(_text(family, frontend), holder, loser))
-    return ConflictResolution(frozenset(left_out), tuple(sorted(conflicts)))
+        if frontend in users:
+            users[frontend].setdefault(service_port, []).append(rule)
+    for frontend, rules_by_port in users.items():
+        owner = min(rules_by_port, key=lambda service_port: (_rank(rules_by_port[service_port]), service_port))
+        for loser in (port for port in rules_by_port if _service_of(port) != _service_of(owner)):
+            omitted_rules.update(rules_by_port[loser])
+            conflicts.append(FrontendConflict(_format_frontend(family, frontend), owner, loser))
+    return ConflictResolution(frozenset(omitted_rules), tuple(sorted(conflicts)))
 
 
-def _service_of(owner: str) -> ServiceKey:
-    return owner.partition(":")[0]
+def _service_of(service_port: str) -> ServiceKey:
+    return service_port.partition(":")[0]
 
 
 def _rank(rules: Iterable[DispatchRule]) -> ClaimRank:
-    return min(rule.claim.rank for rule in rules if rule.claim is not None)
+    return min(rule.frontend.rank for rule in rules if rule.frontend is not None)
 
 
-def _text(family: Family, frontend: Frontend) -> str:
-    number = ~frontend if frontend < 0 else frontend
-    port = number & (1 << _PORT_BITS) - 1
-    protocol = _PROTOCOLS[number >> _PORT_BITS & (1 << _PROTOCOL_BITS) - 1].upper()
+def _format_frontend(family: Family, frontend: Frontend) -> str:
+    packed = ~frontend if frontend < 0 else frontend
+    port = packed & (1 << _PORT_BITS) - 1
+    protocol = _PROTOCOLS[packed >> _PORT_BITS & (1 << _PROTOCOL_BITS) - 1].upper()
     if frontend < 0:
         return f"NodePort {port}/{protocol}"
-    packed = (number >> (_PORT_BITS + _PROTOCOL_BITS)).to_bytes(16 if family is Family.IPV6 else 4, "big")
-    return f"{socket_text(str(ip_address(packed)), port)}/{protocol}"
+    address = (packed >> (_PORT_BITS + _PROTOCOL_BITS)).to_bytes(16 if family is Family.IPV6 else 4, "big")
+    return f"{socket_text(str(ip_address(address)), port)}/{protocol}"
 
 
-class FrontendClaims:
-    """Which Services claim which frontend, as far as the kernel has accepted their rules."""
+class FrontendIndex:
+    """The Services that use each frontend, according to the rules that the kernel accepted."""
 
     def __init__(self) -> None:
-        self._claimants: dict[Frontend, ServiceKey | tuple[ServiceKey, ...]] = {}
-        self._contested: set[Frontend] = set()
+        self._services: dict[Frontend, ServiceKey | tuple[ServiceKey, ...]] = {}
+        self._shared: set[Frontend] = set()
 
-    def put(self, key: ServiceKey, old: Iterable[DispatchRule], new: Iterable[DispatchRule]) -> None:
-        """Replace a Service's rules."""
-        before, after = _frontends(old), _frontends(new)
-        for frontend in before - after:
-            self._set(frontend, tuple(each for each in self.of(frontend) if each != key))
-        for frontend in after - before:
-            self._set(frontend, (*self.of(frontend), key))
+    def update(self, key: ServiceKey, old: Iterable[DispatchRule], new: Iterable[DispatchRule]) -> None:
+        """Replace the old rules of a Service by the new ones."""
+        old_frontends, new_frontends = _frontends(old), _frontends(new)
+        for frontend in old_frontends - new_frontends:
+            self._set(frontend, tuple(other for other in self.services_of(frontend) if other != key))
+        for frontend in new_frontends - old_frontends:
+            self._set(frontend, (*self.services_of(frontend), key))
 
-    def of(self, frontend: Frontend) -> tuple[ServiceKey, ...]:
-        """Return the Services that claim a frontend."""
-        found = self._claimants.get(frontend, ())
-        return found if isinstance(found, tuple) else (found,)
+    def services_of(self, frontend: Frontend) -> tuple[ServiceKey, ...]:
+        """Return the Services that use a frontend."""
+        services = self._services.get(frontend, ())
+        return services if isinstance(services, tuple) else (services,)
 
-    def contested(self, changed: Mapping[ServiceKey, Iterable[DispatchRule]]) -> dict[Frontend, set[ServiceKey]]:
-        """Return the frontends that several Services claim, with these, once `changed` has replaced their rules."""
+    def shared_frontends(self, changed: Mapping[ServiceKey, Iterable[DispatchRule]]) -> dict[Frontend, set[ServiceKey]]:
+        """Return the frontends that several Services use, with these Services.
+
+        `changed` are the new rules of some Services, which the index does not contain yet.
+        """
         touched: dict[Frontend, set[ServiceKey]] = {}
         for key, rules in changed.items():
             for frontend in _frontends(rules):
                 touched.setdefault(frontend, set()).add(key)
         for frontend, keys in touched.items():
-            if frontend in self._claimants:
-                keys.update(each for each in self.of(frontend) if each not in changed)
-        found = {frontend: keys for frontend, keys in touched.items() if len(keys) > 1}
-        for frontend in self._contested - touched.keys():
-            keys = {each for each in self.of(frontend) if each not in changed}
+            if frontend in self._services:
+                keys.update(key for key in self.services_of(frontend) if key not in changed)
+        shared = {frontend: keys for frontend, keys in touched.items() if len(keys) > 1}
+        for frontend in self._shared - touched.keys():
+            keys = {key for key in self.services_of(frontend) if key not in changed}
             if len(keys) > 1:
-                found[frontend] = keys
-        return found
+                shared[frontend] = keys
+        return shared
 
     def _set(self, frontend: Frontend, keys: tuple[ServiceKey, ...]) -> None:
         if not keys:
-            del self._claimants[frontend]
+            del self._services[frontend]
         else:
-            self._claimants[frontend] = keys[0] if len(keys) == 1 else keys
-        (self._contested.add if len(keys) > 1 else self._contested.discard)(frontend)
+            self._services[frontend] = keys[0] if len(keys) == 1 else keys
+        (self._shared.add if len(keys) > 1 else self._shared.discard)(frontend)
 
 
 def _frontends(rules: Iterable[DispatchRule]) -> set[Frontend]:

@@ -1,6 +1,6 @@
-"""From what is held and what is wanted to the smallest safe series of transactions.
+"""Compute the smallest safe sequence of transactions from the accepted state to the desired state.
 
-Pure, but that it may ask how many rules a chain has in the kernel (`Lengths`), by what it is given for that.
+Pure, except that it may ask for the number of rules in kernel chains through a given `RuleCounter`.
 """
 
 from __future__ import annotations
@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 from itertools import islice
+from typing import TypeAlias
 
-from kproxy.iptables.base_rules import base_chains, dispatch_tails, ensured_rules
+from kproxy.iptables.base_rules import base_chains, dispatch_trailing_rules, ensured_rules
 from kproxy.iptables.dispatch import lay_out
 from kproxy.iptables.ledger import (
     Digest,
@@ -18,213 +19,214 @@ from kproxy.iptables.ledger import (
     IptablesSnapshot,
     PortRecord,
     ServiceRecord,
-    dispatch_differs,
+    changed_dispatch_chains,
 )
 from kproxy.iptables.names import CANARIES, FILTER_FIREWALL, ChainName, deletion_order
-from kproxy.iptables.patch import patch
+from kproxy.iptables.patch import make_patch
 from kproxy.iptables.render import RenderedPort
 from kproxy.iptables.save_restore import RestoreInput, count_rules
 from kproxy.model.context import Context
 from kproxy.model.types import ServiceKey
 
-Wanted = Iterable[tuple[ServiceKey, Mapping[str, RenderedPort]]]
-"""The Services that may have changed with their rules by port: no ports for a Service that is gone.
+RenderedServices: TypeAlias = Iterable[tuple[ServiceKey, Mapping[str, RenderedPort]]]
+"""The Services that may have changed, with the rules of their ports; a deleted Service has no ports.
 
-It is consumed as transactions are asked for, so that the rules of a large cluster are never all in memory.
+It is consumed while transactions are generated, so the rules of a large cluster are never in memory all at once.
 """
-
-
-Lengths = Callable[[Collection[ChainName]], Mapping[ChainName, int]]
-"""Tells how many rules chains have in the kernel, as far as that can be told."""
+RuleCounter: TypeAlias = Callable[[Collection[ChainName]], Mapping[ChainName, int]]
+"""Returns the number of rules in kernel chains; chains whose number is unknown are missing."""
 
 
 class IptablesDiff:
-    """The way from what a ledger says to what is wanted, as transactions to make in their order.
+    """The transactions, in order, that lead from the state in a ledger to the desired state.
 
-    With a `kernel` view (at start, after a failure) the ledger is empty, `wanted` is complete, and what the view
-    shows decides what must be written, ensured and deleted.
+    With a `snapshot` of the kernel (at start and after a failure), the ledger is empty, `desired` has all Services,
+    and the snapshot decides which chains are written, which rules are ensured and which chains are deleted.
 
-    A change of more than `block_rules` rules is cut into transactions that are safe one by one: first the chains
-    that belong to one Service each, then the shards of dispatch chains from the bottom to the top, then the dispatch
-    chains themselves, last the deletion of what nothing leads to any more. iptables-nft needs time that grows with
-    the square of the rules in one transaction. Dispatch chains of more than `dispatch_threshold` rules are split.
+    iptables-nft needs time that grows with the square of the rules in one transaction. A change of more than
+    `max_transaction_rules` rules is therefore split into transactions that are each safe: first the per-Service
+    chains, then the shards from the bottom to the top, then the dispatch chains, and finally the deletion of unused
+    chains. A dispatch chain of more than `dispatch_threshold` rules is split into shards.
 
-    With `lengths`, single rules of long chains of a port change if few of them differ, and the kernel has as many as
-    the ledger; other chains are always written anew: for iptables-nft to find one rule among 10,000 takes longer than
-    to write the 32 of a shard. `patched` are those chains, and how many rules they have when the transactions are made.
+    With a `rule_counter`, a long per-Service chain is patched if few of its rules differ and the kernel has as many
+    rules as the ledger. Other chains are always rewritten: iptables-nft needs more time to find one rule among 10,000
+    than to write the 32 rules of a shard. `patched` has the chains that were patched, each with its Service and the
+    number of rules that it must have after the transactions.
 
-    Chains of ports that are `doubted` are written whatever the ledger says.
+    The per-Service chains in `force_rewrite` are written even if they match the ledger.
     """
 
     def __init__(
         self,
         ledger: IptablesLedger,
-        kernel: IptablesSnapshot | None,
-        wanted: Wanted,
+        snapshot: IptablesSnapshot | None,
+        desired: RenderedServices,
         context: Context,
         *,
-        block_rules: int,
+        max_transaction_rules: int,
         dispatch_threshold: int,
-        lengths: Lengths | None = None,
-        doubted: Container[ChainName] = (),
+        rule_counter: RuleCounter | None = None,
+        force_rewrite: Container[ChainName] = (),
     ) -> None:
         self.patched: dict[ChainName, tuple[ServiceKey, int]] = {}
         self._ledger = ledger
-        self._kernel = kernel
-        self._wanted = wanted
+        self._snapshot = snapshot
+        self._desired = desired
         self._context = context
-        self._block_rules = block_rules
+        self._max_transaction_rules = max_transaction_rules
         self._dispatch_threshold = dispatch_threshold
-        self._lengths = lengths
-        self._doubted = doubted
+        self._rule_counter = rule_counter
+        self._force_rewrite = force_rewrite
         self._services: dict[ServiceKey, ServiceRecord] = {}
         self._base: dict[ChainName, Digest] = {}
         self._base_rules: Counter[str] = Counter()
         self._dispatch: dict[ChainName, DispatchRecord] = {}
-        self._settlement = ledger.settlement
-        self._tops: dict[ChainName, str] = {}
+        self._resolution = ledger.resolution
+        self._dispatch_chains: dict[ChainName, str] = {}
         self._deleted: list[ChainName] = []
 
     def transactions(self) -> Iterator[RestoreInput]:
-        """Yield the transactions; none at all if the kernel already holds what is wanted."""
-        block = RestoreInput(self._groundwork())
-        filled = block.rules
-        for writes in self._unswitched():
-            added = writes.rules
-            if block and filled + added > self._block_rules:
-                yield block
-                block, filled = RestoreInput(), 0
-            block.chains |= writes.chains
-            block.patches |= writes.patches
-            filled += added
-        switch = self._switch()
+        """Yield the transactions; none if the kernel already has the desired state."""
+        current = RestoreInput(self._base_changes())
+        cost = current.cost
+        for change in self._chain_changes():
+            added = change.cost
+            if current and cost + added > self._max_transaction_rules:
+                yield current
+                current, cost = RestoreInput(), 0
+            current.chains |= change.chains
+            current.patches |= change.patches
+            cost += added
+        entry = self._entry_change()
         self._deleted += self._stale_chains()
-        # After a failure nobody knows who else jumps to a chain that is to go: that must not hold up the rest.
-        apart = self._kernel is not None
-        if filled + switch.rules > self._block_rules:
-            yield from [block] if block else []
-            block = switch
+        # After a failure, other tools may have added jumps to stale chains. This must not block the other changes.
+        best_effort = self._snapshot is not None
+        if cost + entry.cost > self._max_transaction_rules:
+            yield from [current] if current else []
+            current = entry
         else:
-            block.chains |= switch.chains
-            block.edits = switch.edits
-        if not apart and block.rules + len(self._deleted) <= self._block_rules:
-            block.deleted, self._deleted = self._deleted, []
-        yield from [block] if block else []
-        gone = iter(sorted(self._deleted, key=deletion_order))
-        while batch := list(islice(gone, self._block_rules)):
-            yield RestoreInput(deleted=batch, may_fail=apart)
+            current.chains |= entry.chains
+            current.edits = entry.edits
+        if not best_effort and current.cost + len(self._deleted) <= self._max_transaction_rules:
+            current.deleted, self._deleted = self._deleted, []
+        yield from [current] if current else []
+        remaining = iter(sorted(self._deleted, key=deletion_order))
+        while batch := list(islice(remaining, self._max_transaction_rules)):
+            yield RestoreInput(deleted=batch, best_effort=best_effort)
 
     def commit(self) -> None:
-        """Write into the ledger what the kernel holds once it has accepted every transaction."""
+        """Update the ledger after the kernel has accepted all transactions."""
         for key, record in self._services.items():
             self._ledger.put(key, record)
         self._ledger.put_base(self._base, self._base_rules)
-        self._ledger.settlement = self._settlement
+        self._ledger.resolution = self._resolution
         self._ledger.dispatch = self._dispatch
 
-    def _groundwork(self) -> dict[ChainName, str]:
-        """Return the chains that those of the Services jump to, where they differ."""
+    def _base_changes(self) -> dict[ChainName, str]:
+        """Return the chains to write of those that do not depend on Services; per-Service chains jump to them."""
         chains = base_chains(self._context)
         self._base = {chain: hash(rules) for chain, rules in chains.items()}
         for chain, rules in chains.items():
             self._base_rules[chain.table] += count_rules([rules])
-        martians = sum(rule.chain == FILTER_FIREWALL for rule in ensured_rules(self._context))
-        self._base_rules[FILTER_FIREWALL.table] += martians
-        held = self._kernel.ours if self._kernel else self._ledger.base
-        return {chain: rules for chain, rules in chains.items() if held.get(chain) != self._base[chain]}
+        martian_rules = sum(rule.chain == FILTER_FIREWALL for rule in ensured_rules(self._context))
+        self._base_rules[FILTER_FIREWALL.table] += martian_rules
+        existing = self._snapshot.digests if self._snapshot else self._ledger.base
+        return {chain: rules for chain, rules in chains.items() if existing.get(chain) != self._base[chain]}
 
-    def _unswitched(self) -> Iterator[RestoreInput]:
-        """Yield what is to be done before the switch, in parts that belong into one transaction each."""
-        yield from self._port_chains()
-        yield from (RestoreInput({shard: text}) for shard, text in self._shards())
+    def _chain_changes(self) -> Iterator[RestoreInput]:
+        """Yield the changes of per-Service chains and shards; each must be in a single transaction."""
+        yield from self._service_changes()
+        yield from (RestoreInput({shard: rules}) for shard, rules in self._shard_changes())
 
-    def _port_chains(self) -> Iterator[RestoreInput]:
-        """Yield, Service by Service, the chains to write; a Service's own chains always change together."""
-        for key, ports in self._wanted:
-            record = {name: PortRecord.of(rendered) for name, rendered in ports.items()}
+    def _service_changes(self) -> Iterator[RestoreInput]:
+        """Yield the change of the per-Service chains of each Service, which always change together."""
+        for key, ports in self._desired:
+            record = {name: PortRecord.from_rendered(rendered) for name, rendered in ports.items()}
             self._services[key] = record
             old = self._ledger.services.get(key, {})
-            held = {name: digest for port in old.values() for name, digest in port.chains()}
-            writes = RestoreInput()
+            accepted = {name: digest for port in old.values() for name, digest in port.chains()}
+            change = RestoreInput()
             for name, rendered in ports.items():
                 for (chain, digest), rules in zip(record[name].chains(), rendered.chains.values(), strict=True):
-                    known = held.pop(chain, None)
-                    if self._kernel is not None:
-                        known = self._kernel.ours.get(ChainName("nat", chain))
-                    if known != digest or ChainName("nat", chain) in self._doubted:
-                        self._write(writes, chain, rules, old.get(name))
-            self._deleted += [ChainName("nat", name) for name in held]
-            if writes.patches and self._lengths is not None:
-                # Now, and not for a whole transaction: what has to be written anew counts for the size of that.
-                writes = writes.settled(self._lengths(writes.patches))
-                self.patched |= {chain: (key, edits.new_length) for chain, edits in writes.patches.items()}
-            if writes:
-                yield writes
+                    existing = accepted.pop(chain, None)
+                    if self._snapshot is not None:
+                        existing = self._snapshot.digests.get(ChainName("nat", chain))
+                    if existing != digest or ChainName("nat", chain) in self._force_rewrite:
+                        self._add_chain(change, chain, rules, old.get(name))
+            self._deleted += [ChainName("nat", name) for name in accepted]
+            if change.patches and self._rule_counter is not None:
+                # Check now, not once per transaction: chains to rewrite count towards the size of the transaction.
+                change = change.with_applicable_patches(self._rule_counter(change.patches))
+                self.patched |= {chain: (key, patch.new_length) for chain, patch in change.patches.items()}
+            if change:
+                yield change
 
-    def _write(self, writes: RestoreInput, name: str, rules: str, old: PortRecord | None) -> None:
-        """Add what gives a chain of a port its rules: a patch where it is known and long, else all of them."""
+    def _add_chain(self, change: RestoreInput, name: str, rules: str, old: PortRecord | None) -> None:
+        """Add a per-Service chain to a change: as a patch if its existing rules are known, else rewritten."""
         chain = ChainName("nat", name)
-        held = old.rules_of(name) if old is not None and self._lengths is not None else ()
-        if held and (edits := patch(name, held, rules)) is not None:
-            writes.patches[chain] = edits
+        existing = old.rule_digests_of(name) if old is not None and self._rule_counter is not None else ()
+        if existing and (patch := make_patch(name, existing, rules)) is not None:
+            change.patches[chain] = patch
         else:
-            writes.chains[chain] = rules
+            change.chains[chain] = rules
 
-    def _shards(self) -> Iterator[tuple[ChainName, str]]:
-        """Yield, one by one, the shards to write; the dispatch chains themselves are kept for the switch."""
-        tails = dispatch_tails(self._context)
-        self._settlement = self._ledger.settle(self._context.family, self._services)
-        left_out = self._settlement.left_out
-        for top, claimed in self._ledger.dispatch_rules(self._dirty_dispatch(tails), self._services).items():
-            tail = tails[top]
-            rules = [rule for rule in claimed if rule not in left_out] if left_out else claimed
-            layout = lay_out(top, rules, tail, self._context.family, self._dispatch_threshold)
+    def _shard_changes(self) -> Iterator[tuple[ChainName, str]]:
+        """Yield each shard to write, with its rules; keep the dispatch chains for `_entry_change`."""
+        trailing_rules = dispatch_trailing_rules(self._context)
+        self._resolution = self._ledger.resolve_conflicts(self._context.family, self._services)
+        omitted = self._resolution.omitted_rules
+        dirty = self._dirty_dispatch_chains(trailing_rules)
+        for dispatch_chain, all_rules in self._ledger.dispatch_rules(dirty, self._services).items():
+            trailing = trailing_rules[dispatch_chain]
+            rules = [rule for rule in all_rules if rule not in omitted] if omitted else all_rules
+            layout = lay_out(dispatch_chain, rules, trailing, self._context.family, self._dispatch_threshold)
             digests = {chain: hash(text) for chain, text in layout.chains.items()}
-            former = self._ledger.dispatch[top].chains if top in self._ledger.dispatch else {}
-            held = self._kernel.ours if self._kernel else former
-            self._dispatch[top] = DispatchRecord(hash(tail), digests, layout.own)
-            self._deleted += [chain for chain in former if chain not in digests]
-            writes = {chain: text for chain, text in layout.chains.items() if held.get(chain) != digests[chain]}
-            if top in writes:
-                self._tops[top] = writes.pop(top)
-            yield from writes.items()
+            record = self._ledger.dispatch.get(dispatch_chain)
+            accepted = record.chains if record is not None else {}
+            existing = self._snapshot.digests if self._snapshot else accepted
+            self._dispatch[dispatch_chain] = DispatchRecord(hash(trailing), digests, layout.non_service_rules)
+            self._deleted += [chain for chain in accepted if chain not in digests]
+            changed = {chain: text for chain, text in layout.chains.items() if existing.get(chain) != digests[chain]}
+            if dispatch_chain in changed:
+                self._dispatch_chains[dispatch_chain] = changed.pop(dispatch_chain)
+            yield from changed.items()
 
-    def _dirty_dispatch(self, tails: Mapping[ChainName, tuple[str, ...]]) -> list[ChainName]:
-        """Return the dispatch chains that may change; the records of the others stay as they are."""
-        if self._kernel is not None:
-            return list(tails)
+    def _dirty_dispatch_chains(self, trailing_rules: Mapping[ChainName, tuple[str, ...]]) -> list[ChainName]:
+        """Return the dispatch chains that may change; keep the records of the others."""
+        if self._snapshot is not None:
+            return list(trailing_rules)
         dirty: set[ChainName] = set()
         for key, record in self._services.items():
-            dirty |= dispatch_differs(self._ledger.services.get(key, {}), record)
-        dirty |= {rule.chain for rule in self._settlement.left_out ^ self._ledger.settlement.left_out}
+            dirty |= changed_dispatch_chains(self._ledger.services.get(key, {}), record)
+        dirty |= {rule.chain for rule in self._resolution.omitted_rules ^ self._ledger.resolution.omitted_rules}
         for chain, accepted in self._ledger.dispatch.items():
-            if chain not in dirty and accepted.tail == hash(tails[chain]):
+            if chain not in dirty and accepted.trailing_rules == hash(trailing_rules[chain]):
                 self._dispatch[chain] = accepted
-        return [chain for chain in tails if chain not in self._dispatch]
+        return [chain for chain in trailing_rules if chain not in self._dispatch]
 
-    def _switch(self) -> RestoreInput:
-        """Return the change of the chains and rules that lead packets to all others."""
-        switch = RestoreInput(dict(self._tops))
-        if self._kernel is not None:
-            self._ensure(switch, self._kernel)
-        return switch
+    def _entry_change(self) -> RestoreInput:
+        """Return the change of the dispatch chains and of the rules that lead to them: it activates all new chains."""
+        change = RestoreInput(dict(self._dispatch_chains))
+        if self._snapshot is not None:
+            self._ensure_rules(change, self._snapshot)
+        return change
 
-    def _ensure(self, switch: RestoreInput, kernel: IptablesSnapshot) -> None:
+    def _ensure_rules(self, change: RestoreInput, snapshot: IptablesSnapshot) -> None:
         for chain in (*CANARIES, FILTER_FIREWALL):
-            if chain not in kernel.shared:
-                switch.chains[chain] = ""
-        # Each goes to the top, so the last one in is the first one met.
+            if chain not in snapshot.rules:
+                change.chains[chain] = ""
+        # Each rule is inserted at the top, so the one inserted last comes first.
         for rule in reversed(ensured_rules(self._context)):
-            held = kernel.shared.get(rule.chain, [])
-            if not rule.is_met_by_one_of(held):
-                switch.edits.append((rule.chain.table, f"-I {rule.chain.name} 1 {rule.rule}"))
-            # Two proxies that started at the same time may each have put it in.
-            surplus = held.count(rule.text) - 1
-            switch.edits += [(rule.chain.table, f"-D {rule.chain.name} {rule.rule}")] * surplus
+            existing = snapshot.rules.get(rule.chain, [])
+            if not rule.is_satisfied_by_any(existing):
+                change.edits.append((rule.chain.table, f"-I {rule.chain.name} 1 {rule.rule}"))
+            # Two proxies that start at the same time may both have inserted the rule.
+            duplicates = existing.count(rule.text) - 1
+            change.edits += [(rule.chain.table, f"-D {rule.chain.name} {rule.rule}")] * duplicates
 
     def _stale_chains(self) -> list[ChainName]:
-        if self._kernel is None:
+        if self._snapshot is None:
             return []
         used = (name for record in self._services.values() for port in record.values() for name, _ in port.chains())
         shards = {shard for record in self._dispatch.values() for shard in record.chains}
-        return self._kernel.stale_chains(used, shards)
+        return self._snapshot.stale_chains(used, shards)

@@ -1,7 +1,7 @@
-"""How a dispatch chain is laid out: flat like kube-proxy's, or as a tree by destination. Pure.
+"""Lay out a dispatch chain: flat as in kube-proxy, or split into shards by destination. Pure.
 
-In a flat chain every new connection on the node passes one rule for each Service, also one that goes to none.
-The tree is a function of the present destinations and of nothing that was before.
+In a flat chain, every new connection on the node is checked against one rule for each Service, even if it is not
+addressed to any Service. The layout depends only on the current rules, not on earlier layouts.
 """
 
 from __future__ import annotations
@@ -13,91 +13,96 @@ from typing import Protocol
 
 from msgspec import Struct
 
-from kproxy.iptables.names import SHARD_STEMS, ChainName, network_label, ports_label
+from kproxy.iptables.names import SHARD_PREFIXES, ChainName, network_shard_suffix, port_shard_suffix
 from kproxy.iptables.render import DispatchRule
 from kproxy.model.types import Family
 
 DISPATCH_THRESHOLD = 1000
-"""How many rules of Services a dispatch chain may hold before it is split.
+"""Maximum number of service rules in a flat dispatch chain; a chain with more is split.
 
-Measured with iptables-nft: a new connection passes 60 rules in a microsecond.
+Measured with iptables-nft: the kernel checks a new connection against 60 rules in a microsecond.
 """
-SHARD_RULES = 32
-"""How many rules a shard may hold. More only where they are about one destination, or at the lowest level."""
-STRIDE = 4
-"""How many bits of a destination one level of the tree tells apart, so that there are at most 16 ways on."""
-LEVELS = 8
-"""How many shards a packet passes at most: all of them are needed for IPv4, if addresses are chosen against us.
+MAX_SHARD_RULES = 32
+"""Maximum number of rules in a shard. Shards for a single destination and shards at the last level may have more."""
+LEVEL_BITS = 4
+"""How many bits of the destination one level of the tree distinguishes: a chain jumps to at most 16 shards."""
+MAX_LEVELS = 8
+"""Maximum number of shards that a packet traverses. IPv4 can need all of them if addresses are chosen maliciously.
 
-nf_tables follows 15 jumps; to KUBE-SERVICES it is one, and from there by a source range to KUBE-MARK-MASQ five.
+nf_tables allows 15 nested jumps. One leads to KUBE-SERVICES, and five lead from there through a KUBE-FW chain to
+KUBE-MARK-MASQ.
 """
 PROTOCOLS = ("tcp", "udp", "sctp")
 
 
 class DispatchLayout(Struct, frozen=True):
-    """The chains that make up a dispatch chain, with their rules.
+    """The chains that implement a dispatch chain, with their rules.
 
-    Each stands before those that jump to it, so the dispatch chain itself is last. `own` is how many of the rules are
-    of no Service.
+    Each chain precedes the chains that jump to it, so the dispatch chain itself is last. `non_service_rules` is the
+    number of rules that belong to no Service: jumps to shards and trailing rules.
     """
 
     chains: dict[ChainName, str]
-    own: int
+    non_service_rules: int
 
 
 def lay_out(
-    chain: ChainName, rules: Sequence[DispatchRule], tail: Sequence[str], family: Family, threshold: int
+    chain: ChainName, rules: Sequence[DispatchRule], trailing_rules: Sequence[str], family: Family, threshold: int
 ) -> DispatchLayout:
-    """Return the layout of a dispatch chain that holds these rules and ends with the tail.
+    """Return the layout of a dispatch chain with these rules, followed by the trailing rules.
 
-    It is a tree if there are more than `threshold` rules, and `threshold` is not 0. Rules about one destination keep
-    their order; those about an address come before those about a port of the node, and the tail comes last.
+    The chain is split into a tree of shards if it has more than `threshold` rules and `threshold` is not 0. Rules for
+    the same destination keep their order. Rules for addresses come before rules for ports of the node.
 
-    A chain of the tree is called after the destinations that lead to it, and holds all rules about these. So while the
-    chains of a new tree replace those of an old one, one by one from the bottom, every packet finds all rules about its
-    destination, be it those that were or those that will be.
+    A shard is named after the destinations that lead to it, and contains all rules for them. This makes it safe to
+    replace the chains of an old tree one by one from the bottom: at any time, a packet meets all rules for its
+    destination, either the old or the new ones.
     """
     if not threshold or len(rules) <= threshold:
-        return DispatchLayout({chain: "\n".join([*(each.rule for each in rules), *tail])}, len(tail))
+        text = "\n".join([*(rule.rule for rule in rules), *trailing_rules])
+        return DispatchLayout({chain: text}, len(trailing_rules))
     jumps: list[str] = []
     chains: dict[ChainName, str] = {}
     for protocol in ("", *PROTOCOLS):
         space = _PortSpace(protocol) if protocol else _AddressSpace(family)
-        concerned = (each for each in rules if each.protocol == protocol)
-        split = _ShardTree(chain, space, concerned, min(threshold, SHARD_RULES))
-        jumps += split.jumps
-        chains |= split.chains
-    chains[chain] = "\n".join([*jumps, *tail])
-    written = sum(text.count("\n") + 1 for text in chains.values())
-    return DispatchLayout(chains, written - len(rules))
+        matching = (rule for rule in rules if rule.protocol == protocol)
+        tree = _ShardTree(chain, space, matching, min(threshold, MAX_SHARD_RULES))
+        jumps += tree.jumps
+        chains |= tree.chains
+    chains[chain] = "\n".join([*jumps, *trailing_rules])
+    total = sum(text.count("\n") + 1 for text in chains.values())
+    return DispatchLayout(chains, total - len(rules))
 
 
 class _DestinationSpace(Protocol):
-    """Destinations, as numbers of `bits` bits. A block of them agrees in all but the last `free` bits."""
+    """Destinations as integers of `bits` bits.
+
+    A block is an aligned range of destinations that differ only in the last `free_bits` bits.
+    """
 
     bits: int
 
-    def label(self, place: int, free: int) -> str:
-        """Return what the name of the shard ends with that the block of `place` has."""
+    def shard_suffix(self, destination: int, free_bits: int) -> str:
+        """Return the suffix in the name of the shard for the block that contains `destination`."""
 
-    def match(self, place: int, free: int) -> str:
-        """Return what matches the block of `place`."""
+    def match(self, destination: int, free_bits: int) -> str:
+        """Return the match of an iptables rule for the block that contains `destination`."""
 
 
 class _AddressSpace:
     def __init__(self, family: Family) -> None:
-        six = family is Family.IPV6
-        self.bits = 128 if six else 32
-        self._address = IPv6Address if six else IPv4Address
+        is_ipv6 = family is Family.IPV6
+        self.bits = 128 if is_ipv6 else 32
+        self._address = IPv6Address if is_ipv6 else IPv4Address
 
-    def _network(self, place: int, free: int) -> str:
-        return f"{self._address(place >> free << free)}/{self.bits - free}"
+    def _network(self, destination: int, free_bits: int) -> str:
+        return f"{self._address(destination >> free_bits << free_bits)}/{self.bits - free_bits}"
 
-    def label(self, place: int, free: int) -> str:
-        return network_label(self._network(place, free))
+    def shard_suffix(self, destination: int, free_bits: int) -> str:
+        return network_shard_suffix(self._network(destination, free_bits))
 
-    def match(self, place: int, free: int) -> str:
-        return f"-d {self._network(place, free)}"
+    def match(self, destination: int, free_bits: int) -> str:
+        return f"-d {self._network(destination, free_bits)}"
 
 
 class _PortSpace:
@@ -106,72 +111,76 @@ class _PortSpace:
     def __init__(self, protocol: str) -> None:
         self._protocol = protocol
 
-    def _range(self, place: int, free: int) -> tuple[int, int]:
-        low = place >> free << free
-        return low, low + (1 << free) - 1
+    def _range(self, destination: int, free_bits: int) -> tuple[int, int]:
+        low = destination >> free_bits << free_bits
+        return low, low + (1 << free_bits) - 1
 
-    def label(self, place: int, free: int) -> str:
-        return ports_label(self._protocol, *self._range(place, free))
+    def shard_suffix(self, destination: int, free_bits: int) -> str:
+        return port_shard_suffix(self._protocol, *self._range(destination, free_bits))
 
-    def match(self, place: int, free: int) -> str:
-        low, high = self._range(place, free)
-        ports = f"{low}:{high}" if free else f"{low}"
+    def match(self, destination: int, free_bits: int) -> str:
+        low, high = self._range(destination, free_bits)
+        ports = f"{low}:{high}" if free_bits else f"{low}"
         return f"-p {self._protocol} -m {self._protocol} --dport {ports}"
 
 
 class _ShardTree:
-    """The tree of one kind of destination: `jumps` are the rules that lead into it, `chains` are bottom-up."""
+    """The shards of one destination space. `jumps` lead from the dispatch chain into `chains`, which are bottom-up."""
 
     def __init__(
-        self, owner: ChainName, space: _DestinationSpace, rules: Iterable[DispatchRule], shard_rules: int
+        self, dispatch_chain: ChainName, space: _DestinationSpace, rules: Iterable[DispatchRule], max_shard_rules: int
     ) -> None:
-        self._owner = owner
+        self._dispatch_chain = dispatch_chain
         self._space = space
-        self._shard_rules = shard_rules
-        self._rules = sorted(rules, key=lambda rule: rule.place)
-        self._places = [rule.place for rule in self._rules]
+        self._max_shard_rules = max_shard_rules
+        self._rules = sorted(rules, key=lambda rule: rule.destination)
+        self._destinations = [rule.destination for rule in self._rules]
         self.chains: dict[ChainName, str] = {}
-        self.jumps = self._jumps(owner.name, 0, len(self._rules), space.bits, level=1)
+        self.jumps = self._add_shards(dispatch_chain.name, 0, len(self._rules), space.bits, level=1)
 
-    def _jumps(self, name: str, first: int, last: int, free: int, level: int) -> list[str]:
-        """Return the rules of a chain that tells apart what its rules, `first` to before `last`, agree in no more.
+    def _add_shards(self, name: str, first: int, last: int, free_bits: int, level: int) -> list[str]:
+        """Add the shards for the rules in `[first, last)`, which are in one block.
 
-        The chains that these jump to are written on the way.
+        Return the rules of the chain `name` that jump to the shards.
         """
         return [
-            f"-A {name} {self._shard(start, end, level)}"
-            for start, end in self._parts(first, last, free, free - STRIDE)
+            f"-A {name} {self._add_shard(start, end, level)}"
+            for start, end in self._split(first, last, free_bits, free_bits - LEVEL_BITS)
         ]
 
-    def _parts(self, first: int, last: int, free: int, least: int) -> Iterator[tuple[int, int]]:
-        """Cut rules that agree in all but `free` bits in halves of their block, until they fit into a shard.
+    def _split(self, first: int, last: int, free_bits: int, min_free_bits: int) -> Iterator[tuple[int, int]]:
+        """Halve the block of the rules in `[first, last)` until the rules of each part fit into a shard.
 
-        They are not cut finer than blocks of `least` bits. The block of all destinations is always cut: what matches
-        everything is not printed.
+        Parts are not smaller than blocks of `min_free_bits`. The block of all destinations is always split, because
+        `iptables-save` does not print a match for it.
         """
         if first == last:
             return
-        fits = last - first <= self._shard_rules and free < self._space.bits
-        if fits or free == least:
+        fits = last - first <= self._max_shard_rules and free_bits < self._space.bits
+        if fits or free_bits == min_free_bits:
             yield first, last
             return
-        middle = (self._places[first] >> free << free) + (1 << free - 1)
-        cut = bisect_left(self._places, middle, first, last)
-        yield from self._parts(first, cut, free - 1, least)
-        yield from self._parts(cut, last, free - 1, least)
+        middle = (self._destinations[first] >> free_bits << free_bits) + (1 << free_bits - 1)
+        cut = bisect_left(self._destinations, middle, first, last)
+        yield from self._split(first, cut, free_bits - 1, min_free_bits)
+        yield from self._split(cut, last, free_bits - 1, min_free_bits)
 
-    def _shard(self, first: int, last: int, level: int) -> str:
-        """Write the shard of these rules; return what leads to it, a match of the smallest block that has them all."""
-        place = self._places[first]
-        free = (place ^ self._places[last - 1]).bit_length()
-        is_leaf = last - first <= self._shard_rules or not free or level == LEVELS
+    def _add_shard(self, first: int, last: int, level: int) -> str:
+        """Add the shard for the rules in `[first, last)`; return the match and jump that lead to it.
+
+        The match is for the smallest block that contains all their destinations. A shard that is split again gets a
+        block whose size is a whole number of levels.
+        """
+        destination = self._destinations[first]
+        free_bits = (destination ^ self._destinations[last - 1]).bit_length()
+        is_leaf = last - first <= self._max_shard_rules or not free_bits or level == MAX_LEVELS
         if not is_leaf:
-            free += -free % STRIDE
-        name = SHARD_STEMS[self._owner] + self._space.label(place, free)
+            free_bits += -free_bits % LEVEL_BITS
+        name = SHARD_PREFIXES[self._dispatch_chain] + self._space.shard_suffix(destination, free_bits)
         if is_leaf:
-            start = len(f"-A {self._owner.name} ")
+            start = len(f"-A {self._dispatch_chain.name} ")
             rules = [f"-A {name} {rule.rule[start:]}" for rule in self._rules[first:last]]
         else:
-            rules = self._jumps(name, first, last, free, level + 1)
-        self.chains[ChainName(self._owner.table, name)] = "\n".join(rules)
-        return f"{self._space.match(place, free)} -j {name}"
+            rules = self._add_shards(name, first, last, free_bits, level + 1)
+        self.chains[ChainName(self._dispatch_chain.table, name)] = "\n".join(rules)
+        return f"{self._space.match(destination, free_bits)} -j {name}"

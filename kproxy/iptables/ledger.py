@@ -1,6 +1,6 @@
-"""What the kernel holds of ours, as far as it accepted it: digests, not texts. Pure.
+"""The ledger: what the kernel has accepted so far, as digests instead of rules. Pure.
 
-For 10,000 Services of 10 endpoints the rules are 50 MB of text; their names and digests are 6 MB.
+For 10,000 Services with 10 endpoints each, the rules are 50 MB of text; the names and digests of their chains are 6 MB.
 """
 
 from __future__ import annotations
@@ -11,55 +11,56 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 
 from msgspec import Struct
 
-from kproxy.iptables.conflicts import ConflictResolution, FrontendClaims, settle
+from kproxy.iptables.conflicts import ConflictResolution, FrontendIndex, resolve_conflicts
 from kproxy.iptables.names import PORT_CHAIN_PREFIXES, ChainName, is_shard
-from kproxy.iptables.patch import WORTHWHILE_RULES
+from kproxy.iptables.patch import MIN_PATCHABLE_RULES
 from kproxy.iptables.render import DispatchRule, RenderedPort
 from kproxy.iptables.save_restore import SavedChain, count_rules
 from kproxy.model.types import Family, ServiceKey
 
 Digest = int
-"""Python's own 64-bit keyed hash of a text: compared within this process only."""
+"""Python's 64-bit hash of a text. It is keyed, so it can be compared only within this process."""
 
 
 class PortRecord(Struct, frozen=True, gc=False):
-    """The accepted state of one service port: its chains' names, a digest for each, and its dispatch rules.
+    """The accepted state of one service port.
 
-    `rules` is how many rules the chains hold. `long` has, for each chain that may be patched, its place among the
-    names, how many rules it has, and a digest of each.
+    `names` are its per-Service chains, separated by spaces, `digests` the digest of each, `rule_count` the number of
+    rules in all of them. `patchable` has, for each chain that is long enough to be patched, its index in `names`, its
+    number of rules, and the digest of each rule.
     """
 
     names: str
     digests: bytes
-    rules: int
+    rule_count: int
     dispatch: tuple[DispatchRule, ...]
-    long: bytes = b""
+    patchable: bytes = b""
 
     @classmethod
-    def of(cls, rendered: RenderedPort) -> PortRecord:
+    def from_rendered(cls, rendered: RenderedPort) -> PortRecord:
         """Return the record of a rendered port."""
         digests = array("q", map(hash, rendered.chains.values()))
-        long = array("q")
-        rules = 0
-        for place, text in enumerate(rendered.chains.values()):
+        patchable = array("q")
+        rule_count = 0
+        for index, text in enumerate(rendered.chains.values()):
             count = count_rules([text])
-            rules += count
-            if count >= WORTHWHILE_RULES:
-                long.extend((place, count, *map(hash, text.split("\n"))))
-        return cls(" ".join(rendered.chains), digests.tobytes(), rules, rendered.dispatch, long.tobytes())
+            rule_count += count
+            if count >= MIN_PATCHABLE_RULES:
+                patchable.extend((index, count, *map(hash, text.split("\n"))))
+        return cls(" ".join(rendered.chains), digests.tobytes(), rule_count, rendered.dispatch, patchable.tobytes())
 
     def chains(self) -> Iterator[tuple[str, Digest]]:
-        """Iterate over the chains of table nat with the digest of each."""
+        """Iterate over the per-Service chains in table nat: name and digest."""
         return zip(self.names.split(), array("q", self.digests), strict=True)
 
-    def rules_of(self, chain: str) -> Sequence[Digest]:
-        """Return a digest of each rule of a chain of this port, none for a chain that is short or not there."""
-        found, begin = array("q", self.long), 0
-        names = self.names.split() if found else ()
-        while begin < len(found):
-            place, count = found[begin : begin + 2]
-            if names[place] == chain:
-                return found[begin + 2 : begin + 2 + count]
+    def rule_digests_of(self, chain: str) -> Sequence[Digest]:
+        """Return the digest of each rule of a per-Service chain; empty if the chain is short or does not exist."""
+        patchable, begin = array("q", self.patchable), 0
+        names = self.names.split() if patchable else ()
+        while begin < len(patchable):
+            index, count = patchable[begin : begin + 2]
+            if names[index] == chain:
+                return patchable[begin + 2 : begin + 2 + count]
             begin += 2 + count
         return ()
 
@@ -69,32 +70,35 @@ ServiceRecord = dict[str, PortRecord]
 
 
 class IptablesSnapshot(Struct):
-    """What a dump of the kernel showed: digests of the chains that are ours, rules of those we share."""
+    """The kernel's state as `iptables-save` printed it.
 
-    ours: dict[ChainName, Digest]
-    shared: dict[ChainName, list[str]]
+    `digests` are those of all KUBE- chains, `rules` those of all chains except per-Service chains and shards.
+    """
+
+    digests: dict[ChainName, Digest]
+    rules: dict[ChainName, list[str]]
 
     @classmethod
-    def of(cls, saved: Mapping[ChainName, SavedChain]) -> IptablesSnapshot:
-        """Sort the chains of a dump into ours and others."""
-        ours: dict[ChainName, Digest] = {}
-        shared: dict[ChainName, list[str]] = {}
+    def from_saved(cls, saved: Mapping[ChainName, SavedChain]) -> IptablesSnapshot:
+        """Return the snapshot for the chains in `iptables-save` output."""
+        digests: dict[ChainName, Digest] = {}
+        rules: dict[ChainName, list[str]] = {}
         for chain, content in saved.items():
             if chain.name.startswith("KUBE-"):
-                ours[chain] = hash("\n".join(content.rules))
+                digests[chain] = hash("\n".join(content.rules))
             if not chain.name.startswith(PORT_CHAIN_PREFIXES):
-                shared[chain] = content.rules
-        return cls(ours, shared)
+                rules[chain] = content.rules
+        return cls(digests, rules)
 
-    def stale_chains(self, ports: Iterable[str], shards: Container[ChainName]) -> list[ChainName]:
-        """Return the chains in the kernel that are of service ports or shards, but not among those in use.
+    def stale_chains(self, port_chains: Iterable[str], shards: Container[ChainName]) -> list[ChainName]:
+        """Return the existing per-Service chains and shards that are no longer used.
 
-        `ports` are names in table nat.
+        `port_chains` are the names of the per-Service chains in use, all in table nat; `shards` are the shards in use.
         """
-        in_use = frozenset(ports)
+        in_use = frozenset(port_chains)
         return [
             chain
-            for chain in self.ours
+            for chain in self.digests
             if chain.name.startswith(PORT_CHAIN_PREFIXES)
             and (chain.table == "nat" or is_shard(chain))
             and chain not in shards
@@ -103,39 +107,40 @@ class IptablesSnapshot(Struct):
 
 
 class DispatchRecord(Struct, frozen=True):
-    """The accepted state of a dispatch chain: digests of its tail, of itself, and of the shards it is split into.
+    """The accepted state of a dispatch chain: digests of its trailing rules, of the chain itself, and of its shards.
 
-    `own` is how many rules these chains hold that are of no Service: the tail, and the jumps to shards.
+    `non_service_rules` is the number of rules in these chains that belong to no Service: jumps to shards and trailing
+    rules.
     """
 
-    tail: Digest
+    trailing_rules: Digest
     chains: dict[ChainName, Digest]
-    own: int
+    non_service_rules: int
 
 
 class IptablesLedger:
-    """The accepted state of one family: per Service, and the chains that all share."""
+    """The accepted state of one family: the records of all Services, and the shared chains."""
 
     def __init__(self) -> None:
         self.services: dict[ServiceKey, ServiceRecord] = {}
         self.base: dict[ChainName, Digest] = {}
         self.dispatch: dict[ChainName, DispatchRecord] = {}
-        self.settlement = ConflictResolution()
-        self._claims = FrontendClaims()
+        self.resolution = ConflictResolution()
+        self._frontends = FrontendIndex()
         self._base_rules: Counter[str] = Counter()
         self._service_rules: Counter[str] = Counter()
 
     @property
-    def rules(self) -> dict[str, int]:
-        """How many rules of ours each table holds, the jumps from built-in chains aside."""
-        found = self._base_rules + self._service_rules
+    def rule_counts(self) -> dict[str, int]:
+        """Number of accepted rules in each table, without the jumps from built-in chains."""
+        counts = self._base_rules + self._service_rules
         for chain, record in self.dispatch.items():
-            found[chain.table] += record.own
-        found.subtract(rule.chain.table for rule in self.settlement.left_out)
-        return {table: found[table] for table in ("nat", "filter")}
+            counts[chain.table] += record.non_service_rules
+        counts.subtract(rule.chain.table for rule in self.resolution.omitted_rules)
+        return {table: counts[table] for table in ("nat", "filter")}
 
     def shared_chains(self) -> Iterator[tuple[ChainName, Digest]]:
-        """Iterate over the chains that all Services share, less the shards, with the digest of each."""
+        """Iterate over the shared chains without the shards: name and digest."""
         yield from self.base.items()
         for chain, record in self.dispatch.items():
             yield chain, record.chains[chain]
@@ -145,32 +150,32 @@ class IptablesLedger:
         old = self.services.pop(key, {})
         self._service_rules.subtract(_count(old))
         self._service_rules.update(_count(record))
-        self._claims.put(key, _dispatch_rules(old), _dispatch_rules(record))
+        self._frontends.update(key, _dispatch_rules(old), _dispatch_rules(record))
         if record:
             self.services[key] = record
 
-    def settle(self, family: Family, changed: Mapping[ServiceKey, ServiceRecord]) -> ConflictResolution:
-        """Return how claims to the same frontends are settled once `changed` has replaced this ledger's records."""
-        contested = self._claims.contested({key: _dispatch_rules(record) for key, record in changed.items()})
-        if not contested:
-            return ConflictResolution()
-        rules = {
-            key: list(_owned_rules(key, changed[key] if key in changed else self.services[key]))
-            for key in frozenset().union(*contested.values())
-        }
-        return settle(family, contested, rules)
-
     def put_base(self, base: dict[ChainName, Digest], rules: Counter[str]) -> None:
-        """Replace what is known of the chains that are the same for all Services, `rules` being theirs by table."""
+        """Replace the digests of the chains that are the same for all Services; `rules` counts their rules by table."""
         self.base = base
         self._base_rules = rules
+
+    def resolve_conflicts(self, family: Family, changed: Mapping[ServiceKey, ServiceRecord]) -> ConflictResolution:
+        """Resolve the conflicts over frontends that exist once `changed` replaces the records of these Services."""
+        shared = self._frontends.shared_frontends({key: _dispatch_rules(record) for key, record in changed.items()})
+        if not shared:
+            return ConflictResolution()
+        rules = {
+            key: list(_rules_by_service_port(key, changed[key] if key in changed else self.services[key]))
+            for key in frozenset().union(*shared.values())
+        }
+        return resolve_conflicts(family, shared, rules)
 
     def dispatch_rules(
         self, chains: Iterable[ChainName], changed: Mapping[ServiceKey, ServiceRecord]
     ) -> dict[ChainName, list[DispatchRule]]:
-        """Return what all Services add to some dispatch chains, in the order of their names.
+        """Return the rules of all Services in some dispatch chains, sorted by Service and port.
 
-        `changed` holds the records that are about to replace this ledger's.
+        `changed` are records that are about to replace those in the ledger.
         """
         found: dict[ChainName, list[DispatchRule]] = {chain: [] for chain in chains}
         for key in sorted(self.services.keys() | changed.keys()) if found else ():
@@ -182,32 +187,32 @@ class IptablesLedger:
         return found
 
 
+def changed_dispatch_chains(old: ServiceRecord, new: ServiceRecord) -> set[ChainName]:
+    """Return the dispatch chains in which the rules of a Service differ between two records."""
+    old_rules, new_rules = _dispatch_rules_by_chain(old), _dispatch_rules_by_chain(new)
+    return {chain for chain in old_rules.keys() | new_rules.keys() if old_rules.get(chain) != new_rules.get(chain)}
+
+
 def _dispatch_rules(record: ServiceRecord) -> list[DispatchRule]:
     return [rule for port in record.values() for rule in port.dispatch]
 
 
-def _owned_rules(key: ServiceKey, record: ServiceRecord) -> Iterator[tuple[str, DispatchRule]]:
+def _dispatch_rules_by_chain(record: ServiceRecord) -> dict[ChainName, list[str]]:
+    rules: dict[ChainName, list[str]] = {}
+    for _, port in sorted(record.items()):
+        for rule in port.dispatch:
+            rules.setdefault(rule.chain, []).append(rule.rule)
+    return rules
+
+
+def _rules_by_service_port(key: ServiceKey, record: ServiceRecord) -> Iterator[tuple[str, DispatchRule]]:
     for name, port in record.items():
         port_name = name.partition("/")[0]
-        owner = f"{key}:{port_name}" if port_name else key
-        yield from ((owner, rule) for rule in port.dispatch)
+        service_port = f"{key}:{port_name}" if port_name else key
+        yield from ((service_port, rule) for rule in port.dispatch)
 
 
 def _count(record: ServiceRecord) -> Counter[str]:
     rules = Counter(rule.chain.table for port in record.values() for rule in port.dispatch)
-    rules["nat"] += sum(port.rules for port in record.values())
+    rules["nat"] += sum(port.rule_count for port in record.values())
     return rules
-
-
-def dispatch_differs(old: ServiceRecord, new: ServiceRecord) -> set[ChainName]:
-    """Return the dispatch chains in which a Service's rules differ between two states."""
-    before, after = _dispatch_texts(old), _dispatch_texts(new)
-    return {chain for chain in before.keys() | after.keys() if before.get(chain) != after.get(chain)}
-
-
-def _dispatch_texts(record: ServiceRecord) -> dict[ChainName, list[str]]:
-    found: dict[ChainName, list[str]] = {}
-    for _, port in sorted(record.items()):
-        for rule in port.dispatch:
-            found.setdefault(rule.chain, []).append(rule.rule)
-    return found

@@ -1,6 +1,6 @@
-"""`python -m kproxy.iptables.legacy_chains`: print the KUBE- chains of table nat that iptables-legacy has, one a line.
+"""`python -m kproxy.iptables.legacy_chains`: list the KUBE- chains in table nat of iptables-legacy.
 
-A program of its own because python-iptables adds 12 MB to a process, and its C libraries may end it.
+This is a separate program because python-iptables adds 12 MB to a process, and its C libraries may call `exit()`.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import sys
 
 
 def main() -> None:
-    """Print `iptables` or `ip6tables` and a chain's name, for each chain."""
-    import iptc  # noqa: PLC0415 - fails where the libraries of iptables are not installed
+    """Print one line for each chain: `iptables` or `ip6tables`, and the chain's name."""
+    import iptc  # noqa: PLC0415 - fails if the iptables libraries are not installed
 
     for program, table in (("iptables", iptc.Table(iptc.Table.NAT)), ("ip6tables", iptc.Table6(iptc.Table6.NAT))):
         for chain in table.chains:

@@ -1,4 +1,4 @@
-"""Chain names. They are a contract: people grep for them, tools parse them, kube-proxy uses the same."""
+"""Names of iptables chains. They are those of kube-proxy, because administrators and other tools rely on them. Pure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class ChainName(NamedTuple):
-    """A chain by its table and name."""
+    """A chain, identified by its table and name."""
 
     table: str
     name: str
@@ -25,7 +25,7 @@ FILTER_FORWARD = ChainName("filter", "KUBE-FORWARD")
 FILTER_FIREWALL = ChainName("filter", "KUBE-FIREWALL")
 MARK_MASQ = ChainName("nat", "KUBE-MARK-MASQ")
 POSTROUTING = ChainName("nat", "KUBE-POSTROUTING")
-DISPATCH = (
+DISPATCH_CHAINS = (
     NAT_SERVICES,
     NAT_NODEPORTS,
     FILTER_SERVICES,
@@ -33,15 +33,15 @@ DISPATCH = (
     FILTER_NODEPORTS,
     FILTER_PROXY_FIREWALL,
 )
-"""The chains that lead from a packet's destination to a Service: each Service port adds rules to some of them."""
+"""The dispatch chains: they match a packet's destination. Each service port adds rules to some of them."""
 CANARIES = tuple(ChainName(table, "KUBE-PROXY-CANARY") for table in ("mangle", "nat", "filter"))
-"""Empty chains that show, by being gone, that somebody flushed a table."""
+"""Empty chains whose absence shows that another process flushed a table."""
 PORT_CHAIN_PREFIXES = ("KUBE-XLB-", "KUBE-FW-", "KUBE-EXT-", "KUBE-SVC-", "KUBE-SVL-", "KUBE-SEP-")
-"""How the names of chains begin that belong to one service port each, all of them in table nat.
+"""Name prefixes of per-Service chains. Each of these chains belongs to one service port and is in table nat.
 
-A chain jumps only to chains of a prefix further right. KUBE-XLB- is what kube-proxy wrote before 1.24.
+A chain jumps only to chains whose prefix is further to the right. KUBE-XLB- was used by kube-proxy before 1.24.
 """
-SHARD_STEMS = {
+SHARD_PREFIXES = {
     NAT_SERVICES: "KUBE-SVC-",
     NAT_NODEPORTS: "KUBE-EXT-",
     FILTER_SERVICES: "KUBE-SVC-",
@@ -49,57 +49,57 @@ SHARD_STEMS = {
     FILTER_NODEPORTS: "KUBE-SVL-",
     FILTER_PROXY_FIREWALL: "KUBE-FW-",
 }
-"""How the names of the chains begin that a dispatch chain is split into: `KUBE-SVC-10.96.16.0/20`.
+"""Name prefixes of the shards of each dispatch chain. A shard is named, for example, `KUBE-SVC-10.96.16.0/20`.
 
-kube-proxy deletes chains of table nat that begin like this and that it does not use. That matters when it takes over:
-as long as a chain that it leaves alone jumps to a Service's, it could not delete that Service's.
+With these prefixes, kube-proxy can take over from kproxy: it deletes unused chains in table nat that have one of them.
+A shard that kube-proxy did not recognize would still jump to a per-Service chain, which could then not be deleted.
 """
-_MOST_BITS = 128
-"""Of a destination: those of an IPv6 address."""
+_MAX_ADDRESS_BITS = 128
 _SHARD = re.compile(
     r"KUBE-(?:SVC|EXT|SVL|FW)-"
-    r"(?:(?:\d+\.){3}\d+/(?P<four>\d+)|[A-Z2-7]{15}/(?P<six>\d+)|(?:tcp|udp|sctp)-(?P<low>\d+)-(?P<high>\d+))"
+    r"(?:(?:\d+\.){3}\d+/(?P<ipv4_prefix>\d+)|[A-Z2-7]{15}/(?P<ipv6_prefix>\d+)|(?:tcp|udp|sctp)-(?P<low>\d+)-(?P<high>\d+))"
 )
 
 
-def network_label(network: str) -> str:
-    """Return what the name of a shard ends with: its `address/length`, the address as a hash if that is of IPv6."""
+def network_shard_suffix(network: str) -> str:
+    """Return the suffix in the name of a shard for a network: `address/length`, with a hash for an IPv6 address."""
     address, _, length = network.partition("/")
     return f"{b32encode(sha256(address.encode()).digest()).decode()[:15]}/{length}" if ":" in address else network
 
 
-def ports_label(protocol: str, low: int, high: int) -> str:
-    """Return what the name of a shard ends with that is for a range of the node's ports."""
+def port_shard_suffix(protocol: str, low: int, high: int) -> str:
+    """Return the suffix in the name of a shard for a range of NodePorts."""
     return f"{protocol}-{low}-{high}"
 
 
 def is_shard(chain: ChainName) -> bool:
-    """Return whether a chain is one that a dispatch chain is split into."""
+    """Return whether a chain is a shard of a dispatch chain."""
     return _shard_depth(chain) is not None
 
 
 def _shard_depth(chain: ChainName) -> int | None:
-    """Return how many bits of the destination are the same in all of a shard, None if the chain is no shard."""
-    found = _SHARD.fullmatch(chain.name) if chain.table in ("nat", "filter") else None
-    if found is None:
+    """Return the prefix length of a shard's destinations in bits, None if the chain is not a shard."""
+    match = _SHARD.fullmatch(chain.name) if chain.table in ("nat", "filter") else None
+    if match is None:
         return None
-    if found["low"]:
-        return 16 - (int(found["high"]) - int(found["low"])).bit_length()
-    return int(found["four"] or found["six"])
+    if match["low"]:
+        return 16 - (int(match["high"]) - int(match["low"])).bit_length()
+    return int(match["ipv4_prefix"] or match["ipv6_prefix"])
 
 
-def port_hash(port_name: str, protocol: str, socket: str = "") -> str:
-    """Return the 16 characters that end the name of a service port's or (with its `ip:port`) endpoint's chain.
+def port_hash(port_name: str, protocol: str, endpoint: str = "") -> str:
+    """Return the 16-character suffix in the names of a service port's chains, or of the chain of one `endpoint`.
 
-    `port_name` is `namespace/name:port`; base32 of SHA-256, so that names fit the 28 characters of a chain name.
+    `port_name` is `namespace/name:port`, `endpoint` is `IP:port`. The suffix is the start of the SHA-256 in base32:
+    a chain name has at most 28 characters.
     """
-    digest = sha256(f"{port_name}{protocol.lower()}{socket}".encode()).digest()
+    digest = sha256(f"{port_name}{protocol.lower()}{endpoint}".encode()).digest()
     return b32encode(digest[:10]).decode()
 
 
 def deletion_order(chain: ChainName) -> int:
-    """Return a sort key that puts shards and chains of service ports before those that they jump to."""
+    """Return a sort key that orders shards and per-Service chains before the chains that they jump to."""
     depth = _shard_depth(chain)
     if depth is not None:
-        return depth - _MOST_BITS - 1
+        return depth - _MAX_ADDRESS_BITS - 1
     return next((rank for rank, prefix in enumerate(PORT_CHAIN_PREFIXES) if chain.name.startswith(prefix)), 0)

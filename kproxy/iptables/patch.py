@@ -1,4 +1,4 @@
-"""Changing single rules of a long chain instead of writing it anew. Pure."""
+"""Patch a long chain: change single rules instead of rewriting the chain. Pure."""
 
 from __future__ import annotations
 
@@ -6,74 +6,74 @@ from collections.abc import Sequence
 
 from msgspec import Struct
 
-WORTHWHILE_RULES = 4
-"""Chains of fewer rules are always written anew: there is nothing to save."""
-WORTHWHILE_SHARE = 3
-"""A patch must have at most this part of the commands that writing a chain anew takes.
+MIN_PATCHABLE_RULES = 4
+"""Chains with fewer rules are always rewritten: a patch would not be cheaper."""
+RULES_PER_COMMAND = 3
+"""A patch may have at most one command for this many rules of the new chain.
 
-Each costs more than a rule that is written, as the rules that are there have to be read: half the commands took as
-long as writing all rules.
+A command costs more than a written rule, because iptables-nft reads the existing rules first. In measurements, a patch
+with half as many commands as the chain has rules took as long as rewriting the chain.
 """
-READ_PER_WRITTEN = 8
-"""How many rules iptables-nft reads in the time in which it writes one."""
+READS_PER_WRITE = 8
+"""How many rules iptables-nft reads in the time that it needs to write one."""
 
 
 class ChainPatch(Struct, frozen=True):
-    """How a chain gets the rules that are wanted (one per line of `rules`) by `commands` about single rules.
+    """Commands that change single rules of a chain so that its rules become `rules` (one per line).
 
-    These go by a rule's number in the chain, so they may only be given while it has `length` rules: that is how many
-    are known, and with any other number somebody else was there. Then all of it must be written. So it must if the
-    chain has not the `new_length` afterwards: then somebody else was there at the same moment.
+    The commands refer to rules by number, so they are valid only while the chain has `old_length` rules. With any
+    other number, another process has changed the chain, and the whole chain must be rewritten. The same applies if
+    the chain does not have `new_length` rules afterwards: another process has changed it at the same time.
     """
 
     commands: tuple[str, ...]
-    length: int
+    old_length: int
     rules: str
 
     @property
     def new_length(self) -> int:
-        """How many rules the chain has afterwards."""
+        """Number of rules in the chain after the patch."""
         return self.rules.count("\n") + 1
 
     @property
-    def weight(self) -> int:
-        """How many written rules it is worth: all that the chain has must be read."""
-        return len(self.commands) + self.length // READ_PER_WRITTEN
+    def cost(self) -> int:
+        """Time to apply the patch, in units of one written rule. It includes reading all existing rules."""
+        return len(self.commands) + self.old_length // READS_PER_WRITE
 
 
-def patch(chain: str, held: Sequence[int], rules: str) -> ChainPatch | None:
-    """Return how a chain whose rules are `held` as digests gets `rules`; None if writing it anew is as cheap.
+def make_patch(chain: str, existing: Sequence[int], rules: str) -> ChainPatch | None:
+    """Return the patch from the `existing` rules (as digests) to `rules`, None if rewriting the chain is as cheap.
 
-    What both begin with stays, and after that rules come or go, so that the end keeps its distance from the last rule:
-    a rule that picks one of the endpoints has a probability that depends on how many come after it.
+    Rules are inserted or deleted after the common prefix of both. This preserves the distance of later rules from the
+    end of the chain: the probability in a rule that picks an endpoint depends on how many rules follow it.
     """
-    wanted = rules.split("\n")
-    if len(wanted) < WORTHWHILE_RULES:
+    desired = rules.split("\n")
+    if len(desired) < MIN_PATCHABLE_RULES:
         return None
-    digests = [hash(rule) for rule in wanted]
-    head = _common(held, digests)
-    grown = len(digests) - len(held)
-    bodies = [rule.removeprefix(f"-A {chain} ") for rule in wanted]
-    if grown < 0:
-        # Each moves up those after it.
-        commands = [f"-D {chain} {head + 1}"] * -grown
-        kept = [*held[:head], *held[head - grown :]]
+    digests = [hash(rule) for rule in desired]
+    prefix = _common_prefix(existing, digests)
+    added = len(digests) - len(existing)
+    bodies = [rule.removeprefix(f"-A {chain} ") for rule in desired]
+    if added < 0:
+        # Each deletion moves the rules after it up by one.
+        commands = [f"-D {chain} {prefix + 1}"] * -added
+        remaining = [*existing[:prefix], *existing[prefix - added :]]
     else:
-        # All before the same old rule, whose number grows. The kernel knows no other place in a change than a rule
-        # that was there before it, so these come before that may be replaced.
-        commands = [f"-I {chain} {place + 1} {bodies[place]}" for place in range(head, head + grown)]
-        kept = [*digests[: head + grown], *held[head:]]
+        # Insert all before the same existing rule, whose number grows. Within a transaction, the kernel knows only
+        # rules from before the transaction as positions. So insertions precede replacements of these rules.
+        commands = [f"-I {chain} {index + 1} {bodies[index]}" for index in range(prefix, prefix + added)]
+        remaining = [*digests[: prefix + added], *existing[prefix:]]
     commands += [
-        f"-R {chain} {place + 1} {bodies[place]}"
-        for place, (old, new) in enumerate(zip(kept, digests, strict=True))
+        f"-R {chain} {index + 1} {bodies[index]}"
+        for index, (old, new) in enumerate(zip(remaining, digests, strict=True))
         if old != new
     ]
-    if len(commands) * WORTHWHILE_SHARE > len(wanted):
+    if len(commands) * RULES_PER_COMMAND > len(desired):
         return None
-    return ChainPatch(tuple(commands), len(held), rules)
+    return ChainPatch(tuple(commands), len(existing), rules)
 
 
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Return with how many equal values both begin."""
+def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return the length of the common prefix."""
     pairs = enumerate(zip(one, other, strict=False))
-    return next((place for place, (left, right) in pairs if left != right), min(len(one), len(other)))
+    return next((index for index, (left, right) in pairs if left != right), min(len(one), len(other)))

@@ -1,4 +1,4 @@
-"""Talking to the kernel through `iptables-restore` and `iptables-save`."""
+"""Run `iptables-restore`, `iptables-save` and `iptables`, and translate their errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from kproxy.host.commands import (
-    START_SECONDS,
+    PROBE_TIMEOUT_SECONDS,
     CommandError,
     CommandRunner,
     CompletedCommand,
@@ -23,36 +23,48 @@ from kproxy.host.commands import (
     run,
 )
 from kproxy.host.netlink import retry_interrupted
-from kproxy.host.nf_tables import count_rules, nat_refused
+from kproxy.host.nf_tables import count_rules, nat_unsupported_reason
 from kproxy.iptables.names import ChainName
 from kproxy.iptables.save_restore import TABLES, incompatible_line, parse_rules, parse_save
 from kproxy.model.types import Family
 
 LOCK_WAIT_SECONDS = 5
-"""How long one attempt waits for the xtables lock, which iptables-legacy takes for every change."""
+"""How long a command waits for the xtables lock. iptables-legacy takes it for every change."""
 HANG_SECONDS = 900
-"""How long an iptables program may take for one transaction or question; the longest honest run known took 150 s."""
-_NO = 1
-"""The exit status that says no: there is no such chain or rule, or a chain of that name is there already."""
-_NOT_UNDERSTOOD = 2
-"""The exit status for a rule that cannot be, such as one that jumps to a chain that is not there."""
-_UNREADABLE = 3
-"""The exit status of iptables-nft at a rule that nft made and iptables has no words for; what came before is printed.
+"""Time limit for one iptables command or transaction; the longest known successful run took 150 s."""
+UNREADABLE_RULE = "# a rule that iptables cannot print"
+"""Stands for the rules of a chain that iptables cannot print. It is not equal to any rule."""
+# Exit statuses of iptables (enum xtables_exittype in xtables.h).
+_OTHER_PROBLEM = 1
+"""The chain or rule does not exist, or a chain to be created exists already."""
+_PARAMETER_PROBLEM = 2
+"""The rule is invalid: for example, it jumps to a chain that does not exist."""
+_VERSION_PROBLEM = 3
+"""iptables-nft found a rule, written by nft, that it cannot print. It has printed the rules before it.
 
-Of some such rules it says for the whole chain, or table, that it is incompatible.
+Some of these rules make iptables-nft report the whole chain or table as incompatible.
 """
+_RESOURCE_PROBLEM = 4
+"""Another process held the lock of iptables-legacy for the whole waiting time."""
+_MAX_SINGLE_RULE_READS = 1000
+"""Maximum number of rules of a chain to read one by one; each takes 3 ms."""
+_READ_AHEAD = (1 << 20) + (1 << 16)
+"""Upper bound for the input, in characters, that a program has not processed yet: a full pipe and one read.
 
-
-HIDDEN = "# a rule that only nft can show"
-"""What a look at a chain ends with when it ended early: no rule of ours is like it."""
-_MOST_RULES_APART = 1000
-"""How many rules of a chain are asked for one by one at most: each takes 3 ms."""
+A pipe holds 64 KiB, or 1 MiB with large pages (pipe(7)).
+"""
+_LINE_NUMBER = re.compile(r"line:? (\d+)")
+_LEGACY_TABLE_FILES = {
+    Family.IPV4: Path("/proc/thread-self/net/ip_tables_names"),
+    Family.IPV6: Path("/proc/thread-self/net/ip6_tables_names"),
+}
+"""The files that list the iptables-legacy tables of this network namespace."""
 
 
 class RestoreError(Exception):
-    """The kernel did not accept a change of a table: nothing of it is in force, nor of the tables after it.
+    """The kernel rejected the transaction of a table. Neither it nor the transactions after it were applied.
 
-    `line` is the offending line of the input where iptables could tell, else "".
+    `line` is the rejected line of the input, "" if iptables did not report it.
     """
 
     def __init__(self, message: str, *, line: str = "") -> None:
@@ -61,19 +73,19 @@ class RestoreError(Exception):
 
 
 class IptablesVersion(Struct, frozen=True):
-    """What `iptables --version` says: its version, and whether it speaks to nf_tables or to x_tables."""
+    """The version of iptables, and whether it uses nf_tables (`nft`) or x_tables."""
 
     number: tuple[int, ...]
     nft: bool
 
     @property
     def random_fully(self) -> bool:
-        """Whether MASQUERADE knows `--random-fully` (since 1.6.2)."""
+        """Whether MASQUERADE supports `--random-fully` (since 1.6.2)."""
         return self.number >= (1, 6, 2)
 
     @property
-    def finds_single_rules(self) -> bool:
-        """Whether to edit a chain it reads that chain alone (iptables-nft since 1.8.5): others read whole tables."""
+    def supports_patching(self) -> bool:
+        """Whether single rules can be changed quickly: iptables-nft since 1.8.5 reads only their chain for this."""
         return self.nft and self.number >= (1, 8, 5)
 
     def __str__(self) -> str:
@@ -82,117 +94,124 @@ class IptablesVersion(Struct, frozen=True):
 
 
 def parse_version(text: str) -> IptablesVersion:
-    """Read `iptables v1.8.9 (nf_tables)`. Before 1.8 there was no nf_tables and no mention of it."""
-    found = re.search(r"v(\d+(?:\.\d+)*)", text)
-    if found is None:
-        raise CommandError(f"cannot tell the version of iptables from {first_line(text)!r}")
-    return IptablesVersion(tuple(int(part) for part in found[1].split(".")), nft="nf_tables" in text)
+    """Parse the output of `iptables --version`, such as `iptables v1.8.9 (nf_tables)`. Raises `CommandError`.
+
+    Versions before 1.8 do not support nf_tables and print only their number.
+    """
+    match = re.search(r"v(\d+(?:\.\d+)*)", text)
+    if match is None:
+        raise CommandError(f"cannot parse the iptables version {first_line(text)!r}")
+    return IptablesVersion(tuple(int(part) for part in match[1].split(".")), nft="nf_tables" in text)
 
 
-def program_of(family: Family) -> str:
-    """Return the name of a family's iptables, which is also what those of `-save` and `-restore` begin with."""
+def program_name(family: Family) -> str:
+    """Return the name of a family's iptables program; the names of its save and restore programs start with it."""
     return "ip6tables" if family is Family.IPV6 else "iptables"
 
 
 class IptablesRunner:
-    """The iptables programs of one family, as found in PATH."""
+    """Runs the iptables programs of one family, which it finds in PATH."""
 
     def __init__(self, family: Family) -> None:
         self._family = family
-        self._prefix = program_of(family)
-        self._programs = CommandRunner()
+        self._program = program_name(family)
+        self._commands = CommandRunner()
         self._version: IptablesVersion | None = None
 
     def stop(self) -> None:
-        """End what is under way, from another thread, and do nothing any more.
+        """Kill the running program and do not start others. Call it from another thread.
 
-        A transaction is in force as a whole or not at all; and once this returns it does not come into force later,
-        when a successor may already have looked at the kernel.
+        A transaction is applied completely or not at all. After this call returns, the kernel no longer applies
+        it, so a successor can read the final state.
         """
-        self._programs.stop()
+        self._commands.stop()
 
     def version(self) -> IptablesVersion:
-        """Return the version of the installed iptables, which is asked for once. Raises `CommandError`."""
+        """Return the version of the installed iptables, which is read only once. Raises `CommandError`."""
         if self._version is None:
-            self._version = self._ask_version()
+            self._version = self._read_version()
         return self._version
 
-    def _ask_version(self) -> IptablesVersion:
-        done = self._programs.run([self._prefix, "--version"], timeout=START_SECONDS)
+    def _read_version(self) -> IptablesVersion:
+        done = self._commands.run([self._program, "--version"], timeout=PROBE_TIMEOUT_SECONDS)
         if done.code:
             error = InconclusiveError if done.code < 0 else CommandError
-            raise error(f"{self._prefix} --version failed: {done.complaint}")
+            raise error(f"{self._program} --version failed: {done.error_message}")
         return parse_version(done.stdout)
 
     @contextmanager
     def save(self) -> Iterator[Iterator[str]]:
-        """Return the rules of all tables as lines of text for `read_save`, read as they come. Raises `CommandError`.
+        """Yield the rules of all tables as lines for `parse_save`, while iptables prints them. Raises `CommandError`.
 
-        One rule that iptables-nft cannot print ends its dump. Then it is asked for each table, so that one that it
-        cannot print does not hide the others; not at once, for that takes it as long each time as all tables do.
+        iptables-nft stops at a rule that it cannot print. Then each table is read separately, so that such a rule in
+        one table does not hide the others. This is not done from the start, because iptables-nft needs as much time
+        for one table as for all.
         """
         with closing(self._dump()) as lines:
             yield lines
 
     def _dump(self) -> Generator[str, None, None]:
-        if (yield from self._try([f"{self._prefix}-save"])):
+        if (yield from self._read_lines([f"{self._program}-save"])):
             for table in TABLES:
-                if complaint := (yield from self._try([f"{self._prefix}-save", "-t", table])):
-                    yield incompatible_line(table, complaint)
+                if error := (yield from self._read_lines([f"{self._program}-save", "-t", table])):
+                    yield incompatible_line(table, error)
 
-    def _try(self, argv: Sequence[str]) -> Generator[str, None, str]:
-        """Yield what a program prints and return why it failed, or "". Raises `CommandError` if it never ran.
+    def _read_lines(self, argv: Sequence[str]) -> Generator[str, None, str]:
+        """Yield the lines that iptables-nft prints; return the reason if it failed after its start, else "".
 
-        iptables-legacy fails for other reasons than a single rule, so then that is raised, too.
+        Raises `CommandError` if the program did not start, and for any failure of iptables-legacy, which does not fail
+        because of single rules.
         """
         nft = self.version().nft
-        began = False
+        started = False
         try:
-            with self._programs.reading(argv, timeout=HANG_SECONDS) as lines:
-                began = True
+            with self._commands.stream_output(argv, timeout=HANG_SECONDS) as lines:
+                started = True
                 yield from lines
         except CommandError as error:
-            if not (nft and began):
+            if not (nft and started):
                 raise
             return str(error)
         return ""
 
     def restore(self, text: str) -> None:
-        """Make the changes that `text` holds, one transaction per table. Raises `RestoreError`.
+        """Apply an `iptables-restore --noflush` input, one transaction per table. Raises `RestoreError`.
 
-        Chains that `text` does not name are left alone.
+        Chains that are not named in `text` are not changed.
         """
         self.restore_each([text])
 
     def restore_each(self, texts: Iterable[str]) -> None:
-        """Make changes as `restore` does, one after the other, while the next texts are being made.
+        """Apply several inputs in order, as `restore` does; stop at the first one that is rejected.
 
-        After one that is not accepted, no more are made. One program makes them all: it carries a table's changes out
-        as soon as it has read them, and starting one for each text takes a tenth of the time.
+        A single process applies them all: it applies the changes of a table as soon as it has read them, while later
+        texts are generated. One process per text would take ten times as long.
         """
-        argv = [f"{self._prefix}-restore", "--noflush", "-w", str(LOCK_WAIT_SECONDS)]
+        argv = [f"{self._program}-restore", "--noflush", "-w", str(LOCK_WAIT_SECONDS)]
         remaining = iter(texts)
         first = next(remaining, None)
         if first is None:
             return
         recent = RecentInput()
-        done = self._programs.feed(argv, recent.of(itertools.chain([first], remaining)), timeout=HANG_SECONDS)
+        done = self._commands.stream_input(
+            argv, recent.record(itertools.chain([first], remaining)), timeout=HANG_SECONDS
+        )
         if done.code:
-            raise restore_error(argv[0], done.code, done.stderr, recent.line)
+            raise make_restore_error(argv[0], done.code, done.stderr, recent.line)
 
-    def has(self, chain: ChainName, rule: str) -> bool | None:
-        """Return whether a chain has a rule, given without `-A CHAIN`.
+    def has_rule(self, chain: ChainName, rule: str) -> bool | None:
+        """Return whether a chain has a rule, which is given without `-A CHAIN`. Raises `CommandError`.
 
-        None says that it cannot be told: rules that iptables cannot read are in the way. Raises `CommandError`.
+        The result is None if it is unknown because the chain has rules that iptables cannot read.
         """
-        code = self._command(chain, "-C", rule, also=(_NO, _NOT_UNDERSTOOD, _UNREADABLE)).code
-        return self._finds(chain, f"-A {chain.name} {rule}") if code == _UNREADABLE else code == 0
+        code = self._run(chain, "-C", rule, accepted=(_OTHER_PROBLEM, _PARAMETER_PROBLEM, _VERSION_PROBLEM)).code
+        return self._search_rule_by_rule(chain, f"-A {chain.name} {rule}") if code == _VERSION_PROBLEM else code == 0
 
-    def _finds(self, chain: ChainName, rule: str) -> bool | None:
-        """Return whether a chain has a rule, asking for one rule at a time to get past those that cannot be read."""
-        for number in range(1, _MOST_RULES_APART + 1):
-            done = self._command(chain, "-S", str(number), also=(_NO, _UNREADABLE))
-            if done.code == _NO:
+    def _search_rule_by_rule(self, chain: ChainName, rule: str) -> bool | None:
+        """Return whether a chain has a rule; read the rules one by one to skip those that iptables cannot read."""
+        for number in range(1, _MAX_SINGLE_RULE_READS + 1):
+            done = self._run(chain, "-S", str(number), accepted=(_OTHER_PROBLEM, _VERSION_PROBLEM))
+            if done.code == _OTHER_PROBLEM:
                 return None
             listed = parse_rules(done.stdout)
             if rule in listed:
@@ -201,141 +220,130 @@ class IptablesRunner:
                 return False
         return None
 
-    def look(self, chains: Iterable[ChainName]) -> dict[ChainName, list[str]]:
-        """Return the rules of some chains in the spelling of `read_save`, without chains that do not exist.
+    def list_rules(self, chains: Iterable[ChainName]) -> dict[ChainName, list[str]]:
+        """Return the rules of the existing chains among `chains`, normalized as in `parse_save`.
 
-        A rule that iptables cannot read hides those after it, for which `HIDDEN` stands, or the whole chain.
-        Raises `CommandError`.
+        A rule that iptables cannot read hides the rules after it, or the whole chain. `UNREADABLE_RULE` then ends the
+        list. Raises `CommandError`.
         """
         if self.version().nft:
-            return {chain: rules for chain in chains if (rules := self._list(chain)) is not None}
+            return {chain: rules for chain in chains if (rules := self._list_chain(chain)) is not None}
         found: dict[ChainName, list[str]] = {}
         names: dict[str, list[str]] = {}
         for chain in chains:
             names.setdefault(chain.table, []).append(chain.name)
-        for table, wanted in names.items():
-            # Whatever iptables-legacy is asked, it fetches a whole table: one look at each serves for all chains.
-            needed = ("*", *(f":{name} " for name in wanted), *(f"-A {name} " for name in wanted))
-            with self._programs.reading([f"{self._prefix}-save", "-t", table], timeout=HANG_SECONDS) as lines:
-                saved = parse_save(line for line in lines if line.startswith(needed))
-            found |= {chain: content.rules for chain, content in saved.items()}
+        for table, selected in names.items():
+            # iptables-legacy always reads a whole table: read it once for all chains.
+            prefixes = ("*", *(f":{name} " for name in selected), *(f"-A {name} " for name in selected))
+            with self._commands.stream_output([f"{self._program}-save", "-t", table], timeout=HANG_SECONDS) as lines:
+                saved = parse_save(line for line in lines if line.startswith(prefixes))
+            found |= {chain: content.rules for chain, content in saved.chains.items()}
         return found
 
-    def _list(self, chain: ChainName) -> list[str] | None:
-        done = self._command(chain, "-S", also=(_NO, _UNREADABLE))
-        if done.code == _NO:
+    def _list_chain(self, chain: ChainName) -> list[str] | None:
+        done = self._run(chain, "-S", accepted=(_OTHER_PROBLEM, _VERSION_PROBLEM))
+        if done.code == _OTHER_PROBLEM:
             return None
-        return parse_rules(done.stdout) + [HIDDEN] * (done.code == _UNREADABLE)
+        return parse_rules(done.stdout) + [UNREADABLE_RULE] * (done.code == _VERSION_PROBLEM)
 
-    def lengths(self, chains: Collection[ChainName]) -> dict[ChainName, int]:
-        """Return how many rules each chain has, 0 without it; nothing where that cannot be told. For iptables-nft."""
-        found: dict[ChainName, int] = {}
+    def count_rules(self, chains: Collection[ChainName]) -> dict[ChainName, int]:
+        """Return the number of rules in each chain, 0 if it does not exist. Only for iptables-nft.
+
+        Chains whose rules cannot be counted are missing.
+        """
+        counts: dict[ChainName, int] = {}
         for chain in chains:
             with suppress(OSError):
-                found[chain] = retry_interrupted(partial(count_rules, self._family, chain.table, chain.name))
-        return found
+                counts[chain] = retry_interrupted(partial(count_rules, self._family, chain.table, chain.name))
+        return counts
 
-    def create(self, chain: ChainName) -> None:
-        """Create a chain unless it exists; its rules stay. Raises `CommandError`."""
-        self._command(chain, "-N", also=(_NO,))
+    def create_chain(self, chain: ChainName) -> None:
+        """Create a chain if it does not exist; existing rules are kept. Raises `CommandError`."""
+        self._run(chain, "-N", accepted=(_OTHER_PROBLEM,))
 
-    def _command(self, chain: ChainName, command: str, rule: str = "", *, also: Container[int]) -> CompletedCommand:
-        """Run a command that ends with status 0, or one of those `also`: any other is a failure, and no answer."""
-        argv = [self._prefix, "-w", str(LOCK_WAIT_SECONDS), "-t", chain.table, command, chain.name, *shlex.split(rule)]
-        done = self._programs.run(argv, timeout=HANG_SECONDS)
-        if done.code and done.code not in also:
-            raise CommandError(f"{self._prefix} failed with status {done.code}: {first_line(done.stderr)}")
+    def _run(self, chain: ChainName, command: str, rule: str = "", *, accepted: Container[int]) -> CompletedCommand:
+        """Run an iptables command. Raises `CommandError` unless its exit status is 0 or `accepted`."""
+        argv = [self._program, "-w", str(LOCK_WAIT_SECONDS), "-t", chain.table, command, chain.name, *shlex.split(rule)]
+        done = self._commands.run(argv, timeout=HANG_SECONDS)
+        if done.code and done.code not in accepted:
+            raise CommandError(f"{self._program} failed with status {done.code}: {first_line(done.stderr)}")
         return done
 
 
-_AHEAD = (1 << 20) + (1 << 16)
-"""More than a pipe holds (64 KiB, or 1 MiB where pages are large, pipe(7)) and a program reads at once.
-
-What came so far before the end of its input, it has done with.
-"""
-
-
 class RecentInput:
-    """The end of a long input: what a program may not have read yet, so that its complaints can be looked up."""
+    """The end of a long input, which a program may not have read yet: finds the line that an error message names."""
 
     def __init__(self) -> None:
-        self._kept: deque[str] = deque()
+        self._texts: deque[str] = deque()
         self._size = 0
         self._dropped_lines = 0
 
-    def of(self, texts: Iterable[str]) -> Iterator[str]:
-        """Hand on texts, whole lines each, and remember them."""
+    def record(self, texts: Iterable[str]) -> Iterator[str]:
+        """Yield texts, each of complete lines, and remember the last ones."""
         for text in texts:
-            while self._kept and self._size - len(self._kept[0]) > _AHEAD:
-                self._size -= len(self._kept[0])
-                self._dropped_lines += self._kept.popleft().count("\n")
-            self._kept.append(text)
+            while self._texts and self._size - len(self._texts[0]) > _READ_AHEAD:
+                self._size -= len(self._texts[0])
+                self._dropped_lines += self._texts.popleft().count("\n")
+            self._texts.append(text)
             self._size += len(text)
             yield text
 
     def line(self, number: int) -> str:
-        """Return a line by its number, from 1, "" if it is not remembered."""
-        lines = "".join(self._kept).splitlines()
-        place = number - 1 - self._dropped_lines
-        return lines[place] if 0 <= place < len(lines) else ""
+        """Return a line by its number, counted from 1; "" if it is not remembered."""
+        lines = "".join(self._texts).splitlines()
+        index = number - 1 - self._dropped_lines
+        return lines[index] if 0 <= index < len(lines) else ""
 
 
-_LINE = re.compile(r"line:? (\d+)")
+def make_restore_error(program: str, code: int, stderr: str, line_at: Callable[[int], str]) -> RestoreError:
+    """Return the error for a failed restore, with the reason and the rejected line.
 
-
-def restore_error(program: str, code: int, stderr: str, line_of: Callable[[int], str]) -> RestoreError:
-    """Return what a failed restore means: why, and at which line of its input; `line_of` looks one up by number."""
-    said = [line.strip() for line in stderr.splitlines()]
-    said = [line for line in said if line and not line.startswith(("Try `", "# "))]
-    found = _LINE.search(stderr)
-    line = line_of(int(found[1])) if found is not None else ""
-    if line == "COMMIT":  # where the kernel was asked, and not what it refused
+    `line_at` returns a line of the input by its number.
+    """
+    messages = [line.strip() for line in stderr.splitlines()]
+    messages = [line for line in messages if line and not line.startswith(("Try `", "# "))]
+    match = _LINE_NUMBER.search(stderr)
+    line = line_at(int(match[1])) if match is not None else ""
+    if line == "COMMIT":  # the kernel rejected the table, but not because of this line
         line = ""
-    # The nf_tables variant puts its name on a line of its own before the reason.
-    reason = next((each for each in said if not each.endswith("):")), first_line(stderr))
-    where = f" at {line!r}" if line else ""
-    return RestoreError(f"{program} failed with status {code}: {reason}{where}", line=line)
-
-
-_LEGACY_NAMES = {
-    Family.IPV4: Path("/proc/thread-self/net/ip_tables_names"),
-    Family.IPV6: Path("/proc/thread-self/net/ip6_tables_names"),
-}
-"""What legacy tables exist in this network namespace."""
-_LOCKED = 4
-"""The exit status of iptables-legacy when somebody else holds its lock for all of the time it may wait."""
+    # iptables-nft prints its name on a separate line before the reason.
+    reason = next((message for message in messages if not message.endswith("):")), first_line(stderr))
+    position = f" at {line!r}" if line else ""
+    return RestoreError(f"{program} failed with status {code}: {reason}{position}", line=line)
 
 
 def check_tables(family: Family, version: IptablesVersion) -> None:
-    """Raise `CommandError` if the kernel lacks a table that Services need, `InconclusiveError` if that cannot be told.
+    """Raise `CommandError` if the kernel lacks a required table, `InconclusiveError` if that cannot be determined.
 
-    iptables-legacy is asked, in one run of a program, for those tables that do not exist yet; that creates them, as the
-    first sync would. iptables-nft asks the kernel only when it has something to write, so the kernel is asked directly.
+    iptables-legacy opens the tables that do not exist yet, all in one process. This creates them, as the first sync
+    would. iptables-nft would contact the kernel only to write something, so the kernel is checked over netlink.
     """
-    reason = _refused_by_nft(family) if version.nft else _refused_by_legacy(family, f"{program_of(family)}-restore")
+    reason = _nft_problem(family) if version.nft else _legacy_problem(family, f"{program_name(family)}-restore")
     if reason:
         raise CommandError(f"the kernel lacks one of the tables {', '.join(TABLES)}: {reason}")
 
 
-def _refused_by_nft(family: Family) -> str:
+def _nft_problem(family: Family) -> str:
     try:
-        return nat_refused(family)
+        return nat_unsupported_reason(family)
     except OSError as error:
-        raise InconclusiveError(f"cannot ask the kernel for its tables of {family.value}: {error.strerror}") from None
+        raise InconclusiveError(f"cannot check the kernel's {family.value} tables: {error.strerror}") from None
 
 
-def _refused_by_legacy(family: Family, program: str) -> str:
-    existing = _names(_LEGACY_NAMES[family])
+def _legacy_problem(family: Family, program: str) -> str:
+    existing = _legacy_tables(_LEGACY_TABLE_FILES[family])
     text = "".join(f"*{table}\nCOMMIT\n" for table in TABLES if table not in existing)
     if not text:
         return ""
-    done = run([program, "--test", "--noflush", "-w", str(LOCK_WAIT_SECONDS)], text, timeout=START_SECONDS)
+    done = run([program, "--test", "--noflush", "-w", str(LOCK_WAIT_SECONDS)], text, timeout=PROBE_TIMEOUT_SECONDS)
     if done.code < 0:
-        raise InconclusiveError(f"{program}: {done.complaint}")
-    return str(restore_error(program, done.code, done.stderr, lambda _: "")) if done.code not in {0, _LOCKED} else ""
+        raise InconclusiveError(f"{program}: {done.error_message}")
+    if done.code in {0, _RESOURCE_PROBLEM}:
+        return ""
+    return str(make_restore_error(program, done.code, done.stderr, lambda _: ""))
 
 
-def _names(path: Path) -> list[str]:
+def _legacy_tables(path: Path) -> list[str]:
     try:
         return path.read_text().split()
     except OSError:

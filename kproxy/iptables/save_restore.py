@@ -1,4 +1,4 @@
-"""The two texts of iptables: what `iptables-restore` reads and what `iptables-save` prints. Pure."""
+"""Write `iptables-restore` input and parse `iptables-save` output. Pure."""
 
 from __future__ import annotations
 
@@ -12,34 +12,38 @@ from kproxy.iptables.names import ChainName
 from kproxy.iptables.patch import ChainPatch
 
 TABLES = ("mangle", "nat", "filter")
-"""The tables that we write, in the order we write them: destinations before verdicts."""
+"""The tables that kproxy writes, in the order of writing: DNAT rules precede verdicts."""
+_INCOMPATIBLE = re.compile(r"# Table [`'](\w+)' is incompatible(?:: (.+))?")
+_COUNTERS = re.compile(r"^\[\d+:\d+\] ")
+_PROBABILITY = re.compile(r"(?<=--probability )\d\.\d+")
 
 
 class RestoreInput(Struct):
-    """One atomic change per table, in the making.
+    """A change that `iptables-restore --noflush` applies as one transaction per table.
 
-    `chains` are created or, if they exist, emptied, and filled with their rules (one per line). `edits` are
-    single rule commands such as `-I INPUT 1 ...`. `patches` edit chains that have as many rules as they say.
-    `deleted` chains must be referenced by nothing that remains. `may_fail` marks a change that nothing depends on.
+    `chains` are created, or flushed if they exist, and filled with their rules (one per line). `patches` change chains
+    that have the expected number of rules. `edits` are single rule commands, such as `-I INPUT 1 ...`, each with its
+    table. `deleted` chains must not be referenced by any remaining rule. A `best_effort` change may fail: nothing
+    depends on it.
     """
 
     chains: dict[ChainName, str] = field(default_factory=dict)
     patches: dict[ChainName, ChainPatch] = field(default_factory=dict)
     edits: list[tuple[str, str]] = field(default_factory=list)
     deleted: list[ChainName] = field(default_factory=list)
-    may_fail: bool = False
+    best_effort: bool = False
 
     def __bool__(self) -> bool:
         return bool(self.chains or self.patches or self.edits or self.deleted)
 
     @property
-    def rules(self) -> int:
-        """How many rules and deletions this change makes, or what takes iptables-nft as long."""
-        patched = sum(patch.weight for patch in self.patches.values())
+    def cost(self) -> int:
+        """Time for iptables-nft to apply the change, in units of one written rule or one deletion."""
+        patched = sum(patch.cost for patch in self.patches.values())
         return count_rules(self.chains.values()) + patched + len(self.edits) + len(self.deleted)
 
     def rules_by_table(self) -> Counter[str]:
-        """Return how many rules are written into chains of ours, for each table."""
+        """Return the number of rules that the change writes into KUBE- chains of each table."""
         written = Counter(table for table, command in self.edits if command.startswith("-I KUBE-"))
         for chain, rules in self.chains.items():
             written[chain.table] += count_rules([rules])
@@ -47,13 +51,13 @@ class RestoreInput(Struct):
             written[chain.table] += sum(not command.startswith("-D") for command in patch.commands)
         return written
 
-    def settled(self, lengths: Mapping[ChainName, int]) -> RestoreInput:
-        """Return this change for a kernel in which chains have so many rules: where a patch fits, it stays."""
-        fits = {chain: patch for chain, patch in self.patches.items() if lengths.get(chain) == patch.length}
+    def with_applicable_patches(self, rule_counts: Mapping[ChainName, int]) -> RestoreInput:
+        """Return the change with only the patches that fit the kernel's `rule_counts`; other chains are rewritten."""
+        fits = {chain: patch for chain, patch in self.patches.items() if rule_counts.get(chain) == patch.old_length}
         if len(fits) == len(self.patches):
             return self
-        anew = {chain: patch.rules for chain, patch in self.patches.items() if chain not in fits}
-        return RestoreInput({**self.chains, **anew}, fits, self.edits, self.deleted, self.may_fail)
+        rewritten = {chain: patch.rules for chain, patch in self.patches.items() if chain not in fits}
+        return RestoreInput({**self.chains, **rewritten}, fits, self.edits, self.deleted, self.best_effort)
 
     def text(self) -> str:
         """Return the input for `iptables-restore --noflush`."""
@@ -62,7 +66,7 @@ class RestoreInput(Struct):
     def _table(self, table: str) -> str:
         chains = {chain.name: rules for chain, rules in self.chains.items() if chain.table == table}
         edits = [command for chain, patch in self.patches.items() if chain.table == table for command in patch.commands]
-        edits += [command for owner, command in self.edits if owner == table]
+        edits += [command for edited_table, command in self.edits if edited_table == table]
         deleted = [chain.name for chain in self.deleted if chain.table == table]
         if not (chains or edits or deleted):
             return ""
@@ -77,93 +81,78 @@ class RestoreInput(Struct):
 
 
 class SavedChain(Struct):
-    """A chain as `iptables-save` printed it: its rules in our own spelling, `-A CHAIN` included."""
+    """A chain in `iptables-save` output. Its rules include `-A CHAIN` and are normalized (see `parse_save`)."""
 
     rules: list[str] = field(default_factory=list)
 
 
 class SavedTables(Struct):
-    """What `iptables-save` printed: chains, and why it could not print a table, for each that is missing here."""
+    """The chains in `iptables-save` output.
+
+    `incompatible` has the tables that iptables could not print, each with the reason; their chains are missing.
+    """
 
     chains: dict[ChainName, SavedChain] = field(default_factory=dict)
     incompatible: dict[str, str] = field(default_factory=dict)
 
 
-def parse_save(
-    lines: Iterable[str], wanted: Iterable[str] = TABLES, incompatible: set[str] | None = None
-) -> dict[ChainName, SavedChain]:
-    """Read `iptables-save` output as `read_save` does, and return the chains.
+def parse_save(lines: Iterable[str], tables: Iterable[str] = TABLES) -> SavedTables:
+    """Parse `iptables-save` output of one or more tables. If a table occurs twice, the second one counts.
 
-    The names of tables that are missing because iptables cannot print them are added to `incompatible`.
-    """
-    saved = read_save(lines, wanted)
-    if incompatible is not None:
-        incompatible.update(saved.incompatible)
-    return saved.chains
+    No chains are returned for a table with a rule that iptables cannot print, because the output before such a rule is
+    incomplete.
 
-
-def read_save(lines: Iterable[str], wanted: Iterable[str] = TABLES) -> SavedTables:
-    """Read `iptables-save` output of one or more tables; of a table that comes twice, the second counts.
-
-    Of a table that somebody put rules into which iptables cannot print, nothing is returned but that: what came
-    before such a rule is not all there is.
-
-    Rules are normalised where printing differs from writing: counters are dropped, probabilities
-    are rounded to how they were asked for, `--nfacct-name` has one space.
+    Rules are normalized where iptables prints them differently from how they were written: counters are removed,
+    probabilities are rounded to the requested value, and `--nfacct-name` is followed by one space.
     """
     chains: dict[ChainName, SavedChain] = {}
     incompatible: dict[str, str] = {}
-    tables = frozenset(wanted)
+    selected = frozenset(tables)
     table = ""
     for line in lines:
-        if line.startswith("# Table") and (found := _INCOMPATIBLE.match(line)):
-            incompatible[found[1]] = found[2] or line.strip("# \n")
+        if line.startswith("# Table") and (match := _INCOMPATIBLE.match(line)):
+            incompatible[match[1]] = match[2] or line.strip("# \n")
         elif line.startswith("*"):
             table = line[1:].strip()
-            chains = {chain: found for chain, found in chains.items() if chain.table != table}
-        elif table not in tables:
+            chains = {chain: saved for chain, saved in chains.items() if chain.table != table}
+        elif table not in selected:
             continue
         elif line.startswith(":"):
             chains[ChainName(table, line[1:].split(" ", 1)[0])] = SavedChain()
         elif line.startswith(("-A ", "[")):
-            rule = _normal(line)
+            rule = _normalize(line)
             chains.setdefault(ChainName(table, rule.split(" ", 2)[1]), SavedChain()).rules.append(rule)
     return SavedTables(
-        {chain: found for chain, found in chains.items() if chain.table not in incompatible}, incompatible
+        {chain: saved for chain, saved in chains.items() if chain.table not in incompatible}, incompatible
     )
 
 
 def incompatible_line(table: str, reason: str) -> str:
-    """Return the line by which `read_save` learns that a table could not be printed; iptables-save has one like it."""
+    """Return the line that tells `parse_save` that a table cannot be printed, in the format of `iptables-save`."""
     return f"# Table `{table}' is incompatible: {reason}\n"
 
 
-def parse_rules(listed: str) -> list[str]:
-    """Read what `iptables -S CHAIN` prints into the chain's rules, normalised as by `parse_save`."""
-    return [_normal(line) for line in listed.splitlines() if line.startswith("-A ")]
-
-
-_INCOMPATIBLE = re.compile(r"# Table [`'](\w+)' is incompatible(?:: (.+))?")
-_COUNTERS = re.compile(r"^\[\d+:\d+\] ")
-_PROBABILITY = re.compile(r"(?<=--probability )\d\.\d+")
-
-
-def _normal(line: str) -> str:
-    rule = _COUNTERS.sub("", line).rstrip("\n ")
-    if "--probability " in rule:
-        rule = _PROBABILITY.sub(_as_asked, rule)
-    return rule.replace("--nfacct-name  ", "--nfacct-name ")
-
-
-def _as_asked(found: re.Match[str]) -> str:
-    """Return 1/n with 10 decimals: the kernel keeps a probability as a multiple of 2**-31."""
-    share = float(found[0])
-    if not share:
-        return found[0]
-    asked = 1 / round(1 / share)
-    return f"{asked:.10f}" if abs(share - asked) < 2**-31 else found[0]
+def parse_rules(listing: str) -> list[str]:
+    """Parse the output of `iptables -S CHAIN`; rules are normalized as in `parse_save`."""
+    return [_normalize(line) for line in listing.splitlines() if line.startswith("-A ")]
 
 
 def count_rules(chains: Iterable[str]) -> int:
-    """Return how many rules these chains' texts hold."""
+    """Return the total number of rules in chains, each given as text with one rule per line."""
     return sum(rules.count("\n") + 1 for rules in chains if rules)
+
+
+def _normalize(line: str) -> str:
+    rule = _COUNTERS.sub("", line).rstrip("\n ")
+    if "--probability " in rule:
+        rule = _PROBABILITY.sub(_requested_probability, rule)
+    return rule.replace("--nfacct-name  ", "--nfacct-name ")
+
+
+def _requested_probability(match: re.Match[str]) -> str:
+    """Return 1/n with 10 decimals: the kernel stores a probability as a multiple of 2**-31."""
+    stored = float(match[0])
+    if not stored:
+        return match[0]
+    requested = 1 / round(1 / stored)
+    return f"{requested:.10f}" if abs(stored - requested) < 2**-31 else match[0]

@@ -1,4 +1,4 @@
-"""The iptables variant in use, nft or legacy, and rules that were left in the other one."""
+"""The iptables variants nft and legacy: select the host's variant, and warn of Service rules in the other one."""
 
 from __future__ import annotations
 
@@ -11,24 +11,30 @@ from typing import Literal, TypeAlias
 from kproxy.host.commands import CommandError, CommandRunner, run
 
 Variant: TypeAlias = Literal["nft", "legacy"]
-FOLDER = "KPROXY_IPTABLES"
-"""The environment variable with the folder that holds `nft/iptables`, `legacy/iptables-save` and so on."""
+FOLDER_VARIABLE = "KPROXY_IPTABLES"
+"""Environment variable with the folder of the programs of both variants: `nft/iptables`, `legacy/iptables-save` etc."""
 KUBELET_CHAINS = ("KUBE-IPTABLES-HINT", "KUBE-KUBELET-CANARY")
-"""What the kubelet keeps in table mangle so that others can tell its variant (KEP-3178), and what older ones do."""
-LEGACY_TABLES = {
+"""Chains in table mangle that show the kubelet's variant: the hint of KEP-3178, and the canary of older kubelets."""
+LEGACY_TABLE_FILES = {
     "iptables": Path("/proc/thread-self/net/ip_tables_names"),
     "ip6tables": Path("/proc/thread-self/net/ip6_tables_names"),
 }
-"""What legacy tables exist. To ask iptables-legacy for one that does not would create it, and its hooks."""
+"""The files that list the existing legacy tables. iptables-legacy itself would create missing tables with hooks."""
 TIMEOUT_SECONDS = 60
+"""Time limit for each program."""
+_VARIANTS: tuple[Variant, ...] = ("nft", "legacy")
+
+
+# Selecting the host's variant.
 
 
 def use_host_variant(environment: MutableMapping[str, str]) -> Variant | None:
-    """Put the host's variant first in PATH, and return it; None where no folder with both is named.
+    """Put the programs of the host's variant first in PATH, and return the variant.
 
-    `environment` is that of this process, which programs started later inherit.
+    `environment` is that of this process: programs that it starts inherit it. Return None and change nothing if
+    `FOLDER_VARIABLE` is not set.
     """
-    folder = environment.get(FOLDER)
+    folder = environment.get(FOLDER_VARIABLE)
     if not folder:
         return None
     variant = detect_variant(Path(folder))
@@ -37,23 +43,25 @@ def use_host_variant(environment: MutableMapping[str, str]) -> Variant | None:
 
 
 def detect_variant(folder: Path) -> Variant:
-    """Return the variant that the kubelet uses; if it has left no sign, the one with more rules, and nft if none has.
+    """Return the variant that the kubelet uses; without a kubelet chain, the one with more rules; nft if equal.
 
-    `folder` holds the programs of both. One that cannot be run counts as not in use.
+    `folder` has the programs of both variants. A variant whose programs cannot be run counts as unused.
     """
     for variant in _VARIANTS:
-        if any(_has_chain(folder, variant, program, chain) for program in LEGACY_TABLES for chain in KUBELET_CHAINS):
+        if any(
+            _has_mangle_chain(folder, variant, program, chain)
+            for program in LEGACY_TABLE_FILES
+            for chain in KUBELET_CHAINS
+        ):
             return variant
-    legacy = sum(_count_rules(folder, "legacy", program) for program in LEGACY_TABLES)
+    legacy = sum(_count_rules(folder, "legacy", program) for program in LEGACY_TABLE_FILES)
     if not legacy:
         return "nft"
-    return "legacy" if legacy > sum(_count_rules(folder, "nft", program) for program in LEGACY_TABLES) else "nft"
+    nft = sum(_count_rules(folder, "nft", program) for program in LEGACY_TABLE_FILES)
+    return "legacy" if legacy > nft else "nft"
 
 
-_VARIANTS: tuple[Variant, ...] = ("nft", "legacy")
-
-
-def _has_chain(folder: Path, variant: Variant, program: str, chain: str) -> bool:
+def _has_mangle_chain(folder: Path, variant: Variant, program: str, chain: str) -> bool:
     if variant == "legacy" and "mangle" not in _legacy_tables(program):
         return False
     argv = [str(folder / variant / program), "-w", "-t", "mangle", "-S", chain]
@@ -65,26 +73,27 @@ def _has_chain(folder: Path, variant: Variant, program: str, chain: str) -> bool
 
 def _count_rules(folder: Path, variant: Variant, program: str) -> int:
     try:
-        with CommandRunner().reading([str(folder / variant / f"{program}-save")], timeout=TIMEOUT_SECONDS) as lines:
+        with CommandRunner().stream_output(
+            [str(folder / variant / f"{program}-save")], timeout=TIMEOUT_SECONDS
+        ) as lines:
             return sum(line.startswith("-A ") for line in lines)
     except CommandError:
         return 0
 
 
-def _legacy_tables(program: str) -> list[str]:
-    try:
-        return LEGACY_TABLES[program].read_text().split()
-    except OSError:
-        return []
+# Detecting Service rules in the other variant.
 
 
-def rules_in_other_variant(*, ours_is_nft: bool) -> str:
-    """Return one line about Services' rules in the other variant of iptables, or "" if there are none to be seen."""
-    return _in_legacy() if ours_is_nft else _in_nft()
+def other_variant_warning(*, uses_nft: bool) -> str:
+    """Return a one-line warning about Service rules in the variant that is not in use, "" if none are found.
+
+    `uses_nft` is whether iptables-nft is the variant in use.
+    """
+    return _legacy_warning() if uses_nft else _nft_warning()
 
 
-def _in_legacy() -> str:
-    if not any("nat" in _read(path).split() for path in LEGACY_TABLES.values()):
+def _legacy_warning() -> str:
+    if not any("nat" in _legacy_tables(program) for program in LEGACY_TABLE_FILES):
         return ""
     try:
         done = run([sys.executable, "-m", "kproxy.iptables.legacy_chains"], timeout=TIMEOUT_SECONDS)
@@ -94,27 +103,29 @@ def _in_legacy() -> str:
     if not chains:
         return ""
     return (
-        f"iptables-legacy holds {len(chains)} KUBE- chains beside the rules of iptables-nft, which is in use here: "
-        "the kernel obeys both; use one variant throughout"
+        f"iptables-legacy has KUBE- chains ({len(chains)}), but kproxy uses iptables-nft: the kernel applies the rules "
+        "of both; use the same variant for all programs on this node"
     )
 
 
-def _in_nft() -> str:
-    for family in ("ip", "ip6"):
+def _nft_warning() -> str:
+    for table_family in ("ip", "ip6"):
         try:
-            done = run(["nft", "list", "chain", family, "nat", "KUBE-SERVICES"], timeout=TIMEOUT_SECONDS)
+            done = run(["nft", "list", "chain", table_family, "nat", "KUBE-SERVICES"], timeout=TIMEOUT_SECONDS)
         except CommandError:
             return ""
         if done.code == 0:
             return (
-                f"iptables-nft holds KUBE-SERVICES in table {family} nat beside the rules of iptables-legacy, which is "
-                "in use here: the kernel obeys both; use one variant throughout"
+                f"iptables-nft has the chain KUBE-SERVICES in table {table_family} nat, but kproxy uses "
+                "iptables-legacy: the kernel applies the rules of both; use the same variant for all programs on this "
+                "node"
             )
     return ""
 
 
-def _read(path: Path) -> str:
+def _legacy_tables(program: str) -> list[str]:
+    """Return the names of the existing legacy tables of `iptables` or `ip6tables`."""
     try:
-        return path.read_text()
+        return LEGACY_TABLE_FILES[program].read_text().split()
     except OSError:
-        return ""
+        return []

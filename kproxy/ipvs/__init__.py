@@ -1,1 +1,1 @@
-"""What kube-proxy's ipvs mode leaves on a node: finding it and removing it."""
+"""Cleanup of what kube-proxy's ipvs mode leaves on a node."""

@@ -1,9 +1,9 @@
-"""What kube-proxy's ipvs mode leaves on a node beside its rules: virtual servers, an interface, sets of addresses."""
+"""Find and remove the virtual servers, interface and ipsets that kube-proxy's ipvs mode left on the node."""
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Collection, Container, Iterable
 
 from msgspec import Struct
 
@@ -12,13 +12,13 @@ from kproxy.ipvs.ipset import IpsetEntry, destroy_sets, set_entries, set_names
 from kproxy.ipvs.virtual_servers import VirtualServer, delete_virtual_servers, virtual_servers
 
 INTERFACE = "kube-ipvs0"
-"""The interface that has the addresses of all Services, so that packets to them are taken for the node's own."""
+"""The interface with the addresses of all Services: it makes the node accept packets to them as local."""
 _NODE_PORT_SETS = {
     "KUBE-NODE-PORT-TCP": socket.IPPROTO_TCP,
     "KUBE-NODE-PORT-UDP": socket.IPPROTO_UDP,
     "KUBE-NODE-PORT-SCTP-HASH": socket.IPPROTO_SCTP,
 }
-"""The sets that NodePorts are in, of all traffic policies, and of which protocol they are."""
+"""The sets of the NodePorts of all traffic policies, with their protocol numbers."""
 _ADDRESS_SETS = (
     "KUBE-CLUSTER-IP",
     "KUBE-EXTERNAL-IP",
@@ -26,8 +26,8 @@ _ADDRESS_SETS = (
     "KUBE-LOAD-BALANCER",
     "KUBE-LOAD-BALANCER-LOCAL",
 )
-"""The sets that together hold address, protocol and port of every virtual server that is not for a NodePort."""
-_SETS = (
+"""The sets that together contain address, protocol and port of all virtual servers except those for NodePorts."""
+_IPV4_SETS = (
     *_NODE_PORT_SETS,
     *_ADDRESS_SETS,
     "KUBE-NODE-PORT-LOCAL-TCP",
@@ -42,19 +42,19 @@ _SETS = (
 )
 
 
-def _of_ipv6(name: str) -> str:
-    """Return the name of IPv6's set, which is cut at the 31 characters that a set's name may have."""
+def _ipv6_name(name: str) -> str:
+    """Return the name of the set for IPv6; the kernel limits names to 31 characters."""
     return name.replace("KUBE-", "KUBE-6-", 1)[:31]
 
 
-SETS = frozenset({*_SETS, *map(_of_ipv6, _SETS)})
-"""The names of all sets. Other programs have sets that begin with KUBE- as well."""
-_PROTOCOL_OF = {**_NODE_PORT_SETS, **{_of_ipv6(name): number for name, number in _NODE_PORT_SETS.items()}}
-_WITH_ADDRESSES = frozenset({*_ADDRESS_SETS, *map(_of_ipv6, _ADDRESS_SETS)})
+SETS = frozenset({*_IPV4_SETS, *map(_ipv6_name, _IPV4_SETS)})
+"""The names of all sets of ipvs mode. Other programs have sets whose names begin with KUBE- too."""
+_NODE_PORT_PROTOCOLS = {**_NODE_PORT_SETS, **{_ipv6_name(name): number for name, number in _NODE_PORT_SETS.items()}}
+_SETS_WITH_ADDRESSES = frozenset({*_ADDRESS_SETS, *map(_ipv6_name, _ADDRESS_SETS)})
 
 
 class IpvsLeftovers(Struct, frozen=True):
-    """What was found: the index of the interface (0: none), and sets by their names, sorted."""
+    """The interface (its index, 0 if it does not exist) and the sets (sorted names) that ipvs mode left."""
 
     interface: int
     sets: tuple[str, ...]
@@ -64,115 +64,119 @@ class IpvsLeftovers(Struct, frozen=True):
 
 
 class IpvsCleanupResult(Struct):
-    """What was removed, in a few words each, and for what stays one line that says why.
+    """Short descriptions of the removed objects, and a one-line message about each problem.
 
-    `unfinished` says that virtual servers stay, and so does all that tells which they are: to try again may help.
+    With `servers_remain`, virtual servers could not be removed. The interface and the sets then remain too, because
+    they are needed to recognize these servers. A retry may succeed.
     """
 
     removed: list[str]
     problems: list[str]
-    unfinished: bool = False
+    servers_remain: bool = False
 
 
-def find() -> IpvsLeftovers:
-    """Look for what ipvs mode left; where there is nothing, that is some system calls. Raises `OSError`."""
+def find_leftovers() -> IpvsLeftovers:
+    """Find what ipvs mode left. If nothing is left, this takes only a few system calls. Raises `OSError`."""
     return IpvsLeftovers(interface_index(INTERFACE), tuple(sorted(SETS.intersection(set_names()))))
 
 
-def remove(found: IpvsLeftovers) -> IpvsCleanupResult:
-    """Remove what was found, and the virtual servers that go with it. No rule may use the sets any more."""
-    done = IpvsCleanupResult([], [])
-    # Sets tell which virtual servers are kube-proxy's, and the interface that there may be some: they go last.
-    done.unfinished = bool(found.interface) and not _try(
-        done, "virtual servers of IPVS", lambda: _remove_servers(found, done)
+def remove_leftovers(leftovers: IpvsLeftovers) -> IpvsCleanupResult:
+    """Remove the leftovers and their virtual servers. Rules that use the sets must have been deleted before."""
+    result = IpvsCleanupResult([], [])
+    # The sets show which virtual servers are kube-proxy's, and the interface that there may be any. Remove them last.
+    result.servers_remain = bool(leftovers.interface) and not _try(
+        result, "IPVS virtual servers", lambda: _remove_servers(leftovers, result)
     )
-    if done.unfinished:
-        return done
-    if found.sets:
-        _try(done, "ipsets", lambda: _remove_sets(found, done))
-    if found.interface:
-        _try(done, f"the interface {INTERFACE}", lambda: _remove_interface(found, done))
-    return done
+    if result.servers_remain:
+        return result
+    if leftovers.sets:
+        _try(result, "ipsets", lambda: _remove_sets(leftovers, result))
+    if leftovers.interface:
+        _try(result, f"the interface {INTERFACE}", lambda: _remove_interface(leftovers, result))
+    return result
 
 
-def theirs(
-    servers: Iterable[VirtualServer], entries: Container[IpsetEntry], own: Container[str]
+def kube_proxy_servers(
+    servers: Iterable[VirtualServer], entries: Container[IpsetEntry], node_addresses: Container[str]
 ) -> list[VirtualServer]:
-    """Return the virtual servers that are kube-proxy's, going by the entries of its sets and the node's own addresses.
+    """Return the virtual servers that kube-proxy created, according to the entries of its sets.
 
-    An entry without an address is a NodePort, and stands for the node's own addresses. Virtual servers of keepalived,
-    for one, may be there too. kube-proxy's own clean-up does not make the difference.
+    An entry without an address is a NodePort on each of the node's addresses. The other virtual servers may belong to
+    programs such as keepalived; kube-proxy's own cleanup deletes these too.
     """
     return [
         server
         for server in servers
         if IpsetEntry(server.address, server.protocol, server.port) in entries
-        or (IpsetEntry("", server.protocol, server.port) in entries and server.address in own)
+        or (IpsetEntry("", server.protocol, server.port) in entries and server.address in node_addresses)
     ]
 
 
-def _remove_servers(found: IpvsLeftovers, done: IpvsCleanupResult) -> bool:
-    """Return whether all of kube-proxy's virtual servers are gone."""
-    present = virtual_servers()
-    if not present:
+def _remove_servers(leftovers: IpvsLeftovers, result: IpvsCleanupResult) -> bool:
+    """Return whether all virtual servers of kube-proxy have been removed."""
+    existing = virtual_servers()
+    if not existing:
         return True
     addresses = addresses_by_interface(socket.AF_UNSPEC)
-    services = addresses.pop(found.interface, frozenset())
-    servers = theirs(present, _entries(found.sets), frozenset().union(*addresses.values()))
-    unnamed = [each for each in present if each.address in services and each not in servers]
-    if unnamed:
-        done.problems.append(
-            f"{len(unnamed)} virtual servers of IPVS stay, such as {unnamed[0].address} port {unnamed[0].port}: they "
-            f"are at addresses of {INTERFACE}, but in no ipset of kube-proxy's"
+    service_addresses = addresses.pop(leftovers.interface, frozenset())
+    node_addresses = frozenset().union(*addresses.values())
+    servers = kube_proxy_servers(existing, _server_entries(leftovers.sets), node_addresses)
+    unknown = [server for server in existing if server.address in service_addresses and server not in servers]
+    if unknown:
+        result.problems.append(
+            f"not removing {_count(unknown, 'IPVS virtual server')} (first: {unknown[0].address} port "
+            f"{unknown[0].port}) on addresses of {INTERFACE}: not in any of kube-proxy's ipsets"
         )
     if not servers:
         return True
-    refused = delete_virtual_servers(servers)
-    _count(done, len(servers) - len(refused), "virtual server")
-    if refused:
-        server, reason = next(iter(refused.items()))
-        done.problems.append(
-            f"{len(refused)} virtual servers of IPVS cannot be removed, such as {server.address} "
-            f"port {server.port}: {reason}"
+    errors = delete_virtual_servers(servers)
+    if removed := [server for server in servers if server not in errors]:
+        result.removed.append(_count(removed, "virtual server"))
+    if errors:
+        server, reason = next(iter(errors.items()))
+        result.problems.append(
+            f"cannot remove {_count(errors, 'IPVS virtual server')} (first: {server.address} port {server.port}): "
+            f"{reason}"
         )
-    return not refused
+    return not errors
 
 
-def _entries(names: Iterable[str]) -> set[IpsetEntry]:
-    """Return what sets hold that tell of virtual servers."""
-    found: set[IpsetEntry] = set()
+def _server_entries(names: Iterable[str]) -> set[IpsetEntry]:
+    """Return the entries of sets that correspond to virtual servers."""
+    entries: set[IpsetEntry] = set()
     for name in names:
-        if name in _WITH_ADDRESSES:
-            found |= set_entries(name)
-        elif name in _PROTOCOL_OF:
-            found |= {IpsetEntry("", _PROTOCOL_OF[name], entry.port) for entry in set_entries(name)}
-    return found
+        if name in _SETS_WITH_ADDRESSES:
+            entries |= set_entries(name)
+        elif name in _NODE_PORT_PROTOCOLS:
+            entries |= {IpsetEntry("", _NODE_PORT_PROTOCOLS[name], entry.port) for entry in set_entries(name)}
+    return entries
 
 
-def _remove_interface(found: IpvsLeftovers, done: IpvsCleanupResult) -> bool:
-    delete_interface(found.interface)
-    done.removed.append(f"the interface {INTERFACE}")
+def _remove_interface(leftovers: IpvsLeftovers, result: IpvsCleanupResult) -> bool:
+    delete_interface(leftovers.interface)
+    result.removed.append(f"the interface {INTERFACE}")
     return True
 
 
-def _remove_sets(found: IpvsLeftovers, done: IpvsCleanupResult) -> bool:
-    refused = destroy_sets(found.sets)
-    _count(done, len(found.sets) - len(refused), "ipset")
-    reasons: dict[str, list[str]] = {}
-    for name, reason in refused.items():
-        reasons.setdefault(reason, []).append(name)
-    done.problems += [f"ipsets {', '.join(names)} cannot be removed: {reason}" for reason, names in reasons.items()]
-    return not refused
+def _remove_sets(leftovers: IpvsLeftovers, result: IpvsCleanupResult) -> bool:
+    errors = destroy_sets(leftovers.sets)
+    if removed := [name for name in leftovers.sets if name not in errors]:
+        result.removed.append(_count(removed, "ipset"))
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in errors.items():
+        by_reason.setdefault(reason, []).append(name)
+    result.problems += [f"cannot remove ipsets {', '.join(names)}: {reason}" for reason, names in by_reason.items()]
+    return not errors
 
 
-def _count(done: IpvsCleanupResult, number: int, what: str) -> None:
-    if number:
-        done.removed.append(f"{number} {what}{'s' * (number != 1)}")
+def _count(objects: Collection[object], noun: str) -> str:
+    return f"{len(objects)} {noun}{'s' * (len(objects) != 1)}"
 
 
-def _try(done: IpvsCleanupResult, what: str, step: Callable[[], bool]) -> bool:
+def _try(result: IpvsCleanupResult, objects: str, step: Callable[[], bool]) -> bool:
+    """Return what a step returns; if it raises `OSError`, record a problem with these objects and return False."""
     try:
         return step()
     except OSError as error:
-        done.problems.append(f"{what} cannot be removed: {error.strerror}")
+        result.problems.append(f"cannot remove {objects}: {error.strerror}")
         return False

@@ -1,7 +1,4 @@
-"""Sets of addresses and ports that iptables rules match against: looking for them and destroying them (ip_set).
-
-As `ipset` does it (linux/netfilter/ipset/ip_set.h), which a container's image need not have.
-"""
+"""List and destroy IP sets over netlink (linux/netfilter/ipset/ip_set.h): container images may lack `ipset`."""
 
 from __future__ import annotations
 
@@ -15,87 +12,105 @@ from pathlib import Path
 from msgspec import Struct
 
 from kproxy.host.netlink import NETLINK_NETFILTER, NetlinkSocket, retry_interrupted
-from kproxy.host.netlink_message import attribute, attributes, each_attribute, nfgenmsg
+from kproxy.host.netlink_message import NLA_F_NET_BYTEORDER, attribute, attributes, iterate_attributes, nfgenmsg
 
-_SUBSYSTEM = 6 << 8  # NFNL_SUBSYS_IPSET
-_DESTROY, _LIST = 3, 7
-_PROTOCOL, _SETNAME, _FLAGS, _DATA, _ADT = 1, 2, 6, 7, 8
-_IP, _PORT, _PROTO = 1, 4, 7
-_IP_VERSIONS = {1: socket.AF_INET, 2: socket.AF_INET6}
-_NET_BYTEORDER = 0x4000
-_NAMES_ONLY = 1 << 1
-_BUSY = 4100  # IPSET_ERR_BUSY
-_HEADER = 4  # struct nfgenmsg
+# linux/netfilter/nfnetlink.h
+NFNL_SUBSYS_IPSET = 6
+NFGENMSG_SIZE = 4
+# linux/netfilter/ipset/ip_set.h
+IPSET_PROTOCOL_MIN = 6
+"""The oldest protocol version that current kernels support."""
+IPSET_CMD_DESTROY = 3
+IPSET_CMD_LIST = 7
+IPSET_ATTR_PROTOCOL = 1
+IPSET_ATTR_SETNAME = 2
+IPSET_ATTR_FLAGS = 6
+IPSET_ATTR_DATA = 7
+IPSET_ATTR_ADT = 8
+"""The entries of a set; each is an `IPSET_ATTR_DATA` that contains the three attributes below."""
+IPSET_ATTR_IP = 1
+IPSET_ATTR_PORT = 4
+IPSET_ATTR_PROTO = 7
+IPSET_ATTR_IPADDR_IPV4 = 1
+IPSET_ATTR_IPADDR_IPV6 = 2
+IPSET_FLAG_LIST_SETNAME = 1 << 1
+IPSET_ERR_BUSY = 4100
+
+_LIST_SETS = NFNL_SUBSYS_IPSET << 8 | IPSET_CMD_LIST
+_DESTROY_SET = NFNL_SUBSYS_IPSET << 8 | IPSET_CMD_DESTROY
+_ADDRESS_FAMILIES = {IPSET_ATTR_IPADDR_IPV4: socket.AF_INET, IPSET_ATTR_IPADDR_IPV6: socket.AF_INET6}
 _MODULES = Path("/sys/module")
-_MODULE = _MODULES / "ip_set"
-
-
-def set_names() -> list[str]:
-    """Return the names of all sets, none where the kernel has no ip_set in use. Raises `OSError`.
-
-    A module that is not loaded stays so: to ask the kernel would load it.
-    """
-    if _MODULES.exists() and not _MODULE.exists():
-        return []
-    return retry_interrupted(_names)
-
-
-def _names() -> list[str]:
-    flags = attribute(_FLAGS | _NET_BYTEORDER, struct.pack(">I", _NAMES_ONLY))
-    with NetlinkSocket(NETLINK_NETFILTER) as netlink:
-        return [
-            data[slice(*attributes(data, begin + _HEADER, end)[_SETNAME])].rstrip(b"\0").decode()
-            for data, begin, end in netlink.dump(_SUBSYSTEM | _LIST, _question() + flags)
-        ]
+_IP_SET_MODULE = _MODULES / "ip_set"
 
 
 class IpsetEntry(Struct, frozen=True):
-    """One entry of a set of ports: its address ("" if its type has none), protocol (0: none) and port."""
+    """An entry of a set with ports: address ("" if the set type has none), protocol number (0 if none) and port."""
 
     address: str
     protocol: int
     port: int
 
 
+def set_names() -> list[str]:
+    """Return the names of all sets, none if the kernel module ip_set is not loaded. Raises `OSError`.
+
+    The module is checked first because a netlink request would load it.
+    """
+    if _MODULES.exists() and not _IP_SET_MODULE.exists():
+        return []
+    return retry_interrupted(_list_names)
+
+
 def set_entries(name: str) -> set[IpsetEntry]:
-    """Return the entries of a set, none if they have no ports. Raises `OSError`."""
-    return retry_interrupted(partial(_entries_of, name))
-
-
-def _entries_of(name: str) -> set[IpsetEntry]:
-    with NetlinkSocket(NETLINK_NETFILTER) as netlink:
-        return {
-            entry
-            for data, begin, end in netlink.dump(_SUBSYSTEM | _LIST, _question(name))
-            for entry in _entries(data, begin + _HEADER, end)
-        }
-
-
-def _entries(data: bytes, begin: int, end: int) -> Iterator[IpsetEntry]:
-    entries = attributes(data, begin, end).get(_ADT)
-    for kind, first, last in each_attribute(data, *entries) if entries else ():
-        found = attributes(data, first, last)
-        if kind == _DATA and _PORT in found:
-            (port,) = struct.unpack_from(">H", data, found[_PORT][0])
-            address = _address(data, *found[_IP]) if _IP in found else ""
-            yield IpsetEntry(address, data[found[_PROTO][0]] if _PROTO in found else 0, port)
-
-
-def _address(data: bytes, begin: int, end: int) -> str:
-    ((kind, first, last),) = each_attribute(data, begin, end)
-    return socket.inet_ntop(_IP_VERSIONS[kind], data[first:last])
+    """Return the entries of a set, none if its type has no ports. Raises `OSError`."""
+    return retry_interrupted(partial(_list_entries, name))
 
 
 def destroy_sets(names: Sequence[str]) -> dict[str, str]:
-    """Destroy sets with all that they hold; return why for each that stays. Raises `OSError`."""
+    """Destroy sets with all their entries; return the reason for each set that remains. Raises `OSError`."""
     with NetlinkSocket(NETLINK_NETFILTER) as netlink:
-        refused = netlink.requests(_SUBSYSTEM | _DESTROY, 0, [_question(name) for name in names])
+        errors = netlink.request_many(_DESTROY_SET, 0, [_encode_request(name) for name in names])
     return {
-        names[place]: "rules use it" if code == _BUSY else os.strerror(code) for place, code in sorted(refused.items())
+        names[index]: "in use by rules" if code == IPSET_ERR_BUSY else os.strerror(code)
+        for index, code in sorted(errors.items())
     }
 
 
-def _question(name: str = "") -> bytes:
-    """Return what begins a request: about all sets, or one."""
-    about = attribute(_SETNAME, name.encode() + b"\0") if name else b""
-    return nfgenmsg() + attribute(_PROTOCOL, bytes([6])) + about
+def _list_names() -> list[str]:
+    flags = attribute(IPSET_ATTR_FLAGS | NLA_F_NET_BYTEORDER, struct.pack(">I", IPSET_FLAG_LIST_SETNAME))
+    with NetlinkSocket(NETLINK_NETFILTER) as netlink:
+        return [
+            data[slice(*attributes(data, begin + NFGENMSG_SIZE, end)[IPSET_ATTR_SETNAME])].rstrip(b"\0").decode()
+            for data, begin, end in netlink.dump(_LIST_SETS, _encode_request() + flags)
+        ]
+
+
+def _list_entries(name: str) -> set[IpsetEntry]:
+    with NetlinkSocket(NETLINK_NETFILTER) as netlink:
+        return {
+            entry
+            for data, begin, end in netlink.dump(_LIST_SETS, _encode_request(name))
+            for entry in _parse_entries(data, begin + NFGENMSG_SIZE, end)
+        }
+
+
+def _parse_entries(data: bytes, begin: int, end: int) -> Iterator[IpsetEntry]:
+    entries = attributes(data, begin, end).get(IPSET_ATTR_ADT)
+    for kind, first, last in iterate_attributes(data, *entries) if entries else ():
+        fields = attributes(data, first, last)
+        if kind == IPSET_ATTR_DATA and IPSET_ATTR_PORT in fields:
+            (port,) = struct.unpack_from(">H", data, fields[IPSET_ATTR_PORT][0])
+            address = _parse_address(data, *fields[IPSET_ATTR_IP]) if IPSET_ATTR_IP in fields else ""
+            protocol = data[fields[IPSET_ATTR_PROTO][0]] if IPSET_ATTR_PROTO in fields else 0
+            yield IpsetEntry(address, protocol, port)
+
+
+def _parse_address(data: bytes, begin: int, end: int) -> str:
+    ((kind, first, last),) = iterate_attributes(data, begin, end)
+    return socket.inet_ntop(_ADDRESS_FAMILIES[kind], data[first:last])
+
+
+def _encode_request(name: str = "") -> bytes:
+    """Return the payload of a request for one set, or for all sets without a name."""
+    set_name = attribute(IPSET_ATTR_SETNAME, name.encode() + b"\0") if name else b""
+    return nfgenmsg() + attribute(IPSET_ATTR_PROTOCOL, bytes([IPSET_PROTOCOL_MIN])) + set_name

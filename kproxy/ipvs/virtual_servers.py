@@ -1,4 +1,4 @@
-"""Virtual servers of IPVS: looking for them and deleting them (linux/ip_vs.h, over generic netlink)."""
+"""List and delete IPVS virtual servers over generic netlink (linux/ip_vs.h)."""
 
 from __future__ import annotations
 
@@ -14,21 +14,34 @@ from msgspec import Struct
 from kproxy.host.netlink import Message, NetlinkError, NetlinkSocket, retry_interrupted
 from kproxy.host.netlink_message import attribute, attributes
 
+# linux/netlink.h
 NETLINK_GENERIC = 16
-_CTRL, _GETFAMILY = 16, 3
-_FAMILY_ID, _FAMILY_NAME = 1, 2
-_DEL_SERVICE, _GET_SERVICE = 3, 4
-_SERVICE = 1
-_AF, _PROTOCOL, _ADDRESS, _PORT = 1, 2, 3, 4
-_KEY = (_AF, _PROTOCOL, _ADDRESS, _PORT)
-_NUMBER = struct.Struct("=H")
-_HEADER = struct.Struct("=BBH")
+# linux/genetlink.h
+GENL_ID_CTRL = 16
+CTRL_CMD_GETFAMILY = 3
+CTRL_ATTR_FAMILY_ID = 1
+CTRL_ATTR_FAMILY_NAME = 2
+# linux/ip_vs.h
+IPVS_GENL_NAME = "IPVS"
+IPVS_CMD_DEL_SERVICE = 3
+IPVS_CMD_GET_SERVICE = 4
+IPVS_CMD_ATTR_SERVICE = 1
+IPVS_SVC_ATTR_AF = 1
+IPVS_SVC_ATTR_PROTOCOL = 2
+IPVS_SVC_ATTR_ADDR = 3
+IPVS_SVC_ATTR_PORT = 4
+
+_KEY_ATTRIBUTES = (IPVS_SVC_ATTR_AF, IPVS_SVC_ATTR_PROTOCOL, IPVS_SVC_ATTR_ADDR, IPVS_SVC_ATTR_PORT)
+"""The attributes that identify a virtual server."""
+_GENL_VERSION = 1
+_GENLMSGHDR = struct.Struct("=BBH")
 """`struct genlmsghdr`: command, version, reserved."""
-_PROC = Path("/proc/thread-self/net/ip_vs")
+_U16 = struct.Struct("=H")
+_PROC_IP_VS = Path("/proc/thread-self/net/ip_vs")
 
 
 class VirtualServer(Struct, frozen=True):
-    """A virtual server for an address, a protocol by its number, and a port; `key` is how the kernel names it."""
+    """A virtual server: address, protocol number and port. `key` are its encoded `_KEY_ATTRIBUTES`."""
 
     address: str
     protocol: int
@@ -37,54 +50,60 @@ class VirtualServer(Struct, frozen=True):
 
 
 def virtual_servers() -> list[VirtualServer]:
-    """Return the virtual servers that have an address, none where IPVS is not in use. Raises `OSError`.
+    """Return the virtual servers that have an address, none if IPVS is not in use. Raises `OSError`.
 
-    A module that is not loaded stays so: to ask the kernel would load it.
+    /proc is checked first because a netlink request would load the kernel module.
     """
-    return retry_interrupted(_list) if _PROC.exists() else []
-
-
-def _list() -> list[VirtualServer]:
-    with NetlinkSocket(NETLINK_GENERIC) as netlink:
-        return list(read_servers(netlink.dump(family_number(netlink, "IPVS"), _HEADER.pack(_GET_SERVICE, 1, 0))))
+    return retry_interrupted(_list_servers) if _PROC_IP_VS.exists() else []
 
 
 def delete_virtual_servers(servers: Sequence[VirtualServer]) -> dict[VirtualServer, str]:
-    """Delete virtual servers; return why for each that stays. Raises `OSError`."""
+    """Delete virtual servers; return the reason for each that remains. Raises `OSError`."""
     with NetlinkSocket(NETLINK_GENERIC) as netlink:
-        refused = netlink.requests(family_number(netlink, "IPVS"), 0, [deletion(server) for server in servers])
-    return {servers[place]: os.strerror(code) for place, code in sorted(refused.items()) if code != errno.ESRCH}
+        family_id = resolve_family_id(netlink, IPVS_GENL_NAME)
+        errors = netlink.request_many(family_id, 0, [encode_deletion(server) for server in servers])
+    return {servers[index]: os.strerror(code) for index, code in sorted(errors.items()) if code != errno.ESRCH}
 
 
-def family_number(netlink: NetlinkSocket, name: str) -> int:
-    """Return the number by which a family of generic netlink is reached. Raises `NetlinkError`."""
-    question = _HEADER.pack(_GETFAMILY, 1, 0) + attribute(_FAMILY_NAME, name.encode() + b"\0")
-    numbers = [
-        _NUMBER.unpack_from(data, attributes(data, begin + _HEADER.size, end)[_FAMILY_ID][0])[0]
-        for data, begin, end in netlink.answers(_CTRL, question)
+def resolve_family_id(netlink: NetlinkSocket, name: str) -> int:
+    """Return the ID of a generic netlink family, which is the message type of its requests. Raises `NetlinkError`."""
+    request = _header(CTRL_CMD_GETFAMILY) + attribute(CTRL_ATTR_FAMILY_NAME, name.encode() + b"\0")
+    ids = [
+        _U16.unpack_from(data, attributes(data, begin + _GENLMSGHDR.size, end)[CTRL_ATTR_FAMILY_ID][0])[0]
+        for data, begin, end in netlink.get(GENL_ID_CTRL, request)
     ]
-    if not numbers:
+    if not ids:
         raise NetlinkError(errno.ENOENT, os.strerror(errno.ENOENT))
-    return int(numbers[0])
+    return int(ids[0])
 
 
-def read_servers(messages: Iterator[Message]) -> Iterator[VirtualServer]:
-    """Yield the virtual servers of a dump; those for marks of packets, which have no address, are passed over."""
+def parse_servers(messages: Iterator[Message]) -> Iterator[VirtualServer]:
+    """Yield the virtual servers in a dump. Virtual servers for firewall marks are skipped: they have no address."""
     for data, begin, end in messages:
-        service = attributes(data, begin + _HEADER.size, end).get(_SERVICE)
-        found = attributes(data, *service) if service else {}
-        if not all(kind in found for kind in _KEY):
+        service = attributes(data, begin + _GENLMSGHDR.size, end).get(IPVS_CMD_ATTR_SERVICE)
+        spans = attributes(data, *service) if service else {}
+        if not all(kind in spans for kind in _KEY_ATTRIBUTES):
             continue
-        value = {kind: data[slice(*found[kind])] for kind in _KEY}
-        (family,), (protocol,) = _NUMBER.unpack(value[_AF]), _NUMBER.unpack(value[_PROTOCOL])
+        value = {kind: data[slice(*spans[kind])] for kind in _KEY_ATTRIBUTES}
+        (family,), (protocol,) = _U16.unpack(value[IPVS_SVC_ATTR_AF]), _U16.unpack(value[IPVS_SVC_ATTR_PROTOCOL])
         yield VirtualServer(
-            address=socket.inet_ntop(family, value[_ADDRESS][: 16 if family == socket.AF_INET6 else 4]),
+            address=socket.inet_ntop(family, value[IPVS_SVC_ATTR_ADDR][: 16 if family == socket.AF_INET6 else 4]),
             protocol=protocol,
-            port=int.from_bytes(value[_PORT], "big"),
-            key=b"".join(attribute(kind, value[kind]) for kind in _KEY),
+            port=int.from_bytes(value[IPVS_SVC_ATTR_PORT], "big"),
+            key=b"".join(attribute(kind, value[kind]) for kind in _KEY_ATTRIBUTES),
         )
 
 
-def deletion(server: VirtualServer) -> bytes:
-    """Return the payload of the request that deletes a virtual server, with its real servers."""
-    return _HEADER.pack(_DEL_SERVICE, 1, 0) + attribute(_SERVICE, server.key)
+def encode_deletion(server: VirtualServer) -> bytes:
+    """Return the payload of the request that deletes a virtual server with its real servers."""
+    return _header(IPVS_CMD_DEL_SERVICE) + attribute(IPVS_CMD_ATTR_SERVICE, server.key)
+
+
+def _list_servers() -> list[VirtualServer]:
+    with NetlinkSocket(NETLINK_GENERIC) as netlink:
+        family_id = resolve_family_id(netlink, IPVS_GENL_NAME)
+        return list(parse_servers(netlink.dump(family_id, _header(IPVS_CMD_GET_SERVICE))))
+
+
+def _header(command: int) -> bytes:
+    return _GENLMSGHDR.pack(command, _GENL_VERSION, 0)

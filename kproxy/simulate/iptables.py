@@ -1,6 +1,6 @@
-"""What iptables rules do to a packet: the hooks it passes, and a walk through their chains.
+"""Simulate iptables rules: the hooks that a packet traverses, and their chains.
 
-A packet is not followed once but as a flock, which divides wherever a rule hits by chance.
+The simulation covers all outcomes at once: a rule with `-m statistic` splits a packet into branches with probabilities.
 """
 
 from __future__ import annotations
@@ -10,132 +10,139 @@ from collections.abc import Callable
 from msgspec.structs import replace
 
 from kproxy.model.types import Family
-from kproxy.simulate.iptables_rules import SavedRules, SimulatedRule, read_dump
+from kproxy.simulate.iptables_rules import SavedRules, SimulatedRule, parse_dump
 from kproxy.simulate.packet import (
-    FateDistribution,
-    Flock,
+    Branches,
+    OutcomeDistribution,
     Packet,
     PacketState,
     Verdict,
-    anywhere,
-    divide,
-    each,
-    elsewhere,
-    follow,
-    here,
+    partition,
+    simulate,
+    to_anywhere,
+    to_elsewhere,
+    to_node,
+    update,
 )
 
 
 class IptablesSimulator:
-    """The rules of one family, as `iptables-save` or `ip6tables-save` printed them.
+    """The rules of one family, from the output of `iptables-save` or `ip6tables-save`.
 
-    Raises `UnknownRuleError` if the text holds anything that is not understood.
+    Raises `UnknownRuleError` if the text contains anything that is not supported.
     """
 
     def __init__(self, dump: str, family: Family) -> None:
-        self._dump: SavedRules = read_dump(dump)
+        self._rules: SavedRules = parse_dump(dump)
         self._family = family
 
-    def send(self, packet: Packet) -> FateDistribution:
-        """Return what may become of the packet; `ValueError` if it is of the other family.
+    def send(self, packet: Packet) -> OutcomeDistribution:
+        """Return the possible outcomes for a packet. Raises `ValueError` if it belongs to the other family.
 
-        The hooks are those of netfilter's packet flow: destinations are translated before routing
-        decides between this node and elsewhere, and only for the first packet of a connection.
+        The order of hooks is netfilter's: destinations are translated before the routing decision between this node and
+        others, and only for the first packet of a connection.
         """
-        return follow(packet, self._family, self._come_in, self._go_out)
+        return simulate(packet, self._family, self._receive, self._transmit)
 
-    def _come_in(self, flock: Flock) -> Flock:
-        flock = self._translate("PREROUTING", flock, anywhere)
-        flock = self._filter("INPUT", flock, here)
-        flock = self._filter("FORWARD", flock, elsewhere)
-        flock = self._translate("INPUT", flock, here)
-        return self._translate("POSTROUTING", flock, elsewhere)
+    def _receive(self, branches: Branches) -> Branches:
+        """Run the hooks for a packet that arrives at an interface."""
+        branches = self._nat_hook("PREROUTING", branches, to_anywhere)
+        branches = self._filter_hook("INPUT", branches, to_node)
+        branches = self._filter_hook("FORWARD", branches, to_elsewhere)
+        branches = self._nat_hook("INPUT", branches, to_node)
+        return self._nat_hook("POSTROUTING", branches, to_elsewhere)
 
-    def _go_out(self, flock: Flock) -> Flock:
-        """Follow a packet of the node's own; to an address of the node's own, it comes in again by `lo`.
+    def _transmit(self, branches: Branches) -> Branches:
+        """Run the hooks for a packet that the node itself sends.
 
-        It is then still the first of its connection for the filter table, while its translation is settled.
+        A packet to one of the node's own addresses then arrives at `lo`. For table filter it is still the first packet
+        of its connection, but its translation is settled.
         """
-        flock = self._translate("OUTPUT", flock, anywhere)
-        flock = self._filter("OUTPUT", flock, anywhere)
-        flock = self._translate("POSTROUTING", flock, anywhere)
-        looped = [(replace(passage, interface="lo"), share) for passage, share in flock]
-        return self._filter("INPUT", looped, here)
+        branches = self._nat_hook("OUTPUT", branches, to_anywhere)
+        branches = self._filter_hook("OUTPUT", branches, to_anywhere)
+        branches = self._nat_hook("POSTROUTING", branches, to_anywhere)
+        looped = update(branches, lambda state: replace(state, interface="lo"))
+        return self._filter_hook("INPUT", looped, to_node)
 
-    def _translate(self, chain: str, flock: Flock, where: Callable[[PacketState], bool]) -> Flock:
-        return self._hook("nat", chain, flock, lambda passage: passage.packet.state == "NEW" and where(passage))
+    def _nat_hook(self, chain: str, branches: Branches, traverses: Callable[[PacketState], bool]) -> Branches:
+        return self._hook(
+            "nat", chain, branches, lambda state: state.packet.conntrack_state == "NEW" and traverses(state)
+        )
 
-    def _filter(self, chain: str, flock: Flock, where: Callable[[PacketState], bool]) -> Flock:
-        return self._hook("filter", chain, flock, where)
+    def _filter_hook(self, chain: str, branches: Branches, traverses: Callable[[PacketState], bool]) -> Branches:
+        return self._hook("filter", chain, branches, traverses)
 
-    def _hook(self, table: str, chain: str, flock: Flock, concerns: Callable[[PacketState], bool]) -> Flock:
-        """Send those through a built-in chain that are still on their way and that it concerns."""
-        flock, others = divide(flock, lambda passage: passage.verdict is None and concerns(passage))
-        found = self._dump.tables[table].get(chain)
-        if not flock or found is None:
-            return flock + others
-        decided, undecided = self._walk(table, chain, flock)
+    def _hook(self, table: str, chain: str, branches: Branches, traverses: Callable[[PacketState], bool]) -> Branches:
+        """Run a built-in chain and its policy for the branches that traverse it and have no final verdict."""
+        branches, others = partition(branches, lambda state: state.verdict is None and traverses(state))
+        found = self._rules.tables[table].get(chain)
+        if not branches or found is None:
+            return branches + others
+        decided, undecided = self._run_chain(table, chain, branches)
         if found.policy == "DROP":
-            undecided = each(undecided, lambda passage: passage.end(Verdict.DROPPED))
+            undecided = update(undecided, lambda state: state.decide(Verdict.DROPPED))
         return decided + undecided + others
 
-    def _walk(self, table: str, chain: str, flock: Flock) -> tuple[Flock, Flock]:
-        """Return those about whom the chain decides, and those who leave it at its end or by RETURN."""
-        decided: Flock = []
-        left: Flock = []
-        for rule in self._dump.tables[table][chain].rules:
-            hit, flock = self._split(rule, flock)
-            if not hit:
+    def _run_chain(self, table: str, chain: str, branches: Branches) -> tuple[Branches, Branches]:
+        """Return the branches for which the chain ends the hook, and those that return to the calling chain."""
+        decided: Branches = []
+        returned: Branches = []
+        for rule in self._rules.tables[table][chain].rules:
+            matched, branches = self._match(rule, branches)
+            if not matched:
                 continue
             if rule.target == "RETURN":
-                left += hit
+                returned += matched
                 continue
-            final, onward = self._act(table, rule, hit)
-            decided += final
-            flock += onward
-            if not flock:
+            ended, continued = self._apply_target(table, rule, matched)
+            decided += ended
+            branches += continued
+            if not branches:
                 break
-        return decided, left + flock
+        return decided, returned + branches
 
-    def _split(self, rule: SimulatedRule, flock: Flock) -> tuple[Flock, Flock]:
-        """Return those that the rule hits, counted and remembered as it says, and those that it does not."""
-        hit, missed = divide(flock, lambda passage: self._matches(rule, passage))
-        if rule.chance < 1.0:
-            missed += [(passage, share * (1.0 - rule.chance)) for passage, share in hit]
-            hit = [(passage, share * rule.chance) for passage, share in hit if rule.chance]
+    def _match(self, rule: SimulatedRule, branches: Branches) -> tuple[Branches, Branches]:
+        """Return the branches that a rule matches, with its counter and affinity recorded, and the others."""
+        matched, missed = partition(branches, lambda state: self._matches(rule, state))
+        if rule.probability < 1.0:
+            missed += [(state, probability * (1.0 - rule.probability)) for state, probability in matched]
+            matched = [(state, probability * rule.probability) for state, probability in matched if rule.probability]
         if rule.counter:
-            hit = each(hit, lambda passage: replace(passage, counted=(*passage.counted, rule.counter)))
-        if rule.remembers:
-            hit = each(hit, lambda passage: replace(passage, remembered=True))
-        return hit, missed
+            matched = update(matched, lambda state: replace(state, counters=(*state.counters, rule.counter)))
+        if rule.recent_set:
+            matched = update(matched, lambda state: replace(state, affinity_recorded=True))
+        return matched, missed
 
-    def _matches(self, rule: SimulatedRule, passage: PacketState) -> bool:
-        if not all(match(passage) for match in rule.matches):
+    def _matches(self, rule: SimulatedRule, state: PacketState) -> bool:
+        if not all(match(state) for match in rule.matches):
             return False
-        return not rule.affinity or not passage.packet.remembered.isdisjoint(self._dump.lists.get(rule.affinity, ()))
+        if not rule.recent_check:
+            return True
+        endpoints = self._rules.affinity_endpoints.get(rule.recent_check, ())
+        return not state.packet.affinity_endpoints.isdisjoint(endpoints)
 
-    def _act(self, table: str, rule: SimulatedRule, flock: Flock) -> tuple[Flock, Flock]:
-        """Return those for whom the rule ends the hook, and those who go on to the next rule."""
+    def _apply_target(self, table: str, rule: SimulatedRule, branches: Branches) -> tuple[Branches, Branches]:
+        """Return the branches for which the rule ends the hook, and those that continue with the next rule."""
         if not rule.target:
-            return [], flock
+            return [], branches
         if rule.target == "MARK":
-            return [], each(flock, lambda passage: replace(passage, mark=_marked(passage.mark, rule)))
-        if rule.target in _FINAL:
-            change = _FINAL[rule.target]
-            return each(flock, lambda passage: change(passage, rule)), []
-        return self._walk(table, rule.target, flock)
+            return [], update(branches, lambda state: replace(state, mark=_set_mark(state.mark, rule)))
+        if rule.target in _TERMINATING_TARGETS:
+            change = _TERMINATING_TARGETS[rule.target]
+            return update(branches, lambda state: change(state, rule)), []
+        return self._run_chain(table, rule.target, branches)
 
 
-_FINAL: dict[str, Callable[[PacketState, SimulatedRule], PacketState]] = {
-    "ACCEPT": lambda passage, _: passage,
-    "DROP": lambda passage, _: passage.end(Verdict.DROPPED),
-    "REJECT": lambda passage, rule: passage.end(Verdict.REJECTED, rule.reply),
-    "MASQUERADE": lambda passage, _: replace(passage, masqueraded=True),
-    "DNAT": lambda passage, rule: passage.translate(rule.socket, rule.address, rule.port),
+_TERMINATING_TARGETS: dict[str, Callable[[PacketState, SimulatedRule], PacketState]] = {
+    "ACCEPT": lambda state, _: state,
+    "DROP": lambda state, _: state.decide(Verdict.DROPPED),
+    "REJECT": lambda state, rule: state.decide(Verdict.REJECTED, rule.reject_with),
+    "MASQUERADE": lambda state, _: replace(state, masqueraded=True),
+    "DNAT": lambda state, rule: state.dnat(rule.endpoint, rule.address, rule.port),
 }
-"""What the targets that end a packet's way through a hook do to it."""
+"""What the targets that end a hook do to a packet."""
 
 
-def _marked(mark: int, rule: SimulatedRule) -> int:
-    """Apply `--set-xmark value/mask`: clear the bits of the mask, then flip those of the value."""
-    return (mark & ~rule.mask) ^ rule.value
+def _set_mark(mark: int, rule: SimulatedRule) -> int:
+    """Apply `--set-xmark value/mask`: clear the bits of the mask, then XOR the value."""
+    return (mark & ~rule.mark_mask) ^ rule.mark_value

@@ -1,6 +1,6 @@
-"""What nftables rules do to a packet: the hooks it passes, and a walk through their chains.
+"""Simulate nftables rules: the hooks that a packet traverses, and their chains.
 
-A packet is not followed once but as a flock, which divides wherever a number is drawn.
+The simulation covers all outcomes at once: a rule with numgen splits a packet into branches with probabilities.
 """
 
 from __future__ import annotations
@@ -10,115 +10,120 @@ from collections.abc import Callable
 from msgspec.structs import replace
 
 from kproxy.model.types import Family
-from kproxy.simulate.nftables_parser import BaseChainHook, ListedChain, base_chains, read_dump
+from kproxy.simulate.nftables_parser import BaseChainHook, ListedChain, base_chains, parse_table
 from kproxy.simulate.nftables_statements import ListedVerdict
 from kproxy.simulate.packet import (
-    FateDistribution,
-    Flock,
+    Branches,
+    OutcomeDistribution,
     Packet,
     PacketState,
     Verdict,
-    anywhere,
-    divide,
-    each,
-    elsewhere,
-    follow,
-    here,
+    partition,
+    simulate,
+    to_anywhere,
+    to_elsewhere,
+    to_node,
+    update,
 )
 
 
 class NftablesSimulator:
-    """The rules of one family, as `nft list table ip kube-proxy` or `ip6 kube-proxy` printed them.
+    """The rules of one family, from the output of `nft list table ip kube-proxy` or `ip6 kube-proxy`.
 
-    Raises `UnknownRuleError` if the text holds anything that is not understood.
+    Raises `UnknownRuleError` if the text contains anything that is not supported.
     """
 
     def __init__(self, dump: str, family: Family) -> None:
-        self._chains: dict[str, ListedChain] = read_dump(dump, family)
+        self._chains: dict[str, ListedChain] = parse_table(dump, family)
         self._family = family
 
-    def send(self, packet: Packet) -> FateDistribution:
-        """Return what may become of the packet; `ValueError` if it is of the other family.
+    def send(self, packet: Packet) -> OutcomeDistribution:
+        """Return the possible outcomes for a packet. Raises `ValueError` if it belongs to the other family.
 
-        The hooks are those of netfilter's packet flow: destinations are translated before routing
-        decides between this node and elsewhere, and only for the first packet of a connection.
+        The order of hooks is netfilter's: destinations are translated before the routing decision between this node and
+        others, and only for the first packet of a connection.
         """
-        return follow(packet, self._family, self._come_in, self._go_out)
+        return simulate(packet, self._family, self._receive, self._transmit)
 
-    def _come_in(self, flock: Flock) -> Flock:
-        flock = self._hook("prerouting", flock, anywhere)
-        flock = self._hook("input", flock, here)
-        flock = self._hook("forward", flock, elsewhere)
-        return self._hook("postrouting", flock, elsewhere)
+    def _receive(self, branches: Branches) -> Branches:
+        """Run the hooks for a packet that arrives at an interface."""
+        branches = self._hook("prerouting", branches, to_anywhere)
+        branches = self._hook("input", branches, to_node)
+        branches = self._hook("forward", branches, to_elsewhere)
+        return self._hook("postrouting", branches, to_elsewhere)
 
-    def _go_out(self, flock: Flock) -> Flock:
-        """Follow a packet of the node's own; to an address of the node's own, it comes in again by `lo`.
+    def _transmit(self, branches: Branches) -> Branches:
+        """Run the hooks for a packet that the node itself sends.
 
-        It is then still the first of its connection for chains of type filter, while its translation is settled.
+        A packet to one of the node's own addresses then arrives at `lo`. For chains of type filter it is still the
+        first packet of its connection, but its translation is settled.
         """
-        flock = self._hook("output", flock, anywhere)
-        flock = self._hook("postrouting", flock, anywhere)
-        looped, gone = divide(flock, here)
-        looped = each(looped, lambda passage: replace(passage, interface="lo"))
-        looped = self._hook("prerouting", looped, here, settled=True)
-        return self._hook("input", looped, here) + gone
+        branches = self._hook("output", branches, to_anywhere)
+        branches = self._hook("postrouting", branches, to_anywhere)
+        looped, sent = partition(branches, to_node)
+        looped = update(looped, lambda state: replace(state, interface="lo"))
+        looped = self._hook("prerouting", looped, to_node, nat_settled=True)
+        return self._hook("input", looped, to_node) + sent
 
     def _hook(
-        self, hook: str, flock: Flock, concerns: Callable[[PacketState], bool], *, settled: bool = False
-    ) -> Flock:
-        """Send those through a hook's base chains that are still on their way and that it concerns.
-
-        Chains of type nat see what is new, not `settled`, and not translated by another one at the same hook.
-        """
-        flock, others = divide(flock, concerns)
+        self, hook: str, branches: Branches, traverses: Callable[[PacketState], bool], *, nat_settled: bool = False
+    ) -> Branches:
+        """Run the base chains of a hook for the branches that traverse it. `nat_settled` skips those of type nat."""
+        branches, others = partition(branches, traverses)
         for base, chain in base_chains(self._chains, hook):
-            if not (settled and base.type == "nat"):
-                flock = self._pass(base, chain, flock)
-        return flock + others
+            if not (nat_settled and base.type == "nat"):
+                branches = self._run_base_chain(base, chain, branches)
+        return branches + others
 
-    def _pass(self, base: BaseChainHook, chain: ListedChain, flock: Flock) -> Flock:
-        flock, others = divide(flock, lambda passage: passage.verdict is None and _sees(base, passage))
-        decided, undecided = self._walk(chain, flock)
+    def _run_base_chain(self, base: BaseChainHook, chain: ListedChain, branches: Branches) -> Branches:
+        """Run a base chain and its policy for the branches that it sees and that have no final verdict."""
+        branches, others = partition(branches, lambda state: state.verdict is None and _sees(base, state))
+        decided, undecided = self._run_chain(chain, branches)
         if base.drops:
-            undecided = each(undecided, lambda passage: passage.end(Verdict.DROPPED))
+            undecided = update(undecided, lambda state: state.decide(Verdict.DROPPED))
         return decided + undecided + others
 
-    def _walk(self, chain: ListedChain, flock: Flock) -> tuple[Flock, Flock]:
-        """Return those about whom the chain decides, and those who leave it for the one that jumped here."""
-        decided: Flock = []
-        left: Flock = []
+    def _run_chain(self, chain: ListedChain, branches: Branches) -> tuple[Branches, Branches]:
+        """Return the branches for which the base chain ends, and those that return to the calling chain."""
+        decided: Branches = []
+        returned: Branches = []
         for rule in chain.rules:
-            if not flock:
+            if not branches:
                 break
-            hit, flock = rule.hit(flock)
-            for decision, chosen in hit:
-                final, returning, onward = self._act(decision, chosen)
-                decided += final
-                left += returning
-                flock += onward
-        return decided, left + flock
+            matched, branches = rule.evaluate(branches)
+            for verdict, chosen in matched:
+                ended, returning, continued = self._apply_verdict(verdict, chosen)
+                decided += ended
+                returned += returning
+                branches += continued
+        return decided, returned + branches
 
-    def _act(self, decision: ListedVerdict, flock: Flock) -> tuple[Flock, Flock, Flock]:
-        """Return those for whom the base chain ends, those who leave this chain, and those who go on in it.
+    def _apply_verdict(self, verdict: ListedVerdict, branches: Branches) -> tuple[Branches, Branches, Branches]:
+        """Return the branches for which the base chain ends, that leave this chain, and that continue in it.
 
-        Who leaves a chain entered by `goto` leaves the one that sent it there, too.
+        A packet that returns from a chain entered by `goto` also leaves the chain with the `goto`.
         """
-        match decision.way:
-            case "end":
-                return each(flock, decision.change), [], []
+        match verdict.action:
+            case "terminate":
+                return update(branches, verdict.change), [], []
             case "return":
-                return [], flock, []
+                return [], branches, []
             case "continue":
-                return [], [], flock
+                return [], [], branches
             case "goto":
-                return (*self._walk(self._chains[decision.chain], flock), [])
+                return (*self._run_chain(self._chains[verdict.chain], branches), [])
             case "jump":
-                decided, onward = self._walk(self._chains[decision.chain], flock)
-                return decided, [], onward
+                decided, returned = self._run_chain(self._chains[verdict.chain], branches)
+                return decided, [], returned
 
 
-def _sees(base: BaseChainHook, passage: PacketState) -> bool:
+def _sees(base: BaseChainHook, state: PacketState) -> bool:
+    """Return whether a base chain sees a packet.
+
+    A chain of type nat sees only the first packet of a connection, and not if another one has already translated it at
+    the same hook.
+    """
     if base.type == "filter":
         return True
-    translated = passage.masqueraded if base.hook == "postrouting" else bool(passage.target)
-    return passage.packet.state == "NEW" and not translated
+    translated = state.masqueraded if base.hook == "postrouting" else bool(state.endpoint)
+    return state.packet.conntrack_state == "NEW" and not translated

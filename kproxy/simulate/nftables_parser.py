@@ -1,7 +1,7 @@
-"""The grammar of one rule as `nft list` prints it. Any word that is not known here is an `UnknownRuleError`.
+"""Parse the output of `nft list table` into chains and rules that can be simulated.
 
-A rule's statements are carried out from left to right. So one that changes a packet has done so even if a later one
-finds that the rule does not match.
+Any token that is not supported is an `UnknownRuleError`. The statements of a rule run from left to right, so a
+statement that changes the packet has taken effect even if a later one finds that the rule does not match.
 """
 
 from __future__ import annotations
@@ -15,383 +15,42 @@ from msgspec import Struct, field
 from msgspec.structs import replace
 
 from kproxy.model.types import Family
-from kproxy.simulate.nftables_sets import ListedSet, Values, read_property
+from kproxy.simulate.nftables_sets import ListedSet, SetKind, parse_set_property
 from kproxy.simulate.nftables_statements import (
-    TABLES,
+    NFT_FAMILIES,
+    KeyExpression,
     ListedVerdict,
     PacketChange,
-    PacketFields,
     PacketMatch,
     Statement,
+    TokenReader,
     VerdictChoice,
-    WordReader,
-    always,
-    read_destination,
-    read_fields,
-    read_plain,
-    sees_field,
+    at_key,
+    parse_dnat_target,
+    parse_key,
+    parse_simple_statement,
+    unconditional,
 )
-from kproxy.simulate.packet import Flock, PacketState, UnknownRuleError
+from kproxy.simulate.packet import Branches, PacketState, UnknownRuleError
 
+_BLOCKS = ("set", "map", "chain")
+_SHOWN_CHARACTERS = 200
+"""How much of a line an error shows. Some lines contain all elements of a map."""
 _ROUNDING = 1e-12
-"""What is left of 1 after all of its parts are taken away counts as nothing below this."""
-
-
-class ListedRule(Struct, frozen=True):
-    """A rule: what is asked and done first, and what is decided in the end, if anything."""
-
-    steps: tuple[PacketMatch | PacketChange, ...]
-    choice: VerdictChoice | None = None
-
-    def hit(self, flock: Flock) -> tuple[list[tuple[ListedVerdict, Flock]], Flock]:
-        """Return those about whom the rule decides, by decision, and those who go on with the next rule."""
-        onward: Flock = []
-        for step in self.steps:
-            flock, missed = _take(step, flock)
-            onward += missed
-        if self.choice is None:
-            return [], onward + flock
-        decided: dict[ListedVerdict, Flock] = {}
-        for passage, share in flock:
-            rest = 1.0
-            for decision, chance in self.choice.choose(passage):
-                decided.setdefault(decision, []).append((passage, share * chance))
-                rest -= chance
-            if rest > _ROUNDING:
-                onward.append((passage, share * rest))
-        return list(decided.items()), onward
-
-
-def _take(step: PacketMatch | PacketChange, flock: Flock) -> tuple[Flock, Flock]:
-    """Return those who go on within the rule, and those whom it does not match."""
-    if isinstance(step, PacketChange):
-        return [(step.change(passage), share) for passage, share in flock], []
-    chances = [(passage, share, step.share(passage)) for passage, share in flock]
-    matching = [(passage, share * chance) for passage, share, chance in chances if chance]
-    return matching, [(passage, share * (1.0 - chance)) for passage, share, chance in chances if chance < 1.0]
-
-
-class ParserScope(Struct):
-    """What the rules of a table share: its sets and maps, and which endpoints an affinity set leads to.
-
-    `updated` and `endpoints` are those of the chain that is being read.
-    """
-
-    family: Family
-    sets: dict[str, ListedSet]
-    served: dict[str, set[str]] = field(default_factory=dict)
-    updated: set[str] = field(default_factory=set)
-    endpoints: set[str] = field(default_factory=set)
-
-    def end_chain(self) -> None:
-        """Keep in mind that whom the chain adds to a set, it sends to its endpoint."""
-        for name in self.updated:
-            self.served_by(name).update(self.endpoints)
-        self.updated.clear()
-        self.endpoints.clear()
-
-    def served_by(self, name: str) -> set[str]:
-        """Return the endpoints of the clients that a set remembers, which may still become more."""
-        return self.served.setdefault(name, set())
-
-    def named(self, words: WordReader) -> tuple[str, ListedSet]:
-        """Take the name of a set or map; return it with what it holds."""
-        name = words.next().removeprefix("@")
-        if name not in self.sets:
-            raise UnknownRuleError(f"there is no set or map {name}")
-        return name, self.sets[name]
-
-    def elements(self, words: WordReader, fields: PacketFields, values: Values) -> ListedSet:
-        """Take a set or map, by name or as it stands in the rule, that leads from a key to such values."""
-        if words.sees_set():
-            _, found = self.named(words)
-        else:
-            found = ListedSet(self.family, fields.kinds, values)
-            found.read_elements(words)
-        found.check(fields, values)
-        return found
-
-
-def read_rule(words: WordReader, scope: ParserScope) -> ListedRule:
-    """Return the rule of a line."""
-    steps: list[PacketMatch | PacketChange] = []
-    choice = None
-    while words and not words.sees("comment") and not choice:
-        statement = read_plain(words, scope.family) or _read_referring(words, scope)
-        if isinstance(statement, VerdictChoice):
-            choice = statement
-        else:
-            steps.append(statement)
-    if words.take("comment"):
-        words.text()
-    words.end()
-    return ListedRule(tuple(steps), choice)
-
-
-def _read_referring(words: WordReader, scope: ParserScope) -> Statement:
-    """Take a statement that needs a key, or what else is in the table."""
-    if words.take("update"):
-        return _read_update(words, scope)
-    if words.take("dnat"):
-        return _read_dnat(words, scope)
-    fields = read_fields(words, scope.family)
-    if words.take("vmap"):
-        verdicts = scope.elements(words, fields, "verdict")
-        return VerdictChoice(lambda passage: verdicts.choices(fields, passage), verdicts.chains)
-    return _read_draw(words, fields) if fields.modulus else _read_comparison(words, scope, fields)
-
-
-def _read_update(words: WordReader, scope: ParserScope) -> PacketChange:
-    """Take the statement that remembers the source, for as long as the set says."""
-    name, found = scope.named(words)
-    words.expect("{")
-    fields = read_fields(words, scope.family)
-    words.expect("}")
-    if not fields.is_source:
-        raise UnknownRuleError("update is known for the packet's source only")
-    found.check(fields, "nothing")
-    scope.updated.add(name)
-    return PacketChange(lambda passage: replace(passage, remembered=True))
-
-
-def _read_dnat(words: WordReader, scope: ParserScope) -> VerdictChoice:
-    words.take(TABLES[scope.family])
-    words.expect("to")
-    if not sees_field(words, scope.family):
-        endpoint = read_destination(words, scope.family)
-        scope.endpoints.add(endpoint.socket)
-        return always(endpoint.decision())
-    fields = read_fields(words, scope.family)
-    words.expect("map")
-    found = scope.elements(words, fields, "endpoint")
-    return VerdictChoice(lambda passage: found.choices(fields, passage))
-
-
-def _read_draw(words: WordReader, fields: PacketFields) -> PacketMatch:
-    if len(fields.parts) > 1:
-        raise UnknownRuleError("a key with a number is known in maps only")
-    chance = 1.0 / fields.modulus if words.number() < fields.modulus else 0.0
-    return PacketMatch(lambda _: chance)
-
-
-def _read_comparison(words: WordReader, scope: ParserScope, fields: PacketFields) -> PacketMatch:
-    negated = words.take("!=")
-    if words.sees_set():
-        return _read_lookup(words, scope, fields, negated=negated)
-    if words.sees("{"):
-        found = scope.elements(words, fields, "nothing")
-    else:
-        found = ListedSet(scope.family, fields.kinds, "nothing")
-        found.read_element(words)
-    return PacketMatch(lambda passage: found.holds(fields.key(passage)) is not negated)
-
-
-def _read_lookup(words: WordReader, scope: ParserScope, fields: PacketFields, *, negated: bool) -> PacketMatch:
-    """Take the name of a set. A source that was sent to an endpoint before is in the set that leads to it."""
-    name, found = scope.named(words)
-    found.check(fields, "nothing")
-    served = scope.served_by(name)
-
-    def holds(passage: PacketState) -> bool:
-        remembered = fields.is_source and not passage.packet.remembered.isdisjoint(served)
-        return remembered or found.holds(fields.key(passage))
-
-    return PacketMatch(lambda passage: holds(passage) is not negated)
-
+"""What remains of a probability of 1 counts as 0 below this."""
+_HOOKS = {"filter": ("prerouting", "input", "forward", "output"), "nat": ("prerouting", "output", "postrouting")}
+_NAT_PRIORITIES = {"prerouting": -100, "output": -100, "postrouting": 100}
+"""Where the kernel runs all chains of type nat, whatever their priority (enum nf_ip_hook_priorities)."""
+_PRIORITY_NAMES = {"raw": -300, "mangle": -150, "filter": 0, "security": 50}
+_NAT_PRIORITY_NAMES = {("dstnat", "prerouting"): -100, ("srcnat", "postrouting"): 100}
+_CONNTRACK_PRIORITY = -200
+"""Chains with this priority or a lower one see packets before connection tracking."""
 
 _T = TypeVar("_T")
-_BLOCKS = ("set", "map", "chain")
-_SHOWN = 200
-"""How much of a line an error shows, in characters; some lines hold all elements of a map."""
-
-
-class ListedChain(Struct):
-    """A chain's rules, and for a base chain what makes it one."""
-
-    rules: list[ListedRule] = field(default_factory=list)
-    base: BaseChainHook | None = None
-
-
-class ListedLine(Struct, frozen=True):
-    """What belongs together: a line, or several if braces are open at the end. The number is that of the first."""
-
-    number: int
-    text: str
-
-    def read(self, reader: Callable[[WordReader], _T]) -> _T:
-        """Return what the reader makes of the line; its errors say where and in what."""
-        try:
-            return reader(WordReader(self.text))
-        except UnknownRuleError as error:
-            shown = self.text if len(self.text) <= _SHOWN else self.text[:_SHOWN] + "..."
-            raise UnknownRuleError(f"line {self.number}: {error}: {shown}") from None
-
-
-class ListedBlock(Struct):
-    """A set, map or chain as it stands in the table."""
-
-    kind: str
-    name: str
-    lines: list[ListedLine] = field(default_factory=list)
-
-
-def read_dump(text: str, family: Family) -> dict[str, ListedChain]:
-    """Return the chains of the table that `nft list table` printed, none for an empty text.
-
-    Raises `UnknownRuleError` at whatever has no known meaning.
-    """
-    blocks = _read_blocks(text, family)
-    sets = {block.name: _read_set(block, family) for block in blocks if block.kind != "chain"}
-    scope = ParserScope(family, sets)
-    chains = {block.name: _read_chain(block, scope) for block in blocks if block.kind == "chain"}
-    if len(sets) + len(chains) < len(blocks):
-        raise UnknownRuleError("two sets or two chains have one name")
-    _check_targets(chains)
-    _check_order(chains)
-    return chains
-
-
-def base_chains(chains: dict[str, ListedChain], hook: str) -> list[tuple[BaseChainHook, ListedChain]]:
-    """Return the base chains of a hook in the order in which the kernel runs them."""
-    found = [(chain.base, chain) for chain in chains.values() if chain.base and chain.base.hook == hook]
-    return sorted(found, key=lambda each: each[0].order)
-
-
-def _read_blocks(text: str, family: Family) -> list[ListedBlock]:
-    lines = _lines(text)
-    first = next(lines, None)
-    if first is None:
-        return []
-    first.read(lambda words: _read_table(words, family))
-    blocks: list[ListedBlock] = []
-    for line in lines:
-        if line.text == "}":
-            break
-        block = line.read(_read_head)
-        if block:
-            blocks.append(block)
-            block.lines.extend(_until_brace(line, lines))
-    else:
-        raise UnknownRuleError("the table has no end")
-    for line in lines:
-        line.read(_refuse)
-    return blocks
-
-
-def _lines(text: str) -> Iterator[ListedLine]:
-    """Yield the lines of a dump that hold anything. A `{` at the end opens a block, any other must be closed."""
-    number, parts, depth = 0, list[str](), 0
-    for place, line in enumerate(text.splitlines(), 1):
-        part = line.strip()
-        if not part:
-            continue
-        number = number if parts else place
-        parts.append(part)
-        depth += ListedLine(place, part).read(lambda words: words.open_braces)
-        if depth <= 0 or (len(parts) == 1 and (part.endswith("{") or part == "}")):
-            yield ListedLine(number, " ".join(parts))
-            parts, depth = [], 0
-    if parts:
-        raise UnknownRuleError(f"line {number}: braces are open at the end: {parts[0]}")
-
-
-def _until_brace(head: ListedLine, lines: Iterator[ListedLine]) -> Iterator[ListedLine]:
-    for line in lines:
-        if line.text == "}":
-            return
-        yield line
-    raise UnknownRuleError(f"line {head.number}: a block without its end: {head.text}")
-
-
-def _read_table(words: WordReader, family: Family) -> None:
-    words.expect("table", TABLES[family])
-    words.next()
-    words.expect("{")
-    words.end()
-
-
-def _read_head(words: WordReader) -> ListedBlock | None:
-    """Take what begins a block of the table; None for the table's comment."""
-    kind = words.next()
-    if kind == "comment":
-        words.text()
-        words.end()
-        return None
-    if kind not in _BLOCKS:
-        raise UnknownRuleError(f"{kind} is not known here, only {', '.join(_BLOCKS)}")
-    block = ListedBlock(kind, words.next())
-    words.expect("{")
-    words.end()
-    return block
-
-
-def _refuse(_: WordReader) -> None:
-    raise UnknownRuleError("a second table is not known")
-
-
-def _read_set(block: ListedBlock, family: Family) -> ListedSet:
-    found: ListedSet | None = None
-    for line in block.lines:
-        found = line.read(partial(read_property, found=found, family=family, is_map=block.kind == "map"))
-    if found is None:
-        raise UnknownRuleError(f"{block.kind} {block.name} has no type")
-    return found
-
-
-def _read_chain(block: ListedBlock, scope: ParserScope) -> ListedChain:
-    chain = ListedChain()
-    for line in block.lines:
-        line.read(lambda words: _read_chain_line(words, chain, scope))
-    scope.end_chain()
-    return chain
-
-
-def _read_chain_line(words: WordReader, chain: ListedChain, scope: ParserScope) -> None:
-    if words.take("type") and not chain.base:
-        chain.base = read_base(words)
-    elif words.sees("comment") and not chain.rules:
-        words.next()
-        words.text()
-        words.end()
-    else:
-        chain.rules.append(read_rule(words, scope))
-
-
-def _check_targets(chains: dict[str, ListedChain]) -> None:
-    for name, chain in chains.items():
-        for rule in chain.rules:
-            missing = rule.choice.chains - chains.keys() if rule.choice else ()
-            if missing:
-                raise UnknownRuleError(f"chain {name}: there is no chain {', '.join(sorted(missing))}")
-
-
-def _check_order(chains: dict[str, ListedChain]) -> None:
-    """Refuse base chains of which a dump does not tell who is run first."""
-    for hook in {chain.base.hook for chain in chains.values() if chain.base}:
-        for (one, _), (other, _) in pairwise(base_chains(chains, hook)):
-            if one.order == other.order or (one.type != other.type and one.order[0] == other.order[0]):
-                raise UnknownRuleError(f"two base chains at hook {hook} have the same priority")
-
-
-_HOOKS = {"filter": ("prerouting", "input", "forward", "output"), "nat": ("prerouting", "output", "postrouting")}
-
-
-_NAT = {"prerouting": -100, "output": -100, "postrouting": 100}
-"""Where the kernel runs all chains of type nat (enum nf_ip_hook_priorities)."""
-
-
-_NAMES = {("dstnat", "prerouting"): -100, ("srcnat", "postrouting"): 100}
-
-
-_FILTER_NAMES = {"raw": -300, "mangle": -150, "filter": 0, "security": 50}
-
-
-_CONNTRACK = -200
-"""Chains of this priority and before it see packets of which the connection is not known yet."""
 
 
 class BaseChainHook(Struct, frozen=True):
-    """What makes a chain a base chain: who runs it and when, and what becomes of a packet at its end."""
+    """What makes a chain a base chain: its type, hook and priority, and whether its policy is drop."""
 
     type: Literal["filter", "nat"]
     hook: str
@@ -400,38 +59,379 @@ class BaseChainHook(Struct, frozen=True):
 
     @property
     def order(self) -> tuple[int, int]:
-        """The place among the base chains of the hook. Priorities of type nat only order such chains."""
-        return (_NAT[self.hook] if self.type == "nat" else self.priority, self.priority)
+        """The sort key among the base chains of the hook. The priority of a nat chain counts among nat chains only."""
+        return (_NAT_PRIORITIES[self.hook] if self.type == "nat" else self.priority, self.priority)
 
 
-def read_base(words: WordReader) -> BaseChainHook:
-    """Take what follows `type`, such as `nat hook output priority -100; policy accept;`."""
-    kind = words.next()
-    words.expect("hook")
-    hook = words.next()
+class ListedRule(Struct, frozen=True):
+    """A rule: its matches and changes, followed by a verdict if there is one."""
+
+    statements: tuple[PacketMatch | PacketChange, ...]
+    choice: VerdictChoice | None = None
+
+    def evaluate(self, branches: Branches) -> tuple[list[tuple[ListedVerdict, Branches]], Branches]:
+        """Return the branches that get a verdict, by verdict, and those that continue with the next rule."""
+        continued: Branches = []
+        for statement in self.statements:
+            branches, missed = _run_statement(statement, branches)
+            continued += missed
+        if self.choice is None:
+            return [], continued + branches
+        decided: dict[ListedVerdict, Branches] = {}
+        for state, probability in branches:
+            rest = 1.0
+            for verdict, share in self.choice.choose(state):
+                decided.setdefault(verdict, []).append((state, probability * share))
+                rest -= share
+            if rest > _ROUNDING:
+                continued.append((state, probability * rest))
+        return list(decided.items()), continued
+
+
+def _run_statement(statement: PacketMatch | PacketChange, branches: Branches) -> tuple[Branches, Branches]:
+    """Return the branches that continue with the next statement, and those that the rule does not match."""
+    if isinstance(statement, PacketChange):
+        return [(statement.change(state), probability) for state, probability in branches], []
+    shares = [(state, probability, statement.probability(state)) for state, probability in branches]
+    matched = [(state, probability * share) for state, probability, share in shares if share]
+    return matched, [(state, probability * (1.0 - share)) for state, probability, share in shares if share < 1.0]
+
+
+class ListedChain(Struct):
+    """The rules of a chain, and its hook if it is a base chain."""
+
+    rules: list[ListedRule] = field(default_factory=list)
+    base: BaseChainHook | None = None
+
+
+def base_chains(chains: dict[str, ListedChain], hook: str) -> list[tuple[BaseChainHook, ListedChain]]:
+    """Return the base chains of a hook in the order in which the kernel runs them."""
+    found = [(chain.base, chain) for chain in chains.values() if chain.base and chain.base.hook == hook]
+    return sorted(found, key=lambda pair: pair[0].order)
+
+
+def parse_table(text: str, family: Family) -> dict[str, ListedChain]:
+    """Parse the output of `nft list table`; return its chains, none for an empty text.
+
+    Raises `UnknownRuleError` for anything that is not supported.
+    """
+    blocks = _parse_blocks(text, family)
+    sets = {block.name: _parse_set(block, family) for block in blocks if block.kind != "chain"}
+    scope = _TableScope(family, sets)
+    chains = {block.name: _parse_chain(block, scope) for block in blocks if block.kind == "chain"}
+    if len(sets) + len(chains) < len(blocks):
+        raise UnknownRuleError("duplicate name of a set, map or chain")
+    _check_chain_references(chains)
+    _check_order(chains)
+    return chains
+
+
+def _check_chain_references(chains: dict[str, ListedChain]) -> None:
+    for name, chain in chains.items():
+        for rule in chain.rules:
+            missing = rule.choice.chains - chains.keys() if rule.choice else ()
+            if missing:
+                raise UnknownRuleError(f"chain {name}: chain {', '.join(sorted(missing))} does not exist")
+
+
+def _check_order(chains: dict[str, ListedChain]) -> None:
+    """Reject base chains whose order does not follow from the dump."""
+    for hook in {chain.base.hook for chain in chains.values() if chain.base}:
+        for (one, _), (other, _) in pairwise(base_chains(chains, hook)):
+            if one.order == other.order or (one.type != other.type and one.order[0] == other.order[0]):
+                raise UnknownRuleError(f"ambiguous order: two base chains at hook {hook} have the same priority")
+
+
+# Lines and blocks.
+
+
+class _Line(Struct, frozen=True):
+    """A line of a dump, or several lines up to the closing brace. `number` is that of the first."""
+
+    number: int
+    text: str
+
+    def parse(self, parser: Callable[[TokenReader], _T]) -> _T:
+        """Return the parser's result. Adds the line's number and text to its errors."""
+        try:
+            return parser(TokenReader(self.text))
+        except UnknownRuleError as error:
+            long = len(self.text) > _SHOWN_CHARACTERS
+            shown = self.text[:_SHOWN_CHARACTERS] + "..." if long else self.text
+            raise UnknownRuleError(f"line {self.number}: {error}: {shown}") from None
+
+
+class _Block(Struct):
+    """A set, map or chain of a table."""
+
+    kind: str
+    name: str
+    lines: list[_Line] = field(default_factory=list)
+
+
+def _parse_blocks(text: str, family: Family) -> list[_Block]:
+    lines = _split_lines(text)
+    first = next(lines, None)
+    if first is None:
+        return []
+    first.parse(lambda tokens: _parse_table_header(tokens, family))
+    blocks: list[_Block] = []
+    for line in lines:
+        if line.text == "}":
+            break
+        block = line.parse(_parse_block_header)
+        if block:
+            blocks.append(block)
+            block.lines.extend(_block_lines(line, lines))
+    else:
+        raise UnknownRuleError("unterminated table")
+    for line in lines:
+        line.parse(_reject_second_table)
+    return blocks
+
+
+def _split_lines(text: str) -> Iterator[_Line]:
+    """Yield the lines of a dump that are not empty. A `{` at the end opens a block; other braces must be balanced."""
+    number, parts, depth = 0, list[str](), 0
+    for current, line in enumerate(text.splitlines(), 1):
+        part = line.strip()
+        if not part:
+            continue
+        number = number if parts else current
+        parts.append(part)
+        depth += _Line(current, part).parse(lambda tokens: tokens.open_braces)
+        if depth <= 0 or (len(parts) == 1 and (part.endswith("{") or part == "}")):
+            yield _Line(number, " ".join(parts))
+            parts, depth = [], 0
+    if parts:
+        raise UnknownRuleError(f"line {number}: unbalanced braces: {parts[0]}")
+
+
+def _block_lines(header: _Line, lines: Iterator[_Line]) -> Iterator[_Line]:
+    for line in lines:
+        if line.text == "}":
+            return
+        yield line
+    raise UnknownRuleError(f"line {header.number}: unterminated block: {header.text}")
+
+
+def _parse_table_header(tokens: TokenReader, family: Family) -> None:
+    tokens.expect("table", NFT_FAMILIES[family])
+    tokens.next()
+    tokens.expect("{")
+    tokens.expect_end()
+
+
+def _parse_block_header(tokens: TokenReader) -> _Block | None:
+    """Parse the first line of a block of the table. Return None for the table's comment."""
+    kind = tokens.next()
+    if kind == "comment":
+        tokens.quoted()
+        tokens.expect_end()
+        return None
+    if kind not in _BLOCKS:
+        raise UnknownRuleError(f"unexpected {kind}, expected one of {', '.join(_BLOCKS)}")
+    block = _Block(kind, tokens.next())
+    tokens.expect("{")
+    tokens.expect_end()
+    return block
+
+
+def _reject_second_table(_: TokenReader) -> None:
+    raise UnknownRuleError("unexpected second table")
+
+
+# Sets, chains and base chains.
+
+
+class _TableScope(Struct):
+    """What rules of a table refer to: its sets and maps, and the endpoints of each affinity set.
+
+    `updated` and `endpoints` belong to the chain that is being parsed: the sets to which it adds the source, and the
+    endpoints that it translates destinations to.
+    """
+
+    family: Family
+    sets: dict[str, ListedSet]
+    affinity: dict[str, set[str]] = field(default_factory=dict)
+    updated: set[str] = field(default_factory=set)
+    endpoints: set[str] = field(default_factory=set)
+
+    def end_chain(self) -> None:
+        """Record the endpoints of the chain for the sets that it updates."""
+        for name in self.updated:
+            self.affinity_endpoints(name).update(self.endpoints)
+        self.updated.clear()
+        self.endpoints.clear()
+
+    def affinity_endpoints(self, name: str) -> set[str]:
+        """Return the endpoints of a set, which is complete only after the last chain has been parsed."""
+        return self.affinity.setdefault(name, set())
+
+    def parse_named_set(self, tokens: TokenReader) -> tuple[str, ListedSet]:
+        """Parse the name of a set or map; return the name and the set."""
+        name = tokens.next().removeprefix("@")
+        if name not in self.sets:
+            raise UnknownRuleError(f"set or map {name} does not exist")
+        return name, self.sets[name]
+
+    def parse_set(self, tokens: TokenReader, key: KeyExpression, kind: SetKind) -> ListedSet:
+        """Parse a set or map, by name or with its elements, and check that it fits the key and the kind."""
+        if tokens.at_set_reference():
+            _, found = self.parse_named_set(tokens)
+        else:
+            found = ListedSet(self.family, key.types, kind)
+            found.parse_elements(tokens)
+        found.check(key, kind)
+        return found
+
+
+def _parse_set(block: _Block, family: Family) -> ListedSet:
+    found: ListedSet | None = None
+    for line in block.lines:
+        found = line.parse(partial(parse_set_property, found=found, family=family, is_map=block.kind == "map"))
+    if found is None:
+        raise UnknownRuleError(f"{block.kind} {block.name} has no type")
+    return found
+
+
+def _parse_chain(block: _Block, scope: _TableScope) -> ListedChain:
+    chain = ListedChain()
+    for line in block.lines:
+        line.parse(lambda tokens: _parse_chain_line(tokens, chain, scope))
+    scope.end_chain()
+    return chain
+
+
+def _parse_chain_line(tokens: TokenReader, chain: ListedChain, scope: _TableScope) -> None:
+    if tokens.accept("type") and not chain.base:
+        chain.base = _parse_base_chain(tokens)
+    elif tokens.at("comment") and not chain.rules:
+        tokens.next()
+        tokens.quoted()
+        tokens.expect_end()
+    else:
+        chain.rules.append(_parse_rule(tokens, scope))
+
+
+def _parse_base_chain(tokens: TokenReader) -> BaseChainHook:
+    """Parse what follows `type`, such as `nat hook output priority -100; policy accept;`."""
+    kind = tokens.next()
+    tokens.expect("hook")
+    hook = tokens.next()
     if hook not in _HOOKS.get(kind, ()):
-        raise UnknownRuleError(f"type {kind} at hook {hook} is not known")
-    words.expect("priority")
-    priority = _read_priority(words, hook)
-    if priority <= _CONNTRACK:
-        raise UnknownRuleError(f"priority {priority}, before connections are known, is not known")
-    words.expect(";", "policy")
-    policy = words.next()
+        raise UnknownRuleError(f"unsupported type {kind} at hook {hook}")
+    tokens.expect("priority")
+    priority = _parse_priority(tokens, hook)
+    if priority <= _CONNTRACK_PRIORITY:
+        raise UnknownRuleError(f"unsupported priority {priority}, before connection tracking")
+    tokens.expect(";", "policy")
+    policy = tokens.next()
     if policy not in ("accept", "drop"):
-        raise UnknownRuleError(f"policy {policy} is not known")
-    words.expect(";")
-    words.end()
+        raise UnknownRuleError(f"unsupported policy {policy}")
+    tokens.expect(";")
+    tokens.expect_end()
     return BaseChainHook("nat" if kind == "nat" else "filter", hook, priority, policy == "drop")
 
 
-def _read_priority(words: WordReader, hook: str) -> int:
-    """Take a number, or a name that may have a number added or taken away."""
-    if not words.sees_name():
-        return words.number()
-    name = words.next()
-    known = _FILTER_NAMES.get(name, _NAMES.get((name, hook)))
-    if known is None:
-        raise UnknownRuleError(f"priority {name} at hook {hook} is not known")
-    if words.take("+"):
-        return known + words.number()
-    return known - words.number() if words.take("-") else known
+def _parse_priority(tokens: TokenReader, hook: str) -> int:
+    """Parse a number, or a name that may be followed by an offset."""
+    if not tokens.at_name():
+        return tokens.number()
+    name = tokens.next()
+    priority = _PRIORITY_NAMES.get(name, _NAT_PRIORITY_NAMES.get((name, hook)))
+    if priority is None:
+        raise UnknownRuleError(f"unsupported priority {name} at hook {hook}")
+    if tokens.accept("+"):
+        return priority + tokens.number()
+    return priority - tokens.number() if tokens.accept("-") else priority
+
+
+# Rules.
+
+
+def _parse_rule(tokens: TokenReader, scope: _TableScope) -> ListedRule:
+    statements: list[PacketMatch | PacketChange] = []
+    choice = None
+    while tokens and not tokens.at("comment") and not choice:
+        statement = parse_simple_statement(tokens, scope.family) or _parse_keyed_statement(tokens, scope)
+        if isinstance(statement, VerdictChoice):
+            choice = statement
+        else:
+            statements.append(statement)
+    if tokens.accept("comment"):
+        tokens.quoted()
+    tokens.expect_end()
+    return ListedRule(tuple(statements), choice)
+
+
+def _parse_keyed_statement(tokens: TokenReader, scope: _TableScope) -> Statement:
+    """Parse a statement with a key, a set or a map."""
+    if tokens.accept("update"):
+        return _parse_update(tokens, scope)
+    if tokens.accept("dnat"):
+        return _parse_dnat(tokens, scope)
+    key = parse_key(tokens, scope.family)
+    if tokens.accept("vmap"):
+        verdicts = scope.parse_set(tokens, key, "verdict map")
+        return VerdictChoice(lambda state: verdicts.lookup(key, state), verdicts.chains)
+    return _parse_random_match(tokens, key) if key.modulus else _parse_comparison(tokens, scope, key)
+
+
+def _parse_update(tokens: TokenReader, scope: _TableScope) -> PacketChange:
+    """Parse the statement that adds the source to an affinity set."""
+    name, found = scope.parse_named_set(tokens)
+    tokens.expect("{")
+    key = parse_key(tokens, scope.family)
+    tokens.expect("}")
+    if not key.is_source:
+        raise UnknownRuleError("unsupported update: the key must be the source address")
+    found.check(key, "set")
+    scope.updated.add(name)
+    return PacketChange(lambda state: replace(state, affinity_recorded=True))
+
+
+def _parse_dnat(tokens: TokenReader, scope: _TableScope) -> VerdictChoice:
+    tokens.accept(NFT_FAMILIES[scope.family])
+    tokens.expect("to")
+    if not at_key(tokens, scope.family):
+        target = parse_dnat_target(tokens, scope.family)
+        scope.endpoints.add(target.endpoint)
+        return unconditional(target.verdict())
+    key = parse_key(tokens, scope.family)
+    tokens.expect("map")
+    endpoints = scope.parse_set(tokens, key, "endpoint map")
+    return VerdictChoice(lambda state: endpoints.lookup(key, state))
+
+
+def _parse_random_match(tokens: TokenReader, key: KeyExpression) -> PacketMatch:
+    """Parse the value that a random number is compared with."""
+    if len(key.parts) > 1:
+        raise UnknownRuleError("unsupported numgen in a concatenation outside of a map lookup")
+    probability = 1.0 / key.modulus if tokens.number() < key.modulus else 0.0
+    return PacketMatch(lambda _: probability)
+
+
+def _parse_comparison(tokens: TokenReader, scope: _TableScope, key: KeyExpression) -> PacketMatch:
+    negated = tokens.accept("!=")
+    if tokens.at_set_reference():
+        return _parse_set_lookup(tokens, scope, key, negated=negated)
+    if tokens.at("{"):
+        found = scope.parse_set(tokens, key, "set")
+    else:
+        found = ListedSet(scope.family, key.types, "set")
+        found.parse_element(tokens)
+    return PacketMatch(lambda state: found.contains(key.evaluate(state)) is not negated)
+
+
+def _parse_set_lookup(tokens: TokenReader, scope: _TableScope, key: KeyExpression, *, negated: bool) -> PacketMatch:
+    """Parse a reference to a set. An affinity set contains the sources for which it has recorded affinity."""
+    name, found = scope.parse_named_set(tokens)
+    found.check(key, "set")
+    endpoints = scope.affinity_endpoints(name)
+
+    def contains(state: PacketState) -> bool:
+        recorded = key.is_source and not state.packet.affinity_endpoints.isdisjoint(endpoints)
+        return recorded or found.contains(key.evaluate(state))
+
+    return PacketMatch(lambda state: contains(state) is not negated)

@@ -1,4 +1,4 @@
-"""Sets and maps, with a name or within a rule: what they hold, and how a key finds it."""
+"""Parse and look up nftables sets and maps, both named ones and those within a rule."""
 
 from __future__ import annotations
 
@@ -9,161 +9,165 @@ from msgspec import Struct, field
 
 from kproxy.model.types import Family
 from kproxy.simulate.nftables_statements import (
-    Kind,
+    KeyExpression,
+    KeyType,
     ListedVerdict,
-    PacketFields,
-    WordReader,
-    endpoint,
-    read_address,
-    read_fields,
-    read_range,
-    read_types,
-    read_value,
-    read_verdict,
+    TokenReader,
+    make_dnat_target,
+    parse_address,
+    parse_address_range,
+    parse_key,
+    parse_key_types,
+    parse_value,
+    parse_verdict,
 )
 from kproxy.simulate.packet import PacketState, UnknownRuleError
 
-Values: TypeAlias = Literal["nothing", "verdict", "endpoint"]
-"""What a key leads to: nothing in a set, a verdict in a verdict map, an address with a port in a map for `dnat`."""
 _FLAGS = {"dynamic", "timeout", "interval"}
+
+SetKind: TypeAlias = Literal["set", "verdict map", "endpoint map"]
+"""What a key is mapped to: nothing, a verdict, or an address and port for `dnat`."""
 
 
 class ListedSet(Struct):
-    """The elements of a set or map.
+    """A set or map and its elements.
 
-    `found` has for each key, but for its number, the decisions by number (0 if the key has none). Where the key is
-    one address, there may be `ranges` too, by their first and last address.
+    `elements` maps a key without its number to the verdicts by number (number 0 if the key has none; verdict None in a
+    set). A set of addresses may also have `ranges`, each with its first and last address.
     """
 
     family: Family
-    kinds: tuple[Kind, ...]
-    values: Values
-    found: dict[tuple[Hashable, ...], dict[int, ListedVerdict | None]] = field(default_factory=dict)
+    key_types: tuple[KeyType, ...]
+    kind: SetKind
+    elements: dict[tuple[Hashable, ...], dict[int, ListedVerdict | None]] = field(default_factory=dict)
     ranges: list[tuple[int, int]] = field(default_factory=list)
 
-    def holds(self, key: tuple[Hashable, ...]) -> bool:
+    @property
+    def chains(self) -> frozenset[str]:
+        """All chains that the verdicts of the map go or jump to."""
+        verdicts = (verdict for numbers in self.elements.values() for verdict in numbers.values())
+        return frozenset(verdict.chain for verdict in verdicts if verdict and verdict.chain)
+
+    def contains(self, key: tuple[Hashable, ...]) -> bool:
         """Return whether a key is an element, or an address within one."""
-        if key in self.found:
+        if key in self.elements:
             return True
         (address, *_) = key
         return isinstance(address, int) and any(first <= address <= last for first, last in self.ranges)
 
-    def choices(self, fields: PacketFields, passage: PacketState) -> list[tuple[ListedVerdict, float]]:
-        """Return what the map may decide about a packet, with the chance of each; the rest finds no element."""
-        found = self.found.get(fields.key(passage), {})
-        share, below = (1.0 / fields.modulus, fields.modulus) if fields.modulus else (1.0, 1)
-        return [(decision, share) for number, decision in found.items() if decision and number < below]
+    def lookup(self, key: KeyExpression, state: PacketState) -> list[tuple[ListedVerdict, float]]:
+        """Return the verdicts for a packet with their probabilities. For the rest, there is no element."""
+        found = self.elements.get(key.evaluate(state), {})
+        probability, bound = (1.0 / key.modulus, key.modulus) if key.modulus else (1.0, 1)
+        return [(verdict, probability) for number, verdict in found.items() if verdict and number < bound]
 
-    def check(self, fields: PacketFields, values: Values) -> None:
-        """Check that a rule can look up such a key here, and for such values."""
-        if self.values != values:
-            raise UnknownRuleError(f"what leads to {self.values} has no place here, only what leads to {values}")
-        if self.kinds != fields.kinds:
-            raise UnknownRuleError(f"a key of {', '.join(fields.kinds)} is none of {', '.join(self.kinds)}")
+    def check(self, key: KeyExpression, kind: SetKind) -> None:
+        """Raise `UnknownRuleError` unless this is a set or map of this kind for such keys."""
+        if self.kind != kind:
+            raise UnknownRuleError(f"expected {kind}, got {self.kind}")
+        if self.key_types != key.types:
+            raise UnknownRuleError(f"key type {' . '.join(key.types)} does not match {' . '.join(self.key_types)}")
 
-    def read_elements(self, words: WordReader) -> None:
-        """Take elements between their braces."""
-        words.expect("{")
-        while not words.take("}"):
-            self.read_element(words)
-            if not words.sees("}"):
-                words.expect(",")
+    def parse_elements(self, tokens: TokenReader) -> None:
+        """Parse elements within braces."""
+        tokens.expect("{")
+        while not tokens.accept("}"):
+            self.parse_element(tokens)
+            if not tokens.at("}"):
+                tokens.expect(",")
 
-    def read_element(self, words: WordReader) -> None:
-        """Take one element: its key, when it expires, its comment, and what it leads to."""
-        if self.values == "nothing" and self.kinds == ("address",):
-            first, last = read_range(words, self.family)
+    def parse_element(self, tokens: TokenReader) -> None:
+        """Parse one element: key, expiration, comment and value."""
+        if self.kind == "set" and self.key_types == ("address",):
+            first, last = parse_address_range(tokens, self.family)
             if first != last:
                 self.ranges.append((first, last))
-                _read_attributes(words)
+                _skip_element_options(tokens)
                 return
             key: tuple[Hashable, ...] = (first,)
             number = 0
         else:
-            key, number = self._read_key(words)
-        _read_attributes(words)
-        numbers = self.found.setdefault(key, {})
+            key, number = self._parse_key(tokens)
+        _skip_element_options(tokens)
+        numbers = self.elements.setdefault(key, {})
         if number in numbers:
-            raise UnknownRuleError("an element stands twice")
-        numbers[number] = self._read_value(words)
+            raise UnknownRuleError("duplicate element")
+        numbers[number] = self._parse_value(tokens)
 
-    def _read_key(self, words: WordReader) -> tuple[tuple[Hashable, ...], int]:
+    def _parse_key(self, tokens: TokenReader) -> tuple[tuple[Hashable, ...], int]:
+        """Return the values of a key, and separately its number."""
         key: list[Hashable] = []
         number = 0
-        for place, kind in enumerate(self.kinds):
-            if place:
-                words.expect(".")
-            if kind == "number":
-                number = words.number()
+        for index, key_type in enumerate(self.key_types):
+            if index:
+                tokens.expect(".")
+            if key_type == "number":
+                number = tokens.number()
             else:
-                key.append(read_value(words, kind, self.family))
+                key.append(parse_value(tokens, key_type, self.family))
         return tuple(key), number
 
-    def _read_value(self, words: WordReader) -> ListedVerdict | None:
-        if self.values == "nothing":
+    def _parse_value(self, tokens: TokenReader) -> ListedVerdict | None:
+        if self.kind == "set":
             return None
-        words.expect(":")
-        if self.values == "verdict":
-            decision = read_verdict(words)
-            if decision is None:
-                raise UnknownRuleError(f"{words.next()} is not a verdict")
-            return decision
-        address = read_address(words, self.family)
-        words.expect(".")
-        return endpoint(address, words.number(), self.family).decision()
-
-    @property
-    def chains(self) -> frozenset[str]:
-        """All chains that it may send packets to."""
-        decisions = (decision for numbers in self.found.values() for decision in numbers.values())
-        return frozenset(decision.chain for decision in decisions if decision and decision.chain)
+        tokens.expect(":")
+        if self.kind == "verdict map":
+            verdict = parse_verdict(tokens)
+            if verdict is None:
+                raise UnknownRuleError(f"unexpected {tokens.next()}, expected a verdict")
+            return verdict
+        address = parse_address(tokens, self.family)
+        tokens.expect(".")
+        return make_dnat_target(address, tokens.number(), self.family).verdict()
 
 
-def _read_attributes(words: WordReader) -> None:
-    """Take what an element has beside its key. One that has not expired yet counts like any other."""
-    for word in ("timeout", "expires"):
-        if words.take(word):
-            words.next()
-    if words.take("comment"):
-        words.text()
-
-
-def read_property(words: WordReader, found: ListedSet | None, family: Family, *, is_map: bool) -> ListedSet | None:
-    """Take one line of a set or map, whose type stands before its elements; return it as far as it is known."""
-    word = words.next()
-    if word in ("type", "typeof") and found is None:
-        kinds = read_types(words, family) if word == "type" else read_fields(words, family).kinds
-        found = ListedSet(family, kinds, _read_values(words, family) if is_map else "nothing")
-    elif word == "elements" and found:
-        words.expect("=")
-        found.read_elements(words)
+def parse_set_property(
+    tokens: TokenReader, found: ListedSet | None, family: Family, *, is_map: bool
+) -> ListedSet | None:
+    """Parse one line of a set or map. Return the set so far, None before the line with its type."""
+    name = tokens.next()
+    if name in ("type", "typeof") and found is None:
+        key_types = parse_key_types(tokens, family) if name == "type" else parse_key(tokens, family).types
+        found = ListedSet(family, key_types, _parse_map_kind(tokens, family) if is_map else "set")
+    elif name == "elements" and found:
+        tokens.expect("=")
+        found.parse_elements(tokens)
     else:
-        _read_other(word, words)
-    words.end()
+        _skip_set_property(name, tokens)
+    tokens.expect_end()
     return found
 
 
-def _read_values(words: WordReader, family: Family) -> Values:
-    words.expect(":")
-    if words.take("verdict"):
-        return "verdict"
-    if read_fields(words, family).kinds != ("address", "port"):
-        raise UnknownRuleError("maps to anything but verdicts, or addresses with ports, are not known")
-    return "endpoint"
+def _parse_map_kind(tokens: TokenReader, family: Family) -> SetKind:
+    tokens.expect(":")
+    if tokens.accept("verdict"):
+        return "verdict map"
+    if parse_key(tokens, family).types != ("address", "port"):
+        raise UnknownRuleError("unsupported map: values must be verdicts, or addresses with ports")
+    return "endpoint map"
 
 
-def _read_other(word: str, words: WordReader) -> None:
-    """Take what does not change which elements there are."""
-    match word:
+def _skip_element_options(tokens: TokenReader) -> None:
+    """Skip the options of an element. Elements that nft lists have not expired."""
+    for token in ("timeout", "expires"):
+        if tokens.accept(token):
+            tokens.next()
+    if tokens.accept("comment"):
+        tokens.quoted()
+
+
+def _skip_set_property(name: str, tokens: TokenReader) -> None:
+    """Skip a property that has no effect on lookups."""
+    match name:
         case "comment":
-            words.text()
+            tokens.quoted()
         case "size":
-            words.number()
+            tokens.number()
         case "timeout":
-            words.next()
+            tokens.next()
         case "flags":
-            unknown = set(words.with_commas()) - _FLAGS
+            unknown = set(tokens.comma_separated()) - _FLAGS
             if unknown:
-                raise UnknownRuleError(f"flags {', '.join(sorted(unknown))} are not known")
+                raise UnknownRuleError(f"unsupported flags {', '.join(sorted(unknown))}")
         case _:
-            raise UnknownRuleError(f"{word} is not known here")
+            raise UnknownRuleError(f"unsupported property {name}")

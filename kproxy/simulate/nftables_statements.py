@@ -1,10 +1,10 @@
-"""What nft can look at in a packet, alone or several as one key, and the values that it is compared with (nft(8))."""
+"""Parse the parts of a rule as `nft list` prints it: tokens, keys and their values, verdicts, statements (nft(8))."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Hashable
-from ipaddress import ip_address, ip_network
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from operator import and_, or_, xor
 from typing import Literal, TypeAlias
 
@@ -14,329 +14,335 @@ from msgspec.structs import replace
 from kproxy.model.types import Family
 from kproxy.simulate.packet import PacketState, UnknownRuleError, Verdict
 
-_WORD = re.compile(r'\s*("[^"]*"|[{},;]|[^\s{},;"]+)')
+NFT_FAMILIES = {Family.IPV4: "ip", Family.IPV6: "ip6"}
+"""nft's names of the families, in tables, address expressions and dnat statements."""
+
+_TOKEN = re.compile(r'\s*("[^"]*"|[{},;]|[^\s{},;"]+)')
+_ENDPOINT = re.compile(r"(?:(\d+\.\d+\.\d+\.\d+)|\[([0-9a-f:.]+)\]):(\d+)")
+_IP_VERSIONS = {Family.IPV4: 4, Family.IPV6: 6}
+_PROTOCOLS = ("tcp", "udp", "sctp")
+_CONNECTION_STATES = {"new": "NEW", "established": "ESTABLISHED", "related": "RELATED", "invalid": "INVALID"}
+_MARK_OPERATORS: dict[str, Callable[[int, int], int]] = {"|": or_, "^": xor, "&": and_}
+_DEFAULT_REJECT = {Family.IPV4: "icmp-port-unreachable", Family.IPV6: "icmp6-port-unreachable"}
+
+KeyType: TypeAlias = Literal["address", "protocol", "port", "number"]
+"""The type of a part of a key. A number is not read from the packet: it is random (numgen)."""
 
 
-class WordReader:
-    """A line's words, each to be taken once. Raises `UnknownRuleError` for any that is not the one expected.
+class TokenReader:
+    """Reads a line token by token. Raises `UnknownRuleError` for a token that is not the expected one.
 
-    Braces, commas and semicolons are words of their own, and so is what stands in quotes.
+    Braces, commas, semicolons and quoted strings are tokens.
     """
 
     def __init__(self, line: str) -> None:
-        self._words: list[str] = []
-        place, line = 0, line.rstrip()
-        while place < len(line):
-            found = _WORD.match(line, place)
+        self._tokens: list[str] = []
+        offset, line = 0, line.rstrip()
+        while offset < len(line):
+            found = _TOKEN.match(line, offset)
             if not found:
-                raise UnknownRuleError("a quote without its end")
-            self._words.append(found[1])
-            place = found.end()
-        self._place = 0
+                raise UnknownRuleError("unterminated quoted string")
+            self._tokens.append(found[1])
+            offset = found.end()
+        self._index = 0
 
     def __bool__(self) -> bool:
-        """Whether there are words left."""
-        return self._place < len(self._words)
+        """Return whether there are more tokens."""
+        return self._index < len(self._tokens)
 
     @property
     def open_braces(self) -> int:
-        """How many braces the line opens beyond those that it closes."""
-        return self._words.count("{") - self._words.count("}")
+        """The number of braces that the line opens and does not close."""
+        return self._tokens.count("{") - self._tokens.count("}")
 
-    def sees(self, *words: str) -> bool:
-        """Return whether these are the next words, without taking them."""
-        return tuple(self._words[self._place : self._place + len(words)]) == words
+    def at(self, *tokens: str) -> bool:
+        """Return whether these are the next tokens."""
+        return tuple(self._tokens[self._index : self._index + len(tokens)]) == tokens
 
-    def sees_set(self) -> bool:
-        """Return whether the next word is the name of a set or map after its `@`, without taking it."""
-        return bool(self) and self._words[self._place].startswith("@")
+    def at_set_reference(self) -> bool:
+        """Return whether the next token is a reference to a set or map, such as `@endpoints`."""
+        return bool(self) and self._tokens[self._index].startswith("@")
 
-    def sees_name(self) -> bool:
-        """Return whether the next word begins with a letter, without taking it."""
-        return bool(self) and self._words[self._place][0].isalpha()
+    def at_name(self) -> bool:
+        """Return whether the next token begins with a letter."""
+        return bool(self) and self._tokens[self._index][0].isalpha()
 
-    def take(self, *words: str) -> bool:
-        """Take these words if they are the next; return whether they were."""
-        found = self.sees(*words)
-        self._place += len(words) if found else 0
+    def accept(self, *tokens: str) -> bool:
+        """Consume these tokens if they are the next ones; return whether they were."""
+        found = self.at(*tokens)
+        self._index += len(tokens) if found else 0
         return found
 
-    def next(self) -> str:
-        """Take the next word, whatever it is."""
-        if not self:
-            raise UnknownRuleError(f"nothing after {self._words[-1] if self._words else 'the start of the line'}")
-        self._place += 1
-        return self._words[self._place - 1]
-
-    def expect(self, *words: str) -> None:
-        """Take exactly these words."""
-        for word in words:
+    def expect(self, *tokens: str) -> None:
+        """Consume exactly these tokens."""
+        for token in tokens:
             found = self.next()
-            if found != word:
-                raise UnknownRuleError(f"{found} is not known here, only {word}")
+            if found != token:
+                raise UnknownRuleError(f"unexpected {found}, expected {token}")
 
-    def text(self) -> str:
-        """Take what stands in quotes; return it without them."""
+    def expect_end(self) -> None:
+        """Check that there are no more tokens."""
+        if self:
+            raise UnknownRuleError(f"unexpected {self.next()}")
+
+    def next(self) -> str:
+        """Consume and return the next token."""
+        if not self:
+            after = f" after {self._tokens[-1]}" if self._tokens else ""
+            raise UnknownRuleError(f"unexpected end of line{after}")
+        self._index += 1
+        return self._tokens[self._index - 1]
+
+    def quoted(self) -> str:
+        """Consume a quoted string; return it without the quotes."""
         found = self.next()
         if not found.startswith('"'):
-            raise UnknownRuleError(f"{found} does not stand in quotes")
+            raise UnknownRuleError(f"unexpected {found}, expected a quoted string")
         return found[1:-1]
 
     def number(self) -> int:
-        """Take a number, decimal or hexadecimal."""
+        """Consume a decimal or hexadecimal number."""
         found = self.next()
         try:
             return int(found, 16 if found.startswith("0x") else 10)
         except ValueError:
-            raise UnknownRuleError(f"{found} is not a number") from None
+            raise UnknownRuleError(f"unexpected {found}, expected a number") from None
 
-    def with_commas(self) -> list[str]:
-        """Take words with commas between them."""
+    def comma_separated(self) -> list[str]:
+        """Consume tokens that are separated by commas."""
         found = [self.next()]
-        while self.take(","):
+        while self.accept(","):
             found.append(self.next())
         return found
 
-    def end(self) -> None:
-        """Check that no word is left."""
-        if self:
-            raise UnknownRuleError(f"{self.next()} is not known here")
+
+# Keys.
 
 
-Kind: TypeAlias = Literal["address", "protocol", "port", "number"]
-"""What a part of a key is. A number is not of the packet, but drawn for each."""
-PROTOCOLS = ("tcp", "udp", "sctp")
-VERSIONS = {Family.IPV4: 4, Family.IPV6: 6}
-TABLES = {Family.IPV4: "ip", Family.IPV6: "ip6"}
-"""What nft calls the families, as those of a table, an address or a translation."""
+class KeyPart(Struct, frozen=True):
+    """One part of a key, read from the packet. A number is random, from 0 to `modulus` - 1."""
 
-
-class PacketField(Struct, frozen=True):
-    """One part of a key. A number is drawn below `modulus`; anything else is read from the packet."""
-
-    kind: Kind
+    type: KeyType
     read: Callable[[PacketState], Hashable]
     is_source: bool = False
     modulus: int = 0
 
 
-class PacketFields(Struct, frozen=True):
-    """A key: one part, or several with dots between them, at most one of them a number."""
+class KeyExpression(Struct, frozen=True):
+    """A key: a single part or a concatenation, at most one of them a random number."""
 
-    parts: tuple[PacketField, ...]
+    parts: tuple[KeyPart, ...]
 
     @property
-    def kinds(self) -> tuple[Kind, ...]:
-        """What its parts are, in their order."""
-        return tuple(part.kind for part in self.parts)
+    def types(self) -> tuple[KeyType, ...]:
+        """The types of the parts."""
+        return tuple(part.type for part in self.parts)
 
     @property
     def modulus(self) -> int:
-        """What its number is drawn below, 0 if it has none."""
+        """The modulus of the random number, 0 if the key has none."""
         return sum(part.modulus for part in self.parts)
 
     @property
     def is_source(self) -> bool:
-        """Whether it is the packet's source, alone."""
+        """Whether the key is just the packet's source address."""
         return len(self.parts) == 1 and self.parts[0].is_source
 
-    def key(self, passage: PacketState) -> tuple[Hashable, ...]:
-        """Return what the packet has in the parts that are not drawn."""
-        return tuple(part.read(passage) for part in self.parts if part.kind != "number")
+    def evaluate(self, state: PacketState) -> tuple[Hashable, ...]:
+        """Return the packet's values of all parts except a random number."""
+        return tuple(part.read(state) for part in self.parts if part.type != "number")
 
 
-def read_fields(words: WordReader, family: Family) -> PacketFields:
-    """Take a key, such as `ip daddr . meta l4proto . th dport`."""
-    parts = [_read_field(words, TABLES[family])]
-    while words.take("."):
-        parts.append(_read_field(words, TABLES[family]))
-    if sum(part.kind == "number" for part in parts) > 1:
-        raise UnknownRuleError("two numbers in one key are not known")
-    return PacketFields(tuple(parts))
+def at_key(tokens: TokenReader, family: Family) -> bool:
+    """Return whether the next token begins a key."""
+    return any(tokens.at(token) for token in (NFT_FAMILIES[family], "meta", "th", "numgen"))
 
 
-def sees_field(words: WordReader, family: Family) -> bool:
-    """Return whether the next word begins a key, without taking it."""
-    return any(words.sees(word) for word in (TABLES[family], "meta", "th", "numgen"))
+def parse_key(tokens: TokenReader, family: Family) -> KeyExpression:
+    """Parse a key such as `ip daddr . meta l4proto . th dport`."""
+    parts = [_parse_part(tokens, NFT_FAMILIES[family])]
+    while tokens.accept("."):
+        parts.append(_parse_part(tokens, NFT_FAMILIES[family]))
+    if sum(part.type == "number" for part in parts) > 1:
+        raise UnknownRuleError("unsupported key with two numgen expressions")
+    return KeyExpression(tuple(parts))
 
 
-def _read_field(words: WordReader, ip: str) -> PacketField:
-    if words.take(ip, "saddr"):
-        return PacketField("address", lambda passage: passage.source, is_source=True)
-    if words.take(ip, "daddr"):
-        return PacketField("address", lambda passage: passage.destination)
-    if words.take("meta", "l4proto"):
-        return PacketField("protocol", lambda passage: passage.packet.protocol)
-    if words.take("th", "dport"):
-        return PacketField("port", lambda passage: passage.port)
-    if words.take("numgen", "random", "mod"):
-        modulus = words.number()
+def _parse_part(tokens: TokenReader, ip: str) -> KeyPart:
+    if tokens.accept(ip, "saddr"):
+        return KeyPart("address", lambda state: state.source, is_source=True)
+    if tokens.accept(ip, "daddr"):
+        return KeyPart("address", lambda state: state.destination)
+    if tokens.accept("meta", "l4proto"):
+        return KeyPart("protocol", lambda state: state.packet.protocol)
+    if tokens.accept("th", "dport"):
+        return KeyPart("port", lambda state: state.port)
+    if tokens.accept("numgen", "random", "mod"):
+        modulus = tokens.number()
         if modulus < 1:
-            raise UnknownRuleError(f"there is no number below {modulus}")
-        return PacketField("number", lambda _: None, modulus=modulus)
-    raise UnknownRuleError(f"{words.next()} is not known here")
+            raise UnknownRuleError(f"invalid modulus {modulus}")
+        return KeyPart("number", lambda _: None, modulus=modulus)
+    raise UnknownRuleError(f"unsupported expression or statement {tokens.next()}")
 
 
-def read_types(words: WordReader, family: Family) -> tuple[Kind, ...]:
-    """Take the type of a key, such as `ipv4_addr . inet_proto . inet_service`."""
-    known: dict[str, Kind] = {
-        f"ipv{VERSIONS[family]}_addr": "address",
+def parse_key_types(tokens: TokenReader, family: Family) -> tuple[KeyType, ...]:
+    """Parse the type of a key, such as `ipv4_addr . inet_proto . inet_service`."""
+    supported: dict[str, KeyType] = {
+        f"ipv{_IP_VERSIONS[family]}_addr": "address",
         "inet_proto": "protocol",
         "inet_service": "port",
     }
-    kinds: list[Kind] = []
-    while not kinds or words.take("."):
-        word = words.next()
-        if word not in known:
-            raise UnknownRuleError(f"type {word} is not known here")
-        kinds.append(known[word])
-    return tuple(kinds)
+    types: list[KeyType] = []
+    while not types or tokens.accept("."):
+        token = tokens.next()
+        if token not in supported:
+            raise UnknownRuleError(f"unsupported type {token}")
+        types.append(supported[token])
+    return tuple(types)
 
 
-def read_value(words: WordReader, kind: Kind, family: Family) -> Hashable:
-    """Take one value of a kind: an address or port as a number, or a protocol in capitals."""
-    if kind == "address":
-        return int(ip_address(read_address(words, family)))
-    if kind == "protocol":
-        found = words.next()
-        if found not in PROTOCOLS:
-            raise UnknownRuleError(f"protocol {found} is not known")
+# Values.
+
+
+def parse_value(tokens: TokenReader, key_type: KeyType, family: Family) -> Hashable:
+    """Parse the value of a part of a key: an address or port as an integer, or a protocol in upper case."""
+    if key_type == "address":
+        return int(_parse_address(tokens.next(), family))
+    if key_type == "protocol":
+        found = tokens.next()
+        if found not in _PROTOCOLS:
+            raise UnknownRuleError(f"unsupported protocol {found}")
         return found.upper()
-    port = words.number()
+    port = tokens.number()
     if not 0 <= port <= 0xFFFF:
-        raise UnknownRuleError(f"{port} is not a port")
+        raise UnknownRuleError(f"invalid port {port}")
     return port
 
 
-def read_address(words: WordReader, family: Family) -> str:
-    """Take a single address of the family; return its text."""
-    text = words.next()
-    _address(text, family)
+def parse_address(tokens: TokenReader, family: Family) -> str:
+    """Parse a single address of the family; return its text."""
+    text = tokens.next()
+    _parse_address(text, family)
     return text
 
 
-def read_range(words: WordReader, family: Family) -> tuple[int, int]:
-    """Take an address, a network or a range; return its first and its last address."""
-    text = words.next()
+def parse_address_range(tokens: TokenReader, family: Family) -> tuple[int, int]:
+    """Parse an address, a network or a range; return its first and last address."""
+    text = tokens.next()
     first, dash, last = text.partition("-")
     if dash:
-        return _address(first, family), _address(last, family)
+        return int(_parse_address(first, family)), int(_parse_address(last, family))
     if "/" not in text:
-        return _address(text, family), _address(text, family)
+        address = int(_parse_address(text, family))
+        return address, address
     try:
         network = ip_network(text)
     except ValueError:
-        raise UnknownRuleError(f"{text} is not a network") from None
-    _check(text, network.version, family)
+        raise UnknownRuleError(f"invalid network {text}") from None
+    _check_version(text, network.version, family)
     return int(network.network_address), int(network.broadcast_address)
 
 
-def _address(text: str, family: Family) -> int:
+def _parse_address(text: str, family: Family) -> IPv4Address | IPv6Address:
     try:
         found = ip_address(text)
     except ValueError:
-        raise UnknownRuleError(f"{text} is not an address") from None
-    _check(text, found.version, family)
-    return int(found)
+        raise UnknownRuleError(f"invalid address {text}") from None
+    _check_version(text, found.version, family)
+    return found
 
 
-def _check(text: str, version: int, family: Family) -> None:
-    if version != VERSIONS[family]:
-        raise UnknownRuleError(f"{text} is not of {family.value}")
+def _check_version(text: str, version: int, family: Family) -> None:
+    if version != _IP_VERSIONS[family]:
+        raise UnknownRuleError(f"{text} does not belong to family {family.value}")
 
 
-_REPLIES = {Family.IPV4: "icmp-port-unreachable", Family.IPV6: "icmp6-port-unreachable"}
-_SOCKET = re.compile(r"(?:(\d+\.\d+\.\d+\.\d+)|\[([0-9a-f:.]+)\]):(\d+)")
+# Verdicts.
 
 
-def _unchanged(passage: PacketState) -> PacketState:
-    return passage
+def _unchanged(state: PacketState) -> PacketState:
+    return state
 
 
 class ListedVerdict(Struct, frozen=True):
-    """Where a packet goes from a rule: to a `chain`, out of this one, to the next rule, or out of the base chain.
+    """A verdict of a rule or map element.
 
-    In the last case (`end`), `change` is what has been done to it.
+    `terminate` ends the base chain, after `change` has been applied to the packet. `goto` and `jump` have a `chain`.
     """
 
-    way: Literal["end", "return", "continue", "goto", "jump"]
+    action: Literal["terminate", "return", "continue", "goto", "jump"]
     chain: str = ""
     change: Callable[[PacketState], PacketState] = _unchanged
 
 
-ACCEPT = ListedVerdict("end")
-DROP = ListedVerdict("end", change=lambda passage: passage.end(Verdict.DROPPED))
-MASQUERADE = ListedVerdict("end", change=lambda passage: replace(passage, masqueraded=True))
-_PLAIN = {"accept": ACCEPT, "drop": DROP, "return": ListedVerdict("return"), "continue": ListedVerdict("continue")}
-
-
 class DnatTarget(Struct, frozen=True):
-    """An address and a port, and their text."""
+    """An address and port to translate destinations to. `endpoint` is their text."""
 
-    socket: str
+    endpoint: str
     address: int
     port: int
 
-    def decision(self) -> ListedVerdict:
-        """Return the decision to send a packet there."""
-        return ListedVerdict("end", change=lambda passage: passage.translate(self.socket, self.address, self.port))
+    def verdict(self) -> ListedVerdict:
+        """Return the verdict of a dnat statement with this target."""
+        return ListedVerdict("terminate", change=lambda state: state.dnat(self.endpoint, self.address, self.port))
 
 
-def reject(family: Family) -> ListedVerdict:
-    """Return the decision of `reject` without a type: port unreachable, as the family says it."""
-    return ListedVerdict("end", change=lambda passage: passage.end(Verdict.REJECTED, _REPLIES[family]))
+_DROP = ListedVerdict("terminate", change=lambda state: state.decide(Verdict.DROPPED))
+_MASQUERADE = ListedVerdict("terminate", change=lambda state: replace(state, masqueraded=True))
+_SIMPLE_VERDICTS = {
+    "accept": ListedVerdict("terminate"),
+    "drop": _DROP,
+    "return": ListedVerdict("return"),
+    "continue": ListedVerdict("continue"),
+}
 
 
-def read_verdict(words: WordReader) -> ListedVerdict | None:
-    """Take a verdict that may also stand in a map; None if the next word is none."""
-    for word in ("goto", "jump"):
-        if words.take(word):
-            return ListedVerdict("goto" if word == "goto" else "jump", words.next())
-    return next((decision for word, decision in _PLAIN.items() if words.take(word)), None)
+def parse_verdict(tokens: TokenReader) -> ListedVerdict | None:
+    """Parse a verdict that can also be the value of a map. Return None if the next token is not a verdict."""
+    if tokens.accept("goto"):
+        return ListedVerdict("goto", tokens.next())
+    if tokens.accept("jump"):
+        return ListedVerdict("jump", tokens.next())
+    return next((verdict for token, verdict in _SIMPLE_VERDICTS.items() if tokens.accept(token)), None)
 
 
-def read_destination(words: WordReader, family: Family) -> DnatTarget:
-    """Take an address with a port, such as `10.244.1.1:8080` or `[fd00::1]:8080`."""
-    text = words.next()
-    found = _SOCKET.fullmatch(text)
+def parse_dnat_target(tokens: TokenReader, family: Family) -> DnatTarget:
+    """Parse an address with a port, such as `10.244.1.1:8080` or `[fd00::1]:8080`."""
+    text = tokens.next()
+    found = _ENDPOINT.fullmatch(text)
     if not found:
-        raise UnknownRuleError(f"{text} is not an address with a port")
-    return endpoint(found[1] or found[2], int(found[3]), family)
+        raise UnknownRuleError(f"invalid address and port {text}")
+    return make_dnat_target(found[1] or found[2], int(found[3]), family)
 
 
-def endpoint(text: str, port: int, family: Family) -> DnatTarget:
-    """Return an endpoint by the text of its address."""
-    try:
-        address = ip_address(text)
-    except ValueError:
-        raise UnknownRuleError(f"{text} is not an address") from None
-    if address.version != VERSIONS[family]:
-        raise UnknownRuleError(f"{text} is not of {family.value}")
+def make_dnat_target(text: str, port: int, family: Family) -> DnatTarget:
+    """Return the target with an address, given as text, and a port. Raises `UnknownRuleError` if either is invalid."""
+    address = _parse_address(text, family)
     if not 0 < port <= 0xFFFF:
-        raise UnknownRuleError(f"{port} is not a port of an endpoint")
+        raise UnknownRuleError(f"invalid port {port}")
     return DnatTarget(f"{address}:{port}" if address.version == 4 else f"[{address}]:{port}", int(address), port)
 
 
-_STATES = {"new": "NEW", "established": "ESTABLISHED", "related": "RELATED", "invalid": "INVALID"}
-_BITS: dict[str, Callable[[int, int], int]] = {"|": or_, "^": xor, "&": and_}
+# Statements.
 
 
 class PacketMatch(Struct, frozen=True):
-    """A condition: for what part of packets like this one it holds. That is all or none, but for drawn numbers."""
+    """A condition. `probability` is 0 or 1, except for random numbers."""
 
-    share: Callable[[PacketState], float]
+    probability: Callable[[PacketState], float]
 
 
 class PacketChange(Struct, frozen=True):
-    """A statement that changes a packet and lets it go on within the rule."""
+    """A statement that changes the packet and continues with the next statement of the rule."""
 
     change: Callable[[PacketState], PacketState]
 
 
 class VerdictChoice(Struct, frozen=True):
-    """The end of a rule: what may be decided, with the chance of each. For the rest, the rule does not match.
+    """The last statement of a rule: its possible verdicts and their probabilities.
 
-    `chains` are all that it may send packets to.
+    If the probabilities sum to less than 1, the rule does not match for the rest. `chains` are all chains that any of
+    the verdicts may go or jump to.
     """
 
     choose: Callable[[PacketState], list[tuple[ListedVerdict, float]]]
@@ -346,84 +352,85 @@ class VerdictChoice(Struct, frozen=True):
 Statement: TypeAlias = PacketMatch | PacketChange | VerdictChoice
 
 
-def always(decision: ListedVerdict) -> VerdictChoice:
-    """Return the choice that leaves none."""
-    chains = frozenset({decision.chain} if decision.chain else ())
-    return VerdictChoice(lambda _: [(decision, 1.0)], chains)
+def unconditional(verdict: ListedVerdict) -> VerdictChoice:
+    """Return the statement that always has this verdict."""
+    chains = frozenset({verdict.chain} if verdict.chain else ())
+    return VerdictChoice(lambda _: [(verdict, 1.0)], chains)
 
 
-def read_plain(words: WordReader, family: Family) -> Statement | None:
-    """Take one statement; None if the next begins with a key, or refers to a set or map."""
-    decision = read_verdict(words)
-    if decision:
-        return always(decision)
-    if words.take("reject"):
-        return always(reject(family))
-    found = next((reader for start, reader in _READERS.items() if words.take(*start)), None)
-    return found(words) if found else None
+def parse_simple_statement(tokens: TokenReader, family: Family) -> Statement | None:
+    """Parse a statement without a key and without a set or map. Return None if the next statement is not one."""
+    verdict = parse_verdict(tokens)
+    if verdict:
+        return unconditional(verdict)
+    if tokens.accept("reject"):
+        reply = _DEFAULT_REJECT[family]
+        return unconditional(ListedVerdict("terminate", change=lambda state: state.decide(Verdict.REJECTED, reply)))
+    parse = next((parser for start, parser in _STATEMENT_PARSERS.items() if tokens.accept(*start)), None)
+    return parse(tokens) if parse else None
 
 
-def _read_masquerade(words: WordReader) -> VerdictChoice:
-    words.take("fully-random")
-    return always(MASQUERADE)
+def _parse_masquerade(tokens: TokenReader) -> VerdictChoice:
+    tokens.accept("fully-random")
+    return unconditional(_MASQUERADE)
 
 
-def _read_status(words: WordReader) -> PacketMatch:
-    words.expect("dnat")
-    return PacketMatch(lambda passage: bool(passage.target))
-
-
-def _read_states(words: WordReader) -> PacketMatch:
-    names = words.with_commas()
-    unknown = set(names) - _STATES.keys()
+def _parse_ct_state(tokens: TokenReader) -> PacketMatch:
+    names = tokens.comma_separated()
+    unknown = set(names) - _CONNECTION_STATES.keys()
     if unknown:
-        raise UnknownRuleError(f"connection state {', '.join(sorted(unknown))} is not known")
-    states = {_STATES[name] for name in names}
-    return PacketMatch(lambda passage: passage.packet.state in states)
+        raise UnknownRuleError(f"unsupported connection state {', '.join(sorted(unknown))}")
+    states = {_CONNECTION_STATES[name] for name in names}
+    return PacketMatch(lambda state: state.packet.conntrack_state in states)
 
 
-def _read_fib(words: WordReader) -> PacketMatch:
-    of_source = words.take("saddr")
+def _parse_ct_status(tokens: TokenReader) -> PacketMatch:
+    tokens.expect("dnat")
+    return PacketMatch(lambda state: bool(state.endpoint))
+
+
+def _parse_fib(tokens: TokenReader) -> PacketMatch:
+    of_source = tokens.accept("saddr")
     if not of_source:
-        words.expect("daddr")
-    words.expect("type", "local")
+        tokens.expect("daddr")
+    tokens.expect("type", "local")
     if of_source:
-        return PacketMatch(lambda passage: passage.is_local(passage.source))
-    return PacketMatch(lambda passage: passage.is_local(passage.destination))
+        return PacketMatch(lambda state: state.is_local(state.source))
+    return PacketMatch(lambda state: state.is_local(state.destination))
 
 
-def _read_interface(words: WordReader) -> PacketMatch:
-    """Match the name, or with a `*` at its end what it begins with. A packet that came in by none has the name ""."""
-    negated = words.take("!=")
-    name = words.text()
+def _parse_iifname(tokens: TokenReader) -> PacketMatch:
+    """Match the input interface, or its prefix if the name ends with `*`. Packets of the node have none ("")."""
+    negated = tokens.accept("!=")
+    name = tokens.quoted()
     if name.endswith("*"):
         prefix = name.removesuffix("*")
-        return PacketMatch(lambda passage: passage.interface.startswith(prefix) is not negated)
-    return PacketMatch(lambda passage: (passage.interface == name) is not negated)
+        return PacketMatch(lambda state: state.interface.startswith(prefix) is not negated)
+    return PacketMatch(lambda state: (state.interface == name) is not negated)
 
 
-def _read_mark(words: WordReader) -> PacketMatch | PacketChange:
-    if words.take("set", "meta", "mark"):
-        operator = words.next()
-        if operator not in _BITS:
-            raise UnknownRuleError(f"{operator} is not known here, only {', '.join(_BITS)}")
-        combine, operand = _BITS[operator], words.number()
-        return PacketChange(lambda passage: replace(passage, mark=combine(passage.mark, operand)))
-    words.expect("&")
-    mask = words.number()
-    negated = words.take("!=")
+def _parse_mark(tokens: TokenReader) -> PacketMatch | PacketChange:
+    if tokens.accept("set", "meta", "mark"):
+        operator = tokens.next()
+        if operator not in _MARK_OPERATORS:
+            raise UnknownRuleError(f"unsupported operator {operator}, expected one of {', '.join(_MARK_OPERATORS)}")
+        combine, operand = _MARK_OPERATORS[operator], tokens.number()
+        return PacketChange(lambda state: replace(state, mark=combine(state.mark, operand)))
+    tokens.expect("&")
+    mask = tokens.number()
+    negated = tokens.accept("!=")
     if not negated:
-        words.expect("==")
-    wanted = words.number()
-    return PacketMatch(lambda passage: (passage.mark & mask == wanted) is not negated)
+        tokens.expect("==")
+    value = tokens.number()
+    return PacketMatch(lambda state: (state.mark & mask == value) is not negated)
 
 
-_READERS: dict[tuple[str, ...], Callable[[WordReader], Statement]] = {
-    ("masquerade",): _read_masquerade,
-    ("ct", "state"): _read_states,
-    ("ct", "status"): _read_status,
-    ("fib",): _read_fib,
-    ("iifname",): _read_interface,
-    ("meta", "mark"): _read_mark,
+_STATEMENT_PARSERS: dict[tuple[str, ...], Callable[[TokenReader], Statement]] = {
+    ("masquerade",): _parse_masquerade,
+    ("ct", "state"): _parse_ct_state,
+    ("ct", "status"): _parse_ct_status,
+    ("fib",): _parse_fib,
+    ("iifname",): _parse_iifname,
+    ("meta", "mark"): _parse_mark,
 }
-"""By how a statement begins, who takes the rest of it."""
+"""Functions that parse the rest of a statement that begins with these tokens."""

@@ -1,4 +1,4 @@
-"""The first packet of a connection, and what may become of it."""
+"""A simulated packet, its state between rules, and its possible outcomes."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ from kproxy.model import types
 from kproxy.model.addresses import family_of
 from kproxy.model.types import Family
 
+_LOOPBACK = {Family.IPV4: ip_network("127.0.0.0/8"), Family.IPV6: ip_network("::1/128")}
+
 ConntrackState: TypeAlias = Literal["NEW", "ESTABLISHED", "RELATED", "INVALID"]
 
 
 class UnknownRuleError(ValueError):
-    """A dump holds something whose meaning the simulator does not know; the text says where and what."""
+    """A dump contains something that the simulator does not support. The message says what and where."""
 
 
 class Packet(Struct, frozen=True, kw_only=True):
-    """A packet at this node, before any rule has seen it.
+    """A packet on this node, before the first rule.
 
-    `interface` is where it came in, "" if the node itself sends it. `local_addresses` are the node's own, beside
-    the loopback range, which always is. `remembered` are the endpoints ("ip:port") that session
-    affinity, within its timeout, holds for the source.
+    `interface` is the input interface, "" for a packet that the node itself sends. `local_addresses` are the node's own
+    addresses; the loopback range is always local. `affinity_endpoints` are the endpoints ("ip:port") for which session
+    affinity of the source has been recorded and has not timed out.
     """
 
     protocol: types.Protocol
@@ -36,8 +38,8 @@ class Packet(Struct, frozen=True, kw_only=True):
     port: int
     interface: str = ""
     local_addresses: frozenset[str] = frozenset()
-    state: ConntrackState = "NEW"
-    remembered: frozenset[str] = frozenset()
+    conntrack_state: ConntrackState = "NEW"
+    affinity_endpoints: frozenset[str] = frozenset()
 
     @property
     def family(self) -> Family:
@@ -46,167 +48,173 @@ class Packet(Struct, frozen=True, kw_only=True):
 
 
 class Verdict(Enum):
-    """Where a packet's way through the rules ends."""
+    """The final verdict on a packet."""
 
     ACCEPTED = "accepted"
     DROPPED = "dropped"
     REJECTED = "rejected"
 
 
-class Fate(Struct, frozen=True):
-    """One thing that may happen to a packet.
+class PacketOutcome(Struct, frozen=True):
+    """One possible outcome for a packet.
 
-    `target` is the endpoint ("ip:port") that its destination was rewritten to, "" if it was left alone.
-    `masqueraded` says that the endpoint sees this node's address instead of the source's, `remembered` that
-    session affinity will send the source to the same endpoint again. `reply` is the ICMP message of
-    a rejection. `counted` are the named counters that it went through, in order.
+    `endpoint` is the destination after DNAT ("ip:port"), "" without DNAT. `masqueraded` means that the endpoint sees
+    the node's address as the source, `affinity_recorded` that session affinity was recorded for the source.
+    `reject_with` is the ICMP message of a rejection. `counters` are the nfacct counters of the rules that matched, in
+    order.
     """
 
     verdict: Verdict
-    target: str = ""
+    endpoint: str = ""
     masqueraded: bool = False
-    remembered: bool = False
-    reply: str = ""
-    counted: tuple[str, ...] = ()
+    affinity_recorded: bool = False
+    reject_with: str = ""
+    counters: tuple[str, ...] = ()
 
 
-class FateDistribution:
-    """All that may happen to a packet, each with its probability; they sum to 1."""
+class OutcomeDistribution:
+    """All possible outcomes for a packet and their probabilities, which sum to 1."""
 
-    def __init__(self, shares: Iterable[tuple[Fate, float]]) -> None:
-        merged: dict[Fate, float] = {}
-        for fate, share in shares:
-            merged[fate] = merged.get(fate, 0.0) + share
+    def __init__(self, outcomes: Iterable[tuple[PacketOutcome, float]]) -> None:
+        """Add up the probabilities of equal outcomes. Raises `ValueError` if the sum of all is not 1."""
+        merged: dict[PacketOutcome, float] = {}
+        for outcome, probability in outcomes:
+            merged[outcome] = merged.get(outcome, 0.0) + probability
         total = math.fsum(merged.values())
         if not math.isclose(total, 1.0, abs_tol=1e-9):
-            raise ValueError(f"the probabilities of all outcomes sum to {total}, not to 1")
-        self.fates: Mapping[Fate, float] = merged
+            raise ValueError(f"probabilities of all outcomes sum to {total}, not to 1")
+        self.probabilities: Mapping[PacketOutcome, float] = merged
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, FateDistribution) and self.fates == other.fates
+        return isinstance(other, OutcomeDistribution) and self.probabilities == other.probabilities
 
     def __hash__(self) -> int:
-        return hash(frozenset(self.fates.items()))
+        return hash(frozenset(self.probabilities.items()))
 
     def __repr__(self) -> str:
-        return f"Outcome({list(self.fates.items())})"
+        return f"OutcomeDistribution({list(self.probabilities.items())})"
 
     @property
-    def only(self) -> Fate:
-        """The one fate of a packet that chance has no part in; `ValueError` if there are several."""
-        (fate,) = self.fates
-        return fate
+    def only(self) -> PacketOutcome:
+        """The outcome of a packet that has a single one. Raises `ValueError` if there are several."""
+        (outcome,) = self.probabilities
+        return outcome
 
     @property
-    def targets(self) -> dict[str, float]:
-        """The probability of each endpoint, for the packets that are sent to one."""
+    def endpoints(self) -> dict[str, float]:
+        """The probability of each endpoint, over the outcomes in which the packet is accepted."""
         found: dict[str, float] = {}
-        for fate, share in self.fates.items():
-            if fate.target and fate.verdict is Verdict.ACCEPTED:
-                found[fate.target] = found.get(fate.target, 0.0) + share
+        for outcome, probability in self.probabilities.items():
+            if outcome.endpoint and outcome.verdict is Verdict.ACCEPTED:
+                found[outcome.endpoint] = found.get(outcome.endpoint, 0.0) + probability
         return found
 
 
 class Simulator(Protocol):
-    """The rules of one family, ready to be asked about packets."""
+    """The rules of one family."""
 
-    def send(self, packet: Packet) -> FateDistribution:
-        """Return what the rules do to a packet of this family."""
-
-
-_LOOPBACK = {Family.IPV4: ip_network("127.0.0.0/8"), Family.IPV6: ip_network("::1/128")}
+    def send(self, packet: Packet) -> OutcomeDistribution:
+        """Return the possible outcomes for a packet. Raises `ValueError` if it belongs to the other family."""
 
 
 class PacketState(Struct, frozen=True):
-    """What rules can look at and change. Addresses are numbers; `local` are the node's own.
+    """What rules can match and change. Addresses are integers.
 
-    `interface` is the one that the packet came in by, "" before it has come in by any. `verdict` stays None for as
-    long as the packet is on its way.
+    `interface` is the input interface, "" until the packet has arrived at one. `verdict` is None while no rule has made
+    a final decision.
     """
 
     packet: Packet
-    local: frozenset[int]
+    local_addresses: frozenset[int]
     source: int
     destination: int
     port: int
     interface: str
     mark: int = 0
-    target: str = ""
+    endpoint: str = ""
     masqueraded: bool = False
-    remembered: bool = False
-    counted: tuple[str, ...] = ()
+    affinity_recorded: bool = False
+    counters: tuple[str, ...] = ()
     verdict: Verdict | None = None
-    reply: str = ""
+    reject_with: str = ""
 
     @classmethod
-    def begin(cls, packet: Packet) -> PacketState:
-        """Return a packet before its first rule; `ValueError` for what is no address, or of another family."""
+    def initial(cls, packet: Packet) -> PacketState:
+        """Return the state before the first rule. Raises `ValueError` for invalid addresses and for mixed families."""
         source, destination = ip_address(packet.source), ip_address(packet.destination)
         if source.version != destination.version:
-            raise ValueError(f"{packet.source} cannot send to {packet.destination}: not of one family")
+            raise ValueError(f"source {packet.source} and destination {packet.destination} differ in their IP family")
         local = frozenset(int(ip_address(address)) for address in packet.local_addresses)
         return cls(packet, local, int(source), int(destination), packet.port, packet.interface)
 
     def is_local(self, address: int) -> bool:
-        """Whether an address of the packet's family is one of this node's."""
+        """Return whether an address of the packet's family is one of the node's own."""
         loopback = _LOOPBACK[self.packet.family]
-        return address in self.local or address & int(loopback.netmask) == int(loopback.network_address)
+        return address in self.local_addresses or address & int(loopback.netmask) == int(loopback.network_address)
 
-    def translate(self, target: str, address: int, port: int) -> PacketState:
-        """Return the packet on its way to another destination, `target` its text."""
-        return replace(self, target=target, destination=address, port=port)
+    def dnat(self, endpoint: str, address: int, port: int) -> PacketState:
+        """Return the state after DNAT to an endpoint ("ip:port"), given with its address and port."""
+        return replace(self, endpoint=endpoint, destination=address, port=port)
 
-    def end(self, verdict: Verdict, reply: str = "") -> PacketState:
-        """Return the packet as one that goes no further."""
-        return replace(self, verdict=verdict, reply=reply)
+    def decide(self, verdict: Verdict, reject_with: str = "") -> PacketState:
+        """Return the state with a final verdict."""
+        return replace(self, verdict=verdict, reject_with=reject_with)
 
-    def fate(self) -> Fate:
-        """Return what has become of the packet; one that nothing stopped has arrived."""
-        verdict = self.verdict or Verdict.ACCEPTED
-        return Fate(verdict, self.target, self.masqueraded, self.remembered, self.reply, self.counted)
+    def outcome(self) -> PacketOutcome:
+        """Return the outcome after the last hook. Without a verdict the packet is accepted."""
+        return PacketOutcome(
+            self.verdict or Verdict.ACCEPTED,
+            self.endpoint,
+            self.masqueraded,
+            self.affinity_recorded,
+            self.reject_with,
+            self.counters,
+        )
 
 
-Flock: TypeAlias = list[tuple[PacketState, float]]
+Branches: TypeAlias = list[tuple[PacketState, float]]
+"""The states that a packet may be in, and their probabilities. A rule that matches at random splits a branch in two."""
 
 
-def follow(
-    packet: Packet, family: Family, come_in: Callable[[Flock], Flock], go_out: Callable[[Flock], Flock]
-) -> FateDistribution:
-    """Return what may become of a packet that comes in by an interface, or goes out because it is the node's own.
+def simulate(
+    packet: Packet, family: Family, receive: Callable[[Branches], Branches], transmit: Callable[[Branches], Branches]
+) -> OutcomeDistribution:
+    """Send a packet through the hooks of one family; return its possible outcomes.
 
-    Raises `ValueError` if it is not of the family.
+    `receive` runs the hooks for packets that arrive at an interface, `transmit` those for packets of the node itself.
+    Raises `ValueError` if the packet belongs to the other family.
     """
     if packet.family is not family:
-        raise ValueError(f"a packet to {packet.destination} does not meet rules of {family.value}")
-    flock = [(PacketState.begin(packet), 1.0)]
-    flock = come_in(flock) if packet.interface else go_out(flock)
-    return FateDistribution((passage.fate(), share) for passage, share in flock)
+        raise ValueError(f"packet to {packet.destination} is not an {family.value} packet")
+    branches = [(PacketState.initial(packet), 1.0)]
+    branches = receive(branches) if packet.interface else transmit(branches)
+    return OutcomeDistribution((state.outcome(), probability) for state, probability in branches)
 
 
-def divide(flock: Flock, test: Callable[[PacketState], bool]) -> tuple[Flock, Flock]:
-    """Return those for whom the test holds, and the others."""
-    chosen: Flock = []
-    others: Flock = []
-    for passage, share in flock:
-        (chosen if test(passage) else others).append((passage, share))
+def partition(branches: Branches, condition: Callable[[PacketState], bool]) -> tuple[Branches, Branches]:
+    """Return the branches that meet a condition, and the others."""
+    chosen: Branches = []
+    others: Branches = []
+    for state, probability in branches:
+        (chosen if condition(state) else others).append((state, probability))
     return chosen, others
 
 
-def each(flock: Flock, change: Callable[[PacketState], PacketState]) -> Flock:
-    """Return all of them, changed."""
-    return [(change(passage), share) for passage, share in flock]
+def update(branches: Branches, change: Callable[[PacketState], PacketState]) -> Branches:
+    """Return the branches with their states changed."""
+    return [(change(state), probability) for state, probability in branches]
 
 
-def anywhere(_: PacketState) -> bool:
-    """Whether a packet goes to any address at all: to one that does."""
+def to_anywhere(_: PacketState) -> bool:
+    """Return True: the condition of hooks that all packets traverse."""
     return True
 
 
-def here(passage: PacketState) -> bool:
-    """Whether a packet goes to this node itself."""
-    return passage.is_local(passage.destination)
+def to_node(state: PacketState) -> bool:
+    """Return whether the destination is this node itself."""
+    return state.is_local(state.destination)
 
 
-def elsewhere(passage: PacketState) -> bool:
-    """Whether a packet goes to another machine, or to a pod."""
-    return not here(passage)
+def to_elsewhere(state: PacketState) -> bool:
+    """Return whether the destination is a pod or another machine."""
+    return not to_node(state)

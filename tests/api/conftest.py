@@ -143,7 +143,7 @@ def start_source(received: Received, tmp_path: Path) -> Iterator[StartSource]:
 
     yield start
     for source in sources:
-        source.stop()
+        source.stop(1.0)
 
 
 @pytest.fixture

@@ -223,10 +223,14 @@ def test_rejected_requests_are_logged_and_retried(
     start_source(server)
     received.until_listed()
     assert received.names(Service) == {"web"}
-    lines = [entry.getMessage() for entry in caplog.records if "refuses to watch services:" in entry.getMessage()]
+    lines = [
+        entry.getMessage()
+        for entry in caplog.records
+        if "cannot watch services: the API server returned" in entry.getMessage()
+    ]
     assert len(lines) == 1
     assert str(status) in lines[0]
-    assert [entry.getMessage() for entry in caplog.records if "following services again" in entry.getMessage()]
+    assert [entry.getMessage() for entry in caplog.records if "watching services again" in entry.getMessage()]
 
 
 @pytest.mark.parametrize("protobuf", ["supported", "ignored"])
@@ -248,8 +252,11 @@ def test_undecodable_event_is_logged_and_skipped(
     server.create(service("db", "10.96.7.2"))
     received.until(lambda _: received.names(Service) == {"web", "db"})
     text = caplog.text
-    assert "Service demo/web cannot be read, its last good state stays" in text
-    assert "Service an object without a readable name cannot be read" in text
+    assert (
+        "Service demo/web is invalid: spec.ports[0].port must be from 1 to 65535, not 70000; keeping its last valid"
+        in text
+    )
+    assert "cannot decode a Service: " in text
 
 
 @pytest.mark.parametrize("protobuf", ["supported", "ignored"])
@@ -280,7 +287,7 @@ def test_stop_ends_threads_and_delivery(
             received.until_listed()
         before = {thread for thread in threading.enumerate() if thread.name.startswith("api-")}
         assert len(before) == 3
-        source.stop()
+        source.stop(0.5)
         server.create(service("late", "10.96.7.9"))
         relay.resume()
         for thread in before:
@@ -305,7 +312,7 @@ def test_failing_sink_does_not_stop_the_source(
     start_source(server)
     received.until_listed()
     assert received.names(Service) == {"web"}
-    assert "unexpected RuntimeError: sink failed; starting over" in caplog.text
+    assert "unexpected RuntimeError: sink failed; relisting" in caplog.text
 
 
 def test_ignored_endpoints_of_a_slice_are_logged_once(
@@ -318,8 +325,11 @@ def test_ignored_endpoints_of_a_slice_are_logged_once(
     received.until(lambda _: [len(each.endpoints) for each in received.objects[EndpointSlice].values()] == [1])  # type: ignore[union-attr]
     server.update(endpoint_slice("web-1", "web", ["10.0.0.2"]))
     received.until(lambda _: sum(isinstance(delta, Upsert) for delta in received.deltas) == 2)
-    text = "EndpointSlice demo/web-1: left out what cannot be used: endpoints[1]: 'fd00::1' is not an IPv4 address"
-    assert [entry.getMessage() for entry in caplog.records if "left out" in entry.getMessage()] == [text]
+    text = (
+        "EndpointSlice demo/web-1: ignoring unusable endpoints and ports: "
+        'endpoints[1].addresses[0] must be an IPv4 address, not "fd00::1"'
+    )
+    assert [entry.getMessage() for entry in caplog.records if "unusable" in entry.getMessage()] == [text]
 
 
 def test_invalid_service_is_delivered_as_invalid(
@@ -334,23 +344,23 @@ def test_invalid_service_is_delivered_as_invalid(
 
 
 def test_repeated_errors_are_logged_once_a_minute_and_recovery_once() -> None:
-    deduplicator = LogDeduplicator()
-    assert deduplicator.is_trouble_news("refused", 0.0)
-    assert not deduplicator.is_trouble_news("refused", REPEAT_PERIOD - 1)
-    assert deduplicator.is_trouble_news("refused", REPEAT_PERIOD)
-    assert deduplicator.is_trouble_news("", REPEAT_PERIOD + 1)
-    assert not deduplicator.is_trouble_news("", REPEAT_PERIOD + 2)
-    assert not deduplicator.is_trouble_news("refused", REPEAT_PERIOD + 3)
-    assert not deduplicator.is_trouble_news("", REPEAT_PERIOD + 4)
+    deduplicator = LogDeduplicator(REPEAT_PERIOD)
+    assert deduplicator.should_log_error("refused", 0.0)
+    assert not deduplicator.should_log_error("refused", REPEAT_PERIOD - 1)
+    assert deduplicator.should_log_error("refused", REPEAT_PERIOD)
+    assert deduplicator.should_log_error("", REPEAT_PERIOD + 1)
+    assert not deduplicator.should_log_error("", REPEAT_PERIOD + 2)
+    assert not deduplicator.should_log_error("refused", REPEAT_PERIOD + 3)
+    assert not deduplicator.should_log_error("", REPEAT_PERIOD + 4)
 
 
 def test_lasting_error_is_logged_once_until_another_error() -> None:
-    deduplicator = LogDeduplicator()
-    assert deduplicator.is_trouble_news("no such thing", 0.0, lasting=True)
-    assert not deduplicator.is_trouble_news("no such thing", 10 * REPEAT_PERIOD, lasting=True)
-    assert deduplicator.is_trouble_news("connection refused", 10 * REPEAT_PERIOD)
-    assert deduplicator.is_trouble_news("no such thing", 10 * REPEAT_PERIOD, lasting=True)
-    assert deduplicator.is_trouble_news("", 10 * REPEAT_PERIOD)
+    deduplicator = LogDeduplicator(REPEAT_PERIOD)
+    assert deduplicator.should_log_error("no such thing", 0.0, lasting=True)
+    assert not deduplicator.should_log_error("no such thing", 10 * REPEAT_PERIOD, lasting=True)
+    assert deduplicator.should_log_error("connection refused", 10 * REPEAT_PERIOD)
+    assert deduplicator.should_log_error("no such thing", 10 * REPEAT_PERIOD, lasting=True)
+    assert deduplicator.should_log_error("", 10 * REPEAT_PERIOD)
 
 
 def test_ten_thousand_slices(server: ApiServer, start_source: StartSource, received: Received) -> None:

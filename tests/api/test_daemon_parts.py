@@ -152,9 +152,12 @@ def test_invalid_edit_of_the_configuration_file_is_reported_and_ignored(
         file.write_text(CONFIG + text)
         wait_until(lambda: message in daemon.log(), message)
 
-    edit("iptables: {masqueradeBit: 32}\n", f"{file}:4: iptables.masqueradeBit: must be a whole number from 0 to 31")
+    edit("iptables: {masqueradeBit: 32}\n", f"{file}:4: iptables.masqueradeBit: must be an integer from 0 to 31")
     edit("clusterCidr: 10.0.0.0/8\n", f"{file}:4: clusterCidr: unknown field; did you mean clusterCIDR? (edit ignored")
-    edit("# the flag --cluster-cidr wins\nclusterCIDR: 10.0.0.0/8\n", f"{file}: edited, but the settings are the same")
+    edit(
+        "# the flag --cluster-cidr wins\nclusterCIDR: 10.0.0.0/8\n",
+        f"{file}: edited, but the configuration is unchanged",
+    )
     cluster.create(service("web", "10.96.7.1"))
     cluster.create(endpoint_slice("web-x", "web", ["10.244.1.1"]))
     daemon.settle()

@@ -14,6 +14,7 @@ from uuid import uuid4
 import pytest
 
 from kproxy.kube.client.client import ApiClient
+from kproxy.kube.codec.streams import split_lines
 from kproxy.kube.events import recorder as events
 from kproxy.kube.events.correlator import (
     BURST,
@@ -25,7 +26,7 @@ from kproxy.kube.events.correlator import (
     node_reference,
     service_reference,
 )
-from kproxy.kube.events.recorder import MOST_WAITING, EventRecorder
+from kproxy.kube.events.recorder import QUEUE_LIMIT, EventRecorder
 from tests.api.conftest import HANG_GUARD, Cluster
 from tests.apiserver import ApiServer, Relay, SeenRequest
 from tests.apiserver.objects import service
@@ -60,7 +61,7 @@ def record(tmp_path: Path, clock: Clock) -> Iterator[Record]:
 
     yield start
     for recorder in started:
-        recorder.stop()
+        recorder.stop(0.5)
     for thread in threading.enumerate():
         if thread.name == "events":
             thread.join(HANG_GUARD)
@@ -69,7 +70,7 @@ def record(tmp_path: Path, clock: Clock) -> Iterator[Record]:
 @pytest.fixture
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Retry without pauses."""
-    monkeypatch.setattr(events, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(events, "RETRY_DELAYS", (0.0, 0.0))
 
 
 def is_post(request: SeenRequest) -> bool:
@@ -121,7 +122,7 @@ def first_events(cluster: Cluster, tmp_path: Path, note: str, count: int) -> lis
     client = ApiClient.from_config(str(cluster.kubeconfig(tmp_path / "watcher")))
     found = []
     with client.get(PATH, {"watch": "1"}, HANG_GUARD) as response:
-        for line in response.lines():
+        for line in split_lines(response.chunks()):
             event = json.loads(line)["object"]
             if event.get("note") == note:
                 found.append(event)
@@ -208,7 +209,7 @@ def test_events_before_the_start_are_written(server: ApiServer, tmp_path: Path, 
     emit(recorder, "early")
     recorder.start()
     assert notes(server.requests.wait_for(is_post)) == ["early"]
-    recorder.stop()
+    recorder.stop(HANG_GUARD)
 
 
 def test_emitting_never_blocks_while_the_server_is_stalled(server: ApiServer, record: Record) -> None:
@@ -217,7 +218,7 @@ def test_emitting_never_blocks_while_the_server_is_stalled(server: ApiServer, re
         relay.stall(new=True)
 
         def flood() -> None:
-            for number in range(2 * MOST_WAITING):
+            for number in range(2 * QUEUE_LIMIT):
                 emit(recorder, f"note {number}")
 
         thread = threading.Thread(target=flood, daemon=True)
@@ -233,14 +234,14 @@ def test_queue_is_bounded_while_the_server_is_stalled(server: ApiServer, record:
     with Relay(server.address) as relay:
         recorder = record(server, port=relay.port)
         relay.stall(new=True)
-        for number in range(MOST_WAITING + 10):
+        for number in range(QUEUE_LIMIT + 10):
             clock.now += REFILL_SECONDS
             emit(recorder, f"note {number}")
         relay.resume()
-        settled = notes(server.requests.wait_for(is_post, MOST_WAITING))
-        assert settled[:MOST_WAITING] == [f"note {number}" for number in range(MOST_WAITING)]
+        settled = notes(server.requests.wait_for(is_post, QUEUE_LIMIT))
+        assert settled[:QUEUE_LIMIT] == [f"note {number}" for number in range(QUEUE_LIMIT)]
         last = settle(recorder, server)[-1]
-        assert last in {f"note {MOST_WAITING - 1}", f"note {MOST_WAITING}"}  # one more if one was being sent
+        assert last in {f"note {QUEUE_LIMIT - 1}", f"note {QUEUE_LIMIT}"}  # one more if one was being sent
 
 
 def test_rejected_event_is_not_retried_and_logged_once(
@@ -253,9 +254,7 @@ def test_rejected_event_is_not_retried_and_logged_once(
         emit(recorder, note)
     assert settle(recorder, server) == ["one", "two", "three", "four"]
     first, last = logged(caplog)
-    assert first.startswith(
-        "event FailedToStartServiceHealthcheck of Service demo/web cannot be written: 403 Forbidden: "
-    )
+    assert first.startswith("cannot write event FailedToStartServiceHealthcheck of Service demo/web: 403 Forbidden: ")
     assert last == "events are written again"
 
 
@@ -276,13 +275,13 @@ def test_event_is_dropped_after_the_last_retry(
     emit(recorder, "lost")
     assert settle(recorder, server) == ["lost"] * 3
     assert "lost" not in stored(server)
-    assert len([line for line in logged(caplog) if "cannot be written: 503" in line]) == 1
+    assert len([line for line in logged(caplog) if line.startswith("cannot write event ") and ": 503" in line]) == 1
 
 
 def test_events_are_retried_on_an_unreachable_server(
     server: ApiServer, record: Record, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(events, "PAUSES", (0.01,) * 1000)
+    monkeypatch.setattr(events, "RETRY_DELAYS", (0.01,) * 1000)
     failed = first_log_record(caplog)
     with Relay(server.address) as relay:
         relay.refuse()
@@ -326,27 +325,27 @@ def test_unexpected_error_does_not_stop_the_recorder(
 def test_stop_does_not_wait_for_retries(
     server: ApiServer, record: Record, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(events, "PAUSES", (3600.0,))
+    monkeypatch.setattr(events, "RETRY_DELAYS", (3600.0,))
     monkeypatch.setattr(events, "STOP_TIMEOUT", HANG_GUARD)
     failed = first_log_record(caplog)
     server.fail_requests(503, times=2)
     recorder = record(server)
     emit(recorder, "never")
     assert failed.wait(HANG_GUARD)
-    recorder.stop()
+    recorder.stop(HANG_GUARD)
     assert not is_running()
     assert len(server.requests.wait_for(is_post)) == 1
 
 
 def test_stop_drops_queued_events(server: ApiServer, record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(events, "PAUSES", (3600.0,))
+    monkeypatch.setattr(events, "RETRY_DELAYS", (3600.0,))
     monkeypatch.setattr(events, "STOP_TIMEOUT", HANG_GUARD)
     server.fail_requests(503)
     recorder = record(server)
-    for number in range(2 * MOST_WAITING):
+    for number in range(2 * QUEUE_LIMIT):
         emit(recorder, f"note {number}")
     server.requests.wait_for(is_post)
-    recorder.stop()
+    recorder.stop(HANG_GUARD)
     assert not is_running()
     assert stored(server) == []
 

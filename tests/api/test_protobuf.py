@@ -11,7 +11,7 @@ import pytest
 from kproxy.kube.client.client import ApiClient
 from kproxy.kube.codec.conversion import DecodedObject
 from kproxy.kube.codec.json_codec import read_page
-from kproxy.kube.codec.streams import JSON, WATCH, read_events
+from kproxy.kube.codec.streams import ACCEPT_JSON, ACCEPT_WATCH, read_events
 from kproxy.model.delta import Kind
 from kproxy.model.types import EndpointSlice, Node, Service, ServiceCIDR
 from tests.api.conftest import HANG_GUARD, Cluster, Received, StartSource
@@ -67,9 +67,9 @@ def test_both_encodings_decode_to_the_same_objects(
 ) -> None:
     fill(cluster)
     client = ApiClient.from_config(str(cluster.kubeconfig(tmp_path / "kubeconfig")))
-    json_type, plain = read(client, kind, resource, JSON)
-    framed_type, framed = read(client, kind, resource, WATCH)
-    assert (json_type, framed_type) == (JSON, protobuf.MEDIA_TYPE)
+    json_type, plain = read(client, kind, resource, ACCEPT_JSON)
+    framed_type, framed = read(client, kind, resource, ACCEPT_WATCH)
+    assert (json_type, framed_type) == (ACCEPT_JSON, protobuf.MEDIA_TYPE)
     assert plain == framed
     assert plain
 
@@ -86,7 +86,7 @@ def test_watches_use_protobuf_and_lists_compressed_json(
     server.create(service("late", "10.96.7.1"))
     received.until(lambda _: "late" in received.names(Service))
     for request in server.requests.all():
-        assert request.headers["Accept"] == (WATCH if request.is_watch else JSON)
+        assert request.headers["Accept"] == (ACCEPT_WATCH if request.is_watch else ACCEPT_JSON)
         assert request.headers["Accept-Encoding"] == ("identity" if request.is_watch else "gzip")
 
 
@@ -129,7 +129,7 @@ def test_server_without_protobuf_is_watched_in_json(
     if support == "refused":
         server.drop_watches()
         asked = [request.headers["Accept"] for request in server.requests.wait_for(is_service_watch, 3)]
-        assert asked[:3] == [WATCH, JSON, JSON]
+        assert asked[:3] == [ACCEPT_WATCH, ACCEPT_JSON, ACCEPT_JSON]
 
 
 def test_list_after_undecodable_frames_is_in_json(
@@ -143,7 +143,7 @@ def test_list_after_undecodable_frames_is_in_json(
     received.until(lambda _: received.names(Service) == {"web"})
     server.drop_watches()
     asked = server.requests.wait_for(is_service_watch, 2)
-    assert [request.headers["Accept"] for request in asked] == [WATCH, JSON]
+    assert [request.headers["Accept"] for request in asked] == [ACCEPT_WATCH, ACCEPT_JSON]
     assert "sendInitialEvents" in asked[1].query, "only a list can recover the missed events"
     server.create(service("db", "10.96.7.2"))
     received.until(lambda _: received.names(Service) == {"web", "db"})

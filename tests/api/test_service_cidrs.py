@@ -14,7 +14,7 @@ from kproxy.kube.listwatch import reflector as api_source
 from kproxy.kube.listwatch.reflector import ApiSource
 from kproxy.model.delta import BASIC_KINDS, Kind
 from kproxy.model.types import Service, ServiceCIDR
-from tests.api.conftest import Cluster, Received, StartSource
+from tests.api.conftest import HANG_GUARD, Cluster, Received, StartSource
 from tests.apiserver import ApiServer, NotFoundError, SeenRequest
 from tests.apiserver.objects import service, service_cidr
 
@@ -77,10 +77,11 @@ def test_invalid_service_cidr_is_logged_and_keeps_its_last_good_state(
     server.create(service_cidr("last", "10.98.0.0/16"))
     received.until(lambda _: "last" in ranges(received))
     assert ranges(received) == {"more": ("10.97.0.0/16",), "last": ("10.98.0.0/16",)}
-    assert "ServiceCIDR more cannot be read, its last good state stays: Expected an IP CIDR" in caplog.text
+    problem = 'spec.cidrs[0] must be a CIDR (such as 10.0.0.0/8), not "10.97.0.0/99"'
+    assert f"ServiceCIDR more is invalid: {problem}; keeping its last valid state" in caplog.text
 
 
-MESSAGES = {404: "the API server does not have", 403: "permission is missing to list and watch"}
+MESSAGES = {404: "the API server does not serve", 403: "no permission to list and watch"}
 
 
 @pytest.fixture
@@ -114,7 +115,7 @@ def test_missing_service_cidrs_block_nothing_and_may_appear_later(
     assert len(lines) == 2
     effect = "packets to unallocated service addresses are not dropped"
     assert lines[0].startswith(f"{MESSAGES[status]} servicecidrs.networking.k8s.io: {effect} ({status}")
-    assert lines[1] == "following servicecidrs.networking.k8s.io again"
+    assert lines[1] == "watching servicecidrs.networking.k8s.io again"
 
 
 @pytest.mark.parametrize("status", [404, 403])
@@ -124,7 +125,7 @@ def test_missing_service_cidrs_are_not_counted_as_errors(
     server.hide("servicecidrs", status)
     client = ApiClient.from_config(str(server.kubeconfig(tmp_path / "kubeconfig")))
     counted: SimpleQueue[str] = SimpleQueue()
-    client.answered = lambda _method, _host, code, _seconds: counted.put(code)
+    client.observe_request = lambda _method, _host, code, _seconds: counted.put(code)
     source = ApiSource(client, "node-1", received.put, kinds=KINDS)
     source.start()
     received.until_listed()
@@ -133,7 +134,7 @@ def test_missing_service_cidrs_are_not_counted_as_errors(
     server.hide("nodes", status)
     server.drop_watches()
     server.requests.wait_for(lambda request: request.path == "/api/v1/nodes", 3)
-    source.stop()
+    source.stop(HANG_GUARD)
     codes = [counted.get() for _ in range(counted.qsize())]
     for_nodes = len([each for each in server.requests.all() if each.path == "/api/v1/nodes"]) - 1
     assert "200" in codes
@@ -167,7 +168,7 @@ def test_all_other_kinds_are_required(
     source = start_source(server, kinds=KINDS)
     received.until(lambda _: all(received.lists(kind) for kind in KINDS if kind is not hidden))
     server.requests.wait_for(lambda request: request.path.endswith(f"/{plural}"), 3)
-    source.stop()
+    source.stop(HANG_GUARD)
     assert received.is_empty()
     assert not received.lists(hidden)
 
@@ -177,5 +178,5 @@ def test_service_cidrs_are_not_requested_unless_configured(
 ) -> None:
     source = start_source(server)
     received.until(lambda _: all(received.lists(kind) for kind in BASIC_KINDS))
-    source.stop()
+    source.stop(HANG_GUARD)
     assert not any(map(is_for_service_cidrs, server.requests.all()))

@@ -38,6 +38,12 @@ class Relay:
         self.refuse()
         self.resume()
 
+    @property
+    def connections(self) -> int:
+        """How many connections are open."""
+        with self._lock:
+            return len(self._sockets) // 2
+
     def allow(self) -> None:
         """Accept connections (again)."""
         listener = self._listen(self.port)

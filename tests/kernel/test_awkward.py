@@ -37,7 +37,7 @@ def test_a_table_that_iptables_cannot_print_gets_no_second_set_of_jumps(node: Na
     node.run(["nft", "add", "rule", "ip", "filter", "FORWARD", "ct", "state", "new", "meta", "nftrace", "set", "1"])
     node.run(["iptables", "-I", "KUBE-FIREWALL", "-s", "192.0.2.1", "-j", "DROP"])
     for _ in range(2):
-        assert "rules that only nft can show" in apply(node)
+        assert "rules that only nft can print" in apply(node)
     assert {chain: jumps(node, chain, "KUBE-PROXY-FIREWALL") for chain in ("INPUT", "FORWARD", "OUTPUT")} == {
         "INPUT": 1,
         "FORWARD": 1,
@@ -73,9 +73,9 @@ def test_a_rule_that_stops_the_dump_of_its_table_stops_nothing_else(
         restore_recording(node, "nodeport")
     foreign(node, rule)
     for _ in range(2):
-        said = [line for line in apply(node).splitlines() if "only nft can show" in line]
+        said = [line for line in apply(node).splitlines() if "only nft can print" in line]
         assert len(said) == 1
-        assert f"table {table} holds rules that only nft can show (iptables-save failed with status 3: " in said[0]
+        assert f"table {table} has rules that only nft can print (iptables-save failed with status 3: " in said[0]
     apply_other = [f"--config={GOLDEN}/clusterip/config.json", f"--objects={GOLDEN}/nodeport"]
     node.run([KPROXY, "apply", *apply_other])
     apply(node)
@@ -91,7 +91,7 @@ def test_a_rule_that_stops_the_dump_of_its_table_keeps_no_other_from_being_clean
     apply(node)
     foreign(node, rule)
     said = node.run([KPROXY, "run", "--cleanup"]).stderr
-    assert f"table {table} holds rules that only nft can show" in said
+    assert f"table {table} has rules that only nft can print" in said
     for other in {"filter", "nat", "mangle"} - {table}:
         left = node.run(["iptables-save", "-t", other]).stdout
         assert "KUBE-" not in left.replace("KUBE-FIREWALL", "")
@@ -236,11 +236,11 @@ def test_it_ends_while_iptables_hangs(node: Namespace, tmp_path: Path) -> None:
 def test_a_thread_that_ends_ends_the_daemon(node: Namespace) -> None:
     script = textwrap.dedent(f"""\
         import sys
-        from kproxy.documents.watch import PathFollower
+        from kproxy.documents.watch import PathWatcher
         from kproxy.cli.main import main
         def broken(self):
             raise MemoryError("no more")
-        PathFollower._follow = broken
+        PathWatcher._run = broken
         sys.exit(main(["run", "--objects={GOLDEN}/clusterip"]))
     """)
     done = node.run([sys.executable, "-c", script], check=False)
@@ -299,7 +299,7 @@ def test_what_others_flush_is_put_back(node: Namespace, tmp_path: Path, removal:
     for command in removal:
         node.run(["iptables", *command.split()])
     wait_until(lambda: current_rules(node, Family.IPV4) == wanted, "the rules to come back")
-    assert "somebody else has removed rules of ours" in log.read_text()
+    assert "another process removed kproxy's rules" in log.read_text()
     process.terminate()
     assert process.wait(HANG_GUARD) == 0
 

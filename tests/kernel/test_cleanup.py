@@ -13,8 +13,8 @@ from kproxy.app.cleanup import remove_all, remove_iptables
 from kproxy.host.commands import CommandError
 from kproxy.host.netlink import BatchSocket
 from kproxy.host.netlink_message import NLM_F_CREATE, attribute, nfgenmsg
+from kproxy.host.nf_tables_constants import NFNL_SUBSYS_NFTABLES
 from kproxy.model.types import Family
-from kproxy.nftables.encode import NFNL_SUBSYS_NFTABLES
 from kproxy.nftables.kernel import remove_table
 from tests.kernel.test_recordings import apply
 from tests.lab.iptables import PREFIXES, PROGRAMS, link_programs

@@ -13,27 +13,52 @@ import pytest
 
 from kproxy.config import conntrack_sysctls
 from kproxy.config.types import Conntrack, Seconds
-from kproxy.host.conntrack import FEW, IP_KINDS, ConntrackEntryReader, Ends, UdpConntrack, question
-from kproxy.host.interfaces import own_addresses
+from kproxy.host.conntrack import (
+    CTA_ID,
+    CTA_PROTO_DST_PORT,
+    CTA_PROTO_NUM,
+    CTA_PROTO_SRC_PORT,
+    CTA_TIMEOUT,
+    CTA_TUPLE_IP,
+    CTA_TUPLE_ORIG,
+    CTA_TUPLE_PROTO,
+    CTA_TUPLE_REPLY,
+    CTA_TUPLE_ZONE,
+    CTA_ZONE,
+    IPCTNL_MSG_CT_DELETE,
+    IPCTNL_MSG_CT_GET,
+    IPCTNL_MSG_CT_NEW,
+    MAX_FILTERED_DUMPS,
+    NFNL_SUBSYS_CTNETLINK,
+    TUPLE_LAYOUTS,
+    ConntrackEntryReader,
+    FlowSockets,
+    UdpConntrack,
+    dump_request,
+)
+from kproxy.host.interfaces import RTM_GETADDR, own_addresses
 from kproxy.host.netlink import (
-    ATTEMPTS,
-    BATCH,
+    MAX_ATTEMPTS,
     NETLINK_NETFILTER,
+    REQUESTS_PER_SEND,
     DumpInterruptedError,
     NetlinkError,
     NetlinkSocket,
     retry_interrupted,
 )
-from kproxy.host.netlink_message import NLM_F_CREATE, NLM_F_EXCL, attribute, attributes, nested, nfgenmsg
+from kproxy.host.netlink_message import NLM_F_CREATE, NLM_F_EXCL, attribute, attributes, nested, nfgenmsg, nfnl_type
 from kproxy.host.sysctl import ROUTE_LOCALNET, ensure_route_localnet, read_parameters, write_parameters
 from kproxy.model.addresses import family_of, socket_text, split_socket_text
 from kproxy.model.types import Family
 from tests.lab.namespace import Namespace
 
-NEW, GET, DELETE = 0x100, 0x101, 0x102
-TUPLE_ORIG, TUPLE_REPLY, TIMEOUT, ID, ZONE, TUPLE_ZONE = 1, 2, 7, 12, 18, 3
+NEW, GET, DELETE = (
+    nfnl_type(NFNL_SUBSYS_CTNETLINK, message)
+    for message in (IPCTNL_MSG_CT_NEW, IPCTNL_MSG_CT_GET, IPCTNL_MSG_CT_DELETE)
+)
 ADDRESS_FAMILIES = {Family.IPV4: socket.AF_INET, Family.IPV6: socket.AF_INET6}
-TYPES = {Family.IPV4: (1, 2), Family.IPV6: (3, 4)}  # CTA_IP_V4_SRC ...
+IP_TYPES = {family: (layout.source, layout.destination) for family, layout in TUPLE_LAYOUTS.items()}
+PORT_TYPES = (CTA_PROTO_SRC_PORT, CTA_PROTO_DST_PORT)
 
 
 class Flow(NamedTuple):
@@ -70,10 +95,10 @@ def entries(namespace: Namespace, family: Family) -> dict[tuple[str, str], int]:
         with NetlinkSocket(NETLINK_NETFILTER) as netlink:
             for data, begin, end in netlink.dump(GET, nfgenmsg(ADDRESS_FAMILIES[family])):
                 parts = attributes(data, begin + 4, end)
-                original, reply = (_ends(data, parts[way], family) for way in (TUPLE_ORIG, TUPLE_REPLY))
+                original, reply = (_ends(data, parts[way], family) for way in (CTA_TUPLE_ORIG, CTA_TUPLE_REPLY))
                 if original[0] == socket.IPPROTO_UDP:
                     assert (original[2], reply[1]) not in found
-                    found[original[2], reply[1]] = struct.unpack_from(">I", data, parts[ID][0])[0]
+                    found[original[2], reply[1]] = struct.unpack_from(">I", data, parts[CTA_ID][0])[0]
         return found
 
     return namespace.call(work)
@@ -81,32 +106,34 @@ def entries(namespace: Namespace, family: Family) -> dict[tuple[str, str], int]:
 
 def _message(flow: Flow) -> bytes:
     message = nfgenmsg(ADDRESS_FAMILIES[flow.family])
-    message += _tuple(TUPLE_ORIG, flow, flow.client, flow.destination, flow.original_zone)
-    message += _tuple(TUPLE_REPLY, flow, flow.source, flow.client, 0)
-    message += attribute(ZONE, struct.pack(">H", flow.zone)) if flow.zone else b""
-    return message + attribute(TIMEOUT, struct.pack(">I", 600))
+    message += _tuple(CTA_TUPLE_ORIG, flow, flow.client, flow.destination, flow.original_zone)
+    message += _tuple(CTA_TUPLE_REPLY, flow, flow.source, flow.client, 0)
+    message += attribute(CTA_ZONE, struct.pack(">H", flow.zone)) if flow.zone else b""
+    return message + attribute(CTA_TIMEOUT, struct.pack(">I", 600))
 
 
 def _tuple(way: int, flow: Flow, source: str, destination: str, zone: int) -> bytes:
     ips, ports = [], []
     for (address, port), ip_type, port_type in zip(
-        (split_socket_text(source), split_socket_text(destination)), TYPES[flow.family], (2, 3), strict=True
+        (split_socket_text(source), split_socket_text(destination)), IP_TYPES[flow.family], PORT_TYPES, strict=True
     ):
         ips.append(attribute(ip_type, socket.inet_pton(ADDRESS_FAMILIES[flow.family], address)))
         ports.append(attribute(port_type, struct.pack(">H", port)))
-    proto = nested(2, attribute(1, bytes([flow.protocol])), *ports)
-    return nested(way, nested(1, *ips), proto, attribute(TUPLE_ZONE, struct.pack(">H", zone)) if zone else b"")
+    proto = nested(CTA_TUPLE_PROTO, attribute(CTA_PROTO_NUM, bytes([flow.protocol])), *ports)
+    return nested(
+        way, nested(CTA_TUPLE_IP, *ips), proto, attribute(CTA_TUPLE_ZONE, struct.pack(">H", zone)) if zone else b""
+    )
 
 
 def _ends(data: bytes, place: tuple[int, int], family: Family) -> tuple[int, str, str]:
     """Return protocol, source and destination of a tuple."""
     parts = attributes(data, *place)
-    ip, proto = attributes(data, *parts[1]), attributes(data, *parts[2])
-    number = data[proto[1][0]]
+    ip, proto = attributes(data, *parts[CTA_TUPLE_IP]), attributes(data, *parts[CTA_TUPLE_PROTO])
+    number = data[proto[CTA_PROTO_NUM][0]]
     if number != socket.IPPROTO_UDP:
         return number, "", ""
     ends = []
-    for ip_type, port_type in zip(TYPES[family], (2, 3), strict=True):
+    for ip_type, port_type in zip(IP_TYPES[family], PORT_TYPES, strict=True):
         address = socket.inet_ntop(ADDRESS_FAMILIES[family], data[slice(*ip[ip_type])])
         ends.append(socket_text(address, struct.unpack_from(">H", data, proto[port_type][0])[0]))
     return number, ends[0], ends[1]
@@ -132,7 +159,7 @@ WORLDS = (
         "10.96.0.10:53",
         "10.244.1.1:5353",
         "10.244.1.2:5353",
-        tuple(f"10.96.1.{number}:53" for number in range(1, FEW + 2)),
+        tuple(f"10.96.1.{number}:53" for number in range(1, MAX_FILTERED_DUMPS + 2)),
         "192.0.2.1:30053",
         "198.51.100.1:30053",
     ),
@@ -142,7 +169,7 @@ WORLDS = (
         "[fd00:96::a]:53",
         "[fd00:244::1]:5353",
         "[fd00:244::2]:5353",
-        tuple(f"[fd00:96::1:{number}]:53" for number in range(1, FEW + 2)),
+        tuple(f"[fd00:96::1:{number}]:53" for number in range(1, MAX_FILTERED_DUMPS + 2)),
         "[2001:db8::1]:30053",
         "[2001:db8:9::1]:30053",
     ),
@@ -190,7 +217,7 @@ def test_the_stale_entry_goes_and_the_others_stay(namespace: Namespace, world: W
     assert entries(namespace, world.family) == before
 
 
-@pytest.mark.parametrize("count", [1, FEW, FEW + 1])
+@pytest.mark.parametrize("count", [1, MAX_FILTERED_DUMPS, MAX_FILTERED_DUMPS + 1])
 def test_what_is_asked_for_is_looked_at_however_many_there_are(namespace: Namespace, world: World, count: int) -> None:
     insert(namespace, *flows(world, *((each, world.old) for each in (world.dns, world.foreign, *world.others))))
     wanted = world.others[:count]
@@ -210,7 +237,7 @@ def test_who_asks_for_nothing_looks_at_nothing(namespace: Namespace, world: Worl
 
 
 def test_all_clients_of_a_stale_pair_are_deleted(namespace: Namespace, world: World) -> None:
-    count = 2 * BATCH + 1
+    count = 2 * REQUESTS_PER_SEND + 1
     insert(namespace, *flows(world, (world.dns, world.new), *[(world.dns, world.old)] * count))
     assert clean(namespace, world.family, [world.dns], lambda _, source: source == world.old) == count
     assert set(entries(namespace, world.family)) == {(world.dns, world.new)}
@@ -270,30 +297,30 @@ def test_an_entry_that_took_the_place_of_a_stale_one_stays(namespace: Namespace,
 def test_the_kernel_answers_with_what_was_asked_for(namespace: Namespace, world: World) -> None:
     insert(namespace, *flows(world, (world.dns, world.old), (world.others[0], world.old), (world.own, world.old)))
     insert(namespace, Flow(world.client, world.dns, world.old, socket.IPPROTO_TCP))
-    kind = IP_KINDS[world.family]
+    layout = TUPLE_LAYOUTS[world.family]
     address, port = split_socket_text(world.dns)
 
     def count(asked: bytes) -> int:
         with NetlinkSocket(NETLINK_NETFILTER) as netlink:
             return len(list(netlink.dump(GET, asked)))
 
-    packed = socket.inet_pton(kind.family, address)
-    assert namespace.call(lambda: count(question(kind))) == 3
-    assert namespace.call(lambda: count(question(kind, port=struct.pack(">H", port)))) == 2
+    packed = socket.inet_pton(layout.address_family, address)
+    assert namespace.call(lambda: count(dump_request(layout))) == 3
+    assert namespace.call(lambda: count(dump_request(layout, port=struct.pack(">H", port)))) == 2
     if world.family is Family.IPV4:
-        assert namespace.call(lambda: count(question(kind, packed, struct.pack(">H", port)))) == 1
+        assert namespace.call(lambda: count(dump_request(layout, packed, struct.pack(">H", port)))) == 1
 
 
 def test_an_answer_that_holds_everything_is_read_all_the_same(namespace: Namespace, world: World) -> None:
     """As kernels without the filter give it."""
     insert(namespace, Flow(world.client, world.dns, world.old))
     insert(namespace, Flow(world.client, world.own, world.old, socket.IPPROTO_TCP))
-    reader = ConntrackEntryReader(IP_KINDS[world.family])
+    reader = ConntrackEntryReader(TUPLE_LAYOUTS[world.family])
 
-    def read() -> list[Ends | None]:
+    def read() -> list[FlowSockets | None]:
         with NetlinkSocket(NETLINK_NETFILTER) as netlink:
             everything = nfgenmsg(ADDRESS_FAMILIES[world.family])
-            return [reader.ends(*message) for message in netlink.dump(GET, everything)]
+            return [reader.sockets(*message) for message in netlink.dump(GET, everything)]
 
     ends = [(split_socket_text(world.dns), split_socket_text(world.old))]
     packed = [
@@ -321,14 +348,15 @@ def test_without_the_privilege_it_says_so(namespace: Namespace) -> None:
 
 def test_refused_requests_are_named_and_the_others_carried_out(namespace: Namespace) -> None:
     wanted = [
-        Flow(f"10.0.0.1:{1000 + number}", f"10.96.0.1:{number + 1}", "10.0.0.2:53") for number in range(3 * BATCH)
+        Flow(f"10.0.0.1:{1000 + number}", f"10.96.0.1:{number + 1}", "10.0.0.2:53")
+        for number in range(3 * REQUESTS_PER_SEND)
     ]
-    twice = [0, 1, BATCH - 1, BATCH, 3 * BATCH - 1]
+    twice = [0, 1, REQUESTS_PER_SEND - 1, REQUESTS_PER_SEND, 3 * REQUESTS_PER_SEND - 1]
     insert(namespace, *(wanted[number] for number in twice))
 
     def work() -> dict[int, int]:
         with NetlinkSocket(NETLINK_NETFILTER) as netlink:
-            return netlink.requests(NEW, NLM_F_CREATE | NLM_F_EXCL, [_message(flow) for flow in wanted])
+            return netlink.request_many(NEW, NLM_F_CREATE | NLM_F_EXCL, [_message(flow) for flow in wanted])
 
     assert namespace.call(work) == dict.fromkeys(twice, errno.EEXIST)
     assert len(entries(namespace, Family.IPV4)) == len(wanted)
@@ -355,7 +383,7 @@ def test_a_dump_that_changes_meanwhile_is_told(namespace: Namespace) -> None:
 
     def work() -> None:
         with NetlinkSocket(socket.NETLINK_ROUTE) as netlink:
-            for number, _ in enumerate(netlink.dump(22, struct.pack("=BBBBI", socket.AF_INET, 0, 0, 0, 0))):
+            for number, _ in enumerate(netlink.dump(RTM_GETADDR, struct.pack("=BBBBI", socket.AF_INET, 0, 0, 0, 0))):
                 if number == 0:
                     add_addresses(namespace, 5, [1])
 
@@ -373,11 +401,11 @@ def test_what_passes_is_asked_again_and_not_for_ever(error: OSError) -> None:
             raise error
         return "done"
 
-    assert retry_interrupted(lambda: ask(ATTEMPTS - 1)) == "done"
+    assert retry_interrupted(lambda: ask(MAX_ATTEMPTS - 1)) == "done"
     calls.clear()
     with pytest.raises(OSError, match=error.strerror or ""):
-        retry_interrupted(lambda: ask(ATTEMPTS))
-    assert len(calls) == ATTEMPTS
+        retry_interrupted(lambda: ask(MAX_ATTEMPTS))
+    assert len(calls) == MAX_ATTEMPTS
 
 
 def test_what_does_not_pass_is_not_asked_again() -> None:

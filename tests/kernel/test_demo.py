@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tests.demo.picture import Screen, as_expected
+from tests.demo.cluster import DemoCluster
 from tests.demo.rules import rules_of
-from tests.demo.scene import Scene
-from tests.demo.story import tell
+from tests.demo.screen import Screen, is_balanced
+from tests.demo.steps import run
 from tests.lab import proxy
 from tests.lab.client import Outcome, Refused
 from tests.lab.requirements import PACKAGES, UNPRIVILEGED, missing_access, missing_commands
@@ -57,7 +57,7 @@ def test_in_a_pipe_it_tells_the_whole_story_in_plain_text(kernel: None) -> None:
         assert f"   {pod}   █" in done.stdout, f"{pod} has no bar"
     assert "-A KUBE-SERVICES -d 10.96.0.80/32" in done.stdout
     assert done.stdout.count("DNAT --to-destination") == 3
-    assert done.stdout.endswith("Everything is removed.\n")
+    assert done.stdout.endswith("Done. The demo has cleaned up.\n")
 
 
 def test_on_a_terminal_it_has_colours(kernel: None) -> None:
@@ -114,7 +114,7 @@ def test_nothing_stays_when_it_is_stopped(kernel: None, tmp_path: Path, number: 
     assert list(tmp_path.iterdir()) == []
     assert "kproxy-demo" not in Path("/proc/self/mountinfo").read_text()
     if number != signal.SIGKILL:
-        assert rest.endswith("Interrupted. Everything is removed.\n")
+        assert rest.endswith("Interrupted. The demo has cleaned up.\n")
 
 
 def test_an_ordinary_user_can_run_it(kernel: None) -> None:
@@ -132,7 +132,9 @@ def test_it_says_in_one_line_when_it_may_not_make_namespaces(kernel: None, tmp_p
     done = play(DEMO, PATH=f"{tmp_path}:{os.environ['PATH']}")
     assert done.returncode == 1
     assert done.stdout == ""
-    expected = "demo: this root may not make namespaces: run it in a container with `--privileged`, or on a machine\n"
+    expected = (
+        "demo: root is not permitted to create namespaces: run the demo on the host or in a `--privileged` container\n"
+    )
     assert done.stderr == expected
 
 
@@ -154,11 +156,11 @@ def test_a_daemon_that_ends_is_said_with_its_last_words(
     broken.write_text("#!/bin/sh\necho all the rest >&2; echo no such flag >&2; exit 3\n")
     broken.chmod(0o755)
     monkeypatch.setattr(proxy, "KPROXY", str(broken))
-    with Scene(tmp_path) as scene, pytest.raises(RuntimeError, match="exited with code 3: no such flag"):
+    with DemoCluster(tmp_path) as scene, pytest.raises(RuntimeError, match="exited with code 3: no such flag"):
         scene.start_kproxy()
 
 
-class Faulty(Scene):
+class Faulty(DemoCluster):
     """A scene in which one request is lost."""
 
     lost = False
@@ -173,19 +175,19 @@ class Faulty(Scene):
 def test_a_lost_request_is_reported(kernel: None, tmp_path: Path) -> None:
     shown = io.StringIO()
     with Faulty(tmp_path) as scene:
-        assert not tell(scene, Screen(Console(file=shown)))
+        assert not run(scene, Screen(Console(file=shown)))
     assert " 1 failed" in shown.getvalue()
-    assert "WRONG" in shown.getvalue()
+    assert "FAILED" in shown.getvalue()
     assert "1 x Refused()" in shown.getvalue()
 
 
 def test_only_a_fair_share_for_exactly_these_pods_is_expected() -> None:
     pods = ["a", "b", "c"]
-    assert as_expected(Counter(a=60, b=100, c=140), pods)
-    assert not as_expected(Counter(a=58, b=100, c=142), pods)
-    assert not as_expected(Counter(a=100, b=100, c=58, d=42), pods)
-    assert not as_expected(Counter(a=150, b=150), pods)
-    assert not as_expected(Counter(), pods)
+    assert is_balanced(Counter(a=60, b=100, c=140), pods)
+    assert not is_balanced(Counter(a=58, b=100, c=142), pods)
+    assert not is_balanced(Counter(a=100, b=100, c=58, d=42), pods)
+    assert not is_balanced(Counter(a=150, b=150), pods)
+    assert not is_balanced(Counter(), pods)
 
 
 def test_bars_are_ascii_where_the_output_is() -> None:

@@ -12,7 +12,7 @@ from tests.inprocess import SingleFamilyProxy
 from tests.lab.iptables import RealKernel
 from tests.lab.namespace import Namespace
 from tests.recordings import comparable, replaces, store
-from tests.unit.test_render import recorded_context
+from tests.unit.test_iptables_render import recorded_context
 
 HISTORY = (
     "clusterip",
@@ -44,7 +44,7 @@ def test_a_proxys_inputs_have_the_same_effect(namespace: Namespace, variant: str
     real, fake = RealKernel(namespace, family, variant), FakeKernel()
     found = store(HISTORY[0])
     context = recorded_context(HISTORY[0], family, found)
-    proxy = SingleFamilyProxy(IptablesBackend(fake, block_rules=20), context, store=found)
+    proxy = SingleFamilyProxy(IptablesBackend(fake, max_transaction_rules=20), context, store=found)
     for scenario in HISTORY:
         proxy.apply(*replaces(scenario)).sync()
         for text in fake.inputs:

@@ -21,6 +21,7 @@ from tests.lab.iptables import PREFIXES, restore_recording
 from tests.lab.namespace import Namespace
 from tests.lab.proxy import KPROXY
 from tests.recordings import GOLDEN
+from tests.reports import failed, succeeded
 
 SCENARIO = "random-11"
 ROUTE_LOCALNET = Path("/proc/sys/net/ipv4/conf/all/route_localnet")
@@ -48,14 +49,14 @@ def told(node: Namespace) -> Callable[[Mode], Tell]:
     """Makes an observer of a mode, and returns what tells it of a sync."""
 
     def make(mode: Mode) -> Tell:
-        observer = FirstSyncSteps(Config(mode=mode), list(Family))
-        return lambda report: node.call(lambda: observer.synced(report))
+        steps = FirstSyncSteps(Config(mode=mode), list(Family))
+        return lambda report: node.call(lambda: steps.run(report))
 
     return make
 
 
 def report(family: Family, error: str = "") -> SyncReport:
-    return SyncReport(family, 0.0, 0.0, True, {}, None, None, error)
+    return failed(family, error=error) if error else succeeded(family)
 
 
 def program_nftables(node: Namespace) -> None:

@@ -17,11 +17,11 @@ import pytest
 
 from kproxy.host.commands import CommandError, CommandRunner, first_line, run
 from kproxy.host.netlink import NETLINK_NETFILTER, DumpInterruptedError, NetlinkError, NetlinkSocket
-from kproxy.host.netlink_message import NLM_F_CREATE, attribute, nfgenmsg
+from kproxy.host.netlink_message import NLM_F_CREATE, attribute, nfgenmsg, nfnl_type
 from kproxy.host.nf_tables import count_rules
-from kproxy.host.nfacct import ensure_counters
+from kproxy.host.nfacct import NFNL_MSG_ACCT_NEW, NFNL_SUBSYS_ACCT, ensure_counters
 from kproxy.iptables.names import ChainName
-from kproxy.iptables.runner import IptablesRunner, RestoreError, parse_version, restore_error
+from kproxy.iptables.runner import IptablesRunner, RestoreError, make_restore_error, parse_version
 from kproxy.model.types import Family
 from kproxy.nftables.kernel import NftCommit
 from kproxy.nftables.transaction import Transaction
@@ -29,7 +29,7 @@ from tests.clock import Clock
 from tests.lab.iptables import link_programs, missing_variant, programs_of
 from tests.lab.namespace import Namespace
 from tests.lab.waiting import wait_until
-from tests.unit.test_restore_errors import VARIANTS, Case, lines_of
+from tests.unit.test_iptables_restore_errors import VARIANTS, Case, lines_of
 
 GUARD = 30.0
 PYTHON = sys.executable
@@ -48,7 +48,7 @@ def test_a_program_that_does_not_exist_is_named() -> None:
         run(["no-such-program"], timeout=GUARD)
     with (
         pytest.raises(CommandError, match="cannot run no-such-program"),
-        CommandRunner().reading(["no-such-program"], timeout=GUARD),
+        CommandRunner().stream_output(["no-such-program"], timeout=GUARD),
     ):
         pass
 
@@ -65,7 +65,7 @@ def test_a_program_that_hangs_is_killed(tmp_path: Path) -> None:
     os.mkfifo(fifo)
     done = run(["cat", str(fifo)], timeout=0.01)
     assert done.code == -SIGKILL
-    assert "cat did not end within" in done.stderr
+    assert "cat timed out after" in done.stderr
 
 
 @pytest.mark.parametrize("size", [1 << 21])
@@ -84,20 +84,20 @@ def test_what_a_program_says_may_be_any_bytes() -> None:
 
 
 def test_output_is_read_line_by_line() -> None:
-    with CommandRunner().reading(["sh", "-c", "echo one; echo two"], timeout=GUARD) as lines:
+    with CommandRunner().stream_output(["sh", "-c", "echo one; echo two"], timeout=GUARD) as lines:
         assert next(lines) == "one\n"
         assert list(lines) == ["two\n"]
 
 
 def test_large_output_is_read_whole() -> None:
-    with CommandRunner().reading(["seq", "300000"], timeout=GUARD) as lines:
+    with CommandRunner().stream_output(["seq", "300000"], timeout=GUARD) as lines:
         assert sum(1 for _ in lines) == 300_000
 
 
 def test_a_program_that_fails_after_its_output_is_told() -> None:
     with (
         pytest.raises(CommandError, match=r"^sh failed with status 3: oops$"),
-        CommandRunner().reading(
+        CommandRunner().stream_output(
             ["sh", "-c", "echo one; echo >&2; echo oops >&2; echo more >&2; exit 3"], timeout=GUARD
         ) as lines,
     ):
@@ -106,18 +106,20 @@ def test_a_program_that_fails_after_its_output_is_told() -> None:
 
 def test_a_program_that_complains_at_length_does_not_block() -> None:
     chatty = "head -c 1000000 /dev/zero >&2; echo done"
-    with CommandRunner().reading(["timeout", "5", "sh", "-c", chatty], timeout=GUARD) as lines:
+    with CommandRunner().stream_output(["timeout", "5", "sh", "-c", chatty], timeout=GUARD) as lines:
         assert list(lines) == ["done\n"]
 
 
 def test_a_line_of_any_bytes_can_be_read() -> None:
-    with CommandRunner().reading(["printf", r"-A KUBE -m comment --comment \377 -j X\n-A B\n"], timeout=GUARD) as lines:
+    with CommandRunner().stream_output(
+        ["printf", r"-A KUBE -m comment --comment \377 -j X\n-A B\n"], timeout=GUARD
+    ) as lines:
         assert [line.split()[1] for line in lines] == ["KUBE", "B"]
 
 
 def test_an_error_while_reading_ends_the_program() -> None:
     def fail() -> None:
-        with CommandRunner().reading(["timeout", "30", "yes"], timeout=GUARD) as lines:
+        with CommandRunner().stream_output(["timeout", "30", "yes"], timeout=GUARD) as lines:
             raise ZeroDivisionError(next(lines))
 
     with pytest.raises(ZeroDivisionError, match="y"):
@@ -128,8 +130,8 @@ def test_a_program_that_hangs_while_it_is_read_is_killed(tmp_path: Path) -> None
     fifo = tmp_path / "never"
     os.mkfifo(fifo)
     with (
-        pytest.raises(CommandError, match=r"^cat failed with status -9: no message$"),
-        CommandRunner().reading(["cat", str(fifo)], timeout=0.01) as lines,
+        pytest.raises(CommandError, match=r"^cat timed out after 0 s$"),
+        CommandRunner().stream_output(["cat", str(fifo)], timeout=0.01) as lines,
     ):
         assert list(lines) == []
 
@@ -137,8 +139,8 @@ def test_a_program_that_hangs_while_it_is_read_is_killed(tmp_path: Path) -> None
 def test_reading_needs_no_place_for_files(namespace: Namespace) -> None:
     """As in a container with a read-only root."""
     script = (
-        "from kproxy.host.commands import Programs\n"
-        "with Programs().reading(['echo', 'here'], timeout=30) as lines: print(*lines)"
+        "from kproxy.host.commands import CommandRunner\n"
+        "with CommandRunner().stream_output(['echo', 'here'], timeout=30) as lines: print(*lines)"
     )
     read_only = "".join(
         f"mount --bind {folder} {folder} && mount -o remount,bind,ro {folder} && " for folder in ("/tmp", "/var/tmp")
@@ -173,7 +175,9 @@ def test_parts_are_asked_for_while_the_program_works_on_those_before(tmp_path: P
         assert seen.read_text() == "one\n"
         yield "two\n"
 
-    done = CommandRunner().feed(["sh", "-c", f"read a; echo $a > {seen}; read b; echo $b >&2"], parts(), timeout=GUARD)
+    done = CommandRunner().stream_input(
+        ["sh", "-c", f"read a; echo $a > {seen}; read b; echo $b >&2"], parts(), timeout=GUARD
+    )
     assert (done.code, done.stderr) == (0, "two\n")
 
 
@@ -185,15 +189,17 @@ def test_a_program_that_ends_early_is_asked_for_no_more_parts() -> None:
             made.append(number)
             yield "x" * 100_000
 
-    done = CommandRunner().feed(["sh", "-c", "head -c 1 >/dev/null; echo enough >&2; exit 3"], parts(), timeout=GUARD)
+    done = CommandRunner().stream_input(
+        ["sh", "-c", "head -c 1 >/dev/null; echo enough >&2; exit 3"], parts(), timeout=GUARD
+    )
     assert (done.code, done.stderr) == (3, "enough\n")
     assert len(made) < 10_000
 
 
 def test_a_program_that_is_content_with_half_its_input_has_failed() -> None:
     parts = ("x" * 100_000 for _ in range(100))
-    done = CommandRunner().feed(["sh", "-c", "head -c 1 >/dev/null"], parts, timeout=GUARD)
-    assert (done.code, done.stderr) == (-1, "sh ended before its input did")
+    done = CommandRunner().stream_input(["sh", "-c", "head -c 1 >/dev/null"], parts, timeout=GUARD)
+    assert (done.code, done.stderr) == (-1, "sh exited before reading all of its input")
 
 
 def test_no_part_is_asked_for_once_all_is_stopped() -> None:
@@ -206,7 +212,7 @@ def test_no_part_is_asked_for_once_all_is_stopped() -> None:
                 programs.stop()
             yield "one\n"
 
-    assert programs.feed(["cat"], parts(), timeout=GUARD).code != 0
+    assert programs.stream_input(["cat"], parts(), timeout=GUARD).code != 0
     assert made == [0, 1, 2, 3]
 
 
@@ -219,12 +225,12 @@ def test_each_part_has_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
             yield "one\n"
             clock.advance_and_wait(0.0006)
 
-    assert CommandRunner().feed(["cat"], parts(), timeout=0.001).code == 0
+    assert CommandRunner().stream_input(["cat"], parts(), timeout=0.001).code == 0
 
 
 def test_nobody_watches_over_a_program_that_has_ended() -> None:
-    CommandRunner().feed(["cat"], ["one\n"] * 3, timeout=GUARD)
-    assert "guard" not in {each.name for each in threading.enumerate()}
+    CommandRunner().stream_input(["cat"], ["one\n"] * 3, timeout=GUARD)
+    assert "command-watchdog" not in {each.name for each in threading.enumerate()}
 
 
 def test_a_program_that_nobody_can_watch_over_is_killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -232,13 +238,13 @@ def test_a_program_that_nobody_can_watch_over_is_killed(monkeypatch: pytest.Monk
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", none_left)
-    with pytest.raises(CommandError, match=r"^cannot watch over a program: can't start new thread$"):
-        CommandRunner().feed(["sh", "-c", f"cat; touch {tmp_path}/ended"], ["one\n"], timeout=GUARD)
+    with pytest.raises(CommandError, match=r"^cannot start a watchdog for sh: can't start new thread$"):
+        CommandRunner().stream_input(["sh", "-c", f"cat; touch {tmp_path}/ended"], ["one\n"], timeout=GUARD)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_a_fed_program_prints_does_not_hold_it_up() -> None:
-    assert CommandRunner().feed(["cat"], ["x" * 100_000] * 20, timeout=GUARD).code == 0
+    assert CommandRunner().stream_input(["cat"], ["x" * 100_000] * 20, timeout=GUARD).code == 0
 
 
 def test_a_program_may_have_ended_when_a_part_is_made(tmp_path: Path) -> None:
@@ -249,7 +255,7 @@ def test_a_program_may_have_ended_when_a_part_is_made(tmp_path: Path) -> None:
         assert fifo.read_text() == ""
         yield "one\n"
 
-    assert CommandRunner().feed(["sh", "-c", f"exec 0<&- 3>{fifo}; exit 3"], parts(), timeout=GUARD).code == 3
+    assert CommandRunner().stream_input(["sh", "-c", f"exec 0<&- 3>{fifo}; exit 3"], parts(), timeout=GUARD).code == 3
 
 
 @pytest.mark.parametrize("how", ["stop", "timeout"])
@@ -264,7 +270,7 @@ def test_a_script_ends_together_with_what_it_waits_for(
 
     def feed() -> None:
         argv = ["sh", "-c", f"cat {fifo}; :"]
-        codes.append(programs.feed(argv, ["x" * 1_000_000] * 3, timeout=0.001).code)
+        codes.append(programs.stream_input(argv, ["x" * 1_000_000] * 3, timeout=0.001).code)
 
     thread = threading.Thread(target=feed)
     thread.start()
@@ -289,40 +295,40 @@ def test_a_program_is_killed_when_a_part_cannot_be_made(tmp_path: Path) -> None:
         raise ValueError("no second part")
 
     with pytest.raises(ValueError, match="no second part"):
-        CommandRunner().feed(["sh", "-c", f"cat; touch {tmp_path}/ended"], parts(), timeout=GUARD)
+        CommandRunner().stream_input(["sh", "-c", f"cat; touch {tmp_path}/ended"], parts(), timeout=GUARD)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_fed_program_that_hangs_is_killed(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "never")
-    done = CommandRunner().feed(["cat", str(tmp_path / "never")], ["one\n"], timeout=0.01)
-    assert (done.code, done.stderr) == (-SIGKILL, "cat did not end within 0 s")
+    done = CommandRunner().stream_input(["cat", str(tmp_path / "never")], ["one\n"], timeout=0.01)
+    assert (done.code, done.stderr) == (-SIGKILL, "cat timed out after 0 s")
 
 
 def test_a_program_that_cannot_be_fed_is_named() -> None:
     with pytest.raises(CommandError, match="cannot run no-such-program: No such file"):
-        CommandRunner().feed(["no-such-program"], ["one"], timeout=GUARD)
+        CommandRunner().stream_input(["no-such-program"], ["one"], timeout=GUARD)
 
 
 def ways_to_run(argv: list[str]) -> dict[str, Callable[[], object]]:
     """Each way to run a program on some input, to its end."""
 
     def read() -> list[str]:
-        with CommandRunner().reading(argv, timeout=GUARD) as lines:
+        with CommandRunner().stream_output(argv, timeout=GUARD) as lines:
             return list(lines)
 
     return {
         "run": lambda: run(argv, "x" * (1 << 21), timeout=GUARD).code,
-        "feed": lambda: CommandRunner().feed(argv, ["x" * (1 << 21)], timeout=GUARD).code,
-        "reading": read,
+        "stream_input": lambda: CommandRunner().stream_input(argv, ["x" * (1 << 21)], timeout=GUARD).code,
+        "stream_output": read,
     }
 
 
-@pytest.mark.parametrize(("way", "result"), [("run", 0), ("feed", 0), ("reading", ["done\n"])])
+@pytest.mark.parametrize(("way", "result"), [("run", 0), ("stream_input", 0), ("stream_output", ["done\n"])])
 def test_a_program_that_takes_long_is_logged_while_it_runs_and_when_it_ends(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path, way: str, result: object
 ) -> None:
-    monkeypatch.setattr("kproxy.host.commands.FIRST_SECONDS", 0.001)
+    monkeypatch.setattr("kproxy.host.commands.SLOW_SECONDS", 0.001)
     caplog.set_level(logging.INFO)
     fifo = tmp_path / "until-it-is-logged"
     os.mkfifo(fifo)
@@ -337,20 +343,20 @@ def test_a_program_that_takes_long_is_logged_while_it_runs_and_when_it_ends(
     assert results == [result]
     *running, ended = caplog.messages
     assert all(re.fullmatch(r"sh is still running after \d s \(pid \d+\)", each) for each in running)
-    assert re.fullmatch(r"sh ended with status 0 after \d s \(pid \d+\)", ended)
+    assert re.fullmatch(r"sh exited with status 0 after \d s \(pid \d+\)", ended)
 
 
 def test_an_nft_that_takes_long_is_logged(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("kproxy.host.commands.FIRST_SECONDS", 0.001)
+    monkeypatch.setattr("kproxy.host.commands.SLOW_SECONDS", 0.001)
     fifo = tmp_path / "until-it-is-logged"
     os.mkfifo(fifo)
     program = tmp_path / "nft"
     program.write_text(f"#!/bin/sh\ncat {fifo}\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    thread = threading.Thread(target=lambda: NftCommit(Family.IPV4)(Transaction(drop=True)))
+    thread = threading.Thread(target=lambda: NftCommit(Family.IPV4)(Transaction(delete_table=True)))
     thread.start()
     kept_open = open_when_read(fifo)
     wait_until(lambda: bool(caplog.messages), "a line about a program that still runs")
@@ -370,12 +376,13 @@ def test_stop_kills_what_runs_and_starts_nothing_more(tmp_path: Path) -> None:
     thread.join(GUARD)
     os.close(kept_open)
     assert ended == [-9]
-    with pytest.raises(CommandError, match=r"^true is not started any more: kproxy is stopping$"):
+    with pytest.raises(CommandError, match=r"^cannot run true: kproxy is shutting down$"):
         programs.run(["true"], timeout=GUARD)
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [("a\nb\n", "a"), ("\n  \n b \n", "b"), ("", "no message"), ("\n\n", "no message")]
+    ("text", "expected"),
+    [("a\nb\n", "a"), ("\n  \n b \n", "b"), ("", "no error message"), ("\n\n", "no error message")],
 )
 def test_the_first_line_that_says_anything(text: str, expected: str) -> None:
     assert first_line(text) == expected
@@ -420,7 +427,7 @@ def test_without_privileges_the_kernel_refuses_counters(namespace: Namespace) ->
 def test_what_the_kernel_refuses_is_raised_with_its_reason(namespace: Namespace) -> None:
     def ask() -> None:
         with NetlinkSocket(NETLINK_NETFILTER) as netlink:
-            netlink.request(7 << 8, NLM_F_CREATE, nfgenmsg())
+            netlink.request(nfnl_type(NFNL_SUBSYS_ACCT, NFNL_MSG_ACCT_NEW), NLM_F_CREATE, nfgenmsg())
 
     with pytest.raises(NetlinkError, match="Invalid argument"):
         namespace.call(ask)
@@ -461,7 +468,7 @@ def test_refusals_are_worded_as_the_unit_tests_have_them(
     done = namespace.run([*command, "iptables-restore", "--noflush"], case.text, check=False)
     if version.number == (1, 8, 9):
         assert (done.returncode, done.stderr) == (case.code, case.stderr)
-    assert case.reason in str(restore_error("iptables-restore", done.returncode, done.stderr, lines_of(case.text)))
+    assert case.reason in str(make_restore_error("iptables-restore", done.returncode, done.stderr, lines_of(case.text)))
 
 
 @pytest.mark.parametrize("family", Family)
@@ -507,7 +514,7 @@ def test_rules_of_single_chains_are_counted(namespace: Namespace, family: Family
     iptables = IptablesRunner(family)
 
     def count() -> dict[ChainName, int]:
-        return iptables.lengths(
+        return iptables.count_rules(
             [ChainName("nat", name) for name in (*rules, "KUBE-NONE")] + [ChainName("filter", "KUBE-A")]
         )
 
@@ -519,12 +526,12 @@ def test_rules_of_single_chains_are_counted(namespace: Namespace, family: Family
 
 def test_who_may_not_count_rules_knows_nothing_of_them(namespace: Namespace) -> None:
     script = (
-        "from kproxy.iptables.runner import Iptables\n"
-        "from kproxy.iptables.names import Chain\n"
+        "from kproxy.iptables.runner import IptablesRunner\n"
+        "from kproxy.iptables.names import ChainName\n"
         "from kproxy.model.types import Family\n"
-        "print(Iptables(Family.IPV4).lengths([Chain('nat', 'KUBE-A')]))"
+        "print(IptablesRunner(Family.IPV4).count_rules([ChainName('nat', 'KUBE-A')]))"
     )
-    assert namespace.run([PYTHON, "-c", script]).stdout == "{Chain(table='nat', name='KUBE-A'): 0}\n"
+    assert namespace.run([PYTHON, "-c", script]).stdout == "{ChainName(table='nat', name='KUBE-A'): 0}\n"
     assert namespace.run(["setpriv", "--bounding-set=-net_admin", PYTHON, "-c", script]).stdout == "{}\n"
 
 
@@ -539,7 +546,7 @@ def test_a_chain_is_looked_at_again_if_others_interrupt(namespace: Namespace, mo
 
     monkeypatch.setattr("kproxy.iptables.runner.count_rules", interrupted_once)
     chains = [ChainName("nat", "KUBE-A"), ChainName("nat", "KUBE-B")]
-    assert namespace.call(lambda: IptablesRunner(Family.IPV4).lengths(chains)) == dict.fromkeys(chains, 0)
+    assert namespace.call(lambda: IptablesRunner(Family.IPV4).count_rules(chains)) == dict.fromkeys(chains, 0)
     assert asked == ["KUBE-A", "KUBE-A", "KUBE-B", "KUBE-B"]
 
 
@@ -557,7 +564,7 @@ def test_the_line_that_is_refused_is_found_in_whichever_text(namespace: Namespac
     with pytest.raises(RestoreError) as caught:
         namespace.call(lambda: iptables.restore_each(texts()))
     assert caught.value.line == "-A KUBE-A --frobnicate"
-    found = namespace.call(lambda: iptables.look([ChainName("nat", "KUBE-A")]))
+    found = namespace.call(lambda: iptables.list_rules([ChainName("nat", "KUBE-A")]))
     assert found == {ChainName("nat", "KUBE-A"): ["-A KUBE-A -p tcp -m tcp --dport 30 -j RETURN"]}
 
 

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from kproxy.iptables.backend import IptablesBackend
 from kproxy.iptables.cleanup import cleanup
-from kproxy.iptables.names import DISPATCH, ChainName, is_shard
+from kproxy.iptables.names import DISPATCH_CHAINS, ChainName, is_shard
 from kproxy.iptables.runner import IptablesRunner
 from kproxy.iptables.save_restore import parse_save
 from kproxy.model.context import Context
@@ -25,7 +25,7 @@ from tests.lab.recorded import RecordedCluster
 from tests.lab.servers import Servers
 from tests.lab.topology import Lab
 from tests.recordings import State, comparable, store
-from tests.unit.test_render import recorded_context
+from tests.unit.test_iptables_render import recorded_context
 
 THRESHOLD = 20
 SCENARIO = "random-11"
@@ -76,7 +76,7 @@ def shards(state: State) -> list[ChainName]:
 def test_it_reads_back_what_was_written(namespace: Namespace, variant: str, family: Family) -> None:
     real, fake = RealKernel(namespace, family, variant), FakeKernel()
     context = replace(Context(family, "node-1"), localhost_node_ports=family is Family.IPV4)
-    backend = IptablesBackend(fake, block_rules=50, dispatch_threshold=THRESHOLD)
+    backend = IptablesBackend(fake, max_transaction_rules=50, dispatch_threshold=THRESHOLD)
     proxy = ManyServicesProxy(Store("node-1"), context, backend)
     for count in (THRESHOLD - 5, 3 * THRESHOLD, 2 * THRESHOLD, 5):
         proxy.sync_extra(count)
@@ -91,7 +91,7 @@ def test_it_reads_back_what_was_written(namespace: Namespace, variant: str, fami
     stems = {(chain.table, chain.name.split("-")[1]) for chain in shards(real.state())}
     assert {stem for table, stem in stems if table == "filter"} == {"SVC", "EXT", "SVL", "FW"}
     assert {stem for table, stem in stems if table == "nat"} == {"SVC", "EXT"}
-    for change in cleanup(parse_save(real.lines()), block_rules=100):
+    for change in cleanup(parse_save(real.lines()).chains, max_transaction_rules=100):
         real.restore(change.text())
     assert [chain.name for chain in real.state() if chain.name.startswith("KUBE-")] == ["KUBE-FIREWALL"]
 
@@ -128,7 +128,7 @@ def test_a_start_over_split_chains_writes_nothing(namespace: Namespace) -> None:
     for family in Family:
         for writes in (True, False):
             iptables = RecordingIptables(family)
-            backend = IptablesBackend(iptables, block_rules=50, dispatch_threshold=THRESHOLD)
+            backend = IptablesBackend(iptables, max_transaction_rules=50, dispatch_threshold=THRESHOLD)
             proxy = ManyServicesProxy(Store("node-1"), Context(family, "node-1"), backend)
             for number in range(3 * THRESHOLD):
                 for each in extra(number, family):
@@ -146,11 +146,13 @@ def test_no_connection_fails_while_chains_are_split_and_made_flat_again(lab: Lab
     kernel = IptablesRunner(Family.IPV4)
 
     def start(threshold: int) -> ManyServicesProxy:
-        return ManyServicesProxy(found, context, IptablesBackend(kernel, block_rules=50, dispatch_threshold=threshold))
+        return ManyServicesProxy(
+            found, context, IptablesBackend(kernel, max_transaction_rules=50, dispatch_threshold=threshold)
+        )
 
     def split() -> set[ChainName]:
         state = current_rules(node, Family.IPV4)
-        targets = {chain: {rule.rpartition(" -j ")[2] for rule in state[chain]} for chain in DISPATCH}
+        targets = {chain: {rule.rpartition(" -j ")[2] for rule in state[chain]} for chain in DISPATCH_CHAINS}
         return {
             chain for chain, names in targets.items() if any(is_shard(ChainName(chain.table, each)) for each in names)
         }

@@ -11,14 +11,14 @@ import pytest
 
 from kproxy.iptables.backend import IptablesBackend
 from kproxy.iptables.base_rules import ensured_rules
-from kproxy.iptables.names import CANARIES, DISPATCH, ChainName
+from kproxy.iptables.names import CANARIES, DISPATCH_CHAINS, ChainName
 from kproxy.iptables.runner import IptablesRunner
 from kproxy.model.types import Family
 from tests.inprocess import SingleFamilyProxy
 from tests.lab.iptables import link_programs, programs_of
 from tests.lab.namespace import Namespace
 from tests.recordings import SCENARIOS, replaces, store
-from tests.unit.test_render import recorded_context
+from tests.unit.test_iptables_render import recorded_context
 
 SCENARIO = "random-11"
 
@@ -75,7 +75,7 @@ def test_own_rules_are_as_they_should_be(namespace: Namespace, family: Family, t
 
 
 @pytest.mark.usefixtures("variant")
-@pytest.mark.parametrize("chain", DISPATCH, ids=lambda chain: f"{chain.table}-{chain.name}")
+@pytest.mark.parametrize("chain", DISPATCH_CHAINS, ids=lambda chain: f"{chain.table}-{chain.name}")
 def test_a_rule_of_others_in_a_chain_that_all_share(namespace: Namespace, chain: ChainName) -> None:
     proxy = RecordedProxy(namespace)
     namespace.run(["iptables", "-t", chain.table, "-A", chain.name, "-j", "RETURN"])
@@ -110,7 +110,7 @@ def test_a_look_does_not_wait_for_the_lock_that_somebody_else_holds(
     with (programs / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert proxy.verify(), variant
-    assert "cannot look" not in caplog.text
+    assert "cannot check" not in caplog.text
 
 
 def test_a_look_that_fails_says_so_and_changes_nothing(
@@ -124,7 +124,7 @@ def test_a_look_that_fails_says_so_and_changes_nothing(
     with caplog.at_level(logging.WARNING):
         assert proxy.verify()
     assert not proxy.backend.needs_full_sync
-    assert f"cannot look at the rules: {failing.name} failed with status 4: Another app" in caplog.text
+    assert f"cannot check the iptables rules for drift: {failing.name} failed with status 4: Another app" in caplog.text
 
 
 UNREADABLE = (
@@ -158,7 +158,7 @@ def test_a_rule_that_only_nft_can_show_hides_nothing_that_matters(namespace: Nam
     assert proxy.detects_and_repairs()
 
 
-@pytest.mark.parametrize("chain", DISPATCH, ids=lambda chain: f"{chain.table}-{chain.name}")
+@pytest.mark.parametrize("chain", DISPATCH_CHAINS, ids=lambda chain: f"{chain.table}-{chain.name}")
 def test_a_rule_that_only_nft_can_show_in_a_chain_of_ours_is_taken_out(namespace: Namespace, chain: ChainName) -> None:
     proxy = RecordedProxy(namespace)
     namespace.run(["nft", "add", "rule", "ip", *chain, "meta", "cpu", "99", "accept"])

@@ -28,8 +28,8 @@ class Interrupted(RecordingIptables):
         super().__init__(family)
         self.meanwhile: Callable[[], object] = lambda: None
 
-    def lengths(self, chains: Collection[ChainName]) -> dict[ChainName, int]:
-        found = super().lengths(chains)
+    def count_rules(self, chains: Collection[ChainName]) -> dict[ChainName, int]:
+        found = super().count_rules(chains)
         act, self.meanwhile = self.meanwhile, lambda: None
         act()
         return found
@@ -41,7 +41,7 @@ class PatchingProxy(SingleServiceProxy):
     def __init__(self, node: Namespace, family: Family, affinity: int = 0, *, patching: bool = True) -> None:
         self.node = node
         self.iptables = Interrupted(family)
-        if not self.iptables.version().finds_single_rules:
+        if not self.iptables.version().supports_patching:
             pytest.skip(f"{self.iptables.version()} finds no single rules")
         backend = IptablesBackend(self.iptables, patching=patching)
         super().__init__(backend, Context(family, "node-1"), affinity=affinity, namespace=node)

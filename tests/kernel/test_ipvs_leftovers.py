@@ -15,11 +15,10 @@ from kproxy.app.cleanup import VirtualServersRemainError, remove_all, remove_ipv
 from kproxy.app.first_sync import FirstSyncSteps
 from kproxy.config import Config
 from kproxy.config.types import Mode
-from kproxy.ipvs import cleanup as ipvs_leftovers
+from kproxy.ipvs import cleanup
 from kproxy.ipvs.cleanup import INTERFACE, SETS
 from kproxy.ipvs.ipset import IpsetEntry, set_entries, set_names
 from kproxy.ipvs.virtual_servers import VirtualServer, virtual_servers
-from kproxy.model.sync_report import SyncReport
 from kproxy.model.types import Family
 from tests.kernel.test_cleanup import rules, without_firewall
 from tests.lab.iptables import PREFIXES, link_programs, programs_of
@@ -27,6 +26,7 @@ from tests.lab.namespace import Namespace
 from tests.lab.proxy import KPROXY
 from tests.lab.transaction_monitor import TransactionMonitor
 from tests.recordings import GOLDEN
+from tests.reports import failed, succeeded
 
 ADDRESSES = ("10.96.0.1/32", "10.96.0.80/32", "fd00:10:96::80/128")
 TYPES = {
@@ -202,10 +202,10 @@ def test_cleaning_up_removes_everything_and_may_be_repeated(node: Namespace) -> 
 @pytest.mark.parametrize("mode", ["iptables", "nftables"])
 def test_it_goes_once_every_family_in_use_has_its_rules(node: Namespace, mode: Mode) -> None:
     leave(node)
-    observer = FirstSyncSteps(Config(mode=mode), list(Family))
+    steps = FirstSyncSteps(Config(mode=mode), list(Family))
 
     def tell(family: Family, error: str = "") -> None:
-        node.call(lambda: observer.synced(SyncReport(family, 0.0, 0.0, True, {}, None, None, error)))
+        node.call(lambda: steps.run(failed(family, error=error) if error else succeeded(family)))
 
     tell(Family.IPV6)
     tell(Family.IPV4, "refused")
@@ -216,8 +216,8 @@ def test_it_goes_once_every_family_in_use_has_its_rules(node: Namespace, mode: M
 
 def test_one_family_alone_is_enough_where_the_other_is_left_out(node: Namespace) -> None:
     leave(node)
-    observer = FirstSyncSteps(Config(mode="nftables"), [Family.IPV4])
-    node.call(lambda: observer.synced(SyncReport(Family.IPV4, 0.0, 0.0, True, {}, None, None, "")))
+    steps = FirstSyncSteps(Config(mode="nftables"), [Family.IPV4])
+    node.call(lambda: steps.run(succeeded(Family.IPV4)))
     assert not has_interface(node)
 
 
@@ -238,7 +238,7 @@ def test_a_set_that_a_foreign_rule_uses_stays_and_is_said(node: Namespace, caplo
         == f"removed {len(SETS) - 1} ipsets, the interface {INTERFACE} of ipvs mode"
     )
     said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    assert said == ["ipsets KUBE-IPVS-IPS cannot be removed: rules use it"]
+    assert said == ["cannot remove ipsets KUBE-IPVS-IPS: in use by rules"]
     assert sets(node) == ["KUBE-IPVS-IPS"]
 
 
@@ -303,14 +303,14 @@ def test_virtual_servers_that_stay_are_tried_again_with_the_next_sync_of_all_ser
     leave(node)
     server = VirtualServer("10.96.0.80", 6, 80, b"a")
     busy = [True]
-    monkeypatch.setattr(ipvs_leftovers, "virtual_servers", lambda: [server])
+    monkeypatch.setattr(cleanup, "virtual_servers", lambda: [server])
     monkeypatch.setattr(
-        ipvs_leftovers, "delete_virtual_servers", lambda _: {server: "Device or resource busy"} if busy else {}
+        cleanup, "delete_virtual_servers", lambda _: {server: "Device or resource busy"} if busy else {}
     )
-    observer = FirstSyncSteps(Config(mode=mode), [Family.IPV4])
+    steps = FirstSyncSteps(Config(mode=mode), [Family.IPV4])
 
     def tell(*, complete: bool) -> bool:
-        node.call(lambda: observer.synced(SyncReport(Family.IPV4, 0.0, 0.0, complete, {}, None, None, "")))
+        node.call(lambda: steps.run(succeeded(Family.IPV4, complete=complete)))
         return has_interface(node)
 
     assert tell(complete=True)
@@ -321,8 +321,8 @@ def test_virtual_servers_that_stay_are_tried_again_with_the_next_sync_of_all_ser
     assert "KUBE-IPVS-IPS" not in sets(node)
     said = [record.getMessage() for record in caplog.records if "is still there" in record.getMessage()]
     assert said == [
-        "what ipvs mode left is still there, and may take traffic of Services: 1 virtual servers of IPVS cannot be "
-        "removed, such as 10.96.0.80 port 80: Device or resource busy; its interface and ipsets are kept as well"
+        "what ipvs mode left is still there, and may take traffic of Services: cannot remove 1 IPVS virtual "
+        "server (first: 10.96.0.80 port 80): Device or resource busy; its interface and ipsets are kept as well"
     ]
 
 
@@ -330,11 +330,11 @@ def test_what_else_fails_is_tried_again_with_the_next_success(
     node: Namespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     leave(node)
-    observer = FirstSyncSteps(Config(mode="nftables"), [Family.IPV4])
-    observer._done.add(Family.IPV4)
+    steps = FirstSyncSteps(Config(mode="nftables"), [Family.IPV4])
+    steps._done.add(Family.IPV4)
 
     def tell() -> bool:
-        node.call(lambda: observer.synced(SyncReport(Family.IPV4, 0.0, 0.0, False, {}, None, None, "")))
+        node.call(lambda: steps.run(succeeded(Family.IPV4, complete=False)))
         return has_interface(node)
 
     (tmp_path / "iptables-restore").write_text("#!/bin/sh\nexit 1\n")
@@ -351,14 +351,14 @@ def test_a_clean_up_that_fails_in_the_end_has_said_what_it_removed(
 ) -> None:
     leave(node)
     server = VirtualServer("10.96.0.80", 6, 80, b"a")
-    monkeypatch.setattr(ipvs_leftovers, "virtual_servers", lambda: [server])
-    monkeypatch.setattr(ipvs_leftovers, "delete_virtual_servers", lambda _: {server: "Device or resource busy"})
+    monkeypatch.setattr(cleanup, "virtual_servers", lambda: [server])
+    monkeypatch.setattr(cleanup, "delete_virtual_servers", lambda _: {server: "Device or resource busy"})
     said: list[str] = []
 
     def clean_up() -> None:
         said.extend(remove_all())
 
-    with pytest.raises(VirtualServersRemainError, match="port 80: Device or resource busy"):
+    with pytest.raises(VirtualServersRemainError, match=r"port 80\): Device or resource busy"):
         node.call(clean_up)
     assert [line.rpartition(" ")[2] for line in said] == ["IPv4", "IPv6"]
 
@@ -388,7 +388,7 @@ def test_virtual_servers_go_while_the_interface_says_which_are_theirs(
         deleted.extend(servers)
         return {}
 
-    monkeypatch.setattr(ipvs_leftovers, "virtual_servers", lambda: [*theirs, *foreign])
-    monkeypatch.setattr(ipvs_leftovers, "delete_virtual_servers", delete)
+    monkeypatch.setattr(cleanup, "virtual_servers", lambda: [*theirs, *foreign])
+    monkeypatch.setattr(cleanup, "delete_virtual_servers", delete)
     assert node.call(lambda: list(remove_all()))[-1] == f"removed 3 virtual servers, {EVERYTHING} of ipvs mode"
     assert deleted == theirs

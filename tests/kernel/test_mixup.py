@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kproxy.iptables.variant import rules_in_other_variant
+from kproxy.iptables.variant import other_variant_warning
 from tests.lab.namespace import Namespace
 
 
@@ -15,26 +15,26 @@ def create(node: Namespace, program: str) -> None:
 
 
 def test_nothing_to_say_on_a_fresh_node(node: Namespace) -> None:
-    for ours_is_nft in (True, False):
-        assert node.call(lambda ours_is_nft=ours_is_nft: rules_in_other_variant(ours_is_nft=ours_is_nft)) == ""  # type: ignore[misc]
+    for uses_nft in (True, False):
+        assert node.call(lambda uses_nft=uses_nft: other_variant_warning(uses_nft=uses_nft)) == ""  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("program", ["iptables-legacy", "ip6tables-legacy"])
 def test_legacy_rules_beside_nft(node: Namespace, program: str) -> None:
     create(node, program)
-    said = node.call(lambda: rules_in_other_variant(ours_is_nft=True))
-    assert said.startswith("iptables-legacy holds 1 KUBE- chains beside")
+    said = node.call(lambda: other_variant_warning(uses_nft=True))
+    assert said.startswith("iptables-legacy has KUBE- chains (1), but kproxy uses iptables-nft")
 
 
 @pytest.mark.parametrize("program", ["iptables-nft", "ip6tables-nft"])
 def test_nft_rules_beside_legacy(node: Namespace, program: str) -> None:
     create(node, program)
-    said = node.call(lambda: rules_in_other_variant(ours_is_nft=False))
+    said = node.call(lambda: other_variant_warning(uses_nft=False))
     assert said.startswith(
-        f"iptables-nft holds KUBE-SERVICES in table {'ip6' if program.startswith('ip6') else 'ip'} nat"
+        f"iptables-nft has the chain KUBE-SERVICES in table {'ip6' if program.startswith('ip6') else 'ip'} nat"
     )
 
 
 def test_our_own_variant_is_no_mix_up(node: Namespace) -> None:
     create(node, "iptables-nft")
-    assert node.call(lambda: rules_in_other_variant(ours_is_nft=True)) == ""
+    assert node.call(lambda: other_variant_warning(uses_nft=True)) == ""

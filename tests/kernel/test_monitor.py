@@ -58,7 +58,7 @@ def notices(node: Namespace) -> Iterator[Notices]:
     found = Notices(node)
     found.monitor.start()
     yield found
-    found.monitor.stop()
+    found.monitor.stop(HANG_GUARD)
 
 
 @pytest.mark.parametrize("value", ADDRESSES.values(), ids=ADDRESSES)
@@ -77,7 +77,7 @@ def test_a_change_between_making_and_starting_is_not_missed(node: Namespace) -> 
     assert notices.calls.empty()
     notices.monitor.start()
     notices.take()
-    notices.monitor.stop()
+    notices.monitor.stop(HANG_GUARD)
 
 
 def test_changes_that_come_together_are_one_call(node: Namespace) -> None:
@@ -86,7 +86,7 @@ def test_changes_that_come_together_are_one_call(node: Namespace) -> None:
         address(node, "add", f"192.0.2.{number}/32")
     notices.monitor.start()
     notices.take()
-    notices.monitor.stop()
+    notices.monitor.stop(HANG_GUARD)
     assert notices.calls.empty()
 
 
@@ -99,7 +99,7 @@ def test_lost_notices_count_as_a_change(node: Namespace) -> None:
     notices.take()
     address(node, "add", ADDRESSES["IPv4"])
     notices.take()
-    notices.monitor.stop()
+    notices.monitor.stop(HANG_GUARD)
 
 
 def test_links_and_routes_are_none_of_its_business(node: Namespace) -> None:
@@ -108,7 +108,7 @@ def test_links_and_routes_are_none_of_its_business(node: Namespace) -> None:
     node.run(["ip", "link", "add", "eth1", "type", "veth", "peer", "name", "eth1-peer"])
     node.run(["ip", "route", "add", "198.51.100.0/24", "dev", "eth0"])
     node.run(["ip", "link", "del", "eth1"])
-    notices.monitor.stop()
+    notices.monitor.stop(HANG_GUARD)
     assert notices.calls.empty()
 
 
@@ -117,12 +117,12 @@ def test_no_call_after_stop(node: Namespace) -> None:
     notices.monitor.start()
     address(node, "add", ADDRESSES["IPv4"])
     notices.take()
-    notices.monitor.stop()
+    notices.monitor.stop(HANG_GUARD)
     while not notices.calls.empty():
         notices.take()
     address(node, "add", ADDRESSES["IPv6"])
     assert notices.calls.empty()
-    assert "addresses" not in {thread.name for thread in threading.enumerate()}
+    assert "address-monitor" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_stop_waits_for_a_call_under_way(node: Namespace) -> None:
@@ -136,7 +136,7 @@ def test_stop_waits_for_a_call_under_way(node: Namespace) -> None:
         stopped_meanwhile.put(not stopping.is_alive())
 
     monitor = node.call(lambda: AddressMonitor(changed))
-    stopping = threading.Thread(target=monitor.stop)
+    stopping = threading.Thread(target=monitor.stop, args=(HANG_GUARD,))
     monitor.start()
     address(node, "add", ADDRESSES["IPv4"])
     assert entered.wait(HANG_GUARD)
@@ -150,5 +150,5 @@ def test_stop_waits_for_a_call_under_way(node: Namespace) -> None:
 def test_stop_without_start_frees_it(node: Namespace) -> None:
     notices = Notices(node)
     address(node, "add", ADDRESSES["IPv4"])
-    notices.monitor.stop()
+    notices.monitor.stop(HANG_GUARD)
     assert notices.calls.empty()

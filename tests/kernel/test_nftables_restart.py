@@ -118,13 +118,13 @@ class Watched:
         self.reads += 1
         return self._table.generation()
 
-    def view(self, *, lenient: bool = False) -> TableSnapshot | None:
+    def snapshot(self, *, allow_interrupted: bool = False) -> TableSnapshot | None:
         self.reads += 1
-        return self._table.view(lenient=lenient)
+        return self._table.snapshot(allow_interrupted=allow_interrupted)
 
-    def uses(self) -> Counter[str]:
+    def chain_use_counts(self) -> Counter[str]:
         self.reads += 1
-        return self._table.uses()
+        return self._table.chain_use_counts()
 
 
 def generation(node: Namespace) -> int:
@@ -152,10 +152,10 @@ def test_a_restart_writes_chains_and_nothing_else(
     node = namespaces()
     program(node, scenario, family, NetlinkCommit(family))
     before, sets = held(node, family), set_handles(node, family)
-    assert written(start(node, scenario, family)) == {"flushed", "rules"}
+    assert written(start(node, scenario, family)) == {"flushed_chains", "added_rules"}
     assert held(node, family) == before
     assert set_handles(node, family) == sets
-    assert written(start(node, scenario, family, batch_frontends=1)) == {"flushed", "rules"}
+    assert written(start(node, scenario, family, batch_frontends=1)) == {"flushed_chains", "added_rules"}
     assert held(node, family) == before
 
 
@@ -189,7 +189,7 @@ def test_the_table_of_kube_proxy_is_taken_over_without_a_new_one(
         node = namespaces()
         node.run(["nft", "-f", "-"], (GOLDEN / scenario / f"nft-{table_family(family)}.txt").read_text())
         kernel = start(node, scenario, family, batch_frontends=batch_frontends)
-        assert "replace" not in written(kernel)
+        assert "replace_table" not in written(kernel)
         assert without_remarks(held(node, family)) == wanted
 
 
@@ -209,7 +209,7 @@ def test_garbage_goes_step_by_step(namespaces: Callable[[], Namespace], garbage:
     node = namespaces()
     node.run(["nft", "-f", "-"], dedent(CHANGEABLE[garbage]))
     kernel = start(node, SCENARIO, Family.IPV4, batch_frontends=batch_frontends)
-    assert "replace" not in written(kernel)
+    assert "replace_table" not in written(kernel)
     assert without_remarks(held(node, Family.IPV4)) == without_remarks(fresh(namespaces))
 
 
@@ -220,7 +220,7 @@ def test_an_unusable_table_is_replaced_in_one_step(namespaces: Callable[[], Name
     before = generation(node)
     kernel = start(node, SCENARIO, Family.IPV4)
     assert generation(node) == before + 1
-    assert [change.replace for change in kernel.commits] == [True]
+    assert [change.replace_table for change in kernel.commits] == [True]
     assert held(node, Family.IPV4) == fresh(namespaces)
 
 
@@ -229,7 +229,7 @@ def test_only_a_set_of_clients_that_lasts_otherwise_is_replaced(namespaces: Call
     recorded = (GOLDEN / "session-affinity" / "nft-ip.txt").read_text()
     node.run(["nft", "-f", "-"], recorded.replace("timeout 3h", "timeout 1h", 1))
     kernel = start(node, "session-affinity", Family.IPV4)
-    assert [change.replace for change in kernel.commits] == [False] * len(kernel.commits)
+    assert [change.replace_table for change in kernel.commits] == [False] * len(kernel.commits)
     replaced = [name for change in kernel.commits for name in change.deleted_sets if name.startswith("affinity-")]
     assert len(replaced) == len(set(replaced)) == 1
     assert without_remarks(held(node, Family.IPV4)) == without_remarks(fresh(namespaces, "session-affinity"))
@@ -241,8 +241,8 @@ def test_what_is_read_is_what_was_written(namespaces: Callable[[], Namespace], f
     kernel = start(node, "random-12", family)
     for change in kernel.commits:
         fake.commit(change)
-    assert node.call(kernel.view) == fake.view()
-    assert node.call(kernel.uses) == fake.uses()
+    assert node.call(kernel.snapshot) == fake.snapshot()
+    assert node.call(kernel.chain_use_counts) == fake.chain_use_counts()
     assert node.call(lambda: TableReader(family).exists())
     assert not namespaces().call(lambda: TableReader(family).exists())
-    assert namespaces().call(Watched(family).view) is None
+    assert namespaces().call(Watched(family).snapshot) is None

@@ -13,13 +13,13 @@ import pytest
 from kproxy.app.backends import StartError, choose_mode, discover_iptables, discover_nftables
 from kproxy.config import Config
 from kproxy.host import nf_tables as nft_nat
-from kproxy.host.commands import START_SECONDS, CommandError, InconclusiveError, run
+from kproxy.host.commands import PROBE_TIMEOUT_SECONDS, CommandError, InconclusiveError, run
 from kproxy.host.netlink import BatchSocket
-from kproxy.host.nf_tables import nat_refused
+from kproxy.host.nf_tables import nat_unsupported_reason
 from kproxy.iptables.runner import check_tables, parse_version
 from kproxy.model.types import Family
 from kproxy.nftables.kernel import NetlinkCommit, TableError
-from kproxy.nftables.probe import NftablesUnsupportedError, probe
+from kproxy.nftables.probe import NftablesUnsupportedError, probe_transaction
 from kproxy.nftables.transaction import Transaction
 from tests.kernel.test_cleanup import rules
 from tests.lab.iptables import PREFIXES, link_programs, missing_variant, programs_of
@@ -112,7 +112,7 @@ def test_a_machine_with_ipv4_addresses_does_not_start_without_ipv4(
             node.call(discover_iptables)
     else:
         refusing(monkeypatch, {Family.IPV4})
-        with pytest.raises(NftablesUnsupportedError, match=r"^IPv4: Linux .* does not take the table"):
+        with pytest.raises(NftablesUnsupportedError, match=r"^IPv4: Linux .* rejected the table over netlink"):
             node.call(discover_nftables)
 
 
@@ -135,8 +135,8 @@ def test_a_program_that_hangs_is_no_reason_to_leave_a_family_out(
 ) -> None:
     os.mkfifo(tmp_path / "never")
     put(program, f"cat {tmp_path}/never")
-    monkeypatch.setattr("kproxy.iptables.runner.START_SECONDS", 1)
-    with pytest.raises(InconclusiveError, match=f"{program} did not end within 1 s"):
+    monkeypatch.setattr("kproxy.iptables.runner.PROBE_TIMEOUT_SECONDS", 1)
+    with pytest.raises(InconclusiveError, match=f"{program} timed out after 1 s"):
         namespace.call(discover_iptables)
 
 
@@ -146,7 +146,7 @@ def test_a_program_that_is_killed_is_no_reason_either(
 ) -> None:
     """As by the kernel when memory is short."""
     put(program, "kill -9 $$")
-    with pytest.raises(InconclusiveError, match="ended by signal 9"):
+    with pytest.raises(InconclusiveError, match="killed by signal 9"):
         namespace.call(discover_iptables)
 
 
@@ -159,7 +159,7 @@ def test_a_program_that_cannot_be_started_at_the_moment_is_no_reason_either(
 
     monkeypatch.setattr("subprocess.Popen", refuse)
     with pytest.raises(CommandError, match=f"cannot run true: {os.strerror(code)}") as caught:
-        run(["true"], timeout=START_SECONDS)
+        run(["true"], timeout=PROBE_TIMEOUT_SECONDS)
     assert type(caught.value) is error
 
 
@@ -174,10 +174,10 @@ def test_nft_that_hangs_is_no_reason_either(
     (tmp_path / "nft").write_text(f"#!/bin/sh\ncat {tmp_path}/never\n")
     (tmp_path / "nft").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setattr("kproxy.nftables.probe.START_SECONDS", 1)
-    with pytest.raises(InconclusiveError, match="No buffer space available; nft: nft did not end within 1 s"):
+    monkeypatch.setattr("kproxy.nftables.probe.PROBE_TIMEOUT_SECONDS", 1)
+    with pytest.raises(InconclusiveError, match="No buffer space available; nft: nft timed out after 1 s"):
         namespace.call(discover_nftables)
-    with pytest.raises(StartError, match="cannot choose a proxy mode: "):
+    with pytest.raises(StartError, match="cannot choose a proxy mode: cannot determine"):
         namespace.call(lambda: choose_mode(Config(mode="")))
 
 
@@ -186,7 +186,7 @@ def test_a_family_without_programs_is_left_out(
 ) -> None:
     put("ip6tables", "exit 127")
     assert list(namespace.call(discover_iptables)) == [Family.IPV4]
-    assert warnings(caplog) == ["skipping IPv6: ip6tables --version failed: no message"]
+    assert warnings(caplog) == ["skipping IPv6: ip6tables --version failed: no error message"]
 
 
 def test_legacy_tables_that_exist_are_not_asked_for(
@@ -212,7 +212,7 @@ def test_asking_iptables_legacy_makes_no_rules(namespace: Namespace, put: Callab
 @pytest.mark.parametrize("family", Family)
 def test_asking_nf_tables_changes_nothing(namespace: Namespace, family: Family) -> None:
     with TransactionMonitor(namespace) as commits:
-        assert namespace.call(lambda: nat_refused(family)) == ""
+        assert namespace.call(lambda: nat_unsupported_reason(family)) == ""
         assert commits.new() == []
     assert namespace.run(["nft", "list", "ruleset"]).stdout == ""
 
@@ -225,7 +225,7 @@ def test_nf_tables_is_not_asked_where_nat_is_in_use(
         pytest.skip(reason)
     namespace.run([f"{PREFIXES[family]}-nft", "-t", "nat", "-A", "POSTROUTING", "-j", "ACCEPT"])
     monkeypatch.setattr("kproxy.host.nf_tables.BatchSocket", None)
-    assert namespace.call(lambda: nat_refused(family)) == ""
+    assert namespace.call(lambda: nat_unsupported_reason(family)) == ""
 
 
 @pytest.mark.parametrize("family", Family)
@@ -242,7 +242,7 @@ def test_iptables_nft_without_nat_for_a_family_is_left_to_the_other(
     link_programs(programs_of("nft"), tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     unknown = nft_nat._CHAIN.replace(b"nat\0", b"not\0")
-    known, family_byte = BatchSocket.commit, nft_nat._FAMILIES[family]
+    known, family_byte = BatchSocket.commit, nft_nat._ADDRESS_FAMILIES[family]
 
     def commit(self: BatchSocket, messages: list[tuple[int, int, bytes]]) -> None:
         """Be a kernel that has no such chains for one family."""
@@ -256,7 +256,7 @@ def test_iptables_nft_without_nat_for_a_family_is_left_to_the_other(
     assert list(namespace.call(discover_iptables)) == [OTHER[family]]
     assert warnings(caplog) == [
         f"skipping {family.value}: the kernel lacks one of the tables mangle, nat, filter: "
-        "it refuses a chain of type nat: No such file or directory"
+        "nf_tables rejected a chain of type nat: No such file or directory"
     ]
 
 
@@ -264,11 +264,12 @@ def test_iptables_nft_without_nat_for_a_family_is_left_to_the_other(
 def test_nftables_mode_asks_for_nat_and_leaves_a_family_without_it_out(
     namespace: Namespace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, family: Family
 ) -> None:
-    assert any(chain.hook and chain.hook.type == "nat" for chain in probe(family).chains)
+    assert any(chain.hook and chain.hook.type == "nat" for chain in probe_transaction(family).added_chains)
     refusing(monkeypatch, {family})
     assert list(namespace.call(discover_nftables)) == [OTHER[family]]
     assert [line.count("\n") for line in warnings(caplog)] == [0]
-    said = f"skipping {family.value}: Linux {os.uname().release} does not take the table: chain nat-prerouting: "
+    reason = f"Linux {os.uname().release} rejected the table over netlink: chain nat-prerouting: "
+    said = f"skipping {family.value}: {reason}"
     assert warnings(caplog)[0].startswith(said)
 
 
@@ -276,7 +277,9 @@ def test_nftables_mode_for_no_family_is_said_in_one_line(
     namespace: Namespace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     refusing(monkeypatch, set(Family))
-    with pytest.raises(NftablesUnsupportedError, match=r"^IPv4 and IPv6: Linux .* does not take the table: [^\n]*$"):
+    with pytest.raises(
+        NftablesUnsupportedError, match=r"^IPv4 and IPv6: Linux .* rejected the table over netlink: [^\n]*$"
+    ):
         namespace.call(discover_nftables)
     assert warnings(caplog) == []
 
@@ -305,4 +308,4 @@ def test_somebody_without_the_privilege_is_told_so(namespace: Namespace) -> None
     python = str(Path(KPROXY).with_name("python"))
     drop = ["setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin"]
     done = namespace.run([*drop, python, "-c", script])
-    assert done.stdout == ("cannot ask the kernel for its tables of IPv4: Operation not permitted\n")
+    assert done.stdout == ("cannot check the kernel's IPv4 tables: Operation not permitted\n")

@@ -24,7 +24,7 @@ from tests.lab.requirements import missing_protocol
 from tests.lab.servers import Servers
 from tests.lab.topology import OUTSIDE_ADDRESSES, Host, Lab
 from tests.packets.differences import Reason, read_differences, read_nftables_table
-from tests.packets.places import HERE, HOLDER, NODE, NODE_ADDRESSES, SERVICE_CIDRS, place_of, source_of
+from tests.packets.senders import LOCAL_POD_CIDRS, NODE, NODE_ADDRESSES, NODE_AS, SERVICE_CIDRS, sender_of, source_of
 from tests.packets.table import Row, read_table, socket_text, split_socket
 from tests.recordings import GOLDEN
 
@@ -54,7 +54,7 @@ def can_be_sent(row: Row) -> bool:
     And nobody's kernel sends packets to 127.0.0.1 to a neighbour.
     """
     to_neighbour = ip_address(row.address).is_loopback and row.sender != NODE
-    return not (row.remembering or to_neighbour or row.sender.startswith(HOLDER))
+    return not (row.remembering or to_neighbour or row.sender.startswith(NODE_AS))
 
 
 ROWS = {
@@ -163,13 +163,13 @@ class Stage:
         """Add a host; the name of a pod's is that of its link, which must look like those of pods."""
         if sender == NODE:
             return self._lab.node
-        place = place_of(sender)
+        place = sender_of(sender)
         name = {"eth0": f"out-{len(self._hosts)}", "veth-endpoint": f"veth-{len(self._hosts)}"}
         host = self._lab.add_client(name.get(place.interface, place.interface), *place.addresses.values())
         return self._own(host)
 
     def _add_servers_hosts(self, addresses: list[str]) -> None:
-        here = [address for address in addresses if any(ip_address(address) in cidr for cidr in HERE)]
+        here = [address for address in addresses if any(ip_address(address) in cidr for cidr in LOCAL_POD_CIDRS)]
         elsewhere = [address for address in addresses if address not in here]
         if here:
             self._own(self._lab.add_pod("veth-others", *here))

@@ -168,5 +168,5 @@ def test_parameters_are_set_and_logged_by_init_only(node: Namespace, mode: str) 
 
 def assert_logged(log: str, wanted: dict[str, int]) -> None:
     for name, value in wanted.items():
-        line = f"] sysctl {name.replace('/', '.')}: {FRESH[name]} -> {value}\n"
+        line = f"] set sysctl {name.replace('/', '.')}: {FRESH[name]} -> {value}\n"
         assert log.count(line) == int(value != FRESH[name]), log

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kproxy.nftables.probe import TABLE as PROBE
+from kproxy.nftables.probe import PROBE_TABLE
 from tests.lab.cluster import SERVICES, LabCluster
 from tests.lab.connection_stream import ConnectionStream
 from tests.lab.modes import TABLE, NftablesRules, mode_flag
@@ -62,7 +62,7 @@ def commits(lab: Lab, mode: str) -> Iterator[TransactionMonitor]:
     """What is written to the node's rules."""
     if mode == "iptables" and "nf_tables" not in lab.node.namespace.run(["iptables", "--version"]).stdout:
         pytest.skip("iptables-legacy is in use, of whose changes the kernel tells nobody")
-    with TransactionMonitor(lab.node.namespace, ignore_table=PROBE) as found:
+    with TransactionMonitor(lab.node.namespace, ignore_table=PROBE_TABLE) as found:
         yield found
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kproxy.iptables.names import DISPATCH
+from kproxy.iptables.names import DISPATCH_CHAINS
 from kproxy.model.types import Family
 from tests.lab.connection_stream import ConnectionStream, Target
 from tests.lab.iptables import PREFIXES, current_rules, restore_recording
@@ -37,7 +37,7 @@ def leftovers(own: State, other: State) -> str:
     for table in TABLES:
         chains = [chain for chain in other if chain.table == table and chain not in own]
         rules = [rule for chain in chains for rule in other[chain]]
-        for chain in DISPATCH:
+        for chain in DISPATCH_CHAINS:
             rules += [rule for rule in other[chain] if chain.table == table and rule not in own[chain]]
         text += "\n".join((f"*{table}", *(f":{chain.name} - [0:0]" for chain in chains), *rules, "COMMIT\n"))
     return text

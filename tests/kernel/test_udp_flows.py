@@ -85,7 +85,7 @@ class UdpProxy(ReconciledProxy):
             {family: UdpConntrack(family) for family in Family},
             own_addresses,
             clock=time.monotonic,
-            tell=self.cleanings.append,
+            on_cleanup=self.cleanings.append,
         )
         super().__init__(
             {
@@ -96,7 +96,7 @@ class UdpProxy(ReconciledProxy):
             max_retry=0,
             store=Store(NODE),
             namespace=lab.node.namespace,
-            observers=[cleaner],
+            after_sync=[cleaner.clean],
         )
         objects = [delta.object for delta in deltas if isinstance(delta, Upsert)]
         services = tuple(each for each in objects if isinstance(each, Service))

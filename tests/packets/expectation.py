@@ -1,43 +1,45 @@
-"""An outcome in the words of the table."""
+"""Describe the outcome of a packet in the notation of the table."""
 
 from __future__ import annotations
 
-from kproxy.simulate.packet import Fate, FateDistribution, Verdict
+from kproxy.simulate.packet import OutcomeDistribution, PacketOutcome, Verdict
 from tests.packets.table import split_socket
 
 EXACTLY = 1e-6
-"""By how much the probabilities of a dump may differ from equal ones, which it cannot write down exactly."""
+"""Relative deviation of a probability that is due to rounding in a dump."""
 
 
-def describe(outcome: FateDistribution) -> str:
-    """Return everything that may happen, in an order of its own, so that equal outcomes have equal words."""
+def describe(outcome: OutcomeDistribution) -> str:
+    """Return all possible fates in a canonical order, so that equal outcomes have equal descriptions."""
     endpoints: dict[str, list[str]] = {}
-    for fate in outcome.fates:
-        endpoints.setdefault(_manner(fate), []).extend([fate.target] if _arrives(fate) and fate.target else [])
-    parts = (f"{manner} {', '.join(sorted(found, key=_order))}".strip() for manner, found in endpoints.items())
+    for fate in outcome.probabilities:
+        endpoints.setdefault(_action(fate), []).extend([fate.endpoint] if _is_accepted(fate) and fate.endpoint else [])
+    parts = (f"{action} {', '.join(sorted(targets, key=_order))}".strip() for action, targets in endpoints.items())
     return "; ".join(sorted(parts))
 
 
-def uneven(outcome: FateDistribution, tolerance: float = EXACTLY) -> dict[str, float]:
-    """Return the endpoints whose probability is not that of the others, or is by more than a part of it."""
+def uneven(outcome: OutcomeDistribution, tolerance: float = EXACTLY) -> dict[str, float]:
+    """Return the endpoints whose probability deviates from an equal share by more than `tolerance`, relatively."""
     return {
-        target: share for target, share in outcome.targets.items() if abs(share * len(outcome.targets) - 1) > tolerance
+        target: share
+        for target, share in outcome.endpoints.items()
+        if abs(share * len(outcome.endpoints) - 1) > tolerance
     }
 
 
-def _arrives(fate: Fate) -> bool:
+def _is_accepted(fate: PacketOutcome) -> bool:
     return fate.verdict is Verdict.ACCEPTED
 
 
-def _manner(fate: Fate) -> str:
+def _action(fate: PacketOutcome) -> str:
     if fate.verdict is Verdict.DROPPED:
         return "drop"
     if fate.verdict is Verdict.REJECTED:
-        return f"reject {fate.reply.removeprefix('icmp-').removeprefix('icmp6-')}"
-    words = ["dnat" if fate.target else "untouched"]
-    words += ["masq"] if fate.masqueraded else []
-    words += ["affinity"] if fate.remembered else []
-    return "+".join(words)
+        return f"reject {fate.reject_with.removeprefix('icmp-').removeprefix('icmp6-')}"
+    actions = ["dnat" if fate.endpoint else "untouched"]
+    actions += ["masq"] if fate.masqueraded else []
+    actions += ["affinity"] if fate.affinity_recorded else []
+    return "+".join(actions)
 
 
 def _order(socket: str) -> tuple[str, int]:

@@ -1,1 +1,1 @@
-"""From the API server's bytes to model objects, in JSON and protobuf."""
+"""Decode and validate objects of the API server, in JSON and protobuf."""

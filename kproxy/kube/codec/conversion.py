@@ -1,8 +1,9 @@
-"""From the API's shapes to the model: check the fields that decide rules, and keep nothing else. Pure.
+"""Convert API objects to the model, validating the fields that affect rules. Pure.
 
-Headless and ExternalName Services, objects of another proxy (`service.kubernetes.io/service-proxy-name`),
-FQDN slices, slices without a Service and slices labelled `service.kubernetes.io/headless` get no rules: they reduce
-to nothing. The label `headless` on a Service that has a ClusterIP hides its slices only (seen in kube-proxy 1.36).
+These objects convert to None, because they get no rules: headless and ExternalName Services, Services and
+EndpointSlices of another proxy (label `service.kubernetes.io/service-proxy-name`), and EndpointSlices that have address
+type FQDN, belong to no Service, or have the label `service.kubernetes.io/headless`. That label on a Service with a
+ClusterIP hides only its EndpointSlices (observed in kube-proxy 1.36).
 """
 
 from __future__ import annotations
@@ -11,33 +12,26 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from sys import intern
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, get_args
 
 from msgspec import Struct
 
-from kproxy.documents.document import FieldPath, field_path_text
-from kproxy.kube.codec import schema as wire
+from kproxy.documents.document import FieldPath, field_path_text, format_value
+from kproxy.kube.codec import schema
+from kproxy.kube.codec.object_error import ObjectError, must_be
 from kproxy.model.addresses import canonical_address, canonical_cidr, family_of
 from kproxy.model.delta import Object
-from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Node, Service, ServiceCIDR, ServicePort
-
-SHOWN = 3
-"""How many parts of one object are named on a line: a slice may have a hundred bad endpoints."""
-
-
-class IgnoredField(NamedTuple):
-    """A part of an object that is left out: where it is, and why."""
-
-    field: FieldPath
-    text: str
-
-
-def ignored_fields_text(remarks: Sequence[IgnoredField]) -> str:
-    """Return what is left out of one object, on a line."""
-    parts = [f"{field_path_text(remark.field)}: {remark.text}" for remark in remarks[:SHOWN]]
-    more = len(remarks) - SHOWN
-    return "; ".join(parts) + (f"; and {more} more" if more > 0 else "")
-
+from kproxy.model.types import (
+    Endpoint,
+    EndpointPort,
+    EndpointSlice,
+    Family,
+    Node,
+    Protocol,
+    Service,
+    ServiceCIDR,
+    ServicePort,
+)
 
 SERVICE_NAME_LABEL = "kubernetes.io/service-name"
 PROXY_NAME_LABEL = "service.kubernetes.io/service-proxy-name"
@@ -46,195 +40,79 @@ ZONE_LABEL = "topology.kubernetes.io/zone"
 TRIGGER_TIME_ANNOTATION = "endpoints.kubernetes.io/last-change-trigger-time"
 DELETION_TAINT = "ToBeDeletedByClusterAutoscaler"
 DEFAULT_AFFINITY_SECONDS = 10800
-"""`sessionAffinityConfig.clientIP.timeoutSeconds` where it is unset: 3 hours (Service API)."""
-LONGEST_AFFINITY_SECONDS = 86400
+"""Default of `sessionAffinityConfig.clientIP.timeoutSeconds`: 3 hours (Service API)."""
+MAX_AFFINITY_SECONDS = 86400
+"""Maximum of the same field: 1 day (Service API)."""
+MAX_PORT = 65535
+MAX_FIELDS_LOGGED = 3
+"""Ignored fields of one object that a log line names: an EndpointSlice can have a hundred invalid endpoints."""
+
+_NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
+_PORT_NAME = re.compile(r"([a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?)?")
+# Names become part of rules. The API server enforces these formats; objects from files must have them, too.
+_NAME_FORMAT = "a lowercase RFC 1123 subdomain (letters, digits, '-' and '.')"
+_PORT_NAME_FORMAT = "a lowercase RFC 1123 label (up to 63 letters, digits and '-')"
+_ADDRESS = "an IP address"
+_CIDR = "a CIDR (such as 10.0.0.0/8)"
+_PROTOCOLS: dict[str, Protocol] = {protocol: protocol for protocol in get_args(Protocol)}
+_E = TypeVar("_E")
 
 
-class ObjectError(ValueError):
-    """An object that cannot be decoded; the message names the field and what it should hold."""
+class IgnoredField(NamedTuple):
+    """An invalid field of an endpoint or port, which is ignored, and the problem. The rest of the object is used."""
+
+    field: FieldPath
+    problem: str
 
 
 class DecodedObject(Struct, frozen=True, gc=False):
-    """One object of the API: who it is, and what kproxy keeps of it (None: it has no rules for this one).
-
-    `remarks` say which parts of it are left out although somebody may expect them to work.
-    """
+    """An API object: its identity, and its content as a model object, None if it gets no rules."""
 
     namespace: str
     name: str
     resource_version: str
     object: Object | None
-    remarks: tuple[IgnoredField, ...] = ()
+    ignored_fields: tuple[IgnoredField, ...] = ()
 
 
-_E = TypeVar("_E")
-_NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
-_PORT_NAME = re.compile(r"([a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?)?")
-"""DNS-1123 subdomains and labels, as the API server demands: names end up in rules, so files must obey them too."""
+def ignored_fields_text(ignored: Sequence[IgnoredField]) -> str:
+    """Return the ignored fields of one object as one line."""
+    parts = [f"{field_path_text(field)} {problem}" for field, problem in ignored[:MAX_FIELDS_LOGGED]]
+    more = len(ignored) - MAX_FIELDS_LOGGED
+    return "; ".join(parts) + (f"; and {more} more" if more > 0 else "")
 
 
-def _check_name(pattern: re.Pattern[str], text: str, field: str) -> None:
-    if not pattern.fullmatch(text):
-        raise ObjectError(f"Expected a name of lower case letters, digits, '-' and '.', got {text!r} - at `$.{field}`")
-
-
-def convert_service(found: wire.ApiService) -> DecodedObject:
-    """Reduce a Service. Raises `ObjectError`, as all of these do, for a value of no use."""
-    return _decoded(found.metadata, _reduce_service(found))
+def convert_service(service: schema.ApiService) -> DecodedObject:
+    """Convert a Service. Raises `ObjectError`, as every function here does, for an invalid value."""
+    return _decoded(service.metadata, _convert_service(service))
 
 
 def convert_slice(
-    found: wire.ApiEndpointSlice,
+    endpoint_slice: schema.ApiEndpointSlice,
     endpoints: Iterable[_E],
-    reduce: Callable[[_E, Family], Endpoint | str],
+    convert: Callable[[_E, Family], Endpoint | IgnoredField],
 ) -> DecodedObject:
-    """Reduce an EndpointSlice whose `endpoints`, in whatever form they came, are reduced by `reduce`.
+    """Convert an EndpointSlice with these `endpoints`; `endpoint_slice.endpoints` is not used.
 
-    That returns why an endpoint cannot be used if it cannot.
+    `convert` converts an endpoint from the form that the decoder has it in, or returns why it is unusable.
     """
-    remarks: list[IgnoredField] = []
-    return _decoded(found.metadata, _reduce_slice(found, endpoints, reduce, remarks), remarks)
+    ignored: list[IgnoredField] = []
+    return _decoded(endpoint_slice.metadata, _convert_slice(endpoint_slice, endpoints, convert, ignored), ignored)
 
 
-def convert_node(found: wire.ApiNode) -> DecodedObject:
-    """Reduce a Node."""
-    return _decoded(found.metadata, _reduce_node(found))
+def convert_endpoint(endpoint: schema.ApiEndpoint, family: Family) -> Endpoint | IgnoredField:
+    """Convert an endpoint, or return why it is unusable.
 
-
-def convert_service_cidr(found: wire.ApiServiceCIDR) -> DecodedObject:
-    """Reduce a ServiceCIDR."""
-    return _decoded(found.metadata, _reduce_service_cidr(found))
-
-
-def _decoded(metadata: wire.ApiMetadata, reduced: Object | None, remarks: Iterable[IgnoredField] = ()) -> DecodedObject:
-    _check_name(_NAME, metadata.name, "metadata.name")
-    return DecodedObject(metadata.namespace, metadata.name, metadata.resource_version, reduced, tuple(remarks))
-
-
-def _canonical(convert: Callable[[str], str | None], texts: Iterable[str] | None, field: str) -> tuple[str, ...]:
-    found = []
-    for text in texts or ():
-        value = convert(text)
-        if value is None:
-            wanted = "CIDR" if convert is canonical_cidr else "address"
-            raise ObjectError(f"Expected an IP {wanted}, got {text!r} - at `$.{field}`")
-        found.append(value)
-    return tuple(dict.fromkeys(found))
-
-
-def _reduce_service(service: wire.ApiService) -> Service | None:
-    metadata, spec = service.metadata, service.spec or wire.ApiServiceSpec()
-    labels = metadata.labels or {}
-    if PROXY_NAME_LABEL in labels:
-        return None
-    if spec.type == "ExternalName" or spec.cluster_ip in {"", "None"}:
-        return None
-    balancer = (service.status and service.status.load_balancer) or wire.ApiLoadBalancer()
-    ingress = [entry.ip for entry in balancer.ingress or () if entry.ip and entry.ip_mode in {None, "VIP"}]
-    external_ips = _canonical(canonical_address, spec.external_ips, "spec.externalIPs")
-    accepts_external = spec.type in {"NodePort", "LoadBalancer"} or bool(external_ips)
-    external_local = accepts_external and spec.external_traffic_policy == "Local"
-    _check_name(_NAME, metadata.namespace, "metadata.namespace")
-    ports = tuple(_reduce_port(port) for port in spec.ports or ())
-    if not 0 <= spec.health_check_node_port <= 65535:
-        found = spec.health_check_node_port
-        raise ObjectError(f"Expected a port from 0 to 65535, got {found} - at `$.spec.healthCheckNodePort`")
-    if len({(port.name, port.protocol) for port in ports}) < len(ports):
-        raise ObjectError("Expected ports with different names - at `$.spec.ports`")
-    return Service(
-        namespace=intern(metadata.namespace),
-        name=metadata.name,
-        cluster_ips=_canonical(canonical_address, spec.cluster_ips or [spec.cluster_ip], "spec.clusterIPs"),
-        ports=ports,
-        affinity_seconds=_affinity_seconds(spec),
-        internal_local=spec.internal_traffic_policy == "Local",
-        external_local=external_local,
-        external_ips=external_ips,
-        vips=_canonical(canonical_address, ingress, "status.loadBalancer.ingress"),
-        source_ranges=_canonical(canonical_cidr, spec.load_balancer_source_ranges, "spec.loadBalancerSourceRanges"),
-        health_check_node_port=spec.health_check_node_port if external_local and spec.type == "LoadBalancer" else 0,
-    )
-
-
-def _reduce_port(port: wire.ApiServicePort) -> ServicePort:
-    if not 1 <= port.port <= 65535:
-        raise ObjectError(f"Expected a port from 1 to 65535, got {port.port} - at `$.spec.ports[...].port`")
-    if not 0 <= port.node_port <= 65535:
-        raise ObjectError(f"Expected a port from 0 to 65535, got {port.node_port} - at `$.spec.ports[...].nodePort`")
-    _check_name(_PORT_NAME, port.name, "spec.ports[...].name")
-    return ServicePort(intern(port.name), port.port, port.protocol, port.node_port)
-
-
-def _affinity_seconds(spec: wire.ApiServiceSpec) -> int:
-    if spec.session_affinity != "ClientIP":
-        return 0
-    config = spec.session_affinity_config
-    seconds = config.client_ip.timeout_seconds if config and config.client_ip else None
-    if seconds is None:
-        return DEFAULT_AFFINITY_SECONDS
-    if not 1 <= seconds <= LONGEST_AFFINITY_SECONDS:
-        where = "$.spec.sessionAffinityConfig.clientIP.timeoutSeconds"
-        raise ObjectError(f"Expected 1 to {LONGEST_AFFINITY_SECONDS} seconds, got {seconds} - at `{where}`")
-    return seconds
-
-
-def _reduce_slice(
-    found: wire.ApiEndpointSlice,
-    endpoints: Iterable[_E],
-    reduce: Callable[[_E, Family], Endpoint | str],
-    remarks: list[IgnoredField],
-) -> EndpointSlice | None:
-    metadata, labels = found.metadata, found.metadata.labels or {}
-    service = labels.get(SERVICE_NAME_LABEL, "")
-    if PROXY_NAME_LABEL in labels or HEADLESS_LABEL in labels or not service:
-        return None
-    if found.address_type not in {"IPv4", "IPv6"}:
-        return None
-    family = Family(found.address_type)
-    reduced = [reduce(endpoint, family) for endpoint in endpoints]
-    usable = tuple([each for each in reduced if isinstance(each, Endpoint)])
-    if len(usable) < len(reduced):
-        bad = ((place, each) for place, each in enumerate(reduced) if isinstance(each, str))
-        remarks += [IgnoredField(("endpoints", place), text) for place, text in bad]
-    ports = found.ports or ()
-    if not all(port.port for port in ports):
-        remarks += [
-            IgnoredField(
-                ("ports", place), f"port {port.name!r} has no number" if port.name else "the port has no number"
-            )
-            for place, port in enumerate(ports)
-            if not port.port
-        ]
-    return EndpointSlice(
-        namespace=intern(metadata.namespace),
-        name=metadata.name,
-        service=f"{metadata.namespace}/{service}",
-        family=family,
-        endpoints=usable,
-        ports=tuple(_reduce_endpoint_port(port) for port in ports if port.port),
-        last_change=_trigger_time(metadata.annotations),
-    )
-
-
-def _reduce_endpoint_port(port: wire.ApiEndpointPort) -> EndpointPort:
-    number = port.port or 0
-    if not 1 <= number <= 65535:
-        raise ObjectError(f"Expected a port from 1 to 65535, got {number} - at `$.ports[...].port`")
-    return EndpointPort(intern(port.name or ""), number, port.protocol or "TCP")
-
-
-def convert_endpoint(endpoint: wire.ApiEndpoint, family: Family) -> Endpoint | str:
-    """Keep only the first address (KEP-752 deprecated the others), and only one of the slice's family.
-
-    Return why an endpoint cannot be used if it cannot.
+    Only its first address is used (KEP-752 deprecated the others), and it must belong to the slice's family.
     """
     if not endpoint.addresses:
-        return "the endpoint has no address"
+        return IgnoredField(("addresses",), "is empty")
     address = canonical_address(endpoint.addresses[0])
     if address is None or family_of(address) is not family:
-        return f"{endpoint.addresses[0]!r} is not an {family.value} address"
-    conditions = endpoint.conditions or wire.ApiConditions()
-    hints = endpoint.hints or wire.ApiHints()
+        error = must_be(f"an {family.value} address", endpoint.addresses[0])
+        return IgnoredField(("addresses", 0), error.problem)
+    conditions = endpoint.conditions or schema.ApiConditions()
+    hints = endpoint.hints or schema.ApiHints()
     return Endpoint(
         address=address,
         node=intern(endpoint.node_name or ""),
@@ -246,6 +124,212 @@ def convert_endpoint(endpoint: wire.ApiEndpoint, family: Family) -> Endpoint | s
     )
 
 
+def convert_node(node: schema.ApiNode) -> DecodedObject:
+    """Convert a Node."""
+    return _decoded(node.metadata, _convert_node(node))
+
+
+def convert_service_cidr(service_cidr: schema.ApiServiceCIDR) -> DecodedObject:
+    """Convert a ServiceCIDR."""
+    cidrs = service_cidr.spec.cidrs if service_cidr.spec else None
+    converted = ServiceCIDR(service_cidr.metadata.name, _cidrs(cidrs, "spec", "cidrs"))
+    return _decoded(service_cidr.metadata, converted)
+
+
+def _decoded(
+    metadata: schema.ApiMetadata, converted: Object | None, ignored: Iterable[IgnoredField] = ()
+) -> DecodedObject:
+    _check_name(metadata.name, "name")
+    return DecodedObject(metadata.namespace, metadata.name, metadata.resource_version, converted, tuple(ignored))
+
+
+def _check_name(name: str, field: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise must_be(_NAME_FORMAT, name, "metadata", field) if name else ObjectError("is missing", ("metadata", field))
+
+
+def _out_of_range(low: int, high: int, number: int, *field: str | int) -> ObjectError:
+    return must_be(f"from {low} to {high}", number, *field)
+
+
+def _unknown_protocol(protocol: str, *field: str | int) -> ObjectError:
+    return must_be(f"one of {', '.join(_PROTOCOLS)}", protocol, *field)
+
+
+def _address(text: str, *field: str | int) -> str:
+    address = canonical_address(text)
+    if address is None:
+        raise must_be(_ADDRESS, text, *field)
+    return address
+
+
+def _addresses(texts: Sequence[str] | None, *field: str) -> tuple[str, ...]:
+    return _canonical(canonical_address, _ADDRESS, texts, *field)
+
+
+def _cidr(text: str, *field: str | int) -> str:
+    cidr = canonical_cidr(text)
+    if cidr is None:
+        raise must_be(_CIDR, text, *field)
+    return cidr
+
+
+def _cidrs(texts: Sequence[str] | None, *field: str) -> tuple[str, ...]:
+    return _canonical(canonical_cidr, _CIDR, texts, *field)
+
+
+def _canonical(
+    convert: Callable[[str], str | None], expected: str, texts: Sequence[str] | None, *field: str
+) -> tuple[str, ...]:
+    """Return the canonical forms of a list's values, without duplicates."""
+    if not texts:
+        return ()
+    values = []
+    for index, text in enumerate(texts):
+        value = convert(text)
+        if value is None:
+            raise must_be(expected, text, *field, index)
+        values.append(value)
+    return tuple(dict.fromkeys(values))
+
+
+def _convert_service(service: schema.ApiService) -> Service | None:
+    metadata, spec = service.metadata, service.spec or schema.ApiServiceSpec()
+    if PROXY_NAME_LABEL in (metadata.labels or {}):
+        return None
+    if spec.type == "ExternalName" or spec.cluster_ip in {"", "None"}:
+        return None
+    external_ips = _addresses(spec.external_ips, "spec", "externalIPs")
+    accepts_external = spec.type in {"NodePort", "LoadBalancer"} or bool(external_ips)
+    external_local = accepts_external and spec.external_traffic_policy == "Local"
+    _check_name(metadata.namespace, "namespace")
+    ports = tuple([_convert_port(port, index) for index, port in enumerate(spec.ports or ())])
+    if not 0 <= spec.health_check_node_port <= MAX_PORT:
+        raise _out_of_range(0, MAX_PORT, spec.health_check_node_port, "spec", "healthCheckNodePort")
+    if len({(port.name, port.protocol) for port in ports}) < len(ports):
+        raise _duplicate_port(ports)
+    return Service(
+        namespace=intern(metadata.namespace),
+        name=metadata.name,
+        cluster_ips=_cluster_ips(spec),
+        ports=ports,
+        affinity_seconds=_affinity_seconds(spec),
+        internal_local=spec.internal_traffic_policy == "Local",
+        external_local=external_local,
+        external_ips=external_ips,
+        vips=_load_balancer_vips(service),
+        source_ranges=_cidrs(spec.load_balancer_source_ranges, "spec", "loadBalancerSourceRanges"),
+        health_check_node_port=spec.health_check_node_port if external_local and spec.type == "LoadBalancer" else 0,
+    )
+
+
+def _cluster_ips(spec: schema.ApiServiceSpec) -> tuple[str, ...]:
+    if spec.cluster_ips:
+        return _addresses(spec.cluster_ips, "spec", "clusterIPs")
+    return (_address(spec.cluster_ip, "spec", "clusterIP"),)
+
+
+def _load_balancer_vips(service: schema.ApiService) -> tuple[str, ...]:
+    balancer = service.status and service.status.load_balancer
+    if not balancer or not balancer.ingress:
+        return ()
+    return tuple(
+        dict.fromkeys(
+            _address(entry.ip, "status", "loadBalancer", "ingress", index, "ip")
+            for index, entry in enumerate(balancer.ingress)
+            if entry.ip and entry.ip_mode in {None, "VIP"}
+        )
+    )
+
+
+def _convert_port(port: schema.ApiServicePort, index: int) -> ServicePort:
+    if port.port is None:
+        raise ObjectError("is missing", ("spec", "ports", index, "port"))
+    if not 1 <= port.port <= MAX_PORT:
+        raise _out_of_range(1, MAX_PORT, port.port, "spec", "ports", index, "port")
+    if not 0 <= port.node_port <= MAX_PORT:
+        raise _out_of_range(0, MAX_PORT, port.node_port, "spec", "ports", index, "nodePort")
+    if not _PORT_NAME.fullmatch(port.name):
+        raise must_be(_PORT_NAME_FORMAT, port.name, "spec", "ports", index, "name")
+    protocol = _PROTOCOLS.get(port.protocol)
+    if protocol is None:
+        raise _unknown_protocol(port.protocol, "spec", "ports", index, "protocol")
+    return ServicePort(intern(port.name), port.port, protocol, port.node_port)
+
+
+def _duplicate_port(ports: Sequence[ServicePort]) -> ObjectError:
+    seen: set[tuple[str, str]] = set()
+    for index, port in enumerate(ports):
+        if (port.name, port.protocol) in seen:
+            name = format_value(port.name)
+            problem = f"must be unique among the Service's {port.protocol} ports, but {name} is used twice"
+            return ObjectError(problem, ("spec", "ports", index, "name"))
+        seen.add((port.name, port.protocol))
+    raise AssertionError("the ports have different names")
+
+
+def _affinity_seconds(spec: schema.ApiServiceSpec) -> int:
+    if spec.session_affinity != "ClientIP":
+        return 0
+    config = spec.session_affinity_config
+    seconds = config.client_ip.timeout_seconds if config and config.client_ip else None
+    if seconds is None:
+        return DEFAULT_AFFINITY_SECONDS
+    if not 1 <= seconds <= MAX_AFFINITY_SECONDS:
+        field = ("spec", "sessionAffinityConfig", "clientIP", "timeoutSeconds")
+        raise _out_of_range(1, MAX_AFFINITY_SECONDS, seconds, *field)
+    return seconds
+
+
+def _convert_slice(
+    endpoint_slice: schema.ApiEndpointSlice,
+    endpoints: Iterable[_E],
+    convert: Callable[[_E, Family], Endpoint | IgnoredField],
+    ignored: list[IgnoredField],
+) -> EndpointSlice | None:
+    metadata, labels = endpoint_slice.metadata, endpoint_slice.metadata.labels or {}
+    service = labels.get(SERVICE_NAME_LABEL, "")
+    if PROXY_NAME_LABEL in labels or HEADLESS_LABEL in labels or not service:
+        return None
+    if endpoint_slice.address_type not in {"IPv4", "IPv6"}:
+        return None
+    family = Family(endpoint_slice.address_type)
+    converted = [convert(endpoint, family) for endpoint in endpoints]
+    usable = tuple([item for item in converted if isinstance(item, Endpoint)])
+    if len(usable) < len(converted):
+        ignored += [
+            IgnoredField(("endpoints", index, *item.field), item.problem)
+            for index, item in enumerate(converted)
+            if isinstance(item, IgnoredField)
+        ]
+    ports = tuple([_convert_endpoint_port(port, index) for index, port in enumerate(endpoint_slice.ports or ())])
+    if not all(ports):
+        ignored += [
+            IgnoredField(("ports", index, "port"), "is missing") for index, port in enumerate(ports) if not port
+        ]
+    return EndpointSlice(
+        namespace=intern(metadata.namespace),
+        name=metadata.name,
+        service=f"{metadata.namespace}/{service}",
+        family=family,
+        endpoints=usable,
+        ports=tuple(filter(None, ports)),
+        last_change=_trigger_time(metadata.annotations),
+    )
+
+
+def _convert_endpoint_port(port: schema.ApiEndpointPort, index: int) -> EndpointPort | None:
+    """Convert a port, or return None if it has no number."""
+    protocol = "TCP" if port.protocol is None else _PROTOCOLS.get(port.protocol)
+    if protocol is None:
+        raise _unknown_protocol(port.protocol or "", "ports", index, "protocol")
+    if not port.port:
+        return None
+    if not 1 <= port.port <= MAX_PORT:
+        raise _out_of_range(1, MAX_PORT, port.port, "ports", index, "port")
+    return EndpointPort(intern(port.name or ""), port.port, protocol)
+
+
 def _trigger_time(annotations: dict[str, str] | None) -> float:
     text = (annotations or {}).get(TRIGGER_TIME_ANNOTATION, "")
     try:
@@ -254,26 +338,21 @@ def _trigger_time(annotations: dict[str, str] | None) -> float:
         return 0.0
 
 
-def _reduce_node(node: wire.ApiNode) -> Node:
-    metadata, spec, status = (
-        node.metadata,
-        node.spec or wire.ApiNodeSpec(),
-        node.status or wire.ApiNodeStatus(),
-    )
+def _convert_node(node: schema.ApiNode) -> Node:
+    metadata = node.metadata
+    spec, status = node.spec or schema.ApiNodeSpec(), node.status or schema.ApiNodeStatus()
     addresses = status.addresses or []
     own = [item.address for kind in ("InternalIP", "ExternalIP") for item in addresses if item.type == kind]
-    pod_cidrs = spec.pod_cidrs or ([spec.pod_cidr] if spec.pod_cidr else [])
+    if spec.pod_cidr and not spec.pod_cidrs:
+        pod_cidrs: tuple[str, ...] = (_cidr(spec.pod_cidr, "spec", "podCIDR"),)
+    else:
+        pod_cidrs = _cidrs(spec.pod_cidrs, "spec", "podCIDRs")
     return Node(
         name=metadata.name,
         uid=metadata.uid,
         addresses=tuple(address for text in own if (address := canonical_address(text)) is not None),
         zone=(metadata.labels or {}).get(ZONE_LABEL, ""),
-        pod_cidrs=_canonical(canonical_cidr, pod_cidrs, "spec.podCIDRs"),
+        pod_cidrs=pod_cidrs,
         being_deleted=metadata.deletion_timestamp is not None
         or any(taint.key == DELETION_TAINT for taint in spec.taints or ()),
     )
-
-
-def _reduce_service_cidr(found: wire.ApiServiceCIDR) -> ServiceCIDR:
-    cidrs = found.spec.cidrs if found.spec else None
-    return ServiceCIDR(found.metadata.name, _canonical(canonical_cidr, cidrs, "spec.cidrs"))

@@ -1,15 +1,16 @@
-"""The API's shapes, with only the fields that decide rules; everything else is skipped while parsing."""
+"""Kubernetes API objects, reduced to the fields that affect rules. Pure."""
 
 from __future__ import annotations
 
 import msgspec
 from msgspec import Struct
 
-from kproxy.model.types import Protocol
-
 
 class ApiStruct(Struct, rename="camel", gc=False):
-    """An object as the API sends it: camelCase keys in JSON, everything optional, unknown keys passed over."""
+    """An object or part of one as the API sends it: camelCase keys, optional fields, unknown fields ignored.
+
+    Field names and meaning: Kubernetes API reference.
+    """
 
 
 class ApiMetadata(ApiStruct):
@@ -23,9 +24,9 @@ class ApiMetadata(ApiStruct):
 
 
 class ApiServicePort(ApiStruct):
-    port: int = 0
+    port: int | None = None
     name: str = ""
-    protocol: Protocol = "TCP"
+    protocol: str = "TCP"
     node_port: int = 0
 
 
@@ -95,7 +96,7 @@ class ApiEndpoint(ApiStruct):
 class ApiEndpointPort(ApiStruct):
     name: str | None = None
     port: int | None = None
-    protocol: Protocol | None = None
+    protocol: str | None = None
 
 
 class ApiEndpointSlice(ApiStruct):

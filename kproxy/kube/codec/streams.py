@@ -1,4 +1,4 @@
-"""Where one event of a stream ends and the next begins. Pure."""
+"""Split the body of a watch into events and decode them. Pure."""
 
 from __future__ import annotations
 
@@ -10,28 +10,33 @@ from kproxy.kube.codec.json_codec import read_line
 from kproxy.kube.codec.watch_events import Event, UndecodableObject
 from kproxy.model.delta import Kind
 
-LONGEST_EVENT = 64 << 20
-"""Bytes of one event. etcd takes objects of 1.5 MB unless told otherwise; JSON is no more than a few times that."""
-_LENGTH = 4
+ACCEPT_JSON = "application/json"
+"""Accept header of a list, and of every request to a server whose protobuf cannot be decoded."""
+ACCEPT_WATCH = f"{protobuf.MEDIA_TYPE};stream=watch,application/json"
+"""Accept header of a watch, in order of preference: the API server uses the first media type that it supports."""
+MAX_EVENT_BYTES = 64 << 20
+"""Maximum size of one event. etcd accepts objects of 1.5 MB by default; their JSON is at most a few times larger."""
+_LENGTH_BYTES = 4
+"""Size of the length that precedes a frame."""
 
 
 class FramingError(ValueError):
-    """An event that is longer than any can be: probably none at all. What follows it cannot be read either."""
+    """An event above the maximum size, probably not an event at all. The rest of the stream cannot be decoded."""
 
 
 def split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield each complete line without its end, as soon as it is there; what follows the last is dropped.
+    """Yield each line without its line feed as soon as it is complete. An incomplete last line is dropped.
 
     Raises `FramingError`.
     """
-    tail: list[bytes] = []  # joined once per line: a line of megabytes comes in thousands of pieces
+    tail: list[bytes] = []  # joined once per line: a line of megabytes arrives in thousands of chunks
     size = 0
     for chunk in chunks:
         first, *others = chunk.split(b"\n")
         tail.append(first)
         size += len(first)
-        if size > LONGEST_EVENT:
-            raise FramingError(f"Expected lines of at most {LONGEST_EVENT} bytes")
+        if size > MAX_EVENT_BYTES:
+            raise FramingError(f"an event exceeds the maximum of {MAX_EVENT_BYTES} bytes")
         if not others:
             continue
         yield b"".join(tail)
@@ -40,56 +45,47 @@ def split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def split_frames(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield what follows each length of 4 bytes, most significant first, as soon as it is complete.
+    """Yield each frame without its length (4 bytes, big-endian) as soon as it is complete.
 
-    What follows the last complete frame is dropped. Raises `FramingError`.
+    An incomplete last frame is dropped. Raises `FramingError`.
     """
-    waiting = bytearray()
+    buffer = bytearray()
     for chunk in chunks:
-        waiting += chunk
-        start = 0
-        while len(waiting) >= start + _LENGTH:
-            begin = start + _LENGTH
-            size = int.from_bytes(waiting[start:begin], "big")
-            if size > LONGEST_EVENT:
-                raise FramingError(f"Expected frames of at most {LONGEST_EVENT} bytes, got one of {size}")
-            if len(waiting) < begin + size:
+        buffer += chunk
+        frame_end = 0
+        while len(buffer) >= frame_end + _LENGTH_BYTES:
+            start = frame_end + _LENGTH_BYTES
+            size = int.from_bytes(buffer[frame_end:start], "big")
+            if size > MAX_EVENT_BYTES:
+                raise FramingError(f"an event of {size} bytes exceeds the maximum of {MAX_EVENT_BYTES} bytes")
+            if len(buffer) < start + size:
                 break
-            start = begin + size
-            yield bytes(waiting[begin:start])
-        del waiting[:start]
-
-
-JSON = "application/json"
-"""What to accept of a list, and of everything from a server whose protobuf is of no use."""
-WATCH = f"{protobuf.MEDIA_TYPE};stream=watch,{JSON}"
-"""What to accept of a watch, best first: the API server takes the first it can do."""
+            frame_end = start + size
+            yield bytes(buffer[start:frame_end])
+        del buffer[:frame_end]
 
 
 class WatchStream(Protocol):
-    """An open watch: its type, and its body in either of two ways to cut it up."""
+    """The response to a watch request."""
 
     @property
     def media_type(self) -> str:
-        """Return the type of the body in lower case, without parameters, "" if it is unknown."""
+        """Return the media type of the body in lower case and without parameters, or "" if it is unknown."""
 
-    def lines(self) -> Iterator[bytes]:
-        """Yield the body's lines."""
-
-    def frames(self) -> Iterator[bytes]:
-        """Yield the body's frames."""
+    def chunks(self) -> Iterable[bytes]:
+        """Return the body in pieces of any size, as they arrive."""
 
 
 def read_events(kind: Kind, stream: WatchStream) -> Iterator[Event]:
-    """Yield the events of a watch of `kind` as they come, until it ends.
+    """Yield the events of a watch of `kind` as they arrive, until the watch ends.
 
-    What cannot be read is an `UndecodableObject`, the last event if nothing after it can be found. Raises only what
-    reading the stream does.
+    An event that cannot be decoded becomes an `UndecodableObject`. It is the last event if the start of the next one
+    cannot be found. Raises only what `stream.chunks` raises.
     """
     try:
         if stream.media_type == protobuf.MEDIA_TYPE:
-            yield from map(protobuf.FrameReader(kind).read, stream.frames())
+            yield from map(protobuf.FrameReader(kind).read, split_frames(stream.chunks()))
         else:
-            yield from (read_line(kind, line) for line in stream.lines() if line.strip())
+            yield from (read_line(kind, line) for line in split_lines(stream.chunks()) if line.strip())
     except FramingError as error:
         yield UndecodableObject("", "", "", str(error))

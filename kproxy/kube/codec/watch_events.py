@@ -1,4 +1,4 @@
-"""What the API server tells of objects, in whatever form it was sent, as plain values."""
+"""Events of a watch and errors of the API server as plain values, independent of the encoding. Pure."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from typing import TypeAlias
 from msgspec import Struct
 
 from kproxy.kube.codec.conversion import DecodedObject
+from kproxy.kube.codec.object_error import ObjectError, must_be
 from kproxy.kube.codec.schema import ApiStatus
 
 INITIAL_EVENTS_END = "k8s.io/initial-events-end"
-"""Marks the bookmark after the last initial event of a watch with `sendInitialEvents` (KEP-3157)."""
-LONGEST_TEXT = 400
-"""Characters of a server's message that are worth a log line."""
+"""Annotation of the bookmark that ends the initial events of a watch with `sendInitialEvents` (KEP-3157)."""
+MAX_TEXT_LENGTH = 400
+"""Characters of a server's message that a log line quotes."""
 
 
 class Deleted(Struct, frozen=True):
@@ -24,14 +25,14 @@ class Deleted(Struct, frozen=True):
 
 
 class Bookmark(Struct, frozen=True):
-    """A BOOKMARK event; `ends_initial` is true for the one that ends the initial events."""
+    """A BOOKMARK event; `initial_events_end` is true for the one that ends the initial events."""
 
     resource_version: str
-    ends_initial: bool
+    initial_events_end: bool
 
 
 class UndecodableObject(Struct, frozen=True):
-    """An object that could not be decoded. `name` is "" if not even that could be read."""
+    """An invalid or undecodable object. `text` says why; `name` is "" if the name cannot be decoded either."""
 
     namespace: str
     name: str
@@ -40,7 +41,7 @@ class UndecodableObject(Struct, frozen=True):
 
 
 class ErrorStatus(Struct, frozen=True):
-    """An HTTP status other than 200, or an ERROR event. `retry_after` is in seconds, 0 if not given."""
+    """An HTTP response with a status other than 200, or an ERROR event. `retry_after` is in seconds, 0 if not given."""
 
     code: int
     reason: str
@@ -48,7 +49,7 @@ class ErrorStatus(Struct, frozen=True):
     retry_after: float = 0.0
 
     def __str__(self) -> str:
-        """Return the refusal on one line."""
+        """Return the error as one line."""
         return f"{self.code} {self.reason}: {self.message}" if self.reason else f"{self.code}: {self.message}"
 
 
@@ -56,13 +57,22 @@ Event: TypeAlias = DecodedObject | Deleted | Bookmark | UndecodableObject | Erro
 
 
 def one_line(text: str) -> str:
-    """Return a text of unknown origin as one line of bearable length."""
+    """Return text of unknown origin as one line, cut to `MAX_TEXT_LENGTH` characters."""
     flat = " ".join(text.split())
-    return flat if len(flat) <= LONGEST_TEXT else flat[:LONGEST_TEXT] + "..."
+    return flat if len(flat) <= MAX_TEXT_LENGTH else flat[:MAX_TEXT_LENGTH] + "..."
 
 
-def refusal_of(status: ApiStatus, code: int, retry_after: float) -> ErrorStatus:
-    """Return what a Status says; `code` and `retry_after`, in seconds, come before its own unless they are 0."""
+def deleted_event(event_type: str, namespace: str, name: str, resource_version: str) -> Deleted:
+    """Return a DELETED event. Raises `ObjectError` if `event_type` is another type or the name is empty."""
+    if event_type != "DELETED":
+        raise must_be("one of ADDED, MODIFIED, DELETED, BOOKMARK, ERROR", event_type, "type")
+    if not name:
+        raise ObjectError("is missing", ("object", "metadata", "name"))
+    return Deleted(namespace, name, resource_version)
+
+
+def error_from_status(status: ApiStatus, code: int = 0, retry_after: float = 0.0) -> ErrorStatus:
+    """Return the error that a Status describes; a `code` and `retry_after` (seconds) other than 0 take precedence."""
     if not retry_after and status.details:
         retry_after = max(0.0, status.details.retry_after_seconds)
     return ErrorStatus(

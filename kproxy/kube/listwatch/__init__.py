@@ -1,1 +1,1 @@
-"""List and watch: one reflector per kind of object."""
+"""List and watch the API server: one reflector per kind of object."""

@@ -1,4 +1,4 @@
-"""The cluster's objects from the API server: one thread per kind around the list/watch state machine."""
+"""Receive objects from the API server: a thread per kind that drives the list/watch state machine."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from kproxy.kube.client.client import ApiClient
 from kproxy.kube.client.cluster_access import ClientError
 from kproxy.kube.client.response import ApiResponse, SilenceError, TransportError
 from kproxy.kube.codec.streams import read_events
+from kproxy.kube.codec.watch_events import one_line
 from kproxy.kube.listwatch.list_watch import (
     INACTIVITY,
     IgnoredFields,
@@ -23,21 +24,19 @@ from kproxy.kube.listwatch.list_watch import (
 from kproxy.model.delta import BASIC_KINDS, Delta, Invalid, Kind
 
 REPEAT_PERIOD = 60.0
-"""Seconds before the same complaint is logged again."""
-LEFT_OUT_PERIOD = 3600.0
-"""Seconds before it is logged again that parts of an object are of no use: nothing may change about that."""
-STOP_TIMEOUT = 1.0
-"""Seconds that `ApiSource.stop` waits for its threads in all: only one that still connects takes longer."""
+"""Seconds before the same message is logged again."""
+IGNORED_FIELDS_PERIOD = 3600.0
+"""The same for ignored fields of an object, which may never be corrected."""
 log = logging.getLogger(__name__)
 
 
 class ApiSource:
-    """Follows objects of `kinds`, of the Nodes only one, and hands every change to `sink`.
+    """Lists and watches objects of `kinds` and passes every change to `sink`. Of Nodes, it watches only `node_name`.
 
-    `sink` is called from several threads and must not block. Each kind begins with a `Replace`, as soon as
-    the server has told of all of its objects; until then, and after errors, it tries again for ever. ServiceCIDRs
-    that the server does not have or does not show begin with an empty `Replace`, and are asked for ever more rarely.
-    `inactivity` is in seconds: a connection silent for longer is replaced.
+    `sink` is called from several threads and must not block. The first message of each kind is a `Replace` with the
+    complete list. Failed requests are retried forever. If the server does not serve ServiceCIDRs, or does not allow
+    reading them, their first message is an empty `Replace`, and requests for them become rare. `inactivity` is in
+    seconds: a connection that receives nothing for that long is replaced.
     """
 
     def __init__(
@@ -52,49 +51,52 @@ class ApiSource:
         def machine(kind: Kind) -> ListWatch:
             return ListWatch(kind, node_name, random.random, inactivity)
 
-        self._followers = [_Reflector(client, kind, machine, sink) for kind in kinds]
+        self._reflectors = [_Reflector(client, kind, machine, sink) for kind in kinds]
 
     def start(self) -> None:
-        """Start the threads. They are daemons: a process may end without `stop`."""
-        for follower in self._followers:
-            follower.start()
+        """Start the threads."""
+        for reflector in self._reflectors:
+            reflector.start()
 
-    def stop(self) -> None:
-        """End the threads, even those that wait for data. `sink` is not called any more afterwards."""
-        for follower in self._followers:
-            follower.stop()
-        deadline = time.monotonic() + STOP_TIMEOUT
-        for follower in self._followers:
-            follower.join(max(0.0, deadline - time.monotonic()))
+    def stop(self, timeout: float) -> None:
+        """Stop the threads, even if they wait for data. `sink` is not called after this returns.
+
+        Waits at most `timeout` seconds. Only a thread that is connecting or waiting for a response takes longer.
+        """
+        for reflector in self._reflectors:
+            reflector.stop()
+        deadline = time.monotonic() + timeout
+        for reflector in self._reflectors:
+            reflector.join(max(0.0, deadline - time.monotonic()))
 
 
 class LogDeduplicator:
-    """Decides which complaints of one thread are worth a log line; times are seconds of one clock."""
+    """Suppresses messages that one thread logged within the last `period` seconds. `now` is in seconds."""
 
-    def __init__(self, period: float = REPEAT_PERIOD) -> None:
+    def __init__(self, period: float) -> None:
         self._period = period
         self._logged: dict[str, float] = {}
-        self._open = ""
+        self._open_error = ""
 
-    def is_news(self, text: str, now: float) -> bool:
-        """Tell whether `text` was not said within `period` seconds, and remember it as said if so."""
+    def should_log(self, text: str, now: float) -> bool:
+        """Return whether to log `text`, and remember it as logged if so."""
         if now - self._logged.get(text, float("-inf")) < self._period:
             return False
         self._logged = {old: at for old, at in self._logged.items() if now - at < self._period}
         self._logged[text] = now
         return True
 
-    def is_trouble_news(self, trouble: str, now: float, *, lasting: bool = False) -> bool:
-        """Like `is_news` for the present trouble, "" for none: the end of one that was said is news too.
+    def should_log_error(self, error: str, now: float, *, lasting: bool = False) -> bool:
+        """Return whether to log the current error, or the recovery from a logged error if `error` is "".
 
-        `lasting` trouble may well be for ever: it is said once, not again and again.
+        A `lasting` error, which may never end, is logged once and not repeated.
         """
-        if trouble:
-            news = trouble != self._open if lasting else self.is_news(trouble, now)
-            self._open = trouble if news else self._open
-            return news
-        ended, self._open = bool(self._open), ""
-        return ended
+        if error:
+            new = error != self._open_error if lasting else self.should_log(error, now)
+            self._open_error = error if new else self._open_error
+            return new
+        recovered, self._open_error = bool(self._open_error), ""
+        return recovered
 
 
 class _Reflector:
@@ -109,13 +111,13 @@ class _Reflector:
     ) -> None:
         self._client, self._kind, self._new_machine, self._sink = client, kind, machine, sink
         self._machine = machine(kind)
-        self._complaints = LogDeduplicator()
-        self._left_out = LogDeduplicator(LEFT_OUT_PERIOD)
+        self._messages = LogDeduplicator(REPEAT_PERIOD)
+        self._ignored_fields = LogDeduplicator(IGNORED_FIELDS_PERIOD)
         self._stopping = threading.Event()
-        self._lock = threading.Lock()  # between stop() and: using the sink, holding a response
+        self._lock = threading.Lock()  # no call of the sink, and no new response, once stop() has set _stopping
         self._response: ApiResponse | None = None
-        self._seen: ApiResponse | None = None
-        self._opened: float | None = None  # when the present watch began
+        self._last_response: ApiResponse | None = None
+        self._watch_start: float | None = None
         self._thread = threading.Thread(target=self._run, name=f"api-{self._machine.resource}", daemon=True)
 
     def start(self) -> None:
@@ -134,108 +136,113 @@ class _Reflector:
     def _run(self) -> None:
         while not self._stopping.is_set():
             try:
-                delay = self._one_request()
-            except Exception as error:  # noqa: BLE001 - whatever it is, it must not end the updates of a kind
-                delay = self._start_over(error)
+                delay = self._send_request()
+            except Exception as error:  # noqa: BLE001 - no error may end the updates of a kind
+                delay = self._restart(error)
             self._stopping.wait(delay)
 
-    def _start_over(self, error: Exception) -> float:
-        log.error("%s: unexpected %s: %s; starting over", self._machine.resource, type(error).__name__, error)
+    def _restart(self, error: Exception) -> float:
+        log.error("%s: unexpected %s: %s; relisting", self._machine.resource, type(error).__name__, error)
         self._machine = self._new_machine(self._kind)
-        return self._machine.failed("starting over").again_after or 0.0
+        return self._machine.handle_failure("unexpected error").reconnect_after or 0.0
 
-    def _one_request(self) -> float:
-        """Send the machine's next request, feed it what comes, and return the seconds until the next."""
+    def _send_request(self) -> float:
+        """Send the next request, process the response, and return the seconds to wait before the request after it."""
         machine = self._machine
         request = machine.next_request()
-        self._opened = None
+        self._watch_start = None
         try:
             with self._client.get(
-                request.path, request.params, machine.inactivity, request.accept, absences=machine.absences
+                request.path, request.params, machine.inactivity, request.accept, absences=machine.optional_statuses
             ) as response:
                 try:
-                    step = self._take(request, response) if self._hold(response) else ListWatchStep(again_after=0.0)
+                    registered = self._register(response)
+                    step = self._process(request, response) if registered else ListWatchStep(reconnect_after=0.0)
                 finally:
                     self._response = None
         except SilenceError:
-            step = self._machine.silent()
+            step = self._machine.handle_inactivity()
         except (TransportError, ClientError) as error:
-            step = self._machine.failed(str(error), self._lasted())
+            step = self._machine.handle_failure(str(error), self._watch_duration())
         if not self._stopping.is_set():
-            self._follow(step)
-            if step.renew:
-                self._renew()
-        return step.again_after or 0.0
+            self._carry_out(step)
+            if step.renew_credentials:
+                self._renew_credentials()
+        return step.reconnect_after or 0.0
 
-    def _hold(self, response: ApiResponse) -> bool:
-        """Let `stop` close the response from now on; false if it came first."""
+    def _register(self, response: ApiResponse) -> bool:
+        """Let `stop` close the response. Return False if `stop` was called before."""
         with self._lock:
-            self._response = self._seen = response
+            self._response = self._last_response = response
             return not self._stopping.is_set()
 
-    def _take(self, request: ListWatchRequest, response: ApiResponse) -> ListWatchStep:
-        """Read an answer; return the step that ended it, not yet followed."""
+    def _process(self, request: ListWatchRequest, response: ApiResponse) -> ListWatchStep:
+        """Process a response to its end; return the last step, which the caller must carry out."""
         if response.status != 200:
-            return self._machine.refused(response.status, response.headers, response.read())
+            return self._machine.handle_status(response.status, response.headers, response.read())
         if not request.watch:
-            return self._machine.page(response.read())
-        self._opened = time.monotonic()
-        self._machine.opened()
-        self._follow(ListWatchStep())
+            return self._machine.handle_page(response.read())
+        self._watch_start = time.monotonic()
+        self._machine.handle_open()
+        self._carry_out(ListWatchStep())
         for event in read_events(self._kind, response):
-            step = self._machine.event(event)
-            if step.again_after is not None:
+            step = self._machine.handle_event(event)
+            if step.reconnect_after is not None:
                 return step
-            self._follow(step)
-        return self._machine.closed(self._lasted())
+            self._carry_out(step)
+        return self._machine.handle_close(self._watch_duration())
 
-    def _lasted(self) -> float:
-        """Return for how many seconds the present watch has been open, 0 if it never was."""
-        return time.monotonic() - self._opened if self._opened is not None else 0.0
+    def _watch_duration(self) -> float:
+        """Return the seconds since the start of the current watch, 0 if the request did not start one."""
+        return time.monotonic() - self._watch_start if self._watch_start is not None else 0.0
 
-    def _follow(self, step: ListWatchStep) -> None:
-        """Log what changed, and hand on the messages of a step."""
+    def _carry_out(self, step: ListWatchStep) -> None:
+        """Log errors and recovery, and deliver the messages of a step."""
         now = time.monotonic()
-        self._log_trouble(step, now)
+        self._log_error(step, now)
         for message in step.messages:
             if isinstance(message, InvalidObject):
-                self._log_problem(message, now)
+                self._log_invalid(message, now)
                 if message.name:
-                    self._hand_on(Invalid(message.kind, message.namespace, message.name))
+                    self._deliver(Invalid(message.kind, message.namespace, message.name))
             elif isinstance(message, IgnoredFields):
-                self._log_left_out(message, now)
+                self._log_ignored_fields(message, now)
             else:
-                self._hand_on(message)
+                self._deliver(message)
 
-    def _hand_on(self, delta: Delta) -> None:
+    def _deliver(self, delta: Delta) -> None:
         with self._lock:
             if not self._stopping.is_set():
                 self._sink(delta)
 
-    def _log_trouble(self, step: ListWatchStep, now: float) -> None:
-        trouble = self._machine.trouble
-        if not self._complaints.is_trouble_news(trouble, now, lasting=self._machine.absent):
+    def _log_error(self, step: ListWatchStep, now: float) -> None:
+        error = self._machine.error
+        if not self._messages.should_log_error(error, now, lasting=self._machine.unavailable):
             return
-        if trouble:
-            log.warning("%s; next try in %.1f s", trouble, step.again_after or 0.0)
+        if error:
+            log.warning("%s; retrying in %.1f s", error, step.reconnect_after or 0.0)
         else:
-            log.info("following %s again", self._machine.resource)
+            log.info("watching %s again", self._machine.resource)
 
-    def _log_problem(self, problem: InvalidObject, now: float) -> None:
-        name = f"{problem.namespace}/{problem.name}".lstrip("/") or "an object without a readable name"
-        text = f"{problem.kind.__name__} {name} cannot be read, its last good state stays: {problem.text}"
-        if self._complaints.is_news(text, now):
+    def _log_invalid(self, invalid: InvalidObject, now: float) -> None:
+        kind = invalid.kind.__name__
+        if invalid.name:
+            name = one_line(f"{invalid.namespace}/{invalid.name}".lstrip("/"))
+            text = f"{kind} {name} is invalid: {invalid.text}; keeping its last valid state"
+        else:
+            text = f"cannot decode a {kind}: {invalid.text}; will relist {self._machine.resource}"
+        if self._messages.should_log(text, now):
             log.warning("%s", text)
 
-    def _log_left_out(self, found: IgnoredFields, now: float) -> None:
-        name = f"{found.kind.__name__} {found.namespace}/{found.name}"
-        text = f"{name}: left out what cannot be used: {found.text}"
-        if self._left_out.is_news(text, now):
+    def _log_ignored_fields(self, ignored: IgnoredFields, now: float) -> None:
+        name = f"{ignored.kind.__name__} {ignored.namespace}/{ignored.name}"
+        text = f"{name}: ignoring unusable endpoints and ports: {ignored.text}"
+        if self._ignored_fields.should_log(text, now):
             log.warning("%s", text)
 
-    def _renew(self) -> None:
+    def _renew_credentials(self) -> None:
         try:
-            self._client.renew(self._seen)
+            self._client.renew(self._last_response)
         except ClientError as error:
-            if self._complaints.is_news(str(error), time.monotonic()):
+            if self._messages.should_log(str(error), time.monotonic()):
                 log.warning("cannot renew the credentials: %s", error)

@@ -1,4 +1,4 @@
-"""The cluster's objects from files: read once, or followed as they change."""
+"""Load objects from files, once or again whenever the files change."""
 
 from __future__ import annotations
 
@@ -8,19 +8,17 @@ from collections.abc import Callable, Iterator, Mapping
 from msgspec import Struct
 
 from kproxy.documents.document import FileProblem
-from kproxy.documents.watch import PathSnapshot, PathWatcher, read_files
+from kproxy.documents.watch import PathSnapshot, PathWatcher, read_path
 from kproxy.kube.manifests.parse import ManifestFile, combine, parse_file
 from kproxy.model.delta import Delta, Replace
 
 RELOAD_PERIOD = 2.0
-"""Seconds between readings where the kernel gives no notices of changes."""
-STOP_TIMEOUT = 5.0
-"""Seconds that `FileSource.stop` waits for a `sink` that blocks."""
+"""Seconds between reads of the files where inotify is not available."""
 log = logging.getLogger(__name__)
 
 
 class FileSourceError(Exception):
-    """Files that cannot be used; the message has a line for each of the `problems`."""
+    """Files that cannot be used; the message has one line for each of the `problems`."""
 
     def __init__(self, problems: tuple[FileProblem, ...]) -> None:
         super().__init__("\n".join(map(str, problems)))
@@ -28,7 +26,7 @@ class FileSourceError(Exception):
 
 
 class ManifestUpdate(Struct, frozen=True):
-    """What a reading leads to: the objects to hand on (none if they are as before), and what is wrong."""
+    """What a snapshot changes: the objects to deliver, () if they are unchanged, and lines for the log."""
 
     replacements: tuple[Replace, ...] = ()
     notes: tuple[str, ...] = ()
@@ -37,108 +35,108 @@ class ManifestUpdate(Struct, frozen=True):
 
 
 class ManifestState:
-    """Decides what changed files mean. Pure: it is given readings, in the order in which they were made.
+    """The last valid content of files. Pure: takes snapshots in the order in which they were read.
 
-    Nothing is handed on before all files are good once: what an earlier run programmed would be deleted.
-    Later a broken file counts as it last was while good; a new one counts as absent. Without any file that
-    can be used everything stays as it was: a file that says `items: []` is the way to have no objects.
+    Delivers nothing until all files are valid for the first time; otherwise, objects that an earlier process programmed
+    would be deleted. After that, an invalid file keeps its last valid content, and a new file that is invalid counts as
+    absent. If no file is usable, nothing changes: a file with `items: []` is the way to have no objects.
     """
 
     def __init__(self) -> None:
         self._texts: dict[str, bytes] = {}
         self._parsed: dict[str, ManifestFile] = {}
-        self._good: dict[str, ManifestFile] = {}
-        self._handed_on: tuple[Replace, ...] = ()
+        self._valid: dict[str, ManifestFile] = {}
+        self._delivered: tuple[Replace, ...] = ()
 
-    def take(self, reading: PathSnapshot) -> ManifestUpdate:
-        """Return what to do about a reading."""
-        if reading.trouble is not None:
-            return ManifestUpdate(problems=(reading.trouble,))
-        texts = {path: text for path, text in reading.files.items() if isinstance(text, bytes)}
+    def update(self, snapshot: PathSnapshot) -> ManifestUpdate:
+        """Return what a snapshot changes."""
+        if snapshot.trouble is not None:
+            return ManifestUpdate(problems=(snapshot.trouble,))
+        texts = {path: text for path, text in snapshot.files.items() if isinstance(text, bytes)}
         self._parsed = {
             path: self._parsed[path] if self._texts.get(path) == text else parse_file(path, text)
             for path, text in texts.items()
         }
         self._texts = texts
-        problems = [text for text in reading.files.values() if isinstance(text, FileProblem)]
+        problems = [text for text in snapshot.files.values() if isinstance(text, FileProblem)]
         problems += (problem for content in self._parsed.values() for problem in content.problems)
-        self._good = dict(self._in_force(reading.files)) or self._good
-        loaded = combine(self._good.values())
-        changed = loaded.replacements != self._handed_on and (bool(self._handed_on) or not problems)
+        self._valid = dict(self._last_valid(snapshot.files)) or self._valid
+        loaded = combine(self._valid.values())
+        changed = loaded.replacements != self._delivered and (bool(self._delivered) or not problems)
         if changed:
-            self._handed_on = loaded.replacements
+            self._delivered = loaded.replacements
         return ManifestUpdate(loaded.replacements if changed else (), loaded.notes, loaded.warnings, tuple(problems))
 
-    def _in_force(self, files: Mapping[str, bytes | FileProblem]) -> Iterator[tuple[str, ManifestFile]]:
+    def _last_valid(self, files: Mapping[str, bytes | FileProblem]) -> Iterator[tuple[str, ManifestFile]]:
         for path in files:
             content = self._parsed.get(path)
             if content is not None and not content.problems:
                 yield path, content
-            elif path in self._good:
-                yield path, self._good[path]
+            elif path in self._valid:
+                yield path, self._valid[path]
 
 
 class FileSource:
-    """Hands the objects of `path`, a file or a folder (see `read_files`), to `sink`.
+    """Loads the objects of `path`, a file or a directory (see `read_path`), and passes them to `sink`.
 
-    Each time it calls `sink` once, with a `Replace` of Services, of EndpointSlices, of Nodes and of ServiceCIDRs, in
-    this order, empty where there are none. `sink` is called from a thread and must not block.
+    Each call of `sink` has a `Replace` of Services, EndpointSlices, Nodes and ServiceCIDRs, in this order, empty for a
+    kind without objects. `sink` is called from a thread and must not block.
     """
 
     def __init__(self, path: str, sink: Callable[[tuple[Delta, ...]], None]) -> None:
         self._path = path
         self._sink = sink
-        self._following = ManifestState()
-        self._said: frozenset[str] = frozenset()
-        self._in_trouble = False
-        self._follower = PathWatcher(path, self._take, name="file-source", period=RELOAD_PERIOD, patience=STOP_TIMEOUT)
+        self._state = ManifestState()
+        self._last_lines: frozenset[str] = frozenset()
+        self._has_problems = False
+        self._watcher = PathWatcher(path, self._handle_snapshot, name="file-source", poll_period=RELOAD_PERIOD)
 
     def load_once(self) -> None:
-        """Read the files and hand their objects on, in the calling thread.
+        """Read the files and deliver their objects in the calling thread.
 
-        Raises `FileSourceError`, and hands nothing on, if a file cannot be used or there is none.
+        Raises `FileSourceError`, and delivers nothing, if a file is invalid or there is none.
         """
-        update = self._following.take(read_files(self._path))
+        update = self._state.update(read_path(self._path))
         if update.problems:
             raise FileSourceError(update.problems)
-        self._report(update)
-        self._hand_on(update)
+        self._log(update)
+        self._deliver(update)
 
     def start(self) -> None:
-        """Start the thread that follows the files. It is a daemon: a process may end without `stop`."""
-        self._follower.start()
+        """Start the thread that watches the files."""
+        self._watcher.start()
 
-    def stop(self) -> None:
-        """End the thread. `sink` is not called any more afterwards, unless it blocks."""
-        self._follower.stop()
+    def stop(self, timeout: float) -> None:
+        """Stop the thread; wait at most `timeout` seconds for a running call of `sink`, and do not call it again."""
+        self._watcher.stop(timeout)
 
-    def _take(self, reading: PathSnapshot) -> bool:
+    def _handle_snapshot(self, snapshot: PathSnapshot) -> bool:
         try:
-            self._take_in(reading)
-        except Exception as error:  # a bug must not make us deaf to the next change
-            log.error("%s: cannot be used: unexpected %r", self._path, error)
-            log.debug("where it happened", exc_info=error)
+            self._update(snapshot)
+        except Exception as error:  # a bug must not end the watch
+            log.error("%s: unexpected error: %r", self._path, error)
+            log.debug("traceback of the unexpected error", exc_info=error)
         return True
 
-    def _take_in(self, reading: PathSnapshot) -> None:
-        update = self._following.take(reading)
-        self._report(update)
-        if not self._follower.stopping:
-            self._hand_on(update)
+    def _update(self, snapshot: PathSnapshot) -> None:
+        update = self._state.update(snapshot)
+        self._log(update)
+        if not self._watcher.stopping:
+            self._deliver(update)
 
-    def _hand_on(self, update: ManifestUpdate) -> None:
+    def _deliver(self, update: ManifestUpdate) -> None:
         if update.replacements:
             self._sink(update.replacements)
 
-    def _report(self, update: ManifestUpdate) -> None:
-        """Log what was not true of the reading before."""
+    def _log(self, update: ManifestUpdate) -> None:
+        """Log the lines that the previous update did not have."""
         lines = [(logging.ERROR, str(problem)) for problem in update.problems]
         lines += ((logging.WARNING, warning) for warning in update.warnings)
         lines += ((logging.INFO, note) for note in update.notes)
         for level, line in lines:
-            if line not in self._said:
+            if line not in self._last_lines:
                 log.log(level, "%s", line)
-        if self._in_trouble and not update.problems:
-            log.info("%s: all object files are good", self._path)
-        self._in_trouble = bool(update.problems)
-        self._said = frozenset(line for _, line in lines)
+        if self._has_problems and not update.problems:
+            log.info("%s: all object files are valid", self._path)
+        self._has_problems = bool(update.problems)
+        self._last_lines = frozenset(line for _, line in lines)
