@@ -38,7 +38,7 @@ class ConditionsProxy(FakeKernelProxy):
 
     def transitions(self, *objects: Service | EndpointSlice) -> list[str]:
         """Sync these objects and return the messages of the transitions, without the IP family."""
-        return [each.message.removeprefix("IPv4: ") for each in self.result_of(*objects).transitions]
+        return [transition.message.removeprefix("IPv4: ") for transition in self.result_of(*objects).transitions]
 
 
 @pytest.fixture(params=["iptables", "nftables"])
@@ -109,16 +109,16 @@ def test_port_without_endpoints_is_named(proxy: ConditionsProxy) -> None:
 
 
 def test_local_policy_without_local_endpoints_is_counted_but_not_reported(proxy: ConditionsProxy) -> None:
-    found = proxy.result_of(service("web", internal_local=True), slices("web", "node-2"))
-    assert (found.counts, found.transitions) == (ServiceCounts(dropped=1), ())
+    result = proxy.result_of(service("web", internal_local=True), slices("web", "node-2"))
+    assert (result.counts, result.transitions) == (ServiceCounts(dropped=1), ())
     assert proxy.result_of(slices("web", "node-1")).counts == ServiceCounts()
 
 
 def test_all_conditions_are_counted(proxy: ConditionsProxy) -> None:
     proxy.apply(Replace(Service, (service("a"), service("b", 2), service("c", 3)), (("ns", "bad"),), ignored=2))
     shared = {"external_ips": ("203.0.113.1",)}
-    found = proxy.result_of(service("b", 2, **shared), service("c", 3, **shared))
-    assert found.counts == ServiceCounts(without_endpoints=3, in_conflict=1, invalid=1, ignored=2)
+    result = proxy.result_of(service("b", 2, **shared), service("c", 3, **shared))
+    assert result.counts == ServiceCounts(without_endpoints=3, in_conflict=1, invalid=1, ignored=2)
     proxy.apply(Invalid(Service, "ns", "a"), Delete(Service, "ns", "bad"), Delete(Service, "ns", "b"))
     assert proxy.result_of().counts == ServiceCounts(without_endpoints=2, invalid=1, ignored=2)
 
@@ -128,7 +128,7 @@ def test_load_balancer_without_source_ranges_of_its_family_is_reported_as_open(m
     balanced = service("web", vips=("203.0.113.1", "2001:db8::1"), source_ranges=("198.51.100.0/24",))
     four, six = ConditionsProxy(mode), ConditionsProxy(mode, Family.IPV6)
     assert four.transitions(balanced, slices("web", "node-1")) == []
-    assert [each.message for each in six.result_of(balanced).transitions] == [
+    assert [transition.message for transition in six.result_of(balanced).transitions] == [
         "IPv6: Service ns/web has no IPv6 range in loadBalancerSourceRanges: its IPv6 load balancer addresses are "
         "open to all sources; add IPv6 ranges"
     ]

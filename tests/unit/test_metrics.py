@@ -211,8 +211,8 @@ def test_sync_durations(proxy: FakeProxy) -> None:
 def test_full_and_partial_sync_failures_are_counted(proxy: FakeProxy) -> None:
     def failures() -> list[float | None]:
         names = ("restore_failures_total", "partial_restore_failures_total")
-        found = [proxy.value(f"{PREFIX}_iptables_{name}", ip_family="IPv4") for name in names]
-        return [*found, proxy.value("kproxy_sync_failures_total", ip_family="IPv4")]
+        counts = [proxy.value(f"{PREFIX}_iptables_{name}", ip_family="IPv4") for name in names]
+        return [*counts, proxy.value("kproxy_sync_failures_total", ip_family="IPv4")]
 
     assert failures() == [0, 0, 0]
     proxy.fail()  # the first sync is a full one
@@ -311,11 +311,11 @@ def test_ports_without_local_endpoints(proxy: FakeProxy, scenario: str, internal
     for family in Family:
         context = Context(family, "node-1")
         proxy.sync(family, {each.key: plan_service(each, cluster.slices(each.key), context) for each in services})
-    found = {
+    counts = {
         policy: proxy.value(f"{PREFIX}_no_local_endpoints_total", ip_family="IPv4", traffic_policy=policy)
         for policy in ("internal", "external")
     }
-    assert found == {"internal": internal, "external": external}
+    assert counts == {"internal": internal, "external": external}
 
 
 KEYS = st.sampled_from(["ns/a", "ns/b", "ns/c"])

@@ -15,8 +15,8 @@ from kproxy.model.types import EndpointSlice, Node, Service
 from kproxy.sync.node_monitor import NodeMonitor
 from kproxy.sync.reconciler import Message, Reconciler, Stop
 from kproxy.sync.schedule import Schedule
+from tests.lab.waiting import HANG_GUARD
 
-HANG_GUARD = 30.0
 NAME = "--hostname-override (hostnameOverride)"
 NODE = Node("node-1")
 WITH_CIDRS = Node("node-1", pod_cidrs=("10.244.0.0/24",))

@@ -37,10 +37,10 @@ def report(family: Family, plans: PlansByService, *, complete: bool = True, **mo
     return succeeded(family, plans, complete=complete, context=Context(family, "node-1", **more))
 
 
-def plans_of(found: Store, family: Family) -> PlansByService:
+def plans_of(cluster: Store, family: Family) -> PlansByService:
     context = Context(family, "node-1")
-    services = {key: found.service(key) for key in found.service_keys()}
-    return {key: plan_service(each, found.slices(key), context) for key, each in services.items() if each}
+    services = {key: cluster.service(key) for key in cluster.service_keys()}
+    return {key: plan_service(service, cluster.slices(key), context) for key, service in services.items() if service}
 
 
 class RecordedTracker:
@@ -65,9 +65,11 @@ def test_responses_match_kube_proxy(path: Path) -> None:
     for family in Family:
         recorded.tracker.on_sync(report(family, plans_of(store(path.parent.name), family)))
     port = int(path.stem.rpartition("-")[2])
-    ((key, health),) = [(k, h) for k, h in recorded.state.items() if {each.port for each in h.endpoints} == {port}]
+    ((key, health),) = [
+        (k, h) for k, h in recorded.state.items() if {address.port for address in h.endpoints} == {port}
+    ]
     # kube-proxy's responses were recorded over IPv4.
-    (count,) = [found for address, found in health.endpoints.items() if address.host in {"", "0.0.0.0"}]
+    (count,) = [endpoints for address, endpoints in health.endpoints.items() if address.host in {"", "0.0.0.0"}]
     response = encode(service_response(key, count, healthy=True), 0.0, head_only=False, close=False)
     head, _, body = response.decode().partition("\r\n\r\n")
     expected_head, _, expected_body = path.read_bytes().decode().replace("\r\n", "\n").partition("\n\n")
@@ -240,9 +242,9 @@ class Ports:
 
 @pytest.fixture
 def ports() -> Iterator[Ports]:
-    found = Ports()
-    yield found
-    found.stop()
+    opened = Ports()
+    yield opened
+    opened.stop()
 
 
 def served_at(port: int, endpoints: int = 1, host: str = "127.0.0.1") -> ServiceHealth:
