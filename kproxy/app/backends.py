@@ -10,7 +10,8 @@ from functools import cache
 from ipaddress import ip_address
 from pathlib import Path
 
-from kproxy.app.family_contexts import interface_warning, local_traffic_warning, make_context, node_port_warning
+from kproxy.app.family_contexts import interface_warning, local_traffic_warning, make_context
+from kproxy.app.node_port_addresses import node_port_warning
 from kproxy.config import Config, node_name
 from kproxy.config.types import PRIMARY
 from kproxy.host.commands import CommandError, InconclusiveError

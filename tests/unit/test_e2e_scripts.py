@@ -199,7 +199,7 @@ def test_missing_lines_and_lost_packets_are_failures() -> None:
         tally.add(line)
     failures = tally.failures()
     assert len(failures) == 4
-    assert "request 3 is told as the 2th" in failures[0]
+    assert "result 2 is for request 3" in failures[0]
     assert "packet was lost" in failures[2]
     assert "4 requests were made, and 3 are known" in failures[3]
 
