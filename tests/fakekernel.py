@@ -1,4 +1,4 @@
-"""A fake kernel that keeps iptables rules in memory. It applies `iptables-restore --noflush` input or rejects it.
+"""A fake of the kernel's iptables tables in memory. It applies `iptables-restore --noflush` input or rejects it.
 
 `tests/kernel/test_fakekernel.py` checks it against the real kernel.
 """
@@ -26,7 +26,8 @@ Table = dict[str, list[str]]
 class FakeKernel:
     """The tables of one family.
 
-    `reject` gets each input and may return a reason to reject it. `inputs` has all inputs, `reads` counts the dumps.
+    `inputs` lists all inputs, including rejected ones, and `reads` counts the dumps. `reject` gets each input and may
+    return a reason to reject it.
     """
 
     def __init__(self) -> None:
@@ -57,6 +58,7 @@ class FakeKernel:
         self.tables[chain.table].setdefault(chain.name, [])
 
     def dump(self) -> list[str]:
+        """Return all tables as lines of `iptables-save` output."""
         lines = []
         for table, chains in self.tables.items():
             lines.append(f"*{table}\n")

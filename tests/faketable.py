@@ -1,6 +1,6 @@
-"""An nftables table in memory that accepts and rejects transactions as the kernel does.
+"""A fake of the kernel's nf_tables that keeps one table in memory. It applies transactions or rejects them.
 
-`tests/kernel/test_nftables_fake.py` compares it with the kernel.
+`tests/kernel/test_nftables_fake.py` checks it against the real kernel.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from kproxy.nftables.transaction import Transaction
 
 
 class FakeChain(Struct):
-    """A chain and its rules. It keeps the comment that it was created with."""
+    """A chain, with the comment that it was created with, and its rules."""
 
     hook: nft.NftHook | None
     comment: str
@@ -31,7 +31,7 @@ class FakeChain(Struct):
 
 
 class FakeSet(Struct):
-    """A set as it was created, and its elements by key."""
+    """A set or map, as it was created, and its elements by key."""
 
     definition: nft.NftSet
     layout: SetLayout
@@ -45,40 +45,51 @@ class TableState(Struct):
     sets: dict[str, FakeSet] = field(default_factory=dict)
 
     def chain_use_counts(self) -> Counter[str]:
-        """Return the use count of each chain: its rules, and the rules and elements that jump or go to it."""
+        """Return NFTA_CHAIN_USE of each chain: how many rules it has, and how many rules and verdicts refer to it."""
         counts = Counter({name: len(chain.rules) for name, chain in self.chains.items()})
         counts.update(name for chain in self.chains.values() for rule in chain.rules for name in _target_chains(rule))
-        for each in self.sets.values():
-            counts.update(element.value for element in each.elements.values() if isinstance(element.value, str))
+        elements = (element for fake_set in self.sets.values() for element in fake_set.elements.values())
+        counts.update(element.value for element in elements if isinstance(element.value, str))
         del counts[DROP]
         return counts
 
     def set_use_count(self, name: str) -> int:
-        """Return how many statements look up or update a set."""
+        """Return the number of statements that look up or update a set."""
         rules = (rule for chain in self.chains.values() for rule in chain.rules)
         return sum(_set_name(statement) == name for rule in rules for statement in rule.statements)
 
 
 class FakeTable:
-    """One family's table, with the transactions that it accepted.
+    """One family's table.
 
-    `refuse` can return a reason to reject a transaction. Otherwise, the rules of net/netfilter/nf_tables_api.c apply:
-    the object of a change must exist; an object in use cannot be deleted; adding an object that exists changes nothing,
-    and fails if the new one is different.
+    `table` is None while the table does not exist. `commits` lists the accepted transactions, and `reads` counts how
+    often the table was read. `reject` gets each transaction and may return a reason to reject it. Otherwise, the rules
+    of net/netfilter/nf_tables_api.c apply: an object must exist to be changed or deleted; an object in use cannot be
+    deleted; adding an existing object changes nothing, and fails if the new one is different.
     """
 
     def __init__(self, family: Family) -> None:
         self.family = family
         self.table: TableState | None = None
-        self.current = 1
+        self.generation_id = 1
         self.commits: list[Transaction] = []
         self.reads = 0
-        self.refuse: Callable[[Transaction], str | None] = lambda _: None
+        self.reject: Callable[[Transaction], str | None] = lambda _: None
+
+    @property
+    def existing_table(self) -> TableState:
+        """The table, which must exist."""
+        assert self.table is not None
+        return self.table
+
+    def increment_generation(self) -> None:
+        """Increment the generation ID, as a change of any table by another process does."""
+        self.generation_id = self.generation_id + 1 & 0xFFFFFFFF or 1
 
     def commit(self, transaction: Transaction, generation: int | None = None, /) -> None:
-        if generation is not None and generation != self.current:
+        if generation is not None and generation != self.generation_id:
             raise GenerationChangedError
-        reason = self.refuse(transaction)
+        reason = self.reject(transaction)
         if reason:
             raise TableError(reason)
         try:
@@ -86,10 +97,10 @@ class FakeTable:
         except _RejectedError as error:
             raise TableError(f"{error.subject}: {os.strerror(error.code)}") from None
         self.commits.append(transaction)
-        self.current = self.current + 1 & 0xFFFFFFFF or 1
+        self.increment_generation()
 
     def generation(self) -> int:
-        return self.current
+        return self.generation_id
 
     def chain_use_counts(self) -> Counter[str]:
         self.reads += 1
@@ -100,16 +111,18 @@ class FakeTable:
         if self.table is None:
             return None
         table = deepcopy(self.table)
-        snapshot = TableSnapshot({name: each.layout for name, each in table.sets.items()})
+        snapshot = TableSnapshot({name: fake_set.layout for name, fake_set in table.sets.items()})
         snapshot.chains = {name: chain.hook for name, chain in table.chains.items()}
         for definition in SETS:
-            each = table.sets.get(definition.name)
-            if each is not None and each.layout == set_layout(definition, self.family):
-                snapshot.elements[definition.name] = each.elements
+            fake_set = table.sets.get(definition.name)
+            if fake_set is not None and fake_set.layout == set_layout(definition, self.family):
+                snapshot.elements[definition.name] = fake_set.elements
         return snapshot
 
 
 class _RejectedError(Exception):
+    """The kernel rejects a transaction with the error `code`, because of `subject`."""
+
     def __init__(self, code: int, subject: str) -> None:
         super().__init__(code, subject)
         self.code = code
@@ -117,7 +130,7 @@ class _RejectedError(Exception):
 
 
 class _Edit:
-    """Applies a transaction to a copy of the table."""
+    """Applies one transaction to a copy of the table."""
 
     def __init__(self, family: Family, table: TableState | None) -> None:
         self._family = family

@@ -1,4 +1,4 @@
-"""The daemon's wiring: sources, reconciler, threads and signals."""
+"""The daemon: create and connect its parts, start and stop them, handle signals."""
 
 from __future__ import annotations
 
@@ -53,14 +53,18 @@ from kproxy.sync.schedule import Schedule
 from kproxy.sync.service_events import ServiceEventListener
 
 log = logging.getLogger(__name__)
+
 STOP_SECONDS = 0.7
 """How long a stop waits for a sync in progress. Then running iptables programs are killed."""
+
 PART_STOP_SECONDS = 0.1
-"""How long a stop waits for each part of the daemon: long enough for all that do not wait for an API server."""
+"""How long a stop waits for each part: enough for every part that is not waiting for the API server."""
+
 EXIT_SECONDS = 0.3
-"""How long a stop waits after the iptables programs were killed, for the reconciler's thread to stop the parts."""
+"""How long a stop waits after the iptables programs were killed, for the reconciler thread to stop the parts."""
+
 FULL_CHECK_SECONDS = 3600.0
-"""How often all rules are compared with what they should be, as kube-proxy writes all of them every hour."""
+"""Interval of full drift checks. kube-proxy rewrites all rules as often."""
 
 
 class Component(Protocol):
@@ -74,7 +78,7 @@ class Component(Protocol):
 
 
 class ConfigFile(Struct, frozen=True):
-    """The file that a configuration was read from, what it held then, how it is read again (see `ConfigWatcher`)."""
+    """The file that a configuration was read from, its content, and how to load new content (see `ConfigWatcher`)."""
 
     path: str
     content: bytes
@@ -82,7 +86,7 @@ class ConfigFile(Struct, frozen=True):
 
 
 class ConfigChangedError(Exception):
-    """The configuration file holds another valid configuration: the process is to be started again."""
+    """The configuration file has a new valid configuration: the process must be restarted."""
 
 
 def run(
@@ -93,17 +97,18 @@ def run(
     file: ConfigFile | None,
     flags: Callable[[], Mapping[str, str]],
 ) -> None:
-    """Keep this node's rules after the cluster until SIGTERM or SIGINT; the rules stay.
+    """Keep this node's rules in sync with the cluster until SIGTERM or SIGINT. The rules stay active.
 
-    `objects` is a file or folder to follow instead of an API server, `server` overrides the URL of that, `file`
-    is to be watched, `flags` returns the values that `/flagz` shows. Ends the process; raises `StartError` or
-    `ListenError` if it cannot begin, and `ConfigChangedError` when the file changes.
+    `objects` is a file or directory to watch instead of an API server, `server` overrides the API server's URL, `file`
+    is the configuration file to watch, and `flags` returns the values for `/flagz`. Raises `StartError` or
+    `ListenError` if the daemon cannot start, `ConfigChangedError` when the configuration changes, and `RuntimeError` if
+    a thread fails.
     """
     Daemon(config, objects, server, file, flags).run()
 
 
 class Daemon:
-    """All parts of one daemon, and how they are connected.
+    """The parts of one daemon and their connections.
 
     The reconciler's thread builds the daemon, starts its parts in order, runs until it gets a `Stop` message and stops
     the parts in reverse order. It owns all state: sources and monitors only put messages on its queue. The main thread
@@ -130,7 +135,7 @@ class Daemon:
 
     def run(self) -> None:
         """Run until a signal arrives or a part fails. Raises the error of the part that failed."""
-        # Blocked before any other thread exists, signals wait for the main thread alone, even as PID 1 of a container.
+        # Block the signals before any other thread exists, so that only sigwait receives them, even as PID 1.
         block_signals()
         threading.excepthook = self._thread_failed
         reconciler = threading.Thread(target=self._work, name="reconciler", daemon=True)
@@ -167,9 +172,9 @@ class Daemon:
         part.start()
 
     def _build(self, parts: ExitStack) -> Reconciler:
-        """Connect all parts and start them. What may fail comes before what changes the node.
+        """Create, connect and start all parts.
 
-        Kernel parameters are the first thing that changes.
+        Everything that may fail comes before the first change of the node, which is its kernel parameters.
         """
         check_privileges()
         client = None if self._objects is not None else _connect(self._config, self._server)
@@ -182,7 +187,7 @@ class Daemon:
         serving.metrics.track_invalid_services(lambda: store.invalid_services)
         watch = NodeMonitor(
             name,
-            required=client is not None,  # files need not have Nodes
+            required=client is not None,  # files may have no Nodes
             needs_pod_cidrs=config.detect_local_mode == "NodeCIDR",
             on_missing=serving.metrics.set_node_missing,
         )
@@ -220,13 +225,13 @@ class Daemon:
         if client is not None:
             yield ApiSource(client, name, self._messages.put, kinds=watched_kinds(self._config))
         if self._objects is not None:
-            from kproxy.kube.manifests.file_source import FileSource  # noqa: PLC0415 - few read files, and it costs memory
+            from kproxy.kube.manifests.file_source import FileSource  # noqa: PLC0415 - costs memory, and few daemons read files
 
             yield FileSource(self._objects, self._messages.put)
         if watches_addresses(self._config):
             yield AddressMonitor(lambda: self._messages.put(Resync()))
         if self._file is not None:
-            from kproxy.config.reload import ConfigWatcher  # noqa: PLC0415 - the same
+            from kproxy.config.reload import ConfigWatcher  # noqa: PLC0415 - as above
 
             file = self._file
             yield ConfigWatcher(file.path, file.content, self._loaded, file.load, self._config_changed)
@@ -242,7 +247,7 @@ class Daemon:
         self, families: Iterable[Family], store: Store, events: EventSink, *, reason: Callable[[], str]
     ) -> StatusServer:
         config = self._config
-        # Files need not have Nodes: then nobody says that this one is about to go.
+        # Files may have no Nodes. Then assume that this node exists and stays.
         stand_in = Node(local_node_name(config)) if self._objects is not None else None
 
         def on_port_failed(service: ServiceKey, port: int, reason: str) -> None:
@@ -269,16 +274,18 @@ class Daemon:
             flags=self._flags,
         )
 
-    def _thread_failed(self, lost: threading.ExceptHookArgs) -> None:
-        """End the process when a thread ends that should not: half a proxy would look like a whole one."""
-        name = lost.thread.name if lost.thread else "a thread"
-        log.debug("where %s ended", name, exc_info=lost.exc_value)
-        known = isinstance(lost.exc_value, StartError | ListenError)
-        self._fail(lost.exc_value if known else RuntimeError(f"{name} ended: {lost.exc_value!r}"))
+    def _thread_failed(self, failed: threading.ExceptHookArgs) -> None:
+        """End the process when one of its threads fails: a partly running proxy would look healthy."""
+        name = failed.thread.name if failed.thread else "unknown"
+        log.debug("traceback of thread %s", name, exc_info=failed.exc_value)
+        expected = isinstance(failed.exc_value, StartError | ListenError)
+        self._fail(failed.exc_value if expected else RuntimeError(f"thread {name} failed: {failed.exc_value!r}"))
 
     def _config_changed(self) -> None:
         assert self._file is not None
-        self._fail(ConfigChangedError(f"{self._file.path} has changed: ending, to be started again with it"))
+        self._fail(
+            ConfigChangedError(f"{self._file.path} has changed: exiting, to be restarted with the new configuration")
+        )
 
     def _fail(self, error: BaseException | None) -> None:
         self._failure = error
@@ -290,13 +297,13 @@ def _service_event(events: EventSink, service: ServiceKey, reason: str, note: st
 
 
 def _wait_for_stop() -> signal.Signals:
-    """Return the next signal that ends the daemon; act on others meanwhile."""
+    """Wait for a signal that stops the daemon, and return it. Handle other signals meanwhile."""
     while (number := signal.Signals(signal.sigwait(HANDLED_SIGNALS))) not in STOP_SIGNALS:
         if number in STACK_DUMP_SIGNALS:
             log.info("%s: writing the stacks of all threads to stderr", number.name)
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
         else:
-            log.info("%s: ignored; a changed configuration file is noticed without it", number.name)
+            log.info("%s: ignored; kproxy detects changes of the configuration file by itself", number.name)
     return number
 
 

@@ -32,11 +32,11 @@ class FirstSyncSteps:
     def __init__(self, config: Config, families: Collection[Family]) -> None:
         self._config = config
         self._families = frozenset(families)
-        self._begun: set[Family] = set()
+        self._started: set[Family] = set()
         self._done: set[Family] = set()
-        self._ipvs_done = self._ipvs_waits = False
-        self._ipvs_complaint = ""
-        self._complaints: dict[Family, str] = {}
+        self._ipvs_done = self._ipvs_needs_full_sync = False
+        self._ipvs_problem = ""
+        self._problems: dict[Family, str] = {}
 
     def run(self, report: SyncReport) -> None:
         """Run the steps that are still to be done, if the sync succeeded."""
@@ -44,20 +44,20 @@ class FirstSyncSteps:
         if result is None:
             return
         if family not in self._done:
-            self._act(family)
-        elif self._ipvs_waits and not result.complete:
+            self._run_for(family)
+        elif self._ipvs_needs_full_sync and not result.complete:
             return
         if self._done == self._families and not self._ipvs_done:
             self._remove_ipvs()
 
-    def _act(self, family: Family) -> None:
-        if family not in self._begun and family is Family.IPV4:
+    def _run_for(self, family: Family) -> None:
+        if family not in self._started and family is Family.IPV4:
             prepare_localhost_node_ports(self._config)
-        self._begun.add(family)
+        self._started.add(family)
         try:
             self._remove(family)
         except CommandError as error:
-            self._complain(family, str(error))
+            self._warn(family, str(error))
         else:
             self._done.add(family)
 
@@ -65,29 +65,29 @@ class FirstSyncSteps:
         try:
             removed = remove_ipvs()
         except CommandError as error:
-            self._ipvs_waits = isinstance(error, VirtualServersRemainError)
-            if str(error) != self._ipvs_complaint:
-                log.warning("what ipvs mode left is still there, and may take traffic of Services: %s", error)
-            self._ipvs_complaint = str(error)
+            self._ipvs_needs_full_sync = isinstance(error, VirtualServersRemainError)
+            if str(error) != self._ipvs_problem:
+                log.warning("leftovers of ipvs mode remain and may intercept Service traffic: %s", error)
+            self._ipvs_problem = str(error)
             return
         self._ipvs_done = True
         if removed:
             log.info("%s", removed)
 
     def _remove(self, family: Family) -> None:
-        """Remove what the other mode left of a family. Raises `CommandError`."""
+        """Remove the rules of the other mode in a family. Raises `CommandError`."""
         if self._config.effective_mode == "nftables":
             removed = remove_iptables(family)
         else:
             removed = f"removed the nftables table of {family.value}" if remove_table(family) else ""
         if removed:
             log.info("%s", removed)
-        # It looks at both families, so once is enough. At the start of iptables mode somebody else looks.
+        # The check covers both families, so it runs once. In iptables mode, discover_iptables has run it at startup.
         if self._config.effective_mode == "nftables" and family is Family.IPV4 and (warning := unremovable_chains()):
             log.warning("%s", warning)
 
-    def _complain(self, family: Family, reason: str) -> None:
-        # On a busy node it is tried every second: the same warning once is enough.
-        if reason != self._complaints.get(family):
-            log.warning("%s: rules of other modes are still there beside ours: %s", family.value, reason)
-        self._complaints[family] = reason
+    def _warn(self, family: Family, reason: str) -> None:
+        # A busy node retries every second: log the same reason only once.
+        if reason != self._problems.get(family):
+            log.warning("%s: cannot remove the rules of the other proxy mode: %s", family.value, reason)
+        self._problems[family] = reason

@@ -1,4 +1,4 @@
-"""What is done once and not kept up: programming from files, and showing the rules for them."""
+"""The one-shot commands: program the node from files, or render the rules for them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from kproxy.app.first_sync import FirstSyncSteps
 from kproxy.config import Config
 from kproxy.host.conntrack import UdpConntrack
 from kproxy.host.interfaces import own_addresses
-from kproxy.iptables import backend as iptables
+from kproxy.iptables.backend import IptablesPrinter
 from kproxy.kube.manifests.file_source import FileSource
 from kproxy.model.context import Context
 from kproxy.model.delta import Delta
 from kproxy.model.store import Store
 from kproxy.model.sync_report import SyncError, SyncReport
 from kproxy.model.types import Family, Node
-from kproxy.nftables import backend as nftables
+from kproxy.nftables.backend import NftablesPrinter
 from kproxy.sync.conntrack import ConntrackCleaner
 from kproxy.sync.family import Backend, FamilySync
 from kproxy.sync.service_events import ServiceEventListener
@@ -29,9 +29,9 @@ log = logging.getLogger(__name__)
 
 
 def apply(config: Config, objects: str) -> None:
-    """Program the objects of a file or folder. Raises `StartError`, `FileSourceError` or `SyncError`.
+    """Program the objects of a file or directory. Raises `StartError`, `FileSourceError` or `SyncError`.
 
-    Each family is tried even if the other fails.
+    If one family fails, the other is still programmed.
     """
     check_privileges()
     config = choose_mode(config)
@@ -58,10 +58,10 @@ def apply(config: Config, objects: str) -> None:
 
 
 def render(config: Config, objects: str) -> dict[Family, str]:
-    """Return the rules for the objects of a file or folder, as input that programs an empty kernel.
+    """Render the rules for the objects of a file or directory, as if the kernel had none.
 
-    That is for `iptables-restore` or `nft -f`, according to the mode; for nftables if the mode is left to kproxy.
-    Raises `FileSourceError`. Looks at nothing of this machine but its host name.
+    Returns input for `iptables-restore` or `nft -f` by family, depending on the mode; `mode: ""` renders nftables.
+    Uses nothing of this machine except its host name. Raises `FileSourceError`.
     """
     config = config.resolved("nftables") if not config.mode else config
     store = load_store(config, objects)
@@ -69,7 +69,7 @@ def render(config: Config, objects: str) -> dict[Family, str]:
     for family in Family:
         pages: list[str] = []
         printer = _printer(config, family, pages.append)
-        result = FamilySync(printer, _ideal_context(config, family)).sync(store)
+        result = FamilySync(printer, _assumed_context(config, family)).sync(store)
         for transition in result.transitions:
             log.warning("%s", transition.message)
         texts[family] = "".join(pages)
@@ -78,12 +78,12 @@ def render(config: Config, objects: str) -> dict[Family, str]:
 
 def _printer(config: Config, family: Family, show: Callable[[str], object]) -> Backend:
     if config.effective_mode == "nftables":
-        return nftables.NftablesPrinter(family, show)
-    return iptables.IptablesPrinter(show, dispatch_threshold=config.kproxy.iptables_dispatch_threshold)
+        return NftablesPrinter(family, show)
+    return IptablesPrinter(show, dispatch_threshold=config.kproxy.iptables_dispatch_threshold)
 
 
-def _ideal_context(config: Config, family: Family) -> Callable[[Node | None], Context]:
-    """Return how contexts are made for a node where everything works, with the addresses that its Node names."""
+def _assumed_context(config: Config, family: Family) -> Callable[[Node | None], Context]:
+    """Return a context factory for a node that supports everything and has the addresses in its Node object."""
 
     def context(node: Node | None) -> Context:
         addresses = node.addresses if node else ()
@@ -95,14 +95,14 @@ def _ideal_context(config: Config, family: Family) -> Callable[[Node | None], Co
 
 
 def load_store(config: Config, objects: str) -> Store:
-    """Return the desired state that a file or folder holds. Raises `FileSourceError`."""
+    """Load the desired state from a file or directory. Raises `FileSourceError`."""
     store = Store(local_node_name(config), watched_kinds(config))
 
-    def take(deltas: tuple[Delta, ...]) -> None:
+    def apply_all(deltas: tuple[Delta, ...]) -> None:
         for delta in deltas:
             store.apply(delta)
 
-    FileSource(objects, take).load_once()
+    FileSource(objects, apply_all).load_once()
     if store.node is None:
-        log.warning("there is no Node %r: zone, pod CIDRs and node addresses are unknown", local_node_name(config))
+        log.warning("no Node %r: zone, pod CIDRs and node addresses are unknown", local_node_name(config))
     return store

@@ -43,7 +43,7 @@ from tests.unit.test_nftables_incremental import (
     TablesProxy,
     family_contexts,
     histories,
-    lead,
+    replay,
 )
 
 MEMBERS = NftSet(names.CLUSTER_IPS, (KeyField.DESTINATION,))
@@ -207,7 +207,7 @@ def test_what_the_one_takes_of_a_proxy_the_other_takes(
     kernel: None, contexts: Contexts, history: list[Event], size: int
 ) -> None:
     undamaged = [event for event in history if not isinstance(event, Damaged)]
-    proxy = lead(TablesProxy(contexts, batch_frontends=size), undamaged)
+    proxy = replay(TablesProxy(contexts, batch_frontends=size), undamaged)
     proxy.settle()
     node = Namespace("both")
     try:

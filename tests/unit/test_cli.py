@@ -133,10 +133,10 @@ def test_missing_iptables_is_reported() -> None:
 
 def test_log_lines_have_the_header_of_klog() -> None:
     done = run("render", f"--objects={CLUSTER}", "--hostname-override=of-no-node")
-    warnings = [line for line in done.stderr.splitlines() if "there is no Node 'of-no-node'" in line]
+    warnings = [line for line in done.stderr.splitlines() if "no Node 'of-no-node'" in line]
     assert len(warnings) == 1
     assert HEADER.match(warnings[0])
-    assert re.search(r"^W\d{4} .* one_shot\.py:\d+\] there is no Node 'of-no-node': ", warnings[0])
+    assert re.search(r"^W\d{4} .* one_shot\.py:\d+\] no Node 'of-no-node': ", warnings[0])
 
 
 @pytest.mark.parametrize("source", ["flag", "file"])

@@ -83,7 +83,7 @@ STARTED = ["start server", "start source"]
         ("sync", 0, [STOPPING]),
         ("commit", 0, [STOPPING]),
         ("build", 0, [STOPPING]),
-        ("failure", 1, ["stop source", "stop server", "reconciler ended: ValueError('broken')"]),
+        ("failure", 1, ["stop source", "stop server", "thread reconciler failed: ValueError('broken')"]),
     ],
 )
 def test_the_process_exits_in_about_a_second_whatever_hangs(case: str, code: int, lines: list[str]) -> None:

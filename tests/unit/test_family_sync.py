@@ -16,14 +16,14 @@ from kproxy.model.context import Context
 from kproxy.model.delta import Delete, Delta, Replace, Upsert
 from kproxy.model.endpoints import endpoints_by_socket
 from kproxy.model.plan import ServicePortPlan, count_endpoints, plan_service
-from kproxy.model.store import Store
 from kproxy.model.sync_report import SyncError, SyncResult
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Node, Service, ServicePort
 from kproxy.nftables.backend import NftablesBackend
 from kproxy.sync import family as family_module
-from kproxy.sync.family import Backend, FamilySync
+from kproxy.sync.family import LARGE_CLUSTER_ENDPOINTS, Backend
 from tests.fakekernel import FakeKernel
 from tests.faketable import FakeTable
+from tests.inprocess import SingleFamilyProxy
 from tests.unit.strategies import deltas, endpoint_slices, services
 
 V4 = Family.IPV4
@@ -40,19 +40,14 @@ def slices(number: int, endpoints: int, port: ServicePort = HTTP) -> EndpointSli
     return EndpointSlice("ns", f"s{number}", f"ns/s{number}", V4, found, ports)
 
 
-class Cluster:
-    """One family of a node, and how often each Service was planned since the last sync began."""
+class DeltaProxy(SingleFamilyProxy):
+    """One family of a node that is synced delta by delta."""
 
-    def __init__(self, backend: Backend, large_cluster_endpoints: float) -> None:
-        self.store = Store("node-1")
-        self.family = FamilySync(
-            backend, lambda _: Context(V4, "node-1"), large_cluster_endpoints=large_cluster_endpoints
-        )
+    def __init__(self, backend: Backend, large_cluster_endpoints: float = LARGE_CLUSTER_ENDPOINTS) -> None:
+        super().__init__(backend, Context(V4, "node-1"), large_cluster_endpoints=large_cluster_endpoints)
 
-    def sync(self, *changes: Delta) -> SyncResult:
-        for delta in changes:
-            self.family.add_changes(self.store.apply(delta))
-        return self.family.sync(self.store)
+    def sync_deltas(self, *deltas: Delta) -> SyncResult:
+        return self.apply(*deltas).sync().result
 
 
 MODES: dict[str, Callable[[], tuple[Backend, float]]] = {
@@ -75,32 +70,32 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_each_service_is_planned_once(planned: Counter[str], mode: str) -> None:
-    cluster = Cluster(*MODES[mode]())
+    proxy = DeltaProxy(*MODES[mode]())
     numbers = range(1, 11)
-    cluster.sync(
+    proxy.sync_deltas(
         Replace(Service, tuple(map(service, numbers))),
         Replace(EndpointSlice, tuple(slices(number, 2) for number in numbers)),
         Replace(Node, ()),
     )
     assert planned == {f"ns/s{number}": 1 for number in numbers}
     planned.clear()
-    cluster.sync(Upsert(slices(3, 3)))
+    proxy.sync_deltas(Upsert(slices(3, 3)))
     assert planned == {"ns/s3": 1}
     planned.clear()
-    cluster.family.forget()
-    assert cluster.sync(Upsert(slices(4, 3))).complete
+    proxy.forget()
+    assert proxy.sync_deltas(Upsert(slices(4, 3))).complete
     assert planned == {f"ns/s{number}": 1 for number in numbers}
     planned.clear()
     # More than 25 endpoints: in iptables mode the comments go, so everything is programmed.
-    assert cluster.sync(Upsert(slices(5, 10))).complete is (mode == "iptables")
+    assert proxy.sync_deltas(Upsert(slices(5, 10))).complete is (mode == "iptables")
     assert planned == ({f"ns/s{number}": 1 for number in numbers} if mode == "iptables" else {"ns/s5": 1})
 
 
 def test_a_cluster_is_large_while_it_has_more_endpoints_than_the_threshold() -> None:
-    cluster = Cluster(IptablesBackend(FakeKernel()), 25.0)
+    proxy = DeltaProxy(IptablesBackend(FakeKernel()), 25.0)
 
     def is_large(*changes: Delta) -> bool:
-        return cluster.sync(*changes).context.large_cluster
+        return proxy.sync_deltas(*changes).context.large_cluster
 
     assert not is_large(Upsert(service(1)), Upsert(slices(1, 25)), Upsert(slices(2, 5)))
     assert is_large(Upsert(service(2)))
@@ -113,26 +108,26 @@ def test_a_cluster_is_large_while_it_has_more_endpoints_than_the_threshold() -> 
 
 def test_changes_of_a_failed_sync_count_once() -> None:
     kernel = FakeKernel()
-    cluster = Cluster(IptablesBackend(kernel), 25.0)
-    cluster.sync(Upsert(service(1)), Upsert(slices(1, 10)))
+    proxy = DeltaProxy(IptablesBackend(kernel), 25.0)
+    proxy.sync_deltas(Upsert(service(1)), Upsert(slices(1, 10)))
     kernel.reject = lambda _: "no"
     for _ in range(3):
         with pytest.raises(SyncError):
-            cluster.sync(Upsert(slices(1, 20)))
+            proxy.sync_deltas(Upsert(slices(1, 20)))
     kernel.reject = lambda _: None
-    assert not cluster.sync().context.large_cluster
+    assert not proxy.sync_deltas().context.large_cluster
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_only_plans_that_outlive_the_sync_are_kept(mode: str) -> None:
-    cluster = Cluster(*MODES[mode]())
+    proxy = DeltaProxy(*MODES[mode]())
     numbers = range(1, 9)
-    first = cluster.sync(
+    first = proxy.sync_deltas(
         *(Upsert(service(number, DNS if number == 3 else HTTP)) for number in numbers),
         *(Upsert(slices(number, 1, DNS if number == 3 else HTTP)) for number in numbers),
     )
     assert (first.services, first.complete, set(first.plans)) == (8, True, {"ns/s3"})
-    second = cluster.sync(Upsert(slices(3, 2, DNS)), Upsert(slices(4, 2)), Delete(Service, "ns", "s5"))
+    second = proxy.sync_deltas(Upsert(slices(3, 2, DNS)), Upsert(slices(4, 2)), Delete(Service, "ns", "s5"))
     assert (second.services, second.complete) == (3, False)
     assert {key: len(plans) for key, plans in second.plans.items()} == {"ns/s3": 1, "ns/s4": 0, "ns/s5": 0}
 
@@ -151,13 +146,13 @@ def test_counting_finds_the_endpoints_that_planning_finds(service: Service, foun
 
 @given(st.lists(deltas(), max_size=30))
 def test_counts_are_right_after_any_changes(changes: list[Delta]) -> None:
-    store = Store("node-1")
-    family = FamilySync(IptablesBackend(FakeKernel()), lambda _: Context(V4, "node-1"))
+    proxy = DeltaProxy(IptablesBackend(FakeKernel()))
     for number, delta in enumerate(changes):
-        family.add_changes(store.apply(delta))
+        proxy.apply(delta)
         if number % 3 == 0:
-            family.sync(store)
-    family.sync(store)
+            proxy.sync()
+    proxy.sync()
+    store, family = proxy.store, proxy.families[V4]
     expected = 0
     for key in store.service_keys():
         found = store.service(key)

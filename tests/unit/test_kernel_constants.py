@@ -1,4 +1,4 @@
-"""Constants that are named after kernel headers have the values in these headers."""
+"""Constants named after kernel headers have the values of these headers."""
 
 from __future__ import annotations
 
@@ -8,45 +8,61 @@ from types import ModuleType
 
 import pytest
 
-from kproxy.host import conntrack, inotify, interfaces, netlink, netlink_message, nf_tables, nfacct, process
+from kproxy.host import (
+    conntrack,
+    inotify,
+    interfaces,
+    netlink,
+    netlink_message,
+    nf_tables,
+    nf_tables_constants,
+    nfacct,
+    process,
+)
 
-MODULES = (conntrack, inotify, interfaces, netlink, netlink_message, nf_tables, nfacct, process)
+MODULES = (conntrack, inotify, interfaces, netlink, netlink_message, nf_tables, nf_tables_constants, nfacct, process)
 PREFIXES = (
     *("CTA_", "IFA_", "IN_", "IPCTNL_", "NETLINK_", "NFACCT_", "NFNL_", "NFTA_", "NFT_", "NF_", "NLA_", "NLM", "RTM"),
     *("SOL_NETLINK", "SO_SNDBUFFORCE"),
 )
-NOT_IN_HEADERS = ("CTA_FILTER_F_",)
-"""Prefixes of kernel constants that the user-space headers do not define."""
+"""Prefixes of kernel constants. Every constant of `nf_tables_constants` is one, whatever its prefix."""
+NOT_IN_HEADERS = ("CTA_FILTER_F_", "NFTNL_")
+"""Prefixes of constants that only the kernel's sources (CTA_FILTER_F_) or libnftnl's headers (NFTNL_) define."""
 HEADERS = (
-    *("sys/socket.h", "linux/netlink.h", "linux/rtnetlink.h", "linux/if_addr.h", "linux/inotify.h"),
+    *("netinet/in.h", "sys/socket.h", "linux/netlink.h", "linux/rtnetlink.h", "linux/if_addr.h", "linux/inotify.h"),
     *("linux/netfilter.h", "linux/netfilter_ipv4.h"),
-    *(f"linux/netfilter/{name}.h" for name in ("nfnetlink", "nfnetlink_acct", "nfnetlink_conntrack", "nf_tables")),
+    *(
+        f"linux/netfilter/{name}.h"
+        for name in ("nf_conntrack_common", "nf_nat", "nf_tables", "nfnetlink", "nfnetlink_acct", "nfnetlink_conntrack")
+    ),
 )
 
 
-def constants(module: ModuleType) -> dict[str, int]:
+def kernel_constants(module: ModuleType) -> dict[str, int]:
     return {
         name: value
         for name, value in vars(module).items()
-        if name.startswith(PREFIXES) and not name.startswith(NOT_IN_HEADERS) and isinstance(value, int)
+        if (name.isupper() if module is nf_tables_constants else name.startswith(PREFIXES))
+        and not name.startswith(NOT_IN_HEADERS)
+        and isinstance(value, int)
     }
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
 def test_constants_match_the_kernel_headers(module: ModuleType, tmp_path: Path) -> None:
-    expected = constants(module)
-    assert expected
+    constants = kernel_constants(module)
+    assert constants
     includes = "".join(f"#include <{header}>\n" for header in HEADERS)
-    prints = "".join(f'printf("%d\\n", (int){name});\n' for name in expected)
+    checks = "".join(
+        f'_Static_assert((long long){name} == {value}LL, "{name}");\n' for name, value in constants.items()
+    )
     source = tmp_path / "constants.c"
-    source.write_text(f"#include <stdio.h>\n{includes}int main(void) {{\n{prints}return 0;\n}}\n")
+    source.write_text(includes + checks)
     try:
-        subprocess.run(["cc", "-o", tmp_path / "constants", source], check=True, capture_output=True, text=True)
+        compiled = subprocess.run(["cc", "-fsyntax-only", source], capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        pytest.skip("no C compiler")
-    except subprocess.CalledProcessError as error:
-        if "No such file or directory" in error.stderr:
-            pytest.skip("no kernel headers (package linux-libc-dev)")
-        raise AssertionError(error.stderr) from None
-    completed = subprocess.run([tmp_path / "constants"], check=True, capture_output=True, text=True)
-    assert dict(zip(expected, map(int, completed.stdout.split()), strict=True)) == expected
+        pytest.skip("needs a C compiler")
+    if "No such file or directory" in compiled.stderr:
+        pytest.skip("needs the kernel headers (package linux-libc-dev)")
+    assert compiled.stderr == ""
+    assert compiled.returncode == 0

@@ -1,10 +1,11 @@
-"""Whatever happened on the way, a table ends up as a start from the final objects would make it."""
+"""After any history of changes, failures and restarts, the table is the one that a fresh start creates."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import TypeAlias
 
 from hypothesis import given, settings
@@ -28,12 +29,13 @@ from tests.unit.strategies import contested_deltas, contested_services, contexts
 
 KINDS = (*BASIC_KINDS, ServiceCIDR)
 SIZES = (1, 2, 2_000)
+"""Maximum numbers of frontends in a batch."""
 
 Contexts: TypeAlias = Mapping[Family, Context]
 
 
 class TablesProxy(InProcessProxy):
-    """Both families of nftables mode on two tables in memory."""
+    """Both families of nftables mode on two fake tables."""
 
     def __init__(
         self,
@@ -48,7 +50,7 @@ class TablesProxy(InProcessProxy):
         families = {
             family: FamilySync(
                 NftablesBackend(kernel, batch_frontends=batch_frontends),
-                self._maker(family),
+                partial(self._context, family),
                 large_cluster_endpoints=math.inf,
             )
             for family, kernel in self.kernels.items()
@@ -57,86 +59,89 @@ class TablesProxy(InProcessProxy):
         if store is None:
             self.apply(*EMPTY_LISTS, Replace(ServiceCIDR, ()))
 
-    def _maker(self, family: Family) -> Callable[[Node | None], Context]:
-        return lambda node: replace(self.contexts[family], zone=node.zone if node else "")
+    def _context(self, family: Family, node: Node | None) -> Context:
+        return replace(self.contexts[family], zone=node.zone if node else "")
 
     def try_sync(self) -> None:
-        """Sync each family once, whether or not the kernel accepts the change."""
+        """Sync each family once, even if the kernel rejects the change of the other."""
         for sync in self.families.values():
             with suppress(SyncError):
                 sync.sync(self.store)
 
     def settle(self) -> None:
+        """Let the kernel accept everything and sync."""
         for kernel in self.kernels.values():
-            kernel.refuse = lambda _: None
+            kernel.reject = lambda _: None
         self.sync()
 
     def tables(self) -> dict[Family, TableState | None]:
         return {family: kernel.table for family, kernel in self.kernels.items()}
 
     def restarted(self, batch_frontends: int) -> TablesProxy:
+        """Return a new process on the same tables."""
         return TablesProxy(self.contexts, batch_frontends=batch_frontends, kernels=self.kernels, store=self.store)
 
-    def fresh(self) -> TablesProxy:
-        found = TablesProxy(self.contexts, store=self.store)
-        found.settle()
-        return found
+    def tables_of_fresh_start(self) -> dict[Family, TableState | None]:
+        """Return the tables that a first sync of the same objects creates."""
+        fresh = TablesProxy(self.contexts, store=self.store)
+        fresh.settle()
+        return fresh.tables()
 
 
-class Configured(Struct, frozen=True):
-    """The configuration is another now."""
+class Reconfigured(Struct, frozen=True):
+    """The configuration changes."""
 
     contexts: dict[Family, Context]
 
 
-class Refuses(Struct, frozen=True):
-    """From now on the kernel takes so many transactions, and refuses those after them."""
+class KernelFails(Struct, frozen=True):
+    """The kernel accepts so many more transactions and rejects all later ones."""
 
     after: int
 
 
-class Foreign(Struct, frozen=True):
-    """Somebody makes a change to another table."""
+class OtherTableChanged(Struct, frozen=True):
+    """Another process changes another table."""
 
 
 class Restarted(Struct, frozen=True):
-    """The process ends, and the next one knows nothing."""
+    """kproxy exits, and a new process starts."""
 
     batch_frontends: int
 
 
 class Damaged(Struct, frozen=True):
-    """While no process runs, others delete or change some elements, flush some chains and add a chain of their own."""
+    """kproxy exits; another process deletes and changes elements, flushes chains and adds one; a new kproxy starts."""
 
     every: int
     offset: int
     batch_frontends: int
 
     def apply(self, table: TableState) -> None:
-        """Do so."""
-        for found in table.sets.values():
-            for place, (key, element) in enumerate(list(found.elements.items())):
-                if place % self.every == self.offset:
-                    del found.elements[key]
-                elif place % self.every == self.offset + 1:
-                    found.elements[key] = _changed(element)
-        for place, chain in enumerate(table.chains.values()):
-            if place % self.every == self.offset:
+        """Damage the objects whose index modulo `every` is `offset`, and change the elements after deleted ones."""
+        for fake_set in table.sets.values():
+            for index, (key, element) in enumerate(list(fake_set.elements.items())):
+                if index % self.every == self.offset:
+                    del fake_set.elements[key]
+                elif index % self.every == self.offset + 1:
+                    fake_set.elements[key] = _changed(element)
+        for index, chain in enumerate(table.chains.values()):
+            if index % self.every == self.offset:
                 chain.rules.clear()
-        table.chains["mine"] = FakeChain(None, "", [rule(Goto("services"))])
+        table.chains["foreign"] = FakeChain(None, "", [rule(Goto("services"))])
 
 
 def _changed(element: SetElement) -> SetElement:
     if isinstance(element.value, bytes):
         return replace(element, value=bytes(len(element.value)))
-    return replace(element, comment="mine")
+    return replace(element, comment="foreign")
 
 
-class Pause(Struct, frozen=True):
-    """There is time for a sync."""
+class Sync(Struct, frozen=True):
+    """kproxy syncs both families."""
 
 
-Event: TypeAlias = Delta | Configured | Refuses | Foreign | Restarted | Damaged | Pause
+Event: TypeAlias = Delta | Reconfigured | KernelFails | OtherTableChanged | Restarted | Damaged | Sync
 
 
 def family_contexts() -> st.SearchStrategy[dict[Family, Context]]:
@@ -146,70 +151,71 @@ def family_contexts() -> st.SearchStrategy[dict[Family, Context]]:
 def events() -> st.SearchStrategy[Event]:
     return weighted(
         (8, contested_deltas()),
-        (4, st.just(Pause())),
-        (1, st.builds(Configured, family_contexts())),
-        (1, st.builds(Refuses, st.integers(0, 2))),
-        (1, st.just(Foreign())),
+        (4, st.just(Sync())),
+        (1, st.builds(Reconfigured, family_contexts())),
+        (1, st.builds(KernelFails, st.integers(0, 2))),
+        (1, st.just(OtherTableChanged())),
         (2, st.builds(Restarted, st.sampled_from(SIZES))),
         (1, st.builds(Damaged, st.integers(2, 4), st.integers(0, 3), st.sampled_from(SIZES))),
     )
 
 
 def histories(length: int = 8) -> st.SearchStrategy[list[Event]]:
-    """Histories that begin with a cluster, so that what follows changes something."""
-    services = st.lists(contested_services(), min_size=2, max_size=3, unique_by=lambda each: each.name)
-    slices = st.lists(serving_slices(), min_size=2, max_size=3, unique_by=lambda each: each.name)
+    """Histories that begin with Services and EndpointSlices, so that later events change something."""
+    services = st.lists(contested_services(), min_size=2, max_size=3, unique_by=lambda service: service.name)
+    slices = st.lists(serving_slices(), min_size=2, max_size=3, unique_by=lambda endpoint_slice: endpoint_slice.name)
     return st.builds(
-        lambda *start, more: [*(Replace(type(each[0]), tuple(each)) for each in start), *more],
+        lambda *lists, more: [*(Replace(type(objects[0]), tuple(objects)) for objects in lists), *more],
         services,
         slices,
         more=st.lists(events(), min_size=length, max_size=4 * length),
     )
 
 
-def refusing(after: int) -> Callable[[Transaction], str | None]:
-    left = after
+def rejecting(after: int) -> Callable[[Transaction], str | None]:
+    """Return a function for `FakeTable.reject` that rejects all transactions but the first `after`."""
+    remaining = after
 
-    def refuse(change: Transaction) -> str | None:
-        nonlocal left
-        left -= 1
-        return "Cannot allocate memory" if left < 0 else None
+    def reject(transaction: Transaction) -> str | None:
+        nonlocal remaining
+        remaining -= 1
+        return "Cannot allocate memory" if remaining < 0 else None
 
-    return refuse
+    return reject
 
 
-def lead(proxy: TablesProxy, history: Sequence[Event]) -> TablesProxy:
-    """Lead a proxy through events and return the one that runs at their end."""
+def replay(proxy: TablesProxy, history: Sequence[Event]) -> TablesProxy:
+    """Replay a history and return the proxy that runs at its end."""
     for event in history:
         for kernel in proxy.kernels.values():
-            happen(kernel, event)
+            replay_in_kernel(kernel, event)
         match event:
-            case Configured():
+            case Reconfigured():
                 proxy.contexts = event.contexts
             case Restarted() | Damaged():
                 proxy = proxy.restarted(event.batch_frontends)
-            case Pause():
+            case Sync():
                 proxy.try_sync()
             case Upsert() | Delete() | Replace():
                 proxy.apply(event)
     return proxy
 
 
-def happen(kernel: FakeTable, event: Event) -> None:
-    """What an event means to a table."""
+def replay_in_kernel(kernel: FakeTable, event: Event) -> None:
+    """Apply an event to one family's table, if it concerns the kernel."""
     match event:
-        case Refuses():
-            kernel.refuse = refusing(event.after)
-        case Foreign():
-            kernel.current += 1
+        case KernelFails():
+            kernel.reject = rejecting(event.after)
+        case OtherTableChanged():
+            kernel.increment_generation()
         case Damaged() if kernel.table is not None:
             event.apply(kernel.table)
 
 
 @settings(deadline=None, max_examples=300)
 @given(family_contexts(), histories(), st.sampled_from(SIZES))
-def test_any_sequence_ends_like_a_fresh_start(contexts: Contexts, history: list[Event], size: int) -> None:
-    proxy = lead(TablesProxy(contexts, batch_frontends=size), history)
+def test_any_history_leaves_the_table_of_a_fresh_start(contexts: Contexts, history: list[Event], size: int) -> None:
+    proxy = replay(TablesProxy(contexts, batch_frontends=size), history)
     proxy.settle()
-    assert proxy.tables() == proxy.fresh().tables()
+    assert proxy.tables() == proxy.tables_of_fresh_start()
     assert proxy.verify()

@@ -1,4 +1,4 @@
-"""Every statement can be encoded for the kernel and formatted as nft prints it."""
+"""Every statement is encoded for the kernel and formatted as nft prints it."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ STATEMENTS: dict[nft.Statement, str] = {
     nft.Return(): "return",
     nft.Reject(): "reject",
 }
-"""One statement of each kind, with its text for the family ip."""
+"""One statement of each type, with its text in nft's family ip."""
 BY_TYPE = {type(statement): statement for statement in STATEMENTS}
 
 
-@pytest.mark.parametrize("kind", get_args(nft.Statement))
-def test_every_statement_is_encoded_and_formatted(kind: type[nft.Statement]) -> None:
-    statement = BY_TYPE[kind]
+@pytest.mark.parametrize("statement_type", get_args(nft.Statement))
+def test_statement_is_encoded_and_formatted(statement_type: type[nft.Statement]) -> None:
+    statement = BY_TYPE[statement_type]
     assert format_statement(statement, Family.IPV4) == STATEMENTS[statement]
     for family in Family:
         expressions = encode_statement(statement, family)
         assert expressions
         for expression in expressions:
-            # One attribute, which spans the whole expression.
+            # An expression is a single attribute without trailing bytes.
             ((attribute_type, _, end),) = iterate_attributes(expression, 0, len(expression))
             assert (attribute_type, end) == (NFTA_LIST_ELEM, len(expression))

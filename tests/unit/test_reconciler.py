@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import pytest
 
 from kproxy.model.context import Context
-from kproxy.model.delta import Delete, Delta, Kind, Replace, Upsert
+from kproxy.model.delta import Delete, Kind, Replace, Upsert
 from kproxy.model.logging import V2
 from kproxy.model.store import Store, StoreChange
 from kproxy.model.sync_report import AfterSyncStep, ApplyResult, Plans, SyncError, SyncReport
@@ -20,9 +20,9 @@ from kproxy.serve.health import Health
 from kproxy.sync.family import FamilySync
 from kproxy.sync.reconciler import Message, Reconciler, Resync, Stop
 from kproxy.sync.schedule import Schedule
+from tests.inprocess import EMPTY_LISTS, ReconciledProxy
 
 HANG_GUARD = 30.0
-LISTS: tuple[Replace, ...] = (Replace(Service, ()), Replace(EndpointSlice, ()), Replace(Node, ()))
 
 
 def service(name: str, port: int = 80) -> Service:
@@ -78,8 +78,8 @@ class Watcher:
         self.reports.append(report)
 
 
-class Proxy:
-    """A reconciler of two families with a clock that is set by hand."""
+class TwoFamilyProxy(ReconciledProxy):
+    """A reconciler of two families whose backends record what they are given."""
 
     def __init__(
         self,
@@ -89,18 +89,15 @@ class Proxy:
         after_sync: Sequence[AfterSyncStep] = (),
         looks: tuple[float, float] | None = None,
     ) -> None:
-        self.now = 0.0
+        """`listed` starts with a synced empty cluster; `looks` are the intervals of drift checks and full checks."""
         self.four, self.six = Recorder(), Recorder()
         self.watcher = Watcher()
         notified = [*listeners, self.watcher]
-        self.reconciler = Reconciler(
-            Store("node-1"),
+        super().__init__(
             {
                 Family.IPV4: FamilySync(self.four, lambda node: context(Family.IPV4, node)),
                 Family.IPV6: FamilySync(self.six, lambda node: context(Family.IPV6, node)),
             },
-            make_schedule=lambda: Schedule(min_interval=1.0, max_retry=30.0),
-            clock=lambda: self.now,
             on_queue=[each.on_queue for each in notified],
             on_change=[each.on_change for each in notified],
             on_sync=[each.on_sync for each in notified],
@@ -109,19 +106,11 @@ class Proxy:
             full_check_interval=looks[1] if looks else None,
         )
         if listed:
-            self.take(*LISTS)
-            self.reconciler.sync_due()
-            self.now = 100.0
+            self.apply(*EMPTY_LISTS)
+            self.sync_after()
+            self.clock.now = 100.0
             self.four.syncs.clear()
             self.six.syncs.clear()
-
-    def take(self, *deltas: Delta | Resync) -> None:
-        for delta in deltas:
-            self.reconciler.apply(delta)
-
-    def after(self, seconds: float) -> bool:
-        self.now += seconds
-        return self.reconciler.sync_due()
 
 
 def context(family: Family, node: Node | None) -> Context:
@@ -131,25 +120,25 @@ def context(family: Family, node: Node | None) -> Context:
 # Nothing before everything is known.
 
 
-@pytest.mark.parametrize("order", list(itertools.permutations((Replace(Service, (service("web"),)), *LISTS[1:]))))
+@pytest.mark.parametrize("order", list(itertools.permutations((Replace(Service, (service("web"),)), *EMPTY_LISTS[1:]))))
 def test_nothing_is_programmed_before_all_kinds_are_listed(order: tuple[Replace, ...]) -> None:
-    proxy = Proxy(listed=False)
-    proxy.take(Upsert(service("web")), Upsert(Node("node-1")))
+    proxy = TwoFamilyProxy(listed=False)
+    proxy.apply(Upsert(service("web")), Upsert(Node("node-1")))
     for delta in order:
         assert proxy.reconciler.wait() is None
-        assert proxy.after(5) is True
+        assert proxy.sync_after(5) is True
         assert proxy.four.syncs == []
-        proxy.take(delta)
+        proxy.apply(delta)
     assert proxy.reconciler.wait() == 0
-    assert proxy.after(0) is True
+    assert proxy.sync_after(0) is True
     assert proxy.four.syncs == proxy.six.syncs == [{"ns/web"}]
 
 
 def test_an_empty_cluster_is_programmed_too() -> None:
-    proxy = Proxy(listed=False)
-    proxy.take(*LISTS)
+    proxy = TwoFamilyProxy(listed=False)
+    proxy.apply(*EMPTY_LISTS)
     assert proxy.reconciler.wait() == 0
-    proxy.after(0)
+    proxy.sync_after(0)
     assert proxy.four.syncs == proxy.six.syncs == [set()]
 
 
@@ -157,32 +146,32 @@ def test_an_empty_cluster_is_programmed_too() -> None:
 
 
 def test_the_first_change_goes_at_once_and_the_next_ones_together() -> None:
-    proxy = Proxy()
-    proxy.take(Upsert(service("a")))
+    proxy = TwoFamilyProxy()
+    proxy.apply(Upsert(service("a")))
     assert proxy.reconciler.wait() == 0
-    proxy.after(0)
-    proxy.take(Upsert(service("b")), Upsert(service("c")))
+    proxy.sync_after(0)
+    proxy.apply(Upsert(service("b")), Upsert(service("c")))
     assert proxy.reconciler.wait() == 1.0
-    proxy.after(0.5)
+    proxy.sync_after(0.5)
     assert proxy.four.syncs == [{"ns/a"}]
-    proxy.after(0.5)
+    proxy.sync_after(0.5)
     assert proxy.four.syncs == [{"ns/a"}, {"ns/b", "ns/c"}]
     assert proxy.reconciler.sync_wait() is None
 
 
 def test_what_changes_nothing_makes_no_sync() -> None:
-    proxy = Proxy()
-    proxy.take(Upsert(service("a")))
-    proxy.after(0)
-    proxy.take(Upsert(service("a")), Delete(Service, "ns", "x"), Upsert(Node("node-2")))
+    proxy = TwoFamilyProxy()
+    proxy.apply(Upsert(service("a")))
+    proxy.sync_after(0)
+    proxy.apply(Upsert(service("a")), Delete(Service, "ns", "x"), Upsert(Node("node-2")))
     assert proxy.reconciler.sync_wait() is None
 
 
 def test_a_resync_asks_for_the_context_again() -> None:
-    proxy = Proxy()
-    proxy.take(Resync())
+    proxy = TwoFamilyProxy()
+    proxy.apply(Resync())
     assert proxy.reconciler.wait() == 0
-    proxy.after(0)
+    proxy.sync_after(0)
     assert proxy.four.syncs == proxy.six.syncs == [set()]
 
 
@@ -190,35 +179,35 @@ def test_a_resync_asks_for_the_context_again() -> None:
 
 
 def test_only_what_changed_is_looked_at() -> None:
-    proxy = Proxy()
-    proxy.take(Upsert(service("a")), Upsert(service("b")))
-    proxy.after(0)
-    proxy.take(Upsert(service("b", 81)), Upsert(EndpointSlice("ns", "c-1", "ns/c", Family.IPV4)))
-    proxy.after(5)
-    proxy.take(Delete(Service, "ns", "a"))
-    proxy.after(5)
+    proxy = TwoFamilyProxy()
+    proxy.apply(Upsert(service("a")), Upsert(service("b")))
+    proxy.sync_after(0)
+    proxy.apply(Upsert(service("b", 81)), Upsert(EndpointSlice("ns", "c-1", "ns/c", Family.IPV4)))
+    proxy.sync_after(5)
+    proxy.apply(Delete(Service, "ns", "a"))
+    proxy.sync_after(5)
     assert proxy.four.syncs == [{"ns/a", "ns/b"}, {"ns/b", "ns/c"}, {"ns/a"}]
 
 
 def test_a_changed_node_makes_everything_dirty_if_it_matters() -> None:
-    proxy = Proxy()
-    proxy.take(Upsert(service("a")), Upsert(service("b")))
-    proxy.after(0)
-    proxy.take(Upsert(Node("node-1", uid="irrelevant")))
-    proxy.after(5)
-    proxy.take(Upsert(Node("node-1", zone="zone-a")))
-    proxy.after(5)
+    proxy = TwoFamilyProxy()
+    proxy.apply(Upsert(service("a")), Upsert(service("b")))
+    proxy.sync_after(0)
+    proxy.apply(Upsert(Node("node-1", uid="irrelevant")))
+    proxy.sync_after(5)
+    proxy.apply(Upsert(Node("node-1", zone="zone-a")))
+    proxy.sync_after(5)
     assert proxy.four.syncs[1:] == [set(), {"ns/a", "ns/b"}]
     assert proxy.four.contexts[-1].zone == "zone-a"
 
 
 def test_a_backend_that_knows_nothing_gets_everything() -> None:
-    proxy = Proxy()
-    proxy.take(Upsert(service("a")), Upsert(service("b")))
-    proxy.after(0)
+    proxy = TwoFamilyProxy()
+    proxy.apply(Upsert(service("a")), Upsert(service("b")))
+    proxy.sync_after(0)
     proxy.four.needs_full_sync = True
-    proxy.take(Delete(Service, "ns", "b"))
-    proxy.after(5)
+    proxy.apply(Delete(Service, "ns", "b"))
+    proxy.sync_after(5)
     assert proxy.four.syncs[-1] == {"ns/a", "ns/b"}
     assert proxy.six.syncs[-1] == {"ns/b"}
 
@@ -227,63 +216,63 @@ def test_a_backend_that_knows_nothing_gets_everything() -> None:
 
 
 def test_pending_changes_stay_until_the_kernel_accepted_them() -> None:
-    proxy = Proxy()
+    proxy = TwoFamilyProxy()
     proxy.four.errors = [SyncError("no"), SyncError("no")]
-    proxy.take(Upsert(service("a")))
-    assert proxy.after(0) is False
-    proxy.take(Upsert(service("b")))
-    assert proxy.after(1) is False
-    assert proxy.after(1) is True
+    proxy.apply(Upsert(service("a")))
+    assert proxy.sync_after(0) is False
+    proxy.apply(Upsert(service("b")))
+    assert proxy.sync_after(1) is False
+    assert proxy.sync_after(1) is True
     assert proxy.four.syncs == [{"ns/a"}, {"ns/a", "ns/b"}, {"ns/a", "ns/b"}]
     assert proxy.reconciler.sync_wait() is None
 
 
 def test_a_context_that_was_refused_is_not_taken_for_applied() -> None:
-    proxy = Proxy()
-    proxy.take(Upsert(service("a")), Upsert(service("b")))
-    proxy.after(0)
+    proxy = TwoFamilyProxy()
+    proxy.apply(Upsert(service("a")), Upsert(service("b")))
+    proxy.sync_after(0)
     proxy.four.errors = [SyncError("no")]
-    proxy.take(Upsert(Node("node-1", zone="zone-a")))
-    proxy.after(5)
-    proxy.after(5)
+    proxy.apply(Upsert(Node("node-1", zone="zone-a")))
+    proxy.sync_after(5)
+    proxy.sync_after(5)
     assert proxy.four.syncs[1:] == [{"ns/a", "ns/b"}] * 2
 
 
 def test_a_failure_is_retried_without_another_change_after_growing_pauses() -> None:
-    proxy = Proxy()
+    proxy = TwoFamilyProxy()
     proxy.four.errors = [SyncError("no")] * 4
-    proxy.take(Upsert(service("a")))
+    proxy.apply(Upsert(service("a")))
     waits = []
     for _ in range(4):
-        proxy.after(proxy.reconciler.wait() or 0)
+        proxy.sync_after(proxy.reconciler.wait() or 0)
         waits.append(proxy.reconciler.wait())
     assert waits == [1.0, 1.0, 2.0, 4.0]
-    assert proxy.after(4) is True
+    assert proxy.sync_after(4) is True
 
 
 def test_a_family_that_fails_does_not_hold_up_the_other() -> None:
-    proxy = Proxy()
+    proxy = TwoFamilyProxy()
     proxy.four.errors = [SyncError("no")] * 3
-    proxy.take(Upsert(service("a")))
-    assert proxy.after(0) is False
-    proxy.take(Upsert(service("b")))
-    assert proxy.after(1) is False
+    proxy.apply(Upsert(service("a")))
+    assert proxy.sync_after(0) is False
+    proxy.apply(Upsert(service("b")))
+    assert proxy.sync_after(1) is False
     assert proxy.six.syncs == [{"ns/a"}, {"ns/b"}]
-    assert proxy.after(1) is False
-    assert proxy.after(2) is True
+    assert proxy.sync_after(1) is False
+    assert proxy.sync_after(2) is True
     assert proxy.six.syncs == [{"ns/a"}, {"ns/b"}]
     assert proxy.four.syncs[-1] == {"ns/a", "ns/b"}
 
 
 def test_a_bug_is_told_and_retried(caplog: pytest.LogCaptureFixture) -> None:
-    proxy = Proxy()
+    proxy = TwoFamilyProxy()
     proxy.four.errors = [KeyError("oops")]
-    proxy.take(Upsert(service("a")))
+    proxy.apply(Upsert(service("a")))
     with caplog.at_level(logging.ERROR):
-        assert proxy.after(0) is False
+        assert proxy.sync_after(0) is False
     (record,) = caplog.records
     assert record.getMessage() == "IPv4: sync failed, retrying in 1.0 s: unexpected KeyError('oops')"
-    assert proxy.after(1) is True
+    assert proxy.sync_after(1) is True
     assert proxy.four.syncs == [{"ns/a"}, {"ns/a"}]
 
 
@@ -295,23 +284,23 @@ def test_by_default_a_log_has_the_first_sync_failures_recoveries_and_one_summary
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO)
-    proxy = Proxy()
+    proxy = TwoFamilyProxy()
     assert logged(caplog) == [("INFO", "IPv4: synced 0 services in 0 ms")]
     caplog.clear()
     for name in "abcdefgh":
-        proxy.take(Upsert(service(name)))
-        proxy.after(2)
+        proxy.apply(Upsert(service(name)))
+        proxy.sync_after(2)
     assert logged(caplog) == []
     proxy.four.errors.append(SyncError("refused"))
-    proxy.take(Upsert(service("i")))
-    proxy.after(2)
-    proxy.after(1)
+    proxy.apply(Upsert(service("i")))
+    proxy.sync_after(2)
+    proxy.sync_after(1)
     assert logged(caplog) == [
         ("ERROR", "IPv4: sync failed, retrying in 1.0 s: refused"),
         ("INFO", "IPv4: synced 1 changed service in 0 ms (9 without endpoints), after failures for 1.0 s"),
     ]
     caplog.clear()
-    proxy.after(proxy.reconciler.wait() or 0.0)
+    proxy.sync_after(proxy.reconciler.wait() or 0.0)
     assert logged(caplog) == [
         ("INFO", "IPv4: 8 syncs in the last 60 s: 8 changed services, the longest took 0 ms (8 without endpoints)")
     ]
@@ -320,12 +309,12 @@ def test_by_default_a_log_has_the_first_sync_failures_recoveries_and_one_summary
 
 def test_that_rules_are_back_which_somebody_else_removed_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    proxy = Proxy(looks=(30.0, 3600.0))
-    proxy.take(Upsert(service("a")))
-    proxy.after(2)
+    proxy = TwoFamilyProxy(looks=(30.0, 3600.0))
+    proxy.apply(Upsert(service("a")))
+    proxy.sync_after(2)
     caplog.clear()
     proxy.four.intact = False
-    proxy.after(30)
+    proxy.sync_after(30)
     assert logged(caplog) == [
         ("WARNING", "IPv4: another process removed kproxy's rules; restoring them"),
         ("INFO", "IPv4: synced 1 service in 0 ms (1 without endpoints)"),
@@ -333,22 +322,22 @@ def test_that_rules_are_back_which_somebody_else_removed_is_logged(caplog: pytes
 
 
 def test_each_sync_is_logged_from_verbosity_2(caplog: pytest.LogCaptureFixture) -> None:
-    proxy = Proxy()
+    proxy = TwoFamilyProxy()
     with caplog.at_level(V2):
         for name in "ab":
-            proxy.take(Upsert(service(name)))
-            proxy.after(2)
+            proxy.apply(Upsert(service(name)))
+            proxy.sync_after(2)
     assert [(record.levelno, record.getMessage()) for record in caplog.records if "IPv4" in record.getMessage()] == [
         (V2, f"IPv4: synced 1 changed service in 0 ms ({number} without endpoints)") for number in (1, 2)
     ]
 
 
 def test_a_refusal_is_logged_on_one_line_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
-    proxy = Proxy()
+    proxy = TwoFamilyProxy()
     proxy.six.errors = [SyncError("line 3 failed")]
-    proxy.take(Upsert(service("a")))
+    proxy.apply(Upsert(service("a")))
     with caplog.at_level(logging.ERROR):
-        proxy.after(0)
+        proxy.sync_after(0)
     assert [each.getMessage() for each in caplog.records] == [
         "IPv6: sync failed, retrying in 1.0 s: line 3 failed",
     ]
@@ -370,10 +359,10 @@ def test_a_listener_or_step_with_a_bug_stops_nothing(caplog: pytest.LogCaptureFi
     def faulty_step(report: SyncReport) -> None:
         raise KeyError("step")
 
-    proxy = Proxy(listeners=[Faulty()], after_sync=[faulty_step, reports.append])
-    proxy.take(Upsert(service("a")))
+    proxy = TwoFamilyProxy(listeners=[Faulty()], after_sync=[faulty_step, reports.append])
+    proxy.apply(Upsert(service("a")))
     reports.clear()
-    assert proxy.after(0) is True
+    assert proxy.sync_after(0) is True
     assert proxy.four.syncs == [{"ns/a"}]
     assert "Faulty.on_sync failed: unexpected KeyError('sync')" in caplog.text
     assert "faulty_step failed: unexpected KeyError('step')" in caplog.text
@@ -400,7 +389,7 @@ def test_health_reports_a_sync_while_a_step_after_it_still_blocks() -> None:
         after_sync=[step],
     )
     messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
-    messages.put(LISTS)
+    messages.put(EMPTY_LISTS)
     thread = threading.Thread(target=reconciler.run, args=(messages,), daemon=True)
     thread.start()
     try:
@@ -414,14 +403,14 @@ def test_health_reports_a_sync_while_a_step_after_it_still_blocks() -> None:
 
 
 def test_a_message_that_cannot_be_taken_in_is_told_and_the_next_one_works(caplog: pytest.LogCaptureFixture) -> None:
-    proxy = Proxy()
+    proxy = TwoFamilyProxy()
     messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
     messages.put(Upsert(None))  # type: ignore[arg-type] # what no source sends
     messages.put(Upsert(service("a")))
     messages.put(Stop())
     proxy.reconciler.run(messages)
     assert "cannot apply a change: unexpected AttributeError" in caplog.text
-    assert proxy.after(0) is True
+    assert proxy.sync_after(0) is True
     assert proxy.four.syncs == [{"ns/a"}]
 
 
@@ -429,13 +418,13 @@ def test_a_message_that_cannot_be_taken_in_is_told_and_the_next_one_works(caplog
 
 
 def test_listeners_are_notified_of_changes_and_of_what_became_of_them() -> None:
-    proxy = Proxy()
+    proxy = TwoFamilyProxy()
     proxy.watcher.queued_at.clear()
     proxy.watcher.reports.clear()
     proxy.four.errors = [SyncError("no")]
     slice_ = EndpointSlice("ns", "a-1", "ns/a", Family.IPV4, last_change=7.0)
-    proxy.take(Upsert(service("a")), Upsert(slice_))
-    proxy.after(0)
+    proxy.apply(Upsert(service("a")), Upsert(slice_))
+    proxy.sync_after(0)
     assert proxy.watcher.queued_at == [(Family.IPV4, 100.0), (Family.IPV6, 100.0)] * 2
     assert proxy.watcher.changes == [(Service, frozenset({"ns/a"})), (EndpointSlice, frozenset({"ns/a"}))]
     failed, done = proxy.watcher.reports
@@ -444,16 +433,16 @@ def test_listeners_are_notified_of_changes_and_of_what_became_of_them() -> None:
     assert done.result is not None
     assert (done.result.applied, done.result.complete) == (ApplyResult({}, {}), False)
     assert (set(done.result.plans), done.result.last_changes) == ({"ns/a"}, ())
-    proxy.after(1)
+    proxy.sync_after(1)
     retried = proxy.watcher.reports[-1]
     assert retried.result is not None
     assert (retried.family, retried.error, retried.result.last_changes) == (Family.IPV4, "", (7.0,))
 
 
 def test_a_sync_of_everything_is_reported_as_complete() -> None:
-    proxy = Proxy(listed=False)
-    proxy.take(*LISTS)
-    proxy.after(0)
+    proxy = TwoFamilyProxy(listed=False)
+    proxy.apply(*EMPTY_LISTS)
+    proxy.sync_after(0)
     assert [each.result and each.result.complete for each in proxy.watcher.reports] == [True, True]
 
 
@@ -486,7 +475,7 @@ class Running:
 
 
 def test_stop_ends_the_thread_whatever_is_known() -> None:
-    for start in ((), LISTS[:1], LISTS):
+    for start in ((), EMPTY_LISTS[:1], EMPTY_LISTS):
         running = Running()
         running.send(*start)
         running.thread.start()
@@ -495,7 +484,7 @@ def test_stop_ends_the_thread_whatever_is_known() -> None:
 
 def test_what_has_arrived_is_one_sync() -> None:
     running = Running()
-    running.send(*LISTS, Upsert(service("a")), (Upsert(service("b")), Upsert(service("c"))))
+    running.send(*EMPTY_LISTS, Upsert(service("a")), (Upsert(service("b")), Upsert(service("c"))))
     running.thread.start()
     assert running.backend.done.get(timeout=HANG_GUARD) == {"ns/a", "ns/b", "ns/c"}
     running.send(Upsert(service("d")))
@@ -506,7 +495,7 @@ def test_what_has_arrived_is_one_sync() -> None:
 def test_a_failure_is_retried_by_the_thread_itself() -> None:
     running = Running()
     running.backend.errors = [SyncError("no"), ZeroDivisionError()]
-    running.send(*LISTS, Upsert(service("a")))
+    running.send(*EMPTY_LISTS, Upsert(service("a")))
     running.thread.start()
     found = [running.backend.done.get(timeout=HANG_GUARD) for _ in range(3)]
     assert found == [{"ns/a"}] * 3
@@ -515,7 +504,7 @@ def test_a_failure_is_retried_by_the_thread_itself() -> None:
 
 def test_stop_comes_before_anything_behind_it() -> None:
     running = Running()
-    running.send(Stop(), *LISTS)
+    running.send(Stop(), *EMPTY_LISTS)
     running.thread.start()
     running.thread.join(HANG_GUARD)
     assert not running.thread.is_alive()
@@ -526,17 +515,17 @@ def test_stop_comes_before_anything_behind_it() -> None:
 
 
 def test_a_look_every_so_often_and_everything_now_and_then() -> None:
-    proxy = Proxy(looks=(30.0, 300.0))
-    proxy.take(Upsert(service("a")))
-    proxy.after(0)
+    proxy = TwoFamilyProxy(looks=(30.0, 300.0))
+    proxy.apply(Upsert(service("a")))
+    proxy.sync_after(0)
     assert proxy.four.syncs == [{"ns/a"}]
     looked = []
     for _ in range(20):
-        proxy.now += proxy.reconciler.wait() or 0.0
+        proxy.clock.now += proxy.reconciler.wait() or 0.0
         looked.append(proxy.four.looks)
         proxy.reconciler.sync_due()
     assert looked[:3] == [1, 2, 3]
     # Each full look stands for a usual one, and leads to one sync of everything.
-    assert proxy.now == pytest.approx(100 + 20 * 30)
+    assert proxy.clock.now == pytest.approx(100 + 20 * 30)
     assert proxy.four.syncs == proxy.six.syncs == [{"ns/a"}] * 3
     assert proxy.four.looks + 2 == 21
