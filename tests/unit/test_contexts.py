@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kproxy.app.backends import ContextFactory
-from kproxy.app.contexts import (
+from kproxy.app.family_contexts import (
     interface_warning,
     local_traffic_warning,
     localhost_node_ports,
