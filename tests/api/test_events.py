@@ -353,7 +353,7 @@ def test_stop_returns_while_the_server_is_stalled(server: ApiServer, record: Rec
         recorder = record(server, port=relay.port)
         relay.stall(new=True)
         emit(recorder, "never answered")
-        stopper = threading.Thread(target=recorder.stop, daemon=True)
+        stopper = threading.Thread(target=recorder.stop, args=(0.5,), daemon=True)
         stopper.start()
         stopper.join(HANG_GUARD)
         assert not stopper.is_alive()
