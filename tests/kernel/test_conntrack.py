@@ -13,7 +13,7 @@ import pytest
 
 from kproxy.config import conntrack_sysctls
 from kproxy.config.types import Conntrack, Seconds
-from kproxy.host.conntrack import (
+from kproxy.host.ctnetlink import (
     CTA_ID,
     CTA_PROTO_DST_PORT,
     CTA_PROTO_NUM,
@@ -332,7 +332,7 @@ def test_an_answer_that_holds_everything_is_read_all_the_same(namespace: Namespa
 
 def test_without_the_privilege_it_says_so(namespace: Namespace) -> None:
     program = (
-        "from kproxy.host.conntrack import UdpConntrack\n"
+        "from kproxy.host.ctnetlink import UdpConntrack\n"
         "from kproxy.model.types import Family\n"
         "try:\n"
         "    UdpConntrack(Family.IPV4).clean([':53'], lambda *_: True)\n"

@@ -37,7 +37,7 @@ from kproxy.nftables.names import TABLE, table_family
 from kproxy.nftables.nft_syntax import NftWriter
 from kproxy.nftables.ruleset import KeyField, rule
 from kproxy.nftables.transaction import Transaction
-from kproxy.sync.family import Backend
+from kproxy.sync.family_sync import Backend
 from tests.inprocess import SingleFamilyProxy
 from tests.lab.namespace import Namespace
 from tests.recordings import SCENARIOS, config, replaces

@@ -16,7 +16,7 @@ from kproxy.model.delta import Replace
 from kproxy.model.types import EndpointSlice, Family, Node, Service
 from kproxy.nftables.backend import NftablesBackend
 from kproxy.nftables.kernel import NetlinkCommit, NftTable
-from kproxy.sync.family import FamilySync
+from kproxy.sync.family_sync import FamilySync
 from tests.inprocess import InProcessProxy
 from tests.lab.churn import NODE_PORT as FIRST_NODE_PORT
 from tests.lab.churn import NODES, PORT, STABLE_SERVICES, Churn, addresses_on

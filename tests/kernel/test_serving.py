@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kproxy.app.contexts import make_context
+from kproxy.app.family_contexts import make_context
 from kproxy.config.load import load_config
 from kproxy.config.types import Config
 from kproxy.host.nfacct import ensure_counters, read_counter

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kproxy.host.conntrack import UdpConntrack
+from kproxy.host.ctnetlink import UdpConntrack
 from kproxy.host.interfaces import own_addresses
 from kproxy.iptables.backend import IptablesBackend
 from kproxy.iptables.runner import IptablesRunner, RestoreError
@@ -23,8 +23,8 @@ from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, No
 from kproxy.nftables.backend import NftablesBackend
 from kproxy.nftables.kernel import NetlinkCommit, NftTable, TableError
 from kproxy.nftables.transaction import Transaction
-from kproxy.sync.conntrack import ConntrackCleaner, ConntrackCleanup
-from kproxy.sync.family import Backend, FamilySync
+from kproxy.sync.conntrack_cleanup import ConntrackCleaner, ConntrackCleanup
+from kproxy.sync.family_sync import Backend, FamilySync
 from tests.inprocess import ReconciledProxy
 from tests.kernel.test_conntrack import entries
 from tests.lab import objects as lab_objects

@@ -135,7 +135,7 @@ def test_reconciler_logs_reminders_while_no_messages_arrive(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, listed: bool
 ) -> None:
     """Reminders do not depend on whether all kinds are listed."""
-    monkeypatch.setattr("kproxy.model.logging.FIRST_PAUSE", 0.001)
+    monkeypatch.setattr("kproxy.model.log_throttle.FIRST_PAUSE", 0.001)
     reminded = threading.Semaphore(0)
 
     class Counting(logging.Handler):
