@@ -322,7 +322,7 @@ def test_ignored_endpoints_of_a_slice_are_logged_once(
     start_source(server)
     received.until_listed()
     server.update(endpoint_slice("web-1", "web", ["10.0.0.2", "fd00::1"]))
-    received.until(lambda _: [len(each.endpoints) for each in received.objects[EndpointSlice].values()] == [1])  # type: ignore[union-attr]
+    received.until(lambda _: [len(item.endpoints) for item in received.objects[EndpointSlice].values()] == [1])  # type: ignore[union-attr]
     server.update(endpoint_slice("web-1", "web", ["10.0.0.2"]))
     received.until(lambda _: sum(isinstance(delta, Upsert) for delta in received.deltas) == 2)
     text = (

@@ -94,8 +94,8 @@ def test_event_takes_at_most_5_percent_more_bytes_than_its_frame(
     server: ApiServer, start_source: StartSource, received: Received
 ) -> None:
     slices = [slice_of_ten(number, "10.1.0") for number in range(100)]
-    for each in slices:
-        server.create(each)
+    for item in slices:
+        server.create(item)
     with Relay(server.address) as relay:
         start_source(server, port=relay.port)
         received.until_listed()
@@ -103,7 +103,7 @@ def test_event_takes_at_most_5_percent_more_bytes_than_its_frame(
         changed = [server.update(slice_of_ten(number, "10.1.1")) for number in range(100)]
         received.until(lambda _: all_begin_with(received.objects[EndpointSlice].values(), "10.1.1."))
         read = relay.bytes_to_clients - before
-    frames = sum(len(protobuf.frame("MODIFIED", each)) for each in changed)
+    frames = sum(len(protobuf.frame("MODIFIED", item)) for item in changed)
     assert frames < read <= 1.05 * frames
 
 

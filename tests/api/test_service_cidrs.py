@@ -136,7 +136,7 @@ def test_missing_service_cidrs_are_not_counted_as_errors(
     server.requests.wait_for(lambda request: request.path == "/api/v1/nodes", 3)
     source.stop(HANG_GUARD)
     codes = [counted.get() for _ in range(counted.qsize())]
-    for_nodes = len([each for each in server.requests.all() if each.path == "/api/v1/nodes"]) - 1
+    for_nodes = len([item for item in server.requests.all() if item.path == "/api/v1/nodes"]) - 1
     assert "200" in codes
     assert 0 < codes.count(str(status)) <= for_nodes, "only kinds that kproxy requires are counted as errors"
 

@@ -95,7 +95,7 @@ def test_flags_are_listed_in_their_groups() -> None:
             shown.setdefault(section, []).append(match[1])
     for title, flags in GROUPS.items():
         assert [name for name in shown[title] if name not in ("--config", "--strict-config", "--master")] == [
-            each.option for each in flags
+            flag.option for flag in flags
         ]
     assert shown["actions"] == ["--write-config-to", "--cleanup", "--init-only"]
 

@@ -125,8 +125,8 @@ class FakeApi(Api):
     def _running(self) -> set[str]:
         return {
             name
-            for name, each in self.sets.items()
-            if REPLACED_LABEL not in each["spec"]["template"]["spec"]["nodeSelector"]
+            for name, item in self.sets.items()
+            if REPLACED_LABEL not in item["spec"]["template"]["spec"]["nodeSelector"]
         }
 
     def find(self, path: str) -> Object | None:

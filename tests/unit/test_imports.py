@@ -92,12 +92,12 @@ def pure_modules() -> list[str]:
     return [
         module
         for module in MODULES
-        if any(module == each or (each.endswith("*") and module.startswith(each[:-1])) for each in patterns)
+        if any(module == item or (item.endswith("*") and module.startswith(item[:-1])) for item in patterns)
     ]
 
 
 SUBPACKAGES = {module: subpackage(module) for module in MODULES if subpackage(module) not in {"", "__init__"}}
-KNOWN = {each for names in LAYERS for each in names}
+KNOWN = {name for names in LAYERS for name in names}
 
 
 def test_every_package_has_a_layer() -> None:
@@ -107,14 +107,14 @@ def test_every_package_has_a_layer() -> None:
 @pytest.mark.parametrize("module", SUBPACKAGES)
 def test_packages_import_only_lower_layers(module: str) -> None:
     own = SUBPACKAGES[module]
-    used = {each: subpackage(each) for each in imports(MODULES[module]) if subpackage(each) in KNOWN}
-    wrong = sorted(each for each, other in used.items() if other != own and layer(other) <= layer(own))
+    used = {imported: subpackage(imported) for imported in imports(MODULES[module]) if subpackage(imported) in KNOWN}
+    wrong = sorted(imported for imported, other in used.items() if other != own and layer(other) <= layer(own))
     assert wrong == []
 
 
 @pytest.mark.parametrize("module", [module for module, own in SUBPACKAGES.items() if own in ONLY_MODEL])
 def test_packages_that_may_import_only_the_model(module: str) -> None:
-    used = {subpackage(each) for each in imports(MODULES[module])} & KNOWN
+    used = {subpackage(imported) for imported in imports(MODULES[module])} & KNOWN
     assert used <= {SUBPACKAGES[module], "model"}
 
 
@@ -138,7 +138,7 @@ def test_pure_modules_import_no_module_with_side_effects(module: str) -> None:
 
 @pytest.mark.parametrize("module", pure_modules())
 def test_pure_modules_import_only_pure_modules(module: str) -> None:
-    used = {each for each in imports(MODULES[module]) if each in MODULES and "__init__" not in each}
+    used = {imported for imported in imports(MODULES[module]) if imported in MODULES and "__init__" not in imported}
     assert used - set(pure_modules()) == set()
 
 
@@ -149,7 +149,9 @@ def test_every_listed_pure_module_exists() -> None:
 
 
 def test_there_are_no_import_cycles() -> None:
-    graph = {module: {each for each in imports(path) if each in MODULES} for module, path in MODULES.items()}
+    graph = {
+        module: {imported for imported in imports(path) if imported in MODULES} for module, path in MODULES.items()
+    }
     while leaves := {module for module, used in graph.items() if not used & graph.keys()}:
         graph = {module: used for module, used in graph.items() if module not in leaves}
     assert sorted(graph) == [], "these modules are part of an import cycle, or import one that is"

@@ -310,7 +310,7 @@ def test_ports_without_local_endpoints(proxy: FakeProxy, scenario: str, internal
     services = [service for key in cluster.service_keys() if (service := cluster.service(key))]
     for family in Family:
         context = Context(family, "node-1")
-        proxy.sync(family, {each.key: plan_service(each, cluster.slices(each.key), context) for each in services})
+        proxy.sync(family, {item.key: plan_service(item, cluster.slices(item.key), context) for item in services})
     counts = {
         policy: proxy.value(f"{PREFIX}_no_local_endpoints_total", ip_family="IPv4", traffic_policy=policy)
         for policy in ("internal", "external")
