@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.lab.iptables import add_counters, missing_variant
+from tests.lab.links import add_addresses
 from tests.lab.namespace import Namespace
 from tests.lab.requirements import missing_commands, missing_privilege
 from tests.lab.servers import Servers
 from tests.lab.topology import Lab
-from tests.lab.waiting import wait_until
 
 
 @pytest.fixture(scope="session")
@@ -54,11 +54,7 @@ def namespace(namespaces: Callable[[], Namespace]) -> Namespace:
 def node(namespace: Namespace) -> Namespace:
     """The namespace, with the addresses of the recorded node."""
     namespace.run(["ip", "link", "set", "lo", "up"])
-    namespace.run(["ip", "address", "add", "10.99.0.2/24", "dev", "lo"])
-    namespace.run(["ip", "address", "add", "fd00:99::2/64", "dev", "lo", "nodad"])
-    # The kernel adds the address's own route a little later.
-    routes = ["ip", "-6", "route", "show", "table", "local"]
-    wait_until(lambda: "fd00:99::2" in namespace.run(routes).stdout, "the route of the IPv6 address")
+    add_addresses(namespace, "lo", "10.99.0.2/24", "fd00:99::2/64")
     return namespace
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from tests.lab import objects, proxy
 from tests.lab.client import Answered, Refused, TimedOut, ask
+from tests.lab.links import add_addresses
 from tests.lab.modes import BOTH_MODES, flag
 from tests.lab.servers import Servers
 from tests.lab.topology import Host, Lab
@@ -25,9 +26,7 @@ VERSIONS = pytest.mark.parametrize("version", [4, 6], ids=["ipv4", "ipv6"])
 @pytest.fixture
 def program(lab: Lab, servers: Servers) -> Host:
     """A program of the node, on addresses that NodePorts do not answer on."""
-    for address in OTHERS:
-        length = "128" if ":" in address else "32"
-        lab.node.namespace.run(["ip", "address", "add", f"{address}/{length}", "dev", "lo"])
+    add_addresses(lab.node.namespace, "lo", *(f"{address}/{128 if ':' in address else 32}" for address in OTHERS))
     found = Host("program", lab.node.namespace, OTHERS)
     for protocol in ("TCP", "UDP"):
         servers.serve(found, NODE_PORT, protocol)
