@@ -1,4 +1,4 @@
-"""`make bench` at its tiniest: that every figure is there, not what it is; and its listeners and counters."""
+"""`make bench` with the smallest clusters: it measures all figures. Also tests its monitors and counters."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CHECKOUT = Path(__file__).parents[2]
 
 @pytest.fixture
 def namespace(namespace: Namespace) -> Namespace:
-    """A fresh namespace in which a server can be reached."""
+    """A new namespace whose loopback interface is up."""
     namespace.run(["ip", "link", "set", "lo", "up"])
     return namespace
 
@@ -43,9 +43,9 @@ def bench(*arguments: str) -> str:
     return done.stdout
 
 
-def test_all_figures_are_there(kernel: None, tmp_path: Path) -> None:
+def test_all_figures_are_present(kernel: None, tmp_path: Path) -> None:
     found, drawn = tmp_path / "bench.json", tmp_path / "bench.svg"
-    said = bench("--size=tiny", f"--json={found}", f"--chart={drawn}")
+    output = bench("--size=tiny", f"--json={found}", f"--chart={drawn}")
     results = msgspec.json.decode(found.read_bytes(), type=Results)
     assert [(run.mode, run.services) for run in results.runs] == [
         (mode, services) for mode in ("iptables", "nftables") for services in (1, 20)
@@ -53,11 +53,11 @@ def test_all_figures_are_there(kernel: None, tmp_path: Path) -> None:
     with_floor = {each.name for each in CATALOG if each.floor_is}
     for run in results.runs:
         if run.services > 1:
-            here = {each.name for each in CATALOG if each.mode in {"", run.mode}}
-            assert [each.name for each in run.figures] == [name for name in NAMES if name in here]
-            assert {each.name for each in run.figures if each.floor} == with_floor & here
+            expected_names = {each.name for each in CATALOG if each.mode in {"", run.mode}}
+            assert [each.name for each in run.figures] == [name for name in NAMES if name in expected_names]
+            assert {each.name for each in run.figures if each.floor} == with_floor & expected_names
         for figure in run.figures:
-            assert figure.name in said
+            assert figure.name in output
             if not figure.name.startswith("kernel: "):
                 assert figure.found.value > 0
     panels = ElementTree.fromstring(drawn.read_text()).itertext()
@@ -69,13 +69,13 @@ def test_all_figures_are_there(kernel: None, tmp_path: Path) -> None:
     assert "1.00" in compared
 
 
-def test_every_transaction_gives_one_notice(namespace: Namespace) -> None:
+def test_each_transaction_gives_one_notification(namespace: Namespace) -> None:
     with Commits(namespace) as commits, Notices(namespace) as notices:
         before = time.monotonic_ns()
         for name in ("A", "B", "C"):
             namespace.run(["iptables", "-N", name])
         made = commits.new()
-        wait_until(lambda: len(notices.since(before)) == len(made), "a notice of each transaction")
+        wait_until(lambda: len(notices.since(before)) == len(made), "one notification per transaction")
         moments = [each.moment for each in notices.since(before)]
         assert len(made) >= 3
         assert moments == sorted(moments)
@@ -110,8 +110,8 @@ def test_each_endpoint_is_one_element(namespace: Namespace) -> None:
     assert more - few == 3 * 2
 
 
-def test_a_replay_makes_what_was_recorded(namespace: Namespace) -> None:
-    def twice() -> tuple[KernelObjects, KernelObjects, float]:
+def test_replay_creates_the_recorded_objects(namespace: Namespace) -> None:
+    def record_and_replay() -> tuple[KernelObjects, KernelObjects, float]:
         everything = Mirror("iptables", Cluster(3, 2)).change()
         made = kernel_objects()
         flush()
@@ -119,13 +119,13 @@ def test_a_replay_makes_what_was_recorded(namespace: Namespace) -> None:
         return made, kernel_objects(), cost.seconds
 
     with Notices(namespace) as notices:
-        made, again, seconds = namespace.call(twice)
+        made, again, seconds = namespace.call(record_and_replay)
         assert made == again
         assert made.rules > 3 * 2
         assert seconds > 0
 
 
-def test_the_api_server_serves_a_cluster_and_tells_when_it_wrote(namespace: Namespace) -> None:
+def test_api_server_serves_a_cluster_and_records_write_times(namespace: Namespace) -> None:
     cluster = Cluster(5, 2)
     with Feed(namespace) as feed:
         feed.load(cluster)
