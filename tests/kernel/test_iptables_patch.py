@@ -126,7 +126,7 @@ def test_first_endpoints_are_added_and_removed_by_patching(
     assert proxy.state() == fresh.state()
 
 
-@pytest.mark.parametrize("meddling", ["-I {} 1 -j ACCEPT", "-D {} 1", "-A {} -j ACCEPT", "-F {}"])
+@pytest.mark.parametrize("foreign_change", ["-I {} 1 -j ACCEPT", "-D {} 1", "-A {} -j ACCEPT", "-F {}"])
 def test_chain_changed_by_another_process_is_rewritten(
     proxies: tuple[PatchingProxy, PatchingProxy], family: Family, foreign_change: str
 ) -> None:
@@ -165,7 +165,7 @@ def test_two_proxies_that_make_the_same_change_at_once_agree(
     )
 
 
-@pytest.mark.parametrize("meddling", ["-I {} 1 -j ACCEPT", "-D {} 1", "-D {} 20", "-A {} -j ACCEPT", "-F {}"])
+@pytest.mark.parametrize("foreign_change", ["-I {} 1 -j ACCEPT", "-D {} 1", "-D {} 20", "-A {} -j ACCEPT", "-F {}"])
 def test_change_by_another_process_right_after_the_check_is_undone(
     proxies: tuple[PatchingProxy, PatchingProxy], family: Family, foreign_change: str
 ) -> None:
