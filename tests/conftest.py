@@ -1,4 +1,4 @@
-"""What every test begins with."""
+"""Fixtures of all tests."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def own_logging() -> Iterator[None]:
-    """Put logging back as it was: a command that runs within a test sets it up for the whole process."""
+def restore_logging() -> Iterator[None]:
+    """Restore the logging configuration after each test, because commands configure logging for the whole process."""
     root = logging.getLogger()
     level, handlers = root.level, list(root.handlers)
     yield

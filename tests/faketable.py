@@ -1,6 +1,6 @@
-"""An nftables table in memory, which refuses on demand.
+"""An nftables table in memory that accepts and rejects transactions as the kernel does.
 
-`tests/kernel/test_nftables_fake.py` checks it against the real one.
+`tests/kernel/test_nftables_fake.py` compares it with the kernel.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from kproxy.nftables.transaction import Transaction
 
 
 class FakeChain(Struct):
-    """A chain and its rules; its comment is that of when it was made."""
+    """A chain and its rules. It keeps the comment that it was created with."""
 
     hook: nft.NftHook | None
     comment: str
@@ -31,39 +31,40 @@ class FakeChain(Struct):
 
 
 class FakeSet(Struct):
-    """A set as it was made, and its elements by their keys."""
+    """A set as it was created, and its elements by key."""
 
-    made: nft.NftSet
-    shape: SetLayout
+    definition: nft.NftSet
+    layout: SetLayout
     elements: dict[bytes, SetElement] = field(default_factory=dict)
 
 
 class TableState(Struct):
-    """What one nftables table holds."""
+    """The contents of one table."""
 
     chains: dict[str, FakeChain] = field(default_factory=dict)
     sets: dict[str, FakeSet] = field(default_factory=dict)
 
-    def uses(self) -> Counter[str]:
-        """How often each chain is used: by its rules, and by what leads to it."""
-        found = Counter({name: len(chain.rules) for name, chain in self.chains.items()})
-        found.update(go.chain for chain in self.chains.values() for rule in chain.rules for go in _gotos(rule))
+    def chain_use_counts(self) -> Counter[str]:
+        """Return the use count of each chain: its rules, and the rules and elements that jump or go to it."""
+        counts = Counter({name: len(chain.rules) for name, chain in self.chains.items()})
+        counts.update(name for chain in self.chains.values() for rule in chain.rules for name in _target_chains(rule))
         for each in self.sets.values():
-            found.update(each.value for each in each.elements.values() if isinstance(each.value, str))
-        del found[DROP]
-        return found
+            counts.update(element.value for element in each.elements.values() if isinstance(element.value, str))
+        del counts[DROP]
+        return counts
 
-    def readers(self, name: str) -> int:
-        """How many statements of rules look at a set or write to it."""
+    def set_use_count(self, name: str) -> int:
+        """Return how many statements look up or update a set."""
         rules = (rule for chain in self.chains.values() for rule in chain.rules)
-        return sum(_set_of(statement) == name for rule in rules for statement in rule.statements)
+        return sum(_set_name(statement) == name for rule in rules for statement in rule.statements)
 
 
 class FakeTable:
-    """One family's table, with the transactions that it took. `refuse` may look at one and return why it may not be.
+    """One family's table, with the transactions that it accepted.
 
-    The kernel's rules are those of net/netfilter/nf_tables_api.c: what a change is about must be there; what is used
-    cannot be deleted; what is there stays as it is, and is refused if something else is wanted in its place.
+    `refuse` can return a reason to reject a transaction. Otherwise, the rules of net/netfilter/nf_tables_api.c apply:
+    the object of a change must exist; an object in use cannot be deleted; adding an object that exists changes nothing,
+    and fails if the new one is different.
     """
 
     def __init__(self, family: Family) -> None:
@@ -74,42 +75,41 @@ class FakeTable:
         self.reads = 0
         self.refuse: Callable[[Transaction], str | None] = lambda _: None
 
-    def commit(self, change: Transaction, generation: int | None = None, /) -> None:
+    def commit(self, transaction: Transaction, generation: int | None = None, /) -> None:
         if generation is not None and generation != self.current:
             raise GenerationChangedError
-        reason = self.refuse(change)
+        reason = self.refuse(transaction)
         if reason:
             raise TableError(reason)
-        after = deepcopy(self.table)
         try:
-            self.table = _Edit(self.family, after).make(change)
-        except _RefusedError as error:
+            self.table = _Edit(self.family, deepcopy(self.table)).apply(transaction)
+        except _RejectedError as error:
             raise TableError(f"{error.subject}: {os.strerror(error.code)}") from None
-        self.commits.append(change)
+        self.commits.append(transaction)
         self.current = self.current + 1 & 0xFFFFFFFF or 1
 
     def generation(self) -> int:
         return self.current
 
-    def uses(self) -> Counter[str]:
+    def chain_use_counts(self) -> Counter[str]:
         self.reads += 1
-        return self.table.uses() if self.table else Counter()
+        return self.table.chain_use_counts() if self.table else Counter()
 
-    def view(self, *, lenient: bool = False) -> TableSnapshot | None:
+    def snapshot(self, *, allow_interrupted: bool = False) -> TableSnapshot | None:
         self.reads += 1
         if self.table is None:
             return None
         table = deepcopy(self.table)
-        view = TableSnapshot({name: found.shape for name, found in table.sets.items()})
-        view.chains = {name: chain.hook for name, chain in table.chains.items()}
-        for each in SETS:
-            found = table.sets.get(each.name)
-            if found is not None and found.shape == set_layout(each, self.family):
-                view.elements[each.name] = found.elements
-        return view
+        snapshot = TableSnapshot({name: each.layout for name, each in table.sets.items()})
+        snapshot.chains = {name: chain.hook for name, chain in table.chains.items()}
+        for definition in SETS:
+            each = table.sets.get(definition.name)
+            if each is not None and each.layout == set_layout(definition, self.family):
+                snapshot.elements[definition.name] = each.elements
+        return snapshot
 
 
-class _RefusedError(Exception):
+class _RejectedError(Exception):
     def __init__(self, code: int, subject: str) -> None:
         super().__init__(code, subject)
         self.code = code
@@ -117,7 +117,7 @@ class _RefusedError(Exception):
 
 
 class _Edit:
-    """Carries out a transaction on a table of its own."""
+    """Applies a transaction to a copy of the table."""
 
     def __init__(self, family: Family, table: TableState | None) -> None:
         self._family = family
@@ -126,95 +126,95 @@ class _Edit:
     @property
     def _table(self) -> TableState:
         if self._state is None:
-            raise _RefusedError(errno.ENOENT, "table")
+            raise _RejectedError(errno.ENOENT, "table")
         return self._state
 
-    def make(self, change: Transaction) -> TableState | None:
-        if change.create and self._state is None:
+    def apply(self, transaction: Transaction) -> TableState | None:
+        if transaction.create_table and self._state is None:
             self._state = TableState()
-        if change.replace:
+        if transaction.replace_table:
             assert self._table is not None
             self._state = TableState()
-        self._remove(change)
-        for found in change.sets:
-            self._new_set(found)
-        for chain in change.chains:
-            self._new_chain(chain)
-        for chain in change.rules:
+        self._delete(transaction)
+        for definition in transaction.added_sets:
+            self._add_set(definition)
+        for chain in transaction.added_chains:
+            self._add_chain(chain)
+        for chain in transaction.added_rules:
             for rule in chain.rules:
-                self._new_rule(chain.name, rule)
-        for name, elements in change.additions().items():
+                self._add_rule(chain.name, rule)
+        for name, elements in transaction.all_added_elements().items():
             for element in elements:
-                self._add(name, element)
-        if change.drop:
+                self._add_element(name, element)
+        if transaction.delete_table:
             assert self._table is not None
             self._state = None
         return self._state
 
-    def _remove(self, change: Transaction) -> None:
-        for name, elements in change.removed.items():
+    def _delete(self, transaction: Transaction) -> None:
+        for name, elements in transaction.deleted_elements.items():
             for element in elements:
                 if self._set(name).elements.pop(element.key, None) is None:
-                    raise _RefusedError(errno.ENOENT, f"element of {name}")
-        for name in change.flushed:
+                    raise _RejectedError(errno.ENOENT, f"element of {name}")
+        for name in transaction.flushed_chains:
             self._chain(name).rules.clear()
-        for name in change.deleted_sets:
+        for name in transaction.deleted_sets:
             assert self._set(name) is not None
-            if self._table.readers(name):
-                raise _RefusedError(errno.EBUSY, f"set {name}")
+            if self._table.set_use_count(name):
+                raise _RejectedError(errno.EBUSY, f"set {name}")
             del self._table.sets[name]
-        for name in change.deleted_chains:
-            if self._table.uses()[name] > len(self._chain(name).rules):
-                raise _RefusedError(errno.EBUSY, f"chain {name}")
+        for name in transaction.deleted_chains:
+            if self._table.chain_use_counts()[name] > len(self._chain(name).rules):
+                raise _RejectedError(errno.EBUSY, f"chain {name}")
             del self._table.chains[name]
 
-    def _new_set(self, found: nft.NftSet) -> None:
-        shape = set_layout(found, self._family)
-        if self._table.sets.setdefault(found.name, FakeSet(found, shape)).shape != shape:
-            raise _RefusedError(errno.EEXIST, f"set {found.name}")
+    def _add_set(self, definition: nft.NftSet) -> None:
+        layout = set_layout(definition, self._family)
+        if self._table.sets.setdefault(definition.name, FakeSet(definition, layout)).layout != layout:
+            raise _RejectedError(errno.EEXIST, f"set {definition.name}")
 
-    def _new_chain(self, chain: nft.NftChain) -> None:
-        made = FakeChain(chain.hook, chain.comment)
-        if self._table.chains.setdefault(chain.name, made).hook != chain.hook:
-            raise _RefusedError(errno.EOPNOTSUPP, f"chain {chain.name}")
+    def _add_chain(self, chain: nft.NftChain) -> None:
+        new = FakeChain(chain.hook, chain.comment)
+        if self._table.chains.setdefault(chain.name, new).hook != chain.hook:
+            raise _RejectedError(errno.EOPNOTSUPP, f"chain {chain.name}")
 
-    def _new_rule(self, name: str, rule: nft.NftRule) -> None:
-        for go in _gotos(rule):
-            self._target(go.chain)
+    def _add_rule(self, chain_name: str, rule: nft.NftRule) -> None:
+        for target in _target_chains(rule):
+            self._check_target(target)
         for statement in rule.statements:
-            if used := _set_of(statement):
-                self._set(used)
-        self._chain(name).rules.append(rule)
+            if set_name := _set_name(statement):
+                self._set(set_name)
+        self._chain(chain_name).rules.append(rule)
 
-    def _add(self, name: str, element: SetElement) -> None:
-        found = self._set(name)
-        known = found.elements.get(element.key)
-        if known is not None and known.value != element.value:
-            raise _RefusedError(errno.EEXIST, f"element of {name}")
+    def _add_element(self, set_name: str, element: SetElement) -> None:
+        elements = self._set(set_name).elements
+        existing = elements.get(element.key)
+        if existing is not None and existing.value != element.value:
+            raise _RejectedError(errno.EEXIST, f"element of {set_name}")
         if isinstance(element.value, str) and element.value != DROP:
-            self._target(element.value)
-        found.elements.setdefault(element.key, element)
+            self._check_target(element.value)
+        elements.setdefault(element.key, element)
 
     def _set(self, name: str) -> FakeSet:
         if name not in self._table.sets:
-            raise _RefusedError(errno.ENOENT, f"set {name}")
+            raise _RejectedError(errno.ENOENT, f"set {name}")
         return self._table.sets[name]
 
     def _chain(self, name: str) -> FakeChain:
         if name not in self._table.chains:
-            raise _RefusedError(errno.ENOENT, f"chain {name}")
+            raise _RejectedError(errno.ENOENT, f"chain {name}")
         return self._table.chains[name]
 
-    def _target(self, name: str) -> None:
+    def _check_target(self, name: str) -> None:
         if self._chain(name).hook is not None:
-            raise _RefusedError(errno.EOPNOTSUPP, f"chain {name}")
+            raise _RejectedError(errno.EOPNOTSUPP, f"chain {name}")
 
 
-def _gotos(rule: nft.NftRule) -> list[nft.Go]:
-    return [statement for statement in rule.statements if isinstance(statement, nft.Go)]
+def _target_chains(rule: nft.NftRule) -> list[str]:
+    return [statement.chain for statement in rule.statements if isinstance(statement, (nft.Jump, nft.Goto))]
 
 
-def _set_of(statement: nft.Statement) -> str:
+def _set_name(statement: nft.Statement) -> str:
     match statement:
         case nft.Lookup() | nft.UpdateSet():
             return statement.set

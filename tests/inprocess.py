@@ -13,9 +13,10 @@ from kproxy.iptables.backend import IptablesBackend
 from kproxy.model.context import Context
 from kproxy.model.delta import Delete, Delta, Kind, Object, Replace, Upsert
 from kproxy.model.store import Store
+from kproxy.model.sync_report import SyncResult
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Node, Service, ServicePort
 from kproxy.nftables.backend import NftablesBackend
-from kproxy.sync.family import LARGE_CLUSTER_ENDPOINTS, Backend, FamilySync, FamilySyncResult
+from kproxy.sync.family import LARGE_CLUSTER_ENDPOINTS, Backend, FamilySync
 from kproxy.sync.reconciler import Reconciler, Resync
 from kproxy.sync.schedule import Schedule
 from tests.clock import Clock
@@ -40,14 +41,14 @@ class InProcessProxy:
         self.families: Mapping[Family, FamilySync] = families
         self.store = store or Store(NODE)
         self.namespace = namespace
-        self.results: dict[Family, FamilySyncResult] = {}
+        self.results: dict[Family, SyncResult] = {}
 
     def apply(self, *deltas: Delta) -> Self:
         """Apply deltas to the store. The next sync programs what they changed."""
         for delta in deltas:
             changed = self.store.apply(delta)
             for family in self.families.values():
-                family.note(changed)
+                family.add_changes(changed)
         return self
 
     def put(self, *objects: Object) -> Self:
@@ -107,7 +108,7 @@ class SingleFamilyProxy(InProcessProxy):
         }
 
     @property
-    def result(self) -> FamilySyncResult:
+    def result(self) -> SyncResult:
         """The result of the last sync."""
         return self.results[self.context.family]
 
@@ -181,7 +182,7 @@ class ReconciledProxy:
     def apply(self, *messages: Delta | Resync) -> None:
         """Deliver messages to the reconciler."""
         for message in messages:
-            self.reconciler.take(message)
+            self.reconciler.apply(message)
 
     def sync_after(self, seconds: float = 0.0) -> bool:
         """Let time pass and sync the families that are due; return whether none failed."""

@@ -1,7 +1,7 @@
 """A real etcd and kube-apiserver on loopback, with the interface of `tests.apiserver`.
 
-Needs KUBEBUILDER_ASSETS: a folder with `etcd` and `kube-apiserver`, as controller-runtime's envtest lays it
-out. Written for kube-apiserver 1.30 to 1.36.
+The environment variable KUBEBUILDER_ASSETS must name a folder with `etcd` and `kube-apiserver`, as controller-runtime's
+envtest lays it out. Written for kube-apiserver 1.30 to 1.36.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from tests.ports import free_port
 ASSETS = "KUBEBUILDER_ASSETS"
 TOKEN = "kproxy-tests"
 START_TIMEOUT = 120.0
-KEPT = {("default", "kubernetes"), ("", "kubernetes")}
-"""What the server itself keeps in place: its own Service and EndpointSlice, and the ServiceCIDR of its flags."""
+MAINTAINED = {("default", "kubernetes"), ("", "kubernetes")}
+"""Objects that kube-apiserver itself maintains: its Service and EndpointSlice, and the ServiceCIDR of its flags."""
 
 Object = dict[str, Any]
 
 
 def unavailable() -> str:
-    """Return why no real server can be started, "" if one can."""
+    """Return why no real server can be started, in one line, or "" if one can."""
     folder = os.environ.get(ASSETS)
     if not folder:
         return f"{ASSETS} is not set"
@@ -65,11 +65,11 @@ class Etcd:
         _wait_until(self._healthy, self._process, self._folder / "etcd.log")
 
     def stop(self) -> None:
-        _end(self._process)
+        _terminate(self._process)
 
     def compact(self) -> None:
-        """Compact to the present revision, through the HTTP gateway of the v3 API."""
-        # Any read answers with the present revision; the key, base64 of one byte, need not exist.
+        """Compact to the current revision, through the HTTP gateway of the v3 API."""
+        # Any read returns the current revision, even of a missing key. Keys are base64.
         revision = self._post("kv/range", {"key": base64.b64encode(b"k").decode()})["header"]["revision"]
         self._post("kv/compaction", {"revision": revision, "physical": True})
 
@@ -84,7 +84,7 @@ class Etcd:
 
 
 class KubeApiServer:
-    """etcd and kube-apiserver. Slow to start: share one between tests, and `clear` it for each."""
+    """etcd and kube-apiserver. They start slowly: share one server between tests, and `clear` it before each."""
 
     def __init__(self, folder: Path) -> None:
         assets = Path(os.environ[ASSETS])
@@ -140,8 +140,8 @@ class KubeApiServer:
         _wait_until(self._ready, self._process, self._folder / "kube-apiserver.log")
 
     def stop(self) -> None:
-        """End kube-apiserver; etcd keeps the objects."""
-        _end(self._process)
+        """Stop kube-apiserver; etcd keeps the objects."""
+        _terminate(self._process)
 
     def kubeconfig(self, path: Path, *, port: int | None = None, token: str | None = None) -> Path:
         """Write a kubeconfig for this server, or for a relay's `port` in front of it."""
@@ -172,7 +172,7 @@ class KubeApiServer:
         return updated
 
     def apply(self, body: Object) -> Object:
-        """Create the object, or replace it if it is there."""
+        """Create the object, or replace an existing one."""
         try:
             return self.update(body)
         except NotFoundError:
@@ -182,21 +182,24 @@ class KubeApiServer:
         self._request("DELETE", _path_of(body), None)
 
     def compact(self) -> None:
-        """Forget the history: what resumes from before gets 410. Restarts kube-apiserver, which has its own."""
+        """Drop the history: watches and lists that resume from older versions get status 410.
+
+        Restarts kube-apiserver, which has a history of its own.
+        """
         self.etcd.compact()
         self.stop()
         self.start()
 
     def clear(self) -> None:
-        """Delete all Services, EndpointSlices, Nodes and ServiceCIDRs but the server's own."""
+        """Delete all Services, EndpointSlices, Nodes and ServiceCIDRs except the server's own."""
         for resource in RESOURCES:
             if resource.kind not in {"Service", "EndpointSlice", "Node", "ServiceCIDR"}:
                 continue
             for item in self._items(resource):
                 metadata = item["metadata"]
                 namespace = metadata.get("namespace", "")
-                if (namespace, metadata["name"]) not in KEPT:
-                    self._delete_if_there(resource, namespace, metadata["name"])
+                if (namespace, metadata["name"]) not in MAINTAINED:
+                    self._delete_if_exists(resource, namespace, metadata["name"])
 
     def _items(self, resource: Resource) -> list[Object]:
         try:
@@ -205,14 +208,14 @@ class KubeApiServer:
             return []
         return items
 
-    def _delete_if_there(self, resource: Resource, namespace: str, name: str) -> None:
-        with suppress(NotFoundError):  # an EndpointSlice that went with its Service
+    def _delete_if_exists(self, resource: Resource, namespace: str, name: str) -> None:
+        with suppress(NotFoundError):  # an EndpointSlice that was deleted with its Service
             self._request("DELETE", resource.object_path(namespace, name), None)
 
     def _ensure_namespace(self, name: str) -> None:
         if name not in self._namespaces:
             body = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}}
-            with suppress(ConflictError):  # there from an earlier start, or the server's own
+            with suppress(ConflictError):  # exists from an earlier start, or is built in
                 self._request("POST", "/api/v1/namespaces", body)
             self._namespaces.add(name)
 
@@ -257,12 +260,12 @@ def _wait_until(ready: Callable[[], bool], process: subprocess.Popen[bytes], log
                 return
         except (URLError, OSError, ValueError, KeyError) as error:
             last = str(error)
-        time.sleep(0.1)  # a process that starts tells nobody when it is done
+        time.sleep(0.1)  # nothing signals that the process is ready
     tail = log.read_text(errors="replace")[-2000:]
     raise RuntimeError(f"{process.args!r} did not start ({last}):\n{tail}")
 
 
-def _end(process: subprocess.Popen[bytes] | None) -> None:
+def _terminate(process: subprocess.Popen[bytes] | None) -> None:
     if process is None or process.poll() is not None:
         return
     process.terminate()

@@ -1,6 +1,6 @@
-"""The table of modules in kproxy/README.md, made from the first line of each module's docstring.
+"""Generate the table of modules in kproxy/README.md from the first line of each module's docstring.
 
-`python -m tests.module_table` writes it; a test fails while the page and the docstrings differ.
+`python -m tests.module_table` writes it. tests/unit/test_docs.py fails if the table is out of date.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ BEGIN, END = "<!-- modules: python -m tests.module_table -->\n", "<!-- end of mo
 
 
 def first_line(path: Path) -> str:
-    """Return the first line of a module's docstring, without the period that ends it."""
+    """Return the first line of a module's docstring without its final period."""
     doc = ast.get_docstring(ast.parse(path.read_text()))
     assert doc, f"{path} has no docstring"
     return doc.splitlines()[0].removesuffix(".").removesuffix(". Pure")
 
 
 def table() -> str:
-    """Return the table: a heading and a sentence for each package, a row for each module."""
+    """Return a section per package, with a table that has a row per module."""
     parts = []
     for package in sorted({path.parent for path in PACKAGE.rglob("*.py")}):
         name = package.relative_to(PACKAGE.parent if package == PACKAGE else PACKAGE)
@@ -39,7 +39,7 @@ def table() -> str:
 
 
 def updated(page: str) -> str:
-    """Return the page with the present table."""
+    """Return the page with a current table."""
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
     return before + BEGIN + table() + END + after

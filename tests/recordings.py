@@ -1,4 +1,4 @@
-"""The recorded clusters: their objects, their configuration, and the rules kube-proxy made of them."""
+"""The recorded clusters: objects, kube-proxy configuration, and the rules that kube-proxy programmed."""
 
 from __future__ import annotations
 
@@ -17,17 +17,20 @@ from kproxy.model.types import EndpointSlice, Family, Node, Service
 GOLDEN = Path(__file__).parent / "golden"
 SCENARIOS = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
 KINDS: dict[str, Kind] = {"services": Service, "endpointslices": EndpointSlice, "nodes": Node}
-LAST = "this must be the last rule in this chain"
+NODEPORTS_COMMENT = "this must be the last rule in this chain"
+"""Comment of the rule that jumps to KUBE-NODEPORTS."""
 
 State = dict[ChainName, list[str]]
 
 
 def items(scenario: str, kind: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads((GOLDEN / scenario / f"{kind}.json").read_text())["items"]
-    return found
+    """Return the recorded objects of a kind, one of the keys of `KINDS`, as plain JSON."""
+    objects: list[dict[str, Any]] = json.loads((GOLDEN / scenario / f"{kind}.json").read_text())["items"]
+    return objects
 
 
 def replaces(scenario: str) -> list[Replace]:
+    """Return one delta per kind with all recorded objects."""
     return [
         Replace(kind, tuple(o for item in items(scenario, name) if (o := decode_object(kind, item).object)))
         for name, kind in KINDS.items()
@@ -35,27 +38,33 @@ def replaces(scenario: str) -> list[Replace]:
 
 
 def store(scenario: str) -> Store:
-    found = Store("node-1")
+    """Return a store with all recorded objects."""
+    filled = Store("node-1")
     for delta in replaces(scenario):
-        found.apply(delta)
-    return found
+        filled.apply(delta)
+    return filled
 
 
 def config(scenario: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((GOLDEN / scenario / "config.json").read_text())
-    return found
+    """Return the kube-proxy configuration as plain JSON."""
+    configuration: dict[str, Any] = json.loads((GOLDEN / scenario / "config.json").read_text())
+    return configuration
 
 
 def recorded(scenario: str, family: Family) -> State:
+    """Return the comparable state of the rules that kube-proxy programmed in iptables mode."""
     name = "ip6tables-save.txt" if family is Family.IPV6 else "iptables-save.txt"
     return comparable((GOLDEN / scenario / name).read_text().splitlines())
 
 
 def comparable(saved: Iterable[str]) -> State:
-    """The state that counts, of tables nat and filter: rules in dispatch chains have no order, but the last one."""
+    """Parse the output of iptables-save into a comparable form: chains of the tables nat and filter.
+
+    Rules in dispatch chains are sorted, because their order has no meaning. The jump to KUBE-NODEPORTS stays last.
+    """
     chains = parse_save(saved, ("nat", "filter")).chains
     return {
-        chain: sorted(content.rules, key=lambda rule: (LAST in rule, rule))
+        chain: sorted(content.rules, key=lambda rule: (NODEPORTS_COMMENT in rule, rule))
         if chain in DISPATCH_CHAINS
         else content.rules
         for chain, content in chains.items()

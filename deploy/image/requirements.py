@@ -11,4 +11,5 @@ from pathlib import Path
 
 if __name__ == "__main__":
     project = tomllib.loads(Path(sys.argv[1]).read_text())["project"]
-    sys.stdout.writelines(f"{line}\n" for line in project["dependencies"])
+    lines = [*project["dependencies"], *project["optional-dependencies"]["completion"]]
+    sys.stdout.writelines(f"{line}\n" for line in lines)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import faulthandler
 import logging
 import os
@@ -12,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from functools import partial
 from typing import Protocol
 
@@ -54,16 +54,23 @@ from kproxy.sync.service_events import ServiceEventListener
 
 log = logging.getLogger(__name__)
 STOP_SECONDS = 0.7
-"""How long a termination waits for a sync under way; after that its present transaction is given up."""
+"""How long a stop waits for a sync in progress. Then running iptables programs are killed."""
+PART_STOP_SECONDS = 0.1
+"""How long a stop waits for each part of the daemon: long enough for all that do not wait for an API server."""
+EXIT_SECONDS = 0.3
+"""How long a stop waits after the iptables programs were killed, for the reconciler's thread to stop the parts."""
 FULL_CHECK_SECONDS = 3600.0
 """How often all rules are compared with what they should be, as kube-proxy writes all of them every hour."""
 
 
 class Component(Protocol):
-    """Something that runs beside the reconciler."""
+    """A part of the daemon with daemon threads of its own."""
 
     def start(self) -> None:
-        """Begin."""
+        """Start the threads."""
+
+    def stop(self, timeout: float) -> None:
+        """Stop the threads; wait for them at most `timeout` seconds."""
 
 
 class ConfigFile(Struct, frozen=True):
@@ -98,8 +105,9 @@ def run(
 class Daemon:
     """All parts of one daemon, and how they are connected.
 
-    Sources and monitors only put messages on a queue; the reconciler's thread takes them off it and owns all state. The
-    main thread does nothing but wait for signals, so that none is ever late.
+    The reconciler's thread builds the daemon, starts its parts in order, runs until it gets a `Stop` message and stops
+    the parts in reverse order. It owns all state: sources and monitors only put messages on its queue. The main thread
+    does nothing but wait for signals, so that no signal is handled late, whatever the other threads are waiting for.
     """
 
     def __init__(
@@ -117,34 +125,52 @@ class Daemon:
         self._server = server
         self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._programs: list[IptablesRunner] = []
+        self._stopping = threading.Event()
         self._failure: BaseException | None = None
 
     def run(self) -> None:
-        """Work until a signal comes. Raises what made it impossible to go on."""
+        """Run until a signal arrives or a part fails. Raises the error of the part that failed."""
         # Blocked before any other thread exists, signals wait for the main thread alone, even as PID 1 of a container.
         block_signals()
-        threading.excepthook = self._lost_thread
-        worker = threading.Thread(target=self._work, name="reconciler", daemon=True)
-        worker.start()
+        threading.excepthook = self._thread_failed
+        reconciler = threading.Thread(target=self._work, name="reconciler", daemon=True)
+        reconciler.start()
         number = _wait_for_stop()
-        if self._failure is None:
-            log.info("%s: stopping, the rules stay", number.name)
+        failure = self._failure
+        if failure is None:
+            log.info("%s: stopping; existing rules stay active", number.name)
+        self._stop(reconciler)
+        if failure is not None:
+            raise failure
+
+    def _stop(self, reconciler: threading.Thread) -> None:
+        """Stop the reconciler's thread and, through it, all parts, within about a second.
+
+        Whatever still runs then is a daemon thread that waits for the kernel, a program or the API server and holds
+        nothing worth saving. Python does not wait for daemon threads at exit, so the process can exit the ordinary way:
+        it flushes the log and removes the temporary files of the `kubernetes` package, which hold private keys.
+        """
+        self._stopping.set()
         self._messages.put(Stop())
-        worker.join(STOP_SECONDS)
+        reconciler.join(STOP_SECONDS)
         for iptables in self._programs:
             iptables.stop()
-        if self._failure is not None:
-            raise self._failure
-        # What else runs are daemon threads that hold nothing worth saving, and may be in the middle of anything. But
-        # what is registered for the exit has to run: it ends logging, and removes files with private keys.
-        atexit._run_exitfuncs()
-        os._exit(0)
+        reconciler.join(EXIT_SECONDS)
 
     def _work(self) -> None:
-        self._build().run(self._messages)
+        with ExitStack() as parts:
+            self._build(parts).run(self._messages)
 
-    def _build(self) -> Reconciler:
-        """Put all parts together. What may fail comes before what changes the node, its kernel parameters first."""
+    def _start(self, parts: ExitStack, part: Component) -> None:
+        """Start a part, and have `parts` stop it."""
+        parts.callback(part.stop, PART_STOP_SECONDS)
+        part.start()
+
+    def _build(self, parts: ExitStack) -> Reconciler:
+        """Connect all parts and start them. What may fail comes before what changes the node.
+
+        Kernel parameters are the first thing that changes.
+        """
         check_privileges()
         client = None if self._objects is not None else _connect(self._config, self._server)
         self._config = config = choose_mode(self._config)
@@ -158,21 +184,21 @@ class Daemon:
             name,
             required=client is not None,  # files need not have Nodes
             needs_pod_cidrs=config.detect_local_mode == "NodeCIDR",
-            missing=serving.metrics.node_missing,
+            on_missing=serving.metrics.set_node_missing,
         )
         if client is not None:
-            client.answered = serving.metrics.requested
+            client.observe_request = serving.metrics.on_request
         conntrack = ConntrackCleaner(
             {family: UdpConntrack(family) for family in families},
             own_addresses,
             clock=time.monotonic,
-            tell=lambda done: serving.metrics.conntrack_reconciled(done.family, done.seconds, done.deleted),
+            on_cleanup=lambda done: serving.metrics.conntrack_reconciled(done.family, done.seconds, done.deleted),
         )
-        serving.start()
+        self._start(parts, serving)
         prepare_process(config)
         prepare_conntrack(config)
         for part in (events, *self._sources(client, name)):
-            part.start()
+            self._start(parts, part)
         periods = config.backend
         return Reconciler(
             store,
@@ -180,15 +206,14 @@ class Daemon:
             make_schedule=lambda: Schedule(min_interval=periods.min_sync_period, max_retry=periods.sync_period),
             clock=time.monotonic,
             is_ready=lambda store: is_ready(config, store),
-            observers=[
-                conntrack,
-                FirstSyncSteps(config, families),
-                ServiceEventListener(partial(_service_event, events)),
-                *serving.observers,
-            ],
+            on_queue=serving.on_queue,
+            on_change=serving.on_change,
+            on_sync=[*serving.on_sync, ServiceEventListener(partial(_service_event, events)).on_sync],
+            after_sync=[conntrack.clean, FirstSyncSteps(config, families).run],
             check_interval=periods.sync_period,
             full_check_interval=FULL_CHECK_SECONDS,
-            look=watch.look,
+            monitor=watch.check,
+            stopping=self._stopping.is_set,
         )
 
     def _sources(self, client: ApiClient | None, name: str) -> Iterator[Component]:
@@ -220,7 +245,7 @@ class Daemon:
         # Files need not have Nodes: then nobody says that this one is about to go.
         stand_in = Node(local_node_name(config)) if self._objects is not None else None
 
-        def port_failed(service: ServiceKey, port: int, reason: str) -> None:
+        def on_port_failed(service: ServiceKey, port: int, reason: str) -> None:
             note = f"cannot serve the health check node port {port}: {reason}"
             events.event(service_reference(service), "Warning", "FailedToStartServiceHealthcheck", "Listen", note)
 
@@ -237,14 +262,14 @@ class Daemon:
                 INVALID_DROPPED: partial(read_counter, INVALID_COUNTER),
                 LOCALHOST_ACCEPTED: partial(read_counter, LOCALHOST_COUNTER),
             },
-            port_failed=port_failed,
+            on_port_failed=on_port_failed,
             clock=time.monotonic,
             wall=time.time_ns,
             reason=reason,
             flags=self._flags,
         )
 
-    def _lost_thread(self, lost: threading.ExceptHookArgs) -> None:
+    def _thread_failed(self, lost: threading.ExceptHookArgs) -> None:
         """End the process when a thread ends that should not: half a proxy would look like a whole one."""
         name = lost.thread.name if lost.thread else "a thread"
         log.debug("where %s ended", name, exc_info=lost.exc_value)

@@ -1,4 +1,4 @@
-"""What is to be done once our rules are in place, and not before."""
+"""Steps after the first successful sync: remove rules of other modes, and enable NodePorts on 127.0.0.1."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from kproxy.app.cleanup import VirtualServersRemainError, remove_iptables, remov
 from kproxy.app.kernel_parameters import prepare_localhost_node_ports
 from kproxy.config import Config
 from kproxy.host.commands import CommandError
-from kproxy.model.delta import Kind
-from kproxy.model.store import StoreChange
 from kproxy.model.sync_report import SyncReport
 from kproxy.model.types import Family
 from kproxy.nftables.kernel import remove_table
@@ -19,15 +17,16 @@ log = logging.getLogger(__name__)
 
 
 class FirstSyncSteps:
-    """An observer that acts on each family's first success.
+    """Steps that follow the first successful sync of each family (`kproxy.model.sync_report.AfterSyncStep`).
 
-    It removes what the other mode left behind, and opens 127.0.0.1 to NodePorts, which is guarded by a rule of ours.
-    What could not be removed is tried again after the next success. The next sync waits for it, in a large cluster for
-    some seconds: beside syncs, which change tables all the time, neither would get to read them.
+    They remove the rules of the other mode, and set route_localnet so that NodePorts answer on 127.0.0.1, which is safe
+    only once kproxy's rule protects that address. If rules cannot be removed, the next successful sync tries again. In
+    a large cluster this takes seconds, and the next sync waits: a sync changes tables, and neither could read them
+    consistently while the other runs.
 
-    Once every family in use has had its success, it removes what kube-proxy's ipvs mode left: an interface, for one,
-    that has addresses of both. It is tried again after the next success, too, but while virtual servers cannot be
-    removed only after the next sync of all Services: to look for all the rest takes long in a large cluster.
+    Once every family in use has been synced, the steps remove what kube-proxy's ipvs mode left. It is shared by the
+    families: one interface has the addresses of both. The next successful sync tries again, too; but if virtual servers
+    cannot be removed, only the next full sync does, because finding all the rest takes long in a large cluster.
     """
 
     def __init__(self, config: Config, families: Collection[Family]) -> None:
@@ -39,20 +38,14 @@ class FirstSyncSteps:
         self._ipvs_complaint = ""
         self._complaints: dict[Family, str] = {}
 
-    def queued(self, family: Family, now: float) -> None:
-        """Do nothing."""
-
-    def changed(self, kind: Kind, changed: StoreChange) -> None:
-        """Do nothing."""
-
-    def synced(self, report: SyncReport) -> None:
-        """Act if this is the family's first success, or if what was begun then could not be done."""
-        family = report.family
-        if report.error:
+    def run(self, report: SyncReport) -> None:
+        """Run the steps that are still to be done, if the sync succeeded."""
+        family, result = report.family, report.result
+        if result is None:
             return
         if family not in self._done:
             self._act(family)
-        elif self._ipvs_waits and not report.complete:
+        elif self._ipvs_waits and not result.complete:
             return
         if self._done == self._families and not self._ipvs_done:
             self._remove_ipvs()

@@ -6,8 +6,6 @@ import logging
 import time
 from collections.abc import Callable
 
-from msgspec.structs import asdict
-
 from kproxy.app.backends import check_privileges, choose_mode, local_node_name, make_families, watched_kinds
 from kproxy.app.contexts import make_context
 from kproxy.app.first_sync import FirstSyncSteps
@@ -40,21 +38,21 @@ def apply(config: Config, objects: str) -> None:
     store = load_store(config, objects)
     families = make_families(config, [])
     tables = {family: UdpConntrack(family) for family in families}
-    cleaner = ConntrackCleaner(tables, own_addresses, clock=time.monotonic, tell=lambda _: None)
-    observers = (cleaner, FirstSyncSteps(config, families), ServiceEventListener(lambda *_: None))
+    cleaner = ConntrackCleaner(tables, own_addresses, clock=time.monotonic, on_cleanup=lambda _: None)
+    steps = (ServiceEventListener(lambda *_: None).on_sync, cleaner.clean, FirstSyncSteps(config, families).run)
     failures = []
     for family, sync in families.items():
-        began = time.monotonic()
+        started = time.monotonic()
         try:
-            outcome = sync.sync(store)
+            result = sync.sync(store)
         except SyncError as error:
             failures.append(f"{family.value}: {error}")
         else:
-            now = time.monotonic()
-            report = SyncReport(family=family, began=began, ended=now, **asdict(outcome))
-            for observer in observers:
-                observer.synced(report)
-            log.info("%s", synced_text(family, outcome.services, now - began, outcome.tally, complete=True))
+            finished = time.monotonic()
+            report = SyncReport(family, started, finished, result)
+            for step in steps:
+                step(report)
+            log.info("%s", synced_text(family, result.services, finished - started, result.counts, complete=True))
     if failures:
         raise SyncError("\n".join(failures))
 
@@ -71,9 +69,9 @@ def render(config: Config, objects: str) -> dict[Family, str]:
     for family in Family:
         pages: list[str] = []
         printer = _printer(config, family, pages.append)
-        outcome = FamilySync(printer, _ideal_context(config, family)).sync(store)
-        for notice in outcome.notices:
-            log.warning("%s", notice.text)
+        result = FamilySync(printer, _ideal_context(config, family)).sync(store)
+        for transition in result.transitions:
+            log.warning("%s", transition.message)
         texts[family] = "".join(pages)
     return texts
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 
-from kproxy.cli.console import show
+from kproxy.cli.console import CommandFailedError, show
 from kproxy.cli.parser import COMMANDS, HelpFormatter
 from kproxy.config.flag_table import CONFIG_FLAGS
 
 SHELLS = ("bash", "zsh", "fish")
-WORDS = {flag.option: flag.words for flag in CONFIG_FLAGS}
+WORDS = {flag.option: flag.choices for flag in CONFIG_FLAGS}
 EPILOG = """\
 examples:
   # bash: this shell, and every new one
@@ -76,8 +76,13 @@ def _print_script(options: argparse.Namespace) -> None:
 
 
 def script(shell: str) -> str:
-    """Return the completion script for one of `SHELLS`."""
-    import shtab
+    """Return the script for one of `SHELLS`. Raises `CommandFailedError` if the `shtab` package is not installed."""
+    try:
+        import shtab
+    except ImportError:
+        raise CommandFailedError(
+            "completion requires the Python package shtab; install it with: pip install 'kproxy[completion]'"
+        ) from None
 
     from kproxy.cli.parser import command_line
 

@@ -21,7 +21,7 @@ may be repeated."""
 """Flag syntax, for the help of each command that takes flags."""
 
 
-DAEMON_GROUPS: tuple[Group, ...] = ("what is followed", "sync", "serving", "conntrack and memory", "without effect")
+DAEMON_GROUPS: tuple[Group, ...] = ("API server", "syncing", "health and metrics", "conntrack and memory", "no effect")
 """Groups of flags that do not apply to commands that run once."""
 
 

@@ -1,4 +1,4 @@
-"""kube-proxy's configuration, from its file and its flags."""
+"""kube-proxy's configuration: its file, its flags, and their validation."""
 
 from kproxy.config.decode import ConfigError
 from kproxy.config.flags import add_flags, apply_flags, configure

@@ -1,4 +1,7 @@
-"""From parsed data to sections of the configuration, and back. Errors name field, value and what is allowed."""
+"""Decode parsed data into configuration sections and encode them again; unknown fields; Go's duration syntax.
+
+Errors name the field, the allowed values and the actual one.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,16 @@ import msgspec
 from msgspec import Meta, Struct
 
 from kproxy.config.types import FlushSeconds, Quantity, Seconds
-from kproxy.documents.document import field_path_text
+from kproxy.documents.document import FieldPath, field_path_text
 
+Locate: TypeAlias = Callable[[FieldPath], str]
+"""Returns where a field was set, for messages: `file:line: field`, or a flag."""
+REMOVED_FIELDS = frozenset({"conntrack.max", "logging.sanitization", "resourceContainer", "udpIdleTimeout"})
+"""Fields of earlier versions of kube-proxy that published files still contain."""
+_S = TypeVar("_S", bound=Struct)
+_MAX_SHOWN = 80
+_MAX_FLOAT32 = 3.4e38
+_QUANTITY = re.compile(r"\d+(\.\d*)?(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?")
 _UNITS = {
     "ns": 1,
     "us": 1_000,
@@ -22,88 +33,61 @@ _UNITS = {
     "m": 60_000_000_000,
     "h": 3_600_000_000_000,
 }
-_PART = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|μs|ms|s|m|h)")
-_WHOLE = re.compile(rf"([-+]?)(?:0|((?:{_PART.pattern})+))")
-_LONGEST_TEXT = 100
-_MOST = 2**63 - 1
-"""Nanoseconds in the longest duration that Go can hold, some 292 years."""
-
-
-def parse_duration(text: str) -> float:
-    """Return the seconds that a duration stands for. Raises `ValueError` for what Go refuses."""
-    match = _WHOLE.fullmatch(text)
-    if match is None or len(text) > _LONGEST_TEXT:
-        raise ValueError(f"{text!r} is no duration")
-    parts = _PART.findall(match[2] or "")
-    nanoseconds = sum(round(float(number) * _UNITS[unit]) for number, unit in parts)
-    if nanoseconds > _MOST:
-        raise ValueError(f"{text!r} is no duration")
-    return (-nanoseconds if match[1] == "-" else nanoseconds) / 1e9
-
-
-def format_duration(seconds: float) -> str:
-    """Return a duration as Go prints it: 90.0 is `1m30s`, 0.25 is `250ms`."""
-    sign, rest = ("-", -seconds) if seconds < 0 else ("", seconds)
-    nanoseconds = round(rest * 1e9)
-    if nanoseconds == 0:
-        return "0s"
-    for unit in ("ns", "µs", "ms"):
-        if nanoseconds < 1000 * _UNITS[unit]:
-            return f"{sign}{_decimal(nanoseconds, _UNITS[unit])}{unit}"
-    minutes, nanoseconds = divmod(nanoseconds, _UNITS["m"])
-    hours, minutes = divmod(minutes, 60)
-    large = f"{hours}h{minutes}m" if hours else f"{minutes}m" if minutes else ""
-    return f"{sign}{large}{_decimal(nanoseconds, _UNITS['s'])}s"
-
-
-def _decimal(nanoseconds: int, unit: int) -> str:
-    whole, fraction = divmod(nanoseconds, unit)
-    digits = str(fraction).zfill(len(str(unit)) - 1).rstrip("0")
-    return f"{whole}.{digits}" if digits else str(whole)
-
-
-Path: TypeAlias = tuple[str | int, ...]
-"""The keys and indexes that lead to a field, as the file spells them."""
-Place: TypeAlias = Callable[[Path], str]
-"""Says where a field was set: in which line of which file, or by which flag."""
-_S = TypeVar("_S", bound=Struct)
-_SHOWN = 80
-_LARGEST = 3.4e38  # of Go's float32
-_QUANTITY = re.compile(r"\d+(\.\d*)?(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?")
+_DURATION_PART = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|μs|ms|s|m|h)")
+_DURATION = re.compile(rf"([-+]?)(?:0|((?:{_DURATION_PART.pattern})+))")
+_MAX_DURATION_TEXT = 100
+_MAX_NANOSECONDS = 2**63 - 1
+"""The longest duration of Go, about 292 years."""
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; the message is one line for its author."""
+    """An invalid configuration. The message has one line for each problem, written for the configuration's author."""
 
 
-def must_be(where: str, allowed: str, value: object) -> ConfigError:
+class ConfigProblem(Struct, frozen=True):
+    """A problem that kube-proxy's strict decoder rejects and its lenient decoder ignores.
+
+    Both texts are one line. `consequence` is the effect of ignoring it.
+    """
+
+    text: str
+    consequence: str = "ignored"
+
+    @property
+    def warning(self) -> str:
+        """The log line for lenient decoding."""
+        return f"{self.text} ({self.consequence})"
+
+
+def must_be(location: str, allowed: str, value: object) -> ConfigError:
     """Return the error for a value that is not allowed."""
-    return ConfigError(f"{where}: must be {allowed}, not {show(value)}")
+    return ConfigError(f"{location}: must be {allowed}, not {show(value)}")
 
 
 def show(value: object) -> str:
-    """Return a value as JSON, cut to a readable length."""
+    """Format a value as JSON, truncated to a readable length."""
     try:
         text = msgspec.json.encode(value).decode()
-    except (TypeError, ValueError, RecursionError):  # keys that JSON cannot have, lone surrogates, cycles
+    except (TypeError, ValueError, RecursionError):  # a key that JSON does not allow, a lone surrogate, a cycle
         text = f"a {type(value).__name__}"
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+    return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 3]}..."
 
 
-def decode(shape: type[_S], data: object, place: Place, at: Path = ()) -> _S:
-    """Return data as a section. Fields that are not in it have their defaults. Raises `ConfigError`.
+def decode(section: type[_S], data: object, locate: Locate, path: FieldPath = ()) -> _S:
+    """Return data as a section. Missing fields get their defaults.
 
-    The data must have no fields but those of the section (see `kproxy.config.decode.known_fields`).
+    The data must not have unknown fields (see `known_fields`). Raises `ConfigError`.
     """
     if not isinstance(data, dict):
-        raise must_be(place(at), "a mapping", data)
-    hints = get_type_hints(shape, include_extras=True)
-    names = {item.encode_name: item.name for item in msgspec.structs.fields(shape)}
-    return shape(**{names[key]: _value(hints[names[key]], value, place, (*at, key)) for key, value in data.items()})
+        raise must_be(locate(path), "a mapping", data)
+    hints = get_type_hints(section, include_extras=True)
+    names = {item.encode_name: item.name for item in msgspec.structs.fields(section)}
+    values = {names[key]: _value(hints[names[key]], value, locate, (*path, key)) for key, value in data.items()}
+    return section(**values)
 
 
 def encode(value: object) -> Any:
-    """Return a section as data that `decode` reads: dicts, lists and scalars."""
+    """Return a section as data that `decode` accepts: dicts, lists and scalars."""
     if isinstance(value, Struct):
         fields = msgspec.structs.fields(type(value))
         return {item.encode_name: encode(getattr(value, item.name)) for item in fields}
@@ -116,45 +100,120 @@ def encode(value: object) -> Any:
     return str(value) if isinstance(value, Quantity) else value
 
 
-def _value(wanted: Any, value: object, place: Place, at: Path) -> object:
+def known_fields(
+    section: type[Struct], data: Mapping[Any, Any], locate: Locate, problems: list[ConfigProblem], path: FieldPath = ()
+) -> dict[str, Any]:
+    """Return the data without fields that `section` does not have, at any depth; add these to `problems`.
+
+    Field names are case-sensitive, as in kube-proxy. Values are not checked.
+    """
+    hints = get_type_hints(section, include_extras=True)
+    types = {item.encode_name: hints[item.name] for item in msgspec.structs.fields(section)}
+    known = {}
+    for key, value in data.items():
+        field = (*path, str(key))
+        if key in types:
+            known[key] = _known_value(types[key], value, locate, problems, field)
+        else:
+            problems.append(ConfigProblem(f"{locate(field)}: {_unknown_field_text(field, types)}"))
+    return known
+
+
+def duplicate_json_keys(text: bytes) -> list[FieldPath]:
+    """Return the keys that occur more than once in a JSON object, of which parsers keep the last value."""
+    import json  # noqa: PLC0415 - few configurations are JSON
+
+    duplicates: list[tuple[dict[str, Any], str]] = []
+
+    def make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            names = [name for name, _ in pairs]
+            duplicates.extend((made, name) for name in made if names.count(name) > 1)
+        return made
+
+    root = json.loads(text, object_pairs_hook=make_object)
+    return [(*path, name) for parent, name in duplicates for path in _paths_to(parent, root)]
+
+
+def parse_duration(text: str) -> float:
+    """Return the seconds of a duration such as `1m30s`. Raises `ValueError` for text that Go's parser rejects."""
+    match = _DURATION.fullmatch(text)
+    if match is None or len(text) > _MAX_DURATION_TEXT:
+        raise ValueError(f"{text!r} is not a duration")
+    parts = _DURATION_PART.findall(match[2] or "")
+    nanoseconds = sum(round(float(number) * _UNITS[unit]) for number, unit in parts)
+    if nanoseconds > _MAX_NANOSECONDS:
+        raise ValueError(f"{text!r} is not a duration")
+    return (-nanoseconds if match[1] == "-" else nanoseconds) / 1e9
+
+
+def format_duration(seconds: float) -> str:
+    """Format a duration as Go does: 90.0 is `1m30s`, 0.25 is `250ms`."""
+    sign, absolute = ("-", -seconds) if seconds < 0 else ("", seconds)
+    nanoseconds = round(absolute * 1e9)
+    if nanoseconds == 0:
+        return "0s"
+    for unit in ("ns", "µs", "ms"):
+        if nanoseconds < 1000 * _UNITS[unit]:
+            return f"{sign}{_decimal(nanoseconds, _UNITS[unit])}{unit}"
+    minutes, nanoseconds = divmod(nanoseconds, _UNITS["m"])
+    hours, minutes = divmod(minutes, 60)
+    prefix = f"{hours}h{minutes}m" if hours else f"{minutes}m" if minutes else ""
+    return f"{sign}{prefix}{_decimal(nanoseconds, _UNITS['s'])}s"
+
+
+def _decimal(nanoseconds: int, unit: int) -> str:
+    whole, fraction = divmod(nanoseconds, unit)
+    digits = str(fraction).zfill(len(str(unit)) - 1).rstrip("0")
+    return f"{whole}.{digits}" if digits else str(whole)
+
+
+def _value(expected: Any, value: object, locate: Locate, path: FieldPath) -> object:
     limits = Meta()
-    if get_origin(wanted) is Annotated:
-        wanted, limits = get_args(wanted)
-    origin = get_origin(wanted)
+    if get_origin(expected) is Annotated:
+        expected, limits = get_args(expected)
+    origin = get_origin(expected)
     if origin is Literal:
-        if value not in get_args(wanted):
-            raise must_be(place(at), " or ".join(word or '""' for word in get_args(wanted)), value)
+        if value not in get_args(expected):
+            raise must_be(locate(path), _choices_text(get_args(expected)), value)
         return value
     if origin is tuple:
         if not isinstance(value, list):
-            raise must_be(place(at), "a list", value)
-        return tuple(_value(get_args(wanted)[0], item, place, (*at, index)) for index, item in enumerate(value))
+            raise must_be(locate(path), "a list", value)
+        item_type = get_args(expected)[0]
+        return tuple(_value(item_type, item, locate, (*path, index)) for index, item in enumerate(value))
     if origin is Mapping:
-        return _switches(value, place, at)
-    if issubclass(wanted, Struct):
-        return decode(wanted, value, place, at)
-    return _scalar(wanted, limits, value, place, at)
+        return _switches(value, locate, path)
+    if issubclass(expected, Struct):
+        return decode(expected, value, locate, path)
+    return _scalar(expected, limits, value, locate, path)
 
 
-def _switches(value: object, place: Place, at: Path) -> dict[str, bool]:
+def _choices_text(choices: tuple[str, ...]) -> str:
+    *others, last = (choice or '""' for choice in choices)
+    return f"{', '.join(others)} or {last}"
+
+
+def _switches(value: object, locate: Locate, path: FieldPath) -> dict[str, bool]:
     if not isinstance(value, dict):
-        raise must_be(place(at), "a mapping", value)
-    given = {name: on for name, on in value.items() if on is not None}
-    for name, on in given.items():
-        if not isinstance(name, str) or not isinstance(on, bool):
-            raise must_be(place((*at, str(name))), "true or false", on)
-    return given
+        raise must_be(locate(path), "a mapping", value)
+    switches = {name: enabled for name, enabled in value.items() if enabled is not None}
+    for name, enabled in switches.items():
+        if not isinstance(name, str) or not isinstance(enabled, bool):
+            raise must_be(locate((*path, str(name))), "true or false", enabled)
+    return switches
 
 
-def _scalar(wanted: Any, limits: Meta, value: object, place: Place, at: Path) -> object:
-    read, allowed = _SCALARS[wanted]
-    found = read(value)
-    if found is None or not _within(found, limits):
-        raise must_be(place(at), allowed + _limits_text(limits), value)
-    return found
+def _scalar(expected: Any, limits: Meta, value: object, locate: Locate, path: FieldPath) -> object:
+    convert, allowed = _SCALARS[expected]
+    converted = convert(value)
+    if converted is None or not _is_within(converted, limits):
+        raise must_be(locate(path), allowed + _limits_text(limits), value)
+    return converted
 
 
-def _within(value: Any, limits: Meta) -> bool:
+def _is_within(value: Any, limits: Meta) -> bool:
     above = (limits.ge is None or value >= limits.ge) and (limits.gt is None or value > limits.gt)
     return above and (limits.le is None or value <= limits.le)
 
@@ -176,7 +235,7 @@ def _integer(value: object) -> int | None:
 
 
 def _number(value: object) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not -_LARGEST <= value <= _LARGEST:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -_MAX_FLOAT32 <= value <= _MAX_FLOAT32:
         return None
     return float(value)
 
@@ -196,8 +255,8 @@ def _seconds(value: object) -> Seconds | None:
 
 def _flush_seconds(value: object) -> FlushSeconds | None:
     nanoseconds = _integer(value)
-    found = _seconds(value) if nanoseconds is None else nanoseconds / 1e9
-    return None if found is None or found < 0 else FlushSeconds(found)
+    seconds = _seconds(value) if nanoseconds is None else nanoseconds / 1e9
+    return None if seconds is None or seconds < 0 else FlushSeconds(seconds)
 
 
 def _quantity(value: object) -> Quantity | None:
@@ -205,94 +264,43 @@ def _quantity(value: object) -> Quantity | None:
     return Quantity(text) if _QUANTITY.fullmatch(text) else None
 
 
-_DURATION = "a duration (such as 30s or 1m30s)"
+_DURATION_TEXT = "a duration (such as 30s or 1m30s)"
 _SCALARS: dict[type, tuple[Callable[[object], Any], str]] = {
     bool: (_boolean, "true or false"),
-    int: (_integer, "a whole number"),
+    int: (_integer, "an integer"),
     float: (_number, "a number"),
     str: (_string, "a string"),
-    Seconds: (_seconds, _DURATION),
-    FlushSeconds: (_flush_seconds, f"{_DURATION} or a number of nanoseconds"),
-    Quantity: (_quantity, "an amount (such as 0 or 64Ki)"),
+    Seconds: (_seconds, _DURATION_TEXT),
+    FlushSeconds: (_flush_seconds, f"{_DURATION_TEXT} or a number of nanoseconds"),
+    Quantity: (_quantity, "a quantity (such as 0 or 64Ki)"),
 }
-REMOVED = frozenset({"conntrack.max", "logging.sanitization", "resourceContainer", "udpIdleTimeout"})
-"""Fields that earlier versions of kube-proxy had and published files still have."""
-IGNORED = "ignored"
+"""How to convert a scalar of each type (None: not possible), and what is allowed."""
 
 
-class ConfigProblem(Struct, frozen=True):
-    """Something that kube-proxy's strict decoder refuses and its lenient one passes over; both texts are one line.
-
-    `consequence` says what becomes of it where it is passed over.
-    """
-
-    text: str
-    consequence: str = IGNORED
-
-    @property
-    def warning(self) -> str:
-        """The line for the log."""
-        return f"{self.text} ({self.consequence})"
-
-
-def known_fields(
-    shape: type[Struct], data: Mapping[Any, Any], place: Place, problems: list[ConfigProblem], at: Path = ()
-) -> dict[str, Any]:
-    """Return the fields of a section that `shape` has, at any depth, and add the others to `problems`.
-
-    Field names are case-sensitive, as they are to kube-proxy. Values are not looked at.
-    """
-    hints = get_type_hints(shape, include_extras=True)
-    names = {item.encode_name: hints[item.name] for item in msgspec.structs.fields(shape)}
-    known = {}
-    for key, value in data.items():
-        path = (*at, str(key))
-        if key in names:
-            known[key] = _known_value(names[key], value, place, problems, path)
-        else:
-            problems.append(ConfigProblem(f"{place(path)}: {_what_is_wrong(path, names)}"))
-    return known
-
-
-def doubled_in_json(text: bytes) -> list[Path]:
-    """Return the keys that JSON text gives more than once in one object, of which its parsers keep the last."""
-    import json  # noqa: PLC0415 - few configurations are JSON
-
-    doubled: list[tuple[dict[str, Any], str]] = []
-
-    def made(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            doubled.extend((found, name) for name in found if names.count(name) > 1)
-        return found
-
-    top = json.loads(text, object_pairs_hook=made)
-    return [(*path, name) for holder, name in doubled for path in _paths_to(holder, top)]
-
-
-def _known_value(wanted: Any, value: object, place: Place, problems: list[ConfigProblem], at: Path) -> object:
-    if get_origin(wanted) is Annotated:
-        wanted = get_args(wanted)[0]
-    if get_origin(wanted) is tuple and isinstance(value, list):
-        (item, *_) = get_args(wanted)
-        return [_known_value(item, each, place, problems, (*at, index)) for index, each in enumerate(value)]
-    if isinstance(wanted, type) and issubclass(wanted, Struct) and isinstance(value, dict):
-        return known_fields(wanted, value, place, problems, at)
+def _known_value(
+    expected: Any, value: object, locate: Locate, problems: list[ConfigProblem], path: FieldPath
+) -> object:
+    if get_origin(expected) is Annotated:
+        expected = get_args(expected)[0]
+    if get_origin(expected) is tuple and isinstance(value, list):
+        item_type = get_args(expected)[0]
+        return [_known_value(item_type, item, locate, problems, (*path, index)) for index, item in enumerate(value)]
+    if isinstance(expected, type) and issubclass(expected, Struct) and isinstance(value, dict):
+        return known_fields(expected, value, locate, problems, path)
     return value
 
 
-def _what_is_wrong(path: Path, names: Mapping[str, object]) -> str:
-    if field_path_text(path) in REMOVED:
+def _unknown_field_text(path: FieldPath, known: Mapping[str, object]) -> str:
+    if field_path_text(path) in REMOVED_FIELDS:
         return "no longer a field of kube-proxy's configuration"
-    from difflib import get_close_matches  # noqa: PLC0415 - slow to load, and needed only here
+    from difflib import get_close_matches  # noqa: PLC0415 - slow to import, and rarely needed
 
-    close = get_close_matches(str(path[-1]), names, 1)
+    close = get_close_matches(str(path[-1]), known, 1)
     return f"unknown field; did you mean {close[0]}?" if close else "unknown field"
 
 
-def _paths_to(wanted: object, data: object, at: Path = ()) -> list[Path]:
-    if data is wanted:
-        return [at]
+def _paths_to(target: object, data: object, path: FieldPath = ()) -> list[FieldPath]:
+    if data is target:
+        return [path]
     children = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
-    return [path for step, child in children for path in _paths_to(wanted, child, (*at, step))]
+    return [found for step, child in children for found in _paths_to(target, child, (*path, step))]

@@ -1,4 +1,4 @@
-"""Every Linux flag of kube-proxy 1.36, in its spelling."""
+"""The table of all Linux flags of kube-proxy 1.36, with their help texts."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ from typing import Literal, TypeAlias
 
 from msgspec import Struct
 
-Kind: TypeAlias = Literal["text", "bool", "int", "number", "list", "gates", "vmodule"]
+FlagKind: TypeAlias = Literal["text", "bool", "int", "number", "list", "gates", "vmodule"]
 
 
 class Flag(Struct, frozen=True):
-    """A flag that sets fields of the configuration, named as the file spells them. Durations are text.
+    """A flag that sets fields of the configuration, which are named as in the file. Durations are text.
 
-    The help calls its value `value`, and `words` are those that are offered for it. Where `blank_is_unset`, the flag
-    with an empty value counts as not given.
+    `metavar` stands for the value in the help, and `choices` are the values that shell completion offers. With
+    `empty_is_unset`, a flag with an empty value counts as not given.
     """
 
     name: str
     fields: tuple[str, ...]
     help: str = ""
-    kind: Kind = "text"
-    value: str = "TEXT"
-    words: tuple[str, ...] = ()
-    blank_is_unset: bool = False
+    kind: FlagKind = "text"
+    metavar: str = "TEXT"
+    choices: tuple[str, ...] = ()
+    empty_is_unset: bool = False
 
     @property
     def option(self) -> str:
-        """The flag as it is typed."""
+        """The flag with its dashes."""
         return f"--{self.name}"
 
 
@@ -34,113 +34,113 @@ CONFIGURATION = (
     Flag(
         "hostname-override",
         ("hostnameOverride",),
-        "name of this Node (default: the host name)",
-        value="NAME",
-        blank_is_unset=True,
+        "name of this Node (default: the host name of the machine)",
+        metavar="NAME",
+        empty_is_unset=True,
     ),
 )
-FOLLOWED = (
+API_SERVER = (
     Flag(
         "kubeconfig",
         ("clientConnection.kubeconfig",),
-        "address of the API server and credentials (default: the Pod's service account)",
-        value="FILE",
+        "kubeconfig file with the address of the API server and credentials (default: the Pod's service account)",
+        metavar="FILE",
     ),
 )
-TRAFFIC = (
+PROXYING = (
     Flag(
         "proxy-mode",
         ("mode",),
-        'iptables (default), nftables, or "" for nftables where it works',
-        value="MODE",
-        words=("iptables", "nftables"),
+        'iptables (default), nftables, or "" for nftables if it works on this node and iptables otherwise',
+        metavar="MODE",
+        choices=("iptables", "nftables"),
     ),
     Flag(
         "cluster-cidr",
         ("clusterCIDR",),
-        "addresses of the pods; one CIDR, or one of each family",
-        value="CIDR[,CIDR]",
+        "CIDR of the pods in the cluster, or one CIDR for each IP family of a dual-stack cluster",
+        metavar="CIDR[,CIDR]",
     ),
     Flag(
         "detect-local-mode",
         ("detectLocalMode",),
-        "how traffic of this node's pods is known: ClusterCIDR (default), NodeCIDR, BridgeInterface or "
+        "how to detect traffic from local pods: ClusterCIDR (default), NodeCIDR, BridgeInterface or "
         "InterfaceNamePrefix",
-        value="HOW",
-        words=("ClusterCIDR", "NodeCIDR", "BridgeInterface", "InterfaceNamePrefix"),
-        blank_is_unset=True,
+        metavar="MODE",
+        choices=("ClusterCIDR", "NodeCIDR", "BridgeInterface", "InterfaceNamePrefix"),
+        empty_is_unset=True,
     ),
     Flag(
         "pod-bridge-interface",
         ("detectLocal.bridgeInterface",),
-        "the bridge, for --detect-local-mode=BridgeInterface",
-        value="NAME",
+        "bridge interface of local pods, for --detect-local-mode=BridgeInterface",
+        metavar="NAME",
     ),
     Flag(
         "pod-interface-name-prefix",
         ("detectLocal.interfaceNamePrefix",),
-        "how interfaces of pods begin, for --detect-local-mode=InterfaceNamePrefix",
-        value="NAME",
+        "name prefix of local pods' interfaces, for --detect-local-mode=InterfaceNamePrefix",
+        metavar="NAME",
     ),
     Flag(
         "nodeport-addresses",
         ("nodePortAddresses",),
-        'addresses that NodePorts answer on, or "primary" for the Node\'s own (default: all in mode iptables, '
-        "primary in mode nftables)",
+        'CIDRs of the node addresses that accept NodePort connections, or "primary" for the primary addresses of the '
+        "Node (default: all addresses in iptables mode, primary in nftables mode)",
         "list",
-        value="CIDR,...",
+        metavar="CIDR,...",
     ),
     Flag(
         "iptables-localhost-nodeports",
         ("iptables.localhostNodePorts",),
-        "NodePorts answer on 127.0.0.1 too (mode iptables; default: true)",
+        "accept NodePort connections on 127.0.0.1, in iptables mode only (default: true)",
         "bool",
     ),
     Flag(
         "masquerade-all",
         ("iptables.masqueradeAll", "nftables.masqueradeAll"),
-        "SNAT for all traffic to cluster IPs (default: false)",
+        "masquerade (SNAT) all traffic to cluster IPs (default: false)",
         "bool",
     ),
     Flag(
         "iptables-masquerade-bit",
         ("iptables.masqueradeBit",),
-        "bit of the packet mark that asks for SNAT, 0 to 31 (mode iptables; default: 14)",
+        "bit of the packet mark that requests masquerading, from 0 to 31, in iptables mode only (default: 14)",
         "int",
-        value="N",
+        metavar="N",
     ),
 )
-SYNC = (
+SYNCING = (
     Flag(
         "iptables-min-sync-period",
         ("iptables.minSyncPeriod", "nftables.minSyncPeriod"),
-        "least time between two syncs, in either mode; 0 for none (default: 1s)",
-        value="DURATION",
+        "minimum interval between two syncs, in either mode; 0 for no minimum (default: 1s)",
+        metavar="DURATION",
     ),
     Flag(
         "iptables-sync-period",
         ("iptables.syncPeriod", "nftables.syncPeriod"),
-        "longest pause before a failed sync is tried again, in either mode (default: 30s)",
-        value="DURATION",
+        "interval of drift checks, and maximum delay before a failed sync is retried, in either mode (default: 30s)",
+        metavar="DURATION",
     ),
 )
 SERVING = (
     Flag(
         "healthz-bind-address",
         ("healthzBindAddress",),
-        'the health server; "" for none (default: 0.0.0.0:10256)',
-        value="IP[:PORT]",
+        'address of the health check server; "" disables it (default: 0.0.0.0:10256)',
+        metavar="IP[:PORT]",
     ),
     Flag(
         "metrics-bind-address",
         ("metricsBindAddress",),
-        'the metrics server; "" for none (default: 127.0.0.1:10249)',
-        value="IP[:PORT]",
+        'address of the metrics server; "" disables it (default: 127.0.0.1:10249)',
+        metavar="IP[:PORT]",
     ),
     Flag(
         "bind-address-hard-fail",
         ("bindAddressHardFail",),
-        "end if a port cannot be listened on (default: false)",
+        "exit if a server cannot bind to its port (default: false)",
         "bool",
     ),
 )
@@ -148,138 +148,144 @@ CONNTRACK = (
     Flag(
         "conntrack-max-per-core",
         ("conntrack.maxPerCore",),
-        "limit of tracked connections per CPU; 0 leaves it (default: 32768)",
+        "maximum number of tracked connections per CPU core; 0 leaves the limit unchanged (default: 32768)",
         "int",
-        value="N",
+        metavar="N",
     ),
     Flag(
         "conntrack-min",
         ("conntrack.min",),
-        "but the limit is no less than this (default: 131072)",
+        "lower bound of the limit on tracked connections, regardless of the number of CPU cores (default: 131072)",
         "int",
-        value="N",
+        metavar="N",
     ),
     Flag(
         "conntrack-tcp-timeout-established",
         ("conntrack.tcpEstablishedTimeout",),
-        "how long idle TCP connections are remembered; 0 leaves it (default: 24h)",
-        value="DURATION",
+        "timeout of idle TCP connections; 0 leaves it unchanged (default: 24h)",
+        metavar="DURATION",
     ),
     Flag(
         "conntrack-tcp-timeout-close-wait",
         ("conntrack.tcpCloseWaitTimeout",),
-        "how long those in CLOSE_WAIT are; 0 leaves it (default: 1h)",
-        value="DURATION",
+        "timeout of TCP connections in the CLOSE_WAIT state; 0 leaves it unchanged (default: 1h)",
+        metavar="DURATION",
     ),
     Flag(
         "conntrack-tcp-be-liberal",
         ("conntrack.tcpBeLiberal",),
-        "take no TCP packet for INVALID (default: false)",
+        "do not consider out-of-window TCP packets INVALID (default: false)",
         "bool",
     ),
     Flag(
         "conntrack-udp-timeout",
         ("conntrack.udpTimeout",),
-        "how long unanswered UDP flows are remembered; 0 leaves it (default: 0)",
-        value="DURATION",
+        "timeout of UDP flows without replies; 0 leaves it unchanged (default: 0)",
+        metavar="DURATION",
     ),
     Flag(
         "conntrack-udp-timeout-stream",
         ("conntrack.udpStreamTimeout",),
-        "how long answered UDP flows are; 0 leaves it (default: 0)",
-        value="DURATION",
+        "timeout of UDP flows with replies; 0 leaves it unchanged (default: 0)",
+        metavar="DURATION",
     ),
     Flag(
         "oom-score-adj",
         ("oomScoreAdj",),
-        "of the process, -1000 (killed last) to 1000 (default: -999)",
+        "OOM score adjustment of the process, from -1000 (never killed) to 1000 (default: -999)",
         "int",
-        value="N",
+        metavar="N",
     ),
 )
 LOGGING = (
-    Flag("v", ("logging.verbosity",), "verbosity: 2 for each sync, 4 for debugging (default: 0)", "int", value="N"),
+    Flag(
+        "v",
+        ("logging.verbosity",),
+        "log verbosity: 2 adds details of each sync, 4 adds debug messages (default: 0)",
+        "int",
+        metavar="N",
+    ),
     Flag(
         "vmodule",
         ("logging.vmodule",),
-        "verbosity of single source files, by name without .py",
+        "log verbosity of individual source files, by file name or pattern without .py; for the text format only",
         "vmodule",
-        value="PATTERN=N,...",
+        metavar="PATTERN=N,...",
     ),
     Flag(
         "logging-format",
         ("logging.format",),
-        "text (default) or json",
-        value="FORMAT",
-        words=("text", "json"),
-        blank_is_unset=True,
+        "log format: text (default) or json",
+        metavar="FORMAT",
+        choices=("text", "json"),
+        empty_is_unset=True,
     ),
 )
-ACCEPTED = (
-    Flag("bind-address", ("bindAddress",), value="IP", blank_is_unset=True),
-    Flag("config-sync-period", ("configSyncPeriod",), value="DURATION"),
-    Flag("feature-gates", ("featureGates",), kind="gates", value="NAME=BOOL,..."),
-    Flag("kube-api-burst", ("clientConnection.burst",), kind="int", value="N"),
-    Flag("kube-api-content-type", ("clientConnection.contentType",), blank_is_unset=True),
-    Flag("kube-api-qps", ("clientConnection.qps",), kind="number", value="N"),
-    Flag("log-flush-frequency", ("logging.flushFrequency",), value="DURATION"),
+NO_EFFECT = (
+    Flag("bind-address", ("bindAddress",), metavar="IP", empty_is_unset=True),
+    Flag("config-sync-period", ("configSyncPeriod",), metavar="DURATION"),
+    Flag("feature-gates", ("featureGates",), kind="gates", metavar="NAME=BOOL,..."),
+    Flag("kube-api-burst", ("clientConnection.burst",), kind="int", metavar="N"),
+    Flag("kube-api-content-type", ("clientConnection.contentType",), empty_is_unset=True),
+    Flag("kube-api-qps", ("clientConnection.qps",), kind="number", metavar="N"),
+    Flag("log-flush-frequency", ("logging.flushFrequency",), metavar="DURATION"),
     Flag("profiling", ("enableProfiling",), kind="bool"),
-    Flag("show-hidden-metrics-for-version", ("showHiddenMetricsForVersion",), value="MAJOR.MINOR"),
+    Flag("show-hidden-metrics-for-version", ("showHiddenMetricsForVersion",), metavar="MAJOR.MINOR"),
 )
-"""Flags from which nothing follows in kproxy, though it has what they are about."""
-WITHOUT_EFFECT = (
-    Flag("ipvs-exclude-cidrs", ("ipvs.excludeCIDRs",), kind="list", value="CIDR,..."),
-    Flag("ipvs-min-sync-period", ("ipvs.minSyncPeriod",), value="DURATION"),
+"""Flags that kproxy accepts without a warning. They tune features that it implements in another way."""
+UNSUPPORTED = (
+    Flag("ipvs-exclude-cidrs", ("ipvs.excludeCIDRs",), kind="list", metavar="CIDR,..."),
+    Flag("ipvs-min-sync-period", ("ipvs.minSyncPeriod",), metavar="DURATION"),
     Flag("ipvs-scheduler", ("ipvs.scheduler",)),
     Flag("ipvs-strict-arp", ("ipvs.strictARP",), kind="bool"),
-    Flag("ipvs-sync-period", ("ipvs.syncPeriod",), value="DURATION"),
-    Flag("ipvs-tcp-timeout", ("ipvs.tcpTimeout",), value="DURATION"),
-    Flag("ipvs-tcpfin-timeout", ("ipvs.tcpFinTimeout",), value="DURATION"),
-    Flag("ipvs-udp-timeout", ("ipvs.udpTimeout",), value="DURATION"),
-    Flag("log-json-info-buffer-size", ("logging.options.json.infoBufferSize",), value="BYTES"),
+    Flag("ipvs-sync-period", ("ipvs.syncPeriod",), metavar="DURATION"),
+    Flag("ipvs-tcp-timeout", ("ipvs.tcpTimeout",), metavar="DURATION"),
+    Flag("ipvs-tcpfin-timeout", ("ipvs.tcpFinTimeout",), metavar="DURATION"),
+    Flag("ipvs-udp-timeout", ("ipvs.udpTimeout",), metavar="DURATION"),
+    Flag("log-json-info-buffer-size", ("logging.options.json.infoBufferSize",), metavar="BYTES"),
     Flag("log-json-split-stream", ("logging.options.json.splitStream",), kind="bool"),
-    Flag("log-text-info-buffer-size", ("logging.options.text.infoBufferSize",), value="BYTES"),
+    Flag("log-text-info-buffer-size", ("logging.options.text.infoBufferSize",), metavar="BYTES"),
     Flag("log-text-split-stream", ("logging.options.text.splitStream",), kind="bool"),
-    Flag("proxy-port-range", ("portRange",), value="RANGE"),
-    Flag("boot-id-file", (), value="FILE"),
-    Flag("machine-id-file", (), value="FILE"),
+    Flag("proxy-port-range", ("portRange",), metavar="RANGE"),
+    Flag("boot-id-file", (), metavar="FILE"),
+    Flag("machine-id-file", (), metavar="FILE"),
 )
-"""Flags whose matter kproxy has not: each that is given is warned about."""
+"""Flags for features that kproxy does not implement. It logs a warning for those that are given."""
 PORT_FLAGS = (
-    Flag("healthz-port", ("healthzBindAddress",), "deprecated: use --healthz-bind-address", "int", value="PORT"),
-    Flag("metrics-port", ("metricsBindAddress",), "deprecated: use --metrics-bind-address", "int", value="PORT"),
+    Flag("healthz-port", ("healthzBindAddress",), "deprecated, use --healthz-bind-address", "int", metavar="PORT"),
+    Flag("metrics-port", ("metricsBindAddress",), "deprecated, use --metrics-bind-address", "int", metavar="PORT"),
 )
-"""Flags that complete an address with a port, or turn its server off with port 0."""
-Group: TypeAlias = Literal[
-    "configuration",
-    "what is followed",
-    "traffic",
-    "sync",
-    "serving",
-    "conntrack and memory",
-    "logging",
-    "without effect",
-]
-GROUPS: dict[Group, tuple[Flag, ...]] = {
-    "configuration": CONFIGURATION,
-    "what is followed": FOLLOWED,
-    "traffic": TRAFFIC,
-    "sync": SYNC,
-    "serving": (*SERVING, *PORT_FLAGS),
-    "conntrack and memory": CONNTRACK,
-    "logging": LOGGING,
-    "without effect": (*ACCEPTED, *WITHOUT_EFFECT),
-}
-"""The flags in the order of the help, under its headings."""
+"""Flags that add a port to an address without one; port 0 disables the server."""
 CONFIG_FLAGS = (
     *CONFIGURATION,
-    *FOLLOWED,
-    *TRAFFIC,
-    *SYNC,
+    *API_SERVER,
+    *PROXYING,
+    *SYNCING,
     *SERVING,
     *CONNTRACK,
     *LOGGING,
-    *ACCEPTED,
-    *WITHOUT_EFFECT,
+    *NO_EFFECT,
+    *UNSUPPORTED,
 )
-"""Flags that set fields."""
+"""All flags that set fields, except `PORT_FLAGS`."""
+Group: TypeAlias = Literal[
+    "configuration",
+    "API server",
+    "proxying",
+    "syncing",
+    "health and metrics",
+    "conntrack and memory",
+    "logging",
+    "no effect",
+]
+GROUPS: dict[Group, tuple[Flag, ...]] = {
+    "configuration": CONFIGURATION,
+    "API server": API_SERVER,
+    "proxying": PROXYING,
+    "syncing": SYNCING,
+    "health and metrics": (*SERVING, *PORT_FLAGS),
+    "conntrack and memory": CONNTRACK,
+    "logging": LOGGING,
+    "no effect": (*NO_EFFECT, *UNSUPPORTED),
+}
+"""The flags by heading, in the order of the help."""

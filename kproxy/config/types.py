@@ -1,7 +1,7 @@
-"""The configuration of kube-proxy 1.36: every field of `KubeProxyConfiguration` v1alpha1, with its default.
+"""The configuration of kube-proxy 1.36: every field of `KubeProxyConfiguration` v1alpha1, with its default. Pure.
 
-Fields are named as in the file, in Python's spelling (`masqueradeBit` is `masquerade_bit`), and mean the same;
-those that kproxy has no use for say so. Durations are seconds.
+Fields have the meaning and the name that they have in the file, in snake case: `masqueradeBit` is `masquerade_bit`.
+Sections without effect in kproxy say so. Durations are in seconds.
 """
 
 from __future__ import annotations
@@ -15,40 +15,40 @@ from msgspec import Meta, Struct, field
 API_VERSION = "kubeproxy.config.k8s.io/v1alpha1"
 KIND = "KubeProxyConfiguration"
 PRIMARY = "primary"
-"""The only entry of `nodePortAddresses` that is no CIDR: the node's primary address of each family."""
-INT32 = 2**31 - 1
+"""The only entry of `nodePortAddresses` that is not a CIDR: the Node's primary address of each IP family."""
+_MAX_INT32 = 2**31 - 1
 
 
 class Seconds(float):
-    """A duration, which files and flags write as Go does (`1m30s`)."""
+    """A duration. Files and flags use Go's syntax (`1m30s`)."""
 
 
 class FlushSeconds(Seconds):
-    """A duration that files may also give as a number of nanoseconds."""
+    """A duration that files may also specify as a number of nanoseconds."""
 
 
 class Quantity(str):
-    """An amount such as `64Ki`, which files may also give as a number."""
+    """A quantity such as `64Ki`, which files may also specify as a number."""
 
     __slots__ = ()
 
 
 Mode: TypeAlias = Literal["iptables", "nftables"]
 ModeSetting: TypeAlias = Literal["iptables", "nftables", ""]
-"""A mode, or "" for what this node can do best, which is found out at start."""
+"""A proxy mode, or "" to choose the best one that works on this node, at startup."""
 LocalMode: TypeAlias = Literal["ClusterCIDR", "NodeCIDR", "BridgeInterface", "InterfaceNamePrefix"]
 Bit: TypeAlias = Annotated[int, Meta(ge=0, le=31)]
-Count: TypeAlias = Annotated[int, Meta(ge=0, le=INT32)]
-Period: TypeAlias = Annotated[Seconds, Meta(gt=0)]
-Pause: TypeAlias = Annotated[Seconds, Meta(ge=0)]
+Count: TypeAlias = Annotated[int, Meta(ge=0, le=_MAX_INT32)]
+PositiveSeconds: TypeAlias = Annotated[Seconds, Meta(gt=0)]
+NonNegativeSeconds: TypeAlias = Annotated[Seconds, Meta(ge=0)]
 
 
 class Section(Struct, frozen=True, kw_only=True, rename="camel"):
-    """A part of the configuration."""
+    """A section of the configuration."""
 
 
 class ClientConnection(Section, frozen=True, kw_only=True):
-    """How to reach the API server. Whatever the content types say, watches are in protobuf and lists in JSON."""
+    """Access to the API server. Content types have no effect: watches use protobuf, and lists JSON."""
 
     kubeconfig: str = ""
     accept_content_types: str = ""
@@ -58,26 +58,26 @@ class ClientConnection(Section, frozen=True, kw_only=True):
 
 
 class IPTables(Section, frozen=True, kw_only=True):
-    """What applies in mode iptables."""
+    """Settings of iptables mode."""
 
     masquerade_bit: Bit = 14
     masquerade_all: bool = False
     localhost_node_ports: bool = True
-    sync_period: Period = Seconds(30)
-    min_sync_period: Pause = Seconds(1)
+    sync_period: PositiveSeconds = Seconds(30)
+    min_sync_period: NonNegativeSeconds = Seconds(1)
 
 
 class NFTables(Section, frozen=True, kw_only=True):
-    """What applies in mode nftables."""
+    """Settings of nftables mode."""
 
     masquerade_bit: Bit = 14
     masquerade_all: bool = False
-    sync_period: Period = Seconds(30)
-    min_sync_period: Pause = Seconds(1)
+    sync_period: PositiveSeconds = Seconds(30)
+    min_sync_period: NonNegativeSeconds = Seconds(1)
 
 
 class IPVS(Section, frozen=True, kw_only=True):
-    """What applied in mode ipvs: without effect."""
+    """Settings of ipvs mode. No effect."""
 
     sync_period: Seconds = Seconds(30)
     min_sync_period: Seconds = Seconds(0)
@@ -90,7 +90,7 @@ class IPVS(Section, frozen=True, kw_only=True):
 
 
 class Winkernel(Section, frozen=True, kw_only=True):
-    """What applies on Windows: without effect."""
+    """Settings of kube-proxy for Windows. No effect."""
 
     network_name: str = ""
     source_vip: str = ""
@@ -100,47 +100,47 @@ class Winkernel(Section, frozen=True, kw_only=True):
 
 
 class DetectLocal(Section, frozen=True, kw_only=True):
-    """The interfaces of pods, for the values of `detectLocalMode` that go by interface."""
+    """The interfaces of local pods, for the values of `detectLocalMode` that detect traffic by interface."""
 
     bridge_interface: str = ""
     interface_name_prefix: str = ""
 
 
 class Conntrack(Section, frozen=True, kw_only=True):
-    """Connection tracking limits and timeouts; 0 leaves what the kernel has."""
+    """Connection tracking limits and timeouts. 0 leaves the kernel's value as it is."""
 
     max_per_core: Count = 32768
     min: Count = 131072
-    tcp_established_timeout: Pause = Seconds(86400)
-    tcp_close_wait_timeout: Pause = Seconds(3600)
+    tcp_established_timeout: NonNegativeSeconds = Seconds(86400)
+    tcp_close_wait_timeout: NonNegativeSeconds = Seconds(3600)
     tcp_be_liberal: bool = False
-    udp_timeout: Pause = Seconds(0)
-    udp_stream_timeout: Pause = Seconds(0)
+    udp_timeout: NonNegativeSeconds = Seconds(0)
+    udp_stream_timeout: NonNegativeSeconds = Seconds(0)
 
 
 class LogRouting(Section, frozen=True, kw_only=True):
-    """Where log lines of one format go: without effect."""
+    """The output streams of one log format. No effect."""
 
     split_stream: bool = False
     info_buffer_size: Quantity = Quantity("0")
 
 
 class LogOptions(Section, frozen=True, kw_only=True):
-    """The options of each log format: without effect."""
+    """The options of each log format. No effect."""
 
     text: LogRouting = LogRouting()
     json: LogRouting = LogRouting()
 
 
 class VModule(Section, frozen=True, kw_only=True):
-    """The verbosity of the source files whose names match a pattern."""
+    """The log verbosity of the source files whose names match a pattern."""
 
     file_pattern: str = ""
     verbosity: Count = 0
 
 
 class Logging(Section, frozen=True, kw_only=True):
-    """What is logged, and how."""
+    """Log format and verbosity."""
 
     format: Literal["text", "json"] = "text"
     flush_frequency: FlushSeconds = FlushSeconds(5)
@@ -150,24 +150,24 @@ class Logging(Section, frozen=True, kw_only=True):
 
 
 class KproxySection(Section, frozen=True, kw_only=True):
-    """What kube-proxy does not have: section `kproxy`. A kube-proxy refuses a file with it."""
+    """Section `kproxy`: settings that kube-proxy does not have. kube-proxy rejects a file that contains it."""
 
     iptables_dispatch_threshold: Count = 1000
 
 
 class Config(Section, frozen=True, kw_only=True):
-    """A whole configuration.
+    """A complete configuration.
 
-    IP addresses and CIDRs are in canonical form. `healthz_bind_address` and `metrics_bind_address` are
-    `IP:port`, or "" where a flag turned that server off. While `mode` is "", nobody has chosen one yet: what depends
-    on it raises `ValueError`, until `resolved` says which it is.
+    IP addresses and CIDRs are in canonical form. `healthz_bind_address` and `metrics_bind_address` are `IP:port`, or ""
+    if a flag disabled the server. If `mode` is "", the mode is not chosen yet: properties that depend on it raise
+    `ValueError`, except on the configuration that `resolved` returns.
     """
 
     feature_gates: Mapping[str, bool] = field(default_factory=dict)
     client_connection: ClientConnection = ClientConnection()
     logging: Logging = Logging()
     hostname_override: str = ""
-    bind_address: str = "0.0.0.0"  # noqa: S104 - no socket is bound to it
+    bind_address: str = "0.0.0.0"  # noqa: S104 - kproxy does not bind a socket to it
     healthz_bind_address: str = "0.0.0.0:10256"
     metrics_bind_address: str = "127.0.0.1:10249"
     bind_address_hard_fail: bool = False
@@ -184,41 +184,41 @@ class Config(Section, frozen=True, kw_only=True):
     node_port_addresses: tuple[str, ...] = ()
     oom_score_adj: Annotated[int, Meta(ge=-1000, le=1000)] = -999
     conntrack: Conntrack = Conntrack()
-    config_sync_period: Period = Seconds(900)
+    config_sync_period: PositiveSeconds = Seconds(900)
     port_range: str = ""
     windows_run_as_service: bool = False
     kproxy: KproxySection = KproxySection()
 
     def resolved(self, mode: Mode) -> Config:
-        """Return the configuration with the mode that was chosen. Raises `ValueError` if it asks for another one."""
+        """Return the configuration with the chosen mode. Raises `ValueError` if another one is configured."""
         if self.mode not in {"", mode}:
             raise ValueError(f"mode {mode} was chosen, but {self.mode} is configured")
         return msgspec.structs.replace(self, mode=mode)
 
     @property
     def effective_mode(self) -> Mode:
-        """The mode, where it is configured or has been chosen. Raises `ValueError` where it has not."""
+        """The mode, configured or chosen. Raises `ValueError` if it is not chosen yet."""
         if not self.mode:
             raise ValueError("no mode has been chosen yet")
         return self.mode
 
     @property
     def backend(self) -> IPTables | NFTables:
-        """The section of the mode in force: masquerading and the periods of syncs."""
+        """The section of the effective mode: masquerading and sync periods."""
         return self.nftables if self.effective_mode == "nftables" else self.iptables
 
     @property
     def cluster_cidrs(self) -> tuple[str, ...]:
-        """The CIDRs of `cluster_cidr`, at most one of each family."""
+        """The CIDRs of `cluster_cidr`, at most one of each IP family."""
         return tuple(self.cluster_cidr.split(",")) if self.cluster_cidr else ()
 
     @property
     def effective_node_port_addresses(self) -> tuple[str, ...]:
-        """CIDRs, or `primary`; () means every local address. Unset is `primary` in mode nftables."""
-        usual = (PRIMARY,) if self.effective_mode == "nftables" else ()
-        return self.node_port_addresses or usual
+        """CIDRs, or `primary`; () means all local addresses. The default in nftables mode is `primary`."""
+        default = (PRIMARY,) if self.effective_mode == "nftables" else ()
+        return self.node_port_addresses or default
 
 
 def node_name(config: Config, hostname: str) -> str:
-    """Return the name of this Node: the override, or else the machine's host name, trimmed and lower-cased."""
+    """Return the name of this Node, in lower case: the override, or else the host name of the machine."""
     return (config.hostname_override.strip() or hostname.strip()).lower()

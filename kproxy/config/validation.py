@@ -1,4 +1,4 @@
-"""What the fields of a configuration must hold beyond their types, and what of it has no effect."""
+"""Validate a configuration beyond the types of its fields, and find settings that have no effect."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from typing import get_args
 import msgspec
 from msgspec import Struct
 
-from kproxy.config.decode import ConfigError, Path, Place, format_duration, must_be
+from kproxy.config.decode import ConfigError, Locate, format_duration, must_be
 from kproxy.config.types import IPVS, PRIMARY, Config, LogOptions, Mode, Winkernel
+from kproxy.documents.document import FieldPath
 from kproxy.model.addresses import canonical_address, canonical_cidr, family_of
 
 HEALTHZ_PORT = 10256
 METRICS_PORT = 10249
 RETIRED_MODES = {
-    "ipvs": "deprecated by Kubernetes and not in kproxy",
-    "userspace": "removed from Kubernetes",
-    "kernelspace": "for Windows",
+    "ipvs": "ipvs is deprecated in Kubernetes and not supported by kproxy",
+    "userspace": "userspace has been removed from Kubernetes",
+    "kernelspace": "kernelspace is for Windows only",
 }
+"""Modes that kube-proxy has or had and kproxy does not, with the reason."""
 KNOWN_GATES = frozenset(
     {
         "KubeProxyDrainingTerminatingNodes",
@@ -31,123 +33,124 @@ KNOWN_GATES = frozenset(
         "TopologyAwareHints",
     }
 )
-"""The feature gates whose features kproxy always has."""
+"""Feature gates whose features are always enabled in kproxy."""
+MAX_INTERFACE_NAME = 15
+"""The longest name of a network interface (IFNAMSIZ without the terminating NUL)."""
 _CIDR = "a CIDR (such as 10.244.0.0/16 or fd00::/64)"
 
 
-def check(config: Config, place: Place) -> Config:
+def check(config: Config, locate: Locate) -> Config:
     """Return the configuration with addresses and CIDRs in canonical form. Raises `ConfigError`."""
-    _check_names(config, place)
-    _check_periods(config, place)
-    _check_verbosities(config, place)
+    _check_names(config, locate)
+    _check_periods(config, locate)
+    _check_verbosities(config, locate)
     return msgspec.structs.replace(
         config,
-        bind_address=_address(config.bind_address, ("bindAddress",), place),
-        healthz_bind_address=_endpoint(config.healthz_bind_address, HEALTHZ_PORT, ("healthzBindAddress",), place),
-        metrics_bind_address=_endpoint(config.metrics_bind_address, METRICS_PORT, ("metricsBindAddress",), place),
-        cluster_cidr=_pair(config.cluster_cidr, ("clusterCIDR",), place),
-        node_port_addresses=_node_port_addresses(config.node_port_addresses, place),
+        bind_address=_address(config.bind_address, ("bindAddress",), locate),
+        healthz_bind_address=_endpoint(config.healthz_bind_address, HEALTHZ_PORT, ("healthzBindAddress",), locate),
+        metrics_bind_address=_endpoint(config.metrics_bind_address, METRICS_PORT, ("metricsBindAddress",), locate),
+        cluster_cidr=_cidr_pair(config.cluster_cidr, ("clusterCIDR",), locate),
+        node_port_addresses=_node_port_addresses(config.node_port_addresses, locate),
     )
 
 
-def refuse_retired_mode(mode: object, place: Place) -> None:
-    """Raise `ConfigError` for a mode that kube-proxy has or had, and kproxy has not."""
+def reject_retired_mode(mode: object, locate: Locate) -> None:
+    """Raise `ConfigError` for one of the `RETIRED_MODES`."""
     if isinstance(mode, str) and mode in RETIRED_MODES:
-        raise ConfigError(f"{place(('mode',))}: {mode} is {RETIRED_MODES[mode]}; use nftables (or iptables)")
+        raise ConfigError(f"{locate(('mode',))}: {RETIRED_MODES[mode]}; use nftables or iptables")
 
 
-def warnings_of(config: Config, place: Place) -> list[str]:
-    """Return a line for each group of settings that have no effect."""
-    unused = [
+def ineffective_settings(config: Config, locate: Locate) -> list[str]:
+    """Return warnings of one line each for settings that have no effect."""
+    paths = [
         *_changed(config.ipvs, IPVS(), ("ipvs",)),
         *_changed(config.winkernel, Winkernel(), ("winkernel",)),
         *_changed(config.logging.options, LogOptions(), ("logging", "options")),
     ]
-    unused += ([("portRange",)] if config.port_range else []) + (
+    paths += ([("portRange",)] if config.port_range else []) + (
         [("windowsRunAsService",)] if config.windows_run_as_service else []
     )
-    warnings = [f"{place(path)}: has no effect in kproxy" for path in unused]
+    warnings = [f"{locate(path)}: no effect in kproxy" for path in paths]
     if config.feature_gates:
-        warnings += gate_warnings(config.feature_gates, place(("featureGates",)))
+        warnings += gate_warnings(config.feature_gates, locate(("featureGates",)))
     return warnings
 
 
-def gate_warnings(gates: Mapping[str, bool], where: str) -> list[str]:
-    """Return a line for the gates that kproxy does not know, and one for those it cannot turn off."""
+def gate_warnings(gates: Mapping[str, bool], location: str) -> list[str]:
+    """Return a warning for unknown feature gates, and one for known ones that are disabled."""
     unknown = sorted(gates.keys() - KNOWN_GATES)
-    off = sorted(name for name, on in gates.items() if not on and name in KNOWN_GATES)
+    disabled = sorted(name for name, enabled in gates.items() if not enabled and name in KNOWN_GATES)
     return [
-        *([f"{where}: no such gates in kproxy, without effect: {', '.join(unknown)}"] if unknown else []),
-        *([f"{where}: always on in kproxy: {', '.join(off)}"] if off else []),
+        *([f"{location}: unknown feature gates, no effect: {', '.join(unknown)}"] if unknown else []),
+        *([f"{location}: cannot be disabled in kproxy: {', '.join(disabled)}"] if disabled else []),
     ]
 
 
 def has_port(endpoint: str) -> bool:
-    """Tell whether a listen address says its port."""
+    """Return whether a listen address includes a port."""
     return canonical_address(endpoint) is None
 
 
-def _changed(section: Struct, default: Struct, at: Path) -> Iterator[Path]:
+def _changed(section: Struct, default: Struct, path: FieldPath) -> Iterator[FieldPath]:
+    """Yield the fields of a section that differ from the default."""
     for item in msgspec.structs.fields(type(section)):
-        value, usual = getattr(section, item.name), getattr(default, item.name)
+        value, default_value = getattr(section, item.name), getattr(default, item.name)
         if isinstance(value, Struct):
-            yield from _changed(value, usual, (*at, item.encode_name))
-        elif value != usual:
-            yield (*at, item.encode_name)
+            yield from _changed(value, default_value, (*path, item.encode_name))
+        elif value != default_value:
+            yield (*path, item.encode_name)
 
 
-INTERFACE_NAME = 15
-"""The longest name of a network interface (IFNAMSIZ, less the final NUL)."""
-
-
-def _check_names(config: Config, place: Place) -> None:
+def _check_names(config: Config, locate: Locate) -> None:
     if config.hostname_override and not config.hostname_override.strip():
-        raise must_be(place(("hostnameOverride",)), "a host name", config.hostname_override)
+        raise must_be(locate(("hostnameOverride",)), "a host name", config.hostname_override)
     version = config.show_hidden_metrics_for_version
     if version and not re.fullmatch(r"[0-9]+\.[0-9]+", version):
-        raise must_be(place(("showHiddenMetricsForVersion",)), "a minor version such as 1.35", version)
+        raise must_be(locate(("showHiddenMetricsForVersion",)), "a minor version such as 1.35", version)
     interfaces = {
         "BridgeInterface": ("bridgeInterface", config.detect_local.bridge_interface),
         "InterfaceNamePrefix": ("interfaceNamePrefix", config.detect_local.interface_name_prefix),
     }
     name, value = interfaces.get(config.detect_local_mode, ("", "unused"))
     if not value:
-        where = place(("detectLocal", name))
-        raise ConfigError(f"{where}: must be set with detectLocalMode {config.detect_local_mode}")
-    longest = INTERFACE_NAME - (name == "interfaceNamePrefix")
+        location = locate(("detectLocal", name))
+        raise ConfigError(f"{location}: must be set if detectLocalMode is {config.detect_local_mode}")
+    longest = MAX_INTERFACE_NAME - (name == "interfaceNamePrefix")
     if name and not re.fullmatch(rf"[A-Za-z0-9_.@-]{{1,{longest}}}", value):
         allowed = f"a name of at most {longest} letters, digits, '-', '_', '.' and '@'"
-        raise must_be(place(("detectLocal", name)), allowed, value)
+        raise must_be(locate(("detectLocal", name)), allowed, value)
 
 
-def _check_periods(config: Config, place: Place) -> None:
-    """Compare the periods of the modes that may be in force: those of another may be leftovers, as in kube-proxy."""
+def _check_periods(config: Config, locate: Locate) -> None:
+    """Check the sync periods of the configured mode, or of both modes if `mode` is "".
+
+    As in kube-proxy, those of another mode may be invalid.
+    """
     for mode in (config.mode,) if config.mode else get_args(Mode):
         section = config.resolved(mode).backend
-        least, usual = section.min_sync_period, section.sync_period
-        if least > usual:
-            shown = f"{format_duration(usual)}, but is {format_duration(least)}"
-            where = place((mode, "minSyncPeriod"))
-            raise ConfigError(f"{where}: must not exceed {mode}.syncPeriod, {shown}")
+        if section.min_sync_period > section.sync_period:
+            location = locate((mode, "minSyncPeriod"))
+            maximum, actual = format_duration(section.sync_period), format_duration(section.min_sync_period)
+            raise ConfigError(f"{location}: must not exceed {mode}.syncPeriod ({maximum}), but is {actual}")
 
 
-def _check_verbosities(config: Config, place: Place) -> None:
+def _check_verbosities(config: Config, locate: Locate) -> None:
     if config.logging.vmodule and config.logging.format != "text":
-        raise ConfigError(f"{place(('logging', 'vmodule'))}: needs logging.format text")
+        raise ConfigError(f"{locate(('logging', 'vmodule'))}: requires logging.format text")
     for index, item in enumerate(config.logging.vmodule):
         if not item.file_pattern or set("=,") & set(item.file_pattern):
-            where = place(("logging", "vmodule", index, "filePattern"))
-            raise must_be(where, "the name of a source file, or a pattern, without = and ,", item.file_pattern)
+            location = locate(("logging", "vmodule", index, "filePattern"))
+            raise must_be(location, "the name or pattern of a source file (without '=' and ',')", item.file_pattern)
 
 
-def _address(text: str, at: Path, place: Place) -> str:
+def _address(text: str, path: FieldPath, locate: Locate) -> str:
     address = canonical_address(text)
     if address is None:
-        raise must_be(place(at), "an IP address", text)
+        raise must_be(locate(path), "an IP address", text)
     return address
 
 
-def _endpoint(text: str, port: int, at: Path, place: Place) -> str:
+def _endpoint(text: str, port: int, path: FieldPath, locate: Locate) -> str:
     if not text:
         return ""
     address = canonical_address(text)
@@ -157,28 +160,28 @@ def _endpoint(text: str, port: int, at: Path, place: Place) -> str:
         address = canonical_address(host[1:-1] if bracketed else host)
         valid = re.fullmatch(r"[0-9]{1,5}", number) and 1 <= int(number) <= 65535
         if address is None or not valid or bracketed != (":" in host[1:-1]):
-            raise must_be(place(at), f"an IP address or IP:port (such as 0.0.0.0:{port} or [::]:{port})", text)
+            raise must_be(locate(path), f"an IP address or IP:port (such as 0.0.0.0:{port} or [::]:{port})", text)
         port = int(number)
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
-def _pair(text: str, at: Path, place: Place) -> str:
+def _cidr_pair(text: str, path: FieldPath, locate: Locate) -> str:
     if not text:
         return ""
     cidrs = [canonical_cidr(part) for part in text.split(",")]
-    found = [cidr for cidr in cidrs if cidr is not None]
-    if len(found) < len(cidrs) or len({family_of(cidr) for cidr in found}) < len(found):
-        raise must_be(place(at), f"{_CIDR}, or one of each family with a comma between", text)
-    return ",".join(found)
+    valid = [cidr for cidr in cidrs if cidr is not None]
+    if len(valid) < len(cidrs) or len({family_of(cidr) for cidr in valid}) < len(valid):
+        raise must_be(locate(path), f"{_CIDR}, or one of each IP family separated by a comma", text)
+    return ",".join(valid)
 
 
-def _node_port_addresses(texts: tuple[str, ...], place: Place) -> tuple[str, ...]:
+def _node_port_addresses(texts: tuple[str, ...], locate: Locate) -> tuple[str, ...]:
     if texts == (PRIMARY,):
         return texts
-    found = []
+    cidrs = []
     for index, text in enumerate(texts):
         cidr = canonical_cidr(text)
         if cidr is None:
-            raise must_be(place(("nodePortAddresses", index)), f"{_CIDR}, or {PRIMARY} as the only entry", text)
-        found.append(cidr)
-    return tuple(dict.fromkeys(found))
+            raise must_be(locate(("nodePortAddresses", index)), f"{_CIDR}, or {PRIMARY} as the only entry", text)
+        cidrs.append(cidr)
+    return tuple(dict.fromkeys(cidrs))

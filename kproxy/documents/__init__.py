@@ -1,1 +1,1 @@
-"""YAML and JSON documents with positions, and files that are read again when they change."""
+"""YAML and JSON documents with line numbers, and files that are read again when they change."""

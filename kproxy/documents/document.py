@@ -1,4 +1,4 @@
-"""A document of a YAML or JSON file, the path of a field in it, and problems with positions. Pure."""
+"""Documents of YAML and JSON files, paths of fields in them, and file problems with line numbers. Pure."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from typing import Any, TypeAlias
 import msgspec
 from msgspec import Struct
 
+FieldPath: TypeAlias = tuple[str | int, ...]
+"""The keys and indexes that lead to a field."""
+
 
 class DocumentError(ValueError):
-    """Text that is neither JSON nor YAML. `line` and `column` count from 1; 0 means unknown."""
+    """The text is neither JSON nor YAML. `line` and `column` count from 1; 0 means unknown."""
 
     def __init__(self, message: str, line: int = 0, column: int = 0) -> None:
         super().__init__(message)
@@ -19,30 +22,20 @@ class DocumentError(ValueError):
 
 
 class Document(Struct, frozen=True):
-    """One document: its JSON text, or the data that YAML text stands for.
+    """One document: JSON text as `bytes`, or the data parsed from YAML.
 
-    `line_of` returns the line (from 1) of the field at a path, or of the last part of the path that exists;
-    0 if it cannot be told. `doubled` are the keys that YAML gives more than once in one mapping, if those were asked
-    for: the last one counts.
+    `line_of` returns the line (from 1) of the field at a path, or else of the closest parent that exists; 0 means
+    unknown. `duplicate_keys` are the keys that occur more than once in a YAML mapping, if the caller asked for them;
+    the last value applies.
     """
 
     content: bytes | Any
     line_of: Callable[[FieldPath], int]
-    doubled: Sequence[FieldPath] = ()
-
-
-FieldPath: TypeAlias = tuple[str | int, ...]
-"""The keys and indexes that lead to a field."""
-
-
-def field_path_text(path: FieldPath) -> str:
-    """Return a path as `spec.ports[0].port`; a key that is not printable, such as a line break, is quoted."""
-    quoted = (step if isinstance(step, int) or step.isprintable() else repr(step) for step in path)
-    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in quoted).removeprefix(".")
+    duplicate_keys: Sequence[FieldPath] = ()
 
 
 class FileProblem(Struct, frozen=True):
-    """What is wrong with a file, as one line. `line` and `column` count from 1; 0 means unknown."""
+    """A problem with a file, described in one line. `line` and `column` count from 1; 0 means unknown."""
 
     path: str
     message: str
@@ -50,8 +43,14 @@ class FileProblem(Struct, frozen=True):
     column: int = 0
 
     def __str__(self) -> str:
-        place = "".join(f":{number}" for number in (self.line, self.column) if number)
-        return f"{self.path}{place}: {self.message}"
+        position = "".join(f":{number}" for number in (self.line, self.column) if number)
+        return f"{self.path}{position}: {self.message}"
+
+
+def field_path_text(path: FieldPath) -> str:
+    """Format a path as `spec.ports[0].port`. Quote keys that are not printable, such as a line break."""
+    quoted = (step if isinstance(step, int) or step.isprintable() else repr(step) for step in path)
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in quoted).removeprefix(".")
 
 
 MAX_VALUE_LENGTH = 80

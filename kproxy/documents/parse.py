@@ -1,7 +1,6 @@
-"""From the text of a file to its JSON or YAML documents, with the line of every field.
+"""Split the text of a file into JSON or YAML documents that know the line of every field. Pure.
 
-The common case pays for nothing else: positions are looked up only once something is wrong, and files that
-hold JSON never load PyYAML.
+The common case stays cheap: the line of a field is computed only on request, and JSON files do not load PyYAML.
 """
 
 from __future__ import annotations
@@ -15,12 +14,12 @@ from kproxy.documents.document import Document, DocumentError, FieldPath
 _BYTE_OFFSET = re.compile(r" \(byte (\d+)\)$")
 
 
-def read_documents(text: bytes, *, json: bool = False, doubled_keys: bool = False) -> list[Document]:
-    """Return the documents of a file that are not empty.
+def read_documents(text: bytes, *, json: bool = False, allow_duplicate_keys: bool = False) -> list[Document]:
+    """Return the documents of a file, without empty ones.
 
-    `json` says that the file claims to be JSON (by its name), so that its syntax errors are JSON's. Other text
-    may be YAML of several documents, or JSON. With `doubled_keys`, keys that YAML gives more than once in one mapping
-    are named in the documents; otherwise they are an error. Raises `DocumentError`.
+    With `json`, the text must be JSON, and syntax errors are those of JSON. Otherwise it may be JSON or one or more
+    YAML documents. With `allow_duplicate_keys`, the documents list keys that occur more than once in a YAML mapping;
+    without, such a key is an error. Raises `DocumentError`.
     """
     text = text.removeprefix(b"\xef\xbb\xbf")
     _check_encoding(text)
@@ -32,9 +31,9 @@ def read_documents(text: bytes, *, json: bool = False, doubled_keys: bool = Fals
         except DocumentError:
             if json:
                 raise
-    from kproxy.documents.yaml_parser import read  # noqa: PLC0415 - only the first YAML text loads PyYAML
+    from kproxy.documents.yaml_parser import read_yaml  # noqa: PLC0415 - loads PyYAML, which JSON files do not need
 
-    return read(text.decode(), doubled_keys=doubled_keys)
+    return read_yaml(text.decode(), allow_duplicate_keys=allow_duplicate_keys)
 
 
 def _check_encoding(text: bytes) -> None:
@@ -54,8 +53,8 @@ def _json_document(text: bytes) -> Document:
         msgspec.json.decode(text, type=msgspec.Raw)
     except msgspec.DecodeError as error:
         message = str(error).removeprefix("JSON is malformed: ")
-        found = _BYTE_OFFSET.search(message)
-        offset = int(found.group(1)) if found else len(text.rstrip())
+        match = _BYTE_OFFSET.search(message)
+        offset = int(match.group(1)) if match else len(text.rstrip())
         raise DocumentError(f"not valid JSON: {_BYTE_OFFSET.sub('', message)}", *_position(text, offset)) from None
     except RecursionError:
         raise DocumentError("nested too deeply") from None
@@ -63,7 +62,10 @@ def _json_document(text: bytes) -> Document:
 
 
 def _line_in_json(text: bytes, path: FieldPath) -> int:
-    """Find a line by reading JSON as the YAML it nearly is: only tabs differ, and some escapes (then 0)."""
-    from kproxy.documents.yaml_parser import line_in  # noqa: PLC0415 - as above
+    """Return the line of a field by parsing JSON as YAML.
 
-    return line_in(text.replace(b"\t", b" ").decode(), path)
+    JSON is YAML except for tabs, which are replaced, and some escapes, with which the line is unknown (0).
+    """
+    from kproxy.documents.yaml_parser import line_in_yaml  # noqa: PLC0415 - as above
+
+    return line_in_yaml(text.replace(b"\t", b" ").decode(), path)

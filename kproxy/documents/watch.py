@@ -1,4 +1,4 @@
-"""Read a file or directory, and again whenever it changes."""
+"""Watch a file or a directory of object files, and read it again whenever it changes."""
 
 from __future__ import annotations
 
@@ -25,56 +25,59 @@ from kproxy.host.inotify import (
 )
 
 SUFFIXES = (".json", ".yaml", ".yml")
-"""The ends of the names of object files in a folder."""
-PATIENCE = 1.0
-"""Seconds to wait for files that are being written or keep changing, before they are read as they are."""
+"""The suffixes of object files in a directory."""
+SETTLE_TIMEOUT = 1.0
+"""Seconds to wait for a writer to finish, or for files to stop changing, before reading them as they are."""
+log = logging.getLogger(__name__)
 
 
 class PathSnapshot(Struct, frozen=True):
-    """What was found on the disk: each file's bytes, or why it cannot be read.
+    """The result of reading a path: the content of each file, or why that file cannot be read.
 
-    `trouble` says why there is no file at all, and is None otherwise.
+    `trouble` is the reason if there is no file at all, else None.
     """
 
     files: Mapping[str, bytes | FileProblem]
     trouble: FileProblem | None = None
 
 
-def read_files(path: str) -> PathSnapshot:
-    """Read a file, or those files of a folder (not of folders in it) whose names end as `SUFFIXES` say.
+def read_path(path: str) -> PathSnapshot:
+    """Read a file, or the files of a directory whose names have one of the `SUFFIXES`.
 
-    Hidden files are passed over, as `kubectl -f` does and mounted ConfigMaps need it.
+    Subdirectories and hidden files are ignored, as by `kubectl -f`. In a mounted ConfigMap, the hidden entries lead to
+    the same files again.
     """
     try:
         if not os.path.isdir(path):
             with open(path, "rb") as file:
                 return PathSnapshot({path: file.read()})
-        found = {name: _read(name) for name in _object_files(path)}
+        contents = {name: _read_file(name) for name in _object_files(path)}
     except OSError as error:
         return PathSnapshot({}, FileProblem(path, _reason(error)))
-    files = {name: text for name, text in found.items() if text is not None}
+    files = {name: content for name, content in contents.items() if content is not None}
     if not files:
-        return PathSnapshot({}, FileProblem(path, f"no object files here ({', '.join('*' + end for end in SUFFIXES)})"))
+        patterns = ", ".join(f"*{suffix}" for suffix in SUFFIXES)
+        return PathSnapshot({}, FileProblem(path, f"directory contains no object files ({patterns})"))
     return PathSnapshot(files)
 
 
-def _object_files(folder: str) -> list[str]:
-    return sorted(os.path.join(folder, name) for name in os.listdir(folder) if _is_object_file(name))
+def _object_files(directory: str) -> list[str]:
+    return sorted(os.path.join(directory, name) for name in os.listdir(directory) if _is_object_file(name))
 
 
 def _is_object_file(name: str) -> bool:
     return name.endswith(SUFFIXES) and not name.startswith(".")
 
 
-def _read(path: str) -> bytes | FileProblem | None:
-    """Return a file's bytes, why they cannot be had, or None for what is no file or has just gone."""
+def _read_file(path: str) -> bytes | FileProblem | None:
+    """Return a file's content or the reason it cannot be read. None: not a regular file, or just deleted."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             return None
         with open(path, "rb") as file:
             return file.read()
     except FileNotFoundError:
-        return FileProblem(path, "leads nowhere (symbolic link)") if os.path.islink(path) else None
+        return FileProblem(path, "dangling symbolic link") if os.path.islink(path) else None
     except OSError as error:
         return FileProblem(path, _reason(error))
 
@@ -84,143 +87,141 @@ def _reason(error: OSError) -> str:
 
 
 class WatchedPaths(Struct, frozen=True):
-    """Where changes may change what `read_files` finds.
+    """The directories to watch for a path, and the entries in them that matter.
 
-    `files` are those whose content counts, with PATH itself; `folder` is PATH if it is one. In `parent`, the
-    directory that PATH is in or is to be in, only the entry `awaited` counts (any, if that is "").
+    `files` are the files to read, the path itself, and the targets of symbolic links. `directory` is the path if it is
+    a directory, else "". `parent` is the closest parent directory that exists. In that one, only changes of the entry
+    `awaited` matter, or of any entry if that is "".
     """
 
     directories: tuple[str, ...]
     files: frozenset[str]
-    folder: str
+    directory: str
     parent: str
     awaited: str
 
-    def hold(self, event: InotifyEvent) -> bool:
-        """Tell whether a change of content is one of an object file."""
+    def is_object_file(self, event: InotifyEvent) -> bool:
+        """Return whether an event is about an object file."""
         return os.path.join(event.directory, event.name) in self.files or (
-            event.directory == self.folder and _is_object_file(event.name)
+            event.directory == self.directory and _is_object_file(event.name)
         )
 
-    def concern(self, event: InotifyEvent) -> bool:
-        """Tell whether something that happened is a reason to read again."""
-        if not event.name:  # a directory itself is gone, or notices are lost
+    def requires_read(self, event: InotifyEvent) -> bool:
+        """Return whether an event is a reason to read the path again."""
+        if not event.name:  # a watched directory is gone, or events were lost
             return True
         if event.mask & (IN_ATTRIB | IN_MODIFY | IN_CLOSE_WRITE):
-            return self.hold(event)
+            return self.is_object_file(event)
         return event.directory != self.parent or self.awaited in {"", event.name}
 
 
-def places_of(path: str) -> WatchedPaths:
-    """Look up where to look out for changes of the object files of a path, which need not exist."""
+def find_watched_paths(path: str) -> WatchedPaths:
+    """Return what to watch for changes of the object files of a path, which need not exist."""
     full = os.path.abspath(path)
     parent = os.path.dirname(full)
     while not os.path.isdir(parent):
         parent = os.path.dirname(parent)
-    folder = full if os.path.isdir(full) else ""
+    directory = full if os.path.isdir(full) else ""
     try:
-        files = _object_files(full) if folder else [full]
+        files = _object_files(full) if directory else [full]
     except OSError:
         files = []
     targets = [os.path.realpath(file) for file in files if os.path.islink(file)]
-    directories = [parent, *([folder] if folder else []), *map(os.path.dirname, targets)]
-    through_link = not folder and os.path.islink(full)  # by way of other entries, as in a mounted ConfigMap
+    directories = [parent, *([directory] if directory else []), *map(os.path.dirname, targets)]
+    is_linked_file = not directory and os.path.islink(full)  # other entries may be on the way, as in a ConfigMap volume
     return WatchedPaths(
         directories=tuple(dict.fromkeys(directories)),
         files=frozenset((full, *files, *targets)),
-        folder=folder,
+        directory=directory,
         parent=parent,
-        awaited="" if through_link else os.path.relpath(full, parent).split(os.sep)[0],
+        awaited="" if is_linked_file else os.path.relpath(full, parent).split(os.sep)[0],
     )
 
 
 class SettledReader:
-    """Reads object files at moments when nobody writes to them, told by `notices`.
+    """Reads a path while nothing writes to its object files, as far as `inotify` reports.
 
-    `wake` is a descriptor that ends every wait once it is readable. Raises `InotifyError`.
+    Every wait ends once the file descriptor `wake` is readable. Raises `InotifyError`.
     """
 
-    def __init__(self, path: str, notices: Inotify, wake: int) -> None:
+    def __init__(self, path: str, inotify: Inotify, wake: int) -> None:
         self._path = path
-        self._notices = notices
+        self._inotify = inotify
         self._poll = select.poll()
-        self._poll.register(notices.fileno(), select.POLLIN)
+        self._poll.register(inotify.fileno(), select.POLLIN)
         self._poll.register(wake, select.POLLIN)
-        self._unfinished: set[tuple[str, str]] = set()
-        self._places = places_of(path)
-        notices.watch(self._places.directories)
+        self._being_written: set[tuple[str, str]] = set()
+        self._watched = find_watched_paths(path)
+        inotify.watch(self._watched.directories)
 
     def read(self) -> PathSnapshot:
-        """Read until nothing changed meanwhile, the set of directories to watch included."""
-        deadline = time.monotonic() + PATIENCE
+        """Read the path, and repeat that until nothing has changed meanwhile, including the directories to watch.
+
+        Gives up after `SETTLE_TIMEOUT`, and returns the last result.
+        """
+        deadline = time.monotonic() + SETTLE_TIMEOUT
         while True:
-            reading = read_files(self._path)
-            self._places = places_of(self._path)
-            again = self._notices.watch(self._places.directories)
-            again |= self._take_in_notices()
-            left = deadline - time.monotonic()
-            if left <= 0 or not (again or self._unfinished):
+            snapshot = read_path(self._path)
+            self._watched = find_watched_paths(self._path)
+            changed = self._inotify.watch(self._watched.directories)
+            changed |= self._process_events()
+            remaining = deadline - time.monotonic()
+            if remaining <= 0 or not (changed or self._being_written):
                 break
-            if not again and self._is_over(left):
+            if not changed and self._wait_for_events(remaining):
                 break
-        self._unfinished.clear()
-        return reading
+        self._being_written.clear()
+        return snapshot
 
     def wait(self) -> None:
-        """Return once the files should be read again, or on `wake`."""
+        """Return when the path should be read again, or when `wake` is readable."""
         deadline = None
-        while not self._is_over(deadline and max(0.0, deadline - time.monotonic())):
-            if self._take_in_notices():
+        while not self._wait_for_events(deadline and max(0.0, deadline - time.monotonic())):
+            if self._process_events():
                 return
-            if self._unfinished and deadline is None:
-                deadline = time.monotonic() + PATIENCE
+            if self._being_written and deadline is None:
+                deadline = time.monotonic() + SETTLE_TIMEOUT
 
-    def _is_over(self, seconds: float | None) -> bool:
-        """Wait for notices; tell whether the wait is over for another reason: `wake`, or no more patience."""
+    def _wait_for_events(self, seconds: float | None) -> bool:
+        """Wait for inotify events. Return True if the wait ended for another reason: `wake`, or the timeout."""
         ready = self._poll.poll(None if seconds is None else seconds * 1000)
-        return [descriptor for descriptor, _ in ready] != [self._notices.fileno()]
+        return [descriptor for descriptor, _ in ready] != [self._inotify.fileno()]
 
-    def _take_in_notices(self) -> bool:
-        """Remember which files are being written; tell whether there is a reason to read again."""
-        news = False
-        for event in self._notices.read():
+    def _process_events(self) -> bool:
+        """Track which files are being written. Return whether an event is a reason to read the path again."""
+        changed = False
+        for event in self._inotify.read():
             file = (event.directory, event.name)
-            if event.mask & IN_MODIFY or _is_being_made(event):
-                if self._places.hold(event):
-                    self._unfinished.add(file)
-            elif self._places.concern(event):
-                self._unfinished.discard(file)
-                news = True
-        return news
+            if event.mask & IN_MODIFY or _is_being_created(event):
+                if self._watched.is_object_file(event):
+                    self._being_written.add(file)
+            elif self._watched.requires_read(event):
+                self._being_written.discard(file)
+                changed = True
+        return changed
 
 
-def _is_being_made(event: InotifyEvent) -> bool:
-    """Tell whether another notice will follow when the file is written: not for links and folders."""
+def _is_being_created(event: InotifyEvent) -> bool:
+    """Return whether another event will follow once the new file is written: not for links and directories."""
     if not event.mask & IN_CREATE or event.mask & IN_ISDIR:
         return False
     try:
-        made = os.lstat(os.path.join(event.directory, event.name))
+        status = os.lstat(os.path.join(event.directory, event.name))
     except OSError:
         return False
-    return stat.S_ISREG(made.st_mode) and made.st_nlink == 1
-
-
-log = logging.getLogger(__name__)
+    return stat.S_ISREG(status.st_mode) and status.st_nlink == 1
 
 
 class PathWatcher:
-    """Hands readings of `path` (see `read_files`) to `take`: one at the start, and one after each change.
+    """Calls `callback` with a snapshot of `path` (see `read_path`) at the start and after each change.
 
-    `take` is called from a thread called `name` and must not raise; once it returns False, following is over. Where the
-    kernel gives no notices of changes, the path is read every `period` seconds instead. `patience` is how many seconds
-    `stop` waits for a `take` that is under way.
+    `callback` runs in a thread called `name` and must not raise. Watching ends when it returns False. If inotify does
+    not work, the path is read every `poll_period` seconds instead.
     """
 
-    def __init__(
-        self, path: str, take: Callable[[PathSnapshot], bool], *, name: str, period: float, patience: float
-    ) -> None:
-        self._path, self._take = path, take
-        self._name, self._period, self._patience = name, period, patience
+    def __init__(self, path: str, callback: Callable[[PathSnapshot], bool], *, name: str, poll_period: float) -> None:
+        self._path, self._callback = path, callback
+        self._name, self._poll_period = name, poll_period
         self._stopping = threading.Event()
         self._wake = -1
         self._thread: threading.Thread | None = None
@@ -231,37 +232,38 @@ class PathWatcher:
         return self._stopping.is_set()
 
     def start(self) -> None:
-        """Start the thread. It is a daemon: a process may end without `stop`."""
+        """Start the thread."""
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._thread = threading.Thread(target=self._follow, name=self._name, daemon=True)
+        self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
         self._thread.start()
 
-    def stop(self) -> None:
-        """End the thread. `take` is not called any more afterwards, unless it is under way."""
+    def stop(self, timeout: float) -> None:
+        """Stop the thread; wait at most `timeout` seconds for a running `callback`, and do not call it again."""
         if self._thread is None:
             return
         self._stopping.set()
         os.eventfd_write(self._wake, 1)
-        self._thread.join(self._patience)
+        self._thread.join(timeout)
         if not self._thread.is_alive():
             os.close(self._wake)
         self._thread = None
 
-    def _follow(self) -> None:
+    def _run(self) -> None:
         try:
-            with Inotify() as notices:
-                reader = SettledReader(self._path, notices, self._wake)
-                while self._go_on(reader.read()):
+            with Inotify() as inotify:
+                reader = SettledReader(self._path, inotify, self._wake)
+                while self._deliver(reader.read()):
                     reader.wait()
         except InotifyError as error:
             log.warning(
-                "%s: the kernel gives no notice of changes (%s): reading every %g s instead",
+                "%s: cannot watch for changes (%s), polling every %g s instead",
                 self._path,
                 error.strerror,
-                self._period,
+                self._poll_period,
             )
-            while self._go_on(read_files(self._path)):
-                self._stopping.wait(self._period)
+            while self._deliver(read_path(self._path)):
+                self._stopping.wait(self._poll_period)
 
-    def _go_on(self, reading: PathSnapshot) -> bool:
-        return not self.stopping and self._take(reading) and not self.stopping
+    def _deliver(self, snapshot: PathSnapshot) -> bool:
+        """Call `callback`. Return whether to continue watching."""
+        return not self.stopping and self._callback(snapshot) and not self.stopping

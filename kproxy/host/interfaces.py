@@ -94,14 +94,15 @@ class AddressMonitor:
         """Start the thread."""
         self._thread.start()
 
-    def stop(self) -> None:
-        """Stop the thread, wait for it, and close the socket."""
+    def stop(self, timeout: float) -> None:
+        """Stop the thread and close the socket; wait at most `timeout` seconds for a running call of `changed`."""
         self._stopping = True
         os.eventfd_write(self._wakeup, 1)
-        if self._thread.is_alive():
-            self._thread.join()
-        self._socket.close()
-        os.close(self._wakeup)
+        if self._thread.ident is not None:
+            self._thread.join(timeout)
+        if not self._thread.is_alive():
+            self._socket.close()
+            os.close(self._wakeup)
 
     def _run(self) -> None:
         while True:

@@ -8,30 +8,28 @@ import struct
 
 from kproxy.host.netlink import NETLINK_NETFILTER, BatchRejectedError, BatchSocket, NetlinkError, NetlinkSocket
 from kproxy.host.netlink_message import NLM_F_CREATE, attribute, nested, nfgenmsg, nfnl_type
+from kproxy.host.nf_tables_constants import (
+    NF_INET_POST_ROUTING,
+    NFNL_SUBSYS_NFTABLES,
+    NFT_MSG_GETCHAIN,
+    NFT_MSG_GETRULE,
+    NFT_MSG_NEWCHAIN,
+    NFT_MSG_NEWTABLE,
+    NFT_TABLE_F_DORMANT,
+    NFTA_CHAIN_HOOK,
+    NFTA_CHAIN_NAME,
+    NFTA_CHAIN_TABLE,
+    NFTA_CHAIN_TYPE,
+    NFTA_HOOK_HOOKNUM,
+    NFTA_HOOK_PRIORITY,
+    NFTA_RULE_CHAIN,
+    NFTA_RULE_TABLE,
+    NFTA_TABLE_FLAGS,
+    NFTA_TABLE_NAME,
+)
 from kproxy.model.types import Family
 
-# linux/netfilter/nfnetlink.h and linux/netfilter/nf_tables.h
-NFNL_SUBSYS_NFTABLES = 10
-NFT_MSG_NEWTABLE = 0
-NFT_MSG_NEWCHAIN = 3
-NFT_MSG_GETCHAIN = 4
-NFT_MSG_GETRULE = 7
-NFTA_TABLE_NAME = 1
-NFTA_TABLE_FLAGS = 2
-NFT_TABLE_F_DORMANT = 1
-NFTA_CHAIN_TABLE = 1
-NFTA_CHAIN_NAME = 3
-NFTA_CHAIN_HOOK = 4
-NFTA_CHAIN_TYPE = 7
-NFTA_HOOK_HOOKNUM = 1
-NFTA_HOOK_PRIORITY = 2
-NFTA_RULE_TABLE = 1
-NFTA_RULE_CHAIN = 2
-
-# linux/netfilter.h and linux/netfilter_ipv4.h
-NF_INET_POST_ROUTING = 4
-NF_IP_PRI_NAT_SRC = 100
-
+NF_IP_PRI_NAT_SRC = 100  # linux/netfilter_ipv4.h
 _UNKNOWN_MESSAGE = 0xFF
 """A message type that nf_tables does not have, so that the kernel rejects the batch that contains it."""
 _ADDRESS_FAMILIES = {Family.IPV4: socket.AF_INET, Family.IPV6: socket.AF_INET6}

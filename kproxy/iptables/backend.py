@@ -126,7 +126,7 @@ class IptablesBackend:
         diff = IptablesDiff(
             ledger,
             snapshot,
-            ((key, render_ports(ports, context)) for key, ports in plans.items()),
+            ((key, render_ports(ports, context)) for key, ports in plans.by_service()),
             context,
             max_transaction_rules=max_transaction_rules,
             dispatch_threshold=self._dispatch_threshold,
@@ -208,7 +208,7 @@ class IptablesBackend:
         return IptablesDiff(
             ledger,
             None,
-            ((key, render_ports(plans[key], context)) for key in dict.fromkeys(chains.values())),
+            ((key, render_ports(plans.of(key), context)) for key in dict.fromkeys(chains.values())),
             context,
             max_transaction_rules=self._transaction_limit(ledger),
             dispatch_threshold=self._dispatch_threshold,
@@ -287,7 +287,7 @@ class IptablesPrinter:
         diff = IptablesDiff(
             ledger,
             IptablesSnapshot({}, {}),
-            ((key, render_ports(ports, context)) for key, ports in plans.items()),
+            ((key, render_ports(ports, context)) for key, ports in plans.by_service()),
             context,
             max_transaction_rules=UNLIMITED,
             dispatch_threshold=self._dispatch_threshold,

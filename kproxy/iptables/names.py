@@ -1,4 +1,4 @@
-"""Names of iptables chains. They are those of kube-proxy, because administrators and other tools rely on them."""
+"""Names of iptables chains. They are those of kube-proxy, because administrators and other tools rely on them. Pure."""
 
 from __future__ import annotations
 

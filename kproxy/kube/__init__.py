@@ -1,1 +1,1 @@
-"""Where objects come from: the API server or files."""
+"""Sources of Kubernetes objects: the API server, or manifest files."""

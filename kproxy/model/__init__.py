@@ -1,1 +1,1 @@
-"""The desired state and the decisions: pure values and functions, no I/O, no clock, no thread."""
+"""The desired state and what follows from it: values and functions without I/O, clocks or threads. Pure."""

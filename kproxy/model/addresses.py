@@ -1,4 +1,4 @@
-"""IP addresses, CIDRs and `ip:port` texts in the one form that the kernel prints. Pure."""
+"""IP addresses, CIDRs and `ip:port` strings in canonical form, as the kernel prints them. Pure."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from kproxy.model.types import Family
 
 
 def socket_text(address: str, port: int) -> str:
-    """Return `ip:port`, with brackets around an IPv6 address: the name that endpoints go by."""
+    """Return `ip:port`, with brackets around an IPv6 address."""
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
 def split_socket_text(text: str) -> tuple[str, int]:
-    """Return address and port of what `socket_text` wrote."""
+    """Return the address and the port of an `ip:port` string that `socket_text` returned."""
     address, _, port = text.rpartition(":")
     return address.strip("[]"), int(port)
 
@@ -24,9 +24,9 @@ def family_of(address: str) -> Family:
 
 
 def canonical_address(text: str) -> str | None:
-    """Return an IP address in the form the kernel prints it, or None if it is none.
+    """Return an IP address in canonical form, or None if the text is not an IP address.
 
-    Leading zeros in IPv4 are decimal (the Kubernetes API has always read them so).
+    Leading zeros in IPv4 addresses are decimal, as in the Kubernetes API. An IPv4-mapped IPv6 address becomes IPv4.
     """
     family = AF_INET6 if ":" in text else AF_INET
     try:
@@ -43,9 +43,9 @@ def canonical_address(text: str) -> str | None:
 
 
 def canonical_cidr(text: str) -> str | None:
-    """Return `address/length` with the host bits cleared, or None if the text is no CIDR.
+    """Return a CIDR in canonical form with the host bits cleared, or None if the text is not a CIDR.
 
-    White space around it is allowed: the API accepts it in `loadBalancerSourceRanges`.
+    Surrounding white space is allowed: the API accepts it in `loadBalancerSourceRanges`.
     """
     address, slash, length = text.strip().partition("/")
     base = canonical_address(address)
@@ -54,6 +54,6 @@ def canonical_cidr(text: str) -> str | None:
     family, bits = (AF_INET6, 128) if ":" in base else (AF_INET, 32)
     if int(length) > bits:
         return None
-    keep = int(length)
-    number = int.from_bytes(inet_pton(family, base), "big") >> (bits - keep) << (bits - keep)
-    return f"{inet_ntop(family, number.to_bytes(bits // 8, 'big'))}/{keep}"
+    prefix = int(length)
+    number = int.from_bytes(inet_pton(family, base), "big") >> (bits - prefix) << (bits - prefix)
+    return f"{inet_ntop(family, number.to_bytes(bits // 8, 'big'))}/{prefix}"

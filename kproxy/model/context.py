@@ -1,4 +1,4 @@
-"""Telling traffic of this node's pods from traffic that comes from elsewhere (`detectLocalMode`, KEP-2450)."""
+"""The context that all Services of a family share, and the detection of local traffic (KEP-2450). Pure."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from kproxy.model.types import Family
 
 
 class LocalTraffic(Struct, frozen=True):
-    """How a packet of a local pod is recognised: by its source CIDR or by the interface that it comes in on.
+    """How packets from pods on this node are recognized: by source CIDR, input interface or interface prefix.
 
-    At most one is set; with none, local traffic cannot be told apart.
+    At most one field is set. If none is, local traffic cannot be detected.
     """
 
     cidr: str = ""
@@ -23,7 +23,7 @@ class LocalTraffic(Struct, frozen=True):
 
     @property
     def detectable(self) -> bool:
-        """Whether there is any way to tell."""
+        """Whether local traffic can be detected."""
         return bool(self.cidr or self.interface or self.interface_prefix)
 
 
@@ -36,10 +36,9 @@ def local_traffic(
     bridge: str = "",
     interface_prefix: str = "",
 ) -> LocalTraffic:
-    """Return how local traffic of a family is recognised under a `detectLocalMode`.
+    """Return how local traffic of a family is detected in a `detectLocalMode`.
 
-    A CIDR mode without a CIDR of the family turns detection off for that family; of several pod CIDRs, the
-    first of the family counts.
+    The CIDR modes use the first CIDR of the family. Without one, local traffic of the family cannot be detected.
     """
     if mode == "BridgeInterface":
         return LocalTraffic(interface=bridge)
@@ -50,14 +49,14 @@ def local_traffic(
 
 
 class Context(Struct, frozen=True):
-    """One value for everything that is not a Service: when it changes, every Service is rendered again.
+    """Everything besides the Services that the rules of a family depend on. If it changes, all Services are rendered.
 
-    `node_address` is this node's primary address of the family, "" while unknown. `node_port_addresses` are
-    the addresses that NodePorts answer on, None for every local address. `large_cluster` leaves out
-    the comments of per-endpoint rules. `masquerade_mark` is the bit as a number, 0x4000 for bit 14.
-    `drop_invalid` drops packets that conntrack calls INVALID, `accounting` counts through nfacct objects, which
-    must exist before a rule can name them. `service_cidrs` are the ranges that ClusterIPs are allocated from, empty
-    while unknown: packets to addresses in them that no Service has are dropped in nftables mode.
+    `node_address` is this node's primary address of the family, "" while it is unknown. `node_port_addresses` are the
+    addresses that NodePorts answer on, None for all local addresses. `masquerade_mark` is the mark itself: 0x4000 for
+    bit 14. `drop_invalid` drops packets in conntrack state INVALID. `accounting` counts packets with nfacct objects,
+    which must exist before a rule can refer to them. `large_cluster` omits the comments of per-endpoint rules.
+    `service_cidrs` are the ranges that ClusterIPs are allocated from, empty while unknown; nftables mode drops packets
+    to addresses in these ranges that no Service has.
     """
 
     family: Family

@@ -1,4 +1,4 @@
-"""What a source of objects says: the only messages that change the desired state."""
+"""Deltas: what a source of objects reports, and the only thing that changes the desired state. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kproxy.model.types import EndpointSlice, Node, Service, ServiceCIDR
 Object: TypeAlias = Service | EndpointSlice | Node | ServiceCIDR
 Kind: TypeAlias = type[Service] | type[EndpointSlice] | type[Node] | type[ServiceCIDR]
 BASIC_KINDS: tuple[Kind, ...] = (Service, EndpointSlice, Node)
-"""The kinds that no mode can do without. Only nftables mode has a use for ServiceCIDRs too."""
+"""The kinds that both modes need. ServiceCIDRs are used in nftables mode only."""
 
 
 class Upsert(Struct, frozen=True):
@@ -22,7 +22,7 @@ class Upsert(Struct, frozen=True):
 
 
 class Delete(Struct, frozen=True):
-    """An object is gone, or no longer of interest. `namespace` is "" for Nodes and ServiceCIDRs."""
+    """An object was deleted or is no longer selected. `namespace` is "" for Nodes and ServiceCIDRs."""
 
     kind: Kind
     namespace: str
@@ -30,12 +30,11 @@ class Delete(Struct, frozen=True):
 
 
 class Replace(Struct, frozen=True):
-    """The complete set of objects of one kind, as a first or a later list found them.
+    """All objects of one kind, as a list request returned them.
 
-    Whatever is not in `objects` is gone, except what `unreadable` names (namespace, name): those objects
-    exist, but could not be decoded, and whatever was known of them before stays. `ignored` counts objects that get no
-    rules, such as headless Services. The first of these for a kind marks it as listed: nothing is programmed before
-    every kind is.
+    Every other object of the kind is deleted, except those in `unreadable` (namespace, name): they exist but could not
+    be decoded, so their last known state stays. `ignored` is the number of objects that get no rules, such as headless
+    Services. The first `Replace` of a kind marks it as listed; nothing is programmed until every kind is.
     """
 
     kind: Kind
@@ -45,7 +44,7 @@ class Replace(Struct, frozen=True):
 
 
 class Invalid(Struct, frozen=True):
-    """An object was created or changed, but cannot be used; whatever was known of it before stays."""
+    """An object was created or changed, but cannot be used; its last known state stays."""
 
     kind: Kind
     namespace: str

@@ -1,12 +1,12 @@
-"""Who gets the traffic of an address and port that several Services claim.
+"""Which service port owns a frontend that several Services claim. Pure.
 
-The API server keeps ClusterIPs and NodePorts unique, but not external IPs and load balancer addresses: two Services may
-have the same one, or one may name another's ClusterIP (CVE-2020-8554). In both modes, one service port holds the whole
-frontend and the others get nothing there:
+The API server keeps ClusterIPs and NodePorts unique, but not external IPs and load balancer addresses: two Services can
+have the same one, or one can name the ClusterIP of another (CVE-2020-8554). In both modes one service port owns the
+frontend, and the others receive none of its traffic:
 
-1. A ClusterIP belongs to its Service, even while that has no endpoints.
-2. Of the others, one that can forward traffic on this node comes before one that must drop or reject it.
-3. Among equals, the first by name (`namespace/name:port`) holds it.
+1. A ClusterIP belongs to its Service, even while that Service has no endpoints.
+2. Otherwise, a service port that can forward traffic on this node comes before one that must drop or reject it.
+3. Of several such ports, the first by name (`namespace/name:port`) owns the frontend.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kproxy.model.plan import ServicePortPlan, TrafficDecision
 
 
 class ClaimRank(IntEnum):
-    """How good a claim is; the lowest holds the frontend."""
+    """The rank of a claim to a frontend; the lowest value owns it."""
 
     CLUSTER_IP = 0
     FORWARDS = 1
@@ -28,13 +28,13 @@ class ClaimRank(IntEnum):
 
 
 class FrontendConflict(Struct, frozen=True, order=True):
-    """Two service ports that claim one frontend: `holder` gets its traffic, `loser` none of it.
+    """Two service ports that claim one frontend: `owner` receives its traffic, `loser` receives none of it.
 
-    `frontend` is `IP:port/PROTOCOL`, or `NodePort number/PROTOCOL`; service ports are `namespace/name:port`.
+    `frontend` is `IP:port/PROTOCOL` or `NodePort number/PROTOCOL`; service ports are `namespace/name:port`.
     """
 
     frontend: str
-    holder: str
+    owner: str
     loser: str
 
 
@@ -46,5 +46,5 @@ _RANKS = {
 
 
 def external_rank(plan: ServicePortPlan) -> ClaimRank:
-    """Return the rank of a plan's claim to its external IPs, load balancer addresses and NodePort."""
+    """Return the rank of a service port's claim to its external IPs, load balancer addresses and NodePort."""
     return _RANKS[plan.external]

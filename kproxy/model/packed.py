@@ -1,4 +1,4 @@
-"""Objects kept as MessagePack: a third of the size, for those that are needed now and then."""
+"""Objects stored as MessagePack, which takes a third of the memory, and decoded when they are needed. Pure."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _S = TypeVar("_S", bound=Struct)
 _ENCODER = Encoder()
 
 
-def pack(found: Struct) -> bytes:
-    """Return an object packed. Equal objects are equal when packed."""
-    return _ENCODER.encode(found)
+def pack(value: Struct) -> bytes:
+    """Encode an object. Equal objects have equal encodings."""
+    return _ENCODER.encode(value)
 
 
 def unpack(kind: type[_S], packed: bytes) -> _S:
-    """Return an object of a kind that `pack` packed."""
+    """Decode an object of the given type that `pack` encoded."""
     return cast("Decoder[_S]", _decoder(kind)).decode(packed)
 
 
@@ -29,25 +29,25 @@ def _decoder(kind: type[Struct]) -> object:
 
 
 class PackedSequence(Sequence[_S], Generic[_S]):
-    """Objects of one kind, unpacked one by one as they are looked at. Equal to any sequence of equal objects."""
+    """A sequence of packed objects of one type, decoded on access. Equal to any sequence of equal objects."""
 
     def __init__(self, kind: type[_S], packed: Sequence[bytes]) -> None:
         self._kind = kind
         self._packed = packed
 
     @overload
-    def __getitem__(self, place: int) -> _S: ...
+    def __getitem__(self, index: int) -> _S: ...
 
     @overload
-    def __getitem__(self, place: slice) -> Sequence[_S]: ...
+    def __getitem__(self, index: slice) -> Sequence[_S]: ...
 
-    def __getitem__(self, place: int | slice) -> _S | Sequence[_S]:
-        if isinstance(place, slice):
-            return PackedSequence(self._kind, self._packed[place])
-        return unpack(self._kind, self._packed[place])
+    def __getitem__(self, index: int | slice) -> _S | Sequence[_S]:
+        if isinstance(index, slice):
+            return PackedSequence(self._kind, self._packed[index])
+        return unpack(self._kind, self._packed[index])
 
     def __iter__(self) -> Iterator[_S]:
-        return (unpack(self._kind, each) for each in self._packed)
+        return (unpack(self._kind, packed) for packed in self._packed)
 
     def __len__(self) -> int:
         return len(self._packed)
@@ -55,7 +55,7 @@ class PackedSequence(Sequence[_S], Generic[_S]):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
 
-    __hash__ = None  # type: ignore[assignment]  # as for any sequence that may change
+    __hash__ = None  # type: ignore[assignment]  # unhashable, like other mutable sequences
 
     def __repr__(self) -> str:
         return repr(list(self))

@@ -1,12 +1,12 @@
-"""The plan: for one family and one service port, who reaches what and how, free of any backend.
+"""The plan of a service port in one IP family: frontends, endpoints and traffic decisions, for any backend. Pure.
 
-Everything that renders rules, cleans conntrack, serves health ports or explains a decision reads plans;
-the rules of traffic policy are decided here and nowhere else.
+Rules, conntrack cleanup, health check ports and metrics are all derived from plans. Traffic policies are evaluated in
+this module only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from enum import Enum
 from ipaddress import ip_address, ip_network
 
@@ -19,36 +19,35 @@ from kproxy.model.types import Endpoint, EndpointSlice, Family, Protocol, Servic
 
 
 class TrafficDecision(Enum):
-    """What becomes of a new connection to a frontend."""
+    """What happens to a new connection to a frontend."""
 
     FORWARD = "forward"
     REJECT = "reject"
-    """The Service has no endpoint anywhere: say so at once."""
+    """The Service has no endpoint anywhere, so the client gets an error at once."""
     DROP = "drop"
-    """There are endpoints, but policy Local leaves none on this node: a load balancer should go elsewhere."""
+    """There are endpoints, but none on this node, and the policy is Local: load balancers should use other nodes."""
 
 
 class ServicePortPlan(Struct, frozen=True, gc=False):
     """How one port of one Service is served in one family.
 
-    Frontends: `cluster_ip`:`port` is internal; `external_ips` and `vips` with `port`, and `node_port` (0: none) on
-    this node's addresses, are external. `internal_local` and `external_local` say which policy each kind of
-    traffic has; the endpoints of policy Cluster and Local are `cluster_endpoints` and `local_endpoints`, each
-    empty when the Service has no use for that policy.
+    The internal frontend is `cluster_ip`:`port`. The external ones are `external_ips` and `vips` with `port`, and
+    `node_port` (0 for none) on this node's addresses. `internal_local` and `external_local` are whether the internal
+    and the external traffic policy is Local. `cluster_endpoints` and `local_endpoints` are the endpoints for traffic
+    with policy Cluster and Local, each empty if no frontend needs that policy.
 
-    With `source_ranges`, only these sources may use the VIPs (never applied to the other frontends);
-    `vips_are_sources` adds the VIPs themselves, because a node that is allowed may talk to a VIP which it holds as a
-    local address. `unrestricted` says that the Service names source ranges, but all of them of the other family: then
-    the VIPs of this one are open to everybody, as in kube-proxy. `dual_stack` says that the Service has a ClusterIP of
-    the other family, too.
+    If there are `source_ranges`, only clients in these ranges may use the VIPs; the other frontends are not restricted.
+    `vips_are_sources` allows the VIPs as sources, too: an allowed node may have a VIP as a local address, and then uses
+    it as the source of its own packets. `unrestricted` means that the Service has source ranges, but all of the other
+    family: the VIPs of this family are open to all clients, as in kube-proxy. `dual_stack` means that the Service also
+    has a ClusterIP of the other family.
 
-    For UDP, `serving_endpoints` are all that still answer, whether or not new flows go to them: those that they have
-    may stay. `endpoints_here` are those of the endpoints in use that are, or may be, on this node: one without
-    `nodeName` (made by hand, or mirrored from an Endpoints object) can be on any. `known_endpoints` counts all
-    endpoints, unusable ones included.
+    `serving_endpoints`, for UDP only, are all endpoints that still answer: existing flows to these may stay, even if
+    new ones are sent elsewhere. `endpoints_on_node` are the endpoints in use that are or may be on this node; one
+    without a `nodeName` (created by hand or mirrored from an Endpoints object) may be on any node.
 
-    `local_ready` holds the addresses of the ready endpoints on this node, whatever the policies, and only
-    for a Service with a `health_check_node_port`: those that terminate serve on, but no longer count for health.
+    `local_ready` are the addresses of the ready endpoints on this node, for a Service with a `health_check_node_port`
+    only. Terminating endpoints still serve, but do not count for health.
     """
 
     service: ServiceKey
@@ -69,9 +68,8 @@ class ServicePortPlan(Struct, frozen=True, gc=False):
     external: TrafficDecision
     cluster_endpoints: Sockets
     local_endpoints: Sockets
-    known_endpoints: int
     serving_endpoints: Sockets = ()
-    endpoints_here: Sockets = ()
+    endpoints_on_node: Sockets = ()
     local_ready: tuple[str, ...] = ()
     unrestricted: bool = False
     dual_stack: bool = False
@@ -83,33 +81,30 @@ class ServicePortPlan(Struct, frozen=True, gc=False):
 
     @property
     def has_endpoints(self) -> bool:
-        """Whether any endpoint in the cluster could serve a connection, this node's policies aside."""
+        """Whether any endpoint in the cluster can serve a connection, regardless of traffic policies."""
         return self.internal is not TrafficDecision.REJECT
 
     @property
     def externally_accessible(self) -> bool:
-        """Whether there is any frontend besides the ClusterIP."""
+        """Whether the port has frontends besides the ClusterIP."""
         return bool(self.node_port or self.vips or self.external_ips)
 
     @property
     def outlives_sync(self) -> bool:
-        """Whether it matters beyond the rules: for UDP flows, health check node ports, or ports without endpoints here.
-
-        A Service without such a port needs not be remembered for those purposes.
-        """
+        """Whether the plan is needed after the sync: for UDP flows, health checks, or metrics of dropped traffic."""
         dropped = TrafficDecision.DROP in (self.internal, self.external)
         return dropped or self.protocol == "UDP" or bool(self.health_check_node_port)
 
     @property
     def reachable_endpoints(self) -> Sockets:
-        """All endpoints that this node may send traffic to, under either policy, in their order."""
+        """All endpoints that this node may send traffic to with either policy, sorted."""
         if not self.local_endpoints:
             return self.cluster_endpoints
         return tuple(sorted({*self.cluster_endpoints, *self.local_endpoints}))
 
 
 def plan_service(service: Service, slices: Iterable[EndpointSlice], context: Context) -> tuple[ServicePortPlan, ...]:
-    """Return the plans of a Service's ports in the context's family; none if it has no ClusterIP there."""
+    """Plan the ports of a Service in the context's family. A Service without a ClusterIP in the family has no plans."""
     family = context.family
     cluster_ip = next((ip for ip in service.cluster_ips if family_of(ip) is family), None)
     if cluster_ip is None:
@@ -118,17 +113,40 @@ def plan_service(service: Service, slices: Iterable[EndpointSlice], context: Con
     return tuple(_plan_port(service, cluster_ip, port, ordered, context) for port in service.ports)
 
 
+def count_endpoints(service: Service, slices: Collection[EndpointSlice], family: Family) -> int:
+    """Count the endpoints of a Service's ports in one family, unusable ones included, without planning.
+
+    An endpoint that serves several ports counts once for each of them. A Service without a ClusterIP in the family has
+    no endpoints in it.
+    """
+    if not any(family_of(ip) is family for ip in service.cluster_ips):
+        return 0
+    own = [each for each in slices if each.family is family]
+    return sum(_count_port(own, port) for port in service.ports)
+
+
+def _count_port(slices: list[EndpointSlice], port: ServicePort) -> int:
+    sockets = {
+        (endpoint.address, target.port)
+        for each in slices
+        for target in each.ports
+        if target.name == port.name and target.protocol == port.protocol
+        for endpoint in each.endpoints
+    }
+    return len(sockets)
+
+
 def _plan_port(
     service: Service, cluster_ip: str, port: ServicePort, slices: list[EndpointSlice], context: Context
 ) -> ServicePortPlan:
     external_ips = _of_family(service.external_ips, context.family)
     vips = _of_family(service.vips, context.family)
-    named = _of_family(service.source_ranges, context.family) if vips else ()
-    ranges = _effective_ranges(named)
+    family_ranges = _of_family(service.source_ranges, context.family) if vips else ()
+    ranges = _effective_ranges(family_ranges)
     accessible = bool(port.node_port or external_ips or vips)
 
     known = endpoints_by_socket(slices, context.family, port.name, port.protocol)
-    # Even under external policy Local, pods and the node itself reach external frontends with policy Cluster.
+    # With external policy Local, too, pods and the node itself reach external frontends with policy Cluster.
     uses_cluster = accessible or not service.internal_local
     uses_local = service.internal_local or (accessible and service.external_local)
     local = local_endpoints(known, context.node_name) if uses_local else ()
@@ -153,18 +171,17 @@ def _plan_port(
         external=_decide(anywhere=anywhere, local_only=service.external_local and accessible, local=local),
         cluster_endpoints=cluster,
         local_endpoints=local,
-        known_endpoints=len(known),
         serving_endpoints=serving(known) if port.protocol == "UDP" else (),
-        endpoints_here=_may_be_on(context.node_name, known, (cluster, local)),
+        endpoints_on_node=_may_be_on(context.node_name, known, (cluster, local)),
         local_ready=_ready_on(context.node_name, known.values()) if service.health_check_node_port else (),
-        unrestricted=bool(vips and service.source_ranges and not named),
+        unrestricted=bool(vips and service.source_ranges and not family_ranges),
         dual_stack=len({family_of(ip) for ip in service.cluster_ips}) > 1,
     )
 
 
 def _may_be_on(node: str, known: Mapping[str, Endpoint], used: tuple[Sockets, ...]) -> Sockets:
-    here = [text for text, endpoint in known.items() if not endpoint.node or endpoint.node == node]
-    return tuple(text for text in here if any(text in sockets for sockets in used)) if here else ()
+    candidates = [socket for socket, endpoint in known.items() if not endpoint.node or endpoint.node == node]
+    return tuple(socket for socket in candidates if any(socket in sockets for sockets in used)) if candidates else ()
 
 
 def _ready_on(node: str, endpoints: Iterable[Endpoint]) -> tuple[str, ...]:
@@ -177,12 +194,12 @@ def _decide(*, anywhere: bool, local_only: bool, local: Sockets) -> TrafficDecis
     return TrafficDecision.DROP if local_only and not local else TrafficDecision.FORWARD
 
 
-def _of_family(texts: tuple[str, ...], family: Family) -> tuple[str, ...]:
-    return tuple([text for text in texts if family_of(text) is family]) if texts else ()
+def _of_family(addresses: tuple[str, ...], family: Family) -> tuple[str, ...]:
+    return tuple([address for address in addresses if family_of(address) is family]) if addresses else ()
 
 
 def _effective_ranges(ranges: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the ranges that restrict anything: one that holds every address makes the others pointless."""
+    """Return the source ranges, or none if one of them contains every address."""
     return () if any(each.endswith("/0") for each in ranges) else ranges
 
 

@@ -1,4 +1,4 @@
-"""The desired state: what the sources have said so far, and what each delta changes in it."""
+"""The desired state: the objects that the sources reported, and what each delta changes. Pure."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ SliceKey: TypeAlias = str
 
 
 class StoreChange(Struct, frozen=True):
-    """What a delta changed: the Services whose plans may differ now, and whether this Node or the ServiceCIDRs did.
+    """What a delta changed: the Services to plan again, and whether this Node or the ServiceCIDRs changed.
 
-    `last_changes` are the moments at which the changes of EndpointSlices began, as far as they say so, in
-    seconds since the epoch, each with the family it belongs to. Lists have none: they tell no news. `appeared` are
-    those of the Services that did not exist before.
+    `appeared` are those of the Services that did not exist before. `last_changes` are the times at which changes of
+    EndpointSlices were triggered (`EndpointSlice.last_change`), each with the family of its slice; lists have none.
     """
 
     services: frozenset[ServiceKey] = frozenset()
@@ -37,13 +36,12 @@ class StoreChange(Struct, frozen=True):
 
 
 class Store:
-    """Services, EndpointSlices, this Node and ServiceCIDRs, applied delta by delta.
+    """The Services, EndpointSlices and ServiceCIDRs of the cluster, and this Node.
 
-    A delta that repeats what is known changes nothing. EndpointSlices may come before their Service. `kinds` are
-    those that are kept, and have to be listed before the state is complete.
+    A delta that repeats the known state changes nothing. EndpointSlices may arrive before their Service. `kinds` are
+    the kinds of objects to keep, each of which must be listed before the state is complete.
 
-    Services and EndpointSlices are kept packed (as MessagePack), which takes a third of the memory: a node needs all of
-    them now and then, but one or two at a time.
+    Services and EndpointSlices are stored packed, since few are needed at a time (see `kproxy.model.packed`).
     """
 
     def __init__(self, node_name: str, kinds: Iterable[Kind] = BASIC_KINDS) -> None:
@@ -56,60 +54,57 @@ class Store:
         self._service_cidrs: dict[str, ServiceCIDR] = {}
         self._kinds = frozenset(kinds)
         self._unlisted = set(self._kinds)
-        self._refused: set[tuple[str, str]] = set()
+        self._invalid: set[tuple[str, str]] = set()
         self._ignored = 0
 
     @property
     def complete(self) -> bool:
-        """Whether every kind has been listed once: before that, absence means nothing."""
+        """Whether every kind has been listed. Until then, a missing object may exist."""
         return not self._unlisted
 
     def has_listed(self, kind: Kind) -> bool:
-        """Return whether a kind has been listed once."""
+        """Return whether a kind has been listed."""
         return kind not in self._unlisted
 
     @property
     def node_missing(self) -> bool:
-        """Whether the Nodes have been listed and this one is not, or no longer, among them.
+        """Whether this Node does not exist, which is known once Nodes have been listed.
 
-        `node` still has what was last known of a Node that was deleted.
+        `node` keeps the last known state of a Node that was deleted.
         """
         return self.has_listed(Node) and not self._node_exists
 
     @property
     def service_cidrs(self) -> tuple[str, ...]:
-        """The ranges of all ServiceCIDRs, IPv4 first, in the order of their addresses, each once.
-
-        Ranges of several ServiceCIDRs may overlap (KEP-1880): these may, too.
-        """
-        ranges = {cidr for found in self._service_cidrs.values() for cidr in found.cidrs}
-        return tuple(sorted(ranges, key=_place))
+        """The distinct ranges of all ServiceCIDRs, IPv4 first, sorted by address. They may overlap (KEP-1880)."""
+        ranges = {cidr for each in self._service_cidrs.values() for cidr in each.cidrs}
+        return tuple(sorted(ranges, key=_cidr_order))
 
     @property
     def invalid_services(self) -> int:
-        """How many Services exist whose present object cannot be used."""
-        return len(self._refused)
+        """The number of Services whose current object cannot be used."""
+        return len(self._invalid)
 
     @property
     def ignored_services(self) -> int:
-        """How many Services the last list held that get no rules."""
+        """The number of Services that get no rules, as of the last list."""
         return self._ignored
 
     def service_keys(self) -> Iterator[ServiceKey]:
-        """Iterate over all Services."""
+        """Iterate over the keys of all Services."""
         return iter(self._services)
 
     def service(self, key: ServiceKey) -> Service | None:
-        """Return a Service, or None if there is none of that name."""
+        """Return a Service, or None if it does not exist."""
         packed = self._services.get(key)
         return unpack(Service, packed) if packed else None
 
-    def slices(self, key: ServiceKey) -> Iterable[EndpointSlice]:
+    def slices(self, key: ServiceKey) -> list[EndpointSlice]:
         """Return the EndpointSlices of a Service, of both families."""
         return [unpack(EndpointSlice, self._slices[each]) for each in self._slices_of.get(key, ())]
 
     def apply(self, delta: Delta) -> StoreChange:
-        """Take in one delta and return what it changed: nothing, if it is about ServiceCIDRs and they are not kept."""
+        """Apply one delta and return what it changed. Deltas about ServiceCIDRs are ignored unless the kind is kept."""
         kind = type(delta.object) if isinstance(delta, Upsert) else delta.kind
         if kind is ServiceCIDR and kind not in self._kinds:
             return StoreChange()
@@ -119,7 +114,7 @@ class Store:
             return self._put(delta.object)
         if isinstance(delta, Invalid):
             if delta.kind is Service:
-                self._refused.add((delta.namespace, delta.name))
+                self._invalid.add((delta.namespace, delta.name))
             if delta.kind is Node and delta.name == self._node_name:
                 self._node_exists = True
             return StoreChange()
@@ -128,15 +123,15 @@ class Store:
     def _replace(self, delta: Replace) -> StoreChange:
         self._unlisted.discard(delta.kind)
         if delta.kind is Service:
-            self._refused, self._ignored = set(delta.unreadable), delta.ignored
+            self._invalid, self._ignored = set(delta.unreadable), delta.ignored
         if delta.kind is Node:
             self._node_exists = ("", self._node_name) in delta.unreadable
-        gone = self._identities(delta.kind).difference(delta.unreadable)
+        deleted = self._identities(delta.kind).difference(delta.unreadable)
         changes = []
         for each in delta.objects:
-            gone.discard(_identity(each))
+            deleted.discard(_identity(each))
             changes.append(self._put(each))
-        changes += [self._remove(delta.kind, namespace, name) for namespace, name in gone]
+        changes += [self._remove(delta.kind, namespace, name) for namespace, name in deleted]
         return StoreChange(
             frozenset().union(*(changed.services for changed in changes)),
             any(changed.node for changed in changes),
@@ -153,30 +148,30 @@ class Store:
             return {("", name) for name in self._service_cidrs}
         return {("", self.node.name)} if self.node else set()
 
-    def _put(self, found: Object) -> StoreChange:
-        if isinstance(found, Service):
-            return self._put_service(found)
-        if isinstance(found, EndpointSlice):
-            return self._put_slice(found)
-        if isinstance(found, ServiceCIDR):
-            known = self._service_cidrs.get(found.name)
-            self._service_cidrs[found.name] = found
-            return StoreChange(service_cidrs=known != found)
-        return self._put_node(found)
+    def _put(self, obj: Object) -> StoreChange:
+        if isinstance(obj, Service):
+            return self._put_service(obj)
+        if isinstance(obj, EndpointSlice):
+            return self._put_slice(obj)
+        if isinstance(obj, ServiceCIDR):
+            known = self._service_cidrs.get(obj.name)
+            self._service_cidrs[obj.name] = obj
+            return StoreChange(service_cidrs=known != obj)
+        return self._put_node(obj)
 
-    def _put_node(self, found: Node) -> StoreChange:
-        if found.name != self._node_name:
+    def _put_node(self, node: Node) -> StoreChange:
+        if node.name != self._node_name:
             return StoreChange()
         self._node_exists = True
-        if found == self.node:
+        if node == self.node:
             return StoreChange()
-        self.node = found
+        self.node = node
         return StoreChange(node=True)
 
-    def _put_service(self, found: Service) -> StoreChange:
-        key, packed = found.key, pack(found)
-        if self._refused:
-            self._refused.discard((found.namespace, found.name))
+    def _put_service(self, service: Service) -> StoreChange:
+        key, packed = service.key, pack(service)
+        if self._invalid:
+            self._invalid.discard((service.namespace, service.name))
         before = self._services.get(key)
         if before == packed:
             return StoreChange()
@@ -184,33 +179,36 @@ class Store:
         keys = frozenset({key})
         return StoreChange(keys, appeared=keys if before is None else frozenset())
 
-    def _put_slice(self, found: EndpointSlice) -> StoreChange:
-        key, packed = f"{found.namespace}/{found.name}", pack(found)
+    def _put_slice(self, endpoint_slice: EndpointSlice) -> StoreChange:
+        key, packed = f"{endpoint_slice.namespace}/{endpoint_slice.name}", pack(endpoint_slice)
         if self._slices.get(key) == packed:
             return StoreChange()
-        services = self._take_slice(key) | {found.service}
+        services = self._remove_slice(key) | {endpoint_slice.service}
         self._slices[key] = packed
-        self._slices_of[found.service] = (*self._slices_of.get(found.service, ()), key)
-        return StoreChange(services, last_changes=((found.family, found.last_change),) if found.last_change else ())
+        self._slices_of[endpoint_slice.service] = (*self._slices_of.get(endpoint_slice.service, ()), key)
+        return StoreChange(
+            services,
+            last_changes=((endpoint_slice.family, endpoint_slice.last_change),) if endpoint_slice.last_change else (),
+        )
 
-    def _take_slice(self, key: SliceKey) -> frozenset[ServiceKey]:
-        """Forget an EndpointSlice; return the Service that it belonged to, nothing if there is no such slice."""
+    def _remove_slice(self, key: SliceKey) -> frozenset[ServiceKey]:
+        """Remove an EndpointSlice; return its Service, or nothing if the slice does not exist."""
         packed = self._slices.pop(key, None)
         if packed is None:
             return frozenset()
         owner = unpack(EndpointSlice, packed).service
-        left = tuple(each for each in self._slices_of.pop(owner) if each != key)
-        if left:
-            self._slices_of[owner] = left
+        others = tuple(each for each in self._slices_of.pop(owner) if each != key)
+        if others:
+            self._slices_of[owner] = others
         return frozenset({owner})
 
     def _remove(self, kind: Kind, namespace: str, name: str) -> StoreChange:
         if kind is Service:
             key = f"{namespace}/{name}"
-            self._refused.discard((namespace, name))
+            self._invalid.discard((namespace, name))
             return StoreChange(frozenset({key})) if self._services.pop(key, None) else StoreChange()
         if kind is EndpointSlice:
-            return StoreChange(self._take_slice(f"{namespace}/{name}"))
+            return StoreChange(self._remove_slice(f"{namespace}/{name}"))
         if kind is ServiceCIDR:
             return StoreChange(service_cidrs=self._service_cidrs.pop(name, None) is not None)
         if name != self._node_name:
@@ -218,7 +216,7 @@ class Store:
         self._node_exists = False
         if self.node is None or self.node.being_deleted:
             return StoreChange()
-        # The machine is still here and serves: what its Node said of it stays true.
+        # The machine still exists and serves traffic, so the state of its last Node object stays in use.
         self.node = replace(self.node, being_deleted=True)
         return StoreChange(node=True)
 
@@ -228,9 +226,9 @@ def _split(key: str) -> tuple[str, str]:
     return namespace, name
 
 
-def _place(cidr: str) -> tuple[bool, IPv4Network | IPv6Network]:
+def _cidr_order(cidr: str) -> tuple[bool, IPv4Network | IPv6Network]:
     return family_of(cidr) is Family.IPV6, ip_network(cidr)
 
 
-def _identity(found: Object) -> tuple[str, str]:
-    return ("", found.name) if isinstance(found, Node | ServiceCIDR) else (found.namespace, found.name)
+def _identity(obj: Object) -> tuple[str, str]:
+    return ("", obj.name) if isinstance(obj, Node | ServiceCIDR) else (obj.namespace, obj.name)

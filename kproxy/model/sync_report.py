@@ -1,9 +1,9 @@
-"""The outcome of one sync, and the listeners that are notified of it."""
+"""The outcome of one sync, and the callbacks that are notified of it. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Literal, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Literal, Protocol, TypeAlias
 
 from msgspec import Struct
 
@@ -15,94 +15,119 @@ from kproxy.model.store import StoreChange
 from kproxy.model.types import Family, ServiceKey
 
 
-class ServiceCounts(Struct, frozen=True):
-    """How many Services of a family are in a condition, or in none because they are not served.
+class Plans(Protocol):
+    """The plans of the Services that one sync covers, made one Service at a time.
 
-    `without_endpoints` have a port without any endpoint, `dropped` one without an endpoint on this node under policy
-    Local, `in_conflict` lose a frontend to another Service. `refused` are objects that could not be used, `ignored` are
-    headless or ExternalName Services, or those of another proxy, as far as files have them: the API server is asked not
-    to send them.
+    All plans of a large cluster at once would take more memory than everything else that kproxy keeps about it, so
+    nothing holds them: a backend plans, renders and forgets each Service in turn.
+    """
+
+    def by_service(self) -> Iterator[tuple[ServiceKey, Sequence[ServicePortPlan]]]:
+        """Plan each Service of the sync once. A Service that was deleted, or is not served, has no plans."""
+
+    def of(self, key: ServiceKey) -> Sequence[ServicePortPlan]:
+        """Plan one Service again."""
+
+
+class SyncError(Exception):
+    """The kernel rejected a change; the message is one line and says why."""
+
+
+class DriftError(SyncError):
+    """Another process changed kproxy's rules: a sync of all Services is needed, and likely to succeed."""
+
+
+class ApplyResult(Struct, frozen=True):
+    """What a backend's sync did: the rules it wrote, and the rules that kproxy has in the kernel now, by table.
+
+    `conflicts` are all current frontend conflicts, not only those of the Services that the sync covered.
+    """
+
+    written_rules: Mapping[str, int]
+    total_rules: Mapping[str, int]
+    conflicts: tuple[FrontendConflict, ...] = ()
+
+
+class ServiceCounts(Struct, frozen=True):
+    """The number of Services of a family in each condition.
+
+    `without_endpoints`: a port has no endpoint anywhere. `dropped`: a port has endpoints, but none on this node, and
+    its traffic policy is Local. `in_conflict`: another Service owns one of its frontends. `invalid`: the object cannot
+    be used. `ignored`: headless and ExternalName Services, and those of another proxy; only files contain these, since
+    kproxy asks the API server not to send them.
     """
 
     without_endpoints: int = 0
     dropped: int = 0
     in_conflict: int = 0
-    refused: int = 0
+    invalid: int = 0
     ignored: int = 0
 
 
-NoticeKind = Literal["NoEndpoints", "EndpointsAvailable", "SourceRangesIgnored", "FrontendConflict", "ConflictResolved"]
+ConditionReason: TypeAlias = Literal[
+    "NoEndpoints", "EndpointsAvailable", "SourceRangesIgnored", "FrontendConflict", "ConflictResolved"
+]
 
 
 class ConditionTransition(Struct, frozen=True):
-    """Something that became true of a Service, as a sentence; `kind` is the reason of the event about it."""
+    """A change in the condition of a Service. `reason` and `message` are those of the event about it."""
 
     service: ServiceKey
-    kind: NoticeKind
-    text: str
+    reason: ConditionReason
+    message: str
 
     @property
     def is_warning(self) -> bool:
-        """Whether somebody may have to do something about it."""
-        return self.kind not in {"EndpointsAvailable", "ConflictResolved"}
+        """Whether an operator may have to act."""
+        return self.reason not in {"EndpointsAvailable", "ConflictResolved"}
 
 
-Plans = Mapping[ServiceKey, Sequence[ServicePortPlan]]
-"""The plans of Services by port; none for a Service that is gone, or has nothing in the family."""
+class SyncResult(Struct, frozen=True):
+    """What a successful sync of one family programmed.
 
-
-class SyncError(Exception):
-    """The kernel did not accept a change; the message says why on one line."""
-
-
-class DriftError(SyncError):
-    """Somebody else has changed what the kernel held: a sync of everything is needed, and likely to succeed."""
-
-
-class ApplyResult(Struct, frozen=True):
-    """What a backend's sync amounted to, by table: rules it wrote, and rules of ours that are now there.
-
-    `conflicts` are all that there are now, not only those of the Services that this sync looked at.
+    `services` is the number of Services covered: all of them if `complete`, otherwise those that may have changed.
+    `plans` holds the plans that matter beyond the rules (`ServicePortPlan.outlives_sync`). If the sync is `complete`,
+    Services without such plans are absent; otherwise every Service covered is present, with no plans if it has none
+    that matter. `last_changes` are the start times, in seconds since the epoch, of the endpoint changes that are now in
+    the kernel (annotation `endpoints.kubernetes.io/last-change-trigger-time`). `transitions` are the changes of
+    condition that this sync brought.
     """
 
-    rules: Mapping[str, int]
-    total_rules: Mapping[str, int]
-    conflicts: tuple[FrontendConflict, ...] = ()
+    services: int
+    complete: bool
+    plans: Mapping[ServiceKey, Sequence[ServicePortPlan]]
+    context: Context
+    applied: ApplyResult
+    counts: ServiceCounts = ServiceCounts()
+    transitions: tuple[ConditionTransition, ...] = ()
+    last_changes: tuple[float, ...] = ()
 
 
 class SyncReport(Struct, frozen=True):
-    """One attempt to bring one family's kernel state to the desired state.
+    """One attempt to sync one family.
 
-    `plans` are those of the `services` Services that were looked at: if `complete`, of all Services, but only those
-    with a plan of `outlives_sync`; else of those that may have changed. `error` is "" if the kernel accepted
-    everything; `written` is None if it did not. `began` and `ended` are in seconds of the reconciler's monotonic clock.
-    `last_changes` are the moments, in seconds since the epoch, at which the endpoint changes began that are now in the
-    kernel (annotation `endpoints.kubernetes.io/last-change-trigger-time`). `tally` counts the Services in a condition,
-    and `notices` say what this sync changed of that.
+    `result` is None if the attempt failed; `error` then says why, on one line. `started` and `finished` are seconds of
+    the reconciler's monotonic clock.
     """
 
     family: Family
-    began: float
-    ended: float
-    complete: bool
-    plans: Plans
-    context: Context | None
-    written: ApplyResult | None
+    started: float
+    finished: float
+    result: SyncResult | None
     error: str = ""
-    services: int = 0
-    last_changes: tuple[float, ...] = ()
-    tally: ServiceCounts = ServiceCounts()
-    notices: tuple[ConditionTransition, ...] = ()
 
 
-class SyncListener(Protocol):
-    """Told of syncs, in the reconciler's thread: must neither block nor raise."""
+QueueListener: TypeAlias = Callable[[Family, float], None]
+"""Called when changes of a family start to wait for a sync, with the time of the reconciler's clock."""
+ChangeListener: TypeAlias = Callable[[Kind, StoreChange], None]
+"""Called with the kind of object that a delta was about and what the delta changed."""
+SyncListener: TypeAlias = Callable[[SyncReport], None]
+"""Called after each attempt to sync a family.
 
-    def queued(self, family: Family, now: float) -> None:
-        """Note that changes of a family wait to be programmed, at `now` of the reconciler's clock."""
+Listeners run in the reconciler's thread and must not block. An exception is logged and stops nothing.
+"""
+AfterSyncStep: TypeAlias = Callable[[SyncReport], None]
+"""Work that follows an attempt to sync a family, and may block the reconciler's thread for seconds.
 
-    def changed(self, kind: Kind, changed: StoreChange) -> None:
-        """Note what one delta about a kind of objects changed."""
-
-    def synced(self, report: SyncReport) -> None:
-        """Take in how a sync ended, well or not."""
+Steps run once all listeners have been notified. An exception is logged and stops nothing.
+"""

@@ -1,8 +1,8 @@
-"""The cluster as kproxy keeps it: the fields of Services, EndpointSlices, Nodes and ServiceCIDRs that decide rules.
+"""Services, EndpointSlices, Nodes and ServiceCIDRs, reduced to the fields that the rules depend on. Pure.
 
-Everything here is immutable and compares by value, so "did this change anything?" is `old != new`.
-Addresses and CIDRs are in canonical text form; names that repeat (nodes, zones) are interned by the decoder. What the
-store keeps packed is `array_like`: without the names of the fields.
+All values are immutable and compare by value: an object changed if `old != new`. Addresses and CIDRs are in canonical
+form; the decoder interns names that repeat (nodes, zones). Types that the store packs are `array_like`, so that field
+names are not stored.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from msgspec import Struct
 
 Protocol: TypeAlias = Literal["TCP", "UDP", "SCTP"]
 ServiceKey: TypeAlias = str
-"""A Service's `namespace/name`, the way every Kubernetes tool prints it."""
+"""A Service's `namespace/name`."""
 
 
 class Family(Enum):
-    """An IP family, by the name that the Kubernetes API and the metrics label `ip_family` use."""
+    """An IP family. The values are those of the Kubernetes API and of the metrics label `ip_family`."""
 
     IPV4 = "IPv4"
     IPV6 = "IPv6"
 
 
 class ServicePort(Struct, frozen=True, gc=False, array_like=True):
-    """One entry of `spec.ports`; `node_port` is 0 where none is allocated."""
+    """One entry of `spec.ports`. `node_port` is 0 if none is allocated."""
 
     name: str
     port: int
@@ -34,12 +34,12 @@ class ServicePort(Struct, frozen=True, gc=False, array_like=True):
 
 
 class Service(Struct, frozen=True, gc=False, array_like=True):
-    """A Service that kproxy serves. Headless and ExternalName Services never become one of these.
+    """A Service that kproxy serves; never a headless or ExternalName one.
 
-    `affinity_seconds` is the ClientIP timeout, 0 without session affinity. `vips` are the load balancer
-    addresses of ipMode VIP (KEP-1860): those of ipMode Proxy are not ours to answer for.
-    `external_local` and `health_check_node_port` are already freed of values that the Service's type makes
-    meaningless.
+    `affinity_seconds` is the ClientIP timeout, 0 without session affinity. `internal_local` and `external_local` are
+    whether the internal and the external traffic policy is Local. `vips` are the load balancer addresses with ipMode
+    VIP (KEP-1860); kproxy does not handle traffic to those with ipMode Proxy. `external_local` and
+    `health_check_node_port` are unset where the type of the Service makes them meaningless.
     """
 
     namespace: str
@@ -61,7 +61,7 @@ class Service(Struct, frozen=True, gc=False, array_like=True):
 
 
 class Endpoint(Struct, frozen=True, gc=False, array_like=True):
-    """One endpoint of a slice; hints are empty where the slice gives none."""
+    """One endpoint of a slice. `for_zones` and `for_nodes` are its topology hints, empty if it has none."""
 
     address: str
     node: str = ""
@@ -73,7 +73,7 @@ class Endpoint(Struct, frozen=True, gc=False, array_like=True):
 
 
 class EndpointPort(Struct, frozen=True, gc=False, array_like=True):
-    """A named port that all endpoints of a slice share."""
+    """A port that all endpoints of a slice have."""
 
     name: str
     port: int
@@ -81,10 +81,10 @@ class EndpointPort(Struct, frozen=True, gc=False, array_like=True):
 
 
 class EndpointSlice(Struct, frozen=True, gc=False, array_like=True):
-    """An EndpointSlice of one family; `service` is the key of the Service that it belongs to.
+    """An EndpointSlice of one family. `service` is the key of the Service that it belongs to.
 
-    `last_change` is the annotation `endpoints.kubernetes.io/last-change-trigger-time` as seconds since the
-    epoch, 0.0 where there is none: when the change that this slice carries began.
+    `last_change` is when the change that the slice carries was triggered, in seconds since the epoch (annotation
+    `endpoints.kubernetes.io/last-change-trigger-time`), 0.0 if unknown.
     """
 
     namespace: str
@@ -97,10 +97,10 @@ class EndpointSlice(Struct, frozen=True, gc=False, array_like=True):
 
 
 class Node(Struct, frozen=True, gc=False):
-    """A Node. `addresses` holds its own IPs, InternalIPs first, each group in the order of the object.
+    """A Node. `addresses` are its IP addresses, InternalIPs first, otherwise in the order of the object.
 
-    `being_deleted` is true once the Node has a deletion timestamp or carries the taint
-    `ToBeDeletedByClusterAutoscaler`: load balancers should then stop sending traffic here (KEP-3836).
+    `being_deleted` is true if the Node has a deletion timestamp or the taint `ToBeDeletedByClusterAutoscaler`: load
+    balancers should send it no more new connections (KEP-3836).
     """
 
     name: str
@@ -112,7 +112,7 @@ class Node(Struct, frozen=True, gc=False):
 
 
 class ServiceCIDR(Struct, frozen=True, gc=False):
-    """A ServiceCIDR (KEP-1880): ranges that ClusterIPs are allocated from, one per family at the most."""
+    """A ServiceCIDR (KEP-1880): ranges that ClusterIPs are allocated from, at most one per family."""
 
     name: str
     cidrs: tuple[str, ...] = ()

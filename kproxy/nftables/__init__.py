@@ -1,1 +1,1 @@
-"""The nftables backend: one table per family, whose maps all Services share."""
+"""The nftables backend: one table per IP family, with sets, maps and chains that all Services share."""

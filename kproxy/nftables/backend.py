@@ -1,14 +1,14 @@
-"""The nftables backend of one family: plans in, kernel rules out, and a ledger of what was accepted."""
+"""The nftables backend of one IP family: sync plans into the kernel's table and keep a ledger of what it accepted."""
 
 from __future__ import annotations
 
 import logging
 import math
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from kproxy.model.context import Context
 from kproxy.model.sync_report import ApplyResult, DriftError, Plans, SyncError
@@ -23,233 +23,221 @@ from kproxy.nftables.render import render_service
 from kproxy.nftables.snapshot import TableSnapshot
 from kproxy.nftables.transaction import Transaction
 
+log = logging.getLogger(__name__)
+BATCH_FRONTENDS = 1_000
+"""Maximum number of frontends in one batch of a large change: about half a megabyte with 10 endpoints each."""
+MAX_READS = 3
+"""How often a sync reads the table if other processes keep changing tables meanwhile."""
 _T = TypeVar("_T")
 
 
-def pipelined(do: Callable[[_T], object], things: Iterable[_T]) -> None:
-    """Call `do` with each thing, in their order, one at a time, while the next thing is being made.
-
-    A single thing is done in the calling thread; of several, each is done in a thread that belongs to the same network
-    namespace. Raises what `do` or making a thing raised: nothing more is begun then, and what was begun has ended.
-    """
-    iterator = iter(things)
-    ready = list(islice(iterator, 2))
-    if len(ready) == 1:
-        do(ready[0])
-    if len(ready) < 2:
-        return
-    with ThreadPoolExecutor(1, thread_name_prefix="in-step") as worker:
-        running = worker.submit(do, ready.pop(0))
-        while ready:
-            running.result()
-            running = worker.submit(do, ready.pop())
-            ready += islice(iterator, 1)
-        running.result()
-
-
-log = logging.getLogger(__name__)
-BATCH_FRONTENDS = 1_000
-"""How many frontends one batch of a large change has: with 10 endpoints each about half a megabyte."""
-READS = 3
-"""How often a sync reads the table anew because others change tables at the same time."""
-
-
 class NftablesKernel(Protocol):
-    """The way to one family's table; `kproxy.nftables.kernel.NftTable` is the real one."""
+    """Access to one family's table; `kproxy.nftables.kernel.NftTable` is the implementation."""
 
-    def commit(self, change: Transaction, generation: int | None = None, /) -> None:
-        """Make a transaction; with a generation only if nothing has changed since.
+    def commit(self, transaction: Transaction, generation: int | None = None, /) -> None:
+        """Commit a transaction; with a `generation`, only if it is still the current one.
 
         Raises `TableError` or `GenerationChangedError`.
         """
 
     def generation(self) -> int:
-        """Return the number of the last change that anybody made to any table. Raises `TableError`."""
+        """Return the generation ID, which every change of any table increments. Raises `TableError`."""
 
-    def view(self, *, lenient: bool = False) -> TableSnapshot | None:
-        """Return what the table holds, None if there is none. Raises `TableError`, `TableChangingError` if it changes.
+    def snapshot(self, *, allow_interrupted: bool = False) -> TableSnapshot | None:
+        """Read the table; return None if it does not exist.
 
-        With `lenient`, elements are read even while tables change: some may be missing if that is this one.
+        Raises `TableError`, which is `TableChangingError` if tables keep changing. With `allow_interrupted`, a change
+        while elements are read is not an error; elements can be missing if it was a change of this table.
         """
 
-    def uses(self) -> Counter[str]:
-        """Return how often each chain is used. Raises `TableError`."""
+    def chain_use_counts(self) -> Counter[str]:
+        """Return the use count of each chain (NFTA_CHAIN_USE). Raises `TableError`."""
 
 
 class NftablesBackend:
-    """Keeps one family's table equal to the plans that it is given.
+    """Keeps one family's table in sync with the plans.
 
-    The table is read when nothing is known about it (at start, after a failure, and when somebody else has changed
-    it) and at no other time.
+    It reads the table only when it has no ledger: at startup, after a failure, and after a change by another process.
     """
 
     def __init__(
-        self, kernel: NftablesKernel, own: OwnGenerations | None = None, *, batch_frontends: int = BATCH_FRONTENDS
+        self,
+        kernel: NftablesKernel,
+        own_generations: OwnGenerations | None = None,
+        *,
+        batch_frontends: int = BATCH_FRONTENDS,
     ) -> None:
-        """`own` is shared by all backends that change tables of the same network namespace.
+        """All backends of a network namespace share `own_generations`.
 
-        `batch_frontends` is how many frontends a batch may have; no Service is ever spread over two.
+        `batch_frontends` is the maximum number of frontends in a batch. A batch never splits a Service.
         """
         self._kernel = kernel
-        self._own = own or OwnGenerations()
+        self._own_generations = own_generations or OwnGenerations()
         self._batch_frontends = batch_frontends
         self._ledger: NftablesLedger | None = None
+        # The ruleset's generation after the last commit; None if another process may have changed the table since.
         self._generation: int | None = None
 
     @property
     def needs_full_sync(self) -> bool:
-        """Whether the next `sync` must be given the plans of all Services."""
+        """Whether the next `sync` needs the plans of all Services."""
         return self._ledger is None
 
     def sync(self, plans: Plans, context: Context) -> ApplyResult:
-        """Bring the table to `plans`: the Services that may have changed, or all if `needs_full_sync`.
+        """Program `plans`: those of the Services that may have changed, or of all if `needs_full_sync`.
 
-        A Service without plans is deleted. Raises `SyncError` if the kernel refused; what was accepted before stays.
+        A Service without plans is deleted. Raises `SyncError` if the kernel rejected a change; changes that it accepted
+        before stay.
         """
         ledger, self._ledger = self._ledger, None
         try:
-            self._ledger = self._load(plans, context) if ledger is None else self._update(ledger, plans, context)
+            self._ledger = self._full_sync(plans, context) if ledger is None else self._update(ledger, plans, context)
         except TableError as error:
             raise SyncError(str(error)) from None
         return ApplyResult({}, {}, self._ledger.conflicts())
 
     def forget(self) -> None:
-        """Let the next `sync` read the table."""
+        """Make the next `sync` read the table."""
         self._ledger = None
 
-    def verify(self, context: Context) -> bool:  # noqa: ARG002 - the ledger knows what it was given
-        """Return whether every chain is used as often as it should be; if not, forget what is known.
+    def verify(self, context: Context) -> bool:
+        """Check for drift by the use count of every chain; if one differs, make the next `sync` read the table.
 
-        That tells of deleted tables and chains, of rules that were added or deleted, and of frontends that were; not of
-        endpoints, members of sets and verdicts that drop.
+        This detects deleted tables and chains, and added or deleted rules and frontends. It does not detect changed
+        endpoints, elements of sets and verdicts that drop.
         """
         if self._ledger is None:
             return True
         try:
-            whole = self._kernel.uses() == self._ledger.uses()
+            in_sync = self._kernel.chain_use_counts() == self._ledger.chain_use_counts()
         except TableError as error:
-            log.warning("cannot look at the table: %s", error)
+            log.warning("%s: cannot check the table for drift: %s", context.family.value, error)
             return True
-        if not whole:
+        if not in_sync:
             self._ledger = None
-        return whole
+        return in_sync
 
     def _update(self, ledger: NftablesLedger, plans: Plans, context: Context) -> NftablesLedger:
-        change = NftablesDiff(ledger, context)
-        pipelined(self._commit, self._batches(change, plans, context, self._batch_frontends))
-        self._settle(ledger, context)
+        diff = NftablesDiff(ledger, context)
+        run_pipelined(self._commit, self._batches(diff, plans, context, self._batch_frontends))
+        self._check_concurrent_changes(ledger, context)
         return ledger
 
-    def _load(self, plans: Plans, context: Context) -> NftablesLedger:
-        """Write everything, whatever is there; what is right already stays untouched.
+    def _full_sync(self, plans: Plans, context: Context) -> NftablesLedger:
+        """Bring the existing table to `plans`; matching objects stay untouched.
 
-        A table that cannot be taken over is replaced, and then no client is remembered any more.
+        An incompatible table is replaced, and session affinity of existing clients is lost.
         """
         try:
-            return self._load_over_read(plans, context)
+            return self._read_and_sync(plans, context)
         except IncompatibleTableError as error:
-            log.info("%s: the table of before cannot be taken over, a new one takes its place", error)
+            log.info("%s: replacing the existing table: %s", context.family.value, error)
             return self._replace(plans, context)
 
-    def _load_over_read(self, plans: Plans, context: Context) -> NftablesLedger:
-        for _ in range(READS):
+    def _read_and_sync(self, plans: Plans, context: Context) -> NftablesLedger:
+        for _ in range(MAX_READS):
             try:
                 generation = self._kernel.generation()
-                return self._load_over(self._kernel.view(), generation, plans, context)
+                return self._sync_from_snapshot(self._kernel.snapshot(), generation, plans, context)
             except (GenerationChangedError, TableChangingError):
                 continue
-        # Others keep changing tables. Hardly this one: what was read of it is mostly true, and checked in the end.
+        # Other processes keep changing tables, most likely not this one. Sync from what can be read of it, and check
+        # the result for drift.
         try:
-            return self._load_over(self._kernel.view(lenient=True), None, plans, context)
+            snapshot = self._kernel.snapshot(allow_interrupted=True)
+            return self._sync_from_snapshot(snapshot, None, plans, context)
         except (TableError, DriftError) as error:
-            raise IncompatibleTableError(f"it changes while it is read ({error})") from None
+            raise IncompatibleTableError(f"the table keeps changing while it is read: {error}") from None
 
-    def _load_over(
-        self, view: TableSnapshot | None, generation: int | None, plans: Plans, context: Context
+    def _sync_from_snapshot(
+        self, snapshot: TableSnapshot | None, generation: int | None, plans: Plans, context: Context
     ) -> NftablesLedger:
-        """Bring a table that was read to the plans. Raises `GenerationChangedError` if `generation` is not current.
+        """Bring the table from a snapshot, or from nothing, to `plans`.
 
-        What is taken over changes in one step, for its chains must agree with each other and with the settings.
+        Raises `GenerationChangedError` if `generation` is not current. An existing table changes in one transaction,
+        because its chains must match each other and the context; a new one is filled in batches.
         """
-        if view is not None:
-            _check_usable(view, context.family)
+        if snapshot is not None:
+            _check_compatible(snapshot, context.family)
         ledger = NftablesLedger()
-        change = NftablesDiff(ledger, context, view, create=view is None)
-        size = math.inf if view is not None else self._batch_frontends
+        diff = NftablesDiff(ledger, context, snapshot, create=snapshot is None)
+        batch_frontends = self._batch_frontends if snapshot is None else math.inf
         self._generation = generation
-        batches = self._batches(change, plans, context, size)
-        pipelined(lambda batch: self._commit(batch[1], must_be_fresh=not batch[0]), enumerate(batches))
-        self._settle(ledger, context)
+        batches = self._batches(diff, plans, context, batch_frontends)
+        run_pipelined(lambda batch: self._commit(batch[1], must_be_current=not batch[0]), enumerate(batches))
+        self._check_concurrent_changes(ledger, context)
         return ledger
 
-    def _batches(self, change: NftablesDiff, plans: Plans, context: Context, size: float) -> Iterator[Transaction]:
-        """Yield the transactions of a change, each as soon as it has as many frontends as it may."""
-        for key, ports in plans.items():
-            change.put(key, render_service(ports, context))
-            if change.size >= size:
-                yield change.take()
-        yield change.finish()
+    def _batches(
+        self, diff: NftablesDiff, plans: Plans, context: Context, batch_frontends: float
+    ) -> Iterator[Transaction]:
+        """Yield the transactions of a diff, each as soon as it has the maximum number of frontends."""
+        for key, ports in plans.by_service():
+            diff.put(key, render_service(ports, context))
+            if diff.frontend_count >= batch_frontends:
+                yield diff.next_transaction()
+        yield diff.last_transaction()
 
     def _replace(self, plans: Plans, context: Context) -> NftablesLedger:
         ledger = NftablesLedger()
-        change = NftablesDiff(ledger, context, create=True)
-        for key, ports in plans.items():
-            change.put(key, render_service(ports, context))
         self._generation = None
-        self._kernel.commit(change.finish())
-        self._settle(ledger, context)
+        self._kernel.commit(_new_table(ledger, plans, context))
+        self._check_concurrent_changes(ledger, context)
         return ledger
 
-    def _commit(self, change: Transaction, *, must_be_fresh: bool = False) -> None:
-        """Make a transaction, and note whether others have made changes since the one before.
+    def _commit(self, transaction: Transaction, *, must_be_current: bool = False) -> None:
+        """Commit a transaction, its new chains first (`Transaction.split_off_new_chains`).
 
-        With `must_be_fresh`, raises `GenerationChangedError`. Else, what is refused is a reason to look at the table
-        again: it may be no longer what it was.
+        If another process changed the ruleset since the last commit, raise `GenerationChangedError` with
+        `must_be_current`, else commit anyway. If the kernel then rejects the transaction, raise `DriftError`: the table
+        may no longer match the ledger.
         """
-        if (first := change.split_off_new_chains()) is not None:
-            self._commit_at_once(first, must_be_fresh=must_be_fresh)
-        if change:
-            self._commit_at_once(change, must_be_fresh=must_be_fresh and first is None)
+        if (new_chains := transaction.split_off_new_chains()) is not None:
+            self._commit_one(new_chains, must_be_current=must_be_current)
+        if transaction:
+            self._commit_one(transaction, must_be_current=must_be_current and new_chains is None)
 
-    def _commit_at_once(self, change: Transaction, *, must_be_fresh: bool) -> None:
+    def _commit_one(self, transaction: Transaction, *, must_be_current: bool) -> None:
         if self._generation is not None:
-            last = self._own.since(self._generation)
+            current = self._own_generations.newest_after(self._generation)
             try:
-                self._kernel.commit(change, last)
+                self._kernel.commit(transaction, current)
             except GenerationChangedError:
                 self._generation = None
-                if must_be_fresh:
+                if must_be_current:
                     raise
             else:
-                self._generation = self._own.made(last)
+                self._generation = self._own_generations.record_commit(current)
                 return
         try:
-            self._kernel.commit(change)
+            self._kernel.commit(transaction)
         except TableError as error:
-            raise DriftError(f"somebody else has changed tables, and now: {error}") from None
+            raise DriftError(
+                f"another process changed the ruleset, and the kernel rejected a change: {error}"
+            ) from None
 
-    def _settle(self, ledger: NftablesLedger, context: Context) -> None:
-        """If others have made changes meanwhile, make sure that they were not to this table.
+    def _check_concurrent_changes(self, ledger: NftablesLedger, context: Context) -> None:
+        """If another process changed the ruleset during the sync, check that it did not change this table.
 
-        The generation is asked for first: a change after that is noticed at the next transaction. Where changes of
-        others are too many to look at all, the next transaction has a look as well.
+        Raises `DriftError` if it did. The generation is read before the table: the next commit detects any later
+        change. If the table cannot be read because tables keep changing, the next sync checks again.
         """
         if self._generation is not None:
             return
         try:
             generation = self._kernel.generation()
-            uses = self._kernel.uses()
+            use_counts = self._kernel.chain_use_counts()
         except TableChangingError as error:
-            log.debug("%s: %s", context.family.value, error)
+            log.debug("%s: cannot check the table for drift: %s", context.family.value, error)
             return
-        if uses != ledger.uses():
-            log.warning("%s: somebody else has changed the table: programming everything anew", context.family.value)
-            raise DriftError("somebody else has changed the table")
+        if use_counts != ledger.chain_use_counts():
+            log.warning("%s: another process changed the table, starting a full sync", context.family.value)
+            raise DriftError("another process changed the table")
         self._generation = generation
 
 
 class NftablesPrinter:
-    """A backend that hands on, as text, the table that it would make."""
+    """A backend that prints the table instead of programming it."""
 
     needs_full_sync = True
 
@@ -257,38 +245,93 @@ class NftablesPrinter:
         self._writer = NftWriter(family)
         self._show = show
 
-    def verify(self, context: Context) -> bool:  # noqa: ARG002 - there is no kernel that could differ
-        """Return that nothing is missing."""
+    def verify(self, context: Context) -> bool:  # noqa: ARG002 - there is no kernel state to check
+        """Return True."""
         return True
 
     def forget(self) -> None:
-        """Do nothing: everything is handed on each time."""
+        """Do nothing: every sync is a full sync."""
 
     def sync(self, plans: Plans, context: Context) -> ApplyResult:
-        """Hand on the table for all `plans`, as `nft list table` prints it."""
+        """Print the table for all `plans` as `nft list table` prints it."""
         ledger = NftablesLedger()
-        change = NftablesDiff(ledger, context, create=True)
-        for key, ports in plans.items():
-            change.put(key, render_service(ports, context))
-        made = change.finish()
-        self._show(self._writer.table(made.sets, made.additions(), made.rules))
+        transaction = _new_table(ledger, plans, context)
+        elements = transaction.all_added_elements()
+        self._show(self._writer.table(transaction.added_sets, elements, transaction.added_rules))
         return ApplyResult({}, {}, ledger.conflicts())
 
 
-def _check_usable(view: TableSnapshot, family: Family) -> None:
-    """Raise `IncompatibleTableError` if the table has something that can neither be changed nor removed alone.
+def _new_table(ledger: NftablesLedger, plans: Plans, context: Context) -> Transaction:
+    """Return the transaction that creates the whole table, and add its contents to the ledger."""
+    diff = NftablesDiff(ledger, context, create=True)
+    for key, ports in plans.by_service():
+        diff.put(key, render_service(ports, context))
+    return diff.last_transaction()
 
-    The type of a set cannot be changed, others' maps of verdicts keep chains from being deleted, and an element for
-    all other keys would catch what is to go on.
+
+def _check_compatible(snapshot: TableSnapshot, family: Family) -> None:
+    """Raise `IncompatibleTableError` if the table has something that only deleting the table can change or remove.
+
+    The type of a set cannot change. An unknown verdict map can keep its chains from being deleted. A catch-all element
+    (`*`) would match keys that must not match.
     """
-    if view.flags:
-        raise IncompatibleTableError("the table has flags")
-    shapes = {each.name: set_layout(each, family) for each in SETS}
-    for name, shape in view.sets.items():
-        if shapes.get(name, shape) != shape:
-            raise IncompatibleTableError(f"set {name} is of another type")
-        if name not in shapes and shape.has_verdicts:
-            raise IncompatibleTableError(f"map {name} is somebody else's")
-    for name, elements in view.elements.items():
+    if snapshot.flags:
+        raise IncompatibleTableError(f"the table has flags ({snapshot.flags:#x})")
+    desired = {each.name: set_layout(each, family) for each in SETS}
+    for name, layout in snapshot.sets.items():
+        if desired.get(name, layout) != layout:
+            raise IncompatibleTableError(f"set {name} has a different type")
+        if name not in desired and layout.has_verdicts:
+            raise IncompatibleTableError(f"verdict map {name} is unknown")
+    for name, elements in snapshot.elements.items():
         if b"" in elements:
-            raise IncompatibleTableError(f"map {name} has an element for all keys")
+            raise IncompatibleTableError(f"map {name} has a catch-all element")
+
+
+def run_pipelined(process: Callable[[_T], object], items: Iterable[_T]) -> None:
+    """Call `process` with each item, in order and one at a time, while the next item is computed.
+
+    A single item is processed in the calling thread, each of several in a thread of its own, which belongs to the same
+    network namespace. Raises the first error of `process` or `items`, after a running call has ended; no further call
+    starts.
+    """
+    iterator = iter(items)
+    ready = list(islice(iterator, 2))
+    if len(ready) == 1:
+        process(ready[0])
+    if len(ready) < 2:
+        return
+    running = _BackgroundCall(process, ready.pop(0))
+    try:
+        while ready:
+            running.result()
+            running = _BackgroundCall(process, ready.pop())
+            ready += islice(iterator, 1)
+    finally:
+        running.join()
+    running.result()
+
+
+class _BackgroundCall(Generic[_T]):
+    """A call in a daemon thread of its own. Unlike the threads of an executor, it does not delay the process's exit."""
+
+    def __init__(self, process: Callable[[_T], object], item: _T) -> None:
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(process, item), name="nft-commit", daemon=True)
+        self._thread.start()
+
+    def join(self) -> None:
+        """Wait until the call has returned or raised an error."""
+        self._thread.join()
+
+    def result(self) -> None:
+        """Wait for the call. Raises the error that it raised."""
+        self.join()
+        if self._error is not None:
+            raise self._error
+
+    def _run(self, process: Callable[[_T], object], item: _T) -> None:
+        try:
+            process(item)
+        except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
+            self._error = error

@@ -1,4 +1,4 @@
-"""What the table holds whatever the Services are: its sets and maps, and the chains that packets enter it by."""
+"""The part of the table that does not depend on Services: its sets, maps and base chains. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kproxy.nftables.ruleset import (
     CtStatusDnat,
     Drop,
     FibLocal,
-    Go,
+    Jump,
     KeyField,
     Lookup,
     MapValue,
@@ -34,107 +34,115 @@ from kproxy.nftables.ruleset import (
 )
 
 TABLE_COMMENT = "rules for kube-proxy"
-SERVICE = (KeyField.DESTINATION, KeyField.PROTOCOL, KeyField.PORT)
-"""What a frontend with an address of its own goes by."""
-NODE_PORT = (KeyField.PROTOCOL, KeyField.PORT)
-"""What a NodePort goes by."""
-_CONNECTION = (KeyField.SOURCE, KeyField.DESTINATION, KeyField.PROTOCOL, KeyField.PORT)
+SERVICE_KEY = (KeyField.DESTINATION, KeyField.PROTOCOL, KeyField.PORT)
+"""Key of a frontend with an address: ClusterIP, external IP or load balancer IP."""
+NODE_PORT_KEY = (KeyField.PROTOCOL, KeyField.PORT)
+"""Key of a NodePort frontend."""
+_CONNECTION_KEY = (KeyField.SOURCE, KeyField.DESTINATION, KeyField.PROTOCOL, KeyField.PORT)
+_SERVICE_ENDPOINT_KEY = (*SERVICE_KEY, KeyField.NUMGEN)
+_NODE_PORT_ENDPOINT_KEY = (*NODE_PORT_KEY, KeyField.NUMGEN)
+# The comments are part of the table in the kernel: changing one changes the table of every node.
 SETS = (
     NftSet(names.CLUSTER_IPS, (KeyField.DESTINATION,), comment="ClusterIPs in use"),
     NftSet(names.NODE_PORT_IPS, (KeyField.DESTINATION,), comment="addresses that answer to NodePorts"),
-    NftSet(names.HAIRPINS, _CONNECTION, comment="endpoints of this node, as clients of themselves"),
-    NftSet(names.FIREWALL_IPS, SERVICE, MapValue.VERDICT, "frontends that only some sources may use"),
-    NftSet(names.NO_ENDPOINT_SERVICES, SERVICE, MapValue.VERDICT, "frontends without endpoints"),
-    NftSet(names.NO_ENDPOINT_NODE_PORTS, NODE_PORT, MapValue.VERDICT, "NodePorts without endpoints"),
-    NftSet(names.SERVICE_IPS, SERVICE, MapValue.VERDICT, "ClusterIPs, external IPs and load balancer IPs"),
-    NftSet(names.SERVICE_NODE_PORTS, NODE_PORT, MapValue.VERDICT, "NodePorts"),
-    NftSet(
-        names.SERVICE_ENDPOINTS, (*SERVICE, KeyField.NUMBER), MapValue.ENDPOINT, "endpoints of a frontend, numbered"
-    ),
-    NftSet(names.SERVICE_LOCAL_ENDPOINTS, (*SERVICE, KeyField.NUMBER), MapValue.ENDPOINT, "those of them on this node"),
-    NftSet(
-        names.NODE_PORT_ENDPOINTS, (*NODE_PORT, KeyField.NUMBER), MapValue.ENDPOINT, "endpoints of a NodePort, numbered"
-    ),
-    NftSet(
-        names.NODE_PORT_LOCAL_ENDPOINTS, (*NODE_PORT, KeyField.NUMBER), MapValue.ENDPOINT, "those of them on this node"
-    ),
+    NftSet(names.HAIRPINS, _CONNECTION_KEY, comment="endpoints of this node, as clients of themselves"),
+    NftSet(names.FIREWALL_IPS, SERVICE_KEY, MapValue.VERDICT, "frontends that only some sources may use"),
+    NftSet(names.NO_ENDPOINT_SERVICES, SERVICE_KEY, MapValue.VERDICT, "frontends without endpoints"),
+    NftSet(names.NO_ENDPOINT_NODE_PORTS, NODE_PORT_KEY, MapValue.VERDICT, "NodePorts without endpoints"),
+    NftSet(names.SERVICE_IPS, SERVICE_KEY, MapValue.VERDICT, "ClusterIPs, external IPs and load balancer IPs"),
+    NftSet(names.SERVICE_NODE_PORTS, NODE_PORT_KEY, MapValue.VERDICT, "NodePorts"),
+    NftSet(names.SERVICE_ENDPOINTS, _SERVICE_ENDPOINT_KEY, MapValue.ENDPOINT, "endpoints of a frontend, numbered"),
+    NftSet(names.SERVICE_LOCAL_ENDPOINTS, _SERVICE_ENDPOINT_KEY, MapValue.ENDPOINT, "those of them on this node"),
+    NftSet(names.NODE_PORT_ENDPOINTS, _NODE_PORT_ENDPOINT_KEY, MapValue.ENDPOINT, "endpoints of a NodePort, numbered"),
+    NftSet(names.NODE_PORT_LOCAL_ENDPOINTS, _NODE_PORT_ENDPOINT_KEY, MapValue.ENDPOINT, "those of them on this node"),
 )
-"""The sets and maps that are always there."""
-_BEFORE_TRANSLATION = -110
-_TRANSLATION = -100
-_FILTER = 0
-_SOURCE_TRANSLATION = 100
+"""The sets and maps that every table has."""
+_PRE_DNAT_PRIORITY = -110
+_DNAT_PRIORITY = -100  # nft: dstnat
+_FILTER_PRIORITY = 0  # nft: filter
+_SNAT_PRIORITY = 100  # nft: srcnat
 
 
-def local_traffic_match(context: Context, *, inside: bool) -> Statement | None:
-    """Return what holds for packets of this node's pods (or for all others); None if they cannot be told apart."""
+def local_traffic_match(context: Context, *, negate: bool) -> Statement | None:
+    """Return the statement that matches traffic from this node's pods, with `negate` all other traffic.
+
+    Return None if `detectLocalMode` gives no way to distinguish them.
+    """
     local = context.local_traffic
     if local.cidr:
-        return MatchSaddr(local.cidr, inside)
+        return MatchSaddr(local.cidr, negate)
     if local.interface or local.interface_prefix:
-        return MatchIifname(local.interface or local.interface_prefix, bool(local.interface_prefix), inside)
+        return MatchIifname(local.interface or local.interface_prefix, bool(local.interface_prefix), negate)
     return None
 
 
 def base_chains(context: Context) -> tuple[NftChain, ...]:
-    """Return the chains that do not depend on any Service, those first that others go to.
+    """Return the base chains and the chains that they jump to; a chain comes after the chains that it jumps to.
 
-    Destinations are checked before they are translated (source ranges), and those that nobody translated after that
-    (no endpoints); kube-proxy's table, whose order of hooks this is, does both.
+    Source ranges are checked before DNAT, while the packet still has the frontend's address. Frontends without
+    endpoints are rejected or dropped after DNAT, which leaves their packets unchanged. kube-proxy uses the same hooks
+    and priorities.
     """
     return (
-        NftChain("firewall-check", (rule(VerdictMap(SERVICE, names.FIREWALL_IPS)),)),
-        NftChain("service-endpoints-check", (rule(VerdictMap(SERVICE, names.NO_ENDPOINT_SERVICES)),)),
-        NftChain("nodeport-endpoints-check", _to_node_ports(context, names.NO_ENDPOINT_NODE_PORTS)),
-        NftChain("cluster-ips-check", tuple(_check_cluster_ips(context))),
+        NftChain("firewall-check", (rule(VerdictMap(SERVICE_KEY, names.FIREWALL_IPS)),)),
+        NftChain("service-endpoints-check", (rule(VerdictMap(SERVICE_KEY, names.NO_ENDPOINT_SERVICES)),)),
+        NftChain("nodeport-endpoints-check", _node_port_rules(context, names.NO_ENDPOINT_NODE_PORTS)),
+        NftChain("cluster-ips-check", tuple(_cluster_ips_check(context))),
         NftChain("services", tuple(_services(context))),
         NftChain("masquerading", _masquerading(context)),
         NftChain(names.REJECT, (rule(Reject()),), "for frontends without any endpoint"),
-        _base("filter-prerouting-pre-dnat", "filter", "prerouting", _BEFORE_TRANSLATION, "firewall-check"),
-        _base("filter-output-pre-dnat", "filter", "output", _BEFORE_TRANSLATION, "firewall-check"),
-        _base("filter-input", "filter", "input", _FILTER, "nodeport-endpoints-check", "service-endpoints-check"),
-        _base("filter-forward", "filter", "forward", _FILTER, "service-endpoints-check", "cluster-ips-check"),
-        _base("filter-output", "filter", "output", _FILTER, "service-endpoints-check", "cluster-ips-check"),
-        _base("nat-prerouting", "nat", "prerouting", _TRANSLATION, "services"),
-        _base("nat-output", "nat", "output", _TRANSLATION, "services"),
-        _base("nat-postrouting", "nat", "postrouting", _SOURCE_TRANSLATION, "masquerading"),
+        _base_chain("filter-prerouting-pre-dnat", "filter", "prerouting", _PRE_DNAT_PRIORITY, "firewall-check"),
+        _base_chain("filter-output-pre-dnat", "filter", "output", _PRE_DNAT_PRIORITY, "firewall-check"),
+        _base_chain(
+            "filter-input", "filter", "input", _FILTER_PRIORITY, "nodeport-endpoints-check", "service-endpoints-check"
+        ),
+        _base_chain(
+            "filter-forward", "filter", "forward", _FILTER_PRIORITY, "service-endpoints-check", "cluster-ips-check"
+        ),
+        _base_chain(
+            "filter-output", "filter", "output", _FILTER_PRIORITY, "service-endpoints-check", "cluster-ips-check"
+        ),
+        _base_chain("nat-prerouting", "nat", "prerouting", _DNAT_PRIORITY, "services"),
+        _base_chain("nat-output", "nat", "output", _DNAT_PRIORITY, "services"),
+        _base_chain("nat-postrouting", "nat", "postrouting", _SNAT_PRIORITY, "masquerading"),
     )
 
 
-def _base(name: str, kind: str, hook: str, priority: int, *targets: str) -> NftChain:
-    new = (CtStateNew(),) if kind == "filter" else ()  # chains of type nat see nothing else
-    rules = tuple(rule(*new, Go(target, back=True)) for target in targets)
-    return NftChain(name, rules, hook=NftHook(kind, hook, priority))  # type: ignore[arg-type]  # literals of the calls above
+def _base_chain(name: str, chain_type: str, hook: str, priority: int, *targets: str) -> NftChain:
+    match_new = (CtStateNew(),) if chain_type == "filter" else ()  # nat chains see only new connections
+    rules = tuple(rule(*match_new, Jump(target)) for target in targets)
+    return NftChain(name, rules, hook=NftHook(chain_type, hook, priority))  # type: ignore[arg-type]  # the literals above
 
 
 def _services(context: Context) -> Iterator[NftRule]:
     mark = SetMark(context.masquerade_mark)
     to_cluster_ip = Lookup((KeyField.DESTINATION,), names.CLUSTER_IPS)
-    outside = local_traffic_match(context, inside=False)
+    from_outside = local_traffic_match(context, negate=True)
     if context.masquerade_all:
         yield rule(to_cluster_ip, mark, comment="masquerade all traffic to ClusterIPs")
-    elif outside is not None:
-        yield rule(to_cluster_ip, outside, mark, comment="masquerade traffic to ClusterIPs from outside of the cluster")
-    yield rule(VerdictMap(SERVICE, names.SERVICE_IPS))
-    yield from _to_node_ports(context, names.SERVICE_NODE_PORTS)
+    elif from_outside is not None:
+        comment = "masquerade traffic to ClusterIPs from outside of the cluster"
+        yield rule(to_cluster_ip, from_outside, mark, comment=comment)
+    yield rule(VerdictMap(SERVICE_KEY, names.SERVICE_IPS))
+    yield from _node_port_rules(context, names.SERVICE_NODE_PORTS)
 
 
-def _to_node_ports(context: Context, verdicts: str) -> tuple[NftRule, ...]:
-    """Return the rule for packets to NodePorts: to chosen addresses, or to any of this node's but loopback."""
-    decide = VerdictMap(NODE_PORT, verdicts)
+def _node_port_rules(context: Context, verdict_map: str) -> tuple[NftRule, ...]:
+    """Return the rule that looks up NodePorts, for the configured addresses or all local ones except loopback."""
+    lookup = VerdictMap(NODE_PORT_KEY, verdict_map)
     if context.node_port_addresses is not None:
-        return (rule(Lookup((KeyField.DESTINATION,), names.NODE_PORT_IPS), decide),)
+        return (rule(Lookup((KeyField.DESTINATION,), names.NODE_PORT_IPS), lookup),)
     loopback = "::1" if context.family is Family.IPV6 else "127.0.0.0/8"
-    return (rule(MatchDaddr(loopback, inside=False), FibLocal(KeyField.DESTINATION), decide),)
+    return (rule(MatchDaddr(loopback, negate=True), FibLocal(KeyField.DESTINATION), lookup),)
 
 
-def _check_cluster_ips(context: Context) -> Iterator[NftRule]:
-    """Yield the rules for what is sent to ClusterIPs, but to none of their ports, and to addresses yet to be given."""
+def _cluster_ips_check(context: Context) -> Iterator[NftRule]:
+    """Yield the rules that reject unused ports of ClusterIPs and drop traffic to unassigned ClusterIPs."""
     in_use = Lookup((KeyField.DESTINATION,), names.CLUSTER_IPS)
     yield rule(in_use, Reject(), comment="no such port of this ClusterIP")
     for cidr in context.service_cidrs:
         if cidr.endswith("/0"):
-            continue  # no cluster gives away all addresses there are, and this would cut the node off from them
+            continue  # a misconfiguration; the rule would drop all forwarded and outgoing connections of the node
         yield rule(MatchDaddr(cidr), Drop(), comment="no Service has this ClusterIP")
 
 
@@ -142,5 +150,5 @@ def _masquerading(context: Context) -> tuple[NftRule, ...]:
     mark = context.masquerade_mark
     return (
         rule(MatchMark(mark), XorMark(mark), Masquerade()),
-        rule(CtStatusDnat(), Lookup(_CONNECTION, names.HAIRPINS), Masquerade()),
+        rule(CtStatusDnat(), Lookup(_CONNECTION_KEY, names.HAIRPINS), Masquerade()),
     )

@@ -1,4 +1,4 @@
-"""Reading a table out of the kernel: at start and when somebody else may have changed it, and at no other time."""
+"""Read a table from the kernel over netlink: at startup, and after another process may have changed it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import errno
 import struct
 from collections import Counter
 from contextlib import nullcontext, suppress
+from typing import TypeAlias
 
 from msgspec import Struct
 
+from kproxy.host import nf_tables_constants as nf
 from kproxy.host.netlink import NETLINK_NETFILTER, DumpInterruptedError, NetlinkError, NetlinkSocket
-from kproxy.host.netlink_message import attribute, attributes, nfgenmsg
+from kproxy.host.netlink_message import attributes, nfgenmsg, nfnl_type
 from kproxy.model.types import Family
 from kproxy.nftables.base_table import SETS
 from kproxy.nftables.elements import (
@@ -22,76 +24,87 @@ from kproxy.nftables.elements import (
     endpoint_size,
     set_layout,
 )
-from kproxy.nftables.encode import NFNL_SUBSYS_NFTABLES
-from kproxy.nftables.expressions import NF_ACCEPT, NF_DROP, NFT_GOTO
+from kproxy.nftables.encode import HOOK_NUMBERS
+from kproxy.nftables.expressions import string_attribute
 from kproxy.nftables.names import TABLE
 from kproxy.nftables.ruleset import MapValue, NftHook, NftSet
 from kproxy.nftables.snapshot import TableSnapshot
 
-_GETTABLE, _GETCHAIN, _GETSET, _GETSETELEM, _GETGEN = 1, 4, 10, 13, 16
+Span: TypeAlias = tuple[int, int]
+"""Begin and end of an attribute's payload in a buffer."""
+_GETTABLE = nfnl_type(nf.NFNL_SUBSYS_NFTABLES, nf.NFT_MSG_GETTABLE)
+_GETCHAIN = nfnl_type(nf.NFNL_SUBSYS_NFTABLES, nf.NFT_MSG_GETCHAIN)
+_GETSET = nfnl_type(nf.NFNL_SUBSYS_NFTABLES, nf.NFT_MSG_GETSET)
+_GETSETELEM = nfnl_type(nf.NFNL_SUBSYS_NFTABLES, nf.NFT_MSG_GETSETELEM)
+_GETGEN = nfnl_type(nf.NFNL_SUBSYS_NFTABLES, nf.NFT_MSG_GETGEN)
 _NFGENMSG_SIZE = 4
-_NFT_SET_ANONYMOUS = 1
-_HOOKS = ("prerouting", "input", "forward", "output", "postrouting")
+_HOOK_NAMES = {number: name for name, number in HOOK_NUMBERS.items()}
 _BE32 = struct.Struct(">I")
+_BE32_SIGNED = struct.Struct(">i")
 _BE64 = struct.Struct(">Q")
-_SIZE = struct.Struct("=H")
+_LENGTH = struct.Struct("=H")
 
 
 class TableReader:
-    """Reads one family's table over a netlink socket of its own."""
+    """Reads one family's table, each time over a new netlink socket."""
 
     def __init__(self, family: Family) -> None:
         self._family = family
         self._header = nfgenmsg(address_family(family))
-        self._table = attribute(1, TABLE.encode() + b"\0")
+        self._table = string_attribute(nf.NFTA_TABLE_NAME, TABLE)  # also NFTA_CHAIN_TABLE, NFTA_SET_TABLE and so on
 
     def generation(self) -> int:
-        """Return the number of the last change that anybody made to any table. Raises `NetlinkError`."""
+        """Return the generation ID, which every change of any table increments. Raises `NetlinkError`."""
         with NetlinkSocket(NETLINK_NETFILTER) as netlink:
-            found: list[int] = []
-            for data, begin, end in netlink.get(_kind(_GETGEN), nfgenmsg()):
-                place, _ = attributes(data, begin + _NFGENMSG_SIZE, end)[1]
-                found.append(_BE32.unpack_from(data, place)[0])
-            return found[0]
+            generations: list[int] = []
+            for data, begin, end in netlink.get(_GETGEN, nfgenmsg()):
+                spans = attributes(data, begin + _NFGENMSG_SIZE, end)
+                generations.append(_u32(data, spans[nf.NFTA_GEN_ID]))
+            return generations[0]
 
     def exists(self) -> bool:
-        """Return whether there is such a table. Raises `NetlinkError`."""
+        """Return whether the table exists. Raises `NetlinkError`."""
         with NetlinkSocket(NETLINK_NETFILTER) as netlink:
             return self._flags(netlink) is not None
 
-    def view(self, *, lenient: bool = False) -> TableSnapshot | None:
-        """Return what the table holds, None if there is none. Raises `NetlinkError`, also if tables changed meanwhile.
+    def snapshot(self, *, allow_interrupted: bool = False) -> TableSnapshot | None:
+        """Read the table; return None if it does not exist.
 
-        With `lenient`, not if they did while elements were read: the kernel finds its place in a set again by the set
-        alone, so that changes of others do no harm.
+        Raises `NetlinkError`, which is `DumpInterruptedError` if any table changed meanwhile. With
+        `allow_interrupted`, a change while elements are read is not an error: the kernel continues a dump of elements
+        within the same set, so changes of other tables do no harm.
         """
         with NetlinkSocket(NETLINK_NETFILTER) as netlink:
             flags = self._flags(netlink)
             if flags is None:
                 return None
-            view = TableSnapshot(self._sets(netlink), self._chains(netlink), flags=flags)
+            snapshot = TableSnapshot(self._sets(netlink), self._chains(netlink), flags=flags)
             for each in SETS:
-                if view.sets.get(each.name) == set_layout(each, self._family):
-                    view.elements[each.name] = self._elements(netlink, each, lenient=lenient)
-            return view
+                if snapshot.sets.get(each.name) == set_layout(each, self._family):
+                    elements = self._elements(netlink, each, allow_interrupted=allow_interrupted)
+                    snapshot.elements[each.name] = elements
+            return snapshot
 
-    def uses(self) -> Counter[str]:
-        """Return how often each chain is used, by rules in it and by whatever leads to it. Raises `NetlinkError`."""
-        found: Counter[str] = Counter()
+    def chain_use_counts(self) -> Counter[str]:
+        """Return the use count of each chain (NFTA_CHAIN_USE). Raises `NetlinkError`.
+
+        The kernel counts the chain's own rules, and the rules and elements that jump or go to it.
+        """
+        counts: Counter[str] = Counter()
         with NetlinkSocket(NETLINK_NETFILTER) as netlink:
-            for data, begin, end in netlink.dump(_kind(_GETCHAIN), self._header + self._table):
-                parts = attributes(data, begin + _NFGENMSG_SIZE, end)
-                if _string(data, parts[1]) == TABLE:
-                    found[_string(data, parts[3])] = _BE32.unpack_from(data, parts[6][0])[0]
-        return found
+            for data, begin, end in netlink.dump(_GETCHAIN, self._header + self._table):
+                spans = attributes(data, begin + _NFGENMSG_SIZE, end)
+                if _string(data, spans[nf.NFTA_CHAIN_TABLE]) == TABLE:
+                    counts[_string(data, spans[nf.NFTA_CHAIN_NAME])] = _u32(data, spans[nf.NFTA_CHAIN_USE])
+        return counts
 
     def _flags(self, netlink: NetlinkSocket) -> int | None:
-        """Return the table's flags, None if there is no table."""
+        """Return the table's flags, or None if the table does not exist."""
         flags = 0
         try:
-            for data, begin, end in netlink.get(_kind(_GETTABLE), self._header + self._table):
-                place, _ = attributes(data, begin + _NFGENMSG_SIZE, end)[2]
-                (flags,) = _BE32.unpack_from(data, place)
+            for data, begin, end in netlink.get(_GETTABLE, self._header + self._table):
+                spans = attributes(data, begin + _NFGENMSG_SIZE, end)
+                flags = _u32(data, spans[nf.NFTA_TABLE_FLAGS])
         except NetlinkError as error:
             if error.errno == errno.ENOENT:
                 return None
@@ -99,130 +112,156 @@ class TableReader:
         return flags
 
     def _sets(self, netlink: NetlinkSocket) -> dict[str, SetLayout]:
-        found = {}
-        for data, begin, end in netlink.dump(_kind(_GETSET), self._header + self._table):
-            parts = attributes(data, begin + _NFGENMSG_SIZE, end)
-            numbers = {kind: _BE32.unpack_from(data, parts[kind][0])[0] for kind in (3, 4, 5, 6, 7) if kind in parts}
-            timeout = _BE64.unpack_from(data, parts[11][0])[0] if 11 in parts else 0
-            flags, key_type, key_size, data_type, data_size = (numbers.get(kind, 0) for kind in (3, 4, 5, 6, 7))
-            if flags & _NFT_SET_ANONYMOUS:
-                continue  # part of a rule, and gone with it
-            size = _set_size(data, parts[9]) if 9 in parts else 0
-            found[_string(data, parts[2])] = SetLayout(flags, key_type, key_size, data_type, data_size, timeout, size)
-        return found
+        layouts = {}
+        for data, begin, end in netlink.dump(_GETSET, self._header + self._table):
+            spans = attributes(data, begin + _NFGENMSG_SIZE, end)
+            layout = _set_layout(data, spans)
+            if not layout.flags & nf.NFT_SET_ANONYMOUS:  # an anonymous set is part of a rule and deleted with it
+                layouts[_string(data, spans[nf.NFTA_SET_NAME])] = layout
+        return layouts
 
     def _chains(self, netlink: NetlinkSocket) -> dict[str, NftHook | None]:
-        found = {}
-        for data, begin, end in netlink.dump(_kind(_GETCHAIN), self._header + self._table):
-            parts = attributes(data, begin + _NFGENMSG_SIZE, end)
-            # Before Linux 6.3 the dump is of all tables of the family.
-            if _string(data, parts[1]) == TABLE:
-                found[_string(data, parts[3])] = _hook(data, parts) if 4 in parts else None
-        return found
+        chains = {}
+        for data, begin, end in netlink.dump(_GETCHAIN, self._header + self._table):
+            spans = attributes(data, begin + _NFGENMSG_SIZE, end)
+            # Before Linux 6.3, the dump has the chains of all tables of the family.
+            if _string(data, spans[nf.NFTA_CHAIN_TABLE]) == TABLE:
+                hook = _hook(data, spans) if nf.NFTA_CHAIN_HOOK in spans else None
+                chains[_string(data, spans[nf.NFTA_CHAIN_NAME])] = hook
+        return chains
 
-    def _elements(self, netlink: NetlinkSocket, owner: NftSet, *, lenient: bool) -> dict[bytes, SetElement]:
-        found: dict[bytes, SetElement] = {}
-        with suppress(DumpInterruptedError) if lenient else nullcontext():
-            self._read_elements(netlink, owner, found)
-        return found
+    def _elements(
+        self, netlink: NetlinkSocket, definition: NftSet, *, allow_interrupted: bool
+    ) -> dict[bytes, SetElement]:
+        elements: dict[bytes, SetElement] = {}
+        with suppress(DumpInterruptedError) if allow_interrupted else nullcontext():
+            self._read_elements(netlink, definition, elements)
+        return elements
 
-    def _read_elements(self, netlink: NetlinkSocket, owner: NftSet, found: dict[bytes, SetElement]) -> None:
-        asked = self._header + self._table + attribute(2, owner.name.encode() + b"\0")
-        plain = _plain(owner, self._family)
-        for data, begin, end in netlink.dump(_kind(_GETSETELEM), asked):
-            place, listed_end = attributes(data, begin + _NFGENMSG_SIZE, end)[3]
-            while place + 4 <= listed_end:
-                if plain and plain.fits(data, place):
-                    element, size = plain.element(data, place), plain.size
+    def _read_elements(self, netlink: NetlinkSocket, definition: NftSet, elements: dict[bytes, SetElement]) -> None:
+        request = self._header + self._table + string_attribute(nf.NFTA_SET_ELEM_LIST_SET, definition.name)
+        endpoint_layout = _endpoint_layout(definition, self._family)
+        for data, begin, end in netlink.dump(_GETSETELEM, request):
+            spans = attributes(data, begin + _NFGENMSG_SIZE, end)
+            offset, list_end = spans[nf.NFTA_SET_ELEM_LIST_ELEMENTS]
+            while offset + 4 <= list_end:
+                if endpoint_layout and endpoint_layout.matches(data, offset):
+                    element, size = endpoint_layout.decode(data, offset), endpoint_layout.size
                 else:
-                    (size,) = _SIZE.unpack_from(data, place)
-                    element = _element(data, place + 4, place + size, owner.value)
-                found[element.key] = element
-                place += (size + 3) & ~3
+                    (size,) = _LENGTH.unpack_from(data, offset)
+                    element = _element(data, offset + 4, offset + size, definition.value)
+                elements[element.key] = element
+                offset += (size + 3) & ~3
 
 
 class _EndpointElementLayout(Struct, frozen=True, gc=False):
-    """How the kernel lays out elements with a key, an endpoint and nothing else, of which there are many."""
+    """The bytes of an element with a key and an endpoint and nothing else: a fast path, as there are many of them."""
 
-    before: bytes
-    between: bytes
-    key: int
-    value: int
+    before_key: bytes
+    before_value: bytes
+    key_size: int
+    value_size: int
 
     @property
     def size(self) -> int:
-        return len(self.before) + self.key + len(self.between) + self.value
+        return len(self.before_key) + self.key_size + len(self.before_value) + self.value_size
 
-    def fits(self, data: bytes, place: int) -> bool:
-        middle = place + len(self.before) + self.key
-        return data.startswith(self.before, place) and data.startswith(self.between, middle)
+    def matches(self, data: bytes, offset: int) -> bool:
+        key_end = offset + len(self.before_key) + self.key_size
+        return data.startswith(self.before_key, offset) and data.startswith(self.before_value, key_end)
 
-    def element(self, data: bytes, place: int) -> SetElement:
-        key = place + len(self.before)
-        value = key + self.key + len(self.between)
-        return SetElement(data[key : key + self.key], data[value : value + self.value])
+    def decode(self, data: bytes, offset: int) -> SetElement:
+        key = offset + len(self.before_key)
+        value = key + self.key_size + len(self.before_value)
+        return SetElement(data[key : key + self.key_size], data[value : value + self.value_size])
 
 
-def _plain(owner: NftSet, family: Family) -> _EndpointElementLayout | None:
-    if owner.value is not MapValue.ENDPOINT:
+def _endpoint_layout(definition: NftSet, family: Family) -> _EndpointElementLayout | None:
+    if definition.value is not MapValue.ENDPOINT:
         return None
-    key, value = set_layout(owner, family).key_size, endpoint_size(family)
-    before = struct.pack("=6H", key + value + 20, 1, key + 8, 1, key + 4, 1)
-    return _EndpointElementLayout(before, struct.pack("=4H", value + 8, 2, value + 4, 1), key, value)
+    key_size, value_size = set_layout(definition, family).key_size, endpoint_size(family)
+    before_key = struct.pack(
+        "=6H",
+        *(key_size + value_size + 20, nf.NFTA_LIST_ELEM),
+        *(key_size + 8, nf.NFTA_SET_ELEM_KEY),
+        *(key_size + 4, nf.NFTA_DATA_VALUE),
+    )
+    before_value = struct.pack("=4H", *(value_size + 8, nf.NFTA_SET_ELEM_DATA), *(value_size + 4, nf.NFTA_DATA_VALUE))
+    return _EndpointElementLayout(before_key, before_value, key_size, value_size)
 
 
-def _kind(number: int) -> int:
-    return NFNL_SUBSYS_NFTABLES << 8 | number
+def _set_layout(data: bytes, spans: dict[int, Span]) -> SetLayout:
+    numbers = (
+        _u32(data, spans[kind]) if kind in spans else 0
+        for kind in (
+            nf.NFTA_SET_FLAGS,
+            nf.NFTA_SET_KEY_TYPE,
+            nf.NFTA_SET_KEY_LEN,
+            nf.NFTA_SET_DATA_TYPE,
+            nf.NFTA_SET_DATA_LEN,
+        )
+    )
+    flags, key_type, key_size, data_type, data_size = numbers
+    timeout = _BE64.unpack_from(data, spans[nf.NFTA_SET_TIMEOUT][0])[0] if nf.NFTA_SET_TIMEOUT in spans else 0
+    size = _set_size(data, spans[nf.NFTA_SET_DESC]) if nf.NFTA_SET_DESC in spans else 0
+    return SetLayout(flags, key_type, key_size, data_type, data_size, timeout, size)
 
 
-def _string(data: bytes, place: tuple[int, int]) -> str:
-    return data[place[0] : place[1]].rstrip(b"\0").decode(errors="replace")
+def _set_size(data: bytes, description: Span) -> int:
+    spans = attributes(data, *description)
+    return _u32(data, spans[nf.NFTA_SET_DESC_SIZE]) if nf.NFTA_SET_DESC_SIZE in spans else 0
 
 
-def _set_size(data: bytes, place: tuple[int, int]) -> int:
-    described = attributes(data, *place)
-    size: int = _BE32.unpack_from(data, described[1][0])[0] if 1 in described else 0
-    return size
-
-
-def _hook(data: bytes, parts: dict[int, tuple[int, int]]) -> NftHook:
-    inner = attributes(data, *parts[4])
-    number = _BE32.unpack_from(data, inner[1][0])[0]
-    (priority,) = struct.unpack_from(">i", data, inner[2][0])
-    hook = _HOOKS[number] if number < len(_HOOKS) else str(number)
-    if 5 in parts and _BE32.unpack_from(data, parts[5][0])[0] != NF_ACCEPT:
+def _hook(data: bytes, chain: dict[int, Span]) -> NftHook:
+    spans = attributes(data, *chain[nf.NFTA_CHAIN_HOOK])
+    number = _u32(data, spans[nf.NFTA_HOOK_HOOKNUM])
+    (priority,) = _BE32_SIGNED.unpack_from(data, spans[nf.NFTA_HOOK_PRIORITY][0])
+    hook = _HOOK_NAMES.get(number, str(number))
+    if nf.NFTA_CHAIN_POLICY in chain and _u32(data, chain[nf.NFTA_CHAIN_POLICY]) != nf.NF_ACCEPT:
         hook += " with policy drop"
-    return NftHook(_string(data, parts[7]), hook, priority)  # type: ignore[arg-type]  # a hook that is not ours compares unequal
+    chain_type = _string(data, chain[nf.NFTA_CHAIN_TYPE])
+    return NftHook(chain_type, hook, priority)  # type: ignore[arg-type]  # an unknown hook compares unequal to ours
 
 
-def _element(data: bytes, begin: int, end: int, kind: MapValue) -> SetElement:
-    parts = attributes(data, begin, end)
-    key = _value(data, parts[1]) if 1 in parts else b""  # `*`, which stands for all other keys
-    comment = _comment(data, parts[6]) if 6 in parts else ""
+def _element(data: bytes, begin: int, end: int, map_value: MapValue) -> SetElement:
+    spans = attributes(data, begin, end)
+    # The catch-all element `*` has no key.
+    key = _value(data, spans[nf.NFTA_SET_ELEM_KEY]) if nf.NFTA_SET_ELEM_KEY in spans else b""
+    comment = _comment(data, spans[nf.NFTA_SET_ELEM_USERDATA]) if nf.NFTA_SET_ELEM_USERDATA in spans else ""
     value: ElementValue = None
-    if kind is MapValue.ENDPOINT:
-        value = _value(data, parts[2])
-    elif kind is MapValue.VERDICT:
-        value = _verdict(data, parts[2])
+    if map_value is MapValue.ENDPOINT:
+        value = _value(data, spans[nf.NFTA_SET_ELEM_DATA])
+    elif map_value is MapValue.VERDICT:
+        value = _verdict(data, spans[nf.NFTA_SET_ELEM_DATA])
     return SetElement(key, value, comment)
 
 
-def _value(data: bytes, place: tuple[int, int]) -> bytes:
-    # One attribute of a value, with nothing beside it.
-    begin, _ = place
-    (size,) = _SIZE.unpack_from(data, begin)
+def _value(data: bytes, span: Span) -> bytes:
+    # The payload is a single NFTA_DATA_VALUE attribute.
+    begin, _ = span
+    (size,) = _LENGTH.unpack_from(data, begin)
     return data[begin + 4 : begin + size]
 
 
-def _verdict(data: bytes, place: tuple[int, int]) -> str:
-    """Return a chain to go to or `DROP`; of others' verdicts, something that is neither."""
-    parts = attributes(data, *attributes(data, *place)[2])
-    (code,) = struct.unpack_from(">i", data, parts[1][0])
-    if code == NFT_GOTO:
-        return _string(data, parts[2])
-    return DROP if code == NF_DROP else f"verdict {code}"
+def _verdict(data: bytes, span: Span) -> str:
+    """Return the chain that a verdict goes to, or `DROP`; for all other verdicts, a string that is neither."""
+    spans = attributes(data, *attributes(data, *span)[nf.NFTA_DATA_VERDICT])
+    (code,) = _BE32_SIGNED.unpack_from(data, spans[nf.NFTA_VERDICT_CODE][0])
+    if code == nf.NFT_GOTO:
+        return _string(data, spans[nf.NFTA_VERDICT_CHAIN])
+    return DROP if code == nf.NF_DROP else f"verdict {code}"
 
 
-def _comment(data: bytes, place: tuple[int, int]) -> str:
-    begin, end = place
+def _comment(data: bytes, span: Span) -> str:
+    """Return the text of the first entry in user data: its type and length are one byte each."""
+    begin, end = span
     return data[begin + 2 : end].rstrip(b"\0").decode(errors="replace") if end - begin >= 2 else ""
+
+
+def _u32(data: bytes, span: Span) -> int:
+    number: int = _BE32.unpack_from(data, span[0])[0]
+    return number
+
+
+def _string(data: bytes, span: Span) -> str:
+    return data[span[0] : span[1]].rstrip(b"\0").decode(errors="replace")

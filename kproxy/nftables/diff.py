@@ -1,4 +1,4 @@
-"""From what a table holds to what it is to hold: the transactions in between."""
+"""Compute the transactions that bring the table from its current state to the desired one. Pure."""
 
 from __future__ import annotations
 
@@ -8,286 +8,306 @@ from kproxy.model.context import Context
 from kproxy.model.types import ServiceKey
 from kproxy.nftables import names
 from kproxy.nftables.base_table import SETS, base_chains
-from kproxy.nftables.elements import SetElement, endpoint_size, numbered, pack_address, pools, set_layout
+from kproxy.nftables.elements import (
+    SetElement,
+    endpoint_elements,
+    endpoint_key,
+    endpoint_size,
+    pack_address,
+    set_layout,
+)
 from kproxy.nftables.ledger import NftablesLedger
 from kproxy.nftables.render import RenderedFrontend, RenderedService
 from kproxy.nftables.ruleset import NftChain, NftSet
-from kproxy.nftables.shared_chains import SharedChain, shared_chains
+from kproxy.nftables.shared_chains import SharedChain, required_shared_chains
 from kproxy.nftables.snapshot import TableSnapshot
 from kproxy.nftables.transaction import Transaction
 
 
 class IncompatibleTableError(Exception):
-    """What the kernel holds cannot be turned into what it is to hold; a new table must take its place."""
+    """The existing table cannot be changed to the desired state; a new table must replace it."""
 
 
 class NftablesDiff:
-    """Brings a ledger, and with its transactions the kernel, to a new state, Service by Service.
+    """Collects changed Services and returns the transactions for them. It updates the ledger as it goes.
 
-    Services are put in one after the other; `take` returns the transaction for all since the last one, each Service
-    whole. With a `view`, the table may hold anything (`ledger` is empty then): what is there already is not written
-    again, and what nobody wants is removed in the end. Without one the table holds what the ledger says.
+    `put` adds Services one by one. `next_transaction` returns the changes of all Services since the last one, which
+    never splits a Service; `last_transaction` also deletes what is obsolete. Without a `snapshot`, the ledger describes
+    the table. With one, the ledger is empty and the table can have any contents: matching objects are kept and not
+    written again.
     """
 
     def __init__(
-        self, ledger: NftablesLedger, context: Context, view: TableSnapshot | None = None, *, create: bool = False
+        self, ledger: NftablesLedger, context: Context, snapshot: TableSnapshot | None = None, *, create: bool = False
     ) -> None:
-        """With `create`, there may be no table, or one that is no use: the first transaction makes a new one."""
+        """With `create`, the first transaction creates the table, and deletes an existing one first."""
         self._ledger = ledger
         self._context = context
-        self._view = view
+        self._snapshot = snapshot
         self._create = create
         self._endpoint_size = endpoint_size(context.family)
-        self._anew = ledger.context != context
+        self._context_changed = ledger.context != context
         self._verdicts_changed = False
+        # What the next transaction may change, as it is before: owners of keys, existence of elements, Services.
         self._frontends: dict[bytes, RenderedFrontend | None] = {}
-        self._members: dict[tuple[str, bytes], bool] = {}
-        self._own: list[tuple[RenderedService | None, RenderedService | None]] = []
+        self._counted_elements: dict[tuple[str, bytes], bool] = {}
+        self._services_with_chains: list[tuple[RenderedService | None, RenderedService | None]] = []
 
     @property
-    def size(self) -> int:
-        """How many frontends the next transaction changes."""
+    def frontend_count(self) -> int:
+        """The number of frontends that the next transaction can change."""
         return len(self._frontends)
 
     def put(self, key: ServiceKey, new: RenderedService | None) -> None:
-        """Note what a Service is to have; None: nothing."""
+        """Set the desired state of a Service. None deletes it."""
         ledger = self._ledger
         old = ledger.services.get(key)
         if old == new:
             return
         if old is not None:
             for frontend in old.frontends:
-                self._touch(frontend.key)
-                ledger.give_up(frontend)
-            self._count(old, -1)
+                self._note_owner(frontend.key)
+                ledger.remove_claim(frontend)
+            self._count_elements(old, -1)
             del ledger.services[key]
         if new is not None:
             for frontend in new.frontends:
-                self._touch(frontend.key)
-                ledger.claim(frontend)
-            self._count(new, 1)
+                self._note_owner(frontend.key)
+                ledger.add_claim(frontend)
+            self._count_elements(new, 1)
             ledger.services[key] = new
         if (old and (old.chains or old.sets)) or (new and (new.chains or new.sets)):
-            self._own.append((old, new))
+            self._services_with_chains.append((old, new))
 
-    def take(self) -> Transaction:
-        """Return the transaction for what was put in since the last one."""
-        done = Transaction()
-        anew = self._anew
-        self._anew = False
-        if anew:
-            self._begin(done)
-        for key, before in self._frontends.items():
-            self._change_frontend(done, key, before, self._ledger.holder(key))
-        for (name, key), present in self._members.items():
-            self._change_member(done, name, key, before=present, after=self._ledger.members[name][key] > 0)
-        for old, new in self._own:
-            self._change_own(done, old, new)
-        if anew or self._verdicts_changed:
-            self._change_shared(done, everything=anew)
+    def next_transaction(self) -> Transaction:
+        """Return the transaction for the Services that were put since the previous one."""
+        transaction = Transaction()
+        context_changed, self._context_changed = self._context_changed, False
+        if context_changed:
+            self._change_base_table(transaction)
+        for key, old in self._frontends.items():
+            self._change_frontend(transaction, key, old, self._ledger.owner(key))
+        for (set_name, key), existed in self._counted_elements.items():
+            needed = self._ledger.element_references[set_name][key] > 0
+            self._change_plain_element(transaction, set_name, key, exists=existed, needed=needed)
+        for old_service, new_service in self._services_with_chains:
+            self._change_service_chains(transaction, old_service, new_service)
+        if context_changed or self._verdicts_changed:
+            self._change_shared_chains(transaction, rewrite=context_changed)
             self._verdicts_changed = False
-        self._frontends, self._members, self._own = {}, {}, []
-        return done
+        self._frontends, self._counted_elements, self._services_with_chains = {}, {}, []
+        return transaction
 
-    def finish(self) -> Transaction:
-        """Return the last transaction, after which nothing is left that nobody wants."""
-        done = self.take()
-        view = self._view
-        if view is not None:
-            for name, elements in view.elements.items():
+    def last_transaction(self) -> Transaction:
+        """Return the last transaction, which also deletes everything that only the snapshot has."""
+        transaction = self.next_transaction()
+        snapshot, ledger = self._snapshot, self._ledger
+        if snapshot is not None:
+            for set_name, elements in snapshot.elements.items():
                 for element in elements.values():
-                    done.remove(name, element)
-            wanted = {chain.name for chain in concatenated(self._ledger.chains.values(), self._ledger.own_chains())}
-            stale = [name for name in view.chains if name not in wanted]
-            done.flushed += stale
-            done.deleted_chains += stale
-            sets = {each.name for each in concatenated(SETS, self._ledger.own_sets())}
-            done.deleted_sets += [name for name in view.sets if name not in sets]
-            self._view = None
-        self._ledger.context = self._context
-        return done
+                    transaction.delete_element(set_name, element)
+            desired_chains = {chain.name for chain in concatenated(ledger.chains.values(), ledger.service_chains())}
+            obsolete = [name for name in snapshot.chains if name not in desired_chains]
+            transaction.flushed_chains += obsolete
+            transaction.deleted_chains += obsolete
+            desired_sets = {each.name for each in concatenated(SETS, ledger.service_sets())}
+            transaction.deleted_sets += [name for name in snapshot.sets if name not in desired_sets]
+            self._snapshot = None
+        ledger.context = self._context
+        return transaction
 
-    # Putting in
+    # State before the next transaction
 
-    def _touch(self, key: bytes) -> None:
+    def _note_owner(self, key: bytes) -> None:
         if key not in self._frontends:
-            self._frontends[key] = self._ledger.holder(key)
+            self._frontends[key] = self._ledger.owner(key)
 
-    def _count(self, service: RenderedService, by: int) -> None:
-        self._count_member(names.CLUSTER_IPS, service.cluster_ip, by)
+    def _count_elements(self, service: RenderedService, by: int) -> None:
+        self._count_element(names.CLUSTER_IPS, service.cluster_ip, by)
         for key in service.hairpins:
-            self._count_member(names.HAIRPINS, key, by)
+            self._count_element(names.HAIRPINS, key, by)
 
-    def _count_member(self, name: str, key: bytes, by: int) -> None:
-        counts = self._ledger.members[name]
-        before = counts[key]
-        self._members.setdefault((name, key), before > 0)
-        if before + by:
-            counts[key] = before + by
+    def _count_element(self, set_name: str, key: bytes, by: int) -> None:
+        references = self._ledger.element_references[set_name]
+        count = references[key]
+        self._counted_elements.setdefault((set_name, key), count > 0)
+        if count + by:
+            references[key] = count + by
         else:
-            del counts[key]
+            del references[key]
 
     # Elements
 
     def _change_frontend(
-        self, done: Transaction, key: bytes, before: RenderedFrontend | None, after: RenderedFrontend | None
+        self, transaction: Transaction, key: bytes, old: RenderedFrontend | None, new: RenderedFrontend | None
     ) -> None:
-        self._count_verdicts(before, -1)
-        self._count_verdicts(after, 1)
-        verdicts = _verdicts(after) if after else {}
-        new_pools = dict(after.pools) if after else {}
-        old_verdicts, old_pools = self._held(done, key, before, new_pools)
-        for name in old_verdicts | verdicts:
-            _change_element(done, name, old_verdicts.get(name), verdicts.get(name))
-        for name in old_pools | new_pools:
-            self._change_pool(done, name, key, old_pools.get(name, b""), new_pools.get(name, b""))
+        self._count_verdicts(old, -1)
+        self._count_verdicts(new, 1)
+        new_verdicts = _verdict_elements(new) if new else {}
+        new_endpoints = dict(new.endpoints) if new else {}
+        old_verdicts, old_endpoints = self._current_elements(transaction, key, old, new_endpoints)
+        for map_name in old_verdicts | new_verdicts:
+            _change_element(transaction, map_name, old_verdicts.get(map_name), new_verdicts.get(map_name))
+        for map_name in old_endpoints | new_endpoints:
+            self._change_endpoints(
+                transaction, map_name, key, old_endpoints.get(map_name, b""), new_endpoints.get(map_name, b"")
+            )
 
-    def _held(
-        self, done: Transaction, key: bytes, before: RenderedFrontend | None, wanted: dict[str, bytes]
+    def _current_elements(
+        self, transaction: Transaction, key: bytes, old: RenderedFrontend | None, new_endpoints: dict[str, bytes]
     ) -> tuple[dict[str, SetElement], dict[str, bytes]]:
-        """Return what the kernel has under a frontend's key: in maps of verdicts, and in maps of endpoints."""
-        if before is not None:
-            verdicts, found = _verdicts(before), dict(before.pools)
+        """Return the kernel's current elements of a frontend: verdicts, and the values of endpoints, by map."""
+        if old is not None:
+            verdicts, endpoints = _verdict_elements(old), dict(old.endpoints)
         else:
-            verdicts, found = {}, {}
-        if self._view is not None:
-            # What was there before all of this: only the first frontend that claims a key finds anything.
-            self._view.take_frontend(key, verdicts, found)
-            self._clear_way(done, self._view, key, wanted)
-        return verdicts, found
+            verdicts, endpoints = {}, {}
+        if self._snapshot is not None:
+            # The snapshot has elements only for the first transaction that changes this frontend.
+            self._snapshot.pop_frontend(key, verdicts, endpoints)
+            self._delete_stray_endpoints(transaction, self._snapshot, key, new_endpoints)
+        return verdicts, endpoints
 
-    def _clear_way(self, done: Transaction, view: TableSnapshot, key: bytes, wanted: dict[str, bytes]) -> None:
-        """Remove endpoints that have numbers of those wanted: others have left them, behind a gap in their numbers."""
-        for name, pool in wanted.items():
-            elements = view.elements.get(name, {})
-            for place in range(len(pool) // self._endpoint_size):
-                if (stray := elements.pop(numbered(key, place), None)) is not None:
-                    done.remove(name, stray)
+    def _delete_stray_endpoints(
+        self, transaction: Transaction, snapshot: TableSnapshot, key: bytes, new_endpoints: dict[str, bytes]
+    ) -> None:
+        """Delete stray endpoint elements, left after a missing index, whose index collides with a new endpoint's."""
+        for map_name, values in new_endpoints.items():
+            elements = snapshot.elements.get(map_name, {})
+            for index in range(len(values) // self._endpoint_size):
+                if (stray := elements.pop(endpoint_key(key, index), None)) is not None:
+                    transaction.delete_element(map_name, stray)
 
-    def _change_pool(self, done: Transaction, name: str, key: bytes, old: bytes, new: bytes) -> None:
+    def _change_endpoints(self, transaction: Transaction, map_name: str, key: bytes, old: bytes, new: bytes) -> None:
         if old == new:
             return
         size = self._endpoint_size
         if not old:
-            done.pools.setdefault(name, []).extend(pools(key, new, size))
+            transaction.added_endpoints.setdefault(map_name, []).extend(endpoint_elements(key, new, size))
             return
-        for place, begin in enumerate(range(0, max(len(old), len(new)), size)):
-            had, wanted = old[begin : begin + size], new[begin : begin + size]
-            if had != wanted:
-                number = numbered(key, place)
-                before, after = SetElement(number, had) if had else None, SetElement(number, wanted) if wanted else None
-                _change_element(done, name, before, after)
+        for index, begin in enumerate(range(0, max(len(old), len(new)), size)):
+            old_value, new_value = old[begin : begin + size], new[begin : begin + size]
+            if old_value != new_value:
+                element_key = endpoint_key(key, index)
+                old_element = SetElement(element_key, old_value) if old_value else None
+                new_element = SetElement(element_key, new_value) if new_value else None
+                _change_element(transaction, map_name, old_element, new_element)
 
-    def _change_member(self, done: Transaction, name: str, key: bytes, *, before: bool, after: bool) -> None:
-        """Change an element of a set: it is there, or it is not."""
-        old = SetElement(key) if before else None
-        if old is None and self._view is not None:
-            old = self._view.elements.get(name, {}).pop(key, None)
-        _change_element(done, name, old, SetElement(key) if after else None)
+    def _change_plain_element(
+        self, transaction: Transaction, set_name: str, key: bytes, *, exists: bool, needed: bool
+    ) -> None:
+        """Change an element that has only a key: it exists or it does not."""
+        old = SetElement(key) if exists else None
+        if old is None and self._snapshot is not None:
+            old = self._snapshot.elements.get(set_name, {}).pop(key, None)
+        _change_element(transaction, set_name, old, SetElement(key) if needed else None)
 
     def _count_verdicts(self, frontend: RenderedFrontend | None, by: int) -> None:
-        verdicts = self._ledger.verdicts
+        counts = self._ledger.verdict_counts
         for _, verdict in frontend.verdicts if frontend else ():
-            verdicts[verdict] += by
-            if not verdicts[verdict]:
-                del verdicts[verdict]
-            self._verdicts_changed |= verdicts[verdict] in {0, by}
+            counts[verdict] += by
+            if not counts[verdict]:
+                del counts[verdict]
+            self._verdicts_changed |= counts[verdict] in {0, by}
 
     # Chains and sets
 
-    def _begin(self, done: Transaction) -> None:
-        """Make what is there whatever the Services are."""
+    def _change_base_table(self, transaction: Transaction) -> None:
+        """Create or change everything that depends only on the context."""
         context, ledger = self._context, self._ledger
         if self._create:
-            done.create = done.replace = True
-            done.sets += SETS
-        elif self._view is not None:
-            done.sets += [each for each in SETS if each.name not in self._view.sets]
+            transaction.create_table = transaction.replace_table = True
+            transaction.added_sets += SETS
+        elif self._snapshot is not None:
+            transaction.added_sets += [each for each in SETS if each.name not in self._snapshot.sets]
         for chain in base_chains(context):
-            self._change_chain(done, ledger.chains.get(chain.name), chain)
+            self._change_chain(transaction, ledger.chains.get(chain.name), chain)
             ledger.chains[chain.name] = chain
-        addresses = context.node_port_addresses or ()
-        wanted = tuple(map(pack_address, addresses))
-        for key in dict.fromkeys((*ledger.node_port_ips, *wanted)):
-            present = key in ledger.node_port_ips
-            self._change_member(done, names.NODE_PORT_IPS, key, before=present, after=key in wanted)
-        ledger.node_port_ips = wanted
+        node_port_ips = tuple(map(pack_address, context.node_port_addresses or ()))
+        for key in dict.fromkeys((*ledger.node_port_ips, *node_port_ips)):
+            exists, needed = key in ledger.node_port_ips, key in node_port_ips
+            self._change_plain_element(transaction, names.NODE_PORT_IPS, key, exists=exists, needed=needed)
+        ledger.node_port_ips = node_port_ips
 
-    def _change_shared(self, done: Transaction, *, everything: bool) -> None:
-        """Make the shared chains that some element goes to now, and remove those that none does any more."""
+    def _change_shared_chains(self, transaction: Transaction, *, rewrite: bool) -> None:
+        """Create the shared chains that are newly needed and delete unused ones; with `rewrite`, update the others."""
         ledger = self._ledger
-        wanted = {each.name: each for each in shared_chains(ledger.verdicts)}
-        present = {name for name in ledger.chains if SharedChain.named(name)}
-        for name, shared in wanted.items():
-            if everything or name not in present:
-                chain = shared.chain(self._context)
-                self._change_chain(done, ledger.chains.get(name), chain)
+        needed = {each.name: each for each in required_shared_chains(ledger.verdict_counts)}
+        existing = {name for name in ledger.chains if SharedChain.parse(name)}
+        for name, shared in needed.items():
+            if rewrite or name not in existing:
+                chain = shared.render(self._context)
+                self._change_chain(transaction, ledger.chains.get(name), chain)
                 ledger.chains[name] = chain
-        for name in present - wanted.keys():
+        for name in existing - needed.keys():
             chain = ledger.chains.pop(name)
-            if self._view is None:  # else it goes in the end: what is yet to be taken over may lead to it
-                self._change_chain(done, chain, None)
+            # With a snapshot, old elements can still go to the chain: `last_transaction` deletes it after them.
+            if self._snapshot is None:
+                self._change_chain(transaction, chain, None)
 
-    def _change_own(self, done: Transaction, old: RenderedService | None, new: RenderedService | None) -> None:
+    def _change_service_chains(
+        self, transaction: Transaction, old: RenderedService | None, new: RenderedService | None
+    ) -> None:
+        """Change the per-Service chains and sets of one Service."""
         old_sets = {each.name: each for each in old.sets} if old else {}
         new_sets = {each.name: each for each in new.sets} if new else {}
         replaced = {name for name in old_sets.keys() & new_sets.keys() if old_sets[name] != new_sets[name]}
         for each in new_sets.values():
             if each.name in replaced or each.name not in old_sets:
-                self._make_set(done, each, replaced=each.name in replaced)
-        done.deleted_sets += old_sets.keys() - new_sets.keys()
+                self._add_set(transaction, each, replace=each.name in replaced)
+        transaction.deleted_sets += old_sets.keys() - new_sets.keys()
         old_chains = {chain.name: chain for chain in old.chains} if old else {}
         new_chains = {chain.name: chain for chain in new.chains} if new else {}
         for name in old_chains | new_chains:
-            self._change_chain(done, old_chains.get(name), new_chains.get(name), anew=bool(replaced))
+            # Rules refer to a set, not to its name: those of a replaced set must be written again.
+            self._change_chain(transaction, old_chains.get(name), new_chains.get(name), rewrite=bool(replaced))
 
-    def _make_set(self, done: Transaction, wanted: NftSet, *, replaced: bool) -> None:
-        """Make a set, unless a table taken over has it: the clients that it remembers stay with their endpoint."""
-        present = self._view.sets.get(wanted.name) if self._view is not None else None
-        if present is not None:
-            if present == set_layout(wanted, self._context.family):
+    def _add_set(self, transaction: Transaction, desired: NftSet, *, replace: bool) -> None:
+        """Create a set, unless the snapshot has it: keeping it keeps the session affinity of current clients."""
+        existing = self._snapshot.sets.get(desired.name) if self._snapshot is not None else None
+        if existing is not None:
+            if existing == set_layout(desired, self._context.family):
                 return
-            replaced = True
-        if replaced:
-            done.deleted_sets.append(wanted.name)
-        done.sets.append(wanted)
+            replace = True
+        if replace:
+            transaction.deleted_sets.append(desired.name)
+        transaction.added_sets.append(desired)
 
     def _change_chain(
-        self, done: Transaction, old: NftChain | None, new: NftChain | None, *, anew: bool = False
+        self, transaction: Transaction, old: NftChain | None, new: NftChain | None, *, rewrite: bool = False
     ) -> None:
-        """Write a chain if it differs, or with `anew` in any case, since what its rules refer to is replaced."""
+        """Create, change or delete a chain. An unchanged chain is written only with `rewrite`."""
         if new is None:
             assert old is not None
-            done.flushed.append(old.name)
-            done.deleted_chains.append(old.name)
+            transaction.flushed_chains.append(old.name)
+            transaction.deleted_chains.append(old.name)
             return
-        if old is not None and old.rules == new.rules and not anew:
+        if old is not None and old.rules == new.rules and not rewrite:
             return
-        if self._is_there(new, known=old is not None):
-            done.flushed.append(new.name)
+        if self._chain_exists(new, in_ledger=old is not None):
+            transaction.flushed_chains.append(new.name)
         else:
-            done.chains.append(new)
-        done.rules.append(new)
+            transaction.added_chains.append(new)
+        transaction.added_rules.append(new)
 
-    def _is_there(self, chain: NftChain, *, known: bool) -> bool:
-        """Return whether the table has a chain; if it is being taken over, it has it from now on."""
-        if self._view is None:
-            return known
-        known = chain.name in self._view.chains
-        if self._view.chains.setdefault(chain.name, chain.hook) != chain.hook:
-            raise IncompatibleTableError(f"chain {chain.name} has another hook")
-        return known
+    def _chain_exists(self, chain: NftChain, *, in_ledger: bool) -> bool:
+        """Return whether the table has a chain, and add the chain to the snapshot if there is one."""
+        if self._snapshot is None:
+            return in_ledger
+        exists = chain.name in self._snapshot.chains
+        if self._snapshot.chains.setdefault(chain.name, chain.hook) != chain.hook:
+            raise IncompatibleTableError(f"chain {chain.name} has a different hook")
+        return exists
 
 
-def _change_element(done: Transaction, name: str, old: SetElement | None, new: SetElement | None) -> None:
+def _change_element(transaction: Transaction, set_name: str, old: SetElement | None, new: SetElement | None) -> None:
     if old == new:
         return
     if old is not None:
-        done.remove(name, old)
+        transaction.delete_element(set_name, old)
     if new is not None:
-        done.add(name, new)
+        transaction.add_element(set_name, new)
 
 
-def _verdicts(frontend: RenderedFrontend) -> dict[str, SetElement]:
-    comment = names.comment(frontend.owner)
-    return {name: SetElement(frontend.key, verdict, comment) for name, verdict in frontend.verdicts}
+def _verdict_elements(frontend: RenderedFrontend) -> dict[str, SetElement]:
+    comment = names.comment(frontend.service_port)
+    return {map_name: SetElement(frontend.key, verdict, comment) for map_name, verdict in frontend.verdicts}

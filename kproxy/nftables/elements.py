@@ -1,4 +1,4 @@
-"""Sets and elements as the kernel lays them out: key and data types, sizes, packed keys and values."""
+"""The kernel's layout of sets and elements: data types, sizes, packed keys and values. Pure."""
 
 from __future__ import annotations
 
@@ -10,26 +10,42 @@ from typing import TypeAlias
 
 from msgspec import Struct
 
+from kproxy.host.nf_tables_constants import NFT_DATA_VERDICT, NFT_SET_EVAL, NFT_SET_MAP, NFT_SET_TIMEOUT
 from kproxy.model.addresses import socket_text, split_socket_text
 from kproxy.model.types import Family, Protocol
 from kproxy.nftables.ruleset import KeyField, MapValue, NftSet
 
-_MAP, _TIMEOUT, _EVAL = 8, 0x10, 0x20
-_IPV4_ADDRESS, _IPV6_ADDRESS = 7, 8
-_TYPES = {KeyField.PROTOCOL: 12, KeyField.PORT: 13, KeyField.NUMBER: 4}
+DROP = ""
+"""The verdict `drop`. Every other verdict is `goto`, given as the name of the chain."""
+PROTOCOLS: dict[Protocol, int] = {"TCP": 6, "UDP": 17, "SCTP": 132}
+"""IP protocol numbers (IANA)."""
+MAX_ENDPOINT_RUN = 500
+"""Maximum number of elements in one `EndpointElements`, so that they fit into one netlink message."""
+# Data types of nft (enum datatypes in its datatype.h); a concatenation has 6 bits for each of its types (TYPE_BITS).
+_TYPE_IPADDR, _TYPE_IP6ADDR = 7, 8
+_DATA_TYPES = {KeyField.PROTOCOL: 12, KeyField.PORT: 13, KeyField.NUMGEN: 4}
 _TYPE_BITS = 6
+_VERDICT_SIZE = 16  # sizeof(struct nft_verdict)
 _AFFINITY_SET_SIZE = 65535
-"""How many clients an endpoint can remember: what the kernel takes for a set that rules add to, if it is told no size.
+"""Maximum number of clients that an affinity set holds.
 
-kube-proxy tells it the same size, and then the kernel sets aside room for all of them at once, 2 MB for each endpoint.
+The kernel sets this limit itself for a set that rules update, if the set is created without a size. kube-proxy creates
+its sets with the same size explicitly, and the kernel then allocates memory for all elements at once: 2 MB for each
+endpoint.
 """
-_VERDICT_TYPE, _VERDICT_SIZE = 0xFFFFFF00, 16
+_INET, _INET6 = int(AF_INET), int(AF_INET6)  # inet_pton is faster with a plain int than with the enum
+_PROTOCOL_AND_PORT = struct.Struct(">B3xH2x")
+_PORT = struct.Struct(">H2x")
+_INDEX = struct.Struct("=I")
+
+
+# Sets
 
 
 class SetLayout(Struct, frozen=True):
-    """What decides whether a set can be used as it is.
+    """The properties that a set must have to be used as it is; the kernel cannot change them later.
 
-    `timeout` is in milliseconds, `size` how many elements it may have (0: as many as there is memory for).
+    `timeout` is in milliseconds, `size` is the maximum number of elements (0: no limit).
     """
 
     flags: int
@@ -42,101 +58,121 @@ class SetLayout(Struct, frozen=True):
 
     @property
     def has_verdicts(self) -> bool:
-        """Whether elements may lead to chains, which cannot be deleted before the elements are."""
-        return self.data_type == _VERDICT_TYPE
+        """Whether elements can go to chains; such a chain cannot be deleted before the element."""
+        return self.data_type == NFT_DATA_VERDICT
 
 
-def set_layout(found: NftSet, family: Family) -> SetLayout:
-    """Return the shape that a set has in the table of a family."""
-    flags = 0 if found.value is MapValue.NOTHING else _MAP
-    if found.timeout:
-        flags |= _TIMEOUT | _EVAL
+def set_layout(definition: NftSet, family: Family) -> SetLayout:
+    """Return the layout of a set in the table of a family."""
+    flags = 0 if definition.value is MapValue.NONE else NFT_SET_MAP
+    if definition.timeout:
+        flags |= NFT_SET_TIMEOUT | NFT_SET_EVAL
     data_type = data_size = 0
-    if found.value is MapValue.VERDICT:
-        data_type, data_size = _VERDICT_TYPE, _VERDICT_SIZE
-    elif found.value is MapValue.ENDPOINT:
-        data_type, data_size = _concatenated((KeyField.DESTINATION, KeyField.PORT), family)
-    key_type, key_size = _concatenated(found.key, family)
-    size = _AFFINITY_SET_SIZE if found.timeout else 0
-    return SetLayout(flags, key_type, key_size, data_type, data_size, found.timeout * 1000, size)
+    if definition.value is MapValue.VERDICT:
+        data_type, data_size = NFT_DATA_VERDICT, _VERDICT_SIZE
+    elif definition.value is MapValue.ENDPOINT:
+        data_type, data_size = _concatenated_type((KeyField.DESTINATION, KeyField.PORT), family)
+    key_type, key_size = _concatenated_type(definition.key, family)
+    size = _AFFINITY_SET_SIZE if definition.timeout else 0
+    return SetLayout(flags, key_type, key_size, data_type, data_size, definition.timeout * 1000, size)
 
 
-def _concatenated(fields: Iterable[KeyField], family: Family) -> tuple[int, int]:
-    """Return type and size of fields one after the other, each padded to a register."""
-    kind = size = 0
+def _concatenated_type(fields: Iterable[KeyField], family: Family) -> tuple[int, int]:
+    """Return nft's data type and the size in bytes of a concatenation, each field padded to a register."""
+    data_type = size = 0
     for field in fields:
-        address = _IPV6_ADDRESS if family is Family.IPV6 else _IPV4_ADDRESS
-        kind = kind << _TYPE_BITS | _TYPES.get(field, address)
-        size += 16 if field not in _TYPES and family is Family.IPV6 else 4
-    return kind, size
+        address_type = _TYPE_IP6ADDR if family is Family.IPV6 else _TYPE_IPADDR
+        data_type = data_type << _TYPE_BITS | _DATA_TYPES.get(field, address_type)
+        size += 16 if field not in _DATA_TYPES and family is Family.IPV6 else 4
+    return data_type, size
 
 
-DROP = ""
-"""The verdict `drop`; any other is the name of a chain to go to."""
+# Elements
+
+
 ElementValue: TypeAlias = bytes | str | None
-"""An endpoint, a verdict, or nothing."""
+"""A packed endpoint, a verdict, or None for the element of a set."""
 
 
 class SetElement(Struct, frozen=True, gc=False):
-    """One element of a set or map; `comment` is for people."""
+    """One element of a set or map. nft shows the `comment`; the kernel only stores it."""
 
     key: bytes
     value: ElementValue = None
     comment: str = ""
 
 
-PROTOCOLS: dict[Protocol, int] = {"TCP": 6, "UDP": 17, "SCTP": 132}
-_IP4, _IP6 = int(AF_INET), int(AF_INET6)  # a plain number is converted faster
-_PROTOCOL_AND_PORT = struct.Struct(">B3xH2x")
-_PORT = struct.Struct(">H2x")
-_NUMBER = struct.Struct("=I")
+class EndpointElements(Struct, frozen=True, gc=False):
+    """Consecutive elements of a map of endpoints: the endpoints of one frontend, from the index `first_index`.
+
+    The key of each is the frontend's key and the index; the values, of `value_size` bytes each, are one bytes object,
+    because a large cluster has many of them.
+    """
+
+    frontend: bytes
+    values: bytes
+    value_size: int
+    first_index: int = 0
+
+    def elements(self) -> list[SetElement]:
+        """Return the elements one by one."""
+        return [SetElement(self.frontend + index, value) for index, value in self.indexed_values()]
+
+    def indexed_values(self) -> Iterator[tuple[bytes, bytes]]:
+        """Yield the packed index, which is the last field of the key, and the value of each element."""
+        values, size = self.values, self.value_size
+        begins = range(0, len(values), size)
+        indexes = _packed_indexes(self.first_index, len(begins))
+        return zip(indexes, [values[begin : begin + size] for begin in begins], strict=True)
+
+
+@lru_cache(1 << 8)
+def _packed_indexes(first: int, count: int) -> tuple[bytes, ...]:
+    return tuple(map(_INDEX.pack, range(first, first + count)))
+
+
+def endpoint_elements(frontend: bytes, values: bytes, value_size: int) -> Iterator[EndpointElements]:
+    """Yield the elements for all endpoints of a frontend, at most `MAX_ENDPOINT_RUN` at a time."""
+    step = MAX_ENDPOINT_RUN * value_size
+    for run, begin in enumerate(range(0, len(values), step)):
+        yield EndpointElements(frontend, values[begin : begin + step], value_size, run * MAX_ENDPOINT_RUN)
+
+
+# Keys and values
 
 
 def address_family(family: Family) -> int:
-    """Return the `AF_` number of a family."""
+    """Return AF_INET or AF_INET6."""
     return AF_INET6 if family is Family.IPV6 else AF_INET
 
 
 def pack_address(address: str) -> bytes:
-    """Return an address of either family as bytes."""
-    return inet_pton(_IP6 if ":" in address else _IP4, address)
+    """Return an IPv4 or IPv6 address as bytes."""
+    return inet_pton(_INET6 if ":" in address else _INET, address)
 
 
 def unpack_address(packed: bytes) -> str:
-    """Return the address that bytes stand for."""
+    """Return the text of a packed address."""
     return inet_ntop(AF_INET6 if len(packed) == 16 else AF_INET, packed)
 
 
 def node_port_key(protocol: Protocol, port: int) -> bytes:
-    """Return the key of a NodePort."""
+    """Return the key of a NodePort frontend."""
     return _PROTOCOL_AND_PORT.pack(PROTOCOLS[protocol], port)
 
 
 def service_key(address: str, protocol: Protocol, port: int) -> bytes:
-    """Return the key of a frontend that has an address of its own."""
+    """Return the key of a frontend with an address: ClusterIP, external IP or load balancer IP."""
     return pack_address(address) + _PROTOCOL_AND_PORT.pack(PROTOCOLS[protocol], port)
 
 
 def frontend_text(key: bytes) -> str:
-    """Return what a frontend's key stands for: `IP:port/PROTOCOL`, or `NodePort number/PROTOCOL`."""
+    """Return the text of a frontend's key: `IP:port/PROTOCOL`, or `NodePort number/PROTOCOL`."""
     number, port = _PROTOCOL_AND_PORT.unpack(key[-_PROTOCOL_AND_PORT.size :])
     protocol = next(name for name, known in PROTOCOLS.items() if known == number)
     address = key[: -_PROTOCOL_AND_PORT.size]
-    where = socket_text(unpack_address(address), port) if address else f"NodePort {port}"
-    return f"{where}/{protocol}"
-
-
-def pack_pool(endpoints: Sequence[str]) -> bytes:
-    """Return the values that stand for endpoints of one family, given as `ip:port`, one after the other."""
-    parts = [endpoint.rpartition(":") for endpoint in endpoints]
-    if parts and parts[0][0][0] == "[":
-        return b"".join([inet_pton(_IP6, address[1:-1]) + _packed_port(port) for address, _, port in parts])
-    return b"".join([inet_pton(_IP4, address) + _packed_port(port) for address, _, port in parts])
-
-
-@lru_cache(1 << 10)
-def _packed_port(port: str) -> bytes:
-    return _PORT.pack(int(port))
+    text = socket_text(unpack_address(address), port) if address else f"NodePort {port}"
+    return f"{text}/{protocol}"
 
 
 def hairpin_key(endpoint: str, protocol: Protocol) -> bytes:
@@ -146,47 +182,24 @@ def hairpin_key(endpoint: str, protocol: Protocol) -> bytes:
     return packed + packed + node_port_key(protocol, port)
 
 
+def endpoint_key(frontend: bytes, index: int) -> bytes:
+    """Return the key of a frontend's endpoint; the index of the first is 0."""
+    return frontend + _INDEX.pack(index)
+
+
 def endpoint_size(family: Family) -> int:
-    """Return how many bytes stand for an endpoint."""
+    """Return the size of a packed endpoint in bytes."""
     return (16 if family is Family.IPV6 else 4) + _PORT.size
 
 
-def numbered(frontend: bytes, place: int) -> bytes:
-    """Return the key of the endpoint of that number, from 0, of a frontend."""
-    return frontend + _NUMBER.pack(place)
+def pack_endpoints(endpoints: Sequence[str]) -> bytes:
+    """Return the concatenated map values of endpoints of one family, given as `ip:port`."""
+    parts = [endpoint.rpartition(":") for endpoint in endpoints]
+    if parts and parts[0][0][0] == "[":
+        return b"".join([inet_pton(_INET6, address[1:-1]) + _packed_port(port) for address, _, port in parts])
+    return b"".join([inet_pton(_INET, address) + _packed_port(port) for address, _, port in parts])
 
 
-POOL_ENDPOINTS = 500
-"""How many endpoints one `EndpointElements` has at most, so that a message can hold it."""
-
-
-class EndpointElements(Struct, frozen=True, gc=False):
-    """Elements by which a frontend finds its endpoints, numbered from `first`; each value has `size` bytes."""
-
-    frontend: bytes
-    values: bytes
-    size: int
-    first: int = 0
-
-    def elements(self) -> list[SetElement]:
-        """Return them one by one."""
-        return [SetElement(self.frontend + number, value) for number, value in self.numbered()]
-
-    def numbered(self) -> Iterator[tuple[bytes, bytes]]:
-        """Yield the number, as the last part of the key, and the value of each."""
-        values, size = self.values, self.size
-        begins = range(0, len(values), size)
-        numbers = _numbers(self.first, len(begins))
-        return zip(numbers, [values[begin : begin + size] for begin in begins], strict=True)
-
-
-@lru_cache(1 << 8)
-def _numbers(first: int, count: int) -> tuple[bytes, ...]:
-    return tuple(map(_NUMBER.pack, range(first, first + count)))
-
-
-def pools(frontend: bytes, values: bytes, size: int) -> Iterator[EndpointElements]:
-    """Yield all endpoints of a frontend in pools of a size that can be handled."""
-    step = POOL_ENDPOINTS * size
-    for place, begin in enumerate(range(0, len(values), step)):
-        yield EndpointElements(frontend, values[begin : begin + step], size, place * POOL_ENDPOINTS)
+@lru_cache(1 << 10)
+def _packed_port(port: str) -> bytes:
+    return _PORT.pack(int(port))

@@ -1,6 +1,6 @@
-"""Transactions as netlink messages (linux/netfilter/nf_tables.h), without I/O.
+"""Encode transactions as nf_tables netlink messages (linux/netfilter/nf_tables.h). Pure.
 
-Every message remembers what it is about, so that what the kernel refuses can be named.
+Each message keeps the name of its subject, so that an error can name the object that the kernel rejected.
 """
 
 from __future__ import annotations
@@ -13,250 +13,271 @@ from typing import TypeVar
 
 from msgspec import Struct
 
-from kproxy.host.netlink_message import NLM_F_APPEND, NLM_F_CREATE, attribute, nested, nfgenmsg
+from kproxy.host import nf_tables_constants as nf
+from kproxy.host.netlink_message import NLM_F_APPEND, NLM_F_CREATE, attribute, nested, nfgenmsg, nfnl_type
 from kproxy.model.types import Family
 from kproxy.nftables.base_table import TABLE_COMMENT
 from kproxy.nftables.elements import EndpointElements, SetElement, address_family, set_layout
-from kproxy.nftables.expressions import NF_ACCEPT, NFTA_LIST_ELEM, data, element_verdict, encode_rule, number, text
+from kproxy.nftables.expressions import (
+    element_verdict_attribute,
+    encode_rule,
+    string_attribute,
+    u32_attribute,
+    value_attribute,
+)
 from kproxy.nftables.names import TABLE
 from kproxy.nftables.ruleset import KeyField, MapValue, NftChain, NftSet
 from kproxy.nftables.transaction import Transaction
 
-_COMMENT = 0
-_SET_KEY_BYTE_ORDER, _SET_DATA_BYTE_ORDER, _SET_KEY_TYPEOF, _SET_DATA_TYPEOF, _SET_DATA_INTERVAL, _SET_COMMENT = (
-    0,
-    1,
-    3,
-    4,
-    6,
-    7,
-)
-_BIG_ENDIAN = 2
-_TYPEOF_EXPRESSION, _TYPEOF_DATA = 0, 1
-_PAYLOAD, _META, _CONCATENATION, _NUMGEN = 7, 9, 13, 23
-_IP, _IP6, _TRANSPORT = 12, 13, 11
-_L4PROTO = 16
-
-
-def comment(text: str) -> bytes:
-    """Return the user data of a table, chain, rule or element that has a comment."""
-    return _entry(_COMMENT, text.encode() + b"\0")
-
-
-def set_userdata(found: NftSet, family: Family) -> bytes:
-    """Return the user data of a set or map."""
-    parts = [_number(_SET_KEY_BYTE_ORDER, 0 if len(found.key) > 1 else _BIG_ENDIAN)]
-    if found.value is not MapValue.NOTHING:
-        parts.append(_number(_SET_DATA_BYTE_ORDER, 0))
-    if found.value is MapValue.ENDPOINT:
-        parts.append(_entry(_SET_KEY_TYPEOF, _typeof(found.key, family)))
-        parts.append(_entry(_SET_DATA_TYPEOF, _typeof((KeyField.DESTINATION, KeyField.PORT), family)))
-    elif len(found.key) > 1:
-        parts.append(_entry(_SET_KEY_TYPEOF, _typeof((), family)))
-    if found.value is not MapValue.NOTHING:
-        parts.append(_number(_SET_DATA_INTERVAL, 0))
-    if found.comment:
-        parts.append(_entry(_SET_COMMENT, found.comment.encode() + b"\0"))
-    return b"".join(parts)
-
-
-def _typeof(fields: Sequence[KeyField], family: Family) -> bytes:
-    """Return how nft notes that a key was written as a concatenation of expressions."""
-    parts = (_entry(place, _expression(field, family)) for place, field in enumerate(fields))
-    return _number(_TYPEOF_EXPRESSION, _CONCATENATION) + _entry(_TYPEOF_DATA, b"".join(parts))
-
-
-def _expression(field: KeyField, family: Family) -> bytes:
-    kind, *details = _described(field, family)
-    described = b"".join(_number(place, detail) for place, detail in enumerate(details))
-    return _number(_TYPEOF_EXPRESSION, kind) + _entry(_TYPEOF_DATA, described)
-
-
-def _described(field: KeyField, family: Family) -> tuple[int, ...]:
-    """Return the kind of nft's expression for a field, and its details."""
-    if field is KeyField.PROTOCOL:
-        return _META, _L4PROTO
-    if field is KeyField.PORT:
-        return _PAYLOAD, _TRANSPORT, 2
-    if field is KeyField.NUMBER:
-        return _NUMGEN, 1, 2, 0  # random, mod 2, from 0: any modulus stands for all
-    header, source, destination = (_IP6, 8, 9) if family is Family.IPV6 else (_IP, 11, 12)
-    return _PAYLOAD, header, source if field is KeyField.SOURCE else destination
-
-
-def _entry(kind: int, value: bytes) -> bytes:
-    return bytes((kind, len(value))) + value
-
-
-def _number(kind: int, value: int) -> bytes:
-    return _entry(kind, value.to_bytes(4, sys.byteorder))
-
-
-NFNL_SUBSYS_NFTABLES = 10
-_NEWTABLE, _DELTABLE = 0, 2
-_NEWCHAIN, _DELCHAIN = 3, 5
-_NEWRULE, _DELRULE = 6, 8
-_NEWSET, _DELSET = 9, 11
-_NEWSETELEM, _DELSETELEM = 12, 14
 _E = TypeVar("_E", SetElement, EndpointElements)
-_HOOKS = {"prerouting": 0, "input": 1, "forward": 2, "output": 3, "postrouting": 4}
-_ELEMENTS_SIZE = 60_000
-"""How many bytes of elements one message holds at most: an attribute's length has 16 bits."""
+HOOK_NUMBERS = {
+    "prerouting": nf.NF_INET_PRE_ROUTING,
+    "input": nf.NF_INET_LOCAL_IN,
+    "forward": nf.NF_INET_FORWARD,
+    "output": nf.NF_INET_LOCAL_OUT,
+    "postrouting": nf.NF_INET_POST_ROUTING,
+}
+_MAX_ELEMENTS_SIZE = 60_000
+"""Maximum size of the elements in one message, in bytes: the length of an attribute has 16 bits."""
+
+# In the user data of sets, nft stores numbers of its own enums (its datatype.h, expression.h and proto.h).
+_BYTEORDER_INVALID, _BYTEORDER_BIG_ENDIAN = 0, 2
+_EXPR_PAYLOAD, _EXPR_META, _EXPR_CONCAT, _EXPR_NUMGEN = 7, 9, 13, 23
+_PROTO_DESC_TH, _PROTO_DESC_IP, _PROTO_DESC_IP6 = 11, 12, 13
+_THDR_DPORT = 2
+_IPHDR_SADDR, _IPHDR_DADDR = 11, 12
+_IP6HDR_SADDR, _IP6HDR_DADDR = 8, 9
 
 
 class NftMessage(Struct, frozen=True, gc=False):
-    """One message: its type and flags, its payload, and what it is about.
+    """One message: netlink type and flags, payload, and the name of the object that it adds or deletes.
 
-    For elements, `subject` is their set, `elements` are those in the message, in order, and `first` is where in the
-    payload they begin.
+    For elements, `subject` is the name of their set, `elements` are the elements in the message, in order, and
+    `elements_offset` is the offset of the first in the payload.
     """
 
-    kind: int
+    type: int
     flags: int
     payload: bytes
     subject: str
     elements: Sequence[SetElement | EndpointElements] = ()
-    first: int = 0
+    elements_offset: int = 0
 
 
 class TransactionEncoder:
-    """Encodes transactions of one family."""
+    """Encodes transactions of one family's table."""
 
     def __init__(self, family: Family, table: str = TABLE) -> None:
         self._family = family
         self._header = nfgenmsg(address_family(family))
-        self._table = text(1, table)
-        self._name = table
+        self._table = string_attribute(nf.NFTA_TABLE_NAME, table)  # also NFTA_CHAIN_TABLE, NFTA_RULE_TABLE and so on
+        self._table_name = table
 
-    def encode(self, change: Transaction) -> Iterator[NftMessage]:
-        """Yield the messages of a transaction, in their order."""
-        if change.create:
-            yield self._new_table()
-        if change.replace:
-            yield self._message(_DELTABLE, 0, f"table {self._name}")
-            yield self._new_table()
-        yield from self._removals(change)
-        for place, found in enumerate(change.sets, 1):
-            yield self._new_set(found, place)
-        for chain in change.chains:
-            yield self._new_chain(chain)
-        for chain in change.rules:
-            yield from self._new_rules(chain)
-        for name, pools in change.pools.items():
-            yield from self._elements(_NEWSETELEM, NLM_F_CREATE, name, pools, _encode_pool)
-        for name, elements in change.added.items():
-            yield from self._elements(_NEWSETELEM, NLM_F_CREATE, name, elements, _encode_element)
-        if change.drop:
-            yield self._message(_DELTABLE, 0, f"table {self._name}")
+    def encode(self, transaction: Transaction) -> Iterator[NftMessage]:
+        """Yield the messages of a transaction in order."""
+        if transaction.create_table:
+            yield self._add_table()
+        if transaction.replace_table:
+            yield self._delete_table()
+            yield self._add_table()
+        yield from self._deletions(transaction)
+        for set_id, definition in enumerate(transaction.added_sets, 1):
+            yield self._add_set(definition, set_id)
+        for chain in transaction.added_chains:
+            yield self._add_chain(chain)
+        for chain in transaction.added_rules:
+            yield from self._add_rules(chain)
+        for name, runs in transaction.added_endpoints.items():
+            yield from self._elements(nf.NFT_MSG_NEWSETELEM, NLM_F_CREATE, name, runs, _encode_endpoints)
+        for name, elements in transaction.added_elements.items():
+            yield from self._elements(nf.NFT_MSG_NEWSETELEM, NLM_F_CREATE, name, elements, _encode_element)
+        if transaction.delete_table:
+            yield self._delete_table()
 
-    def _removals(self, change: Transaction) -> Iterator[NftMessage]:
-        for name, elements in change.removed.items():
-            yield from self._elements(_DELSETELEM, 0, name, elements, _encode_key)
-        for name in change.flushed:
-            yield self._message(_DELRULE, 0, f"the rules of chain {name}", text(2, name))
-        for name in change.deleted_sets:
-            yield self._message(_DELSET, 0, f"set {name}", text(2, name))
-        for name in change.deleted_chains:
-            yield self._message(_DELCHAIN, 0, f"chain {name}", text(3, name))
+    def _deletions(self, transaction: Transaction) -> Iterator[NftMessage]:
+        for name, elements in transaction.deleted_elements.items():
+            yield from self._elements(nf.NFT_MSG_DELSETELEM, 0, name, elements, _encode_key)
+        for name in transaction.flushed_chains:
+            chain = string_attribute(nf.NFTA_RULE_CHAIN, name)
+            yield self._message(nf.NFT_MSG_DELRULE, 0, f"the rules of chain {name}", chain)
+        for name in transaction.deleted_sets:
+            yield self._message(nf.NFT_MSG_DELSET, 0, f"set {name}", string_attribute(nf.NFTA_SET_NAME, name))
+        for name in transaction.deleted_chains:
+            yield self._message(nf.NFT_MSG_DELCHAIN, 0, f"chain {name}", string_attribute(nf.NFTA_CHAIN_NAME, name))
 
-    def _message(self, kind: int, flags: int, subject: str, *attributes: bytes) -> NftMessage:
+    def _message(self, message: int, flags: int, subject: str, *attributes: bytes) -> NftMessage:
         payload = b"".join((self._header, self._table, *attributes))
-        return NftMessage(NFNL_SUBSYS_NFTABLES << 8 | kind, flags, payload, subject)
+        return NftMessage(nfnl_type(nf.NFNL_SUBSYS_NFTABLES, message), flags, payload, subject)
 
-    def _new_table(self) -> NftMessage:
-        described = attribute(6, comment(TABLE_COMMENT))
-        return self._message(_NEWTABLE, NLM_F_CREATE, f"table {self._name}", number(2, 0), described)
+    def _add_table(self) -> NftMessage:
+        flags = u32_attribute(nf.NFTA_TABLE_FLAGS, 0)
+        userdata = attribute(nf.NFTA_TABLE_USERDATA, _comment(nf.NFTNL_UDATA_TABLE_COMMENT, TABLE_COMMENT))
+        return self._message(nf.NFT_MSG_NEWTABLE, NLM_F_CREATE, f"table {self._table_name}", flags, userdata)
 
-    def _new_set(self, found: NftSet, identity: int) -> NftMessage:
-        shape = set_layout(found, self._family)
+    def _delete_table(self) -> NftMessage:
+        return self._message(nf.NFT_MSG_DELTABLE, 0, f"table {self._table_name}")
+
+    def _add_set(self, definition: NftSet, set_id: int) -> NftMessage:
+        layout = set_layout(definition, self._family)
         attributes = [
-            text(2, found.name),
-            number(3, shape.flags),
-            number(4, shape.key_type),
-            number(5, shape.key_size),
-            number(10, identity),
+            string_attribute(nf.NFTA_SET_NAME, definition.name),
+            u32_attribute(nf.NFTA_SET_FLAGS, layout.flags),
+            u32_attribute(nf.NFTA_SET_KEY_TYPE, layout.key_type),
+            u32_attribute(nf.NFTA_SET_KEY_LEN, layout.key_size),
+            u32_attribute(nf.NFTA_SET_ID, set_id),
         ]
-        if shape.data_size:
-            attributes += [number(6, shape.data_type), number(7, shape.data_size)]
-        if shape.timeout:
-            attributes.append(attribute(11, struct.pack(">Q", shape.timeout)))
-        attributes.append(attribute(13, set_userdata(found, self._family)))
-        return self._message(_NEWSET, NLM_F_CREATE, f"set {found.name}", *attributes)
+        if layout.data_size:
+            attributes.append(u32_attribute(nf.NFTA_SET_DATA_TYPE, layout.data_type))
+            attributes.append(u32_attribute(nf.NFTA_SET_DATA_LEN, layout.data_size))
+        if layout.timeout:
+            attributes.append(attribute(nf.NFTA_SET_TIMEOUT, struct.pack(">Q", layout.timeout)))
+        attributes.append(attribute(nf.NFTA_SET_USERDATA, _set_userdata(definition, self._family)))
+        return self._message(nf.NFT_MSG_NEWSET, NLM_F_CREATE, f"set {definition.name}", *attributes)
 
-    def _new_chain(self, chain: NftChain) -> NftMessage:
-        attributes = [text(3, chain.name)]
+    def _add_chain(self, chain: NftChain) -> NftMessage:
+        attributes = [string_attribute(nf.NFTA_CHAIN_NAME, chain.name)]
         if chain.hook:
-            priority = struct.pack(">i", chain.hook.priority)
-            attributes.append(nested(4, number(1, _HOOKS[chain.hook.hook]), attribute(2, priority)))
-            attributes += [number(5, NF_ACCEPT), text(7, chain.hook.type)]
+            number = u32_attribute(nf.NFTA_HOOK_HOOKNUM, HOOK_NUMBERS[chain.hook.hook])
+            priority = attribute(nf.NFTA_HOOK_PRIORITY, struct.pack(">i", chain.hook.priority))
+            attributes.append(nested(nf.NFTA_CHAIN_HOOK, number, priority))
+            attributes.append(u32_attribute(nf.NFTA_CHAIN_POLICY, nf.NF_ACCEPT))
+            attributes.append(string_attribute(nf.NFTA_CHAIN_TYPE, chain.hook.type))
         if chain.comment:
-            attributes.append(attribute(12, comment(chain.comment)))
-        return self._message(_NEWCHAIN, NLM_F_CREATE, f"chain {chain.name}", *attributes)
+            userdata = _comment(nf.NFTNL_UDATA_CHAIN_COMMENT, chain.comment)
+            attributes.append(attribute(nf.NFTA_CHAIN_USERDATA, userdata))
+        return self._message(nf.NFT_MSG_NEWCHAIN, NLM_F_CREATE, f"chain {chain.name}", *attributes)
 
-    def _new_rules(self, chain: NftChain) -> Iterator[NftMessage]:
-        for place, rule in enumerate(chain.rules, 1):
-            attributes = [text(2, chain.name), nested(4, encode_rule(rule, self._family))]
+    def _add_rules(self, chain: NftChain) -> Iterator[NftMessage]:
+        chain_name = string_attribute(nf.NFTA_RULE_CHAIN, chain.name)
+        for number, rule in enumerate(chain.rules, 1):
+            attributes = [chain_name, nested(nf.NFTA_RULE_EXPRESSIONS, encode_rule(rule, self._family))]
             if rule.comment:
-                attributes.append(attribute(7, comment(rule.comment)))
-            subject = f"rule {place} of chain {chain.name}"
-            yield self._message(_NEWRULE, NLM_F_CREATE | NLM_F_APPEND, subject, *attributes)
+                userdata = _comment(nf.NFTNL_UDATA_RULE_COMMENT, rule.comment)
+                attributes.append(attribute(nf.NFTA_RULE_USERDATA, userdata))
+            subject = f"rule {number} of chain {chain.name}"
+            yield self._message(nf.NFT_MSG_NEWRULE, NLM_F_CREATE | NLM_F_APPEND, subject, *attributes)
 
     def _elements(
-        self, kind: int, flags: int, name: str, elements: Sequence[_E], encode: Callable[[_E], bytes]
+        self, message: int, flags: int, set_name: str, elements: Sequence[_E], encode: Callable[[_E], bytes]
     ) -> Iterator[NftMessage]:
-        """Yield as many messages as it takes: one holds no more than the length of an attribute can say."""
-        start = self._header + self._table + text(2, name)
-        head = NFNL_SUBSYS_NFTABLES << 8 | kind
-        found: list[bytes] = []
+        """Yield as many messages as the elements need; see `_MAX_ELEMENTS_SIZE`."""
+        start = self._header + self._table + string_attribute(nf.NFTA_SET_ELEM_LIST_SET, set_name)
+        kind = nfnl_type(nf.NFNL_SUBSYS_NFTABLES, message)
+        parts: list[bytes] = []
         begin = size = 0
         for end, element in enumerate(elements):
             encoded = encode(element)
-            if size + len(encoded) > _ELEMENTS_SIZE and found:
-                payload = start + nested(3, *found)
-                yield NftMessage(head, flags, payload, name, elements[begin:end], len(start) + 4)
-                found, begin, size = [], end, 0
-            found.append(encoded)
+            if size + len(encoded) > _MAX_ELEMENTS_SIZE and parts:
+                payload = start + nested(nf.NFTA_SET_ELEM_LIST_ELEMENTS, *parts)
+                yield NftMessage(kind, flags, payload, set_name, elements[begin:end], len(start) + 4)
+                parts, begin, size = [], end, 0
+            parts.append(encoded)
             size += len(encoded)
-        yield NftMessage(head, flags, start + nested(3, *found), name, elements[begin:], len(start) + 4)
+        payload = start + nested(nf.NFTA_SET_ELEM_LIST_ELEMENTS, *parts)
+        yield NftMessage(kind, flags, payload, set_name, elements[begin:], len(start) + 4)
+
+
+def rejected_element(message: NftMessage, offset: int) -> SetElement | None:
+    """Return the element at an offset in the payload, which the kernel reports with an error; None if there is none."""
+    begin = message.elements_offset
+    for each in message.elements:
+        for element in each.elements() if isinstance(each, EndpointElements) else (each,):
+            (size,) = struct.unpack_from("=H", message.payload, begin)
+            if begin <= offset < begin + size:
+                return element
+            begin += (size + 3) & ~3
+    return None
+
+
+# Elements
 
 
 def _encode_key(element: SetElement) -> bytes:
-    return nested(NFTA_LIST_ELEM, data(1, element.key))
+    return nested(nf.NFTA_LIST_ELEM, value_attribute(nf.NFTA_SET_ELEM_KEY, element.key))
 
 
 def _encode_element(element: SetElement) -> bytes:
     value = element.value
-    encoded = data(1, element.key)
+    encoded = value_attribute(nf.NFTA_SET_ELEM_KEY, element.key)
     if isinstance(value, bytes):
-        encoded += data(2, value)
+        encoded += value_attribute(nf.NFTA_SET_ELEM_DATA, value)
     elif value is not None:
-        encoded += element_verdict(2, value)
+        encoded += element_verdict_attribute(nf.NFTA_SET_ELEM_DATA, value)
     if element.comment:
-        encoded += attribute(6, comment(element.comment))
-    return nested(NFTA_LIST_ELEM, encoded)
+        encoded += attribute(nf.NFTA_SET_ELEM_USERDATA, _comment(nf.NFTNL_UDATA_SET_ELEM_COMMENT, element.comment))
+    return nested(nf.NFTA_LIST_ELEM, encoded)
 
 
-def _encode_pool(pool: EndpointElements) -> bytes:
-    """Return what `_encode_element` would make of all elements of a pool, which differ in a few bytes only."""
-    before, between = _endpoint_frame(len(pool.frontend) + 4, pool.size)
-    before += pool.frontend
-    return b"".join([before + number + between + value for number, value in pool.numbered()])
+def _encode_endpoints(run: EndpointElements) -> bytes:
+    """Return the same bytes as `_encode_element` for each element, but faster: only index and value differ."""
+    before, between = _endpoint_frame(len(run.frontend) + 4, run.value_size)
+    before += run.frontend
+    return b"".join([before + index + between + value for index, value in run.indexed_values()])
 
 
 @cache
-def _endpoint_frame(key: int, value: int) -> tuple[bytes, bytes]:
-    """Return what stands before the key and between key and value of an endpoint's element, given their sizes."""
-    encoded = _encode_element(SetElement(bytes(key), bytes(value)))
-    return encoded[: -key - value - 8], encoded[-value - 8 : -value]
+def _endpoint_frame(key_size: int, value_size: int) -> tuple[bytes, bytes]:
+    """Return the bytes before the key, and those between key and value, of an endpoint's element."""
+    encoded = _encode_element(SetElement(bytes(key_size), bytes(value_size)))
+    return encoded[: -key_size - value_size - 8], encoded[-value_size - 8 : -value_size]
 
 
-def refused_element(message: NftMessage, offset: int) -> SetElement | None:
-    """Return the element of a message that the kernel points at by an offset into the payload, None if at none."""
-    place = message.first
-    for found in message.elements:
-        for element in found.elements() if isinstance(found, EndpointElements) else (found,):
-            (size,) = struct.unpack_from("=H", message.payload, place)
-            if place <= offset < place + size:
-                return element
-            place += (size + 3) & ~3
-    return None
+# User data: the kernel stores it, nft reads it to print comments and the types of sets (libnftnl/udata.h)
+
+
+def _comment(kind: int, comment: str) -> bytes:
+    return _udata(kind, comment.encode() + b"\0")
+
+
+def _set_userdata(definition: NftSet, family: Family) -> bytes:
+    byte_order = _BYTEORDER_INVALID if len(definition.key) > 1 else _BYTEORDER_BIG_ENDIAN
+    parts = [_udata_u32(nf.NFTNL_UDATA_SET_KEYBYTEORDER, byte_order)]
+    if definition.value is not MapValue.NONE:
+        parts.append(_udata_u32(nf.NFTNL_UDATA_SET_DATABYTEORDER, _BYTEORDER_INVALID))
+    if definition.value is MapValue.ENDPOINT:
+        parts.append(_udata(nf.NFTNL_UDATA_SET_KEY_TYPEOF, _typeof(definition.key, family)))
+        data_type = _typeof((KeyField.DESTINATION, KeyField.PORT), family)
+        parts.append(_udata(nf.NFTNL_UDATA_SET_DATA_TYPEOF, data_type))
+    elif len(definition.key) > 1:
+        parts.append(_udata(nf.NFTNL_UDATA_SET_KEY_TYPEOF, _typeof((), family)))
+    if definition.value is not MapValue.NONE:
+        parts.append(_udata_u32(nf.NFTNL_UDATA_SET_DATA_INTERVAL, 0))
+    if definition.comment:
+        parts.append(_comment(nf.NFTNL_UDATA_SET_COMMENT, definition.comment))
+    return b"".join(parts)
+
+
+def _typeof(fields: Sequence[KeyField], family: Family) -> bytes:
+    """Return nft's user data for `typeof` with a concatenation of expressions."""
+    parts = (_udata(index, _typeof_field(field, family)) for index, field in enumerate(fields))
+    return _typeof_expression(_EXPR_CONCAT, b"".join(parts))
+
+
+def _typeof_field(field: KeyField, family: Family) -> bytes:
+    expression, *arguments = _typeof_arguments(field, family)
+    return _typeof_expression(expression, b"".join(_udata_u32(index, each) for index, each in enumerate(arguments)))
+
+
+def _typeof_expression(expression: int, arguments: bytes) -> bytes:
+    return _udata_u32(nf.NFTNL_UDATA_SET_TYPEOF_EXPR, expression) + _udata(nf.NFTNL_UDATA_SET_TYPEOF_DATA, arguments)
+
+
+def _typeof_arguments(field: KeyField, family: Family) -> tuple[int, ...]:
+    """Return nft's expression type for a field, and the expression's arguments."""
+    if field is KeyField.PROTOCOL:
+        return _EXPR_META, nf.NFT_META_L4PROTO
+    if field is KeyField.PORT:
+        return _EXPR_PAYLOAD, _PROTO_DESC_TH, _THDR_DPORT
+    if field is KeyField.NUMGEN:
+        return _EXPR_NUMGEN, nf.NFT_NG_RANDOM, 2, 0  # modulus and offset, which have no meaning in a type
+    if family is Family.IPV6:
+        return _EXPR_PAYLOAD, _PROTO_DESC_IP6, _IP6HDR_SADDR if field is KeyField.SOURCE else _IP6HDR_DADDR
+    return _EXPR_PAYLOAD, _PROTO_DESC_IP, _IPHDR_SADDR if field is KeyField.SOURCE else _IPHDR_DADDR
+
+
+def _udata(kind: int, value: bytes) -> bytes:
+    return bytes((kind, len(value))) + value
+
+
+def _udata_u32(kind: int, value: int) -> bytes:
+    return _udata(kind, value.to_bytes(4, sys.byteorder))

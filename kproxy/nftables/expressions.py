@@ -1,301 +1,327 @@
-"""Statements as the expressions that the kernel carries out (linux/netfilter/nf_tables.h), one attribute for each.
+"""Encode the statements of a rule as nf_tables expressions (linux/netfilter/nf_tables.h). Pure.
 
-Expressions work on 16 registers of 4 bytes. They are laid out as nft lays them out, so that nft can read them back.
+Expressions work on 16 registers of 4 bytes each, NFT_REG32_00 to NFT_REG32_15. The register layout is that of nft, so
+that `nft list` can read the rules.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator
-from functools import cache, lru_cache, singledispatch
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache, lru_cache
 from ipaddress import ip_network
+from typing import assert_never
 
+from kproxy.host import nf_tables_constants as nf
 from kproxy.host.netlink_message import attribute, nested
 from kproxy.model.types import Family
 from kproxy.nftables import ruleset as nft
 from kproxy.nftables.elements import DROP, PROTOCOLS, address_family, pack_address
 from kproxy.nftables.ruleset import KeyField, NftRule
 
-NFTA_LIST_ELEM = 1
-_NFTA_EXPR_NAME, _NFTA_EXPR_DATA = 1, 2
-_NFTA_DATA_VALUE, NFTA_DATA_VERDICT = 1, 2
-_NFTA_VERDICT_CODE, _NFTA_VERDICT_CHAIN = 1, 2
-NF_DROP, NF_ACCEPT, NFT_JUMP, NFT_GOTO, NFT_RETURN = 0, 1, -3, -4, -5
-_VERDICT_REGISTER = 0
-_FIRST_REGISTER = 8  # NFT_REG32_00
-_SECOND = 4  # NFT_REG_2 begins after four words
-_EQUAL, _NOT_EQUAL = 0, 1
-_NETWORK_HEADER, _TRANSPORT_HEADER = 1, 2
-_META_MARK, _META_IIFNAME, _META_L4PROTO = 3, 6, 16
-_CT_STATE, _CT_STATUS = 0, 2
-_CT_STATE_NEW, _CT_STATUS_DNAT = 8, 0x20
-_FIB_ADDRTYPE, _FIB_SADDR, _FIB_DADDR, _RTN_LOCAL = 3, 1, 2, 2
-_NAT_DNAT, _NAT_RANGE_MAP_IPS_AND_PORTS, _NAT_RANDOM_FULLY = 1, 3, 0x10
-_REJECT_UNREACHABLE = 0
-_PORT_UNREACHABLE = {Family.IPV4: 3, Family.IPV6: 4}  # codes of ICMP (RFC 792) and ICMPv6 (RFC 4443)
-_DYNSET_UPDATE = 1
-_INTERFACE_NAME_SIZE = 16
-_OFFSETS = {
+_PORT_REGISTER = nf.NFT_REG32_00 + 4  # for `dnat to ADDRESS:PORT`; where NFT_REG_2 begins
+_CT_STATE_NEW = 1 << nf.IP_CT_NEW + 1  # NF_CT_STATE_BIT(IP_CT_NEW)
+_PORT_UNREACHABLE = {Family.IPV4: 3, Family.IPV6: 4}
+"""Codes of ICMP (RFC 792) and ICMPv6 (RFC 4443)."""
+_INTERFACE_NAME_SIZE = 16  # IFNAMSIZ
+_ADDRESS_OFFSETS = {
     (Family.IPV4, KeyField.SOURCE): 12,
     (Family.IPV4, KeyField.DESTINATION): 16,
     (Family.IPV6, KeyField.SOURCE): 8,
     (Family.IPV6, KeyField.DESTINATION): 24,
 }
-"""Where addresses are in the header of a packet (RFC 791, RFC 8200)."""
+"""Offsets of the addresses in the IP header, in bytes (RFC 791, RFC 8200)."""
+_DPORT_OFFSET = _DPORT_SIZE = 2  # the same for TCP, UDP and SCTP
 _BE32 = struct.Struct(">I")
 _HOST32 = struct.Struct("=I")
 
 
-def number(kind: int, value: int) -> bytes:
-    """Return an attribute with a number of 32 bits, in network byte order as nf_tables has it."""
+# Attributes
+
+
+def u32_attribute(kind: int, value: int) -> bytes:
+    """Return an attribute with a 32-bit number in network byte order, as nf_tables expects."""
     return attribute(kind, _BE32.pack(value & 0xFFFFFFFF))
 
 
-def text(kind: int, value: str) -> bytes:
-    """Return an attribute with a string."""
+def string_attribute(kind: int, value: str) -> bytes:
+    """Return an attribute with a string that ends with NUL."""
     return attribute(kind, value.encode() + b"\0")
 
 
-def data(kind: int, value: bytes) -> bytes:
-    """Return an attribute that holds a value for a register."""
-    return _data_header(kind, len(value)) + value + b"\0" * (-len(value) % 4)
+def value_attribute(kind: int, value: bytes) -> bytes:
+    """Return an attribute with a register value (NFTA_DATA_VALUE)."""
+    return _value_header(kind, len(value)) + value + b"\0" * (-len(value) % 4)
 
 
 @cache
-def _data_header(kind: int, size: int) -> bytes:
-    return nested(kind, attribute(_NFTA_DATA_VALUE, bytes(size)))[:8]
+def _value_header(kind: int, size: int) -> bytes:
+    return nested(kind, attribute(nf.NFTA_DATA_VALUE, bytes(size)))[:8]
 
 
-def verdict(kind: int, code: int, chain: str = "") -> bytes:
-    """Return an attribute that holds a verdict."""
-    target = (text(_NFTA_VERDICT_CHAIN, chain),) if chain else ()
-    return nested(kind, nested(NFTA_DATA_VERDICT, number(_NFTA_VERDICT_CODE, code), *target))
+def verdict_attribute(kind: int, code: int, chain: str = "") -> bytes:
+    """Return an attribute with a verdict (NFTA_DATA_VERDICT)."""
+    target = (string_attribute(nf.NFTA_VERDICT_CHAIN, chain),) if chain else ()
+    return nested(kind, nested(nf.NFTA_DATA_VERDICT, u32_attribute(nf.NFTA_VERDICT_CODE, code), *target))
 
 
 @lru_cache(1 << 10)
-def element_verdict(kind: int, chain: str) -> bytes:
-    """Return an attribute that holds the verdict of a map's element: `DROP`, or to go to a chain."""
-    return verdict(kind, NF_DROP) if chain == DROP else verdict(kind, NFT_GOTO, chain)
+def element_verdict_attribute(kind: int, verdict: str) -> bytes:
+    """Return an attribute with the verdict of a map element: `DROP`, or goto the chain of this name."""
+    return verdict_attribute(kind, nf.NF_DROP) if verdict == DROP else verdict_attribute(kind, nf.NFT_GOTO, verdict)
+
+
+# Statements
 
 
 def encode_rule(rule: NftRule, family: Family) -> bytes:
-    """Return the expressions of a rule, one attribute after the other."""
-    return b"".join(part for statement in rule.statements for part in expressions(statement, family))
+    """Return the expressions of a rule, the payload of NFTA_RULE_EXPRESSIONS."""
+    return b"".join([part for statement in rule.statements for part in encode_statement(statement, family)])
 
 
-@singledispatch
-def expressions(statement: object, family: Family) -> Iterator[bytes]:
-    """Yield the expressions of one statement."""
-    raise TypeError(f"no way to encode {statement!r}")
+def encode_statement(statement: nft.Statement, family: Family) -> Sequence[bytes]:
+    """Return the expressions of one statement, each an NFTA_LIST_ELEM attribute."""
+    match statement:  # the most frequent statements first: the cases are tested in order
+        case nft.Goto():
+            return [_verdict(nf.NFT_GOTO, statement.chain)]
+        case nft.Lookup():
+            return [*_load_key(statement.fields, family), _lookup(statement.set)]
+        case nft.Numgen():
+            return [_numgen(nf.NFT_REG32_00, statement.modulus), _compare(bytes(4))]
+        case nft.MatchSaddr():
+            return _match_network(KeyField.SOURCE, statement.network, family, negate=statement.negate)
+        case nft.MatchDaddr():
+            return _match_network(KeyField.DESTINATION, statement.network, family, negate=statement.negate)
+        case nft.MatchIifname():
+            return _match_interface(statement)
+        case nft.FibLocal():
+            return [_fib_address_type(statement.field), _compare(_HOST32.pack(nf.RTN_LOCAL))]
+        case nft.MatchL4Proto():
+            return [_load_meta(nf.NFT_META_L4PROTO), _compare(bytes([PROTOCOLS[statement.protocol]]))]
+        case nft.CtStateNew():
+            return _match_conntrack_bit(nf.NFT_CT_STATE, _CT_STATE_NEW)
+        case nft.CtStatusDnat():
+            return _match_conntrack_bit(nf.NFT_CT_STATUS, nf.IPS_DST_NAT)
+        case nft.MatchMark():
+            return [_load_meta(nf.NFT_META_MARK), *_match_bit(statement.mark)]
+        case nft.SetMark():
+            return _change_mark(mask=0xFFFFFFFF & ~statement.mark, xor=statement.mark)
+        case nft.XorMark():
+            return _change_mark(mask=0xFFFFFFFF, xor=statement.mark)
+        case nft.Masquerade():
+            flags = u32_attribute(nf.NFTA_MASQ_FLAGS, nf.NF_NAT_RANGE_PROTO_RANDOM_FULLY)
+            return [_expression("masq", flags)]
+        case nft.UpdateSet():
+            return [*_load_key((KeyField.SOURCE,), family), _update_set(statement.set)]
+        case nft.Dnat():
+            return _dnat_to(statement, family)
+        case nft.DnatMap():
+            return _dnat_to_map(statement, family)
+        case nft.VerdictMap():
+            return [*_load_key(statement.fields, family), _lookup(statement.map, nf.NFT_REG_VERDICT)]
+        case nft.Jump():
+            return [_verdict(nf.NFT_JUMP, statement.chain)]
+        case nft.Drop():
+            return [_verdict(nf.NF_DROP)]
+        case nft.Return():
+            return [_verdict(nf.NFT_RETURN)]
+        case nft.Reject():
+            return [_reject(family)]
+        case _:
+            assert_never(statement)
 
 
-@expressions.register
-def _(statement: nft.MatchSaddr, family: Family) -> Iterator[bytes]:
-    return _network(KeyField.SOURCE, statement.network, family, inside=statement.inside)
+def _match_network(field: KeyField, network: str, family: Family, *, negate: bool) -> list[bytes]:
+    """Compare the bytes that the prefix covers; if it ends within a byte, compare the whole address with a mask."""
+    found = ip_network(network)
+    whole_bytes, rest = divmod(found.prefixlen, 8)
+    size = whole_bytes if whole_bytes and not rest else 4 * _register_count(field, family)
+    expressions = [_payload(nf.NFT_REG32_00, nf.NFT_PAYLOAD_NETWORK_HEADER, _ADDRESS_OFFSETS[family, field], size)]
+    if size != whole_bytes:
+        expressions.append(_bitwise(found.netmask.packed, bytes(size)))
+    expressions.append(_compare(found.network_address.packed[:size], negate=negate))
+    return expressions
 
 
-@expressions.register
-def _(statement: nft.MatchDaddr, family: Family) -> Iterator[bytes]:
-    return _network(KeyField.DESTINATION, statement.network, family, inside=statement.inside)
-
-
-@expressions.register
-def _(statement: nft.MatchIifname, family: Family) -> Iterator[bytes]:
+def _match_interface(statement: nft.MatchIifname) -> list[bytes]:
     name = statement.name.encode()
-    yield _expression("meta", number(2, _META_IIFNAME), number(1, _register(0)))
-    yield _compare(name if statement.prefix else name.ljust(_INTERFACE_NAME_SIZE, b"\0"), equal=statement.inside)
+    value = name if statement.prefix else name.ljust(_INTERFACE_NAME_SIZE, b"\0")
+    return [_load_meta(nf.NFT_META_IIFNAME), _compare(value, negate=statement.negate)]
 
 
-@expressions.register
-def _(statement: nft.Lookup, family: Family) -> Iterator[bytes]:
-    yield from _load(statement.fields, family)
-    yield _expression("lookup", text(1, statement.set), number(2, _register(0)))
+def _match_conntrack_bit(key: int, bit: int) -> list[bytes]:
+    load = _expression("ct", u32_attribute(nf.NFTA_CT_DREG, nf.NFT_REG32_00), u32_attribute(nf.NFTA_CT_KEY, key))
+    return [load, *_match_bit(bit)]
 
 
-@expressions.register
-def _(statement: nft.FibLocal, family: Family) -> Iterator[bytes]:
-    which = _FIB_SADDR if statement.field is KeyField.SOURCE else _FIB_DADDR
-    yield _expression("fib", number(1, _register(0)), number(2, _FIB_ADDRTYPE), number(3, which))
-    yield _compare(_HOST32.pack(_RTN_LOCAL))
+def _match_bit(bit: int) -> list[bytes]:
+    return [_bitwise(_HOST32.pack(bit), bytes(4)), _compare(bytes(4), negate=True)]
 
 
-@expressions.register
-def _(statement: nft.MatchL4Proto, family: Family) -> Iterator[bytes]:
-    yield _expression("meta", number(2, _META_L4PROTO), number(1, _register(0)))
-    yield _compare(bytes([PROTOCOLS[statement.protocol]]))
+def _change_mark(*, mask: int, xor: int) -> list[bytes]:
+    store = _expression(
+        "meta",
+        u32_attribute(nf.NFTA_META_KEY, nf.NFT_META_MARK),
+        u32_attribute(nf.NFTA_META_SREG, nf.NFT_REG32_00),
+    )
+    return [_load_meta(nf.NFT_META_MARK), _bitwise(_HOST32.pack(mask), _HOST32.pack(xor)), store]
 
 
-@expressions.register
-def _(statement: nft.CtStateNew, family: Family) -> Iterator[bytes]:
-    return _connection_has(_CT_STATE, _CT_STATE_NEW)
+def _dnat_to(statement: nft.Dnat, family: Family) -> list[bytes]:
+    return [
+        _immediate(nf.NFT_REG32_00, pack_address(statement.address)),
+        _immediate(_PORT_REGISTER, statement.port.to_bytes(2, "big")),
+        _dnat(family, _PORT_REGISTER),
+    ]
 
 
-@expressions.register
-def _(statement: nft.CtStatusDnat, family: Family) -> Iterator[bytes]:
-    return _connection_has(_CT_STATUS, _CT_STATUS_DNAT)
+def _dnat_to_map(statement: nft.DnatMap, family: Family) -> list[bytes]:
+    numgen_register = nf.NFT_REG32_00 + sum(_register_count(field, family) for field in statement.fields)
+    return [
+        *_load_key(statement.fields, family),
+        _numgen(numgen_register, statement.modulus),
+        _lookup(statement.map, nf.NFT_REG32_00),
+        _dnat(family, nf.NFT_REG32_00 + _register_count(KeyField.DESTINATION, family)),
+    ]
 
 
-@expressions.register
-def _(statement: nft.MatchMark, family: Family) -> Iterator[bytes]:
-    yield _load_mark()
-    yield _bitwise(_HOST32.pack(statement.mark), bytes(4))
-    yield _compare(bytes(4), equal=False)
+# Set keys
 
 
-@expressions.register
-def _(statement: nft.Numgen, family: Family) -> Iterator[bytes]:
-    yield _random(_register(0), statement.of)
-    yield _compare(bytes(4))
-
-
-@expressions.register
-def _(statement: nft.SetMark, family: Family) -> Iterator[bytes]:
-    return _change_mark(0xFFFFFFFF & ~statement.mark, statement.mark)
-
-
-@expressions.register
-def _(statement: nft.XorMark, family: Family) -> Iterator[bytes]:
-    return _change_mark(0xFFFFFFFF, statement.mark)
-
-
-@expressions.register
-def _(statement: nft.Masquerade, family: Family) -> Iterator[bytes]:
-    yield _expression("masq", number(1, _NAT_RANDOM_FULLY))
-
-
-@expressions.register
-def _(statement: nft.UpdateSet, family: Family) -> Iterator[bytes]:
-    yield from _load((KeyField.SOURCE,), family)
-    yield _expression("dynset", text(1, statement.set), number(3, _DYNSET_UPDATE), number(4, _register(0)))
-
-
-@expressions.register
-def _(statement: nft.Dnat, family: Family) -> Iterator[bytes]:
-    yield _immediate(_register(0), pack_address(statement.address))
-    yield _immediate(_register(_SECOND), statement.port.to_bytes(2, "big"))
-    yield _translate(family, _SECOND)
-
-
-@expressions.register
-def _(statement: nft.DnatMap, family: Family) -> Iterator[bytes]:
-    yield from _load(statement.fields, family)
-    yield _random(_register(sum(_words(field, family) for field in statement.fields)), statement.of)
-    yield _expression("lookup", text(1, statement.map), number(2, _register(0)), number(3, _register(0)))
-    yield _translate(family, _words(KeyField.DESTINATION, family))
-
-
-@expressions.register
-def _(statement: nft.VerdictMap, family: Family) -> Iterator[bytes]:
-    yield from _load(statement.fields, family)
-    yield _expression("lookup", text(1, statement.map), number(2, _register(0)), number(3, _VERDICT_REGISTER))
-
-
-@expressions.register
-def _(statement: nft.Go, family: Family) -> Iterator[bytes]:
-    yield _decide(NFT_JUMP if statement.back else NFT_GOTO, statement.chain)
-
-
-@expressions.register
-def _(statement: nft.Drop, family: Family) -> Iterator[bytes]:
-    yield _decide(NF_DROP)
-
-
-@expressions.register
-def _(statement: nft.Return, family: Family) -> Iterator[bytes]:
-    yield _decide(NFT_RETURN)
-
-
-@expressions.register
-def _(statement: nft.Reject, family: Family) -> Iterator[bytes]:
-    code = attribute(2, bytes([_PORT_UNREACHABLE[family]]))
-    yield _expression("reject", number(1, _REJECT_UNREACHABLE), code)
-
-
-def _words(field: KeyField, family: Family) -> int:
-    """Return how many registers a field takes."""
+def _register_count(field: KeyField, family: Family) -> int:
+    """Return how many 4-byte registers a field takes."""
     return 4 if family is Family.IPV6 and field in {KeyField.SOURCE, KeyField.DESTINATION} else 1
 
 
-def _load(fields: Iterable[KeyField], family: Family) -> Iterator[bytes]:
-    """Yield what puts the fields into registers, one after the other."""
-    word = 0
+def _load_key(fields: Iterable[KeyField], family: Family) -> Iterator[bytes]:
+    """Yield the expressions that load the fields into consecutive registers."""
+    register = nf.NFT_REG32_00
     for field in fields:
-        yield _load_field(field, _register(word), family)
-        word += _words(field, family)
+        yield _load_field(field, register, family)
+        register += _register_count(field, family)
 
 
 def _load_field(field: KeyField, register: int, family: Family) -> bytes:
     if field is KeyField.PROTOCOL:
-        return _expression("meta", number(2, _META_L4PROTO), number(1, register))
+        return _load_meta(nf.NFT_META_L4PROTO, register)
     if field is KeyField.PORT:
-        return _payload(register, _TRANSPORT_HEADER, 2, 2)
-    return _payload(register, _NETWORK_HEADER, _OFFSETS[family, field], 4 * _words(field, family))
+        return _payload(register, nf.NFT_PAYLOAD_TRANSPORT_HEADER, _DPORT_OFFSET, _DPORT_SIZE)
+    size = 4 * _register_count(field, family)
+    return _payload(register, nf.NFT_PAYLOAD_NETWORK_HEADER, _ADDRESS_OFFSETS[family, field], size)
 
 
-def _network(field: KeyField, network: str, family: Family, *, inside: bool) -> Iterator[bytes]:
-    """Yield the comparison with a network: of the bytes that it fixes if these are whole, else with a mask."""
-    found = ip_network(network)
-    whole, rest = divmod(found.prefixlen, 8)
-    size = whole if whole and not rest else 4 * _words(field, family)
-    yield _payload(_register(0), _NETWORK_HEADER, _OFFSETS[family, field], size)
-    if size != whole:
-        yield _bitwise(found.netmask.packed, bytes(size))
-    yield _compare(found.network_address.packed[:size], equal=inside)
-
-
-def _translate(family: Family, port_word: int) -> bytes:
-    """Return the change of destination to the address in the first registers and the port in another."""
-    address, port = number(3, _register(0)), number(5, _register(port_word))
-    flags = number(7, _NAT_RANGE_MAP_IPS_AND_PORTS)
-    return _expression("nat", number(1, _NAT_DNAT), number(2, address_family(family)), address, port, flags)
-
-
-def _register(word: int) -> int:
-    return _FIRST_REGISTER + word
+# Expressions
 
 
 def _expression(name: str, *attributes: bytes) -> bytes:
-    return nested(NFTA_LIST_ELEM, text(_NFTA_EXPR_NAME, name), nested(_NFTA_EXPR_DATA, *attributes))
+    return nested(nf.NFTA_LIST_ELEM, string_attribute(nf.NFTA_EXPR_NAME, name), nested(nf.NFTA_EXPR_DATA, *attributes))
 
 
 def _payload(register: int, base: int, offset: int, size: int) -> bytes:
-    return _expression("payload", number(1, register), number(2, base), number(3, offset), number(4, size))
+    return _expression(
+        "payload",
+        u32_attribute(nf.NFTA_PAYLOAD_DREG, register),
+        u32_attribute(nf.NFTA_PAYLOAD_BASE, base),
+        u32_attribute(nf.NFTA_PAYLOAD_OFFSET, offset),
+        u32_attribute(nf.NFTA_PAYLOAD_LEN, size),
+    )
 
 
-def _compare(value: bytes, *, equal: bool = True) -> bytes:
-    operation = _EQUAL if equal else _NOT_EQUAL
-    return _expression("cmp", number(1, _register(0)), number(2, operation), data(3, value))
+def _load_meta(key: int, register: int = nf.NFT_REG32_00) -> bytes:
+    return _expression("meta", u32_attribute(nf.NFTA_META_KEY, key), u32_attribute(nf.NFTA_META_DREG, register))
 
 
-def _bitwise(mask: bytes, flip: bytes) -> bytes:
-    size = number(3, len(mask))
-    return _expression("bitwise", number(1, _register(0)), number(2, _register(0)), size, data(4, mask), data(5, flip))
+def _compare(value: bytes, *, negate: bool = False) -> bytes:
+    return _expression(
+        "cmp",
+        u32_attribute(nf.NFTA_CMP_SREG, nf.NFT_REG32_00),
+        u32_attribute(nf.NFTA_CMP_OP, nf.NFT_CMP_NEQ if negate else nf.NFT_CMP_EQ),
+        value_attribute(nf.NFTA_CMP_DATA, value),
+    )
 
 
-def _load_mark() -> bytes:
-    return _expression("meta", number(2, _META_MARK), number(1, _register(0)))
+def _bitwise(mask: bytes, xor: bytes) -> bytes:
+    return _expression(
+        "bitwise",
+        u32_attribute(nf.NFTA_BITWISE_SREG, nf.NFT_REG32_00),
+        u32_attribute(nf.NFTA_BITWISE_DREG, nf.NFT_REG32_00),
+        u32_attribute(nf.NFTA_BITWISE_LEN, len(mask)),
+        value_attribute(nf.NFTA_BITWISE_MASK, mask),
+        value_attribute(nf.NFTA_BITWISE_XOR, xor),
+    )
 
 
-def _change_mark(mask: int, flip: int) -> Iterator[bytes]:
-    yield _load_mark()
-    yield _bitwise(_HOST32.pack(mask), _HOST32.pack(flip))
-    yield _expression("meta", number(2, _META_MARK), number(3, _register(0)))
+def _lookup(name: str, destination: int | None = None) -> bytes:
+    """Look up the key in a set, or in a map whose value goes to the register `destination`."""
+    store = () if destination is None else (u32_attribute(nf.NFTA_LOOKUP_DREG, destination),)
+    return _expression(
+        "lookup",
+        string_attribute(nf.NFTA_LOOKUP_SET, name),
+        u32_attribute(nf.NFTA_LOOKUP_SREG, nf.NFT_REG32_00),
+        *store,
+    )
 
 
-def _connection_has(key: int, bit: int) -> Iterator[bytes]:
-    yield _expression("ct", number(1, _register(0)), number(2, key))
-    yield _bitwise(_HOST32.pack(bit), bytes(4))
-    yield _compare(bytes(4), equal=False)
+def _update_set(name: str) -> bytes:
+    return _expression(
+        "dynset",
+        string_attribute(nf.NFTA_DYNSET_SET_NAME, name),
+        u32_attribute(nf.NFTA_DYNSET_OP, nf.NFT_DYNSET_OP_UPDATE),
+        u32_attribute(nf.NFTA_DYNSET_SREG_KEY, nf.NFT_REG32_00),
+    )
 
 
-def _random(register: int, below: int) -> bytes:
-    random, offset = number(3, 1), number(4, 0)
-    return _expression("numgen", number(1, register), number(2, below), random, offset)
+def _fib_address_type(field: KeyField) -> bytes:
+    flag = nf.NFTA_FIB_F_SADDR if field is KeyField.SOURCE else nf.NFTA_FIB_F_DADDR
+    return _expression(
+        "fib",
+        u32_attribute(nf.NFTA_FIB_DREG, nf.NFT_REG32_00),
+        u32_attribute(nf.NFTA_FIB_RESULT, nf.NFT_FIB_RESULT_ADDRTYPE),
+        u32_attribute(nf.NFTA_FIB_FLAGS, flag),
+    )
+
+
+def _numgen(register: int, modulus: int) -> bytes:
+    return _expression(
+        "numgen",
+        u32_attribute(nf.NFTA_NG_DREG, register),
+        u32_attribute(nf.NFTA_NG_MODULUS, modulus),
+        u32_attribute(nf.NFTA_NG_TYPE, nf.NFT_NG_RANDOM),
+        u32_attribute(nf.NFTA_NG_OFFSET, 0),
+    )
+
+
+def _dnat(family: Family, port_register: int) -> bytes:
+    """Translate to the address in NFT_REG32_00 and the port in `port_register`."""
+    return _expression(
+        "nat",
+        u32_attribute(nf.NFTA_NAT_TYPE, nf.NFT_NAT_DNAT),
+        u32_attribute(nf.NFTA_NAT_FAMILY, address_family(family)),
+        u32_attribute(nf.NFTA_NAT_REG_ADDR_MIN, nf.NFT_REG32_00),
+        u32_attribute(nf.NFTA_NAT_REG_PROTO_MIN, port_register),
+        u32_attribute(nf.NFTA_NAT_FLAGS, nf.NF_NAT_RANGE_MAP_IPS | nf.NF_NAT_RANGE_PROTO_SPECIFIED),
+    )
 
 
 def _immediate(register: int, value: bytes) -> bytes:
-    return _expression("immediate", number(1, register), data(2, value))
+    return _expression(
+        "immediate",
+        u32_attribute(nf.NFTA_IMMEDIATE_DREG, register),
+        value_attribute(nf.NFTA_IMMEDIATE_DATA, value),
+    )
 
 
-def _decide(code: int, chain: str = "") -> bytes:
-    return _expression("immediate", number(1, _VERDICT_REGISTER), verdict(2, code, chain))
+def _verdict(code: int, chain: str = "") -> bytes:
+    return _expression(
+        "immediate",
+        u32_attribute(nf.NFTA_IMMEDIATE_DREG, nf.NFT_REG_VERDICT),
+        verdict_attribute(nf.NFTA_IMMEDIATE_DATA, code, chain),
+    )
+
+
+def _reject(family: Family) -> bytes:
+    return _expression(
+        "reject",
+        u32_attribute(nf.NFTA_REJECT_TYPE, nf.NFT_REJECT_ICMP_UNREACH),
+        attribute(nf.NFTA_REJECT_ICMP_CODE, bytes([_PORT_UNREACHABLE[family]])),
+    )

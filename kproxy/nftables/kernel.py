@@ -1,4 +1,4 @@
-"""The edge to the kernel: transactions of one family's table, by netlink or by the program `nft`."""
+"""Access to one family's table in the kernel: commit transactions over netlink or with the program `nft`, and read."""
 
 from __future__ import annotations
 
@@ -17,119 +17,126 @@ from kproxy.host.netlink import (
     StaleGenerationError,
     retry_interrupted,
 )
+from kproxy.host.nf_tables_constants import NFNL_SUBSYS_NFTABLES
 from kproxy.model.types import Family
 from kproxy.nftables.decode import TableReader
-from kproxy.nftables.encode import NFNL_SUBSYS_NFTABLES, NftMessage, TransactionEncoder, refused_element
+from kproxy.nftables.encode import NftMessage, TransactionEncoder, rejected_element
 from kproxy.nftables.names import TABLE
 from kproxy.nftables.nft_syntax import NftWriter
 from kproxy.nftables.snapshot import TableSnapshot
 from kproxy.nftables.transaction import Transaction
 
+NFT_TIMEOUT_SECONDS = 900
+"""Timeout after which the program `nft` counts as hung."""
+_NO_NF_TABLES = {errno.EINVAL, errno.EOPNOTSUPP, errno.EPROTONOSUPPORT}
+_T = TypeVar("_T")
 
-def following(generation: int) -> int:
-    """Return the generation after one's own change (nf_tables counts in 32 bits and leaves out 0)."""
+
+class TableError(Exception):
+    """The kernel rejected a transaction as a whole, or the table cannot be read. The message is one line.
+
+    `inconclusive` means that the kernel may not have seen the transaction, for example because `nft` was killed.
+    """
+
+    def __init__(self, text: str, *, inconclusive: bool = False) -> None:
+        super().__init__(text)
+        self.inconclusive = inconclusive
+
+
+class GenerationChangedError(Exception):
+    """The ruleset changed after the generation that a transaction was made for. Nothing of it was applied."""
+
+
+class TableChangingError(TableError):
+    """Every attempt to read the table was interrupted by a change of some table."""
+
+
+# Generations
+
+
+def next_generation(generation: int) -> int:
+    """Return the generation ID after one commit: nf_tables counts in 32 bits and skips 0."""
     return generation + 1 & 0xFFFFFFFF or 1
 
 
 class OwnGenerations:
-    """The latest unbroken series of generations that this process has made, whichever of its backends did.
+    """The latest consecutive generations that this process committed, by any of its backends.
 
-    Without it, each family's changes would look to the other like those of a stranger.
+    All tables of a network namespace share the generation ID. Without this record, the backend of one family would take
+    the commits of the other for those of another process.
     """
 
     def __init__(self) -> None:
-        self._begin = self._end = 0
+        self._first = self._last = 0
 
-    def made(self, before: int) -> int:
-        """Note that a change was made right after a generation; return its own."""
-        if before != self._end:
-            self._begin = before
-        self._end = following(before)
-        return self._end
+    def record_commit(self, base: int) -> int:
+        """Record a commit on top of the generation `base`; return the new generation."""
+        if base != self._last:
+            self._first = base
+        self._last = next_generation(base)
+        return self._last
 
-    def since(self, generation: int) -> int:
-        """Return the last generation up to which all changes after the given one are our own."""
-        return self._end if self._begin <= generation <= self._end else generation
-
-
-_T = TypeVar("_T")
-NFT_TIMEOUT_SECONDS = 900
-"""After this, `nft` is taken for hung."""
+    def newest_after(self, generation: int) -> int:
+        """Return the newest generation such that this process made all commits after the given one."""
+        return self._last if self._first <= generation <= self._last else generation
 
 
-class TableError(Exception):
-    """The kernel refused a transaction, none of which is in force; the message says what and why on one line.
-
-    `undecided` says that the kernel was not even asked, as far as is known: the program `nft` was ended, for one.
-    """
-
-    def __init__(self, text: str, *, undecided: bool = False) -> None:
-        super().__init__(text)
-        self.undecided = undecided
-
-
-class GenerationChangedError(Exception):
-    """Somebody has changed tables since the generation that a transaction was made for; none of it is in force."""
-
-
-class TableChangingError(TableError):
-    """Tables changed each time that one was being read."""
+# Commits
 
 
 class Commit(Protocol):
-    """Makes transactions."""
+    """Commits transactions."""
 
-    def __call__(self, change: Transaction, generation: int | None = None, /) -> None:
-        """Make a transaction; with a generation only if nothing has changed since.
+    def __call__(self, transaction: Transaction, generation: int | None = None, /) -> None:
+        """Commit a transaction; with a `generation`, only if it is still the current one.
 
         Raises `TableError` or `GenerationChangedError`.
         """
 
 
 class NetlinkCommit:
-    """Makes transactions by netlink, over one socket that stays open."""
+    """Commits transactions over netlink. The socket stays open."""
 
     def __init__(self, family: Family, table: str = TABLE) -> None:
         self._encoder = TransactionEncoder(family, table)
         self._writer = NftWriter(family, table)
         self._socket: BatchSocket | None = None
 
-    def __call__(self, change: Transaction, generation: int | None = None, /) -> None:
-        """Make a transaction."""
-        messages = list(self._encoder.encode(change))
+    def __call__(self, transaction: Transaction, generation: int | None = None, /) -> None:
+        """Commit a transaction."""
+        messages = list(self._encoder.encode(transaction))
         try:
             if self._socket is None:
                 self._socket = BatchSocket(NFNL_SUBSYS_NFTABLES)
-            self._socket.commit([(each.kind, each.flags, each.payload) for each in messages], generation)
+            self._socket.commit([(each.type, each.flags, each.payload) for each in messages], generation)
         except StaleGenerationError:
-            raise GenerationChangedError("tables have changed meanwhile") from None
+            raise GenerationChangedError("the ruleset has changed since the expected generation") from None
         except BatchRejectedError as error:
-            raise TableError(self._complaint(messages, error.rejections)) from None
+            raise TableError(self._describe(messages, error.rejections)) from None
         except OSError as error:
             raise TableError(f"netlink: {error.strerror}") from None
 
-    def _complaint(self, messages: Sequence[NftMessage], rejections: Sequence[RejectedMessage]) -> str:
-        refusal = rejections[0]
-        if refusal.index < 0:
-            return f"the kernel refused the change as a whole: {refusal.reason}"
-        message = messages[refusal.index]
+    def _describe(self, messages: Sequence[NftMessage], rejections: Sequence[RejectedMessage]) -> str:
+        first = rejections[0]
+        if first.index < 0:
+            return f"the kernel rejected the transaction: {first.reason}"
         more = f" (and {len(rejections) - 1} more)" if len(rejections) > 1 else ""
-        return f"{self._subject(message, refusal.offset)}: {refusal.reason}{more}"
+        return f"{self._subject(messages[first.index], first.offset)}: {first.reason}{more}"
 
     def _subject(self, message: NftMessage, offset: int) -> str:
         if not message.elements:
             return message.subject
-        element = refused_element(message, offset)
+        element = rejected_element(message, offset)
         if element is None:
             return f"{len(message.elements)} elements of {message.subject}"
-        owner = f" of {element.comment}" if element.comment else ""
-        return f"element {self._writer.key(message.subject, element.key)} of {message.subject}{owner}"
+        service_port = f" of {element.comment}" if element.comment else ""
+        return f"element {self._writer.key(message.subject, element.key)} of {message.subject}{service_port}"
 
 
 class NftCommit:
-    """Makes transactions by `nft -f`: for a kernel that takes nft's messages but not kproxy's.
+    """Commits transactions with `nft -f`, for a kernel that accepts nft's messages but not kproxy's.
 
-    It cannot tell whether somebody else has changed something meanwhile.
+    It cannot detect concurrent changes by other processes.
     """
 
     def __init__(self, family: Family, table: str = TABLE, *, timeout: float = NFT_TIMEOUT_SECONDS) -> None:
@@ -137,70 +144,71 @@ class NftCommit:
         self._writer = NftWriter(family, table)
         self._timeout = timeout
 
-    def __call__(self, change: Transaction, generation: int | None = None, /) -> None:  # noqa: ARG002 - nft has no way
-        """Make a transaction; `generation` is not looked at."""
+    def __call__(self, transaction: Transaction, generation: int | None = None, /) -> None:  # noqa: ARG002
+        """Commit a transaction. Ignores `generation`, which nft cannot check."""
         try:
-            done = run(["nft", "-f", "-"], self._writer.commands(change), timeout=self._timeout)
+            done = run(["nft", "-f", "-"], self._writer.commands(transaction), timeout=self._timeout)
         except InconclusiveError as error:
-            raise TableError(str(error), undecided=True) from None
+            raise TableError(str(error), inconclusive=True) from None
         except CommandError as error:
             raise TableError(str(error)) from None
         if done.code:
-            raise TableError(f"nft: {done.error_message}", undecided=done.code < 0)
+            raise TableError(f"nft: {done.error_message}", inconclusive=done.code < 0)
+
+
+# The table
 
 
 class NftTable:
-    """One family's table in the kernel: reading it, and changing it by transactions."""
+    """One family's table in the kernel."""
 
     def __init__(self, family: Family, commit: Commit) -> None:
         self._reader = TableReader(family)
         self._commit = commit
 
-    def commit(self, change: Transaction, generation: int | None = None, /) -> None:
-        """Make a transaction. Raises `TableError` or `GenerationChangedError`."""
-        self._commit(change, generation)
+    def commit(self, transaction: Transaction, generation: int | None = None, /) -> None:
+        """Commit a transaction. Raises `TableError` or `GenerationChangedError`."""
+        self._commit(transaction, generation)
 
     def generation(self) -> int:
-        """Return the number of the last change that anybody made to any table. Raises `TableError`."""
+        """Return the generation ID, which every change of any table increments. Raises `TableError`."""
         return _read(self._reader.generation)
 
-    def view(self, *, lenient: bool = False) -> TableSnapshot | None:
-        """Return what the table holds, None if there is none. Raises `TableError`, `TableChangingError` if it changes.
+    def snapshot(self, *, allow_interrupted: bool = False) -> TableSnapshot | None:
+        """Read the table; return None if it does not exist.
 
-        With `lenient`, elements are read even while tables change: some may be missing if that is this one.
+        Raises `TableError`, which is `TableChangingError` if tables keep changing. With `allow_interrupted`, a change
+        while elements are read is not an error; elements can be missing if it was a change of this table.
         """
-        return _read(partial(self._reader.view, lenient=lenient))
+        return _read(partial(self._reader.snapshot, allow_interrupted=allow_interrupted))
 
-    def uses(self) -> Counter[str]:
-        """Return how often each chain is used. Raises `TableError`."""
-        return _read(self._reader.uses)
-
-
-def _read(ask: Callable[[], _T]) -> _T:
-    try:
-        return retry_interrupted(ask)
-    except DumpInterruptedError:
-        raise TableChangingError("tables keep changing while they are read") from None
-    except OSError as error:
-        raise TableError(f"cannot read the table: {error.strerror}") from None
-
-
-_NO_NF_TABLES = {errno.EINVAL, errno.EOPNOTSUPP, errno.EPROTONOSUPPORT}
+    def chain_use_counts(self) -> Counter[str]:
+        """Return the use count of each chain (NFTA_CHAIN_USE). Raises `TableError`."""
+        return _read(self._reader.chain_use_counts)
 
 
 def remove_table(family: Family) -> bool:
-    """Delete a family's table `kube-proxy` and return whether it was there.
+    """Delete a family's table `kube-proxy`; return whether it existed.
 
-    Raises `CommandError` if the table is there and stays.
+    Raises `CommandError` if the table cannot be deleted.
     """
     try:
         if not TableReader(family).exists():
             return False
-        NetlinkCommit(family)(Transaction(drop=True))
+        NetlinkCommit(family)(Transaction(delete_table=True))
     except OSError as error:
         if error.errno in _NO_NF_TABLES:
             return False  # a kernel without nf_tables has no table
-        raise CommandError(f"cannot look for the nftables table of {family.value}: {error.strerror}") from None
+        raise CommandError(f"cannot check for the nftables table of {family.value}: {error.strerror}") from None
     except TableError as error:
         raise CommandError(f"cannot delete the nftables table of {family.value}: {error}") from None
     return True
+
+
+def _read(read: Callable[[], _T]) -> _T:
+    try:
+        return retry_interrupted(read)
+    except DumpInterruptedError:
+        raise TableChangingError("tables keep changing while they are read") from None
+    except OSError as error:
+        raise TableError(f"cannot read the table: {error.strerror}") from None

@@ -1,4 +1,4 @@
-"""What one family's table holds, as far as kproxy has put it there."""
+"""The ledger of one family's table: what the kernel has accepted so far. Pure."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from kproxy.model.types import ServiceKey
 from kproxy.nftables import names
 from kproxy.nftables.elements import DROP, frontend_text
 from kproxy.nftables.render import RenderedFrontend, RenderedService
-from kproxy.nftables.ruleset import Go, NftChain, NftSet
+from kproxy.nftables.ruleset import Goto, Jump, NftChain, NftSet
 
 
 class NftablesLedger:
-    """The state that the kernel has accepted, kept as small as planning the next step allows.
+    """The state that the kernel has accepted, no more of it than the next diff needs.
 
-    Elements are not kept one by one: they follow from the frontends. `frontends` has, for each key, those who claim
-    it, the one first who has it; `contested` are the keys that several claim. `members` counts who needs an element of
-    the sets `cluster-ips` and `hairpin-connections`, `verdicts` how many elements go to a chain. `chains` are all
-    chains but those of single Services, which are in `services` with their sets.
+    Elements are not stored: they follow from the frontends. `frontends` has the claims on each key; the first of
+    several owns the frontend. `contested` are the keys with several claims. `element_references` counts, for the
+    elements of the sets `cluster-ips` and `hairpin-connections`, the Services and endpoints that need them.
+    `verdict_counts` counts the elements by their verdict. `services` has the Services with their per-Service chains and
+    sets, `chains` all other chains.
     """
 
     def __init__(self) -> None:
@@ -28,28 +29,28 @@ class NftablesLedger:
         self.services: dict[ServiceKey, RenderedService] = {}
         self.frontends: dict[bytes, RenderedFrontend | tuple[RenderedFrontend, ...]] = {}
         self.contested: dict[bytes, None] = {}
-        self.members: dict[str, Counter[bytes]] = {names.CLUSTER_IPS: Counter(), names.HAIRPINS: Counter()}
-        self.verdicts: Counter[str] = Counter()
+        self.element_references: dict[str, Counter[bytes]] = {names.CLUSTER_IPS: Counter(), names.HAIRPINS: Counter()}
+        self.verdict_counts: Counter[str] = Counter()
         self.node_port_ips: tuple[bytes, ...] = ()
         self.chains: dict[str, NftChain] = {}
 
-    def holder(self, key: bytes) -> RenderedFrontend | None:
-        """Return the frontend that has a key, None if nobody claims it."""
+    def owner(self, key: bytes) -> RenderedFrontend | None:
+        """Return the frontend that owns a key, or None if no Service claims it."""
         found = self.frontends.get(key)
         return found[0] if isinstance(found, tuple) else found
 
-    def claim(self, frontend: RenderedFrontend) -> None:
-        """Let a frontend have its key, unless somebody else has a better claim to it."""
+    def add_claim(self, frontend: RenderedFrontend) -> None:
+        """Add a frontend's claim on its key."""
         found = self.frontends.get(frontend.key)
         if found is None:
             self.frontends[frontend.key] = frontend
             return
         claims = found if isinstance(found, tuple) else (found,)
-        self.frontends[frontend.key] = tuple(sorted((*claims, frontend), key=_claim))
+        self.frontends[frontend.key] = tuple(sorted((*claims, frontend), key=_claim_order))
         self.contested[frontend.key] = None
 
-    def give_up(self, frontend: RenderedFrontend) -> None:
-        """Take a frontend's claim back."""
+    def remove_claim(self, frontend: RenderedFrontend) -> None:
+        """Remove a frontend's claim on its key."""
         found = self.frontends[frontend.key]
         claims = list(found) if isinstance(found, tuple) else [found]
         claims.remove(frontend)
@@ -61,43 +62,46 @@ class NftablesLedger:
             self.frontends[frontend.key] = tuple(claims) if len(claims) > 1 else claims[0]
 
     def conflicts(self) -> tuple[FrontendConflict, ...]:
-        """Return which service ports get no traffic at a frontend because another holds it, in a stable order."""
+        """Return, in a stable order, the service ports that get no traffic at a frontend that another Service owns."""
         return tuple(sorted(self._conflicts())) if self.contested else ()
 
     def _conflicts(self) -> Iterator[FrontendConflict]:
         for key in self.contested:
             claims = self.frontends[key]
             assert isinstance(claims, tuple)
-            holder = claims[0].owner
-            # Two ports of one Service: the API server accepts no such object.
-            others = (each.owner for each in claims[1:] if _service_of(each.owner) != _service_of(holder))
-            for owner in dict.fromkeys(others):
-                yield FrontendConflict(frontend_text(key), holder, owner)
+            owner = claims[0].service_port
+            # The API server rejects a Service whose own ports conflict.
+            others = (each.service_port for each in claims[1:] if _service(each.service_port) != _service(owner))
+            for loser in dict.fromkeys(others):
+                yield FrontendConflict(frontend_text(key), owner, loser)
 
-    def own_chains(self) -> list[NftChain]:
-        """Return the chains that belong to single Services."""
+    def service_chains(self) -> list[NftChain]:
+        """Return the per-Service chains."""
         return [chain for service in self.services.values() for chain in service.chains]
 
-    def own_sets(self) -> list[NftSet]:
-        """Return the sets that belong to single Services."""
+    def service_sets(self) -> list[NftSet]:
+        """Return the per-Service sets."""
         return [each for service in self.services.values() for each in service.sets]
 
-    def uses(self) -> Counter[str]:
-        """Return how often each chain is used, counted as the kernel does: its rules, and what leads to it."""
-        found = Counter({name: count for name, count in self.verdicts.items() if name != DROP})
-        for chain in (*self.chains.values(), *self.own_chains()):
-            found[chain.name] += len(chain.rules)
+    def chain_use_counts(self) -> Counter[str]:
+        """Return the expected use count of each chain as the kernel counts it (NFTA_CHAIN_USE).
+
+        That is the number of its rules plus the number of rules and elements that jump or go to it.
+        """
+        counts = Counter({name: count for name, count in self.verdict_counts.items() if name != DROP})
+        for chain in (*self.chains.values(), *self.service_chains()):
+            counts[chain.name] += len(chain.rules)
             for rule in chain.rules:
                 last = rule.statements[-1]
-                if isinstance(last, Go):
-                    found[last.chain] += 1
-        return found
+                if isinstance(last, (Jump, Goto)):
+                    counts[last.chain] += 1
+        return counts
 
 
-def _service_of(owner: str) -> ServiceKey:
-    return owner.partition(":")[0]
+def _service(service_port: str) -> ServiceKey:
+    return service_port.partition(":")[0]
 
 
-def _claim(frontend: RenderedFrontend) -> tuple[int, str]:
-    """Return by what claims are ordered (`kproxy.model.frontend_conflicts`)."""
-    return frontend.rank, frontend.owner
+def _claim_order(frontend: RenderedFrontend) -> tuple[int, str]:
+    """Return the sort key of a claim; the lowest owns the frontend (`kproxy.model.frontend_conflicts`)."""
+    return frontend.rank, frontend.service_port

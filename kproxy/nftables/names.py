@@ -1,6 +1,6 @@
-"""Names of what nftables mode keeps in the kernel: the table, its sets and maps, and its chains.
+"""Names in the kernel: the table, its sets, maps and chains. Pure.
 
-Where kube-proxy has the same thing, it has the same name here, since people and tools look for it.
+Objects that kube-proxy's table has too carry kube-proxy's names, because people and tools look for them.
 """
 
 from __future__ import annotations
@@ -25,35 +25,35 @@ SERVICE_LOCAL_ENDPOINTS = "service-local-endpoints"
 NODE_PORT_ENDPOINTS = "nodeport-endpoints"
 NODE_PORT_LOCAL_ENDPOINTS = "nodeport-local-endpoints"
 REJECT = "reject-chain"
-LONGEST = 127
-"""How long a name may be: the kernel takes more (NFT_NAME_MAXLEN, 256 with the final NUL), people hardly."""
-LONGEST_COMMENT = 128
-"""How long a comment may be (nft takes no more); that of a service port may be longer (63 + 63 + 15 characters)."""
-_CUT = "..."
+MAX_NAME_LENGTH = 127
+"""Maximum length of a name. The kernel accepts 255 characters (NFT_NAME_MAXLEN), which are hard to read."""
+MAX_COMMENT_LENGTH = 128
+"""Maximum length of a comment in nft. The name of a service port can be longer (63 + 63 + 15 characters)."""
+_ELLIPSIS = "..."
 _LONGEST_PREFIX = len("endpoint-")
 
 
 def table_family(family: Family) -> str:
-    """Return the word that nft has for a family: `ip` or `ip6`."""
+    """Return nft's name of a family: `ip` or `ip6`."""
     return "ip6" if family is Family.IPV6 else "ip"
 
 
-def service_port_name(plan: ServicePortPlan) -> str:
-    """Return what the chains of a service port are called after their prefix, such as `AXK6CI2C-demo/web/tcp/http`."""
+def service_port_suffix(plan: ServicePortPlan) -> str:
+    """Return the part of chain names that identifies a service port, such as `AXK6CI2C-demo/web/tcp/http`."""
     return _hashed(_service_port_text(plan))
 
 
-def endpoint_name(plan: ServicePortPlan, address: str, port: int) -> str:
-    """Return what the chain and the set of one endpoint of a service port are called after their prefix.
+def endpoint_suffix(plan: ServicePortPlan, address: str, port: int) -> str:
+    """Return the part of chain and set names that identifies an endpoint of a service port.
 
-    A name cannot hold colons: those of an IPv6 address become dots.
+    Names must not contain colons: the colons of an IPv6 address become dots.
     """
     return _hashed(f"{_service_port_text(plan)}__{address.replace(':', '.')}/{port}")
 
 
 def comment(text: str) -> str:
-    """Return a text as a comment that nft takes."""
-    return text if len(text) <= LONGEST_COMMENT else text[: LONGEST_COMMENT - len(_CUT)] + _CUT
+    """Return the text, truncated to the length that nft accepts for a comment."""
+    return text if len(text) <= MAX_COMMENT_LENGTH else text[: MAX_COMMENT_LENGTH - len(_ELLIPSIS)] + _ELLIPSIS
 
 
 def _service_port_text(plan: ServicePortPlan) -> str:
@@ -63,5 +63,5 @@ def _service_port_text(plan: ServicePortPlan) -> str:
 def _hashed(text: str) -> str:
     digest = base64.b32encode(hashlib.sha256(text.encode()).digest()).decode()[:8]
     name = f"{digest}-{text}"
-    longest = LONGEST - _LONGEST_PREFIX
-    return name if len(name) <= longest else name[: longest - len(_CUT)] + _CUT
+    longest = MAX_NAME_LENGTH - _LONGEST_PREFIX
+    return name if len(name) <= longest else name[: longest - len(_ELLIPSIS)] + _ELLIPSIS

@@ -1,11 +1,11 @@
-"""Writing the table the way nft does: whole, as `nft list table` prints it, or as commands for `nft -f`."""
+"""Format the table as nft does: as `nft list table` prints it, or as commands for `nft -f`. Pure."""
 
 from __future__ import annotations
 
 import struct
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import singledispatch
+from typing import assert_never
 
 from kproxy.model.addresses import socket_text
 from kproxy.model.types import Family
@@ -16,146 +16,8 @@ from kproxy.nftables.names import TABLE, table_family
 from kproxy.nftables.ruleset import KeyField, MapValue, NftChain, NftHook, NftRule, NftSet
 from kproxy.nftables.transaction import Transaction
 
-
-def field_words(field: KeyField, family: Family) -> str:
-    """Return what nft calls a part of a packet."""
-    match field:
-        case KeyField.PROTOCOL:
-            return "meta l4proto"
-        case KeyField.PORT:
-            return "th dport"
-        case _:
-            return f"{table_family(family)} {field.value}"
-
-
-def fields_words(fields: Iterable[KeyField], family: Family) -> str:
-    """Return what nft calls several parts of a packet as one key."""
-    return " . ".join(field_words(field, family) for field in fields)
-
-
-@singledispatch
-def words(statement: object, family: Family) -> str:
-    """Return a statement the way `nft list` prints it in a table of the family."""
-    raise TypeError(f"no words for {statement!r}")
-
-
-@words.register
-def _(statement: nft.MatchSaddr, family: Family) -> str:
-    return f"{table_family(family)} saddr {_unless(statement.inside)}{_network(statement.network)}"
-
-
-@words.register
-def _(statement: nft.MatchDaddr, family: Family) -> str:
-    return f"{table_family(family)} daddr {_unless(statement.inside)}{_network(statement.network)}"
-
-
-@words.register
-def _(statement: nft.MatchIifname, family: Family) -> str:
-    return f'iifname {_unless(statement.inside)}"{statement.name}{"*" if statement.prefix else ""}"'
-
-
-@words.register
-def _(statement: nft.Lookup, family: Family) -> str:
-    return f"{fields_words(statement.fields, family)} @{statement.set}"
-
-
-@words.register
-def _(statement: nft.FibLocal, family: Family) -> str:
-    return f"fib {statement.field.value} type local"
-
-
-@words.register
-def _(statement: nft.MatchL4Proto, family: Family) -> str:
-    return f"meta l4proto {statement.protocol.lower()}"
-
-
-@words.register
-def _(statement: nft.CtStateNew, family: Family) -> str:
-    return "ct state new"
-
-
-@words.register
-def _(statement: nft.CtStatusDnat, family: Family) -> str:
-    return "ct status dnat"
-
-
-@words.register
-def _(statement: nft.MatchMark, family: Family) -> str:
-    return f"meta mark & {statement.mark:#010x} != 0x00000000"
-
-
-@words.register
-def _(statement: nft.Numgen, family: Family) -> str:
-    return f"numgen random mod {statement.of} 0"
-
-
-@words.register
-def _(statement: nft.SetMark, family: Family) -> str:
-    return f"meta mark set meta mark | {statement.mark:#010x}"
-
-
-@words.register
-def _(statement: nft.XorMark, family: Family) -> str:
-    return f"meta mark set meta mark ^ {statement.mark:#010x}"
-
-
-@words.register
-def _(statement: nft.Masquerade, family: Family) -> str:
-    return "masquerade fully-random"
-
-
-@words.register
-def _(statement: nft.UpdateSet, family: Family) -> str:
-    return f"update @{statement.set} {{ {table_family(family)} saddr }}"
-
-
-@words.register
-def _(statement: nft.Dnat, family: Family) -> str:
-    return f"dnat to {socket_text(statement.address, statement.port)}"
-
-
-@words.register
-def _(statement: nft.DnatMap, family: Family) -> str:
-    key = f"{fields_words(statement.fields, family)} . numgen random mod {statement.of}"
-    return f"dnat {table_family(family)} to {key} map @{statement.map}"
-
-
-@words.register
-def _(statement: nft.VerdictMap, family: Family) -> str:
-    return f"{fields_words(statement.fields, family)} vmap @{statement.map}"
-
-
-@words.register
-def _(statement: nft.Go, family: Family) -> str:
-    return f"{'jump' if statement.back else 'goto'} {statement.chain}"
-
-
-@words.register
-def _(statement: nft.Drop, family: Family) -> str:
-    return "drop"
-
-
-@words.register
-def _(statement: nft.Return, family: Family) -> str:
-    return "return"
-
-
-@words.register
-def _(statement: nft.Reject, family: Family) -> str:
-    return "reject"
-
-
-def _unless(inside: bool) -> str:
-    return "" if inside else "!= "
-
-
-def _network(network: str) -> str:
-    """Return a network without the length of a single address, as nft prints it."""
-    return network.removesuffix("/128" if ":" in network else "/32")
-
-
 _PROTOCOL_NAMES = {number: name.lower() for name, number in PROTOCOLS.items()}
-_PRIORITIES = {
+_PRIORITY_NAMES = {
     ("prerouting", -110): "dstnat - 10",
     ("prerouting", -100): "dstnat",
     ("input", 0): "filter",
@@ -163,13 +25,13 @@ _PRIORITIES = {
     ("output", 0): "filter",
     ("postrouting", 100): "srcnat",
 }
-"""The names that nft prints for priorities; each has its meaning at some hooks only."""
-_NUMBER_TYPE = "numgen random mod 2"  # any modulus stands for the type of all
-_SETS = {each.name: each for each in SETS}
+"""The names that nft prints for priorities. A name is valid for some hooks only."""
+_NUMGEN_TYPE = "numgen random mod 2"  # in a typeof expression, the modulus has no meaning
+_SETS_BY_NAME = {each.name: each for each in SETS}
 
 
 class NftWriter:
-    """Writes what belongs to one family's table."""
+    """Formats the contents of one family's table."""
 
     def __init__(self, family: Family, table: str = TABLE) -> None:
         self._family = family
@@ -180,21 +42,21 @@ class NftWriter:
     def table(
         self, sets: Iterable[NftSet], elements: Mapping[str, Sequence[SetElement]], chains: Iterable[NftChain]
     ) -> str:
-        """Return a whole table as `nft list table` prints it; as input for `nft -f` it makes just that."""
+        """Return a whole table as `nft list table` prints it, which `nft -f` accepts as input."""
         blocks = [self._set_block(each, elements.get(each.name, ())) for each in sets]
         blocks += [self._chain_block(each) for each in chains]
         return f'table {self._table} {{\n\tcomment "{TABLE_COMMENT}"\n' + "\n".join(blocks) + "}\n"
 
-    def commands(self, change: Transaction) -> str:
+    def commands(self, transaction: Transaction) -> str:
         """Return a transaction as input for `nft -f`."""
-        return "".join(f"{line}\n" for line in self._commands(change))
+        return "".join(f"{line}\n" for line in self._commands(transaction))
 
-    def key(self, name: str, key: bytes) -> str:
-        """Return the key of an element of one of the sets that are always there."""
-        return self._key(_SETS[name], key)
+    def key(self, set_name: str, key: bytes) -> str:
+        """Return the key of an element of one of the sets in `base_table.SETS`."""
+        return self._key(_SETS_BY_NAME[set_name], key)
 
     def element(self, owner: NftSet, element: SetElement) -> str:
-        """Return an element the way it stands in a set's list of elements."""
+        """Return an element of a set as nft lists it."""
         comment = f' comment "{element.comment}"' if element.comment else ""
         text = self._key(owner, element.key) + comment
         if element.value is None:
@@ -203,95 +65,94 @@ class NftWriter:
             address = unpack_address(element.value[: self._address_size])
             (port,) = struct.unpack_from(">H", element.value, self._address_size)
             return f"{text} : {address} . {port}"
-        return f"{text} : {_verdict(element.value)}"
+        return f"{text} : {_format_verdict(element.value)}"
 
-    def rule(self, found: NftRule) -> str:
-        """Return a rule on its line."""
-        comment = f' comment "{found.comment}"' if found.comment else ""
-        return " ".join(words(statement, self._family) for statement in found.statements) + comment
+    def rule(self, rule: NftRule) -> str:
+        """Return a rule on one line."""
+        comment = f' comment "{rule.comment}"' if rule.comment else ""
+        return " ".join([format_statement(statement, self._family) for statement in rule.statements]) + comment
 
-    # Blocks
+    # Blocks of a listing
 
-    def _set_block(self, found: NftSet, elements: Sequence[SetElement]) -> str:
-        kind = "set" if found.value is MapValue.NOTHING else "map"
-        lines = [f"\t{kind} {found.name} {{", *(f"\t\t{line}" for line in self._set_lines(found))]
+    def _set_block(self, definition: NftSet, elements: Sequence[SetElement]) -> str:
+        lines = [f"\t{_keyword(definition)} {definition.name} {{"]
+        lines += [f"\t\t{line}" for line in self._set_properties(definition)]
         if elements:
-            listed = ",\n\t\t\t     ".join(self.element(found, element) for element in elements)
+            listed = ",\n\t\t\t     ".join(self.element(definition, element) for element in elements)
             lines.append(f"\t\telements = {{ {listed} }}")
         return "\n".join([*lines, "\t}", ""])
 
-    def _set_lines(self, found: NftSet) -> Iterator[str]:
-        if KeyField.NUMBER in found.key:
-            key = fields_words(found.key[:-1], self._family)
-            yield f"typeof {key} . {_NUMBER_TYPE} : {self._ip} daddr . th dport"
+    def _set_properties(self, definition: NftSet) -> Iterator[str]:
+        if KeyField.NUMGEN in definition.key:
+            key = _format_key(definition.key[:-1], self._family)
+            yield f"typeof {key} . {_NUMGEN_TYPE} : {self._ip} daddr . th dport"
         else:
-            key = " . ".join(map(self._type, found.key))
-            yield f"type {key} : verdict" if found.value is MapValue.VERDICT else f"type {key}"
-        if found.timeout:
+            key = " . ".join(map(self._data_type, definition.key))
+            yield f"type {key} : verdict" if definition.value is MapValue.VERDICT else f"type {key}"
+        if definition.timeout:
             yield "size 65535"
             yield "flags dynamic,timeout"
-            yield f"timeout {duration(found.timeout)}"
-        if found.comment:
-            yield f'comment "{found.comment}"'
+            yield f"timeout {format_duration(definition.timeout)}"
+        if definition.comment:
+            yield f'comment "{definition.comment}"'
 
     def _chain_block(self, chain: NftChain) -> str:
         lines = [f"\tchain {chain.name} {{"]
         if chain.comment:
             lines.append(f'\t\tcomment "{chain.comment}"')
         if chain.hook:
-            lines.append(f"\t\t{_hook(chain.hook)}")
+            lines.append(f"\t\t{_format_hook(chain.hook)}")
         lines += [f"\t\t{self.rule(each)}" for each in chain.rules]
         return "\n".join([*lines, "\t}", ""])
 
     # Commands
 
-    def _commands(self, change: Transaction) -> Iterator[str]:
-        new_table = f'add table {self._table} {{ comment "{TABLE_COMMENT}" ; }}'
-        if change.create:
-            yield new_table
-        if change.replace:
+    def _commands(self, transaction: Transaction) -> Iterator[str]:
+        add_table = f'add table {self._table} {{ comment "{TABLE_COMMENT}" ; }}'
+        if transaction.create_table:
+            yield add_table
+        if transaction.replace_table:
             yield f"delete table {self._table}"
-            yield new_table
-        yield from self._removals(change)
-        yield from map(self._add_set, change.sets)
-        yield from map(self._add_chain, change.chains)
-        for chain in change.rules:
+            yield add_table
+        yield from self._deletions(transaction)
+        yield from map(self._add_set, transaction.added_sets)
+        yield from map(self._add_chain, transaction.added_chains)
+        for chain in transaction.added_rules:
             yield from (f"add rule {self._table} {chain.name} {self.rule(each)}" for each in chain.rules)
-        for name, elements in change.additions().items():
-            listed = ", ".join(self.element(_SETS[name], each) for each in elements)
-            yield f"add element {self._table} {name} {{ {listed} }}"
-        if change.drop:
+        for set_name, elements in transaction.all_added_elements().items():
+            listed = ", ".join(self.element(_SETS_BY_NAME[set_name], each) for each in elements)
+            yield f"add element {self._table} {set_name} {{ {listed} }}"
+        if transaction.delete_table:
             yield f"delete table {self._table}"
 
-    def _removals(self, change: Transaction) -> Iterator[str]:
-        for name, elements in change.removed.items():
-            keys = ", ".join(self.key(name, each.key) for each in elements)
-            yield f"delete element {self._table} {name} {{ {keys} }}"
-        yield from (f"flush chain {self._table} {name}" for name in change.flushed)
-        yield from (f"delete set {self._table} {name}" for name in change.deleted_sets)
-        yield from (f"delete chain {self._table} {name}" for name in change.deleted_chains)
+    def _deletions(self, transaction: Transaction) -> Iterator[str]:
+        for set_name, elements in transaction.deleted_elements.items():
+            keys = ", ".join(self.key(set_name, each.key) for each in elements)
+            yield f"delete element {self._table} {set_name} {{ {keys} }}"
+        yield from (f"flush chain {self._table} {name}" for name in transaction.flushed_chains)
+        yield from (f"delete set {self._table} {name}" for name in transaction.deleted_sets)
+        yield from (f"delete chain {self._table} {name}" for name in transaction.deleted_chains)
 
-    def _add_set(self, found: NftSet) -> str:
-        kind = "set" if found.value is MapValue.NOTHING else "map"
-        described = " ".join(f"{line} ;" for line in self._set_lines(found))
-        return f"add {kind} {self._table} {found.name} {{ {described} }}"
+    def _add_set(self, definition: NftSet) -> str:
+        properties = " ".join(f"{line} ;" for line in self._set_properties(definition))
+        return f"add {_keyword(definition)} {self._table} {definition.name} {{ {properties} }}"
 
     def _add_chain(self, chain: NftChain) -> str:
-        hook = f"{_hook(chain.hook)} " if chain.hook else ""
+        hook = f"{_format_hook(chain.hook)} " if chain.hook else ""
         comment = f'comment "{chain.comment}" ; ' if chain.comment else ""
         return f"add chain {self._table} {chain.name} {{ {hook}{comment}}}"
 
-    # Parts
+    # Keys
 
     def _key(self, owner: NftSet, key: bytes) -> str:
-        parts, place = [], 0
+        parts, offset = [], 0
         for field in owner.key:
             size = self._address_size if field in {KeyField.SOURCE, KeyField.DESTINATION} else 4
-            parts.append(self._key_part(field, key[place : place + size]))
-            place += size
+            parts.append(self._key_field(field, key[offset : offset + size]))
+            offset += size
         return " . ".join(parts)
 
-    def _key_part(self, field: KeyField, value: bytes) -> str:
+    def _key_field(self, field: KeyField, value: bytes) -> str:
         match field:
             case KeyField.SOURCE | KeyField.DESTINATION:
                 return unpack_address(value)
@@ -299,10 +160,10 @@ class NftWriter:
                 return _PROTOCOL_NAMES.get(value[0], str(value[0]))
             case KeyField.PORT:
                 return str(int.from_bytes(value[:2], "big"))
-            case KeyField.NUMBER:
+            case KeyField.NUMGEN:
                 return str(int.from_bytes(value, sys.byteorder))
 
-    def _type(self, field: KeyField) -> str:
+    def _data_type(self, field: KeyField) -> str:
         match field:
             case KeyField.PROTOCOL:
                 return "inet_proto"
@@ -312,8 +173,62 @@ class NftWriter:
                 return "ipv6_addr" if self._family is Family.IPV6 else "ipv4_addr"
 
 
-def duration(seconds: int) -> str:
-    """Return a time the way nft prints it: `1d`, `3h`, `1m30s`."""
+def format_statement(statement: nft.Statement, family: Family) -> str:
+    """Return a statement as `nft list` prints it in a table of the family."""
+    ip = table_family(family)
+    match statement:  # the most frequent statements first: the cases are tested in order
+        case nft.Goto():
+            return f"goto {statement.chain}"
+        case nft.Lookup():
+            return f"{_format_key(statement.fields, family)} @{statement.set}"
+        case nft.Numgen():
+            return f"numgen random mod {statement.modulus} 0"
+        case nft.MatchSaddr():
+            return f"{ip} saddr {_operator(negate=statement.negate)}{_format_network(statement.network)}"
+        case nft.MatchDaddr():
+            return f"{ip} daddr {_operator(negate=statement.negate)}{_format_network(statement.network)}"
+        case nft.MatchIifname():
+            wildcard = "*" if statement.prefix else ""
+            return f'iifname {_operator(negate=statement.negate)}"{statement.name}{wildcard}"'
+        case nft.FibLocal():
+            return f"fib {statement.field.value} type local"
+        case nft.MatchL4Proto():
+            return f"meta l4proto {statement.protocol.lower()}"
+        case nft.CtStateNew():
+            return "ct state new"
+        case nft.CtStatusDnat():
+            return "ct status dnat"
+        case nft.MatchMark():
+            return f"meta mark & {statement.mark:#010x} != 0x00000000"
+        case nft.SetMark():
+            return f"meta mark set meta mark | {statement.mark:#010x}"
+        case nft.XorMark():
+            return f"meta mark set meta mark ^ {statement.mark:#010x}"
+        case nft.Masquerade():
+            return "masquerade fully-random"
+        case nft.UpdateSet():
+            return f"update @{statement.set} {{ {ip} saddr }}"
+        case nft.Dnat():
+            return f"dnat to {socket_text(statement.address, statement.port)}"
+        case nft.DnatMap():
+            key = f"{_format_key(statement.fields, family)} . numgen random mod {statement.modulus}"
+            return f"dnat {ip} to {key} map @{statement.map}"
+        case nft.VerdictMap():
+            return f"{_format_key(statement.fields, family)} vmap @{statement.map}"
+        case nft.Jump():
+            return f"jump {statement.chain}"
+        case nft.Drop():
+            return "drop"
+        case nft.Return():
+            return "return"
+        case nft.Reject():
+            return "reject"
+        case _:
+            assert_never(statement)
+
+
+def format_duration(seconds: int) -> str:
+    """Return a duration as nft prints it: `1d`, `3h`, `1m30s`."""
     minutes, rest = divmod(seconds, 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
@@ -321,10 +236,38 @@ def duration(seconds: int) -> str:
     return "".join(f"{number}{unit}" for number, unit in parts if number)
 
 
-def _hook(hook: NftHook) -> str:
-    priority = _PRIORITIES.get((hook.hook, hook.priority), str(hook.priority))
+def _format_key(fields: Iterable[KeyField], family: Family) -> str:
+    """Return the concatenation of key fields."""
+    return " . ".join(_format_field(field, family) for field in fields)
+
+
+def _format_field(field: KeyField, family: Family) -> str:
+    match field:
+        case KeyField.PROTOCOL:
+            return "meta l4proto"
+        case KeyField.PORT:
+            return "th dport"
+        case _:
+            return f"{table_family(family)} {field.value}"
+
+
+def _operator(*, negate: bool) -> str:
+    return "!= " if negate else ""
+
+
+def _format_network(network: str) -> str:
+    """Return a network; nft prints a single address without its prefix length."""
+    return network.removesuffix("/128" if ":" in network else "/32")
+
+
+def _keyword(definition: NftSet) -> str:
+    return "set" if definition.value is MapValue.NONE else "map"
+
+
+def _format_hook(hook: NftHook) -> str:
+    priority = _PRIORITY_NAMES.get((hook.hook, hook.priority), str(hook.priority))
     return f"type {hook.type} hook {hook.hook} priority {priority}; policy accept;"
 
 
-def _verdict(verdict: str) -> str:
+def _format_verdict(verdict: str) -> str:
     return "drop" if verdict == DROP else f"goto {verdict}"

@@ -1,4 +1,4 @@
-"""Finding out whether nftables mode works here: by having the kernel take one of everything, and nothing of it stay."""
+"""Find out whether nftables mode works on this node: commit one of everything, and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -16,54 +16,60 @@ from kproxy.nftables.render import render_service
 from kproxy.nftables.transaction import Transaction
 
 log = logging.getLogger(__name__)
-TABLE = "kproxy-probe"
+PROBE_TABLE = "kproxy-probe"
+# TEST-NET-1 (RFC 5737) and the IPv6 documentation prefix (RFC 3849)
+_ADDRESSES = {
+    Family.IPV4: ("192.0.2.1", "192.0.2.2:1", "192.0.2.0/24"),
+    Family.IPV6: ("2001:db8::1", "[2001:db8::2]:1", "2001:db8::/32"),
+}
 
 
 class NftablesUnsupportedError(Exception):
-    """nftables mode does not work here; the message says why on one line."""
+    """nftables mode does not work on this node. The message gives the reason on one line."""
 
 
 def choose_commit(family: Family) -> Commit:
-    """Return the way by which this kernel takes transactions: netlink or, if it must be, the program `nft`.
+    """Return the `Commit` that this kernel accepts: netlink or, as a fallback, the program `nft`.
 
-    Raises `NftablesUnsupportedError`, or `InconclusiveError` if that cannot be told.
+    Raises `NftablesUnsupportedError` if neither works for the family, `InconclusiveError` if the probe failed for
+    another reason than the kernel.
     """
     try:
-        NetlinkCommit(family, TABLE)(probe(family))
+        NetlinkCommit(family, PROBE_TABLE)(probe_transaction(family))
     except TableError as error:
-        refused = error
+        netlink_error = error
     else:
         return NetlinkCommit(family)
     try:
-        NftCommit(family, TABLE, timeout=PROBE_TIMEOUT_SECONDS)(probe(family))
+        NftCommit(family, PROBE_TABLE, timeout=PROBE_TIMEOUT_SECONDS)(probe_transaction(family))
     except TableError as error:
-        if error.undecided:
-            raise InconclusiveError(f"cannot tell whether the kernel takes the table: {refused}; {error}") from None
+        if error.inconclusive:
+            raise InconclusiveError(
+                f"cannot determine whether the kernel supports nftables mode: {netlink_error}; {error}"
+            ) from None
         release = os.uname().release
         raise NftablesUnsupportedError(
-            f"Linux {release} does not take the table: {refused}; by nft: {error}; "
-            "nftables mode needs Linux 5.13 or later with nf_tables, and the privilege CAP_NET_ADMIN"
+            f"Linux {release} rejected the table over netlink: {netlink_error}; with nft: {error}; "
+            "nftables mode needs Linux 5.13 or later with nf_tables, and the capability CAP_NET_ADMIN"
         ) from None
-    log.warning("%s: changes go by the program nft, which is slower, because by netlink: %s", family.value, refused)
+    log.warning(
+        "%s: falling back to the program nft, which is slower, because netlink failed: %s", family.value, netlink_error
+    )
     return NftCommit(family)
 
 
-def probe(family: Family) -> Transaction:
-    """Return a transaction that needs everything nftables mode needs, and that leaves no table behind."""
-    six = family is Family.IPV6
-    address, endpoint, network = ("2001:db8::1", "[2001:db8::2]:1", "2001:db8::/32") if six else _IPV4
+def probe_transaction(family: Family) -> Transaction:
+    """Return a transaction that uses every feature that nftables mode needs, and deletes its table at the end."""
+    address, endpoint, network = _ADDRESSES[family]
     context = Context(family, "", local_traffic=LocalTraffic(cidr=network), service_cidrs=(network,))
-    change = NftablesDiff(NftablesLedger(), context, create=True)
+    diff = NftablesDiff(NftablesLedger(), context, create=True)
     for port in (1, 2):
         plan = _plan(address, endpoint, port=port, affinity_seconds=port - 1)
-        change.put(plan.service, render_service([plan], context))
-    made = change.finish()
-    made.replace = False
-    made.drop = True
-    return made
-
-
-_IPV4 = ("192.0.2.1", "192.0.2.2:1", "192.0.2.0/24")  # TEST-NET-1 (RFC 5737)
+        diff.put(plan.service, render_service([plan], context))
+    transaction = diff.last_transaction()
+    transaction.replace_table = False
+    transaction.delete_table = True
+    return transaction
 
 
 def _plan(address: str, endpoint: str, *, port: int, affinity_seconds: int) -> ServicePortPlan:
@@ -86,6 +92,5 @@ def _plan(address: str, endpoint: str, *, port: int, affinity_seconds: int) -> S
         external=TrafficDecision.FORWARD,
         cluster_endpoints=(endpoint,),
         local_endpoints=(endpoint,),
-        known_endpoints=1,
-        endpoints_here=(endpoint,),
+        endpoints_on_node=(endpoint,),
     )

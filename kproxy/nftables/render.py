@@ -1,9 +1,10 @@
-"""From plans to what a Service needs in the table: elements of the shared maps and, seldom, chains of its own. Pure."""
+"""Render plans into map elements, and into chains of their own for the Services that need them. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from typing import TypeAlias
 
 from msgspec import Struct
 
@@ -14,11 +15,11 @@ from kproxy.model.frontend_conflicts import ClaimRank, external_rank
 from kproxy.model.plan import ServicePortPlan, TrafficDecision
 from kproxy.nftables import names
 from kproxy.nftables import shared_chains as shared
-from kproxy.nftables.elements import DROP, hairpin_key, node_port_key, pack_address, pack_pool, service_key
+from kproxy.nftables.elements import DROP, hairpin_key, node_port_key, pack_address, pack_endpoints, service_key
 from kproxy.nftables.ruleset import (
     Dnat,
     Drop,
-    Go,
+    Goto,
     KeyField,
     Lookup,
     MatchL4Proto,
@@ -32,79 +33,32 @@ from kproxy.nftables.ruleset import (
     UpdateSet,
     rule,
 )
-from kproxy.nftables.shared_chains import external_local_rules
 
-
-def affinity_sets(plan: ServicePortPlan) -> Iterator[NftSet]:
-    """Yield the set of each endpoint."""
-    for endpoint in plan.reachable_endpoints:
-        yield NftSet(f"affinity-{_suffix(plan, endpoint)}", (KeyField.SOURCE,), timeout=plan.affinity_seconds)
-
-
-def affinity_chains(plan: ServicePortPlan, context: Context) -> Iterator[NftChain]:
-    """Yield the chains of a service port, those first that others go to."""
-    for endpoint in plan.reachable_endpoints:
-        yield _endpoint(plan, endpoint)
-    name = names.service_port_name(plan)
-    cluster, local, external = f"service-{name}", f"local-{name}", f"external-{name}"
-    if plan.cluster_endpoints:
-        yield NftChain(cluster, tuple(_policy(plan, plan.cluster_endpoints)), names.comment(plan.name))
-    if plan.local_endpoints:
-        yield NftChain(local, tuple(_policy(plan, plan.local_endpoints)), names.comment(f"{plan.name}, policy Local"))
-    if not plan.externally_accessible:
-        return
-    if plan.external_local:
-        rules = external_local_rules(context, cluster, local if plan.external is TrafficDecision.FORWARD else "")
-    else:
-        rules = (rule(SetMark(context.masquerade_mark), comment="masquerade"), rule(Go(cluster)))
-    yield NftChain(external, rules, names.comment(f"{plan.name}, external traffic"))
-
-
-def _endpoint(plan: ServicePortPlan, endpoint: str) -> NftChain:
-    address, port = split_socket_text(endpoint)
-    suffix = _suffix(plan, endpoint)
-    rules = (
-        rule(UpdateSet(f"affinity-{suffix}")),
-        rule(MatchL4Proto(plan.protocol), Dnat(address, port)),
-    )
-    return NftChain(f"endpoint-{suffix}", rules, names.comment(plan.name))
-
-
-def _policy(plan: ServicePortPlan, endpoints: Sockets) -> Iterator[NftRule]:
-    """Yield the rules that send a client where it was before, or else to an endpoint by chance."""
-    suffixes = [_suffix(plan, endpoint) for endpoint in endpoints]
-    for suffix in suffixes:
-        yield rule(Lookup((KeyField.SOURCE,), f"affinity-{suffix}"), Go(f"endpoint-{suffix}"))
-    for remaining, suffix in zip(range(len(suffixes), 0, -1), suffixes, strict=True):
-        chance = (Numgen(remaining),) if remaining > 1 else ()
-        yield rule(*chance, Go(f"endpoint-{suffix}"))
-
-
-def _suffix(plan: ServicePortPlan, endpoint: str) -> str:
-    address, port = split_socket_text(endpoint)
-    return names.endpoint_name(plan, address, port)
-
-
-Verdicts = tuple[tuple[str, str], ...]
-"""Maps of verdicts, each with the verdict that it has for a frontend: a chain's name or `DROP`."""
+Verdicts: TypeAlias = tuple[tuple[str, str], ...]
+"""Names of verdict maps, each with a frontend's verdict in that map: the name of a chain to go to, or `DROP`."""
 
 
 class RenderedFrontend(Struct, frozen=True, gc=False):
-    """What a Service has under one key: that of an address and port, or that of a NodePort.
+    """The elements of one frontend of a Service.
 
-    `pools` are maps of endpoints, each with the endpoints' values one after the other. `owner` names the service port,
-    and `rank` decides who gets the key should several Services claim it (`kproxy.model.frontend_conflicts`).
+    `endpoints` has names of endpoint maps, each with the concatenated values of the endpoints. `service_port` is
+    `namespace/name:port`. `rank` decides which Service owns the frontend if several claim it
+    (`kproxy.model.frontend_conflicts`).
     """
 
     key: bytes
     verdicts: Verdicts
-    pools: tuple[tuple[str, bytes], ...]
-    owner: str
+    endpoints: tuple[tuple[str, bytes], ...]
+    service_port: str
     rank: int = ClaimRank.FORWARDS
 
 
 class RenderedService(Struct, frozen=True, gc=False):
-    """All that one Service needs in the table. `cluster_ip` and `hairpins` are keys of the sets of these names."""
+    """Everything that one Service needs in the table.
+
+    `cluster_ip` and `hairpins` are keys of elements in the sets `cluster-ips` and `hairpin-connections`. Only Services
+    with session affinity or source ranges have `chains`, only those with session affinity have `sets`.
+    """
 
     cluster_ip: bytes
     frontends: tuple[RenderedFrontend, ...]
@@ -114,7 +68,7 @@ class RenderedService(Struct, frozen=True, gc=False):
 
 
 def render_service(plans: Sequence[ServicePortPlan], context: Context) -> RenderedService | None:
-    """Return what a Service needs; None if it has nothing in this family."""
+    """Render all ports of one Service; return None if there are none in this family."""
     if not plans:
         return None
     frontends: list[RenderedFrontend] = []
@@ -123,88 +77,150 @@ def render_service(plans: Sequence[ServicePortPlan], context: Context) -> Render
     sets: list[NftSet] = []
     for plan in plans:
         frontends += _frontends(plan)
-        hairpins += [hairpin_key(endpoint, plan.protocol) for endpoint in plan.endpoints_here]
+        hairpins += [hairpin_key(endpoint, plan.protocol) for endpoint in plan.endpoints_on_node]
         if plan.source_ranges:
-            chains.append(_firewall(plan))
+            chains.append(_firewall_chain(plan))
         if plan.affinity_seconds and plan.has_endpoints:
-            chains += affinity_chains(plan, context)
-            sets += affinity_sets(plan)
+            chains += _affinity_chains(plan, context)
+            sets += _affinity_sets(plan)
     return RenderedService(
         pack_address(plans[0].cluster_ip), tuple(frontends), tuple(hairpins), tuple(chains), tuple(sets)
     )
 
 
+# Frontends
+
+
 def _frontends(plan: ServicePortPlan) -> Iterator[RenderedFrontend]:
-    any_pool = pack_pool(plan.cluster_endpoints)
-    local_pool = pack_pool(plan.local_endpoints)
-    yield _internal(plan, any_pool, local_pool)
+    all_endpoints = pack_endpoints(plan.cluster_endpoints)
+    local_endpoints = pack_endpoints(plan.local_endpoints)
+    yield _internal_frontend(plan, all_endpoints, local_endpoints)
     for address in dict.fromkeys((*plan.external_ips, *plan.vips)):
         key = service_key(address, plan.protocol, plan.port)
         restricted = bool(plan.source_ranges) and address in plan.vips
-        yield _external(plan, "service", key, any_pool, local_pool, restricted=restricted)
+        yield _external_frontend(plan, "service", key, all_endpoints, local_endpoints, restricted=restricted)
     if plan.node_port:
         key = node_port_key(plan.protocol, plan.node_port)
-        yield _external(plan, "nodeport", key, any_pool, local_pool, restricted=False)
+        yield _external_frontend(plan, "nodeport", key, all_endpoints, local_endpoints, restricted=False)
 
 
-def _internal(plan: ServicePortPlan, any_pool: bytes, local_pool: bytes) -> RenderedFrontend:
+def _internal_frontend(plan: ServicePortPlan, all_endpoints: bytes, local_endpoints: bytes) -> RenderedFrontend:
     key = service_key(plan.cluster_ip, plan.protocol, plan.port)
     if plan.internal is not TrafficDecision.FORWARD:
-        return RenderedFrontend(key, _refusal("service", plan.internal), (), plan.name, ClaimRank.CLUSTER_IP)
+        verdicts = _no_endpoint_verdicts("service", plan.internal)
+        return RenderedFrontend(key, verdicts, (), plan.name, ClaimRank.CLUSTER_IP)
     if plan.affinity_seconds:
-        own = f"{'local' if plan.internal_local else 'service'}-{names.service_port_name(plan)}"
-        return RenderedFrontend(key, ((names.SERVICE_IPS, own),), (), plan.name, ClaimRank.CLUSTER_IP)
+        chain = f"{'local' if plan.internal_local else 'service'}-{names.service_port_suffix(plan)}"
+        return RenderedFrontend(key, ((names.SERVICE_IPS, chain),), (), plan.name, ClaimRank.CLUSTER_IP)
     if plan.internal_local:
-        chain = shared.local_chain("service", len(plan.local_endpoints))
-        pools = ((names.SERVICE_LOCAL_ENDPOINTS, local_pool),)
+        chain = shared.local_chain_name("service", len(plan.local_endpoints))
+        endpoints = ((names.SERVICE_LOCAL_ENDPOINTS, local_endpoints),)
     else:
-        chain = shared.any_chain("service", len(plan.cluster_endpoints))
-        pools = ((names.SERVICE_ENDPOINTS, any_pool),)
-    return RenderedFrontend(key, _goes_to(names.SERVICE_IPS, chain), pools, plan.name, ClaimRank.CLUSTER_IP)
+        chain = shared.any_chain_name("service", len(plan.cluster_endpoints))
+        endpoints = ((names.SERVICE_ENDPOINTS, all_endpoints),)
+    verdicts = _shared_chain_verdicts(names.SERVICE_IPS, chain)
+    return RenderedFrontend(key, verdicts, endpoints, plan.name, ClaimRank.CLUSTER_IP)
 
 
-def _external(
+def _external_frontend(
     plan: ServicePortPlan,
-    kind: shared.Frontends,
+    kind: shared.FrontendKind,
     key: bytes,
-    any_pool: bytes,
-    local_pool: bytes,
+    all_endpoints: bytes,
+    local_endpoints: bytes,
     *,
     restricted: bool,
 ) -> RenderedFrontend:
-    firewall = ((names.FIREWALL_IPS, f"firewall-{names.service_port_name(plan)}"),) if restricted else ()
-    refusal = () if plan.external is TrafficDecision.FORWARD else _refusal(kind, plan.external)
+    firewall = ((names.FIREWALL_IPS, f"firewall-{names.service_port_suffix(plan)}"),) if restricted else ()
+    forwards = plan.external is TrafficDecision.FORWARD
+    no_endpoint = () if forwards else _no_endpoint_verdicts(kind, plan.external)
     rank = external_rank(plan)
     if not plan.has_endpoints:
-        return RenderedFrontend(key, firewall + refusal, (), plan.name, rank)
-    verdicts = names.SERVICE_IPS if kind == "service" else names.SERVICE_NODE_PORTS
+        return RenderedFrontend(key, firewall + no_endpoint, (), plan.name, rank)
+    verdict_map = names.SERVICE_IPS if kind == "service" else names.SERVICE_NODE_PORTS
     if plan.affinity_seconds:
-        own = f"external-{names.service_port_name(plan)}"
-        return RenderedFrontend(key, (*firewall, *refusal, (verdicts, own)), (), plan.name, rank)
-    pools = [(shared.pool_map(kind, local=False), any_pool)]
-    anywhere, here = len(plan.cluster_endpoints), len(plan.local_endpoints)
+        chain = f"external-{names.service_port_suffix(plan)}"
+        return RenderedFrontend(key, (*firewall, *no_endpoint, (verdict_map, chain)), (), plan.name, rank)
+    endpoints = [(shared.endpoint_map(kind, local=False), all_endpoints)]
+    cluster_count, local_count = len(plan.cluster_endpoints), len(plan.local_endpoints)
     if plan.external_local:
-        chain = shared.external_local_chain(kind, anywhere, here)
-        if here:
-            pools.append((shared.pool_map(kind, local=True), local_pool))
+        chain = shared.external_local_chain_name(kind, cluster_count, local_count)
+        if local_count:
+            endpoints.append((shared.endpoint_map(kind, local=True), local_endpoints))
     else:
-        chain = shared.external_chain(kind, anywhere)
-    return RenderedFrontend(key, firewall + refusal + _goes_to(verdicts, chain), tuple(pools), plan.name, rank)
+        chain = shared.external_chain_name(kind, cluster_count)
+    verdicts = firewall + no_endpoint + _shared_chain_verdicts(verdict_map, chain)
+    return RenderedFrontend(key, verdicts, tuple(endpoints), plan.name, rank)
 
 
 @lru_cache(1 << 10)
-def _goes_to(verdicts: str, chain: str) -> Verdicts:
-    """Return the same value for the same verdict, of which there are few: it is kept once for thousands of Services."""
-    return ((verdicts, chain),)
+def _shared_chain_verdicts(verdict_map: str, chain: str) -> Verdicts:
+    """Return the same object for equal arguments: thousands of Services have one of a few verdicts."""
+    return ((verdict_map, chain),)
 
 
-def _refusal(kind: shared.Frontends, decision: TrafficDecision) -> Verdicts:
-    verdicts = names.NO_ENDPOINT_SERVICES if kind == "service" else names.NO_ENDPOINT_NODE_PORTS
-    return ((verdicts, DROP if decision is TrafficDecision.DROP else names.REJECT),)
+def _no_endpoint_verdicts(kind: shared.FrontendKind, decision: TrafficDecision) -> Verdicts:
+    verdict_map = names.NO_ENDPOINT_SERVICES if kind == "service" else names.NO_ENDPOINT_NODE_PORTS
+    return ((verdict_map, DROP if decision is TrafficDecision.DROP else names.REJECT),)
 
 
-def _firewall(plan: ServicePortPlan) -> NftChain:
-    """Return the chain that lets allowed sources through to where the destination is translated."""
+# Per-Service chains and sets
+
+
+def _firewall_chain(plan: ServicePortPlan) -> NftChain:
+    """Return the chain that drops packets from other sources than `loadBalancerSourceRanges`."""
     sources = [*plan.source_ranges, *(plan.vips if plan.vips_are_sources else ())]
     rules: list[NftRule] = [rule(MatchSaddr(source), Return()) for source in sources]
-    return NftChain(f"firewall-{names.service_port_name(plan)}", (*rules, rule(Drop())), names.comment(plan.name))
+    return NftChain(f"firewall-{names.service_port_suffix(plan)}", (*rules, rule(Drop())), names.comment(plan.name))
+
+
+def _affinity_sets(plan: ServicePortPlan) -> Iterator[NftSet]:
+    """Yield the set of recent clients of each endpoint."""
+    for endpoint in plan.reachable_endpoints:
+        yield NftSet(f"affinity-{_endpoint_suffix(plan, endpoint)}", (KeyField.SOURCE,), timeout=plan.affinity_seconds)
+
+
+def _affinity_chains(plan: ServicePortPlan, context: Context) -> Iterator[NftChain]:
+    """Yield the chains of a service port with session affinity; a chain comes after the chains that it goes to."""
+    for endpoint in plan.reachable_endpoints:
+        yield _endpoint_chain(plan, endpoint)
+    suffix = names.service_port_suffix(plan)
+    cluster, local, external = f"service-{suffix}", f"local-{suffix}", f"external-{suffix}"
+    if plan.cluster_endpoints:
+        yield NftChain(cluster, tuple(_affinity_rules(plan, plan.cluster_endpoints)), names.comment(plan.name))
+    if plan.local_endpoints:
+        comment = names.comment(f"{plan.name}, policy Local")
+        yield NftChain(local, tuple(_affinity_rules(plan, plan.local_endpoints)), comment)
+    if not plan.externally_accessible:
+        return
+    if plan.external_local:
+        local_chain = local if plan.external is TrafficDecision.FORWARD else ""
+        rules = shared.external_local_rules(context, cluster, local_chain)
+    else:
+        rules = (rule(SetMark(context.masquerade_mark), comment="masquerade"), rule(Goto(cluster)))
+    yield NftChain(external, rules, names.comment(f"{plan.name}, external traffic"))
+
+
+def _endpoint_chain(plan: ServicePortPlan, endpoint: str) -> NftChain:
+    address, port = split_socket_text(endpoint)
+    suffix = _endpoint_suffix(plan, endpoint)
+    rules = (
+        rule(UpdateSet(f"affinity-{suffix}")),
+        rule(MatchL4Proto(plan.protocol), Dnat(address, port)),
+    )
+    return NftChain(f"endpoint-{suffix}", rules, names.comment(plan.name))
+
+
+def _affinity_rules(plan: ServicePortPlan, endpoints: Sockets) -> Iterator[NftRule]:
+    """Yield the rules that send a recent client to its endpoint, and every other client to a random endpoint."""
+    suffixes = [_endpoint_suffix(plan, endpoint) for endpoint in endpoints]
+    for suffix in suffixes:
+        yield rule(Lookup((KeyField.SOURCE,), f"affinity-{suffix}"), Goto(f"endpoint-{suffix}"))
+    for remaining, suffix in zip(range(len(suffixes), 0, -1), suffixes, strict=True):
+        match_random = (Numgen(remaining),) if remaining > 1 else ()
+        yield rule(*match_random, Goto(f"endpoint-{suffix}"))
+
+
+def _endpoint_suffix(plan: ServicePortPlan, endpoint: str) -> str:
+    address, port = split_socket_text(endpoint)
+    return names.endpoint_suffix(plan, address, port)

@@ -1,6 +1,6 @@
-"""What a table holds: sets and maps, chains, and the rules in them, as values.
+"""The contents of a table as values: sets and maps, chains, rules and their statements. Pure.
 
-Both ways into the kernel start from these: `text` writes them as nft does, `netlink` as the kernel reads them.
+`kproxy.nftables.nft_syntax` formats them as nft does, `kproxy.nftables.encode` as netlink messages for the kernel.
 """
 
 from __future__ import annotations
@@ -12,157 +12,170 @@ from msgspec import Struct
 
 
 class KeyField(Enum):
-    """A part of a packet (or of chance) that a set is keyed by."""
+    """One field of a set's key, by its name in nft."""
 
     SOURCE = "saddr"
     DESTINATION = "daddr"
     PROTOCOL = "protocol"
     PORT = "dport"
-    NUMBER = "numgen"
-    """A number drawn at random: see `DnatMap`."""
+    NUMGEN = "numgen"
+    """A random number, by which `DnatMap` selects an endpoint."""
 
 
 class MapValue(Enum):
-    """What a map has for each key. A set has nothing."""
+    """The type of a map's values. A set has none."""
 
-    NOTHING = "nothing"
+    NONE = "none"
     VERDICT = "verdict"
     ENDPOINT = "endpoint"
     """An address and a port."""
 
 
 class NftSet(Struct, frozen=True):
-    """A set or map. With a `timeout` in seconds, packets add to it and what they add is forgotten after that."""
+    """A set or map.
+
+    With a `timeout` in seconds, rules add elements to it (`flags dynamic,timeout`) and each element expires after that
+    time.
+    """
 
     name: str
     key: tuple[KeyField, ...]
-    value: MapValue = MapValue.NOTHING
+    value: MapValue = MapValue.NONE
     comment: str = ""
     timeout: int = 0
 
 
 class MatchSaddr(Struct, frozen=True, tag=True):
-    """The source address is in a network (`10.0.0.0/8`), or not."""
+    """`ip saddr 10.0.0.0/8`, or with `negate` `ip saddr != 10.0.0.0/8`."""
 
     network: str
-    inside: bool = True
+    negate: bool = False
 
 
 class MatchDaddr(Struct, frozen=True, tag=True):
-    """The destination address is in a network, or not."""
+    """`ip daddr 10.0.0.0/8`, or with `negate` `ip daddr != 10.0.0.0/8`."""
 
     network: str
-    inside: bool = True
+    negate: bool = False
 
 
 class MatchIifname(Struct, frozen=True, tag=True):
-    """The packet comes in by the interface of this name, or (with `prefix`) of a name that begins so; or not."""
+    """`iifname "cni0"`, with `prefix` `iifname "cni0*"`; with `negate` `iifname != "cni0"`."""
 
     name: str
     prefix: bool = False
-    inside: bool = True
+    negate: bool = False
 
 
 class Lookup(Struct, frozen=True, tag=True):
-    """These fields of the packet are a key of the set."""
+    """`ip saddr . ip daddr @set`: match if the set has an element with this key."""
 
     fields: tuple[KeyField, ...]
     set: str
 
 
 class FibLocal(Struct, frozen=True, tag=True):
-    """The address is one of this node's own."""
+    """`fib daddr type local`: match if the address is one of this node's own."""
 
     field: Literal[KeyField.SOURCE, KeyField.DESTINATION]
 
 
 class MatchL4Proto(Struct, frozen=True, tag=True):
-    """The packet is of this transport protocol."""
+    """`meta l4proto tcp`."""
 
     protocol: Literal["TCP", "UDP", "SCTP"]
 
 
 class CtStateNew(Struct, frozen=True, tag=True):
-    """The packet is the first of its connection."""
+    """`ct state new`: match the first packet of a connection."""
 
 
 class CtStatusDnat(Struct, frozen=True, tag=True):
-    """The packet's connection had its destination changed."""
+    """`ct status dnat`: match if the connection's destination was translated."""
 
 
 class MatchMark(Struct, frozen=True, tag=True):
-    """The packet carries the mark."""
+    """`meta mark & 0x4000 != 0`: match if any bit of `mark` is set in the packet mark."""
 
     mark: int
 
 
 class Numgen(Struct, frozen=True, tag=True):
-    """One packet in `of` of them."""
+    """`numgen random mod N 0`: match one packet in `modulus`."""
 
-    of: int
+    modulus: int
 
 
 class SetMark(Struct, frozen=True, tag=True):
-    """Set the mark's bit."""
+    """`meta mark set meta mark | 0x4000`: set the bits of `mark` in the packet mark."""
 
     mark: int
 
 
 class XorMark(Struct, frozen=True, tag=True):
-    """Flip the mark's bit."""
+    """`meta mark set meta mark ^ 0x4000`: flip the bits of `mark` in the packet mark."""
 
     mark: int
 
 
 class Masquerade(Struct, frozen=True, tag=True):
-    """Give the packet's connection this node's address for its source, and a port chosen fully at random."""
+    """`masquerade fully-random`."""
 
 
 class UpdateSet(Struct, frozen=True, tag=True):
-    """Put the source address into a set whose elements expire; its time begins anew."""
+    """`update @set { ip saddr }`: add the source address to a set with a timeout, or restart the element's timeout."""
 
     set: str
 
 
 class Dnat(Struct, frozen=True, tag=True):
-    """Change the destination of the packet's connection."""
+    """`dnat to 10.244.0.1:8080`."""
 
     address: str
     port: int
 
 
 class DnatMap(Struct, frozen=True, tag=True):
-    """Change the destination to what a map has for the fields and a number drawn below `of`; if nothing, go on."""
+    """`dnat ip to ip daddr . numgen random mod N map @map`.
+
+    Translate the destination to the endpoint that the map has for the fields and a random number below `modulus`. If
+    the map has none, the rule does not match.
+    """
 
     fields: tuple[KeyField, ...]
-    of: int
+    modulus: int
     map: str
 
 
 class VerdictMap(Struct, frozen=True, tag=True):
-    """Do what a map of verdicts has for the fields; if nothing, go on."""
+    """`ip daddr . th dport vmap @map`: apply the map's verdict; without one, the rule does not match."""
 
     fields: tuple[KeyField, ...]
     map: str
 
 
-class Go(Struct, frozen=True, tag=True):
-    """Go to a chain: for good (`goto`), or until its end (`jump`)."""
+class Jump(Struct, frozen=True, tag=True):
+    """`jump chain`: evaluate the chain, then return to the next rule."""
 
     chain: str
-    back: bool = False
+
+
+class Goto(Struct, frozen=True, tag=True):
+    """`goto chain`: continue in the chain; do not return to this one."""
+
+    chain: str
 
 
 class Drop(Struct, frozen=True, tag=True):
-    """Drop the packet silently."""
+    """`drop`."""
 
 
 class Return(Struct, frozen=True, tag=True):
-    """Leave the chain."""
+    """`return`: return to the chain that jumped to this one; from a base chain, apply its policy."""
 
 
 class Reject(Struct, frozen=True, tag=True):
-    """Drop the packet and say so: port unreachable."""
+    """`reject`: drop the packet and answer with ICMP port unreachable."""
 
 
 Statement: TypeAlias = (
@@ -183,7 +196,8 @@ Statement: TypeAlias = (
     | Dnat
     | DnatMap
     | VerdictMap
-    | Go
+    | Jump
+    | Goto
     | Drop
     | Return
     | Reject
@@ -191,14 +205,14 @@ Statement: TypeAlias = (
 
 
 class NftRule(Struct, frozen=True):
-    """Statements that are carried out one after the other until one does not hold."""
+    """A rule: the kernel evaluates its statements in order, up to the first that does not match."""
 
     statements: tuple[Statement, ...]
     comment: str = ""
 
 
 class NftHook(Struct, frozen=True):
-    """Where in the kernel a base chain is called, and when: the lower the priority, the earlier."""
+    """The hook of a base chain. Chains with a lower priority run earlier."""
 
     type: Literal["filter", "nat"]
     hook: Literal["prerouting", "input", "forward", "output", "postrouting"]
@@ -206,7 +220,7 @@ class NftHook(Struct, frozen=True):
 
 
 class NftChain(Struct, frozen=True):
-    """A chain: one that packets reach from the kernel (`hook`), or from another chain."""
+    """A base chain if it has a `hook`, else a regular chain, which rules and verdict maps jump to."""
 
     name: str
     rules: tuple[NftRule, ...]

@@ -1,6 +1,6 @@
-"""The chains that Services share: what is done with a packet depends on sizes and policy, not on whose it is.
+"""Shared chains, one for all frontends with the same traffic policy and a similar number of endpoints. Pure.
 
-A frontend's verdict names one of them; its own endpoints are found in the maps, by the frontend's own key.
+A frontend's verdict goes to one of them. The chain finds the frontend's endpoints in a map, by the frontend's key.
 """
 
 from __future__ import annotations
@@ -8,48 +8,21 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from typing import Literal, Self, cast
+from typing import Literal, Self, TypeAlias, cast
 
 from msgspec import Struct
 
 from kproxy.model.context import Context
 from kproxy.nftables import names
-from kproxy.nftables.base_table import NODE_PORT, SERVICE, local_traffic_match
-from kproxy.nftables.ruleset import DnatMap, FibLocal, Go, KeyField, NftChain, NftRule, SetMark, rule
+from kproxy.nftables.base_table import NODE_PORT_KEY, SERVICE_KEY, local_traffic_match
+from kproxy.nftables.ruleset import DnatMap, FibLocal, Goto, KeyField, NftChain, NftRule, SetMark, rule
 
-UNEVENNESS = 1 / 500
-"""What part of all connections may run out of draws: these go to one of the first endpoints."""
-
-
-def size_for(endpoints: int) -> int:
-    """Return the smallest size that holds so many endpoints: 1, 2, 3, 4, 6, 8, 12, 16, 24, and so on."""
-    power = 1 << max(0, (endpoints - 1).bit_length() - 1)
-    return next(size for size in (power, power * 3 // 2, power * 2) if size >= endpoints)
-
-
-@lru_cache(64)
-def draws(size: int) -> tuple[int, ...]:
-    """Return what a chain of a size draws below, draw after draw, until an endpoint is found.
-
-    The last but one always finds one, as the chain is for more endpoints than the next smaller size. The very last is
-    for a packet that is under way while N changes: it has come by the verdict of before and looks at the map of after.
-    """
-    smaller = size * 3 // 4 if size & (size - 1) == 0 else size * 2 // 3
-    missing = (size - smaller - 1) / size
-    found = [size]
-    while missing ** len(found) > UNEVENNESS:
-        found.append(size)
-    if missing:
-        found.append(smaller)
-    if found[-1] > 1:
-        found.append(1)
-    return tuple(found)
-
-
-Frontends = Literal["service", "nodeport"]
-Policy = Literal["any", "local", "external", "external-local"]
+MAX_IMBALANCE = 1 / 500
+"""Maximum share of connections that no random number sends to an endpoint; they go to one of the first endpoints."""
+FrontendKind: TypeAlias = Literal["service", "nodeport"]
+Policy: TypeAlias = Literal["any", "local", "external", "external-local"]
 _NAME = re.compile(r"(service|nodeport)-(any|local|external|external-local)-(\d+)(?:-(\d+))?")
-_POOLS = {
+_ENDPOINT_MAPS = {
     ("service", False): names.SERVICE_ENDPOINTS,
     ("service", True): names.SERVICE_LOCAL_ENDPOINTS,
     ("nodeport", False): names.NODE_PORT_ENDPOINTS,
@@ -57,108 +30,137 @@ _POOLS = {
 }
 
 
-def pool_map(frontends: Frontends, *, local: bool) -> str:
-    """Return the map that holds the endpoints of such frontends: all, or those on this node."""
-    return _POOLS[frontends, local]
+def chain_capacity(endpoints: int) -> int:
+    """Return the smallest capacity for so many endpoints; capacities are 1, 2, 3, 4, 6, 8, 12, 16, 24, and so on."""
+    power = 1 << max(0, (endpoints - 1).bit_length() - 1)
+    return next(capacity for capacity in (power, power * 3 // 2, power * 2) if capacity >= endpoints)
+
+
+@lru_cache(64)
+def numgen_moduli(capacity: int) -> tuple[int, ...]:
+    """Return N of each `numgen random mod N` in a chain of this capacity, in the order of the rules.
+
+    Each rule runs if the numbers before it were not the index of an endpoint. The rule before the last always finds
+    one, because the chain has more endpoints than the next smaller capacity. The last rule (N = 1) is for packets in
+    flight while the number of endpoints changes: they can get the previous verdict but look up the current map.
+    """
+    smaller = capacity * 3 // 4 if capacity & (capacity - 1) == 0 else capacity * 2 // 3
+    miss_probability = (capacity - smaller - 1) / capacity
+    moduli = [capacity]
+    while miss_probability ** len(moduli) > MAX_IMBALANCE:
+        moduli.append(capacity)
+    if miss_probability:
+        moduli.append(smaller)
+    if moduli[-1] > 1:
+        moduli.append(1)
+    return tuple(moduli)
+
+
+def endpoint_map(kind: FrontendKind, *, local: bool) -> str:
+    """Return the name of the map with all endpoints of a kind of frontends, with `local` those on this node."""
+    return _ENDPOINT_MAPS[kind, local]
 
 
 class SharedChain(Struct, frozen=True):
-    """What one shared chain is for.
+    """What identifies a shared chain: kind of frontends, policy and capacity.
 
-    Policy `any` picks one of all endpoints, of which there are up to `size`; `local` one of those on this node.
-    `external` masquerades first. `external-local` is external traffic of policy Local: up to `size` endpoints for pods
-    and this node, up to `local_size` (0: none) for everybody else.
+    Policy `any` selects one of up to `capacity` endpoints, `local` one of up to `capacity` endpoints on this node.
+    `external` masquerades and continues with `any`. `external-local` handles external traffic of
+    `externalTrafficPolicy: Local`: up to `capacity` endpoints for pods and this node, up to `local_capacity` (0: none)
+    for all other clients.
     """
 
-    frontends: Frontends
+    kind: FrontendKind
     policy: Policy
-    size: int
-    local_size: int = 0
+    capacity: int
+    local_capacity: int = 0
 
     @classmethod
-    def named(cls, name: str) -> Self | None:
-        """Return what the chain of a name is for, None if Services do not share it."""
+    def parse(cls, name: str) -> Self | None:
+        """Parse the name of a chain. Return None if it is not the name of a shared chain."""
         found = _NAME.fullmatch(name)
         if found is None:
             return None
-        frontends, policy = cast("Frontends", found[1]), cast("Policy", found[2])
-        return cls(frontends, policy, int(found[3]), int(found[4] or 0))
+        kind, policy = cast("FrontendKind", found[1]), cast("Policy", found[2])
+        return cls(kind, policy, int(found[3]), int(found[4] or 0))
 
     @property
     def name(self) -> str:
         """The chain's name."""
-        name = f"{self.frontends}-{self.policy}-{self.size}"
-        return f"{name}-{self.local_size}" if self.policy == "external-local" else name
+        name = f"{self.kind}-{self.policy}-{self.capacity}"
+        return f"{name}-{self.local_capacity}" if self.policy == "external-local" else name
 
-    def needs(self) -> Iterator[SharedChain]:
-        """Yield the chains that this one goes to."""
+    def targets(self) -> Iterator[SharedChain]:
+        """Yield the shared chains that this one goes to."""
         if self.policy in {"external", "external-local"}:
-            yield SharedChain(self.frontends, "any", self.size)
-        if self.local_size:
-            yield SharedChain(self.frontends, "local", self.local_size)
+            yield SharedChain(self.kind, "any", self.capacity)
+        if self.local_capacity:
+            yield SharedChain(self.kind, "local", self.local_capacity)
 
-    def chain(self, context: Context) -> NftChain:
-        """Return the chain itself."""
+    def render(self, context: Context) -> NftChain:
+        """Return the chain with its rules."""
         if self.policy in {"any", "local"}:
             local = self.policy == "local"
-            comment = f"one of up to {self.size} endpoints{' on this node' if local else ''}"
-            return NftChain(self.name, tuple(self._picks(local=local)), comment)
-        anywhere = SharedChain(self.frontends, "any", self.size).name
+            comment = f"one of up to {self.capacity} endpoints{' on this node' if local else ''}"
+            return NftChain(self.name, tuple(self._select_endpoint(local=local)), comment)
+        any_chain = SharedChain(self.kind, "any", self.capacity).name
         if self.policy == "external":
             masquerade = rule(SetMark(context.masquerade_mark), comment="masquerade")
-            return NftChain(self.name, (masquerade, rule(Go(anywhere))), "external traffic")
-        here = SharedChain(self.frontends, "local", self.local_size).name if self.local_size else ""
-        return NftChain(self.name, external_local_rules(context, anywhere, here), "external traffic of policy Local")
+            return NftChain(self.name, (masquerade, rule(Goto(any_chain))), "external traffic")
+        local_chain = SharedChain(self.kind, "local", self.local_capacity).name if self.local_capacity else ""
+        rules = external_local_rules(context, any_chain, local_chain)
+        return NftChain(self.name, rules, "external traffic of policy Local")
 
-    def _picks(self, *, local: bool) -> Iterator[NftRule]:
-        fields: tuple[KeyField, ...] = SERVICE if self.frontends == "service" else NODE_PORT
-        for below in draws(self.size):
-            yield rule(DnatMap(fields, below, pool_map(self.frontends, local=local)))
+    def _select_endpoint(self, *, local: bool) -> Iterator[NftRule]:
+        fields: tuple[KeyField, ...] = SERVICE_KEY if self.kind == "service" else NODE_PORT_KEY
+        for modulus in numgen_moduli(self.capacity):
+            yield rule(DnatMap(fields, modulus, endpoint_map(self.kind, local=local)))
 
 
-def external_local_rules(context: Context, anywhere: str, here: str) -> tuple[NftRule, ...]:
-    """Return the rules of external traffic of policy Local.
+def external_local_rules(context: Context, any_chain: str, local_chain: str) -> tuple[NftRule, ...]:
+    """Return the rules for external traffic of `externalTrafficPolicy: Local`.
 
-    Pods and the node itself reach the frontend as if it were the ClusterIP, by the chain `anywhere`; the node
-    is masqueraded, because its source may be the frontend's address itself. All others go to the chain `here`;
-    without one (""), they go on, to be dropped.
+    Pods and the node itself reach any endpoint through `any_chain`, as if the frontend were the ClusterIP. The node's
+    own traffic is masqueraded, because its source can be the frontend's address. Other traffic goes to `local_chain`;
+    if that is "", no rule matches and the packet is dropped later.
     """
     rules = []
-    inside = local_traffic_match(context, inside=True)
-    if inside is not None:
-        rules.append(rule(inside, Go(anywhere), comment="pods"))
-    own = FibLocal(KeyField.SOURCE)
-    rules.append(rule(own, SetMark(context.masquerade_mark), comment="masquerade this node's own traffic"))
-    rules.append(rule(own, Go(anywhere), comment="this node's own traffic"))
-    if here:
-        rules.append(rule(Go(here)))
+    from_pods = local_traffic_match(context, negate=False)
+    if from_pods is not None:
+        rules.append(rule(from_pods, Goto(any_chain), comment="pods"))
+    from_node = FibLocal(KeyField.SOURCE)
+    rules.append(rule(from_node, SetMark(context.masquerade_mark), comment="masquerade this node's own traffic"))
+    rules.append(rule(from_node, Goto(any_chain), comment="this node's own traffic"))
+    if local_chain:
+        rules.append(rule(Goto(local_chain)))
     return tuple(rules)
 
 
-def any_chain(frontends: Frontends, endpoints: int) -> str:
-    """Return the name of the chain that picks one of so many endpoints."""
-    return SharedChain(frontends, "any", size_for(endpoints)).name
+def any_chain_name(kind: FrontendKind, endpoints: int) -> str:
+    """Return the name of the chain that selects one of so many endpoints."""
+    return SharedChain(kind, "any", chain_capacity(endpoints)).name
 
 
-def local_chain(frontends: Frontends, endpoints: int) -> str:
-    """Return the name of the chain that picks one of so many endpoints on this node."""
-    return SharedChain(frontends, "local", size_for(endpoints)).name
+def local_chain_name(kind: FrontendKind, endpoints: int) -> str:
+    """Return the name of the chain that selects one of so many endpoints on this node."""
+    return SharedChain(kind, "local", chain_capacity(endpoints)).name
 
 
-def external_chain(frontends: Frontends, endpoints: int) -> str:
-    """Return the name of the chain for external traffic that any of so many endpoints may serve."""
-    return SharedChain(frontends, "external", size_for(endpoints)).name
+def external_chain_name(kind: FrontendKind, endpoints: int) -> str:
+    """Return the name of the chain for external traffic of `externalTrafficPolicy: Cluster`."""
+    return SharedChain(kind, "external", chain_capacity(endpoints)).name
 
 
-def external_local_chain(frontends: Frontends, endpoints: int, local: int) -> str:
-    """Return the name of the chain for external traffic of policy Local."""
-    return SharedChain(frontends, "external-local", size_for(endpoints), size_for(local) if local else 0).name
+def external_local_chain_name(kind: FrontendKind, endpoints: int, local_endpoints: int) -> str:
+    """Return the name of the chain for external traffic of `externalTrafficPolicy: Local`."""
+    local_capacity = chain_capacity(local_endpoints) if local_endpoints else 0
+    return SharedChain(kind, "external-local", chain_capacity(endpoints), local_capacity).name
 
 
-def shared_chains(names: Iterable[str]) -> Iterator[SharedChain]:
-    """Yield the shared ones among the chains of these names, and all chains that they go to."""
-    for name in names:
-        shared = SharedChain.named(name)
+def required_shared_chains(chain_names: Iterable[str]) -> Iterator[SharedChain]:
+    """Yield the shared chains among these chains, and all chains that they go to. Chains can be repeated."""
+    for name in chain_names:
+        shared = SharedChain.parse(name)
         if shared is not None:
             yield shared
-            yield from shared_chains(each.name for each in shared.needs())
+            yield from required_shared_chains(each.name for each in shared.targets())

@@ -1,1 +1,1 @@
-"""What kproxy tells over HTTP: health, metrics, and the health check ports of Services."""
+"""The HTTP endpoints: health, metrics, and the health check node ports of Services."""

@@ -1,7 +1,8 @@
-"""Whether this node's proxy is healthy: `/healthz`, `/livez`, and what the Services' health check ports ask.
+"""The health of this node's proxy, and the pages `/healthz` and `/livez`.
 
-Healthy means that every family has been programmed, and that no change of it has been waiting for longer than twice
-`syncPeriod`. `/healthz`, which load balancers ask about new connections, also wants a Node that stays (KEP-3836).
+The proxy is healthy if every family has been synced and no change of a family has been waiting for longer than twice
+`syncPeriod`. `/healthz`, by which load balancers decide about new connections, also requires a Node that exists and is
+not being deleted (KEP-3836).
 """
 
 from __future__ import annotations
@@ -13,29 +14,27 @@ from http import HTTPStatus
 
 from msgspec import Struct
 
-from kproxy.model.delta import Kind
-from kproxy.model.store import StoreChange
+from kproxy.model.sync_report import SyncReport
 from kproxy.model.types import Family, Node
 from kproxy.serve.http import Handler, HttpRequest, HttpResponse, json, routes
-from kproxy.serve.observed import Sync
 
 NANO = 10**9
-NEVER = "0001-01-01T00:00:00Z"
-"""How Go writes a time that was never set."""
+ZERO_TIME = "0001-01-01T00:00:00Z"
+"""How Go formats a time that was never set."""
 
 
 class FamilyHealth(Struct, frozen=True):
-    """The health of one family; `last_success` is in nanoseconds since the epoch, 0 if there was none."""
+    """The health of one family. `last_success` is in nanoseconds since the epoch, 0 if no sync has succeeded."""
 
     healthy: bool
     last_success: int
 
 
 class Health:
-    """When each family's changes arrived, and when they were last in the kernel.
+    """Records since when changes of each family have been waiting, and when a sync last succeeded.
 
-    Fed by the reconciler's thread and asked by others. Moments are seconds of the reconciler's clock, which never
-    goes back; `wall` gives nanoseconds since the epoch and only dates what is told. `timeout` is in seconds.
+    The reconciler's thread updates it; any thread may read it. Times are seconds of the reconciler's monotonic clock.
+    `wall` returns nanoseconds since the epoch, for display only. `timeout` is how many seconds a change may wait.
     """
 
     def __init__(self, families: Iterable[Family], timeout: float, *, wall: Callable[[], int]) -> None:
@@ -45,22 +44,19 @@ class Health:
         self._succeeded: dict[Family, int] = dict.fromkeys(families, 0)
         self._lock = threading.Lock()
 
-    def queued(self, family: Family, now: float) -> None:
-        """Note that a change of a family waits to be programmed."""
+    def on_queue(self, family: Family, now: float) -> None:
+        """Record that a change of a family waits for a sync."""
         with self._lock:
             self._pending.setdefault(family, now)
 
-    def changed(self, kind: Kind, changed: StoreChange) -> None:
-        """Do nothing: `queued` says what matters here."""
-
-    def synced(self, sync: Sync) -> None:
-        """Note how a sync ended; one that failed leaves its changes waiting."""
+    def on_sync(self, report: SyncReport) -> None:
+        """Record the outcome of a sync. The changes of one that failed are still waiting."""
         with self._lock:
-            if sync.error:
-                self._pending.setdefault(sync.family, sync.began)
+            if report.result is None:
+                self._pending.setdefault(report.family, report.started)
             else:
-                self._pending.pop(sync.family, None)
-                self._succeeded[sync.family] = self._wall()
+                self._pending.pop(report.family, None)
+                self._succeeded[report.family] = self._wall()
 
     def families(self, now: float) -> dict[Family, FamilyHealth]:
         """Return the health of every family."""
@@ -76,16 +72,16 @@ class Health:
 
 
 def is_eligible(node: Node | None) -> bool:
-    """Return whether load balancers may send new connections to a Node: it exists and is not about to go."""
+    """Return whether load balancers may send new connections to a Node: it exists and is not being deleted."""
     return node is not None and not node.being_deleted
 
 
 class HealthPages:
-    """`/healthz` and `/livez`, as kube-proxy answers them.
+    """The pages `/healthz` and `/livez`, in the format of kube-proxy.
 
-    `node` returns this Node as far as it is known, `clock` is the reconciler's, `wall` gives nanoseconds since
-    the epoch, and `probed` is told the page and status of each answer. `reason` returns what is wrong with this Node,
-    "" if nothing is: `/healthz` shows it in a field that kube-proxy does not have.
+    `node` returns this Node, or None if it is unknown; `clock` is the reconciler's; `wall` returns nanoseconds since
+    the epoch. `on_probe` is called with the page and the status of each response. `reason` returns what is wrong with
+    this Node, "" if nothing is; `/healthz` shows it in a field that kube-proxy does not have.
     """
 
     def __init__(
@@ -95,7 +91,7 @@ class HealthPages:
         *,
         clock: Callable[[], float],
         wall: Callable[[], int],
-        probed: Callable[[str, int], None],
+        on_probe: Callable[[str, int], None],
         reason: Callable[[], str] = lambda: "",
     ) -> None:
         self._health = health
@@ -103,30 +99,30 @@ class HealthPages:
         self._node = node
         self._clock = clock
         self._wall = wall
-        self._probed = probed
+        self._on_probe = on_probe
 
     @property
     def handler(self) -> Handler:
-        """What answers on the port of `healthzBindAddress`."""
+        """The handler of the port `healthzBindAddress`."""
         return routes({"/healthz": self.healthz, "/livez": self.livez})
 
     def healthz(self, _: HttpRequest) -> HttpResponse:
-        """Answer whether this node should get traffic."""
+        """Respond whether this node should receive new connections."""
         return self._answer("healthz", eligible=is_eligible(self._node()), reason=self._reason())
 
     def livez(self, _: HttpRequest) -> HttpResponse:
-        """Answer whether this process works, whatever becomes of the node."""
+        """Respond whether this process works, regardless of the state of the Node."""
         return self._answer("livez", eligible=None)
 
     def _answer(self, page: str, eligible: bool | None, reason: str = "") -> HttpResponse:
         families = self._health.families(self._clock())
         healthy = all(family.healthy for family in families.values())
-        good = healthy and eligible is not False
+        ok = healthy and eligible is not False
         now = self._wall()
-        # A healthy proxy counts as updated just now, though nothing may have changed for days: kube-proxy says so.
-        updated = now if good else max((family.last_success for family in families.values()), default=0)
-        status = HTTPStatus.OK if good else HTTPStatus.SERVICE_UNAVAILABLE
-        self._probed(page, status)
+        # Like kube-proxy, a healthy proxy reports that it was updated just now, even if nothing has changed for days.
+        updated = now if ok else max((family.last_success for family in families.values()), default=0)
+        status = HTTPStatus.OK if ok else HTTPStatus.SERVICE_UNAVAILABLE
+        self._on_probe(page, status)
         return json(
             status,
             {
@@ -135,8 +131,8 @@ class HealthPages:
                 **({} if eligible is None else {"nodeEligible": eligible}),
                 "healthy": healthy,
                 "status": {
-                    family.value: {"lastUpdated": rfc3339(found.last_success), "healthy": found.healthy}
-                    for family, found in families.items()
+                    family.value: {"lastUpdated": rfc3339(health.last_success), "healthy": health.healthy}
+                    for family, health in families.items()
                 },
                 **({"reason": reason} if reason else {}),
             },
@@ -144,9 +140,9 @@ class HealthPages:
 
 
 def rfc3339(nanoseconds: int) -> str:
-    """Return nanoseconds since the epoch as Go's `RFC3339Nano` writes them, in UTC: without trailing zeros."""
+    """Format nanoseconds since the epoch like Go's `RFC3339Nano`: in UTC, without trailing zeros."""
     if not nanoseconds:
-        return NEVER
-    seconds, rest = divmod(nanoseconds, NANO)
-    fraction = f".{rest:09}".rstrip("0") if rest else ""
+        return ZERO_TIME
+    seconds, remainder = divmod(nanoseconds, NANO)
+    fraction = f".{remainder:09}".rstrip("0") if remainder else ""
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}{fraction}Z"

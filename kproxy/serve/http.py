@@ -1,4 +1,4 @@
-"""HTTP/1.1 as far as health checks and scrapes need it (RFC 9110, RFC 9112): requests in, answers out. Pure."""
+"""The part of HTTP/1.1 that health checks and scrapes need: parse requests, encode responses (RFC 9110, 9112). Pure."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import msgspec
 from msgspec import Struct
 
 MAX_HEAD = 16 * 1024
-"""How many bytes a request may have before its empty line; probes have a few hundred."""
-_END = re.compile(rb"\r?\n\r?\n")
-_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([^\s]+) HTTP/([0-9])\.([0-9])")
-_ABSOLUTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?]*")
+"""The maximum number of bytes of a request line and its headers. Probes have a few hundred."""
+_END_OF_HEAD = re.compile(rb"\r?\n\r?\n")
+_REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([^\s]+) HTTP/([0-9])\.([0-9])")
+_SCHEME_AND_HOST = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?]*")
 NO_SNIFF = ("X-Content-Type-Options", "nosniff")
 
 
 class RequestError(ValueError):
-    """A request that cannot be answered as asked; the message says why, `status` is what to answer."""
+    """A request that cannot be served; the message says why, and `status` is the status to respond with."""
 
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
@@ -28,10 +28,10 @@ class RequestError(ValueError):
 
 
 class HttpRequest(Struct, frozen=True):
-    """A request without its body. Names of `headers` are in lower case.
+    """A request without its body. The names of `headers` are in lower case.
 
-    `persistent` says whether the connection can take another request: not if the client closes it, nor if there is
-    a body, which nothing here reads.
+    `persistent` is whether the connection can take another request: not if the client closes it, and not if the request
+    has a body, which the server does not read.
     """
 
     method: str
@@ -41,7 +41,7 @@ class HttpRequest(Struct, frozen=True):
 
 
 class HttpResponse(Struct, frozen=True):
-    """An answer; date and length are added when it is sent."""
+    """A response. `encode` adds the headers Date and Content-Length."""
 
     status: int
     headers: tuple[tuple[str, str], ...]
@@ -49,21 +49,21 @@ class HttpResponse(Struct, frozen=True):
 
 
 Handler: TypeAlias = Callable[[HttpRequest], HttpResponse]
-"""Answers a request, in the server's thread: quick, and only from memory or the kernel."""
+"""Responds to a request in the server's thread; must not block. The data comes from memory or from the kernel."""
 
 
 def plain(status: int, text: str) -> HttpResponse:
-    """Return a text as an answer."""
+    """Return a plain text response."""
     return HttpResponse(status, (("Content-Type", "text/plain; charset=utf-8"), NO_SNIFF), text.encode())
 
 
 def json(status: int, data: object) -> HttpResponse:
-    """Return data as an answer in JSON, without white space."""
+    """Return a JSON response, without white space."""
     return HttpResponse(status, (("Content-Type", "application/json"), NO_SNIFF), msgspec.json.encode(data))
 
 
 def routes(handlers: Mapping[str, Handler]) -> Handler:
-    """Return a handler that hands each path to its own handler, and knows no others."""
+    """Return a handler that passes each path to its own handler and responds 404 to all others."""
 
     def route(request: HttpRequest) -> HttpResponse:
         handler = handlers.get(request.path)
@@ -72,11 +72,14 @@ def routes(handlers: Mapping[str, Handler]) -> Handler:
     return route
 
 
-def take_request(buffer: bytearray) -> HttpRequest | None:
-    """Take the next request off what has been received, None if it is not complete. Raises `RequestError`."""
+def pop_request(buffer: bytearray) -> HttpRequest | None:
+    """Remove the next request from the received bytes and return it, or None if it is incomplete.
+
+    Raises `RequestError`.
+    """
     while buffer and buffer[0] in b"\r\n":
         del buffer[:1]  # RFC 9112, 2.2: empty lines before a request are ignored
-    end = _END.search(buffer)
+    end = _END_OF_HEAD.search(buffer)
     if (end.start() if end else len(buffer)) > MAX_HEAD:
         raise RequestError(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"more than {MAX_HEAD} bytes of headers")
     if end is None:
@@ -87,19 +90,21 @@ def take_request(buffer: bytearray) -> HttpRequest | None:
 
 
 def _request(line: str, headers: dict[str, str]) -> HttpRequest:
-    match = _LINE.fullmatch(line)
+    match = _REQUEST_LINE.fullmatch(line)
     if match is None:
         raise RequestError(HTTPStatus.BAD_REQUEST, "malformed request line")
     method, target, major, minor = match.groups()
     if major != "1":
-        raise RequestError(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, f"HTTP/1.1 is spoken here, not HTTP/{major}.{minor}")
+        raise RequestError(
+            HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, f"HTTP/{major}.{minor} is not supported, use HTTP/1.1"
+        )
     if minor != "0" and "host" not in headers:
         raise RequestError(HTTPStatus.BAD_REQUEST, "no Host header")
-    path = _ABSOLUTE.sub("", target, count=1).partition("?")[0] or "/"
-    wishes = {wish.strip().lower() for wish in headers.get("connection", "").split(",")}
-    stays = "keep-alive" in wishes if minor == "0" else "close" not in wishes
+    path = _SCHEME_AND_HOST.sub("", target, count=1).partition("?")[0] or "/"
+    options = {option.strip().lower() for option in headers.get("connection", "").split(",")}
+    keeps_alive = "keep-alive" in options if minor == "0" else "close" not in options
     has_body = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
-    return HttpRequest(method, path, headers, stays and not has_body)
+    return HttpRequest(method, path, headers, keeps_alive and not has_body)
 
 
 def _headers(lines: list[str]) -> dict[str, str]:
@@ -114,7 +119,7 @@ def _headers(lines: list[str]) -> dict[str, str]:
 
 
 def encode(response: HttpResponse, wall: float, *, head_only: bool, close: bool) -> bytes:
-    """Return an answer as it goes over the wire. `wall` is the time in seconds since the epoch."""
+    """Encode a response. `wall` is the time in seconds since the epoch."""
     lines = [
         f"HTTP/1.1 {response.status} {HTTPStatus(response.status).phrase}",
         *(f"{name}: {value}" for name, value in response.headers),

@@ -1,4 +1,4 @@
-"""One thread that serves HTTP on any number of ports, which may come and go."""
+"""An HTTP server with one thread for any number of ports, which can be opened and closed while it runs."""
 
 from __future__ import annotations
 
@@ -21,17 +21,25 @@ from typing import TypeAlias
 from msgspec import Struct
 
 from kproxy.model.addresses import socket_text, split_socket_text
-from kproxy.serve.http import Handler, HttpRequest, HttpResponse, RequestError, encode, plain, take_request
+from kproxy.serve.http import Handler, HttpRequest, HttpResponse, RequestError, encode, plain, pop_request
 
 BACKLOG = 128
-ANY = frozenset({"", "0.0.0.0", "::"})  # noqa: S104 - told apart here, not bound
+UNSPECIFIED = frozenset({"", "0.0.0.0", "::"})  # noqa: S104 - compared with, not bound
+MAX_CONNECTIONS = 512
+"""The maximum number of connections. A further one replaces the connection whose deadline is next."""
+SWEEP_SECONDS = 1.0
+"""The interval at which connections past their deadline are closed."""
+_CHUNK = 16 * 1024
+_OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+Action: TypeAlias = Callable[[], None]
+log = logging.getLogger(__name__)
 
 
 class ListenAddress(Struct, frozen=True):
-    """Where to listen.
+    """An address and a port to listen on.
 
-    An unspecified host means every address of both families, as it does in Go's `net.Listen("tcp", ...)`; with
-    `one_family` it means those of its own.
+    As in Go's `net.Listen("tcp", ...)`, an unspecified host stands for all addresses of both families, or with
+    `one_family` for all of its own family.
     """
 
     host: str
@@ -43,70 +51,66 @@ class ListenAddress(Struct, frozen=True):
 
 
 def parse_address(text: str) -> ListenAddress:
-    """Return the address that `IP:port` or `[IP]:port` says."""
+    """Parse `IP:port` or `[IP]:port`."""
     return ListenAddress(*split_socket_text(text))
 
 
 def listen(address: ListenAddress) -> socket.socket:
-    """Return a listening socket that does not block. Raises `OSError`, which says why, if there cannot be one."""
+    """Return a non-blocking listening socket. Raises `OSError`."""
     family, host = _family(address)
-    found = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family is socket.AF_INET6:
             both = host == "::" and not address.one_family
-            found.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not both)
-        found.bind((host, address.port))
-        found.listen(BACKLOG)
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not both)
+        listener.bind((host, address.port))
+        listener.listen(BACKLOG)
     except OSError:
-        found.close()
+        listener.close()
         raise
-    return found
+    return listener
 
 
 def _family(address: ListenAddress) -> tuple[socket.AddressFamily, str]:
     host = address.host
-    if host in ANY and not address.one_family:
+    if host in UNSPECIFIED and not address.one_family:
         return (socket.AF_INET6, "::") if socket.has_dualstack_ipv6() else (socket.AF_INET, "0.0.0.0")  # noqa: S104
     return (socket.AF_INET6 if ":" in host else socket.AF_INET), host
 
 
-log = logging.getLogger(__name__)
-_CHUNK = 16 * 1024
-
-
 class ConnectionState(Enum):
-    """What a connection waits for."""
+    """What a connection is waiting for."""
 
     IDLE = auto()
     """A request."""
     RECEIVING = auto()
     """The rest of a request."""
     SENDING = auto()
-    """The client, to take the answer."""
+    """The client, to receive the response."""
     QUEUED = auto()
-    """Its turn: a request came together with the one before."""
+    """Its turn: another request arrived together with the one before (pipelining)."""
     DRAINING = auto()
-    """The client to hang up: closing first might reset the connection and take the last answer from it."""
-    OVER = auto()
+    """The client, to close the connection: if the server closed it first, a reset could discard the last response."""
+    CLOSED = auto()
     """Nothing: the socket can be closed."""
 
 
-PATIENCE = {
-    ConnectionState.IDLE: 60.0,  # scrapers come back within a minute
+TIMEOUTS = {
+    ConnectionState.IDLE: 60.0,  # scrape intervals are rarely longer
     ConnectionState.RECEIVING: 10.0,
     ConnectionState.SENDING: 10.0,
     ConnectionState.QUEUED: 10.0,
     ConnectionState.DRAINING: 2.0,
-    ConnectionState.OVER: 0.0,
+    ConnectionState.CLOSED: 0.0,
 }
-"""How many seconds a connection may be in each state."""
+"""The maximum number of seconds that a connection stays in each state."""
 
 
 class Connection:
-    """A client's socket, which does not block, and how far the conversation is.
+    """The non-blocking socket of a client, and the state of the connection.
 
-    `deadline`, by the clock whose `now` is passed in, is when patience with the client ends.
+    At `deadline`, in the time of `now`, the connection can be closed because the client takes too long.
     """
 
     def __init__(self, client: socket.socket, handler: Handler, wall: Callable[[], float], now: float) -> None:
@@ -116,17 +120,17 @@ class Connection:
         self._incoming = bytearray()
         self._outgoing = b""
         self._last = False
-        self._become(ConnectionState.IDLE, now)
+        self._set_state(ConnectionState.IDLE, now)
 
     @property
     def events(self) -> int:
-        """What to wait for, as `selectors` names it; 0 once the connection is over and its socket to be closed."""
-        if self._state is ConnectionState.OVER:
+        """The event mask to wait for (`selectors`), or 0 if the socket should be closed."""
+        if self._state is ConnectionState.CLOSED:
             return 0
         return EVENT_WRITE if self._state in {ConnectionState.SENDING, ConnectionState.QUEUED} else EVENT_READ
 
     def proceed(self, now: float) -> None:
-        """Go on as far as possible without waiting."""
+        """Receive, process and send as much as possible without blocking."""
         try:
             if self._state is ConnectionState.SENDING:
                 self._send(now)
@@ -136,45 +140,45 @@ class Connection:
                 self._receive(now)
         except BlockingIOError:
             pass
-        except OSError:  # the client is gone: nobody to tell
-            self._become(ConnectionState.OVER, now)
+        except OSError:  # the client is gone
+            self._set_state(ConnectionState.CLOSED, now)
 
-    def _become(self, state: ConnectionState, now: float) -> None:
+    def _set_state(self, state: ConnectionState, now: float) -> None:
         self._state = state
-        self.deadline = now + PATIENCE[state]
+        self.deadline = now + TIMEOUTS[state]
 
     def _receive(self, now: float) -> None:
         received = self.socket.recv(_CHUNK)
         if not received:
-            self._become(ConnectionState.OVER, now)
+            self._set_state(ConnectionState.CLOSED, now)
         elif self._state is not ConnectionState.DRAINING:
             self._incoming += received
             self._next(now)
 
     def _next(self, now: float) -> None:
         try:
-            request = take_request(self._incoming)
+            request = pop_request(self._incoming)
         except RequestError as error:
-            self._answer(plain(error.status, f"{error}\n"), now, head_only=False, last=True)
+            self._respond(plain(error.status, f"{error}\n"), now, head_only=False, last=True)
             return
         if request is not None:
             response = self._handle(request)
-            self._answer(response, now, head_only=request.method == "HEAD", last=not request.persistent)
+            self._respond(response, now, head_only=request.method == "HEAD", last=not request.persistent)
         elif self._state is not ConnectionState.RECEIVING:
-            self._become(ConnectionState.RECEIVING, now)
+            self._set_state(ConnectionState.RECEIVING, now)
 
     def _handle(self, request: HttpRequest) -> HttpResponse:
         try:
             return self._handler(request)
-        except Exception as error:  # a bug in one page must not end the others
+        except Exception as error:  # a bug in one page must not stop the server
             log.error("%s %s failed: unexpected %r", request.method, request.path, error)
-            log.debug("where it failed", exc_info=error)
+            log.debug("%s %s failed", request.method, request.path, exc_info=error)
             return plain(HTTPStatus.INTERNAL_SERVER_ERROR, "internal error\n")
 
-    def _answer(self, response: HttpResponse, now: float, *, head_only: bool, last: bool) -> None:
+    def _respond(self, response: HttpResponse, now: float, *, head_only: bool, last: bool) -> None:
         self._outgoing = encode(response, self._wall(), head_only=head_only, close=last)
         self._last = last
-        self._become(ConnectionState.SENDING, now)
+        self._set_state(ConnectionState.SENDING, now)
         self._send(now)
 
     def _send(self, now: float) -> None:
@@ -183,24 +187,16 @@ class Connection:
             return
         if self._last:
             self.socket.shutdown(socket.SHUT_WR)
-            self._become(ConnectionState.DRAINING, now)
+            self._set_state(ConnectionState.DRAINING, now)
         else:
-            self._become(ConnectionState.QUEUED if self._incoming else ConnectionState.IDLE, now)
-
-
-MAX_CONNECTIONS = 512
-"""Beyond this many, a new client takes the place of the one whose patience would end first."""
-SWEEP_SECONDS = 1.0
-"""How often connections are looked through for those that take too long."""
-_FULL = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
-Action: TypeAlias = Callable[[], None]
+            self._set_state(ConnectionState.QUEUED if self._incoming else ConnectionState.IDLE, now)
 
 
 class HttpServer:
-    """Listening sockets, their clients, and the thread that serves them.
+    """Listening sockets, their connections, and the thread that serves them.
 
-    Only `start`, `stop` and `call` may be used from other threads. `clock` gives seconds that never go back,
-    `wall` seconds since the epoch.
+    Other threads may call `start`, `stop` and `call` only. `clock` is monotonic, in seconds; `wall` returns seconds
+    since the epoch.
     """
 
     def __init__(self, *, clock: Callable[[], float], wall: Callable[[], float]) -> None:
@@ -221,21 +217,21 @@ class HttpServer:
         self._thread = threading.Thread(target=self._run, name="http", daemon=True)
 
     def start(self) -> None:
-        """Begin to serve."""
+        """Start the thread."""
         self._thread.start()
 
-    def stop(self) -> None:
-        """Close everything and return once that is done."""
+    def stop(self, timeout: float) -> None:
+        """Stop the thread and close all sockets; wait at most `timeout` seconds for a handler that is running."""
         if self._thread.ident is None:
             self._close()
             return
         self.call(self._stop)
-        self._thread.join()
+        self._thread.join(timeout)
 
     def call(self, action: Action) -> None:
-        """Have something done in the server's thread, after what was asked for before. Returns at once.
+        """Run an action in the server's thread, after earlier ones. Returns at once.
 
-        A server that has stopped does nothing any more.
+        The action is dropped if the server has stopped.
         """
         with self._closing:
             if not self._closed:
@@ -243,20 +239,20 @@ class HttpServer:
                 os.eventfd_write(self._wake, 1)
 
     def now(self) -> float:
-        """Return the time of the server's clock."""
+        """Return the time of the server's clock, in seconds."""
         return self._clock()
 
     def call_later(self, seconds: float, action: Action) -> None:
-        """Have something done in the server's thread after so many seconds."""
+        """Run an action in the server's thread after some seconds."""
         heappush(self._timers, (self._clock() + seconds, next(self._order), action))
 
     def add(self, listener: socket.socket, handler: Handler) -> None:
-        """Serve what comes in on a listening socket, which belongs to the server from now on."""
+        """Serve the connections of a listening socket. The server takes ownership of the socket."""
         self._listeners.add(listener)
         self._selector.register(listener, EVENT_READ, partial(self._accept, listener, handler))
 
     def remove(self, listener: socket.socket) -> None:
-        """Close a listening socket and the connections of its clients."""
+        """Close a listening socket and its connections."""
         for connection in [client for client, owner in self._clients.items() if owner is listener]:
             self._drop(connection)
         self._listeners.discard(listener)
@@ -295,16 +291,16 @@ class HttpServer:
 
     def _accept(self, listener: socket.socket, handler: Handler) -> None:
         if listener not in self._listeners:
-            return  # closed by what came before it in the same round
+            return  # an earlier event of the same round closed it
         try:
             client, _ = listener.accept()
         except OSError as error:
-            if error.errno in _FULL:
-                self._make_room()
+            if error.errno in _OUT_OF_RESOURCES:
+                self._free_resources()
             return
         client.setblocking(False)
         if len(self._clients) >= MAX_CONNECTIONS:
-            self._drop_one()
+            self._drop_earliest()
         if not self._sweeping:
             self._sweeping = True
             self.call_later(SWEEP_SECONDS, self._sweep)
@@ -312,16 +308,16 @@ class HttpServer:
         self._clients[connection] = listener
         self._selector.register(client, connection.events, partial(self._proceed, connection))
 
-    def _make_room(self) -> None:
+    def _free_resources(self) -> None:
         if self._clients:
-            self._drop_one()
+            self._drop_earliest()
         else:
-            log.warning("no more files can be opened: health checks and metrics may go without an answer")
+            log.warning("too many open files: health checks and metrics may get no response")
             poll = select.poll()
             poll.register(self._wake, select.POLLIN)
             poll.poll(1000 * SWEEP_SECONDS)
 
-    def _drop_one(self) -> None:
+    def _drop_earliest(self) -> None:
         self._drop(min(self._clients, key=lambda connection: connection.deadline))
 
     def _drop(self, connection: Connection) -> None:
@@ -351,6 +347,6 @@ class HttpServer:
 def _guard(action: Action) -> None:
     try:
         action()
-    except Exception as error:  # one client or port must not end the service of all others
-        log.error("serving failed: unexpected %r", error)
-        log.debug("where it failed", exc_info=error)
+    except Exception as error:  # one client or port must not affect the others
+        log.error("HTTP server: unexpected %r", error)
+        log.debug("HTTP server: unexpected error", exc_info=error)

@@ -1,4 +1,4 @@
-"""The serving side of a daemon, put together: one thread, two fixed ports, and those of Services."""
+"""The HTTP server of the daemon: the health and metrics ports, and the health check node ports of Services."""
 
 from __future__ import annotations
 
@@ -6,52 +6,39 @@ import logging
 import platform
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Protocol
 
 from kproxy import __version__
-from kproxy.model.delta import Kind
 from kproxy.model.logging import LogThrottle
-from kproxy.model.store import StoreChange
+from kproxy.model.sync_report import ChangeListener, QueueListener, SyncListener
 from kproxy.model.types import Family, Node
 from kproxy.serve.health import NANO, Health, HealthPages
 from kproxy.serve.http import Handler, HttpRequest, HttpResponse, json, plain, routes
 from kproxy.serve.metrics import Metrics
-from kproxy.serve.observed import Sync
 from kproxy.serve.server import HttpServer, listen, parse_address
-from kproxy.serve.service_health import Failed, HealthCheckNodePorts, ServiceHealthTracker
+from kproxy.serve.service_health import HealthCheckNodePorts, PortFailure, ServiceHealthTracker
 from kproxy.serve.zpages import flagz, statusz
 
 log = logging.getLogger(__name__)
 RETRY_SECONDS = 5.0
-"""How long a fixed port that could not be opened is left alone (as kube-proxy does)."""
+"""The interval between attempts to open the health and the metrics port, as in kube-proxy."""
 
 
 class ListenError(Exception):
-    """A port cannot be opened that must be; the message says which and why on one line."""
-
-
-class _Observer(Protocol):
-    """Told of changes and syncs, in the reconciler's thread."""
-
-    def queued(self, family: Family, now: float) -> None:
-        """Note that changes of a family wait to be programmed, at `now` of the reconciler's clock."""
-
-    def changed(self, kind: Kind, changed: StoreChange) -> None:
-        """Note what one delta about a kind of objects changed."""
-
-    def synced(self, sync: Sync) -> None:
-        """Take in how a sync ended, well or not."""
+    """A required port cannot be opened; the message is one line and says which and why."""
 
 
 class StatusServer:
-    """Health, metrics and the Services' health check ports, from `start` until `stop`.
+    """Serves health, metrics and the health check node ports of Services, from `start` until `stop`.
 
-    `mode` and `configuration` (the data of a configuration file) are shown; `health_timeout` is how many seconds
-    changes may wait until this counts as unhealthy. The addresses are `IP:port`, "" for none; with `hard_fail`
-    they must be there at once. `node` returns this Node as far as it is known, `counters` reads the kernel's counters
-    (see `kproxy.serve.metric_definitions`), and `port_failed` is told of Services' ports that cannot be served. `clock`
-    is the reconciler's, `wall` gives nanoseconds since the epoch. `reason` returns what is wrong with this Node,
-    `flags` the value of each flag of the command line.
+    The reconciler must notify it through `on_queue`, `on_change` and `on_sync`.
+
+    `mode` and `configuration` (the content of a configuration file) are shown on pages of the metrics port.
+    `health_timeout` is how many seconds a change may wait before the proxy is unhealthy. The addresses are `IP:port`,
+    "" for none; with `hard_fail`, `start` raises an error if one cannot be opened. `node` returns this Node, or None if
+    it is unknown. `counters` reads the kernel's packet counters (see `kproxy.serve.metric_definitions`).
+    `on_port_failed` is called about health check node ports that cannot be opened. `clock` is the reconciler's, `wall`
+    returns nanoseconds since the epoch. `reason` returns what is wrong with this Node, "" if nothing is. `flags`
+    returns the value of each command-line flag.
     """
 
     def __init__(
@@ -66,7 +53,7 @@ class StatusServer:
         health_timeout: float,
         node: Callable[[], Node | None],
         counters: Mapping[tuple[str, str], Callable[[], int | None]],
-        port_failed: Failed,
+        on_port_failed: PortFailure,
         clock: Callable[[], float],
         wall: Callable[[], int],
         reason: Callable[[], str] = lambda: "",
@@ -81,27 +68,29 @@ class StatusServer:
         self._server = HttpServer(clock=clock, wall=self._wall)
         self.health = Health(families, health_timeout, wall=wall)
         self.metrics = Metrics(mode, families, counters, wall=self._wall)
-        ports = HealthCheckNodePorts(self._server, lambda: self.health.is_healthy(clock()), port_failed)
+        ports = HealthCheckNodePorts(self._server, lambda: self.health.is_healthy(clock()), on_port_failed)
         services = ServiceHealthTracker(families, lambda changes: self._server.call(partial(ports.update, changes)))
-        self.observers: tuple[_Observer, ...] = (self.health, services, self.metrics)
-        pages = HealthPages(self.health, node, clock=clock, wall=wall, probed=self.metrics.probed, reason=reason)
+        self.on_queue: tuple[QueueListener, ...] = (self.health.on_queue, self.metrics.on_queue)
+        self.on_change: tuple[ChangeListener, ...] = (self.metrics.on_change,)
+        self.on_sync: tuple[SyncListener, ...] = (self.health.on_sync, services.on_sync, self.metrics.on_sync)
+        pages = HealthPages(self.health, node, clock=clock, wall=wall, on_probe=self.metrics.on_probe, reason=reason)
         self._fixed = {"healthz": (healthz_address, pages.handler), "metrics": (metrics_address, self._metrics_pages())}
 
     def start(self) -> None:
-        """Begin to serve. Raises `ListenError` if a port cannot be opened that must be."""
+        """Open the ports and start to serve. Raises `ListenError` if a required port cannot be opened."""
         for name, (address, handler) in self._fixed.items():
             if address:
                 self._open(name, address, handler, None if self._hard_fail else LogThrottle())
         self._server.start()
 
-    def stop(self) -> None:
-        """Close all ports."""
-        self._server.stop()
+    def stop(self, timeout: float) -> None:
+        """Close all ports; wait at most `timeout` seconds for a request that is being served."""
+        self._server.stop(timeout)
 
     def _open(
         self, name: str, address: str, handler: Handler, reminder: LogThrottle | None, *, again: bool = False
     ) -> None:
-        """Open a fixed port. Without a `reminder` it must be there; else it is tried `again` until it is."""
+        """Open a port. Without a `reminder` it is required; otherwise a failure is logged and the attempt repeated."""
         try:
             listener = listen(parse_address(address))
         except OSError as error:
@@ -109,7 +98,7 @@ class StatusServer:
             if reminder is None:
                 raise ListenError(message) from None
             if reminder.is_due(self._server.now()):
-                log.error("%s, trying again every %.0f s", message, RETRY_SECONDS)
+                log.error("%s, retrying every %.0f s", message, RETRY_SECONDS)
             self._server.call_later(RETRY_SECONDS, partial(self._open, name, address, handler, reminder, again=True))
         else:
             self._server.add(listener, handler)
@@ -124,10 +113,10 @@ class StatusServer:
             "/configz": self._configz,
             "/flagz": flagz(self._flags),
         }
-        began = self._clock()
+        started = self._clock()
         pages["/statusz"] = statusz(
             started=self._wall(),
-            up=lambda: self._clock() - began,
+            up=lambda: self._clock() - started,
             binary_version=__version__,
             python_version=f"{platform.python_version()} ({platform.python_implementation()})",
             paths=(*pages, "/statusz"),

@@ -1,7 +1,6 @@
-"""`/statusz` and `/flagz` (KEP-4827, KEP-4828): text for people, or JSON of `config.k8s.io` for who asks for it. Pure.
+"""The pages `/statusz` (KEP-4827) and `/flagz` (KEP-4828), as plain text or as JSON of the group `config.k8s.io`. Pure.
 
-Which media types are answered how, and the fields of the JSON, are those of "Kubernetes z-pages" in the Kubernetes
-documentation, version 1.36.
+The media types and the JSON fields are those of "Kubernetes z-pages" in the Kubernetes documentation, version 1.36.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ from kproxy.serve.http import Handler, HttpRequest, HttpResponse, json, plain
 NAME = "kproxy"
 GROUP = "config.k8s.io"
 VERSIONS = ("v1beta1", "v1alpha1")
-"""Of both kinds; the fields are the same."""
+"""The versions of both kinds, which have the same fields."""
 EMULATION = "1.36"
-"""The version of Kubernetes whose kube-proxy this stands in for."""
+"""The version of kube-proxy that kproxy replaces."""
 
 
 def statusz(
@@ -28,9 +27,10 @@ def statusz(
     python_version: str,
     paths: Iterable[str],
 ) -> Handler:
-    """Return what answers `/statusz`.
+    """Return the handler of `/statusz`.
 
-    `started` is in seconds since the epoch, `up` returns the seconds since then; `paths` are all pages of the port.
+    `started` is the start time in seconds since the epoch, `up` returns the seconds since then, and `paths` are all
+    pages of the port.
     """
     start = datetime.fromtimestamp(int(started), UTC)
     paths = sorted(paths)
@@ -60,7 +60,7 @@ def statusz(
 
 
 def flagz(flags: Callable[[], Mapping[str, str]]) -> Handler:
-    """Return what answers `/flagz`: the value of each flag, by name."""
+    """Return the handler of `/flagz`, which shows the value of each flag by name."""
 
     def text() -> str:
         return "".join(f"{name}={value}\n" for name, value in sorted(flags().items()))
@@ -70,12 +70,12 @@ def flagz(flags: Callable[[], Mapping[str, str]]) -> Handler:
 
 def _page(title: str, kind: str, text: Callable[[], str], fields: Callable[[], dict[str, object]]) -> Handler:
     structured = f"application/json;v={VERSIONS[0]};g={GROUP};as={kind}"
-    head = f"\n{NAME} {title}\nWarning: this text is for people, and may change; programs ask for {structured}\n\n"
+    head = f"\n{NAME} {title}\nWarning: this text may change; programs should request {structured}\n\n"
 
     def answer(request: HttpRequest) -> HttpResponse:
         version = negotiate(request.headers.get("accept", ""), kind)
         if version is None:
-            message = f"not acceptable: there is text/plain, and {structured}\n"
+            message = f"not acceptable: available are text/plain and {structured}\n"
             return plain(HTTPStatus.NOT_ACCEPTABLE, message)
         if not version:
             return plain(HTTPStatus.OK, head + text())
@@ -86,7 +86,7 @@ def _page(title: str, kind: str, text: Callable[[], str], fields: Callable[[], d
 
 
 def negotiate(accept: str, kind: str) -> str | None:
-    """Return the version of `kind` that a header Accept asks for, "" for text, or None if there is nothing for it."""
+    """Return the version of `kind` that an Accept header selects, "" for plain text, or None if it accepts neither."""
     if not accept.strip():
         return ""
     for media_type, parameters in _accepted(accept):
@@ -101,8 +101,8 @@ def negotiate(accept: str, kind: str) -> str | None:
 
 
 def _accepted(accept: str) -> list[tuple[str, dict[str, str]]]:
-    """Return media types and their parameters in lower case, the most wanted first (RFC 9110, section 12.5.1)."""
-    found = []
+    """Return media types and their parameters in lower case, by descending quality (RFC 9110, section 12.5.1)."""
+    accepted = []
     for entry in accept.lower().split(","):
         media_type, *rest = (part.strip() for part in entry.split(";"))
         pairs = (part.partition("=") for part in rest if part)
@@ -112,5 +112,5 @@ def _accepted(accept: str) -> list[tuple[str, dict[str, str]]]:
         except ValueError:
             quality = 1.0
         if quality > 0:
-            found.append((quality, media_type, parameters))
-    return [(media_type, parameters) for _, media_type, parameters in sorted(found, key=lambda each: -each[0])]
+            accepted.append((quality, media_type, parameters))
+    return [(media_type, parameters) for _, media_type, parameters in sorted(accepted, key=lambda each: -each[0])]

@@ -1,1 +1,1 @@
-"""Bringing the kernel to the desired state: when, what, and what was accepted."""
+"""Bring the kernel to the desired state: when to sync, what to program, and what the outcome was."""

@@ -1,4 +1,4 @@
-"""After each accepted sync: have the kernel forget UDP flows to endpoints that are no longer any."""
+"""Delete stale UDP conntrack entries after each successful sync."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from typing import Protocol
 from msgspec import Struct
 
 from kproxy.model.context import Context
-from kproxy.model.delta import Kind
-from kproxy.model.store import StoreChange
 from kproxy.model.sync_report import SyncReport
 from kproxy.model.types import Family
 from kproxy.model.udp_flows import UdpFrontends, accepts_node_ports
@@ -20,14 +18,14 @@ log = logging.getLogger(__name__)
 
 
 class ConntrackTable(Protocol):
-    """The kernel's UDP flows of one family; `kproxy.host.conntrack.UdpConntrack` is the real one."""
+    """The UDP conntrack entries of one family, implemented by `kproxy.host.conntrack.UdpConntrack`."""
 
     def clean(self, destinations: Collection[str], is_stale: Callable[[str, str], bool]) -> int:
-        """Delete the stale ones of the flows to these destinations, return how many; raises `OSError`."""
+        """Delete the stale ones of the entries with these destinations; return their number. Raises `OSError`."""
 
 
 class ConntrackCleanup(Struct, frozen=True):
-    """How one cleaning went: entries deleted, seconds taken, and "" or why something stale may be left."""
+    """The outcome of one cleanup: entries deleted, seconds taken, and why it failed ("" if it did not)."""
 
     family: Family
     deleted: int
@@ -36,11 +34,11 @@ class ConntrackCleanup(Struct, frozen=True):
 
 
 class ConntrackCleaner:
-    """An `Observer` that deletes stale UDP flows, in the reconciler's thread.
+    """Deletes stale UDP conntrack entries, as a step after a sync.
 
-    It cannot be left to another thread: by the time that one has read the table, a later sync may have
-    sent flows to endpoints that it does not know, and it would cut them. What could not be deleted stays to be done
-    after the family's next sync.
+    It must run in the reconciler's thread. Another thread could read the table after a later sync, which may have sent
+    flows to endpoints that the thread does not know, and delete these flows. Entries that could not be deleted are
+    deleted after the next sync of the family.
     """
 
     def __init__(
@@ -49,40 +47,34 @@ class ConntrackCleaner:
         own_addresses: Callable[[Family], Collection[str]],
         *,
         clock: Callable[[], float],
-        tell: Callable[[ConntrackCleanup], None],
+        on_cleanup: Callable[[ConntrackCleanup], None],
     ) -> None:
-        """`own_addresses` returns this machine's addresses, `tell` is told of each cleaning, `clock` is in seconds."""
+        """`own_addresses` returns the addresses of this machine; `clock` returns seconds."""
         self._tables = tables
         self._frontends = {family: UdpFrontends() for family in tables}
         self._own_addresses = own_addresses
         self._clock = clock
-        self._tell = tell
-        self._warned: set[Family] = set()
+        self._on_cleanup = on_cleanup
+        self._failing: set[Family] = set()
 
-    def queued(self, family: Family, now: float) -> None:
-        """Do nothing: flows are looked at when the kernel has accepted the changes."""
-
-    def changed(self, kind: Kind, changed: StoreChange) -> None:
-        """Do nothing: what a sync looked at is in its report."""
-
-    def synced(self, report: SyncReport) -> None:
-        """Delete what the sync made stale, and what earlier attempts left."""
-        if report.error or report.context is None or report.family not in self._tables:
+    def clean(self, report: SyncReport) -> None:
+        """Delete the entries that a sync made stale, and those that earlier cleanups could not delete."""
+        if report.result is None or report.family not in self._tables:
             return
         frontends = self._frontends[report.family]
-        frontends.accept(report.plans, complete=report.complete)
-        if not frontends.suspects:
+        frontends.update(report.result.plans, complete=report.result.complete)
+        if not frontends.unchecked:
             return
-        began = self._clock()
+        started = self._clock()
         try:
-            deleted = self._clean(frontends, report.context)
+            deleted = self._clean(frontends, report.result.context)
         except OSError as error:
-            cleaning = ConntrackCleanup(report.family, 0, self._clock() - began, error.strerror or str(error))
+            cleanup = ConntrackCleanup(report.family, 0, self._clock() - started, error.strerror or str(error))
         else:
-            frontends.cleaned()
-            cleaning = ConntrackCleanup(report.family, deleted, self._clock() - began)
-        self._log(cleaning)
-        self._tell(cleaning)
+            frontends.mark_checked()
+            cleanup = ConntrackCleanup(report.family, deleted, self._clock() - started)
+        self._log(cleanup)
+        self._on_cleanup(cleanup)
 
     def _clean(self, frontends: UdpFrontends, context: Context) -> int:
         own_addresses = cache(lambda: self._own_addresses(context.family))
@@ -92,14 +84,14 @@ class ConntrackCleaner:
                 destination, source, lambda address: accepts_node_ports(context, address, own_addresses)
             )
 
-        return self._tables[context.family].clean(frontends.suspects, is_stale)
+        return self._tables[context.family].clean(frontends.unchecked, is_stale)
 
-    def _log(self, cleaning: ConntrackCleanup) -> None:
-        name = cleaning.family.value
-        if cleaning.error:
-            level = logging.DEBUG if cleaning.family in self._warned else logging.WARNING
-            self._warned.add(cleaning.family)
-            log.log(level, "%s: UDP flows to removed endpoints may live on: conntrack: %s", name, cleaning.error)
+    def _log(self, cleanup: ConntrackCleanup) -> None:
+        family = cleanup.family.value
+        if cleanup.error:
+            level = logging.DEBUG if cleanup.family in self._failing else logging.WARNING
+            self._failing.add(cleanup.family)
+            log.log(level, "%s: cannot delete stale UDP conntrack entries: %s", family, cleanup.error)
             return
-        self._warned.discard(cleaning.family)
-        log.debug("%s: %d stale UDP flows deleted in %.3f s", name, cleaning.deleted, cleaning.seconds)
+        self._failing.discard(cleanup.family)
+        log.debug("%s: deleted %d stale UDP conntrack entries in %.3f s", family, cleanup.deleted, cleanup.seconds)

@@ -1,69 +1,58 @@
-"""One family's way from the desired state to the kernel."""
+"""Sync one IP family: plan the pending Services and have the family's backend program them. Pure."""
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Protocol
 
-from msgspec import Struct
 from msgspec.structs import replace
 
 from kproxy.model.addresses import family_of
 from kproxy.model.context import Context
-from kproxy.model.plan import ServicePortPlan, plan_service
+from kproxy.model.plan import ServicePortPlan, count_endpoints, plan_service
 from kproxy.model.store import Store, StoreChange
-from kproxy.model.sync_report import ApplyResult, ConditionTransition, DriftError, Plans, ServiceCounts
+from kproxy.model.sync_report import (
+    ApplyResult,
+    ConditionTransition,
+    DriftError,
+    Plans,
+    SyncResult,
+)
 from kproxy.model.types import Family, Node, ServiceKey
 from kproxy.sync.conditions import ConditionTracker, ServiceCondition, service_condition
 
+LARGE_CLUSTER_ENDPOINTS = 1000
+"""Above this many endpoints, the rules of single endpoints have no comments (kube-proxy's threshold)."""
+MAX_LAST_CHANGES = 1000
+"""How many start times of endpoint changes are kept for the metrics while syncs fail."""
+
 
 class Backend(Protocol):
-    """Keeps one family's kernel state equal to the plans that it is given."""
+    """Keeps the kernel state of one family equal to the plans that it is given."""
 
     @property
     def needs_full_sync(self) -> bool:
-        """Whether the next `sync` must be given the plans of all Services, because nothing is known."""
+        """Whether the next `sync` must cover all Services, because the kernel's state is unknown."""
 
     def verify(self, context: Context) -> bool:
-        """Return whether the kernel still holds what it must; if not, forget what is known of it."""
+        """Return whether the kernel state is intact. If it is not, the next sync must be a full one."""
 
     def forget(self) -> None:
-        """Forget what is known of the kernel: the next `sync` looks at all that is there."""
+        """Have the next `sync` read the kernel state and compare all of it."""
 
     def sync(self, plans: Plans, context: Context) -> ApplyResult:
-        """Program the plans of the Services that may have changed; those without plans are gone.
+        """Program the plans of the Services that may have changed; remove Services that have no plans.
 
-        Raises `SyncError` if the kernel refused.
+        Raises `SyncError` if the kernel rejects a change.
         """
 
 
-LARGE_CLUSTER_ENDPOINTS = 1000
-"""Above this many endpoints, per-endpoint rules lose their comments (kube-proxy's threshold)."""
-
-
-REMEMBERED_CHANGES = 1000
-"""How many moments of changes are kept for the metrics while they cannot be programmed."""
-
-
-class FamilySyncResult(Struct, frozen=True):
-    """What the kernel accepted: see the fields of the same names of `kproxy.model.sync_report.SyncReport`."""
-
-    plans: Plans
-    services: int
-    complete: bool
-    context: Context
-    written: ApplyResult
-    last_changes: tuple[float, ...]
-    tally: ServiceCounts
-    notices: tuple[ConditionTransition, ...]
-
-
 class FamilySync:
-    """Keeps track of what is not yet programmed in one family.
+    """Keeps track of the changes of one family that are not programmed yet.
 
-    Changes leave the pending set only when the kernel has accepted them.
+    A change stays pending until the kernel has accepted it.
     """
 
     def __init__(
@@ -73,126 +62,130 @@ class FamilySync:
         *,
         large_cluster_endpoints: float = LARGE_CLUSTER_ENDPOINTS,
     ) -> None:
-        """`make_context` returns what the Services share, less what the store knows; it is called for each sync."""
+        """`make_context` is called at each sync. It returns the context except for what the store adds to it."""
         self._backend = backend
-        self._large_cluster_endpoints = large_cluster_endpoints
         self._make_context = make_context
         self._applied: Context | None = None
         self._pending: set[ServiceKey] = set()
         self._appeared: set[ServiceKey] = set()
         self._conditions: ConditionTracker | None = None
-        self._last_changes: deque[tuple[Family, float]] = deque(maxlen=REMEMBERED_CHANGES)
-        self._endpoints: dict[ServiceKey, int] = {}
-        self._total_endpoints = 0
+        self._last_changes: deque[tuple[Family, float]] = deque(maxlen=MAX_LAST_CHANGES)
+        self._large_cluster_endpoints = large_cluster_endpoints
+        self._endpoints: EndpointCounts | None = None
 
-    def note(self, changed: StoreChange) -> None:
-        """Take in what a delta changed."""
-        self._pending |= changed.services
+    def add_changes(self, change: StoreChange) -> None:
+        """Add what a delta changed to the pending changes."""
+        self._pending |= change.services
         if self._conditions is not None:  # at the first sync, all Services count as new
-            self._appeared |= changed.appeared
-        self._last_changes += changed.last_changes
+            self._appeared |= change.appeared
+        self._last_changes += change.last_changes
 
     def verify(self) -> bool:
-        """Return whether the kernel still holds what it accepted, as far as a quick look tells."""
+        """Return whether a quick check finds the kernel state intact."""
         return self._applied is None or self._backend.verify(self._applied)
 
     def forget(self) -> None:
-        """Let the next sync compare all that the kernel holds with what it should."""
+        """Have the next sync compare all of the kernel state."""
         self._backend.forget()
 
-    def sync(self, store: Store) -> FamilySyncResult:
-        """Program what is pending. Raises `SyncError`."""
+    def sync(self, store: Store) -> SyncResult:
+        """Program the pending changes. Raises `SyncError`."""
         try:
             return self._sync(store)
         except DriftError:
             return self._sync(store)
 
-    def _sync(self, store: Store) -> FamilySyncResult:
+    def _sync(self, store: Store) -> SyncResult:
         context = self._context(store)
-        everything = self._backend.needs_full_sync or self._applied is None or not _alike(context, self._applied)
-        planner = Planner(store, context, everything=everything, pending=self._pending)
-        plans: Plans = planner if everything else dict(planner)
-        if self._counts_endpoints:
-            self._count(plans)
-            context = replace(context, large_cluster=self._total_endpoints > self._large_cluster_endpoints)
-            if not everything and context != self._applied:
-                everything = True
-                plans = planner = Planner(store, context, everything=True, pending=self._pending)
-        written = self._backend.sync(plans, context)
-        notices = self._notice(planner, written, everything=everything)
+        full = self._backend.needs_full_sync or context != self._applied
+        keys = dict.fromkeys((*store.service_keys(), *self._pending) if full else self._pending)
+        plans = StorePlans(store, context, keys)
+        applied = self._backend.sync(plans, context)
+        if self._conditions is None:
+            self._conditions = ConditionTracker(context.family)
+        result = SyncResult(
+            services=len(keys),
+            complete=full,
+            plans=plans.lasting if full else {key: plans.lasting.get(key, ()) for key in keys},
+            context=context,
+            applied=applied,
+            transitions=self._update_conditions(self._conditions, plans, applied, full=full),
+            counts=self._conditions.counts(store),
+            last_changes=tuple(moment for family, moment in self._last_changes if family is context.family),
+        )
         self._applied = context
         self._pending.clear()
         self._appeared.clear()
-        last_changes = tuple(moment for family, moment in self._last_changes if family is context.family)
         self._last_changes.clear()
-        told = planner.plans_that_outlive_sync() if everything else plans
-        tally = self._conditions.tally(store) if self._conditions else ServiceCounts()
-        return FamilySyncResult(told, len(plans), everything, context, written, last_changes, tally, notices)
-
-    def _notice(self, planner: Planner, written: ApplyResult, *, everything: bool) -> tuple[ConditionTransition, ...]:
-        """Take in the conditions that the Services are in now; return what is worth telling."""
-        if self._conditions is None:
-            self._conditions = ConditionTracker(planner.family)
-        examined = None if everything else self._pending
-        troubled = self._conditions.troubled(examined)
-        left = [key for key in troubled if key not in planner.conditions and not planner[key]]
-        return self._conditions.accept(planner.conditions, examined, self._appeared, written.conflicts, left)
+        return result
 
     def _context(self, store: Store) -> Context:
         context = self._make_context(store.node)
         cidrs = tuple(cidr for cidr in store.service_cidrs if family_of(cidr) is context.family)
-        return replace(context, service_cidrs=cidrs)
+        return replace(context, service_cidrs=cidrs, large_cluster=self._is_large(store, context.family))
 
-    @property
-    def _counts_endpoints(self) -> bool:
-        return self._large_cluster_endpoints < math.inf
+    def _is_large(self, store: Store, family: Family) -> bool:
+        if math.isinf(self._large_cluster_endpoints):
+            return False
+        if self._endpoints is None:
+            self._endpoints = EndpointCounts(family)
+            self._endpoints.update(store, store.service_keys())
+        self._endpoints.update(store, self._pending)
+        return self._endpoints.total > self._large_cluster_endpoints
 
-    def _count(self, plans: Plans) -> None:
-        for key, ports in plans.items():
-            endpoints = sum(plan.known_endpoints for plan in ports)
-            self._total_endpoints += endpoints - self._endpoints.get(key, 0)
-            if endpoints:
-                self._endpoints[key] = endpoints
-            else:
-                self._endpoints.pop(key, None)
+    def _update_conditions(
+        self, conditions: ConditionTracker, plans: StorePlans, applied: ApplyResult, *, full: bool
+    ) -> tuple[ConditionTransition, ...]:
+        """Update the conditions of the Services that the sync covered; return the transitions to report."""
+        covered = None if full else self._pending
+        deleted = [key for key in conditions.reported(covered) if key not in plans.conditions and not plans.of(key)]
+        return conditions.update(plans.conditions, covered, self._appeared, applied.conflicts, deleted)
 
 
-class Planner(Mapping[ServiceKey, Sequence[ServicePortPlan]]):
-    """The plans of Services, made each time they are asked for.
+class StorePlans:
+    """Plans Services of a store on demand (`kproxy.model.sync_report.Plans`).
 
-    All plans of a large cluster at once would take more memory than everything else that is kept of it.
+    While `by_service` goes through the Services, it collects the little that must outlive the sync, so that each
+    Service is planned once: the plans for which `ServicePortPlan.outlives_sync` is true, in `lasting`, and the
+    conditions of Services, in `conditions`.
     """
 
-    def __init__(self, store: Store, context: Context, *, everything: bool, pending: Collection[ServiceKey]) -> None:
-        """`pending` are Services that may have changed, and may be gone; `everything` adds all that there are."""
+    def __init__(self, store: Store, context: Context, keys: Collection[ServiceKey]) -> None:
         self._store = store
         self._context = context
-        self._keys = dict.fromkeys((*store.service_keys(), *pending) if everything else pending)
-        self._interesting: dict[ServiceKey, Sequence[ServicePortPlan]] = {}
-        self.family = context.family
+        self._keys = keys
+        self.lasting: dict[ServiceKey, Sequence[ServicePortPlan]] = {}
         self.conditions: dict[ServiceKey, ServiceCondition] = {}
-        """The Services in a condition among those whose plans were made so far."""
 
-    def __getitem__(self, key: ServiceKey) -> Sequence[ServicePortPlan]:
+    def by_service(self) -> Iterator[tuple[ServiceKey, Sequence[ServicePortPlan]]]:
+        """Plan each Service once, and collect what outlives the sync."""
+        for key in self._keys:
+            plans = self.of(key)
+            if any(plan.outlives_sync for plan in plans):
+                self.lasting[key] = plans
+            if (condition := service_condition(plans)) is not None:
+                self.conditions[key] = condition
+            yield key, plans
+
+    def of(self, key: ServiceKey) -> Sequence[ServicePortPlan]:
+        """Plan one Service. Nothing is collected."""
         service = self._store.service(key)
-        plans = plan_service(service, self._store.slices(key), self._context) if service else ()
-        if any(plan.outlives_sync for plan in plans):
-            self._interesting[key] = plans
-        if (condition := service_condition(plans)) is not None:
-            self.conditions[key] = condition
-        return plans
-
-    def __iter__(self) -> Iterator[ServiceKey]:
-        return iter(self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def plans_that_outlive_sync(self) -> Plans:
-        """Return those of the plans made so far that somebody must remember once the kernel has them."""
-        return self._interesting
+        return plan_service(service, self._store.slices(key), self._context) if service else ()
 
 
-def _alike(context: Context, other: Context) -> bool:
-    """Return whether two contexts differ at most in what follows from the Services themselves."""
-    return replace(context, large_cluster=other.large_cluster) == other
+class EndpointCounts:
+    """The number of endpoints of each Service in one family, unusable ones included."""
+
+    def __init__(self, family: Family) -> None:
+        self.total = 0
+        self._family = family
+        self._counts: dict[ServiceKey, int] = {}
+
+    def update(self, store: Store, keys: Iterable[ServiceKey]) -> None:
+        """Count the endpoints of some Services again."""
+        for key in keys:
+            service = store.service(key)
+            count = count_endpoints(service, store.slices(key), self._family) if service else 0
+            self.total += count - self._counts.pop(key, 0)
+            if count:
+                self._counts[key] = count

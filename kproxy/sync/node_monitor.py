@@ -1,4 +1,4 @@
-"""Whether this machine's Node exists and says what kproxy needs to know of it; if not, reminds of it in the log."""
+"""Check that this machine's Node exists and has the podCIDRs that kproxy needs, and log reminders while it does not."""
 
 from __future__ import annotations
 
@@ -13,34 +13,36 @@ log = logging.getLogger(__name__)
 
 
 class NodeMonitor:
-    """Looks at the Node in the reconciler's thread; `reason` may be read by any thread.
+    """Checks the Node in the reconciler's thread. Any thread may read `reason`.
 
-    With `required`, the Node has to exist; with `needs_pod_cidrs`, its `spec.podCIDRs` are waited for as well before
-    anything is programmed. `missing` is called when the Node turns out to be missing (True) or is found again (False).
+    If `required`, the Node must exist. If `needs_pod_cidrs`, it must also have `spec.podCIDRs`, and nothing is
+    programmed until it has them. `on_missing` is called with True when the Node is found to be missing, and with False
+    when it exists again.
     """
 
     def __init__(
-        self, name: str, *, required: bool, needs_pod_cidrs: bool, missing: Callable[[bool], None] = lambda _: None
+        self, name: str, *, required: bool, needs_pod_cidrs: bool, on_missing: Callable[[bool], None] = lambda _: None
     ) -> None:
         self.reason = ""
-        """What is wrong with the Node and what to do, on one line; "" if nothing is."""
+        """What is wrong with the Node and how to fix it, on one line; "" if nothing is."""
         self._name = name
         self._required = required or needs_pod_cidrs
         self._needs_pod_cidrs = needs_pod_cidrs
-        self._missing = missing
+        self._on_missing = on_missing
         self._was_missing = False
-        self._programs = not needs_pod_cidrs
+        self._can_program = not needs_pod_cidrs
         self._reminder = LogThrottle()
 
-    def look(self, store: Store, now: float) -> float | None:
-        """Log what is wrong if it is new or worth a reminder. Return the seconds until the next one, None for never.
+    def check(self, store: Store, now: float) -> float | None:
+        """Log what is wrong with the Node if it is new or a reminder is due.
 
-        `now` is in seconds of a clock that never goes back.
+        Returns the seconds until the next reminder, or None if nothing is wrong. `now` is in seconds of a monotonic
+        clock.
         """
         missing = self._required and store.node_missing
         if missing != self._was_missing:
             self._was_missing = missing
-            self._missing(missing)
+            self._on_missing(missing)
         reason = self._reason_for(store, missing=missing)
         if reason != self.reason:
             if not reason:
@@ -57,18 +59,18 @@ class NodeMonitor:
         if not self._required or not store.has_listed(Node):
             return ""
         has_pod_cidrs = store.node is not None and bool(store.node.pod_cidrs)
-        self._programs = self._programs or has_pod_cidrs
+        self._can_program = self._can_program or has_pod_cidrs
         if missing:
-            if store.node and self._programs:
+            if store.node and self._can_program:
                 effect = "/healthz answers 503; kproxy keeps its last known zone, addresses and podCIDRs"
                 return f'Node "{self._name}" was deleted: {effect}'
             effect = "zone, addresses and podCIDRs are unknown, and /healthz answers 503"
-            if not self._programs:
+            if not self._can_program:
                 effect = "nothing is programmed until it exists and has podCIDRs (detectLocalMode: NodeCIDR)"
             remedy = "if this machine's Node has another name, set --hostname-override (hostnameOverride)"
             return f'Node "{self._name}" not found: {effect}; {remedy}'
         if self._needs_pod_cidrs and not has_pod_cidrs:
-            effect = "traffic of this node's pods is not recognized" if self._programs else "nothing is programmed"
+            effect = "traffic of this node's pods is not recognized" if self._can_program else "nothing is programmed"
             remedy = "have them allocated (kube-controller-manager --allocate-node-cidrs), or use another mode"
             return f'Node "{self._name}" has no podCIDRs, which detectLocalMode: NodeCIDR needs: {effect}; {remedy}'
         return ""

@@ -1,51 +1,58 @@
-"""The thread that owns all state: takes in deltas, and brings each family's kernel rules after them."""
+"""The reconciler: the thread that owns all state, applies deltas to it and keeps the kernel rules in sync."""
 
 from __future__ import annotations
 
 import logging
 import math
 import queue
-from collections.abc import Callable, Mapping, Sequence
-from operator import methodcaller
-from typing import TypeAlias
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import ParamSpec, TypeAlias
 
 from msgspec import Struct
-from msgspec.structs import asdict, replace
+from msgspec.structs import replace
 
 from kproxy.model.delta import Delta, Upsert
 from kproxy.model.logging import V2
 from kproxy.model.store import Store, StoreChange
-from kproxy.model.sync_report import SyncError, SyncListener, SyncReport
+from kproxy.model.sync_report import (
+    AfterSyncStep,
+    ChangeListener,
+    QueueListener,
+    SyncError,
+    SyncListener,
+    SyncReport,
+    SyncResult,
+)
 from kproxy.model.types import Family
-from kproxy.sync.family import FamilySync, FamilySyncResult
+from kproxy.sync.family import FamilySync
 from kproxy.sync.schedule import Schedule
 from kproxy.sync.summary import Summary, seconds_text, synced_text
 
 log = logging.getLogger(__name__)
-
+_P = ParamSpec("_P")
 
 MESSAGES_PER_SYNC = 10_000
-"""How many messages are taken in before a sync that is due goes first."""
+"""The maximum number of messages that are applied before a sync that is due."""
 
 
 class Stop(Struct, frozen=True):
-    """Ends the reconciler; the rules stay."""
+    """Stops the reconciler. Existing rules stay active."""
 
 
 class Resync(Struct, frozen=True):
-    """Something outside of the objects changed that rules may depend on: work out the context again."""
+    """Something besides objects changed that the context depends on, such as the addresses of an interface."""
 
 
 Batch: TypeAlias = tuple[Delta, ...]
-"""Deltas that belong together: no sync happens between them."""
+"""Deltas that are applied together, without a sync in between."""
 Message: TypeAlias = Delta | Batch | Stop | Resync
 
 
 class Reconciler:
-    """Programs every family whenever its schedule says so.
+    """Syncs each family when its schedule says that it is due.
 
-    The families are independent: one that the kernel refuses does not hold up the other. Nothing is programmed before
-    all kinds of objects have been listed.
+    The families are independent: a family that fails does not delay the other. Nothing is programmed until all kinds of
+    objects have been listed.
     """
 
     def __init__(
@@ -56,20 +63,30 @@ class Reconciler:
         make_schedule: Callable[[], Schedule],
         clock: Callable[[], float],
         is_ready: Callable[[Store], bool] = lambda store: store.complete,
-        observers: Sequence[SyncListener] = (),
+        on_queue: Sequence[QueueListener] = (),
+        on_change: Sequence[ChangeListener] = (),
+        on_sync: Sequence[SyncListener] = (),
+        after_sync: Sequence[AfterSyncStep] = (),
         check_interval: float | None = None,
         full_check_interval: float | None = None,
-        look: Callable[[Store, float], float | None] = lambda *_: None,
+        monitor: Callable[[Store, float], float | None] = lambda *_: None,
+        stopping: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`is_ready` says whether enough is known to program anything; once it is, it stays so.
+        """`is_ready` returns whether enough is known to program anything; it is not called again once it has been true.
 
-        Every `check_interval` seconds, a look tells whether somebody else has removed rules of ours; every
-        `full_check_interval`, which should be a multiple of it, everything is compared.
+        `on_queue`, `on_change` and `on_sync` are notified at once (see the types). The `after_sync` steps may block:
+        they run in order after all families that were due have been synced and the listeners notified, so that health
+        and metrics do not wait for them. The next sync does.
 
-        `look` is called with the state and the clock's time after each batch of messages, and whenever the seconds are
-        over that it returned last; None means that only messages matter. It is also called before anything is ready.
+        Every `check_interval` seconds, a quick drift check looks for rules that another process removed. Every
+        `full_check_interval` seconds, which should be a multiple of it, all rules are compared.
+
+        `monitor` is called with the state and the time after each batch of messages, even before anything is ready. It
+        returns the seconds after which to call it again without a message, or None.
+
+        Once `stopping` returns true, a sync that fails is logged as canceled.
         """
-        self._look = look
+        self._monitor = monitor
         self._check_interval = check_interval
         self._full_check_interval = full_check_interval
         self._next_check = clock() + check_interval if check_interval else None
@@ -77,53 +94,57 @@ class Reconciler:
         self._store = store
         self._is_ready = is_ready
         self._ready = False
-        self._observers = observers
+        self._on_queue = on_queue
+        self._on_change = on_change
+        self._on_sync = on_sync
+        self._after_sync = after_sync
         self._families = {family: (sync, make_schedule()) for family, sync in families.items()}
         self._summaries = {family: Summary(family) for family in families}
         self._synced: set[Family] = set()
         self._failing_since: dict[Family, float] = {}
         self._clock = clock
+        self._stopping = stopping
 
     def run(self, messages: queue.SimpleQueue[Message]) -> None:
-        """Work until a `Stop` arrives."""
-        pause: float | None = None
+        """Apply messages and sync until a `Stop` arrives."""
+        monitor_wait: float | None = None
         while True:
-            waits = [wait for wait in (self.wait(), pause) if wait is not None]
+            waits = [wait for wait in (self.wait(), monitor_wait) if wait is not None]
             try:
                 message = messages.get(timeout=min(waits, default=None))
             except queue.Empty:
                 message = None
-            # What has already arrived belongs to the same sync, but a flood must not keep it from happening.
-            taken = 0
+            # Messages that have already arrived belong to the same sync, but a flood of them must not delay it forever.
+            applied = 0
             while message is not None:
                 if isinstance(message, Stop):
                     return
-                self._take_safely(message)
-                taken += 1
-                message = None if taken >= MESSAGES_PER_SYNC or messages.empty() else messages.get()
-            pause = self._look_safely()
+                self._try_to_apply(message)
+                applied += 1
+                message = None if applied >= MESSAGES_PER_SYNC or messages.empty() else messages.get()
+            monitor_wait = self._run_monitor()
             self.sync_due()
 
-    def _look_safely(self) -> float | None:
+    def _run_monitor(self) -> float | None:
         try:
-            return self._look(self._store, self._clock())
-        except Exception as error:  # who watches must not stop the work
-            log.error("looking at the state failed: unexpected %r", error)
-            log.debug("where it failed", exc_info=error)
+            return self._monitor(self._store, self._clock())
+        except Exception as error:  # a bug in the monitor must not stop the reconciler
+            log.error("monitor failed: unexpected %r", error)
+            log.debug("monitor failed", exc_info=error)
             return None
 
-    def _take_safely(self, message: Delta | Batch | Resync) -> None:
+    def _try_to_apply(self, message: Delta | Batch | Resync) -> None:
         try:
-            self.take(message)
-        except Exception as error:  # a bug in here must not end the node's proxy
-            log.error("a change could not be taken in: unexpected %r", error)
-            log.debug("where it failed", exc_info=error)
+            self.apply(message)
+        except Exception as error:  # a bug must not stop the reconciler
+            log.error("cannot apply a change: unexpected %r", error)
+            log.debug("cannot apply a change", exc_info=error)
 
-    def take(self, message: Delta | Batch | Resync) -> None:
-        """Apply one message to the desired state and note what it leaves to do."""
+    def apply(self, message: Delta | Batch | Resync) -> None:
+        """Apply one message to the desired state and request the syncs that it needs."""
         if isinstance(message, tuple):
             for delta in message:
-                self.take(delta)
+                self.apply(delta)
             return
         if isinstance(message, Resync):
             changed = StoreChange(node=True)
@@ -131,19 +152,19 @@ class Reconciler:
             changed = self._store.apply(message)
             if changed:
                 kind = type(message.object) if isinstance(message, Upsert) else message.kind
-                self._tell(methodcaller("changed", kind, changed))
+                _call_each(self._on_change, kind, changed)
             if not self._ready and self._is_ready(self._store):
                 self._ready = True
                 changed = replace(changed, node=True)
         if not changed:
             return
         for family, (sync, schedule) in self._families.items():
-            sync.note(changed)
+            sync.add_changes(changed)
             schedule.request()
-            self._tell(methodcaller("queued", family, self._clock()))
+            _call_each(self._on_queue, family, self._clock())
 
     def wait(self) -> float | None:
-        """Return in how many seconds `sync_due` has something to do, None if only a message can tell."""
+        """Return the seconds until `sync_due` has something to do, or None if only a message can change that."""
         if not self._ready:
             return None
         waits = [self.sync_wait(), *(summary.wait(self._clock()) for summary in self._summaries.values())]
@@ -152,23 +173,25 @@ class Reconciler:
         return min((wait for wait in waits if wait is not None), default=None)
 
     def sync_wait(self) -> float | None:
-        """Return in how many seconds the next sync is due, None if nothing is pending."""
+        """Return the seconds until the next sync is due, or None if nothing is pending."""
         waits = [schedule.wait(self._clock()) for _, schedule in self._families.values()]
         return min((wait for wait in waits if wait is not None), default=None)
 
     def sync_due(self) -> bool:
-        """Sync every family that is due now. Return whether all that were due succeeded."""
+        """Sync every family that is due, then run the steps after a sync. Return whether all syncs succeeded."""
         if not self._ready:
             return True
-        self._check()
-        due = [family for family in self._families if self._due(family)]
-        outcomes = [self._sync(family) for family in due]
+        self._check_drift()
+        due = [family for family in self._families if self._is_due(family)]
+        reports = [self._sync(family) for family in due]
         for summary in self._summaries.values():
-            if text := summary.take(self._clock()):
+            if text := summary.flush(self._clock()):
                 log.info("%s", text)
-        return all(outcomes)
+        for report in reports:
+            _call_each(self._after_sync, report)
+        return all(report.result is not None for report in reports)
 
-    def _check(self) -> None:
+    def _check_drift(self) -> None:
         if self._next_check is None or self._check_interval is None or self._clock() < self._next_check:
             return
         full = self._clock() >= self._next_full_check
@@ -179,56 +202,60 @@ class Reconciler:
                 sync.forget()
                 schedule.request()
             elif not sync.verify():
-                log.warning("%s: somebody else has removed rules of ours: putting them back", family.value)
-                self._synced.discard(family)  # that they are back is worth a line
+                log.warning("%s: another process removed kproxy's rules; restoring them", family.value)
+                self._synced.discard(family)  # so that the sync that restores them is logged
                 schedule.request()
         self._next_check = self._clock() + self._check_interval
 
-    def _due(self, family: Family) -> bool:
+    def _is_due(self, family: Family) -> bool:
         wait = self._families[family][1].wait(self._clock())
         return wait is not None and wait <= 0
 
-    def _sync(self, family: Family) -> bool:
-        sync, schedule = self._families[family]
-        began = self._clock()
-        schedule.started(began)
+    def _sync(self, family: Family) -> SyncReport:
+        started = self._clock()
+        schedule = self._families[family][1]
+        schedule.started(started)
         try:
-            outcome = sync.sync(self._store)
-        except Exception as error:  # a bug in here must not end the node's proxy: it is told and retried
+            result = self._families[family][0].sync(self._store)
+        except Exception as error:  # a bug must not stop the reconciler: log it and try again
             schedule.failed(self._clock())
-            self._failing_since.setdefault(family, began)
-            pause = schedule.wait(self._clock()) or 0.0
+            self._failing_since.setdefault(family, started)
+            delay = schedule.wait(self._clock()) or 0.0
             reason = str(error) if isinstance(error, SyncError) else f"unexpected {error!r}"
-            log.error("%s: sync failed, trying again in %.1f s: %s", family.value, pause, reason)
-            log.debug("%s: where it failed", family.value, exc_info=error)
-            report = SyncReport(family, began, self._clock(), False, {}, None, None, error=reason)
-            self._tell(methodcaller("synced", report))
-            return False
-        schedule.succeeded()
-        ended = self._clock()
-        self._log_sync(family, outcome, began, ended)
-        report = SyncReport(family=family, began=began, ended=ended, error="", **asdict(outcome))
-        self._tell(methodcaller("synced", report))
-        return True
+            if self._stopping():
+                log.info("%s: sync canceled: kproxy is stopping", family.value)
+            else:
+                log.error("%s: sync failed, retrying in %.1f s: %s", family.value, delay, reason)
+            log.debug("%s: sync failed", family.value, exc_info=error)
+            report = SyncReport(family, started, self._clock(), None, reason)
+        else:
+            schedule.succeeded()
+            report = SyncReport(family, started, self._clock(), result)
+            self._log_sync(report, result)
+        _call_each(self._on_sync, report)
+        return report
 
-    def _log_sync(self, family: Family, outcome: FamilySyncResult, began: float, ended: float) -> None:
-        """Log a sync: at once if it is the first, ends a failure or puts rules back, else in the next summary."""
-        seconds = ended - began
-        text = synced_text(family, outcome.services, seconds, outcome.tally, complete=outcome.complete)
-        failed = self._failing_since.pop(family, None)
-        if failed is not None:
-            text += f", after failures for {seconds_text(ended - failed)}"
-        if failed is not None or family not in self._synced:
+    def _log_sync(self, report: SyncReport, result: SyncResult) -> None:
+        """Log a successful sync: at once if it is the first, ends a failure or restores rules, else in a summary."""
+        family, seconds = report.family, report.finished - report.started
+        text = synced_text(family, result.services, seconds, result.counts, complete=result.complete)
+        failing_since = self._failing_since.pop(family, None)
+        if failing_since is not None:
+            text += f", after failures for {seconds_text(report.finished - failing_since)}"
+        if failing_since is not None or family not in self._synced:
             self._synced.add(family)
             log.info("%s", text)
             return
-        self._summaries[family].add(ended, outcome.services, seconds, outcome.tally, complete=outcome.complete)
+        self._summaries[family].add(report.finished, result.services, seconds, result.counts, complete=result.complete)
         log.log(V2, "%s", text)
 
-    def _tell(self, what: Callable[[SyncListener], None]) -> None:
-        for observer in self._observers:
-            try:
-                what(observer)
-            except Exception as error:  # who watches must not stop the work
-                log.error("%s failed: unexpected %r", type(observer).__name__, error)
-                log.debug("where it failed", exc_info=error)
+
+def _call_each(callbacks: Iterable[Callable[_P, None]], *args: _P.args, **kwargs: _P.kwargs) -> None:
+    """Call each callback. If one raises an exception, log it and go on with the next."""
+    for callback in callbacks:
+        try:
+            callback(*args, **kwargs)
+        except Exception as error:
+            name = getattr(callback, "__qualname__", repr(callback))
+            log.error("%s failed: unexpected %r", name, error)
+            log.debug("%s failed", name, exc_info=error)

@@ -1,17 +1,20 @@
-"""When to sync. Pure: every moment is passed in, in seconds of any clock that never goes back."""
+"""When to sync a family: minimum intervals, and retries with exponential backoff. Pure.
+
+Times are passed in, in seconds of a monotonic clock.
+"""
 
 from __future__ import annotations
 
 FIRST_RETRY_SECONDS = 0.5
-"""How soon a failed sync is tried again for the first time; the wait doubles with each further failure."""
+"""The delay before the first retry of a failed sync; it doubles with each further failure."""
 
 
 class Schedule:
     """Decides when pending changes are programmed.
 
-    The first change after a quiet time goes at once; after that, syncs start at least `min_interval` seconds apart and
-    take along whatever has gathered. A failed sync is retried after a wait that grows up to `max_retry` seconds, or
-    sooner when another change comes, which may be what was needed.
+    The first change after a quiet period is programmed at once. After that, syncs start at least `min_interval` seconds
+    apart, and each programs all changes that are pending by then. A failed sync is retried after a delay that grows up
+    to `max_retry` seconds, or sooner if another change arrives, which may be what was needed.
     """
 
     def __init__(self, *, min_interval: float, max_retry: float) -> None:
@@ -20,29 +23,29 @@ class Schedule:
         self._pending = False
         self._not_before = float("-inf")
         self._retry_at = float("-inf")
-        self._retry = FIRST_RETRY_SECONDS
+        self._retry_delay = FIRST_RETRY_SECONDS
 
     def request(self) -> None:
-        """Note that something is to be programmed."""
+        """Request a sync."""
         self._pending = True
         self._retry_at = float("-inf")
 
     def wait(self, now: float) -> float | None:
-        """Return in how many seconds the next sync is due (0.0: now), or None if nothing is pending."""
+        """Return the seconds until the next sync is due (0.0 for now), or None if nothing is pending."""
         return max(0.0, self._not_before - now, self._retry_at - now) if self._pending else None
 
     def started(self, now: float) -> None:
-        """Note that a sync starts with everything that was requested so far."""
+        """Record that a sync of everything requested so far starts."""
         self._pending = False
         self._not_before = now + self._min_interval
 
     def succeeded(self) -> None:
-        """Note that the sync's changes are in the kernel."""
-        self._retry = FIRST_RETRY_SECONDS
+        """Record that the sync succeeded."""
+        self._retry_delay = FIRST_RETRY_SECONDS
 
     def failed(self, now: float) -> None:
-        """Note that the sync's changes are still to be made."""
-        pause = min(self._retry, self._max_retry)
-        self._retry = 2 * pause
+        """Record that the sync failed, so that its changes are still pending."""
+        delay = min(self._retry_delay, self._max_retry)
+        self._retry_delay = 2 * delay
         self._pending = True
-        self._retry_at = now + pause
+        self._retry_at = now + delay

@@ -1,4 +1,4 @@
-"""Telling of Services whose condition changed: log lines and events."""
+"""Log lines and Kubernetes events about Services whose condition changed."""
 
 from __future__ import annotations
 
@@ -6,42 +6,34 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable
 
-from kproxy.model.delta import Kind
-from kproxy.model.store import StoreChange
 from kproxy.model.sync_report import ConditionTransition, SyncReport
-from kproxy.model.types import Family, ServiceKey
+from kproxy.model.types import ServiceKey
 
 log = logging.getLogger(__name__)
 LINES_PER_SYNC = 10
-"""How many Services one sync names for each kind of notice: when a node or a deployment fails, it may be thousands."""
+"""The maximum number of Services that one sync logs per reason. A failing node can affect thousands."""
 
 
 class ServiceEventListener:
-    """An `Observer` that logs what syncs changed in the condition of Services, and records events of it.
+    """Logs the condition transitions of Services, and records an event about each warning.
 
-    `event` is told the Service, the reason and the sentence of each warning, and must neither block nor raise.
+    `event` is called with the Service, the reason and the message. It must neither block nor raise.
     """
 
     def __init__(self, event: Callable[[ServiceKey, str, str], None]) -> None:
         self._event = event
 
-    def queued(self, family: Family, now: float) -> None:
-        """Do nothing: what is not in the kernel yet is no news."""
-
-    def changed(self, kind: Kind, changed: StoreChange) -> None:
-        """Do nothing: what is not in the kernel yet is no news."""
-
-    def synced(self, report: SyncReport) -> None:
-        """Tell of a sync's notices."""
-        by_kind: dict[str, list[ConditionTransition]] = defaultdict(list)
-        for notice in report.notices:
-            by_kind[notice.kind].append(notice)
-            if notice.is_warning:
-                self._event(notice.service, notice.kind, notice.text)
-        for kind, notices in by_kind.items():
-            level = logging.WARNING if notices[0].is_warning else logging.INFO
-            for notice in notices[:LINES_PER_SYNC]:
-                log.log(level, "%s", notice.text)
-            if len(notices) > LINES_PER_SYNC:
-                more = len(notices) - LINES_PER_SYNC
-                log.log(level, "%s: %d more Services with reason %s not listed", report.family.value, more, kind)
+    def on_sync(self, report: SyncReport) -> None:
+        """Log the transitions of a sync, and record events about the warnings among them."""
+        by_reason: dict[str, list[ConditionTransition]] = defaultdict(list)
+        for transition in report.result.transitions if report.result else ():
+            by_reason[transition.reason].append(transition)
+            if transition.is_warning:
+                self._event(transition.service, transition.reason, transition.message)
+        for reason, transitions in by_reason.items():
+            level = logging.WARNING if transitions[0].is_warning else logging.INFO
+            for transition in transitions[:LINES_PER_SYNC]:
+                log.log(level, "%s", transition.message)
+            if len(transitions) > LINES_PER_SYNC:
+                more = len(transitions) - LINES_PER_SYNC
+                log.log(level, "%s: %d more Services with reason %s not listed", report.family.value, more, reason)

@@ -1,4 +1,7 @@
-"""What is said of syncs: of one on a line, and of many together once a minute. Pure: moments are passed in."""
+"""The text of log lines about syncs: a line per sync, or a summary once a minute. Pure.
+
+Times are passed in, in seconds of a monotonic clock.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from kproxy.model.sync_report import ServiceCounts
 from kproxy.model.types import Family
 
 PERIOD = 60.0
-"""Seconds between two summaries, at least."""
+"""The minimum number of seconds between two summaries."""
 
 
 def counted(number: int, noun: str) -> str:
@@ -15,71 +18,71 @@ def counted(number: int, noun: str) -> str:
 
 
 def seconds_text(seconds: float) -> str:
-    """Return a duration for people: `4 ms`, `1.2 s`."""
+    """Return a duration as text: `4 ms`, `1.2 s`."""
     return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
 
 
-def tally_text(tally: ServiceCounts) -> str:
-    """Return ` (2 without endpoints, ...)`, naming only conditions that some Service is in; "" if none is."""
+def counts_text(counts: ServiceCounts) -> str:
+    """Return ` (2 without endpoints, ...)` with the counts that are not zero, or "" if all are."""
     parts = (
-        (tally.without_endpoints, "without endpoints"),
-        (tally.dropped, "dropped by policy Local"),
-        (tally.in_conflict, "in conflict"),
-        (tally.refused, "refused as invalid"),
-        (tally.ignored, "ignored"),
+        (counts.without_endpoints, "without endpoints"),
+        (counts.dropped, "dropped by policy Local"),
+        (counts.in_conflict, "in conflict"),
+        (counts.invalid, "invalid"),
+        (counts.ignored, "ignored"),
     )
-    said = ", ".join(f"{number:,} {what}" for number, what in parts if number)
-    return f" ({said})" if said else ""
+    text = ", ".join(f"{number:,} {condition}" for number, condition in parts if number)
+    return f" ({text})" if text else ""
 
 
-def synced_text(family: Family, services: int, seconds: float, tally: ServiceCounts, *, complete: bool) -> str:
+def synced_text(family: Family, services: int, seconds: float, counts: ServiceCounts, *, complete: bool) -> str:
     """Return the line about one sync."""
     what = counted(services, "service" if complete else "changed service")
-    return f"{family.value}: synced {what} in {seconds_text(seconds)}{tally_text(tally)}"
+    return f"{family.value}: synced {what} in {seconds_text(seconds)}{counts_text(counts)}"
 
 
 class Summary:
-    """Adds up the syncs of one family until it is time to tell of them."""
+    """Adds up the successful syncs of one family until a summary is due."""
 
     def __init__(self, family: Family) -> None:
         self._family = family
         self._since = 0.0
-        self._tally = ServiceCounts()
-        self._begin()
+        self._counts = ServiceCounts()
+        self._reset()
 
-    def _begin(self) -> None:
-        self._syncs = self._complete = self._changed = self._all = 0
+    def _reset(self) -> None:
+        self._syncs = self._full_syncs = self._changed_services = self._all_services = 0
         self._longest = 0.0
 
-    def add(self, now: float, services: int, seconds: float, tally: ServiceCounts, *, complete: bool) -> None:
-        """Note a sync that succeeded just now, of all Services if `complete`, else of some that may have changed."""
+    def add(self, now: float, services: int, seconds: float, counts: ServiceCounts, *, complete: bool) -> None:
+        """Add a sync that ended at `now`: of all Services if `complete`, otherwise of those that may have changed."""
         if not self._syncs:
             self._since = now
         self._syncs += 1
         if complete:
-            self._complete += 1
-            self._all = services
+            self._full_syncs += 1
+            self._all_services = services
         else:
-            self._changed += services
+            self._changed_services += services
         self._longest = max(self._longest, seconds)
-        self._tally = tally
+        self._counts = counts
 
     def wait(self, now: float) -> float | None:
-        """Return in how many seconds the next summary is due, None if there is nothing to tell."""
+        """Return the seconds until the next summary is due, or None if there is nothing to summarize."""
         return max(0.0, self._since + PERIOD - now) if self._syncs else None
 
-    def take(self, now: float) -> str:
-        """Return the summary if it is due, else "", and begin anew after it."""
+    def flush(self, now: float) -> str:
+        """Return the summary and start the next one if it is due; otherwise return ""."""
         if self.wait(now) != 0.0:
             return ""
         parts = []
-        if self._syncs > self._complete:
-            parts.append(counted(self._changed, "changed service"))
-        if self._complete:
-            parts.append(f"{self._complete:,} of all {counted(self._all, 'service')}")
+        if self._syncs > self._full_syncs:
+            parts.append(counted(self._changed_services, "changed service"))
+        if self._full_syncs:
+            parts.append(f"{self._full_syncs:,} of all {counted(self._all_services, 'service')}")
         text = (
             f"{self._family.value}: {counted(self._syncs, 'sync')} in the last {now - self._since:.0f} s: "
-            f"{', '.join(parts)}, the longest took {seconds_text(self._longest)}{tally_text(self._tally)}"
+            f"{', '.join(parts)}, the longest took {seconds_text(self._longest)}{counts_text(self._counts)}"
         )
-        self._begin()
+        self._reset()
         return text

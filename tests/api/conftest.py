@@ -1,4 +1,4 @@
-"""One `cluster` fixture: the tests' own API server always, a real kube-apiserver where there is one."""
+"""Fixtures. `cluster` is the test server, and a real kube-apiserver where one is installed."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from tests.kubeapiserver import KubeApiServer, unavailable
 from tests.lab.requirements import missing_commands, missing_privilege
 
 if TYPE_CHECKING:
-    from tests.api.node import ProxiedNode
+    from tests.api.node import NodeDaemon
 
-HANG = 30.0
-"""Seconds after which a test gives up waiting."""
+HANG_GUARD = 30.0
+"""Seconds after which a test stops waiting and fails."""
 
 
 class Cluster(Protocol):
-    """What both servers can do."""
+    """The interface of both servers."""
 
     @property
     def address(self) -> tuple[str, int]: ...
@@ -41,7 +41,7 @@ class Cluster(Protocol):
 
 
 class Received:
-    """A sink, and the objects that what came through it adds up to."""
+    """A sink of deltas, and the objects that result from them."""
 
     def __init__(self, kinds: Iterable[Kind] = BASIC_KINDS) -> None:
         self.put: Callable[[Delta], None]
@@ -50,24 +50,24 @@ class Received:
         self._queue: SimpleQueue[Delta] = SimpleQueue()
         self.put = self._queue.put
 
-    def until(self, done: Callable[[Received], bool], hang: float = HANG) -> None:
-        """Take deltas until a condition holds."""
-        deadline = monotonic() + hang
+    def until(self, done: Callable[[Received], bool], timeout: float = HANG_GUARD) -> None:
+        """Apply received deltas until a condition is true."""
+        deadline = monotonic() + timeout
         while not done(self):
             try:
                 self._apply(self._queue.get(timeout=max(0.0, deadline - monotonic())))
             except Empty:
-                raise TimeoutError(f"after {hang} s still: {self.objects}") from None
+                raise TimeoutError(f"not true after {timeout} s: {self.objects}") from None
 
     def until_listed(self, times: int = 1) -> None:
-        """Take deltas until each kind was listed so often."""
+        """Apply received deltas until each kind was listed `times` times."""
         self.until(lambda _: all(self.lists(kind) >= times for kind in self.objects))
 
     def lists(self, kind: Kind) -> int:
         return sum(isinstance(delta, Replace) and delta.kind is kind for delta in self.deltas)
 
     def names(self, kind: Kind) -> set[str]:
-        """Return the names of the known objects, but not the cluster's own."""
+        """Return the names of the objects, except the cluster's own."""
         return {key.split("/")[-1] for key in self.objects[kind]} - {"kubernetes"}
 
     def is_empty(self) -> bool:
@@ -110,7 +110,7 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
 
 @pytest.fixture
 def server() -> Iterator[ApiServer]:
-    """The tests' own server, for faults that only it can make."""
+    """The test server, for tests of faults that only it can cause."""
     with ApiServer(tokens=["secret"]) as server:
         yield server
 
@@ -126,12 +126,12 @@ def received() -> Received:
     return Received()
 
 
-Follow = Callable[..., ApiSource]
+StartSource = Callable[..., ApiSource]
 
 
 @pytest.fixture
-def follow(received: Received, tmp_path: Path) -> Iterator[Follow]:
-    """Start an `ApiSource` of a cluster, optionally through a port in front of it."""
+def start_source(received: Received, tmp_path: Path) -> Iterator[StartSource]:
+    """Start an `ApiSource` of a cluster, optionally through the port of a relay."""
     sources: list[ApiSource] = []
 
     def start(cluster: Cluster, *, port: int | None = None, **options: Any) -> ApiSource:
@@ -143,16 +143,16 @@ def follow(received: Received, tmp_path: Path) -> Iterator[Follow]:
 
     yield start
     for source in sources:
-        source.stop()
+        source.stop(1.0)
 
 
 @pytest.fixture
-def proxied(cluster: Cluster, tmp_path: Path) -> Iterator[ProxiedNode]:
-    """A node for the daemon, which is not started yet."""
-    from tests.api.node import ProxiedNode
+def daemon(cluster: Cluster, tmp_path: Path) -> Iterator[NodeDaemon]:
+    """A node for the daemon; `start` starts it."""
+    from tests.api.node import NodeDaemon
 
     if reason := missing_commands() or missing_privilege():
         pytest.skip(reason)
-    proxied = ProxiedNode(cluster, tmp_path)
-    yield proxied
-    proxied.close()
+    daemon = NodeDaemon(cluster, tmp_path)
+    yield daemon
+    daemon.close()

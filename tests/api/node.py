@@ -1,4 +1,4 @@
-"""A node for the daemon: a namespace of its own, from which only a relay leads to the API server."""
+"""A node for the daemon: a network namespace that reaches the API server only through a relay."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ PATHS: dict[Kind, str] = {
 }
 
 
-class ProxiedNode:
-    """The daemon on a node of its own, reaching the server through a relay that can break."""
+class NodeDaemon:
+    """`kproxy run` on its own node. It reaches the API server through a relay that can break."""
 
     def __init__(self, cluster: Cluster, folder: Path) -> None:
         self._cluster = cluster
@@ -63,7 +63,7 @@ class ProxiedNode:
         self.namespace.close()
 
     def start(self, *flags: str) -> Popen[str]:
-        """Start the daemon."""
+        """Start a daemon."""
         kubeconfig = self._cluster.kubeconfig(self._folder / "node.kubeconfig", port=self.relay.port)
         with (self._folder / "kproxy.log").open("a") as log:
             command = [KPROXY, "run", f"--kubeconfig={kubeconfig}", *FLAGS, *flags]
@@ -72,7 +72,7 @@ class ProxiedNode:
         return process
 
     def stop(self, process: Popen[str], number: int = signal.SIGTERM) -> int:
-        """End the daemon and return its exit code."""
+        """Stop a daemon with a signal; return its exit code."""
         process.send_signal(number)
         return process.wait(HANG_GUARD)
 
@@ -80,15 +80,15 @@ class ProxiedNode:
         return (self._folder / "kproxy.log").read_text()
 
     def rules(self) -> dict[Family, State]:
-        """What the kernel holds."""
+        """Return the rules in the kernel."""
         programs = {Family.IPV4: "iptables-save", Family.IPV6: "ip6tables-save"}
         return {
             family: comparable(self.namespace.run([program]).stdout.splitlines())
             for family, program in programs.items()
         }
 
-    def wanted(self) -> dict[Family, State]:
-        """What it should hold, worked out from what the server says now."""
+    def expected_rules(self) -> dict[Family, State]:
+        """Return the rules for the server's current objects, rendered in this process."""
         store = self._listed()
         states = {}
         for family in Family:
@@ -99,12 +99,12 @@ class ProxiedNode:
         return states
 
     def settle(self) -> None:
-        """Wait until the kernel holds what the server's objects ask for."""
-        wanted = self.wanted()
-        wait_until(lambda: self.rules() == wanted, "the rules that the API server's objects ask for")
+        """Wait until the kernel has the rules for the server's current objects."""
+        expected = self.expected_rules()
+        wait_until(lambda: self.rules() == expected, "the rules for the API server's objects")
 
-    def commits(self) -> int:
-        """Return the generation of the node's nf_tables: it grows with every commit, whoever makes it."""
+    def generation(self) -> int:
+        """Return the node's nf_tables generation. Every commit of any process increments it."""
         return self.namespace.call(_generation)
 
     def _listed(self) -> Store:
@@ -128,7 +128,7 @@ def _context(family: Family, node: Node | None) -> Context:
 
 
 def _generation() -> int:
-    """Ask with NFT_MSG_GETGEN; the answer's first attribute is the number (linux/netfilter/nf_tables.h)."""
+    """Send NFT_MSG_GETGEN. The first attribute of the answer is the number (linux/netfilter/nf_tables.h)."""
     subsystem, get_generation, request = 10 << 8, 16, 1
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12) as netlink:
         netlink.send(struct.pack("=IHHII4x", 20, subsystem | get_generation, request, 1, 0))

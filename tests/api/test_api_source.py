@@ -1,4 +1,4 @@
-"""The source of objects over real HTTP, against the tests' server and, where there is one, a real one."""
+"""`ApiSource` over real HTTP, against the test server and, where installed, a real kube-apiserver."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import pytest
 from kproxy.kube.listwatch.reflector import REPEAT_PERIOD, LogDeduplicator
 from kproxy.model.delta import Delta, Invalid, Replace, Upsert
 from kproxy.model.types import EndpointSlice, Node, Service
-from tests.api.conftest import HANG, Cluster, Follow, Received
+from tests.api.conftest import HANG_GUARD, Cluster, Received, StartSource
 from tests.apiserver import ApiServer, Relay, SeenRequest
-from tests.apiserver.objects import endpoint_slice, labelled, node, service
+from tests.apiserver.objects import endpoint_slice, labeled, node, service
 
 Support: TypeAlias = Literal["supported", "ignored"]
 PROXY_NAME = "service.kubernetes.io/service-proxy-name"
@@ -34,12 +34,12 @@ def port_of(received: Received, name: str) -> int:
     return found.ports[0].port if isinstance(found, Service) else 0
 
 
-def test_lists_then_follows_every_kind(cluster: Cluster, follow: Follow, received: Received) -> None:
+def test_every_kind_is_listed_and_watched(cluster: Cluster, start_source: StartSource, received: Received) -> None:
     cluster.create(service("web", "10.96.7.1"))
     cluster.create(endpoint_slice("web-1", "web", ["10.0.0.1", "10.0.0.2"]))
     cluster.create(node("node-1"))
     cluster.create(node("node-2"))
-    follow(cluster)
+    start_source(cluster)
     received.until_listed()
     assert [received.names(kind) for kind in (Service, EndpointSlice, Node)] == [{"web"}, {"web-1"}, {"node-1"}]
 
@@ -53,29 +53,29 @@ def test_lists_then_follows_every_kind(cluster: Cluster, follow: Follow, receive
     assert sum(isinstance(delta, Replace) for delta in received.deltas) == 3
 
 
-def test_objects_of_others_are_filtered_and_leave_when_relabelled(
-    cluster: Cluster, follow: Follow, received: Received
+def test_objects_of_other_proxies_are_filtered_and_removed_when_relabeled(
+    cluster: Cluster, start_source: StartSource, received: Received
 ) -> None:
     cluster.create(service("mine", "10.96.7.1"))
     other = service("other", "10.96.7.2")
     other["metadata"]["labels"] = {PROXY_NAME: "another"}
     cluster.create(other)
     cluster.create(service("headless", "None"))
-    follow(cluster)
+    start_source(cluster)
     received.until_listed()
     assert received.names(Service) == {"mine"}
     taken = service("mine", "10.96.7.1")
     taken["metadata"]["labels"] = {PROXY_NAME: "another"}
     cluster.update(taken)
-    cluster.create(labelled(service("last", "10.96.7.3"), app="demo"))
+    cluster.create(labeled(service("last", "10.96.7.3"), app="demo"))
     received.until(lambda _: received.names(Service) == {"last"})
 
 
-def test_catches_up_after_the_connection_is_cut(
-    cluster: Cluster, relay: Relay, follow: Follow, received: Received
+def test_catches_up_after_a_broken_connection(
+    cluster: Cluster, relay: Relay, start_source: StartSource, received: Received
 ) -> None:
     cluster.create(service("web", "10.96.7.1"))
-    follow(cluster, port=relay.port)
+    start_source(cluster, port=relay.port)
     received.until_listed()
     relay.refuse()
     cluster.delete(service("web", "10.96.7.1"))
@@ -85,17 +85,19 @@ def test_catches_up_after_the_connection_is_cut(
     assert received.lists(Service) == 1
 
 
-def test_a_silent_connection_is_replaced(cluster: Cluster, relay: Relay, follow: Follow, received: Received) -> None:
-    follow(cluster, port=relay.port, inactivity=1.0)
+def test_stalled_connection_is_replaced(
+    cluster: Cluster, relay: Relay, start_source: StartSource, received: Received
+) -> None:
+    start_source(cluster, port=relay.port, inactivity=1.0)
     received.until_listed()
-    relay.stall()  # for good: only a new connection can tell
+    relay.stall()  # never resumed: only a new connection delivers the change
     cluster.create(service("web", "10.96.7.1"))
     received.until(lambda _: received.names(Service) == {"web"})
 
 
 @pytest.mark.parametrize("watch_list", ["supported", "forbidden"])
-def test_an_etcd_restored_from_an_older_backup_is_listed_anew(
-    server: ApiServer, follow: Follow, received: Received, watch_list: Literal["supported", "forbidden"]
+def test_etcd_restored_from_an_older_backup_is_listed_again(
+    server: ApiServer, start_source: StartSource, received: Received, watch_list: Literal["supported", "forbidden"]
 ) -> None:
     server.bookmark_interval = 0.1
     server.set_watch_list(watch_list)
@@ -103,7 +105,7 @@ def test_an_etcd_restored_from_an_older_backup_is_listed_anew(
         server.create(service(f"lost-{number}", f"10.96.7.{number + 1}"))
     server.create(endpoint_slice("lost-x", "lost-1", ["10.244.1.1"]))
     server.create(node("node-1"))
-    follow(server, inactivity=1.0)
+    start_source(server, inactivity=1.0)
     received.until_listed()
     assert received.lists(Service) == 1
     server.restore_backup(service("web", "10.96.8.1"))
@@ -114,12 +116,12 @@ def test_an_etcd_restored_from_an_older_backup_is_listed_anew(
     received.until(lambda _: received.names(Service) == {"web", "new"})
 
 
-def test_history_that_is_gone_is_listed_anew(
-    cluster: Cluster, relay: Relay, follow: Follow, received: Received
+def test_compacted_history_is_listed_again(
+    cluster: Cluster, relay: Relay, start_source: StartSource, received: Received
 ) -> None:
     cluster.create(service("gone", "10.96.7.1"))
     cluster.create(service("kept", "10.96.7.2"))
-    follow(cluster, port=relay.port)
+    start_source(cluster, port=relay.port)
     received.until_listed()
     relay.refuse()
     cluster.delete(service("gone", "10.96.7.1"))
@@ -129,9 +131,9 @@ def test_history_that_is_gone_is_listed_anew(
     assert received.lists(Service) == 2
 
 
-def test_survives_a_restart_of_the_server(cluster: Cluster, follow: Follow, received: Received) -> None:
+def test_survives_a_server_restart(cluster: Cluster, start_source: StartSource, received: Received) -> None:
     cluster.create(service("web", "10.96.7.1"))
-    follow(cluster)
+    start_source(cluster)
     received.until_listed()
     cluster.stop()
     cluster.start()
@@ -141,12 +143,12 @@ def test_survives_a_restart_of_the_server(cluster: Cluster, follow: Follow, rece
 
 @pytest.mark.parametrize("protobuf", ["supported", "ignored"])
 @pytest.mark.parametrize("fault", ["drop", "end", "cut_mid_line", "expire", "fail", "silence"])
-def test_every_end_of_a_watch_is_survived(
-    server: ApiServer, follow: Follow, received: Received, fault: str, protobuf: Support
+def test_watch_is_resumed_after_every_kind_of_end(
+    server: ApiServer, start_source: StartSource, received: Received, fault: str, protobuf: Support
 ) -> None:
     server.faults.protobuf = protobuf
     server.create(service("web", "10.96.7.1"))
-    follow(server, inactivity=1.0 if fault == "silence" else 90.0)
+    start_source(server, inactivity=1.0 if fault == "silence" else 90.0)
     received.until_listed()
     faults = {
         "drop": server.drop_watches,
@@ -163,14 +165,14 @@ def test_every_end_of_a_watch_is_survived(
 
 
 @pytest.mark.parametrize("support", ["old-etcd", "forbidden", "ignored"])
-def test_without_list_by_watch_it_lists_by_pages(
-    server: ApiServer, follow: Follow, received: Received, support: str
+def test_lists_in_pages_without_watch_list_support(
+    server: ApiServer, start_source: StartSource, received: Received, support: str
 ) -> None:
     server.faults.watch_list = support  # type: ignore[assignment]
     server.bookmark_interval = 0.2
     for number in range(1201):
         server.create(service(f"web-{number}", f"10.96.{8 + number // 250}.{number % 250 + 1}"))
-    follow(server)
+    start_source(server)
     received.until_listed()
     assert len(received.names(Service)) == 1201
     pages = server.requests.wait_for(lambda seen: "limit" in seen.query and "services" in seen.path, 3)
@@ -179,18 +181,18 @@ def test_without_list_by_watch_it_lists_by_pages(
     server.create(service("late", "10.96.7.1"))
     received.until(lambda _: "late" in received.names(Service))
     server.drop_watches()
-    asked = server.requests.wait_for(is_service_watch, 3)
-    assert sum("sendInitialEvents" in request.query for request in asked) == 1
+    watches = server.requests.wait_for(is_service_watch, 3)
+    assert sum("sendInitialEvents" in request.query for request in watches) == 1
 
 
-def test_a_continuation_that_expires_starts_the_list_over(
-    server: ApiServer, follow: Follow, received: Received
+def test_expired_continue_token_restarts_the_list(
+    server: ApiServer, start_source: StartSource, received: Received
 ) -> None:
     server.set_watch_list("forbidden")
     for number in range(700):
         server.create(service(f"web-{number}", f"10.96.{8 + number // 250}.{number % 250 + 1}"))
-    server.refuse(410, matches=lambda path, query: "continue" in query and path == "/api/v1/services")
-    follow(server)
+    server.fail_requests(410, matches=lambda path, query: "continue" in query and path == "/api/v1/services")
+    start_source(server)
     received.until_listed()
     pages = server.requests.wait_for(lambda seen: "limit" in seen.query and "services" in seen.path, 4)
     assert [("continue" in page.query) for page in pages] == [False, True, False, True]
@@ -198,11 +200,11 @@ def test_a_continuation_that_expires_starts_the_list_over(
     assert received.lists(Service) == 1
 
 
-def test_a_refused_field_selector_is_dropped(server: ApiServer, follow: Follow, received: Received) -> None:
+def test_rejected_field_selector_is_dropped(server: ApiServer, start_source: StartSource, received: Received) -> None:
     server.faults.service_fields = False
     server.create(service("web", "10.96.7.1"))
     server.create(service("headless", "None"))
-    follow(server)
+    start_source(server)
     received.until_listed()
     assert received.names(Service) == {"web"}
     assert ["fieldSelector" in request.query for request in server.requests.wait_for(is_service_watch, 2)] == [
@@ -212,36 +214,40 @@ def test_a_refused_field_selector_is_dropped(server: ApiServer, follow: Follow, 
 
 
 @pytest.mark.parametrize("status", [403, 429, 500, 503])
-def test_refusals_are_said_and_survived(
-    server: ApiServer, follow: Follow, received: Received, caplog: pytest.LogCaptureFixture, status: int
+def test_rejected_requests_are_logged_and_retried(
+    server: ApiServer, start_source: StartSource, received: Received, caplog: pytest.LogCaptureFixture, status: int
 ) -> None:
     caplog.set_level(logging.INFO, logger="kproxy")
     server.create(service("web", "10.96.7.1"))
-    server.refuse(status, retry_after=1 if status == 429 else None, matches=services_only)
-    follow(server)
+    server.fail_requests(status, retry_after=1 if status == 429 else None, matches=services_only)
+    start_source(server)
     received.until_listed()
     assert received.names(Service) == {"web"}
-    said = [
+    lines = [
         entry.getMessage()
         for entry in caplog.records
         if "cannot watch services: the API server returned" in entry.getMessage()
     ]
-    assert len(said) == 1
-    assert str(status) in said[0]
+    assert len(lines) == 1
+    assert str(status) in lines[0]
     assert [entry.getMessage() for entry in caplog.records if "watching services again" in entry.getMessage()]
 
 
 @pytest.mark.parametrize("protobuf", ["supported", "ignored"])
-def test_a_garbled_event_costs_nothing_but_a_line_in_the_log(
-    server: ApiServer, follow: Follow, received: Received, caplog: pytest.LogCaptureFixture, protobuf: Support
+def test_undecodable_event_is_logged_and_skipped(
+    server: ApiServer,
+    start_source: StartSource,
+    received: Received,
+    caplog: pytest.LogCaptureFixture,
+    protobuf: Support,
 ) -> None:
     server.faults.protobuf = protobuf
     server.create(service("web", "10.96.7.1"))
-    follow(server)
+    start_source(server)
     received.until_listed()
     server.requests.wait_for(is_service_watch)
-    spoiled = service("web", "10.96.7.1", port=70_000)
-    server.inject(json.dumps({"type": "MODIFIED", "object": spoiled}).encode())
+    invalid = service("web", "10.96.7.1", port=70_000)
+    server.inject(json.dumps({"type": "MODIFIED", "object": invalid}).encode())
     server.inject(b"\xff\x00 neither JSON nor protobuf")
     server.create(service("db", "10.96.7.2"))
     received.until(lambda _: received.names(Service) == {"web", "db"})
@@ -254,42 +260,46 @@ def test_a_garbled_event_costs_nothing_but_a_line_in_the_log(
 
 
 @pytest.mark.parametrize("protobuf", ["supported", "ignored"])
-def test_events_in_many_small_pieces(server: ApiServer, follow: Follow, received: Received, protobuf: Support) -> None:
+def test_events_in_many_small_pieces(
+    server: ApiServer, start_source: StartSource, received: Received, protobuf: Support
+) -> None:
     server.faults.protobuf = protobuf
     server.faults.piece = 3
-    server.create(labelled(service("web", "10.96.7.1"), app="größe-名"))
-    follow(server)
+    server.create(labeled(service("web", "10.96.7.1"), app="größe-名"))
+    start_source(server)
     received.until_listed()
     server.create(service("db", "10.96.7.2"))
     received.until(lambda _: received.names(Service) == {"web", "db"})
 
 
-@pytest.mark.parametrize("moment", ["following", "before the headers", "between attempts"])
-def test_stop_ends_threads_and_the_sink(server: ApiServer, follow: Follow, received: Received, moment: str) -> None:
+@pytest.mark.parametrize("moment", ["watching", "before the headers", "between attempts"])
+def test_stop_ends_threads_and_delivery(
+    server: ApiServer, start_source: StartSource, received: Received, moment: str
+) -> None:
     relay = Relay(server.address)
     if moment == "before the headers":
         relay.stall(new=True)
     elif moment == "between attempts":
         relay.refuse()
     with relay:
-        source = follow(server, port=relay.port)
-        if moment == "following":
+        source = start_source(server, port=relay.port)
+        if moment == "watching":
             received.until_listed()
         before = {thread for thread in threading.enumerate() if thread.name.startswith("api-")}
         assert len(before) == 3
-        source.stop()
+        source.stop(0.5)
         server.create(service("late", "10.96.7.9"))
         relay.resume()
         for thread in before:
-            thread.join(HANG)
+            thread.join(HANG_GUARD)
         assert not any(thread.is_alive() for thread in before)
         assert received.is_empty()
 
 
-def test_a_failing_sink_does_not_end_the_updates(
-    server: ApiServer, received: Received, follow: Follow, caplog: pytest.LogCaptureFixture
+def test_failing_sink_does_not_stop_the_source(
+    server: ApiServer, received: Received, start_source: StartSource, caplog: pytest.LogCaptureFixture
 ) -> None:
-    failures = [RuntimeError("the queue is on fire")]
+    failures = [RuntimeError("sink failed")]
     put = received.put
 
     def sink(delta: Delta) -> None:
@@ -299,17 +309,17 @@ def test_a_failing_sink_does_not_end_the_updates(
 
     received.put = sink
     server.create(service("web", "10.96.7.1"))
-    follow(server)
+    start_source(server)
     received.until_listed()
     assert received.names(Service) == {"web"}
-    assert "unexpected RuntimeError: the queue is on fire; relisting" in caplog.text
+    assert "unexpected RuntimeError: sink failed; relisting" in caplog.text
 
 
-def test_parts_of_a_slice_that_are_of_no_use_are_logged_once(
-    server: ApiServer, follow: Follow, received: Received, caplog: pytest.LogCaptureFixture
+def test_ignored_endpoints_of_a_slice_are_logged_once(
+    server: ApiServer, start_source: StartSource, received: Received, caplog: pytest.LogCaptureFixture
 ) -> None:
     server.create(endpoint_slice("web-1", "web", ["10.0.0.1", "fd00::1"]))
-    follow(server)
+    start_source(server)
     received.until_listed()
     server.update(endpoint_slice("web-1", "web", ["10.0.0.2", "fd00::1"]))
     received.until(lambda _: [len(each.endpoints) for each in received.objects[EndpointSlice].values()] == [1])  # type: ignore[union-attr]
@@ -322,50 +332,50 @@ def test_parts_of_a_slice_that_are_of_no_use_are_logged_once(
     assert [entry.getMessage() for entry in caplog.records if "unusable" in entry.getMessage()] == [text]
 
 
-def test_a_service_that_cannot_be_used_is_told_as_refused(
-    server: ApiServer, follow: Follow, received: Received
+def test_invalid_service_is_delivered_as_invalid(
+    server: ApiServer, start_source: StartSource, received: Received
 ) -> None:
     server.create(service("web", "10.96.7.1"))
-    follow(server)
+    start_source(server)
     received.until_listed()
     server.update(service("web", "10.96.7.1", port=99999))
     received.until(lambda _: Invalid(Service, "demo", "web") in received.deltas)
     assert port_of(received, "web") == 80
 
 
-def test_complaints_are_repeated_once_per_minute_and_their_end_is_said() -> None:
-    complaints = LogDeduplicator(REPEAT_PERIOD)
-    assert complaints.should_log_error("refused", 0.0)
-    assert not complaints.should_log_error("refused", REPEAT_PERIOD - 1)
-    assert complaints.should_log_error("refused", REPEAT_PERIOD)
-    assert complaints.should_log_error("", REPEAT_PERIOD + 1)
-    assert not complaints.should_log_error("", REPEAT_PERIOD + 2)
-    assert not complaints.should_log_error("refused", REPEAT_PERIOD + 3)
-    assert not complaints.should_log_error("", REPEAT_PERIOD + 4)
+def test_repeated_errors_are_logged_once_a_minute_and_recovery_once() -> None:
+    deduplicator = LogDeduplicator(REPEAT_PERIOD)
+    assert deduplicator.should_log_error("refused", 0.0)
+    assert not deduplicator.should_log_error("refused", REPEAT_PERIOD - 1)
+    assert deduplicator.should_log_error("refused", REPEAT_PERIOD)
+    assert deduplicator.should_log_error("", REPEAT_PERIOD + 1)
+    assert not deduplicator.should_log_error("", REPEAT_PERIOD + 2)
+    assert not deduplicator.should_log_error("refused", REPEAT_PERIOD + 3)
+    assert not deduplicator.should_log_error("", REPEAT_PERIOD + 4)
 
 
-def test_lasting_trouble_is_said_once_until_something_else_is_said() -> None:
-    complaints = LogDeduplicator(REPEAT_PERIOD)
-    assert complaints.should_log_error("no such thing", 0.0, lasting=True)
-    assert not complaints.should_log_error("no such thing", 10 * REPEAT_PERIOD, lasting=True)
-    assert complaints.should_log_error("connection refused", 10 * REPEAT_PERIOD)
-    assert complaints.should_log_error("no such thing", 10 * REPEAT_PERIOD, lasting=True)
-    assert complaints.should_log_error("", 10 * REPEAT_PERIOD)
+def test_lasting_error_is_logged_once_until_another_error() -> None:
+    deduplicator = LogDeduplicator(REPEAT_PERIOD)
+    assert deduplicator.should_log_error("no such thing", 0.0, lasting=True)
+    assert not deduplicator.should_log_error("no such thing", 10 * REPEAT_PERIOD, lasting=True)
+    assert deduplicator.should_log_error("connection refused", 10 * REPEAT_PERIOD)
+    assert deduplicator.should_log_error("no such thing", 10 * REPEAT_PERIOD, lasting=True)
+    assert deduplicator.should_log_error("", 10 * REPEAT_PERIOD)
 
 
-def test_ten_thousand_slices(server: ApiServer, follow: Follow, received: Received) -> None:
+def test_ten_thousand_slices(server: ApiServer, start_source: StartSource, received: Received) -> None:
     addresses = [f"10.1.0.{number}" for number in range(10)]
     for number in range(10_000):
         server.create(endpoint_slice(f"web-{number}", "web", addresses))
-    follow(server)
+    start_source(server)
     received.until_listed()
     assert len(received.objects[EndpointSlice]) == 10_000
 
 
-def test_credentials_are_renewed_when_the_server_does_not_accept_them(
-    server: ApiServer, follow: Follow, received: Received, tmp_path: Path
+def test_credentials_are_reloaded_after_status_401(
+    server: ApiServer, start_source: StartSource, received: Received, tmp_path: Path
 ) -> None:
-    follow(server)
+    start_source(server)
     received.until_listed()
     server.tokens = {"new"}
     server.kubeconfig(tmp_path / "kubeconfig")

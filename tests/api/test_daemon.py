@@ -1,4 +1,4 @@
-"""`kproxy run` on a node's real kernel, following an API server over real HTTP through everything that breaks."""
+"""`kproxy run` on a real kernel, watching an API server over real HTTP while connections and servers fail."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from tests.api.conftest import Cluster
-from tests.api.node import ProxiedNode
+from tests.api.node import NodeDaemon
 from tests.apiserver.objects import endpoint_slice, node, service
 from tests.lab.waiting import wait_until
 
@@ -19,127 +19,127 @@ def populate(cluster: Cluster) -> None:
         cluster.create(endpoint_slice(f"web-{number}-x", f"web-{number}", [f"10.244.1.{number}", f"10.244.2.{number}"]))
 
 
-def test_programs_what_is_there_and_follows_it(cluster: Cluster, proxied: ProxiedNode) -> None:
+def test_rules_follow_the_cluster(cluster: Cluster, daemon: NodeDaemon) -> None:
     populate(cluster)
-    proxied.start()
-    proxied.settle()
+    daemon.start()
+    daemon.settle()
     cluster.create(service("new", "10.96.7.9"))
     cluster.create(endpoint_slice("new-x", "new", ["10.244.1.9"]))
-    proxied.settle()
+    daemon.settle()
     cluster.update(endpoint_slice("new-x", "new", ["10.244.1.10", "10.244.1.11"]))
-    proxied.settle()
+    daemon.settle()
     cluster.delete(service("web-1", "10.96.7.1"))
     cluster.delete(endpoint_slice("web-2-x", "web-2", []))
-    proxied.settle()
+    daemon.settle()
 
 
-def test_a_rollout_in_many_small_steps(cluster: Cluster, proxied: ProxiedNode) -> None:
+def test_rollout_in_many_small_steps(cluster: Cluster, daemon: NodeDaemon) -> None:
     populate(cluster)
-    proxied.start()
-    proxied.settle()
+    daemon.start()
+    daemon.settle()
     for step in range(30):
         cluster.update(endpoint_slice("web-1-x", "web-1", [f"10.244.1.{step + other}" for other in range(1, 5)]))
-    proxied.settle()
+    daemon.settle()
 
 
-def test_a_lost_connection_loses_nothing_and_rewrites_nothing(cluster: Cluster, proxied: ProxiedNode) -> None:
+def test_broken_connection_loses_no_change_and_rewrites_nothing(cluster: Cluster, daemon: NodeDaemon) -> None:
     populate(cluster)
-    proxied.start()
-    proxied.settle()
-    before = proxied.commits()
+    daemon.start()
+    daemon.settle()
+    before = daemon.generation()
     cluster.update(endpoint_slice("web-1-x", "web-1", ["10.244.1.50"]))
-    proxied.settle()
-    one_change = proxied.commits() - before
+    daemon.settle()
+    one_change = daemon.generation() - before
 
-    proxied.relay.cut()
+    daemon.relay.cut()
     cluster.update(endpoint_slice("web-1-x", "web-1", ["10.244.1.51"]))
-    proxied.settle()
-    assert proxied.commits() - before == 2 * one_change
+    daemon.settle()
+    assert daemon.generation() - before == 2 * one_change
 
 
-def test_changes_while_the_server_cannot_be_reached(cluster: Cluster, proxied: ProxiedNode) -> None:
+def test_changes_while_the_server_is_unreachable(cluster: Cluster, daemon: NodeDaemon) -> None:
     populate(cluster)
-    proxied.start()
-    proxied.settle()
-    held = proxied.rules()
-    proxied.relay.refuse()
+    daemon.start()
+    daemon.settle()
+    rules = daemon.rules()
+    daemon.relay.refuse()
     cluster.delete(service("web-1", "10.96.7.1"))
     cluster.create(service("new", "10.96.7.9"))
-    assert proxied.rules() == held
-    proxied.relay.allow()
-    proxied.settle()
+    assert daemon.rules() == rules
+    daemon.relay.allow()
+    daemon.settle()
 
 
-def test_history_that_is_gone_is_a_diff(cluster: Cluster, proxied: ProxiedNode) -> None:
+def test_compacted_history_leads_to_a_diff_not_a_full_sync(cluster: Cluster, daemon: NodeDaemon) -> None:
     populate(cluster)
-    proxied.start()
-    proxied.settle()
-    proxied.relay.refuse()
-    before = proxied.commits()
+    daemon.start()
+    daemon.settle()
+    daemon.relay.refuse()
+    before = daemon.generation()
     cluster.update(endpoint_slice("web-2-x", "web-2", ["10.244.1.60"]))
     cluster.delete(service("web-3", "10.96.7.3"))
     cluster.compact()
-    proxied.relay.allow()
-    proxied.settle()
-    # web-2 rewritten in nat; web-3 out of nat, and nothing of it in filter: two Services at most, no full pass.
-    assert proxied.commits() - before <= 4
+    daemon.relay.allow()
+    daemon.settle()
+    # web-2 is rewritten in nat, web-3 is removed from nat and was never in filter: two Services at most.
+    assert daemon.generation() - before <= 4
 
 
-def test_a_restart_of_the_server(cluster: Cluster, proxied: ProxiedNode) -> None:
+def test_server_restart(cluster: Cluster, daemon: NodeDaemon) -> None:
     populate(cluster)
-    proxied.start()
-    proxied.settle()
+    daemon.start()
+    daemon.settle()
     cluster.stop()
     cluster.start()
     cluster.create(service("new", "10.96.7.9"))
-    proxied.settle()
+    daemon.settle()
 
 
-def test_silence_ends_with_everything_in_place(cluster: Cluster, proxied: ProxiedNode) -> None:
+def test_stalled_connection_resumes_without_losing_changes(cluster: Cluster, daemon: NodeDaemon) -> None:
     populate(cluster)
-    proxied.start()
-    proxied.settle()
-    proxied.relay.stall()
+    daemon.start()
+    daemon.settle()
+    daemon.relay.stall()
     cluster.update(endpoint_slice("web-1-x", "web-1", ["10.244.1.70"]))
     cluster.delete(service("web-2", "10.96.7.2"))
-    proxied.relay.resume()
-    proxied.settle()
+    daemon.relay.resume()
+    daemon.settle()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_ends_at_once_and_leaves_the_rules(cluster: Cluster, proxied: ProxiedNode, number: signal.Signals) -> None:
+def test_exits_at_once_and_leaves_the_rules(cluster: Cluster, daemon: NodeDaemon, number: signal.Signals) -> None:
     populate(cluster)
-    process = proxied.start()
-    proxied.settle()
-    code = proxied.stop(process, number)
+    process = daemon.start()
+    daemon.settle()
+    code = daemon.stop(process, number)
     assert code == (-signal.SIGKILL if number is signal.SIGKILL else 0)
-    assert proxied.rules() == proxied.wanted()
+    assert daemon.rules() == daemon.expected_rules()
 
-    before, said = proxied.commits(), proxied.log().count(": synced ")
-    proxied.start()
-    wait_until(lambda: proxied.log().count(": synced ") == said + 2, "the first sync of the second start")
-    assert proxied.commits() == before, "a restart rewrote rules that were right"
+    before, syncs = daemon.generation(), daemon.log().count(": synced ")
+    daemon.start()
+    wait_until(lambda: daemon.log().count(": synced ") == syncs + 2, "the first sync of the second start")
+    assert daemon.generation() == before, "the restart rewrote rules that were correct"
 
 
-def test_catches_up_with_what_happened_while_it_was_down(cluster: Cluster, proxied: ProxiedNode) -> None:
+def test_catches_up_with_changes_made_while_it_was_down(cluster: Cluster, daemon: NodeDaemon) -> None:
     populate(cluster)
-    process = proxied.start()
-    proxied.settle()
-    proxied.stop(process)
+    process = daemon.start()
+    daemon.settle()
+    daemon.stop(process)
     cluster.delete(service("web-1", "10.96.7.1"))
     cluster.update(endpoint_slice("web-2-x", "web-2", ["10.244.1.80"]))
-    proxied.start()
-    proxied.settle()
+    daemon.start()
+    daemon.settle()
 
 
-def test_touches_nothing_before_it_knows_the_cluster(cluster: Cluster, proxied: ProxiedNode) -> None:
+def test_rules_are_unchanged_until_the_cluster_is_listed(cluster: Cluster, daemon: NodeDaemon) -> None:
     populate(cluster)
-    process = proxied.start()
-    proxied.settle()
-    proxied.stop(process)
-    held = proxied.rules()
-    proxied.relay.refuse()
-    process = proxied.start()
-    wait_until(lambda: "Connection refused" in proxied.log(), "a complaint that there is no connection")
-    assert proxied.stop(process) == 0
-    assert proxied.rules() == held
+    process = daemon.start()
+    daemon.settle()
+    daemon.stop(process)
+    rules = daemon.rules()
+    daemon.relay.refuse()
+    process = daemon.start()
+    wait_until(lambda: "Connection refused" in daemon.log(), "a log line about the connection error")
+    assert daemon.stop(process) == 0
+    assert daemon.rules() == rules

@@ -1,4 +1,4 @@
-"""Writing events over real HTTP."""
+"""Writing Events over real HTTP."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from uuid import uuid4
 import pytest
 
 from kproxy.kube.client.client import ApiClient
+from kproxy.kube.codec.streams import split_lines
 from kproxy.kube.events import recorder as events
 from kproxy.kube.events.correlator import (
     BURST,
@@ -25,8 +26,8 @@ from kproxy.kube.events.correlator import (
     node_reference,
     service_reference,
 )
-from kproxy.kube.events.recorder import MOST_WAITING, EventRecorder
-from tests.api.conftest import HANG, Cluster
+from kproxy.kube.events.recorder import QUEUE_LIMIT, EventRecorder
+from tests.api.conftest import HANG_GUARD, Cluster
 from tests.apiserver import ApiServer, Relay, SeenRequest
 from tests.apiserver.objects import service
 from tests.apiserver.resources import EVENTS
@@ -48,7 +49,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def record(tmp_path: Path, clock: Clock) -> Iterator[Record]:
-    """Start a recorder for a cluster, optionally through a port in front of it."""
+    """Start an `EventRecorder` for a cluster, optionally through the port of a relay."""
     started: list[EventRecorder] = []
 
     def start(cluster: Cluster, *, port: int | None = None) -> EventRecorder:
@@ -60,16 +61,16 @@ def record(tmp_path: Path, clock: Clock) -> Iterator[Record]:
 
     yield start
     for recorder in started:
-        recorder.stop()
+        recorder.stop(0.5)
     for thread in threading.enumerate():
         if thread.name == "events":
-            thread.join(HANG)
+            thread.join(HANG_GUARD)
 
 
 @pytest.fixture
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let further tries come at once."""
-    monkeypatch.setattr(events, "PAUSES", (0.0, 0.0))
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retry without pauses."""
+    monkeypatch.setattr(events, "RETRY_DELAYS", (0.0, 0.0))
 
 
 def is_post(request: SeenRequest) -> bool:
@@ -80,18 +81,18 @@ def notes(requests: list[SeenRequest]) -> list[str]:
     return [json.loads(request.body)["note"] for request in requests]
 
 
-def say(recorder: EventRecorder, note: str) -> None:
+def emit(recorder: EventRecorder, note: str) -> None:
     recorder.event(WEB, "Warning", "FailedToStartServiceHealthcheck", "Listen", note)
 
 
 def stored(server: ApiServer) -> list[str]:
-    """The notes of the events that the server accepted."""
+    """Return the notes of the Events that the server accepted."""
     return [server.store.get(EVENTS, key)["note"] for key in server.store.keys(EVENTS)]
 
 
 def settle(recorder: EventRecorder, server: ApiServer) -> list[str]:
-    """Wait until the recorder is done with what was noted before; return the notes of all requests up to then."""
-    say(recorder, "settled")
+    """Wait until the recorder has sent all earlier events; return the notes of all requests so far."""
+    emit(recorder, "settled")
     server.requests.wait_for(lambda request: is_post(request) and b"settled" in request.body)
     return notes(server.requests.wait_for(is_post))[:-1]
 
@@ -100,28 +101,28 @@ def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name == events.__name__]
 
 
-def said_something(caplog: pytest.LogCaptureFixture) -> threading.Event:
-    """Return what is set as soon as anything is logged."""
-    said = threading.Event()
+def first_log_record(caplog: pytest.LogCaptureFixture) -> threading.Event:
+    """Return an event that is set by the next log record."""
+    logged_any = threading.Event()
 
-    def hear(_: logging.LogRecord) -> bool:
-        said.set()
+    def on_record(_: logging.LogRecord) -> bool:
+        logged_any.set()
         return True
 
-    caplog.handler.addFilter(hear)
-    return said
+    caplog.handler.addFilter(on_record)
+    return logged_any
 
 
-def runs() -> bool:
+def is_running() -> bool:
     return any(thread.name == "events" for thread in threading.enumerate())
 
 
 def first_events(cluster: Cluster, tmp_path: Path, note: str, count: int) -> list[dict[str, Any]]:
-    """Watch until there are so many events with a note, and return them."""
+    """Return the first `count` Events with this note."""
     client = ApiClient.from_config(str(cluster.kubeconfig(tmp_path / "watcher")))
     found = []
-    with client.get(PATH, {"watch": "1"}, HANG) as response:
-        for line in response.lines():
+    with client.get(PATH, {"watch": "1"}, HANG_GUARD) as response:
+        for line in split_lines(response.chunks()):
             event = json.loads(line)["object"]
             if event.get("note") == note:
                 found.append(event)
@@ -130,12 +131,12 @@ def first_events(cluster: Cluster, tmp_path: Path, note: str, count: int) -> lis
     raise AssertionError(f"the watch ended after {found}")
 
 
-def test_events_of_nodes_and_services_are_there_to_see(cluster: Cluster, record: Record, tmp_path: Path) -> None:
-    cluster.create(service("web", "10.96.7.1"))  # makes the namespace, where the server wants one
+def test_events_of_nodes_and_services_are_written(cluster: Cluster, record: Record, tmp_path: Path) -> None:
+    cluster.create(service("web", "10.96.7.1"))  # creates the namespace on a real server
     recorder = record(cluster)
-    note = f"of this test only {uuid4()}"
+    note = f"unique note {uuid4()}"
     recorder.event(NODE, "Normal", "Starting", "StartKubeProxy", note)
-    say(recorder, note)
+    emit(recorder, note)
     found = {event["regarding"]["kind"]: event for event in first_events(cluster, tmp_path, note, 2)}
     assert found["Node"]["metadata"]["namespace"] == "default"
     assert found["Node"]["reason"] == "Starting"
@@ -156,209 +157,205 @@ def test_events_of_nodes_and_services_are_there_to_see(cluster: Cluster, record:
         {"metadata": {"name": "Not_A_Name", "namespace": "default"}},
     ],
 )
-def test_the_servers_refuse_what_is_no_event(cluster: Cluster, tmp_path: Path, change: dict[str, Any]) -> None:
+def test_servers_reject_invalid_events(cluster: Cluster, tmp_path: Path, change: dict[str, Any]) -> None:
     latest = EventOccurrence(NODE, "Normal", "Starting", "StartKubeProxy", "", 0.0, time.time_ns())
     event = event_object(EventReport(latest, latest.wall, 1), "node-1")
     client = ApiClient.from_config(str(cluster.kubeconfig(tmp_path / "kubeconfig")))
     answers = []
     for body in (event | change, event):
-        with client.post(event_path(NODE), json.dumps(body).encode(), HANG) as response:
+        with client.post(event_path(NODE), json.dumps(body).encode(), HANG_GUARD) as response:
             answers.append((response.status, response.read()))
     assert [status for status, _ in answers] == [422, 201]
     assert json.loads(answers[0][1])["reason"] == "Invalid"
 
 
-def test_the_servers_refuse_an_event_in_another_namespace(cluster: Cluster, tmp_path: Path) -> None:
+def test_servers_reject_events_in_another_namespace(cluster: Cluster, tmp_path: Path) -> None:
     latest = EventOccurrence(NODE, "Normal", "Starting", "StartKubeProxy", "", 0.0, time.time_ns())
     event = event_object(EventReport(latest, latest.wall, 1), "node-1")
     client = ApiClient.from_config(str(cluster.kubeconfig(tmp_path / "kubeconfig")))
-    with client.post(event_path(NODE).replace("default", "kube-system"), json.dumps(event).encode(), HANG) as response:
+    with client.post(
+        event_path(NODE).replace("default", "kube-system"), json.dumps(event).encode(), HANG_GUARD
+    ) as response:
         assert response.status == 400
 
 
-def test_the_start_needs_no_note(server: ApiServer, record: Record) -> None:
+def test_event_without_note_is_accepted(server: ApiServer, record: Record) -> None:
     recorder = record(server)
     recorder.event(NODE, "Normal", "Starting", "StartKubeProxy", "")
     settle(recorder, server)
     assert stored(server)[0] == ""
 
 
-def test_the_same_event_is_sent_once(server: ApiServer, record: Record) -> None:
+def test_repeated_event_is_sent_once(server: ApiServer, record: Record) -> None:
     recorder = record(server)
     for note in ("same", "same", "same", "other"):
-        say(recorder, note)
+        emit(recorder, note)
     assert settle(recorder, server) == ["same", "other"]
 
 
-def test_a_flood_is_sent_no_faster_than_allowed(server: ApiServer, record: Record, clock: Clock) -> None:
+def test_event_rate_is_limited(server: ApiServer, record: Record, clock: Clock) -> None:
     recorder = record(server)
     for number in range(BURST + 10):
-        say(recorder, f"note {number}")
+        emit(recorder, f"note {number}")
     clock.now = REFILL_SECONDS
-    say(recorder, "later")
+    emit(recorder, "later")
     requests = server.requests.wait_for(is_post, BURST + 1)
     assert notes(requests) == [f"note {number}" for number in range(BURST)] + ["later"]
 
 
-def test_what_happened_before_the_start_is_written_too(
-    server: ApiServer, tmp_path: Path, clock: Clock, record: Record
-) -> None:
+def test_events_before_the_start_are_written(server: ApiServer, tmp_path: Path, clock: Clock, record: Record) -> None:
     client = ApiClient.from_config(str(server.kubeconfig(tmp_path / "kubeconfig")))
     recorder = EventRecorder(client, "node-1", clock=clock, wall=clock.wall)
-    say(recorder, "early")
+    emit(recorder, "early")
     recorder.start()
     assert notes(server.requests.wait_for(is_post)) == ["early"]
-    recorder.stop()
+    recorder.stop(HANG_GUARD)
 
 
-def test_noting_never_waits_even_when_the_server_says_nothing(server: ApiServer, record: Record) -> None:
+def test_emitting_never_blocks_while_the_server_is_stalled(server: ApiServer, record: Record) -> None:
     with Relay(server.address) as relay:
         recorder = record(server, port=relay.port)
         relay.stall(new=True)
 
         def flood() -> None:
-            for number in range(2 * MOST_WAITING):
-                say(recorder, f"note {number}")
+            for number in range(2 * QUEUE_LIMIT):
+                emit(recorder, f"note {number}")
 
-        caller = threading.Thread(target=flood, daemon=True)
-        caller.start()
-        caller.join(HANG)
-        assert not caller.is_alive()
+        thread = threading.Thread(target=flood, daemon=True)
+        thread.start()
+        thread.join(HANG_GUARD)
+        assert not thread.is_alive()
         relay.resume()
         requests = server.requests.wait_for(is_post, BURST)
         assert notes(requests)[:BURST] == [f"note {number}" for number in range(BURST)]
 
 
-def test_not_all_that_happens_while_the_server_says_nothing_is_kept(
-    server: ApiServer, record: Record, clock: Clock
-) -> None:
+def test_queue_is_bounded_while_the_server_is_stalled(server: ApiServer, record: Record, clock: Clock) -> None:
     with Relay(server.address) as relay:
         recorder = record(server, port=relay.port)
         relay.stall(new=True)
-        for number in range(MOST_WAITING + 10):
+        for number in range(QUEUE_LIMIT + 10):
             clock.now += REFILL_SECONDS
-            say(recorder, f"note {number}")
+            emit(recorder, f"note {number}")
         relay.resume()
-        settled = notes(server.requests.wait_for(is_post, MOST_WAITING))
-        assert settled[:MOST_WAITING] == [f"note {number}" for number in range(MOST_WAITING)]
+        settled = notes(server.requests.wait_for(is_post, QUEUE_LIMIT))
+        assert settled[:QUEUE_LIMIT] == [f"note {number}" for number in range(QUEUE_LIMIT)]
         last = settle(recorder, server)[-1]
-        assert last in {f"note {MOST_WAITING - 1}", f"note {MOST_WAITING}"}  # one more if one was being sent
+        assert last in {f"note {QUEUE_LIMIT - 1}", f"note {QUEUE_LIMIT}"}  # one more if one was being sent
 
 
-def test_a_refused_event_is_not_tried_again_and_said_once(
-    server: ApiServer, record: Record, caplog: pytest.LogCaptureFixture, hasty: None
+def test_rejected_event_is_not_retried_and_logged_once(
+    server: ApiServer, record: Record, caplog: pytest.LogCaptureFixture, no_pauses: None
 ) -> None:
     caplog.set_level(logging.INFO)
-    server.refuse(403, times=2)
+    server.fail_requests(403, times=2)
     recorder = record(server)
     for note in ("one", "two", "three", "four"):
-        say(recorder, note)
+        emit(recorder, note)
     assert settle(recorder, server) == ["one", "two", "three", "four"]
     first, last = logged(caplog)
-    assert first.startswith(
-        "event FailedToStartServiceHealthcheck of Service demo/web cannot be written: 403 Forbidden: "
-    )
+    assert first.startswith("cannot write event FailedToStartServiceHealthcheck of Service demo/web: 403 Forbidden: ")
     assert last == "events are written again"
 
 
-def test_an_overloaded_server_is_asked_again(server: ApiServer, record: Record, hasty: None) -> None:
-    server.refuse(503)
-    server.refuse(429)
+def test_events_are_retried_on_an_overloaded_server(server: ApiServer, record: Record, no_pauses: None) -> None:
+    server.fail_requests(503)
+    server.fail_requests(429)
     recorder = record(server)
-    say(recorder, "patient")
+    emit(recorder, "patient")
     assert settle(recorder, server) == ["patient"] * 3
     assert "patient" in stored(server)
 
 
-def test_an_event_is_given_up_at_last(
-    server: ApiServer, record: Record, caplog: pytest.LogCaptureFixture, hasty: None
+def test_event_is_dropped_after_the_last_retry(
+    server: ApiServer, record: Record, caplog: pytest.LogCaptureFixture, no_pauses: None
 ) -> None:
-    server.refuse(503, times=3)
+    server.fail_requests(503, times=3)
     recorder = record(server)
-    say(recorder, "lost")
+    emit(recorder, "lost")
     assert settle(recorder, server) == ["lost"] * 3
     assert "lost" not in stored(server)
-    assert len([line for line in logged(caplog) if "cannot be written: 503" in line]) == 1
+    assert len([line for line in logged(caplog) if line.startswith("cannot write event ") and ": 503" in line]) == 1
 
 
-def test_a_server_that_is_away_is_tried_again(
+def test_events_are_retried_on_an_unreachable_server(
     server: ApiServer, record: Record, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(events, "PAUSES", (0.01,) * 1000)
-    said = said_something(caplog)
+    monkeypatch.setattr(events, "RETRY_DELAYS", (0.01,) * 1000)
+    failed = first_log_record(caplog)
     with Relay(server.address) as relay:
         relay.refuse()
         recorder = record(server, port=relay.port)
-        say(recorder, "patient")
-        assert said.wait(HANG)
+        emit(recorder, "patient")
+        assert failed.wait(HANG_GUARD)
         relay.allow()
         assert notes(server.requests.wait_for(is_post)) == ["patient"]
 
 
-def test_a_conflict_means_that_an_earlier_try_arrived(
-    server: ApiServer, record: Record, caplog: pytest.LogCaptureFixture, hasty: None
+def test_conflict_means_that_an_earlier_attempt_succeeded(
+    server: ApiServer, record: Record, caplog: pytest.LogCaptureFixture, no_pauses: None
 ) -> None:
-    server.refuse(409)
+    server.fail_requests(409)
     recorder = record(server)
-    say(recorder, "there already")
-    assert settle(recorder, server) == ["there already"]
+    emit(recorder, "duplicate")
+    assert settle(recorder, server) == ["duplicate"]
     assert logged(caplog) == []
 
 
-def test_credentials_are_renewed(server: ApiServer, record: Record, tmp_path: Path, hasty: None) -> None:
+def test_credentials_are_reloaded(server: ApiServer, record: Record, tmp_path: Path, no_pauses: None) -> None:
     recorder = record(server)
     server.tokens = {"rotated"}
     server.kubeconfig(tmp_path / "kubeconfig")
-    say(recorder, "with a new token")
+    emit(recorder, "with a new token")
     assert settle(recorder, server) == ["with a new token"] * 2
     assert "with a new token" in stored(server)
 
 
-def test_what_nobody_foresaw_does_not_end_the_writing(
+def test_unexpected_error_does_not_stop_the_recorder(
     server: ApiServer, record: Record, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     recorder = record(server)
-    clock.wall_time = 10**40  # no calendar reaches so far
-    say(recorder, "impossible")
+    clock.wall_time = 10**40  # beyond the range of datetime
+    emit(recorder, "impossible")
     clock.wall_time = NOON
     assert settle(recorder, server) == []
     assert "unexpected" in logged(caplog)[0]
 
 
-def test_stop_does_not_wait_for_further_tries(
+def test_stop_does_not_wait_for_retries(
     server: ApiServer, record: Record, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(events, "PAUSES", (3600.0,))
-    monkeypatch.setattr(events, "STOP_TIMEOUT", HANG)
-    said = said_something(caplog)
-    server.refuse(503, times=2)
+    monkeypatch.setattr(events, "RETRY_DELAYS", (3600.0,))
+    monkeypatch.setattr(events, "STOP_TIMEOUT", HANG_GUARD)
+    failed = first_log_record(caplog)
+    server.fail_requests(503, times=2)
     recorder = record(server)
-    say(recorder, "never")
-    assert said.wait(HANG)
-    recorder.stop()
-    assert not runs()
+    emit(recorder, "never")
+    assert failed.wait(HANG_GUARD)
+    recorder.stop(HANG_GUARD)
+    assert not is_running()
     assert len(server.requests.wait_for(is_post)) == 1
 
 
-def test_stop_does_not_write_what_waits(server: ApiServer, record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(events, "PAUSES", (3600.0,))
-    monkeypatch.setattr(events, "STOP_TIMEOUT", HANG)
-    server.refuse(503)
+def test_stop_drops_queued_events(server: ApiServer, record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events, "RETRY_DELAYS", (3600.0,))
+    monkeypatch.setattr(events, "STOP_TIMEOUT", HANG_GUARD)
+    server.fail_requests(503)
     recorder = record(server)
-    for number in range(2 * MOST_WAITING):
-        say(recorder, f"note {number}")
+    for number in range(2 * QUEUE_LIMIT):
+        emit(recorder, f"note {number}")
     server.requests.wait_for(is_post)
-    recorder.stop()
-    assert not runs()
+    recorder.stop(HANG_GUARD)
+    assert not is_running()
     assert stored(server) == []
 
 
-def test_stop_returns_while_the_server_says_nothing(server: ApiServer, record: Record) -> None:
+def test_stop_returns_while_the_server_is_stalled(server: ApiServer, record: Record) -> None:
     with Relay(server.address) as relay:
         recorder = record(server, port=relay.port)
         relay.stall(new=True)
-        say(recorder, "never answered")
+        emit(recorder, "never answered")
         stopper = threading.Thread(target=recorder.stop, daemon=True)
         stopper.start()
-        stopper.join(HANG)
+        stopper.join(HANG_GUARD)
         assert not stopper.is_alive()

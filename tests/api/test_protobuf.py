@@ -1,4 +1,4 @@
-"""Protobuf and JSON over real HTTP: who asks for what, and that both tell the same."""
+"""Protobuf and JSON over real HTTP: which requests use which encoding, and both decode to the same objects."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from kproxy.kube.codec.json_codec import read_page
 from kproxy.kube.codec.streams import ACCEPT_JSON, ACCEPT_WATCH, read_events
 from kproxy.model.delta import Kind
 from kproxy.model.types import EndpointSlice, Node, Service, ServiceCIDR
-from tests.api.conftest import HANG, Cluster, Follow, Received
+from tests.api.conftest import HANG_GUARD, Cluster, Received, StartSource
 from tests.apiserver import ApiServer, Relay, SeenRequest, protobuf
-from tests.apiserver.objects import endpoint_slice, labelled, node, service, service_cidr
+from tests.apiserver.objects import endpoint_slice, labeled, node, service, service_cidr
 from tests.apiserver.resources import ENDPOINT_SLICES, NODES, SERVICE_CIDRS, SERVICES, Resource
 
 SERVED: list[tuple[Kind, Resource]] = [
@@ -32,7 +32,7 @@ def is_service_watch(request: SeenRequest) -> bool:
 
 
 def fill(cluster: Cluster) -> None:
-    cluster.create(labelled(service("web", "10.96.7.1"), app="web"))
+    cluster.create(labeled(service("web", "10.96.7.1"), app="web"))
     cluster.create(service("affine", "10.96.7.2", sessionAffinity="ClientIP", internalTrafficPolicy="Local"))
     cluster.create(service("outside", "10.96.7.3", type="NodePort", externalTrafficPolicy="Local"))
     found = endpoint_slice("web-1", "web", ["10.0.0.1", "10.0.0.2", "10.0.0.3"])
@@ -48,11 +48,11 @@ def fill(cluster: Cluster) -> None:
 
 
 def read(client: ApiClient, kind: Kind, resource: Resource, accept: str) -> tuple[str, set[DecodedObject]]:
-    """Return the media type of a new watch, and the objects it begins with."""
-    with client.get(resource.path, {}, HANG) as listed:
+    """Return the media type of a new watch and its initial objects."""
+    with client.get(resource.path, {}, HANG_GUARD) as listed:
         count = len(read_page(kind, listed.read()).items)
     found: set[DecodedObject] = set()
-    with client.get(resource.path, {"watch": "1"}, HANG, accept) as watch:
+    with client.get(resource.path, {"watch": "1"}, HANG_GUARD, accept) as watch:
         for event in read_events(kind, watch):
             assert isinstance(event, DecodedObject)
             found.add(event)
@@ -62,7 +62,9 @@ def read(client: ApiClient, kind: Kind, resource: Resource, accept: str) -> tupl
 
 
 @pytest.mark.parametrize(("kind", "resource"), SERVED)
-def test_both_forms_tell_the_same(cluster: Cluster, tmp_path: Path, kind: Kind, resource: Resource) -> None:
+def test_both_encodings_decode_to_the_same_objects(
+    cluster: Cluster, tmp_path: Path, kind: Kind, resource: Resource
+) -> None:
     fill(cluster)
     client = ApiClient.from_config(str(cluster.kubeconfig(tmp_path / "kubeconfig")))
     json_type, plain = read(client, kind, resource, ACCEPT_JSON)
@@ -72,13 +74,13 @@ def test_both_forms_tell_the_same(cluster: Cluster, tmp_path: Path, kind: Kind, 
     assert plain
 
 
-def test_watches_come_as_protobuf_and_lists_as_compressed_json(
-    server: ApiServer, follow: Follow, received: Received
+def test_watches_use_protobuf_and_lists_compressed_json(
+    server: ApiServer, start_source: StartSource, received: Received
 ) -> None:
     server.set_watch_list("forbidden")
     for number in range(600):
         server.create(service(f"web-{number}", f"10.96.{8 + number // 250}.{number % 250 + 1}"))
-    follow(server)
+    start_source(server)
     received.until_listed()
     assert len(received.names(Service)) == 600
     server.create(service("late", "10.96.7.1"))
@@ -88,12 +90,14 @@ def test_watches_come_as_protobuf_and_lists_as_compressed_json(
         assert request.headers["Accept-Encoding"] == ("identity" if request.is_watch else "gzip")
 
 
-def test_an_event_costs_hardly_more_bytes_than_its_frame(server: ApiServer, follow: Follow, received: Received) -> None:
+def test_event_takes_at_most_5_percent_more_bytes_than_its_frame(
+    server: ApiServer, start_source: StartSource, received: Received
+) -> None:
     slices = [slice_of_ten(number, "10.1.0") for number in range(100)]
     for each in slices:
         server.create(each)
     with Relay(server.address) as relay:
-        follow(server, port=relay.port)
+        start_source(server, port=relay.port)
         received.until_listed()
         before = relay.bytes_to_clients
         changed = [server.update(slice_of_ten(number, "10.1.1")) for number in range(100)]
@@ -112,26 +116,26 @@ def all_begin_with(slices: Iterable[object], prefix: str) -> bool:
     return len(found) == 100 and all(e.address.startswith(prefix) for each in found for e in each.endpoints)
 
 
-@pytest.mark.parametrize("odd", ["ignored", "refused"])
-def test_a_server_without_protobuf_is_followed_in_json(
-    server: ApiServer, follow: Follow, received: Received, odd: Literal["ignored", "refused"]
+@pytest.mark.parametrize("support", ["ignored", "refused"])
+def test_server_without_protobuf_is_watched_in_json(
+    server: ApiServer, start_source: StartSource, received: Received, support: Literal["ignored", "refused"]
 ) -> None:
-    server.faults.protobuf = odd
+    server.faults.protobuf = support
     server.create(service("web", "10.96.7.1"))
-    follow(server)
+    start_source(server)
     received.until_listed()
     server.create(service("db", "10.96.7.2"))
     received.until(lambda _: received.names(Service) == {"web", "db"})
-    if odd == "refused":
+    if support == "refused":
         server.drop_watches()
         asked = [request.headers["Accept"] for request in server.requests.wait_for(is_service_watch, 3)]
         assert asked[:3] == [ACCEPT_WATCH, ACCEPT_JSON, ACCEPT_JSON]
 
 
-def test_after_frames_that_cannot_be_read_the_next_list_is_in_json(
-    server: ApiServer, follow: Follow, received: Received
+def test_list_after_undecodable_frames_is_in_json(
+    server: ApiServer, start_source: StartSource, received: Received
 ) -> None:
-    follow(server)
+    start_source(server)
     received.until_listed()
     server.requests.wait_for(is_service_watch)
     server.inject(b"no protobuf")
@@ -140,6 +144,6 @@ def test_after_frames_that_cannot_be_read_the_next_list_is_in_json(
     server.drop_watches()
     asked = server.requests.wait_for(is_service_watch, 2)
     assert [request.headers["Accept"] for request in asked] == [ACCEPT_WATCH, ACCEPT_JSON]
-    assert "sendInitialEvents" in asked[1].query, "what was missed, only a list can tell"
+    assert "sendInitialEvents" in asked[1].query, "only a list can recover the missed events"
     server.create(service("db", "10.96.7.2"))
     received.until(lambda _: received.names(Service) == {"web", "db"})

@@ -1,4 +1,4 @@
-"""The tests' own server answers in the shapes that a real one was recorded to answer in."""
+"""The answers of the test server have the same shape as recorded answers of kube-apiserver."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.apiserver.objects import endpoint_slice, service
 
 RECORDED = Path(__file__).parent.parent / "watch"
 VALUES = {"resourceVersion", "continue", "name", "namespace", "message"}
-"""Fields whose values differ from server to server."""
+"""Fields whose values differ between servers."""
 
 
 def body_of(name: str) -> Any:
@@ -33,7 +33,7 @@ def get(server: ApiServer, path: str, headers: dict[str, str] | None = None) -> 
 
 
 def shape(value: Any) -> Any:
-    """Replace the values that may differ by their types."""
+    """Replace values that may differ by their types."""
     if isinstance(value, dict):
         return {
             key: type(inner).__name__ if key in VALUES and not isinstance(inner, dict) else shape(inner)
@@ -52,7 +52,7 @@ def filled() -> Any:
         yield server
 
 
-def test_a_page(filled: ApiServer) -> None:
+def test_page_of_a_list(filled: ApiServer) -> None:
     status, headers, text = get(filled, "/api/v1/services?limit=2")
     found, recorded = json.loads(text), body_of("list-page-1.txt")
     assert (status, headers["Content-Type"]) == (200, "application/json")
@@ -68,14 +68,14 @@ def test_a_page(filled: ApiServer) -> None:
     assert names == ["db", "tls", "web"]
 
 
-def test_a_continued_list_shows_the_past_it_began_in(filled: ApiServer) -> None:
+def test_continued_list_is_a_consistent_snapshot(filled: ApiServer) -> None:
     token = json.loads(get(filled, "/api/v1/services?limit=2")[2])["metadata"]["continue"]
     filled.delete(service("web", ""))
     items = json.loads(get(filled, f"/api/v1/services?limit=2&continue={token}")[2])["items"]
     assert [item["metadata"]["name"] for item in items] == ["web"]
 
 
-def test_refused_continuations(filled: ApiServer) -> None:
+def test_rejected_continuations(filled: ApiServer) -> None:
     token = json.loads(get(filled, "/api/v1/services?limit=1")[2])["metadata"]["continue"]
     filled.compact()
     status, _, text = get(filled, f"/api/v1/services?limit=1&continue={token}")
@@ -87,19 +87,19 @@ def test_refused_continuations(filled: ApiServer) -> None:
 
 
 def test_forbidden(filled: ApiServer) -> None:
-    filled.refuse(403)
+    filled.fail_requests(403)
     status, _, text = get(filled, "/api/v1/services")
     assert (status, json.loads(text)) == (403, body_of("unauthorized.txt"))
 
 
-def test_a_watch_from_too_long_ago(filled: ApiServer) -> None:
+def test_watch_from_a_compacted_version(filled: ApiServer) -> None:
     filled.compact()
     status, _, text = get(filled, "/api/v1/services?watch=1&resourceVersion=1")
     recorded = json.loads((RECORDED / "watch-too-old.txt").read_text().splitlines()[-1])
     assert (status, shape(json.loads(text))) == (200, shape(recorded))
 
 
-def test_a_server_whose_etcd_is_too_old(filled: ApiServer) -> None:
+def test_watch_list_with_an_old_etcd(filled: ApiServer) -> None:
     filled.set_watch_list("old-etcd")
     query = "watch=1&sendInitialEvents=true&resourceVersionMatch=NotOlderThan"
     recorded = json.loads((RECORDED / "watchlist-unsupported-by-old-etcd.jsonl").read_text())
@@ -113,7 +113,7 @@ def test_a_server_whose_etcd_is_too_old(filled: ApiServer) -> None:
         ("/apis/discovery.k8s.io/v1/endpointslices", "endpointslices.watchlist.jsonl"),
     ],
 )
-def test_list_by_watch(filled: ApiServer, path: str, recording: str) -> None:
+def test_watch_list(filled: ApiServer, path: str, recording: str) -> None:
     query = "watch=1&allowWatchBookmarks=true&sendInitialEvents=true&resourceVersionMatch=NotOlderThan&timeoutSeconds=1"
     found = [json.loads(line) for line in get(filled, f"{path}?{query}")[2].splitlines()]
     recorded = [json.loads(line) for line in (RECORDED / recording).read_text().splitlines()]
@@ -147,12 +147,12 @@ def test_selectors(filled: ApiServer) -> None:
         items = json.loads(get(filled, f"/api/v1/services?{query}")[2])["items"]
         return [item["metadata"]["name"] for item in items]
 
-    everything = ["db", "headless", "other", "tls", "web"]
-    assert names("") == everything
+    all_names = ["db", "headless", "other", "tls", "web"]
+    assert names("") == all_names
     assert names("labelSelector=%21service.kubernetes.io/service-proxy-name") == ["db", "headless", "tls", "web"]
     assert names("labelSelector=service.kubernetes.io/service-proxy-name%20in%20(x,y)") == ["other"]
     assert names("fieldSelector=spec.clusterIP%21%3DNone,spec.type%21%3DExternalName") == sorted(
-        set(everything) - {"headless"}
+        set(all_names) - {"headless"}
     )
     assert names("fieldSelector=metadata.name%3Dweb") == ["web"]
     status, _, text = get(filled, "/api/v1/services?fieldSelector=spec.nothing%3D1")

@@ -1,4 +1,4 @@
-"""An API server for tests: real HTTP/1.1 lists and watches, in this process, with faults on demand."""
+"""An API server in the test process: real HTTP/1.1 lists and watches, with faults on demand."""
 
 from __future__ import annotations
 

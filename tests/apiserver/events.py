@@ -1,4 +1,4 @@
-"""What kube-apiserver wants of an Event that is written through `events.k8s.io/v1`."""
+"""Validate Events written through `events.k8s.io/v1`, as kube-apiserver does."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _LIMITS = {"reportingInstance": 128, "action": 128, "reason": 128, "note": 1024}
 
 
 def event_problems(event: dict[str, Any]) -> list[str]:
-    """Return what is wrong with an Event, nothing if it is accepted."""
+    """Return the validation errors of an Event; none if it is valid."""
     name, namespace = event["metadata"].get("name", ""), event["metadata"]["namespace"]
     problems = [f"{field}: Required value" for field in _REQUIRED if not event.get(field)]
     for field, limit in _LIMITS.items():

@@ -1,4 +1,4 @@
-"""What goes wrong on demand: state that tests set and the server's threads obey."""
+"""Faults on demand: state that tests set and the server's threads read."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ WatchListSupport = Literal["supported", "old-etcd", "forbidden", "ignored"]
 
 
 @dataclass
-class Refusing:
-    """Requests to refuse with `status`: the next `times` whose path and query `matches` accepts."""
+class FailingRequests:
+    """A rule: answer the next `times` requests whose path and query match with `status`."""
 
     status: int
     times: int
@@ -22,11 +22,12 @@ class Refusing:
 
 @dataclass
 class Faults:
-    """`watch_list` says how sendInitialEvents is answered; `piece` cuts watch lines into such small writes.
+    """The current faults.
 
-    `withheld` has the resources (plural) that the server does not have or does not show, with the status that says so.
-    `protobuf` says what becomes of a wish for it: "ignored" answers JSON, "refused" is a 406.
-    `epoch` counts what `end` was asked to do: a watch that began in an earlier one ends as `ending` says.
+    `watch_list` is the answer to sendInitialEvents. `protobuf` is the answer to clients that accept protobuf: "ignored"
+    answers with JSON, "refused" with status 406. `piece` is the maximum size of one write on a watch (0: no limit).
+    `hidden` maps resources (plural) that are unavailable to the status of the answer. `epoch` grows whenever all open
+    watches are to end; `ending` is the way in which they end.
     """
 
     watch_list: WatchListSupport = "supported"
@@ -34,15 +35,15 @@ class Faults:
     service_fields: bool = True
     piece: int = 0
     epoch: int = 0
-    withheld: dict[str, int] = field(default_factory=dict)
+    hidden: dict[str, int] = field(default_factory=dict)
     ending: Literal["clean", "drop", "silent", "mid-line", "gone", "error"] = "clean"
     injected: list[bytes] = field(default_factory=list)
-    refusing: list[Refusing] = field(default_factory=list)
+    failing: list[FailingRequests] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def take_refusal(self, path: str, query: dict[str, str]) -> Refusing | None:
+    def next_failure(self, path: str, query: dict[str, str]) -> FailingRequests | None:
         with self.lock:
-            for item in self.refusing:
+            for item in self.failing:
                 if item.times > 0 and item.matches(path, query):
                     item.times -= 1
                     return item

@@ -1,4 +1,4 @@
-"""One HTTP connection: lists, single objects and writes. Watches are in `watching`."""
+"""Serve one HTTP connection: lists, single objects and writes. `watching` serves watches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.apiserver import protobuf, statuses
 from tests.apiserver.events import event_problems
 from tests.apiserver.requests import SeenRequest
 from tests.apiserver.resources import EVENTS, SERVICES, Resource, find_path
-from tests.apiserver.selectors import SelectorError, Test, field_test, label_test
+from tests.apiserver.selectors import Selector, SelectorError, field_test, label_test
 from tests.apiserver.store import ConflictError, ExpiredError, NotFoundError, make_token
 from tests.apiserver.watching import Watch
 from tests.apiserver.writing import JsonWriter, ProtobufWriter, accepts_protobuf
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tests.apiserver.server import ApiServer
 
 GZIP_FROM = 128 * 1024
-"""Bytes from which on kube-apiserver compresses an answer."""
+"""Minimum size in bytes of an answer that kube-apiserver compresses."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -30,7 +30,7 @@ class Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
     api: ApiServer
 
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class calls it that
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the name in the base class
         pass
 
     def setup(self) -> None:
@@ -64,17 +64,17 @@ class Handler(BaseHTTPRequestHandler):
         query = dict(parse_qsl(parts.query, keep_blank_values=True))
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.api.requests.add(SeenRequest(self.command, parts.path, query, dict(self.headers.items()), body))
-        refusing = self.api.faults.take_refusal(parts.path, query)
-        if refusing:
-            self._answer(refusing.status, statuses.refusal(refusing.status, refusing.retry_after), refusing.retry_after)
+        failing = self.api.faults.next_failure(parts.path, query)
+        if failing:
+            self._answer(failing.status, statuses.error(failing.status, failing.retry_after), failing.retry_after)
         elif not self._authenticated():
-            self._answer(401, statuses.refusal(401, None))
+            self._answer(401, statuses.error(401, None))
         elif self.api.faults.protobuf == "refused" and protobuf.MEDIA_TYPE in self.headers.get("Accept", ""):
-            self._answer(406, statuses.refusal(406, None))
+            self._answer(406, statuses.error(406, None))
         elif parts.path in {"/readyz", "/healthz", "/livez"}:
             self._write(200, b"ok", "text/plain")
         elif found := find_path(parts.path):
-            self._dispatch_shown(*found, query, body)
+            self._dispatch_unless_hidden(*found, query, body)
         else:
             self._answer(404, statuses.NO_RESOURCE)
 
@@ -82,13 +82,13 @@ class Handler(BaseHTTPRequestHandler):
         scheme, _, token = self.headers.get("Authorization", "").partition(" ")
         return not self.api.tokens or (scheme.lower() == "bearer" and token in self.api.tokens)
 
-    def _dispatch_shown(
+    def _dispatch_unless_hidden(
         self, resource: Resource, namespace: str, name: str, query: dict[str, str], body: bytes
     ) -> None:
-        withheld = self.api.faults.withheld.get(resource.plural)
-        if withheld is None:
+        hidden = self.api.faults.hidden.get(resource.plural)
+        if hidden is None:
             self._dispatch(resource, namespace, name, query, body)
-        elif withheld == 404:
+        elif hidden == 404:
             self._answer(404, statuses.NO_RESOURCE)
         else:
             verb = "watch" if "watch" in query else "list"
@@ -132,16 +132,16 @@ class Handler(BaseHTTPRequestHandler):
 
     def _collection(self, resource: Resource, namespace: str, query: dict[str, str]) -> None:
         try:
-            wanted = self._selection(resource, namespace, query)
+            matches = self._selector(resource, namespace, query)
         except SelectorError as error:
             self._answer(400, statuses.status(400, "BadRequest", str(error)))
             return
         if query.get("watch") in {"1", "true"}:
-            self._watch(resource, wanted, query)
+            self._watch(resource, matches, query)
         else:
-            self._list(resource, wanted, query)
+            self._list(resource, matches, query)
 
-    def _selection(self, resource: Resource, namespace: str, query: dict[str, str]) -> Test:
+    def _selector(self, resource: Resource, namespace: str, query: dict[str, str]) -> Selector:
         selectable = resource.selectable
         if resource is SERVICES and not self.api.faults.service_fields:
             selectable = ()
@@ -149,10 +149,12 @@ class Handler(BaseHTTPRequestHandler):
         fields = field_test(query.get("fieldSelector", ""), selectable)
         return lambda item: (not namespace or item.namespace == namespace) and labels(item) and fields(item)
 
-    def _list(self, resource: Resource, wanted: Test, query: dict[str, str]) -> None:
+    def _list(self, resource: Resource, matches: Selector, query: dict[str, str]) -> None:
         token = query.get("continue", "")
         try:
-            version, items, following, left = self.api.store.page(resource, wanted, int(query.get("limit") or 0), token)
+            version, items, following, left = self.api.store.page(
+                resource, matches, int(query.get("limit") or 0), token
+            )
         except ExpiredError as error:
             fresh = make_token(-1, str(error).rstrip("\0"))
             self._answer(410, statuses.expired_continue(fresh))
@@ -175,7 +177,7 @@ class Handler(BaseHTTPRequestHandler):
         body = opening + b',"items":[' + b",".join(item.raw for item in items) + b"]}\n"
         self._write(200, body, "application/json")
 
-    def _watch(self, resource: Resource, wanted: Test, query: dict[str, str]) -> None:
+    def _watch(self, resource: Resource, matches: Selector, query: dict[str, str]) -> None:
         if "sendInitialEvents" in query and (refused := self._watch_list_refusal(query)):
             self._answer(422, refused)
             return
@@ -185,7 +187,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Cache-Control", "no-cache, private")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        Watch(self.api, self.connection, resource, wanted, query, writer=writer).serve()
+        Watch(self.api, self.connection, resource, matches, query, writer=writer).serve()
         self.close_connection = True
         self.connection.shutdown(socket.SHUT_WR)
 

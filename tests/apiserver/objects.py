@@ -1,4 +1,4 @@
-"""Small objects that both the tests' server and a real one accept."""
+"""Small objects that both the test server and a real kube-apiserver accept."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def service_cidr(name: str, *cidrs: str) -> Object:
     }
 
 
-def labelled(body: Object, **labels: str) -> Object:
-    """Return the object with more labels; `__` in a name stands for "/", `_` for "-"."""
+def labeled(body: Object, **labels: str) -> Object:
+    """Return the object with more labels. In names, `__` stands for "/" and `_` for "-"."""
     metadata = body["metadata"]
     more = {name.replace("__", "/").replace("_", "-"): value for name, value in labels.items()}
     return body | {"metadata": metadata | {"labels": metadata.get("labels", {}) | more}}

@@ -1,7 +1,7 @@
-"""What the server says in protobuf: written by Google's package, from the field numbers of k8s.io/api 1.36.
+"""The server's protobuf encoder, built on Google's package with the field numbers of k8s.io/api 1.36.
 
-Nothing here is shared with kproxy, which has a reader of its own. A field marked `!` is a plain value in Go, which the
-server writes even if it is empty; the others are pointers, lists and maps, and left out if there is nothing in them.
+It shares no code with kproxy's decoder. A field marked `!` is a plain value in Go, which the server writes even if it
+is empty. The other fields are pointers, lists and maps, which are omitted if empty.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ _FIELDS = {name: tuple(_fields(text)) for name, text in _MESSAGES.items()}
 
 
 KINDS = frozenset(_FIELDS)
-"""What can be encoded. A real server can do all kinds but those of CustomResourceDefinitions."""
+"""The kinds that can be encoded. kube-apiserver encodes all kinds except custom resources."""
 
 
 def _classes() -> dict[str, type[Message]]:
@@ -152,7 +152,7 @@ _CLASSES = _classes()
 
 
 def encode(name: str, data: Any) -> bytes:
-    """Return the bare message for an object in the form that JSON has. Raises `KeyError` for a field unknown here."""
+    """Encode an object, given in JSON form, without envelope. Raises `KeyError` for an unknown field."""
     message = _CLASSES[name]()
     _fill(message, name, data)
     raw: bytes = message.SerializeToString(deterministic=True)
@@ -160,7 +160,7 @@ def encode(name: str, data: Any) -> bytes:
 
 
 def enveloped(body: dict[str, Any]) -> bytes:
-    """Return a whole answer: an object with its apiVersion and kind, in the envelope that says what it is."""
+    """Encode an object in the envelope (runtime.Unknown) that names its apiVersion and kind."""
     kind = body["kind"]
     bare = {name: value for name, value in body.items() if name not in {"kind", "apiVersion"}}
     return envelope(body["apiVersion"], kind, encode(kind, bare))
@@ -171,7 +171,7 @@ def envelope(api_version: str, kind: str, raw: bytes) -> bytes:
 
 
 def frame(change: str, body: dict[str, Any]) -> bytes:
-    """Return one event of a watch, with its length: the event has no envelope, the object in it has."""
+    """Encode one watch event with its length prefix. The object has an envelope, the event itself has none."""
     event = encode("WatchEvent", {"type": change, "object": {"raw": enveloped(body)}})
     return framed(event)
 
@@ -181,7 +181,7 @@ def framed(event: bytes) -> bytes:
 
 
 def frame_of_line(line: bytes) -> bytes:
-    """Return the frame for a line of a JSON watch."""
+    """Encode the event of a JSON watch line."""
     event = json.loads(line)
     return frame(event["type"], event["object"])
 
@@ -217,7 +217,7 @@ def _fill_list(target: Any, kind: str, values: Any) -> None:
 
 
 def _as_message(name: str, data: Any) -> Any:
-    """Turn what JSON writes as a plain value into the message that protobuf has for it."""
+    """Convert a plain JSON value to the message that protobuf uses for it."""
     if name == "Time" and isinstance(data, str):
         return {"seconds": int(datetime.fromisoformat(data).timestamp()), "nanos": 0}
     if name == "IntOrString" and isinstance(data, int):

@@ -1,4 +1,4 @@
-"""A TCP relay between client and server, for the faults of a network."""
+"""A TCP relay between client and server, for network faults."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ def _listen(port: int) -> socket.socket:
 
 
 class Relay:
-    """Forwards connections to `target`. `cut` breaks them, `stall` holds their bytes back, `refuse` takes none.
+    """Forwards connections to `target`. `cut` breaks them, `stall` delays their bytes, `refuse` accepts no new ones.
 
-    `port` stays the same through all of that. `listen` makes the listening socket of a port (0: any), for a
-    relay that is to be reached from elsewhere, such as another network namespace.
+    `port` never changes. `listen` creates the listening socket for a port (0: any), for example in another network
+    namespace.
     """
 
     def __init__(self, target: tuple[str, int], *, listen: Callable[[int], socket.socket] = _listen) -> None:
@@ -28,7 +28,7 @@ class Relay:
         self._listener: socket.socket | None = None
         self.port = 0
         self.bytes_to_clients = 0
-        """How many have come from the target so far and could flow on."""
+        """Bytes received from the target and not delayed."""
         self.allow()
 
     def __enter__(self) -> Relay:
@@ -38,6 +38,12 @@ class Relay:
         self.refuse()
         self.resume()
 
+    @property
+    def connections(self) -> int:
+        """How many connections are open."""
+        with self._lock:
+            return len(self._sockets) // 2
+
     def allow(self) -> None:
         """Accept connections (again)."""
         listener = self._listen(self.port)
@@ -46,7 +52,7 @@ class Relay:
         threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
 
     def refuse(self) -> None:
-        """Refuse new connections, and cut the present ones."""
+        """Refuse new connections and break the open ones."""
         listener, self._listener = self._listener, None
         if listener:
             with suppress(OSError):
@@ -63,14 +69,14 @@ class Relay:
                 each.shutdown(socket.SHUT_RDWR)
 
     def stall(self, *, new: bool = False) -> None:
-        """Forward nothing more on the open connections, in neither direction, and if `new` on later ones."""
+        """Stop forwarding on the open connections, in both directions; with `new`, also on later connections."""
         self._next_flowing.clear()
         self._stalled.append(self._next_flowing)
         if not new:
             self._next_flowing = _flowing()
 
     def resume(self) -> None:
-        """Forward everything again, also what was held back."""
+        """Forward again, including the delayed bytes."""
         for each in self._stalled:
             each.set()
         self._stalled.clear()
@@ -89,22 +95,22 @@ class Relay:
             far.settimeout(None)
             with self._lock:
                 self._sockets |= {near, far}
-            for source, sink, note in ((near, far, _ignore), (far, near, self._note)):
+            for source, sink, count in ((near, far, _ignore), (far, near, self._count)):
                 source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                arguments = (source, sink, self._next_flowing, note)
+                arguments = (source, sink, self._next_flowing, count)
                 threading.Thread(target=self._pump, args=arguments, daemon=True).start()
 
-    def _note(self, count: int) -> None:
+    def _count(self, size: int) -> None:
         with self._lock:
-            self.bytes_to_clients += count
+            self.bytes_to_clients += size
 
     def _pump(
-        self, source: socket.socket, sink: socket.socket, flowing: threading.Event, note: Callable[[int], None]
+        self, source: socket.socket, sink: socket.socket, flowing: threading.Event, count: Callable[[int], None]
     ) -> None:
         with suppress(OSError):
             while data := source.recv(1 << 16):
                 flowing.wait()
-                note(len(data))
+                count(len(data))
                 sink.sendall(data)
         for each in (source, sink):
             with suppress(OSError):

@@ -1,4 +1,4 @@
-"""The requests a server saw, and waiting for one."""
+"""The requests that a server received."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class SeenRequests:
             return list(self._seen)
 
     def wait_for(
-        self, wanted: Callable[[SeenRequest], bool], count: int = 1, *, hang: float = 20.0
+        self, matches: Callable[[SeenRequest], bool], count: int = 1, *, timeout: float = 20.0
     ) -> list[SeenRequest]:
         """Return the matching requests as soon as there are `count` of them."""
 
         def matching() -> list[SeenRequest]:
-            return [request for request in self._seen if wanted(request)]
+            return [request for request in self._seen if matches(request)]
 
         with self._changed:
-            if not self._changed.wait_for(lambda: len(matching()) >= count, hang):
-                raise TimeoutError(f"only {len(matching())} of {count} requests in {hang} s: {self._seen}")
+            if not self._changed.wait_for(lambda: len(matching()) >= count, timeout):
+                raise TimeoutError(f"only {len(matching())} of {count} requests in {timeout} s: {self._seen}")
             return matching()

@@ -1,4 +1,4 @@
-"""The resources the server knows: paths, kinds, and what a bookmark of each looks like."""
+"""The resources that the server knows: their paths, kinds and the empty objects of their bookmarks."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Resource:
         return f"{self.root}/{self.plural}"
 
     def object_path(self, namespace: str, name: str = "") -> str:
-        place = f"{self.root}/namespaces/{namespace}/{self.plural}" if self.namespaced else self.path
-        return f"{place}/{name}" if name else place
+        collection = f"{self.root}/namespaces/{namespace}/{self.plural}" if self.namespaced else self.path
+        return f"{collection}/{name}" if name else collection
 
 
 _NODE_STATUS = {
@@ -89,7 +89,7 @@ def resource_of(api_version: str, kind: str) -> Resource:
 
 
 def find_path(path: str) -> tuple[Resource, str, str] | None:
-    """Split a path into resource, namespace and name ("" where it has none)."""
+    """Split a path into resource, namespace and name, each "" if absent."""
     for item in RESOURCES:
         if not path.startswith(item.root + "/"):
             continue

@@ -1,4 +1,4 @@
-"""Label and field selectors, read the way the API does."""
+"""Label and field selectors, parsed as the API server does."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ Labels = dict[str, str]
 
 
 class SelectorError(ValueError):
-    """A selector the server refuses with 400."""
+    """A selector that the server rejects with status 400."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One object as stored: its JSON without kind and apiVersion, and what selectors look at."""
+    """A stored object: its JSON without kind and apiVersion, and the labels and fields that selectors match."""
 
     key: str
     namespace: str
@@ -25,10 +25,10 @@ class Stored:
     fields: dict[str, str]
 
 
-Test = Callable[[Stored], bool]
+Selector = Callable[[Stored], bool]
 
 
-def label_test(selector: str) -> Test:
+def label_test(selector: str) -> Selector:
     tests = [_label_term(term.strip()) for term in _split(selector)]
     return lambda item: all(test(item.labels) for test in tests)
 
@@ -53,7 +53,7 @@ def _label_term(term: str) -> Callable[[Labels], bool]:
     return lambda labels: key in labels
 
 
-def field_test(selector: str, selectable: tuple[str, ...]) -> Test:
+def field_test(selector: str, selectable: tuple[str, ...]) -> Selector:
     allowed = {"metadata.name", "metadata.namespace", *selectable}
     terms = []
     for term in _split(selector):

@@ -1,4 +1,4 @@
-"""The server as tests use it: objects, faults, the requests it saw, start and stop."""
+"""The server as tests use it: objects, faults, received requests, start and stop."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Literal
 
-from tests.apiserver.faults import Faults, Refusing, WatchListSupport
+from tests.apiserver.faults import FailingRequests, Faults, WatchListSupport
 from tests.apiserver.handler import Handler
 from tests.apiserver.requests import SeenRequests
 from tests.apiserver.resources import resource_of
@@ -25,13 +25,14 @@ class _Http(ThreadingHTTPServer):
     request_queue_size = 128
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        pass  # a client that goes away is part of the tests
+        pass  # tests disconnect clients on purpose
 
 
 class ApiServer:
-    """An API server on loopback. `tokens`: the bearer tokens it accepts, none for no authentication.
+    """An API server on loopback.
 
-    `bookmark_interval` is in seconds. With a `tls` context it speaks HTTPS.
+    `tokens` are the accepted bearer tokens; without any, there is no authentication. `bookmark_interval` is in seconds.
+    With a `tls` context, the server speaks HTTPS.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class ApiServer:
         self.stop()
 
     def start(self) -> None:
-        """Listen; on the same port as before after a `stop`. The objects are kept."""
+        """Listen. After a `stop`, the port and the objects are the same as before."""
         self.stopping = False
         handler = type("_Handler", (self.handler,), {"api": self})
         self._http = _Http(self.address, handler)
@@ -73,7 +74,7 @@ class ApiServer:
         self._thread.start()
 
     def stop(self) -> None:
-        """Close the port and break every connection."""
+        """Close the port and break all connections."""
         if not self._http or not self._thread:
             return
         self._wake(stopping=True)
@@ -116,7 +117,7 @@ class ApiServer:
         return self.store.update(body)
 
     def apply(self, body: Object) -> Object:
-        """Create the object, or replace it if it is there."""
+        """Create the object, or replace an existing one."""
         try:
             return self.store.update(body)
         except NotFoundError:
@@ -131,18 +132,18 @@ class ApiServer:
         self.store.delete(resource, key)
 
     def compact(self) -> None:
-        """Forget the history: what resumes from before gets 410."""
+        """Drop the history: watches and lists that resume from older versions get status 410."""
         self.store.compact()
 
     def restore_backup(self, *objects: Object) -> None:
-        """Start anew on an etcd of the past, where there are only these objects, and resourceVersions are lower."""
+        """Restart on an etcd restored from a backup: only these objects exist, and resourceVersions are lower."""
         self.stop()
         self.store = Store()
         for body in objects:
             self.create(body)
         self.start()
 
-    def refuse(
+    def fail_requests(
         self,
         status: int,
         times: int = 1,
@@ -152,46 +153,46 @@ class ApiServer:
     ) -> None:
         """Answer the next matching requests (path, query) with an error."""
         with self.faults.lock:
-            self.faults.refusing.append(Refusing(status, times, retry_after, matches))
+            self.faults.failing.append(FailingRequests(status, times, retry_after, matches))
 
     def set_watch_list(self, support: WatchListSupport) -> None:
-        """Choose how `sendInitialEvents` is answered from now on."""
+        """Set the answer to `sendInitialEvents` from now on."""
         self.faults.watch_list = support
 
-    def withhold(self, plural: str, status: Literal[403, 404]) -> None:
-        """Answer every new request for a resource as a server without it (404) or to one without permission (403)."""
-        self.faults.withheld[plural] = status
+    def hide(self, plural: str, status: Literal[403, 404]) -> None:
+        """Answer requests for a resource with 404 (as a server without it) or 403 (no permission) from now on."""
+        self.faults.hidden[plural] = status
 
     def show(self, plural: str) -> None:
-        """Serve a withheld resource."""
-        del self.faults.withheld[plural]
+        """Serve a hidden resource again."""
+        del self.faults.hidden[plural]
 
     def drop_watches(self) -> None:
-        """Break the open watches off."""
+        """Break the connections of all open watches."""
         self._end_watches("drop")
 
     def end_watches(self) -> None:
-        """End the open watches in good order, as their timeout does."""
+        """End all open watches cleanly, as their timeout does."""
         self._end_watches("clean")
 
     def silence_watches(self) -> None:
-        """Never send anything on the open watches again, but keep them open."""
+        """Keep all open watches open, but send nothing more on them."""
         self._end_watches("silent")
 
     def cut_watches_mid_line(self) -> None:
-        """Break the open watches off in the middle of an event."""
+        """Break the connections of all open watches in the middle of an event."""
         self._end_watches("mid-line")
 
     def expire_watches(self) -> None:
-        """End the open watches with an ERROR event of code 410."""
+        """End all open watches with an ERROR event, code 410."""
         self._end_watches("gone")
 
     def fail_watches(self) -> None:
-        """End the open watches with an ERROR event of code 500."""
+        """End all open watches with an ERROR event, code 500."""
         self._end_watches("error")
 
     def inject(self, line: bytes) -> None:
-        """Send a line of the test's own on all open watches."""
+        """Send a line on all open watches."""
         with self.store.changed:
             self.faults.injected.append(line)
             self.store.changed.notify_all()

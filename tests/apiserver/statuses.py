@@ -1,4 +1,4 @@
-"""The Status objects of a real API server, word for word where a recording shows them."""
+"""Status objects as kube-apiserver sends them, verbatim where they are recorded."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NO_RESOURCE = status(404, "NotFound", "the server could not find the requested r
 
 
 def forbidden(plural: str, group: str, verb: str) -> dict[str, Any]:
-    """Return what the server says to a service account whose roles lack a permission."""
+    """Return the Status for a service account whose roles lack a permission."""
     name = f"{plural}.{group}" if group else plural
     message = (
         f'{name} is forbidden: User "system:serviceaccount:kube-system:kube-proxy" cannot {verb} resource "{plural}" '
@@ -42,8 +42,8 @@ def forbidden(plural: str, group: str, verb: str) -> dict[str, Any]:
     return status(403, "Forbidden", message, details={"group": group, "kind": plural})
 
 
-def refusal(code: int, retry_after: int | None) -> dict[str, Any]:
-    """Return what the server says with a status that a test asked for."""
+def error(code: int, retry_after: int | None) -> dict[str, Any]:
+    """Return the Status for an HTTP status code that a test asked for."""
     if code == 403:
         message = (
             'services is forbidden: User "system:anonymous" cannot list resource "services" in API group "" at '
@@ -51,7 +51,7 @@ def refusal(code: int, retry_after: int | None) -> dict[str, Any]:
         )
         return status(403, "Forbidden", message, details={"kind": "services"})
     texts = {
-        400: ("BadRequest", "the request is not understood"),
+        400: ("BadRequest", "the request is invalid"),
         401: ("Unauthorized", "Unauthorized"),
         410: ("Expired", "The resourceVersion for the provided watch is too old."),
         406: ("NotAcceptable", "only the following media types are accepted: application/json"),

@@ -1,4 +1,4 @@
-"""The server's objects, their resourceVersions, and the history that watches are served from."""
+"""The server's objects, their resourceVersions, and the history from which it serves watches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from tests.apiserver.resources import RESOURCES, Resource, resource_of
-from tests.apiserver.selectors import Stored, Test
+from tests.apiserver.selectors import Selector, Stored
 
 Object = dict[str, Any]
 
@@ -28,21 +28,21 @@ class ConflictError(ValueError):
 
 
 class ExpiredError(Exception):
-    """410: the asked resourceVersion is gone."""
+    """410 Gone: the requested resourceVersion was compacted."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """What happened at one resourceVersion; `before` or `after` is None for a creation or a deletion."""
+    """The change at one resourceVersion. `before` is None for a creation, `after` for a deletion."""
 
     version: int
     before: Stored | None
     after: Stored | None
 
-    def seen_through(self, wanted: Test) -> tuple[str, Stored] | None:
-        """Return the event that a watch with this selector gets."""
-        old = self.before if self.before and wanted(self.before) else None
-        new = self.after if self.after and wanted(self.after) else None
+    def event_for(self, matches: Selector) -> tuple[str, Stored] | None:
+        """Return the event for a watch with this selector."""
+        old = self.before if self.before and matches(self.before) else None
+        new = self.after if self.after and matches(self.after) else None
         if new:
             return ("MODIFIED" if old else "ADDED"), new
         return ("DELETED", _at_version(old, self.version)) if old else None
@@ -63,7 +63,7 @@ def _key(resource: Resource, metadata: Object) -> str:
 
 
 class Store:
-    """All objects. `changed` is notified on every change, and by the server for everything else."""
+    """All objects. `changed` is notified of every change, and by the server of faults."""
 
     def __init__(self) -> None:
         self.changed = threading.Condition(threading.RLock())
@@ -104,7 +104,7 @@ class Store:
             old = self._stored(resource, key)
             self.version += 1
             del self._objects[resource][key]
-            self._remember(resource, Change(self.version, old, None))
+            self._record(resource, Change(self.version, old, None))
 
     def get(self, resource: Resource, key: str) -> Object:
         with self.changed:
@@ -116,19 +116,19 @@ class Store:
             return sorted(self._objects[resource])
 
     def compact(self) -> None:
-        """Give new watches and continue tokens of older resourceVersions 410 from now on."""
+        """Answer new watches and continue tokens of older resourceVersions with 410 from now on."""
         with self.changed:
-            self.version += 1  # as etcd's own writes do: what was listed last is older than the history
+            self.version += 1  # as etcd's own writes do: even the latest list is older than the history now
             self._compacted = self.version
             self._snapshots.clear()
 
-    def snapshot(self, resource: Resource, wanted: Test) -> tuple[int, list[Stored]]:
-        """Return the present version and objects, in the order of their keys."""
+    def snapshot(self, resource: Resource, matches: Selector) -> tuple[int, list[Stored]]:
+        """Return the current version and the objects, sorted by key."""
         with self.changed:
             items = self._objects[resource]
-            return self.version, [items[key] for key in sorted(items) if wanted(items[key])]
+            return self.version, [items[key] for key in sorted(items) if matches(items[key])]
 
-    def page(self, resource: Resource, wanted: Test, limit: int, token: str) -> tuple[int, list[Stored], str, int]:
+    def page(self, resource: Resource, matches: Selector, limit: int, token: str) -> tuple[int, list[Stored], str, int]:
         """Return version, objects, the next token and the number of objects after this page."""
         with self.changed:
             if token:
@@ -136,10 +136,10 @@ class Store:
                 items = self._snapshots.get((resource, version))
                 if items is None:
                     raise ExpiredError(start)
-                items = [item for item in items if wanted(item) and item.key + "\0" > start]
+                items = [item for item in items if matches(item) and item.key + "\0" > start]
                 items = items[1:] if items and items[0].key + "\0" == start else items
             else:
-                version, items = self.snapshot(resource, wanted)
+                version, items = self.snapshot(resource, matches)
             if not limit or len(items) <= limit:
                 return version, items, "", 0
             if not token:
@@ -147,13 +147,13 @@ class Store:
             return version, items[:limit], make_token(version, items[limit - 1].key), len(items) - limit
 
     def require(self, version: int) -> None:
-        """Raise `ExpiredError` if a watch can no longer begin at this version."""
+        """Raise `ExpiredError` if a watch can no longer start at this version."""
         with self.changed:
             if version < self._compacted:
                 raise ExpiredError(f"too old resource version: {version} ({self._compacted})")
 
     def changes_after(self, resource: Resource, version: int) -> tuple[int, list[Change]]:
-        """Return the present version, and what happened to a resource since an earlier one."""
+        """Return the current version and the changes to a resource since an earlier one."""
         with self.changed:
             history = self._history[resource]
             return self.version, history[bisect_right(history, version, key=_version_of) :]
@@ -180,10 +180,10 @@ class Store:
         )
         old = self._objects[resource].get(key)
         self._objects[resource][key] = new
-        self._remember(resource, Change(self.version, old, new))
+        self._record(resource, Change(self.version, old, new))
         return body
 
-    def _remember(self, resource: Resource, change: Change) -> None:
+    def _record(self, resource: Resource, change: Change) -> None:
         self._history[resource].append(change)
         self.changed.notify_all()
 

@@ -1,4 +1,4 @@
-"""The two forms in which a watch is written: lines of JSON, and frames of protobuf."""
+"""The two encodings of a watch: JSON lines and protobuf frames."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from tests.apiserver.selectors import Stored
 
 class Writer(Protocol):
     content_type: str
-    part: bytes
-    """The beginning of an event."""
+    partial_event: bytes
+    """The first bytes of an event, for a connection that breaks in the middle of it."""
 
     def event(self, change: str, body: dict[str, Any]) -> bytes:
-        """Return an event with an object that has its kind and apiVersion."""
+        """Encode an event. `body` includes kind and apiVersion."""
 
     def stored(self, change: str, resource: Resource, item: Stored) -> bytes:
-        """Return an event with a stored object."""
+        """Encode an event with a stored object."""
 
     def injected(self, line: bytes) -> bytes:
-        """Return what a test wants sent, given as a line of JSON; what is none becomes garbage of this form."""
+        """Encode a line that a test injects. A line that is not JSON becomes garbage in this encoding."""
 
 
 class JsonWriter:
     content_type = "application/json"
-    part = b'{"type":"MODIFIED","object":{"kind":"Serv'
+    partial_event = b'{"type":"MODIFIED","object":{"kind":"Serv'
 
     def event(self, change: str, body: dict[str, Any]) -> bytes:
         return json.dumps({"type": change, "object": body}, separators=(",", ":")).encode() + b"\n"
@@ -43,7 +43,7 @@ class JsonWriter:
 
 class ProtobufWriter:
     content_type = f"{protobuf.MEDIA_TYPE};stream=watch"
-    part = b"\0\0\1\0\n\x08MODIFIED\x12\xf2\1k8s"
+    partial_event = b"\0\0\1\0\n\x08MODIFIED\x12\xf2\1k8s"
 
     def event(self, change: str, body: dict[str, Any]) -> bytes:
         return protobuf.frame(change, body)
@@ -65,7 +65,7 @@ def _frame_of_stored(change: str, resource: Resource, raw: bytes) -> bytes:
 
 
 def accepts_protobuf(accept: str) -> bool:
-    """Tell whether a server that can do both sends protobuf: it takes the first that it can do."""
+    """Return whether a server that supports both encodings answers with protobuf: the first supported one wins."""
     types = [clause.partition(";")[0].strip().lower() for clause in accept.split(",")]
     known = [name for name in types if name in {protobuf.MEDIA_TYPE, "application/json", "application/*", "*/*"}]
     return known[:1] == [protobuf.MEDIA_TYPE]

@@ -1,6 +1,6 @@
-"""Clusters of any size as the API server has them, with all the fields that a real one sends along.
+"""API objects of clusters of any size, with all the fields that a real API server sends.
 
-What is not given is worked out from the number of a Service, so that two processes agree without talking.
+Names and addresses derive from the number of a Service, so separate processes agree on them without communicating.
 """
 
 from __future__ import annotations
@@ -19,33 +19,37 @@ PORT, TARGET_PORT = 80, 8080
 SERVICE_CIDR = "10.96.0.0/12"
 CLUSTER_CIDR = "10.128.0.0/9,fd00:10:244::/48"
 ROLLING = "rolling"
-"""The Service of the rolling update. It is there only while that goes on."""
+"""Name of the Service for rolling updates. It exists only during a rolling update."""
 
-_REACHED = 5
-_MADE = "2026-01-01T00:00:00Z"
+_CONNECTED = 5
+_CREATED = "2026-01-01T00:00:00Z"
 
 
 class Cluster(Struct, frozen=True):
-    """`services` Services of `endpoints` endpoints each; some of them have `served` for their endpoints.
+    """`services` Services with `endpoints` endpoints each.
 
-    `served` are the addresses of a pod that really answers, () for none.
+    `server_addresses` are the addresses of a pod that accepts connections; some Services have them as their endpoints.
     """
 
     services: int
     endpoints: int
-    served: tuple[str, ...] = ()
+    server_addresses: tuple[str, ...] = ()
 
     @property
-    def reached(self) -> tuple[int, ...]:
-        """The Services with a pod that answers: the first, the last, and some between.
+    def connected(self) -> tuple[int, ...]:
+        """The Services that the client connects to: the first, the last, and some in between.
 
-        A list of rules is searched from its begin, so the place of a Service makes a difference.
+        The kernel evaluates a chain from its first rule, so the position of a Service affects the time to connect.
         """
         last = self.services - 1
-        return tuple(sorted({last * step // (_REACHED - 1) for step in range(_REACHED)})) if self.served else ()
+        return (
+            tuple(sorted({last * step // (_CONNECTED - 1) for step in range(_CONNECTED)}))
+            if self.server_addresses
+            else ()
+        )
 
     def objects(self) -> Iterator[Object]:
-        """Yield everything that there is at the start."""
+        """Yield all objects of the initial cluster."""
         yield node()
         yield service_cidr()
         for number in range(self.services):
@@ -53,43 +57,43 @@ class Cluster(Struct, frozen=True):
             yield self.endpoint_slice(number)
 
     def service(self, number: int) -> Object:
-        """Return one Service; `number` may be beyond those that are there."""
+        """Return one Service; `number` may exceed the size of the initial cluster."""
         return service(f"service-{number}", cluster_ip(number))
 
-    def endpoint_slice(self, number: int, *, shift: int = 0, note: str = "") -> Object:
-        """Return the slice of one Service. With `shift` its last endpoint has another address.
+    def endpoint_slice(self, number: int, *, variant: int = 0, annotation: str = "") -> Object:
+        """Return the EndpointSlice of one Service. Each `variant` has a different address for the last endpoint.
 
-        A `note` is an annotation, in which rules have no part.
+        An `annotation` changes the object but no rule.
         """
         addresses = self._addresses(number)
-        if shift:
-            addresses[-1] = _address(172, 16, shift)
-        return endpoint_slice(f"service-{number}", addresses, note=note)
+        if variant:
+            addresses[-1] = _address(172, 16, variant)
+        return endpoint_slice(f"service-{number}", addresses, annotation=annotation)
 
     def _addresses(self, number: int) -> list[str]:
-        if number in self.reached:
-            return list(self.served[: self.endpoints])
+        if number in self.connected:
+            return list(self.server_addresses[: self.endpoints])
         return [_address(10, 128, number * self.endpoints + index) for index in range(self.endpoints)]
 
 
 def cluster_ip(number: int) -> str:
-    """Return the virtual address of a Service."""
+    """Return the cluster IP of a Service."""
     return _address(10, 96, number + 256)
 
 
 def rolling_service() -> Object:
-    """Return the Service of the rolling update."""
+    """Return the Service for rolling updates."""
     return service(ROLLING, "10.111.0.1")
 
 
 def rolling_slice(endpoints: int, replaced: int) -> Object:
-    """Return its slice, in which the first `replaced` of its endpoints have been replaced by others."""
+    """Return its EndpointSlice after the first `replaced` endpoints have been replaced by others."""
     addresses = [_address(10, 200 if index < replaced else 201, index) for index in range(endpoints)]
     return endpoint_slice(ROLLING, addresses)
 
 
 def node() -> Object:
-    """Return the Node on which all is measured."""
+    """Return the Node that the daemon runs on."""
     addresses = [{"type": "InternalIP", "address": address} for address in NODE_ADDRESSES]
     return {
         "apiVersion": "v1",
@@ -101,7 +105,7 @@ def node() -> Object:
 
 
 def service_cidr() -> Object:
-    """Return the range of the virtual addresses."""
+    """Return the ServiceCIDR that contains all cluster IPs."""
     return {
         "apiVersion": "networking.k8s.io/v1",
         "kind": "ServiceCIDR",
@@ -111,7 +115,7 @@ def service_cidr() -> Object:
 
 
 def service(name: str, address: str) -> Object:
-    """Return a Service of type ClusterIP with one port."""
+    """Return a ClusterIP Service with one port."""
     fields = ("clusterIP", "clusterIPs", "internalTrafficPolicy", "ipFamilies", "ipFamilyPolicy")
     managed: Object = {
         "f:spec": {f"f:{field}": {} for field in (*fields, "ports", "selector", "sessionAffinity", "type")}
@@ -132,7 +136,7 @@ def service(name: str, address: str) -> Object:
         "metadata": {
             "name": name,
             "namespace": NAMESPACE,
-            "creationTimestamp": _MADE,
+            "creationTimestamp": _CREATED,
             "labels": {"app.kubernetes.io/name": name, "app.kubernetes.io/part-of": "bench"},
             "managedFields": [_manager("kubectl", "v1", managed)],
         },
@@ -151,8 +155,8 @@ def service(name: str, address: str) -> Object:
     }
 
 
-def endpoint_slice(name: str, addresses: list[str], *, note: str = "") -> Object:
-    """Return the one slice of a Service, as its controller writes it."""
+def endpoint_slice(name: str, addresses: list[str], *, annotation: str = "") -> Object:
+    """Return the only EndpointSlice of a Service, as the EndpointSlice controller writes it."""
     labels = {"endpointslice.kubernetes.io/managed-by": "endpointslice-controller.k8s.io"}
     labels["kubernetes.io/service-name"] = name
     owner = {"apiVersion": "v1", "kind": "Service", "name": name, "uid": _uid(name), "controller": True}
@@ -170,13 +174,13 @@ def endpoint_slice(name: str, addresses: list[str], *, note: str = "") -> Object
         "name": f"{name}-x7k2p",
         "generateName": f"{name}-",
         "namespace": NAMESPACE,
-        "creationTimestamp": _MADE,
+        "creationTimestamp": _CREATED,
         "labels": labels,
         "ownerReferences": [owner],
         "managedFields": [_manager("kube-controller-manager", "discovery.k8s.io/v1", managed)],
     }
-    if note:
-        metadata["annotations"] = {"bench/note": note}
+    if annotation:
+        metadata["annotations"] = {"bench/note": annotation}
     return {
         "apiVersion": "discovery.k8s.io/v1",
         "kind": "EndpointSlice",
@@ -202,7 +206,7 @@ def _manager(name: str, version: str, fields: Object) -> Object:
         "manager": name,
         "operation": "Update",
         "apiVersion": version,
-        "time": _MADE,
+        "time": _CREATED,
         "fieldsType": "FieldsV1",
         "fieldsV1": fields,
     }
@@ -214,5 +218,5 @@ def _uid(name: str) -> str:
 
 
 def _address(first: int, second: int, number: int) -> str:
-    """Return an IPv4 address by its number in a range of 2^16 times as many /16 as it takes."""
+    """Return an IPv4 address by its number in the range that starts at `first.second.0.0`."""
     return f"{first}.{second + (number >> 16)}.{number >> 8 & 255}.{number & 255}"

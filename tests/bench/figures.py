@@ -1,4 +1,4 @@
-"""Figures, their spread, their floors, and the comparison of two runs. Pure."""
+"""Figures with their spreads and baselines, and the comparison of two runs. No I/O."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from msgspec import Struct
 
 FORMAT = 1
-"""The version of the JSON results; it grows when a figure comes to mean something else."""
+"""Version of the JSON results. Increase it when the meaning of a figure changes."""
 
 
 class Spread(Struct, frozen=True, omit_defaults=True):
-    """What several samples of one thing come to: their median (or mean), the least, the greatest, and their number."""
+    """A summary of several samples: their median (or mean), minimum, maximum and number."""
 
     value: float
     low: float
@@ -20,27 +20,33 @@ class Spread(Struct, frozen=True, omit_defaults=True):
     samples: int
 
 
-class Figure(Struct, frozen=True, omit_defaults=True):
-    """One figure and, if there is one, its floor: the same work in the same run without kproxy.
+class Figure(
+    Struct,
+    frozen=True,
+    omit_defaults=True,
+    rename={"measured": "found", "baseline": "floor", "baseline_is": "floor_is"},
+):
+    """One figure and its baseline, if it has one: the same work in the same run without kproxy.
 
-    `floor_is` says in a few words what the floor is. `more_is_better` is true for rates.
+    `baseline_is` describes the baseline in a few words. `more_is_better` is true for rates. The JSON names of the
+    fields are those of the committed results.
     """
 
     name: str
     unit: str
-    found: Spread
-    floor: Spread | None = None
-    floor_is: str = ""
+    measured: Spread
+    baseline: Spread | None = None
+    baseline_is: str = ""
     more_is_better: bool = False
 
     @property
     def ratio(self) -> float | None:
-        """How many times the floor it is, None without a floor or with one of 0."""
-        return self.found.value / self.floor.value if self.floor and self.floor.value else None
+        """The figure divided by its baseline; None if the baseline is missing or 0."""
+        return self.measured.value / self.baseline.value if self.baseline and self.baseline.value else None
 
 
 class Run(Struct, frozen=True):
-    """All figures of one mode and one size of cluster."""
+    """All figures for one mode and cluster size."""
 
     mode: str
     services: int
@@ -49,7 +55,7 @@ class Run(Struct, frozen=True):
 
 
 class Machine(Struct, frozen=True):
-    """Where a benchmark ran. `load` is the load average of one minute before it began: that of others."""
+    """The machine that a benchmark ran on. `load` is its one-minute load average before the start."""
 
     kernel: str
     cpus: int
@@ -63,7 +69,7 @@ class Machine(Struct, frozen=True):
 
 
 class Results(Struct, frozen=True):
-    """A whole benchmark, as it is written to JSON. `date` is of ISO 8601, `seconds` how long it took."""
+    """A complete benchmark, as written to JSON. `date` is in ISO 8601 format, `seconds` is the total duration."""
 
     format: int
     date: str
@@ -74,7 +80,7 @@ class Results(Struct, frozen=True):
 
 
 class Comparison(Struct, frozen=True):
-    """One figure in two runs; `ratio` is new/old, None if the old one is 0."""
+    """One figure in two runs. `ratio` is new/old, or None if the old value is 0."""
 
     mode: str
     services: int
@@ -83,8 +89,8 @@ class Comparison(Struct, frozen=True):
     old: float
     new: float
     ratio: float | None
-    apart: bool
-    """Whether the spreads do not touch: otherwise the difference may be chance."""
+    disjoint: bool
+    """Whether the two spreads do not overlap. If they do, the difference may be chance."""
 
 
 def median(samples: Sequence[float]) -> Spread:
@@ -93,24 +99,24 @@ def median(samples: Sequence[float]) -> Spread:
 
 
 def mean(samples: Sequence[float]) -> Spread:
-    """Return the mean of samples with their range, for what is counted in steps coarser than one sample."""
+    """Return the mean of samples with their range, for quantities whose resolution is coarser than one sample."""
     return _spread(statistics.fmean, samples)
 
 
 def exact(value: float) -> Spread:
-    """Return what was measured once."""
+    """Return the spread of a single sample."""
     return Spread(value, value, value, 1)
 
 
 def scaled(spread: Spread, factor: float) -> Spread:
-    """Return a spread in another unit."""
+    """Convert a spread to another unit."""
     return Spread(spread.value * factor, spread.low * factor, spread.high * factor, spread.samples)
 
 
 def compare(old: Results, new: Results) -> Iterator[Comparison]:
-    """Yield each figure that both have for the same mode and size, in the order of the new one."""
+    """Yield every figure that both results contain for the same mode and size, in the order of the new results."""
     known = {
-        (run.mode, run.services, run.endpoints, figure.name, figure.unit): figure.found
+        (run.mode, run.services, run.endpoints, figure.name, figure.unit): figure.measured
         for run in old.runs
         for figure in run.figures
     }
@@ -119,13 +125,13 @@ def compare(old: Results, new: Results) -> Iterator[Comparison]:
             before = known.get((run.mode, run.services, run.endpoints, figure.name, figure.unit))
             if before is None:
                 continue
-            now = figure.found
+            now = figure.measured
             ratio = now.value / before.value if before.value else None
-            apart = now.low > before.high or now.high < before.low
-            yield Comparison(run.mode, run.services, figure.name, figure.unit, before.value, now.value, ratio, apart)
+            disjoint = now.low > before.high or now.high < before.low
+            yield Comparison(run.mode, run.services, figure.name, figure.unit, before.value, now.value, ratio, disjoint)
 
 
-def _spread(middle: Callable[[Sequence[float]], float], samples: Sequence[float]) -> Spread:
+def _spread(center: Callable[[Sequence[float]], float], samples: Sequence[float]) -> Spread:
     if not samples:
         raise ValueError("a figure needs at least one sample")
-    return Spread(middle(samples), min(samples), max(samples), len(samples))
+    return Spread(center(samples), min(samples), max(samples), len(samples))

@@ -1,4 +1,4 @@
-"""Results and comparisons as tables for a terminal."""
+"""Results and comparisons as tables on a terminal."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from rich.table import Table
 from tests.bench.figures import Comparison, Machine, Results, Run, Spread
 
 QUIET_LOAD = 0.3
-"""Load average per CPU from which on others had a part in the times."""
+"""Load average per CPU above which other processes affect the times."""
 
 
 def number(value: float) -> str:
-    """Return a figure with three digits that mean something."""
+    """Format a number with three significant digits."""
     size = abs(value)
     if size >= 100:
         return f"{value:,.0f}"
@@ -27,25 +27,23 @@ def number(value: float) -> str:
 
 
 def show(results: Results, console: Console) -> None:
-    """Print one table for each run, the machine before them."""
+    """Print the machine, then one table per run."""
     console.print(_machine_line(results.machine))
     if results.machine.load > QUIET_LOAD * results.machine.cpus:
-        console.print(
-            f"[yellow]The machine was busy (load {results.machine.load}): take the times with a grain of salt."
-        )
+        console.print(f"[yellow]The machine was busy (load average {results.machine.load}): the times are unreliable.")
     for run in results.runs:
         console.print(_table(run))
 
 
-def show_comparison(found: Iterable[Comparison], console: Console) -> None:
+def show_comparison(comparisons: Iterable[Comparison], console: Console) -> None:
     """Print the figures of two runs and the ratios new/old."""
     table = _columns("new / old", "mode", "services", "figure", "unit")
     for name in ("old", "new", "ratio"):
         table.add_column(name, justify="right")
     table.add_column("")
-    for each in found:
+    for each in comparisons:
         ratio = f"{each.ratio:.2f}" if each.ratio is not None else ""
-        remark = "" if each.apart else "within the spread"
+        remark = "" if each.disjoint else "within the spread"
         size = f"{each.services:,}"
         table.add_row(each.mode, size, each.figure, each.unit, number(each.old), number(each.new), ratio, remark)
     console.print(table)
@@ -55,21 +53,22 @@ def _machine_line(machine: Machine) -> str:
     return (
         f"Linux {machine.kernel}, {machine.cpus} CPUs ({machine.cpu or 'unknown'}), {machine.memory} GB, "
         f"Python {machine.python}, iptables {machine.iptables}, "
-        f"kproxy {machine.kproxy} ({machine.commit or 'no commit'})"
+        f"kproxy {machine.kproxy} (commit {machine.commit or 'unknown'})"
     )
 
 
 def _table(run: Run) -> Table:
-    title = f"{run.mode} mode, Services: {run.services:,} of {run.endpoints} endpoints"
+    plural = "" if run.services == 1 else "s"
+    title = f"{run.mode} mode, {run.services:,} Service{plural} with {run.endpoints} endpoints each"
     table = _columns(title, "figure", "unit")
-    for name in ("kproxy", "spread", "floor", "ratio"):
+    for name in ("kproxy", "spread", "baseline", "ratio"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("floor is", no_wrap=True)
+    table.add_column("baseline is", no_wrap=True)
     for figure in run.figures:
         ratio = number(figure.ratio) if figure.ratio is not None else ""
-        floor = number(figure.floor.value) if figure.floor else ""
-        value = number(figure.found.value)
-        table.add_row(figure.name, figure.unit, value, spread(figure.found), floor, ratio, figure.floor_is)
+        baseline = number(figure.baseline.value) if figure.baseline else ""
+        value = number(figure.measured.value)
+        table.add_row(figure.name, figure.unit, value, spread(figure.measured), baseline, ratio, figure.baseline_is)
     return table
 
 
@@ -80,8 +79,8 @@ def _columns(title: str, *names: str) -> Table:
     return table
 
 
-def spread(found: Spread) -> str:
-    """Return how far the least and the greatest sample are from the figure, in percent of it; "" for one sample."""
-    if found.samples == 1 or not found.value:
+def spread(measured: Spread) -> str:
+    """Return the distance of the minimum and the maximum from the figure in percent; "" for a single sample."""
+    if measured.samples == 1 or not measured.value:
         return ""
-    return f"{100 * (found.low / found.value - 1):+.0f}% {100 * (found.high / found.value - 1):+.0f}%"
+    return f"{100 * (measured.low / measured.value - 1):+.0f}% {100 * (measured.high / measured.value - 1):+.0f}%"

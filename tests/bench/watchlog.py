@@ -1,4 +1,4 @@
-"""What an API server wrote to its watches, and when."""
+"""Counts and timestamps of the watch events that an API server sends."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import Any
 from msgspec import Struct
 
 _EVENT = re.compile(rb'[0-9a-f]+\r\n(\{"type":"|.{4}\n[\5\7\x08])(ADDED|MODIFIED|DELETED)', re.DOTALL)
-"""A chunk (RFC 9112, 7.1) that holds an event which tells news: bookmarks come at their own times.
+"""An HTTP chunk (RFC 9112, 7.1) that contains a watch event. Bookmarks do not match: the server sends them on a timer.
 
-As JSON, or as a frame of protobuf behind its length in 4 bytes, whose first field is the type.
+The event is either JSON or a protobuf frame: 4 bytes of length, then a message whose first field is the type.
 """
 
 
-class Written(Struct, frozen=True):
-    """Events of all watches: their number and bytes, how many were protobuf, when the first and the last were written.
+class WatchTraffic(Struct, frozen=True):
+    """Events sent to all watches: number, bytes, how many were protobuf, and the times of the first and last one.
 
-    The moments are nanoseconds of CLOCK_MONOTONIC, which all processes of a machine share; 0 if there was none.
+    Times are nanoseconds of CLOCK_MONOTONIC, which all processes of a machine share; 0 if there was no event.
     """
 
     events: int = 0
@@ -31,40 +31,40 @@ class Written(Struct, frozen=True):
 
 
 class WatchLog:
-    """Counts what is written, by any thread."""
+    """A thread-safe counter of sent watch events."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._found = Written()
+        self._traffic = WatchTraffic()
 
-    def note(self, data: bytes) -> None:
-        """Take in what is about to be written to a connection."""
+    def record(self, data: bytes) -> None:
+        """Count data that is about to be written to a connection, if it is a watch event."""
         now = time.monotonic_ns()
         event = _EVENT.match(data)
         if event is None:
             return
         protobuf = not event[1].startswith(b"{")
         with self._lock:
-            found = self._found
-            size = found.bytes + len(data)
-            self._found = Written(found.events + 1, size, found.protobuf + protobuf, found.first or now, now)
+            old = self._traffic
+            size = old.bytes + len(data)
+            self._traffic = WatchTraffic(old.events + 1, size, old.protobuf + protobuf, old.first or now, now)
 
-    def take(self) -> Written:
-        """Return what was written since the last call."""
+    def drain(self) -> WatchTraffic:
+        """Return the traffic since the last call, and start again from zero."""
         with self._lock:
-            found, self._found = self._found, Written()
-        return found
+            traffic, self._traffic = self._traffic, WatchTraffic()
+        return traffic
 
 
 class LoggedSocket(socket.socket):
-    """A connection that tells a log what it is about to send."""
+    """A connection that records in a log what it sends."""
 
-    def __init__(self, of: socket.socket, log: WatchLog) -> None:
-        """Take the place of a connection, which is of no use any more."""
-        super().__init__(fileno=of.detach())
+    def __init__(self, connection: socket.socket, log: WatchLog) -> None:
+        """Take over the file descriptor of `connection`, which must not be used afterwards."""
+        super().__init__(fileno=connection.detach())
         self._log = log
 
     def sendall(self, data: Any, flags: int = 0, /) -> None:
-        """Send everything."""
-        self._log.note(data)
+        """Record the data, then send all of it."""
+        self._log.record(data)
         super().sendall(data, flags)

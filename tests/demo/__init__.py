@@ -1,1 +1,1 @@
-"""`make demo`: a node, its pods and a client in network namespaces, real requests, and what kproxy does for them."""
+"""`make demo`: kproxy on a node, with pods and a client, in network namespaces and with real requests."""

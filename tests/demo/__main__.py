@@ -1,4 +1,4 @@
-"""Start the demo where it can change nothing of the machine: run as `python -m tests.demo`."""
+"""Run the demo in a sandbox, so that it cannot change the machine: `python -m tests.demo`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tests.demo.sandbox import enter
 
 
 def main() -> str:
-    """Replace this process by the demo's; return only, with the reason, if that cannot be done."""
+    """Replace this process with the demo. Returns only if that fails, with the reason."""
     return f"demo: {enter('tests.demo.inside')}"
 
 

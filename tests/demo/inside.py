@@ -1,4 +1,4 @@
-"""The demo itself, run by `tests.demo` in a sandbox: `python -m tests.demo.inside FOLDER`."""
+"""The demo itself, which `tests.demo` starts in its sandbox: `python -m tests.demo.inside FOLDER`."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from types import FrameType
 
 from rich.console import Console
 
-from tests.demo.picture import Screen
-from tests.demo.scene import Scene
-from tests.demo.story import tell
+from tests.demo.cluster import DemoCluster
+from tests.demo.screen import Screen
+from tests.demo.steps import run
 
 INTERRUPTED = 130
 
 
 def main(folder: Path) -> int | str:
-    """Play the demo with its files in `folder`; return its exit code, or what went wrong."""
+    """Run the demo with its files in `folder`; return its exit code or an error message."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     console = Console(highlight=False)
     try:
-        with Scene(folder) as scene:
-            good = tell(scene, Screen(console))
+        with DemoCluster(folder) as cluster:
+            passed = run(cluster, Screen(console))
     except KeyboardInterrupt:
-        console.print("\nInterrupted. Everything is removed.")
+        console.print("\nInterrupted. The demo has cleaned up.")
         return INTERRUPTED
     except (OSError, RuntimeError) as error:
         return f"demo: {error}"
     console.print()
-    console.print("Everything is removed." if good else "Not as it should be: see WRONG above.")
-    return 0 if good else 1
+    console.print("Done. The demo has cleaned up." if passed else "The demo failed: see FAILED above.")
+    return 0 if passed else 1
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Stop the story, once: a second signal must not stop the clearing up."""
+    """Interrupt the demo once. Further signals are ignored, so that they do not interrupt the cleanup."""
     for other in (signal.SIGINT, signal.SIGTERM):
         signal.signal(other, signal.SIG_IGN)
     raise KeyboardInterrupt

@@ -58,7 +58,7 @@ def play() -> str:
     """Run the demo and return its output with colors as ANSI escape codes.
 
     Raises:
-        SystemExit: if the demo fails; it has said why on stderr.
+        SystemExit: the demo failed; it has printed the reason to stderr.
 
     """
     environment = os.environ | {"FORCE_COLOR": "1", "TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8"}

@@ -1,4 +1,4 @@
-"""Picking one Service's rules out of a whole dump."""
+"""Select the rules of one Service from a dump."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ SERVICE_CHAINS = ("KUBE-SVC-", "KUBE-SVL-", "KUBE-EXT-", "KUBE-SEP-")
 
 
 def rules_of(dump: str, service: str) -> list[list[str]]:
-    """Return the rules of one Service (`namespace/name`) in an iptables-save text, a list for each chain.
+    """Return the rules of one Service (`namespace/name`) from the output of iptables-save, one list per chain.
 
-    First what KUBE-SERVICES says of it, then every chain of its own that can be reached from there.
+    The first list contains its rules in KUBE-SERVICES, the others the per-Service chains that these rules lead to.
     """
     by_chain: dict[str, list[str]] = {}
     for line in dump.splitlines():
         if line.startswith("-A "):
             by_chain.setdefault(line.split()[1], []).append(line)
-    entry = [line for line in by_chain.get("KUBE-SERVICES", ()) if f'--comment "{service}' in line]
-    found, waiting = [entry], _targets(entry)
-    seen = set(waiting)
-    for chain in waiting:
+    dispatch = [line for line in by_chain.get("KUBE-SERVICES", ()) if f'--comment "{service}' in line]
+    selected, queue = [dispatch], _targets(dispatch)
+    seen = set(queue)
+    for chain in queue:
         rules = by_chain.get(chain, [])
-        found.append(rules)
+        selected.append(rules)
         new = [target for target in _targets(rules) if target not in seen]
         seen.update(new)
-        waiting += new
-    return [rules for rules in found if rules]
+        queue += new
+    return [rules for rules in selected if rules]
 
 
 def _targets(rules: list[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What these tests need of the machine."""
+"""Fixtures of these tests."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from tests.lab.requirements import missing_commands, missing_privilege
 
 @pytest.fixture(scope="session")
 def kernel() -> None:
-    """Skip unless namespaces can be made here, and rules in them."""
+    """Skip the test if network namespaces or rules in them cannot be created."""
     if reason := missing_commands() or missing_privilege():
         pytest.skip(reason)
 
 
 @pytest.fixture
 def node(kernel: None) -> Iterator[Namespace]:
+    """A network namespace with a loopback interface."""
     namespace = Namespace("node-1")
     namespace.run(["ip", "link", "set", "lo", "up"])
     yield namespace

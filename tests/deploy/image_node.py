@@ -1,4 +1,4 @@
-"""A node on which the image runs as the DaemonSet's Pod would: same arguments, mounts and privileges, by runc."""
+"""A node that runs the image as a Pod of the DaemonSet would: same arguments, mounts and privileges, with runc."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import socket
-import ssl
 import subprocess
 from pathlib import Path
 from subprocess import Popen
@@ -14,18 +13,15 @@ from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
 from tests.apiserver import ApiServer, Relay
-from tests.deploy.kubeadm import ACCOUNT, config_map
+from tests.deploy.kubeadm import ACCOUNT, CONNTRACK, config_map
 from tests.deploy.oci import configuration
 from tests.deploy.rendered import Object, arguments
 from tests.lab.namespace import Namespace
 from tests.lab.waiting import HANG_GUARD, wait_until
 
-LAB = {"conntrack": {"maxPerCore": 0, "min": 0, "tcpEstablishedTimeout": "11h0m0s"}}
-"""The limits of connection tracking are the whole machine's, the timeouts those of a network namespace."""
-
 
 class ImageNode:
-    """A network namespace, what the host gives to Pods, and runc."""
+    """A network namespace, the host paths that Pods mount, and runc."""
 
     def __init__(self, root: Path, folder: Path, server: ApiServer, mode: str) -> None:
         self._root, self._folder = root, folder
@@ -42,17 +38,17 @@ class ImageNode:
         self._relay.refuse()
         self.namespace.close()
 
-    def start(self, of: Object, **environment: str) -> Popen[str]:
-        """Start a container of the Pod."""
+    def start(self, container: Object, **environment: str) -> Popen[str]:
+        """Start a container of the Pod, with additional environment variables."""
         name = f"kproxy-test-{os.getpid()}-{len(self._runs)}"
         bundle = self._folder / name
         bundle.mkdir()
-        used = {item["mountPath"] for item in of["volumeMounts"]} | {ACCOUNT}
+        used = {item["mountPath"] for item in container["volumeMounts"]} | {ACCOUNT}
         document = configuration(
-            of,
-            arguments(of, "node-1"),
+            container,
+            arguments(container, "node-1"),
             root=self._root,
-            mounts={place: source for place, source in self._mounts.items() if place in used},
+            mounts={path: source for path, source in self._mounts.items() if path in used},
             environment=environment,
             network=f"/proc/{os.getpid()}/fd/{self.namespace.fd}",
         )
@@ -64,7 +60,7 @@ class ImageNode:
         return process
 
     def stop(self, process: Popen[str]) -> int:
-        """Tell a container to end, as the kubelet does; return its exit code."""
+        """Send SIGTERM to a container, as the kubelet does; return its exit code."""
         name = next(name for name, each in self._runs if each is process)
         self._runc("kill", name, str(int(signal.SIGTERM)))
         return process.wait(HANG_GUARD)
@@ -73,22 +69,22 @@ class ImageNode:
         return (self._folder / "log").read_text()
 
     def get(self, port: int, path: str) -> tuple[int, str]:
-        """Ask the daemon for a page; the status is 0 while nobody listens."""
+        """Request a page from the daemon; the status is 0 if no process listens on the port."""
 
-        def ask() -> tuple[int, str]:
+        def request() -> tuple[int, str]:
             try:
-                with urlopen(f"http://127.0.0.1:{port}{path}", timeout=HANG_GUARD) as answer:
-                    return answer.status, answer.read().decode()
+                with urlopen(f"http://127.0.0.1:{port}{path}", timeout=HANG_GUARD) as response:
+                    return response.status, response.read().decode()
             except HTTPError as error:
                 return error.code, error.read().decode()
             except URLError:
                 return 0, ""
 
-        return self.namespace.call(ask)
+        return self.namespace.call(request)
 
     def until_page(self, port: int, path: str) -> str:
         """Wait until a page is served with status 200, and return it."""
-        wait_until(lambda: self.get(port, path)[0] == 200, f"{path} of port {port}; the log says: {self.log()}")
+        wait_until(lambda: self.get(port, path)[0] == 200, f"status 200 of {path} on port {port}; log: {self.log()}")
         return self.get(port, path)[1]
 
     @property
@@ -100,7 +96,7 @@ class ImageNode:
         for folder in folders.values():
             folder.mkdir()
         url = f"https://127.0.0.1:{self._relay.port}"
-        for name, content in config_map(url, cluster_cidr="10.244.0.0/16", mode=mode, **LAB).items():
+        for name, content in config_map(url, cluster_cidr="10.244.0.0/16", mode=mode, conntrack=CONNTRACK).items():
             (folders["/var/lib/kube-proxy"] / name).write_text(content)
         (folders[ACCOUNT] / "token").write_text("secret")
         (folders[ACCOUNT] / "ca.crt").write_bytes((self._folder / "server.crt").read_bytes())
@@ -114,14 +110,3 @@ class ImageNode:
 
     def _runc(self, *words: str) -> None:
         subprocess.run(["runc", "--root", str(self._folder / "runc"), *words], capture_output=True, check=False)
-
-
-def tls(folder: Path) -> ssl.SSLContext:
-    """Return a server's TLS with a certificate of its own for 127.0.0.1, which is left in `folder`."""
-    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
-    command += ["-subj", "/CN=kube-apiserver", "-addext", "subjectAltName=IP:127.0.0.1"]
-    command += ["-keyout", str(folder / "server.key"), "-out", str(folder / "server.crt")]
-    subprocess.run(command, check=True, capture_output=True)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(folder / "server.crt", folder / "server.key")
-    return context

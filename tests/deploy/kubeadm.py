@@ -1,14 +1,17 @@
-"""The ConfigMap `kube-proxy` as kubeadm leaves it in kube-system: the same fields, most of them unset."""
+"""The ConfigMap `kube-proxy` as kubeadm writes it to kube-system: the same fields, most of them unset."""
 
 from __future__ import annotations
 
 import yaml
 
 ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
+CONNTRACK = {"maxPerCore": 0, "min": 0, "tcpEstablishedTimeout": "11h0m0s"}
+"""Connection tracking settings for tests. Timeouts are per network namespace, but the limit is that of the machine, so
+it stays unchanged."""
 
 
 def config_map(server: str, *, cluster_cidr: str, mode: str = "", **fields: object) -> dict[str, str]:
-    """Return its files; `server` is the API server's URL."""
+    """Return the files in the ConfigMap. `server` is the API server's URL; `fields` overrides the configuration."""
     configuration = {
         "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
         "bindAddress": "0.0.0.0",

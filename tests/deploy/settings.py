@@ -1,4 +1,4 @@
-"""What the arguments and files of a container mean to the daemon."""
+"""The daemon's options and configuration that result from a container's arguments and files."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from kproxy.config import Config, configure
 from tests.deploy.rendered import Object, arguments
 
 FOLDER = "/var/lib/kube-proxy"
-"""Where the manifests mount the configuration."""
+"""Mount path of the configuration in the manifests."""
 
 
-def parsed(of: Object, files: Mapping[str, str], folder: Path) -> tuple[argparse.Namespace, Config]:
-    """Parse a container's arguments with the daemon's own parser; `folder` gets the files that the container mounts."""
+def parsed(container: Object, files: Mapping[str, str], folder: Path) -> tuple[argparse.Namespace, Config]:
+    """Parse a container's arguments with the daemon's parser. The mounted files are written to `folder`."""
     for name, content in files.items():
         (folder / name).write_text(content)
-    words = [word.replace(FOLDER, str(folder)) for word in arguments(of, "Node-1")]
+    words = [word.replace(FOLDER, str(folder)) for word in arguments(container, "Node-1")]
     parser = argparse.ArgumentParser()
     run.add_command(parser.add_subparsers())
     options = parser.parse_args(words)

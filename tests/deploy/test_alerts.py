@@ -1,4 +1,4 @@
-"""When alerts fire and what they say, evaluated by Prometheus' own `promtool test rules` on series made up here."""
+"""Conditions and summaries of the alerts, evaluated by Prometheus' `promtool test rules` on synthetic series."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from tests.deploy.test_monitoring import ALERTS, rules
 
 STEPS = 60
-"""Values of each series, a minute apart."""
+"""Number of values of each series, at intervals of one minute."""
 
 
 def always(value: int) -> str:
@@ -28,10 +28,10 @@ def up(node: str, values: str, job: str = "kproxy") -> dict[str, str]:
 
 
 def daemon_set(name: str, desired: str, ready: str, *, source: str = "ksm-1") -> dict[str, str]:
-    """Return what kube-state-metrics says of a DaemonSet of kube-system."""
+    """Return the series of kube-state-metrics for a DaemonSet in kube-system."""
     labels = f'{{namespace="kube-system",daemonset="{name}",job="kube-state-metrics",instance="{source}"}}'
-    wanted, ready_now = "kube_daemonset_status_desired_number_scheduled", "kube_daemonset_status_number_ready"
-    return {wanted + labels: desired, ready_now + labels: ready}
+    scheduled, number_ready = "kube_daemonset_status_desired_number_scheduled", "kube_daemonset_status_number_ready"
+    return {scheduled + labels: desired, number_ready + labels: ready}
 
 
 def requests(code: str, values: str) -> dict[str, str]:
@@ -39,14 +39,14 @@ def requests(code: str, values: str) -> dict[str, str]:
     return {f"rest_client_requests_total{{{labels}}}": values}
 
 
-AWAY = daemon_set("kube-proxy", always(0), always(0))
-"""kube-proxy, after kproxy has taken its place."""
+REPLACED = daemon_set("kube-proxy", always(0), always(0))
+"""kube-proxy after kproxy has replaced it."""
 
-HEALTHY = up("node-1", always(1)) | AWAY | daemon_set("kproxy", always(3), always(3)) | requests("200", GROWING)
+HEALTHY = up("node-1", always(1)) | REPLACED | daemon_set("kproxy", always(3), always(3)) | requests("200", GROWING)
 
 
 class Alert(NamedTuple):
-    """An alert that fires: its labels but for `severity`, and its summary."""
+    """A firing alert: its labels except `severity`, and its summary."""
 
     labels: dict[str, str]
     summary: str
@@ -71,34 +71,34 @@ def api_error(code: str) -> Alert:
 
 
 CASES: dict[str, tuple[str, dict[str, str], list[Alert]]] = {
-    "every node has its Pod": ("KproxyDown", HEALTHY, []),
-    "one Pod does not exist": ("KproxyDown", HEALTHY | daemon_set("kproxy", always(3), always(2)), [down(1, "kproxy")]),
-    "no Pod exists": ("KproxyDown", AWAY | daemon_set("kproxy", always(3), always(0)), [down(3, "kproxy")]),
-    "kube-proxy's Pods do not exist": (
+    "all Pods are ready": ("KproxyDown", HEALTHY, []),
+    "one Pod is missing": ("KproxyDown", HEALTHY | daemon_set("kproxy", always(3), always(2)), [down(1, "kproxy")]),
+    "all Pods are missing": ("KproxyDown", REPLACED | daemon_set("kproxy", always(3), always(0)), [down(3, "kproxy")]),
+    "Pods of kube-proxy are missing": (
         "KproxyDown",
         daemon_set("kube-proxy", always(3), always(1)),
         [down(2, "kube-proxy")],
     ),
-    "two kube-state-metrics say the same": (
+    "two replicas of kube-state-metrics": (
         "KproxyDown",
         daemon_set("kproxy", always(3), always(2)) | daemon_set("kproxy", always(3), always(2), source="ksm-2"),
         [down(1, "kproxy")],
     ),
-    "an upgrade is under way": ("KproxyDown", daemon_set("kproxy", always(3), "3x37 2x22"), []),
-    "another DaemonSet has no Pods": ("KproxyDown", daemon_set("node-exporter", always(3), always(0)), []),
-    "kproxy is there": ("KproxyAbsent", HEALTHY, []),
-    "kube-proxy is there": ("KproxyAbsent", daemon_set("kube-proxy", always(3), always(3)), []),
-    "no DaemonSet is there": ("KproxyAbsent", up("node-1", always(0)), [ABSENT]),
-    "kube-proxy is away and kproxy was never applied": ("KproxyAbsent", AWAY, [ABSENT]),
-    "Prometheus gets metrics": ("KproxyNotScraped", HEALTHY, []),
-    "one node gives none": (
+    "an upgrade is in progress": ("KproxyDown", daemon_set("kproxy", always(3), "3x37 2x22"), []),
+    "Pods of another DaemonSet are missing": ("KproxyDown", daemon_set("node-exporter", always(3), always(0)), []),
+    "kproxy is installed": ("KproxyAbsent", HEALTHY, []),
+    "kube-proxy is installed": ("KproxyAbsent", daemon_set("kube-proxy", always(3), always(3)), []),
+    "no DaemonSet exists": ("KproxyAbsent", up("node-1", always(0)), [ABSENT]),
+    "kube-proxy is disabled and kproxy is not installed": ("KproxyAbsent", REPLACED, [ABSENT]),
+    "all nodes are scraped": ("KproxyNotScraped", HEALTHY, []),
+    "one node is not scraped": (
         "KproxyNotScraped",
         HEALTHY | up("node-2", always(0)),
         [not_scraped("node-2")],
     ),
-    "Prometheus knows of no Pod": (
+    "Prometheus has no target": (
         "KproxyNotScraped",
-        AWAY | up("node-1", always(1), job="apiserver"),
+        REPLACED | up("node-1", always(1), job="apiserver"),
         [NOTHING_SCRAPED],
     ),
     "the Node exists": ("KproxyNodeMissing", {'kproxy_node_missing{job="kproxy",instance="node-1"}': always(0)}, []),
@@ -107,11 +107,11 @@ CASES: dict[str, tuple[str, dict[str, str], list[Alert]]] = {
         {'kproxy_node_missing{job="kproxy",instance="node-1"}': always(1)},
         [Alert({"instance": "node-1", "job": "kproxy"}, "node-1: the Node object of the service proxy does not exist")],
     ),
-    "the API server answers": ("KproxyApiErrors", HEALTHY, []),
-    "the API server refuses": ("KproxyApiErrors", HEALTHY | requests("403", GROWING), [api_error("403")]),
+    "requests succeed": ("KproxyApiErrors", HEALTHY, []),
+    "requests are forbidden": ("KproxyApiErrors", HEALTHY | requests("403", GROWING), [api_error("403")]),
     "the API server is overloaded": ("KproxyApiErrors", HEALTHY | requests("503", GROWING), [api_error("503")]),
-    "a path is not served": ("KproxyApiErrors", HEALTHY | requests("404", GROWING), [api_error("404")]),
-    "a watch was too old, just now": ("KproxyApiErrors", HEALTHY | requests("410", "0x42 1x17"), []),
+    "a path does not exist": ("KproxyApiErrors", HEALTHY | requests("404", GROWING), [api_error("404")]),
+    "a watch has just expired": ("KproxyApiErrors", HEALTHY | requests("410", "0x42 1x17"), []),
 }
 
 
@@ -119,17 +119,17 @@ CASES: dict[str, tuple[str, dict[str, str], list[Alert]]] = {
 def promtool() -> str:
     found = shutil.which("promtool")
     if found is None:
-        pytest.skip("promtool not found: it is in Debian's package prometheus")
+        pytest.skip("promtool not found: install Debian's package prometheus")
     return found
 
 
-def test_prometheus_reads_the_alerts(promtool: str) -> None:
+def test_alert_rules_are_valid(promtool: str) -> None:
     done = subprocess.run([promtool, "check", "rules", str(ALERTS)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_it_fires_when_it_should(case: str, promtool: str, tmp_path: Path) -> None:
+def test_alert_fires_only_in_the_expected_case(case: str, promtool: str, tmp_path: Path) -> None:
     name, series, expected = CASES[case]
     (rule,) = (rule for rule in rules() if rule["alert"] == name)
     alerts = [

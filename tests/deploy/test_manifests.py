@@ -1,4 +1,4 @@
-"""What `kubectl kustomize` renders is valid, hangs together, and is what the daemon expects."""
+"""The rendered manifests are valid, consistent, and match the daemon's flags, files and ports."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kproxy import __version__
 from kproxy.config import Config
 from kproxy.serve.health import HealthPages
 from tests.deploy.kubeadm import config_map
-from tests.deploy.rendered import DEPLOY, KUSTOMIZATIONS, OVERLAYS, ROOT, container, images, one, pod, render
+from tests.deploy.rendered import DEPLOY, KUSTOMIZATIONS, OVERLAYS, ROOT, container, images, one, pod, render, schemas
 from tests.deploy.settings import FOLDER, parsed
 
 OLDEST, NEWEST = "1.29", "1.36"
@@ -29,24 +29,23 @@ EACH_OVERLAY = pytest.mark.parametrize("name", OVERLAYS)
 @EACH
 @pytest.mark.parametrize("version", [OLDEST, NEWEST])
 def test_every_object_is_valid(name: str, version: str) -> None:
-    schemas = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
     objects = render(name)
     assert objects
     for item in objects:
-        schemas.validate(item, version, strict=True)
+        schemas().validate(item, version, strict=True)
 
 
 @EACH
-def test_the_schemas_tell_good_from_bad(name: str) -> None:
-    schemas = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
+def test_schemas_reject_a_misspelled_field(name: str) -> None:
+    validator = schemas()
     broken = json.loads(json.dumps(one(render(name), "DaemonSet")))
     broken["spec"]["template"]["spec"]["hostNetwrok"] = True
-    with pytest.raises(schemas.ValidationError):
-        schemas.validate(broken, NEWEST, strict=True)
+    with pytest.raises(validator.ValidationError):
+        validator.validate(broken, NEWEST, strict=True)
 
 
 @EACH
-def test_everything_is_in_one_namespace_and_says_whose_it_is(name: str) -> None:
+def test_objects_are_labeled_and_in_kube_system(name: str) -> None:
     kinds = {item["kind"]: item for item in render(name)}
     configured = {"ConfigMap"} if name != "replace-kube-proxy" else set()
     assert set(kinds) == {"ServiceAccount", "ClusterRole", "ClusterRoleBinding", "DaemonSet"} | configured
@@ -56,7 +55,7 @@ def test_everything_is_in_one_namespace_and_says_whose_it_is(name: str) -> None:
 
 
 @EACH
-def test_the_account_has_the_role(name: str) -> None:
+def test_service_account_is_bound_to_the_role(name: str) -> None:
     objects = render(name)
     account, binding = one(objects, "ServiceAccount")["metadata"], one(objects, "ClusterRoleBinding")
     subject = {"kind": "ServiceAccount", "name": account["name"], "namespace": account["namespace"]}
@@ -66,7 +65,7 @@ def test_the_account_has_the_role(name: str) -> None:
 
 
 @EACH
-def test_it_runs_on_every_node_before_anything_else(name: str) -> None:
+def test_daemon_set_runs_on_every_node_with_critical_priority(name: str) -> None:
     daemon_set, spec = one(render(name), "DaemonSet")["spec"], pod(name)
     assert spec["hostNetwork"] is True
     assert spec["dnsPolicy"] == "Default"
@@ -79,7 +78,7 @@ def test_it_runs_on_every_node_before_anything_else(name: str) -> None:
 
 
 @EACH
-def test_the_daemon_has_two_capabilities_and_cannot_write_its_root(name: str) -> None:
+def test_daemon_has_two_capabilities_and_a_read_only_root(name: str) -> None:
     assert container(name)["securityContext"] == {
         "privileged": False,
         "allowPrivilegeEscalation": False,
@@ -91,7 +90,7 @@ def test_the_daemon_has_two_capabilities_and_cannot_write_its_root(name: str) ->
 
 
 @EACH
-def test_only_the_container_that_sets_kernel_parameters_is_privileged(name: str) -> None:
+def test_only_the_init_container_is_privileged(name: str) -> None:
     spec = pod(name)
     assert [item["name"] for item in spec["initContainers"]] == ["sysctls"]
     assert [item["name"] for item in spec["containers"]] == ["kproxy"]
@@ -99,16 +98,16 @@ def test_only_the_container_that_sets_kernel_parameters_is_privileged(name: str)
 
 
 @EACH
-def test_both_containers_say_what_they_need(name: str) -> None:
-    for called in CONTAINERS:
-        assert set(container(name, called)["resources"]) == {"requests"}
-        assert set(container(name, called)["resources"]["requests"]) == {"cpu", "memory"}
+def test_containers_have_resource_requests_without_limits(name: str) -> None:
+    for each in CONTAINERS:
+        assert set(container(name, each)["resources"]) == {"requests"}
+        assert set(container(name, each)["resources"]["requests"]) == {"cpu", "memory"}
 
 
 @EACH
-def test_what_is_mounted_is_there(name: str) -> None:
+def test_volumes_match_the_mounts(name: str) -> None:
     volumes = {item["name"]: item for item in pod(name)["volumes"]}
-    used = {called: {item["name"]: item for item in container(name, called)["volumeMounts"]} for called in CONTAINERS}
+    used = {each: {item["name"]: item for item in container(name, each)["volumeMounts"]} for each in CONTAINERS}
     assert set(volumes) == set(used["sysctls"]) | set(used["kproxy"])
     assert volumes["modules"]["hostPath"]["path"] == used["kproxy"]["modules"]["mountPath"] == "/lib/modules"
     assert used["kproxy"]["modules"]["readOnly"] is True
@@ -119,15 +118,15 @@ def test_what_is_mounted_is_there(name: str) -> None:
 
 
 @EACH
-def test_the_configuration_is_mounted_whole_so_that_changes_of_it_arrive(name: str) -> None:
-    for called in CONTAINERS:
-        (mount,) = (item for item in container(name, called)["volumeMounts"] if item["name"] == "config")
+def test_configuration_is_mounted_as_a_directory_so_that_updates_arrive(name: str) -> None:
+    for each in CONTAINERS:
+        (mount,) = (item for item in container(name, each)["volumeMounts"] if item["name"] == "config")
         assert mount == {"name": "config", "mountPath": FOLDER, "readOnly": True}
 
 
-def settings(name: str, called: str, folder: Path, mode: str = "iptables") -> tuple[argparse.Namespace, Config]:
-    """Parse a container's arguments with the daemon's own parser, and the file that they name."""
-    return parsed(container(name, called), files_of(name, mode), folder)
+def settings(name: str, container_name: str, folder: Path, mode: str = "iptables") -> tuple[argparse.Namespace, Config]:
+    """Parse a container's arguments and configuration file with the daemon's parser."""
+    return parsed(container(name, container_name), files_of(name, mode), folder)
 
 
 def files_of(name: str, mode: str) -> dict[str, str]:
@@ -138,7 +137,7 @@ def files_of(name: str, mode: str) -> dict[str, str]:
 
 
 @EACH
-def test_the_daemon_takes_flags_and_file_without_a_word(name: str, tmp_path: Path) -> None:
+def test_daemon_accepts_flags_and_file_without_warnings(name: str, tmp_path: Path) -> None:
     options, config = settings(name, "kproxy", tmp_path)
     assert not options.init_only
     assert not options.cleanup
@@ -148,7 +147,7 @@ def test_the_daemon_takes_flags_and_file_without_a_word(name: str, tmp_path: Pat
 
 
 @EACH
-def test_the_first_container_only_prepares(name: str, tmp_path: Path) -> None:
+def test_init_container_runs_with_init_only_and_the_same_settings(name: str, tmp_path: Path) -> None:
     options, config = settings(name, "sysctls", tmp_path)
     assert options.init_only
     main = settings(name, "kproxy", tmp_path)[1]
@@ -157,34 +156,34 @@ def test_the_first_container_only_prepares(name: str, tmp_path: Path) -> None:
 
 
 @EACH
-def test_the_node_is_named_by_the_cluster(name: str) -> None:
-    for called in CONTAINERS:
-        (given,) = (item for item in container(name, called)["env"] if item["name"] == "NODE_NAME")
-        assert given["valueFrom"] == {"fieldRef": {"fieldPath": "spec.nodeName"}}
+def test_node_name_comes_from_the_pod_specification(name: str) -> None:
+    for each in CONTAINERS:
+        (variable,) = (item for item in container(name, each)["env"] if item["name"] == "NODE_NAME")
+        assert variable["valueFrom"] == {"fieldRef": {"fieldPath": "spec.nodeName"}}
 
 
 @EACH
-def test_probes_ask_for_pages_that_are_served_where_they_ask(name: str, tmp_path: Path) -> None:
+def test_probes_request_existing_pages_at_the_configured_address(name: str, tmp_path: Path) -> None:
     config = settings(name, "kproxy", tmp_path)[1]
-    of = container(name)
-    ports = {item["name"]: item["containerPort"] for item in of["ports"]}
+    spec = container(name)
+    ports = {item["name"]: item["containerPort"] for item in spec["ports"]}
     assert config.healthz_bind_address.endswith(f":{ports['healthz']}")
-    assert set(ports) == {"healthz"}  # metrics are for the node alone
+    assert set(ports) == {"healthz"}  # metrics are served only on localhost
     assert config.metrics_bind_address == "127.0.0.1:10249"
-    wanted = {"startupProbe": "livez", "livenessProbe": "livez", "readinessProbe": "healthz"}
-    for probe, page in wanted.items():
-        assert of[probe]["httpGet"] == {"host": "127.0.0.1", "path": f"/{page}", "port": "healthz"}
+    pages = {"startupProbe": "livez", "livenessProbe": "livez", "readinessProbe": "healthz"}
+    for probe, page in pages.items():
+        assert spec[probe]["httpGet"] == {"host": "127.0.0.1", "path": f"/{page}", "port": "healthz"}
         assert hasattr(HealthPages, page)
 
 
 @EACH
-def test_the_image_is_of_this_version_unless_it_is_for_kind(name: str) -> None:
+def test_image_tag_is_this_version_or_dev_for_kind(name: str) -> None:
     tag = "dev" if name == "kind" else __version__
     assert images(render(name)) == {f"localhost/kproxy:{tag}"}
 
 
 @EACH
-def test_a_changed_configuration_is_another_config_map(name: str) -> None:
+def test_config_map_name_depends_on_its_content(name: str) -> None:
     (volume,) = (item for item in pod(name)["volumes"] if item["name"] == "config")
     if name == "replace-kube-proxy":
         assert volume["configMap"] == {"name": "kube-proxy"}
@@ -193,7 +192,7 @@ def test_a_changed_configuration_is_another_config_map(name: str) -> None:
         assert volume["configMap"]["name"].startswith("kproxy-")
 
 
-def test_in_kube_proxys_place_it_asks_the_server_that_kube_proxy_asked(tmp_path: Path) -> None:
+def test_replacement_uses_the_api_server_of_kube_proxy(tmp_path: Path) -> None:
     config = settings("replace-kube-proxy", "kproxy", tmp_path)[1]
     assert config.client_connection.kubeconfig == f"{FOLDER}/kubeconfig.conf"
     assert config.cluster_cidr == "10.244.0.0/16"
@@ -202,7 +201,7 @@ def test_in_kube_proxys_place_it_asks_the_server_that_kube_proxy_asked(tmp_path:
 
 
 @pytest.mark.parametrize("mode", ["iptables", "nftables", ""])
-def test_in_kube_proxys_place_its_mode_counts(mode: str, tmp_path: Path) -> None:
+def test_replacement_uses_the_mode_of_kube_proxy(mode: str, tmp_path: Path) -> None:
     assert settings("replace-kube-proxy", "kproxy", tmp_path, mode)[1].mode == mode
 
 
@@ -210,18 +209,18 @@ def kind_config() -> Any:
     return yaml.safe_load((ROOT / "kind-config.yaml").read_text())
 
 
-def test_kind_has_no_proxy_of_its_own_three_nodes_and_both_families() -> None:
+def test_kind_cluster_has_no_kube_proxy_three_nodes_and_is_dual_stack() -> None:
     config = kind_config()
     assert config["networking"]["kubeProxyMode"] == "none"
     assert config["networking"]["ipFamily"] == "dual"
     assert [item["role"] for item in config["nodes"]] == ["control-plane", "worker", "worker"]
 
 
-def test_in_kind_the_server_is_asked_for_by_the_name_of_its_node(tmp_path: Path) -> None:
+def test_kind_uses_the_name_of_the_control_plane_node_as_api_server(tmp_path: Path) -> None:
     cluster = kind_config()
-    given = {item["name"]: item.get("value") for item in container("kind")["env"]}
-    assert given["KUBERNETES_SERVICE_HOST"] == f"{cluster['name']}-control-plane"
-    assert given["KUBERNETES_SERVICE_PORT"] == "6443"
+    environment = {item["name"]: item.get("value") for item in container("kind")["env"]}
+    assert environment["KUBERNETES_SERVICE_HOST"] == f"{cluster['name']}-control-plane"
+    assert environment["KUBERNETES_SERVICE_PORT"] == "6443"
     config = settings("kind", "kproxy", tmp_path)[1]
     assert config.client_connection.kubeconfig == ""
     assert config.cluster_cidr == cluster["networking"]["podSubnet"]
@@ -232,14 +231,14 @@ def dockerfile() -> str:
     return (ROOT / "Dockerfile").read_text()
 
 
-def test_the_image_starts_the_command_that_the_arguments_are_for() -> None:
+def test_entrypoint_of_the_image_is_kproxy() -> None:
     assert 'ENTRYPOINT ["kproxy"]' in dockerfile()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert "kproxy" in project["scripts"]
     assert "command" not in container("base")
 
 
-def test_everything_that_the_image_is_made_of_reaches_its_builder() -> None:
+def test_files_copied_into_the_image_are_not_ignored_by_docker() -> None:
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
     assert "*" in ignored
     for word in copied():
@@ -253,6 +252,6 @@ def copied() -> Iterator[str]:
             yield from line.split()[1:-1]
 
 
-def test_no_file_of_the_folder_is_left_out_of_these_tests() -> None:
+def test_all_kustomizations_are_tested() -> None:
     folders = {path.parent for path in DEPLOY.rglob("kustomization.yaml")} - {DEPLOY / "site"}
     assert folders == {*KUSTOMIZATIONS.values(), DEPLOY / "components" / "metrics"}

@@ -1,4 +1,4 @@
-"""Alerts and dashboard name metrics and labels that the daemon's page has, and say what to do."""
+"""Alerts and dashboard use metrics and labels that the daemon serves, and every alert has a runbook."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ ALERTS = ROOT / "deploy/monitoring/alerts.yaml"
 DASHBOARD = ROOT / "deploy/monitoring/dashboard.json"
 OPERATIONS = ROOT / "docs/operations.md"
 
-OF_OTHERS = {
+EXTERNAL = {
     "up": set[str](),
     "kube_daemonset_status_desired_number_scheduled": {"namespace", "daemonset"},
     "kube_daemonset_status_number_ready": {"namespace", "daemonset"},
 }
-"""Series of Prometheus itself and of kube-state-metrics, with their labels."""
+"""Series of Prometheus and kube-state-metrics, with their labels."""
 
-LABELS_OF_PROMETHEUS = {"job", "instance", "le"}
+PROMETHEUS_LABELS = {"job", "instance", "le"}
 
 _METRIC = re.compile(r"\b(?:kubeproxy|kproxy|kubernetes|rest_client|process|go|kube)_[a-z0-9_]+\b|\bup\b(?=\{)")
 _SELECTOR = re.compile(r"([a-z0-9_]+)\{([^}]*)\}")
@@ -40,7 +40,7 @@ def counters() -> dict[tuple[str, str], Any]:
 
 
 def served() -> set[str]:
-    """Return the names that stand on the pages of both modes, as Prometheus knows them."""
+    """Return the names of all metrics that the daemon serves in either mode, as Prometheus stores them."""
     names = set()
     for mode in ("iptables", "nftables"):
         metrics = Metrics(mode, tuple(Family), counters(), wall=lambda: 0.0)
@@ -51,15 +51,15 @@ def served() -> set[str]:
 
 
 def labels() -> dict[str, set[str]]:
-    """Return the labels of each metric that has any."""
-    found = {}
+    """Return the labels of each metric that has labels."""
+    by_name = {}
     for mode in ("iptables", "nftables"):
         for item in vars(MetricDefinitions(mode, tuple(Family), counters())).values():
             for each in item.values() if isinstance(item, dict) else [item]:
                 if hasattr(each, "_labelnames"):
                     name = f"{each._name}_total" if each._type == "counter" else each._name
-                    found[name] = set(each._labelnames)
-    return found
+                    by_name[name] = set(each._labelnames)
+    return by_name
 
 
 def rules() -> list[dict[str, Any]]:
@@ -67,8 +67,8 @@ def rules() -> list[dict[str, Any]]:
 
 
 def panels() -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads(DASHBOARD.read_text())["panels"]
-    return found
+    parsed: list[dict[str, Any]] = json.loads(DASHBOARD.read_text())["panels"]
+    return parsed
 
 
 def expressions() -> Iterator[str]:
@@ -80,27 +80,27 @@ def expressions() -> Iterator[str]:
 
 
 def plain(name: str, known: set[str]) -> str:
-    """Return a metric's name without the ending that a series of a histogram has."""
+    """Return a metric's name without the suffix of a histogram series."""
     return name if name in known else _SUFFIX.sub("", name)
 
 
 @pytest.mark.parametrize("expression", list(expressions()))
 def test_every_metric_is_served(expression: str) -> None:
-    known = served() | set(OF_OTHERS)
+    known = served() | set(EXTERNAL)
     names = {plain(name, known) for name in _METRIC.findall(expression)}
     assert names
     assert names <= known
 
 
 @pytest.mark.parametrize("expression", list(expressions()))
-def test_every_label_that_is_selected_by_exists(expression: str) -> None:
-    known = labels() | OF_OTHERS
+def test_every_label_in_a_selector_exists(expression: str) -> None:
+    known = labels() | EXTERNAL
     for name, selector in _SELECTOR.findall(expression):
         used = set(re.findall(r"([a-z_]+)\s*(?:=~|!~|!=|=)", selector))
-        assert used <= known.get(plain(name, set(known)), set()) | LABELS_OF_PROMETHEUS, name
+        assert used <= known.get(plain(name, set(known)), set()) | PROMETHEUS_LABELS, name
 
 
-def test_names_on_the_page_of_metrics_are_served() -> None:
+def test_metrics_in_the_documentation_are_served() -> None:
     section = OPERATIONS.read_text().split("\n## Metrics\n")[1].split("\n## ")[0]
     rows = [line for line in section.splitlines() if line.startswith("| `")]
     names = {name for row in rows for name in re.findall(r"`([a-z_]+)`", row.split(" | ")[0])}
@@ -109,29 +109,29 @@ def test_names_on_the_page_of_metrics_are_served() -> None:
 
 
 def anchors(markdown: str) -> set[str]:
-    """Return the anchors that headings have, as GitHub makes them."""
+    """Return the anchors that GitHub generates for the headings."""
     headings = re.findall(r"^#+ (.+)$", markdown, re.MULTILINE)
     return {re.sub(r"[^a-z0-9 _-]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("rule", rules(), ids=lambda rule: rule["alert"])
-def test_each_alert_says_what_to_do(rule: dict[str, Any]) -> None:
-    said = rule["annotations"]
-    assert set(said) == {"summary", "description", "runbook_url"}
+def test_alert_has_a_summary_description_and_runbook(rule: dict[str, Any]) -> None:
+    annotations = rule["annotations"]
+    assert set(annotations) == {"summary", "description", "runbook_url"}
     assert rule["labels"]["severity"] in {"critical", "warning", "info"}
-    page, anchor = said["runbook_url"].split("#")
+    page, anchor = annotations["runbook_url"].split("#")
     assert page == "docs/operations.md"
     assert anchor == rule["alert"].lower()
     section = OPERATIONS.read_text().split(f"\n### {rule['alert']}\n")[1].split("\n### ")[0]
     assert len(section.split()) > 25
 
 
-def test_no_section_is_about_an_alert_that_is_gone() -> None:
+def test_documented_alerts_are_those_in_the_manifest() -> None:
     section = OPERATIONS.read_text().split("\n## Alerts\n")[1]
     assert re.findall(r"^### (\S+)$", section, re.MULTILINE) == [rule["alert"] for rule in rules()]
 
 
-def test_links_of_the_page_lead_somewhere() -> None:
+def test_links_in_operations_md_have_targets() -> None:
     text = OPERATIONS.read_text()
     links = re.findall(r"\]\(([^)]+)\)", text)
     assert links
@@ -142,7 +142,7 @@ def test_links_of_the_page_lead_somewhere() -> None:
         assert not anchor or anchor in anchors(target.read_text()), link
 
 
-def test_panels_have_numbers_and_places_of_their_own() -> None:
+def test_panels_have_unique_ids_and_positions() -> None:
     assert len({panel["id"] for panel in panels()}) == len(panels())
     assert len({(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in panels()}) == len(panels())
     assert all(panel["title"] and panel["targets"] for panel in panels())

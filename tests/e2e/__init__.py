@@ -1,1 +1,1 @@
-"""End-to-end tests: what a cluster's users see, on any cluster named by KUBECONFIG, or on one of network namespaces."""
+"""End-to-end tests, on the cluster of KUBECONFIG or on an emulated cluster of network namespaces."""

@@ -1,7 +1,7 @@
-"""What the end-to-end tests need of a cluster. `real` is one by KUBECONFIG, `local` one of network namespaces here.
+"""The interface of a cluster under test. `real` implements it with KUBECONFIG, `local` with network namespaces.
 
-A test says what it needs of the cluster with `@needs(...)`; where the cluster cannot do it, the test is skipped with
-the reason that `Cluster.lacks` gives. Objects are Kubernetes objects as dictionaries, in the test's own namespace.
+A test declares its requirements with `@needs(...)`. If the cluster does not meet one, the test is skipped with the
+reason from `Cluster.lacks`. Objects are dictionaries in API form, in the namespace of the test.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ Mode = Literal["iptables", "nftables"]
 Need = Literal[
     "IPv4", "IPv6", "two nodes", "outside", "outside over IPv6", "DNS", "load balancer address", "kube-proxy", "SCTP"
 ]
-"""What some clusters lack. "outside": a client that is neither a pod nor a node that proxies."""
+"""Requirements that some clusters do not meet. "outside": a client that is neither a pod nor a node."""
 
 HTTP_PORT = 8080
 UDP_PORT = 8081
 
 
 class Node(msgspec.Struct, frozen=True):
-    """A node that pods can be put on. `addresses` are its InternalIPs, `zone` is "" where it has none."""
+    """A node that runs pods. `addresses` are its InternalIPs; `zone` is "" if it has none."""
 
     name: str
     addresses: Mapping[IpFamily, str]
@@ -33,9 +33,9 @@ class Node(msgspec.Struct, frozen=True):
 
 
 class Pod(msgspec.Struct, frozen=True):
-    """A pod that runs. It answers over HTTP on `HTTP_PORT`, named `http`, and over UDP on `UDP_PORT`, named `udp`.
+    """A running pod. It serves HTTP on `HTTP_PORT`, named `http`, and UDP on `UDP_PORT`, named `udp`.
 
-    A pod without labels, or in the node's own network, is a client only.
+    A pod without labels, or with hostNetwork, is a client only.
     """
 
     name: str
@@ -44,14 +44,14 @@ class Pod(msgspec.Struct, frozen=True):
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """What came back: the name of the pod that answered, and the client address that it saw."""
+    """An answer: the name of the pod that sent it, and the client address that the pod saw."""
 
     pod: str
     client: str
 
 
 class Failure(msgspec.Struct, frozen=True):
-    """Nothing came back. `kind`: refused by a reset or an ICMP error, or no answer in time."""
+    """A failed request: refused by a TCP reset or an ICMP error, unanswered, or failed otherwise."""
 
     kind: Literal["refused", "no answer", "other"]
     detail: str
@@ -61,37 +61,37 @@ Outcome = Answer | Failure
 
 
 class Load(Protocol):
-    """Requests one after the other, from a pod, each over a connection of its own, while its `with` lasts."""
+    """Sequential requests from a pod, each over a new connection, during a `with` block."""
 
     @property
     def answers(self) -> int:
-        """How many requests have been answered so far."""
+        """The number of answered requests so far."""
 
     def failures(self) -> Sequence[str]:
-        """Return what was wrong with each request that failed so far, with its time."""
+        """Return one message with time stamp for each failed request so far."""
 
 
 class Proxies(Protocol):
     """kproxy on the cluster's nodes."""
 
     def mode(self) -> Mode:
-        """Return the mode that the nodes are in."""
+        """Return the proxy mode of all nodes."""
 
     def restart(self, node: str) -> None:
-        """End the proxy of a node as an upgrade does; return once a new one serves."""
+        """Stop the proxy of a node as an upgrade does; return once a new one is ready."""
 
     def kill(self, node: str) -> None:
-        """Kill the proxy of a node with SIGKILL; return once a new one serves."""
+        """Kill the proxy of a node with SIGKILL; return once a new one is ready."""
 
     def in_mode(self, mode: Mode) -> AbstractContextManager[None]:
-        """Move all nodes to a mode, and back at the end; the body runs once every node is in it."""
+        """Switch all nodes to a mode for the body of a `with` statement, and back afterwards."""
 
     def replaced_by_kube_proxy(self) -> AbstractContextManager[None]:
-        """Let kube-proxy run in kproxy's place, and kproxy again at the end (needs "kube-proxy")."""
+        """Replace kproxy by kube-proxy for the body of a `with` statement (needs "kube-proxy")."""
 
 
 class Cluster(Protocol):
-    """A cluster, and the namespace of one test in it. What a test makes is gone after it."""
+    """A cluster with a namespace for one test. Everything that the test creates is deleted afterwards."""
 
     @property
     def families(self) -> Sequence[IpFamily]:
@@ -99,59 +99,59 @@ class Cluster(Protocol):
 
     @property
     def nodes(self) -> Sequence[Node]:
-        """Nodes that take pods, at least one."""
+        """The schedulable nodes, at least one."""
 
     @property
     def proxies(self) -> Proxies:
         """kproxy on the nodes."""
 
     def lacks(self, need: Need) -> str:
-        """Return why the cluster cannot do something, "" if it can."""
+        """Return why the cluster does not meet a requirement, "" if it does."""
 
     def pod(self, name: str, node: str, labels: Mapping[str, str] = ..., *, host_network: bool = False) -> Pod:
-        """Make a pod; return once it is ready. Without labels it is a client only."""
+        """Create a pod; return once it is ready. Without labels, it is a client only."""
 
     def pods(self, name: str, node: str, labels: Mapping[str, str], count: int) -> list[Pod]:
-        """Make `count` pods `name-0`, `name-1`... on a node at once; return once all are ready."""
+        """Create `count` pods `name-0`, `name-1`... on a node; return once all are ready."""
 
     def delete_pod(self, pod: Pod, grace: int = 5) -> None:
-        """Begin to delete a pod: it is terminating and serves for `grace` seconds, then it ends. Does not wait."""
+        """Start deleting a pod. It is terminating and still serves for `grace` seconds. Returns immediately."""
 
     def make_unready(self, pod: Pod) -> None:
-        """Let a pod's readiness probe fail, though it goes on answering."""
+        """Make a pod's readiness probe fail. The pod still answers requests."""
 
     def apply(self, manifest: Object) -> Object:
-        """Create or update an object of the test's namespace; return it as the API server has it."""
+        """Create or update an object in the test's namespace; return it as stored by the API server."""
 
     def get(self, kind: str, name: str) -> Object:
-        """Return an object of the test's namespace."""
+        """Return an object in the test's namespace."""
 
     def delete(self, kind: str, name: str) -> None:
-        """Delete an object of the test's namespace."""
+        """Delete an object in the test's namespace."""
 
-    def give_address(self, service: str, address: str, ip_mode: Literal["VIP", "Proxy"] = "VIP") -> None:
-        """Write a load balancer's address into a Service's status, its only one (needs "load balancer address")."""
+    def set_load_balancer_ip(self, service: str, address: str, ip_mode: Literal["VIP", "Proxy"] = "VIP") -> None:
+        """Set the only ingress address in a Service's status (needs "load balancer address")."""
 
-    def ask(self, client: Pod, address: str, port: int, protocol: str = "TCP", *, times: int = 1) -> list[Outcome]:
-        """Send requests from a pod, one after the other, each over a connection or from a port of its own."""
+    def request(self, client: Pod, address: str, port: int, protocol: str = "TCP", *, times: int = 1) -> list[Outcome]:
+        """Send requests from a pod one by one, each over a new connection or from a new UDP port."""
 
-    def ask_from_outside(self, address: str, port: int, protocol: str = "TCP", *, times: int = 1) -> list[Outcome]:
+    def request_from_outside(self, address: str, port: int, protocol: str = "TCP", *, times: int = 1) -> list[Outcome]:
         """Send requests from outside the cluster (needs "outside")."""
 
-    def ask_from_one_socket(self, client: Pod, address: str, port: int, *, times: int) -> list[Outcome]:
-        """Send UDP requests from one socket of a pod: the same in every call for this address and port."""
+    def request_from_one_socket(self, client: Pod, address: str, port: int, *, times: int) -> list[Outcome]:
+        """Send UDP requests from one socket of a pod. Every call for this address and port uses the same socket."""
 
     def load(self, client: Pod, address: str, port: int) -> AbstractContextManager[Load]:
-        """Send requests over TCP without end, at least some tens a second."""
+        """Send TCP requests continuously, at least some tens per second."""
 
     def get_from_node(self, node: str, url: str) -> tuple[int, str]:
-        """Return status and body of an HTTP GET made on a node itself, for health checks on its ports."""
+        """Return status and body of an HTTP GET made on a node, for health checks on its ports."""
 
     def get_from_pod(self, client: Pod, url: str) -> tuple[int, str]:
-        """Return status and body of an HTTP or HTTPS GET made in a pod; no certificate is checked."""
+        """Return status and body of an HTTP or HTTPS GET made in a pod. Certificates are not verified."""
 
     def resolve(self, client: Pod, name: str, family: IpFamily, protocol: str = "UDP") -> list[str]:
-        """Return the addresses of a name `service.namespace.svc`, asked of the cluster's DNS by a pod (needs "DNS")."""
+        """Resolve `service.namespace.svc` from a pod with the cluster's DNS (needs "DNS")."""
 
     def diagnose(self) -> str:
-        """Return what a human needs after a failure: the proxies' last log lines, Services, slices, pods."""
+        """Return a report for people after a failure: proxy logs, Services, EndpointSlices, pods."""

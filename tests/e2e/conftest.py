@@ -1,4 +1,4 @@
-"""The cluster of the end-to-end tests: one by KUBECONFIG, else one of network namespaces on this machine."""
+"""The cluster of the end-to-end tests: the one of KUBECONFIG, or one of network namespaces on this machine."""
 
 from __future__ import annotations
 
@@ -33,21 +33,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "needs(*what): skip the test where the cluster lacks one of these")
+    config.addinivalue_line(
+        "markers", "needs(*requirements): skip the test on a cluster that does not meet one of these requirements"
+    )
 
 
 @pytest.fixture(scope="session")
 def clusters(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clusters]:
-    """The cluster. A KUBECONFIG that leads nowhere is an error, no reason to skip."""
+    """The cluster. A KUBECONFIG that does not work is an error, not a reason to skip."""
     kubeconfig = os.environ.get("KUBECONFIG", "")
     if kubeconfig:
-        # With the defaults once more: pytest knows the options only when it is told to run this folder.
+        # The defaults are repeated: pytest knows the options only if it is started with this folder.
         image = request.config.getoption("--e2e-image", DEFAULT_IMAGE)
         daemonset = request.config.getoption("--e2e-daemonset", "kproxy")
         with RealClusters(kubeconfig, str(image), str(daemonset)) as real:
             yield real
     elif reason := unavailable():
-        pytest.skip(f"KUBECONFIG names no cluster, and none can be made of namespaces here: {reason}")
+        pytest.skip(f"KUBECONFIG is not set, and this machine cannot emulate a cluster: {reason}")
     else:
         with LocalClusters(tmp_path_factory.mktemp("cluster")) as local:
             yield local
@@ -67,11 +69,11 @@ def cluster(clusters: Clusters, request: pytest.FixtureRequest) -> Iterator[Clus
 
 @pytest.fixture(params=["IPv4", "IPv6"])
 def family(request: pytest.FixtureRequest, cluster: Cluster) -> IpFamily:
-    """Each IP family that the cluster has."""
+    """Each IP family of the cluster."""
     family: IpFamily = request.param
     _skip_without(cluster, family)
-    wanted = {need for marker in request.node.iter_markers("needs") for need in marker.args}
-    if "outside" in wanted and family == "IPv6":
+    needed = {need for marker in request.node.iter_markers("needs") for need in marker.args}
+    if "outside" in needed and family == "IPv6":
         _skip_without(cluster, "outside over IPv6")
     return family
 
@@ -83,7 +85,7 @@ def _skip_without(cluster: Cluster, need: Need) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
-    """Show the cluster's state beside a failure."""
+    """Add the state of the cluster to the report of a failed test."""
     report = yield
     if report.when == "call" and report.failed and (cluster := item.stash.get(CLUSTER, None)):
         report.sections.append(("the cluster", cluster.diagnose()))

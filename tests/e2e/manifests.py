@@ -1,4 +1,4 @@
-"""The objects of the scenarios, as the API takes them."""
+"""The objects of the tests, as manifests."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 from tests.e2e.cluster import HTTP_PORT, UDP_PORT, IpFamily, Object
 
 PORT = 80
-"""The port of every Service that has one only; no pod listens on it."""
+"""The port of every Service with one port. No pod listens on it."""
 
 TARGETS = {"TCP": HTTP_PORT, "UDP": UDP_PORT}
-NOBODYS_CLASS = "example.com/nobody"
-"""A load balancer class that no controller serves: the address is then the test's to give."""
+UNSERVED_CLASS = "example.com/unserved"
+"""A load balancer class that no controller serves, so that the tests can set the address themselves."""
 
 
 def service(name: str, family: IpFamily, protocol: str = "TCP", **spec: Any) -> Object:
-    """Return a Service of one family and port for the pods labelled `app: <name>`.
+    """Return a single-stack Service with one port for the pods labeled `app: <name>`.
 
-    More of its spec by API names; what is None there is left out.
+    `spec` are further fields of its spec, by their API names. Fields that are None are omitted.
     """
     own: Object = {
         "ipFamilyPolicy": "SingleStack",
@@ -31,7 +31,7 @@ def service(name: str, family: IpFamily, protocol: str = "TCP", **spec: Any) -> 
 
 
 def endpoint_slice(service_name: str, family: IpFamily, endpoints: Sequence[Object]) -> Object:
-    """Return a slice that no controller keeps, for a Service without a selector."""
+    """Return an EndpointSlice that no controller manages, for a Service without a selector."""
     labels = {"kubernetes.io/service-name": service_name, "endpointslice.kubernetes.io/managed-by": "kproxy-e2e"}
     return {
         "apiVersion": "discovery.k8s.io/v1",
@@ -44,12 +44,12 @@ def endpoint_slice(service_name: str, family: IpFamily, endpoints: Sequence[Obje
 
 
 def endpoint(address: str, node: str, **more: Any) -> Object:
-    """Return a ready endpoint of a slice; more of it by API names."""
+    """Return a ready endpoint. `more` are further fields, by their API names."""
     return {"addresses": [address], "nodeName": node, "conditions": {"ready": True}} | more
 
 
 def labels(name: str) -> Mapping[str, str]:
-    """Return what `service(name, ...)` selects."""
+    """Return the labels that `service(name, ...)` selects."""
     return {"app": name}
 
 

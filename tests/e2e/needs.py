@@ -1,4 +1,4 @@
-"""What a test asks of the cluster it runs on."""
+"""The marker for requirements of a test."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ import pytest
 from tests.e2e.cluster import Need
 
 
-def needs(*what: Need) -> pytest.MarkDecorator:
-    """Mark a test that is skipped, with the cluster's reason, where the cluster lacks one of these."""
-    return pytest.mark.needs(*what)
+def needs(*requirements: Need) -> pytest.MarkDecorator:
+    """Skip the test, with a reason, on a cluster that does not meet one of these requirements."""
+    return pytest.mark.needs(*requirements)

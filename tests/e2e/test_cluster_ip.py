@@ -1,164 +1,161 @@
-"""ClusterIPs: who reaches them from where, whose address the pods see, and what follows when things change."""
+"""ClusterIPs: reachability, source addresses, and changes of Services and endpoints."""
 
 from __future__ import annotations
 
 from tests.e2e.cluster import HTTP_PORT, Cluster, IpFamily, Pod
 from tests.e2e.manifests import PORT, endpoint, endpoint_slice, labels, service
 from tests.e2e.needs import needs
-from tests.e2e.way import Way, cluster_ip
+from tests.e2e.target import Target, cluster_ip
 
 
 def three_pods(cluster: Cluster) -> list[Pod]:
-    """Pods labelled `app: web`: two on the first node, one on the last."""
+    """Pods labeled `app: web`: two on the first node, one on the last."""
     first, last = cluster.nodes[0].name, cluster.nodes[-1].name
     return [*cluster.pods("web", first, labels("web"), 2), cluster.pod("far", last, labels("web"))]
 
 
-def way_to(cluster: Cluster, family: IpFamily, node: str, *, host_network: bool = False) -> Way:
-    """A way from a client on a node to the ClusterIP of a new Service `web`."""
+def target_of_new_service(cluster: Cluster, family: IpFamily, node: str, *, host_network: bool = False) -> Target:
+    """Create the Service `web` and a client on a node; return its ClusterIP as target."""
     address = cluster_ip(cluster.apply(service("web", family)))
-    return Way(cluster, cluster.pod("client", node, host_network=host_network), address)
+    return Target(cluster, cluster.pod("client", node, host_network=host_network), address)
 
 
-def test_a_pod_reaches_all_pods_of_a_service_and_they_see_its_address(cluster: Cluster, family: IpFamily) -> None:
+def test_pod_reaches_all_endpoints_with_its_own_source_address(cluster: Cluster, family: IpFamily) -> None:
     pods = three_pods(cluster)
-    way = way_to(cluster, family, cluster.nodes[0].name)
-    way.settle_on(pods)
-    answers = way.answers(60)
+    target = target_of_new_service(cluster, family, cluster.nodes[0].name)
+    target.wait_for_pods(pods)
+    answers = target.answers(60)
     assert {answer.pod for answer in answers} == {pod.name for pod in pods}
-    assert way.client is not None
-    assert {answer.client for answer in answers} == {way.client.addresses[family]}
+    assert target.client is not None
+    assert {answer.client for answer in answers} == {target.client.addresses[family]}
 
 
 @needs("two nodes")
-def test_a_pod_reaches_pods_that_are_all_on_another_node(cluster: Cluster, family: IpFamily) -> None:
+def test_pod_reaches_endpoints_on_another_node(cluster: Cluster, family: IpFamily) -> None:
     pods = cluster.pods("web", cluster.nodes[1].name, labels("web"), 2)
-    way = way_to(cluster, family, cluster.nodes[0].name)
-    way.settle_on(pods)
-    assert way.client is not None
-    assert {answer.client for answer in way.answers(20)} == {way.client.addresses[family]}
+    target = target_of_new_service(cluster, family, cluster.nodes[0].name)
+    target.wait_for_pods(pods)
+    assert target.client is not None
+    assert {answer.client for answer in target.answers(20)} == {target.client.addresses[family]}
 
 
-def test_the_network_of_each_node_reaches_all_pods(cluster: Cluster, family: IpFamily) -> None:
+def test_every_node_reaches_all_endpoints(cluster: Cluster, family: IpFamily) -> None:
     pods = three_pods(cluster)
     address = cluster_ip(cluster.apply(service("web", family)))
     for number, node in enumerate(cluster.nodes):
-        way = Way(cluster, cluster.pod(f"on-node-{number}", node.name, host_network=True), address)
-        way.settle_on(pods)
-        assert way.pods() == {pod.name for pod in pods}
+        target = Target(cluster, cluster.pod(f"on-node-{number}", node.name, host_network=True), address)
+        target.wait_for_pods(pods)
+        assert target.answering_pods() == {pod.name for pod in pods}
 
 
-def test_a_pod_reaches_itself_through_its_service(cluster: Cluster, family: IpFamily) -> None:
+def test_pod_reaches_itself_through_its_service(cluster: Cluster, family: IpFamily) -> None:
     pod = cluster.pod("web", cluster.nodes[0].name, labels("web"))
     address = cluster_ip(cluster.apply(service("web", family)))
-    way = Way(cluster, pod, address)
-    way.settle_on([pod])
-    assert way.pods(20) == {"web"}
+    target = Target(cluster, pod, address)
+    target.wait_for_pods([pod])
+    assert target.answering_pods(20) == {"web"}
 
 
-def test_no_endpoints_refuse_until_there_is_one_and_again_after_it(cluster: Cluster, family: IpFamily) -> None:
-    way = way_to(cluster, family, cluster.nodes[0].name)
-    way.refused()
+def test_service_rejects_requests_while_it_has_no_endpoints(cluster: Cluster, family: IpFamily) -> None:
+    target = target_of_new_service(cluster, family, cluster.nodes[0].name)
+    target.wait_until_rejected()
     pod = cluster.pod("web", cluster.nodes[-1].name, labels("web"))
-    way.settle_on([pod])
-    assert way.pods(20) == {"web"}
+    target.wait_for_pods([pod])
+    assert target.answering_pods(20) == {"web"}
     cluster.delete_pod(pod, grace=1)
-    way.refused()
+    target.wait_until_rejected()
 
 
-def test_an_unready_pod_gets_no_requests(cluster: Cluster, family: IpFamily) -> None:
+def test_unready_pod_gets_no_requests(cluster: Cluster, family: IpFamily) -> None:
     pods = three_pods(cluster)
-    way = way_to(cluster, family, cluster.nodes[0].name)
-    way.settle_on(pods)
+    target = target_of_new_service(cluster, family, cluster.nodes[0].name)
+    target.wait_for_pods(pods)
     cluster.make_unready(pods[0])
-    way.settle_on(pods[1:])
-    assert way.pods() == {pod.name for pod in pods[1:]}
+    target.wait_for_pods(pods[1:])
+    assert target.answering_pods() == {pod.name for pod in pods[1:]}
 
 
-def test_pods_that_are_not_ready_get_requests_where_the_service_publishes_them(
-    cluster: Cluster, family: IpFamily
-) -> None:
+def test_publish_not_ready_addresses_sends_requests_to_unready_pods(cluster: Cluster, family: IpFamily) -> None:
     pod = cluster.pod("web", cluster.nodes[0].name, labels("web"))
     client = cluster.pod("client", cluster.nodes[-1].name)
     published = cluster.apply(service("web", family, publishNotReadyAddresses=True))
     usual = cluster.apply(service("usual", family, selector=labels("web")))
-    way, usual_way = (Way(cluster, client, cluster_ip(each)) for each in (published, usual))
-    for each in (way, usual_way):
-        each.settle_on([pod])
+    target, usual_target = (Target(cluster, client, cluster_ip(each)) for each in (published, usual))
+    for each in (target, usual_target):
+        each.wait_for_pods([pod])
     cluster.make_unready(pod)
-    usual_way.refused()
-    assert way.pods(20) == {"web"}
+    usual_target.wait_until_rejected()
+    assert target.answering_pods(20) == {"web"}
 
 
-def test_a_deleted_service_answers_no_more(cluster: Cluster, family: IpFamily) -> None:
+def test_deleted_service_no_longer_answers(cluster: Cluster, family: IpFamily) -> None:
     pod = cluster.pod("web", cluster.nodes[0].name, labels("web"))
-    way = way_to(cluster, family, cluster.nodes[-1].name)
-    way.settle_on([pod])
+    target = target_of_new_service(cluster, family, cluster.nodes[-1].name)
+    target.wait_for_pods([pod])
     cluster.delete("Service", "web")
-    way.unanswered()
+    target.wait_until_unanswered()
 
 
-def test_another_selector_leads_to_other_pods(cluster: Cluster, family: IpFamily) -> None:
+def test_changed_selector_changes_the_endpoints(cluster: Cluster, family: IpFamily) -> None:
     blue = cluster.pod("blue", cluster.nodes[0].name, labels("blue"))
     green = cluster.pod("green", cluster.nodes[-1].name, labels("green"))
-    way = way_to(cluster, family, cluster.nodes[0].name)
+    target = target_of_new_service(cluster, family, cluster.nodes[0].name)
     for pod in (blue, green, blue):
         cluster.apply(service("web", family, selector=labels(pod.name)))
-        way.settle_on([pod])
-        assert way.pods(20) == {pod.name}
+        target.wait_for_pods([pod])
+        assert target.answering_pods(20) == {pod.name}
 
 
-def test_each_port_leads_to_its_own_target_by_number_or_name(cluster: Cluster, family: IpFamily) -> None:
+def test_each_port_reaches_its_target_port_by_number_or_name(cluster: Cluster, family: IpFamily) -> None:
     pod = cluster.pod("web", cluster.nodes[0].name, labels("web"))
     ports = [
         {"name": "number", "protocol": "TCP", "port": 80, "targetPort": HTTP_PORT},
         {"name": "name", "protocol": "TCP", "port": 81, "targetPort": "http"},
-        {"name": "datagrams", "protocol": "UDP", "port": 82, "targetPort": "udp"},
-        {"name": "nowhere", "protocol": "TCP", "port": 83, "targetPort": 9},
+        {"name": "udp", "protocol": "UDP", "port": 82, "targetPort": "udp"},
+        {"name": "closed", "protocol": "TCP", "port": 83, "targetPort": 9},
     ]
     address = cluster_ip(cluster.apply(service("web", family, ports=ports)))
     client = cluster.pod("client", cluster.nodes[-1].name)
     for port, protocol in ((80, "TCP"), (81, "TCP"), (82, "UDP")):
-        way = Way(cluster, client, address, port, protocol)
-        way.settle_on([pod])
-        assert way.pods(10) == {"web"}
-    Way(cluster, client, address, 83).refused()
+        target = Target(cluster, client, address, port, protocol)
+        target.wait_for_pods([pod])
+        assert target.answering_pods(10) == {"web"}
+    Target(cluster, client, address, 83).wait_until_rejected()
 
 
-def test_a_slice_by_hand_leads_to_what_it_names(cluster: Cluster, family: IpFamily) -> None:
-    """A Service without a selector: nobody but the test writes its slice."""
+def test_manually_written_slice_of_a_service_without_selector(cluster: Cluster, family: IpFamily) -> None:
     pods = three_pods(cluster)
-    way = way_to(cluster, family, cluster.nodes[0].name)
+    target = target_of_new_service(cluster, family, cluster.nodes[0].name)
     address = cluster_ip(cluster.apply(service("by-hand", family, selector=None)))
-    way = Way(cluster, way.client, address)
-    way.refused()
+    target = Target(cluster, target.client, address)
+    target.wait_until_rejected()
     for chosen in (pods[:2], pods[1:]):
         endpoints = [endpoint(pod.addresses[family], pod.node) for pod in chosen]
         cluster.apply(endpoint_slice("by-hand", family, endpoints))
-        way.settle_on(chosen)
-        assert way.pods() == {pod.name for pod in chosen}
+        target.wait_for_pods(chosen)
+        assert target.answering_pods() == {pod.name for pod in chosen}
     cluster.delete("EndpointSlice", "by-hand-by-hand")
-    way.refused()
+    target.wait_until_rejected()
 
 
-def test_a_headless_service_adds_nothing_to_its_pods(cluster: Cluster, family: IpFamily) -> None:
+def test_headless_service_adds_no_frontend(cluster: Cluster, family: IpFamily) -> None:
     pod = cluster.pod("web", cluster.nodes[0].name, labels("web"))
     headless = cluster.apply(service("web", family, clusterIP="None"))
     assert cluster_ip(headless) == "None"
-    # Another Service of the same pod, so that it is known when the proxies have heard of both.
+    # Once a second Service of the same pod works, the proxies have seen the first one too.
     other = cluster.apply(service("other", family, selector=labels("web")))
     client = cluster.pod("client", cluster.nodes[-1].name)
-    Way(cluster, client, cluster_ip(other)).settle_on([pod])
-    assert Way(cluster, client, pod.addresses[family], HTTP_PORT).pods(5) == {"web"}
-    Way(cluster, client, pod.addresses[family], PORT).refused()
+    Target(cluster, client, cluster_ip(other)).wait_for_pods([pod])
+    assert Target(cluster, client, pod.addresses[family], HTTP_PORT).answering_pods(5) == {"web"}
+    Target(cluster, client, pod.addresses[family], PORT).wait_until_rejected()
 
 
-def test_a_service_that_becomes_an_external_name_loses_its_address(cluster: Cluster, family: IpFamily) -> None:
+def test_service_that_becomes_external_name_loses_its_cluster_ip(cluster: Cluster, family: IpFamily) -> None:
     pod = cluster.pod("web", cluster.nodes[0].name, labels("web"))
-    way = way_to(cluster, family, cluster.nodes[-1].name)
-    way.settle_on([pod])
+    target = target_of_new_service(cluster, family, cluster.nodes[-1].name)
+    target.wait_for_pods([pod])
     name = {"type": "ExternalName", "externalName": "example.com"}
     cluster.apply({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "web"}, "spec": name})
-    way.unanswered()
+    target.wait_until_unanswered()
     cluster.apply(service("other", family, selector=labels("web")))
-    Way(cluster, way.client, cluster_ip(cluster.get("Service", "other"))).settle_on([pod])
+    Target(cluster, target.client, cluster_ip(cluster.get("Service", "other"))).wait_for_pods([pod])

@@ -1,4 +1,4 @@
-"""Changes that must not cost a single connection: of the pods, of kproxy, of its mode, of kube-proxy."""
+"""Changes that must not fail a single connection: of pods, kproxy restarts, mode switches, swaps with kube-proxy."""
 
 from __future__ import annotations
 
@@ -11,142 +11,140 @@ import pytest
 from tests.e2e.cluster import HTTP_PORT, Answer, Cluster, IpFamily, Load, Mode, Pod
 from tests.e2e.manifests import PORT, labels, service
 from tests.e2e.needs import needs
+from tests.e2e.target import Target, cluster_ip
 from tests.e2e.waiting import until
-from tests.e2e.way import Way, cluster_ip
 
-A_FEW = 100
-"""Requests that are answered before and after a change: a second or two of load."""
+MORE_ANSWERS = 100
+"""Requests before and after a change: a second or two of load."""
 
 GRACE = 10
-"""Seconds that pods which leave go on serving, many times what it takes until every node knows."""
+"""Seconds that deleted pods keep serving. Many times what the nodes need to react."""
 
 
 def web(cluster: Cluster, generation: int, count: int = 3) -> list[Pod]:
-    """Pods of the Service `web`, over all nodes."""
+    """Create pods of the Service `web` on all nodes in turn."""
     nodes = [cluster.nodes[number % len(cluster.nodes)].name for number in range(count)]
     return [cluster.pod(f"web-{generation}-{i}", node, labels("web")) for i, node in enumerate(nodes)]
 
 
-def settled(cluster: Cluster, family: IpFamily, pods: list[Pod]) -> Way:
-    """The way from a client to the ClusterIP of the Service `web`, once all its pods answer."""
+def web_target(cluster: Cluster, family: IpFamily, pods: list[Pod]) -> Target:
+    """Create the Service `web` and a client; return its ClusterIP as target once all pods answer."""
     address = cluster_ip(cluster.apply(service("web", family)))
-    way = Way(cluster, cluster.pod("client", cluster.nodes[-1].name), address)
-    way.settle_on(pods)
-    return way
+    target = Target(cluster, cluster.pod("client", cluster.nodes[-1].name), address)
+    target.wait_for_pods(pods)
+    return target
 
 
 @contextmanager
-def unharmed(way: Way) -> Iterator[Load]:
-    """Load on a way during a change. Fails if of all requests before, during and after it a single one failed."""
-    assert way.client is not None
-    with way.cluster.load(way.client, way.address, way.port) as load:
-        a_few_more(load)
+def no_failed_requests(target: Target) -> Iterator[Load]:
+    """Send load during the body, and some before and after it. Fails if a single request failed."""
+    assert target.client is not None
+    with target.cluster.load(target.client, target.address, target.port) as load:
+        wait_for_more_answers(load)
         yield load
-        a_few_more(load)
+        wait_for_more_answers(load)
     assert list(load.failures()) == []
 
 
-def a_few_more(load: Load) -> None:
-    """Return once some more requests have been answered, or some have failed."""
-    goal = load.answers + A_FEW
+def wait_for_more_answers(load: Load) -> None:
+    """Return once `MORE_ANSWERS` more requests were answered, or a request failed."""
+    goal = load.answers + MORE_ANSWERS
     until(lambda: load.answers >= goal or load.failures(), f"{goal} answers")
 
 
-def test_a_rolling_update(cluster: Cluster, family: IpFamily) -> None:
-    """One pod after the other is replaced, as a Deployment does it; the load goes on until the last one has ended."""
+def test_rolling_update(cluster: Cluster, family: IpFamily) -> None:
+    """Replace one pod after another, as a Deployment does. The load lasts until the last old pod has exited."""
     pods = web(cluster, 1)
-    way = settled(cluster, family, pods)
-    with unharmed(way):
+    target = web_target(cluster, family, pods)
+    with no_failed_requests(target):
         new = []
         for number, old in enumerate(pods):
             new.append(cluster.pod(f"web-2-{number}", old.node, labels("web")))
             cluster.delete_pod(old, GRACE)
         for old in pods:
-            Way(cluster, way.client, old.addresses[family], HTTP_PORT).settle_on_failure()
-    way.settle_on(new)
+            Target(cluster, target.client, old.addresses[family], HTTP_PORT).wait_for_failure()
+    target.wait_for_pods(new)
 
 
 def test_scaling_to_zero(cluster: Cluster, family: IpFamily) -> None:
-    """While all pods leave, they are the only ones to serve, and do; afterwards there is nobody."""
+    """While all pods are terminating, they still serve. Afterwards, requests are rejected."""
     pods = web(cluster, 1)
-    way = settled(cluster, family, pods)
-    with unharmed(way):
+    target = web_target(cluster, family, pods)
+    with no_failed_requests(target):
         for pod in pods:
             cluster.delete_pod(pod, 2 * GRACE)
     for pod in pods:
-        Way(cluster, way.client, pod.addresses[family], HTTP_PORT).settle_on_failure()
-    way.refused()
+        Target(cluster, target.client, pod.addresses[family], HTTP_PORT).wait_for_failure()
+    target.wait_until_rejected()
 
 
 @pytest.mark.parametrize("ending", ["restart", "kill"])
-def test_kproxy_ends_and_comes_back_on_every_node(
-    cluster: Cluster, family: IpFamily, ending: Literal["restart", "kill"]
-) -> None:
+def test_kproxy_restarts_on_every_node(cluster: Cluster, family: IpFamily, ending: Literal["restart", "kill"]) -> None:
     pods = web(cluster, 1)
-    way = settled(cluster, family, pods)
-    end = cluster.proxies.restart if ending == "restart" else cluster.proxies.kill
-    with unharmed(way) as load:
+    target = web_target(cluster, family, pods)
+    stop = cluster.proxies.restart if ending == "restart" else cluster.proxies.kill
+    with no_failed_requests(target) as load:
         for node in cluster.nodes:
-            end(node.name)
-            a_few_more(load)
-    it_still_follows(way, pods)
+            stop(node.name)
+            wait_for_more_answers(load)
+    check_that_changes_are_applied(target, pods)
 
 
-def test_the_mode_is_switched_and_back(cluster: Cluster, family: IpFamily) -> None:
+def test_mode_switch_and_back(cluster: Cluster, family: IpFamily) -> None:
     pods = web(cluster, 1)
-    way = settled(cluster, family, pods)
-    session = udp_session(cluster, family, way)
+    target = web_target(cluster, family, pods)
+    session = udp_session(cluster, family, target)
     before = cluster.proxies.mode()
     other: Mode = "nftables" if before == "iptables" else "iptables"
-    with unharmed(way) as load:
+    with no_failed_requests(target) as load:
         with cluster.proxies.in_mode(other):
             assert cluster.proxies.mode() == other
-            a_few_more(load)
-            until(lambda: answers(session), "the UDP session is answered in the other mode")
-            it_still_follows(way, pods, "in-the-other-mode")
+            wait_for_more_answers(load)
+            until(lambda: is_answered(session), "the UDP socket gets answers in the other mode")
+            check_that_changes_are_applied(target, pods, "in-the-other-mode")
         assert cluster.proxies.mode() == before
-    until(lambda: answers(session), "the UDP session is answered in the mode of before")
-    it_still_follows(way, pods)
+    until(lambda: is_answered(session), "the UDP socket gets answers in the original mode")
+    check_that_changes_are_applied(target, pods)
 
 
 @needs("kube-proxy")
-def test_kube_proxy_takes_over_and_kproxy_again(cluster: Cluster, family: IpFamily) -> None:
+def test_swap_with_kube_proxy_and_back(cluster: Cluster, family: IpFamily) -> None:
     pods = web(cluster, 1)
-    way = settled(cluster, family, pods)
-    with unharmed(way) as load, cluster.proxies.replaced_by_kube_proxy():
-        a_few_more(load)
-        it_still_follows(way, pods, "with-kube-proxy")
-    it_still_follows(way, pods)
+    target = web_target(cluster, family, pods)
+    with no_failed_requests(target) as load, cluster.proxies.replaced_by_kube_proxy():
+        wait_for_more_answers(load)
+        check_that_changes_are_applied(target, pods, "with-kube-proxy")
+    check_that_changes_are_applied(target, pods)
 
 
-def test_a_port_that_a_service_does_not_have_is_refused_in_mode_nftables(cluster: Cluster, family: IpFamily) -> None:
+def test_nftables_mode_rejects_ports_that_the_service_does_not_have(cluster: Cluster, family: IpFamily) -> None:
     pods = web(cluster, 1, count=1)
-    way = settled(cluster, family, pods)
+    target = web_target(cluster, family, pods)
     with cluster.proxies.in_mode("nftables"):
-        way.settle_on(pods)
-        Way(cluster, way.client, way.address, PORT + 1).refused()
+        target.wait_for_pods(pods)
+        Target(cluster, target.client, target.address, PORT + 1).wait_until_rejected()
 
 
-def it_still_follows(way: Way, pods: list[Pod], name: str = "one-more") -> None:
-    """Return once a pod more has been answering, and is gone again: the proxies hear of changes and write them."""
-    more = way.cluster.pod(name, way.cluster.nodes[0].name, labels("web"))
-    way.settle_on([*pods, more])
-    way.cluster.delete_pod(more, grace=GRACE)
-    way.settle_on(pods)
+def check_that_changes_are_applied(target: Target, pods: list[Pod], name: str = "one-more") -> None:
+    """Add an endpoint and delete it again; both changes must take effect."""
+    added = target.cluster.pod(name, target.cluster.nodes[0].name, labels("web"))
+    target.wait_for_pods([*pods, added])
+    target.cluster.delete_pod(added, grace=GRACE)
+    target.wait_for_pods(pods)
 
 
-def udp_session(cluster: Cluster, family: IpFamily, way: Way) -> Way:
-    """A way by datagrams to the same pods."""
+def udp_session(cluster: Cluster, family: IpFamily, target: Target) -> Target:
+    """Create a UDP Service with the same pods; return its ClusterIP as target."""
     address = cluster_ip(cluster.apply(service("web-udp", family, "UDP", selector=labels("web"))))
-    session = Way(cluster, way.client, address, PORT, "UDP")
-    until(lambda: answers(session), "the UDP session is answered")
+    session = Target(cluster, target.client, address, PORT, "UDP")
+    until(lambda: is_answered(session), "the UDP socket gets answers")
     return session
 
 
-def answers(way: Way) -> bool:
-    """Return whether a request is answered; a UDP client keeps to one socket."""
-    if way.protocol == "UDP" and way.client is not None:
-        (outcome,) = way.cluster.ask_from_one_socket(way.client, way.address, way.port, times=1)
+def is_answered(target: Target) -> bool:
+    """Return whether a request is answered. UDP requests use one socket."""
+    if target.protocol == "UDP" and target.client is not None:
+        (outcome,) = target.cluster.request_from_one_socket(target.client, target.address, target.port, times=1)
     else:
-        (outcome,) = way.ask()
+        (outcome,) = target.request()
     return isinstance(outcome, Answer)

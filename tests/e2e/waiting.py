@@ -1,4 +1,4 @@
-"""Waiting for what a cluster does in its own time."""
+"""Wait for a cluster by polling."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from collections.abc import Callable
 from typing import TypeVar
 
 HANG_GUARD = 180.0
-"""Seconds after which a condition counts as one that never comes: many times what a busy cluster takes."""
+"""Seconds after which waiting fails. Many times what a busy cluster takes."""
 
-BETWEEN_LOOKS = 0.05
+POLL_INTERVAL = 0.05
 
 T = TypeVar("T")
 
 
 def until(
-    look: Callable[[], T], what: str, *, guard: float = HANG_GUARD, between: float = BETWEEN_LOOKS, seen: str = ""
+    poll: Callable[[], T], what: str, *, guard: float = HANG_GUARD, interval: float = POLL_INTERVAL, label: str = ""
 ) -> T:
-    """Look again and again, `between` seconds apart, and return the first thing seen that is true.
+    """Poll every `interval` seconds; return the first true result.
 
-    Raises `TimeoutError` after `guard` seconds, with `what` was awaited and, if `seen` names it, the last thing seen.
+    Raises `TimeoutError` after `guard` seconds, with `what` and, if `label` names it, the last result.
     """
     deadline = time.monotonic() + guard
-    while not (found := look()):
+    while not (found := poll()):
         if time.monotonic() > deadline:
-            last = f"; {seen}: {found}" if seen else ""
-            raise TimeoutError(f"waited {guard:.0f} s in vain: {what}{last}")
-        time.sleep(between)
+            last = f"; {label}: {found}" if label else ""
+            raise TimeoutError(f"not true after {guard:.0f} s: {what}{last}")
+        time.sleep(interval)
     return found

@@ -13,7 +13,7 @@ check_short() {
     add_user
     missing_packages
     make demo
-    make test TESTS="tests/unit/test_docs.py tests/unit/test_render.py tests/api/test_daemon.py tests/kernel/test_readme.py tests/kernel/test_traffic.py"
+    make test TESTS="tests/unit/test_docs.py tests/unit/test_iptables_render.py tests/api/test_daemon.py tests/kernel/test_readme.py tests/kernel/test_traffic.py"
 }
 
 check_user() {

@@ -58,7 +58,7 @@ def notifications(node: Namespace) -> Iterator[Notifications]:
     found = Notifications(node)
     found.monitor.start()
     yield found
-    found.monitor.stop()
+    found.monitor.stop(HANG_GUARD)
 
 
 @pytest.mark.parametrize("value", ADDRESSES.values(), ids=ADDRESSES)
@@ -77,7 +77,7 @@ def test_change_before_start_is_not_missed(node: Namespace) -> None:
     assert notifications.calls.empty()
     notifications.monitor.start()
     notifications.take()
-    notifications.monitor.stop()
+    notifications.monitor.stop(HANG_GUARD)
 
 
 def test_simultaneous_changes_are_one_callback(node: Namespace) -> None:
@@ -86,7 +86,7 @@ def test_simultaneous_changes_are_one_callback(node: Namespace) -> None:
         address(node, "add", f"192.0.2.{number}/32")
     notifications.monitor.start()
     notifications.take()
-    notifications.monitor.stop()
+    notifications.monitor.stop(HANG_GUARD)
     assert notifications.calls.empty()
 
 
@@ -99,7 +99,7 @@ def test_lost_notifications_count_as_a_change(node: Namespace) -> None:
     notifications.take()
     address(node, "add", ADDRESSES["IPv4"])
     notifications.take()
-    notifications.monitor.stop()
+    notifications.monitor.stop(HANG_GUARD)
 
 
 def test_changes_of_links_and_routes_are_ignored(node: Namespace) -> None:
@@ -108,7 +108,7 @@ def test_changes_of_links_and_routes_are_ignored(node: Namespace) -> None:
     node.run(["ip", "link", "add", "eth1", "type", "veth", "peer", "name", "eth1-peer"])
     node.run(["ip", "route", "add", "198.51.100.0/24", "dev", "eth0"])
     node.run(["ip", "link", "del", "eth1"])
-    notifications.monitor.stop()
+    notifications.monitor.stop(HANG_GUARD)
     assert notifications.calls.empty()
 
 
@@ -117,7 +117,7 @@ def test_no_callback_after_stop(node: Namespace) -> None:
     notifications.monitor.start()
     address(node, "add", ADDRESSES["IPv4"])
     notifications.take()
-    notifications.monitor.stop()
+    notifications.monitor.stop(HANG_GUARD)
     while not notifications.calls.empty():
         notifications.take()
     address(node, "add", ADDRESSES["IPv6"])
@@ -136,7 +136,7 @@ def test_stop_waits_for_a_running_callback(node: Namespace) -> None:
         stopped_meanwhile.put(not stopping.is_alive())
 
     monitor = node.call(lambda: AddressMonitor(on_change))
-    stopping = threading.Thread(target=monitor.stop)
+    stopping = threading.Thread(target=monitor.stop, args=(HANG_GUARD,))
     monitor.start()
     address(node, "add", ADDRESSES["IPv4"])
     assert entered.wait(HANG_GUARD)
@@ -150,5 +150,5 @@ def test_stop_waits_for_a_running_callback(node: Namespace) -> None:
 def test_stop_without_start_closes_the_monitor(node: Namespace) -> None:
     notifications = Notifications(node)
     address(node, "add", ADDRESSES["IPv4"])
-    notifications.monitor.stop()
+    notifications.monitor.stop(HANG_GUARD)
     assert notifications.calls.empty()

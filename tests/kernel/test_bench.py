@@ -14,16 +14,16 @@ from xml.etree import ElementTree
 import msgspec
 import pytest
 
+from tests.bench.api_server import BenchApiServer
 from tests.bench.catalog import CATALOG, NAMES
 from tests.bench.chart import SHOWN
 from tests.bench.cluster import Cluster
-from tests.bench.feed import Feed
+from tests.bench.commit_monitor import CommitMonitor
 from tests.bench.figures import Results
-from tests.bench.mirror import Mirror, replay
-from tests.bench.notices import Notices
-from tests.bench.rules import KernelObjects, flush, kernel_objects
+from tests.bench.kernel_objects import KernelObjects, flush, kernel_objects
+from tests.bench.replay import RecordingProxy, replay
 from tests.lab.namespace import Namespace
-from tests.lab.transaction_monitor import Commits
+from tests.lab.transaction_monitor import TransactionMonitor
 from tests.lab.waiting import HANG_GUARD, wait_until
 
 CHECKOUT = Path(__file__).parents[2]
@@ -50,16 +50,16 @@ def test_all_figures_are_present(kernel: None, tmp_path: Path) -> None:
     assert [(run.mode, run.services) for run in results.runs] == [
         (mode, services) for mode in ("iptables", "nftables") for services in (1, 20)
     ]
-    with_floor = {each.name for each in CATALOG if each.floor_is}
+    with_floor = {each.name for each in CATALOG if each.baseline_is}
     for run in results.runs:
         if run.services > 1:
             expected_names = {each.name for each in CATALOG if each.mode in {"", run.mode}}
             assert [each.name for each in run.figures] == [name for name in NAMES if name in expected_names]
-            assert {each.name for each in run.figures if each.floor} == with_floor & expected_names
+            assert {each.name for each in run.figures if each.baseline} == with_floor & expected_names
         for figure in run.figures:
             assert figure.name in output
             if not figure.name.startswith("kernel: "):
-                assert figure.found.value > 0
+                assert figure.measured.value > 0
     panels = ElementTree.fromstring(drawn.read_text()).itertext()
     text = "\n".join(panels)
     assert all(name in text for name in SHOWN)
@@ -70,18 +70,18 @@ def test_all_figures_are_present(kernel: None, tmp_path: Path) -> None:
 
 
 def test_each_transaction_gives_one_notification(namespace: Namespace) -> None:
-    with Commits(namespace) as commits, Notices(namespace) as notices:
+    with TransactionMonitor(namespace) as commits, CommitMonitor(namespace) as notices:
         before = time.monotonic_ns()
         for name in ("A", "B", "C"):
             namespace.run(["iptables", "-N", name])
         made = commits.new()
         wait_until(lambda: len(notices.since(before)) == len(made), "one notification per transaction")
-        moments = [each.moment for each in notices.since(before)]
+        moments = [each.time for each in notices.since(before)]
         assert len(made) >= 3
         assert moments == sorted(moments)
         assert all(each.process == "iptables" for each in notices.since(before))
         assert notices.since(moments[-1]) == []
-        notices.forget()
+        notices.clear()
         assert notices.since(0) == []
 
 
@@ -101,7 +101,7 @@ def test_kernel_objects_are_counted_and_flushed(namespace: Namespace) -> None:
 
 def test_each_endpoint_is_one_element(namespace: Namespace) -> None:
     def elements(cluster: Cluster) -> int:
-        Mirror("nftables", cluster).change()
+        RecordingProxy("nftables", cluster).change()
         found = kernel_objects().elements
         flush()
         return found
@@ -112,13 +112,13 @@ def test_each_endpoint_is_one_element(namespace: Namespace) -> None:
 
 def test_replay_creates_the_recorded_objects(namespace: Namespace) -> None:
     def record_and_replay() -> tuple[KernelObjects, KernelObjects, float]:
-        everything = Mirror("iptables", Cluster(3, 2)).change()
+        everything = RecordingProxy("iptables", Cluster(3, 2)).change()
         made = kernel_objects()
         flush()
         cost = replay(everything, notices)
         return made, kernel_objects(), cost.seconds
 
-    with Notices(namespace) as notices:
+    with CommitMonitor(namespace) as notices:
         made, again, seconds = namespace.call(record_and_replay)
         assert made == again
         assert made.rules > 3 * 2
@@ -127,7 +127,7 @@ def test_replay_creates_the_recorded_objects(namespace: Namespace) -> None:
 
 def test_api_server_serves_a_cluster_and_records_write_times(namespace: Namespace) -> None:
     cluster = Cluster(5, 2)
-    with Feed(namespace) as feed:
+    with BenchApiServer(namespace) as feed:
         feed.load(cluster)
         host, _, port = feed.url.removeprefix("http://").partition(":")
         http = HTTPConnection(host, int(port))
@@ -140,12 +140,12 @@ def test_api_server_serves_a_cluster_and_records_write_times(namespace: Namespac
         assert {each["object"]["metadata"]["name"] for each in lines} == {
             cluster.endpoint_slice(number)["metadata"]["name"] for number in range(5)
         }
-        assert feed.take().events == 5
+        assert feed.drain_traffic().events == 5
         before = time.monotonic_ns()
-        feed.change(put=[cluster.endpoint_slice(2, shift=1)], delete=[cluster.endpoint_slice(3)])
+        feed.change(put=[cluster.endpoint_slice(2, variant=1)], delete=[cluster.endpoint_slice(3)])
         assert [msgspec.json.decode(answer.readline())["type"] for _ in range(2)] == ["MODIFIED", "DELETED"]
         arrived = time.monotonic_ns()
-        written = feed.take()
+        written = feed.drain_traffic()
         assert written.events == 2
         assert before < written.first < written.last < arrived
         http.close()

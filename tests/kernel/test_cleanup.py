@@ -13,14 +13,14 @@ from kproxy.app.cleanup import remove_all, remove_iptables
 from kproxy.host.commands import CommandError
 from kproxy.host.netlink import BatchSocket
 from kproxy.host.netlink_message import NLM_F_CREATE, attribute, nfgenmsg
+from kproxy.host.nf_tables_constants import NFNL_SUBSYS_NFTABLES
 from kproxy.model.types import Family
-from kproxy.nftables.encode import NFNL_SUBSYS_NFTABLES
 from kproxy.nftables.kernel import remove_table
 from tests.kernel.test_recordings import apply
-from tests.lab.iptables import PREFIXES, PROGRAMS, link
+from tests.lab.iptables import PREFIXES, PROGRAMS, link_programs
 from tests.lab.namespace import Namespace
 from tests.lab.proxy import KPROXY
-from tests.lab.transaction_monitor import Commits
+from tests.lab.transaction_monitor import TransactionMonitor
 from tests.recordings import GOLDEN
 
 NFT_TABLE_F_OWNER = 2
@@ -119,7 +119,7 @@ def test_only_proxy_rules_are_removed(node: Namespace, scenario: str) -> None:
 def test_second_cleanup_changes_nothing(node: Namespace) -> None:
     program_both_modes(node, "random-12")
     node.call(lambda: list(remove_all()))
-    with Commits(node) as commits:
+    with TransactionMonitor(node) as commits:
         assert node.call(lambda: list(remove_all())) == []
         assert commits.new() == []
 
@@ -170,7 +170,7 @@ def test_cleanup_does_not_need_nft(node: Namespace, tmp_path: Path, monkeypatch:
     program_both_modes(node, "clusterip")
     path = tmp_path / "bin"
     path.mkdir()
-    link({name: name for name in PROGRAMS}, path)
+    link_programs({name: name for name in PROGRAMS}, path)
     with monkeypatch.context() as changed:
         changed.setenv("PATH", str(path))
         assert len(node.call(lambda: list(remove_all()))) == 4

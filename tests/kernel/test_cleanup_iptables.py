@@ -13,10 +13,10 @@ import pytest
 from kproxy.app.cleanup import remove_all, remove_iptables, unremovable_chains
 from kproxy.model.types import Family
 from tests.kernel.test_cleanup import nft_tables, proxy_tables, rules, without_firewall
-from tests.lab.iptables import PREFIXES, link, programs_of
+from tests.lab.iptables import PREFIXES, link_programs, programs_of
 from tests.lab.namespace import Namespace
 from tests.lab.proxy import KPROXY
-from tests.lab.transaction_monitor import Commits
+from tests.lab.transaction_monitor import TransactionMonitor
 from tests.recordings import GOLDEN
 
 SCENARIO = "random-12"
@@ -75,7 +75,7 @@ def restrict_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[
     monkeypatch.setenv("XTABLES_LOCKFILE", str(tmp_path / "lock"))
 
     def restrict(programs: dict[str, str]) -> None:
-        link({"nft": "nft", **programs}, tmp_path)
+        link_programs({"nft": "nft", **programs}, tmp_path)
         monkeypatch.setenv("PATH", str(tmp_path))
 
     return restrict
@@ -141,7 +141,7 @@ def test_command_reports_removals_and_unremovable_chains(node: Namespace) -> Non
 
 def test_nothing_is_written_when_there_is_nothing_to_remove(node: Namespace) -> None:
     apply(node, "nftables")
-    with Commits(node) as commits:
+    with TransactionMonitor(node) as commits:
         for family in Family:
             assert node.call(lambda family=family: remove_iptables(family)) == ""  # type: ignore[misc]
         assert commits.new() == []

@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tests.demo.picture import Screen, as_expected
+from tests.demo.cluster import DemoCluster
 from tests.demo.rules import rules_of
-from tests.demo.scene import Scene
-from tests.demo.story import tell
+from tests.demo.screen import Screen, is_balanced
+from tests.demo.steps import run
 from tests.lab import proxy
 from tests.lab.client import Outcome, Refused
-from tests.lab.requirements import NOBODY, PACKAGES, missing_access, missing_commands
+from tests.lab.requirements import PACKAGES, UNPRIVILEGED, missing_access, missing_commands
 from tests.lab.waiting import HANG_GUARD
 
 DEMO = [sys.executable, "-m", "tests.demo"]
@@ -57,7 +57,7 @@ def test_output_in_a_pipe_is_plain_text(kernel: None) -> None:
         assert f"   {pod}   █" in done.stdout, f"{pod} has no bar"
     assert "-A KUBE-SERVICES -d 10.96.0.80/32" in done.stdout
     assert done.stdout.count("DNAT --to-destination") == 3
-    assert done.stdout.endswith("Everything is removed.\n")
+    assert done.stdout.endswith("Done. The demo has cleaned up.\n")
 
 
 def test_output_on_a_terminal_has_colors(kernel: None) -> None:
@@ -114,15 +114,15 @@ def test_nothing_remains_after_a_signal(kernel: None, tmp_path: Path, number: si
     assert list(tmp_path.iterdir()) == []
     assert "kproxy-demo" not in Path("/proc/self/mountinfo").read_text()
     if number != signal.SIGKILL:
-        assert rest.endswith("Interrupted. Everything is removed.\n")
+        assert rest.endswith("Interrupted. The demo has cleaned up.\n")
 
 
 def test_unprivileged_user_can_run_it(kernel: None) -> None:
     if reason := missing_access("sh", "-c", 'exec "$0" "$@"'):
         pytest.skip(reason)
-    if run_demo([*NOBODY, "unshare", "--user", "--map-root-user", "--mount", "true"]).returncode != 0:
+    if run_demo([*UNPRIVILEGED, "unshare", "--user", "--map-root-user", "--mount", "true"]).returncode != 0:
         pytest.skip("this kernel lets only root make user namespaces")
-    done = run_demo([*NOBODY, *DEMO], PATH="/usr/bin:/bin", PYTHONDONTWRITEBYTECODE="1")
+    done = run_demo([*UNPRIVILEGED, *DEMO], PATH="/usr/bin:/bin", PYTHONDONTWRITEBYTECODE="1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert " 0 failed" in done.stdout
 
@@ -132,7 +132,9 @@ def test_missing_permission_to_create_namespaces_is_one_line(kernel: None, tmp_p
     done = run_demo(DEMO, PATH=f"{tmp_path}:{os.environ['PATH']}")
     assert done.returncode == 1
     assert done.stdout == ""
-    expected = "demo: this root may not make namespaces: run it in a container with `--privileged`, or on a machine\n"
+    expected = (
+        "demo: root is not permitted to create namespaces: run the demo on the host or in a `--privileged` container\n"
+    )
     assert done.stderr == expected
 
 
@@ -154,11 +156,11 @@ def test_daemon_that_exits_is_reported_with_its_last_line(
     broken.write_text("#!/bin/sh\necho other output >&2; echo no such flag >&2; exit 3\n")
     broken.chmod(0o755)
     monkeypatch.setattr(proxy, "KPROXY", str(broken))
-    with Scene(tmp_path) as scene, pytest.raises(RuntimeError, match="exit code 3: no such flag"):
+    with DemoCluster(tmp_path) as scene, pytest.raises(RuntimeError, match="exit code 3: no such flag"):
         scene.start_kproxy()
 
 
-class Faulty(Scene):
+class Faulty(DemoCluster):
     """A demo cluster that loses one request."""
 
     lost = False
@@ -173,19 +175,19 @@ class Faulty(Scene):
 def test_lost_request_is_reported(kernel: None, tmp_path: Path) -> None:
     output = io.StringIO()
     with Faulty(tmp_path) as scene:
-        assert not tell(scene, Screen(Console(file=output)))
+        assert not run(scene, Screen(Console(file=output)))
     assert " 1 failed" in output.getvalue()
-    assert "WRONG" in output.getvalue()
+    assert "FAILED" in output.getvalue()
     assert "1 x Refused()" in output.getvalue()
 
 
 def test_only_balanced_traffic_to_exactly_these_pods_is_accepted() -> None:
     pods = ["a", "b", "c"]
-    assert as_expected(Counter(a=60, b=100, c=140), pods)
-    assert not as_expected(Counter(a=58, b=100, c=142), pods)
-    assert not as_expected(Counter(a=100, b=100, c=58, d=42), pods)
-    assert not as_expected(Counter(a=150, b=150), pods)
-    assert not as_expected(Counter(), pods)
+    assert is_balanced(Counter(a=60, b=100, c=140), pods)
+    assert not is_balanced(Counter(a=58, b=100, c=142), pods)
+    assert not is_balanced(Counter(a=100, b=100, c=58, d=42), pods)
+    assert not is_balanced(Counter(a=150, b=150), pods)
+    assert not is_balanced(Counter(), pods)
 
 
 def test_bars_are_ascii_on_ascii_output() -> None:

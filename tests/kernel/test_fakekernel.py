@@ -12,7 +12,7 @@ from tests.inprocess import SingleFamilyProxy
 from tests.lab.iptables import RealKernel
 from tests.lab.namespace import Namespace
 from tests.recordings import comparable, replaces, store
-from tests.unit.test_render import recorded_context
+from tests.unit.test_iptables_render import recorded_context
 
 HISTORY = (
     "clusterip",

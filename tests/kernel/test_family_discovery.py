@@ -19,13 +19,13 @@ from kproxy.host.nf_tables import nat_unsupported_reason
 from kproxy.iptables.runner import check_tables, parse_version
 from kproxy.model.types import Family
 from kproxy.nftables.kernel import NetlinkCommit, TableError
-from kproxy.nftables.probe import NftablesUnsupportedError, probe
+from kproxy.nftables.probe import NftablesUnsupportedError, probe_transaction
 from kproxy.nftables.transaction import Transaction
 from tests.kernel.test_cleanup import rules
-from tests.lab.iptables import PREFIXES, link, missing_variant, programs_of
+from tests.lab.iptables import PREFIXES, link_programs, missing_variant, programs_of
 from tests.lab.namespace import Namespace
 from tests.lab.proxy import KPROXY
-from tests.lab.transaction_monitor import Commits
+from tests.lab.transaction_monitor import TransactionMonitor
 from tests.recordings import GOLDEN
 
 OTHER = {Family.IPV4: Family.IPV6, Family.IPV6: Family.IPV4}
@@ -41,7 +41,7 @@ def wrap_program(
         pytest.skip(reason)
     real = tmp_path / "real"
     real.mkdir()
-    link(programs_of("legacy"), real)
+    link_programs(programs_of("legacy"), real)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{real}", prepend=os.pathsep)
 
     def script(name: str, text: str) -> None:
@@ -112,7 +112,7 @@ def test_node_with_ipv4_addresses_does_not_start_without_ipv4(
             node.call(discover_iptables)
     else:
         reject_nat(monkeypatch, {Family.IPV4})
-        with pytest.raises(NftablesUnsupportedError, match=r"^IPv4: Linux .* does not take the table"):
+        with pytest.raises(NftablesUnsupportedError, match=r"^IPv4: Linux .* rejected the table over netlink"):
             node.call(discover_nftables)
 
 
@@ -177,7 +177,7 @@ def test_hanging_nft_does_not_skip_a_family(
     monkeypatch.setattr("kproxy.nftables.probe.PROBE_TIMEOUT_SECONDS", 1)
     with pytest.raises(InconclusiveError, match="No buffer space available; nft: nft timed out after 1 s"):
         namespace.call(discover_nftables)
-    with pytest.raises(StartError, match="cannot choose a proxy mode: "):
+    with pytest.raises(StartError, match="cannot choose a proxy mode: cannot determine"):
         namespace.call(lambda: choose_mode(Config(mode="")))
 
 
@@ -215,7 +215,7 @@ def test_probing_iptables_legacy_creates_no_rules(
 
 @pytest.mark.parametrize("family", Family)
 def test_probing_nf_tables_changes_nothing(namespace: Namespace, family: Family) -> None:
-    with Commits(namespace) as commits:
+    with TransactionMonitor(namespace) as commits:
         assert namespace.call(lambda: nat_unsupported_reason(family)) == ""
         assert commits.new() == []
     assert namespace.run(["nft", "list", "ruleset"]).stdout == ""
@@ -243,7 +243,7 @@ def test_family_without_nat_in_iptables_nft_is_skipped(
     """This kernel supports NAT, so the probe requests an unknown chain type instead."""
     if reason := missing_variant("nft", namespace):
         pytest.skip(reason)
-    link(programs_of("nft"), tmp_path)
+    link_programs(programs_of("nft"), tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     unknown = nft_nat._CHAIN.replace(b"nat\0", b"not\0")
     known, family_byte = BatchSocket.commit, nft_nat._ADDRESS_FAMILIES[family]
@@ -268,11 +268,12 @@ def test_family_without_nat_in_iptables_nft_is_skipped(
 def test_family_without_nat_is_skipped_in_nftables_mode(
     namespace: Namespace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, family: Family
 ) -> None:
-    assert any(chain.hook and chain.hook.type == "nat" for chain in probe(family).chains)
+    assert any(chain.hook and chain.hook.type == "nat" for chain in probe_transaction(family).added_chains)
     reject_nat(monkeypatch, {family})
     assert list(namespace.call(discover_nftables)) == [OTHER[family]]
     assert [line.count("\n") for line in warnings(caplog)] == [0]
-    said = f"skipping {family.value}: Linux {os.uname().release} does not take the table: chain nat-prerouting: "
+    reason = f"Linux {os.uname().release} rejected the table over netlink: chain nat-prerouting: "
+    said = f"skipping {family.value}: {reason}"
     assert warnings(caplog)[0].startswith(said)
 
 
@@ -280,7 +281,9 @@ def test_error_without_any_family_in_nftables_mode_is_one_line(
     namespace: Namespace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     reject_nat(monkeypatch, set(Family))
-    with pytest.raises(NftablesUnsupportedError, match=r"^IPv4 and IPv6: Linux .* does not take the table: [^\n]*$"):
+    with pytest.raises(
+        NftablesUnsupportedError, match=r"^IPv4 and IPv6: Linux .* rejected the table over netlink: [^\n]*$"
+    ):
         namespace.call(discover_nftables)
     assert warnings(caplog) == []
 

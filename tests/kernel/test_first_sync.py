@@ -21,6 +21,7 @@ from tests.lab.iptables import PREFIXES, restore_recording
 from tests.lab.namespace import Namespace
 from tests.lab.proxy import KPROXY
 from tests.recordings import GOLDEN
+from tests.reports import failed, succeeded
 
 SCENARIO = "random-11"
 ROUTE_LOCALNET = Path("/proc/sys/net/ipv4/conf/all/route_localnet")
@@ -48,14 +49,14 @@ def first_sync_steps(node: Namespace) -> Callable[[Mode], ReportSync]:
     """Create the first-sync steps of a mode; return the function that reports a sync to them."""
 
     def make(mode: Mode) -> ReportSync:
-        observer = FirstSyncSteps(Config(mode=mode), list(Family))
-        return lambda report: node.call(lambda: observer.synced(report))
+        steps = FirstSyncSteps(Config(mode=mode), list(Family))
+        return lambda report: node.call(lambda: steps.run(report))
 
     return make
 
 
 def report(family: Family, error: str = "") -> SyncReport:
-    return SyncReport(family, 0.0, 0.0, True, {}, None, None, error)
+    return failed(family, error=error) if error else succeeded(family)
 
 
 def program_nftables(node: Namespace) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from kproxy.model.types import Family
-from tests.lab.iptables import held, restore_recording
+from tests.lab.iptables import current_rules, restore_recording
 from tests.lab.namespace import Namespace
 from tests.lab.proxy import KPROXY
 from tests.lab.waiting import HANG_GUARD, wait_until
@@ -79,7 +79,7 @@ def test_unprintable_rule_does_not_prevent_syncs(node: Namespace, table: str, ru
     apply(node)
     delete_foreign_rule(node, rule)
     apply(node)
-    assert held(node, Family.IPV4) == recorded("clusterip", Family.IPV4)
+    assert current_rules(node, Family.IPV4) == recorded("clusterip", Family.IPV4)
 
 
 @pytest.mark.parametrize(("table", "rule"), UNPRINTABLE_RULES)
@@ -238,7 +238,7 @@ def test_daemon_exits_when_a_thread_fails(node: Namespace) -> None:
         from kproxy.cli.main import main
         def broken(self):
             raise MemoryError("no more")
-        PathWatcher._follow = broken
+        PathWatcher._run = broken
         sys.exit(main(["run", "--objects={GOLDEN}/clusterip"]))
     """)
     done = node.run([sys.executable, "-c", script], check=False)
@@ -293,11 +293,11 @@ def test_rules_flushed_by_another_process_are_restored(
     with log.open("w") as output:
         process = node.popen([KPROXY, "run", *CLUSTER, "--iptables-sync-period=1s"], output)
     wait_for(log, process, "IPv6: synced")
-    expected = held(node, Family.IPV4)
+    expected = current_rules(node, Family.IPV4)
     for command in removal:
         node.run(["iptables", *command.split()])
-    wait_until(lambda: held(node, Family.IPV4) == expected, "the rules to be restored")
-    assert "somebody else has removed rules of ours" in log.read_text()
+    wait_until(lambda: current_rules(node, Family.IPV4) == expected, "the rules to be restored")
+    assert "another process removed kproxy's rules" in log.read_text()
     process.terminate()
     assert process.wait(HANG_GUARD) == 0
 

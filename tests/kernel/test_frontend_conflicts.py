@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from tests.lab import objects, proxy
-from tests.lab.client import Answered, Refused, ask
-from tests.lab.modes import BOTH_MODES, flag
+from tests.lab.client import Answered, Refused, send_request
+from tests.lab.modes import BOTH_MODES, mode_flag
 from tests.lab.servers import Servers
 from tests.lab.topology import NODE, Host, Lab
 
@@ -39,11 +39,11 @@ class TwoServices:
                 endpoint = objects.endpoint(self._pods[name].address(version), NODE)
                 found.append(objects.endpoint_slice(name, [endpoint], family=family))
         objects.write(self._folder / "two.yaml", [objects.node(), *found])
-        proxy.apply(self._lab, self._folder, flag(self._mode))
+        proxy.apply(self._lab, self._folder, mode_flag(self._mode))
 
     def answering_pod(self, address: str) -> str:
         """Return the name of the pod that answers on port 80, or "refused"."""
-        outcome = ask(self.client, address, 80)
+        outcome = send_request(self.client, address, 80)
         if outcome == Refused():
             return "refused"
         assert isinstance(outcome, Answered)

@@ -26,10 +26,10 @@ from kproxy.model.types import Family
 from kproxy.nftables.kernel import NftCommit
 from kproxy.nftables.transaction import Transaction
 from tests.clock import Clock
-from tests.lab.iptables import link, missing_variant, programs_of
+from tests.lab.iptables import link_programs, missing_variant, programs_of
 from tests.lab.namespace import Namespace
 from tests.lab.waiting import wait_until
-from tests.unit.test_restore_errors import VARIANTS, Case, lines_of
+from tests.unit.test_iptables_restore_errors import VARIANTS, Case, lines_of
 
 GUARD = 30.0
 PYTHON = sys.executable
@@ -352,7 +352,7 @@ def test_slow_nft_is_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogC
     program.write_text(f"#!/bin/sh\ncat {fifo}\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    thread = threading.Thread(target=lambda: NftCommit(Family.IPV4)(Transaction(drop=True)))
+    thread = threading.Thread(target=lambda: NftCommit(Family.IPV4)(Transaction(delete_table=True)))
     thread.start()
     write_end = open_when_reader_exists(fifo)
     wait_until(lambda: bool(caplog.messages), "a log line about the running program")
@@ -455,7 +455,7 @@ def test_iptables_errors_match_those_of_the_unit_tests(
 ) -> None:
     if reason := missing_variant(variant, namespace):
         pytest.skip(reason)
-    link(programs_of(variant), tmp_path)
+    link_programs(programs_of(variant), tmp_path)
     command = ["env", f"PATH={tmp_path}:{os.environ['PATH']}"]
     version = parse_version(namespace.run([*command, "iptables", "--version"]).stdout)
     done = namespace.run([*command, "iptables-restore", "--noflush"], case.text, check=False)

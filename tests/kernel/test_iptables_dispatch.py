@@ -18,14 +18,14 @@ from kproxy.model.store import Store
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Service, ServicePort
 from tests.fakekernel import FakeKernel
 from tests.inprocess import SingleFamilyProxy
-from tests.lab.connection_stream import Stream
-from tests.lab.iptables import RealKernel, Recorder, add_counters, held
+from tests.lab.connection_stream import ConnectionStream
+from tests.lab.iptables import RealKernel, RecordingIptables, add_counters, current_rules
 from tests.lab.namespace import Namespace
 from tests.lab.recorded import RecordedCluster
 from tests.lab.servers import Servers
 from tests.lab.topology import Lab
 from tests.recordings import State, comparable, store
-from tests.unit.test_render import recorded_context
+from tests.unit.test_iptables_render import recorded_context
 
 THRESHOLD = 20
 SCENARIO = "random-11"
@@ -127,7 +127,7 @@ def max_jump_depth(state: State, chain: ChainName) -> int:
 def test_restart_with_split_chains_writes_nothing(namespace: Namespace) -> None:
     for family in Family:
         for writes in (True, False):
-            iptables = Recorder(family)
+            iptables = RecordingIptables(family)
             backend = IptablesBackend(iptables, max_transaction_rules=50, dispatch_threshold=THRESHOLD)
             proxy = ManyServicesProxy(Store("node-1"), Context(family, "node-1"), backend)
             for number in range(3 * THRESHOLD):
@@ -151,7 +151,7 @@ def test_no_connection_fails_while_chains_are_split_and_merged(lab: Lab, servers
         )
 
     def split() -> set[ChainName]:
-        state = held(node, Family.IPV4)
+        state = current_rules(node, Family.IPV4)
         targets = {chain: {rule.rpartition(" -j ")[2] for rule in state[chain]} for chain in DISPATCH_CHAINS}
         return {
             chain for chain, names in targets.items() if any(is_shard(ChainName(chain.table, each)) for each in names)
@@ -160,7 +160,7 @@ def test_no_connection_fails_while_chains_are_split_and_merged(lab: Lab, servers
     proxy = start(60)
     node.call(lambda: proxy.sync_extra(0))
     assert split() == set()
-    with Stream(cluster.targets) as stream:
+    with ConnectionStream(cluster.targets) as stream:
         stream.take()
         for count in (60, 0, 60, 40, 0):
             stream.mark(f"{count} more Services")
@@ -173,4 +173,4 @@ def test_no_connection_fails_while_chains_are_split_and_merged(lab: Lab, servers
             node.call(lambda again=again: again.sync_extra(0))  # type: ignore[misc]
             stream.take()
             assert bool(split()) is (threshold in {1, 3})
-    assert stream.complaints() == ""
+    assert stream.failure_report() == ""

@@ -15,10 +15,10 @@ from kproxy.iptables.names import CANARIES, DISPATCH_CHAINS, ChainName
 from kproxy.iptables.runner import IptablesRunner
 from kproxy.model.types import Family
 from tests.inprocess import SingleFamilyProxy
-from tests.lab.iptables import link, programs_of
+from tests.lab.iptables import link_programs, programs_of
 from tests.lab.namespace import Namespace
 from tests.recordings import SCENARIOS, replaces, store
-from tests.unit.test_render import recorded_context
+from tests.unit.test_iptables_render import recorded_context
 
 SCENARIO = "random-11"
 
@@ -36,7 +36,7 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def variant(programs: Path, variant: str) -> str:
     """Each variant of iptables that works on this machine. It is first in PATH for the test."""
-    link(programs_of(variant), programs)
+    link_programs(programs_of(variant), programs)
     return variant
 
 

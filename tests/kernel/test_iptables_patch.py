@@ -14,14 +14,14 @@ from kproxy.model.context import Context
 from kproxy.model.sync_report import SyncError
 from kproxy.model.types import Family
 from tests.inprocess import SingleServiceProxy
-from tests.lab.iptables import Recorder, add_counters
+from tests.lab.iptables import RecordingIptables, add_counters
 from tests.lab.namespace import Namespace
 from tests.recordings import State, comparable
 
 PREFIXES = {Family.IPV4: "10.244.", Family.IPV6: "fd00:10:244::"}
 
 
-class ConcurrentlyChangedIptables(Recorder):
+class ConcurrentlyChangedIptables(RecordingIptables):
     """The iptables in PATH, with one action of another process right after it counts rules."""
 
     def __init__(self, family: Family) -> None:

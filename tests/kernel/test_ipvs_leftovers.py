@@ -19,14 +19,14 @@ from kproxy.ipvs import cleanup
 from kproxy.ipvs.cleanup import INTERFACE, SETS
 from kproxy.ipvs.ipset import IpsetEntry, set_entries, set_names
 from kproxy.ipvs.virtual_servers import VirtualServer, virtual_servers
-from kproxy.model.sync_report import SyncReport
 from kproxy.model.types import Family
 from tests.kernel.test_cleanup import rules, without_firewall
-from tests.lab.iptables import PREFIXES, link, programs_of
+from tests.lab.iptables import PREFIXES, link_programs, programs_of
 from tests.lab.namespace import Namespace
 from tests.lab.proxy import KPROXY
-from tests.lab.transaction_monitor import Commits
+from tests.lab.transaction_monitor import TransactionMonitor
 from tests.recordings import GOLDEN
+from tests.reports import failed, succeeded
 
 ADDRESSES = ("10.96.0.1/32", "10.96.0.80/32", "fd00:10:96::80/128")
 TYPES = {
@@ -168,7 +168,7 @@ EVERYTHING = f"{len(SETS)} ipsets, the interface {INTERFACE}"
 def test_iptables_mode_removes_all_but_its_own_chains(
     node: Namespace, variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    link(programs_of(variant), tmp_path)
+    link_programs(programs_of(variant), tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     create_leftovers(node)
     chains = ", ".join(f"{OF_IPVS_MODE} iptables chains of {family.value}" for family in Family)
@@ -202,10 +202,10 @@ def test_cleanup_removes_everything_and_can_be_repeated(node: Namespace) -> None
 @pytest.mark.parametrize("mode", ["iptables", "nftables"])
 def test_leftovers_are_removed_once_all_families_have_rules(node: Namespace, mode: Mode) -> None:
     create_leftovers(node)
-    observer = FirstSyncSteps(Config(mode=mode), list(Family))
+    steps = FirstSyncSteps(Config(mode=mode), list(Family))
 
     def run_steps(family: Family, error: str = "") -> None:
-        node.call(lambda: observer.synced(SyncReport(family, 0.0, 0.0, True, {}, None, None, error)))
+        node.call(lambda: steps.run(failed(family, error=error) if error else succeeded(family)))
 
     run_steps(Family.IPV6)
     run_steps(Family.IPV4, "rejected")
@@ -216,8 +216,8 @@ def test_leftovers_are_removed_once_all_families_have_rules(node: Namespace, mod
 
 def test_leftovers_are_removed_if_the_other_family_is_skipped(node: Namespace) -> None:
     create_leftovers(node)
-    observer = FirstSyncSteps(Config(mode="nftables"), [Family.IPV4])
-    node.call(lambda: observer.synced(SyncReport(Family.IPV4, 0.0, 0.0, True, {}, None, None, "")))
+    steps = FirstSyncSteps(Config(mode="nftables"), [Family.IPV4])
+    node.call(lambda: steps.run(succeeded(Family.IPV4)))
     assert not has_interface(node)
 
 
@@ -250,7 +250,7 @@ def test_nothing_is_started_or_written_without_leftovers(
         (tmp_path / name).write_text(f"#!/bin/sh\ntouch {started}\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    with Commits(node) as commits:
+    with TransactionMonitor(node) as commits:
         assert node.call(remove_ipvs) == ""
         assert commits.new() == []
     assert not started.exists()
@@ -307,10 +307,10 @@ def test_failed_removal_of_virtual_servers_is_retried_after_complete_syncs(
     monkeypatch.setattr(
         cleanup, "delete_virtual_servers", lambda _: {server: "Device or resource busy"} if busy else {}
     )
-    observer = FirstSyncSteps(Config(mode=mode), [Family.IPV4])
+    steps = FirstSyncSteps(Config(mode=mode), [Family.IPV4])
 
     def run_steps(*, complete: bool) -> bool:
-        node.call(lambda: observer.synced(SyncReport(Family.IPV4, 0.0, 0.0, complete, {}, None, None, "")))
+        node.call(lambda: steps.run(succeeded(Family.IPV4, complete=complete)))
         return has_interface(node)
 
     assert run_steps(complete=True)
@@ -330,11 +330,11 @@ def test_other_failures_are_retried_after_the_next_sync(
     node: Namespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     create_leftovers(node)
-    observer = FirstSyncSteps(Config(mode="nftables"), [Family.IPV4])
-    observer._done.add(Family.IPV4)
+    steps = FirstSyncSteps(Config(mode="nftables"), [Family.IPV4])
+    steps._done.add(Family.IPV4)
 
     def run_steps() -> bool:
-        node.call(lambda: observer.synced(SyncReport(Family.IPV4, 0.0, 0.0, False, {}, None, None, "")))
+        node.call(lambda: steps.run(succeeded(Family.IPV4, complete=False)))
         return has_interface(node)
 
     (tmp_path / "iptables-restore").write_text("#!/bin/sh\nexit 1\n")

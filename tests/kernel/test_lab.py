@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab.client import Answered, Failed, Refused, TimedOut, ask, finish, open_connection
-from tests.lab.connection_stream import FIRST_PORT, LIMIT, Stream, Target
-from tests.lab.continuous_requests import Flow, failures, tally
+from tests.lab.client import Answered, Failed, Refused, TimedOut, complete_request, open_connection, send_request
+from tests.lab.connection_stream import FIRST_SOURCE_PORT, MAX_CONNECTIONS, ConnectionStream, Target
+from tests.lab.continuous_requests import ContinuousRequests, count_by_pod, failures
 from tests.lab.servers import Servers
 from tests.lab.topology import Host, Lab
 from tests.lab.waiting import HANG_GUARD, wait_until
@@ -57,7 +57,7 @@ def test_all_hosts_reach_all_pods_with_their_own_address(
         servers.serve(pod, 8080, protocol)
     for origin in (local, remote, client, lab.node):
         for pod in (local, remote):
-            answer = ask(origin, pod.address(version), 8080, protocol)
+            answer = send_request(origin, pod.address(version), 8080, protocol)
             assert answer == Answered(pod.name, origin.address(version))
 
 
@@ -65,26 +65,26 @@ def test_all_hosts_reach_all_pods_with_their_own_address(
 @VERSIONS
 def test_closed_port_refuses(lab: Lab, version: int, protocol: str) -> None:
     pod = lab.add_pod("pod", "10.244.1.1", "fd00:10:244:1::1")
-    assert ask(lab.node, pod.address(version), 8080, protocol) == Refused()
+    assert send_request(lab.node, pod.address(version), 8080, protocol) == Refused()
 
 
 def test_unassigned_address_is_unreachable(lab: Lab) -> None:
     client = lab.add_client("client", "198.51.100.10")
-    assert ask(client, "10.96.0.1", 80) == Failed("[Errno 101] Network is unreachable")
+    assert send_request(client, "10.96.0.1", 80) == Failed("[Errno 101] Network is unreachable")
 
 
 @PROTOCOLS
 def test_dropped_packets_time_out(lab: Lab, protocol: str) -> None:
     lab.node.namespace.run(["iptables", "-A", "INPUT", "-p", protocol.lower(), "-j", "DROP"])
     client = lab.add_client("client", "198.51.100.10")
-    assert ask(client, lab.node.address(), 80, protocol, patience=0.05) == TimedOut()
+    assert send_request(client, lab.node.address(), 80, protocol, timeout=0.05) == TimedOut()
 
 
 def test_client_can_have_many_addresses(lab: Lab, servers: Servers) -> None:
     pod = lab.add_pod("pod", "10.244.1.1")
     client = lab.add_client("client", "198.51.100.10", "198.51.100.11")
     servers.serve(pod, 8080)
-    assert ask(client, pod.address(), 8080, source="198.51.100.11") == Answered("pod", "198.51.100.11")
+    assert send_request(client, pod.address(), 8080, source="198.51.100.11") == Answered("pod", "198.51.100.11")
 
 
 def test_stream_never_reuses_a_source_port(lab: Lab) -> None:
@@ -93,10 +93,10 @@ def test_stream_never_reuses_a_source_port(lab: Lab) -> None:
     with pod.namespace.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
         listener.bind((pod.address(), 8080))
         listener.listen()
-        with Stream([Target("web", client, pod.address(), 8080)]):
+        with ConnectionStream([Target("web", client, pod.address(), 8080)]):
             ports = [_next_source_port(listener) for _ in range(50)]
     assert len(set(ports)) == 50
-    assert set(ports) <= set(range(FIRST_PORT, FIRST_PORT + LIMIT))
+    assert set(ports) <= set(range(FIRST_SOURCE_PORT, FIRST_SOURCE_PORT + MAX_CONNECTIONS))
 
 
 def _next_source_port(listener: socket.socket) -> int:
@@ -110,17 +110,19 @@ def test_server_completes_accepted_requests_before_it_stops(lab: Lab, servers: S
     pod = lab.add_pod("pod", "10.244.1.1")
     servers.serve(pod, 8080)
     with ThreadPoolExecutor(1) as background, open_connection(lab.node, pod.address(), 8080) as first:
-        assert ask(lab.node, pod.address(), 8080) == Answered("pod", "10.99.0.2")  # `first` has been accepted too
+        assert send_request(lab.node, pod.address(), 8080) == Answered(
+            "pod", "10.99.0.2"
+        )  # `first` has been accepted too
         stopping = background.submit(servers.stop, pod)
-        wait_until(lambda: ask(lab.node, pod.address(), 8080) == Refused(), "the pod to refuse connections")
-        assert finish(first) == Answered("pod", "10.99.0.2")
+        wait_until(lambda: send_request(lab.node, pod.address(), 8080) == Refused(), "the pod to refuse connections")
+        assert complete_request(first) == Answered("pod", "10.99.0.2")
         stopping.result()
 
 
 def test_continuous_requests_record_all_outcomes(lab: Lab, servers: Servers) -> None:
     pod = lab.add_pod("pod", "10.244.1.1")
     servers.serve(pod, 8080)
-    with Flow(lambda: ask(lab.node, pod.address(), 8080)) as flow:
+    with ContinuousRequests(lambda: send_request(lab.node, pod.address(), 8080)) as flow:
         assert flow.take(20) == {"pod": 20}
         servers.stop(pod)
         flow.settle()
@@ -128,7 +130,7 @@ def test_continuous_requests_record_all_outcomes(lab: Lab, servers: Servers) -> 
         flow.take(10)
     assert failures(flow.outcomes)
     assert set(failures(flow.outcomes[first:])) == {Refused()}
-    assert sum(tally(flow.outcomes).values()) + len(failures(flow.outcomes)) == len(flow.outcomes)
+    assert sum(count_by_pod(flow.outcomes).values()) + len(failures(flow.outcomes)) == len(flow.outcomes)
 
 
 @VERSIONS
@@ -136,7 +138,7 @@ def test_recorded_rules_spread_connections(lab: Lab, servers: Servers, version: 
     load_recorded_rules(lab, "dual-stack")
     local, remote = add_recorded_pods(lab, servers)
     client = lab.add_pod("client", "10.244.1.9", "fd00:10:244:1::9")
-    answers = [ask(client, DUAL_STACK_VIPS[version], 80) for _ in range(100)]
+    answers = [send_request(client, DUAL_STACK_VIPS[version], 80) for _ in range(100)]
     assert set(answers) == {Answered(pod.name, client.address(version)) for pod in (local, remote)}
 
 
@@ -145,7 +147,7 @@ def test_recorded_rules_masquerade_external_traffic(lab: Lab, servers: Servers, 
     load_recorded_rules(lab, "dual-stack")
     add_recorded_pods(lab, servers)
     client = lab.add_client("client", "198.51.100.10", "2001:db8:51::10")
-    seen = {ask(client, DUAL_STACK_VIPS[version], 80) for _ in range(40)}
+    seen = {send_request(client, DUAL_STACK_VIPS[version], 80) for _ in range(40)}
     assert seen == {Answered(pod, lab.node.address(version)) for pod in ("here", "there")}
 
 
@@ -153,7 +155,7 @@ def test_recorded_rules_masquerade_external_traffic(lab: Lab, servers: Servers, 
 def test_recorded_rules_support_hairpin_traffic(lab: Lab, servers: Servers, version: int) -> None:
     load_recorded_rules(lab, "dual-stack")
     local, remote = add_recorded_pods(lab, servers)
-    seen = {ask(local, DUAL_STACK_VIPS[version], 80) for _ in range(40)}
+    seen = {send_request(local, DUAL_STACK_VIPS[version], 80) for _ in range(40)}
     assert seen == {
         Answered(local.name, lab.node.address(version)),
         Answered(remote.name, local.address(version)),
@@ -163,7 +165,7 @@ def test_recorded_rules_support_hairpin_traffic(lab: Lab, servers: Servers, vers
 def test_recorded_rules_reject_without_endpoints(lab: Lab) -> None:
     load_recorded_rules(lab, "no-endpoints")
     client = lab.add_pod("client", "10.244.1.9")
-    assert ask(client, EMPTY_VIP, 80) == Refused()
+    assert send_request(client, EMPTY_VIP, 80) == Refused()
 
 
 def test_recorded_rules_apply_session_affinity(lab: Lab, servers: Servers) -> None:
@@ -176,7 +178,7 @@ def test_recorded_rules_apply_session_affinity(lab: Lab, servers: Servers) -> No
     for pod in pods:
         servers.serve(pod, 8080)
     client = lab.add_pod("client", "10.244.1.9")
-    assert len({ask(client, WEB_VIP, 80) for _ in range(30)}) == 1
+    assert len({send_request(client, WEB_VIP, 80) for _ in range(30)}) == 1
 
 
 def test_lab_is_removed_when_its_process_is_killed(kernel: None) -> None:

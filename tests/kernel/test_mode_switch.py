@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab.cluster import SERVICES, Cluster
-from tests.lab.connection_stream import Stream
-from tests.lab.modes import flag, nothing_left_of_other, rules_of
-from tests.lab.restart import MortalDaemon
+from tests.lab.cluster import SERVICES, LabCluster
+from tests.lab.connection_stream import ConnectionStream
+from tests.lab.modes import mode_flag, no_rules_of_other_mode, rules_of
+from tests.lab.proxy import Daemon
 from tests.lab.servers import Servers
 from tests.lab.topology import Lab
 from tests.lab.waiting import wait_until
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("nft")
 
 @pytest.mark.parametrize("first", OTHER)
 def test_no_connection_fails_during_mode_switches(lab: Lab, servers: Servers, tmp_path: Path, first: str) -> None:
-    cluster = Cluster(lab, servers, tmp_path / "objects", pods=PODS)
+    cluster = LabCluster(lab, servers, tmp_path / "objects", pods=PODS)
     for service in range(SERVICES):
         for number in range(PODS):
             cluster.start(service, number)
@@ -33,18 +33,18 @@ def test_no_connection_fails_during_mode_switches(lab: Lab, servers: Servers, tm
     modes = [first, OTHER[first]] * ROUNDS
     first_rules: dict[str, str] = {}
 
-    def daemon(mode: str) -> MortalDaemon:
-        return MortalDaemon(lab, tmp_path / "objects", tmp_path / "kproxy.log", flag(mode))
+    def daemon(mode: str) -> Daemon:
+        return Daemon(lab, tmp_path / "objects", tmp_path / "kproxy.log", mode_flag(mode))
 
     with daemon(first) as running:
-        running.wait_in_force()
-    with Stream(cluster.targets()) as stream:
+        running.wait_until_synced()
+    with ConnectionStream(cluster.targets()) as stream:
         stream.take()
         for mode in modes:
             stream.mark(f"start in {mode} mode")
             with daemon(mode) as running:
-                running.wait_in_force()
-                wait_until(lambda: nothing_left_of_other(node, mode), f"no rules of {OTHER[mode]} mode")  # noqa: B023 - called at once
+                running.wait_until_synced()
+                wait_until(lambda: no_rules_of_other_mode(node, mode), f"no rules of {OTHER[mode]} mode")  # noqa: B023 - called at once
                 stream.mark(f"only rules of {mode} mode")
                 stream.take()
                 rules = rules_of(mode, node)
@@ -54,7 +54,7 @@ def test_no_connection_fails_during_mode_switches(lab: Lab, servers: Servers, tm
                 stream.mark(f"SIGTERM in {mode} mode")
                 assert running.terminate() == 0
             stream.take()
-    assert stream.complaints() == ""
+    assert stream.failure_report() == ""
 
 
 def without_jumps_to_firewall(text: str) -> str:
@@ -63,7 +63,7 @@ def without_jumps_to_firewall(text: str) -> str:
 
 
 def test_firewall_chain_keeps_all_its_rules(lab: Lab, servers: Servers, tmp_path: Path) -> None:
-    cluster = Cluster(lab, servers, tmp_path / "objects", pods=1)
+    cluster = LabCluster(lab, servers, tmp_path / "objects", pods=1)
     cluster.start(0, 0)
     cluster.write(0, [0])
     node = lab.node.namespace
@@ -71,12 +71,12 @@ def test_firewall_chain_keeps_all_its_rules(lab: Lab, servers: Servers, tmp_path
     def firewall() -> list[str]:
         return [line for line in node.run(["iptables-save"]).stdout.splitlines() if line.startswith(f"-A {FIREWALL}")]
 
-    with MortalDaemon(lab, tmp_path / "objects", tmp_path / "kproxy.log", flag("iptables")) as daemon:
-        daemon.wait_in_force()
+    with Daemon(lab, tmp_path / "objects", tmp_path / "kproxy.log", mode_flag("iptables")) as daemon:
+        daemon.wait_until_synced()
     node.run(["iptables", "-A", FIREWALL, "-s", "192.0.2.1/32", "-j", "DROP"])
     before = firewall()
     assert len(before) > 1
-    with MortalDaemon(lab, tmp_path / "objects", tmp_path / "kproxy.log", flag("nftables")) as daemon:
-        daemon.wait_in_force()
-        wait_until(lambda: nothing_left_of_other(node, "nftables"), "no rules of iptables mode")
+    with Daemon(lab, tmp_path / "objects", tmp_path / "kproxy.log", mode_flag("nftables")) as daemon:
+        daemon.wait_until_synced()
+        wait_until(lambda: no_rules_of_other_mode(node, "nftables"), "no rules of iptables mode")
     assert firewall() == before

@@ -11,12 +11,12 @@ import pytest
 
 from tests.lab import objects
 from tests.lab.client import Answered
-from tests.lab.modes import flag, remembered
-from tests.lab.restart import MortalDaemon
+from tests.lab.modes import affinity_clients, mode_flag
+from tests.lab.proxy import Daemon
 from tests.lab.servers import Servers
 from tests.lab.topology import Host, Lab
 from tests.lab.waiting import wait_until
-from tests.lab.web_service import EXTERNAL, NODE_PORT, VIPS, Web
+from tests.lab.web_service import CLUSTER_IPS, EXTERNAL_IPS, NODE_PORT, WebService
 
 VERSIONS = pytest.mark.parametrize("version", [4, 6], ids=["ipv4", "ipv6"])
 PROTOCOLS = pytest.mark.parametrize("protocol", ["TCP", "UDP"])
@@ -30,7 +30,7 @@ Program = Callable[..., None]
 class AffinityClients:
     """A host with many addresses. Session affinity treats each address as a client."""
 
-    def __init__(self, web: Web, host: Host) -> None:
+    def __init__(self, web: WebService, host: Host) -> None:
         self._web = web
         self._host = host
 
@@ -39,7 +39,7 @@ class AffinityClients:
         found = {}
         for source in self._host.addresses:
             if (":" in source) == (version == 6):
-                answer = self._web.ask(self._host, address or VIPS[version], port, source=source)
+                answer = self._web.send_request(self._host, address or CLUSTER_IPS[version], port, source=source)
                 assert isinstance(answer, Answered)
                 found[source] = answer.pod
         return found
@@ -51,21 +51,21 @@ def protocol() -> str:
 
 
 @pytest.fixture
-def web(lab: Lab, servers: Servers, tmp_path: Path, protocol: str) -> Web:
+def web(lab: Lab, servers: Servers, tmp_path: Path, protocol: str) -> WebService:
     folder = tmp_path / "objects"
     folder.mkdir()
-    return Web(lab, servers, folder, protocol)
+    return WebService(lab, servers, folder, protocol)
 
 
 @pytest.fixture
-def clients(lab: Lab, web: Web) -> AffinityClients:
+def clients(lab: Lab, web: WebService) -> AffinityClients:
     numbers = range(100, 100 + CLIENTS)
     sources = [f"10.244.1.{n}" for n in numbers] + [f"fd00:10:244:1::{n}" for n in numbers]
     return AffinityClients(web, lab.add_pod("clients", *sources))
 
 
 @pytest.fixture
-def external_clients(lab: Lab, web: Web) -> AffinityClients:
+def external_clients(lab: Lab, web: WebService) -> AffinityClients:
     numbers = range(100, 100 + CLIENTS)
     sources = [f"198.51.100.{n}" for n in numbers] + [f"2001:db8:51::{n}" for n in numbers]
     return AffinityClients(web, lab.add_client("visitors", *sources))
@@ -76,7 +76,7 @@ def nft_family(version: int) -> str:
 
 
 @pytest.fixture(params=["apply", "daemon"])
-def program(request: pytest.FixtureRequest, lab: Lab, web: Web, tmp_path: Path) -> Iterator[Program]:
+def program(request: pytest.FixtureRequest, lab: Lab, web: WebService, tmp_path: Path) -> Iterator[Program]:
     """Program objects with a new `kproxy apply` each time or with one running daemon."""
     if request.param != "daemon":
         yield web.apply
@@ -100,18 +100,18 @@ def program(request: pytest.FixtureRequest, lab: Lab, web: Web, tmp_path: Path) 
         wait_until(lambda: is_programmed(port), "kproxy to program the objects")
 
     quick = "--iptables-min-sync-period=10ms"
-    with MortalDaemon(lab, web.folder, tmp_path / "kproxy.log", flag("nftables"), quick) as daemon:
-        daemon.wait_in_force()
+    with Daemon(lab, web.folder, tmp_path / "kproxy.log", mode_flag("nftables"), quick) as daemon:
+        daemon.wait_until_synced()
         yield write
 
 
-def service(web: Web, pods: Sequence[Host], seconds: int = LONG_TIMEOUT, **spec: Any) -> list[objects.Object]:
+def service(web: WebService, pods: Sequence[Host], seconds: int = LONG_TIMEOUT, **spec: Any) -> list[objects.Object]:
     """Return a Service with session affinity and its slices."""
     affinity = {"sessionAffinity": "ClientIP", "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": seconds}}}
-    return [web.service("web", *VIPS.values(), **(affinity | spec)), *web.slices("web", pods)]
+    return [web.service("web", *CLUSTER_IPS.values(), **(affinity | spec)), *web.slices("web", pods)]
 
 
-def other(web: Web, pods: Sequence[Host]) -> list[objects.Object]:
+def other(web: WebService, pods: Sequence[Host]) -> list[objects.Object]:
     """Return another Service, without session affinity, and its slices."""
     return [web.service("other", "10.96.0.90", "fd00:10:96::90"), *web.slices("other", pods)]
 
@@ -119,7 +119,7 @@ def other(web: Web, pods: Sequence[Host]) -> list[objects.Object]:
 @PROTOCOLS
 @VERSIONS
 def test_clients_keep_their_endpoint_when_others_change(
-    web: Web, clients: AffinityClients, program: Program, version: int, protocol: str
+    web: WebService, clients: AffinityClients, program: Program, version: int, protocol: str
 ) -> None:
     pods = [web.pod(number) for number in range(1, 14)]
     program([*service(web, pods[:3]), *other(web, pods[:2])])
@@ -146,7 +146,7 @@ def test_clients_keep_their_endpoint_when_others_change(
 
 @VERSIONS
 def test_returning_endpoint_does_not_get_its_former_clients(
-    lab: Lab, web: Web, clients: AffinityClients, program: Program, version: int
+    lab: Lab, web: WebService, clients: AffinityClients, program: Program, version: int
 ) -> None:
     pods = [web.pod(1), web.pod(2)]
     program(service(web, pods))
@@ -155,36 +155,36 @@ def test_returning_endpoint_does_not_get_its_former_clients(
     assert set(clients.pods_by_client(version).values()) == {"pod-2"}
     program(service(web, pods))
     assert set(clients.pods_by_client(version).values()) == {"pod-2"}
-    sizes = sorted(len(each) for each in remembered(lab.node.namespace, nft_family(version)).values())
+    sizes = sorted(len(each) for each in affinity_clients(lab.node.namespace, nft_family(version)).values())
     assert sizes == [0, CLIENTS]
 
 
 @VERSIONS
 def test_affinity_applies_across_frontends_of_a_service(
-    web: Web, external_clients: AffinityClients, version: int
+    web: WebService, external_clients: AffinityClients, version: int
 ) -> None:
-    spec: dict[str, Any] = {"type": "LoadBalancer", "externalIPs": [*EXTERNAL.values()]}
+    spec: dict[str, Any] = {"type": "LoadBalancer", "externalIPs": [*EXTERNAL_IPS.values()]}
     web.apply(service(web, [web.pod(1), web.pod(2), web.pod(3)], **spec))
     first = external_clients.pods_by_client(version)
     assert set(first.values()) == {"pod-1", "pod-2", "pod-3"}
     assert external_clients.pods_by_client(version, web.node.address(version), NODE_PORT) == first
-    assert external_clients.pods_by_client(version, EXTERNAL[version]) == first
+    assert external_clients.pods_by_client(version, EXTERNAL_IPS[version]) == first
 
 
 @VERSIONS
 def test_policy_local_overrides_affinity_to_a_remote_endpoint(
-    web: Web, external_clients: AffinityClients, version: int
+    web: WebService, external_clients: AffinityClients, version: int
 ) -> None:
     pods = [web.pod(1), web.pod(2), web.pod(3, "node-2")]
     spec: dict[str, Any] = {
         "type": "LoadBalancer",
-        "externalIPs": [*EXTERNAL.values()],
+        "externalIPs": [*EXTERNAL_IPS.values()],
         "externalTrafficPolicy": "Local",
     }
     web.apply(service(web, pods, **spec))
     first = external_clients.pods_by_client(version)
     assert set(first.values()) == {"pod-1", "pod-2", "pod-3"}
-    local = external_clients.pods_by_client(version, EXTERNAL[version])
+    local = external_clients.pods_by_client(version, EXTERNAL_IPS[version])
     assert set(local.values()) == {"pod-1", "pod-2"}
     assert all(local[client] == pod for client, pod in first.items() if pod != "pod-3")
 
@@ -192,21 +192,23 @@ def test_policy_local_overrides_affinity_to_a_remote_endpoint(
 @PROTOCOLS
 @VERSIONS
 def test_affinity_ends_after_the_timeout(
-    lab: Lab, web: Web, clients: AffinityClients, version: int, protocol: str
+    lab: Lab, web: WebService, clients: AffinityClients, version: int, protocol: str
 ) -> None:
     web.apply(service(web, [web.pod(1), web.pod(2), web.pod(3)], seconds=1))
     first = clients.pods_by_client(version)
     node = lab.node.namespace
-    wait_until(lambda: not any(remembered(node, nft_family(version)).values()), "all clients to expire")
+    wait_until(lambda: not any(affinity_clients(node, nft_family(version)).values()), "all clients to expire")
     assert clients.pods_by_client(version) != first
 
 
 @VERSIONS
-def test_each_connection_restarts_the_timeout(lab: Lab, web: Web, clients: AffinityClients, version: int) -> None:
+def test_each_connection_restarts_the_timeout(
+    lab: Lab, web: WebService, clients: AffinityClients, version: int
+) -> None:
     web.apply(service(web, [web.pod(1), web.pod(2), web.pod(3)], seconds=30))
 
     def remaining() -> int:
-        sets = remembered(lab.node.namespace, nft_family(version)).values()
+        sets = affinity_clients(lab.node.namespace, nft_family(version)).values()
         return min(seconds for members in sets for seconds in members.values())
 
     first = clients.pods_by_client(version)
@@ -217,7 +219,7 @@ def test_each_connection_restarts_the_timeout(lab: Lab, web: Web, clients: Affin
 
 
 @VERSIONS
-def test_each_service_has_its_own_timeout(lab: Lab, web: Web, clients: AffinityClients, version: int) -> None:
+def test_each_service_has_its_own_timeout(lab: Lab, web: WebService, clients: AffinityClients, version: int) -> None:
     pods = [web.pod(1), web.pod(2), web.pod(3)]
     affinity: dict[str, Any] = {
         "sessionAffinity": "ClientIP",
@@ -229,7 +231,7 @@ def test_each_service_has_its_own_timeout(lab: Lab, web: Web, clients: AffinityC
     clients.pods_by_client(version, {4: "10.96.0.91", 6: "fd00:10:96::91"}[version])
 
     def known(name: str) -> int:
-        found = remembered(lab.node.namespace, nft_family(version))
+        found = affinity_clients(lab.node.namespace, nft_family(version))
         return sum(len(members) for owner, members in found.items() if f"-demo/{name}/" in owner)
 
     assert known("web") == CLIENTS
@@ -240,13 +242,13 @@ def test_each_service_has_its_own_timeout(lab: Lab, web: Web, clients: AffinityC
 
 @VERSIONS
 def test_changed_timeout_applies_to_new_connections(
-    lab: Lab, web: Web, clients: AffinityClients, program: Program, version: int
+    lab: Lab, web: WebService, clients: AffinityClients, program: Program, version: int
 ) -> None:
     pods = [web.pod(1), web.pod(2), web.pod(3)]
     node = lab.node.namespace
 
     def remaining() -> list[int]:
-        sets = remembered(node, nft_family(version)).values()
+        sets = affinity_clients(node, nft_family(version)).values()
         return [seconds for members in sets for seconds in members.values()]
 
     program(service(web, pods, seconds=LONG_TIMEOUT))
@@ -263,40 +265,44 @@ def test_changed_timeout_applies_to_new_connections(
 
 @VERSIONS
 def test_affinity_is_disabled_and_enabled(
-    lab: Lab, web: Web, clients: AffinityClients, program: Program, version: int
+    lab: Lab, web: WebService, clients: AffinityClients, program: Program, version: int
 ) -> None:
     pods = [web.pod(1), web.pod(2), web.pod(3)]
     program(service(web, pods))
     clients.pods_by_client(version)
     program(service(web, pods, sessionAffinity="None"))
-    assert remembered(lab.node.namespace, nft_family(version)) == {}
+    assert affinity_clients(lab.node.namespace, nft_family(version)) == {}
     assert clients.pods_by_client(version) != clients.pods_by_client(version)
     program(service(web, pods))
     assert clients.pods_by_client(version) == clients.pods_by_client(version)
 
 
 @VERSIONS
-def test_restart_keeps_all_clients(lab: Lab, web: Web, clients: AffinityClients, tmp_path: Path, version: int) -> None:
+def test_restart_keeps_all_clients(
+    lab: Lab, web: WebService, clients: AffinityClients, tmp_path: Path, version: int
+) -> None:
     pods = [web.pod(1), web.pod(2), web.pod(3)]
     web.write(service(web, pods))
 
     def known() -> dict[str, set[str]]:
-        return {name: set(members) for name, members in remembered(lab.node.namespace, nft_family(version)).items()}
+        return {
+            name: set(members) for name, members in affinity_clients(lab.node.namespace, nft_family(version)).items()
+        }
 
-    def daemon() -> MortalDaemon:
-        return MortalDaemon(lab, web.folder, tmp_path / "kproxy.log", flag("nftables"))
+    def daemon() -> Daemon:
+        return Daemon(lab, web.folder, tmp_path / "kproxy.log", mode_flag("nftables"))
 
     with daemon() as running:
-        running.wait_in_force()
+        running.wait_until_synced()
         first, before = clients.pods_by_client(version), known()
         assert set(first.values()) == {"pod-1", "pod-2", "pod-3"}
         running.kill()
         assert (clients.pods_by_client(version), known()) == (first, before)
     with daemon() as running:
-        running.wait_in_force()
+        running.wait_until_synced()
         assert (clients.pods_by_client(version), known()) == (first, before)
         assert running.terminate() == 0
         assert (clients.pods_by_client(version), known()) == (first, before)
     with daemon() as running:
-        running.wait_in_force()
+        running.wait_until_synced()
         assert (clients.pods_by_client(version), known()) == (first, before)

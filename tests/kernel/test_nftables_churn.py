@@ -19,14 +19,14 @@ from kproxy.nftables.kernel import NetlinkCommit, NftTable
 from kproxy.sync.family import FamilySync
 from tests.inprocess import InProcessProxy
 from tests.lab.churn import NODE_PORT as FIRST_NODE_PORT
-from tests.lab.churn import NODES, PORT, STEADY, Churn, addresses_on
+from tests.lab.churn import NODES, PORT, STABLE_SERVICES, Churn, addresses_on
 from tests.lab.client import Answered
-from tests.lab.connection_load import Greeters, Rush, Watch
+from tests.lab.connection_load import AddressServers, ConnectionLoad, UntranslatedPackets
 from tests.lab.modes import NFT_FAMILIES, TABLE, table_state
 from tests.lab.namespace import Namespace
 from tests.lab.servers import Servers
 from tests.lab.topology import NODE, NODE_ADDRESSES, Lab
-from tests.lab.web_service import VIPS, Web
+from tests.lab.web_service import CLUSTER_IPS, WebService
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class ChurnProxy(InProcessProxy):
             for family in Family
         }
         super().__init__(families, namespace=node)
-        services, slices = churn.everything()
+        services, slices = churn.objects()
         self.apply(Replace(Node, (NODE_OBJECT,)), Replace(Service, services), Replace(EndpointSlice, slices)).sync()
 
 
@@ -77,10 +77,10 @@ def _context(family: Family, node: Node | None) -> Context:
 
 
 @pytest.fixture
-def web(lab: Lab, servers: Servers, tmp_path: Path) -> Web:
+def web(lab: Lab, servers: Servers, tmp_path: Path) -> WebService:
     folder = tmp_path / "objects"
     folder.mkdir()
-    return Web(lab, servers, folder, "TCP")
+    return WebService(lab, servers, folder, "TCP")
 
 
 def test_no_connection_fails_during_changes(lab: Lab, tmp_path: Path) -> None:
@@ -90,11 +90,13 @@ def test_no_connection_fails_during_changes(lab: Lab, tmp_path: Path) -> None:
     machines = [lab.add_pod(f"pods-{name}", *addresses_on(name), node=name).namespace for name in NODES]
     inside = lab.add_pod("client", "10.244.1.250", "fd00:10:244:1::250")
     outside = lab.add_client("visitor", "198.51.100.10", "2001:db8:51::10")
-    Greeters(tmp_path, machines, PORT)
-    watch = Watch(node, churn.frontends(), [FIRST_NODE_PORT + number for number in range(STEADY)])
+    AddressServers(tmp_path, machines, PORT)
+    watch = UntranslatedPackets(
+        node, churn.frontends(), [FIRST_NODE_PORT + number for number in range(STABLE_SERVICES)]
+    )
     proxy = ChurnProxy(node, churn)
-    with Rush(churn.ways(inside, outside), tmp_path) as rush:
-        rush.settle()
+    with ConnectionLoad(churn.targets(inside, outside), tmp_path) as load:
+        load.settle()
         changes = 0
         while changes < CHANGES:
             count = min(sizes.randint(1, LARGEST_BATCH), CHANGES - changes)
@@ -102,12 +104,12 @@ def test_no_connection_fails_during_changes(lab: Lab, tmp_path: Path) -> None:
             changes += count
             if sizes.random() < RESTART_PROBABILITY:
                 proxy = ChurnProxy(node, churn)
-            rush.wait_for(changes * CONNECTIONS_PER_CHANGE)
-        rush.settle()
-        log.info("seed %d: %d changes, %.0f connections a second", seed, changes, rush.rate)
-    assert rush.failures() == [], f"seed {seed}"
-    assert rush.total >= CHANGES * CONNECTIONS_PER_CHANGE
-    with Rush(churn.ways(inside, outside, now=True), tmp_path) as last:
+            load.wait_for(changes * CONNECTIONS_PER_CHANGE)
+        load.settle()
+        log.info("seed %d: %d changes, %.0f connections a second", seed, changes, load.rate)
+    assert load.failures() == [], f"seed {seed}"
+    assert load.total >= CHANGES * CONNECTIONS_PER_CHANGE
+    with ConnectionLoad(churn.targets(inside, outside, now=True), tmp_path) as last:
         last.wait_for(CONNECTIONS_AFTERWARDS)
         last.settle()
     assert last.failures() == [], f"seed {seed}, afterwards"
@@ -133,27 +135,29 @@ def assert_tables_are_correct(node: Namespace, churn: Churn, seed: int) -> None:
 
 @pytest.mark.parametrize("version", [4, 6], ids=["ipv4", "ipv6"])
 @pytest.mark.parametrize("before", [2, 3, 5, 12, 27])
-def test_packet_with_the_previous_verdict_finds_a_new_endpoint(lab: Lab, web: Web, version: int, before: int) -> None:
+def test_packet_with_the_previous_verdict_finds_a_new_endpoint(
+    lab: Lab, web: WebService, version: int, before: int
+) -> None:
     """The map already contains a single endpoint, but the verdict still jumps to the chain for several."""
     pods = [web.pod(number) for number in range(1, before + 1)]
-    web.apply_web(pods)
+    web.apply_service(pods)
     family = NFT_FAMILIES[version == 6]
     for number in range(1, before):
-        key = f"{VIPS[version]} . tcp . 80 . {number}"
+        key = f"{CLUSTER_IPS[version]} . tcp . 80 . {number}"
         lab.node.namespace.run(["nft", "delete", "element", family, TABLE, "service-endpoints", f"{{ {key} }}"])
-    answers = {web.ask(web.client, VIPS[version]) for _ in range(50)}
+    answers = {web.send_request(web.client, CLUSTER_IPS[version]) for _ in range(50)}
     assert len(answers) == 1
     assert isinstance(answers.pop(), Answered)
 
 
 @pytest.mark.parametrize("version", [4, 6], ids=["ipv4", "ipv6"])
-def test_untranslated_packet_does_not_leave_the_node(lab: Lab, web: Web, version: int) -> None:
+def test_untranslated_packet_does_not_leave_the_node(lab: Lab, web: WebService, version: int) -> None:
     """It passed nat/prerouting before the frontend had endpoints."""
-    watch = Watch(lab.node.namespace, [*VIPS.values()], [])
-    web.apply_web([web.pod(1)])
+    watch = UntranslatedPackets(lab.node.namespace, [*CLUSTER_IPS.values()], [])
+    web.apply_service([web.pod(1)])
     family = NFT_FAMILIES[version == 6]
-    key = f"{VIPS[version]} . tcp . 80"
+    key = f"{CLUSTER_IPS[version]} . tcp . 80"
     lab.node.namespace.run(["nft", "delete", "element", family, TABLE, "service-ips", f"{{ {key} }}"])
     for origin in (web.client, web.outsider, web.node):
-        assert web.refuses(origin, VIPS[version]), origin.name
+        assert web.refuses(origin, CLUSTER_IPS[version]), origin.name
     assert watch.seen() == []

@@ -20,16 +20,16 @@ from kproxy.model.types import Family, ServiceCIDR
 from kproxy.nftables import names
 from kproxy.nftables import ruleset as nft
 from kproxy.nftables.backend import NftablesBackend, NftablesPrinter
-from kproxy.nftables.base_table import NODE_PORT, SERVICE, SETS, base_chains
+from kproxy.nftables.base_table import NODE_PORT_KEY, SERVICE_KEY, SETS, base_chains
 from kproxy.nftables.elements import (
     DROP,
     PROTOCOLS,
     SetElement,
     address_family,
+    endpoint_elements,
     node_port_key,
     pack_address,
-    pack_pool,
-    pools,
+    pack_endpoints,
     set_layout,
 )
 from kproxy.nftables.kernel import Commit, NetlinkCommit, NftCommit, NftTable
@@ -41,7 +41,7 @@ from kproxy.sync.family import Backend
 from tests.inprocess import SingleFamilyProxy
 from tests.lab.namespace import Namespace
 from tests.recordings import SCENARIOS, config, replaces
-from tests.unit.test_render import OWN, recorded_context
+from tests.unit.test_iptables_render import OWN, recorded_context
 
 CIDRS = ("10.96.0.0/12", "fd00:10:96::/108")
 _NFTABLES = 10 << 8
@@ -213,13 +213,13 @@ def statements(family: Family) -> Iterator[nft.Statement]:
     """Yield every statement in every form."""
     _, networks = ADDRESSES[family]
     for network in networks:
-        for inside in (True, False):
-            yield nft.MatchSaddr(network, inside)
-            yield nft.MatchDaddr(network, inside)
-    for inside in (True, False):
-        yield nft.MatchIifname("cni0", inside=inside)
-        yield nft.MatchIifname("veth", prefix=True, inside=inside)
-        yield nft.MatchIifname("longest-possibl", inside=inside)
+        for negate in (False, True):
+            yield nft.MatchSaddr(network, negate)
+            yield nft.MatchDaddr(network, negate)
+    for negate in (False, True):
+        yield nft.MatchIifname("cni0", negate=negate)
+        yield nft.MatchIifname("veth", prefix=True, negate=negate)
+        yield nft.MatchIifname("longest-possibl", negate=negate)
     yield nft.Lookup((KeyField.DESTINATION,), names.CLUSTER_IPS)
     yield nft.Lookup((KeyField.SOURCE,), AFFINITY.name)
     yield nft.Lookup(CONNECTION, names.HAIRPINS)
@@ -238,12 +238,12 @@ def statements(family: Family) -> Iterator[nft.Statement]:
     yield nft.Numgen(1_000)
     yield nft.Masquerade()
     yield nft.UpdateSet(AFFINITY.name)
-    yield nft.DnatMap(SERVICE, 3, names.SERVICE_ENDPOINTS)
-    yield nft.DnatMap(NODE_PORT, 5_000, names.NODE_PORT_LOCAL_ENDPOINTS)
-    yield nft.VerdictMap(SERVICE, names.SERVICE_IPS)
-    yield nft.VerdictMap(NODE_PORT, names.NO_ENDPOINT_NODE_PORTS)
-    yield nft.Go("other")
-    yield nft.Go("other", back=True)
+    yield nft.DnatMap(SERVICE_KEY, 3, names.SERVICE_ENDPOINTS)
+    yield nft.DnatMap(NODE_PORT_KEY, 5_000, names.NODE_PORT_LOCAL_ENDPOINTS)
+    yield nft.VerdictMap(SERVICE_KEY, names.SERVICE_IPS)
+    yield nft.VerdictMap(NODE_PORT_KEY, names.NO_ENDPOINT_NODE_PORTS)
+    yield nft.Goto("other")
+    yield nft.Jump("other")
     yield nft.Drop()
     yield nft.Return()
     yield nft.Reject()
@@ -260,18 +260,22 @@ def everything(family: Family) -> Transaction:
         nft.NftChain("everything", tuple(rules)),
         *(nft.NftChain(f"base-{number}", (), hook=hook) for number, hook in enumerate(hooks)),
     ]
-    change = Transaction(create=True, replace=True, sets=[*SETS, AFFINITY], chains=chains, rules=chains)
+    change = Transaction(
+        create_table=True, replace_table=True, added_sets=[*SETS, AFFINITY], added_chains=chains, added_rules=chains
+    )
     size = len(pack_address(address)) + 4
     for number, each in enumerate(SETS):
         length = set_layout(each, family).key_size
-        for value in (None,) if each.value is nft.MapValue.NOTHING else (DROP, "other"):
+        for value in (None,) if each.value is nft.MapValue.NONE else (DROP, "other"):
             key = bytes([6 + number]) * length
             key = key[:-8] + (node_port_key("UDP", 53) if value else node_port_key("TCP", 80)) if length >= 8 else key
             if each.value is nft.MapValue.ENDPOINT:
-                pool = pack_pool([socket_text(address, port) for port in range(1, 4)])
-                change.pools[each.name] = list(pools(key[: length - 12] + node_port_key("SCTP", 9), pool, size))
+                pool = pack_endpoints([socket_text(address, port) for port in range(1, 4)])
+                change.added_endpoints[each.name] = list(
+                    endpoint_elements(key[: length - 12] + node_port_key("SCTP", 9), pool, size)
+                )
             else:
-                change.add(each.name, SetElement(key, value, "" if value is None else "ns/web"))
+                change.add_element(each.name, SetElement(key, value, "" if value is None else "ns/web"))
     return change
 
 
@@ -287,7 +291,7 @@ def test_all_statements_and_elements_are_identical_over_netlink_and_nft(
         dumps[commit] = dump_table(node, family)
         listed.add(normalized(node.run(["nft", "list", "table", table_family(family), TABLE]).stdout))
     change = everything(family)
-    text = NftWriter(family).table(change.sets, change.additions(), change.chains)
+    text = NftWriter(family).table(change.added_sets, change.all_added_elements(), change.added_chains)
     by_text = namespaces()
     by_text.run(["nft", "-f", "-"], text)
     assert dumps[NftCommit] == dumps[NetlinkCommit] == dump_table(by_text, family)
@@ -300,12 +304,12 @@ def test_deletions_are_identical_over_netlink_and_nft(namespaces: Callable[[], N
     # The kernel chooses the size of a set created without one when a rule updates it.
     other = nft.NftChain("other", (rule(nft.UpdateSet(AFFINITY.name)), rule(nft.Drop())))
     then = Transaction(
-        removed={name: elements[1:] for name, elements in first.additions().items() if elements[1:]},
-        flushed=["everything", "base-0", "other"],
+        deleted_elements={name: elements[1:] for name, elements in first.all_added_elements().items() if elements[1:]},
+        flushed_chains=["everything", "base-0", "other"],
         deleted_chains=["everything", "base-0"],
         deleted_sets=[AFFINITY.name],
-        sets=[replace(AFFINITY, timeout=60)],
-        rules=[other],
+        added_sets=[replace(AFFINITY, timeout=60)],
+        added_rules=[other],
     )
     dumps = []
     for commit in (NetlinkCommit, NftCommit):

@@ -15,8 +15,8 @@ from kproxy.model.store import Store
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Service, ServicePort
 from kproxy.nftables import names
 from kproxy.nftables.backend import NftablesBackend, NftablesPrinter
-from kproxy.nftables.base_table import SERVICE, SETS
-from kproxy.nftables.elements import DROP, EndpointElements, SetElement, numbered, pools, service_key
+from kproxy.nftables.base_table import SERVICE_KEY, SETS
+from kproxy.nftables.elements import DROP, EndpointElements, SetElement, endpoint_elements, endpoint_key, service_key
 from kproxy.nftables.encode import TransactionEncoder
 from kproxy.nftables.kernel import (
     Commit,
@@ -28,7 +28,7 @@ from kproxy.nftables.kernel import (
     TableError,
 )
 from kproxy.nftables.names import TABLE, table_family
-from kproxy.nftables.ruleset import Drop, Go, KeyField, Lookup, NftChain, NftHook, NftSet, rule
+from kproxy.nftables.ruleset import Drop, Goto, KeyField, Lookup, NftChain, NftHook, NftSet, rule
 from kproxy.nftables.transaction import Transaction
 from tests.inprocess import SingleFamilyProxy
 from tests.kernel.test_nftables_commit import dump_table, normalized
@@ -47,14 +47,14 @@ def values(family: Family, count: int) -> bytes:
 
 
 def pool(family: Family, count: int) -> list[EndpointElements]:
-    return list(pools(KEY[family], values(family, count), VALUE_SIZE[family]))
+    return list(endpoint_elements(KEY[family], values(family, count), VALUE_SIZE[family]))
 
 
 def table(family: Family) -> Transaction:
     chains = [NftChain("a", ()), NftChain("b", ())]
-    change = Transaction(create=True, sets=list(SETS), chains=chains)
-    change.add(names.SERVICE_IPS, SetElement(KEY[family], "a", "ns/web:http"))
-    change.add(names.SERVICE_ENDPOINTS, SetElement(numbered(KEY[family], 3_210), bytes(VALUE_SIZE[family])))
+    change = Transaction(create_table=True, added_sets=list(SETS), added_chains=chains)
+    change.add_element(names.SERVICE_IPS, SetElement(KEY[family], "a", "ns/web:http"))
+    change.add_element(names.SERVICE_ENDPOINTS, SetElement(endpoint_key(KEY[family], 3_210), bytes(VALUE_SIZE[family])))
     return change
 
 
@@ -66,7 +66,7 @@ def rejection(namespaces: Callable[[], Namespace], family: Family, change: Trans
     with pytest.raises(TableError) as rejected:
         node.call(lambda: commit(change))
     assert dump_table(node, family) == before
-    node.call(lambda: commit(Transaction(drop=True)))
+    node.call(lambda: commit(Transaction(delete_table=True)))
     return str(rejected.value)
 
 
@@ -74,13 +74,13 @@ def rejection(namespaces: Callable[[], Namespace], family: Family, change: Trans
 def test_error_names_the_element_and_its_service(namespaces: Callable[[], Namespace], family: Family) -> None:
     other = service_key("192.0.2.9" if family is IPV4 else "2001:db8::9", "UDP", 53)
     change = Transaction()
-    change.add(names.SERVICE_IPS, SetElement(other, DROP, "ns/dns:udp"))
-    change.add(names.SERVICE_IPS, SetElement(KEY[family], "b", "ns/web:http"))
+    change.add_element(names.SERVICE_IPS, SetElement(other, DROP, "ns/dns:udp"))
+    change.add_element(names.SERVICE_IPS, SetElement(KEY[family], "b", "ns/web:http"))
     error = rejection(namespaces, family, change)
     assert error == f"element {KEY_TEXT[family]} of service-ips of ns/web:http: File exists"
     change = Transaction()
-    change.remove(names.SERVICE_IPS, SetElement(KEY[family], "a", "ns/web:http"))
-    change.remove(names.SERVICE_IPS, SetElement(other, DROP, "ns/dns:udp"))
+    change.delete_element(names.SERVICE_IPS, SetElement(KEY[family], "a", "ns/web:http"))
+    change.delete_element(names.SERVICE_IPS, SetElement(other, DROP, "ns/dns:udp"))
     error = rejection(namespaces, family, change)
     gone = f"{KEY_TEXT[family][:-12]}9 . udp . 53"
     assert error == f"element {gone} of service-ips of ns/dns:udp: No such file or directory"
@@ -88,34 +88,34 @@ def test_error_names_the_element_and_its_service(namespaces: Callable[[], Namesp
 
 @pytest.mark.parametrize("family", Family)
 def test_error_names_one_endpoint_of_thousands(namespaces: Callable[[], Namespace], family: Family) -> None:
-    error = rejection(namespaces, family, Transaction(pools={names.SERVICE_ENDPOINTS: pool(family, MANY)}))
+    error = rejection(namespaces, family, Transaction(added_endpoints={names.SERVICE_ENDPOINTS: pool(family, MANY)}))
     assert error == f"element {KEY_TEXT[family]} . 3210 of service-endpoints: File exists"
 
 
 def test_error_names_the_rule_chain_or_set(namespaces: Callable[[], Namespace]) -> None:
-    rules = NftChain("a", (rule(Drop()), rule(Go("none")), rule(Go("none"))))
-    error = rejection(namespaces, IPV4, Transaction(rules=[rules]))
+    rules = NftChain("a", (rule(Drop()), rule(Goto("none")), rule(Goto("none"))))
+    error = rejection(namespaces, IPV4, Transaction(added_rules=[rules]))
     assert error == "rule 2 of chain a: No such file or directory (and 1 more)"
-    assert rejection(namespaces, IPV4, Transaction(flushed=["none"])) == (
+    assert rejection(namespaces, IPV4, Transaction(flushed_chains=["none"])) == (
         "the rules of chain none: No such file or directory"
     )
     error = rejection(namespaces, IPV4, Transaction(deleted_chains=["a"]))
     assert error == "chain a: Device or resource busy"
     error = rejection(namespaces, IPV4, Transaction(deleted_sets=["none"]))
     assert error == "set none: No such file or directory"
-    error = rejection(namespaces, IPV4, Transaction(sets=[NftSet(names.CLUSTER_IPS, SERVICE)]))
+    error = rejection(namespaces, IPV4, Transaction(added_sets=[NftSet(names.CLUSTER_IPS, SERVICE_KEY)]))
     assert error == "set cluster-ips: File exists"
 
 
 def test_error_names_a_missing_table(namespaces: Callable[[], Namespace]) -> None:
     with pytest.raises(TableError, match=r"^table kube-proxy: No such file or directory$"):
-        namespaces().call(lambda: NetlinkCommit(IPV4)(Transaction(drop=True)))
+        namespaces().call(lambda: NetlinkCommit(IPV4)(Transaction(delete_table=True)))
 
 
 def test_loop_of_chains_is_an_error(namespaces: Callable[[], Namespace]) -> None:
-    start = NftChain("start", (rule(Go("a")),), hook=NftHook("filter", "input", 0))
-    loop = [NftChain("a", (rule(Go("b")),)), NftChain("b", (rule(Go("a")),)), start]
-    error = rejection(namespaces, IPV4, Transaction(chains=[start], rules=loop))
+    start = NftChain("start", (rule(Goto("a")),), hook=NftHook("filter", "input", 0))
+    loop = [NftChain("a", (rule(Goto("b")),)), NftChain("b", (rule(Goto("a")),)), start]
+    error = rejection(namespaces, IPV4, Transaction(added_chains=[start], added_rules=loop))
     assert error.endswith((": Too many links", ": Too many levels of symbolic links"))  # kernels differ
 
 
@@ -124,19 +124,19 @@ def test_socket_overrun_by_errors_keeps_the_first_error_and_the_next_change(
     namespaces: Callable[[], Namespace], count: int
 ) -> None:
     node, commit = namespaces(), NetlinkCommit(IPV4)
-    rejected_change = Transaction(rules=[NftChain("a", (rule(Drop()),) * count)])
+    rejected_change = Transaction(added_rules=[NftChain("a", (rule(Drop()),) * count)])
     for _ in range(2):
         with pytest.raises(TableError, match=r"^rule 1 of chain a: No such file or directory \(and 19 more\)$"):
             node.call(lambda: commit(rejected_change))
         node.call(lambda: commit(table(IPV4)))
-        node.call(lambda: commit(Transaction(drop=True)))
+        node.call(lambda: commit(Transaction(delete_table=True)))
 
 
 def test_nft_error_is_one_line(namespaces: Callable[[], Namespace]) -> None:
     node, commit = namespaces(), NftCommit(IPV4)
     node.call(lambda: commit(table(IPV4)))
     with pytest.raises(TableError) as rejected:
-        node.call(lambda: commit(Transaction(rules=[NftChain("a", (rule(Lookup((KeyField.SOURCE,), "none")),))])))
+        node.call(lambda: commit(Transaction(added_rules=[NftChain("a", (rule(Lookup((KeyField.SOURCE,), "none")),))])))
     assert str(rejected.value).startswith("nft: ")
     assert "No such file or directory" in str(rejected.value)
     assert "\n" not in str(rejected.value)
@@ -154,9 +154,9 @@ def test_transaction_of_an_outdated_generation_is_not_applied(namespaces: Callab
     node.run(["nft", "add table ip others"])
     with pytest.raises(GenerationChangedError):
         node.call(lambda: kernel.commit(table(IPV4), generation))
-    assert node.call(kernel.view) is None
+    assert node.call(kernel.snapshot) is None
     node.call(lambda: kernel.commit(table(IPV4), generation + 1))
-    assert node.call(kernel.view) is not None
+    assert node.call(kernel.snapshot) is not None
     assert node.call(kernel.generation) == generation + 2
 
 
@@ -192,7 +192,7 @@ def test_thousands_of_endpoints_are_added_and_removed(namespaces: Callable[[], N
         fresh = NftablesProxy(namespaces(), family).put_service("web", count).sync()
         assert dump_table(proxy.node, family) == dump_table(fresh.node, family)
         assert proxy.verify()
-    view = proxy.node.call(proxy.kernel.view)
+    view = proxy.node.call(proxy.kernel.snapshot)
     assert view is not None
     assert len(view.elements[names.SERVICE_ENDPOINTS]) == MANY
     assert max(len(list(TransactionEncoder(family).encode(change))) for change in proxy.kernel.commits) > 5
@@ -212,7 +212,7 @@ def test_small_change_needs_one_commit_no_reads_and_no_process(
         proxy.put_service("web", count).sync()
     # The last sync needs a chain for another endpoint count. It must exist before a verdict names it.
     assert (len(proxy.kernel.commits), proxy.kernel.reads) == (commits + 5, reads)
-    assert "rules" not in fields_used(proxy, 5, 3)
+    assert "added_rules" not in fields_used(proxy, 5, 3)
 
 
 def test_changes_of_the_other_family_are_not_mistaken_for_drift(namespaces: Callable[[], Namespace]) -> None:

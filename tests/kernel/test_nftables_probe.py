@@ -9,9 +9,9 @@ import pytest
 
 from kproxy.host.netlink_message import attributes
 from kproxy.model.types import Family
-from kproxy.nftables.expressions import expressions
+from kproxy.nftables.expressions import encode_statement
 from kproxy.nftables.kernel import NetlinkCommit, NftCommit, TableError
-from kproxy.nftables.probe import TABLE, choose_commit, probe
+from kproxy.nftables.probe import PROBE_TABLE, choose_commit, probe_transaction
 from kproxy.nftables.ruleset import MapValue, Statement
 from kproxy.nftables.transaction import Transaction
 from tests.kernel.test_nftables_commit import dump_table, statements
@@ -20,11 +20,11 @@ from tests.lab.namespace import Namespace
 PROBE_SCRIPT = """
 import logging
 from kproxy.model.types import Family
-from kproxy.nftables.probe import UnsupportedError, way_to_commit
+from kproxy.nftables.probe import NftablesUnsupportedError, choose_commit
 logging.basicConfig(format="%(message)s")
 try:
-    print(type(way_to_commit(Family.IPV4)).__name__)
-except UnsupportedError as error:
+    print(type(choose_commit(Family.IPV4)).__name__)
+except NftablesUnsupportedError as error:
     print("unsupported:", error)
 """
 
@@ -39,8 +39,8 @@ def test_kernel_accepts_the_probe_and_nothing_remains(namespaces: Callable[[], N
 @pytest.mark.parametrize("family", Family)
 def test_existing_probe_table_is_not_changed(namespaces: Callable[[], Namespace], family: Family) -> None:
     node = namespaces()
-    made = probe(family)
-    made.drop = False
+    made = probe_transaction(family)
+    made.delete_table = False
     node.call(lambda: NetlinkCommit(family)(made))
     before = dump_table(node, family)
     node.call(lambda: choose_commit(family))
@@ -50,21 +50,26 @@ def test_existing_probe_table_is_not_changed(namespaces: Callable[[], Namespace]
 @pytest.mark.parametrize("family", Family)
 def test_nft_accepts_the_probe(namespaces: Callable[[], Namespace], family: Family) -> None:
     node = namespaces()
-    node.call(lambda: NftCommit(family, TABLE)(probe(family)))
+    node.call(lambda: NftCommit(family, PROBE_TABLE)(probe_transaction(family)))
     assert node.run(["nft", "list", "ruleset"]).stdout == ""
 
 
 @pytest.mark.parametrize("family", Family)
 def test_probe_covers_all_kernel_features_that_rules_need(family: Family) -> None:
-    probed = [statement for chain in probe(family).rules for rule in chain.rules for statement in rule.statements]
+    probed = [
+        statement
+        for chain in probe_transaction(family).added_rules
+        for rule in chain.rules
+        for statement in rule.statements
+    ]
     assert kernel_expressions(probed, family) == kernel_expressions(statements(family), family)
-    assert {found.value for found in probe(family).sets} == set(MapValue)
-    assert any(found.timeout for found in probe(family).sets)
+    assert {found.value for found in probe_transaction(family).added_sets} == set(MapValue)
+    assert any(found.timeout for found in probe_transaction(family).added_sets)
 
 
 def kernel_expressions(found: Iterable[Statement], family: Family) -> set[bytes]:
     """Return the names of the kernel expressions that statements need. Each may be a kernel module."""
-    encoded = [part for statement in found for part in expressions(statement, family)]
+    encoded = [part for statement in found for part in encode_statement(statement, family)]
     return {part[slice(*attributes(part, 4, len(part))[1])] for part in encoded}
 
 
@@ -76,7 +81,7 @@ def test_nft_is_used_when_the_kernel_rejects_netlink_messages(
 
     monkeypatch.setattr(NetlinkCommit, "__call__", reject)
     assert isinstance(namespaces().call(lambda: choose_commit(Family.IPV4)), NftCommit)
-    assert "changes go by the program nft, which is slower" in caplog.text
+    assert "falling back to the program nft, which is slower" in caplog.text
     assert "rule 1 of chain services: Invalid argument" in caplog.text
 
 
@@ -87,7 +92,7 @@ def test_missing_capability_is_reported_in_one_line(namespaces: Callable[[], Nam
     assert done.stdout.count("\n") == 1
     assert done.stdout.startswith("unsupported: Linux ")
     assert "Operation not permitted" in done.stdout
-    assert "the privilege CAP_NET_ADMIN" in done.stdout
+    assert "the capability CAP_NET_ADMIN" in done.stdout
 
 
 def test_probe_works_as_root_of_a_user_namespace(namespaces: Callable[[], Namespace]) -> None:
@@ -102,4 +107,4 @@ def test_probe_works_as_root_of_a_user_namespace(namespaces: Callable[[], Namesp
 def test_reason_covers_netlink_and_nft(namespaces: Callable[[], Namespace], monkeypatch: pytest.MonkeyPatch) -> None:
     without_net_admin = ["setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin"]
     done = namespaces().run([*without_net_admin, "env", "PATH=/none", sys.executable, "-c", PROBE_SCRIPT])
-    assert "by nft: cannot run nft: No such file or directory" in done.stdout
+    assert "with nft: cannot run nft: No such file or directory" in done.stdout

@@ -120,13 +120,13 @@ class RecordingTable:
         self.reads += 1
         return self._table.generation()
 
-    def view(self, *, lenient: bool = False) -> TableSnapshot | None:
+    def snapshot(self, *, allow_interrupted: bool = False) -> TableSnapshot | None:
         self.reads += 1
-        return self._table.view(lenient=lenient)
+        return self._table.snapshot(allow_interrupted=allow_interrupted)
 
-    def uses(self) -> Counter[str]:
+    def chain_use_counts(self) -> Counter[str]:
         self.reads += 1
-        return self._table.uses()
+        return self._table.chain_use_counts()
 
 
 def generation(node: Namespace) -> int:
@@ -152,10 +152,10 @@ def test_restart_writes_only_chains(namespaces: Callable[[], Namespace], scenari
     node = namespaces()
     program(node, scenario, family, NetlinkCommit(family))
     before, sets = dump_table(node, family), set_handles(node, family)
-    assert fields_used(start(node, scenario, family)) == {"flushed", "rules"}
+    assert fields_used(start(node, scenario, family)) == {"flushed_chains", "added_rules"}
     assert dump_table(node, family) == before
     assert set_handles(node, family) == sets
-    assert fields_used(start(node, scenario, family, batch_frontends=1)) == {"flushed", "rules"}
+    assert fields_used(start(node, scenario, family, batch_frontends=1)) == {"flushed_chains", "added_rules"}
     assert dump_table(node, family) == before
 
 
@@ -189,7 +189,7 @@ def test_table_of_kube_proxy_is_not_replaced(
         node = namespaces()
         node.run(["nft", "-f", "-"], (GOLDEN / scenario / f"nft-{table_family(family)}.txt").read_text())
         kernel = start(node, scenario, family, batch_frontends=batch_frontends)
-        assert "replace" not in fields_used(kernel)
+        assert "replace_table" not in fields_used(kernel)
         assert without_comments(dump_table(node, family)) == expected
 
 
@@ -209,7 +209,7 @@ def test_repairable_table_is_not_replaced(namespaces: Callable[[], Namespace], c
     node = namespaces()
     node.run(["nft", "-f", "-"], dedent(REPAIRABLE[case]))
     kernel = start(node, SCENARIO, Family.IPV4, batch_frontends=batch_frontends)
-    assert "replace" not in fields_used(kernel)
+    assert "replace_table" not in fields_used(kernel)
     assert without_comments(dump_table(node, Family.IPV4)) == without_comments(dump_of_fresh_table(namespaces))
 
 
@@ -220,7 +220,7 @@ def test_unusable_table_is_replaced_in_one_transaction(namespaces: Callable[[], 
     before = generation(node)
     kernel = start(node, SCENARIO, Family.IPV4)
     assert generation(node) == before + 1
-    assert [change.replace for change in kernel.commits] == [True]
+    assert [change.replace_table for change in kernel.commits] == [True]
     assert dump_table(node, Family.IPV4) == dump_of_fresh_table(namespaces)
 
 
@@ -229,7 +229,7 @@ def test_affinity_set_with_another_timeout_is_replaced_alone(namespaces: Callabl
     recorded = (GOLDEN / "session-affinity" / "nft-ip.txt").read_text()
     node.run(["nft", "-f", "-"], recorded.replace("timeout 3h", "timeout 1h", 1))
     kernel = start(node, "session-affinity", Family.IPV4)
-    assert [change.replace for change in kernel.commits] == [False] * len(kernel.commits)
+    assert [change.replace_table for change in kernel.commits] == [False] * len(kernel.commits)
     replaced = [name for change in kernel.commits for name in change.deleted_sets if name.startswith("affinity-")]
     assert len(replaced) == len(set(replaced)) == 1
     assert without_comments(dump_table(node, Family.IPV4)) == without_comments(
@@ -243,8 +243,8 @@ def test_table_is_read_as_it_was_written(namespaces: Callable[[], Namespace], fa
     kernel = start(node, "random-12", family)
     for change in kernel.commits:
         fake.commit(change)
-    assert node.call(kernel.view) == fake.view()
-    assert node.call(kernel.uses) == fake.uses()
+    assert node.call(kernel.snapshot) == fake.snapshot()
+    assert node.call(kernel.chain_use_counts) == fake.chain_use_counts()
     assert node.call(lambda: TableReader(family).exists())
     assert not namespaces().call(lambda: TableReader(family).exists())
-    assert namespaces().call(RecordingTable(family).view) is None
+    assert namespaces().call(RecordingTable(family).snapshot) is None

@@ -9,7 +9,7 @@ import pytest
 
 from kproxy.iptables.names import ChainName
 from kproxy.model.types import Family
-from tests.lab.iptables import link, programs_of
+from tests.lab.iptables import link_programs, programs_of
 from tests.lab.namespace import Namespace
 from tests.lab.proxy import KPROXY
 from tests.lab.waiting import HANG_GUARD, wait_until
@@ -26,7 +26,7 @@ def saved(node: Namespace, program: str = "iptables-save") -> State:
 def test_iptables_legacy_gets_the_same_rules_and_keeps_them_after_a_restart(
     node: Namespace, tmp_path: Path, scenario: str
 ) -> None:
-    link(programs_of("legacy"), tmp_path)
+    link_programs(programs_of("legacy"), tmp_path)
     folder = GOLDEN / scenario
     command = [KPROXY, "apply", f"--config={folder}/config.json", f"--objects={folder}"]
     legacy_first = ["env", f"PATH={tmp_path}:{os.environ['PATH']}", f"XTABLES_LOCKFILE={tmp_path}/lock"]

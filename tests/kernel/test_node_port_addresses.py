@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from tests.lab import objects, proxy
-from tests.lab.client import Answered, Refused, TimedOut, ask
+from tests.lab.client import Answered, Refused, TimedOut, send_request
 from tests.lab.links import add_addresses
-from tests.lab.modes import BOTH_MODES, flag
+from tests.lab.modes import BOTH_MODES, mode_flag
 from tests.lab.servers import Servers
 from tests.lab.topology import Host, Lab
-from tests.lab.web_service import SILENCE
+from tests.lab.web_service import DROP_TIMEOUT
 
 NODE_PORT = 30080
 NODE_PORT_ADDRESSES = "--nodeport-addresses=10.99.0.0/24,fd00:99::/64"
@@ -49,9 +49,9 @@ def test_without_endpoints_only_node_port_addresses_reject(
     outsider = lab.add_client("outsider", "198.51.100.10", "2001:db8:51::10")
     for protocol in ("TCP", "UDP"):
         objects.write(tmp_path / "web.yaml", [objects.node(), node_port(protocol)])
-        proxy.apply(lab, tmp_path, flag(mode), NODE_PORT_ADDRESSES)
-        assert ask(outsider, lab.node.address(version), NODE_PORT, protocol) == Refused()
-        answer = ask(outsider, host_program.address(version), NODE_PORT, protocol)
+        proxy.apply(lab, tmp_path, mode_flag(mode), NODE_PORT_ADDRESSES)
+        assert send_request(outsider, lab.node.address(version), NODE_PORT, protocol) == Refused()
+        answer = send_request(outsider, host_program.address(version), NODE_PORT, protocol)
         assert answer == Answered("program", outsider.address(version))
 
 
@@ -67,6 +67,8 @@ def test_without_local_endpoints_only_node_port_addresses_drop(
         for number, family in FAMILIES.items()
     ]
     objects.write(tmp_path / "web.yaml", [objects.node(), node_port("TCP", externalTrafficPolicy="Local"), *slices])
-    proxy.apply(lab, tmp_path, flag(mode), NODE_PORT_ADDRESSES)
-    assert ask(outsider, lab.node.address(version), NODE_PORT, patience=SILENCE) == TimedOut()
-    assert ask(outsider, host_program.address(version), NODE_PORT) == Answered("program", outsider.address(version))
+    proxy.apply(lab, tmp_path, mode_flag(mode), NODE_PORT_ADDRESSES)
+    assert send_request(outsider, lab.node.address(version), NODE_PORT, timeout=DROP_TIMEOUT) == TimedOut()
+    assert send_request(outsider, host_program.address(version), NODE_PORT) == Answered(
+        "program", outsider.address(version)
+    )

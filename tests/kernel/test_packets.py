@@ -17,13 +17,13 @@ from ipaddress import ip_address
 
 import pytest
 
-from tests.lab.client import Answered, Failed, Outcome, Refused, TimedOut, ask
+from tests.lab.client import Answered, Failed, Outcome, Refused, TimedOut, send_request
 from tests.lab.proxy import KPROXY
 from tests.lab.requirements import missing_protocol
 from tests.lab.servers import Servers
 from tests.lab.topology import OUTSIDE_ADDRESSES, Host, Lab
 from tests.packets.differences import Reason, read_differences, read_nftables_table
-from tests.packets.places import HERE, HOLDER, NODE, NODE_ADDRESSES, SERVICE_CIDRS, place_of, source_of
+from tests.packets.senders import LOCAL_POD_CIDRS, NODE, NODE_ADDRESSES, NODE_AS, SERVICE_CIDRS, sender_of, source_of
 from tests.packets.table import Row, read_table, socket_text, split_socket
 from tests.recordings import GOLDEN
 
@@ -53,7 +53,7 @@ def can_be_sent(row: Row) -> bool:
     It cannot preset affinity clients or assign a VIP to the node. Kernels never send loopback addresses to neighbors.
     """
     to_neighbour = ip_address(row.address).is_loopback and row.sender != NODE
-    return not (row.remembering or to_neighbour or row.sender.startswith(HOLDER))
+    return not (row.remembering or to_neighbour or row.sender.startswith(NODE_AS))
 
 
 ROWS = {
@@ -153,20 +153,22 @@ class PacketLab:
         patience = SILENCE if row.fate == "drop" or row in TO_ITSELF else PATIENCE
         outcomes: list[Outcome] = []
         while len(outcomes) < tries and TimedOut() not in outcomes:
-            outcomes.append(ask(self._senders[row.sender], row.address, row.port, row.protocol, patience=patience))
+            outcomes.append(
+                send_request(self._senders[row.sender], row.address, row.port, row.protocol, timeout=patience)
+            )
         return outcomes
 
     def _add_sender(self, sender: str) -> Host:
         """Add a host. The name of a pod is that of its link, which must match the names of pod interfaces."""
         if sender == NODE:
             return self._lab.node
-        place = place_of(sender)
+        place = sender_of(sender)
         name = {"eth0": f"out-{len(self._hosts)}", "veth-endpoint": f"veth-{len(self._hosts)}"}
         host = self._lab.add_client(name.get(place.interface, place.interface), *place.addresses.values())
         return self._own(host)
 
     def _add_servers_hosts(self, addresses: list[str]) -> None:
-        here = [address for address in addresses if any(ip_address(address) in cidr for cidr in HERE)]
+        here = [address for address in addresses if any(ip_address(address) in cidr for cidr in LOCAL_POD_CIDRS)]
         elsewhere = [address for address in addresses if address not in here]
         if here:
             self._own(self._lab.add_pod("veth-others", *here))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kproxy.model.types import Family
-from tests.lab.iptables import PREFIXES, add_counters, held, restore_recording
+from tests.lab.iptables import PREFIXES, add_counters, current_rules, restore_recording
 from tests.lab.namespace import Namespace
 from tests.lab.proxy import KPROXY
 from tests.recordings import GOLDEN, SCENARIOS, recorded
@@ -20,7 +20,7 @@ def apply(node: Namespace, scenario: str) -> None:
 def test_apply_programs_the_rules_of_kube_proxy(node: Namespace, scenario: str) -> None:
     apply(node, scenario)
     for family in Family:
-        assert held(node, family) == recorded(scenario, family)
+        assert current_rules(node, family) == recorded(scenario, family)
 
 
 @pytest.mark.parametrize("scenario", ["random-11", "dual-stack"])
@@ -28,7 +28,7 @@ def test_apply_replaces_other_rules_of_kube_proxy(node: Namespace, scenario: str
     restore_recording(node, "random-12")
     apply(node, scenario)
     for family in Family:
-        assert held(node, family) == recorded(scenario, family)
+        assert current_rules(node, family) == recorded(scenario, family)
 
 
 def test_canaries_are_in_all_tables(node: Namespace) -> None:
@@ -51,4 +51,4 @@ def test_rendered_text_programs_the_same_rules(node: Namespace, family: Family) 
     text = node.run(argv).stdout
     add_counters(node)
     node.run([f"{PREFIXES[family]}-restore", "--noflush"], text)
-    assert held(node, family) == recorded("random-13", family)
+    assert current_rules(node, family) == recorded("random-13", family)

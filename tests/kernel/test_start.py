@@ -14,7 +14,7 @@ from kproxy.iptables.base_rules import INVALID_COUNTER
 from tests.lab.modes import BOTH_MODES
 from tests.lab.namespace import Namespace
 from tests.lab.proxy import KPROXY
-from tests.lab.requirements import NOBODY, missing_access
+from tests.lab.requirements import UNPRIVILEGED, missing_access
 from tests.lab.waiting import HANG_GUARD, wait_until
 from tests.recordings import GOLDEN
 
@@ -45,13 +45,13 @@ def sysctls(node: Namespace) -> dict[str, int]:
     [
         ([], True),
         (WITHOUT_NET_ADMIN, False),
-        ([*NOBODY], False),
-        ([*NOBODY, "--inh-caps=+net_admin", "--ambient-caps=+net_admin"], True),
+        ([*UNPRIVILEGED], False),
+        ([*UNPRIVILEGED, "--inh-caps=+net_admin", "--ambient-caps=+net_admin"], True),
     ],
     ids=["root", "root without CAP_NET_ADMIN", "nobody", "nobody with CAP_NET_ADMIN"],
 )
 def test_capability_is_detected(node: Namespace, wrapper: list[str], allowed: bool) -> None:
-    if NOBODY[1] in wrapper and (reason := missing_access()):
+    if UNPRIVILEGED[1] in wrapper and (reason := missing_access()):
         pytest.skip(reason)
     links = node.run(["ip", "address"]).stdout
     assert node.run([*wrapper, sys.executable, "-c", CHECK_SCRIPT]).stdout == f"{allowed}\n"
@@ -101,7 +101,7 @@ def test_unprivileged_user_with_the_capability_can_run_kproxy(node: Namespace, m
         pytest.skip("iptables-legacy needs more than CAP_NET_ADMIN")
     if reason := missing_access():
         pytest.skip(reason)
-    user = [*NOBODY, "--inh-caps=+net_admin", "--ambient-caps=+net_admin", "--bounding-set=-all,+net_admin"]
+    user = [*UNPRIVILEGED, "--inh-caps=+net_admin", "--ambient-caps=+net_admin", "--bounding-set=-all,+net_admin"]
     log = tmp_path / "log"
     with log.open("w") as output:
         process = node.popen([*user, KPROXY, "run", OBJECTS, f"--proxy-mode={mode}", NO_GLOBAL_SYSCTLS], output)

@@ -16,13 +16,13 @@ from kproxy.config.load import load_config
 from kproxy.config.types import Config
 from kproxy.host.nfacct import ensure_counters, read_counter
 from kproxy.model.plan import plan_service
-from kproxy.model.sync_report import ApplyResult, SyncReport
 from kproxy.model.types import Family
 from kproxy.serve.metric_definitions import INVALID_DROPPED, LOCALHOST_ACCEPTED
 from kproxy.serve.status_server import StatusServer
 from tests.lab.namespace import HANG_GUARD, Namespace
 from tests.lab.waiting import wait_until
 from tests.recordings import GOLDEN, store
+from tests.reports import succeeded
 
 ADDRESSES = ("10.99.0.2", "fd00:99::2", "127.0.0.1", "::1")
 RECORDED = sorted(GOLDEN.glob("*/healthcheck-*.txt"))
@@ -51,7 +51,7 @@ class Daemon:
                 "health_timeout": 2 * config.backend.sync_period,
                 "node": lambda: cluster.node,
                 "counters": {},
-                "port_failed": lambda *failure: self.failures.append(failure),
+                "on_port_failed": lambda *failure: self.failures.append(failure),
                 "clock": monotonic,
                 "wall": time_ns,
                 **options,
@@ -64,9 +64,9 @@ class Daemon:
                 config, family, "node-1", cluster.node, ADDRESSES, accounting=True, random_fully=True
             )
             plans = {each.key: plan_service(each, cluster.slices(each.key), context) for each in services}
-            report = SyncReport(family, monotonic(), monotonic(), True, plans, context, ApplyResult({}, {}))
-            for observer in self.serving.observers:
-                observer.synced(report)
+            report = succeeded(family, plans, context=context, started=monotonic(), finished=monotonic())
+            for listener in self.serving.on_sync:
+                listener(report)
 
     def get(self, host: str, port: int, path: str = "/") -> tuple[HTTPResponse, bytes]:
         client = self._node.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
@@ -107,7 +107,7 @@ def test_health_check_ports_answer_like_kube_proxy(node: Namespace, path: Path) 
     recorded = [header for header in headers if not header.startswith("Date:")]
     assert [f"{name}: {value}" for name, value in response.getheaders() if name != "Date"] == recorded
     assert daemon.failures == []
-    daemon.serving.stop()
+    daemon.serving.stop(HANG_GUARD)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_health_check_ports_listen_on_node_port_addresses(
     daemon = Daemon(node, scenario)
     wait_until(lambda: daemon.answers(port), "an open port")
     assert daemon.answers(port) == hosts
-    daemon.serving.stop()
+    daemon.serving.stop(HANG_GUARD)
 
 
 def test_healthz_and_metrics_ports(node: Namespace) -> None:
@@ -134,7 +134,7 @@ def test_healthz_and_metrics_ports(node: Namespace) -> None:
     response, body = daemon.get("fd00:99::2", 10256, "/healthz")
     assert (response.status, json.loads(body)["nodeEligible"]) == (200, True)
     assert daemon.get("127.0.0.1", 10249, "/metrics")[1].count(b'kubeproxy_proxy_healthz_total{code="200"} 1.0') == 1
-    daemon.serving.stop()
+    daemon.serving.stop(HANG_GUARD)
     assert daemon.answers(10256) == daemon.answers(10249) == set()
 
 
@@ -151,4 +151,4 @@ def test_kernel_counters_are_exported(node: Namespace) -> None:
     assert f"\n{INVALID_DROPPED[0]} 3.0\n" in page
     assert LOCALHOST_ACCEPTED[0] not in page
     assert node.call(lambda: read_counter("dropped-too")) == 0
-    daemon.serving.stop()
+    daemon.serving.stop(HANG_GUARD)

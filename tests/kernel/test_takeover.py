@@ -10,13 +10,12 @@ import pytest
 
 from kproxy.iptables.names import DISPATCH_CHAINS
 from kproxy.model.types import Family
-from tests.lab.connection_stream import Stream, Target
-from tests.lab.iptables import PREFIXES, held, restore_recording
-from tests.lab.modes import NFT_FAMILIES, flag, nothing_left_of_other, table_state
+from tests.lab.connection_stream import ConnectionStream, Target
+from tests.lab.iptables import PREFIXES, current_rules, restore_recording
+from tests.lab.modes import NFT_FAMILIES, mode_flag, no_rules_of_other_mode, table_state
 from tests.lab.namespace import Namespace
-from tests.lab.proxy import FLAGS, KPROXY
+from tests.lab.proxy import FLAGS, KPROXY, Daemon
 from tests.lab.recorded import RecordedCluster
-from tests.lab.restart import MortalDaemon
 from tests.lab.servers import Servers
 from tests.lab.topology import Lab
 from tests.lab.waiting import wait_until
@@ -48,35 +47,35 @@ def load_iptables_mode(node: Namespace, scenario: str, stale: str) -> None:
     restore_recording(node, scenario)
     for family, prefix in PREFIXES.items():
         own = recorded(scenario, family)
-        assert held(node, family) == own
+        assert current_rules(node, family) == own
         node.run([f"{prefix}-restore", "--noflush"], leftovers(own, recorded(stale, family)))
-    assert set(recorded(stale, Family.IPV4)) <= set(held(node, Family.IPV4))
+    assert set(recorded(stale, Family.IPV4)) <= set(current_rules(node, Family.IPV4))
 
 
 def load_nftables_mode(node: Namespace, scenario: str) -> None:
     for name in NFT_FILES:
         node.run(["nft", "-f", str(GOLDEN / scenario / name)])
-    assert not nothing_left_of_other(node, "iptables")
+    assert not no_rules_of_other_mode(node, "iptables")
 
 
 def take_over(lab: Lab, scenario: str, targets: Sequence[Target], folder: Path, mode: str) -> None:
     """Start and stop kproxy during a stream of connections."""
     node = lab.node.namespace
     assert len({target.service for target in targets}) >= 10
-    with Stream(targets) as stream:
+    with ConnectionStream(targets) as stream:
         stream.mark("only kube-proxy's rules")
         stream.take(4)
         stream.mark("start of kproxy")
-        with MortalDaemon(lab, GOLDEN / scenario, folder / "kproxy.log", flag(mode)) as daemon:
-            daemon.wait_in_force()
-            wait_until(lambda: nothing_left_of_other(node, mode), "no rules of the other mode")
+        with Daemon(lab, GOLDEN / scenario, folder / "kproxy.log", mode_flag(mode)) as daemon:
+            daemon.wait_until_synced()
+            wait_until(lambda: no_rules_of_other_mode(node, mode), "no rules of the other mode")
             stream.mark("takeover complete")
             stream.take(4)
         stream.mark("SIGTERM")
         stream.take(4)
-    assert stream.complaints() == ""
+    assert stream.failure_report() == ""
     if mode == "iptables":
-        assert {family: held(node, family) for family in Family} == {f: recorded(scenario, f) for f in Family}
+        assert {family: current_rules(node, family) for family in Family} == {f: recorded(scenario, f) for f in Family}
     else:
         assert tables(node) == tables_on_empty_node(scenario)
 
@@ -89,7 +88,7 @@ def tables_on_empty_node(scenario: str) -> dict[str, dict[str, Any]]:
     """Return the tables that kproxy programs for a recording on an empty node."""
     fresh = Namespace("fresh")
     try:
-        fresh.run([KPROXY, "apply", f"--objects={GOLDEN / scenario}", *FLAGS, flag("nftables")])
+        fresh.run([KPROXY, "apply", f"--objects={GOLDEN / scenario}", *FLAGS, mode_flag("nftables")])
         return tables(fresh)
     finally:
         fresh.close()

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from tests.lab import objects, proxy
-from tests.lab.client import Answered, Outcome, Refused, ask, finish, open_connection
-from tests.lab.connection_stream import FIRST_PORT
-from tests.lab.continuous_requests import Flow, failures, tally
-from tests.lab.modes import flag
+from tests.lab.client import Answered, Outcome, Refused, complete_request, open_connection, send_request
+from tests.lab.connection_stream import FIRST_SOURCE_PORT
+from tests.lab.continuous_requests import ContinuousRequests, count_by_pod, failures
+from tests.lab.modes import mode_flag
 from tests.lab.requirements import missing_protocol
 from tests.lab.servers import Servers
 from tests.lab.topology import Host, Lab
@@ -37,7 +37,7 @@ class Web:
         self._lab = lab
         self._servers = servers
         self.folder = folder
-        self.mode = flag(mode)
+        self.mode = mode_flag(mode)
 
     def pod(self, number: int, protocol: str = "TCP") -> Host:
         """Add a pod with a server."""
@@ -92,9 +92,9 @@ def outside_client(lab: Lab) -> Host:
 def test_three_endpoints_share_the_connections(lab: Lab, web: Web, version: int) -> None:
     web.apply([web.pod(1), web.pod(2), web.pod(3)])
     client = in_cluster_client(lab)
-    outcomes = [ask(client, VIPS[version], 80) for _ in range(CONNECTIONS)]
+    outcomes = [send_request(client, VIPS[version], 80) for _ in range(CONNECTIONS)]
     assert not failures(outcomes)
-    shares = tally(outcomes)
+    shares = count_by_pod(outcomes)
     assert set(shares) == {"pod-1", "pod-2", "pod-3"}
     assert all(share in FAIR_SHARE for share in shares.values()), shares
 
@@ -107,7 +107,7 @@ def test_all_protocols_reach_their_endpoint(lab: Lab, web: Web, version: int, pr
         pytest.skip(missing)
     web.apply([web.pod(1, protocol)], protocol)
     client = in_cluster_client(lab)
-    answer = ask(client, VIPS[version], 80, protocol)
+    answer = send_request(client, VIPS[version], 80, protocol)
     assert answer == Answered("pod-1", client.address(version))
 
 
@@ -118,18 +118,18 @@ def test_service_without_endpoints_rejects(lab: Lab, web: Web, version: int, pro
     if missing:
         pytest.skip(missing)
     web.apply([], protocol)
-    assert ask(in_cluster_client(lab), VIPS[version], 80, protocol) == Refused()
+    assert send_request(in_cluster_client(lab), VIPS[version], 80, protocol) == Refused()
 
 
 @VERSIONS
 def test_service_that_loses_its_last_endpoint_rejects(lab: Lab, web: Web, version: int) -> None:
     client, pod = in_cluster_client(lab), web.pod(1)
     web.apply([pod])
-    assert ask(client, VIPS[version], 80) == Answered("pod-1", client.address(version))
+    assert send_request(client, VIPS[version], 80) == Answered("pod-1", client.address(version))
     web.apply([])
-    assert ask(client, VIPS[version], 80) == Refused()
+    assert send_request(client, VIPS[version], 80) == Refused()
     web.apply([pod])
-    assert ask(client, VIPS[version], 80) == Answered("pod-1", client.address(version))
+    assert send_request(client, VIPS[version], 80) == Answered("pod-1", client.address(version))
 
 
 @VERSIONS
@@ -139,7 +139,7 @@ def test_session_affinity_keeps_a_client_on_its_endpoint(lab: Lab, web: Web, ver
     client = lab.add_pod("client", *sources)
     chosen = Counter[str]()
     for source in sources:
-        pods = tally([ask(client, VIPS[version], 80, source=source) for _ in range(5)])
+        pods = count_by_pod([send_request(client, VIPS[version], 80, source=source) for _ in range(5)])
         assert list(pods.values()) == [5], f"{source} was sent to {dict(pods)}"
         chosen += Counter(pods.keys())
     assert set(chosen) == {"pod-1", "pod-2", "pod-3"}
@@ -150,11 +150,11 @@ def test_session_affinity_survives_a_change_of_other_endpoints(lab: Lab, web: We
     pods = {pod.name: pod for pod in (web.pod(1), web.pod(2), web.pod(3))}
     client = in_cluster_client(lab)
     web.apply(list(pods.values()), affinity=True)
-    first = ask(client, VIPS[version], 80)
+    first = send_request(client, VIPS[version], 80)
     assert isinstance(first, Answered)
     others = [pod for name, pod in pods.items() if name != first.pod]
     web.apply([others[0], pods[first.pod], web.pod(4)], affinity=True)
-    assert {ask(client, VIPS[version], 80) for _ in range(30)} == {first}
+    assert {send_request(client, VIPS[version], 80) for _ in range(30)} == {first}
 
 
 @VERSIONS
@@ -162,25 +162,25 @@ def test_session_affinity_ends_with_the_endpoint(lab: Lab, web: Web, version: in
     pods = {pod.name: pod for pod in (web.pod(1), web.pod(2))}
     client = in_cluster_client(lab)
     web.apply(list(pods.values()), affinity=True)
-    first = ask(client, VIPS[version], 80)
+    first = send_request(client, VIPS[version], 80)
     assert isinstance(first, Answered)
     other = next(pod for name, pod in pods.items() if name != first.pod)
     web.apply([other], affinity=True)
-    assert ask(client, VIPS[version], 80) == Answered(other.name, client.address(version))
+    assert send_request(client, VIPS[version], 80) == Answered(other.name, client.address(version))
 
 
 @VERSIONS
 def test_hairpin_traffic_is_masqueraded(lab: Lab, web: Web, version: int) -> None:
     pod = web.pod(1)
     web.apply([pod])
-    assert ask(pod, VIPS[version], 80) == Answered("pod-1", lab.node.address(version))
+    assert send_request(pod, VIPS[version], 80) == Answered("pod-1", lab.node.address(version))
 
 
 @VERSIONS
 def test_pod_traffic_is_not_masqueraded(lab: Lab, web: Web, version: int) -> None:
     client = in_cluster_client(lab)
     web.apply([web.pod(1)])
-    assert ask(client, VIPS[version], 80) == Answered("pod-1", client.address(version))
+    assert send_request(client, VIPS[version], 80) == Answered("pod-1", client.address(version))
 
 
 @VERSIONS
@@ -188,7 +188,7 @@ def test_traffic_from_outside_the_cluster_is_masqueraded(lab: Lab, web: Web, ver
     client = outside_client(lab)
     web.apply([web.pod(1)])
     for origin in (client, lab.node):
-        assert ask(origin, VIPS[version], 80) == Answered("pod-1", lab.node.address(version))
+        assert send_request(origin, VIPS[version], 80) == Answered("pod-1", lab.node.address(version))
 
 
 @VERSIONS
@@ -196,7 +196,7 @@ def test_nothing_is_masqueraded_without_a_cluster_cidr(lab: Lab, web: Web, versi
     client = outside_client(lab)
     web.write([web.pod(1)])
     proxy.apply(lab, web.folder, web.mode, "--cluster-cidr=")
-    assert ask(client, VIPS[version], 80) == Answered("pod-1", client.address(version))
+    assert send_request(client, VIPS[version], 80) == Answered("pod-1", client.address(version))
 
 
 @VERSIONS
@@ -205,8 +205,8 @@ def test_endpoint_on_another_node_is_reachable(lab: Lab, servers: Servers, web: 
     servers.serve(far, 8080)
     near, away = in_cluster_client(lab), lab.add_client("away", "198.51.100.20", "2001:db8:51::20")
     web.apply([far])
-    assert ask(near, VIPS[version], 80) == Answered("far", near.address(version))
-    assert ask(away, VIPS[version], 80) == Answered("far", lab.node.address(version))
+    assert send_request(near, VIPS[version], 80) == Answered("far", near.address(version))
+    assert send_request(away, VIPS[version], 80) == Answered("far", lab.node.address(version))
 
 
 @VERSIONS
@@ -215,8 +215,8 @@ def test_open_connection_outlives_the_rules_of_its_endpoint(lab: Lab, web: Web, 
     web.apply([old])
     with open_connection(client, VIPS[version], 80) as connection:
         web.apply([web.pod(2)])
-        assert ask(client, VIPS[version], 80) == Answered("pod-2", client.address(version))
-        assert finish(connection) == Answered("pod-1", client.address(version))
+        assert send_request(client, VIPS[version], 80) == Answered("pod-2", client.address(version))
+        assert complete_request(connection) == Answered("pod-1", client.address(version))
 
 
 @VERSIONS
@@ -227,14 +227,14 @@ def test_no_request_fails_while_endpoints_change(
     one, two, three = web.pod(1), web.pod(2), web.pod(3)
     web.write([one, two, three])
 
-    ports = count(FIRST_PORT)
+    ports = count(FIRST_SOURCE_PORT)
 
     def request() -> Outcome:
-        return ask(client, VIPS[version], 80, source_port=next(ports))
+        return send_request(client, VIPS[version], 80, source_port=next(ports))
 
     with proxy.Daemon(lab, web.folder, tmp_path / "kproxy.log", web.mode) as daemon:
         wait_until(lambda: daemon.is_up() and isinstance(request(), Answered), "an answer of the Service")
-        with Flow(request) as flow:
+        with ContinuousRequests(request) as flow:
             assert set(flow.take(100)) == {"pod-1", "pod-2", "pod-3"}
 
             web.write([two, three], terminating=[one])

@@ -28,8 +28,8 @@ from kproxy.sync.family import Backend, FamilySync
 from tests.inprocess import ReconciledProxy
 from tests.kernel.test_conntrack import entries
 from tests.lab import objects as lab_objects
-from tests.lab.client import Answered, finish, open_connection
-from tests.lab.modes import BOTH_MODES, flag, rules_of
+from tests.lab.client import Answered, complete_request, open_connection
+from tests.lab.modes import BOTH_MODES, mode_flag, rules_of
 from tests.lab.proxy import Daemon
 from tests.lab.servers import Servers
 from tests.lab.topology import NODE, Host, Lab
@@ -85,7 +85,7 @@ class UdpProxy(ReconciledProxy):
             {family: UdpConntrack(family) for family in Family},
             own_addresses,
             clock=time.monotonic,
-            tell=self.cleanups.append,
+            on_cleanup=self.cleanups.append,
         )
         super().__init__(
             {
@@ -96,7 +96,7 @@ class UdpProxy(ReconciledProxy):
             max_retry=0,
             store=Store(NODE),
             namespace=lab.node.namespace,
-            observers=[cleaner],
+            after_sync=[cleaner.clean],
         )
         objects = [delta.object for delta in deltas if isinstance(delta, Upsert)]
         services = tuple(each for each in objects if isinstance(each, Service))
@@ -213,7 +213,7 @@ class UdpClient:
 
     def ask(self) -> str:
         """Send a request and return the name of the pod that answers. Raises `ConnectionRefusedError`."""
-        answer = finish(self._socket, "UDP")
+        answer = complete_request(self._socket, "UDP")
         assert isinstance(answer, Answered)
         return answer.pod
 
@@ -530,7 +530,7 @@ def test_daemon_moves_only_flows_of_removed_endpoints(
     def routes_to(host: Host) -> bool:
         return socket_text(host.address(version), 8053) in rules_of(mode, lab.node.namespace).destinations()
 
-    with Daemon(lab, objects, tmp_path / "first.log", flag(mode)):
+    with Daemon(lab, objects, tmp_path / "first.log", mode_flag(mode)):
         wait_until(lambda: routes_to(one), "rules for the first endpoint")
         flow = UdpClient(lab, client, CLUSTER_IPS[version])
         assert flow.ask() == "pod-1"
@@ -543,7 +543,7 @@ def test_daemon_moves_only_flows_of_removed_endpoints(
         wait_until(lambda: flow.entries() == {}, "the entry of the removed endpoint to be deleted")
         assert flow.ask() == "pod-2"
         entries_before = flow.entries()
-    with Daemon(lab, objects, tmp_path / "second.log", flag(mode)):
+    with Daemon(lab, objects, tmp_path / "second.log", mode_flag(mode)):
         wait_until(lambda: ": synced " in (tmp_path / "second.log").read_text(), "the first sync after the restart")
         assert flow.ask() == "pod-2"
         assert flow.entries() == entries_before, "the restart cut an active flow"

@@ -1,6 +1,6 @@
-"""A server in a process of its own, fast enough for thousands of connections a second: `greeter.py <port>`.
+"""Answer each connection with the address that it reached, as a separate process: `address_server.py <port>`.
 
-It tells everybody which of its machine's addresses they have reached, and closes. Prints a line when it listens.
+Fast enough for thousands of connections a second. Prints a line as soon as it listens.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ BACKLOG = 4096
 
 
 def serve(port: int) -> None:
-    """Answer on this port of all addresses, for ever."""
+    """Answer on this port of all addresses, forever."""
     with socket.create_server(("::", port), family=socket.AF_INET6, backlog=BACKLOG, dualstack_ipv6=True) as listening:
         listening.setblocking(False)
         print("listening", flush=True)  # noqa: T201 - this is how the test knows
         while True:
             select.select([listening], [], [])
-            greet_all(listening)
+            answer_all(listening)
 
 
-def greet_all(listening: socket.socket) -> None:
-    """Answer everybody who is waiting."""
+def answer_all(listening: socket.socket) -> None:
+    """Answer all connections in the backlog."""
     while True:
         try:
             connection, _ = listening.accept()

@@ -1,4 +1,4 @@
-"""A cluster that changes at random, of which some Services keep some endpoints all the time."""
+"""A cluster that changes at random, with Services that keep some endpoints all the time."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from msgspec.structs import replace
 
 from kproxy.model.delta import Delete, Delta, Upsert
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Service, ServicePort
-from tests.lab.connection_load import Way
+from tests.lab.connection_load import LoadTarget
 from tests.lab.topology import NODE, NODE_ADDRESSES, Host
 
 NODES = (NODE, "node-2", "node-3")
-STEADY = 6
-"""Services that are there all the time."""
+STABLE_SERVICES = 6
+"""Number of Services that always exist."""
 
-FLEETING = 14
-"""Services that come and go; they share the pods of all."""
+TRANSIENT_SERVICES = 14
+"""Number of Services that come and go; their endpoints are pods of the stable Services."""
 
 PODS = 27
-"""Pods of each steady Service: enough for the sizes from 1 to 32."""
+"""Pods of each stable Service: enough for pool sizes from 1 to 32."""
 
 PORT = 8080
 NODE_PORT = 30080
 SHARED_IPS = ("203.0.113.200", "2001:db8:7::200")
-"""External IPs that several fleeting Services claim."""
+"""External IPs that several transient Services claim at once."""
 
 
 def pod_addresses(service: int, number: int) -> tuple[str, str]:
-    """Return the addresses of a pod; pod `n` is on the `n`-th node, round and round."""
+    """Return the addresses of a pod. Pods are spread over the nodes in turn."""
     subnet, host = number % len(NODES) + 1, service * 16 + number // len(NODES) + 1
     return f"10.244.{subnet}.{host}", f"fd00:10:244:{subnet}::{host:x}"
 
@@ -39,81 +39,86 @@ def pod_addresses(service: int, number: int) -> tuple[str, str]:
 def addresses_on(node: str) -> list[str]:
     """Return the addresses of all pods of a node."""
     numbers = (number for number in range(PODS) if NODES[number % len(NODES)] == node)
-    return [address for number in numbers for service in range(STEADY) for address in pod_addresses(service, number)]
+    return [
+        address
+        for number in numbers
+        for service in range(STABLE_SERVICES)
+        for address in pod_addresses(service, number)
+    ]
 
 
 class Churn:
-    """The objects, and random changes to them; each change is a list of deltas."""
+    """The cluster's objects, and random changes to them as deltas."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
         self.services: dict[str, Service] = {}
         self.members: dict[str, set[tuple[int, int]]] = {}
-        for number in range(STEADY):
-            self.services[_steady(number)] = _steady_service(number)
-            self.members[_steady(number)] = set(_kept(number))
+        for number in range(STABLE_SERVICES):
+            self.services[_stable(number)] = _stable_service(number)
+            self.members[_stable(number)] = set(_kept(number))
         self._changes: list[tuple[int, Callable[[], list[Delta]]]] = [
-            (6, self._resize_steady),
-            (4, self._swap_steady),
-            (3, self._respec_steady),
-            (3, self._put_fleeting),
-            (3, self._resize_fleeting),
-            (2, self._remove_fleeting),
+            (6, self._resize_stable),
+            (4, self._swap_stable),
+            (3, self._respec_stable),
+            (3, self._put_transient),
+            (3, self._resize_transient),
+            (2, self._remove_transient),
         ]
 
-    def everything(self) -> tuple[tuple[Service, ...], tuple[EndpointSlice, ...]]:
-        """Return all objects as they are now."""
+    def objects(self) -> tuple[tuple[Service, ...], tuple[EndpointSlice, ...]]:
+        """Return all current objects."""
         slices = chain.from_iterable(self._slices(name) for name in self.services)
         return tuple(self.services.values()), tuple(slices)
 
     def batch(self, count: int) -> list[Delta]:
-        """Make so many changes and return their deltas in order."""
+        """Make `count` changes and return their deltas in order."""
         weights = [weight for weight, _ in self._changes]
         chosen = self._random.choices([change for _, change in self._changes], weights, k=count)
         return [delta for change in chosen for delta in change()]
 
-    def ways(self, inside: Host, outside: Host, *, now: bool = False) -> list[Way]:
-        """Return the ways to the steady Services that lead to endpoints all the time.
+    def targets(self, inside: Host, outside: Host, *, now: bool = False) -> list[LoadTarget]:
+        """Return the frontends of the stable Services that have endpoints at all times.
 
-        Any of a Service's pods may answer; with `now`, only those that are endpoints of it now.
+        Any pod of a Service may answer; with `now`, only its current endpoints.
         """
         found = []
-        for number in range(STEADY):
-            service = self.services[_steady(number)]
-            members = self.members[_steady(number)] if now else {(number, each) for each in range(PODS)}
+        for number in range(STABLE_SERVICES):
+            service = self.services[_stable(number)]
+            members = self.members[_stable(number)] if now else {(number, each) for each in range(PODS)}
             pods = tuple(sorted(address for member in members for address in pod_addresses(*member)))
-            found += [Way(inside, address, 80, pods) for address in service.cluster_ips]
-            found += [Way(outside, address, 80, pods) for address in (*service.external_ips, *service.vips)]
-            found += [Way(outside, address, NODE_PORT + number, pods) for address in NODE_ADDRESSES]
+            found += [LoadTarget(inside, address, 80, pods) for address in service.cluster_ips]
+            found += [LoadTarget(outside, address, 80, pods) for address in (*service.external_ips, *service.vips)]
+            found += [LoadTarget(outside, address, NODE_PORT + number, pods) for address in NODE_ADDRESSES]
         return found
 
     def frontends(self) -> list[str]:
-        """Return the addresses that only steady Services have."""
-        steady = [self.services[_steady(number)] for number in range(STEADY)]
-        return [address for each in steady for address in (*each.cluster_ips, *each.external_ips, *each.vips)]
+        """Return the addresses that belong to stable Services only."""
+        stable = [self.services[_stable(number)] for number in range(STABLE_SERVICES)]
+        return [address for each in stable for address in (*each.cluster_ips, *each.external_ips, *each.vips)]
 
     # Changes
 
-    def _resize_steady(self) -> list[Delta]:
-        """Give a Service any number of endpoints, those that it keeps among them."""
-        number = self._random.randrange(STEADY)
+    def _resize_stable(self) -> list[Delta]:
+        """Give a Service a random number of endpoints, always including the ones that it keeps."""
+        number = self._random.randrange(STABLE_SERVICES)
         more = self._random.sample(range(PODS), self._random.choice((0, 0, 1, 2, 3, 5, 9, 14, 20, PODS)))
-        self.members[_steady(number)] = _kept(number) | {(number, each) for each in more}
-        return self._upserts(_steady(number))
+        self.members[_stable(number)] = _kept(number) | {(number, each) for each in more}
+        return self._upserts(_stable(number))
 
-    def _swap_steady(self) -> list[Delta]:
-        """Move: one endpoint goes and another comes."""
-        number = self._random.randrange(STEADY)
-        members = self.members[_steady(number)]
-        loose = sorted(members - _kept(number))
-        if loose:
-            members.remove(self._random.choice(loose))
+    def _swap_stable(self) -> list[Delta]:
+        """Replace one endpoint by another."""
+        number = self._random.randrange(STABLE_SERVICES)
+        members = self.members[_stable(number)]
+        removable = sorted(members - _kept(number))
+        if removable:
+            members.remove(self._random.choice(removable))
         members.add((number, self._random.randrange(PODS)))
-        return self._upserts(_steady(number))
+        return self._upserts(_stable(number))
 
-    def _respec_steady(self) -> list[Delta]:
-        """Change policies, session affinity or who may use the load balancer; a visitor and a local pod always may."""
-        name = _steady(self._random.randrange(STEADY))
+    def _respec_stable(self) -> list[Delta]:
+        """Change traffic policies, session affinity or source ranges; the client and a local pod stay allowed."""
+        name = _stable(self._random.randrange(STABLE_SERVICES))
         chance = self._random
         changes: list[dict[str, Any]] = [
             {"internal_local": chance.random() < 0.5},
@@ -124,50 +129,50 @@ class Churn:
         self.services[name] = replace(self.services[name], **chance.choice(changes))
         return [Upsert(self.services[name])]
 
-    def _put_fleeting(self) -> list[Delta]:
-        """Add a Service, or change one that is there, in everything."""
-        number = self._random.randrange(FLEETING)
-        name = f"demo/fleeting-{number:02}"
-        self.services[name] = self._fleeting_service(number)
+    def _put_transient(self) -> list[Delta]:
+        """Create a Service, or replace all fields of an existing one."""
+        number = self._random.randrange(TRANSIENT_SERVICES)
+        name = f"demo/transient-{number:02}"
+        self.services[name] = self._transient_service(number)
         self.members.setdefault(name, set())
         return [Upsert(self.services[name]), *self._upserts(name)]
 
-    def _resize_fleeting(self) -> list[Delta]:
-        names = sorted(name for name in self.services if "fleeting" in name)
+    def _resize_transient(self) -> list[Delta]:
+        names = sorted(name for name in self.services if "transient" in name)
         if not names:
-            return self._put_fleeting()
+            return self._put_transient()
         name = self._random.choice(names)
         size = self._random.choice((0, 0, 1, 2, 3, 4, 6, 12, 25, 40))
-        everybody = [(service, number) for service in range(STEADY) for number in range(PODS)]
-        self.members[name] = set(self._random.sample(everybody, size))
+        all_pods = [(service, number) for service in range(STABLE_SERVICES) for number in range(PODS)]
+        self.members[name] = set(self._random.sample(all_pods, size))
         return self._upserts(name)
 
-    def _remove_fleeting(self) -> list[Delta]:
-        names = sorted(name for name in self.services if "fleeting" in name)
+    def _remove_transient(self) -> list[Delta]:
+        names = sorted(name for name in self.services if "transient" in name)
         if not names:
-            return self._put_fleeting()
+            return self._put_transient()
         name = self._random.choice(names)
         slices = list(self._slices(name))
         del self.services[name], self.members[name]
         namespace, _, own = name.partition("/")
         return [Delete(Service, namespace, own), *(Delete(EndpointSlice, each.namespace, each.name) for each in slices)]
 
-    def _fleeting_service(self, number: int) -> Service:
-        maybe = self._random.random
+    def _transient_service(self, number: int) -> Service:
+        chance = self._random.random
         return Service(
             "demo",
-            f"fleeting-{number:02}",
+            f"transient-{number:02}",
             (f"10.96.2.{number + 1}", f"fd00:10:96:2::{number + 1:x}"),
             tuple(
-                ServicePort(name, 80 + place, "TCP", 31000 + 2 * number + place if maybe() < 0.5 else 0)
-                for place, name in enumerate(("main", "more")[: self._random.choice((1, 2))])
+                ServicePort(name, 80 + index, "TCP", 31000 + 2 * number + index if chance() < 0.5 else 0)
+                for index, name in enumerate(("main", "more")[: self._random.choice((1, 2))])
             ),
             affinity_seconds=self._random.choice((0, 0, 0, 5, 10_800)),
-            internal_local=maybe() < 0.2,
-            external_local=maybe() < 0.4,
-            external_ips=SHARED_IPS if maybe() < 0.4 else (),
-            vips=(f"203.0.113.{100 + number}", f"2001:db8:7::{100 + number}") if maybe() < 0.5 else (),
-            source_ranges=("192.0.2.0/24", "2001:db8:9::/64") if maybe() < 0.3 else (),
+            internal_local=chance() < 0.2,
+            external_local=chance() < 0.4,
+            external_ips=SHARED_IPS if chance() < 0.4 else (),
+            vips=(f"203.0.113.{100 + number}", f"2001:db8:7::{100 + number}") if chance() < 0.5 else (),
+            source_ranges=("192.0.2.0/24", "2001:db8:9::/64") if chance() < 0.3 else (),
         )
 
     # Objects
@@ -178,27 +183,27 @@ class Churn:
     def _slices(self, name: str) -> Iterable[EndpointSlice]:
         namespace, _, own = name.partition("/")
         ports = tuple(EndpointPort(each, PORT, "TCP") for each in ("main", "more"))
-        for place, family in enumerate((Family.IPV4, Family.IPV6)):
+        for index, family in enumerate((Family.IPV4, Family.IPV6)):
             endpoints = tuple(
-                Endpoint(pod_addresses(service, number)[place], NODES[number % len(NODES)])
+                Endpoint(pod_addresses(service, number)[index], NODES[number % len(NODES)])
                 for service, number in sorted(self.members[name])
             )
             yield EndpointSlice(namespace, f"{own}-{family.value.lower()}", name, family, endpoints, ports)
 
 
-def _steady(number: int) -> str:
-    return f"demo/steady-{number}"
+def _stable(number: int) -> str:
+    return f"demo/stable-{number}"
 
 
 def _kept(number: int) -> set[tuple[int, int]]:
-    """Return the pods that a steady Service always has: at least one is on this node."""
+    """Return the endpoints that a stable Service always keeps; at least one is on this node."""
     return {(number, each) for each in range(number % 3 + 1)}
 
 
-def _steady_service(number: int) -> Service:
+def _stable_service(number: int) -> Service:
     return Service(
         "demo",
-        f"steady-{number}",
+        f"stable-{number}",
         (f"10.96.1.{number + 1}", f"fd00:10:96:1::{number + 1:x}"),
         (ServicePort("main", 80, "TCP", NODE_PORT + number),),
         external_ips=(f"203.0.113.{number + 1}", f"2001:db8:7::{number + 1:x}"),

@@ -1,4 +1,4 @@
-"""One request from a machine of the lab, and how it ended."""
+"""One request from a host of the lab, and its outcome."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tests.lab.topology import Host
 
 _IPV6_RECVERR = 25  # linux/in6.h
 
-PATIENCE = 5.0
-"""Seconds until a request counts as unanswered. Only packets that something dropped take that long."""
+TIMEOUT = 5.0
+"""Seconds until a request counts as unanswered. Only dropped packets take that long."""
 
 
 @dataclass(frozen=True)
 class Answered:
-    """A pod answered, and saw the request come from `source`."""
+    """A pod answered; it saw `source` as the client address."""
 
     pod: str
     source: str
@@ -27,17 +27,17 @@ class Answered:
 
 @dataclass(frozen=True)
 class Refused:
-    """The way was closed at once: a TCP reset or an ICMP "port unreachable"."""
+    """Rejected at once, by a TCP reset or an ICMP "port unreachable"."""
 
 
 @dataclass(frozen=True)
 class TimedOut:
-    """Nothing came back."""
+    """No answer."""
 
 
 @dataclass(frozen=True)
 class Failed:
-    """Anything else, with the kernel's or the protocol's word for it."""
+    """Any other failure, with the error message of the kernel or of the protocol."""
 
     reason: str
 
@@ -45,7 +45,7 @@ class Failed:
 Outcome: TypeAlias = Answered | Refused | TimedOut | Failed
 
 
-def ask(
+def send_request(
     origin: Host,
     address: str,
     port: int,
@@ -53,14 +53,14 @@ def ask(
     *,
     source: str = "",
     source_port: int = 0,
-    patience: float = PATIENCE,
+    timeout: float = TIMEOUT,
 ) -> Outcome:
-    """Send one request over a new connection. `source` picks one of the origin's addresses, if it has many."""
+    """Send one request over a new connection. `source` selects one of the origin's addresses."""
     try:
         with open_connection(
-            origin, address, port, protocol, source=source, source_port=source_port, patience=patience
+            origin, address, port, protocol, source=source, source_port=source_port, timeout=timeout
         ) as connection:
-            return finish(connection, protocol)
+            return complete_request(connection, protocol)
     except ConnectionRefusedError:
         return Refused()
     except TimeoutError:
@@ -77,18 +77,18 @@ def open_connection(
     *,
     source: str = "",
     source_port: int = 0,
-    patience: float = PATIENCE,
+    timeout: float = TIMEOUT,
 ) -> socket.socket:
-    """Return a connected socket for `finish`; for UDP nothing has been sent by then.
+    """Return a connected socket for `complete_request`. Over UDP, nothing has been sent yet.
 
-    Without `source` and `source_port` the kernel picks one of the origin's addresses and ports.
+    Without `source` and `source_port`, the kernel picks one of the origin's addresses and ports.
     """
     kind, number = SOCKET_TYPES[protocol]
     connection = origin.namespace.socket(FAMILIES[version_of(address)], kind, number)
     try:
-        connection.settimeout(patience)
+        connection.settimeout(timeout)
         if connection.family is socket.AF_INET6 and protocol == "TCP":
-            # Else a refusal that comes while the first packet is being sent counts for the second, a second later.
+            # Otherwise a rejection that arrives while the SYN is being sent is seen only at the next SYN, 1 s later.
             connection.setsockopt(socket.IPPROTO_IPV6, _IPV6_RECVERR, 1)
         if source or source_port:
             connection.bind((source, source_port))
@@ -99,8 +99,8 @@ def open_connection(
     return connection
 
 
-def finish(connection: socket.socket, protocol: str = "TCP") -> Answered:
-    """Send the request over an open connection and return the answer; errors are those of the socket."""
+def complete_request(connection: socket.socket, protocol: str = "TCP") -> Answered:
+    """Send the request over an open connection and return the answer. Raises the errors of the socket."""
     text = _by_datagram(connection) if protocol == "UDP" else _by_http(connection)
     pod, source = text.split()
     return Answered(pod, source)

@@ -1,4 +1,4 @@
-"""Twenty Services, reached by ClusterIP and NodePort in both families, with any pods behind them, and their files."""
+"""Twenty dual-stack Services of type NodePort, their pods, and the YAML files that describe them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from tests.lab import objects
 from tests.lab.connection_stream import Target
 from tests.lab.modes import rules_of
-from tests.lab.node_pods import Machine
+from tests.lab.node_pods import NodePods
 from tests.lab.servers import Servers
 from tests.lab.topology import NODE, Host, Lab
 
@@ -20,11 +20,11 @@ PORT = 8080
 FAMILIES = {4: "IPv4", 6: "IPv6"}
 
 
-class Cluster:
-    """The Services, numbered from 0. Pod `n` of Service `s` is on the `n`-th node, round and round."""
+class LabCluster:
+    """The Services, numbered from 0. The pods of a Service are spread over the nodes in turn."""
 
     def __init__(self, lab: Lab, servers: Servers, folder: Path, *, pods: int, mode: str = "iptables") -> None:
-        """Make room for `pods` pods of each Service; none of them runs yet. `mode` is the one kproxy will be in."""
+        """Add the addresses of `pods` pods for each Service; none of them runs yet. `mode` is kproxy's proxy mode."""
         self._servers = servers
         self._folder = folder
         folder.mkdir()
@@ -32,29 +32,29 @@ class Cluster:
         self._rules = rules_of(mode, lab.node.namespace)
         self._inside = lab.add_pod("client", "10.244.1.250", "fd00:10:244:1::250")
         self._outside = lab.add_client("visitor", "198.51.100.10", "2001:db8:51::10")
-        self._machines = [
-            Machine(lab, node, [a for s in range(SERVICES) for n in range(i, pods, 3) for a in _addresses(s, n)])
+        self._nodes_pods = [
+            NodePods(lab, node, [a for s in range(SERVICES) for n in range(i, pods, 3) for a in _addresses(s, n)])
             for i, node in enumerate(NODES)
         ]
         objects.write(folder / "node.yaml", [objects.node()])
 
     def pod(self, service: int, number: int) -> Host:
         """Return a pod, running or not."""
-        machine = self._machines[number % len(NODES)]
-        return machine.pod(f"{name(service)}/{number}", *_addresses(service, number))
+        node_pods = self._nodes_pods[number % len(NODES)]
+        return node_pods.pod(f"{name(service)}/{number}", *_addresses(service, number))
 
     def start(self, service: int, number: int) -> None:
-        """Let a pod answer."""
+        """Make a pod answer."""
         self._servers.serve(self.pod(service, number), PORT)
 
     def stop(self, service: int, number: int) -> None:
-        """End a pod, once it has answered what it accepted."""
+        """Stop a pod once it has answered every request that it accepted."""
         self._servers.stop(self.pod(service, number))
 
-    def write(self, service: int, ready: Iterable[int], leaving: Sequence[int] = ()) -> None:
-        """Write a Service and which of its pods are ready, and which are terminating and still serve."""
+    def write(self, service: int, ready: Iterable[int], terminating: Sequence[int] = ()) -> None:
+        """Write a Service and its endpoints: pods that are ready, and pods that are terminating but still serving."""
         found = [_service(service)]
-        conditions = [(number, True) for number in ready] + [(number, False) for number in leaving]
+        conditions = [(number, True) for number in ready] + [(number, False) for number in terminating]
         for version, family in FAMILIES.items():
             endpoints = [
                 objects.endpoint(
@@ -69,7 +69,7 @@ class Cluster:
         objects.write(self._folder / f"{_short(service)}.yaml", found)
 
     def targets(self) -> list[Target]:
-        """Return every way to every Service: from a pod to its ClusterIPs, from outside to its NodePort."""
+        """Return the ClusterIPs of every Service, with a pod as client, and its NodePort, with an outside client."""
         found = []
         for service in range(SERVICES):
             found += [Target(name(service), self._inside, vip, 80) for vip in _vips(service)]
@@ -79,20 +79,20 @@ class Cluster:
         return found
 
     def rules(self) -> str:
-        """Return the node's rules of both families, without what changes by itself."""
+        """Return the node's rules of both families, without counters and the like."""
         return self._rules.text()
 
     def destinations(self) -> set[str]:
-        """Return each `ip:port` that the node's rules send to."""
+        """Return each `ip:port` that the node's rules DNAT to."""
         return self._rules.destinations()
 
     def sockets(self, pods: Iterable[tuple[int, int]]) -> set[str]:
-        """Return each `ip:port` of pods by `(service, number)`."""
+        """Return the `ip:port` of each address of these pods, given as `(service, number)`."""
         return {_socket(address) for pod in pods for address in _addresses(*pod)}
 
 
 def name(service: int) -> str:
-    """Return a Service's name with its namespace."""
+    """Return `<namespace>/<name>` of a Service."""
     return f"demo/{_short(service)}"
 
 

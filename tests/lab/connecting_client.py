@@ -1,7 +1,8 @@
-"""A client in a process of its own, that connects all the time: `caller.py <per second> <targets>`.
+"""Connect to targets all the time, as a separate process: `connecting_client.py <connections per second> <targets>`.
 
-The targets are JSON: `[address, port, [addresses that may answer]]` of each. A line of JSON is printed after every so
-many connections: how many there were, and what was wrong with which. Ends when it is killed.
+`targets` is a JSON list of `[address, port, [addresses allowed to answer]]`. After every `CONNECTIONS_PER_LINE`
+connections, the process prints one line of JSON: the number of connections and one message for each that failed. It
+runs until it is killed.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ import sys
 import time
 from itertools import cycle
 
-AT_ONCE = 50
-"""Connections between two lines."""
+CONNECTIONS_PER_LINE = 50
+"""Connections reported by one line of output."""
 
-PATIENCE = 5.0
+TIMEOUT = 5.0
 RESET = struct.pack("ii", 1, 0)
-"""`struct linger` that closes by a reset: no port stays in TIME_WAIT, so there are always enough of them."""
+"""`struct linger` that closes with a reset: no port stays in TIME_WAIT, so the client never runs out of ports."""
 
 TOTAL_RETRANSMISSIONS = struct.Struct("=100xI")
 """`tcpi_total_retrans` of `struct tcp_info` (linux/tcp.h)."""
@@ -26,25 +27,25 @@ TOTAL_RETRANSMISSIONS = struct.Struct("=100xI")
 Target = tuple[str, int, list[str]]
 
 
-def call(targets: list[Target], rate: float) -> None:
-    """Connect to the targets in turn, for ever."""
+def connect_all(targets: list[Target], rate: float) -> None:
+    """Connect to the targets in turn, forever."""
     failed: list[str] = []
     turn = time.monotonic()
     for number, (address, port, allowed) in enumerate(cycle(targets), 1):
-        complaint = connect(address, port, allowed)
-        if complaint:
-            failed.append(f"{time.time():.3f} {address} port {port}: {complaint}")
-        if number % AT_ONCE == 0:
-            print(json.dumps([AT_ONCE, failed]), flush=True)  # noqa: T201 - this is the result
+        error = connect(address, port, allowed)
+        if error:
+            failed.append(f"{time.time():.3f} {address} port {port}: {error}")
+        if number % CONNECTIONS_PER_LINE == 0:
+            print(json.dumps([CONNECTIONS_PER_LINE, failed]), flush=True)  # noqa: T201 - this is the result
             failed = []
-        turn = max(turn + 1 / rate, time.monotonic() - AT_ONCE / rate)
+        turn = max(turn + 1 / rate, time.monotonic() - CONNECTIONS_PER_LINE / rate)
         time.sleep(max(0.0, turn - time.monotonic()))
 
 
 def connect(address: str, port: int, allowed: list[str]) -> str:
-    """Make one connection; return what was wrong with it, or nothing."""
+    """Make one connection; return an error message, or "" if it succeeded."""
     try:
-        with socket.create_connection((address, port), PATIENCE) as connection:
+        with socket.create_connection((address, port), TIMEOUT) as connection:
             info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TOTAL_RETRANSMISSIONS.size)
             (lost,) = TOTAL_RETRANSMISSIONS.unpack(info)
             answer = connection.recv(100).decode().strip()
@@ -52,9 +53,9 @@ def connect(address: str, port: int, allowed: list[str]) -> str:
     except OSError as error:
         return str(error)
     if lost:
-        return f"TCP had to send its first packet {lost + 1} times"
-    return "" if answer in allowed else f"answered by {answer or 'nobody'}"
+        return f"needed {lost} TCP retransmissions"
+    return "" if answer in allowed else f"unexpected answer from {answer or 'no address'}"
 
 
 if __name__ == "__main__":
-    call([tuple(target) for target in json.loads(sys.argv[2])], float(sys.argv[1]))
+    connect_all([tuple(target) for target in json.loads(sys.argv[2])], float(sys.argv[1]))

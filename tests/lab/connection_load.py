@@ -1,4 +1,4 @@
-"""Many connections a second, from processes of their own, and a watch on packets that nobody translated."""
+"""Hundreds of connections a second from separate processes, and a counter of packets that were not translated."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from tests.lab.topology import Host
 from tests.lab.waiting import HANG_GUARD, wait_until
 
 RATE = 300
-"""Connections per second of one process, at most."""
+"""Maximum connections per second of one process."""
 
-WATCH = """
-table inet lab-watch {
+COUNTERS = """
+table inet lab-untranslated {
     chain out {
         type filter hook postrouting priority 300
         %s
@@ -33,8 +33,8 @@ table inet lab-watch {
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way to reach a Service over TCP, from where, and the addresses of its pods."""
+class LoadTarget:
+    """One frontend of a TCP Service, the client that connects to it, and the pod addresses allowed to answer."""
 
     origin: Host
     address: str
@@ -42,34 +42,36 @@ class Way:
     pods: tuple[str, ...]
 
 
-class Greeters:
-    """Servers that answer on a port of all addresses of some machines; they end with their machine."""
+class AddressServers:
+    """Servers on one port of all addresses of some namespaces; each exits with its namespace."""
 
     def __init__(self, folder: Path, machines: Sequence[Namespace], port: int) -> None:
         for number, machine in enumerate(machines):
-            log = folder / f"greeter-{number}.log"
+            log = folder / f"address-server-{number}.log"
             with log.open("w") as output:
                 machine.popen([sys.executable, str(address_server.__file__), str(port)], output)
             _wait_for_line(log)
 
 
-class Rush:
-    """Connects all ways in turn, from one process for each origin, until it is left (use it in a `with`)."""
+class ConnectionLoad:
+    """Connects to all targets in turn, from one process per client, while in its `with` block."""
 
-    def __init__(self, ways: Sequence[Way], folder: Path) -> None:
-        self._origins = list({id(way.origin): way.origin for way in ways}.values())
-        self._ways = ways
-        self._logs = [folder / f"caller-{number}.log" for number in range(len(self._origins))]
+    def __init__(self, targets: Sequence[LoadTarget], folder: Path) -> None:
+        self._origins = list({id(target.origin): target.origin for target in targets}.values())
+        self._targets = targets
+        self._logs = [folder / f"client-{number}.log" for number in range(len(self._origins))]
         self._processes: list[subprocess.Popen[str]] = []
         self._read = [0] * len(self._logs)
         self._total = 0
         self._failed: list[str] = []
         self._began = 0.0
 
-    def __enter__(self) -> Rush:
+    def __enter__(self) -> ConnectionLoad:
         self._began = time.monotonic()
         for origin, log in zip(self._origins, self._logs, strict=True):
-            targets = [(way.address, way.port, way.pods) for way in self._ways if way.origin is origin]
+            targets = [
+                (target.address, target.port, target.pods) for target in self._targets if target.origin is origin
+            ]
             argv = [sys.executable, str(connecting_client.__file__), str(RATE), json.dumps(targets)]
             with log.open("w") as output:
                 self._processes.append(origin.namespace.popen(argv, output))
@@ -81,34 +83,34 @@ class Rush:
             process.wait(HANG_GUARD)
 
     def wait_for(self, total: int) -> None:
-        """Return once so many connections have ended since the start."""
-        wait_until(lambda: self._look() >= total, f"{total} connections end")
+        """Return once `total` connections have ended since the start."""
+        wait_until(lambda: self._read_logs() >= total, f"{total} connections end")
 
     def settle(self) -> None:
-        """Return once every connection has ended that was under way when this was called, of each process."""
-        # The first line from now on may tell of connections that all ended before.
-        wanted = [_lines(log) + 2 for log in self._logs]
+        """Return once every connection that was open at the time of the call has ended."""
+        # The next line of a process may report only connections that had ended before the call.
+        expected = [_lines(log) + 2 for log in self._logs]
         wait_until(
-            lambda: all(_lines(log) >= count for log, count in zip(self._logs, wanted, strict=True)),
-            "every client tells of more connections",
+            lambda: all(_lines(log) >= count for log, count in zip(self._logs, expected, strict=True)),
+            "every client reports more connections",
         )
 
     @property
     def total(self) -> int:
-        """How many connections have ended."""
-        return self._look()
+        """The number of connections that have ended."""
+        return self._read_logs()
 
     @property
     def rate(self) -> float:
-        """How many connections ended each second, for humans."""
-        return self._look() / (time.monotonic() - self._began)
+        """Connections ended per second, for log messages."""
+        return self._read_logs() / (time.monotonic() - self._began)
 
     def failures(self) -> list[str]:
-        """Return what was wrong with those that failed."""
-        self._look()
+        """Return one message for each connection that failed."""
+        self._read_logs()
         return list(self._failed)
 
-    def _look(self) -> int:
+    def _read_logs(self) -> int:
         for number, log in enumerate(self._logs):
             data = log.read_bytes()
             whole = data.rfind(b"\n") + 1
@@ -120,18 +122,18 @@ class Rush:
         return self._total
 
 
-class Watch:
-    """Counts packets on a node that leave for addresses which only Services have, or reach NodePorts on it."""
+class UntranslatedPackets:
+    """Counts packets that pass a node untranslated: to Service addresses on the way out, to NodePorts on the way in."""
 
     def __init__(self, node: Namespace, addresses: Sequence[str], node_ports: Sequence[int]) -> None:
         self._node = node
-        leaving = [f"ip{'6' if ':' in each else ''} daddr {each} counter" for each in addresses]
-        staying = [f"tcp dport {each} counter" for each in node_ports]
-        node.run(["nft", "-f", "-"], WATCH % ("\n".join(leaving), "\n".join(staying)))
+        outgoing = [f"ip{'6' if ':' in each else ''} daddr {each} counter" for each in addresses]
+        incoming = [f"tcp dport {each} counter" for each in node_ports]
+        node.run(["nft", "-f", "-"], COUNTERS % ("\n".join(outgoing), "\n".join(incoming)))
 
     def seen(self) -> list[str]:
-        """Return the rules that have counted anything."""
-        listed = self._node.run(["nft", "list", "table", "inet", "lab-watch"]).stdout
+        """Return the rules that have counted packets."""
+        listed = self._node.run(["nft", "list", "table", "inet", "lab-untranslated"]).stdout
         lines = [line.strip() for line in listed.splitlines() if " counter " in line]
         return [line for line in lines if "packets 0 " not in line]
 

@@ -1,4 +1,4 @@
-"""Requests that keep flowing while something changes."""
+"""Continuous requests in the background, while a test changes something."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from tests.lab.waiting import HANG_GUARD
 
 WORKERS = 4
 PAUSE = 0.004
-"""Seconds between two requests of a worker: steady traffic, that leaves the machine to the others."""
+"""Seconds between two requests of a worker: steady traffic that leaves CPU time to other processes."""
 
 
-class Flow:
-    """Sends requests all the time, several at once, until it is left (use it in a `with`)."""
+class ContinuousRequests:
+    """Sends requests from several threads while in its `with` block."""
 
     def __init__(self, request: Callable[[], Outcome]) -> None:
         self._request = request
@@ -29,7 +29,7 @@ class Flow:
             for number in range(WORKERS)
         ]
 
-    def __enter__(self) -> Flow:
+    def __enter__(self) -> ContinuousRequests:
         for worker in self._workers:
             worker.start()
         return self
@@ -40,27 +40,29 @@ class Flow:
             worker.join()
 
     def settle(self) -> None:
-        """Return once every request has ended that was under way when this was called."""
+        """Return once every request that was in flight at the time of the call has ended."""
         with self._changed:
             begun = list(self._begun)
             self._wait(lambda: all(ended >= start for ended, start in zip(self._ended, begun, strict=True)))
 
     def take(self, count: int) -> Counter[str]:
-        """Wait for `count` more answers, and return how many of them each pod gave."""
+        """Wait for `count` further outcomes; return the number of answers of each pod."""
         with self._changed:
             first = len(self._outcomes)
             self._wait(lambda: len(self._outcomes) >= first + count)
-            return tally(self._outcomes[first : first + count])
+            return count_by_pod(self._outcomes[first : first + count])
 
     @property
     def outcomes(self) -> list[Outcome]:
-        """How all requests so far have ended, in the order in which they did."""
+        """The outcomes of all requests so far, in the order in which they ended."""
         with self._changed:
             return list(self._outcomes)
 
     def _wait(self, condition: Callable[[], bool]) -> None:
         if not self._changed.wait_for(condition, HANG_GUARD):
-            raise TimeoutError(f"requests do not end: {self._ended} of {self._begun} have")
+            raise TimeoutError(
+                f"requests do not end within {HANG_GUARD:.0f} s: {self._ended} of {self._begun} have ended"
+            )
 
     def _work(self, number: int) -> None:
         while not self._stopped.wait(PAUSE):
@@ -73,11 +75,11 @@ class Flow:
                 self._changed.notify_all()
 
 
-def tally(outcomes: list[Outcome]) -> Counter[str]:
-    """Return how many answers each pod gave."""
+def count_by_pod(outcomes: list[Outcome]) -> Counter[str]:
+    """Return the number of answers of each pod."""
     return Counter(outcome.pod for outcome in outcomes if isinstance(outcome, Answered))
 
 
 def failures(outcomes: list[Outcome]) -> list[Outcome]:
-    """Return the outcomes that are no answers."""
+    """Return the outcomes that are not answers."""
     return [outcome for outcome in outcomes if not isinstance(outcome, Answered)]

@@ -1,4 +1,4 @@
-"""iptables as the machine has it: its variants, what it holds in a namespace, and what it is given."""
+"""The installed iptables: its variants, its rules in a namespace, and the input that it is given."""
 
 from __future__ import annotations
 
@@ -18,48 +18,48 @@ from tests.lab.namespace import Namespace
 from tests.recordings import GOLDEN, State, comparable
 
 PREFIXES = {Family.IPV4: "iptables", Family.IPV6: "ip6tables"}
-"""What the names of a family's programs begin with."""
+"""The prefix of the program names of each family."""
 
 PROGRAMS = tuple(f"{prefix}{end}" for prefix in PREFIXES.values() for end in ("", "-save", "-restore"))
 
 
 def add_counters(namespace: Namespace) -> None:
-    """Make the counters which the rules name."""
+    """Create the nfacct counters that kproxy's rules refer to."""
     namespace.call(lambda: ensure_counters((INVALID_COUNTER, LOCALHOST_COUNTER)))
 
 
 def restore_recording(namespace: Namespace, scenario: str) -> None:
-    """Program what kube-proxy in iptables mode did, beside what is there."""
+    """Restore the rules recorded from kube-proxy in iptables mode, without flushing existing ones."""
     add_counters(namespace)
     for prefix in PREFIXES.values():
         namespace.run([f"{prefix}-restore", "--noflush"], (GOLDEN / scenario / f"{prefix}-save.txt").read_text())
 
 
-def held(namespace: Namespace, family: Family) -> State:
-    """Return the rules of a family, as the iptables in PATH has them."""
+def current_rules(namespace: Namespace, family: Family) -> State:
+    """Return the rules of a family as the iptables in PATH lists them."""
     return comparable(namespace.run([f"{PREFIXES[family]}-save"]).stdout.splitlines())
 
 
 def programs_of(variant: str) -> dict[str, str]:
-    """Return the programs of a variant (`nft`, `legacy`) by the names that those in use have."""
+    """Return the programs of a variant ("nft" or "legacy") by their names without the variant."""
     return {name: name.replace("tables", f"tables-{variant}") for name in PROGRAMS}
 
 
 def missing_variant(variant: str, namespace: Namespace) -> str:
-    """Return one line that says why a variant does not work here, or ""."""
+    """Return why a variant does not work on this machine, in one line, or "" if it works."""
     absent = [program for program in programs_of(variant).values() if shutil.which(program) is None]
     if absent:
         return f"{', '.join(absent)} not found: it is in the Debian package iptables"
     done = namespace.run([f"iptables-{variant}-restore", "--noflush"], "*nat\nCOMMIT\n", check=False)
-    return f"{variant} iptables does not work here: {first_line(done.stderr)}" if done.returncode else ""
+    return f"{variant} iptables does not work on this machine: {first_line(done.stderr)}" if done.returncode else ""
 
 
-def link(programs: Mapping[str, str], folder: Path) -> None:
-    """Put programs into a folder under other names; skips the test where one is missing."""
+def link_programs(programs: Mapping[str, str], folder: Path) -> None:
+    """Link programs into a folder under other names. Skips the test if a program is missing."""
     for name, real in programs.items():
         found = shutil.which(real)
         if found is None:
-            pytest.skip(f"no {real} here")
+            pytest.skip(f"{real} is not installed")
         (folder / name).symlink_to(found)
 
 
@@ -71,30 +71,30 @@ class RealKernel:
         self._prefix = f"{PREFIXES[family]}-{variant}"
 
     def restore(self, text: str) -> None:
-        """Make a change. Raises `RuntimeError` if it is refused."""
+        """Restore without flushing. Raises `RuntimeError` if iptables rejects the input."""
         self._namespace.run([f"{self._prefix}-restore", "--noflush"], text)
 
     def lines(self) -> list[str]:
-        """Return all rules as the text that they are saved as."""
+        """Return the lines of iptables-save."""
         return self._namespace.run([f"{self._prefix}-save"]).stdout.splitlines(keepends=True)
 
     def state(self) -> State:
-        """Return the rules that count."""
+        """Return the rules in comparable form."""
         return comparable(self.lines())
 
 
-class Recorder(IptablesRunner):
-    """The iptables in PATH, with its inputs kept."""
+class RecordingIptables(IptablesRunner):
+    """The iptables in PATH, with a record of its inputs."""
 
     def __init__(self, family: Family) -> None:
         super().__init__(family)
         self.inputs: list[str] = []
 
     def restore_each(self, texts: Iterable[str]) -> None:
-        """Make the changes."""
-        super().restore_each(self._kept(texts))
+        """Restore each text and record it."""
+        super().restore_each(self._recorded(texts))
 
-    def _kept(self, texts: Iterable[str]) -> Iterator[str]:
+    def _recorded(self, texts: Iterable[str]) -> Iterator[str]:
         for text in texts:
             self.inputs.append(text)
             yield text

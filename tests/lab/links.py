@@ -1,4 +1,4 @@
-"""The lab's links, addresses and routes: everything it says to the kernel about them, in one place."""
+"""The links, addresses and routes of the lab: all its rtnetlink requests."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from tests.lab.namespace import Namespace
 from tests.lab.waiting import wait_until
 
 NEAR_END, FAR_END = "fe80::1", "fe80::2"
-"""A forwarder without a link-local address cannot ask for its IPv6 neighbours (RFC 4861, 7.2.2)."""
+"""A router without a link-local address cannot resolve its IPv6 neighbors (RFC 4861, 7.2.2)."""
 
 GATEWAYS = {4: "169.254.1.1", 6: NEAR_END}
-"""Where every host's default route points: the hub's end of its link, whichever link that is."""
+"""The default gateways of every host: the hub's end of its link. All links use the same addresses."""
 
 LOOPBACK = 1
 IFA_F_NODAD = 0x02
@@ -29,11 +29,11 @@ def version_of(address: str) -> int:
     return 6 if ":" in address else 4
 
 
-def prepare(namespace: Namespace, *, forwards: bool) -> None:
-    """Bring up lo, and settle what would otherwise differ from machine to machine.
+def configure(namespace: Namespace, *, forwards: bool) -> None:
+    """Bring up lo and set the sysctls that differ between machines.
 
-    The IPv4 settings of a new namespace are copies of the host's, which may filter or redirect. Without a
-    limit on ICMP errors, "refused" and "unreachable" do not turn into timeouts when they come often.
+    A new namespace copies the IPv4 settings of the host, which may filter or redirect. The rate limit of ICMP errors
+    is off, so that frequent rejections do not turn into timeouts.
     """
     namespace.sysctl(
         ipv4__ip_forward=int(forwards),
@@ -55,51 +55,51 @@ def prepare(namespace: Namespace, *, forwards: bool) -> None:
 
 
 def connect(left: Namespace, left_addresses: Sequence[str], right: Namespace, right_addresses: Sequence[str]) -> None:
-    """Link two namespaces as neighbours in one subnet, with `eth0` at both ends."""
+    """Link two namespaces as neighbors in one subnet, with `eth0` at both ends."""
     _inside(left, lambda ip: _add_addresses(ip, _add_link(ip, "eth0", right), left_addresses, {4: 24, 6: 64}))
     _inside(right, lambda ip: _add_addresses(ip, _set_up(ip, "eth0", FAR_END), right_addresses, {4: 24, 6: 64}))
 
 
-def hang(hub: Namespace, sources: dict[int, str], leaf: Namespace, addresses: Sequence[str]) -> None:
-    """Link a host to its hub point to point: single routes one way, a default route the other.
+def attach(hub: Namespace, sources: dict[int, str], leaf: Namespace, addresses: Sequence[str]) -> None:
+    """Link a host to its hub point to point: one route per address towards the host, a default route towards the hub.
 
-    `sources` are the hub's own addresses, by IP version; it uses them towards the host. The gateway address
-    has link scope, so that masquerading picks one of them as well.
+    `sources` are the hub's own addresses by IP version, used as source addresses towards the host. The gateway
+    address has link scope, so that masquerading picks one of `sources` too.
     """
 
     def on_hub(ip: Any) -> None:
         link = _add_link(ip, leaf.name[:IFNAMSIZ], leaf)
         ip.addr("add", index=link, address=GATEWAYS[4], prefixlen=32, scope=SCOPE_LINK)
         for address in addresses:
-            ip.route("add", dst=_single(address), oif=link, prefsrc=sources[version_of(address)])
+            ip.route("add", dst=_host_prefix(address), oif=link, prefsrc=sources[version_of(address)])
 
     def on_leaf(ip: Any) -> None:
         link = _set_up(ip, "eth0", FAR_END)
         _add_addresses(ip, link, addresses, {4: 32, 6: 128})
         ip.route("add", dst=f"{GATEWAYS[4]}/32", oif=link, scope=SCOPE_LINK)
         for gateway in GATEWAYS.values():
-            ip.route("add", dst=_everywhere(gateway), gateway=gateway, oif=link)
+            ip.route("add", dst=_default_prefix(gateway), gateway=gateway, oif=link)
 
     _inside(hub, on_hub)
     _inside(leaf, on_leaf)
 
 
 def route_default(namespace: Namespace, gateways: Sequence[str]) -> None:
-    """Send what nothing else matches to these neighbours, one per IP version."""
+    """Add default routes through these neighbors, one per IP version."""
 
     def add(ip: Any) -> None:
         for gateway in gateways:
-            ip.route("add", dst=_everywhere(gateway), gateway=gateway)
+            ip.route("add", dst=_default_prefix(gateway), gateway=gateway)
 
     _inside(namespace, add)
 
 
 def route(namespace: Namespace, addresses: Sequence[str], gateways: dict[int, str]) -> None:
-    """Send packets for single addresses to the neighbour of their IP version."""
+    """Add a route for each address through the neighbor of its IP version."""
 
     def add(ip: Any) -> None:
         for address in addresses:
-            ip.route("add", dst=_single(address), gateway=gateways[version_of(address)])
+            ip.route("add", dst=_host_prefix(address), gateway=gateways[version_of(address)])
 
     _inside(namespace, add)
 
@@ -125,7 +125,7 @@ def _inside(namespace: Namespace, change: Callable[[Any], object]) -> None:
 
 
 def _add_link(ip: Any, name: str, peer: Namespace) -> int:
-    """Add a pair of interfaces whose other end is `eth0` of the peer; return the index of this end."""
+    """Add a veth pair whose other end is `eth0` of the peer; return the index of this end."""
     ip.link("add", ifname=name, kind="veth", peer={"ifname": "eth0", "net_ns_fd": peer.fd})
     return _set_up(ip, name, NEAR_END)
 
@@ -154,9 +154,9 @@ def _has_local_route(ip: Any, address: str) -> bool:
         return False
 
 
-def _single(address: str) -> str:
+def _host_prefix(address: str) -> str:
     return f"{address}/128" if version_of(address) == 6 else f"{address}/32"
 
 
-def _everywhere(gateway: str) -> str:
+def _default_prefix(gateway: str) -> str:
     return "::/0" if version_of(gateway) == 6 else "0.0.0.0/0"

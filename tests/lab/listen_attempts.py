@@ -1,4 +1,4 @@
-"""Counting how often a part of kproxy tries to listen on a port."""
+"""Count how often a module of kproxy tries to listen on a port."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pytest
 
 from kproxy.serve.server import ListenAddress, listen
 
-ENOUGH = 20
+MANY = 20
 HANG_GUARD = 30.0
 
 
-class Attempts:
-    """Has a module try again at once, and counts its attempts to listen."""
+class ListenAttempts:
+    """Makes a module retry at once, and counts its attempts to listen."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, module: str) -> None:
         self._made = threading.Semaphore(0)
@@ -25,8 +25,8 @@ class Attempts:
         self._made.release()
         return listen(address)
 
-    def many_more(self) -> bool:
-        """Wait for many attempts from now on; return whether they came."""
+    def wait_for_many(self) -> bool:
+        """Wait for many further attempts; return False if they do not happen within `HANG_GUARD`."""
         while self._made.acquire(blocking=False):
-            pass  # made before
-        return all(self._made.acquire(timeout=HANG_GUARD) for _ in range(ENOUGH))
+            pass  # an earlier attempt
+        return all(self._made.acquire(timeout=HANG_GUARD) for _ in range(MANY))

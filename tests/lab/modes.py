@@ -1,4 +1,4 @@
-"""The two modes of kproxy: how it is told which, and what each has put into the kernel."""
+"""The two proxy modes of kproxy, and the rules of each in the kernel."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ _ENDPOINT = re.compile(r" : (\S+) \. (\d+)")
 _TRANSLATION = re.compile(r" dnat to (\S+)$")
 
 
-def flag(mode: str) -> str:
-    """Return the flag that puts kproxy into a mode; it counts even behind another of the same name."""
+def mode_flag(mode: str) -> str:
+    """Return the flag that selects a proxy mode. It overrides earlier flags of the same name."""
     return f"--proxy-mode={mode}"
 
 
 class Rules(Protocol):
-    """What a mode keeps in a node's kernel, of both families."""
+    """The rules of one proxy mode on a node, of both families."""
 
     def text(self) -> str:
-        """Return all of it, without what changes by itself."""
+        """Return all rules as text, without counters and the like."""
 
     def destinations(self) -> set[str]:
-        """Return each `ip:port` that connections are sent to."""
+        """Return each `ip:port` that the rules DNAT to."""
 
 
 def rules_of(mode: str, node: Namespace) -> Rules:
-    """Return the way to look at a mode's rules on a node."""
+    """Return a reader of a mode's rules on a node."""
     return NftablesRules(node) if mode == "nftables" else IptablesRules(node)
 
 
 class IptablesRules:
-    """All tables of iptables."""
+    """The rules in all tables of iptables."""
 
     def __init__(self, node: Namespace) -> None:
         self._node = node
@@ -57,17 +57,17 @@ class IptablesRules:
 
 
 class NftablesRules:
-    """The two tables of nftables mode, as `nft` shows them."""
+    """The two tables of nftables mode, as `nft` lists them."""
 
     def __init__(self, node: Namespace) -> None:
         self._node = node
 
     def text(self) -> str:
-        """Return the tables in one form for every order in which the kernel may list elements, chains and sets."""
+        """Return the tables in canonical order: the kernel may list elements, chains and sets in any order."""
         return json.dumps({family: table_state(self._node, family) for family in NFT_FAMILIES}, indent=1)
 
     def destinations(self) -> set[str]:
-        """Return each `ip:port` that is an element of a map of endpoints, or that a rule names."""
+        """Return each `ip:port` in a map of endpoints or in a rule."""
         found: set[str] = set()
         for family in NFT_FAMILIES:
             listed = self._node.run(["nft", "list", "table", family, TABLE], check=False).stdout
@@ -76,7 +76,7 @@ class NftablesRules:
         return found
 
     def elements(self) -> set[tuple[str, str, str]]:
-        """Return every element but those that packets made: the family, the set, and the element as text."""
+        """Return (family, set, element as text) of every element that was not added by a packet."""
         return {
             (family, content["name"], element)
             for family in NFT_FAMILIES
@@ -86,10 +86,10 @@ class NftablesRules:
 
 
 def table_state(node: Namespace, family: str) -> dict[str, Any]:
-    """Return what a table holds, from `nft -j`: sets and chains by name, elements in order, no handles.
+    """Return a table from `nft -j`: sets and chains by name, elements sorted, without handles; empty without a table.
 
-    Elements of sets that packets fill are left out. So are comments of sets and chains: they cannot be changed when a
-    table is taken over. Empty if there is no such table.
+    Elements of dynamic sets are omitted. So are comments of sets and chains, which cannot be changed when kproxy takes
+    over a table.
     """
     done = node.run(["nft", "-j", "list", "table", family, TABLE], check=False)
     state: dict[str, Any] = {}
@@ -108,16 +108,16 @@ def table_state(node: Namespace, family: str) -> dict[str, Any]:
     return dict(sorted(state.items()))
 
 
-def nothing_left_of_other(node: Namespace, mode: str) -> bool:
-    """Return whether a node holds nothing of the mode that is not this one, but for the chain that kubelet has too."""
+def no_rules_of_other_mode(node: Namespace, mode: str) -> bool:
+    """Return whether no rules of the other mode exist, except for the chain KUBE-FIREWALL, which kubelet uses too."""
     if mode == "iptables":
         return " kube-proxy\n" not in node.run(["nft", "list", "tables"]).stdout
     lines = [line for line in IptablesRules(node).text().splitlines() if "KUBE-" in line]
     return all("KUBE-FIREWALL" in line for line in lines)
 
 
-def remembered(node: Namespace, family: str) -> dict[str, dict[str, int]]:
-    """Return who is remembered by session affinity: the sets, with the clients in each and the seconds they have."""
+def affinity_clients(node: Namespace, family: str) -> dict[str, dict[str, int]]:
+    """Return the clients in each session affinity set, with the seconds until they expire."""
     listed = json.loads(node.run(["nft", "-j", "list", "table", family, TABLE]).stdout)["nftables"]
     sets = (item["set"] for item in listed if "set" in item)
     return {

@@ -1,7 +1,7 @@
-"""A network namespace that nothing but this process holds, so that it cannot outlive it.
+"""An anonymous network namespace that cannot outlive this process.
 
-No name, no mount, no file: the kernel takes the namespace back, with its links and rules, as soon as the
-last thread, process, socket and descriptor in it is gone, even after a kill -9.
+It has no name and no bind mount. The kernel frees it, with its links and rules, as soon as the last thread, process,
+socket and descriptor in it is gone, even after a `kill -9`.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Namespace:
-    """An anonymous network namespace, with the one thread of this process that lives in it.
+    """An anonymous network namespace and the one thread of this process that runs in it.
 
-    Subprocesses and sockets belong to the namespace of the thread that makes them, so everything is made in
-    that thread and may be used from any other.
+    Subprocesses and sockets belong to the namespace of the thread that creates them. So this thread creates them, and
+    any thread may use them.
     """
 
     def __init__(self, name: str) -> None:
@@ -41,17 +41,17 @@ class Namespace:
             raise
 
     def call(self, function: Callable[[], _T]) -> _T:
-        """Return what the function returns when it is called inside the namespace."""
+        """Call a function inside the namespace and return its result."""
         if threading.get_ident() == self._thread:
             return function()
         return self._worker.submit(function).result()
 
     def socket(self, family: int, kind: int, protocol: int = 0) -> socket.socket:
-        """Return a new socket of the namespace; it stays in there wherever it is used."""
+        """Create a socket in the namespace. It stays there, whichever thread uses it."""
         return self.call(lambda: socket.socket(family, kind, protocol))
 
     def run(self, argv: Sequence[str], text: str = "", check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run a command inside, `text` as its input; with `check`, a failure raises with what it said."""
+        """Run a command inside with `text` as its input. With `check`, a failure raises `RuntimeError`."""
         done = self.call(
             lambda: subprocess.run(argv, input=text, capture_output=True, text=True, timeout=HANG_GUARD, check=False)
         )
@@ -61,9 +61,9 @@ class Namespace:
         return done
 
     def popen(self, argv: Sequence[str], output: IO[str]) -> subprocess.Popen[str]:
-        """Start a command inside that dies with this namespace's thread, and so with this process.
+        """Start a command inside that is killed when this process exits.
 
-        The parent-death signal is tied to the thread that starts the child (prctl(2)), not to its process.
+        The parent-death signal is sent when the thread that started the child exits (prctl(2)).
         """
         guarded = ["setpriv", "--pdeathsig", "KILL", *argv]
         return self.call(
@@ -73,7 +73,7 @@ class Namespace:
         )
 
     def sysctl(self, **values: int) -> None:
-        """Set sysctls below net, written as `ipv4__conf__all__rp_filter=0`."""
+        """Set sysctls below `net`, written as `ipv4__conf__all__rp_filter=0`."""
 
         def write() -> None:
             for key, value in values.items():
@@ -82,7 +82,7 @@ class Namespace:
         self.call(write)
 
     def close(self) -> None:
-        """Leave the namespace to the kernel; what still runs in it because of `popen` is killed."""
+        """Release the namespace. Processes started by `popen` are killed."""
         self._worker.shutdown()
         os.close(self.fd)
 
@@ -90,6 +90,6 @@ class Namespace:
 def _enter_new_namespace() -> tuple[int, int]:
     if _libc.unshare(CLONE_NEWNET) != 0:
         code = ctypes.get_errno()
-        raise OSError(code, f"cannot make a network namespace: {os.strerror(code)} (needs CAP_SYS_ADMIN)")
-    # /proc/self would be the main thread, which is still in the namespace that the process came from.
+        raise OSError(code, f"cannot create a network namespace: {os.strerror(code)} (needs CAP_SYS_ADMIN)")
+    # /proc/self is the main thread, which stays in the original namespace.
     return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC), threading.get_ident()

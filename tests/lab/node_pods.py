@@ -1,4 +1,4 @@
-"""Many pods in one namespace per node: for tests in which what matters is their number, not their inside."""
+"""Pods that share one namespace per node, for tests that need many of them."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from tests.lab.client import Failed
 from tests.lab.links import version_of
 from tests.lab.topology import Host, Lab
 
-VANISHED = Failed("[Errno 113] No route to host")
-"""How a connection to a pod fails that has vanished, and no other in the lab."""
+UNREACHABLE = Failed("[Errno 113] No route to host")
+"""The outcome of connecting to a pod after `make_unreachable`. No other host of the lab answers so."""
 
 _REJECT = {4: ("iptables", "icmp-host-unreachable"), 6: ("ip6tables", "icmp6-addr-unreachable")}
 
 
-class Machine:
-    """Where all pods of one node live."""
+class NodePods:
+    """The namespace that all pods of one node share."""
 
     def __init__(self, lab: Lab, node: str, addresses: Sequence[str]) -> None:
-        """Add a namespace that has these addresses, to be shared out among pods."""
+        """Add a namespace with these addresses."""
         self._namespace = lab.add_pod(f"pods-{node}", *addresses, node=node).namespace
 
     def pod(self, name: str, *addresses: str) -> Host:
-        """Return one pod: some of the machine's addresses under a name."""
+        """Return a pod: some of the addresses, under a name."""
         return Host(name, self._namespace, addresses)
 
 
-def vanish(pod: Host) -> None:
-    """Make a pod unreachable from one moment to the next: "host unreachable" is the answer to new connections.
+def make_unreachable(pod: Host) -> None:
+    """Answer new connections to a pod with ICMP "host unreachable" from now on.
 
-    It comes from behind the node, so that the node's connection tracking keeps every attempt with this pod. What is
-    connected already ends in peace: nobody would tell its client that it waits in vain.
+    The answer comes from beyond the node, so the node's connection tracking keeps each attempt assigned to this pod.
+    Established connections are left alone: their clients would get no error and wait until they time out.
     """
     for address in pod.addresses:
         program, answer = _REJECT[version_of(address)]

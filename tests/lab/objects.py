@@ -1,4 +1,4 @@
-"""Kubernetes objects in the form of the API, with no more in them than a test says, and files of them."""
+"""Minimal Kubernetes objects in API form, and YAML files of them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def service(
     namespace: str = "demo",
     **spec: Any,
 ) -> Object:
-    """Return a Service with one port; further fields of its spec by their API names."""
+    """Return a Service with one port. `spec` are further fields of its spec, by their API names."""
     versions = [f"IPv{version_of(address)}" for address in cluster_ips]
     own: Object = {
         "type": "ClusterIP",
@@ -45,7 +45,7 @@ def service(
 def endpoint(
     address: str, node_name: str = NODE, *, ready: bool = True, serving: bool = True, terminating: bool = False
 ) -> Object:
-    """Return one endpoint of a slice."""
+    """Return one endpoint of an EndpointSlice."""
     conditions = {"ready": ready, "serving": serving, "terminating": terminating}
     return {"addresses": [address], "conditions": conditions, "nodeName": node_name}
 
@@ -59,7 +59,7 @@ def endpoint_slice(
     protocol: str = "TCP",
     namespace: str = "demo",
 ) -> Object:
-    """Return the one slice that a Service has in a family."""
+    """Return the EndpointSlice of a Service for one IP family."""
     return {
         "apiVersion": "discovery.k8s.io/v1",
         "kind": "EndpointSlice",
@@ -75,7 +75,7 @@ def endpoint_slice(
 
 
 def node(name: str = NODE, addresses: Sequence[str] = NODE_ADDRESSES) -> Object:
-    """Return a Node with these addresses of its own."""
+    """Return a Node with these internal IPs."""
     own = [{"type": "InternalIP", "address": address} for address in addresses]
     return {
         "apiVersion": "v1",
@@ -87,7 +87,7 @@ def node(name: str = NODE, addresses: Sequence[str] = NODE_ADDRESSES) -> Object:
 
 
 def write(path: Path, objects: Sequence[Object]) -> None:
-    """Write objects to one YAML file as a whole: a reader finds the old ones or the new ones."""
-    beside = path.with_name(f".{path.name}.new")
-    beside.write_text(yaml.safe_dump_all(objects, sort_keys=False))
-    os.replace(beside, path)
+    """Replace a YAML file atomically."""
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(yaml.safe_dump_all(objects, sort_keys=False))
+    os.replace(temporary, path)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Self
 
+from kproxy.model.types import Family
 from tests.lab.topology import NODE, Lab
-from tests.lab.waiting import HANG_GUARD
+from tests.lab.waiting import HANG_GUARD, wait_until
 
 KPROXY = str(Path(sys.executable).with_name("kproxy"))
 CLUSTER_CIDR = "10.244.0.0/16,fd00:10:244::/48"
@@ -15,18 +17,18 @@ FLAGS = (
     f"--hostname-override={NODE}",
     f"--cluster-cidr={CLUSTER_CIDR}",
     "--proxy-mode=iptables",
-    "--conntrack-max-per-core=0",  # a setting of the whole machine, which is not the lab's to change
+    "--conntrack-max-per-core=0",  # a setting of the whole machine, not of a namespace
     "--conntrack-min=0",
 )
 
 
 def apply(lab: Lab, objects: Path, *flags: str) -> None:
-    """Program the objects on the lab's node; raises with what kproxy said if it did not work."""
+    """Program the objects on the lab's node. Raises `RuntimeError` with the output of kproxy if it fails."""
     lab.node.namespace.run([KPROXY, "apply", f"--objects={objects}", *FLAGS, *flags])
 
 
 class Daemon:
-    """`kproxy run` on the lab's node, until it is left (use it in a `with`), and never longer than we live."""
+    """`kproxy run` on the lab's node, in a `with` block. It dies with the test process."""
 
     def __init__(self, lab: Lab, objects: Path, log: Path, *flags: str) -> None:
         self._lab = lab
@@ -34,29 +36,50 @@ class Daemon:
         self._command = [KPROXY, "run", f"--objects={objects}", *FLAGS, *flags]
         self._process: subprocess.Popen[str] | None = None
 
-    def __enter__(self) -> Daemon:
+    def __enter__(self) -> Self:
         with self._log.open("w") as output:
             self._process = self._lab.node.namespace.popen(self._command, output)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        assert self._process is not None
-        self._process.terminate()
+        process = self._running()
+        process.terminate()
         try:
-            self._process.wait(HANG_GUARD)
+            process.wait(HANG_GUARD)
         finally:
-            self._process.kill()
+            process.kill()
 
     @property
     def command(self) -> str:
-        """The command line, for humans."""
+        """The command line, to be shown to people."""
         return " ".join(["kproxy", *self._command[1:]])
 
     def is_up(self) -> bool:
-        """Return True while the daemon runs; raise with its own last words if it has ended."""
-        assert self._process is not None
-        code = self._process.poll()
+        """Return True while the daemon runs. Raises `RuntimeError` with its last log line if it has exited."""
+        code = self._running().poll()
         if code is not None:
-            words = self._log.read_text().strip().splitlines() or ["(it said nothing)"]
-            raise RuntimeError(f"kproxy ended with exit code {code}: {words[-1]}")
+            lines = self._log.read_text().strip().splitlines() or ["(no output)"]
+            raise RuntimeError(f"kproxy exited with code {code}: {lines[-1]}")
         return True
+
+    def wait_until_synced(self) -> None:
+        """Return once the daemon has logged a sync of each family. Raises `RuntimeError` if it exits before."""
+        wait_until(lambda: self.is_up() and self._has_synced(), "kproxy logs a sync of each family")
+
+    def kill(self) -> None:
+        """Kill the daemon as `kill -9` does."""
+        self._running().kill()
+        self._running().wait(HANG_GUARD)
+
+    def terminate(self) -> int:
+        """Stop the daemon as a service manager does; return its exit status."""
+        self._running().terminate()
+        return self._running().wait(HANG_GUARD)
+
+    def _running(self) -> subprocess.Popen[str]:
+        assert self._process is not None
+        return self._process
+
+    def _has_synced(self) -> bool:
+        lines = [line for line in self._log.read_text().splitlines() if ": synced " in line]
+        return all(any(f" {family.value}: " in line for line in lines) for family in Family)

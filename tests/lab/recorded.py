@@ -1,4 +1,4 @@
-"""A recorded cluster brought to life: servers on its endpoints, and the ways that lead to them."""
+"""A recorded cluster in the lab: servers on its endpoints, and the frontends that lead to them."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 
 from tests.lab.connection_stream import Target
 from tests.lab.links import version_of
-from tests.lab.node_pods import Machine
+from tests.lab.node_pods import NodePods
 from tests.lab.objects import Object
 from tests.lab.servers import Servers
 from tests.lab.topology import NODE, OUTSIDE_ADDRESSES, Host, Lab
 from tests.recordings import items
 
 SUBNETS = {"10.244.1.": NODE, "10.244.2.": "node-2", "10.244.3.": "node-3"}
-"""Where the recorded pods live, by how their IPv4 addresses begin."""
+"""The nodes of the recorded pods, by IPv4 prefix."""
 
 
 @dataclass(frozen=True)
 class _Endpoint:
-    """A ready endpoint of one port."""
+    """A ready endpoint of one service port."""
 
     address: str
     port: int
@@ -28,14 +28,16 @@ class _Endpoint:
 
 
 class RecordedCluster:
-    """The TCP ports with ready endpoints of a recording, served and reachable in a lab."""
+    """The TCP service ports of a recording that have ready endpoints, served in a lab."""
 
     def __init__(self, lab: Lab, servers: Servers, scenario: str) -> None:
         self._slices = items(scenario, "endpointslices")
         self._lab = lab
         self._inside = lab.add_pod("client", "10.244.1.250")
         self._visitor = lab.add_client("visitor", "198.51.100.10")
-        ports = [(name_of(service), service, port) for service in items(scenario, "services") for port in tcp(service)]
+        ports = [
+            (name_of(service), service, port) for service in items(scenario, "services") for port in tcp_ports(service)
+        ]
         found = {(name, port["name"]): list(self._ready(service, port)) for name, service, port in ports}
         self._serve(servers, found)
         self.targets = [
@@ -54,10 +56,10 @@ class RecordedCluster:
                     yield _Endpoint(endpoint["addresses"][0], number, endpoint.get("nodeName", ""))
 
     def _serve(self, servers: Servers, found: dict[tuple[str, str], list[_Endpoint]]) -> None:
-        """Answer on every endpoint, as `<service>/<address>`."""
+        """Run a server named `<service>/<address>` on every endpoint."""
         addresses = {endpoint.address for endpoints in found.values() for endpoint in endpoints}
-        machines = {
-            subnet: Machine(self._lab, node, sorted(each for each in addresses if each.startswith(subnet)))
+        pods = {
+            subnet: NodePods(self._lab, node, sorted(each for each in addresses if each.startswith(subnet)))
             for subnet, node in SUBNETS.items()
         }
         for (name, _), endpoints in found.items():
@@ -66,11 +68,11 @@ class RecordedCluster:
                 if address == OUTSIDE_ADDRESSES[0]:
                     pod = Host(pod_name, self._lab.outside.namespace, (address,))
                 else:
-                    pod = machines[address.rpartition(".")[0] + "."].pod(pod_name, address)
+                    pod = pods[address.rpartition(".")[0] + "."].pod(pod_name, address)
                 servers.serve(pod, port)
 
     def _targets(self, name: str, service: Object, port: Object, ready: Sequence[_Endpoint]) -> Iterator[Target]:
-        """Yield the ways to a port that lead to a ready endpoint, by its traffic policies."""
+        """Yield the frontends of a port that lead to a ready endpoint under its traffic policies."""
         spec = service["spec"]
         local = [endpoint for endpoint in ready if endpoint.node == NODE]
         inside = local if spec.get("internalTrafficPolicy") == "Local" else ready
@@ -86,13 +88,13 @@ class RecordedCluster:
 
 
 def name_of(found: Object, labels: dict[str, str] | None = None) -> str:
-    """Return the name with its namespace of a Service, or of the Service that these labels of a slice name."""
+    """Return `<namespace>/<name>` of a Service, or of the Service that the labels of an EndpointSlice name."""
     metadata = found["metadata"]
     own = labels.get("kubernetes.io/service-name", "") if labels is not None else metadata["name"]
     return f"{metadata['namespace']}/{own}"
 
 
-def tcp(service: Object) -> list[dict[str, Any]]:
+def tcp_ports(service: Object) -> list[dict[str, Any]]:
     """Return the TCP ports of a Service."""
     return [port for port in service["spec"].get("ports", ()) if port["protocol"] == "TCP"]
 
@@ -102,7 +104,7 @@ def _ipv4(addresses: Sequence[str]) -> list[str]:
 
 
 def _load_balancers(service: Object) -> list[str]:
-    """Return the addresses that lead anybody here: those of mode VIP, if all sources are allowed."""
+    """Return the load balancer IPs that any client may use: ipMode VIP, no source ranges."""
     if service["spec"].get("loadBalancerSourceRanges"):
         return []
     entries = service["status"]["loadBalancer"].get("ingress", ())

@@ -1,4 +1,4 @@
-"""What the lab needs of the machine, and what to tell a human where it is missing."""
+"""Requirements of the lab, and messages for people when one is missing."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ PACKAGES = {
     "unshare": "util-linux",
     "mount": "mount",
 }
-"""Commands, with the Debian package that each is in."""
+"""Required commands and their Debian packages."""
 
-NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
-"""Runs a command as an ordinary user."""
+UNPRIVILEGED = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+"""Command prefix that runs a command as an unprivileged user."""
 
 
 def missing_commands(path: str | None = None) -> str:
-    """Return one line that says what to install, or "" if everything is in `path` (by default $PATH)."""
+    """Return what to install, in one line, or "" if every command is in `path` ($PATH by default)."""
     absent = [command for command in PACKAGES if shutil.which(command, path=path) is None]
     if not absent:
         return ""
@@ -34,7 +34,7 @@ def missing_commands(path: str | None = None) -> str:
 
 
 def missing_privilege() -> str:
-    """Return one line that says why network namespaces cannot be made here, or ""."""
+    """Return why this process cannot create network namespaces, in one line, or "" if it can."""
     try:
         Namespace("probe").close()
     except OSError as error:
@@ -43,19 +43,19 @@ def missing_privilege() -> str:
 
 
 def missing_access(*starter: str) -> str:
-    """Return one line that says why an ordinary user cannot run the Python of these tests, or "".
+    """Return why an unprivileged user cannot run the Python of these tests, in one line, or "" if they can.
 
-    Without a `starter`, setpriv executes it while it still has root's capabilities; those are gone if that is another
-    program, such as `sh -c 'exec "$0" "$@"'`.
+    Without a `starter`, setpriv itself executes Python, while it still has root's capabilities. With one, such as
+    `sh -c 'exec "$0" "$@"'`, they are gone by then.
     """
-    command = [*NOBODY, *starter, sys.executable, "-c", "import kproxy, rich"]
+    command = [*UNPRIVILEGED, *starter, sys.executable, "-c", "import kproxy, rich"]
     if subprocess.run(command, capture_output=True, check=False).returncode:
-        return f"an ordinary user may not run {sys.executable}"
+        return f"an unprivileged user cannot run {sys.executable}"
     return ""
 
 
 def missing_protocol(protocol: str) -> str:
-    """Return one line that says why the kernel has no sockets of this protocol, or ""."""
+    """Return why the kernel has no sockets of this protocol, in one line, or "" if it has."""
     try:
         socket.socket(socket.AF_INET, *SOCKET_TYPES[protocol]).close()
     except OSError as error:

@@ -1,12 +1,13 @@
-"""Real servers in the lab's pods: one thread, any number of sockets.
+"""Real servers in the lab's pods: one thread for any number of sockets.
 
-Streams (TCP, SCTP) speak HTTP/1.1, datagrams (UDP) one line each way. Every answer is
-`<pod's name> <client's address as the pod sees it>`.
+TCP and SCTP servers speak HTTP/1.1; UDP servers answer one line with one line. Every answer is
+`<name of the pod> <client address as the pod sees it>`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 import threading
 from collections.abc import Coroutine
@@ -15,8 +16,8 @@ from typing import Any, TypeVar, cast
 
 from tests.lab.links import version_of
 from tests.lab.topology import Host
+from tests.lab.waiting import HANG_GUARD, wait_until
 
-HANG_GUARD = 30.0
 BACKLOG = 512
 FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
 SOCKET_TYPES = {
@@ -30,7 +31,7 @@ _T = TypeVar("_T")
 
 @dataclass
 class _Listener:
-    """What serves one socket: exactly one of the two, and the requests it has not answered yet."""
+    """The server of one socket, a stream or a datagram server, and its unanswered requests."""
 
     server: asyncio.Server | None = None
     datagrams: asyncio.DatagramTransport | None = None
@@ -38,7 +39,7 @@ class _Listener:
 
 
 class Servers:
-    """All servers of a lab. Close it before the lab, or use it in a `with`."""
+    """All servers of a lab. Close it before the lab, or use it in a `with` block."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
@@ -53,22 +54,22 @@ class Servers:
         self.close()
 
     def serve(self, pod: Host, port: int, protocol: str = "TCP") -> None:
-        """Answer on this port of all of the pod's addresses; it listens when this returns."""
+        """Listen on a port of all addresses of a pod."""
         for address in pod.addresses:
             kind, number = SOCKET_TYPES[protocol]
             listening = pod.namespace.socket(FAMILIES[version_of(address)], kind, number)
             listening.setblocking(False)
-            listening.bind((address, port))
+            _bind(listening, address, port)
             listener = self._await(self._start(pod.name, listening, protocol))
             self._listeners.setdefault(pod.name, []).append(listener)
 
     def stop(self, pod: Host) -> None:
-        """Stop listening in a pod, once every request that it has accepted is answered."""
+        """Stop all servers of a pod once every accepted request is answered."""
         for listener in self._listeners.pop(pod.name, []):
             self._await(_finish(listener))
 
     def close(self) -> None:
-        """Stop everything at once, answered or not."""
+        """Stop all servers at once; requests in flight are aborted."""
         for listeners in self._listeners.values():
             for listener in listeners:
                 self._await(_abort(listener))
@@ -97,8 +98,23 @@ class Servers:
         return listener
 
 
+def _bind(listening: socket.socket, address: str, port: int) -> None:
+    """Bind a socket. A busy kernel may need a moment until an address that was just added can be used."""
+
+    def is_bound() -> bool:
+        try:
+            listening.bind((address, port))
+        except OSError as error:
+            if error.errno != errno.EADDRNOTAVAIL:
+                raise
+            return False
+        return True
+
+    wait_until(is_bound, f"address {address} can be used")
+
+
 async def _finish(listener: _Listener) -> None:
-    """Close the listener, then let the requests under way end."""
+    """Close the listener, then wait for the requests in flight."""
     if listener.datagrams is not None:
         listener.datagrams.close()
     if listener.server is not None:
@@ -119,7 +135,7 @@ class _Datagrams(asyncio.DatagramProtocol):
         self._transport: asyncio.DatagramTransport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast("asyncio.DatagramTransport", transport)  # its class only quacks like one
+        self._transport = cast("asyncio.DatagramTransport", transport)  # the actual class is not a subclass
 
     def datagram_received(self, data: bytes, addr: tuple[Any, ...]) -> None:
         assert self._transport is not None
@@ -134,6 +150,6 @@ async def _answer_http(name: str, reader: asyncio.StreamReader, writer: asyncio.
         writer.write(head.encode() + b"Connection: close\r\n\r\n" + body)
         await writer.drain()
     except (asyncio.IncompleteReadError, ConnectionError):
-        pass  # the client left: there is nobody to tell
+        pass  # the client closed the connection
     finally:
         writer.close()

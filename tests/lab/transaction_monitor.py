@@ -1,4 +1,4 @@
-"""What was written to a namespace's nf_tables, and by whom: the kernel tells of every transaction."""
+"""Monitor the nf_tables transactions of a namespace, as `nft monitor` does."""
 
 from __future__ import annotations
 
@@ -20,26 +20,29 @@ _SUBSYSTEM = 10 << 8  # NFNL_SUBSYS_NFTABLES
 _NEW_GENERATION = _SUBSYSTEM | 15  # NFT_MSG_NEWGEN, which ends a transaction
 _PROCESS_NAME = 3  # NFTA_GEN_PROC_NAME
 _TABLE_NAMES = {_SUBSYSTEM | kind for kind in (0, 2, 3, 5, 6, 8, 9, 11, 12, 14)}
-"""NFT_MSG_NEWTABLE, DELTABLE, and the same for chains, rules, sets and elements: each names the table first."""
+"""NFT_MSG_NEWTABLE, DELTABLE, and the same for chains, rules, sets and elements.
+
+The first attribute of each is the name of the table.
+"""
 
 _ELEMENTS = {_SUBSYSTEM | 12, _SUBSYSTEM | 14}  # NFT_MSG_NEWSETELEM, DELSETELEM
 _TABLE_NAME = 1  # NFTA_TABLE_NAME, NFTA_CHAIN_TABLE and so on
 _SET_NAME, _LIST = 2, 3  # NFTA_SET_ELEM_LIST_SET, NFTA_SET_ELEM_LIST_ELEMENTS
 _ATTRIBUTE = struct.Struct("=HH")
 _CHAIN_NAMES = {_SUBSYSTEM | 3: 3, _SUBSYSTEM | 5: 3, _SUBSYSTEM | 6: 2, _SUBSYSTEM | 8: 2}
-"""Where the chain's name is in NFT_MSG_NEWCHAIN, DELCHAIN, NEWRULE and DELRULE."""
+"""The attribute with the chain's name in NFT_MSG_NEWCHAIN, DELCHAIN, NEWRULE and DELRULE."""
 
 _HEADER = struct.Struct("=IHHII")
 _NFGENMSG_SIZE = 4
 _CHUNK = 1 << 16
-_RECEIVE_BUFFER_FORCED, _BUFFER = 33, 1 << 24  # SO_RCVBUFFORCE: every single rule is told as well
+_RECEIVE_BUFFER_FORCED, _BUFFER = 33, 1 << 24  # SO_RCVBUFFORCE: there is one notification per rule
 
 
 @dataclass(frozen=True)
 class Transaction:
-    """Which process made it, the names of the chains in which it changed anything, and elements it added or removed.
+    """The process that committed it, the chains that it changed, and the elements that it added or removed.
 
-    The elements are counted by their set, named `<table> <set>`.
+    Elements are counted per set, named `<table> <set>`.
     """
 
     process: str
@@ -47,14 +50,15 @@ class Transaction:
     elements: frozenset[tuple[str, int]] = frozenset()
 
 
-class Commits:
-    """Transactions in a namespace since this was made. Changes by iptables-legacy are none; use it in a `with`.
+class TransactionMonitor:
+    """The transactions in a namespace since this object was created. Use it in a `with` block.
 
-    Those that changed a table called `without` are left out.
+    Changes by iptables-legacy are not nf_tables transactions. Transactions that changed a table named `ignore_table`
+    are omitted.
     """
 
-    def __init__(self, namespace: Namespace, *, without: str = "") -> None:
-        self._without = without
+    def __init__(self, namespace: Namespace, *, ignore_table: str = "") -> None:
+        self._ignore_table = ignore_table
         self._tables: set[str] = set()
         self._chains: set[str] = set()
         self._elements: Counter[str] = Counter()
@@ -64,14 +68,14 @@ class Commits:
         self._socket.setsockopt(socket.SOL_SOCKET, _RECEIVE_BUFFER_FORCED, _BUFFER)
         self._socket.setblocking(False)
 
-    def __enter__(self) -> Commits:
+    def __enter__(self) -> TransactionMonitor:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._socket.close()
 
     def new(self) -> list[Transaction]:
-        """Return the transactions that ended since the last call."""
+        """Return the transactions committed since the last call."""
         found: list[Transaction] = []
         while True:
             try:
@@ -81,13 +85,13 @@ class Commits:
             found += self._transactions(data)
 
     def wait_for(self, count: int) -> None:
-        """Return as soon as `count` transactions have been made since the last call of `new`."""
+        """Return as soon as `count` transactions have been committed since the last call of `new`."""
         seen = 0
-        waiting = select.poll()  # not select(2), which knows no descriptors beyond 1023
+        waiting = select.poll()  # select(2) cannot handle descriptors above 1023
         waiting.register(self._socket, select.POLLIN)
         while seen < count:
             if not waiting.poll(HANG_GUARD * 1000):
-                raise TimeoutError(f"waited {HANG_GUARD:.0f} s in vain for transaction {seen + 1} of {count}")
+                raise TimeoutError(f"no transaction {seen + 1} of {count} within {HANG_GUARD:.0f} s")
             seen += len(self.new())
 
     def _transactions(self, data: bytes) -> Iterator[Transaction]:
@@ -104,7 +108,7 @@ class Commits:
                 self._elements[owner] += _length(data, *payload[_LIST])
             elif kind == _NEW_GENERATION:
                 process = _text(data, payload[_PROCESS_NAME])
-                if self._without not in self._tables:
+                if self._ignore_table not in self._tables:
                     yield Transaction(process, frozenset(self._chains), frozenset(self._elements.items()))
                 self._tables.clear()
                 self._chains.clear()
@@ -113,7 +117,7 @@ class Commits:
 
 
 def _length(data: bytes, begin: int, end: int) -> int:
-    """Return how many elements a list has."""
+    """Return the number of elements in a list attribute."""
     count = 0
     while begin + _ATTRIBUTE.size <= end:
         size, _ = _ATTRIBUTE.unpack_from(data, begin)
@@ -122,5 +126,5 @@ def _length(data: bytes, begin: int, end: int) -> int:
     return count
 
 
-def _text(data: bytes, place: tuple[int, int]) -> str:
-    return data[slice(*place)].rstrip(b"\0").decode()
+def _text(data: bytes, span: tuple[int, int]) -> str:
+    return data[slice(*span)].rstrip(b"\0").decode()

@@ -1,4 +1,4 @@
-"""Waiting for a condition of the outside world that nobody announces."""
+"""Wait for a condition by polling."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import time
 from collections.abc import Callable
 
 HANG_GUARD = 30.0
-"""Seconds after which a condition counts as one that never comes; far beyond what any of them takes."""
+"""Seconds after which waiting fails. Far longer than any condition takes."""
 
-BETWEEN_LOOKS = 0.01
+POLL_INTERVAL = 0.01
 
 
 def wait_until(condition: Callable[[], object], what: str) -> None:
-    """Return once the condition holds; raise `TimeoutError`, saying `what` was awaited, when it never does."""
+    """Return once the condition is true. Raises `TimeoutError` with `what` after `HANG_GUARD` seconds."""
     deadline = time.monotonic() + HANG_GUARD
     while not condition():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {HANG_GUARD:.0f} s in vain: {what}")
-        time.sleep(BETWEEN_LOOKS)
+            raise TimeoutError(f"not true after {HANG_GUARD:.0f} s: {what}")
+        time.sleep(POLL_INTERVAL)

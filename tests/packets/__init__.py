@@ -1,57 +1,59 @@
-"""One table of packets for every recorded cluster: who sends what to where, and what becomes of it, in either mode.
+"""A table of packets for every recorded cluster: who sends them, to which address, and their fate in each mode.
 
-`packets.txt` has one row per packet, its columns two or more blanks apart:
+`packets.txt` has one row per packet. Two or more spaces separate its columns:
 
-    scenario      a folder of tests/golden
-    from          who sends it (see places.py); `endpoint A` is the pod with that address;
-                  `node as A` is this node where it holds A as an address of its own;
-                  `... remembering S` has been sent to the endpoint S by session affinity before
-    to            address:port and protocol
-    fate          `untouched`: arrives where it was sent to, from whom it was sent
-                  `dnat E, E`: is sent to one of these endpoints, each as likely as the others
-                  `dnat+masq E`: the same, and the endpoint sees the node as the source
-                  `...+affinity`: and the next one goes to the same endpoint
+    scenario      a directory in tests/golden
+    sender        see senders.py; `endpoint A` is the pod with address A;
+                  `node as A` is the node, where A is one of its additional addresses;
+                  `... remembering S`: session affinity has sent this sender to endpoint S before
+    destination   address:port and protocol
+    fate          `untouched`: no rule changes source or destination
+                  `dnat E, E`: DNAT to one of these endpoints, each with the same probability
+                  `dnat+masq E`: in addition, the packet is masqueraded
+                  `...+affinity`: in addition, session affinity sends the next packet to the same endpoint
                   `reject port-unreachable`, `drop`
-                  Several of them, where the fate depends on which endpoint chance picks, are parted by `; `.
+                  A semicolon separates several fates, if the fate depends on the endpoint that is picked.
 
-The fates are those in iptables mode. `nftables.txt` holds the rows whose fate is another one in nftables mode, with
-that fate, each under the reason for it: a heading `## REASON`, one of the list in differences.py. Any other row has the
-same fate in both modes. A row that differs and is not there is an error, and so is one that is there and does not.
+The fates are those in iptables mode. `nftables.txt` lists the rows whose fate differs in nftables mode, with that fate,
+grouped by the reason: a heading `## REASON`, one of those in differences.py. All other rows have the same fate in both
+modes. A row that differs but is not listed is an error, and so is a listed row that does not differ.
 
-The rows were derived from the rules that kube-proxy 1.36 programmed, never from kproxy's: `python -m
-tests.packets.record` does it again, for both files. A reviewed table is a fact; a row that changes needs a reason.
+The fates derive from the rules that kube-proxy 1.36 programmed, never from kproxy's. `python -m tests.packets.record`
+writes both files. The tables have been reviewed: a row that changes needs a reason.
 
-`compare.wrong_fates` compares the rules of any dump with the rows of a scenario.
+`compare.wrong_fates` compares a rule set with the rows of a scenario.
 
-What may surprise, and is right:
+These results are correct, though they may be surprising:
 
-* A pod of another node is "in the cluster" under ClusterCIDR, but not under NodeCIDR or by interface: then it is
-  masqueraded, and a frontend with `externalTrafficPolicy: Local` treats it as a host outside.
-* `externalTrafficPolicy: Local` does not bind pods and this node: they get all endpoints at a NodePort or VIP, even
-  where a host outside is dropped because there is no endpoint here.
-* `internalTrafficPolicy: Local` binds only the ClusterIP. There it holds for everyone, hosts outside included, and
-  with no endpoint here everyone is dropped.
-* `masqueradeAll` masquerades what goes to the ClusterIP. A pod that goes to a VIP of policy Local is not.
-* A hairpin is masqueraded only if chance picks the sender itself: one row has then two fates.
-* Source ranges guard the VIP only, but from everyone: pods and this node must be in a range, too.
-* Affinity binds to an endpoint only under the policy that picks it: a client that was sent to another node by a pod's
-  way comes to this node's endpoint by a NodePort of policy Local.
-* Without endpoints, ClusterIP, VIP and NodePort refuse. An undefined port of a ClusterIP is left alone (iptables has
-  no rule for it), and so are a VIP of ipMode Proxy and a NodePort in a family that the Service is not of.
-* This node itself is the exception: its packets to a VIP or external IP without endpoints leave, unrefused, for whoever
-  is behind that address (KUBE-EXTERNAL-SERVICES is not reached from OUTPUT).
-* A Service with the label `service.kubernetes.io/headless` and a ClusterIP refuses: only its slices are passed over.
-* 127.0.0.1 is an address for NodePorts, ::1 is not. What a neighbour sends to 127.0.0.1 is dropped by KUBE-FIREWALL,
-  but not at a NodePort, which treats it like what comes for any other address of this node.
+* A pod on another node is in the cluster according to ClusterCIDR, but not according to NodeCIDR or an interface name.
+  In the latter case its packets are masqueraded, and a frontend with `externalTrafficPolicy: Local` treats it like an
+  external client.
+* `externalTrafficPolicy: Local` does not apply to pods and the node itself: they reach all endpoints at a NodePort or
+  VIP, even if packets of external clients are dropped because the node has no endpoint.
+* `internalTrafficPolicy: Local` applies only to the ClusterIP, and there to all senders, including external clients. If
+  the node has no endpoint, all packets are dropped.
+* `masqueradeAll` applies to the ClusterIP. Packets from a pod to a VIP with policy Local are not masqueraded.
+* Hairpin traffic is masqueraded only if the random choice is the sender itself, so such a row has two fates.
+* Source ranges apply only to the VIP, but there to all senders: pods and the node must be in a range too.
+* Affinity keeps an endpoint only within a traffic policy: a client that remembers an endpoint on another node is sent
+  to an endpoint on this node at a NodePort with policy Local.
+* Without endpoints, ClusterIP, VIP and NodePort reject connections. No iptables rule matches an undefined port of a
+  ClusterIP, a VIP with ipMode Proxy, or a NodePort in an IP family that the Service does not have.
+* Packets of the node itself to a VIP or external IP without endpoints are not rejected, but leave for the owner of that
+  address: OUTPUT does not jump to KUBE-EXTERNAL-SERVICES.
+* A Service with the label `service.kubernetes.io/headless` and a ClusterIP rejects connections: only its EndpointSlices
+  are ignored.
+* NodePorts are reachable at 127.0.0.1, but not at ::1. KUBE-FIREWALL drops packets that another host sends to
+  127.0.0.1, except to a NodePort, which treats them like packets to any other address of the node.
 
-And in nftables mode:
+In nftables mode:
 
-* The recorded nodes, 10.99.0.0/24, lie in the ServiceCIDR 10.96.0.0/12. So what goes on to a node, or from this one to
-  itself, is dropped like what goes to an unallocated ClusterIP, even after its destination was translated: the
-  Service `kubernetes` cannot be reached. That is what kube-proxy's rules do in such a cluster, and so the kernel.
-* An endpoint elsewhere that reaches itself by way of this node is not masqueraded: it gets a packet from its own
-  address, which it drops. Chance has still picked it, as the table says; the client sees a timeout.
-* What a neighbour sends to 127.0.0.1 is untouched by rules. The kernel drops it, since route_localnet is off.
-* Unlike in iptables mode, the node itself is refused by a VIP or external IP without endpoints, and packets of no
-  known connection (INVALID) are let through.
+* The nodes' network 10.99.0.0/24 is part of the ServiceCIDR 10.96.0.0/12 of the recorded clusters. Packets to a node,
+  including from the node to itself, are therefore dropped like packets to an unallocated ClusterIP, even after DNAT:
+  the Service `kubernetes` is unreachable. kube-proxy's rules do the same in such a cluster.
+* If an endpoint on another node reaches itself through this node, its packet is not masqueraded. It receives a packet
+  from its own address and drops it, so the client sees a timeout. The table shows only which endpoint was picked.
+* No rule matches packets that another host sends to 127.0.0.1. The kernel drops them, because route_localnet is off.
+* Unlike in iptables mode, packets of the node itself to a VIP or external IP without endpoints are rejected, and
+  packets that belong to no known connection (INVALID) are accepted.
 """

@@ -1,4 +1,4 @@
-"""Rules against the table: what they do to its packets, and what they should do."""
+"""Compare the fates of packets under a rule set with the table."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ from collections.abc import Iterable, Mapping
 from kproxy.model.types import Family
 from kproxy.simulate.packet import Simulator
 from tests.packets.expectation import EXACTLY, describe, uneven
-from tests.packets.places import packet_of
+from tests.packets.senders import packet_of
 from tests.packets.table import Row
 
 
 def wrong_fates(
-    table: Iterable[Row], scenario: str, rules: Mapping[Family, Simulator], unevenness: float = EXACTLY
+    table: Iterable[Row], scenario: str, rules: Mapping[Family, Simulator], tolerance: float = EXACTLY
 ) -> dict[str, tuple[str, str]]:
-    """Return what the rules do and what the table says, for every packet of a scenario where it is not the same.
+    """Return the actual and the expected fate of every packet of a scenario for which they differ.
 
-    So is chance that prefers an endpoint over others by more than a part of `unevenness`.
+    The fates also differ if an endpoint's probability deviates from an equal share by more than `tolerance`, relative
+    to that share.
     """
     rows = [row for row in table if row.scenario == scenario]
-    assert rows, f"{scenario}: no packet of it is in the table"
-    found = {str(row): (_fate_of(row, rules[row.family], unevenness), row.fate) for row in rows}
-    return {row: both for row, both in found.items() if both[0] != both[1]}
+    assert rows, f"the table has no packets for scenario {scenario}"
+    fates = {str(row): (_fate_of(row, rules[row.family], tolerance), row.fate) for row in rows}
+    return {row: (actual, expected) for row, (actual, expected) in fates.items() if actual != expected}
 
 
-def _fate_of(row: Row, rules: Simulator, unevenness: float) -> str:
+def _fate_of(row: Row, rules: Simulator, tolerance: float) -> str:
     outcome = rules.send(packet_of(row))
-    preferred = uneven(outcome, unevenness)
-    return describe(outcome) + "".join(f" ({share:.4f} of all to {one})" for one, share in preferred.items())
+    shares = uneven(outcome, tolerance)
+    return describe(outcome) + "".join(f" (share {share:.4f}: {target})" for target, share in shares.items())

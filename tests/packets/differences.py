@@ -1,4 +1,4 @@
-"""Where nftables mode differs from iptables mode, packet by packet, and why."""
+"""The packets whose fate in nftables mode differs from that in iptables mode, and the reasons."""
 
 from __future__ import annotations
 
@@ -9,110 +9,114 @@ from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.packets.places import (
-    HERE,
-    HOLDER,
+from tests.packets.senders import (
+    LOCAL_POD_CIDRS,
     NODE,
+    NODE_AS,
     SECOND_NODE_ADDRESSES,
     SERVICE_CIDRS,
     source_of,
 )
-from tests.packets.table import HEAD, Row, read_row, read_table, rows_text, split_socket
+from tests.packets.table import HEADER, Row, read_row, read_table, rows_text, split_socket
 
 PATH = Path(__file__).with_name("nftables.txt")
 _HEADING = "## "
 
 
 class Reason(Enum):
-    """All the reasons there are for another fate in nftables mode."""
+    """Every reason why a fate differs in nftables mode."""
 
-    UNDEFINED_PORT = "an undefined port of a ClusterIP refuses"
-    UNALLOCATED = "what goes to an address of a ServiceCIDR that no Service has is dropped"
-    OVERLAP = "so is what goes to a node with an address in a ServiceCIDR, even after translation"
-    REFUSED_FROM_NODE = "a VIP or external IP without endpoints refuses this node's own packets, too"
-    HAIRPIN = "only an endpoint that may be on this node is masqueraded when it is sent to itself"
-    PRIMARY_ADDRESS = "NodePorts answer on this node's primary addresses only, by default"
-    LOOPBACK = "NodePorts never answer on 127.0.0.1"
-    MARTIAN = "what a neighbour sends to 127.0.0.1 is left for the kernel to drop, as route_localnet stays off"
+    UNDEFINED_PORT = "an undefined port of a ClusterIP rejects connections"
+    UNALLOCATED = "packets to an unallocated address in a ServiceCIDR are dropped"
+    OVERLAP = "packets to a node whose address is in a ServiceCIDR are dropped, even after DNAT"
+    REFUSED_FROM_NODE = "a VIP or external IP without endpoints also rejects packets of this node"
+    HAIRPIN = "hairpin packets are masqueraded only if the endpoint may be on this node"
+    PRIMARY_ADDRESS = "by default, NodePorts are reachable only at the primary addresses of this node"
+    LOOPBACK = "NodePorts are not reachable at 127.0.0.1"
+    MARTIAN = "the kernel, not a rule, drops packets from other hosts to 127.0.0.1, because route_localnet is off"
 
 
 class Difference(NamedTuple):
-    """A row with its fate in nftables mode, and why that is not the one in iptables mode."""
+    """A row with its fate in nftables mode, and the reason why it differs from iptables mode."""
 
     reason: Reason
     row: Row
 
 
 def reason_for(row: Row, fate: str) -> Reason:
-    """Return why a row's fate becomes another one in nftables mode; `ValueError` if no reason fits, or several."""
+    """Return the reason why a row's fate differs in nftables mode. Raises `ValueError` unless exactly one fits."""
     fitting = [reason for reason, fits in _FITS.items() if fits(row, fate)]
     if len(fitting) != 1:
         names = ", ".join(reason.name for reason in fitting) or "no reason"
-        raise ValueError(f"{row}: {row.fate} becomes {fate}: {names}")
+        raise ValueError(f"{row}: {row.fate} in iptables mode, {fate} in nftables mode: {names} fits")
     return fitting[0]
 
 
 def read_differences() -> list[Difference]:
-    """Return all rows whose fate differs, with the reasons under which they stand."""
+    """Read all rows whose fate differs, with the reasons they are listed under."""
     found = []
     reason: Reason | None = None
     for line in PATH.read_text().splitlines():
         if line.startswith(_HEADING):
             reason = Reason(line.removeprefix(_HEADING))
         elif line and not line.startswith("#"):
-            assert reason, f"{line}: without a reason"
+            assert reason, f"no reason above this row: {line}"
             found.append(Difference(reason, read_row(line)))
     return found
 
 
 def read_nftables_table() -> list[Row]:
-    """Return all rows of the table, with their fates in nftables mode."""
+    """Read all rows of the table, with their fates in nftables mode."""
     fates = {row._replace(fate=""): row.fate for _, row in read_differences()}
     return [row._replace(fate=fates.get(row._replace(fate=""), row.fate)) for row in read_table()]
 
 
 def differences_text(differences: Iterable[Difference]) -> str:
-    """Return the differences as they stand in their file: by reason, with the columns below each other."""
-    found: dict[Reason, list[Row]] = {reason: [] for reason in Reason}
+    """Format the differences for their file: grouped by reason, with aligned columns."""
+    by_reason: dict[Reason, list[Row]] = {reason: [] for reason in Reason}
     for reason, row in differences:
-        found[reason].append(row)
-    return HEAD + "".join(f"\n{_HEADING}{reason.value}\n\n{rows_text(rows)}" for reason, rows in found.items() if rows)
+        by_reason[reason].append(row)
+    return HEADER + "".join(
+        f"\n{_HEADING}{reason.value}\n\n{rows_text(rows)}" for reason, rows in by_reason.items() if rows
+    )
 
 
 def _in_service_cidr(address: str) -> bool:
     return any(ip_address(address) in ip_network(cidr) for cidr in SERVICE_CIDRS)
 
 
-def _of_recorded_nodes(address: str) -> bool:
-    """Whether an address is in the network of the recorded nodes, which lies in the ServiceCIDR of IPv4."""
+def _is_node_address(address: str) -> bool:
+    """Return whether an address is in the network of the recorded nodes, which is part of the IPv4 ServiceCIDR."""
     return ip_address(address) in ip_network("10.99.0.0/24")
 
 
 def _destinations(row: Row) -> list[str]:
-    """Return where a packet goes after its translation in iptables mode: one address, unless by chance."""
-    found = [split_socket(each)[0] for part in re.findall(r"dnat\S* ([^;]+)", row.fate) for each in part.split(", ")]
-    return found or [row.address]
+    """Return the destination addresses of a packet after DNAT in iptables mode, one for each possible endpoint."""
+    endpoints = [
+        split_socket(each)[0] for part in re.findall(r"dnat\S* ([^;]+)", row.fate) for each in part.split(", ")
+    ]
+    return endpoints or [row.address]
 
 
-def _loops_back(row: Row) -> bool:
+def _is_to_loopback(row: Row) -> bool:
     return ip_address(row.address).is_loopback
 
 
 def _is_unallocated(row: Row, fate: str) -> bool:
-    plain = _in_service_cidr(row.address) and not _of_recorded_nodes(row.address)
-    return plain and (row.fate, fate) == ("untouched", "drop")
+    no_node = _in_service_cidr(row.address) and not _is_node_address(row.address)
+    return no_node and (row.fate, fate) == ("untouched", "drop")
 
 
 def _overlaps(row: Row, fate: str) -> bool:
-    return fate == "drop" and row.fate != "drop" and all(_of_recorded_nodes(each) for each in _destinations(row))
+    return fate == "drop" and row.fate != "drop" and all(_is_node_address(each) for each in _destinations(row))
 
 
 def _is_hairpin(row: Row, fate: str) -> bool:
-    """Whether the only thing that changes is that the sender, not of this node, sees its own address again."""
+    """Return whether a sender on another node reaches itself, and the packet is no longer masqueraded."""
     source = source_of(row)
     own = [socket for socket in re.findall(r"dnat\S*\+masq\S* ([^;,]+)", row.fate) if split_socket(socket)[0] == source]
-    here = any(ip_address(source) in cidr for cidr in HERE)
-    return bool(own) and not here and "masq" not in fate and own[0] in fate
+    local = any(ip_address(source) in cidr for cidr in LOCAL_POD_CIDRS)
+    return bool(own) and not local and "masq" not in fate and own[0] in fate
 
 
 _FITS: dict[Reason, Callable[[Row, str], bool]] = {
@@ -128,12 +132,12 @@ _FITS: dict[Reason, Callable[[Row, str], bool]] = {
     ),
     Reason.HAIRPIN: _is_hairpin,
     Reason.PRIMARY_ADDRESS: lambda row, fate: (
-        row.sender.startswith(HOLDER)
+        row.sender.startswith(NODE_AS)
         and row.address in SECOND_NODE_ADDRESSES.values()
         and row.fate != "untouched"
         and fate == "untouched"
     ),
-    Reason.LOOPBACK: lambda row, fate: _loops_back(row) and row.fate != "drop" and fate == "untouched",
-    Reason.MARTIAN: lambda row, fate: _loops_back(row) and (row.fate, fate) == ("drop", "untouched"),
+    Reason.LOOPBACK: lambda row, fate: _is_to_loopback(row) and row.fate != "drop" and fate == "untouched",
+    Reason.MARTIAN: lambda row, fate: _is_to_loopback(row) and (row.fate, fate) == ("drop", "untouched"),
 }
-"""What must be true of a row and its fate in nftables mode for a reason to be its reason."""
+"""For each reason, a predicate on a row and its fate in nftables mode."""

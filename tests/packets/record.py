@@ -1,7 +1,7 @@
-"""Derives the tables of packets from the recordings: `python -m tests.packets.record`.
+"""Generate the tables of packets from the recordings: `python -m tests.packets.record`.
 
-Who is asked about what follows from the recorded objects, read here as plain JSON; what becomes of it, from the
-rules recorded in either mode. Nothing of kproxy but the simulators has a part in it.
+The packets follow from the recorded objects, read as plain JSON. Their fates follow from the recorded rules of each
+mode. The only code of kproxy involved is the simulators.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from kproxy.simulate.nftables import NftablesSimulator
 from tests.packets.differences import PATH as DIFFERENCES
 from tests.packets.differences import Difference, differences_text, reason_for
 from tests.packets.expectation import describe
-from tests.packets.places import (
-    HOLDER,
+from tests.packets.senders import (
     NODE,
     NODE_ADDRESSES,
+    NODE_AS,
     OTHER_NODE_ADDRESSES,
     SECOND_NODE_ADDRESSES,
     UNALLOCATED,
@@ -35,13 +35,13 @@ UNDEFINED_PORT = 9999
 
 
 def recorded_iptables(scenario: str) -> dict[Family, IptablesSimulator]:
-    """Return what kube-proxy programmed in iptables mode."""
+    """Return the rules that kube-proxy programmed in iptables mode."""
     folder = GOLDEN / scenario
     return {family: IptablesSimulator((folder / name).read_text(), family) for family, name in IPTABLES_DUMPS.items()}
 
 
 def recorded_nftables(scenario: str) -> dict[Family, NftablesSimulator]:
-    """Return what kube-proxy programmed in nftables mode."""
+    """Return the rules that kube-proxy programmed in nftables mode."""
     folder = GOLDEN / scenario
     return {family: NftablesSimulator((folder / name).read_text(), family) for family, name in NFTABLES_DUMPS.items()}
 
@@ -51,24 +51,24 @@ def record() -> list[Row]:
     rows = []
     for scenario in SCENARIOS:
         rules = recorded_iptables(scenario)
-        asked = dict.fromkeys(_asked(scenario))
-        rows += [row._replace(fate=describe(rules[row.family].send(packet_of(row)))) for row in asked]
+        packets = dict.fromkeys(_packets(scenario))
+        rows += [row._replace(fate=describe(rules[row.family].send(packet_of(row)))) for row in packets]
     return rows
 
 
 def record_differences(rows: list[Row]) -> list[Difference]:
-    """Return those of the rows whose fate is another one in nftables mode; one without a reason is an error."""
+    """Return the rows whose fate differs in nftables mode. Raises `ValueError` for a row without a reason."""
     rules = {scenario: recorded_nftables(scenario) for scenario in SCENARIOS}
-    found = []
+    differences = []
     for row in rows:
         fate = describe(rules[row.scenario][row.family].send(packet_of(row)))
         if fate != row.fate:
-            found.append(Difference(reason_for(row, fate), row._replace(fate=fate)))
-    return found
+            differences.append(Difference(reason_for(row, fate), row._replace(fate=fate)))
+    return differences
 
 
 class _Service:
-    """A recorded Service in one IP version, its first port, and its endpoints."""
+    """A recorded Service in one IP family, with its endpoints."""
 
     def __init__(self, scenario: str, item: dict[str, Any], version: int) -> None:
         self.scenario = scenario
@@ -77,10 +77,10 @@ class _Service:
         self.ports = self.spec["ports"]
         name = item["metadata"]["name"]
         self.slices = [
-            found
-            for found in items(scenario, "endpointslices")
-            if found["metadata"]["labels"].get("kubernetes.io/service-name") == name
-            and found["addressType"] == f"IPv{version}"
+            item
+            for item in items(scenario, "endpointslices")
+            if item["metadata"]["labels"].get("kubernetes.io/service-name") == name
+            and item["addressType"] == f"IPv{version}"
         ]
         status = item.get("status", {}).get("loadBalancer", {}).get("ingress", [])
         self.vips = self._of_version([each["ip"] for each in status])
@@ -91,19 +91,19 @@ class _Service:
         return [address for address in addresses if ip_address(address).version == self.version]
 
     def local_address(self) -> list[str]:
-        """The first endpoint on this node, ready or not."""
-        return self._addresses(here=True)[:1]
+        """Return the first endpoint on this node, ready or not."""
+        return self._addresses(local=True)[:1]
 
     def far_addresses(self) -> list[str]:
-        """The endpoints on other nodes, ready or not."""
-        return self._addresses(here=False)
+        """Return the endpoints on other nodes, ready or not."""
+        return self._addresses(local=False)
 
-    def _addresses(self, *, here: bool) -> list[str]:
+    def _addresses(self, *, local: bool) -> list[str]:
         endpoints = [each for one in self.slices for each in one["endpoints"] or []]
-        return [each["addresses"][0] for each in endpoints if (each.get("nodeName") == "node-1") is here]
+        return [each["addresses"][0] for each in endpoints if (each.get("nodeName") == "node-1") is local]
 
     def sockets(self) -> list[str]:
-        """The endpoints of the first port, ready or not, of the first slice."""
+        """Return the endpoints of the first slice with its first port, ready or not."""
         return [
             socket_text(each["addresses"][0], one["ports"][0]["port"])
             for one in self.slices[:1]
@@ -112,15 +112,15 @@ class _Service:
         ]
 
 
-def _asked(scenario: str) -> Iterator[Row]:
-    """Yield the packets of a scenario; the big random ones get fewer for each Service."""
+def _packets(scenario: str) -> Iterator[Row]:
+    """Yield the packets of a scenario. The large random scenarios get fewer packets per Service."""
     brief = scenario.startswith("random-")
     pods = ("pod", "bridged pod") if scenario == "config-detect-bridge" else ("pod",)
     inside = pods if brief else (*pods, "far pod")
     outside = ("client",) if brief else ("other node", "client")
     for item in items(scenario, "services"):
         if item["metadata"]["name"] == "kubernetes":
-            yield from (Row(scenario, who, "10.96.0.1", 443, "TCP") for who in ("pod", "client") if not brief)
+            yield from (Row(scenario, sender, "10.96.0.1", 443, "TCP") for sender in ("pod", "client") if not brief)
             continue
         for version in (4, 6):
             service = _Service(scenario, item, version)
@@ -131,13 +131,13 @@ def _asked(scenario: str) -> Iterator[Row]:
                 yield from _frontends(service, port, senders)
                 yield from _affinity(service, port)
             if not brief:
-                yield from _beside(service)
+                yield from _near_misses(service)
     if not brief:
         yield from _unallocated(scenario)
 
 
 def _unallocated(scenario: str) -> Iterator[Row]:
-    """Yield packets to an address that a ClusterIP could have, in the IP versions that Services have here."""
+    """Yield packets to an unallocated ClusterIP, in the IP families of the scenario's Services."""
     families = {family for item in items(scenario, "services") for family in item["spec"].get("ipFamilies", ())}
     for version, address in UNALLOCATED.items():
         if f"IPv{version}" in families:
@@ -145,8 +145,8 @@ def _unallocated(scenario: str) -> Iterator[Row]:
 
 
 def _frontends(service: _Service, port: dict[str, Any], senders: tuple[str, ...]) -> Iterator[Row]:
-    def to(address: str, number: int, *who: str) -> Iterator[Row]:
-        for sender in who:
+    def to(address: str, number: int, *from_senders: str) -> Iterator[Row]:
+        for sender in from_senders:
             yield Row(service.scenario, sender, address, number, port["protocol"])
 
     for address in service.cluster_ips:
@@ -154,7 +154,7 @@ def _frontends(service: _Service, port: dict[str, Any], senders: tuple[str, ...]
     for address in service.external_ips:
         yield from to(address, port["port"], *senders)
     for address in service.vips:
-        yield from to(address, port["port"], *senders, "second client", "stranger", f"{HOLDER}{address}")
+        yield from to(address, port["port"], *senders, "second client", "stranger", f"{NODE_AS}{address}")
     number = port.get("nodePort")
     if number and service.cluster_ips:
         yield from to(NODE_ADDRESSES[service.version], number, *senders)
@@ -162,11 +162,11 @@ def _frontends(service: _Service, port: dict[str, Any], senders: tuple[str, ...]
 
 
 def _affinity(service: _Service, port: dict[str, Any]) -> Iterator[Row]:
-    """Yield packets from someone who was sent to an endpoint before: to each of them, and to one that is gone."""
+    """Yield packets of senders with session affinity to an endpoint: each of the current ones, and a removed one."""
     if service.spec.get("sessionAffinity") != "ClientIP" or not service.cluster_ips:
         return
-    gone = {4: "10.244.3.250:8080", 6: "[fd00:10:244:3::250]:8080"}[service.version]
-    for socket in (*service.sockets(), gone):
+    removed = {4: "10.244.3.250:8080", 6: "[fd00:10:244:3::250]:8080"}[service.version]
+    for socket in (*service.sockets(), removed):
         address = service.cluster_ips[0]
         yield Row(service.scenario, "pod", address, port["port"], port["protocol"], socket)
     if port.get("nodePort"):
@@ -175,8 +175,8 @@ def _affinity(service: _Service, port: dict[str, Any]) -> Iterator[Row]:
             yield Row(service.scenario, "client", node, port["nodePort"], port["protocol"], socket)
 
 
-def _beside(service: _Service) -> Iterator[Row]:
-    """Yield packets that few send, and those that are close to a frontend, but not for it."""
+def _near_misses(service: _Service) -> Iterator[Row]:
+    """Yield packets from endpoints on other nodes, and packets that almost match a frontend."""
     scenario, first = service.scenario, service.ports[0]
     known = {(port["port"], port["protocol"]) for port in service.ports}
     for address in service.cluster_ips:
@@ -192,16 +192,16 @@ def _beside(service: _Service) -> Iterator[Row]:
     for socket, address in zip(service.sockets(), service.local_address(), strict=False):
         yield Row(scenario, "client", address, int(socket.rpartition(":")[2]), first["protocol"])
     if first.get("nodePort"):
-        yield from _beside_node_port(service, first["nodePort"], first["protocol"])
+        yield from _near_misses_of_node_port(service, first["nodePort"], first["protocol"])
 
 
-def _beside_node_port(service: _Service, number: int, protocol: Protocol) -> Iterator[Row]:
+def _near_misses_of_node_port(service: _Service, number: int, protocol: Protocol) -> Iterator[Row]:
     node = NODE_ADDRESSES[service.version]
     if not service.cluster_ips:
         yield Row(service.scenario, "client", node, number, protocol)
         return
     second = SECOND_NODE_ADDRESSES[service.version]
-    yield Row(service.scenario, HOLDER + second, second, number, protocol)
+    yield Row(service.scenario, NODE_AS + second, second, number, protocol)
     for port in (number, UNDEFINED_PORT):
         yield Row(service.scenario, "other node", LOOPBACK[service.version], port, protocol)
     for sender in ("pod", NODE):

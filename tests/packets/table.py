@@ -1,4 +1,4 @@
-"""Reading and writing the table of packets: their fates in iptables mode."""
+"""Read and write the table of packets with their fates in iptables mode."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from kproxy.model.addresses import family_of
 from kproxy.model.types import Family, Protocol
 
 PATH = Path(__file__).with_name("packets.txt")
-HEAD = "# Derived from tests/golden by `python -m tests.packets.record`; what it means: __init__.py\n"
+HEADER = "# Generated from tests/golden by `python -m tests.packets.record`; see __init__.py for the format\n"
 _SOCKET = re.compile(r"\[?([0-9a-f.:]+?)\]?:(\d+)")
 _REMEMBERING = " remembering "
 
 
 class Row(NamedTuple):
-    """One packet. `fate` is what expectation.describe() says of its outcome."""
+    """One packet. `fate` is its outcome in the notation of `expectation.describe`."""
 
     scenario: str
     sender: str
@@ -48,19 +48,19 @@ def socket_text(address: str, port: int) -> str:
 
 
 def split_socket(text: str) -> tuple[str, int]:
-    found = _SOCKET.fullmatch(text)
-    assert found, text
-    return found[1], int(found[2])
+    match = _SOCKET.fullmatch(text)
+    assert match, text
+    return match[1], int(match[2])
 
 
 def read_table() -> list[Row]:
-    """Return all rows, with their fates in iptables mode."""
+    """Read all rows, with their fates in iptables mode."""
     lines = PATH.read_text().splitlines()
     return [read_row(line) for line in lines if line and not line.startswith("#")]
 
 
 def read_row(line: str) -> Row:
-    """Return the row that stands on a line."""
+    """Parse one line."""
     scenario, origin, to, fate = re.split(r" {2,}", line)
     sender, _, remembering = origin.partition(_REMEMBERING)
     socket, protocol = to.split(" ")
@@ -69,15 +69,15 @@ def read_row(line: str) -> Row:
 
 
 def table_text(rows: Iterable[Row]) -> str:
-    """Return the table as it stands in its file, with the columns of a scenario below each other."""
-    found: dict[str, list[Row]] = {}
+    """Format the table for its file. The columns of each scenario are aligned."""
+    by_scenario: dict[str, list[Row]] = {}
     for row in rows:
-        found.setdefault(row.scenario, []).append(row)
-    return HEAD + "".join("\n" + rows_text(block) for block in found.values())
+        by_scenario.setdefault(row.scenario, []).append(row)
+    return HEADER + "".join("\n" + rows_text(block) for block in by_scenario.values())
 
 
 def rows_text(rows: Sequence[Row]) -> str:
-    """Return rows on a line each, with their columns below each other."""
+    """Format rows, one per line, with aligned columns."""
     cells = [(row.scenario, row.origin, row.to, row.fate) for row in rows]
     widths = [max(len(each[column]) for each in cells) for column in range(3)]
     lines = ("  ".join([*(each[n].ljust(widths[n]) for n in range(3)), each[3]]) for each in cells)

@@ -1,4 +1,4 @@
-"""What the tests of both simulators send, and what becomes of it."""
+"""Packets and outcomes that the tests of both simulators share."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from kproxy.simulate.packet import Packet, PacketOutcome, Verdict
 
 NODE = "10.99.0.2"
 POD = "10.244.1.9:8080"
-OWN = {"source": NODE, "interface": ""}
-"""What is different for a packet of this node's own."""
+FROM_NODE = {"source": NODE, "interface": ""}
+"""The fields of a packet that a process on this node sends."""
 
 ACCEPTED = PacketOutcome(Verdict.ACCEPTED)
 DROPPED = PacketOutcome(Verdict.DROPPED)
@@ -17,8 +17,8 @@ TRANSLATED = PacketOutcome(Verdict.ACCEPTED, POD)
 
 
 def packet(**changes: Any) -> Packet:
-    """Return a packet from a host outside to a port of somewhere behind this node, less what is said."""
-    usual: dict[str, Any] = {
+    """Return a packet from an external host to a ClusterIP, with the given fields changed."""
+    defaults: dict[str, Any] = {
         "protocol": "TCP",
         "source": "198.51.100.1",
         "destination": "10.96.0.1",
@@ -26,4 +26,4 @@ def packet(**changes: Any) -> Packet:
         "interface": "eth0",
         "local_addresses": frozenset({NODE, "fd00:99::2"}),
     }
-    return Packet(**usual | changes)
+    return Packet(**defaults | changes)

@@ -1,4 +1,7 @@
-"""Random clusters for property tests: few names and addresses, so that changes meet each other."""
+"""Hypothesis strategies for random clusters.
+
+They draw from few names and addresses, so that objects of one example often refer to or conflict with each other.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ def services() -> st.SearchStrategy[Service]:
         affinity_seconds=st.sampled_from((0, 10800)),
         internal_local=st.booleans(),
         external_local=st.booleans(),
-        # 10.96.0.1 is the ClusterIP of one of them.
+        # 10.96.0.1 and fd00::1 are also the ClusterIPs of Service `a`.
         external_ips=st.sampled_from(((), ("192.0.2.1",), ("192.0.2.1", "2001:db8::1"), ("10.96.0.1", "fd00::1"))),
         vips=st.sampled_from(((), ("203.0.113.1",), ("2001:db8::2",))),
         source_ranges=st.sampled_from(((), ("198.51.100.0/24",), ("10.99.0.0/24", "0.0.0.0/0"), ("10.99.0.0/16",))),
@@ -50,12 +53,12 @@ def services() -> st.SearchStrategy[Service]:
 
 def endpoint_slices() -> st.SearchStrategy[EndpointSlice]:
     def build(
-        name: str, service: str, family: Family, numbers: list[Endpoint], ports: list[EndpointPort]
+        name: str, service: str, family: Family, templates: list[Endpoint], ports: list[EndpointPort]
     ) -> EndpointSlice:
         prefix = "10.244.0." if family is Family.IPV4 else "fd00:1::"
         endpoints = tuple(
             Endpoint(prefix + each.address, each.node, each.ready, each.serving, each.terminating, each.for_zones)
-            for each in numbers
+            for each in templates
         )
         return EndpointSlice("ns", name, f"ns/{service}", family, endpoints, tuple(ports))
 
@@ -99,11 +102,11 @@ def deltas() -> st.SearchStrategy[Delta]:
     )
     relists = st.one_of(
         st.builds(
-            lambda found: Replace(Service, tuple({each.key: each for each in found}.values())),
+            lambda items: Replace(Service, tuple({each.key: each for each in items}.values())),
             st.lists(services(), max_size=3),
         ),
         st.builds(
-            lambda found: Replace(EndpointSlice, tuple({each.name: each for each in found}.values())),
+            lambda items: Replace(EndpointSlice, tuple({each.name: each for each in items}.values())),
             st.lists(endpoint_slices(), max_size=3),
         ),
     )
@@ -118,23 +121,23 @@ CONTESTED_PORTS = (
 
 
 def contested_services() -> st.SearchStrategy[Service]:
-    """Services that claim addresses and ports of each other, and whose affinity lasts differently long."""
-    addresses = ("10.96.0.1", "10.96.0.2", "10.96.0.3", "203.0.113.1", "fd00::1", "2001:db8::2")
-    some = st.lists(st.sampled_from(addresses), max_size=3, unique=True).map(tuple)
+    """Services that claim each other's frontends and differ in their affinity timeouts."""
+    pool = ("10.96.0.1", "10.96.0.2", "10.96.0.3", "203.0.113.1", "fd00::1", "2001:db8::2")
+    addresses = st.lists(st.sampled_from(pool), max_size=3, unique=True).map(tuple)
     return st.builds(
         replace,
         services(),
         ports=st.sampled_from(CONTESTED_PORTS),
         affinity_seconds=st.sampled_from((0, 0, 60, 10800)),
-        external_ips=some,
-        vips=some,
+        external_ips=addresses,
+        vips=addresses,
     )
 
 
 def serving_slices() -> st.SearchStrategy[EndpointSlice]:
-    """EndpointSlices that have endpoints for contested Services."""
+    """EndpointSlices whose ports match those of `contested_services`."""
     ports = (EndpointPort("", 8080, "TCP"), EndpointPort("http", 8081, "TCP"), EndpointPort("", 8080, "UDP"))
-    return st.builds(lambda found: replace(found, ports=ports), endpoint_slices())
+    return st.builds(lambda endpoint_slice: replace(endpoint_slice, ports=ports), endpoint_slices())
 
 
 def service_cidrs() -> st.SearchStrategy[ServiceCIDR]:
@@ -143,13 +146,13 @@ def service_cidrs() -> st.SearchStrategy[ServiceCIDR]:
 
 
 def weighted(*choices: tuple[int, st.SearchStrategy[_T]]) -> st.SearchStrategy[_T]:
-    """One of several strategies, each as often as its number says: `one_of` would favour those with many branches."""
+    """Draw from one of several strategies with the given weights; `one_of` would favor those with many branches."""
     expanded = [strategy for weight, strategy in choices for _ in range(weight)]
-    return st.integers(0, len(expanded) - 1).flatmap(lambda place: expanded[place])
+    return st.integers(0, len(expanded) - 1).flatmap(lambda index: expanded[index])
 
 
 def contested_deltas() -> st.SearchStrategy[Delta]:
-    """Changes of contested Services and of what belongs to them; now and then something that `deltas` has."""
+    """Mostly changes of contested Services, their EndpointSlices and the ServiceCIDRs; sometimes any other delta."""
     return weighted(
         (5, st.builds(Upsert, contested_services())),
         (5, st.builds(Upsert, serving_slices())),
@@ -161,7 +164,7 @@ def contested_deltas() -> st.SearchStrategy[Delta]:
 
 
 def contexts(family: Family) -> st.SearchStrategy[Context]:
-    """What configuration and addresses may make of a family's context."""
+    """Contexts of one family, as various configurations and node addresses produce them."""
     six = family is Family.IPV6
     own = ("fd00:99::2", "fd00:99::3") if six else ("10.99.0.2", "10.99.0.3")
     local = (LocalTraffic(cidr="fd00:1::/64" if six else "10.244.0.0/16"), LocalTraffic(interface="cni0"))

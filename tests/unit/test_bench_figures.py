@@ -1,16 +1,16 @@
-"""The benchmark's arithmetic: spreads, ratios, groups, comparisons, scales."""
+"""The benchmark's arithmetic: spreads, ratios, syncs, comparisons, scales."""
 
 from __future__ import annotations
 
 import pytest
 from msgspec.structs import replace
 
-from tests.bench.catalog import CATALOG, NAMES, figures, with_memory_floors
+from tests.bench.catalog import CATALOG, NAMES, figures, with_memory_baselines
 from tests.bench.chart import decades, share
-from tests.bench.connects import percentile
+from tests.bench.connections import percentile
 from tests.bench.figures import FORMAT, Figure, Machine, Results, Run, Spread, compare, exact, mean, median, scaled
 from tests.bench.report import number, spread
-from tests.bench.scene import count_groups
+from tests.bench.testbed import count_syncs
 
 SECOND = 1_000_000_000
 MACHINE = Machine("6.1", 2, "cpu", 8.0, "3.11", "1.8", "0.1", "abc", 0.0)
@@ -24,25 +24,25 @@ def run(value: Spread, *, mode: str = "iptables", services: int = 1000, endpoint
     return Run(mode, services, endpoints, [Figure("one endpoint", unit, value)])
 
 
-def test_a_median_comes_with_its_range() -> None:
+def test_median_and_mean_have_a_range() -> None:
     assert median([9.0, 1.0, 2.0]) == Spread(2.0, 1.0, 9.0, 3)
     assert mean([9.0, 1.0, 2.0]) == Spread(4.0, 1.0, 9.0, 3)
 
 
 @pytest.mark.parametrize("summed", [median, mean])
-def test_nothing_measured_is_no_figure(summed: object) -> None:
+def test_figure_without_samples_is_an_error(summed: object) -> None:
     assert callable(summed)
     with pytest.raises(ValueError, match="at least one sample"):
         summed([])
 
 
-def test_another_unit_is_for_the_whole_spread() -> None:
+def test_scaling_applies_to_the_whole_spread() -> None:
     assert scaled(Spread(2.0, 1.0, 4.0, 3), 1000.0) == Spread(2000.0, 1000.0, 4000.0, 3)
 
 
-@pytest.mark.parametrize(("floor", "ratio"), [(exact(2.0), 3.0), (exact(0.0), None), (None, None)])
-def test_the_ratio_is_to_the_floor(floor: Spread | None, ratio: float | None) -> None:
-    assert Figure("one endpoint", "ms", exact(6.0), floor).ratio == ratio
+@pytest.mark.parametrize(("baseline", "ratio"), [(exact(2.0), 3.0), (exact(0.0), None), (None, None)])
+def test_ratio_is_relative_to_the_baseline(baseline: Spread | None, ratio: float | None) -> None:
+    assert Figure("one endpoint", "ms", exact(6.0), baseline).ratio == ratio
 
 
 @pytest.mark.parametrize(("share", "found"), [(50, 3), (99, 5), (100, 5), (20, 1), (21, 2), (0, 1)])
@@ -50,12 +50,12 @@ def test_percentile_by_nearest_rank(share: float, found: float) -> None:
     assert percentile([5, 3, 1, 4, 2], share) == found
 
 
-def test_p99_leaves_out_one_in_a_hundred() -> None:
+def test_p99_excludes_one_sample_in_a_hundred() -> None:
     assert percentile(range(1, 201), 99) == 198
 
 
 @pytest.mark.parametrize(
-    ("moments", "groups"),
+    ("times", "syncs"),
     [
         ([], 0),
         ([7 * SECOND], 1),
@@ -64,8 +64,8 @@ def test_p99_leaves_out_one_in_a_hundred() -> None:
         ([7 * SECOND, 7 * SECOND + 200_000_000, 7 * SECOND + 400_000_000, 9 * SECOND], 2),
     ],
 )
-def test_commits_close_together_are_one_sync(moments: list[int], groups: int) -> None:
-    assert count_groups(moments) == groups
+def test_commits_close_together_are_one_sync(times: list[int], syncs: int) -> None:
+    assert count_syncs(times) == syncs
 
 
 def test_comparison_is_new_by_old_for_the_same_mode_size_and_unit() -> None:
@@ -80,7 +80,7 @@ def test_endpoints_are_part_of_the_size() -> None:
 
 
 @pytest.mark.parametrize(
-    ("new", "apart"),
+    ("new", "disjoint"),
     [
         (Spread(6.0, 5.1, 7.0, 3), True),
         (Spread(6.0, 5.0, 7.0, 3), False),
@@ -89,12 +89,12 @@ def test_endpoints_are_part_of_the_size() -> None:
         (Spread(4.0, 1.0, 9.0, 3), False),
     ],
 )
-def test_a_difference_counts_if_the_spreads_do_not_touch(new: Spread, apart: bool) -> None:
+def test_difference_is_significant_if_the_spreads_do_not_touch(new: Spread, disjoint: bool) -> None:
     (found,) = compare(results(run(Spread(4.0, 3.0, 5.0, 3))), results(run(new)))
-    assert found.apart is apart
+    assert found.disjoint is disjoint
 
 
-def test_there_is_no_ratio_to_nothing() -> None:
+def test_no_ratio_to_zero() -> None:
     (found,) = compare(results(run(exact(0.0))), results(run(exact(8.0))))
     assert found.ratio is None
 
@@ -102,18 +102,18 @@ def test_there_is_no_ratio_to_nothing() -> None:
 def test_samples_become_figures_in_the_order_of_the_catalog() -> None:
     found = figures({"burst": [2.0], "first sync": [1.0, 3.0]}, {"burst": [0.5]})
     assert [each.name for each in found] == ["first sync", "burst"]
-    assert found[0].found == Spread(2.0, 1.0, 3.0, 2)
-    assert (found[0].floor, found[0].floor_is) == (None, "")
-    assert (found[1].found.value, found[1].unit, found[1].ratio) == (2000.0, "ms", 4.0)
+    assert found[0].measured == Spread(2.0, 1.0, 3.0, 2)
+    assert (found[0].baseline, found[0].baseline_is) == (None, "")
+    assert (found[1].measured.value, found[1].unit, found[1].ratio) == (2000.0, "ms", 4.0)
 
 
-def test_cpu_is_averaged_because_it_comes_in_ticks() -> None:
+def test_cpu_time_is_averaged_because_it_is_measured_in_ticks() -> None:
     (found,) = figures({"one endpoint: CPU": [0.0, 0.0, 0.03]}, {})
-    assert found.found.value == pytest.approx(10.0)
+    assert found.measured.value == pytest.approx(10.0)
 
 
-def test_a_misspelt_figure_is_not_lost() -> None:
-    with pytest.raises(KeyError, match="no figure is called frist sync"):
+def test_unknown_figure_name_is_an_error() -> None:
+    with pytest.raises(KeyError, match="unknown figure: frist sync"):
         figures({"frist sync": [1.0]}, {})
 
 
@@ -125,7 +125,7 @@ def test_names_are_unique() -> None:
     ("values", "between"),
     [([2.0, 30.0], (1.0, 100.0)), ([1.0], (0.1, 1.0)), ([0.0], (0.1, 1.0)), ([0.02, 0.0], (0.01, 0.1))],
 )
-def test_scale_leaves_every_value_a_bar(values: list[float], between: tuple[float, float]) -> None:
+def test_scale_gives_every_value_a_visible_bar(values: list[float], between: tuple[float, float]) -> None:
     assert decades(values) == pytest.approx(between)
 
 
@@ -150,16 +150,16 @@ def test_numbers_have_three_digits(value: float, text: str) -> None:
         (Spread(0.0, 0.0, 0.0, 2), ""),
     ],
 )
-def test_the_spread_is_told_in_percent(found: Spread, text: str) -> None:
+def test_spread_is_printed_in_percent(found: Spread, text: str) -> None:
     assert spread(found) == text
 
 
-def test_the_memory_of_one_service_is_the_floor_of_the_same_mode() -> None:
+def test_memory_baseline_is_the_memory_with_one_service_in_the_same_mode() -> None:
     def memory(mode: str, services: int, value: float, name: str = "RSS at peak") -> Run:
         return Run(mode, services, 10, [Figure(name, "MB", exact(value)), Figure("burst", "ms", exact(1.0))])
 
     runs = [memory("iptables", 1, 50.0), memory("nftables", 1, 40.0), memory("nftables", 1000, 80.0)]
-    found = with_memory_floors(runs)
+    found = with_memory_baselines(runs)
     assert [run.figures[0].ratio for run in found] == [1.0, 1.0, 2.0]
     assert [replace(run, figures=run.figures[1:]) for run in found] == [
         replace(run, figures=run.figures[1:]) for run in runs

@@ -1,4 +1,4 @@
-"""The benchmark's log of what its API server wrote to watches."""
+"""The benchmark's log of watch events written by its API server."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ import time
 
 import pytest
 
-from tests.bench.watchlog import LoggedSocket, WatchLog, Written
+from tests.bench.watchlog import LoggedSocket, WatchLog, WatchTraffic
 
 ADDED = b'1c\r\n{"type":"ADDED","object":{}}\n\r\n'
 FRAME = b"7\r\n\0\0\0\x0a\n\5ADDED\x12\1x\r\n"
 BOOKMARK = ADDED.replace(b"ADDED", b"BOOKMARK")
 
 
-def test_events_are_counted_with_their_first_and_last_moment() -> None:
+def test_events_are_counted_with_first_and_last_time() -> None:
     log = WatchLog()
     before = time.monotonic_ns()
-    log.note(ADDED)
+    log.record(ADDED)
     between = time.monotonic_ns()
-    log.note(ADDED.replace(b"ADDED", b"DELETED"))
-    found = log.take()
+    log.record(ADDED.replace(b"ADDED", b"DELETED"))
+    found = log.drain()
     assert (found.events, found.bytes) == (2, 2 * len(ADDED) + 2)
     assert before <= found.first <= between <= found.last <= time.monotonic_ns()
 
 
-def test_protobuf_is_told_from_json() -> None:
+def test_protobuf_and_json_events_are_distinguished() -> None:
     log = WatchLog()
     for data in (ADDED, FRAME, FRAME.replace(b"\5ADDED", b"\7DELETED"), FRAME.replace(b"\5ADDED", b"\x08MODIFIED")):
-        log.note(data)
-    found = log.take()
+        log.record(data)
+    found = log.drain()
     assert (found.events, found.protobuf) == (4, 3)
 
 
@@ -43,23 +43,23 @@ def test_protobuf_is_told_from_json() -> None:
         b"0\r\n\r\n",
     ],
 )
-def test_what_is_no_news_is_not_counted(data: bytes) -> None:
+def test_bookmarks_and_other_data_are_not_counted(data: bytes) -> None:
     log = WatchLog()
-    log.note(data)
-    assert log.take() == Written()
+    log.record(data)
+    assert log.drain() == WatchTraffic()
 
 
-def test_what_was_taken_does_not_come_again() -> None:
+def test_take_resets_the_log() -> None:
     log = WatchLog()
-    log.note(ADDED)
-    log.take()
-    assert log.take() == Written()
+    log.record(ADDED)
+    log.drain()
+    assert log.drain() == WatchTraffic()
 
 
-def test_a_logged_socket_still_sends() -> None:
+def test_logged_socket_sends_data() -> None:
     log = WatchLog()
     near, far = socket.socketpair()
     with far, LoggedSocket(near, log) as logged:
         logged.sendall(ADDED)
         assert far.recv(1000) == ADDED
-    assert log.take().events == 1
+    assert log.drain().events == 1

@@ -1,4 +1,4 @@
-"""The commands as a person meets them: output, exit codes, and errors of one line."""
+"""The command line: output, exit codes, and one-line errors."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 import kproxy
+from tests.lab.proxy import KPROXY
 from tests.recordings import GOLDEN
 
-KPROXY = str(Path(sys.executable).with_name("kproxy"))
 CLUSTER = str(GOLDEN / "clusterip")
 HEADER = re.compile(r"[IWEF][01]\d[0-3]\d [0-2]\d:[0-5]\d:[0-5]\d\.\d{6} [ \d]{6}\d [\w.]+:\d+\] ")
 
@@ -24,15 +24,15 @@ def run(*arguments: str, path: str = os.environ["PATH"]) -> subprocess.Completed
     return subprocess.run([KPROXY, *arguments], capture_output=True, text=True, env=environment, check=False)
 
 
-def complaint(done: subprocess.CompletedProcess[str]) -> str:
-    """The one line that says what is wrong; log lines before it have a header."""
+def error_line(done: subprocess.CompletedProcess[str]) -> str:
+    """Return the only line of stderr that is not a log line; log lines have a header."""
     lines = [line for line in done.stderr.splitlines() if not HEADER.match(line)]
     assert len(lines) == 1, done.stderr
     return lines[0]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (("frobnicate",), "kproxy: unknown command 'frobnicate'; commands: run, apply, render, completion (see"),
         (("rendr",), "kproxy: unknown command 'rendr'; did you mean render? (see kproxy --help)"),
@@ -70,15 +70,15 @@ def complaint(done: subprocess.CompletedProcess[str]) -> str:
             ("run", "--objects=/nonexistent", "--logging-format=xml"),
             'kproxy: --logging-format: must be text or json, not "',
         ),
-        (("run", "--objects=/nonexistent", "--v=much"), 'kproxy: --v: must be a whole number, not "much"'),
+        (("run", "--objects=/nonexistent", "--v=much"), 'kproxy: --v: must be an integer, not "much"'),
         (
             ("run", "--objects=/nonexistent", "-v=-1"),
-            "kproxy: --v: must be a whole number from 0 to 2147483647, not -1",
+            "kproxy: --v: must be an integer from 0 to 2147483647, not -1",
         ),
         (("run", "--objects=/nonexistent", "--vmodule=node"), 'kproxy: --vmodule: must be PATTERN=N, not "node"'),
         (
             ("run", "--objects=/nonexistent", "--vmodule=node=4", "--logging-format=json"),
-            "kproxy: --vmodule: needs logging.format text",
+            "kproxy: --vmodule: requires logging.format text",
         ),
         (
             ("run", "--strict-config=perhaps"),
@@ -86,28 +86,28 @@ def complaint(done: subprocess.CompletedProcess[str]) -> str:
         ),
     ],
 )
-def test_wrong_usage_is_one_line_and_exit_code_2(arguments: tuple[str, ...], says: str) -> None:
+def test_usage_error_is_one_line_with_exit_code_2(arguments: tuple[str, ...], message: str) -> None:
     done = run(*arguments)
     assert done.returncode == 2
-    assert complaint(done).startswith(says)
+    assert error_line(done).startswith(message)
     assert done.stdout == ""
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (("render", "--objects=/nonexistent"), "kproxy: /nonexistent: cannot be read: no such file or directory"),
         (("run", "--kubeconfig=/nonexistent"), "kproxy: /nonexistent: No such file or directory"),
         (("run",), "kproxy: in-cluster service account: "),
     ],
 )
-def test_failure_is_one_line_and_exit_code_1(arguments: tuple[str, ...], says: str) -> None:
+def test_failure_is_one_line_with_exit_code_1(arguments: tuple[str, ...], message: str) -> None:
     done = run(*arguments)
     assert done.returncode == 1
-    assert complaint(done).startswith(says)
+    assert error_line(done).startswith(message)
 
 
-def test_a_broken_object_is_named_with_its_line(tmp_path: Path) -> None:
+def test_invalid_object_is_named_with_its_file_and_line(tmp_path: Path) -> None:
     broken = tmp_path / "web.yaml"
     broken.write_text(
         "apiVersion: v1\nkind: Service\nmetadata: {name: web}\n"
@@ -115,35 +115,38 @@ def test_a_broken_object_is_named_with_its_line(tmp_path: Path) -> None:
     )
     done = run("render", f"--objects={broken}")
     assert done.returncode == 1
-    assert complaint(done).startswith(f"kproxy: {broken}:7: Service default/web: spec.ports[0].port: ")
+    assert (
+        error_line(done)
+        == f'kproxy: {broken}:7: Service default/web: spec.ports[0].port must be an integer, not "http"'
+    )
 
 
-def test_without_iptables_it_says_so() -> None:
+def test_missing_iptables_is_reported() -> None:
     done = run("apply", f"--objects={CLUSTER}", path="/nonexistent")
     assert done.returncode == 1
-    why = "; ".join(
+    problems = "; ".join(
         f"{family}: cannot run {name}: No such file or directory"
         for family, name in (("IPv4", "iptables"), ("IPv6", "ip6tables"))
     )
-    assert complaint(done) == f"kproxy: iptables mode does not work on this node: {why}"
+    assert error_line(done) == f"kproxy: iptables mode does not work on this node: {problems}"
 
 
-def test_lines_have_the_header_of_klog() -> None:
+def test_log_lines_have_the_header_of_klog() -> None:
     done = run("render", f"--objects={CLUSTER}", "--hostname-override=of-no-node")
-    said = [line for line in done.stderr.splitlines() if "there is no Node 'of-no-node'" in line]
-    assert len(said) == 1
-    assert HEADER.match(said[0])
-    assert re.search(r"^W\d{4} .* one_shot\.py:\d+\] there is no Node 'of-no-node': ", said[0])
+    warnings = [line for line in done.stderr.splitlines() if "there is no Node 'of-no-node'" in line]
+    assert len(warnings) == 1
+    assert HEADER.match(warnings[0])
+    assert re.search(r"^W\d{4} .* one_shot\.py:\d+\] there is no Node 'of-no-node': ", warnings[0])
 
 
-@pytest.mark.parametrize("way", ["flag", "file"])
-def test_with_json_every_line_is_json_the_last_one_too(way: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", ["flag", "file"])
+def test_with_json_logging_every_line_is_json_including_the_final_error(source: str, tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(
         "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\nudpIdleTimeout: 1s\n"
-        + ("logging: {format: json}\n" if way == "file" else "")
+        + ("logging: {format: json}\n" if source == "file" else "")
     )
-    flags = ["--logging-format=json"] if way == "flag" else []
+    flags = ["--logging-format=json"] if source == "flag" else []
     done = run("render", "--objects=/nonexistent", f"--config={file}", *flags)
     assert done.returncode == 1
     warning, failure = [json.loads(line) for line in done.stderr.splitlines()]
@@ -152,7 +155,7 @@ def test_with_json_every_line_is_json_the_last_one_too(way: str, tmp_path: Path)
     assert (warning["v"], "v" in failure) == (0, False)
 
 
-def test_an_unknown_field_is_a_warning_or_with_strict_config_an_error(tmp_path: Path) -> None:
+def test_unknown_field_is_a_warning_and_with_strict_config_an_error(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     text = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\nclusterCidr: 10.0.0.0/8\n"
     file.write_text(text)
@@ -161,14 +164,14 @@ def test_an_unknown_field_is_a_warning_or_with_strict_config_an_error(tmp_path: 
         arguments = (command, "--objects=/nonexistent", f"--config={file}")
         strict = run(*arguments, "--strict-config")
         assert strict.returncode == 2
-        assert complaint(strict) == f"kproxy: {problem}"
+        assert error_line(strict) == f"kproxy: {problem}"
         lenient = run(*arguments, *(["--write-config-to=/dev/null"] if command == "run" else []))
         assert lenient.returncode == (0 if command == "run" else 1)
         assert f"] {problem} (ignored)\n" in lenient.stderr
 
 
 @pytest.mark.parametrize("mode", ["iptables", "nftables"])
-def test_render_warns_of_services_that_claim_the_same(tmp_path: Path, mode: str) -> None:
+def test_render_warns_about_services_that_claim_the_same_frontend(tmp_path: Path, mode: str) -> None:
     two = [
         {
             "apiVersion": "v1",
@@ -185,7 +188,7 @@ def test_render_warns_of_services_that_claim_the_same(tmp_path: Path, mode: str)
     assert "demo/b and demo/a both claim 203.0.113.1:80/TCP: traffic goes to demo/a only\n" in done.stderr
 
 
-def test_render_prints_both_families_or_the_one_asked_for() -> None:
+def test_render_prints_both_families_or_the_selected_one() -> None:
     both = run("render", f"--objects={CLUSTER}", f"--config={CLUSTER}/config.json")
     assert both.returncode == 0
     texts = [
@@ -200,7 +203,7 @@ def test_render_prints_both_families_or_the_one_asked_for() -> None:
     )
 
 
-def test_a_closed_pipe_is_no_error() -> None:
+def test_closed_pipe_is_not_an_error() -> None:
     done = subprocess.run(
         f"{KPROXY} render --objects={GOLDEN}/random-11 | head -1",
         shell=True,
@@ -212,11 +215,11 @@ def test_a_closed_pipe_is_no_error() -> None:
     assert "Error" not in done.stderr
 
 
-def test_version() -> None:
+def test_version_is_printed() -> None:
     assert run("--version").stdout == f"kproxy {kproxy.__version__}\n"
 
 
-def test_without_a_command_the_help_is_shown_as_a_complaint() -> None:
+def test_without_a_command_help_is_printed_to_stderr_with_exit_code_2() -> None:
     done = run()
     assert done.returncode == 2
     assert done.stdout == ""
@@ -224,15 +227,15 @@ def test_without_a_command_the_help_is_shown_as_a_complaint() -> None:
 
 
 @pytest.mark.parametrize("arguments", [("--help",), ("--version",), ("run", "--help"), ("completion", "bash")])
-def test_what_cannot_be_printed_is_one_line(arguments: tuple[str, ...]) -> None:
+def test_unwritable_standard_output_is_a_one_line_error(arguments: tuple[str, ...]) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run([KPROXY, *arguments], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 1
-    assert complaint(done) == "kproxy: cannot write to standard output: No space left on device"
+    assert error_line(done) == "kproxy: cannot write to standard output: No space left on device"
 
 
 def modules_after(*arguments: str) -> set[str]:
-    """The modules that are loaded once a command line has been carried out."""
+    """Return the names of the modules that a command line has loaded when it exits."""
     script = (
         "import sys, kproxy.__main__\n"
         "try:\n    kproxy.__main__.main()\nexcept SystemExit:\n    pass\n"
@@ -244,13 +247,13 @@ def modules_after(*arguments: str) -> set[str]:
 
 
 @pytest.mark.parametrize("arguments", [("--version",), ("--help",)])
-def test_what_needs_no_configuration_loads_none(arguments: tuple[str, ...]) -> None:
+def test_version_and_help_do_not_load_the_configuration_modules(arguments: tuple[str, ...]) -> None:
     loaded = modules_after(*arguments)
     assert "kproxy.cli.parser" in loaded
     assert loaded & {"kproxy.config", "kproxy.cli.run", "msgspec", "yaml", "logging", "difflib", "shtab"} == set()
 
 
-def test_other_commands_load_neither_another_nor_what_it_needs() -> None:
+def test_command_does_not_load_the_modules_of_other_commands() -> None:
     loaded = modules_after("run", "--help")
     assert "kproxy.config" in loaded
     assert loaded & {"kproxy.cli.render", "kproxy.cli.completion", "kproxy.app.daemon", "kubernetes", "shtab"} == set()
@@ -258,7 +261,7 @@ def test_other_commands_load_neither_another_nor_what_it_needs() -> None:
 
 
 @pytest.mark.parametrize(("flag", "shown"), [("-v=0", "[40]"), ("-v=4", "[30, 40]")])
-def test_warnings_of_the_http_library_are_for_debugging(flag: str, shown: str) -> None:
+def test_warnings_of_the_http_library_are_logged_only_at_verbosity_4(flag: str, shown: str) -> None:
     program = """
 import argparse, logging, sys
 from kproxy.cli.options import load_settings

@@ -1,4 +1,4 @@
-"""What TAB does, in real shells that have read what `kproxy completion` prints."""
+"""Completion in real shells that have sourced the output of `kproxy completion`."""
 
 from __future__ import annotations
 
@@ -6,22 +6,20 @@ import os
 import pty
 import shutil
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from kproxy.cli.completion import SHELLS, script
-
-KPROXY = str(Path(sys.executable).with_name("kproxy"))
+from tests.lab.proxy import KPROXY
 
 STUB = f"""\
 #!/bin/sh
 [ "$1" = completion ] && exec {KPROXY} "$@"
 echo "called: $*."
 """
-"""A kproxy that tells how it was called, rather than do it."""
+"""A kproxy that prints its arguments instead of executing the command."""
 
 INTERACTIVE = {
     "bash": ["bash", "--norc", "--noprofile", "-i"],
@@ -53,8 +51,8 @@ TYPED = [
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A folder with one file, and a `kproxy` in bin that tells how it is called."""
+def directory(tmp_path: Path) -> Path:
+    """A directory with one file and `bin/kproxy`, which prints its arguments."""
     (tmp_path / "settings.yaml").touch()
     stub = tmp_path / "bin" / "kproxy"
     stub.parent.mkdir()
@@ -63,18 +61,23 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def environment(folder: Path) -> dict[str, str]:
-    return {"PATH": f"{folder}/bin:{os.environ['PATH']}", "HOME": str(folder), "TERM": "dumb", "LC_ALL": "C.UTF-8"}
+def environment(directory: Path) -> dict[str, str]:
+    return {
+        "PATH": f"{directory}/bin:{os.environ['PATH']}",
+        "HOME": str(directory),
+        "TERM": "dumb",
+        "LC_ALL": "C.UTF-8",
+    }
 
 
-def session(command: list[str], folder: Path, source: str, lines: Sequence[str]) -> str:
-    """Return what a shell on a terminal shows, in which each line is typed and completed, and then carried out."""
+def session(command: list[str], directory: Path, source: str, lines: Sequence[str]) -> str:
+    """Return the output of a shell on a terminal in which each line is typed, completed with TAB, and executed."""
     pid, terminal = pty.fork()
     if pid == 0:
-        os.chdir(folder)
-        os.execvpe(command[0], command, environment(folder))
+        os.chdir(directory)
+        os.execvpe(command[0], command, environment(directory))
     shown = b""
-    # The quotes keep the echo of what is typed from being taken for its result.
+    # The quotes distinguish the output of the command from the echo of its input.
     os.write(terminal, f"{source}; echo rea''dy\n".encode())
     while b"ready" not in shown:
         shown += os.read(terminal, 65536)
@@ -83,24 +86,24 @@ def session(command: list[str], folder: Path, source: str, lines: Sequence[str])
         while more := os.read(terminal, 65536):
             shown += more
     except OSError:
-        pass  # the terminal ends with the shell
+        pass  # the shell has exited, which closes the terminal
     os.waitpid(pid, 0)
     os.close(terminal)
     return shown.decode(errors="replace")
 
 
 @pytest.mark.parametrize("name", SOURCE)
-def test_tab_completes_on_a_terminal(name: str, folder: Path) -> None:
+def test_tab_completes_on_a_terminal(name: str, directory: Path) -> None:
     shell = name.partition(",")[0]
     if not shutil.which(shell):
-        pytest.skip(f"no {shell} here")
-    text = session(INTERACTIVE[shell], folder, SOURCE[name], [line for line, _ in TYPED])
+        pytest.skip(f"{shell} not found")
+    text = session(INTERACTIVE[shell], directory, SOURCE[name], [line for line, _ in TYPED])
     called = [line.partition("called: ")[2].strip()[:-1] for line in text.splitlines() if line.startswith("called: ")]
     assert called == [completed for _, completed in TYPED], text
 
 
-def offered_by_bash(folder: Path, *words: str) -> set[str]:
-    """What bash offers for the last of the words of a command line, split as bash does."""
+def bash_completions(directory: Path, *words: str) -> set[str]:
+    """Return the completions of bash for the last word of a command line, split into words as bash does it."""
     quoted = " ".join(f"'{word}'" for word in words)
     commands = f"""
         source <(kproxy completion bash)
@@ -110,8 +113,8 @@ def offered_by_bash(folder: Path, *words: str) -> set[str]:
     """
     done = subprocess.run(
         ["bash", "--norc", "--noprofile", "-c", commands],
-        cwd=folder,
-        env=environment(folder),
+        cwd=directory,
+        env=environment(directory),
         capture_output=True,
         text=True,
         check=True,
@@ -121,7 +124,7 @@ def offered_by_bash(folder: Path, *words: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("words", "offers"),
+    ("words", "completions"),
     [
         (("",), {"run", "apply", "render", "completion"}),
         (("run", "--proxy"), {"--proxy-mode", "--proxy-port-range"}),
@@ -143,16 +146,16 @@ def offered_by_bash(folder: Path, *words: str) -> set[str]:
         (("completion", ""), set(SHELLS)),
     ],
 )
-def test_what_bash_offers(folder: Path, words: tuple[str, ...], offers: set[str]) -> None:
-    assert offered_by_bash(folder, "kproxy", *words) == offers
+def test_bash_completions(directory: Path, words: tuple[str, ...], completions: set[str]) -> None:
+    assert bash_completions(directory, "kproxy", *words) == completions
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_the_script_is_all_that_is_printed(shell: str) -> None:
+def test_only_the_script_is_printed(shell: str) -> None:
     done = subprocess.run([KPROXY, "completion", shell], capture_output=True, text=True, check=True)
     assert done.stdout == script(shell)
     assert done.stderr == ""
 
 
-def test_underscored_spellings_are_not_offered() -> None:
+def test_spellings_with_underscores_are_not_offered() -> None:
     assert not any("proxy_mode" in script(shell) for shell in ("zsh", "fish"))

@@ -1,4 +1,4 @@
-"""What `--help` says: that its examples are right, its defaults true, and that it can be read."""
+"""The output of `--help`: valid examples, correct defaults, and a readable layout."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
-from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -16,14 +14,14 @@ from kproxy.cli.parser import COMMANDS, command_line, parse
 from kproxy.config import Config, apply_flags
 from kproxy.config.flag_table import CONFIG_FLAGS, GROUPS, PORT_FLAGS, Flag
 from kproxy.config.types import LocalMode, Mode
+from tests.lab.proxy import KPROXY
 
-KPROXY = str(Path(sys.executable).with_name("kproxy"))
-STATED = [flag for title, flags in GROUPS.items() if title != "without effect" for flag in flags]
+DOCUMENTED = [flag for title, flags in GROUPS.items() if title != "no effect" for flag in flags]
 PAGES = [(), *((name,) for name in COMMANDS)]
 
 
 def page(*command: str) -> str:
-    """The help of a command, or of all, as it is on a terminal of 80 columns."""
+    """Return the help of a command, or the main help, for a terminal with 80 columns."""
     environment = {**os.environ, "COLUMNS": "80"}
     done = subprocess.run([KPROXY, *command, "--help"], capture_output=True, text=True, env=environment, check=True)
     assert done.stderr == ""
@@ -31,9 +29,9 @@ def page(*command: str) -> str:
 
 
 def examples(text: str) -> list[list[str]]:
-    """The words of each call of kproxy in the examples of a help, without its own name."""
+    """Return the arguments of each kproxy call in the examples section of a help."""
     section = text.split("\nexamples:\n")[1].split("\n\n", 1)[0].replace("\\\n", "")
-    found = []
+    calls = []
     for line in section.splitlines():
         assert line.startswith("  "), line
         lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
@@ -42,19 +40,19 @@ def examples(text: str) -> list[list[str]]:
         for word in lexer:
             if word == "kproxy":
                 words = []
-                found.append(words)
+                calls.append(words)
             elif set(word) <= set("|&;<>()"):
                 words = None
             elif words is not None:
                 words.append(word)
-    return found
+    return calls
 
 
 EXAMPLES = {command: examples(page(*command)) for command in PAGES}
 
 
-@pytest.mark.parametrize("words", [words for found in EXAMPLES.values() for words in found], ids=" ".join)
-def test_an_example_is_taken_with_its_values(words: list[str]) -> None:
+@pytest.mark.parametrize("words", [words for calls in EXAMPLES.values() for words in calls], ids=" ".join)
+def test_example_is_accepted_with_its_values(words: list[str]) -> None:
     options = parse(words)
     assert callable(options.command)
     if words[0] != "completion":
@@ -62,32 +60,32 @@ def test_an_example_is_taken_with_its_values(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_each_command_has_several_examples_of_its_own(name: str) -> None:
+def test_each_command_has_at_least_three_examples(name: str) -> None:
     assert len([words for words in EXAMPLES[name,] if words[0] == name]) >= 3
 
 
-def test_the_examples_of_run_show_what_it_is_for() -> None:
+def test_examples_of_run_use_its_main_flags() -> None:
     used = {word.partition("=")[0] for words in EXAMPLES["run",] for word in words[1:]}
     assert used >= {"--config", "--kubeconfig", "--objects", "--proxy-mode", "--hostname-override", "--cleanup"}
     assert used >= {"--init-only", "--write-config-to", "--cluster-cidr", "--metrics-bind-address", "-v"}
 
 
-def test_the_first_help_shows_each_command_that_acts() -> None:
+def test_main_help_has_an_example_and_a_summary_of_each_command() -> None:
     assert {words[0] for words in EXAMPLES[()]} == {"run", "apply", "render"}
     assert all(re.search(rf"\n +{name} +{summary.split()[0]} ", page()) for name, summary in COMMANDS.items())
 
 
 @pytest.mark.parametrize("command", PAGES, ids=" ".join)
-def test_it_fits_80_columns(command: tuple[str, ...]) -> None:
+def test_help_fits_80_columns(command: tuple[str, ...]) -> None:
     assert [line for line in page(*command).splitlines() if len(line) > 80] == []
 
 
 @pytest.mark.parametrize("command", PAGES, ids=" ".join)
-def test_no_flag_is_broken_in_two(command: tuple[str, ...]) -> None:
+def test_flags_are_not_broken_at_line_ends(command: tuple[str, ...]) -> None:
     assert re.findall(r"--[a-z-]*-$", page(*command), re.MULTILINE) == []
 
 
-def test_flags_are_shown_under_their_headings_as_they_are_written() -> None:
+def test_flags_are_listed_in_their_groups() -> None:
     section = ""
     shown: dict[str, list[str]] = {}
     for line in page("run").split("\nexamples:\n")[0].splitlines():
@@ -99,47 +97,47 @@ def test_flags_are_shown_under_their_headings_as_they_are_written() -> None:
         assert [name for name in shown[title] if name not in ("--config", "--strict-config", "--master")] == [
             each.option for each in flags
         ]
-    assert shown["instead of running"] == ["--write-config-to", "--cleanup", "--init-only"]
+    assert shown["actions"] == ["--write-config-to", "--cleanup", "--init-only"]
 
 
 @pytest.mark.parametrize("name", ["apply", "render"])
-def test_what_means_nothing_to_a_command_is_taken_and_not_shown(name: str) -> None:
+def test_flags_irrelevant_to_a_command_are_accepted_but_hidden(name: str) -> None:
     shown = command_line({name})[1][name].flags()
     assert "--cluster-cidr" in shown
     assert "--conntrack-min" not in shown
     assert "--conntrack-min" not in page(name)
-    assert "without effect" not in page(name)
+    assert "no effect" not in page(name)
     options = parse([name, "--objects=x", "--conntrack-min=5", "--ipvs_scheduler=rr", "--metrics-port=1"])
     assert apply_flags(Config(), options)[0].conntrack.min == 5
 
 
-def stated_default(flag: Flag) -> str | None:
-    """The default that the help names, if it is a value and not a description of one."""
+def documented_default(flag: Flag) -> str | None:
+    """Return the default in the help of a flag if it is a value, not a description."""
     found = re.search(r"default: (\S+)\)", flag.help) or re.search(r"(\w+) \(default\)", flag.help)
     return found[1] if found else None
 
 
-@pytest.mark.parametrize("flag", STATED, ids=lambda flag: flag.name)
-def test_a_stated_default_is_the_default(flag: Flag) -> None:
-    if (default := stated_default(flag)) is not None:
+@pytest.mark.parametrize("flag", DOCUMENTED, ids=lambda flag: flag.name)
+def test_documented_default_is_the_default(flag: Flag) -> None:
+    if (default := documented_default(flag)) is not None:
         assert apply_flags(Config(), parse(["run", f"{flag.option}={default}"])) == (Config(), [])
 
 
-@pytest.mark.parametrize("flag", STATED, ids=lambda flag: flag.name)
-def test_each_number_switch_and_duration_has_its_default_stated(flag: Flag) -> None:
+@pytest.mark.parametrize("flag", DOCUMENTED, ids=lambda flag: flag.name)
+def test_every_number_switch_and_duration_documents_its_default(flag: Flag) -> None:
     assert flag.help
-    if (flag.kind in ("int", "bool") or flag.value in ("DURATION", "MODE", "HOW")) and flag not in PORT_FLAGS:
-        assert stated_default(flag) is not None
+    if (flag.kind in ("int", "bool") or flag.metavar in ("DURATION", "MODE")) and flag not in PORT_FLAGS:
+        assert documented_default(flag) is not None
 
 
-def test_the_words_that_are_offered_are_those_that_are_taken() -> None:
-    words = {flag.name: flag.words for flag in CONFIG_FLAGS if flag.words}
-    assert words["proxy-mode"] == get_args(Mode)
-    assert words["detect-local-mode"] == get_args(LocalMode)
-    for name, each in words.items():
-        for word in each:
+def test_documented_choices_are_accepted() -> None:
+    choices = {flag.name: flag.choices for flag in CONFIG_FLAGS if flag.choices}
+    assert choices["proxy-mode"] == get_args(Mode)
+    assert choices["detect-local-mode"] == get_args(LocalMode)
+    for name, values in choices.items():
+        for value in values:
             detail = {
                 "BridgeInterface": ["--pod-bridge-interface=b"],
                 "InterfaceNamePrefix": ["--pod-interface-name-prefix=b"],
             }
-            apply_flags(Config(), parse(["run", f"--{name}={word}", *detail.get(word, [])]))
+            apply_flags(Config(), parse(["run", f"--{name}={value}", *detail.get(value, [])]))

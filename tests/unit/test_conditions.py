@@ -6,13 +6,11 @@ import logging
 from typing import Any
 
 import pytest
-from msgspec.structs import asdict, replace
+from msgspec.structs import replace
 
 from kproxy.model.delta import Delete, Invalid, Replace, Upsert
-from kproxy.model.store import StoreChange
-from kproxy.model.sync_report import ServiceCounts, SyncError, SyncReport
+from kproxy.model.sync_report import ServiceCounts, SyncError, SyncReport, SyncResult
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Node, Service, ServicePort
-from kproxy.sync.family import FamilySyncResult
 from kproxy.sync.service_events import LINES_PER_SYNC, ServiceEventListener
 from kproxy.sync.summary import PERIOD, Summary, synced_text
 from tests.inprocess import FakeKernelProxy
@@ -34,13 +32,13 @@ def slices(name: str, *nodes: str, ports: tuple[ServicePort, ...] = (HTTP,)) -> 
 class ConditionsProxy(FakeKernelProxy):
     """One family of a node in one mode, with the condition transitions that a sync reports."""
 
-    def result_of(self, *objects: Service | EndpointSlice) -> FamilySyncResult:
+    def result_of(self, *objects: Service | EndpointSlice) -> SyncResult:
         """Sync these objects and return the result."""
         return self.sync(*objects).result
 
     def reported(self, *objects: Service | EndpointSlice) -> list[str]:
         """Sync these objects and return the reported transitions, without the family."""
-        return [notice.text.removeprefix("IPv4: ") for notice in self.result_of(*objects).notices]
+        return [each.message.removeprefix("IPv4: ") for each in self.result_of(*objects).transitions]
 
 
 @pytest.fixture(params=["iptables", "nftables"])
@@ -81,7 +79,7 @@ def test_a_service_that_is_served_no_longer_gets_no_good_news(proxy: ConditionsP
 
 def test_a_new_service_may_wait_for_its_first_endpoint(proxy: ConditionsProxy) -> None:
     assert proxy.reported(service("web")) == []
-    assert proxy.result_of().tally == ServiceCounts(without_endpoints=1)
+    assert proxy.result_of().counts == ServiceCounts(without_endpoints=1)
     assert proxy.reported(slices("web", "node-1")) == []
     assert proxy.reported(slices("web")) == [LOST]
 
@@ -110,17 +108,17 @@ def test_a_port_that_no_endpoint_has_is_named(proxy: ConditionsProxy) -> None:
 
 def test_policy_local_without_an_endpoint_here_is_counted_and_no_news(proxy: ConditionsProxy) -> None:
     found = proxy.result_of(service("web", internal_local=True), slices("web", "node-2"))
-    assert (found.tally, found.notices) == (ServiceCounts(dropped=1), ())
-    assert proxy.result_of(slices("web", "node-1")).tally == ServiceCounts()
+    assert (found.counts, found.transitions) == (ServiceCounts(dropped=1), ())
+    assert proxy.result_of(slices("web", "node-1")).counts == ServiceCounts()
 
 
 def test_all_conditions_are_counted(proxy: ConditionsProxy) -> None:
     proxy.apply(Replace(Service, (service("a"), service("b", 2), service("c", 3)), (("ns", "bad"),), ignored=2))
     shared = {"external_ips": ("203.0.113.1",)}
     found = proxy.result_of(service("b", 2, **shared), service("c", 3, **shared))
-    assert found.tally == ServiceCounts(without_endpoints=3, in_conflict=1, refused=1, ignored=2)
+    assert found.counts == ServiceCounts(without_endpoints=3, in_conflict=1, invalid=1, ignored=2)
     proxy.apply(Invalid(Service, "ns", "a"), Delete(Service, "ns", "bad"), Delete(Service, "ns", "b"))
-    assert proxy.result_of().tally == ServiceCounts(without_endpoints=2, refused=1, ignored=2)
+    assert proxy.result_of().counts == ServiceCounts(without_endpoints=2, invalid=1, ignored=2)
 
 
 @pytest.mark.parametrize("mode", ["iptables", "nftables"])
@@ -128,24 +126,24 @@ def test_source_ranges_of_the_other_family_only_leave_a_load_balancer_open(mode:
     balanced = service("web", vips=("203.0.113.1", "2001:db8::1"), source_ranges=("198.51.100.0/24",))
     four, six = ConditionsProxy(mode), ConditionsProxy(mode, Family.IPV6)
     assert four.reported(balanced, slices("web", "node-1")) == []
-    assert [notice.text for notice in six.result_of(balanced).notices] == [
-        "IPv6: Service ns/web names no IPv6 range in loadBalancerSourceRanges: its IPv6 load balancer addresses are "
+    assert [each.message for each in six.result_of(balanced).transitions] == [
+        "IPv6: Service ns/web has no IPv6 range in loadBalancerSourceRanges: its IPv6 load balancer addresses are "
         "open to all sources; add IPv6 ranges"
     ]
     six.forget()
-    assert six.result_of(balanced).notices == ()
+    assert six.result_of(balanced).transitions == ()
     everything = replace(balanced, source_ranges=("198.51.100.0/24", "::/0"))
-    assert six.result_of(everything).notices == ()
-    assert len(six.result_of(balanced).notices) == 1
-    assert six.result_of(replace(balanced, vips=("203.0.113.1",))).notices == ()
+    assert six.result_of(everything).transitions == ()
+    assert len(six.result_of(balanced).transitions) == 1
+    assert six.result_of(replace(balanced, vips=("203.0.113.1",))).transitions == ()
 
 
 def test_a_conflict_is_told_once_and_so_is_its_end(proxy: ConditionsProxy) -> None:
     claim = {"external_ips": ("203.0.113.1",)}
     proxy.sync(service("a", 1, **claim), slices("a", "node-1"))
-    (notice,) = proxy.result_of(service("b", 2, **claim), slices("b", "node-1")).notices
-    assert (notice.service, notice.kind) == ("ns/b", "FrontendConflict")
-    assert notice.text == (
+    (transition,) = proxy.result_of(service("b", 2, **claim), slices("b", "node-1")).transitions
+    assert (transition.service, transition.reason) == ("ns/b", "FrontendConflict")
+    assert transition.message == (
         "IPv4: ns/b:http and ns/a:http both claim 203.0.113.1:80/TCP: traffic goes to ns/a:http only"
     )
     proxy.forget()
@@ -169,29 +167,27 @@ def test_nothing_is_told_before_the_kernel_has_it() -> None:
 def test_warnings_become_events_and_many_at_once_are_not_all_named(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     events: list[tuple[str, str, str]] = []
-    notices = ServiceEventListener(lambda *event: events.append(event))
+    listener = ServiceEventListener(lambda *event: events.append(event))
     proxy = ConditionsProxy("nftables")
     names = [f"s{number}" for number in range(LINES_PER_SYNC + 3)]
     for number, name in enumerate(names, 1):
         proxy.sync(service(name, number), slices(name, "node-1"))
-    notices.queued(Family.IPV4, 0.0)
-    notices.changed(Service, StoreChange())
-    notices.synced(report(proxy.result_of(*(slices(name) for name in names))))
+    listener.on_sync(report(proxy.result_of(*(slices(name) for name in names))))
     assert [event[:2] for event in sorted(events)] == [(f"ns/{name}", "NoEndpoints") for name in sorted(names)]
     assert all(event[2].endswith(" has no endpoints: new connections are rejected") for event in events)
     assert [record.levelname for record in caplog.records] == ["WARNING"] * (LINES_PER_SYNC + 1)
     assert caplog.messages[-1] == "IPv4: 3 more Services with reason NoEndpoints not listed"
     events.clear()
     caplog.clear()
-    notices.synced(report(proxy.result_of(slices(names[0], "node-1"))))
+    listener.on_sync(report(proxy.result_of(slices(names[0], "node-1"))))
     assert events == []
     assert [(record.levelname, record.message) for record in caplog.records] == [
         ("INFO", "IPv4: Service ns/s0 has endpoints again")
     ]
 
 
-def report(outcome: FamilySyncResult) -> SyncReport:
-    return SyncReport(family=Family.IPV4, began=0.0, ended=1.0, **asdict(outcome))
+def report(result: SyncResult) -> SyncReport:
+    return SyncReport(Family.IPV4, 0.0, 1.0, result)
 
 
 # Lines.
@@ -199,21 +195,21 @@ def report(outcome: FamilySyncResult) -> SyncReport:
 
 def test_the_line_about_a_sync_names_only_what_there_is() -> None:
     assert synced_text(Family.IPV4, 5, 0.0042, ServiceCounts(), complete=True) == "IPv4: synced 5 services in 4 ms"
-    tally = ServiceCounts(without_endpoints=2, dropped=1, in_conflict=1, refused=1, ignored=1200)
+    tally = ServiceCounts(without_endpoints=2, dropped=1, in_conflict=1, invalid=1, ignored=1200)
     assert synced_text(Family.IPV6, 1, 1.26, tally, complete=False) == (
         "IPv6: synced 1 changed service in 1.3 s (2 without endpoints, 1 dropped by policy Local, 1 in conflict, "
-        "1 refused as invalid, 1,200 ignored)"
+        "1 invalid, 1,200 ignored)"
     )
 
 
 def test_a_summary_tells_of_a_minute_from_its_first_sync_on() -> None:
     summary = Summary(Family.IPV4)
-    assert (summary.wait(0.0), summary.take(0.0)) == (None, "")
+    assert (summary.wait(0.0), summary.flush(0.0)) == (None, "")
     summary.add(100.0, 1, 0.005, ServiceCounts(), complete=False)
     summary.add(130.0, 20, 1.5, ServiceCounts(without_endpoints=1), complete=False)
-    assert (summary.wait(130.0), summary.take(130.0)) == (PERIOD - 30, "")
+    assert (summary.wait(130.0), summary.flush(130.0)) == (PERIOD - 30, "")
     assert summary.wait(100.0 + PERIOD) == 0.0
-    assert summary.take(100.0 + PERIOD) == (
+    assert summary.flush(100.0 + PERIOD) == (
         "IPv4: 2 syncs in the last 60 s: 21 changed services, the longest took 1.5 s (1 without endpoints)"
     )
     assert summary.wait(200.0) is None
@@ -235,9 +231,9 @@ def test_syncs_of_all_services_do_not_count_as_changes(syncs: list[tuple[int, bo
     summary = Summary(Family.IPV4)
     for services, complete in syncs:
         summary.add(0.0, services, 1.0, ServiceCounts(), complete=complete)
-    assert summary.take(PERIOD) == f"IPv4: {said}, the longest took 1.0 s"
+    assert summary.flush(PERIOD) == f"IPv4: {said}, the longest took 1.0 s"
     summary.add(PERIOD, 1, 1.0, ServiceCounts(), complete=False)
-    assert summary.take(2 * PERIOD) == "IPv4: 1 sync in the last 60 s: 1 changed service, the longest took 1.0 s"
+    assert summary.flush(2 * PERIOD) == "IPv4: 1 sync in the last 60 s: 1 changed service, the longest took 1.0 s"
 
 
 def test_at_the_start_all_services_may_wait_for_their_first_endpoint() -> None:
@@ -245,4 +241,4 @@ def test_at_the_start_all_services_may_wait_for_their_first_endpoint() -> None:
     proxy = ConditionsProxy("iptables")
     proxy.store.apply(Upsert(service("web")))
     assert proxy.reported() == []
-    assert proxy.result_of().tally == ServiceCounts(without_endpoints=1)
+    assert proxy.result_of().counts == ServiceCounts(without_endpoints=1)

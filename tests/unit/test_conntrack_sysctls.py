@@ -1,4 +1,4 @@
-"""The kernel parameters that the section `conntrack` asks for, and how they are written."""
+"""Kernel parameters of the configuration section `conntrack`, and reading and writing of kernel parameters."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KERNEL = {
 }
 
 
-def test_the_defaults_of_kube_proxy_on_a_kernel_of_its_own() -> None:
+def test_default_configuration_on_a_kernel_with_default_parameters() -> None:
     assert conntrack_sysctls.sysctl_changes(Conntrack(), 8, KERNEL) == {
         conntrack_sysctls.MAX: 262144,
         conntrack_sysctls.TCP_ESTABLISHED: 86400,
@@ -44,7 +44,7 @@ def test_the_defaults_of_kube_proxy_on_a_kernel_of_its_own() -> None:
     ],
     ids=["scaled", "at-least-min", "no-min", "left-alone"],
 )
-def test_the_maximum_grows_with_the_cpus(config: Conntrack, cpus: int, maximum: int | None) -> None:
+def test_maximum_scales_with_the_number_of_cpus(config: Conntrack, cpus: int, maximum: int | None) -> None:
     assert conntrack_sysctls.sysctl_changes(config, cpus, {}).get(conntrack_sysctls.MAX) == maximum
 
 
@@ -58,17 +58,17 @@ def test_the_maximum_grows_with_the_cpus(config: Conntrack, cpus: int, maximum: 
     ],
     ids=["raised", "unknown", "enough", "never-lowered"],
 )
-def test_the_hash_table_has_a_bucket_for_four_entries(buckets: dict[str, int], written: int | None) -> None:
+def test_hash_table_has_one_bucket_per_four_entries(buckets: dict[str, int], written: int | None) -> None:
     changes = conntrack_sysctls.sysctl_changes(Conntrack(max_per_core=1000, min=0), 4, buckets)
     assert changes.get(conntrack_sysctls.HASH_SIZE) == written
 
 
-def test_nothing_asked_for_is_nothing_written() -> None:
+def test_zero_configuration_changes_nothing() -> None:
     assert conntrack_sysctls.sysctl_changes(NOTHING, 8, KERNEL) == {}
     assert conntrack_sysctls.sysctl_changes(NOTHING, 8, {}) == {}
 
 
-def test_what_is_right_already_is_not_written() -> None:
+def test_parameters_with_the_configured_values_are_not_written() -> None:
     config = Conntrack(tcp_be_liberal=True, udp_timeout=Seconds(10), udp_stream_timeout=Seconds(20))
     first = conntrack_sysctls.sysctl_changes(config, 8, KERNEL)
     assert [
@@ -78,7 +78,7 @@ def test_what_is_right_already_is_not_written() -> None:
 
 
 @pytest.mark.parametrize(("current", "written"), [(131071, 131072), (131072, None), (131073, None), (1 << 22, None)])
-def test_a_maximum_that_is_larger_is_left_alone(current: int, written: int | None) -> None:
+def test_larger_maximum_is_not_lowered(current: int, written: int | None) -> None:
     assert (
         conntrack_sysctls.sysctl_changes(Conntrack(), 1, KERNEL | {conntrack_sysctls.MAX: current}).get(
             conntrack_sysctls.MAX
@@ -98,22 +98,23 @@ def test_a_maximum_that_is_larger_is_left_alone(current: int, written: int | Non
         (Conntrack(min=2000000), 512, 2000000),
     ],
 )
-def test_many_cpus_do_not_ask_for_more_than_a_million(config: Conntrack, cpus: int, maximum: int) -> None:
+def test_scaled_maximum_is_limited_to_1048576(config: Conntrack, cpus: int, maximum: int) -> None:
     found = conntrack_sysctls.sysctl_changes(config, cpus, KERNEL)
     assert (found[conntrack_sysctls.MAX], found[conntrack_sysctls.HASH_SIZE]) == (maximum, maximum // 4)
 
 
-def test_a_fraction_of_a_second_does_not_become_never() -> None:
+def test_fractional_timeouts_are_rounded_up() -> None:
     config = Conntrack(udp_timeout=Seconds(0.25), udp_stream_timeout=Seconds(1.5))
     changes = conntrack_sysctls.sysctl_changes(config, 1, KERNEL)
     assert (changes[conntrack_sysctls.UDP], changes[conntrack_sysctls.UDP_STREAM]) == (1, 2)
 
 
-# Writing. The root is a folder: these are parameters of the whole machine.
+# Reading and writing, in a temporary directory instead of /: the real parameters affect the whole machine.
 
 
 @pytest.fixture
-def machine(tmp_path: Path) -> Path:
+def root(tmp_path: Path) -> Path:
+    """A directory that has the files of all parameters."""
     for path, value in KERNEL.items():
         file = tmp_path / path
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -121,12 +122,12 @@ def machine(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_parameters_are_read_computed_and_written(machine: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_parameters_are_read_computed_and_written(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     config = Conntrack(max_per_core=100000, tcp_be_liberal=True)
-    changes = conntrack_sysctls.sysctl_changes(config, 4, read_parameters(conntrack_sysctls.PARAMETERS, machine))
-    assert write_parameters(changes, machine) == []
-    assert read_parameters(conntrack_sysctls.PARAMETERS, machine) == KERNEL | {
+    changes = conntrack_sysctls.sysctl_changes(config, 4, read_parameters(conntrack_sysctls.PARAMETERS, root))
+    assert write_parameters(changes, root) == []
+    assert read_parameters(conntrack_sysctls.PARAMETERS, root) == KERNEL | {
         conntrack_sysctls.MAX: 400000,
         conntrack_sysctls.HASH_SIZE: 100000,
         conntrack_sysctls.TCP_ESTABLISHED: 86400,
@@ -142,29 +143,27 @@ def test_parameters_are_read_computed_and_written(machine: Path, caplog: pytest.
     ]
 
 
-def test_a_parameter_that_is_missing_is_told_and_the_others_are_written(machine: Path) -> None:
-    (machine / conntrack_sysctls.MAX).unlink()
-    (machine / conntrack_sysctls.UDP).write_text("not a number")
-    found = read_parameters(conntrack_sysctls.PARAMETERS, machine)
+def test_missing_parameter_is_reported_and_the_others_are_written(root: Path) -> None:
+    (root / conntrack_sysctls.MAX).unlink()
+    (root / conntrack_sysctls.UDP).write_text("not a number")
+    found = read_parameters(conntrack_sysctls.PARAMETERS, root)
     assert found == {
         path: value for path, value in KERNEL.items() if path not in {conntrack_sysctls.MAX, conntrack_sysctls.UDP}
     }
-    problems = write_parameters({conntrack_sysctls.MAX: 1, conntrack_sysctls.UDP: 2}, machine)
+    problems = write_parameters({conntrack_sysctls.MAX: 1, conntrack_sysctls.UDP: 2}, root)
     assert problems == ["cannot set /proc/sys/net/netfilter/nf_conntrack_max to 1: No such file or directory"]
-    assert (machine / conntrack_sysctls.UDP).read_text() == "2"
-    assert not (machine / conntrack_sysctls.MAX).exists()
+    assert (root / conntrack_sysctls.UDP).read_text() == "2"
+    assert not (root / conntrack_sysctls.MAX).exists()
 
 
-def test_a_parameter_without_a_value_that_can_be_read_is_logged_as_such(
-    machine: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_unreadable_previous_value_is_logged_as_unknown(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    (machine / conntrack_sysctls.UDP).write_text("not a number")
-    assert write_parameters({conntrack_sysctls.UDP: 2}, machine) == []
+    (root / conntrack_sysctls.UDP).write_text("not a number")
+    assert write_parameters({conntrack_sysctls.UDP: 2}, root) == []
     assert caplog.messages == ["set sysctl net.netfilter.nf_conntrack_udp_timeout: unknown -> 2"]
 
 
-def test_route_localnet_is_set_where_it_is_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_route_localnet_is_set_only_if_it_is_not_set(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     assert ensure_route_localnet(tmp_path) == [f"cannot set /{ROUTE_LOCALNET} to 1: No such file or directory"]
     file = tmp_path / ROUTE_LOCALNET

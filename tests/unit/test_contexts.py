@@ -1,8 +1,6 @@
-"""What of the configuration and the Node reaches the rules, in either mode."""
+"""Contexts and warnings derived from the configuration and the Node, in both modes."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 
@@ -34,19 +32,19 @@ def context(
     return make_context(configured(mode, text), family, "node-1", node, local, accounting=True, random_fully=True)
 
 
-@pytest.mark.parametrize(("mode", "all_of_it", "mark"), [("iptables", True, 1 << 3), ("nftables", False, 1 << 20)])
-def test_the_section_of_the_mode_in_force_counts(mode: str, all_of_it: bool, mark: int) -> None:
+@pytest.mark.parametrize(("mode", "masquerade_all", "mark"), [("iptables", True, 1 << 3), ("nftables", False, 1 << 20)])
+def test_masquerading_comes_from_the_section_of_the_mode(mode: str, masquerade_all: bool, mark: int) -> None:
     text = "iptables: {masqueradeAll: true, masqueradeBit: 3}\nnftables: {masqueradeAll: false, masqueradeBit: 20}"
     found = context(mode, text)
-    assert (found.masquerade_all, found.masquerade_mark) == (all_of_it, mark)
+    assert (found.masquerade_all, found.masquerade_mark) == (masquerade_all, mark)
 
 
-def test_masquerading_everything_in_nftables_mode_only() -> None:
+def test_masquerade_all_of_nftables_does_not_apply_to_iptables_mode() -> None:
     assert context("nftables", "nftables: {masqueradeAll: true}").masquerade_all
     assert not context("iptables", "nftables: {masqueradeAll: true}").masquerade_all
 
 
-def test_what_only_iptables_mode_has() -> None:
+def test_settings_that_only_iptables_mode_has() -> None:
     iptables, nftables = context("iptables"), context("nftables")
     assert (iptables.drop_invalid, iptables.accounting, iptables.localhost_node_ports) == (True, True, True)
     assert (nftables.drop_invalid, nftables.accounting, nftables.localhost_node_ports) == (False, False, False)
@@ -54,13 +52,13 @@ def test_what_only_iptables_mode_has() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_what_does_not_depend_on_the_mode(mode: str) -> None:
+def test_settings_that_do_not_depend_on_the_mode(mode: str) -> None:
     found = context(mode, "clusterCIDR: 10.244.0.0/16", node=Node("node-1", addresses=("10.99.0.2",), zone="a"))
     assert (found.family, found.node_name, found.zone, found.node_address) == (Family.IPV4, "node-1", "a", "10.99.0.2")
     assert (found.local_traffic.cidr, found.random_fully) == ("10.244.0.0/16", True)
 
 
-def test_without_a_mode_there_is_no_context() -> None:
+def test_context_without_a_mode_is_an_error() -> None:
     with pytest.raises(ValueError, match="no mode has been chosen yet"):
         context('""')
     with pytest.raises(ValueError, match="no mode has been chosen yet"):
@@ -87,7 +85,7 @@ def test_without_a_mode_there_is_no_context() -> None:
         ("[172.16.0.0/12]", Family.IPV4, (), ()),
     ],
 )
-def test_where_node_ports_answer(
+def test_node_port_addresses(
     cidrs: str, family: Family, iptables: tuple[str, ...] | None, nftables: tuple[str, ...] | None
 ) -> None:
     text = f"nodePortAddresses: {cidrs}"
@@ -97,14 +95,14 @@ def test_where_node_ports_answer(
 
 @pytest.mark.parametrize("node", [None, Node("node-1")])
 @pytest.mark.parametrize(("mode", "text"), [("nftables", ""), ("iptables", "nodePortAddresses: [primary]")])
-def test_primary_addresses_that_are_not_known_are_said(mode: str, text: str, node: Node | None) -> None:
+def test_unknown_primary_addresses_are_reported(mode: str, text: str, node: Node | None) -> None:
     found = context(mode, text, node=node)
     assert found.node_port_addresses == ()
-    said = node_port_warning(configured(mode, text), node, found)
-    assert said == "IPv4: NodePorts are unreachable until the addresses of Node node-1 are known"
+    warning = node_port_warning(configured(mode, text), node, found)
+    assert warning == "IPv4: NodePorts are unreachable until the addresses of Node node-1 are known"
 
 
-def test_a_node_of_one_family_is_nothing_to_say() -> None:
+def test_missing_addresses_of_a_single_stack_node_are_not_reported() -> None:
     node = Node("node-1", addresses=("10.99.0.2",))
     found = context("nftables", family=Family.IPV6, node=node)
     assert found.node_port_addresses == ()
@@ -122,7 +120,7 @@ def test_a_node_of_one_family_is_nothing_to_say() -> None:
         ("iptables", "nodePortAddresses: [127.0.0.0/8]", Family.IPV4),
     ],
 )
-def test_while_node_ports_answer_somewhere_there_is_nothing_to_say(mode: str, text: str, family: Family) -> None:
+def test_no_node_port_warning_if_an_address_matches(mode: str, text: str, family: Family) -> None:
     assert node_port_warning(configured(mode, text), NODE, context(mode, text, family)) == ""
 
 
@@ -130,7 +128,7 @@ LOOPBACK = "; nftables mode has no NodePorts on loopback addresses"
 
 
 @pytest.mark.parametrize(
-    ("mode", "cidrs", "family", "said"),
+    ("mode", "cidrs", "family", "detail"),
     [
         ("iptables", "[172.16.0.0/12, 'fd00::/8']", Family.IPV4, "(172.16.0.0/12)"),
         ("nftables", "[172.16.0.0/12, 172.32.0.0/16]", Family.IPV4, "(172.16.0.0/12, 172.32.0.0/16)"),
@@ -139,21 +137,23 @@ LOOPBACK = "; nftables mode has no NodePorts on loopback addresses"
         ("nftables", "['::1/128']", Family.IPV6, f"(::1/128){LOOPBACK}"),
     ],
 )
-def test_cidrs_without_an_address_are_said(mode: str, cidrs: str, family: Family, said: str) -> None:
+def test_node_port_cidrs_without_a_local_address_are_reported(
+    mode: str, cidrs: str, family: Family, detail: str
+) -> None:
     text = f"nodePortAddresses: {cidrs}"
-    found = node_port_warning(configured(mode, text), NODE, context(mode, text, family))
-    where = "no local address is in nodePortAddresses"
-    assert found == f"{family.value}: NodePorts are unreachable: {where} {said}"
+    warning = node_port_warning(configured(mode, text), NODE, context(mode, text, family))
+    reason = "no local address is in nodePortAddresses"
+    assert warning == f"{family.value}: NodePorts are unreachable: {reason} {detail}"
 
 
-def test_loopback_is_no_remark_in_iptables_mode() -> None:
+def test_warning_does_not_mention_loopback_in_iptables_mode() -> None:
     text = "nodePortAddresses: [127.0.0.0/8]"
     found = context("iptables", text, local=("10.99.0.2",))
     assert node_port_warning(configured("iptables", text), NODE, found).endswith(" (127.0.0.0/8)")
 
 
 @pytest.mark.parametrize(
-    ("mode", "settings", "answers"),
+    ("mode", "settings", "enabled"),
     [
         ("iptables", "", True),
         ("iptables", "iptables: {localhostNodePorts: false}", False),
@@ -165,16 +165,16 @@ def test_loopback_is_no_remark_in_iptables_mode() -> None:
         ("nftables", "iptables: {localhostNodePorts: true}", False),
     ],
 )
-def test_node_ports_on_localhost_are_for_iptables_and_ipv4(mode: str, settings: str, answers: Any) -> None:
-    assert localhost_node_ports(configured(mode, settings), Family.IPV4) is answers
+def test_localhost_node_ports_need_iptables_mode_and_ipv4(mode: str, settings: str, enabled: bool) -> None:
+    assert localhost_node_ports(configured(mode, settings), Family.IPV4) is enabled
     assert not localhost_node_ports(configured(mode, settings), Family.IPV6)
 
 
-# Telling local traffic
+# Detection of local traffic
 
 
 def detection_warning(text: str, family: Family, node: Node | None = NODE) -> str:
-    """The warning in both modes, which must be the same."""
+    """Return the warning about local traffic detection, which must be the same in both modes."""
     warnings = {
         local_traffic_warning(configured(mode, text), node, context(mode, text, family, node)) for mode in MODES
     }
@@ -185,7 +185,7 @@ def detection_warning(text: str, family: Family, node: Node | None = NODE) -> st
 SINGLE = Node("node-1", addresses=("10.99.0.2",))
 NO_CIDR = "detectLocalMode is ClusterCIDR, but no {0} clusterCIDR is set: local pod traffic is not detected"
 NO_POD_CIDR = "detectLocalMode is NodeCIDR, but Node node-1 has no {0} pod CIDR: local pod traffic is not detected"
-LOST = ", and off-cluster traffic to ClusterIPs is not masqueraded"
+NOT_MASQUERADED = ", and off-cluster traffic to ClusterIPs is not masqueraded"
 
 
 @pytest.mark.parametrize(
@@ -204,10 +204,10 @@ LOST = ", and off-cluster traffic to ClusterIPs is not masqueraded"
         ("clusterCIDR: 10.244.0.0/16", None, []),
     ],
 )
-def test_a_family_without_cluster_cidr_is_said(text: str, node: Node | None, warned: list[str]) -> None:
+def test_family_without_cluster_cidr_is_reported(text: str, node: Node | None, warned: list[str]) -> None:
     found = {family.value: detection_warning(text, family, node) for family in Family}
     assert found == {
-        name: f"{name}: {NO_CIDR.format(name)}{LOST}" if name in warned else "" for name in ("IPv4", "IPv6")
+        name: f"{name}: {NO_CIDR.format(name)}{NOT_MASQUERADED}" if name in warned else "" for name in ("IPv4", "IPv6")
     }
 
 
@@ -220,36 +220,37 @@ def test_a_family_without_cluster_cidr_is_said(text: str, node: Node | None, war
         (("10.99.0.2", "fd00::2"), ("10.244.1.0/24", "fd00:10::/64"), []),
     ],
 )
-def test_a_family_without_pod_cidr_is_said(
+def test_family_without_pod_cidr_is_reported(
     addresses: tuple[str, ...], pod_cidrs: tuple[str, ...], warned: list[str]
 ) -> None:
     node = Node("node-1", addresses=addresses, pod_cidrs=pod_cidrs)
     found = {family.value: detection_warning("detectLocalMode: NodeCIDR", family, node) for family in Family}
     assert found == {
-        name: f"{name}: {NO_POD_CIDR.format(name)}{LOST}" if name in warned else "" for name in ("IPv4", "IPv6")
+        name: f"{name}: {NO_POD_CIDR.format(name)}{NOT_MASQUERADED}" if name in warned else ""
+        for name in ("IPv4", "IPv6")
     }
 
 
-def test_where_all_is_masqueraded_nothing_is_said_to_be_left_out() -> None:
+def test_warning_omits_masquerading_if_everything_is_masqueraded() -> None:
     text = "iptables: {masqueradeAll: true}\nnftables: {masqueradeAll: true}"
     assert detection_warning(text, Family.IPV4) == f"IPv4: {NO_CIDR.format('IPv4')}"
 
 
 @pytest.mark.parametrize("family", Family)
-def test_detection_by_interface_needs_no_cidr(family: Family) -> None:
+def test_detection_by_interface_does_not_need_a_cidr(family: Family) -> None:
     bridge = "detectLocalMode: BridgeInterface\ndetectLocal: {bridgeInterface: cbr0}"
     prefix = "detectLocalMode: InterfaceNamePrefix\ndetectLocal: {interfaceNamePrefix: azv}"
     assert detection_warning(bridge, family) == detection_warning(prefix, family) == ""
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_warning_is_logged_when_it_changes(mode: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_warning_is_logged_only_when_it_changes(mode: str, caplog: pytest.LogCaptureFixture) -> None:
     text = "hostnameOverride: node-1\ndetectLocalMode: NodeCIDR\nnodePortAddresses: [primary]"
     contexts = ContextFactory(configured(mode, text), Family.IPV4, accounting=lambda: False, random_fully=True)
     six, both = ("fd00:10::/64",), ("fd00:10::/64", "10.244.1.0/24")
     for pod_cidrs in (six, six, both, six):
         contexts.make(Node("node-1", addresses=("10.99.0.2",), pod_cidrs=pod_cidrs))
-    assert caplog.messages == [f"IPv4: {NO_POD_CIDR.format('IPv4')}{LOST}"] * 2
+    assert caplog.messages == [f"IPv4: {NO_POD_CIDR.format('IPv4')}{NOT_MASQUERADED}"] * 2
 
 
 @pytest.mark.parametrize(
@@ -264,7 +265,7 @@ def test_a_warning_is_logged_when_it_changes(mode: str, caplog: pytest.LogCaptur
         ("NodeCIDR", [], ""),
     ],
 )
-def test_interfaces_of_pods_that_are_missing_are_said(mode: str, interfaces: list[str], missing: str) -> None:
+def test_missing_pod_interfaces_are_reported(mode: str, interfaces: list[str], missing: str) -> None:
     text = f"detectLocalMode: {mode}\ndetectLocal: {{bridgeInterface: cbr0, interfaceNamePrefix: azv}}"
-    outcome = f"detectLocalMode {mode}: local pod traffic is not detected: {missing}"
-    assert interface_warning(configured("iptables", text), interfaces) == (outcome if missing else "")
+    warning = f"detectLocalMode {mode}: local pod traffic is not detected: {missing}"
+    assert interface_warning(configured("iptables", text), interfaces) == (warning if missing else "")

@@ -1,3 +1,5 @@
+"""YAML and JSON documents: values, positions of fields, and syntax errors."""
+
 from __future__ import annotations
 
 from contextlib import suppress
@@ -40,28 +42,28 @@ def content(text: str) -> object:
         ("!!timestamp 2026-11-20", "2026-11-20"),
     ],
 )
-def test_plain_yaml_scalars_mean_what_they_mean_to_kubectl(scalar: str, value: object) -> None:
+def test_plain_yaml_scalars_are_read_as_in_kubectl(scalar: str, value: object) -> None:
     assert content(f"key: {scalar}\n") == {"key": value}
 
 
-def test_merge_keys_and_anchors_work_and_may_override() -> None:
+def test_merge_keys_and_anchors_with_overrides() -> None:
     text = "base: &b {x: 1, y: 2}\nother: {<<: *b, y: 3}\n"
     assert content(text) == {"base": {"x": 1, "y": 2}, "other": {"x": 1, "y": 3}}
 
 
-def test_documents_that_are_empty_are_left_out() -> None:
+def test_empty_documents_are_skipped() -> None:
     documents = read_documents(b"---\n# nothing\n---\na: 1\n---\n---\nb: 2\n")
     assert [document.content for document in documents] == [{"a": 1}, {"b": 2}]
     assert read_documents(b"") == []
     assert read_documents(b" \n\t\n", json=True) == []
 
 
-def test_json_stays_text_and_a_byte_order_mark_is_dropped() -> None:
+def test_json_is_kept_as_text_without_its_byte_order_mark() -> None:
     (document,) = read_documents(b'\xef\xbb\xbf{"a": 1}')
     assert document.content == b'{"a": 1}'
 
 
-def test_braces_that_are_not_json_are_yaml_unless_the_file_says_json() -> None:
+def test_flow_mapping_is_yaml_unless_the_file_is_json() -> None:
     assert content("{a: 1}") == {"a": 1}
     with pytest.raises(DocumentError, match="not valid JSON"):
         read_documents(b"{a: 1}", json=True)
@@ -77,17 +79,17 @@ def test_braces_that_are_not_json_are_yaml_unless_the_file_says_json() -> None:
         ("a: 1\n\tb: 2\n", False, "a tab character that violates indentation", 2, 1),
         ("a: 1\nb: *gone\n", False, "not valid YAML: found undefined alias", 2, 4),
         ("a: 1\nb: !thing x\n", False, "could not determine a constructor for the tag '!thing'", 2, 4),
-        ("a: 1\nb:\n  c: 1\n  d: 1\n  c: 2\n", False, "the key 'c' is given twice", 5, 3),
+        ("a: 1\nb:\n  c: 1\n  d: 1\n  c: 2\n", False, "duplicate key 'c'", 5, 3),
         ("ä: 1\nb: \x01\n", False, "control characters are not allowed", 2, 0),
         ("? [1]\n: 2\n", False, "unhashable key", 1, 3),
-        ("a: !!int x\n", False, "a value does not fit its tag", 0, 0),
-        ("a: !!bool x\n", False, "a value does not fit its tag", 0, 0),
+        ("a: !!int x\n", False, "a value does not match its tag", 0, 0),
+        ("a: !!bool x\n", False, "a value does not match its tag", 0, 0),
         ('{"a":' * 200_000, True, "nested too deeply", 0, 0),
         ("[" * 200_000 + "]" * 200_000, False, "nested too deeply", 0, 0),
         ("- " * 200_000, False, "nested too deeply", 0, 0),
     ],
 )
-def test_syntax_errors_say_what_and_where(text: str, json: bool, message: str, line: int, column: int) -> None:
+def test_syntax_error_has_a_reason_and_a_position(text: str, json: bool, message: str, line: int, column: int) -> None:
     with pytest.raises(DocumentError) as caught:
         read_documents(text.encode(), json=json)
     assert message in str(caught.value)
@@ -95,11 +97,11 @@ def test_syntax_errors_say_what_and_where(text: str, json: bool, message: str, l
     assert (caught.value.line, caught.value.column) == (line, column)
 
 
-def test_wide_yaml_is_not_deep() -> None:
+def test_wide_yaml_is_not_nested_too_deeply() -> None:
     assert content("a: [" + "[], " * 1000 + "]") == {"a": [[]] * 1000}
 
 
-def test_text_that_is_not_utf8_is_refused_with_its_place() -> None:
+def test_invalid_utf8_is_rejected_with_its_position() -> None:
     with pytest.raises(DocumentError, match="not UTF-8 text") as caught:
         read_documents(b"a: 1\nb: \xff\n")
     assert (caught.value.line, caught.value.column) == (2, 4)
@@ -122,28 +124,28 @@ JSON = '{"a": "\\/ \\u00e4",\n\t"spec": {\n "ports": [{"port": 80,\n"name": "x"}
         (("a", "b"), 1, 1),
     ],
 )
-def test_fields_have_lines(path: tuple[str | int, ...], in_yaml: int, in_json: int) -> None:
+def test_line_of_a_field(path: tuple[str | int, ...], in_yaml: int, in_json: int) -> None:
     assert read_documents(YAML.encode())[0].line_of(path) == in_yaml
     assert read_documents(JSON.encode(), json=True)[0].line_of(path) == in_json
 
 
-def test_the_lines_of_a_later_document_count_from_the_top_of_the_file() -> None:
+def test_lines_of_later_documents_count_from_the_start_of_the_file() -> None:
     assert read_documents(b"a: 1\n---\n\nb:\n  c: 1\n")[1].line_of(("b", "c")) == 5
 
 
-def test_a_line_that_cannot_be_told_is_0() -> None:
-    text = '{"emoji": "\\ud83d\\ude00",\n"b": 1}'  # libyaml refuses the surrogates that JSON writes
+def test_unknown_line_is_0() -> None:
+    text = '{"emoji": "\\ud83d\\ude00",\n"b": 1}'  # libyaml rejects escaped surrogates, which are valid in JSON
     assert read_documents(text.encode(), json=True)[0].line_of(("b",)) == 0
 
 
 @given(st.binary(max_size=60), st.booleans())
-def test_no_text_brings_any_other_error(text: bytes, json: bool) -> None:
+def test_any_bytes_are_read_or_raise_document_error(text: bytes, json: bool) -> None:
     with suppress(DocumentError):
         read_documents(text, json=json)
 
 
 @given(st.text(alphabet="ab01 :-[]{}\"'#&*!|>%@\n\t,?~.<=", max_size=60))
-def test_no_yaml_brings_any_other_error(text: str) -> None:
+def test_any_yaml_is_read_or_raises_document_error(text: str) -> None:
     with suppress(DocumentError):
         for document in read_documents(text.encode()):
             assert document.line_of(("a", 0, "b")) > 0
@@ -161,5 +163,5 @@ def test_no_yaml_brings_any_other_error(text: str) -> None:
         ("\ud800", "a str"),
     ],
 )
-def test_values_in_messages_are_json_of_a_readable_length(value: object, text: str) -> None:
+def test_values_in_messages_are_shortened_json(value: object, text: str) -> None:
     assert format_value(value) == text

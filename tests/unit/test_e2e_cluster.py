@@ -1,12 +1,9 @@
-"""The real cluster's code, on an API server that keeps what it is given and runs commands right here."""
+"""The end-to-end tests' cluster on a fake API server, which stores objects and runs commands as local processes."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import shutil
-import struct
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -22,16 +19,15 @@ from tests.e2e.cluster import Answer
 from tests.e2e.manifests import labels, service, url
 from tests.e2e.real import RealClusters
 from tests.e2e.real.cluster import RealCluster
-from tests.unit.test_e2e_scripts import Pod as Answering
+from tests.unit.test_e2e_scripts import Netexec
+from tests.unit.websocket import CLOSE, STATUS, STDOUT, SUCCESS, frame, handshake_headers, read_stdin
 
-GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 CORE = "/api/v1/namespaces"
 READY = [{"type": "Ready", "status": "True"}]
-SUCCESS = json.dumps({"status": "Success"}).encode()
 
 
 class Server(ThreadingHTTPServer):
-    """Objects by path. Pods are ready at once, on loopback; a command is a process of this machine."""
+    """An API server with objects by path. Pods are ready at once, with a loopback address; commands run locally."""
 
     daemon_threads = True
 
@@ -45,7 +41,7 @@ class Server(ThreadingHTTPServer):
                 "spec": {"selector": {"matchLabels": {"app": "kproxy"}}}
             },
         }
-        self.asked: list[tuple[str, str]] = []
+        self.requests: list[tuple[str, str]] = []
 
     def create(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         name = body["metadata"]["name"]
@@ -68,7 +64,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        path, query = self._asked()
+        path, query = self._record_request()
         if self.headers.get("Upgrade"):
             self._execute(query["command"])
         elif path in self.server.objects:
@@ -79,7 +75,7 @@ class Handler(BaseHTTPRequestHandler):
             self._answer(404, {"message": f"no {path}"})
 
     def do_POST(self) -> None:
-        path, query = self._asked()
+        path, query = self._record_request()
         body = self._body()
         if "dryRun" in query:
             self._answer(201, body | {"spec": {"ipFamilies": ["IPv4"]}})
@@ -87,27 +83,27 @@ class Handler(BaseHTTPRequestHandler):
             self._answer(201, self.server.create(path, body))
 
     def do_PATCH(self) -> None:
-        path, _ = self._asked()
+        path, _ = self._record_request()
         body = self._body()
-        kept = self.server.objects.setdefault(path.removesuffix("/status"), {})
-        kept |= body
-        self._answer(200, kept)
+        stored = self.server.objects.setdefault(path.removesuffix("/status"), {})
+        stored |= body
+        self._answer(200, stored)
 
     def do_DELETE(self) -> None:
-        path, _ = self._asked()
+        path, _ = self._record_request()
         for key in list(self.server.objects):
             if key == path or key.startswith(f"{path}/"):
                 del self.server.objects[key]
         self._answer(200, {})
 
-    def _asked(self) -> tuple[str, dict[str, list[str]]]:
+    def _record_request(self) -> tuple[str, dict[str, list[str]]]:
         parts = urlsplit(self.path)
-        self.server.asked.append((self.command, parts.path))
+        self.server.requests.append((self.command, parts.path))
         return parts.path, parse_qs(parts.query)
 
     def _body(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        return found
+        body: dict[str, Any] = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        return body
 
     def _answer(self, status: int, body: dict[str, Any]) -> None:
         data = json.dumps(body).encode()
@@ -117,12 +113,9 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def _execute(self, command: list[str]) -> None:
-        key = hashlib.sha1(self.headers["Sec-WebSocket-Key"].encode() + GUID).digest()
         self.send_response(101)
-        self.send_header("Upgrade", "websocket")
-        self.send_header("Connection", "Upgrade")
-        self.send_header("Sec-WebSocket-Accept", base64.b64encode(key).decode())
-        self.send_header("Sec-WebSocket-Protocol", "v4.channel.k8s.io")
+        for name, value in handshake_headers(self.headers["Sec-WebSocket-Key"]).items():
+            self.send_header(name, value)
         self.end_headers()
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
             assert process.stdin is not None
@@ -130,24 +123,17 @@ class Handler(BaseHTTPRequestHandler):
             reader = threading.Thread(target=self._feed, args=(process,), daemon=True)
             reader.start()
             for line in process.stdout:
-                self._frame(1, line)
-        self._frame(3, SUCCESS)
-        self.wfile.write(b"\x88\x02" + struct.pack(">H", 1000))
+                self.wfile.write(frame(STDOUT, line))
+        self.wfile.write(frame(STATUS, SUCCESS.encode()) + CLOSE)
         reader.join()
         self.close_connection = True
 
-    def _frame(self, channel: int, data: bytes) -> None:
-        payload = bytes([channel]) + data
-        self.wfile.write(b"\x82\x7e" + struct.pack(">H", len(payload)) + payload)
-
     def _feed(self, process: subprocess.Popen[bytes]) -> None:
-        """Hand on standard input: masked frames of less than 126 bytes, until the client is gone."""
+        """Pass standard input to the process until the client closes the connection."""
         stdin = process.stdin
         assert stdin is not None
-        while len(head := self.rfile.read(2)) == 2 and head[0] & 0x0F != 8:
-            mask = self.rfile.read(4)
-            sent = bytes(byte ^ mask[n % 4] for n, byte in enumerate(self.rfile.read(head[1] & 0x7F)))
-            stdin.write(sent[1:])
+        while (data := read_stdin(self.rfile.read)) is not None:
+            stdin.write(data)
             stdin.flush()
         if process.poll() is None:
             process.terminate()
@@ -165,14 +151,14 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture
 def cluster(server: Server, tmp_path: Path) -> Iterator[RealCluster]:
-    """A test's cluster; afterwards nothing of it may be left."""
+    """The cluster of one test. Checks at the end that the test has deleted all its objects."""
     before = set(server.objects)
-    where = {"server": f"http://127.0.0.1:{server.server_address[1]}"}
+    address = {"server": f"http://127.0.0.1:{server.server_address[1]}"}
     kubeconfig = tmp_path / "kubeconfig"
     kubeconfig.write_text(
         yaml.safe_dump(
             {
-                "clusters": [{"name": "test", "cluster": where}],
+                "clusters": [{"name": "test", "cluster": address}],
                 "users": [{"name": "test", "user": {}}],
                 "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
                 "current-context": "test",
@@ -185,21 +171,21 @@ def cluster(server: Server, tmp_path: Path) -> Iterator[RealCluster]:
 
 
 @pytest.fixture
-def answering() -> Iterator[Answering]:
+def netexec() -> Iterator[Netexec]:
     if shutil.which("curl") is None:
         pytest.skip("curl not found")
-    pod = Answering("127.0.0.1")
+    pod = Netexec("127.0.0.1")
     yield pod
     pod.close()
 
 
-def test_what_the_cluster_has_and_lacks(cluster: RealCluster) -> None:
+def test_capabilities_of_the_cluster(cluster: RealCluster) -> None:
     assert cluster.families == ["IPv4"]
     assert [node.name for node in cluster.nodes] == ["worker"]
     assert cluster.lacks("IPv4") == ""
     assert cluster.lacks("IPv6") == "Services get no IPv6 addresses, only IPv4"
     assert cluster.lacks("outside over IPv6") == cluster.lacks("IPv6")
-    assert cluster.lacks("two nodes") == "worker is the only node that takes pods"
+    assert cluster.lacks("two nodes") == "worker is the only schedulable node"
     assert cluster.lacks("outside").startswith("node worker: ")
     assert "k8s-app=kube-dns" in cluster.lacks("DNS")
     assert "no DaemonSet kube-system/kube-proxy" in cluster.lacks("kube-proxy")
@@ -207,43 +193,43 @@ def test_what_the_cluster_has_and_lacks(cluster: RealCluster) -> None:
     assert cluster.lacks("SCTP") != ""
 
 
-def test_requests_of_each_kind_come_from_pods(cluster: RealCluster, answering: Answering) -> None:
+def test_requests_of_each_kind(cluster: RealCluster, netexec: Netexec) -> None:
     client = cluster.pod("client", "worker")
     answer = Answer("web-0", "127.0.0.1")
-    assert cluster.ask(client, "127.0.0.1", answering.port, times=2) == [answer] * 2
-    assert cluster.ask(client, "127.0.0.1", answering.udp_port, "UDP") == [answer]
-    assert cluster.ask_from_outside("127.0.0.1", answering.port) == [answer]
-    answering.clients.clear()
+    assert cluster.request(client, "127.0.0.1", netexec.port, times=2) == [answer] * 2
+    assert cluster.request(client, "127.0.0.1", netexec.udp_port, "UDP") == [answer]
+    assert cluster.request_from_outside("127.0.0.1", netexec.port) == [answer]
+    netexec.clients.clear()
     for _ in range(2):
-        assert cluster.ask_from_one_socket(client, "127.0.0.1", answering.udp_port, times=2) == [answer] * 2
-    assert len(answering.clients) == 8
-    assert len(set(answering.clients)) == 1
-    assert cluster.get_from_pod(client, url("127.0.0.1", answering.port, "/hostname")) == (200, "web-0")
-    assert cluster.get_from_node("worker", url("127.0.0.1", answering.port, "/unhealthy"))[0] == 503
+        assert cluster.request_from_one_socket(client, "127.0.0.1", netexec.udp_port, times=2) == [answer] * 2
+    assert len(netexec.clients) == 8
+    assert len(set(netexec.clients)) == 1
+    assert cluster.get_from_pod(client, url("127.0.0.1", netexec.port, "/hostname")) == (200, "web-0")
+    assert cluster.get_from_node("worker", url("127.0.0.1", netexec.port, "/unhealthy"))[0] == 503
 
 
-def test_objects_are_of_the_tests_namespace(cluster: RealCluster, server: Server) -> None:
-    made = cluster.apply(service("web", "IPv4", type="LoadBalancer"))
-    namespace = made["metadata"]["namespace"]
+def test_objects_are_created_in_the_namespace_of_the_test(cluster: RealCluster, server: Server) -> None:
+    created = cluster.apply(service("web", "IPv4", type="LoadBalancer"))
+    namespace = created["metadata"]["namespace"]
     assert f"{CORE}/{namespace}/services/web" in server.objects
-    cluster.give_address("web", "203.0.113.1", "Proxy")
+    cluster.set_load_balancer_ip("web", "203.0.113.1", "Proxy")
     (ingress,) = cluster.get("Service", "web")["status"]["loadBalancer"]["ingress"]
     assert ingress == {"ip": "203.0.113.1", "ipMode": "Proxy"}
-    assert ("PATCH", f"{CORE}/{namespace}/services/web/status") in server.asked
+    assert ("PATCH", f"{CORE}/{namespace}/services/web/status") in server.requests
     pods = cluster.pods("web", "worker", labels("web"), 2)
     assert [pod.name for pod in pods] == ["web-0", "web-1"]
-    told = cluster.diagnose()
-    assert "web-1 on worker" in told
-    assert "203.0.113.1" in told
+    diagnosis = cluster.diagnose()
+    assert "web-1 on worker" in diagnosis
+    assert "203.0.113.1" in diagnosis
     cluster.delete_pod(pods[0])
     cluster.delete("Service", "web")
     assert f"{CORE}/{namespace}/pods/web-0" not in server.objects
     assert f"{CORE}/{namespace}/services/web" not in server.objects
 
 
-def test_a_load_runs_until_its_block_ends(cluster: RealCluster, answering: Answering) -> None:
+def test_load_runs_until_its_block_ends(cluster: RealCluster, netexec: Netexec) -> None:
     client = cluster.pod("client", "worker")
-    with cluster.load(client, "127.0.0.1", answering.port) as load:
+    with cluster.load(client, "127.0.0.1", netexec.port) as load:
         while load.answers < 10 and not load.failures():
             pass
     assert load.answers >= 10

@@ -1,4 +1,4 @@
-"""The real cluster's parts that need no cluster: manifests, what is read of objects, and the proxies' changes."""
+"""Parts of the end-to-end tests that need no cluster: manifests, object status, and changes of the proxies."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from tests.e2e import manifests
 from tests.e2e.cluster import Node, Object, Pod
 from tests.e2e.real import objects
 from tests.e2e.real.agents import Agents
-from tests.e2e.real.api import Api, place
-from tests.e2e.real.daemonset import in_other_mode, rolled_out, selector_text
-from tests.e2e.real.proxies import ASIDE, RealProxies
+from tests.e2e.real.api import Api, object_path
+from tests.e2e.real.daemonset import rolled_out, selector_text, with_mode
+from tests.e2e.real.proxies import REPLACED_LABEL, RealProxies
 
 NODE = Node("worker", {"IPv4": "192.0.2.1"})
 
@@ -35,7 +35,7 @@ NODE = Node("worker", {"IPv4": "192.0.2.1"})
     ],
     ids=lambda manifest: str(manifest["kind"]),
 )
-def test_manifests_are_what_the_api_takes(manifest: Object) -> None:
+def test_manifests_are_valid(manifest: Object) -> None:
     schemas = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
     schemas.validate(manifest, "1.36", strict=True)
 
@@ -53,7 +53,7 @@ def node(name: str, *, ready: str = "True", **spec: Any) -> Object:
 RESERVED: dict[str, Any] = {"taints": [{"key": "node-role.kubernetes.io/control-plane", "effect": "NoSchedule"}]}
 
 
-def test_nodes_that_take_pods_and_of_the_others_none() -> None:
+def test_only_ready_and_schedulable_nodes_are_usable() -> None:
     found = [
         node("b"),
         node("a"),
@@ -65,12 +65,12 @@ def test_nodes_that_take_pods_and_of_the_others_none() -> None:
     assert objects.usable_nodes(found)[0] == Node("a", {"IPv4": "192.0.2.1", "IPv6": "2001:db8::1"}, "a")
 
 
-def test_a_control_plane_where_there_is_nothing_else() -> None:
+def test_control_plane_is_usable_if_it_is_the_only_ready_node() -> None:
     found = [node("control-plane", **RESERVED), node("lost", ready="False")]
     assert [each.name for each in objects.usable_nodes(found)] == ["control-plane"]
 
 
-def test_a_pod_that_is_being_deleted_is_not_ready() -> None:
+def test_terminating_pod_is_not_ready() -> None:
     pod = objects.client_pod("client", "worker", "image", host_network=False)
     pod["status"] = {"conditions": [{"type": "Ready", "status": "True"}], "podIPs": [{"ip": "10.244.0.9"}]}
     assert objects.is_ready(pod)
@@ -89,7 +89,7 @@ def test_a_pod_that_is_being_deleted_is_not_ready() -> None:
         ({"numberUnavailable": 1}, False),
     ],
 )
-def test_a_rollout_is_over_when_every_node_has_the_present_form(change: dict[str, int], done: bool) -> None:
+def test_rollout_is_complete_when_all_pods_are_updated_and_available(change: dict[str, int], done: bool) -> None:
     status = {
         "observedGeneration": 2,
         "desiredNumberScheduled": 3,
@@ -99,20 +99,20 @@ def test_a_rollout_is_over_when_every_node_has_the_present_form(change: dict[str
     assert rolled_out({"metadata": {"generation": 2}, "status": status | change}) is done
 
 
-def test_another_mode_leaves_all_else_as_it_is() -> None:
+def test_mode_change_keeps_other_settings() -> None:
     files = {"config.conf": "mode: iptables\nclusterCIDR: 10.244.0.0/16\n", "kubeconfig.conf": "text"}
-    changed = in_other_mode(files, "nftables")
+    changed = with_mode(files, "nftables")
     assert yaml.safe_load(changed["config.conf"]) == {"mode": "nftables", "clusterCIDR": "10.244.0.0/16"}
     assert changed["kubeconfig.conf"] == "text"
     assert selector_text({"b": "2", "a": "1"}) == "a=1,b=2"
 
 
-class Controlled(Api):
-    """An API server with two DaemonSets on one node, whose changes are carried out at once."""
+class FakeApi(Api):
+    """An API server with two DaemonSets on one node. Every change is rolled out at once."""
 
     def __init__(self) -> None:
         self.sets = {name: self._daemonset(name) for name in ("kproxy", "kube-proxy")}
-        self.sets["kube-proxy"]["spec"]["template"]["spec"]["nodeSelector"] = {ASIDE: "true"}
+        self.sets["kube-proxy"]["spec"]["template"]["spec"]["nodeSelector"] = {REPLACED_LABEL: "true"}
         self.config_maps = {name: {"config.conf": "mode: iptables\n"} for name in ("kproxy-abc", "kube-proxy")}
         self.running: list[set[str]] = [self._running()]
 
@@ -124,7 +124,9 @@ class Controlled(Api):
 
     def _running(self) -> set[str]:
         return {
-            name for name, each in self.sets.items() if ASIDE not in each["spec"]["template"]["spec"]["nodeSelector"]
+            name
+            for name, each in self.sets.items()
+            if REPLACED_LABEL not in each["spec"]["template"]["spec"]["nodeSelector"]
         }
 
     def find(self, path: str) -> Object | None:
@@ -132,7 +134,7 @@ class Controlled(Api):
 
     def get(self, path: str) -> Object:
         name = path.rpartition("/")[2]
-        if path == place("ConfigMap", "kube-system", name):
+        if path == object_path("ConfigMap", "kube-system", name):
             return {"data": self.config_maps[name]}
         counts = ("desiredNumberScheduled", "updatedNumberScheduled", "numberAvailable")
         return copy.deepcopy(self.sets[name]) | {"status": dict.fromkeys(counts, 1) | {"observedGeneration": 1}}
@@ -162,72 +164,72 @@ class Controlled(Api):
         del self.config_maps[path.rpartition("/")[2]]
 
     def mode(self) -> str:
-        """The mode of the configuration that kproxy's pods hold."""
+        """Return the proxy mode in the ConfigMap that kproxy's pods mount."""
         (volume,) = self.sets["kproxy"]["spec"]["template"]["spec"]["volumes"]
         files = self.config_maps[volume["configMap"]["name"]]
         return str(yaml.safe_load(files["config.conf"])["mode"])
 
 
-class Asking(Agents):
-    """What a node's kproxy says of itself."""
+class FakeAgents(Agents):
+    """Agents that return the proxy mode of the node's kproxy."""
 
-    def __init__(self, api: Controlled) -> None:
-        self._controlled = api
+    def __init__(self, api: FakeApi) -> None:
+        self._fake_api = api
 
     def get(self, node: str, url: str) -> tuple[int, str]:
         assert (node, url) == (NODE.name, "http://127.0.0.1:10249/proxyMode")
-        return 200, self._controlled.mode()
+        return 200, self._fake_api.mode()
 
 
 @pytest.fixture
-def api() -> Controlled:
-    return Controlled()
+def api() -> FakeApi:
+    return FakeApi()
 
 
 @pytest.fixture
-def proxies(api: Controlled) -> Iterator[RealProxies]:
+def proxies(api: FakeApi) -> Iterator[RealProxies]:
     before = copy.deepcopy((api.sets, api.config_maps))
-    yield RealProxies(api, Asking(api), "kproxy", [NODE])
-    assert (api.sets, api.config_maps) == before, "all is as it was, whatever happened in between"
+    yield RealProxies(api, FakeAgents(api), "kproxy", [NODE])
+    assert (api.sets, api.config_maps) == before, "DaemonSets and ConfigMaps have not been restored"
 
 
-def test_a_mode_lasts_as_long_as_its_block(api: Controlled, proxies: RealProxies) -> None:
+def test_mode_lasts_until_the_end_of_its_block(api: FakeApi, proxies: RealProxies) -> None:
     with proxies.in_mode("nftables"):
         assert proxies.mode() == "nftables"
         assert api.config_maps["kproxy-abc"] == {"config.conf": "mode: iptables\n"}
     assert proxies.mode() == "iptables"
 
 
-def test_a_mode_ends_with_a_failure_too(proxies: RealProxies) -> None:
+def test_mode_is_restored_after_a_failure(proxies: RealProxies) -> None:
     with pytest.raises(ZeroDivisionError), proxies.in_mode("nftables"):
         raise ZeroDivisionError
 
 
-def test_the_mode_that_it_is_in_changes_nothing(api: Controlled, proxies: RealProxies) -> None:
+def test_current_mode_changes_nothing(api: FakeApi, proxies: RealProxies) -> None:
     with proxies.in_mode("iptables"):
         assert set(api.config_maps) == {"kproxy-abc", "kube-proxy"}
 
 
-def test_kube_proxy_and_kproxy_never_run_at_once(api: Controlled, proxies: RealProxies) -> None:
+def test_kube_proxy_and_kproxy_never_run_at_once(api: FakeApi, proxies: RealProxies) -> None:
     assert proxies.lacks_kube_proxy() == ""
     with proxies.replaced_by_kube_proxy():
         assert api.running[-1] == {"kube-proxy"}
     assert api.running == [{"kproxy"}, set(), {"kube-proxy"}, set(), {"kproxy"}]
 
 
-def test_a_swap_ends_with_a_failure_too(proxies: RealProxies) -> None:
+def test_proxies_are_swapped_back_after_a_failure(proxies: RealProxies) -> None:
     with pytest.raises(ZeroDivisionError), proxies.replaced_by_kube_proxy():
         raise ZeroDivisionError
 
 
-def test_what_a_swap_lacks(api: Controlled) -> None:
-    proxies = RealProxies(api, Asking(api), "kproxy", [NODE])
+def test_reasons_why_the_proxies_cannot_be_swapped(api: FakeApi) -> None:
+    proxies = RealProxies(api, FakeAgents(api), "kproxy", [NODE])
     for mode in ("ipvs", '""'):
         api.config_maps["kube-proxy"] = {"config.conf": f"mode: {mode}\n"}
-        assert "only with iptables or nftables" in proxies.lacks_kube_proxy()
-    del api.sets["kube-proxy"]["spec"]["template"]["spec"]["nodeSelector"][ASIDE]
-    assert "is not put aside" in proxies.lacks_kube_proxy()
+        assert "set iptables or nftables" in proxies.lacks_kube_proxy()
+    del api.sets["kube-proxy"]["spec"]["template"]["spec"]["nodeSelector"][REPLACED_LABEL]
+    assert "is not disabled" in proxies.lacks_kube_proxy()
     del api.sets["kube-proxy"]
     assert "has no DaemonSet kube-system/kube-proxy" in proxies.lacks_kube_proxy()
     assert proxies.missing() == ""
-    assert "--e2e-daemonset" in RealProxies(api, Asking(api), "other", [NODE]).missing()
+    assert "--e2e-daemonset" in RealProxies(api, FakeAgents(api), "other", [NODE]).missing()

@@ -1,4 +1,4 @@
-"""What the end-to-end tests run in pods: the real scripts, in the real bash, with a pod's answers on loopback."""
+"""The scripts that the end-to-end tests run in pods, run here in bash against a server on loopback."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ import pytest
 from tests.e2e.cluster import Answer, Failure
 from tests.e2e.manifests import url
 from tests.e2e.real import outside, scripts
-from tests.e2e.real.load import ScriptTally
+from tests.e2e.real.load import ScriptResults
 
 LOOPBACK = {"IPv4": "127.0.0.1", "IPv6": "::1"}
 
 
-class Pod:
-    """What netexec answers to the tests' questions, called `web-0`; over UDP only as long as `speaks`."""
+class Netexec:
+    """A server that answers like `agnhost netexec` in a pod named `web-0`. Over UDP it answers while `answers_udp`."""
 
     def __init__(self, address: str) -> None:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         server = type("Server", (ThreadingHTTPServer,), {"address_family": family, "daemon_threads": True})
         self._http = server((address, 0), Handler)
         self.port: int = self._http.server_address[1]
-        self.speaks = threading.Event()
-        self.speaks.set()
+        self.answers_udp = threading.Event()
+        self.answers_udp.set()
         self.udp = socket.socket(family, socket.SOCK_DGRAM)
         self.udp.bind((address, 0))
         self.udp_port: int = self.udp.getsockname()[1]
@@ -47,13 +47,13 @@ class Pod:
         self.udp.close()
 
     def _answer_datagrams(self) -> None:
-        while (asked := self.udp.recvfrom(2048))[0] != b"end":
-            word, client = asked
+        while (received := self.udp.recvfrom(2048))[0] != b"end":
+            command, client = received
             self.clients.append(client[1])
             host = f"[{client[0]}]" if ":" in client[0] else client[0]
-            said = b"web-0" if word == b"hostname" else f"{host}:{client[1]}".encode()
-            if self.speaks.is_set():
-                self.udp.sendto(said, client)
+            answer = b"web-0" if command == b"hostname" else f"{host}:{client[1]}".encode()
+            if self.answers_udp.is_set():
+                self.udp.sendto(answer, client)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -61,11 +61,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         host = f"[{self.client_address[0]}]" if ":" in self.client_address[0] else self.client_address[0]
-        said = "web-0" if self.path == "/hostname" else f"{host}:{self.client_address[1]}"
+        answer = "web-0" if self.path == "/hostname" else f"{host}:{self.client_address[1]}"
         self.send_response(503 if self.path == "/unhealthy" else 200)
-        self.send_header("Content-Length", str(len(said)))
+        self.send_header("Content-Length", str(len(answer)))
         self.end_headers()
-        self.wfile.write(said.encode())
+        self.wfile.write(answer.encode())
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class calls it that
         pass
@@ -84,8 +84,8 @@ def address(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def pod(address: str) -> Iterator[Pod]:
-    pod = Pod(address)
+def pod(address: str) -> Iterator[Netexec]:
+    pod = Netexec(address)
     yield pod
     pod.close()
 
@@ -96,55 +96,55 @@ def run(script: str, *arguments: object) -> list[str]:
 
 
 def closed_port(address: str, kind: socket.SocketKind) -> int:
-    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, kind) as taken:
-        taken.bind((address, 0))
-        return int(taken.getsockname()[1])
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, kind) as bound:
+        bound.bind((address, 0))
+        return int(bound.getsockname()[1])
 
 
-def test_each_tcp_request_tells_the_pod_and_the_client_it_saw(address: str, pod: Pod) -> None:
-    lines = run(scripts.ASK_TCP, url(address, pod.port, ""), 3)
+def test_tcp_answer_has_the_pod_and_the_client_address(address: str, pod: Netexec) -> None:
+    lines = run(scripts.REQUEST_TCP, url(address, pod.port, ""), 3)
     assert [scripts.outcome(line) for line in lines] == [Answer("web-0", address)] * 3
 
 
-def test_a_refused_connection_is_known_from_other_failures(address: str) -> None:
+def test_refused_connection_is_recognized(address: str) -> None:
     port = closed_port(address, socket.SOCK_STREAM)
-    (line,) = run(scripts.ASK_TCP, url(address, port, ""), 1)
+    (line,) = run(scripts.REQUEST_TCP, url(address, port, ""), 1)
     outcome = scripts.outcome(line)
     assert isinstance(outcome, Failure)
     assert outcome.kind == "refused"
 
 
-def test_an_answer_that_took_two_connections_is_none(address: str) -> None:
-    """Two connections may be two pods, and the client's address then belongs to another than the name."""
+def test_answer_over_two_connections_is_a_failure(address: str) -> None:
+    """The second connection may reach another pod, so the client address and the name may be of different pods."""
     outcome = scripts.outcome(f"0\tweb-0 1 {address}:4000 1 \t")
     assert isinstance(outcome, Failure)
     assert outcome.kind == "other"
 
 
-def test_each_udp_request_comes_from_a_port_of_its_own(address: str, pod: Pod) -> None:
-    lines = run(scripts.ASK_UDP, address, pod.udp_port, 3)
+def test_udp_requests_use_different_source_ports(address: str, pod: Netexec) -> None:
+    lines = run(scripts.REQUEST_UDP, address, pod.udp_port, 3)
     assert [scripts.outcome(line) for line in lines] == [Answer("web-0", address)] * 3
     assert len(pod.clients) == 6
     assert len(set(pod.clients)) > 1
 
 
-def test_a_datagram_that_is_refused(address: str) -> None:
-    (line,) = run(scripts.ASK_UDP, address, closed_port(address, socket.SOCK_DGRAM), 1)
+def test_rejected_datagram_is_recognized(address: str) -> None:
+    (line,) = run(scripts.REQUEST_UDP, address, closed_port(address, socket.SOCK_DGRAM), 1)
     outcome = scripts.outcome(line)
     assert isinstance(outcome, Failure)
     assert outcome.kind == "refused"
 
 
-def test_a_datagram_that_nobody_answers(pod: Pod, address: str) -> None:
-    pod.speaks.clear()
-    (line,) = run(scripts.ASK_UDP, address, pod.udp_port, 1)
+def test_unanswered_datagram_is_recognized(pod: Netexec, address: str) -> None:
+    pod.answers_udp.clear()
+    (line,) = run(scripts.REQUEST_UDP, address, pod.udp_port, 1)
     outcome = scripts.outcome(line)
     assert isinstance(outcome, Failure)
     assert outcome.kind == "no answer"
 
 
-def test_one_socket_keeps_its_port(address: str, pod: Pod) -> None:
-    command = ["bash", "-c", scripts.ASK_FROM_ONE_SOCKET, "bash", address, str(pod.udp_port)]
+def test_requests_from_one_socket_use_one_source_port(address: str, pod: Netexec) -> None:
+    command = ["bash", "-c", scripts.REQUEST_FROM_ONE_SOCKET, "bash", address, str(pod.udp_port)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
         assert process.stdout is not None
@@ -158,16 +158,16 @@ def test_one_socket_keeps_its_port(address: str, pod: Pod) -> None:
 
 
 @pytest.mark.parametrize("code", ["124", "143"])
-def test_both_kinds_of_timeout_say_that_there_was_no_answer(code: str) -> None:
+def test_exit_codes_are_classified(code: str) -> None:
     assert scripts.failure(int(code), "", "").kind == "no answer"
     assert scripts.failure(28, "", "").kind == "no answer"
     assert scripts.failure(7, "", "failed: No route to host").kind == "other"
     assert scripts.failure(7, "", "").kind == "refused"
 
 
-def test_the_load_counts_every_request_until_its_file_is_there(address: str, pod: Pod, tmp_path: Path) -> None:
+def test_load_counts_every_request_until_its_stop_file_exists(address: str, pod: Netexec, tmp_path: Path) -> None:
     end = tmp_path / "end"
-    tally = ScriptTally()
+    tally = ScriptResults()
     command = ["bash", "-c", scripts.LOAD, "bash", url(address, pod.port, ""), str(end)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -180,8 +180,8 @@ def test_the_load_counts_every_request_until_its_file_is_there(address: str, pod
     assert tally.failures() == []
 
 
-def test_the_load_tells_what_failed(address: str, tmp_path: Path) -> None:
-    end, tally = tmp_path / "end", ScriptTally()
+def test_load_reports_failures(address: str, tmp_path: Path) -> None:
+    end, tally = tmp_path / "end", ScriptResults()
     command = ["bash", "-c", scripts.LOAD, "bash", url(address, closed_port(address, socket.SOCK_STREAM), ""), str(end)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -193,68 +193,68 @@ def test_the_load_tells_what_failed(address: str, tmp_path: Path) -> None:
     assert "refused" in tally.failures()[0]
 
 
-def test_lost_lines_and_lost_packets_are_failures() -> None:
-    tally = ScriptTally()
+def test_missing_lines_and_lost_packets_are_failures() -> None:
+    tally = ScriptResults()
     for line in ("1\t0\tweb-0 0.001 \t", "3\t0\tweb-0 0.001 \t", "4\t0\tweb-0 1.02 \t", "end 4"):
         tally.add(line)
-    told = tally.failures()
-    assert len(told) == 4
-    assert "request 3 is told as the 2th" in told[0]
-    assert "packet was lost" in told[2]
-    assert "4 requests were made, and 3 are known" in told[3]
+    failures = tally.failures()
+    assert len(failures) == 4
+    assert "request 3 is told as the 2th" in failures[0]
+    assert "packet was lost" in failures[2]
+    assert "4 requests were made, and 3 are known" in failures[3]
 
 
-def test_a_get_tells_status_and_body_or_that_there_was_none(address: str, pod: Pod) -> None:
-    for path, wanted in (("/hostname", (200, "web-0")), ("/unhealthy", 503)):
+def test_get_returns_status_and_body_or_raises_connection_error(address: str, pod: Netexec) -> None:
+    for path, expected in (("/hostname", (200, "web-0")), ("/unhealthy", 503)):
         command = ["bash", "-c", scripts.GET, "bash", url(address, pod.port, path)]
         printed = subprocess.run(command, check=False, capture_output=True, text=True).stdout
         found = scripts.status_and_body(printed)
-        assert found == wanted if isinstance(wanted, tuple) else found[0] == wanted
+        assert found == expected if isinstance(expected, tuple) else found[0] == expected
     with pytest.raises(ConnectionError):
         scripts.status_and_body("\n000")
 
 
-def test_outside_asks_the_same_questions(address: str, pod: Pod) -> None:
-    assert outside.ask(address, pod.port, "TCP") == Answer("web-0", address)
-    assert outside.ask(address, pod.udp_port, "UDP") == Answer("web-0", address)
+def test_requests_from_outside_have_the_same_outcomes(address: str, pod: Netexec) -> None:
+    assert outside.send_request(address, pod.port, "TCP") == Answer("web-0", address)
+    assert outside.send_request(address, pod.udp_port, "UDP") == Answer("web-0", address)
     for kind, protocol in ((socket.SOCK_STREAM, "TCP"), (socket.SOCK_DGRAM, "UDP")):
-        outcome = outside.ask(address, closed_port(address, kind), protocol)
+        outcome = outside.send_request(address, closed_port(address, kind), protocol)
         assert isinstance(outcome, Failure)
         assert outcome.kind == "refused"
 
 
 def kill_in(groups: dict[int, str], container: str) -> list[str]:
-    """Run the script where /proc has no more than the control group of some processes."""
+    """Run the kill script with a /proc that has only the control groups of some processes; return what it killed."""
     files = "; ".join(f"mkdir /proc/{pid}; echo '0::{group}' >/proc/{pid}/cgroup" for pid, group in groups.items())
     script = f"mount -t tmpfs none /proc; {files}; {scripts.KILL}"
     done = subprocess.run(
         ["unshare", "--mount", "bash", "-c", script, "bash", container], check=False, capture_output=True, text=True
     )
     if "Operation not permitted" in done.stderr:
-        pytest.skip(f"no mount namespace can be made here: {done.stderr.strip()}")
+        pytest.skip(f"cannot create a mount namespace: {done.stderr.strip()}")
     return done.stdout.split()
 
 
-def test_killing_takes_the_processes_of_one_container_alone() -> None:
+def test_only_processes_of_the_container_are_killed() -> None:
     container = "0123456789abcdef"
-    with subprocess.Popen(["sleep", "inf"]) as inside, subprocess.Popen(["sleep", "inf"]) as beside:
+    with subprocess.Popen(["sleep", "inf"]) as inside, subprocess.Popen(["sleep", "inf"]) as other:
         try:
             groups = {
                 inside.pid: f"/kubepods.slice/cri-containerd-{container}.scope",
-                beside.pid: "/kubepods.slice/cri-containerd-fedcba9876543210.scope",
+                other.pid: "/kubepods.slice/cri-containerd-fedcba9876543210.scope",
             }
             assert kill_in(groups, container) == [str(inside.pid)]
             assert inside.wait() == -signal.SIGKILL
-            assert beside.poll() is None
-            assert kill_in({beside.pid: groups[beside.pid]}, container) == []
+            assert other.poll() is None
+            assert kill_in({other.pid: groups[other.pid]}, container) == []
         finally:
             inside.kill()
-            beside.kill()
+            other.kill()
 
 
 @pytest.mark.parametrize(
-    ("told", "host"),
+    ("endpoint", "host"),
     [("10.0.0.1:80", "10.0.0.1"), ("[fd00::1]:80", "fd00::1"), ("[::ffff:10.0.0.1]:80", "10.0.0.1")],
 )
-def test_the_address_of_an_endpoint(told: str, host: str) -> None:
-    assert scripts.host_of(told) == host
+def test_host_of_an_endpoint(endpoint: str, host: str) -> None:
+    assert scripts.host_of(endpoint) == host

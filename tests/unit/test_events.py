@@ -1,4 +1,4 @@
-"""Events as values: what is written, how often, and what an answer means. Writing them is in `tests/api`."""
+"""Kubernetes Events: API objects, deduplication, rate limit and HTTP outcomes. `tests/api` tests the posting."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from kproxy.kube.events.correlator import (
     BURST,
-    MOST_REMEMBERED,
+    DEDUPLICATION_WINDOW,
+    MAX_TRACKED_EVENTS,
     REFILL_SECONDS,
-    WINDOW,
     EventCorrelator,
     EventOccurrence,
     EventReport,
@@ -21,8 +21,8 @@ from kproxy.kube.events.correlator import (
     event_path,
     micro_time,
     node_reference,
+    post_outcome,
     service_reference,
-    verdict,
 )
 from kproxy.kube.events.recorder import EventSink, NullRecorder
 from tests.apiserver.events import event_problems
@@ -44,15 +44,16 @@ def report(latest: EventOccurrence) -> EventReport:
     return EventReport(latest, latest.wall, 1)
 
 
-def admitted(rules: EventCorrelator, *occurrences: EventOccurrence) -> list[tuple[str, int]]:
-    reports = (rules.admit(each) for each in occurrences)
-    return [(each.latest.note, each.count) for each in reports if each]
+def admitted(correlator: EventCorrelator, *occurrences: EventOccurrence) -> list[tuple[str, int]]:
+    """Return the note and count of each event that is written for these occurrences."""
+    reports = (correlator.admit(occurrence) for occurrence in occurrences)
+    return [(report.latest.note, report.count) for report in reports if report]
 
 
-# What an event holds
+# API objects
 
 
-def test_the_start_is_an_event_of_the_node_as_kube_proxy_writes_it() -> None:
+def test_start_event_of_the_node_is_that_of_kube_proxy() -> None:
     started = EventOccurrence(
         node_reference("node-1"), "Normal", "Starting", "StartKubeProxy", "", 5.0, NOON + 123_456_789
     )
@@ -72,7 +73,7 @@ def test_the_start_is_an_event_of_the_node_as_kube_proxy_writes_it() -> None:
     }
 
 
-def test_an_event_of_a_service_is_in_its_namespace() -> None:
+def test_events_of_a_service_are_in_its_namespace() -> None:
     event = event_object(report(occurrence()), "node-1")
     assert event_path(WEB) == "/apis/events.k8s.io/v1/namespaces/demo/events"
     assert event["metadata"]["namespace"] == "demo"
@@ -85,7 +86,7 @@ def test_an_event_of_a_service_is_in_its_namespace() -> None:
     }
 
 
-def test_a_repeated_event_says_how_often_and_since_when() -> None:
+def test_a_repeated_event_has_a_series_and_the_time_of_the_first_occurrence() -> None:
     event = event_object(EventReport(occurrence(at=60.5), NOON, 3), "node-1")
     assert event["eventTime"] == "2026-01-01T12:00:00.000000Z"
     assert event["series"] == {"count": 3, "lastObservedTime": "2026-01-01T12:01:00.500000Z"}
@@ -93,19 +94,19 @@ def test_a_repeated_event_says_how_often_and_since_when() -> None:
     assert event_problems(event) == []
 
 
-def test_moments_have_six_digits_after_the_point() -> None:
+def test_times_have_microseconds() -> None:
     assert micro_time(0) == "1970-01-01T00:00:00.000000Z"
     assert micro_time(NOON + 1_999) == "2026-01-01T12:00:00.000001Z"
 
 
-def test_a_long_note_is_cut_and_says_so() -> None:
+def test_a_long_note_is_truncated_with_an_ellipsis() -> None:
     short = "ä" * 512
     assert event_object(report(occurrence(short)), "node-1")["note"] == short
     cut = event_object(report(occurrence(short + "!")), "node-1")["note"]
     assert cut == "ä" * 510 + "..."
 
 
-def test_a_long_name_is_cut_where_a_name_may_end() -> None:
+def test_a_long_name_is_truncated_to_a_valid_name() -> None:
     regarding = node_reference("a" * 235 + "-" + "b" * 10)
     event = event_object(report(occurrence(regarding=regarding)), "node-1")
     assert event["metadata"]["name"] == f"{'a' * 235}.{NOON:x}"
@@ -125,19 +126,19 @@ def test_the_api_server_accepts_every_event(name: str, note: str, wall: int) -> 
     assert event_problems(msgspec.json.decode(msgspec.json.encode(event))) == []
 
 
-# Which are written
+# Deduplication and rate limit
 
 
-def test_the_same_event_is_written_once_in_a_while_and_then_counted() -> None:
-    rules = EventCorrelator()
-    assert admitted(rules, occurrence(at=0), occurrence(at=1), occurrence(at=WINDOW - 0.1)) == [
+def test_repeated_events_are_counted_and_written_once_per_window() -> None:
+    correlator = EventCorrelator()
+    assert admitted(correlator, occurrence(at=0), occurrence(at=1), occurrence(at=DEDUPLICATION_WINDOW - 0.1)) == [
         ("port 30000 is in use", 1)
     ]
-    again = rules.admit(occurrence(at=WINDOW))
-    assert again == EventReport(occurrence(at=WINDOW), first_wall=NOON + 10**9, count=3)
-    assert rules.admit(occurrence(at=2 * WINDOW - 0.1)) is None
-    assert rules.admit(occurrence(at=3 * WINDOW)) == EventReport(
-        occurrence(at=3 * WINDOW), first_wall=occurrence(at=2 * WINDOW - 0.1).wall, count=2
+    again = correlator.admit(occurrence(at=DEDUPLICATION_WINDOW))
+    assert again == EventReport(occurrence(at=DEDUPLICATION_WINDOW), first_wall=NOON + 10**9, count=3)
+    assert correlator.admit(occurrence(at=2 * DEDUPLICATION_WINDOW - 0.1)) is None
+    assert correlator.admit(occurrence(at=3 * DEDUPLICATION_WINDOW)) == EventReport(
+        occurrence(at=3 * DEDUPLICATION_WINDOW), first_wall=occurrence(at=2 * DEDUPLICATION_WINDOW - 0.1).wall, count=2
     )
 
 
@@ -151,74 +152,74 @@ def test_the_same_event_is_written_once_in_a_while_and_then_counted() -> None:
         {"note": "permission denied"},
     ],
 )
-def test_what_differs_in_anything_but_the_moment_is_another_event(change: dict[str, object]) -> None:
-    rules = EventCorrelator()
-    assert rules.admit(occurrence())
-    other = rules.admit(msgspec.structs.replace(occurrence(at=1), **change))
-    assert other
-    assert other.count == 1
+def test_events_that_differ_in_more_than_time_are_not_deduplicated(change: dict[str, object]) -> None:
+    correlator = EventCorrelator()
+    assert correlator.admit(occurrence())
+    report = correlator.admit(msgspec.structs.replace(occurrence(at=1), **change))
+    assert report
+    assert report.count == 1
 
 
-def test_all_events_together_are_not_written_faster_than_allowed() -> None:
-    rules = EventCorrelator()
-    crowd = [occurrence(f"note {number}") for number in range(BURST + 10)]
-    assert admitted(rules, *crowd) == [(each.note, 1) for each in crowd[:BURST]]
+def test_all_events_share_one_rate_limit() -> None:
+    correlator = EventCorrelator()
+    burst = [occurrence(f"note {number}") for number in range(BURST + 10)]
+    assert admitted(correlator, *burst) == [(event.note, 1) for event in burst[:BURST]]
     late = [occurrence(f"late {number}", at=REFILL_SECONDS) for number in range(3)]
-    assert admitted(rules, *late) == [("late 0", 1)]
+    assert admitted(correlator, *late) == [("late 0", 1)]
 
 
-def test_an_event_that_was_held_back_is_written_when_it_happens_again() -> None:
-    rules = EventCorrelator()
-    admitted(rules, *(occurrence(f"note {number}") for number in range(BURST)))
-    assert admitted(rules, occurrence("held"), occurrence("held", at=1)) == []
-    assert admitted(rules, occurrence("held", at=REFILL_SECONDS)) == [("held", 3)]
+def test_a_rate_limited_event_is_written_with_its_next_occurrence() -> None:
+    correlator = EventCorrelator()
+    admitted(correlator, *(occurrence(f"note {number}") for number in range(BURST)))
+    assert admitted(correlator, occurrence("limited"), occurrence("limited", at=1)) == []
+    assert admitted(correlator, occurrence("limited", at=REFILL_SECONDS)) == [("limited", 3)]
 
 
-def test_what_is_remembered_is_bounded_and_the_longest_unseen_goes_first() -> None:
-    rules = EventCorrelator()
-    crowd = [occurrence(f"note {number}") for number in range(MOST_REMEMBERED)]
-    assert len(admitted(rules, *crowd)) == BURST
-    assert admitted(rules, occurrence("note 0", at=1), occurrence("one more", at=2)) == []
-    assert admitted(rules, occurrence("note 0", at=REFILL_SECONDS)) == []  # remembered as written
-    assert admitted(rules, occurrence("note 1", at=REFILL_SECONDS)) == [("note 1", 1)]  # forgotten
+def test_the_least_recent_event_is_evicted_beyond_the_maximum() -> None:
+    correlator = EventCorrelator()
+    events = [occurrence(f"note {number}") for number in range(MAX_TRACKED_EVENTS)]
+    assert len(admitted(correlator, *events)) == BURST
+    assert admitted(correlator, occurrence("note 0", at=1), occurrence("one more", at=2)) == []
+    assert admitted(correlator, occurrence("note 0", at=REFILL_SECONDS)) == []  # still tracked as written
+    assert admitted(correlator, occurrence("note 1", at=REFILL_SECONDS)) == [("note 1", 1)]  # evicted before
 
 
-def test_the_bucket_refills_to_its_size_and_no_further() -> None:
+def test_the_token_bucket_refills_up_to_its_burst() -> None:
     bucket = TokenBucket(2, 10.0)
     assert [bucket.take(0) for _ in range(3)] == [True, True, False]
     assert [bucket.take(9.9), bucket.take(10.0), bucket.take(10.0)] == [False, True, False]
     assert [bucket.take(1000) for _ in range(3)] == [True, True, False]
 
 
-def test_a_moment_in_the_past_gives_no_tokens() -> None:
+def test_time_going_backwards_adds_no_tokens() -> None:
     bucket = TokenBucket(1, 10.0)
     assert bucket.take(100)
     assert [bucket.take(50), bucket.take(105), bucket.take(110)] == [False, False, True]
 
 
-# What an answer means
+# HTTP outcomes
 
 
 @pytest.mark.parametrize(
-    ("status", "meaning"),
+    ("status", "outcome"),
     [
-        (200, "written"),
-        (201, "written"),
-        (409, "written"),
+        (200, "accepted"),
+        (201, "accepted"),
+        (409, "accepted"),
         (401, "renew"),
-        (429, "again"),
-        (500, "again"),
-        (503, "again"),
-        (400, "refused"),
-        (403, "refused"),
-        (404, "refused"),
-        (422, "refused"),
+        (429, "retry"),
+        (500, "retry"),
+        (503, "retry"),
+        (400, "rejected"),
+        (403, "rejected"),
+        (404, "rejected"),
+        (422, "rejected"),
     ],
 )
-def test_what_a_status_means(status: int, meaning: str) -> None:
-    assert verdict(status) == meaning
+def test_outcomes_of_http_statuses(status: int, outcome: str) -> None:
+    assert post_outcome(status) == outcome
 
 
-def test_without_an_api_server_events_go_nowhere() -> None:
+def test_events_are_discarded_without_an_api_server() -> None:
     recorder: EventSink = NullRecorder()
     recorder.event(WEB, "Normal", "Starting", "StartKubeProxy", "")

@@ -1,3 +1,5 @@
+"""Kubernetes objects in files: parsing, snapshots of a path, and watching it for changes."""
+
 from __future__ import annotations
 
 import json
@@ -14,21 +16,19 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from kproxy.documents import watch as file_reading
-from kproxy.documents import watch as path_follower
+from kproxy.documents import watch as document_watch
 from kproxy.documents.document import FileProblem
-from kproxy.documents.watch import PathSnapshot, SettledReader, places_of, read_files
+from kproxy.documents.watch import PathSnapshot, SettledReader, find_watched_paths, read_path
 from kproxy.host.inotify import Inotify, InotifyError
 from kproxy.kube.manifests import file_source
 from kproxy.kube.manifests.file_source import FileSource, FileSourceError, ManifestState
 from kproxy.kube.manifests.parse import load_objects, parse_file
 from kproxy.model.delta import Delta, Kind, Replace
 from kproxy.model.types import EndpointSlice, Node, Service, ServiceCIDR
+from tests.lab.waiting import HANG_GUARD
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 KINDS: list[Kind] = [Service, EndpointSlice, Node, ServiceCIDR]
-HANG = 20.0
-"""Seconds after which a test that waits has hung."""
 
 
 def service(name: str, namespace: str | None = "demo", **spec: Any) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def service_cidr(name: str, *cidrs: str) -> dict[str, Any]:
     return {"apiVersion": "networking.k8s.io/v1", "kind": "ServiceCIDR", "metadata": {"name": name}, "spec": spec}
 
 
-def text(*objects: dict[str, Any]) -> bytes:
+def manifest(*objects: dict[str, Any]) -> bytes:
     return yaml.safe_dump_all(objects).encode()
 
 
@@ -54,21 +54,21 @@ def problems(path: str, content: str) -> list[str]:
     return [str(problem) for problem in parse_file(path, content.encode()).problems]
 
 
-def names(replacements: tuple[Replace, ...]) -> list[list[str]]:
+def object_names(replacements: tuple[Replace, ...]) -> list[list[str]]:
     return [[item.name for item in replacement.objects] for replacement in replacements]
 
 
-# What files may hold
+# Content of files
 
 
-@pytest.mark.parametrize("folder", sorted(GOLDEN.glob("*/")), ids=lambda folder: folder.name)
-def test_recorded_clusters_load_as_json_and_the_same_as_yaml(folder: Path) -> None:
-    texts = {str(path): path.read_bytes() for path in folder.glob("*.json")}
+@pytest.mark.parametrize("directory", sorted(GOLDEN.glob("*/")), ids=lambda directory: directory.name)
+def test_recorded_clusters_load_identically_from_json_and_yaml(directory: Path) -> None:
+    texts = {str(path): path.read_bytes() for path in directory.glob("*.json")}
     loaded = load_objects(texts)
     assert not loaded.problems
     assert not loaded.warnings
     assert loaded.notes == (
-        f"{folder}/config.json: ignoring kubeproxy.config.k8s.io/v1alpha1 KubeProxyConfiguration: "
+        f"{directory}/config.json: ignoring kubeproxy.config.k8s.io/v1alpha1 KubeProxyConfiguration: "
         "kproxy does not use this kind",
     )
     assert [replacement.kind for replacement in loaded.replacements] == KINDS
@@ -79,7 +79,7 @@ def test_recorded_clusters_load_as_json_and_the_same_as_yaml(folder: Path) -> No
     assert load_objects(as_yaml).replacements == loaded.replacements
 
 
-def test_lists_single_objects_and_several_documents_all_work() -> None:
+def test_lists_single_objects_and_multiple_documents() -> None:
     node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "node-1"}}
     endpoints = {
         "apiVersion": "discovery.k8s.io/v1",
@@ -89,38 +89,40 @@ def test_lists_single_objects_and_several_documents_all_work() -> None:
     }
     loaded = load_objects(
         {
-            "a.yaml": text({"apiVersion": "v1", "kind": "List", "items": [service("a"), node]}, endpoints),
+            "a.yaml": manifest({"apiVersion": "v1", "kind": "List", "items": [service("a"), node]}, endpoints),
             "b.json": json.dumps(service("b")).encode(),
             "c.json": json.dumps(
                 {"apiVersion": "v1", "kind": "ServiceList", "items": [{"metadata": {"name": "headless"}}]}
             ).encode(),
             "d.yml": b"apiVersion: v1\nkind: NodeList\nitems:\n",
-            "e.yaml": text(service_cidr("kubernetes", "10.96.0.0/16", "fd00::/108")),
-            "f.yaml": text({**service_cidr("more", "10.97.0.0/16"), "apiVersion": "networking.k8s.io/v1beta1"}),
+            "e.yaml": manifest(service_cidr("kubernetes", "10.96.0.0/16", "fd00::/108")),
+            "f.yaml": manifest({**service_cidr("more", "10.97.0.0/16"), "apiVersion": "networking.k8s.io/v1beta1"}),
         }
     )
     assert not loaded.problems
-    assert names(loaded.replacements) == [["a", "b"], ["web-1"], ["node-1"], ["kubernetes", "more"]]
+    assert object_names(loaded.replacements) == [["a", "b"], ["web-1"], ["node-1"], ["kubernetes", "more"]]
 
 
-def test_a_service_cidr_has_no_namespace_whatever_its_file_says() -> None:
-    astray = service_cidr("kubernetes", "10.97.0.0/16")
-    astray["metadata"]["namespace"] = "demo"
-    loaded = load_objects({"a.yaml": text(service_cidr("kubernetes", "10.96.0.0/16")), "b.yaml": text(astray)})
+def test_namespace_of_a_service_cidr_is_ignored() -> None:
+    namespaced = service_cidr("kubernetes", "10.97.0.0/16")
+    namespaced["metadata"]["namespace"] = "demo"
+    loaded = load_objects(
+        {"a.yaml": manifest(service_cidr("kubernetes", "10.96.0.0/16")), "b.yaml": manifest(namespaced)}
+    )
     assert loaded.warnings == (
         "ServiceCIDR kubernetes is defined in a.yaml and in b.yaml; using the definition in b.yaml",
     )
     assert loaded.replacements[-1] == Replace(ServiceCIDR, (ServiceCIDR("kubernetes", ("10.97.0.0/16",)),))
 
 
-def test_a_missing_namespace_is_default() -> None:
+def test_missing_namespace_means_default() -> None:
     endpoints = {
         "apiVersion": "discovery.k8s.io/v1",
         "kind": "EndpointSlice",
         "metadata": {"name": "web-1", "labels": {"kubernetes.io/service-name": "web"}},
         "addressType": "IPv4",
     }
-    loaded = load_objects({"a.yaml": text(service("web", None)), "b.json": json.dumps(endpoints).encode()})
+    loaded = load_objects({"a.yaml": manifest(service("web", None)), "b.json": json.dumps(endpoints).encode()})
     (web,), (web_1,), *_ = (replacement.objects for replacement in loaded.replacements)
     assert isinstance(web, Service)
     assert web.key == "default/web"
@@ -128,12 +130,12 @@ def test_a_missing_namespace_is_default() -> None:
     assert (web_1.namespace, web_1.service) == ("default", "default/web")
 
 
-def test_kinds_without_use_are_noted_once_a_file() -> None:
+def test_unused_kinds_are_noted_once_per_file() -> None:
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"}}
     old = {"apiVersion": "v1", "kind": "Endpoints", "metadata": {"name": "e"}}
     other = {"apiVersion": "serving.knative.dev/v1", "kind": "Service", "metadata": {"name": "k"}}
     pods = {"apiVersion": "v1", "kind": "PodList", "items": [{"metadata": {"name": "p"}}]}
-    loaded = load_objects({"a.yaml": text(pod, pod, old, other, pods, service("a"))})
+    loaded = load_objects({"a.yaml": manifest(pod, pod, old, other, pods, service("a"))})
     assert not loaded.problems
     assert loaded.notes == (
         "a.yaml: ignoring v1 Pod: kproxy does not use this kind",
@@ -141,14 +143,14 @@ def test_kinds_without_use_are_noted_once_a_file() -> None:
         "a.yaml: ignoring serving.knative.dev/v1 Service: kproxy does not use this kind",
         "a.yaml: ignoring v1 PodList: kproxy does not use this kind",
     )
-    assert names(loaded.replacements) == [["a"], [], [], []]
+    assert object_names(loaded.replacements) == [["a"], [], [], []]
 
 
-def test_of_an_object_in_two_files_the_later_is_taken_and_both_are_named() -> None:
+def test_last_file_wins_if_two_files_define_an_object() -> None:
     loaded = load_objects(
         {
-            "b.yaml": text(service("web", clusterIP="10.96.0.2")),
-            "a.yaml": text(service("web", clusterIP="10.96.0.1"), service("other")),
+            "b.yaml": manifest(service("web", clusterIP="10.96.0.2")),
+            "a.yaml": manifest(service("web", clusterIP="10.96.0.1"), service("other")),
         }
     )
     assert loaded.warnings == ("Service demo/web is defined in a.yaml and in b.yaml; using the definition in b.yaml",)
@@ -158,8 +160,8 @@ def test_of_an_object_in_two_files_the_later_is_taken_and_both_are_named() -> No
     assert found["web"].cluster_ips == ("10.96.0.2",)
 
 
-def test_of_an_object_twice_in_a_file_the_last_is_taken() -> None:
-    twice = text(service("web", clusterIP="10.96.0.1"), service("web", clusterIP="10.96.0.2"))
+def test_last_definition_in_a_file_wins() -> None:
+    twice = manifest(service("web", clusterIP="10.96.0.1"), service("web", clusterIP="10.96.0.2"))
     loaded = load_objects({"a.yaml": twice})
     assert loaded.warnings == ("Service demo/web is defined more than once in a.yaml; using the last definition",)
     (web,) = loaded.replacements[0].objects
@@ -167,13 +169,13 @@ def test_of_an_object_twice_in_a_file_the_last_is_taken() -> None:
     assert web.cluster_ips == ("10.96.0.2",)
 
 
-def test_a_headless_service_in_a_later_file_takes_the_place_of_one_with_rules() -> None:
-    loaded = load_objects({"a.yaml": text(service("web")), "b.yaml": text(service("web", clusterIP="None"))})
+def test_headless_service_in_a_later_file_replaces_the_service() -> None:
+    loaded = load_objects({"a.yaml": manifest(service("web")), "b.yaml": manifest(service("web", clusterIP="None"))})
     assert loaded.replacements[0].objects == ()
     assert len(loaded.warnings) == 1
 
 
-# What is wrong with files
+# Problems in files
 
 HEAD = "apiVersion: v1\nkind: Service\nmetadata:\n  name: web\n  namespace: demo\n"
 
@@ -267,11 +269,11 @@ HEAD = "apiVersion: v1\nkind: Service\nmetadata:\n  name: web\n  namespace: demo
         ("a: [\n", "f.yaml:2:1: not valid YAML: while parsing a flow node did not find expected node content"),
     ],
 )
-def test_a_problem_is_one_line_with_place_object_and_field(content: str, message: str) -> None:
+def test_problem_is_one_line_with_position_object_and_field(content: str, message: str) -> None:
     assert problems("f.yaml", content) == [message]
 
 
-def test_problems_in_json_have_lines_too_and_all_objects_are_checked() -> None:
+def test_json_problems_have_line_numbers_and_all_objects_are_checked() -> None:
     items = [service("a", ports=[{"port": "x"}]), service("b"), service("c", None, clusterIPs=["10.0.0.300"])]
     content = json.dumps({"kind": "ServiceList", "apiVersion": "v1", "items": items}, indent=1)
     line_a, line_c = (content.split(f'"{field}":')[0].count("\n") + 1 for field in ("port", "clusterIPs"))
@@ -281,7 +283,7 @@ def test_problems_in_json_have_lines_too_and_all_objects_are_checked() -> None:
     ]
 
 
-def test_a_syntax_error_in_json_has_line_and_column() -> None:
+def test_json_syntax_error_has_line_and_column() -> None:
     assert problems("f.json", '{"kind":\n "List",}') == ["f.json:2:9: not valid JSON: trailing comma in object"]
 
 
@@ -297,7 +299,8 @@ PATHS += [
 ]
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.dates() | st.binary(max_size=3)
 VALUES = st.recursive(
-    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text() | st.integers(), inner, max_size=3)
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text() | st.integers(), inner, max_size=3),
 )
 
 
@@ -305,58 +308,58 @@ VALUES = st.recursive(
     st.sampled_from(["Service", "EndpointSlice", "Node", "ServiceCIDR", "ServiceList"]), st.sampled_from(PATHS), VALUES
 )
 @example("Service", "metadata.labels", {"\n": None})
-def test_no_value_of_any_field_brings_an_error_that_is_no_problem(kind: str, field: str, value: object) -> None:
+def test_any_field_value_is_accepted_or_reported_as_a_problem(kind: str, field: str, value: object) -> None:
     version = {"EndpointSlice": "discovery.k8s.io/v1", "ServiceCIDR": "networking.k8s.io/v1"}.get(kind, "v1")
     item: dict[str, Any] = {"apiVersion": version, "kind": kind, "metadata": {"name": "a"}, "spec": {}}
     *parents, last = field.split(".")
-    holder = item
+    mapping = item
     for parent in parents:
-        holder = holder[parent]
-    holder[last] = value
-    for problem in parse_file("f.yaml", text(item)).problems:
+        mapping = mapping[parent]
+    mapping[last] = value
+    for problem in parse_file("f.yaml", manifest(item)).problems:
         assert str(problem).startswith("f.yaml:")
         assert "\n" not in str(problem)
 
 
-def test_a_file_with_a_problem_gives_no_objects() -> None:
-    loaded = load_objects({"a.yaml": text(service("a"), {"kind": "Service"}), "b.yaml": text(service("b"))})
+def test_file_with_a_problem_contributes_no_objects() -> None:
+    loaded = load_objects({"a.yaml": manifest(service("a"), {"kind": "Service"}), "b.yaml": manifest(service("b"))})
     assert len(loaded.problems) == 1
-    assert names(loaded.replacements)[0] == ["b"]
+    assert object_names(loaded.replacements)[0] == ["b"]
 
 
 # Which files are read
 
 
-def test_a_folder_is_read_flat_and_without_hidden_and_other_files(tmp_path: Path) -> None:
+def test_only_visible_object_files_directly_in_a_directory_are_read(tmp_path: Path) -> None:
     for name in ("b.yaml", "a.json", "c.yml", ".d.yaml", "notes.txt", "e.yaml~", "f.yaml.swp"):
         (tmp_path / name).write_text(name)
     (tmp_path / "sub.yaml").mkdir()
     (tmp_path / "sub.yaml" / "g.yaml").write_text("g")
     os.mkfifo(tmp_path / "pipe.yaml")
-    reading = read_files(str(tmp_path))
+    reading = read_path(str(tmp_path))
     assert reading.trouble is None
     assert reading.files == {str(tmp_path / name): name.encode() for name in ("a.json", "b.yaml", "c.yml")}
 
 
-def test_a_file_given_by_name_may_be_called_anything(tmp_path: Path) -> None:
+def test_explicitly_named_file_may_have_any_name(tmp_path: Path) -> None:
     path = tmp_path / ".objects"
-    path.write_bytes(text(service("a")))
-    assert read_files(str(path)).files == {str(path): path.read_bytes()}
+    path.write_bytes(manifest(service("a")))
+    assert read_path(str(path)).files == {str(path): path.read_bytes()}
 
 
-def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
+def test_unreadable_paths_are_reported(tmp_path: Path) -> None:
     (tmp_path / "gone.yaml").symlink_to("nowhere")
     (tmp_path / "loop.yaml").symlink_to("loop.yaml")
-    files = read_files(str(tmp_path)).files
+    files = read_path(str(tmp_path)).files
     assert [str(problem) for problem in files.values()] == [
-        f"{tmp_path}/gone.yaml: leads nowhere (symbolic link)",
+        f"{tmp_path}/gone.yaml: dangling symbolic link",
         f"{tmp_path}/loop.yaml: cannot be read: too many levels of symbolic links",
     ]
-    missing = read_files(str(tmp_path / "missing"))
+    missing = read_path(str(tmp_path / "missing"))
     assert str(missing.trouble) == f"{tmp_path}/missing: cannot be read: no such file or directory"
     (tmp_path / "empty").mkdir()
-    empty = read_files(str(tmp_path / "empty"))
-    assert str(empty.trouble) == f"{tmp_path}/empty: no object files here (*.json, *.yaml, *.yml)"
+    empty = read_path(str(tmp_path / "empty"))
+    assert str(empty.trouble) == f"{tmp_path}/empty: directory contains no object files (*.json, *.yaml, *.yml)"
 
 
 def loaded_once(path: Path) -> list[Delta]:
@@ -365,23 +368,23 @@ def loaded_once(path: Path) -> list[Delta]:
     return found
 
 
-def test_load_once_hands_on_all_kinds(tmp_path: Path) -> None:
+def test_load_once_delivers_all_kinds(tmp_path: Path) -> None:
     for path in (GOLDEN / "clusterip").glob("*.json"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    (tmp_path / "servicecidrs.yaml").write_bytes(text(service_cidr("kubernetes", "10.96.0.0/16")))
+    (tmp_path / "servicecidrs.yaml").write_bytes(manifest(service_cidr("kubernetes", "10.96.0.0/16")))
     found = loaded_once(tmp_path)
     assert all(isinstance(delta, Replace) and delta.objects for delta in found)
     assert [delta.kind for delta in found if isinstance(delta, Replace)] == KINDS
 
 
-def test_load_once_hands_on_empty_kinds_too(tmp_path: Path) -> None:
+def test_load_once_delivers_empty_kinds(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("kind: List\napiVersion: v1\nitems: []\n")
     assert loaded_once(tmp_path) == [Replace(kind, ()) for kind in KINDS]
 
 
-def test_load_once_raises_for_all_problems_and_hands_nothing_on(tmp_path: Path) -> None:
+def test_load_once_reports_all_problems_and_delivers_nothing(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("a: [")
-    (tmp_path / "b.yaml").write_bytes(text(service("b")))
+    (tmp_path / "b.yaml").write_bytes(manifest(service("b")))
     (tmp_path / "c.yaml").write_text("kind: Service")
     found: list[Delta] = []
     with pytest.raises(FileSourceError) as caught:
@@ -397,76 +400,76 @@ def test_load_once_raises_for_all_problems_and_hands_nothing_on(tmp_path: Path) 
             FileSource(str(tmp_path / missing), found.extend).load_once()
 
 
-# What changed files mean
+# Updates from changed files
 
-GOOD = text(service("a"))
-BROKEN = b"a: ["
+VALID = manifest(service("a"))
+INVALID = b"a: ["
 
 
-def test_nothing_is_handed_on_before_all_files_are_good() -> None:
-    following = ManifestState()
-    first = following.update(PathSnapshot({"a.yaml": GOOD, "b.yaml": BROKEN}))
+def test_nothing_is_delivered_until_all_files_are_valid() -> None:
+    state = ManifestState()
+    first = state.update(PathSnapshot({"a.yaml": VALID, "b.yaml": INVALID}))
     assert (first.replacements, len(first.problems)) == ((), 1)
-    # a.yaml was good, but is not now: what it was does not count yet
-    second = following.update(PathSnapshot({"a.yaml": BROKEN, "b.yaml": text(service("b"))}))
+    # the valid content of a.yaml was never delivered, so it does not count now that a.yaml is invalid
+    second = state.update(PathSnapshot({"a.yaml": INVALID, "b.yaml": manifest(service("b"))}))
     assert (second.replacements, len(second.problems)) == ((), 1)
-    third = following.update(PathSnapshot({"a.yaml": GOOD, "b.yaml": text(service("b"))}))
-    assert names(third.replacements) == [["a", "b"], [], [], []]
+    third = state.update(PathSnapshot({"a.yaml": VALID, "b.yaml": manifest(service("b"))}))
+    assert object_names(third.replacements) == [["a", "b"], [], [], []]
 
 
-def test_a_file_that_breaks_stays_in_force_as_it_was_and_others_are_followed() -> None:
-    following = ManifestState()
-    following.update(PathSnapshot({"a.yaml": GOOD, "b.yaml": text(service("b"))}))
-    broken = following.update(PathSnapshot({"a.yaml": BROKEN, "b.yaml": text(service("b2"))}))
-    assert names(broken.replacements)[0] == ["a", "b2"]
+def test_invalid_file_keeps_its_last_valid_state_and_others_are_updated() -> None:
+    state = ManifestState()
+    state.update(PathSnapshot({"a.yaml": VALID, "b.yaml": manifest(service("b"))}))
+    broken = state.update(PathSnapshot({"a.yaml": INVALID, "b.yaml": manifest(service("b2"))}))
+    assert object_names(broken.replacements)[0] == ["a", "b2"]
     assert [problem.path for problem in broken.problems] == ["a.yaml"]
     unreadable = FileProblem("a.yaml", "cannot be read")
-    still = following.update(PathSnapshot({"a.yaml": unreadable, "b.yaml": text(service("b3"))}))
-    assert names(still.replacements)[0] == ["a", "b3"]
+    still = state.update(PathSnapshot({"a.yaml": unreadable, "b.yaml": manifest(service("b3"))}))
+    assert object_names(still.replacements)[0] == ["a", "b3"]
     assert still.problems == (unreadable,)
-    gone = following.update(PathSnapshot({"b.yaml": text(service("b3"))}))
-    assert names(gone.replacements)[0] == ["b3"]
+    gone = state.update(PathSnapshot({"b.yaml": manifest(service("b3"))}))
+    assert object_names(gone.replacements)[0] == ["b3"]
 
 
-def test_a_new_file_that_is_broken_counts_as_absent() -> None:
-    following = ManifestState()
-    following.update(PathSnapshot({"a.yaml": GOOD}))
-    update = following.update(PathSnapshot({"a.yaml": GOOD, "new.yaml": BROKEN}))
+def test_new_invalid_file_is_ignored() -> None:
+    state = ManifestState()
+    state.update(PathSnapshot({"a.yaml": VALID}))
+    update = state.update(PathSnapshot({"a.yaml": VALID, "new.yaml": INVALID}))
     assert update.replacements == ()
     assert len(update.problems) == 1
 
 
-def test_when_only_broken_files_are_left_everything_stays() -> None:
-    following = ManifestState()
-    following.update(PathSnapshot({"a.yaml": GOOD}))
-    assert following.update(PathSnapshot({"new.yaml": b""})).replacements == ()
-    update = following.update(PathSnapshot({"new.yaml": text(service("b"))}))
-    assert names(update.replacements)[0] == ["b"]
+def test_objects_are_kept_while_only_invalid_files_remain() -> None:
+    state = ManifestState()
+    state.update(PathSnapshot({"a.yaml": VALID}))
+    assert state.update(PathSnapshot({"new.yaml": b""})).replacements == ()
+    update = state.update(PathSnapshot({"new.yaml": manifest(service("b"))}))
+    assert object_names(update.replacements)[0] == ["b"]
 
 
-def test_what_changes_nothing_is_not_handed_on() -> None:
-    following = ManifestState()
-    assert following.update(PathSnapshot({"a.yaml": GOOD})).replacements
-    assert not following.update(PathSnapshot({"a.yaml": GOOD})).replacements
-    assert not following.update(PathSnapshot({"a.yaml": GOOD + b"# a comment\n"})).replacements
-    assert following.update(PathSnapshot({"a.yaml": text(service("b"))})).replacements
+def test_unchanged_objects_are_not_delivered_again() -> None:
+    state = ManifestState()
+    assert state.update(PathSnapshot({"a.yaml": VALID})).replacements
+    assert not state.update(PathSnapshot({"a.yaml": VALID})).replacements
+    assert not state.update(PathSnapshot({"a.yaml": VALID + b"# a comment\n"})).replacements
+    assert state.update(PathSnapshot({"a.yaml": manifest(service("b"))})).replacements
 
 
-def test_without_any_file_everything_stays_but_an_empty_list_is_honoured() -> None:
-    following = ManifestState()
-    following.update(PathSnapshot({"a.yaml": GOOD}))
-    trouble = FileProblem("objects", "no object files here")
-    assert following.update(PathSnapshot({}, trouble)) == file_source.ManifestUpdate(problems=(trouble,))
-    emptied = following.update(PathSnapshot({"a.yaml": b"kind: List\nitems: []\n"}))
-    assert names(emptied.replacements) == [[], [], [], []]
+def test_objects_are_kept_without_files_but_deleted_by_an_empty_list() -> None:
+    state = ManifestState()
+    state.update(PathSnapshot({"a.yaml": VALID}))
+    trouble = FileProblem("objects", "directory contains no object files")
+    assert state.update(PathSnapshot({}, trouble)) == file_source.ManifestUpdate(problems=(trouble,))
+    emptied = state.update(PathSnapshot({"a.yaml": b"kind: List\nitems: []\n"}))
+    assert object_names(emptied.replacements) == [[], [], [], []]
     assert not emptied.problems
 
 
-# Following real files
+# Watching real files
 
 
-class Followed:
-    """A running source; `services` waits for the next set of Services."""
+class RunningSource:
+    """A started file source; `services` waits for the next delivery."""
 
     def __init__(self, path: Path) -> None:
         self.batches: queue.Queue[tuple[Delta, ...]] = queue.Queue()
@@ -474,30 +477,33 @@ class Followed:
         self.source.start()
 
     def services(self) -> list[str]:
-        found = self.batches.get(timeout=HANG)
+        found = self.batches.get(timeout=HANG_GUARD)
         assert [delta.kind for delta in found if isinstance(delta, Replace)] == KINDS
         first = found[0]
         assert isinstance(first, Replace)
         return [item.name for item in first.objects]
 
 
-class Lines(logging.Handler):
-    """Makes log lines something to wait for."""
+class LogLines(logging.Handler):
+    """A queue of log lines that a test can wait for."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.lines: queue.Queue[str] = queue.Queue()
+        self._queue: queue.Queue[str] = queue.Queue()
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.lines.put(f"{record.levelname} {record.getMessage()}")
+        self._queue.put(f"{record.levelname} {record.getMessage()}")
 
     def next(self) -> str:
-        return self.lines.get(timeout=HANG)
+        return self._queue.get(timeout=HANG_GUARD)
+
+    def is_empty(self) -> bool:
+        return self._queue.empty()
 
 
 @pytest.fixture
-def lines() -> Iterator[Lines]:
-    handler = Lines()
+def log_lines() -> Iterator[LogLines]:
+    handler = LogLines()
     logger = logging.getLogger("kproxy")
     level = logger.level
     logger.addHandler(handler)
@@ -508,16 +514,16 @@ def lines() -> Iterator[Lines]:
 
 
 @pytest.fixture
-def follow() -> Iterator[Any]:
-    running: list[Followed] = []
+def start_source() -> Iterator[Any]:
+    sources: list[RunningSource] = []
 
-    def start(path: Path) -> Followed:
-        running.append(Followed(path))
-        return running[-1]
+    def start(path: Path) -> RunningSource:
+        sources.append(RunningSource(path))
+        return sources[-1]
 
     yield start
-    for followed in running:
-        followed.source.stop()
+    for running in sources:
+        running.source.stop(HANG_GUARD)
     assert not [thread for thread in threading.enumerate() if thread.name == "file-source"]
 
 
@@ -527,185 +533,191 @@ def renamed_into(path: Path, content: bytes) -> None:
     temporary.rename(path)
 
 
-def test_files_written_in_place_renamed_linked_and_deleted_are_noticed(
-    tmp_path: Path, follow: Any, monkeypatch: pytest.MonkeyPatch
+def test_detects_files_that_are_written_renamed_linked_and_deleted(
+    tmp_path: Path, start_source: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(file_reading, "PATIENCE", 2 * HANG)
-    folder = tmp_path / "objects"
-    folder.mkdir()
-    (folder / "a.yaml").write_bytes(text(service("a")))
-    followed = follow(folder)
-    assert followed.services() == ["a"]
-    (folder / "a.yaml").write_bytes(text(service("a2")))
-    assert followed.services() == ["a2"]
-    renamed_into(folder / "b.yaml", text(service("b")))
-    assert followed.services() == ["a2", "b"]
+    monkeypatch.setattr(document_watch, "SETTLE_TIMEOUT", 2 * HANG_GUARD)
+    directory = tmp_path / "objects"
+    directory.mkdir()
+    (directory / "a.yaml").write_bytes(manifest(service("a")))
+    running = start_source(directory)
+    assert running.services() == ["a"]
+    (directory / "a.yaml").write_bytes(manifest(service("a2")))
+    assert running.services() == ["a2"]
+    renamed_into(directory / "b.yaml", manifest(service("b")))
+    assert running.services() == ["a2", "b"]
     target = tmp_path / "elsewhere" / "c"
     target.parent.mkdir()
-    target.write_bytes(text(service("c")))
-    os.link(target, folder / "c.yaml")
-    assert followed.services() == ["a2", "b", "c"]
-    (folder / "c.yaml").unlink()
-    assert followed.services() == ["a2", "b"]
-    (folder / "d.yaml").symlink_to(target)
-    assert followed.services() == ["a2", "b", "c"]
-    target.write_bytes(text(service("c2")))
-    assert followed.services() == ["a2", "b", "c2"]
+    target.write_bytes(manifest(service("c")))
+    os.link(target, directory / "c.yaml")
+    assert running.services() == ["a2", "b", "c"]
+    (directory / "c.yaml").unlink()
+    assert running.services() == ["a2", "b"]
+    (directory / "d.yaml").symlink_to(target)
+    assert running.services() == ["a2", "b", "c"]
+    target.write_bytes(manifest(service("c2")))
+    assert running.services() == ["a2", "b", "c2"]
 
 
-def test_a_single_file_is_followed_through_its_folder(tmp_path: Path, follow: Any) -> None:
+def test_single_file_is_watched_through_its_directory(tmp_path: Path, start_source: Any) -> None:
     path = tmp_path / "objects"
-    path.write_bytes(text(service("a")))
-    followed = follow(path)
-    assert followed.services() == ["a"]
-    renamed_into(path, text(service("b")))
-    assert followed.services() == ["b"]
+    path.write_bytes(manifest(service("a")))
+    running = start_source(path)
+    assert running.services() == ["a"]
+    renamed_into(path, manifest(service("b")))
+    assert running.services() == ["b"]
     path.unlink()
-    path.write_bytes(text(service("c")))
-    assert followed.services() == ["c"]
+    path.write_bytes(manifest(service("c")))
+    assert running.services() == ["c"]
 
 
-def test_nothing_is_read_while_an_object_file_is_written(tmp_path: Path, follow: Any, lines: Lines) -> None:
-    (tmp_path / "a.yaml").write_bytes(text(service("a")))
-    (tmp_path / "b.yaml").write_bytes(text(service("b")))
-    followed = follow(tmp_path)
-    assert followed.services() == ["a", "b"]
+def test_files_are_not_read_while_one_is_being_written(tmp_path: Path, start_source: Any, log_lines: LogLines) -> None:
+    (tmp_path / "a.yaml").write_bytes(manifest(service("a")))
+    (tmp_path / "b.yaml").write_bytes(manifest(service("b")))
+    running = start_source(tmp_path)
+    assert running.services() == ["a", "b"]
     with (tmp_path / "b.yaml").open("wb", buffering=0) as b, (tmp_path / "c.yaml").open("wb", buffering=0) as c:
-        b.write(BROKEN)
-        c.write(BROKEN)
-        renamed_into(tmp_path / "a.yaml", text(service("a2")))
+        b.write(INVALID)
+        c.write(INVALID)
+        renamed_into(tmp_path / "a.yaml", manifest(service("a2")))
         b.seek(0)
-        b.write(text(service("b2")))
+        b.write(manifest(service("b2")))
         c.seek(0)
-        c.write(text(service("c")))
-    assert followed.services() == ["a2", "b2", "c"]
-    assert lines.lines.empty()
+        c.write(manifest(service("c")))
+    assert running.services() == ["a2", "b2", "c"]
+    assert log_lines.is_empty()
 
 
-def test_a_mounted_configmap_is_followed(tmp_path: Path, follow: Any) -> None:
+def test_mounted_configmap_is_watched(tmp_path: Path, start_source: Any) -> None:
     def publish(version: str, *services: str) -> None:
         data = tmp_path / f"..{version}"
         data.mkdir()
         for name in services:
-            (data / f"{name}.yaml").write_bytes(text(service(f"{name}-{version}")))
+            (data / f"{name}.yaml").write_bytes(manifest(service(f"{name}-{version}")))
         (tmp_path / "..data_tmp").symlink_to(data.name)
         (tmp_path / "..data_tmp").rename(tmp_path / "..data")
 
     publish("v1", "a", "b")
     for name in ("a", "b"):
         (tmp_path / f"{name}.yaml").symlink_to(f"..data/{name}.yaml")
-    followed = follow(tmp_path)
-    assert followed.services() == ["a-v1", "b-v1"]
+    running = start_source(tmp_path)
+    assert running.services() == ["a-v1", "b-v1"]
     publish("v2", "a", "b")
-    assert followed.services() == ["a-v2", "b-v2"]
-    single = follow(tmp_path / "b.yaml")
+    assert running.services() == ["a-v2", "b-v2"]
+    single = start_source(tmp_path / "b.yaml")
     assert single.services() == ["b-v2"]
     publish("v3", "a", "b")
     assert single.services() == ["b-v3"]
 
 
-def test_a_folder_may_come_late_go_and_come_back(tmp_path: Path, follow: Any, lines: Lines) -> None:
-    folder = tmp_path / "in" / "here"
-    followed = follow(folder)
-    assert lines.next() == f"ERROR {folder}: cannot be read: no such file or directory"
-    folder.mkdir(parents=True)
-    (folder / "a.yaml").write_bytes(text(service("a")))
-    assert followed.services() == ["a"]
-    os.rename(tmp_path / "in", tmp_path / "away")
-    folder.mkdir(parents=True)
-    (folder / "b.yaml").write_bytes(text(service("b")))
-    assert followed.services() == ["b"]
-
-
-def test_an_emptied_folder_deletes_nothing_and_is_said_once(tmp_path: Path, follow: Any, lines: Lines) -> None:
-    (tmp_path / "a.yaml").write_bytes(text(service("a")))
-    followed = follow(tmp_path)
-    assert followed.services() == ["a"]
-    (tmp_path / "a.yaml").unlink()
-    assert lines.next() == f"ERROR {tmp_path}: no object files here (*.json, *.yaml, *.yml)"
-    (tmp_path / "notes.txt").write_text("another notice, the same problem")
-    (tmp_path / "b.yaml").write_bytes(text(service("b")))
-    assert followed.services() == ["b"]
-    assert lines.next() == f"INFO {tmp_path}: all object files are valid"
-    assert lines.lines.empty()
-
-
-def test_a_broken_file_is_said_once_and_kept_as_it_was(tmp_path: Path, follow: Any, lines: Lines) -> None:
-    (tmp_path / "a.yaml").write_bytes(BROKEN)
-    followed = follow(tmp_path)
-    assert lines.next().startswith(f"ERROR {tmp_path}/a.yaml:2:1: not valid YAML: ")
-    (tmp_path / "b.yaml").write_bytes(text(service("b")))
-    (tmp_path / "a.yaml").write_bytes(text(service("a")))
-    assert followed.services() == ["a", "b"]
-    assert lines.next() == f"INFO {tmp_path}: all object files are valid"
-    (tmp_path / "a.yaml").write_text("kind: Service\n")
-    assert lines.next().startswith(f"ERROR {tmp_path}/a.yaml:1: Service: ")
-    (tmp_path / "b.yaml").write_bytes(text(service("b2")))
-    assert followed.services() == ["a", "b2"]
-    assert lines.lines.empty()
-    assert followed.batches.empty()
-
-
-def test_stop_before_start_and_twice_does_nothing(tmp_path: Path, follow: Any) -> None:
-    FileSource(str(tmp_path), lambda _: None).stop()
-    (tmp_path / "a.yaml").write_bytes(GOOD)
-    followed = follow(tmp_path)
-    followed.services()
-    followed.source.stop()
-    followed.source.stop()
-    renamed_into(tmp_path / "a.yaml", text(service("b")))
-    assert followed.batches.empty()
-
-
-def test_without_notices_the_files_are_read_again_and_again(
-    tmp_path: Path, follow: Any, lines: Lines, monkeypatch: pytest.MonkeyPatch
+def test_directory_may_appear_late_disappear_and_reappear(
+    tmp_path: Path, start_source: Any, log_lines: LogLines
 ) -> None:
-    def refuse() -> Inotify:
+    directory = tmp_path / "in" / "here"
+    running = start_source(directory)
+    assert log_lines.next() == f"ERROR {directory}: cannot be read: no such file or directory"
+    directory.mkdir(parents=True)
+    (directory / "a.yaml").write_bytes(manifest(service("a")))
+    assert running.services() == ["a"]
+    os.rename(tmp_path / "in", tmp_path / "away")
+    directory.mkdir(parents=True)
+    (directory / "b.yaml").write_bytes(manifest(service("b")))
+    assert running.services() == ["b"]
+
+
+def test_emptied_directory_deletes_nothing_and_is_reported_once(
+    tmp_path: Path, start_source: Any, log_lines: LogLines
+) -> None:
+    (tmp_path / "a.yaml").write_bytes(manifest(service("a")))
+    running = start_source(tmp_path)
+    assert running.services() == ["a"]
+    (tmp_path / "a.yaml").unlink()
+    assert log_lines.next() == f"ERROR {tmp_path}: directory contains no object files (*.json, *.yaml, *.yml)"
+    (tmp_path / "notes.txt").write_text("another event, the same problem")
+    (tmp_path / "b.yaml").write_bytes(manifest(service("b")))
+    assert running.services() == ["b"]
+    assert log_lines.next() == f"INFO {tmp_path}: all object files are valid"
+    assert log_lines.is_empty()
+
+
+def test_invalid_file_is_reported_once_and_keeps_its_last_state(
+    tmp_path: Path, start_source: Any, log_lines: LogLines
+) -> None:
+    (tmp_path / "a.yaml").write_bytes(INVALID)
+    running = start_source(tmp_path)
+    assert log_lines.next().startswith(f"ERROR {tmp_path}/a.yaml:2:1: not valid YAML: ")
+    (tmp_path / "b.yaml").write_bytes(manifest(service("b")))
+    (tmp_path / "a.yaml").write_bytes(manifest(service("a")))
+    assert running.services() == ["a", "b"]
+    assert log_lines.next() == f"INFO {tmp_path}: all object files are valid"
+    (tmp_path / "a.yaml").write_text("kind: Service\n")
+    assert log_lines.next().startswith(f"ERROR {tmp_path}/a.yaml:1: Service: ")
+    (tmp_path / "b.yaml").write_bytes(manifest(service("b2")))
+    assert running.services() == ["a", "b2"]
+    assert log_lines.is_empty()
+    assert running.batches.empty()
+
+
+def test_stop_before_start_and_repeated_stop_have_no_effect(tmp_path: Path, start_source: Any) -> None:
+    FileSource(str(tmp_path), lambda _: None).stop(HANG_GUARD)
+    (tmp_path / "a.yaml").write_bytes(VALID)
+    running = start_source(tmp_path)
+    running.services()
+    running.source.stop(HANG_GUARD)
+    running.source.stop(HANG_GUARD)
+    renamed_into(tmp_path / "a.yaml", manifest(service("b")))
+    assert running.batches.empty()
+
+
+def test_files_are_polled_without_inotify(
+    tmp_path: Path, start_source: Any, log_lines: LogLines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> Inotify:
         raise InotifyError(24, "Too many open files")
 
-    monkeypatch.setattr(path_follower, "Inotify", refuse)
+    monkeypatch.setattr(document_watch, "Inotify", fail)
     monkeypatch.setattr(file_source, "RELOAD_PERIOD", 0.01)
-    (tmp_path / "a.yaml").write_bytes(text(service("a")))
-    followed = follow(tmp_path)
-    assert followed.services() == ["a"]
-    assert "gives no notice of changes (Too many open files)" in lines.next()
-    renamed_into(tmp_path / "a.yaml", text(service("b")))
-    assert followed.services() == ["b"]
+    (tmp_path / "a.yaml").write_bytes(manifest(service("a")))
+    running = start_source(tmp_path)
+    assert running.services() == ["a"]
+    assert "cannot watch for changes (Too many open files)" in log_lines.next()
+    renamed_into(tmp_path / "a.yaml", manifest(service("b")))
+    assert running.services() == ["b"]
 
 
 # inotify
 
 
-def test_inotify_tells_new_directories_from_watched_ones(tmp_path: Path) -> None:
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    with Inotify() as notices:
-        assert notices.read() == []
-        assert notices.watch([str(folder), str(tmp_path / "missing")])
-        assert not notices.watch([str(folder)])
-        (folder / "ä").write_text("x")
-        assert {(event.directory, event.name) for event in notices.read()} == {(str(folder), "ä")}
-        assert notices.watch([str(tmp_path)])
-        (folder / "b").write_text("x")  # not watched any more
-        assert notices.read() == []
-        notices.watch([str(folder)])
-        (folder / "ä").unlink()
-        (folder / "b").unlink()
-        folder.rmdir()
-        notices.read()
-        folder.mkdir()
-        assert notices.watch([str(folder)])
-        descriptor = notices.fileno()
+def test_inotify_watch_returns_whether_a_directory_is_new(tmp_path: Path) -> None:
+    directory = tmp_path / "folder"
+    directory.mkdir()
+    with Inotify() as inotify:
+        assert inotify.read() == []
+        assert inotify.watch([str(directory), str(tmp_path / "missing")])
+        assert not inotify.watch([str(directory)])
+        (directory / "ä").write_text("x")
+        assert {(event.directory, event.name) for event in inotify.read()} == {(str(directory), "ä")}
+        assert inotify.watch([str(tmp_path)])
+        (directory / "b").write_text("x")  # no longer watched
+        assert inotify.read() == []
+        inotify.watch([str(directory)])
+        (directory / "ä").unlink()
+        (directory / "b").unlink()
+        directory.rmdir()
+        inotify.read()
+        directory.mkdir()
+        assert inotify.watch([str(directory)])
+        descriptor = inotify.fileno()
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(descriptor)
 
 
 class Reader:
-    """A reader of `path` with its notices, to be asked step by step."""
+    """A reader of `path` that is driven step by step."""
 
-    def __init__(self, path: Path, notices: Inotify) -> None:
+    def __init__(self, path: Path, inotify: Inotify) -> None:
         self.wake = os.eventfd(0)
-        self.reader = SettledReader(str(path), notices, self.wake)
+        self.reader = SettledReader(str(path), inotify, self.wake)
         self.found: queue.Queue[PathSnapshot] = queue.Queue()
 
     def read_after_wait(self) -> threading.Thread:
@@ -718,87 +730,87 @@ class Reader:
         return thread
 
 
-def test_a_reading_waits_for_the_end_of_a_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file_reading, "PATIENCE", HANG)
+def test_read_waits_for_a_write_to_finish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(document_watch, "SETTLE_TIMEOUT", HANG_GUARD)
     waits = threading.Event()
 
     class Observed(SettledReader):
-        def _is_over(self, seconds: float | None) -> bool:
+        def _wait_for_events(self, seconds: float | None) -> bool:
             waits.set()
-            return super()._is_over(seconds)
+            return super()._wait_for_events(seconds)
 
     path = tmp_path / "a.yaml"
-    path.write_bytes(GOOD)
+    path.write_bytes(VALID)
     found: queue.Queue[PathSnapshot] = queue.Queue()
     wake = os.eventfd(0)
-    with Inotify() as notices:
-        reader = Observed(str(tmp_path), notices, wake)
+    with Inotify() as inotify:
+        reader = Observed(str(tmp_path), inotify, wake)
         with path.open("wb", buffering=0) as file:
             file.write(b"# half")
             thread = threading.Thread(target=lambda: found.put(reader.read()), daemon=True)
             thread.start()
-            assert waits.wait(HANG)
+            assert waits.wait(HANG_GUARD)
             file.write(b" and half")
-        assert found.get(timeout=HANG).files == {str(path): b"# half and half"}
-        thread.join(HANG)
+        assert found.get(timeout=HANG_GUARD).files == {str(path): b"# half and half"}
+        thread.join(HANG_GUARD)
     os.close(wake)
 
 
-def test_a_writer_that_never_ends_is_not_waited_for_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file_reading, "PATIENCE", 0.05)
+def test_read_does_not_wait_forever_for_a_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(document_watch, "SETTLE_TIMEOUT", 0.05)
     path = tmp_path / "a.yaml"
-    path.write_bytes(GOOD)
-    with Inotify() as notices, path.open("ab", buffering=0) as file:
-        reader = Reader(tmp_path, notices)
-        assert reader.reader.read().files == {str(path): GOOD}
+    path.write_bytes(VALID)
+    with Inotify() as inotify, path.open("ab", buffering=0) as file:
+        reader = Reader(tmp_path, inotify)
+        assert reader.reader.read().files == {str(path): VALID}
         thread = reader.read_after_wait()
         file.write(b"# more")
-        assert reader.found.get(timeout=HANG).files == {str(path): GOOD + b"# more"}
-        thread.join(HANG)
+        assert reader.found.get(timeout=HANG_GUARD).files == {str(path): VALID + b"# more"}
+        thread.join(HANG_GUARD)
         os.close(reader.wake)
 
 
-def test_only_what_counts_is_a_reason_to_read_again(tmp_path: Path) -> None:
-    folder = tmp_path / "objects"
-    folder.mkdir()
-    (folder / "a.yaml").write_bytes(GOOD)
-    with Inotify() as notices:
-        places = places_of(str(folder))
-        assert places.directories == (str(tmp_path), str(folder))
-        notices.watch(places.directories)
+def test_only_relevant_events_cause_a_reread(tmp_path: Path) -> None:
+    directory = tmp_path / "objects"
+    directory.mkdir()
+    (directory / "a.yaml").write_bytes(VALID)
+    with Inotify() as inotify:
+        paths = find_watched_paths(str(directory))
+        assert paths.directories == (str(tmp_path), str(directory))
+        inotify.watch(paths.directories)
 
-        def reasons() -> list[str]:
-            return [event.name for event in notices.read() if places.concern(event)]
+        def relevant_events() -> list[str]:
+            return [event.name for event in inotify.read() if paths.requires_read(event)]
 
         (tmp_path / "log").write_text("next to the folder")
         (tmp_path / "log").unlink()
-        with (folder / "notes.txt").open("w") as notes:
-            reasons()  # that it was made
-            notes.write("no object file")
-        (folder / ".hidden.yaml").write_text("")
-        assert "notes.txt" not in reasons()
-        folder.chmod(0o755)
-        (folder / "a.yaml").chmod(0o600)
-        assert set(reasons()) == {"objects", "a.yaml", ""}
-        (folder / "a.yaml").rename(folder / "b.yaml")
-        assert reasons() == ["a.yaml", "b.yaml"]
-        folder.rename(tmp_path / "away")
-        assert "objects" in reasons()
+        with (directory / "notes.txt").open("w") as notes:
+            relevant_events()  # discard the creation
+            notes.write("not an object file")
+        (directory / ".hidden.yaml").write_text("")
+        assert "notes.txt" not in relevant_events()
+        directory.chmod(0o755)
+        (directory / "a.yaml").chmod(0o600)
+        assert set(relevant_events()) == {"objects", "a.yaml", ""}
+        (directory / "a.yaml").rename(directory / "b.yaml")
+        assert relevant_events() == ["a.yaml", "b.yaml"]
+        directory.rename(tmp_path / "away")
+        assert "objects" in relevant_events()
 
 
-def test_places_of_a_path_that_is_not_there_or_is_a_link(tmp_path: Path) -> None:
-    missing = places_of(str(tmp_path / "x" / "y" / "z"))
+def test_watched_directories_of_a_missing_path_and_of_a_symlink(tmp_path: Path) -> None:
+    missing = find_watched_paths(str(tmp_path / "x" / "y" / "z"))
     assert (missing.directories, missing.awaited) == ((str(tmp_path),), "x")
     (tmp_path / "real").mkdir()
-    (tmp_path / "real" / "file").write_bytes(GOOD)
+    (tmp_path / "real" / "file").write_bytes(VALID)
     (tmp_path / "link").symlink_to("real/file")
-    link = places_of(str(tmp_path / "link"))
+    link = find_watched_paths(str(tmp_path / "link"))
     assert link.directories == (str(tmp_path), str(tmp_path / "real"))
     assert link.awaited == ""
     assert link.files == {str(tmp_path / "link"), str(tmp_path / "real" / "file")}
 
 
-def test_parts_that_are_of_no_use_are_warned_about_with_their_line() -> None:
+def test_unusable_endpoints_are_reported_with_their_line() -> None:
     bad = """\
 kind: EndpointSlice
 apiVersion: discovery.k8s.io/v1

@@ -1,4 +1,4 @@
-"""tests/fresh: the checks that `make fresh` and CI name are there. What they check takes minutes and a network."""
+"""tests/fresh: `make fresh` and CI name only existing checks. The checks take minutes and need network access."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SCRIPT = ROOT / "tests/fresh/fresh.sh"
 CHECKS = set(re.findall(r"^check_([a-z]+)\(\)", (ROOT / "tests/fresh/checks.sh").read_text(), re.MULTILINE))
 
 
-def test_every_check_is_described() -> None:
+def test_every_check_is_documented() -> None:
     assert set(re.findall(r"^#   ([a-z]+) ", SCRIPT.read_text(), re.MULTILINE)) == CHECKS
 
 
@@ -25,21 +25,21 @@ def test_make_and_ci_run_checks_that_exist() -> None:
     assert {*default.split(), *named} <= CHECKS
 
 
-def test_files_of_the_short_check_exist() -> None:
+def test_test_files_of_the_short_check_exist() -> None:
     (files,) = re.findall(r'TESTS="(.*)"', (ROOT / "tests/fresh/checks.sh").read_text())
     assert [name for name in files.split() if not (ROOT / name).exists()] == []
 
 
-def test_commands_by_hand_are_found() -> None:
+def test_commands_to_try_by_hand_are_found() -> None:
     section = (ROOT / "docs" / "local.md").read_text().partition("\n## Try it by hand\n")[2].partition("\n## ")[0]
     assert re.search(r"`apt-get install (.*)`", section)
     assert len(re.findall(r"^\$ ", section, re.MULTILINE)) == 2
     assert len(re.findall(r"^# ", section, re.MULTILINE)) > 5
 
 
-def test_an_unknown_check_is_refused_before_anything_is_made() -> None:
+def test_unknown_check_is_rejected_at_start() -> None:
     if os.geteuid() != 0:
-        pytest.skip("only root can run it")
+        pytest.skip("fresh.sh needs root privileges")
     done = subprocess.run(["sh", str(SCRIPT), "bookworm", "nosuch"], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith('fresh: unknown check "nosuch": choose from ')

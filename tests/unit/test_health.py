@@ -1,4 +1,4 @@
-"""`/healthz` and `/livez`: the truth about the proxy and the node, in kube-proxy's words."""
+"""`/healthz` and `/livez`: the health of the proxy and of the node, in the format of kube-proxy."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 
-from kproxy.model.context import Context
-from kproxy.model.sync_report import ApplyResult, SyncReport
 from kproxy.model.types import Family, Node
 from kproxy.serve.health import NANO, Health, HealthPages, rfc3339
 from kproxy.serve.http import HttpRequest, encode
 from tests.recordings import GOLDEN, SCENARIOS
+from tests.reports import failed, succeeded
 
 V4, V6 = Family.IPV4, Family.IPV6
 TIMEOUT = 60.0
@@ -22,12 +21,8 @@ EPOCH = 1795218460 * NANO
 TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{0,8}[1-9])?Z")
 
 
-def report(family: Family, ended: float = 0.0, error: str = "") -> SyncReport:
-    return SyncReport(family, ended, ended, True, {}, Context(family, "node-1"), ApplyResult({}, {}), error)
-
-
-class Scene:
-    """A proxy of two families, its node and its clocks: `now` never goes back, `wall` may."""
+class FakeProxy:
+    """A dual-stack proxy with its node and two clocks: `now` is monotonic, `wall` is not."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -41,18 +36,18 @@ class Scene:
             lambda: self.node,
             clock=lambda: self.now,
             wall=lambda: self.wall,
-            probed=lambda page, status: self.probed.append((page, status)),
+            on_probe=lambda page, status: self.probed.append((page, status)),
             reason=lambda: self.reason,
         )
 
     def succeed(self, *families: Family) -> None:
         for family in families or (V4, V6):
-            self.health.synced(report(family, self.now))
+            self.health.on_sync(succeeded(family, started=self.now, finished=self.now))
 
     def fail(self, family: Family) -> None:
-        self.health.synced(report(family, self.now, error="refused"))
+        self.health.on_sync(failed(family, started=self.now, finished=self.now))
 
-    def pass_time(self, seconds: float) -> None:
+    def advance(self, seconds: float) -> None:
         self.now += seconds
         self.wall += int(seconds * NANO)
 
@@ -67,8 +62,8 @@ class Scene:
 
 
 @pytest.fixture
-def scene() -> Scene:
-    return Scene()
+def proxy() -> FakeProxy:
+    return FakeProxy()
 
 
 def without_times(text: str) -> str:
@@ -78,115 +73,115 @@ def without_times(text: str) -> str:
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_healthz_is_what_kube_proxy_answers(scene: Scene, scenario: str) -> None:
-    scene.succeed()
-    answer = encode(scene.pages.healthz(REQUEST), 0.0, head_only=False, close=False)
+def test_healthz_response_matches_kube_proxy(proxy: FakeProxy, scenario: str) -> None:
+    proxy.succeed()
+    response = encode(proxy.pages.healthz(REQUEST), 0.0, head_only=False, close=False)
     recorded = (GOLDEN / scenario / "healthz.txt").read_text()
-    assert without_times(answer.decode()) == without_times(recorded)
+    assert without_times(response.decode()) == without_times(recorded)
     assert recorded.count("TIME") < without_times(recorded).count("TIME") == 4
 
 
-def test_nothing_is_healthy_before_the_first_success_of_every_family(scene: Scene) -> None:
-    assert scene.statuses == (503, 503)
-    scene.succeed(V4)
-    assert scene.statuses == (503, 503)
-    assert scene.body()["status"] == {
+def test_unhealthy_until_the_first_successful_sync_of_every_family(proxy: FakeProxy) -> None:
+    assert proxy.statuses == (503, 503)
+    proxy.succeed(V4)
+    assert proxy.statuses == (503, 503)
+    assert proxy.body()["status"] == {
         "IPv4": {"lastUpdated": "2026-11-20T23:47:40Z", "healthy": True},
         "IPv6": {"lastUpdated": "0001-01-01T00:00:00Z", "healthy": False},
     }
-    scene.succeed(V6)
-    assert scene.statuses == (200, 200)
+    proxy.succeed(V6)
+    assert proxy.statuses == (200, 200)
 
 
-def test_nothing_to_do_is_healthy_however_long_it_lasts(scene: Scene) -> None:
-    scene.succeed()
-    scene.pass_time(1_000_000)
-    assert scene.statuses == (200, 200)
+def test_idle_proxy_stays_healthy(proxy: FakeProxy) -> None:
+    proxy.succeed()
+    proxy.advance(1_000_000)
+    assert proxy.statuses == (200, 200)
 
 
-def test_changes_that_wait_too_long_are_unhealthy(scene: Scene) -> None:
-    scene.succeed()
-    scene.pass_time(1000)
-    scene.health.queued(V6, scene.now)
-    scene.pass_time(TIMEOUT)
-    scene.health.queued(V6, scene.now)  # later changes do not make the first younger
-    assert scene.statuses == (200, 200)
-    scene.pass_time(1)
-    assert scene.statuses == (503, 503)
-    assert scene.body()["status"]["IPv4"]["healthy"]
-    assert not scene.body()["status"]["IPv6"]["healthy"]
-    scene.succeed(V4)
-    assert scene.statuses == (503, 503)
-    scene.succeed(V6)
-    assert scene.statuses == (200, 200)
+def test_changes_pending_for_too_long_are_unhealthy(proxy: FakeProxy) -> None:
+    proxy.succeed()
+    proxy.advance(1000)
+    proxy.health.on_queue(V6, proxy.now)
+    proxy.advance(TIMEOUT)
+    proxy.health.on_queue(V6, proxy.now)  # later changes do not reset the age of the first one
+    assert proxy.statuses == (200, 200)
+    proxy.advance(1)
+    assert proxy.statuses == (503, 503)
+    assert proxy.body()["status"]["IPv4"]["healthy"]
+    assert not proxy.body()["status"]["IPv6"]["healthy"]
+    proxy.succeed(V4)
+    assert proxy.statuses == (503, 503)
+    proxy.succeed(V6)
+    assert proxy.statuses == (200, 200)
 
 
-def test_a_failed_sync_leaves_its_changes_waiting(scene: Scene) -> None:
-    scene.succeed()
-    scene.pass_time(5)
-    scene.fail(V4)
-    scene.pass_time(TIMEOUT)
-    scene.fail(V4)
-    assert scene.statuses == (200, 200)
-    scene.pass_time(1)
-    assert scene.statuses == (503, 503)
+def test_failed_sync_leaves_its_changes_pending(proxy: FakeProxy) -> None:
+    proxy.succeed()
+    proxy.advance(5)
+    proxy.fail(V4)
+    proxy.advance(TIMEOUT)
+    proxy.fail(V4)
+    assert proxy.statuses == (200, 200)
+    proxy.advance(1)
+    assert proxy.statuses == (503, 503)
 
 
-def test_the_time_of_day_decides_nothing(scene: Scene) -> None:
-    scene.succeed()
-    scene.health.queued(V4, scene.now)
-    scene.wall += 10_000 * NANO
-    assert scene.statuses == (200, 200)
-    scene.wall -= 20_000 * NANO
-    scene.now += TIMEOUT + 1
-    assert scene.statuses == (503, 503)
+def test_wall_clock_does_not_affect_health(proxy: FakeProxy) -> None:
+    proxy.succeed()
+    proxy.health.on_queue(V4, proxy.now)
+    proxy.wall += 10_000 * NANO
+    assert proxy.statuses == (200, 200)
+    proxy.wall -= 20_000 * NANO
+    proxy.now += TIMEOUT + 1
+    assert proxy.statuses == (503, 503)
 
 
 @pytest.mark.parametrize("node", [None, Node("node-1", being_deleted=True)])
-def test_a_node_that_goes_gets_no_new_traffic_but_its_proxy_lives(scene: Scene, node: Node | None) -> None:
-    scene.succeed()
-    scene.node = node
-    assert scene.statuses == (503, 200)
-    assert scene.body()["nodeEligible"] is False
-    assert scene.body()["healthy"] is True
-    assert "nodeEligible" not in scene.body("livez")
-    assert list(scene.body("livez")) == ["lastUpdated", "currentTime", "healthy", "status"]
+def test_node_being_deleted_fails_healthz_but_not_livez(proxy: FakeProxy, node: Node | None) -> None:
+    proxy.succeed()
+    proxy.node = node
+    assert proxy.statuses == (503, 200)
+    assert proxy.body()["nodeEligible"] is False
+    assert proxy.body()["healthy"] is True
+    assert "nodeEligible" not in proxy.body("livez")
+    assert list(proxy.body("livez")) == ["lastUpdated", "currentTime", "healthy", "status"]
 
 
-def test_what_is_wrong_with_the_node_is_told_beside_kube_proxys_fields(scene: Scene) -> None:
-    scene.succeed()
-    fields = list(scene.body())
-    scene.node, scene.reason = None, 'Node "node-1" not found'
-    assert scene.statuses == (503, 200)
-    assert list(scene.body()) == [*fields, "reason"]
-    assert scene.body()["reason"] == scene.reason
-    assert "reason" not in scene.body("livez")
+def test_reason_follows_the_fields_of_kube_proxy(proxy: FakeProxy) -> None:
+    proxy.succeed()
+    fields = list(proxy.body())
+    proxy.node, proxy.reason = None, 'Node "node-1" not found'
+    assert proxy.statuses == (503, 200)
+    assert list(proxy.body()) == [*fields, "reason"]
+    assert proxy.body()["reason"] == proxy.reason
+    assert "reason" not in proxy.body("livez")
 
 
-def test_times_that_are_told(scene: Scene) -> None:
-    scene.succeed(V4)
-    scene.pass_time(1.5)
-    scene.succeed(V6)
-    scene.pass_time(10)
-    healthy = scene.body()
+def test_reported_times(proxy: FakeProxy) -> None:
+    proxy.succeed(V4)
+    proxy.advance(1.5)
+    proxy.succeed(V6)
+    proxy.advance(10)
+    healthy = proxy.body()
     assert healthy["lastUpdated"] == healthy["currentTime"] == "2026-11-20T23:47:51.5Z"
     assert healthy["status"]["IPv4"]["lastUpdated"] == "2026-11-20T23:47:40Z"
-    scene.node = None
-    assert scene.body()["lastUpdated"] == healthy["status"]["IPv6"]["lastUpdated"] == "2026-11-20T23:47:41.5Z"
-    assert Scene().body()["lastUpdated"] == "0001-01-01T00:00:00Z"
+    proxy.node = None
+    assert proxy.body()["lastUpdated"] == healthy["status"]["IPv6"]["lastUpdated"] == "2026-11-20T23:47:41.5Z"
+    assert FakeProxy().body()["lastUpdated"] == "0001-01-01T00:00:00Z"
 
 
-def test_probes_are_counted(scene: Scene) -> None:
-    assert scene.statuses == (503, 503)
-    scene.succeed()
-    assert scene.statuses == (200, 200)
-    assert scene.probed == [("healthz", 503), ("livez", 503), ("healthz", 200), ("livez", 200)]
+def test_probes_are_counted(proxy: FakeProxy) -> None:
+    assert proxy.statuses == (503, 503)
+    proxy.succeed()
+    assert proxy.statuses == (200, 200)
+    assert proxy.probed == [("healthz", 503), ("livez", 503), ("healthz", 200), ("livez", 200)]
 
 
 @pytest.mark.parametrize(("path", "status"), [("/healthz", 200), ("/livez", 200), ("/", 404), ("/healthz/", 404)])
-def test_the_port_has_two_pages(scene: Scene, path: str, status: int) -> None:
-    scene.succeed()
-    assert scene.pages.handler(HttpRequest("GET", path, {}, persistent=True)).status == status
+def test_port_serves_two_pages(proxy: FakeProxy, path: str, status: int) -> None:
+    proxy.succeed()
+    assert proxy.pages.handler(HttpRequest("GET", path, {}, persistent=True)).status == status
 
 
 @pytest.mark.parametrize(
@@ -199,5 +194,5 @@ def test_the_port_has_two_pages(scene: Scene, path: str, status: int) -> None:
         (EPOCH + 100000000, "2026-11-20T23:47:40.1Z"),
     ],
 )
-def test_times_are_written_as_go_writes_them(nanoseconds: int, text: str) -> None:
+def test_times_are_formatted_as_in_go(nanoseconds: int, text: str) -> None:
     assert rfc3339(nanoseconds) == text

@@ -1,4 +1,4 @@
-"""The HTTP server, over real sockets: requests good and bad, ports that come and go, clients that misbehave."""
+"""The HTTP server over real sockets: valid and invalid requests, ports, timeouts, and misbehaving clients."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 
 from kproxy.model.types import Family, Node
-from kproxy.serve.http import MAX_HEAD, HttpRequest, HttpResponse, RequestError, plain, take_request
+from kproxy.serve.http import MAX_HEAD, HttpRequest, HttpResponse, RequestError, plain, pop_request
 from kproxy.serve.server import HttpServer, ListenAddress, listen, parse_address
 from kproxy.serve.status_server import ListenError, StatusServer
 from tests.clock import Clock
-from tests.lab.listen_attempts import Attempts
+from tests.lab.listen_attempts import ListenAttempts
 from tests.lab.waiting import HANG_GUARD, wait_until
 from tests.ports import free_port, get
 
@@ -41,29 +41,29 @@ def server(clock: Clock) -> Iterator[HttpServer]:
     found = HttpServer(clock=clock, wall=lambda: 1795218460.8)
     found.start()
     yield found
-    found.stop()
+    found.stop(HANG_GUARD)
 
 
-def opened(server: HttpServer, handler: Callable[[HttpRequest], HttpResponse] = echo) -> socket.socket:
-    """A port that the server listens on."""
+def open_port(server: HttpServer, handler: Callable[[HttpRequest], HttpResponse] = echo) -> socket.socket:
+    """Open a port on the server; return its listening socket."""
     listener = listen(LOOPBACK)
     server.call(lambda: server.add(listener, handler))
     return listener
 
 
-def port_of(listener: socket.socket) -> int:
+def port_number(listener: socket.socket) -> int:
     number: int = listener.getsockname()[1]
     return number
 
 
-def connected(listener: socket.socket) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", port_of(listener)), timeout=HANG_GUARD)
+def connect(listener: socket.socket) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", port_number(listener)), timeout=HANG_GUARD)
 
 
-def exchange(listener: socket.socket, sent: bytes) -> bytes:
-    """What comes back until the server hangs up."""
-    with connected(listener) as client:
-        client.sendall(sent)
+def exchange(listener: socket.socket, request: bytes) -> bytes:
+    """Send bytes; return everything received until the server closes the connection."""
+    with connect(listener) as client:
+        client.sendall(request)
         client.shutdown(socket.SHUT_WR)
         received = b""
         while chunk := client.recv(65536):
@@ -71,9 +71,9 @@ def exchange(listener: socket.socket, sent: bytes) -> bytes:
         return received
 
 
-def settled(server: HttpServer) -> None:
-    """Return once the server has done all it was asked for so far, and all that is due by its clock."""
-    for _ in range(2):  # what is due comes after what was asked for
+def wait_until_idle(server: HttpServer) -> None:
+    """Wait until the server has made all calls so far and handled all timeouts that are due by its clock."""
+    for _ in range(2):  # timeouts are handled after calls
         done = threading.Event()
         server.call(done.set)
         assert done.wait(HANG_GUARD)
@@ -98,17 +98,17 @@ REQUEST = b"GET /a?b=c HTTP/1.1\r\nHost: x\r\n\r\n"
         (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n", "POST", "/", True),
     ],
 )
-def test_requests_are_understood(text: bytes, method: str, path: str, persistent: bool) -> None:
+def test_valid_requests(text: bytes, method: str, path: str, persistent: bool) -> None:
     buffer = bytearray(text + b"rest")
-    request = take_request(buffer)
+    request = pop_request(buffer)
     assert request is not None
     assert (request.method, request.path, request.persistent) == (method, path, persistent)
     assert buffer == b"rest"
 
 
 @pytest.mark.parametrize("end", range(len(REQUEST)))
-def test_a_part_of_a_request_is_none_yet(end: int) -> None:
-    assert take_request(bytearray(REQUEST[:end])) is None
+def test_incomplete_request_is_not_parsed_yet(end: int) -> None:
+    assert pop_request(bytearray(REQUEST[:end])) is None
 
 
 @pytest.mark.parametrize(
@@ -126,29 +126,29 @@ def test_a_part_of_a_request_is_none_yet(end: int) -> None:
         (b"GET / HTTP/1.1\r\nHost: " + b"x" * MAX_HEAD + b"\r\n\r\n", 431),
     ],
 )
-def test_what_is_no_request_is_refused(server: HttpServer, text: bytes, status: int) -> None:
-    with pytest.raises(RequestError) as refusal:
-        take_request(bytearray(text))
-    assert refusal.value.status == status
-    answer = exchange(opened(server), text)
-    assert answer.startswith(f"HTTP/1.1 {status} ".encode())
-    assert answer.endswith(f"Connection: close\r\n\r\n{refusal.value}\n".encode())
+def test_invalid_requests_are_rejected(server: HttpServer, text: bytes, status: int) -> None:
+    with pytest.raises(RequestError) as error:
+        pop_request(bytearray(text))
+    assert error.value.status == status
+    response = exchange(open_port(server), text)
+    assert response.startswith(f"HTTP/1.1 {status} ".encode())
+    assert response.endswith(f"Connection: close\r\n\r\n{error.value}\n".encode())
 
 
-def test_an_answer_on_the_wire(server: HttpServer) -> None:
-    assert exchange(opened(server), b"GET /a HTTP/1.0\r\n\r\n") == (
+def test_response_bytes(server: HttpServer) -> None:
+    assert exchange(open_port(server), b"GET /a HTTP/1.0\r\n\r\n") == (
         b"HTTP/1.1 200 OK\r\nContent-Type: text/plain; charset=utf-8\r\nX-Content-Type-Options: nosniff\r\n"
         b"Date: Fri, 20 Nov 2026 23:47:40 GMT\r\nContent-Length: 6\r\nConnection: close\r\n\r\nGET /a"
     )
 
 
-def test_head_is_get_without_the_body(server: HttpServer) -> None:
-    response, body = get(port_of(opened(server)), "/abc", method="HEAD")
+def test_head_omits_the_body(server: HttpServer) -> None:
+    response, body = get(port_number(open_port(server)), "/abc", method="HEAD")
     assert (response.status, response.headers["Content-Length"], body) == (200, "9", b"")
 
 
-def test_a_connection_serves_many_requests(server: HttpServer) -> None:
-    connection = HTTPConnection("127.0.0.1", port_of(opened(server)), timeout=HANG_GUARD)
+def test_connection_is_kept_alive(server: HttpServer) -> None:
+    connection = HTTPConnection("127.0.0.1", port_number(open_port(server)), timeout=HANG_GUARD)
     for path in ("/1", "/2", "/3"):
         connection.request("GET", path)
         if path == "/1":
@@ -158,34 +158,34 @@ def test_a_connection_serves_many_requests(server: HttpServer) -> None:
     connection.close()
 
 
-def test_requests_that_come_at_once_are_answered_in_order(server: HttpServer) -> None:
+def test_pipelined_requests_are_answered_in_order(server: HttpServer) -> None:
     requests = b"".join(b"GET /%d HTTP/1.1\r\nHost: x\r\n\r\n" % number for number in range(50))
-    answer = exchange(opened(server), requests)
-    assert [part.rpartition(b"GET /")[2] for part in answer.split(b"HTTP/1.1 200 OK")[1:]] == [
+    response = exchange(open_port(server), requests)
+    assert [part.rpartition(b"GET /")[2] for part in response.split(b"HTTP/1.1 200 OK")[1:]] == [
         b"%d" % number for number in range(50)
     ]
 
 
-def test_a_request_in_pieces(server: HttpServer) -> None:
-    with connected(opened(server)) as client:
+def test_request_that_arrives_byte_by_byte(server: HttpServer) -> None:
+    with connect(open_port(server)) as client:
         for byte in b"GET /a HTTP/1.1\r\nHost: x\r\n\r\n":
             client.sendall(bytes([byte]))
         assert client.recv(65536).endswith(b"GET /a")
 
 
-def test_a_large_answer_to_a_slow_reader(server: HttpServer) -> None:
+def test_large_response_to_a_slow_client_does_not_block_other_clients(server: HttpServer) -> None:
     body = os.urandom(1 << 24)
-    listener = opened(server, lambda _: HttpResponse(200, (), body))
-    quick = opened(server)
-    connection = HTTPConnection("127.0.0.1", port_of(listener), timeout=HANG_GUARD)
+    listener = open_port(server, lambda _: HttpResponse(200, (), body))
+    quick = open_port(server)
+    connection = HTTPConnection("127.0.0.1", port_number(listener), timeout=HANG_GUARD)
     connection.request("GET", "/")
-    assert get(port_of(quick))[1] == b"GET /"  # others are served meanwhile
+    assert get(port_number(quick))[1] == b"GET /"  # other clients are served meanwhile
     assert connection.getresponse().read() == body
     connection.close()
 
 
-def test_a_body_is_not_read_and_the_answer_arrives_nevertheless(server: HttpServer) -> None:
-    with connected(opened(server)) as client:
+def test_response_arrives_although_the_request_body_is_not_read(server: HttpServer) -> None:
+    with connect(open_port(server)) as client:
         client.sendall(b"POST /a HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n")
         client.sendall(b"x" * 1000000)
         received = b""
@@ -194,80 +194,80 @@ def test_a_body_is_not_read_and_the_answer_arrives_nevertheless(server: HttpServ
     assert received.endswith(b"Connection: close\r\n\r\nPOST /a")
 
 
-def test_a_handler_that_fails_harms_only_its_answer(server: HttpServer) -> None:
+def test_failing_handler_returns_500(server: HttpServer) -> None:
     def fail(_: HttpRequest) -> HttpResponse:
         raise KeyError("bug")
 
-    response, body = get(port_of(opened(server, fail)))
+    response, body = get(port_number(open_port(server, fail)))
     assert (response.status, body) == (500, b"internal error\n")
-    assert get(port_of(opened(server)))[0].status == 200
+    assert get(port_number(open_port(server)))[0].status == 200
 
 
 @pytest.mark.parametrize(
-    ("sent", "patience"),
+    ("sent", "timeout"),
     [(b"", 60), (b"GET / HTTP/1.1\r\n", 10), (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", 60)],
 )
-def test_clients_that_take_too_long_are_dropped(server: HttpServer, clock: Clock, sent: bytes, patience: int) -> None:
-    listener = opened(server)
-    with connected(listener) as client:
+def test_slow_clients_time_out(server: HttpServer, clock: Clock, sent: bytes, timeout: int) -> None:
+    listener = open_port(server)
+    with connect(listener) as client:
         client.sendall(sent)
         if sent.endswith(b"\r\n\r\n"):
             assert client.recv(65536).endswith(b"GET /")
-        get(port_of(listener))  # so the client was looked at
-        clock.advance(patience - 0.5)
-        settled(server)
+        get(port_number(listener))  # the server has seen the client now
+        clock.advance(timeout - 0.5)
+        wait_until_idle(server)
         client.setblocking(False)
         with pytest.raises(BlockingIOError):
             client.recv(1)
         clock.advance(1.5)
-        settled(server)
+        wait_until_idle(server)
         assert client.recv(1) == b""
 
 
-def test_clients_that_do_not_hang_up_are_dropped(server: HttpServer, clock: Clock) -> None:
-    with connected(opened(server)) as client:
+def test_clients_that_do_not_close_the_connection_time_out(server: HttpServer, clock: Clock) -> None:
+    with connect(open_port(server)) as client:
         client.sendall(b"GET / HTTP/1.0\r\n\r\n")
         assert client.recv(65536).endswith(b"GET /")
         assert client.recv(1) == b""
         client.sendall(b"x")
-        settled(server)
-        client.sendall(b"x")  # would fail if the server had closed its side
+        wait_until_idle(server)
+        client.sendall(b"x")  # would fail if the server had closed the socket
         clock.advance(3)
-        settled(server)
+        wait_until_idle(server)
 
-        def is_refused() -> bool:
+        def is_closed() -> bool:
             try:
                 client.sendall(b"x")
             except OSError:
                 return True
             return False
 
-        wait_until(is_refused, "the server closes the connection")
+        wait_until(is_closed, "the server closes the connection")
 
 
-def test_dribbling_does_not_buy_time(server: HttpServer, clock: Clock) -> None:
-    listener = opened(server)
-    with connected(listener) as client:
+def test_sending_byte_by_byte_does_not_extend_the_timeout(server: HttpServer, clock: Clock) -> None:
+    listener = open_port(server)
+    with connect(listener) as client:
         for _ in range(9):
             client.sendall(b"G")
-            get(port_of(listener))
+            get(port_number(listener))
             clock.advance(1)
-            settled(server)
+            wait_until_idle(server)
         clock.advance(2)
-        settled(server)
+        wait_until_idle(server)
         assert client.recv(1) == b""
 
 
-def test_too_many_clients_push_out_those_that_wait_longest(
+def test_too_many_connections_close_the_longest_idle_ones(
     server: HttpServer, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kproxy.serve.server.MAX_CONNECTIONS", 3)
-    listener = opened(server)
+    listener = open_port(server)
     clients = []
     for _ in range(5):
-        clients.append(connected(listener))
+        clients.append(connect(listener))
         clock.advance(0.1)
-        settled(server)
+        wait_until_idle(server)
     assert [client.recv(1) for client in clients[:2]] == [b"", b""]
     for client in clients[2:]:
         client.sendall(REQUEST)
@@ -276,8 +276,8 @@ def test_too_many_clients_push_out_those_that_wait_longest(
         client.close()
 
 
-def fill(files: list[int]) -> None:
-    """Open files until no more can be."""
+def exhaust_descriptors(files: list[int]) -> None:
+    """Open files until the process runs out of descriptors."""
     while True:
         try:
             files.append(os.open(os.devnull, os.O_RDONLY))
@@ -285,33 +285,33 @@ def fill(files: list[int]) -> None:
             return
 
 
-def test_without_free_files_the_newest_client_is_served(server: HttpServer) -> None:
-    listener = opened(server)
-    settled(server)
+def test_newest_client_is_served_when_file_descriptors_run_out(server: HttpServer) -> None:
+    listener = open_port(server)
+    wait_until_idle(server)
     first, second = (socket.socket(socket.AF_INET, socket.SOCK_STREAM) for _ in range(2))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    filling: list[int] = []
+    descriptors: list[int] = []
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (second.fileno() + 20, hard))
-        fill(filling)
-        os.close(filling.pop())
+        exhaust_descriptors(descriptors)
+        os.close(descriptors.pop())
         for client in (first, second):
             client.settimeout(HANG_GUARD)
-            client.connect(("127.0.0.1", port_of(listener)))
+            client.connect(("127.0.0.1", port_number(listener)))
         assert first.recv(1) == b""
         second.sendall(REQUEST)
         assert second.recv(65536).endswith(b"GET /a")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        for descriptor in filling:
+        for descriptor in descriptors:
             os.close(descriptor)
         first.close()
         second.close()
 
 
-def test_a_removed_port_takes_its_clients_with_it(server: HttpServer) -> None:
-    listener, other = opened(server), opened(server)
-    port = port_of(listener)
+def test_removing_a_port_closes_its_connections(server: HttpServer) -> None:
+    listener, other = open_port(server), open_port(server)
+    port = port_number(listener)
     connection = HTTPConnection("127.0.0.1", port, timeout=HANG_GUARD)
     connection.request("GET", "/")
     assert connection.getresponse().read() == b"GET /"
@@ -319,24 +319,24 @@ def test_a_removed_port_takes_its_clients_with_it(server: HttpServer) -> None:
     assert connection.sock is not None
     assert connection.sock.recv(1) == b""
     connection.close()
-    settled(server)  # clients go first, then the port
+    wait_until_idle(server)  # the server closes the connections first, then the port
     with pytest.raises(ConnectionRefusedError):
         get(port)
-    listen(ListenAddress("127.0.0.1", port)).close()  # free again
-    assert get(port_of(other))[0].status == 200
+    listen(ListenAddress("127.0.0.1", port)).close()  # the port is available again
+    assert get(port_number(other))[0].status == 200
 
 
-def test_hundreds_of_ports_take_one_thread(clock: Clock) -> None:
+def test_hundreds_of_ports_use_one_thread(clock: Clock) -> None:
     before = threading.active_count()
     server = HttpServer(clock=clock, wall=time)
     server.start()
-    listeners = [opened(server) for _ in range(300)]
-    clients = [connected(listener) for listener in listeners]
+    listeners = [open_port(server) for _ in range(300)]
+    clients = [connect(listener) for listener in listeners]
     for client in clients:
         client.sendall(REQUEST)
     assert all(client.recv(65536).endswith(b"GET /a") for client in clients)
     assert threading.active_count() == before + 1
-    server.stop()
+    server.stop(HANG_GUARD)
     assert [client.recv(1) for client in clients] == [b""] * 300
     for client in clients:
         client.close()
@@ -344,19 +344,19 @@ def test_hundreds_of_ports_take_one_thread(clock: Clock) -> None:
     assert threading.active_count() == before
 
 
-def test_a_stopped_server_can_still_be_called(clock: Clock) -> None:
+def test_call_after_stop_has_no_effect(clock: Clock) -> None:
     server = HttpServer(clock=clock, wall=time)
     server.start()
-    server.stop()
-    server.call(lambda: pytest.fail("done after the end"))
+    server.stop(HANG_GUARD)
+    server.call(lambda: pytest.fail("called after stop"))
 
 
-def test_a_server_that_never_started_lets_go_of_its_ports(clock: Clock) -> None:
+def test_stop_before_start_closes_the_ports(clock: Clock) -> None:
     server = HttpServer(clock=clock, wall=time)
     listener = listen(LOOPBACK)
-    port = port_of(listener)
+    port = port_number(listener)
     server.add(listener, echo)
-    server.stop()
+    server.stop(HANG_GUARD)
     listen(ListenAddress("127.0.0.1", port)).close()
 
 
@@ -372,9 +372,11 @@ def test_a_server_that_never_started_lets_go_of_its_ports(clock: Clock) -> None:
         (ListenAddress("::", 0, one_family=True), {"::1"}),
     ],
 )
-def test_addresses_mean_what_they_mean_to_go(server: HttpServer, address: ListenAddress, hosts: set[str]) -> None:
+def test_addresses_listen_on_the_same_families_as_in_go(
+    server: HttpServer, address: ListenAddress, hosts: set[str]
+) -> None:
     listener = listen(address)
-    port = port_of(listener)
+    port = port_number(listener)
     server.call(lambda: server.add(listener, echo))
     reached = set()
     for host in ("127.0.0.1", "::1"):
@@ -386,12 +388,12 @@ def test_addresses_mean_what_they_mean_to_go(server: HttpServer, address: Listen
     assert reached == hosts
 
 
-def test_addresses_as_the_configuration_writes_them() -> None:
+def test_parse_configured_addresses() -> None:
     assert parse_address("0.0.0.0:10256") == ListenAddress("0.0.0.0", 10256)
     assert parse_address("[::1]:10249") == ListenAddress("::1", 10249)
 
 
-def serving(**more: Any) -> StatusServer:
+def status_server(**more: Any) -> StatusServer:
     return StatusServer(
         (Family.IPV4,),
         **{
@@ -403,7 +405,7 @@ def serving(**more: Any) -> StatusServer:
             "health_timeout": 60.0,
             "node": lambda: Node("node-1"),
             "counters": {},
-            "port_failed": lambda *_: None,
+            "on_port_failed": lambda *_: None,
             "clock": monotonic,
             "wall": time_ns,
             **more,
@@ -413,12 +415,12 @@ def serving(**more: Any) -> StatusServer:
 
 @pytest.fixture
 def pages() -> Iterator[int]:
-    """The port of the metrics pages."""
+    """The metrics port of a status server."""
     port = free_port()
-    found = serving(metrics_address=f"127.0.0.1:{port}")
+    found = status_server(metrics_address=f"127.0.0.1:{port}")
     found.start()
     yield port
-    found.stop()
+    found.stop(HANG_GUARD)
 
 
 @pytest.mark.parametrize(
@@ -430,25 +432,25 @@ def pages() -> Iterator[int]:
         ("/", 404, "text/plain; charset=utf-8", b"404 page not found\n"),
     ],
 )
-def test_the_pages_beside_the_metrics(pages: int, path: str, status: int, kind: str, body: bytes) -> None:
+def test_other_pages_of_the_metrics_port(pages: int, path: str, status: int, kind: str, body: bytes) -> None:
     response, found = get(pages, path)
     assert (response.status, response.headers["Content-Type"], found) == (status, kind, body)
     assert response.headers["X-Content-Type-Options"] == "nosniff"
 
 
-def test_status_and_flags_can_be_read() -> None:
+def test_statusz_and_flagz_are_served() -> None:
     port = free_port()
-    found = serving(metrics_address=f"127.0.0.1:{port}", flags=lambda: {"v": "2"})
+    found = status_server(metrics_address=f"127.0.0.1:{port}", flags=lambda: {"v": "2"})
     found.start()
     body = get(port, "/statusz")[1].decode()
     assert "\nBinary version: 0.1.0\n" in body
     assert "\nUp: 0 hr 0" in body
     assert "\nPaths: /configz /flagz /healthz /metrics /proxyMode /statusz\n" in body
     assert get(port, "/flagz")[1].endswith(b"\n\nv=2\n")
-    found.stop()
+    found.stop(HANG_GUARD)
 
 
-def test_the_configuration_can_be_read(pages: int) -> None:
+def test_configz_is_served(pages: int) -> None:
     response, body = get(pages, "/configz")
     assert response.headers["Content-Type"] == "application/json"
     assert json.loads(body) == {
@@ -456,54 +458,54 @@ def test_the_configuration_can_be_read(pages: int) -> None:
     }
 
 
-def test_no_address_means_no_port() -> None:
+def test_empty_addresses_open_no_port() -> None:
     before = threading.active_count()
-    found = serving()
+    found = status_server()
     found.start()
     assert threading.active_count() == before + 1
-    found.stop()
+    found.stop(HANG_GUARD)
 
 
 @pytest.mark.parametrize("name", ["healthz", "metrics"])
-def test_a_port_that_must_be_there(name: str) -> None:
-    with listen(LOOPBACK) as taken:
-        address = f"127.0.0.1:{port_of(taken)}"
-        found = serving(hard_fail=True, **{f"{name}_address": address})
+def test_port_in_use_is_fatal_with_hard_fail(name: str) -> None:
+    with listen(LOOPBACK) as occupied:
+        address = f"127.0.0.1:{port_number(occupied)}"
+        found = status_server(hard_fail=True, **{f"{name}_address": address})
         message = f"{name}BindAddress {address}: cannot listen: Address already in use"
         with pytest.raises(ListenError, match=f"^{message}$"):
             found.start()
-        found.stop()
+        found.stop(HANG_GUARD)
 
 
 @pytest.mark.parametrize("name", ["healthz", "metrics"])
-def test_a_port_that_is_taken_is_said_ever_more_rarely_and_served_once_it_is_free(
+def test_port_in_use_is_logged_with_backoff_and_served_once_it_is_free(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
     caplog.set_level(logging.INFO, logger="kproxy")
     now = 0.0
-    attempts = Attempts(monkeypatch, "kproxy.serve.status_server")
-    with listen(LOOPBACK) as taken:
-        port = port_of(taken)
-        said = f"{name}BindAddress 127.0.0.1:{port}: cannot listen: Address already in use, trying again every 0 s"
-        found = serving(clock=lambda: monotonic() + now, **{f"{name}_address": f"127.0.0.1:{port}"})
+    attempts = ListenAttempts(monkeypatch, "kproxy.serve.status_server")
+    with listen(LOOPBACK) as occupied:
+        port = port_number(occupied)
+        warning = f"{name}BindAddress 127.0.0.1:{port}: cannot listen: Address already in use, retrying every 0 s"
+        found = status_server(clock=lambda: monotonic() + now, **{f"{name}_address": f"127.0.0.1:{port}"})
         found.start()
-        assert attempts.many_more()
-        assert caplog.messages == [said]
+        assert attempts.wait_for_many()
+        assert caplog.messages == [warning]
         now += 60.0
-        assert attempts.many_more()
-        assert caplog.messages == [said] * 2
+        assert attempts.wait_for_many()
+        assert caplog.messages == [warning] * 2
         now += 60.0
-        assert attempts.many_more()
-        assert caplog.messages == [said] * 2, "the second pause is longer"
-    wait_until(lambda: len(caplog.messages) > 2, "a line that says that the port is served")
+        assert attempts.wait_for_many()
+        assert caplog.messages == [warning] * 2, "the second interval is longer"
+    wait_until(lambda: len(caplog.messages) > 2, "a log line when the port is served")
     assert caplog.messages[2:] == [f"{name}BindAddress 127.0.0.1:{port}: listening now"]
     assert get(port, "/healthz")[0].status in {200, 503}
-    found.stop()
+    found.stop(HANG_GUARD)
 
 
-def test_a_port_that_can_be_had_at_once_is_not_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_available_port_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="kproxy")
-    found = serving(metrics_address=f"127.0.0.1:{free_port()}")
+    found = status_server(metrics_address=f"127.0.0.1:{free_port()}")
     found.start()
-    found.stop()
+    found.stop(HANG_GUARD)
     assert caplog.messages == []

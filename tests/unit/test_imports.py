@@ -1,8 +1,9 @@
-"""Who may import whom: imports point down, and what is pure stays pure."""
+"""Import rules: packages import only lower layers, and pure modules import only pure modules."""
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,8 +23,9 @@ LAYERS = (
     {"host"},
     {"model"},
 )
-"""A part imports itself and parts further down, never its neighbours: so backends know nothing of each other, and
-the simulator, which judges their rules, knows nothing of them."""
+"""The packages of kproxy from top to bottom. A package may import itself and packages of lower layers, not those of
+its own layer: the backends do not depend on each other, and the simulator does not depend on the backends that it
+checks."""
 
 ONLY_MODEL = {"host", "serve", "simulate"}
 
@@ -46,16 +48,21 @@ PURE = (
         "serve.http",
         "serve.zpages",
         "host.netlink_message",
+        "host.nf_tables_constants",
         "documents.document",
+        "documents.yaml_parser",
+        "documents.parse",
+        "kube.manifests.parse",
+        "simulate.*",
     ),
 )
 IMPURE = {"os", "socket", "subprocess", "threading", "time", "pathlib", "random", "logging"}
 CONVERSIONS = {"AF_INET", "AF_INET6", "AF_UNSPEC", "inet_ntop", "inet_pton"}
-"""Names of the module `socket` that open no socket."""
+"""Names of the module `socket` that do not open sockets."""
 
 
 def imports(path: Path) -> Iterator[str]:
-    """The modules that a file imports, also within functions and under conditions."""
+    """Yield the modules that a file imports, including imports in functions and under conditions."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -66,8 +73,8 @@ def imports(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names) if is_package else (node.module,)
 
 
-def part(module: str) -> str:
-    """The part of kproxy that a module belongs to: the second word of its name, "" for none."""
+def subpackage(module: str) -> str:
+    """Return the package directly below kproxy that a module belongs to, "" for other modules."""
     words = module.split(".")
     return words[1] if words[0] == "kproxy" and len(words) > 1 else ""
 
@@ -85,30 +92,30 @@ def pure_modules() -> list[str]:
     ]
 
 
-PARTS = {module: part(module) for module in MODULES if part(module) not in {"", "__init__"}}
+SUBPACKAGES = {module: subpackage(module) for module in MODULES if subpackage(module) not in {"", "__init__"}}
 KNOWN = {each for names in LAYERS for each in names}
 
 
-def test_every_part_has_its_layer() -> None:
-    assert set(PARTS.values()) - KNOWN == set()
+def test_every_package_has_a_layer() -> None:
+    assert set(SUBPACKAGES.values()) - KNOWN == set()
 
 
-@pytest.mark.parametrize("module", PARTS)
-def test_imports_point_down(module: str) -> None:
-    own = PARTS[module]
-    used = {each: part(each) for each in imports(MODULES[module]) if part(each) in KNOWN}
+@pytest.mark.parametrize("module", SUBPACKAGES)
+def test_packages_import_only_lower_layers(module: str) -> None:
+    own = SUBPACKAGES[module]
+    used = {each: subpackage(each) for each in imports(MODULES[module]) if subpackage(each) in KNOWN}
     wrong = sorted(each for each, other in used.items() if other != own and layer(other) <= layer(own))
     assert wrong == []
 
 
-@pytest.mark.parametrize("module", [module for module, own in PARTS.items() if own in ONLY_MODEL])
-def test_what_knows_only_the_model(module: str) -> None:
-    used = {part(each) for each in imports(MODULES[module])} & KNOWN
-    assert used <= {PARTS[module], "model"}
+@pytest.mark.parametrize("module", [module for module, own in SUBPACKAGES.items() if own in ONLY_MODEL])
+def test_packages_that_may_import_only_the_model(module: str) -> None:
+    used = {subpackage(each) for each in imports(MODULES[module])} & KNOWN
+    assert used <= {SUBPACKAGES[module], "model"}
 
 
 def impure_imports(path: Path) -> set[str]:
-    """The modules among `IMPURE` that a file imports, except for conversions only."""
+    """Return the modules in `IMPURE` that a file imports, not counting imports of `CONVERSIONS`."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -121,27 +128,36 @@ def impure_imports(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("module", pure_modules())
-def test_pure_modules_import_nothing_that_acts(module: str) -> None:
+def test_pure_modules_import_no_module_with_side_effects(module: str) -> None:
     assert impure_imports(MODULES[module]) == set()
 
 
 @pytest.mark.parametrize("module", pure_modules())
-def test_pure_modules_import_only_pure_ones(module: str) -> None:
+def test_pure_modules_import_only_pure_modules(module: str) -> None:
     used = {each for each in imports(MODULES[module]) if each in MODULES and "__init__" not in each}
     assert used - set(pure_modules()) == set()
 
 
-def test_the_list_of_pure_modules_is_right() -> None:
+def test_every_listed_pure_module_exists() -> None:
     found = pure_modules()
     assert len(found) > len(PURE)
     assert all(f"kproxy.{pattern}" in found for pattern in PURE if not pattern.endswith("*"))
 
 
-def test_no_modules_import_each_other() -> None:
+def test_there_are_no_import_cycles() -> None:
     graph = {module: {each for each in imports(path) if each in MODULES} for module, path in MODULES.items()}
     while leaves := {module for module, used in graph.items() if not used & graph.keys()}:
         graph = {module: used for module, used in graph.items() if module not in leaves}
-    assert sorted(graph) == [], "these are in a circle, or import somebody who is"
+    assert sorted(graph) == [], "these modules are part of an import cycle, or import one that is"
+
+
+def test_modules_documented_as_pure_are_those_of_the_list() -> None:
+    """The docstring of a package counts for all of its modules."""
+    docstrings = {module: ast.get_docstring(ast.parse(path.read_text())) or "" for module, path in MODULES.items()}
+    documented = {module for module, text in docstrings.items() if re.search(r"\bPure\b", text)}
+    packages = {module.removesuffix(".__init__") for module in documented if module.endswith(".__init__")}
+    documented |= {module for module in MODULES if module.rpartition(".")[0] in packages}
+    assert documented == set(pure_modules())
 
 
 def test_class_names_are_unique() -> None:

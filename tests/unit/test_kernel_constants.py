@@ -1,4 +1,4 @@
-"""Constants with the names of kernel headers have the values of the kernel headers."""
+"""Constants that are named after kernel headers have the values in these headers."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ PREFIXES = (
     *("CTA_", "IFA_", "IN_", "IPCTNL_", "NETLINK_", "NFACCT_", "NFNL_", "NFTA_", "NFT_", "NF_", "NLA_", "NLM", "RTM"),
     *("SOL_NETLINK", "SO_SNDBUFFORCE"),
 )
-KERNEL_INTERNAL = ("CTA_FILTER_F_",)
-"""Constants of the kernel that its user-space headers lack."""
+NOT_IN_HEADERS = ("CTA_FILTER_F_",)
+"""Prefixes of kernel constants that the user-space headers do not define."""
 HEADERS = (
     *("sys/socket.h", "linux/netlink.h", "linux/rtnetlink.h", "linux/if_addr.h", "linux/inotify.h"),
     *("linux/netfilter.h", "linux/netfilter_ipv4.h"),
@@ -28,12 +28,12 @@ def constants(module: ModuleType) -> dict[str, int]:
     return {
         name: value
         for name, value in vars(module).items()
-        if name.startswith(PREFIXES) and not name.startswith(KERNEL_INTERNAL) and isinstance(value, int)
+        if name.startswith(PREFIXES) and not name.startswith(NOT_IN_HEADERS) and isinstance(value, int)
     }
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
-def test_constants_are_those_of_the_kernel_headers(module: ModuleType, tmp_path: Path) -> None:
+def test_constants_match_the_kernel_headers(module: ModuleType, tmp_path: Path) -> None:
     expected = constants(module)
     assert expected
     includes = "".join(f"#include <{header}>\n" for header in HEADERS)
@@ -48,5 +48,5 @@ def test_constants_are_those_of_the_kernel_headers(module: ModuleType, tmp_path:
         if "No such file or directory" in error.stderr:
             pytest.skip("no kernel headers (package linux-libc-dev)")
         raise AssertionError(error.stderr) from None
-    done = subprocess.run([tmp_path / "constants"], check=True, capture_output=True, text=True)
-    assert dict(zip(expected, map(int, done.stdout.split()), strict=True)) == expected
+    completed = subprocess.run([tmp_path / "constants"], check=True, capture_output=True, text=True)
+    assert dict(zip(expected, map(int, completed.stdout.split()), strict=True)) == expected

@@ -1,4 +1,4 @@
-"""Log lines: klog's text, component-base's JSON, and which lines there are."""
+"""Log lines in the text format of klog and the JSON format of component-base, and the levels that are logged."""
 
 from __future__ import annotations
 
@@ -43,47 +43,47 @@ def failed(level: int) -> logging.LogRecord:
     ("level", "letter"),
     [(logging.DEBUG, "I"), (V2, "I"), (logging.INFO, "I"), (logging.WARNING, "W"), (logging.ERROR, "E"), (50, "F")],
 )
-def test_text_is_what_klog_writes(level: int, letter: str) -> None:
+def test_text_has_the_format_of_klog(level: int, letter: str) -> None:
     line = TextFormatter().format(record(level, "%s: %d services", "IPv4", 3))
     assert line == f"{letter}0309 07:05:02.000123   12345 family.py:42] IPv4: 3 services"
 
 
-def test_the_time_goes_on() -> None:
+def test_timestamps_advance() -> None:
     text = TextFormatter()
-    moments = (CREATED, CREATED + 0.5, CREATED + 1, CREATED + 60)
-    times = [text.format(record(logging.INFO, seconds=moment)).split()[1] for moment in moments]
+    created = (CREATED, CREATED + 0.5, CREATED + 1, CREATED + 60)
+    times = [text.format(record(logging.INFO, seconds=seconds)).split()[1] for seconds in created]
     assert times == ["07:05:02.000123", "07:05:02.500123", "07:05:03.000123", "07:06:02.000123"]
 
 
-def test_a_long_process_id_is_not_cut() -> None:
+def test_long_process_id_is_not_truncated() -> None:
     found = record(logging.INFO)
     found.process = 123456789
     assert " 123456789 family.py:42] " in TextFormatter().format(found)
 
 
-def test_no_message_begins_a_line_of_text() -> None:
+def test_control_characters_of_messages_are_escaped() -> None:
     line = TextFormatter().format(record(logging.INFO, "object %s", UNPRINTABLE))
     assert line.partition("] ")[2] == ("object a\\nW0101 forged\\rb\\x1b[31m\\x00\\x7f\\x85\\u2028\\udcff\\tc")
 
 
-def test_what_is_printable_stays_as_it_is() -> None:
+def test_printable_characters_are_not_escaped() -> None:
     assert printable("Größe 5 µs … 'a\\b' 中") == "Größe 5 µs … 'a\\b' 中"
 
 
-def test_every_line_of_a_traceback_has_the_header() -> None:
+def test_every_line_of_a_traceback_has_a_header() -> None:
     lines = TextFormatter().format(failed(logging.DEBUG)).split("\n")
     header = "I0309 07:05:02.000123   12345 family.py:42] "
     assert [line for line in lines if not line.startswith(header)] == []
-    said = [line.removeprefix(header) for line in lines]
-    assert said[:2] == ["it failed", "Traceback (most recent call last):"]
-    assert said[-2:] == ["ValueError: two", "lines"]
+    messages = [line.removeprefix(header) for line in lines]
+    assert messages[:2] == ["it failed", "Traceback (most recent call last):"]
+    assert messages[-2:] == ["ValueError: two", "lines"]
 
 
 # JSON
 
 
 @pytest.mark.parametrize(("level", "verbosity"), [(logging.DEBUG, 4), (V2, 2), (logging.INFO, 0)])
-def test_json_is_what_component_base_writes(level: int, verbosity: int) -> None:
+def test_json_has_the_format_of_component_base(level: int, verbosity: int) -> None:
     line = JsonFormatter().format(record(level, "%s: %d services", "IPv4", 3))
     assert json.loads(line) == {
         "ts": pytest.approx(CREATED * 1000, abs=1e-3),
@@ -95,7 +95,7 @@ def test_json_is_what_component_base_writes(level: int, verbosity: int) -> None:
     assert isinstance(json.loads(line)["ts"], float)
 
 
-def test_warnings_can_be_told_in_json() -> None:
+def test_warnings_have_a_severity_in_json() -> None:
     found = json.loads(JsonFormatter().format(record(logging.WARNING)))
     assert (found["v"], found["severity"]) == (0, "warning")
 
@@ -105,21 +105,21 @@ def test_errors_have_no_verbosity_in_json() -> None:
     assert list(found) == ["ts", "caller", "msg"]
 
 
-def test_an_exception_is_in_fields_of_json() -> None:
+def test_exception_is_in_separate_fields_of_json() -> None:
     found = json.loads(JsonFormatter().format(failed(logging.DEBUG)))
     assert (found["msg"], found["err"], found["v"]) == ("it failed", "ValueError('two\\nlines')", 4)
     assert found["stacktrace"].startswith("Traceback (most recent call last):\n")
     assert found["stacktrace"].endswith("ValueError: two\nlines")
 
 
-def test_json_is_one_line_whatever_is_in_it() -> None:
+def test_json_record_is_always_one_line() -> None:
     line = JsonFormatter().format(record(logging.INFO, "object %s", UNPRINTABLE))
     assert "\n" not in line
     assert "\r" not in line
     assert json.loads(line)["msg"] == "object " + UNPRINTABLE.replace("\udcff", "\\udcff")
 
 
-# What is logged
+# Levels
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def root() -> Iterator[logging.Logger]:
 
 
 def shown(capfd: pytest.CaptureFixture[str], settings: Logging) -> list[str]:
-    """The messages of levels 10, 15, 20 and 30 that are logged here."""
+    """Log one message of each of the levels 10, 15, 20 and 30; return the messages that are written."""
     start_logging(settings)
     for level in (logging.DEBUG, V2, logging.INFO, logging.WARNING):
         logging.getLogger("kproxy.somewhere").log(level, "%d", level)
@@ -156,7 +156,7 @@ def shown(capfd: pytest.CaptureFixture[str], settings: Logging) -> list[str]:
         (10, ["10", "15", "20", "30"]),
     ],
 )
-def test_verbosity_turns_levels_on(
+def test_verbosity_enables_levels(
     root: logging.Logger, capfd: pytest.CaptureFixture[str], kind: str, verbosity: int, messages: list[str]
 ) -> None:
     settings = Logging(format="json" if kind == "json" else "text", verbosity=verbosity)
@@ -165,7 +165,7 @@ def test_verbosity_turns_levels_on(
     assert level_of(verbosity) == int(messages[0])
 
 
-def test_each_level_is_shown_from_its_verbosity_on() -> None:
+def test_level_is_enabled_from_its_verbosity_on() -> None:
     for level in (logging.DEBUG, V2, logging.INFO, logging.WARNING):
         assert level_of(verbosity_of(level)) <= level
         assert verbosity_of(level) == 0 or level_of(verbosity_of(level) - 1) > level
@@ -182,7 +182,7 @@ def test_each_level_is_shown_from_its_verbosity_on() -> None:
         ([("test_logs", 0), ("other", 4)], 2, ["15", "20", "30"]),
     ],
 )
-def test_verbosity_of_single_files(
+def test_vmodule_sets_the_verbosity_of_single_files(
     root: logging.Logger,
     capfd: pytest.CaptureFixture[str],
     patterns: list[tuple[str, int]],
@@ -193,6 +193,6 @@ def test_verbosity_of_single_files(
     assert shown(capfd, Logging(verbosity=verbosity, vmodule=files)) == messages
 
 
-def test_logging_starts_anew(root: logging.Logger, capfd: pytest.CaptureFixture[str]) -> None:
+def test_restarted_logging_has_only_the_new_settings(root: logging.Logger, capfd: pytest.CaptureFixture[str]) -> None:
     assert shown(capfd, Logging(verbosity=4, vmodule=(VModule(file_pattern="x", verbosity=5),)))
     assert shown(capfd, Logging()) == ["20", "30"]

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from kproxy.model.context import Context
 from kproxy.model.plan import ServicePortPlan, TrafficDecision, plan_service
 from kproxy.model.store import StoreChange
-from kproxy.model.sync_report import ApplyResult, Plans, SyncReport
+from kproxy.model.sync_report import ApplyResult
 from kproxy.model.types import EndpointSlice, Family, Node, Service
 from kproxy.serve.http import HttpRequest
 from kproxy.serve.metric_definitions import INVALID_DROPPED, LOCALHOST_ACCEPTED, ip_traffic
 from kproxy.serve.metrics import Metrics, MissingLocalEndpoints
 from tests.recordings import GOLDEN, store
+from tests.reports import PlansByService, failed, succeeded
 
 V4, V6 = Family.IPV4, Family.IPV6
 NOW = 1795218460.0
@@ -105,12 +106,11 @@ class Scene:
     def page(self) -> Page:
         return Page(self.metrics.page(REQUEST).body.decode())
 
-    def sync(self, family: Family = V4, plans: Plans | None = None, **more: Any) -> None:
-        fields = {"complete": True, "context": Context(family, "node-1"), "written": ApplyResult({}, {}), **more}
-        self.metrics.synced(SyncReport(family, **{"began": 10.0, "ended": 10.5, "plans": plans or {}, **fields}))
+    def sync(self, family: Family = V4, plans: PlansByService | None = None, **more: Any) -> None:
+        self.metrics.on_sync(succeeded(family, plans, **{"started": 10.0, "finished": 10.5, **more}))
 
     def fail(self, family: Family = V4) -> None:
-        self.sync(family, complete=False, context=None, written=None, error="refused")
+        self.metrics.on_sync(failed(family, started=10.0, finished=10.5))
 
     def value(self, name: str, **labels: str) -> float | None:
         return self.page.value(name, **labels)
@@ -124,13 +124,13 @@ def scene() -> Scene:
 def everything(mode: str) -> Page:
     """A page on which each metric has been given a value."""
     scene = Scene(mode)
-    scene.metrics.queued(V4, 0.0)
-    scene.sync(written=ApplyResult({"nat": 1}, {"nat": 1}), last_changes=(NOW + 1,))
+    scene.metrics.on_queue(V4, 0.0)
+    scene.sync(applied=ApplyResult({"nat": 1}, {"nat": 1}), last_changes=(NOW + 1,))
     scene.sync(complete=False)
     scene.metrics.conntrack_reconciled(V4, 0.1, 1)
     for page in ("healthz", "livez"):
-        scene.metrics.probed(page, 200)
-    scene.metrics.requested("GET", "10.99.0.1:6443", "200", 0.1)
+        scene.metrics.on_probe(page, 200)
+    scene.metrics.on_request("GET", "10.99.0.1:6443", "200", 0.1)
     return scene.page
 
 
@@ -192,9 +192,9 @@ def test_the_page_is_in_the_text_format(scene: Scene) -> None:
 
 
 def test_syncs_are_timed(scene: Scene) -> None:
-    scene.sync(ended=10.05)
-    scene.sync(complete=False, ended=10.003)
-    scene.sync(V6, ended=11.0)
+    scene.sync(finished=10.05)
+    scene.sync(complete=False, finished=10.003)
+    scene.sync(V6, finished=11.0)
     durations = "proxy_rules_duration_seconds"
     page = scene.page
     assert page.value(f"kubeproxy_sync_{durations}_count", ip_family="IPv4") == 2
@@ -235,7 +235,7 @@ def test_failures_in_nftables_mode() -> None:
 
 
 def test_times_of_day(scene: Scene) -> None:
-    scene.metrics.queued(V4, 5.0)
+    scene.metrics.on_queue(V4, 5.0)
     scene.now += 2
     scene.sync()
     scene.now += 2
@@ -264,10 +264,10 @@ def test_changes_are_counted_and_wait_for_both_families(scene: Scene) -> None:
         return [scene.value(f"{PREFIX}_{name}") for name in (*names, "endpoint_changes_pending")]
 
     assert shown() == [0, 0, 0, 0]
-    scene.metrics.changed(Service, StoreChange(frozenset({"ns/a", "ns/b"})))
-    scene.metrics.changed(EndpointSlice, StoreChange(frozenset({"ns/a"})))
-    scene.metrics.changed(EndpointSlice, StoreChange(frozenset({"ns/b"})))
-    scene.metrics.changed(Node, StoreChange(node=True))
+    scene.metrics.on_change(Service, StoreChange(frozenset({"ns/a", "ns/b"})))
+    scene.metrics.on_change(EndpointSlice, StoreChange(frozenset({"ns/a"})))
+    scene.metrics.on_change(EndpointSlice, StoreChange(frozenset({"ns/b"})))
+    scene.metrics.on_change(Node, StoreChange(node=True))
     assert shown() == [4, 2, 2, 2]  # as in the recording of this cluster
     scene.sync(V4)
     assert shown() == [4, 2, 2, 2]
@@ -281,8 +281,8 @@ def test_changes_are_counted_and_wait_for_both_families(scene: Scene) -> None:
 
 
 def test_rules_by_table(scene: Scene) -> None:
-    scene.sync(written=ApplyResult({"nat": 21, "filter": 4}, {"nat": 21, "filter": 4}))
-    scene.sync(complete=False, written=ApplyResult({"nat": 3}, {"nat": 24, "filter": 4}))
+    scene.sync(applied=ApplyResult({"nat": 21, "filter": 4}, {"nat": 21, "filter": 4}))
+    scene.sync(complete=False, applied=ApplyResult({"nat": 3}, {"nat": 24, "filter": 4}))
     scene.fail()
     page = scene.page
     values = [
@@ -356,11 +356,11 @@ def test_kernel_counters_are_read_when_asked() -> None:
 def test_what_others_report(scene: Scene) -> None:
     scene.metrics.conntrack_reconciled(V4, 0.25, 3)
     scene.metrics.conntrack_reconciled(V4, 0.25, 2)
-    scene.metrics.requested("GET", "10.99.0.1:6443", "200", 0.5)
-    scene.metrics.requested("GET", "10.99.0.1:6443", "<error>", 0.25)
-    scene.metrics.probed("healthz", 200)
-    scene.metrics.probed("healthz", 503)
-    scene.metrics.probed("livez", 200)
+    scene.metrics.on_request("GET", "10.99.0.1:6443", "200", 0.5)
+    scene.metrics.on_request("GET", "10.99.0.1:6443", "<error>", 0.25)
+    scene.metrics.on_probe("healthz", 200)
+    scene.metrics.on_probe("healthz", 503)
+    scene.metrics.on_probe("livez", 200)
     page = scene.page
     assert page.value("kubeproxy_conntrack_reconciler_deleted_entries_total", ip_family="IPv4") == 5
     assert page.value("kubeproxy_conntrack_reconciler_sync_duration_seconds_sum", ip_family="IPv4") == 0.5
@@ -386,9 +386,9 @@ def test_the_process_and_the_build(scene: Scene) -> None:
 
 def test_whether_the_node_is_missing(scene: Scene) -> None:
     assert scene.value("kproxy_node_missing") == 0
-    scene.metrics.node_missing(True)
+    scene.metrics.set_node_missing(True)
     assert scene.value("kproxy_node_missing") == 1
-    scene.metrics.node_missing(False)
+    scene.metrics.set_node_missing(False)
     assert scene.value("kproxy_node_missing") == 0
 
 

@@ -82,7 +82,7 @@ def web(count: int = 10) -> NftablesProxy:
 
 def elements(change: Transaction) -> tuple[int, int]:
     """How many elements a transaction removes and adds."""
-    return sum(map(len, change.removed.values())), sum(map(len, change.additions().values()))
+    return sum(map(len, change.deleted_elements.values())), sum(map(len, change.all_added_elements().values()))
 
 
 def written(change: Transaction) -> set[str]:
@@ -111,7 +111,7 @@ def test_a_changed_endpoint_is_a_few_elements_and_two_messages(after: Iterable[i
     assert proxy.kernel.reads == reads
     change = proxy.kernel.commits[-1]
     assert elements(change) == (removed, added)
-    assert written(change) <= {"removed", "added"}
+    assert written(change) <= {"deleted_elements", "added_elements"}
     assert len(list(TransactionEncoder(IPV4).encode(change))) == (removed > 0) + (added > 0)
     assert proxy.kernel.table == proxy.fresh()
 
@@ -120,15 +120,15 @@ def test_no_verdict_and_no_chain_changes_while_a_size_lasts() -> None:
     proxy = web(9)
     for count in (10, 11, 12, 9):
         (change,) = proxy.put(endpoints("web", range(FIRST, FIRST + count))).checked_sync()
-        assert written(change) <= {"removed", "added"}
-        assert names.SERVICE_IPS not in change.removed | change.added
+        assert written(change) <= {"deleted_elements", "added_elements"}
+        assert names.SERVICE_IPS not in change.deleted_elements | change.added_elements
     new, change = proxy.put(endpoints("web", range(FIRST, FIRST + 13))).checked_sync()
     # A verdict must not come at once with its chain: a packet under way would find the chain empty.
-    assert written(new) == {"chains", "rules"}
-    assert [chain.name for chain in new.chains] == ["service-any-16"]
-    assert not change.chains
+    assert written(new) == {"added_chains", "added_rules"}
+    assert [chain.name for chain in new.added_chains] == ["service-any-16"]
+    assert not change.added_chains
     assert change.deleted_chains == ["service-any-12"]
-    assert len(change.added[names.SERVICE_IPS]) == 1
+    assert len(change.added_elements[names.SERVICE_IPS]) == 1
 
 
 def test_nothing_to_change_is_nothing_written_and_nothing_read() -> None:
@@ -144,24 +144,24 @@ def test_a_start_reads_the_table_once_and_writes_no_element_anew() -> None:
     proxy.restart_batching()
     proxy.sync()
     assert proxy.kernel.reads == reads + 1
-    assert written(proxy.kernel.commits[-1]) == {"flushed", "rules"}
+    assert written(proxy.kernel.commits[-1]) == {"flushed_chains", "added_rules"}
 
 
 def test_clients_are_remembered_anew_when_the_time_for_it_changes() -> None:
     proxy = NftablesProxy().put(service("web", "10.96.0.1", affinity=60), endpoints("web", range(FIRST, FIRST + 2)))
     proxy.checked_sync()
     (change,) = proxy.put(service("web", "10.96.0.1", affinity=61)).checked_sync()
-    assert sorted(change.deleted_sets) == sorted(found.name for found in change.sets)
-    assert [found.timeout for found in change.sets] == [61, 61]
+    assert sorted(change.deleted_sets) == sorted(found.name for found in change.added_sets)
+    assert [found.timeout for found in change.added_sets] == [61, 61]
 
 
 def test_clients_stay_with_the_endpoints_that_stay() -> None:
     proxy = NftablesProxy().put(service("web", "10.96.0.1", affinity=60), endpoints("web", (101, 102)))
     proxy.checked_sync()
     new, change = proxy.put(endpoints("web", (102, 103))).checked_sync()
-    assert [found.name.rpartition("__")[2] for found in new.sets] == ["10.244.0.103/8080"]
+    assert [found.name.rpartition("__")[2] for found in new.added_sets] == ["10.244.0.103/8080"]
     assert [name.rpartition("__")[2] for name in change.deleted_sets] == ["10.244.0.101/8080"]
-    assert change.sets == []
+    assert change.added_sets == []
 
 
 def test_plain_services_have_no_chains_sets_or_rules_of_their_own() -> None:
@@ -184,7 +184,7 @@ def test_batches_never_split_a_service() -> None:
     ports = tuple(ServicePort(f"p{number}", number, "TCP") for number in range(1, 6))
     for name, ip in (("a", "10.96.0.1"), ("b", "10.96.0.2"), ("c", "10.96.0.3")):
         proxy.put(service(name, ip, *ports if name == "b" else ports[:1]))
-    added = [len(change.added.get(names.NO_ENDPOINT_SERVICES, ())) for change in proxy.checked_sync()]
+    added = [len(change.added_elements.get(names.NO_ENDPOINT_SERVICES, ())) for change in proxy.checked_sync()]
     assert added == [6, 1]
 
 
@@ -244,9 +244,9 @@ def test_names_are_cut_where_they_are_too_long_and_stay_apart() -> None:
         )
         words = "".join(pages).split()
         texts.append({word for before, word in pairwise(words) if before in {"chain", "set"}})
-        assert all(len(word) <= names.LONGEST for word in texts[-1])
+        assert all(len(word) <= names.MAX_NAME_LENGTH for word in texts[-1])
         comments = [line.split('"')[1] for line in "".join(pages).splitlines() if "comment" in line]
-        assert max(map(len, comments)) == names.LONGEST_COMMENT
+        assert max(map(len, comments)) == names.MAX_COMMENT_LENGTH
     own = [{word for word in words if "..." in word} for words in texts]
     assert len(own[0]) == len(own[1]) == 3
     assert not own[0] & own[1]
@@ -255,5 +255,5 @@ def test_names_are_cut_where_they_are_too_long_and_stay_apart() -> None:
 def test_no_room_is_set_aside_for_clients_to_come() -> None:
     """Told a size, the kernel takes 2 MB for each endpoint of a Service with affinity."""
     found = NftSet("affinity-A", (KeyField.SOURCE,), timeout=60)
-    (message,) = TransactionEncoder(IPV4).encode(Transaction(sets=[found]))
+    (message,) = TransactionEncoder(IPV4).encode(Transaction(added_sets=[found]))
     assert 9 not in attributes(message.payload, 4, len(message.payload))

@@ -8,9 +8,9 @@ from itertools import product
 from kproxy.model.context import Context
 from kproxy.model.types import Family
 from kproxy.nftables import names
-from kproxy.nftables.base_table import NODE_PORT
+from kproxy.nftables.base_table import NODE_PORT_KEY
 from kproxy.nftables.ruleset import DnatMap
-from kproxy.nftables.shared_chains import UNEVENNESS, SharedChain, any_chain, draws, size_for
+from kproxy.nftables.shared_chains import MAX_IMBALANCE, SharedChain, any_chain_name, chain_capacity, numgen_moduli
 
 MOST = 5_000
 NUMBERS = (*range(1, 50), 100, 1_000, 5_000)
@@ -45,37 +45,37 @@ def test_what_a_run_of_draws_comes_to() -> None:
 
 def test_every_endpoint_has_the_same_chance_whatever_their_number() -> None:
     for endpoints in range(1, MOST + 1):
-        runs, missed = chances(draws(size_for(endpoints)), endpoints)
+        runs, missed = chances(numgen_moduli(chain_capacity(endpoints)), endpoints)
         assert missed == 0
         assert sum(count for count, _ in runs) == endpoints
         for count, chance in runs:
-            assert not count or abs(chance * endpoints - 1) <= UNEVENNESS, endpoints
+            assert not count or abs(chance * endpoints - 1) <= MAX_IMBALANCE, endpoints
 
 
 def test_numbers_of_endpoints_that_fill_a_chain_have_exactly_even_chances() -> None:
-    for size in {size_for(endpoints) for endpoints in range(1, MOST + 1)}:
-        runs, missed = chances(draws(size), size)
+    for size in {chain_capacity(endpoints) for endpoints in range(1, MOST + 1)}:
+        runs, missed = chances(numgen_moduli(size), size)
         assert {chance for _, chance in runs} - {Fraction()} == {Fraction(1, size)}
         assert missed == 0
 
 
 def test_a_packet_on_its_way_finds_an_endpoint_while_their_number_changes() -> None:
     for old, new in product(NUMBERS, NUMBERS):
-        assert chances(draws(size_for(old)), new)[1] == 0, (old, new)
+        assert chances(numgen_moduli(chain_capacity(old)), new)[1] == 0, (old, new)
 
 
 def test_sizes_are_few() -> None:
-    sizes = {size_for(endpoints) for endpoints in range(1, MOST + 1)}
+    sizes = {chain_capacity(endpoints) for endpoints in range(1, MOST + 1)}
     assert sorted(sizes)[:9] == [1, 2, 3, 4, 6, 8, 12, 16, 24]
     assert len(sizes) <= 26
-    assert all(size_for(endpoints) >= endpoints for endpoints in range(1, MOST + 1))
-    assert max(len(draws(size)) for size in sizes) <= 8
+    assert all(chain_capacity(endpoints) >= endpoints for endpoints in range(1, MOST + 1))
+    assert max(len(numgen_moduli(size)) for size in sizes) <= 8
 
 
 def test_the_chain_of_a_number_of_endpoints_makes_its_draws() -> None:
-    shared = SharedChain.named(any_chain("nodeport", 5))
+    shared = SharedChain.parse(any_chain_name("nodeport", 5))
     assert shared is not None
-    rules = shared.chain(Context(Family.IPV4, "node-1")).rules
+    rules = shared.render(Context(Family.IPV4, "node-1")).rules
     assert [rule.statements for rule in rules] == [
-        (DnatMap(NODE_PORT, below, names.NODE_PORT_ENDPOINTS),) for below in draws(6)
+        (DnatMap(NODE_PORT_KEY, below, names.NODE_PORT_ENDPOINTS),) for below in numgen_moduli(6)
     ]

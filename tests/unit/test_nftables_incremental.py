@@ -19,7 +19,7 @@ from kproxy.model.sync_report import SyncError
 from kproxy.model.types import Family, Node, ServiceCIDR
 from kproxy.nftables.backend import NftablesBackend
 from kproxy.nftables.elements import SetElement
-from kproxy.nftables.ruleset import Go, rule
+from kproxy.nftables.ruleset import Goto, rule
 from kproxy.nftables.transaction import Transaction
 from kproxy.sync.family import FamilySync
 from tests.faketable import FakeChain, FakeTable, TableState
@@ -123,7 +123,7 @@ class Damaged(Struct, frozen=True):
         for place, chain in enumerate(table.chains.values()):
             if place % self.every == self.offset:
                 chain.rules.clear()
-        table.chains["mine"] = FakeChain(None, "", [rule(Go("services"))])
+        table.chains["mine"] = FakeChain(None, "", [rule(Goto("services"))])
 
 
 def _changed(element: SetElement) -> SetElement:

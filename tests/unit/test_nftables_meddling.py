@@ -11,10 +11,10 @@ from msgspec.structs import replace
 
 from kproxy.model.sync_report import SyncError
 from kproxy.nftables import names
-from kproxy.nftables.backend import READS
+from kproxy.nftables.backend import MAX_READS
 from kproxy.nftables.elements import SetElement, service_key
 from kproxy.nftables.kernel import TableChangingError, TableError
-from kproxy.nftables.ruleset import Drop, Go, NftChain, rule
+from kproxy.nftables.ruleset import Drop, Goto, NftChain, rule
 from kproxy.nftables.snapshot import TableSnapshot
 from kproxy.nftables.transaction import Transaction
 from tests.faketable import FakeTable
@@ -58,12 +58,14 @@ def add_rule(kernel: FakeTable) -> None:
 
 
 def add_chain(kernel: FakeTable) -> None:
-    kernel.commit(Transaction(chains=[NftChain("mine", ())], rules=[NftChain("mine", (rule(Go("services")),))]))
+    kernel.commit(
+        Transaction(added_chains=[NftChain("mine", ())], added_rules=[NftChain("mine", (rule(Goto("services")),))])
+    )
 
 
 def add_frontend(kernel: FakeTable) -> None:
     element = SetElement(service_key("192.0.2.1", "TCP", 80), names.REJECT)
-    kernel.commit(Transaction(added={names.SERVICE_IPS: [element]}))
+    kernel.commit(Transaction(added_elements={names.SERVICE_IPS: [element]}))
 
 
 DAMAGES = (drop_table, flush_chain, remove_frontend, remove_chain, add_rule, add_chain, add_frontend)
@@ -114,10 +116,10 @@ class Meddled(FakeTable):
         self._meddle("commit")
         super().commit(change, generation)
 
-    def view(self, *, lenient: bool = False) -> TableSnapshot | None:
-        self._meddle("before view")
-        found = super().view(lenient=lenient)
-        self._meddle("after view")
+    def snapshot(self, *, allow_interrupted: bool = False) -> TableSnapshot | None:
+        self._meddle("before snapshot")
+        found = super().snapshot(allow_interrupted=allow_interrupted)
+        self._meddle("after snapshot")
         return found
 
 
@@ -127,7 +129,9 @@ def nothing(kernel: FakeTable) -> None:
 
 @pytest.mark.parametrize("damage", [nothing, *DAMAGES])
 @pytest.mark.parametrize(
-    "when", [{"before view": 0}, {"after view": 0}, {"after view": READS}, {"commit": 0}, {"commit": 1}], ids=str
+    "when",
+    [{"before snapshot": 0}, {"after snapshot": 0}, {"after snapshot": MAX_READS}, {"commit": 0}, {"commit": 1}],
+    ids=str,
 )
 def test_others_who_meddle_with_a_load_take_nothing_away(
     damage: Callable[[FakeTable], None], when: dict[str, int]
@@ -141,22 +145,22 @@ def test_others_who_meddle_with_a_load_take_nothing_away(
     proxy.restart_batching(batch_frontends=1)
     for name, ip in ips.items():
         proxy.put(service(name, ip, affinity=60))
-    # Before READS views are of no use, something else has to change each time.
-    kernel.calls = {call: [*[nothing if place == READS else None] * place, damage] for call, place in when.items()}
+    # Before MAX_READS snapshots are of no use, something else has to change each time.
+    kernel.calls = {call: [*[nothing if place == MAX_READS else None] * place, damage] for call, place in when.items()}
     proxy.checked_sync()
     assert not any(kernel.calls.values())
 
 
-@pytest.mark.parametrize("times", [1, READS - 1, READS, READS + 1])
+@pytest.mark.parametrize("times", [1, MAX_READS - 1, MAX_READS, MAX_READS + 1])
 def test_a_table_is_taken_over_however_often_others_change_theirs(times: int) -> None:
     kernel = Meddled({})
     proxy = NftablesProxy(kernel=kernel).put(service("web", "10.96.0.1", affinity=60), endpoints("web", [FIRST]))
     proxy.checked_sync()
     proxy.restart_batching()
-    kernel.calls = {"after view": [nothing] * times}
+    kernel.calls = {"after snapshot": [nothing] * times}
     (change,) = proxy.checked_sync()
-    assert not kernel.calls["after view"]
-    assert written(change) == {"flushed", "rules"}
+    assert not kernel.calls["after snapshot"]
+    assert written(change) == {"flushed_chains", "added_rules"}
 
 
 def test_a_table_that_changes_all_the_time_is_replaced_in_the_end() -> None:
@@ -164,10 +168,10 @@ def test_a_table_that_changes_all_the_time_is_replaced_in_the_end() -> None:
     proxy = NftablesProxy(kernel=kernel).put(service("web", "10.96.0.1"), endpoints("web", [FIRST]))
     proxy.checked_sync()
     proxy.restart_batching()
-    kernel.calls = {"after view": [*[nothing] * READS, remove_frontend]}
+    kernel.calls = {"after snapshot": [*[nothing] * MAX_READS, remove_frontend]}
     proxy.put(service("web", "10.96.0.1", affinity=60))
     *_, change = proxy.checked_sync()
-    assert change.replace
+    assert change.replace_table
 
 
 class Restless(FakeTable):
@@ -175,11 +179,11 @@ class Restless(FakeTable):
 
     restless = False
 
-    def uses(self) -> Counter[str]:
+    def chain_use_counts(self) -> Counter[str]:
         if self.restless:
             self.reads += 1
             raise TableChangingError("tables keep changing while they are read")
-        return super().uses()
+        return super().chain_use_counts()
 
 
 def test_what_the_kernel_took_counts_though_there_was_no_time_for_a_look() -> None:
@@ -206,8 +210,8 @@ def test_what_was_refused_is_told_and_tried_again_from_what_is_there() -> None:
         proxy.sync()
     proxy.kernel.refuse = lambda _: None
     (change,) = proxy.checked_sync()
-    assert written(change) == {"flushed", "rules", "added"}
-    assert [element.comment for element in change.added[names.NO_ENDPOINT_SERVICES]] == ["ns/more"]
+    assert written(change) == {"flushed_chains", "added_rules", "added_elements"}
+    assert [element.comment for element in change.added_elements[names.NO_ENDPOINT_SERVICES]] == ["ns/more"]
 
 
 def test_endpoints_that_others_left_behind_a_gap_make_way_whoever_claims_the_address_first() -> None:
@@ -231,10 +235,10 @@ def test_a_look_that_fails_says_so_and_changes_nothing(caplog: pytest.LogCapture
     def fail() -> None:
         raise TableError("cannot read the table: Operation not permitted")
 
-    proxy.kernel.uses = fail  # type: ignore[method-assign, assignment]
+    proxy.kernel.chain_use_counts = fail  # type: ignore[method-assign, assignment]
     with caplog.at_level(logging.WARNING):
         assert proxy.verify()
-    assert "cannot look at the table: cannot read the table: Operation not permitted" in caplog.text
+    assert "IPv4: cannot check the table for drift: cannot read the table: Operation not permitted" in caplog.text
     proxy.put(service("more", "10.96.0.2")).sync()
     assert len(proxy.kernel.commits) == 2
 

@@ -33,14 +33,14 @@ class Scene:
         self.now = 0.0
         self.store = Store("node-1")
         self.watch = NodeMonitor(
-            "node-1", required=required, needs_pod_cidrs=needs_pod_cidrs, missing=self.missing.append
+            "node-1", required=required, needs_pod_cidrs=needs_pod_cidrs, on_missing=self.missing.append
         )
         self._caplog = caplog
 
     def take(self, *deltas: Delta) -> float | None:
         for delta in deltas:
             self.store.apply(delta)
-        return self.watch.look(self.store, self.now)
+        return self.watch.check(self.store, self.now)
 
     def said(self) -> list[tuple[str, str]]:
         lines = [(record.levelname, record.getMessage()) for record in self._caplog.records]
@@ -148,7 +148,7 @@ def test_the_reconciler_reminds_without_messages(
         {},
         make_schedule=lambda: Schedule(min_interval=1.0, max_retry=1.0),
         clock=time.monotonic,
-        look=watch.look,
+        monitor=watch.check,
     )
     thread = threading.Thread(target=reconciler.run, args=(messages,))
     thread.start()

@@ -6,17 +6,17 @@ import itertools
 import logging
 import queue
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import pytest
 
 from kproxy.model.context import Context
 from kproxy.model.delta import Delete, Delta, Kind, Replace, Upsert
 from kproxy.model.logging import V2
-from kproxy.model.plan import ServicePortPlan
 from kproxy.model.store import Store, StoreChange
-from kproxy.model.sync_report import ApplyResult, SyncError, SyncReport
+from kproxy.model.sync_report import AfterSyncStep, ApplyResult, Plans, SyncError, SyncReport
 from kproxy.model.types import EndpointSlice, Family, Node, Service, ServicePort
+from kproxy.serve.health import Health
 from kproxy.sync.family import FamilySync
 from kproxy.sync.reconciler import Message, Reconciler, Resync, Stop
 from kproxy.sync.schedule import Schedule
@@ -49,10 +49,11 @@ class Recorder:
     def forget(self) -> None:
         self.needs_full_sync = True
 
-    def sync(self, plans: Mapping[str, Sequence[ServicePortPlan]], context: Context) -> ApplyResult:
-        self.syncs.append(set(plans))
+    def sync(self, plans: Plans, context: Context) -> ApplyResult:
+        keys = {key for key, _ in plans.by_service()}
+        self.syncs.append(keys)
         self.contexts.append(context)
-        self.done.put(set(plans))
+        self.done.put(keys)
         if self.errors:
             raise self.errors.pop(0)
         self.needs_full_sync = False
@@ -60,20 +61,20 @@ class Recorder:
 
 
 class Watcher:
-    """An observer that keeps what it is told."""
+    """A listener that keeps what it is notified of."""
 
     def __init__(self) -> None:
         self.queued_at: list[tuple[Family, float]] = []
         self.changes: list[tuple[Kind, frozenset[str]]] = []
         self.reports: list[SyncReport] = []
 
-    def queued(self, family: Family, now: float) -> None:
+    def on_queue(self, family: Family, now: float) -> None:
         self.queued_at.append((family, now))
 
-    def changed(self, kind: Kind, changed: StoreChange) -> None:
+    def on_change(self, kind: Kind, changed: StoreChange) -> None:
         self.changes.append((kind, changed.services))
 
-    def synced(self, report: SyncReport) -> None:
+    def on_sync(self, report: SyncReport) -> None:
         self.reports.append(report)
 
 
@@ -81,11 +82,17 @@ class Proxy:
     """A reconciler of two families with a clock that is set by hand."""
 
     def __init__(
-        self, *, listed: bool = True, observers: Sequence[Watcher] = (), looks: tuple[float, float] | None = None
+        self,
+        *,
+        listed: bool = True,
+        listeners: Sequence[Watcher] = (),
+        after_sync: Sequence[AfterSyncStep] = (),
+        looks: tuple[float, float] | None = None,
     ) -> None:
         self.now = 0.0
         self.four, self.six = Recorder(), Recorder()
         self.watcher = Watcher()
+        notified = [*listeners, self.watcher]
         self.reconciler = Reconciler(
             Store("node-1"),
             {
@@ -94,7 +101,10 @@ class Proxy:
             },
             make_schedule=lambda: Schedule(min_interval=1.0, max_retry=30.0),
             clock=lambda: self.now,
-            observers=[*observers, self.watcher],
+            on_queue=[each.on_queue for each in notified],
+            on_change=[each.on_change for each in notified],
+            on_sync=[each.on_sync for each in notified],
+            after_sync=after_sync,
             check_interval=looks[0] if looks else None,
             full_check_interval=looks[1] if looks else None,
         )
@@ -107,7 +117,7 @@ class Proxy:
 
     def take(self, *deltas: Delta | Resync) -> None:
         for delta in deltas:
-            self.reconciler.take(delta)
+            self.reconciler.apply(delta)
 
     def after(self, seconds: float) -> bool:
         self.now += seconds
@@ -272,7 +282,7 @@ def test_a_bug_is_told_and_retried(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.ERROR):
         assert proxy.after(0) is False
     (record,) = caplog.records
-    assert record.getMessage() == "IPv4: sync failed, trying again in 1.0 s: unexpected KeyError('oops')"
+    assert record.getMessage() == "IPv4: sync failed, retrying in 1.0 s: unexpected KeyError('oops')"
     assert proxy.after(1) is True
     assert proxy.four.syncs == [{"ns/a"}, {"ns/a"}]
 
@@ -297,7 +307,7 @@ def test_by_default_a_log_has_the_first_sync_failures_recoveries_and_one_summary
     proxy.after(2)
     proxy.after(1)
     assert logged(caplog) == [
-        ("ERROR", "IPv4: sync failed, trying again in 1.0 s: refused"),
+        ("ERROR", "IPv4: sync failed, retrying in 1.0 s: refused"),
         ("INFO", "IPv4: synced 1 changed service in 0 ms (9 without endpoints), after failures for 1.0 s"),
     ]
     caplog.clear()
@@ -317,7 +327,7 @@ def test_that_rules_are_back_which_somebody_else_removed_is_logged(caplog: pytes
     proxy.four.intact = False
     proxy.after(30)
     assert logged(caplog) == [
-        ("WARNING", "IPv4: somebody else has removed rules of ours: putting them back"),
+        ("WARNING", "IPv4: another process removed kproxy's rules; restoring them"),
         ("INFO", "IPv4: synced 1 service in 0 ms (1 without endpoints)"),
     ]
 
@@ -340,26 +350,67 @@ def test_a_refusal_is_logged_on_one_line_with_its_reason(caplog: pytest.LogCaptu
     with caplog.at_level(logging.ERROR):
         proxy.after(0)
     assert [each.getMessage() for each in caplog.records] == [
-        "IPv6: sync failed, trying again in 1.0 s: line 3 failed",
+        "IPv6: sync failed, retrying in 1.0 s: line 3 failed",
     ]
 
 
 class Faulty(Watcher):
-    """An observer with a bug."""
+    """A listener with a bug."""
 
-    def queued(self, family: Family, now: float) -> None:
-        raise KeyError("queued")
+    def on_queue(self, family: Family, now: float) -> None:
+        raise KeyError("queue")
 
-    def synced(self, report: SyncReport) -> None:
-        raise KeyError("synced")
+    def on_sync(self, report: SyncReport) -> None:
+        raise KeyError("sync")
 
 
-def test_an_observer_with_a_bug_stops_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    proxy = Proxy(observers=[Faulty()])
+def test_a_listener_or_step_with_a_bug_stops_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    reports: list[SyncReport] = []
+
+    def faulty_step(report: SyncReport) -> None:
+        raise KeyError("step")
+
+    proxy = Proxy(listeners=[Faulty()], after_sync=[faulty_step, reports.append])
     proxy.take(Upsert(service("a")))
+    reports.clear()
     assert proxy.after(0) is True
     assert proxy.four.syncs == [{"ns/a"}]
-    assert "Faulty failed: unexpected KeyError('synced')" in caplog.text
+    assert "Faulty.on_sync failed: unexpected KeyError('sync')" in caplog.text
+    assert "faulty_step failed: unexpected KeyError('step')" in caplog.text
+    assert reports == proxy.watcher.reports[-2:]
+
+
+def test_health_reports_a_sync_while_a_step_after_it_still_blocks() -> None:
+    health = Health(Family, 60.0, wall=lambda: 1)
+    blocking, release = threading.Event(), threading.Event()
+
+    def step(report: SyncReport) -> None:
+        blocking.set()
+        assert release.wait(HANG_GUARD)
+
+    reconciler = Reconciler(
+        Store("node-1"),
+        {
+            Family.IPV4: FamilySync(Recorder(), lambda node: context(Family.IPV4, node)),
+            Family.IPV6: FamilySync(Recorder(), lambda node: context(Family.IPV6, node)),
+        },
+        make_schedule=lambda: Schedule(min_interval=1.0, max_retry=30.0),
+        clock=lambda: 0.0,
+        on_sync=[health.on_sync],
+        after_sync=[step],
+    )
+    messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
+    messages.put(LISTS)
+    thread = threading.Thread(target=reconciler.run, args=(messages,), daemon=True)
+    thread.start()
+    try:
+        assert blocking.wait(HANG_GUARD)
+        assert health.is_healthy(0.0), "both families are synced: no step may hold this up"
+    finally:
+        release.set()
+        messages.put(Stop())
+        thread.join(HANG_GUARD)
+    assert not thread.is_alive()
 
 
 def test_a_message_that_cannot_be_taken_in_is_told_and_the_next_one_works(caplog: pytest.LogCaptureFixture) -> None:
@@ -369,7 +420,7 @@ def test_a_message_that_cannot_be_taken_in_is_told_and_the_next_one_works(caplog
     messages.put(Upsert(service("a")))
     messages.put(Stop())
     proxy.reconciler.run(messages)
-    assert "a change could not be taken in: unexpected AttributeError" in caplog.text
+    assert "cannot apply a change: unexpected AttributeError" in caplog.text
     assert proxy.after(0) is True
     assert proxy.four.syncs == [{"ns/a"}]
 
@@ -377,7 +428,7 @@ def test_a_message_that_cannot_be_taken_in_is_told_and_the_next_one_works(caplog
 # Those who watch.
 
 
-def test_observers_are_told_of_changes_and_of_what_became_of_them() -> None:
+def test_listeners_are_notified_of_changes_and_of_what_became_of_them() -> None:
     proxy = Proxy()
     proxy.watcher.queued_at.clear()
     proxy.watcher.reports.clear()
@@ -388,23 +439,22 @@ def test_observers_are_told_of_changes_and_of_what_became_of_them() -> None:
     assert proxy.watcher.queued_at == [(Family.IPV4, 100.0), (Family.IPV6, 100.0)] * 2
     assert proxy.watcher.changes == [(Service, frozenset({"ns/a"})), (EndpointSlice, frozenset({"ns/a"}))]
     failed, done = proxy.watcher.reports
-    assert (failed.family, failed.error, failed.written, failed.last_changes) == (Family.IPV4, "no", None, ())
-    assert (done.family, done.error, done.written) == (Family.IPV6, "", ApplyResult({}, {}))
-    assert (set(done.plans), done.complete, done.last_changes) == ({"ns/a"}, False, ())
+    assert (failed.family, failed.error, failed.result) == (Family.IPV4, "no", None)
+    assert (done.family, done.error) == (Family.IPV6, "")
+    assert done.result is not None
+    assert (done.result.applied, done.result.complete) == (ApplyResult({}, {}), False)
+    assert (set(done.result.plans), done.result.last_changes) == ({"ns/a"}, ())
     proxy.after(1)
-    retry_interrupted = proxy.watcher.reports[-1]
-    assert (retry_interrupted.family, retry_interrupted.error, retry_interrupted.last_changes) == (
-        Family.IPV4,
-        "",
-        (7.0,),
-    )
+    retried = proxy.watcher.reports[-1]
+    assert retried.result is not None
+    assert (retried.family, retried.error, retried.result.last_changes) == (Family.IPV4, "", (7.0,))
 
 
 def test_a_sync_of_everything_is_reported_as_complete() -> None:
     proxy = Proxy(listed=False)
     proxy.take(*LISTS)
     proxy.after(0)
-    assert [each.complete for each in proxy.watcher.reports] == [True, True]
+    assert [each.result and each.result.complete for each in proxy.watcher.reports] == [True, True]
 
 
 # The thread.

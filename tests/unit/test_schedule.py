@@ -1,4 +1,4 @@
-"""When pending changes are programmed, by a clock that the test holds."""
+"""When pending changes are synced, on a simulated clock."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from kproxy.sync.schedule import FIRST_RETRY_SECONDS, Schedule
 
 @pytest.fixture
 def schedule() -> Schedule:
-    """At most one sync a second, retries at least every 8 seconds."""
+    """A schedule with at most one sync per second and at most 8 seconds between retries."""
     return Schedule(min_interval=1.0, max_retry=8.0)
 
 
-def test_nothing_is_due_without_a_request(schedule: Schedule) -> None:
+def test_no_sync_is_due_without_a_request(schedule: Schedule) -> None:
     assert schedule.wait(0.0) is None
     assert schedule.wait(1e9) is None
 
 
 @pytest.mark.parametrize("now", [-5.0, 0.0, 1e9])
-def test_the_first_change_goes_at_once(schedule: Schedule, now: float) -> None:
+def test_first_change_is_synced_at_once(schedule: Schedule, now: float) -> None:
     schedule.request()
     assert schedule.wait(now) == 0.0
 
 
-def test_a_change_right_after_a_sync_waits_for_the_rest_of_the_interval(schedule: Schedule) -> None:
+def test_change_after_a_sync_waits_for_the_rest_of_the_interval(schedule: Schedule) -> None:
     schedule.request()
     schedule.started(10.0)
     schedule.succeeded()
@@ -39,7 +39,7 @@ def test_a_change_right_after_a_sync_waits_for_the_rest_of_the_interval(schedule
     assert schedule.wait(99.0) == 0.0
 
 
-def test_the_interval_counts_from_the_start_of_a_sync(schedule: Schedule) -> None:
+def test_interval_starts_with_the_start_of_a_sync(schedule: Schedule) -> None:
     schedule.request()
     schedule.started(10.0)
     schedule.request()
@@ -47,7 +47,7 @@ def test_the_interval_counts_from_the_start_of_a_sync(schedule: Schedule) -> Non
     assert schedule.wait(13.0) == 0.0
 
 
-def test_a_change_during_a_sync_is_not_lost(schedule: Schedule) -> None:
+def test_change_during_a_sync_is_not_lost(schedule: Schedule) -> None:
     schedule.request()
     schedule.started(0.0)
     schedule.request()
@@ -63,26 +63,26 @@ def fail(schedule: Schedule, now: float) -> float:
     return wait
 
 
-def test_a_failure_is_retried_without_another_change_and_ever_later() -> None:
+def test_failed_sync_is_retried_with_exponential_backoff() -> None:
     schedule = Schedule(min_interval=0.0, max_retry=8.0)
     schedule.request()
     waits = [fail(schedule, 100.0 * n) for n in range(7)]
     assert waits == [0.5, 1.0, 2.0, 4.0, 8.0, 8.0, 8.0]
 
 
-def test_a_retry_is_never_sooner_than_the_interval(schedule: Schedule) -> None:
+def test_retry_respects_the_minimum_interval(schedule: Schedule) -> None:
     schedule.request()
     assert fail(schedule, 0.0) == 1.0 > FIRST_RETRY_SECONDS
 
 
-def test_a_change_may_be_the_remedy_and_hurries_the_retry(schedule: Schedule) -> None:
+def test_change_after_a_failure_brings_the_retry_forward(schedule: Schedule) -> None:
     schedule.request()
     assert [fail(schedule, 100.0 * n) for n in range(4)][-1] == 4.0
     schedule.request()
     assert schedule.wait(300.0) == 1.0
 
 
-def test_success_starts_the_waits_over(schedule: Schedule) -> None:
+def test_success_resets_the_backoff(schedule: Schedule) -> None:
     schedule.request()
     assert [fail(schedule, 100.0 * n) for n in range(4)][-1] == 4.0
     schedule.started(400.0)
@@ -92,14 +92,14 @@ def test_success_starts_the_waits_over(schedule: Schedule) -> None:
     assert [fail(schedule, 500.0 + 100 * n) for n in range(3)] == [1.0, 1.0, 2.0]
 
 
-def test_a_failure_takes_its_pause_from_its_end(schedule: Schedule) -> None:
+def test_backoff_starts_with_the_end_of_the_failed_sync(schedule: Schedule) -> None:
     schedule.request()
     schedule.started(0.0)
     schedule.failed(60.0)
     assert schedule.wait(60.0) == FIRST_RETRY_SECONDS
 
 
-def test_it_never_gives_up(schedule: Schedule) -> None:
+def test_retries_never_stop(schedule: Schedule) -> None:
     schedule.request()
     assert {fail(schedule, 100.0 * n) for n in range(5000)} >= {8.0}
     assert fail(schedule, 1e6) == 8.0
@@ -108,7 +108,7 @@ def test_it_never_gives_up(schedule: Schedule) -> None:
 @given(
     st.lists(st.tuples(st.sampled_from(("request", "succeed", "fail")), st.floats(0.0, 5.0)), max_size=40),
 )
-def test_syncs_are_never_closer_than_the_interval_and_pending_changes_always_have_a_time(
+def test_syncs_respect_the_interval_and_pending_changes_are_always_scheduled(
     history: list[tuple[str, float]],
 ) -> None:
     schedule, now, last, pending = Schedule(min_interval=1.0, max_retry=8.0), 0.0, -10.0, False

@@ -17,27 +17,27 @@ import pytest
 from kproxy.model.context import Context
 from kproxy.model.plan import plan_service
 from kproxy.model.store import Store
-from kproxy.model.sync_report import ApplyResult, Plans, SyncReport
+from kproxy.model.sync_report import SyncReport
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Service, ServicePort
 from kproxy.serve.http import encode
 from kproxy.serve.server import HttpServer, ListenAddress, listen
-from kproxy.serve.service_health import HealthCheckNodePorts, ServiceHealth, ServiceHealthTracker, service_answer
-from tests.lab.listen_attempts import Attempts
+from kproxy.serve.service_health import HealthCheckNodePorts, ServiceHealth, ServiceHealthTracker, service_response
+from tests.lab.listen_attempts import ListenAttempts
 from tests.lab.waiting import HANG_GUARD
 from tests.ports import free_port, get
 from tests.recordings import GOLDEN, store
+from tests.reports import PlansByService, failed, succeeded
 
 V4, V6 = Family.IPV4, Family.IPV6
 RECORDED = sorted(GOLDEN.glob("*/healthcheck-*.txt"))
 Updates = dict[str, ServiceHealth | None]
 
 
-def report(family: Family, plans: Plans, *, complete: bool = True, error: str = "", **more: Any) -> SyncReport:
-    context = None if error else Context(family, "node-1", **more)
-    return SyncReport(family, 0.0, 1.0, complete, plans, context, None if error else ApplyResult({}, {}), error)
+def report(family: Family, plans: PlansByService, *, complete: bool = True, **more: Any) -> SyncReport:
+    return succeeded(family, plans, complete=complete, context=Context(family, "node-1", **more))
 
 
-def plans_of(found: Store, family: Family) -> Plans:
+def plans_of(found: Store, family: Family) -> PlansByService:
     context = Context(family, "node-1")
     services = {key: found.service(key) for key in found.service_keys()}
     return {key: plan_service(each, found.slices(key), context) for key, each in services.items() if each}
@@ -62,12 +62,12 @@ class Follower:
 def test_answers_are_kube_proxys(path: Path) -> None:
     follower = Follower()
     for family in Family:
-        follower.observer.synced(report(family, plans_of(store(path.parent.name), family)))
+        follower.observer.on_sync(report(family, plans_of(store(path.parent.name), family)))
     port = int(path.stem.rpartition("-")[2])
     ((key, health),) = [(k, h) for k, h in follower.state.items() if {each.port for each in h.endpoints} == {port}]
     # Recorded by IPv4.
     (count,) = [found for address, found in health.endpoints.items() if address.host in {"", "0.0.0.0"}]
-    answer = encode(service_answer(key, count, healthy=True), 0.0, head_only=False, close=False)
+    answer = encode(service_response(key, count, healthy=True), 0.0, head_only=False, close=False)
     head, _, body = answer.decode().partition("\r\n\r\n")
     recorded = path.read_bytes().decode().replace("\r\n", "\n")
     recorded_head, _, recorded_body = recorded.partition("\n\n")
@@ -88,7 +88,7 @@ def test_there_are_recordings_of_both_answers() -> None:
 def test_other_services_have_none(scenario: str) -> None:
     follower = Follower()
     for family in Family:
-        follower.observer.synced(report(family, plans_of(store(scenario), family)))
+        follower.observer.on_sync(report(family, plans_of(store(scenario), family)))
     assert follower.updates == []
 
 
@@ -106,7 +106,7 @@ def plans(
     key: str = "ns/web",
     cluster_ip: str = "",
     dual_stack: bool = False,
-) -> Plans:
+) -> PlansByService:
     namespace, _, name = key.partition("/")
     service = Service(
         namespace,
@@ -126,7 +126,7 @@ def context(family: Family) -> Context:
 
 def counted(*endpoints: Endpoint) -> int:
     follower = Follower()
-    follower.observer.synced(report(V4, plans(*endpoints)))
+    follower.observer.on_sync(report(V4, plans(*endpoints)))
     (count,) = follower.state["ns/web"].endpoints.values()
     return count
 
@@ -148,15 +148,15 @@ def test_only_changes_are_passed_on() -> None:
     one, two = here("10.244.1.1"), here("10.244.1.2")
     where = ListenAddress("", 32000)
     observer = follower.observer
-    observer.synced(report(V4, plans(one)))
-    observer.synced(report(V4, plans(one)))
-    observer.synced(report(V4, {}, complete=False, error="refused"))
-    observer.synced(report(V4, {"ns/other": ()}, complete=False))
-    observer.synced(report(V4, plans(one, two), complete=False))
-    observer.synced(report(V4, plans(one, two, port=32001), complete=False))
-    observer.synced(report(V4, {"ns/web": ()}, complete=False))
-    observer.synced(report(V4, plans(one), complete=False))
-    observer.synced(report(V4, {}))
+    observer.on_sync(report(V4, plans(one)))
+    observer.on_sync(report(V4, plans(one)))
+    observer.on_sync(failed(V4))
+    observer.on_sync(report(V4, {"ns/other": ()}, complete=False))
+    observer.on_sync(report(V4, plans(one, two), complete=False))
+    observer.on_sync(report(V4, plans(one, two, port=32001), complete=False))
+    observer.on_sync(report(V4, {"ns/web": ()}, complete=False))
+    observer.on_sync(report(V4, plans(one), complete=False))
+    observer.on_sync(report(V4, {}))
     assert follower.updates == [
         {"ns/web": ServiceHealth({where: 1})},
         {"ns/web": ServiceHealth({where: 2})},
@@ -188,7 +188,7 @@ def test_it_listens_where_node_ports_do(ipv4: Any, ipv6: Any, addresses: set[Lis
         dual_stack = None not in {ipv4, ipv6}
         found = plans(family=family, dual_stack=dual_stack) if hosts is not None else {"ns/web": ()}
         restricted = None if hosts == "all" else hosts
-        follower.observer.synced(report(family, found, node_port_addresses=restricted))
+        follower.observer.on_sync(report(family, found, node_port_addresses=restricted))
     assert follower.state["ns/web"].endpoints.keys() == addresses
 
 
@@ -196,17 +196,17 @@ def test_each_family_answers_for_itself() -> None:
     follower = Follower()
     v4, v6 = here("10.244.1.1"), [here(f"fd00::{number}") for number in (1, 2)]
     four, six = ListenAddress("0.0.0.0", 32000, one_family=True), ListenAddress("::", 32000, one_family=True)
-    follower.observer.synced(report(V4, plans(v4, dual_stack=True)))
+    follower.observer.on_sync(report(V4, plans(v4, dual_stack=True)))
     assert follower.state["ns/web"].endpoints == {four: 1}, "nothing is known of IPv6 yet"
-    follower.observer.synced(report(V6, plans(*v6, family=V6, dual_stack=True)))
+    follower.observer.on_sync(report(V6, plans(*v6, family=V6, dual_stack=True)))
     assert follower.state["ns/web"].endpoints == {four: 1, six: 2}
-    follower.observer.synced(report(V6, plans(family=V6, dual_stack=True)))
+    follower.observer.on_sync(report(V6, plans(family=V6, dual_stack=True)))
     assert follower.state["ns/web"].endpoints == {four: 1, six: 0}
-    follower.observer.synced(report(V6, {"ns/web": ()}))
+    follower.observer.on_sync(report(V6, {"ns/web": ()}))
     assert follower.state["ns/web"].endpoints == {four: 1}, "IPv4 has not heard of it yet"
-    follower.observer.synced(report(V4, plans(v4)))
+    follower.observer.on_sync(report(V4, plans(v4)))
     assert follower.state["ns/web"].endpoints == {ListenAddress("", 32000): 1}, "a Service of one family by now"
-    follower.observer.synced(report(V4, {"ns/web": ()}))
+    follower.observer.on_sync(report(V4, {"ns/web": ()}))
     assert follower.state == {}
 
 
@@ -234,7 +234,7 @@ class Ports:
         assert done.wait(HANG_GUARD)
 
     def stop(self) -> None:
-        self._server.stop()
+        self._server.stop(HANG_GUARD)
 
 
 @pytest.fixture
@@ -348,7 +348,7 @@ def test_a_taken_port_is_reported_once_and_served_when_it_is_free(
     until(lambda: status(port) == 200)
     assert ports.failures.empty()
     assert caplog.messages == [
-        f"Service ns/web: its health cannot be asked for on 127.0.0.1:{port}: Address already in use"
+        f"Service ns/web: health check node port: cannot listen on 127.0.0.1:{port}: Address already in use"
     ]
 
 
@@ -356,19 +356,19 @@ def test_a_taken_port_is_said_ever_more_rarely_and_when_it_is_served(
     ports: Ports, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, logger="kproxy")
-    attempts = Attempts(monkeypatch, "kproxy.serve.service_health")
+    attempts = ListenAttempts(monkeypatch, "kproxy.serve.service_health")
     with listen(ListenAddress("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        said = f"Service ns/web: its health cannot be asked for on 127.0.0.1:{port}: Address already in use"
+        said = f"Service ns/web: health check node port: cannot listen on 127.0.0.1:{port}: Address already in use"
         ports.update(web=at(port))
-        assert attempts.many_more()
+        assert attempts.wait_for_many()
         assert caplog.messages == [said]
         for lines in (2, 2, 3):
             ports.later += 60.0
-            assert attempts.many_more()
+            assert attempts.wait_for_many()
             assert caplog.messages == [said] * lines
     until(lambda: len(caplog.messages) > 3)
-    assert caplog.messages[3:] == [f"Service ns/web: its health can be asked for on 127.0.0.1:{port} now"]
+    assert caplog.messages[3:] == [f"Service ns/web: health check node port: listening on 127.0.0.1:{port}"]
     assert status(port) == 200
     assert ports.failures.qsize() == 1, "one event will do"
 

@@ -1,4 +1,4 @@
-"""The simulator of nftables, statement by statement, against what nft(8) says and Linux does."""
+"""The nftables simulator: statements as documented in nft(8) and implemented in Linux."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import pytest
 from kproxy.model.types import Family
 from kproxy.simulate.nftables import NftablesSimulator
 from kproxy.simulate.packet import PacketOutcome, Verdict
-from tests.unit.simulation import ACCEPTED, DROPPED, NODE, OWN, POD, TRANSLATED, packet
+from tests.unit.simulation import ACCEPTED, DROPPED, FROM_NODE, NODE, POD, TRANSLATED, packet
 
 DNAT = f"meta l4proto tcp dnat to {POD}"
 
-BASE = {
+BASE_CHAINS = {
     "before": "type filter hook prerouting priority dstnat - 10; policy accept;",
     "prerouting": "type nat hook prerouting priority dstnat; policy accept;",
     "input": "type filter hook input priority filter; policy accept;",
@@ -24,9 +24,9 @@ BASE = {
     "output": "type filter hook output priority filter; policy accept;",
     "postrouting": "type nat hook postrouting priority srcnat; policy accept;",
 }
-"""Base chains by the names that the tests below have for them."""
+"""The base chains of the tests, by name."""
 
-EVERYTHING = """
+SETS_AND_MAPS = """
 set plain {
     type ipv4_addr
     comment "braces { in a comment }"
@@ -84,7 +84,7 @@ map endpoints {
                  10.96.0.1 . tcp . 80 . 2 : 10.244.1.3 . 8080, 10.96.0.2 . tcp . 80 . 5 : 10.244.1.4 . 8080 }
 }
 """
-"""Sets and maps that rules of the tests refer to."""
+"""The sets and maps that the rules of the tests refer to."""
 
 
 def table(body: str, family: str = "ip") -> str:
@@ -92,18 +92,18 @@ def table(body: str, family: str = "ip") -> str:
 
 
 def chain(name: str, *rules: str) -> str:
-    lines = [BASE[name]] if name in BASE else ['comment "no base chain"']
+    lines = [BASE_CHAINS[name]] if name in BASE_CHAINS else ['comment "no base chain"']
     return "\n".join([f"chain {name} {{", *(f"\t{line}" for line in (*lines, *rules)), "}", ""])
 
 
-def rules(sets: str = EVERYTHING, family: Family = Family.IPV4, **chains: list[str]) -> NftablesSimulator:
-    """Return rules by chain, an underscore in its name for a hyphen; there always is an empty chain `other`."""
+def rules(sets: str = SETS_AND_MAPS, family: Family = Family.IPV4, **chains: list[str]) -> NftablesSimulator:
+    """Return a simulator of rules by chain name, with `_` for `-`. The chain `other` always exists."""
     named = {name.replace("_", "-"): lines for name, lines in chains.items()}
     body = sets + "".join(chain(name, *lines) for name, lines in ({"other": list[str]()} | named).items())
     return NftablesSimulator(table(body, "ip6" if family is Family.IPV6 else "ip"), family)
 
 
-def test_a_packet_that_meets_no_rule_arrives() -> None:
+def test_packet_without_a_matching_rule_is_accepted() -> None:
     assert rules().send(packet()).probabilities == {ACCEPTED: 1.0}
     assert NftablesSimulator("", Family.IPV4).send(packet()).probabilities == {ACCEPTED: 1.0}
 
@@ -144,7 +144,7 @@ MATCHING: list[tuple[str, dict[str, Any], dict[str, Any] | None]] = [
 
 
 @pytest.mark.parametrize(("match", "hit", "miss"), MATCHING)
-def test_a_match_hits_and_misses(match: str, hit: dict[str, Any], miss: dict[str, Any] | None) -> None:
+def test_match(match: str, hit: dict[str, Any], miss: dict[str, Any] | None) -> None:
     found = rules(forward=[f'{match} drop comment "a {{ b"'])
     assert found.send(packet(**hit)).only == DROPPED
     if miss is not None:
@@ -154,17 +154,17 @@ def test_a_match_hits_and_misses(match: str, hit: dict[str, Any], miss: dict[str
 @pytest.mark.parametrize(
     "match", ["ip saddr != 0.0.0.0/0", "ct status dnat", "meta mark & 0x4000 != 0x0", "numgen random mod 3 3"]
 )
-def test_a_match_that_holds_for_none(match: str) -> None:
+def test_match_that_never_applies(match: str) -> None:
     assert rules(forward=[f"{match} drop"]).send(packet()).probabilities == {ACCEPTED: 1.0}
 
 
-def test_what_goes_to_this_node_itself() -> None:
+def test_destination_type_local() -> None:
     found = rules(before=["fib daddr type local drop"])
     assert found.send(packet(destination=NODE)).only == DROPPED
     assert found.send(packet()).only == ACCEPTED
 
 
-def test_all_matches_of_a_rule_must_hold() -> None:
+def test_rule_applies_only_if_all_its_matches_do() -> None:
     found = rules(forward=["ip saddr 198.51.100.1 meta l4proto tcp th dport 80 drop"])
     assert found.send(packet()).only == DROPPED
     assert found.send(packet(port=81)).only == ACCEPTED
@@ -182,25 +182,25 @@ def test_ipv6() -> None:
         nat_output=["ip6 daddr != ::1 fib daddr type local meta l4proto tcp dnat to [fd00::7]:80"],
         forward=["ip6 saddr fd00::/16 reject"],
     )
-    outside = {"source": "2001:db8::1"}
-    assert found.send(packet(**outside, destination="fd00:99::2")).only.endpoint == "[fd00::9]:8080"
-    assert found.send(packet(**outside, destination="fd00:10:96::4")).only.endpoint == "[fd00::8]:80"
-    own = {"source": "::1", "interface": ""}
-    assert found.send(packet(**own, destination="::1")).only == ACCEPTED
-    assert found.send(packet(**own, destination="fd00:99::2")).only.endpoint == "[fd00::7]:80"
+    external = {"source": "2001:db8::1"}
+    assert found.send(packet(**external, destination="fd00:99::2")).only.endpoint == "[fd00::9]:8080"
+    assert found.send(packet(**external, destination="fd00:10:96::4")).only.endpoint == "[fd00::8]:80"
+    from_loopback = {"source": "::1", "interface": ""}
+    assert found.send(packet(**from_loopback, destination="::1")).only == ACCEPTED
+    assert found.send(packet(**from_loopback, destination="fd00:99::2")).only.endpoint == "[fd00::7]:80"
     rejected = found.send(packet(source="fd00::1", destination="2001:db8::1")).only
     assert rejected == PacketOutcome(Verdict.REJECTED, reject_with="icmp6-port-unreachable")
 
 
-def test_packets_of_the_other_family_are_no_question_for_these_rules() -> None:
+def test_packet_of_another_family_is_rejected() -> None:
     with pytest.raises(ValueError, match="IPv4"):
         rules().send(packet(source="2001:db8::1", destination="fd00::1"))
 
 
-# Verdicts and the walk through chains.
+# Verdicts and the traversal of chains.
 
 
-def test_a_chain_entered_by_jump_returns_to_the_rule_after_it() -> None:
+def test_chain_returns_to_the_rule_after_the_jump() -> None:
     found = rules(
         forward=["jump other", "drop"],
         other=["meta l4proto udp return", "meta l4proto udp accept", "meta l4proto sctp jump last", "th dport 80"],
@@ -212,7 +212,7 @@ def test_a_chain_entered_by_jump_returns_to_the_rule_after_it() -> None:
 
 
 @pytest.mark.parametrize("leave", ["return", "continue"])
-def test_a_chain_entered_by_goto_returns_to_where_the_one_before_was_entered(leave: str) -> None:
+def test_chain_entered_by_goto_returns_to_the_last_jump(leave: str) -> None:
     found = rules(
         forward=["meta l4proto sctp goto first", "jump first", "drop"],
         first=["goto second", "accept"],
@@ -222,20 +222,20 @@ def test_a_chain_entered_by_goto_returns_to_where_the_one_before_was_entered(lea
     assert found.send(packet(protocol="SCTP")).only == ACCEPTED
 
 
-def test_a_base_chain_left_by_goto_or_return_ends_with_its_policy() -> None:
+def test_goto_or_return_from_a_base_chain_applies_its_policy() -> None:
     found = rules(closed=["meta l4proto udp return", "meta l4proto sctp goto other", "accept"])
     assert found.send(packet(protocol="UDP")).only == DROPPED
     assert found.send(packet(protocol="SCTP")).only == DROPPED
     assert found.send(packet()).only == ACCEPTED
 
 
-def test_accept_ends_a_base_chain_and_no_other() -> None:
+def test_accept_ends_only_the_current_base_chain() -> None:
     found = rules(forward=["accept", "drop"], closed=["meta l4proto udp accept"])
     assert found.send(packet(protocol="UDP")).only == ACCEPTED
     assert found.send(packet()).only == DROPPED
 
 
-def test_reject_names_the_icmp_message_and_ends_all() -> None:
+def test_reject_has_an_icmp_type_and_ends_all_chains() -> None:
     found = rules(forward=["reject"], closed=[])
     assert found.send(packet()).only == PacketOutcome(Verdict.REJECTED, reject_with="icmp-port-unreachable")
 
@@ -243,8 +243,8 @@ def test_reject_names_the_icmp_message_and_ends_all() -> None:
 VERDICTS = [
     ({}, "from other"),
     ({"destination": "10.96.0.2"}, "dropped"),
-    ({"destination": "10.96.0.3"}, "arrives"),
-    ({"destination": "10.96.0.4"}, "arrives"),
+    ({"destination": "10.96.0.3"}, "accepted"),
+    ({"destination": "10.96.0.4"}, "accepted"),
     ({"destination": "10.96.0.5"}, "next rule"),
     ({"destination": "10.96.0.6", "protocol": "SCTP"}, "next rule"),
     ({"destination": "10.96.0.7"}, "next rule"),
@@ -252,26 +252,26 @@ VERDICTS = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "what"), VERDICTS)
-def test_a_map_of_verdicts(changes: dict[str, Any], what: str) -> None:
-    """Its miss is no match, and `jump` and `continue` go on with the next rule."""
+@pytest.mark.parametrize(("changes", "result"), VERDICTS)
+def test_verdict_map(changes: dict[str, Any], result: str) -> None:
+    """A lookup without a result does not match; `jump` and `continue` proceed with the next rule."""
     found = rules(
         prerouting=["ip daddr . meta l4proto . th dport vmap @verdicts", "dnat to 10.0.0.2:2"],
         other=["meta l4proto tcp dnat to 10.0.0.1:1"],
     )
-    fate = found.send(packet(**changes)).only
-    told = {"dropped": DROPPED, "arrives": ACCEPTED, "from other": PacketOutcome(Verdict.ACCEPTED, "10.0.0.1:1")}
-    assert fate == told.get(what, PacketOutcome(Verdict.ACCEPTED, "10.0.0.2:2"))
+    outcome = found.send(packet(**changes)).only
+    outcomes = {"dropped": DROPPED, "accepted": ACCEPTED, "from other": PacketOutcome(Verdict.ACCEPTED, "10.0.0.1:1")}
+    assert outcome == outcomes.get(result, PacketOutcome(Verdict.ACCEPTED, "10.0.0.2:2"))
 
 
-def test_a_map_of_verdicts_within_a_rule() -> None:
+def test_anonymous_verdict_map() -> None:
     found = rules(forward=["th dport vmap { 80 : drop, 81 : goto other }", "reject"], other=["accept"])
     assert found.send(packet()).only == DROPPED
     assert found.send(packet(port=81)).only == ACCEPTED
     assert found.send(packet(port=82)).only.verdict is Verdict.REJECTED
 
 
-def test_a_map_with_a_type_by_example() -> None:
+def test_map_with_typeof() -> None:
     found = rules(forward=["meta l4proto . th dport vmap @ports"])
     assert found.send(packet(protocol="UDP", port=53)).only == DROPPED
     assert found.send(packet(port=53)).only == ACCEPTED
@@ -286,62 +286,65 @@ def test_a_map_with_a_type_by_example() -> None:
         (["| 0x00004000"], "& 0x00004000 != 0x00000000"),
     ],
 )
-def test_marks(changes: list[str], mark: str) -> None:
-    lines = [f'meta mark set meta mark {each} comment "mark"' for each in changes]
+def test_mark_operations(changes: list[str], mark: str) -> None:
+    lines = [f'meta mark set meta mark {change} comment "mark"' for change in changes]
     assert rules(forward=[*lines, f"meta mark {mark} drop"]).send(packet()).only == DROPPED
 
 
-def test_a_mark_set_at_one_hook_is_seen_at_the_next() -> None:
+def test_mark_persists_across_hooks() -> None:
     found = rules(
         prerouting=["meta mark set meta mark | 0x00004000"],
         postrouting=["meta mark & 0x00004000 != 0x00000000 meta mark set meta mark ^ 0x00004000 masquerade"],
     )
     assert found.send(packet()).only == PacketOutcome(Verdict.ACCEPTED, masqueraded=True)
-    assert found.send(packet(**OWN)).only == ACCEPTED
+    assert found.send(packet(**FROM_NODE)).only == ACCEPTED
 
 
-def test_what_a_rule_has_done_stays_done_if_it_does_not_match_in_the_end() -> None:
+def test_statements_before_a_failing_match_take_effect() -> None:
     found = rules(
         forward=["meta mark set meta mark | 0x00000001 meta l4proto udp drop", "meta mark & 0x00000001 == 0x1 reject"]
     )
     assert found.send(packet()).only.verdict is Verdict.REJECTED
 
 
-# Which hooks a packet passes, and when.
+# Hooks and priorities.
 
 
-def test_where_a_packet_goes_is_decided_after_its_translation() -> None:
+def test_packet_is_routed_after_dnat() -> None:
     found = rules(
         prerouting=[f"ip daddr {NODE} {DNAT}", f"ip daddr 10.96.0.7 meta l4proto tcp dnat to {NODE}:443"],
         input=["reject"],
         postrouting=["masquerade"],
     )
     assert found.send(packet(destination=NODE)).only == PacketOutcome(Verdict.ACCEPTED, POD, masqueraded=True)
-    taken_in = found.send(packet(destination="10.96.0.7")).only
-    assert taken_in == PacketOutcome(Verdict.REJECTED, f"{NODE}:443", reject_with="icmp-port-unreachable")
+    delivered = found.send(packet(destination="10.96.0.7")).only
+    assert delivered == PacketOutcome(Verdict.REJECTED, f"{NODE}:443", reject_with="icmp-port-unreachable")
 
 
-def test_what_comes_in_for_this_node_passes_no_postrouting() -> None:
+def test_packet_to_this_node_does_not_pass_postrouting() -> None:
     assert rules(postrouting=["masquerade"], forward=["drop"]).send(packet(destination=NODE)).only == ACCEPTED
 
 
-def test_what_is_dropped_before_translation_is_not_translated() -> None:
+def test_packet_dropped_before_dnat_is_not_translated() -> None:
     found = rules(prerouting=[DNAT], before=["ip daddr 10.96.0.1 drop"])
     assert found.send(packet()).only == DROPPED
     assert found.send(packet(destination="10.96.0.2")).only == TRANSLATED
 
 
-def test_the_chains_of_a_hook_run_by_priority_however_they_are_listed() -> None:
+def test_base_chains_of_a_hook_run_in_order_of_priority() -> None:
     found = rules(
         output=["ip daddr 10.244.1.9 drop"],
         nat_output=["meta l4proto tcp dnat to 10.244.1.9:8080"],
         early=["ip daddr 10.244.1.9 reject"],
     )
-    assert found.send(packet(**OWN)).only == PacketOutcome(Verdict.DROPPED, POD)
+    assert found.send(packet(**FROM_NODE)).only == PacketOutcome(Verdict.DROPPED, POD)
 
 
-def test_priorities_of_type_nat_only_order_such_chains() -> None:
-    """The kernel runs all of them where the first was meant to be; one that translates is the last."""
+def test_priority_of_a_nat_chain_counts_among_nat_chains_only() -> None:
+    """The kernel runs all nat chains of a hook at one fixed priority (dstnat or srcnat), until one of them translates.
+
+    Their own priorities only order them among each other.
+    """
     text = "".join(
         f"chain {name} {{\n type {kind} hook prerouting priority {priority}; policy accept;\n {rule}\n}}\n"
         for name, kind, priority, rule in [
@@ -355,30 +358,30 @@ def test_priorities_of_type_nat_only_order_such_chains() -> None:
     assert found.send(packet(source="192.0.2.1")).only == PacketOutcome(Verdict.DROPPED, "10.0.0.1:1")
 
 
-def test_what_the_node_sends_to_itself_comes_in_by_lo_untranslated() -> None:
+def test_packet_from_the_node_to_itself_arrives_on_lo_untranslated() -> None:
     found = rules(prerouting=[DNAT], input=['iifname "lo" ct state new drop'], output=['iifname "lo" reject'])
-    assert found.send(packet(**OWN, destination=NODE)).only == DROPPED
+    assert found.send(packet(**FROM_NODE, destination=NODE)).only == DROPPED
     assert found.send(packet(source="127.0.0.1", interface="", destination="127.0.0.1")).only == DROPPED
-    assert found.send(packet(**OWN)).only == ACCEPTED
+    assert found.send(packet(**FROM_NODE)).only == ACCEPTED
 
 
-def test_what_the_node_sends_to_itself_passes_filters_before_routing() -> None:
+def test_packet_from_the_node_to_itself_passes_prerouting_filters() -> None:
     found = rules(before=['iifname "lo" drop'])
-    assert found.send(packet(**OWN, destination=NODE)).only == DROPPED
-    assert found.send(packet(**OWN)).only == ACCEPTED
+    assert found.send(packet(**FROM_NODE, destination=NODE)).only == DROPPED
+    assert found.send(packet(**FROM_NODE)).only == ACCEPTED
 
 
-def test_what_comes_from_no_interface_is_not_from_any_other() -> None:
+def test_negated_interface_matches_packets_without_an_input_interface() -> None:
     found = rules(output=['iifname != "veth*" drop'], forward=['iifname != "veth*" accept'])
-    assert found.send(packet(**OWN)).only == DROPPED
+    assert found.send(packet(**FROM_NODE)).only == DROPPED
 
 
 @pytest.mark.parametrize("state", ["ESTABLISHED", "RELATED", "INVALID"])
-def test_only_the_first_packet_of_a_connection_is_translated(state: str) -> None:
+def test_only_the_first_packet_of_a_connection_passes_nat(state: str) -> None:
     found = rules(prerouting=[DNAT], nat_output=[DNAT], postrouting=["masquerade"])
     assert found.send(packet(conntrack_state=state)).only == ACCEPTED
-    assert found.send(packet(**OWN, conntrack_state=state)).only == ACCEPTED
+    assert found.send(packet(**FROM_NODE, conntrack_state=state)).only == ACCEPTED
 
 
-def test_what_one_hook_ends_the_next_does_not_see() -> None:
+def test_dropped_packet_does_not_reach_the_next_hook() -> None:
     assert rules(forward=["drop"], postrouting=["masquerade"]).send(packet()).only == DROPPED

@@ -1,4 +1,4 @@
-"""From the bytes of a watch to events: where each ends, and which reader gets it."""
+"""Splitting the body of a watch into events, in JSON lines or protobuf frames."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kproxy.kube.client.response import TransportError
-from kproxy.kube.codec import streams as framing
+from kproxy.kube.codec import streams
 from kproxy.kube.codec.conversion import DecodedObject
 from kproxy.kube.codec.streams import FramingError, read_events, split_frames, split_lines
 from kproxy.kube.codec.watch_events import Deleted, Event, UndecodableObject
@@ -27,45 +27,42 @@ FRAMES = protobuf.frame_of_line(ADDED) + protobuf.frame_of_line(DELETED)
 
 @dataclass
 class Body:
-    """A watch with this type whose body comes in these pieces, maybe with an error after them."""
+    """The body of a watch response: its media type and its chunks, which may end with an error."""
 
     media_type: str
-    pieces: Iterable[bytes]
+    body: Iterable[bytes]
 
-    def lines(self) -> Iterator[bytes]:
-        return split_lines(self.pieces)
-
-    def frames(self) -> Iterator[bytes]:
-        return split_frames(self.pieces)
+    def chunks(self) -> Iterable[bytes]:
+        return self.body
 
 
-def read(media_type: str, *pieces: bytes) -> list[Event]:
-    return list(read_events(Service, Body(media_type, pieces)))
+def read(media_type: str, *chunks: bytes) -> list[Event]:
+    return list(read_events(Service, Body(media_type, chunks)))
 
 
 @given(st.lists(st.binary(max_size=300), max_size=6), st.integers(1, 50), st.binary(max_size=3))
-def test_frames_wherever_the_pieces_end(frames: list[bytes], size: int, rest: bytes) -> None:
+def test_frames_split_at_any_position(frames: list[bytes], size: int, rest: bytes) -> None:
     data = b"".join(protobuf.framed(frame) for frame in frames) + rest
-    pieces = [data[start : start + size] for start in range(0, len(data), size)]
-    assert list(split_frames(pieces)) == frames
+    chunks = [data[start : start + size] for start in range(0, len(data), size)]
+    assert list(split_frames(chunks)) == frames
 
 
 @given(st.lists(st.binary(max_size=300).filter(lambda line: b"\n" not in line), max_size=6), st.integers(1, 50))
-def test_lines_wherever_the_pieces_end(lines: list[bytes], size: int) -> None:
+def test_lines_split_at_any_position(lines: list[bytes], size: int) -> None:
     data = b"".join(line + b"\n" for line in lines) + b"cut off"
-    pieces = [data[start : start + size] for start in range(0, len(data), size)]
-    assert list(split_lines(pieces)) == lines
+    chunks = [data[start : start + size] for start in range(0, len(data), size)]
+    assert list(split_lines(chunks)) == lines
 
 
-def test_an_event_is_there_as_soon_as_it_is_complete() -> None:
-    def pieces() -> Iterator[bytes]:
+def test_event_is_delivered_as_soon_as_it_is_complete() -> None:
+    def chunks() -> Iterator[bytes]:
         yield FRAMES[:-1]
         raise TransportError("reset by peer")
 
-    events = read_events(Service, Body(protobuf.MEDIA_TYPE, pieces()))
-    assert isinstance(next(events), DecodedObject)
+    received = read_events(Service, Body(protobuf.MEDIA_TYPE, chunks()))
+    assert isinstance(next(received), DecodedObject)
     with pytest.raises(TransportError):
-        next(events)
+        next(received)
 
 
 @pytest.mark.parametrize("media_type", ["application/json", "", "text/plain"])
@@ -80,26 +77,26 @@ def test_frames_are_read_as_protobuf() -> None:
 
 
 @pytest.mark.parametrize("media_type", ["application/json", protobuf.MEDIA_TYPE])
-def test_what_is_longer_than_any_event_ends_them(monkeypatch: pytest.MonkeyPatch, media_type: str) -> None:
-    monkeypatch.setattr(framing, "MAX_EVENT_BYTES", 5000)
-    good = LINES if media_type == "application/json" else FRAMES
-    *before, last = read(media_type, good, b"\x7f" * 6000, good)
-    assert len(before) == 2
+def test_event_that_is_too_long_ends_the_stream(monkeypatch: pytest.MonkeyPatch, media_type: str) -> None:
+    monkeypatch.setattr(streams, "MAX_EVENT_BYTES", 5000)
+    valid = LINES if media_type == "application/json" else FRAMES
+    *events, last = read(media_type, valid, b"\x7f" * 6000, valid)
+    assert len(events) == 2
     assert isinstance(last, UndecodableObject)
     assert "exceeds the maximum of 5000 bytes" in last.text
     assert not last.name
 
 
-def test_a_line_without_end_is_not_kept_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(framing, "MAX_EVENT_BYTES", 5000)
-    taken = 0
+def test_endless_line_is_not_buffered_forever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "MAX_EVENT_BYTES", 5000)
+    chunks_read = 0
 
     def endless() -> Iterator[bytes]:
-        nonlocal taken
+        nonlocal chunks_read
         while True:
-            taken += 1
+            chunks_read += 1
             yield b"x" * 1000
 
     with pytest.raises(FramingError):
         list(split_lines(endless()))
-    assert taken == 6
+    assert chunks_read == 6

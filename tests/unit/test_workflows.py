@@ -25,7 +25,7 @@ MAKE = re.compile(r"(?<![\w-])make ((?:[a-z][a-z-]*(?: |$))+)", re.MULTILINE)
 
 
 def workflow(path: Path) -> Any:
-    # YAML 1.1 reads the key `on` as true; nothing here asks for it.
+    # YAML 1.1 parses the key `on` as true; no test reads it.
     return yaml.safe_load(path.read_text())
 
 
@@ -39,13 +39,13 @@ def steps(path: Path) -> list[dict[str, Any]]:
 
 
 def targets(path: Path) -> set[str]:
-    """Return the targets of make that the steps of a workflow run."""
+    """Return the make targets that the steps of a workflow run."""
     scripts = [step["run"] for step in steps(path) if "run" in step]
     return {target for script in scripts for found in MAKE.findall(script) for target in found.split()}
 
 
 def check(path: Path) -> subprocess.CompletedProcess[str]:
-    """Validate a workflow against the schema that check-jsonschema brings along; needs no network."""
+    """Validate a workflow against the schema included in check-jsonschema, without network access."""
     if find_spec("check_jsonschema") is None:
         pytest.skip("check-jsonschema is not installed")
     command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.github-workflows", str(path)]
@@ -97,30 +97,30 @@ def test_actions_are_pinned_to_a_release(path: Path) -> None:
 
 
 @EACH
-def test_a_newer_commit_cancels_older_runs(path: Path) -> None:
+def test_newer_commit_cancels_older_runs(path: Path) -> None:
     concurrency = workflow(path)["concurrency"]
     assert concurrency["cancel-in-progress"] is True
     assert "github.ref" in concurrency["group"]
 
 
 @EACH
-def test_every_job_has_a_timeout_runs_to_its_end_and_keeps_its_logs(path: Path) -> None:
+def test_every_job_has_a_timeout_and_uploads_logs_on_failure(path: Path) -> None:
     for job in jobs(path).values():
         assert 0 < job["timeout-minutes"] <= 60
         assert job["strategy"]["fail-fast"] is False
         last = job["steps"][-1]
         assert last["uses"].startswith("actions/upload-artifact@")
         assert last["if"] == "${{ failure() }}"
-        assert "matrix." in last["with"]["name"], "each job of a matrix needs a name of its own"
+        assert "matrix." in last["with"]["name"], "each job of a matrix needs its own artifact name"
 
 
 @EACH
-def test_output_goes_to_a_file_by_a_shell_with_pipefail(path: Path) -> None:
+def test_steps_run_in_bash_so_that_pipefail_is_set(path: Path) -> None:
     assert workflow(path)["defaults"]["run"]["shell"] == "bash"
     assert [step["name"] for step in steps(path) if "shell" in step] == []
 
 
-def test_targets_of_make_exist() -> None:
+def test_make_targets_exist() -> None:
     existing = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set().union(*map(targets, WORKFLOWS)) <= existing
 
@@ -149,4 +149,4 @@ def test_clusters_cover_every_proxy_mode_and_several_kubernetes_versions() -> No
     assert job["env"]["MODE"] == "${{ matrix.mode }}"
     assert job["env"]["NODE_IMAGE"] == "${{ matrix.kubernetes.image }}"
     overridable = set(re.findall(r"^([A-Z_]+) \?=", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert set(job["env"]) <= overridable, "the Makefile ignores the others"
+    assert set(job["env"]) <= overridable, "the Makefile ignores other variables"

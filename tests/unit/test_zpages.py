@@ -1,4 +1,4 @@
-"""`/statusz` and `/flagz`: text by default, the documented JSON for who asks for it, and nothing else."""
+"""`/statusz` and `/flagz`: text by default, the documented JSON on request, and 406 for any other media type."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ def pages(clock: Clock | None = None) -> dict[str, Handler]:
     }
 
 
-def ask(handler: Handler, accept: str | None) -> tuple[int, str, str]:
-    """Return status, content type and body."""
+def request(handler: Handler, accept: str | None) -> tuple[int, str, str]:
+    """Request a page; return status, content type and body."""
     headers = {} if accept is None else {"accept": accept}
     answer = handler(HttpRequest("GET", "/", headers, persistent=True))
     return answer.status, dict(answer.headers)["Content-Type"], answer.body.decode()
 
 
-def test_statusz_for_people() -> None:
+def test_statusz_as_text() -> None:
     clock = Clock(16.9)
     handler = pages(clock)["Statusz"]
-    status, kind, body = ask(handler, None)
+    status, kind, body = request(handler, None)
     assert (status, kind) == (200, "text/plain; charset=utf-8")
     empty, title, warning, blank, *lines = body.split("\n")
     assert (empty, title, blank) == ("", "kproxy statusz", "")
@@ -56,11 +56,11 @@ def test_statusz_for_people() -> None:
         "",
     ]
     clock.now = 100 * 3600 + 61
-    assert "Up: 100 hr 01 min 01 sec\n" in ask(handler, None)[2]
+    assert "Up: 100 hr 01 min 01 sec\n" in request(handler, None)[2]
 
 
-def test_flagz_for_people() -> None:
-    _, _, body = ask(pages()["Flagz"], None)
+def test_flagz_as_text() -> None:
+    _, _, body = request(pages()["Flagz"], None)
     empty, title, warning, blank, *lines = body.split("\n")
     assert (empty, title, blank) == ("", "kproxy flags", "")
     assert warning.startswith("Warning: ")
@@ -68,10 +68,10 @@ def test_flagz_for_people() -> None:
 
 
 @pytest.mark.parametrize("version", ["v1beta1", "v1alpha1"])
-def test_both_for_programs(version: str) -> None:
+def test_statusz_and_flagz_as_json(version: str) -> None:
     found = {}
     for kind, handler in pages().items():
-        status, media_type, body = ask(handler, f"application/json;v={version};g=config.k8s.io;as={kind}")
+        status, media_type, body = request(handler, f"application/json;v={version};g=config.k8s.io;as={kind}")
         assert (status, media_type) == (200, "application/json")
         found[kind] = json.loads(body)
     head = {"apiVersion": f"config.k8s.io/{version}", "metadata": {"name": "kproxy"}}
@@ -119,8 +119,8 @@ JSON = "application/json;v=v1beta1;g=config.k8s.io;as="
         ("some header", None),
     ],
 )
-def test_who_gets_what(kind: str, accept: str, expected: str | None) -> None:
-    status, media_type, body = ask(pages()[kind], accept.format(kind=kind))
+def test_content_negotiation(kind: str, accept: str, expected: str | None) -> None:
+    status, media_type, body = request(pages()[kind], accept.format(kind=kind))
     if expected is None:
         assert status == 406
         assert f"{JSON}{kind}" in body
@@ -128,7 +128,7 @@ def test_who_gets_what(kind: str, accept: str, expected: str | None) -> None:
         assert (status, media_type.partition(";")[0]) == (200, expected)
 
 
-def values(*arguments: str) -> dict[str, str]:
+def flagz_values(*arguments: str) -> dict[str, str]:
     """Return what `/flagz` shows for a command line."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     add_flags(parser)
@@ -138,7 +138,7 @@ def values(*arguments: str) -> dict[str, str]:
 
 
 def test_every_flag_has_a_value() -> None:
-    found = values()
+    found = flagz_values()
     names = {flag.name for flag in (*CONFIG_FLAGS, *PORT_FLAGS)}
     assert found.keys() == names | {"config", "master", "objects", "write-config-to", "cleanup", "init-only"}
     assert list(found) == sorted(found)
@@ -161,8 +161,8 @@ def test_every_flag_has_a_value() -> None:
     assert {name: found[name] for name in expected} == expected
 
 
-def test_given_flags_have_their_values() -> None:
-    found = values(
+def test_explicit_flags_have_their_values() -> None:
+    found = flagz_values(
         *("--proxy-mode=nftables", "--hostname-override=Node-1", "--nodeport-addresses=10.0.0.0/8,fd00::/8", "-v=4"),
         *("--iptables-sync-period=90s", "--feature-gates=B=true,A=false", "--vmodule=x=1", "--masquerade-all"),
         *("--healthz-port=10000", "--master=https://10.0.0.1:6443", "--machine-id-file=/etc/machine-id"),

@@ -1,1 +1,1 @@
-"""HTTP access to the API server: credentials, connections, responses."""
+"""HTTP access to the API server: credentials, connections and responses."""

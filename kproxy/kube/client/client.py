@@ -1,9 +1,10 @@
-"""HTTP to the API server, by the plainest way to it that there is.
+"""The HTTP client of the API server: requests, reloading of credentials, and their refresh.
 
-The API classes of the `kubernetes` package are never touched: they cost many times the time and memory of reading the
-bytes ourselves. It is imported only where credentials need it, and urllib3 when a client is made.
+It sends requests with urllib3 and returns the raw bytes. The API classes of the `kubernetes` package are not used: they
+take many times the CPU time and memory. That package is imported only for credentials that need it, and urllib3 only
+when a client is created.
 """
-# ruff: noqa: PLC0415 - kubernetes and urllib3 cost megabytes, and only those who have a client need them
+# ruff: noqa: PLC0415 - urllib3 takes megabytes of memory; only processes with a client load it
 
 from __future__ import annotations
 
@@ -20,33 +21,39 @@ from kproxy.kube.client.plugin_access import PluginAccess
 from kproxy.kube.client.response import ApiResponse, TransportErrors
 
 CONNECT_TIMEOUT = 10.0
-"""Seconds for TCP and TLS to come up."""
+"""Seconds to wait for the TCP connection and the TLS handshake."""
 ROTATION_PERIOD = 60.0
-"""Seconds after which credentials are read again that others replace: the kubelet does so before a token expires."""
+"""Seconds between reloads of credentials from files. The kubelet replaces a Pod's token well before it expires."""
 _JSON = "application/json"
 log = logging.getLogger(__name__)
 
 
 class ApiClient:
-    """A client of one API server, for any number of threads."""
+    """A client of one API server. Thread-safe.
+
+    One thread at a time reloads or refreshes the credentials, which may run a program for any length of time. Other
+    threads wait for it only if their own credentials have expired or been rejected.
+    """
 
     def __init__(self, kubeconfig: str | None, server: str | None) -> None:
-        self.answered: Callable[[str, str, str, float], None] = lambda *_: None
-        """Told of each request: method, the server's `host:port`, status (`<error>` without one), seconds it took.
+        self.observe_request: Callable[[str, str, str, float], None] = lambda *_: None
+        """Called after each request with its method, the server's `host:port`, the HTTP status and the seconds it took.
 
-        Not told of those that ask in vain for something optional: nobody has to do anything about them.
+        The status is `<error>` if there was no response. Not called for responses whose status `absences` lists: they
+        need no attention.
         """
         self._kubeconfig, self._server = kubeconfig, server
-        self._lock = threading.Lock()
-        self._generation = 0
+        self._updating = threading.Lock()
+        self._updates = 0
+        self._update_error: ClientError | None = None
         self._use(_load_access(kubeconfig, server, None))
 
     @classmethod
     def from_config(cls, kubeconfig: str | None = None, server: str | None = None) -> ApiClient:
-        """Return a client for a kubeconfig file, or for the Pod's service account if there is none.
+        """Return a client for a kubeconfig file, or for the Pod's service account without one.
 
-        `server` is a URL that overrides the kubeconfig's; without a kubeconfig it is used without
-        credentials. Raises `ClientError`.
+        `server` is a URL that overrides the kubeconfig's. Without a kubeconfig, it is accessed without credentials.
+        Raises `ClientError`.
         """
         return cls(kubeconfig, server)
 
@@ -59,43 +66,35 @@ class ApiClient:
         *,
         absences: Collection[int] = (),
     ) -> ApiResponse:
-        """Send a GET and return as soon as the headers are there; `timeout` is seconds without any byte.
+        """Send a GET request and return once the response headers have arrived.
 
-        `accept` has the media types to choose from, best first. Lists may come compressed, watches not: gzip would
-        hold events back. `absences` are statuses by which the server says that it does not have something optional.
-        Raises `TransportError`, or `ClientError` if credentials that have to be read anew cannot be.
+        `timeout` is the longest silence in seconds, not the duration of the whole response. `accept` lists media types,
+        the preferred one first. Lists may be compressed, but watches are not: gzip would delay events. `absences` are
+        the statuses that mean the server does not offer an optional resource.
+
+        Raises `TransportError`, or `ClientError` if the credentials have expired and cannot be refreshed.
         """
         encoding = "identity" if "watch" in params else "gzip"
         url = f"{path}?{urlencode(params)}" if params else path
         headers = {"Accept": accept, "Accept-Encoding": encoding}
-        return self._send("GET", url, timeout, headers, None, uncounted=absences)
+        return self._send("GET", url, timeout, headers, None, absences=absences)
 
     def post(self, path: str, body: bytes, timeout: float) -> ApiResponse:
-        """Send a JSON object; otherwise like `get`."""
+        """Send a JSON object in a POST request; otherwise like `get`."""
         return self._send("POST", path, timeout, {"Accept": _JSON, "Content-Type": _JSON}, body)
 
-    def renew(self, seen: ApiResponse | None) -> None:
-        """Read the configuration anew because the server did not accept the credentials of `seen`.
+    def renew(self, rejected: ApiResponse | None) -> None:
+        """Reload the credentials because the server rejected those of the response `rejected` (status 401).
 
-        Does nothing if that has been done since. Raises `ClientError`; what was loaded stays in use then.
+        Does nothing if other credentials have replaced them since. None reloads in any case. Raises `ClientError`; the
+        current credentials then stay in use.
         """
-        with self._lock:
-            if seen is None or seen.generation == self._generation:
-                self._load()
+        if self._is_current(rejected):
+            self._update(lambda: self._load() if self._is_current(rejected) else None, wait=True)
 
     def close(self) -> None:
-        """Close the idle connections. Open answers are closed by those who read them."""
-        with self._lock:
-            self._access.pool.clear()
-
-    def _load(self) -> None:
-        self._use(_load_access(self._kubeconfig, self._server, self._access))
-
-    def _use(self, access: ClusterAccess) -> None:
-        self._access = access
-        self._base = access.server.rstrip("/")
-        self._loaded = time.monotonic()
-        self._generation += 1
+        """Close the idle connections. Open responses stay open until their readers release them."""
+        self._access.pool.clear()
 
     def _send(
         self,
@@ -105,47 +104,94 @@ class ApiClient:
         headers: dict[str, str],
         body: bytes | None,
         *,
-        uncounted: Collection[int] = (),
+        absences: Collection[int] = (),
     ) -> ApiResponse:
         from urllib3 import Timeout
 
-        with self._lock:
-            self._read_rotated_again()
-            pool, base, generation = self._access.pool, self._base, self._generation
-            headers |= self._access.authentication()
+        self._update_credentials()
+        access = self._access
+        credentials = access.auth_headers
+        headers |= credentials
         headers["User-Agent"] = f"kproxy/{__version__}"
-        code, began = "<error>", time.monotonic()
+        status, start = "<error>", time.monotonic()
         try:
             with TransportErrors():
-                raw = pool.request(
+                raw = access.pool.request(
                     method,
-                    base + url,
+                    access.server.rstrip("/") + url,
                     body=body,
                     headers=headers,
                     timeout=Timeout(connect=CONNECT_TIMEOUT, read=timeout),
                     preload_content=False,
                     retries=False,
                 )
-                code = str(raw.status)
-                return ApiResponse(raw, generation)
+                status = str(raw.status)
+                return ApiResponse(raw, credentials)
         finally:
-            if code not in map(str, uncounted):
-                self.answered(method, urlsplit(base).netloc, code, time.monotonic() - began)
+            if status not in map(str, absences):
+                self.observe_request(method, urlsplit(access.server).netloc, status, time.monotonic() - start)
 
-    def _read_rotated_again(self) -> None:
-        if self._access.rotates and time.monotonic() - self._loaded >= ROTATION_PERIOD:
+    def _is_current(self, response: ApiResponse | None) -> bool:
+        return response is None or response.credentials is self._access.auth_headers
+
+    def _update_credentials(self) -> None:
+        """Reload files that rotate, and refresh a token that is about to expire. Waits only if it has expired."""
+        access = self._access
+        if access.refresh_due:
+            self._update(self._refresh_if_due, wait=access.expired)
+        elif self._reload_due():
             try:
-                self._load()
+                self._update(self._reload_if_due, wait=False)
             except ClientError as error:
-                self._loaded = time.monotonic()
-                log.warning("keeping the credentials in use: %s", error)
+                log.warning("cannot reload the credentials, keeping the current ones: %s", error)
+
+    def _refresh_if_due(self) -> None:
+        if self._access.refresh_due:
+            self._access.refresh()
+
+    def _reload_due(self) -> bool:
+        return self._access.rotates and time.monotonic() - self._loaded >= ROTATION_PERIOD
+
+    def _reload_if_due(self) -> None:
+        if self._reload_due():
+            self._load()
+
+    def _update(self, action: Callable[[], None], *, wait: bool) -> None:
+        """Change the credentials by `action`, unless another thread completes a change meanwhile.
+
+        While another thread is changing them, either `wait` and share its outcome, or return at once. Raises
+        `ClientError`.
+        """
+        updates = self._updates
+        if not self._updating.acquire(blocking=wait):
+            return
+        try:
+            if self._updates == updates:
+                self._update_error = None
+                try:
+                    action()
+                except ClientError as error:
+                    self._update_error = error
+                self._updates += 1
+            if self._update_error is not None:
+                raise ClientError(str(self._update_error))
+        finally:
+            self._updating.release()
+
+    def _load(self) -> None:
+        self._loaded = time.monotonic()  # after a failure too: the next attempt is due one period later
+        self._use(_load_access(self._kubeconfig, self._server, self._access))
+
+    def _use(self, access: ClusterAccess) -> None:
+        self._access = access
+        self._loaded = time.monotonic()
 
 
-def _load_access(kubeconfig: str | None, server: str | None, before: ClusterAccess | None) -> ClusterAccess:
+def _load_access(kubeconfig: str | None, server: str | None, previous: ClusterAccess | None) -> ClusterAccess:
     if server:
         check_server(server, None)
-    first = before is None
-    plain = find_static_config(kubeconfig, server, os.environ, first=first)
-    access: ClusterAccess = StaticAccess(plain, before) if plain else PluginAccess(kubeconfig, server, first=first)
+    first = previous is None
+    config = find_static_config(kubeconfig, server, os.environ, first=first)
+    access: ClusterAccess = StaticAccess(config, previous) if config else PluginAccess(kubeconfig, server, first=first)
     check_server(access.server, kubeconfig)
     return access

@@ -1,5 +1,5 @@
-"""Access to the API server with static credentials: address, connections and authentication headers."""
-# ruff: noqa: PLC0415 - only those who have a client need urllib3, and a kubeconfig PyYAML
+"""Access to the API server with static credentials: address, TLS settings, connections and authentication headers."""
+# ruff: noqa: PLC0415 - urllib3 and PyYAML take megabytes of memory; only processes that need them load them
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import base64
 import binascii
 import logging
 import os
+import pwd
 import socket
 import ssl
 from collections.abc import Mapping
@@ -25,111 +26,21 @@ KEEPALIVE = [
     (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
 ]
-"""Socket options by which a peer that vanished is found within a minute."""
+"""Socket options that detect a dead peer within a minute."""
 CONNECTIONS = 8
-"""How many idle connections are kept.
+"""Maximum number of idle connections to keep.
 
-More than threads use the client, one for each kind of object and one for events: urllib3 warns of those that find no
-place.
+It exceeds the number of threads that share a client (one for each kind of object, and one for events), because urllib3
+logs a warning when it has to discard a connection.
 """
 IN_CLUSTER = "in-cluster service account"
+"""The name of the Pod's service account in messages, where other credentials have the path of a kubeconfig."""
+SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+"""The directory where the kubelet mounts a Pod's token and the API server's certificate authority."""
 _IMPERSONATION = ("as", "as-groups", "as-uid", "as-user-extra")
 _AUTHORITY = ("certificate-authority", "certificate-authority-data")
-log = logging.getLogger(__name__)
-
-
-class ClientError(Exception):
-    """The configuration or the credentials cannot be used; the message is one line: which file, what, why."""
-
-
-class ClusterAccess(Protocol):
-    """A way to the API server."""
-
-    @property
-    def server(self) -> str:
-        """The server's URL."""
-
-    @property
-    def rotates(self) -> bool:
-        """Whether it is from files that others replace in time, so that it has to be loaded anew now and then."""
-
-    @property
-    def pool(self) -> Any:
-        """The connections, a `urllib3.PoolManager`."""
-
-    def authentication(self) -> dict[str, str]:
-        """Return the headers by which the server knows us. Raises `ClientError` if they cannot be had."""
-
-
-def check_server(server: str, source: str | None) -> None:
-    """Raise `ClientError`, naming the file it is from if there is one, unless `server` is a URL to talk HTTP to."""
-    where = f"{source}: server" if source else "server"
-    try:
-        parts = urlsplit(server)
-        valid = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        valid = False
-    if not valid:
-        raise ClientError(f"{where} {server!r} is no URL like https://10.0.0.1:6443")
-
-
-def check_entries(cluster: Mapping[str, Any], user: Mapping[str, Any], source: str) -> None:
-    """Raise `ClientError` if a kubeconfig's `cluster` or `user` asks for what must not be passed over in silence.
-
-    Who did so with impersonation would act as the more powerful user; with a certificate authority that is not to be
-    asked, nobody can know which of both was meant, and kubectl refuses that too. `source` is the file.
-    """
-    if asked := [name for name in _IMPERSONATION if user.get(name)]:
-        raise ClientError(f"{source}: user: {', '.join(asked)}: impersonation is not supported")
-    authority = next((name for name in _AUTHORITY if cluster.get(name)), "")
-    if authority and cluster.get("insecure-skip-tls-verify"):
-        raise ClientError(f"{source}: cluster: {authority} and insecure-skip-tls-verify exclude each other")
-
-
-def read_token(user: Mapping[str, Any], folder: Path, source: str, *, first: bool) -> str:
-    """Return the token of a kubeconfig's `user`, "" if it has none.
-
-    A `tokenFile`, which counts from `folder`, comes before a `token`. Where it is of no use, the token stands in, but
-    only when it is the `first` time: afterwards what the file held before is better. Raises `ClientError`.
-    """
-    token, name = str(user.get("token") or ""), user.get("tokenFile")
-    if name:
-        path = folder / name
-        try:
-            return usable_token(read_file(source, path), f"{source}: {path}")
-        except ClientError as error:
-            if not (first and token):
-                raise
-            log.warning("%s; using the token of the kubeconfig instead", error)
-    return usable_token(token, f"{source}: token") if token else ""
-
-
-def usable_token(token: str | bytes, where: str) -> str:
-    """Return a token without the white space around it.
-
-    Raises `ClientError`, which begins with `where` and never quotes the token, if none is left, or one that no header
-    can carry: other than visible ASCII (RFC 9110, section 5.5).
-    """
-    text = (token if isinstance(token, str) else token.decode(errors="replace")).strip()
-    if not text:
-        raise ClientError(f"{where}: the token is empty")
-    if not all("!" <= character <= "~" for character in text):
-        raise ClientError(f"{where}: the token is not a single word of visible ASCII characters")
-    return text
-
-
-def read_file(source: str, path: Path) -> bytes:
-    """Return what a file holds. Raises `ClientError`, which begins with `source`, if it cannot be read."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ClientError(f"{source}: {path}: {error.strerror}") from None
-
-
-SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
-"""Where the kubelet mounts a Pod's token and the certificate authority of the API server."""
-_FILES = {"tokenFile", "certificate-authority", "client-certificate", "client-key"}
-_CLUSTER = {
+_FILE_FIELDS = {"tokenFile", "certificate-authority", "client-certificate", "client-key"}
+_STATIC_CLUSTER_FIELDS = {
     "server",
     "certificate-authority",
     "certificate-authority-data",
@@ -137,7 +48,7 @@ _CLUSTER = {
     "tls-server-name",
     "extensions",
 }
-_USER = {
+_STATIC_USER_FIELDS = {
     "token",
     "tokenFile",
     "client-certificate",
@@ -146,20 +57,63 @@ _USER = {
     "client-key-data",
     "extensions",
 }
+log = logging.getLogger(__name__)
+
+
+class ClientError(Exception):
+    """The client configuration or the credentials are not usable.
+
+    The message is one line that names the file, the field and the problem.
+    """
+
+
+class ClusterAccess(Protocol):
+    """How to reach one API server and authenticate to it."""
+
+    @property
+    def server(self) -> str:
+        """The server's URL."""
+
+    @property
+    def rotates(self) -> bool:
+        """Whether it was loaded from files that are replaced from time to time, and must be reloaded regularly."""
+
+    @property
+    def pool(self) -> Any:
+        """The connections, a `urllib3.PoolManager`."""
+
+    @property
+    def auth_headers(self) -> Mapping[str, str]:
+        """The request headers that authenticate the client. Each `refresh` replaces the mapping, never its content."""
+
+    @property
+    def refresh_due(self) -> bool:
+        """Whether `refresh` should run before the next request, because the token has expired or is about to."""
+
+    @property
+    def expired(self) -> bool:
+        """Whether the token has expired."""
+
+    def refresh(self) -> None:
+        """Get a new token. May run a program or send requests, for any length of time. Raises `ClientError`.
+
+        Only one thread may call this at a time. The properties may be read meanwhile.
+        """
 
 
 class PemData(Struct, frozen=True):
-    """Certificates or a key: the text, and the file or field that it is from."""
+    """PEM text of certificates or of a key, and the file or field that it comes from."""
 
     content: bytes
     source: str
 
 
 class StaticConfig(Struct, frozen=True):
-    """All that a plain way to the server consists of; two that are equal need but one pool of connections.
+    """The address of an API server, the TLS settings, and static credentials.
 
-    Without an `authority` the system's count; `insecure` checks none at all. `server_name` stands in the server's
-    certificate instead of its host. `rotates`: see `ClusterAccess`.
+    `source` names the kubeconfig in messages. Without `authority`, the system's certificate authorities are trusted;
+    with `insecure`, the server's certificate is not verified. `server_name` is the name expected in that certificate,
+    by default the server's host. `rotates`: see `ClusterAccess`.
     """
 
     source: str
@@ -174,42 +128,128 @@ class StaticConfig(Struct, frozen=True):
 
 
 class StaticAccess:
-    """A way to the server (`kproxy.kube.client.cluster_access.ClusterAccess`) by plain credentials."""
+    """A `ClusterAccess` with static credentials."""
 
-    def __init__(self, plain: StaticConfig, before: object = None) -> None:
-        """`before` is the access in use so far: its connections stay if only the token is another.
+    refresh_due = False
+    expired = False
 
-        Raises `ClientError` if certificates cannot be used.
+    def __init__(self, config: StaticConfig, previous: ClusterAccess | None = None) -> None:
+        """Reuse the connections of `previous`, the access used so far, if nothing but the token has changed.
+
+        Raises `ClientError` if a certificate or key is not usable.
         """
-        self._plain = plain
-        self.server = plain.server
-        self.rotates = plain.rotates
+        self._config = config
+        self.server = config.server
+        self.rotates = config.rotates
+        self.auth_headers = {"Authorization": f"Bearer {config.token}"} if config.token else {}
         self.pool: Any
-        if isinstance(before, StaticAccess) and _without_token(before._plain) == _without_token(plain):
-            self.pool = before.pool
+        if isinstance(previous, StaticAccess) and _connection_settings(previous._config) == _connection_settings(
+            config
+        ):
+            self.pool = previous.pool
         else:
-            self.pool = _make_pool(plain)
+            self.pool = _make_pool(config)
 
-    def authentication(self) -> dict[str, str]:
-        """Return the header with the token, if there is one."""
-        return {"Authorization": f"Bearer {self._plain.token}"} if self._plain.token else {}
+    def refresh(self) -> None:
+        """Do nothing: static credentials change only when they are reloaded."""
 
 
 def find_static_config(
     kubeconfig: str | None, server: str | None, environment: Mapping[str, str], *, first: bool = True
 ) -> StaticConfig | None:
-    """Return the plain way to the server, None if it is not plain or anything is missing or malformed.
+    """Return how to reach the API server, or None if that takes more than static credentials.
 
-    `kubeconfig` None stands for the Pod's service account, or with a `server` for no credentials at all. A `server`
-    replaces the URL of a kubeconfig. A server behind a proxy, that of `environment` too, is not plain. `first`: see
-    `read_token`.
-    Raises `ClientError` if a file that is named cannot be read, a token cannot be used, or `check_entries` says no.
+    Without a `kubeconfig`, that is the Pod's service account, or no credentials if there is a `server`. A `server`
+    overrides the kubeconfig's URL. The result is None for a kubeconfig that is malformed or has a field not handled
+    here (such as `exec`), and for a server behind a proxy, including one that `environment` sets. `environment` stands
+    for the environment variables; those of the process are not read. `first`: see `read_token`.
+
+    Raises `ClientError` if a referenced file cannot be read, the token is not usable, or `check_entries` rejects the
+    kubeconfig.
     """
     if kubeconfig is not None:
-        found = _from_kubeconfig(kubeconfig, server, first)
+        config = _from_kubeconfig(kubeconfig, server, environment, first)
     else:
-        found = StaticConfig("server", server) if server else _from_service_account(environment)
-    return None if found is None or http_proxy_for(found.server, environment) else found
+        config = StaticConfig("server", server) if server else _from_service_account(environment)
+    return None if config is None or http_proxy_for(config.server, environment) else config
+
+
+def check_server(server: str, source: str | None) -> None:
+    """Raise `ClientError` unless `server` is an HTTP URL. `source` is the file it was read from, if any."""
+    subject = f"{source}: server" if source else "server"
+    try:
+        parts = urlsplit(server)
+        valid = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        valid = False
+    if not valid:
+        raise ClientError(f"{subject}: must be a URL such as https://10.0.0.1:6443, not {server!r}")
+
+
+def check_entries(cluster: Mapping[str, Any], user: Mapping[str, Any], source: str) -> None:
+    """Raise `ClientError` for kubeconfig settings that must not be ignored. `source` is the file.
+
+    Ignoring impersonation would grant the permissions of the more powerful user. A certificate authority together with
+    `insecure-skip-tls-verify` is ambiguous; kubectl rejects it too.
+    """
+    if used := [name for name in _IMPERSONATION if user.get(name)]:
+        raise ClientError(f"{source}: user: {', '.join(used)}: impersonation is not supported")
+    authority = next((name for name in _AUTHORITY if cluster.get(name)), "")
+    if authority and cluster.get("insecure-skip-tls-verify"):
+        raise ClientError(f"{source}: cluster: {authority} and insecure-skip-tls-verify are mutually exclusive")
+
+
+def read_token(user: Mapping[str, Any], folder: Path, source: str, *, first: bool) -> str:
+    """Return the token of a kubeconfig's `user`, or "" if it has none.
+
+    `tokenFile`, which is relative to `folder`, takes precedence over `token`. If the file is not usable, fall back to
+    `token`, but only on the `first` load: on a reload, the file's previous token is the better choice.
+    Raises `ClientError`, whose message begins with `source`.
+    """
+    token, name = str(user.get("token") or ""), user.get("tokenFile")
+    if name:
+        path = folder / name
+        try:
+            return usable_token(read_file(source, path), f"{source}: {path}")
+        except ClientError as error:
+            if not (first and token):
+                raise
+            log.warning("%s; using the kubeconfig's token instead", error)
+    return usable_token(token, f"{source}: token") if token else ""
+
+
+def usable_token(token: str | bytes, source: str) -> str:
+    """Return a token without leading and trailing white space.
+
+    Raises `ClientError` if the token is empty or contains anything but visible ASCII, which an HTTP header cannot carry
+    (RFC 9110, section 5.5). The message begins with `source` and does not quote the token.
+    """
+    text = (token if isinstance(token, str) else token.decode(errors="replace")).strip()
+    if not text:
+        raise ClientError(f"{source}: the token is empty")
+    if not all("!" <= character <= "~" for character in text):
+        raise ClientError(f"{source}: the token contains characters other than visible ASCII")
+    return text
+
+
+def read_file(source: str, path: Path) -> bytes:
+    """Return the content of a file. Raises `ClientError`, whose message begins with `source`."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ClientError(f"{source}: {path}: {error.strerror}") from None
+
+
+def expand_home(path: str, environment: Mapping[str, str]) -> Path:
+    """Expand a leading `~` to `HOME`, or without that to the process user's home, and `~USER` to that user's home."""
+    if path != "~" and not path.startswith("~/"):
+        return Path(os.path.expanduser(path))  # for `~USER`, this reads the user database only
+    if "HOME" in environment:
+        return Path(environment["HOME"], path[2:])
+    try:
+        return Path(pwd.getpwuid(os.getuid()).pw_dir, path[2:])
+    except KeyError:
+        return Path(path)
 
 
 def _from_service_account(environment: Mapping[str, str]) -> StaticConfig:
@@ -226,113 +266,119 @@ def _from_service_account(environment: Mapping[str, str]) -> StaticConfig:
     )
 
 
-def _from_kubeconfig(path: str, server: str | None, first: bool) -> StaticConfig | None:
+def _from_kubeconfig(path: str, server: str | None, environment: Mapping[str, str], first: bool) -> StaticConfig | None:
     import yaml
 
+    file = expand_home(path, environment)
     try:
-        content = yaml.safe_load(Path(path).expanduser().read_bytes())
+        content = yaml.safe_load(file.read_bytes())
         context = _named(content["contexts"], content["current-context"], "context")
         cluster = _named(content["clusters"], context["cluster"], "cluster")
         user = _named(content["users"], context["user"], "user") if context.get("user") else {}
     except (OSError, yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError):
         return None
-    if not _is_plain(cluster, _CLUSTER) or not _is_plain(user, _USER) or not (server or cluster.get("server")):
+    if not _is_static(cluster, _STATIC_CLUSTER_FIELDS) or not _is_static(user, _STATIC_USER_FIELDS):
+        return None
+    if not (server or cluster.get("server")):
         return None
     check_entries(cluster, user, path)
-    reader = _KubeconfigReader(path)
+    reader = _PemReader(path, file.parent)
     return StaticConfig(
         path,
         server or cluster["server"],
-        read_token(user, reader.folder, path, first=first),
-        rotates=any(user.get(name) or cluster.get(name) for name in _FILES),
-        authority=reader.pem(cluster, "certificate-authority"),
-        certificate=reader.pem(user, "client-certificate"),
-        key=reader.pem(user, "client-key"),
+        read_token(user, file.parent, path, first=first),
+        rotates=any(user.get(name) or cluster.get(name) for name in _FILE_FIELDS),
+        authority=reader.read(cluster, "certificate-authority"),
+        certificate=reader.read(user, "client-certificate"),
+        key=reader.read(user, "client-key"),
         insecure=cluster.get("insecure-skip-tls-verify") is True,
         server_name=cluster.get("tls-server-name") or "",
     )
 
 
 def _named(entries: Any, name: str, kind: str) -> Any:
-    (found,) = (entry[kind] or {} for entry in entries if entry["name"] == name)
-    return found
+    (match,) = (entry[kind] or {} for entry in entries if entry["name"] == name)
+    return match
 
 
-def _is_plain(fields: Any, known: set[str]) -> bool:
+def _is_static(fields: Any, known: set[str]) -> bool:
     if not isinstance(fields, dict) or not fields.keys() <= known:
         return False
-    kinds = {"insecure-skip-tls-verify": bool, "extensions": object}
-    return all(isinstance(value, kinds.get(name, str)) for name, value in fields.items())
+    types = {"insecure-skip-tls-verify": bool, "extensions": object}
+    return all(isinstance(value, types.get(name, str)) for name, value in fields.items())
 
 
-class _KubeconfigReader:
-    """Reads what a kubeconfig names; its paths count from the folder that it is in."""
+class _PemReader:
+    """Reads the certificates and keys of a kubeconfig. Their paths are relative to `folder`, where it is."""
 
-    def __init__(self, kubeconfig: str) -> None:
+    def __init__(self, kubeconfig: str, folder: Path) -> None:
         self._kubeconfig = kubeconfig
-        self.folder = Path(kubeconfig).expanduser().parent
+        self._folder = folder
 
-    def pem(self, fields: Mapping[str, Any], name: str) -> PemData | None:
-        """Return what a field holds in base64 (`NAME-data`, which comes first) or names a file of, None if neither."""
+    def read(self, fields: Mapping[str, Any], name: str) -> PemData | None:
+        """Return the base64 data of field `NAME-data` or else the content of the file `NAME`; None without either."""
         if encoded := fields.get(f"{name}-data"):
             try:
                 return PemData(base64.b64decode("".join(encoded.split()), validate=True), f"{name}-data")
             except (binascii.Error, ValueError) as error:
-                raise ClientError(f"{self._kubeconfig}: {name}-data is no base64: {error}") from None
+                raise ClientError(f"{self._kubeconfig}: {name}-data: not valid base64: {error}") from None
         if not fields.get(name):
             return None
-        path = self.folder / fields[name]
+        path = self._folder / fields[name]
         return PemData(read_file(self._kubeconfig, path), str(path))
 
 
-def _without_token(plain: StaticConfig) -> tuple[object, ...]:
-    return (plain.server, plain.authority, plain.certificate, plain.key, plain.insecure, plain.server_name)
+def _connection_settings(config: StaticConfig) -> tuple[object, ...]:
+    return (config.server, config.authority, config.certificate, config.key, config.insecure, config.server_name)
 
 
-def _make_pool(plain: StaticConfig) -> Any:
+def _make_pool(config: StaticConfig) -> Any:
     import urllib3
 
-    if plain.insecure:  # asked for in so many words: no warning per request
+    if config.insecure:  # the user chose this; a warning for each request would be noise
         urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
-    name: dict[str, Any] = {"server_hostname": plain.server_name} if plain.server_name else {}
-    return urllib3.PoolManager(ssl_context=_tls(plain), maxsize=CONNECTIONS, socket_options=KEEPALIVE, **name)
+    name: dict[str, Any] = {"server_hostname": config.server_name} if config.server_name else {}
+    return urllib3.PoolManager(ssl_context=_tls_context(config), maxsize=CONNECTIONS, socket_options=KEEPALIVE, **name)
 
 
-def _tls(plain: StaticConfig) -> ssl.SSLContext:
+def _tls_context(config: StaticConfig) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # an intermediate authority alone will do, as for Go and curl
-    if plain.insecure:
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # trust an intermediate authority alone, as Go and curl do
+    if config.insecure:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
-    elif plain.authority is None:
+    elif config.authority is None:
         context.load_default_certs()
-    if plain.authority is not None:
+    if config.authority is not None:
         try:
-            context.load_verify_locations(cadata=plain.authority.content.decode("ascii", errors="ignore"))
+            context.load_verify_locations(cadata=config.authority.content.decode("ascii", errors="ignore"))
         except (ssl.SSLError, ValueError) as error:
             raise ClientError(
-                f"{plain.source}: certificate authority {plain.authority.source}: {_reason(error)}"
+                f"{config.source}: certificate authority {config.authority.source}: {_reason(error)}"
             ) from None
-    if plain.certificate is not None:
-        key = plain.key or plain.certificate  # one file may hold both
+    if config.certificate is not None:
+        key = config.key or config.certificate  # one file may contain both
         try:
-            _load_pair(context, plain.certificate.content, key.content)
+            _load_key_pair(context, config.certificate.content, key.content)
         except (OSError, ValueError) as error:
             raise ClientError(
-                f"{plain.source}: client certificate {plain.certificate.source}, key {key.source}: {_reason(error)}"
+                f"{config.source}: client certificate {config.certificate.source}, key {key.source}: {_reason(error)}"
             ) from None
     return context
 
 
-def _load_pair(context: ssl.SSLContext, certificate: bytes, key: bytes) -> None:
-    """Load a client's certificate and key, which Python takes from files only: of memory, on no disk."""
+def _load_key_pair(context: ssl.SSLContext, certificate: bytes, key: bytes) -> None:
+    """Load a client certificate and its key.
+
+    Python reads these from files only. Anonymous files in memory keep the key off the disk.
+    """
     files = [os.memfd_create("kproxy-credentials"), os.memfd_create("kproxy-credentials")]
     try:
         for file, content in zip(files, (certificate, key), strict=True):
             os.write(file, content)
-        first, second = (f"/proc/self/fd/{file}" for file in files)
-        # A password callback, so that an encrypted key is an error and no question on the terminal.
-        context.load_cert_chain(first, second, lambda: "")
+        certificate_path, key_path = (f"/proc/self/fd/{file}" for file in files)
+        # With a password callback, an encrypted key is an error instead of a prompt on the terminal.
+        context.load_cert_chain(certificate_path, key_path, lambda: "")
     finally:
         for file in files:
             os.close(file)

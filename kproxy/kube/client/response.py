@@ -1,5 +1,5 @@
-"""One answer of the API server over HTTP, and what can go wrong while it is read."""
-# ruff: noqa: PLC0415 - urllib3 costs megabytes, and only those who have a client need it
+"""HTTP responses from the API server, read whole or as a stream, and the errors that reading them raises."""
+# ruff: noqa: PLC0415 - urllib3 takes megabytes of memory; only processes with a client load it
 
 from __future__ import annotations
 
@@ -7,30 +7,34 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
-from kproxy.kube.codec.streams import split_frames, split_lines
-
-_CHUNK = 1 << 16
+_CHUNK_SIZE = 1 << 16
 
 
 class TransportError(Exception):
-    """No connection, or it broke; the message is one line."""
+    """The connection could not be opened, or it broke. The message is one line."""
 
 
 class SilenceError(TransportError):
-    """Nothing arrived for the timeout of the request."""
+    """The server sent nothing for as long as the request's timeout."""
 
 
 class ApiResponse:
-    """One HTTP answer: `status`, `headers`, and the body by `read`, `lines` or `frames`.
+    """One HTTP response.
 
-    `generation` counts the credentials that the client had loaded when it sent the request.
+    `status` and `headers` are available at once. Read the body either whole with `read`, or as it arrives with
+    `chunks`. `credentials` are the authentication headers of the request; see `ApiClient.renew`.
     """
 
-    def __init__(self, raw: Any, generation: int) -> None:
+    def __init__(self, raw: Any, credentials: Mapping[str, str]) -> None:
         self.status = int(raw.status)
         self.headers: Mapping[str, str] = raw.headers
-        self.generation = generation
+        self.credentials = credentials
         self._raw = raw
+
+    @property
+    def media_type(self) -> str:
+        """Return the media type of the body in lower case and without parameters, or "" if the server sent none."""
+        return self.headers.get("Content-Type", "").partition(";")[0].strip().lower()
 
     def read(self) -> bytes:
         """Return the whole body, decompressed. Raises `TransportError`."""
@@ -38,40 +42,28 @@ class ApiResponse:
             body: bytes = self._raw.read(decode_content=True)
             return body
 
-    @property
-    def media_type(self) -> str:
-        """Return the type of the body in lower case, without parameters, "" if it is not said."""
-        return self.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+    def chunks(self) -> Iterator[bytes]:
+        """Yield the body, decompressed, in pieces as they arrive.
 
-    def lines(self) -> Iterator[bytes]:
-        """Yield each complete line without its end, as soon as it is there; what follows the last is dropped.
-
-        Raises `FramingError`, `SilenceError` if nothing arrives for the request's timeout, else `TransportError`
-        if the connection breaks off; ends normally if the server ended the answer.
+        The iterator ends when the server completes the response. Raises `SilenceError` if nothing arrives for the
+        request's timeout, and `TransportError` if the connection breaks.
         """
-        return split_lines(self._chunks())
-
-    def frames(self) -> Iterator[bytes]:
-        """Yield each complete frame of a protobuf watch without its length; otherwise like `lines`."""
-        return split_frames(self._chunks())
-
-    def _chunks(self) -> Iterator[bytes]:
         chunked = getattr(self._raw, "chunked", False)
-        source = self._raw.read_chunked(_CHUNK, decode_content=True) if chunked else None
+        source = self._raw.read_chunked(_CHUNK_SIZE, decode_content=True) if chunked else None
         while True:
             with TransportErrors():
-                chunk = next(source, b"") if source else self._raw.read1(_CHUNK, decode_content=True)
+                chunk = next(source, b"") if source else self._raw.read1(_CHUNK_SIZE, decode_content=True)
             if not chunk:
                 return
             yield chunk
 
     def close(self) -> None:
-        """Cut the connection. For any thread: one that waits for data wakes up, and is to call `release`."""
-        with suppress(OSError, ValueError, RuntimeError):  # read to its end, or closed already
+        """Shut down the connection. Any thread may call this; the reading thread wakes up and must call `release`."""
+        with suppress(OSError, ValueError, RuntimeError):  # the body was read to its end, or is closed already
             self._raw.shutdown()
 
     def release(self) -> None:
-        """Give up the answer, read to its end or not. Only for the thread that reads."""
+        """Free the connection, whether or not the body was read to its end. Only the reading thread may call this."""
         self._raw.close()
 
     def __enter__(self) -> ApiResponse:
@@ -82,7 +74,7 @@ class ApiResponse:
 
 
 class TransportErrors:
-    """Turns the exceptions of urllib3 and of sockets into `TransportError`."""
+    """A context manager that converts exceptions of urllib3 and of sockets to `TransportError`."""
 
     def __enter__(self) -> None:
         pass
@@ -91,10 +83,10 @@ class TransportErrors:
         from urllib3.exceptions import HTTPError, ReadTimeoutError
 
         if isinstance(error, ReadTimeoutError | TimeoutError):
-            raise SilenceError("nothing arrived in time") from None
-        # A read on an answer that another thread closes ends in whatever its half-closed state gives.
+            raise SilenceError("timed out waiting for data") from None
         if isinstance(error, HTTPError | OSError):
             raise TransportError(" ".join(str(error).split()) or type(error).__name__) from None
+        # Reading a response that another thread is closing can raise either of these. Their text may quote a header
+        # with a token, so it is not passed on.
         if isinstance(error, ValueError | AttributeError):
-            # Its text may quote what was to be sent, for instance a header with a token.
-            raise TransportError(f"the connection ended in a {type(error).__name__}") from None
+            raise TransportError(f"connection failed with {type(error).__name__}") from None

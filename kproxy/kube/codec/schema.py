@@ -1,4 +1,4 @@
-"""Kubernetes API objects, reduced to the fields that affect rules."""
+"""Kubernetes API objects, reduced to the fields that affect rules. Pure."""
 
 from __future__ import annotations
 

@@ -66,29 +66,26 @@ def split_frames(chunks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 class WatchStream(Protocol):
-    """An open watch: its type, and its body in either of two ways to cut it up."""
+    """The response to a watch request."""
 
     @property
     def media_type(self) -> str:
-        """Return the type of the body in lower case, without parameters, "" if it is unknown."""
+        """Return the media type of the body in lower case and without parameters, or "" if it is unknown."""
 
-    def lines(self) -> Iterator[bytes]:
-        """Yield the body's lines."""
-
-    def frames(self) -> Iterator[bytes]:
-        """Yield the body's frames."""
+    def chunks(self) -> Iterable[bytes]:
+        """Return the body in pieces of any size, as they arrive."""
 
 
 def read_events(kind: Kind, stream: WatchStream) -> Iterator[Event]:
-    """Yield the events of a watch of `kind` as they come, until it ends.
+    """Yield the events of a watch of `kind` as they arrive, until the watch ends.
 
-    What cannot be read is an `UndecodableObject`, the last event if nothing after it can be found. Raises only what
-    reading the stream does.
+    An event that cannot be decoded becomes an `UndecodableObject`. It is the last event if the start of the next one
+    cannot be found. Raises only what `stream.chunks` raises.
     """
     try:
         if stream.media_type == protobuf.MEDIA_TYPE:
-            yield from map(protobuf.FrameReader(kind).read, stream.frames())
+            yield from map(protobuf.FrameReader(kind).read, split_frames(stream.chunks()))
         else:
-            yield from (read_line(kind, line) for line in stream.lines() if line.strip())
+            yield from (read_line(kind, line) for line in split_lines(stream.chunks()) if line.strip())
     except FramingError as error:
         yield UndecodableObject("", "", "", str(error))

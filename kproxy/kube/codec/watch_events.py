@@ -1,4 +1,4 @@
-"""Events of a watch and errors of the API server as plain values, independent of the encoding."""
+"""Events of a watch and errors of the API server as plain values, independent of the encoding. Pure."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Events that kproxy writes to the API server."""
+"""Kubernetes Events that kproxy reports to the API server."""

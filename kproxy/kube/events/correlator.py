@@ -1,6 +1,6 @@
-"""Events (`events.k8s.io/v1`) as values: what they hold, which are worth writing, what the API server's answer means.
+"""Kubernetes Events (`events.k8s.io/v1`): deduplication, rate limit, API objects and HTTP outcomes. Pure.
 
-Pure: moments are passed in. `at` is in seconds of a clock that never goes back, `wall` in nanoseconds since the epoch.
+Times are passed in: `at` in seconds of a monotonic clock, `wall` in nanoseconds since the epoch.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ from msgspec import Struct
 from kproxy.model.types import ServiceKey
 
 EventType: TypeAlias = Literal["Normal", "Warning"]
-Verdict: TypeAlias = Literal["written", "again", "renew", "refused"]
+PostOutcome: TypeAlias = Literal["accepted", "retry", "renew", "rejected"]
 CONTROLLER = "kube-proxy"
-"""`reportingController`, by which existing alerts and filters know the events of a service proxy."""
-WINDOW = 360.0
-"""Seconds within which the same event is counted, not written again (as long as client-go waits for a series)."""
+"""`reportingController`. It is kube-proxy's, so that existing alerts and filters match."""
+DEDUPLICATION_WINDOW = 360.0
+"""Seconds within which a repeated event is counted instead of written. client-go ends a series after the same time."""
 BURST = 25
-"""How many events may be written at once."""
+"""Maximum number of events written at once."""
 REFILL_SECONDS = 5.0
-"""After how many seconds one more may be written."""
-MOST_REMEMBERED = 500
-"""Of how many different events it is remembered when they were last written."""
-LONGEST_NOTE = 1024
-LONGEST_INSTANCE = 128
-LONGEST_NAME = 253
-"""The API server's limits, in bytes (validation of `events.k8s.io/v1`; object names are DNS subdomains)."""
+"""Seconds after which one more event may be written."""
+MAX_TRACKED_EVENTS = 500
+"""Maximum number of distinct events tracked for deduplication."""
+MAX_NOTE_BYTES = 1024
+MAX_INSTANCE_BYTES = 128
+MAX_NAME_BYTES = 253
+"""The API server's limits (validation of `events.k8s.io/v1`; object names are DNS subdomains)."""
 
 
 class ObjectReference(Struct, frozen=True):
-    """The object that an event is about; `namespace` is "" for one that has none."""
+    """The object that an event is about. `namespace` is "" for a cluster-scoped object."""
 
     kind: str
     name: str
@@ -40,7 +40,7 @@ class ObjectReference(Struct, frozen=True):
 
 
 class EventOccurrence(Struct, frozen=True):
-    """Something that happened at one moment."""
+    """One occurrence of an event."""
 
     regarding: ObjectReference
     event_type: EventType
@@ -52,12 +52,12 @@ class EventOccurrence(Struct, frozen=True):
 
     @property
     def identity(self) -> tuple[ObjectReference, str, str, str, str]:
-        """What two occurrences of the same event have in common: everything but the moment."""
+        """The key for deduplication: everything except the times."""
         return self.regarding, self.event_type, self.reason, self.action, self.note
 
 
 class EventReport(Struct, frozen=True):
-    """An event to write: the latest occurrence, when the first was that it stands for, and how many these are."""
+    """An event to write: `count` occurrences, the first of them at `first_wall`."""
 
     latest: EventOccurrence
     first_wall: int
@@ -65,29 +65,29 @@ class EventReport(Struct, frozen=True):
 
 
 def node_reference(name: str) -> ObjectReference:
-    """Return the reference to a Node. As kube-proxy's and the kubelet's it has the name as `uid`."""
+    """Return the reference to a Node. Its `uid` is the name, as in events of kube-proxy and the kubelet."""
     return ObjectReference("Node", name, "", name)
 
 
 def service_reference(key: ServiceKey) -> ObjectReference:
-    """Return the reference to a Service. As kube-proxy's it has `namespace/name` as `uid`."""
+    """Return the reference to a Service. Its `uid` is `namespace/name`, as in events of kube-proxy."""
     namespace, _, name = key.partition("/")
     return ObjectReference("Service", name, namespace, key)
 
 
 class TokenBucket:
-    """Lets `burst` through at once, and after that one in `refill_seconds`."""
+    """A rate limiter: `burst` at once, then one every `refill_seconds`."""
 
     def __init__(self, burst: int, refill_seconds: float) -> None:
         self._burst = burst
         self._refill_seconds = refill_seconds
         self._tokens = float(burst)
-        self._filled_at = float("-inf")
+        self._refilled_at = float("-inf")
 
     def take(self, now: float) -> bool:
-        """Tell whether one more may pass at `now`, and if so count it."""
-        self._tokens = min(self._burst, self._tokens + (now - self._filled_at) / self._refill_seconds)
-        self._filled_at = now
+        """Take a token at `now`; return whether there was one."""
+        self._tokens = min(self._burst, self._tokens + (now - self._refilled_at) / self._refill_seconds)
+        self._refilled_at = now
         if self._tokens < 1:
             return False
         self._tokens -= 1
@@ -95,47 +95,49 @@ class TokenBucket:
 
 
 class _EventSeries(Struct):
+    """The occurrences of one event since it was last written."""
+
     written_at: float = float("-inf")
     first_wall: int = 0
-    waiting: int = 0
+    count: int = 0
 
 
 class EventCorrelator:
     """Decides which occurrences are written, and counts the others.
 
-    The same event is written once in `WINDOW`, and all events together not faster than the token bucket allows. What
-    was held back is counted by the next event of the same identity that is written.
+    An event is written at most once in `DEDUPLICATION_WINDOW`, and all events together no faster than the token bucket
+    allows. Occurrences that are held back are included in the count of the same event's next report.
     """
 
     def __init__(self) -> None:
         self._bucket = TokenBucket(BURST, REFILL_SECONDS)
-        self._known: dict[tuple[ObjectReference, str, str, str, str], _EventSeries] = {}
+        self._series: dict[tuple[ObjectReference, str, str, str, str], _EventSeries] = {}
 
     def admit(self, occurrence: EventOccurrence) -> EventReport | None:
-        """Return the event to write now for an occurrence, None if it is only counted."""
-        memory = self._known.pop(occurrence.identity, None) or _EventSeries()
-        self._known[occurrence.identity] = memory
-        if len(self._known) > MOST_REMEMBERED:
-            del self._known[next(iter(self._known))]  # the one that has not occurred for longest
-        memory.waiting += 1
-        if memory.waiting == 1:
-            memory.first_wall = occurrence.wall
-        if occurrence.at - memory.written_at < WINDOW or not self._bucket.take(occurrence.at):
+        """Return the report to write for an occurrence, or None if the occurrence is only counted."""
+        series = self._series.pop(occurrence.identity, None) or _EventSeries()
+        self._series[occurrence.identity] = series
+        if len(self._series) > MAX_TRACKED_EVENTS:
+            del self._series[next(iter(self._series))]  # the least recent one
+        series.count += 1
+        if series.count == 1:
+            series.first_wall = occurrence.wall
+        if occurrence.at - series.written_at < DEDUPLICATION_WINDOW or not self._bucket.take(occurrence.at):
             return None
-        report = EventReport(occurrence, memory.first_wall, memory.waiting)
-        memory.written_at, memory.waiting = occurrence.at, 0
+        report = EventReport(occurrence, series.first_wall, series.count)
+        series.written_at, series.count = occurrence.at, 0
         return report
 
 
 def event_path(regarding: ObjectReference) -> str:
-    """Return the path of the API that events about an object are posted to."""
+    """Return the API path to which events about an object are posted."""
     return f"/apis/events.k8s.io/v1/namespaces/{_namespace(regarding)}/events"
 
 
 def event_object(report: EventReport, node_name: str) -> dict[str, Any]:
-    """Return the Event of a report, in the form that client-go's `tools/events` gives it.
+    """Return the Event object for a report, with the fields that client-go's `tools/events` sets.
 
-    Its name ends in the moment, so that no two are the same. What is too long for the API server is cut.
+    The time is part of its name, which makes the name unique. Text that exceeds the API server's limits is truncated.
     """
     latest = report.latest
     regarding = {"apiVersion": "v1", "kind": latest.regarding.kind, "name": latest.regarding.name}
@@ -147,7 +149,7 @@ def event_object(report: EventReport, node_name: str) -> dict[str, Any]:
         "metadata": {"name": _name(latest), "namespace": _namespace(latest.regarding)},
         "eventTime": micro_time(report.first_wall),
         "reportingController": CONTROLLER,
-        "reportingInstance": _cut(f"{CONTROLLER}-{node_name}", LONGEST_INSTANCE),
+        "reportingInstance": _truncate(f"{CONTROLLER}-{node_name}", MAX_INSTANCE_BYTES),
         "action": latest.action,
         "reason": latest.reason,
         "regarding": regarding | {"uid": latest.regarding.uid},
@@ -160,22 +162,22 @@ def event_object(report: EventReport, node_name: str) -> dict[str, Any]:
 
 
 def micro_time(wall: int) -> str:
-    """Return a moment as the API's type MicroTime: RFC 3339 with six digits after the point, in UTC."""
+    """Format a time as the API type MicroTime: RFC 3339 in UTC, with six digits after the decimal point."""
     seconds, nanoseconds = divmod(wall, 10**9)
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{nanoseconds // 1000:06}Z"
 
 
-def verdict(status: int) -> Verdict:
-    """Return what an answer's HTTP status means for the event that was sent.
+def post_outcome(status: int) -> PostOutcome:
+    """Return what an HTTP status means for the event that was posted.
 
-    `again` is worth another try, `renew` one with fresh credentials, `refused` none. A conflict says that an earlier
-    try had arrived although its answer had not.
+    `retry` asks for another attempt, `renew` for another one with new credentials, and `rejected` for none. A conflict
+    (409) means that an earlier attempt succeeded although its response was lost.
     """
     if status in range(200, 300) or status == 409:
-        return "written"
+        return "accepted"
     if status == 401:
         return "renew"
-    return "again" if status == 429 or status >= 500 else "refused"
+    return "retry" if status == 429 or status >= 500 else "rejected"
 
 
 def _namespace(regarding: ObjectReference) -> str:
@@ -183,15 +185,15 @@ def _namespace(regarding: ObjectReference) -> str:
 
 
 def _name(occurrence: EventOccurrence) -> str:
-    end = f".{occurrence.wall:x}"
-    return _cut(occurrence.regarding.name, LONGEST_NAME - len(end)).rstrip("-.") + end
+    suffix = f".{occurrence.wall:x}"
+    return _truncate(occurrence.regarding.name, MAX_NAME_BYTES - len(suffix)).rstrip("-.") + suffix
 
 
 def _note(text: str) -> str:
-    cut = _cut(text, LONGEST_NOTE)
-    return cut if len(cut) == len(text) else _cut(text, LONGEST_NOTE - 3) + "..."
+    truncated = _truncate(text, MAX_NOTE_BYTES)
+    return truncated if len(truncated) == len(text) else _truncate(text, MAX_NOTE_BYTES - 3) + "..."
 
 
-def _cut(text: str, limit: int) -> str:
-    """Return as much of the start of a text as has room in so many bytes of UTF-8."""
+def _truncate(text: str, limit: int) -> str:
+    """Return the longest prefix of a text that takes at most `limit` bytes of UTF-8."""
     return text.encode(errors="replace")[:limit].decode(errors="ignore")

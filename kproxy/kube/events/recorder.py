@@ -1,4 +1,4 @@
-"""Writing events: what operators see with `kubectl get events` without looking at any node's log."""
+"""The event recorder: posts Events to the API server, where `kubectl get events` shows them."""
 
 from __future__ import annotations
 
@@ -21,35 +21,34 @@ from kproxy.kube.events.correlator import (
     EventReport,
     EventType,
     ObjectReference,
-    Verdict,
+    PostOutcome,
     event_object,
     event_path,
-    verdict,
+    post_outcome,
 )
 
-MOST_WAITING = 200
-"""How many occurrences wait at most for the thread; what comes on top while the API server is away is left out."""
+QUEUE_LIMIT = 200
+"""Maximum number of occurrences that wait for the thread. Further ones are dropped."""
 POST_TIMEOUT = 10.0
-"""Seconds without any byte of an answer after which a try counts as failed."""
-PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0)
-"""Seconds before each further try to write an event; after the last one it is given up."""
-STOP_TIMEOUT = 0.5
-"""Seconds that `EventRecorder.stop` waits for its thread: only one that waits for an answer takes longer."""
+"""Seconds without data from the server after which an attempt fails."""
+RETRY_DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0)
+"""Seconds to wait before each further attempt to write an event. After the last attempt, the event is dropped."""
 log = logging.getLogger(__name__)
 
 
 class EventSink(Protocol):
-    """Takes note of what operators should see."""
+    """Receives events."""
 
     def event(self, regarding: ObjectReference, event_type: EventType, reason: str, action: str, note: str) -> None:
-        """Note that something happened to an object. For any thread; neither waits nor raises.
+        """Record an event about an object. Any thread may call this; it does not block or raise.
 
-        `reason` is why, in one word for machines; `action` what was being done; `note` a sentence for people.
+        `reason` is the cause in one machine-readable word, `action` what kproxy was doing, and `note` a sentence for
+        users.
         """
 
 
 class NullRecorder:
-    """Forgets everything: for a proxy without an API server."""
+    """A recorder that drops all events, for a proxy without an API server."""
 
     def event(self, regarding: ObjectReference, event_type: EventType, reason: str, action: str, note: str) -> None:
         """Do nothing."""
@@ -57,15 +56,15 @@ class NullRecorder:
     def start(self) -> None:
         """Do nothing."""
 
-    def stop(self) -> None:
+    def stop(self, timeout: float) -> None:
         """Do nothing."""
 
 
 class EventRecorder:
-    """Writes events through the API, in a thread of its own.
+    """Writes events to the API server from a thread of its own.
 
-    `clock` gives seconds that never go back, `wall` nanoseconds since the epoch. An event that cannot be written
-    after some tries is given up. Trouble is logged once, until an event is written again.
+    `clock` returns monotonic seconds, `wall` nanoseconds since the epoch. An event that cannot be written after several
+    attempts is dropped. The first failure is logged, and the first success after it.
     """
 
     def __init__(
@@ -73,85 +72,88 @@ class EventRecorder:
     ) -> None:
         self._client, self._node_name = client, node_name
         self._clock, self._wall = clock, wall
-        self._rules = EventCorrelator()
+        self._correlator = EventCorrelator()
         self._queue: queue.SimpleQueue[EventOccurrence | None] = queue.SimpleQueue()
         self._stopping = threading.Event()
-        self._in_trouble = False
+        self._failing = False
         self._thread = threading.Thread(target=self._run, name="events", daemon=True)
 
     def event(self, regarding: ObjectReference, event_type: EventType, reason: str, action: str, note: str) -> None:
         """See `EventSink`."""
         occurrence = EventOccurrence(regarding, event_type, reason, action, note, self._clock(), self._wall())
-        if self._queue.qsize() < MOST_WAITING:
+        if self._queue.qsize() < QUEUE_LIMIT:
             self._queue.put(occurrence)
         else:
-            log.debug("too many events wait to be written; %s is left out", _describe(occurrence))
+            log.debug("event queue is full, dropping %s", _describe(occurrence))
 
     def start(self) -> None:
-        """Start the thread; what was noted before is written too. It is a daemon: a process may end without `stop`."""
+        """Start the thread. It also writes events recorded before."""
         self._thread.start()
 
-    def stop(self) -> None:
-        """End the thread; events that are not written yet never will be."""
+    def stop(self, timeout: float) -> None:
+        """Stop the thread. Events that are not written yet are dropped.
+
+        Waits at most `timeout` seconds. A thread that waits for a response takes longer.
+        """
         self._stopping.set()
         self._queue.put(None)
         if self._thread.ident is not None:
-            self._thread.join(STOP_TIMEOUT)
+            self._thread.join(timeout)
 
     def _run(self) -> None:
         while (occurrence := self._queue.get()) is not None and not self._stopping.is_set():
-            report = self._rules.admit(occurrence)
+            report = self._correlator.admit(occurrence)
             if report is None:
                 log.debug("%s is counted, not written", _describe(occurrence))
                 continue
             try:
                 self._write(report)
-            except Exception as error:  # noqa: BLE001 - whatever it is, it must not end the writing of events
-                self._log_trouble(report, f"unexpected {type(error).__name__}: {error}")
+            except Exception as error:  # noqa: BLE001 - an unexpected error must not stop the thread
+                self._log_failure(report, f"unexpected {type(error).__name__}: {error}")
 
     def _write(self, report: EventReport) -> None:
-        """Try until the event is written, refused or given up, or `stop` is called."""
+        """Post an event until the server accepts or rejects it, attempts run out, or `stop` is called."""
         path = event_path(report.latest.regarding)
         body = msgspec.json.encode(event_object(report, self._node_name))
-        for pause in (*PAUSES, None):
-            answer = self._post(path, body)
-            self._log_trouble(report, answer.trouble)
-            if answer.verdict != "again" or pause is None or self._stopping.wait(pause):
+        for delay in (*RETRY_DELAYS, None):
+            result = self._post(path, body)
+            self._log_failure(report, result.failure)
+            if result.outcome != "retry" or delay is None or self._stopping.wait(delay):
                 return
 
     def _post(self, path: str, body: bytes) -> _PostResult:
         try:
             with self._client.post(path, body, POST_TIMEOUT) as response:
-                answer = _read(response)
-            if answer.verdict == "renew":
+                result = _read_result(response)
+            if result.outcome == "renew":
                 self._client.renew(response)
-                return msgspec.structs.replace(answer, verdict="again")
+                return msgspec.structs.replace(result, outcome="retry")
         except (TransportError, ClientError) as error:
-            return _PostResult("again", str(error))
-        return answer
+            return _PostResult("retry", str(error))
+        return result
 
-    def _log_trouble(self, report: EventReport, trouble: str) -> None:
-        """Log where trouble begins and where it ends."""
-        if trouble and not self._in_trouble:
-            log.warning("%s cannot be written: %s", _describe(report.latest), trouble)
-        elif self._in_trouble and not trouble:
+    def _log_failure(self, report: EventReport, failure: str) -> None:
+        """Log the first of several failures in a row, and the first success after them (`failure` is "")."""
+        if failure and not self._failing:
+            log.warning("cannot write %s: %s", _describe(report.latest), failure)
+        elif self._failing and not failure:
             log.info("events are written again")
-        self._in_trouble = bool(trouble)
+        self._failing = bool(failure)
 
 
 class _PostResult(Struct, frozen=True):
-    """What came of one try; `trouble` is "" if the event is written."""
+    """The result of one attempt. `failure` is "" if the event was accepted."""
 
-    verdict: Verdict
-    trouble: str = ""
+    outcome: PostOutcome
+    failure: str = ""
 
 
-def _read(response: ApiResponse) -> _PostResult:
+def _read_result(response: ApiResponse) -> _PostResult:
     body = response.read()
-    found = verdict(response.status)
-    if found == "written":
-        return _PostResult(found)
-    return _PostResult(found, str(read_error(response.status, response.headers, body)))
+    outcome = post_outcome(response.status)
+    if outcome == "accepted":
+        return _PostResult(outcome)
+    return _PostResult(outcome, str(read_error(response.status, response.headers, body)))
 
 
 def _describe(occurrence: EventOccurrence) -> str:

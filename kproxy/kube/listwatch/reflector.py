@@ -27,8 +27,6 @@ REPEAT_PERIOD = 60.0
 """Seconds before the same message is logged again."""
 IGNORED_FIELDS_PERIOD = 3600.0
 """The same for ignored fields of an object, which may never be corrected."""
-STOP_TIMEOUT = 1.0
-"""Seconds that `ApiSource.stop` waits for all its threads together. Only a thread that is connecting takes longer."""
 log = logging.getLogger(__name__)
 
 
@@ -56,15 +54,18 @@ class ApiSource:
         self._reflectors = [_Reflector(client, kind, machine, sink) for kind in kinds]
 
     def start(self) -> None:
-        """Start the threads. They are daemons: the process can exit without `stop`."""
+        """Start the threads."""
         for reflector in self._reflectors:
             reflector.start()
 
-    def stop(self) -> None:
-        """Stop the threads, even if they wait for data. `sink` is not called after this returns."""
+    def stop(self, timeout: float) -> None:
+        """Stop the threads, even if they wait for data. `sink` is not called after this returns.
+
+        Waits at most `timeout` seconds. Only a thread that is connecting or waiting for a response takes longer.
+        """
         for reflector in self._reflectors:
             reflector.stop()
-        deadline = time.monotonic() + STOP_TIMEOUT
+        deadline = time.monotonic() + timeout
         for reflector in self._reflectors:
             reflector.join(max(0.0, deadline - time.monotonic()))
 

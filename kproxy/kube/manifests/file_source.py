@@ -8,14 +8,12 @@ from collections.abc import Callable, Iterator, Mapping
 from msgspec import Struct
 
 from kproxy.documents.document import FileProblem
-from kproxy.documents.watch import PathSnapshot, PathWatcher, read_files
+from kproxy.documents.watch import PathSnapshot, PathWatcher, read_path
 from kproxy.kube.manifests.parse import ManifestFile, combine, parse_file
 from kproxy.model.delta import Delta, Replace
 
 RELOAD_PERIOD = 2.0
 """Seconds between reads of the files where inotify is not available."""
-STOP_TIMEOUT = 5.0
-"""Seconds that `FileSource.stop` waits for a `sink` that blocks."""
 log = logging.getLogger(__name__)
 
 
@@ -79,7 +77,7 @@ class ManifestState:
 
 
 class FileSource:
-    """Loads the objects of `path`, a file or a directory (see `read_files`), and passes them to `sink`.
+    """Loads the objects of `path`, a file or a directory (see `read_path`), and passes them to `sink`.
 
     Each call of `sink` has a `Replace` of Services, EndpointSlices, Nodes and ServiceCIDRs, in this order, empty for a
     kind without objects. `sink` is called from a thread and must not block.
@@ -91,28 +89,26 @@ class FileSource:
         self._state = ManifestState()
         self._last_lines: frozenset[str] = frozenset()
         self._has_problems = False
-        self._watcher = PathWatcher(
-            path, self._handle_snapshot, name="file-source", period=RELOAD_PERIOD, patience=STOP_TIMEOUT
-        )
+        self._watcher = PathWatcher(path, self._handle_snapshot, name="file-source", poll_period=RELOAD_PERIOD)
 
     def load_once(self) -> None:
         """Read the files and deliver their objects in the calling thread.
 
         Raises `FileSourceError`, and delivers nothing, if a file is invalid or there is none.
         """
-        update = self._state.update(read_files(self._path))
+        update = self._state.update(read_path(self._path))
         if update.problems:
             raise FileSourceError(update.problems)
         self._log(update)
         self._deliver(update)
 
     def start(self) -> None:
-        """Start the thread that watches the files. It is a daemon: the process can exit without `stop`."""
+        """Start the thread that watches the files."""
         self._watcher.start()
 
-    def stop(self) -> None:
-        """Stop the thread. `sink` is not called after this returns, unless it blocks."""
-        self._watcher.stop()
+    def stop(self, timeout: float) -> None:
+        """Stop the thread; wait at most `timeout` seconds for a running call of `sink`, and do not call it again."""
+        self._watcher.stop(timeout)
 
     def _handle_snapshot(self, snapshot: PathSnapshot) -> bool:
         try:

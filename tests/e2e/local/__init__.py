@@ -1,4 +1,4 @@
-"""A cluster on this machine: network namespaces as nodes and pods, the tests' API server, a real kproxy per node."""
+"""An emulated cluster: network namespaces as nodes and pods, the test API server, a real kproxy on each node."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from tests.lab.requirements import missing_commands, missing_privilege
 
 
 def unavailable() -> str:
-    """Return one line that says why there can be no such cluster on this machine, or ""."""
+    """Return why this machine cannot run the cluster, in one line, or "" if it can."""
     return missing_commands() or missing_privilege()

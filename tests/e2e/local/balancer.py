@@ -1,6 +1,6 @@
-"""What stands before the cluster: it hands packets for external addresses of Services to a node, and changes nothing.
+"""An external load balancer that routes packets for external addresses of Services to a node, unchanged.
 
-A load balancer that is told `ipMode: Proxy` would be an endpoint of its own. There is none of that kind here.
+It supports `ipMode: VIP` only. With `ipMode: Proxy`, a load balancer terminates connections itself.
 """
 
 from __future__ import annotations
@@ -12,30 +12,30 @@ from tests.e2e.local.network import Network
 from tests.e2e.local.slices import SERVICE_NAME
 
 
-class Balancer:
-    """Routes for one test's addresses."""
+class LoadBalancer:
+    """The routes for the addresses of one test."""
 
     def __init__(self, network: Network) -> None:
         self._network = network
         self._nodes: dict[str, str] = {}
 
-    def learn(self, services: Iterable[Object], slices: Sequence[Object]) -> None:
-        """Send each Service's addresses to a node that takes them."""
-        wanted = hops(services, slices, list(self._network.nodes))
-        for address in self._nodes.keys() - wanted.keys():
-            self._network.drop(address)
-        for address, node in wanted.items():
+    def update(self, services: Iterable[Object], slices: Sequence[Object]) -> None:
+        """Route each Service's addresses to a node that accepts them."""
+        desired = next_hops(services, slices, list(self._network.nodes))
+        for address in self._nodes.keys() - desired.keys():
+            self._network.remove_route(address)
+        for address, node in desired.items():
             if self._nodes.get(address) != node:
-                self._network.send(address, node)
-        self._nodes = wanted
+                self._network.route_to_node(address, node)
+        self._nodes = desired
 
     def clear(self) -> None:
-        """Take all routes back."""
-        self.learn([], [])
+        """Remove all routes."""
+        self.update([], [])
 
 
-def hops(services: Iterable[Object], slices: Sequence[Object], nodes: Sequence[str]) -> dict[str, str]:
-    """Return the node for each external address: the last, or for policy Local the last with a ready endpoint."""
+def next_hops(services: Iterable[Object], slices: Sequence[Object], nodes: Sequence[str]) -> dict[str, str]:
+    """Return the node for each external address: the last one, with policy Local the last one with a ready endpoint."""
     found: dict[str, str] = {}
     for service in services:
         ready = _nodes_of(service, slices)
@@ -47,12 +47,12 @@ def hops(services: Iterable[Object], slices: Sequence[Object], nodes: Sequence[s
 
 def _addresses(service: Object) -> list[str]:
     ingress: Sequence[Mapping[str, str]] = service["status"]["loadBalancer"].get("ingress", ())
-    balanced = [each["ip"] for each in ingress if each.get("ipMode", "VIP") == "VIP"]
-    return [*balanced, *service["spec"].get("externalIPs", ())]
+    ingress_ips = [each["ip"] for each in ingress if each.get("ipMode", "VIP") == "VIP"]
+    return [*ingress_ips, *service["spec"].get("externalIPs", ())]
 
 
 def _nodes_of(service: Object, slices: Sequence[Object]) -> set[str]:
-    """Return the nodes with an endpoint that health checks count."""
+    """Return the nodes with a ready endpoint, as health checks count them."""
     own = [each for each in slices if each["metadata"]["labels"].get(SERVICE_NAME) == service["metadata"]["name"]]
     endpoints = [endpoint for each in own for endpoint in each["endpoints"]]
     return {endpoint.get("nodeName", "") for endpoint in endpoints if endpoint["conditions"].get("ready", True)}

@@ -1,4 +1,4 @@
-"""The cluster's controllers, in one: they are told of each change, and write to the API server what follows from it."""
+"""The controllers of the emulated cluster: they write EndpointSlices for each change of Services and pods."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ RESOURCES = {each.kind: each for each in (SERVICES, ENDPOINT_SLICES)}
 
 
 class Controller:
-    """Services, slices and pods of one namespace. Threads may use it at the same time."""
+    """Services, EndpointSlices and pods of one namespace. Thread-safe."""
 
     def __init__(self, server: ApiServer, namespace: str, allocator: Allocator, zones: Mapping[str, str]) -> None:
-        """`zones` are those of the nodes, by name."""
+        """`zones` are the zones of the nodes, by node name."""
         self._server = server
         self._namespace = namespace
         self._allocator = allocator
@@ -31,34 +31,34 @@ class Controller:
         self._pods: dict[str, PodState] = {}
 
     def apply(self, manifest: Object) -> Object:
-        """Create an object or put it in the place of the present one; return it as the server has it."""
+        """Create or replace an object; return it as stored by the server."""
         with self._lock:
             resource = _resource(manifest["kind"])
             body = manifest | {"metadata": manifest["metadata"] | {"namespace": self._namespace}}
             if resource is SERVICES:
-                body = self._allocator.complete(body, self._present(body["metadata"]["name"]))
+                body = self._allocator.complete(body, self._current(body["metadata"]["name"]))
             self._server.apply(body)
             self._reconcile()
             return self.get(resource.kind, body["metadata"]["name"])
 
-    def give_address(self, service: str, address: str, ip_mode: str) -> None:
-        """Write a load balancer's address into a Service's status."""
+    def set_load_balancer_ip(self, service: str, address: str, ip_mode: str) -> None:
+        """Set the ingress address in a Service's status."""
         with self._lock:
             ingress = [{"ip": address, "ipMode": ip_mode}]
             self._server.update(self.get("Service", service) | {"status": {"loadBalancer": {"ingress": ingress}}})
 
     def get(self, kind: str, name: str) -> Object:
-        """Return an object; raise `NotFoundError` if it is not there."""
+        """Return an object. Raises `NotFoundError`."""
         return self._server.store.get(_resource(kind), f"{self._namespace}/{name}")
 
     def delete(self, kind: str, name: str) -> None:
-        """Delete an object; raise `NotFoundError` if it is not there."""
+        """Delete an object. Raises `NotFoundError`."""
         with self._lock:
             self._server.delete(self.get(kind, name))
             self._reconcile()
 
     def put(self, *pods: PodState) -> None:
-        """Take in pods that are new or have changed."""
+        """Add or replace pods."""
         with self._lock:
             self._pods |= {pod.name: pod for pod in pods}
             self._reconcile()
@@ -69,7 +69,7 @@ class Controller:
             self.put(msgspec.structs.replace(self._pods[name], **fields))
 
     def remove(self, name: str) -> None:
-        """Take in that a pod is gone."""
+        """Remove a pod."""
         with self._lock:
             del self._pods[name]
             self._reconcile()
@@ -94,23 +94,23 @@ class Controller:
             return yaml.safe_dump_all([*objects, msgspec.to_builtins(self._pods)], sort_keys=False)
 
     def _reconcile(self) -> None:
-        """Let the slices be those of the Services; those that a test has made itself are left alone."""
-        wanted: dict[str, Object] = {}
+        """Update the managed EndpointSlices. Slices that a test created itself stay untouched."""
+        desired: dict[str, Object] = {}
         for service in self._objects(SERVICES):
             found = slices_of(service, list(self._pods.values()), self._zones)
-            wanted |= {each["metadata"]["name"]: each for each in found}
-        present = {each["metadata"]["name"]: each for each in self._objects(ENDPOINT_SLICES) if _is_ours(each)}
-        for name in present.keys() - wanted.keys():
-            self._server.delete(present[name])
-        for name, each in wanted.items():
-            if name not in present or _differs(present[name], each):
+            desired |= {each["metadata"]["name"]: each for each in found}
+        current = {each["metadata"]["name"]: each for each in self._objects(ENDPOINT_SLICES) if _is_managed(each)}
+        for name in current.keys() - desired.keys():
+            self._server.delete(current[name])
+        for name, each in desired.items():
+            if name not in current or _differs(current[name], each):
                 self._server.apply(each)
 
     def _objects(self, resource: Resource) -> list[Object]:
         keys = self._server.store.keys(resource)
         return [self._server.store.get(resource, key) for key in keys if key.startswith(f"{self._namespace}/")]
 
-    def _present(self, service: str) -> Object:
+    def _current(self, service: str) -> Object:
         try:
             return self.get("Service", service)
         except NotFoundError:
@@ -119,17 +119,17 @@ class Controller:
 
 def _resource(kind: str) -> Resource:
     if kind not in RESOURCES:
-        raise ValueError(f"the cluster of namespaces has no {kind}; it has {', '.join(RESOURCES)}")
+        raise ValueError(f"the emulated cluster has no {kind}, only {', '.join(RESOURCES)}")
     return RESOURCES[kind]
 
 
-def _is_ours(found: Object) -> bool:
+def _is_managed(found: Object) -> bool:
     labels: dict[str, str] = found["metadata"].get("labels", {})
     return labels.get(MANAGED_BY) == CONTROLLER
 
 
-def _differs(present: Object, wanted: Object) -> bool:
-    return any(present[name] != wanted[name] for name in ("endpoints", "ports"))
+def _differs(current: Object, desired: Object) -> bool:
+    return any(current[name] != desired[name] for name in ("endpoints", "ports"))
 
 
 def node_object(node: Node, pod_cidrs: tuple[str, ...]) -> Object:

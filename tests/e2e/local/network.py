@@ -1,6 +1,6 @@
-"""The cluster's network: nodes and a client outside, all hanging from a fabric that routes between them.
+"""The network of the emulated cluster: nodes and an outside client, connected by a router, the fabric.
 
-Pods hang from their node. What is sent to an address that nobody owns is answered "unreachable", at once.
+Pods are attached to their node. Packets to unassigned addresses are answered with ICMP "unreachable" at once.
 
     pod-1 ──┐                                            ┌── pod-3
     pod-2 ──┤ node-1 10.99.1.1 ──── fabric ──── node-2 ──┴── pod-4
@@ -34,7 +34,7 @@ VERSIONS: Mapping[IpFamily, int] = {"IPv4": 4, "IPv6": 6}
 
 
 class Network:
-    """Nodes, fabric and outside are there as long as it is; pods come and go. No pod gets an address twice."""
+    """Nodes, fabric and outside client exist until `close`; pods come and go. Pod addresses are never reused."""
 
     def __init__(self) -> None:
         self._stack = ExitStack()
@@ -43,52 +43,52 @@ class Network:
         try:
             self._fabric = self._host("fabric", FABRIC, forwards=True)
             for address in FABRIC:
-                _ip(self._fabric, "address add", _single(address), "dev lo nodad")
-            for everywhere in ("0.0.0.0/0", "::/0"):
-                _ip(self._fabric, "route add unreachable", everywhere)
+                _ip(self._fabric, "address add", _host_prefix(address), "dev lo nodad")
+            for default in ("0.0.0.0/0", "::/0"):
+                _ip(self._fabric, "route add unreachable", default)
             self.nodes = {node.name: self._node(node) for node in NODES}
             self.outside = self._host("outside", OUTSIDE, forwards=False)
-            links.hang(self._fabric.namespace, self._fabric.by_version, self.outside.namespace, OUTSIDE)
+            links.attach(self._fabric.namespace, self._fabric.by_version, self.outside.namespace, OUTSIDE)
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
-        """Remove nodes, fabric and outside; processes that were started on the nodes are killed."""
+        """Remove nodes, fabric and outside client. Processes on the nodes are killed."""
         self._stack.close()
 
     def add_pod(self, name: str, node: str) -> Host:
         """Add a pod with an address of each family to a node."""
         number = next(self._numbers)
         addresses = tuple(str(ip_network(cidr)[number]) for cidr in POD_CIDRS[node])
-        namespace = Namespace(f"pod-{number}")  # its name becomes an interface's on the node, which is short
-        links.prepare(namespace, forwards=False)
+        namespace = Namespace(f"pod-{number}")  # becomes an interface name, which must be short
+        links.configure(namespace, forwards=False)
         hub = self._pods[addresses[0]] = self.nodes[node]
-        links.hang(hub.namespace, hub.by_version, namespace, addresses)
+        links.attach(hub.namespace, hub.by_version, namespace, addresses)
         return Host(name, namespace, addresses)
 
     def remove_pod(self, pod: Host) -> None:
-        """Remove a pod, unless it lives in its node's network. What is sent to its addresses then has nowhere to go."""
+        """Remove a pod and its routes. Pods with hostNetwork are left alone."""
         if node := self._pods.pop(pod.addresses[0], None):
             for address in pod.addresses:
-                _ip(node, "route delete", _single(address), "dev", pod.namespace.name)
-            pod.namespace.close()  # for which the kernel takes its time
+                _ip(node, "route delete", _host_prefix(address), "dev", pod.namespace.name)
+            pod.namespace.close()  # the kernel frees it later
 
-    def send(self, address: str, node: str) -> None:
-        """Let the fabric hand packets for an address that nobody owns to a node, as a load balancer does."""
-        _ip(self._fabric, "route replace", _single(address), *self._towards(address, node))
+    def route_to_node(self, address: str, node: str) -> None:
+        """Route an external address to a node, as a load balancer does."""
+        _ip(self._fabric, "route replace", _host_prefix(address), *self._towards(address, node))
 
-    def drop(self, address: str) -> None:
-        """Take back what `send` did."""
-        _ip(self._fabric, "route delete", _single(address))
+    def remove_route(self, address: str) -> None:
+        """Remove the route of an external address."""
+        _ip(self._fabric, "route delete", _host_prefix(address))
 
     def _node(self, node: Node) -> Host:
         addresses = tuple(node.addresses.values())
         host = self._host(node.name, addresses, forwards=True)
-        links.hang(self._fabric.namespace, self._fabric.by_version, host.namespace, addresses)
-        # The gateway address of `hang` becomes the node's own with its first pod. Nobody can be a neighbour of it then.
-        _ip(self._fabric, "address add", _single(FABRIC[0]), "dev", node.name)
-        _ip(self._fabric, "address delete", _single(links.GATEWAYS[4]), "dev", node.name)
+        links.attach(self._fabric.namespace, self._fabric.by_version, host.namespace, addresses)
+        # With its first pod, the node gets the gateway address of `links.attach` itself, so the fabric cannot use it.
+        _ip(self._fabric, "address add", _host_prefix(FABRIC[0]), "dev", node.name)
+        _ip(self._fabric, "address delete", _host_prefix(links.GATEWAYS[4]), "dev", node.name)
         _ip(host, "route replace default via", FABRIC[0], "dev eth0 onlink")
         for cidr in POD_CIDRS[node.name]:
             _ip(host, "route add unreachable", cidr)
@@ -102,15 +102,15 @@ class Network:
     def _host(self, name: str, addresses: tuple[str, ...], *, forwards: bool) -> Host:
         namespace = Namespace(name)
         self._stack.callback(namespace.close)
-        links.prepare(namespace, forwards=forwards)
+        links.configure(namespace, forwards=forwards)
         return Host(name, namespace, addresses)
 
 
 def _ip(host: Host, *words: str) -> None:
-    """Run `ip`, with the family of the one address or CIDR that is among its words."""
+    """Run `ip` with the family of the address or CIDR among its arguments."""
     family = "-6" if any(":" in word for word in words) else "-4"
     host.namespace.run(["ip", family, *" ".join(words).split()])
 
 
-def _single(address: str) -> str:
+def _host_prefix(address: str) -> str:
     return f"{address}/128" if ":" in address else f"{address}/32"

@@ -1,4 +1,4 @@
-"""What the API server adds to a Service before it keeps it: defaults, ClusterIPs and ports of nodes."""
+"""Complete Services as the API server does: defaults, ClusterIPs and NodePorts."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ NOTHING: Object = {"spec": {}, "status": {"loadBalancer": {}}}
 
 
 class Allocator:
-    """Completes Services. Nothing that it has handed out is ever handed out again."""
+    """Completes Services. Allocated addresses and ports are never reused."""
 
     def __init__(self) -> None:
         self._addresses = count(10)
         self._ports = count(FIRST_NODE_PORT)
 
-    def complete(self, service: Object, present: Object = NOTHING) -> Object:
-        """Return a Service as the API server would keep it, in the place of the present one if there is one."""
+    def complete(self, service: Object, current: Object = NOTHING) -> Object:
+        """Return a Service as the API server would store it, in place of the current one."""
         found = copy.deepcopy(service)
-        spec, before = found["spec"], present["spec"]
+        spec, before = found["spec"], current["spec"]
         spec.setdefault("type", "ClusterIP")
         spec.setdefault("sessionAffinity", "None")
-        found["status"] = present["status"] if spec["type"] == "LoadBalancer" else {"loadBalancer": {}}
+        found["status"] = current["status"] if spec["type"] == "LoadBalancer" else {"loadBalancer": {}}
         if spec["type"] == "ExternalName":
             return found
-        _default(spec)
-        self._give_addresses(spec, before)
-        self._give_ports(spec, before)
+        _set_defaults(spec)
+        self._allocate_addresses(spec, before)
+        self._allocate_ports(spec, before)
         return found
 
-    def _give_addresses(self, spec: Object, before: Object) -> None:
+    def _allocate_addresses(self, spec: Object, before: Object) -> None:
         families = _families(spec)
         spec["ipFamilies"] = families
         if spec.get("clusterIP") == "None":
@@ -49,7 +49,7 @@ class Allocator:
         spec["clusterIPs"] = [known.get(family) or self._address(family) for family in families]
         spec["clusterIP"] = spec["clusterIPs"][0]
 
-    def _give_ports(self, spec: Object, before: Object) -> None:
+    def _allocate_ports(self, spec: Object, before: Object) -> None:
         if spec["type"] not in {"NodePort", "LoadBalancer"}:
             return
         spec.setdefault("externalTrafficPolicy", "Cluster")
@@ -66,7 +66,7 @@ class Allocator:
         return str(ip_network(SERVICE_CIDRS[family])[next(self._addresses)])
 
 
-def _default(spec: Object) -> None:
+def _set_defaults(spec: Object) -> None:
     spec.setdefault("internalTrafficPolicy", "Cluster")
     spec.setdefault("ipFamilyPolicy", "SingleStack")
     if spec["sessionAffinity"] == "ClientIP":
@@ -80,7 +80,7 @@ def _default(spec: Object) -> None:
 
 
 def _families(spec: Object) -> Sequence[IpFamily]:
-    """The cluster has both families. What is given comes first, and alone unless both are asked for."""
+    """Return the IP families. The cluster is dual-stack; given families come first."""
     given = list(spec.get("ipFamilies") or FAMILIES[:1])
     if spec["ipFamilyPolicy"] == "SingleStack":
         return given[:1]

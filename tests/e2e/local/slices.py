@@ -1,7 +1,7 @@
-"""The EndpointSlices of a Service: what the EndpointSlice controller makes of it, its pods and their nodes.
+"""The EndpointSlices of a Service, as the EndpointSlice controller creates them.
 
-The rules are those of the API reference of EndpointSlice and Service, and of KEP-1672 (terminating endpoints),
-KEP-2433, KEP-4444 and KEP-3015 (hints). A Service has one slice in each family: no test has over 100 pods.
+The rules are from the API reference of EndpointSlice and Service, and from KEP-1672 (terminating endpoints), KEP-2433,
+KEP-4444 and KEP-3015 (hints). A Service has one slice per family: no test has more than 100 pods.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import msgspec
 from tests.e2e.cluster import HTTP_PORT, UDP_PORT, IpFamily, Object
 
 CONTAINER_PORTS = {("http", "TCP"): HTTP_PORT, ("udp", "UDP"): UDP_PORT}
-"""The ports of every pod, by name and protocol: what a `targetPort` that is a name stands for."""
+"""The container ports of every pod, by name and protocol, for a named `targetPort`."""
 
 MANAGED_BY = "endpointslice.kubernetes.io/managed-by"
 CONTROLLER = "endpointslice-controller.k8s.io"
@@ -23,7 +23,7 @@ HEADLESS = "service.kubernetes.io/headless"
 
 
 class PodState(msgspec.Struct, frozen=True):
-    """A pod as the controller sees it. One that is terminating and ready still serves."""
+    """A pod as the controller sees it. A pod that is both terminating and ready still serves."""
 
     name: str
     node: str
@@ -34,7 +34,7 @@ class PodState(msgspec.Struct, frozen=True):
 
 
 def slices_of(service: Object, pods: Sequence[PodState], zones: Mapping[str, str]) -> list[Object]:
-    """Return a Service's slices. None if it has no selector, since then they are somebody else's. `zones`: of nodes."""
+    """Return a Service's slices, none if it has no selector. `zones` are the zones of the nodes."""
     spec = service["spec"]
     if not spec.get("selector") or spec["type"] == "ExternalName":
         return []
@@ -77,7 +77,7 @@ def _endpoint(spec: Object, pod: PodState, zone: str, family: IpFamily) -> Objec
 
 
 def _hints(distribution: str, node: str, zone: str) -> dict[str, Any]:
-    """PreferClose is the older name of PreferSameZone."""
+    """Return the hints of an endpoint. PreferClose is the older name of PreferSameZone."""
     hints: dict[str, Any] = {}
     if distribution in {"PreferClose", "PreferSameZone", "PreferSameNode"}:
         hints["forZones"] = [{"name": zone}]
@@ -87,7 +87,7 @@ def _hints(distribution: str, node: str, zone: str) -> dict[str, Any]:
 
 
 def _ports(spec: Object) -> list[Object]:
-    """Return the ports that pods have; one by a name that no pod gives a port is left out."""
+    """Return the ports of a slice. Named target ports that no pod has are omitted."""
     found = []
     for port in spec.get("ports", ()):
         target = port["targetPort"]

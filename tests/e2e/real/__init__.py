@@ -1,6 +1,6 @@
-"""The end-to-end tests' cluster where it is a real one, reached through its API alone.
+"""A real cluster under test, reached only through its API server.
 
-No docker, no ssh, no kubectl: what has to happen on a node is done by a privileged pod on it.
+No docker, no ssh, no kubectl: privileged pods do what has to be done on nodes.
 """
 
 from __future__ import annotations

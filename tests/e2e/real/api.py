@@ -1,4 +1,4 @@
-"""The API server of a real cluster: objects go in and come out as dictionaries."""
+"""A client of a real API server. Objects are dictionaries."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from tests.e2e.cluster import Object
 
 FIELD_MANAGER = "kproxy-e2e"
 TIMEOUT = urllib3.Timeout(connect=10.0, read=60.0)
-PATIENT = urllib3.Retry(total=5, backoff_factor=0.5, status_forcelist=[429, 503], allowed_methods=None)
-"""Busy servers are asked again. So are those that ended a connection: each request here can be made twice."""
+RETRIES = urllib3.Retry(total=5, backoff_factor=0.5, status_forcelist=[429, 503], allowed_methods=None)
+"""Retry on busy servers and broken connections. All requests here may be repeated."""
 
-PLACES = {
+COLLECTIONS = {
     "Service": ("/api/v1", "services"),
     "Pod": ("/api/v1", "pods"),
     "ConfigMap": ("/api/v1", "configmaps"),
@@ -28,32 +28,32 @@ PLACES = {
     "ServiceAccount": ("/api/v1", "serviceaccounts"),
     "Event": ("/apis/events.k8s.io/v1", "events"),
 }
-"""Where the API has the kinds that are in namespaces."""
+"""The API root and plural of each namespaced kind."""
 
 NODES = "/api/v1/nodes"
 NAMESPACES = "/api/v1/namespaces"
 
 
 class ApiError(Exception):
-    """The API server did not do what it was asked; `status` is HTTP's."""
+    """A request failed with this HTTP status."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
         self.status = status
 
 
-def place(kind: str, namespace: str, name: str = "") -> str:
-    """Return the path of an object, or without a name that of all of a namespace."""
-    root, plural = PLACES[kind]
+def object_path(kind: str, namespace: str, name: str = "") -> str:
+    """Return the path of an object or, without a name, of all objects of a kind in a namespace."""
+    root, plural = COLLECTIONS[kind]
     path = f"{root}/namespaces/{namespace}/{plural}"
     return f"{path}/{name}" if name else path
 
 
 class Api:
-    """The requests that the tests make. All raise `ApiError`, or `urllib3.exceptions.HTTPError` without an answer."""
+    """An API client. All methods raise `ApiError`, or `urllib3.exceptions.HTTPError` if there is no answer."""
 
     def __init__(self, kubeconfig: str) -> None:
-        """Read a kubeconfig (several with `:` between). Raises what the `kubernetes` package does."""
+        """Load a kubeconfig (several separated by `:`). Raises the errors of the `kubernetes` package."""
         self.configuration = Configuration()
         config.load_kube_config(kubeconfig, client_configuration=self.configuration, persist_config=False)
         self._pool = RESTClientObject(self.configuration).pool_manager
@@ -63,7 +63,7 @@ class Api:
         return self._object("GET", path)
 
     def find(self, path: str) -> Object | None:
-        """Return an object, None if there is none."""
+        """Return an object, or None if it does not exist."""
         try:
             return self.get(path)
         except ApiError as error:
@@ -72,33 +72,33 @@ class Api:
             raise
 
     def items(self, path: str, **selectors: str) -> list[Object]:
-        """Return the objects at a path, those that `labelSelector` and `fieldSelector` choose."""
+        """Return the objects at a path, filtered by `labelSelector` and `fieldSelector`."""
         found: list[Object] = self._object("GET", path, selectors)["items"]
         return found
 
     def text(self, path: str, **params: str) -> str:
-        """Return what is no object: a log."""
+        """Return a text such as a log."""
         return self._request("GET", path, params).decode(errors="replace")
 
     def create(self, path: str, body: Object, *, dry_run: bool = False) -> Object:
-        """Create an object; in a dry run only let the server say what it would be."""
+        """Create an object; in a dry run, only return what the server would create."""
         return self._object("POST", path, {"dryRun": "All"} if dry_run else {}, body)
 
     def apply(self, path: str, body: Object) -> Object:
-        """Create an object, or change it so that it has these fields and none of those applied before."""
+        """Create or update an object by server-side apply."""
         params = {"fieldManager": FIELD_MANAGER, "force": "true"}
         return self._object("PATCH", path, params, body, "application/apply-patch+yaml")
 
     def merge(self, path: str, patch: Object) -> Object:
-        """Change fields of an object; those given as None are removed (RFC 7396)."""
+        """Apply a JSON merge patch (RFC 7396): fields that are None are removed."""
         return self._object("PATCH", path, {}, patch, "application/merge-patch+json")
 
     def strategic(self, path: str, patch: Object) -> Object:
-        """Change fields of an object of Kubernetes' own, members of its lists by their name."""
+        """Apply a strategic merge patch, which merges lists by their key."""
         return self._object("PATCH", path, {}, patch, "application/strategic-merge-patch+json")
 
     def delete(self, path: str, grace: int | None = None) -> None:
-        """Delete an object, `grace` seconds after it was told to end; one that is gone already is fine."""
+        """Delete an object with a grace period in seconds. A missing object is not an error."""
         params = {} if grace is None else {"gracePeriodSeconds": str(grace)}
         try:
             self._request("DELETE", path, params)
@@ -128,7 +128,7 @@ class Api:
         url = self.configuration.host.rstrip("/") + path + (f"?{urlencode(params)}" if params else "")
         headers = self._authentication() | {"Content-Type": content_type}
         sent = None if body is None else json.dumps(body).encode()
-        answer: Any = self._pool.request(method, url, body=sent, headers=headers, timeout=TIMEOUT, retries=PATIENT)
+        answer: Any = self._pool.request(method, url, body=sent, headers=headers, timeout=TIMEOUT, retries=RETRIES)
         if answer.status >= 300:
             raise ApiError(answer.status, f"{method} {path}: {answer.status} {_reason(answer.data)}")
         data: bytes = answer.data
@@ -140,7 +140,7 @@ class Api:
 
 
 def _reason(data: bytes) -> str:
-    """Return the message of a Status, or the beginning of whatever else it is."""
+    """Return the message of a Status, or the beginning of any other body."""
     try:
         found = json.loads(data)
     except ValueError:

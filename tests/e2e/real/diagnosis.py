@@ -1,4 +1,4 @@
-"""What a human needs to know of a cluster after a failure."""
+"""A report of the state of a cluster, for people, after a failure."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ import yaml
 from urllib3.exceptions import HTTPError
 
 from tests.e2e.cluster import Object
-from tests.e2e.real.api import Api, ApiError, place
+from tests.e2e.real.api import Api, ApiError, object_path
 from tests.e2e.real.proxies import RealProxies
 
 LOG_LINES = 40
 
 
 def diagnosis(api: Api, proxies: RealProxies, namespace: str) -> str:
-    """Return the namespace's objects and the proxies' logs; where they cannot be had, why not."""
+    """Return the namespace's objects and the proxies' logs, or why they cannot be read."""
     try:
         return "\n".join(_parts(api, proxies, namespace))
     except (ApiError, HTTPError) as error:
-        return f"no diagnosis: {error}"
+        return f"cannot read the state of the cluster: {error}"
 
 
 def _parts(api: Api, proxies: RealProxies, namespace: str) -> Iterator[str]:
     for kind in ("Service", "EndpointSlice"):
-        for found in api.items(place(kind, namespace)):
+        for found in api.items(object_path(kind, namespace)):
             yield f"--- {kind}\n{yaml.safe_dump(_without_noise(found), sort_keys=False)}"
-    for pod in api.items(place("Pod", namespace)):
+    for pod in api.items(object_path("Pod", namespace)):
         yield f"--- Pod {_pod_line(pod)}"
-    for event in api.items(place("Event", namespace)):
+    for event in api.items(object_path("Event", namespace)):
         if event.get("type") != "Normal":
             yield f"--- Event {event.get('regarding', {}).get('name')}: {event.get('reason')}: {event.get('note')}"
     for node, log in proxies.logs(LOG_LINES):

@@ -1,4 +1,4 @@
-"""Commands in containers, through the API server."""
+"""Run commands in containers through the API server."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Any
 from tests.e2e.waiting import HANG_GUARD
 
 OUT, ERR, STATUS = 1, 2, 3
-"""Channels of the protocol v4.channel.k8s.io: what the command prints, and the Status that tells how it ended."""
+"""Channels of the protocol v4.channel.k8s.io: stdout, stderr and the final Status."""
 
 
 class ExecutionError(Exception):
-    """A command could not be run, was cut off, or ended with another code than 0."""
+    """A command could not be run, was interrupted, or exited with a non-zero code."""
 
 
 class Execution:
-    """A command that runs. Its lines are read as they come."""
+    """A running command. Its output is read line by line."""
 
-    def __init__(self, socket: Any, what: str) -> None:
-        self._socket, self._what = socket, what
+    def __init__(self, socket: Any, description: str) -> None:
+        self._socket, self._description = socket, description
         self._rest = ""
-        self._complaints = ""
+        self._stderr = ""
         self._status = ""
 
     def line(self, guard: float = HANG_GUARD) -> str | None:
@@ -34,34 +34,34 @@ class Execution:
             if not self._socket.is_open():
                 return self._last_line()
             if time.monotonic() > deadline:
-                raise TimeoutError(f"{self._what}: no line within {guard:.0f} s")
-            self._take()
+                raise TimeoutError(f"{self._description}: no line within {guard:.0f} s")
+            self._receive()
         line, _, self._rest = self._rest.partition("\n")
         return line
 
     def lines(self) -> Iterator[str]:
-        """Yield all lines, until the command has ended well."""
+        """Yield all lines. Raises `ExecutionError` if the command fails."""
         while (line := self.line()) is not None:
             yield line
 
     def write(self, text: str) -> None:
-        """Send to the command's standard input."""
+        """Write to the command's standard input."""
         self._socket.write_stdin(text)
 
     def close(self) -> None:
-        """Leave the command to itself."""
+        """Close the connection. The command may keep running."""
         self._socket.close()
 
-    def _take(self) -> None:
+    def _receive(self) -> None:
         try:
             self._socket.update(timeout=1)
             self._collect()
         except Exception as error:
-            raise ExecutionError(f"{self._what}: {error}") from error
+            raise ExecutionError(f"{self._description}: {error}") from error
 
     def _collect(self) -> None:
         self._rest += self._socket.read_channel(OUT)
-        self._complaints += self._socket.read_channel(ERR)
+        self._stderr += self._socket.read_channel(ERR)
         self._status += self._socket.read_channel(STATUS)
 
     def _last_line(self) -> str | None:
@@ -71,10 +71,10 @@ class Execution:
             return line
         self._socket.close()
         if not self._status:
-            raise ExecutionError(f"{self._what}: cut off; {self._complaints.strip()}")
+            raise ExecutionError(f"{self._description}: connection lost; {self._stderr.strip()}")
         status = json.loads(self._status)
         if status.get("status") != "Success":
-            raise ExecutionError(f"{self._what}: {status.get('message', status)}; {self._complaints.strip()}")
+            raise ExecutionError(f"{self._description}: {status.get('message', status)}; {self._stderr.strip()}")
         return None
 
 
@@ -82,7 +82,7 @@ class Executor:
     """Runs commands in containers, from any thread."""
 
     def __init__(self, configuration: Any) -> None:
-        """Take the `kubernetes` package's Configuration."""
+        """`configuration` is a Configuration of the `kubernetes` package."""
         from kubernetes.client import ApiClient, CoreV1Api
 
         self._api = CoreV1Api(ApiClient(configuration))
@@ -93,8 +93,8 @@ class Executor:
         from kubernetes.stream import stream
 
         command = ["bash", "-c", script, "bash", *map(str, arguments)]
-        what = f"pod {namespace}/{pod}: {_short(script)} {' '.join(command[4:])}"
-        # For as long as it connects, the package changes the client's method, and so all its users.
+        description = f"pod {namespace}/{pod}: {_short(script)} {' '.join(command[4:])}"
+        # `stream` patches the client while it connects, which would affect other threads.
         with self._lock:
             try:
                 socket = stream(
@@ -109,11 +109,11 @@ class Executor:
                     _preload_content=False,
                 )
             except Exception as error:
-                raise ExecutionError(f"{what}: {error}") from error
-        return Execution(socket, what)
+                raise ExecutionError(f"{description}: {error}") from error
+        return Execution(socket, description)
 
     def lines(self, namespace: str, pod: str, script: str, *arguments: object) -> list[str]:
-        """Run a bash script in a pod and return what it printed. Raises `ExecutionError`."""
+        """Run a bash script in a pod; return its output. Raises `ExecutionError`."""
         return list(self.start(namespace, pod, script, *arguments).lines())
 
 

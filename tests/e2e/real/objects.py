@@ -1,4 +1,4 @@
-"""The objects that make a test's surroundings, and what of a cluster's objects the tests read."""
+"""The objects that the tests create, and parsers of the objects that they read."""
 
 from __future__ import annotations
 
@@ -8,36 +8,36 @@ from ipaddress import ip_address
 from tests.e2e.cluster import HTTP_PORT, UDP_PORT, IpFamily, Node, Object, Pod
 
 DEFAULT_IMAGE = "registry.k8s.io/e2e-test-images/agnhost:2.53"
-"""Kubernetes' own image for such tests. What is used of it, and another one has to offer as well:
+"""The image of the Kubernetes e2e tests. A replacement must provide:
 
 - `/agnhost netexec`: answers `/hostname`, `/clientip` and `/healthz` over HTTP, `hostname` and `clientip` over UDP,
-  and after SIGTERM goes on for `--delay-shutdown` seconds;
-- `/agnhost pause`: does nothing until it is told to end;
-- bash with /dev/udp, curl, dig, and dd, timeout, grep, mktemp and touch, be they busybox's.
+  and serves `--delay-shutdown` seconds longer after SIGTERM;
+- `/agnhost pause`: does nothing until it is terminated;
+- bash with /dev/udp, curl, dig, and dd, timeout, grep, mktemp and touch (those of busybox suffice).
 """
 
 GRACE = 5
-"""Seconds that a pod which is deleted goes on serving, unless the test says otherwise."""
+"""Seconds that a deleted pod keeps serving, unless the test sets another grace period."""
 
 FOREVER = 3600
-"""Seconds after which a pod would end by itself once told to: SIGKILL at the end of its grace period comes first."""
+"""Seconds that a pod serves after SIGTERM. SIGKILL at the end of its grace period comes first."""
 
 UNREADY_FILE = "/tmp/unready"
 ZONE = "topology.kubernetes.io/zone"
 ANY_TAINT = [{"operator": "Exists"}]
-"""Taints say where a cluster's own load goes; the tests put one pod on each node that they use."""
+"""Tolerate all taints: they are for regular workloads, and the tests put few pods on each node."""
 
-PROBE = {"periodSeconds": 1, "timeoutSeconds": 5}
+PROBE_TIMEOUT = {"periodSeconds": 1, "timeoutSeconds": 5}
 
 
 def namespace(name: str) -> Object:
-    """Return a namespace in which pods may have the node's network and its processes."""
-    allowed = {"pod-security.kubernetes.io/enforce": "privileged"}
-    return {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": allowed}}
+    """Return a Namespace that allows privileged pods."""
+    labels = {"pod-security.kubernetes.io/enforce": "privileged"}
+    return {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}
 
 
 def serving_pod(name: str, node: str, image: str, labels: Mapping[str, str]) -> Object:
-    """Return a pod that answers on both ports until its grace period is over, and is unready when told so."""
+    """Return a pod that serves both ports until its grace period ends; `UNREADY_FILE` makes it unready."""
     flags = (f"--http-port={HTTP_PORT}", f"--udp-port={UDP_PORT}", f"--delay-shutdown={FOREVER}")
     container = {
         "name": "main",
@@ -47,9 +47,10 @@ def serving_pod(name: str, node: str, image: str, labels: Mapping[str, str]) -> 
             {"name": "http", "containerPort": HTTP_PORT},
             {"name": "udp", "containerPort": UDP_PORT, "protocol": "UDP"},
         ],
-        # It is healthy once the UDP server runs too.
-        "startupProbe": {"httpGet": {"path": "/healthz", "port": "http"}, "failureThreshold": 120} | PROBE,
-        "readinessProbe": {"exec": {"command": ["test", "!", "-e", UNREADY_FILE]}, "failureThreshold": 1} | PROBE,
+        # /healthz succeeds only once the UDP server runs too.
+        "startupProbe": {"httpGet": {"path": "/healthz", "port": "http"}, "failureThreshold": 120} | PROBE_TIMEOUT,
+        "readinessProbe": {"exec": {"command": ["test", "!", "-e", UNREADY_FILE]}, "failureThreshold": 1}
+        | PROBE_TIMEOUT,
     }
     return _pod(name, node, labels, container)
 
@@ -61,7 +62,7 @@ def client_pod(name: str, node: str, image: str, *, host_network: bool) -> Objec
 
 
 def agent_pod(name: str, node: str, image: str) -> Object:
-    """Return a pod with a node's network, processes and privileges."""
+    """Return a privileged pod with the node's network and processes."""
     privileged = {"securityContext": {"privileged": True}}
     container = {"name": "main", "image": image, "command": ["/agnhost", "pause"]} | privileged
     return _pod(name, node, {}, container, hostNetwork=True, hostPID=True, dnsPolicy="Default")
@@ -81,7 +82,7 @@ def _pod(name: str, node: str, labels: Mapping[str, str], container: Object, **m
 
 
 def dual_stack_trial() -> Object:
-    """Return a Service that shows which families the cluster has, in a dry run."""
+    """Return a Service whose dry run shows the IP families of the cluster."""
     spec = {"ipFamilyPolicy": "PreferDualStack", "ports": [{"port": 80}]}
     return {"apiVersion": "v1", "kind": "Service", "metadata": {"generateName": "kproxy-e2e-"}, "spec": spec}
 
@@ -100,21 +101,23 @@ def family_of(address: str) -> IpFamily:
 
 
 def usable_nodes(found: list[Object]) -> list[Node]:
-    """Return the Linux nodes that are ready and take pods, by name; without tainted ones if there are others."""
-    able = [node for node in found if is_ready(node) and not node["spec"].get("unschedulable") and _runs_linux(node)]
-    free = [node for node in able if not _is_reserved(node)]
-    return sorted((_node(node) for node in free or able), key=lambda node: node.name)
+    """Return the ready and schedulable Linux nodes by name. Tainted ones are used only if there are no others."""
+    schedulable = [
+        node for node in found if is_ready(node) and not node["spec"].get("unschedulable") and _runs_linux(node)
+    ]
+    untainted = [node for node in schedulable if not _is_tainted(node)]
+    return sorted((_node(node) for node in untainted or schedulable), key=lambda node: node.name)
 
 
 def is_ready(found: Object) -> bool:
-    """Return whether a Node or a Pod has the condition `Ready`, and no one deletes it."""
+    """Return whether a Node or a Pod has the condition `Ready` and is not being deleted."""
     conditions = found.get("status", {}).get("conditions") or []
     ready = any(each["type"] == "Ready" and each["status"] == "True" for each in conditions)
     return ready and "deletionTimestamp" not in found["metadata"]
 
 
 def pod_of(found: Object) -> Pod:
-    """Return what the tests know of a pod."""
+    """Convert a Pod object."""
     addresses = [each["ip"] for each in found["status"].get("podIPs") or []]
     return Pod(found["metadata"]["name"], found["spec"]["nodeName"], by_family(addresses))
 
@@ -130,6 +133,6 @@ def _runs_linux(found: Object) -> bool:
     return bool(labels.get("kubernetes.io/os", "linux") == "linux")
 
 
-def _is_reserved(found: Object) -> bool:
+def _is_tainted(found: Object) -> bool:
     effects = {taint["effect"] for taint in found["spec"].get("taints") or []}
     return not effects.isdisjoint({"NoSchedule", "NoExecute"})

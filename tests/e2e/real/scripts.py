@@ -1,6 +1,6 @@
-"""What runs in the pods, in bash, and what its lines say.
+"""The bash scripts that run in the test pods, and parsers of their output.
 
-Every script that asks prints one line for each request: exit code, what was said, complaints, with tabs between.
+Every script that sends requests prints one line per request: exit code, answer and error message, separated by tabs.
 """
 
 from __future__ import annotations
@@ -9,109 +9,109 @@ import re
 
 from tests.e2e.cluster import Answer, Failure, Outcome
 
-PATIENCE = 5
-"""Seconds until a request counts as unanswered. Only packets that something dropped take that long."""
+TIMEOUT = 5
+"""Seconds until a request counts as unanswered. Only dropped packets take that long."""
 
-_CURL = f"curl -qgv --noproxy '*' --connect-timeout {PATIENCE} --max-time {2 * PATIENCE}"
+_CURL = f"curl -qgv --noproxy '*' --connect-timeout {TIMEOUT} --max-time {2 * TIMEOUT}"
 _CURL_REFUSED, _CURL_TIMED_OUT = 7, 28
 
 _ERRORS = """errors=$(mktemp)
 trap 'rm -f "$errors"' EXIT"""
 
-# The complaints are curl's lines about a connect that failed; the other lines of -v begin with < > { } or are progress.
-ASK_TCP = f"""{_ERRORS}
+# The error is the line of `curl -v` about a failed connect. Its other lines start with < > { } or show progress.
+REQUEST_TCP = f"""{_ERRORS}
 for ((turn = 0; turn < $2; turn++)); do
-  said=$({_CURL} -s --fail-early -w ' %{{num_connects}} ' "$1/hostname" "$1/clientip" 2>"$errors")
-  printf '%s\\t%s\\t%s\\n' "$?" "$said" "$(grep -o 'failed: .*' "$errors" | tail -n 1)"
+  answer=$({_CURL} -s --fail-early -w ' %{{num_connects}} ' "$1/hostname" "$1/clientip" 2>"$errors")
+  printf '%s\\t%s\\t%s\\n' "$?" "$answer" "$(grep -o 'failed: .*' "$errors" | tail -n 1)"
 done
 """
-"""Arguments: the base of the URL, how often. Both questions go over one connection."""
+"""Arguments: base URL, number of requests. Both GETs use one connection."""
 
-# One `read` system call takes one datagram, so dd and not `read`, which takes a byte at a time and loses the rest.
+# dd reads a datagram with one system call. The `read` of bash reads single bytes and would lose the rest.
 _EXCHANGE = f"""{_ERRORS}
 exchange() {{
   for word in hostname clientip; do
-    printf %s "$word" >&3 && timeout {PATIENCE} dd bs=2048 count=1 <&3 || return
+    printf %s "$word" >&3 && timeout {TIMEOUT} dd bs=2048 count=1 <&3 || return
     printf ' '
   done
 }}
 """
 
-_TELL_UDP = """printf '%s\\t%s\\t%s\\n' "$?" "$said" "$(grep -io -m 1 'connection refused' "$errors")\""""
+_PRINT_UDP = """printf '%s\\t%s\\t%s\\n' "$?" "$answer" "$(grep -io -m 1 'connection refused' "$errors")\""""
 
-ASK_UDP = f"""{_EXCHANGE}
+REQUEST_UDP = f"""{_EXCHANGE}
 for ((turn = 0; turn < $3; turn++)); do
-  said=$({{ exec 3<>"/dev/udp/$1/$2" && exchange; }} 2>"$errors")
-  {_TELL_UDP}
+  answer=$({{ exec 3<>"/dev/udp/$1/$2" && exchange; }} 2>"$errors")
+  {_PRINT_UDP}
 done
 """
-"""Arguments: address, port, how often. Each request comes from a port of its own."""
+"""Arguments: address, port, number of requests. Each request uses a new source port."""
 
-ASK_FROM_ONE_SOCKET = f"""{_EXCHANGE}
+REQUEST_FROM_ONE_SOCKET = f"""{_EXCHANGE}
 exec 3<>"/dev/udp/$1/$2" || exit
 while read -r line; do
-  said=$(exchange 2>"$errors")
-  {_TELL_UDP}
+  answer=$(exchange 2>"$errors")
+  {_PRINT_UDP}
 done
 """
-"""Arguments: address, port. Asks once for each line that it reads."""
+"""Arguments: address, port. Sends one request for each line on standard input."""
 
 LOAD = f"""{_ERRORS}
 turn=0
 while [ ! -e "$2" ]; do
-  said=$({_CURL} -s -w ' %{{time_connect}} ' "$1/hostname" 2>"$errors")
-  printf '%s\\t%s\\t%s\\t%s\\n' $((++turn)) "$?" "$said" "$(grep -o 'failed: .*' "$errors" | tail -n 1)"
+  answer=$({_CURL} -s -w ' %{{time_connect}} ' "$1/hostname" 2>"$errors")
+  printf '%s\\t%s\\t%s\\t%s\\n' $((++turn)) "$?" "$answer" "$(grep -o 'failed: .*' "$errors" | tail -n 1)"
 done
 rm "$2"
 echo "end $turn"
 """
-"""Arguments: the base of the URL, a file that ends it once it is there. Numbers its lines, and says how many it was."""
+"""Arguments: base URL, a file whose existence stops the script. Numbers the lines and prints their count at the end."""
 
 GET = f"""{_CURL} -sk -w '\\n%{{http_code}}' "$1" 2>/dev/null"""
-"""Argument: a URL. Prints the body, and on a line of its own the status, 000 without one."""
+"""Argument: URL. Prints the body and, on a separate line, the status: 000 without an answer."""
 
 RESOLVE = """dig +search +short +tries=3 +time=2 "$4" "@$1" "$2" "$3\""""
-"""Arguments: the server, the name, the type, `+tcp` or `+notcp`."""
+"""Arguments: server, name, record type, `+tcp` or `+notcp`."""
 
 KILL = """
 for folder in /proc/[0-9]*; do
   if grep -q -F "$1" "$folder/cgroup" 2>/dev/null; then kill -KILL "${folder#/proc/}" && echo "${folder#/proc/}"; fi
 done
 """
-"""Argument: a container's id, which is in the name of its control group. Prints the processes that it killed."""
+"""Argument: container ID, which is part of its cgroup path. Prints the PIDs of the killed processes."""
 
 
 def outcome(line: str) -> Outcome:
-    """Read a line of one of the scripts that ask."""
-    code, said, complaint = line.split("\t")
-    words = said.split()
-    if code == "0" and len(words) == 4 and words[3] == "0":  # over TCP, with how many connects each answer took
+    """Parse a line of a script that sends requests."""
+    code, answer, error = line.split("\t")
+    words = answer.split()
+    if code == "0" and len(words) == 4 and words[3] == "0":  # TCP: each answer is followed by its number of connects
         return Answer(words[0], host_of(words[2]))
     if code == "0" and len(words) == 2:
         return Answer(words[0], host_of(words[1]))
-    return failure(int(code), said, complaint)
+    return failure(int(code), answer, error)
 
 
-def failure(code: int, said: str, complaint: str) -> Failure:
-    """Return what a request failed of, by its exit code (curl's, or that of `timeout`) and its complaint."""
-    detail = f"exit code {code}: {complaint or said.strip() or 'nothing came back'}"
-    complaint = complaint.lower()
-    if "connection refused" in complaint or (code == _CURL_REFUSED and not complaint):
+def failure(code: int, answer: str, error: str) -> Failure:
+    """Classify a failed request by its exit code (of curl or `timeout`) and its error message."""
+    detail = f"exit code {code}: {error or answer.strip() or 'no answer'}"
+    error = error.lower()
+    if "connection refused" in error or (code == _CURL_REFUSED and not error):
         return Failure("refused", detail)
-    # `timeout` ends with 124, or in busybox with 143 for the SIGTERM that it sent.
-    if code in {_CURL_TIMED_OUT, 124, 143} or "timed out" in complaint:
+    # `timeout` exits with 124; the one of busybox exits with 143, for the SIGTERM that it sent.
+    if code in {_CURL_TIMED_OUT, 124, 143} or "timed out" in error:
         return Failure("no answer", detail)
     return Failure("other", detail)
 
 
 def host_of(endpoint: str) -> str:
-    """Return the address of `address:port` or `[address]:port`, an IPv4 address in IPv6 form as IPv4."""
+    """Return the address of `address:port` or `[address]:port`. IPv4-mapped IPv6 addresses become IPv4."""
     return endpoint.rpartition(":")[0].strip("[]").removeprefix("::ffff:")
 
 
-def status_and_body(printed: str) -> tuple[int, str]:
-    """Read what `GET` printed. Raises `ConnectionError` where there was no HTTP answer."""
-    body, _, status = printed.rpartition("\n")
+def status_and_body(output: str) -> tuple[int, str]:
+    """Parse the output of `GET`. Raises `ConnectionError` if there was no HTTP answer."""
+    body, _, status = output.rpartition("\n")
     if not re.fullmatch("[1-5][0-9][0-9]", status):
-        raise ConnectionError(f"no HTTP answer: {printed!r}")
+        raise ConnectionError(f"no HTTP answer: {output!r}")
     return int(status), body

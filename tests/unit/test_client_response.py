@@ -1,0 +1,192 @@
+"""HTTP responses and streams of the API server, intact and broken, over real sockets."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from pathlib import Path
+
+import pytest
+
+from kproxy.kube.client.client import ApiClient
+from kproxy.kube.client.response import ApiResponse, SilenceError, TransportError
+from kproxy.kube.codec.streams import split_lines
+from tests.apiserver import ApiServer
+from tests.apiserver.objects import endpoint_slice, service
+from tests.unit.client_fixtures import (
+    HANG,
+    SERVICES,
+    ScriptedServer,
+    certificates,
+    get,
+    kubeconfig,
+    server,
+    server_context,
+)
+
+__all__ = ["certificates", "server"]
+
+
+@pytest.fixture
+def client(tmp_path: Path, server: ApiServer) -> ApiClient:
+    return ApiClient.from_config(kubeconfig(tmp_path / "config", server.url, {"token": "secret"}))
+
+
+def test_large_lists_are_compressed_and_watches_are_not(server: ApiServer, client: ApiClient) -> None:
+    server.create(endpoint_slice("big", "web", [f"10.{i // 250}.0.{i % 250}" for i in range(5000)]))
+    path = "/apis/discovery.k8s.io/v1/endpointslices"
+    with client.get(path, {}, HANG) as response:
+        assert response.headers["content-encoding"] == "gzip"
+        assert len(json.loads(response.read())["items"][0]["endpoints"]) == 5000
+    with client.get(path, {"watch": "1"}, HANG) as watch:
+        line = next(split_lines(watch.chunks()))
+        assert len(json.loads(line)["object"]["endpoints"]) == 5000
+    encodings = [request.headers["Accept-Encoding"] for request in server.requests.all()]
+    assert encodings == ["gzip", "identity"]
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+UNTIL_CLOSE = b"HTTP/1.0 200 OK\r\n\r\n"
+"""Headers of a response whose body ends when the server closes the connection."""
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def read_lines(pieces: list[bytes], *, close: bool = True, timeout: float = HANG) -> tuple[list[bytes], str]:
+    """Return the lines that a client reads from these pieces, and the name of the exception that ends reading, if any.
+
+    `close` is whether the server closes the connection after the last piece.
+    """
+    lines: list[bytes] = []
+    with ScriptedServer(pieces, close=close) as server:
+        client = ApiClient.from_config(None, server.url)
+        try:
+            with client.get("/", {"watch": "1"}, timeout) as response:
+                lines.extend(split_lines(response.chunks()))
+        except TransportError as error:
+            return lines, type(error).__name__
+    return lines, ""
+
+
+TEXT = '{"name":"größe"}\n{"name":"名前"}\n\n{"name":"' + "x" * 3_000_000 + '"}\n{"cut":'
+LINES = TEXT.encode().split(b"\n")[:-1]
+
+
+@pytest.mark.parametrize("size", [7, 1000, 65536, 10_000_000])
+def test_lines_are_independent_of_chunk_boundaries(size: int) -> None:
+    data = TEXT.encode()
+    if size == 7:
+        data = data[:60] + data[-20:]
+    pieces = [chunk(data[start : start + size]) for start in range(0, len(data), size)]
+    expected = data.split(b"\n")[:-1]
+    assert read_lines([CHUNKED, *pieces, chunk(b"")]) == (expected, "")
+
+
+def test_lines_of_a_response_without_chunked_encoding() -> None:
+    assert read_lines([UNTIL_CLOSE, TEXT.encode()]) == (LINES, "")
+
+
+def test_a_line_is_available_as_soon_as_it_is_complete() -> None:
+    for headers, encode in ((CHUNKED, chunk), (UNTIL_CLOSE, bytes)):
+        lines, error = read_lines([headers, encode(b"one\ntwo\nthr")], close=False, timeout=0.3)
+        assert (lines, error) == ([b"one", b"two"], "SilenceError")
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [CHUNKED, chunk(b"one\n"), b"ff\r\nabc"],
+        [CHUNKED, chunk(b"one\n")],
+        [CHUNKED, chunk(b"one\n"), b"no number\r\n"],
+    ],
+)
+def test_a_broken_stream_is_an_error(pieces: list[bytes]) -> None:
+    assert read_lines(pieces) == ([b"one"], "TransportError")
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n{}",
+        b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}",
+        b"no HTTP at all\r\n\r\n",
+        b"",
+    ],
+)
+def test_broken_responses_are_errors_of_one_line(response: bytes) -> None:
+    with ScriptedServer([response]) as server, pytest.raises(TransportError) as caught:
+        get(ApiClient.from_config(None, server.url))
+    assert str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_silence_before_the_headers() -> None:
+    with ScriptedServer([], close=False) as server:
+        client = ApiClient.from_config(None, server.url)
+        with pytest.raises(SilenceError):
+            client.get("/", {}, 0.2)
+
+
+def test_repeated_connection_errors_have_the_same_message() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    client = ApiClient.from_config(None, f"http://127.0.0.1:{port}")
+    messages = set()
+    for _ in range(2):
+        with pytest.raises(TransportError) as caught:
+            get(client)
+        messages.add(str(caught.value))
+    assert len(messages) == 1
+    assert "Connection refused" in messages.pop()
+
+
+def test_redirects_are_not_followed() -> None:
+    response = b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n"
+    with ScriptedServer([response]) as server:
+        assert get(ApiClient.from_config(None, server.url))[0] == 302
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_close_from_another_thread_ends_a_read(certificates: Path, tmp_path: Path, tls: bool) -> None:
+    with ApiServer(tls=server_context(certificates) if tls else None) as server:
+        server.create(service("web", "10.96.7.1"))
+        cluster = {"insecure-skip-tls-verify": True}
+        client = ApiClient.from_config(kubeconfig(tmp_path / "config", server.url, {}, cluster))
+        response = client.get(SERVICES, {"watch": "1"}, HANG)
+        outcomes = close_during_read(response)
+        assert len(outcomes) == 1
+
+
+def close_during_read(response: ApiResponse) -> list[TransportError | None]:
+    """Close a watch while another thread reads it. Return how the read ended: None, or with an error."""
+    outcomes: list[TransportError | None] = []
+    lines = split_lines(response.chunks())
+    next(lines)
+
+    def read() -> None:
+        try:
+            outcomes.extend(None for _ in lines)
+            outcomes.append(None)
+        except TransportError as error:
+            outcomes.append(error)
+        finally:
+            response.release()
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    response.close()
+    reader.join(HANG)
+    assert not reader.is_alive()
+    response.close()
+    return outcomes
+
+
+def test_idle_connections_have_tcp_keepalive(client: ApiClient) -> None:
+    options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+    with client.get(SERVICES, {"watch": "1"}, HANG) as response:
+        sock = response._raw.connection.sock
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        assert [sock.getsockopt(socket.IPPROTO_TCP, option) for option in options] == [30, 10, 3]

@@ -1,0 +1,102 @@
+"""How the daemon stops: its parts in reverse order, in about a second whatever hangs, and by an ordinary exit."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+HANG_GUARD = 30.0
+DAEMON = """
+import atexit, logging, os, signal, sys, threading
+from kproxy.app.daemon import Daemon
+from kproxy.config import Config
+from kproxy.nftables.backend import run_pipelined
+from kproxy.sync.reconciler import Stop
+
+logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+atexit.register(print, "at exit")
+
+
+def hang(*_):
+    threading.Event().wait()
+
+
+class Part:
+    def __init__(self, name, hangs=False):
+        self.name, self.hangs = name, hangs
+
+    def start(self):
+        print("start", self.name)
+
+    def stop(self, timeout):
+        print("stop", self.name)
+        if self.hangs:
+            hang()
+
+
+class Reconciler:
+    def __init__(self, in_progress=lambda: None):
+        self.in_progress = in_progress
+
+    def run(self, messages):
+        os.kill(os.getpid(), signal.SIGTERM)
+        self.in_progress()
+        assert isinstance(messages.get(), Stop)
+        print("reconciler stopped")
+
+
+class Stopped(Daemon):
+    def _build(self, parts):
+        case = sys.argv[1]
+        self._start(parts, Part("server"))
+        self._start(parts, Part("source", hangs=case == "part"))
+        if case == "build":
+            os.kill(os.getpid(), signal.SIGTERM)
+            hang()
+        if case == "failure":
+            raise ValueError("broken")
+        if case == "sync":
+            return Reconciler(hang)
+        if case == "commit":
+            return Reconciler(lambda: run_pipelined(hang, [1, 2, 3]))
+        return Reconciler()
+
+
+try:
+    Stopped(Config(), None, None, None).run()
+except RuntimeError as error:
+    print(error)
+    sys.exit(1)
+"""
+STOPPING = "SIGTERM: stopping; existing rules stay active"
+STARTED = ["start server", "start source"]
+
+
+@pytest.mark.parametrize(
+    ("case", "code", "lines"),
+    [
+        ("nothing", 0, [STOPPING, "reconciler stopped", "stop source", "stop server"]),
+        ("part", 0, [STOPPING, "reconciler stopped", "stop source"]),
+        ("sync", 0, [STOPPING]),
+        ("commit", 0, [STOPPING]),
+        ("build", 0, [STOPPING]),
+        ("failure", 1, ["stop source", "stop server", "reconciler ended: ValueError('broken')"]),
+    ],
+)
+def test_the_process_exits_in_about_a_second_whatever_hangs(case: str, code: int, lines: list[str]) -> None:
+    command = [sys.executable, "-u", "-c", DAEMON, case]
+    began = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_GUARD, check=False)
+    seconds = time.monotonic() - began
+    assert (done.returncode, done.stderr) == (code, "")
+    # The main thread logs while the reconciler's thread stops the parts.
+    assert sorted(done.stdout.splitlines()[2:]) == sorted([*lines, "at exit"])
+    assert [line for line in done.stdout.splitlines() if line != STOPPING] == [
+        *STARTED,
+        *(line for line in lines if line != STOPPING),
+        "at exit",
+    ]
+    assert seconds < HANG_GUARD / 3

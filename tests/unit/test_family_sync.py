@@ -1,0 +1,167 @@
+"""What a sync of one family plans, how often, and what it keeps of it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kproxy.iptables.backend import IptablesBackend
+from kproxy.model.context import Context
+from kproxy.model.delta import Delete, Delta, Replace, Upsert
+from kproxy.model.endpoints import endpoints_by_socket
+from kproxy.model.plan import ServicePortPlan, count_endpoints, plan_service
+from kproxy.model.store import Store
+from kproxy.model.sync_report import SyncError, SyncResult
+from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Node, Service, ServicePort
+from kproxy.nftables.backend import NftablesBackend
+from kproxy.sync import family as family_module
+from kproxy.sync.family import Backend, FamilySync
+from tests.fakekernel import FakeKernel
+from tests.faketable import FakeTable
+from tests.unit.strategies import deltas, endpoint_slices, services
+
+V4 = Family.IPV4
+HTTP, DNS = ServicePort("http", 80, "TCP"), ServicePort("dns", 53, "UDP")
+
+
+def service(number: int, port: ServicePort = HTTP) -> Service:
+    return Service("ns", f"s{number}", (f"10.96.0.{number}",), (port,))
+
+
+def slices(number: int, endpoints: int, port: ServicePort = HTTP) -> EndpointSlice:
+    found = tuple(Endpoint(f"10.244.{number}.{index}", "node-2") for index in range(endpoints))
+    ports = (EndpointPort(port.name, 8080, port.protocol),)
+    return EndpointSlice("ns", f"s{number}", f"ns/s{number}", V4, found, ports)
+
+
+class Cluster:
+    """One family of a node, and how often each Service was planned since the last sync began."""
+
+    def __init__(self, backend: Backend, large_cluster_endpoints: float) -> None:
+        self.store = Store("node-1")
+        self.family = FamilySync(
+            backend, lambda _: Context(V4, "node-1"), large_cluster_endpoints=large_cluster_endpoints
+        )
+
+    def sync(self, *changes: Delta) -> SyncResult:
+        for delta in changes:
+            self.family.add_changes(self.store.apply(delta))
+        return self.family.sync(self.store)
+
+
+MODES: dict[str, Callable[[], tuple[Backend, float]]] = {
+    "iptables": lambda: (IptablesBackend(FakeKernel()), 25.0),
+    "nftables": lambda: (NftablesBackend(FakeTable(V4)), math.inf),
+}
+
+
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    found: Counter[str] = Counter()
+
+    def counting(service: Service, *more: Any) -> Sequence[ServicePortPlan]:
+        found[service.key] += 1
+        return plan_service(service, *more)
+
+    monkeypatch.setattr(family_module, "plan_service", counting)
+    return found
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_each_service_is_planned_once(planned: Counter[str], mode: str) -> None:
+    cluster = Cluster(*MODES[mode]())
+    numbers = range(1, 11)
+    cluster.sync(
+        Replace(Service, tuple(map(service, numbers))),
+        Replace(EndpointSlice, tuple(slices(number, 2) for number in numbers)),
+        Replace(Node, ()),
+    )
+    assert planned == {f"ns/s{number}": 1 for number in numbers}
+    planned.clear()
+    cluster.sync(Upsert(slices(3, 3)))
+    assert planned == {"ns/s3": 1}
+    planned.clear()
+    cluster.family.forget()
+    assert cluster.sync(Upsert(slices(4, 3))).complete
+    assert planned == {f"ns/s{number}": 1 for number in numbers}
+    planned.clear()
+    # More than 25 endpoints: in iptables mode the comments go, so everything is programmed.
+    assert cluster.sync(Upsert(slices(5, 10))).complete is (mode == "iptables")
+    assert planned == ({f"ns/s{number}": 1 for number in numbers} if mode == "iptables" else {"ns/s5": 1})
+
+
+def test_a_cluster_is_large_while_it_has_more_endpoints_than_the_threshold() -> None:
+    cluster = Cluster(IptablesBackend(FakeKernel()), 25.0)
+
+    def is_large(*changes: Delta) -> bool:
+        return cluster.sync(*changes).context.large_cluster
+
+    assert not is_large(Upsert(service(1)), Upsert(slices(1, 25)), Upsert(slices(2, 5)))
+    assert is_large(Upsert(service(2)))
+    assert not is_large(Upsert(slices(2, 0)))
+    assert is_large(Upsert(slices(2, 1)))
+    assert not is_large(Delete(Service, "ns", "s1"))
+    assert is_large(Upsert(service(1)))
+    assert not is_large(Delete(EndpointSlice, "ns", "s2"))
+
+
+def test_changes_of_a_failed_sync_count_once() -> None:
+    kernel = FakeKernel()
+    cluster = Cluster(IptablesBackend(kernel), 25.0)
+    cluster.sync(Upsert(service(1)), Upsert(slices(1, 10)))
+    kernel.reject = lambda _: "no"
+    for _ in range(3):
+        with pytest.raises(SyncError):
+            cluster.sync(Upsert(slices(1, 20)))
+    kernel.reject = lambda _: None
+    assert not cluster.sync().context.large_cluster
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_only_plans_that_outlive_the_sync_are_kept(mode: str) -> None:
+    cluster = Cluster(*MODES[mode]())
+    numbers = range(1, 9)
+    first = cluster.sync(
+        *(Upsert(service(number, DNS if number == 3 else HTTP)) for number in numbers),
+        *(Upsert(slices(number, 1, DNS if number == 3 else HTTP)) for number in numbers),
+    )
+    assert (first.services, first.complete, set(first.plans)) == (8, True, {"ns/s3"})
+    second = cluster.sync(Upsert(slices(3, 2, DNS)), Upsert(slices(4, 2)), Delete(Service, "ns", "s5"))
+    assert (second.services, second.complete) == (3, False)
+    assert {key: len(plans) for key, plans in second.plans.items()} == {"ns/s3": 1, "ns/s4": 0, "ns/s5": 0}
+
+
+def planned_endpoints(service: Service, found: list[EndpointSlice], family: Family) -> int:
+    """The endpoints of a Service as planning finds them."""
+    ports = plan_service(service, found, Context(family, "node-1"))
+    return sum(len(endpoints_by_socket(found, family, plan.port_name, plan.protocol)) for plan in ports)
+
+
+@given(services(), st.lists(endpoint_slices(), max_size=4))
+def test_counting_finds_the_endpoints_that_planning_finds(service: Service, found: list[EndpointSlice]) -> None:
+    for family in Family:
+        assert count_endpoints(service, found, family) == planned_endpoints(service, found, family)
+
+
+@given(st.lists(deltas(), max_size=30))
+def test_counts_are_right_after_any_changes(changes: list[Delta]) -> None:
+    store = Store("node-1")
+    family = FamilySync(IptablesBackend(FakeKernel()), lambda _: Context(V4, "node-1"))
+    for number, delta in enumerate(changes):
+        family.add_changes(store.apply(delta))
+        if number % 3 == 0:
+            family.sync(store)
+    family.sync(store)
+    expected = 0
+    for key in store.service_keys():
+        found = store.service(key)
+        assert found is not None
+        expected += planned_endpoints(found, store.slices(key), V4)
+    assert family._endpoints is not None
+    assert family._endpoints.total == expected
