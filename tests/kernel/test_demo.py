@@ -156,7 +156,7 @@ def test_daemon_that_exits_is_reported_with_its_last_line(
     broken.write_text("#!/bin/sh\necho other output >&2; echo no such flag >&2; exit 3\n")
     broken.chmod(0o755)
     monkeypatch.setattr(proxy, "KPROXY", str(broken))
-    with DemoCluster(tmp_path) as scene, pytest.raises(RuntimeError, match="exit code 3: no such flag"):
+    with DemoCluster(tmp_path) as scene, pytest.raises(RuntimeError, match="exited with code 3: no such flag"):
         scene.start_kproxy()
 
 
