@@ -70,19 +70,19 @@ def test_all_figures_are_present(kernel: None, tmp_path: Path) -> None:
 
 
 def test_each_transaction_gives_one_notification(namespace: Namespace) -> None:
-    with TransactionMonitor(namespace) as commits, CommitMonitor(namespace) as notices:
+    with TransactionMonitor(namespace) as commits, CommitMonitor(namespace) as monitor:
         before = time.monotonic_ns()
         for name in ("A", "B", "C"):
             namespace.run(["iptables", "-N", name])
         made = commits.new()
-        wait_until(lambda: len(notices.since(before)) == len(made), "one notification per transaction")
-        moments = [each.time for each in notices.since(before)]
+        wait_until(lambda: len(monitor.since(before)) == len(made), "one notification per transaction")
+        times = [each.time for each in monitor.since(before)]
         assert len(made) >= 3
-        assert moments == sorted(moments)
-        assert all(each.process == "iptables" for each in notices.since(before))
-        assert notices.since(moments[-1]) == []
-        notices.clear()
-        assert notices.since(0) == []
+        assert times == sorted(times)
+        assert all(each.process == "iptables" for each in monitor.since(before))
+        assert monitor.since(times[-1]) == []
+        monitor.clear()
+        assert monitor.since(0) == []
 
 
 def test_kernel_objects_are_counted_and_flushed(namespace: Namespace) -> None:
@@ -115,10 +115,10 @@ def test_replay_creates_the_recorded_objects(namespace: Namespace) -> None:
         everything = RecordingProxy("iptables", Cluster(3, 2)).change()
         made = kernel_objects()
         flush()
-        cost = replay(everything, notices)
+        cost = replay(everything, monitor)
         return made, kernel_objects(), cost.seconds
 
-    with CommitMonitor(namespace) as notices:
+    with CommitMonitor(namespace) as monitor:
         made, again, seconds = namespace.call(record_and_replay)
         assert made == again
         assert made.rules > 3 * 2
@@ -127,9 +127,9 @@ def test_replay_creates_the_recorded_objects(namespace: Namespace) -> None:
 
 def test_api_server_serves_a_cluster_and_records_write_times(namespace: Namespace) -> None:
     cluster = Cluster(5, 2)
-    with BenchApiServer(namespace) as feed:
-        feed.load(cluster)
-        host, _, port = feed.url.removeprefix("http://").partition(":")
+    with BenchApiServer(namespace) as server:
+        server.load(cluster)
+        host, _, port = server.url.removeprefix("http://").partition(":")
         http = HTTPConnection(host, int(port))
         http.sock = namespace.socket(socket.AF_INET, socket.SOCK_STREAM)
         http.sock.settimeout(HANG_GUARD)
@@ -140,12 +140,12 @@ def test_api_server_serves_a_cluster_and_records_write_times(namespace: Namespac
         assert {each["object"]["metadata"]["name"] for each in lines} == {
             cluster.endpoint_slice(number)["metadata"]["name"] for number in range(5)
         }
-        assert feed.drain_traffic().events == 5
+        assert server.drain_traffic().events == 5
         before = time.monotonic_ns()
-        feed.change(put=[cluster.endpoint_slice(2, variant=1)], delete=[cluster.endpoint_slice(3)])
+        server.change(put=[cluster.endpoint_slice(2, variant=1)], delete=[cluster.endpoint_slice(3)])
         assert [msgspec.json.decode(answer.readline())["type"] for _ in range(2)] == ["MODIFIED", "DELETED"]
         arrived = time.monotonic_ns()
-        written = feed.drain_traffic()
+        written = server.drain_traffic()
         assert written.events == 2
         assert before < written.first < written.last < arrived
         http.close()

@@ -156,8 +156,8 @@ def test_daemon_that_exits_is_reported_with_its_last_line(
     broken.write_text("#!/bin/sh\necho other output >&2; echo no such flag >&2; exit 3\n")
     broken.chmod(0o755)
     monkeypatch.setattr(proxy, "KPROXY", str(broken))
-    with DemoCluster(tmp_path) as scene, pytest.raises(RuntimeError, match="exited with code 3: no such flag"):
-        scene.start_kproxy()
+    with DemoCluster(tmp_path) as cluster, pytest.raises(RuntimeError, match="exited with code 3: no such flag"):
+        cluster.start_kproxy()
 
 
 class Faulty(DemoCluster):
@@ -174,8 +174,8 @@ class Faulty(DemoCluster):
 
 def test_lost_request_is_reported(kernel: None, tmp_path: Path) -> None:
     output = io.StringIO()
-    with Faulty(tmp_path) as scene:
-        assert not run(scene, Screen(Console(file=output)))
+    with Faulty(tmp_path) as cluster:
+        assert not run(cluster, Screen(Console(file=output)))
     assert " 1 failed" in output.getvalue()
     assert "FAILED" in output.getvalue()
     assert "1 x Refused()" in output.getvalue()
