@@ -13,9 +13,10 @@ import pytest
 from kproxy.kube.listwatch.reflector import REPEAT_PERIOD, LogDeduplicator
 from kproxy.model.delta import Delta, Invalid, Replace, Upsert
 from kproxy.model.types import EndpointSlice, Node, Service
-from tests.api.conftest import HANG_GUARD, Cluster, Received, StartSource
+from tests.api.conftest import Cluster, Received, StartSource
 from tests.apiserver import ApiServer, Relay, SeenRequest
 from tests.apiserver.objects import endpoint_slice, labeled, node, service
+from tests.lab.waiting import HANG_GUARD
 
 Support: TypeAlias = Literal["supported", "ignored"]
 PROXY_NAME = "service.kubernetes.io/service-proxy-name"

@@ -27,11 +27,12 @@ from kproxy.kube.events.correlator import (
     service_reference,
 )
 from kproxy.kube.events.recorder import QUEUE_LIMIT, EventRecorder
-from tests.api.conftest import HANG_GUARD, Cluster
+from tests.api.conftest import Cluster
 from tests.apiserver import ApiServer, Relay, SeenRequest
 from tests.apiserver.objects import service
 from tests.apiserver.resources import EVENTS
 from tests.clock import Clock
+from tests.lab.waiting import HANG_GUARD
 
 NOON = 1_767_268_800 * 10**9
 PATH = "/apis/events.k8s.io/v1/events"

@@ -14,10 +14,11 @@ from kproxy.kube.codec.json_codec import read_page
 from kproxy.kube.codec.streams import ACCEPT_JSON, ACCEPT_WATCH, read_events
 from kproxy.model.delta import Kind
 from kproxy.model.types import EndpointSlice, Node, Service, ServiceCIDR
-from tests.api.conftest import HANG_GUARD, Cluster, Received, StartSource
+from tests.api.conftest import Cluster, Received, StartSource
 from tests.apiserver import ApiServer, Relay, SeenRequest, protobuf
 from tests.apiserver.objects import endpoint_slice, labeled, node, service, service_cidr
 from tests.apiserver.resources import ENDPOINT_SLICES, NODES, SERVICE_CIDRS, SERVICES, Resource
+from tests.lab.waiting import HANG_GUARD
 
 SERVED: list[tuple[Kind, Resource]] = [
     (Service, SERVICES),

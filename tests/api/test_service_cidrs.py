@@ -14,9 +14,10 @@ from kproxy.kube.listwatch import reflector as api_source
 from kproxy.kube.listwatch.reflector import ApiSource
 from kproxy.model.delta import BASIC_KINDS, Kind
 from kproxy.model.types import Service, ServiceCIDR
-from tests.api.conftest import HANG_GUARD, Cluster, Received, StartSource
+from tests.api.conftest import Cluster, Received, StartSource
 from tests.apiserver import ApiServer, NotFoundError, SeenRequest
 from tests.apiserver.objects import service, service_cidr
+from tests.lab.waiting import HANG_GUARD
 
 PATH = "/apis/networking.k8s.io/v1/servicecidrs"
 KINDS = (*BASIC_KINDS, ServiceCIDR)

@@ -15,9 +15,9 @@ from kproxy.kube.client.client import ApiClient
 from kproxy.kube.client.cluster_access import ClientError, ClusterAccess
 from kproxy.kube.client.response import TransportError
 from tests.apiserver import ApiServer
+from tests.lab.waiting import HANG_GUARD
 from tests.unit.client_fixtures import (
     EMPTY_OBJECT,
-    HANG,
     SERVICES,
     ScriptedServer,
     accesses,
@@ -62,7 +62,7 @@ def test_get_request(server: ApiServer, config: str) -> None:
 def test_post_request(server: ApiServer, config: str) -> None:
     client = ApiClient.from_config(config)
     body = json.dumps({"metadata": {"name": "e"}, "reason": "größe"}).encode()
-    with client.post("/api/v1/namespaces/demo/events", body, HANG) as response:
+    with client.post("/api/v1/namespaces/demo/events", body, HANG_GUARD) as response:
         assert response.status == 201
     (request,) = server.requests.all()
     assert (request.method, request.body, request.headers["Content-Type"]) == ("POST", body, "application/json")
@@ -75,7 +75,7 @@ def test_a_token_file_is_read_again_after_a_401(tmp_path: Path, server: ApiServe
     token = tmp_path / "token"
     token.write_text("old\n")
     client = ApiClient.from_config(kubeconfig(tmp_path / "config", server.url, {"tokenFile": "token"}))
-    with client.get(SERVICES, {}, HANG) as rejected:
+    with client.get(SERVICES, {}, HANG_GUARD) as rejected:
         assert rejected.status == 401
     token.write_text("secret\n")
     client.renew(rejected)
@@ -105,7 +105,7 @@ def test_an_exec_plugin_runs_again_after_a_401(tmp_path: Path, server: ApiServer
     answer.write_text(exec_credential(token="old"))
     user = python_plugin(tmp_path / "plugin", f"print(open({str(answer)!r}).read())")
     client = ApiClient.from_config(kubeconfig(tmp_path / "config", server.url, user))
-    with client.get(SERVICES, {}, HANG) as rejected:
+    with client.get(SERVICES, {}, HANG_GUARD) as rejected:
         assert rejected.status == 401
     answer.write_text(exec_credential(token="secret"))
     client.renew(rejected)
@@ -131,7 +131,7 @@ def test_in_cluster_token_is_read_again_after_a_401(
         assert get(client)[0] == 200
         (service_account / "token").write_text("second\n")
         server.tokens = {"second"}
-        with client.get(SERVICES, {}, HANG) as rejected:
+        with client.get(SERVICES, {}, HANG_GUARD) as rejected:
             assert rejected.status == 401
         client.renew(rejected)
         assert get(client)[0] == 200

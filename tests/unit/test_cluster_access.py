@@ -24,9 +24,9 @@ from kproxy.kube.client.response import TransportError
 from kproxy.model.delta import BASIC_KINDS
 from kproxy.model.types import ServiceCIDR
 from tests.apiserver import ApiServer
+from tests.lab.waiting import HANG_GUARD
 from tests.unit.client_fixtures import (
     EMPTY_OBJECT,
-    HANG,
     SERVICES,
     ScriptedServer,
     accesses,
@@ -398,7 +398,7 @@ def test_all_threads_can_keep_their_connections(
 ) -> None:
     client = ApiClient.from_config(kubeconfig(tmp_path / "config", server.url, {"token": "secret"}))
     threads = len((*BASIC_KINDS, ServiceCIDR)) + 1  # one for each kind of object, and one for events
-    responses = [client.get(SERVICES, {}, HANG) for _ in range(threads)]
+    responses = [client.get(SERVICES, {}, HANG_GUARD) for _ in range(threads)]
     for response in responses:
         with response:
             response.read()

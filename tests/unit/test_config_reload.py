@@ -19,10 +19,9 @@ from kproxy.config.reload import ConfigWatcher
 from kproxy.documents import watch as documents_watch
 from kproxy.documents.watch import PathSnapshot, PathWatcher
 from kproxy.host.inotify import InotifyError
+from tests.lab.waiting import HANG_GUARD
 from tests.unit.config_files import HEADER
 
-HANG = 20.0
-"""Seconds after which a waiting test has hung."""
 HEAD = HEADER.encode()
 OLD = HEAD + b"mode: iptables\n"
 NEW = HEAD + b"mode: nftables\n"
@@ -48,7 +47,7 @@ class Reads:
 
     def wait_for(self, content: bytes | None) -> None:
         """Wait until the watcher has processed this content, or with None, that the file is unreadable."""
-        while self._contents.get(timeout=HANG) != content:
+        while self._contents.get(timeout=HANG_GUARD) != content:
             pass
 
 
@@ -63,14 +62,14 @@ class RunningWatcher:
         self._watcher.start()
 
     def wait_for_change(self) -> None:
-        assert self.changes.get(timeout=HANG) == "changed"
+        assert self.changes.get(timeout=HANG_GUARD) == "changed"
 
     def stop(self) -> None:
         """Stop the watcher and wait for its thread, so that no further call of `changed` can follow."""
         threads = watcher_threads()
-        self._watcher.stop(HANG)
+        self._watcher.stop(HANG_GUARD)
         for thread in threads:
-            thread.join(HANG)
+            thread.join(HANG_GUARD)
         assert watcher_threads() == []
 
 
@@ -84,7 +83,9 @@ def watcher_threads() -> list[threading.Thread]:
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
     """Observe the reads of the watchers that the test starts."""
-    monkeypatch.setattr(documents_watch, "SETTLE_TIMEOUT", 2 * HANG)  # no read of a half-written file on a slow machine
+    monkeypatch.setattr(
+        documents_watch, "SETTLE_TIMEOUT", 2 * HANG_GUARD
+    )  # no read of a half-written file on a slow machine
     reads = Reads()
 
     def path_watcher(path: str, check: Callable[[PathSnapshot], bool], **options: Any) -> PathWatcher:
@@ -295,7 +296,7 @@ def test_watching_ends_after_the_first_change(path: Path, start_watcher: StartWa
     path.write_bytes(NEW)
     watcher.wait_for_change()
     for thread in watcher_threads():
-        thread.join(HANG)
+        thread.join(HANG_GUARD)
     assert watcher_threads() == []
     path.write_bytes(OLD)
     watcher.stop()
