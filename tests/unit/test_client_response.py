@@ -89,7 +89,7 @@ def test_lines_of_a_response_without_chunked_encoding() -> None:
     assert read_lines([UNTIL_CLOSE, TEXT.encode()]) == (LINES, "")
 
 
-def test_a_line_is_available_as_soon_as_it_is_complete() -> None:
+def test_line_is_available_as_soon_as_it_is_complete() -> None:
     for headers, encode in ((CHUNKED, chunk), (UNTIL_CLOSE, bytes)):
         lines, error = read_lines([headers, encode(b"one\ntwo\nthr")], close=False, timeout=0.3)
         assert (lines, error) == ([b"one", b"two"], "SilenceError")
@@ -103,7 +103,7 @@ def test_a_line_is_available_as_soon_as_it_is_complete() -> None:
         [CHUNKED, chunk(b"one\n"), b"no number\r\n"],
     ],
 )
-def test_a_broken_stream_is_an_error(pieces: list[bytes]) -> None:
+def test_broken_stream_is_an_error(pieces: list[bytes]) -> None:
     assert read_lines(pieces) == ([b"one"], "TransportError")
 
 

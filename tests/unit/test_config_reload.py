@@ -164,9 +164,7 @@ def test_new_content_is_detected_however_it_is_written(
     watcher.wait_for_change()
 
 
-def test_the_update_of_a_mounted_config_map_is_detected(
-    tmp_path: Path, start_watcher: StartWatcher, reads: Reads
-) -> None:
+def test_update_of_a_mounted_config_map_is_detected(tmp_path: Path, start_watcher: StartWatcher, reads: Reads) -> None:
     volume = tmp_path / "volume"
     for name, content in (("..first", OLD), ("..second", OLD), ("..third", NEW)):
         (volume / name).mkdir(parents=True)
@@ -188,7 +186,7 @@ def test_the_update_of_a_mounted_config_map_is_detected(
     watcher.wait_for_change()
 
 
-def test_a_change_before_the_start_is_detected(path: Path, start_watcher: StartWatcher) -> None:
+def test_change_before_the_start_is_detected(path: Path, start_watcher: StartWatcher) -> None:
     path.write_bytes(NEW)
     start_watcher(path, loaded=OLD).wait_for_change()
 
@@ -208,7 +206,7 @@ def test_writes_of_the_same_content_are_ignored(path: Path, start_watcher: Start
     watcher.wait_for_change()
 
 
-def test_a_missing_file_changes_nothing_until_it_is_back(
+def test_missing_file_changes_nothing_until_it_is_back(
     path: Path, start_watcher: StartWatcher, reads: Reads, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -232,7 +230,7 @@ def test_a_missing_file_changes_nothing_until_it_is_back(
     watcher.wait_for_change()
 
 
-def test_an_invalid_edit_is_logged_once_and_ignored(
+def test_invalid_edit_is_logged_once_and_ignored(
     path: Path, start_watcher: StartWatcher, reads: Reads, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -265,7 +263,7 @@ def test_an_invalid_edit_is_logged_once_and_ignored(
 @pytest.mark.parametrize(
     "edit", [OLD + b"# a comment\n", b"mode: iptables\n" + HEAD, OLD + b"iptables: {masqueradeBit: 14}\n", HEAD]
 )
-def test_an_edit_that_changes_no_setting_is_ignored(
+def test_edit_that_changes_no_setting_is_ignored(
     path: Path, start_watcher: StartWatcher, reads: Reads, edit: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -279,7 +277,7 @@ def test_an_edit_that_changes_no_setting_is_ignored(
     watcher.wait_for_change()
 
 
-def test_a_misspelled_field_in_an_edit_is_logged(
+def test_misspelled_field_in_an_edit_is_logged(
     path: Path, start_watcher: StartWatcher, reads: Reads, caplog: pytest.LogCaptureFixture
 ) -> None:
     watcher = start_watcher(path)
@@ -311,7 +309,7 @@ def test_changes_after_the_stop_are_not_reported(path: Path, start_watcher: Star
     assert watcher.changes.empty()
 
 
-def test_a_pipe_is_not_watched(tmp_path: Path, start_watcher: StartWatcher, caplog: pytest.LogCaptureFixture) -> None:
+def test_pipe_is_not_watched(tmp_path: Path, start_watcher: StartWatcher, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     path = tmp_path / "pipe"
     os.mkfifo(path)
@@ -323,7 +321,7 @@ def test_a_pipe_is_not_watched(tmp_path: Path, start_watcher: StartWatcher, capl
     watcher.stop()
 
 
-def test_the_file_is_polled_if_inotify_is_unavailable(
+def test_file_is_polled_if_inotify_is_unavailable(
     path: Path,
     start_watcher: StartWatcher,
     reads: Reads,

@@ -176,7 +176,7 @@ def test_threads_with_an_expired_token_wait_for_one_run_of_the_plugin(
     assert plugin.runs == 2
 
 
-def test_the_plugin_runs_once_for_all_threads_whose_token_is_rejected(
+def test_plugin_runs_once_for_all_threads_whose_token_is_rejected(
     tmp_path: Path, server: ApiServer, update_lock: ObservedLock
 ) -> None:
     server.tokens = {"second"}
