@@ -66,8 +66,9 @@ class Inotify:
     def watch(self, directories: Iterable[str]) -> bool:
         """Watch these directories instead of the current ones; return whether any of them is new.
 
-        A directory that was deleted and created again is new. Directories that do not exist are skipped. Events for a
-        directory that is given by two names have the first one. Raises `InotifyError` if the user has too many watches.
+        A directory that was deleted and created again is new. Directories that do not exist are skipped. If a directory
+        is given by two names, its events have the first one. Raises `InotifyError` if the user has too many watches
+        (`fs.inotify.max_user_watches`).
         """
         previous = self._watches
         self._watches = {}
@@ -78,7 +79,7 @@ class Inotify:
             elif ctypes.get_errno() not in _NO_SUCH_DIRECTORY:
                 raise self._error()
         for descriptor in previous.keys() - self._watches.keys():
-            self._libc.inotify_rm_watch(self._fd, descriptor)  # fails if the directory was deleted, and its watch too
+            self._libc.inotify_rm_watch(self._fd, descriptor)  # fails if the watch was deleted with its directory
         return not self._watches.keys() <= previous.keys()
 
     def read(self) -> list[InotifyEvent]:
