@@ -39,7 +39,7 @@ class ApiClient:
         self.observe_request: Callable[[str, str, str, float], None] = lambda *_: None
         """Called after each request with its method, the server's `host:port`, the HTTP status and the seconds it took.
 
-        The status is `<error>` if there was no response. Not called for responses whose status `absences` lists: they
+        The status is `<error>` if there was no response. Not called for responses whose status is in `absences`: they
         need no attention.
         """
         self._kubeconfig, self._server = kubeconfig, server
@@ -86,8 +86,8 @@ class ApiClient:
     def renew(self, rejected: ApiResponse | None) -> None:
         """Reload the credentials because the server rejected those of the response `rejected` (status 401).
 
-        Does nothing if other credentials have replaced them since. None reloads in any case. Raises `ClientError`; the
-        current credentials then stay in use.
+        Does nothing if other credentials have replaced them since. If `rejected` is None, always reloads. Raises
+        `ClientError`; the current credentials then stay in use.
         """
         if self._is_current(rejected):
             self._update(lambda: self._load() if self._is_current(rejected) else None, wait=True)
@@ -135,7 +135,10 @@ class ApiClient:
         return response is None or response.credentials is self._access.auth_headers
 
     def _update_credentials(self) -> None:
-        """Reload files that rotate, and refresh a token that is about to expire. Waits only if it has expired."""
+        """Reload files that rotate, or refresh a token that is about to expire.
+
+        Waits for another thread that is doing this only if the token has expired. Raises `ClientError`.
+        """
         access = self._access
         if access.refresh_due:
             self._update(self._refresh_if_due, wait=access.expired)
@@ -157,10 +160,10 @@ class ApiClient:
             self._load()
 
     def _update(self, action: Callable[[], None], *, wait: bool) -> None:
-        """Change the credentials by `action`, unless another thread completes a change meanwhile.
+        """Change the credentials with `action`, unless another thread completes a change first.
 
-        While another thread is changing them, either `wait` and share its outcome, or return at once. Raises
-        `ClientError`.
+        If another thread is already changing them, wait for it and share its outcome, or, without `wait`, return at
+        once. Raises `ClientError`.
         """
         updates = self._updates
         if not self._updating.acquire(blocking=wait):
