@@ -16,7 +16,7 @@ from kproxy.model.store import Store
 from kproxy.model.sync_report import SyncResult
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Node, Service, ServicePort
 from kproxy.nftables.backend import NftablesBackend
-from kproxy.sync.family import LARGE_CLUSTER_ENDPOINTS, Backend, FamilySync
+from kproxy.sync.family_sync import LARGE_CLUSTER_ENDPOINTS, Backend, FamilySync
 from kproxy.sync.reconciler import Reconciler, Resync
 from kproxy.sync.schedule import Schedule
 from tests.clock import Clock

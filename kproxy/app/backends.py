@@ -10,7 +10,8 @@ from functools import cache
 from ipaddress import ip_address
 from pathlib import Path
 
-from kproxy.app.contexts import interface_warning, local_traffic_warning, make_context, node_port_warning
+from kproxy.app.family_contexts import interface_warning, local_traffic_warning, make_context
+from kproxy.app.node_port_addresses import node_port_warning
 from kproxy.config import Config, node_name
 from kproxy.config.types import PRIMARY
 from kproxy.host.commands import CommandError, InconclusiveError
@@ -28,7 +29,7 @@ from kproxy.model.types import Family, Node, ServiceCIDR
 from kproxy.nftables.backend import NftablesBackend
 from kproxy.nftables.kernel import Commit, NftTable, OwnGenerations
 from kproxy.nftables.probe import NftablesUnsupportedError, choose_commit
-from kproxy.sync.family import FamilySync
+from kproxy.sync.family_sync import FamilySync
 
 log = logging.getLogger(__name__)
 

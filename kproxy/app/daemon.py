@@ -26,11 +26,11 @@ from kproxy.app.backends import (
     watched_kinds,
     watches_addresses,
 )
-from kproxy.app.contexts import is_ready
+from kproxy.app.family_contexts import is_ready
 from kproxy.app.first_sync import FirstSyncSteps
 from kproxy.app.kernel_parameters import prepare_conntrack, prepare_process
 from kproxy.config import Config, as_document
-from kproxy.host.conntrack import UdpConntrack
+from kproxy.host.ctnetlink import UdpConntrack
 from kproxy.host.interfaces import AddressMonitor, own_addresses
 from kproxy.host.nfacct import read_counter
 from kproxy.host.signals import HANDLED_SIGNALS, STACK_DUMP_SIGNALS, STOP_SIGNALS, block_signals
@@ -46,7 +46,7 @@ from kproxy.model.store import Store
 from kproxy.model.types import Family, Node, ServiceKey
 from kproxy.serve.metric_definitions import INVALID_DROPPED, LOCALHOST_ACCEPTED
 from kproxy.serve.status_server import ListenError, StatusServer
-from kproxy.sync.conntrack import ConntrackCleaner
+from kproxy.sync.conntrack_cleanup import ConntrackCleaner
 from kproxy.sync.node_monitor import NodeMonitor
 from kproxy.sync.reconciler import Message, Reconciler, Resync, Stop
 from kproxy.sync.schedule import Schedule

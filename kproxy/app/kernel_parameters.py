@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 
-from kproxy.app.contexts import localhost_node_ports
+from kproxy.app.node_port_addresses import localhost_node_ports
 from kproxy.config import Config
 from kproxy.config.conntrack_sysctls import PARAMETERS, sysctl_changes
 from kproxy.host.process import set_oom_score_adj

@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable
 
 from kproxy.app.backends import check_privileges, choose_mode, local_node_name, make_families, watched_kinds
-from kproxy.app.contexts import make_context
+from kproxy.app.family_contexts import make_context
 from kproxy.app.first_sync import FirstSyncSteps
 from kproxy.config import Config
-from kproxy.host.conntrack import UdpConntrack
+from kproxy.host.ctnetlink import UdpConntrack
 from kproxy.host.interfaces import own_addresses
 from kproxy.iptables.backend import IptablesPrinter
 from kproxy.kube.manifests.file_source import FileSource
@@ -20,10 +20,10 @@ from kproxy.model.store import Store
 from kproxy.model.sync_report import SyncError, SyncReport
 from kproxy.model.types import Family, Node
 from kproxy.nftables.backend import NftablesPrinter
-from kproxy.sync.conntrack import ConntrackCleaner
-from kproxy.sync.family import Backend, FamilySync
+from kproxy.sync.conntrack_cleanup import ConntrackCleaner
+from kproxy.sync.family_sync import Backend, FamilySync
+from kproxy.sync.log_summary import synced_text
 from kproxy.sync.service_events import ServiceEventListener
-from kproxy.sync.summary import synced_text
 
 log = logging.getLogger(__name__)
 

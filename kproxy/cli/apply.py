@@ -49,12 +49,12 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 def _apply(options: argparse.Namespace) -> None:
     objects = required_objects(options)
     config = load_settings(options)
-    from kproxy.app import one_shot as once
+    from kproxy.app import one_shot
     from kproxy.app.backends import StartError
     from kproxy.kube.manifests.file_source import FileSourceError
     from kproxy.model.sync_report import SyncError
 
     try:
-        once.apply(config, objects)
+        one_shot.apply(config, objects)
     except (StartError, FileSourceError, SyncError) as error:
         raise CommandFailedError(str(error)) from None

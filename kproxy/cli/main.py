@@ -37,7 +37,7 @@ def main(arguments: Sequence[str]) -> int:
 def _report(error: object, code: int) -> int:
     import logging
 
-    from kproxy.cli.logs import printable, writes_json
+    from kproxy.cli.log_format import printable, writes_json
 
     for line in str(error).splitlines():
         if writes_json():

@@ -38,7 +38,7 @@ def load_settings(options: argparse.Namespace, content: bytes | None = None) -> 
     `content` is the file's content, if the caller has read it already. Settings that have no effect are logged as
     warnings.
     """
-    from kproxy.cli.logs import start_logging
+    from kproxy.cli.log_format import start_logging
 
     try:
         config, warnings = configure(options, content)

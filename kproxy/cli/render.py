@@ -60,11 +60,11 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 def _render(options: argparse.Namespace) -> None:
     objects = required_objects(options)
     config = load_settings(options)
-    from kproxy.app import one_shot as once
+    from kproxy.app import one_shot
     from kproxy.kube.manifests.file_source import FileSourceError
 
     try:
-        texts = once.render(config, objects)
+        texts = one_shot.render(config, objects)
     except FileSourceError as error:
         raise CommandFailedError(str(error)) from None
     if options.family:

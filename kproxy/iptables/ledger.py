@@ -11,7 +11,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 
 from msgspec import Struct
 
-from kproxy.iptables.conflicts import ConflictResolution, FrontendIndex, resolve_conflicts
+from kproxy.iptables.frontend_conflicts import ConflictResolution, FrontendIndex, resolve_conflicts
 from kproxy.iptables.names import PORT_CHAIN_PREFIXES, ChainName, is_shard
 from kproxy.iptables.patch import MIN_PATCHABLE_RULES
 from kproxy.iptables.render import DispatchRule, RenderedPort

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from kproxy.model.addresses import family_of
 from kproxy.model.delta import BASIC_KINDS, Delta, Invalid, Kind, Object, Replace, Upsert
-from kproxy.model.packed import pack, unpack
+from kproxy.model.packed_objects import pack, unpack
 from kproxy.model.types import EndpointSlice, Family, Node, Service, ServiceCIDR, ServiceKey
 
 SliceKey: TypeAlias = str
@@ -41,7 +41,7 @@ class Store:
     A delta that repeats the known state changes nothing. EndpointSlices may arrive before their Service. `kinds` are
     the kinds of objects to keep, each of which must be listed before the state is complete.
 
-    Services and EndpointSlices are stored packed, since few are needed at a time (see `kproxy.model.packed`).
+    Services and EndpointSlices are stored packed, since few are needed at a time (see `kproxy.model.packed_objects`).
     """
 
     def __init__(self, node_name: str, kinds: Iterable[Kind] = BASIC_KINDS) -> None:

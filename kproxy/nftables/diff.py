@@ -8,6 +8,7 @@ from kproxy.model.context import Context
 from kproxy.model.types import ServiceKey
 from kproxy.nftables import names
 from kproxy.nftables.base_table import SETS, base_chains
+from kproxy.nftables.comments import comment_of
 from kproxy.nftables.elements import (
     SetElement,
     endpoint_elements,
@@ -319,5 +320,5 @@ def _change_element(transaction: Transaction, set_name: str, old: SetElement | N
 
 
 def _verdict_elements(frontend: RenderedFrontend) -> dict[str, SetElement]:
-    comment = names.comment(frontend.service_port)
+    comment = comment_of(frontend.service_port)
     return {map_name: SetElement(frontend.key, verdict, comment) for map_name, verdict in frontend.verdicts}

@@ -27,11 +27,6 @@ NODE_PORT_LOCAL_ENDPOINTS = "nodeport-local-endpoints"
 REJECT = "reject-chain"
 MAX_NAME_LENGTH = 127
 """Maximum length of a name. The kernel accepts 255 characters (NFT_NAME_MAXLEN), but long names are hard to read."""
-MAX_COMMENT_LENGTH = 128
-"""Maximum length of a comment in nft (NFTNL_UDATA_COMMENT_MAXLEN).
-
-The name of a service port can be longer (63 + 63 + 15 characters).
-"""
 _ELLIPSIS = "..."
 _LONGEST_PREFIX = len("endpoint-")
 
@@ -52,11 +47,6 @@ def endpoint_suffix(plan: ServicePortPlan, address: str, port: int) -> str:
     Names must not contain colons, so the colons of an IPv6 address become dots.
     """
     return _hashed(f"{_service_port_text(plan)}__{address.replace(':', '.')}/{port}")
-
-
-def comment(text: str) -> str:
-    """Return the text, truncated to the length that nft accepts for a comment."""
-    return text if len(text) <= MAX_COMMENT_LENGTH else text[: MAX_COMMENT_LENGTH - len(_ELLIPSIS)] + _ELLIPSIS
 
 
 def _service_port_text(plan: ServicePortPlan) -> str:

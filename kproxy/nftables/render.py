@@ -15,6 +15,7 @@ from kproxy.model.frontend_conflicts import ClaimRank, external_rank
 from kproxy.model.plan import ServicePortPlan, TrafficDecision
 from kproxy.nftables import names
 from kproxy.nftables import shared_chains as shared
+from kproxy.nftables.comments import comment_of
 from kproxy.nftables.elements import DROP, hairpin_key, node_port_key, pack_address, pack_endpoints, service_key
 from kproxy.nftables.ruleset import (
     Dnat,
@@ -171,7 +172,7 @@ def _firewall_chain(plan: ServicePortPlan) -> NftChain:
     """Return the chain that drops packets from sources outside `loadBalancerSourceRanges`."""
     sources = [*plan.source_ranges, *(plan.vips if plan.vips_are_sources else ())]
     rules: list[NftRule] = [rule(MatchSaddr(source), Return()) for source in sources]
-    return NftChain(f"firewall-{names.service_port_suffix(plan)}", (*rules, rule(Drop())), names.comment(plan.name))
+    return NftChain(f"firewall-{names.service_port_suffix(plan)}", (*rules, rule(Drop())), comment_of(plan.name))
 
 
 def _affinity_sets(plan: ServicePortPlan) -> Iterator[NftSet]:
@@ -187,9 +188,9 @@ def _affinity_chains(plan: ServicePortPlan, context: Context) -> Iterator[NftCha
     suffix = names.service_port_suffix(plan)
     cluster, local, external = f"service-{suffix}", f"local-{suffix}", f"external-{suffix}"
     if plan.cluster_endpoints:
-        yield NftChain(cluster, tuple(_affinity_rules(plan, plan.cluster_endpoints)), names.comment(plan.name))
+        yield NftChain(cluster, tuple(_affinity_rules(plan, plan.cluster_endpoints)), comment_of(plan.name))
     if plan.local_endpoints:
-        comment = names.comment(f"{plan.name}, policy Local")
+        comment = comment_of(f"{plan.name}, policy Local")
         yield NftChain(local, tuple(_affinity_rules(plan, plan.local_endpoints)), comment)
     if not plan.externally_accessible:
         return
@@ -198,7 +199,7 @@ def _affinity_chains(plan: ServicePortPlan, context: Context) -> Iterator[NftCha
         rules = shared.external_local_rules(context, cluster, local_chain)
     else:
         rules = (rule(SetMark(context.masquerade_mark), comment="masquerade"), rule(Goto(cluster)))
-    yield NftChain(external, rules, names.comment(f"{plan.name}, external traffic"))
+    yield NftChain(external, rules, comment_of(f"{plan.name}, external traffic"))
 
 
 def _endpoint_chain(plan: ServicePortPlan, endpoint: str) -> NftChain:
@@ -208,7 +209,7 @@ def _endpoint_chain(plan: ServicePortPlan, endpoint: str) -> NftChain:
         rule(UpdateSet(f"affinity-{suffix}")),
         rule(MatchL4Proto(plan.protocol), Dnat(address, port)),
     )
-    return NftChain(f"endpoint-{suffix}", rules, names.comment(plan.name))
+    return NftChain(f"endpoint-{suffix}", rules, comment_of(plan.name))
 
 
 def _affinity_rules(plan: ServicePortPlan, endpoints: Sockets) -> Iterator[NftRule]:

@@ -16,7 +16,7 @@ from typing import TypeAlias
 from msgspec import Struct
 
 from kproxy.model.context import Context
-from kproxy.model.logging import LogThrottle
+from kproxy.model.log_throttle import LogThrottle
 from kproxy.model.plan import ServicePortPlan
 from kproxy.model.sync_report import SyncReport
 from kproxy.model.types import Family, ServiceKey

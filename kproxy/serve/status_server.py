@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 from kproxy import __version__
-from kproxy.model.logging import LogThrottle
+from kproxy.model.log_throttle import LogThrottle
 from kproxy.model.sync_report import ChangeListener, QueueListener, SyncListener
 from kproxy.model.types import Family, Node
 from kproxy.serve.health import NANO, Health, HealthPages

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from kproxy.model.logging import LogThrottle
+from kproxy.model.log_throttle import LogThrottle
 from kproxy.model.store import Store
 from kproxy.model.types import Node
 

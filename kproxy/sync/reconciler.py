@@ -12,7 +12,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from kproxy.model.delta import Delta, Upsert
-from kproxy.model.logging import V2
+from kproxy.model.log_throttle import V2
 from kproxy.model.store import Store, StoreChange
 from kproxy.model.sync_report import (
     AfterSyncStep,
@@ -24,9 +24,9 @@ from kproxy.model.sync_report import (
     SyncResult,
 )
 from kproxy.model.types import Family
-from kproxy.sync.family import FamilySync
+from kproxy.sync.family_sync import FamilySync
+from kproxy.sync.log_summary import Summary, seconds_text, synced_text
 from kproxy.sync.schedule import Schedule
-from kproxy.sync.summary import Summary, seconds_text, synced_text
 
 log = logging.getLogger(__name__)
 _P = ParamSpec("_P")

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from subprocess import Popen
 
-from kproxy.app.contexts import make_context
+from kproxy.app.family_contexts import make_context
 from kproxy.config import Config
 from kproxy.iptables.backend import IptablesPrinter
 from kproxy.kube.client.client import ApiClient
@@ -20,7 +20,7 @@ from kproxy.model.context import Context
 from kproxy.model.delta import Kind, Replace
 from kproxy.model.store import Store
 from kproxy.model.types import EndpointSlice, Family, Node, Service
-from kproxy.sync.family import FamilySync
+from kproxy.sync.family_sync import FamilySync
 from tests.api.conftest import Cluster
 from tests.apiserver import Relay
 from tests.fakekernel import FakeKernel

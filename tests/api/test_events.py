@@ -326,7 +326,6 @@ def test_stop_does_not_wait_for_retries(
     server: ApiServer, record: Record, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(events, "RETRY_DELAYS", (3600.0,))
-    monkeypatch.setattr(events, "STOP_TIMEOUT", HANG_GUARD)
     failed = first_log_record(caplog)
     server.fail_requests(503, times=2)
     recorder = record(server)
@@ -339,7 +338,6 @@ def test_stop_does_not_wait_for_retries(
 
 def test_stop_drops_queued_events(server: ApiServer, record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(events, "RETRY_DELAYS", (3600.0,))
-    monkeypatch.setattr(events, "STOP_TIMEOUT", HANG_GUARD)
     server.fail_requests(503)
     recorder = record(server)
     for number in range(2 * QUEUE_LIMIT):
@@ -355,7 +353,7 @@ def test_stop_returns_while_the_server_is_stalled(server: ApiServer, record: Rec
         recorder = record(server, port=relay.port)
         relay.stall(new=True)
         emit(recorder, "never answered")
-        stopper = threading.Thread(target=recorder.stop, daemon=True)
+        stopper = threading.Thread(target=recorder.stop, args=(0.5,), daemon=True)
         stopper.start()
         stopper.join(HANG_GUARD)
         assert not stopper.is_alive()

@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Struct
 
 from kproxy.app.backends import watched_kinds
-from kproxy.app.contexts import make_context
+from kproxy.app.family_contexts import make_context
 from kproxy.config import Config
 from kproxy.host.netlink import BatchSocket
 from kproxy.host.nf_tables_constants import NFNL_SUBSYS_NFTABLES
@@ -34,7 +34,7 @@ from kproxy.nftables.backend import NftablesBackend
 from kproxy.nftables.encode import TransactionEncoder
 from kproxy.nftables.kernel import NftTable
 from kproxy.nftables.transaction import Transaction
-from kproxy.sync.family import FamilySync
+from kproxy.sync.family_sync import FamilySync
 from tests.bench.cluster import CLUSTER_CIDR, Cluster, Object
 from tests.bench.commit_monitor import CommitMonitor
 from tests.bench.usage import self_cpu_seconds

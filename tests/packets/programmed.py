@@ -6,7 +6,7 @@ from functools import partial
 
 from msgspec.structs import replace
 
-from kproxy.app.contexts import make_context
+from kproxy.app.family_contexts import make_context
 from kproxy.config import Config
 from kproxy.config.load import load_config
 from kproxy.iptables.backend import IptablesPrinter
@@ -17,7 +17,7 @@ from kproxy.model.types import Family, Node, ServiceCIDR
 from kproxy.nftables.backend import NftablesPrinter
 from kproxy.simulate.iptables import IptablesSimulator
 from kproxy.simulate.nftables import NftablesSimulator
-from kproxy.sync.family import FamilySync
+from kproxy.sync.family_sync import FamilySync
 from tests.fakekernel import FakeKernel
 from tests.packets.senders import NODE_ADDRESSES, SERVICE_CIDRS
 from tests.recordings import GOLDEN, replaces, store

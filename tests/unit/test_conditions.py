@@ -11,8 +11,8 @@ from msgspec.structs import replace
 from kproxy.model.delta import Delete, Invalid, Replace, Upsert
 from kproxy.model.sync_report import ServiceCounts, SyncError, SyncReport, SyncResult
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Node, Service, ServicePort
+from kproxy.sync.log_summary import PERIOD, Summary, synced_text
 from kproxy.sync.service_events import LINES_PER_SYNC, ServiceEventListener
-from kproxy.sync.summary import PERIOD, Summary, synced_text
 from tests.inprocess import FakeKernelProxy
 
 HTTP, DNS = ServicePort("http", 80, "TCP"), ServicePort("dns", 53, "UDP")

@@ -227,5 +227,5 @@ def test_load_with_a_lost_connection_has_failed(kubelet: Kubelet, executor: Exec
     with RealLoad(lambda: executor.start("test", "client", "cat"), lambda: None) as load:
         pass
     failures = " ".join(load.failures())
-    assert "the load broke off" in failures
-    assert "did not say how many" in failures
+    assert "the load failed after" in failures
+    assert "did not report its number of requests" in failures

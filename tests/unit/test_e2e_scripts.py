@@ -199,9 +199,9 @@ def test_missing_lines_and_lost_packets_are_failures() -> None:
         tally.add(line)
     failures = tally.failures()
     assert len(failures) == 4
-    assert "request 3 is told as the 2th" in failures[0]
+    assert "result 2 is for request 3" in failures[0]
     assert "packet was lost" in failures[2]
-    assert "4 requests were made, and 3 are known" in failures[3]
+    assert "4 requests were sent, but 3 results were received" in failures[3]
 
 
 def test_get_returns_status_and_body_or_raises_connection_error(address: str, pod: Netexec) -> None:

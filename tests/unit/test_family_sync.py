@@ -19,8 +19,8 @@ from kproxy.model.plan import ServicePortPlan, count_endpoints, plan_service
 from kproxy.model.sync_report import SyncError, SyncResult
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Node, Service, ServicePort
 from kproxy.nftables.backend import NftablesBackend
-from kproxy.sync import family as family_module
-from kproxy.sync.family import LARGE_CLUSTER_ENDPOINTS, Backend
+from kproxy.sync import family_sync as family_module
+from kproxy.sync.family_sync import LARGE_CLUSTER_ENDPOINTS, Backend
 from tests.fakekernel import FakeKernel
 from tests.faketable import FakeTable
 from tests.inprocess import SingleFamilyProxy

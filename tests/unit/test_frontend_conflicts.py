@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from kproxy.iptables.conflicts import FrontendIndex, frontend_of
+from kproxy.iptables.frontend_conflicts import FrontendIndex, frontend_of
 from kproxy.iptables.names import ChainName
 from kproxy.iptables.render import DispatchRule, FrontendMatch
 from kproxy.model.frontend_conflicts import ClaimRank, FrontendConflict

@@ -32,8 +32,11 @@ ONLY_MODEL = {"host", "serve", "simulate"}
 PURE = (
     "model.*",
     *(f"iptables.{name}" for name in ("names", "render", "base_rules", "save_restore", "ledger", "diff", "dispatch")),
-    *(f"iptables.{name}" for name in ("conflicts", "patch", "cleanup")),
-    *(f"nftables.{name}" for name in ("names", "ruleset", "elements", "base_table", "shared_chains", "render")),
+    *(f"iptables.{name}" for name in ("frontend_conflicts", "patch", "cleanup")),
+    *(
+        f"nftables.{name}"
+        for name in ("names", "comments", "ruleset", "elements", "base_table", "shared_chains", "render")
+    ),
     *(
         f"nftables.{name}"
         for name in ("ledger", "transaction", "diff", "snapshot", "nft_syntax", "expressions", "encode")
@@ -41,7 +44,8 @@ PURE = (
     *(f"kube.codec.{name}" for name in ("schema", "object_error", "conversion", "json_codec", "protobuf")),
     *("kube.codec.watch_events", "kube.codec.streams"),
     *("kube.listwatch.list_watch", "kube.events.correlator", "kube.client.http_proxy"),
-    *("sync.schedule", "sync.family", "sync.conditions", "sync.summary", "app.contexts"),
+    *("sync.schedule", "sync.family_sync", "sync.service_conditions", "sync.log_summary"),
+    *("app.family_contexts", "app.node_port_addresses"),
     *(
         "config.types",
         "config.conntrack_sysctls",

@@ -9,7 +9,7 @@ from ipaddress import ip_address
 import pytest
 from msgspec.structs import replace
 
-from kproxy.app.contexts import make_context
+from kproxy.app.family_contexts import make_context
 from kproxy.config import Config
 from kproxy.config.load import load_config
 from kproxy.iptables.backend import IptablesBackend, IptablesPrinter
@@ -22,7 +22,7 @@ from kproxy.model.plan import plan_service
 from kproxy.model.sync_report import SyncError
 from kproxy.model.types import EndpointSlice, Family, Node, Service, ServicePort
 from kproxy.simulate.iptables import IptablesSimulator
-from kproxy.sync.family import FamilySync
+from kproxy.sync.family_sync import FamilySync
 from tests.fakekernel import FakeKernel
 from tests.packets.expectation import describe
 from tests.packets.senders import NODE_ADDRESSES, packet_of

@@ -14,7 +14,7 @@ from kproxy.model.context import Context, LocalTraffic
 from kproxy.model.delta import Delete, Delta, Replace, Upsert
 from kproxy.model.store import Store
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Node, Service, ServicePort
-from kproxy.sync.family import FamilySync
+from kproxy.sync.family_sync import FamilySync
 from kproxy.sync.reconciler import Resync
 from tests.fakekernel import FakeKernel
 from tests.inprocess import EMPTY_LISTS, ReconciledProxy

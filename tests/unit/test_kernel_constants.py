@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 
 from kproxy.host import (
-    conntrack,
+    ctnetlink,
     inotify,
     interfaces,
     netlink,
@@ -20,7 +20,7 @@ from kproxy.host import (
     process,
 )
 
-MODULES = (conntrack, inotify, interfaces, netlink, netlink_message, nf_tables, nf_tables_constants, nfacct, process)
+MODULES = (ctnetlink, inotify, interfaces, netlink, netlink_message, nf_tables, nf_tables_constants, nfacct, process)
 PREFIXES = (
     *("CTA_", "IFA_", "IN_", "IPCTNL_", "NETLINK_", "NFACCT_", "NFNL_", "NFTA_", "NFT_", "NF_", "NLA_", "NLM", "RTM"),
     *("SOL_NETLINK", "SO_SNDBUFFORCE"),

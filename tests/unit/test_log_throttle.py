@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kproxy.model.logging import LogThrottle
+from kproxy.model.log_throttle import LogThrottle
 
 HOUR = 3600.0
 

@@ -12,9 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from kproxy.cli.logs import JsonFormatter, TextFormatter, level_of, printable, start_logging, verbosity_of, writes_json
+from kproxy.cli.log_format import (
+    JsonFormatter,
+    TextFormatter,
+    level_of,
+    printable,
+    start_logging,
+    verbosity_of,
+    writes_json,
+)
 from kproxy.config.types import Logging, VModule
-from kproxy.model.logging import V2
+from kproxy.model.log_throttle import V2
 
 HERE = Path(__file__)
 CREATED = time.mktime((2025, 3, 9, 7, 5, 2, 0, 0, -1)) + 0.000123
@@ -22,7 +30,9 @@ UNPRINTABLE = "a\nW0101 forged\rb\x1b[31m\x00\x7f\x85\u2028\udcff\tc"
 
 
 def record(level: int, message: str = "started", *arguments: object, seconds: float = CREATED) -> logging.LogRecord:
-    found = logging.LogRecord("kproxy.sync.family", level, "/opt/kproxy/sync/family.py", 42, message, arguments, None)
+    found = logging.LogRecord(
+        "kproxy.sync.family_sync", level, "/opt/kproxy/sync/family_sync.py", 42, message, arguments, None
+    )
     found.created, found.process = seconds, 12345
     return found
 
@@ -45,7 +55,7 @@ def failed(level: int) -> logging.LogRecord:
 )
 def test_text_has_the_format_of_klog(level: int, letter: str) -> None:
     line = TextFormatter().format(record(level, "%s: %d services", "IPv4", 3))
-    assert line == f"{letter}0309 07:05:02.000123   12345 family.py:42] IPv4: 3 services"
+    assert line == f"{letter}0309 07:05:02.000123   12345 family_sync.py:42] IPv4: 3 services"
 
 
 def test_timestamps_advance() -> None:
@@ -58,7 +68,7 @@ def test_timestamps_advance() -> None:
 def test_long_process_id_is_not_truncated() -> None:
     found = record(logging.INFO)
     found.process = 123456789
-    assert " 123456789 family.py:42] " in TextFormatter().format(found)
+    assert " 123456789 family_sync.py:42] " in TextFormatter().format(found)
 
 
 def test_control_characters_of_messages_are_escaped() -> None:
@@ -72,7 +82,7 @@ def test_printable_characters_are_not_escaped() -> None:
 
 def test_every_line_of_a_traceback_has_a_header() -> None:
     lines = TextFormatter().format(failed(logging.DEBUG)).split("\n")
-    header = "I0309 07:05:02.000123   12345 family.py:42] "
+    header = "I0309 07:05:02.000123   12345 family_sync.py:42] "
     assert [line for line in lines if not line.startswith(header)] == []
     messages = [line.removeprefix(header) for line in lines]
     assert messages[:2] == ["it failed", "Traceback (most recent call last):"]
@@ -87,7 +97,7 @@ def test_json_has_the_format_of_component_base(level: int, verbosity: int) -> No
     line = JsonFormatter().format(record(level, "%s: %d services", "IPv4", 3))
     assert json.loads(line) == {
         "ts": pytest.approx(CREATED * 1000, abs=1e-3),
-        "caller": "sync/family.py:42",
+        "caller": "sync/family_sync.py:42",
         "msg": "IPv4: 3 services",
         "v": verbosity,
     }

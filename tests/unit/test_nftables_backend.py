@@ -13,6 +13,7 @@ from kproxy.host.nf_tables_constants import NFTA_SET_DESC
 from kproxy.model.types import EndpointPort, Service, ServicePort
 from kproxy.nftables import names
 from kproxy.nftables.backend import NftablesPrinter
+from kproxy.nftables.comments import MAX_COMMENT_LENGTH
 from kproxy.nftables.elements import hairpin_key, pack_address, service_key
 from kproxy.nftables.encode import TransactionEncoder
 from kproxy.nftables.ruleset import KeyField, NftSet
@@ -197,7 +198,7 @@ def test_long_names_are_truncated_and_stay_distinct() -> None:
         objects = {name for keyword, name in pairwise(text.split()) if keyword in {"chain", "set"}}
         assert all(len(name) <= names.MAX_NAME_LENGTH for name in objects)
         comments = [line.split('"')[1] for line in text.splitlines() if "comment" in line]
-        assert max(map(len, comments)) == names.MAX_COMMENT_LENGTH
+        assert max(map(len, comments)) == MAX_COMMENT_LENGTH
         truncated_names.append({name for name in objects if "..." in name})
     assert len(truncated_names[0]) == len(truncated_names[1]) == 3
     assert not truncated_names[0] & truncated_names[1]

@@ -22,7 +22,7 @@ from kproxy.nftables.backend import NftablesBackend
 from kproxy.nftables.elements import SetElement
 from kproxy.nftables.ruleset import Goto, rule
 from kproxy.nftables.transaction import Transaction
-from kproxy.sync.family import FamilySync
+from kproxy.sync.family_sync import FamilySync
 from tests.faketable import FakeChain, FakeTable, TableState
 from tests.inprocess import EMPTY_LISTS, InProcessProxy
 from tests.unit.strategies import contested_deltas, contested_services, contexts, serving_slices, weighted

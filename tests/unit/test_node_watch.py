@@ -131,7 +131,7 @@ def test_the_reconciler_reminds_without_messages(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, listed: bool
 ) -> None:
     """Whether it is ready or still waits for other kinds to be listed."""
-    monkeypatch.setattr("kproxy.model.logging.FIRST_PAUSE", 0.001)
+    monkeypatch.setattr("kproxy.model.log_throttle.FIRST_PAUSE", 0.001)
     reminded = threading.Semaphore(0)
 
     class Counting(logging.Handler):

@@ -12,12 +12,12 @@ import pytest
 
 from kproxy.model.context import Context
 from kproxy.model.delta import Delete, Kind, Replace, Upsert
-from kproxy.model.logging import V2
+from kproxy.model.log_throttle import V2
 from kproxy.model.store import Store, StoreChange
 from kproxy.model.sync_report import AfterSyncStep, ApplyResult, Plans, SyncError, SyncReport
 from kproxy.model.types import EndpointSlice, Family, Node, Service, ServicePort
 from kproxy.serve.health import Health
-from kproxy.sync.family import FamilySync
+from kproxy.sync.family_sync import FamilySync
 from kproxy.sync.reconciler import Message, Reconciler, Resync, Stop
 from kproxy.sync.schedule import Schedule
 from tests.inprocess import EMPTY_LISTS, ReconciledProxy

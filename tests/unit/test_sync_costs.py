@@ -16,7 +16,7 @@ from kproxy.model.delta import Delete, Delta, Replace, Upsert
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Node, Service, ServicePort
 from kproxy.nftables.backend import NftablesBackend
 from kproxy.nftables.transaction import Transaction
-from kproxy.sync.family import Backend
+from kproxy.sync.family_sync import Backend
 from tests.fakekernel import FakeKernel
 from tests.faketable import FakeTable
 from tests.inprocess import SingleFamilyProxy

@@ -15,7 +15,7 @@ from kproxy.model.context import Context
 from kproxy.model.plan import ServicePortPlan, TrafficDecision
 from kproxy.model.types import Family
 from kproxy.model.udp_flows import UdpFrontends, accepts_node_ports, udp_frontends
-from kproxy.sync.conntrack import ConntrackCleaner, ConntrackCleanup
+from kproxy.sync.conntrack_cleanup import ConntrackCleaner, ConntrackCleanup
 from tests.reports import failed, succeeded
 
 A, B, C = "10.244.1.1:53", "10.244.1.2:53", "10.244.2.3:53"

@@ -16,7 +16,7 @@ from kproxy.kube.codec.json_codec import ListPageError, read_error, read_page
 from kproxy.kube.codec.streams import ACCEPT_JSON, ACCEPT_WATCH
 from kproxy.kube.codec.watch_events import Bookmark, Deleted, ErrorStatus, Event, UndecodableObject
 from kproxy.model.delta import Delete, Delta, Kind, Replace, Upsert
-from kproxy.model.packed import PackedSequence, pack
+from kproxy.model.packed_objects import PackedSequence, pack
 from kproxy.model.types import EndpointSlice, Service, ServiceCIDR
 
 PAGE_SIZE = 500

@@ -21,7 +21,7 @@ from fnmatch import fnmatchcase
 import msgspec
 
 from kproxy.config.types import Logging, VModule
-from kproxy.model.logging import V2
+from kproxy.model.log_throttle import V2
 
 _SEVERITIES = {logging.CRITICAL: "F", logging.ERROR: "E", logging.WARNING: "W"}
 

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class ConntrackTable(Protocol):
-    """The UDP conntrack entries of one family, implemented by `kproxy.host.conntrack.UdpConntrack`."""
+    """The UDP conntrack entries of one family, implemented by `kproxy.host.ctnetlink.UdpConntrack`."""
 
     def clean(self, destinations: Collection[str], is_stale: Callable[[str, str], bool]) -> int:
         """Delete the stale ones of the entries with these destinations; return their number. Raises `OSError`."""

@@ -5,13 +5,8 @@ from __future__ import annotations
 import pytest
 
 from kproxy.app.backends import ContextFactory
-from kproxy.app.contexts import (
-    interface_warning,
-    local_traffic_warning,
-    localhost_node_ports,
-    make_context,
-    node_port_warning,
-)
+from kproxy.app.family_contexts import interface_warning, local_traffic_warning, make_context
+from kproxy.app.node_port_addresses import localhost_node_ports, node_port_warning
 from kproxy.config import Config, load_config
 from kproxy.model.context import Context
 from kproxy.model.types import Family, Node

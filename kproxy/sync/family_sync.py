@@ -21,7 +21,7 @@ from kproxy.model.sync_report import (
     SyncResult,
 )
 from kproxy.model.types import Family, Node, ServiceKey
-from kproxy.sync.conditions import ConditionTracker, ServiceCondition, service_condition
+from kproxy.sync.service_conditions import ConditionTracker, ServiceCondition, service_condition
 
 LARGE_CLUSTER_ENDPOINTS = 1000
 """Above this many endpoints, the rules of single endpoints have no comments (kube-proxy's threshold)."""

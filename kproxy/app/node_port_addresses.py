@@ -1,0 +1,65 @@
+"""The addresses that NodePorts answer on, from `nodePortAddresses`, the Node and the node's interfaces. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
+
+from kproxy.config import Config
+from kproxy.config.types import PRIMARY
+from kproxy.model.addresses import family_of
+from kproxy.model.context import Context
+from kproxy.model.types import Family, Node
+
+
+def node_port_addresses(
+    setting: Iterable[str], family: Family, node_addresses: list[str], local_addresses: Iterable[str]
+) -> tuple[str, ...] | None:
+    """Return the addresses of a family that NodePorts answer on, or None for every local address.
+
+    `setting` is `nodePortAddresses`: empty means all, `primary` the first of `node_addresses`, and CIDRs select
+    from `local_addresses`. As in kube-proxy, CIDRs of one family do not restrict the other; a `/0` CIDR restricts
+    nothing.
+    """
+    setting = tuple(setting)
+    if setting == (PRIMARY,):
+        return tuple(node_addresses[:1])
+    networks = _cidrs(setting, family)
+    if not networks or any(network.prefixlen == 0 for network in networks):
+        return None
+    local = dict.fromkeys(address for address in local_addresses if family_of(address) is family)
+    return tuple(address for address in local if any(ip_address(address) in network for network in networks))
+
+
+def localhost_node_ports(config: Config, family: Family) -> bool:
+    """Return whether NodePorts answer on 127.0.0.1: in iptables mode, IPv4, if `nodePortAddresses` includes it."""
+    if family is Family.IPV6 or config.effective_mode != "iptables" or not config.iptables.localhost_node_ports:
+        return False
+    return not config.node_port_addresses or _include_loopback(_cidrs(config.node_port_addresses, family))
+
+
+def node_port_warning(config: Config, node: Node | None, context: Context) -> str:
+    """Return one line that says why no address of the context's family answers to NodePorts, or "".
+
+    A Node with addresses of only the other family is not reported: single-stack clusters are normal.
+    """
+    if context.node_port_addresses != ():
+        return ""
+    family = context.family.value
+    if config.effective_node_port_addresses == (PRIMARY,):
+        known = node is not None and bool(node.addresses)
+        where = f"Node {context.node_name}"
+        return "" if known else f"{family}: NodePorts are unreachable until the addresses of {where} are known"
+    networks = _cidrs(config.node_port_addresses, context.family)
+    off_loopback = config.effective_mode != "iptables" and _include_loopback(networks)
+    remark = "; nftables mode has no NodePorts on loopback addresses" if off_loopback else ""
+    shown = ", ".join(map(str, networks))
+    return f"{family}: NodePorts are unreachable: no local address is in nodePortAddresses ({shown}){remark}"
+
+
+def _cidrs(setting: Iterable[str], family: Family) -> list[IPv4Network | IPv6Network]:
+    return [ip_network(text) for text in setting if text != PRIMARY and family_of(text) is family]
+
+
+def _include_loopback(networks: Iterable[IPv4Network | IPv6Network]) -> bool:
+    return any(network.overlaps(ip_network("::1" if network.version == 6 else "127.0.0.0/8")) for network in networks)
