@@ -35,7 +35,10 @@ _NO_SUCH_DIRECTORY = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ELOOP}
 
 
 class InotifyEvent(Struct, frozen=True):
-    """One change. `name` is "" for the directory itself. `directory` is "" if the event queue overflowed."""
+    """One change; `mask` has IN_* bits.
+
+    `name` is "" for the directory itself. `directory` is "" if the event queue overflowed.
+    """
 
     directory: str
     name: str

@@ -210,7 +210,7 @@ class BatchSocket(BoundSocket):
         self._send_buffer = 0
 
     def commit(self, messages: Sequence[tuple[int, int, bytes]], generation: int | None = None) -> None:
-        """Send messages (type, flags, payload) as one batch and wait until the kernel has committed it.
+        """Send at least one message (type, flags, payload) as a batch and wait until the kernel has committed it.
 
         With a `generation`, the kernel commits the batch only if the rule set still has that generation ID, else this
         raises `StaleGenerationError`. Raises `BatchRejectedError` if the kernel rejects the batch, and `NetlinkError`

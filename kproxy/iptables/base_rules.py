@@ -144,7 +144,7 @@ def _forward_rules(context: Context, mark: str) -> list[str]:
 def dispatch_trailing_rules(context: Context) -> dict[ChainName, tuple[str, ...]]:
     """Return the last rules of each dispatch chain.
 
-    Only KUBE-SERVICES has any: it jumps to KUBE-NODEPORTS after the rules for all Service addresses.
+    Only KUBE-SERVICES in table nat has any: it jumps to KUBE-NODEPORTS after the rules for all Service addresses.
     """
     comment = '-m comment --comment "kubernetes service nodeports; NOTE: this must be the last rule in this chain"'
     jump = f"-j {NAT_NODEPORTS.name}"

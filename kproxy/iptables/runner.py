@@ -186,7 +186,8 @@ class IptablesRunner:
         """Apply several inputs in order, as `restore` does, up to the first rejected one.
 
         A single process applies them all: it applies the changes of a table as soon as it has read them, while later
-        texts are still being generated. One process per text would take ten times as long.
+        texts are still being generated. One process per text would take ten times as long. Raises `RestoreError`, or
+        `CommandError` if the program cannot be started.
         """
         argv = [f"{self._program}-restore", "--noflush", "-w", str(LOCK_WAIT_SECONDS)]
         remaining = iter(texts)

@@ -95,7 +95,7 @@ class Commit(Protocol):
 
 
 class NetlinkCommit:
-    """Commits transactions over netlink. The socket stays open."""
+    """Commits transactions over netlink, on one socket that stays open."""
 
     def __init__(self, family: Family, table: str = TABLE) -> None:
         self._encoder = TransactionEncoder(family, table)

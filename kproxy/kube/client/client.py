@@ -39,8 +39,8 @@ class ApiClient:
         self.observe_request: Callable[[str, str, str, float], None] = lambda *_: None
         """Called after each request with its method, the server's `host:port`, the HTTP status and the seconds it took.
 
-        The status is `<error>` if there was no response. Not called for responses whose status is in `absences`: they
-        need no attention.
+        The status is `<error>` if there was no response. Not called for responses whose status is in
+        `optional_statuses`: they need no attention.
         """
         self._kubeconfig, self._server = kubeconfig, server
         self._updating = threading.Lock()
@@ -64,20 +64,20 @@ class ApiClient:
         timeout: float,
         accept: str = _JSON,
         *,
-        absences: Collection[int] = (),
+        optional_statuses: Collection[int] = (),
     ) -> ApiResponse:
         """Send a GET request and return once the response headers have arrived.
 
         `timeout` is the longest silence in seconds, not the duration of the whole response. `accept` lists media types,
-        the preferred one first. Lists may be compressed, but watches are not: gzip would delay events. `absences` are
-        the statuses that mean the server does not offer an optional resource.
+        the preferred one first. Lists may be compressed, but watches are not: gzip would delay events.
+        `optional_statuses` are the statuses that mean the server does not offer an optional resource.
 
         Raises `TransportError`, or `ClientError` if the credentials have expired and cannot be refreshed.
         """
         encoding = "identity" if "watch" in params else "gzip"
         url = f"{path}?{urlencode(params)}" if params else path
         headers = {"Accept": accept, "Accept-Encoding": encoding}
-        return self._send("GET", url, timeout, headers, None, absences=absences)
+        return self._send("GET", url, timeout, headers, None, optional_statuses=optional_statuses)
 
     def post(self, path: str, body: bytes, timeout: float) -> ApiResponse:
         """Send a JSON object in a POST request; otherwise like `get`."""
@@ -104,7 +104,7 @@ class ApiClient:
         headers: dict[str, str],
         body: bytes | None,
         *,
-        absences: Collection[int] = (),
+        optional_statuses: Collection[int] = (),
     ) -> ApiResponse:
         from urllib3 import Timeout
 
@@ -128,7 +128,7 @@ class ApiClient:
                 status = str(raw.status)
                 return ApiResponse(raw, credentials)
         finally:
-            if status not in map(str, absences):
+            if status not in map(str, optional_statuses):
                 self.observe_request(method, urlsplit(access.server).netloc, status, time.monotonic() - start)
 
     def _is_current(self, response: ApiResponse | None) -> bool:

@@ -160,9 +160,9 @@ def find_static_config(
     """Return how to reach the API server, or None if that takes more than static credentials.
 
     Without a `kubeconfig`, that is the Pod's service account, or no credentials if there is a `server`. A `server`
-    overrides the kubeconfig's URL. The result is None for a kubeconfig that is malformed or has a field not handled
-    here (such as `exec`), and for a server behind a proxy, including one that `environment` sets. Environment variables
-    are read from `environment`, not from the process. `first`: see `read_token`.
+    overrides the kubeconfig's URL. The result is None for a kubeconfig that cannot be read, is malformed or has a field
+    not handled here (such as `exec`), and for a server behind a proxy, including one that `environment` sets.
+    Environment variables are read from `environment`, not from the process. `first`: see `read_token`.
 
     Raises `ClientError` if a referenced file cannot be read, the token is not usable, or `check_entries` rejects the
     kubeconfig.

@@ -137,7 +137,7 @@ class EventRecorder:
         if failure and not self._failing:
             log.warning("cannot write %s: %s", _describe(report.latest), failure)
         elif self._failing and not failure:
-            log.info("events are written again")
+            log.info("writing events again")
         self._failing = bool(failure)
 
 

@@ -153,7 +153,11 @@ class _Reflector:
         self._watch_start = None
         try:
             with self._client.get(
-                request.path, request.params, machine.inactivity, request.accept, absences=machine.optional_statuses
+                request.path,
+                request.params,
+                machine.inactivity,
+                request.accept,
+                optional_statuses=machine.optional_statuses,
             ) as response:
                 try:
                     registered = self._register(response)
