@@ -59,7 +59,7 @@ def attributes(data: bytes, begin: int, end: int) -> dict[int, tuple[int, int]]:
 
 
 def iterate_attributes(data: bytes, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Yield the type, payload start and payload end of each attribute. Unlike in `attributes`, types may repeat."""
+    """Yield the type, payload start and payload end of each attribute. Types may repeat, unlike with `attributes`."""
     while begin + _ATTRIBUTE.size <= end:
         size, kind = _ATTRIBUTE.unpack_from(data, begin)
         yield kind & NLA_TYPE_MASK, begin + _ATTRIBUTE.size, begin + size

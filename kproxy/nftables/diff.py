@@ -41,7 +41,7 @@ class NftablesDiff:
     def __init__(
         self, ledger: NftablesLedger, context: Context, snapshot: TableSnapshot | None = None, *, create: bool = False
     ) -> None:
-        """With `create`, the first transaction deletes an existing table and creates it from scratch."""
+        """With `create`, the first transaction creates the table, after deleting any existing one."""
         self._ledger = ledger
         self._context = context
         self._snapshot = snapshot
@@ -49,7 +49,7 @@ class NftablesDiff:
         self._endpoint_size = endpoint_size(context.family)
         self._context_changed = ledger.context != context
         self._verdicts_changed = False
-        # The current state of everything that the next transaction may change: the owner of each key, whether each
+        # The state before the next transaction of everything that it may change: the owner of each key, whether each
         # element exists, and the Services.
         self._frontends: dict[bytes, RenderedFrontend | None] = {}
         self._counted_elements: dict[tuple[str, bytes], bool] = {}

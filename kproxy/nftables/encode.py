@@ -178,7 +178,7 @@ class TransactionEncoder:
 
 
 def rejected_element(message: NftMessage, offset: int) -> SetElement | None:
-    """Return the element at the offset (in bytes of the payload) that the kernel reported with an error, if any."""
+    """Return the element at a payload offset (in bytes) that the kernel reported with an error, or None."""
     begin = message.elements_offset
     for each in message.elements:
         for element in each.elements() if isinstance(each, EndpointElements) else (each,):

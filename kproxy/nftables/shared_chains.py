@@ -18,7 +18,7 @@ from kproxy.nftables.base_table import NODE_PORT_KEY, SERVICE_KEY, local_traffic
 from kproxy.nftables.ruleset import DnatMap, FibLocal, Goto, KeyField, NftChain, NftRule, SetMark, rule
 
 MAX_IMBALANCE = 1 / 500
-"""Maximum share of connections for which all random numbers of the same modulus miss.
+"""Maximum share of connections for which no random number below the capacity is the index of an endpoint.
 
 They are sent to one of the first endpoints, so this limits how much more traffic these endpoints get.
 """

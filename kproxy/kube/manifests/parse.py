@@ -45,7 +45,7 @@ Identity: TypeAlias = tuple[str, str, str]
 
 
 class ManifestFile(Struct, frozen=True):
-    """The objects of one file in its order, with None for an object that gets no rules (such as a headless Service).
+    """The objects of one file in file order, with None for an object without rules (such as a headless Service).
 
     `ignored_kinds` are kinds in the file that kproxy does not use. `warnings` are lines about endpoints and ports that
     cannot be used. A file with `problems` must not be used.
