@@ -87,7 +87,7 @@ def local_traffic_warning(config: Config, node: Node | None, context: Context) -
 def interface_warning(config: Config, interfaces: Collection[str]) -> str:
     """Return one line if the node has no interface that `detectLocal` names, or "".
 
-    The name may be misspelt, or the interface may only appear with the node's first pod.
+    The name may be misspelled, or the interface may only appear with the node's first pod.
     """
     bridge, prefix = config.detect_local.bridge_interface, config.detect_local.interface_name_prefix
     if config.detect_local_mode == "BridgeInterface" and bridge not in interfaces:

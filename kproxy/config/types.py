@@ -192,7 +192,7 @@ class Config(Section, frozen=True, kw_only=True):
     def resolved(self, mode: Mode) -> Config:
         """Return the configuration with the chosen mode. Raises `ValueError` if another one is configured."""
         if self.mode not in {"", mode}:
-            raise ValueError(f"mode {mode} was chosen, but {self.mode} is configured")
+            raise ValueError(f"cannot use {mode} mode: the configuration says {self.mode}")
         return msgspec.structs.replace(self, mode=mode)
 
     @property

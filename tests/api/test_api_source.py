@@ -30,8 +30,8 @@ def services_only(path: str, _query: dict[str, str]) -> bool:
 
 
 def port_of(received: Received, name: str) -> int:
-    found = received.objects[Service].get(f"demo/{name}")
-    return found.ports[0].port if isinstance(found, Service) else 0
+    current = received.objects[Service].get(f"demo/{name}")
+    return current.ports[0].port if isinstance(current, Service) else 0
 
 
 def test_every_kind_is_listed_and_watched(cluster: Cluster, start_source: StartSource, received: Received) -> None:

@@ -120,15 +120,15 @@ def is_running() -> bool:
 def first_events(cluster: Cluster, tmp_path: Path, note: str, count: int) -> list[dict[str, Any]]:
     """Return the first `count` Events with this note."""
     client = ApiClient.from_config(str(cluster.kubeconfig(tmp_path / "watcher")))
-    found = []
+    events = []
     with client.get(PATH, {"watch": "1"}, HANG_GUARD) as response:
         for line in split_lines(response.chunks()):
             event = json.loads(line)["object"]
             if event.get("note") == note:
-                found.append(event)
-            if len(found) == count:
-                return found
-    raise AssertionError(f"the watch ended after {found}")
+                events.append(event)
+            if len(events) == count:
+                return events
+    raise AssertionError(f"the watch ended after {events}")
 
 
 def test_events_of_nodes_and_services_are_written(cluster: Cluster, record: Record, tmp_path: Path) -> None:
@@ -137,12 +137,12 @@ def test_events_of_nodes_and_services_are_written(cluster: Cluster, record: Reco
     note = f"unique note {uuid4()}"
     recorder.event(NODE, "Normal", "Starting", "StartKubeProxy", note)
     emit(recorder, note)
-    found = {event["regarding"]["kind"]: event for event in first_events(cluster, tmp_path, note, 2)}
-    assert found["Node"]["metadata"]["namespace"] == "default"
-    assert found["Node"]["reason"] == "Starting"
-    assert found["Service"]["metadata"]["namespace"] == "demo"
-    assert found["Service"]["type"] == "Warning"
-    assert {event["reportingInstance"] for event in found.values()} == {"kube-proxy-node-1"}
+    by_kind = {event["regarding"]["kind"]: event for event in first_events(cluster, tmp_path, note, 2)}
+    assert by_kind["Node"]["metadata"]["namespace"] == "default"
+    assert by_kind["Node"]["reason"] == "Starting"
+    assert by_kind["Service"]["metadata"]["namespace"] == "demo"
+    assert by_kind["Service"]["type"] == "Warning"
+    assert {event["reportingInstance"] for event in by_kind.values()} == {"kube-proxy-node-1"}
 
 
 @pytest.mark.parametrize(

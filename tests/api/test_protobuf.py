@@ -35,14 +35,14 @@ def fill(cluster: Cluster) -> None:
     cluster.create(labeled(service("web", "10.96.7.1"), app="web"))
     cluster.create(service("affine", "10.96.7.2", sessionAffinity="ClientIP", internalTrafficPolicy="Local"))
     cluster.create(service("outside", "10.96.7.3", type="NodePort", externalTrafficPolicy="Local"))
-    found = endpoint_slice("web-1", "web", ["10.0.0.1", "10.0.0.2", "10.0.0.3"])
-    found["endpoints"][0] |= {
+    web = endpoint_slice("web-1", "web", ["10.0.0.1", "10.0.0.2", "10.0.0.3"])
+    web["endpoints"][0] |= {
         "conditions": {"ready": True, "serving": True, "terminating": False},
         "nodeName": "node-1",
     }
-    found["endpoints"][1] |= {"conditions": {"ready": False, "serving": True, "terminating": True}, "zone": "zone-a"}
-    found["endpoints"][2] |= {"conditions": {"ready": True}, "hints": {"forZones": [{"name": "zone-a"}]}}
-    cluster.create(found)
+    web["endpoints"][1] |= {"conditions": {"ready": False, "serving": True, "terminating": True}, "zone": "zone-a"}
+    web["endpoints"][2] |= {"conditions": {"ready": True}, "hints": {"forZones": [{"name": "zone-a"}]}}
+    cluster.create(web)
     cluster.create(node("node-1"))
     cluster.create(service_cidr("more", "10.97.0.0/16"))
 
@@ -51,14 +51,14 @@ def read(client: ApiClient, kind: Kind, resource: Resource, accept: str) -> tupl
     """Return the media type of a new watch and its initial objects."""
     with client.get(resource.path, {}, HANG_GUARD) as listed:
         count = len(read_page(kind, listed.read()).items)
-    found: set[DecodedObject] = set()
+    objects: set[DecodedObject] = set()
     with client.get(resource.path, {"watch": "1"}, HANG_GUARD, accept) as watch:
         for event in read_events(kind, watch):
             assert isinstance(event, DecodedObject)
-            found.add(event)
-            if len(found) == count:
+            objects.add(event)
+            if len(objects) == count:
                 break
-        return watch.media_type, found
+        return watch.media_type, objects
 
 
 @pytest.mark.parametrize(("kind", "resource"), SERVED)
@@ -112,8 +112,8 @@ def slice_of_ten(number: int, prefix: str) -> dict[str, Any]:
 
 
 def all_begin_with(slices: Iterable[object], prefix: str) -> bool:
-    found = [each for each in slices if isinstance(each, EndpointSlice)]
-    return len(found) == 100 and all(e.address.startswith(prefix) for each in found for e in each.endpoints)
+    endpoints = [item.endpoints for item in slices if isinstance(item, EndpointSlice)]
+    return len(endpoints) == 100 and all(e.address.startswith(prefix) for of_slice in endpoints for e in of_slice)
 
 
 @pytest.mark.parametrize("support", ["ignored", "refused"])

@@ -33,8 +33,8 @@ def is_for_service_cidrs(request: SeenRequest) -> bool:
 
 def ranges(received: Received) -> dict[str, tuple[str, ...]]:
     """Return the ranges of each ServiceCIDR except the cluster's own."""
-    found: Any = received.objects[ServiceCIDR].values()
-    return {item.name: item.cidrs for item in found if item.name != "kubernetes"}
+    objects: Any = received.objects[ServiceCIDR].values()
+    return {item.name: item.cidrs for item in objects if item.name != "kubernetes"}
 
 
 def test_created_and_deleted_service_cidrs_are_received(

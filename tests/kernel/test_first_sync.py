@@ -181,7 +181,7 @@ def test_failed_removal_is_retried_and_logged_once(
     wrap_program("iptables-restore", 'exec "$REAL" "$@"')
     report_sync(report(Family.IPV4))
     assert not chains(node, Family.IPV4)
-    message = "IPv4: rules of other modes are still there beside ours: iptables-restore failed with status 4: "
+    message = "IPv4: cannot remove the rules of the other proxy mode: iptables-restore failed with status 4: "
     assert [line.startswith(message) for line in warnings(logged)] == [True]
 
 

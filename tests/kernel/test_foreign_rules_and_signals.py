@@ -166,7 +166,7 @@ def test_other_signals_do_not_stop_the_daemon(node: Namespace, tmp_path: Path, p
     wait_until(lambda: "IPv6: synced" in log.read_text(), "the first sync")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     daemon = int(children[0]) if prefix else process.pid
-    ignored = "ignored; a changed configuration file is noticed without it"
+    ignored = "ignored; kproxy detects changes of the configuration file by itself"
     for number, message in (
         (signal.SIGHUP, f"] SIGHUP: {ignored}"),
         (signal.SIGUSR2, f"] SIGUSR2: {ignored}"),
@@ -243,7 +243,7 @@ def test_daemon_exits_when_a_thread_fails(node: Namespace) -> None:
     """)
     done = node.run([sys.executable, "-c", script], check=False)
     assert done.returncode == 1
-    assert "file-source ended: MemoryError('no more')" in done.stderr
+    assert "thread file-source failed: MemoryError('no more')" in done.stderr
     assert "Traceback" not in done.stderr
 
 

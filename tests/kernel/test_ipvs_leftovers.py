@@ -319,9 +319,9 @@ def test_failed_removal_of_virtual_servers_is_retried_after_complete_syncs(
     assert sorted(sets(node)) == sorted(SETS)
     assert not run_steps(complete=True)
     assert "KUBE-IPVS-IPS" not in sets(node)
-    messages = [record.getMessage() for record in caplog.records if "is still there" in record.getMessage()]
+    messages = [record.getMessage() for record in caplog.records if "leftovers of ipvs mode" in record.getMessage()]
     assert messages == [
-        "what ipvs mode left is still there, and may take traffic of Services: cannot remove 1 IPVS virtual "
+        "leftovers of ipvs mode remain and may intercept Service traffic: cannot remove 1 IPVS virtual "
         "server (first: 10.96.0.80 port 80): Device or resource busy; its interface and ipsets are kept as well"
     ]
 

@@ -52,8 +52,8 @@ def can_be_sent(row: Row) -> bool:
 
     It cannot preset affinity clients or assign a VIP to the node. Kernels never send loopback addresses to neighbors.
     """
-    to_neighbour = ip_address(row.address).is_loopback and row.sender != NODE
-    return not (row.remembering or to_neighbour or row.sender.startswith(NODE_AS))
+    to_neighbor = ip_address(row.address).is_loopback and row.sender != NODE
+    return not (row.remembering or to_neighbor or row.sender.startswith(NODE_AS))
 
 
 ROWS = {

@@ -141,10 +141,10 @@ def test_pages_state_the_measured_cost_of_an_event() -> None:
     runs = msgspec.json.decode((HISTORY / f"{SOURCE}.json").read_bytes(), type=Results).runs
     ranges = {}
     for form in ("JSON", "protobuf"):
-        found = [
+        milliseconds = [
             each.measured.value / 1000 for run in runs for each in run.figures if each.name == f"event, {form}: CPU"
         ]
-        ranges[form] = f"{min(found):.2f} to {max(found):.2f} ms"
+        ranges[form] = f"{min(milliseconds):.2f} to {max(milliseconds):.2f} ms"
     performance = " ".join((ROOT / "docs" / "performance.md").read_text().split())
     comparison = " ".join((ROOT / "docs" / "comparison.md").read_text().split())
     assert f"{ranges['JSON']} of CPU in JSON, {ranges['protobuf']} in protobuf" in performance

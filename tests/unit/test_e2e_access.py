@@ -29,9 +29,9 @@ class PatchHandler(Handler):
 
     def do_PATCH(self) -> None:  # noqa: N802 - the base class calls it that
         parts = urlsplit(self.path)
-        found = find_path(parts.path)
-        assert found is not None
-        resource, own, name = found
+        parsed = find_path(parts.path)
+        assert parsed is not None
+        resource, own, name = parsed
         patch = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         key = f"{own}/{name}"
         if self.headers["Content-Type"] == "application/apply-patch+yaml":

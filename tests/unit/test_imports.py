@@ -120,15 +120,15 @@ def test_packages_that_may_import_only_the_model(module: str) -> None:
 
 def impure_imports(path: Path) -> set[str]:
     """Return the modules in `IMPURE` that a file imports, not counting imports of `CONVERSIONS`."""
-    found = set()
+    impure = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names} & IMPURE
+            impure |= {alias.name.split(".")[0] for alias in node.names} & IMPURE
         elif isinstance(node, ast.ImportFrom) and node.module:
             name = node.module.split(".")[0]
             if name in IMPURE and not (name == "socket" and {alias.name for alias in node.names} <= CONVERSIONS):
-                found.add(name)
-    return found
+                impure.add(name)
+    return impure
 
 
 @pytest.mark.parametrize("module", pure_modules())
@@ -143,9 +143,9 @@ def test_pure_modules_import_only_pure_modules(module: str) -> None:
 
 
 def test_every_listed_pure_module_exists() -> None:
-    found = pure_modules()
-    assert len(found) > len(PURE)
-    assert all(f"kproxy.{pattern}" in found for pattern in PURE if not pattern.endswith("*"))
+    pure = pure_modules()
+    assert len(pure) > len(PURE)
+    assert all(f"kproxy.{pattern}" in pure for pattern in PURE if not pattern.endswith("*"))
 
 
 def test_there_are_no_import_cycles() -> None:

@@ -30,8 +30,8 @@ def workflow(path: Path) -> Any:
 
 
 def jobs(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = workflow(path)["jobs"]
-    return found
+    by_name: dict[str, Any] = workflow(path)["jobs"]
+    return by_name
 
 
 def steps(path: Path) -> list[dict[str, Any]]:
@@ -41,7 +41,7 @@ def steps(path: Path) -> list[dict[str, Any]]:
 def targets(path: Path) -> set[str]:
     """Return the make targets that the steps of a workflow run."""
     scripts = [step["run"] for step in steps(path) if "run" in step]
-    return {target for script in scripts for found in MAKE.findall(script) for target in found.split()}
+    return {target for script in scripts for targets in MAKE.findall(script) for target in targets.split()}
 
 
 def check(path: Path) -> subprocess.CompletedProcess[str]:
