@@ -79,8 +79,8 @@ class ManifestState:
 class FileSource:
     """Loads the objects of `path`, a file or a directory (see `read_path`), and passes them to `sink`.
 
-    Each call passes four `Replace` deltas: of Services, EndpointSlices, Nodes and ServiceCIDRs, in this order. The delta
-    of a kind without objects is empty. `sink` is called from a thread and must not block.
+    Each call passes four `Replace` deltas: of Services, EndpointSlices, Nodes and ServiceCIDRs, in this order. A kind
+    without objects has an empty delta. `sink` is called from a thread and must not block.
     """
 
     def __init__(self, path: str, sink: Callable[[tuple[Delta, ...]], None]) -> None:
