@@ -53,7 +53,7 @@ def own_addresses(family: Family) -> frozenset[str]:
 
 
 def addresses_by_interface(address_family: int) -> dict[int, frozenset[str]]:
-    """Return the addresses of each interface by its index. Raises `OSError`.
+    """Return the addresses of each interface, keyed by interface index. Raises `OSError`.
 
     `address_family` is AF_INET or AF_INET6, or AF_UNSPEC for both.
     """
@@ -61,7 +61,7 @@ def addresses_by_interface(address_family: int) -> dict[int, frozenset[str]]:
 
 
 def interface_index(name: str) -> int:
-    """Return the index of an interface, 0 if it does not exist."""
+    """Return the index of an interface, or 0 if it does not exist."""
     try:
         return socket.if_nametoindex(name)
     except OSError:
@@ -77,7 +77,7 @@ def delete_interface(index: int) -> None:
 class AddressMonitor:
     """Calls `on_change` whenever an address is added to an interface, changed or removed.
 
-    The monitor's thread makes the calls, one for all notifications that arrive together. `on_change` must not block.
+    The monitor's thread calls it once for all notifications that arrive together. `on_change` must not block.
     """
 
     def __init__(self, on_change: Callable[[], None]) -> None:
@@ -95,7 +95,7 @@ class AddressMonitor:
         self._thread.start()
 
     def stop(self, timeout: float) -> None:
-        """Stop the thread and close the socket; wait at most `timeout` seconds for a running call of `changed`."""
+        """Stop the thread and close the socket; wait at most `timeout` seconds for a running `on_change` call."""
         self._stopping = True
         os.eventfd_write(self._wakeup, 1)
         if self._thread.ident is not None:

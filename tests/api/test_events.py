@@ -256,7 +256,7 @@ def test_rejected_event_is_not_retried_and_logged_once(
     assert settle(recorder, server) == ["one", "two", "three", "four"]
     first, last = logged(caplog)
     assert first.startswith("cannot write event FailedToStartServiceHealthcheck of Service demo/web: 403 Forbidden: ")
-    assert last == "events are written again"
+    assert last == "writing events again"
 
 
 def test_events_are_retried_on_an_overloaded_server(server: ApiServer, record: Record, no_pauses: None) -> None:

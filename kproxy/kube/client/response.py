@@ -63,7 +63,7 @@ class ApiResponse:
             self._raw.shutdown()
 
     def release(self) -> None:
-        """Free the connection, whether or not the body was read to its end. Only the reading thread may call this."""
+        """Release the connection, whether or not the whole body was read. Only the reading thread may call this."""
         self._raw.close()
 
     def __enter__(self) -> ApiResponse:

@@ -24,9 +24,9 @@ PAGE_SIZE = 500
 INACTIVITY = 90.0
 """Seconds without data after which a connection counts as dead. Bookmarks arrive about every 60 s."""
 BOOKMARK_DUE = 0.8
-"""Fraction of `INACTIVITY` after which a bookmark should have arrived. Shorter connections can end without one."""
+"""Fraction of `INACTIVITY` within which a bookmark should arrive. Shorter connections can end without a bookmark."""
 SHORT_SILENCE_DIVISOR = 20
-"""Seconds of silence on such shorter connections that count as one second: they lead to a relist after an hour."""
+"""Seconds of silence on such shorter connections that count as one second. They cause a relist only after an hour."""
 MAX_SILENCES = 2
 """Multiple of `INACTIVITY` without an event or bookmark, over any number of connections, after which to relist.
 
@@ -36,15 +36,18 @@ did not change cause no work."""
 MIN_WATCH_SECONDS = 1.0
 """A watch that the server closes sooner has failed, even if it was closed cleanly (client-go uses the same limit)."""
 MAX_INCOMPLETE_LISTS = 2
-"""Lists that are discarded because they contain objects without a readable name. The next list is used without them."""
+"""Maximum number of consecutive lists to discard because they contain objects without a readable name.
+
+The next list is used without these objects.
+"""
 MAX_BACKOFF = 24.0
-"""Seconds between attempts after many failures, 18 to 30 with jitter: client-go's limit."""
+"""Seconds between attempts after many failures (18 to 30 with jitter), as in client-go."""
 MAX_UNAVAILABLE_BACKOFF = 240.0
-"""The same for an optional kind that the server does not serve or not allow, 180 to 300 with jitter."""
+"""The same for an optional kind that the server does not serve or does not allow reading (180 to 300 with jitter)."""
 
 _TRANSIENT_STATUSES = frozenset({401, 429, 503, 504})
 _UNAVAILABLE_STATUSES = frozenset({403, 404})
-"""Statuses by which a server says that it does not serve a kind, or does not allow reading it."""
+"""Statuses of a server that does not allow reading a kind (403) or does not serve it (404)."""
 _NOT_OTHER_PROXY = f"!{PROXY_NAME_LABEL}"
 _NOT_HEADLESS = f"{_NOT_OTHER_PROXY},!{HEADLESS_LABEL}"
 _WITH_CLUSTER_IP = "spec.clusterIP!=None,spec.type!=ExternalName"
@@ -64,7 +67,7 @@ class ApiResource(Struct, frozen=True):
 
 
 class ListWatchRequest(Struct, frozen=True):
-    """A GET request. The response is a watch, or else one page of a list. `accept` is the Accept header."""
+    """A GET request for a watch, or else for one page of a list. `accept` is the Accept header."""
 
     path: str
     params: dict[str, str]
@@ -109,7 +112,7 @@ class ListWatchStep(Struct, frozen=True):
 
 
 def resource_of(kind: Kind, node_name: str) -> ApiResource:
-    """Return the resource of a kind. Of Nodes, it selects only `node_name`."""
+    """Return the resource of a kind. For Nodes, it selects only `node_name`."""
     if kind is Service:
         selectors = {"labelSelector": _NOT_OTHER_PROXY, "fieldSelector": _WITH_CLUSTER_IP}
         return ApiResource("/api/v1/services", "services", selectors)
@@ -129,8 +132,8 @@ class ListWatch:
 
     Send what `next_request` returns, report the outcome to the `handle_...` methods, and carry out the `ListWatchStep`
     that they return. `random` returns a float in [0, 1); `inactivity` is in seconds. `error` is the current problem as
-    one line, "" if there is none. `optional_statuses` are the HTTP statuses that are no error, because kproxy works
-    without the kind.
+    one line, or "" if there is none. `optional_statuses` are the HTTP statuses that are not errors, because kproxy
+    works without the kind.
     """
 
     def __init__(self, kind: Kind, node_name: str, random: Callable[[], float], inactivity: float = INACTIVITY) -> None:
@@ -152,7 +155,7 @@ class ListWatch:
         self._continue_token = ""
         self._listed: dict[tuple[str, str], bytes | None] = {}  # packed objects; None: exists, but is invalid
         self._was_listed = False
-        self._missed_change = False  # of an unknown object: only a relist shows it
+        self._missed_change = False  # an object changed whose name cannot be decoded: only a relist recovers it
         self._incomplete_lists = 0
         self._failures = 0
         self._relists = 0
@@ -264,7 +267,7 @@ class ListWatch:
         """Count the silence at the end of a connection, and relist after too much of it."""
         if not self._resource_version or self._active:
             return
-        # Behind a load balancer that closes idle connections, a bookmark may never arrive: that alone says little.
+        # Behind a load balancer that closes idle connections, bookmarks may never arrive, so silence proves little.
         due = seconds >= BOOKMARK_DUE * self.inactivity
         self._silence += seconds if due else seconds / SHORT_SILENCE_DIVISOR
         if self._silence >= MAX_SILENCES * self.inactivity:
@@ -333,7 +336,7 @@ class ListWatch:
         objects = PackedSequence(self._kind, [item for item in self._listed.values() if item is not None])
         unreadable = tuple(key for key, item in self._listed.items() if item is None)
         self._discard_list()
-        self._resource_version = resource_version  # a missed change stays: there is a relist after this watch
+        self._resource_version = resource_version  # a missed change stays recorded: a relist follows this watch
         self._failures = self._incomplete_lists = 0
         self._active, self._silence = True, 0.0
         self._was_listed = True
@@ -362,9 +365,9 @@ class ListWatch:
         return self._retry(text, at_least=error.retry_after, renew_credentials=error.code == 401)
 
     def _continue_without_kind(self, error: ErrorStatus) -> ListWatchStep:
-        """Continue without an optional kind that the server does not serve (404) or does not allow to read (403).
+        """Continue without an optional kind that the server does not serve (404) or does not allow reading (403).
 
-        Known objects stay; without any, the kind counts as listed and empty. Attempts become rare.
+        Known objects stay. If the kind was never listed, it counts as listed and empty. Attempts become rare.
         """
         problem = "the API server does not serve" if error.code == 404 else "no permission to list and watch"
         effect = "keeping the last known objects" if self._was_listed else self._unavailable_effect
@@ -410,7 +413,7 @@ class ListWatch:
         self._listed, self._continue_token = {}, ""
 
     def _fall_back_to_pages(self) -> ListWatchStep:
-        """List in pages from now on, which every server supports."""
+        """From now on, list in pages, which every server supports."""
         self._use_watch_list = False
         self._discard_list()
         self._missed_change = False
