@@ -39,11 +39,14 @@ def local_addresses() -> tuple[str, ...]:
 
     Raises `OSError` if the kernel cannot be read.
     """
-    from pyroute2 import IPRoute  # noqa: PLC0415 - costs 11 MB, and only nodePortAddresses needs it
+    from pyroute2 import IPRoute, NetlinkError  # noqa: PLC0415 - costs 11 MB, and only nodePortAddresses needs it
 
-    with IPRoute() as route:
-        # On a point-to-point link, IFA_ADDRESS is the peer's address.
-        found = [message.get("IFA_LOCAL") or message.get("IFA_ADDRESS") for message in route.get_addr()]
+    try:
+        with IPRoute() as route:
+            # On a point-to-point link, IFA_ADDRESS is the peer's address.
+            found = [message.get("IFA_LOCAL") or message.get("IFA_ADDRESS") for message in route.get_addr()]
+    except NetlinkError as error:  # not an OSError in pyroute2
+        raise OSError(error.code, os.strerror(error.code)) from error
     return tuple(text for text in found if text and not text.lower().startswith("fe80:"))
 
 

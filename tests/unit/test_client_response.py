@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kproxy.kube.client.client import ApiClient
-from kproxy.kube.client.response import ApiResponse, SilenceError, TransportError
+from kproxy.kube.client.response import ApiResponse, IdleTimeoutError, TransportError
 from kproxy.kube.codec.streams import split_lines
 from tests.apiserver import ApiServer
 from tests.apiserver.objects import endpoint_slice, service
@@ -92,7 +92,7 @@ def test_lines_of_a_response_without_chunked_encoding() -> None:
 def test_line_is_available_as_soon_as_it_is_complete() -> None:
     for headers, encode in ((CHUNKED, chunk), (UNTIL_CLOSE, bytes)):
         lines, error = read_lines([headers, encode(b"one\ntwo\nthr")], close=False, timeout=0.3)
-        assert (lines, error) == ([b"one", b"two"], "SilenceError")
+        assert (lines, error) == ([b"one", b"two"], "IdleTimeoutError")
 
 
 @pytest.mark.parametrize(
@@ -123,10 +123,10 @@ def test_broken_responses_are_errors_of_one_line(response: bytes) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_silence_before_the_headers() -> None:
+def test_idle_timeout_before_the_headers() -> None:
     with ScriptedServer([], close=False) as server:
         client = ApiClient.from_config(None, server.url)
-        with pytest.raises(SilenceError):
+        with pytest.raises(IdleTimeoutError):
             client.get("/", {}, 0.2)
 
 

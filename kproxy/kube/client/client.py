@@ -68,8 +68,8 @@ class ApiClient:
     ) -> ApiResponse:
         """Send a GET request and return once the response headers have arrived.
 
-        `timeout` is the longest silence in seconds, not the duration of the whole response. `accept` lists media types,
-        the preferred one first. Lists may be compressed, but watches are not: gzip would delay events.
+        `timeout` is the maximum number of seconds without data, not the duration of the whole response. `accept` lists
+        media types, the preferred one first. Lists may be compressed, but watches are not: gzip would delay events.
         `optional_statuses` are the statuses that mean the server does not offer an optional resource.
 
         Raises `TransportError`, or `ClientError` if the credentials have expired and cannot be refreshed.

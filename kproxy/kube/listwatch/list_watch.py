@@ -25,9 +25,9 @@ INACTIVITY = 90.0
 """Seconds without data after which a connection counts as dead. Bookmarks arrive about every 60 s."""
 BOOKMARK_DUE = 0.8
 """Fraction of `INACTIVITY` within which a bookmark should arrive. Shorter connections can end without a bookmark."""
-SHORT_SILENCE_DIVISOR = 20
-"""Seconds of silence on such shorter connections that count as one second. They cause a relist only after an hour."""
-MAX_SILENCES = 2
+SHORT_IDLE_DIVISOR = 20
+"""Idle seconds on such shorter connections that count as one second. They cause a relist only after an hour."""
+MAX_IDLE_PERIODS = 2
 """Multiple of `INACTIVITY` without an event or bookmark, over any number of connections, after which to relist.
 
 An API server whose etcd was restored from an older backup accepts a resourceVersion that it has not reached yet, and
@@ -160,7 +160,7 @@ class ListWatch:
         self._failures = 0
         self._relists = 0
         self._active = False  # an event or bookmark arrived on the current connection
-        self._silence = 0.0  # seconds without one on earlier connections
+        self._idle_seconds = 0.0  # seconds without one on earlier connections
 
     @property
     def unavailable(self) -> bool:
@@ -238,14 +238,14 @@ class ListWatch:
             return self._retry(f"cannot watch {self.resource}: the API server closes the watch immediately")
         self._failures = 0
         self._relist_if_missed()
-        self._add_silence(duration)
+        self._add_idle_time(duration)
         return ListWatchStep(reconnect_after=0.0)
 
     def handle_failure(self, text: str, duration: float = 0.0) -> ListWatchStep:
         """Handle a failure to connect, or a connection that broke `duration` seconds after the start of its watch."""
         verb = "watch" if self._resource_version else "list"
         step = self._retry(f"cannot {verb} {self.resource}: {text}")
-        self._add_silence(duration)
+        self._add_idle_time(duration)
         return step
 
     def handle_inactivity(self) -> ListWatchStep:
@@ -255,22 +255,22 @@ class ListWatch:
         if self._resource_version:
             self._relist_if_missed()
             self.error = text
-            self._active = False  # events arrived only before the silence
-            self._add_silence(self.inactivity)
+            self._active = False  # events arrived only before the connection became idle
+            self._add_idle_time(self.inactivity)
             return ListWatchStep(reconnect_after=0.0)
         if self._use_watch_list and not self._watch_list_works:  # the server may not know sendInitialEvents
             self.error = text
             return self._fall_back_to_pages()
         return self._retry(text)
 
-    def _add_silence(self, seconds: float) -> None:
-        """Count the silence at the end of a connection, and relist after too much of it."""
+    def _add_idle_time(self, seconds: float) -> None:
+        """Count the idle time at the end of a connection, and relist after too much of it."""
         if not self._resource_version or self._active:
             return
-        # Behind a load balancer that closes idle connections, bookmarks may never arrive, so silence proves little.
+        # Behind a load balancer that closes idle connections, bookmarks may never arrive.
         due = seconds >= BOOKMARK_DUE * self.inactivity
-        self._silence += seconds if due else seconds / SHORT_SILENCE_DIVISOR
-        if self._silence >= MAX_SILENCES * self.inactivity:
+        self._idle_seconds += seconds if due else seconds / SHORT_IDLE_DIVISOR
+        if self._idle_seconds >= MAX_IDLE_PERIODS * self.inactivity:
             self.error = f"must relist {self.resource}: no event or bookmark for too long"
             self._start_list()
 
@@ -293,7 +293,7 @@ class ListWatch:
     def _handle_change(self, event: Event) -> ListWatchStep:
         """Handle an event after the list."""
         assert not isinstance(event, ErrorStatus)
-        self._active, self._silence = True, 0.0
+        self._active, self._idle_seconds = True, 0.0
         self._resource_version = event.resource_version or self._resource_version
         if isinstance(event, UndecodableObject):
             self._missed_change |= not event.name
@@ -338,7 +338,7 @@ class ListWatch:
         self._discard_list()
         self._resource_version = resource_version  # a missed change stays recorded: a relist follows this watch
         self._failures = self._incomplete_lists = 0
-        self._active, self._silence = True, 0.0
+        self._active, self._idle_seconds = True, 0.0
         self._was_listed = True
         self.error = ""
         return ListWatchStep((*messages, Replace(self._kind, objects, unreadable)), reconnect_after)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 
 from kproxy.kube.client.client import ApiClient
 from kproxy.kube.client.cluster_access import ClientError
-from kproxy.kube.client.response import ApiResponse, SilenceError, TransportError
+from kproxy.kube.client.response import ApiResponse, IdleTimeoutError, TransportError
 from kproxy.kube.codec.streams import read_events
 from kproxy.kube.codec.watch_events import one_line
 from kproxy.kube.listwatch.list_watch import (
@@ -164,7 +164,7 @@ class _Reflector:
                     step = self._process(request, response) if registered else ListWatchStep(reconnect_after=0.0)
                 finally:
                     self._response = None
-        except SilenceError:
+        except IdleTimeoutError:
             step = self._machine.handle_inactivity()
         except (TransportError, ClientError) as error:
             step = self._machine.handle_failure(str(error), self._watch_duration())
