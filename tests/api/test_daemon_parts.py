@@ -136,7 +136,7 @@ def test_changed_configuration_file_makes_it_exit(cluster: Cluster, daemon: Node
     rules = daemon.rules()
     file.write_text(CONFIG + "oomScoreAdj: -998\n")
     assert process.wait(HANG_GUARD) == 1
-    assert f"{file} has changed: exiting, to be restarted with the new configuration" in daemon.log()
+    assert f"{file} has changed: exiting to restart with the new configuration" in daemon.log()
     assert daemon.rules() == rules
 
 
@@ -165,5 +165,5 @@ def test_invalid_edit_of_the_configuration_file_is_reported_and_ignored(
     rules = daemon.rules()
     file.write_text(CONFIG + "iptables: {masqueradeBit: 3}\n")
     assert process.wait(HANG_GUARD) == 1
-    assert daemon.log().endswith(f"kproxy: {file} has changed: exiting, to be restarted with the new configuration\n")
+    assert daemon.log().endswith(f"kproxy: {file} has changed: exiting to restart with the new configuration\n")
     assert daemon.rules() == rules

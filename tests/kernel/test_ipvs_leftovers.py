@@ -171,7 +171,7 @@ def test_iptables_mode_removes_all_but_its_own_chains(
     link_programs(programs_of(variant), tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     create_leftovers(node)
-    chains = ", ".join(f"{OF_IPVS_MODE} iptables chains of {family.value}" for family in Family)
+    chains = ", ".join(f"{OF_IPVS_MODE} {family.value} iptables chains" for family in Family)
     assert apply(node, "iptables") == [f"removed leftovers of ipvs mode: {chains}, {EVERYTHING}"]
     assert (leftover_rules(node), sets(node), has_interface(node)) == ([], [], False)
     assert any(line.startswith("-A KUBE-SERVICES -d ") for line in rules(node, Family.IPV4))
