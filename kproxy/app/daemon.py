@@ -283,9 +283,7 @@ class Daemon:
 
     def _config_changed(self) -> None:
         assert self._file is not None
-        self._fail(
-            ConfigChangedError(f"{self._file.path} has changed: exiting to restart with the new configuration")
-        )
+        self._fail(ConfigChangedError(f"{self._file.path} has changed: exiting to restart with the new configuration"))
 
     def _fail(self, error: BaseException | None) -> None:
         self._failure = error
