@@ -27,8 +27,7 @@ UNLIMITED = 2**64 - 1
 
 
 class ProcessLimitsCollector(Collector):
-    """The address space limit of this process and the traffic of its network namespace, as Go's collector reports
-    them."""
+    """The address space limit and network namespace traffic of this process, as Go's process collector reports them."""
 
     def collect(self) -> Iterator[Metric]:
         """Return the current values. Those that the kernel does not provide are omitted."""

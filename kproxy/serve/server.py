@@ -91,8 +91,7 @@ class ConnectionState(Enum):
     QUEUED = auto()
     """Its turn: the next request arrived together with the previous one (pipelining)."""
     DRAINING = auto()
-    """The client, to close the connection. If the server closed it first, a reset could discard the last response (RFC
-    9112, 9.6)."""
+    """The client, to close first: a reset by the server could discard the last response (RFC 9112, 9.6)."""
     CLOSED = auto()
     """Nothing: the socket can be closed."""
 

@@ -120,7 +120,7 @@ def test_missing_pod_cidrs_are_reported_with_detect_local_mode_node_cidr(
     body = node("node-1")
     body["spec"] = {}
     cluster.create(body)
-    waiting = 'Node "node-1" has no podCIDRs, which detectLocalMode: NodeCIDR needs: nothing is programmed'
+    waiting = 'Node "node-1" has no podCIDRs (required by detectLocalMode NodeCIDR): nothing is programmed'
     wait_until(lambda: f"] {waiting}" in daemon.log(), "a warning about the pod CIDRs")
     assert waiting in json.loads(get(daemon, 10256, "/healthz")[1])["reason"]
     cluster.update(body | {"spec": {"podCIDR": "10.244.0.0/24", "podCIDRs": ["10.244.0.0/24"]}})
