@@ -234,7 +234,7 @@ def _candidate_families() -> list[Family]:
 
 
 def _why_ipv4_is_required(reasons: Mapping[Family, str]) -> str:
-    """Return why this node must not skip IPv4, which failed; "" if it may, or if IPv4 works.
+    """Return why this node cannot run without IPv4, or "" if it can, or if IPv4 works.
 
     On a node with IPv4 addresses, skipping IPv4 would leave its Services without rules while kproxy looks healthy.
     """

@@ -14,7 +14,10 @@ from kproxy.model.types import Family, Node
 
 
 def is_ready(config: Config, store: Store) -> bool:
-    """Return whether the first sync can run: all kinds are listed, and `detectLocalMode` has the pod CIDRs it needs."""
+    """Return whether the first sync can run.
+
+    It can once all kinds are listed and, with `detectLocalMode: NodeCIDR`, the Node has pod CIDRs.
+    """
     if not store.complete:
         return False
     return config.detect_local_mode != "NodeCIDR" or bool(store.node and store.node.pod_cidrs)

@@ -26,8 +26,8 @@ class FirstSyncSteps:
 
     Once every family in use has been synced, the steps remove what kube-proxy's ipvs mode left behind. The families
     share these leftovers: one interface has the addresses of both. A failed removal is retried after the next
-    successful sync, or after the next full sync if virtual servers remain, because finding all the other leftovers
-    takes long in a large cluster.
+    successful sync, or after the next full sync if virtual servers remain, because finding the other leftovers takes a
+    long time in a large cluster.
     """
 
     def __init__(self, config: Config, families: Collection[Family]) -> None:

@@ -24,7 +24,7 @@ class ConfigWatcher:
 
     `content` is the file content from which `config` was loaded, and `load` loads a configuration from new content (see
     `kproxy.config.flags.configure`). Edits that are invalid, or that do not change the configuration, such as an edit
-    of a comment, are logged once and have no other effect.
+    to a comment, are logged once and have no other effect.
 
     `changed` runs in a separate thread and must not raise. The file may be written in place, replaced by rename, or
     reached through symbolic links that change, as in a mounted ConfigMap. While it cannot be read, for example because

@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Struct
 
 MAX_HEAD = 16 * 1024
-"""Maximum size of a request line and its headers, in bytes. Those of probes have a few hundred."""
+"""Maximum size of a request line and its headers, in bytes. Probes send a few hundred."""
 _END_OF_HEAD = re.compile(rb"\r?\n\r?\n")
 _REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([^\s]+) HTTP/([0-9])\.([0-9])")
 _SCHEME_AND_HOST = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?]*")

@@ -1,4 +1,4 @@
-"""The page `/metrics`, and the listener that updates the metrics."""
+"""The `/metrics` page, and the listeners that update the metrics."""
 
 from __future__ import annotations
 

@@ -39,9 +39,9 @@ class ConntrackCleanup(Struct, frozen=True):
 class ConntrackCleaner:
     """Deletes stale UDP conntrack entries, as a step after a sync.
 
-    It must run in the reconciler's thread. In another thread, it could read the table after a later sync, not know the
-    endpoints that this sync added, and delete the flows to them. If entries cannot be deleted, the cleanup is retried
-    after the family's next sync.
+    It must run in the reconciler's thread. Another thread could read the table after a later sync, without knowing the
+    endpoints that this later sync added, and delete the flows to them. If entries cannot be deleted, the cleanup is
+    retried after the family's next sync.
     """
 
     def __init__(

@@ -77,7 +77,7 @@ class FamilySync:
         self._endpoints: EndpointCounts | None = None
 
     def add_changes(self, change: StoreChange) -> None:
-        """Add what a delta changed to the pending changes."""
+        """Add the effect of one delta to the pending changes."""
         self._pending |= change.services
         if self._conditions is not None:  # at the first sync, all Services count as new
             self._appeared |= change.appeared
