@@ -128,9 +128,8 @@ def find_watched_paths(path: str) -> WatchedPaths:
         files = []
     targets = [os.path.realpath(file) for file in files if os.path.islink(file)]
     directories = [parent, *([directory] if directory else []), *map(os.path.dirname, targets)]
-    is_linked_file = not directory and os.path.islink(
-        full
-    )  # the link may lead through other entries, as in a ConfigMap volume
+    # A link may lead through other entries of its directory, as in a ConfigMap volume.
+    is_linked_file = not directory and os.path.islink(full)
     return WatchedPaths(
         directories=tuple(dict.fromkeys(directories)),
         files=frozenset((full, *files, *targets)),

@@ -76,7 +76,7 @@ class OutcomeDistribution:
     """All possible outcomes for a packet and their probabilities, which sum to 1."""
 
     def __init__(self, outcomes: Iterable[tuple[PacketOutcome, float]]) -> None:
-        """Add up the probabilities of equal outcomes. Raises `ValueError` if all probabilities do not sum to 1."""
+        """Add up the probabilities of equal outcomes. Raises `ValueError` if they do not sum to 1."""
         merged: dict[PacketOutcome, float] = {}
         for outcome, probability in outcomes:
             merged[outcome] = merged.get(outcome, 0.0) + probability
