@@ -11,7 +11,7 @@ from kproxy.config.flags import add_flags
 
 EPILOG = f"""\
 examples:
-  # program what the cluster has now
+  # program the current state of the cluster
   kubectl get svc,endpointslices,nodes -A -o yaml > all.yaml
   kproxy apply --objects=all.yaml
   # act as another Node, with its kube-proxy's settings

@@ -31,8 +31,8 @@ examples:
 Flags that only apply to `kproxy run` are accepted, ignored and not listed.
 
 Needs no root privileges and does not access the kernel. The output assumes a
-node where everything is available: iptables with --random-fully, and the
-nfacct counters that two rules use."""
+node that supports every feature: iptables with --random-fully, and the nfacct
+counters that two rules use."""
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

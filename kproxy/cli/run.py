@@ -49,7 +49,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "run",
         help=COMMANDS["run"],
         usage="kproxy run [--objects=PATH] [FLAGS]",
-        description="Keep this node's rules in sync with the Services of a cluster, or of files.",
+        description="Keep this node's rules in sync with the Services in a cluster or in files.",
         epilog=EPILOG,
         formatter_class=HelpFormatter,
         allow_abbrev=False,
@@ -60,7 +60,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _run(options: argparse.Namespace) -> None:
-    # Read it before parsing: a change right after that must not go unnoticed.
+    # Read the file once: the watcher compares it with the content that was parsed, so no edit in between is missed.
     content = _read(options.config)
     config = load_settings(options, content or None)
     if options.write_config_to:

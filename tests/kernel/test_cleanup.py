@@ -138,7 +138,7 @@ def test_rules_of_several_clusters_and_duplicate_jumps_are_removed(node: Namespa
 def test_families_are_cleaned_up_separately(node: Namespace) -> None:
     program_both_modes(node, "dual-stack")
     ipv6 = rules(node, Family.IPV6)
-    assert node.call(lambda: remove_iptables(Family.IPV4)).endswith(" of IPv4")
+    assert node.call(lambda: remove_iptables(Family.IPV4)).endswith(" IPv4 iptables chains")
     assert node.call(lambda: remove_table(Family.IPV4))
     assert rules(node, Family.IPV6) == ipv6
     assert proxy_tables(node) == ["table ip6 kube-proxy"]
@@ -193,7 +193,7 @@ def test_command_prints_removals_and_can_be_repeated(node: Namespace) -> None:
     first = node.run([KPROXY, "run", "--cleanup"])
     assert first.stderr == ""
     messages = first.stdout.splitlines()
-    assert [line.rpartition(" ")[2] for line in messages] == ["IPv4", "IPv6", "IPv4", "IPv6"]
+    assert [line.split()[-3] for line in messages] == ["IPv4", "IPv6", "IPv4", "IPv6"]
     assert proxy_tables(node) == []
     assert without_firewall(rules(node, Family.IPV4)) == before
     assert node.run([KPROXY, "run", "--cleanup"]).stdout == "nothing to remove\n"

@@ -50,7 +50,7 @@ def test_chains_are_removed_without_reading_their_rules(node: Namespace) -> None
     lines = "".join(f":KUBE-SEP-{number:016} - [0:0]\n-A KUBE-SEP-{number:016} -j ACCEPT\n" for number in range(700))
     jumps = "-A KUBE-SVC-A -j KUBE-SEP-0000000000000000\n-A PREROUTING -j KUBE-SVC-A\n-A PREROUTING -j FOREIGN\n"
     node.run(["iptables-restore"], f"*nat\n:FOREIGN - [0:0]\n:KUBE-SVC-A - [0:0]\n{lines}{jumps}COMMIT\n")
-    assert node.call(lambda: remove_iptables(Family.IPV4)) == "removed 701 iptables chains of IPv4"
+    assert node.call(lambda: remove_iptables(Family.IPV4)) == "removed 701 IPv4 iptables chains"
     assert kproxy_chains(node) == set()
     assert "-A PREROUTING -j FOREIGN" in rules(node, Family.IPV4)
 
@@ -98,7 +98,7 @@ def test_chains_of_the_other_variant_are_kept_and_reported(
     listing = [str(shutil.which(f"{program}-{other}")), "-t", "nat", "-S", "KUBE-SERVICES"]
     restrict_path(programs_of(used))
     family = next(family for family, prefix in PREFIXES.items() if prefix == program)
-    assert node.call(lambda: list(remove_all())) == [f"removed 1 iptables chains of {family.value}"]
+    assert node.call(lambda: list(remove_all())) == [f"removed 1 {family.value} iptables chains"]
     messages = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     version = "nf_tables" if used == "nft" else "legacy"
     assert len(messages) == 1

@@ -224,7 +224,7 @@ def test_apply_exits_after_the_removal(node: Namespace) -> None:
     log = node.run([*command, "--proxy-mode=nftables"]).stderr
     assert not chains(node, Family.IPV4) | chains(node, Family.IPV6)
     assert len(proxy_tables(node)) == 2
-    assert [line.rpartition(" ")[2] for line in log.splitlines() if "] removed " in line] == ["IPv4", "IPv6"]
+    assert [line.split()[-3] for line in log.splitlines() if "] removed " in line] == ["IPv4", "IPv6"]
     node.run([*command, "--proxy-mode=iptables"])
     assert proxy_tables(node) == []
     assert all(chains(node, family) for family in Family)

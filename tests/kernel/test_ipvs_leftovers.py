@@ -171,7 +171,7 @@ def test_iptables_mode_removes_all_but_its_own_chains(
     link_programs(programs_of(variant), tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     create_leftovers(node)
-    chains = ", ".join(f"{OF_IPVS_MODE} iptables chains of {family.value}" for family in Family)
+    chains = ", ".join(f"{OF_IPVS_MODE} {family.value} iptables chains" for family in Family)
     assert apply(node, "iptables") == [f"removed leftovers of ipvs mode: {chains}, {EVERYTHING}"]
     assert (leftover_rules(node), sets(node), has_interface(node)) == ([], [], False)
     assert any(line.startswith("-A KUBE-SERVICES -d ") for line in rules(node, Family.IPV4))
@@ -182,7 +182,7 @@ def test_nftables_mode_removes_everything(node: Namespace) -> None:
     before = {family: rules(node, family) for family in Family}
     create_leftovers(node)
     *chains, rest = apply(node, "nftables")
-    assert [line.rpartition(" ")[2] for line in chains] == ["IPv4", "IPv6"]
+    assert [line.split()[-3] for line in chains] == ["IPv4", "IPv6"]
     assert rest == f"removed leftovers of ipvs mode: {EVERYTHING}"
     assert (leftover_rules(node), sets(node), has_interface(node)) == ([], [], False)
     for family in Family:
@@ -358,7 +358,7 @@ def test_cleanup_that_fails_at_the_end_has_reported_removals(node: Namespace, mo
 
     with pytest.raises(VirtualServersRemainError, match=r"port 80\): Device or resource busy"):
         node.call(clean_up)
-    assert [line.rpartition(" ")[2] for line in output] == ["IPv4", "IPv6"]
+    assert [line.split()[-3] for line in output] == ["IPv4", "IPv6"]
 
 
 def test_virtual_servers_are_removed_before_the_interface(node: Namespace, monkeypatch: pytest.MonkeyPatch) -> None:

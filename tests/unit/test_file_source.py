@@ -337,7 +337,7 @@ def test_only_visible_object_files_directly_in_a_directory_are_read(tmp_path: Pa
     (tmp_path / "sub.yaml" / "g.yaml").write_text("g")
     os.mkfifo(tmp_path / "pipe.yaml")
     reading = read_path(str(tmp_path))
-    assert reading.trouble is None
+    assert reading.problem is None
     assert reading.files == {str(tmp_path / name): name.encode() for name in ("a.json", "b.yaml", "c.yml")}
 
 
@@ -356,10 +356,10 @@ def test_unreadable_paths_are_reported(tmp_path: Path) -> None:
         f"{tmp_path}/loop.yaml: cannot be read: too many levels of symbolic links",
     ]
     missing = read_path(str(tmp_path / "missing"))
-    assert str(missing.trouble) == f"{tmp_path}/missing: cannot be read: no such file or directory"
+    assert str(missing.problem) == f"{tmp_path}/missing: cannot be read: no such file or directory"
     (tmp_path / "empty").mkdir()
     empty = read_path(str(tmp_path / "empty"))
-    assert str(empty.trouble) == f"{tmp_path}/empty: directory contains no object files (*.json, *.yaml, *.yml)"
+    assert str(empty.problem) == f"{tmp_path}/empty: directory contains no object files (*.json, *.yaml, *.yml)"
 
 
 def loaded_once(path: Path) -> list[Delta]:

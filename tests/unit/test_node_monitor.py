@@ -64,7 +64,7 @@ def test_missing_node_is_logged_with_backoff_until_it_exists(caplog: pytest.LogC
     ((level, text),) = node.logged()
     assert level == "WARNING"
     assert text.startswith(
-        'Node "node-1" not found: zone, addresses and podCIDRs are unknown, and /healthz answers 503; '
+        'Node "node-1" not found: zone, addresses and podCIDRs are unknown, and /healthz returns 503; '
     )
     assert NAME in text
     assert "\n" not in text
@@ -88,7 +88,7 @@ def test_deleted_node_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     assert node.apply(Delete(Node, "", "node-1")) == 60.0
     ((level, text),) = node.logged()
     expected = (
-        'Node "node-1" was deleted: /healthz answers 503; kproxy keeps its last known zone, addresses and podCIDRs'
+        'Node "node-1" was deleted: /healthz returns 503; kproxy keeps its last known zone, addresses and podCIDRs'
     )
     assert (level, text) == ("WARNING", expected)
     node.apply(Upsert(NODE))
@@ -106,7 +106,7 @@ def test_missing_pod_cidrs_are_logged_until_the_node_has_some(caplog: pytest.Log
     assert node.apply(Upsert(NODE)) == 60.0
     ((level, text),) = node.logged()
     assert level == "WARNING"
-    expected = 'Node "node-1" has no podCIDRs, which detectLocalMode: NodeCIDR needs: nothing is programmed; '
+    expected = 'Node "node-1" has no podCIDRs (required by detectLocalMode NodeCIDR): nothing is programmed; '
     assert text.startswith(expected)
     assert (node.monitor.reason, node.missing_calls) == (text, [True, False])
     node.now = 60.0
@@ -117,7 +117,7 @@ def test_missing_pod_cidrs_are_logged_until_the_node_has_some(caplog: pytest.Log
     node.apply(Delete(Node, "", "node-1"))
     assert "nothing is programmed" not in node.logged()[0][1], "the podCIDRs of the deleted Node remain in use"
     node.apply(Upsert(NODE))
-    assert "traffic of this node's pods is not recognized" in node.logged()[0][1]
+    assert "local pod traffic is not detected" in node.logged()[0][1]
 
 
 def test_node_that_is_not_required_may_be_missing_unless_pod_cidrs_are_needed(caplog: pytest.LogCaptureFixture) -> None:

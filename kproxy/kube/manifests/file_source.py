@@ -50,8 +50,8 @@ class ManifestState:
 
     def update(self, snapshot: PathSnapshot) -> ManifestUpdate:
         """Return what a snapshot changes."""
-        if snapshot.trouble is not None:
-            return ManifestUpdate(problems=(snapshot.trouble,))
+        if snapshot.problem is not None:
+            return ManifestUpdate(problems=(snapshot.problem,))
         texts = {path: text for path, text in snapshot.files.items() if isinstance(text, bytes)}
         self._parsed = {
             path: self._parsed[path] if self._texts.get(path) == text else parse_file(path, text)
