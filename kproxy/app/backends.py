@@ -25,6 +25,7 @@ from kproxy.iptables.runner import IptablesRunner, check_tables
 from kproxy.iptables.variant import other_variant_warning
 from kproxy.model.context import Context
 from kproxy.model.delta import BASIC_KINDS, Kind
+from kproxy.model.sync_report import SyncError
 from kproxy.model.types import Family, Node, ServiceCIDR
 from kproxy.nftables.backend import NftablesBackend
 from kproxy.nftables.kernel import Commit, NftTable, OwnGenerations
@@ -149,15 +150,19 @@ class ContextFactory:
     def make(self, node: Node | None) -> Context:
         """Return the context for this Node (None if unknown) and the node's current addresses.
 
-        Raises `OSError` if the kernel's addresses cannot be read. Logs each warning once for as long as it applies.
+        Raises `SyncError` if the kernel's addresses cannot be read. Logs each warning once for as long as it applies.
         """
         config = self._config
+        try:
+            addresses = local_addresses() if watches_addresses(config) else ()
+        except OSError as error:
+            raise SyncError(f"cannot read the addresses of this machine: {error.strerror or error}") from error
         context = make_context(
             config,
             self._family,
             local_node_name(config),
             node,
-            local_addresses() if watches_addresses(config) else (),
+            addresses,
             accounting=self._accounting(),
             random_fully=self._random_fully,
         )

@@ -13,14 +13,13 @@ import msgspec
 from msgspec import Meta, Struct
 
 from kproxy.config.types import FlushSeconds, Quantity, Seconds
-from kproxy.documents.document import FieldPath, field_path_text
+from kproxy.documents.document import FieldPath, field_path_text, format_value
 
 Locate: TypeAlias = Callable[[FieldPath], str]
 """Returns where a field was set, for messages: `file:line: field`, or a flag."""
 REMOVED_FIELDS = frozenset({"conntrack.max", "logging.sanitization", "resourceContainer", "udpIdleTimeout"})
 """Fields that kube-proxy has removed but published configuration files still contain."""
 _S = TypeVar("_S", bound=Struct)
-_MAX_SHOWN = 80
 _MAX_FLOAT32 = 3.4e38
 _QUANTITY = re.compile(r"\d+(\.\d*)?(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?")
 _UNITS = {
@@ -61,16 +60,7 @@ class ConfigProblem(Struct, frozen=True):
 
 def must_be(location: str, allowed: str, value: object) -> ConfigError:
     """Return the error for a value that is not allowed."""
-    return ConfigError(f"{location}: must be {allowed}, not {show(value)}")
-
-
-def show(value: object) -> str:
-    """Format a value as JSON, truncated to a readable length."""
-    try:
-        text = msgspec.json.encode(value).decode()
-    except (TypeError, ValueError, RecursionError):  # a key that JSON does not allow, a lone surrogate, a cycle
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 3]}..."
+    return ConfigError(f"{location}: must be {allowed}, not {format_value(value)}")
 
 
 def decode(section: type[_S], data: object, locate: Locate, path: FieldPath = ()) -> _S:

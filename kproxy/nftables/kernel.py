@@ -199,9 +199,9 @@ def remove_table(family: Family) -> bool:
     except OSError as error:
         if error.errno in _NO_NF_TABLES:
             return False  # a kernel without nf_tables has no table
-        raise CommandError(f"cannot check for the nftables table of {family.value}: {error.strerror}") from None
+        raise CommandError(f"cannot check for the {family.value} nftables table: {error.strerror}") from None
     except TableError as error:
-        raise CommandError(f"cannot delete the nftables table of {family.value}: {error}") from None
+        raise CommandError(f"cannot delete the {family.value} nftables table: {error}") from None
     return True
 
 

@@ -64,7 +64,7 @@ class FamilySync:
     ) -> None:
         """`make_context` returns the context at each sync, without the fields that come from the store.
 
-        It may raise `OSError`. With more than `large_cluster_endpoints` endpoints, `Context.large_cluster` is set.
+        It may raise `SyncError`. With more than `large_cluster_endpoints` endpoints, `Context.large_cluster` is set.
         """
         self._backend = backend
         self._make_context = make_context
@@ -94,7 +94,7 @@ class FamilySync:
     def sync(self, store: Store) -> SyncResult:
         """Program the pending changes. If another process changed kproxy's rules, retry once.
 
-        Raises `SyncError` if the kernel rejects a change, and `OSError` if `make_context` does.
+        Raises `SyncError` if the kernel rejects a change, or if `make_context` raises it.
         """
         try:
             return self._sync(store)

@@ -183,7 +183,7 @@ def test_table_that_cannot_be_deleted_is_reported(node: Namespace) -> None:
     with node.call(partial(BatchSocket, NFNL_SUBSYS_NFTABLES)) as owner:
         table = attribute(1, b"kube-proxy\0") + attribute(2, struct.pack(">I", NFT_TABLE_F_OWNER))
         owner.commit([(NFNL_SUBSYS_NFTABLES << 8, NLM_F_CREATE, nfgenmsg(socket.AF_INET) + table)])
-        with pytest.raises(CommandError, match=r"^cannot delete the nftables table of IPv4: .*not permitted$"):
+        with pytest.raises(CommandError, match=r"^cannot delete the IPv4 nftables table: .*not permitted$"):
             node.call(lambda: list(remove_all()))
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from typing import NoReturn
+
 import pytest
+from pyroute2 import IPRoute, NetlinkError
 
 from kproxy.app.backends import ContextFactory
 from kproxy.app.family_contexts import interface_warning, local_traffic_warning, make_context
 from kproxy.app.node_port_addresses import localhost_node_ports, node_port_warning
 from kproxy.config import Config, load_config
 from kproxy.model.context import Context
+from kproxy.model.sync_report import SyncError
 from kproxy.model.types import Family, Node
 
 HEAD = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n"
@@ -246,6 +252,21 @@ def test_warning_is_logged_only_when_it_changes(mode: str, caplog: pytest.LogCap
     for pod_cidrs in (six, six, both, six):
         contexts.make(Node("node-1", addresses=("10.99.0.2",), pod_cidrs=pod_cidrs))
     assert caplog.messages == [f"IPv4: {NO_POD_CIDR.format('IPv4')}{NOT_MASQUERADED}"] * 2
+
+
+def test_unreadable_addresses_fail_the_sync_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reject(route: IPRoute) -> NoReturn:
+        raise NetlinkError(errno.ENOBUFS)
+
+    monkeypatch.setattr(IPRoute, "get_addr", reject, raising=False)
+    contexts = ContextFactory(
+        configured("nftables", "nodePortAddresses: [10.0.0.0/8]"),
+        Family.IPV4,
+        accounting=lambda: False,
+        random_fully=True,
+    )
+    with pytest.raises(SyncError, match=f"^cannot read the addresses of this machine: {os.strerror(errno.ENOBUFS)}$"):
+        contexts.make(NODE)
 
 
 @pytest.mark.parametrize(
