@@ -41,7 +41,7 @@ from kproxy.kube.client.client import ApiClient
 from kproxy.kube.client.cluster_access import ClientError
 from kproxy.kube.events.correlator import node_reference, service_reference
 from kproxy.kube.events.recorder import EventRecorder, EventSink, NullRecorder
-from kproxy.kube.listwatch.reflector import ApiSource
+from kproxy.kube.listwatch.api_source import ApiSource
 from kproxy.model.store import Store
 from kproxy.model.types import Family, Node, ServiceKey
 from kproxy.serve.metric_definitions import INVALID_DROPPED, LOCALHOST_ACCEPTED

@@ -10,9 +10,9 @@ from typing import Protocol
 from msgspec import Struct
 
 from kproxy.model.context import Context
+from kproxy.model.stale_udp_flows import UdpFrontends, accepts_node_ports
 from kproxy.model.sync_report import SyncReport
 from kproxy.model.types import Family
-from kproxy.model.udp_flows import UdpFrontends, accepts_node_ports
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import pytest
 
 from kproxy.kube.client.client import ApiClient
-from kproxy.kube.listwatch.reflector import ApiSource
+from kproxy.kube.listwatch.api_source import ApiSource
 from kproxy.model.delta import BASIC_KINDS, Delete, Delta, Kind, Object, Replace, Upsert
 from kproxy.model.types import Node, ServiceCIDR
 from tests.apiserver import ApiServer, Relay

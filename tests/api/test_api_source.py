@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 
 import pytest
 
-from kproxy.kube.listwatch.reflector import REPEAT_PERIOD, LogDeduplicator
+from kproxy.kube.listwatch.api_source import REPEAT_PERIOD, LogDeduplicator
 from kproxy.model.delta import Delta, Invalid, Replace, Upsert
 from kproxy.model.types import EndpointSlice, Node, Service
 from tests.api.conftest import Cluster, Received, StartSource

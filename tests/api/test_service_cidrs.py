@@ -10,8 +10,8 @@ from typing import Any, Literal
 import pytest
 
 from kproxy.kube.client.client import ApiClient
-from kproxy.kube.listwatch import reflector as api_source
-from kproxy.kube.listwatch.reflector import ApiSource
+from kproxy.kube.listwatch import api_source
+from kproxy.kube.listwatch.api_source import ApiSource
 from kproxy.model.delta import BASIC_KINDS, Kind
 from kproxy.model.types import Service, ServiceCIDR
 from tests.api.conftest import Cluster, Received, StartSource

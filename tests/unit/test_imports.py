@@ -43,7 +43,7 @@ PURE = (
     ),
     *(f"kube.codec.{name}" for name in ("schema", "object_error", "conversion", "json_codec", "protobuf")),
     *("kube.codec.watch_events", "kube.codec.streams"),
-    *("kube.listwatch.list_watch", "kube.events.correlator", "kube.client.http_proxy"),
+    *("kube.listwatch.protocol", "kube.events.correlator", "kube.client.http_proxy"),
     *("sync.schedule", "sync.family_sync", "sync.service_conditions", "sync.log_summary"),
     *("app.family_contexts", "app.node_port_addresses"),
     *(

@@ -13,8 +13,8 @@ from msgspec.structs import replace
 
 from kproxy.model.context import Context
 from kproxy.model.plan import ServicePortPlan, TrafficDecision
+from kproxy.model.stale_udp_flows import UdpFrontends, accepts_node_ports, udp_frontends
 from kproxy.model.types import Family
-from kproxy.model.udp_flows import UdpFrontends, accepts_node_ports, udp_frontends
 from kproxy.sync.conntrack_cleanup import ConntrackCleaner, ConntrackCleanup
 from tests.reports import failed, succeeded
 

@@ -13,7 +13,7 @@ from kproxy.kube.client.cluster_access import ClientError
 from kproxy.kube.client.response import ApiResponse, IdleTimeoutError, TransportError
 from kproxy.kube.codec.streams import read_events
 from kproxy.kube.codec.watch_events import one_line
-from kproxy.kube.listwatch.list_watch import (
+from kproxy.kube.listwatch.protocol import (
     INACTIVITY,
     IgnoredFields,
     InvalidObject,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kproxy.kube.codec.json_codec import decode_object, read_line
 from kproxy.kube.codec.watch_events import UndecodableObject
-from kproxy.kube.listwatch.list_watch import IgnoredFields, InvalidObject, ListWatch, ListWatchRequest, ListWatchStep
+from kproxy.kube.listwatch.protocol import IgnoredFields, InvalidObject, ListWatch, ListWatchRequest, ListWatchStep
 from kproxy.model.delta import Delete, Kind, Object, Replace, Upsert
 from kproxy.model.types import EndpointSlice, Node, Service, ServiceCIDR
 
