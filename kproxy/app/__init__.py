@@ -1,1 +1,1 @@
-"""What one process does: the daemon, one-shot commands, and the parts they are built from."""
+"""The daemon, the one-shot commands, and the steps that they share."""

@@ -38,7 +38,7 @@ IPV6_ADDRESSES = Path("/proc/thread-self/net/if_inet6")
 
 
 class StartError(Exception):
-    """kproxy cannot run on this node; the message says why, on one line."""
+    """kproxy cannot run on this node. The message gives the reason on one line."""
 
 
 def check_privileges() -> None:
@@ -65,7 +65,9 @@ def watched_kinds(config: Config) -> tuple[Kind, ...]:
 
 
 def choose_mode(config: Config) -> Config:
-    """Return the configuration with a proxy mode: `mode: ""` becomes nftables if that works here, else iptables.
+    """Return the configuration with a chosen proxy mode.
+
+    `mode: ""` becomes nftables if nftables mode works for IPv4 on this node, otherwise iptables.
 
     Raises `StartError` if it cannot be determined whether nftables mode works.
     """
@@ -85,7 +87,8 @@ def choose_mode(config: Config) -> Config:
 def make_families(config: Config, runners: list[IptablesRunner]) -> dict[Family, FamilySync]:
     """Build the `FamilySync` of each IP family that works on this node. Raises `StartError` if none works.
 
-    Everything that another thread can stop is appended to `runners`. Warns about missing pod interfaces.
+    Appends the iptables runners to `runners`, so that another thread can stop them. Logs a warning if the node lacks
+    the pod interfaces that `detectLocal` specifies.
     """
     if warning := interface_warning(config, [name for _, name in socket.if_nameindex()]):
         log.warning("%s", warning)
@@ -100,7 +103,7 @@ def _iptables_families(config: Config, runners: list[IptablesRunner]) -> dict[Fa
     except CommandError as error:
         raise StartError(f"iptables mode does not work on this node: {error}") from None
     families = {}
-    counters = cache(ensure_packet_counters)  # called at the first sync: a failed start must leave nothing behind
+    counters = cache(ensure_packet_counters)  # runs at the first sync: a failed start must leave nothing behind
     for family, iptables in found.items():
         version = iptables.version()
         log.info("%s: %s", family.value, version)
@@ -126,7 +129,7 @@ def _nftables_families(config: Config) -> dict[Family, FamilySync]:
         family: FamilySync(
             NftablesBackend(NftTable(family, commit), own),
             ContextFactory(config, family, accounting=lambda: False, random_fully=True).make,
-            large_cluster_endpoints=math.inf,  # the number of endpoints does not change what an element costs
+            large_cluster_endpoints=math.inf,  # a set element costs the same in a cluster of any size
         )
         for family, commit in commits.items()
     }
@@ -144,7 +147,10 @@ class ContextFactory:
         self._warnings: tuple[str, ...] = ()
 
     def make(self, node: Node | None) -> Context:
-        """Return the context for this Node, if known, and the node's current addresses."""
+        """Return the context for this Node (None if unknown) and the node's current addresses.
+
+        Raises `OSError` if the kernel's addresses cannot be read. Logs each warning once for as long as it applies.
+        """
         config = self._config
         context = make_context(
             config,
@@ -164,11 +170,11 @@ class ContextFactory:
 
 
 def discover_iptables() -> dict[Family, IptablesRunner]:
-    """Return the iptables of each family that works on this node.
+    """Return an iptables runner for each IP family that works on this node.
 
-    A family that the kernel rejects is skipped with a warning: kernels without IPv6, or without NAT for it, are
-    common. Raises `CommandError` if no family works or if IPv4 fails and the node needs it. Raises
-    `InconclusiveError`, and skips nothing, for a failure that may be temporary, such as a program that hung.
+    A family that the kernel rejects is skipped with a warning: kernels without IPv6, or without NAT for it, are common.
+    Raises `CommandError` if no family works or if IPv4 fails and the node needs it. A failure that may be temporary,
+    such as a program that hung, raises `InconclusiveError` instead of skipping the family.
     """
     found: dict[Family, IptablesRunner] = {}
     reasons: dict[Family, str] = {}
@@ -192,10 +198,10 @@ def discover_iptables() -> dict[Family, IptablesRunner]:
 
 
 def discover_nftables() -> dict[Family, Commit]:
-    """Return how to commit nftables transactions, for each family that works on this node.
+    """Return the `Commit` for nftables transactions of each IP family that works on this node.
 
     A family that does not work is skipped with a warning. Raises `NftablesUnsupportedError` if no family works or if
-    IPv4 fails and the node needs it, `InconclusiveError` for a failure that may be temporary.
+    IPv4 fails and the node needs it, and `InconclusiveError` for a failure that may be temporary.
     """
     commits: dict[Family, Commit] = {}
     reasons: dict[Family, str] = {}
@@ -211,7 +217,7 @@ def discover_nftables() -> dict[Family, Commit]:
 
 
 def ensure_packet_counters() -> bool:
-    """Create the nfacct counters that rules refer to. Return whether they exist; if not, log why."""
+    """Create the nfacct counters that rules refer to. Return whether they exist; if not, log the reason."""
     try:
         ensure_counters((INVALID_COUNTER, LOCALHOST_COUNTER))
     except OSError as error:
@@ -228,7 +234,7 @@ def _candidate_families() -> list[Family]:
 
 
 def _why_ipv4_is_required(reasons: Mapping[Family, str]) -> str:
-    """Return why this node cannot run without IPv4 if IPv4 failed, else "".
+    """Return why this node cannot run without IPv4, or "" if it can, or if IPv4 works.
 
     On a node with IPv4 addresses, skipping IPv4 would leave its Services without rules while kproxy looks healthy.
     """

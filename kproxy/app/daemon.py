@@ -55,26 +55,26 @@ from kproxy.sync.service_events import ServiceEventListener
 log = logging.getLogger(__name__)
 
 STOP_SECONDS = 0.7
-"""How long a stop waits for a sync in progress. Then running iptables programs are killed."""
+"""Seconds to wait for a sync in progress when stopping. After that, running iptables programs are killed."""
 
 PART_STOP_SECONDS = 0.1
-"""How long a stop waits for each part: enough for every part that is not waiting for the API server."""
+"""Seconds to wait for each component when stopping: enough for any that is not waiting for the API server."""
 
 EXIT_SECONDS = 0.3
-"""How long a stop waits after the iptables programs were killed, for the reconciler thread to stop the parts."""
+"""Seconds to wait, after killing iptables programs, for the reconciler thread to stop the components."""
 
 FULL_CHECK_SECONDS = 3600.0
-"""Interval of full drift checks. kube-proxy rewrites all rules as often."""
+"""Seconds between full drift checks. kube-proxy rewrites all rules at the same interval."""
 
 
 class Component(Protocol):
-    """A part of the daemon with daemon threads of its own."""
+    """A part of the daemon that has its own daemon threads."""
 
     def start(self) -> None:
         """Start the threads."""
 
     def stop(self, timeout: float) -> None:
-        """Stop the threads; wait for them at most `timeout` seconds."""
+        """Stop the threads and wait at most `timeout` seconds for them to exit."""
 
 
 class ConfigFile(Struct, frozen=True):
@@ -86,7 +86,7 @@ class ConfigFile(Struct, frozen=True):
 
 
 class ConfigChangedError(Exception):
-    """The configuration file has a new valid configuration: the process must be restarted."""
+    """The configuration file contains a new, valid configuration: the process must be restarted."""
 
 
 def run(
@@ -97,7 +97,7 @@ def run(
     file: ConfigFile | None,
     flags: Callable[[], Mapping[str, str]],
 ) -> None:
-    """Keep this node's rules in sync with the cluster until SIGTERM or SIGINT. The rules stay active.
+    """Keep this node's rules in sync with the cluster until SIGTERM or SIGINT. The rules stay active after that.
 
     `objects` is a file or directory to watch instead of an API server, `server` overrides the API server's URL, `file`
     is the configuration file to watch, and `flags` returns the values for `/flagz`. Raises `StartError` or
@@ -110,9 +110,9 @@ def run(
 class Daemon:
     """The parts of one daemon and their connections.
 
-    The reconciler's thread builds the daemon, starts its parts in order, runs until it gets a `Stop` message and stops
-    the parts in reverse order. It owns all state: sources and monitors only put messages on its queue. The main thread
-    does nothing but wait for signals, so that no signal is handled late, whatever the other threads are waiting for.
+    The reconciler's thread creates the parts, starts them in order, runs until it receives a `Stop` message, and stops
+    them in reverse order. It owns all state: sources and monitors only put messages on its queue. The main thread only
+    waits for signals, so that it handles them at once even if every other thread is blocked.
     """
 
     def __init__(
@@ -151,9 +151,9 @@ class Daemon:
     def _stop(self, reconciler: threading.Thread) -> None:
         """Stop the reconciler's thread and, through it, all parts, within about a second.
 
-        Whatever still runs then is a daemon thread that waits for the kernel, a program or the API server and holds
-        nothing worth saving. Python does not wait for daemon threads at exit, so the process can exit the ordinary way:
-        it flushes the log and removes the temporary files of the `kubernetes` package, which hold private keys.
+        A thread that is still running after that is waiting for the kernel, a program or the API server, and has no
+        state to save. Python does not wait for daemon threads at exit, so the process exits normally: it flushes the
+        log and removes the temporary files of the `kubernetes` package, which contain private keys.
         """
         self._stopping.set()
         self._messages.put(Stop())
@@ -167,14 +167,14 @@ class Daemon:
             self._build(parts).run(self._messages)
 
     def _start(self, parts: ExitStack, part: Component) -> None:
-        """Start a part, and have `parts` stop it."""
+        """Start a component and register it with `parts` to be stopped."""
         parts.callback(part.stop, PART_STOP_SECONDS)
         part.start()
 
     def _build(self, parts: ExitStack) -> Reconciler:
         """Create, connect and start all parts.
 
-        Everything that may fail comes before the first change of the node, which is its kernel parameters.
+        Every step that may fail runs before the first change to the node, which is to its kernel parameters.
         """
         check_privileges()
         client = None if self._objects is not None else _connect(self._config, self._server)
@@ -187,7 +187,7 @@ class Daemon:
         serving.metrics.track_invalid_services(lambda: store.invalid_services)
         watch = NodeMonitor(
             name,
-            required=client is not None,  # files may have no Nodes
+            required=client is not None,  # files need not contain Nodes
             needs_pod_cidrs=config.detect_local_mode == "NodeCIDR",
             on_missing=serving.metrics.set_node_missing,
         )
@@ -247,7 +247,7 @@ class Daemon:
         self, families: Iterable[Family], store: Store, events: EventSink, *, reason: Callable[[], str]
     ) -> StatusServer:
         config = self._config
-        # Files may have no Nodes. Then assume that this node exists and stays.
+        # Files need not contain Nodes. If they do not, assume that this Node exists and is not being deleted.
         stand_in = Node(local_node_name(config)) if self._objects is not None else None
 
         def on_port_failed(service: ServiceKey, port: int, reason: str) -> None:
@@ -275,7 +275,7 @@ class Daemon:
         )
 
     def _thread_failed(self, failed: threading.ExceptHookArgs) -> None:
-        """End the process when one of its threads fails: a partly running proxy would look healthy."""
+        """Stop the process when one of its threads fails: a proxy that runs only in part would look healthy."""
         name = failed.thread.name if failed.thread else "unknown"
         log.debug("traceback of thread %s", name, exc_info=failed.exc_value)
         expected = isinstance(failed.exc_value, StartError | ListenError)
@@ -283,9 +283,7 @@ class Daemon:
 
     def _config_changed(self) -> None:
         assert self._file is not None
-        self._fail(
-            ConfigChangedError(f"{self._file.path} has changed: exiting, to be restarted with the new configuration")
-        )
+        self._fail(ConfigChangedError(f"{self._file.path} has changed: exiting to restart with the new configuration"))
 
     def _fail(self, error: BaseException | None) -> None:
         self._failure = error
@@ -303,7 +301,7 @@ def _wait_for_stop() -> signal.Signals:
             log.info("%s: writing the stacks of all threads to stderr", number.name)
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
         else:
-            log.info("%s: ignored; kproxy detects changes of the configuration file by itself", number.name)
+            log.info("%s: ignored; kproxy watches its configuration file and needs no signal", number.name)
     return number
 
 

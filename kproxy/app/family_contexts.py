@@ -14,7 +14,10 @@ from kproxy.model.types import Family, Node
 
 
 def is_ready(config: Config, store: Store) -> bool:
-    """Return whether the first sync can run: every kind is listed, and `detectLocalMode` has what it needs."""
+    """Return whether the first sync can run.
+
+    It can once all kinds are listed and, with `detectLocalMode: NodeCIDR`, the Node has pod CIDRs.
+    """
     if not store.complete:
         return False
     return config.detect_local_mode != "NodeCIDR" or bool(store.node and store.node.pod_cidrs)
@@ -30,12 +33,14 @@ def make_context(
     accounting: bool,
     random_fully: bool,
 ) -> Context:
-    """Return the context of a family in the effective proxy mode, except for what only the store knows.
+    """Return the context of a family in the effective proxy mode, without the fields that come from the store.
+
+    These fields are `service_cidrs` and `large_cluster`.
 
     `local_addresses` are the addresses of the node's interfaces; they matter only if `nodePortAddresses` has CIDRs.
-    `accounting` says whether nfacct counters are available, `random_fully` whether iptables supports
-    `--random-fully`. As in kube-proxy, nftables mode uses no nfacct counters, does not drop packets that conntrack
-    classifies as INVALID, and has no NodePorts on loopback addresses.
+    `accounting` is whether nfacct counters are available, `random_fully` whether iptables supports `--random-fully`. As
+    in kube-proxy, nftables mode uses no nfacct counters, does not drop packets that conntrack classifies as INVALID,
+    and has no NodePorts on loopback addresses.
     """
     node = node or Node(node_name)
     node_addresses = [address for address in node.addresses if family_of(address) is family]
@@ -66,10 +71,11 @@ def make_context(
 
 
 def local_traffic_warning(config: Config, node: Node | None, context: Context) -> str:
-    """Return one line that says why traffic of local pods cannot be detected in the context's family, or "".
+    """Return one line that explains why traffic from local pods cannot be detected in the context's family, or "".
 
-    kube-proxy logs the same for the primary family. Families without a Node address are not in use and not reported;
-    while no Node address is known, the family of `bindAddress` counts as the one in use, as in kube-proxy.
+    kube-proxy logs the same warning for the primary family. A family in which the Node has no address is not in use,
+    and not reported. While no Node address is known, the family of `bindAddress` is assumed to be in use, as in
+    kube-proxy.
     """
     if context.local_traffic.detectable or context.family not in _families_in_use(config, node):
         return ""
@@ -85,9 +91,9 @@ def local_traffic_warning(config: Config, node: Node | None, context: Context) -
 
 
 def interface_warning(config: Config, interfaces: Collection[str]) -> str:
-    """Return one line if the node has no interface that `detectLocal` names, or "".
+    """Return a one-line warning if the node has no interface that matches `detectLocal`, or "".
 
-    The name may be misspelt, or the interface may only appear with the node's first pod.
+    The name may be misspelled, or the interface may not exist until the node's first pod starts.
     """
     bridge, prefix = config.detect_local.bridge_interface, config.detect_local.interface_name_prefix
     if config.detect_local_mode == "BridgeInterface" and bridge not in interfaces:

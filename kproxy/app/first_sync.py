@@ -19,14 +19,15 @@ log = logging.getLogger(__name__)
 class FirstSyncSteps:
     """Steps that follow the first successful sync of each family (`kproxy.model.sync_report.AfterSyncStep`).
 
-    They remove the rules of the other mode, and set route_localnet so that NodePorts answer on 127.0.0.1, which is safe
-    only once kproxy's rule protects that address. If rules cannot be removed, the next successful sync tries again. In
-    a large cluster this takes seconds, and the next sync waits: a sync changes tables, and neither could read them
-    consistently while the other runs.
+    They remove the rules of the other proxy mode, and set the sysctl `route_localnet` so that NodePorts are reachable
+    on 127.0.0.1. The sysctl is safe only once kproxy's rule protects 127.0.0.1 from the network (CVE-2020-8558). If
+    rules cannot be removed, the steps run again after the next successful sync. In a large cluster they take seconds,
+    and the next sync waits for them: neither could read the tables consistently while the other changes them.
 
-    Once every family in use has been synced, the steps remove what kube-proxy's ipvs mode left. It is shared by the
-    families: one interface has the addresses of both. The next successful sync tries again, too; but if virtual servers
-    cannot be removed, only the next full sync does, because finding all the rest takes long in a large cluster.
+    Once every family in use has been synced, the steps remove what kube-proxy's ipvs mode left behind. The families
+    share these leftovers: one interface has the addresses of both. A failed removal is retried after the next
+    successful sync, or after the next full sync if virtual servers remain, because finding the other leftovers takes a
+    long time in a large cluster.
     """
 
     def __init__(self, config: Config, families: Collection[Family]) -> None:
@@ -39,7 +40,7 @@ class FirstSyncSteps:
         self._problems: dict[Family, str] = {}
 
     def run(self, report: SyncReport) -> None:
-        """Run the steps that are still to be done, if the sync succeeded."""
+        """Run the remaining steps if the sync succeeded."""
         family, result = report.family, report.result
         if result is None:
             return
@@ -79,7 +80,7 @@ class FirstSyncSteps:
         if self._config.effective_mode == "nftables":
             removed = remove_iptables(family)
         else:
-            removed = f"removed the nftables table of {family.value}" if remove_table(family) else ""
+            removed = f"removed the {family.value} nftables table" if remove_table(family) else ""
         if removed:
             log.info("%s", removed)
         # The check covers both families, so it runs once. In iptables mode, discover_iptables has run it at startup.

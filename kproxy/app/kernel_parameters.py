@@ -31,9 +31,9 @@ def prepare_conntrack(config: Config) -> None:
 
 
 def prepare_localhost_node_ports(config: Config) -> None:
-    """Enable `route_localnet` if NodePorts are to answer on 127.0.0.1. Failures are logged and otherwise ignored.
+    """Set `route_localnet` if NodePorts must be reachable on 127.0.0.1. Failures are logged and otherwise ignored.
 
-    Call it once the rule that blocks neighbors from 127.0.0.1 is in place (CVE-2020-8558), or is about to be.
+    Call this once the rule that protects 127.0.0.1 from the network is active (CVE-2020-8558), or about to be.
     """
     if localhost_node_ports(config, Family.IPV4):
         for problem in ensure_route_localnet():

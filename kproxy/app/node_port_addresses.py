@@ -1,4 +1,4 @@
-"""The addresses that NodePorts answer on, from `nodePortAddresses`, the Node and the node's interfaces. Pure."""
+"""The addresses that accept NodePort connections, from `nodePortAddresses`, the Node and its interfaces. Pure."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from kproxy.model.types import Family, Node
 def node_port_addresses(
     setting: Iterable[str], family: Family, node_addresses: list[str], local_addresses: Iterable[str]
 ) -> tuple[str, ...] | None:
-    """Return the addresses of a family that NodePorts answer on, or None for every local address.
+    """Return the addresses of a family that accept NodePort connections, or None for all local addresses.
 
-    `setting` is `nodePortAddresses`: empty means all, `primary` the first of `node_addresses`, and CIDRs select
-    from `local_addresses`. As in kube-proxy, CIDRs of one family do not restrict the other; a `/0` CIDR restricts
-    nothing.
+    `setting` is `nodePortAddresses`: empty means all addresses, `primary` the first of `node_addresses`, and CIDRs
+    select from `local_addresses`. As in kube-proxy, CIDRs of one family do not restrict the other family, and a `/0`
+    CIDR restricts nothing.
     """
     setting = tuple(setting)
     if setting == (PRIMARY,):
@@ -32,16 +32,20 @@ def node_port_addresses(
 
 
 def localhost_node_ports(config: Config, family: Family) -> bool:
-    """Return whether NodePorts answer on 127.0.0.1: in iptables mode, IPv4, if `nodePortAddresses` includes it."""
+    """Return whether NodePorts are reachable on 127.0.0.1.
+
+    This requires iptables mode, IPv4, `localhostNodePorts: true`, and `nodePortAddresses` that are empty or overlap
+    127.0.0.0/8.
+    """
     if family is Family.IPV6 or config.effective_mode != "iptables" or not config.iptables.localhost_node_ports:
         return False
     return not config.node_port_addresses or _include_loopback(_cidrs(config.node_port_addresses, family))
 
 
 def node_port_warning(config: Config, node: Node | None, context: Context) -> str:
-    """Return one line that says why no address of the context's family answers to NodePorts, or "".
+    """Return one line that explains why no address of the context's family accepts NodePort connections, or "".
 
-    A Node with addresses of only the other family is not reported: single-stack clusters are normal.
+    A Node that only has addresses of the other family is not reported: single-stack clusters are normal.
     """
     if context.node_port_addresses != ():
         return ""

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 def apply(config: Config, objects: str) -> None:
-    """Program the objects of a file or directory. Raises `StartError`, `FileSourceError` or `SyncError`.
+    """Program the node with the objects in a file or directory. Raises `StartError`, `FileSourceError` or `SyncError`.
 
     If one family fails, the other is still programmed.
     """
@@ -58,10 +58,10 @@ def apply(config: Config, objects: str) -> None:
 
 
 def render(config: Config, objects: str) -> dict[Family, str]:
-    """Render the rules for the objects of a file or directory, as if the kernel had none.
+    """Render the rules for the objects in a file or directory, as if the kernel had no rules.
 
-    Returns input for `iptables-restore` or `nft -f` by family, depending on the mode; `mode: ""` renders nftables.
-    Uses nothing of this machine except its host name. Raises `FileSourceError`.
+    Returns the input for `iptables-restore` or `nft -f`, depending on the mode, by family. `mode: ""` renders nftables
+    rules. Reads nothing from this machine except its host name. Raises `FileSourceError`.
     """
     config = config.resolved("nftables") if not config.mode else config
     store = load_store(config, objects)

@@ -11,7 +11,7 @@ from kproxy.config.flags import add_flags
 
 EPILOG = f"""\
 examples:
-  # program what the cluster has now
+  # program the current state of the cluster
   kubectl get svc,endpointslices,nodes -A -o yaml > all.yaml
   kproxy apply --objects=all.yaml
   # use another Node's name and its kube-proxy configuration file
@@ -40,7 +40,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    # Not `required`: otherwise a misspelt flag would be reported as missing.
+    # Not `required`: otherwise a misspelled flag would be reported as missing.
     parser.add_argument("--objects", metavar="PATH", help=OBJECTS_HELP)
     add_flags(parser, once=True, hidden=DAEMON_GROUPS)
     parser.set_defaults(command=_apply)

@@ -97,7 +97,7 @@ def script(shell: str) -> str:
 
 
 def _prepare(action: argparse.Action, shell: str, file: Mapping[str, object]) -> None:
-    """Add what shtab needs to know about a flag and argparse does not: its values, and whether it takes a file."""
+    """Add what argparse does not record about a flag but shtab needs: its values, and whether it takes a file."""
     if action.nargs == "?":
         # Only bash can offer an optional value; the other shells treat the flag as a switch.
         action.nargs, action.choices = ("?" if shell == "bash" else 0), ("true", "false")

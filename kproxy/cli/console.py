@@ -6,17 +6,17 @@ import sys
 
 
 class UsageError(Exception):
-    """Invalid flags or configuration. Exit code 2."""
+    """Invalid flags or configuration. The message has one line for each problem. Exit code 2."""
 
 
 class CommandFailedError(Exception):
-    """The command could not do its work. Exit code 1."""
+    """The command failed. The message has one line for each problem. Exit code 1."""
 
 
 def show(text: str) -> None:
     """Print to standard output and flush.
 
-    Raises `CommandFailedError` if that fails, and `BrokenPipeError` if the reader has closed the pipe.
+    Raises `CommandFailedError` if writing fails, and `BrokenPipeError` if the reader has closed the pipe.
     """
     if sys.stdout is None:
         raise CommandFailedError("cannot write to standard output: it is closed")

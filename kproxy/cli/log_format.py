@@ -4,8 +4,8 @@ Text: one line with klog's header, `Lmmdd hh:mm:ss.uuuuuu threadid file:line] ms
 klog.go in k8s.io/klog/v2. Like klog, kproxy puts the process ID where the header says threadid, and uses local time.
 
 JSON: the keys that k8s.io/component-base/logs/json sets up: `ts` (milliseconds since the epoch), `caller` (directory,
-file and line), `msg`, then `v` (the verbosity) except for errors, which have `err` if there is an exception. kproxy
-adds `severity` to warnings, because nothing else in that format tells them from other lines.
+file and line), `msg`, and `v` (the verbosity), which errors do not have. A record with an exception also has `err`.
+kproxy adds `severity` to warnings, which this format does not otherwise distinguish from informational lines.
 
 Non-printable characters are escaped, so no message can forge another log line.
 """
@@ -37,7 +37,7 @@ def start_logging(settings: Logging) -> None:
     root.handlers[:] = [handler]
     root.setLevel(level_of(highest))
     if highest < 4:
-        # Its warnings are about connection details; kproxy logs failures itself.
+        # urllib3's warnings are about connection details; kproxy logs failures itself.
         logging.getLogger("urllib3").setLevel(logging.ERROR)
 
 
@@ -138,5 +138,5 @@ class FileVerbosity:
 
 
 def _encodable(text: str) -> str:
-    """Replace surrogate escapes (PEP 383), which have no UTF-8 encoding: programs may print any bytes."""
+    """Replace surrogate escapes (PEP 383), which have no UTF-8 encoding: program output may contain any bytes."""
     return text.encode("utf-8", "backslashreplace").decode()

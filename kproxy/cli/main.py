@@ -1,4 +1,4 @@
-"""The `kproxy` command: run a subcommand and turn its errors into one line and an exit code."""
+"""The `kproxy` command: run a subcommand, print its errors and return an exit code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kproxy.cli.parser import parse
 def main(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code: 0, 1 for a failure, 2 for invalid usage.
 
-    Errors are one line on stderr. Raises `SystemExit`: 0 after `--help` and `--version`, 2 for invalid flags.
+    Prints errors to stderr, one per line. Raises `SystemExit`: 0 after `--help` and `--version`, 2 for invalid flags.
     """
     try:
         options = parse(arguments)
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str]) -> int:
     except CommandFailedError as error:
         return _report(error, 1)
     except BrokenPipeError:
-        # The reader, such as `head`, is done. Point stdout elsewhere so that the interpreter's final flush succeeds.
+        # The reader, such as `head`, has exited. Redirect stdout so that the interpreter's final flush succeeds.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
@@ -41,7 +41,7 @@ def _report(error: object, code: int) -> int:
 
     for line in str(error).splitlines():
         if writes_json():
-            logging.getLogger(__name__).error("%s", line)  # whatever parses the log expects JSON only
+            logging.getLogger(__name__).error("%s", line)  # log parsers expect JSON only
         else:
             print(f"kproxy: {printable(line)}", file=sys.stderr)
     return code

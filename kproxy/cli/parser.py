@@ -59,7 +59,7 @@ class OneLineParser(argparse.ArgumentParser):
     """A parser whose errors are one line instead of a page of usage."""
 
     def error(self, message: str) -> NoReturn:
-        """Print what is wrong and where to find help. Exits with 2."""
+        """Print the error and where to find help, and exit with code 2."""
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
     def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
@@ -69,23 +69,26 @@ class OneLineParser(argparse.ArgumentParser):
             super()._print_message(message, file)
 
     def reject(self, word: str) -> NoReturn:
-        """Report an unknown argument or flag, with the closest known flag. Exits with 2."""
+        """Report an unknown argument or flag, suggest the closest known flag, and exit with code 2."""
         if not word.strip("-") or not word.startswith("-"):
             self.error(f"unexpected argument {word!r}")
         flag = word.partition("=")[0]
         self.error(f"unknown flag {flag}{_did_you_mean(flag, self.flags())}")
 
     def shown(self) -> list[argparse.Action]:
-        """Return the actions that the help lists."""
+        """Return the actions that are listed in the help."""
         return [action for action in self._actions if action.help != argparse.SUPPRESS]
 
     def flags(self) -> list[str]:
-        """Return the flags that the help lists, as they are typed."""
+        """Return the flags that are listed in the help, with their dashes."""
         return [option for action in self.shown() for option in action.option_strings]
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Parse the command line. `command` of the result is the function to run. Exits with 2 for invalid usage."""
+    """Parse the command line. The result's `command` is the function to run.
+
+    Raises `SystemExit`: 0 after `--help` and `--version`, 2 for invalid usage.
+    """
     first = arguments[0] if arguments else ""
     parser, commands = command_line({first})
     if not arguments:
@@ -102,8 +105,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def command_line(described: Collection[str]) -> tuple[OneLineParser, dict[str, OneLineParser]]:
     """Return the top-level parser and the parsers of all commands by name.
 
-    Only the commands in `described` get their flags: defining them imports the configuration, which would slow every
-    start.
+    Only the commands in `described` get their flags, because defining flags imports the configuration package, which
+    would slow down every start.
     """
     parser = OneLineParser(
         "kproxy",

@@ -60,7 +60,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _run(options: argparse.Namespace) -> None:
-    # Read it before parsing: a change right after that must not go unnoticed.
+    # Read the file once: the watcher compares it with the content that was parsed, so no edit in between is missed.
     content = _read(options.config)
     config = load_settings(options, content or None)
     if options.write_config_to:

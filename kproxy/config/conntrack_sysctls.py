@@ -1,4 +1,4 @@
-"""Kernel parameters that the `conntrack` section of the configuration changes. Pure."""
+"""Kernel parameters that the `conntrack` section of the configuration sets. Pure."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ MAX_FROM_CPUS = 1 << 20
 
 
 def sysctl_changes(config: Conntrack, cpus: int, current: Mapping[str, int]) -> dict[str, int]:
-    """Return the values to write by path, in the order to write them.
+    """Return the value to write for each path, in the order in which to write them.
 
     `current` has the current values of the `PARAMETERS` that can be read; `cpus` is the number of CPUs. 0 in the
-    configuration leaves a parameter unchanged. Timeouts are set whenever they differ. The maximum and the hash table
-    size are only ever raised: an administrator may have chosen the larger value, and lowering the maximum could fill
-    the table at once (k/k#142035).
+    configuration leaves a parameter unchanged. Timeouts, in seconds and rounded up, are written whenever they differ.
+    The maximum and the hash table size are only ever raised: an administrator may have chosen the larger value, and
+    lowering the maximum could leave the table full at once (k/k#142035).
     """
     limit = _max_entries(config, cpus)
     desired = {
@@ -52,5 +52,5 @@ def _max_entries(config: Conntrack, cpus: int) -> int:
 
 
 def _raised(desired: int, current: int | None) -> int:
-    """Return `desired` if it is greater than `current` or that is unknown, else 0."""
+    """Return `desired` if `current` is smaller or unknown, else 0 (unchanged)."""
     return desired if current is None or desired > current else 0

@@ -1,6 +1,6 @@
-"""Decode parsed data into configuration sections and encode them again; unknown fields; Go's duration syntax.
+"""Decode and encode configuration sections, find unknown fields, and parse durations in Go's syntax.
 
-Errors name the field, the allowed values and the actual one.
+Errors name the field, the allowed values and the actual value.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kproxy.documents.document import FieldPath, field_path_text
 Locate: TypeAlias = Callable[[FieldPath], str]
 """Returns where a field was set, for messages: `file:line: field`, or a flag."""
 REMOVED_FIELDS = frozenset({"conntrack.max", "logging.sanitization", "resourceContainer", "udpIdleTimeout"})
-"""Fields of earlier versions of kube-proxy that published files still contain."""
+"""Fields that kube-proxy has removed but published configuration files still contain."""
 _S = TypeVar("_S", bound=Struct)
 _MAX_SHOWN = 80
 _MAX_FLOAT32 = 3.4e38
@@ -37,7 +37,7 @@ _DURATION_PART = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|μs|ms|s|m|h)")
 _DURATION = re.compile(rf"([-+]?)(?:0|((?:{_DURATION_PART.pattern})+))")
 _MAX_DURATION_TEXT = 100
 _MAX_NANOSECONDS = 2**63 - 1
-"""The longest duration of Go, about 292 years."""
+"""The longest duration that Go can represent, about 292 years."""
 
 
 class ConfigError(ValueError):
@@ -74,7 +74,7 @@ def show(value: object) -> str:
 
 
 def decode(section: type[_S], data: object, locate: Locate, path: FieldPath = ()) -> _S:
-    """Return data as a section. Missing fields get their defaults.
+    """Decode data into a section. Missing fields get their default values.
 
     The data must not have unknown fields (see `known_fields`). Raises `ConfigError`.
     """
@@ -103,7 +103,7 @@ def encode(value: object) -> Any:
 def known_fields(
     section: type[Struct], data: Mapping[Any, Any], locate: Locate, problems: list[ConfigProblem], path: FieldPath = ()
 ) -> dict[str, Any]:
-    """Return the data without fields that `section` does not have, at any depth; add these to `problems`.
+    """Return the data without unknown fields, at any depth, and add a problem for each unknown field to `problems`.
 
     Field names are case-sensitive, as in kube-proxy. Values are not checked.
     """
@@ -120,7 +120,7 @@ def known_fields(
 
 
 def duplicate_json_keys(text: bytes) -> list[FieldPath]:
-    """Return the keys that occur more than once in a JSON object, of which parsers keep the last value."""
+    """Return the paths of keys that occur more than once in an object of valid JSON. Parsers keep the last value."""
     import json  # noqa: PLC0415 - few configurations are JSON
 
     duplicates: list[tuple[dict[str, Any], str]] = []
@@ -137,7 +137,7 @@ def duplicate_json_keys(text: bytes) -> list[FieldPath]:
 
 
 def parse_duration(text: str) -> float:
-    """Return the seconds of a duration such as `1m30s`. Raises `ValueError` for text that Go's parser rejects."""
+    """Parse a duration such as `1m30s` into seconds. Raises `ValueError` for text that Go's parser rejects."""
     match = _DURATION.fullmatch(text)
     if match is None or len(text) > _MAX_DURATION_TEXT:
         raise ValueError(f"{text!r} is not a duration")
@@ -149,7 +149,7 @@ def parse_duration(text: str) -> float:
 
 
 def format_duration(seconds: float) -> str:
-    """Format a duration as Go does: 90.0 is `1m30s`, 0.25 is `250ms`."""
+    """Format seconds as Go formats a duration: 90.0 is `1m30s`, 0.25 is `250ms`."""
     sign, absolute = ("-", -seconds) if seconds < 0 else ("", seconds)
     nanoseconds = round(absolute * 1e9)
     if nanoseconds == 0:
@@ -274,7 +274,7 @@ _SCALARS: dict[type, tuple[Callable[[object], Any], str]] = {
     FlushSeconds: (_flush_seconds, f"{_DURATION_TEXT} or a number of nanoseconds"),
     Quantity: (_quantity, "a quantity (such as 0 or 64Ki)"),
 }
-"""How to convert a scalar of each type (None: not possible), and what is allowed."""
+"""For each scalar type, a function that converts a value (None if invalid), and what is allowed, for messages."""
 
 
 def _known_value(

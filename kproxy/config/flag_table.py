@@ -10,10 +10,11 @@ FlagKind: TypeAlias = Literal["text", "bool", "int", "number", "list", "gates", 
 
 
 class Flag(Struct, frozen=True):
-    """A flag that sets fields of the configuration, which are named as in the file. Durations are text.
+    """A flag that sets one or more configuration fields, named as in the file.
 
-    `metavar` stands for the value in the help, and `choices` are the values that shell completion offers. With
-    `empty_is_unset`, a flag with an empty value counts as not given.
+    `kind` is the type of the value; durations are `text`. `metavar` is the placeholder for the value in the help, and
+    `choices` are the values that shell completion offers. With `empty_is_unset`, an empty value means that the flag is
+    not set.
     """
 
     name: str
@@ -232,7 +233,7 @@ NO_EFFECT = (
     Flag("profiling", ("enableProfiling",), kind="bool"),
     Flag("show-hidden-metrics-for-version", ("showHiddenMetricsForVersion",), metavar="MAJOR.MINOR"),
 )
-"""Flags that kproxy accepts without a warning. They tune features that it implements in another way."""
+"""Flags that kproxy accepts without a warning. They tune features that it implements differently."""
 UNSUPPORTED = (
     Flag("ipvs-exclude-cidrs", ("ipvs.excludeCIDRs",), kind="list", metavar="CIDR,..."),
     Flag("ipvs-min-sync-period", ("ipvs.minSyncPeriod",), metavar="DURATION"),
@@ -250,12 +251,12 @@ UNSUPPORTED = (
     Flag("boot-id-file", (), metavar="FILE"),
     Flag("machine-id-file", (), metavar="FILE"),
 )
-"""Flags for features that kproxy does not implement. It logs a warning for those that are given."""
+"""Flags for features that kproxy does not implement. It logs a warning if they are set."""
 PORT_FLAGS = (
     Flag("healthz-port", ("healthzBindAddress",), "deprecated, use --healthz-bind-address", "int", metavar="PORT"),
     Flag("metrics-port", ("metricsBindAddress",), "deprecated, use --metrics-bind-address", "int", metavar="PORT"),
 )
-"""Flags that add a port to an address without one; port 0 disables the server."""
+"""Flags that add a port to an address that has none. Port 0 disables the server."""
 CONFIG_FLAGS = (
     *CONFIGURATION,
     *API_SERVER,
@@ -288,4 +289,4 @@ GROUPS: dict[Group, tuple[Flag, ...]] = {
     "logging": LOGGING,
     "no effect": (*NO_EFFECT, *UNSUPPORTED),
 }
-"""The flags by heading, in the order of the help."""
+"""The flags under each heading, in the order in which the help lists them."""

@@ -1,7 +1,7 @@
 """kube-proxy's command line: add its flags to a parser, apply them to a configuration, and list their values.
 
-There are two differences from kube-proxy. A flag that is given always overrides the file, while kube-proxy ignores most
-flags once `--config` is given. And only kproxy has `--strict-config`.
+There are two differences from kube-proxy. First, a flag always overrides the file, while kube-proxy ignores most flags
+if `--config` is set. Second, only kproxy has `--strict-config`.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _PATHS = ("config", "master", "objects", "write_config_to")
 
 
 def add_flags(parser: argparse.ArgumentParser, *, once: bool = False, hidden: Collection[Group] = ()) -> None:
-    """Add kube-proxy's flags to a parser, in groups. Flags of `hidden` groups are accepted but not in the help.
+    """Add kube-proxy's flags to a parser, in groups. Flags in `hidden` groups are accepted but not listed in the help.
 
-    In the namespace, flags that set fields (`proxy_mode`) appear only if they are given. `config` and `master` are
-    always there, None if not given, and so is `strict_config`. Unless the command runs only `once`, so are its
-    alternative actions: `write_config_to` (None if not given), `cleanup` and `init_only`. Create the parser with
-    `allow_abbrev=False`, because Go does not accept abbreviated flags.
+    In the parsed namespace, a flag that sets fields (such as `proxy_mode`) is present only if it is set on the command
+    line. `config` and `master` (default None) and `strict_config` (default False) are always present. So are the
+    alternative actions `write_config_to` (default None), `cleanup` and `init_only` (default False), unless `once` is
+    true. Create the parser with `allow_abbrev=False`, because Go does not accept abbreviated flags.
     """
     if not once:
         _add_actions(parser.add_argument_group("actions"))
@@ -61,7 +61,7 @@ def add_flags(parser: argparse.ArgumentParser, *, once: bool = False, hidden: Co
 
 
 def configure(namespace: argparse.Namespace, content: bytes | None = None) -> tuple[Config, list[str]]:
-    """Return the configuration that a command line specifies, and warnings of one line each.
+    """Return the configuration that a command line specifies, and one-line warnings.
 
     `content` is the content of the `--config` file; if it is None, the file is read. Raises `ConfigError`.
     """
@@ -75,7 +75,7 @@ def configure(namespace: argparse.Namespace, content: bytes | None = None) -> tu
 
 
 def apply_flags(config: Config, namespace: argparse.Namespace) -> tuple[Config, list[str]]:
-    """Return the configuration with the given flags applied, and warnings of one line each. Raises `ConfigError`."""
+    """Apply the flags of a command line to a configuration. Return it and one-line warnings. Raises `ConfigError`."""
     given = list(_given(namespace, CONFIG_FLAGS))
     ports = list(_given(namespace, PORT_FLAGS))
     if not given and not ports:
@@ -100,7 +100,7 @@ def apply_flags(config: Config, namespace: argparse.Namespace) -> tuple[Config, 
 
 
 def flag_values(config: Config, namespace: argparse.Namespace) -> dict[str, str]:
-    """Return the values of all flags of `kproxy run` by name, formatted as Go's pflag does.
+    """Return the values of all flags of `kproxy run` by name, formatted as by Go's pflag package.
 
     `config` is the configuration that the command line `namespace` specifies. As in kube-proxy, a flag that is not
     given has its default value, even if the configuration file sets the field.
@@ -136,7 +136,7 @@ def _add_switch(group: Any, name: str, text: str) -> None:
 
 
 def _add(group: Any, name: str, **options: Any) -> None:
-    """Add a flag, and its spelling with underscores, which kube-proxy accepts but does not show either."""
+    """Add a flag and its spelling with underscores, which the help does not list. kube-proxy accepts both, too."""
     dest = _attribute(name)
     group.add_argument(*(["-v"] if name == "v" else []), f"--{name}", dest=dest, **options)
     if "-" in name:

@@ -43,17 +43,18 @@ _ZERO_IS_UNSET = frozenset(
         "nftables.syncPeriod",
     }
 )
-"""Fields where kube-proxy replaces "", 0 and 0s by the default. Files that kubeadm writes contain many of these."""
+"""Fields in which kube-proxy replaces "", 0 and 0s with the default. Files from kubeadm contain many of them."""
 
 
 def load_config(text: bytes, path: str, *, strict: bool = False) -> tuple[Config, list[str]]:
-    """Return the configuration in the text of a file, YAML or JSON, and warnings of one line each.
+    """Parse the text of a configuration file, YAML or JSON. Return the configuration and one-line warnings.
 
-    `path` is the file's name for messages. As in kube-proxy, null means unset, and so do "" and 0 where they would make
-    no sense: a `minSyncPeriod` of 0 is the default of 1 s (only the flag can set 0). A `mode` of "" is not the default.
+    `path` is the file's name for messages. As in kube-proxy, null means unset, and so do "" and 0 in fields where they
+    make no sense. For example, a `minSyncPeriod` of 0 becomes the default of 1 s; only the flag can set it to 0. `mode:
+    ""` is kept: it means that kproxy chooses the mode at startup.
 
-    What kube-proxy's lenient decoder ignores is a warning: unknown fields, duplicate keys and further documents. With
-    `strict`, it is an error. Raises `ConfigError`, with one line for each problem.
+    Unknown fields, duplicate keys and additional documents, which kube-proxy's lenient decoder ignores, cause warnings,
+    or errors with `strict`. Raises `ConfigError`, with one line for each problem.
     """
     problems: list[ConfigProblem] = []
     document = _find_document(text, path, problems)
@@ -77,9 +78,9 @@ def load_config(text: bytes, path: str, *, strict: bool = False) -> tuple[Config
 
 
 def to_yaml(config: Config) -> str:
-    """Return the text of a file from which `load_config` reads this configuration.
+    """Format a configuration as YAML that `load_config` can read.
 
-    Settings that only flags can make are lost: a `minSyncPeriod` of 0, and disabled servers.
+    Settings that only flags can express are lost: a `minSyncPeriod` of 0, and disabled servers.
     """
     import yaml  # noqa: PLC0415 - only this and YAML files need PyYAML
 
@@ -88,7 +89,7 @@ def to_yaml(config: Config) -> str:
 
 
 def as_document(config: Config) -> dict[str, Any]:
-    """Return the data of a file with this configuration.
+    """Return a configuration as the data of a configuration file.
 
     Section `kproxy`, which kube-proxy rejects, is omitted if it has its default values.
     """
@@ -99,7 +100,7 @@ def as_document(config: Config) -> dict[str, Any]:
 
 
 def _find_document(text: bytes, path: str, problems: list[ConfigProblem]) -> Document:
-    """Return the document with the configuration; add the others to `problems`."""
+    """Return the document that contains the configuration; add a problem for each of the others."""
     try:
         documents = read_documents(text, json=path.endswith(".json"), allow_duplicate_keys=True)
     except DocumentError as error:

@@ -15,16 +15,16 @@ from kproxy.documents.watch import PathSnapshot, PathWatcher
 RELOAD_PERIOD = 10.0
 """Seconds between reads of the file if inotify does not work."""
 Load: TypeAlias = Callable[[bytes], tuple[Config, list[str]]]
-"""Returns the configuration for a file's content, and warnings of one line each. Raises `ConfigError`."""
+"""Returns the configuration for a file's content, and one-line warnings. Raises `ConfigError`."""
 log = logging.getLogger(__name__)
 
 
 class ConfigWatcher:
-    """Calls `changed` once, when a file contains a valid configuration other than `config`. Then watching ends.
+    """Calls `changed` once a file contains a valid configuration that differs from `config`, then stops watching.
 
-    `content` is the file's content from which `config` was loaded, and `load` loads a configuration from other content
-    (see `kproxy.config.flags.configure`). An invalid edit is logged once and changes nothing. An edit that leaves the
-    configuration as it is, such as that of a comment, changes nothing either.
+    `content` is the file content from which `config` was loaded, and `load` loads a configuration from new content (see
+    `kproxy.config.flags.configure`). Edits that are invalid, or that do not change the configuration, such as an edit
+    to a comment, are logged once and have no other effect.
 
     `changed` runs in a separate thread and must not raise. The file may be written in place, replaced by rename, or
     reached through symbolic links that change, as in a mounted ConfigMap. While it cannot be read, for example because
@@ -66,7 +66,7 @@ class ConfigWatcher:
         return True
 
     def _check_edit(self, content: bytes) -> bool:
-        """Process an edit. Return whether it leaves the configuration as it is."""
+        """Process an edit. Return whether to continue watching."""
         try:
             config, warnings = self._load(content)
         except ConfigError as error:

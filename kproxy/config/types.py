@@ -1,7 +1,7 @@
 """The configuration of kube-proxy 1.36: every field of `KubeProxyConfiguration` v1alpha1, with its default. Pure.
 
-Fields have the meaning and the name that they have in the file, in snake case: `masqueradeBit` is `masquerade_bit`.
-Sections without effect in kproxy say so. Durations are in seconds.
+Fields have the same meaning and name as in the file, but in snake case: `masqueradeBit` is `masquerade_bit`. The
+docstrings note which settings have no effect in kproxy. Durations are in seconds.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _MAX_INT32 = 2**31 - 1
 
 
 class Seconds(float):
-    """A duration. Files and flags use Go's syntax (`1m30s`)."""
+    """A duration in seconds. Files and flags use Go's syntax (`1m30s`)."""
 
 
 class FlushSeconds(Seconds):
-    """A duration that files may also specify as a number of nanoseconds."""
+    """A duration in seconds. Files may also specify it as a number of nanoseconds."""
 
 
 class Quantity(str):
@@ -35,7 +35,7 @@ class Quantity(str):
 
 Mode: TypeAlias = Literal["iptables", "nftables"]
 ModeSetting: TypeAlias = Literal["iptables", "nftables", ""]
-"""A proxy mode, or "" to choose the best one that works on this node, at startup."""
+"""A proxy mode, or "" to choose one at startup: nftables if it works on this node, otherwise iptables."""
 LocalMode: TypeAlias = Literal["ClusterCIDR", "NodeCIDR", "BridgeInterface", "InterfaceNamePrefix"]
 Bit: TypeAlias = Annotated[int, Meta(ge=0, le=31)]
 Count: TypeAlias = Annotated[int, Meta(ge=0, le=_MAX_INT32)]
@@ -48,7 +48,7 @@ class Section(Struct, frozen=True, kw_only=True, rename="camel"):
 
 
 class ClientConnection(Section, frozen=True, kw_only=True):
-    """Access to the API server. Content types have no effect: watches use protobuf, and lists JSON."""
+    """Access to the API server. Only `kubeconfig` has an effect: watches always use protobuf, and lists JSON."""
 
     kubeconfig: str = ""
     accept_content_types: str = ""
@@ -107,7 +107,7 @@ class DetectLocal(Section, frozen=True, kw_only=True):
 
 
 class Conntrack(Section, frozen=True, kw_only=True):
-    """Connection tracking limits and timeouts. 0 leaves the kernel's value as it is."""
+    """Connection tracking limits and timeouts. 0 leaves the kernel's value unchanged."""
 
     max_per_core: Count = 32768
     min: Count = 131072
@@ -119,7 +119,7 @@ class Conntrack(Section, frozen=True, kw_only=True):
 
 
 class LogRouting(Section, frozen=True, kw_only=True):
-    """The output streams of one log format. No effect."""
+    """The output streams of one log format; `info_buffer_size` is in bytes. No effect."""
 
     split_stream: bool = False
     info_buffer_size: Quantity = Quantity("0")
@@ -150,7 +150,10 @@ class Logging(Section, frozen=True, kw_only=True):
 
 
 class KproxySection(Section, frozen=True, kw_only=True):
-    """Section `kproxy`: settings that kube-proxy does not have. kube-proxy rejects a file that contains it."""
+    """Section `kproxy`: settings that kube-proxy does not have. kube-proxy rejects a file that contains it.
+
+    A dispatch chain with more than `iptables_dispatch_threshold` rules is split by destination; 0 never splits.
+    """
 
     iptables_dispatch_threshold: Count = 1000
 
@@ -159,8 +162,8 @@ class Config(Section, frozen=True, kw_only=True):
     """A complete configuration.
 
     IP addresses and CIDRs are in canonical form. `healthz_bind_address` and `metrics_bind_address` are `IP:port`, or ""
-    if a flag disabled the server. If `mode` is "", the mode is not chosen yet: properties that depend on it raise
-    `ValueError`, except on the configuration that `resolved` returns.
+    if a flag disabled the server. While `mode` is "", the properties that depend on the mode raise `ValueError`;
+    `resolved` returns a configuration with a mode.
     """
 
     feature_gates: Mapping[str, bool] = field(default_factory=dict)
@@ -192,7 +195,7 @@ class Config(Section, frozen=True, kw_only=True):
     def resolved(self, mode: Mode) -> Config:
         """Return the configuration with the chosen mode. Raises `ValueError` if another one is configured."""
         if self.mode not in {"", mode}:
-            raise ValueError(f"mode {mode} was chosen, but {self.mode} is configured")
+            raise ValueError(f"cannot use {mode} mode: the configuration says {self.mode}")
         return msgspec.structs.replace(self, mode=mode)
 
     @property
@@ -204,7 +207,7 @@ class Config(Section, frozen=True, kw_only=True):
 
     @property
     def backend(self) -> IPTables | NFTables:
-        """The section of the effective mode: masquerading and sync periods."""
+        """The section of the effective mode. Raises `ValueError` if no mode is chosen."""
         return self.nftables if self.effective_mode == "nftables" else self.iptables
 
     @property
@@ -214,7 +217,10 @@ class Config(Section, frozen=True, kw_only=True):
 
     @property
     def effective_node_port_addresses(self) -> tuple[str, ...]:
-        """CIDRs, or `primary`; () means all local addresses. The default in nftables mode is `primary`."""
+        """CIDRs, or `primary` (the default in nftables mode). () means all local addresses.
+
+        Raises `ValueError` if no mode is chosen.
+        """
         default = (PRIMARY,) if self.effective_mode == "nftables" else ()
         return self.node_port_addresses or default
 

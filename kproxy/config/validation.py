@@ -21,7 +21,7 @@ RETIRED_MODES = {
     "userspace": "userspace has been removed from Kubernetes",
     "kernelspace": "kernelspace is for Windows only",
 }
-"""Modes that kube-proxy has or had and kproxy does not, with the reason."""
+"""Modes that kube-proxy has or had and kproxy does not support, with the reason."""
 KNOWN_GATES = frozenset(
     {
         "KubeProxyDrainingTerminatingNodes",
@@ -35,12 +35,12 @@ KNOWN_GATES = frozenset(
 )
 """Feature gates whose features are always enabled in kproxy."""
 MAX_INTERFACE_NAME = 15
-"""The longest name of a network interface (IFNAMSIZ without the terminating NUL)."""
+"""Maximum length of an interface name in bytes: IFNAMSIZ (linux/if.h) without the terminating NUL."""
 _CIDR = "a CIDR (such as 10.244.0.0/16 or fd00::/64)"
 
 
 def check(config: Config, locate: Locate) -> Config:
-    """Return the configuration with addresses and CIDRs in canonical form. Raises `ConfigError`."""
+    """Validate a configuration. Return it with addresses and CIDRs in canonical form. Raises `ConfigError`."""
     _check_names(config, locate)
     _check_periods(config, locate)
     _check_verbosities(config, locate)
@@ -61,7 +61,7 @@ def reject_retired_mode(mode: object, locate: Locate) -> None:
 
 
 def ineffective_settings(config: Config, locate: Locate) -> list[str]:
-    """Return warnings of one line each for settings that have no effect."""
+    """Return one-line warnings about settings that have no effect."""
     paths = [
         *_changed(config.ipvs, IPVS(), ("ipvs",)),
         *_changed(config.winkernel, Winkernel(), ("winkernel",)),
@@ -124,7 +124,7 @@ def _check_names(config: Config, locate: Locate) -> None:
 def _check_periods(config: Config, locate: Locate) -> None:
     """Check the sync periods of the configured mode, or of both modes if `mode` is "".
 
-    As in kube-proxy, those of another mode may be invalid.
+    As in kube-proxy, the sync periods of other modes are not checked.
     """
     for mode in (config.mode,) if config.mode else get_args(Mode):
         section = config.resolved(mode).backend

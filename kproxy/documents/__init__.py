@@ -1,1 +1,1 @@
-"""YAML and JSON documents with line numbers, and files that are read again when they change."""
+"""Read YAML and JSON documents with line numbers, and watch files for changes."""

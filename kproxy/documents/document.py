@@ -1,4 +1,4 @@
-"""Documents of YAML and JSON files, paths of fields in them, and file problems with line numbers. Pure."""
+"""Documents in YAML and JSON files, field paths, and file problems with line numbers. Pure."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class DocumentError(ValueError):
 class Document(Struct, frozen=True):
     """One document: JSON text as `bytes`, or the data parsed from YAML.
 
-    `line_of` returns the line (from 1) of the field at a path, or else of the closest parent that exists; 0 means
-    unknown. `duplicate_keys` are the keys that occur more than once in a YAML mapping, if the caller asked for them;
-    the last value applies.
+    `line_of` returns the line (from 1) of the field at a path, or of its closest existing parent; 0 means unknown.
+    `duplicate_keys` are the paths of keys that occur more than once in a YAML mapping, if the caller allowed them; the
+    last value applies.
     """
 
     content: bytes | Any
@@ -48,17 +48,17 @@ class FileProblem(Struct, frozen=True):
 
 
 def field_path_text(path: FieldPath) -> str:
-    """Format a path as `spec.ports[0].port`. Quote keys that are not printable, such as a line break."""
+    """Format a path as `spec.ports[0].port`. Quote keys with unprintable characters, such as line breaks."""
     quoted = (step if isinstance(step, int) or step.isprintable() else repr(step) for step in path)
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in quoted).removeprefix(".")
 
 
 MAX_VALUE_LENGTH = 80
-"""Characters of a value that an error message quotes."""
+"""Maximum length of a value in an error message, in characters."""
 
 
 def format_value(value: object) -> str:
-    """Return a value as JSON for an error message, cut to `MAX_VALUE_LENGTH` characters."""
+    """Format a value as JSON for an error message, truncated to `MAX_VALUE_LENGTH` characters."""
     try:
         text = msgspec.json.encode(value).decode()
     except (TypeError, ValueError, RecursionError):  # keys that JSON does not allow, lone surrogates, cycles

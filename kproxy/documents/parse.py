@@ -1,4 +1,4 @@
-"""Split the text of a file into JSON or YAML documents that know the line of every field. Pure.
+"""Split the text of a file into JSON or YAML documents, with the line of each field. Pure.
 
 The common case stays cheap: the line of a field is computed only on request, and JSON files do not load PyYAML.
 """
@@ -17,9 +17,9 @@ _BYTE_OFFSET = re.compile(r" \(byte (\d+)\)$")
 def read_documents(text: bytes, *, json: bool = False, allow_duplicate_keys: bool = False) -> list[Document]:
     """Return the documents of a file, without empty ones.
 
-    With `json`, the text must be JSON, and syntax errors are those of JSON. Otherwise it may be JSON or one or more
-    YAML documents. With `allow_duplicate_keys`, the documents list keys that occur more than once in a YAML mapping;
-    without, such a key is an error. Raises `DocumentError`.
+    With `json`, the text must be JSON, and syntax errors refer to JSON. Otherwise it may be JSON or one or more YAML
+    documents. A key that occurs more than once in a YAML mapping is an error, or with `allow_duplicate_keys`, listed in
+    `Document.duplicate_keys`. Raises `DocumentError`.
     """
     text = text.removeprefix(b"\xef\xbb\xbf")
     _check_encoding(text)
@@ -64,7 +64,7 @@ def _json_document(text: bytes) -> Document:
 def _line_in_json(text: bytes, path: FieldPath) -> int:
     """Return the line of a field by parsing JSON as YAML.
 
-    JSON is YAML except for tabs, which are replaced, and some escapes, with which the line is unknown (0).
+    JSON is also YAML, except for tabs, which are replaced, and some escapes, for which the line is unknown (0).
     """
     from kproxy.documents.yaml_parser import line_in_yaml  # noqa: PLC0415 - as above
 

@@ -34,18 +34,18 @@ log = logging.getLogger(__name__)
 class PathSnapshot(Struct, frozen=True):
     """The result of reading a path: the content of each file, or why that file cannot be read.
 
-    `trouble` is the reason if there is no file at all, else None.
+    `problem` is the reason if there is no file at all, else None.
     """
 
     files: Mapping[str, bytes | FileProblem]
-    trouble: FileProblem | None = None
+    problem: FileProblem | None = None
 
 
 def read_path(path: str) -> PathSnapshot:
     """Read a file, or the files of a directory whose names have one of the `SUFFIXES`.
 
     Subdirectories and hidden files are ignored, as by `kubectl -f`. In a mounted ConfigMap, the hidden entries lead to
-    the same files again.
+    the same files.
     """
     try:
         if not os.path.isdir(path):
@@ -70,7 +70,7 @@ def _is_object_file(name: str) -> bool:
 
 
 def _read_file(path: str) -> bytes | FileProblem | None:
-    """Return a file's content or the reason it cannot be read. None: not a regular file, or just deleted."""
+    """Return a file's content or why it cannot be read; None if it is not a regular file or was just deleted."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             return None
@@ -87,11 +87,11 @@ def _reason(error: OSError) -> str:
 
 
 class WatchedPaths(Struct, frozen=True):
-    """The directories to watch for a path, and the entries in them that matter.
+    """The directories to watch for a path, and the relevant entries in them.
 
-    `files` are the files to read, the path itself, and the targets of symbolic links. `directory` is the path if it is
-    a directory, else "". `parent` is the closest parent directory that exists. In that one, only changes of the entry
-    `awaited` matter, or of any entry if that is "".
+    `files` are the path itself, the files to read, and the targets of symbolic links. `directory` is the path if it is
+    a directory, else "". `parent` is the closest existing parent directory. In `parent`, only changes to the entry
+    `awaited` are relevant, or changes to any entry if `awaited` is "".
     """
 
     directories: tuple[str, ...]
@@ -116,7 +116,7 @@ class WatchedPaths(Struct, frozen=True):
 
 
 def find_watched_paths(path: str) -> WatchedPaths:
-    """Return what to watch for changes of the object files of a path, which need not exist."""
+    """Return what to watch to notice changes to the object files of a path, which need not exist."""
     full = os.path.abspath(path)
     parent = os.path.dirname(full)
     while not os.path.isdir(parent):
@@ -128,7 +128,8 @@ def find_watched_paths(path: str) -> WatchedPaths:
         files = []
     targets = [os.path.realpath(file) for file in files if os.path.islink(file)]
     directories = [parent, *([directory] if directory else []), *map(os.path.dirname, targets)]
-    is_linked_file = not directory and os.path.islink(full)  # other entries may be on the way, as in a ConfigMap volume
+    # A link may lead through other entries of its directory, as in a ConfigMap volume.
+    is_linked_file = not directory and os.path.islink(full)
     return WatchedPaths(
         directories=tuple(dict.fromkeys(directories)),
         files=frozenset((full, *files, *targets)),
@@ -139,9 +140,9 @@ def find_watched_paths(path: str) -> WatchedPaths:
 
 
 class SettledReader:
-    """Reads a path while nothing writes to its object files, as far as `inotify` reports.
+    """Reads a path when, according to inotify, no process is writing to its object files.
 
-    Every wait ends once the file descriptor `wake` is readable. Raises `InotifyError`.
+    Every wait ends when the file descriptor `wake` becomes readable. All methods raise `InotifyError`.
     """
 
     def __init__(self, path: str, inotify: Inotify, wake: int) -> None:
@@ -155,9 +156,9 @@ class SettledReader:
         inotify.watch(self._watched.directories)
 
     def read(self) -> PathSnapshot:
-        """Read the path, and repeat that until nothing has changed meanwhile, including the directories to watch.
+        """Read the path until a read during which neither its files nor the directories to watch changed.
 
-        Gives up after `SETTLE_TIMEOUT`, and returns the last result.
+        After `SETTLE_TIMEOUT`, return the last result anyway.
         """
         deadline = time.monotonic() + SETTLE_TIMEOUT
         while True:
@@ -183,7 +184,7 @@ class SettledReader:
                 deadline = time.monotonic() + SETTLE_TIMEOUT
 
     def _wait_for_events(self, seconds: float | None) -> bool:
-        """Wait for inotify events. Return True if the wait ended for another reason: `wake`, or the timeout."""
+        """Wait for inotify events. Return True if the wait ended for another reason: `wake` or the timeout."""
         ready = self._poll.poll(None if seconds is None else seconds * 1000)
         return [descriptor for descriptor, _ in ready] != [self._inotify.fileno()]
 
@@ -202,7 +203,10 @@ class SettledReader:
 
 
 def _is_being_created(event: InotifyEvent) -> bool:
-    """Return whether another event will follow once the new file is written: not for links and directories."""
+    """Return whether an event reports a new file, so that another event follows once the file has been written.
+
+    This is not the case for links and directories.
+    """
     if not event.mask & IN_CREATE or event.mask & IN_ISDIR:
         return False
     try:

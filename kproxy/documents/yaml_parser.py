@@ -1,6 +1,6 @@
 """Parse YAML as `kubectl` does: dates and `12:30` are strings, `on` and `yes` are booleans, `010` is octal. Pure.
 
-A key that occurs twice in one mapping is an error, as for the API server, unless the caller allows duplicate keys.
+A key that occurs twice in one mapping is an error, as in the API server, unless the caller allows duplicate keys.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ MAX_DEPTH = 500
 """Maximum nesting depth, far beyond that of any Kubernetes object."""
 _OPENINGS = re.compile(r"[\[{]|[-?][ \t]+(?=[-?])")
 _MERGE_TAG = "tag:yaml.org,2002:merge"
-# The types of plain scalars: those of YAML 1.1 without base-60 numbers, dates and "=", which Kubernetes' YAML library
-# does not have either. Each has a pattern, and the characters with which it can begin (NUL: the empty scalar).
+# The types of plain scalars: those of YAML 1.1 except base-60 numbers, dates and "=", which Kubernetes' YAML library
+# does not support either. Each type has a pattern and the characters that it can begin with (NUL: the empty scalar).
 _PLAIN_SCALARS = {
     "null": (r"^(?:~|null|Null|NULL|)$", "~nN\0"),
     "bool": (r"^(?:yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF)$", "yYnNtTfFoO"),
@@ -38,8 +38,8 @@ _PLAIN_SCALARS = {
 def read_yaml(text: str, *, allow_duplicate_keys: bool = False) -> list[Document]:
     """Return the documents of YAML text, without empty ones. Raises `DocumentError`.
 
-    With `allow_duplicate_keys`, the documents list keys that occur more than once in one mapping; without, such a key
-    is an error.
+    A key that occurs more than once in a mapping is an error, or with `allow_duplicate_keys`, listed in
+    `Document.duplicate_keys`.
     """
     try:
         _check_depth(text)
@@ -108,7 +108,7 @@ def _line(node: yaml.Node, path: FieldPath) -> int:
 
 
 def _duplicate_keys(root: yaml.Node) -> Iterator[tuple[yaml.Node, yaml.ScalarNode]]:
-    """Yield each mapping and key where the key occurs again. YAML parsers silently keep the last value."""
+    """Yield each repeated key with its mapping. YAML parsers silently keep the last value."""
     visited: set[int] = set()
     pending = [root]
     while pending:
@@ -129,7 +129,7 @@ def _duplicate_keys(root: yaml.Node) -> Iterator[tuple[yaml.Node, yaml.ScalarNod
 
 
 def _path_to(target: yaml.Node, root: yaml.Node) -> FieldPath:
-    """Return a path from `root` to `target`, by searching the whole document: only for reporting problems."""
+    """Return a path from `root` to `target`. This searches the whole document: use it only to report problems."""
     visited: set[int] = set()
     pending: list[tuple[yaml.Node, FieldPath]] = [(root, ())]
     while pending:
@@ -148,7 +148,7 @@ def _path_to(target: yaml.Node, root: yaml.Node) -> FieldPath:
 
 @cache
 def _loader() -> Any:
-    """Return the loader class: libyaml's parser if PyYAML was built with it, and the scalar types above."""
+    """Return the loader class: libyaml's parser if PyYAML was built with it, with the scalar types above."""
     base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     loader: Any = type("KubernetesLoader", (base,), {"yaml_implicit_resolvers": {}})
     for name, (pattern, first) in _PLAIN_SCALARS.items():

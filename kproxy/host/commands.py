@@ -63,7 +63,7 @@ class CommandRunner:
         self._stopped = False
 
     def stop(self) -> None:
-        """Kill the running program, wait until it has exited, and do not start any more programs."""
+        """Kill the running program and wait for it to exit. Later runs raise `CommandError`."""
         with self._lock:
             self._stopped = True
             running = self._running
@@ -74,7 +74,8 @@ class CommandRunner:
     def run(self, argv: Sequence[str], stdin: str = "", *, timeout: float) -> CompletedCommand:
         """Run a program and return its exit status and output.
 
-        After `timeout` seconds the program is killed. Raises `CommandError` if it cannot be started.
+        After `timeout` seconds the program is killed, and the result has a negative `code`. Raises `CommandError` if
+        the program cannot be started, in particular `InconclusiveError` if the cause may be temporary.
         """
         pipe = subprocess.PIPE
         # A file, not a pipe: after a timeout, communicate() does not write the rest of the input (Python 3.11).
@@ -97,9 +98,9 @@ class CommandRunner:
                 slow_log.check(now)
 
     def stream_input(self, argv: Sequence[str], chunks: Iterable[str], *, timeout: float) -> CompletedCommand:
-        """Run a program on input that is generated while the program reads it. Its standard output is discarded.
+        """Run a program and write its input while the input is generated. Discard the program's standard output.
 
-        If the program exits before all chunks are written, no more are generated and `code` is not 0. Each chunk
+        If the program exits before all chunks are written, generation stops and `code` is not 0. Each chunk
         restarts the `timeout` (in seconds), after which the program is killed. If generating a chunk fails, the program
         is killed and the exception propagates. Raises `CommandError` if the program cannot be started.
         """
@@ -118,7 +119,7 @@ class CommandRunner:
 
     @contextmanager
     def stream_output(self, argv: Sequence[str], *, timeout: float) -> Iterator[Iterator[str]]:
-        """Run a program and yield an iterator over the lines of its output, which is never in memory as a whole.
+        """Run a program and yield an iterator over the lines of its output, without holding all output in memory.
 
         Leaving the context early terminates the program. After `timeout` seconds it is killed. Raises `CommandError` if
         it cannot be started, fails or is killed.
@@ -185,18 +186,18 @@ class CommandRunner:
 
 
 def run(argv: Sequence[str], stdin: str = "", *, timeout: float) -> CompletedCommand:
-    """Run a program that nothing needs to stop early. See `CommandRunner.run`."""
+    """Run a program that never needs to be stopped early. See `CommandRunner.run`."""
     return CommandRunner().run(argv, stdin, timeout=timeout)
 
 
 def first_line(text: str) -> str:
-    """Return the first line of a program's error output, without empty lines and iptables' comments (`#`)."""
+    """Return the first line of a program's error output that is neither empty nor a comment of iptables (`#`)."""
     lines = (line.strip() for line in text.splitlines())
     return next((line for line in lines if line and not line.startswith("#")), "no error message")
 
 
 class SlowCommandLog:
-    """Logs warnings about a program that runs for long, and how it exited. Pass times from a monotonic clock."""
+    """Logs warnings while a program runs for a long time, and then how it exited. Times are monotonic, in seconds."""
 
     def __init__(self, program: str, pid: int, now: float) -> None:
         self.program = program
@@ -261,7 +262,7 @@ class _Watchdog:
             raise InconclusiveError(f"cannot start a watchdog for {self._slow_log.program}: {error}") from None
 
     def stop(self) -> None:
-        """Stop the thread, and leave the program alone."""
+        """Stop the thread without killing the program."""
         self._stopped.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -284,7 +285,7 @@ class _Watchdog:
 
 
 def lock_holder(path: str) -> int:
-    """Return the PID of the process that holds an flock(2) lock on a file, 0 if there is none (/proc/locks, proc(5)).
+    """Return the PID of the process that holds an flock(2) lock on a file, or 0 if none does (/proc/locks, proc(5)).
 
     Processes in other PID namespaces are not visible.
     """

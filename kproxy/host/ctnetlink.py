@@ -51,7 +51,7 @@ CTA_FILTER_F_CTA_PROTO_NUM = 1 << 3
 CTA_FILTER_F_CTA_PROTO_DST_PORT = 1 << 5
 
 MAX_FILTERED_DUMPS = 4
-"""Up to this many destinations are dumped one by one with a filter. For more, all UDP entries are dumped once.
+"""Maximum number of destinations to dump one by one, with a filter. For more, all UDP entries are dumped once.
 
 A filtered dump walks the kernel's whole hash table (9 ms for 262,144 buckets), and each entry in a reply costs the
 kernel 1.7 us. With 50,000 entries, four filtered dumps take 70 ms and a dump of all takes 130 ms.
@@ -65,7 +65,10 @@ IsStale: TypeAlias = Callable[[str, str], bool]
 
 
 class TupleLayout(Struct, frozen=True):
-    """What depends on the IP family in a conntrack tuple. `source` and `destination` are CTA_IP_* attribute types."""
+    """The properties of a conntrack tuple that depend on the IP family.
+
+    `address_size` is in bytes. `source` and `destination` are CTA_IP_* attribute types.
+    """
 
     address_family: int
     address_size: int
@@ -90,9 +93,9 @@ class UdpConntrack:
         """Delete the stale entries of flows to these destinations; return how many were deleted.
 
         A destination is "ip:port", or ":port" for that port of any address. `is_stale` is called once for all flows
-        with the same destination and reply source. Entries outside the default conntrack zone are deleted only if their
-        destination is translated: the others are a second view of the same flow, for example one that Open vSwitch
-        keeps in its own zone. Raises `OSError` if stale entries may remain.
+        with the same destination and reply source. An entry outside the default conntrack zone is deleted only if its
+        destination is translated. Without translation, it is a second view of the same flow, for example one that Open
+        vSwitch keeps in its own zone. Raises `OSError` if stale entries may remain.
         """
         stale = _StaleFilter(self._layout, destinations, is_stale)
         requests = list(self._dump_requests(destinations))
@@ -190,9 +193,9 @@ class _StaleFilter:
 
 
 def dump_request(layout: TupleLayout, address: bytes = b"", port: bytes = b"") -> bytes:
-    """Encode a request to dump all UDP entries of a family, or only those to a packed port, or address and port.
+    """Encode a request to dump UDP entries of a family: all, or those to a port, or those to an address and a port.
 
-    Kernels before 5.8 ignore CTA_FILTER and dump all entries.
+    `address` and `port` are packed. Kernels before 5.8 ignore CTA_FILTER and dump all entries.
     """
     flags = CTA_FILTER_F_CTA_PROTO_NUM
     flags |= CTA_FILTER_F_CTA_PROTO_DST_PORT if port else 0
@@ -214,9 +217,10 @@ def dump_request(layout: TupleLayout, address: bytes = b"", port: bytes = b"") -
 class ConntrackEntryReader:
     """Reads conntrack entries of one family from netlink messages, each given as a buffer and its payload's position.
 
-    The kernel writes both tuples first, always with the same attributes in the same order. Such an entry has the
-    standard layout, and its fingerprint is an integer made of the attribute headers and the bytes of both sockets. This
-    is many times faster than parsing attributes, and entries that differ only in their client share a fingerprint.
+    The kernel writes both tuples first, with the same attributes in the same order unless a zone applies to a single
+    direction. An entry with this standard layout has a fingerprint: an integer made of the attribute headers, the
+    protocol and the bytes of both sockets. Computing it is many times faster than parsing attributes, and entries that
+    differ only in their client share a fingerprint.
     """
 
     def __init__(self, layout: TupleLayout) -> None:
@@ -250,7 +254,7 @@ class ConntrackEntryReader:
         return fingerprint & self._header_mask == self._standard_headers
 
     def sockets(self, data: bytes, begin: int, end: int) -> FlowSockets | None:
-        """Return the sockets of an entry of any layout, None if it is not UDP."""
+        """Return the sockets of an entry of any layout, or None if it is not UDP."""
         if not self.is_standard(self.fingerprint(data, begin)):
             return self._parse_sockets(data, begin, end)
         begin += NFGENMSG_SIZE
@@ -273,7 +277,7 @@ class ConntrackEntryReader:
     def has_zone(self, data: bytes, begin: int, end: int) -> bool:
         """Return whether an entry is outside the default conntrack zone in either direction."""
         found = attributes(data, begin + NFGENMSG_SIZE, end)
-        # A zone of one direction is in that direction's tuple, which then does not have the standard layout.
+        # A zone that applies to one direction is part of that direction's tuple: the layout is not the standard one.
         return CTA_ZONE in found or not self.is_standard(self.fingerprint(data, begin))
 
     def _parse_sockets(self, data: bytes, begin: int, end: int) -> FlowSockets | None:
@@ -284,7 +288,7 @@ class ConntrackEntryReader:
 
 
 def _encode_tuple(direction: int, layout: TupleLayout, byte: bytes) -> bytes:
-    """Encode a tuple with the kernel's layout, in which all values consist of one byte."""
+    """Encode a tuple in the kernel's layout, with `byte` for every byte of its values."""
     ip = (attribute(kind, byte * layout.address_size) for kind in (layout.source, layout.destination))
     ports = (attribute(kind, byte * 2) for kind in (CTA_PROTO_SRC_PORT, CTA_PROTO_DST_PORT))
     proto = nested(CTA_TUPLE_PROTO, attribute(CTA_PROTO_NUM, byte), *ports)
@@ -292,7 +296,7 @@ def _encode_tuple(direction: int, layout: TupleLayout, byte: bytes) -> bytes:
 
 
 def _parse_socket(data: bytes, position: tuple[int, int] | None, address: int, port: int) -> bytes | None:
-    """Return one socket of the tuple at a position, None if it is not a UDP tuple.
+    """Return one socket of the tuple at a position, or None if it is not a UDP tuple.
 
     `address` and `port` are the types of the attributes to return.
     """

@@ -35,7 +35,10 @@ _NO_SUCH_DIRECTORY = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ELOOP}
 
 
 class InotifyEvent(Struct, frozen=True):
-    """One change. `name` is "" for the directory itself. `directory` is "" if the event queue overflowed."""
+    """One change; `mask` has IN_* bits.
+
+    `name` is "" for the directory itself. `directory` is "" if the event queue overflowed.
+    """
 
     directory: str
     name: str
@@ -66,8 +69,9 @@ class Inotify:
     def watch(self, directories: Iterable[str]) -> bool:
         """Watch these directories instead of the current ones; return whether any of them is new.
 
-        A directory that was deleted and created again is new. Directories that do not exist are skipped. Events for a
-        directory that is given by two names have the first one. Raises `InotifyError` if the user has too many watches.
+        A directory that was deleted and created again is new. Directories that do not exist are skipped. If a directory
+        is given by two names, its events have the first one. Raises `InotifyError` if the user has too many watches
+        (`fs.inotify.max_user_watches`).
         """
         previous = self._watches
         self._watches = {}
@@ -78,7 +82,7 @@ class Inotify:
             elif ctypes.get_errno() not in _NO_SUCH_DIRECTORY:
                 raise self._error()
         for descriptor in previous.keys() - self._watches.keys():
-            self._libc.inotify_rm_watch(self._fd, descriptor)  # fails if the directory was deleted, and its watch too
+            self._libc.inotify_rm_watch(self._fd, descriptor)  # fails if the watch was deleted with its directory
         return not self._watches.keys() <= previous.keys()
 
     def read(self) -> list[InotifyEvent]:

@@ -39,11 +39,14 @@ def local_addresses() -> tuple[str, ...]:
 
     Raises `OSError` if the kernel cannot be read.
     """
-    from pyroute2 import IPRoute  # noqa: PLC0415 - costs 11 MB, and only nodePortAddresses needs it
+    from pyroute2 import IPRoute, NetlinkError  # noqa: PLC0415 - costs 11 MB, and only nodePortAddresses needs it
 
-    with IPRoute() as route:
-        # On a point-to-point link, IFA_ADDRESS is the peer's address.
-        found = [message.get("IFA_LOCAL") or message.get("IFA_ADDRESS") for message in route.get_addr()]
+    try:
+        with IPRoute() as route:
+            # On a point-to-point link, IFA_ADDRESS is the peer's address.
+            found = [message.get("IFA_LOCAL") or message.get("IFA_ADDRESS") for message in route.get_addr()]
+    except NetlinkError as error:  # not an OSError in pyroute2
+        raise OSError(error.code, os.strerror(error.code)) from error
     return tuple(text for text in found if text and not text.lower().startswith("fe80:"))
 
 
@@ -53,7 +56,7 @@ def own_addresses(family: Family) -> frozenset[str]:
 
 
 def addresses_by_interface(address_family: int) -> dict[int, frozenset[str]]:
-    """Return the addresses of each interface by its index. Raises `OSError`.
+    """Return the addresses of each interface, keyed by interface index. Raises `OSError`.
 
     `address_family` is AF_INET or AF_INET6, or AF_UNSPEC for both.
     """
@@ -61,7 +64,7 @@ def addresses_by_interface(address_family: int) -> dict[int, frozenset[str]]:
 
 
 def interface_index(name: str) -> int:
-    """Return the index of an interface, 0 if it does not exist."""
+    """Return the index of an interface, or 0 if it does not exist."""
     try:
         return socket.if_nametoindex(name)
     except OSError:
@@ -77,7 +80,7 @@ def delete_interface(index: int) -> None:
 class AddressMonitor:
     """Calls `on_change` whenever an address is added to an interface, changed or removed.
 
-    The monitor's thread makes the calls, one for all notifications that arrive together. `on_change` must not block.
+    The monitor's thread calls it once for all notifications that arrive together. `on_change` must not block.
     """
 
     def __init__(self, on_change: Callable[[], None]) -> None:
@@ -95,7 +98,7 @@ class AddressMonitor:
         self._thread.start()
 
     def stop(self, timeout: float) -> None:
-        """Stop the thread and close the socket; wait at most `timeout` seconds for a running call of `changed`."""
+        """Stop the thread and close the socket; wait at most `timeout` seconds for a running `on_change` call."""
         self._stopping = True
         os.eventfd_write(self._wakeup, 1)
         if self._thread.ident is not None:

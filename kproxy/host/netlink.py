@@ -51,10 +51,10 @@ _RECEIVE_SIZE = 1 << 16
 _BATCH_RECEIVE_BUFFER = 1 << 20
 """Receive buffer of a `BatchSocket` in bytes."""
 _ERRNO = struct.Struct("=i")
-"""Begins the payload of NLMSG_ERROR and NLMSG_DONE: 0 or a negative errno (`struct nlmsgerr`)."""
+"""The first field in the payload of NLMSG_ERROR and NLMSG_DONE: 0 or a negative errno (`struct nlmsgerr`)."""
 
 Message: TypeAlias = tuple[bytes, int, int]
-"""A received buffer, and where the payload of one message in it begins and ends."""
+"""A received buffer, and the start and end of one message's payload in it."""
 _T = TypeVar("_T")
 
 
@@ -69,9 +69,9 @@ class DumpInterruptedError(NetlinkError):
 class RejectedMessage(Struct, frozen=True):
     """A message of a batch that the kernel rejected.
 
-    `index` is its position in the batch, -1 for the batch as a whole. `code` is the errno, `reason` its text with the
-    kernel's explanation if there is one. `offset` is the position of the offending attribute in the message's payload,
-    -1 if the kernel did not report it.
+    `index` is its index in the batch, or -1 for the batch as a whole. `code` is the errno, `reason` its text with the
+    kernel's explanation if there is one. `offset` is the position of the offending attribute in the message's payload
+    in bytes, or -1 if the kernel did not report it.
     """
 
     index: int
@@ -89,7 +89,7 @@ class BatchRejectedError(Exception):
 
 
 class StaleGenerationError(Exception):
-    """The rule set of this network namespace has changed since the generation that a batch was made for."""
+    """The rule set of this network namespace no longer has the generation ID that a batch requires."""
 
 
 def retry_interrupted(read: Callable[[], _T]) -> _T:
@@ -159,7 +159,10 @@ class NetlinkSocket(BoundSocket):
         return errors
 
     def dump(self, kind: int, payload: bytes) -> Iterator[Message]:
-        """Request a dump and yield its messages. Raises `NetlinkError`, at the end `DumpInterruptedError`."""
+        """Request a dump and yield its messages.
+
+        Raises `NetlinkError`, in particular `DumpInterruptedError` after the last message.
+        """
         return self._query(kind, NLM_F_DUMP, payload)
 
     def get(self, kind: int, payload: bytes) -> Iterator[Message]:
@@ -185,7 +188,7 @@ class NetlinkSocket(BoundSocket):
                 yield data, payload_begin, end
 
     def _receive_errors(self, first: int) -> Iterator[tuple[int, int]]:
-        """Yield sequence number and errno (0 for success) of each reply, up to the one to the last request."""
+        """Yield the sequence number and errno (0 for success) of each reply, up to the reply to the last request."""
         sequence = 0
         while sequence != self._sequence:
             reply = self._socket.recv(_RECEIVE_SIZE)
@@ -207,10 +210,11 @@ class BatchSocket(BoundSocket):
         self._send_buffer = 0
 
     def commit(self, messages: Sequence[tuple[int, int, bytes]], generation: int | None = None) -> None:
-        """Send messages (type, flags, payload) as one batch and wait until the kernel has committed it.
+        """Send at least one message (type, flags, payload) as a batch and wait until the kernel has committed it.
 
-        With a `generation`, the kernel commits the batch only if the rule set still has that generation ID. Raises
-        `BatchRejectedError`, `StaleGenerationError`, or `NetlinkError` if the batch cannot be sent or answered.
+        With a `generation`, the kernel commits the batch only if the rule set still has that generation ID, else this
+        raises `StaleGenerationError`. Raises `BatchRejectedError` if the kernel rejects the batch, and `NetlinkError`
+        if sending the batch or receiving the replies fails.
         """
         first = self._sequence + 1
         genid = attribute(NFNL_BATCH_GENID, struct.pack(">I", generation)) if generation is not None else b""
@@ -240,7 +244,7 @@ class BatchSocket(BoundSocket):
             raise NetlinkError(error.errno, error.strerror) from None
 
     def _receive_rejections(self, first: int, last: int) -> list[RejectedMessage]:
-        """Receive replies up to the one to message `last`, or an error for the whole batch (sent as one to `first`).
+        """Receive replies up to the reply to message `last`, or an error for the whole batch (a reply to `first`).
 
         If there are more errors than fit into the receive buffer, recv(2) fails with ENOBUFS. The buffer still
         contains the first ones and must be drained, because otherwise replies to the next batch would be lost, too
@@ -298,6 +302,6 @@ def _parse_error(reply: bytes, size: int, flags: int, index: int) -> RejectedMes
             begin, end = found[NLMSGERR_ATTR_MSG]
             reason = f"{reason} ({reply[begin:end].rstrip(bytes(1)).decode(errors='replace')})"
         if NLMSGERR_ATTR_OFFS in found:
-            # The kernel counts from the begin of the message's header.
+            # The kernel counts from the start of the message's header.
             offset = struct.unpack_from("=I", reply, found[NLMSGERR_ATTR_OFFS][0])[0] - HEADER.size
     return RejectedMessage(index, -code, reason, offset)

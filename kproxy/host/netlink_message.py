@@ -49,7 +49,7 @@ def nested(kind: int, *attributes: bytes) -> bytes:
 
 
 def attributes(data: bytes, begin: int, end: int) -> dict[int, tuple[int, int]]:
-    """Map the type of each attribute in `data[begin:end]` to the begin and end of its payload."""
+    """Map the type of each attribute in `data[begin:end]` to the start and end of its payload."""
     found = {}
     while begin + _ATTRIBUTE.size <= end:
         size, kind = _ATTRIBUTE.unpack_from(data, begin)
@@ -59,7 +59,7 @@ def attributes(data: bytes, begin: int, end: int) -> dict[int, tuple[int, int]]:
 
 
 def iterate_attributes(data: bytes, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Yield type, payload begin and payload end of each attribute, for lists in which a type occurs more than once."""
+    """Yield the type, payload start and payload end of each attribute. Types may repeat, unlike with `attributes`."""
     while begin + _ATTRIBUTE.size <= end:
         size, kind = _ATTRIBUTE.unpack_from(data, begin)
         yield kind & NLA_TYPE_MASK, begin + _ATTRIBUTE.size, begin + size

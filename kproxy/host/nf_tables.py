@@ -37,11 +37,11 @@ _PROBE_TABLE = "kproxy-probe"
 
 
 def nat_unsupported_reason(family: Family) -> str:
-    """Return why the kernel does not accept chains of type nat in a family, "" if it does. Raises `OSError`.
+    """Return why the kernel rejects chains of type nat in a family, or "" if it accepts them. Raises `OSError`.
 
-    If table nat has a chain POSTROUTING, the answer is known: only a kernel with NAT has it. Otherwise this sends a
-    batch that creates a dormant table with a chain of type nat, followed by a message of an unknown type, for which the
-    kernel rejects the batch as a whole and sends no notification. The probe takes about 10 ms.
+    An existing chain POSTROUTING in table nat proves that the kernel supports NAT. Otherwise, this sends a batch that
+    creates a dormant table with a chain of type nat and ends with a message of an unknown type. Because of that
+    message, the kernel rejects the whole batch and sends no notification. The probe takes about 10 ms.
     """
     header = nfgenmsg(_ADDRESS_FAMILIES[family])
     if _has_chain(header + _string(NFTA_CHAIN_TABLE, "nat") + _string(NFTA_CHAIN_NAME, "POSTROUTING")):
@@ -64,7 +64,7 @@ def nat_unsupported_reason(family: Family) -> str:
 
 
 def count_rules(family: Family, table: str, chain: str) -> int:
-    """Return the number of rules of a chain, 0 if the chain does not exist.
+    """Return the number of rules in a chain, or 0 if the chain does not exist.
 
     The cost does not depend on the number of other chains. Raises `OSError`, in particular `DumpInterruptedError` if
     any rule changed during the dump.

@@ -1,6 +1,6 @@
 """Constants of linux/netfilter/nf_tables.h, by their kernel names. Pure.
 
-Only the constants that kproxy uses are here. Those of other headers stand under the name of their header.
+Only the constants that kproxy uses are defined. Constants of other headers are grouped under the name of their header.
 """
 
 from __future__ import annotations

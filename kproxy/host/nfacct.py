@@ -24,9 +24,10 @@ NFACCT_PKTS = 2
 
 
 def ensure_counters(names: Iterable[str]) -> None:
-    """Create counters that do not exist; the others keep their counts. A rule can only name an existing counter.
+    """Create the counters that do not exist yet; existing counters keep their counts.
 
-    Raises `OSError` if the kernel lacks nfacct or this process lacks CAP_NET_ADMIN.
+    A rule that names a counter is rejected unless the counter exists. Raises `OSError` if the kernel lacks nfacct or
+    this process lacks CAP_NET_ADMIN.
     """
     kind = nfnl_type(NFNL_SUBSYS_ACCT, NFNL_MSG_ACCT_NEW)
     with NetlinkSocket(NETLINK_NETFILTER) as netlink:
@@ -40,7 +41,7 @@ def ensure_counters(names: Iterable[str]) -> None:
 
 
 def read_counter(name: str) -> int | None:
-    """Return a counter's number of packets, None if the counter does not exist or cannot be read."""
+    """Return a counter's packet count, or None if the counter does not exist or cannot be read."""
     packets = None
     try:
         with NetlinkSocket(NETLINK_NETFILTER) as netlink:

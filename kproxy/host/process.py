@@ -11,16 +11,16 @@ from kproxy.host.netlink import NetlinkSocket
 
 RTM_SETLINK = 19  # linux/rtnetlink.h
 _NO_INTERFACE = struct.pack("=BxHiII", socket.AF_UNSPEC, 0, 0, 0, 0)
-"""A `struct ifinfomsg` with interface index 0. Without IFLA_IFNAME either, the request names no interface."""
+"""A `struct ifinfomsg` with interface index 0: without the attribute IFLA_IFNAME, it names no interface."""
 _OOM_SCORE_ADJ = Path("/proc/self/oom_score_adj")
 
 
 def has_net_admin() -> bool:
-    """Return whether this process has CAP_NET_ADMIN in the user namespace of its network namespace (capabilities(7)).
+    """Return whether this process has CAP_NET_ADMIN over its network namespace (capabilities(7)).
 
-    Sends a request that changes nothing. Without the capability the kernel rejects it with EPERM, before it finds that
-    the request names no interface (EINVAL). Unlike CapEff in /proc/self/status, this is also correct in a user
-    namespace, where root has all capabilities but none over a network namespace from outside.
+    The check sends a request that changes nothing. Without the capability, the kernel rejects it with EPERM; with the
+    capability, with EINVAL, because the request names no interface. CapEff in /proc/self/status can mislead: root in a
+    user namespace has all capabilities there, but none over a network namespace that another user namespace owns.
     """
     try:
         with NetlinkSocket(socket.NETLINK_ROUTE) as netlink:

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def read_parameters(paths: Iterable[str], root: Path = ROOT) -> dict[str, int]:
-    """Return the values of numeric parameters by path relative to `root`, without those that cannot be read."""
+    """Return the values of numeric parameters, keyed by path relative to `root`. Unreadable parameters are omitted."""
     values = {}
     for path in paths:
         try:
@@ -27,9 +27,9 @@ def read_parameters(paths: Iterable[str], root: Path = ROOT) -> dict[str, int]:
 
 
 def write_parameters(values: Mapping[str, int], root: Path = ROOT) -> list[str]:
-    """Set numeric parameters by path relative to `root`. Return one line for each that cannot be set.
+    """Set numeric parameters, keyed by path relative to `root`.
 
-    Logs the old and the new value of each parameter that is set.
+    Return one line for each parameter that cannot be set. Log the old and the new value of each one that is set.
     """
     problems = []
     previous = read_parameters(values, root)
@@ -44,10 +44,10 @@ def write_parameters(values: Mapping[str, int], root: Path = ROOT) -> list[str]:
 
 
 def ensure_route_localnet(root: Path = ROOT) -> list[str]:
-    """Route packets from and to 127.0.0.0/8 on all interfaces, as NodePorts on localhost need it (ip-sysctl.rst).
+    """Set `route_localnet` on all interfaces, which NodePorts on 127.0.0.1 require (ip-sysctl.rst).
 
-    Return one line if the sysctl cannot be set. It exposes localhost to the neighbors of this node, unless a rule
-    drops their packets to 127.0.0.0/8.
+    Return one line if the sysctl cannot be set. The sysctl exposes programs that listen on 127.0.0.1 to other hosts on
+    the same network, unless a rule drops packets from these hosts to 127.0.0.0/8 (CVE-2020-8558).
     """
     if read_parameters([ROUTE_LOCALNET], root) == {ROUTE_LOCALNET: 1}:
         return []

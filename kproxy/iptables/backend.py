@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 MAX_TRANSACTION_RULES = 1200
 """Maximum number of rules in one transaction of a large change: about 40 Services with 10 endpoints each.
 
-iptables-nft needs time that grows with the square of the rules in a transaction, plus a fixed time per transaction.
-CPU time to program 1,000 and 5,000 Services with 10 endpoints each:
+The time that iptables-nft needs for a transaction is a constant plus a part that grows with the square of the number of
+rules in it. CPU time to program 1,000 and 5,000 Services with 10 endpoints each:
 
 - 600 rules per transaction: 0.8 s and 6.3 s
 - 1,200 rules: 0.7 s and 4.6 s
@@ -37,16 +37,16 @@ CPU time to program 1,000 and 5,000 Services with 10 endpoints each:
 - everything in one transaction: 5.3 s and several minutes
 """
 INCREMENTAL_FACTOR = 17
-"""With existing rules, a transaction may have this factor times the square root of their number, if that is more.
+"""Raises the limit for a change of existing rules to this factor times the square root of their number, if larger.
 
-For each transaction that changes active chains, the kernel checks all rules. So iptables-nft needs, for each
-transaction, time that grows with the number of all rules, and time that grows with the square of the rules in the
-transaction. The sum is lowest where both are equal. CPU time to rewrite the rules of 1,000 Services with 10 endpoints
-each:
+For each transaction that changes active chains, the kernel validates all rules. The time for a transaction is therefore
+the sum of two parts: one grows with the total number of rules, the other with the square of the number of rules in the
+transaction. The total time is lowest if both parts are equal. CPU time to rewrite the rules of 1,000 Services with 10
+endpoints each:
 
-- of 1,000 Services, with 1,200, 2,500 and 8,000 rules per transaction: 0.85, 0.80 and 1.2 s
-- of 5,000 Services, with 2,000, 5,600 and 8,000 rules: 1.6, 1.2 and 1.4 s
-- of 10,000 Services, with 4,000, 8,000 and 12,000 rules: 1.9, 1.7 and 2.5 s
+- in a cluster of 1,000 Services, with 1,200, 2,500 and 8,000 rules per transaction: 0.85, 0.80 and 1.2 s
+- in a cluster of 5,000 Services, with 2,000, 5,600 and 8,000 rules: 1.6, 1.2 and 1.4 s
+- in a cluster of 10,000 Services, with 4,000, 8,000 and 12,000 rules: 1.9, 1.7 and 2.5 s
 """
 UNLIMITED = 1 << 60
 """No limit on the rules in a transaction: iptables-legacy rewrites the whole table for each transaction."""
@@ -56,28 +56,31 @@ class IptablesKernel(Protocol):
     """Access to the iptables rules of one family; implemented by `kproxy.iptables.runner.IptablesRunner`."""
 
     def save(self) -> AbstractContextManager[Iterator[str]]:
-        """Read all rules as `iptables-save` prints them, with a line about each table that cannot be printed."""
+        """Read all rules as `iptables-save` prints them, with one line for each table that cannot be printed.
+
+        Raises `CommandError`.
+        """
 
     def restore(self, text: str) -> None:
-        """Apply an `iptables-restore --noflush` input. Raises `RestoreError`."""
+        """Apply an `iptables-restore --noflush` input. Raises `RestoreError` or `CommandError`."""
 
     def restore_each(self, texts: Iterable[str]) -> None:
-        """Apply several inputs in order; stop at the first one that is rejected. Raises `RestoreError`."""
+        """Apply several inputs in order, up to the first rejected one. Raises `RestoreError` or `CommandError`."""
 
     def has_rule(self, chain: ChainName, rule: str) -> bool | None:
-        """Return whether a chain has a rule, None if unknown."""
+        """Return whether a chain has a rule, or None if that is unknown. Raises `CommandError`."""
 
     def list_rules(self, chains: Iterable[ChainName]) -> dict[ChainName, list[str]]:
         """Return the rules of the existing chains among `chains`, as `iptables-save` prints them.
 
-        Rules that cannot be read may be missing.
+        Rules that cannot be read may be missing. Raises `CommandError`.
         """
 
     def count_rules(self, chains: Collection[ChainName]) -> dict[ChainName, int]:
-        """Return the number of rules in each chain; chains whose number is unknown are missing."""
+        """Return the number of rules in each chain. Chains that cannot be counted are missing."""
 
     def create_chain(self, chain: ChainName) -> None:
-        """Create a chain if it does not exist."""
+        """Create a chain if it does not exist. Raises `CommandError`."""
 
 
 class IptablesBackend:
@@ -114,8 +117,8 @@ class IptablesBackend:
     def sync(self, plans: Plans, context: Context) -> ApplyResult:
         """Program `plans`: those of the Services that may have changed, or of all Services if `needs_full_sync`.
 
-        A Service without plans is deleted. Raises `SyncError` if the kernel rejects a transaction; earlier
-        transactions stay applied.
+        A Service without plans is deleted. Raises `SyncError` if the kernel cannot be read or rejects a transaction;
+        earlier transactions stay applied.
         """
         if self._ledger is not None:
             ledger, snapshot = self._ledger, None
@@ -145,7 +148,8 @@ class IptablesBackend:
         """Check the kernel for drift: return whether all rules that lead to Services exist; if not, call `forget`.
 
         The check covers the canaries (missing after another process deleted all chains of a table), the rules ensured
-        in chains that other tools use too, and the shared chains without their shards.
+        in chains that other tools also use, and the shared chains without their shards. If the kernel cannot be read,
+        this logs a warning and returns True.
         """
         if self._ledger is None:
             return True

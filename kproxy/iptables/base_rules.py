@@ -26,7 +26,7 @@ INVALID_COUNTER = "ct_state_invalid_dropped_pkts"
 
 
 class EnsuredRule(Struct, frozen=True):
-    """A rule in a chain that other tools use too: inserted at the top if it is missing, never rewritten."""
+    """A rule in a chain that other tools also use: inserted at the top if it is missing, never rewritten."""
 
     chain: ChainName
     rule: str
@@ -100,10 +100,10 @@ _MARTIAN_RULE = EnsuredRule(
 
 
 def ensured_rules(context: Context) -> tuple[EnsuredRule, ...]:
-    """Return the rules that must exist in chains that other tools use too, in order from the top.
+    """Return the rules that must exist in chains that other tools also use, in order from the top.
 
-    NodePorts on localhost need the sysctl `route_localnet`. The rule against martian packets keeps neighbors on the
-    network from using it to reach programs that listen on 127.0.0.1 (CVE-2020-8558).
+    NodePorts on localhost need the sysctl `route_localnet`, which also lets other hosts on the network reach programs
+    that listen on 127.0.0.1 (CVE-2020-8558). The rule against martian packets blocks this.
     """
     martian_rules = (_MARTIAN_RULE,) if context.localhost_node_ports else ()
     return (*martian_rules, *_KUBELET_FIREWALL, *_JUMPS)
@@ -144,7 +144,7 @@ def _forward_rules(context: Context, mark: str) -> list[str]:
 def dispatch_trailing_rules(context: Context) -> dict[ChainName, tuple[str, ...]]:
     """Return the last rules of each dispatch chain.
 
-    Only KUBE-SERVICES has any: it jumps to KUBE-NODEPORTS after the rules for all Service addresses.
+    Only KUBE-SERVICES in table nat has any: it jumps to KUBE-NODEPORTS after the rules for all Service addresses.
     """
     comment = '-m comment --comment "kubernetes service nodeports; NOTE: this must be the last rule in this chain"'
     jump = f"-j {NAT_NODEPORTS.name}"

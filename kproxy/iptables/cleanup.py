@@ -29,7 +29,7 @@ IPVS_CHAINS = frozenset(
         ChainName("filter", "KUBE-IPVS-OUT-FILTER"),
     }
 )
-"""The chains that only kube-proxy's ipvs mode uses. It uses others under the same names as iptables mode."""
+"""The chains that only kube-proxy's ipvs mode uses. Its other chains have the same names as those of iptables mode."""
 _SHARED_CHAINS = frozenset({*DISPATCH_CHAINS, *CANARIES, FILTER_FORWARD, MARK_MASQ, POSTROUTING, *IPVS_CHAINS})
 
 
@@ -37,7 +37,8 @@ def cleanup(saved: Mapping[ChainName, SavedChain], *, max_transaction_rules: int
     """Yield the changes that delete all chains of kproxy and kube-proxy in a dump, and the rules that jump to them.
 
     The first change deletes the shared chains. Per-Service chains and shards follow, at most `max_transaction_rules`
-    at a time. KUBE-FIREWALL and the jumps to it remain: it protects 127.0.0.1, and the kubelet may rely on it.
+    at a time. KUBE-FIREWALL in table filter and the jumps to it remain: it protects 127.0.0.1, and the kubelet may rely
+    on it.
     """
     shared_chains = [chain for chain in saved if chain in _SHARED_CHAINS]
     port_chains = sorted((chain for chain in saved if chain.name.startswith(PORT_CHAIN_PREFIXES)), key=deletion_order)
@@ -60,7 +61,7 @@ def cleanup_ipvs(saved: Mapping[ChainName, SavedChain]) -> RestoreInput:
 
 
 def _jump_deletions(saved: Mapping[ChainName, SavedChain], deleted: frozenset[ChainName]) -> list[tuple[str, str]]:
-    """Return the commands that delete the rules in remaining chains that jump to deleted chains."""
+    """Return the commands that delete from the remaining chains every rule that jumps to a deleted chain."""
     return [
         (chain.table, "-D" + rule.removeprefix("-A"))
         for chain, content in saved.items()

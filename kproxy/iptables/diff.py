@@ -34,7 +34,7 @@ RenderedServices: TypeAlias = Iterable[tuple[ServiceKey, Mapping[str, RenderedPo
 It is consumed while transactions are generated, so the rules of a large cluster are never in memory all at once.
 """
 RuleCounter: TypeAlias = Callable[[Collection[ChainName]], Mapping[ChainName, int]]
-"""Returns the number of rules in kernel chains; chains whose number is unknown are missing."""
+"""Returns the number of rules in each of the given kernel chains. Chains that cannot be counted are missing."""
 
 
 class IptablesDiff:
@@ -43,15 +43,15 @@ class IptablesDiff:
     With a `snapshot` of the kernel (at start and after a failure), the ledger is empty, `desired` has all Services,
     and the snapshot decides which chains are written, which rules are ensured and which chains are deleted.
 
-    iptables-nft needs time that grows with the square of the rules in one transaction. A change of more than
-    `max_transaction_rules` rules is therefore split into transactions that are each safe: first the per-Service
-    chains, then the shards from the bottom to the top, then the dispatch chains, and finally the deletion of unused
+    The time that iptables-nft needs for a transaction grows with the square of its number of rules. A change of more
+    than `max_transaction_rules` rules is therefore split into transactions, each of which is safe on its own: first the
+    per-Service chains, then the shards from the bottom up, then the dispatch chains, and finally the deletion of unused
     chains. A dispatch chain of more than `dispatch_threshold` rules is split into shards.
 
-    With a `rule_counter`, a long per-Service chain is patched if few of its rules differ and the kernel has as many
-    rules as the ledger. Other chains are always rewritten: iptables-nft needs more time to find one rule among 10,000
-    than to write the 32 rules of a shard. `patched` has the chains that were patched, each with its Service and the
-    number of rules that it must have after the transactions.
+    With a `rule_counter`, a long per-Service chain is patched if few of its rules differ and it has as many rules in
+    the kernel as in the ledger. Other chains are always rewritten: iptables-nft needs more time to find one rule among
+    10,000 than to write the 32 rules of a shard. `patched` maps each patched chain to its Service and to the number of
+    rules that it must have after the transactions.
 
     The per-Service chains in `force_rewrite` are written even if they match the ledger.
     """
@@ -123,7 +123,7 @@ class IptablesDiff:
         self._ledger.dispatch = self._dispatch
 
     def _base_changes(self) -> dict[ChainName, str]:
-        """Return the chains to write of those that do not depend on Services; per-Service chains jump to them."""
+        """Return the chains to write that do not depend on Services. Per-Service chains jump to some of them."""
         chains = base_chains(self._context)
         self._base = {chain: hash(rules) for chain, rules in chains.items()}
         for chain, rules in chains.items():
@@ -134,7 +134,7 @@ class IptablesDiff:
         return {chain: rules for chain, rules in chains.items() if existing.get(chain) != self._base[chain]}
 
     def _chain_changes(self) -> Iterator[RestoreInput]:
-        """Yield the changes of per-Service chains and shards; each must be in a single transaction."""
+        """Yield the changes of per-Service chains and shards. No change may be split across transactions."""
         yield from self._service_changes()
         yield from (RestoreInput({shard: rules}) for shard, rules in self._shard_changes())
 

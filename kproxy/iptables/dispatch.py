@@ -25,12 +25,12 @@ Measured with iptables-nft: the kernel checks a new connection against 60 rules 
 MAX_SHARD_RULES = 32
 """Maximum number of rules in a shard. Shards for a single destination and shards at the last level may have more."""
 LEVEL_BITS = 4
-"""How many bits of the destination one level of the tree distinguishes: a chain jumps to at most 16 shards."""
+"""Number of destination bits that one level of the tree distinguishes: a chain jumps to at most 16 shards."""
 MAX_LEVELS = 8
-"""Maximum number of shards that a packet traverses. IPv4 can need all of them if addresses are chosen maliciously.
+"""Maximum number of shards that a packet traverses. Maliciously chosen IPv4 addresses can require all of them.
 
-nf_tables allows 15 nested jumps. One leads to KUBE-SERVICES, and five lead from there through a KUBE-FW chain to
-KUBE-MARK-MASQ.
+nf_tables allows 15 nested jumps (NFT_JUMP_STACK_SIZE). One leads to KUBE-SERVICES, and five lead from there through a
+KUBE-FW chain to KUBE-MARK-MASQ.
 """
 PROTOCOLS = ("tcp", "udp", "sctp")
 
@@ -55,7 +55,7 @@ def lay_out(
     the same destination keep their order. Rules for addresses come before rules for ports of the node.
 
     A shard is named after the destinations that lead to it, and contains all rules for them. This makes it safe to
-    replace the chains of an old tree one by one from the bottom: at any time, a packet meets all rules for its
+    replace the chains of an old tree one by one from the bottom up: at any time, a packet traverses all rules for its
     destination, either the old or the new ones.
     """
     if not threshold or len(rules) <= threshold:
@@ -83,7 +83,7 @@ class _DestinationSpace(Protocol):
     bits: int
 
     def shard_suffix(self, destination: int, free_bits: int) -> str:
-        """Return the suffix in the name of the shard for the block that contains `destination`."""
+        """Return the name suffix of the shard for the block that contains `destination`."""
 
     def match(self, destination: int, free_bits: int) -> str:
         """Return the match of an iptables rule for the block that contains `destination`."""
@@ -125,7 +125,10 @@ class _PortSpace:
 
 
 class _ShardTree:
-    """The shards of one destination space. `jumps` lead from the dispatch chain into `chains`, which are bottom-up."""
+    """The shards of one destination space.
+
+    `chains` are the shards from the bottom up; `jumps` are the rules of the dispatch chain that lead to them.
+    """
 
     def __init__(
         self, dispatch_chain: ChainName, space: _DestinationSpace, rules: Iterable[DispatchRule], max_shard_rules: int
@@ -151,7 +154,7 @@ class _ShardTree:
     def _split(self, first: int, last: int, free_bits: int, min_free_bits: int) -> Iterator[tuple[int, int]]:
         """Halve the block of the rules in `[first, last)` until the rules of each part fit into a shard.
 
-        Parts are not smaller than blocks of `min_free_bits`. The block of all destinations is always split, because
+        No part is smaller than a block of `min_free_bits`. The block of all destinations is always split, because
         `iptables-save` does not print a match for it.
         """
         if first == last:

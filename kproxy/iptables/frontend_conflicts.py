@@ -19,7 +19,7 @@ from kproxy.model.frontend_conflicts import ClaimRank, FrontendConflict
 from kproxy.model.types import Family, ServiceKey
 
 Frontend: TypeAlias = int
-"""A frontend packed into one integer, because each Service has at least one. NodePorts are negative."""
+"""A frontend, packed into one integer to save memory: each Service has at least one. NodePorts are negative."""
 DispatchRules: TypeAlias = Mapping[ServiceKey, Iterable[tuple[str, DispatchRule]]]
 """The dispatch rules of some Services, each with the service port (`namespace/name:port`) that it belongs to."""
 _PROTOCOLS = ("tcp", "udp", "sctp")
@@ -35,7 +35,7 @@ class ConflictResolution(Struct, frozen=True):
 
 
 def frontend_of(rule: DispatchRule) -> Frontend | None:
-    """Return the frontend that a dispatch rule matches, None if it does not match any."""
+    """Return the frontend that a dispatch rule matches, or None if it does not match any."""
     match = rule.frontend
     if match is None:
         return None
@@ -86,7 +86,7 @@ class FrontendIndex:
         self._shared: set[Frontend] = set()
 
     def update(self, key: ServiceKey, old: Iterable[DispatchRule], new: Iterable[DispatchRule]) -> None:
-        """Replace the old rules of a Service by the new ones."""
+        """Replace the old rules of a Service with the new ones."""
         old_frontends, new_frontends = _frontends(old), _frontends(new)
         for frontend in old_frontends - new_frontends:
             self._set(frontend, tuple(other for other in self.services_of(frontend) if other != key))
@@ -99,7 +99,7 @@ class FrontendIndex:
         return services if isinstance(services, tuple) else (services,)
 
     def shared_frontends(self, changed: Mapping[ServiceKey, Iterable[DispatchRule]]) -> dict[Frontend, set[ServiceKey]]:
-        """Return the frontends that several Services use, with these Services.
+        """Return each frontend that several Services use, with those Services.
 
         `changed` are the new rules of some Services, which the index does not contain yet.
         """

@@ -19,7 +19,7 @@ from kproxy.iptables.save_restore import SavedChain, count_rules
 from kproxy.model.types import Family, ServiceKey
 
 Digest = int
-"""Python's 64-bit hash of a text. It is keyed, so it can be compared only within this process."""
+"""Python's 64-bit hash of a text. Its key is random, so digests of different processes cannot be compared."""
 
 
 class PortRecord(Struct, frozen=True, gc=False):
@@ -173,7 +173,7 @@ class IptablesLedger:
     def dispatch_rules(
         self, chains: Iterable[ChainName], changed: Mapping[ServiceKey, ServiceRecord]
     ) -> dict[ChainName, list[DispatchRule]]:
-        """Return the rules of all Services in some dispatch chains, sorted by Service and port.
+        """Return the rules of all Services in the given dispatch chains, sorted by Service and port.
 
         `changed` are records that are about to replace those in the ledger.
         """

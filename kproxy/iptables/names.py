@@ -62,13 +62,13 @@ _SHARD = re.compile(
 
 
 def network_shard_suffix(network: str) -> str:
-    """Return the suffix in the name of a shard for a network: `address/length`, with a hash for an IPv6 address."""
+    """Return the name suffix of the shard for a network: `address/length`, where a hash replaces an IPv6 address."""
     address, _, length = network.partition("/")
     return f"{b32encode(sha256(address.encode()).digest()).decode()[:15]}/{length}" if ":" in address else network
 
 
 def port_shard_suffix(protocol: str, low: int, high: int) -> str:
-    """Return the suffix in the name of a shard for a range of NodePorts."""
+    """Return the name suffix of the shard for a range of NodePorts."""
     return f"{protocol}-{low}-{high}"
 
 
@@ -78,7 +78,7 @@ def is_shard(chain: ChainName) -> bool:
 
 
 def _shard_depth(chain: ChainName) -> int | None:
-    """Return the prefix length of a shard's destinations in bits, None if the chain is not a shard."""
+    """Return the prefix length of a shard's destinations in bits, or None if the chain is not a shard."""
     match = _SHARD.fullmatch(chain.name) if chain.table in ("nat", "filter") else None
     if match is None:
         return None
@@ -90,8 +90,8 @@ def _shard_depth(chain: ChainName) -> int | None:
 def port_hash(port_name: str, protocol: str, endpoint: str = "") -> str:
     """Return the 16-character suffix in the names of a service port's chains, or of the chain of one `endpoint`.
 
-    `port_name` is `namespace/name:port`, `endpoint` is `IP:port`. The suffix is the start of the SHA-256 in base32:
-    a chain name has at most 28 characters.
+    `port_name` is `namespace/name:port`, `endpoint` is `IP:port`. As in kube-proxy, the suffix is the start of the
+    SHA-256 digest in base32: a chain name has at most 28 characters.
     """
     digest = sha256(f"{port_name}{protocol.lower()}{endpoint}".encode()).digest()
     return b32encode(digest[:10]).decode()

@@ -9,7 +9,7 @@ from msgspec import Struct
 MIN_PATCHABLE_RULES = 4
 """Chains with fewer rules are always rewritten: a patch would not be cheaper."""
 RULES_PER_COMMAND = 3
-"""A patch may have at most one command for this many rules of the new chain.
+"""Minimum number of rules of the new chain for each command of a patch.
 
 A command costs more than a written rule, because iptables-nft reads the existing rules first. In measurements, a patch
 with half as many commands as the chain has rules took as long as rewriting the chain.
@@ -21,9 +21,9 @@ READS_PER_WRITE = 8
 class ChainPatch(Struct, frozen=True):
     """Commands that change single rules of a chain so that its rules become `rules` (one per line).
 
-    The commands refer to rules by number, so they are valid only while the chain has `old_length` rules. With any
-    other number, another process has changed the chain, and the whole chain must be rewritten. The same applies if
-    the chain does not have `new_length` rules afterwards: another process has changed it at the same time.
+    The commands refer to rules by number, so they are valid only while the chain has `old_length` rules. If it has any
+    other number of rules, another process has changed the chain, and the whole chain must be rewritten. The same
+    applies if the chain does not have `new_length` rules afterwards: another process has changed it at the same time.
     """
 
     commands: tuple[str, ...]
@@ -42,7 +42,7 @@ class ChainPatch(Struct, frozen=True):
 
 
 def make_patch(chain: str, existing: Sequence[int], rules: str) -> ChainPatch | None:
-    """Return the patch from the `existing` rules (as digests) to `rules`, None if rewriting the chain is as cheap.
+    """Return the patch from the `existing` rules (as digests) to `rules`, or None if a rewrite is as cheap.
 
     Rules are inserted or deleted after the common prefix of both. This preserves the distance of later rules from the
     end of the chain: the probability in a rule that picks an endpoint depends on how many rules follow it.
@@ -59,8 +59,8 @@ def make_patch(chain: str, existing: Sequence[int], rules: str) -> ChainPatch | 
         commands = [f"-D {chain} {prefix + 1}"] * -added
         remaining = [*existing[:prefix], *existing[prefix - added :]]
     else:
-        # Insert all before the same existing rule, whose number grows. Within a transaction, the kernel knows only
-        # rules from before the transaction as positions. So insertions precede replacements of these rules.
+        # Insert all rules before the same existing rule, whose number grows with each insertion. Within a transaction,
+        # the kernel accepts only rules from before the transaction as positions, so insertions precede replacements.
         commands = [f"-I {chain} {index + 1} {bodies[index]}" for index in range(prefix, prefix + added)]
         remaining = [*digests[: prefix + added], *existing[prefix:]]
     commands += [
@@ -74,6 +74,6 @@ def make_patch(chain: str, existing: Sequence[int], rules: str) -> ChainPatch | 
 
 
 def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
-    """Return the length of the common prefix."""
+    """Return the length of the common prefix of two sequences."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((index for index, (left, right) in pairs if left != right), min(len(one), len(other)))

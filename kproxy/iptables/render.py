@@ -1,7 +1,7 @@
 """Render plans into iptables chains and rules. Pure.
 
-Rules are spelled as `iptables-save` prints them, so that existing and desired rules can be compared as text. Chains,
-comments and the order of rules are those of kube-proxy, because other tools rely on them.
+Rules are written as `iptables-save` prints them, so that existing and desired rules can be compared as text. Chains,
+comments and the order of rules match kube-proxy's, because other tools rely on them.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def host_cidr(address: str) -> str:
 
 
 class _PortRenderer:
-    """Renders the rules of one service port; computes the chain names and matches that they share only once."""
+    """Renders the rules of one service port. Chain names that several rules use are computed once."""
 
     def __init__(self, plan: ServicePortPlan, context: Context) -> None:
         self.plan = plan
@@ -169,10 +169,10 @@ class _PortRenderer:
             self.dispatch.append(DispatchRule(FILTER_NODEPORTS, rule, plan.health_check_node_port, "tcp"))
 
     def _add_no_endpoint_rule(self, chain: ChainName, address: str, decision: TrafficDecision, rank: ClaimRank) -> None:
-        """Reject or drop traffic for which there is no endpoint: reject if there is none, drop if none is local.
+        """Reject traffic if there is no endpoint anywhere; drop it if there is none on this node.
 
-        The rule matches `address`, or if that is "" the NodePort on the node's NodePort addresses. On the other
-        addresses of the node the port remains available to programs on the host. kube-proxy rejects it there too.
+        The rule matches `address`, or, if that is "", the NodePort on the node's NodePort addresses. On other addresses
+        of the node, the port stays available to programs on the host, whereas kube-proxy rejects it there as well.
         """
         if decision is TrafficDecision.FORWARD:
             return
@@ -199,7 +199,10 @@ class _PortRenderer:
         return self.local_chain if local else self.cluster_chain
 
     def _masquerade_rules(self) -> list[str]:
-        """Masquerade connections to the ClusterIP from outside the cluster: replies must return through this node."""
+        """Return the rules that masquerade connections to the ClusterIP from outside the cluster.
+
+        Masquerading makes the replies return through this node.
+        """
         plan, local = self.plan, self.context.local_traffic
         source, interface = "", ""
         if not self.context.masquerade_all:
@@ -213,7 +216,7 @@ class _PortRenderer:
     def _write_load_balancing_chain(self, chain: str, rules: list[str], endpoints: Sockets) -> None:
         """Write the KUBE-SVC or KUBE-SVL chain, which picks one of `endpoints` at random.
 
-        With session affinity, a client that has an endpoint keeps it.
+        With session affinity, a recent client is sent to the same endpoint again.
         """
         plan = self.plan
         jumps = [
@@ -288,7 +291,7 @@ class _PortRenderer:
         return f"--mask {mask} --rsource"
 
     def _endpoint_comment(self, text: str) -> str:
-        """Return the comment of a per-endpoint rule, "" in a large cluster, where comments cost too much."""
+        """Return the comment of a per-endpoint rule, or "" in a large cluster, where comments cost too much."""
         return "" if self.context.large_cluster else f'-m comment --comment "{text}" '
 
     def _match_address(self, address: str) -> str:
@@ -319,7 +322,7 @@ class _PortRenderer:
 
 @lru_cache(1 << 10)
 def _frontend_match(protocol: str, port: int, rank: ClaimRank) -> FrontendMatch:
-    """Return a cached instance: there are few different ones, and the ledger keeps those of all Services."""
+    """Return a cached instance: few distinct ones exist, but the ledger refers to one for every dispatch rule."""
     return FrontendMatch(protocol, port, rank)
 
 

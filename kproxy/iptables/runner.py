@@ -33,7 +33,7 @@ LOCK_WAIT_SECONDS = 5
 HANG_SECONDS = 900
 """Time limit for one iptables command or transaction; the longest known successful run took 150 s."""
 UNREADABLE_RULE = "# a rule that iptables cannot print"
-"""Stands for the rules of a chain that iptables cannot print. It is not equal to any rule."""
+"""Placeholder for the rules of a chain that iptables cannot print. It is not equal to any rule."""
 # Exit statuses of iptables (enum xtables_exittype in xtables.h).
 _OTHER_PROBLEM = 1
 """The chain or rule does not exist, or a chain to be created exists already."""
@@ -62,9 +62,9 @@ _LEGACY_TABLE_FILES = {
 
 
 class RestoreError(Exception):
-    """The kernel rejected the transaction of a table. Neither it nor the transactions after it were applied.
+    """The kernel rejected the transaction of a table. Neither this transaction nor any later one was applied.
 
-    `line` is the rejected line of the input, "" if iptables did not report it.
+    `line` is the rejected line of the input, or "" if iptables did not report it.
     """
 
     def __init__(self, message: str, *, line: str = "") -> None:
@@ -175,17 +175,19 @@ class IptablesRunner:
         return ""
 
     def restore(self, text: str) -> None:
-        """Apply an `iptables-restore --noflush` input, one transaction per table. Raises `RestoreError`.
+        """Apply an `iptables-restore --noflush` input, one transaction per table.
 
-        Chains that are not named in `text` are not changed.
+        Chains that are not named in `text` are not changed. Raises `RestoreError`, or `CommandError` if the program
+        cannot be started.
         """
         self.restore_each([text])
 
     def restore_each(self, texts: Iterable[str]) -> None:
-        """Apply several inputs in order, as `restore` does; stop at the first one that is rejected.
+        """Apply several inputs in order, as `restore` does, up to the first rejected one.
 
         A single process applies them all: it applies the changes of a table as soon as it has read them, while later
-        texts are generated. One process per text would take ten times as long.
+        texts are still being generated. One process per text would take ten times as long. Raises `RestoreError`, or
+        `CommandError` if the program cannot be started.
         """
         argv = [f"{self._program}-restore", "--noflush", "-w", str(LOCK_WAIT_SECONDS)]
         remaining = iter(texts)
@@ -247,7 +249,7 @@ class IptablesRunner:
         return parse_rules(done.stdout) + [UNREADABLE_RULE] * (done.code == _VERSION_PROBLEM)
 
     def count_rules(self, chains: Collection[ChainName]) -> dict[ChainName, int]:
-        """Return the number of rules in each chain, 0 if it does not exist. Only for iptables-nft.
+        """Return the number of rules in each chain, or 0 if it does not exist. Only for iptables-nft.
 
         Chains whose rules cannot be counted are missing.
         """
@@ -271,7 +273,7 @@ class IptablesRunner:
 
 
 class RecentInput:
-    """The end of a long input, which a program may not have read yet: finds the line that an error message names."""
+    """The last part of a long input that a program is reading, to find the line that its error message names."""
 
     def __init__(self) -> None:
         self._texts: deque[str] = deque()
@@ -289,7 +291,7 @@ class RecentInput:
             yield text
 
     def line(self, number: int) -> str:
-        """Return a line by its number, counted from 1; "" if it is not remembered."""
+        """Return a line by its number, counted from 1, or "" if the line was dropped or does not exist."""
         lines = "".join(self._texts).splitlines()
         index = number - 1 - self._dropped_lines
         return lines[index] if 0 <= index < len(lines) else ""
@@ -298,7 +300,7 @@ class RecentInput:
 def make_restore_error(program: str, code: int, stderr: str, line_at: Callable[[int], str]) -> RestoreError:
     """Return the error for a failed restore, with the reason and the rejected line.
 
-    `line_at` returns a line of the input by its number.
+    `code` is the exit status. `line_at` returns a line of the input by its number, counted from 1.
     """
     messages = [line.strip() for line in stderr.splitlines()]
     messages = [line for line in messages if line and not line.startswith(("Try `", "# "))]

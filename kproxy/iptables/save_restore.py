@@ -97,7 +97,7 @@ class SavedTables(Struct):
 
 
 def parse_save(lines: Iterable[str], tables: Iterable[str] = TABLES) -> SavedTables:
-    """Parse `iptables-save` output of one or more tables. If a table occurs twice, the second one counts.
+    """Parse `iptables-save` output of one or more tables. If a table occurs twice, the second occurrence is used.
 
     No chains are returned for a table with a rule that iptables cannot print, because the output before such a rule is
     incomplete.
@@ -128,7 +128,7 @@ def parse_save(lines: Iterable[str], tables: Iterable[str] = TABLES) -> SavedTab
 
 
 def incompatible_line(table: str, reason: str) -> str:
-    """Return the line that tells `parse_save` that a table cannot be printed, in the format of `iptables-save`."""
+    """Return the line with which `iptables-save` reports a table that it cannot print, as `parse_save` expects it."""
     return f"# Table `{table}' is incompatible: {reason}\n"
 
 

@@ -1,4 +1,4 @@
-"""The iptables variants nft and legacy: select the host's variant, and warn of Service rules in the other one."""
+"""The iptables variants nft and legacy: select the host's variant, and warn about Service rules in the other one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LEGACY_TABLE_FILES = {
     "iptables": Path("/proc/thread-self/net/ip_tables_names"),
     "ip6tables": Path("/proc/thread-self/net/ip6_tables_names"),
 }
-"""The files that list the existing legacy tables. iptables-legacy itself would create missing tables with hooks."""
+"""The files that list the existing legacy tables. Running iptables-legacy would create missing tables, with hooks."""
 TIMEOUT_SECONDS = 60
 """Time limit for each program."""
 _VARIANTS: tuple[Variant, ...] = ("nft", "legacy")
@@ -45,7 +45,8 @@ def use_host_variant(environment: MutableMapping[str, str]) -> Variant | None:
 def detect_variant(folder: Path) -> Variant:
     """Return the variant that the kubelet uses; without a kubelet chain, the one with more rules; nft if equal.
 
-    `folder` has the programs of both variants. A variant whose programs cannot be run counts as unused.
+    These are the rules of kubernetes-sigs/iptables-wrappers. `folder` contains the programs of both variants. A variant
+    whose programs cannot be run counts as unused.
     """
     for variant in _VARIANTS:
         if any(
@@ -85,7 +86,7 @@ def _count_rules(folder: Path, variant: Variant, program: str) -> int:
 
 
 def other_variant_warning(*, uses_nft: bool) -> str:
-    """Return a one-line warning about Service rules in the variant that is not in use, "" if none are found.
+    """Return a one-line warning about Service rules in the variant that is not in use, or "" if none are found.
 
     `uses_nft` is whether iptables-nft is the variant in use.
     """

@@ -12,7 +12,7 @@ from kproxy.ipvs.ipset import IpsetEntry, destroy_sets, set_entries, set_names
 from kproxy.ipvs.virtual_servers import VirtualServer, delete_virtual_servers, virtual_servers
 
 INTERFACE = "kube-ipvs0"
-"""The interface with the addresses of all Services: it makes the node accept packets to them as local."""
+"""The dummy interface with the addresses of all Services. It makes the node accept packets to them as local."""
 _NODE_PORT_SETS = {
     "KUBE-NODE-PORT-TCP": socket.IPPROTO_TCP,
     "KUBE-NODE-PORT-UDP": socket.IPPROTO_UDP,
@@ -48,13 +48,13 @@ def _ipv6_name(name: str) -> str:
 
 
 SETS = frozenset({*_IPV4_SETS, *map(_ipv6_name, _IPV4_SETS)})
-"""The names of all sets of ipvs mode. Other programs have sets whose names begin with KUBE- too."""
+"""The names of all sets of ipvs mode. Other programs also have sets whose names begin with KUBE-."""
 _NODE_PORT_PROTOCOLS = {**_NODE_PORT_SETS, **{_ipv6_name(name): number for name, number in _NODE_PORT_SETS.items()}}
 _SETS_WITH_ADDRESSES = frozenset({*_ADDRESS_SETS, *map(_ipv6_name, _ADDRESS_SETS)})
 
 
 class IpvsLeftovers(Struct, frozen=True):
-    """The interface (its index, 0 if it does not exist) and the sets (sorted names) that ipvs mode left."""
+    """The interface (its index, or 0 if it does not exist) and the sets (sorted names) that ipvs mode left behind."""
 
     interface: int
     sets: tuple[str, ...]
@@ -81,9 +81,12 @@ def find_leftovers() -> IpvsLeftovers:
 
 
 def remove_leftovers(leftovers: IpvsLeftovers) -> IpvsCleanupResult:
-    """Remove the leftovers and their virtual servers. Rules that use the sets must have been deleted before."""
+    """Remove the leftovers and their virtual servers. Rules that use the sets must be deleted first.
+
+    A failed step is recorded in the result's `problems`; its `OSError` is not raised.
+    """
     result = IpvsCleanupResult([], [])
-    # The sets show which virtual servers are kube-proxy's, and the interface that there may be any. Remove them last.
+    # The interface shows that kube-proxy may have virtual servers, and the sets show which ones. Remove both last.
     result.servers_remain = bool(leftovers.interface) and not _try(
         result, "IPVS virtual servers", lambda: _remove_servers(leftovers, result)
     )

@@ -52,7 +52,7 @@ class IpsetEntry(Struct, frozen=True):
 
 
 def set_names() -> list[str]:
-    """Return the names of all sets, none if the kernel module ip_set is not loaded. Raises `OSError`.
+    """Return the names of all sets: none if the kernel module ip_set is not loaded. Raises `OSError`.
 
     The module is checked first because a netlink request would load it.
     """
@@ -62,7 +62,7 @@ def set_names() -> list[str]:
 
 
 def set_entries(name: str) -> set[IpsetEntry]:
-    """Return the entries of a set, none if its type has no ports. Raises `OSError`."""
+    """Return the entries of a set: none if its type has no ports. Raises `OSError`."""
     return retry_interrupted(partial(_list_entries, name))
 
 
@@ -111,6 +111,6 @@ def _parse_address(data: bytes, begin: int, end: int) -> str:
 
 
 def _encode_request(name: str = "") -> bytes:
-    """Return the payload of a request for one set, or for all sets without a name."""
+    """Return the payload of a request for the set of this name, or for all sets if `name` is ""."""
     set_name = attribute(IPSET_ATTR_SETNAME, name.encode() + b"\0") if name else b""
     return nfgenmsg() + attribute(IPSET_ATTR_PROTOCOL, bytes([IPSET_PROTOCOL_MIN])) + set_name

@@ -41,7 +41,7 @@ _PROC_IP_VS = Path("/proc/thread-self/net/ip_vs")
 
 
 class VirtualServer(Struct, frozen=True):
-    """A virtual server: address, protocol number and port. `key` are its encoded `_KEY_ATTRIBUTES`."""
+    """A virtual server: address, protocol number and port. `key` is the encoding of its `_KEY_ATTRIBUTES`."""
 
     address: str
     protocol: int
@@ -50,7 +50,7 @@ class VirtualServer(Struct, frozen=True):
 
 
 def virtual_servers() -> list[VirtualServer]:
-    """Return the virtual servers that have an address, none if IPVS is not in use. Raises `OSError`.
+    """Return the virtual servers that have an address: none if IPVS is not in use. Raises `OSError`.
 
     /proc is checked first because a netlink request would load the kernel module.
     """
@@ -58,7 +58,7 @@ def virtual_servers() -> list[VirtualServer]:
 
 
 def delete_virtual_servers(servers: Sequence[VirtualServer]) -> dict[VirtualServer, str]:
-    """Delete virtual servers; return the reason for each that remains. Raises `OSError`."""
+    """Delete virtual servers; return the reason for each one that remains. Raises `OSError`."""
     with NetlinkSocket(NETLINK_GENERIC) as netlink:
         family_id = resolve_family_id(netlink, IPVS_GENL_NAME)
         errors = netlink.request_many(family_id, 0, [encode_deletion(server) for server in servers])

@@ -1,1 +1,1 @@
-"""The desired state and what follows from it: values and functions without I/O, clocks or threads. Pure."""
+"""The desired state and what is derived from it: values and functions without I/O, clocks or threads. Pure."""

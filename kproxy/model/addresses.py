@@ -13,7 +13,7 @@ def socket_text(address: str, port: int) -> str:
 
 
 def split_socket_text(text: str) -> tuple[str, int]:
-    """Return the address and the port of an `ip:port` string that `socket_text` returned."""
+    """Split the result of `socket_text` into address and port. Raises `ValueError` if the port is not a number."""
     address, _, port = text.rpartition(":")
     return address.strip("[]"), int(port)
 
@@ -45,7 +45,7 @@ def canonical_address(text: str) -> str | None:
 def canonical_cidr(text: str) -> str | None:
     """Return a CIDR in canonical form with the host bits cleared, or None if the text is not a CIDR.
 
-    Surrounding white space is allowed: the API accepts it in `loadBalancerSourceRanges`.
+    Surrounding whitespace is allowed: the API accepts it in `loadBalancerSourceRanges`.
     """
     address, slash, length = text.strip().partition("/")
     base = canonical_address(address)

@@ -12,7 +12,7 @@ from kproxy.model.types import Family
 
 
 class LocalTraffic(Struct, frozen=True):
-    """How packets from pods on this node are recognized: by source CIDR, input interface or interface prefix.
+    """How to recognize packets from pods on this node: by source CIDR, input interface or interface name prefix.
 
     At most one field is set. If none is, local traffic cannot be detected.
     """
@@ -36,7 +36,7 @@ def local_traffic(
     bridge: str = "",
     interface_prefix: str = "",
 ) -> LocalTraffic:
-    """Return how local traffic of a family is detected in a `detectLocalMode`.
+    """Return how to detect a family's local traffic for a `detectLocalMode`.
 
     The CIDR modes use the first CIDR of the family. Without one, local traffic of the family cannot be detected.
     """
@@ -49,14 +49,15 @@ def local_traffic(
 
 
 class Context(Struct, frozen=True):
-    """Everything besides the Services that the rules of a family depend on. If it changes, all Services are rendered.
+    """Everything besides Services that the rules of a family depend on. If it changes, all Services are rendered again.
 
     `node_address` is this node's primary address of the family, "" while it is unknown. `node_port_addresses` are the
-    addresses that NodePorts answer on, None for all local addresses. `masquerade_mark` is the mark itself: 0x4000 for
-    bit 14. `drop_invalid` drops packets in conntrack state INVALID. `accounting` counts packets with nfacct objects,
-    which must exist before a rule can refer to them. `large_cluster` omits the comments of per-endpoint rules.
-    `service_cidrs` are the ranges that ClusterIPs are allocated from, empty while unknown; nftables mode drops packets
-    to addresses in these ranges that no Service has.
+    addresses that accept NodePort connections, None for all local addresses. `masquerade_mark` is the mark itself, such
+    as 0x4000 for bit 14. `drop_invalid` drops packets in conntrack state INVALID. `accounting` counts packets with
+    nfacct objects, which must exist before a rule can refer to them. `random_fully` randomizes the source ports of
+    masqueraded packets. `large_cluster` omits the comments of per-endpoint rules. `service_cidrs` are the ranges from
+    which ClusterIPs are allocated, empty while unknown; nftables mode drops packets to addresses in these ranges that
+    belong to no Service.
     """
 
     family: Family

@@ -1,4 +1,4 @@
-"""Deltas: what a source of objects reports, and the only thing that changes the desired state. Pure."""
+"""Deltas: changes that a source of objects reports. Only deltas change the desired state. Pure."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Replace(Struct, frozen=True):
 
     Every other object of the kind is deleted, except those in `unreadable` (namespace, name): they exist but could not
     be decoded, so their last known state stays. `ignored` is the number of objects that get no rules, such as headless
-    Services. The first `Replace` of a kind marks it as listed; nothing is programmed until every kind is.
+    Services. The first `Replace` of a kind marks the kind as listed; nothing is programmed until every kind is listed.
     """
 
     kind: Kind
@@ -44,7 +44,7 @@ class Replace(Struct, frozen=True):
 
 
 class Invalid(Struct, frozen=True):
-    """An object was created or changed, but cannot be used; its last known state stays."""
+    """An object was created or changed, but cannot be used. Its last known state stays."""
 
     kind: Kind
     namespace: str

@@ -1,4 +1,4 @@
-"""Select the endpoints of a service port that this node sends traffic to, by policy, state and hints. Pure."""
+"""Select the endpoints to which this node sends a service port's traffic, by policy, state and hints. Pure."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def endpoints_by_socket(
 ) -> dict[str, Endpoint]:
     """Return the endpoints of one service port by `ip:port`, sorted by that string.
 
-    A slice's port belongs to the service port with the same name and protocol. While an endpoint moves between slices,
-    two slices may list it. Then the entry that can take more traffic counts: one that is not terminating before one
-    that is, then a ready one, then a serving one.
+    An EndpointSlice port belongs to the service port with the same name and protocol. Two slices may list the same
+    endpoint while it moves from one to the other. The entry in the better state is used then: not terminating before
+    terminating, then ready before not ready, then serving before not serving.
     """
     endpoints: dict[str, Endpoint] = {}
     for endpoint_slice in slices:

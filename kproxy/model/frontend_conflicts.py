@@ -1,4 +1,4 @@
-"""Which service port owns a frontend that several Services claim. Pure.
+"""Decide which service port owns a frontend that several Services claim. Pure.
 
 The API server keeps ClusterIPs and NodePorts unique, but not external IPs and load balancer addresses: two Services can
 have the same one, or one can name the ClusterIP of another (CVE-2020-8554). In both modes one service port owns the
@@ -19,7 +19,7 @@ from kproxy.model.plan import ServicePortPlan, TrafficDecision
 
 
 class ClaimRank(IntEnum):
-    """The rank of a claim to a frontend; the lowest value owns it."""
+    """The rank of a claim to a frontend. The claim with the lowest rank owns the frontend."""
 
     CLUSTER_IP = 0
     FORWARDS = 1

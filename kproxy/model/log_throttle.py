@@ -1,19 +1,19 @@
-"""Log levels, and the intervals at which a lasting problem is logged again. Pure."""
+"""Log levels, and the intervals at which a persistent problem is logged again. Pure."""
 
 from __future__ import annotations
 
 import math
 
 V2 = 15
-"""The level that `--v=2` enables: messages in steady state, such as a line per sync. INFO is 20, DEBUG (`--v=4`) 10."""
+"""The level that `--v=2` enables: steady-state messages, such as one per sync. INFO is 20, DEBUG (`--v=4`) is 10."""
 FIRST_PAUSE = 60.0
-"""Seconds between the first line about a problem and the second; each further interval is twice as long."""
+"""Seconds between the first and the second message about a problem. Each further interval is twice as long."""
 LONGEST_PAUSE = 3600.0
 """The longest interval, in seconds."""
 
 
 class LogThrottle:
-    """Decides when to log a lasting problem: at once, then after 1, 2, 4 ... minutes, at least once an hour.
+    """Decides when to log a persistent problem: at once, then after 1, 2, 4 ... minutes, and at least once an hour.
 
     Times are seconds of a monotonic clock.
     """
@@ -22,7 +22,7 @@ class LogThrottle:
         self.reset()
 
     def reset(self) -> None:
-        """Start over, because the problem is gone or a different one."""
+        """Start over, because the problem was solved or has changed."""
         self._next = -math.inf
         self._interval = FIRST_PAUSE
 
@@ -35,5 +35,5 @@ class LogThrottle:
         return True
 
     def wait(self, now: float) -> float:
-        """Return the seconds until the problem is due again."""
+        """Return the seconds until the problem must be logged again."""
         return max(0.0, self._next - now)

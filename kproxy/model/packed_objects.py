@@ -1,4 +1,4 @@
-"""Objects stored as MessagePack, which takes a third of the memory, and decoded when they are needed. Pure."""
+"""Objects that are stored as MessagePack, in a third of the memory, and decoded on access. Pure."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The plan of a service port in one IP family: frontends, endpoints and traffic decisions, for any backend. Pure.
 
-Rules, conntrack cleanup, health check ports and metrics are all derived from plans. Traffic policies are evaluated in
-this module only.
+Rules, conntrack cleanup, health check node ports and metrics are all derived from plans. Only this module evaluates
+traffic policies.
 """
 
 from __future__ import annotations
@@ -32,22 +32,23 @@ class ServicePortPlan(Struct, frozen=True, gc=False):
     """How one port of one Service is served in one family.
 
     The internal frontend is `cluster_ip`:`port`. The external ones are `external_ips` and `vips` with `port`, and
-    `node_port` (0 for none) on this node's addresses. `internal_local` and `external_local` are whether the internal
-    and the external traffic policy is Local. `cluster_endpoints` and `local_endpoints` are the endpoints for traffic
-    with policy Cluster and Local, each empty if no frontend needs that policy.
+    `node_port` (0 for none) on this node's addresses. `internal_local` and `external_local` mean that the internal or
+    external traffic policy is Local. `cluster_endpoints` and `local_endpoints` are the endpoints for traffic with
+    policy Cluster and Local; each is empty if no frontend needs that policy. `affinity_seconds` is the timeout of
+    session affinity, 0 for none.
 
     If there are `source_ranges`, only clients in these ranges may use the VIPs; the other frontends are not restricted.
-    `vips_are_sources` allows the VIPs as sources, too: an allowed node may have a VIP as a local address, and then uses
-    it as the source of its own packets. `unrestricted` means that the Service has source ranges, but all of the other
-    family: the VIPs of this family are open to all clients, as in kube-proxy. `dual_stack` means that the Service also
-    has a ClusterIP of the other family.
+    `vips_are_sources` means that this node is in a range, so that the VIPs are allowed as sources, too: if a VIP is a
+    local address of the node, the node's own packets to the VIP have it as their source. `unrestricted` means that all
+    source ranges of the Service belong to the other family: the VIPs of this family are open to all clients, as in
+    kube-proxy. `dual_stack` means that the Service also has a ClusterIP of the other family.
 
-    `serving_endpoints`, for UDP only, are all endpoints that still answer: existing flows to these may stay, even if
-    new ones are sent elsewhere. `endpoints_on_node` are the endpoints in use that are or may be on this node; one
-    without a `nodeName` (created by hand or mirrored from an Endpoints object) may be on any node.
+    `serving_endpoints`, for UDP only, are all endpoints that still serve: existing flows to them may continue, even if
+    new flows are sent elsewhere. `endpoints_on_node` are the endpoints in use that are, or may be, on this node: an
+    endpoint without a `nodeName` (created by hand or mirrored from an Endpoints object) may be on any node.
 
-    `local_ready` are the addresses of the ready endpoints on this node, for a Service with a `health_check_node_port`
-    only. Terminating endpoints still serve, but do not count for health.
+    `local_ready` are the addresses of the ready endpoints on this node, only for a Service with a
+    `health_check_node_port`. Terminating endpoints may still serve, but do not count for health.
     """
 
     service: ServiceKey
@@ -97,14 +98,14 @@ class ServicePortPlan(Struct, frozen=True, gc=False):
 
     @property
     def reachable_endpoints(self) -> Sockets:
-        """All endpoints that this node may send traffic to with either policy, sorted."""
+        """All endpoints to which this node may send traffic with either policy, sorted."""
         if not self.local_endpoints:
             return self.cluster_endpoints
         return tuple(sorted({*self.cluster_endpoints, *self.local_endpoints}))
 
 
 def plan_service(service: Service, slices: Iterable[EndpointSlice], context: Context) -> tuple[ServicePortPlan, ...]:
-    """Plan the ports of a Service in the context's family. A Service without a ClusterIP in the family has no plans."""
+    """Plan the ports of a Service in the context's family. Without a ClusterIP of the family, it has no plans."""
     family = context.family
     cluster_ip = next((ip for ip in service.cluster_ips if family_of(ip) is family), None)
     if cluster_ip is None:
@@ -146,7 +147,7 @@ def _plan_port(
     accessible = bool(port.node_port or external_ips or vips)
 
     known = endpoints_by_socket(slices, context.family, port.name, port.protocol)
-    # With external policy Local, too, pods and the node itself reach external frontends with policy Cluster.
+    # Even with external policy Local, pods and the node itself reach external frontends with policy Cluster.
     uses_cluster = accessible or not service.internal_local
     uses_local = service.internal_local or (accessible and service.external_local)
     local = local_endpoints(known, context.node_name) if uses_local else ()

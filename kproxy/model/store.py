@@ -21,8 +21,9 @@ SliceKey: TypeAlias = str
 class StoreChange(Struct, frozen=True):
     """What a delta changed: the Services to plan again, and whether this Node or the ServiceCIDRs changed.
 
-    `appeared` are those of the Services that did not exist before. `last_changes` are the times at which changes of
-    EndpointSlices were triggered (`EndpointSlice.last_change`), each with the family of its slice; lists have none.
+    `appeared` are the Services among them that are new. `last_changes` are the times at which EndpointSlice changes
+    were triggered, in seconds since the epoch (`EndpointSlice.last_change`), each with the family of its slice. A
+    `Replace` has none.
     """
 
     services: frozenset[ServiceKey] = frozenset()
@@ -39,7 +40,7 @@ class Store:
     """The Services, EndpointSlices and ServiceCIDRs of the cluster, and this Node.
 
     A delta that repeats the known state changes nothing. EndpointSlices may arrive before their Service. `kinds` are
-    the kinds of objects to keep, each of which must be listed before the state is complete.
+    the kinds of objects to store; all of them must be listed before the state is complete.
 
     Services and EndpointSlices are stored packed, since few are needed at a time (see `kproxy.model.packed_objects`).
     """
@@ -59,7 +60,7 @@ class Store:
 
     @property
     def complete(self) -> bool:
-        """Whether every kind has been listed. Until then, a missing object may exist."""
+        """Whether every kind has been listed. Until then, an object that is not in the store may still exist."""
         return not self._unlisted
 
     def has_listed(self, kind: Kind) -> bool:
@@ -68,9 +69,9 @@ class Store:
 
     @property
     def node_missing(self) -> bool:
-        """Whether this Node does not exist, which is known once Nodes have been listed.
+        """Whether this Node does not exist. Always false until Nodes have been listed.
 
-        `node` keeps the last known state of a Node that was deleted.
+        `node` keeps the last known state of a deleted Node.
         """
         return self.has_listed(Node) and not self._node_exists
 
@@ -87,7 +88,7 @@ class Store:
 
     @property
     def ignored_services(self) -> int:
-        """The number of Services that get no rules, as of the last list."""
+        """The number of Services without rules, as of the last list."""
         return self._ignored
 
     def service_keys(self) -> Iterator[ServiceKey]:
@@ -104,7 +105,7 @@ class Store:
         return [unpack(EndpointSlice, self._slices[each]) for each in self._slices_of.get(key, ())]
 
     def apply(self, delta: Delta) -> StoreChange:
-        """Apply one delta and return what it changed. Deltas about ServiceCIDRs are ignored unless the kind is kept."""
+        """Apply one delta and return what it changed. Ignores deltas about ServiceCIDRs unless they are stored."""
         kind = type(delta.object) if isinstance(delta, Upsert) else delta.kind
         if kind is ServiceCIDR and kind not in self._kinds:
             return StoreChange()

@@ -1,4 +1,4 @@
-"""The outcome of one sync, and the callbacks that are notified of it. Pure."""
+"""The outcome of one sync, and the callbacks that receive it. Pure."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from kproxy.model.types import Family, ServiceKey
 
 
 class Plans(Protocol):
-    """The plans of the Services that one sync covers, made one Service at a time.
+    """The plans of the Services that one sync covers, computed one Service at a time.
 
-    All plans of a large cluster at once would take more memory than everything else that kproxy keeps about it, so
-    nothing holds them: a backend plans, renders and forgets each Service in turn.
+    All plans of a large cluster together would take more memory than all other state, so they never exist at the same
+    time: a backend plans, renders and discards one Service after the other.
     """
 
     def by_service(self) -> Iterator[tuple[ServiceKey, Sequence[ServicePortPlan]]]:
-        """Plan each Service of the sync once. A Service that was deleted, or is not served, has no plans."""
+        """Plan each Service of the sync once. A Service that was deleted or that kproxy ignores has no plans."""
 
     def of(self, key: ServiceKey) -> Sequence[ServicePortPlan]:
         """Plan one Service again."""
 
 
 class SyncError(Exception):
-    """The kernel rejected a change; the message is one line and says why."""
+    """The kernel rejected a change. The message gives the reason on one line."""
 
 
 class DriftError(SyncError):
-    """Another process changed kproxy's rules: a sync of all Services is needed, and likely to succeed."""
+    """Another process changed kproxy's rules. A full sync is required, and likely to succeed."""
 
 
 class ApplyResult(Struct, frozen=True):
-    """What a backend's sync did: the rules it wrote, and the rules that kproxy has in the kernel now, by table.
+    """The result of a backend's sync: the number of rules written, and of all kproxy rules in the kernel, by table.
 
     `conflicts` are all current frontend conflicts, not only those of the Services that the sync covered.
     """
@@ -70,7 +70,7 @@ ConditionReason: TypeAlias = Literal[
 
 
 class ConditionTransition(Struct, frozen=True):
-    """A change in the condition of a Service. `reason` and `message` are those of the event about it."""
+    """A change in the condition of a Service. `reason` and `message` are also those of the Kubernetes Event."""
 
     service: ServiceKey
     reason: ConditionReason
@@ -78,7 +78,7 @@ class ConditionTransition(Struct, frozen=True):
 
     @property
     def is_warning(self) -> bool:
-        """Whether an operator may have to act."""
+        """Whether an operator may need to act."""
         return self.reason not in {"EndpointsAvailable", "ConflictResolved"}
 
 
@@ -86,11 +86,11 @@ class SyncResult(Struct, frozen=True):
     """What a successful sync of one family programmed.
 
     `services` is the number of Services covered: all of them if `complete`, otherwise those that may have changed.
-    `plans` holds the plans that matter beyond the rules (`ServicePortPlan.outlives_sync`). If the sync is `complete`,
-    Services without such plans are absent; otherwise every Service covered is present, with no plans if it has none
-    that matter. `last_changes` are the start times, in seconds since the epoch, of the endpoint changes that are now in
-    the kernel (annotation `endpoints.kubernetes.io/last-change-trigger-time`). `transitions` are the changes of
-    condition that this sync brought.
+    `plans` contains the plans that are needed after the sync (`ServicePortPlan.outlives_sync`). If the sync is
+    `complete`, Services without such plans are absent; otherwise every covered Service is present, possibly with no
+    plans. `last_changes` are the times, in seconds since the epoch, at which the endpoint changes that are now in the
+    kernel were triggered (annotation `endpoints.kubernetes.io/last-change-trigger-time`). `transitions` are the
+    condition changes to report.
     """
 
     services: int
@@ -118,16 +118,16 @@ class SyncReport(Struct, frozen=True):
 
 
 QueueListener: TypeAlias = Callable[[Family, float], None]
-"""Called when changes of a family start to wait for a sync, with the time of the reconciler's clock."""
+"""Called when a family has new changes to sync, with the time of the reconciler's clock in seconds."""
 ChangeListener: TypeAlias = Callable[[Kind, StoreChange], None]
-"""Called with the kind of object that a delta was about and what the delta changed."""
+"""Called with the kind of object in a delta and what the delta changed."""
 SyncListener: TypeAlias = Callable[[SyncReport], None]
 """Called after each attempt to sync a family.
 
-Listeners run in the reconciler's thread and must not block. An exception is logged and stops nothing.
+Listeners run in the reconciler's thread and must not block. Exceptions are logged and otherwise ignored.
 """
 AfterSyncStep: TypeAlias = Callable[[SyncReport], None]
-"""Work that follows an attempt to sync a family, and may block the reconciler's thread for seconds.
+"""A step that runs after an attempt to sync a family, and may block the reconciler's thread for seconds.
 
-Steps run once all listeners have been notified. An exception is logged and stops nothing.
+Steps run once all listeners have been notified. Exceptions are logged and otherwise ignored.
 """

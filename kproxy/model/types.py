@@ -36,10 +36,10 @@ class ServicePort(Struct, frozen=True, gc=False, array_like=True):
 class Service(Struct, frozen=True, gc=False, array_like=True):
     """A Service that kproxy serves; never a headless or ExternalName one.
 
-    `affinity_seconds` is the ClientIP timeout, 0 without session affinity. `internal_local` and `external_local` are
-    whether the internal and the external traffic policy is Local. `vips` are the load balancer addresses with ipMode
-    VIP (KEP-1860); kproxy does not handle traffic to those with ipMode Proxy. `external_local` and
-    `health_check_node_port` are unset where the type of the Service makes them meaningless.
+    `affinity_seconds` is the ClientIP timeout, 0 without session affinity. `internal_local` and `external_local` mean
+    that the internal or external traffic policy is Local. `vips` are the load balancer addresses with ipMode VIP
+    (KEP-1860); kproxy does not handle traffic to those with ipMode Proxy. `external_local` and `health_check_node_port`
+    keep their defaults if they do not apply to the type of the Service.
     """
 
     namespace: str
@@ -73,7 +73,7 @@ class Endpoint(Struct, frozen=True, gc=False, array_like=True):
 
 
 class EndpointPort(Struct, frozen=True, gc=False, array_like=True):
-    """A port that all endpoints of a slice have."""
+    """A port of a slice, which all endpoints of the slice share."""
 
     name: str
     port: int
@@ -83,7 +83,7 @@ class EndpointPort(Struct, frozen=True, gc=False, array_like=True):
 class EndpointSlice(Struct, frozen=True, gc=False, array_like=True):
     """An EndpointSlice of one family. `service` is the key of the Service that it belongs to.
 
-    `last_change` is when the change that the slice carries was triggered, in seconds since the epoch (annotation
+    `last_change` is the time at which the slice's last change was triggered, in seconds since the epoch (annotation
     `endpoints.kubernetes.io/last-change-trigger-time`), 0.0 if unknown.
     """
 
@@ -100,7 +100,7 @@ class Node(Struct, frozen=True, gc=False):
     """A Node. `addresses` are its IP addresses, InternalIPs first, otherwise in the order of the object.
 
     `being_deleted` is true if the Node has a deletion timestamp or the taint `ToBeDeletedByClusterAutoscaler`: load
-    balancers should send it no more new connections (KEP-3836).
+    balancers should not send it new connections (KEP-3836).
     """
 
     name: str

@@ -1,8 +1,8 @@
-"""Which UDP conntrack entries are stale: those that send a flow where no new flow to its frontend would go. Pure.
+"""Find stale UDP conntrack entries: those that send a flow to something other than an endpoint of its frontend. Pure.
 
-Rules decide on the first packet of a flow only. Connection tracking repeats the decision as long as packets arrive, so
-a UDP client that keeps sending from one port never leaves an endpoint that is gone. Flows and frontends are identified
-by `ip:port` strings; a NodePort is the frontend `:port`.
+NAT rules only see the first packet of a flow. Connection tracking repeats their decision for as long as packets arrive,
+so a UDP client that keeps sending from one port stays with its endpoint even after that endpoint is gone. Flows and
+frontends are identified by `ip:port` strings; a NodePort is the frontend `:port`.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from kproxy.model.types import Family, ServiceKey
 class UdpFrontend(NamedTuple):
     """One UDP frontend of a Service.
 
-    Flows to any of the `endpoints` may stay. Of several Services with the same frontend, the one with the lowest
+    Flows to any of the `endpoints` may continue. Of several Services with the same frontend, the one with the lowest
     `claim` owns it (`kproxy.model.frontend_conflicts`).
 
-    `translated_clients` compares equal as long as packets of the same clients are sent to an endpoint. Packets of other
-    clients should be rejected or dropped. But rules before kproxy's may accept them; they then leave the node without
-    translation, and so does everything that follows on the same flow.
+    `translated_clients` identifies the clients whose packets are sent to an endpoint: it compares equal as long as they
+    are the same. kproxy's rules reject or drop the packets of other clients, but an earlier rule of another program may
+    accept them. Such a packet leaves the node untranslated, and so do all later packets of its flow.
     """
 
     endpoints: frozenset[str]
@@ -35,10 +35,10 @@ class UdpFrontend(NamedTuple):
 
 
 class UdpFrontends:
-    """The UDP frontends of one family that are in the kernel, and those of them that may have stale flows.
+    """The UDP frontends of one family that are in the kernel, and the frontends that may have stale flows.
 
-    A frontend may have stale flows if it is new or deleted, lost an endpoint, changed its owner, or if other clients
-    than before are translated. Nothing is kept about other protocols.
+    A frontend may have stale flows if it is new or deleted, lost an endpoint, had no endpoints before, has another
+    owner, or if packets of other clients are translated now. Other protocols are ignored.
     """
 
     def __init__(self) -> None:
@@ -55,8 +55,8 @@ class UdpFrontends:
     def update(self, plans: Mapping[ServiceKey, Sequence[ServicePortPlan]], *, complete: bool) -> None:
         """Record the plans that the kernel has accepted: those of all Services if `complete`, otherwise of some.
 
-        If `complete`, every frontend may have stale flows: an earlier process or a failed sync may have left some that
-        are unknown.
+        If `complete`, every frontend may have stale flows, because an earlier process or a failed sync may have left
+        them.
         """
         if complete:
             for key in self._services.keys() - plans.keys():
@@ -71,12 +71,13 @@ class UdpFrontends:
         self._unchecked.clear()
 
     def is_stale(self, destination: str, source: str, accepts_node_ports: Callable[[str], bool]) -> bool:
-        """Return whether flows to `destination` that `source` answers are stale. Checked frontends have no such flows.
+        """Return whether flows to `destination` are stale if their replies come from `source`.
 
-        If the frontend exists, every source is stale that is not one of its endpoints: an endpoint that is gone, or the
-        frontend itself if a client sent packets to it before it existed. If the frontend does not exist, flows that are
-        not translated are not stale: they belong to whatever has the address or port now. `accepts_node_ports` returns
-        whether NodePorts answer on an address; flows of other programs to the same port number are never stale.
+        Flows to frontends that are not `unchecked` are never stale. If the frontend exists, a flow is stale unless
+        `source` is one of its endpoints. `source` may be an endpoint that is gone, or the frontend itself if a client
+        sent packets to it before it existed. If the frontend does not exist, untranslated flows are not stale: they
+        belong to whatever uses the address or port now. `accepts_node_ports` returns whether an address accepts
+        NodePort connections: flows of other programs to the same port number on another address are never stale.
         """
         address, port = split_socket_text(destination)
         node_port = socket_text("", port)
@@ -120,7 +121,7 @@ class UdpFrontends:
             self._owners[frontend] = self._best(frontend, claimants)
 
     def _update_owner(self, frontend: str, key: ServiceKey, *, worse: bool) -> None:
-        """Determine the owner of a frontend after one claim has changed; `worse` is whether it got a higher rank."""
+        """Determine the owner of a frontend after one claim changed. `worse` means that the claim's rank increased."""
         owner = self._owners.setdefault(frontend, key)
         if owner != key:
             best = self._best(frontend, (owner, key))
@@ -139,8 +140,8 @@ class UdpFrontends:
 def udp_frontends(ports: Sequence[ServicePortPlan]) -> dict[str, UdpFrontend]:
     """Return the UDP frontends of a Service.
 
-    An endpoint that still serves keeps its flows although new flows may be sent elsewhere: while it terminates, or
-    after hints or traffic policies changed.
+    An endpoint that still serves keeps its flows even if new flows are sent elsewhere: while it terminates, or after
+    hints or traffic policies have changed.
     """
     frontends: dict[str, UdpFrontend] = {}
     for plan in ports:
@@ -169,10 +170,10 @@ def udp_frontends(ports: Sequence[ServicePortPlan]) -> dict[str, UdpFrontend]:
 
 
 def accepts_node_ports(context: Context, address: str, own_addresses: Callable[[], Collection[str]]) -> bool:
-    """Return whether NodePorts answer on an address.
+    """Return whether an address accepts NodePort connections.
 
-    `own_addresses` returns the addresses of this machine and is called only if the answer depends on them. Loopback
-    addresses count only with localhost NodePorts, which do not exist in IPv6.
+    `own_addresses` returns the addresses of this machine, and is only called if the result depends on them. Loopback
+    addresses accept NodePort connections only with `localhost_node_ports`, which IPv6 does not have.
     """
     if context.node_port_addresses is not None:
         return address in context.node_port_addresses

@@ -25,14 +25,14 @@ from kproxy.nftables.transaction import Transaction
 
 log = logging.getLogger(__name__)
 BATCH_FRONTENDS = 1_000
-"""Maximum number of frontends in one batch of a large change: about half a megabyte with 10 endpoints each."""
+"""Number of frontends at which a batch of a large change is complete: about half a megabyte with 10 endpoints each."""
 MAX_READS = 3
-"""How often a sync reads the table if other processes keep changing tables meanwhile."""
+"""Maximum number of attempts to read the table while other processes keep changing tables."""
 _T = TypeVar("_T")
 
 
 class NftablesKernel(Protocol):
-    """Access to one family's table; `kproxy.nftables.kernel.NftTable` is the implementation."""
+    """Access to one family's table; implemented by `kproxy.nftables.kernel.NftTable`."""
 
     def commit(self, transaction: Transaction, generation: int | None = None, /) -> None:
         """Commit a transaction; with a `generation`, only if it is still the current one.
@@ -46,8 +46,8 @@ class NftablesKernel(Protocol):
     def snapshot(self, *, allow_interrupted: bool = False) -> TableSnapshot | None:
         """Read the table; return None if it does not exist.
 
-        Raises `TableError`, which is `TableChangingError` if tables keep changing. With `allow_interrupted`, a change
-        while elements are read is not an error; elements can be missing if it was a change of this table.
+        Raises `TableError`, in particular `TableChangingError` if tables keep changing. With `allow_interrupted`, a
+        change while elements are read is not an error; elements can be missing if this table was changed.
         """
 
     def chain_use_counts(self) -> Counter[str]:
@@ -67,15 +67,16 @@ class NftablesBackend:
         *,
         batch_frontends: int = BATCH_FRONTENDS,
     ) -> None:
-        """All backends of a network namespace share `own_generations`.
+        """Create a backend that has not read the table yet.
 
-        `batch_frontends` is the maximum number of frontends in a batch. A batch never splits a Service.
+        All backends of a network namespace must share `own_generations`. `batch_frontends` is the number of frontends
+        at which a batch is complete. A batch never splits a Service, so it can have more.
         """
         self._kernel = kernel
         self._own_generations = own_generations or OwnGenerations()
         self._batch_frontends = batch_frontends
         self._ledger: NftablesLedger | None = None
-        # The ruleset's generation after the last commit; None if another process may have changed the table since.
+        # The rule set's generation after the last commit; None if another process may have changed the table since.
         self._generation: int | None = None
 
     @property
@@ -84,10 +85,10 @@ class NftablesBackend:
         return self._ledger is None
 
     def sync(self, plans: Plans, context: Context) -> ApplyResult:
-        """Program `plans`: those of the Services that may have changed, or of all if `needs_full_sync`.
+        """Program `plans`: those of the Services that may have changed, or of all Services if `needs_full_sync`.
 
-        A Service without plans is deleted. Raises `SyncError` if the kernel rejected a change; changes that it accepted
-        before stay.
+        A Service without plans is deleted. Raises `SyncError` if the kernel cannot be read or rejects a change; changes
+        that it accepted earlier stay applied. Raises `DriftError` if another process changed the table.
         """
         ledger, self._ledger = self._ledger, None
         try:
@@ -103,8 +104,9 @@ class NftablesBackend:
     def verify(self, context: Context) -> bool:
         """Check for drift by the use count of every chain; if one differs, make the next `sync` read the table.
 
-        This detects deleted tables and chains, and added or deleted rules and frontends. It does not detect changed
-        endpoints, elements of sets and verdicts that drop.
+        This detects deleted tables and chains, and added or deleted rules and frontends. It does not detect changes of
+        endpoints, of elements in sets, or of drop verdicts. If the kernel cannot be read, this logs a warning and
+        returns True.
         """
         if self._ledger is None:
             return True
@@ -124,9 +126,9 @@ class NftablesBackend:
         return ledger
 
     def _full_sync(self, plans: Plans, context: Context) -> NftablesLedger:
-        """Bring the existing table to `plans`; matching objects stay untouched.
+        """Change the existing table to match `plans`. Objects that already match stay untouched.
 
-        An incompatible table is replaced, and session affinity of existing clients is lost.
+        An incompatible table is replaced, and the session affinity of existing clients is lost.
         """
         try:
             return self._read_and_sync(plans, context)
@@ -141,8 +143,8 @@ class NftablesBackend:
                 return self._sync_from_snapshot(self._kernel.snapshot(), generation, plans, context)
             except (GenerationChangedError, TableChangingError):
                 continue
-        # Other processes keep changing tables, most likely not this one. Sync from what can be read of it, and check
-        # the result for drift.
+        # Other processes keep changing tables, most likely not this one. Sync from the part of it that can be read, and
+        # check the result for drift.
         try:
             snapshot = self._kernel.snapshot(allow_interrupted=True)
             return self._sync_from_snapshot(snapshot, None, plans, context)
@@ -152,7 +154,7 @@ class NftablesBackend:
     def _sync_from_snapshot(
         self, snapshot: TableSnapshot | None, generation: int | None, plans: Plans, context: Context
     ) -> NftablesLedger:
-        """Bring the table from a snapshot, or from nothing, to `plans`.
+        """Change the table from its state in `snapshot` to `plans`, or create it if `snapshot` is None.
 
         Raises `GenerationChangedError` if `generation` is not current. An existing table changes in one transaction,
         because its chains must match each other and the context; a new one is filled in batches.
@@ -171,7 +173,7 @@ class NftablesBackend:
     def _batches(
         self, diff: NftablesDiff, plans: Plans, context: Context, batch_frontends: float
     ) -> Iterator[Transaction]:
-        """Yield the transactions of a diff, each as soon as it has the maximum number of frontends."""
+        """Yield the transactions of a diff, each as soon as it has `batch_frontends` frontends."""
         for key, ports in plans.by_service():
             diff.put(key, render_service(ports, context))
             if diff.frontend_count >= batch_frontends:
@@ -188,7 +190,7 @@ class NftablesBackend:
     def _commit(self, transaction: Transaction, *, must_be_current: bool = False) -> None:
         """Commit a transaction, its new chains first (`Transaction.split_off_new_chains`).
 
-        If another process changed the ruleset since the last commit, raise `GenerationChangedError` with
+        If another process changed the rule set since the last commit, raise `GenerationChangedError` with
         `must_be_current`, else commit anyway. If the kernel then rejects the transaction, raise `DriftError`: the table
         may no longer match the ledger.
         """
@@ -213,11 +215,11 @@ class NftablesBackend:
             self._kernel.commit(transaction)
         except TableError as error:
             raise DriftError(
-                f"another process changed the ruleset, and the kernel rejected a change: {error}"
+                f"another process changed the rule set, and the kernel rejected a change: {error}"
             ) from None
 
     def _check_concurrent_changes(self, ledger: NftablesLedger, context: Context) -> None:
-        """If another process changed the ruleset during the sync, check that it did not change this table.
+        """If another process changed the rule set during the sync, check that it did not change this table.
 
         Raises `DriftError` if it did. The generation is read before the table: the next commit detects any later
         change. If the table cannot be read because tables keep changing, the next sync checks again.
@@ -291,9 +293,9 @@ def _check_compatible(snapshot: TableSnapshot, family: Family) -> None:
 def run_pipelined(process: Callable[[_T], object], items: Iterable[_T]) -> None:
     """Call `process` with each item, in order and one at a time, while the next item is computed.
 
-    A single item is processed in the calling thread, each of several in a thread of its own, which belongs to the same
-    network namespace. Raises the first error of `process` or `items`, after a running call has ended; no further call
-    starts.
+    A single item is processed in the calling thread. If there are several, each is processed in a thread of its own,
+    which inherits the caller's network namespace. Raises the first error of `process` or `items`, but only after a
+    running call has returned; no further call is started.
     """
     iterator = iter(items)
     ready = list(islice(iterator, 2))

@@ -41,20 +41,20 @@ NODE_PORT_KEY = (KeyField.PROTOCOL, KeyField.PORT)
 _CONNECTION_KEY = (KeyField.SOURCE, KeyField.DESTINATION, KeyField.PROTOCOL, KeyField.PORT)
 _SERVICE_ENDPOINT_KEY = (*SERVICE_KEY, KeyField.NUMGEN)
 _NODE_PORT_ENDPOINT_KEY = (*NODE_PORT_KEY, KeyField.NUMGEN)
-# The comments are part of the table in the kernel: changing one changes the table of every node.
+# The kernel cannot change the comment of an existing set: tables of earlier versions keep theirs.
 SETS = (
     NftSet(names.CLUSTER_IPS, (KeyField.DESTINATION,), comment="ClusterIPs in use"),
-    NftSet(names.NODE_PORT_IPS, (KeyField.DESTINATION,), comment="addresses that answer to NodePorts"),
-    NftSet(names.HAIRPINS, _CONNECTION_KEY, comment="endpoints of this node, as clients of themselves"),
+    NftSet(names.NODE_PORT_IPS, (KeyField.DESTINATION,), comment="addresses on which NodePorts accept traffic"),
+    NftSet(names.HAIRPINS, _CONNECTION_KEY, comment="local endpoints that connect to themselves"),
     NftSet(names.FIREWALL_IPS, SERVICE_KEY, MapValue.VERDICT, "frontends that only some sources may use"),
     NftSet(names.NO_ENDPOINT_SERVICES, SERVICE_KEY, MapValue.VERDICT, "frontends without endpoints"),
     NftSet(names.NO_ENDPOINT_NODE_PORTS, NODE_PORT_KEY, MapValue.VERDICT, "NodePorts without endpoints"),
     NftSet(names.SERVICE_IPS, SERVICE_KEY, MapValue.VERDICT, "ClusterIPs, external IPs and load balancer IPs"),
     NftSet(names.SERVICE_NODE_PORTS, NODE_PORT_KEY, MapValue.VERDICT, "NodePorts"),
     NftSet(names.SERVICE_ENDPOINTS, _SERVICE_ENDPOINT_KEY, MapValue.ENDPOINT, "endpoints of a frontend, numbered"),
-    NftSet(names.SERVICE_LOCAL_ENDPOINTS, _SERVICE_ENDPOINT_KEY, MapValue.ENDPOINT, "those of them on this node"),
+    NftSet(names.SERVICE_LOCAL_ENDPOINTS, _SERVICE_ENDPOINT_KEY, MapValue.ENDPOINT, "local endpoints, numbered"),
     NftSet(names.NODE_PORT_ENDPOINTS, _NODE_PORT_ENDPOINT_KEY, MapValue.ENDPOINT, "endpoints of a NodePort, numbered"),
-    NftSet(names.NODE_PORT_LOCAL_ENDPOINTS, _NODE_PORT_ENDPOINT_KEY, MapValue.ENDPOINT, "those of them on this node"),
+    NftSet(names.NODE_PORT_LOCAL_ENDPOINTS, _NODE_PORT_ENDPOINT_KEY, MapValue.ENDPOINT, "local endpoints, numbered"),
 )
 """The sets and maps that every table has."""
 _PRE_DNAT_PRIORITY = -110

@@ -31,7 +31,7 @@ from kproxy.nftables.ruleset import MapValue, NftHook, NftSet
 from kproxy.nftables.snapshot import TableSnapshot
 
 Span: TypeAlias = tuple[int, int]
-"""Begin and end of an attribute's payload in a buffer."""
+"""Start and end of an attribute's payload in a buffer."""
 _GETTABLE = nfnl_type(nf.NFNL_SUBSYS_NFTABLES, nf.NFT_MSG_GETTABLE)
 _GETCHAIN = nfnl_type(nf.NFNL_SUBSYS_NFTABLES, nf.NFT_MSG_GETCHAIN)
 _GETSET = nfnl_type(nf.NFNL_SUBSYS_NFTABLES, nf.NFT_MSG_GETSET)
@@ -46,7 +46,7 @@ _LENGTH = struct.Struct("=H")
 
 
 class TableReader:
-    """Reads one family's table, each time over a new netlink socket."""
+    """Reads one family's table. Each call uses a new netlink socket, and raises `OSError` if it cannot be opened."""
 
     def __init__(self, family: Family) -> None:
         self._family = family
@@ -70,7 +70,7 @@ class TableReader:
     def snapshot(self, *, allow_interrupted: bool = False) -> TableSnapshot | None:
         """Read the table; return None if it does not exist.
 
-        Raises `NetlinkError`, which is `DumpInterruptedError` if any table changed meanwhile. With
+        Raises `NetlinkError`, in particular `DumpInterruptedError` if any table changed during the read. With
         `allow_interrupted`, a change while elements are read is not an error: the kernel continues a dump of elements
         within the same set, so changes of other tables do no harm.
         """
@@ -155,7 +155,10 @@ class TableReader:
 
 
 class _EndpointElementLayout(Struct, frozen=True, gc=False):
-    """The bytes of an element with a key and an endpoint and nothing else: a fast path, as there are many of them."""
+    """The layout of an element with a key, an endpoint and nothing else: a fast path for the most frequent elements.
+
+    `key_size` and `value_size` are in bytes.
+    """
 
     before_key: bytes
     before_value: bytes

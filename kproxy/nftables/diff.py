@@ -41,7 +41,7 @@ class NftablesDiff:
     def __init__(
         self, ledger: NftablesLedger, context: Context, snapshot: TableSnapshot | None = None, *, create: bool = False
     ) -> None:
-        """With `create`, the first transaction creates the table, and deletes an existing one first."""
+        """With `create`, the first transaction creates the table, after deleting any existing one."""
         self._ledger = ledger
         self._context = context
         self._snapshot = snapshot
@@ -49,7 +49,8 @@ class NftablesDiff:
         self._endpoint_size = endpoint_size(context.family)
         self._context_changed = ledger.context != context
         self._verdicts_changed = False
-        # What the next transaction may change, as it is before: owners of keys, existence of elements, Services.
+        # The state before the next transaction of everything that it may change: the owner of each key, whether each
+        # element exists, and the Services.
         self._frontends: dict[bytes, RenderedFrontend | None] = {}
         self._counted_elements: dict[tuple[str, bytes], bool] = {}
         self._services_with_chains: list[tuple[RenderedService | None, RenderedService | None]] = []
@@ -81,7 +82,10 @@ class NftablesDiff:
             self._services_with_chains.append((old, new))
 
     def next_transaction(self) -> Transaction:
-        """Return the transaction for the Services that were put since the previous one."""
+        """Return the transaction for the Services that were put since the previous one.
+
+        Raises `IncompatibleTableError`.
+        """
         transaction = Transaction()
         context_changed, self._context_changed = self._context_changed, False
         if context_changed:
@@ -100,7 +104,10 @@ class NftablesDiff:
         return transaction
 
     def last_transaction(self) -> Transaction:
-        """Return the last transaction, which also deletes everything that only the snapshot has."""
+        """Return the last transaction, which also deletes everything that exists only in the snapshot.
+
+        Raises `IncompatibleTableError`.
+        """
         transaction = self.next_transaction()
         snapshot, ledger = self._snapshot, self._ledger
         if snapshot is not None:
@@ -171,7 +178,7 @@ class NftablesDiff:
     def _delete_stray_endpoints(
         self, transaction: Transaction, snapshot: TableSnapshot, key: bytes, new_endpoints: dict[str, bytes]
     ) -> None:
-        """Delete stray endpoint elements, left after a missing index, whose index collides with a new endpoint's."""
+        """Delete stray endpoint elements (after a gap in the indexes) whose index collides with a new endpoint's."""
         for map_name, values in new_endpoints.items():
             elements = snapshot.elements.get(map_name, {})
             for index in range(len(values) // self._endpoint_size):
@@ -196,7 +203,7 @@ class NftablesDiff:
     def _change_plain_element(
         self, transaction: Transaction, set_name: str, key: bytes, *, exists: bool, needed: bool
     ) -> None:
-        """Change an element that has only a key: it exists or it does not."""
+        """Add or delete an element that has only a key."""
         old = SetElement(key) if exists else None
         if old is None and self._snapshot is not None:
             old = self._snapshot.elements.get(set_name, {}).pop(key, None)
@@ -241,7 +248,7 @@ class NftablesDiff:
                 ledger.chains[name] = chain
         for name in existing - needed.keys():
             chain = ledger.chains.pop(name)
-            # With a snapshot, old elements can still go to the chain: `last_transaction` deletes it after them.
+            # With a snapshot, old elements may still go to the chain: `last_transaction` deletes them, then the chain.
             if self._snapshot is None:
                 self._change_chain(transaction, chain, None)
 
@@ -259,7 +266,7 @@ class NftablesDiff:
         old_chains = {chain.name: chain for chain in old.chains} if old else {}
         new_chains = {chain.name: chain for chain in new.chains} if new else {}
         for name in old_chains | new_chains:
-            # Rules refer to a set, not to its name: those of a replaced set must be written again.
+            # Rules refer to a set object, not to its name: rules that use a replaced set must be rewritten.
             self._change_chain(transaction, old_chains.get(name), new_chains.get(name), rewrite=bool(replaced))
 
     def _add_set(self, transaction: Transaction, desired: NftSet, *, replace: bool) -> None:
@@ -291,7 +298,10 @@ class NftablesDiff:
         transaction.added_rules.append(new)
 
     def _chain_exists(self, chain: NftChain, *, in_ledger: bool) -> bool:
-        """Return whether the table has a chain, and add the chain to the snapshot if there is one."""
+        """Return whether the table has a chain. If there is a snapshot, add the chain to it.
+
+        Raises `IncompatibleTableError` if the chain has a different hook.
+        """
         if self._snapshot is None:
             return in_ledger
         exists = chain.name in self._snapshot.chains

@@ -29,9 +29,8 @@ _VERDICT_SIZE = 16  # sizeof(struct nft_verdict)
 _AFFINITY_SET_SIZE = 65535
 """Maximum number of clients that an affinity set holds.
 
-The kernel sets this limit itself for a set that rules update, if the set is created without a size. kube-proxy creates
-its sets with the same size explicitly, and the kernel then allocates memory for all elements at once: 2 MB for each
-endpoint.
+This is the kernel's default for a set that rules update. kube-proxy sets the same size explicitly, and the kernel then
+allocates memory for all elements at once: 2 MB for each endpoint.
 """
 _INET, _INET6 = int(AF_INET), int(AF_INET6)  # inet_pton is faster with a plain int than with the enum
 _PROTOCOL_AND_PORT = struct.Struct(">B3xH2x")
@@ -43,9 +42,10 @@ _INDEX = struct.Struct("=I")
 
 
 class SetLayout(Struct, frozen=True):
-    """The properties that a set must have to be used as it is; the kernel cannot change them later.
+    """The properties that an existing set must have to be kept; they cannot be changed after its creation.
 
-    `timeout` is in milliseconds, `size` is the maximum number of elements (0: no limit).
+    `key_size` and `data_size` are in bytes, `timeout` is in milliseconds, and `size` is the maximum number of elements
+    (0: no limit).
     """
 
     flags: int
@@ -58,7 +58,7 @@ class SetLayout(Struct, frozen=True):
 
     @property
     def has_verdicts(self) -> bool:
-        """Whether elements can go to chains; such a chain cannot be deleted before the element."""
+        """Whether elements can go to chains. A chain cannot be deleted before the elements that go to it."""
         return self.data_type == NFT_DATA_VERDICT
 
 
@@ -103,10 +103,10 @@ class SetElement(Struct, frozen=True, gc=False):
 
 
 class EndpointElements(Struct, frozen=True, gc=False):
-    """Consecutive elements of a map of endpoints: the endpoints of one frontend, from the index `first_index`.
+    """Consecutive elements of an endpoint map: the endpoints of one frontend, starting at the index `first_index`.
 
-    The key of each is the frontend's key and the index; the values, of `value_size` bytes each, are one bytes object,
-    because a large cluster has many of them.
+    The key of each element is the frontend's key followed by the index. The values, of `value_size` bytes each, are
+    concatenated to save memory: a large cluster has many of them.
     """
 
     frontend: bytes

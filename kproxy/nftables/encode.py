@@ -53,7 +53,7 @@ class NftMessage(Struct, frozen=True, gc=False):
     """One message: netlink type and flags, payload, and the name of the object that it adds or deletes.
 
     For elements, `subject` is the name of their set, `elements` are the elements in the message, in order, and
-    `elements_offset` is the offset of the first in the payload.
+    `elements_offset` is the offset of the first one in the payload, in bytes.
     """
 
     type: int
@@ -160,7 +160,7 @@ class TransactionEncoder:
     def _elements(
         self, message: int, flags: int, set_name: str, elements: Sequence[_E], encode: Callable[[_E], bytes]
     ) -> Iterator[NftMessage]:
-        """Yield as many messages as the elements need; see `_MAX_ELEMENTS_SIZE`."""
+        """Yield the messages for elements of one set, each within `_MAX_ELEMENTS_SIZE`."""
         start = self._header + self._table + string_attribute(nf.NFTA_SET_ELEM_LIST_SET, set_name)
         kind = nfnl_type(nf.NFNL_SUBSYS_NFTABLES, message)
         parts: list[bytes] = []
@@ -178,7 +178,7 @@ class TransactionEncoder:
 
 
 def rejected_element(message: NftMessage, offset: int) -> SetElement | None:
-    """Return the element at an offset in the payload, which the kernel reports with an error; None if there is none."""
+    """Return the element at a payload offset (in bytes) that the kernel reported with an error, or None."""
     begin = message.elements_offset
     for each in message.elements:
         for element in each.elements() if isinstance(each, EndpointElements) else (each,):

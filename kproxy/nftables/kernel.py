@@ -1,4 +1,4 @@
-"""Access to one family's table in the kernel: commit transactions over netlink or with the program `nft`, and read."""
+"""Access to one family's table in the kernel: read it, and commit transactions over netlink or with `nft`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class TableError(Exception):
 
 
 class GenerationChangedError(Exception):
-    """The ruleset changed after the generation that a transaction was made for. Nothing of it was applied."""
+    """The rule set no longer has the generation ID that a transaction requires. Nothing was applied."""
 
 
 class TableChangingError(TableError):
@@ -62,8 +62,8 @@ def next_generation(generation: int) -> int:
 class OwnGenerations:
     """The latest consecutive generations that this process committed, by any of its backends.
 
-    All tables of a network namespace share the generation ID. Without this record, the backend of one family would take
-    the commits of the other for those of another process.
+    All tables of a network namespace share the generation ID. Without this record, the backend of one family would
+    mistake the other backend's commits for those of another process.
     """
 
     def __init__(self) -> None:
@@ -77,7 +77,7 @@ class OwnGenerations:
         return self._last
 
     def newest_after(self, generation: int) -> int:
-        """Return the newest generation such that this process made all commits after the given one."""
+        """Return the newest generation for which this process made every commit since the given one."""
         return self._last if self._first <= generation <= self._last else generation
 
 
@@ -95,7 +95,7 @@ class Commit(Protocol):
 
 
 class NetlinkCommit:
-    """Commits transactions over netlink. The socket stays open."""
+    """Commits transactions over netlink, on one socket that stays open."""
 
     def __init__(self, family: Family, table: str = TABLE) -> None:
         self._encoder = TransactionEncoder(family, table)
@@ -103,14 +103,14 @@ class NetlinkCommit:
         self._socket: BatchSocket | None = None
 
     def __call__(self, transaction: Transaction, generation: int | None = None, /) -> None:
-        """Commit a transaction."""
+        """Commit a transaction. See `Commit`."""
         messages = list(self._encoder.encode(transaction))
         try:
             if self._socket is None:
                 self._socket = BatchSocket(NFNL_SUBSYS_NFTABLES)
             self._socket.commit([(each.type, each.flags, each.payload) for each in messages], generation)
         except StaleGenerationError:
-            raise GenerationChangedError("the ruleset has changed since the expected generation") from None
+            raise GenerationChangedError("the rule set has changed since the expected generation") from None
         except BatchRejectedError as error:
             raise TableError(self._describe(messages, error.rejections)) from None
         except OSError as error:
@@ -145,7 +145,7 @@ class NftCommit:
         self._timeout = timeout
 
     def __call__(self, transaction: Transaction, generation: int | None = None, /) -> None:  # noqa: ARG002
-        """Commit a transaction. Ignores `generation`, which nft cannot check."""
+        """Commit a transaction. Ignores `generation`, which nft cannot check. Raises `TableError`."""
         try:
             done = run(["nft", "-f", "-"], self._writer.commands(transaction), timeout=self._timeout)
         except InconclusiveError as error:
@@ -177,8 +177,8 @@ class NftTable:
     def snapshot(self, *, allow_interrupted: bool = False) -> TableSnapshot | None:
         """Read the table; return None if it does not exist.
 
-        Raises `TableError`, which is `TableChangingError` if tables keep changing. With `allow_interrupted`, a change
-        while elements are read is not an error; elements can be missing if it was a change of this table.
+        Raises `TableError`, in particular `TableChangingError` if tables keep changing. With `allow_interrupted`, a
+        change while elements are read is not an error; elements can be missing if this table was changed.
         """
         return _read(partial(self._reader.snapshot, allow_interrupted=allow_interrupted))
 

@@ -15,7 +15,7 @@ from kproxy.nftables.ruleset import Goto, Jump, NftChain, NftSet
 
 
 class NftablesLedger:
-    """The state that the kernel has accepted, no more of it than the next diff needs.
+    """The state that the kernel has accepted, reduced to what the next diff needs.
 
     Elements are not stored: they follow from the frontends. `frontends` has the claims on each key; the first of
     several owns the frontend. `contested` are the keys with several claims. `element_references` counts, for the
@@ -86,7 +86,7 @@ class NftablesLedger:
     def chain_use_counts(self) -> Counter[str]:
         """Return the expected use count of each chain as the kernel counts it (NFTA_CHAIN_USE).
 
-        That is the number of its rules plus the number of rules and elements that jump or go to it.
+        A chain's use count is the number of its rules plus the number of rules and elements that jump or go to it.
         """
         counts = Counter({name: count for name, count in self.verdict_counts.items() if name != DROP})
         for chain in (*self.chains.values(), *self.service_chains()):

@@ -1,6 +1,6 @@
 """Names in the kernel: the table, its sets, maps and chains. Pure.
 
-Objects that kube-proxy's table has too carry kube-proxy's names, because people and tools look for them.
+Objects that kube-proxy's table also has are named as there, because people and tools look for these names.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NODE_PORT_ENDPOINTS = "nodeport-endpoints"
 NODE_PORT_LOCAL_ENDPOINTS = "nodeport-local-endpoints"
 REJECT = "reject-chain"
 MAX_NAME_LENGTH = 127
-"""Maximum length of a name. The kernel accepts 255 characters (NFT_NAME_MAXLEN), which are hard to read."""
+"""Maximum length of a name. The kernel accepts 255 characters (NFT_NAME_MAXLEN), but long names are hard to read."""
 _ELLIPSIS = "..."
 _LONGEST_PREFIX = len("endpoint-")
 
@@ -44,7 +44,7 @@ def service_port_suffix(plan: ServicePortPlan) -> str:
 def endpoint_suffix(plan: ServicePortPlan, address: str, port: int) -> str:
     """Return the part of chain and set names that identifies an endpoint of a service port.
 
-    Names must not contain colons: the colons of an IPv6 address become dots.
+    Names must not contain colons, so the colons of an IPv6 address become dots.
     """
     return _hashed(f"{_service_port_text(plan)}__{address.replace(':', '.')}/{port}")
 

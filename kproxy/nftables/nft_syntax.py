@@ -52,7 +52,7 @@ class NftWriter:
         return "".join(f"{line}\n" for line in self._commands(transaction))
 
     def key(self, set_name: str, key: bytes) -> str:
-        """Return the key of an element of one of the sets in `base_table.SETS`."""
+        """Format the key of an element. The set must be one of `base_table.SETS`."""
         return self._key(_SETS_BY_NAME[set_name], key)
 
     def element(self, owner: NftSet, element: SetElement) -> str:

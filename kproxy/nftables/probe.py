@@ -1,4 +1,4 @@
-"""Find out whether nftables mode works on this node: commit one of everything, and leave nothing behind."""
+"""Probe whether nftables mode works on this node: commit a table that uses every feature and is deleted at once."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class NftablesUnsupportedError(Exception):
 def choose_commit(family: Family) -> Commit:
     """Return the `Commit` that this kernel accepts: netlink or, as a fallback, the program `nft`.
 
-    Raises `NftablesUnsupportedError` if neither works for the family, `InconclusiveError` if the probe failed for
-    another reason than the kernel.
+    Raises `NftablesUnsupportedError` if neither works for the family, and `InconclusiveError` if the probe failed for a
+    reason other than the kernel's support.
     """
     try:
         NetlinkCommit(family, PROBE_TABLE)(probe_transaction(family))

@@ -1,4 +1,4 @@
-"""Render plans into map elements, and into chains of their own for the Services that need them. Pure."""
+"""Render plans into map elements and, for the Services that need them, per-Service chains and sets. Pure."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from kproxy.nftables.ruleset import (
 )
 
 Verdicts: TypeAlias = tuple[tuple[str, str], ...]
-"""Names of verdict maps, each with a frontend's verdict in that map: the name of a chain to go to, or `DROP`."""
+"""Names of verdict maps, each with a frontend's verdict in that map: the name of the chain to go to, or `DROP`."""
 
 
 class RenderedFrontend(Struct, frozen=True, gc=False):
@@ -156,7 +156,7 @@ def _external_frontend(
 
 @lru_cache(1 << 10)
 def _shared_chain_verdicts(verdict_map: str, chain: str) -> Verdicts:
-    """Return the same object for equal arguments: thousands of Services have one of a few verdicts."""
+    """Return the same object for equal arguments: thousands of Services share a few verdicts."""
     return ((verdict_map, chain),)
 
 
@@ -169,7 +169,7 @@ def _no_endpoint_verdicts(kind: shared.FrontendKind, decision: TrafficDecision) 
 
 
 def _firewall_chain(plan: ServicePortPlan) -> NftChain:
-    """Return the chain that drops packets from other sources than `loadBalancerSourceRanges`."""
+    """Return the chain that drops packets from sources outside `loadBalancerSourceRanges`."""
     sources = [*plan.source_ranges, *(plan.vips if plan.vips_are_sources else ())]
     rules: list[NftRule] = [rule(MatchSaddr(source), Return()) for source in sources]
     return NftChain(f"firewall-{names.service_port_suffix(plan)}", (*rules, rule(Drop())), comment_of(plan.name))

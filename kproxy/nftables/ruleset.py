@@ -212,7 +212,7 @@ class NftRule(Struct, frozen=True):
 
 
 class NftHook(Struct, frozen=True):
-    """The hook of a base chain. Chains with a lower priority run earlier."""
+    """The hook of a base chain. Chains with a smaller priority number run earlier."""
 
     type: Literal["filter", "nat"]
     hook: Literal["prerouting", "input", "forward", "output", "postrouting"]
@@ -220,7 +220,7 @@ class NftHook(Struct, frozen=True):
 
 
 class NftChain(Struct, frozen=True):
-    """A base chain if it has a `hook`, else a regular chain, which rules and verdict maps jump to."""
+    """A base chain if it has a `hook`, else a regular chain, the target of rules and verdict maps."""
 
     name: str
     rules: tuple[NftRule, ...]

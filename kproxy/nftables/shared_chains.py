@@ -18,7 +18,10 @@ from kproxy.nftables.base_table import NODE_PORT_KEY, SERVICE_KEY, local_traffic
 from kproxy.nftables.ruleset import DnatMap, FibLocal, Goto, KeyField, NftChain, NftRule, SetMark, rule
 
 MAX_IMBALANCE = 1 / 500
-"""Maximum share of connections that no random number sends to an endpoint; they go to one of the first endpoints."""
+"""Maximum share of connections for which no random number below the capacity is the index of an endpoint.
+
+They are sent to one of the first endpoints, so this limits how much more traffic these endpoints get.
+"""
 FrontendKind: TypeAlias = Literal["service", "nodeport"]
 Policy: TypeAlias = Literal["any", "local", "external", "external-local"]
 _NAME = re.compile(r"(service|nodeport)-(any|local|external|external-local)-(\d+)(?:-(\d+))?")
@@ -31,18 +34,19 @@ _ENDPOINT_MAPS = {
 
 
 def chain_capacity(endpoints: int) -> int:
-    """Return the smallest capacity for so many endpoints; capacities are 1, 2, 3, 4, 6, 8, 12, 16, 24, and so on."""
+    """Return the smallest sufficient capacity for a number of endpoints: 1, 2, 3, 4, 6, 8, 12, 16, 24 and so on."""
     power = 1 << max(0, (endpoints - 1).bit_length() - 1)
     return next(capacity for capacity in (power, power * 3 // 2, power * 2) if capacity >= endpoints)
 
 
 @lru_cache(64)
 def numgen_moduli(capacity: int) -> tuple[int, ...]:
-    """Return N of each `numgen random mod N` in a chain of this capacity, in the order of the rules.
+    """Return the modulus of each `numgen random mod N` in a chain of this capacity, in the order of the rules.
 
-    Each rule runs if the numbers before it were not the index of an endpoint. The rule before the last always finds
-    one, because the chain has more endpoints than the next smaller capacity. The last rule (N = 1) is for packets in
-    flight while the number of endpoints changes: they can get the previous verdict but look up the current map.
+    A packet reaches a rule if none of the random numbers before it was the index of an endpoint. The second-to-last
+    rule always finds an endpoint, because the frontend has more endpoints than the next smaller capacity. The last rule
+    (N = 1) is for packets in flight while the number of endpoints changes: they can have the previous verdict, but the
+    map is already the current one.
     """
     smaller = capacity * 3 // 4 if capacity & (capacity - 1) == 0 else capacity * 2 // 3
     miss_probability = (capacity - smaller - 1) / capacity
@@ -57,17 +61,17 @@ def numgen_moduli(capacity: int) -> tuple[int, ...]:
 
 
 def endpoint_map(kind: FrontendKind, *, local: bool) -> str:
-    """Return the name of the map with all endpoints of a kind of frontends, with `local` those on this node."""
+    """Return the name of the map with the endpoints of a kind of frontend: all, or with `local` those on this node."""
     return _ENDPOINT_MAPS[kind, local]
 
 
 class SharedChain(Struct, frozen=True):
-    """What identifies a shared chain: kind of frontends, policy and capacity.
+    """The identity of a shared chain: kind of frontend, policy and capacity.
 
     Policy `any` selects one of up to `capacity` endpoints, `local` one of up to `capacity` endpoints on this node.
-    `external` masquerades and continues with `any`. `external-local` handles external traffic of
-    `externalTrafficPolicy: Local`: up to `capacity` endpoints for pods and this node, up to `local_capacity` (0: none)
-    for all other clients.
+    `external` masquerades and continues with `any`. `external-local` handles external traffic with
+    `externalTrafficPolicy: Local`: pods and this node get one of up to `capacity` endpoints, all other clients one of
+    up to `local_capacity` endpoints on this node (0: there are none).
     """
 
     kind: FrontendKind
@@ -118,7 +122,7 @@ class SharedChain(Struct, frozen=True):
 
 
 def external_local_rules(context: Context, any_chain: str, local_chain: str) -> tuple[NftRule, ...]:
-    """Return the rules for external traffic of `externalTrafficPolicy: Local`.
+    """Return the rules for external traffic with `externalTrafficPolicy: Local`.
 
     Pods and the node itself reach any endpoint through `any_chain`, as if the frontend were the ClusterIP. The node's
     own traffic is masqueraded, because its source can be the frontend's address. Other traffic goes to `local_chain`;
@@ -137,28 +141,28 @@ def external_local_rules(context: Context, any_chain: str, local_chain: str) -> 
 
 
 def any_chain_name(kind: FrontendKind, endpoints: int) -> str:
-    """Return the name of the chain that selects one of so many endpoints."""
+    """Return the name of the chain that selects one of this many endpoints."""
     return SharedChain(kind, "any", chain_capacity(endpoints)).name
 
 
 def local_chain_name(kind: FrontendKind, endpoints: int) -> str:
-    """Return the name of the chain that selects one of so many endpoints on this node."""
+    """Return the name of the chain that selects one of this many endpoints on this node."""
     return SharedChain(kind, "local", chain_capacity(endpoints)).name
 
 
 def external_chain_name(kind: FrontendKind, endpoints: int) -> str:
-    """Return the name of the chain for external traffic of `externalTrafficPolicy: Cluster`."""
+    """Return the name of the chain for external traffic with `externalTrafficPolicy: Cluster`."""
     return SharedChain(kind, "external", chain_capacity(endpoints)).name
 
 
 def external_local_chain_name(kind: FrontendKind, endpoints: int, local_endpoints: int) -> str:
-    """Return the name of the chain for external traffic of `externalTrafficPolicy: Local`."""
+    """Return the name of the chain for external traffic with `externalTrafficPolicy: Local`."""
     local_capacity = chain_capacity(local_endpoints) if local_endpoints else 0
     return SharedChain(kind, "external-local", chain_capacity(endpoints), local_capacity).name
 
 
 def required_shared_chains(chain_names: Iterable[str]) -> Iterator[SharedChain]:
-    """Yield the shared chains among these chains, and all chains that they go to. Chains can be repeated."""
+    """Yield the shared chains among the named chains, and all chains that they go to, some possibly repeatedly."""
     for name in chain_names:
         shared = SharedChain.parse(name)
         if shared is not None:

@@ -10,10 +10,10 @@ from kproxy.nftables.ruleset import MapValue, NftHook
 
 
 class TableSnapshot(Struct):
-    """The sets of a table by name, its chains with their hooks (None for a regular chain), and elements.
+    """The sets of a table by name, its chains with their hooks (None for a regular chain), and its elements by set.
 
-    `elements` has only sets of `base_table.SETS` whose layout is the expected one. `flags` are the table's (enum
-    nft_table_flags): it is dormant, or owned by a process.
+    `elements` has only the sets of `base_table.SETS` that have the expected layout. `flags` are the table's flags (enum
+    nft_table_flags), which mark a table that is dormant or that a process owns.
     """
 
     sets: dict[str, SetLayout] = field(default_factory=dict)

@@ -1,8 +1,8 @@
 """The health of this node's proxy, and the pages `/healthz` and `/livez`.
 
-The proxy is healthy if every family has been synced and no change of a family has been waiting for longer than twice
-`syncPeriod`. `/healthz`, by which load balancers decide about new connections, also requires a Node that exists and is
-not being deleted (KEP-3836).
+The proxy is healthy if every family has been synced and no change has been waiting for longer than twice `syncPeriod`.
+Load balancers use `/healthz` to decide whether to send new connections to this node, so it also requires that the Node
+exists and is not being deleted (KEP-3836).
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ class FamilyHealth(Struct, frozen=True):
 
 
 class Health:
-    """Records since when changes of each family have been waiting, and when a sync last succeeded.
+    """Records how long changes of each family have been waiting and when a sync last succeeded.
 
     The reconciler's thread updates it; any thread may read it. Times are seconds of the reconciler's monotonic clock.
-    `wall` returns nanoseconds since the epoch, for display only. `timeout` is how many seconds a change may wait.
+    `wall` returns nanoseconds since the epoch, for display only. `timeout` is the maximum number of seconds that a
+    change may wait.
     """
 
     def __init__(self, families: Iterable[Family], timeout: float, *, wall: Callable[[], int]) -> None:
@@ -45,12 +46,12 @@ class Health:
         self._lock = threading.Lock()
 
     def on_queue(self, family: Family, now: float) -> None:
-        """Record that a change of a family waits for a sync."""
+        """Record that a change of a family is waiting for a sync."""
         with self._lock:
             self._pending.setdefault(family, now)
 
     def on_sync(self, report: SyncReport) -> None:
-        """Record the outcome of a sync. The changes of one that failed are still waiting."""
+        """Record the outcome of a sync. If it failed, its changes are still waiting."""
         with self._lock:
             if report.result is None:
                 self._pending.setdefault(report.family, report.started)
@@ -80,8 +81,8 @@ class HealthPages:
     """The pages `/healthz` and `/livez`, in the format of kube-proxy.
 
     `node` returns this Node, or None if it is unknown; `clock` is the reconciler's; `wall` returns nanoseconds since
-    the epoch. `on_probe` is called with the page and the status of each response. `reason` returns what is wrong with
-    this Node, "" if nothing is; `/healthz` shows it in a field that kube-proxy does not have.
+    the epoch. `on_probe` is called with the page and the HTTP status of each response. `reason` returns the problem
+    with this Node, or ""; `/healthz` shows it in a field that kube-proxy does not have.
     """
 
     def __init__(
@@ -103,15 +104,15 @@ class HealthPages:
 
     @property
     def handler(self) -> Handler:
-        """The handler of the port `healthzBindAddress`."""
+        """The handler for the `healthzBindAddress` port."""
         return routes({"/healthz": self.healthz, "/livez": self.livez})
 
     def healthz(self, _: HttpRequest) -> HttpResponse:
-        """Respond whether this node should receive new connections."""
+        """Respond with 200 if this node should receive new connections, otherwise with 503."""
         return self._answer("healthz", eligible=is_eligible(self._node()), reason=self._reason())
 
     def livez(self, _: HttpRequest) -> HttpResponse:
-        """Respond whether this process works, regardless of the state of the Node."""
+        """Respond with 200 if this process is healthy, otherwise with 503, regardless of the state of the Node."""
         return self._answer("livez", eligible=None)
 
     def _answer(self, page: str, eligible: bool | None, reason: str = "") -> HttpResponse:

@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Struct
 
 MAX_HEAD = 16 * 1024
-"""The maximum number of bytes of a request line and its headers. Probes have a few hundred."""
+"""Maximum size of a request line and its headers, in bytes. Probes send a few hundred."""
 _END_OF_HEAD = re.compile(rb"\r?\n\r?\n")
 _REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([^\s]+) HTTP/([0-9])\.([0-9])")
 _SCHEME_AND_HOST = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?]*")
@@ -20,7 +20,7 @@ NO_SNIFF = ("X-Content-Type-Options", "nosniff")
 
 
 class RequestError(ValueError):
-    """A request that cannot be served; the message says why, and `status` is the status to respond with."""
+    """A request that cannot be served. The message gives the reason; `status` is the HTTP status to respond with."""
 
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
@@ -28,10 +28,10 @@ class RequestError(ValueError):
 
 
 class HttpRequest(Struct, frozen=True):
-    """A request without its body. The names of `headers` are in lower case.
+    """A request without its body. `path` has no query; the names in `headers` are in lower case.
 
-    `persistent` is whether the connection can take another request: not if the client closes it, and not if the request
-    has a body, which the server does not read.
+    `persistent` means that the connection can carry another request. It cannot if the client asked to close it, or if
+    the request has a body, which the server does not read.
     """
 
     method: str
@@ -41,7 +41,7 @@ class HttpRequest(Struct, frozen=True):
 
 
 class HttpResponse(Struct, frozen=True):
-    """A response. `encode` adds the headers Date and Content-Length."""
+    """A response. `encode` adds the Date and Content-Length headers."""
 
     status: int
     headers: tuple[tuple[str, str], ...]
@@ -49,7 +49,7 @@ class HttpResponse(Struct, frozen=True):
 
 
 Handler: TypeAlias = Callable[[HttpRequest], HttpResponse]
-"""Responds to a request in the server's thread; must not block. The data comes from memory or from the kernel."""
+"""Responds to a request. Runs in the server's thread and must not block; it may read memory and the kernel's state."""
 
 
 def plain(status: int, text: str) -> HttpResponse:
@@ -58,12 +58,12 @@ def plain(status: int, text: str) -> HttpResponse:
 
 
 def json(status: int, data: object) -> HttpResponse:
-    """Return a JSON response, without white space."""
+    """Return a JSON response, without whitespace."""
     return HttpResponse(status, (("Content-Type", "application/json"), NO_SNIFF), msgspec.json.encode(data))
 
 
 def routes(handlers: Mapping[str, Handler]) -> Handler:
-    """Return a handler that passes each path to its own handler and responds 404 to all others."""
+    """Return a handler that calls the handler for each request's path, and responds with 404 to other paths."""
 
     def route(request: HttpRequest) -> HttpResponse:
         handler = handlers.get(request.path)
@@ -75,7 +75,7 @@ def routes(handlers: Mapping[str, Handler]) -> Handler:
 def pop_request(buffer: bytearray) -> HttpRequest | None:
     """Remove the next request from the received bytes and return it, or None if it is incomplete.
 
-    Raises `RequestError`.
+    Raises `RequestError` if the request is malformed or too large.
     """
     while buffer and buffer[0] in b"\r\n":
         del buffer[:1]  # RFC 9112, 2.2: empty lines before a request are ignored
@@ -119,7 +119,10 @@ def _headers(lines: list[str]) -> dict[str, str]:
 
 
 def encode(response: HttpResponse, wall: float, *, head_only: bool, close: bool) -> bytes:
-    """Encode a response. `wall` is the time in seconds since the epoch."""
+    """Encode a response. `wall` is the time in seconds since the epoch.
+
+    `head_only` omits the body, as for HEAD requests; `close` adds the header `Connection: close`.
+    """
     lines = [
         f"HTTP/1.1 {response.status} {HTTPStatus(response.status).phrase}",
         *(f"{name}: {value}" for name, value in response.headers),

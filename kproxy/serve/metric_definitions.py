@@ -1,8 +1,8 @@
 """Definitions of all metrics: names, types, labels, buckets and help texts, compatible with dashboards for kube-proxy.
 
-Metrics named `kubeproxy_*` are those of kube-proxy 1.36, with its labels; `kproxy_*` are kproxy's own. Metrics of
-kube-proxy that describe its implementation do not exist: `go_*` (the Go runtime), `apiserver_*` and `aggregator_*`
-(API server libraries linked into it), `kubernetes_feature_enabled`, `registered_metrics_total`, `hidden_metrics_total`,
+Metrics named `kubeproxy_*` are those of kube-proxy 1.36, with its labels; `kproxy_*` are kproxy's own. kproxy omits
+metrics that describe kube-proxy's implementation: `go_*` (the Go runtime), `apiserver_*` and `aggregator_*` (API server
+libraries linked into it), `kubernetes_feature_enabled`, `registered_metrics_total`, `hidden_metrics_total`,
 `disabled_metrics_total` and `cardinality_enforcement_*` (its metrics library), and `rest_client_*` except
 `rest_client_requests_total` and `rest_client_request_duration_seconds`.
 """
@@ -23,11 +23,11 @@ from kproxy.model.types import Family
 
 NETSTAT = Path("/proc/self/net/netstat")
 UNLIMITED = 2**64 - 1
-"""The value of Go's process collector for a limit that is not set."""
+"""What Go's process collector reports for a limit that is not set."""
 
 
 class ProcessLimitsCollector(Collector):
-    """The address space limit of this process and the traffic of its network namespace, as Go's collector has them."""
+    """The address space limit and network namespace traffic of this process, as Go's process collector reports them."""
 
     def collect(self) -> Iterator[Metric]:
         """Return the current values. Those that the kernel does not provide are omitted."""
@@ -51,7 +51,7 @@ class ProcessLimitsCollector(Collector):
 
 
 def ip_traffic(netstat: str) -> dict[str, int]:
-    """Return the IpExt fields of `/proc/net/netstat`, in which a line of names precedes a line of values."""
+    """Parse the IpExt fields of `/proc/net/netstat`: a line of names, followed by a line of values."""
     rows = [line.split()[1:] for line in netstat.splitlines() if line.startswith("IpExt:")]
     return dict(zip(rows[0], map(int, rows[1]), strict=False)) if len(rows) == 2 else {}
 
@@ -59,8 +59,8 @@ def ip_traffic(netstat: str) -> dict[str, int]:
 class PacketCounterCollector(Collector):
     """Packet counters of the kernel, read at each scrape.
 
-    `counters` maps the name and the help text of a metric to a function that reads the counter, and returns None if the
-    counter does not exist.
+    `counters` maps the name and help text of each metric to a function that returns the counter's number of packets, or
+    None if the counter does not exist.
     """
 
     def __init__(self, counters: Mapping[tuple[str, str], Callable[[], int | None]]) -> None:
@@ -76,6 +76,7 @@ class PacketCounterCollector(Collector):
 
 SYNC_BUCKETS = tuple(0.001 * 2**power for power in range(15))
 PROGRAMMING_BUCKETS = (0.25, 0.5, *range(1, 60), *range(60, 120, 5), *range(120, 301, 30))
+"""Buckets in seconds for sync and network programming latency, as in kube-proxy."""
 FAMILY = ("ip_family",)
 TABLES = ("filter", "nat")
 POLICIES = ("internal", "external")
@@ -94,9 +95,9 @@ REQUEST_BUCKETS = (0.005, 0.025, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60)
 
 
 class MetricDefinitions:
-    """All metrics of the daemon, in a registry of their own.
+    """All metrics of the daemon, in their own registry.
 
-    The metrics of the backend depend on `mode`. `counters` are those of `PacketCounterCollector`.
+    The metrics of the backend depend on `mode`. `counters` is passed to `PacketCounterCollector`.
     """
 
     def __init__(
@@ -116,9 +117,7 @@ class MetricDefinitions:
             registry.register(PacketCounterCollector(counters))
         self._define_http()
         self._define_build()
-        self.node_missing = self._gauge(
-            "kproxy_node_missing", "Whether the Node of this machine is missing (1) or not (0)."
-        )
+        self.node_missing = self._gauge("kproxy_node_missing", "Whether this machine's Node is missing (1) or not (0).")
         ProcessCollector(registry=registry)
         registry.register(ProcessLimitsCollector())
 

@@ -1,4 +1,4 @@
-"""The page `/metrics`, and the listener that updates the metrics."""
+"""The `/metrics` page, and the listeners that update the metrics."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from kproxy.serve.http import HttpRequest, HttpResponse
 from kproxy.serve.metric_definitions import POLICIES, TABLES, MetricDefinitions
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-"""The Prometheus text format; kproxy does not offer protobuf, which kube-proxy does."""
+"""The Prometheus text format. Unlike kube-proxy, kproxy does not offer protobuf."""
 
 
 class Metrics:
     """Updates all metrics and serves them.
 
     The reconciler's thread calls `on_queue`, `on_change` and `on_sync`; any thread may call the other methods. `wall`
-    returns seconds since the epoch. The programming latency of endpoint changes from before the start is not measured,
-    since kproxy could not have programmed them.
+    returns seconds since the epoch. No programming latency is recorded for endpoint changes that are older than this
+    process, since kproxy could not have programmed them in time.
     """
 
     def __init__(
@@ -49,11 +49,11 @@ class Metrics:
         return HttpResponse(200, (("Content-Type", CONTENT_TYPE),), generate_latest(self._metrics.registry))
 
     def on_queue(self, family: Family, now: float) -> None:  # noqa: ARG002 - the metric is a wall clock time
-        """Record that a change of a family waits for a sync."""
+        """Record that a change of a family is waiting for a sync."""
         self._metrics.last_queued.labels(family.value).set(self._wall())
 
     def on_change(self, kind: Kind, changed: StoreChange) -> None:
-        """Count what one delta changed: like kube-proxy, Services once per family and EndpointSlices once."""
+        """Count the changes of one delta. As in kube-proxy, Services count once per family, and EndpointSlices once."""
         if kind is Service:
             self._metrics.service_changes.inc(len(changed.services) * len(self._families))
             self._add_pending(self._services_pending, len(changed.services))
@@ -92,7 +92,7 @@ class Metrics:
         self._metrics.node_missing.set(missing)
 
     def track_invalid_services(self, read: Callable[[], int]) -> None:
-        """Read the number of invalid Services with `read` at each scrape, since it changes without a sync."""
+        """Call `read` for the number of invalid Services at each scrape, since the number changes without a sync."""
         self._metrics.invalid_services.set_function(read)
 
     def conntrack_reconciled(self, family: Family, seconds: float, deleted: int) -> None:
@@ -103,13 +103,14 @@ class Metrics:
     def on_request(self, method: str, host: str, code: str, seconds: float) -> None:
         """Count a request to the API server.
 
-        `code` is the status, or `<error>` without a response; `seconds` is the time until the response or the failure.
+        `code` is the HTTP status, or `<error>` if there was no response. `seconds` is the time until the response or
+        failure.
         """
         self._metrics.requests.labels(code, host, method).inc()
         self._metrics.request_duration.labels(host, method).observe(seconds)
 
     def _failed(self, family: Family, *, full: bool) -> None:
-        """Count a failure. It leaves the kernel state unknown, so the next sync of the family is a full one."""
+        """Count a failure. It leaves the kernel state unknown, so the family's next sync is a full sync."""
         self._unsynced.add(family)
         self._metrics.failures.labels(family.value).inc()
         self._metrics.rejected.labels(family.value).inc()
@@ -142,7 +143,7 @@ class Metrics:
 class MissingLocalEndpoints:
     """Counts service ports with traffic policy Local that have endpoints, but none on this node.
 
-    Only Services with such ports take memory and time.
+    Only Services with such ports are stored.
     """
 
     def __init__(self) -> None:
@@ -152,11 +153,11 @@ class MissingLocalEndpoints:
 
     @property
     def totals(self) -> tuple[int, int]:
-        """The number of ports whose internal and external traffic is dropped."""
+        """The number of ports whose internal traffic is dropped, and of those whose external traffic is dropped."""
         return self._internal, self._external
 
     def update(self, plans: Mapping[ServiceKey, Sequence[ServicePortPlan]], *, complete: bool) -> None:
-        """Update the counts with the plans of all Services, or of those that may have changed."""
+        """Update the counts. `plans` has all Services if `complete`, otherwise those that may have changed."""
         deleted = self._ports.keys() - plans.keys() if complete else ()
         for key in deleted:
             self._set(key, 0, 0)

@@ -26,9 +26,9 @@ from kproxy.serve.http import Handler, HttpRequest, HttpResponse, RequestError, 
 BACKLOG = 128
 UNSPECIFIED = frozenset({"", "0.0.0.0", "::"})  # noqa: S104 - compared with, not bound
 MAX_CONNECTIONS = 512
-"""The maximum number of connections. A further one replaces the connection whose deadline is next."""
+"""The maximum number of connections. Beyond it, a new connection replaces the one with the earliest deadline."""
 SWEEP_SECONDS = 1.0
-"""The interval at which connections past their deadline are closed."""
+"""Seconds between checks for connections past their deadline."""
 _CHUNK = 16 * 1024
 _OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 Action: TypeAlias = Callable[[], None]
@@ -38,8 +38,8 @@ log = logging.getLogger(__name__)
 class ListenAddress(Struct, frozen=True):
     """An address and a port to listen on.
 
-    As in Go's `net.Listen("tcp", ...)`, an unspecified host stands for all addresses of both families, or with
-    `one_family` for all of its own family.
+    As in Go's `net.Listen("tcp", ...)`, an unspecified `host` means all addresses of both IP families, or with
+    `one_family` all addresses of its own family.
     """
 
     host: str
@@ -51,12 +51,12 @@ class ListenAddress(Struct, frozen=True):
 
 
 def parse_address(text: str) -> ListenAddress:
-    """Parse `IP:port` or `[IP]:port`."""
+    """Parse `IP:port` or `[IP]:port`. Raises `ValueError` if the port is not a number."""
     return ListenAddress(*split_socket_text(text))
 
 
 def listen(address: ListenAddress) -> socket.socket:
-    """Return a non-blocking listening socket. Raises `OSError`."""
+    """Open a non-blocking listening socket. Raises `OSError`."""
     family, host = _family(address)
     listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
@@ -89,9 +89,9 @@ class ConnectionState(Enum):
     SENDING = auto()
     """The client, to receive the response."""
     QUEUED = auto()
-    """Its turn: another request arrived together with the one before (pipelining)."""
+    """Its turn: the next request arrived together with the previous one (pipelining)."""
     DRAINING = auto()
-    """The client, to close the connection: if the server closed it first, a reset could discard the last response."""
+    """The client, to close first: a reset by the server could discard the last response (RFC 9112, 9.6)."""
     CLOSED = auto()
     """Nothing: the socket can be closed."""
 
@@ -110,7 +110,8 @@ TIMEOUTS = {
 class Connection:
     """The non-blocking socket of a client, and the state of the connection.
 
-    At `deadline`, in the time of `now`, the connection can be closed because the client takes too long.
+    After `deadline`, the server closes the connection because the client takes too long. `deadline` and `now` are
+    seconds of a monotonic clock; `wall` returns seconds since the epoch.
     """
 
     def __init__(self, client: socket.socket, handler: Handler, wall: Callable[[], float], now: float) -> None:
@@ -130,7 +131,7 @@ class Connection:
         return EVENT_WRITE if self._state in {ConnectionState.SENDING, ConnectionState.QUEUED} else EVENT_READ
 
     def proceed(self, now: float) -> None:
-        """Receive, process and send as much as possible without blocking."""
+        """Receive, process and send as much as possible without blocking. Check `events` and `deadline` afterwards."""
         try:
             if self._state is ConnectionState.SENDING:
                 self._send(now)
@@ -195,8 +196,8 @@ class Connection:
 class HttpServer:
     """Listening sockets, their connections, and the thread that serves them.
 
-    Other threads may call `start`, `stop` and `call` only. `clock` is monotonic, in seconds; `wall` returns seconds
-    since the epoch.
+    Once the server has started, other threads may only call `stop` and `call`. `clock` returns seconds of a monotonic
+    clock, `wall` seconds since the epoch. An exception in an action or handler is logged and does not stop the server.
     """
 
     def __init__(self, *, clock: Callable[[], float], wall: Callable[[], float]) -> None:
@@ -229,7 +230,7 @@ class HttpServer:
         self._thread.join(timeout)
 
     def call(self, action: Action) -> None:
-        """Run an action in the server's thread, after earlier ones. Returns at once.
+        """Schedule an action to run in the server's thread, after earlier ones, and return at once.
 
         The action is dropped if the server has stopped.
         """
@@ -243,11 +244,11 @@ class HttpServer:
         return self._clock()
 
     def call_later(self, seconds: float, action: Action) -> None:
-        """Run an action in the server's thread after some seconds."""
+        """Schedule an action to run in the server's thread after a number of seconds."""
         heappush(self._timers, (self._clock() + seconds, next(self._order), action))
 
     def add(self, listener: socket.socket, handler: Handler) -> None:
-        """Serve the connections of a listening socket. The server takes ownership of the socket."""
+        """Serve connections to a listening socket. The server takes ownership of the socket."""
         self._listeners.add(listener)
         self._selector.register(listener, EVENT_READ, partial(self._accept, listener, handler))
 

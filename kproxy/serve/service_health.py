@@ -25,7 +25,7 @@ from kproxy.serve.server import HttpServer, ListenAddress, listen
 
 log = logging.getLogger(__name__)
 RETRY_SECONDS = 5.0
-"""The interval between attempts to open a port."""
+"""Seconds between attempts to open a port."""
 BODY = """\
 {{
 	"service": {{
@@ -41,20 +41,20 @@ PortFailure: TypeAlias = Callable[[ServiceKey, int, str], None]
 
 
 class ServiceHealth(Struct, frozen=True):
-    """The number of a Service's ready endpoints on this node, by the addresses that its health check port listens on.
+    """The number of a Service's ready endpoints on this node, by listen address of its health check node port.
 
-    An address counts the endpoints of its own family: a load balancer may find endpoints in one family only.
+    Each address counts the endpoints of its own family, because this node may have endpoints in only one family.
     """
 
     endpoints: Mapping[ListenAddress, int]
 
 
 HealthUpdate: TypeAlias = Callable[[Mapping[ServiceKey, ServiceHealth | None]], None]
-"""Called with the health of Services that changed, None for Services that no longer have a health check port."""
+"""Called with the Services whose health changed; None if a Service no longer has a health check node port."""
 
 
 class FamilyServiceHealth(Struct, frozen=True):
-    """The health of a Service in one family. `hosts` are the addresses that NodePorts answer on, None for all."""
+    """The health of a Service in one family. `hosts` are the addresses that accept NodePort traffic, None for all."""
 
     port: int
     hosts: tuple[str, ...] | None
@@ -63,7 +63,7 @@ class FamilyServiceHealth(Struct, frozen=True):
 
 
 class ServiceHealthTracker:
-    """Derives the health of Services from syncs. Calls `update` with changes, which must neither block nor raise."""
+    """Derives the health of Services from syncs and passes changes to `update`, which must neither block nor raise."""
 
     def __init__(self, families: Iterable[Family], update: HealthUpdate) -> None:
         self._update = update
@@ -94,7 +94,7 @@ class ServiceHealthTracker:
 
 
 def family_health(plans: Sequence[ServicePortPlan], context: Context) -> FamilyServiceHealth | None:
-    """Return the health of a Service in one family, or None if it has no health check port."""
+    """Return the health of a Service in one family, or None if it has no health check node port."""
     if not plans or not plans[0].health_check_node_port:
         return None
     ready = {address for plan in plans for address in plan.local_ready}
@@ -104,11 +104,11 @@ def family_health(plans: Sequence[ServicePortPlan], context: Context) -> FamilyS
 
 
 def service_health(families: Mapping[Family, FamilyServiceHealth]) -> ServiceHealth:
-    """Return the addresses that a Service's health check port listens on, and the number of endpoints for each.
+    """Return the listen addresses of a Service's health check node port, with the number of endpoints for each.
 
     Each family of a dual-stack Service counts its own endpoints: a load balancer of one family must not send
-    connections to a node that can serve only the other, even before the other family has been synced. The port of a
-    single-stack Service listens on the addresses of both families, if NodePorts answer on all addresses.
+    connections to a node that can only serve the other, even before that other family has been synced. The port of a
+    single-stack Service listens on the addresses of both families, provided that all addresses accept NodePort traffic.
     """
     if len(families) == 1:
         (health,) = families.values()
@@ -126,8 +126,8 @@ def service_health(families: Mapping[Family, FamilyServiceHealth]) -> ServiceHea
 class HealthCheckNodePorts:
     """Listens on the health check node ports of Services and responds with their health.
 
-    An address that cannot be opened does not affect others. It is tried again, reported once per reason, and logged at
-    growing intervals.
+    A listen address that cannot be opened does not affect the others. It is retried every `RETRY_SECONDS`, reported to
+    `on_failure` once per reason, and logged at growing intervals.
     """
 
     def __init__(self, server: HttpServer, is_healthy: Callable[[], bool], on_failure: PortFailure) -> None:
@@ -141,7 +141,7 @@ class HealthCheckNodePorts:
         self._retrying = False
 
     def update(self, changes: Mapping[ServiceKey, ServiceHealth | None]) -> None:
-        """Apply changes; None means that a Service no longer has a health check port."""
+        """Apply changes; None means that a Service no longer has a health check node port."""
         ports_changed = any(
             _addresses(health) != _addresses(self._services.get(key)) for key, health in changes.items()
         )
@@ -170,7 +170,10 @@ class HealthCheckNodePorts:
         self._reconcile()
 
     def _assign(self) -> dict[tuple[ServiceKey, ListenAddress], str]:
-        """Assign each address to one Service; return the problems of others with the same port (the API rejects it)."""
+        """Assign each address to one Service. Return a problem for every other Service that claims it.
+
+        The API server does not allow two Services with the same health check node port.
+        """
         self._owners = {}
         problems = {}
         for key, health in sorted(self._services.items()):
@@ -217,7 +220,7 @@ def _addresses(health: ServiceHealth | None) -> Collection[ListenAddress]:
 def service_response(key: ServiceKey, endpoints: int, *, healthy: bool) -> HttpResponse:
     """Return the response to a load balancer: 200 if this node can serve new connections to the Service, else 503.
 
-    As in kube-proxy, a header has the number of endpoints, by which load balancers can weight nodes.
+    As in kube-proxy, a header contains the number of endpoints, which load balancers can use to weight nodes.
     """
     namespace, _, name = key.partition("/")
     body = BODY.format(namespace=namespace, name=name, endpoints=endpoints, healthy=str(healthy).lower())

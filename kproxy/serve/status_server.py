@@ -20,11 +20,11 @@ from kproxy.serve.zpages import flagz, statusz
 
 log = logging.getLogger(__name__)
 RETRY_SECONDS = 5.0
-"""The interval between attempts to open the health and the metrics port, as in kube-proxy."""
+"""Seconds between attempts to open the health and metrics ports, as in kube-proxy."""
 
 
 class ListenError(Exception):
-    """A required port cannot be opened; the message is one line and says which and why."""
+    """A required port cannot be opened. The message names the port and the reason on one line."""
 
 
 class StatusServer:
@@ -32,13 +32,13 @@ class StatusServer:
 
     The reconciler must notify it through `on_queue`, `on_change` and `on_sync`.
 
-    `mode` and `configuration` (the content of a configuration file) are shown on pages of the metrics port.
-    `health_timeout` is how many seconds a change may wait before the proxy is unhealthy. The addresses are `IP:port`,
-    "" for none; with `hard_fail`, `start` raises an error if one cannot be opened. `node` returns this Node, or None if
-    it is unknown. `counters` reads the kernel's packet counters (see `kproxy.serve.metric_definitions`).
-    `on_port_failed` is called about health check node ports that cannot be opened. `clock` is the reconciler's, `wall`
-    returns nanoseconds since the epoch. `reason` returns what is wrong with this Node, "" if nothing is. `flags`
-    returns the value of each command-line flag.
+    `mode` and `configuration` (the content of a configuration file) are shown on pages of the metrics port. The proxy
+    is unhealthy if a change has been waiting for more than `health_timeout` seconds. The addresses are `IP:port`, or ""
+    for none; with `hard_fail`, `start` raises an error if one cannot be opened. `node` returns this Node, or None if it
+    is unknown. `counters` reads the kernel's packet counters (see `PacketCounterCollector`). `on_port_failed` is called
+    when a health check node port cannot be opened. `clock` is the reconciler's monotonic clock in seconds; `wall`
+    returns nanoseconds since the epoch. `reason` returns the problem with this Node, or "". `flags` returns the value
+    of each command-line flag.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class StatusServer:
         self._fixed = {"healthz": (healthz_address, pages.handler), "metrics": (metrics_address, self._metrics_pages())}
 
     def start(self) -> None:
-        """Open the ports and start to serve. Raises `ListenError` if a required port cannot be opened."""
+        """Open the ports and start serving. Raises `ListenError` if a required port cannot be opened."""
         for name, (address, handler) in self._fixed.items():
             if address:
                 self._open(name, address, handler, None if self._hard_fail else LogThrottle())
@@ -90,7 +90,7 @@ class StatusServer:
     def _open(
         self, name: str, address: str, handler: Handler, reminder: LogThrottle | None, *, again: bool = False
     ) -> None:
-        """Open a port. Without a `reminder` it is required; otherwise a failure is logged and the attempt repeated."""
+        """Open a port. If `reminder` is None, the port is required; otherwise a failure is logged and retried."""
         try:
             listener = listen(parse_address(address))
         except OSError as error:

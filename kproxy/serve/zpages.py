@@ -29,7 +29,7 @@ def statusz(
 ) -> Handler:
     """Return the handler of `/statusz`.
 
-    `started` is the start time in seconds since the epoch, `up` returns the seconds since then, and `paths` are all
+    `started` is the start time in seconds since the epoch, `up` returns the seconds since then, and `paths` lists all
     pages of the port.
     """
     start = datetime.fromtimestamp(int(started), UTC)

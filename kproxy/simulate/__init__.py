@@ -1,5 +1,5 @@
-"""Simulate what a kernel with given rules would do to a packet, from the text of a dump alone. Pure.
+"""Simulate what the kernel would do to a packet, given only a dump of its rules. Pure.
 
-The simulators do not know who wrote the rules: they evaluate kproxy's own rules, those of another proxy, and
-recordings. A rule that they do not support is an error, never a guess.
+The simulators do not depend on which program wrote the rules: they can evaluate kproxy's rules, those of another proxy,
+and recorded dumps. A rule that they do not support is an error, never a guess.
 """

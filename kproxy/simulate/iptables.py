@@ -1,6 +1,6 @@
 """Simulate iptables rules: the hooks that a packet traverses, and their chains.
 
-The simulation covers all outcomes at once: a rule with `-m statistic` splits a packet into branches with probabilities.
+One run covers all possible outcomes: a rule with `-m statistic` splits a packet into branches with probabilities.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class IptablesSimulator:
     def _transmit(self, branches: Branches) -> Branches:
         """Run the hooks for a packet that the node itself sends.
 
-        A packet to one of the node's own addresses then arrives at `lo`. For table filter it is still the first packet
-        of its connection, but its translation is settled.
+        A packet to one of the node's own addresses then arrives at `lo`. There, the filter table still sees the first
+        packet of its connection, but the nat table does not see it again.
         """
         branches = self._nat_hook("OUTPUT", branches, to_anywhere)
         branches = self._filter_hook("OUTPUT", branches, to_anywhere)
@@ -84,7 +84,7 @@ class IptablesSimulator:
         return decided + undecided + others
 
     def _run_chain(self, table: str, chain: str, branches: Branches) -> tuple[Branches, Branches]:
-        """Return the branches for which the chain ends the hook, and those that return to the calling chain."""
+        """Return the branches that end the hook in this chain, and those that return to the calling chain."""
         decided: Branches = []
         returned: Branches = []
         for rule in self._rules.tables[table][chain].rules:
@@ -102,7 +102,7 @@ class IptablesSimulator:
         return decided, returned + branches
 
     def _match(self, rule: SimulatedRule, branches: Branches) -> tuple[Branches, Branches]:
-        """Return the branches that a rule matches, with its counter and affinity recorded, and the others."""
+        """Return the branches that match a rule, with its counter and affinity recorded, and the others."""
         matched, missed = partition(branches, lambda state: self._matches(rule, state))
         if rule.probability < 1.0:
             missed += [(state, probability * (1.0 - rule.probability)) for state, probability in matched]
@@ -122,7 +122,7 @@ class IptablesSimulator:
         return not state.packet.affinity_endpoints.isdisjoint(endpoints)
 
     def _apply_target(self, table: str, rule: SimulatedRule, branches: Branches) -> tuple[Branches, Branches]:
-        """Return the branches for which the rule ends the hook, and those that continue with the next rule."""
+        """Return the branches that end the hook at this rule, and those that continue with the next rule."""
         if not rule.target:
             return [], branches
         if rule.target == "MARK":
@@ -140,7 +140,7 @@ _TERMINATING_TARGETS: dict[str, Callable[[PacketState, SimulatedRule], PacketSta
     "MASQUERADE": lambda state, _: replace(state, masqueraded=True),
     "DNAT": lambda state, rule: state.dnat(rule.endpoint, rule.address, rule.port),
 }
-"""What the targets that end a hook do to a packet."""
+"""The effect on a packet of each target that ends the traversal of a hook."""
 
 
 def _set_mark(mark: int, rule: SimulatedRule) -> int:

@@ -1,7 +1,7 @@
 """Parse the output of `iptables-save` into rules that can be simulated.
 
-The tables below contain everything that a Kubernetes service proxy writes. Any other token is an `UnknownRuleError`,
-because a rule that is understood only in part is misunderstood.
+The tables below contain everything that a Kubernetes service proxy writes. Any other token raises `UnknownRuleError`,
+because simulating only part of a rule would give wrong results.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _ENDPOINT = re.compile(r"(?:(\d+\.\d+\.\d+\.\d+)|\[([0-9a-f:.]+)\]):(\d+)")
 _CONNECTION_STATES = frozenset({"NEW", "ESTABLISHED", "RELATED", "INVALID", "DNAT"})
 
 _BASE_OPTIONS = {"-s": 1, "-d": 1, "-i": 1, "-p": 1}
-"""The options that need no `-m`. Here and in the next two tables, the values are the number of arguments."""
+"""The options that need no `-m`. The values in this and the next two tables are the numbers of arguments."""
 _MODULE_OPTIONS = {
     "tcp": {"--dport": 1},
     "udp": {"--dport": 1},
@@ -73,7 +73,7 @@ Match: TypeAlias = Callable[[PacketState], bool]
 
 
 class SimulatedRule(Struct, frozen=True):
-    """One rule. It matches with `probability` if all `matches` are true and the list `recent_check` has the source.
+    """One rule. It matches with `probability` if all `matches` are true and list `recent_check` contains the source.
 
     `target` is a built-in target, a chain of the same table, or "". The other fields are options: `endpoint`, `address`
     and `port` of DNAT, `mark_value` and `mark_mask` of MARK, `reject_with` of REJECT, `counter` of nfacct.
@@ -102,7 +102,7 @@ class SavedChainRules(Struct):
 
 
 class SavedRules(Struct):
-    """The chains of each table, and the endpoints for which each list of `-m recent` records session affinity."""
+    """The chains of each table, and the endpoints whose session affinity each list of `-m recent` records."""
 
     tables: dict[str, dict[str, SavedChainRules]]
     affinity_endpoints: dict[str, set[str]] = field(default_factory=dict)
@@ -320,7 +320,7 @@ def _match_destination(text: str) -> Match:
 
 
 def _match_interface(text: str) -> Match:
-    """Match the input interface, or its prefix if the argument ends with `+`. Packets of the node have none ("")."""
+    """Match the input interface, or its prefix if the argument ends with `+`. Packets from the node have none ("")."""
     if text.endswith("+"):
         prefix = text.removesuffix("+")
         return lambda state: state.interface.startswith(prefix)
@@ -382,4 +382,4 @@ _MATCH_PARSERS: dict[str, Callable[[str], Match]] = {
     "--mark": _match_mark,
     "--ctstate": _match_connection_state,
 }
-"""Functions that make the match of an option from its argument. They raise `UnknownRuleError`."""
+"""Functions that build an option's match from its argument. They raise `UnknownRuleError`."""

@@ -1,6 +1,6 @@
 """Simulate nftables rules: the hooks that a packet traverses, and their chains.
 
-The simulation covers all outcomes at once: a rule with numgen splits a packet into branches with probabilities.
+One run covers all possible outcomes: a rule with numgen splits a packet into branches with probabilities.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class NftablesSimulator:
     def _transmit(self, branches: Branches) -> Branches:
         """Run the hooks for a packet that the node itself sends.
 
-        A packet to one of the node's own addresses then arrives at `lo`. For chains of type filter it is still the
-        first packet of its connection, but its translation is settled.
+        A packet to one of the node's own addresses then arrives at `lo`. There, chains of type filter still see the
+        first packet of its connection, but chains of type nat do not see it again.
         """
         branches = self._hook("output", branches, to_anywhere)
         branches = self._hook("postrouting", branches, to_anywhere)
@@ -68,7 +68,7 @@ class NftablesSimulator:
     def _hook(
         self, hook: str, branches: Branches, traverses: Callable[[PacketState], bool], *, nat_settled: bool = False
     ) -> Branches:
-        """Run the base chains of a hook for the branches that traverse it. `nat_settled` skips those of type nat."""
+        """Run the base chains of a hook for the branches that traverse it. `nat_settled` skips nat chains."""
         branches, others = partition(branches, traverses)
         for base, chain in base_chains(self._chains, hook):
             if not (nat_settled and base.type == "nat"):
@@ -84,7 +84,7 @@ class NftablesSimulator:
         return decided + undecided + others
 
     def _run_chain(self, chain: ListedChain, branches: Branches) -> tuple[Branches, Branches]:
-        """Return the branches for which the base chain ends, and those that return to the calling chain."""
+        """Return the branches that leave the base chain with a verdict, and those that return to the calling chain."""
         decided: Branches = []
         returned: Branches = []
         for rule in chain.rules:
@@ -99,9 +99,9 @@ class NftablesSimulator:
         return decided, returned + branches
 
     def _apply_verdict(self, verdict: ListedVerdict, branches: Branches) -> tuple[Branches, Branches, Branches]:
-        """Return the branches for which the base chain ends, that leave this chain, and that continue in it.
+        """Return the branches that leave the base chain, that leave only this chain, and that continue in it.
 
-        A packet that returns from a chain entered by `goto` also leaves the chain with the `goto`.
+        A packet that returns from a chain entered by `goto` also leaves the chain that contains the `goto`.
         """
         match verdict.action:
             case "terminate":
@@ -120,8 +120,8 @@ class NftablesSimulator:
 def _sees(base: BaseChainHook, state: PacketState) -> bool:
     """Return whether a base chain sees a packet.
 
-    A chain of type nat sees only the first packet of a connection, and not if another one has already translated it at
-    the same hook.
+    A chain of type nat sees only the first packet of a connection, unless another nat chain at the same hook has
+    already translated that packet.
     """
     if base.type == "filter":
         return True

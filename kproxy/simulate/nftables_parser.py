@@ -1,7 +1,7 @@
 """Parse the output of `nft list table` into chains and rules that can be simulated.
 
-Any token that is not supported is an `UnknownRuleError`. The statements of a rule run from left to right, so a
-statement that changes the packet has taken effect even if a later one finds that the rule does not match.
+Unsupported tokens raise `UnknownRuleError`. The statements of a rule run from left to right, so a statement that
+changes the packet takes effect even if a later statement does not match.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ from kproxy.simulate.packet import Branches, PacketState, UnknownRuleError
 
 _BLOCKS = ("set", "map", "chain")
 _SHOWN_CHARACTERS = 200
-"""How much of a line an error shows. Some lines contain all elements of a map."""
+"""Maximum number of characters of a line in an error message. Some lines contain all elements of a map."""
 _ROUNDING = 1e-12
-"""What remains of a probability of 1 counts as 0 below this."""
+"""A remaining probability of at most this is a rounding error."""
 _HOOKS = {"filter": ("prerouting", "input", "forward", "output"), "nat": ("prerouting", "output", "postrouting")}
 _NAT_PRIORITIES = {"prerouting": -100, "output": -100, "postrouting": 100}
-"""Where the kernel runs all chains of type nat, whatever their priority (enum nf_ip_hook_priorities)."""
+"""The priority at which the kernel runs all nat chains, whatever their own (enum nf_ip_hook_priorities)."""
 _PRIORITY_NAMES = {"raw": -300, "mangle": -150, "filter": 0, "security": 50}
 _NAT_PRIORITY_NAMES = {("dstnat", "prerouting"): -100, ("srcnat", "postrouting"): 100}
 _CONNTRACK_PRIORITY = -200
-"""Chains with this priority or a lower one see packets before connection tracking."""
+"""Chains with this or a lower priority see packets before connection tracking (NF_IP_PRI_CONNTRACK)."""
 
 _T = TypeVar("_T")
 
 
 class BaseChainHook(Struct, frozen=True):
-    """What makes a chain a base chain: its type, hook and priority, and whether its policy is drop."""
+    """The properties of a base chain: its type, hook and priority, and whether its policy is drop."""
 
     type: Literal["filter", "nat"]
     hook: str
@@ -59,7 +59,7 @@ class BaseChainHook(Struct, frozen=True):
 
     @property
     def order(self) -> tuple[int, int]:
-        """The sort key among the base chains of the hook. The priority of a nat chain counts among nat chains only."""
+        """The sort key among base chains of the hook. The priority of a nat chain only orders it among nat chains."""
         return (_NAT_PRIORITIES[self.hook] if self.type == "nat" else self.priority, self.priority)
 
 
@@ -111,7 +111,7 @@ def base_chains(chains: dict[str, ListedChain], hook: str) -> list[tuple[BaseCha
 
 
 def parse_table(text: str, family: Family) -> dict[str, ListedChain]:
-    """Parse the output of `nft list table`; return its chains, none for an empty text.
+    """Parse the output of `nft list table`. Return its chains by name, none for an empty text.
 
     Raises `UnknownRuleError` for anything that is not supported.
     """
@@ -135,7 +135,7 @@ def _check_chain_references(chains: dict[str, ListedChain]) -> None:
 
 
 def _check_order(chains: dict[str, ListedChain]) -> None:
-    """Reject base chains whose order does not follow from the dump."""
+    """Reject base chains whose order the dump does not determine."""
     for hook in {chain.base.hook for chain in chains.values() if chain.base}:
         for (one, _), (other, _) in pairwise(base_chains(chains, hook)):
             if one.order == other.order or (one.type != other.type and one.order[0] == other.order[0]):
@@ -146,7 +146,7 @@ def _check_order(chains: dict[str, ListedChain]) -> None:
 
 
 class _Line(Struct, frozen=True):
-    """A line of a dump, or several lines up to the closing brace. `number` is that of the first."""
+    """A line of a dump, or several lines up to the closing brace. `number` is the number of the first line."""
 
     number: int
     text: str
@@ -191,7 +191,10 @@ def _parse_blocks(text: str, family: Family) -> list[_Block]:
 
 
 def _split_lines(text: str) -> Iterator[_Line]:
-    """Yield the lines of a dump that are not empty. A `{` at the end opens a block; other braces must be balanced."""
+    """Yield the non-empty lines of a dump, each joined with its continuation lines.
+
+    A line continues until its braces are balanced, except that a `{` at the end of a single line opens a block.
+    """
     number, parts, depth = 0, list[str](), 0
     for current, line in enumerate(text.splitlines(), 1):
         part = line.strip()
@@ -245,10 +248,10 @@ def _reject_second_table(_: TokenReader) -> None:
 
 
 class _TableScope(Struct):
-    """What rules of a table refer to: its sets and maps, and the endpoints of each affinity set.
+    """What the rules of a table refer to: its sets and maps, and the endpoints of each affinity set.
 
     `updated` and `endpoints` belong to the chain that is being parsed: the sets to which it adds the source, and the
-    endpoints that it translates destinations to.
+    endpoints to which it translates destinations.
     """
 
     family: Family
@@ -276,7 +279,7 @@ class _TableScope(Struct):
         return name, self.sets[name]
 
     def parse_set(self, tokens: TokenReader, key: KeyExpression, kind: SetKind) -> ListedSet:
-        """Parse a set or map, by name or with its elements, and check that it fits the key and the kind."""
+        """Parse the name or the elements of a set or map, and check that it matches the key and the kind."""
         if tokens.at_set_reference():
             _, found = self.parse_named_set(tokens)
         else:
@@ -405,7 +408,7 @@ def _parse_dnat(tokens: TokenReader, scope: _TableScope) -> VerdictChoice:
 
 
 def _parse_random_match(tokens: TokenReader, key: KeyExpression) -> PacketMatch:
-    """Parse the value that a random number is compared with."""
+    """Parse the value with which a random number is compared."""
     if len(key.parts) > 1:
         raise UnknownRuleError("unsupported numgen in a concatenation outside of a map lookup")
     probability = 1.0 / key.modulus if tokens.number() < key.modulus else 0.0

@@ -1,4 +1,4 @@
-"""Parse and look up nftables sets and maps, both named ones and those within a rule."""
+"""Parse nftables sets and maps, named and anonymous, and look up elements in them."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ from kproxy.simulate.packet import PacketState, UnknownRuleError
 _FLAGS = {"dynamic", "timeout", "interval"}
 
 SetKind: TypeAlias = Literal["set", "verdict map", "endpoint map"]
-"""What a key is mapped to: nothing, a verdict, or an address and port for `dnat`."""
+"""What a key maps to: nothing, a verdict, or an address and port for `dnat`."""
 
 
 class ListedSet(Struct):
     """A set or map and its elements.
 
-    `elements` maps a key without its number to the verdicts by number (number 0 if the key has none; verdict None in a
-    set). A set of addresses may also have `ranges`, each with its first and last address.
+    `elements` maps each key, without its random number, to verdicts by number. The number is 0 if the key has none; the
+    verdict is None in a set. A set of addresses may also have `ranges`, each with its first and last address. Parsing
+    raises `UnknownRuleError` for unsupported text.
     """
 
     family: Family
@@ -44,32 +45,32 @@ class ListedSet(Struct):
 
     @property
     def chains(self) -> frozenset[str]:
-        """All chains that the verdicts of the map go or jump to."""
+        """All chains to which verdicts of the map go or jump."""
         verdicts = (verdict for numbers in self.elements.values() for verdict in numbers.values())
         return frozenset(verdict.chain for verdict in verdicts if verdict and verdict.chain)
 
     def contains(self, key: tuple[Hashable, ...]) -> bool:
-        """Return whether a key is an element, or an address within one."""
+        """Return whether a key is an element, or an address in one of the ranges."""
         if key in self.elements:
             return True
         (address, *_) = key
         return isinstance(address, int) and any(first <= address <= last for first, last in self.ranges)
 
     def lookup(self, key: KeyExpression, state: PacketState) -> list[tuple[ListedVerdict, float]]:
-        """Return the verdicts for a packet with their probabilities. For the rest, there is no element."""
+        """Return the possible verdicts and their probabilities, which sum to less than 1 if an element is missing."""
         found = self.elements.get(key.evaluate(state), {})
         probability, bound = (1.0 / key.modulus, key.modulus) if key.modulus else (1.0, 1)
         return [(verdict, probability) for number, verdict in found.items() if verdict and number < bound]
 
     def check(self, key: KeyExpression, kind: SetKind) -> None:
-        """Raise `UnknownRuleError` unless this is a set or map of this kind for such keys."""
+        """Raise `UnknownRuleError` unless this is a set or map of the given kind for keys of the given types."""
         if self.kind != kind:
             raise UnknownRuleError(f"expected {kind}, got {self.kind}")
         if self.key_types != key.types:
             raise UnknownRuleError(f"key type {' . '.join(key.types)} does not match {' . '.join(self.key_types)}")
 
     def parse_elements(self, tokens: TokenReader) -> None:
-        """Parse elements within braces."""
+        """Parse elements in braces."""
         tokens.expect("{")
         while not tokens.accept("}"):
             self.parse_element(tokens)
@@ -95,7 +96,7 @@ class ListedSet(Struct):
         numbers[number] = self._parse_value(tokens)
 
     def _parse_key(self, tokens: TokenReader) -> tuple[tuple[Hashable, ...], int]:
-        """Return the values of a key, and separately its number."""
+        """Return the values of a key without its number, and the number."""
         key: list[Hashable] = []
         number = 0
         for index, key_type in enumerate(self.key_types):
@@ -124,7 +125,10 @@ class ListedSet(Struct):
 def parse_set_property(
     tokens: TokenReader, found: ListedSet | None, family: Family, *, is_map: bool
 ) -> ListedSet | None:
-    """Parse one line of a set or map. Return the set so far, None before the line with its type."""
+    """Parse one line of a set or map. Return the set parsed so far, None before the line with its type.
+
+    Raises `UnknownRuleError` for unsupported text.
+    """
     name = tokens.next()
     if name in ("type", "typeof") and found is None:
         key_types = parse_key_types(tokens, family) if name == "type" else parse_key(tokens, family).types

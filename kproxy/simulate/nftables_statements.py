@@ -1,4 +1,7 @@
-"""Parse the parts of a rule as `nft list` prints it: tokens, keys and their values, verdicts, statements (nft(8))."""
+"""Parse the parts of a rule as `nft list` prints it: tokens, keys and their values, verdicts, statements (nft(8)).
+
+Every function that parses raises `UnknownRuleError` for unsupported text.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +29,11 @@ _MARK_OPERATORS: dict[str, Callable[[int, int], int]] = {"|": or_, "^": xor, "&"
 _DEFAULT_REJECT = {Family.IPV4: "icmp-port-unreachable", Family.IPV6: "icmp6-port-unreachable"}
 
 KeyType: TypeAlias = Literal["address", "protocol", "port", "number"]
-"""The type of a part of a key. A number is not read from the packet: it is random (numgen)."""
+"""The type of a part of a key. A number is not read from the packet, but random (numgen)."""
 
 
 class TokenReader:
-    """Reads a line token by token. Raises `UnknownRuleError` for a token that is not the expected one.
+    """Reads a line token by token. Raises `UnknownRuleError` for an unexpected token.
 
     Braces, commas, semicolons and quoted strings are tokens.
     """
@@ -52,7 +55,7 @@ class TokenReader:
 
     @property
     def open_braces(self) -> int:
-        """The number of braces that the line opens and does not close."""
+        """The number of braces that the line opens but does not close."""
         return self._tokens.count("{") - self._tokens.count("}")
 
     def at(self, *tokens: str) -> bool:
@@ -145,7 +148,7 @@ class KeyExpression(Struct, frozen=True):
 
     @property
     def is_source(self) -> bool:
-        """Whether the key is just the packet's source address."""
+        """Whether the key consists only of the packet's source address."""
         return len(self.parts) == 1 and self.parts[0].is_source
 
     def evaluate(self, state: PacketState) -> tuple[Hashable, ...]:
@@ -220,7 +223,7 @@ def parse_value(tokens: TokenReader, key_type: KeyType, family: Family) -> Hasha
 
 
 def parse_address(tokens: TokenReader, family: Family) -> str:
-    """Parse a single address of the family; return its text."""
+    """Parse one address of the family. Return its text."""
     text = tokens.next()
     _parse_address(text, family)
     return text
@@ -327,7 +330,7 @@ def make_dnat_target(text: str, port: int, family: Family) -> DnatTarget:
 
 
 class PacketMatch(Struct, frozen=True):
-    """A condition. `probability` is 0 or 1, except for random numbers."""
+    """A condition. `probability` returns the probability that a packet meets it: 0 or 1, except for random numbers."""
 
     probability: Callable[[PacketState], float]
 
@@ -341,8 +344,8 @@ class PacketChange(Struct, frozen=True):
 class VerdictChoice(Struct, frozen=True):
     """The last statement of a rule: its possible verdicts and their probabilities.
 
-    If the probabilities sum to less than 1, the rule does not match for the rest. `chains` are all chains that any of
-    the verdicts may go or jump to.
+    If the probabilities sum to less than 1, the rule does not match with the remaining probability. `chains` are all
+    chains to which any of the verdicts may go or jump.
     """
 
     choose: Callable[[PacketState], list[tuple[ListedVerdict, float]]]
@@ -400,7 +403,7 @@ def _parse_fib(tokens: TokenReader) -> PacketMatch:
 
 
 def _parse_iifname(tokens: TokenReader) -> PacketMatch:
-    """Match the input interface, or its prefix if the name ends with `*`. Packets of the node have none ("")."""
+    """Match the input interface, or its prefix if the name ends with `*`. Packets from the node have none ("")."""
     negated = tokens.accept("!=")
     name = tokens.quoted()
     if name.endswith("*"):

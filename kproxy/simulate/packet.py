@@ -21,7 +21,7 @@ ConntrackState: TypeAlias = Literal["NEW", "ESTABLISHED", "RELATED", "INVALID"]
 
 
 class UnknownRuleError(ValueError):
-    """A dump contains something that the simulator does not support. The message says what and where."""
+    """A dump contains something that the simulator does not support. The message names it and its line or chain."""
 
 
 class Packet(Struct, frozen=True, kw_only=True):
@@ -76,7 +76,7 @@ class OutcomeDistribution:
     """All possible outcomes for a packet and their probabilities, which sum to 1."""
 
     def __init__(self, outcomes: Iterable[tuple[PacketOutcome, float]]) -> None:
-        """Add up the probabilities of equal outcomes. Raises `ValueError` if the sum of all is not 1."""
+        """Add up the probabilities of equal outcomes. Raises `ValueError` if they do not sum to 1."""
         merged: dict[PacketOutcome, float] = {}
         for outcome, probability in outcomes:
             merged[outcome] = merged.get(outcome, 0.0) + probability
@@ -96,13 +96,13 @@ class OutcomeDistribution:
 
     @property
     def only(self) -> PacketOutcome:
-        """The outcome of a packet that has a single one. Raises `ValueError` if there are several."""
+        """The only possible outcome. Raises `ValueError` if there are several."""
         (outcome,) = self.probabilities
         return outcome
 
     @property
     def endpoints(self) -> dict[str, float]:
-        """The probability of each endpoint, over the outcomes in which the packet is accepted."""
+        """The probability of each endpoint, counting only outcomes in which the packet is accepted."""
         found: dict[str, float] = {}
         for outcome, probability in self.probabilities.items():
             if outcome.endpoint and outcome.verdict is Verdict.ACCEPTED:
@@ -111,16 +111,16 @@ class OutcomeDistribution:
 
 
 class Simulator(Protocol):
-    """The rules of one family."""
+    """Simulates the rules of one IP family."""
 
     def send(self, packet: Packet) -> OutcomeDistribution:
         """Return the possible outcomes for a packet. Raises `ValueError` if it belongs to the other family."""
 
 
 class PacketState(Struct, frozen=True):
-    """What rules can match and change. Addresses are integers.
+    """The properties of a packet that rules can match or change. Addresses are integers.
 
-    `interface` is the input interface, "" until the packet has arrived at one. `verdict` is None while no rule has made
+    `interface` is the input interface, "" until the packet has arrived at one. `verdict` is None until a rule has made
     a final decision.
     """
 
@@ -140,7 +140,7 @@ class PacketState(Struct, frozen=True):
 
     @classmethod
     def initial(cls, packet: Packet) -> PacketState:
-        """Return the state before the first rule. Raises `ValueError` for invalid addresses and for mixed families."""
+        """Return the state before the first rule. Raises `ValueError` for invalid addresses or mixed families."""
         source, destination = ip_address(packet.source), ip_address(packet.destination)
         if source.version != destination.version:
             raise ValueError(f"source {packet.source} and destination {packet.destination} differ in their IP family")
@@ -181,7 +181,7 @@ def simulate(
 ) -> OutcomeDistribution:
     """Send a packet through the hooks of one family; return its possible outcomes.
 
-    `receive` runs the hooks for packets that arrive at an interface, `transmit` those for packets of the node itself.
+    `receive` runs the hooks for packets that arrive at an interface, `transmit` those for packets that the node sends.
     Raises `ValueError` if the packet belongs to the other family.
     """
     if packet.family is not family:
@@ -206,7 +206,7 @@ def update(branches: Branches, change: Callable[[PacketState], PacketState]) -> 
 
 
 def to_anywhere(_: PacketState) -> bool:
-    """Return True: the condition of hooks that all packets traverse."""
+    """Return True. This is the condition of hooks that all packets traverse."""
     return True
 
 

@@ -1,1 +1,1 @@
-"""Bring the kernel to the desired state: when to sync, what to program, and what the outcome was."""
+"""Sync the kernel with the desired state: when to sync, what to program, and how to report the outcome."""

@@ -21,11 +21,14 @@ class ConntrackTable(Protocol):
     """The UDP conntrack entries of one family, implemented by `kproxy.host.ctnetlink.UdpConntrack`."""
 
     def clean(self, destinations: Collection[str], is_stale: Callable[[str, str], bool]) -> int:
-        """Delete the stale ones of the entries with these destinations; return their number. Raises `OSError`."""
+        """Delete the stale entries with one of these destinations. Return how many were deleted. Raises `OSError`.
+
+        `is_stale` is called with the destination and the replying source of an entry, as `ip:port` strings.
+        """
 
 
 class ConntrackCleanup(Struct, frozen=True):
-    """The outcome of one cleanup: entries deleted, seconds taken, and why it failed ("" if it did not)."""
+    """The outcome of one cleanup: entries deleted, seconds taken, and why it failed ("" if it succeeded)."""
 
     family: Family
     deleted: int
@@ -36,9 +39,9 @@ class ConntrackCleanup(Struct, frozen=True):
 class ConntrackCleaner:
     """Deletes stale UDP conntrack entries, as a step after a sync.
 
-    It must run in the reconciler's thread. Another thread could read the table after a later sync, which may have sent
-    flows to endpoints that the thread does not know, and delete these flows. Entries that could not be deleted are
-    deleted after the next sync of the family.
+    It must run in the reconciler's thread. Another thread could read the table after a later sync, without knowing the
+    endpoints that this later sync added, and delete the flows to them. If entries cannot be deleted, the cleanup is
+    retried after the family's next sync.
     """
 
     def __init__(
@@ -49,7 +52,7 @@ class ConntrackCleaner:
         clock: Callable[[], float],
         on_cleanup: Callable[[ConntrackCleanup], None],
     ) -> None:
-        """`own_addresses` returns the addresses of this machine; `clock` returns seconds."""
+        """`own_addresses` returns the addresses of this machine and may raise `OSError`; `clock` returns seconds."""
         self._tables = tables
         self._frontends = {family: UdpFrontends() for family in tables}
         self._own_addresses = own_addresses

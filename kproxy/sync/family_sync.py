@@ -1,4 +1,4 @@
-"""Sync one IP family: plan the pending Services and have the family's backend program them. Pure."""
+"""Sync one IP family: plan the pending Services and pass the plans to the family's backend. Pure."""
 
 from __future__ import annotations
 
@@ -24,33 +24,33 @@ from kproxy.model.types import Family, Node, ServiceKey
 from kproxy.sync.service_conditions import ConditionTracker, ServiceCondition, service_condition
 
 LARGE_CLUSTER_ENDPOINTS = 1000
-"""Above this many endpoints, the rules of single endpoints have no comments (kube-proxy's threshold)."""
+"""With more endpoints than this, per-endpoint rules have no comments (kube-proxy's threshold)."""
 MAX_LAST_CHANGES = 1000
-"""How many start times of endpoint changes are kept for the metrics while syncs fail."""
+"""Maximum number of endpoint change times that are kept for the metrics while syncs fail."""
 
 
 class Backend(Protocol):
-    """Keeps the kernel state of one family equal to the plans that it is given."""
+    """Programs the plans of one IP family into the kernel."""
 
     @property
     def needs_full_sync(self) -> bool:
         """Whether the next `sync` must cover all Services, because the kernel's state is unknown."""
 
     def verify(self, context: Context) -> bool:
-        """Return whether the kernel state is intact. If it is not, the next sync must be a full one."""
+        """Return whether the kernel state is intact. If it is not, the next sync must be a full sync."""
 
     def forget(self) -> None:
-        """Have the next `sync` read the kernel state and compare all of it."""
+        """Make the next `sync` read the whole kernel state and compare it."""
 
     def sync(self, plans: Plans, context: Context) -> ApplyResult:
         """Program the plans of the Services that may have changed; remove Services that have no plans.
 
-        Raises `SyncError` if the kernel rejects a change.
+        Raises `SyncError` if the kernel rejects a change, and `DriftError` if another process changed kproxy's rules.
         """
 
 
 class FamilySync:
-    """Keeps track of the changes of one family that are not programmed yet.
+    """Tracks the pending changes of one family and programs them.
 
     A change stays pending until the kernel has accepted it.
     """
@@ -62,7 +62,10 @@ class FamilySync:
         *,
         large_cluster_endpoints: float = LARGE_CLUSTER_ENDPOINTS,
     ) -> None:
-        """`make_context` is called at each sync. It returns the context except for what the store adds to it."""
+        """`make_context` returns the context at each sync, without the fields that come from the store.
+
+        It may raise `OSError`. With more than `large_cluster_endpoints` endpoints, `Context.large_cluster` is set.
+        """
         self._backend = backend
         self._make_context = make_context
         self._applied: Context | None = None
@@ -74,22 +77,25 @@ class FamilySync:
         self._endpoints: EndpointCounts | None = None
 
     def add_changes(self, change: StoreChange) -> None:
-        """Add what a delta changed to the pending changes."""
+        """Add the effect of one delta to the pending changes."""
         self._pending |= change.services
         if self._conditions is not None:  # at the first sync, all Services count as new
             self._appeared |= change.appeared
         self._last_changes += change.last_changes
 
     def verify(self) -> bool:
-        """Return whether a quick check finds the kernel state intact."""
+        """Run a quick drift check. Return whether the kernel state is intact."""
         return self._applied is None or self._backend.verify(self._applied)
 
     def forget(self) -> None:
-        """Have the next sync compare all of the kernel state."""
+        """Make the next sync compare the whole kernel state."""
         self._backend.forget()
 
     def sync(self, store: Store) -> SyncResult:
-        """Program the pending changes. Raises `SyncError`."""
+        """Program the pending changes. If another process changed kproxy's rules, retry once.
+
+        Raises `SyncError` if the kernel rejects a change, and `OSError` if `make_context` does.
+        """
         try:
             return self._sync(store)
         except DriftError:
@@ -145,9 +151,8 @@ class FamilySync:
 class StorePlans:
     """Plans Services of a store on demand (`kproxy.model.sync_report.Plans`).
 
-    While `by_service` goes through the Services, it collects the little that must outlive the sync, so that each
-    Service is planned once: the plans for which `ServicePortPlan.outlives_sync` is true, in `lasting`, and the
-    conditions of Services, in `conditions`.
+    `by_service` plans each Service once and collects what must outlive the sync: the plans for which
+    `ServicePortPlan.outlives_sync` is true, in `lasting`, and the conditions of Services, in `conditions`.
     """
 
     def __init__(self, store: Store, context: Context, keys: Collection[ServiceKey]) -> None:
@@ -158,7 +163,7 @@ class StorePlans:
         self.conditions: dict[ServiceKey, ServiceCondition] = {}
 
     def by_service(self) -> Iterator[tuple[ServiceKey, Sequence[ServicePortPlan]]]:
-        """Plan each Service once, and collect what outlives the sync."""
+        """Plan each Service once, and collect what must outlive the sync."""
         for key in self._keys:
             plans = self.of(key)
             if any(plan.outlives_sync for plan in plans):
@@ -168,7 +173,7 @@ class StorePlans:
             yield key, plans
 
     def of(self, key: ServiceKey) -> Sequence[ServicePortPlan]:
-        """Plan one Service. Nothing is collected."""
+        """Plan one Service without collecting anything."""
         service = self._store.service(key)
         return plan_service(service, self._store.slices(key), self._context) if service else ()
 
@@ -182,7 +187,7 @@ class EndpointCounts:
         self._counts: dict[ServiceKey, int] = {}
 
     def update(self, store: Store, keys: Iterable[ServiceKey]) -> None:
-        """Count the endpoints of some Services again."""
+        """Recount the endpoints of these Services."""
         for key in keys:
             service = store.service(key)
             count = count_endpoints(service, store.slices(key), self._family) if service else 0

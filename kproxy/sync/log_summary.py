@@ -1,6 +1,6 @@
-"""The text of log lines about syncs: a line per sync, or a summary once a minute. Pure.
+"""Log lines about syncs: one line per sync, or a summary once a minute. Pure.
 
-Times are passed in, in seconds of a monotonic clock.
+Callers pass the current time in seconds of a monotonic clock.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ PERIOD = 60.0
 
 
 def counted(number: int, noun: str) -> str:
-    """Return a number with its noun: `1 service`, `1,000 services`."""
+    """Format a number with its noun: `1 service`, `1,000 services`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def seconds_text(seconds: float) -> str:
-    """Return a duration as text: `4 ms`, `1.2 s`."""
+    """Format a duration in seconds: `4 ms`, `1.2 s`."""
     return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
 
 
 def counts_text(counts: ServiceCounts) -> str:
-    """Return ` (2 without endpoints, ...)` with the counts that are not zero, or "" if all are."""
+    """Format the counts that are not zero as ` (2 without endpoints, ...)`. Return "" if all are zero."""
     parts = (
         (counts.without_endpoints, "without endpoints"),
         (counts.dropped, "dropped by policy Local"),
@@ -36,13 +36,13 @@ def counts_text(counts: ServiceCounts) -> str:
 
 
 def synced_text(family: Family, services: int, seconds: float, counts: ServiceCounts, *, complete: bool) -> str:
-    """Return the line about one sync."""
+    """Format the log line about one sync."""
     what = counted(services, "service" if complete else "changed service")
     return f"{family.value}: synced {what} in {seconds_text(seconds)}{counts_text(counts)}"
 
 
 class Summary:
-    """Adds up the successful syncs of one family until a summary is due."""
+    """Aggregates the successful syncs of one family until a summary is due."""
 
     def __init__(self, family: Family) -> None:
         self._family = family

@@ -24,7 +24,7 @@ class NodeMonitor:
         self, name: str, *, required: bool, needs_pod_cidrs: bool, on_missing: Callable[[bool], None] = lambda _: None
     ) -> None:
         self.reason = ""
-        """What is wrong with the Node and how to fix it, on one line; "" if nothing is."""
+        """The problem with the Node and how to fix it, on one line, or ""."""
         self._name = name
         self._required = required or needs_pod_cidrs
         self._needs_pod_cidrs = needs_pod_cidrs
@@ -34,9 +34,9 @@ class NodeMonitor:
         self._reminder = LogThrottle()
 
     def check(self, store: Store, now: float) -> float | None:
-        """Log what is wrong with the Node if it is new or a reminder is due.
+        """Log the problem with the Node if it is new or a reminder is due.
 
-        Returns the seconds until the next reminder, or None if nothing is wrong. `now` is in seconds of a monotonic
+        Returns the seconds until the next reminder, or None if there is no problem. `now` is in seconds of a monotonic
         clock.
         """
         missing = self._required and store.node_missing
@@ -62,15 +62,15 @@ class NodeMonitor:
         self._can_program = self._can_program or has_pod_cidrs
         if missing:
             if store.node and self._can_program:
-                effect = "/healthz answers 503; kproxy keeps its last known zone, addresses and podCIDRs"
+                effect = "/healthz returns 503; kproxy keeps its last known zone, addresses and podCIDRs"
                 return f'Node "{self._name}" was deleted: {effect}'
-            effect = "zone, addresses and podCIDRs are unknown, and /healthz answers 503"
+            effect = "zone, addresses and podCIDRs are unknown, and /healthz returns 503"
             if not self._can_program:
                 effect = "nothing is programmed until it exists and has podCIDRs (detectLocalMode: NodeCIDR)"
             remedy = "if this machine's Node has another name, set --hostname-override (hostnameOverride)"
             return f'Node "{self._name}" not found: {effect}; {remedy}'
         if self._needs_pod_cidrs and not has_pod_cidrs:
-            effect = "traffic of this node's pods is not recognized" if self._can_program else "nothing is programmed"
-            remedy = "have them allocated (kube-controller-manager --allocate-node-cidrs), or use another mode"
-            return f'Node "{self._name}" has no podCIDRs, which detectLocalMode: NodeCIDR needs: {effect}; {remedy}'
+            effect = "local pod traffic is not detected" if self._can_program else "nothing is programmed"
+            remedy = "set kube-controller-manager --allocate-node-cidrs, or use another detectLocalMode"
+            return f'Node "{self._name}" has no podCIDRs (required by detectLocalMode NodeCIDR): {effect}; {remedy}'
         return ""

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 _P = ParamSpec("_P")
 
 MESSAGES_PER_SYNC = 10_000
-"""The maximum number of messages that are applied before a sync that is due."""
+"""The maximum number of messages to apply before a sync that is due."""
 
 
 class Stop(Struct, frozen=True):
@@ -40,7 +40,7 @@ class Stop(Struct, frozen=True):
 
 
 class Resync(Struct, frozen=True):
-    """Something besides objects changed that the context depends on, such as the addresses of an interface."""
+    """Requests a sync because something besides API objects changed the context, such as an interface address."""
 
 
 Batch: TypeAlias = tuple[Delta, ...]
@@ -72,19 +72,20 @@ class Reconciler:
         monitor: Callable[[Store, float], float | None] = lambda *_: None,
         stopping: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`is_ready` returns whether enough is known to program anything; it is not called again once it has been true.
+        """`is_ready` returns whether enough is known to sync. It is not called again once it has returned True.
 
-        `on_queue`, `on_change` and `on_sync` are notified at once (see the types). The `after_sync` steps may block:
-        they run in order after all families that were due have been synced and the listeners notified, so that health
-        and metrics do not wait for them. The next sync does.
+        `clock` returns seconds of a monotonic clock. `on_queue`, `on_change` and `on_sync` are notified at once (see
+        the types). The `after_sync` steps may block: they run in order after all families that were due have been
+        synced and the listeners have been notified, so that health and metrics do not wait for them. The next sync
+        waits.
 
         Every `check_interval` seconds, a quick drift check looks for rules that another process removed. Every
-        `full_check_interval` seconds, which should be a multiple of it, all rules are compared.
+        `full_check_interval` seconds, which should be a multiple of `check_interval`, all rules are compared.
 
-        `monitor` is called with the state and the time after each batch of messages, even before anything is ready. It
-        returns the seconds after which to call it again without a message, or None.
+        `monitor` is called with the store and the current time after each batch of messages, even before the first
+        sync. It returns the seconds until it should be called again if no message arrives, or None.
 
-        Once `stopping` returns true, a sync that fails is logged as canceled.
+        After `stopping` returns True, a sync that fails is logged as canceled.
         """
         self._monitor = monitor
         self._check_interval = check_interval
@@ -164,7 +165,7 @@ class Reconciler:
             _call_each(self._on_queue, family, self._clock())
 
     def wait(self) -> float | None:
-        """Return the seconds until `sync_due` has something to do, or None if only a message can change that."""
+        """Return the seconds until `sync_due` must be called, or None if that depends on the next message."""
         if not self._ready:
             return None
         waits = [self.sync_wait(), *(summary.wait(self._clock()) for summary in self._summaries.values())]
@@ -217,7 +218,7 @@ class Reconciler:
         schedule.started(started)
         try:
             result = self._families[family][0].sync(self._store)
-        except Exception as error:  # a bug must not stop the reconciler: log it and try again
+        except Exception as error:  # a bug must not stop the reconciler: log it and retry
             schedule.failed(self._clock())
             self._failing_since.setdefault(family, started)
             delay = schedule.wait(self._clock()) or 0.0
@@ -236,7 +237,7 @@ class Reconciler:
         return report
 
     def _log_sync(self, report: SyncReport, result: SyncResult) -> None:
-        """Log a successful sync: at once if it is the first, ends a failure or restores rules, else in a summary."""
+        """Log a successful sync: at once if it is the first, ends failures or restores rules, else in a summary."""
         family, seconds = report.family, report.finished - report.started
         text = synced_text(family, result.services, seconds, result.counts, complete=result.complete)
         failing_since = self._failing_since.pop(family, None)
@@ -251,7 +252,7 @@ class Reconciler:
 
 
 def _call_each(callbacks: Iterable[Callable[_P, None]], *args: _P.args, **kwargs: _P.kwargs) -> None:
-    """Call each callback. If one raises an exception, log it and go on with the next."""
+    """Call each callback. If one raises an exception, log it and continue."""
     for callback in callbacks:
         try:
             callback(*args, **kwargs)

@@ -1,12 +1,12 @@
 """When to sync a family: minimum intervals, and retries with exponential backoff. Pure.
 
-Times are passed in, in seconds of a monotonic clock.
+Callers pass the current time in seconds of a monotonic clock.
 """
 
 from __future__ import annotations
 
 FIRST_RETRY_SECONDS = 0.5
-"""The delay before the first retry of a failed sync; it doubles with each further failure."""
+"""Seconds before the first retry of a failed sync. The delay doubles with each further failure."""
 
 
 class Schedule:
@@ -14,7 +14,7 @@ class Schedule:
 
     The first change after a quiet period is programmed at once. After that, syncs start at least `min_interval` seconds
     apart, and each programs all changes that are pending by then. A failed sync is retried after a delay that grows up
-    to `max_retry` seconds, or sooner if another change arrives, which may be what was needed.
+    to `max_retry` seconds, or sooner if another change arrives, because that change may fix the problem.
     """
 
     def __init__(self, *, min_interval: float, max_retry: float) -> None:
@@ -35,7 +35,7 @@ class Schedule:
         return max(0.0, self._not_before - now, self._retry_at - now) if self._pending else None
 
     def started(self, now: float) -> None:
-        """Record that a sync of everything requested so far starts."""
+        """Record that a sync starts, which covers all requests so far."""
         self._pending = False
         self._not_before = now + self._min_interval
 

@@ -1,4 +1,4 @@
-"""Conditions of Services, such as ports without endpoints, and the transitions that are worth reporting. Pure."""
+"""Conditions of Services, such as ports without endpoints, and the transitions to report. Pure."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from kproxy.model.types import Family, ServiceKey
 
 
 class ServiceCondition(Struct, frozen=True, gc=False):
-    """Why some connections to a Service fail, or why clients reach it that should not.
+    """Why some connections to a Service fail, or why unwanted clients can reach it.
 
-    `rejected` are the names of the ports that have no endpoint anywhere, `dropped` those of the ports that have
-    endpoints, but none on this node, with a traffic policy Local; an unnamed port is "". `unrestricted` is whether the
-    load balancer addresses of this family are open to all sources because all `loadBalancerSourceRanges` belong to the
-    other family. `ports` is the number of all ports.
+    `rejected` are the names of the ports that have no endpoints. `dropped` are the names of the ports that have
+    endpoints, but none on this node, while a traffic policy is Local. An unnamed port is "". `unrestricted` means that
+    the load balancer addresses of this family are open to all sources, because all `loadBalancerSourceRanges` belong to
+    the other family. `ports` is the total number of ports.
     """
 
     rejected: tuple[str, ...]
@@ -55,13 +55,13 @@ class ConditionTracker:
         self._conditions: dict[ServiceKey, ServiceCondition] = {}
         self._rejected = self._dropped = 0
         self._reported: set[ServiceKey] = set()
-        """The Services whose loss of endpoints was reported, and not their recovery."""
+        """The Services whose loss of endpoints has been reported, but not yet their recovery."""
         self._conflicts: frozenset[FrontendConflict] = frozenset()
         self._losers: frozenset[ServiceKey] = frozenset()
         self._has_synced = False
 
     def reported(self, covered: Collection[ServiceKey] | None) -> Collection[ServiceKey]:
-        """Return the Services with a reported problem, of those that a sync `covered` or of all (None)."""
+        """Return the Services with a reported problem, among those that a sync `covered` (None: all Services)."""
         if covered is None:
             return self._reported | self._losers
         return [key for key in covered if key in self._reported or key in self._losers]
@@ -84,12 +84,13 @@ class ConditionTracker:
         conflicts: Collection[FrontendConflict],
         deleted: Collection[ServiceKey] = (),
     ) -> tuple[ConditionTransition, ...]:
-        """Record the conditions after a successful sync; return the transitions to report.
+        """Record the conditions after a successful sync. Return the transitions to report.
 
-        `conditions` has the Services with a condition among those `covered`, which is None for all. `conflicts` are all
-        current conflicts. Services that `appeared` since the last sync, and all Services at the first sync, may be
-        waiting for their first endpoint, so a lack of endpoints is not reported. Nor is it reported that the problem of
-        a `deleted` Service is over; these were deleted, or have no ClusterIP of this family any more.
+        `covered` are the Services that the sync covered, None for all. `conditions` maps those that have a condition to
+        it. `conflicts` are all current conflicts. Services that `appeared` since the last sync, and all Services at the
+        first sync, may be waiting for their first endpoint, so missing endpoints are not reported for them. `deleted`
+        are Services that no longer exist or no longer have a ClusterIP of this family; the end of their problems is not
+        reported.
         """
         transitions = list(self._update_conflicts(frozenset(conflicts), deleted))
         recovered = [

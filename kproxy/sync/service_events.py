@@ -1,4 +1,4 @@
-"""Log lines and Kubernetes events about Services whose condition changed."""
+"""Log messages and Kubernetes Events about Services whose condition changed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kproxy.model.types import ServiceKey
 
 log = logging.getLogger(__name__)
 LINES_PER_SYNC = 10
-"""The maximum number of Services that one sync logs per reason. A failing node can affect thousands."""
+"""The maximum number of Services to log per sync and reason. A failing node can affect thousands."""
 
 
 class ServiceEventListener:

@@ -17,12 +17,10 @@ from kproxy.model.types import Node, ServiceCIDR
 from tests.apiserver import ApiServer, Relay
 from tests.kubeapiserver import KubeApiServer, unavailable
 from tests.lab.requirements import missing_commands, missing_privilege
+from tests.lab.waiting import HANG_GUARD
 
 if TYPE_CHECKING:
     from tests.api.node import NodeDaemon
-
-HANG_GUARD = 30.0
-"""Seconds after which a test stops waiting and fails."""
 
 
 class Cluster(Protocol):

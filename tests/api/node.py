@@ -114,8 +114,8 @@ class NodeDaemon:
         for kind, path in PATHS.items():
             with client.get(path, {}, HANG_GUARD) as response:
                 page = read_page(kind, response.read())
-            found = (item.object for item in page.items if isinstance(item, DecodedObject))
-            store.apply(Replace(kind, tuple(each for each in found if each is not None)))
+            objects = (item.object for item in page.items if isinstance(item, DecodedObject))
+            store.apply(Replace(kind, tuple(item for item in objects if item is not None)))
         client.close()
         return store
 

@@ -13,9 +13,10 @@ import pytest
 from kproxy.kube.listwatch.reflector import REPEAT_PERIOD, LogDeduplicator
 from kproxy.model.delta import Delta, Invalid, Replace, Upsert
 from kproxy.model.types import EndpointSlice, Node, Service
-from tests.api.conftest import HANG_GUARD, Cluster, Received, StartSource
+from tests.api.conftest import Cluster, Received, StartSource
 from tests.apiserver import ApiServer, Relay, SeenRequest
 from tests.apiserver.objects import endpoint_slice, labeled, node, service
+from tests.lab.waiting import HANG_GUARD
 
 Support: TypeAlias = Literal["supported", "ignored"]
 PROXY_NAME = "service.kubernetes.io/service-proxy-name"
@@ -30,8 +31,8 @@ def services_only(path: str, _query: dict[str, str]) -> bool:
 
 
 def port_of(received: Received, name: str) -> int:
-    found = received.objects[Service].get(f"demo/{name}")
-    return found.ports[0].port if isinstance(found, Service) else 0
+    current = received.objects[Service].get(f"demo/{name}")
+    return current.ports[0].port if isinstance(current, Service) else 0
 
 
 def test_every_kind_is_listed_and_watched(cluster: Cluster, start_source: StartSource, received: Received) -> None:
@@ -322,7 +323,7 @@ def test_ignored_endpoints_of_a_slice_are_logged_once(
     start_source(server)
     received.until_listed()
     server.update(endpoint_slice("web-1", "web", ["10.0.0.2", "fd00::1"]))
-    received.until(lambda _: [len(each.endpoints) for each in received.objects[EndpointSlice].values()] == [1])  # type: ignore[union-attr]
+    received.until(lambda _: [len(item.endpoints) for item in received.objects[EndpointSlice].values()] == [1])  # type: ignore[union-attr]
     server.update(endpoint_slice("web-1", "web", ["10.0.0.2"]))
     received.until(lambda _: sum(isinstance(delta, Upsert) for delta in received.deltas) == 2)
     text = (

@@ -120,7 +120,7 @@ def test_missing_pod_cidrs_are_reported_with_detect_local_mode_node_cidr(
     body = node("node-1")
     body["spec"] = {}
     cluster.create(body)
-    waiting = 'Node "node-1" has no podCIDRs, which detectLocalMode: NodeCIDR needs: nothing is programmed'
+    waiting = 'Node "node-1" has no podCIDRs (required by detectLocalMode NodeCIDR): nothing is programmed'
     wait_until(lambda: f"] {waiting}" in daemon.log(), "a warning about the pod CIDRs")
     assert waiting in json.loads(get(daemon, 10256, "/healthz")[1])["reason"]
     cluster.update(body | {"spec": {"podCIDR": "10.244.0.0/24", "podCIDRs": ["10.244.0.0/24"]}})
@@ -136,7 +136,7 @@ def test_changed_configuration_file_makes_it_exit(cluster: Cluster, daemon: Node
     rules = daemon.rules()
     file.write_text(CONFIG + "oomScoreAdj: -998\n")
     assert process.wait(HANG_GUARD) == 1
-    assert f"{file} has changed: exiting, to be restarted with the new configuration" in daemon.log()
+    assert f"{file} has changed: exiting to restart with the new configuration" in daemon.log()
     assert daemon.rules() == rules
 
 
@@ -165,5 +165,5 @@ def test_invalid_edit_of_the_configuration_file_is_reported_and_ignored(
     rules = daemon.rules()
     file.write_text(CONFIG + "iptables: {masqueradeBit: 3}\n")
     assert process.wait(HANG_GUARD) == 1
-    assert daemon.log().endswith(f"kproxy: {file} has changed: exiting, to be restarted with the new configuration\n")
+    assert daemon.log().endswith(f"kproxy: {file} has changed: exiting to restart with the new configuration\n")
     assert daemon.rules() == rules

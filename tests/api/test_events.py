@@ -27,11 +27,12 @@ from kproxy.kube.events.correlator import (
     service_reference,
 )
 from kproxy.kube.events.recorder import QUEUE_LIMIT, EventRecorder
-from tests.api.conftest import HANG_GUARD, Cluster
+from tests.api.conftest import Cluster
 from tests.apiserver import ApiServer, Relay, SeenRequest
 from tests.apiserver.objects import service
 from tests.apiserver.resources import EVENTS
 from tests.clock import Clock
+from tests.lab.waiting import HANG_GUARD
 
 NOON = 1_767_268_800 * 10**9
 PATH = "/apis/events.k8s.io/v1/events"
@@ -120,15 +121,15 @@ def is_running() -> bool:
 def first_events(cluster: Cluster, tmp_path: Path, note: str, count: int) -> list[dict[str, Any]]:
     """Return the first `count` Events with this note."""
     client = ApiClient.from_config(str(cluster.kubeconfig(tmp_path / "watcher")))
-    found = []
+    events = []
     with client.get(PATH, {"watch": "1"}, HANG_GUARD) as response:
         for line in split_lines(response.chunks()):
             event = json.loads(line)["object"]
             if event.get("note") == note:
-                found.append(event)
-            if len(found) == count:
-                return found
-    raise AssertionError(f"the watch ended after {found}")
+                events.append(event)
+            if len(events) == count:
+                return events
+    raise AssertionError(f"the watch ended after {events}")
 
 
 def test_events_of_nodes_and_services_are_written(cluster: Cluster, record: Record, tmp_path: Path) -> None:
@@ -137,12 +138,12 @@ def test_events_of_nodes_and_services_are_written(cluster: Cluster, record: Reco
     note = f"unique note {uuid4()}"
     recorder.event(NODE, "Normal", "Starting", "StartKubeProxy", note)
     emit(recorder, note)
-    found = {event["regarding"]["kind"]: event for event in first_events(cluster, tmp_path, note, 2)}
-    assert found["Node"]["metadata"]["namespace"] == "default"
-    assert found["Node"]["reason"] == "Starting"
-    assert found["Service"]["metadata"]["namespace"] == "demo"
-    assert found["Service"]["type"] == "Warning"
-    assert {event["reportingInstance"] for event in found.values()} == {"kube-proxy-node-1"}
+    by_kind = {event["regarding"]["kind"]: event for event in first_events(cluster, tmp_path, note, 2)}
+    assert by_kind["Node"]["metadata"]["namespace"] == "default"
+    assert by_kind["Node"]["reason"] == "Starting"
+    assert by_kind["Service"]["metadata"]["namespace"] == "demo"
+    assert by_kind["Service"]["type"] == "Warning"
+    assert {event["reportingInstance"] for event in by_kind.values()} == {"kube-proxy-node-1"}
 
 
 @pytest.mark.parametrize(
@@ -255,7 +256,7 @@ def test_rejected_event_is_not_retried_and_logged_once(
     assert settle(recorder, server) == ["one", "two", "three", "four"]
     first, last = logged(caplog)
     assert first.startswith("cannot write event FailedToStartServiceHealthcheck of Service demo/web: 403 Forbidden: ")
-    assert last == "events are written again"
+    assert last == "writing events again"
 
 
 def test_events_are_retried_on_an_overloaded_server(server: ApiServer, record: Record, no_pauses: None) -> None:
@@ -353,7 +354,7 @@ def test_stop_returns_while_the_server_is_stalled(server: ApiServer, record: Rec
         recorder = record(server, port=relay.port)
         relay.stall(new=True)
         emit(recorder, "never answered")
-        stopper = threading.Thread(target=recorder.stop, daemon=True)
+        stopper = threading.Thread(target=recorder.stop, args=(0.5,), daemon=True)
         stopper.start()
         stopper.join(HANG_GUARD)
         assert not stopper.is_alive()

@@ -14,10 +14,11 @@ from kproxy.kube.codec.json_codec import read_page
 from kproxy.kube.codec.streams import ACCEPT_JSON, ACCEPT_WATCH, read_events
 from kproxy.model.delta import Kind
 from kproxy.model.types import EndpointSlice, Node, Service, ServiceCIDR
-from tests.api.conftest import HANG_GUARD, Cluster, Received, StartSource
+from tests.api.conftest import Cluster, Received, StartSource
 from tests.apiserver import ApiServer, Relay, SeenRequest, protobuf
 from tests.apiserver.objects import endpoint_slice, labeled, node, service, service_cidr
 from tests.apiserver.resources import ENDPOINT_SLICES, NODES, SERVICE_CIDRS, SERVICES, Resource
+from tests.lab.waiting import HANG_GUARD
 
 SERVED: list[tuple[Kind, Resource]] = [
     (Service, SERVICES),
@@ -35,14 +36,14 @@ def fill(cluster: Cluster) -> None:
     cluster.create(labeled(service("web", "10.96.7.1"), app="web"))
     cluster.create(service("affine", "10.96.7.2", sessionAffinity="ClientIP", internalTrafficPolicy="Local"))
     cluster.create(service("outside", "10.96.7.3", type="NodePort", externalTrafficPolicy="Local"))
-    found = endpoint_slice("web-1", "web", ["10.0.0.1", "10.0.0.2", "10.0.0.3"])
-    found["endpoints"][0] |= {
+    web = endpoint_slice("web-1", "web", ["10.0.0.1", "10.0.0.2", "10.0.0.3"])
+    web["endpoints"][0] |= {
         "conditions": {"ready": True, "serving": True, "terminating": False},
         "nodeName": "node-1",
     }
-    found["endpoints"][1] |= {"conditions": {"ready": False, "serving": True, "terminating": True}, "zone": "zone-a"}
-    found["endpoints"][2] |= {"conditions": {"ready": True}, "hints": {"forZones": [{"name": "zone-a"}]}}
-    cluster.create(found)
+    web["endpoints"][1] |= {"conditions": {"ready": False, "serving": True, "terminating": True}, "zone": "zone-a"}
+    web["endpoints"][2] |= {"conditions": {"ready": True}, "hints": {"forZones": [{"name": "zone-a"}]}}
+    cluster.create(web)
     cluster.create(node("node-1"))
     cluster.create(service_cidr("more", "10.97.0.0/16"))
 
@@ -51,14 +52,14 @@ def read(client: ApiClient, kind: Kind, resource: Resource, accept: str) -> tupl
     """Return the media type of a new watch and its initial objects."""
     with client.get(resource.path, {}, HANG_GUARD) as listed:
         count = len(read_page(kind, listed.read()).items)
-    found: set[DecodedObject] = set()
+    objects: set[DecodedObject] = set()
     with client.get(resource.path, {"watch": "1"}, HANG_GUARD, accept) as watch:
         for event in read_events(kind, watch):
             assert isinstance(event, DecodedObject)
-            found.add(event)
-            if len(found) == count:
+            objects.add(event)
+            if len(objects) == count:
                 break
-        return watch.media_type, found
+        return watch.media_type, objects
 
 
 @pytest.mark.parametrize(("kind", "resource"), SERVED)
@@ -94,8 +95,8 @@ def test_event_takes_at_most_5_percent_more_bytes_than_its_frame(
     server: ApiServer, start_source: StartSource, received: Received
 ) -> None:
     slices = [slice_of_ten(number, "10.1.0") for number in range(100)]
-    for each in slices:
-        server.create(each)
+    for item in slices:
+        server.create(item)
     with Relay(server.address) as relay:
         start_source(server, port=relay.port)
         received.until_listed()
@@ -103,7 +104,7 @@ def test_event_takes_at_most_5_percent_more_bytes_than_its_frame(
         changed = [server.update(slice_of_ten(number, "10.1.1")) for number in range(100)]
         received.until(lambda _: all_begin_with(received.objects[EndpointSlice].values(), "10.1.1."))
         read = relay.bytes_to_clients - before
-    frames = sum(len(protobuf.frame("MODIFIED", each)) for each in changed)
+    frames = sum(len(protobuf.frame("MODIFIED", item)) for item in changed)
     assert frames < read <= 1.05 * frames
 
 
@@ -112,8 +113,8 @@ def slice_of_ten(number: int, prefix: str) -> dict[str, Any]:
 
 
 def all_begin_with(slices: Iterable[object], prefix: str) -> bool:
-    found = [each for each in slices if isinstance(each, EndpointSlice)]
-    return len(found) == 100 and all(e.address.startswith(prefix) for each in found for e in each.endpoints)
+    endpoints = [item.endpoints for item in slices if isinstance(item, EndpointSlice)]
+    return len(endpoints) == 100 and all(e.address.startswith(prefix) for of_slice in endpoints for e in of_slice)
 
 
 @pytest.mark.parametrize("support", ["ignored", "refused"])

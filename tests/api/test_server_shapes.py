@@ -54,17 +54,17 @@ def filled() -> Any:
 
 def test_page_of_a_list(filled: ApiServer) -> None:
     status, headers, text = get(filled, "/api/v1/services?limit=2")
-    found, recorded = json.loads(text), body_of("list-page-1.txt")
+    page, recorded = json.loads(text), body_of("list-page-1.txt")
     assert (status, headers["Content-Type"]) == (200, "application/json")
-    assert list(found) == list(recorded)
-    assert shape(found["metadata"]) == shape(recorded["metadata"]) | {"remainingItemCount": 1}
-    assert {"kind", "apiVersion"}.isdisjoint(found["items"][0]) == {"kind", "apiVersion"}.isdisjoint(
+    assert list(page) == list(recorded)
+    assert shape(page["metadata"]) == shape(recorded["metadata"]) | {"remainingItemCount": 1}
+    assert {"kind", "apiVersion"}.isdisjoint(page["items"][0]) == {"kind", "apiVersion"}.isdisjoint(
         recorded["items"][0]
     )
-    token = found["metadata"]["continue"]
+    token = page["metadata"]["continue"]
     last = json.loads(get(filled, f"/api/v1/services?limit=2&continue={token}")[2])
     assert shape(last["metadata"]) == shape(body_of("list-page-2.txt")["metadata"])
-    names = [item["metadata"]["name"] for item in found["items"] + last["items"]]
+    names = [item["metadata"]["name"] for item in page["items"] + last["items"]]
     assert names == ["db", "tls", "web"]
 
 
@@ -115,16 +115,16 @@ def test_watch_list_with_an_old_etcd(filled: ApiServer) -> None:
 )
 def test_watch_list(filled: ApiServer, path: str, recording: str) -> None:
     query = "watch=1&allowWatchBookmarks=true&sendInitialEvents=true&resourceVersionMatch=NotOlderThan&timeoutSeconds=1"
-    found = [json.loads(line) for line in get(filled, f"{path}?{query}")[2].splitlines()]
+    events = [json.loads(line) for line in get(filled, f"{path}?{query}")[2].splitlines()]
     recorded = [json.loads(line) for line in (RECORDED / recording).read_text().splitlines()]
 
     def bookmarks(lines: list[Any]) -> list[Any]:
         return [shape(line) for line in lines if line["type"] == "BOOKMARK"]
 
-    assert bookmarks(found)[:2] == bookmarks(recorded)[:2]
-    assert list(found[0]) == list(recorded[0])
-    assert list(found[0]["object"])[:3] == list(recorded[0]["object"])[:3]
-    assert found[0]["object"]["kind"] == recorded[0]["object"]["kind"]
+    assert bookmarks(events)[:2] == bookmarks(recorded)[:2]
+    assert list(events[0]) == list(recorded[0])
+    assert list(events[0]["object"])[:3] == list(recorded[0]["object"])[:3]
+    assert events[0]["object"]["kind"] == recorded[0]["object"]["kind"]
 
 
 def test_large_lists_are_compressed_on_request(filled: ApiServer) -> None:

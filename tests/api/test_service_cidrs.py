@@ -14,9 +14,10 @@ from kproxy.kube.listwatch import reflector as api_source
 from kproxy.kube.listwatch.reflector import ApiSource
 from kproxy.model.delta import BASIC_KINDS, Kind
 from kproxy.model.types import Service, ServiceCIDR
-from tests.api.conftest import HANG_GUARD, Cluster, Received, StartSource
+from tests.api.conftest import Cluster, Received, StartSource
 from tests.apiserver import ApiServer, NotFoundError, SeenRequest
 from tests.apiserver.objects import service, service_cidr
+from tests.lab.waiting import HANG_GUARD
 
 PATH = "/apis/networking.k8s.io/v1/servicecidrs"
 KINDS = (*BASIC_KINDS, ServiceCIDR)
@@ -33,8 +34,8 @@ def is_for_service_cidrs(request: SeenRequest) -> bool:
 
 def ranges(received: Received) -> dict[str, tuple[str, ...]]:
     """Return the ranges of each ServiceCIDR except the cluster's own."""
-    found: Any = received.objects[ServiceCIDR].values()
-    return {item.name: item.cidrs for item in found if item.name != "kubernetes"}
+    objects: Any = received.objects[ServiceCIDR].values()
+    return {item.name: item.cidrs for item in objects if item.name != "kubernetes"}
 
 
 def test_created_and_deleted_service_cidrs_are_received(
@@ -136,7 +137,7 @@ def test_missing_service_cidrs_are_not_counted_as_errors(
     server.requests.wait_for(lambda request: request.path == "/api/v1/nodes", 3)
     source.stop(HANG_GUARD)
     codes = [counted.get() for _ in range(counted.qsize())]
-    for_nodes = len([each for each in server.requests.all() if each.path == "/api/v1/nodes"]) - 1
+    for_nodes = len([item for item in server.requests.all() if item.path == "/api/v1/nodes"]) - 1
     assert "200" in codes
     assert 0 < codes.count(str(status)) <= for_nodes, "only kinds that kproxy requires are counted as errors"
 

@@ -1,4 +1,4 @@
-"""Fixtures of the tests that need a real kernel: network namespaces and iptables, and so root."""
+"""Fixtures of the tests on a real kernel. They need root, network namespaces and iptables."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.lab.iptables import add_counters, missing_variant
+from tests.lab.links import add_addresses
 from tests.lab.namespace import Namespace
 from tests.lab.requirements import missing_commands, missing_privilege
 from tests.lab.servers import Servers
 from tests.lab.topology import Lab
-from tests.lab.waiting import wait_until
 
 
 @pytest.fixture(scope="session")
 def kernel() -> None:
-    """Skip where this machine or user cannot run a lab, and say why."""
+    """Skip the test if this machine or user cannot create the lab."""
     reason = missing_commands() or missing_privilege()
     if reason:
         pytest.skip(reason)
@@ -25,67 +25,63 @@ def kernel() -> None:
 
 @pytest.fixture
 def nft() -> None:
-    """Skip where there is no `nft`, which the tests load or look at nftables mode's rules with."""
+    """Skip the test without `nft`, which loads and lists rules of nftables mode."""
     if shutil.which("nft") is None:
         pytest.skip("nft not found: it is in the Debian package nftables")
 
 
 @pytest.fixture
 def namespaces(kernel: None) -> Iterator[Callable[[], Namespace]]:
-    """Makes network namespaces that end with the test."""
-    made: list[Namespace] = []
+    """Create network namespaces that are removed after the test."""
+    created: list[Namespace] = []
 
     def make() -> Namespace:
-        made.append(Namespace(f"test-{len(made)}"))
-        return made[-1]
+        created.append(Namespace(f"test-{len(created)}"))
+        return created[-1]
 
     yield make
-    for each in made:
-        each.close()
+    for namespace in created:
+        namespace.close()
 
 
 @pytest.fixture
 def namespace(namespaces: Callable[[], Namespace]) -> Namespace:
-    """A fresh namespace."""
+    """A new network namespace."""
     return namespaces()
 
 
 @pytest.fixture
 def node(namespace: Namespace) -> Namespace:
-    """The namespace, with the addresses of the recorded node."""
+    """A namespace with the addresses of the recorded node."""
     namespace.run(["ip", "link", "set", "lo", "up"])
-    namespace.run(["ip", "address", "add", "10.99.0.2/24", "dev", "lo"])
-    namespace.run(["ip", "address", "add", "fd00:99::2/64", "dev", "lo", "nodad"])
-    # The kernel adds the address's own route a little later.
-    routes = ["ip", "-6", "route", "show", "table", "local"]
-    wait_until(lambda: "fd00:99::2" in namespace.run(routes).stdout, "the route of the IPv6 address")
+    add_addresses(namespace, "lo", "10.99.0.2/24", "fd00:99::2/64")
     return namespace
 
 
 @pytest.fixture
 def counters(namespace: Namespace) -> None:
-    """Give the namespace the counters which iptables mode's rules name."""
+    """Create the nfacct counters that the rules of iptables mode use."""
     add_counters(namespace)
 
 
 @pytest.fixture(params=["nft", "legacy"])
 def variant(request: pytest.FixtureRequest, namespace: Namespace) -> str:
-    """Each variant of iptables that works here."""
-    found: str = request.param
-    if reason := missing_variant(found, namespace):
+    """Each variant of iptables that works on this machine."""
+    variant: str = request.param
+    if reason := missing_variant(variant, namespace):
         pytest.skip(reason)
-    return found
+    return variant
 
 
 @pytest.fixture
 def lab(kernel: None) -> Iterator[Lab]:
-    """A lab of one's own, with nothing but the node in it."""
+    """A lab that contains only the node."""
     with Lab() as lab:
         yield lab
 
 
 @pytest.fixture
 def servers(lab: Lab) -> Iterator[Servers]:
-    """Servers for the lab's pods."""
+    """The servers of the lab's pods."""
     with Servers() as servers:
         yield servers

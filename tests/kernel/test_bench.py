@@ -1,4 +1,4 @@
-"""`make bench` at its tiniest: that every figure is there, not what it is; and its listeners and counters."""
+"""`make bench` with the smallest clusters: it measures all figures. Also tests its monitors and counters."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CHECKOUT = Path(__file__).parents[2]
 
 @pytest.fixture
 def namespace(namespace: Namespace) -> Namespace:
-    """A fresh namespace in which a server can be reached."""
+    """A new namespace whose loopback interface is up."""
     namespace.run(["ip", "link", "set", "lo", "up"])
     return namespace
 
@@ -43,9 +43,9 @@ def bench(*arguments: str) -> str:
     return done.stdout
 
 
-def test_all_figures_are_there(kernel: None, tmp_path: Path) -> None:
+def test_all_figures_are_present(kernel: None, tmp_path: Path) -> None:
     found, drawn = tmp_path / "bench.json", tmp_path / "bench.svg"
-    said = bench("--size=tiny", f"--json={found}", f"--chart={drawn}")
+    output = bench("--size=tiny", f"--json={found}", f"--chart={drawn}")
     results = msgspec.json.decode(found.read_bytes(), type=Results)
     assert [(run.mode, run.services) for run in results.runs] == [
         (mode, services) for mode in ("iptables", "nftables") for services in (1, 20)
@@ -53,11 +53,11 @@ def test_all_figures_are_there(kernel: None, tmp_path: Path) -> None:
     with_floor = {each.name for each in CATALOG if each.baseline_is}
     for run in results.runs:
         if run.services > 1:
-            here = {each.name for each in CATALOG if each.mode in {"", run.mode}}
-            assert [each.name for each in run.figures] == [name for name in NAMES if name in here]
-            assert {each.name for each in run.figures if each.baseline} == with_floor & here
+            expected_names = {each.name for each in CATALOG if each.mode in {"", run.mode}}
+            assert [each.name for each in run.figures] == [name for name in NAMES if name in expected_names]
+            assert {each.name for each in run.figures if each.baseline} == with_floor & expected_names
         for figure in run.figures:
-            assert figure.name in said
+            assert figure.name in output
             if not figure.name.startswith("kernel: "):
                 assert figure.measured.value > 0
     panels = ElementTree.fromstring(drawn.read_text()).itertext()
@@ -69,20 +69,20 @@ def test_all_figures_are_there(kernel: None, tmp_path: Path) -> None:
     assert "1.00" in compared
 
 
-def test_every_transaction_gives_one_notice(namespace: Namespace) -> None:
-    with TransactionMonitor(namespace) as commits, CommitMonitor(namespace) as notices:
+def test_each_transaction_gives_one_notification(namespace: Namespace) -> None:
+    with TransactionMonitor(namespace) as commits, CommitMonitor(namespace) as monitor:
         before = time.monotonic_ns()
         for name in ("A", "B", "C"):
             namespace.run(["iptables", "-N", name])
         made = commits.new()
-        wait_until(lambda: len(notices.since(before)) == len(made), "a notice of each transaction")
-        moments = [each.time for each in notices.since(before)]
+        wait_until(lambda: len(monitor.since(before)) == len(made), "one notification per transaction")
+        times = [each.time for each in monitor.since(before)]
         assert len(made) >= 3
-        assert moments == sorted(moments)
-        assert all(each.process == "iptables" for each in notices.since(before))
-        assert notices.since(moments[-1]) == []
-        notices.clear()
-        assert notices.since(0) == []
+        assert times == sorted(times)
+        assert all(each.process == "iptables" for each in monitor.since(before))
+        assert monitor.since(times[-1]) == []
+        monitor.clear()
+        assert monitor.since(0) == []
 
 
 def test_kernel_objects_are_counted_and_flushed(namespace: Namespace) -> None:
@@ -110,26 +110,26 @@ def test_each_endpoint_is_one_element(namespace: Namespace) -> None:
     assert more - few == 3 * 2
 
 
-def test_a_replay_makes_what_was_recorded(namespace: Namespace) -> None:
-    def twice() -> tuple[KernelObjects, KernelObjects, float]:
+def test_replay_creates_the_recorded_objects(namespace: Namespace) -> None:
+    def record_and_replay() -> tuple[KernelObjects, KernelObjects, float]:
         everything = RecordingProxy("iptables", Cluster(3, 2)).change()
         made = kernel_objects()
         flush()
-        cost = replay(everything, notices)
+        cost = replay(everything, monitor)
         return made, kernel_objects(), cost.seconds
 
-    with CommitMonitor(namespace) as notices:
-        made, again, seconds = namespace.call(twice)
+    with CommitMonitor(namespace) as monitor:
+        made, again, seconds = namespace.call(record_and_replay)
         assert made == again
         assert made.rules > 3 * 2
         assert seconds > 0
 
 
-def test_the_api_server_serves_a_cluster_and_tells_when_it_wrote(namespace: Namespace) -> None:
+def test_api_server_serves_a_cluster_and_records_write_times(namespace: Namespace) -> None:
     cluster = Cluster(5, 2)
-    with BenchApiServer(namespace) as feed:
-        feed.load(cluster)
-        host, _, port = feed.url.removeprefix("http://").partition(":")
+    with BenchApiServer(namespace) as server:
+        server.load(cluster)
+        host, _, port = server.url.removeprefix("http://").partition(":")
         http = HTTPConnection(host, int(port))
         http.sock = namespace.socket(socket.AF_INET, socket.SOCK_STREAM)
         http.sock.settimeout(HANG_GUARD)
@@ -140,12 +140,12 @@ def test_the_api_server_serves_a_cluster_and_tells_when_it_wrote(namespace: Name
         assert {each["object"]["metadata"]["name"] for each in lines} == {
             cluster.endpoint_slice(number)["metadata"]["name"] for number in range(5)
         }
-        assert feed.drain_traffic().events == 5
+        assert server.drain_traffic().events == 5
         before = time.monotonic_ns()
-        feed.change(put=[cluster.endpoint_slice(2, variant=1)], delete=[cluster.endpoint_slice(3)])
+        server.change(put=[cluster.endpoint_slice(2, variant=1)], delete=[cluster.endpoint_slice(3)])
         assert [msgspec.json.decode(answer.readline())["type"] for _ in range(2)] == ["MODIFIED", "DELETED"]
         arrived = time.monotonic_ns()
-        written = feed.drain_traffic()
+        written = server.drain_traffic()
         assert written.events == 2
         assert before < written.first < written.last < arrived
         http.close()

@@ -1,4 +1,4 @@
-"""Cleaning up takes out everything that is a proxy's, and nothing else."""
+"""Cleanup removes all rules of kube-proxy and kproxy, and nothing else."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ COMMIT
 -A MY-FILTER -j RETURN
 COMMIT
 """
-"""Rules of others, in chains of their own and in built-in ones; some of the names look like ours."""
+"""Foreign rules in their own and in built-in chains. Some names resemble those of kproxy's chains."""
 
 FIREWALL = [":KUBE-FIREWALL", "-A INPUT -j KUBE-FIREWALL", "-A OUTPUT -j KUBE-FIREWALL"]
 MARTIANS = (
@@ -66,14 +66,14 @@ pytestmark = pytest.mark.usefixtures("nft")
 
 @pytest.fixture
 def node(node: Namespace) -> Namespace:
-    """A node on which others have rules already."""
+    """A node with foreign rules."""
     for prefix in PREFIXES.values():
         node.run([f"{prefix}-restore", "--noflush"], FOREIGN)
     return node
 
 
 def rules(node: Namespace, family: Family) -> list[str]:
-    """Return all tables, chains and rules in their order, without counters and comments."""
+    """Return the lines of iptables-save without counters and comments."""
     saved = node.run([f"{PREFIXES[family]}-save"]).stdout.splitlines()
     return [line.partition(" ")[0] if line.startswith(":") else line for line in saved if not line.startswith("#")]
 
@@ -97,7 +97,7 @@ def proxy_tables(node: Namespace) -> list[str]:
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_only_what_is_a_proxys_is_removed(node: Namespace, scenario: str) -> None:
+def test_only_proxy_rules_are_removed(node: Namespace, scenario: str) -> None:
     before = {family: rules(node, family) for family in Family}
     node.run(["nft", "add", "table", "inet", "mine"])
     program_both_modes(node, scenario)
@@ -105,9 +105,9 @@ def test_only_what_is_a_proxys_is_removed(node: Namespace, scenario: str) -> Non
     for family in Family:
         assert len(rules(node, family)) > len(before[family]) + len(KEPT[family])
 
-    said = node.call(lambda: list(remove_all()))
+    messages = node.call(lambda: list(remove_all()))
 
-    assert [line.partition(" ")[0] for line in said] == ["removed"] * 4
+    assert [line.partition(" ")[0] for line in messages] == ["removed"] * 4
     assert proxy_tables(node) == []
     assert "table inet mine" in nft_tables(node)
     for family in Family:
@@ -116,7 +116,7 @@ def test_only_what_is_a_proxys_is_removed(node: Namespace, scenario: str) -> Non
         assert sorted(set(after) - set(without_firewall(after))) == KEPT[family]
 
 
-def test_a_second_time_there_is_nothing_to_do(node: Namespace) -> None:
+def test_second_cleanup_changes_nothing(node: Namespace) -> None:
     program_both_modes(node, "random-12")
     node.call(lambda: list(remove_all()))
     with TransactionMonitor(node) as commits:
@@ -124,7 +124,7 @@ def test_a_second_time_there_is_nothing_to_do(node: Namespace) -> None:
         assert commits.new() == []
 
 
-def test_several_clusters_rules_and_doubled_jumps_go_at_once(node: Namespace) -> None:
+def test_rules_of_several_clusters_and_duplicate_jumps_are_removed(node: Namespace) -> None:
     before = rules(node, Family.IPV4)
     apply(node, "random-13")
     stale = (GOLDEN / "random-11" / "iptables-save.txt").read_text().splitlines()
@@ -135,10 +135,10 @@ def test_several_clusters_rules_and_doubled_jumps_go_at_once(node: Namespace) ->
     assert without_firewall(rules(node, Family.IPV4)) == before
 
 
-def test_one_family_at_a_time(node: Namespace) -> None:
+def test_families_are_cleaned_up_separately(node: Namespace) -> None:
     program_both_modes(node, "dual-stack")
     ipv6 = rules(node, Family.IPV6)
-    assert node.call(lambda: remove_iptables(Family.IPV4)).endswith(" of IPv4")
+    assert node.call(lambda: remove_iptables(Family.IPV4)).endswith(" IPv4 iptables chains")
     assert node.call(lambda: remove_table(Family.IPV4))
     assert rules(node, Family.IPV6) == ipv6
     assert proxy_tables(node) == ["table ip6 kube-proxy"]
@@ -148,7 +148,7 @@ def test_one_family_at_a_time(node: Namespace) -> None:
 FOREIGN_COMMENT = '-A FORWARD -m comment --comment "what -j KUBE-FORWARD accepts" -j ACCEPT'
 
 
-def test_a_foreign_rule_whose_comment_quotes_a_jump_to_us_stays(node: Namespace) -> None:
+def test_foreign_rule_with_a_jump_in_its_comment_is_kept(node: Namespace) -> None:
     node.run(["iptables-restore", "--noflush"], f"*filter\n{FOREIGN_COMMENT}\nCOMMIT\n")
     before = rules(node, Family.IPV4)
     apply(node, "clusterip")
@@ -156,7 +156,7 @@ def test_a_foreign_rule_whose_comment_quotes_a_jump_to_us_stays(node: Namespace)
     assert without_firewall(rules(node, Family.IPV4)) == before
 
 
-def test_a_jump_to_us_goes_whatever_its_comment_quotes(node: Namespace) -> None:
+def test_jump_is_removed_whatever_its_comment(node: Namespace) -> None:
     before = rules(node, Family.IPV4)
     apply(node, "clusterip")
     jump = '-A MY-NAT -m comment --comment "was -j ACCEPT once" -j KUBE-MARK-MASQ'
@@ -165,7 +165,7 @@ def test_a_jump_to_us_goes_whatever_its_comment_quotes(node: Namespace) -> None:
     assert without_firewall(rules(node, Family.IPV4)) == before
 
 
-def test_the_program_nft_is_not_needed(node: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cleanup_does_not_need_nft(node: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = rules(node, Family.IPV4)
     program_both_modes(node, "clusterip")
     path = tmp_path / "bin"
@@ -178,8 +178,8 @@ def test_the_program_nft_is_not_needed(node: Namespace, tmp_path: Path, monkeypa
     assert proxy_tables(node) == []
 
 
-def test_what_cannot_be_removed_is_said(node: Namespace) -> None:
-    # The kernel lets nobody else delete a table that a process calls its own.
+def test_table_that_cannot_be_deleted_is_reported(node: Namespace) -> None:
+    # Only the owner can delete a table with an owner.
     with node.call(partial(BatchSocket, NFNL_SUBSYS_NFTABLES)) as owner:
         table = attribute(1, b"kube-proxy\0") + attribute(2, struct.pack(">I", NFT_TABLE_F_OWNER))
         owner.commit([(NFNL_SUBSYS_NFTABLES << 8, NLM_F_CREATE, nfgenmsg(socket.AF_INET) + table)])
@@ -187,23 +187,23 @@ def test_what_cannot_be_removed_is_said(node: Namespace) -> None:
             node.call(lambda: list(remove_all()))
 
 
-def test_the_command_says_what_it_removed_and_that_it_may_be_repeated(node: Namespace) -> None:
+def test_command_prints_removals_and_can_be_repeated(node: Namespace) -> None:
     before = rules(node, Family.IPV4)
     program_both_modes(node, "random-11")
     first = node.run([KPROXY, "run", "--cleanup"])
     assert first.stderr == ""
-    said = first.stdout.splitlines()
-    assert [line.rpartition(" ")[2] for line in said] == ["IPv4", "IPv6", "IPv4", "IPv6"]
+    messages = first.stdout.splitlines()
+    assert [line.split()[-3] for line in messages] == ["IPv4", "IPv6", "IPv4", "IPv6"]
     assert proxy_tables(node) == []
     assert without_firewall(rules(node, Family.IPV4)) == before
     assert node.run([KPROXY, "run", "--cleanup"]).stdout == "nothing to remove\n"
 
 
-def test_the_command_fails_in_one_line(node: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_fails_with_one_line(node: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     apply(node, "clusterip")
-    refusing = tmp_path / "iptables-restore"
-    refusing.write_text("#!/bin/sh\necho 'iptables-restore: line 3 failed' >&2; exit 4\n")
-    refusing.chmod(0o755)
+    failing = tmp_path / "iptables-restore"
+    failing.write_text("#!/bin/sh\necho 'iptables-restore: line 3 failed' >&2; exit 4\n")
+    failing.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     done = node.run([KPROXY, "run", "--cleanup"], check=False)
     assert done.returncode == 1

@@ -1,4 +1,4 @@
-"""A real connection tracking table: its entries, its parameters, and the netlink socket that the way to it is."""
+"""The kernel's connection tracking: deleting stale UDP entries, the netlink socket and the sysctls."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ PORT_TYPES = (CTA_PROTO_SRC_PORT, CTA_PROTO_DST_PORT)
 
 
 class Flow(NamedTuple):
-    """A flow from a client to a destination that some source answers, each `ip:port`."""
+    """A flow from a client to a destination, and the source of the replies. All three are `ip:port`."""
 
     client: str
     destination: str
@@ -77,7 +77,7 @@ class Flow(NamedTuple):
 
 
 def insert(namespace: Namespace, *flows: Flow) -> None:
-    """Put entries into a namespace's table as if packets had made them."""
+    """Create conntrack entries in a namespace as if packets had created them."""
 
     def work() -> None:
         with NetlinkSocket(NETLINK_NETFILTER) as netlink:
@@ -88,14 +88,16 @@ def insert(namespace: Namespace, *flows: Flow) -> None:
 
 
 def entries(namespace: Namespace, family: Family) -> dict[tuple[str, str], int]:
-    """Return the ids of a family's UDP entries by destination and replying source; no two may share these."""
+    """Return the IDs of a family's UDP entries by destination and reply source. Fails if two entries share both."""
 
     def work() -> dict[tuple[str, str], int]:
         found: dict[tuple[str, str], int] = {}
         with NetlinkSocket(NETLINK_NETFILTER) as netlink:
             for data, begin, end in netlink.dump(GET, nfgenmsg(ADDRESS_FAMILIES[family])):
                 parts = attributes(data, begin + 4, end)
-                original, reply = (_ends(data, parts[way], family) for way in (CTA_TUPLE_ORIG, CTA_TUPLE_REPLY))
+                original, reply = (
+                    _parse_tuple(data, parts[kind], family) for kind in (CTA_TUPLE_ORIG, CTA_TUPLE_REPLY)
+                )
                 if original[0] == socket.IPPROTO_UDP:
                     assert (original[2], reply[1]) not in found
                     found[original[2], reply[1]] = struct.unpack_from(">I", data, parts[CTA_ID][0])[0]
@@ -112,7 +114,7 @@ def _message(flow: Flow) -> bytes:
     return message + attribute(CTA_TIMEOUT, struct.pack(">I", 600))
 
 
-def _tuple(way: int, flow: Flow, source: str, destination: str, zone: int) -> bytes:
+def _tuple(kind: int, flow: Flow, source: str, destination: str, zone: int) -> bytes:
     ips, ports = [], []
     for (address, port), ip_type, port_type in zip(
         (split_socket_text(source), split_socket_text(destination)), IP_TYPES[flow.family], PORT_TYPES, strict=True
@@ -121,26 +123,29 @@ def _tuple(way: int, flow: Flow, source: str, destination: str, zone: int) -> by
         ports.append(attribute(port_type, struct.pack(">H", port)))
     proto = nested(CTA_TUPLE_PROTO, attribute(CTA_PROTO_NUM, bytes([flow.protocol])), *ports)
     return nested(
-        way, nested(CTA_TUPLE_IP, *ips), proto, attribute(CTA_TUPLE_ZONE, struct.pack(">H", zone)) if zone else b""
+        kind, nested(CTA_TUPLE_IP, *ips), proto, attribute(CTA_TUPLE_ZONE, struct.pack(">H", zone)) if zone else b""
     )
 
 
-def _ends(data: bytes, place: tuple[int, int], family: Family) -> tuple[int, str, str]:
-    """Return protocol, source and destination of a tuple."""
-    parts = attributes(data, *place)
+def _parse_tuple(data: bytes, bounds: tuple[int, int], family: Family) -> tuple[int, str, str]:
+    """Return the protocol, source and destination of a tuple."""
+    parts = attributes(data, *bounds)
     ip, proto = attributes(data, *parts[CTA_TUPLE_IP]), attributes(data, *parts[CTA_TUPLE_PROTO])
     number = data[proto[CTA_PROTO_NUM][0]]
     if number != socket.IPPROTO_UDP:
         return number, "", ""
-    ends = []
+    sockets = []
     for ip_type, port_type in zip(IP_TYPES[family], PORT_TYPES, strict=True):
         address = socket.inet_ntop(ADDRESS_FAMILIES[family], data[slice(*ip[ip_type])])
-        ends.append(socket_text(address, struct.unpack_from(">H", data, proto[port_type][0])[0]))
-    return number, ends[0], ends[1]
+        sockets.append(socket_text(address, struct.unpack_from(">H", data, proto[port_type][0])[0]))
+    return number, sockets[0], sockets[1]
 
 
-class World(NamedTuple):
-    """The names of one family."""
+class FamilySockets(NamedTuple):
+    """The sockets of one family, each `ip:port`.
+
+    `dns` and `others` are ClusterIPs, `old` and `new` endpoints, `own` and `foreign` NodePorts of two nodes.
+    """
 
     family: Family
     client: str
@@ -152,8 +157,8 @@ class World(NamedTuple):
     foreign: str
 
 
-WORLDS = (
-    World(
+FAMILY_SOCKETS = (
+    FamilySockets(
         Family.IPV4,
         "10.244.1.9:4000",
         "10.96.0.10:53",
@@ -163,7 +168,7 @@ WORLDS = (
         "192.0.2.1:30053",
         "198.51.100.1:30053",
     ),
-    World(
+    FamilySockets(
         Family.IPV6,
         "[fd00:244::9]:4000",
         "[fd00:96::a]:53",
@@ -176,17 +181,17 @@ WORLDS = (
 )
 
 
-@pytest.fixture(params=WORLDS, ids=["ipv4", "ipv6"])
-def world(request: pytest.FixtureRequest) -> World:
+@pytest.fixture(params=FAMILY_SOCKETS, ids=["ipv4", "ipv6"])
+def sockets(request: pytest.FixtureRequest) -> FamilySockets:
     found = request.param
-    assert isinstance(found, World)
+    assert isinstance(found, FamilySockets)
     return found
 
 
-def flows(world: World, *ends: tuple[str, str]) -> list[Flow]:
-    """Flows between these destinations and sources, each of a client's port of its own."""
-    address, port = split_socket_text(world.client)
-    return [Flow(socket_text(address, port + number), *each) for number, each in enumerate(ends)]
+def flows(sockets: FamilySockets, *pairs: tuple[str, str]) -> list[Flow]:
+    """Return flows with these destinations and reply sources. Each has its own client port."""
+    address, port = split_socket_text(sockets.client)
+    return [Flow(socket_text(address, port + number), *each) for number, each in enumerate(pairs)]
 
 
 def clean(
@@ -195,142 +200,156 @@ def clean(
     return namespace.call(lambda: UdpConntrack(family).clean(destinations, is_stale))
 
 
-def asked(namespace: Namespace, family: Family, destinations: Collection[str]) -> set[tuple[str, str]]:
-    """The flows that a cleaning looks at."""
+def checked_flows(namespace: Namespace, family: Family, destinations: Collection[str]) -> set[tuple[str, str]]:
+    """Return the flows that a cleanup of these destinations checks."""
     found = set[tuple[str, str]]()
 
-    def look(destination: str, source: str) -> bool:
+    def record(destination: str, source: str) -> bool:
         found.add((destination, source))
         return False
 
-    assert clean(namespace, family, destinations, look) == 0
+    assert clean(namespace, family, destinations, record) == 0
     return found
 
 
-def test_the_stale_entry_goes_and_the_others_stay(namespace: Namespace, world: World) -> None:
-    ends = [(world.dns, world.old), (world.dns, world.new), (world.others[0], world.old), (world.foreign, world.old)]
-    insert(namespace, *flows(world, *ends), Flow(world.client, world.dns, world.old, socket.IPPROTO_TCP))
-    before = entries(namespace, world.family)
-    assert set(before) == set(ends)
-    assert clean(namespace, world.family, [world.dns], lambda _, source: source == world.old) == 1
-    del before[world.dns, world.old]
-    assert entries(namespace, world.family) == before
+def test_only_the_stale_entry_is_deleted(namespace: Namespace, sockets: FamilySockets) -> None:
+    pairs = [
+        (sockets.dns, sockets.old),
+        (sockets.dns, sockets.new),
+        (sockets.others[0], sockets.old),
+        (sockets.foreign, sockets.old),
+    ]
+    insert(namespace, *flows(sockets, *pairs), Flow(sockets.client, sockets.dns, sockets.old, socket.IPPROTO_TCP))
+    before = entries(namespace, sockets.family)
+    assert set(before) == set(pairs)
+    assert clean(namespace, sockets.family, [sockets.dns], lambda _, source: source == sockets.old) == 1
+    del before[sockets.dns, sockets.old]
+    assert entries(namespace, sockets.family) == before
 
 
 @pytest.mark.parametrize("count", [1, MAX_FILTERED_DUMPS, MAX_FILTERED_DUMPS + 1])
-def test_what_is_asked_for_is_looked_at_however_many_there_are(namespace: Namespace, world: World, count: int) -> None:
-    insert(namespace, *flows(world, *((each, world.old) for each in (world.dns, world.foreign, *world.others))))
-    wanted = world.others[:count]
-    assert asked(namespace, world.family, wanted) == {(each, world.old) for each in wanted}
+def test_all_requested_destinations_are_checked(namespace: Namespace, sockets: FamilySockets, count: int) -> None:
+    insert(
+        namespace, *flows(sockets, *((each, sockets.old) for each in (sockets.dns, sockets.foreign, *sockets.others)))
+    )
+    destinations = sockets.others[:count]
+    assert checked_flows(namespace, sockets.family, destinations) == {(each, sockets.old) for each in destinations}
 
 
-def test_a_port_of_any_address_is_a_destination(namespace: Namespace, world: World) -> None:
-    insert(namespace, *flows(world, *((each, world.old) for each in (world.dns, world.own, world.foreign))))
-    expected = {(world.own, world.old), (world.foreign, world.old)}
-    assert asked(namespace, world.family, [":30053"]) == expected
-    assert asked(namespace, world.family, [":30053", *world.others]) == expected
+def test_port_without_address_matches_all_addresses(namespace: Namespace, sockets: FamilySockets) -> None:
+    insert(namespace, *flows(sockets, *((each, sockets.old) for each in (sockets.dns, sockets.own, sockets.foreign))))
+    expected = {(sockets.own, sockets.old), (sockets.foreign, sockets.old)}
+    assert checked_flows(namespace, sockets.family, [":30053"]) == expected
+    assert checked_flows(namespace, sockets.family, [":30053", *sockets.others]) == expected
 
 
-def test_who_asks_for_nothing_looks_at_nothing(namespace: Namespace, world: World) -> None:
-    insert(namespace, Flow(world.client, world.dns, world.old))
-    assert asked(namespace, world.family, [world.others[0]]) == set()
+def test_entries_of_other_destinations_are_not_checked(namespace: Namespace, sockets: FamilySockets) -> None:
+    insert(namespace, Flow(sockets.client, sockets.dns, sockets.old))
+    assert checked_flows(namespace, sockets.family, [sockets.others[0]]) == set()
 
 
-def test_all_clients_of_a_stale_pair_are_deleted(namespace: Namespace, world: World) -> None:
+def test_stale_entries_of_all_clients_are_deleted(namespace: Namespace, sockets: FamilySockets) -> None:
     count = 2 * REQUESTS_PER_SEND + 1
-    insert(namespace, *flows(world, (world.dns, world.new), *[(world.dns, world.old)] * count))
-    assert clean(namespace, world.family, [world.dns], lambda _, source: source == world.old) == count
-    assert set(entries(namespace, world.family)) == {(world.dns, world.new)}
+    insert(namespace, *flows(sockets, (sockets.dns, sockets.new), *[(sockets.dns, sockets.old)] * count))
+    assert clean(namespace, sockets.family, [sockets.dns], lambda _, source: source == sockets.old) == count
+    assert set(entries(namespace, sockets.family)) == {(sockets.dns, sockets.new)}
 
 
-def test_two_questions_that_find_one_entry_delete_it_once(namespace: Namespace, world: World) -> None:
-    insert(namespace, Flow(world.client, world.own, world.old))
-    assert clean(namespace, world.family, [world.own, ":30053"], lambda *_: True) == 1
-    assert entries(namespace, world.family) == {}
+def test_entry_matched_by_two_destinations_is_deleted_once(namespace: Namespace, sockets: FamilySockets) -> None:
+    insert(namespace, Flow(sockets.client, sockets.own, sockets.old))
+    assert clean(namespace, sockets.family, [sockets.own, ":30053"], lambda *_: True) == 1
+    assert entries(namespace, sockets.family) == {}
 
 
-def test_the_other_family_is_not_touched(namespace: Namespace) -> None:
-    insert(namespace, *(Flow(world.client, world.own, world.old) for world in WORLDS))
+def test_other_family_is_not_touched(namespace: Namespace) -> None:
+    insert(namespace, *(Flow(sockets.client, sockets.own, sockets.old) for sockets in FAMILY_SOCKETS))
     assert clean(namespace, Family.IPV4, [":30053"], lambda *_: True) == 1
     assert len(entries(namespace, Family.IPV6)) == 1
 
 
-@pytest.mark.parametrize("zone", [{"zone": 7}, {"original_zone": 7}], ids=["both-ways", "one-way"])
-def test_in_another_zone_only_what_is_translated_goes(namespace: Namespace, world: World, zone: dict[str, int]) -> None:
-    insert(namespace, Flow(world.client, world.dns, world.old, **zone))
-    insert(namespace, Flow(world.client, world.others[0], world.others[0], **zone))
-    insert(namespace, Flow(world.client, world.others[1], world.others[1]))
-    wanted = [world.dns, *world.others]
-    assert clean(namespace, world.family, wanted, lambda *_: True) == 2
-    assert set(entries(namespace, world.family)) == {(world.others[0], world.others[0])}
+@pytest.mark.parametrize("zone", [{"zone": 7}, {"original_zone": 7}], ids=["both-directions", "original-direction"])
+def test_only_translated_entries_are_deleted_in_other_zones(
+    namespace: Namespace, sockets: FamilySockets, zone: dict[str, int]
+) -> None:
+    insert(namespace, Flow(sockets.client, sockets.dns, sockets.old, **zone))
+    insert(namespace, Flow(sockets.client, sockets.others[0], sockets.others[0], **zone))
+    insert(namespace, Flow(sockets.client, sockets.others[1], sockets.others[1]))
+    destinations = [sockets.dns, *sockets.others]
+    assert clean(namespace, sockets.family, destinations, lambda *_: True) == 2
+    assert set(entries(namespace, sockets.family)) == {(sockets.others[0], sockets.others[0])}
 
 
-def test_an_entry_that_ends_by_itself_meanwhile_is_no_failure(namespace: Namespace, world: World) -> None:
-    flow = Flow(world.client, world.dns, world.old)
+def test_entry_that_expires_meanwhile_is_not_an_error(namespace: Namespace, sockets: FamilySockets) -> None:
+    flow = Flow(sockets.client, sockets.dns, sockets.old)
     insert(namespace, flow)
 
-    def end_it(destination: str, source: str) -> bool:
+    def delete_entry(destination: str, source: str) -> bool:
         with NetlinkSocket(NETLINK_NETFILTER) as netlink:
             netlink.request(DELETE, 0, _message(flow))
         return True
 
-    assert clean(namespace, world.family, [world.dns], end_it) == 0
+    assert clean(namespace, sockets.family, [sockets.dns], delete_entry) == 0
 
 
-@pytest.mark.parametrize("place", ["same-client-and-frontend", "same-client-and-endpoint"])
-def test_an_entry_that_took_the_place_of_a_stale_one_stays(namespace: Namespace, world: World, place: str) -> None:
-    flow = Flow(world.client, world.dns, world.old)  # in the same place in memory, as often as not
-    by_frontend = place == "same-client-and-frontend"
-    other = flow._replace(source=world.new) if by_frontend else flow._replace(destination=world.old)
+@pytest.mark.parametrize("replacement", ["same-client-and-frontend", "same-client-and-endpoint"])
+def test_entry_that_replaced_a_stale_one_is_kept(
+    namespace: Namespace, sockets: FamilySockets, replacement: str
+) -> None:
+    flow = Flow(sockets.client, sockets.dns, sockets.old)  # the kernel often reuses its memory, and so its ID
+    by_frontend = replacement == "same-client-and-frontend"
+    other = flow._replace(source=sockets.new) if by_frontend else flow._replace(destination=sockets.old)
     insert(namespace, flow)
 
-    def replace_it(destination: str, source: str) -> bool:
+    def replace_entry(destination: str, source: str) -> bool:
         with NetlinkSocket(NETLINK_NETFILTER) as netlink:
             netlink.request(DELETE, 0, _message(flow))
             netlink.request(NEW, NLM_F_CREATE | NLM_F_EXCL, _message(other))
         return True
 
-    assert clean(namespace, world.family, [world.dns], replace_it) == 0
-    assert set(entries(namespace, world.family)) == {(other.destination, other.source)}
+    assert clean(namespace, sockets.family, [sockets.dns], replace_entry) == 0
+    assert set(entries(namespace, sockets.family)) == {(other.destination, other.source)}
 
 
-def test_the_kernel_answers_with_what_was_asked_for(namespace: Namespace, world: World) -> None:
-    insert(namespace, *flows(world, (world.dns, world.old), (world.others[0], world.old), (world.own, world.old)))
-    insert(namespace, Flow(world.client, world.dns, world.old, socket.IPPROTO_TCP))
-    layout = TUPLE_LAYOUTS[world.family]
-    address, port = split_socket_text(world.dns)
+def test_kernel_filters_dumps(namespace: Namespace, sockets: FamilySockets) -> None:
+    insert(
+        namespace,
+        *flows(sockets, (sockets.dns, sockets.old), (sockets.others[0], sockets.old), (sockets.own, sockets.old)),
+    )
+    insert(namespace, Flow(sockets.client, sockets.dns, sockets.old, socket.IPPROTO_TCP))
+    layout = TUPLE_LAYOUTS[sockets.family]
+    address, port = split_socket_text(sockets.dns)
 
-    def count(asked: bytes) -> int:
+    def count(request: bytes) -> int:
         with NetlinkSocket(NETLINK_NETFILTER) as netlink:
-            return len(list(netlink.dump(GET, asked)))
+            return len(list(netlink.dump(GET, request)))
 
     packed = socket.inet_pton(layout.address_family, address)
     assert namespace.call(lambda: count(dump_request(layout))) == 3
     assert namespace.call(lambda: count(dump_request(layout, port=struct.pack(">H", port)))) == 2
-    if world.family is Family.IPV4:
+    if sockets.family is Family.IPV4:
         assert namespace.call(lambda: count(dump_request(layout, packed, struct.pack(">H", port)))) == 1
 
 
-def test_an_answer_that_holds_everything_is_read_all_the_same(namespace: Namespace, world: World) -> None:
-    """As kernels without the filter give it."""
-    insert(namespace, Flow(world.client, world.dns, world.old))
-    insert(namespace, Flow(world.client, world.own, world.old, socket.IPPROTO_TCP))
-    reader = ConntrackEntryReader(TUPLE_LAYOUTS[world.family])
+def test_unfiltered_dump_is_read_too(namespace: Namespace, sockets: FamilySockets) -> None:
+    """Kernels without dump filters return all entries."""
+    insert(namespace, Flow(sockets.client, sockets.dns, sockets.old))
+    insert(namespace, Flow(sockets.client, sockets.own, sockets.old, socket.IPPROTO_TCP))
+    reader = ConntrackEntryReader(TUPLE_LAYOUTS[sockets.family])
 
     def read() -> list[FlowSockets | None]:
         with NetlinkSocket(NETLINK_NETFILTER) as netlink:
-            everything = nfgenmsg(ADDRESS_FAMILIES[world.family])
+            everything = nfgenmsg(ADDRESS_FAMILIES[sockets.family])
             return [reader.sockets(*message) for message in netlink.dump(GET, everything)]
 
-    ends = [(split_socket_text(world.dns), split_socket_text(world.old))]
+    pairs = [(split_socket_text(sockets.dns), split_socket_text(sockets.old))]
     packed = [
-        tuple(socket.inet_pton(ADDRESS_FAMILIES[world.family], ip) + struct.pack(">H", port) for ip, port in pair)
-        for pair in ends
+        tuple(socket.inet_pton(ADDRESS_FAMILIES[sockets.family], ip) + struct.pack(">H", port) for ip, port in pair)
+        for pair in pairs
     ]
     assert sorted(namespace.call(read), key=lambda each: each is None) == [*packed, None]
 
 
-def test_without_the_privilege_it_says_so(namespace: Namespace) -> None:
+def test_missing_capability_is_an_error(namespace: Namespace) -> None:
     program = (
         "from kproxy.host.ctnetlink import UdpConntrack\n"
         "from kproxy.model.types import Family\n"
@@ -343,26 +362,26 @@ def test_without_the_privilege_it_says_so(namespace: Namespace) -> None:
     assert namespace.run(command).stdout == f"{errno.EPERM} Operation not permitted\n"
 
 
-# The socket.
+# The netlink socket.
 
 
-def test_refused_requests_are_named_and_the_others_carried_out(namespace: Namespace) -> None:
-    wanted = [
+def test_rejected_requests_are_reported_and_the_others_applied(namespace: Namespace) -> None:
+    requested = [
         Flow(f"10.0.0.1:{1000 + number}", f"10.96.0.1:{number + 1}", "10.0.0.2:53")
         for number in range(3 * REQUESTS_PER_SEND)
     ]
-    twice = [0, 1, REQUESTS_PER_SEND - 1, REQUESTS_PER_SEND, 3 * REQUESTS_PER_SEND - 1]
-    insert(namespace, *(wanted[number] for number in twice))
+    existing = [0, 1, REQUESTS_PER_SEND - 1, REQUESTS_PER_SEND, 3 * REQUESTS_PER_SEND - 1]
+    insert(namespace, *(requested[number] for number in existing))
 
     def work() -> dict[int, int]:
         with NetlinkSocket(NETLINK_NETFILTER) as netlink:
-            return netlink.request_many(NEW, NLM_F_CREATE | NLM_F_EXCL, [_message(flow) for flow in wanted])
+            return netlink.request_many(NEW, NLM_F_CREATE | NLM_F_EXCL, [_message(flow) for flow in requested])
 
-    assert namespace.call(work) == dict.fromkeys(twice, errno.EEXIST)
-    assert len(entries(namespace, Family.IPV4)) == len(wanted)
+    assert namespace.call(work) == dict.fromkeys(existing, errno.EEXIST)
+    assert len(entries(namespace, Family.IPV4)) == len(requested)
 
 
-def test_a_dump_that_is_refused_raises(namespace: Namespace) -> None:
+def test_rejected_dump_raises(namespace: Namespace) -> None:
     def work() -> None:
         with NetlinkSocket(NETLINK_NETFILTER) as netlink:
             list(netlink.dump(0x7F << 8, nfgenmsg()))
@@ -372,12 +391,12 @@ def test_a_dump_that_is_refused_raises(namespace: Namespace) -> None:
     assert caught.value.errno == errno.EINVAL
 
 
-def add_addresses(namespace: Namespace, third: int, count: Iterable[int]) -> None:
-    lines = "".join(f"address add 10.9.{third}.{number}/32 dev lo\n" for number in count)
+def add_addresses(namespace: Namespace, third: int, numbers: Iterable[int]) -> None:
+    lines = "".join(f"address add 10.9.{third}.{number}/32 dev lo\n" for number in numbers)
     namespace.run(["ip", "-batch", "-"], lines)
 
 
-def test_a_dump_that_changes_meanwhile_is_told(namespace: Namespace) -> None:
+def test_interrupted_dump_raises(namespace: Namespace) -> None:
     for third in range(4):
         add_addresses(namespace, third, range(1, 251))
 
@@ -392,7 +411,7 @@ def test_a_dump_that_changes_meanwhile_is_told(namespace: Namespace) -> None:
 
 
 @pytest.mark.parametrize("error", [DumpInterruptedError(0, "interrupted"), OSError(errno.ENOBUFS, "lost")])
-def test_what_passes_is_asked_again_and_not_for_ever(error: OSError) -> None:
+def test_transient_errors_are_retried_a_limited_number_of_times(error: OSError) -> None:
     calls = []
 
     def ask(failures: int) -> str:
@@ -408,7 +427,7 @@ def test_what_passes_is_asked_again_and_not_for_ever(error: OSError) -> None:
     assert len(calls) == MAX_ATTEMPTS
 
 
-def test_what_does_not_pass_is_not_asked_again() -> None:
+def test_permanent_errors_are_not_retried() -> None:
     calls = []
 
     def ask() -> None:
@@ -420,7 +439,7 @@ def test_what_does_not_pass_is_not_asked_again() -> None:
     assert len(calls) == 1
 
 
-def test_own_addresses_are_those_of_this_end(namespace: Namespace) -> None:
+def test_own_addresses_exclude_peer_addresses(namespace: Namespace) -> None:
     namespace.run(["ip", "link", "set", "lo", "up"])
     namespace.run(["ip", "address", "add", "10.9.0.1", "peer", "10.9.0.2", "dev", "lo"])
     namespace.run(["ip", "address", "add", "2001:db8::1/128", "dev", "lo"])
@@ -428,12 +447,12 @@ def test_own_addresses_are_those_of_this_end(namespace: Namespace) -> None:
     assert namespace.call(lambda: own_addresses(Family.IPV6)) == {"::1", "2001:db8::1"}
 
 
-# Kernel parameters: those that each namespace has for itself.
+# Sysctls that each network namespace has for itself.
 
 
-def test_timeouts_are_set_for_this_namespace(namespace: Namespace) -> None:
+def test_timeouts_are_set_in_this_namespace(namespace: Namespace) -> None:
     config = Conntrack(
-        max_per_core=0,  # the machine's, not the namespace's
+        max_per_core=0,  # not namespaced
         tcp_established_timeout=Seconds(1001),
         tcp_close_wait_timeout=Seconds(1002),
         tcp_be_liberal=True,
@@ -450,14 +469,14 @@ def test_timeouts_are_set_for_this_namespace(namespace: Namespace) -> None:
     assert namespace.call(work) == ([], {})
 
 
-def test_route_localnet_is_set_for_this_namespace(namespace: Namespace) -> None:
+def test_route_localnet_is_set_in_this_namespace(namespace: Namespace) -> None:
     namespace.sysctl(ipv4__conf__all__route_localnet=0)
     assert namespace.call(ensure_route_localnet) == []
     assert namespace.call(lambda: read_parameters([ROUTE_LOCALNET])) == {ROUTE_LOCALNET: 1}
 
 
-def test_what_is_read_only_is_told(namespace: Namespace) -> None:
-    """As in a container that is not privileged."""
+def test_read_only_sysctl_is_reported(namespace: Namespace) -> None:
+    """An unprivileged container has a read-only /proc/sys."""
     program = (
         f"from kproxy.host.sysctl import write_parameters; print(write_parameters({{{conntrack_sysctls.UDP!r}: 77}}))"
     )

@@ -1,4 +1,4 @@
-"""`make demo`, run as newcomers run it: as a program, in a pipe or a terminal, to its end or not."""
+"""`make demo` as a program: in a pipe, on a terminal, interrupted, and without privileges."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CHECKOUT = Path(__file__).parent.parent.parent
 ESCAPE = "\x1b"
 
 
-def play(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+def run_demo(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command,
         cwd=CHECKOUT,
@@ -46,8 +46,8 @@ def children_of(pid: int) -> list[int]:
     return [int(child) for task in tasks for child in (task / "children").read_text().split()]
 
 
-def test_in_a_pipe_it_tells_the_whole_story_in_plain_text(kernel: None) -> None:
-    done = play(DEMO)
+def test_output_in_a_pipe_is_plain_text(kernel: None) -> None:
+    done = run_demo(DEMO)
     assert done.returncode == 0, done.stdout + done.stderr
     assert ESCAPE not in done.stdout
     assert done.stderr == ""
@@ -60,23 +60,23 @@ def test_in_a_pipe_it_tells_the_whole_story_in_plain_text(kernel: None) -> None:
     assert done.stdout.endswith("Done. The demo has cleaned up.\n")
 
 
-def test_on_a_terminal_it_has_colours(kernel: None) -> None:
-    terminal, ours = pty.openpty()
+def test_output_on_a_terminal_has_colors(kernel: None) -> None:
+    terminal, pts = pty.openpty()
     with subprocess.Popen(
-        DEMO, cwd=CHECKOUT, env=os.environ | {"TERM": "xterm-256color"}, stdout=ours, stdin=ours
+        DEMO, cwd=CHECKOUT, env=os.environ | {"TERM": "xterm-256color"}, stdout=pts, stdin=pts
     ) as demo:
-        os.close(ours)
-        shown = b""
+        os.close(pts)
+        output = b""
         while chunk := _read(terminal):
-            shown += chunk
+            output += chunk
     os.close(terminal)
-    assert demo.returncode == 0, shown.decode()
-    assert f"{ESCAPE}[" in shown.decode()
-    assert " 0 failed" in shown.decode()
+    assert demo.returncode == 0, output.decode()
+    assert f"{ESCAPE}[" in output.decode()
+    assert " 0 failed" in output.decode()
 
 
 def _read(terminal: int) -> bytes:
-    """Return what is on the terminal; when its last writer is gone, reading fails with EIO."""
+    """Return output from the terminal, or nothing after its last writer has closed it (EIO)."""
     try:
         return os.read(terminal, 65536)
     except OSError:
@@ -88,7 +88,7 @@ def _read(terminal: int) -> bytes:
     [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -signal.SIGKILL)],
     ids=["interrupted", "terminated", "killed"],
 )
-def test_nothing_stays_when_it_is_stopped(kernel: None, tmp_path: Path, number: signal.Signals, code: int) -> None:
+def test_nothing_remains_after_a_signal(kernel: None, tmp_path: Path, number: signal.Signals, code: int) -> None:
     with subprocess.Popen(
         DEMO,
         cwd=CHECKOUT,
@@ -100,7 +100,7 @@ def test_nothing_stays_when_it_is_stopped(kernel: None, tmp_path: Path, number: 
         assert demo.stdout is not None
         assert demo.stderr is not None
         for line in demo.stdout:
-            if line.startswith("4. "):  # the daemon runs, and requests flow
+            if line.startswith("4. "):  # the daemon runs and the client sends requests
                 break
         daemons = [os.pidfd_open(child) for child in children_of(demo.pid)]
         demo.send_signal(number)
@@ -109,7 +109,7 @@ def test_nothing_stays_when_it_is_stopped(kernel: None, tmp_path: Path, number: 
     assert errors == ""
     assert daemons
     for daemon in daemons:
-        assert select.select([daemon], [], [], HANG_GUARD)[0], "the daemon is still there"
+        assert select.select([daemon], [], [], HANG_GUARD)[0], "the daemon is still running"
         os.close(daemon)
     assert list(tmp_path.iterdir()) == []
     assert "kproxy-demo" not in Path("/proc/self/mountinfo").read_text()
@@ -117,19 +117,19 @@ def test_nothing_stays_when_it_is_stopped(kernel: None, tmp_path: Path, number: 
         assert rest.endswith("Interrupted. The demo has cleaned up.\n")
 
 
-def test_an_ordinary_user_can_run_it(kernel: None) -> None:
+def test_unprivileged_user_can_run_it(kernel: None) -> None:
     if reason := missing_access("sh", "-c", 'exec "$0" "$@"'):
         pytest.skip(reason)
-    if play([*UNPRIVILEGED, "unshare", "--user", "--map-root-user", "--mount", "true"]).returncode != 0:
+    if run_demo([*UNPRIVILEGED, "unshare", "--user", "--map-root-user", "--mount", "true"]).returncode != 0:
         pytest.skip("this kernel lets only root make user namespaces")
-    done = play([*UNPRIVILEGED, *DEMO], PATH="/usr/bin:/bin", PYTHONDONTWRITEBYTECODE="1")
+    done = run_demo([*UNPRIVILEGED, *DEMO], PATH="/usr/bin:/bin", PYTHONDONTWRITEBYTECODE="1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert " 0 failed" in done.stdout
 
 
-def test_it_says_in_one_line_when_it_may_not_make_namespaces(kernel: None, tmp_path: Path) -> None:
+def test_missing_permission_to_create_namespaces_is_one_line(kernel: None, tmp_path: Path) -> None:
     (tmp_path / "unshare").symlink_to("/bin/false")
-    done = play(DEMO, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    done = run_demo(DEMO, PATH=f"{tmp_path}:{os.environ['PATH']}")
     assert done.returncode == 1
     assert done.stdout == ""
     expected = (
@@ -138,7 +138,7 @@ def test_it_says_in_one_line_when_it_may_not_make_namespaces(kernel: None, tmp_p
     assert done.stderr == expected
 
 
-def test_missing_commands_are_named_with_their_package(tmp_path: Path) -> None:
+def test_missing_commands_are_reported_with_their_packages(tmp_path: Path) -> None:
     for command in PACKAGES:
         (tmp_path / command).symlink_to("/bin/true")
     assert missing_commands(str(tmp_path)) == ""
@@ -149,19 +149,19 @@ def test_missing_commands_are_named_with_their_package(tmp_path: Path) -> None:
     )
 
 
-def test_a_daemon_that_ends_is_said_with_its_last_words(
+def test_daemon_that_exits_is_reported_with_its_last_line(
     kernel: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = tmp_path / "kproxy"
-    broken.write_text("#!/bin/sh\necho all the rest >&2; echo no such flag >&2; exit 3\n")
+    broken.write_text("#!/bin/sh\necho other output >&2; echo no such flag >&2; exit 3\n")
     broken.chmod(0o755)
     monkeypatch.setattr(proxy, "KPROXY", str(broken))
-    with DemoCluster(tmp_path) as scene, pytest.raises(RuntimeError, match="exited with code 3: no such flag"):
-        scene.start_kproxy()
+    with DemoCluster(tmp_path) as cluster, pytest.raises(RuntimeError, match="exited with code 3: no such flag"):
+        cluster.start_kproxy()
 
 
 class Faulty(DemoCluster):
-    """A scene in which one request is lost."""
+    """A demo cluster that loses one request."""
 
     lost = False
 
@@ -172,16 +172,16 @@ class Faulty(DemoCluster):
         return super().request()
 
 
-def test_a_lost_request_is_reported(kernel: None, tmp_path: Path) -> None:
-    shown = io.StringIO()
-    with Faulty(tmp_path) as scene:
-        assert not run(scene, Screen(Console(file=shown)))
-    assert " 1 failed" in shown.getvalue()
-    assert "FAILED" in shown.getvalue()
-    assert "1 x Refused()" in shown.getvalue()
+def test_lost_request_is_reported(kernel: None, tmp_path: Path) -> None:
+    output = io.StringIO()
+    with Faulty(tmp_path) as cluster:
+        assert not run(cluster, Screen(Console(file=output)))
+    assert " 1 failed" in output.getvalue()
+    assert "FAILED" in output.getvalue()
+    assert "1 x Refused()" in output.getvalue()
 
 
-def test_only_a_fair_share_for_exactly_these_pods_is_expected() -> None:
+def test_only_balanced_traffic_to_exactly_these_pods_is_accepted() -> None:
     pods = ["a", "b", "c"]
     assert is_balanced(Counter(a=60, b=100, c=140), pods)
     assert not is_balanced(Counter(a=58, b=100, c=142), pods)
@@ -190,7 +190,7 @@ def test_only_a_fair_share_for_exactly_these_pods_is_expected() -> None:
     assert not is_balanced(Counter(), pods)
 
 
-def test_bars_are_ascii_where_the_output_is() -> None:
+def test_bars_are_ascii_on_ascii_output() -> None:
     output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     Screen(Console(file=output)).bars({"a": 3, "b": 1}, ["a", "b"])
     output.flush()
@@ -200,7 +200,7 @@ def test_bars_are_ascii_where_the_output_is() -> None:
     assert lines[1].split() == ["b", "#" * 10, "1", "25%"]
 
 
-def test_the_rules_of_a_service_are_picked_from_the_dump() -> None:
+def test_rules_of_a_service_are_selected_from_the_dump() -> None:
     dump = (CHECKOUT / "tests/golden/clusterip/iptables-save.txt").read_text()
     chains = rules_of(dump, "demo/web")
     assert [rules[0].split()[1] for rules in chains] == [

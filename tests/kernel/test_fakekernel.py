@@ -1,4 +1,4 @@
-"""The kernel in memory does with an input what the real one does, whichever variant of iptables feeds it."""
+"""The fake kernel handles input like the real one with either variant of iptables."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ HISTORY = (
     "dual-stack",
     "protocols-tcp-udp-sctp-same-port",
 )
-"""Recorded clusters that a proxy is led through, one after the other."""
+"""Recorded clusters that a proxy programs one after another."""
 
-REFUSED = (
+INVALID_INPUTS = (
     "*nat\n-A KUBE-NONE -j ACCEPT\nCOMMIT\n",
     "*nat\n:KUBE-A - [0:0]\n-A KUBE-A -j KUBE-NONE\nCOMMIT\n",
     "*nat\n:KUBE-A - [0:0]\n:KUBE-B - [0:0]\n-A KUBE-A -j KUBE-B\n-X KUBE-B\nCOMMIT\n",
@@ -40,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("counters")
 
 
 @pytest.mark.parametrize("family", Family)
-def test_a_proxys_inputs_have_the_same_effect(namespace: Namespace, variant: str, family: Family) -> None:
+def test_input_of_a_proxy_has_the_same_effect(namespace: Namespace, variant: str, family: Family) -> None:
     real, fake = RealKernel(namespace, family, variant), FakeKernel()
     found = store(HISTORY[0])
     context = recorded_context(HISTORY[0], family, found)
@@ -53,12 +53,12 @@ def test_a_proxys_inputs_have_the_same_effect(namespace: Namespace, variant: str
         fake.inputs.clear()
 
 
-def test_both_refuse_the_same_and_keep_what_they_had(namespace: Namespace, variant: str) -> None:
+def test_both_reject_the_same_input_and_stay_unchanged(namespace: Namespace, variant: str) -> None:
     real, fake = RealKernel(namespace, Family.IPV4, variant), FakeKernel()
     real.restore(IN_USE)
     fake.restore(IN_USE)
     before = comparable(fake.dump())
-    for text in REFUSED:
+    for text in INVALID_INPUTS:
         with pytest.raises(RestoreError):
             fake.restore(text)
         with pytest.raises(RuntimeError, match="exit code"):
@@ -69,7 +69,7 @@ def test_both_refuse_the_same_and_keep_what_they_had(namespace: Namespace, varia
         }
 
 
-def test_rules_inserted_at_the_top_and_chains_emptied(namespace: Namespace, variant: str) -> None:
+def test_inserted_rules_and_flushed_chains_are_identical(namespace: Namespace, variant: str) -> None:
     real, fake = RealKernel(namespace, Family.IPV4, variant), FakeKernel()
     inputs = (
         "*nat\n:KUBE-A - [0:0]\n-A KUBE-A -j RETURN\n-I PREROUTING 1 -j KUBE-A\n-I PREROUTING 1 -j ACCEPT\nCOMMIT\n",

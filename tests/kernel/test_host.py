@@ -1,4 +1,4 @@
-"""The edge to the machine: programs, netlink, counters, sysctls, and what iptables really says."""
+"""What kproxy uses on the host: commands, netlink, nfacct counters and the installed iptables."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ GUARD = 30.0
 PYTHON = sys.executable
 
 
-# Programs.
+# Commands.
 
 
-def test_a_program_gets_its_input_and_says_how_it_ended() -> None:
+def test_command_reads_input_and_returns_status_and_output() -> None:
     done = run(["sh", "-c", "cat; echo oops >&2; exit 3"], "hello\n", timeout=GUARD)
     assert (done.code, done.stdout, done.stderr) == (3, "hello\n", "oops\n")
 
 
-def test_a_program_that_does_not_exist_is_named() -> None:
+def test_error_names_a_missing_command() -> None:
     with pytest.raises(CommandError, match=r"^cannot run no-such-program: No such file or directory$"):
         run(["no-such-program"], timeout=GUARD)
     with (
@@ -53,14 +53,14 @@ def test_a_program_that_does_not_exist_is_named() -> None:
         pass
 
 
-def test_a_file_that_is_no_program_is_named(tmp_path: Path) -> None:
+def test_error_names_a_file_that_is_not_executable(tmp_path: Path) -> None:
     path = tmp_path / "notes"
     path.write_text("text")
     with pytest.raises(CommandError, match=f"^cannot run {path}: Permission denied$"):
         run([str(path)], timeout=GUARD)
 
 
-def test_a_program_that_hangs_is_killed(tmp_path: Path) -> None:
+def test_hanging_command_is_killed(tmp_path: Path) -> None:
     fifo = tmp_path / "never"
     os.mkfifo(fifo)
     done = run(["cat", str(fifo)], timeout=0.01)
@@ -69,16 +69,16 @@ def test_a_program_that_hangs_is_killed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [1 << 21])
-def test_large_input_and_output_pass_through(size: int) -> None:
+def test_large_input_and_output_do_not_block(size: int) -> None:
     done = run(["sh", "-c", "tee /dev/stderr"], "x" * size, timeout=GUARD)
     assert (done.code, len(done.stdout), len(done.stderr)) == (0, size, size)
 
 
-def test_a_program_that_does_not_read_its_input() -> None:
+def test_command_need_not_read_its_input() -> None:
     assert run(["true"], "x" * (1 << 21), timeout=GUARD).code == 0
 
 
-def test_what_a_program_says_may_be_any_bytes() -> None:
+def test_output_need_not_be_utf8() -> None:
     done = run(["sh", "-c", r"printf '\377'; printf '\376' >&2; exit 1"], timeout=GUARD)
     assert done.code == 1
 
@@ -89,12 +89,12 @@ def test_output_is_read_line_by_line() -> None:
         assert list(lines) == ["two\n"]
 
 
-def test_large_output_is_read_whole() -> None:
+def test_large_output_is_read_completely() -> None:
     with CommandRunner().stream_output(["seq", "300000"], timeout=GUARD) as lines:
         assert sum(1 for _ in lines) == 300_000
 
 
-def test_a_program_that_fails_after_its_output_is_told() -> None:
+def test_failure_after_the_output_raises() -> None:
     with (
         pytest.raises(CommandError, match=r"^sh failed with status 3: oops$"),
         CommandRunner().stream_output(
@@ -104,20 +104,20 @@ def test_a_program_that_fails_after_its_output_is_told() -> None:
         assert list(lines) == ["one\n"]
 
 
-def test_a_program_that_complains_at_length_does_not_block() -> None:
+def test_large_stderr_does_not_block() -> None:
     chatty = "head -c 1000000 /dev/zero >&2; echo done"
     with CommandRunner().stream_output(["timeout", "5", "sh", "-c", chatty], timeout=GUARD) as lines:
         assert list(lines) == ["done\n"]
 
 
-def test_a_line_of_any_bytes_can_be_read() -> None:
+def test_output_lines_need_not_be_utf8() -> None:
     with CommandRunner().stream_output(
         ["printf", r"-A KUBE -m comment --comment \377 -j X\n-A B\n"], timeout=GUARD
     ) as lines:
         assert [line.split()[1] for line in lines] == ["KUBE", "B"]
 
 
-def test_an_error_while_reading_ends_the_program() -> None:
+def test_exception_while_reading_ends_the_command() -> None:
     def fail() -> None:
         with CommandRunner().stream_output(["timeout", "30", "yes"], timeout=GUARD) as lines:
             raise ZeroDivisionError(next(lines))
@@ -126,7 +126,7 @@ def test_an_error_while_reading_ends_the_program() -> None:
         fail()
 
 
-def test_a_program_that_hangs_while_it_is_read_is_killed(tmp_path: Path) -> None:
+def test_command_that_hangs_while_read_is_killed(tmp_path: Path) -> None:
     fifo = tmp_path / "never"
     os.mkfifo(fifo)
     with (
@@ -136,8 +136,8 @@ def test_a_program_that_hangs_while_it_is_read_is_killed(tmp_path: Path) -> None
         assert list(lines) == []
 
 
-def test_reading_needs_no_place_for_files(namespace: Namespace) -> None:
-    """As in a container with a read-only root."""
+def test_reading_output_needs_no_temporary_files(namespace: Namespace) -> None:
+    """A container may have a read-only root file system."""
     script = (
         "from kproxy.host.commands import CommandRunner\n"
         "with CommandRunner().stream_output(['echo', 'here'], timeout=30) as lines: print(*lines)"
@@ -152,8 +152,8 @@ def test_reading_needs_no_place_for_files(namespace: Namespace) -> None:
     assert done.stdout.split() == ["here"]
 
 
-def open_when_read(fifo: Path) -> int:
-    """Wait until somebody reads a FIFO, which then can be opened for writing at once (fifo(7)); return that end."""
+def open_when_reader_exists(fifo: Path) -> int:
+    """Wait until a process opens a FIFO for reading; return the descriptor of its write end (fifo(7))."""
     found: list[int] = []
 
     def try_to_open() -> bool:
@@ -161,157 +161,155 @@ def open_when_read(fifo: Path) -> int:
             found.append(os.open(fifo, os.O_WRONLY | os.O_NONBLOCK))
         return bool(found)
 
-    wait_until(try_to_open, "somebody to read the FIFO")
+    wait_until(try_to_open, "a reader of the FIFO")
     return found[0]
 
 
-def test_parts_are_asked_for_while_the_program_works_on_those_before(tmp_path: Path) -> None:
-    """The second part is made only after the program has said, by a file, what it did with the first."""
+def test_chunks_are_generated_while_the_command_reads(tmp_path: Path) -> None:
+    """The iterator yields the second chunk only after the program has handled the first one."""
     seen = tmp_path / "seen"
     os.mkfifo(seen)
 
-    def parts() -> Iterator[str]:
+    def chunks() -> Iterator[str]:
         yield "one\n"
         assert seen.read_text() == "one\n"
         yield "two\n"
 
     done = CommandRunner().stream_input(
-        ["sh", "-c", f"read a; echo $a > {seen}; read b; echo $b >&2"], parts(), timeout=GUARD
+        ["sh", "-c", f"read a; echo $a > {seen}; read b; echo $b >&2"], chunks(), timeout=GUARD
     )
     assert (done.code, done.stderr) == (0, "two\n")
 
 
-def test_a_program_that_ends_early_is_asked_for_no_more_parts() -> None:
-    made: list[int] = []
+def test_no_chunks_are_generated_after_the_command_exits() -> None:
+    generated: list[int] = []
 
-    def parts() -> Iterator[str]:
+    def chunks() -> Iterator[str]:
         for number in range(10_000):
-            made.append(number)
+            generated.append(number)
             yield "x" * 100_000
 
     done = CommandRunner().stream_input(
-        ["sh", "-c", "head -c 1 >/dev/null; echo enough >&2; exit 3"], parts(), timeout=GUARD
+        ["sh", "-c", "head -c 1 >/dev/null; echo enough >&2; exit 3"], chunks(), timeout=GUARD
     )
     assert (done.code, done.stderr) == (3, "enough\n")
-    assert len(made) < 10_000
+    assert len(generated) < 10_000
 
 
-def test_a_program_that_is_content_with_half_its_input_has_failed() -> None:
-    parts = ("x" * 100_000 for _ in range(100))
-    done = CommandRunner().stream_input(["sh", "-c", "head -c 1 >/dev/null"], parts, timeout=GUARD)
+def test_command_that_ignores_part_of_its_input_has_failed() -> None:
+    chunks = ("x" * 100_000 for _ in range(100))
+    done = CommandRunner().stream_input(["sh", "-c", "head -c 1 >/dev/null"], chunks, timeout=GUARD)
     assert (done.code, done.stderr) == (-1, "sh exited before reading all of its input")
 
 
-def test_no_part_is_asked_for_once_all_is_stopped() -> None:
-    programs, made = CommandRunner(), []
+def test_no_chunks_are_generated_after_stop() -> None:
+    runner, generated = CommandRunner(), []
 
-    def parts() -> Iterator[str]:
+    def chunks() -> Iterator[str]:
         for number in range(10):
-            made.append(number)
+            generated.append(number)
             if number == 3:
-                programs.stop()
+                runner.stop()
             yield "one\n"
 
-    assert programs.stream_input(["cat"], parts(), timeout=GUARD).code != 0
-    assert made == [0, 1, 2, 3]
+    assert runner.stream_input(["cat"], chunks(), timeout=GUARD).code != 0
+    assert generated == [0, 1, 2, 3]
 
 
-def test_each_part_has_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timeout_applies_to_each_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     monkeypatch.setattr("kproxy.host.commands.monotonic", clock)
 
-    def parts() -> Iterator[str]:
+    def chunks() -> Iterator[str]:
         for _ in range(4):
             yield "one\n"
             clock.advance_and_wait(0.0006)
 
-    assert CommandRunner().stream_input(["cat"], parts(), timeout=0.001).code == 0
+    assert CommandRunner().stream_input(["cat"], chunks(), timeout=0.001).code == 0
 
 
-def test_nobody_watches_over_a_program_that_has_ended() -> None:
+def test_watchdog_thread_ends_with_the_command() -> None:
     CommandRunner().stream_input(["cat"], ["one\n"] * 3, timeout=GUARD)
     assert "command-watchdog" not in {each.name for each in threading.enumerate()}
 
 
-def test_a_program_that_nobody_can_watch_over_is_killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def none_left(_: threading.Thread) -> None:
+def test_command_without_a_watchdog_is_killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(_: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(threading.Thread, "start", none_left)
+    monkeypatch.setattr(threading.Thread, "start", fail)
     with pytest.raises(CommandError, match=r"^cannot start a watchdog for sh: can't start new thread$"):
         CommandRunner().stream_input(["sh", "-c", f"cat; touch {tmp_path}/ended"], ["one\n"], timeout=GUARD)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_fed_program_prints_does_not_hold_it_up() -> None:
+def test_unread_output_does_not_block_stream_input() -> None:
     assert CommandRunner().stream_input(["cat"], ["x" * 100_000] * 20, timeout=GUARD).code == 0
 
 
-def test_a_program_may_have_ended_when_a_part_is_made(tmp_path: Path) -> None:
-    fifo = tmp_path / "opened-when-it-reads-no-more"
+def test_command_may_exit_before_the_first_chunk(tmp_path: Path) -> None:
+    fifo = tmp_path / "stdin-closed"
     os.mkfifo(fifo)
 
-    def parts() -> Iterator[str]:
+    def chunks() -> Iterator[str]:
         assert fifo.read_text() == ""
         yield "one\n"
 
-    assert CommandRunner().stream_input(["sh", "-c", f"exec 0<&- 3>{fifo}; exit 3"], parts(), timeout=GUARD).code == 3
+    assert CommandRunner().stream_input(["sh", "-c", f"exec 0<&- 3>{fifo}; exit 3"], chunks(), timeout=GUARD).code == 3
 
 
 @pytest.mark.parametrize("how", ["stop", "timeout"])
-def test_a_script_ends_together_with_what_it_waits_for(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, how: str
-) -> None:
-    """Else a part would wait for ever for its place in the pipe, which the other program holds as well."""
-    clock, programs, codes = Clock(), CommandRunner(), list[int]()
+def test_child_processes_are_killed_with_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, how: str) -> None:
+    """Otherwise the writer would block forever on the pipe, which the child keeps open."""
+    clock, runner, codes = Clock(), CommandRunner(), list[int]()
     monkeypatch.setattr("kproxy.host.commands.monotonic", clock)
     fifo = tmp_path / "never"
     os.mkfifo(fifo)
 
     def feed() -> None:
         argv = ["sh", "-c", f"cat {fifo}; :"]
-        codes.append(programs.stream_input(argv, ["x" * 1_000_000] * 3, timeout=0.001).code)
+        codes.append(runner.stream_input(argv, ["x" * 1_000_000] * 3, timeout=0.001).code)
 
     thread = threading.Thread(target=feed)
     thread.start()
-    kept_open = open_when_read(fifo)
+    write_end = open_when_reader_exists(fifo)
     if how == "stop":
-        programs.stop()
+        runner.stop()
     else:
         give_up = time.monotonic() + GUARD
         while thread.is_alive() and time.monotonic() < give_up:
-            clock.advance(1.0)  # again and again: a slow feeder may begin its seconds anew in between
+            clock.advance(1.0)  # repeatedly: a slow writer may restart its timeout in between
             thread.join(0.01)
     thread.join(GUARD)
     ended = list(codes)
-    os.close(kept_open)
+    os.close(write_end)
     thread.join()
     assert ended == [-SIGKILL]
 
 
-def test_a_program_is_killed_when_a_part_cannot_be_made(tmp_path: Path) -> None:
-    def parts() -> Iterator[str]:
+def test_command_is_killed_when_generating_a_chunk_fails(tmp_path: Path) -> None:
+    def chunks() -> Iterator[str]:
         yield "one\n"
-        raise ValueError("no second part")
+        raise ValueError("no second chunk")
 
-    with pytest.raises(ValueError, match="no second part"):
-        CommandRunner().stream_input(["sh", "-c", f"cat; touch {tmp_path}/ended"], parts(), timeout=GUARD)
+    with pytest.raises(ValueError, match="no second chunk"):
+        CommandRunner().stream_input(["sh", "-c", f"cat; touch {tmp_path}/ended"], chunks(), timeout=GUARD)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_fed_program_that_hangs_is_killed(tmp_path: Path) -> None:
+def test_hanging_command_is_killed_while_streaming_input(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "never")
     done = CommandRunner().stream_input(["cat", str(tmp_path / "never")], ["one\n"], timeout=0.01)
     assert (done.code, done.stderr) == (-SIGKILL, "cat timed out after 0 s")
 
 
-def test_a_program_that_cannot_be_fed_is_named() -> None:
+def test_error_names_a_missing_command_while_streaming_input() -> None:
     with pytest.raises(CommandError, match="cannot run no-such-program: No such file"):
         CommandRunner().stream_input(["no-such-program"], ["one"], timeout=GUARD)
 
 
-def ways_to_run(argv: list[str]) -> dict[str, Callable[[], object]]:
-    """Each way to run a program on some input, to its end."""
+def run_methods(argv: list[str]) -> dict[str, Callable[[], object]]:
+    """Return one function per method of `CommandRunner` that runs a program to its end."""
 
     def read() -> list[str]:
         with CommandRunner().stream_output(argv, timeout=GUARD) as lines:
@@ -324,21 +322,21 @@ def ways_to_run(argv: list[str]) -> dict[str, Callable[[], object]]:
     }
 
 
-@pytest.mark.parametrize(("way", "result"), [("run", 0), ("stream_input", 0), ("stream_output", ["done\n"])])
-def test_a_program_that_takes_long_is_logged_while_it_runs_and_when_it_ends(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path, way: str, result: object
+@pytest.mark.parametrize(("method", "result"), [("run", 0), ("stream_input", 0), ("stream_output", ["done\n"])])
+def test_slow_command_is_logged_while_it_runs_and_when_it_ends(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path, method: str, result: object
 ) -> None:
     monkeypatch.setattr("kproxy.host.commands.SLOW_SECONDS", 0.001)
     caplog.set_level(logging.INFO)
-    fifo = tmp_path / "until-it-is-logged"
+    fifo = tmp_path / "never"
     os.mkfifo(fifo)
     results: list[object] = []
-    work = ways_to_run(["sh", "-c", f"cat {fifo}; cat >/dev/null; echo done"])[way]
+    work = run_methods(["sh", "-c", f"cat {fifo}; cat >/dev/null; echo done"])[method]
     thread = threading.Thread(target=lambda: results.append(work()))
     thread.start()
-    kept_open = open_when_read(fifo)
-    wait_until(lambda: len(caplog.messages) >= 2, "two lines about a program that still runs")
-    os.close(kept_open)
+    write_end = open_when_reader_exists(fifo)
+    wait_until(lambda: len(caplog.messages) >= 2, "two log lines about the running program")
+    os.close(write_end)
     thread.join(GUARD)
     assert results == [result]
     *running, ended = caplog.messages
@@ -346,11 +344,9 @@ def test_a_program_that_takes_long_is_logged_while_it_runs_and_when_it_ends(
     assert re.fullmatch(r"sh exited with status 0 after \d s \(pid \d+\)", ended)
 
 
-def test_an_nft_that_takes_long_is_logged(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
+def test_slow_nft_is_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     monkeypatch.setattr("kproxy.host.commands.SLOW_SECONDS", 0.001)
-    fifo = tmp_path / "until-it-is-logged"
+    fifo = tmp_path / "never"
     os.mkfifo(fifo)
     program = tmp_path / "nft"
     program.write_text(f"#!/bin/sh\ncat {fifo}\n")
@@ -358,33 +354,33 @@ def test_an_nft_that_takes_long_is_logged(
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     thread = threading.Thread(target=lambda: NftCommit(Family.IPV4)(Transaction(delete_table=True)))
     thread.start()
-    kept_open = open_when_read(fifo)
-    wait_until(lambda: bool(caplog.messages), "a line about a program that still runs")
-    os.close(kept_open)
+    write_end = open_when_reader_exists(fifo)
+    wait_until(lambda: bool(caplog.messages), "a log line about the running program")
+    os.close(write_end)
     thread.join(GUARD)
     assert caplog.messages[0].startswith("nft is still running after ")
 
 
-def test_stop_kills_what_runs_and_starts_nothing_more(tmp_path: Path) -> None:
-    programs, fifo = CommandRunner(), tmp_path / "never"
+def test_stop_kills_running_commands_and_prevents_new_ones(tmp_path: Path) -> None:
+    runner, fifo = CommandRunner(), tmp_path / "never"
     os.mkfifo(fifo)
     ended: list[int] = []
-    thread = threading.Thread(target=lambda: ended.append(programs.run(["cat", str(fifo)], timeout=GUARD).code))
+    thread = threading.Thread(target=lambda: ended.append(runner.run(["cat", str(fifo)], timeout=GUARD).code))
     thread.start()
-    kept_open = open_when_read(fifo)
-    programs.stop()
+    write_end = open_when_reader_exists(fifo)
+    runner.stop()
     thread.join(GUARD)
-    os.close(kept_open)
+    os.close(write_end)
     assert ended == [-9]
     with pytest.raises(CommandError, match=r"^cannot run true: kproxy is shutting down$"):
-        programs.run(["true"], timeout=GUARD)
+        runner.run(["true"], timeout=GUARD)
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [("a\nb\n", "a"), ("\n  \n b \n", "b"), ("", "no error message"), ("\n\n", "no error message")],
 )
-def test_the_first_line_that_says_anything(text: str, expected: str) -> None:
+def test_first_line_skips_blank_lines(text: str, expected: str) -> None:
     assert first_line(text) == expected
 
 
@@ -395,7 +391,7 @@ def rule_with(counter: str) -> str:
     return f"*filter\n-A INPUT -m nfacct --nfacct-name {counter}\nCOMMIT\n"
 
 
-def test_a_rule_may_name_a_counter_once_it_exists(namespace: Namespace) -> None:
+def test_rule_can_use_a_counter_once_it_exists(namespace: Namespace) -> None:
     restore = ["iptables-restore", "--noflush"]
     assert namespace.run(restore, rule_with("kproxy_test"), check=False).returncode != 0
     namespace.call(lambda: ensure_counters(["kproxy_other", "kproxy_test"]))
@@ -403,7 +399,7 @@ def test_a_rule_may_name_a_counter_once_it_exists(namespace: Namespace) -> None:
     namespace.run(restore, rule_with("kproxy_other"))
 
 
-def test_counters_that_exist_are_left_as_they_are(namespace: Namespace) -> None:
+def test_existing_counters_are_kept(namespace: Namespace) -> None:
     for _ in range(2):
         namespace.call(lambda: ensure_counters(["kproxy_test"]))
     namespace.call(lambda: ensure_counters(["kproxy_test", "kproxy_new"]))
@@ -411,11 +407,11 @@ def test_counters_that_exist_are_left_as_they_are(namespace: Namespace) -> None:
 
 
 def unprivileged(namespace: Namespace, script: str) -> str:
-    # Still root by its number, who may read the checkout wherever that is, but without any capability.
+    """Run a script as root without capabilities. UID 0 can still read the checkout."""
     return namespace.run(["setpriv", "--bounding-set=-all", PYTHON, "-c", script]).stdout.strip()
 
 
-def test_without_privileges_the_kernel_refuses_counters(namespace: Namespace) -> None:
+def test_creating_counters_needs_the_capability(namespace: Namespace) -> None:
     script = (
         "from kproxy.host.nfacct import ensure_counters\n"
         "try: ensure_counters(['kproxy_test'])\n"
@@ -424,7 +420,7 @@ def test_without_privileges_the_kernel_refuses_counters(namespace: Namespace) ->
     assert unprivileged(namespace, script) == "Operation not permitted"
 
 
-def test_what_the_kernel_refuses_is_raised_with_its_reason(namespace: Namespace) -> None:
+def test_rejected_request_raises_with_the_reason(namespace: Namespace) -> None:
     def ask() -> None:
         with NetlinkSocket(NETLINK_NETFILTER) as netlink:
             netlink.request(nfnl_type(NFNL_SUBSYS_ACCT, NFNL_MSG_ACCT_NEW), NLM_F_CREATE, nfgenmsg())
@@ -443,12 +439,9 @@ def test_attributes_are_padded_to_four_bytes(payload: bytes, expected: bytes) ->
     assert attribute(1, payload) == expected
 
 
-# Sysctls.
+# The installed iptables.
 
-
-# What iptables really says.
-
-PROVOKED = [
+ERROR_CASES = [
     pytest.param(variant, case, id=f"{variant}: {name}")
     for variant, cases in VARIANTS.items()
     for name, case in cases.items()
@@ -456,8 +449,8 @@ PROVOKED = [
 ]
 
 
-@pytest.mark.parametrize(("variant", "case"), PROVOKED)
-def test_refusals_are_worded_as_the_unit_tests_have_them(
+@pytest.mark.parametrize(("variant", "case"), ERROR_CASES)
+def test_iptables_errors_match_those_of_the_unit_tests(
     namespace: Namespace, tmp_path: Path, variant: str, case: Case
 ) -> None:
     if reason := missing_variant(variant, namespace):
@@ -472,7 +465,7 @@ def test_refusals_are_worded_as_the_unit_tests_have_them(
 
 
 @pytest.mark.parametrize("family", Family)
-def test_rules_are_made_read_and_refused_through_the_installed_iptables(namespace: Namespace, family: Family) -> None:
+def test_installed_iptables_applies_saves_and_rejects_rules(namespace: Namespace, family: Family) -> None:
     iptables = IptablesRunner(family)
 
     def save() -> list[str]:
@@ -488,7 +481,7 @@ def test_rules_are_made_read_and_refused_through_the_installed_iptables(namespac
     assert iptables.version().number >= (1, 4)
 
 
-def test_a_foreign_comment_of_any_bytes_does_not_stop_reading_the_rules(namespace: Namespace) -> None:
+def test_foreign_comment_need_not_be_utf8(namespace: Namespace) -> None:
     script = r"printf '*filter\n-A INPUT -m comment --comment \377 -j ACCEPT\nCOMMIT\n' | iptables-restore --noflush"
     namespace.run(["sh", "-c", script])
 
@@ -499,7 +492,7 @@ def test_a_foreign_comment_of_any_bytes_does_not_stop_reading_the_rules(namespac
     assert namespace.call(save) == 1
 
 
-# Single rules.
+# Rules of single chains.
 
 
 @pytest.mark.parametrize("family", Family)
@@ -524,7 +517,7 @@ def test_rules_of_single_chains_are_counted(namespace: Namespace, family: Family
     assert namespace.call(count) == {ChainName("nat", name): count for name, count in rules.items()} | none
 
 
-def test_who_may_not_count_rules_knows_nothing_of_them(namespace: Namespace) -> None:
+def test_rules_are_not_counted_without_the_capability(namespace: Namespace) -> None:
     script = (
         "from kproxy.iptables.runner import IptablesRunner\n"
         "from kproxy.iptables.names import ChainName\n"
@@ -535,29 +528,29 @@ def test_who_may_not_count_rules_knows_nothing_of_them(namespace: Namespace) -> 
     assert namespace.run(["setpriv", "--bounding-set=-net_admin", PYTHON, "-c", script]).stdout == "{}\n"
 
 
-def test_a_chain_is_looked_at_again_if_others_interrupt(namespace: Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
+def test_interrupted_rule_count_is_retried(namespace: Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[str] = []
 
     def interrupted_once(family: Family, table: str, chain: str) -> int:
-        asked.append(chain)
-        if asked.count(chain) == 1:
+        counted.append(chain)
+        if counted.count(chain) == 1:
             raise DumpInterruptedError(0, "interrupted")
         return count_rules(family, table, chain)
 
     monkeypatch.setattr("kproxy.iptables.runner.count_rules", interrupted_once)
     chains = [ChainName("nat", "KUBE-A"), ChainName("nat", "KUBE-B")]
     assert namespace.call(lambda: IptablesRunner(Family.IPV4).count_rules(chains)) == dict.fromkeys(chains, 0)
-    assert asked == ["KUBE-A", "KUBE-A", "KUBE-B", "KUBE-B"]
+    assert counted == ["KUBE-A", "KUBE-A", "KUBE-B", "KUBE-B"]
 
 
 @pytest.mark.parametrize("family", Family)
-def test_the_line_that_is_refused_is_found_in_whichever_text(namespace: Namespace, family: Family) -> None:
+def test_rejected_line_is_found_in_any_of_the_texts(namespace: Namespace, family: Family) -> None:
     iptables = IptablesRunner(family)
-    made: list[int] = []
+    generated: list[int] = []
 
     def texts() -> Iterator[str]:
         for number in range(50):
-            made.append(number)
+            generated.append(number)
             bad = "-A KUBE-A --frobnicate\n" if number == 30 else ""
             yield f"*nat\n:KUBE-A - [0:0]\n-A KUBE-A -p tcp -m tcp --dport {number + 1} -j RETURN\n{bad}COMMIT\n"
 
@@ -568,7 +561,7 @@ def test_the_line_that_is_refused_is_found_in_whichever_text(namespace: Namespac
     assert found == {ChainName("nat", "KUBE-A"): ["-A KUBE-A -p tcp -m tcp --dport 30 -j RETURN"]}
 
 
-def test_without_texts_no_program_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_command_is_started_without_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     IptablesRunner(Family.IPV4).restore_each([])
     with pytest.raises(CommandError, match="cannot run iptables-restore"):

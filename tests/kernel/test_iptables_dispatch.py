@@ -1,4 +1,4 @@
-"""The real kernel takes split dispatch chains, and no connection notices when they are split or made flat again."""
+"""Split dispatch chains in the kernel: no connection fails while chains are split or merged."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SCENARIO = "random-11"
 
 
 def extra(number: int, family: Family) -> tuple[Service, EndpointSlice]:
-    """A Service with every kind of frontend; one in three has no endpoints."""
+    """Return a Service with every kind of frontend, and its slice. One in three has no endpoints."""
     six = family is Family.IPV6
     cluster_ip = f"fd00:10:97::{number * 40 + 1:x}" if six else f"10.97.{number * 40 >> 8}.{number * 40 & 255}"
     vip = f"2001:db8:{number + 1:x}::1" if six else f"203.0.{number}.1"
@@ -53,13 +53,13 @@ def extra(number: int, family: Family) -> tuple[Service, EndpointSlice]:
 
 
 class ManyServicesProxy(SingleFamilyProxy):
-    """A proxy of one family whose store is filled with, and emptied of, extra Services."""
+    """A proxy of one family with a variable number of extra Services."""
 
     def __init__(self, found: Store, context: Context, backend: IptablesBackend) -> None:
         super().__init__(backend, context, store=found)
 
     def sync_extra(self, count: int) -> None:
-        """Have `count` extra Services, and sync."""
+        """Set the number of extra Services and sync."""
         present = sum(key.startswith("many/") for key in self.store.service_keys())
         self.put(*(each for number in range(count) for each in extra(number, self.context.family)))
         for number in range(count, present):
@@ -73,7 +73,7 @@ def shards(state: State) -> list[ChainName]:
 
 @pytest.mark.usefixtures("counters")
 @pytest.mark.parametrize("family", Family)
-def test_it_reads_back_what_was_written(namespace: Namespace, variant: str, family: Family) -> None:
+def test_split_chains_are_read_back_as_written(namespace: Namespace, variant: str, family: Family) -> None:
     real, fake = RealKernel(namespace, family, variant), FakeKernel()
     context = replace(Context(family, "node-1"), localhost_node_ports=family is Family.IPV4)
     backend = IptablesBackend(fake, max_transaction_rules=50, dispatch_threshold=THRESHOLD)
@@ -97,10 +97,10 @@ def test_it_reads_back_what_was_written(namespace: Namespace, variant: str, fami
 
 
 @pytest.mark.usefixtures("counters")
-def test_the_kernel_follows_the_deepest_tree(namespace: Namespace, variant: str) -> None:
-    """With the longest way behind it: a source range, an external policy, masquerading."""
+def test_kernel_accepts_the_deepest_tree(namespace: Namespace, variant: str) -> None:
+    """With the longest path after it: a source range, an external traffic policy and masquerading."""
     real, fake = RealKernel(namespace, Family.IPV6, variant), FakeKernel()
-    service = replace(extra(1, Family.IPV6)[0], vips=nested(), external_local=False)
+    service = replace(extra(1, Family.IPV6)[0], vips=nested_addresses(), external_local=False)
     found = Store("node-1")
     found.apply(Upsert(service))
     found.apply(Upsert(extra(1, Family.IPV6)[1]))
@@ -109,22 +109,22 @@ def test_the_kernel_follows_the_deepest_tree(namespace: Namespace, variant: str)
     for text in fake.inputs:
         real.restore(text)
     assert real.state() == comparable(fake.dump())
-    assert longest_way(real.state(), ChainName("nat", "PREROUTING")) == 14
+    assert max_jump_depth(real.state(), ChainName("nat", "PREROUTING")) == 14
 
 
-def nested() -> tuple[str, ...]:
-    """Addresses of which each one shares four bits more with the last than the one before."""
+def nested_addresses() -> tuple[str, ...]:
+    """Return addresses. Each shares four more leading bits with the last address than its predecessor."""
     return tuple(str(IPv6Address(2 << 124 | 1 << 4 * digit)) for digit in range(1, 30))
 
 
-def longest_way(state: State, chain: ChainName) -> int:
-    """How many jumps can follow each other."""
+def max_jump_depth(state: State, chain: ChainName) -> int:
+    """Return the maximum depth of jumps from a chain."""
     targets = [ChainName(chain.table, rule.rpartition(" -j ")[2].split(" ")[0]) for rule in state.get(chain, [])]
-    return max((1 + longest_way(state, target) for target in targets if target in state), default=0)
+    return max((1 + max_jump_depth(state, target) for target in targets if target in state), default=0)
 
 
 @pytest.mark.usefixtures("counters")
-def test_a_start_over_split_chains_writes_nothing(namespace: Namespace) -> None:
+def test_restart_with_split_chains_writes_nothing(namespace: Namespace) -> None:
     for family in Family:
         for writes in (True, False):
             iptables = RecordingIptables(family)
@@ -137,7 +137,7 @@ def test_a_start_over_split_chains_writes_nothing(namespace: Namespace) -> None:
             assert bool(iptables.inputs) is writes
 
 
-def test_no_connection_fails_while_chains_are_split_and_made_flat_again(lab: Lab, servers: Servers) -> None:
+def test_no_connection_fails_while_chains_are_split_and_merged(lab: Lab, servers: Servers) -> None:
     cluster = RecordedCluster(lab, servers, SCENARIO)
     found = store(SCENARIO)
     node = lab.node.namespace
@@ -168,7 +168,7 @@ def test_no_connection_fails_while_chains_are_split_and_made_flat_again(lab: Lab
             stream.take()
             assert {chain.name for chain in split()} >= {"KUBE-SERVICES"} if count else not split()
         for threshold in (1, 60, 3, 0):
-            stream.mark(f"a start with threshold {threshold}")
+            stream.mark(f"start with threshold {threshold}")
             again = start(threshold)
             node.call(lambda again=again: again.sync_extra(0))  # type: ignore[misc]
             stream.take()

@@ -1,4 +1,4 @@
-"""What kube-proxy's ipvs mode left goes once rules of ours are there, and by --cleanup; what others have stays."""
+"""Leftovers of kube-proxy's ipvs mode are removed after the first sync and by --cleanup. Foreign objects are kept."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TYPES = {
     "LOAD-BALANCER-SOURCE-CIDR": "hash:ip,port,net",
     "IPVS-IPS": "hash:ip",
 }
-"""Types of sets by what their names end with; the others are of addresses and ports, or of ports alone."""
+"""Set types by the suffix of the set name. All other sets contain addresses and ports, or only ports."""
 
 CHAINS = """\
 *nat
@@ -84,22 +84,22 @@ COMMIT
 -A KUBE-IPVS-OUT-FILTER -m conntrack --ctstate NEW -m set --match-set {set}IPVS-IPS dst -j REJECT
 COMMIT
 """
-"""The rules of ipvs mode, of releases old and new, without those that are like others."""
+"""The rules of ipvs mode of old and new releases, without similar ones."""
 
 OF_IPVS_MODE = 7
-"""How many of these chains iptables mode has not."""
+"""The number of these chains that iptables mode does not use."""
 
 pytestmark = pytest.mark.usefixtures("ipset")
 
 
 @pytest.fixture
 def ipset(namespaces: Callable[[], Namespace]) -> None:
-    """Skip where sets cannot be made."""
+    """Skip the test if sets cannot be created."""
     if shutil.which("ipset") is None:
         pytest.skip("ipset not found: it is in the Debian package ipset")
     done = namespaces().run(["ipset", "create", "KUBE-CLUSTER-IP", "hash:ip,port"], check=False)
     if done.returncode:
-        pytest.skip(f"no sets in this kernel: {done.stderr.strip()}")
+        pytest.skip(f"this kernel has no ipset: {done.stderr.strip()}")
 
 
 def type_of(name: str) -> str:
@@ -107,12 +107,12 @@ def type_of(name: str) -> str:
     end = name.removeprefix("KUBE-").removeprefix("6-")
     if end.endswith(("-TCP", "-UDP", "CHECK-NODE-PORT")):
         return "bitmap:port range 0-65535"
-    end += "R" * (end == "LOAD-BALANCER-SOURCE-CID")  # a set's name has 31 characters at most
+    end += "R" * (end == "LOAD-BALANCER-SOURCE-CID")  # set names have at most 31 characters
     return f"{TYPES.get(end, 'hash:ip,port')} family {family}"
 
 
-def leave(node: Namespace) -> None:
-    """Leave on a node what kube-proxy in ipvs mode did, in both families."""
+def create_leftovers(node: Namespace) -> None:
+    """Create the objects of kube-proxy in ipvs mode in both families."""
     node.run(["ipset", "restore"], "".join(f"create {name} {type_of(name)}\n" for name in sorted(SETS)))
     node.run(["ipset", "add", "KUBE-CLUSTER-IP", "10.96.0.80,tcp:80"])
     node.run(["ipset", "add", "KUBE-LOAD-BALANCER", "10.96.0.1,udp:53"])
@@ -125,7 +125,7 @@ def leave(node: Namespace) -> None:
 
 
 def add_interface(node: Namespace) -> None:
-    """Add the interface, as a bridge where the kernel has no dummies: both have addresses and go in the same way."""
+    """Add the interface, as a bridge if the kernel has no dummy interfaces. Both are deleted alike."""
     if node.run(["ip", "link", "add", INTERFACE, "type", "dummy"], check=False).returncode:
         node.run(["ip", "link", "add", INTERFACE, "type", "bridge"])
     for address in ADDRESSES:
@@ -141,7 +141,7 @@ def has_interface(node: Namespace) -> bool:
 
 
 def leftover_rules(node: Namespace) -> list[str]:
-    """Chains that only ipvs mode has, what leads there, and what matches sets."""
+    """Return the chains that only ipvs mode has, the jumps to them and the rules that match sets."""
     names = (
         "KUBE-NODE-PORT ",
         "KUBE-LOAD-BALANCER",
@@ -155,7 +155,7 @@ def leftover_rules(node: Namespace) -> list[str]:
 
 
 def apply(node: Namespace, mode: str) -> list[str]:
-    """Program a node once; return what was logged about what was removed, and all warnings."""
+    """Run `kproxy apply`; return the logged removals and warnings."""
     folder = GOLDEN / "dual-stack"
     command = [KPROXY, "apply", f"--config={folder}/config.json", f"--objects={folder}", f"--proxy-mode={mode}"]
     lines = node.run(command).stderr.splitlines()
@@ -165,13 +165,13 @@ def apply(node: Namespace, mode: str) -> list[str]:
 EVERYTHING = f"{len(SETS)} ipsets, the interface {INTERFACE}"
 
 
-def test_iptables_mode_removes_what_is_not_its_own(
+def test_iptables_mode_removes_all_but_its_own_chains(
     node: Namespace, variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     link_programs(programs_of(variant), tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    leave(node)
-    chains = ", ".join(f"{OF_IPVS_MODE} iptables chains of {family.value}" for family in Family)
+    create_leftovers(node)
+    chains = ", ".join(f"{OF_IPVS_MODE} {family.value} iptables chains" for family in Family)
     assert apply(node, "iptables") == [f"removed leftovers of ipvs mode: {chains}, {EVERYTHING}"]
     assert (leftover_rules(node), sets(node), has_interface(node)) == ([], [], False)
     assert any(line.startswith("-A KUBE-SERVICES -d ") for line in rules(node, Family.IPV4))
@@ -180,9 +180,9 @@ def test_iptables_mode_removes_what_is_not_its_own(
 
 def test_nftables_mode_removes_everything(node: Namespace) -> None:
     before = {family: rules(node, family) for family in Family}
-    leave(node)
+    create_leftovers(node)
     *chains, rest = apply(node, "nftables")
-    assert [line.rpartition(" ")[2] for line in chains] == ["IPv4", "IPv6"]
+    assert [line.split()[-3] for line in chains] == ["IPv4", "IPv6"]
     assert rest == f"removed leftovers of ipvs mode: {EVERYTHING}"
     assert (leftover_rules(node), sets(node), has_interface(node)) == ([], [], False)
     for family in Family:
@@ -190,8 +190,8 @@ def test_nftables_mode_removes_everything(node: Namespace) -> None:
         assert [line for line in without_firewall(after) if line not in before[family] and "KUBE-" in line] == []
 
 
-def test_cleaning_up_removes_everything_and_may_be_repeated(node: Namespace) -> None:
-    leave(node)
+def test_cleanup_removes_everything_and_can_be_repeated(node: Namespace) -> None:
+    create_leftovers(node)
     done = node.run([KPROXY, "run", "--cleanup"])
     assert done.stderr == ""
     assert done.stdout.splitlines()[-1] == f"removed {EVERYTHING} of ipvs mode"
@@ -200,49 +200,49 @@ def test_cleaning_up_removes_everything_and_may_be_repeated(node: Namespace) -> 
 
 
 @pytest.mark.parametrize("mode", ["iptables", "nftables"])
-def test_it_goes_once_every_family_in_use_has_its_rules(node: Namespace, mode: Mode) -> None:
-    leave(node)
+def test_leftovers_are_removed_once_all_families_have_rules(node: Namespace, mode: Mode) -> None:
+    create_leftovers(node)
     steps = FirstSyncSteps(Config(mode=mode), list(Family))
 
-    def tell(family: Family, error: str = "") -> None:
+    def run_steps(family: Family, error: str = "") -> None:
         node.call(lambda: steps.run(failed(family, error=error) if error else succeeded(family)))
 
-    tell(Family.IPV6)
-    tell(Family.IPV4, "refused")
+    run_steps(Family.IPV6)
+    run_steps(Family.IPV4, "rejected")
     assert has_interface(node)
-    tell(Family.IPV4)
+    run_steps(Family.IPV4)
     assert not has_interface(node)
 
 
-def test_one_family_alone_is_enough_where_the_other_is_left_out(node: Namespace) -> None:
-    leave(node)
+def test_leftovers_are_removed_if_the_other_family_is_skipped(node: Namespace) -> None:
+    create_leftovers(node)
     steps = FirstSyncSteps(Config(mode="nftables"), [Family.IPV4])
     node.call(lambda: steps.run(succeeded(Family.IPV4)))
     assert not has_interface(node)
 
 
-def test_sets_of_others_stay_even_if_their_names_begin_like_ours(node: Namespace) -> None:
+def test_foreign_sets_with_similar_names_are_kept(node: Namespace) -> None:
     others = ["KUBE-DST-3YNVZWWGX3UQQ4VQ", "KUBE-CLUSTER-IP-OURS", "mine"]
     node.run(["ipset", "restore"], "".join(f"create {name} hash:ip\n" for name in others))
     assert node.call(lambda: list(remove_all())) == []
-    leave(node)
+    create_leftovers(node)
     node.call(lambda: list(remove_all()))
     assert sorted(sets(node)) == sorted(others)
 
 
-def test_a_set_that_a_foreign_rule_uses_stays_and_is_said(node: Namespace, caplog: pytest.LogCaptureFixture) -> None:
-    leave(node)
+def test_set_used_by_a_foreign_rule_is_kept_and_reported(node: Namespace, caplog: pytest.LogCaptureFixture) -> None:
+    create_leftovers(node)
     node.run(["iptables", "-A", "INPUT", "-m", "set", "--match-set", "KUBE-IPVS-IPS", "dst", "-j", "ACCEPT"])
     assert (
         node.call(lambda: list(remove_all()))[-1]
         == f"removed {len(SETS) - 1} ipsets, the interface {INTERFACE} of ipvs mode"
     )
-    said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    assert said == ["cannot remove ipsets KUBE-IPVS-IPS: in use by rules"]
+    messages = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert messages == ["cannot remove ipsets KUBE-IPVS-IPS: in use by rules"]
     assert sets(node) == ["KUBE-IPVS-IPS"]
 
 
-def test_where_nothing_is_left_no_program_is_started_and_nothing_is_written(
+def test_nothing_is_started_or_written_without_leftovers(
     node: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started = tmp_path / "started"
@@ -256,7 +256,7 @@ def test_where_nothing_is_left_no_program_is_started_and_nothing_is_written(
     assert not started.exists()
 
 
-def test_the_entries_of_a_set_are_read(node: Namespace) -> None:
+def test_set_entries_are_read(node: Namespace) -> None:
     many = "".join(f"add KUBE-NODE-PORT-TCP {port}\n" for port in range(30000, 32768))
     text = (
         f"create KUBE-NODE-PORT-TCP bitmap:port range 0-65535\n{many}"
@@ -274,13 +274,13 @@ def test_the_entries_of_a_set_are_read(node: Namespace) -> None:
     }
 
 
-def test_virtual_servers_of_others_stay(node: Namespace) -> None:
+def test_foreign_virtual_servers_are_kept(node: Namespace) -> None:
     if shutil.which("ipvsadm") is None:
         pytest.skip("ipvsadm not found: it is in the Debian package ipvsadm")
     done = node.run(["ipvsadm", "-A", "-t", "192.0.2.50:80", "-s", "rr"], check=False)
     if done.returncode:
-        pytest.skip(f"no IPVS in this kernel: {done.stderr.strip()}")
-    leave(node)
+        pytest.skip(f"this kernel has no IPVS: {done.stderr.strip()}")
+    create_leftovers(node)
     for server in (
         "-t 10.96.0.80:80",
         "-t 10.96.0.80:8080",
@@ -291,16 +291,16 @@ def test_virtual_servers_of_others_stay(node: Namespace) -> None:
     ):
         node.run(["ipvsadm", "-A", *server.split(), "-s", "rr"])
     assert "3 virtual servers" in node.call(lambda: list(remove_all()))[-1]
-    left = {(found.address, found.port) for found in node.call(virtual_servers)}
-    assert left == {("192.0.2.50", 80), ("192.0.2.10", 30080), ("10.96.0.80", 8080)}
+    remaining = {(found.address, found.port) for found in node.call(virtual_servers)}
+    assert remaining == {("192.0.2.50", 80), ("192.0.2.10", 30080), ("10.96.0.80", 8080)}
     assert "FWM" in node.run(["ipvsadm", "-L", "-n"]).stdout
 
 
 @pytest.mark.parametrize("mode", ["iptables", "nftables"])
-def test_virtual_servers_that_stay_are_tried_again_with_the_next_sync_of_all_services(
+def test_failed_removal_of_virtual_servers_is_retried_after_complete_syncs(
     node: Namespace, mode: Mode, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    leave(node)
+    create_leftovers(node)
     server = VirtualServer("10.96.0.80", 6, 80, b"a")
     busy = [True]
     monkeypatch.setattr(cleanup, "virtual_servers", lambda: [server])
@@ -309,31 +309,31 @@ def test_virtual_servers_that_stay_are_tried_again_with_the_next_sync_of_all_ser
     )
     steps = FirstSyncSteps(Config(mode=mode), [Family.IPV4])
 
-    def tell(*, complete: bool) -> bool:
+    def run_steps(*, complete: bool) -> bool:
         node.call(lambda: steps.run(succeeded(Family.IPV4, complete=complete)))
         return has_interface(node)
 
-    assert tell(complete=True)
+    assert run_steps(complete=True)
     busy.clear()
-    assert tell(complete=False)
+    assert run_steps(complete=False)
     assert sorted(sets(node)) == sorted(SETS)
-    assert not tell(complete=True)
+    assert not run_steps(complete=True)
     assert "KUBE-IPVS-IPS" not in sets(node)
-    said = [record.getMessage() for record in caplog.records if "is still there" in record.getMessage()]
-    assert said == [
-        "what ipvs mode left is still there, and may take traffic of Services: cannot remove 1 IPVS virtual "
+    messages = [record.getMessage() for record in caplog.records if "leftovers of ipvs mode" in record.getMessage()]
+    assert messages == [
+        "leftovers of ipvs mode remain and may intercept Service traffic: cannot remove 1 IPVS virtual "
         "server (first: 10.96.0.80 port 80): Device or resource busy; its interface and ipsets are kept as well"
     ]
 
 
-def test_what_else_fails_is_tried_again_with_the_next_success(
+def test_other_failures_are_retried_after_the_next_sync(
     node: Namespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    leave(node)
+    create_leftovers(node)
     steps = FirstSyncSteps(Config(mode="nftables"), [Family.IPV4])
     steps._done.add(Family.IPV4)
 
-    def tell() -> bool:
+    def run_steps() -> bool:
         node.call(lambda: steps.run(succeeded(Family.IPV4, complete=False)))
         return has_interface(node)
 
@@ -341,36 +341,32 @@ def test_what_else_fails_is_tried_again_with_the_next_success(
     (tmp_path / "iptables-restore").chmod(0o755)
     with monkeypatch.context() as broken:
         broken.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-        assert tell()
-        assert tell()
-    assert not tell()
+        assert run_steps()
+        assert run_steps()
+    assert not run_steps()
 
 
-def test_a_clean_up_that_fails_in_the_end_has_said_what_it_removed(
-    node: Namespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    leave(node)
+def test_cleanup_that_fails_at_the_end_has_reported_removals(node: Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    create_leftovers(node)
     server = VirtualServer("10.96.0.80", 6, 80, b"a")
     monkeypatch.setattr(cleanup, "virtual_servers", lambda: [server])
     monkeypatch.setattr(cleanup, "delete_virtual_servers", lambda _: {server: "Device or resource busy"})
-    said: list[str] = []
+    output: list[str] = []
 
     def clean_up() -> None:
-        said.extend(remove_all())
+        output.extend(remove_all())
 
     with pytest.raises(VirtualServersRemainError, match=r"port 80\): Device or resource busy"):
         node.call(clean_up)
-    assert [line.rpartition(" ")[2] for line in said] == ["IPv4", "IPv6"]
+    assert [line.split()[-3] for line in output] == ["IPv4", "IPv6"]
 
 
-def test_virtual_servers_go_while_the_interface_says_which_are_theirs(
-    node: Namespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """This kernel may have no IPVS, so the test stands for what it would answer."""
-    leave(node)
+def test_virtual_servers_are_removed_before_the_interface(node: Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This kernel may have no IPVS, so the test replaces the functions that query it."""
+    create_leftovers(node)
     node.run(["ip", "address", "add", "192.0.2.1/32", "dev", "lo"])
     server = VirtualServer
-    theirs = [
+    kube_proxy_servers = [
         server("10.96.0.80", 6, 80, b"a"),
         server("fd00:10:96::80", 6, 80, b"b"),
         server("192.0.2.1", 6, 30080, b"c"),
@@ -388,7 +384,7 @@ def test_virtual_servers_go_while_the_interface_says_which_are_theirs(
         deleted.extend(servers)
         return {}
 
-    monkeypatch.setattr(cleanup, "virtual_servers", lambda: [*theirs, *foreign])
+    monkeypatch.setattr(cleanup, "virtual_servers", lambda: [*kube_proxy_servers, *foreign])
     monkeypatch.setattr(cleanup, "delete_virtual_servers", delete)
     assert node.call(lambda: list(remove_all()))[-1] == f"removed 3 virtual servers, {EVERYTHING} of ipvs mode"
-    assert deleted == theirs
+    assert deleted == kube_proxy_servers

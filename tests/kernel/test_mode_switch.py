@@ -1,4 +1,4 @@
-"""No connection notices that a node goes from one of kproxy's modes to the other, and nothing of the first stays."""
+"""Switching a node between kproxy's modes: no connection fails, and no rule of the previous mode remains."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("nft")
 
 
 @pytest.mark.parametrize("first", OTHER)
-def test_a_live_node_goes_from_mode_to_mode(lab: Lab, servers: Servers, tmp_path: Path, first: str) -> None:
+def test_no_connection_fails_during_mode_switches(lab: Lab, servers: Servers, tmp_path: Path, first: str) -> None:
     cluster = LabCluster(lab, servers, tmp_path / "objects", pods=PODS)
     for service in range(SERVICES):
         for number in range(PODS):
@@ -31,7 +31,7 @@ def test_a_live_node_goes_from_mode_to_mode(lab: Lab, servers: Servers, tmp_path
         cluster.write(service, range(PODS))
     node = lab.node.namespace
     modes = [first, OTHER[first]] * ROUNDS
-    made: dict[str, str] = {}
+    first_rules: dict[str, str] = {}
 
     def daemon(mode: str) -> Daemon:
         return Daemon(lab, tmp_path / "objects", tmp_path / "kproxy.log", mode_flag(mode))
@@ -41,16 +41,16 @@ def test_a_live_node_goes_from_mode_to_mode(lab: Lab, servers: Servers, tmp_path
     with ConnectionStream(cluster.targets()) as stream:
         stream.take()
         for mode in modes:
-            stream.mark(f"a start in {mode} mode")
+            stream.mark(f"start in {mode} mode")
             with daemon(mode) as running:
                 running.wait_until_synced()
-                wait_until(lambda: no_rules_of_other_mode(node, mode), f"the rules of {OTHER[mode]} mode go")  # noqa: B023 - called at once
-                stream.mark(f"{mode} mode is alone")
+                wait_until(lambda: no_rules_of_other_mode(node, mode), f"no rules of {OTHER[mode]} mode")  # noqa: B023 - called at once
+                stream.mark(f"only rules of {mode} mode")
                 stream.take()
                 rules = rules_of(mode, node)
                 assert rules.destinations() == cluster.sockets((s, n) for s in range(SERVICES) for n in range(PODS))
                 text = without_jumps_to_firewall(rules.text())
-                assert text == made.setdefault(mode, text), "another time the rules were others"
+                assert text == first_rules.setdefault(mode, text), "the rules differ from those of the first round"
                 stream.mark(f"SIGTERM in {mode} mode")
                 assert running.terminate() == 0
             stream.take()
@@ -58,11 +58,11 @@ def test_a_live_node_goes_from_mode_to_mode(lab: Lab, servers: Servers, tmp_path
 
 
 def without_jumps_to_firewall(text: str) -> str:
-    """Leave out the rules that stay while those around them go and come back, before them or behind."""
+    """Drop the jumps to KUBE-FIREWALL. They are never removed, so their position among the other rules varies."""
     return "\n".join(line for line in text.splitlines() if not line.endswith(f"-j {FIREWALL}"))
 
 
-def test_the_firewall_chain_stays_with_all_that_is_in_it(lab: Lab, servers: Servers, tmp_path: Path) -> None:
+def test_firewall_chain_keeps_all_its_rules(lab: Lab, servers: Servers, tmp_path: Path) -> None:
     cluster = LabCluster(lab, servers, tmp_path / "objects", pods=1)
     cluster.start(0, 0)
     cluster.write(0, [0])
@@ -78,5 +78,5 @@ def test_the_firewall_chain_stays_with_all_that_is_in_it(lab: Lab, servers: Serv
     assert len(before) > 1
     with Daemon(lab, tmp_path / "objects", tmp_path / "kproxy.log", mode_flag("nftables")) as daemon:
         daemon.wait_until_synced()
-        wait_until(lambda: no_rules_of_other_mode(node, "nftables"), "the rules of iptables mode go")
+        wait_until(lambda: no_rules_of_other_mode(node, "nftables"), "no rules of iptables mode")
     assert firewall() == before

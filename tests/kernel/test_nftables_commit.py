@@ -1,4 +1,4 @@
-"""Both ways into the kernel leave the same behind: messages of kproxy's own, and the program nft."""
+"""Netlink messages, the program nft and the rendered text produce identical tables in the kernel."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ PRIORITIES = {"raw": -300, "mangle": -150, "dstnat": -100, "filter": 0, "securit
 Attributes = tuple[tuple[int, bytes], ...]
 
 
-class Held(Struct, frozen=True):
-    """All that the kernel says about a table, as it says it, but for handles, order and time.
+class TableDump(Struct, frozen=True):
+    """The kernel's dump of one table, without handles, the order of objects and expirations.
 
-    nft's own notes on the types of a set are left out, since they depend on its version (1.1 writes more than 1.0).
-    Whether nft understands kproxy's notes shows in what it lists.
+    It omits the type annotations in the user data of sets, which depend on nft's version: 1.1 writes more than 1.0.
+    Whether nft understands kproxy's annotations shows in its listing.
     """
 
     table: Attributes
@@ -71,37 +71,37 @@ class Held(Struct, frozen=True):
     elements: dict[bytes, frozenset[Attributes]]
 
 
-def held(namespace: Namespace, family: Family, table: str = TABLE) -> Held:
-    """Return what a table in a namespace holds."""
-    return namespace.call(lambda: _held(family, table))
+def dump_table(namespace: Namespace, family: Family, table: str = TABLE) -> TableDump:
+    """Dump a table in a namespace."""
+    return namespace.call(lambda: _dump_table(family, table))
 
 
-def _held(family: Family, table: str) -> Held:
-    named = _attribute(1, table)
+def _dump_table(family: Family, table: str) -> TableDump:
+    table_filter = _encode_attribute(1, table)
     name = table.encode() + b"\0"
     tables = [each for each in _dump(family, _GETTABLE) if each[1] == name]
     chains = [each for each in _dump(family, _GETCHAIN) if each[1] == name]
     rules: dict[bytes, list[Attributes]] = {}
-    for each in _dump(family, _GETRULE, named):
-        rules.setdefault(each[2], []).append(_kept(each, _HANDLES["rules"], _POSITION))
-    sets = _dump(family, _GETSET, named)
-    return Held(
-        _kept(tables[0], _HANDLES["table"]),
-        {each[2]: _kept(_without_types(each), _HANDLES["sets"]) for each in sets},
-        {each[3]: _kept(each, _HANDLES["chains"]) for each in chains},
+    for each in _dump(family, _GETRULE, table_filter):
+        rules.setdefault(each[2], []).append(_attributes(each, _HANDLES["rules"], _POSITION))
+    sets = _dump(family, _GETSET, table_filter)
+    return TableDump(
+        _attributes(tables[0], _HANDLES["table"]),
+        {each[2]: _attributes(_without_types(each), _HANDLES["sets"]) for each in sets},
+        {each[3]: _attributes(each, _HANDLES["chains"]) for each in chains},
         rules,
-        {each[2]: frozenset(_elements(family, named, each[2])) for each in sets},
+        {each[2]: frozenset(_elements(family, table_filter, each[2])) for each in sets},
     )
 
 
-def _attribute(kind: int, value: str | bytes) -> bytes:
+def _encode_attribute(kind: int, value: str | bytes) -> bytes:
     content = value.encode() + b"\0" if isinstance(value, str) else value
     return struct.pack("=HH", len(content) + 4, kind) + content + b"\0" * (-len(content) % 4)
 
 
-def _dump(family: Family, kind: int, asked: bytes = b"") -> list[dict[int, bytes]]:
+def _dump(family: Family, kind: int, filters: bytes = b"") -> list[dict[int, bytes]]:
     with NetlinkSocket(NETLINK_NETFILTER) as netlink:
-        payload = nfgenmsg(address_family(family)) + asked
+        payload = nfgenmsg(address_family(family)) + filters
         return [_parts(*found) for found in netlink.dump(_NFTABLES | kind, payload)]
 
 
@@ -110,33 +110,33 @@ def _parts(data: bytes, begin: int, end: int, header: int = 4) -> dict[int, byte
     return {kind: data[first:last] for kind, (first, last) in found.items()}
 
 
-def _kept(parts: dict[int, bytes], *without: int) -> Attributes:
+def _attributes(parts: dict[int, bytes], *without: int) -> Attributes:
     return tuple(sorted((kind, value) for kind, value in parts.items() if kind not in without))
 
 
 def _without_types(parts: dict[int, bytes]) -> dict[int, bytes]:
-    noted, kept, place = parts[_SET_USERDATA], b"", 0
-    while place < len(noted):
-        kind, size = noted[place : place + 2]
+    userdata, kept, offset = parts[_SET_USERDATA], b"", 0
+    while offset < len(userdata):
+        kind, size = userdata[offset : offset + 2]
         if kind not in {_KEY_TYPEOF, _DATA_TYPEOF}:
-            kept += noted[place : place + 2 + size]
-        place += 2 + size
+            kept += userdata[offset : offset + 2 + size]
+        offset += 2 + size
     return parts | {_SET_USERDATA: kept}
 
 
-def _elements(family: Family, named: bytes, name: bytes) -> Iterator[Attributes]:
-    for message in _dump(family, _GETSETELEM, named + _attribute(2, name)):
-        listed, place = message.get(3, b""), 0
-        while place < len(listed):
-            (size,) = struct.unpack_from("=H", listed, place)
-            yield _kept(_parts(listed, place + 4, place + size, header=0), _EXPIRATION)
-            place += (size + 3) & ~3
+def _elements(family: Family, table_filter: bytes, name: bytes) -> Iterator[Attributes]:
+    for message in _dump(family, _GETSETELEM, table_filter + _encode_attribute(2, name)):
+        listed, offset = message.get(3, b""), 0
+        while offset < len(listed):
+            (size,) = struct.unpack_from("=H", listed, offset)
+            yield _attributes(_parts(listed, offset + 4, offset + size, header=0), _EXPIRATION)
+            offset += (size + 3) & ~3
 
 
 def recorded_proxy(
     scenario: str, family: Family, backend: Backend, namespace: Namespace | None = None
 ) -> SingleFamilyProxy:
-    """Return a proxy with the objects of a recorded cluster, in the recorded configuration."""
+    """Return a proxy with the objects and the configuration of a recorded cluster."""
     store = Store("node-1", (*BASIC_KINDS, ServiceCIDR))
     for delta in (*replaces(scenario), Replace(ServiceCIDR, (ServiceCIDR("kubernetes", CIDRS),))):
         store.apply(delta)
@@ -145,7 +145,7 @@ def recorded_proxy(
 
 
 def nftables_context(scenario: str, family: Family, store: Store) -> Context:
-    """Return the context of a recording in nftables mode, where NodePorts are at the primary address by default."""
+    """Return the context of a recording in nftables mode, which serves NodePorts on the primary address by default."""
     context = recorded_context(scenario, family, store)
     if config(scenario).get("nodePortAddresses"):
         return context
@@ -153,41 +153,41 @@ def nftables_context(scenario: str, family: Family, store: Store) -> Context:
 
 
 def program(namespace: Namespace, scenario: str, family: Family, commit: Commit) -> NftablesBackend:
-    """Bring a recorded cluster into the kernel of a namespace; return the backend, which knows what it did."""
+    """Program a recorded cluster in a namespace and return the backend."""
     backend = NftablesBackend(NftTable(family, commit))
     recorded_proxy(scenario, family, backend, namespace).sync()
     return backend
 
 
-def printed(scenario: str, family: Family) -> str:
-    """Return the table of a recorded cluster as text."""
-    pages: list[str] = []
-    recorded_proxy(scenario, family, NftablesPrinter(family, pages.append)).sync()
-    return "".join(pages)
+def rendered(scenario: str, family: Family) -> str:
+    """Render the table of a recorded cluster as text."""
+    texts: list[str] = []
+    recorded_proxy(scenario, family, NftablesPrinter(family, texts.append)).sync()
+    return "".join(texts)
 
 
 @pytest.mark.parametrize("family", Family)
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_a_recorded_cluster_is_the_same_by_netlink_by_nft_and_as_text(
+def test_recorded_clusters_are_identical_over_netlink_nft_and_text(
     namespaces: Callable[[], Namespace], scenario: str, family: Family
 ) -> None:
     by_netlink, by_nft, by_text = namespaces(), namespaces(), namespaces()
     program(by_netlink, scenario, family, NetlinkCommit(family))
     program(by_nft, scenario, family, NftCommit(family))
-    text = printed(scenario, family)
+    text = rendered(scenario, family)
     by_text.run(["nft", "-f", "-"], text)
-    found = held(by_netlink, family)
+    found = dump_table(by_netlink, family)
     assert found.chains
-    assert held(by_nft, family) == found
-    assert held(by_text, family) == found
+    assert dump_table(by_nft, family) == found
+    assert dump_table(by_text, family) == found
     listed = by_netlink.run(["nft", "list", "table", table_family(family), TABLE]).stdout
-    assert in_order(listed) == in_order(text)
+    assert normalized(listed) == normalized(text)
 
 
-def in_order(text: str) -> str:
-    """Return a table as nft lists it, but with the elements of each set in the order of their text.
+def normalized(text: str) -> str:
+    """Sort the elements of each set in nft's listing of a table, and write priorities as numbers.
 
-    Priorities are numbers: whether nft writes -110 or `dstnat - 10` depends on its version.
+    Whether nft writes -110 or `dstnat - 10` depends on its version.
     """
 
     def listed(found: re.Match[str]) -> str:
@@ -210,7 +210,7 @@ CONNECTION = (KeyField.SOURCE, KeyField.DESTINATION, KeyField.PROTOCOL, KeyField
 
 
 def statements(family: Family) -> Iterator[nft.Statement]:
-    """Every statement in every form."""
+    """Yield every statement in every form."""
     _, networks = ADDRESSES[family]
     for network in networks:
         for negate in (False, True):
@@ -250,7 +250,7 @@ def statements(family: Family) -> Iterator[nft.Statement]:
 
 
 def everything(family: Family) -> Transaction:
-    """A table with every statement, every kind of chain and every kind of element."""
+    """Return a transaction for a table with all kinds of statements, chains and elements."""
     address, _ = ADDRESSES[family]
     rules = [rule(statement, comment=type(statement).__name__) for statement in statements(family)]
     sent = (rule(nft.MatchL4Proto(protocol), nft.Dnat(address, 8080)) for protocol in PROTOCOLS)
@@ -275,33 +275,33 @@ def everything(family: Family) -> Transaction:
                     endpoint_elements(key[: length - 12] + node_port_key("SCTP", 9), pool, size)
                 )
             else:
-                change.add_element(each.name, SetElement(key, value, "" if value is None else "of whom"))
+                change.add_element(each.name, SetElement(key, value, "" if value is None else "ns/web"))
     return change
 
 
 @pytest.mark.parametrize("family", Family)
-def test_every_statement_and_element_is_the_same_by_netlink_and_by_nft(
+def test_all_statements_and_elements_are_identical_over_netlink_and_nft(
     namespaces: Callable[[], Namespace], family: Family
 ) -> None:
-    made: dict[type[Commit], Held] = {}
+    dumps: dict[type[Commit], TableDump] = {}
     listed = set()
-    for way in (NetlinkCommit, NftCommit):
+    for commit in (NetlinkCommit, NftCommit):
         node = namespaces()
-        node.call(lambda way=way: way(family)(everything(family)))  # type: ignore[misc]
-        made[way] = held(node, family)
-        listed.add(in_order(node.run(["nft", "list", "table", table_family(family), TABLE]).stdout))
+        node.call(lambda commit=commit: commit(family)(everything(family)))  # type: ignore[misc]
+        dumps[commit] = dump_table(node, family)
+        listed.add(normalized(node.run(["nft", "list", "table", table_family(family), TABLE]).stdout))
     change = everything(family)
     text = NftWriter(family).table(change.added_sets, change.all_added_elements(), change.added_chains)
     by_text = namespaces()
     by_text.run(["nft", "-f", "-"], text)
-    assert made[NftCommit] == made[NetlinkCommit] == held(by_text, family)
-    assert listed == {in_order(text)}
+    assert dumps[NftCommit] == dumps[NetlinkCommit] == dump_table(by_text, family)
+    assert listed == {normalized(text)}
 
 
 @pytest.mark.parametrize("family", Family)
-def test_what_is_removed_is_the_same_by_netlink_and_by_nft(namespaces: Callable[[], Namespace], family: Family) -> None:
+def test_deletions_are_identical_over_netlink_and_nft(namespaces: Callable[[], Namespace], family: Family) -> None:
     first = everything(family)
-    # Of which size a set is that was told none, the kernel decides when a rule adds to it.
+    # The kernel chooses the size of a set created without one when a rule updates it.
     other = nft.NftChain("other", (rule(nft.UpdateSet(AFFINITY.name)), rule(nft.Drop())))
     then = Transaction(
         deleted_elements={name: elements[1:] for name, elements in first.all_added_elements().items() if elements[1:]},
@@ -311,12 +311,12 @@ def test_what_is_removed_is_the_same_by_netlink_and_by_nft(namespaces: Callable[
         added_sets=[replace(AFFINITY, timeout=60)],
         added_rules=[other],
     )
-    made = []
-    for way in (NetlinkCommit, NftCommit):
+    dumps = []
+    for commit in (NetlinkCommit, NftCommit):
         node = namespaces()
         for change in (first, then):
-            node.call(lambda way=way, change=change: way(family)(change))  # type: ignore[misc]
-        made.append(held(node, family))
-    assert made[0] == made[1]
-    assert set(made[0].rules) == {b"other\0"}
-    assert len([each for elements in made[0].elements.values() for each in elements]) == len(SETS)
+            node.call(lambda commit=commit, change=change: commit(family)(change))  # type: ignore[misc]
+        dumps.append(dump_table(node, family))
+    assert dumps[0] == dumps[1]
+    assert set(dumps[0].rules) == {b"other\0"}
+    assert len([each for elements in dumps[0].elements.values() for each in elements]) == len(SETS)

@@ -1,4 +1,4 @@
-"""The table in memory takes and refuses what the kernel takes and refuses, and holds the same afterwards."""
+"""The fake table accepts and rejects the same transactions as the kernel, with the same result."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from kproxy.nftables.ruleset import (
 )
 from kproxy.nftables.transaction import Transaction
 from tests.faketable import FakeTable
-from tests.kernel.test_nftables_commit import in_order
+from tests.kernel.test_nftables_commit import normalized
 from tests.lab.namespace import Namespace
 from tests.unit.test_nftables_incremental import (
     SIZES,
@@ -57,8 +57,8 @@ USER = NftChain("user", (rule(Goto("used")), rule(Lookup((KeyField.DESTINATION,)
 BASE = NftChain("base", (rule(Jump("user")),), hook=NftHook("filter", "input", 0))
 
 
-def held() -> Transaction:
-    """A table where everything is in use."""
+def table_in_use() -> Transaction:
+    """Return a transaction for a table whose chains and sets are all in use."""
     chains = [NftChain("used", ()), NftChain("mapped", (rule(Drop()),)), USER, BASE]
     change = Transaction(
         create_table=True, added_sets=[MEMBERS, VERDICTS, ENDPOINTS], added_chains=chains, added_rules=chains
@@ -81,59 +81,61 @@ def rules(*chains: NftChain) -> Transaction:
     return Transaction(added_rules=list(chains))
 
 
-REFUSED = {
-    "delete a chain that a rule goes to": Transaction(flushed_chains=["used"], deleted_chains=["used"]),
-    "delete a chain that an element goes to": Transaction(flushed_chains=["mapped"], deleted_chains=["mapped"]),
-    "delete a set that a rule looks at": Transaction(deleted_sets=[MEMBERS.name]),
-    "delete what is not there": Transaction(deleted_chains=["none"]),
-    "delete a set that is not there": Transaction(deleted_sets=["none"]),
-    "flush what is not there": Transaction(flushed_chains=["none"]),
-    "remove what is not there": removing(MEMBERS.name, SetElement(pack_address("192.0.2.2"))),
-    "remove twice": removing(MEMBERS.name, SetElement(ADDRESS), SetElement(ADDRESS)),
-    "remove from no set": removing(names.HAIRPINS, SetElement(ADDRESS)),
-    "add to no set": adding(names.NODE_PORT_IPS, SetElement(ADDRESS)),
-    "another verdict": adding(VERDICTS.name, SetElement(KEY, DROP)),
-    "another endpoint": adding(ENDPOINTS.name, SetElement(NUMBERED, ADDRESS + b"\x00\x51\x00\x00")),
-    "a verdict to no chain": adding(VERDICTS.name, SetElement(service_key("192.0.2.2", "TCP", 80), "none")),
-    "a verdict to a base chain": adding(VERDICTS.name, SetElement(service_key("192.0.2.2", "TCP", 80), "base")),
-    "a rule in no chain": rules(NftChain("none", (rule(Drop()),))),
-    "a rule to no chain": rules(NftChain("used", (rule(Goto("none")),))),
-    "a rule to a base chain": rules(NftChain("used", (rule(Goto("base")),))),
-    "a rule with no set": rules(NftChain("used", (rule(Lookup((KeyField.SOURCE,), "none")),))),
-    "a rule with no map": rules(NftChain("used", (rule(VerdictMap(SERVICE_KEY, names.FIREWALL_IPS)),))),
-    "a rule with no map of endpoints": rules(
+REJECTED = {
+    "delete a chain that a rule jumps to": Transaction(flushed_chains=["used"], deleted_chains=["used"]),
+    "delete a chain that a verdict names": Transaction(flushed_chains=["mapped"], deleted_chains=["mapped"]),
+    "delete a set that a rule uses": Transaction(deleted_sets=[MEMBERS.name]),
+    "delete a missing chain": Transaction(deleted_chains=["none"]),
+    "delete a missing set": Transaction(deleted_sets=["none"]),
+    "flush a missing chain": Transaction(flushed_chains=["none"]),
+    "delete a missing element": removing(MEMBERS.name, SetElement(pack_address("192.0.2.2"))),
+    "delete an element twice": removing(MEMBERS.name, SetElement(ADDRESS), SetElement(ADDRESS)),
+    "delete from a missing set": removing(names.HAIRPINS, SetElement(ADDRESS)),
+    "add to a missing set": adding(names.NODE_PORT_IPS, SetElement(ADDRESS)),
+    "change a verdict": adding(VERDICTS.name, SetElement(KEY, DROP)),
+    "change an endpoint": adding(ENDPOINTS.name, SetElement(NUMBERED, ADDRESS + b"\x00\x51\x00\x00")),
+    "verdict to a missing chain": adding(VERDICTS.name, SetElement(service_key("192.0.2.2", "TCP", 80), "none")),
+    "verdict to a base chain": adding(VERDICTS.name, SetElement(service_key("192.0.2.2", "TCP", 80), "base")),
+    "rule in a missing chain": rules(NftChain("none", (rule(Drop()),))),
+    "rule to a missing chain": rules(NftChain("used", (rule(Goto("none")),))),
+    "rule to a base chain": rules(NftChain("used", (rule(Goto("base")),))),
+    "rule with a missing set": rules(NftChain("used", (rule(Lookup((KeyField.SOURCE,), "none")),))),
+    "rule with a missing verdict map": rules(NftChain("used", (rule(VerdictMap(SERVICE_KEY, names.FIREWALL_IPS)),))),
+    "rule with a missing endpoint map": rules(
         NftChain("used", (rule(DnatMap(SERVICE_KEY, 2, names.NODE_PORT_ENDPOINTS)),))
     ),
-    "a rule that remembers nowhere": rules(NftChain("used", (rule(UpdateSet("none")),))),
-    "a set of another type": Transaction(added_sets=[NftSet(MEMBERS.name, SERVICE_KEY)]),
-    "a base chain of another priority": Transaction(
+    "rule that updates a missing set": rules(NftChain("used", (rule(UpdateSet("none")),))),
+    "change the type of a set": Transaction(added_sets=[NftSet(MEMBERS.name, SERVICE_KEY)]),
+    "change the priority of a base chain": Transaction(
         added_chains=[NftChain("base", (), hook=NftHook("filter", "input", 1))]
     ),
-    "good and bad": Transaction(
+    "valid and invalid change": Transaction(
         added_chains=[NftChain("new", ())], added_rules=[NftChain("new", (rule(Goto("none")),))]
     ),
 }
-TAKEN = {
-    "the same once more": held(),
-    "a chain with its rules": Transaction(
+ACCEPTED = {
+    "same objects again": table_in_use(),
+    "chain with its rules": Transaction(
         deleted_elements={VERDICTS.name: [SetElement(KEY)]}, deleted_chains=["mapped"], deleted_sets=[ENDPOINTS.name]
     ),
-    "another verdict after the first": Transaction(
+    "replace a verdict": Transaction(
         deleted_elements={VERDICTS.name: [SetElement(KEY)]}, added_elements={VERDICTS.name: [SetElement(KEY, DROP)]}
     ),
-    "the same verdict with another comment": adding(VERDICTS.name, SetElement(KEY, "mapped", "ns/other")),
-    "users before used": Transaction(flushed_chains=["base", "user", "used"], deleted_chains=["used", "user", "base"]),
-    "a set in place of one of the same name": Transaction(
+    "same verdict with another comment": adding(VERDICTS.name, SetElement(KEY, "mapped", "ns/other")),
+    "chains before the chains they use": Transaction(
+        flushed_chains=["base", "user", "used"], deleted_chains=["used", "user", "base"]
+    ),
+    "replace a set by one of the same name": Transaction(
         flushed_chains=["user"], deleted_sets=[MEMBERS.name], added_sets=[NftSet(MEMBERS.name, SERVICE_KEY)]
     ),
-    "a chain once more": Transaction(flushed_chains=["user"], added_rules=[USER]),
-    "all anew": Transaction(create_table=True, replace_table=True, added_sets=[MEMBERS]),
-    "nothing left": Transaction(delete_table=True),
+    "rewrite a chain": Transaction(flushed_chains=["user"], added_rules=[USER]),
+    "replace the table": Transaction(create_table=True, replace_table=True, added_sets=[MEMBERS]),
+    "delete the table": Transaction(delete_table=True),
 }
 
 
-class Both:
-    """A table in memory, and one in the kernel."""
+class FakeAndRealTable:
+    """A fake table and a table in the kernel."""
 
     def __init__(self, node: Namespace, family: Family) -> None:
         self._node = node
@@ -152,12 +154,12 @@ class Both:
         return self._node.call(self.real.generation)
 
     def compare(self) -> None:
-        """Make sure that they hold the same."""
+        """Check that both tables have the same content."""
         assert self._node.call(self.real.snapshot) == self.fake.snapshot()
         assert self._node.call(self.real.chain_use_counts) == self.fake.chain_use_counts()
         if self.fake.table is not None:
             listed = self._node.run(["nft", "list", "table", table_family(self._family), TABLE]).stdout
-            assert in_order(listed) == in_order(self._text())
+            assert normalized(listed) == normalized(self._text())
 
     def _text(self) -> str:
         assert self.fake.table is not None
@@ -169,30 +171,30 @@ class Both:
 
 
 @pytest.fixture
-def both(namespaces: Callable[[], Namespace]) -> Both:
-    return Both(namespaces(), Family.IPV4)
+def both(namespaces: Callable[[], Namespace]) -> FakeAndRealTable:
+    return FakeAndRealTable(namespaces(), Family.IPV4)
 
 
-@pytest.mark.parametrize("what", TAKEN)
-def test_both_take(both: Both, what: str) -> None:
-    for change in (held(), TAKEN[what]):
+@pytest.mark.parametrize("case", ACCEPTED)
+def test_both_accept(both: FakeAndRealTable, case: str) -> None:
+    for change in (table_in_use(), ACCEPTED[case]):
         both.commit(change)
         both.compare()
 
 
-@pytest.mark.parametrize("what", REFUSED)
-def test_both_refuse_for_the_same_reason_and_keep_what_they_had(both: Both, what: str) -> None:
-    both.commit(held())
+@pytest.mark.parametrize("case", REJECTED)
+def test_both_reject_for_the_same_reason_and_stay_unchanged(both: FakeAndRealTable, case: str) -> None:
+    both.commit(table_in_use())
     with pytest.raises(TableError) as fake:
-        both.fake.commit(REFUSED[what])
+        both.fake.commit(REJECTED[case])
     with pytest.raises(TableError) as real:
-        both.commit_real(REFUSED[what])
+        both.commit_real(REJECTED[case])
     assert str(real.value).endswith(str(fake.value).rpartition(": ")[2])
     both.compare()
 
 
-def test_both_count_transactions_and_refuse_those_that_come_too_late(both: Both) -> None:
-    both.commit(held())
+def test_both_count_generations_and_reject_outdated_transactions(both: FakeAndRealTable) -> None:
+    both.commit(table_in_use())
     for number, commit in ((both.generation(), both.commit_real), (both.fake.generation(), both.fake.commit)):
         commit(Transaction(added_sets=[NftSet("first", SERVICE_KEY)]), number)
         with pytest.raises(GenerationChangedError):
@@ -203,7 +205,7 @@ def test_both_count_transactions_and_refuse_those_that_come_too_late(both: Both)
 
 @settings(deadline=None, max_examples=15)
 @given(family_contexts(), histories(), st.sampled_from(SIZES))
-def test_what_the_one_takes_of_a_proxy_the_other_takes(
+def test_both_accept_the_transactions_of_a_proxy(
     kernel: None, contexts: Contexts, history: list[Event], size: int
 ) -> None:
     undamaged = [event for event in history if not isinstance(event, Damaged)]
@@ -212,7 +214,7 @@ def test_what_the_one_takes_of_a_proxy_the_other_takes(
     node = Namespace("both")
     try:
         for family, fake in proxy.kernels.items():
-            both = Both(node, family)
+            both = FakeAndRealTable(node, family)
             for change in fake.commits:
                 both.commit(change)
             both.compare()

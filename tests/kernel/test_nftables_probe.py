@@ -1,4 +1,4 @@
-"""Whether nftables mode works here is found out without leaving anything behind; if it does not, one line says why."""
+"""The probe for nftables mode leaves nothing behind, and one line explains why the mode does not work."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from kproxy.nftables.kernel import NetlinkCommit, NftCommit, TableError
 from kproxy.nftables.probe import PROBE_TABLE, choose_commit, probe_transaction
 from kproxy.nftables.ruleset import MapValue, Statement
 from kproxy.nftables.transaction import Transaction
-from tests.kernel.test_nftables_commit import held, statements
+from tests.kernel.test_nftables_commit import dump_table, statements
 from tests.lab.namespace import Namespace
 
-ASK = """
+PROBE_SCRIPT = """
 import logging
 from kproxy.model.types import Family
 from kproxy.nftables.probe import NftablesUnsupportedError, choose_commit
@@ -30,32 +30,32 @@ except NftablesUnsupportedError as error:
 
 
 @pytest.mark.parametrize("family", Family)
-def test_the_kernel_takes_everything_and_nothing_stays(namespaces: Callable[[], Namespace], family: Family) -> None:
+def test_kernel_accepts_the_probe_and_nothing_remains(namespaces: Callable[[], Namespace], family: Family) -> None:
     node = namespaces()
     assert isinstance(node.call(lambda: choose_commit(family)), NetlinkCommit)
     assert node.run(["nft", "list", "ruleset"]).stdout == ""
 
 
 @pytest.mark.parametrize("family", Family)
-def test_a_table_in_use_stays_as_it_is(namespaces: Callable[[], Namespace], family: Family) -> None:
+def test_existing_probe_table_is_not_changed(namespaces: Callable[[], Namespace], family: Family) -> None:
     node = namespaces()
     made = probe_transaction(family)
     made.delete_table = False
     node.call(lambda: NetlinkCommit(family)(made))
-    before = held(node, family)
+    before = dump_table(node, family)
     node.call(lambda: choose_commit(family))
-    assert held(node, family) == before
+    assert dump_table(node, family) == before
 
 
 @pytest.mark.parametrize("family", Family)
-def test_nft_takes_the_same(namespaces: Callable[[], Namespace], family: Family) -> None:
+def test_nft_accepts_the_probe(namespaces: Callable[[], Namespace], family: Family) -> None:
     node = namespaces()
     node.call(lambda: NftCommit(family, PROBE_TABLE)(probe_transaction(family)))
     assert node.run(["nft", "list", "ruleset"]).stdout == ""
 
 
 @pytest.mark.parametrize("family", Family)
-def test_every_part_of_the_kernel_that_rules_need_is_asked_for(family: Family) -> None:
+def test_probe_covers_all_kernel_features_that_rules_need(family: Family) -> None:
     probed = [
         statement
         for chain in probe_transaction(family).added_rules
@@ -68,26 +68,26 @@ def test_every_part_of_the_kernel_that_rules_need_is_asked_for(family: Family) -
 
 
 def kernel_expressions(found: Iterable[Statement], family: Family) -> set[bytes]:
-    """The names of the expressions that the kernel needs for statements: each may be a module."""
+    """Return the names of the kernel expressions that statements need. Each may be a kernel module."""
     encoded = [part for statement in found for part in encode_statement(statement, family)]
     return {part[slice(*attributes(part, 4, len(part))[1])] for part in encoded}
 
 
-def test_what_the_kernel_does_not_take_by_netlink_goes_by_nft(
+def test_nft_is_used_when_the_kernel_rejects_netlink_messages(
     namespaces: Callable[[], Namespace], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(self: NetlinkCommit, change: Transaction, generation: int | None = None) -> None:
+    def reject(self: NetlinkCommit, change: Transaction, generation: int | None = None) -> None:
         raise TableError("rule 1 of chain services: Invalid argument")
 
-    monkeypatch.setattr(NetlinkCommit, "__call__", refuse)
+    monkeypatch.setattr(NetlinkCommit, "__call__", reject)
     assert isinstance(namespaces().call(lambda: choose_commit(Family.IPV4)), NftCommit)
     assert "falling back to the program nft, which is slower" in caplog.text
     assert "rule 1 of chain services: Invalid argument" in caplog.text
 
 
-def test_without_the_privilege_one_line_says_so(namespaces: Callable[[], Namespace]) -> None:
-    drop = ["setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin"]
-    done = namespaces().run([*drop, sys.executable, "-c", ASK])
+def test_missing_capability_is_reported_in_one_line(namespaces: Callable[[], Namespace]) -> None:
+    without_net_admin = ["setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin"]
+    done = namespaces().run([*without_net_admin, sys.executable, "-c", PROBE_SCRIPT])
     assert done.stderr == ""
     assert done.stdout.count("\n") == 1
     assert done.stdout.startswith("unsupported: Linux ")
@@ -95,14 +95,16 @@ def test_without_the_privilege_one_line_says_so(namespaces: Callable[[], Namespa
     assert "the capability CAP_NET_ADMIN" in done.stdout
 
 
-def test_in_a_namespace_of_its_own_it_works_without_privileges_outside(namespaces: Callable[[], Namespace]) -> None:
-    done = namespaces().run(["unshare", "--user", "--map-root-user", "--net", sys.executable, "-c", ASK], check=False)
+def test_probe_works_as_root_of_a_user_namespace(namespaces: Callable[[], Namespace]) -> None:
+    done = namespaces().run(
+        ["unshare", "--user", "--map-root-user", "--net", sys.executable, "-c", PROBE_SCRIPT], check=False
+    )
     if done.returncode:
         pytest.skip(f"no user namespaces here: {done.stderr.strip()}")
     assert done.stdout == "NetlinkCommit\n"
 
 
-def test_the_reason_names_both_ways(namespaces: Callable[[], Namespace], monkeypatch: pytest.MonkeyPatch) -> None:
-    drop = ["setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin"]
-    done = namespaces().run([*drop, "env", "PATH=/none", sys.executable, "-c", ASK])
+def test_reason_covers_netlink_and_nft(namespaces: Callable[[], Namespace], monkeypatch: pytest.MonkeyPatch) -> None:
+    without_net_admin = ["setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin"]
+    done = namespaces().run([*without_net_admin, "env", "PATH=/none", sys.executable, "-c", PROBE_SCRIPT])
     assert "with nft: cannot run nft: No such file or directory" in done.stdout

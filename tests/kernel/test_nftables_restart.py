@@ -1,4 +1,4 @@
-"""A table that is already there: what is right stays untouched, whatever else there is goes, in one step if need be."""
+"""Start with an existing table: kproxy keeps correct objects and removes all others, if need be in one transaction."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kproxy.nftables.names import TABLE, table_family
 from kproxy.nftables.snapshot import TableSnapshot
 from kproxy.nftables.transaction import Transaction
 from tests.faketable import FakeTable
-from tests.kernel.test_nftables_commit import Attributes, Held, held, program, recorded_proxy
+from tests.kernel.test_nftables_commit import Attributes, TableDump, dump_table, program, recorded_proxy
 from tests.lab.namespace import Namespace
 from tests.recordings import GOLDEN, SCENARIOS
 
@@ -26,8 +26,8 @@ SCENARIO = "clusterip-multiport"
 _TABLE_USERDATA, _CHAIN_USERDATA, _SET_USERDATA = 6, 12, 13
 
 SERVICE = "type ipv4_addr . inet_proto . inet_service : verdict"
-CHANGEABLE = {
-    "nothing": "add table ip kube-proxy",
+REPAIRABLE = {
+    "empty table": "add table ip kube-proxy",
     "foreign chains, sets and rules": """
         add table ip kube-proxy
         add set ip kube-proxy mine { type ipv4_addr; elements = { 192.0.2.1 } }
@@ -52,7 +52,7 @@ CHANGEABLE = {
         add element ip kube-proxy service-ips {{ 10.96.1.1 . tcp . 80 : accept, 10.96.1.1 . tcp . 443 : return }}
         add element ip kube-proxy no-endpoint-services {{ 10.96.0.1 . tcp . 443 : drop }}
     """,
-    "endpoints with gaps in their numbers": """
+    "endpoints with gaps in their indexes": """
         add table ip kube-proxy
         add map ip kube-proxy service-endpoints { \
             typeof ip daddr . meta l4proto . th dport . numgen random mod 2 : ip daddr . th dport; }
@@ -61,32 +61,32 @@ CHANGEABLE = {
         add element ip kube-proxy service-endpoints { 10.96.1.1 . tcp . 80 . 9 : 192.0.2.1 . 3 }
     """,
 }
-"""Tables, as commands for nft, that become what they are to be step by step."""
+"""Tables, as nft commands, that kproxy can repair step by step."""
 
 UNUSABLE = {
     "set of another type": "add set ip kube-proxy cluster-ips { type inet_service; }",
-    "set in place of a map": "add set ip kube-proxy service-ips { type ipv4_addr; elements = { 192.0.2.1 } }",
-    "map in place of a set": "add map ip kube-proxy cluster-ips { type ipv4_addr : verdict; }",
-    "set of ranges": "add set ip kube-proxy cluster-ips { type ipv4_addr; flags interval; }",
-    "set that forgets": "add set ip kube-proxy cluster-ips { type ipv4_addr; flags timeout; }",
-    "set that is soon full": "add set ip kube-proxy cluster-ips { type ipv4_addr; size 1; }",
-    "base chain in place of a chain": "add chain ip kube-proxy services { type filter hook input priority 0; }",
-    "base chain in place of another": "add chain ip kube-proxy service-any-2 { type filter hook input priority 0; }",
-    "chain in place of a base chain": "add chain ip kube-proxy filter-input",
+    "set instead of a map": "add set ip kube-proxy service-ips { type ipv4_addr; elements = { 192.0.2.1 } }",
+    "map instead of a set": "add map ip kube-proxy cluster-ips { type ipv4_addr : verdict; }",
+    "interval set": "add set ip kube-proxy cluster-ips { type ipv4_addr; flags interval; }",
+    "set with a timeout": "add set ip kube-proxy cluster-ips { type ipv4_addr; flags timeout; }",
+    "set of limited size": "add set ip kube-proxy cluster-ips { type ipv4_addr; size 1; }",
+    "base chain instead of a chain": "add chain ip kube-proxy services { type filter hook input priority 0; }",
+    "base chain instead of another": "add chain ip kube-proxy service-any-2 { type filter hook input priority 0; }",
+    "chain instead of a base chain": "add chain ip kube-proxy filter-input",
     "base chain of another priority": "add chain ip kube-proxy filter-input { type filter hook input priority 5; }",
-    "base chain that drops": "add chain ip kube-proxy filter-input { type filter hook input priority 0; policy drop; }",
-    "map that leads to chains": """
+    "policy drop": "add chain ip kube-proxy filter-input { type filter hook input priority 0; policy drop; }",
+    "foreign map with a chain": """
         add chain ip kube-proxy a
         add map ip kube-proxy mine { type ipv4_addr : verdict; elements = { 192.0.2.1 : goto a } }
     """,
-    "verdict for all keys": f"add map ip kube-proxy service-ips {{ {SERVICE}; elements = {{ * : drop }}; }}",
-    "table that sleeps": "add table ip kube-proxy { flags dormant; }",
+    "catch-all verdict": f"add map ip kube-proxy service-ips {{ {SERVICE}; elements = {{ * : drop }}; }}",
+    "dormant table": "add table ip kube-proxy { flags dormant; }",
 }
-"""Things in the table that can only go with it."""
+"""Objects that kproxy can only remove by replacing the whole table."""
 
 
-def without_remarks(found: Held) -> Held:
-    """What counts of a table: it, its sets and its chains keep the comment that they were made with."""
+def without_comments(found: TableDump) -> TableDump:
+    """Drop the comments of the table, its sets and its chains. The kernel does not change them after creation."""
     sets = {name: _without(parts, _SET_USERDATA) for name, parts in found.sets.items()}
     chains = {name: _without(parts, _CHAIN_USERDATA) for name, parts in found.chains.items()}
     return replace(found, table=_without(found.table, _TABLE_USERDATA), sets=sets, chains=chains)
@@ -96,14 +96,16 @@ def _without(parts: Attributes, kind: int) -> Attributes:
     return tuple(part for part in parts if part[0] != kind)
 
 
-def fresh(namespaces: Callable[[], Namespace], scenario: str = SCENARIO, family: Family = Family.IPV4) -> Held:
+def dump_of_fresh_table(
+    namespaces: Callable[[], Namespace], scenario: str = SCENARIO, family: Family = Family.IPV4
+) -> TableDump:
     node = namespaces()
     program(node, scenario, family, NetlinkCommit(family))
-    return held(node, family)
+    return dump_table(node, family)
 
 
-class Watched:
-    """The kernel's table, with what was committed to it and how often it was read."""
+class RecordingTable:
+    """The kernel's table. Records its transactions and counts how often it is read."""
 
     def __init__(self, family: Family) -> None:
         self._table = NftTable(family, NetlinkCommit(family))
@@ -131,41 +133,39 @@ def generation(node: Namespace) -> int:
     return node.call(TableReader(Family.IPV4).generation)
 
 
-def start(node: Namespace, scenario: str, family: Family, *, batch_frontends: int = 2_000) -> Watched:
-    """Start over a recorded cluster with whatever the kernel holds, and make sure of what it holds then."""
-    kernel = Watched(family)
+def start(node: Namespace, scenario: str, family: Family, *, batch_frontends: int = 2_000) -> RecordingTable:
+    """Start kproxy for a recorded cluster on the existing table, sync and check for drift."""
+    kernel = RecordingTable(family)
     backend = NftablesBackend(kernel, batch_frontends=batch_frontends)
     assert recorded_proxy(scenario, family, backend, node).sync().verify()
     return kernel
 
 
-def written(kernel: Watched) -> set[str]:
-    """The parts of transactions that were used."""
+def fields_used(kernel: RecordingTable) -> set[str]:
+    """Return the fields that any transaction used."""
     return {name for change in kernel.commits for name, part in asdict(change).items() if part}
 
 
 @pytest.mark.parametrize("family", Family)
 @pytest.mark.parametrize("scenario", ["random-11", "session-affinity", "dual-stack", "loadbalancer-source-ranges"])
-def test_a_restart_writes_chains_and_nothing_else(
-    namespaces: Callable[[], Namespace], scenario: str, family: Family
-) -> None:
+def test_restart_writes_only_chains(namespaces: Callable[[], Namespace], scenario: str, family: Family) -> None:
     node = namespaces()
     program(node, scenario, family, NetlinkCommit(family))
-    before, sets = held(node, family), set_handles(node, family)
-    assert written(start(node, scenario, family)) == {"flushed_chains", "added_rules"}
-    assert held(node, family) == before
+    before, sets = dump_table(node, family), set_handles(node, family)
+    assert fields_used(start(node, scenario, family)) == {"flushed_chains", "added_rules"}
+    assert dump_table(node, family) == before
     assert set_handles(node, family) == sets
-    assert written(start(node, scenario, family, batch_frontends=1)) == {"flushed_chains", "added_rules"}
-    assert held(node, family) == before
+    assert fields_used(start(node, scenario, family, batch_frontends=1)) == {"flushed_chains", "added_rules"}
+    assert dump_table(node, family) == before
 
 
 def set_handles(node: Namespace, family: Family) -> list[str]:
-    """The line of each set that says its handle, which a new set of the same name would not have."""
+    """Return the line of each set with its handle. A new set of the same name would have another handle."""
     listed = node.run(["nft", "-a", "list", "table", table_family(family), TABLE]).stdout
     return sorted(line for line in listed.splitlines() if re.match(r"\t(set|map) ", line))
 
 
-def test_a_restart_leaves_clients_with_their_endpoints(namespaces: Callable[[], Namespace]) -> None:
+def test_restart_keeps_affinity_clients(namespaces: Callable[[], Namespace]) -> None:
     node = namespaces()
     program(node, "session-affinity", Family.IPV4, NetlinkCommit(Family.IPV4))
     listed = node.run(["nft", "list", "sets", "ip"]).stdout
@@ -173,27 +173,27 @@ def test_a_restart_leaves_clients_with_their_endpoints(namespaces: Callable[[], 
     assert len(names) == 3
     for name in names:
         node.run(["nft", f"add element ip {TABLE} {name} {{ 192.0.2.7 }}"])
-    before = held(node, Family.IPV4)
+    before = dump_table(node, Family.IPV4)
     assert all(len(before.elements[name.encode() + b"\0"]) == 1 for name in names)
     start(node, "session-affinity", Family.IPV4)
-    assert held(node, Family.IPV4) == before
+    assert dump_table(node, Family.IPV4) == before
 
 
 @pytest.mark.parametrize("family", Family)
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_the_table_of_kube_proxy_is_taken_over_without_a_new_one(
+def test_table_of_kube_proxy_is_not_replaced(
     namespaces: Callable[[], Namespace], scenario: str, family: Family
 ) -> None:
-    wanted = without_remarks(fresh(namespaces, scenario, family))
+    expected = without_comments(dump_of_fresh_table(namespaces, scenario, family))
     for batch_frontends in (1, 2_000):
         node = namespaces()
         node.run(["nft", "-f", "-"], (GOLDEN / scenario / f"nft-{table_family(family)}.txt").read_text())
         kernel = start(node, scenario, family, batch_frontends=batch_frontends)
-        assert "replace_table" not in written(kernel)
-        assert without_remarks(held(node, family)) == wanted
+        assert "replace_table" not in fields_used(kernel)
+        assert without_comments(dump_table(node, family)) == expected
 
 
-def test_clients_that_kube_proxy_remembered_stay_with_their_endpoints(namespaces: Callable[[], Namespace]) -> None:
+def test_affinity_clients_of_kube_proxy_are_kept(namespaces: Callable[[], Namespace]) -> None:
     node = namespaces()
     recorded = (GOLDEN / "session-affinity" / "nft-ip.txt").read_text()
     node.run(["nft", "-f", "-"], recorded)
@@ -204,27 +204,27 @@ def test_clients_that_kube_proxy_remembered_stay_with_their_endpoints(namespaces
 
 
 @pytest.mark.parametrize("batch_frontends", [1, 2_000])
-@pytest.mark.parametrize("garbage", CHANGEABLE)
-def test_garbage_goes_step_by_step(namespaces: Callable[[], Namespace], garbage: str, batch_frontends: int) -> None:
+@pytest.mark.parametrize("case", REPAIRABLE)
+def test_repairable_table_is_not_replaced(namespaces: Callable[[], Namespace], case: str, batch_frontends: int) -> None:
     node = namespaces()
-    node.run(["nft", "-f", "-"], dedent(CHANGEABLE[garbage]))
+    node.run(["nft", "-f", "-"], dedent(REPAIRABLE[case]))
     kernel = start(node, SCENARIO, Family.IPV4, batch_frontends=batch_frontends)
-    assert "replace_table" not in written(kernel)
-    assert without_remarks(held(node, Family.IPV4)) == without_remarks(fresh(namespaces))
+    assert "replace_table" not in fields_used(kernel)
+    assert without_comments(dump_table(node, Family.IPV4)) == without_comments(dump_of_fresh_table(namespaces))
 
 
-@pytest.mark.parametrize("garbage", UNUSABLE)
-def test_an_unusable_table_is_replaced_in_one_step(namespaces: Callable[[], Namespace], garbage: str) -> None:
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_unusable_table_is_replaced_in_one_transaction(namespaces: Callable[[], Namespace], case: str) -> None:
     node = namespaces()
-    node.run(["nft", "-f", "-"], "add table ip kube-proxy\n" + dedent(UNUSABLE[garbage]))
+    node.run(["nft", "-f", "-"], "add table ip kube-proxy\n" + dedent(UNUSABLE[case]))
     before = generation(node)
     kernel = start(node, SCENARIO, Family.IPV4)
     assert generation(node) == before + 1
     assert [change.replace_table for change in kernel.commits] == [True]
-    assert held(node, Family.IPV4) == fresh(namespaces)
+    assert dump_table(node, Family.IPV4) == dump_of_fresh_table(namespaces)
 
 
-def test_only_a_set_of_clients_that_lasts_otherwise_is_replaced(namespaces: Callable[[], Namespace]) -> None:
+def test_affinity_set_with_another_timeout_is_replaced_alone(namespaces: Callable[[], Namespace]) -> None:
     node = namespaces()
     recorded = (GOLDEN / "session-affinity" / "nft-ip.txt").read_text()
     node.run(["nft", "-f", "-"], recorded.replace("timeout 3h", "timeout 1h", 1))
@@ -232,11 +232,13 @@ def test_only_a_set_of_clients_that_lasts_otherwise_is_replaced(namespaces: Call
     assert [change.replace_table for change in kernel.commits] == [False] * len(kernel.commits)
     replaced = [name for change in kernel.commits for name in change.deleted_sets if name.startswith("affinity-")]
     assert len(replaced) == len(set(replaced)) == 1
-    assert without_remarks(held(node, Family.IPV4)) == without_remarks(fresh(namespaces, "session-affinity"))
+    assert without_comments(dump_table(node, Family.IPV4)) == without_comments(
+        dump_of_fresh_table(namespaces, "session-affinity")
+    )
 
 
 @pytest.mark.parametrize("family", Family)
-def test_what_is_read_is_what_was_written(namespaces: Callable[[], Namespace], family: Family) -> None:
+def test_table_is_read_as_it_was_written(namespaces: Callable[[], Namespace], family: Family) -> None:
     node, fake = namespaces(), FakeTable(family)
     kernel = start(node, "random-12", family)
     for change in kernel.commits:
@@ -245,4 +247,4 @@ def test_what_is_read_is_what_was_written(namespaces: Callable[[], Namespace], f
     assert node.call(kernel.chain_use_counts) == fake.chain_use_counts()
     assert node.call(lambda: TableReader(family).exists())
     assert not namespaces().call(lambda: TableReader(family).exists())
-    assert namespaces().call(Watched(family).snapshot) is None
+    assert namespaces().call(RecordingTable(family).snapshot) is None

@@ -1,4 +1,4 @@
-"""Where real packets go in nftables mode: what the tests of both modes do not ask, or what is different there."""
+"""Real traffic in nftables mode: cases that test_traffic.py does not cover or that differ between the modes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ def seen(pod: Host, source: str) -> Answered:
 
 @PROTOCOLS
 @VERSIONS
-def test_every_frontend_is_reached_from_everywhere(web: WebService, version: int, protocol: str) -> None:
+def test_all_frontends_are_reachable_from_pods_clients_and_the_node(
+    web: WebService, version: int, protocol: str
+) -> None:
     pod = web.pod(1)
     web.apply_service([pod])
     node, client = web.node.address(version), web.client.address(version)
@@ -56,7 +58,7 @@ def test_every_frontend_is_reached_from_everywhere(web: WebService, version: int
 @pytest.mark.parametrize("affinity", ["None", "ClientIP"])
 @PROTOCOLS
 @VERSIONS
-def test_a_pod_reaches_itself_as_the_node_and_others_as_itself(
+def test_hairpin_traffic_is_masqueraded_and_other_pod_traffic_is_not(
     web: WebService, version: int, protocol: str, affinity: str
 ) -> None:
     pod = web.pod(1)
@@ -71,21 +73,19 @@ def test_a_pod_reaches_itself_as_the_node_and_others_as_itself(
 
 @pytest.mark.parametrize("affinity", ["None", "ClientIP"])
 @VERSIONS
-def test_a_pod_reaches_itself_though_no_slice_says_where_it_is(web: WebService, version: int, affinity: str) -> None:
-    """Slices that are made by hand, or mirrored from an Endpoints object, have no nodeName."""
+def test_hairpin_works_without_node_name_in_the_slices(web: WebService, version: int, affinity: str) -> None:
+    """Hand-written EndpointSlices and those mirrored from Endpoints have no nodeName."""
     pod = web.pod(1)
-    made = web.slices("web", [pod])
-    for each in made:
+    slices = web.slices("web", [pod])
+    for each in slices:
         for endpoint in each["endpoints"]:
             del endpoint["nodeName"]
-    web.apply([web.service("web", *CLUSTER_IPS.values(), sessionAffinity=affinity), *made])
+    web.apply([web.service("web", *CLUSTER_IPS.values(), sessionAffinity=affinity), *slices])
     assert web.send_request(pod, CLUSTER_IPS[version]) == seen(pod, web.node.address(version))
 
 
 @VERSIONS
-def test_a_pod_that_left_the_service_is_not_masqueraded_for_itself_any_more(
-    lab: Lab, web: WebService, version: int
-) -> None:
+def test_former_endpoint_is_no_longer_masqueraded_as_hairpin(lab: Lab, web: WebService, version: int) -> None:
     pod, other = web.pod(1), web.pod(2)
     web.apply_service([pod, other])
     web.apply_service([other])
@@ -98,66 +98,64 @@ def test_a_pod_that_left_the_service_is_not_masqueraded_for_itself_any_more(
 
 @PROTOCOLS
 @VERSIONS
-def test_external_policy_local_keeps_to_this_node_and_shows_the_source(
+def test_external_policy_local_uses_local_endpoints_and_keeps_the_source(
     web: WebService, version: int, protocol: str
 ) -> None:
-    here, there = web.pod(1), web.pod(2, "node-2")
-    web.apply_service([here, there], externalTrafficPolicy="Local")
+    local, remote = web.pod(1), web.pod(2, "node-2")
+    web.apply_service([local, remote], externalTrafficPolicy="Local")
     outsider, client, node = (each.address(version) for each in (web.outsider, web.client, web.node))
     for frontend in web.external(version):
-        assert web.outcomes(web.outsider, *frontend) == {seen(here, outsider)}, frontend
-        assert web.outcomes(web.client, *frontend) == {seen(here, client), seen(there, client)}, frontend
-        assert web.outcomes(web.node, *frontend) == {seen(here, node), seen(there, node)}, frontend
+        assert web.outcomes(web.outsider, *frontend) == {seen(local, outsider)}, frontend
+        assert web.outcomes(web.client, *frontend) == {seen(local, client), seen(remote, client)}, frontend
+        assert web.outcomes(web.node, *frontend) == {seen(local, node), seen(remote, node)}, frontend
 
 
 @VERSIONS
-def test_external_policy_local_without_endpoints_here_drops_all_but_pods_and_the_node(
-    web: WebService, version: int
-) -> None:
-    there = web.pod(2, "node-2")
-    web.apply_service([there], externalTrafficPolicy="Local")
+def test_external_policy_local_without_local_endpoints_drops_external_traffic(web: WebService, version: int) -> None:
+    remote = web.pod(2, "node-2")
+    web.apply_service([remote], externalTrafficPolicy="Local")
     client, node = web.client.address(version), web.node.address(version)
     for frontend in web.external(version):
         assert web.drops(web.outsider, *frontend), frontend
-        assert web.send_request(web.client, *frontend) == seen(there, client), frontend
-        assert web.send_request(web.node, *frontend) == seen(there, node), frontend
+        assert web.send_request(web.client, *frontend) == seen(remote, client), frontend
+        assert web.send_request(web.node, *frontend) == seen(remote, node), frontend
 
 
 @VERSIONS
-def test_under_external_policy_local_the_node_is_masqueraded_even_if_it_has_the_address(
+def test_external_policy_local_masquerades_a_node_that_owns_the_address(
     lab: Lab, web: WebService, version: int
 ) -> None:
     own = f"{EXTERNAL_IPS[version]}/{128 if version == 6 else 32}"
-    lab.node.namespace.run(["ip", "address", "add", own, "dev", "eth0", *_at_once(own)])
-    there = web.pod(2, "node-2")
-    web.apply_service([there], externalTrafficPolicy="Local")
-    assert web.send_request(web.node, EXTERNAL_IPS[version]) == seen(there, web.node.address(version))
+    lab.node.namespace.run(["ip", "address", "add", own, "dev", "eth0", *_nodad(own)])
+    remote = web.pod(2, "node-2")
+    web.apply_service([remote], externalTrafficPolicy="Local")
+    assert web.send_request(web.node, EXTERNAL_IPS[version]) == seen(remote, web.node.address(version))
 
 
 @PROTOCOLS
 @VERSIONS
-def test_internal_policy_local_keeps_to_this_node(web: WebService, version: int, protocol: str) -> None:
-    here, there = web.pod(1), web.pod(2, "node-2")
+def test_internal_policy_local_uses_local_endpoints(web: WebService, version: int, protocol: str) -> None:
+    local, remote = web.pod(1), web.pod(2, "node-2")
     client, node = web.client.address(version), web.node.address(version)
-    web.apply_service([here, there], internalTrafficPolicy="Local")
-    assert web.outcomes(web.client, CLUSTER_IPS[version]) == {seen(here, client)}
-    assert web.outcomes(web.node, CLUSTER_IPS[version]) == {seen(here, node)}
-    assert web.outcomes(web.client, EXTERNAL_IPS[version]) == {seen(here, node), seen(there, node)}
+    web.apply_service([local, remote], internalTrafficPolicy="Local")
+    assert web.outcomes(web.client, CLUSTER_IPS[version]) == {seen(local, client)}
+    assert web.outcomes(web.node, CLUSTER_IPS[version]) == {seen(local, node)}
+    assert web.outcomes(web.client, EXTERNAL_IPS[version]) == {seen(local, node), seen(remote, node)}
 
 
 @PROTOCOLS
 @VERSIONS
-def test_internal_policy_local_without_endpoints_here_drops(web: WebService, version: int, protocol: str) -> None:
-    there = web.pod(2, "node-2")
-    web.apply_service([there], internalTrafficPolicy="Local")
+def test_internal_policy_local_without_local_endpoints_drops(web: WebService, version: int, protocol: str) -> None:
+    remote = web.pod(2, "node-2")
+    web.apply_service([remote], internalTrafficPolicy="Local")
     assert web.drops(web.client, CLUSTER_IPS[version])
     assert web.drops(web.node, CLUSTER_IPS[version])
-    assert web.send_request(web.outsider, EXTERNAL_IPS[version]) == seen(there, web.node.address(version))
+    assert web.send_request(web.outsider, EXTERNAL_IPS[version]) == seen(remote, web.node.address(version))
 
 
 @PROTOCOLS
 @VERSIONS
-def test_without_endpoints_every_frontend_refuses_at_once(web: WebService, version: int, protocol: str) -> None:
+def test_all_frontends_reject_without_endpoints(web: WebService, version: int, protocol: str) -> None:
     web.apply_service([])
     for frontend in web.frontends(version):
         for origin in (web.client, web.outsider, web.node):
@@ -165,7 +163,7 @@ def test_without_endpoints_every_frontend_refuses_at_once(web: WebService, versi
 
 
 @VERSIONS
-def test_only_chosen_sources_use_the_load_balancers_address(lab: Lab, web: WebService, version: int) -> None:
+def test_source_ranges_restrict_the_load_balancer_ip(lab: Lab, web: WebService, version: int) -> None:
     pod = web.pod(1)
     other = lab.add_client("other", "192.0.2.50", "2001:db8:99::50")
     ranges = {4: "198.51.100.0/24", 6: "2001:db8:51::/64"}
@@ -178,30 +176,30 @@ def test_only_chosen_sources_use_the_load_balancers_address(lab: Lab, web: WebSe
         assert web.send_request(other, *frontend) == seen(pod, node), frontend
 
 
-@pytest.mark.parametrize("holds", [False, True], ids=["address-elsewhere", "address-on-the-node"])
+@pytest.mark.parametrize("assigned", [False, True], ids=["not-on-the-node", "on-the-node"])
 @VERSIONS
-def test_a_node_in_the_ranges_uses_the_load_balancers_address(
-    lab: Lab, web: WebService, version: int, holds: bool
+def test_node_in_the_source_ranges_can_use_the_load_balancer_ip(
+    lab: Lab, web: WebService, version: int, assigned: bool
 ) -> None:
     pod = web.pod(1)
     ranges = {4: "10.99.0.0/24", 6: "fd00:99::/64"}
     length = "128" if version == 6 else "32"
-    if holds:
+    if assigned:
         own = f"{LOAD_BALANCER_IPS[version]}/{length}"
-        lab.node.namespace.run(["ip", "address", "add", own, "dev", "eth0", *_at_once(own)])
+        lab.node.namespace.run(["ip", "address", "add", own, "dev", "eth0", *_nodad(own)])
     web.apply_service([pod], loadBalancerSourceRanges=[*ranges.values()])
     assert web.send_request(web.node, LOAD_BALANCER_IPS[version]) == seen(pod, web.node.address(version))
-    source = LOAD_BALANCER_IPS[version] if holds else web.node.address(version)
+    source = LOAD_BALANCER_IPS[version] if assigned else web.node.address(version)
     assert web.send_request(web.node, LOAD_BALANCER_IPS[version], source=source) == seen(pod, web.node.address(version))
     assert web.drops(web.outsider, LOAD_BALANCER_IPS[version])
 
 
 @VERSIONS
-def test_source_ranges_and_policy_local_together(web: WebService, version: int) -> None:
-    here, there = web.pod(1), web.pod(2, "node-2")
+def test_source_ranges_apply_with_policy_local(web: WebService, version: int) -> None:
+    local, remote = web.pod(1), web.pod(2, "node-2")
     ranges = {4: "198.51.100.0/24", 6: "2001:db8:51::/64"}
-    web.apply_service([here, there], loadBalancerSourceRanges=[*ranges.values()], externalTrafficPolicy="Local")
-    assert web.outcomes(web.outsider, LOAD_BALANCER_IPS[version]) == {seen(here, web.outsider.address(version))}
+    web.apply_service([local, remote], loadBalancerSourceRanges=[*ranges.values()], externalTrafficPolicy="Local")
+    assert web.outcomes(web.outsider, LOAD_BALANCER_IPS[version]) == {seen(local, web.outsider.address(version))}
     assert web.drops(web.client, LOAD_BALANCER_IPS[version])
 
 
@@ -213,16 +211,16 @@ def test_source_ranges_and_policy_local_together(web: WebService, version: int) 
         ("10.99.0.7/32,fd00:99::7/128", {"second"}),
         ("0.0.0.0/0,::/0", {"primary", "second"}),
     ],
-    ids=["default", "primary", "chosen", "all"],
+    ids=["default", "primary", "cidrs", "all"],
 )
 @VERSIONS
-def test_node_ports_answer_on_the_chosen_addresses_and_never_on_loopback(
+def test_node_ports_answer_on_configured_addresses_but_not_on_loopback(
     lab: Lab, web: WebService, version: int, setting: str, answering: set[str]
 ) -> None:
     pod = web.pod(1)
     node = lab.node.namespace
     for address, length in ((SECOND[4], 24), (SECOND[6], 64)):
-        node.run(["ip", "address", "add", f"{address}/{length}", "dev", "eth0", *_at_once(address)])
+        node.run(["ip", "address", "add", f"{address}/{length}", "dev", "eth0", *_nodad(address)])
     found = [web.service("web", *CLUSTER_IPS.values(), type="NodePort"), *web.slices("web", [pod])]
     web.apply(found, *([f"--nodeport-addresses={setting}"] if setting else []))
     addresses = {"primary": web.node.address(version), "second": SECOND[version]}
@@ -231,17 +229,17 @@ def test_node_ports_answer_on_the_chosen_addresses_and_never_on_loopback(
             outcome = web.send_request(origin, address, NODE_PORT)
             assert isinstance(outcome, Answered) == (name in answering), (name, origin.name)
     assert web.send_request(web.node, {4: "127.0.0.1", 6: "::1"}[version], NODE_PORT) == Refused()
-    far = CLUSTER_IPS[version]
-    assert web.refuses(web.client, far, NODE_PORT), "a NodePort is none of the ClusterIP's ports"
+    cluster_ip = CLUSTER_IPS[version]
+    assert web.refuses(web.client, cluster_ip, NODE_PORT), "the NodePort must not be open on the ClusterIP"
 
 
-def _at_once(address: str) -> list[str]:
+def _nodad(address: str) -> list[str]:
     return ["nodad"] if ":" in address else []
 
 
 @PROTOCOLS
 @VERSIONS
-def test_other_ports_of_a_cluster_ip_are_refused(web: WebService, version: int, protocol: str) -> None:
+def test_other_ports_of_a_cluster_ip_are_rejected(web: WebService, version: int, protocol: str) -> None:
     web.apply_service([web.pod(1)])
     for origin in (web.client, web.node, web.outsider):
         assert web.refuses(origin, CLUSTER_IPS[version], 81), origin.name
@@ -249,7 +247,7 @@ def test_other_ports_of_a_cluster_ip_are_refused(web: WebService, version: int, 
 
 @PROTOCOLS
 @VERSIONS
-def test_addresses_that_no_service_has_are_dropped(
+def test_unused_addresses_of_the_service_cidr_are_dropped(
     lab: Lab, servers: Servers, web: WebService, version: int, protocol: str
 ) -> None:
     cidr = {
@@ -264,7 +262,7 @@ def test_addresses_that_no_service_has_are_dropped(
     servers.serve(elsewhere, 80, protocol)
     web.apply(found)
     answer = web.send_request(web.client, UNUSED[version])
-    assert answer == seen(elsewhere, web.client.address(version)), "nobody said that it is an address for Services"
+    assert answer == seen(elsewhere, web.client.address(version)), "the address is in no ServiceCIDR yet"
     web.apply([*found, cidr])
     for origin in (web.client, web.node, web.outsider):
         assert web.drops(origin, UNUSED[version]), origin.name
@@ -273,10 +271,10 @@ def test_addresses_that_no_service_has_are_dropped(
 
 @PROTOCOLS
 @VERSIONS
-def test_of_two_services_that_claim_an_external_ip_the_first_by_name_has_it(
+def test_first_service_by_name_owns_a_shared_external_ip(
     lab: Lab, web: WebService, version: int, protocol: str
 ) -> None:
-    # A client of its own for each step: those of UDP may stay with whom they were sent to.
+    # Each step uses another client: a UDP flow may stay with its endpoint.
     sources = [f"2001:db8:51::2{n}" if version == 6 else f"198.51.100.2{n}" for n in range(4)]
     clients = lab.add_client("clients", *sources)
     one, two = web.pod(1), web.pod(2)
@@ -292,27 +290,29 @@ def test_of_two_services_that_claim_an_external_ip_the_first_by_name_has_it(
 
 
 @VERSIONS
-def test_nobody_takes_over_a_cluster_ip(web: WebService, version: int) -> None:
+def test_external_ip_cannot_take_over_a_cluster_ip(web: WebService, version: int) -> None:
     one, two = web.pod(1), web.pod(2)
-    thief = [
+    claimant = [
         web.service("a-thief", "10.96.0.81", "fd00:10:96::81", externalIPs=[*CLUSTER_IPS.values()]),
         *web.slices("a-thief", [one]),
     ]
-    victim = [web.service("web", *CLUSTER_IPS.values()), *web.slices("web", [two])]
-    for state in ([*thief, *victim], victim):
+    owner = [web.service("web", *CLUSTER_IPS.values()), *web.slices("web", [two])]
+    for state in ([*claimant, *owner], owner):
         web.apply(state)
         assert web.outcomes(web.client, CLUSTER_IPS[version]) == {seen(two, web.client.address(version))}
-    web.apply([*thief, web.service("web", *CLUSTER_IPS.values()), *web.slices("web", [])])
-    assert web.refuses(web.client, CLUSTER_IPS[version]), "not even while its Service has no endpoints"
+    web.apply([*claimant, web.service("web", *CLUSTER_IPS.values()), *web.slices("web", [])])
+    assert web.refuses(web.client, CLUSTER_IPS[version]), (
+        "an external IP took over the ClusterIP of a Service without endpoints"
+    )
 
 
 @pytest.mark.parametrize("size", [2, 5, 7, 9, 13])
 @VERSIONS
-def test_every_endpoint_gets_its_share(web: WebService, version: int, size: int) -> None:
+def test_connections_are_spread_evenly(web: WebService, version: int, size: int) -> None:
     pods = [web.pod(number) for number in range(1, size + 1)]
     web.apply_service(pods)
     for frontend in ((CLUSTER_IPS[version], 80), (web.node.address(version), NODE_PORT)):
         shares = count_by_pod([web.send_request(web.client, *frontend) for _ in range(60 * size)])
         assert set(shares) == {pod.name for pod in pods}
-        # 60 for each, give or take five standard deviations.
+        # 60 for each pod, plus or minus five standard deviations.
         assert all(share in range(22, 100) for share in shares.values()), shares

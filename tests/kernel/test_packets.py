@@ -1,8 +1,7 @@
-"""The table of packets through the real kernel, in both modes: `kproxy apply` on a node, real sockets at both ends.
+"""The packet table through the kernel in both modes, with `kproxy apply` on a node and sockets at both ends.
 
-Every address that a row sends to is served by somebody: an endpoint by its pod, an address of a node by that
-node, and any other by a host beyond the uplink. So whoever answers tells where the packet went, and a refusal or
-silence can only come from a rule.
+A server listens on every destination of a row: a pod on an endpoint, a node on its own addresses, and a host behind
+the uplink on all others. So the answer shows where the packet was sent, and only a rule can reject or drop it.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ from tests.recordings import GOLDEN
 
 LOOPBACK = ("127.0.0.1", "::1")
 TRIES = 4
-AT_ONCE = 32
+CONCURRENCY = 32
 SILENCE = 0.5
 """Seconds without an answer that count as dropped; answers take a hundredth of it."""
 PATIENCE = 10.0
 NOT_SENT = Failed(f"[Errno {errno.EPERM}] {os.strerror(errno.EPERM)}")
-"""What a datagram's own sender is told when a rule of the OUTPUT chain stops it, by whichever target."""
+"""The error of a UDP sender when a rule in the OUTPUT chain drops or rejects its datagram."""
 
 SERVICE_CIDR = {
     "apiVersion": "networking.k8s.io/v1",
@@ -43,18 +42,18 @@ SERVICE_CIDR = {
     "metadata": {"name": "kubernetes"},
     "spec": {"cidrs": list(SERVICE_CIDRS)},
 }
-"""What every recorded cluster had; only nftables mode has a use for it."""
+"""The ServiceCIDR of all recorded clusters. Only nftables mode uses it."""
 
 Answers = dict[Row, list[Outcome]]
 
 
 def can_be_sent(row: Row) -> bool:
-    """Whether the lab has what a row starts from: not what affinity remembers, nor a VIP as an address of the node.
+    """Return whether the lab can send the packet of a row.
 
-    And nobody's kernel sends packets to 127.0.0.1 to a neighbour.
+    It cannot preset affinity clients or assign a VIP to the node. Kernels never send loopback addresses to neighbors.
     """
-    to_neighbour = ip_address(row.address).is_loopback and row.sender != NODE
-    return not (row.remembering or to_neighbour or row.sender.startswith(NODE_AS))
+    to_neighbor = ip_address(row.address).is_loopback and row.sender != NODE
+    return not (row.remembering or to_neighbor or row.sender.startswith(NODE_AS))
 
 
 ROWS = {
@@ -63,52 +62,52 @@ ROWS = {
 }
 CASES = [(mode, row) for mode, rows in ROWS.items() for row in rows]
 TO_ITSELF = {row for reason, row in read_differences() if reason is Reason.HAIRPIN}
-"""What an endpoint elsewhere sends to itself, which comes back to it from its own address: its kernel drops that."""
+"""Rows of remote endpoints that send to themselves. Their kernel drops the packet, which has its own source address."""
 
 
 @pytest.fixture(scope="module")
 def answers(
     request: pytest.FixtureRequest, kernel: None, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Answers]:
-    """What came back for each row of a scenario in a mode, all of them sent in one lab."""
+    """The answers to all rows of a scenario in one mode, all sent in one lab."""
     mode, scenario = request.param
     folder = GOLDEN / scenario
     objects = shutil.copytree(folder, tmp_path_factory.mktemp("packets") / scenario)
     (objects / "servicecidrs.json").write_text(json.dumps(SERVICE_CIDR))
     rows = [row for row in ROWS[mode] if row.scenario == scenario and not missing_protocol(row.protocol)]
     with Lab() as lab, Servers() as servers:
-        stage = Stage(lab, servers, rows)
+        packet_lab = PacketLab(lab, servers, rows)
         apply = [KPROXY, "apply", f"--config={folder}/config.json", f"--objects={objects}", f"--proxy-mode={mode}"]
         lab.node.namespace.run(apply)
-        # A source's affinity is one for all of its rows: sent at once, they would race to settle it.
-        in_turn = [row for row in rows if "affinity" in row.fate]
-        at_once = [row for row in rows if row not in in_turn]
-        found = {row: stage.send(row) for row in in_turn}
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            found |= zip(at_once, pool.map(stage.send, at_once), strict=True)
+        # All rows of a source share its affinity. Sent at once, they would race to set it.
+        sequential = [row for row in rows if "affinity" in row.fate]
+        concurrent = [row for row in rows if row not in sequential]
+        found = {row: packet_lab.send(row) for row in sequential}
+        with ThreadPoolExecutor(CONCURRENCY) as pool:
+            found |= zip(concurrent, pool.map(packet_lab.send, concurrent), strict=True)
         yield found
 
 
 @pytest.mark.parametrize(
     ("answers", "case"),
-    # The mode is a part of both: pytest runs those after each other that have a parameter in common.
+    # The mode is part of both parameters: pytest groups tests by shared parameters.
     [((mode, row.scenario), (mode, row)) for mode, row in CASES],
     ids=[f"{mode} {row}" for mode, row in CASES],
     indirect=["answers"],
     scope="module",
 )
-def test_the_kernel_treats_the_packet_as_the_table_says(answers: Answers, case: tuple[str, Row]) -> None:
+def test_kernel_handles_the_packet_as_in_the_table(answers: Answers, case: tuple[str, Row]) -> None:
     _, row = case
-    absent = missing_protocol(row.protocol)
-    if absent:
-        pytest.skip(absent)
+    missing = missing_protocol(row.protocol)
+    if missing:
+        pytest.skip(missing)
     assert set(answers[row]) <= expected(row)
     if "affinity" in row.fate:
         assert len(set(answers[row])) == 1
 
 
 def expected(row: Row) -> set[Outcome]:
-    """Return every answer that the row's fate allows."""
+    """Return all answers that the row allows."""
     own, node = source_of(row), NODE_ADDRESSES[ip_address(row.address).version]
     allowed: set[Outcome] = set()
     for part in row.fate.split("; "):
@@ -129,10 +128,10 @@ def expected(row: Row) -> set[Outcome]:
     return allowed
 
 
-class Stage:
-    """The hosts of a scenario's rows in a lab: senders, endpoints, and the owners of all other addresses.
+class PacketLab:
+    """The hosts of a scenario's rows in a lab: senders, endpoints, and owners of all other addresses.
 
-    Who only answers shares a host with its like: every socket answers with its own address, not with its host's.
+    Hosts that only answer are merged into one: every socket answers with its own address, not with its host's.
     """
 
     def __init__(self, lab: Lab, servers: Servers, rows: list[Row]) -> None:
@@ -149,7 +148,7 @@ class Stage:
             servers.serve(host, port, protocol)
 
     def send(self, row: Row) -> list[Outcome]:
-        """Return how some requests ended: several where chance picks an endpoint, until one stays unanswered."""
+        """Send requests and return their outcomes: several with random endpoints, until one times out."""
         tries = TRIES if row.fate.startswith("dnat") else 1
         patience = SILENCE if row.fate == "drop" or row in TO_ITSELF else PATIENCE
         outcomes: list[Outcome] = []
@@ -160,7 +159,7 @@ class Stage:
         return outcomes
 
     def _add_sender(self, sender: str) -> Host:
-        """Add a host; the name of a pod's is that of its link, which must look like those of pods."""
+        """Add a host. The name of a pod is that of its link, which must match the names of pod interfaces."""
         if sender == NODE:
             return self._lab.node
         place = sender_of(sender)
@@ -182,5 +181,5 @@ class Stage:
 
 
 def endpoints_of(row: Row) -> list[str]:
-    """Return the endpoints that a row's fate names."""
+    """Return the endpoints of a row."""
     return [each for part in re.findall(r"dnat\S* ([^;]+)", row.fate) for each in part.split(", ")]

@@ -1,4 +1,4 @@
-"""The commands that docs/local.md gives to root print what the page shows."""
+"""The commands for root in docs/local.md print the output that the page shows."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from tests.lab.waiting import HANG_GUARD
 ROOT = Path(__file__).parents[2]
 OPENING = "# ip link set lo up "
 
-VARYING = (
+REPLACEMENTS = (
     (r"^([IWE])\d{4} \d\d:\d\d:\d\d\.\d{6} +\d+ ([\w.]+:)\d+\] ", r"\1MMDD hh:mm:ss.uuuuuu PID \2LINE] "),
-    (r"(after|in) [\d.]+ (milliseconds|ms|s)$", r"\1 so much time"),
-    (r"no Node '.*'", "no Node 'of this name'"),
+    (r"(after|in) [\d.]+ (milliseconds|ms|s)$", r"\1 DURATION"),
+    (r"no Node '.*'", "no Node 'NAME'"),
     (r"iptables \d+\.\d+\.\d+", "iptables VERSION"),
 )
-"""What differs from run to run, between machines, and with every change of the code: lines in log headers."""
+"""Text that differs between runs, machines and versions of the code, such as line numbers in log headers."""
 
 LISTENING = "until curl --silent --output /dev/null http://192.0.2.10:8080/; do :; done"
 
 
 def block() -> list[str]:
-    """Return the lines of the block for the shell that has a network of its own."""
+    """Return the lines of the code block for a shell in its own network namespace."""
     text = (ROOT / "docs" / "local.md").read_text()
     (found,) = (part for part in re.findall(r"```console\n(.*?)```", text, re.DOTALL) if part.startswith(OPENING))
     return str(found).splitlines()
 
 
-def plain(text: str) -> str:
-    for pattern, instead in VARYING:
-        text = re.sub(pattern, instead, text, flags=re.MULTILINE)
+def normalized(text: str) -> str:
+    for pattern, replacement in REPLACEMENTS:
+        text = re.sub(pattern, replacement, text, flags=re.MULTILINE)
     return text.strip("\n")
 
 
-def test_a_network_of_your_own(kernel: None, tmp_path: Path) -> None:
+def test_commands_in_a_network_namespace(kernel: None, tmp_path: Path) -> None:
     if shutil.which("curl") is None:
         pytest.skip("curl not found")
     lines = block()
@@ -48,7 +48,7 @@ def test_a_network_of_your_own(kernel: None, tmp_path: Path) -> None:
     script = ["exec 2>&1"]
     for command in commands:
         script.append(f"cat <<'END'\n# {command}\nEND")
-        # A human needs longer to type the next command than a server to listen.
+        # A person types the next command only after the server is listening.
         background = f"{command.removesuffix(' &')} >{tmp_path}/server 2>&1 &\n{LISTENING}"
         script.append(background if command.endswith("&") else command)
     file = tmp_path / "script"
@@ -64,4 +64,4 @@ def test_a_network_of_your_own(kernel: None, tmp_path: Path) -> None:
             check=False,
             timeout=HANG_GUARD,
         )
-    assert plain(output.read_text()) == plain("\n".join(lines))
+    assert normalized(output.read_text()) == normalized("\n".join(lines))

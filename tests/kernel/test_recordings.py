@@ -1,4 +1,4 @@
-"""`kproxy apply` on a fresh node programs, chain for chain, what kube-proxy programmed."""
+"""`kproxy apply` on a new node programs the same chains as kube-proxy."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ def apply(node: Namespace, scenario: str) -> None:
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_apply_programs_what_kube_proxy_programmed(node: Namespace, scenario: str) -> None:
+def test_apply_programs_the_rules_of_kube_proxy(node: Namespace, scenario: str) -> None:
     apply(node, scenario)
     for family in Family:
         assert current_rules(node, family) == recorded(scenario, family)
 
 
 @pytest.mark.parametrize("scenario", ["random-11", "dual-stack"])
-def test_apply_takes_over_what_kube_proxy_left(node: Namespace, scenario: str) -> None:
+def test_apply_replaces_other_rules_of_kube_proxy(node: Namespace, scenario: str) -> None:
     restore_recording(node, "random-12")
     apply(node, scenario)
     for family in Family:
         assert current_rules(node, family) == recorded(scenario, family)
 
 
-def test_canaries_are_in_every_table(node: Namespace) -> None:
+def test_canaries_are_in_all_tables(node: Namespace) -> None:
     apply(node, "clusterip")
     for prefix in PREFIXES.values():
         for table in ("mangle", "nat", "filter"):
@@ -39,7 +39,7 @@ def test_canaries_are_in_every_table(node: Namespace) -> None:
 
 
 @pytest.mark.parametrize("family", Family)
-def test_rendered_text_programs_the_same(node: Namespace, family: Family) -> None:
+def test_rendered_text_programs_the_same_rules(node: Namespace, family: Family) -> None:
     folder = str(GOLDEN / "random-13")
     argv = [
         KPROXY,

@@ -1,4 +1,4 @@
-"""No connection notices that kproxy takes a node over from kube-proxy: from either of its modes, to either of ours."""
+"""Takeover of a node from kube-proxy, from and to either mode: no connection fails."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.recordings import GOLDEN, State, recorded
 
 NFT_FILES = ("nft-ip.txt", "nft-ip6.txt")
 SWAPS = (("random-11", "random-12"), ("random-12", "random-13"), ("random-13", "random-11"))
-"""A recorded cluster, and the one whose rules kube-proxy failed to remove before."""
+"""A recorded cluster, and another one whose rules kube-proxy left behind."""
 
 API_SERVER = "default/kubernetes"
 TABLES = ("nat", "filter")
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("nft")
 
 
 def leftovers(own: State, other: State) -> str:
-    """Return what adds to the rules of one cluster those of another, with all that leads to them."""
+    """Return input for iptables-restore that adds the rules of another cluster and all jumps to them."""
     text = ""
     for table in TABLES:
         chains = [chain for chain in other if chain.table == table and chain not in own]
@@ -59,17 +59,17 @@ def load_nftables_mode(node: Namespace, scenario: str) -> None:
 
 
 def take_over(lab: Lab, scenario: str, targets: Sequence[Target], folder: Path, mode: str) -> None:
-    """Start kproxy, and end it, under a stream that began before and ends after it."""
+    """Start and stop kproxy during a stream of connections."""
     node = lab.node.namespace
     assert len({target.service for target in targets}) >= 10
     with ConnectionStream(targets) as stream:
-        stream.mark("kube-proxy's rules alone")
+        stream.mark("only kube-proxy's rules")
         stream.take(4)
-        stream.mark("kproxy was started")
+        stream.mark("start of kproxy")
         with Daemon(lab, GOLDEN / scenario, folder / "kproxy.log", mode_flag(mode)) as daemon:
             daemon.wait_until_synced()
-            wait_until(lambda: no_rules_of_other_mode(node, mode), "the other mode's rules are gone")
-            stream.mark("kproxy took over")
+            wait_until(lambda: no_rules_of_other_mode(node, mode), "no rules of the other mode")
+            stream.mark("takeover complete")
             stream.take(4)
         stream.mark("SIGTERM")
         stream.take(4)
@@ -77,15 +77,15 @@ def take_over(lab: Lab, scenario: str, targets: Sequence[Target], folder: Path, 
     if mode == "iptables":
         assert {family: current_rules(node, family) for family in Family} == {f: recorded(scenario, f) for f in Family}
     else:
-        assert tables(node) == tables_as_afresh(scenario)
+        assert tables(node) == tables_on_empty_node(scenario)
 
 
 def tables(node: Namespace) -> dict[str, dict[str, Any]]:
     return {family: table_state(node, family) for family in NFT_FAMILIES}
 
 
-def tables_as_afresh(scenario: str) -> dict[str, dict[str, Any]]:
-    """Return what kproxy makes of a recording on a node where nothing was before."""
+def tables_on_empty_node(scenario: str) -> dict[str, dict[str, Any]]:
+    """Return the tables that kproxy programs for a recording on an empty node."""
     fresh = Namespace("fresh")
     try:
         fresh.run([KPROXY, "apply", f"--objects={GOLDEN / scenario}", *FLAGS, mode_flag("nftables")])
@@ -95,19 +95,21 @@ def tables_as_afresh(scenario: str) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("scenario", "stale"), SWAPS)
-def test_from_iptables_mode(lab: Lab, servers: Servers, tmp_path: Path, scenario: str, stale: str) -> None:
+def test_takeover_from_iptables_to_iptables_mode(
+    lab: Lab, servers: Servers, tmp_path: Path, scenario: str, stale: str
+) -> None:
     load_iptables_mode(lab.node.namespace, scenario, stale)
     take_over(lab, scenario, RecordedCluster(lab, servers, scenario).targets, tmp_path, "iptables")
 
 
 @pytest.mark.parametrize("scenario", [scenario for scenario, _ in SWAPS])
-def test_from_nftables_mode(lab: Lab, servers: Servers, tmp_path: Path, scenario: str) -> None:
+def test_takeover_from_nftables_to_iptables_mode(lab: Lab, servers: Servers, tmp_path: Path, scenario: str) -> None:
     load_nftables_mode(lab.node.namespace, scenario)
     take_over(lab, scenario, targets_of(lab, servers, scenario), tmp_path, "iptables")
 
 
 @pytest.mark.parametrize(("scenario", "stale"), SWAPS)
-def test_from_iptables_mode_to_nftables_mode(
+def test_takeover_from_iptables_to_nftables_mode(
     lab: Lab, servers: Servers, tmp_path: Path, scenario: str, stale: str
 ) -> None:
     load_iptables_mode(lab.node.namespace, scenario, stale)
@@ -115,14 +117,14 @@ def test_from_iptables_mode_to_nftables_mode(
 
 
 @pytest.mark.parametrize("scenario", [scenario for scenario, _ in SWAPS])
-def test_from_nftables_mode_to_our_own(lab: Lab, servers: Servers, tmp_path: Path, scenario: str) -> None:
+def test_takeover_from_nftables_to_nftables_mode(lab: Lab, servers: Servers, tmp_path: Path, scenario: str) -> None:
     load_nftables_mode(lab.node.namespace, scenario)
     take_over(lab, scenario, targets_of(lab, servers, scenario), tmp_path, "nftables")
 
 
 def targets_of(lab: Lab, servers: Servers, scenario: str) -> list[Target]:
-    """Return the ways that lead somewhere in nftables mode as well.
+    """Return the targets that are reachable in nftables mode too.
 
-    The recorded API server's address is in the Services' range, where that mode drops what is no Service.
+    The recorded API server has an address in the ServiceCIDR, where nftables mode drops packets for unknown Services.
     """
     return [each for each in RecordedCluster(lab, servers, scenario).targets if each.service != API_SERVER]

@@ -1,4 +1,4 @@
-"""Where real packets go once `kproxy` has programmed a real kernel."""
+"""Real traffic through rules that kproxy programmed in the kernel."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ VIPS = {4: "10.96.0.80", 6: "fd00:10:96::80"}
 FAMILIES = {4: "IPv4", 6: "IPv6"}
 CONNECTIONS = 300
 FAIR_SHARE = range(60, 142)
-"""20 to 47 % of the connections: a third, give or take five standard deviations."""
+"""20% to 47% of the connections: a third, plus or minus five standard deviations."""
 
 VERSIONS = pytest.mark.parametrize("version", [4, 6], ids=["ipv4", "ipv6"])
-CONNECTED = pytest.mark.parametrize("protocol", ["TCP", "UDP", "SCTP"])
+PROTOCOLS = pytest.mark.parametrize("protocol", ["TCP", "UDP", "SCTP"])
 
 
 class Web:
-    """One dual-stack Service of a lab, with the pods behind it and the files that describe it."""
+    """A dual-stack Service in a lab, its pods, and the files that describe it."""
 
     def __init__(self, lab: Lab, servers: Servers, folder: Path, mode: str) -> None:
         self._lab = lab
@@ -40,7 +40,7 @@ class Web:
         self.mode = mode_flag(mode)
 
     def pod(self, number: int, protocol: str = "TCP") -> Host:
-        """Add a pod that answers."""
+        """Add a pod with a server."""
         name, addresses = f"pod-{number}", (f"10.244.1.{number}", f"fd00:10:244:1::{number}")
         pod = self._lab.add_pod(name, *addresses)
         self._servers.serve(pod, 8080, protocol)
@@ -50,20 +50,20 @@ class Web:
         self,
         pods: Sequence[Host],
         protocol: str = "TCP",
-        leaving: Sequence[Host] = (),
+        terminating: Sequence[Host] = (),
         affinity: bool = False,
     ) -> None:
-        """Write the Service and its slices; pods that are leaving are terminating, and still serve."""
+        """Write the Service and its slices. Terminating pods still serve."""
         spec: dict[str, Any] = {"sessionAffinity": "ClientIP"} if affinity else {}
         found = [objects.node(), objects.service("web", *VIPS.values(), protocol=protocol, **spec)]
         for version, family in FAMILIES.items():
             endpoints = [objects.endpoint(pod.address(version)) for pod in pods]
-            endpoints += [objects.endpoint(pod.address(version), ready=False, terminating=True) for pod in leaving]
+            endpoints += [objects.endpoint(pod.address(version), ready=False, terminating=True) for pod in terminating]
             found.append(objects.endpoint_slice("web", endpoints, family=family, protocol=protocol))
         objects.write(self.folder / "web.yaml", found)
 
     def apply(self, pods: Sequence[Host], protocol: str = "TCP", affinity: bool = False) -> None:
-        """Write the files and have `kproxy apply` program them."""
+        """Write the files and run `kproxy apply`."""
         self.write(pods, protocol, affinity=affinity)
         proxy.apply(self._lab, self.folder, self.mode)
 
@@ -99,30 +99,30 @@ def test_three_endpoints_share_the_connections(lab: Lab, web: Web, version: int)
     assert all(share in FAIR_SHARE for share in shares.values()), shares
 
 
-@CONNECTED
+@PROTOCOLS
 @VERSIONS
-def test_each_protocol_reaches_its_endpoint(lab: Lab, web: Web, version: int, protocol: str) -> None:
-    absent = missing_protocol(protocol)
-    if absent:
-        pytest.skip(absent)
+def test_all_protocols_reach_their_endpoint(lab: Lab, web: Web, version: int, protocol: str) -> None:
+    missing = missing_protocol(protocol)
+    if missing:
+        pytest.skip(missing)
     web.apply([web.pod(1, protocol)], protocol)
     client = in_cluster_client(lab)
     answer = send_request(client, VIPS[version], 80, protocol)
     assert answer == Answered("pod-1", client.address(version))
 
 
-@CONNECTED
+@PROTOCOLS
 @VERSIONS
-def test_a_service_without_endpoints_refuses_at_once(lab: Lab, web: Web, version: int, protocol: str) -> None:
-    absent = missing_protocol(protocol)
-    if absent:
-        pytest.skip(absent)
+def test_service_without_endpoints_rejects(lab: Lab, web: Web, version: int, protocol: str) -> None:
+    missing = missing_protocol(protocol)
+    if missing:
+        pytest.skip(missing)
     web.apply([], protocol)
     assert send_request(in_cluster_client(lab), VIPS[version], 80, protocol) == Refused()
 
 
 @VERSIONS
-def test_a_service_that_loses_its_last_endpoint_refuses(lab: Lab, web: Web, version: int) -> None:
+def test_service_that_loses_its_last_endpoint_rejects(lab: Lab, web: Web, version: int) -> None:
     client, pod = in_cluster_client(lab), web.pod(1)
     web.apply([pod])
     assert send_request(client, VIPS[version], 80) == Answered("pod-1", client.address(version))
@@ -133,7 +133,7 @@ def test_a_service_that_loses_its_last_endpoint_refuses(lab: Lab, web: Web, vers
 
 
 @VERSIONS
-def test_session_affinity_keeps_a_client_with_its_endpoint(lab: Lab, web: Web, version: int) -> None:
+def test_session_affinity_keeps_a_client_on_its_endpoint(lab: Lab, web: Web, version: int) -> None:
     web.apply([web.pod(1), web.pod(2), web.pod(3)], affinity=True)
     sources = [f"10.244.1.{number}" if version == 4 else f"fd00:10:244:1::{number}" for number in range(90, 150)]
     client = lab.add_pod("client", *sources)
@@ -158,7 +158,7 @@ def test_session_affinity_survives_a_change_of_other_endpoints(lab: Lab, web: We
 
 
 @VERSIONS
-def test_session_affinity_lets_go_of_an_endpoint_that_is_gone(lab: Lab, web: Web, version: int) -> None:
+def test_session_affinity_ends_with_the_endpoint(lab: Lab, web: Web, version: int) -> None:
     pods = {pod.name: pod for pod in (web.pod(1), web.pod(2))}
     client = in_cluster_client(lab)
     web.apply(list(pods.values()), affinity=True)
@@ -170,21 +170,21 @@ def test_session_affinity_lets_go_of_an_endpoint_that_is_gone(lab: Lab, web: Web
 
 
 @VERSIONS
-def test_a_pod_reaches_itself_and_sees_the_node(lab: Lab, web: Web, version: int) -> None:
+def test_hairpin_traffic_is_masqueraded(lab: Lab, web: Web, version: int) -> None:
     pod = web.pod(1)
     web.apply([pod])
     assert send_request(pod, VIPS[version], 80) == Answered("pod-1", lab.node.address(version))
 
 
 @VERSIONS
-def test_a_pod_is_seen_with_its_own_address(lab: Lab, web: Web, version: int) -> None:
+def test_pod_traffic_is_not_masqueraded(lab: Lab, web: Web, version: int) -> None:
     client = in_cluster_client(lab)
     web.apply([web.pod(1)])
     assert send_request(client, VIPS[version], 80) == Answered("pod-1", client.address(version))
 
 
 @VERSIONS
-def test_who_is_not_in_the_cluster_is_masqueraded(lab: Lab, web: Web, version: int) -> None:
+def test_traffic_from_outside_the_cluster_is_masqueraded(lab: Lab, web: Web, version: int) -> None:
     client = outside_client(lab)
     web.apply([web.pod(1)])
     for origin in (client, lab.node):
@@ -192,7 +192,7 @@ def test_who_is_not_in_the_cluster_is_masqueraded(lab: Lab, web: Web, version: i
 
 
 @VERSIONS
-def test_without_a_cluster_cidr_nobody_is_masqueraded(lab: Lab, web: Web, version: int) -> None:
+def test_nothing_is_masqueraded_without_a_cluster_cidr(lab: Lab, web: Web, version: int) -> None:
     client = outside_client(lab)
     web.write([web.pod(1)])
     proxy.apply(lab, web.folder, web.mode, "--cluster-cidr=")
@@ -200,7 +200,7 @@ def test_without_a_cluster_cidr_nobody_is_masqueraded(lab: Lab, web: Web, versio
 
 
 @VERSIONS
-def test_an_endpoint_on_another_node_is_reached(lab: Lab, servers: Servers, web: Web, version: int) -> None:
+def test_endpoint_on_another_node_is_reachable(lab: Lab, servers: Servers, web: Web, version: int) -> None:
     far = lab.add_pod("far", "10.244.2.1", "fd00:10:244:2::1", node="node-2")
     servers.serve(far, 8080)
     near, away = in_cluster_client(lab), lab.add_client("away", "198.51.100.20", "2001:db8:51::20")
@@ -210,7 +210,7 @@ def test_an_endpoint_on_another_node_is_reached(lab: Lab, servers: Servers, web:
 
 
 @VERSIONS
-def test_an_open_connection_outlives_its_endpoint_in_the_rules(lab: Lab, web: Web, version: int) -> None:
+def test_open_connection_outlives_the_rules_of_its_endpoint(lab: Lab, web: Web, version: int) -> None:
     old, client = web.pod(1), in_cluster_client(lab)
     web.apply([old])
     with open_connection(client, VIPS[version], 80) as connection:
@@ -220,7 +220,7 @@ def test_an_open_connection_outlives_its_endpoint_in_the_rules(lab: Lab, web: We
 
 
 @VERSIONS
-def test_traffic_follows_the_endpoints_without_a_failed_request(
+def test_no_request_fails_while_endpoints_change(
     lab: Lab, servers: Servers, web: Web, tmp_path: Path, version: int
 ) -> None:
     client = in_cluster_client(lab)
@@ -233,19 +233,19 @@ def test_traffic_follows_the_endpoints_without_a_failed_request(
         return send_request(client, VIPS[version], 80, source_port=next(ports))
 
     with proxy.Daemon(lab, web.folder, tmp_path / "kproxy.log", web.mode) as daemon:
-        wait_until(lambda: daemon.is_up() and isinstance(request(), Answered), "the Service answers")
+        wait_until(lambda: daemon.is_up() and isinstance(request(), Answered), "an answer of the Service")
         with ContinuousRequests(request) as flow:
             assert set(flow.take(100)) == {"pod-1", "pod-2", "pod-3"}
 
-            web.write([two, three], leaving=[one])
-            wait_until(lambda: "pod-1" not in flow.take(60), "new requests leave pod-1")
+            web.write([two, three], terminating=[one])
+            wait_until(lambda: "pod-1" not in flow.take(60), "no new requests to pod-1")
             flow.settle()
             servers.stop(one)
             web.write([two, three])
             assert set(flow.take(100)) == {"pod-2", "pod-3"}
 
             web.write([two, three, web.pod(4)])
-            wait_until(lambda: "pod-4" in flow.take(10), "requests reach pod-4")
+            wait_until(lambda: "pod-4" in flow.take(10), "requests to pod-4")
             assert set(flow.take(100)) == {"pod-2", "pod-3", "pod-4"}
         assert daemon.is_up()
     assert not failures(flow.outcomes)

@@ -1,4 +1,4 @@
-"""Where a UDP client that keeps its socket ends up when what is behind a Service changes."""
+"""Which endpoint answers a UDP client that keeps its socket while the Service's endpoints change."""
 
 from __future__ import annotations
 
@@ -43,36 +43,36 @@ NODE_PORT = 30053
 VERSIONS = pytest.mark.parametrize("version", [4, 6], ids=["ipv4", "ipv6"])
 
 
-class FickleIptables(IptablesRunner):
-    """The real thing, which refuses on demand."""
+class RejectingIptables(IptablesRunner):
+    """The installed iptables, which rejects changes on request."""
 
-    refuses = False
+    rejects = False
 
     def restore_each(self, texts: Iterable[str]) -> None:
-        if self.refuses:
-            raise RestoreError("refused")
+        if self.rejects:
+            raise RestoreError("rejected")
         super().restore_each(texts)
 
 
-class FickleTable(NftTable):
-    """A real table, which refuses on demand."""
+class RejectingTable(NftTable):
+    """The kernel's table, which rejects changes on request."""
 
-    refuses = False
+    rejects = False
 
     def commit(self, change: Transaction, generation: int | None = None, /) -> None:
-        if self.refuses:
-            raise TableError("refused")
+        if self.rejects:
+            raise TableError("rejected")
         super().commit(change, generation)
 
 
 class UdpProxy(ReconciledProxy):
-    """kproxy's reconciler on the lab's node, one sync per call."""
+    """kproxy's reconciler on the lab's node. Syncs when called."""
 
     def __init__(
         self, lab: Lab, *deltas: Delta, node_port_addresses: tuple[str, ...] | None = None, mode: str = "iptables"
     ) -> None:
-        """Start with these objects and no others."""
-        self.cleanings: list[ConntrackCleanup] = []
+        """Start with the objects of these deltas."""
+        self.cleanups: list[ConntrackCleanup] = []
         self._kernels = {family: _kernel(mode, family) for family in Family}
 
         def context(family: Family, node: Node | None) -> Context:
@@ -85,7 +85,7 @@ class UdpProxy(ReconciledProxy):
             {family: UdpConntrack(family) for family in Family},
             own_addresses,
             clock=time.monotonic,
-            on_cleanup=self.cleanings.append,
+            on_cleanup=self.cleanups.append,
         )
         super().__init__(
             {
@@ -104,30 +104,30 @@ class UdpProxy(ReconciledProxy):
         self.sync(Replace(Service, services), Replace(EndpointSlice, slices), Replace(Node, ()))
 
     def sync(self, *deltas: Delta) -> None:
-        """Apply deltas and sync, which must succeed."""
+        """Apply deltas and sync. The sync must succeed."""
         self.apply(*deltas)
         assert self.sync_after(), "the kernel rejected the change"
 
     def fail(self, *deltas: Delta) -> None:
-        """Apply deltas and let their sync fail."""
+        """Apply deltas and make their sync fail."""
         for kernel in self._kernels.values():
-            kernel.refuses = True
+            kernel.rejects = True
         self.apply(*deltas)
         assert not self.sync_after()
         for kernel in self._kernels.values():
-            kernel.refuses = False
+            kernel.rejects = False
 
 
-def _kernel(mode: str, family: Family) -> FickleIptables | FickleTable:
-    return FickleTable(family, NetlinkCommit(family)) if mode == "nftables" else FickleIptables(family)
+def _kernel(mode: str, family: Family) -> RejectingIptables | RejectingTable:
+    return RejectingTable(family, NetlinkCommit(family)) if mode == "nftables" else RejectingIptables(family)
 
 
-def _backend(kernel: FickleIptables | FickleTable) -> Backend:
-    return NftablesBackend(kernel) if isinstance(kernel, FickleTable) else IptablesBackend(kernel)
+def _backend(kernel: RejectingIptables | RejectingTable) -> Backend:
+    return NftablesBackend(kernel) if isinstance(kernel, RejectingTable) else IptablesBackend(kernel)
 
 
 def service(port: int = 53, node_port: int = 0, external_ips: Sequence[str] = (), *, local: bool = False) -> Upsert:
-    """The Service; with `local`, both of its traffic policies are Local."""
+    """Return the Service. With `local`, both of its traffic policies are Local."""
     found = Service(
         "demo",
         "dns",
@@ -140,8 +140,10 @@ def service(port: int = 53, node_port: int = 0, external_ips: Sequence[str] = ()
     return Upsert(found)
 
 
-def slices(*pods: Host, port: int = 8053, leaving: bool = False, elsewhere: Sequence[Host] = ()) -> tuple[Upsert, ...]:
-    """The Service's slices; pods `elsewhere` are on another node. Pods that are leaving terminate, and still serve."""
+def slices(
+    *pods: Host, port: int = 8053, terminating: bool = False, elsewhere: Sequence[Host] = ()
+) -> tuple[Upsert, ...]:
+    """Return the Service's slices. The pods in `elsewhere` run on node-2. Terminating pods still serve."""
     return tuple(
         Upsert(
             EndpointSlice(
@@ -150,7 +152,7 @@ def slices(*pods: Host, port: int = 8053, leaving: bool = False, elsewhere: Sequ
                 "demo/dns",
                 family,
                 tuple(
-                    Endpoint(pod.address(version), node, ready=not leaving, serving=True, terminating=leaving)
+                    Endpoint(pod.address(version), node, ready=not terminating, serving=True, terminating=terminating)
                     for node, hosts in ((NODE, pods), ("node-2", elsewhere))
                     for pod in hosts
                 ),
@@ -186,22 +188,22 @@ def outsider(lab: Lab) -> Host:
 
 
 @pytest.fixture(params=["client", "outsider"])
-def anybody(request: pytest.FixtureRequest) -> Host:
+def any_client(request: pytest.FixtureRequest) -> Host:
     found = request.getfixturevalue(request.param)
     assert isinstance(found, Host)
     return found
 
 
 @pytest.fixture
-def away(lab: Lab, servers: Servers) -> Host:
-    """A host beyond this node that serves UDP on the number of the NodePort."""
+def remote_host(lab: Lab, servers: Servers) -> Host:
+    """A host on another node that serves UDP on the NodePort's port number."""
     found = lab.add_pod("away", "10.244.2.1", "fd00:10:244:2::1", node="node-2")
     servers.serve(found, NODE_PORT, "UDP")
     return found
 
 
-class Talk:
-    """A client that asks again and again from one socket, through one frontend."""
+class UdpClient:
+    """A UDP client that sends all its requests to one frontend from one socket."""
 
     def __init__(self, lab: Lab, origin: Host, address: str, port: int = 53) -> None:
         self._lab = lab
@@ -210,31 +212,31 @@ class Talk:
         self._socket = open_connection(origin, address, port, "UDP")
 
     def ask(self) -> str:
-        """Return the name of the pod that answered. Raises `ConnectionRefusedError`."""
+        """Send a request and return the name of the pod that answers. Raises `ConnectionRefusedError`."""
         answer = complete_request(self._socket, "UDP")
         assert isinstance(answer, Answered)
         return answer.pod
 
     def send(self) -> None:
-        """Send something that need not be answered."""
-        self._socket.send(b"anybody?\n")
+        """Send a datagram without waiting for an answer."""
+        self._socket.send(b"hello\n")
 
-    def leave_untranslated(self) -> None:
-        """Send until the kernel has an entry for the flow in which the frontend is the destination itself.
+    def send_untranslated(self) -> None:
+        """Send until the kernel has an entry for the flow whose destination is not translated.
 
-        Whoever is there may answer that nobody listens: that error is taken off the socket.
+        The owner of the frontend's address may answer "port unreachable". That error is cleared.
         """
 
-        def is_left() -> bool:
+        def has_entry() -> bool:
             with suppress(OSError):
                 self.send()
             return self.destination in self.entries()
 
-        wait_until(is_left, "an entry of an untranslated flow")
+        wait_until(has_entry, "an entry of an untranslated flow")
         self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
 
     def entries(self) -> dict[str, int]:
-        """The ids of the kernel's entries for the frontend, by who answers."""
+        """Return the IDs of the kernel's entries for the frontend by reply source."""
         found = entries(self._lab.node.namespace, FAMILIES[self._version])
         return {source: number for (destination, source), number in found.items() if destination == self.destination}
 
@@ -242,194 +244,192 @@ class Talk:
         self._socket.close()
 
 
-Pods = Callable[[int], Host]
+AddPod = Callable[[int], Host]
 
 
 @BOTH_MODES
 @VERSIONS
-def test_a_flow_follows_the_replacement_of_its_endpoint(
-    lab: Lab, pod: Pods, anybody: Host, version: int, mode: str
+def test_flow_moves_to_the_replacement_of_its_endpoint(
+    lab: Lab, pod: AddPod, any_client: Host, version: int, mode: str
 ) -> None:
     proxy = UdpProxy(lab, service(), *slices(pod(1)), mode=mode)
-    talk = Talk(lab, anybody, CLUSTER_IPS[version])
-    assert talk.ask() == "pod-1"
+    flow = UdpClient(lab, any_client, CLUSTER_IPS[version])
+    assert flow.ask() == "pod-1"
     proxy.sync(*slices(pod(2)))
-    assert talk.ask() == "pod-2"
-    talk.close()
+    assert flow.ask() == "pod-2"
+    flow.close()
 
 
 @VERSIONS
-def test_a_pods_flow_to_itself_follows_too(lab: Lab, pod: Pods, version: int) -> None:
+def test_hairpin_flow_moves_too(lab: Lab, pod: AddPod, version: int) -> None:
     one = pod(1)
     proxy = UdpProxy(lab, service(), *slices(one))
-    talk = Talk(lab, one, CLUSTER_IPS[version])
-    assert talk.ask() == "pod-1"
+    flow = UdpClient(lab, one, CLUSTER_IPS[version])
+    assert flow.ask() == "pod-1"
     proxy.sync(*slices(pod(2)))
-    assert talk.ask() == "pod-2"
-    talk.close()
+    assert flow.ask() == "pod-2"
+    flow.close()
 
 
 @BOTH_MODES
 @VERSIONS
-def test_scaled_to_zero_a_flow_is_refused_and_later_served(
-    lab: Lab, pod: Pods, client: Host, version: int, mode: str
+def test_flow_is_rejected_without_endpoints_and_served_again_later(
+    lab: Lab, pod: AddPod, client: Host, version: int, mode: str
 ) -> None:
     proxy = UdpProxy(lab, service(), *slices(pod(1)), mode=mode)
-    talk = Talk(lab, client, CLUSTER_IPS[version])
-    assert talk.ask() == "pod-1"
+    flow = UdpClient(lab, client, CLUSTER_IPS[version])
+    assert flow.ask() == "pod-1"
     proxy.sync(*slices())
     with pytest.raises(ConnectionRefusedError):
-        talk.ask()
+        flow.ask()
     proxy.sync(*slices(pod(2)))
-    assert talk.ask() == "pod-2"
-    talk.close()
+    assert flow.ask() == "pod-2"
+    flow.close()
 
 
 @BOTH_MODES
 @VERSIONS
-def test_a_flow_to_a_deleted_service_ends_and_one_that_came_early_is_served(
-    lab: Lab, pod: Pods, client: Host, version: int, mode: str
+def test_flow_ends_with_its_service_and_early_flow_is_served_once_it_exists(
+    lab: Lab, pod: AddPod, client: Host, version: int, mode: str
 ) -> None:
     proxy = UdpProxy(lab, service(), *slices(pod(1)), mode=mode)
-    talk = Talk(lab, client, CLUSTER_IPS[version])
-    assert talk.ask() == "pod-1"
+    flow = UdpClient(lab, client, CLUSTER_IPS[version])
+    assert flow.ask() == "pod-1"
     proxy.sync(*DELETED)
-    assert talk.entries() == {}
-    talk.send()
-    assert list(talk.entries()) == [talk.destination]
+    assert flow.entries() == {}
+    flow.send()
+    assert list(flow.entries()) == [flow.destination]
     proxy.sync(service(), *slices(pod(2)))
-    assert talk.ask() == "pod-2"
-    talk.close()
+    assert flow.ask() == "pod-2"
+    flow.close()
 
 
 @VERSIONS
-def test_a_changed_port_ends_the_flows_to_the_old_one(lab: Lab, pod: Pods, client: Host, version: int) -> None:
+def test_changed_service_port_ends_flows_to_the_old_port(lab: Lab, pod: AddPod, client: Host, version: int) -> None:
     proxy = UdpProxy(lab, service(port=53), *slices(pod(1)))
-    old = Talk(lab, client, CLUSTER_IPS[version], 53)
+    old = UdpClient(lab, client, CLUSTER_IPS[version], 53)
     assert old.ask() == "pod-1"
     proxy.sync(service(port=54))
     assert old.entries() == {}
-    new = Talk(lab, client, CLUSTER_IPS[version], 54)
+    new = UdpClient(lab, client, CLUSTER_IPS[version], 54)
     assert new.ask() == "pod-1"
     old.close()
     new.close()
 
 
 @VERSIONS
-def test_a_flow_follows_the_target_port(lab: Lab, pod: Pods, client: Host, version: int) -> None:
+def test_flow_moves_to_a_changed_target_port(lab: Lab, pod: AddPod, client: Host, version: int) -> None:
     one = pod(1)
     proxy = UdpProxy(lab, service(), *slices(one, port=8053))
-    talk = Talk(lab, client, CLUSTER_IPS[version])
-    assert talk.ask() == "pod-1"
+    flow = UdpClient(lab, client, CLUSTER_IPS[version])
+    assert flow.ask() == "pod-1"
     proxy.sync(*slices(one, port=9053))
-    assert talk.ask() == "pod-1"
-    assert list(talk.entries()) == [socket_text(one.address(version), 9053)]
-    talk.close()
+    assert flow.ask() == "pod-1"
+    assert list(flow.entries()) == [socket_text(one.address(version), 9053)]
+    flow.close()
 
 
 @BOTH_MODES
 @VERSIONS
-def test_a_failed_sync_in_between_leaves_nothing_behind(
-    lab: Lab, pod: Pods, client: Host, version: int, mode: str
-) -> None:
+def test_flow_moves_after_a_failed_sync(lab: Lab, pod: AddPod, client: Host, version: int, mode: str) -> None:
     proxy = UdpProxy(lab, service(), *slices(pod(1)), mode=mode)
-    talk = Talk(lab, client, CLUSTER_IPS[version])
-    assert talk.ask() == "pod-1"
-    before = talk.entries()
+    flow = UdpClient(lab, client, CLUSTER_IPS[version])
+    assert flow.ask() == "pod-1"
+    before = flow.entries()
     proxy.fail(*slices(pod(2)))
-    assert talk.ask() == "pod-1"
-    assert talk.entries() == before
+    assert flow.ask() == "pod-1"
+    assert flow.entries() == before
     proxy.sync()
-    assert talk.ask() == "pod-2"
-    talk.close()
+    assert flow.ask() == "pod-2"
+    flow.close()
 
 
 @VERSIONS
-def test_a_service_deleted_while_syncs_fail_is_cleaned_up_afterwards(
-    lab: Lab, pod: Pods, client: Host, version: int
+def test_flow_of_a_service_deleted_during_failed_syncs_is_cleaned_up(
+    lab: Lab, pod: AddPod, client: Host, version: int
 ) -> None:
     proxy = UdpProxy(lab, service(), *slices(pod(1)))
-    talk = Talk(lab, client, CLUSTER_IPS[version])
-    assert talk.ask() == "pod-1"
+    flow = UdpClient(lab, client, CLUSTER_IPS[version])
+    assert flow.ask() == "pod-1"
     proxy.fail(*DELETED)
     proxy.sync()
-    assert talk.entries() == {}
-    talk.close()
+    assert flow.entries() == {}
+    flow.close()
 
 
 @BOTH_MODES
 @VERSIONS
-def test_flows_to_endpoints_that_stay_keep_their_entries(
-    lab: Lab, pod: Pods, client: Host, version: int, mode: str
+def test_flows_to_remaining_endpoints_keep_their_entries(
+    lab: Lab, pod: AddPod, client: Host, version: int, mode: str
 ) -> None:
     pods = {each.name: each for each in (pod(1), pod(2))}
     proxy = UdpProxy(lab, service(), *slices(*pods.values()), mode=mode)
-    talk = Talk(lab, client, CLUSTER_IPS[version])
-    name = talk.ask()
-    before = talk.entries()
+    flow = UdpClient(lab, client, CLUSTER_IPS[version])
+    name = flow.ask()
+    before = flow.entries()
     proxy.sync(*slices(pods[name], pod(3)))
-    proxy.sync(*slices(pods[name], leaving=True))
-    assert talk.ask() == name
-    assert talk.entries() == before
-    talk.close()
+    proxy.sync(*slices(pods[name], terminating=True))
+    assert flow.ask() == name
+    assert flow.entries() == before
+    flow.close()
 
 
 @BOTH_MODES
 @VERSIONS
-def test_a_restart_cuts_nothing_that_lives(lab: Lab, pod: Pods, client: Host, version: int, mode: str) -> None:
+def test_restart_keeps_active_flows(lab: Lab, pod: AddPod, client: Host, version: int, mode: str) -> None:
     state = (service(node_port=NODE_PORT), *slices(pod(1)))
     UdpProxy(lab, *state, mode=mode)
-    talks = [
-        Talk(lab, client, CLUSTER_IPS[version]),
-        Talk(lab, client, lab.node.address(version), NODE_PORT),
+    flows = [
+        UdpClient(lab, client, CLUSTER_IPS[version]),
+        UdpClient(lab, client, lab.node.address(version), NODE_PORT),
     ]
-    assert [talk.ask() for talk in talks] == ["pod-1", "pod-1"]
-    before = [talk.entries() for talk in talks]
+    assert [flow.ask() for flow in flows] == ["pod-1", "pod-1"]
+    before = [flow.entries() for flow in flows]
     again = UdpProxy(lab, *state, mode=mode)
-    assert [cleaning.deleted for cleaning in again.cleanings] == [0, 0]
-    assert [talk.ask() for talk in talks] == ["pod-1", "pod-1"]
-    assert [talk.entries() for talk in talks] == before
-    for talk in talks:
-        talk.close()
+    assert [cleanup.deleted for cleanup in again.cleanups] == [0, 0]
+    assert [flow.ask() for flow in flows] == ["pod-1", "pod-1"]
+    assert [flow.entries() for flow in flows] == before
+    for flow in flows:
+        flow.close()
 
 
 @VERSIONS
-def test_a_restart_moves_flows_whose_endpoint_died_meanwhile(lab: Lab, pod: Pods, client: Host, version: int) -> None:
+def test_restart_moves_flows_off_endpoints_removed_meanwhile(lab: Lab, pod: AddPod, client: Host, version: int) -> None:
     UdpProxy(lab, service(), *slices(pod(1)))
-    talk = Talk(lab, client, CLUSTER_IPS[version])
-    assert talk.ask() == "pod-1"
+    flow = UdpClient(lab, client, CLUSTER_IPS[version])
+    assert flow.ask() == "pod-1"
     UdpProxy(lab, service(), *slices(pod(2)))
-    assert talk.ask() == "pod-2"
-    talk.close()
+    assert flow.ask() == "pod-2"
+    flow.close()
 
 
 @BOTH_MODES
 @VERSIONS
-def test_node_port_and_external_address_follow_too(
-    lab: Lab, pod: Pods, outsider: Host, version: int, mode: str
+def test_node_port_and_external_ip_flows_move_too(
+    lab: Lab, pod: AddPod, outsider: Host, version: int, mode: str
 ) -> None:
     external_ips = ("203.0.113.7", "2001:db8:7::7")
     proxy = UdpProxy(lab, service(53, NODE_PORT, external_ips), *slices(pod(1)), mode=mode)
-    talks = [
-        Talk(lab, outsider, lab.node.address(version), NODE_PORT),
-        Talk(lab, outsider, external_ips[version == 6]),
+    flows = [
+        UdpClient(lab, outsider, lab.node.address(version), NODE_PORT),
+        UdpClient(lab, outsider, external_ips[version == 6]),
     ]
-    assert [talk.ask() for talk in talks] == ["pod-1", "pod-1"]
+    assert [flow.ask() for flow in flows] == ["pod-1", "pod-1"]
     proxy.sync(*slices(pod(2)))
-    assert [talk.ask() for talk in talks] == ["pod-2", "pod-2"]
-    for talk in talks:
-        talk.close()
+    assert [flow.ask() for flow in flows] == ["pod-2", "pod-2"]
+    for flow in flows:
+        flow.close()
 
 
-def accept_everything_first(lab: Lab, version: int) -> None:
-    """Accept new packets before our rules of table filter see them, as some CNI plugins and administrators do."""
+def accept_before_kproxy(lab: Lab, version: int) -> None:
+    """Accept new packets before kproxy's rules in the filter table, as some CNI plugins and administrators do."""
     for chain in ("INPUT", "FORWARD"):
         lab.node.namespace.run(["ip6tables" if version == 6 else "iptables", "-w", "-I", chain, "1", "-j", "ACCEPT"])
 
 
 @pytest.fixture
-def far(lab: Lab, servers: Servers) -> Host:
-    """A pod of another node."""
+def remote_pod(lab: Lab, servers: Servers) -> Host:
+    """A pod on another node."""
     found = lab.add_pod("far", "10.244.2.7", "fd00:10:244:2::7", node="node-2")
     servers.serve(found, 8053, "UDP")
     return found
@@ -438,71 +438,71 @@ def far(lab: Lab, servers: Servers) -> Host:
 EXTERNAL_IPS = ("203.0.113.7", "2001:db8:7::7")
 
 
-@pytest.mark.parametrize("change", ["pod-comes", "policy-cluster"])
+@pytest.mark.parametrize("change", ["local-pod-added", "policy-cluster"])
 @pytest.mark.parametrize("version", [4, 6], ids=["ipv4", "ipv6"])
-def test_what_slipped_past_policy_local_is_served_once_it_can_be(
-    lab: Lab, pod: Pods, far: Host, change: str, version: int
+def test_flow_accepted_despite_policy_local_is_served_once_it_can_be(
+    lab: Lab, pod: AddPod, remote_pod: Host, change: str, version: int
 ) -> None:
-    """Only iptables mode: no rule of another table comes between nftables mode's decision and its drop."""
+    """Only in iptables mode: in nftables mode, no foreign rule runs between the decision to drop and the drop."""
     outsider = lab.add_client("outsider", "198.51.100.10", "2001:db8:51::10")
-    proxy = UdpProxy(lab, service(53, NODE_PORT, EXTERNAL_IPS, local=True), *slices(elsewhere=[far]))
-    accept_everything_first(lab, version)
-    talks = [
-        Talk(lab, outsider, CLUSTER_IPS[version]),
-        Talk(lab, outsider, EXTERNAL_IPS[version == 6]),
-        Talk(lab, outsider, lab.node.address(version), NODE_PORT),
+    proxy = UdpProxy(lab, service(53, NODE_PORT, EXTERNAL_IPS, local=True), *slices(elsewhere=[remote_pod]))
+    accept_before_kproxy(lab, version)
+    flows = [
+        UdpClient(lab, outsider, CLUSTER_IPS[version]),
+        UdpClient(lab, outsider, EXTERNAL_IPS[version == 6]),
+        UdpClient(lab, outsider, lab.node.address(version), NODE_PORT),
     ]
-    for talk in talks:
-        talk.leave_untranslated()
-    if change == "pod-comes":
-        proxy.sync(*slices(pod(1), elsewhere=[far]))
-        assert [talk.ask() for talk in talks] == ["pod-1"] * 3
+    for flow in flows:
+        flow.send_untranslated()
+    if change == "local-pod-added":
+        proxy.sync(*slices(pod(1), elsewhere=[remote_pod]))
+        assert [flow.ask() for flow in flows] == ["pod-1"] * 3
     else:
         proxy.sync(service(53, NODE_PORT, EXTERNAL_IPS))
-        assert [talk.ask() for talk in talks] == ["far"] * 3
-    for talk in talks:
-        talk.close()
+        assert [flow.ask() for flow in flows] == ["far"] * 3
+    for flow in flows:
+        flow.close()
 
 
 @pytest.mark.parametrize("restricted", [False, True], ids=["all-addresses", "some-addresses"])
 @VERSIONS
 def test_flows_to_the_same_port_of_another_host_are_not_touched(
-    lab: Lab, pod: Pods, away: Host, version: int, restricted: bool
+    lab: Lab, pod: AddPod, remote_host: Host, version: int, restricted: bool
 ) -> None:
     client, addresses = pod(9), lab.node.addresses if restricted else None
     proxy = UdpProxy(lab, service(node_port=NODE_PORT), *slices(pod(1)), node_port_addresses=addresses)
-    talk = Talk(lab, client, away.address(version), NODE_PORT)
-    assert talk.ask() == "away"
-    before = talk.entries()
+    flow = UdpClient(lab, client, remote_host.address(version), NODE_PORT)
+    assert flow.ask() == "away"
+    before = flow.entries()
     assert len(before) == 1
     proxy.sync(*slices(pod(2)))
     proxy.sync(*DELETED)
-    assert talk.entries() == before
-    talk.close()
+    assert flow.entries() == before
+    flow.close()
 
 
 @VERSIONS
-def test_where_node_ports_do_not_answer_others_flows_stay(
-    lab: Lab, pod: Pods, servers: Servers, outsider: Host, version: int
+def test_flows_to_addresses_without_node_ports_are_not_touched(
+    lab: Lab, pod: AddPod, servers: Servers, outsider: Host, version: int
 ) -> None:
     servers.serve(lab.node, NODE_PORT, "UDP")
     proxy = UdpProxy(lab, service(node_port=NODE_PORT), *slices(pod(1)), node_port_addresses=())
-    talk = Talk(lab, outsider, lab.node.address(version), NODE_PORT)
-    assert talk.ask() == NODE
-    before = talk.entries()
+    flow = UdpClient(lab, outsider, lab.node.address(version), NODE_PORT)
+    assert flow.ask() == NODE
+    before = flow.entries()
     proxy.sync(*slices(pod(2)))
-    assert talk.ask() == NODE
-    assert talk.entries() == before
-    talk.close()
+    assert flow.ask() == NODE
+    assert flow.entries() == before
+    flow.close()
 
 
-# The whole daemon.
+# The daemon.
 
 
 @BOTH_MODES
 @VERSIONS
-def test_the_daemon_moves_flows_off_dead_endpoints_and_no_others(
-    lab: Lab, pod: Pods, version: int, mode: str, tmp_path: Path
+def test_daemon_moves_only_flows_of_removed_endpoints(
+    lab: Lab, pod: AddPod, version: int, mode: str, tmp_path: Path
 ) -> None:
     client = lab.add_pod("client", "10.244.1.99", "fd00:10:244:1::99")
     objects = tmp_path / "objects"
@@ -510,9 +510,11 @@ def test_the_daemon_moves_flows_off_dead_endpoints_and_no_others(
     one, two = pod(1), pod(2)
     family = FAMILIES[version].value
 
-    def write(*pods: Host, leaving: Sequence[Host] = ()) -> None:
+    def write(*pods: Host, terminating: Sequence[Host] = ()) -> None:
         endpoints = [lab_objects.endpoint(each.address(version)) for each in pods]
-        endpoints += [lab_objects.endpoint(each.address(version), ready=False, terminating=True) for each in leaving]
+        endpoints += [
+            lab_objects.endpoint(each.address(version), ready=False, terminating=True) for each in terminating
+        ]
         found = [
             lab_objects.node(),
             lab_objects.service("dns", CLUSTER_IPS[version], port=53, protocol="UDP"),
@@ -521,29 +523,29 @@ def test_the_daemon_moves_flows_off_dead_endpoints_and_no_others(
         lab_objects.write(objects / "dns.yaml", found)
 
     def flows_to(host: Host) -> bool:
-        return list(talk.entries()) == [socket_text(host.address(version), 8053)]
+        return list(flow.entries()) == [socket_text(host.address(version), 8053)]
 
     write(one)
 
-    def leads_to(host: Host) -> bool:
+    def routes_to(host: Host) -> bool:
         return socket_text(host.address(version), 8053) in rules_of(mode, lab.node.namespace).destinations()
 
     with Daemon(lab, objects, tmp_path / "first.log", mode_flag(mode)):
-        wait_until(lambda: leads_to(one), "the first endpoint")
-        talk = Talk(lab, client, CLUSTER_IPS[version])
-        assert talk.ask() == "pod-1"
-        known = talk.entries()
-        write(two, leaving=[one])
-        wait_until(lambda: leads_to(two), "the other endpoint")
-        assert talk.ask() == "pod-1"
-        assert talk.entries() == known, "an endpoint that still serves lost its flow"
+        wait_until(lambda: routes_to(one), "rules for the first endpoint")
+        flow = UdpClient(lab, client, CLUSTER_IPS[version])
+        assert flow.ask() == "pod-1"
+        entries_before = flow.entries()
+        write(two, terminating=[one])
+        wait_until(lambda: routes_to(two), "rules for the second endpoint")
+        assert flow.ask() == "pod-1"
+        assert flow.entries() == entries_before, "the flow of a terminating endpoint was cut"
         write(two)
-        wait_until(lambda: talk.entries() == {}, "the flow to the endpoint that is gone to be forgotten")
-        assert talk.ask() == "pod-2"
-        known = talk.entries()
+        wait_until(lambda: flow.entries() == {}, "the entry of the removed endpoint to be deleted")
+        assert flow.ask() == "pod-2"
+        entries_before = flow.entries()
     with Daemon(lab, objects, tmp_path / "second.log", mode_flag(mode)):
-        wait_until(lambda: ": synced " in (tmp_path / "second.log").read_text(), "the second start's sync")
-        assert talk.ask() == "pod-2"
-        assert talk.entries() == known, "a restart cut a flow that lives"
+        wait_until(lambda: ": synced " in (tmp_path / "second.log").read_text(), "the first sync after the restart")
+        assert flow.ask() == "pod-2"
+        assert flow.entries() == entries_before, "the restart cut an active flow"
     assert flows_to(two)
-    talk.close()
+    flow.close()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
-from pyroute2 import IPRoute
+from pyroute2 import IPRoute, NetlinkError
 
 from tests.lab.namespace import Namespace
+from tests.lab.waiting import wait_until
 
 NEAR_END, FAR_END = "fe80::1", "fe80::2"
 """A router without a link-local address cannot resolve its IPv6 neighbors (RFC 4861, 7.2.2)."""
@@ -17,6 +19,7 @@ GATEWAYS = {4: "169.254.1.1", 6: NEAR_END}
 
 LOOPBACK = 1
 IFA_F_NODAD = 0x02
+RTN_LOCAL = 2
 SCOPE_LINK = 253
 IFNAMSIZ = 15
 
@@ -101,6 +104,18 @@ def route(namespace: Namespace, addresses: Sequence[str], gateways: dict[int, st
     _inside(namespace, add)
 
 
+def add_addresses(namespace: Namespace, interface: str, *addresses: str) -> None:
+    """Add addresses with their prefix lengths, such as `192.0.2.5/32`. They accept packets when this returns."""
+
+    def add(ip: Any) -> None:
+        (link,) = ip.link_lookup(ifname=interface)
+        for each in addresses:
+            address, _, length = each.partition("/")
+            _add_addresses(ip, link, [address], {version_of(address): int(length)})
+
+    _inside(namespace, add)
+
+
 def _inside(namespace: Namespace, change: Callable[[Any], object]) -> None:
     def apply() -> None:
         with IPRoute() as ip:
@@ -118,7 +133,7 @@ def _add_link(ip: Any, name: str, peer: Namespace) -> int:
 def _set_up(ip: Any, name: str, link_local: str) -> int:
     index = int(ip.link_lookup(ifname=name)[0])
     ip.link("set", index=index, state="up")
-    _add_addresses(ip, index, [link_local], {6: 64})
+    ip.addr("add", index=index, address=link_local, prefixlen=64, flags=IFA_F_NODAD)
     return index
 
 
@@ -127,6 +142,16 @@ def _add_addresses(ip: Any, link: int, addresses: Sequence[str], lengths: dict[i
         version = version_of(address)
         flags = {"flags": IFA_F_NODAD} if version == 6 else {}
         ip.addr("add", index=link, address=address, prefixlen=lengths[version], **flags)
+    # The kernel adds the local route of an IPv6 address from a work queue. Until then the address is unreachable.
+    for address in addresses:
+        wait_until(partial(_has_local_route, ip, address), f"the local route of {address}")
+
+
+def _has_local_route(ip: Any, address: str) -> bool:
+    try:
+        return any(found["type"] == RTN_LOCAL for found in ip.route("get", dst=address))
+    except NetlinkError:
+        return False
 
 
 def _host_prefix(address: str) -> str:

@@ -8,9 +8,9 @@ import threading
 import pytest
 
 from kproxy.serve.server import ListenAddress, listen
+from tests.lab.waiting import HANG_GUARD
 
 MANY = 20
-HANG_GUARD = 30.0
 
 
 class ListenAttempts:

@@ -23,9 +23,8 @@ from kproxy.kube.client.cluster_access import ClientError, ClusterAccess, Static
 from kproxy.kube.client.plugin_access import PluginAccess
 from tests.apiserver import ApiServer
 from tests.apiserver.objects import service
+from tests.lab.waiting import HANG_GUARD
 
-HANG = 20.0
-"""Seconds after which a waiting test has hung."""
 SERVICES = "/api/v1/services"
 EMPTY_OBJECT = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
 """The HTTP response `{}`."""
@@ -48,7 +47,7 @@ def kubeconfig(
 
 def get(client: ApiClient, path: str = SERVICES, **params: str) -> tuple[int, bytes]:
     """Send a GET request. Return the status and the body."""
-    with client.get(path, params, HANG) as response:
+    with client.get(path, params, HANG_GUARD) as response:
         return response.status, response.read()
 
 
@@ -220,7 +219,7 @@ class ScriptedServer:
 
     def __exit__(self, *_: object) -> None:
         self._done.set()
-        self._thread.join(HANG)
+        self._thread.join(HANG_GUARD)
         self._listener.close()
 
     def _serve(self) -> None:
@@ -231,4 +230,4 @@ class ScriptedServer:
             for piece in self._pieces:
                 connection.sendall(piece)
             if not self._close:
-                self._done.wait(HANG)
+                self._done.wait(HANG_GUARD)

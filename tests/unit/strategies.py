@@ -57,8 +57,8 @@ def endpoint_slices() -> st.SearchStrategy[EndpointSlice]:
     ) -> EndpointSlice:
         prefix = "10.244.0." if family is Family.IPV4 else "fd00:1::"
         endpoints = tuple(
-            Endpoint(prefix + each.address, each.node, each.ready, each.serving, each.terminating, each.for_zones)
-            for each in templates
+            Endpoint(prefix + item.address, item.node, item.ready, item.serving, item.terminating, item.for_zones)
+            for item in templates
         )
         return EndpointSlice("ns", name, f"ns/{service}", family, endpoints, tuple(ports))
 
@@ -80,7 +80,7 @@ def endpoint_slices() -> st.SearchStrategy[EndpointSlice]:
         st.sampled_from(NAMES),
         st.sampled_from(Family),
         st.lists(endpoint, max_size=4),
-        st.lists(port, max_size=2, unique_by=lambda each: each.name),
+        st.lists(port, max_size=2, unique_by=lambda item: item.name),
     )
 
 
@@ -102,11 +102,11 @@ def deltas() -> st.SearchStrategy[Delta]:
     )
     relists = st.one_of(
         st.builds(
-            lambda items: Replace(Service, tuple({each.key: each for each in items}.values())),
+            lambda items: Replace(Service, tuple({item.key: item for item in items}.values())),
             st.lists(services(), max_size=3),
         ),
         st.builds(
-            lambda items: Replace(EndpointSlice, tuple({each.name: each for each in items}.values())),
+            lambda items: Replace(EndpointSlice, tuple({item.name: item for item in items}.values())),
             st.lists(endpoint_slices(), max_size=3),
         ),
     )

@@ -19,7 +19,7 @@ from tests.bench.testbed import SERVER_ADDRESSES
 
 
 def addresses(endpoint_slice: Object) -> list[str]:
-    return [each for endpoint in endpoint_slice["endpoints"] for each in endpoint["addresses"]]
+    return [item for endpoint in endpoint_slice["endpoints"] for item in endpoint["addresses"]]
 
 
 def decoded(endpoint_slice: Object) -> object:
@@ -31,15 +31,15 @@ def decoded(endpoint_slice: Object) -> object:
 
 def test_largest_cluster_has_unique_addresses() -> None:
     cluster = Cluster(20_000, 10)
-    endpoints = [each for number in range(20_000) for each in addresses(cluster.endpoint_slice(number))]
+    endpoints = [item for number in range(20_000) for item in addresses(cluster.endpoint_slice(number))]
     assert len(set(endpoints)) == 200_000
     vips = {cluster_ip(number) for number in range(20_000)}
     assert len(vips) == 20_000
-    assert all(ip_address(each) in ip_network(SERVICE_CIDR) for each in (min(vips), max(vips), cluster_ip(20_100)))
+    assert all(ip_address(item) in ip_network(SERVICE_CIDR) for item in (min(vips), max(vips), cluster_ip(20_100)))
 
 
 def test_cluster_has_all_kinds_of_objects() -> None:
-    kinds = [each["kind"] for each in Cluster(3, 2).objects()]
+    kinds = [item["kind"] for item in Cluster(3, 2).objects()]
     assert sorted(kinds) == ["EndpointSlice"] * 3 + ["Node"] + ["Service"] * 3 + ["ServiceCIDR"]
 
 
@@ -71,18 +71,18 @@ def test_rolling_update_replaces_one_endpoint_per_step() -> None:
 def test_burst_changes_different_services_without_connections() -> None:
     cluster = Cluster(30, 2, SERVER_ADDRESSES)
     slices = changed_slices(cluster, 20)
-    assert len({each["metadata"]["name"] for each in slices}) == 20
+    assert len({item["metadata"]["name"] for item in slices}) == 20
     assert all(
-        decoded(each) != decoded(cluster.endpoint_slice(number))
-        for number, each in zip(unconnected_services(cluster), slices, strict=False)
+        decoded(item) != decoded(cluster.endpoint_slice(number))
+        for number, item in zip(unconnected_services(cluster), slices, strict=False)
     )
     assert not set(unconnected_services(cluster)) & set(cluster.connected)
 
 
 def test_burst_larger_than_the_cluster_changes_services_repeatedly() -> None:
     slices = changed_slices(Cluster(3, 2), 5)
-    assert len({each["metadata"]["name"] for each in slices}) == 3
-    assert len({tuple(addresses(each)) for each in slices}) == 5
+    assert len({item["metadata"]["name"] for item in slices}) == 3
+    assert len({tuple(addresses(item)) for item in slices}) == 5
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -45,9 +45,9 @@ def test_ratio_is_relative_to_the_baseline(baseline: Spread | None, ratio: float
     assert Figure("one endpoint", "ms", exact(6.0), baseline).ratio == ratio
 
 
-@pytest.mark.parametrize(("share", "found"), [(50, 3), (99, 5), (100, 5), (20, 1), (21, 2), (0, 1)])
-def test_percentile_by_nearest_rank(share: float, found: float) -> None:
-    assert percentile([5, 3, 1, 4, 2], share) == found
+@pytest.mark.parametrize(("share", "value"), [(50, 3), (99, 5), (100, 5), (20, 1), (21, 2), (0, 1)])
+def test_percentile_by_nearest_rank(share: float, value: float) -> None:
+    assert percentile([5, 3, 1, 4, 2], share) == value
 
 
 def test_p99_excludes_one_sample_in_a_hundred() -> None:
@@ -71,8 +71,8 @@ def test_commits_close_together_are_one_sync(times: list[int], syncs: int) -> No
 def test_comparison_is_new_by_old_for_the_same_mode_size_and_unit() -> None:
     old = results(run(exact(4.0)), run(exact(1.0), mode="nftables"), run(exact(1.0), services=5000))
     new = results(run(exact(8.0)), run(exact(2.0), services=10_000), run(exact(3.0), mode="nftables", unit="s"))
-    (found,) = compare(old, new)
-    assert (found.mode, found.services, found.old, found.new, found.ratio) == ("iptables", 1000, 4.0, 8.0, 2.0)
+    (row,) = compare(old, new)
+    assert (row.mode, row.services, row.old, row.new, row.ratio) == ("iptables", 1000, 4.0, 8.0, 2.0)
 
 
 def test_endpoints_are_part_of_the_size() -> None:
@@ -90,26 +90,26 @@ def test_endpoints_are_part_of_the_size() -> None:
     ],
 )
 def test_difference_is_significant_if_the_spreads_do_not_touch(new: Spread, disjoint: bool) -> None:
-    (found,) = compare(results(run(Spread(4.0, 3.0, 5.0, 3))), results(run(new)))
-    assert found.disjoint is disjoint
+    (row,) = compare(results(run(Spread(4.0, 3.0, 5.0, 3))), results(run(new)))
+    assert row.disjoint is disjoint
 
 
 def test_no_ratio_to_zero() -> None:
-    (found,) = compare(results(run(exact(0.0))), results(run(exact(8.0))))
-    assert found.ratio is None
+    (row,) = compare(results(run(exact(0.0))), results(run(exact(8.0))))
+    assert row.ratio is None
 
 
 def test_samples_become_figures_in_the_order_of_the_catalog() -> None:
-    found = figures({"burst": [2.0], "first sync": [1.0, 3.0]}, {"burst": [0.5]})
-    assert [each.name for each in found] == ["first sync", "burst"]
-    assert found[0].measured == Spread(2.0, 1.0, 3.0, 2)
-    assert (found[0].baseline, found[0].baseline_is) == (None, "")
-    assert (found[1].measured.value, found[1].unit, found[1].ratio) == (2000.0, "ms", 4.0)
+    ordered = figures({"burst": [2.0], "first sync": [1.0, 3.0]}, {"burst": [0.5]})
+    assert [figure.name for figure in ordered] == ["first sync", "burst"]
+    assert ordered[0].measured == Spread(2.0, 1.0, 3.0, 2)
+    assert (ordered[0].baseline, ordered[0].baseline_is) == (None, "")
+    assert (ordered[1].measured.value, ordered[1].unit, ordered[1].ratio) == (2000.0, "ms", 4.0)
 
 
 def test_cpu_time_is_averaged_because_it_is_measured_in_ticks() -> None:
-    (found,) = figures({"one endpoint: CPU": [0.0, 0.0, 0.03]}, {})
-    assert found.measured.value == pytest.approx(10.0)
+    (cpu_time,) = figures({"one endpoint: CPU": [0.0, 0.0, 0.03]}, {})
+    assert cpu_time.measured.value == pytest.approx(10.0)
 
 
 def test_unknown_figure_name_is_an_error() -> None:
@@ -142,7 +142,7 @@ def test_numbers_have_three_digits(value: float, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("found", "text"),
+    ("value", "text"),
     [
         (Spread(4.0, 3.0, 10.0, 3), "-25% +150%"),
         (Spread(4.0, 4.0, 4.0, 2), "+0% +0%"),
@@ -150,8 +150,8 @@ def test_numbers_have_three_digits(value: float, text: str) -> None:
         (Spread(0.0, 0.0, 0.0, 2), ""),
     ],
 )
-def test_spread_is_printed_in_percent(found: Spread, text: str) -> None:
-    assert spread(found) == text
+def test_spread_is_printed_in_percent(value: Spread, text: str) -> None:
+    assert spread(value) == text
 
 
 def test_memory_baseline_is_the_memory_with_one_service_in_the_same_mode() -> None:
@@ -159,8 +159,8 @@ def test_memory_baseline_is_the_memory_with_one_service_in_the_same_mode() -> No
         return Run(mode, services, 10, [Figure(name, "MB", exact(value)), Figure("burst", "ms", exact(1.0))])
 
     runs = [memory("iptables", 1, 50.0), memory("nftables", 1, 40.0), memory("nftables", 1000, 80.0)]
-    found = with_memory_baselines(runs)
-    assert [run.figures[0].ratio for run in found] == [1.0, 1.0, 2.0]
-    assert [replace(run, figures=run.figures[1:]) for run in found] == [
+    with_baselines = with_memory_baselines(runs)
+    assert [run.figures[0].ratio for run in with_baselines] == [1.0, 1.0, 2.0]
+    assert [replace(run, figures=run.figures[1:]) for run in with_baselines] == [
         replace(run, figures=run.figures[1:]) for run in runs
     ]

@@ -20,17 +20,17 @@ def test_events_are_counted_with_first_and_last_time() -> None:
     log.record(ADDED)
     between = time.monotonic_ns()
     log.record(ADDED.replace(b"ADDED", b"DELETED"))
-    found = log.drain()
-    assert (found.events, found.bytes) == (2, 2 * len(ADDED) + 2)
-    assert before <= found.first <= between <= found.last <= time.monotonic_ns()
+    drained = log.drain()
+    assert (drained.events, drained.bytes) == (2, 2 * len(ADDED) + 2)
+    assert before <= drained.first <= between <= drained.last <= time.monotonic_ns()
 
 
 def test_protobuf_and_json_events_are_distinguished() -> None:
     log = WatchLog()
     for data in (ADDED, FRAME, FRAME.replace(b"\5ADDED", b"\7DELETED"), FRAME.replace(b"\5ADDED", b"\x08MODIFIED")):
         log.record(data)
-    found = log.drain()
-    assert (found.events, found.protobuf) == (4, 3)
+    drained = log.drain()
+    assert (drained.events, drained.protobuf) == (4, 3)
 
 
 @pytest.mark.parametrize(

@@ -91,11 +91,11 @@ def test_flags_are_listed_in_their_groups() -> None:
     for line in page("run").split("\nexamples:\n")[0].splitlines():
         if line.endswith(":") and not line.startswith(" "):
             section = line[:-1]
-        elif found := re.match(r"  (?:-v, )?(--[a-z-]+)(=|\[=BOOL\])", line):
-            shown.setdefault(section, []).append(found[1])
+        elif match := re.match(r"  (?:-v, )?(--[a-z-]+)(=|\[=BOOL\])", line):
+            shown.setdefault(section, []).append(match[1])
     for title, flags in GROUPS.items():
         assert [name for name in shown[title] if name not in ("--config", "--strict-config", "--master")] == [
-            each.option for each in flags
+            flag.option for flag in flags
         ]
     assert shown["actions"] == ["--write-config-to", "--cleanup", "--init-only"]
 
@@ -113,8 +113,8 @@ def test_flags_irrelevant_to_a_command_are_accepted_but_hidden(name: str) -> Non
 
 def documented_default(flag: Flag) -> str | None:
     """Return the default in the help of a flag if it is a value, not a description."""
-    found = re.search(r"default: (\S+)\)", flag.help) or re.search(r"(\w+) \(default\)", flag.help)
-    return found[1] if found else None
+    match = re.search(r"default: (\S+)\)", flag.help) or re.search(r"(\w+) \(default\)", flag.help)
+    return match[1] if match else None
 
 
 @pytest.mark.parametrize("flag", DOCUMENTED, ids=lambda flag: flag.name)

@@ -15,9 +15,9 @@ from kproxy.kube.client.client import ApiClient
 from kproxy.kube.client.cluster_access import ClientError, ClusterAccess
 from kproxy.kube.client.response import TransportError
 from tests.apiserver import ApiServer
+from tests.lab.waiting import HANG_GUARD
 from tests.unit.client_fixtures import (
     EMPTY_OBJECT,
-    HANG,
     SERVICES,
     ScriptedServer,
     accesses,
@@ -62,7 +62,7 @@ def test_get_request(server: ApiServer, config: str) -> None:
 def test_post_request(server: ApiServer, config: str) -> None:
     client = ApiClient.from_config(config)
     body = json.dumps({"metadata": {"name": "e"}, "reason": "größe"}).encode()
-    with client.post("/api/v1/namespaces/demo/events", body, HANG) as response:
+    with client.post("/api/v1/namespaces/demo/events", body, HANG_GUARD) as response:
         assert response.status == 201
     (request,) = server.requests.all()
     assert (request.method, request.body, request.headers["Content-Type"]) == ("POST", body, "application/json")
@@ -71,11 +71,11 @@ def test_post_request(server: ApiServer, config: str) -> None:
 # Token files and exec plugins
 
 
-def test_a_token_file_is_read_again_after_a_401(tmp_path: Path, server: ApiServer) -> None:
+def test_token_file_is_read_again_after_a_401(tmp_path: Path, server: ApiServer) -> None:
     token = tmp_path / "token"
     token.write_text("old\n")
     client = ApiClient.from_config(kubeconfig(tmp_path / "config", server.url, {"tokenFile": "token"}))
-    with client.get(SERVICES, {}, HANG) as rejected:
+    with client.get(SERVICES, {}, HANG_GUARD) as rejected:
         assert rejected.status == 401
     token.write_text("secret\n")
     client.renew(rejected)
@@ -85,7 +85,7 @@ def test_a_token_file_is_read_again_after_a_401(tmp_path: Path, server: ApiServe
     assert get(client)[0] == 200
 
 
-def test_a_token_file_is_read_again_periodically(
+def test_token_file_is_read_again_periodically(
     tmp_path: Path, server: ApiServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     token = tmp_path / "token"
@@ -100,19 +100,19 @@ def test_a_token_file_is_read_again_periodically(
     assert f"cannot reload the credentials, keeping the current ones: {tmp_path / 'config'}: " in caplog.text
 
 
-def test_an_exec_plugin_runs_again_after_a_401(tmp_path: Path, server: ApiServer) -> None:
+def test_exec_plugin_runs_again_after_a_401(tmp_path: Path, server: ApiServer) -> None:
     answer = tmp_path / "answer"
     answer.write_text(exec_credential(token="old"))
     user = python_plugin(tmp_path / "plugin", f"print(open({str(answer)!r}).read())")
     client = ApiClient.from_config(kubeconfig(tmp_path / "config", server.url, user))
-    with client.get(SERVICES, {}, HANG) as rejected:
+    with client.get(SERVICES, {}, HANG_GUARD) as rejected:
         assert rejected.status == 401
     answer.write_text(exec_credential(token="secret"))
     client.renew(rejected)
     assert get(client)[0] == 200
 
 
-def test_a_failing_exec_plugin_is_an_error_of_one_line(tmp_path: Path, server: ApiServer) -> None:
+def test_failing_exec_plugin_is_an_error_of_one_line(tmp_path: Path, server: ApiServer) -> None:
     user = python_plugin(tmp_path / "plugin", "import sys; sys.exit('no\\nsmart card')")
     path = kubeconfig(tmp_path / "config", server.url, user)
     assert client_error(path) == f"{path}: exec: process returned 1. no smart card"
@@ -131,7 +131,7 @@ def test_in_cluster_token_is_read_again_after_a_401(
         assert get(client)[0] == 200
         (service_account / "token").write_text("second\n")
         server.tokens = {"second"}
-        with client.get(SERVICES, {}, HANG) as rejected:
+        with client.get(SERVICES, {}, HANG_GUARD) as rejected:
             assert rejected.status == 401
         client.renew(rejected)
         assert get(client)[0] == 200
@@ -240,7 +240,7 @@ def test_proxy_url_of_the_kubeconfig(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("users", [[{"name": "test", "user": {"token": "secret"}}], [], None])
-def test_a_missing_user_is_an_error(tmp_path: Path, users: list[Any] | None) -> None:
+def test_missing_user_is_an_error(tmp_path: Path, users: list[Any] | None) -> None:
     path = Path(kubeconfig(tmp_path / "config", "https://127.0.0.1:1"))
     content = json.loads(path.read_text())
     content["contexts"][0]["context"]["user"] = "missing"
@@ -260,7 +260,7 @@ def test_a_missing_user_is_an_error(tmp_path: Path, users: list[Any] | None) -> 
         (b"{}", "Expected key current-context"),
     ],
 )
-def test_an_unusable_kubeconfig_is_an_error_of_one_line(tmp_path: Path, content: bytes | None, message: str) -> None:
+def test_unusable_kubeconfig_is_an_error_of_one_line(tmp_path: Path, content: bytes | None, message: str) -> None:
     path = tmp_path / "config"
     if content is not None:
         path.write_bytes(content)
@@ -269,12 +269,12 @@ def test_an_unusable_kubeconfig_is_an_error_of_one_line(tmp_path: Path, content:
     assert message in error
 
 
-def test_a_missing_home_directory_is_an_error_of_one_line() -> None:
+def test_missing_home_directory_is_an_error_of_one_line() -> None:
     assert client_error("~no-such-user/config") == "~no-such-user/config: No such file or directory"
 
 
 @pytest.mark.parametrize("address", ["10.0.0.1:6443", "ftp://x", "https://", "http://x:99999", "http://[::1"])
-def test_a_server_must_be_an_http_url(tmp_path: Path, address: str) -> None:
+def test_server_must_be_an_http_url(tmp_path: Path, address: str) -> None:
     with pytest.raises(ClientError, match=r"server: must be a URL such as https://10\.0\.0\.1:6443, not '"):
         ApiClient.from_config(None, address)
     with pytest.raises(ClientError, match=str(tmp_path)):
@@ -317,7 +317,7 @@ def program_with_client(config: str) -> str:
     )
 
 
-def test_the_client_does_not_import_the_codec() -> None:
+def test_client_does_not_import_the_codec() -> None:
     modules = "kproxy.kube.client.client, kproxy.kube.client.plugin_access"
     assert imported_by(f"import {modules}", "kproxy.kube.codec") == set()
 

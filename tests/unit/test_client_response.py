@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from kproxy.kube.client.client import ApiClient
-from kproxy.kube.client.response import ApiResponse, SilenceError, TransportError
+from kproxy.kube.client.response import ApiResponse, IdleTimeoutError, TransportError
 from kproxy.kube.codec.streams import split_lines
 from tests.apiserver import ApiServer
 from tests.apiserver.objects import endpoint_slice, service
+from tests.lab.waiting import HANG_GUARD
 from tests.unit.client_fixtures import (
-    HANG,
     SERVICES,
     ScriptedServer,
     certificates,
@@ -36,10 +36,10 @@ def client(tmp_path: Path, server: ApiServer) -> ApiClient:
 def test_large_lists_are_compressed_and_watches_are_not(server: ApiServer, client: ApiClient) -> None:
     server.create(endpoint_slice("big", "web", [f"10.{i // 250}.0.{i % 250}" for i in range(5000)]))
     path = "/apis/discovery.k8s.io/v1/endpointslices"
-    with client.get(path, {}, HANG) as response:
+    with client.get(path, {}, HANG_GUARD) as response:
         assert response.headers["content-encoding"] == "gzip"
         assert len(json.loads(response.read())["items"][0]["endpoints"]) == 5000
-    with client.get(path, {"watch": "1"}, HANG) as watch:
+    with client.get(path, {"watch": "1"}, HANG_GUARD) as watch:
         line = next(split_lines(watch.chunks()))
         assert len(json.loads(line)["object"]["endpoints"]) == 5000
     encodings = [request.headers["Accept-Encoding"] for request in server.requests.all()]
@@ -55,7 +55,7 @@ def chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
-def read_lines(pieces: list[bytes], *, close: bool = True, timeout: float = HANG) -> tuple[list[bytes], str]:
+def read_lines(pieces: list[bytes], *, close: bool = True, timeout: float = HANG_GUARD) -> tuple[list[bytes], str]:
     """Return the lines that a client reads from these pieces, and the name of the exception that ends reading, if any.
 
     `close` is whether the server closes the connection after the last piece.
@@ -89,10 +89,10 @@ def test_lines_of_a_response_without_chunked_encoding() -> None:
     assert read_lines([UNTIL_CLOSE, TEXT.encode()]) == (LINES, "")
 
 
-def test_a_line_is_available_as_soon_as_it_is_complete() -> None:
+def test_line_is_available_as_soon_as_it_is_complete() -> None:
     for headers, encode in ((CHUNKED, chunk), (UNTIL_CLOSE, bytes)):
         lines, error = read_lines([headers, encode(b"one\ntwo\nthr")], close=False, timeout=0.3)
-        assert (lines, error) == ([b"one", b"two"], "SilenceError")
+        assert (lines, error) == ([b"one", b"two"], "IdleTimeoutError")
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_a_line_is_available_as_soon_as_it_is_complete() -> None:
         [CHUNKED, chunk(b"one\n"), b"no number\r\n"],
     ],
 )
-def test_a_broken_stream_is_an_error(pieces: list[bytes]) -> None:
+def test_broken_stream_is_an_error(pieces: list[bytes]) -> None:
     assert read_lines(pieces) == ([b"one"], "TransportError")
 
 
@@ -123,10 +123,10 @@ def test_broken_responses_are_errors_of_one_line(response: bytes) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_silence_before_the_headers() -> None:
+def test_idle_timeout_before_the_headers() -> None:
     with ScriptedServer([], close=False) as server:
         client = ApiClient.from_config(None, server.url)
-        with pytest.raises(SilenceError):
+        with pytest.raises(IdleTimeoutError):
             client.get("/", {}, 0.2)
 
 
@@ -155,7 +155,7 @@ def test_close_from_another_thread_ends_a_read(certificates: Path, tmp_path: Pat
         server.create(service("web", "10.96.7.1"))
         cluster = {"insecure-skip-tls-verify": True}
         client = ApiClient.from_config(kubeconfig(tmp_path / "config", server.url, {}, cluster))
-        response = client.get(SERVICES, {"watch": "1"}, HANG)
+        response = client.get(SERVICES, {"watch": "1"}, HANG_GUARD)
         outcomes = close_during_read(response)
         assert len(outcomes) == 1
 
@@ -178,7 +178,7 @@ def close_during_read(response: ApiResponse) -> list[TransportError | None]:
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
     response.close()
-    reader.join(HANG)
+    reader.join(HANG_GUARD)
     assert not reader.is_alive()
     response.close()
     return outcomes
@@ -186,7 +186,7 @@ def close_during_read(response: ApiResponse) -> list[TransportError | None]:
 
 def test_idle_connections_have_tcp_keepalive(client: ApiClient) -> None:
     options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
-    with client.get(SERVICES, {"watch": "1"}, HANG) as response:
+    with client.get(SERVICES, {"watch": "1"}, HANG_GUARD) as response:
         sock = response._raw.connection.sock
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
         assert [sock.getsockopt(socket.IPPROTO_TCP, option) for option in options] == [30, 10, 3]

@@ -24,9 +24,9 @@ from kproxy.kube.client.response import TransportError
 from kproxy.model.delta import BASIC_KINDS
 from kproxy.model.types import ServiceCIDR
 from tests.apiserver import ApiServer
+from tests.lab.waiting import HANG_GUARD
 from tests.unit.client_fixtures import (
     EMPTY_OBJECT,
-    HANG,
     SERVICES,
     ScriptedServer,
     accesses,
@@ -154,7 +154,7 @@ def test_requests_have_the_same_headers_with_each_access(
 # Tokens
 
 
-def test_a_token_file_overrides_a_token(server: ApiServer, tmp_path: Path) -> None:
+def test_token_file_overrides_a_token(server: ApiServer, tmp_path: Path) -> None:
     (tmp_path / "token").write_text("secret")
     user = {"tokenFile": "token", "token": "old"}
     assert get(ApiClient.from_config(kubeconfig(tmp_path / "config", server.url, user)))[0] == 200
@@ -182,7 +182,7 @@ INVALID_TOKENS = [
 
 @with_each_access
 @pytest.mark.parametrize("token", INVALID_TOKENS)
-def test_an_invalid_token_is_rejected_without_showing_it(tmp_path: Path, token: str) -> None:
+def test_invalid_token_is_rejected_without_showing_it(tmp_path: Path, token: str) -> None:
     path = tmp_path / "config"
     (tmp_path / "token").write_text(token)
     reason = "the token contains characters other than visible ASCII"
@@ -190,7 +190,7 @@ def test_an_invalid_token_is_rejected_without_showing_it(tmp_path: Path, token: 
     assert client_error(kubeconfig(path, UNREACHABLE, {"tokenFile": "token"})) == f"{path}: {tmp_path}/token: {reason}"
 
 
-def test_an_invalid_token_of_a_plugin_is_rejected_without_showing_it(tmp_path: Path) -> None:
+def test_invalid_token_of_a_plugin_is_rejected_without_showing_it(tmp_path: Path) -> None:
     path = kubeconfig(tmp_path / "config", UNREACHABLE, token_plugin(tmp_path / "plugin", "a\nb"))
     assert client_error(path) == f"{path}: credentials: the token contains characters other than visible ASCII"
 
@@ -213,7 +213,7 @@ def test_errors_of_the_kubernetes_package_do_not_show_the_user(tmp_path: Path) -
 
 
 @with_each_access
-def test_an_empty_token_file_does_not_replace_the_current_token(
+def test_empty_token_file_does_not_replace_the_current_token(
     server: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     token = tmp_path / "token"
@@ -233,7 +233,7 @@ def test_an_empty_token_file_does_not_replace_the_current_token(
 
 
 @with_each_access
-def test_an_empty_in_cluster_token_file_does_not_replace_the_current_token(
+def test_empty_in_cluster_token_file_does_not_replace_the_current_token(
     service_account: Path, certificates: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_service_account(service_account, "secret", certificates / "ca.crt")
@@ -248,7 +248,7 @@ def test_an_empty_in_cluster_token_file_does_not_replace_the_current_token(
     assert "cannot reload the credentials, keeping the current ones: in-cluster service account: " in caplog.text
 
 
-def test_the_kubernetes_package_does_not_reload_the_in_cluster_token(
+def test_kubernetes_package_does_not_reload_the_in_cluster_token(
     service_account: Path, certificates: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_service_account(service_account, "secret", certificates / "ca.crt")
@@ -262,7 +262,7 @@ def test_the_kubernetes_package_does_not_reload_the_in_cluster_token(
 
 
 @with_each_access
-def test_an_empty_token_file_name_is_unset(server: ApiServer, tmp_path: Path, accesses: list[ClusterAccess]) -> None:
+def test_empty_token_file_name_is_unset(server: ApiServer, tmp_path: Path, accesses: list[ClusterAccess]) -> None:
     client = ApiClient.from_config(kubeconfig(tmp_path / "config", server.url, {"tokenFile": "", "token": "secret"}))
     assert get(client)[0] == 200
     assert not accesses[-1].rotates
@@ -271,7 +271,7 @@ def test_an_empty_token_file_name_is_unset(server: ApiServer, tmp_path: Path, ac
 
 
 @with_each_access
-def test_the_token_is_used_until_its_file_exists(
+def test_token_is_used_until_its_file_exists(
     server: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     server.tokens = {"secret", "newer"}
@@ -370,14 +370,14 @@ def test_no_proxy_applies_to_a_socks_proxy_of_the_environment(
     assert len(accesses) == 1
 
 
-def test_a_socks_proxy_without_pysocks_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_socks_proxy_without_pysocks_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "socks", None)
     cluster = {"proxy-url": "socks5://127.0.0.1:1"}
     path = kubeconfig(tmp_path / "config", "http://kube.invalid", {}, cluster)
     assert client_error(path) == f"{path}: a SOCKS proxy requires the Python package PySocks, which is not installed"
 
 
-def test_a_socks_proxy_with_pysocks(tmp_path: Path) -> None:
+def test_socks_proxy_with_pysocks(tmp_path: Path) -> None:
     (tmp_path / "socks.py").write_text("PROXY_TYPE_SOCKS4, PROXY_TYPE_SOCKS5 = 1, 2\n")
     path = kubeconfig(tmp_path / "config", "http://kube.invalid", {}, {"proxy-url": "socks5://127.0.0.1:1"})
     program = (
@@ -398,7 +398,7 @@ def test_all_threads_can_keep_their_connections(
 ) -> None:
     client = ApiClient.from_config(kubeconfig(tmp_path / "config", server.url, {"token": "secret"}))
     threads = len((*BASIC_KINDS, ServiceCIDR)) + 1  # one for each kind of object, and one for events
-    responses = [client.get(SERVICES, {}, HANG) for _ in range(threads)]
+    responses = [client.get(SERVICES, {}, HANG_GUARD) for _ in range(threads)]
     for response in responses:
         with response:
             response.read()
@@ -407,7 +407,7 @@ def test_all_threads_can_keep_their_connections(
 
 @with_each_access
 @pytest.mark.parametrize("inline", [True, False])
-def test_a_certificate_authority_without_verification_is_rejected(
+def test_certificate_authority_without_verification_is_rejected(
     certificates: Path, tmp_path: Path, inline: bool
 ) -> None:
     file = certificates / "ca.crt"
@@ -433,7 +433,7 @@ def intermediate(certificates: Path) -> Path:
 
 
 @with_each_access
-def test_an_intermediate_certificate_authority_is_sufficient(intermediate: Path, tmp_path: Path) -> None:
+def test_intermediate_certificate_authority_is_sufficient(intermediate: Path, tmp_path: Path) -> None:
     with ApiServer(tls=server_context(intermediate, "leaf")) as server:
         cluster = {"certificate-authority": str(intermediate / "intermediate.crt")}
         client = ApiClient.from_config(kubeconfig(tmp_path / "config", server.url, {}, cluster))
@@ -471,7 +471,7 @@ def test_client_certificate_files_are_read_again_periodically(
         assert get(client)[0] == 200, "new connections use the current certificate while its files are missing"
 
 
-def test_an_exec_plugin_is_not_run_periodically_for_certificate_files(
+def test_exec_plugin_is_not_run_periodically_for_certificate_files(
     tmp_path: Path, certificates: Path, accesses: list[ClusterAccess]
 ) -> None:
     user = token_plugin(tmp_path / "plugin", "secret")

@@ -312,10 +312,10 @@ def test_mode_dependent_settings_are_unavailable_until_a_mode_is_chosen() -> Non
     assert as_document(nftables)["mode"] == "nftables"
 
 
-def test_a_configured_mode_cannot_be_overridden() -> None:
+def test_configured_mode_cannot_be_overridden() -> None:
     config = load("mode: nftables")
     assert config.resolved("nftables") == config
-    with pytest.raises(ValueError, match="mode iptables was chosen, but nftables is configured"):
+    with pytest.raises(ValueError, match="cannot use iptables mode: the configuration says nftables"):
         config.resolved("iptables")
 
 

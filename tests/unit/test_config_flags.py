@@ -149,7 +149,7 @@ def test_empty_flags_are_unset_where_they_are_for_kube_proxy() -> None:
     assert with_flags("--cluster-cidr=", config=file).cluster_cidr == ""
 
 
-def test_an_empty_mode_flag_overrides_the_mode_of_the_file() -> None:
+def test_empty_mode_flag_overrides_the_mode_of_the_file() -> None:
     file = load("mode: nftables")
     assert with_flags("--proxy-mode=", config=file).mode == with_flags("--proxy-mode", "", config=file).mode == ""
     assert with_flags("--proxy-mode=").mode == ""

@@ -104,7 +104,7 @@ def test_invalid_values_of_known_fields_are_errors_without_strict(text: str, mes
     assert load_error(HEADER + text).startswith(message)
 
 
-def test_the_last_value_of_a_duplicate_key_applies() -> None:
+def test_last_value_of_a_duplicate_key_applies() -> None:
     text = (
         HEADER
         + "mode: nftables\niptables:\n  masqueradeBit: 1\n  masqueradeBit: 2\n  masqueradeBit: 3\nmode: iptables\n"
@@ -146,14 +146,14 @@ def test_duplicate_keys_in_json() -> None:
     assert [warning.partition(" (")[0] for warning in warnings] == strict_problems(text, "kp.json") == problems
 
 
-def test_an_empty_string_leaves_feature_gates_unset() -> None:
+def test_empty_string_leaves_feature_gates_unset() -> None:
     text = HEADER + 'featureGates: ""\n'
     problem = 'kp.yaml:3: featureGates: must be a mapping, not ""'
     assert lenient(text) == (Config(), [f"{problem} (treated as unset)"])
     assert strict_problems(text) == [problem]
 
 
-def test_a_null_feature_gate_is_unset() -> None:
+def test_null_feature_gate_is_unset() -> None:
     assert lenient(HEADER + "featureGates: {NoSuchGate: null}") == (Config(), [])
 
 
@@ -183,7 +183,7 @@ KUBEADM = "apiVersion: kubeadm.k8s.io/v1beta3\nkind: ClusterConfiguration\nnetwo
     ],
     ids=["after another kind", "before other kinds", "twice", "empty documents"],
 )
-def test_the_configuration_is_found_among_several_documents(text: str, problems: list[str]) -> None:
+def test_configuration_is_found_among_several_documents(text: str, problems: list[str]) -> None:
     assert lenient(text) == (Config(mode="nftables"), [f"{problem} (ignored)" for problem in problems])
     if problems:
         assert strict_problems(text) == problems
@@ -191,7 +191,7 @@ def test_the_configuration_is_found_among_several_documents(text: str, problems:
         assert load_config(text.encode(), "kp.yaml", strict=True)[0].mode == "nftables"
 
 
-def test_the_error_is_about_the_first_document_if_none_is_a_configuration() -> None:
+def test_error_is_about_the_first_document_if_none_is_a_configuration() -> None:
     error = load_error(f"{KUBEADM}---\na: 1\n")
     assert re.match(r"kp\.yaml:1: apiVersion: must be kubeproxy\.config.*kubeadm", error)
 

@@ -19,10 +19,9 @@ from kproxy.config.reload import ConfigWatcher
 from kproxy.documents import watch as documents_watch
 from kproxy.documents.watch import PathSnapshot, PathWatcher
 from kproxy.host.inotify import InotifyError
+from tests.lab.waiting import HANG_GUARD
 from tests.unit.config_files import HEADER
 
-HANG = 20.0
-"""Seconds after which a waiting test has hung."""
 HEAD = HEADER.encode()
 OLD = HEAD + b"mode: iptables\n"
 NEW = HEAD + b"mode: nftables\n"
@@ -48,7 +47,7 @@ class Reads:
 
     def wait_for(self, content: bytes | None) -> None:
         """Wait until the watcher has processed this content, or with None, that the file is unreadable."""
-        while self._contents.get(timeout=HANG) != content:
+        while self._contents.get(timeout=HANG_GUARD) != content:
             pass
 
 
@@ -63,14 +62,14 @@ class RunningWatcher:
         self._watcher.start()
 
     def wait_for_change(self) -> None:
-        assert self.changes.get(timeout=HANG) == "changed"
+        assert self.changes.get(timeout=HANG_GUARD) == "changed"
 
     def stop(self) -> None:
         """Stop the watcher and wait for its thread, so that no further call of `changed` can follow."""
         threads = watcher_threads()
-        self._watcher.stop(HANG)
+        self._watcher.stop(HANG_GUARD)
         for thread in threads:
-            thread.join(HANG)
+            thread.join(HANG_GUARD)
         assert watcher_threads() == []
 
 
@@ -84,7 +83,9 @@ def watcher_threads() -> list[threading.Thread]:
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
     """Observe the reads of the watchers that the test starts."""
-    monkeypatch.setattr(documents_watch, "SETTLE_TIMEOUT", 2 * HANG)  # no read of a half-written file on a slow machine
+    monkeypatch.setattr(
+        documents_watch, "SETTLE_TIMEOUT", 2 * HANG_GUARD
+    )  # no read of a half-written file on a slow machine
     reads = Reads()
 
     def path_watcher(path: str, check: Callable[[PathSnapshot], bool], **options: Any) -> PathWatcher:
@@ -163,9 +164,7 @@ def test_new_content_is_detected_however_it_is_written(
     watcher.wait_for_change()
 
 
-def test_the_update_of_a_mounted_config_map_is_detected(
-    tmp_path: Path, start_watcher: StartWatcher, reads: Reads
-) -> None:
+def test_update_of_a_mounted_config_map_is_detected(tmp_path: Path, start_watcher: StartWatcher, reads: Reads) -> None:
     volume = tmp_path / "volume"
     for name, content in (("..first", OLD), ("..second", OLD), ("..third", NEW)):
         (volume / name).mkdir(parents=True)
@@ -187,7 +186,7 @@ def test_the_update_of_a_mounted_config_map_is_detected(
     watcher.wait_for_change()
 
 
-def test_a_change_before_the_start_is_detected(path: Path, start_watcher: StartWatcher) -> None:
+def test_change_before_the_start_is_detected(path: Path, start_watcher: StartWatcher) -> None:
     path.write_bytes(NEW)
     start_watcher(path, loaded=OLD).wait_for_change()
 
@@ -207,7 +206,7 @@ def test_writes_of_the_same_content_are_ignored(path: Path, start_watcher: Start
     watcher.wait_for_change()
 
 
-def test_a_missing_file_changes_nothing_until_it_is_back(
+def test_missing_file_changes_nothing_until_it_is_back(
     path: Path, start_watcher: StartWatcher, reads: Reads, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -231,7 +230,7 @@ def test_a_missing_file_changes_nothing_until_it_is_back(
     watcher.wait_for_change()
 
 
-def test_an_invalid_edit_is_logged_once_and_ignored(
+def test_invalid_edit_is_logged_once_and_ignored(
     path: Path, start_watcher: StartWatcher, reads: Reads, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -264,7 +263,7 @@ def test_an_invalid_edit_is_logged_once_and_ignored(
 @pytest.mark.parametrize(
     "edit", [OLD + b"# a comment\n", b"mode: iptables\n" + HEAD, OLD + b"iptables: {masqueradeBit: 14}\n", HEAD]
 )
-def test_an_edit_that_changes_no_setting_is_ignored(
+def test_edit_that_changes_no_setting_is_ignored(
     path: Path, start_watcher: StartWatcher, reads: Reads, edit: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -278,7 +277,7 @@ def test_an_edit_that_changes_no_setting_is_ignored(
     watcher.wait_for_change()
 
 
-def test_a_misspelled_field_in_an_edit_is_logged(
+def test_misspelled_field_in_an_edit_is_logged(
     path: Path, start_watcher: StartWatcher, reads: Reads, caplog: pytest.LogCaptureFixture
 ) -> None:
     watcher = start_watcher(path)
@@ -295,7 +294,7 @@ def test_watching_ends_after_the_first_change(path: Path, start_watcher: StartWa
     path.write_bytes(NEW)
     watcher.wait_for_change()
     for thread in watcher_threads():
-        thread.join(HANG)
+        thread.join(HANG_GUARD)
     assert watcher_threads() == []
     path.write_bytes(OLD)
     watcher.stop()
@@ -310,7 +309,7 @@ def test_changes_after_the_stop_are_not_reported(path: Path, start_watcher: Star
     assert watcher.changes.empty()
 
 
-def test_a_pipe_is_not_watched(tmp_path: Path, start_watcher: StartWatcher, caplog: pytest.LogCaptureFixture) -> None:
+def test_pipe_is_not_watched(tmp_path: Path, start_watcher: StartWatcher, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     path = tmp_path / "pipe"
     os.mkfifo(path)
@@ -322,7 +321,7 @@ def test_a_pipe_is_not_watched(tmp_path: Path, start_watcher: StartWatcher, capl
     watcher.stop()
 
 
-def test_the_file_is_polled_if_inotify_is_unavailable(
+def test_file_is_polled_if_inotify_is_unavailable(
     path: Path,
     start_watcher: StartWatcher,
     reads: Reads,

@@ -166,7 +166,7 @@ def test_settings_of_both_modes_have_the_same_status(row: Row) -> None:
 
 
 @pytest.mark.parametrize("row", [row for row in FLAG_ROWS if row.sets], ids=lambda row: row.name)
-def test_a_flag_has_the_status_of_its_field(row: Row) -> None:
+def test_flag_has_the_status_of_its_field(row: Row) -> None:
     field_status = {field.name: field.status for field in FIELD_ROWS}[row.sets[0]]
     # bindAddress in the file sets the IP family of the file's other addresses. The flag does not affect other flags.
     assert row.status == (IGNORED if row.name == "--bind-address" else field_status)

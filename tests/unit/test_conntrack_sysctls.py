@@ -99,8 +99,8 @@ def test_larger_maximum_is_not_lowered(current: int, written: int | None) -> Non
     ],
 )
 def test_scaled_maximum_is_limited_to_1048576(config: Conntrack, cpus: int, maximum: int) -> None:
-    found = conntrack_sysctls.sysctl_changes(config, cpus, KERNEL)
-    assert (found[conntrack_sysctls.MAX], found[conntrack_sysctls.HASH_SIZE]) == (maximum, maximum // 4)
+    changes = conntrack_sysctls.sysctl_changes(config, cpus, KERNEL)
+    assert (changes[conntrack_sysctls.MAX], changes[conntrack_sysctls.HASH_SIZE]) == (maximum, maximum // 4)
 
 
 def test_fractional_timeouts_are_rounded_up() -> None:
@@ -146,8 +146,8 @@ def test_parameters_are_read_computed_and_written(root: Path, caplog: pytest.Log
 def test_missing_parameter_is_reported_and_the_others_are_written(root: Path) -> None:
     (root / conntrack_sysctls.MAX).unlink()
     (root / conntrack_sysctls.UDP).write_text("not a number")
-    found = read_parameters(conntrack_sysctls.PARAMETERS, root)
-    assert found == {
+    values = read_parameters(conntrack_sysctls.PARAMETERS, root)
+    assert values == {
         path: value for path, value in KERNEL.items() if path not in {conntrack_sysctls.MAX, conntrack_sysctls.UDP}
     }
     problems = write_parameters({conntrack_sysctls.MAX: 1, conntrack_sysctls.UDP: 2}, root)

@@ -42,35 +42,35 @@ def outcome(kind: Kind, raw: Any) -> DecodedObject | ObjectError:
 def service(labels: dict[str, str] | None = None, status: Any = None, **spec: Any) -> Service | None:
     metadata = {"namespace": "ns", "name": "web", "labels": labels}
     data = {"metadata": metadata, "spec": {"clusterIP": "10.96.0.1", **spec}, "status": status}
-    found = decode(Service, data).object
-    assert found is None or isinstance(found, Service)
-    return found
+    decoded = decode(Service, data).object
+    assert decoded is None or isinstance(decoded, Service)
+    return decoded
 
 
 def valid_service(**spec: Any) -> Service:
-    found = service(**spec)
-    assert found is not None
-    return found
+    decoded = service(**spec)
+    assert decoded is not None
+    return decoded
 
 
 def endpoint_slice(labels: dict[str, str] | None = None, **content: Any) -> EndpointSlice | None:
     metadata = {"namespace": "ns", "name": "web-1", "labels": {"kubernetes.io/service-name": "web", **(labels or {})}}
-    found = decode(EndpointSlice, {"metadata": metadata, "addressType": "IPv4", **content}).object
-    assert found is None or isinstance(found, EndpointSlice)
-    return found
+    decoded = decode(EndpointSlice, {"metadata": metadata, "addressType": "IPv4", **content}).object
+    assert decoded is None or isinstance(decoded, EndpointSlice)
+    return decoded
 
 
 def endpoint(**content: Any) -> Endpoint:
-    found = endpoint_slice(endpoints=[{"addresses": ["10.244.0.1"], **content}])
-    assert found is not None
-    (only,) = found.endpoints
+    decoded = endpoint_slice(endpoints=[{"addresses": ["10.244.0.1"], **content}])
+    assert decoded is not None
+    (only,) = decoded.endpoints
     return only
 
 
 def node(**content: Any) -> Node:
-    found = decode(Node, {"metadata": {"name": "node-1"}, **content}).object
-    assert isinstance(found, Node)
-    return found
+    decoded = decode(Node, {"metadata": {"name": "node-1"}, **content}).object
+    assert isinstance(decoded, Node)
+    return decoded
 
 
 # Services.
@@ -81,7 +81,7 @@ def test_service_defaults() -> None:
 
 
 def test_all_service_fields() -> None:
-    found = service(
+    decoded = service(
         status={"loadBalancer": {"ingress": [{"ip": "203.0.113.1"}]}},
         type="LoadBalancer",
         clusterIPs=["10.96.0.1", "FD00::0:1"],
@@ -94,7 +94,7 @@ def test_all_service_fields() -> None:
         loadBalancerSourceRanges=["198.51.100.7/24"],
         healthCheckNodePort=32000,
     )
-    assert found == Service(
+    assert decoded == Service(
         "ns",
         "web",
         ("10.96.0.1", "fd00::1"),
@@ -137,8 +137,8 @@ def test_service_labeled_headless_is_used_if_it_has_a_cluster_ip() -> None:
 
 def test_ignored_object_still_has_a_name_and_version() -> None:
     metadata = {"namespace": "ns", "name": "web", "resourceVersion": "7"}
-    found = decode(Service, {"metadata": metadata, "spec": {"clusterIP": "None"}})
-    assert found == DecodedObject("ns", "web", "7", None)
+    decoded = decode(Service, {"metadata": metadata, "spec": {"clusterIP": "None"}})
+    assert decoded == DecodedObject("ns", "web", "7", None)
 
 
 def test_ignored_objects_of_the_recording() -> None:
@@ -180,8 +180,8 @@ def test_session_affinity(spec: dict[str, Any], seconds: int) -> None:
 def test_external_policy_and_health_check_port_apply_to_their_service_types_only(
     spec: dict[str, Any], local: bool, health_check: int
 ) -> None:
-    found = valid_service(**{"externalTrafficPolicy": "Local", "healthCheckNodePort": 32000, **spec})
-    assert (found.external_local, found.health_check_node_port) == (local, health_check)
+    decoded = valid_service(**{"externalTrafficPolicy": "Local", "healthCheckNodePort": 32000, **spec})
+    assert (decoded.external_local, decoded.health_check_node_port) == (local, health_check)
 
 
 @pytest.mark.parametrize(
@@ -279,16 +279,16 @@ def test_cidr_with_a_prefix_length_of_thousands_of_digits_is_invalid() -> None:
 
 @given(st.ip_addresses())
 def test_canonical_address_is_idempotent(address: Any) -> None:
-    found = canonical_address(str(address))
-    assert found is not None
-    assert canonical_address(found) == found
+    canonical = canonical_address(str(address))
+    assert canonical is not None
+    assert canonical_address(canonical) == canonical
 
 
 # EndpointSlices.
 
 
 def test_all_endpoint_slice_fields() -> None:
-    found = endpoint_slice(
+    decoded = endpoint_slice(
         endpoints=[
             {
                 "addresses": ["10.244.0.1", "10.244.0.2"],
@@ -299,7 +299,7 @@ def test_all_endpoint_slice_fields() -> None:
         ],
         ports=[{"name": "http", "port": 8080, "protocol": "UDP"}, {"port": 53}],
     )
-    assert found == EndpointSlice(
+    assert decoded == EndpointSlice(
         "ns",
         "web-1",
         "ns/web",
@@ -331,17 +331,17 @@ def test_endpoint_slice_with_another_address_type_is_ignored(kind: str) -> None:
 
 
 def test_ipv6_endpoint_slice() -> None:
-    found = endpoint_slice(addressType="IPv6", endpoints=[{"addresses": ["FD00::1"]}, {"addresses": ["10.0.0.1"]}])
-    assert found is not None
-    assert found.family is Family.IPV6
-    assert [item.address for item in found.endpoints] == ["fd00::1"]
+    decoded = endpoint_slice(addressType="IPv6", endpoints=[{"addresses": ["FD00::1"]}, {"addresses": ["10.0.0.1"]}])
+    assert decoded is not None
+    assert decoded.family is Family.IPV6
+    assert [item.address for item in decoded.endpoints] == ["fd00::1"]
 
 
 @pytest.mark.parametrize("addresses", [None, [], ["fd00::1"], ["example.com"], ["example.com", "10.0.0.1"]])
 def test_endpoint_whose_first_address_has_another_family_is_ignored(addresses: Any) -> None:
-    found = endpoint_slice(endpoints=[{"addresses": addresses}])
-    assert found is not None
-    assert found.endpoints == ()
+    decoded = endpoint_slice(endpoints=[{"addresses": addresses}])
+    assert decoded is not None
+    assert decoded.endpoints == ()
 
 
 @pytest.mark.parametrize(
@@ -356,8 +356,8 @@ def test_endpoint_whose_first_address_has_another_family_is_ignored(addresses: A
     ],
 )
 def test_defaults_of_endpoint_conditions(conditions: Any, expected: tuple[bool, bool, bool]) -> None:
-    found = endpoint(conditions=conditions)
-    assert (found.ready, found.serving, found.terminating) == expected
+    decoded = endpoint(conditions=conditions)
+    assert (decoded.ready, decoded.serving, decoded.terminating) == expected
 
 
 def test_null_endpoint_fields_count_as_unset() -> None:
@@ -367,9 +367,9 @@ def test_null_endpoint_fields_count_as_unset() -> None:
 
 @pytest.mark.parametrize("port", [{}, {"port": None}, {"port": 0}])
 def test_endpoint_port_without_a_number_is_skipped(port: dict[str, Any]) -> None:
-    found = endpoint_slice(ports=[{"name": "a", **port}, {"name": None, "port": 80, "protocol": None}])
-    assert found is not None
-    assert found.ports == (EndpointPort("", 80, "TCP"),)
+    decoded = endpoint_slice(ports=[{"name": "a", **port}, {"name": None, "port": 80, "protocol": None}])
+    assert decoded is not None
+    assert decoded.ports == (EndpointPort("", 80, "TCP"),)
 
 
 def test_unusable_endpoints_and_ports_are_reported() -> None:
@@ -410,16 +410,16 @@ def test_last_change_trigger_time(text: str, seconds: float) -> None:
     labels = {"kubernetes.io/service-name": "web"}
     annotations = {"endpoints.kubernetes.io/last-change-trigger-time": text}
     metadata = {"namespace": "ns", "name": "web-1", "labels": labels, "annotations": annotations}
-    found = decode(EndpointSlice, {"metadata": metadata, "addressType": "IPv4"}).object
-    assert isinstance(found, EndpointSlice)
-    assert found.last_change == seconds
+    decoded = decode(EndpointSlice, {"metadata": metadata, "addressType": "IPv4"}).object
+    assert isinstance(decoded, EndpointSlice)
+    assert decoded.last_change == seconds
 
 
 # Nodes.
 
 
 def test_all_node_fields() -> None:
-    found = decode(
+    decoded = decode(
         Node,
         {
             "metadata": {"name": "node-1", "uid": "u", "labels": {"topology.kubernetes.io/zone": "zone-a"}},
@@ -436,7 +436,7 @@ def test_all_node_fields() -> None:
         },
     )
     addresses = ("10.99.0.2", "fd00:99::2", "192.0.2.9")
-    assert found.object == Node("node-1", "u", addresses, "zone-a", ("10.244.1.0/24", "fd00:1::/64"))
+    assert decoded.object == Node("node-1", "u", addresses, "zone-a", ("10.244.1.0/24", "fd00:1::/64"))
 
 
 def test_node_defaults() -> None:

@@ -107,7 +107,7 @@ def normalized(text: str) -> str:
 
 
 def test_picture_has_the_steps_of_the_demo() -> None:
-    steps = [found[1] for line in picture_lines(PICTURE.read_text()) if (found := re.match(r"\d+\. (.*)", line))]
+    steps = [match[1] for line in picture_lines(PICTURE.read_text()) if (match := re.match(r"\d+\. (.*)", line))]
     expected = run_demo().steps
     assert expected
     assert steps == expected, "the demo's steps have changed: run `make recording`"
@@ -146,7 +146,7 @@ def test_long_lines_are_wrapped_and_indented() -> None:
 
 def test_every_step_is_a_frame_and_the_last_lines_stay_visible() -> None:
     lines = ["$", "", "intro", "", "1. a", "x", "", *["2. b"], *["y"] * ROWS]
-    found = frames(lines)
-    assert [frame.lines for frame in found] == [1, 4, 7, len(lines)]
-    assert [frame.scrolled for frame in found] == [0, 0, 0, len(lines) - ROWS]
-    assert all(frame.seconds > 1 for frame in found)
+    recorded = frames(lines)
+    assert [frame.lines for frame in recorded] == [1, 4, 7, len(lines)]
+    assert [frame.scrolled for frame in recorded] == [0, 0, 0, len(lines) - ROWS]
+    assert all(frame.seconds > 1 for frame in recorded)

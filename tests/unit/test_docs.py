@@ -82,7 +82,7 @@ def anchors(path: Path) -> set[str]:
     for heading in _HEADING.findall(read(path).prose):
         plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower().strip()
         anchor = re.sub(r"[^\w\- ]", "", plain).replace(" ", "-")
-        earlier = sum(bool(re.fullmatch(re.escape(anchor) + r"(-\d+)?", each)) for each in existing)
+        earlier = sum(bool(re.fullmatch(re.escape(anchor) + r"(-\d+)?", item)) for item in existing)
         existing.append(f"{anchor}-{earlier}" if earlier else anchor)
     return set(existing)
 
@@ -249,7 +249,7 @@ def test_documented_iptables_rules_match_kproxy(tmp_path: Path) -> None:
     rules = rendered(tmp_path, "iptables").splitlines()
     documented = [line for line in read(TROUBLESHOOTING).blocks if line.startswith("-A KUBE-")]
     patterns = {line: ".*".join(re.escape(part) for part in line.split("...")) for line in documented}
-    assert [line for line, pattern in patterns.items() if not any(re.fullmatch(pattern, each) for each in rules)] == []
+    assert [line for line, pattern in patterns.items() if not any(re.fullmatch(pattern, item) for item in rules)] == []
     assert len(documented) > 10
 
 

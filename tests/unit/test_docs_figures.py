@@ -71,11 +71,11 @@ def figure(mode: str, services: int, name: str) -> tuple[float, str]:
     file = HISTORY / f"{OTHERS.get((mode, services), SOURCE)}.json"
     results = msgspec.json.decode(file.read_bytes(), type=Results)
     (match,) = [
-        each
+        item
         for run in results.runs
         if (run.mode, run.services) == (mode, services)
-        for each in run.figures
-        if each.name == name
+        for item in run.figures
+        if item.name == name
     ]
     return match.measured.value, match.unit
 
@@ -141,10 +141,10 @@ def test_pages_state_the_measured_cost_of_an_event() -> None:
     runs = msgspec.json.decode((HISTORY / f"{SOURCE}.json").read_bytes(), type=Results).runs
     ranges = {}
     for form in ("JSON", "protobuf"):
-        found = [
-            each.measured.value / 1000 for run in runs for each in run.figures if each.name == f"event, {form}: CPU"
+        milliseconds = [
+            item.measured.value / 1000 for run in runs for item in run.figures if item.name == f"event, {form}: CPU"
         ]
-        ranges[form] = f"{min(found):.2f} to {max(found):.2f} ms"
+        ranges[form] = f"{min(milliseconds):.2f} to {max(milliseconds):.2f} ms"
     performance = " ".join((ROOT / "docs" / "performance.md").read_text().split())
     comparison = " ".join((ROOT / "docs" / "comparison.md").read_text().split())
     assert f"{ranges['JSON']} of CPU in JSON, {ranges['protobuf']} in protobuf" in performance

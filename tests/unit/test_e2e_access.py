@@ -29,9 +29,9 @@ class PatchHandler(Handler):
 
     def do_PATCH(self) -> None:  # noqa: N802 - the base class calls it that
         parts = urlsplit(self.path)
-        found = find_path(parts.path)
-        assert found is not None
-        resource, own, name = found
+        parsed = find_path(parts.path)
+        assert parsed is not None
+        resource, own, name = parsed
         patch = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         key = f"{own}/{name}"
         if self.headers["Content-Type"] == "application/apply-patch+yaml":
@@ -65,9 +65,9 @@ def test_objects_are_created_changed_listed_and_deleted(api: Api) -> None:
         assert stored["spec"]["ports"] == [{"port": port}]
     manifest = endpoint_slice("web", "IPv4", [endpoint("10.244.0.9", "worker")])
     api.apply(object_path("EndpointSlice", "test", "web-by-hand"), in_namespace(manifest))
-    assert [each["metadata"]["name"] for each in api.items(object_path("Service", "test"))] == ["web"]
+    assert [item["metadata"]["name"] for item in api.items(object_path("Service", "test"))] == ["web"]
     selected = api.items(object_path("EndpointSlice", "test"), labelSelector="kubernetes.io/service-name=web")
-    assert [each["metadata"]["name"] for each in selected] == ["web-by-hand"]
+    assert [item["metadata"]["name"] for item in selected] == ["web-by-hand"]
     assert api.items(object_path("EndpointSlice", "test"), labelSelector="kubernetes.io/service-name=other") == []
     api.delete(path)
     api.delete(path, grace=1)

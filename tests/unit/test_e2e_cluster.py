@@ -53,7 +53,7 @@ class Server(ThreadingHTTPServer):
         return body
 
     def below(self, path: str) -> list[dict[str, Any]]:
-        return [each for key, each in list(self.objects.items()) if key.rpartition("/")[0] == path]
+        return [item for key, item in list(self.objects.items()) if key.rpartition("/")[0] == path]
 
 
 class Handler(BaseHTTPRequestHandler):

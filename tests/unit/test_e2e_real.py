@@ -54,20 +54,20 @@ RESERVED: dict[str, Any] = {"taints": [{"key": "node-role.kubernetes.io/control-
 
 
 def test_only_ready_and_schedulable_nodes_are_usable() -> None:
-    found = [
+    nodes = [
         node("b"),
         node("a"),
         node("control-plane", **RESERVED),
         node("cordoned", unschedulable=True),
         node("lost", ready="Unknown"),
     ]
-    assert [each.name for each in objects.usable_nodes(found)] == ["a", "b"]
-    assert objects.usable_nodes(found)[0] == Node("a", {"IPv4": "192.0.2.1", "IPv6": "2001:db8::1"}, "a")
+    assert [usable.name for usable in objects.usable_nodes(nodes)] == ["a", "b"]
+    assert objects.usable_nodes(nodes)[0] == Node("a", {"IPv4": "192.0.2.1", "IPv6": "2001:db8::1"}, "a")
 
 
 def test_control_plane_is_usable_if_it_is_the_only_ready_node() -> None:
-    found = [node("control-plane", **RESERVED), node("lost", ready="False")]
-    assert [each.name for each in objects.usable_nodes(found)] == ["control-plane"]
+    nodes = [node("control-plane", **RESERVED), node("lost", ready="False")]
+    assert [usable.name for usable in objects.usable_nodes(nodes)] == ["control-plane"]
 
 
 def test_terminating_pod_is_not_ready() -> None:
@@ -125,8 +125,8 @@ class FakeApi(Api):
     def _running(self) -> set[str]:
         return {
             name
-            for name, each in self.sets.items()
-            if REPLACED_LABEL not in each["spec"]["template"]["spec"]["nodeSelector"]
+            for name, item in self.sets.items()
+            if REPLACED_LABEL not in item["spec"]["template"]["spec"]["nodeSelector"]
         }
 
     def find(self, path: str) -> Object | None:

@@ -208,8 +208,8 @@ def test_get_returns_status_and_body_or_raises_connection_error(address: str, po
     for path, expected in (("/hostname", (200, "web-0")), ("/unhealthy", 503)):
         command = ["bash", "-c", scripts.GET, "bash", url(address, pod.port, path)]
         printed = subprocess.run(command, check=False, capture_output=True, text=True).stdout
-        found = scripts.status_and_body(printed)
-        assert found == expected if isinstance(expected, tuple) else found[0] == expected
+        received = scripts.status_and_body(printed)
+        assert received == expected if isinstance(expected, tuple) else received[0] == expected
     with pytest.raises(ConnectionError):
         scripts.status_and_body("\n000")
 

@@ -120,10 +120,10 @@ def sockets(*slices: EndpointSlice, family: Family = Family.IPV4, port: str = "h
 
 
 def test_endpoints_are_sorted_as_text() -> None:
-    found = sockets(
+    addresses = sockets(
         endpoint_slice(Endpoint("10.0.0.9"), Endpoint("10.0.0.10")), endpoint_slice(Endpoint("10.0.0.1"), port=9)
     )
-    assert found == ["10.0.0.10:8080", "10.0.0.1:9", "10.0.0.9:8080"]
+    assert addresses == ["10.0.0.10:8080", "10.0.0.1:9", "10.0.0.9:8080"]
 
 
 def test_ports_match_by_name_and_protocol() -> None:
@@ -175,7 +175,7 @@ BOTH = ("10.244.0.0/16", "fd00:10:244::/48")
 
 
 @pytest.mark.parametrize(
-    ("found", "expected"),
+    ("actual", "expected"),
     [
         (local_traffic("ClusterCIDR", Family.IPV4, cluster_cidrs=BOTH), LocalTraffic(cidr="10.244.0.0/16")),
         (local_traffic("ClusterCIDR", Family.IPV6, cluster_cidrs=BOTH), LocalTraffic(cidr="fd00:10:244::/48")),
@@ -187,6 +187,6 @@ BOTH = ("10.244.0.0/16", "fd00:10:244::/48")
         (local_traffic("InterfaceNamePrefix", Family.IPV6, interface_prefix="veth"), LocalTraffic("", "", "veth")),
     ],
 )
-def test_detect_local_mode(found: LocalTraffic, expected: LocalTraffic) -> None:
-    assert found == expected
-    assert found.detectable is (expected != LocalTraffic())
+def test_detect_local_mode(actual: LocalTraffic, expected: LocalTraffic) -> None:
+    assert actual == expected
+    assert actual.detectable is (expected != LocalTraffic())

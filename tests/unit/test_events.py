@@ -86,7 +86,7 @@ def test_events_of_a_service_are_in_its_namespace() -> None:
     }
 
 
-def test_a_repeated_event_has_a_series_and_the_time_of_the_first_occurrence() -> None:
+def test_repeated_event_has_a_series_and_the_time_of_the_first_occurrence() -> None:
     event = event_object(EventReport(occurrence(at=60.5), NOON, 3), "node-1")
     assert event["eventTime"] == "2026-01-01T12:00:00.000000Z"
     assert event["series"] == {"count": 3, "lastObservedTime": "2026-01-01T12:01:00.500000Z"}
@@ -99,14 +99,14 @@ def test_times_have_microseconds() -> None:
     assert micro_time(NOON + 1_999) == "2026-01-01T12:00:00.000001Z"
 
 
-def test_a_long_note_is_truncated_with_an_ellipsis() -> None:
+def test_long_note_is_truncated_with_an_ellipsis() -> None:
     short = "ä" * 512
     assert event_object(report(occurrence(short)), "node-1")["note"] == short
     cut = event_object(report(occurrence(short + "!")), "node-1")["note"]
     assert cut == "ä" * 510 + "..."
 
 
-def test_a_long_name_is_truncated_to_a_valid_name() -> None:
+def test_long_name_is_truncated_to_a_valid_name() -> None:
     regarding = node_reference("a" * 235 + "-" + "b" * 10)
     event = event_object(report(occurrence(regarding=regarding)), "node-1")
     assert event["metadata"]["name"] == f"{'a' * 235}.{NOON:x}"
@@ -120,7 +120,7 @@ def test_a_long_name_is_truncated_to_a_valid_name() -> None:
     note=st.text(st.characters(), max_size=2000),
     wall=st.integers(0, 2**63 - 1),
 )
-def test_the_api_server_accepts_every_event(name: str, note: str, wall: int) -> None:
+def test_api_server_accepts_every_event(name: str, note: str, wall: int) -> None:
     started = EventOccurrence(node_reference(name), "Normal", "Starting", "StartKubeProxy", note, 0.0, wall)
     event = event_object(report(started), name)
     assert event_problems(msgspec.json.decode(msgspec.json.encode(event))) == []
@@ -168,14 +168,14 @@ def test_all_events_share_one_rate_limit() -> None:
     assert admitted(correlator, *late) == [("late 0", 1)]
 
 
-def test_a_rate_limited_event_is_written_with_its_next_occurrence() -> None:
+def test_rate_limited_event_is_written_with_its_next_occurrence() -> None:
     correlator = EventCorrelator()
     admitted(correlator, *(occurrence(f"note {number}") for number in range(BURST)))
     assert admitted(correlator, occurrence("limited"), occurrence("limited", at=1)) == []
     assert admitted(correlator, occurrence("limited", at=REFILL_SECONDS)) == [("limited", 3)]
 
 
-def test_the_least_recent_event_is_evicted_beyond_the_maximum() -> None:
+def test_least_recent_event_is_evicted_beyond_the_maximum() -> None:
     correlator = EventCorrelator()
     events = [occurrence(f"note {number}") for number in range(MAX_TRACKED_EVENTS)]
     assert len(admitted(correlator, *events)) == BURST
@@ -184,7 +184,7 @@ def test_the_least_recent_event_is_evicted_beyond_the_maximum() -> None:
     assert admitted(correlator, occurrence("note 1", at=REFILL_SECONDS)) == [("note 1", 1)]  # evicted before
 
 
-def test_the_token_bucket_refills_up_to_its_burst() -> None:
+def test_token_bucket_refills_up_to_its_burst() -> None:
     bucket = TokenBucket(2, 10.0)
     assert [bucket.take(0) for _ in range(3)] == [True, True, False]
     assert [bucket.take(9.9), bucket.take(10.0), bucket.take(10.0)] == [False, True, False]

@@ -30,8 +30,8 @@ def context(
 @pytest.mark.parametrize(("mode", "masquerade_all", "mark"), [("iptables", True, 1 << 3), ("nftables", False, 1 << 20)])
 def test_masquerading_comes_from_the_section_of_the_mode(mode: str, masquerade_all: bool, mark: int) -> None:
     text = "iptables: {masqueradeAll: true, masqueradeBit: 3}\nnftables: {masqueradeAll: false, masqueradeBit: 20}"
-    found = context(mode, text)
-    assert (found.masquerade_all, found.masquerade_mark) == (masquerade_all, mark)
+    ctx = context(mode, text)
+    assert (ctx.masquerade_all, ctx.masquerade_mark) == (masquerade_all, mark)
 
 
 def test_masquerade_all_of_nftables_does_not_apply_to_iptables_mode() -> None:
@@ -48,9 +48,9 @@ def test_settings_that_only_iptables_mode_has() -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_settings_that_do_not_depend_on_the_mode(mode: str) -> None:
-    found = context(mode, "clusterCIDR: 10.244.0.0/16", node=Node("node-1", addresses=("10.99.0.2",), zone="a"))
-    assert (found.family, found.node_name, found.zone, found.node_address) == (Family.IPV4, "node-1", "a", "10.99.0.2")
-    assert (found.local_traffic.cidr, found.random_fully) == ("10.244.0.0/16", True)
+    ctx = context(mode, "clusterCIDR: 10.244.0.0/16", node=Node("node-1", addresses=("10.99.0.2",), zone="a"))
+    assert (ctx.family, ctx.node_name, ctx.zone, ctx.node_address) == (Family.IPV4, "node-1", "a", "10.99.0.2")
+    assert (ctx.local_traffic.cidr, ctx.random_fully) == ("10.244.0.0/16", True)
 
 
 def test_context_without_a_mode_is_an_error() -> None:
@@ -91,17 +91,17 @@ def test_node_port_addresses(
 @pytest.mark.parametrize("node", [None, Node("node-1")])
 @pytest.mark.parametrize(("mode", "text"), [("nftables", ""), ("iptables", "nodePortAddresses: [primary]")])
 def test_unknown_primary_addresses_are_reported(mode: str, text: str, node: Node | None) -> None:
-    found = context(mode, text, node=node)
-    assert found.node_port_addresses == ()
-    warning = node_port_warning(configured(mode, text), node, found)
+    ctx = context(mode, text, node=node)
+    assert ctx.node_port_addresses == ()
+    warning = node_port_warning(configured(mode, text), node, ctx)
     assert warning == "IPv4: NodePorts are unreachable until the addresses of Node node-1 are known"
 
 
 def test_missing_addresses_of_a_single_stack_node_are_not_reported() -> None:
     node = Node("node-1", addresses=("10.99.0.2",))
-    found = context("nftables", family=Family.IPV6, node=node)
-    assert found.node_port_addresses == ()
-    assert node_port_warning(configured("nftables"), node, found) == ""
+    ctx = context("nftables", family=Family.IPV6, node=node)
+    assert ctx.node_port_addresses == ()
+    assert node_port_warning(configured("nftables"), node, ctx) == ""
 
 
 @pytest.mark.parametrize(
@@ -143,8 +143,8 @@ def test_node_port_cidrs_without_a_local_address_are_reported(
 
 def test_warning_does_not_mention_loopback_in_iptables_mode() -> None:
     text = "nodePortAddresses: [127.0.0.0/8]"
-    found = context("iptables", text, local=("10.99.0.2",))
-    assert node_port_warning(configured("iptables", text), NODE, found).endswith(" (127.0.0.0/8)")
+    ctx = context("iptables", text, local=("10.99.0.2",))
+    assert node_port_warning(configured("iptables", text), NODE, ctx).endswith(" (127.0.0.0/8)")
 
 
 @pytest.mark.parametrize(
@@ -200,8 +200,8 @@ NOT_MASQUERADED = ", and off-cluster traffic to ClusterIPs is not masqueraded"
     ],
 )
 def test_family_without_cluster_cidr_is_reported(text: str, node: Node | None, warned: list[str]) -> None:
-    found = {family.value: detection_warning(text, family, node) for family in Family}
-    assert found == {
+    warnings = {family.value: detection_warning(text, family, node) for family in Family}
+    assert warnings == {
         name: f"{name}: {NO_CIDR.format(name)}{NOT_MASQUERADED}" if name in warned else "" for name in ("IPv4", "IPv6")
     }
 
@@ -219,8 +219,8 @@ def test_family_without_pod_cidr_is_reported(
     addresses: tuple[str, ...], pod_cidrs: tuple[str, ...], warned: list[str]
 ) -> None:
     node = Node("node-1", addresses=addresses, pod_cidrs=pod_cidrs)
-    found = {family.value: detection_warning("detectLocalMode: NodeCIDR", family, node) for family in Family}
-    assert found == {
+    warnings = {family.value: detection_warning("detectLocalMode: NodeCIDR", family, node) for family in Family}
+    assert warnings == {
         name: f"{name}: {NO_POD_CIDR.format(name)}{NOT_MASQUERADED}" if name in warned else ""
         for name in ("IPv4", "IPv6")
     }

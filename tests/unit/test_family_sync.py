@@ -1,4 +1,4 @@
-"""What a sync of one family plans, how often, and what it keeps of it."""
+"""`FamilySync`: which Services a sync plans, endpoint counts, and the plans that its result keeps."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def service(number: int, port: ServicePort = HTTP) -> Service:
 
 
 def slices(number: int, endpoints: int, port: ServicePort = HTTP) -> EndpointSlice:
-    found = tuple(Endpoint(f"10.244.{number}.{index}", "node-2") for index in range(endpoints))
+    endpoint_list = tuple(Endpoint(f"10.244.{number}.{index}", "node-2") for index in range(endpoints))
     ports = (EndpointPort(port.name, 8080, port.protocol),)
-    return EndpointSlice("ns", f"s{number}", f"ns/s{number}", V4, found, ports)
+    return EndpointSlice("ns", f"s{number}", f"ns/s{number}", V4, endpoint_list, ports)
 
 
 class DeltaProxy(SingleFamilyProxy):
-    """One family of a node that is synced delta by delta."""
+    """An IPv4 proxy that is synced after each call with deltas."""
 
     def __init__(self, backend: Backend, large_cluster_endpoints: float = LARGE_CLUSTER_ENDPOINTS) -> None:
         super().__init__(backend, Context(V4, "node-1"), large_cluster_endpoints=large_cluster_endpoints)
@@ -58,14 +58,15 @@ MODES: dict[str, Callable[[], tuple[Backend, float]]] = {
 
 @pytest.fixture
 def planned(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    found: Counter[str] = Counter()
+    """How many times each Service was planned."""
+    counts: Counter[str] = Counter()
 
     def counting(service: Service, *more: Any) -> Sequence[ServicePortPlan]:
-        found[service.key] += 1
+        counts[service.key] += 1
         return plan_service(service, *more)
 
     monkeypatch.setattr(family_module, "plan_service", counting)
-    return found
+    return counts
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -86,12 +87,12 @@ def test_each_service_is_planned_once(planned: Counter[str], mode: str) -> None:
     assert proxy.sync_deltas(Upsert(slices(4, 3))).complete
     assert planned == {f"ns/s{number}": 1 for number in numbers}
     planned.clear()
-    # More than 25 endpoints: in iptables mode the comments go, so everything is programmed.
+    # With more than 25 endpoints, iptables mode drops the comments of rules, so all rules are rewritten.
     assert proxy.sync_deltas(Upsert(slices(5, 10))).complete is (mode == "iptables")
     assert planned == ({f"ns/s{number}": 1 for number in numbers} if mode == "iptables" else {"ns/s5": 1})
 
 
-def test_a_cluster_is_large_while_it_has_more_endpoints_than_the_threshold() -> None:
+def test_cluster_is_large_while_it_exceeds_the_endpoint_threshold() -> None:
     proxy = DeltaProxy(IptablesBackend(FakeKernel()), 25.0)
 
     def is_large(*changes: Delta) -> bool:
@@ -106,7 +107,7 @@ def test_a_cluster_is_large_while_it_has_more_endpoints_than_the_threshold() -> 
     assert not is_large(Delete(EndpointSlice, "ns", "s2"))
 
 
-def test_changes_of_a_failed_sync_count_once() -> None:
+def test_endpoints_of_failed_syncs_are_counted_once() -> None:
     kernel = FakeKernel()
     proxy = DeltaProxy(IptablesBackend(kernel), 25.0)
     proxy.sync_deltas(Upsert(service(1)), Upsert(slices(1, 10)))
@@ -119,7 +120,7 @@ def test_changes_of_a_failed_sync_count_once() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_only_plans_that_outlive_the_sync_are_kept(mode: str) -> None:
+def test_result_keeps_only_plans_that_later_steps_need(mode: str) -> None:
     proxy = DeltaProxy(*MODES[mode]())
     numbers = range(1, 9)
     first = proxy.sync_deltas(
@@ -132,20 +133,20 @@ def test_only_plans_that_outlive_the_sync_are_kept(mode: str) -> None:
     assert {key: len(plans) for key, plans in second.plans.items()} == {"ns/s3": 1, "ns/s4": 0, "ns/s5": 0}
 
 
-def planned_endpoints(service: Service, found: list[EndpointSlice], family: Family) -> int:
-    """The endpoints of a Service as planning finds them."""
-    ports = plan_service(service, found, Context(family, "node-1"))
-    return sum(len(endpoints_by_socket(found, family, plan.port_name, plan.protocol)) for plan in ports)
+def planned_endpoints(service: Service, owned: list[EndpointSlice], family: Family) -> int:
+    """Return how many endpoints planning finds for a Service."""
+    ports = plan_service(service, owned, Context(family, "node-1"))
+    return sum(len(endpoints_by_socket(owned, family, plan.port_name, plan.protocol)) for plan in ports)
 
 
 @given(services(), st.lists(endpoint_slices(), max_size=4))
-def test_counting_finds_the_endpoints_that_planning_finds(service: Service, found: list[EndpointSlice]) -> None:
+def test_endpoint_count_matches_planning(service: Service, owned: list[EndpointSlice]) -> None:
     for family in Family:
-        assert count_endpoints(service, found, family) == planned_endpoints(service, found, family)
+        assert count_endpoints(service, owned, family) == planned_endpoints(service, owned, family)
 
 
 @given(st.lists(deltas(), max_size=30))
-def test_counts_are_right_after_any_changes(changes: list[Delta]) -> None:
+def test_endpoint_total_is_correct_after_any_changes(changes: list[Delta]) -> None:
     proxy = DeltaProxy(IptablesBackend(FakeKernel()))
     for number, delta in enumerate(changes):
         proxy.apply(delta)
@@ -155,8 +156,8 @@ def test_counts_are_right_after_any_changes(changes: list[Delta]) -> None:
     store, family = proxy.store, proxy.families[V4]
     expected = 0
     for key in store.service_keys():
-        found = store.service(key)
-        assert found is not None
-        expected += planned_endpoints(found, store.slices(key), V4)
+        svc = store.service(key)
+        assert svc is not None
+        expected += planned_endpoints(svc, store.slices(key), V4)
     assert family._endpoints is not None
     assert family._endpoints.total == expected

@@ -154,10 +154,10 @@ def test_last_file_wins_if_two_files_define_an_object() -> None:
         }
     )
     assert loaded.warnings == ("Service demo/web is defined in a.yaml and in b.yaml; using the definition in b.yaml",)
-    found = {item.name: item for item in loaded.replacements[0].objects}
-    assert found.keys() == {"web", "other"}
-    assert isinstance(found["web"], Service)
-    assert found["web"].cluster_ips == ("10.96.0.2",)
+    objects = {item.name: item for item in loaded.replacements[0].objects}
+    assert objects.keys() == {"web", "other"}
+    assert isinstance(objects["web"], Service)
+    assert objects["web"].cluster_ips == ("10.96.0.2",)
 
 
 def test_last_definition_in_a_file_wins() -> None:
@@ -337,7 +337,7 @@ def test_only_visible_object_files_directly_in_a_directory_are_read(tmp_path: Pa
     (tmp_path / "sub.yaml" / "g.yaml").write_text("g")
     os.mkfifo(tmp_path / "pipe.yaml")
     reading = read_path(str(tmp_path))
-    assert reading.trouble is None
+    assert reading.problem is None
     assert reading.files == {str(tmp_path / name): name.encode() for name in ("a.json", "b.yaml", "c.yml")}
 
 
@@ -356,25 +356,25 @@ def test_unreadable_paths_are_reported(tmp_path: Path) -> None:
         f"{tmp_path}/loop.yaml: cannot be read: too many levels of symbolic links",
     ]
     missing = read_path(str(tmp_path / "missing"))
-    assert str(missing.trouble) == f"{tmp_path}/missing: cannot be read: no such file or directory"
+    assert str(missing.problem) == f"{tmp_path}/missing: cannot be read: no such file or directory"
     (tmp_path / "empty").mkdir()
     empty = read_path(str(tmp_path / "empty"))
-    assert str(empty.trouble) == f"{tmp_path}/empty: directory contains no object files (*.json, *.yaml, *.yml)"
+    assert str(empty.problem) == f"{tmp_path}/empty: directory contains no object files (*.json, *.yaml, *.yml)"
 
 
 def loaded_once(path: Path) -> list[Delta]:
-    found: list[Delta] = []
-    FileSource(str(path), found.extend).load_once()
-    return found
+    deltas: list[Delta] = []
+    FileSource(str(path), deltas.extend).load_once()
+    return deltas
 
 
 def test_load_once_delivers_all_kinds(tmp_path: Path) -> None:
     for path in (GOLDEN / "clusterip").glob("*.json"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "servicecidrs.yaml").write_bytes(manifest(service_cidr("kubernetes", "10.96.0.0/16")))
-    found = loaded_once(tmp_path)
-    assert all(isinstance(delta, Replace) and delta.objects for delta in found)
-    assert [delta.kind for delta in found if isinstance(delta, Replace)] == KINDS
+    deltas = loaded_once(tmp_path)
+    assert all(isinstance(delta, Replace) and delta.objects for delta in deltas)
+    assert [delta.kind for delta in deltas if isinstance(delta, Replace)] == KINDS
 
 
 def test_load_once_delivers_empty_kinds(tmp_path: Path) -> None:
@@ -386,18 +386,18 @@ def test_load_once_reports_all_problems_and_delivers_nothing(tmp_path: Path) -> 
     (tmp_path / "a.yaml").write_text("a: [")
     (tmp_path / "b.yaml").write_bytes(manifest(service("b")))
     (tmp_path / "c.yaml").write_text("kind: Service")
-    found: list[Delta] = []
+    deltas: list[Delta] = []
     with pytest.raises(FileSourceError) as caught:
-        FileSource(str(tmp_path), found.extend).load_once()
+        FileSource(str(tmp_path), deltas.extend).load_once()
     assert [line.split(":")[0] for line in str(caught.value).splitlines()] == [
         f"{tmp_path}/a.yaml",
         f"{tmp_path}/c.yaml",
     ]
-    assert found == []
+    assert deltas == []
     (tmp_path / "empty").mkdir()
     for missing in ("empty", "missing", "missing.yaml"):
         with pytest.raises(FileSourceError, match=f"^{tmp_path}/{missing}: "):
-            FileSource(str(tmp_path / missing), found.extend).load_once()
+            FileSource(str(tmp_path / missing), deltas.extend).load_once()
 
 
 # Updates from changed files
@@ -477,9 +477,9 @@ class RunningSource:
         self.source.start()
 
     def services(self) -> list[str]:
-        found = self.batches.get(timeout=HANG_GUARD)
-        assert [delta.kind for delta in found if isinstance(delta, Replace)] == KINDS
-        first = found[0]
+        batch = self.batches.get(timeout=HANG_GUARD)
+        assert [delta.kind for delta in batch if isinstance(delta, Replace)] == KINDS
+        first = batch[0]
         assert isinstance(first, Replace)
         return [item.name for item in first.objects]
 
@@ -718,12 +718,12 @@ class Reader:
     def __init__(self, path: Path, inotify: Inotify) -> None:
         self.wake = os.eventfd(0)
         self.reader = SettledReader(str(path), inotify, self.wake)
-        self.found: queue.Queue[PathSnapshot] = queue.Queue()
+        self.snapshots: queue.Queue[PathSnapshot] = queue.Queue()
 
     def read_after_wait(self) -> threading.Thread:
         def read() -> None:
             self.reader.wait()
-            self.found.put(self.reader.read())
+            self.snapshots.put(self.reader.read())
 
         thread = threading.Thread(target=read, daemon=True)
         thread.start()
@@ -741,17 +741,17 @@ def test_read_waits_for_a_write_to_finish(tmp_path: Path, monkeypatch: pytest.Mo
 
     path = tmp_path / "a.yaml"
     path.write_bytes(VALID)
-    found: queue.Queue[PathSnapshot] = queue.Queue()
+    snapshots: queue.Queue[PathSnapshot] = queue.Queue()
     wake = os.eventfd(0)
     with Inotify() as inotify:
         reader = Observed(str(tmp_path), inotify, wake)
         with path.open("wb", buffering=0) as file:
             file.write(b"# half")
-            thread = threading.Thread(target=lambda: found.put(reader.read()), daemon=True)
+            thread = threading.Thread(target=lambda: snapshots.put(reader.read()), daemon=True)
             thread.start()
             assert waits.wait(HANG_GUARD)
             file.write(b" and half")
-        assert found.get(timeout=HANG_GUARD).files == {str(path): b"# half and half"}
+        assert snapshots.get(timeout=HANG_GUARD).files == {str(path): b"# half and half"}
         thread.join(HANG_GUARD)
     os.close(wake)
 
@@ -765,7 +765,7 @@ def test_read_does_not_wait_forever_for_a_writer(tmp_path: Path, monkeypatch: py
         assert reader.reader.read().files == {str(path): VALID}
         thread = reader.read_after_wait()
         file.write(b"# more")
-        assert reader.found.get(timeout=HANG_GUARD).files == {str(path): VALID + b"# more"}
+        assert reader.snapshots.get(timeout=HANG_GUARD).files == {str(path): VALID + b"# more"}
         thread.join(HANG_GUARD)
         os.close(reader.wake)
 

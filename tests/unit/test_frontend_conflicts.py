@@ -71,8 +71,8 @@ def test_service_owns_its_cluster_ip_with_and_without_endpoints(mode: str) -> No
 def test_first_service_by_name_wins_among_those_with_endpoints(mode: str) -> None:
     proxy = ClaimsProxy(mode)
     for name, number in (("b", 2), ("a", 1)):
-        found = proxy.conflicts_after(service(name, number, external_ips=(SHARED,)), slices(name, THIS_NODE))
-    assert found == (conflict("a", "b"),)
+        conflicts = proxy.conflicts_after(service(name, number, external_ips=(SHARED,)), slices(name, THIS_NODE))
+    assert conflicts == (conflict("a", "b"),)
 
 
 @BOTH
@@ -92,8 +92,8 @@ def test_only_equal_ports_and_protocols_conflict(mode: str) -> None:
     assert proxy.conflicts_after(service("a", 1, external_ips=(SHARED,)), slices("a", THIS_NODE)) == ()
     ports = (ServicePort("http", 81, "TCP"), ServicePort("dns", 80, "UDP"))
     assert proxy.conflicts_after(replace(service("b", 2, external_ips=(SHARED,)), ports=ports)) == ()
-    found = proxy.conflicts_after(service("c", 3, node_port=30080), service("d", 4, node_port=30080))
-    assert found == (conflict("c", "d", "NodePort 30080/TCP"),)
+    conflicts = proxy.conflicts_after(service("c", 3, node_port=30080), service("d", 4, node_port=30080))
+    assert conflicts == (conflict("c", "d", "NodePort 30080/TCP"),)
 
 
 def test_services_that_share_only_an_address_are_not_compared() -> None:
@@ -111,8 +111,8 @@ def test_services_that_share_only_an_address_are_not_compared() -> None:
         index.update(f"ns/s{number}", (), (rule,))
     assert index.shared_frontends({"ns/web": [claim]}) == {}
     index.update("ns/web", (), (claim,))
-    ((frontend, found),) = index.shared_frontends({"ns/same": [claim]}).items()
-    assert (frontend, found) == (frontend_of(claim), {"ns/web", "ns/same"})
+    ((frontend, services),) = index.shared_frontends({"ns/same": [claim]}).items()
+    assert (frontend, services) == (frontend_of(claim), {"ns/web", "ns/same"})
 
 
 def test_rules_of_the_losing_service_are_neither_written_nor_counted() -> None:

@@ -57,8 +57,8 @@ class FakeProxy:
 
     def body(self, page: str = "healthz") -> dict[str, Any]:
         response = self.pages.healthz(REQUEST) if page == "healthz" else self.pages.livez(REQUEST)
-        found: dict[str, Any] = json.loads(response.body)
-        return found
+        fields: dict[str, Any] = json.loads(response.body)
+        return fields
 
 
 @pytest.fixture

@@ -38,10 +38,10 @@ def clock() -> Clock:
 
 @pytest.fixture
 def server(clock: Clock) -> Iterator[HttpServer]:
-    found = HttpServer(clock=clock, wall=lambda: 1795218460.8)
-    found.start()
-    yield found
-    found.stop(HANG_GUARD)
+    http_server = HttpServer(clock=clock, wall=lambda: 1795218460.8)
+    http_server.start()
+    yield http_server
+    http_server.stop(HANG_GUARD)
 
 
 def open_port(server: HttpServer, handler: Callable[[HttpRequest], HttpResponse] = echo) -> socket.socket:
@@ -414,13 +414,13 @@ def status_server(**more: Any) -> StatusServer:
 
 
 @pytest.fixture
-def pages() -> Iterator[int]:
+def metrics_port() -> Iterator[int]:
     """The metrics port of a status server."""
     port = free_port()
-    found = status_server(metrics_address=f"127.0.0.1:{port}")
-    found.start()
+    server = status_server(metrics_address=f"127.0.0.1:{port}")
+    server.start()
     yield port
-    found.stop(HANG_GUARD)
+    server.stop(HANG_GUARD)
 
 
 @pytest.mark.parametrize(
@@ -432,26 +432,26 @@ def pages() -> Iterator[int]:
         ("/", 404, "text/plain; charset=utf-8", b"404 page not found\n"),
     ],
 )
-def test_other_pages_of_the_metrics_port(pages: int, path: str, status: int, kind: str, body: bytes) -> None:
-    response, found = get(pages, path)
-    assert (response.status, response.headers["Content-Type"], found) == (status, kind, body)
+def test_other_pages_of_the_metrics_port(metrics_port: int, path: str, status: int, kind: str, body: bytes) -> None:
+    response, received = get(metrics_port, path)
+    assert (response.status, response.headers["Content-Type"], received) == (status, kind, body)
     assert response.headers["X-Content-Type-Options"] == "nosniff"
 
 
 def test_statusz_and_flagz_are_served() -> None:
     port = free_port()
-    found = status_server(metrics_address=f"127.0.0.1:{port}", flags=lambda: {"v": "2"})
-    found.start()
+    server = status_server(metrics_address=f"127.0.0.1:{port}", flags=lambda: {"v": "2"})
+    server.start()
     body = get(port, "/statusz")[1].decode()
     assert "\nBinary version: 0.1.0\n" in body
     assert "\nUp: 0 hr 0" in body
     assert "\nPaths: /configz /flagz /healthz /metrics /proxyMode /statusz\n" in body
     assert get(port, "/flagz")[1].endswith(b"\n\nv=2\n")
-    found.stop(HANG_GUARD)
+    server.stop(HANG_GUARD)
 
 
-def test_configz_is_served(pages: int) -> None:
-    response, body = get(pages, "/configz")
+def test_configz_is_served(metrics_port: int) -> None:
+    response, body = get(metrics_port, "/configz")
     assert response.headers["Content-Type"] == "application/json"
     assert json.loads(body) == {
         "kubeproxy.config.k8s.io": {"mode": "iptables", "iptables": {"syncPeriod": "30s"}},
@@ -460,21 +460,21 @@ def test_configz_is_served(pages: int) -> None:
 
 def test_empty_addresses_open_no_port() -> None:
     before = threading.active_count()
-    found = status_server()
-    found.start()
+    server = status_server()
+    server.start()
     assert threading.active_count() == before + 1
-    found.stop(HANG_GUARD)
+    server.stop(HANG_GUARD)
 
 
 @pytest.mark.parametrize("name", ["healthz", "metrics"])
 def test_port_in_use_is_fatal_with_hard_fail(name: str) -> None:
     with listen(LOOPBACK) as occupied:
         address = f"127.0.0.1:{port_number(occupied)}"
-        found = status_server(hard_fail=True, **{f"{name}_address": address})
+        server = status_server(hard_fail=True, **{f"{name}_address": address})
         message = f"{name}BindAddress {address}: cannot listen: Address already in use"
         with pytest.raises(ListenError, match=f"^{message}$"):
-            found.start()
-        found.stop(HANG_GUARD)
+            server.start()
+        server.stop(HANG_GUARD)
 
 
 @pytest.mark.parametrize("name", ["healthz", "metrics"])
@@ -487,8 +487,8 @@ def test_port_in_use_is_logged_with_backoff_and_served_once_it_is_free(
     with listen(LOOPBACK) as occupied:
         port = port_number(occupied)
         warning = f"{name}BindAddress 127.0.0.1:{port}: cannot listen: Address already in use, retrying every 0 s"
-        found = status_server(clock=lambda: monotonic() + now, **{f"{name}_address": f"127.0.0.1:{port}"})
-        found.start()
+        server = status_server(clock=lambda: monotonic() + now, **{f"{name}_address": f"127.0.0.1:{port}"})
+        server.start()
         assert attempts.wait_for_many()
         assert caplog.messages == [warning]
         now += 60.0
@@ -500,12 +500,12 @@ def test_port_in_use_is_logged_with_backoff_and_served_once_it_is_free(
     wait_until(lambda: len(caplog.messages) > 2, "a log line when the port is served")
     assert caplog.messages[2:] == [f"{name}BindAddress 127.0.0.1:{port}: listening now"]
     assert get(port, "/healthz")[0].status in {200, 503}
-    found.stop(HANG_GUARD)
+    server.stop(HANG_GUARD)
 
 
 def test_available_port_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="kproxy")
-    found = status_server(metrics_address=f"127.0.0.1:{free_port()}")
-    found.start()
-    found.stop(HANG_GUARD)
+    server = status_server(metrics_address=f"127.0.0.1:{free_port()}")
+    server.start()
+    server.stop(HANG_GUARD)
     assert caplog.messages == []

@@ -92,12 +92,12 @@ def pure_modules() -> list[str]:
     return [
         module
         for module in MODULES
-        if any(module == each or (each.endswith("*") and module.startswith(each[:-1])) for each in patterns)
+        if any(module == item or (item.endswith("*") and module.startswith(item[:-1])) for item in patterns)
     ]
 
 
 SUBPACKAGES = {module: subpackage(module) for module in MODULES if subpackage(module) not in {"", "__init__"}}
-KNOWN = {each for names in LAYERS for each in names}
+KNOWN = {name for names in LAYERS for name in names}
 
 
 def test_every_package_has_a_layer() -> None:
@@ -107,28 +107,28 @@ def test_every_package_has_a_layer() -> None:
 @pytest.mark.parametrize("module", SUBPACKAGES)
 def test_packages_import_only_lower_layers(module: str) -> None:
     own = SUBPACKAGES[module]
-    used = {each: subpackage(each) for each in imports(MODULES[module]) if subpackage(each) in KNOWN}
-    wrong = sorted(each for each, other in used.items() if other != own and layer(other) <= layer(own))
+    used = {imported: subpackage(imported) for imported in imports(MODULES[module]) if subpackage(imported) in KNOWN}
+    wrong = sorted(imported for imported, other in used.items() if other != own and layer(other) <= layer(own))
     assert wrong == []
 
 
 @pytest.mark.parametrize("module", [module for module, own in SUBPACKAGES.items() if own in ONLY_MODEL])
 def test_packages_that_may_import_only_the_model(module: str) -> None:
-    used = {subpackage(each) for each in imports(MODULES[module])} & KNOWN
+    used = {subpackage(imported) for imported in imports(MODULES[module])} & KNOWN
     assert used <= {SUBPACKAGES[module], "model"}
 
 
 def impure_imports(path: Path) -> set[str]:
     """Return the modules in `IMPURE` that a file imports, not counting imports of `CONVERSIONS`."""
-    found = set()
+    impure = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names} & IMPURE
+            impure |= {alias.name.split(".")[0] for alias in node.names} & IMPURE
         elif isinstance(node, ast.ImportFrom) and node.module:
             name = node.module.split(".")[0]
             if name in IMPURE and not (name == "socket" and {alias.name for alias in node.names} <= CONVERSIONS):
-                found.add(name)
-    return found
+                impure.add(name)
+    return impure
 
 
 @pytest.mark.parametrize("module", pure_modules())
@@ -138,18 +138,20 @@ def test_pure_modules_import_no_module_with_side_effects(module: str) -> None:
 
 @pytest.mark.parametrize("module", pure_modules())
 def test_pure_modules_import_only_pure_modules(module: str) -> None:
-    used = {each for each in imports(MODULES[module]) if each in MODULES and "__init__" not in each}
+    used = {imported for imported in imports(MODULES[module]) if imported in MODULES and "__init__" not in imported}
     assert used - set(pure_modules()) == set()
 
 
 def test_every_listed_pure_module_exists() -> None:
-    found = pure_modules()
-    assert len(found) > len(PURE)
-    assert all(f"kproxy.{pattern}" in found for pattern in PURE if not pattern.endswith("*"))
+    pure = pure_modules()
+    assert len(pure) > len(PURE)
+    assert all(f"kproxy.{pattern}" in pure for pattern in PURE if not pattern.endswith("*"))
 
 
 def test_there_are_no_import_cycles() -> None:
-    graph = {module: {each for each in imports(path) if each in MODULES} for module, path in MODULES.items()}
+    graph = {
+        module: {imported for imported in imports(path) if imported in MODULES} for module, path in MODULES.items()
+    }
     while leaves := {module for module, used in graph.items() if not used & graph.keys()}:
         graph = {module: used for module, used in graph.items() if module not in leaves}
     assert sorted(graph) == [], "these modules are part of an import cycle, or import one that is"

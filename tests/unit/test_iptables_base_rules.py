@@ -54,18 +54,18 @@ def test_invalid_packets_are_dropped_and_counted(drop_invalid: bool, accounting:
 
 
 def test_martian_rule_exists_only_with_localhost_node_ports() -> None:
-    martian_rules = [each for each in ensured_rules(LOCALHOST) if each.chain == FILTER_FIREWALL]
+    martian_rules = [rule for rule in ensured_rules(LOCALHOST) if rule.chain == FILTER_FIREWALL]
     assert len(martian_rules) == 1
     assert martian_rules[0].rule.startswith("! -s 127.0.0.0/8 -d 127.0.0.0/8 ")
     assert martian_rules[0].rule.endswith("-j DROP")
-    assert not [each for each in ensured_rules(FOUR) if each.chain == FILTER_FIREWALL]
-    assert not [each for each in ensured_rules(SIX) if each.chain == FILTER_FIREWALL]
+    assert not [rule for rule in ensured_rules(FOUR) if rule.chain == FILTER_FIREWALL]
+    assert not [rule for rule in ensured_rules(SIX) if rule.chain == FILTER_FIREWALL]
 
 
 def test_ensured_rule_is_satisfied_only_by_itself() -> None:
     rules = ensured_rules(LOCALHOST)
     for rule in rules:
-        assert [each for each in rules if each.chain == rule.chain and rule.is_satisfied_by(each.text)] == [rule]
+        assert [other for other in rules if other.chain == rule.chain and rule.is_satisfied_by(other.text)] == [rule]
 
 
 @pytest.mark.parametrize(
@@ -81,12 +81,12 @@ def test_ensured_rule_is_satisfied_only_by_itself() -> None:
     ],
 )
 def test_jump_is_satisfied_only_by_a_rule_without_restricting_matches(listed: str, satisfied: bool) -> None:
-    jump = next(each for each in ensured_rules(FOUR) if each.chain == ChainName("nat", "OUTPUT"))
+    jump = next(rule for rule in ensured_rules(FOUR) if rule.chain == ChainName("nat", "OUTPUT"))
     assert jump.is_satisfied_by(listed) is satisfied
 
 
 def test_only_service_jumps_of_table_filter_are_limited_to_new_connections() -> None:
-    jumps = {(each.chain, each.rule[each.rule.index("-j ") :]): each.rule for each in ensured_rules(FOUR)}
+    jumps = {(rule.chain, rule.rule[rule.rule.index("-j ") :]): rule.rule for rule in ensured_rules(FOUR)}
     new = "-m conntrack --ctstate NEW"
     assert new not in jumps[ChainName("nat", "PREROUTING"), "-j KUBE-SERVICES"]
     assert new in jumps[ChainName("filter", "FORWARD"), "-j KUBE-SERVICES"]
@@ -111,7 +111,7 @@ def test_only_service_jumps_of_table_filter_are_limited_to_new_connections() -> 
 def test_rules_that_jump_to_node_ports(context: Context, starts: list[str]) -> None:
     tails = dispatch_trailing_rules(context)
     assert set(tails) == set(DISPATCH_CHAINS)
-    assert [each for chain, tail in tails.items() if chain != NAT_SERVICES for each in tail] == []
+    assert [text for chain, tail in tails.items() if chain != NAT_SERVICES for text in tail] == []
     rules = [rule.removeprefix("-A KUBE-SERVICES ") for rule in tails[NAT_SERVICES]]
     assert len(rules) == len(starts)
     assert all(rule.startswith(start) for rule, start in zip(rules, starts, strict=True))

@@ -176,7 +176,7 @@ def test_jumps_from_builtin_chains_are_in_the_order_of_kube_proxy() -> None:
     proxy.sync()
     for table, chains in BUILTIN.items():
         for chain in chains:
-            expected = [each.rule for each in ensured_rules(CONTEXT) if each.chain == (table, chain)]
+            expected = [item.rule for item in ensured_rules(CONTEXT) if item.chain == (table, chain)]
             assert proxy.kernel.tables[table][chain] == expected
 
 
@@ -337,7 +337,7 @@ def test_initial_load_never_exposes_an_incomplete_chain(max_transaction_rules: i
     proxy = IptablesProxy(Watched(), max_transaction_rules=max_transaction_rules)
     kernel = proxy.kernel
     assert isinstance(kernel, Watched)
-    objects = [each for name in "abcdef" for each in (service(name), a_slice(1, 2, 3, owner=name))]
+    objects = [item for name in "abcdef" for item in (service(name), a_slice(1, 2, 3, owner=name))]
     proxy.sync(*objects)
     single = IptablesProxy()
     single.sync(*objects)
@@ -347,7 +347,7 @@ def test_initial_load_never_exposes_an_incomplete_chain(max_transaction_rules: i
 
 def test_transactions_respect_the_rule_limit_and_never_split_a_service() -> None:
     proxy = IptablesProxy(max_transaction_rules=30)
-    proxy.sync(*(each for name in "abcdefgh" for each in (service(name), a_slice(1, 2, 3, owner=name))))
+    proxy.sync(*(item for name in "abcdefgh" for item in (service(name), a_slice(1, 2, 3, owner=name))))
     *transactions, last = proxy.kernel.inputs
     assert len(transactions) > 2
     for text in transactions:

@@ -203,7 +203,7 @@ def dispatch_rules(draw: st.DrawFn, family: Family) -> list[DispatchRule]:
     offset = st.builds(lambda low, free: low % (1 << free), st.integers(0, (1 << bits) - 1), st.integers(0, bits))
     addresses = draw(st.lists(offset, max_size=25))
     ports = draw(st.lists(st.tuples(st.integers(1, 65535), st.sampled_from(("tcp", "udp", "sctp"))), max_size=15))
-    rules = [to_address(base ^ each, f"a{n}", owner=MIXED, family=family) for n, each in enumerate(addresses)]
+    rules = [to_address(base ^ item, f"a{n}", owner=MIXED, family=family) for n, item in enumerate(addresses)]
     rules += [to_port(number, protocol, f"p{n}", owner=MIXED) for n, (number, protocol) in enumerate(ports)]
     return draw(st.permutations(rules))
 

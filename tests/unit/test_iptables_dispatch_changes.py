@@ -59,7 +59,7 @@ def split(proxy: IptablesProxy) -> set[ChainName]:
         chain: [rule.rpartition("-j ")[2] for rule in tables[chain.table][chain.name]] for chain in DISPATCH_CHAINS
     }
     return {
-        chain for chain, targets in jumps.items() if any(is_shard(ChainName(chain.table, each)) for each in targets)
+        chain for chain, targets in jumps.items() if any(is_shard(ChainName(chain.table, item)) for item in targets)
     }
 
 

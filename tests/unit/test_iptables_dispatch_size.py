@@ -77,7 +77,7 @@ def test_added_destination_changes_or_splits_one_shard(distribution: str) -> Non
     rules = [to_address(number, family=family) for number in numbers]
     before = lay_out(NAT_SERVICES, rules, TAIL, family, 1000).chains
     for number in RANDOM.sample(sorted(used), 20):
-        new = next(each for each in range(number, number + LARGE + 1) if each not in used)
+        new = next(item for item in range(number, number + LARGE + 1) if item not in used)
         after = lay_out(NAT_SERVICES, [*rules, to_address(new, family=family)], TAIL, family, 1000).chains
         touched = [chain for chain in before.keys() | after.keys() if before.get(chain) != after.get(chain)]
         assert len(touched) <= 8

@@ -54,7 +54,7 @@ class KernelsProxy(ReconciledProxy):
 
 def context(family: Family, node: Node | None) -> Context:
     prefix = "10." if family is Family.IPV4 else "fd00:"
-    addresses = [each for each in node.addresses if each.startswith(prefix)] if node else []
+    addresses = [item for item in node.addresses if item.startswith(prefix)] if node else []
     return Context(
         family,
         "node-1",
@@ -67,9 +67,9 @@ def context(family: Family, node: Node | None) -> Context:
 
 def from_scratch(store: Store, dispatch_threshold: int = 1000) -> dict[Family, list[str]]:
     fresh = KernelsProxy(dispatch_threshold=dispatch_threshold)
-    fresh.apply(Replace(Service, tuple(each for key in store.service_keys() if (each := store.service(key)))))
+    fresh.apply(Replace(Service, tuple(item for key in store.service_keys() if (item := store.service(key)))))
     owners = {f"ns/{name}" for name in "abc"}
-    fresh.apply(Replace(EndpointSlice, tuple(each for key in owners for each in store.slices(key))))
+    fresh.apply(Replace(EndpointSlice, tuple(item for key in owners for item in store.slices(key))))
     fresh.apply(Replace(Node, (store.node,) if store.node else ()))
     fresh.settle()
     return fresh.dump()
@@ -145,7 +145,7 @@ def test_relisting_unchanged_objects_writes_nothing(history: list[Delta]) -> Non
     for kernel in proxy.kernels.values():
         kernel.inputs.clear()
     proxy.apply(
-        Replace(Service, tuple(each for key in proxy.store.service_keys() if (each := proxy.store.service(key))))
+        Replace(Service, tuple(item for key in proxy.store.service_keys() if (item := proxy.store.service(key))))
     )
     proxy.settle()
     assert [kernel.inputs for kernel in proxy.kernels.values()] == [[], []]

@@ -88,7 +88,7 @@ def test_dispatch_rules_are_in_the_order_of_service_and_port_names() -> None:
         "ns/d": {},
     }
     rules = ledger.dispatch_rules((NAT_SERVICES, NAT_NODEPORTS), changed)
-    assert [each.rule for each in rules[NAT_SERVICES]] == ["a-1", "a-2", "a-y", "b", "c-new"]
+    assert [ensured.rule for ensured in rules[NAT_SERVICES]] == ["a-1", "a-2", "a-y", "b", "c-new"]
     assert rules[NAT_NODEPORTS] == []
     assert FILTER_SERVICES not in rules
     assert ledger.dispatch_rules((), changed) == {}

@@ -49,7 +49,7 @@ def test_virtual_servers_of_the_kernel_are_parsed() -> None:
             )
         )
     )
-    assert [(each.address, each.protocol, each.port) for each in servers] == [
+    assert [(server.address, server.protocol, server.port) for server in servers] == [
         ("10.96.0.80", TCP, 80),
         ("fd00:10:96::a", UDP, 53),
     ]
@@ -114,7 +114,7 @@ def test_virtual_servers_in_the_sets_of_kube_proxy_are_removed() -> None:
     }
     entries = {IpsetEntry("10.96.0.80", TCP, 80), IpsetEntry("", TCP, 30080)}
     selected = kube_proxy_servers(servers.values(), entries, {"192.0.2.10"})
-    assert [each.key.decode() for each in selected] == ["cluster IP", "node port"]
+    assert [server.key.decode() for server in selected] == ["cluster IP", "node port"]
 
 
 def not_permitted(*_: object) -> dict[Any, str]:

@@ -220,8 +220,8 @@ def test_request_of_each_kind() -> None:
     }
     for kind, request in expected.items():
         for random, seconds in ((0.0, "300"), (0.999999, "600")):
-            found = new_watch(kind, random).next_request()
-            assert found == ListWatchRequest(
+            actual = new_watch(kind, random).next_request()
+            assert actual == ListWatchRequest(
                 request.path, request.params | {"timeoutSeconds": seconds}, True, PROTOBUF_OR_JSON
             )
 
@@ -459,8 +459,8 @@ def test_ignored_fields_are_reported_with_the_object() -> None:
     assert watch.handle_line(event).messages == (IGNORED_ADDRESS,)
     (listed,) = watch.handle_line(end_of_list(8)).messages
     assert isinstance(listed, Replace)
-    found, ignored = watch.handle_line(event).messages
-    assert isinstance(found, Upsert)
+    upsert, ignored = watch.handle_line(event).messages
+    assert isinstance(upsert, Upsert)
     assert ignored == IGNORED_ADDRESS
 
 
@@ -835,9 +835,9 @@ class ReplayServer:
 
 
 def replay_server(kind: Kind, name: str, streaming_list: bool) -> ReplayServer:
-    found = json.loads((RECORDED / f"{name}.list.json").read_bytes())
-    version = int(found["metadata"]["resourceVersion"])
-    return ReplayServer(kind, found["items"], version, recorded_lines(f"{name}.watch.jsonl"), streaming_list)
+    listed = json.loads((RECORDED / f"{name}.list.json").read_bytes())
+    version = int(listed["metadata"]["resourceVersion"])
+    return ReplayServer(kind, listed["items"], version, recorded_lines(f"{name}.watch.jsonl"), streaming_list)
 
 
 def make_request(server: ReplayServer, watch: JsonListWatch, consumer: Consumer, fault: str, cut: int) -> None:

@@ -1,4 +1,4 @@
-"""How often a lasting problem is logged."""
+"""How often a persistent problem is logged."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ HOUR = 3600.0
 
 def due_times(throttle: LogThrottle, until: float, since: float = 0.0) -> list[float]:
     """Return the times at which the throttle is due, checked at each of them and at least every 10 s."""
-    now, found = since, []
+    now, times = since, []
     while now <= until:
         if throttle.is_due(now):
-            found.append(now - since)
+            times.append(now - since)
         now += min(10.0, throttle.wait(now))
-    return found
+    return times
 
 
 def test_intervals_double_up_to_an_hour() -> None:

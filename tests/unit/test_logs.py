@@ -30,20 +30,19 @@ UNPRINTABLE = "a\nW0101 forged\rb\x1b[31m\x00\x7f\x85\u2028\udcff\tc"
 
 
 def record(level: int, message: str = "started", *arguments: object, seconds: float = CREATED) -> logging.LogRecord:
-    found = logging.LogRecord(
-        "kproxy.sync.family_sync", level, "/opt/kproxy/sync/family_sync.py", 42, message, arguments, None
-    )
-    found.created, found.process = seconds, 12345
-    return found
+    path = "/opt/kproxy/sync/family_sync.py"
+    log_record = logging.LogRecord("kproxy.sync.family_sync", level, path, 42, message, arguments, None)
+    log_record.created, log_record.process = seconds, 12345
+    return log_record
 
 
 def failed(level: int) -> logging.LogRecord:
-    found = record(level, "it failed")
+    log_record = record(level, "it failed")
     try:
         raise ValueError("two\nlines")
     except ValueError:
-        found.exc_info = sys.exc_info()
-    return found
+        log_record.exc_info = sys.exc_info()
+    return log_record
 
 
 # Text
@@ -66,9 +65,9 @@ def test_timestamps_advance() -> None:
 
 
 def test_long_process_id_is_not_truncated() -> None:
-    found = record(logging.INFO)
-    found.process = 123456789
-    assert " 123456789 family_sync.py:42] " in TextFormatter().format(found)
+    log_record = record(logging.INFO)
+    log_record.process = 123456789
+    assert " 123456789 family_sync.py:42] " in TextFormatter().format(log_record)
 
 
 def test_control_characters_of_messages_are_escaped() -> None:
@@ -106,20 +105,20 @@ def test_json_has_the_format_of_component_base(level: int, verbosity: int) -> No
 
 
 def test_warnings_have_a_severity_in_json() -> None:
-    found = json.loads(JsonFormatter().format(record(logging.WARNING)))
-    assert (found["v"], found["severity"]) == (0, "warning")
+    fields = json.loads(JsonFormatter().format(record(logging.WARNING)))
+    assert (fields["v"], fields["severity"]) == (0, "warning")
 
 
 def test_errors_have_no_verbosity_in_json() -> None:
-    found = json.loads(JsonFormatter().format(record(logging.ERROR)))
-    assert list(found) == ["ts", "caller", "msg"]
+    fields = json.loads(JsonFormatter().format(record(logging.ERROR)))
+    assert list(fields) == ["ts", "caller", "msg"]
 
 
 def test_exception_is_in_separate_fields_of_json() -> None:
-    found = json.loads(JsonFormatter().format(failed(logging.DEBUG)))
-    assert (found["msg"], found["err"], found["v"]) == ("it failed", "ValueError('two\\nlines')", 4)
-    assert found["stacktrace"].startswith("Traceback (most recent call last):\n")
-    assert found["stacktrace"].endswith("ValueError: two\nlines")
+    fields = json.loads(JsonFormatter().format(failed(logging.DEBUG)))
+    assert (fields["msg"], fields["err"], fields["v"]) == ("it failed", "ValueError('two\\nlines')", 4)
+    assert fields["stacktrace"].startswith("Traceback (most recent call last):\n")
+    assert fields["stacktrace"].endswith("ValueError: two\nlines")
 
 
 def test_json_record_is_always_one_line() -> None:

@@ -1,4 +1,4 @@
-"""`/metrics`: the names, types, labels and buckets that kube-proxy 1.36 had, with values that are true."""
+"""`/metrics`: names, types, labels and buckets match kube-proxy 1.36, and values are correct."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ NEVER_RECORDED = {
         f"{PREFIX}_nftables_cleanup_failures_total": ("counter", {"ip_family"}),
     },
 }
-"""What kube-proxy 1.36 registers, but only shows once it has something to say."""
+"""Metrics that kube-proxy 1.36 registers but that have no samples until something happens, so no recording has them."""
 RECORDINGS = {"iptables": "metrics.txt", "nftables": "metrics-nftables.txt"}
 
 
 class Page:
-    """A page of metrics: `types` by name, and the values by name and labels."""
+    """A parsed metrics page: types by metric name, and values by name and labels."""
 
     def __init__(self, text: str) -> None:
         self.types = {line.split()[2]: line.split()[3] for line in text.splitlines() if line.startswith("# TYPE ")}
@@ -83,7 +83,7 @@ class Page:
         return self.values.get((name, frozenset(labels.items())))
 
 
-def ours(name: str) -> bool:
+def is_kube_proxy_name(name: str) -> bool:
     return name.startswith(("kubeproxy_", "process_"))
 
 
@@ -91,8 +91,8 @@ def recorded(mode: str) -> Page:
     return Page((GOLDEN / "clusterip" / RECORDINGS[mode]).read_text())
 
 
-class Scene:
-    """Metrics, and the clock on the wall."""
+class FakeProxy:
+    """A dual-stack proxy that reports its syncs to `Metrics`, with a wall clock."""
 
     def __init__(self, mode: str = "iptables", **counters: Any) -> None:
         self.now = NOW
@@ -117,48 +117,50 @@ class Scene:
 
 
 @pytest.fixture
-def scene() -> Scene:
-    return Scene()
+def proxy() -> FakeProxy:
+    return FakeProxy()
 
 
-def everything(mode: str) -> Page:
-    """A page on which each metric has been given a value."""
-    scene = Scene(mode)
-    scene.metrics.on_queue(V4, 0.0)
-    scene.sync(applied=ApplyResult({"nat": 1}, {"nat": 1}), last_changes=(NOW + 1,))
-    scene.sync(complete=False)
-    scene.metrics.conntrack_reconciled(V4, 0.1, 1)
+def full_page(mode: str) -> Page:
+    """Return a page on which every metric has a sample."""
+    proxy = FakeProxy(mode)
+    proxy.metrics.on_queue(V4, 0.0)
+    proxy.sync(applied=ApplyResult({"nat": 1}, {"nat": 1}), last_changes=(NOW + 1,))
+    proxy.sync(complete=False)
+    proxy.metrics.conntrack_reconciled(V4, 0.1, 1)
     for page in ("healthz", "livez"):
-        scene.metrics.on_probe(page, 200)
-    scene.metrics.on_request("GET", "10.99.0.1:6443", "200", 0.1)
-    return scene.page
+        proxy.metrics.on_probe(page, 200)
+    proxy.metrics.on_request("GET", "10.99.0.1:6443", "200", 0.1)
+    return proxy.page
 
 
-def test_refused_services_are_counted_without_a_sync(scene: Scene) -> None:
-    refused: list[str] = []
-    scene.metrics.track_invalid_services(lambda: len(refused))
-    assert scene.value("kproxy_services_refused") == 0
-    refused.append("ns/web")
-    assert scene.value("kproxy_services_refused") == 1
+def test_invalid_services_are_counted_without_a_sync(proxy: FakeProxy) -> None:
+    invalid: list[str] = []
+    proxy.metrics.track_invalid_services(lambda: len(invalid))
+    assert proxy.value("kproxy_services_refused") == 0
+    invalid.append("ns/web")
+    assert proxy.value("kproxy_services_refused") == 1
 
 
 @pytest.mark.parametrize("mode", RECORDINGS)
-def test_names_types_and_labels_are_kube_proxys(mode: str) -> None:
-    page, theirs = everything(mode), recorded(mode)
-    wanted = {name: (kind, theirs.labels[name]) for name, kind in theirs.types.items() if ours(name)}
-    assert {name: (kind, page.labels[name]) for name, kind in page.types.items() if ours(name)} == {
-        **wanted,
+def test_names_types_and_labels_match_kube_proxy(mode: str) -> None:
+    page, recording = full_page(mode), recorded(mode)
+    expected = {
+        name: (kind, recording.labels[name]) for name, kind in recording.types.items() if is_kube_proxy_name(name)
+    }
+    assert {name: (kind, page.labels[name]) for name, kind in page.types.items() if is_kube_proxy_name(name)} == {
+        **expected,
         **NEVER_RECORDED[mode],
     }
-    assert not NEVER_RECORDED[mode].keys() & wanted.keys()
+    assert not NEVER_RECORDED[mode].keys() & expected.keys()
 
 
 @pytest.mark.parametrize("mode", RECORDINGS)
-def test_buckets_are_kube_proxys(mode: str) -> None:
-    page, theirs = everything(mode), recorded(mode)
-    shared = theirs.buckets.keys() & page.buckets.keys()
+def test_buckets_match_kube_proxy(mode: str) -> None:
+    page, recording = full_page(mode), recorded(mode)
+    shared = recording.buckets.keys() & page.buckets.keys()
     assert {name: [float(b) for b in page.buckets[name]] for name in shared} == {
-        name: [float(b) for b in theirs.buckets[name]] for name in shared
+        name: [float(b) for b in recording.buckets[name]] for name in shared
     }
     assert len(shared) == 3
     sync = page.buckets["kubeproxy_sync_proxy_rules_duration_seconds"]
@@ -169,9 +171,9 @@ def test_buckets_are_kube_proxys(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", RECORDINGS)
-def test_only_these_kinds_of_names(mode: str) -> None:
-    page = everything(mode)
-    assert {name for name in page.types if not ours(name) and not name.startswith("kproxy_")} == {
+def test_all_names_are_prefixed_except_those_of_the_api_client(mode: str) -> None:
+    page = full_page(mode)
+    assert {name for name in page.types if not is_kube_proxy_name(name) and not name.startswith("kproxy_")} == {
         "rest_client_requests_total",
         "rest_client_request_duration_seconds",
     }
@@ -185,18 +187,18 @@ def test_only_these_kinds_of_names(mode: str) -> None:
     assert not any(name.endswith("_created") for name in page.types)
 
 
-def test_the_page_is_in_the_text_format(scene: Scene) -> None:
-    response = scene.metrics.page(REQUEST)
+def test_page_is_in_prometheus_text_format(proxy: FakeProxy) -> None:
+    response = proxy.metrics.page(REQUEST)
     assert response.headers == (("Content-Type", "text/plain; version=0.0.4; charset=utf-8"),)
     assert response.body.endswith(b"\n")
 
 
-def test_syncs_are_timed(scene: Scene) -> None:
-    scene.sync(finished=10.05)
-    scene.sync(complete=False, finished=10.003)
-    scene.sync(V6, finished=11.0)
+def test_sync_durations(proxy: FakeProxy) -> None:
+    proxy.sync(finished=10.05)
+    proxy.sync(complete=False, finished=10.003)
+    proxy.sync(V6, finished=11.0)
     durations = "proxy_rules_duration_seconds"
-    page = scene.page
+    page = proxy.page
     assert page.value(f"kubeproxy_sync_{durations}_count", ip_family="IPv4") == 2
     assert page.value(f"kubeproxy_sync_{durations}_sum", ip_family="IPv4") == pytest.approx(0.053)
     assert page.value(f"kubeproxy_sync_full_{durations}_sum", ip_family="IPv4") == pytest.approx(0.05)
@@ -206,51 +208,51 @@ def test_syncs_are_timed(scene: Scene) -> None:
     assert page.value(f"kubeproxy_sync_full_{durations}_sum", ip_family="IPv6") == 1
 
 
-def test_failures_are_counted_whole_and_partial(scene: Scene) -> None:
+def test_full_and_partial_sync_failures_are_counted(proxy: FakeProxy) -> None:
     def failures() -> list[float | None]:
         names = ("restore_failures_total", "partial_restore_failures_total")
-        found = [scene.value(f"{PREFIX}_iptables_{name}", ip_family="IPv4") for name in names]
-        return [*found, scene.value("kproxy_sync_failures_total", ip_family="IPv4")]
+        counts = [proxy.value(f"{PREFIX}_iptables_{name}", ip_family="IPv4") for name in names]
+        return [*counts, proxy.value("kproxy_sync_failures_total", ip_family="IPv4")]
 
     assert failures() == [0, 0, 0]
-    scene.fail()  # the first attempt looks at everything
+    proxy.fail()  # the first sync is a full one
     assert failures() == [1, 0, 1]
-    scene.fail()  # and so does the one after a failure
+    proxy.fail()  # so is the sync after a failure
     assert failures() == [2, 0, 2]
-    scene.sync()
-    scene.fail()
+    proxy.sync()
+    proxy.fail()
     assert failures() == [3, 1, 3]
-    scene.fail()
+    proxy.fail()
     assert failures() == [4, 1, 4]
-    assert scene.value(f"{PREFIX}_iptables_restore_failures_total", ip_family="IPv6") == 0
-    assert scene.value("kubeproxy_sync_partial_proxy_rules_duration_seconds_count", ip_family="IPv4") == 1
+    assert proxy.value(f"{PREFIX}_iptables_restore_failures_total", ip_family="IPv6") == 0
+    assert proxy.value("kubeproxy_sync_partial_proxy_rules_duration_seconds_count", ip_family="IPv4") == 1
 
 
 def test_failures_in_nftables_mode() -> None:
-    scene = Scene("nftables")
-    scene.sync()
-    scene.fail()
-    assert scene.value(f"{PREFIX}_nftables_sync_failures_total", ip_family="IPv4") == 1
-    assert scene.value(f"{PREFIX}_nftables_cleanup_failures_total", ip_family="IPv4") == 0
+    proxy = FakeProxy("nftables")
+    proxy.sync()
+    proxy.fail()
+    assert proxy.value(f"{PREFIX}_nftables_sync_failures_total", ip_family="IPv4") == 1
+    assert proxy.value(f"{PREFIX}_nftables_cleanup_failures_total", ip_family="IPv4") == 0
 
 
-def test_times_of_day(scene: Scene) -> None:
-    scene.metrics.on_queue(V4, 5.0)
-    scene.now += 2
-    scene.sync()
-    scene.now += 2
-    scene.fail()
-    assert scene.value(f"{PREFIX}_last_queued_timestamp_seconds", ip_family="IPv4") == NOW
-    assert scene.value(f"{PREFIX}_last_timestamp_seconds", ip_family="IPv4") == NOW + 2
-    assert scene.value(f"{PREFIX}_last_timestamp_seconds", ip_family="IPv6") is None
+def test_timestamps_of_last_sync_and_last_queued_change(proxy: FakeProxy) -> None:
+    proxy.metrics.on_queue(V4, 5.0)
+    proxy.now += 2
+    proxy.sync()
+    proxy.now += 2
+    proxy.fail()
+    assert proxy.value(f"{PREFIX}_last_queued_timestamp_seconds", ip_family="IPv4") == NOW
+    assert proxy.value(f"{PREFIX}_last_timestamp_seconds", ip_family="IPv4") == NOW + 2
+    assert proxy.value(f"{PREFIX}_last_timestamp_seconds", ip_family="IPv6") is None
 
 
-def test_how_long_changes_took(scene: Scene) -> None:
-    scene.now += 100
-    scene.sync(last_changes=(NOW - 1, NOW + 90, NOW + 99.5, NOW + 200))
+def test_network_programming_duration(proxy: FakeProxy) -> None:
+    proxy.now += 100
+    proxy.sync(last_changes=(NOW - 1, NOW + 90, NOW + 99.5, NOW + 200))
     name = "kubeproxy_network_programming_duration_seconds"
-    page = scene.page
-    # The first is from before the start, the last from a clock that is ahead.
+    page = proxy.page
+    # The first change is older than the process. The last one has a timestamp from a clock that is ahead.
     assert page.value(f"{name}_count", ip_family="IPv4") == 3
     assert page.value(f"{name}_sum", ip_family="IPv4") == 10.5
     assert page.value(f"{name}_bucket", ip_family="IPv4", le="0.25") == 1
@@ -258,33 +260,33 @@ def test_how_long_changes_took(scene: Scene) -> None:
     assert page.value(f"{name}_bucket", ip_family="IPv4", le="10.0") == 3
 
 
-def test_changes_are_counted_and_wait_for_both_families(scene: Scene) -> None:
+def test_changes_are_pending_until_both_families_are_synced(proxy: FakeProxy) -> None:
     def shown() -> list[float | None]:
         names = ("service_changes_total", "service_changes_pending", "endpoint_changes_total")
-        return [scene.value(f"{PREFIX}_{name}") for name in (*names, "endpoint_changes_pending")]
+        return [proxy.value(f"{PREFIX}_{name}") for name in (*names, "endpoint_changes_pending")]
 
     assert shown() == [0, 0, 0, 0]
-    scene.metrics.on_change(Service, StoreChange(frozenset({"ns/a", "ns/b"})))
-    scene.metrics.on_change(EndpointSlice, StoreChange(frozenset({"ns/a"})))
-    scene.metrics.on_change(EndpointSlice, StoreChange(frozenset({"ns/b"})))
-    scene.metrics.on_change(Node, StoreChange(node=True))
-    assert shown() == [4, 2, 2, 2]  # as in the recording of this cluster
-    scene.sync(V4)
+    proxy.metrics.on_change(Service, StoreChange(frozenset({"ns/a", "ns/b"})))
+    proxy.metrics.on_change(EndpointSlice, StoreChange(frozenset({"ns/a"})))
+    proxy.metrics.on_change(EndpointSlice, StoreChange(frozenset({"ns/b"})))
+    proxy.metrics.on_change(Node, StoreChange(node=True))
+    assert shown() == [4, 2, 2, 2]  # as in the recording
+    proxy.sync(V4)
     assert shown() == [4, 2, 2, 2]
-    scene.fail(V6)
+    proxy.fail(V6)
     assert shown() == [4, 2, 2, 2]
-    scene.sync(V6)
+    proxy.sync(V6)
     assert shown() == [4, 0, 2, 0]
     page = recorded("iptables")
     assert page.value(f"{PREFIX}_service_changes_total") == 4
     assert page.value(f"{PREFIX}_endpoint_changes_total") == 2
 
 
-def test_rules_by_table(scene: Scene) -> None:
-    scene.sync(applied=ApplyResult({"nat": 21, "filter": 4}, {"nat": 21, "filter": 4}))
-    scene.sync(complete=False, applied=ApplyResult({"nat": 3}, {"nat": 24, "filter": 4}))
-    scene.fail()
-    page = scene.page
+def test_rule_counts_by_table(proxy: FakeProxy) -> None:
+    proxy.sync(applied=ApplyResult({"nat": 21, "filter": 4}, {"nat": 21, "filter": 4}))
+    proxy.sync(complete=False, applied=ApplyResult({"nat": 3}, {"nat": 24, "filter": 4}))
+    proxy.fail()
+    page = proxy.page
     values = [
         page.value(f"{PREFIX}_iptables_{name}", ip_family="IPv4", table=table)
         for name in ("last", "total")
@@ -303,17 +305,17 @@ def test_rules_by_table(scene: Scene) -> None:
         ("no-endpoints", 0, 0),
     ],
 )
-def test_ports_without_local_endpoints(scene: Scene, scenario: str, internal: int, external: int) -> None:
+def test_ports_without_local_endpoints(proxy: FakeProxy, scenario: str, internal: int, external: int) -> None:
     cluster = store(scenario)
     services = [service for key in cluster.service_keys() if (service := cluster.service(key))]
     for family in Family:
         context = Context(family, "node-1")
-        scene.sync(family, {each.key: plan_service(each, cluster.slices(each.key), context) for each in services})
-    found = {
-        policy: scene.value(f"{PREFIX}_no_local_endpoints_total", ip_family="IPv4", traffic_policy=policy)
+        proxy.sync(family, {item.key: plan_service(item, cluster.slices(item.key), context) for item in services})
+    counts = {
+        policy: proxy.value(f"{PREFIX}_no_local_endpoints_total", ip_family="IPv4", traffic_policy=policy)
         for policy in ("internal", "external")
     }
-    assert found == {"internal": internal, "external": external}
+    assert counts == {"internal": internal, "external": external}
 
 
 KEYS = st.sampled_from(["ns/a", "ns/b", "ns/c"])
@@ -322,46 +324,48 @@ PORTS = st.lists(st.tuples(DECISIONS, DECISIONS), max_size=3)
 UPDATES = st.lists(st.tuples(st.dictionaries(KEYS, PORTS), st.booleans()), max_size=8)
 
 
-def a_plan(internal: TrafficDecision, external: TrafficDecision) -> ServicePortPlan:
-    nothing: dict[str, Any] = dict.fromkeys(ServicePortPlan.__struct_fields__, ())
-    return ServicePortPlan(**{**nothing, "internal": internal, "external": external})
+def make_plan(internal: TrafficDecision, external: TrafficDecision) -> ServicePortPlan:
+    fields: dict[str, Any] = dict.fromkeys(ServicePortPlan.__struct_fields__, ())
+    return ServicePortPlan(**{**fields, "internal": internal, "external": external})
 
 
 @given(UPDATES)
-def test_counting_bit_by_bit_is_counting_all(updates: list[tuple[dict[str, list[Any]], bool]]) -> None:
-    gaps, known = MissingLocalEndpoints(), dict[str, list[Any]]()
+def test_incremental_counts_match_a_full_count(updates: list[tuple[dict[str, list[Any]], bool]]) -> None:
+    missing, current = MissingLocalEndpoints(), dict[str, list[Any]]()
     for services, complete in updates:
-        gaps.update({key: [a_plan(*port) for port in ports] for key, ports in services.items()}, complete=complete)
-        known = services if complete else {**known, **services}
-        ports = [port for each in known.values() for port in each]
-        dropped = tuple(sum(port[place] is TrafficDecision.DROP for port in ports) for place in (0, 1))
-        assert gaps.totals == dropped
+        missing.update(
+            {key: [make_plan(*port) for port in ports] for key, ports in services.items()}, complete=complete
+        )
+        current = services if complete else {**current, **services}
+        ports = [port for of_service in current.values() for port in of_service]
+        dropped = tuple(sum(port[index] is TrafficDecision.DROP for port in ports) for index in (0, 1))
+        assert missing.totals == dropped
 
 
-def test_kernel_counters_are_read_when_asked() -> None:
+def test_kernel_counters_are_read_at_every_scrape() -> None:
     counters: dict[str, int | None] = {"dropped": 7, "accepted": None}
-    scene = Scene()
-    scene.metrics = Metrics(
+    proxy = FakeProxy()
+    proxy.metrics = Metrics(
         "iptables",
         (V4,),
         {INVALID_DROPPED: lambda: counters["dropped"], LOCALHOST_ACCEPTED: lambda: counters["accepted"]},
         wall=lambda: NOW,
     )
-    assert scene.value(INVALID_DROPPED[0]) == 7
-    assert scene.value(LOCALHOST_ACCEPTED[0]) is None
+    assert proxy.value(INVALID_DROPPED[0]) == 7
+    assert proxy.value(LOCALHOST_ACCEPTED[0]) is None
     counters["dropped"] = 9
-    assert scene.value(INVALID_DROPPED[0]) == 9
+    assert proxy.value(INVALID_DROPPED[0]) == 9
 
 
-def test_what_others_report(scene: Scene) -> None:
-    scene.metrics.conntrack_reconciled(V4, 0.25, 3)
-    scene.metrics.conntrack_reconciled(V4, 0.25, 2)
-    scene.metrics.on_request("GET", "10.99.0.1:6443", "200", 0.5)
-    scene.metrics.on_request("GET", "10.99.0.1:6443", "<error>", 0.25)
-    scene.metrics.on_probe("healthz", 200)
-    scene.metrics.on_probe("healthz", 503)
-    scene.metrics.on_probe("livez", 200)
-    page = scene.page
+def test_metrics_that_other_components_report(proxy: FakeProxy) -> None:
+    proxy.metrics.conntrack_reconciled(V4, 0.25, 3)
+    proxy.metrics.conntrack_reconciled(V4, 0.25, 2)
+    proxy.metrics.on_request("GET", "10.99.0.1:6443", "200", 0.5)
+    proxy.metrics.on_request("GET", "10.99.0.1:6443", "<error>", 0.25)
+    proxy.metrics.on_probe("healthz", 200)
+    proxy.metrics.on_probe("healthz", 503)
+    proxy.metrics.on_probe("livez", 200)
+    page = proxy.page
     assert page.value("kubeproxy_conntrack_reconciler_deleted_entries_total", ip_family="IPv4") == 5
     assert page.value("kubeproxy_conntrack_reconciler_sync_duration_seconds_sum", ip_family="IPv4") == 0.5
     request = {"host": "10.99.0.1:6443", "method": "GET"}
@@ -374,25 +378,25 @@ def test_what_others_report(scene: Scene) -> None:
     assert page.value("kubeproxy_proxy_livez_total", code="503") is None
 
 
-def test_the_process_and_the_build(scene: Scene) -> None:
-    page = scene.page
+def test_process_metrics_and_build_info(proxy: FakeProxy) -> None:
+    page = proxy.page
     assert (page.value("process_resident_memory_bytes") or 0) > 1 << 20
     assert (page.value("process_open_fds") or 0) > 2
     assert [value for (name, _), value in page.values.items() if name == "kproxy_build_info"] == [1]
     assert not any(name.startswith("kubernetes_") for name, _ in page.values), (
-        "alerts compare it with Kubernetes' version"
+        "alerts compare kubernetes_build_info with the versions of other components"
     )
 
 
-def test_whether_the_node_is_missing(scene: Scene) -> None:
-    assert scene.value("kproxy_node_missing") == 0
-    scene.metrics.set_node_missing(True)
-    assert scene.value("kproxy_node_missing") == 1
-    scene.metrics.set_node_missing(False)
-    assert scene.value("kproxy_node_missing") == 0
+def test_node_missing_gauge(proxy: FakeProxy) -> None:
+    assert proxy.value("kproxy_node_missing") == 0
+    proxy.metrics.set_node_missing(True)
+    assert proxy.value("kproxy_node_missing") == 1
+    proxy.metrics.set_node_missing(False)
+    assert proxy.value("kproxy_node_missing") == 0
 
 
-def test_traffic_of_the_namespace() -> None:
+def test_ip_traffic_is_parsed_from_netstat() -> None:
     text = "TcpExt: A B\nTcpExt: 1 2\nIpExt: InNoRoutes InOctets OutOctets\nIpExt: 0 1474978 1414198\n"
     assert ip_traffic(text) == {"InNoRoutes": 0, "InOctets": 1474978, "OutOctets": 1414198}
     assert ip_traffic("") == {}

@@ -31,17 +31,15 @@ def service(**more: Any) -> Service:
     return Service(**{"namespace": "ns", "name": "web", "cluster_ips": ("10.96.0.1",), "ports": (NODE_PORT,), **more})
 
 
-def plans(
-    found: Service, *endpoints: Endpoint, family: Family = Family.IPV4, **more: Any
-) -> tuple[ServicePortPlan, ...]:
+def plans(svc: Service, *endpoints: Endpoint, family: Family = Family.IPV4, **more: Any) -> tuple[ServicePortPlan, ...]:
     address = "10.99.0.2" if family is Family.IPV4 else "fd00:99::2"
     context = Context(**{"family": family, "node_name": "node-1", "zone": "zone-a", "node_address": address, **more})
     slices = [EndpointSlice("ns", "s", "ns/web", Family.IPV4, endpoints, (EndpointPort("http", 8080, "TCP"),))]
-    return plan_service(found, slices, context)
+    return plan_service(svc, slices, context)
 
 
-def plan(found: Service, *endpoints: Endpoint, **more: Any) -> ServicePortPlan:
-    (only,) = plans(found, *endpoints, **more)
+def plan(svc: Service, *endpoints: Endpoint, **more: Any) -> ServicePortPlan:
+    (only,) = plans(svc, *endpoints, **more)
     return only
 
 
@@ -77,36 +75,36 @@ def test_traffic_policies(  # noqa: PLR0917 - the columns of the table
     cluster: tuple[str, ...],
     local_sockets: tuple[str, ...],
 ) -> None:
-    found = plan(service(internal_local=internal_local, external_local=external_local), *endpoints)
-    assert (found.internal, found.external) == (internal, external)
-    assert (found.cluster_endpoints, found.local_endpoints) == (cluster, local_sockets)
-    assert found.has_endpoints is (internal is not REJECT)
+    planned = plan(service(internal_local=internal_local, external_local=external_local), *endpoints)
+    assert (planned.internal, planned.external) == (internal, external)
+    assert (planned.cluster_endpoints, planned.local_endpoints) == (cluster, local_sockets)
+    assert planned.has_endpoints is (internal is not REJECT)
 
 
 def test_hints_apply_to_traffic_policy_cluster_only() -> None:
-    found = plan(
+    planned = plan(
         service(external_local=True), local(for_zones=("zone-b",)), remote(for_zones=("zone-a",)), zone="zone-a"
     )
-    assert found.cluster_endpoints == (REMOTE,)
-    assert found.local_endpoints == (LOCAL,)
-    assert found.reachable_endpoints == (LOCAL, REMOTE)
+    assert planned.cluster_endpoints == (REMOTE,)
+    assert planned.local_endpoints == (LOCAL,)
+    assert planned.reachable_endpoints == (LOCAL, REMOTE)
 
 
 def test_node_hint_selects_the_endpoint_for_this_node() -> None:
-    found = plan(service(), local(for_nodes=("node-2",)), remote(for_nodes=("node-1",)))
-    assert found.cluster_endpoints == (REMOTE,)
+    planned = plan(service(), local(for_nodes=("node-2",)), remote(for_nodes=("node-1",)))
+    assert planned.cluster_endpoints == (REMOTE,)
 
 
 def test_internal_policy_local_without_external_frontends_needs_no_cluster_endpoints() -> None:
-    found = plan(service(internal_local=True, ports=(ServicePort("http", 80, "TCP"),)), local(), remote())
-    assert (found.cluster_endpoints, found.local_endpoints) == ((), (LOCAL,))
-    assert found.reachable_endpoints == (LOCAL,)
+    planned = plan(service(internal_local=True, ports=(ServicePort("http", 80, "TCP"),)), local(), remote())
+    assert (planned.cluster_endpoints, planned.local_endpoints) == ((), (LOCAL,))
+    assert planned.reachable_endpoints == (LOCAL,)
 
 
 def test_external_policy_local_without_external_frontends_needs_no_local_endpoints() -> None:
-    found = plan(service(external_local=True, ports=(ServicePort("http", 80, "TCP"),)), local(), remote())
-    assert (found.cluster_endpoints, found.local_endpoints) == ((LOCAL, REMOTE), ())
-    assert not found.externally_accessible
+    planned = plan(service(external_local=True, ports=(ServicePort("http", 80, "TCP"),)), local(), remote())
+    assert (planned.cluster_endpoints, planned.local_endpoints) == ((LOCAL, REMOTE), ())
+    assert not planned.externally_accessible
 
 
 @pytest.mark.parametrize(
@@ -115,9 +113,9 @@ def test_external_policy_local_without_external_frontends_needs_no_local_endpoin
 )
 def test_external_policy_applies_to_any_external_frontend(frontend: dict[str, Any]) -> None:
     ports = (ServicePort("http", 80, "TCP"),) if frontend else (NODE_PORT,)
-    found = plan(service(external_local=True, ports=ports, **frontend), local(), remote())
-    assert found.externally_accessible
-    assert found.local_endpoints == (LOCAL,)
+    planned = plan(service(external_local=True, ports=ports, **frontend), local(), remote())
+    assert planned.externally_accessible
+    assert planned.local_endpoints == (LOCAL,)
 
 
 # Source ranges.
@@ -143,13 +141,13 @@ VIP = {"vips": ("203.0.113.1",)}
     ],
 )
 def test_source_ranges(more: dict[str, Any], ranges: tuple[str, ...], vips_are_sources: bool) -> None:
-    found = plan(service(**more), local())
-    assert (found.source_ranges, found.vips_are_sources) == (ranges, vips_are_sources)
+    planned = plan(service(**more), local())
+    assert (planned.source_ranges, planned.vips_are_sources) == (ranges, vips_are_sources)
 
 
 def test_vips_are_not_sources_while_the_node_address_is_unknown() -> None:
-    found = plan(service(**VIP, source_ranges=("10.99.0.0/24",)), local(), node_address="")
-    assert found.vips_are_sources is False
+    planned = plan(service(**VIP, source_ranges=("10.99.0.0/24",)), local(), node_address="")
+    assert planned.vips_are_sources is False
 
 
 # Families.
@@ -191,9 +189,9 @@ def test_every_port_has_its_own_plan() -> None:
 
 
 def test_plan_carries_the_fields_of_the_service() -> None:
-    found = plan(service(affinity_seconds=60, health_check_node_port=32000), local())
-    assert (found.service, found.port, found.protocol, found.node_port) == ("ns/web", 80, "TCP", 30080)
-    assert (found.affinity_seconds, found.health_check_node_port) == (60, 32000)
+    planned = plan(service(affinity_seconds=60, health_check_node_port=32000), local())
+    assert (planned.service, planned.port, planned.protocol, planned.node_port) == ("ns/web", 80, "TCP", 30080)
+    assert (planned.affinity_seconds, planned.health_check_node_port) == (60, 32000)
 
 
 def test_order_of_endpoint_slices_does_not_matter() -> None:
@@ -201,6 +199,6 @@ def test_order_of_endpoint_slices_does_not_matter() -> None:
     ports = (EndpointPort("http", 8080, "TCP"),)
     one = EndpointSlice("ns", "a", "ns/web", Family.IPV4, (Endpoint("10.244.1.1", "node-1"),), ports)
     other = EndpointSlice("ns", "b", "ns/web", Family.IPV4, (Endpoint("10.244.1.1", "node-2"),), ports)
-    found = service(internal_local=True)
-    assert plan_service(found, (one, other), context) == plan_service(found, (other, one), context)
-    assert plan_service(found, (other, one), context)[0].local_endpoints == (LOCAL,)
+    svc = service(internal_local=True)
+    assert plan_service(svc, (one, other), context) == plan_service(svc, (other, one), context)
+    assert plan_service(svc, (other, one), context)[0].local_endpoints == (LOCAL,)

@@ -16,8 +16,8 @@ import pytest
 from kproxy.kube.client.client import ApiClient
 from kproxy.kube.client.cluster_access import ClientError
 from tests.apiserver import ApiServer
+from tests.lab.waiting import HANG_GUARD
 from tests.unit.client_fixtures import (
-    HANG,
     SERVICES,
     authorizations,
     exec_credential,
@@ -68,7 +68,7 @@ class SlowPlugin:
         """Wait until a run has begun since `block`."""
         poll = select.poll()
         poll.register(self._started, select.POLLIN)
-        assert poll.poll(HANG * 1000)
+        assert poll.poll(HANG_GUARD * 1000)
 
     def unblock(self, *, fail: bool = False) -> None:
         """Let the blocked run complete, or fail."""
@@ -113,7 +113,7 @@ class Call(threading.Thread):
             self._result = error
 
     def result(self) -> Any:
-        self.join(HANG)
+        self.join(HANG_GUARD)
         assert not self.is_alive(), "the call is blocked"
         return self._result
 
@@ -137,7 +137,7 @@ def test_no_thread_waits_for_the_plugin_while_the_token_is_valid(tmp_path: Path,
     plugin.wait_until_started()
     assert Call(lambda: get(client)).result()[0] == 200
     assert Call(lambda: get(static)).result()[0] == 200
-    with static.get(SERVICES, {}, HANG) as response:
+    with static.get(SERVICES, {}, HANG_GUARD) as response:
         Call(lambda: client.renew(response)).result()  # the response is to the credentials of another client
     Call(client.close).result()
     assert refreshing.is_alive()
@@ -153,7 +153,7 @@ def start_waiting(functions: list[Callable[[], object]], lock: ObservedLock, plu
     """Call functions that need new credentials. Return once one of them runs the plugin and the others wait for it."""
     calls = [Call(function) for function in functions]
     for _ in calls:
-        assert lock.attempts.acquire(timeout=HANG)
+        assert lock.attempts.acquire(timeout=HANG_GUARD)
     plugin.wait_until_started()
     return calls
 
@@ -176,13 +176,13 @@ def test_threads_with_an_expired_token_wait_for_one_run_of_the_plugin(
     assert plugin.runs == 2
 
 
-def test_the_plugin_runs_once_for_all_threads_whose_token_is_rejected(
+def test_plugin_runs_once_for_all_threads_whose_token_is_rejected(
     tmp_path: Path, server: ApiServer, update_lock: ObservedLock
 ) -> None:
     server.tokens = {"second"}
     plugin = SlowPlugin(tmp_path, token="first", lifetime=3600)
     client = ApiClient.from_config(kubeconfig(tmp_path / "config", server.url, plugin.user))
-    with client.get(SERVICES, {}, HANG) as rejected:
+    with client.get(SERVICES, {}, HANG_GUARD) as rejected:
         assert rejected.status == 401
     plugin.set_token("second", 3600)
     plugin.block()

@@ -260,8 +260,8 @@ def test_error_events_and_error_responses(body: dict[str, Any]) -> None:
 
 
 def test_error_response_with_malformed_protobuf_keeps_code_and_retry_after() -> None:
-    found = read_error(503, {"Retry-After": "3"}, protobuf.enveloped(error(503, None))[:-3])
-    assert (found.code, found.retry_after) == (503, 3.0)
+    status = read_error(503, {"Retry-After": "3"}, protobuf.enveloped(error(503, None))[:-3])
+    assert (status.code, status.retry_after) == (503, 3.0)
 
 
 def test_error_event_without_a_status_is_undecodable() -> None:

@@ -1,4 +1,4 @@
-"""What is synced when, what stays pending, and what never ends the thread."""
+"""The reconciler: what a sync covers and when it runs, retries after failures, drift checks, and its thread."""
 
 from __future__ import annotations
 
@@ -21,28 +21,27 @@ from kproxy.sync.family_sync import FamilySync
 from kproxy.sync.reconciler import Message, Reconciler, Resync, Stop
 from kproxy.sync.schedule import Schedule
 from tests.inprocess import EMPTY_LISTS, ReconciledProxy
-
-HANG_GUARD = 30.0
+from tests.lab.waiting import HANG_GUARD
 
 
 def service(name: str, port: int = 80) -> Service:
     return Service("ns", name, (f"10.96.0.{ord(name[0])}", f"fd00::{ord(name[0])}"), (ServicePort("", port, "TCP"),))
 
 
-class Recorder:
-    """A backend that remembers what it was given and fails as it is told."""
+class RecordingBackend:
+    """A backend that records its syncs and drift checks. Each sync raises the next of `errors`, if any."""
 
     def __init__(self) -> None:
         self.syncs: list[set[str]] = []
         self.contexts: list[Context] = []
         self.errors: list[Exception] = []
         self.needs_full_sync = True
-        self.looks = 0
+        self.checks = 0
         self.intact = True
-        self.done: queue.SimpleQueue[set[str]] = queue.SimpleQueue()
+        self.synced: queue.SimpleQueue[set[str]] = queue.SimpleQueue()
 
     def verify(self, context: Context) -> bool:
-        self.looks += 1
+        self.checks += 1
         self.needs_full_sync = self.needs_full_sync or not self.intact
         return self.intact
 
@@ -53,15 +52,15 @@ class Recorder:
         keys = {key for key, _ in plans.by_service()}
         self.syncs.append(keys)
         self.contexts.append(context)
-        self.done.put(keys)
+        self.synced.put(keys)
         if self.errors:
             raise self.errors.pop(0)
         self.needs_full_sync = False
         return ApplyResult({}, {})
 
 
-class Watcher:
-    """A listener that keeps what it is notified of."""
+class RecordingListener:
+    """A listener that records its notifications."""
 
     def __init__(self) -> None:
         self.queued_at: list[tuple[Family, float]] = []
@@ -79,31 +78,31 @@ class Watcher:
 
 
 class TwoFamilyProxy(ReconciledProxy):
-    """A reconciler of two families whose backends record what they are given."""
+    """A dual-stack reconciler with recording backends and a recording listener."""
 
     def __init__(
         self,
         *,
         listed: bool = True,
-        listeners: Sequence[Watcher] = (),
+        listeners: Sequence[RecordingListener] = (),
         after_sync: Sequence[AfterSyncStep] = (),
-        looks: tuple[float, float] | None = None,
+        check_intervals: tuple[float, float] | None = None,
     ) -> None:
-        """`listed` starts with a synced empty cluster; `looks` are the intervals of drift checks and full checks."""
-        self.four, self.six = Recorder(), Recorder()
-        self.watcher = Watcher()
-        notified = [*listeners, self.watcher]
+        """`listed` starts with a synced empty cluster. `check_intervals` are of drift checks and of full checks."""
+        self.four, self.six = RecordingBackend(), RecordingBackend()
+        self.listener = RecordingListener()
+        notified = [*listeners, self.listener]
         super().__init__(
             {
                 Family.IPV4: FamilySync(self.four, lambda node: context(Family.IPV4, node)),
                 Family.IPV6: FamilySync(self.six, lambda node: context(Family.IPV6, node)),
             },
-            on_queue=[each.on_queue for each in notified],
-            on_change=[each.on_change for each in notified],
-            on_sync=[each.on_sync for each in notified],
+            on_queue=[listener.on_queue for listener in notified],
+            on_change=[listener.on_change for listener in notified],
+            on_sync=[listener.on_sync for listener in notified],
             after_sync=after_sync,
-            check_interval=looks[0] if looks else None,
-            full_check_interval=looks[1] if looks else None,
+            check_interval=check_intervals[0] if check_intervals else None,
+            full_check_interval=check_intervals[1] if check_intervals else None,
         )
         if listed:
             self.apply(*EMPTY_LISTS)
@@ -117,7 +116,7 @@ def context(family: Family, node: Node | None) -> Context:
     return Context(family, "node-1", zone=node.zone if node else "")
 
 
-# Nothing before everything is known.
+# The first sync.
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations((Replace(Service, (service("web"),)), *EMPTY_LISTS[1:]))))
@@ -134,7 +133,7 @@ def test_nothing_is_programmed_before_all_kinds_are_listed(order: tuple[Replace,
     assert proxy.four.syncs == proxy.six.syncs == [{"ns/web"}]
 
 
-def test_an_empty_cluster_is_programmed_too() -> None:
+def test_empty_cluster_is_programmed() -> None:
     proxy = TwoFamilyProxy(listed=False)
     proxy.apply(*EMPTY_LISTS)
     assert proxy.reconciler.wait() == 0
@@ -142,10 +141,10 @@ def test_an_empty_cluster_is_programmed_too() -> None:
     assert proxy.four.syncs == proxy.six.syncs == [set()]
 
 
-# When.
+# When families are synced.
 
 
-def test_the_first_change_goes_at_once_and_the_next_ones_together() -> None:
+def test_first_change_is_synced_at_once_and_later_ones_are_batched() -> None:
     proxy = TwoFamilyProxy()
     proxy.apply(Upsert(service("a")))
     assert proxy.reconciler.wait() == 0
@@ -159,7 +158,7 @@ def test_the_first_change_goes_at_once_and_the_next_ones_together() -> None:
     assert proxy.reconciler.sync_wait() is None
 
 
-def test_what_changes_nothing_makes_no_sync() -> None:
+def test_delta_without_a_change_causes_no_sync() -> None:
     proxy = TwoFamilyProxy()
     proxy.apply(Upsert(service("a")))
     proxy.sync_after(0)
@@ -167,7 +166,7 @@ def test_what_changes_nothing_makes_no_sync() -> None:
     assert proxy.reconciler.sync_wait() is None
 
 
-def test_a_resync_asks_for_the_context_again() -> None:
+def test_resync_message_syncs_with_a_new_context() -> None:
     proxy = TwoFamilyProxy()
     proxy.apply(Resync())
     assert proxy.reconciler.wait() == 0
@@ -175,10 +174,10 @@ def test_a_resync_asks_for_the_context_again() -> None:
     assert proxy.four.syncs == proxy.six.syncs == [set()]
 
 
-# What.
+# What a sync covers.
 
 
-def test_only_what_changed_is_looked_at() -> None:
+def test_sync_covers_only_changed_services() -> None:
     proxy = TwoFamilyProxy()
     proxy.apply(Upsert(service("a")), Upsert(service("b")))
     proxy.sync_after(0)
@@ -189,7 +188,7 @@ def test_only_what_changed_is_looked_at() -> None:
     assert proxy.four.syncs == [{"ns/a", "ns/b"}, {"ns/b", "ns/c"}, {"ns/a"}]
 
 
-def test_a_changed_node_makes_everything_dirty_if_it_matters() -> None:
+def test_node_change_that_affects_the_context_syncs_all_services() -> None:
     proxy = TwoFamilyProxy()
     proxy.apply(Upsert(service("a")), Upsert(service("b")))
     proxy.sync_after(0)
@@ -201,7 +200,7 @@ def test_a_changed_node_makes_everything_dirty_if_it_matters() -> None:
     assert proxy.four.contexts[-1].zone == "zone-a"
 
 
-def test_a_backend_that_knows_nothing_gets_everything() -> None:
+def test_backend_that_needs_a_full_sync_gets_all_services() -> None:
     proxy = TwoFamilyProxy()
     proxy.apply(Upsert(service("a")), Upsert(service("b")))
     proxy.sync_after(0)
@@ -215,7 +214,7 @@ def test_a_backend_that_knows_nothing_gets_everything() -> None:
 # Failures.
 
 
-def test_pending_changes_stay_until_the_kernel_accepted_them() -> None:
+def test_changes_stay_pending_until_a_sync_succeeds() -> None:
     proxy = TwoFamilyProxy()
     proxy.four.errors = [SyncError("no"), SyncError("no")]
     proxy.apply(Upsert(service("a")))
@@ -227,7 +226,7 @@ def test_pending_changes_stay_until_the_kernel_accepted_them() -> None:
     assert proxy.reconciler.sync_wait() is None
 
 
-def test_a_context_that_was_refused_is_not_taken_for_applied() -> None:
+def test_context_of_a_failed_sync_does_not_count_as_applied() -> None:
     proxy = TwoFamilyProxy()
     proxy.apply(Upsert(service("a")), Upsert(service("b")))
     proxy.sync_after(0)
@@ -238,7 +237,7 @@ def test_a_context_that_was_refused_is_not_taken_for_applied() -> None:
     assert proxy.four.syncs[1:] == [{"ns/a", "ns/b"}] * 2
 
 
-def test_a_failure_is_retried_without_another_change_after_growing_pauses() -> None:
+def test_failed_sync_is_retried_with_backoff() -> None:
     proxy = TwoFamilyProxy()
     proxy.four.errors = [SyncError("no")] * 4
     proxy.apply(Upsert(service("a")))
@@ -250,7 +249,7 @@ def test_a_failure_is_retried_without_another_change_after_growing_pauses() -> N
     assert proxy.sync_after(4) is True
 
 
-def test_a_family_that_fails_does_not_hold_up_the_other() -> None:
+def test_failing_family_does_not_delay_the_other() -> None:
     proxy = TwoFamilyProxy()
     proxy.four.errors = [SyncError("no")] * 3
     proxy.apply(Upsert(service("a")))
@@ -264,7 +263,7 @@ def test_a_family_that_fails_does_not_hold_up_the_other() -> None:
     assert proxy.four.syncs[-1] == {"ns/a", "ns/b"}
 
 
-def test_a_bug_is_told_and_retried(caplog: pytest.LogCaptureFixture) -> None:
+def test_unexpected_exception_is_logged_and_the_sync_retried(caplog: pytest.LogCaptureFixture) -> None:
     proxy = TwoFamilyProxy()
     proxy.four.errors = [KeyError("oops")]
     proxy.apply(Upsert(service("a")))
@@ -280,7 +279,7 @@ def logged(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
     return [(record.levelname, record.getMessage()) for record in caplog.records if "IPv4" in record.getMessage()]
 
 
-def test_by_default_a_log_has_the_first_sync_failures_recoveries_and_one_summary_a_minute(
+def test_default_log_has_first_sync_failures_recoveries_and_a_summary_per_minute(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -291,12 +290,12 @@ def test_by_default_a_log_has_the_first_sync_failures_recoveries_and_one_summary
         proxy.apply(Upsert(service(name)))
         proxy.sync_after(2)
     assert logged(caplog) == []
-    proxy.four.errors.append(SyncError("refused"))
+    proxy.four.errors.append(SyncError("rejected"))
     proxy.apply(Upsert(service("i")))
     proxy.sync_after(2)
     proxy.sync_after(1)
     assert logged(caplog) == [
-        ("ERROR", "IPv4: sync failed, retrying in 1.0 s: refused"),
+        ("ERROR", "IPv4: sync failed, retrying in 1.0 s: rejected"),
         ("INFO", "IPv4: synced 1 changed service in 0 ms (9 without endpoints), after failures for 1.0 s"),
     ]
     caplog.clear()
@@ -307,9 +306,9 @@ def test_by_default_a_log_has_the_first_sync_failures_recoveries_and_one_summary
     assert proxy.reconciler.wait() is None
 
 
-def test_that_rules_are_back_which_somebody_else_removed_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_restored_rules_after_removal_by_another_process_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    proxy = TwoFamilyProxy(looks=(30.0, 3600.0))
+    proxy = TwoFamilyProxy(check_intervals=(30.0, 3600.0))
     proxy.apply(Upsert(service("a")))
     proxy.sync_after(2)
     caplog.clear()
@@ -321,7 +320,7 @@ def test_that_rules_are_back_which_somebody_else_removed_is_logged(caplog: pytes
     ]
 
 
-def test_each_sync_is_logged_from_verbosity_2(caplog: pytest.LogCaptureFixture) -> None:
+def test_every_sync_is_logged_from_verbosity_2_on(caplog: pytest.LogCaptureFixture) -> None:
     proxy = TwoFamilyProxy()
     with caplog.at_level(V2):
         for name in "ab":
@@ -332,18 +331,18 @@ def test_each_sync_is_logged_from_verbosity_2(caplog: pytest.LogCaptureFixture) 
     ]
 
 
-def test_a_refusal_is_logged_on_one_line_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
+def test_failed_sync_is_logged_on_one_line_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
     proxy = TwoFamilyProxy()
     proxy.six.errors = [SyncError("line 3 failed")]
     proxy.apply(Upsert(service("a")))
     with caplog.at_level(logging.ERROR):
         proxy.sync_after(0)
-    assert [each.getMessage() for each in caplog.records] == [
+    assert [record.getMessage() for record in caplog.records] == [
         "IPv6: sync failed, retrying in 1.0 s: line 3 failed",
     ]
 
 
-class Faulty(Watcher):
+class FaultyListener(RecordingListener):
     """A listener with a bug."""
 
     def on_queue(self, family: Family, now: float) -> None:
@@ -353,23 +352,23 @@ class Faulty(Watcher):
         raise KeyError("sync")
 
 
-def test_a_listener_or_step_with_a_bug_stops_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_failing_listener_or_step_does_not_affect_the_others(caplog: pytest.LogCaptureFixture) -> None:
     reports: list[SyncReport] = []
 
     def faulty_step(report: SyncReport) -> None:
         raise KeyError("step")
 
-    proxy = TwoFamilyProxy(listeners=[Faulty()], after_sync=[faulty_step, reports.append])
+    proxy = TwoFamilyProxy(listeners=[FaultyListener()], after_sync=[faulty_step, reports.append])
     proxy.apply(Upsert(service("a")))
     reports.clear()
     assert proxy.sync_after(0) is True
     assert proxy.four.syncs == [{"ns/a"}]
-    assert "Faulty.on_sync failed: unexpected KeyError('sync')" in caplog.text
+    assert "FaultyListener.on_sync failed: unexpected KeyError('sync')" in caplog.text
     assert "faulty_step failed: unexpected KeyError('step')" in caplog.text
-    assert reports == proxy.watcher.reports[-2:]
+    assert reports == proxy.listener.reports[-2:]
 
 
-def test_health_reports_a_sync_while_a_step_after_it_still_blocks() -> None:
+def test_health_reports_a_sync_although_a_later_step_blocks() -> None:
     health = Health(Family, 60.0, wall=lambda: 1)
     blocking, release = threading.Event(), threading.Event()
 
@@ -380,8 +379,8 @@ def test_health_reports_a_sync_while_a_step_after_it_still_blocks() -> None:
     reconciler = Reconciler(
         Store("node-1"),
         {
-            Family.IPV4: FamilySync(Recorder(), lambda node: context(Family.IPV4, node)),
-            Family.IPV6: FamilySync(Recorder(), lambda node: context(Family.IPV6, node)),
+            Family.IPV4: FamilySync(RecordingBackend(), lambda node: context(Family.IPV4, node)),
+            Family.IPV6: FamilySync(RecordingBackend(), lambda node: context(Family.IPV6, node)),
         },
         make_schedule=lambda: Schedule(min_interval=1.0, max_retry=30.0),
         clock=lambda: 0.0,
@@ -394,7 +393,7 @@ def test_health_reports_a_sync_while_a_step_after_it_still_blocks() -> None:
     thread.start()
     try:
         assert blocking.wait(HANG_GUARD)
-        assert health.is_healthy(0.0), "both families are synced: no step may hold this up"
+        assert health.is_healthy(0.0), "both families are synced; no step may delay this"
     finally:
         release.set()
         messages.put(Stop())
@@ -402,10 +401,10 @@ def test_health_reports_a_sync_while_a_step_after_it_still_blocks() -> None:
     assert not thread.is_alive()
 
 
-def test_a_message_that_cannot_be_taken_in_is_told_and_the_next_one_works(caplog: pytest.LogCaptureFixture) -> None:
+def test_message_that_cannot_be_applied_is_logged_and_the_next_one_applied(caplog: pytest.LogCaptureFixture) -> None:
     proxy = TwoFamilyProxy()
     messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
-    messages.put(Upsert(None))  # type: ignore[arg-type] # what no source sends
+    messages.put(Upsert(None))  # type: ignore[arg-type] # no source sends this
     messages.put(Upsert(service("a")))
     messages.put(Stop())
     proxy.reconciler.run(messages)
@@ -414,46 +413,46 @@ def test_a_message_that_cannot_be_taken_in_is_told_and_the_next_one_works(caplog
     assert proxy.four.syncs == [{"ns/a"}]
 
 
-# Those who watch.
+# Listeners.
 
 
-def test_listeners_are_notified_of_changes_and_of_what_became_of_them() -> None:
+def test_listeners_are_notified_of_changes_and_syncs() -> None:
     proxy = TwoFamilyProxy()
-    proxy.watcher.queued_at.clear()
-    proxy.watcher.reports.clear()
+    proxy.listener.queued_at.clear()
+    proxy.listener.reports.clear()
     proxy.four.errors = [SyncError("no")]
     slice_ = EndpointSlice("ns", "a-1", "ns/a", Family.IPV4, last_change=7.0)
     proxy.apply(Upsert(service("a")), Upsert(slice_))
     proxy.sync_after(0)
-    assert proxy.watcher.queued_at == [(Family.IPV4, 100.0), (Family.IPV6, 100.0)] * 2
-    assert proxy.watcher.changes == [(Service, frozenset({"ns/a"})), (EndpointSlice, frozenset({"ns/a"}))]
-    failed, done = proxy.watcher.reports
+    assert proxy.listener.queued_at == [(Family.IPV4, 100.0), (Family.IPV6, 100.0)] * 2
+    assert proxy.listener.changes == [(Service, frozenset({"ns/a"})), (EndpointSlice, frozenset({"ns/a"}))]
+    failed, succeeded = proxy.listener.reports
     assert (failed.family, failed.error, failed.result) == (Family.IPV4, "no", None)
-    assert (done.family, done.error) == (Family.IPV6, "")
-    assert done.result is not None
-    assert (done.result.applied, done.result.complete) == (ApplyResult({}, {}), False)
-    assert (set(done.result.plans), done.result.last_changes) == ({"ns/a"}, ())
+    assert (succeeded.family, succeeded.error) == (Family.IPV6, "")
+    assert succeeded.result is not None
+    assert (succeeded.result.applied, succeeded.result.complete) == (ApplyResult({}, {}), False)
+    assert (set(succeeded.result.plans), succeeded.result.last_changes) == ({"ns/a"}, ())
     proxy.sync_after(1)
-    retried = proxy.watcher.reports[-1]
+    retried = proxy.listener.reports[-1]
     assert retried.result is not None
     assert (retried.family, retried.error, retried.result.last_changes) == (Family.IPV4, "", (7.0,))
 
 
-def test_a_sync_of_everything_is_reported_as_complete() -> None:
+def test_full_sync_is_reported_as_complete() -> None:
     proxy = TwoFamilyProxy(listed=False)
     proxy.apply(*EMPTY_LISTS)
     proxy.sync_after(0)
-    assert [each.result and each.result.complete for each in proxy.watcher.reports] == [True, True]
+    assert [report.result and report.result.complete for report in proxy.listener.reports] == [True, True]
 
 
 # The thread.
 
 
-class Running:
-    """A reconciler in a thread of its own, with a clock on which every interval has long passed."""
+class RunningReconciler:
+    """A reconciler in its own thread, on a clock that jumps so far that every interval has passed at each reading."""
 
     def __init__(self) -> None:
-        self.backend = Recorder()
+        self.backend = RecordingBackend()
         ticks = itertools.count(step=1000)
         self.reconciler = Reconciler(
             Store("node-1"),
@@ -468,42 +467,43 @@ class Running:
         for message in messages:
             self.messages.put(message)
 
-    def stopped(self) -> bool:
+    def stop(self) -> bool:
+        """Return whether the thread exits when asked to."""
         self.send(Stop())
         self.thread.join(HANG_GUARD)
         return not self.thread.is_alive()
 
 
-def test_stop_ends_the_thread_whatever_is_known() -> None:
+def test_stop_ends_the_thread_whether_or_not_all_kinds_are_listed() -> None:
     for start in ((), EMPTY_LISTS[:1], EMPTY_LISTS):
-        running = Running()
+        running = RunningReconciler()
         running.send(*start)
         running.thread.start()
-        assert running.stopped()
+        assert running.stop()
 
 
-def test_what_has_arrived_is_one_sync() -> None:
-    running = Running()
+def test_queued_messages_are_one_sync() -> None:
+    running = RunningReconciler()
     running.send(*EMPTY_LISTS, Upsert(service("a")), (Upsert(service("b")), Upsert(service("c"))))
     running.thread.start()
-    assert running.backend.done.get(timeout=HANG_GUARD) == {"ns/a", "ns/b", "ns/c"}
+    assert running.backend.synced.get(timeout=HANG_GUARD) == {"ns/a", "ns/b", "ns/c"}
     running.send(Upsert(service("d")))
-    assert running.backend.done.get(timeout=HANG_GUARD) == {"ns/d"}
-    assert running.stopped()
+    assert running.backend.synced.get(timeout=HANG_GUARD) == {"ns/d"}
+    assert running.stop()
 
 
-def test_a_failure_is_retried_by_the_thread_itself() -> None:
-    running = Running()
+def test_thread_retries_a_failed_sync() -> None:
+    running = RunningReconciler()
     running.backend.errors = [SyncError("no"), ZeroDivisionError()]
     running.send(*EMPTY_LISTS, Upsert(service("a")))
     running.thread.start()
-    found = [running.backend.done.get(timeout=HANG_GUARD) for _ in range(3)]
-    assert found == [{"ns/a"}] * 3
-    assert running.stopped()
+    syncs = [running.backend.synced.get(timeout=HANG_GUARD) for _ in range(3)]
+    assert syncs == [{"ns/a"}] * 3
+    assert running.stop()
 
 
-def test_stop_comes_before_anything_behind_it() -> None:
-    running = Running()
+def test_messages_after_stop_are_ignored() -> None:
+    running = RunningReconciler()
     running.send(Stop(), *EMPTY_LISTS)
     running.thread.start()
     running.thread.join(HANG_GUARD)
@@ -511,21 +511,21 @@ def test_stop_comes_before_anything_behind_it() -> None:
     assert running.backend.syncs == []
 
 
-# Looks at what others may have done.
+# Drift checks.
 
 
-def test_a_look_every_so_often_and_everything_now_and_then() -> None:
-    proxy = TwoFamilyProxy(looks=(30.0, 300.0))
+def test_drift_checks_and_full_checks_run_at_their_intervals() -> None:
+    proxy = TwoFamilyProxy(check_intervals=(30.0, 300.0))
     proxy.apply(Upsert(service("a")))
     proxy.sync_after(0)
     assert proxy.four.syncs == [{"ns/a"}]
-    looked = []
+    checks = []
     for _ in range(20):
         proxy.clock.now += proxy.reconciler.wait() or 0.0
-        looked.append(proxy.four.looks)
+        checks.append(proxy.four.checks)
         proxy.reconciler.sync_due()
-    assert looked[:3] == [1, 2, 3]
-    # Each full look stands for a usual one, and leads to one sync of everything.
+    assert checks[:3] == [1, 2, 3]
+    # Each of the two full checks replaces a drift check and causes one full sync.
     assert proxy.clock.now == pytest.approx(100 + 20 * 30)
     assert proxy.four.syncs == proxy.six.syncs == [{"ns/a"}] * 3
-    assert proxy.four.looks + 2 == 21
+    assert proxy.four.checks + 2 == 21

@@ -77,35 +77,35 @@ MATCHING = [
 
 @pytest.mark.parametrize(("match", "hit", "miss"), MATCHING)
 def test_match(match: str, hit: dict[str, Any], miss: dict[str, Any] | None) -> None:
-    found = rules(f"filter FORWARD {match} -j DROP")
-    assert found.send(packet(**hit)).only.verdict is Verdict.DROPPED
+    simulator = rules(f"filter FORWARD {match} -j DROP")
+    assert simulator.send(packet(**hit)).only.verdict is Verdict.DROPPED
     if miss is not None:
-        assert found.send(packet(**miss)).only == ACCEPTED
+        assert simulator.send(packet(**miss)).only == ACCEPTED
 
 
 def test_rule_applies_only_if_all_its_matches_do() -> None:
-    found = rules("filter FORWARD -s 198.51.100.1/32 -p tcp -m tcp --dport 80 -j DROP")
-    assert found.send(packet()).only == DROPPED
-    assert found.send(packet(port=81)).only == ACCEPTED
-    assert found.send(packet(source="198.51.100.2")).only == ACCEPTED
+    simulator = rules("filter FORWARD -s 198.51.100.1/32 -p tcp -m tcp --dport 80 -j DROP")
+    assert simulator.send(packet()).only == DROPPED
+    assert simulator.send(packet(port=81)).only == ACCEPTED
+    assert simulator.send(packet(source="198.51.100.2")).only == ACCEPTED
 
 
 def test_ipv6_address_match() -> None:
-    found = rules("filter FORWARD -d fd00:10:96::/48 -j DROP", family=Family.IPV6)
-    assert found.send(packet(source="2001:db8::1", destination="fd00:10:96::1")).only == DROPPED
-    assert found.send(packet(source="2001:db8::1", destination="fd00:10:97::1")).only == ACCEPTED
+    simulator = rules("filter FORWARD -d fd00:10:96::/48 -j DROP", family=Family.IPV6)
+    assert simulator.send(packet(source="2001:db8::1", destination="fd00:10:96::1")).only == DROPPED
+    assert simulator.send(packet(source="2001:db8::1", destination="fd00:10:97::1")).only == ACCEPTED
 
 
 def test_ipv6_dnat_and_loopback() -> None:
-    found = rules(
+    simulator = rules(
         "nat PREROUTING -p tcp -j DNAT --to-destination [fd00::9]:8080",
         "nat OUTPUT ! -d ::1/128 -m addrtype --dst-type LOCAL -j DNAT --to-destination [fd00::8]:80",
         family=Family.IPV6,
     )
-    assert found.send(packet(source="2001:db8::1", destination="fd00:99::2")).only.endpoint == "[fd00::9]:8080"
+    assert simulator.send(packet(source="2001:db8::1", destination="fd00:99::2")).only.endpoint == "[fd00::9]:8080"
     from_loopback = {"source": "::1", "interface": ""}
-    assert found.send(packet(**from_loopback, destination="::1")).only == ACCEPTED
-    assert found.send(packet(**from_loopback, destination="fd00:99::2")).only.endpoint == "[fd00::8]:80"
+    assert simulator.send(packet(**from_loopback, destination="::1")).only == ACCEPTED
+    assert simulator.send(packet(**from_loopback, destination="fd00:99::2")).only.endpoint == "[fd00::8]:80"
 
 
 def test_packet_of_another_family_is_rejected() -> None:
@@ -119,7 +119,7 @@ def test_packet_of_another_family_is_rejected() -> None:
 
 
 def test_chain_returns_to_the_rule_after_the_jump() -> None:
-    found = rules(
+    simulator = rules(
         "filter FORWARD -j FIRST",
         "filter FORWARD -j DROP",
         "filter FIRST -p udp -j RETURN",
@@ -129,20 +129,20 @@ def test_chain_returns_to_the_rule_after_the_jump() -> None:
         "filter SECOND -j ACCEPT",
         chains=["filter FIRST", "filter SECOND"],
     )
-    assert found.send(packet(protocol="UDP")).only == DROPPED
-    assert found.send(packet(protocol="TCP")).only == DROPPED
-    assert found.send(packet(protocol="SCTP")).only == ACCEPTED
+    assert simulator.send(packet(protocol="UDP")).only == DROPPED
+    assert simulator.send(packet(protocol="TCP")).only == DROPPED
+    assert simulator.send(packet(protocol="SCTP")).only == ACCEPTED
 
 
 def test_return_from_a_built_in_chain_applies_its_policy() -> None:
-    found = rules("filter FORWARD -p udp -j RETURN", "filter FORWARD -j ACCEPT", policy="DROP")
-    assert found.send(packet(protocol="UDP")).only == DROPPED
-    assert found.send(packet()).only == ACCEPTED
+    simulator = rules("filter FORWARD -p udp -j RETURN", "filter FORWARD -j ACCEPT", policy="DROP")
+    assert simulator.send(packet(protocol="UDP")).only == DROPPED
+    assert simulator.send(packet()).only == ACCEPTED
 
 
 def test_reject_has_an_icmp_type() -> None:
-    found = rules("filter FORWARD -j REJECT --reject-with icmp-port-unreachable")
-    assert found.send(packet()).only == PacketOutcome(Verdict.REJECTED, reject_with="icmp-port-unreachable")
+    simulator = rules("filter FORWARD -j REJECT --reject-with icmp-port-unreachable")
+    assert simulator.send(packet()).only == PacketOutcome(Verdict.REJECTED, reject_with="icmp-port-unreachable")
 
 
 @pytest.mark.parametrize(
@@ -161,29 +161,29 @@ def test_set_xmark_clears_the_mask_and_xors_the_value(marks: list[str], mark: st
 
 
 def test_mark_persists_across_tables() -> None:
-    found = rules(
+    simulator = rules(
         "nat PREROUTING -j MARK --set-xmark 0x4000/0x4000",
         "nat POSTROUTING -m mark --mark 0x4000/0x4000 -j MASQUERADE --random-fully",
     )
-    assert found.send(packet()).only == PacketOutcome(Verdict.ACCEPTED, masqueraded=True)
-    assert found.send(packet(**FROM_NODE)).only == ACCEPTED
+    assert simulator.send(packet()).only == PacketOutcome(Verdict.ACCEPTED, masqueraded=True)
+    assert simulator.send(packet(**FROM_NODE)).only == ACCEPTED
 
 
 def test_dnat_ends_the_hook_and_later_hooks_see_the_new_destination() -> None:
-    found = rules(
+    simulator = rules(
         f"nat PREROUTING {DNAT}",
         "nat PREROUTING -j DNAT --to-destination 10.244.1.10:80",
         "filter FORWARD -d 10.244.1.9/32 -p tcp -m tcp --dport 8080 -m conntrack --ctstate DNAT -j ACCEPT",
         policy="DROP",
     )
-    assert found.send(packet()).only == TRANSLATED
-    assert found.send(packet(protocol="UDP")).only == PacketOutcome(Verdict.DROPPED, "10.244.1.10:80")
+    assert simulator.send(packet()).only == TRANSLATED
+    assert simulator.send(packet(protocol="UDP")).only == PacketOutcome(Verdict.DROPPED, "10.244.1.10:80")
 
 
 def test_counter_counts_matching_packets() -> None:
-    found = rules("filter FORWARD -p tcp -m nfacct --nfacct-name seen -j ACCEPT")
-    assert found.send(packet()).only.counters == ("seen",)
-    assert found.send(packet(protocol="UDP")).only.counters == ()
+    simulator = rules("filter FORWARD -p tcp -m nfacct --nfacct-name seen -j ACCEPT")
+    assert simulator.send(packet()).only.counters == ("seen",)
+    assert simulator.send(packet(protocol="UDP")).only.counters == ()
 
 
 # Probabilities and session affinity.
@@ -191,18 +191,18 @@ def test_counter_counts_matching_packets() -> None:
 
 def test_probabilities_apply_to_the_remaining_packets() -> None:
     random = "-m statistic --mode random --probability"
-    found = rules(
+    simulator = rules(
         f"nat PREROUTING {random} 0.33333333349 -j DNAT --to-destination 10.0.0.1:1",
         f"nat PREROUTING {random} 0.50000000000 -j DNAT --to-destination 10.0.0.2:2",
         "nat PREROUTING -j DNAT --to-destination 10.0.0.3:3",
     )
-    outcome = found.send(packet())
+    outcome = simulator.send(packet())
     assert outcome.endpoints == pytest.approx({"10.0.0.1:1": 1 / 3, "10.0.0.2:2": 1 / 3, "10.0.0.3:3": 1 / 3})
     assert sum(outcome.probabilities.values()) == pytest.approx(1.0, abs=1e-12)
 
 
 def test_random_branches_both_continue_after_the_chain() -> None:
-    found = rules(
+    simulator = rules(
         "nat PREROUTING -m statistic --mode random --probability 0.25 -j SEEN",
         f"nat PREROUTING {DNAT}",
         "nat SEEN -j MARK --set-xmark 0x1/0x1",
@@ -210,13 +210,13 @@ def test_random_branches_both_continue_after_the_chain() -> None:
         chains=["nat SEEN"],
     )
     masqueraded = PacketOutcome(Verdict.ACCEPTED, POD, masqueraded=True)
-    assert found.send(packet()).probabilities == pytest.approx({masqueraded: 0.25, TRANSLATED: 0.75})
+    assert simulator.send(packet()).probabilities == pytest.approx({masqueraded: 0.25, TRANSLATED: 0.75})
 
 
 @pytest.mark.parametrize(("probability", "outcome"), [("0.00000000000", ACCEPTED), ("1.00000000000", DROPPED)])
 def test_probability_zero_and_one(probability: str, outcome: PacketOutcome) -> None:
-    found = rules(f"filter FORWARD -m statistic --mode random --probability {probability} -j DROP")
-    assert found.send(packet()).probabilities == {outcome: 1.0}
+    simulator = rules(f"filter FORWARD -m statistic --mode random --probability {probability} -j DROP")
+    assert simulator.send(packet()).probabilities == {outcome: 1.0}
 
 
 def test_probabilities_must_sum_to_one() -> None:
@@ -231,7 +231,7 @@ def test_only_requires_a_single_outcome() -> None:
 
 def test_affinity_selects_the_recorded_endpoint() -> None:
     tail = "--mask 255.255.255.255 --rsource"
-    found = rules(
+    simulator = rules(
         f"nat PREROUTING -m recent --rcheck --seconds 60 --reap --name ONE {tail} -j ONE",
         f"nat PREROUTING -m recent --rcheck --seconds 60 --reap --name TWO {tail} -j TWO",
         "nat PREROUTING -m statistic --mode random --probability 0.5 -j ONE",
@@ -240,70 +240,70 @@ def test_affinity_selects_the_recorded_endpoint() -> None:
         f"nat TWO -p tcp -m recent --set --name TWO {tail} -m tcp -j DNAT --to-destination 10.0.0.2:2",
         chains=["nat ONE", "nat TWO"],
     )
-    first, again = found.send(packet()), found.send(packet(affinity_endpoints=frozenset({"10.0.0.2:2"})))
+    first, again = simulator.send(packet()), simulator.send(packet(affinity_endpoints=frozenset({"10.0.0.2:2"})))
     assert first.endpoints == {"10.0.0.1:1": 0.5, "10.0.0.2:2": 0.5}
     assert again.probabilities == {PacketOutcome(Verdict.ACCEPTED, "10.0.0.2:2", affinity_recorded=True): 1.0}
-    assert found.send(packet(affinity_endpoints=frozenset({"10.0.0.3:3"}))) == first
+    assert simulator.send(packet(affinity_endpoints=frozenset({"10.0.0.3:3"}))) == first
 
 
 # Which hooks a packet passes.
 
 
 def test_packet_is_routed_after_dnat() -> None:
-    found = rules(
+    simulator = rules(
         f"nat PREROUTING -d {NODE}/32 {DNAT}",
         f"nat PREROUTING -d 10.96.0.7/32 -j DNAT --to-destination {NODE}:443",
         "filter INPUT -j REJECT --reject-with icmp-port-unreachable",
         "nat POSTROUTING -j MASQUERADE",
     )
     forwarded = PacketOutcome(Verdict.ACCEPTED, POD, masqueraded=True)
-    assert found.send(packet(destination=NODE)).only == forwarded
-    delivered = found.send(packet(destination="10.96.0.7")).only
+    assert simulator.send(packet(destination=NODE)).only == forwarded
+    delivered = simulator.send(packet(destination="10.96.0.7")).only
     assert delivered == PacketOutcome(Verdict.REJECTED, f"{NODE}:443", reject_with="icmp-port-unreachable")
 
 
 def test_packet_to_this_node_does_not_pass_postrouting() -> None:
-    found = rules("nat POSTROUTING -j MASQUERADE", "nat INPUT -m nfacct --nfacct-name seen -j ACCEPT")
-    assert found.send(packet(destination=NODE)).only == PacketOutcome(Verdict.ACCEPTED, counters=("seen",))
+    simulator = rules("nat POSTROUTING -j MASQUERADE", "nat INPUT -m nfacct --nfacct-name seen -j ACCEPT")
+    assert simulator.send(packet(destination=NODE)).only == PacketOutcome(Verdict.ACCEPTED, counters=("seen",))
 
 
 def test_packet_from_the_node_passes_output_and_not_prerouting() -> None:
-    found = rules(
+    simulator = rules(
         "nat PREROUTING -j DNAT --to-destination 10.0.0.1:1",
         f"nat OUTPUT {DNAT}",
         "filter OUTPUT -m conntrack --ctstate DNAT -m nfacct --nfacct-name seen -j ACCEPT",
         "filter FORWARD -j DROP",
         "filter INPUT -j DROP",
     )
-    assert found.send(packet(**FROM_NODE)).only == PacketOutcome(Verdict.ACCEPTED, POD, counters=("seen",))
+    assert simulator.send(packet(**FROM_NODE)).only == PacketOutcome(Verdict.ACCEPTED, POD, counters=("seen",))
 
 
 def test_packet_from_the_node_to_itself_arrives_on_lo_untranslated() -> None:
-    found = rules(
+    simulator = rules(
         f"nat PREROUTING {DNAT}",
         "filter INPUT -i lo -m conntrack --ctstate NEW -j DROP",
         "filter OUTPUT -i lo -j REJECT --reject-with icmp-port-unreachable",
     )
-    assert found.send(packet(**FROM_NODE, destination=NODE)).only == DROPPED
-    assert found.send(packet(source="127.0.0.1", interface="", destination="127.0.0.1")).only == DROPPED
-    assert found.send(packet(**FROM_NODE)).only == ACCEPTED
+    assert simulator.send(packet(**FROM_NODE, destination=NODE)).only == DROPPED
+    assert simulator.send(packet(source="127.0.0.1", interface="", destination="127.0.0.1")).only == DROPPED
+    assert simulator.send(packet(**FROM_NODE)).only == ACCEPTED
 
 
 def test_negated_interface_matches_packets_without_an_input_interface() -> None:
-    found = rules("filter OUTPUT ! -i veth+ -j DROP", "filter FORWARD ! -i veth+ -j ACCEPT")
-    assert found.send(packet(**FROM_NODE)).only == DROPPED
+    simulator = rules("filter OUTPUT ! -i veth+ -j DROP", "filter FORWARD ! -i veth+ -j ACCEPT")
+    assert simulator.send(packet(**FROM_NODE)).only == DROPPED
 
 
 @pytest.mark.parametrize("state", ["ESTABLISHED", "RELATED", "INVALID"])
 def test_only_the_first_packet_of_a_connection_passes_nat(state: str) -> None:
-    found = rules(f"nat PREROUTING {DNAT}", f"nat OUTPUT {DNAT}", "nat POSTROUTING -j MASQUERADE")
-    assert found.send(packet(conntrack_state=state)).only == ACCEPTED
-    assert found.send(packet(**FROM_NODE, conntrack_state=state)).only == ACCEPTED
+    simulator = rules(f"nat PREROUTING {DNAT}", f"nat OUTPUT {DNAT}", "nat POSTROUTING -j MASQUERADE")
+    assert simulator.send(packet(conntrack_state=state)).only == ACCEPTED
+    assert simulator.send(packet(**FROM_NODE, conntrack_state=state)).only == ACCEPTED
 
 
 def test_dropped_packet_does_not_reach_the_next_hook() -> None:
-    found = rules("filter FORWARD -j DROP", "nat POSTROUTING -j MASQUERADE")
-    assert found.send(packet()).only == DROPPED
+    simulator = rules("filter FORWARD -j DROP", "nat POSTROUTING -j MASQUERADE")
+    assert simulator.send(packet()).only == DROPPED
 
 
 # Unsupported rules.
@@ -384,5 +384,5 @@ def test_invalid_dumps(text: str) -> None:
 
 def test_counters_comments_and_empty_tables_in_a_dump() -> None:
     text = "# made by hand\n*mangle\n:OUTPUT ACCEPT [3:4]\nCOMMIT\n\n*filter\n:FORWARD ACCEPT [1:2]\n"
-    found = IptablesSimulator(text + "[5:6] -A FORWARD -p tcp -j DROP\nCOMMIT\n", Family.IPV4)
-    assert found.send(packet()).only == DROPPED
+    simulator = IptablesSimulator(text + "[5:6] -A FORWARD -p tcp -j DROP\nCOMMIT\n", Family.IPV4)
+    assert simulator.send(packet()).only == DROPPED

@@ -145,10 +145,10 @@ MATCHING: list[tuple[str, dict[str, Any], dict[str, Any] | None]] = [
 
 @pytest.mark.parametrize(("match", "hit", "miss"), MATCHING)
 def test_match(match: str, hit: dict[str, Any], miss: dict[str, Any] | None) -> None:
-    found = rules(forward=[f'{match} drop comment "a {{ b"'])
-    assert found.send(packet(**hit)).only == DROPPED
+    simulator = rules(forward=[f'{match} drop comment "a {{ b"'])
+    assert simulator.send(packet(**hit)).only == DROPPED
     if miss is not None:
-        assert found.send(packet(**miss)).only == ACCEPTED
+        assert simulator.send(packet(**miss)).only == ACCEPTED
 
 
 @pytest.mark.parametrize(
@@ -159,20 +159,20 @@ def test_match_that_never_applies(match: str) -> None:
 
 
 def test_destination_type_local() -> None:
-    found = rules(before=["fib daddr type local drop"])
-    assert found.send(packet(destination=NODE)).only == DROPPED
-    assert found.send(packet()).only == ACCEPTED
+    simulator = rules(before=["fib daddr type local drop"])
+    assert simulator.send(packet(destination=NODE)).only == DROPPED
+    assert simulator.send(packet()).only == ACCEPTED
 
 
 def test_rule_applies_only_if_all_its_matches_do() -> None:
-    found = rules(forward=["ip saddr 198.51.100.1 meta l4proto tcp th dport 80 drop"])
-    assert found.send(packet()).only == DROPPED
-    assert found.send(packet(port=81)).only == ACCEPTED
-    assert found.send(packet(source="198.51.100.2")).only == ACCEPTED
+    simulator = rules(forward=["ip saddr 198.51.100.1 meta l4proto tcp th dport 80 drop"])
+    assert simulator.send(packet()).only == DROPPED
+    assert simulator.send(packet(port=81)).only == ACCEPTED
+    assert simulator.send(packet(source="198.51.100.2")).only == ACCEPTED
 
 
 def test_ipv6() -> None:
-    found = rules(
+    simulator = rules(
         "",
         Family.IPV6,
         prerouting=[
@@ -183,12 +183,12 @@ def test_ipv6() -> None:
         forward=["ip6 saddr fd00::/16 reject"],
     )
     external = {"source": "2001:db8::1"}
-    assert found.send(packet(**external, destination="fd00:99::2")).only.endpoint == "[fd00::9]:8080"
-    assert found.send(packet(**external, destination="fd00:10:96::4")).only.endpoint == "[fd00::8]:80"
+    assert simulator.send(packet(**external, destination="fd00:99::2")).only.endpoint == "[fd00::9]:8080"
+    assert simulator.send(packet(**external, destination="fd00:10:96::4")).only.endpoint == "[fd00::8]:80"
     from_loopback = {"source": "::1", "interface": ""}
-    assert found.send(packet(**from_loopback, destination="::1")).only == ACCEPTED
-    assert found.send(packet(**from_loopback, destination="fd00:99::2")).only.endpoint == "[fd00::7]:80"
-    rejected = found.send(packet(source="fd00::1", destination="2001:db8::1")).only
+    assert simulator.send(packet(**from_loopback, destination="::1")).only == ACCEPTED
+    assert simulator.send(packet(**from_loopback, destination="fd00:99::2")).only.endpoint == "[fd00::7]:80"
+    rejected = simulator.send(packet(source="fd00::1", destination="2001:db8::1")).only
     assert rejected == PacketOutcome(Verdict.REJECTED, reject_with="icmp6-port-unreachable")
 
 
@@ -201,43 +201,43 @@ def test_packet_of_another_family_is_rejected() -> None:
 
 
 def test_chain_returns_to_the_rule_after_the_jump() -> None:
-    found = rules(
+    simulator = rules(
         forward=["jump other", "drop"],
         other=["meta l4proto udp return", "meta l4proto udp accept", "meta l4proto sctp jump last", "th dport 80"],
         last=["accept"],
     )
-    assert found.send(packet(protocol="UDP")).only == DROPPED
-    assert found.send(packet(protocol="TCP")).only == DROPPED
-    assert found.send(packet(protocol="SCTP")).only == ACCEPTED
+    assert simulator.send(packet(protocol="UDP")).only == DROPPED
+    assert simulator.send(packet(protocol="TCP")).only == DROPPED
+    assert simulator.send(packet(protocol="SCTP")).only == ACCEPTED
 
 
 @pytest.mark.parametrize("leave", ["return", "continue"])
 def test_chain_entered_by_goto_returns_to_the_last_jump(leave: str) -> None:
-    found = rules(
+    simulator = rules(
         forward=["meta l4proto sctp goto first", "jump first", "drop"],
         first=["goto second", "accept"],
         second=[leave],
     )
-    assert found.send(packet()).only == DROPPED
-    assert found.send(packet(protocol="SCTP")).only == ACCEPTED
+    assert simulator.send(packet()).only == DROPPED
+    assert simulator.send(packet(protocol="SCTP")).only == ACCEPTED
 
 
 def test_goto_or_return_from_a_base_chain_applies_its_policy() -> None:
-    found = rules(closed=["meta l4proto udp return", "meta l4proto sctp goto other", "accept"])
-    assert found.send(packet(protocol="UDP")).only == DROPPED
-    assert found.send(packet(protocol="SCTP")).only == DROPPED
-    assert found.send(packet()).only == ACCEPTED
+    simulator = rules(closed=["meta l4proto udp return", "meta l4proto sctp goto other", "accept"])
+    assert simulator.send(packet(protocol="UDP")).only == DROPPED
+    assert simulator.send(packet(protocol="SCTP")).only == DROPPED
+    assert simulator.send(packet()).only == ACCEPTED
 
 
 def test_accept_ends_only_the_current_base_chain() -> None:
-    found = rules(forward=["accept", "drop"], closed=["meta l4proto udp accept"])
-    assert found.send(packet(protocol="UDP")).only == ACCEPTED
-    assert found.send(packet()).only == DROPPED
+    simulator = rules(forward=["accept", "drop"], closed=["meta l4proto udp accept"])
+    assert simulator.send(packet(protocol="UDP")).only == ACCEPTED
+    assert simulator.send(packet()).only == DROPPED
 
 
 def test_reject_has_an_icmp_type_and_ends_all_chains() -> None:
-    found = rules(forward=["reject"], closed=[])
-    assert found.send(packet()).only == PacketOutcome(Verdict.REJECTED, reject_with="icmp-port-unreachable")
+    simulator = rules(forward=["reject"], closed=[])
+    assert simulator.send(packet()).only == PacketOutcome(Verdict.REJECTED, reject_with="icmp-port-unreachable")
 
 
 VERDICTS = [
@@ -255,26 +255,26 @@ VERDICTS = [
 @pytest.mark.parametrize(("changes", "result"), VERDICTS)
 def test_verdict_map(changes: dict[str, Any], result: str) -> None:
     """A lookup without a result does not match; `jump` and `continue` proceed with the next rule."""
-    found = rules(
+    simulator = rules(
         prerouting=["ip daddr . meta l4proto . th dport vmap @verdicts", "dnat to 10.0.0.2:2"],
         other=["meta l4proto tcp dnat to 10.0.0.1:1"],
     )
-    outcome = found.send(packet(**changes)).only
+    outcome = simulator.send(packet(**changes)).only
     outcomes = {"dropped": DROPPED, "accepted": ACCEPTED, "from other": PacketOutcome(Verdict.ACCEPTED, "10.0.0.1:1")}
     assert outcome == outcomes.get(result, PacketOutcome(Verdict.ACCEPTED, "10.0.0.2:2"))
 
 
 def test_anonymous_verdict_map() -> None:
-    found = rules(forward=["th dport vmap { 80 : drop, 81 : goto other }", "reject"], other=["accept"])
-    assert found.send(packet()).only == DROPPED
-    assert found.send(packet(port=81)).only == ACCEPTED
-    assert found.send(packet(port=82)).only.verdict is Verdict.REJECTED
+    simulator = rules(forward=["th dport vmap { 80 : drop, 81 : goto other }", "reject"], other=["accept"])
+    assert simulator.send(packet()).only == DROPPED
+    assert simulator.send(packet(port=81)).only == ACCEPTED
+    assert simulator.send(packet(port=82)).only.verdict is Verdict.REJECTED
 
 
 def test_map_with_typeof() -> None:
-    found = rules(forward=["meta l4proto . th dport vmap @ports"])
-    assert found.send(packet(protocol="UDP", port=53)).only == DROPPED
-    assert found.send(packet(port=53)).only == ACCEPTED
+    simulator = rules(forward=["meta l4proto . th dport vmap @ports"])
+    assert simulator.send(packet(protocol="UDP", port=53)).only == DROPPED
+    assert simulator.send(packet(port=53)).only == ACCEPTED
 
 
 @pytest.mark.parametrize(
@@ -292,32 +292,32 @@ def test_mark_operations(changes: list[str], mark: str) -> None:
 
 
 def test_mark_persists_across_hooks() -> None:
-    found = rules(
+    simulator = rules(
         prerouting=["meta mark set meta mark | 0x00004000"],
         postrouting=["meta mark & 0x00004000 != 0x00000000 meta mark set meta mark ^ 0x00004000 masquerade"],
     )
-    assert found.send(packet()).only == PacketOutcome(Verdict.ACCEPTED, masqueraded=True)
-    assert found.send(packet(**FROM_NODE)).only == ACCEPTED
+    assert simulator.send(packet()).only == PacketOutcome(Verdict.ACCEPTED, masqueraded=True)
+    assert simulator.send(packet(**FROM_NODE)).only == ACCEPTED
 
 
 def test_statements_before_a_failing_match_take_effect() -> None:
-    found = rules(
+    simulator = rules(
         forward=["meta mark set meta mark | 0x00000001 meta l4proto udp drop", "meta mark & 0x00000001 == 0x1 reject"]
     )
-    assert found.send(packet()).only.verdict is Verdict.REJECTED
+    assert simulator.send(packet()).only.verdict is Verdict.REJECTED
 
 
 # Hooks and priorities.
 
 
 def test_packet_is_routed_after_dnat() -> None:
-    found = rules(
+    simulator = rules(
         prerouting=[f"ip daddr {NODE} {DNAT}", f"ip daddr 10.96.0.7 meta l4proto tcp dnat to {NODE}:443"],
         input=["reject"],
         postrouting=["masquerade"],
     )
-    assert found.send(packet(destination=NODE)).only == PacketOutcome(Verdict.ACCEPTED, POD, masqueraded=True)
-    delivered = found.send(packet(destination="10.96.0.7")).only
+    assert simulator.send(packet(destination=NODE)).only == PacketOutcome(Verdict.ACCEPTED, POD, masqueraded=True)
+    delivered = simulator.send(packet(destination="10.96.0.7")).only
     assert delivered == PacketOutcome(Verdict.REJECTED, f"{NODE}:443", reject_with="icmp-port-unreachable")
 
 
@@ -326,18 +326,18 @@ def test_packet_to_this_node_does_not_pass_postrouting() -> None:
 
 
 def test_packet_dropped_before_dnat_is_not_translated() -> None:
-    found = rules(prerouting=[DNAT], before=["ip daddr 10.96.0.1 drop"])
-    assert found.send(packet()).only == DROPPED
-    assert found.send(packet(destination="10.96.0.2")).only == TRANSLATED
+    simulator = rules(prerouting=[DNAT], before=["ip daddr 10.96.0.1 drop"])
+    assert simulator.send(packet()).only == DROPPED
+    assert simulator.send(packet(destination="10.96.0.2")).only == TRANSLATED
 
 
 def test_base_chains_of_a_hook_run_in_order_of_priority() -> None:
-    found = rules(
+    simulator = rules(
         output=["ip daddr 10.244.1.9 drop"],
         nat_output=["meta l4proto tcp dnat to 10.244.1.9:8080"],
         early=["ip daddr 10.244.1.9 reject"],
     )
-    assert found.send(packet(**FROM_NODE)).only == PacketOutcome(Verdict.DROPPED, POD)
+    assert simulator.send(packet(**FROM_NODE)).only == PacketOutcome(Verdict.DROPPED, POD)
 
 
 def test_priority_of_a_nat_chain_counts_among_nat_chains_only() -> None:
@@ -353,34 +353,34 @@ def test_priority_of_a_nat_chain_counts_among_nat_chains_only() -> None:
             ("soon", "nat", "-100", "ip saddr 192.0.2.1 meta l4proto tcp dnat to 10.0.0.1:1"),
         ]
     )
-    found = NftablesSimulator(table(text), Family.IPV4)
-    assert found.send(packet()).only == PacketOutcome(Verdict.DROPPED, "10.0.0.2:2")
-    assert found.send(packet(source="192.0.2.1")).only == PacketOutcome(Verdict.DROPPED, "10.0.0.1:1")
+    simulator = NftablesSimulator(table(text), Family.IPV4)
+    assert simulator.send(packet()).only == PacketOutcome(Verdict.DROPPED, "10.0.0.2:2")
+    assert simulator.send(packet(source="192.0.2.1")).only == PacketOutcome(Verdict.DROPPED, "10.0.0.1:1")
 
 
 def test_packet_from_the_node_to_itself_arrives_on_lo_untranslated() -> None:
-    found = rules(prerouting=[DNAT], input=['iifname "lo" ct state new drop'], output=['iifname "lo" reject'])
-    assert found.send(packet(**FROM_NODE, destination=NODE)).only == DROPPED
-    assert found.send(packet(source="127.0.0.1", interface="", destination="127.0.0.1")).only == DROPPED
-    assert found.send(packet(**FROM_NODE)).only == ACCEPTED
+    simulator = rules(prerouting=[DNAT], input=['iifname "lo" ct state new drop'], output=['iifname "lo" reject'])
+    assert simulator.send(packet(**FROM_NODE, destination=NODE)).only == DROPPED
+    assert simulator.send(packet(source="127.0.0.1", interface="", destination="127.0.0.1")).only == DROPPED
+    assert simulator.send(packet(**FROM_NODE)).only == ACCEPTED
 
 
 def test_packet_from_the_node_to_itself_passes_prerouting_filters() -> None:
-    found = rules(before=['iifname "lo" drop'])
-    assert found.send(packet(**FROM_NODE, destination=NODE)).only == DROPPED
-    assert found.send(packet(**FROM_NODE)).only == ACCEPTED
+    simulator = rules(before=['iifname "lo" drop'])
+    assert simulator.send(packet(**FROM_NODE, destination=NODE)).only == DROPPED
+    assert simulator.send(packet(**FROM_NODE)).only == ACCEPTED
 
 
 def test_negated_interface_matches_packets_without_an_input_interface() -> None:
-    found = rules(output=['iifname != "veth*" drop'], forward=['iifname != "veth*" accept'])
-    assert found.send(packet(**FROM_NODE)).only == DROPPED
+    simulator = rules(output=['iifname != "veth*" drop'], forward=['iifname != "veth*" accept'])
+    assert simulator.send(packet(**FROM_NODE)).only == DROPPED
 
 
 @pytest.mark.parametrize("state", ["ESTABLISHED", "RELATED", "INVALID"])
 def test_only_the_first_packet_of_a_connection_passes_nat(state: str) -> None:
-    found = rules(prerouting=[DNAT], nat_output=[DNAT], postrouting=["masquerade"])
-    assert found.send(packet(conntrack_state=state)).only == ACCEPTED
-    assert found.send(packet(**FROM_NODE, conntrack_state=state)).only == ACCEPTED
+    simulator = rules(prerouting=[DNAT], nat_output=[DNAT], postrouting=["masquerade"])
+    assert simulator.send(packet(conntrack_state=state)).only == ACCEPTED
+    assert simulator.send(packet(**FROM_NODE, conntrack_state=state)).only == ACCEPTED
 
 
 def test_dropped_packet_does_not_reach_the_next_hook() -> None:

@@ -29,6 +29,7 @@ def endpoint_slice(name: str, owner: str = "web", *addresses: str) -> EndpointSl
 
 
 def service_cidrs_of(store: Store) -> tuple[str, ...]:
+    """Return the CIDRs. As a call, so that mypy does not narrow the attribute to the value of the last assertion."""
     return store.service_cidrs
 
 
@@ -39,11 +40,11 @@ def names(slices: Iterable[EndpointSlice]) -> set[str]:
 @pytest.fixture(name="store")
 def store_with_two_services() -> Store:
     """A store with two Services, one EndpointSlice each, and this Node."""
-    found = Store("node-1")
-    found.apply(Replace(Service, (service("web"), service("api"))))
-    found.apply(Replace(EndpointSlice, (endpoint_slice("web-1", "web"), endpoint_slice("api-1", "api"))))
-    found.apply(Replace(Node, (Node("node-1"),)))
-    return found
+    store = Store("node-1")
+    store.apply(Replace(Service, (service("web"), service("api"))))
+    store.apply(Replace(EndpointSlice, (endpoint_slice("web-1", "web"), endpoint_slice("api-1", "api"))))
+    store.apply(Replace(Node, (Node("node-1"),)))
+    return store
 
 
 def test_store_change_is_true_if_anything_changed() -> None:
@@ -251,10 +252,10 @@ def test_services_outside_the_change_are_unchanged(history: list[Delta]) -> None
     store = Store("node-1")
     for delta in history:
         before, node = snapshot(), store.node
-        found = store.apply(delta)
+        change = store.apply(delta)
         after = snapshot()
-        assert {key for key in before if before[key] != after[key]} <= found.services
-        assert found.node is (node != store.node)
+        assert {key for key in before if before[key] != after[key]} <= change.services
+        assert change.node is (node != store.node)
 
 
 def test_node_missing() -> None:

@@ -1,4 +1,4 @@
-"""Splitting the body of a watch into events, in JSON lines or protobuf frames."""
+"""Splitting the body of a watch response into events: JSON lines and protobuf frames."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FRAMES = protobuf.frame_of_line(ADDED) + protobuf.frame_of_line(DELETED)
 
 @dataclass
 class Body:
-    """The body of a watch response: its media type and its chunks, which may end with an error."""
+    """A watch response: its media type and the chunks of its body, which may end with an error."""
 
     media_type: str
     body: Iterable[bytes]

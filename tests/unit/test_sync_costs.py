@@ -1,4 +1,4 @@
-"""The cost of clusters and changes in rules and elements: the part of performance that does not depend on hardware."""
+"""How many rules and elements kproxy writes for clusters and changes: performance that does not depend on hardware."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ class LoadedProxy(SingleFamilyProxy):
     """A proxy that has programmed Services of ten endpoints each."""
 
     def __init__(self, backend: Backend, services: int) -> None:
-        # Rules of large clusters have no comments, as in kube-proxy. These tests compare clusters without this change.
+        # As in kube-proxy, rules of large clusters have no comments. No cluster counts as large here, so that clusters
+        # of different sizes have the same rules per Service.
         super().__init__(backend, CONTEXT, large_cluster_endpoints=math.inf)
         self.apply(
             Replace(Node, ()),
@@ -58,8 +59,8 @@ def endpoint_slice(number: int, *, last: int = 9) -> EndpointSlice:
 
 # iptables
 
-OWN = (1 + ENDPOINTS) + 2 * ENDPOINTS
-"""Rules in the chains of one Service: one that masquerades and one per endpoint, and two in each endpoint chain."""
+SERVICE_RULES = (1 + ENDPOINTS) + 2 * ENDPOINTS
+"""Rules in the chains of one Service: a masquerade rule, one per endpoint, and two in each endpoint chain."""
 
 
 def iptables(services: int) -> tuple[FakeKernel, LoadedProxy]:
@@ -72,7 +73,7 @@ def rules_of(kernel: FakeKernel) -> int:
 
 
 def written(kernel: FakeKernel, begin: int) -> list[str]:
-    """Return the lines that change chains or rules, of all inputs from index `begin` on."""
+    """Return the lines that change chains or rules, from input `begin` on."""
     lines = [line for text in kernel.inputs[begin:] for line in text.splitlines()]
     return [line for line in lines if line[0] in ":-"]
 
@@ -81,7 +82,7 @@ def test_iptables_rules_per_service() -> None:
     base = rules_of(iptables(0)[0])
     for services in (SMALL, LARGE):
         kernel, _ = iptables(services)
-        assert rules_of(kernel) == base + services * (1 + OWN)
+        assert rules_of(kernel) == base + services * (1 + SERVICE_RULES)
 
 
 @pytest.mark.parametrize("services", [SMALL, LARGE, SPLIT])
@@ -117,21 +118,21 @@ class UncountableKernel(FakeKernel):
 
 
 @pytest.mark.parametrize(
-    ("make_kernel", "services", "each", "weight"),
+    ("make_kernel", "services", "rules_per_service", "weight"),
     [(FakeKernel, 2 * LARGE, 4, 5), (UncountableKernel, LARGE, 2 + ENDPOINTS + 2, 2 + ENDPOINTS + 2)],
 )
 def test_iptables_large_burst_is_split_into_several_transactions(
-    make_kernel: type[FakeKernel], services: int, each: int, weight: int
+    make_kernel: type[FakeKernel], services: int, rules_per_service: int, weight: int
 ) -> None:
     """For chains in use, the maximum size of a transaction grows with the square root of the number of rules."""
     kernel = make_kernel()
     proxy = LoadedProxy(IptablesBackend(kernel, max_transaction_rules=services), services)
     begin = len(kernel.inputs)
-    assert max(map(rules_in, kernel.inputs)) <= services + OWN
+    assert max(map(rules_in, kernel.inputs)) <= services + SERVICE_RULES
     proxy.sync_deltas(*(Upsert(endpoint_slice(number, last=20)) for number in range(services)))
     sizes = [rules_in(text) for text in kernel.inputs[begin:]]
     limit = INCREMENTAL_FACTOR * isqrt(rules_of(kernel))
-    assert sum(sizes) == each * services
+    assert sum(sizes) == rules_per_service * services
     assert max(sizes) <= limit
     # The chains of old endpoints are deleted only after all other changes.
     assert max(text.count("\n-R") * (weight - 1) for text in kernel.inputs[begin:]) <= limit
@@ -146,7 +147,7 @@ def test_iptables_service_change_rewrites_a_flat_dispatch_chain(services: int) -
     proxy.sync_deltas(Upsert(service(services)))
     appended = [line for line in written(kernel, begin) if line.startswith("-A")]
     # The dispatch chain is rewritten. As in kube-proxy, its last rule jumps to the NodePorts.
-    assert len(appended) == (services + 1 + 1) + OWN
+    assert len(appended) == (services + 1 + 1) + SERVICE_RULES
     begin = len(kernel.inputs)
     proxy.sync_deltas(Delete(Service, "ns", f"service-{services}"))
     assert len([line for line in written(kernel, begin) if line.startswith("-A")]) == services + 1
@@ -158,7 +159,7 @@ def test_iptables_service_change_rewrites_few_rules_of_a_split_dispatch_chain() 
     begin = len(kernel.inputs)
     proxy.sync_deltas(Upsert(service(SPLIT)))
     proxy.sync_deltas(Delete(Service, "ns", f"service-{SPLIT}"))
-    shared = len([line for line in written(kernel, begin) if line.startswith(("-A", "-I", "-D"))]) - OWN
+    shared = len([line for line in written(kernel, begin) if line.startswith(("-A", "-I", "-D"))]) - SERVICE_RULES
     assert shared <= 2 * MAX_SHARD_RULES
 
 
@@ -172,7 +173,7 @@ def nftables(services: int) -> tuple[FakeTable, LoadedProxy]:
 
 def elements_of(kernel: FakeTable) -> int:
     assert kernel.table is not None
-    return sum(len(each.elements) for each in kernel.table.sets.values())
+    return sum(len(set_.elements) for set_ in kernel.table.sets.values())
 
 
 def chains_of(kernel: FakeTable) -> dict[str, int]:
@@ -189,9 +190,9 @@ def elements_in(commits: list[Transaction]) -> Iterator[int]:
 def test_nftables_elements_per_service() -> None:
     kernels = {services: nftables(services)[0] for services in (1, SMALL, LARGE)}
     # One for the ClusterIP, one for the frontend, and one per endpoint.
-    each = 1 + 1 + ENDPOINTS
+    elements_per_service = 1 + 1 + ENDPOINTS
     assert {services: elements_of(kernel) for services, kernel in kernels.items()} == {
-        services: services * each for services in kernels
+        services: services * elements_per_service for services in kernels
     }
     assert chains_of(kernels[1]) == chains_of(kernels[SMALL]) == chains_of(kernels[LARGE])
 

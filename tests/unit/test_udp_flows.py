@@ -337,13 +337,13 @@ service_states = st.dictionaries(
 
 
 def plans_for(state: Mapping[str, Any]) -> dict[str, list[ServicePortPlan]]:
-    found = {}
+    plans = {}
     for key, (endpoints, node_port, port, shares) in state.items():
         address, number = SERVICES[key]
         external_ips = ("203.0.113.1",) if shares else ()
         fields = {"cluster_ip": address, "port": port, "node_port": number * node_port, "external_ips": external_ips}
-        found[key] = [plan(*sorted(endpoints), service=key, **fields)]
-    return found
+        plans[key] = [plan(*sorted(endpoints), service=key, **fields)]
+    return plans
 
 
 def expected_flows(plans: Mapping[str, Sequence[ServicePortPlan]]) -> set[Flow]:

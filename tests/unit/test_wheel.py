@@ -44,8 +44,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-index", "--no-build-isolation", "--no-deps"]
     done = subprocess.run([*command, f"--wheel-dir={target}", str(source)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    (found,) = target.glob("*.whl")
-    return found
+    (path,) = target.glob("*.whl")
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -94,13 +94,13 @@ def test_only_command_of_the_wheel_is_kproxy(wheel: Path) -> None:
 
 
 def test_metadata_match_the_project(wheel: Path) -> None:
-    found: Message = email.message_from_string(metadata(wheel, "METADATA"))
-    assert found["Version"] == kproxy.__version__
-    assert found["License-Expression"] == "Apache-2.0"
-    assert found["Requires-Python"] == PROJECT["requires-python"]
-    assert found["Description-Content-Type"] == "text/markdown"
-    assert found.get_payload() == (ROOT / "README.md").read_text()
-    needed = [line for line in found.get_all("Requires-Dist", []) if "extra ==" not in line]
+    fields: Message = email.message_from_string(metadata(wheel, "METADATA"))
+    assert fields["Version"] == kproxy.__version__
+    assert fields["License-Expression"] == "Apache-2.0"
+    assert fields["Requires-Python"] == PROJECT["requires-python"]
+    assert fields["Description-Content-Type"] == "text/markdown"
+    assert fields.get_payload() == (ROOT / "README.md").read_text()
+    needed = [line for line in fields.get_all("Requires-Dist", []) if "extra ==" not in line]
     assert {requirement(line) for line in needed} == {requirement(line) for line in PROJECT["dependencies"]}
 
 

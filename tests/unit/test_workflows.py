@@ -30,8 +30,8 @@ def workflow(path: Path) -> Any:
 
 
 def jobs(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = workflow(path)["jobs"]
-    return found
+    by_name: dict[str, Any] = workflow(path)["jobs"]
+    return by_name
 
 
 def steps(path: Path) -> list[dict[str, Any]]:
@@ -41,7 +41,7 @@ def steps(path: Path) -> list[dict[str, Any]]:
 def targets(path: Path) -> set[str]:
     """Return the make targets that the steps of a workflow run."""
     scripts = [step["run"] for step in steps(path) if "run" in step]
-    return {target for script in scripts for found in MAKE.findall(script) for target in found.split()}
+    return {target for script in scripts for targets in MAKE.findall(script) for target in targets.split()}
 
 
 def check(path: Path) -> subprocess.CompletedProcess[str]:
@@ -131,7 +131,7 @@ def test_ci_checks_tests_and_runs_the_demo_and_a_cluster() -> None:
 
 def test_demo_and_tests_run_on_debian_and_ubuntu_with_privileges() -> None:
     job = jobs(CI)["test"]
-    images = [each["image"] for each in job["strategy"]["matrix"]["include"]]
+    images = [entry["image"] for entry in job["strategy"]["matrix"]["include"]]
     assert images == ["debian:bookworm", "debian:trixie", "ubuntu:24.04"]
     assert job["container"]["image"] == "${{ matrix.image }}"
     assert "--privileged" in job["container"]["options"].split()
@@ -142,10 +142,10 @@ def test_clusters_cover_every_proxy_mode_and_several_kubernetes_versions() -> No
     matrix = job["strategy"]["matrix"]
     assert matrix["mode"] == list(get_args(Mode))
     assert len(matrix["kubernetes"]) >= 3
-    for each in matrix["kubernetes"]:
-        image = NODE_IMAGE.fullmatch(each["image"])
-        assert image is not None, each
-        assert image[1] == each["version"]
+    for entry in matrix["kubernetes"]:
+        image = NODE_IMAGE.fullmatch(entry["image"])
+        assert image is not None, entry
+        assert image[1] == entry["version"]
     assert job["env"]["MODE"] == "${{ matrix.mode }}"
     assert job["env"]["NODE_IMAGE"] == "${{ matrix.kubernetes.image }}"
     overridable = set(re.findall(r"^([A-Z_]+) \?=", (ROOT / "Makefile").read_text(), re.MULTILINE))

@@ -69,13 +69,13 @@ def test_flagz_as_text() -> None:
 
 @pytest.mark.parametrize("version", ["v1beta1", "v1alpha1"])
 def test_statusz_and_flagz_as_json(version: str) -> None:
-    found = {}
+    documents = {}
     for kind, handler in pages().items():
         status, media_type, body = request(handler, f"application/json;v={version};g=config.k8s.io;as={kind}")
         assert (status, media_type) == (200, "application/json")
-        found[kind] = json.loads(body)
+        documents[kind] = json.loads(body)
     head = {"apiVersion": f"config.k8s.io/{version}", "metadata": {"name": "kproxy"}}
-    assert found == {
+    assert documents == {
         "Statusz": {
             "kind": "Statusz",
             **head,
@@ -138,10 +138,10 @@ def flagz_values(*arguments: str) -> dict[str, str]:
 
 
 def test_every_flag_has_a_value() -> None:
-    found = flagz_values()
+    values = flagz_values()
     names = {flag.name for flag in (*CONFIG_FLAGS, *PORT_FLAGS)}
-    assert found.keys() == names | {"config", "master", "objects", "write-config-to", "cleanup", "init-only"}
-    assert list(found) == sorted(found)
+    assert values.keys() == names | {"config", "master", "objects", "write-config-to", "cleanup", "init-only"}
+    assert list(values) == sorted(values)
     expected = {
         "cleanup": "false",
         "config": "",
@@ -158,11 +158,11 @@ def test_every_flag_has_a_value() -> None:
         "v": "0",
         "vmodule": "",
     }
-    assert {name: found[name] for name in expected} == expected
+    assert {name: values[name] for name in expected} == expected
 
 
 def test_explicit_flags_have_their_values() -> None:
-    found = flagz_values(
+    values = flagz_values(
         *("--proxy-mode=nftables", "--hostname-override=Node-1", "--nodeport-addresses=10.0.0.0/8,fd00::/8", "-v=4"),
         *("--iptables-sync-period=90s", "--feature-gates=B=true,A=false", "--vmodule=x=1", "--masquerade-all"),
         *("--healthz-port=10000", "--master=https://10.0.0.1:6443", "--machine-id-file=/etc/machine-id"),
@@ -181,4 +181,4 @@ def test_explicit_flags_have_their_values() -> None:
         "machine-id-file": "/etc/machine-id",
         "cluster-cidr": "",
     }
-    assert {name: found[name] for name in expected} == expected
+    assert {name: values[name] for name in expected} == expected

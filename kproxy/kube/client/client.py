@@ -39,8 +39,8 @@ class ApiClient:
         self.observe_request: Callable[[str, str, str, float], None] = lambda *_: None
         """Called after each request with its method, the server's `host:port`, the HTTP status and the seconds it took.
 
-        The status is `<error>` if there was no response. Not called for responses whose status `absences` lists: they
-        need no attention.
+        The status is `<error>` if there was no response. Not called for responses whose status is in
+        `optional_statuses`: they need no attention.
         """
         self._kubeconfig, self._server = kubeconfig, server
         self._updating = threading.Lock()
@@ -64,20 +64,20 @@ class ApiClient:
         timeout: float,
         accept: str = _JSON,
         *,
-        absences: Collection[int] = (),
+        optional_statuses: Collection[int] = (),
     ) -> ApiResponse:
         """Send a GET request and return once the response headers have arrived.
 
-        `timeout` is the longest silence in seconds, not the duration of the whole response. `accept` lists media types,
-        the preferred one first. Lists may be compressed, but watches are not: gzip would delay events. `absences` are
-        the statuses that mean the server does not offer an optional resource.
+        `timeout` is the maximum number of seconds without data, not the duration of the whole response. `accept` lists
+        media types, the preferred one first. Lists may be compressed, but watches are not: gzip would delay events.
+        `optional_statuses` are the statuses that mean the server does not offer an optional resource.
 
         Raises `TransportError`, or `ClientError` if the credentials have expired and cannot be refreshed.
         """
         encoding = "identity" if "watch" in params else "gzip"
         url = f"{path}?{urlencode(params)}" if params else path
         headers = {"Accept": accept, "Accept-Encoding": encoding}
-        return self._send("GET", url, timeout, headers, None, absences=absences)
+        return self._send("GET", url, timeout, headers, None, optional_statuses=optional_statuses)
 
     def post(self, path: str, body: bytes, timeout: float) -> ApiResponse:
         """Send a JSON object in a POST request; otherwise like `get`."""
@@ -86,8 +86,8 @@ class ApiClient:
     def renew(self, rejected: ApiResponse | None) -> None:
         """Reload the credentials because the server rejected those of the response `rejected` (status 401).
 
-        Does nothing if other credentials have replaced them since. None reloads in any case. Raises `ClientError`; the
-        current credentials then stay in use.
+        Does nothing if other credentials have replaced them since. If `rejected` is None, always reloads. Raises
+        `ClientError`; the current credentials then stay in use.
         """
         if self._is_current(rejected):
             self._update(lambda: self._load() if self._is_current(rejected) else None, wait=True)
@@ -104,7 +104,7 @@ class ApiClient:
         headers: dict[str, str],
         body: bytes | None,
         *,
-        absences: Collection[int] = (),
+        optional_statuses: Collection[int] = (),
     ) -> ApiResponse:
         from urllib3 import Timeout
 
@@ -128,14 +128,17 @@ class ApiClient:
                 status = str(raw.status)
                 return ApiResponse(raw, credentials)
         finally:
-            if status not in map(str, absences):
+            if status not in map(str, optional_statuses):
                 self.observe_request(method, urlsplit(access.server).netloc, status, time.monotonic() - start)
 
     def _is_current(self, response: ApiResponse | None) -> bool:
         return response is None or response.credentials is self._access.auth_headers
 
     def _update_credentials(self) -> None:
-        """Reload files that rotate, and refresh a token that is about to expire. Waits only if it has expired."""
+        """Reload files that rotate, or refresh a token that is about to expire.
+
+        Waits for another thread that is doing this only if the token has expired. Raises `ClientError`.
+        """
         access = self._access
         if access.refresh_due:
             self._update(self._refresh_if_due, wait=access.expired)
@@ -157,10 +160,10 @@ class ApiClient:
             self._load()
 
     def _update(self, action: Callable[[], None], *, wait: bool) -> None:
-        """Change the credentials by `action`, unless another thread completes a change meanwhile.
+        """Change the credentials with `action`, unless another thread completes a change first.
 
-        While another thread is changing them, either `wait` and share its outcome, or return at once. Raises
-        `ClientError`.
+        If another thread is already changing them, wait for it and share its outcome, or, without `wait`, return at
+        once. Raises `ClientError`.
         """
         updates = self._updates
         if not self._updating.acquire(blocking=wait):

@@ -76,7 +76,7 @@ class ClusterAccess(Protocol):
 
     @property
     def rotates(self) -> bool:
-        """Whether it was loaded from files that are replaced from time to time, and must be reloaded regularly."""
+        """Whether it comes from files that are replaced from time to time, so that it must be reloaded regularly."""
 
     @property
     def pool(self) -> Any:
@@ -84,7 +84,7 @@ class ClusterAccess(Protocol):
 
     @property
     def auth_headers(self) -> Mapping[str, str]:
-        """The request headers that authenticate the client. Each `refresh` replaces the mapping, never its content."""
+        """The request headers that authenticate the client. `refresh` replaces the mapping, but never modifies it."""
 
     @property
     def refresh_due(self) -> bool:
@@ -97,7 +97,7 @@ class ClusterAccess(Protocol):
     def refresh(self) -> None:
         """Get a new token. May run a program or send requests, for any length of time. Raises `ClientError`.
 
-        Only one thread may call this at a time. The properties may be read meanwhile.
+        Only one thread may call this at a time. Other threads may read the properties meanwhile.
         """
 
 
@@ -160,9 +160,9 @@ def find_static_config(
     """Return how to reach the API server, or None if that takes more than static credentials.
 
     Without a `kubeconfig`, that is the Pod's service account, or no credentials if there is a `server`. A `server`
-    overrides the kubeconfig's URL. The result is None for a kubeconfig that is malformed or has a field not handled
-    here (such as `exec`), and for a server behind a proxy, including one that `environment` sets. `environment` stands
-    for the environment variables; those of the process are not read. `first`: see `read_token`.
+    overrides the kubeconfig's URL. The result is None for a kubeconfig that cannot be read, is malformed or has a field
+    not handled here (such as `exec`), and for a server behind a proxy, including one that `environment` sets.
+    Environment variables are read from `environment`, not from the process. `first`: see `read_token`.
 
     Raises `ClientError` if a referenced file cannot be read, the token is not usable, or `check_entries` rejects the
     kubeconfig.
@@ -221,8 +221,8 @@ def read_token(user: Mapping[str, Any], folder: Path, source: str, *, first: boo
 def usable_token(token: str | bytes, source: str) -> str:
     """Return a token without leading and trailing white space.
 
-    Raises `ClientError` if the token is empty or contains anything but visible ASCII, which an HTTP header cannot carry
-    (RFC 9110, section 5.5). The message begins with `source` and does not quote the token.
+    Raises `ClientError` if the token is empty or contains characters other than visible ASCII, which are not valid in
+    the header (RFC 9110, section 5.5). The message begins with `source` and does not quote the token.
     """
     text = (token if isinstance(token, str) else token.decode(errors="replace")).strip()
     if not text:
@@ -309,14 +309,17 @@ def _is_static(fields: Any, known: set[str]) -> bool:
 
 
 class _PemReader:
-    """Reads the certificates and keys of a kubeconfig. Their paths are relative to `folder`, where it is."""
+    """Reads the certificates and keys of a kubeconfig, whose paths are relative to the kubeconfig's `folder`."""
 
     def __init__(self, kubeconfig: str, folder: Path) -> None:
         self._kubeconfig = kubeconfig
         self._folder = folder
 
     def read(self, fields: Mapping[str, Any], name: str) -> PemData | None:
-        """Return the base64 data of field `NAME-data` or else the content of the file `NAME`; None without either."""
+        """Return the decoded field `NAME-data`, or else the content of the file in field `NAME`, or else None.
+
+        Raises `ClientError`.
+        """
         if encoded := fields.get(f"{name}-data"):
             try:
                 return PemData(base64.b64decode("".join(encoded.split()), validate=True), f"{name}-data")

@@ -97,7 +97,7 @@ class PluginAccess:
         with PackageErrors(self._source):
             settings = self._configuration.auth_settings()
         headers = {item["key"].title(): self._header(item["value"]) for item in settings.values() if item.get("value")}
-        # The headers first: until the expiry time is new too, other threads wait for the refresh to complete.
+        # Set the headers first: other threads wait for the refresh until the expiry time is updated as well.
         self.auth_headers = headers
         self._expiry = getattr(self._loader, "expiry", None) if self._refresh_hook else None
 
@@ -135,8 +135,7 @@ def _load_kubeconfig(configuration: Any, kubeconfig: str, first: bool) -> tuple[
 def _find_user(merged: Any, context: Any) -> tuple[dict[str, Any], Path]:
     """Return the fields of the context's user, if it names one, and the folder that their paths are relative to.
 
-    Raises `LookupError` for a user that does not exist. Going on without credentials would only move the error to the
-    server.
+    Raises `LookupError` for a user that does not exist: without credentials, the server would reject every request.
     """
     name, users = context.safe_get("user"), merged.safe_get("users")
     if not name:
@@ -148,7 +147,7 @@ def _find_user(merged: Any, context: Any) -> tuple[dict[str, Any], Path]:
 
 
 def _choose_proxy(configuration: Any, source: str) -> None:
-    """Set the proxy: that of the kubeconfig, whatever `NO_PROXY` lists, or else that of the environment."""
+    """Set the proxy: the kubeconfig's, regardless of `NO_PROXY`, or else the environment's. Raises `ClientError`."""
     if not configuration.proxy:
         configuration.proxy = http_proxy_for(configuration.host, os.environ) or None
     if not configuration.proxy:
@@ -200,8 +199,8 @@ def _tls_context(configuration: Any, source: str) -> ssl.SSLContext:
 class PackageErrors:
     """A context manager that converts exceptions to a one-line `ClientError` that begins with the source.
 
-    The package reports a failed exec plugin only to the root logger, and goes on without credentials. So an error that
-    the current thread logs there also becomes a `ClientError`.
+    The package reports a failed exec plugin only to the root logger, and continues without credentials. Therefore, an
+    error that the current thread logs there also becomes a `ClientError`.
     """
 
     def __init__(self, source: str) -> None:

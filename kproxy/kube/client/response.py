@@ -14,7 +14,7 @@ class TransportError(Exception):
     """The connection could not be opened, or it broke. The message is one line."""
 
 
-class SilenceError(TransportError):
+class IdleTimeoutError(TransportError):
     """The server sent nothing for as long as the request's timeout."""
 
 
@@ -45,7 +45,7 @@ class ApiResponse:
     def chunks(self) -> Iterator[bytes]:
         """Yield the body, decompressed, in pieces as they arrive.
 
-        The iterator ends when the server completes the response. Raises `SilenceError` if nothing arrives for the
+        The iterator ends when the server completes the response. Raises `IdleTimeoutError` if nothing arrives for the
         request's timeout, and `TransportError` if the connection breaks.
         """
         chunked = getattr(self._raw, "chunked", False)
@@ -63,7 +63,7 @@ class ApiResponse:
             self._raw.shutdown()
 
     def release(self) -> None:
-        """Free the connection, whether or not the body was read to its end. Only the reading thread may call this."""
+        """Release the connection, whether or not the whole body was read. Only the reading thread may call this."""
         self._raw.close()
 
     def __enter__(self) -> ApiResponse:
@@ -83,7 +83,7 @@ class TransportErrors:
         from urllib3.exceptions import HTTPError, ReadTimeoutError
 
         if isinstance(error, ReadTimeoutError | TimeoutError):
-            raise SilenceError("timed out waiting for data") from None
+            raise IdleTimeoutError("timed out waiting for data") from None
         if isinstance(error, HTTPError | OSError):
             raise TransportError(" ".join(str(error).split()) or type(error).__name__) from None
         # Reading a response that another thread is closing can raise either of these. Their text may quote a header

@@ -45,7 +45,7 @@ MAX_AFFINITY_SECONDS = 86400
 """Maximum of the same field: 1 day (Service API)."""
 MAX_PORT = 65535
 MAX_FIELDS_LOGGED = 3
-"""Ignored fields of one object that a log line names: an EndpointSlice can have a hundred invalid endpoints."""
+"""Maximum number of ignored fields that a log line names: an EndpointSlice can have a hundred invalid endpoints."""
 
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
 _PORT_NAME = re.compile(r"([a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?)?")
@@ -66,7 +66,7 @@ class IgnoredField(NamedTuple):
 
 
 class DecodedObject(Struct, frozen=True, gc=False):
-    """An API object: its identity, and its content as a model object, None if it gets no rules."""
+    """An API object: its identity, and its content as a model object, or None if it gets no rules."""
 
     namespace: str
     name: str
@@ -83,7 +83,7 @@ def ignored_fields_text(ignored: Sequence[IgnoredField]) -> str:
 
 
 def convert_service(service: schema.ApiService) -> DecodedObject:
-    """Convert a Service. Raises `ObjectError`, as every function here does, for an invalid value."""
+    """Convert a Service. Raises `ObjectError` for an invalid value."""
     return _decoded(service.metadata, _convert_service(service))
 
 
@@ -94,14 +94,15 @@ def convert_slice(
 ) -> DecodedObject:
     """Convert an EndpointSlice with these `endpoints`; `endpoint_slice.endpoints` is not used.
 
-    `convert` converts an endpoint from the form that the decoder has it in, or returns why it is unusable.
+    `convert` converts an endpoint from the decoder's representation, or returns why it is unusable. Raises
+    `ObjectError` for an invalid value elsewhere in the object.
     """
     ignored: list[IgnoredField] = []
     return _decoded(endpoint_slice.metadata, _convert_slice(endpoint_slice, endpoints, convert, ignored), ignored)
 
 
 def convert_endpoint(endpoint: schema.ApiEndpoint, family: Family) -> Endpoint | IgnoredField:
-    """Convert an endpoint, or return why it is unusable.
+    """Convert an endpoint, or return the field that makes it unusable.
 
     Only its first address is used (KEP-752 deprecated the others), and it must belong to the slice's family.
     """
@@ -125,12 +126,12 @@ def convert_endpoint(endpoint: schema.ApiEndpoint, family: Family) -> Endpoint |
 
 
 def convert_node(node: schema.ApiNode) -> DecodedObject:
-    """Convert a Node."""
+    """Convert a Node. Raises `ObjectError` for an invalid value."""
     return _decoded(node.metadata, _convert_node(node))
 
 
 def convert_service_cidr(service_cidr: schema.ApiServiceCIDR) -> DecodedObject:
-    """Convert a ServiceCIDR."""
+    """Convert a ServiceCIDR. Raises `ObjectError` for an invalid value."""
     cidrs = service_cidr.spec.cidrs if service_cidr.spec else None
     converted = ServiceCIDR(service_cidr.metadata.name, _cidrs(cidrs, "spec", "cidrs"))
     return _decoded(service_cidr.metadata, converted)

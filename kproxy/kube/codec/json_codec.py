@@ -143,7 +143,10 @@ def read_page(kind: Kind, raw: bytes) -> ListPage:
 
 
 def read_error(status: int, headers: Mapping[str, str], body: bytes) -> ErrorStatus:
-    """Decode an HTTP response other than 200. The body can be a Status in JSON or protobuf, or a proxy's error page."""
+    """Decode an HTTP response whose status is not 200.
+
+    The body can be a Status in JSON or protobuf, or a proxy's error page.
+    """
     lower_case = {name.lower(): value for name, value in headers.items()}
     header = lower_case.get("retry-after", "")
     seconds = float(header) if header.isascii() and header.isdigit() else 0.0

@@ -24,15 +24,15 @@ _JSON_TYPES: dict[str, tuple[str, type | tuple[type, ...]]] = {
     "object": ("a mapping", dict),
     "str": ("a string", str),
 }
-"""By msgspec's name of a JSON type: what an error calls it, and the Python types of its values."""
+"""Maps msgspec's name of a JSON type to its name in errors and to the Python types of its values."""
 _UNKNOWN = object()
 
 
 class ObjectError(ValueError):
     """An object that cannot be decoded or used.
 
-    `field` is the path of the invalid field, () for the object itself. `problem` completes a sentence that begins with
-    the path, such as `must be an integer, not "http"`.
+    `field` is the path of the invalid field, or () for the object itself. `problem` completes a sentence that begins
+    with the path, such as `must be an integer, not "http"`.
     """
 
     def __init__(self, problem: str, field: FieldPath = ()) -> None:
@@ -47,9 +47,9 @@ def must_be(expected: str, value: object, *field: str | int) -> ObjectError:
 
 
 def explain(error: Exception, content: bytes | msgspec.Raw | Any) -> ObjectError:
-    """Translate the error that decoding `content` with msgspec raised.
+    """Translate an error that msgspec raised while decoding `content`, which is JSON text or parsed data.
 
-    `content` is JSON text or parsed data: it has the invalid value, which msgspec's message lacks.
+    The invalid value is looked up in `content`, because msgspec's message does not contain it.
     """
     if isinstance(error, RecursionError):
         return ObjectError("nested too deeply")
@@ -99,7 +99,8 @@ def _parsed(content: bytes | msgspec.Raw | Any) -> Any:
 def _locate(match: re.Match[str], data: Any) -> tuple[FieldPath, Any]:
     """Return the path of the field that a msgspec error names, and the field's value.
 
-    For a value of a mapping, msgspec writes `[...]` instead of the key: it is the first value of the wrong type.
+    For a value of a mapping, msgspec writes `[...]` instead of the key. The field is then the first value of the wrong
+    type.
     """
     _, types = _expected(match)
     path: list[str | int] = []

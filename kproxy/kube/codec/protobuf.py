@@ -5,10 +5,11 @@ then a `runtime.Unknown` that names the kind (Kubernetes API concepts, "Protobuf
 the `generated.proto` files in k8s.io/api and k8s.io/apimachinery. Go writes empty strings and messages, which JSON
 omits; this decoder treats them as absent.
 
-Why not the `protobuf` package: importing it costs 3 to 4 MB, and every value must be fetched from its messages
+The `protobuf` package is not used: importing it costs 3 to 4 MB, and every value must be fetched from its messages
 separately. This decoder skips fields that affect no rules (managedFields, targetRef, selectors, most labels) by their
 length, and caches decoded endpoints by their bytes: a change of an EndpointSlice repeats most endpoints unchanged.
-Measured from a TLS socket to the value, with objects as Helm and the controllers write them, against typed JSON:
+Time from the TLS socket to the decoded value, compared with typed JSON, for objects as Helm and the controllers write
+them:
 
 | event | protobuf | JSON |
 | --- | --- | --- |
@@ -60,7 +61,7 @@ MEDIA_TYPE = "application/vnd.kubernetes.protobuf"
 MAGIC = b"k8s\0"
 """Prefix of every object in protobuf. JSON never starts with it."""
 ENDPOINT_CACHE_SIZE = 1024
-"""Endpoints that a watch caches by their bytes: about 0.4 MB, or ten EndpointSlices with the usual maximum of 100."""
+"""Maximum number of endpoints that a watch caches: about 0.4 MB, or ten EndpointSlices of the usual maximum size."""
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 """Wire types. Kubernetes does not use the other two, which delimit groups."""
@@ -161,7 +162,7 @@ def _decode_message(known: _KnownFields, shape: Callable[..., _S], raw: bytes) -
 def _bytes_field(raw: bytes, position: int, number: int) -> tuple[int, int]:
     """Return the start and end of the content of field `number` (below 16), whose tag is at `position`.
 
-    Raises `ProtobufError` if another field is there.
+    Raises `ProtobufError` if a different field is at `position`.
     """
     if raw[position] != number << 3 | _BYTES:
         raise ProtobufError(f"expected field {number}, but found tag {raw[position]:#x}")

@@ -14,6 +14,8 @@ class ApiStruct(Struct, rename="camel", gc=False):
 
 
 class ApiMetadata(ApiStruct):
+    """ObjectMeta (meta/v1)."""
+
     name: str = ""
     namespace: str = ""
     uid: str = ""
@@ -24,6 +26,8 @@ class ApiMetadata(ApiStruct):
 
 
 class ApiServicePort(ApiStruct):
+    """ServicePort (core/v1)."""
+
     port: int | None = None
     name: str = ""
     protocol: str = "TCP"
@@ -31,14 +35,20 @@ class ApiServicePort(ApiStruct):
 
 
 class ApiClientIP(ApiStruct):
+    """ClientIPConfig (core/v1): the timeout of session affinity."""
+
     timeout_seconds: int | None = None
 
 
 class ApiAffinityConfig(ApiStruct):
+    """SessionAffinityConfig (core/v1)."""
+
     client_ip: ApiClientIP | None = msgspec.field(default=None, name="clientIP")
 
 
 class ApiServiceSpec(ApiStruct):
+    """ServiceSpec (core/v1)."""
+
     type: str = "ClusterIP"
     cluster_ip: str = msgspec.field(default="", name="clusterIP")
     cluster_ips: list[str] | None = msgspec.field(default=None, name="clusterIPs")
@@ -53,40 +63,56 @@ class ApiServiceSpec(ApiStruct):
 
 
 class ApiIngress(ApiStruct):
+    """LoadBalancerIngress (core/v1): one address of a load balancer."""
+
     ip: str = ""
     ip_mode: str | None = None
 
 
 class ApiLoadBalancer(ApiStruct):
+    """LoadBalancerStatus (core/v1)."""
+
     ingress: list[ApiIngress] | None = None
 
 
 class ApiServiceStatus(ApiStruct):
+    """ServiceStatus (core/v1)."""
+
     load_balancer: ApiLoadBalancer | None = None
 
 
 class ApiService(ApiStruct):
+    """Service (core/v1)."""
+
     metadata: ApiMetadata
     spec: ApiServiceSpec | None = None
     status: ApiServiceStatus | None = None
 
 
 class ApiConditions(ApiStruct):
+    """EndpointConditions (discovery.k8s.io/v1). None means unknown."""
+
     ready: bool | None = None
     serving: bool | None = None
     terminating: bool | None = None
 
 
 class ApiNamed(ApiStruct):
+    """ForZone or ForNode (discovery.k8s.io/v1): the zone or node of a hint."""
+
     name: str = ""
 
 
 class ApiHints(ApiStruct):
+    """EndpointHints (discovery.k8s.io/v1)."""
+
     for_zones: list[ApiNamed] | None = None
     for_nodes: list[ApiNamed] | None = None
 
 
 class ApiEndpoint(ApiStruct):
+    """Endpoint (discovery.k8s.io/v1)."""
+
     addresses: list[str] | None = None
     conditions: ApiConditions | None = None
     node_name: str | None = None
@@ -94,12 +120,16 @@ class ApiEndpoint(ApiStruct):
 
 
 class ApiEndpointPort(ApiStruct):
+    """EndpointPort (discovery.k8s.io/v1)."""
+
     name: str | None = None
     port: int | None = None
     protocol: str | None = None
 
 
 class ApiEndpointSlice(ApiStruct):
+    """EndpointSlice (discovery.k8s.io/v1)."""
+
     metadata: ApiMetadata
     address_type: str = ""
     endpoints: list[ApiEndpoint] | None = None
@@ -107,44 +137,62 @@ class ApiEndpointSlice(ApiStruct):
 
 
 class ApiTaint(ApiStruct):
+    """Taint (core/v1)."""
+
     key: str = ""
 
 
 class ApiNodeSpec(ApiStruct):
+    """NodeSpec (core/v1)."""
+
     pod_cidr: str = msgspec.field(default="", name="podCIDR")
     pod_cidrs: list[str] | None = msgspec.field(default=None, name="podCIDRs")
     taints: list[ApiTaint] | None = None
 
 
 class ApiNodeAddress(ApiStruct):
+    """NodeAddress (core/v1)."""
+
     type: str = ""
     address: str = ""
 
 
 class ApiNodeStatus(ApiStruct):
+    """NodeStatus (core/v1)."""
+
     addresses: list[ApiNodeAddress] | None = None
 
 
 class ApiNode(ApiStruct):
+    """Node (core/v1)."""
+
     metadata: ApiMetadata
     spec: ApiNodeSpec | None = None
     status: ApiNodeStatus | None = None
 
 
 class ApiServiceCIDRSpec(ApiStruct):
+    """ServiceCIDRSpec (networking.k8s.io/v1)."""
+
     cidrs: list[str] | None = None
 
 
 class ApiServiceCIDR(ApiStruct):
+    """ServiceCIDR (networking.k8s.io/v1)."""
+
     metadata: ApiMetadata
     spec: ApiServiceCIDRSpec | None = None
 
 
 class ApiStatusDetails(ApiStruct):
+    """StatusDetails (meta/v1)."""
+
     retry_after_seconds: float = 0.0
 
 
 class ApiStatus(ApiStruct):
+    """Status (meta/v1): an error of the API server."""
+
     code: int = 0
     reason: str = ""
     message: str = ""

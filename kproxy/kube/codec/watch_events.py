@@ -13,7 +13,7 @@ from kproxy.kube.codec.schema import ApiStatus
 INITIAL_EVENTS_END = "k8s.io/initial-events-end"
 """Annotation of the bookmark that ends the initial events of a watch with `sendInitialEvents` (KEP-3157)."""
 MAX_TEXT_LENGTH = 400
-"""Characters of a server's message that a log line quotes."""
+"""Maximum number of characters that a log line quotes of a server's message."""
 
 
 class Deleted(Struct, frozen=True):

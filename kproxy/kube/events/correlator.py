@@ -40,7 +40,7 @@ class ObjectReference(Struct, frozen=True):
 
 
 class EventOccurrence(Struct, frozen=True):
-    """One occurrence of an event."""
+    """One occurrence of an event. `at` is in monotonic seconds, `wall` in nanoseconds since the epoch."""
 
     regarding: ObjectReference
     event_type: EventType
@@ -57,7 +57,7 @@ class EventOccurrence(Struct, frozen=True):
 
 
 class EventReport(Struct, frozen=True):
-    """An event to write: `count` occurrences, the first of them at `first_wall`."""
+    """An event to write: `count` occurrences, the first of them at `first_wall` (nanoseconds since the epoch)."""
 
     latest: EventOccurrence
     first_wall: int
@@ -85,7 +85,7 @@ class TokenBucket:
         self._refilled_at = float("-inf")
 
     def take(self, now: float) -> bool:
-        """Take a token at `now`; return whether there was one."""
+        """Take a token and return whether one was available. `now` is in monotonic seconds."""
         self._tokens = min(self._burst, self._tokens + (now - self._refilled_at) / self._refill_seconds)
         self._refilled_at = now
         if self._tokens < 1:
@@ -162,7 +162,7 @@ def event_object(report: EventReport, node_name: str) -> dict[str, Any]:
 
 
 def micro_time(wall: int) -> str:
-    """Format a time as the API type MicroTime: RFC 3339 in UTC, with six digits after the decimal point."""
+    """Format nanoseconds since the epoch as the API type MicroTime: RFC 3339 in UTC with microseconds."""
     seconds, nanoseconds = divmod(wall, 10**9)
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{nanoseconds // 1000:06}Z"
 

@@ -28,7 +28,7 @@ from kproxy.kube.events.correlator import (
 )
 
 QUEUE_LIMIT = 200
-"""Maximum number of occurrences that wait for the thread. Further ones are dropped."""
+"""Maximum number of occurrences that wait for the recorder's thread. Further occurrences are dropped."""
 POST_TIMEOUT = 10.0
 """Seconds without data from the server after which an attempt fails."""
 RETRY_DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0)
@@ -87,13 +87,13 @@ class EventRecorder:
             log.debug("event queue is full, dropping %s", _describe(occurrence))
 
     def start(self) -> None:
-        """Start the thread. It also writes events recorded before."""
+        """Start the thread. It also writes the events that were recorded earlier."""
         self._thread.start()
 
     def stop(self, timeout: float) -> None:
-        """Stop the thread. Events that are not written yet are dropped.
+        """Stop the thread. Events that have not been written yet are dropped.
 
-        Waits at most `timeout` seconds. A thread that waits for a response takes longer.
+        Waits at most `timeout` seconds. A thread that is waiting for a response may run longer.
         """
         self._stopping.set()
         self._queue.put(None)
@@ -137,7 +137,7 @@ class EventRecorder:
         if failure and not self._failing:
             log.warning("cannot write %s: %s", _describe(report.latest), failure)
         elif self._failing and not failure:
-            log.info("events are written again")
+            log.info("writing events again")
         self._failing = bool(failure)
 
 

@@ -24,10 +24,10 @@ PAGE_SIZE = 500
 INACTIVITY = 90.0
 """Seconds without data after which a connection counts as dead. Bookmarks arrive about every 60 s."""
 BOOKMARK_DUE = 0.8
-"""Fraction of `INACTIVITY` after which a bookmark should have arrived. Shorter connections can end without one."""
-SHORT_SILENCE_DIVISOR = 20
-"""Seconds of silence on such shorter connections that count as one second: they lead to a relist after an hour."""
-MAX_SILENCES = 2
+"""Fraction of `INACTIVITY` within which a bookmark should arrive. Shorter connections can end without a bookmark."""
+SHORT_IDLE_DIVISOR = 20
+"""Idle seconds on such shorter connections that count as one second. They cause a relist only after an hour."""
+MAX_IDLE_PERIODS = 2
 """Multiple of `INACTIVITY` without an event or bookmark, over any number of connections, after which to relist.
 
 An API server whose etcd was restored from an older backup accepts a resourceVersion that it has not reached yet, and
@@ -36,15 +36,18 @@ did not change cause no work."""
 MIN_WATCH_SECONDS = 1.0
 """A watch that the server closes sooner has failed, even if it was closed cleanly (client-go uses the same limit)."""
 MAX_INCOMPLETE_LISTS = 2
-"""Lists that are discarded because they contain objects without a readable name. The next list is used without them."""
+"""Maximum number of consecutive lists to discard because they contain objects without a readable name.
+
+The next list is used without these objects.
+"""
 MAX_BACKOFF = 24.0
-"""Seconds between attempts after many failures, 18 to 30 with jitter: client-go's limit."""
+"""Seconds between attempts after many failures (18 to 30 with jitter), as in client-go."""
 MAX_UNAVAILABLE_BACKOFF = 240.0
-"""The same for an optional kind that the server does not serve or not allow, 180 to 300 with jitter."""
+"""The same for an optional kind that the server does not serve or does not allow reading (180 to 300 with jitter)."""
 
 _TRANSIENT_STATUSES = frozenset({401, 429, 503, 504})
 _UNAVAILABLE_STATUSES = frozenset({403, 404})
-"""Statuses by which a server says that it does not serve a kind, or does not allow reading it."""
+"""Statuses of a server that does not allow reading a kind (403) or does not serve it (404)."""
 _NOT_OTHER_PROXY = f"!{PROXY_NAME_LABEL}"
 _NOT_HEADLESS = f"{_NOT_OTHER_PROXY},!{HEADLESS_LABEL}"
 _WITH_CLUSTER_IP = "spec.clusterIP!=None,spec.type!=ExternalName"
@@ -64,7 +67,7 @@ class ApiResource(Struct, frozen=True):
 
 
 class ListWatchRequest(Struct, frozen=True):
-    """A GET request. The response is a watch, or else one page of a list. `accept` is the Accept header."""
+    """A GET request for a watch, or else for one page of a list. `accept` is the Accept header."""
 
     path: str
     params: dict[str, str]
@@ -109,7 +112,7 @@ class ListWatchStep(Struct, frozen=True):
 
 
 def resource_of(kind: Kind, node_name: str) -> ApiResource:
-    """Return the resource of a kind. Of Nodes, it selects only `node_name`."""
+    """Return the resource of a kind. For Nodes, it selects only `node_name`."""
     if kind is Service:
         selectors = {"labelSelector": _NOT_OTHER_PROXY, "fieldSelector": _WITH_CLUSTER_IP}
         return ApiResource("/api/v1/services", "services", selectors)
@@ -129,8 +132,8 @@ class ListWatch:
 
     Send what `next_request` returns, report the outcome to the `handle_...` methods, and carry out the `ListWatchStep`
     that they return. `random` returns a float in [0, 1); `inactivity` is in seconds. `error` is the current problem as
-    one line, "" if there is none. `optional_statuses` are the HTTP statuses that are no error, because kproxy works
-    without the kind.
+    one line, or "" if there is none. `optional_statuses` are the HTTP statuses that are not errors, because kproxy
+    works without the kind.
     """
 
     def __init__(self, kind: Kind, node_name: str, random: Callable[[], float], inactivity: float = INACTIVITY) -> None:
@@ -152,12 +155,12 @@ class ListWatch:
         self._continue_token = ""
         self._listed: dict[tuple[str, str], bytes | None] = {}  # packed objects; None: exists, but is invalid
         self._was_listed = False
-        self._missed_change = False  # of an unknown object: only a relist shows it
+        self._missed_change = False  # an object changed whose name cannot be decoded: only a relist recovers it
         self._incomplete_lists = 0
         self._failures = 0
         self._relists = 0
         self._active = False  # an event or bookmark arrived on the current connection
-        self._silence = 0.0  # seconds without one on earlier connections
+        self._idle_seconds = 0.0  # seconds without one on earlier connections
 
     @property
     def unavailable(self) -> bool:
@@ -235,14 +238,14 @@ class ListWatch:
             return self._retry(f"cannot watch {self.resource}: the API server closes the watch immediately")
         self._failures = 0
         self._relist_if_missed()
-        self._add_silence(duration)
+        self._add_idle_time(duration)
         return ListWatchStep(reconnect_after=0.0)
 
     def handle_failure(self, text: str, duration: float = 0.0) -> ListWatchStep:
         """Handle a failure to connect, or a connection that broke `duration` seconds after the start of its watch."""
         verb = "watch" if self._resource_version else "list"
         step = self._retry(f"cannot {verb} {self.resource}: {text}")
-        self._add_silence(duration)
+        self._add_idle_time(duration)
         return step
 
     def handle_inactivity(self) -> ListWatchStep:
@@ -252,22 +255,22 @@ class ListWatch:
         if self._resource_version:
             self._relist_if_missed()
             self.error = text
-            self._active = False  # events arrived only before the silence
-            self._add_silence(self.inactivity)
+            self._active = False  # events arrived only before the connection became idle
+            self._add_idle_time(self.inactivity)
             return ListWatchStep(reconnect_after=0.0)
         if self._use_watch_list and not self._watch_list_works:  # the server may not know sendInitialEvents
             self.error = text
             return self._fall_back_to_pages()
         return self._retry(text)
 
-    def _add_silence(self, seconds: float) -> None:
-        """Count the silence at the end of a connection, and relist after too much of it."""
+    def _add_idle_time(self, seconds: float) -> None:
+        """Count the idle time at the end of a connection, and relist after too much of it."""
         if not self._resource_version or self._active:
             return
-        # Behind a load balancer that closes idle connections, a bookmark may never arrive: that alone says little.
+        # Behind a load balancer that closes idle connections, bookmarks may never arrive.
         due = seconds >= BOOKMARK_DUE * self.inactivity
-        self._silence += seconds if due else seconds / SHORT_SILENCE_DIVISOR
-        if self._silence >= MAX_SILENCES * self.inactivity:
+        self._idle_seconds += seconds if due else seconds / SHORT_IDLE_DIVISOR
+        if self._idle_seconds >= MAX_IDLE_PERIODS * self.inactivity:
             self.error = f"must relist {self.resource}: no event or bookmark for too long"
             self._start_list()
 
@@ -290,7 +293,7 @@ class ListWatch:
     def _handle_change(self, event: Event) -> ListWatchStep:
         """Handle an event after the list."""
         assert not isinstance(event, ErrorStatus)
-        self._active, self._silence = True, 0.0
+        self._active, self._idle_seconds = True, 0.0
         self._resource_version = event.resource_version or self._resource_version
         if isinstance(event, UndecodableObject):
             self._missed_change |= not event.name
@@ -333,9 +336,9 @@ class ListWatch:
         objects = PackedSequence(self._kind, [item for item in self._listed.values() if item is not None])
         unreadable = tuple(key for key, item in self._listed.items() if item is None)
         self._discard_list()
-        self._resource_version = resource_version  # a missed change stays: there is a relist after this watch
+        self._resource_version = resource_version  # a missed change stays recorded: a relist follows this watch
         self._failures = self._incomplete_lists = 0
-        self._active, self._silence = True, 0.0
+        self._active, self._idle_seconds = True, 0.0
         self._was_listed = True
         self.error = ""
         return ListWatchStep((*messages, Replace(self._kind, objects, unreadable)), reconnect_after)
@@ -362,9 +365,9 @@ class ListWatch:
         return self._retry(text, at_least=error.retry_after, renew_credentials=error.code == 401)
 
     def _continue_without_kind(self, error: ErrorStatus) -> ListWatchStep:
-        """Continue without an optional kind that the server does not serve (404) or does not allow to read (403).
+        """Continue without an optional kind that the server does not serve (404) or does not allow reading (403).
 
-        Known objects stay; without any, the kind counts as listed and empty. Attempts become rare.
+        Known objects stay. If the kind was never listed, it counts as listed and empty. Attempts become rare.
         """
         problem = "the API server does not serve" if error.code == 404 else "no permission to list and watch"
         effect = "keeping the last known objects" if self._was_listed else self._unavailable_effect
@@ -410,7 +413,7 @@ class ListWatch:
         self._listed, self._continue_token = {}, ""
 
     def _fall_back_to_pages(self) -> ListWatchStep:
-        """List in pages from now on, which every server supports."""
+        """From now on, list in pages, which every server supports."""
         self._use_watch_list = False
         self._discard_list()
         self._missed_change = False

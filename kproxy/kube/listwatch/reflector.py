@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 
 from kproxy.kube.client.client import ApiClient
 from kproxy.kube.client.cluster_access import ClientError
-from kproxy.kube.client.response import ApiResponse, SilenceError, TransportError
+from kproxy.kube.client.response import ApiResponse, IdleTimeoutError, TransportError
 from kproxy.kube.codec.streams import read_events
 from kproxy.kube.codec.watch_events import one_line
 from kproxy.kube.listwatch.list_watch import (
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 class ApiSource:
-    """Lists and watches objects of `kinds` and passes every change to `sink`. Of Nodes, it watches only `node_name`.
+    """Lists and watches objects of `kinds` and passes every change to `sink`. For Nodes, it watches only `node_name`.
 
     `sink` is called from several threads and must not block. The first message of each kind is a `Replace` with the
     complete list. Failed requests are retried forever. If the server does not serve ServiceCIDRs, or does not allow
@@ -61,7 +61,7 @@ class ApiSource:
     def stop(self, timeout: float) -> None:
         """Stop the threads, even if they wait for data. `sink` is not called after this returns.
 
-        Waits at most `timeout` seconds. Only a thread that is connecting or waiting for a response takes longer.
+        Waits at most `timeout` seconds. Only a thread that is connecting or waiting for a response may run longer.
         """
         for reflector in self._reflectors:
             reflector.stop()
@@ -71,7 +71,7 @@ class ApiSource:
 
 
 class LogDeduplicator:
-    """Suppresses messages that one thread logged within the last `period` seconds. `now` is in seconds."""
+    """Suppresses messages that one thread already logged within the last `period` seconds. `now` is in seconds."""
 
     def __init__(self, period: float) -> None:
         self._period = period
@@ -153,14 +153,18 @@ class _Reflector:
         self._watch_start = None
         try:
             with self._client.get(
-                request.path, request.params, machine.inactivity, request.accept, absences=machine.optional_statuses
+                request.path,
+                request.params,
+                machine.inactivity,
+                request.accept,
+                optional_statuses=machine.optional_statuses,
             ) as response:
                 try:
                     registered = self._register(response)
                     step = self._process(request, response) if registered else ListWatchStep(reconnect_after=0.0)
                 finally:
                     self._response = None
-        except SilenceError:
+        except IdleTimeoutError:
             step = self._machine.handle_inactivity()
         except (TransportError, ClientError) as error:
             step = self._machine.handle_failure(str(error), self._watch_duration())
@@ -171,13 +175,13 @@ class _Reflector:
         return step.reconnect_after or 0.0
 
     def _register(self, response: ApiResponse) -> bool:
-        """Let `stop` close the response. Return False if `stop` was called before."""
+        """Allow `stop` to close the response. Return False if `stop` has already been called."""
         with self._lock:
             self._response = self._last_response = response
             return not self._stopping.is_set()
 
     def _process(self, request: ListWatchRequest, response: ApiResponse) -> ListWatchStep:
-        """Process a response to its end; return the last step, which the caller must carry out."""
+        """Process a response up to its end. Return the last step, which the caller must carry out."""
         if response.status != 200:
             return self._machine.handle_status(response.status, response.headers, response.read())
         if not request.watch:
@@ -193,7 +197,7 @@ class _Reflector:
         return self._machine.handle_close(self._watch_duration())
 
     def _watch_duration(self) -> float:
-        """Return the seconds since the start of the current watch, 0 if the request did not start one."""
+        """Return the seconds since the start of the current watch, or 0 if the request did not start one."""
         return time.monotonic() - self._watch_start if self._watch_start is not None else 0.0
 
     def _carry_out(self, step: ListWatchStep) -> None:

@@ -1,4 +1,4 @@
-"""Load objects from files, once or again whenever the files change."""
+"""Load objects from files, either once or whenever the files change."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class FileSourceError(Exception):
 
 
 class ManifestUpdate(Struct, frozen=True):
-    """What a snapshot changes: the objects to deliver, () if they are unchanged, and lines for the log."""
+    """What a snapshot changes: the objects to deliver, or () if they are unchanged, and lines for the log."""
 
     replacements: tuple[Replace, ...] = ()
     notes: tuple[str, ...] = ()
@@ -35,11 +35,11 @@ class ManifestUpdate(Struct, frozen=True):
 
 
 class ManifestState:
-    """The last valid content of files. Pure: takes snapshots in the order in which they were read.
+    """The last valid content of files. Pure. Pass snapshots in the order in which they were read.
 
     Delivers nothing until all files are valid for the first time; otherwise, objects that an earlier process programmed
     would be deleted. After that, an invalid file keeps its last valid content, and a new file that is invalid counts as
-    absent. If no file is usable, nothing changes: a file with `items: []` is the way to have no objects.
+    absent. If no file is usable, nothing changes. To delete all objects, use a file with `items: []`.
     """
 
     def __init__(self) -> None:
@@ -50,8 +50,8 @@ class ManifestState:
 
     def update(self, snapshot: PathSnapshot) -> ManifestUpdate:
         """Return what a snapshot changes."""
-        if snapshot.trouble is not None:
-            return ManifestUpdate(problems=(snapshot.trouble,))
+        if snapshot.problem is not None:
+            return ManifestUpdate(problems=(snapshot.problem,))
         texts = {path: text for path, text in snapshot.files.items() if isinstance(text, bytes)}
         self._parsed = {
             path: self._parsed[path] if self._texts.get(path) == text else parse_file(path, text)
@@ -79,8 +79,8 @@ class ManifestState:
 class FileSource:
     """Loads the objects of `path`, a file or a directory (see `read_path`), and passes them to `sink`.
 
-    Each call of `sink` has a `Replace` of Services, EndpointSlices, Nodes and ServiceCIDRs, in this order, empty for a
-    kind without objects. `sink` is called from a thread and must not block.
+    Each call passes four `Replace` deltas: of Services, EndpointSlices, Nodes and ServiceCIDRs, in this order. A kind
+    without objects has an empty delta. `sink` is called from a thread and must not block.
     """
 
     def __init__(self, path: str, sink: Callable[[tuple[Delta, ...]], None]) -> None:
@@ -94,7 +94,7 @@ class FileSource:
     def load_once(self) -> None:
         """Read the files and deliver their objects in the calling thread.
 
-        Raises `FileSourceError`, and delivers nothing, if a file is invalid or there is none.
+        Raises `FileSourceError` and delivers nothing if a file is invalid or no file exists.
         """
         update = self._state.update(read_path(self._path))
         if update.problems:

@@ -45,7 +45,7 @@ Identity: TypeAlias = tuple[str, str, str]
 
 
 class ManifestFile(Struct, frozen=True):
-    """The objects of one file, in their order, None for an object without rules (such as a headless Service).
+    """The objects of one file in file order, with None for an object without rules (such as a headless Service).
 
     `ignored_kinds` are kinds in the file that kproxy does not use. `warnings` are lines about endpoints and ports that
     cannot be used. A file with `problems` must not be used.
@@ -111,7 +111,7 @@ _decode_any = msgspec.json.Decoder().decode
 
 
 def load_objects(texts: Mapping[str, bytes]) -> LoadedManifests:
-    """Return the objects of files, given as path and text. Files with problems contribute no objects."""
+    """Return the objects of files, given as their texts by path. Files with problems contribute no objects."""
     return combine(parse_file(path, text) for path, text in texts.items())
 
 
@@ -225,7 +225,7 @@ def _items(content: bytes | Any) -> Iterator[_ManifestItem]:
 
 
 def _complete_type(item: _ManifestItem) -> ManifestKind | None:
-    """Set the type of an item from its own content; return its kind, None for a kind that kproxy does not use."""
+    """Set the type of an item from its content. Return its kind, or None for a kind that kproxy does not use."""
     own = _type_of(item.content)
     item.kind = own.kind or item.kind
     item.api_version = own.api_version or item.api_version

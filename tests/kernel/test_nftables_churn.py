@@ -1,4 +1,4 @@
-"""A thousand changes under hundreds of new connections a second: none fails, and the table ends as if made afresh."""
+"""1000 changes during hundreds of new connections a second: no connection fails and the final table is correct."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ from tests.lab.web_service import CLUSTER_IPS, WebService
 log = logging.getLogger(__name__)
 
 SEED = "CHURN_SEED"
-"""The variable of the environment that holds the seed of a run that is to happen again."""
+"""The environment variable with the seed of a run to repeat."""
 
 CHANGES = 1000
 LARGEST_BATCH = 8
 CONNECTIONS_PER_CHANGE = 12
 CONNECTIONS_AFTERWARDS = 2000
-RESTARTS = 0.05
-"""After what part of the batches another process takes the tables over."""
+RESTART_PROBABILITY = 0.05
+"""The probability that a new process takes over the tables after a batch."""
 
 CIDRS = {Family.IPV4: "10.244.0.0/16", Family.IPV6: "fd00:10:244::/48"}
 NODE_OBJECT = Node(NODE, addresses=NODE_ADDRESSES)
 
 
 class ChurnProxy(InProcessProxy):
-    """Both families of nftables mode in a namespace, for as long as one process would live."""
+    """A proxy of both families in nftables mode in a namespace. A new one acts as a new process."""
 
     def __init__(self, node: Namespace, churn: Churn) -> None:
-        """Start with all objects, whatever the tables hold."""
+        """Start with all objects and the existing tables."""
         families = {
             family: FamilySync(
                 NftablesBackend(NftTable(family, NetlinkCommit(family)), batch_frontends=25),
@@ -83,7 +83,7 @@ def web(lab: Lab, servers: Servers, tmp_path: Path) -> WebService:
     return WebService(lab, servers, folder, "TCP")
 
 
-def test_no_connection_fails_while_everything_changes(lab: Lab, tmp_path: Path) -> None:
+def test_no_connection_fails_during_changes(lab: Lab, tmp_path: Path) -> None:
     seed = int(os.environ.get(SEED) or random.randrange(1 << 32))
     churn, sizes = Churn(seed), random.Random(seed)
     node = lab.node.namespace
@@ -102,7 +102,7 @@ def test_no_connection_fails_while_everything_changes(lab: Lab, tmp_path: Path) 
             count = min(sizes.randint(1, LARGEST_BATCH), CHANGES - changes)
             proxy.apply(*churn.batch(count)).sync()
             changes += count
-            if sizes.random() < RESTARTS:
+            if sizes.random() < RESTART_PROBABILITY:
                 proxy = ChurnProxy(node, churn)
             load.wait_for(changes * CONNECTIONS_PER_CHANGE)
         load.settle()
@@ -114,31 +114,31 @@ def test_no_connection_fails_while_everything_changes(lab: Lab, tmp_path: Path) 
         last.settle()
     assert last.failures() == [], f"seed {seed}, afterwards"
     assert watch.seen() == [], f"seed {seed}: packets left untranslated"
-    assert_as_afresh(node, churn, seed)
+    assert_tables_are_correct(node, churn, seed)
 
 
-def assert_as_afresh(node: Namespace, churn: Churn, seed: int) -> None:
-    """Compare the tables with those of the same objects on an empty node."""
+def assert_tables_are_correct(node: Namespace, churn: Churn, seed: int) -> None:
+    """Check that the tables equal those of the same objects on an empty node."""
     fresh = Namespace("fresh")
     try:
         ChurnProxy(fresh, churn)
         for family in NFT_FAMILIES:
-            wanted = table_state(fresh, family)
-            assert wanted
-            assert table_state(node, family) == wanted, f"seed {seed}"
+            expected = table_state(fresh, family)
+            assert expected
+            assert table_state(node, family) == expected, f"seed {seed}"
     finally:
         fresh.close()
 
 
-# A packet under way while a transaction is made may see some of the table as it was before, and some as it is after.
+# A packet that traverses the table during a commit may see some objects from before and some from after it.
 
 
 @pytest.mark.parametrize("version", [4, 6], ids=["ipv4", "ipv6"])
 @pytest.mark.parametrize("before", [2, 3, 5, 12, 27])
-def test_a_packet_with_the_verdict_of_before_finds_an_endpoint_of_after(
+def test_packet_with_the_previous_verdict_finds_a_new_endpoint(
     lab: Lab, web: WebService, version: int, before: int
 ) -> None:
-    """The map of endpoints already holds one alone, the verdict still goes to the chain for many."""
+    """The map already contains a single endpoint, but the verdict still jumps to the chain for several."""
     pods = [web.pod(number) for number in range(1, before + 1)]
     web.apply_service(pods)
     family = NFT_FAMILIES[version == 6]
@@ -151,8 +151,8 @@ def test_a_packet_with_the_verdict_of_before_finds_an_endpoint_of_after(
 
 
 @pytest.mark.parametrize("version", [4, 6], ids=["ipv4", "ipv6"])
-def test_a_packet_that_nobody_translated_does_not_leave_the_node(lab: Lab, web: WebService, version: int) -> None:
-    """It came by when the frontend had no endpoints, and has them now."""
+def test_untranslated_packet_does_not_leave_the_node(lab: Lab, web: WebService, version: int) -> None:
+    """It passed nat/prerouting before the frontend had endpoints."""
     watch = UntranslatedPackets(lab.node.namespace, [*CLUSTER_IPS.values()], [])
     web.apply_service([web.pod(1)])
     family = NFT_FAMILIES[version == 6]

@@ -1,4 +1,4 @@
-"""Nodes where others have their hands in the same tables, and moments at which kproxy is stopped."""
+"""Foreign rules in the tables that kproxy uses, signals, and the ways in which the daemon ends."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def apply(node: Namespace) -> str:
 
 
 def jumps(node: Namespace, chain: str, target: str) -> int:
-    """Count with nft, which shows what iptables-save does not."""
+    """Count the jumps with nft, which lists rules that iptables-save cannot print."""
     rules = node.run(["nft", "list", "chain", "ip", "filter", chain]).stdout
     return rules.count(f"jump {target}")
 
 
-def test_a_table_that_iptables_cannot_print_gets_no_second_set_of_jumps(node: Namespace) -> None:
+def test_jumps_are_not_duplicated_in_a_table_that_iptables_cannot_print(node: Namespace) -> None:
     apply(node)
     node.run(["nft", "add", "rule", "ip", "filter", "FORWARD", "ct", "state", "new", "meta", "nftrace", "set", "1"])
     node.run(["iptables", "-I", "KUBE-FIREWALL", "-s", "192.0.2.1", "-j", "DROP"])
@@ -46,7 +46,7 @@ def test_a_table_that_iptables_cannot_print_gets_no_second_set_of_jumps(node: Na
     assert "192.0.2.1" in node.run(["nft", "list", "chain", "ip", "filter", "KUBE-FIREWALL"]).stdout
 
 
-def test_jumps_that_are_missing_beside_unprintable_rules_are_put_in(node: Namespace) -> None:
+def test_missing_jumps_are_added_beside_unprintable_rules(node: Namespace) -> None:
     node.run(["iptables", "-N", "OTHER"])
     node.run(["nft", "add", "rule", "ip", "filter", "OTHER", "ct", "state", "new", "meta", "nftrace", "set", "1"])
     apply(node)
@@ -54,51 +54,47 @@ def test_jumps_that_are_missing_beside_unprintable_rules_are_put_in(node: Namesp
     assert jumps(node, "INPUT", "KUBE-FIREWALL") == 1
 
 
-FOREIGN = (
+UNPRINTABLE_RULES = (
     ("filter", "add rule ip filter OUTPUT meta skuid 12345 counter drop"),
     ("filter", "insert rule ip filter FORWARD meta cpu 99 accept"),
     ("filter", "add rule ip filter foreign meta length 5 accept"),
     ("nat", "insert rule ip nat PREROUTING meta cpu 99 accept"),
     ("mangle", "add rule ip mangle FORWARD meta cpu 99 accept"),
 )
-"""Tables, and rules at which iptables-save 1.8.9 ends with an error."""
+"""Tables and rules with which iptables-save 1.8.9 fails."""
 
 
-@pytest.mark.parametrize(("table", "rule"), FOREIGN)
-@pytest.mark.parametrize("former", ["nothing", "kube-proxy"])
-def test_a_rule_that_stops_the_dump_of_its_table_stops_nothing_else(
-    node: Namespace, table: str, rule: str, former: str
-) -> None:
-    if former == "kube-proxy":
+@pytest.mark.parametrize(("table", "rule"), UNPRINTABLE_RULES)
+@pytest.mark.parametrize("previous", ["nothing", "kube-proxy"])
+def test_unprintable_rule_does_not_prevent_syncs(node: Namespace, table: str, rule: str, previous: str) -> None:
+    if previous == "kube-proxy":
         restore_recording(node, "nodeport")
-    foreign(node, rule)
+    add_foreign_rule(node, rule)
     for _ in range(2):
-        said = [line for line in apply(node).splitlines() if "only nft can print" in line]
-        assert len(said) == 1
-        assert f"table {table} has rules that only nft can print (iptables-save failed with status 3: " in said[0]
+        messages = [line for line in apply(node).splitlines() if "only nft can print" in line]
+        assert len(messages) == 1
+        assert f"table {table} has rules that only nft can print (iptables-save failed with status 3: " in messages[0]
     apply_other = [f"--config={GOLDEN}/clusterip/config.json", f"--objects={GOLDEN}/nodeport"]
     node.run([KPROXY, "apply", *apply_other])
     apply(node)
-    take_out(node, rule)
+    delete_foreign_rule(node, rule)
     apply(node)
     assert current_rules(node, Family.IPV4) == recorded("clusterip", Family.IPV4)
 
 
-@pytest.mark.parametrize(("table", "rule"), FOREIGN)
-def test_a_rule_that_stops_the_dump_of_its_table_keeps_no_other_from_being_cleaned(
-    node: Namespace, table: str, rule: str
-) -> None:
+@pytest.mark.parametrize(("table", "rule"), UNPRINTABLE_RULES)
+def test_unprintable_rule_does_not_prevent_cleanup_of_other_tables(node: Namespace, table: str, rule: str) -> None:
     apply(node)
-    foreign(node, rule)
-    said = node.run([KPROXY, "run", "--cleanup"]).stderr
-    assert f"table {table} has rules that only nft can print" in said
+    add_foreign_rule(node, rule)
+    log = node.run([KPROXY, "run", "--cleanup"]).stderr
+    assert f"table {table} has rules that only nft can print" in log
     for other in {"filter", "nat", "mangle"} - {table}:
-        left = node.run(["iptables-save", "-t", other]).stdout
-        assert "KUBE-" not in left.replace("KUBE-FIREWALL", "")
+        remaining = node.run(["iptables-save", "-t", other]).stdout
+        assert "KUBE-" not in remaining.replace("KUBE-FIREWALL", "")
 
 
-def foreign(node: Namespace, rule: str) -> None:
-    """Put in a rule, once iptables has made its chain."""
+def add_foreign_rule(node: Namespace, rule: str) -> None:
+    """Add a foreign rule, after iptables has created its chain."""
     table, chain = rule.split()[3:5]
     new = "" if chain.isupper() else f":{chain} - [0:0]\n"
     edits = f"-A {chain} -j ACCEPT\n-D {chain} -j ACCEPT\n"
@@ -106,7 +102,7 @@ def foreign(node: Namespace, rule: str) -> None:
     node.run(["nft", *rule.split()])
 
 
-def take_out(node: Namespace, rule: str) -> None:
+def delete_foreign_rule(node: Namespace, rule: str) -> None:
     table, chain = rule.split()[3:5]
     shown = node.run(["nft", "-a", "list", "chain", "ip", table, chain]).stdout.splitlines()
     handle = next(line.split()[-1] for line in shown if "meta " in line)
@@ -115,7 +111,7 @@ def take_out(node: Namespace, rule: str) -> None:
         node.run(["nft", "delete", "chain", "ip", table, chain])
 
 
-def test_surplus_copies_of_our_jumps_are_taken_out(node: Namespace) -> None:
+def test_duplicate_jumps_are_removed(node: Namespace) -> None:
     apply(node)
     before = node.run(["iptables-save"]).stdout.splitlines()
     jump = next(line for line in before if line.startswith("-A OUTPUT") and "KUBE-PROXY-FIREWALL" in line)
@@ -128,7 +124,7 @@ def test_surplus_copies_of_our_jumps_are_taken_out(node: Namespace) -> None:
     )
 
 
-def test_a_narrower_jump_of_somebody_else_is_not_ours(node: Namespace) -> None:
+def test_foreign_jump_with_a_match_is_kept(node: Namespace) -> None:
     node.run(["iptables", "-t", "nat", "-N", "KUBE-SERVICES"])
     node.run(["iptables", "-t", "nat", "-A", "OUTPUT", "-d", "192.0.2.9", "-j", "KUBE-SERVICES"])
     apply(node)
@@ -139,7 +135,7 @@ def test_a_narrower_jump_of_somebody_else_is_not_ours(node: Namespace) -> None:
     ]
 
 
-def test_a_cluster_cidr_that_holds_everything_masquerades_nothing(node: Namespace) -> None:
+def test_cluster_cidr_of_all_addresses_masquerades_nothing(node: Namespace) -> None:
     node.run([KPROXY, "apply", *CLUSTER, "--cluster-cidr=0.0.0.0/0"])
     rules = node.run(["iptables-save", "-t", "nat"]).stdout
     assert "-A KUBE-SVC-XRY76EGRC3BSCIIJ" in rules
@@ -147,11 +143,11 @@ def test_a_cluster_cidr_that_holds_everything_masquerades_nothing(node: Namespac
 
 
 @pytest.mark.parametrize("numbers", [(signal.SIGTERM,), (signal.SIGINT, signal.SIGTERM, signal.SIGTERM)])
-def test_signals_that_come_together_end_it(
+def test_simultaneous_signals_stop_the_daemon(
     node: Namespace, tmp_path: Path, numbers: tuple[signal.Signals, ...]
 ) -> None:
-    for turn in range(5):
-        log = tmp_path / f"log-{turn}"
+    for attempt in range(5):
+        log = tmp_path / f"log-{attempt}"
         with log.open("w") as output:
             process = node.popen([KPROXY, "run", *CLUSTER], output)
         while ": synced " not in log.read_text():
@@ -162,16 +158,16 @@ def test_signals_that_come_together_end_it(
 
 
 @pytest.mark.parametrize("prefix", [[], ["unshare", "--pid", "--fork", "--kill-child"]], ids=["", "pid-1"])
-def test_signals_that_do_not_mean_the_end_do_not_end_it(node: Namespace, tmp_path: Path, prefix: list[str]) -> None:
-    """Also as PID 1 of a container."""
+def test_other_signals_do_not_stop_the_daemon(node: Namespace, tmp_path: Path, prefix: list[str]) -> None:
+    """Also for PID 1 of a container."""
     log = tmp_path / "log"
     with log.open("w") as output:
         process = node.popen([*prefix, KPROXY, "run", *CLUSTER], output)
     wait_until(lambda: "IPv6: synced" in log.read_text(), "the first sync")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     daemon = int(children[0]) if prefix else process.pid
-    ignored = "ignored; a changed configuration file is noticed without it"
-    for number, said in (
+    ignored = "ignored; kproxy detects changes of the configuration file by itself"
+    for number, message in (
         (signal.SIGHUP, f"] SIGHUP: {ignored}"),
         (signal.SIGUSR2, f"] SIGUSR2: {ignored}"),
         (signal.SIGUSR1, "] SIGUSR1: writing the stacks of all threads to stderr"),
@@ -179,8 +175,8 @@ def test_signals_that_do_not_mean_the_end_do_not_end_it(node: Namespace, tmp_pat
     ):
         os.kill(daemon, signal.SIGPIPE)
         os.kill(daemon, number)
-        wait_until(partial(_says, log, said), said)
-    wait_until(lambda: log.read_text().count("in _wait_for_stop") == 2, "the main thread's stack, twice")
+        wait_until(partial(_contains, log, message), message)
+    wait_until(lambda: log.read_text().count("in _wait_for_stop") == 2, "two stacks of the main thread")
     stacks = log.read_text()
     assert "Current thread 0x" in stacks
     assert 'sync/reconciler.py", line' in stacks
@@ -189,35 +185,37 @@ def test_signals_that_do_not_mean_the_end_do_not_end_it(node: Namespace, tmp_pat
     assert process.wait(HANG_GUARD) == 0
 
 
-def _says(log: Path, text: str) -> bool:
+def _contains(log: Path, text: str) -> bool:
     return text in log.read_text()
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT])
-def test_signals_before_it_works_do_not_end_it(node: Namespace, tmp_path: Path, number: signal.Signals) -> None:
+def test_early_signals_do_not_stop_the_daemon(node: Namespace, tmp_path: Path, number: signal.Signals) -> None:
     log = tmp_path / "log"
     script = textwrap.dedent(f"""\
         import os, sys
         sys.argv[1:] = ["run", *{CLUSTER!r}]
         import kproxy.cli.main as command
         run = command.main
-        def signalled(arguments):
+        def send_signal_first(arguments):
             os.kill(os.getpid(), {int(number)})
             return run(arguments)
-        command.main = signalled
+        command.main = send_signal_first
         from kproxy.__main__ import main
         sys.exit(main())
     """)
     with log.open("w") as output:
         process = node.popen([sys.executable, "-c", script], output)
-    wait_until(lambda: f"] {number.name}: " in log.read_text() or process.poll() is not None, "a line about it")
+    wait_until(
+        lambda: f"] {number.name}: " in log.read_text() or process.poll() is not None, "a log line about the signal"
+    )
     wait_until(lambda: "IPv6: synced" in log.read_text() or process.poll() is not None, "the first sync")
     process.terminate()
     assert process.wait(HANG_GUARD) == 0
 
 
-def test_it_ends_while_iptables_hangs(node: Namespace, tmp_path: Path) -> None:
-    """As PID 1 of a container, where a signal without a handler is ignored."""
+def test_daemon_stops_while_iptables_hangs(node: Namespace, tmp_path: Path) -> None:
+    """As PID 1 of a container, for which the kernel ignores signals without a handler."""
     programs = tmp_path / "bin"
     programs.mkdir()
     hanging = programs / "iptables"
@@ -233,7 +231,7 @@ def test_it_ends_while_iptables_hangs(node: Namespace, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_thread_that_ends_ends_the_daemon(node: Namespace) -> None:
+def test_daemon_exits_when_a_thread_fails(node: Namespace) -> None:
     script = textwrap.dedent(f"""\
         import sys
         from kproxy.documents.watch import PathWatcher
@@ -245,13 +243,11 @@ def test_a_thread_that_ends_ends_the_daemon(node: Namespace) -> None:
     """)
     done = node.run([sys.executable, "-c", script], check=False)
     assert done.returncode == 1
-    assert "file-source ended: MemoryError('no more')" in done.stderr
+    assert "thread file-source failed: MemoryError('no more')" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_an_impossible_number_in_a_file_is_one_problem_and_the_next_change_is_followed(
-    node: Namespace, tmp_path: Path
-) -> None:
+def test_number_out_of_range_in_a_file_does_not_prevent_later_changes(node: Namespace, tmp_path: Path) -> None:
     objects = tmp_path / "objects"
     objects.mkdir()
     for name in ("services", "endpointslices", "nodes"):
@@ -290,15 +286,17 @@ def test_an_impossible_number_in_a_file_is_one_problem_and_the_next_change_is_fo
         ("-t nat -F", "-t nat -X", "-t filter -F", "-t filter -X", "-t mangle -F", "-t mangle -X"),
     ],
 )
-def test_what_others_flush_is_put_back(node: Namespace, tmp_path: Path, removal: tuple[str, ...]) -> None:
+def test_rules_flushed_by_another_process_are_restored(
+    node: Namespace, tmp_path: Path, removal: tuple[str, ...]
+) -> None:
     log = tmp_path / "log"
     with log.open("w") as output:
         process = node.popen([KPROXY, "run", *CLUSTER, "--iptables-sync-period=1s"], output)
     wait_for(log, process, "IPv6: synced")
-    wanted = current_rules(node, Family.IPV4)
+    expected = current_rules(node, Family.IPV4)
     for command in removal:
         node.run(["iptables", *command.split()])
-    wait_until(lambda: current_rules(node, Family.IPV4) == wanted, "the rules to come back")
+    wait_until(lambda: current_rules(node, Family.IPV4) == expected, "the rules to be restored")
     assert "another process removed kproxy's rules" in log.read_text()
     process.terminate()
     assert process.wait(HANG_GUARD) == 0

@@ -1,4 +1,4 @@
-"""Real packets to an address and port that two Services claim."""
+"""Real traffic to an address and port that two Services use."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ FAMILIES = {4: "IPv4", 6: "IPv6"}
 VERSIONS = pytest.mark.parametrize("version", [4, 6], ids=["ipv4", "ipv6"])
 
 
-class Two:
-    """Two Services, each with a pod of its name."""
+class TwoServices:
+    """Two Services, each with a pod of the same name."""
 
     def __init__(self, lab: Lab, servers: Servers, folder: Path, mode: str) -> None:
         self._lab, self._folder, self._mode = lab, folder, mode
@@ -32,7 +32,7 @@ class Two:
         self.client = lab.add_client("outsider", "198.51.100.10", "2001:db8:51::10")
 
     def apply(self, serving: str, **specs: Any) -> None:
-        """Program the Services named in `specs`, of which those named in `serving` have their pod."""
+        """Program the Services in `specs`. Only those named in `serving` have their pod as an endpoint."""
         found = [objects.service(name, *CLUSTER_IPS[name], **spec) for name, spec in specs.items()]
         for name in serving.split():
             for version, family in FAMILIES.items():
@@ -41,8 +41,8 @@ class Two:
         objects.write(self._folder / "two.yaml", [objects.node(), *found])
         proxy.apply(self._lab, self._folder, mode_flag(self._mode))
 
-    def answers(self, address: str) -> str:
-        """Return which pod answers at port 80, "refused" if none may."""
+    def answering_pod(self, address: str) -> str:
+        """Return the name of the pod that answers on port 80, or "refused"."""
         outcome = send_request(self.client, address, 80)
         if outcome == Refused():
             return "refused"
@@ -51,32 +51,32 @@ class Two:
 
 
 @pytest.fixture
-def two(lab: Lab, servers: Servers, tmp_path: Path, mode: str) -> Two:
-    return Two(lab, servers, tmp_path, mode)
+def services(lab: Lab, servers: Servers, tmp_path: Path, mode: str) -> TwoServices:
+    return TwoServices(lab, servers, tmp_path, mode)
 
 
 @BOTH_MODES
 @VERSIONS
-def test_an_external_ip_that_two_services_have(two: Two, version: int) -> None:
+def test_first_service_by_name_owns_a_shared_external_ip(services: TwoServices, version: int) -> None:
     shared = {"externalIPs": [*SHARED.values()]}
-    two.apply("bbb", bbb=shared)
-    assert two.answers(SHARED[version]) == "bbb"
-    two.apply("aaa bbb", aaa=shared, bbb=shared)
-    assert two.answers(SHARED[version]) == "aaa"
-    two.apply("bbb", aaa=shared, bbb=shared)
-    assert two.answers(SHARED[version]) == "bbb"
-    two.apply("", aaa=shared, bbb=shared)
-    assert two.answers(SHARED[version]) == "refused"
+    services.apply("bbb", bbb=shared)
+    assert services.answering_pod(SHARED[version]) == "bbb"
+    services.apply("aaa bbb", aaa=shared, bbb=shared)
+    assert services.answering_pod(SHARED[version]) == "aaa"
+    services.apply("bbb", aaa=shared, bbb=shared)
+    assert services.answering_pod(SHARED[version]) == "bbb"
+    services.apply("", aaa=shared, bbb=shared)
+    assert services.answering_pod(SHARED[version]) == "refused"
 
 
 @BOTH_MODES
 @VERSIONS
-def test_a_cluster_ip_cannot_be_taken_over_by_an_external_ip(two: Two, version: int) -> None:
-    thief = {"externalIPs": [*CLUSTER_IPS["bbb"]]}
+def test_external_ip_cannot_take_over_a_cluster_ip(services: TwoServices, version: int) -> None:
+    claimant = {"externalIPs": [*CLUSTER_IPS["bbb"]]}
     address = CLUSTER_IPS["bbb"][version == 6]
-    two.apply("aaa bbb", aaa=thief, bbb={})
-    assert two.answers(address) == "bbb"
-    two.apply("aaa", aaa=thief, bbb={})
-    assert two.answers(address) == "refused"
-    two.apply("aaa", aaa=thief)
-    assert two.answers(address) == "aaa"
+    services.apply("aaa bbb", aaa=claimant, bbb={})
+    assert services.answering_pod(address) == "bbb"
+    services.apply("aaa", aaa=claimant, bbb={})
+    assert services.answering_pod(address) == "refused"
+    services.apply("aaa", aaa=claimant)
+    assert services.answering_pod(address) == "aaa"

@@ -1,4 +1,4 @@
-"""What the kernel refuses is told by what it was about, and what others do to the table is put right."""
+"""Errors name the object that the kernel rejected, and drift of the table is detected and repaired."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from kproxy.nftables.names import TABLE, table_family
 from kproxy.nftables.ruleset import Drop, Goto, KeyField, Lookup, NftChain, NftHook, NftSet, rule
 from kproxy.nftables.transaction import Transaction
 from tests.inprocess import SingleFamilyProxy
-from tests.kernel.test_nftables_commit import held, in_order
-from tests.kernel.test_nftables_restart import Watched, without_remarks
+from tests.kernel.test_nftables_commit import dump_table, normalized
+from tests.kernel.test_nftables_restart import RecordingTable, without_comments
 from tests.lab.namespace import Namespace
 
 IPV4 = Family.IPV4
@@ -58,98 +58,98 @@ def table(family: Family) -> Transaction:
     return change
 
 
-def refusal(namespaces: Callable[[], Namespace], family: Family, change: Transaction) -> str:
-    """What is said when a change to the table above is refused."""
+def rejection(namespaces: Callable[[], Namespace], family: Family, change: Transaction) -> str:
+    """Return the error of a change to `table` that the kernel must reject."""
     node, commit = namespaces(), NetlinkCommit(family)
     node.call(lambda: commit(table(family)))
-    before = held(node, family)
-    with pytest.raises(TableError) as refused:
+    before = dump_table(node, family)
+    with pytest.raises(TableError) as rejected:
         node.call(lambda: commit(change))
-    assert held(node, family) == before
+    assert dump_table(node, family) == before
     node.call(lambda: commit(Transaction(delete_table=True)))
-    return str(refused.value)
+    return str(rejected.value)
 
 
 @pytest.mark.parametrize("family", Family)
-def test_an_element_is_told_with_its_service(namespaces: Callable[[], Namespace], family: Family) -> None:
+def test_error_names_the_element_and_its_service(namespaces: Callable[[], Namespace], family: Family) -> None:
     other = service_key("192.0.2.9" if family is IPV4 else "2001:db8::9", "UDP", 53)
     change = Transaction()
     change.add_element(names.SERVICE_IPS, SetElement(other, DROP, "ns/dns:udp"))
     change.add_element(names.SERVICE_IPS, SetElement(KEY[family], "b", "ns/web:http"))
-    said = refusal(namespaces, family, change)
-    assert said == f"element {KEY_TEXT[family]} of service-ips of ns/web:http: File exists"
+    error = rejection(namespaces, family, change)
+    assert error == f"element {KEY_TEXT[family]} of service-ips of ns/web:http: File exists"
     change = Transaction()
     change.delete_element(names.SERVICE_IPS, SetElement(KEY[family], "a", "ns/web:http"))
     change.delete_element(names.SERVICE_IPS, SetElement(other, DROP, "ns/dns:udp"))
-    said = refusal(namespaces, family, change)
+    error = rejection(namespaces, family, change)
     gone = f"{KEY_TEXT[family][:-12]}9 . udp . 53"
-    assert said == f"element {gone} of service-ips of ns/dns:udp: No such file or directory"
+    assert error == f"element {gone} of service-ips of ns/dns:udp: No such file or directory"
 
 
 @pytest.mark.parametrize("family", Family)
-def test_one_endpoint_of_thousands_is_told(namespaces: Callable[[], Namespace], family: Family) -> None:
-    said = refusal(namespaces, family, Transaction(added_endpoints={names.SERVICE_ENDPOINTS: pool(family, MANY)}))
-    assert said == f"element {KEY_TEXT[family]} . 3210 of service-endpoints: File exists"
+def test_error_names_one_endpoint_of_thousands(namespaces: Callable[[], Namespace], family: Family) -> None:
+    error = rejection(namespaces, family, Transaction(added_endpoints={names.SERVICE_ENDPOINTS: pool(family, MANY)}))
+    assert error == f"element {KEY_TEXT[family]} . 3210 of service-endpoints: File exists"
 
 
-def test_rules_chains_and_sets_are_told(namespaces: Callable[[], Namespace]) -> None:
+def test_error_names_the_rule_chain_or_set(namespaces: Callable[[], Namespace]) -> None:
     rules = NftChain("a", (rule(Drop()), rule(Goto("none")), rule(Goto("none"))))
-    said = refusal(namespaces, IPV4, Transaction(added_rules=[rules]))
-    assert said == "rule 2 of chain a: No such file or directory (and 1 more)"
-    assert refusal(namespaces, IPV4, Transaction(flushed_chains=["none"])) == (
+    error = rejection(namespaces, IPV4, Transaction(added_rules=[rules]))
+    assert error == "rule 2 of chain a: No such file or directory (and 1 more)"
+    assert rejection(namespaces, IPV4, Transaction(flushed_chains=["none"])) == (
         "the rules of chain none: No such file or directory"
     )
-    said = refusal(namespaces, IPV4, Transaction(deleted_chains=["a"]))
-    assert said == "chain a: Device or resource busy"
-    said = refusal(namespaces, IPV4, Transaction(deleted_sets=["none"]))
-    assert said == "set none: No such file or directory"
-    said = refusal(namespaces, IPV4, Transaction(added_sets=[NftSet(names.CLUSTER_IPS, SERVICE_KEY)]))
-    assert said == "set cluster-ips: File exists"
+    error = rejection(namespaces, IPV4, Transaction(deleted_chains=["a"]))
+    assert error == "chain a: Device or resource busy"
+    error = rejection(namespaces, IPV4, Transaction(deleted_sets=["none"]))
+    assert error == "set none: No such file or directory"
+    error = rejection(namespaces, IPV4, Transaction(added_sets=[NftSet(names.CLUSTER_IPS, SERVICE_KEY)]))
+    assert error == "set cluster-ips: File exists"
 
 
-def test_a_table_that_is_not_there_is_told(namespaces: Callable[[], Namespace]) -> None:
+def test_error_names_a_missing_table(namespaces: Callable[[], Namespace]) -> None:
     with pytest.raises(TableError, match=r"^table kube-proxy: No such file or directory$"):
         namespaces().call(lambda: NetlinkCommit(IPV4)(Transaction(delete_table=True)))
 
 
-def test_a_circle_of_chains_is_told(namespaces: Callable[[], Namespace]) -> None:
+def test_loop_of_chains_is_an_error(namespaces: Callable[[], Namespace]) -> None:
     start = NftChain("start", (rule(Goto("a")),), hook=NftHook("filter", "input", 0))
-    circle = [NftChain("a", (rule(Goto("b")),)), NftChain("b", (rule(Goto("a")),)), start]
-    said = refusal(namespaces, IPV4, Transaction(added_chains=[start], added_rules=circle))
-    assert said.endswith((": Too many links", ": Too many levels of symbolic links"))  # kernels differ
+    loop = [NftChain("a", (rule(Goto("b")),)), NftChain("b", (rule(Goto("a")),)), start]
+    error = rejection(namespaces, IPV4, Transaction(added_chains=[start], added_rules=loop))
+    assert error.endswith((": Too many links", ": Too many levels of symbolic links"))  # kernels differ
 
 
 @pytest.mark.parametrize("count", [100, 20_000])
-def test_more_refusals_than_the_socket_can_hold_lose_neither_the_first_nor_the_next_change(
+def test_socket_overrun_by_errors_keeps_the_first_error_and_the_next_change(
     namespaces: Callable[[], Namespace], count: int
 ) -> None:
     node, commit = namespaces(), NetlinkCommit(IPV4)
-    lost = Transaction(added_rules=[NftChain("a", (rule(Drop()),) * count)])
+    rejected_change = Transaction(added_rules=[NftChain("a", (rule(Drop()),) * count)])
     for _ in range(2):
         with pytest.raises(TableError, match=r"^rule 1 of chain a: No such file or directory \(and 19 more\)$"):
-            node.call(lambda: commit(lost))
+            node.call(lambda: commit(rejected_change))
         node.call(lambda: commit(table(IPV4)))
         node.call(lambda: commit(Transaction(delete_table=True)))
 
 
-def test_nft_says_what_it_refuses_on_one_line(namespaces: Callable[[], Namespace]) -> None:
+def test_nft_error_is_one_line(namespaces: Callable[[], Namespace]) -> None:
     node, commit = namespaces(), NftCommit(IPV4)
     node.call(lambda: commit(table(IPV4)))
-    with pytest.raises(TableError) as refused:
+    with pytest.raises(TableError) as rejected:
         node.call(lambda: commit(Transaction(added_rules=[NftChain("a", (rule(Lookup((KeyField.SOURCE,), "none")),))])))
-    assert str(refused.value).startswith("nft: ")
-    assert "No such file or directory" in str(refused.value)
-    assert "\n" not in str(refused.value)
+    assert str(rejected.value).startswith("nft: ")
+    assert "No such file or directory" in str(rejected.value)
+    assert "\n" not in str(rejected.value)
 
 
-def test_nft_that_is_missing_is_told(namespaces: Callable[[], Namespace], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_nft_is_an_error(namespaces: Callable[[], Namespace], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(TableError, match=r"^cannot run nft: No such file or directory$"):
         namespaces().call(lambda: NftCommit(IPV4)(table(IPV4)))
 
 
-def test_a_change_that_comes_too_late_is_not_made(namespaces: Callable[[], Namespace]) -> None:
-    node, kernel = namespaces(), Watched(IPV4)
+def test_transaction_of_an_outdated_generation_is_not_applied(namespaces: Callable[[], Namespace]) -> None:
+    node, kernel = namespaces(), RecordingTable(IPV4)
     generation = node.call(kernel.generation)
     node.run(["nft", "add table ip others"])
     with pytest.raises(GenerationChangedError):
@@ -160,7 +160,7 @@ def test_a_change_that_comes_too_late_is_not_made(namespaces: Callable[[], Names
     assert node.call(kernel.generation) == generation + 2
 
 
-# A proxy on the real kernel
+# A proxy on the real kernel.
 
 
 class NftablesProxy(SingleFamilyProxy):
@@ -168,7 +168,7 @@ class NftablesProxy(SingleFamilyProxy):
 
     def __init__(self, node: Namespace, family: Family = IPV4, own: OwnGenerations | None = None) -> None:
         self.node = node
-        self.kernel = Watched(family)
+        self.kernel = RecordingTable(family)
         context = Context(family, "node-1", node_port_addresses=())
         super().__init__(NftablesBackend(self.kernel, own), context, namespace=node)
 
@@ -185,12 +185,12 @@ class NftablesProxy(SingleFamilyProxy):
 
 
 @pytest.mark.parametrize("family", Family)
-def test_thousands_of_endpoints_come_grow_shrink_and_go(namespaces: Callable[[], Namespace], family: Family) -> None:
+def test_thousands_of_endpoints_are_added_and_removed(namespaces: Callable[[], Namespace], family: Family) -> None:
     proxy = NftablesProxy(namespaces(), family)
     for count in (MANY, 3, MANY - 1, MANY, 0, MANY):
         proxy.put_service("web", count).sync()
         fresh = NftablesProxy(namespaces(), family).put_service("web", count).sync()
-        assert held(proxy.node, family) == held(fresh.node, family)
+        assert dump_table(proxy.node, family) == dump_table(fresh.node, family)
         assert proxy.verify()
     view = proxy.node.call(proxy.kernel.snapshot)
     assert view is not None
@@ -198,47 +198,47 @@ def test_thousands_of_endpoints_come_grow_shrink_and_go(namespaces: Callable[[],
     assert max(len(list(TransactionEncoder(family).encode(change))) for change in proxy.kernel.commits) > 5
 
 
-def test_a_small_change_takes_one_commit_no_look_and_no_process(
+def test_small_change_needs_one_commit_no_reads_and_no_process(
     namespaces: Callable[[], Namespace], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     proxy = NftablesProxy(namespaces()).put_service("web", 10).put_service("other", 5_000).sync()
 
-    def forbidden(*args: object, **options: object) -> None:
-        raise AssertionError(f"a process: {args}")
+    def fail(*args: object, **options: object) -> None:
+        raise AssertionError(f"started a process: {args}")
 
-    monkeypatch.setattr(subprocess, "Popen", forbidden)
+    monkeypatch.setattr(subprocess, "Popen", fail)
     commits, reads = len(proxy.kernel.commits), proxy.kernel.reads
     for count in (11, 12, 9, 30):
         proxy.put_service("web", count).sync()
-    # The last needs a chain for another size, which has to be there before a verdict names it.
+    # The last sync needs a chain for another endpoint count. It must exist before a verdict names it.
     assert (len(proxy.kernel.commits), proxy.kernel.reads) == (commits + 5, reads)
-    assert "added_rules" not in written_last(proxy, 5, 3)
+    assert "added_rules" not in fields_used(proxy, 5, 3)
 
 
-def test_the_families_do_not_take_each_other_for_strangers(namespaces: Callable[[], Namespace]) -> None:
+def test_changes_of_the_other_family_are_not_mistaken_for_drift(namespaces: Callable[[], Namespace]) -> None:
     node, own = namespaces(), OwnGenerations()
     proxies = [NftablesProxy(node, family, own).put_service("web", 10).sync() for family in Family]
-    proxies[0].put_service("web", 11).sync()  # its first look since the other made its table
+    proxies[0].put_service("web", 11).sync()  # its first check since the other family created its table
     reads = [proxy.kernel.reads for proxy in proxies]
     for count in (12, 9, 10, 11):
         for proxy in proxies:
             proxy.put_service("web", count).sync()
     assert [proxy.kernel.reads for proxy in proxies] == reads
-    # A stranger is found out by both, whichever has something to change first.
+    # Both detect a change by another process, whichever syncs first.
     node.run(["nft", "flush table ip kube-proxy; flush table ip6 kube-proxy"])
     for proxy, family in zip(proxies, Family, strict=True):
         proxy.put_service("web", 12).sync()
         fresh = NftablesProxy(namespaces(), family).put_service("web", 12).sync()
-        assert without_remarks(held(node, family)) == without_remarks(held(fresh.node, family))
+        assert without_comments(dump_table(node, family)) == without_comments(dump_table(fresh.node, family))
 
 
-def written_last(proxy: NftablesProxy, count: int, of: int) -> set[str]:
-    """The parts that the first `of` of the last `count` transactions used."""
+def fields_used(proxy: NftablesProxy, count: int, of: int) -> set[str]:
+    """Return the non-empty fields of the first `of` of the last `count` transactions."""
     recent = proxy.kernel.commits[-count:][:of]
     return {name for change in recent for name in change.__struct_fields__ if getattr(change, name)}
 
 
-DAMAGES = {
+DAMAGE = {
     "table deleted": ["delete table ip kube-proxy"],
     "all deleted": ["flush ruleset"],
     "all rules deleted": ["flush table ip kube-proxy"],
@@ -248,37 +248,37 @@ DAMAGES = {
     "frontends deleted": ["flush map ip kube-proxy service-ips"],
     "frontend added": ["add element ip kube-proxy service-ips { 192.0.2.1 . tcp . 80 : goto reject-chain }"],
     "chain deleted": ["flush map ip kube-proxy service-ips", "delete chain ip kube-proxy service-any-12"],
-    "chain added that leads to ours": [
+    "base chain added that jumps to kproxy's": [
         "add chain ip kube-proxy mine { type nat hook output priority 0; }",
         "add rule ip kube-proxy mine jump services",
     ],
-    "table deleted and made again": ["delete table ip kube-proxy", "add table ip kube-proxy"],
+    "table deleted and created again": ["delete table ip kube-proxy", "add table ip kube-proxy"],
 }
 
 
-@pytest.mark.parametrize("looked", [True, False], ids=["looked", "at the next change"])
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_what_others_do_is_noticed_and_put_right(
-    namespaces: Callable[[], Namespace], damage: str, looked: bool
-) -> None:
+@pytest.mark.parametrize("checked", [True, False], ids=["drift check", "next change"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_detected_and_repaired(namespaces: Callable[[], Namespace], damage: str, checked: bool) -> None:
     proxy = NftablesProxy(namespaces()).put_service("web", 10).put_service("affine", 3, affinity=60).sync()
     assert proxy.verify()
-    proxy.node.run(["nft", "; ".join(DAMAGES[damage])])
-    if looked:
+    proxy.node.run(["nft", "; ".join(DAMAGE[damage])])
+    if checked:
         assert not proxy.verify()
     fresh = NftablesProxy(namespaces()).put_service("web", 10).put_service("affine", 3, affinity=60)
-    if not looked:
+    if not checked:
         for each in (proxy, fresh):
             each.put_service("other-one", 1)
-    assert without_remarks(held(proxy.sync().node, IPV4)) == without_remarks(held(fresh.sync().node, IPV4))
+    assert without_comments(dump_table(proxy.sync().node, IPV4)) == without_comments(
+        dump_table(fresh.sync().node, IPV4)
+    )
     assert proxy.verify()
 
 
-@pytest.mark.parametrize("way", [NetlinkCommit, NftCommit])
-def test_the_longest_names_that_kubernetes_allows(
-    namespaces: Callable[[], Namespace], way: Callable[[Family], Commit]
+@pytest.mark.parametrize("commit_type", [NetlinkCommit, NftCommit])
+def test_longest_names_that_kubernetes_allows(
+    namespaces: Callable[[], Namespace], commit_type: Callable[[Family], Commit]
 ) -> None:
-    node, kernel = namespaces(), NftTable(IPV4, way(IPV4))
+    node, kernel = namespaces(), NftTable(IPV4, commit_type(IPV4))
     context = Context(IPV4, "node-1")
     store, texts = Store("node-1"), list[str]()
     for number, end in enumerate("xy", 1):
@@ -300,7 +300,7 @@ def test_the_longest_names_that_kubernetes_allows(
     assert proxy.verify()
     SingleFamilyProxy(NftablesPrinter(IPV4, texts.append), context, store=store).sync()
     listed = node.run(["nft", "list", "table", table_family(IPV4), TABLE]).stdout
-    assert in_order(listed) == in_order("".join(texts))
+    assert normalized(listed) == normalized("".join(texts))
     again = namespaces()
     again.run(["nft", "-f", "-"], "".join(texts))
-    assert held(again, IPV4) == held(node, IPV4)
+    assert dump_table(again, IPV4) == dump_table(node, IPV4)

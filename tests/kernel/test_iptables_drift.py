@@ -1,4 +1,4 @@
-"""A look at the rules finds nothing wrong in our own, and what others do to what leads to all Services."""
+"""The drift check finds no drift in kproxy's own rules and detects damage to the shared chains and jumps."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("counters")
 
 @pytest.fixture
 def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder that is first in PATH."""
+    """A directory that is first in PATH."""
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("XTABLES_LOCKFILE", str(tmp_path / "lock"))
     return tmp_path
@@ -35,13 +35,13 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def variant(programs: Path, variant: str) -> str:
-    """Each variant of iptables that works here, for this test the one in PATH."""
+    """Each variant of iptables that works on this machine. It is first in PATH for the test."""
     link_programs(programs_of(variant), programs)
     return variant
 
 
 class RecordedProxy(SingleFamilyProxy):
-    """A proxy that has programmed a recorded cluster in a namespace."""
+    """A proxy that has programmed a recorded cluster."""
 
     def __init__(self, namespace: Namespace) -> None:
         objects = store(SCENARIO)
@@ -50,7 +50,7 @@ class RecordedProxy(SingleFamilyProxy):
         self.sync()
 
     def detects_and_repairs(self) -> bool:
-        """Return whether a drift check finds damage, and the next one finds none after a sync."""
+        """Return whether the drift check detects damage and a sync repairs it."""
         if self.verify():
             return False
         assert self.backend.needs_full_sync
@@ -61,7 +61,7 @@ class RecordedProxy(SingleFamilyProxy):
 @pytest.mark.usefixtures("variant")
 @pytest.mark.parametrize("family", Family)
 @pytest.mark.parametrize("threshold", [2, 1000])
-def test_own_rules_are_as_they_should_be(namespace: Namespace, family: Family, threshold: int) -> None:
+def test_own_rules_are_not_drift(namespace: Namespace, family: Family, threshold: int) -> None:
     kernel = IptablesBackend(IptablesRunner(family), dispatch_threshold=threshold)
     found = store(SCENARIOS[0])
     for scenario in SCENARIOS[::3]:
@@ -76,14 +76,14 @@ def test_own_rules_are_as_they_should_be(namespace: Namespace, family: Family, t
 
 @pytest.mark.usefixtures("variant")
 @pytest.mark.parametrize("chain", DISPATCH_CHAINS, ids=lambda chain: f"{chain.table}-{chain.name}")
-def test_a_rule_of_others_in_a_chain_that_all_share(namespace: Namespace, chain: ChainName) -> None:
+def test_foreign_rule_in_a_shared_chain_is_drift(namespace: Namespace, chain: ChainName) -> None:
     proxy = RecordedProxy(namespace)
     namespace.run(["iptables", "-t", chain.table, "-A", chain.name, "-j", "RETURN"])
     assert proxy.detects_and_repairs()
 
 
 @pytest.mark.usefixtures("variant")
-def test_each_rule_in_a_chain_of_others_and_each_canary_is_missed(namespace: Namespace) -> None:
+def test_missing_rule_in_a_builtin_chain_and_missing_canary_are_drift(namespace: Namespace) -> None:
     proxy = RecordedProxy(namespace)
     for rule in ensured_rules(proxy.context):
         namespace.run(["iptables-restore", "--noflush"], f"*{rule.chain.table}\n-D{rule.text[2:]}\nCOMMIT\n")
@@ -94,7 +94,7 @@ def test_each_rule_in_a_chain_of_others_and_each_canary_is_missed(namespace: Nam
 
 
 @pytest.mark.usefixtures("variant")
-def test_a_jump_in_another_spelling_is_as_good_as_ours(namespace: Namespace) -> None:
+def test_equivalent_foreign_jump_is_accepted(namespace: Namespace) -> None:
     namespace.run(["iptables", "-t", "nat", "-N", "KUBE-POSTROUTING"])
     namespace.run(["iptables", "-t", "nat", "-A", "POSTROUTING", "-j", "KUBE-POSTROUTING"])
     proxy = RecordedProxy(namespace)
@@ -103,7 +103,7 @@ def test_a_jump_in_another_spelling_is_as_good_as_ours(namespace: Namespace) -> 
     assert proxy.detects_and_repairs()
 
 
-def test_a_look_does_not_wait_for_the_lock_that_somebody_else_holds(
+def test_drift_check_does_not_wait_for_the_xtables_lock(
     namespace: Namespace, variant: str, programs: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     proxy = RecordedProxy(namespace)
@@ -113,7 +113,7 @@ def test_a_look_does_not_wait_for_the_lock_that_somebody_else_holds(
     assert "cannot check" not in caplog.text
 
 
-def test_a_look_that_fails_says_so_and_changes_nothing(
+def test_failed_drift_check_is_logged_and_changes_nothing(
     namespace: Namespace, variant: str, programs: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     proxy = RecordedProxy(namespace)
@@ -127,7 +127,7 @@ def test_a_look_that_fails_says_so_and_changes_nothing(
     assert f"cannot check the iptables rules for drift: {failing.name} failed with status 4: Another app" in caplog.text
 
 
-UNREADABLE = (
+UNPRINTABLE_RULES = (
     "add rule ip filter OUTPUT meta skuid 12345 counter drop",
     "insert rule ip filter OUTPUT meta skuid 12345 counter drop",
     "insert rule ip filter FORWARD meta cpu 99 accept",
@@ -137,12 +137,12 @@ UNREADABLE = (
     "insert rule ip nat POSTROUTING meta cpu 99 accept",
     "add rule ip filter foreign meta length 5 accept",
 )
-"""Rules that iptables 1.8.9 cannot print, at the end and on top of chains that hold jumps, and elsewhere."""
+"""Rules that iptables 1.8.9 cannot print: first and last in chains that contain jumps, and in another chain."""
 
 
-@pytest.mark.parametrize("rule", UNREADABLE)
-def test_a_rule_that_only_nft_can_show_hides_nothing_that_matters(namespace: Namespace, rule: str) -> None:
-    """Neither is a jump missed that is there, nor one put in twice for ever."""
+@pytest.mark.parametrize("rule", UNPRINTABLE_RULES)
+def test_rule_that_only_nft_can_print_does_not_hide_jumps(namespace: Namespace, rule: str) -> None:
+    """An existing jump counts as present, so syncs do not add it again."""
     proxy = RecordedProxy(namespace)
     namespace.run(["nft", "add", "chain", "ip", "filter", "foreign"])
     namespace.run(["nft", *rule.split()])
@@ -150,16 +150,16 @@ def test_a_rule_that_only_nft_can_show_hides_nothing_that_matters(namespace: Nam
     proxy.forget()
     proxy.sync()
     assert proxy.verify()
-    once = jumps(namespace)
+    before = jumps(namespace)
     proxy.forget()
     proxy.sync()
-    assert jumps(namespace) == once
+    assert jumps(namespace) == before
     namespace.run(["iptables", "-t", "nat", "-D", "PREROUTING", "1"])
     assert proxy.detects_and_repairs()
 
 
 @pytest.mark.parametrize("chain", DISPATCH_CHAINS, ids=lambda chain: f"{chain.table}-{chain.name}")
-def test_a_rule_that_only_nft_can_show_in_a_chain_of_ours_is_taken_out(namespace: Namespace, chain: ChainName) -> None:
+def test_rule_that_only_nft_can_print_is_removed_from_own_chains(namespace: Namespace, chain: ChainName) -> None:
     proxy = RecordedProxy(namespace)
     namespace.run(["nft", "add", "rule", "ip", *chain, "meta", "cpu", "99", "accept"])
     assert proxy.detects_and_repairs()
@@ -167,6 +167,6 @@ def test_a_rule_that_only_nft_can_show_in_a_chain_of_ours_is_taken_out(namespace
 
 
 def jumps(namespace: Namespace) -> list[str]:
-    """The jumps to chains of ours, as nft shows them, which shows what iptables-save does not."""
+    """Return the jumps to kproxy's chains as listed by nft, which prints rules that iptables-save cannot print."""
     rules = namespace.run(["nft", "-s", "list", "ruleset", "ip"]).stdout.splitlines()
     return [rule.strip() for rule in rules if "jump KUBE-" in rule]

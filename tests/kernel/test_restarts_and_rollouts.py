@@ -1,4 +1,4 @@
-"""No connection notices that kproxy is replaced, or that what is behind the Services is: a stream of them runs on."""
+"""No connection fails while kproxy restarts or the endpoints of Services are replaced."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from tests.lab.transaction_monitor import TransactionMonitor
 from tests.lab.waiting import wait_until
 
 REPLICAS = 5
-QUICK = "--iptables-min-sync-period=50ms"
-"""Many small syncs, in the middle of many changes; the default of a second would batch them all."""
+SHORT_SYNC_PERIOD = "--iptables-min-sync-period=50ms"
+"""Many small syncs during the changes. The default of 1 s would batch all changes."""
 
-HALF = 18
-"""Pods in each of two sets. One for the other is over 1,200 rules, so that each family takes two transactions."""
+SET_SIZE = 18
+"""Pods in each of two sets. Replacing one set by the other needs over 1200 rules, so two transactions per family."""
 
 TRANSACTIONS = {"iptables": 4, "nftables": 2}
-"""After how many of them a daemon is killed: nftables mode takes one for each family."""
+"""Transactions of one change in both families. A daemon is killed after each of them."""
 
 
 @pytest.fixture(params=TRANSACTIONS)
@@ -37,7 +37,7 @@ def mode(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def cluster(lab: Lab, servers: Servers, tmp_path: Path, mode: str) -> LabCluster:
-    """Twenty Services, each with its first five pods running and ready."""
+    """20 Services. The first five pods of each are running and ready."""
     found = LabCluster(lab, servers, tmp_path / "objects", pods=2 * REPLICAS, mode=mode)
     for service in range(SERVICES):
         for number in range(REPLICAS):
@@ -48,27 +48,27 @@ def cluster(lab: Lab, servers: Servers, tmp_path: Path, mode: str) -> LabCluster
 
 @pytest.fixture
 def large_cluster(lab: Lab, servers: Servers, tmp_path: Path, mode: str) -> LabCluster:
-    """Twenty Services, each with two sets of pods running, the first of them ready."""
-    found = LabCluster(lab, servers, tmp_path / "objects", pods=2 * HALF, mode=mode)
+    """20 Services. Two sets of pods of each are running, the first set is ready."""
+    found = LabCluster(lab, servers, tmp_path / "objects", pods=2 * SET_SIZE, mode=mode)
     for service in range(SERVICES):
-        for number in range(2 * HALF):
+        for number in range(2 * SET_SIZE):
             found.start(service, number)
-        found.write(service, range(HALF))
+        found.write(service, range(SET_SIZE))
     return found
 
 
 @pytest.fixture
 def commits(lab: Lab, mode: str) -> Iterator[TransactionMonitor]:
-    """What is written to the node's rules."""
+    """The transactions on the node's rules."""
     if mode == "iptables" and "nf_tables" not in lab.node.namespace.run(["iptables", "--version"]).stdout:
-        pytest.skip("iptables-legacy is in use, of whose changes the kernel tells nobody")
+        pytest.skip("the kernel sends no notifications for changes by iptables-legacy")
     with TransactionMonitor(lab.node.namespace, ignore_table=PROBE_TABLE) as found:
         yield found
 
 
 @pytest.fixture
 def daemon(lab: Lab, tmp_path: Path, mode: str) -> Callable[..., Daemon]:
-    """Makes a daemon, with further flags."""
+    """Create a daemon with additional flags."""
 
     def make(*flags: str) -> Daemon:
         return Daemon(lab, tmp_path / "objects", tmp_path / "kproxy.log", mode_flag(mode), *flags)
@@ -76,20 +76,20 @@ def daemon(lab: Lab, tmp_path: Path, mode: str) -> Callable[..., Daemon]:
     return make
 
 
-Daemons = Callable[..., Daemon]
+StartDaemon = Callable[..., Daemon]
 
 
 def changes(commits: TransactionMonitor, mode: str) -> Sequence[object]:
-    """Return what was changed since the last call.
+    """Return the transactions that changed something since the last call.
 
-    A table of nftables mode that is taken over gets the rules that it has anew, so there only elements count.
+    In nftables mode, a restart rewrites the rules of the existing table unchanged, so only elements count.
     """
     made = commits.new()
     return made if mode == "iptables" else [each for each in made if each.elements]
 
 
-def test_ending_and_starting_changes_nothing(
-    cluster: LabCluster, commits: TransactionMonitor, daemon: Daemons, mode: str
+def test_stop_and_start_change_nothing(
+    cluster: LabCluster, commits: TransactionMonitor, daemon: StartDaemon, mode: str
 ) -> None:
     with daemon() as first:
         first.wait_until_synced()
@@ -100,15 +100,15 @@ def test_ending_and_starting_changes_nothing(
             stream.mark("kill -9")
             first.kill()
             stream.take()
-            for ending in ("SIGTERM", "the end"):
-                with daemon() as next_one:
-                    stream.mark("a start")
-                    next_one.wait_until_synced()
+            for reason in ("SIGTERM", "last SIGTERM"):
+                with daemon() as restarted:
+                    stream.mark("start")
+                    restarted.wait_until_synced()
                     stream.take()
                     assert changes(commits, mode) == []
                     assert cluster.rules() == rules
-                    stream.mark(ending)
-                    assert next_one.terminate() == 0
+                    stream.mark(reason)
+                    assert restarted.terminate() == 0
                 stream.take()
                 assert cluster.rules() == rules
             assert changes(commits, mode) == []
@@ -116,15 +116,15 @@ def test_ending_and_starting_changes_nothing(
 
 
 @pytest.mark.parametrize("mode", ["iptables"], indirect=True)
-def test_a_restart_writes_only_the_rules_that_have_changed_meanwhile(
-    cluster: LabCluster, commits: TransactionMonitor, daemon: Daemons
+def test_restart_writes_only_rules_that_changed_meanwhile(
+    cluster: LabCluster, commits: TransactionMonitor, daemon: StartDaemon
 ) -> None:
     with daemon() as first:
         first.wait_until_synced()
         rules = cluster.rules()
         commits.new()
         with ConnectionStream(cluster.targets()) as stream:
-            change_behind_its_back(cluster, stream, first, daemon)
+            add_pod_while_stopped(cluster, stream, first, daemon)
             written = {chain for transaction in commits.new() for chain in transaction.chains}
             differing = set(rules.splitlines()) ^ set(cluster.rules().splitlines())
             assert written == {line.split()[1] for line in differing if line.startswith("-A ")}
@@ -132,8 +132,8 @@ def test_a_restart_writes_only_the_rules_that_have_changed_meanwhile(
 
 
 @pytest.mark.parametrize("mode", ["nftables"], indirect=True)
-def test_a_restart_writes_only_the_elements_that_have_changed_meanwhile(
-    lab: Lab, cluster: LabCluster, commits: TransactionMonitor, daemon: Daemons
+def test_restart_writes_only_elements_that_changed_meanwhile(
+    lab: Lab, cluster: LabCluster, commits: TransactionMonitor, daemon: StartDaemon
 ) -> None:
     rules = NftablesRules(lab.node.namespace)
     with daemon() as first:
@@ -141,7 +141,7 @@ def test_a_restart_writes_only_the_elements_that_have_changed_meanwhile(
         before = rules.elements()
         commits.new()
         with ConnectionStream(cluster.targets()) as stream:
-            change_behind_its_back(cluster, stream, first, daemon)
+            add_pod_while_stopped(cluster, stream, first, daemon)
             written = Counter[str]()
             for transaction in commits.new():
                 written.update(dict(transaction.elements))
@@ -150,33 +150,33 @@ def test_a_restart_writes_only_the_elements_that_have_changed_meanwhile(
     assert stream.failure_report() == ""
 
 
-def change_behind_its_back(cluster: LabCluster, stream: ConnectionStream, first: Daemon, daemon: Daemons) -> None:
-    """Add a pod while no kproxy runs, start one, and end it when the pod answers."""
+def add_pod_while_stopped(cluster: LabCluster, stream: ConnectionStream, first: Daemon, daemon: StartDaemon) -> None:
+    """Kill kproxy, add a pod, start kproxy again and stop it when the pod answers."""
     stream.take()
     first.kill()
     stream.mark("kill -9")
     cluster.start(0, REPLICAS)
     cluster.write(0, range(REPLICAS + 1))
     with daemon() as second:
-        stream.mark("a start")
+        stream.mark("start")
         second.wait_until_synced()
         assert cluster.sockets([(0, REPLICAS)]) <= cluster.destinations()
-        wait_until(lambda: f"demo/web-00/{REPLICAS}" in stream.take(), "the new pod answers")
+        wait_until(lambda: f"demo/web-00/{REPLICAS}" in stream.take(), "an answer of the new pod")
 
 
-def test_being_killed_amid_changes_loses_nothing(
-    large_cluster: LabCluster, commits: TransactionMonitor, daemon: Daemons, mode: str
+def test_kill_during_changes_loses_no_connection(
+    large_cluster: LabCluster, commits: TransactionMonitor, daemon: StartDaemon, mode: str
 ) -> None:
     cluster = large_cluster
-    sets = [range(HALF), range(HALF, 2 * HALF)]
+    sets = [range(SET_SIZE), range(SET_SIZE, 2 * SET_SIZE)]
     with daemon() as first:
         first.wait_until_synced()
     with ConnectionStream(cluster.targets()) as stream:
         stream.take()
         for last in range(1, TRANSACTIONS[mode] + 1):
-            wanted = sets[last % 2]
+            ready = sets[last % 2]
             for service in range(SERVICES):
-                cluster.write(service, wanted)
+                cluster.write(service, ready)
             commits.new()
             with daemon() as victim:
                 commits.wait_for(last)
@@ -184,18 +184,18 @@ def test_being_killed_amid_changes_loses_nothing(
                 stream.mark(f"kill -9 after {last} transactions")
                 stream.take()
             with daemon() as survivor:
-                stream.mark("the next start")
+                stream.mark("next start")
                 survivor.wait_until_synced()
-                assert cluster.destinations() == cluster.sockets((s, n) for s in range(SERVICES) for n in wanted)
+                assert cluster.destinations() == cluster.sockets((s, n) for s in range(SERVICES) for n in ready)
     assert stream.failure_report() == ""
 
 
-def test_a_rolling_update_loses_nothing(cluster: LabCluster, daemon: Daemons) -> None:
-    with daemon(QUICK) as running:
+def test_rolling_update_loses_no_connection(cluster: LabCluster, daemon: StartDaemon) -> None:
+    with daemon(SHORT_SYNC_PERIOD) as running:
         running.wait_until_synced()
         with ConnectionStream(cluster.targets()) as stream:
             for old in range(REPLICAS):
-                stream.mark(f"pods {old} began to be replaced")
+                stream.mark(f"replacing pods {old}")
                 replace(cluster, stream, old)
             answered = stream.take(8)
         assert running.is_up()
@@ -204,39 +204,39 @@ def test_a_rolling_update_loses_nothing(cluster: LabCluster, daemon: Daemons) ->
 
 
 def replace(cluster: LabCluster, stream: ConnectionStream, old: int) -> None:
-    """Replace one pod of every Service as a Deployment does: start, mark, wait for the rules, stop, remove."""
+    """Replace one pod of every Service like a Deployment: start, mark terminating, wait for the rules, stop, remove."""
     new, others = old + REPLICAS, range(old + 1, old + REPLICAS)
     for service in range(SERVICES):
         cluster.start(service, new)
         cluster.write(service, [old, *others, new])
     started = cluster.sockets((service, new) for service in range(SERVICES))
-    wait_until(lambda: started <= cluster.destinations(), f"the rules send to pods {new}")
+    wait_until(lambda: started <= cluster.destinations(), f"rules for pods {new}")
     for service in range(SERVICES):
         cluster.write(service, [*others, new], terminating=[old])
     leaving = cluster.sockets((service, old) for service in range(SERVICES))
-    wait_until(lambda: not leaving & cluster.destinations(), f"the rules no longer send to pods {old}")
+    wait_until(lambda: not leaving & cluster.destinations(), f"no rules for pods {old}")
     stream.settle()
     for service in range(SERVICES):
         cluster.stop(service, old)
         cluster.write(service, [*others, new])
 
 
-def test_pods_that_vanish_take_only_their_own_connections_along(cluster: LabCluster, daemon: Daemons) -> None:
-    with daemon(QUICK) as running:
+def test_unreachable_pods_lose_only_their_own_connections(cluster: LabCluster, daemon: StartDaemon) -> None:
+    with daemon(SHORT_SYNC_PERIOD) as running:
         running.wait_until_synced()
         with ConnectionStream(cluster.targets()) as stream:
             stream.take()
             gone = [(service, number) for number in range(REPLICAS - 1) for service in range(SERVICES)]
             for service, number in gone:
-                stream.mark(f"pod {number} of web-{service:02} vanished")
+                stream.mark(f"pod {number} of web-{service:02} is unreachable")
                 make_unreachable(cluster.pod(service, number))
                 cluster.write(service, range(number + 1, REPLICAS))
             sockets = cluster.sockets(gone)
-            wait_until(lambda: not sockets & cluster.destinations(), "the rules send to none of the pods that are gone")
+            wait_until(lambda: not sockets & cluster.destinations(), "no rules for the unreachable pods")
             stream.settle()
             lost = stream.failures()
             assert stream.describe([attempt for attempt in lost if attempt.outcome != UNREACHABLE]) == ""
-            stream.mark("the rules followed")
+            stream.mark("rules updated")
             answered = stream.take(2)
         assert running.is_up()
     assert stream.failures() == lost, stream.failure_report()

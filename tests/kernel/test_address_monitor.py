@@ -1,4 +1,4 @@
-"""Notices of addresses that come and go, from the real kernel."""
+"""Notifications about added and removed addresses from the kernel."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from kproxy.host.interfaces import AddressMonitor
 from tests.lab.namespace import Namespace
 
 HANG_GUARD = 30.0
-NOT_YET = 0.1
-"""Seconds in which something that would be wrong has the time to happen."""
+GRACE_PERIOD = 0.1
+"""Seconds in which an unexpected event would happen."""
 ADDRESSES = {"IPv4": "192.0.2.1/24", "IPv6": "2001:db8::1/64"}
 
 
 @pytest.fixture
 def node(namespace: Namespace) -> Namespace:
-    """A namespace with one interface that nothing but the test gives addresses to."""
+    """A namespace with one interface without addresses."""
     namespace.sysctl(ipv6__conf__default__addr_gen_mode=1)
     namespace.run(["ip", "link", "set", "lo", "up"])
     namespace.run(["ip", "link", "add", "eth0", "type", "veth", "peer", "name", "eth0-peer"])
@@ -31,8 +31,8 @@ def address(node: Namespace, verb: str, value: str) -> None:
     node.run(["ip", "address", verb, value, "dev", "eth0", *(["nodad"] if ":" in value and verb == "add" else [])])
 
 
-class Notices:
-    """A started monitor of a namespace, and its calls."""
+class Notifications:
+    """An address monitor in a namespace, and its callbacks."""
 
     def __init__(self, node: Namespace) -> None:
         self.calls: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -42,100 +42,100 @@ class Notices:
         self.calls.put(threading.current_thread().name)
 
     def take(self) -> None:
-        """Wait for a call."""
+        """Wait for a callback."""
         self.calls.get(timeout=HANG_GUARD)
 
-    def forget(self, settle: Callable[[], None]) -> None:
-        """Take one call for a change that is made now, and all before it."""
-        settle()
+    def discard(self, change: Callable[[], None]) -> None:
+        """Make a change and discard its callback and all earlier ones."""
+        change()
         self.take()
         while not self.calls.empty():
             self.take()
 
 
 @pytest.fixture
-def notices(node: Namespace) -> Iterator[Notices]:
-    found = Notices(node)
+def notifications(node: Namespace) -> Iterator[Notifications]:
+    found = Notifications(node)
     found.monitor.start()
     yield found
     found.monitor.stop(HANG_GUARD)
 
 
 @pytest.mark.parametrize("value", ADDRESSES.values(), ids=ADDRESSES)
-def test_an_address_that_comes_and_one_that_goes(node: Namespace, notices: Notices, value: str) -> None:
+def test_added_and_removed_addresses_are_notified(node: Namespace, notifications: Notifications, value: str) -> None:
     address(node, "add", value)
-    notices.take()
-    # One change may bring several notices (for IPv6, the end of its trial); the next address is another one.
-    notices.forget(lambda: address(node, "add", "192.0.2.200/24"))
+    notifications.take()
+    # A change may send several notifications, for IPv6 one more after duplicate address detection. Discard them all.
+    notifications.discard(lambda: address(node, "add", "192.0.2.200/24"))
     address(node, "del", value)
-    notices.take()
+    notifications.take()
 
 
-def test_a_change_between_making_and_starting_is_not_missed(node: Namespace) -> None:
-    notices = Notices(node)
+def test_change_before_start_is_not_missed(node: Namespace) -> None:
+    notifications = Notifications(node)
     address(node, "add", ADDRESSES["IPv4"])
-    assert notices.calls.empty()
-    notices.monitor.start()
-    notices.take()
-    notices.monitor.stop(HANG_GUARD)
+    assert notifications.calls.empty()
+    notifications.monitor.start()
+    notifications.take()
+    notifications.monitor.stop(HANG_GUARD)
 
 
-def test_changes_that_come_together_are_one_call(node: Namespace) -> None:
-    notices = Notices(node)
+def test_simultaneous_changes_are_one_callback(node: Namespace) -> None:
+    notifications = Notifications(node)
     for number in range(1, 51):
         address(node, "add", f"192.0.2.{number}/32")
-    notices.monitor.start()
-    notices.take()
-    notices.monitor.stop(HANG_GUARD)
-    assert notices.calls.empty()
+    notifications.monitor.start()
+    notifications.take()
+    notifications.monitor.stop(HANG_GUARD)
+    assert notifications.calls.empty()
 
 
-def test_lost_notices_count_as_a_change(node: Namespace) -> None:
-    notices = Notices(node)
-    # Far more than the socket holds, so that the kernel drops the rest and says ENOBUFS.
+def test_lost_notifications_count_as_a_change(node: Namespace) -> None:
+    notifications = Notifications(node)
+    # More than the socket buffer holds, so the kernel drops the rest and reports ENOBUFS.
     batch = "".join(f"address {verb} 192.0.2.1/32 dev eth0\n" for _ in range(2000) for verb in ("add", "del"))
     node.run(["ip", "-batch", "-"], batch)
-    notices.monitor.start()
-    notices.take()
+    notifications.monitor.start()
+    notifications.take()
     address(node, "add", ADDRESSES["IPv4"])
-    notices.take()
-    notices.monitor.stop(HANG_GUARD)
+    notifications.take()
+    notifications.monitor.stop(HANG_GUARD)
 
 
-def test_links_and_routes_are_none_of_its_business(node: Namespace) -> None:
-    notices = Notices(node)
-    notices.monitor.start()
+def test_changes_of_links_and_routes_are_ignored(node: Namespace) -> None:
+    notifications = Notifications(node)
+    notifications.monitor.start()
     node.run(["ip", "link", "add", "eth1", "type", "veth", "peer", "name", "eth1-peer"])
     node.run(["ip", "route", "add", "198.51.100.0/24", "dev", "eth0"])
     node.run(["ip", "link", "del", "eth1"])
-    notices.monitor.stop(HANG_GUARD)
-    assert notices.calls.empty()
+    notifications.monitor.stop(HANG_GUARD)
+    assert notifications.calls.empty()
 
 
-def test_no_call_after_stop(node: Namespace) -> None:
-    notices = Notices(node)
-    notices.monitor.start()
+def test_no_callback_after_stop(node: Namespace) -> None:
+    notifications = Notifications(node)
+    notifications.monitor.start()
     address(node, "add", ADDRESSES["IPv4"])
-    notices.take()
-    notices.monitor.stop(HANG_GUARD)
-    while not notices.calls.empty():
-        notices.take()
+    notifications.take()
+    notifications.monitor.stop(HANG_GUARD)
+    while not notifications.calls.empty():
+        notifications.take()
     address(node, "add", ADDRESSES["IPv6"])
-    assert notices.calls.empty()
+    assert notifications.calls.empty()
     assert "address-monitor" not in {thread.name for thread in threading.enumerate()}
 
 
-def test_stop_waits_for_a_call_under_way(node: Namespace) -> None:
+def test_stop_waits_for_a_running_callback(node: Namespace) -> None:
     entered, stop_called = threading.Event(), threading.Event()
     stopped_meanwhile: queue.SimpleQueue[bool] = queue.SimpleQueue()
 
-    def changed() -> None:
+    def on_change() -> None:
         entered.set()
         assert stop_called.wait(HANG_GUARD)
-        stopping.join(NOT_YET)
+        stopping.join(GRACE_PERIOD)
         stopped_meanwhile.put(not stopping.is_alive())
 
-    monitor = node.call(lambda: AddressMonitor(changed))
+    monitor = node.call(lambda: AddressMonitor(on_change))
     stopping = threading.Thread(target=monitor.stop, args=(HANG_GUARD,))
     monitor.start()
     address(node, "add", ADDRESSES["IPv4"])
@@ -147,8 +147,8 @@ def test_stop_waits_for_a_call_under_way(node: Namespace) -> None:
     assert stopped_meanwhile.get(timeout=HANG_GUARD) is False
 
 
-def test_stop_without_start_frees_it(node: Namespace) -> None:
-    notices = Notices(node)
+def test_stop_without_start_closes_the_monitor(node: Namespace) -> None:
+    notifications = Notifications(node)
     address(node, "add", ADDRESSES["IPv4"])
-    notices.monitor.stop(HANG_GUARD)
-    assert notices.calls.empty()
+    notifications.monitor.stop(HANG_GUARD)
+    assert notifications.calls.empty()

@@ -1,4 +1,4 @@
-"""IP families that do not work here are found at start and left out with one line; the others are programmed."""
+"""kproxy detects unsupported IP families at start, logs one line, and programs the other family."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ LEGACY = parse_version("iptables v1.8.9 (legacy)")
 
 
 @pytest.fixture
-def put(
+def wrap_program(
     namespaces: Callable[[], Namespace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[str, str], None]:
-    """Puts iptables-legacy in use, with a shell script before one of its programs, which that may call as `$REAL`."""
+    """Use iptables-legacy, with a shell script in front of one of its programs. The script can run it as `$REAL`."""
     if reason := missing_variant("legacy", namespaces()):
         pytest.skip(reason)
     real = tmp_path / "real"
@@ -53,12 +53,12 @@ def put(
 
 
 def without_nat(family: Family) -> tuple[str, str]:
-    """The program that says so, and how, on a kernel without the module iptable_nat or ip6table_nat."""
+    """Return the program and its error on a kernel without the module iptable_nat or ip6table_nat."""
     name = f"{PREFIXES[family]}-restore"
-    complaint = f"{name}: unable to initialize table 'nat'"
+    error = f"{name}: unable to initialize table 'nat'"
     return (
         name,
-        f'input=$(cat); case $input in *"*nat"*) echo "{complaint}" >&2; exit 2; esac; echo "$input" | $REAL "$@"',
+        f'input=$(cat); case $input in *"*nat"*) echo "{error}" >&2; exit 2; esac; echo "$input" | $REAL "$@"',
     )
 
 
@@ -67,10 +67,10 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 @pytest.mark.parametrize("family", Family)
-def test_iptables_legacy_without_nat_for_a_family_is_left_to_the_other(
-    namespace: Namespace, put: Callable[[str, str], None], caplog: pytest.LogCaptureFixture, family: Family
+def test_family_without_nat_in_iptables_legacy_is_skipped(
+    namespace: Namespace, wrap_program: Callable[[str, str], None], caplog: pytest.LogCaptureFixture, family: Family
 ) -> None:
-    put(*without_nat(family))
+    wrap_program(*without_nat(family))
     assert list(namespace.call(discover_iptables)) == [OTHER[family]]
     name = f"{PREFIXES[family]}-restore"
     assert warnings(caplog) == [
@@ -79,8 +79,8 @@ def test_iptables_legacy_without_nat_for_a_family_is_left_to_the_other(
     ]
 
 
-def test_apply_programs_the_family_that_works(node: Namespace, put: Callable[[str, str], None]) -> None:
-    put(*without_nat(Family.IPV6))
+def test_apply_programs_the_supported_family(node: Namespace, wrap_program: Callable[[str, str], None]) -> None:
+    wrap_program(*without_nat(Family.IPV6))
     folder = GOLDEN / "dual-stack"
     command = [KPROXY, "apply", f"--config={folder}/config.json", f"--objects={folder}", "--proxy-mode=iptables"]
     done = node.run(command)
@@ -89,87 +89,87 @@ def test_apply_programs_the_family_that_works(node: Namespace, put: Callable[[st
     assert any(line.startswith(":KUBE-SVC-") for line in rules(node, Family.IPV4))
 
 
-def test_without_nat_for_any_family_one_line_names_both(
-    namespace: Namespace, put: Callable[[str, str], None], caplog: pytest.LogCaptureFixture
+def test_error_without_nat_names_both_families_in_one_line(
+    namespace: Namespace, wrap_program: Callable[[str, str], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     for family in Family:
-        put(*without_nat(family))
+        wrap_program(*without_nat(family))
     with pytest.raises(CommandError, match=r"^IPv4: the kernel lacks .* 'nat'; IPv6: the kernel lacks .* 'nat'$"):
         namespace.call(discover_iptables)
     assert warnings(caplog) == []
 
 
 @pytest.mark.parametrize("mode", ["iptables", "nftables"])
-def test_a_machine_with_ipv4_addresses_does_not_start_without_ipv4(
-    node: Namespace, put: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch, mode: str
+def test_node_with_ipv4_addresses_does_not_start_without_ipv4(
+    node: Namespace, wrap_program: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
-    """It would look healthy, with no rule for any of its Services."""
+    """It would look healthy without rules for any IPv4 Service."""
     if mode == "iptables":
-        put(*without_nat(Family.IPV4))
+        wrap_program(*without_nat(Family.IPV4))
         with pytest.raises(CommandError, match=r"^IPv4: the kernel lacks one of the tables"):
             node.call(discover_iptables)
         with pytest.raises(CommandError, match=r"; IPv4 cannot be skipped: this node has the address [0-9.]+$"):
             node.call(discover_iptables)
     else:
-        refusing(monkeypatch, {Family.IPV4})
+        reject_nat(monkeypatch, {Family.IPV4})
         with pytest.raises(NftablesUnsupportedError, match=r"^IPv4: Linux .* rejected the table over netlink"):
             node.call(discover_nftables)
 
 
-def test_a_link_local_address_needs_no_ipv4(
-    namespace: Namespace, put: Callable[[str, str], None], caplog: pytest.LogCaptureFixture
+def test_link_local_address_does_not_require_ipv4(
+    namespace: Namespace, wrap_program: Callable[[str, str], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     namespace.run(["ip", "address", "add", "169.254.20.10/32", "dev", "lo"])
-    put(*without_nat(Family.IPV4))
+    wrap_program(*without_nat(Family.IPV4))
     assert list(namespace.call(discover_iptables)) == [Family.IPV6]
     assert "skipping IPv4" in caplog.text
 
 
 @pytest.mark.parametrize("program", ["ip6tables", "ip6tables-restore"])
-def test_a_program_that_hangs_is_no_reason_to_leave_a_family_out(
+def test_hanging_program_does_not_skip_a_family(
     namespace: Namespace,
-    put: Callable[[str, str], None],
+    wrap_program: Callable[[str, str], None],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     program: str,
 ) -> None:
     os.mkfifo(tmp_path / "never")
-    put(program, f"cat {tmp_path}/never")
+    wrap_program(program, f"cat {tmp_path}/never")
     monkeypatch.setattr("kproxy.iptables.runner.PROBE_TIMEOUT_SECONDS", 1)
     with pytest.raises(InconclusiveError, match=f"{program} timed out after 1 s"):
         namespace.call(discover_iptables)
 
 
 @pytest.mark.parametrize("program", ["ip6tables", "ip6tables-restore"])
-def test_a_program_that_is_killed_is_no_reason_either(
-    namespace: Namespace, put: Callable[[str, str], None], program: str
+def test_killed_program_does_not_skip_a_family(
+    namespace: Namespace, wrap_program: Callable[[str, str], None], program: str
 ) -> None:
-    """As by the kernel when memory is short."""
-    put(program, "kill -9 $$")
+    """The kernel kills processes when memory runs out."""
+    wrap_program(program, "kill -9 $$")
     with pytest.raises(InconclusiveError, match="killed by signal 9"):
         namespace.call(discover_iptables)
 
 
 @pytest.mark.parametrize(("code", "error"), [(errno.EAGAIN, InconclusiveError), (errno.ENOENT, CommandError)])
-def test_a_program_that_cannot_be_started_at_the_moment_is_no_reason_either(
+def test_temporary_failure_to_start_a_program_is_inconclusive(
     monkeypatch: pytest.MonkeyPatch, code: int, error: type[CommandError]
 ) -> None:
-    def refuse(*_: object, **__: object) -> None:
+    def reject(*_: object, **__: object) -> None:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr("subprocess.Popen", refuse)
+    monkeypatch.setattr("subprocess.Popen", reject)
     with pytest.raises(CommandError, match=f"cannot run true: {os.strerror(code)}") as caught:
         run(["true"], timeout=PROBE_TIMEOUT_SECONDS)
     assert type(caught.value) is error
 
 
-def test_nft_that_hangs_is_no_reason_either(
+def test_hanging_nft_does_not_skip_a_family(
     namespace: Namespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def refuse(self: NetlinkCommit, change: Transaction, generation: int | None = None) -> None:
+    def reject(self: NetlinkCommit, change: Transaction, generation: int | None = None) -> None:
         raise TableError("netlink: No buffer space available")
 
-    monkeypatch.setattr(NetlinkCommit, "__call__", refuse)
+    monkeypatch.setattr(NetlinkCommit, "__call__", reject)
     os.mkfifo(tmp_path / "never")
     (tmp_path / "nft").write_text(f"#!/bin/sh\ncat {tmp_path}/never\n")
     (tmp_path / "nft").chmod(0o755)
@@ -181,36 +181,40 @@ def test_nft_that_hangs_is_no_reason_either(
         namespace.call(lambda: choose_mode(Config(mode="")))
 
 
-def test_a_family_without_programs_is_left_out(
-    namespace: Namespace, put: Callable[[str, str], None], caplog: pytest.LogCaptureFixture, tmp_path: Path
+def test_family_without_programs_is_skipped(
+    namespace: Namespace, wrap_program: Callable[[str, str], None], caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    put("ip6tables", "exit 127")
+    wrap_program("ip6tables", "exit 127")
     assert list(namespace.call(discover_iptables)) == [Family.IPV4]
     assert warnings(caplog) == ["skipping IPv6: ip6tables --version failed: no error message"]
 
 
-def test_legacy_tables_that_exist_are_not_asked_for(
-    namespace: Namespace, put: Callable[[str, str], None], tmp_path: Path
+def test_existing_legacy_tables_are_not_probed(
+    namespace: Namespace, wrap_program: Callable[[str, str], None], tmp_path: Path
 ) -> None:
     namespace.call(lambda: check_tables(Family.IPV6, LEGACY))
-    put("ip6tables-restore", f"touch {tmp_path}/started; exit 1")
+    wrap_program("ip6tables-restore", f"touch {tmp_path}/started; exit 1")
     namespace.call(lambda: check_tables(Family.IPV6, LEGACY))
     assert not (tmp_path / "started").exists()
 
 
-def test_a_lock_that_somebody_holds_leaves_no_family_out(namespace: Namespace, put: Callable[[str, str], None]) -> None:
-    put("ip6tables-restore", "echo 'Another app is currently holding the xtables lock.' >&2; exit 4")
+def test_held_xtables_lock_does_not_skip_a_family(
+    namespace: Namespace, wrap_program: Callable[[str, str], None]
+) -> None:
+    wrap_program("ip6tables-restore", "echo 'Another app is currently holding the xtables lock.' >&2; exit 4")
     namespace.call(lambda: check_tables(Family.IPV6, LEGACY))
 
 
-def test_asking_iptables_legacy_makes_no_rules(namespace: Namespace, put: Callable[[str, str], None]) -> None:
-    put("unused", "")
+def test_probing_iptables_legacy_creates_no_rules(
+    namespace: Namespace, wrap_program: Callable[[str, str], None]
+) -> None:
+    wrap_program("unused", "")
     namespace.call(lambda: check_tables(Family.IPV4, LEGACY))
     assert [line for line in rules(namespace, Family.IPV4) if line.startswith("-A")] == []
 
 
 @pytest.mark.parametrize("family", Family)
-def test_asking_nf_tables_changes_nothing(namespace: Namespace, family: Family) -> None:
+def test_probing_nf_tables_changes_nothing(namespace: Namespace, family: Family) -> None:
     with TransactionMonitor(namespace) as commits:
         assert namespace.call(lambda: nat_unsupported_reason(family)) == ""
         assert commits.new() == []
@@ -218,7 +222,7 @@ def test_asking_nf_tables_changes_nothing(namespace: Namespace, family: Family) 
 
 
 @pytest.mark.parametrize("family", Family)
-def test_nf_tables_is_not_asked_where_nat_is_in_use(
+def test_nf_tables_is_not_probed_when_nat_is_in_use(
     namespace: Namespace, monkeypatch: pytest.MonkeyPatch, family: Family
 ) -> None:
     if reason := missing_variant("nft", namespace):
@@ -229,14 +233,14 @@ def test_nf_tables_is_not_asked_where_nat_is_in_use(
 
 
 @pytest.mark.parametrize("family", Family)
-def test_iptables_nft_without_nat_for_a_family_is_left_to_the_other(
+def test_family_without_nat_in_iptables_nft_is_skipped(
     namespace: Namespace,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     tmp_path: Path,
     family: Family,
 ) -> None:
-    """This kernel has NAT, so the question is for a type of chains that it does not know."""
+    """This kernel supports NAT, so the probe requests an unknown chain type instead."""
     if reason := missing_variant("nft", namespace):
         pytest.skip(reason)
     link_programs(programs_of("nft"), tmp_path)
@@ -245,7 +249,7 @@ def test_iptables_nft_without_nat_for_a_family_is_left_to_the_other(
     known, family_byte = BatchSocket.commit, nft_nat._ADDRESS_FAMILIES[family]
 
     def commit(self: BatchSocket, messages: list[tuple[int, int, bytes]]) -> None:
-        """Be a kernel that has no such chains for one family."""
+        """Replace the chain type for one family."""
         asked = [
             (kind, flags, payload.replace(nft_nat._CHAIN, unknown) if payload[0] == family_byte else payload)
             for kind, flags, payload in messages
@@ -261,11 +265,11 @@ def test_iptables_nft_without_nat_for_a_family_is_left_to_the_other(
 
 
 @pytest.mark.parametrize("family", Family)
-def test_nftables_mode_asks_for_nat_and_leaves_a_family_without_it_out(
+def test_family_without_nat_is_skipped_in_nftables_mode(
     namespace: Namespace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, family: Family
 ) -> None:
     assert any(chain.hook and chain.hook.type == "nat" for chain in probe_transaction(family).added_chains)
-    refusing(monkeypatch, {family})
+    reject_nat(monkeypatch, {family})
     assert list(namespace.call(discover_nftables)) == [OTHER[family]]
     assert [line.count("\n") for line in warnings(caplog)] == [0]
     reason = f"Linux {os.uname().release} rejected the table over netlink: chain nat-prerouting: "
@@ -273,10 +277,10 @@ def test_nftables_mode_asks_for_nat_and_leaves_a_family_without_it_out(
     assert warnings(caplog)[0].startswith(said)
 
 
-def test_nftables_mode_for_no_family_is_said_in_one_line(
+def test_error_without_any_family_in_nftables_mode_is_one_line(
     namespace: Namespace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    refusing(monkeypatch, set(Family))
+    reject_nat(monkeypatch, set(Family))
     with pytest.raises(
         NftablesUnsupportedError, match=r"^IPv4 and IPv6: Linux .* rejected the table over netlink: [^\n]*$"
     ):
@@ -284,8 +288,8 @@ def test_nftables_mode_for_no_family_is_said_in_one_line(
     assert warnings(caplog) == []
 
 
-def refusing(monkeypatch: pytest.MonkeyPatch, families: set[Family]) -> None:
-    """Be a kernel without NAT for some families, on a node without nft."""
+def reject_nat(monkeypatch: pytest.MonkeyPatch, families: set[Family]) -> None:
+    """Simulate a kernel without NAT for some families, on a node without nft."""
     real = NetlinkCommit.__call__
 
     def call(self: NetlinkCommit, change: Transaction, generation: int | None = None) -> None:
@@ -297,7 +301,7 @@ def refusing(monkeypatch: pytest.MonkeyPatch, families: set[Family]) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
 
 
-def test_somebody_without_the_privilege_is_told_so(namespace: Namespace) -> None:
+def test_missing_capability_is_reported(namespace: Namespace) -> None:
     script = (
         "from kproxy.iptables.runner import parse_version\n"
         "from kproxy.iptables.runner import check_tables\n"

@@ -1,4 +1,4 @@
-"""The serving side on the recorded node: its own addresses, the recorded ports, and counters of the real kernel."""
+"""The status server on the recorded node: its addresses and ports, and the kernel's counters."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def configured(scenario: str) -> Config:
 
 
 class Daemon:
-    """The serving side of a daemon on the node, after its first sync of a recorded cluster."""
+    """The status server of a daemon on the node after the first sync of a recorded cluster."""
 
-    def __init__(self, node: Namespace, scenario: str, **more: Any) -> None:
+    def __init__(self, node: Namespace, scenario: str, **options: Any) -> None:
         self._node = node
         config, cluster = configured(scenario), store(scenario)
         self.failures: list[tuple[str, int, str]] = []
@@ -54,10 +54,10 @@ class Daemon:
                 "on_port_failed": lambda *failure: self.failures.append(failure),
                 "clock": monotonic,
                 "wall": time_ns,
-                **more,
+                **options,
             },
         )
-        node.call(self.serving.start)  # the thread that it starts stays in the namespace, as do that one's sockets
+        node.call(self.serving.start)  # its thread and sockets stay in the namespace
         services = [service for key in cluster.service_keys() if (service := cluster.service(key))]
         for family in Family:
             context = make_context(
@@ -83,7 +83,7 @@ class Daemon:
             client.close()
 
     def answers(self, port: int) -> set[str]:
-        """The addresses of the node on which the port is open."""
+        """Return the node's addresses on which the port is open."""
         found = set()
         for host in ADDRESSES:
             try:
@@ -95,10 +95,10 @@ class Daemon:
 
 
 @pytest.mark.parametrize("path", RECORDED, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_health_check_ports_answer_as_kube_proxys(node: Namespace, path: Path) -> None:
+def test_health_check_ports_answer_like_kube_proxy(node: Namespace, path: Path) -> None:
     daemon = Daemon(node, path.parent.name)
     port = int(path.stem.rpartition("-")[2])
-    wait_until(lambda: "10.99.0.2" in daemon.answers(port), "the port is open")
+    wait_until(lambda: "10.99.0.2" in daemon.answers(port), "an open port")
     response, body = daemon.get("10.99.0.2", port)
     head, _, recorded_body = path.read_bytes().decode().replace("\r\n", "\n").partition("\n\n")
     status, *headers = head.split("\n")
@@ -118,16 +118,16 @@ def test_health_check_ports_answer_as_kube_proxys(node: Namespace, path: Path) -
         ("config-nodeport-primary", 32101, {"10.99.0.2"}),
     ],
 )
-def test_health_check_ports_listen_where_node_ports_do(
+def test_health_check_ports_listen_on_node_port_addresses(
     node: Namespace, scenario: str, port: int, hosts: set[str]
 ) -> None:
     daemon = Daemon(node, scenario)
-    wait_until(lambda: daemon.answers(port), "the port is open")
+    wait_until(lambda: daemon.answers(port), "an open port")
     assert daemon.answers(port) == hosts
     daemon.serving.stop(HANG_GUARD)
 
 
-def test_the_fixed_ports(node: Namespace) -> None:
+def test_healthz_and_metrics_ports(node: Namespace) -> None:
     daemon = Daemon(node, "clusterip")
     assert daemon.answers(10256) == set(ADDRESSES)
     assert daemon.answers(10249) == {"127.0.0.1"}
@@ -138,7 +138,7 @@ def test_the_fixed_ports(node: Namespace) -> None:
     assert daemon.answers(10256) == daemon.answers(10249) == set()
 
 
-def test_the_kernels_counters(node: Namespace) -> None:
+def test_kernel_counters_are_exported(node: Namespace) -> None:
     assert node.call(lambda: read_counter("dropped")) is None
     node.call(lambda: ensure_counters(("dropped", "dropped-too")))
     node.run(["iptables", "-A", "OUTPUT", "-p", "udp", "-m", "nfacct", "--nfacct-name", "dropped"])
