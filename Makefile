@@ -52,7 +52,7 @@ $(STAMP): pyproject.toml constraints.txt | packages
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: setup ## watch kproxy serve real requests in network namespaces, in less than half a minute
+demo: setup ## show a Service under continuous requests in network namespaces, in less than half a minute
 	@$(RUN) -m tests.demo
 
 recording: setup ## run the demo and record it in docs/pictures/demo.svg
@@ -61,7 +61,7 @@ recording: setup ## run the demo and record it in docs/pictures/demo.svg
 test: setup ## run all tests, including those that program the kernel
 	$(RUN) -m pytest -q --numprocesses=auto --dist=worksteal $(TESTS)
 
-fresh: ## run the README's commands on minimal Debian installations made by debootstrap; needs root
+fresh: ## run `make demo` and `make test` on minimal Debian installations created by debootstrap; needs root
 	@sh tests/packages.sh fresh
 	@for release in $(RELEASES); do sh tests/fresh/fresh.sh "$$release" $(CHECKS) || exit; done
 
@@ -79,7 +79,7 @@ image: ## build the container image with docker, podman or buildah
 image-base: ## build a base image with debootstrap, for machines without access to a registry
 	@ENGINE="$(ENGINE)" sh deploy/image/image.sh base $(LOCAL_BASE)
 
-image-test: setup ## build the image and test it with the privileges of the manifest; needs root
+image-test: setup ## build the image and test it with the privileges of the DaemonSet; needs root
 	@sh tests/packages.sh image
 	@ENGINE=$(or $(ENGINE),buildah) RUN=$(RUN) sh deploy/image/image.sh trial $(LOCAL_BASE)
 

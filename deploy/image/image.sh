@@ -68,7 +68,7 @@ save() { # IMAGE FILE
 
 trial() { # BASE
     image=localhost/kproxy:trial
-    [ "$engine" = buildah ] || { echo "image.sh: the trial requires buildah: set ENGINE=buildah" >&2; exit 1; }
+    [ "$engine" = buildah ] || { echo "image.sh: make image-test requires buildah: set ENGINE=buildah" >&2; exit 1; }
     buildah inspect --type=image "$1" >/dev/null 2>&1 || base "$1"
     BUILDAH_ISOLATION=${BUILDAH_ISOLATION:-chroot}
     export BUILDAH_ISOLATION

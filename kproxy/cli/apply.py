@@ -14,7 +14,7 @@ examples:
   # program the current state of the cluster
   kubectl get svc,endpointslices,nodes -A -o yaml > all.yaml
   kproxy apply --objects=all.yaml
-  # act as another Node, with its kube-proxy's settings
+  # use another Node's name and its kube-proxy configuration file
   kproxy apply --objects=all.yaml --hostname-override=node-1 \\
       --config=config.conf
   # read a directory of files; nftables mode
@@ -23,10 +23,10 @@ examples:
   kproxy apply --objects=web.yaml --cluster-cidr=10.244.0.0/16,fd00:10::/56
 
 {SYNTAX}
-Flags that only apply to `kproxy run` are accepted, ignored and not listed.
+Flags that apply only to `kproxy run` are accepted and ignored, but not listed.
 
-Rules of Services that are not in PATH are removed. The exit code is 0 only if
-the kernel accepted everything."""
+Removes the rules of Services that are not in PATH. The exit code is 0 only if
+the kernel accepted all rules."""
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -17,9 +17,11 @@ examples:
   source <(kproxy completion bash)
   echo 'source <(kproxy completion bash)' >> ~/.bashrc
   # bash with the bash-completion package: loaded on first use
+  mkdir -p ~/.local/share/bash-completion/completions
   kproxy completion bash > ~/.local/share/bash-completion/completions/kproxy
-  # zsh: after `autoload -U compinit; compinit`, or in a directory of $fpath
+  # zsh: this shell, after `autoload -U compinit; compinit`
   source <(kproxy completion zsh)
+  # zsh: every new shell; ~/.zfunc stands for a directory in $fpath
   kproxy completion zsh > ~/.zfunc/_kproxy
   # fish
   kproxy completion fish > ~/.config/fish/completions/kproxy.fish

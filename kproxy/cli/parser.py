@@ -29,14 +29,14 @@ EPILOG = """\
 examples:
   # replace kube-proxy on a node, with kube-proxy's configuration file
   kproxy run --config=/var/lib/kube-proxy/config.conf
-  # run without a cluster: read files, and read them again when they change
+  # run without a cluster: watch files in a directory
   kproxy run --objects=./cluster/
   # program the node once
   kubectl get svc,endpointslices,nodes -A -o yaml > all.yaml
   kproxy apply --objects=all.yaml
-  # print the rules; needs no root privileges
+  # print the rules, without root privileges
   kproxy render --objects=all.yaml --family=ipv4
-  # remove all rules
+  # stop proxying: remove the rules of kproxy and kube-proxy
   kproxy run --cleanup
 
 Run `kproxy COMMAND --help` for the flags of a command."""

@@ -15,11 +15,11 @@ EPILOG = f"""\
 examples:
   # both IP families, each under a heading
   kproxy render --objects=web.yaml | less
-  # one family, as input for a program
-  kproxy render --objects=web.yaml --family=ipv4 \\
-      | sudo iptables-restore --noflush
+  # one IP family, without a heading
+  kproxy render --objects=web.yaml --family=ipv4 > rules.v4
+  # nftables mode; nft accepts the output as it is
   kproxy render --objects=web.yaml --proxy-mode=nftables | sudo nft -f -
-  # the rules of another node, with its kube-proxy's settings
+  # the rules of another node, with its kube-proxy configuration file
   kproxy render --objects=all.yaml --hostname-override=node-2 \\
       --config=config.conf
   # show what one setting changes
@@ -28,11 +28,12 @@ examples:
       | diff before -
 
 {SYNTAX}
-Flags that only apply to `kproxy run` are accepted, ignored and not listed.
+Flags that apply only to `kproxy run` are accepted and ignored, but not listed.
 
-Needs no root privileges and does not access the kernel. The output assumes a
-node that supports every feature: iptables with --random-fully, and the nfacct
-counters that two rules use."""
+Needs no root privileges and does not access the kernel. In iptables mode, the
+output assumes a node that supports --random-fully and has the nfacct objects
+that two rules use. Without them, iptables-restore rejects the rules: program
+a node with `kproxy apply`, which adapts to the kernel."""
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -15,7 +15,7 @@ from kproxy.config.flags import add_flags
 
 EPILOG = f"""\
 examples:
-  # replace kube-proxy on a kubeadm node: same file, same flags
+  # replace kube-proxy on a kubeadm node, with kube-proxy's file and flags
   kproxy run --config=/var/lib/kube-proxy/config.conf --hostname-override=node-1
   # connect to a cluster with a kubeconfig
   kproxy run --kubeconfig=$HOME/.kube/config --cluster-cidr=10.244.0.0/16
@@ -27,7 +27,7 @@ examples:
       --healthz-bind-address=127.0.0.1 --metrics-bind-address=127.0.0.1
   # run without a cluster: watch the files in a directory
   kproxy run --objects=./cluster/ --hostname-override=node-1
-  # log every step
+  # log debug messages
   kproxy run --objects=web.yaml -v=4
   # set kernel parameters in a privileged init container, then exit
   kproxy run --init-only --config=/var/lib/kube-proxy/config.conf

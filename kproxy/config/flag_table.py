@@ -44,7 +44,7 @@ API_SERVER = (
     Flag(
         "kubeconfig",
         ("clientConnection.kubeconfig",),
-        "kubeconfig file with the address of the API server and credentials (default: the Pod's service account)",
+        "kubeconfig file with the API server's address and the credentials (default: the Pod's service account)",
         metavar="FILE",
     ),
 )
@@ -100,7 +100,7 @@ PROXYING = (
     Flag(
         "masquerade-all",
         ("iptables.masqueradeAll", "nftables.masqueradeAll"),
-        "masquerade (SNAT) all traffic to cluster IPs (default: false)",
+        "masquerade (SNAT) all traffic to ClusterIPs (default: false)",
         "bool",
     ),
     Flag(
@@ -156,7 +156,7 @@ CONNTRACK = (
     Flag(
         "conntrack-min",
         ("conntrack.min",),
-        "lower bound of the limit on tracked connections, regardless of the number of CPU cores (default: 131072)",
+        "minimum for the limit on tracked connections, for machines with few CPU cores (default: 131072)",
         "int",
         metavar="N",
     ),
@@ -209,7 +209,7 @@ LOGGING = (
     Flag(
         "vmodule",
         ("logging.vmodule",),
-        "log verbosity of individual source files, by file name or pattern without .py; for the text format only",
+        "log verbosity of source files whose names, without .py, match a pattern; for the text format only",
         "vmodule",
         metavar="PATTERN=N,...",
     ),

@@ -47,7 +47,9 @@ def add_flags(parser: argparse.ArgumentParser, *, once: bool = False, hidden: Co
             _add(group, name, **{"metavar": metavar, "help": text, "default": None, **hide})
         if title == "configuration":
             _add_switch(
-                group, "strict-config", "exit if the file has unknown fields or duplicate keys (default: false)"
+                group,
+                "strict-config",
+                "exit if the file has unknown fields, duplicate keys or additional documents (default: false)",
             )
         for flag in flags:
             options = {"metavar": flag.metavar, "help": flag.help or None, "default": argparse.SUPPRESS, **hide}
@@ -120,7 +122,11 @@ def flag_values(config: Config, namespace: argparse.Namespace) -> dict[str, str]
 def _add_actions(group: Any) -> None:
     text = "write the effective configuration to a file and exit"
     _add(group, "write-config-to", metavar="FILE", help=text, default=None)
-    _add_switch(group, "cleanup", "remove all rules of kproxy and kube-proxy, of every mode, and exit")
+    _add_switch(
+        group,
+        "cleanup",
+        "remove the rules of kproxy and kube-proxy in all modes, except the chain KUBE-FIREWALL, and exit",
+    )
     _add_switch(group, "init-only", "set the kernel parameters that require root and exit")
 
 

@@ -100,7 +100,8 @@ def _panel(name: str, bars: Sequence[Bar], left: int, top: int) -> Iterator[str]
     begin, room = left + LABELS, WIDTH - LABELS - VALUES - MARGIN
     baseline_is = next((bar.figure.baseline_is for bar in bars if bar.figure.baseline), "")
     remark = f"; gray: {baseline_is}" if baseline_is else ""
-    yield _text(left, top + 18, f"{name} ({bars[0].figure.unit}{remark})", size=13)
+    unit = bars[0].figure.unit.replace("us", "µs")
+    yield _text(left, top + 18, f"{name} ({unit}{remark})", size=13)
     y = top + HEAD
     for bar in bars:
         yield _text(begin - 8, y + BAR, bar.label, anchor="end")

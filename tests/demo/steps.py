@@ -108,6 +108,6 @@ def _show_rules(cluster: DemoCluster, screen: Screen, pods: Sequence[Host]) -> N
 
 def _show_next_steps(screen: Screen) -> None:
     screen.step("Next steps:")
-    screen.line("kproxy render --objects FOLDER    print the rules for your own YAML files, without applying them")
-    screen.line("kproxy --help                     list all commands; the flags are those of kube-proxy")
-    screen.line("README.md                         how to run kproxy in a cluster")
+    screen.line(".venv/bin/kproxy render --objects=PATH   print the rules for your own YAML files")
+    screen.line(".venv/bin/kproxy --help                  list all commands")
+    screen.line("README.md                                how to run kproxy in a cluster")

@@ -35,8 +35,8 @@ class Quoted(NamedTuple):
 FIRST, CHANGED, MEMORY = "first sync", "one endpoint", "RSS after first sync"
 
 README = {
-    "One endpoint changed, until the kernel commit": Quoted("nftables", 10_000, (CHANGED,)),
-    "Start to first full sync": Quoted("nftables", 10_000, (FIRST,)),
+    "Change of one endpoint to commit in the kernel": Quoted("nftables", 10_000, (CHANGED,)),
+    "Start of the process to first full sync": Quoted("nftables", 10_000, (FIRST,)),
     "Memory after the first sync": Quoted("nftables", 10_000, (MEMORY,)),
 }
 COMPARISON = {
