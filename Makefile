@@ -29,7 +29,7 @@ LOCAL_BASE := localhost/kproxy-base:bookworm
 
 # make kind-up: proxy mode, iptables or nftables; node image, which selects the Kubernetes version of a new cluster,
 # by default kind's own.
-MODE ?= iptables
+MODE ?=
 NODE_IMAGE ?=
 
 .DEFAULT_GOAL := help

@@ -130,7 +130,7 @@ class Daemon:
         self._server = server
         self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._programs: list[IptablesRunner] = []
-        self._stopping = threading.Event()
+        self._programs_stopped = threading.Event()
         self._failure: BaseException | None = None
 
     def run(self) -> None:
@@ -141,12 +141,11 @@ class Daemon:
         reconciler = threading.Thread(target=self._work, name="reconciler", daemon=True)
         reconciler.start()
         number = _wait_for_stop()
-        failure = self._failure
-        if failure is None:
+        if self._failure is None:
             log.info("%s: stopping; existing rules stay active", number.name)
         self._stop(reconciler)
-        if failure is not None:
-            raise failure
+        if self._failure is not None:  # before the stop, or during it
+            raise self._failure
 
     def _stop(self, reconciler: threading.Thread) -> None:
         """Stop the reconciler's thread and, through it, all parts, within about a second.
@@ -155,9 +154,9 @@ class Daemon:
         state to save. Python does not wait for daemon threads at exit, so the process exits normally: it flushes the
         log and removes the temporary files of the `kubernetes` package, which contain private keys.
         """
-        self._stopping.set()
         self._messages.put(Stop())
         reconciler.join(STOP_SECONDS)
+        self._programs_stopped.set()
         for iptables in self._programs:
             iptables.stop()
         reconciler.join(EXIT_SECONDS)
@@ -218,7 +217,7 @@ class Daemon:
             check_interval=periods.sync_period,
             full_check_interval=FULL_CHECK_SECONDS,
             monitor=watch.check,
-            stopping=self._stopping.is_set,
+            programs_stopped=self._programs_stopped.is_set,
         )
 
     def _sources(self, client: ApiClient | None, name: str) -> Iterator[Component]:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable
 from ipaddress import ip_address
 
 from kproxy.app.node_port_addresses import localhost_node_ports, node_port_addresses
-from kproxy.config import Config
+from kproxy.config.types import Config
 from kproxy.model.addresses import family_of
 from kproxy.model.context import Context, local_traffic
 from kproxy.model.store import Store

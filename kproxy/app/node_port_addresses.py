@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 
-from kproxy.config import Config
-from kproxy.config.types import PRIMARY
+from kproxy.config.types import PRIMARY, Config
 from kproxy.model.addresses import family_of
 from kproxy.model.context import Context
 from kproxy.model.types import Family, Node

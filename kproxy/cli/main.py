@@ -39,7 +39,7 @@ def _report(error: object, code: int) -> int:
 
     from kproxy.cli.log_format import printable, writes_json
 
-    for line in str(error).splitlines():
+    for line in str(error).split("\n"):  # other line breaks can be part of a quoted value
         if writes_json():
             logging.getLogger(__name__).error("%s", line)  # log parsers expect JSON only
         else:

@@ -70,7 +70,7 @@ class Reconciler:
         check_interval: float | None = None,
         full_check_interval: float | None = None,
         monitor: Callable[[Store, float], float | None] = lambda *_: None,
-        stopping: Callable[[], bool] = lambda: False,
+        programs_stopped: Callable[[], bool] = lambda: False,
     ) -> None:
         """`is_ready` returns whether enough is known to sync. It is not called again once it has returned True.
 
@@ -85,7 +85,8 @@ class Reconciler:
         `monitor` is called with the store and the current time after each batch of messages, even before the first
         sync. It returns the seconds until it should be called again if no message arrives, or None.
 
-        After `stopping` returns True, a sync that fails is logged as canceled.
+        Once `programs_stopped` returns True, kproxy is stopping and has killed the programs that a sync was waiting
+        for: a sync that fails then is logged as canceled.
         """
         self._monitor = monitor
         self._check_interval = check_interval
@@ -104,7 +105,7 @@ class Reconciler:
         self._synced: set[Family] = set()
         self._failing_since: dict[Family, float] = {}
         self._clock = clock
-        self._stopping = stopping
+        self._programs_stopped = programs_stopped
 
     def run(self, messages: queue.SimpleQueue[Message]) -> None:
         """Apply messages and sync until a `Stop` arrives."""
@@ -188,7 +189,7 @@ class Reconciler:
         for summary in self._summaries.values():
             if text := summary.flush(self._clock()):
                 log.info("%s", text)
-        for report in reports:
+        for report in reports:  # not between the syncs: health waits for all families
             _call_each(self._after_sync, report)
         return all(report.result is not None for report in reports)
 
@@ -223,8 +224,8 @@ class Reconciler:
             self._failing_since.setdefault(family, started)
             delay = schedule.wait(self._clock()) or 0.0
             reason = str(error) if isinstance(error, SyncError) else f"unexpected {error!r}"
-            if self._stopping():
-                log.info("%s: sync canceled: kproxy is stopping", family.value)
+            if self._programs_stopped():
+                log.info("%s: sync canceled, because kproxy is stopping: %s", family.value, reason)
             else:
                 log.error("%s: sync failed, retrying in %.1f s: %s", family.value, delay, reason)
             log.debug("%s: sync failed", family.value, exc_info=error)

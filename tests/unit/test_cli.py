@@ -121,6 +121,16 @@ def test_invalid_object_is_named_with_its_file_and_line(tmp_path: Path) -> None:
     )
 
 
+def test_line_break_in_a_value_does_not_start_another_line(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    head = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n"
+    file.write_text(f'{head}mode: "x\\u2028kproxy: forged line"\n')
+    done = run("render", f"--objects={CLUSTER}", f"--config={file}")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "x\\u2028kproxy: forged line" in done.stderr
+
+
 def test_missing_iptables_is_reported() -> None:
     done = run("apply", f"--objects={CLUSTER}", path="/nonexistent")
     assert done.returncode == 1

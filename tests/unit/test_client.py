@@ -6,15 +6,17 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from kproxy import __version__
-from kproxy.kube.client.client import ApiClient
+from kproxy.kube.client.client import ROTATION_PERIOD, ApiClient
 from kproxy.kube.client.cluster_access import ClientError, ClusterAccess
 from kproxy.kube.client.response import TransportError
 from tests.apiserver import ApiServer
+from tests.clock import Clock
 from tests.lab.waiting import HANG_GUARD
 from tests.unit.client_fixtures import (
     EMPTY_OBJECT,
@@ -82,6 +84,23 @@ def test_token_file_is_read_again_after_a_401(tmp_path: Path, server: ApiServer)
     assert get(client)[0] == 200
     token.write_text("unused")
     client.renew(rejected)  # the request had older credentials than the current ones, which stay in use
+    assert get(client)[0] == 200
+
+
+def test_failed_renewal_does_not_postpone_the_periodic_reload(
+    tmp_path: Path, server: ApiServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr("kproxy.kube.client.client.time", SimpleNamespace(monotonic=clock))
+    token = tmp_path / "token"
+    token.write_text("old")
+    client = ApiClient.from_config(kubeconfig(tmp_path / "config", server.url, {"tokenFile": "token"}))
+    clock.advance(ROTATION_PERIOD - 1)
+    token.unlink()
+    with pytest.raises(ClientError):
+        client.renew(None)
+    token.write_text("secret")
+    clock.advance(1)
     assert get(client)[0] == 200
 
 

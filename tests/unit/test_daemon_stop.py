@@ -46,6 +46,8 @@ class Reconciler:
         os.kill(os.getpid(), signal.SIGTERM)
         self.in_progress()
         assert isinstance(messages.get(), Stop)
+        if sys.argv[1] == "late failure":
+            raise ValueError("broken")
         print("reconciler stopped")
 
 
@@ -84,6 +86,11 @@ STARTED = ["start server", "start source"]
         ("sync", 0, [STOPPING]),
         ("commit", 0, [STOPPING]),
         ("build", 0, [STOPPING]),
+        (
+            "late failure",
+            1,
+            [STOPPING, "stop source", "stop server", "thread reconciler failed: ValueError('broken')"],
+        ),
         ("failure", 1, ["stop source", "stop server", "thread reconciler failed: ValueError('broken')"]),
     ],
 )

@@ -149,6 +149,23 @@ def test_no_thread_waits_for_the_plugin_while_the_token_is_valid(tmp_path: Path,
     assert plugin.runs == 2  # when the kubeconfig was loaded, and for the refresh
 
 
+def test_failed_refresh_keeps_a_token_that_is_still_valid(
+    tmp_path: Path, server: ApiServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.tokens = {"first"}
+    plugin = SlowPlugin(tmp_path, token="first", lifetime=120)
+    client = ApiClient.from_config(kubeconfig(tmp_path / "config", server.url, plugin.user))
+    plugin.block()
+    refreshing = Call(lambda: get(client)[0])
+    plugin.wait_until_started()
+    plugin.unblock(fail=True)
+    assert refreshing.result() == 200
+    reason = "exec: process returned 1. no smart card"
+    assert caplog.messages == [
+        f"cannot refresh the credentials, keeping the current ones: {tmp_path}/config: {reason}",
+    ]
+
+
 def start_waiting(functions: list[Callable[[], object]], lock: ObservedLock, plugin: SlowPlugin) -> list[Call]:
     """Call functions that need new credentials. Return once one of them runs the plugin and the others wait for it."""
     calls = [Call(function) for function in functions]

@@ -6,7 +6,7 @@ import itertools
 import logging
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -87,6 +87,7 @@ class TwoFamilyProxy(ReconciledProxy):
         listeners: Sequence[RecordingListener] = (),
         after_sync: Sequence[AfterSyncStep] = (),
         check_intervals: tuple[float, float] | None = None,
+        programs_stopped: Callable[[], bool] = lambda: False,
     ) -> None:
         """`listed` starts with a synced empty cluster. `check_intervals` are of drift checks and of full checks."""
         self.four, self.six = RecordingBackend(), RecordingBackend()
@@ -103,6 +104,7 @@ class TwoFamilyProxy(ReconciledProxy):
             after_sync=after_sync,
             check_interval=check_intervals[0] if check_intervals else None,
             full_check_interval=check_intervals[1] if check_intervals else None,
+            programs_stopped=programs_stopped,
         )
         if listed:
             self.apply(*EMPTY_LISTS)
@@ -340,6 +342,24 @@ def test_failed_sync_is_logged_on_one_line_with_its_reason(caplog: pytest.LogCap
     assert [record.getMessage() for record in caplog.records] == [
         "IPv6: sync failed, retrying in 1.0 s: line 3 failed",
     ]
+
+
+@pytest.mark.parametrize(
+    ("programs_stopped", "level", "message"),
+    [
+        (False, logging.ERROR, "IPv6: sync failed, retrying in 1.0 s: line 3 failed"),
+        (True, logging.INFO, "IPv6: sync canceled, because kproxy is stopping: line 3 failed"),
+    ],
+)
+def test_sync_whose_programs_were_killed_by_the_stop_is_canceled(
+    programs_stopped: bool, level: int, message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    proxy = TwoFamilyProxy(programs_stopped=lambda: programs_stopped)
+    proxy.six.errors = [SyncError("line 3 failed")]
+    proxy.apply(Upsert(service("a")))
+    with caplog.at_level(logging.INFO):
+        proxy.sync_after(0)
+    assert (level, message) in [(record.levelno, record.getMessage()) for record in caplog.records]
 
 
 class FaultyListener(RecordingListener):

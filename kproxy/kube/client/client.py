@@ -137,16 +137,22 @@ class ApiClient:
     def _update_credentials(self) -> None:
         """Reload files that rotate, or refresh a token that is about to expire.
 
-        Waits for another thread that is doing this only if the token has expired. Raises `ClientError`.
+        Waits for another thread that is doing this only if the token has expired. Raises `ClientError` if the token has
+        expired and cannot be refreshed. Other failures are logged, and the current credentials stay in use.
         """
         access = self._access
-        if access.refresh_due:
-            self._update(self._refresh_if_due, wait=access.expired)
+        if access.expired:
+            self._update(self._refresh_if_due, wait=True)
+        elif access.refresh_due:
+            self._try_to_update(self._refresh_if_due, "refresh")
         elif self._reload_due():
-            try:
-                self._update(self._reload_if_due, wait=False)
-            except ClientError as error:
-                log.warning("cannot reload the credentials, keeping the current ones: %s", error)
+            self._try_to_update(self._reload_if_due, "reload")
+
+    def _try_to_update(self, action: Callable[[], None], verb: str) -> None:
+        try:
+            self._update(action, wait=False)
+        except ClientError as error:
+            log.warning("cannot %s the credentials, keeping the current ones: %s", verb, error)
 
     def _refresh_if_due(self) -> None:
         if self._access.refresh_due:
@@ -157,6 +163,7 @@ class ApiClient:
 
     def _reload_if_due(self) -> None:
         if self._reload_due():
+            self._loaded = time.monotonic()  # after a failure too: the next attempt is due one period later
             self._load()
 
     def _update(self, action: Callable[[], None], *, wait: bool) -> None:
@@ -182,7 +189,6 @@ class ApiClient:
             self._updating.release()
 
     def _load(self) -> None:
-        self._loaded = time.monotonic()  # after a failure too: the next attempt is due one period later
         self._use(_load_access(self._kubeconfig, self._server, self._access))
 
     def _use(self, access: ClusterAccess) -> None:
