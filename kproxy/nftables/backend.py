@@ -137,10 +137,12 @@ class NftablesBackend:
         return ledger
 
     def _full_sync(self, plans: Plans, context: Context) -> NftablesLedger:
-        """Create the table, or change the existing one to match `plans`. Objects that already match stay untouched.
+        """Create the table, or change the existing one to match `plans`.
 
-        A table that is incompatible, or that keeps changing while it is read, is replaced by a new one. Clients then
-        lose their session affinity.
+        Existing sets and elements that already match stay untouched. The rules of existing chains are rewritten.
+
+        If the table is incompatible or keeps changing while it is read, a new table replaces it. Clients then lose
+        their session affinity.
         """
         try:
             return self._read_and_sync(plans, context)
@@ -206,7 +208,7 @@ class NftablesBackend:
 
         If another process has changed the rule set since the last commit, raise `GenerationChangedError` if
         `must_be_current` is true; otherwise commit anyway. If that commit fails, raise `DriftError`, because the table
-        may no longer match the ledger.
+        may no longer match the ledger. Any other failure raises `TableError`.
         """
         if (new_chains := transaction.split_off_new_chains()) is not None:
             self._commit_one(new_chains, must_be_current=must_be_current)
@@ -235,9 +237,9 @@ class NftablesBackend:
     def _check_concurrent_changes(self, ledger: NftablesLedger, context: Context) -> None:
         """If another process has changed the rule set, check that it did not change this table.
 
-        Raises `DriftError` if it did. The generation ID is read before the table, so that the next commit detects any
-        change after the generation ID was read. If the table cannot be read because tables keep changing, the next sync
-        repeats the check.
+        Raises `DriftError` if it did. The generation ID is read before the table. If another process changes the rule
+        set after that, the next commit detects the change. If the table cannot be read because tables keep changing,
+        the next sync repeats the check.
         """
         if self._generation is not None:
             return
@@ -292,9 +294,9 @@ def _new_table(ledger: NftablesLedger, plans: Plans, context: Context) -> Transa
 def _check_compatible(snapshot: TableSnapshot, family: Family) -> None:
     """Raise `IncompatibleTableError` if the table must be replaced, because the diff cannot correct its contents.
 
-    Table flags mark a table that is dormant or that a process owns. The type of a set cannot be changed. An unknown
-    verdict map can refer to chains, and the kernel does not delete these chains while it does. A catch-all element
-    (`*`) would match keys that must not match.
+    Table flags mark a table that is dormant or that a process owns. The type of a set cannot be changed. If an
+    unknown verdict map refers to a chain, the kernel may reject the deletion of that chain. A catch-all element (`*`)
+    would match keys that must not match.
     """
     if snapshot.flags:
         raise IncompatibleTableError(f"the table has flags ({snapshot.flags:#x})")

@@ -111,7 +111,7 @@ def base_chains(context: Context) -> tuple[NftChain, ...]:
 def _base_chain(name: str, chain_type: str, hook: str, priority: int, *targets: str) -> NftChain:
     match_new = (CtStateNew(),) if chain_type == "filter" else ()  # the kernel runs nat chains only for new connections
     rules = tuple(rule(*match_new, Jump(target)) for target in targets)
-    return NftChain(name, rules, hook=NftHook(chain_type, hook, priority))  # type: ignore[arg-type]  # the literals above
+    return NftChain(name, rules, hook=NftHook(chain_type, hook, priority))  # type: ignore[arg-type]  # always valid literals
 
 
 def _services(context: Context) -> Iterator[NftRule]:

@@ -37,7 +37,8 @@ class NftablesDiff:
     obsolete objects.
 
     Without a `snapshot`, the ledger describes the current table. With a `snapshot`, the ledger must be empty and the
-    snapshot describes the current table, whatever its contents. Objects that already match are not written again.
+    snapshot describes the current table, whatever its contents. Sets and elements that already match are not written
+    again. The rules of all chains are rewritten, because a snapshot does not contain rules.
     """
 
     def __init__(

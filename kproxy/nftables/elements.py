@@ -21,8 +21,8 @@ PROTOCOLS: dict[Protocol, int] = {"TCP": 6, "UDP": 17, "SCTP": 132}
 """IP protocol numbers (IANA)."""
 MAX_ENDPOINT_RUN = 500
 """Maximum number of elements in one `EndpointElements`. This many elements fit into one netlink message."""
-# nft's numbers of data types (enum datatypes in its datatype.h). The number of a concatenation has 6 bits (TYPE_BITS)
-# for each of the concatenated types.
+# nft's numbers for data types (enum datatypes in its datatype.h). The number for a concatenation contains the number of
+# each concatenated type in 6 bits (TYPE_BITS).
 _TYPE_IPADDR, _TYPE_IP6ADDR = 7, 8
 _DATA_TYPES = {KeyField.PROTOCOL: 12, KeyField.PORT: 13, KeyField.NUMGEN: 4}
 _TYPE_BITS = 6

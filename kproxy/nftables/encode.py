@@ -164,7 +164,10 @@ class TransactionEncoder:
     def _elements(
         self, message: int, flags: int, set_name: str, elements: Sequence[_E], encode: Callable[[_E], bytes]
     ) -> Iterator[NftMessage]:
-        """Yield the messages that add or delete elements of one set. No message exceeds `_MAX_ELEMENTS_SIZE`."""
+        """Yield the messages that add or delete elements of one set.
+
+        The elements in one message have at most `_MAX_ELEMENTS_SIZE` bytes in total.
+        """
         start = self._header + self._table + string_attribute(nf.NFTA_SET_ELEM_LIST_SET, set_name)
         kind = nfnl_type(nf.NFNL_SUBSYS_NFTABLES, message)
         parts: list[bytes] = []

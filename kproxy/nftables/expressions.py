@@ -1,7 +1,7 @@
 """Encode the statements of a rule as nf_tables expressions (linux/netfilter/nf_tables.h). Pure.
 
-Expressions work on 16 registers of 4 bytes each, NFT_REG32_00 to NFT_REG32_15. kproxy uses the same registers as nft,
-so that `nft list` can print the rules.
+Expressions work on 16 registers of 4 bytes each, NFT_REG32_00 to NFT_REG32_15. kproxy assigns the registers in the
+same way as nft, so that `nft list` can print the rules.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def string_attribute(kind: int, value: str) -> bytes:
 
 
 def value_attribute(kind: int, value: bytes) -> bytes:
-    """Return an attribute with a value for registers, nested as NFTA_DATA_VALUE."""
+    """Return an attribute that contains register data (a nested NFTA_DATA_VALUE attribute)."""
     return _value_header(kind, len(value)) + value + b"\0" * (-len(value) % 4)
 
 
@@ -60,7 +60,7 @@ def _value_header(kind: int, size: int) -> bytes:
 
 
 def verdict_attribute(kind: int, code: int, chain: str = "") -> bytes:
-    """Return an attribute with a verdict, nested as NFTA_DATA_VERDICT."""
+    """Return an attribute that contains a verdict (a nested NFTA_DATA_VERDICT attribute)."""
     target = (string_attribute(nf.NFTA_VERDICT_CHAIN, chain),) if chain else ()
     return nested(kind, nested(nf.NFTA_DATA_VERDICT, u32_attribute(nf.NFTA_VERDICT_CODE, code), *target))
 

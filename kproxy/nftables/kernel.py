@@ -49,7 +49,7 @@ class TableError(Exception):
 
 
 class GenerationChangedError(Exception):
-    """The rule set no longer has the generation ID with which a transaction was committed. Nothing was applied."""
+    """A transaction was not applied, because the rule set no longer has the generation ID that the caller passed."""
 
 
 class TableChangingError(TableError):
@@ -60,7 +60,7 @@ class TableChangingError(TableError):
 
 
 def next_generation(generation: int) -> int:
-    """Return the generation ID after one more commit. The generation ID is a 32-bit counter that skips 0."""
+    """Return the generation ID that follows `generation`. The generation ID is a 32-bit counter that skips 0."""
     return generation + 1 & 0xFFFFFFFF or 1
 
 
@@ -82,9 +82,9 @@ class OwnGenerations:
         return self._last
 
     def newest_after(self, generation: int) -> int:
-        """Return the newest generation that this process's commits alone reached from `generation`.
+        """Return the newest generation that was reached from `generation` only by commits of this process.
 
-        Return `generation` itself if this process has made no commit on top of it.
+        Return `generation` itself if there is no newer one.
         """
         return self._last if self._first <= generation <= self._last else generation
 
@@ -142,7 +142,7 @@ class NetlinkCommit:
 
 
 class NftCommit:
-    """Commits transactions with `nft -f`. This is for kernels that accept the messages of nft but not those of kproxy.
+    """Commits transactions with `nft -f`, for a kernel that accepts nft's messages but rejects kproxy's own messages.
 
     It cannot detect concurrent changes by other processes.
     """

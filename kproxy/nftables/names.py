@@ -33,12 +33,12 @@ _LONGEST_PREFIX = len("endpoint-")
 
 
 def table_family(family: Family) -> str:
-    """Return nft's name of a family: `ip` or `ip6`."""
+    """Return nft's name for a family: `ip` or `ip6`."""
     return "ip6" if family is Family.IPV6 else "ip"
 
 
 def service_port_suffix(plan: ServicePortPlan) -> str:
-    """Return the suffix that identifies a service port in the names of its chains: `AXK6CI2C-demo/web/tcp/http`."""
+    """Return the suffix that identifies a service port in chain names, such as `AXK6CI2C-demo/web/tcp/http`."""
     return _hashed(_service_port_text(plan))
 
 

@@ -62,7 +62,7 @@ def choose_commit(family: Family) -> Commit:
 
 
 def probe_transaction(family: Family) -> Transaction:
-    """Return a transaction that uses every feature that nftables mode needs. It deletes its own table at the end."""
+    """Return a transaction that uses every feature that nftables mode needs. At the end, it deletes its table."""
     address, endpoint, network = _ADDRESSES[family]
     context = Context(family, "", local_traffic=LocalTraffic(cidr=network), service_cidrs=(network,))
     diff = NftablesDiff(NftablesLedger(), context, create=True)

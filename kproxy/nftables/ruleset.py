@@ -104,7 +104,7 @@ class MatchMark(Struct, frozen=True, tag=True):
 
 
 class Numgen(Struct, frozen=True, tag=True):
-    """`numgen random mod N 0`: match a random packet out of N on average, where N is `modulus`."""
+    """`numgen random mod N 0`: match with a probability of 1/N, where N is `modulus`."""
 
     modulus: int
 

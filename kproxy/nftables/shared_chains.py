@@ -21,8 +21,8 @@ from kproxy.nftables.ruleset import DnatMap, FibLocal, Goto, KeyField, NftChain,
 MAX_IMBALANCE = 1 / 500
 """Maximum share of connections for which no random number below the chain's capacity is the index of an endpoint.
 
-These connections are sent only to the first endpoints of the frontend. The maximum limits how much additional traffic
-these endpoints receive.
+These connections are sent only to the first endpoints of the frontend. A low maximum therefore limits how much more
+traffic these endpoints receive than the others.
 """
 FrontendKind: TypeAlias = Literal["service", "nodeport"]
 Policy: TypeAlias = Literal["any", "local", "external", "external-local"]
@@ -160,12 +160,12 @@ def external_local_rules(context: Context, any_chain: str, local_chain: str) -> 
 
 
 def any_chain_name(kind: FrontendKind, endpoints: int) -> str:
-    """Return the name of the chain that selects one of `endpoints` endpoints."""
+    """Return the name of the chain that selects an endpoint for frontends with this many endpoints."""
     return SharedChain(kind, "any", chain_capacity(endpoints)).name
 
 
 def local_chain_name(kind: FrontendKind, endpoints: int) -> str:
-    """Return the name of the chain that selects one of `endpoints` endpoints on this node."""
+    """Return the name of the chain that selects a local endpoint for frontends with this many local endpoints."""
     return SharedChain(kind, "local", chain_capacity(endpoints)).name
 
 
@@ -181,9 +181,9 @@ def external_local_chain_name(kind: FrontendKind, endpoints: int, local_endpoint
 
 
 def required_shared_chains(chain_names: Iterable[str]) -> Iterator[SharedChain]:
-    """Yield each shared chain among the named chains, and the shared chains that it leads to.
+    """Yield each shared chain among the named chains, followed by the shared chains that can be reached from it.
 
-    Some chains may be yielded several times.
+    A chain may be yielded several times.
     """
     for name in chain_names:
         shared = SharedChain.parse(name)

@@ -60,10 +60,10 @@ class Transaction(Struct):
         None if there are no new chains. Also return None if this transaction creates the table or replaces a set,
         because the new chains cannot be created earlier then.
 
-        The reason is that the kernel evaluates the rules of one generation for a packet, but looks up each set in its
-        latest state (Linux 6.18, `nft_do_chain`). Assume that one transaction added both a chain and an element whose
-        verdict is a goto to that chain. A packet in flight could then get the new verdict and still find the chain
-        without rules. A chain that no verdict refers to does no harm, so new chains are created first.
+        For each packet, the kernel evaluates the rules of one generation, but it looks up sets in their latest state
+        (Linux 6.18, `nft_do_chain`). Assume that one transaction added both a chain and an element whose verdict is a
+        goto to that chain. A packet in flight could then get the new verdict and still see the chain without rules. A
+        chain that no verdict refers to does no harm, so new chains are created first.
         """
         if self.create_table or {each.name for each in self.added_sets} & set(self.deleted_sets):
             return None
