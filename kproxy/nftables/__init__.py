@@ -1,1 +1,1 @@
-"""The nftables backend: one table per IP family, with sets, maps and chains that all Services share."""
+"""The nftables backend: one table per IP family. Most Services share chains and add only elements to sets and maps."""

@@ -1,4 +1,4 @@
-"""The nftables backend of one IP family: sync plans into the kernel's table and keep a ledger of what it accepted."""
+"""The nftables backend of one IP family. It programs plans and keeps a ledger of what the kernel has accepted."""
 
 from __future__ import annotations
 
@@ -25,9 +25,12 @@ from kproxy.nftables.transaction import Transaction
 
 log = logging.getLogger(__name__)
 BATCH_FRONTENDS = 1_000
-"""Number of frontends at which a batch of a large change is complete: about half a megabyte with 10 endpoints each."""
+"""A large change is committed in batches. A batch is complete when it has this many frontends.
+
+If each frontend has 10 endpoints, such a batch is about half a megabyte.
+"""
 MAX_READS = 3
-"""Maximum number of attempts to read the table while other processes keep changing tables."""
+"""Maximum number of attempts to read a consistent table while other processes keep changing tables."""
 _T = TypeVar("_T")
 
 
@@ -35,19 +38,20 @@ class NftablesKernel(Protocol):
     """Access to one family's table; implemented by `kproxy.nftables.kernel.NftTable`."""
 
     def commit(self, transaction: Transaction, generation: int | None = None, /) -> None:
-        """Commit a transaction; with a `generation`, only if it is still the current one.
+        """Commit a transaction. If a `generation` is given, commit only if it is still the current generation ID.
 
-        Raises `TableError` or `GenerationChangedError`.
+        Raises `GenerationChangedError` if the generation ID has changed, and `TableError` for any other failure.
         """
 
     def generation(self) -> int:
-        """Return the generation ID, which every change of any table increments. Raises `TableError`."""
+        """Return the generation ID, which the kernel increments whenever any table changes. Raises `TableError`."""
 
     def snapshot(self, *, allow_interrupted: bool = False) -> TableSnapshot | None:
-        """Read the table; return None if it does not exist.
+        """Read the table. Return None if it does not exist.
 
         Raises `TableError`, in particular `TableChangingError` if tables keep changing. With `allow_interrupted`, a
-        change while elements are read is not an error; elements can be missing if this table was changed.
+        change to any table is tolerated while elements are read. If it was a change to this table, the result may lack
+        some elements.
         """
 
     def chain_use_counts(self) -> Counter[str]:
@@ -57,7 +61,8 @@ class NftablesKernel(Protocol):
 class NftablesBackend:
     """Keeps one family's table in sync with the plans.
 
-    It reads the table only when it has no ledger: at startup, after a failure, and after a change by another process.
+    The backend reads the whole table only if it has no ledger: at startup, after a failed sync, after another process
+    changed the table, and after `forget`.
     """
 
     def __init__(
@@ -69,14 +74,14 @@ class NftablesBackend:
     ) -> None:
         """Create a backend that has not read the table yet.
 
-        All backends of a network namespace must share `own_generations`. `batch_frontends` is the number of frontends
-        at which a batch is complete. A batch never splits a Service, so it can have more.
+        All backends of a network namespace must share `own_generations`. A batch is complete when it has
+        `batch_frontends` frontends. It can have more, because a Service is never split across batches.
         """
         self._kernel = kernel
         self._own_generations = own_generations or OwnGenerations()
         self._batch_frontends = batch_frontends
         self._ledger: NftablesLedger | None = None
-        # The rule set's generation after the last commit; None if another process may have changed the table since.
+        # The generation ID after the last commit, or None if another process may have changed the table since then.
         self._generation: int | None = None
 
     @property
@@ -85,10 +90,13 @@ class NftablesBackend:
         return self._ledger is None
 
     def sync(self, plans: Plans, context: Context) -> ApplyResult:
-        """Program `plans`: those of the Services that may have changed, or of all Services if `needs_full_sync`.
+        """Program the plans of all Services that may have changed. A Service without plans is deleted.
 
-        A Service without plans is deleted. Raises `SyncError` if the kernel cannot be read or rejects a change; changes
-        that it accepted earlier stay applied. Raises `DriftError` if another process changed the table.
+        If `needs_full_sync` is true, `plans` must cover all Services.
+
+        Raises `SyncError` if the table cannot be read from the kernel, or if a commit fails. Changes that the kernel
+        accepted earlier in the sync remain applied. Raises `DriftError` if another process changed the table. After an
+        error, `needs_full_sync` is true.
         """
         ledger, self._ledger = self._ledger, None
         try:
@@ -98,15 +106,18 @@ class NftablesBackend:
         return ApplyResult({}, {}, self._ledger.conflicts())
 
     def forget(self) -> None:
-        """Make the next `sync` read the table."""
+        """Discard the ledger, so that the next `sync` reads the table and must be a full sync."""
         self._ledger = None
 
     def verify(self, context: Context) -> bool:
-        """Check for drift by the use count of every chain; if one differs, make the next `sync` read the table.
+        """Check for drift by comparing the use count of every chain with the ledger. Return False if one differs.
 
-        This detects deleted tables and chains, and added or deleted rules and frontends. It does not detect changes of
-        endpoints, of elements in sets, or of drop verdicts. If the kernel cannot be read, this logs a warning and
-        returns True.
+        After drift, the next `sync` reads the table and must be a full sync.
+
+        The check detects deleted tables and chains, and added or deleted rules and frontends. It does not detect
+        changes to endpoints, to elements of sets, to drop verdicts, or to the statements of a rule that keeps its
+        target chain. If the use counts cannot be read from the kernel, the method logs a warning and returns True. It
+        also returns True if there is no ledger, because the next `sync` reads the table anyway.
         """
         if self._ledger is None:
             return True
@@ -126,9 +137,12 @@ class NftablesBackend:
         return ledger
 
     def _full_sync(self, plans: Plans, context: Context) -> NftablesLedger:
-        """Change the existing table to match `plans`. Objects that already match stay untouched.
+        """Create the table, or change the existing one to match `plans`.
 
-        An incompatible table is replaced, and the session affinity of existing clients is lost.
+        Existing sets and elements that already match stay untouched. The rules of existing chains are rewritten.
+
+        If the table is incompatible or keeps changing while it is read, a new table replaces it. Clients then lose
+        their session affinity.
         """
         try:
             return self._read_and_sync(plans, context)
@@ -143,8 +157,8 @@ class NftablesBackend:
                 return self._sync_from_snapshot(self._kernel.snapshot(), generation, plans, context)
             except (GenerationChangedError, TableChangingError):
                 continue
-        # Other processes keep changing tables, most likely not this one. Sync from the part of it that can be read, and
-        # check the result for drift.
+        # Other processes keep changing tables, but probably not kproxy's. Read kproxy's table once more, and tolerate
+        # changes while its elements are read. After the sync, `_check_concurrent_changes` checks the table for drift.
         try:
             snapshot = self._kernel.snapshot(allow_interrupted=True)
             return self._sync_from_snapshot(snapshot, None, plans, context)
@@ -154,10 +168,12 @@ class NftablesBackend:
     def _sync_from_snapshot(
         self, snapshot: TableSnapshot | None, generation: int | None, plans: Plans, context: Context
     ) -> NftablesLedger:
-        """Change the table from its state in `snapshot` to `plans`, or create it if `snapshot` is None.
+        """Change the table from its state in `snapshot` to the desired state. Create it if `snapshot` is None.
 
-        Raises `GenerationChangedError` if `generation` is not current. An existing table changes in one transaction,
-        because its chains must match each other and the context; a new one is filled in batches.
+        An existing table is changed in one transaction, because its chains must match each other and the context. If
+        there are new chains, `_commit` adds them in an earlier transaction. A new table is filled in batches.
+
+        Raises `GenerationChangedError` if `generation` is not the current one when the first commit is made.
         """
         if snapshot is not None:
             _check_compatible(snapshot, context.family)
@@ -173,7 +189,7 @@ class NftablesBackend:
     def _batches(
         self, diff: NftablesDiff, plans: Plans, context: Context, batch_frontends: float
     ) -> Iterator[Transaction]:
-        """Yield the transactions of a diff, each as soon as it has `batch_frontends` frontends."""
+        """Yield the transactions of a diff. Each is yielded as soon as it has `batch_frontends` frontends."""
         for key, ports in plans.by_service():
             diff.put(key, render_service(ports, context))
             if diff.frontend_count >= batch_frontends:
@@ -188,11 +204,11 @@ class NftablesBackend:
         return ledger
 
     def _commit(self, transaction: Transaction, *, must_be_current: bool = False) -> None:
-        """Commit a transaction, its new chains first (`Transaction.split_off_new_chains`).
+        """Commit a transaction. Commit its new chains first (see `Transaction.split_off_new_chains`).
 
-        If another process changed the rule set since the last commit, raise `GenerationChangedError` with
-        `must_be_current`, else commit anyway. If the kernel then rejects the transaction, raise `DriftError`: the table
-        may no longer match the ledger.
+        If another process has changed the rule set since the last commit, raise `GenerationChangedError` if
+        `must_be_current` is true; otherwise commit anyway. If that commit fails, raise `DriftError`, because the table
+        may no longer match the ledger. Any other failure raises `TableError`.
         """
         if (new_chains := transaction.split_off_new_chains()) is not None:
             self._commit_one(new_chains, must_be_current=must_be_current)
@@ -219,10 +235,11 @@ class NftablesBackend:
             ) from None
 
     def _check_concurrent_changes(self, ledger: NftablesLedger, context: Context) -> None:
-        """If another process changed the rule set during the sync, check that it did not change this table.
+        """If another process has changed the rule set, check that it did not change this table.
 
-        Raises `DriftError` if it did. The generation is read before the table: the next commit detects any later
-        change. If the table cannot be read because tables keep changing, the next sync checks again.
+        Raises `DriftError` if it did. The generation ID is read before the table. If another process changes the rule
+        set after that, the next commit detects the change. If the table cannot be read because tables keep changing,
+        the next sync repeats the check.
         """
         if self._generation is not None:
             return
@@ -248,14 +265,14 @@ class NftablesPrinter:
         self._show = show
 
     def verify(self, context: Context) -> bool:  # noqa: ARG002 - there is no kernel state to check
-        """Return True."""
+        """Return True: a printed table cannot drift."""
         return True
 
     def forget(self) -> None:
         """Do nothing: every sync is a full sync."""
 
     def sync(self, plans: Plans, context: Context) -> ApplyResult:
-        """Print the table for all `plans` as `nft list table` prints it."""
+        """Print the table for `plans` in the format of `nft list table`."""
         ledger = NftablesLedger()
         transaction = _new_table(ledger, plans, context)
         elements = transaction.all_added_elements()
@@ -264,7 +281,10 @@ class NftablesPrinter:
 
 
 def _new_table(ledger: NftablesLedger, plans: Plans, context: Context) -> Transaction:
-    """Return the transaction that creates the whole table, and add its contents to the ledger."""
+    """Return the transaction that creates the whole table, and record the table's contents in the ledger.
+
+    The transaction first deletes any existing table.
+    """
     diff = NftablesDiff(ledger, context, create=True)
     for key, ports in plans.by_service():
         diff.put(key, render_service(ports, context))
@@ -272,10 +292,11 @@ def _new_table(ledger: NftablesLedger, plans: Plans, context: Context) -> Transa
 
 
 def _check_compatible(snapshot: TableSnapshot, family: Family) -> None:
-    """Raise `IncompatibleTableError` if the table has something that only deleting the table can change or remove.
+    """Raise `IncompatibleTableError` if the table must be replaced, because the diff cannot correct its contents.
 
-    The type of a set cannot change. An unknown verdict map can keep its chains from being deleted. A catch-all element
-    (`*`) would match keys that must not match.
+    Table flags mark a table that is dormant or that a process owns. The type of a set cannot be changed. If an
+    unknown verdict map refers to a chain, the kernel may reject the deletion of that chain. A catch-all element (`*`)
+    would match keys that must not match.
     """
     if snapshot.flags:
         raise IncompatibleTableError(f"the table has flags ({snapshot.flags:#x})")
@@ -291,11 +312,14 @@ def _check_compatible(snapshot: TableSnapshot, family: Family) -> None:
 
 
 def run_pipelined(process: Callable[[_T], object], items: Iterable[_T]) -> None:
-    """Call `process` with each item, in order and one at a time, while the next item is computed.
+    """Call `process` with each item, in order and one call at a time. Compute the next item during each call.
 
-    A single item is processed in the calling thread. If there are several, each is processed in a thread of its own,
-    which inherits the caller's network namespace. Raises the first error of `process` or `items`, but only after a
-    running call has returned; no further call is started.
+    The first two items are computed before the first call. If there is only one item, it is processed in the calling
+    thread. If there are more, each is processed in a new thread, which inherits the caller's network namespace.
+
+    Raises any error that `process` or `items` raises. No further call is then started, and the error is raised only
+    after a running call has returned. If both that call and the computation of the next item fail, the error of `items`
+    is raised.
     """
     iterator = iter(items)
     ready = list(islice(iterator, 2))
@@ -315,7 +339,7 @@ def run_pipelined(process: Callable[[_T], object], items: Iterable[_T]) -> None:
 
 
 class _BackgroundCall(Generic[_T]):
-    """A call in a daemon thread of its own. Unlike the threads of an executor, it does not delay the process's exit."""
+    """A function call in a new daemon thread. Unlike an executor's threads, it does not delay the process's exit."""
 
     def __init__(self, process: Callable[[_T], object], item: _T) -> None:
         self._error: BaseException | None = None
@@ -327,7 +351,7 @@ class _BackgroundCall(Generic[_T]):
         self._thread.join()
 
     def result(self) -> None:
-        """Wait for the call. Raises the error that it raised."""
+        """Wait until the call has returned. If it raised an error, raise that error again."""
         self.join()
         if self._error is not None:
             raise self._error

@@ -41,7 +41,7 @@ NODE_PORT_KEY = (KeyField.PROTOCOL, KeyField.PORT)
 _CONNECTION_KEY = (KeyField.SOURCE, KeyField.DESTINATION, KeyField.PROTOCOL, KeyField.PORT)
 _SERVICE_ENDPOINT_KEY = (*SERVICE_KEY, KeyField.NUMGEN)
 _NODE_PORT_ENDPOINT_KEY = (*NODE_PORT_KEY, KeyField.NUMGEN)
-# The kernel cannot change the comment of an existing set: tables of earlier versions keep theirs.
+# The comment of an existing set cannot be changed. Sets that an earlier version of kproxy created keep their comments.
 SETS = (
     NftSet(names.CLUSTER_IPS, (KeyField.DESTINATION,), comment="ClusterIPs in use"),
     NftSet(names.NODE_PORT_IPS, (KeyField.DESTINATION,), comment="addresses on which NodePorts accept traffic"),
@@ -64,9 +64,9 @@ _SNAT_PRIORITY = 100  # nft: srcnat
 
 
 def local_traffic_match(context: Context, *, negate: bool) -> Statement | None:
-    """Return the statement that matches traffic from this node's pods, with `negate` all other traffic.
+    """Return the statement that matches traffic from local pods, as `detectLocalMode` defines them.
 
-    Return None if `detectLocalMode` gives no way to distinguish them.
+    With `negate`, the statement matches all other traffic. Return None if traffic from local pods cannot be detected.
     """
     local = context.local_traffic
     if local.cidr:
@@ -77,11 +77,11 @@ def local_traffic_match(context: Context, *, negate: bool) -> Statement | None:
 
 
 def base_chains(context: Context) -> tuple[NftChain, ...]:
-    """Return the base chains and the chains that they jump to; a chain comes after the chains that it jumps to.
+    """Return the base chains and the chains that they jump to. Each chain comes after the chains that it jumps to.
 
-    Source ranges are checked before DNAT, while the packet still has the frontend's address. Frontends without
-    endpoints are rejected or dropped after DNAT, which leaves their packets unchanged. kube-proxy uses the same hooks
-    and priorities.
+    Source ranges are checked before DNAT, while the packet still has the frontend's address. Packets to frontends
+    without endpoints are rejected or dropped after the DNAT chains have run. DNAT does not change these packets, so
+    they still have the frontend's address. kube-proxy uses the same hooks and priorities.
     """
     return (
         NftChain("firewall-check", (rule(VerdictMap(SERVICE_KEY, names.FIREWALL_IPS)),)),
@@ -109,9 +109,9 @@ def base_chains(context: Context) -> tuple[NftChain, ...]:
 
 
 def _base_chain(name: str, chain_type: str, hook: str, priority: int, *targets: str) -> NftChain:
-    match_new = (CtStateNew(),) if chain_type == "filter" else ()  # nat chains see only new connections
+    match_new = (CtStateNew(),) if chain_type == "filter" else ()  # the kernel runs nat chains only for new connections
     rules = tuple(rule(*match_new, Jump(target)) for target in targets)
-    return NftChain(name, rules, hook=NftHook(chain_type, hook, priority))  # type: ignore[arg-type]  # the literals above
+    return NftChain(name, rules, hook=NftHook(chain_type, hook, priority))  # type: ignore[arg-type]  # always valid literals
 
 
 def _services(context: Context) -> Iterator[NftRule]:
@@ -128,7 +128,11 @@ def _services(context: Context) -> Iterator[NftRule]:
 
 
 def _node_port_rules(context: Context, verdict_map: str) -> tuple[NftRule, ...]:
-    """Return the rule that looks up NodePorts, for the configured addresses or all local ones except loopback."""
+    """Return the rule that looks up NodePorts.
+
+    If NodePort addresses are configured, the rule matches only packets to these addresses. Otherwise it matches packets
+    to all local addresses except loopback addresses.
+    """
     lookup = VerdictMap(NODE_PORT_KEY, verdict_map)
     if context.node_port_addresses is not None:
         return (rule(Lookup((KeyField.DESTINATION,), names.NODE_PORT_IPS), lookup),)
@@ -137,12 +141,12 @@ def _node_port_rules(context: Context, verdict_map: str) -> tuple[NftRule, ...]:
 
 
 def _cluster_ips_check(context: Context) -> Iterator[NftRule]:
-    """Yield the rules that reject unused ports of ClusterIPs and drop traffic to unassigned ClusterIPs."""
+    """Yield the rules that reject packets to unused ports of ClusterIPs and drop packets to unassigned ClusterIPs."""
     in_use = Lookup((KeyField.DESTINATION,), names.CLUSTER_IPS)
     yield rule(in_use, Reject(), comment="no such port of this ClusterIP")
     for cidr in context.service_cidrs:
         if cidr.endswith("/0"):
-            continue  # a misconfiguration; the rule would drop all forwarded and outgoing connections of the node
+            continue  # misconfigured: the rule would drop all new connections that the node forwards or opens
         yield rule(MatchDaddr(cidr), Drop(), comment="no Service has this ClusterIP")
 
 

@@ -1,4 +1,4 @@
-"""Read a table from the kernel over netlink: at startup, and after another process may have changed it."""
+"""Read the current state of a table from the kernel over netlink."""
 
 from __future__ import annotations
 
@@ -46,7 +46,11 @@ _LENGTH = struct.Struct("=H")
 
 
 class TableReader:
-    """Reads one family's table. Each call uses a new netlink socket, and raises `OSError` if it cannot be opened."""
+    """Reads one family's table.
+
+    Each method opens a new netlink socket. It raises `OSError` if the socket cannot be opened or fails, and
+    `NetlinkError`, a subclass, if the kernel rejects a request.
+    """
 
     def __init__(self, family: Family) -> None:
         self._family = family
@@ -54,7 +58,7 @@ class TableReader:
         self._table = string_attribute(nf.NFTA_TABLE_NAME, TABLE)  # also NFTA_CHAIN_TABLE, NFTA_SET_TABLE and so on
 
     def generation(self) -> int:
-        """Return the generation ID, which every change of any table increments. Raises `NetlinkError`."""
+        """Return the generation ID, which the kernel increments whenever any table changes. Raises `NetlinkError`."""
         with NetlinkSocket(NETLINK_NETFILTER) as netlink:
             generations: list[int] = []
             for data, begin, end in netlink.get(_GETGEN, nfgenmsg()):
@@ -68,11 +72,12 @@ class TableReader:
             return self._flags(netlink) is not None
 
     def snapshot(self, *, allow_interrupted: bool = False) -> TableSnapshot | None:
-        """Read the table; return None if it does not exist.
+        """Read the table. Return None if it does not exist.
 
-        Raises `NetlinkError`, in particular `DumpInterruptedError` if any table changed during the read. With
-        `allow_interrupted`, a change while elements are read is not an error: the kernel continues a dump of elements
-        within the same set, so changes of other tables do no harm.
+        Raises `NetlinkError`, in particular `DumpInterruptedError` if any table changes during a dump. With
+        `allow_interrupted`, a change is tolerated while elements are dumped. After a change, the kernel continues the
+        dump within the same set, so a change to another table does no harm. A change to this table can make elements
+        missing from the result.
         """
         with NetlinkSocket(NETLINK_NETFILTER) as netlink:
             flags = self._flags(netlink)
@@ -88,7 +93,7 @@ class TableReader:
     def chain_use_counts(self) -> Counter[str]:
         """Return the use count of each chain (NFTA_CHAIN_USE). Raises `NetlinkError`.
 
-        The kernel counts the chain's own rules, and the rules and elements that jump or go to it.
+        A chain's use count is the number of its rules plus the number of rules and elements that jump or goto to it.
         """
         counts: Counter[str] = Counter()
         with NetlinkSocket(NETLINK_NETFILTER) as netlink:
@@ -124,7 +129,7 @@ class TableReader:
         chains = {}
         for data, begin, end in netlink.dump(_GETCHAIN, self._header + self._table):
             spans = attributes(data, begin + _NFGENMSG_SIZE, end)
-            # Before Linux 6.3, the dump has the chains of all tables of the family.
+            # Before Linux 6.3, the dump contains the chains of all tables of the family.
             if _string(data, spans[nf.NFTA_CHAIN_TABLE]) == TABLE:
                 hook = _hook(data, spans) if nf.NFTA_CHAIN_HOOK in spans else None
                 chains[_string(data, spans[nf.NFTA_CHAIN_NAME])] = hook
@@ -155,8 +160,10 @@ class TableReader:
 
 
 class _EndpointElementLayout(Struct, frozen=True, gc=False):
-    """The layout of an element with a key, an endpoint and nothing else: a fast path for the most frequent elements.
+    """The encoding of a map element that has a key, an endpoint as its value, and no further attributes.
 
+    Most elements have this encoding. They can be decoded without parsing their attributes, because only the key and the
+    value differ: `before_key` and `before_value` are the constant bytes before the key and between key and value.
     `key_size` and `value_size` are in bytes.
     """
 
@@ -223,7 +230,7 @@ def _hook(data: bytes, chain: dict[int, Span]) -> NftHook:
     if nf.NFTA_CHAIN_POLICY in chain and _u32(data, chain[nf.NFTA_CHAIN_POLICY]) != nf.NF_ACCEPT:
         hook += " with policy drop"
     chain_type = _string(data, chain[nf.NFTA_CHAIN_TYPE])
-    return NftHook(chain_type, hook, priority)  # type: ignore[arg-type]  # an unknown hook compares unequal to ours
+    return NftHook(chain_type, hook, priority)  # type: ignore[arg-type]  # an unknown hook never equals one of kproxy's
 
 
 def _element(data: bytes, begin: int, end: int, map_value: MapValue) -> SetElement:
@@ -240,14 +247,17 @@ def _element(data: bytes, begin: int, end: int, map_value: MapValue) -> SetEleme
 
 
 def _value(data: bytes, span: Span) -> bytes:
-    # The payload is a single NFTA_DATA_VALUE attribute.
+    # The payload consists of one NFTA_DATA_VALUE attribute.
     begin, _ = span
     (size,) = _LENGTH.unpack_from(data, begin)
     return data[begin + 4 : begin + size]
 
 
 def _verdict(data: bytes, span: Span) -> str:
-    """Return the chain that a verdict goes to, or `DROP`; for all other verdicts, a string that is neither."""
+    """Return the target chain of a `goto` verdict, or `DROP` for a `drop` verdict.
+
+    For any other verdict, return a text that differs from `DROP` and from the names of kproxy's chains.
+    """
     spans = attributes(data, *attributes(data, *span)[nf.NFTA_DATA_VERDICT])
     (code,) = _BE32_SIGNED.unpack_from(data, spans[nf.NFTA_VERDICT_CODE][0])
     if code == nf.NFT_GOTO:
@@ -256,7 +266,10 @@ def _verdict(data: bytes, span: Span) -> str:
 
 
 def _comment(data: bytes, span: Span) -> str:
-    """Return the text of the first entry in user data: its type and length are one byte each."""
+    """Return the comment: the text of the first entry in the user data.
+
+    An entry starts with its type and its length, one byte each.
+    """
     begin, end = span
     return data[begin + 2 : end].rstrip(b"\0").decode(errors="replace") if end - begin >= 2 else ""
 

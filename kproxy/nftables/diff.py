@@ -1,4 +1,4 @@
-"""Compute the transactions that bring the table from its current state to the desired one. Pure."""
+"""Compute the transactions that change the table from its current state to the desired state. Pure."""
 
 from __future__ import annotations
 
@@ -26,22 +26,25 @@ from kproxy.nftables.transaction import Transaction
 
 
 class IncompatibleTableError(Exception):
-    """The existing table cannot be changed to the desired state; a new table must replace it."""
+    """The existing table cannot be changed to the desired state. It must be replaced by a new table."""
 
 
 class NftablesDiff:
-    """Collects changed Services and returns the transactions for them. It updates the ledger as it goes.
+    """Collects changed Services and returns the transactions that program them. It also updates the ledger.
 
-    `put` adds Services one by one. `next_transaction` returns the changes of all Services since the last one, which
-    never splits a Service; `last_transaction` also deletes what is obsolete. Without a `snapshot`, the ledger describes
-    the table. With one, the ledger is empty and the table can have any contents: matching objects are kept and not
-    written again.
+    Call `put` for each Service. `next_transaction` returns a transaction for all Services put since the previous
+    transaction, so a Service is never split across transactions. `last_transaction` does the same and also deletes
+    obsolete objects.
+
+    Without a `snapshot`, the ledger describes the current table. With a `snapshot`, the ledger must be empty and the
+    snapshot describes the current table, whatever its contents. Sets and elements that already match are not written
+    again. The rules of all chains are rewritten, because a snapshot does not contain rules.
     """
 
     def __init__(
         self, ledger: NftablesLedger, context: Context, snapshot: TableSnapshot | None = None, *, create: bool = False
     ) -> None:
-        """With `create`, the first transaction creates the table, after deleting any existing one."""
+        """Create a diff. With `create`, its first transaction deletes any existing table and creates a new one."""
         self._ledger = ledger
         self._context = context
         self._snapshot = snapshot
@@ -49,15 +52,15 @@ class NftablesDiff:
         self._endpoint_size = endpoint_size(context.family)
         self._context_changed = ledger.context != context
         self._verdicts_changed = False
-        # The state before the next transaction of everything that it may change: the owner of each key, whether each
-        # element exists, and the Services.
+        # The current state of everything that the next transaction may change: for each key, the frontend that owns it;
+        # for each counted element, whether it exists; and the old and new states of Services with their own chains.
         self._frontends: dict[bytes, RenderedFrontend | None] = {}
         self._counted_elements: dict[tuple[str, bytes], bool] = {}
         self._services_with_chains: list[tuple[RenderedService | None, RenderedService | None]] = []
 
     @property
     def frontend_count(self) -> int:
-        """The number of frontends that the next transaction can change."""
+        """The number of frontends that the next transaction may change."""
         return len(self._frontends)
 
     def put(self, key: ServiceKey, new: RenderedService | None) -> None:
@@ -82,9 +85,9 @@ class NftablesDiff:
             self._services_with_chains.append((old, new))
 
     def next_transaction(self) -> Transaction:
-        """Return the transaction for the Services that were put since the previous one.
+        """Return a transaction for the Services that were put since the previous transaction.
 
-        Raises `IncompatibleTableError`.
+        Raises `IncompatibleTableError` if a chain of the snapshot has a different hook than the desired chain.
         """
         transaction = Transaction()
         context_changed, self._context_changed = self._context_changed, False
@@ -104,9 +107,9 @@ class NftablesDiff:
         return transaction
 
     def last_transaction(self) -> Transaction:
-        """Return the last transaction, which also deletes everything that exists only in the snapshot.
+        """Return the last transaction. It also deletes all objects of the snapshot that are not desired.
 
-        Raises `IncompatibleTableError`.
+        Raises `IncompatibleTableError` if a chain of the snapshot has a different hook than the desired chain.
         """
         transaction = self.next_transaction()
         snapshot, ledger = self._snapshot, self._ledger
@@ -164,13 +167,17 @@ class NftablesDiff:
     def _current_elements(
         self, transaction: Transaction, key: bytes, old: RenderedFrontend | None, new_endpoints: dict[str, bytes]
     ) -> tuple[dict[str, SetElement], dict[str, bytes]]:
-        """Return the kernel's current elements of a frontend: verdicts, and the values of endpoints, by map."""
+        """Return the elements that a frontend currently has in the kernel, by the name of their map.
+
+        The first result has the verdict elements, the second the concatenated values of the endpoint elements.
+        """
         if old is not None:
             verdicts, endpoints = _verdict_elements(old), dict(old.endpoints)
         else:
             verdicts, endpoints = {}, {}
         if self._snapshot is not None:
-            # The snapshot has elements only for the first transaction that changes this frontend.
+            # `pop_frontend` removes the elements from the snapshot. If a later transaction changes the frontend again,
+            # the snapshot has none of its elements, and `old` describes them.
             self._snapshot.pop_frontend(key, verdicts, endpoints)
             self._delete_stray_endpoints(transaction, self._snapshot, key, new_endpoints)
         return verdicts, endpoints
@@ -178,7 +185,10 @@ class NftablesDiff:
     def _delete_stray_endpoints(
         self, transaction: Transaction, snapshot: TableSnapshot, key: bytes, new_endpoints: dict[str, bytes]
     ) -> None:
-        """Delete stray endpoint elements (after a gap in the indexes) whose index collides with a new endpoint's."""
+        """Delete stray endpoint elements that have the same index as a new endpoint.
+
+        An element is stray if a smaller index is missing. `pop_frontend` does not return stray elements.
+        """
         for map_name, values in new_endpoints.items():
             elements = snapshot.elements.get(map_name, {})
             for index in range(len(values) // self._endpoint_size):
@@ -203,7 +213,7 @@ class NftablesDiff:
     def _change_plain_element(
         self, transaction: Transaction, set_name: str, key: bytes, *, exists: bool, needed: bool
     ) -> None:
-        """Add or delete an element that has only a key."""
+        """Add or delete an element that has a key, but no value and no comment."""
         old = SetElement(key) if exists else None
         if old is None and self._snapshot is not None:
             old = self._snapshot.elements.get(set_name, {}).pop(key, None)
@@ -220,7 +230,7 @@ class NftablesDiff:
     # Chains and sets
 
     def _change_base_table(self, transaction: Transaction) -> None:
-        """Create or change everything that depends only on the context."""
+        """Create or change all objects that depend only on the context."""
         context, ledger = self._context, self._ledger
         if self._create:
             transaction.create_table = transaction.replace_table = True
@@ -237,7 +247,7 @@ class NftablesDiff:
         ledger.node_port_ips = node_port_ips
 
     def _change_shared_chains(self, transaction: Transaction, *, rewrite: bool) -> None:
-        """Create the shared chains that are newly needed and delete unused ones; with `rewrite`, update the others."""
+        """Create missing shared chains and delete unused ones. With `rewrite`, also update the existing ones."""
         ledger = self._ledger
         needed = {each.name: each for each in required_shared_chains(ledger.verdict_counts)}
         existing = {name for name in ledger.chains if SharedChain.parse(name)}
@@ -248,14 +258,14 @@ class NftablesDiff:
                 ledger.chains[name] = chain
         for name in existing - needed.keys():
             chain = ledger.chains.pop(name)
-            # With a snapshot, old elements may still go to the chain: `last_transaction` deletes them, then the chain.
+            # With a snapshot, old elements may still refer to the chain. `last_transaction` deletes both.
             if self._snapshot is None:
                 self._change_chain(transaction, chain, None)
 
     def _change_service_chains(
         self, transaction: Transaction, old: RenderedService | None, new: RenderedService | None
     ) -> None:
-        """Change the per-Service chains and sets of one Service."""
+        """Change the chains and sets of one Service from its old state to its new state."""
         old_sets = {each.name: each for each in old.sets} if old else {}
         new_sets = {each.name: each for each in new.sets} if new else {}
         replaced = {name for name in old_sets.keys() & new_sets.keys() if old_sets[name] != new_sets[name]}
@@ -266,11 +276,15 @@ class NftablesDiff:
         old_chains = {chain.name: chain for chain in old.chains} if old else {}
         new_chains = {chain.name: chain for chain in new.chains} if new else {}
         for name in old_chains | new_chains:
-            # Rules refer to a set object, not to its name: rules that use a replaced set must be rewritten.
+            # A rule refers to a set object, not to its name. Rules that use a replaced set must be rewritten.
             self._change_chain(transaction, old_chains.get(name), new_chains.get(name), rewrite=bool(replaced))
 
     def _add_set(self, transaction: Transaction, desired: NftSet, *, replace: bool) -> None:
-        """Create a set, unless the snapshot has it: keeping it keeps the session affinity of current clients."""
+        """Create a set, unless the snapshot has it with the desired layout.
+
+        Keeping an existing set preserves the session affinity of current clients. With `replace`, or if the set in the
+        snapshot has a different layout, the existing set is deleted first.
+        """
         existing = self._snapshot.sets.get(desired.name) if self._snapshot is not None else None
         if existing is not None:
             if existing == set_layout(desired, self._context.family):
@@ -283,7 +297,7 @@ class NftablesDiff:
     def _change_chain(
         self, transaction: Transaction, old: NftChain | None, new: NftChain | None, *, rewrite: bool = False
     ) -> None:
-        """Create, change or delete a chain. An unchanged chain is written only with `rewrite`."""
+        """Create, change or delete a chain. If its rules have not changed, write it only with `rewrite`."""
         if new is None:
             assert old is not None
             transaction.flushed_chains.append(old.name)
@@ -298,9 +312,9 @@ class NftablesDiff:
         transaction.added_rules.append(new)
 
     def _chain_exists(self, chain: NftChain, *, in_ledger: bool) -> bool:
-        """Return whether the table has a chain. If there is a snapshot, add the chain to it.
+        """Return whether the table has a chain. If there is a snapshot, add a missing chain to the snapshot.
 
-        Raises `IncompatibleTableError` if the chain has a different hook.
+        Raises `IncompatibleTableError` if the chain in the snapshot has a different hook than the desired chain.
         """
         if self._snapshot is None:
             return in_ledger

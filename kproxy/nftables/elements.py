@@ -1,4 +1,4 @@
-"""The kernel's layout of sets and elements: data types, sizes, packed keys and values. Pure."""
+"""How the kernel represents sets and elements: data types, sizes, packed keys and values. Pure."""
 
 from __future__ import annotations
 
@@ -16,21 +16,23 @@ from kproxy.model.types import Family, Protocol
 from kproxy.nftables.ruleset import KeyField, MapValue, NftSet
 
 DROP = ""
-"""The verdict `drop`. Every other verdict is `goto`, given as the name of the chain."""
+"""Represents the verdict `drop`. Every other verdict is a `goto`, represented by the name of its target chain."""
 PROTOCOLS: dict[Protocol, int] = {"TCP": 6, "UDP": 17, "SCTP": 132}
 """IP protocol numbers (IANA)."""
 MAX_ENDPOINT_RUN = 500
-"""Maximum number of elements in one `EndpointElements`, so that they fit into one netlink message."""
-# Data types of nft (enum datatypes in its datatype.h); a concatenation has 6 bits for each of its types (TYPE_BITS).
+"""Maximum number of elements in one `EndpointElements`. This many elements fit into one netlink message."""
+# nft's numbers for data types (enum datatypes in its datatype.h). The number for a concatenation contains the number of
+# each concatenated type in 6 bits (TYPE_BITS).
 _TYPE_IPADDR, _TYPE_IP6ADDR = 7, 8
 _DATA_TYPES = {KeyField.PROTOCOL: 12, KeyField.PORT: 13, KeyField.NUMGEN: 4}
 _TYPE_BITS = 6
 _VERDICT_SIZE = 16  # sizeof(struct nft_verdict)
 _AFFINITY_SET_SIZE = 65535
-"""Maximum number of clients that an affinity set holds.
+"""Maximum number of clients in an affinity set.
 
-This is the kernel's default for a set that rules update. kube-proxy sets the same size explicitly, and the kernel then
-allocates memory for all elements at once: 2 MB for each endpoint.
+This is the kernel's default for a set that rules update, so the netlink message that creates the set does not contain a
+size. kube-proxy requests the same size explicitly. The kernel then allocates memory for all elements when it creates
+the set, which takes 2 MB for each endpoint.
 """
 _INET, _INET6 = int(AF_INET), int(AF_INET6)  # inet_pton is faster with a plain int than with the enum
 _PROTOCOL_AND_PORT = struct.Struct(">B3xH2x")
@@ -42,7 +44,7 @@ _INDEX = struct.Struct("=I")
 
 
 class SetLayout(Struct, frozen=True):
-    """The properties that an existing set must have to be kept; they cannot be changed after its creation.
+    """The properties of a set that cannot be changed after its creation. A set with other properties must be replaced.
 
     `key_size` and `data_size` are in bytes, `timeout` is in milliseconds, and `size` is the maximum number of elements
     (0: no limit).
@@ -58,12 +60,12 @@ class SetLayout(Struct, frozen=True):
 
     @property
     def has_verdicts(self) -> bool:
-        """Whether elements can go to chains. A chain cannot be deleted before the elements that go to it."""
+        """Whether this is a verdict map. The kernel does not delete a chain while an element refers to the chain."""
         return self.data_type == NFT_DATA_VERDICT
 
 
 def set_layout(definition: NftSet, family: Family) -> SetLayout:
-    """Return the layout of a set in the table of a family."""
+    """Return the layout that a set must have in the table of a family."""
     flags = 0 if definition.value is MapValue.NONE else NFT_SET_MAP
     if definition.timeout:
         flags |= NFT_SET_TIMEOUT | NFT_SET_EVAL
@@ -78,7 +80,7 @@ def set_layout(definition: NftSet, family: Family) -> SetLayout:
 
 
 def _concatenated_type(fields: Iterable[KeyField], family: Family) -> tuple[int, int]:
-    """Return nft's data type and the size in bytes of a concatenation, each field padded to a register."""
+    """Return nft's data type of a concatenation, and its size in bytes. Each field takes a multiple of 4 bytes."""
     data_type = size = 0
     for field in fields:
         address_type = _TYPE_IP6ADDR if family is Family.IPV6 else _TYPE_IPADDR
@@ -91,11 +93,11 @@ def _concatenated_type(fields: Iterable[KeyField], family: Family) -> tuple[int,
 
 
 ElementValue: TypeAlias = bytes | str | None
-"""A packed endpoint, a verdict, or None for the element of a set."""
+"""A packed endpoint (bytes), a verdict (str), or None for an element of a set, which has no value."""
 
 
 class SetElement(Struct, frozen=True, gc=False):
-    """One element of a set or map. nft shows the `comment`; the kernel only stores it."""
+    """One element of a set or map. The kernel stores the `comment` but does not use it; nft shows it."""
 
     key: bytes
     value: ElementValue = None
@@ -103,10 +105,10 @@ class SetElement(Struct, frozen=True, gc=False):
 
 
 class EndpointElements(Struct, frozen=True, gc=False):
-    """Consecutive elements of an endpoint map: the endpoints of one frontend, starting at the index `first_index`.
+    """Elements of an endpoint map for consecutive endpoints of one frontend, starting at index `first_index`.
 
-    The key of each element is the frontend's key followed by the index. The values, of `value_size` bytes each, are
-    concatenated to save memory: a large cluster has many of them.
+    The key of each element is the frontend's key followed by the index. Each value has `value_size` bytes. The values
+    are concatenated to save memory, because a large cluster has many of them.
     """
 
     frontend: bytes
@@ -115,11 +117,11 @@ class EndpointElements(Struct, frozen=True, gc=False):
     first_index: int = 0
 
     def elements(self) -> list[SetElement]:
-        """Return the elements one by one."""
+        """Return the elements as `SetElement` objects."""
         return [SetElement(self.frontend + index, value) for index, value in self.indexed_values()]
 
     def indexed_values(self) -> Iterator[tuple[bytes, bytes]]:
-        """Yield the packed index, which is the last field of the key, and the value of each element."""
+        """Yield the packed index and the value of each element. The index is the last field of the element's key."""
         values, size = self.values, self.value_size
         begins = range(0, len(values), size)
         indexes = _packed_indexes(self.first_index, len(begins))
@@ -132,7 +134,7 @@ def _packed_indexes(first: int, count: int) -> tuple[bytes, ...]:
 
 
 def endpoint_elements(frontend: bytes, values: bytes, value_size: int) -> Iterator[EndpointElements]:
-    """Yield the elements for all endpoints of a frontend, at most `MAX_ENDPOINT_RUN` at a time."""
+    """Yield the map elements for all endpoints of a frontend, in groups of at most `MAX_ENDPOINT_RUN`."""
     step = MAX_ENDPOINT_RUN * value_size
     for run, begin in enumerate(range(0, len(values), step)):
         yield EndpointElements(frontend, values[begin : begin + step], value_size, run * MAX_ENDPOINT_RUN)
@@ -147,17 +149,17 @@ def address_family(family: Family) -> int:
 
 
 def pack_address(address: str) -> bytes:
-    """Return an IPv4 or IPv6 address as bytes."""
+    """Return an IPv4 or IPv6 address as 4 or 16 bytes in network byte order."""
     return inet_pton(_INET6 if ":" in address else _INET, address)
 
 
 def unpack_address(packed: bytes) -> str:
-    """Return the text of a packed address."""
+    """Return the text form of a packed IPv4 or IPv6 address."""
     return inet_ntop(AF_INET6 if len(packed) == 16 else AF_INET, packed)
 
 
 def node_port_key(protocol: Protocol, port: int) -> bytes:
-    """Return the key of a NodePort frontend."""
+    """Return the key of a NodePort frontend, as in the NodePort maps."""
     return _PROTOCOL_AND_PORT.pack(PROTOCOLS[protocol], port)
 
 
@@ -176,24 +178,24 @@ def frontend_text(key: bytes) -> str:
 
 
 def hairpin_key(endpoint: str, protocol: Protocol) -> bytes:
-    """Return the key of a connection from an endpoint to itself."""
+    """Return the key of connections from an endpoint (`IP:port`) to itself, for the set `hairpin-connections`."""
     address, port = split_socket_text(endpoint)
     packed = pack_address(address)
     return packed + packed + node_port_key(protocol, port)
 
 
 def endpoint_key(frontend: bytes, index: int) -> bytes:
-    """Return the key of a frontend's endpoint; the index of the first is 0."""
+    """Return the key of the element for a frontend's endpoint. `index` is 0-based."""
     return frontend + _INDEX.pack(index)
 
 
 def endpoint_size(family: Family) -> int:
-    """Return the size of a packed endpoint in bytes."""
+    """Return the size in bytes of a packed endpoint: an address, and a port padded to 4 bytes."""
     return (16 if family is Family.IPV6 else 4) + _PORT.size
 
 
 def pack_endpoints(endpoints: Sequence[str]) -> bytes:
-    """Return the concatenated map values of endpoints of one family, given as `ip:port`."""
+    """Return the concatenated map values for endpoints of one family. Each endpoint is given as `IP:port`."""
     parts = [endpoint.rpartition(":") for endpoint in endpoints]
     if parts and parts[0][0][0] == "[":
         return b"".join([inet_pton(_INET6, address[1:-1]) + _packed_port(port) for address, _, port in parts])

@@ -1,6 +1,7 @@
 """Encode transactions as nf_tables netlink messages (linux/netfilter/nf_tables.h). Pure.
 
-Each message keeps the name of its subject, so that an error can name the object that the kernel rejected.
+Each message also carries the name of the object that it adds or deletes. If the kernel rejects the message, the error
+can then name that object.
 """
 
 from __future__ import annotations
@@ -38,9 +39,12 @@ HOOK_NUMBERS = {
     "postrouting": nf.NF_INET_POST_ROUTING,
 }
 _MAX_ELEMENTS_SIZE = 60_000
-"""Maximum size of the elements in one message, in bytes: the length of an attribute has 16 bits."""
+"""Maximum total size of the elements in one message, in bytes.
 
-# In the user data of sets, nft stores numbers of its own enums (its datatype.h, expression.h and proto.h).
+All elements are in one attribute, and the length of an attribute is a 16-bit number.
+"""
+
+# Values of nft's own enums (datatype.h, expression.h and proto.h in its source). nft stores them in a set's user data.
 _BYTEORDER_INVALID, _BYTEORDER_BIG_ENDIAN = 0, 2
 _EXPR_PAYLOAD, _EXPR_META, _EXPR_CONCAT, _EXPR_NUMGEN = 7, 9, 13, 23
 _PROTO_DESC_TH, _PROTO_DESC_IP, _PROTO_DESC_IP6 = 11, 12, 13
@@ -50,10 +54,10 @@ _IP6HDR_SADDR, _IP6HDR_DADDR = 8, 9
 
 
 class NftMessage(Struct, frozen=True, gc=False):
-    """One message: netlink type and flags, payload, and the name of the object that it adds or deletes.
+    """One netlink message. `subject` is the name of the object that the message adds or deletes.
 
-    For elements, `subject` is the name of their set, `elements` are the elements in the message, in order, and
-    `elements_offset` is the offset of the first one in the payload, in bytes.
+    If the message adds or deletes elements, `subject` is the name of their set, `elements` are the elements in the
+    order in which they are encoded, and `elements_offset` is the offset of the first element in the payload, in bytes.
     """
 
     type: int
@@ -65,7 +69,7 @@ class NftMessage(Struct, frozen=True, gc=False):
 
 
 class TransactionEncoder:
-    """Encodes transactions of one family's table."""
+    """Encodes transactions for one family's table."""
 
     def __init__(self, family: Family, table: str = TABLE) -> None:
         self._family = family
@@ -74,7 +78,7 @@ class TransactionEncoder:
         self._table_name = table
 
     def encode(self, transaction: Transaction) -> Iterator[NftMessage]:
-        """Yield the messages of a transaction in order."""
+        """Yield the messages of a transaction in the order in which the kernel must process them."""
         if transaction.create_table:
             yield self._add_table()
         if transaction.replace_table:
@@ -160,7 +164,10 @@ class TransactionEncoder:
     def _elements(
         self, message: int, flags: int, set_name: str, elements: Sequence[_E], encode: Callable[[_E], bytes]
     ) -> Iterator[NftMessage]:
-        """Yield the messages for elements of one set, each within `_MAX_ELEMENTS_SIZE`."""
+        """Yield the messages that add or delete elements of one set.
+
+        The elements in one message have at most `_MAX_ELEMENTS_SIZE` bytes in total.
+        """
         start = self._header + self._table + string_attribute(nf.NFTA_SET_ELEM_LIST_SET, set_name)
         kind = nfnl_type(nf.NFNL_SUBSYS_NFTABLES, message)
         parts: list[bytes] = []
@@ -178,7 +185,10 @@ class TransactionEncoder:
 
 
 def rejected_element(message: NftMessage, offset: int) -> SetElement | None:
-    """Return the element at a payload offset (in bytes) that the kernel reported with an error, or None."""
+    """Return the element that the kernel rejected, or None if no element is at the reported offset.
+
+    `offset` is the offset in the message's payload, in bytes, that the kernel reported with the error.
+    """
     begin = message.elements_offset
     for each in message.elements:
         for element in each.elements() if isinstance(each, EndpointElements) else (each,):
@@ -209,7 +219,11 @@ def _encode_element(element: SetElement) -> bytes:
 
 
 def _encode_endpoints(run: EndpointElements) -> bytes:
-    """Return the same bytes as `_encode_element` for each element, but faster: only index and value differ."""
+    """Encode consecutive endpoint elements.
+
+    The result is the same as if `_encode_element` encoded each element. This function is faster because it encodes only
+    the index and the value of each element: all other bytes are the same.
+    """
     before, between = _endpoint_frame(len(run.frontend) + 4, run.value_size)
     before += run.frontend
     return b"".join([before + index + between + value for index, value in run.indexed_values()])
@@ -217,12 +231,12 @@ def _encode_endpoints(run: EndpointElements) -> bytes:
 
 @cache
 def _endpoint_frame(key_size: int, value_size: int) -> tuple[bytes, bytes]:
-    """Return the bytes before the key, and those between key and value, of an endpoint's element."""
+    """Return the constant bytes of an encoded endpoint element: those before the key, and those before the value."""
     encoded = _encode_element(SetElement(bytes(key_size), bytes(value_size)))
     return encoded[: -key_size - value_size - 8], encoded[-value_size - 8 : -value_size]
 
 
-# User data: the kernel stores it, nft reads it to print comments and the types of sets (libnftnl/udata.h)
+# User data (libnftnl/udata.h): the kernel only stores it; nft uses it to print comments and the types of sets
 
 
 def _comment(kind: int, comment: str) -> bytes:
@@ -248,7 +262,7 @@ def _set_userdata(definition: NftSet, family: Family) -> bytes:
 
 
 def _typeof(fields: Sequence[KeyField], family: Family) -> bytes:
-    """Return nft's user data for `typeof` with a concatenation of expressions."""
+    """Return the user data with which nft describes a set's type as `typeof` a concatenation of fields."""
     parts = (_udata(index, _typeof_field(field, family)) for index, field in enumerate(fields))
     return _typeof_expression(_EXPR_CONCAT, b"".join(parts))
 
@@ -263,7 +277,7 @@ def _typeof_expression(expression: int, arguments: bytes) -> bytes:
 
 
 def _typeof_arguments(field: KeyField, family: Family) -> tuple[int, ...]:
-    """Return nft's expression type for a field, and the expression's arguments."""
+    """Return nft's expression type for a field, followed by the arguments of the expression."""
     if field is KeyField.PROTOCOL:
         return _EXPR_META, nf.NFT_META_L4PROTO
     if field is KeyField.PORT:

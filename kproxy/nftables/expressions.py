@@ -1,7 +1,7 @@
 """Encode the statements of a rule as nf_tables expressions (linux/netfilter/nf_tables.h). Pure.
 
-Expressions work on 16 registers of 4 bytes each, NFT_REG32_00 to NFT_REG32_15. The register layout is that of nft, so
-that `nft list` can read the rules.
+Expressions work on 16 registers of 4 bytes each, NFT_REG32_00 to NFT_REG32_15. kproxy assigns the registers in the
+same way as nft, so that `nft list` can print the rules.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from kproxy.nftables import ruleset as nft
 from kproxy.nftables.elements import DROP, PROTOCOLS, address_family, pack_address
 from kproxy.nftables.ruleset import KeyField, NftRule
 
-_PORT_REGISTER = nf.NFT_REG32_00 + 4  # for `dnat to ADDRESS:PORT`; where NFT_REG_2 begins
+_PORT_REGISTER = nf.NFT_REG32_00 + 4  # the port of `dnat to ADDRESS:PORT`; the first part of NFT_REG_2
 _CT_STATE_NEW = 1 << nf.IP_CT_NEW + 1  # NF_CT_STATE_BIT(IP_CT_NEW)
 _PORT_UNREACHABLE = {Family.IPV4: 3, Family.IPV6: 4}
-"""Codes of ICMP (RFC 792) and ICMPv6 (RFC 4443)."""
+"""The codes for "port unreachable" in ICMP (RFC 792) and ICMPv6 (RFC 4443)."""
 _INTERFACE_NAME_SIZE = 16  # IFNAMSIZ
 _ADDRESS_OFFSETS = {
     (Family.IPV4, KeyField.SOURCE): 12,
@@ -31,7 +31,7 @@ _ADDRESS_OFFSETS = {
     (Family.IPV6, KeyField.DESTINATION): 24,
 }
 """Offsets of the addresses in the IP header, in bytes (RFC 791, RFC 8200)."""
-_DPORT_OFFSET = _DPORT_SIZE = 2  # the same for TCP, UDP and SCTP
+_DPORT_OFFSET = _DPORT_SIZE = 2  # in bytes; the same for TCP, UDP and SCTP
 _BE32 = struct.Struct(">I")
 _HOST32 = struct.Struct("=I")
 
@@ -40,17 +40,17 @@ _HOST32 = struct.Struct("=I")
 
 
 def u32_attribute(kind: int, value: int) -> bytes:
-    """Return an attribute with a 32-bit number in network byte order, as nf_tables expects."""
+    """Return an attribute with a 32-bit number. nf_tables expects network byte order."""
     return attribute(kind, _BE32.pack(value & 0xFFFFFFFF))
 
 
 def string_attribute(kind: int, value: str) -> bytes:
-    """Return an attribute with a string that ends with NUL."""
+    """Return an attribute with a NUL-terminated string."""
     return attribute(kind, value.encode() + b"\0")
 
 
 def value_attribute(kind: int, value: bytes) -> bytes:
-    """Return an attribute with a register value (NFTA_DATA_VALUE)."""
+    """Return an attribute that contains register data (a nested NFTA_DATA_VALUE attribute)."""
     return _value_header(kind, len(value)) + value + b"\0" * (-len(value) % 4)
 
 
@@ -60,14 +60,14 @@ def _value_header(kind: int, size: int) -> bytes:
 
 
 def verdict_attribute(kind: int, code: int, chain: str = "") -> bytes:
-    """Return an attribute with a verdict (NFTA_DATA_VERDICT)."""
+    """Return an attribute that contains a verdict (a nested NFTA_DATA_VERDICT attribute)."""
     target = (string_attribute(nf.NFTA_VERDICT_CHAIN, chain),) if chain else ()
     return nested(kind, nested(nf.NFTA_DATA_VERDICT, u32_attribute(nf.NFTA_VERDICT_CODE, code), *target))
 
 
 @lru_cache(1 << 10)
 def element_verdict_attribute(kind: int, verdict: str) -> bytes:
-    """Return an attribute with the verdict of a map element: `DROP`, or goto the chain of this name."""
+    """Return an attribute with the verdict of a map element: `DROP`, or a goto to the chain named `verdict`."""
     return verdict_attribute(kind, nf.NF_DROP) if verdict == DROP else verdict_attribute(kind, nf.NFT_GOTO, verdict)
 
 
@@ -75,13 +75,13 @@ def element_verdict_attribute(kind: int, verdict: str) -> bytes:
 
 
 def encode_rule(rule: NftRule, family: Family) -> bytes:
-    """Return the expressions of a rule, the payload of NFTA_RULE_EXPRESSIONS."""
+    """Return the encoded expressions of a rule. They are the payload of NFTA_RULE_EXPRESSIONS."""
     return b"".join([part for statement in rule.statements for part in encode_statement(statement, family)])
 
 
 def encode_statement(statement: nft.Statement, family: Family) -> Sequence[bytes]:
-    """Return the expressions of one statement, each an NFTA_LIST_ELEM attribute."""
-    match statement:  # the most frequent statements first: the cases are tested in order
+    """Return the encoded expressions of one statement. Each is an NFTA_LIST_ELEM attribute."""
+    match statement:  # the most frequent statements come first, because Python tests the cases in order
         case nft.Goto():
             return [_verdict(nf.NFT_GOTO, statement.chain)]
         case nft.Lookup():
@@ -132,7 +132,11 @@ def encode_statement(statement: nft.Statement, family: Family) -> Sequence[bytes
 
 
 def _match_network(field: KeyField, network: str, family: Family, *, negate: bool) -> list[bytes]:
-    """Compare the bytes that the prefix covers; if it ends within a byte, compare the whole address with a mask."""
+    """Return the expressions that match an address against a network.
+
+    They compare only the bytes that the prefix covers. If the prefix ends within a byte or its length is 0, they apply
+    the netmask to the whole address and compare the result.
+    """
     found = ip_network(network)
     whole_bytes, rest = divmod(found.prefixlen, 8)
     size = whole_bytes if whole_bytes and not rest else 4 * _register_count(field, family)
@@ -189,12 +193,12 @@ def _dnat_to_map(statement: nft.DnatMap, family: Family) -> list[bytes]:
 
 
 def _register_count(field: KeyField, family: Family) -> int:
-    """Return how many 4-byte registers a field takes."""
+    """Return how many 4-byte registers a field occupies."""
     return 4 if family is Family.IPV6 and field in {KeyField.SOURCE, KeyField.DESTINATION} else 1
 
 
 def _load_key(fields: Iterable[KeyField], family: Family) -> Iterator[bytes]:
-    """Yield the expressions that load the fields into consecutive registers."""
+    """Yield the expressions that load the fields into consecutive registers, starting at NFT_REG32_00."""
     register = nf.NFT_REG32_00
     for field in fields:
         yield _load_field(field, register, family)
@@ -252,7 +256,10 @@ def _bitwise(mask: bytes, xor: bytes) -> bytes:
 
 
 def _lookup(name: str, destination: int | None = None) -> bytes:
-    """Look up the key in a set, or in a map whose value goes to the register `destination`."""
+    """Look up the key that starts in NFT_REG32_00 in a set or map.
+
+    If `destination` is given, store the map's value in that register.
+    """
     store = () if destination is None else (u32_attribute(nf.NFTA_LOOKUP_DREG, destination),)
     return _expression(
         "lookup",
@@ -292,7 +299,7 @@ def _numgen(register: int, modulus: int) -> bytes:
 
 
 def _dnat(family: Family, port_register: int) -> bytes:
-    """Translate to the address in NFT_REG32_00 and the port in `port_register`."""
+    """Translate the packet's destination to the address in NFT_REG32_00 and the port in `port_register`."""
     return _expression(
         "nat",
         u32_attribute(nf.NFTA_NAT_TYPE, nf.NFT_NAT_DNAT),

@@ -1,4 +1,4 @@
-"""Access to one family's table in the kernel: read it, and commit transactions over netlink or with `nft`."""
+"""Read one family's table from the kernel, and commit transactions to it over netlink or with `nft`."""
 
 from __future__ import annotations
 
@@ -27,15 +27,20 @@ from kproxy.nftables.snapshot import TableSnapshot
 from kproxy.nftables.transaction import Transaction
 
 NFT_TIMEOUT_SECONDS = 900
-"""Timeout after which the program `nft` counts as hung."""
+"""Timeout after which the program `nft` is considered hung and is killed."""
 _NO_NF_TABLES = {errno.EINVAL, errno.EOPNOTSUPP, errno.EPROTONOSUPPORT}
 _T = TypeVar("_T")
 
 
 class TableError(Exception):
-    """The kernel rejected a transaction as a whole, or the table cannot be read. The message is one line.
+    """A transaction failed, or the table cannot be read. The message is one line.
 
-    `inconclusive` means that the kernel may not have seen the transaction, for example because `nft` was killed.
+    If the kernel rejected the transaction, or `nft` could not be started, nothing was applied. In two cases it is
+    unknown whether the transaction was applied: if sending it or receiving the reply over netlink failed, and if `nft`
+    was killed, for example after a timeout.
+
+    `inconclusive` is true if `nft` was killed, or could not be started for a reason that may be temporary. The error
+    then does not show whether the kernel accepts the transaction.
     """
 
     def __init__(self, text: str, *, inconclusive: bool = False) -> None:
@@ -44,40 +49,43 @@ class TableError(Exception):
 
 
 class GenerationChangedError(Exception):
-    """The rule set no longer has the generation ID that a transaction requires. Nothing was applied."""
+    """A transaction was not applied, because the rule set no longer has the generation ID that the caller passed."""
 
 
 class TableChangingError(TableError):
-    """Every attempt to read the table was interrupted by a change of some table."""
+    """Every attempt to read the table was interrupted by a change to this or another table."""
 
 
 # Generations
 
 
 def next_generation(generation: int) -> int:
-    """Return the generation ID after one commit: nf_tables counts in 32 bits and skips 0."""
+    """Return the generation ID that follows `generation`. The generation ID is a 32-bit counter that skips 0."""
     return generation + 1 & 0xFFFFFFFF or 1
 
 
 class OwnGenerations:
-    """The latest consecutive generations that this process committed, by any of its backends.
+    """The most recent unbroken run of generations that this process committed, across all its backends.
 
-    All tables of a network namespace share the generation ID. Without this record, the backend of one family would
-    mistake the other backend's commits for those of another process.
+    All tables of a network namespace share one generation ID. Without this record, the backend of one family would
+    mistake the commits of the other family's backend for commits by another process.
     """
 
     def __init__(self) -> None:
         self._first = self._last = 0
 
     def record_commit(self, base: int) -> int:
-        """Record a commit on top of the generation `base`; return the new generation."""
+        """Record a commit that this process made on top of generation `base`. Return the new generation."""
         if base != self._last:
             self._first = base
         self._last = next_generation(base)
         return self._last
 
     def newest_after(self, generation: int) -> int:
-        """Return the newest generation for which this process made every commit since the given one."""
+        """Return the newest generation that was reached from `generation` only by commits of this process.
+
+        Return `generation` itself if there is no newer one.
+        """
         return self._last if self._first <= generation <= self._last else generation
 
 
@@ -88,14 +96,14 @@ class Commit(Protocol):
     """Commits transactions."""
 
     def __call__(self, transaction: Transaction, generation: int | None = None, /) -> None:
-        """Commit a transaction; with a `generation`, only if it is still the current one.
+        """Commit a transaction. If a `generation` is given, commit only if it is still the current generation ID.
 
-        Raises `TableError` or `GenerationChangedError`.
+        Raises `GenerationChangedError` if the generation ID has changed, and `TableError` for any other failure.
         """
 
 
 class NetlinkCommit:
-    """Commits transactions over netlink, on one socket that stays open."""
+    """Commits transactions over netlink. All commits use the same socket."""
 
     def __init__(self, family: Family, table: str = TABLE) -> None:
         self._encoder = TransactionEncoder(family, table)
@@ -134,18 +142,18 @@ class NetlinkCommit:
 
 
 class NftCommit:
-    """Commits transactions with `nft -f`, for a kernel that accepts nft's messages but not kproxy's.
+    """Commits transactions with `nft -f`, for a kernel that accepts nft's messages but rejects kproxy's own messages.
 
     It cannot detect concurrent changes by other processes.
     """
 
     def __init__(self, family: Family, table: str = TABLE, *, timeout: float = NFT_TIMEOUT_SECONDS) -> None:
-        """`timeout` is in seconds."""
+        """Create a `Commit` that kills `nft` after `timeout` seconds."""
         self._writer = NftWriter(family, table)
         self._timeout = timeout
 
     def __call__(self, transaction: Transaction, generation: int | None = None, /) -> None:  # noqa: ARG002
-        """Commit a transaction. Ignores `generation`, which nft cannot check. Raises `TableError`."""
+        """Commit a transaction. `generation` is ignored, because nft cannot check it. Raises `TableError`."""
         try:
             done = run(["nft", "-f", "-"], self._writer.commands(transaction), timeout=self._timeout)
         except InconclusiveError as error:
@@ -167,18 +175,19 @@ class NftTable:
         self._commit = commit
 
     def commit(self, transaction: Transaction, generation: int | None = None, /) -> None:
-        """Commit a transaction. Raises `TableError` or `GenerationChangedError`."""
+        """Commit a transaction. See `Commit`."""
         self._commit(transaction, generation)
 
     def generation(self) -> int:
-        """Return the generation ID, which every change of any table increments. Raises `TableError`."""
+        """Return the generation ID, which the kernel increments whenever any table changes. Raises `TableError`."""
         return _read(self._reader.generation)
 
     def snapshot(self, *, allow_interrupted: bool = False) -> TableSnapshot | None:
-        """Read the table; return None if it does not exist.
+        """Read the table. Return None if it does not exist.
 
         Raises `TableError`, in particular `TableChangingError` if tables keep changing. With `allow_interrupted`, a
-        change while elements are read is not an error; elements can be missing if this table was changed.
+        change to any table is tolerated while elements are read. If it was a change to this table, the result may lack
+        some elements.
         """
         return _read(partial(self._reader.snapshot, allow_interrupted=allow_interrupted))
 
@@ -188,9 +197,9 @@ class NftTable:
 
 
 def remove_table(family: Family) -> bool:
-    """Delete a family's table `kube-proxy`; return whether it existed.
+    """Delete a family's table `kube-proxy`. Return whether it existed.
 
-    Raises `CommandError` if the table cannot be deleted.
+    Raises `CommandError` if the table cannot be deleted, or if kproxy cannot determine whether it exists.
     """
     try:
         if not TableReader(family).exists():

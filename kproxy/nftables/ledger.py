@@ -17,11 +17,12 @@ from kproxy.nftables.ruleset import Goto, Jump, NftChain, NftSet
 class NftablesLedger:
     """The state that the kernel has accepted, reduced to what the next diff needs.
 
-    Elements are not stored: they follow from the frontends. `frontends` has the claims on each key; the first of
-    several owns the frontend. `contested` are the keys with several claims. `element_references` counts, for the
-    elements of the sets `cluster-ips` and `hairpin-connections`, the Services and endpoints that need them.
-    `verdict_counts` counts the elements by their verdict. `services` has the Services with their per-Service chains and
-    sets, `chains` all other chains.
+    `frontends` contains the claims to each frontend, by the frontend's key. If there are several claims, the first one
+    owns the frontend, and the key is also in `contested`. Verdict and endpoint elements are not stored, because they
+    can be computed from the frontends. `element_references` counts the Services or endpoints that need each element of
+    the sets `cluster-ips` and `hairpin-connections`. `verdict_counts` counts the elements with each verdict. `services`
+    contains all Services, including their per-Service chains and sets. `chains` contains all other chains.
+    `node_port_ips` are the packed addresses in the set `nodeport-ips`. `context` is None in a new ledger.
     """
 
     def __init__(self) -> None:
@@ -35,12 +36,12 @@ class NftablesLedger:
         self.chains: dict[str, NftChain] = {}
 
     def owner(self, key: bytes) -> RenderedFrontend | None:
-        """Return the frontend that owns a key, or None if no Service claims it."""
+        """Return the claim that owns the frontend with this key, or None if no Service claims the frontend."""
         found = self.frontends.get(key)
         return found[0] if isinstance(found, tuple) else found
 
     def add_claim(self, frontend: RenderedFrontend) -> None:
-        """Add a frontend's claim on its key."""
+        """Add a service port's claim to a frontend."""
         found = self.frontends.get(frontend.key)
         if found is None:
             self.frontends[frontend.key] = frontend
@@ -50,7 +51,7 @@ class NftablesLedger:
         self.contested[frontend.key] = None
 
     def remove_claim(self, frontend: RenderedFrontend) -> None:
-        """Remove a frontend's claim on its key."""
+        """Remove a service port's claim to a frontend."""
         found = self.frontends[frontend.key]
         claims = list(found) if isinstance(found, tuple) else [found]
         claims.remove(frontend)
@@ -62,7 +63,7 @@ class NftablesLedger:
             self.frontends[frontend.key] = tuple(claims) if len(claims) > 1 else claims[0]
 
     def conflicts(self) -> tuple[FrontendConflict, ...]:
-        """Return, in a stable order, the service ports that get no traffic at a frontend that another Service owns."""
+        """Return all conflicts, sorted: service ports that claim a frontend that another Service owns."""
         return tuple(sorted(self._conflicts())) if self.contested else ()
 
     def _conflicts(self) -> Iterator[FrontendConflict]:
@@ -70,23 +71,23 @@ class NftablesLedger:
             claims = self.frontends[key]
             assert isinstance(claims, tuple)
             owner = claims[0].service_port
-            # The API server rejects a Service whose own ports conflict.
+            # Report only conflicts between Services. The API server rejects a Service whose own ports conflict.
             others = (each.service_port for each in claims[1:] if _service(each.service_port) != _service(owner))
             for loser in dict.fromkeys(others):
                 yield FrontendConflict(frontend_text(key), owner, loser)
 
     def service_chains(self) -> list[NftChain]:
-        """Return the per-Service chains."""
+        """Return the per-Service chains of all Services."""
         return [chain for service in self.services.values() for chain in service.chains]
 
     def service_sets(self) -> list[NftSet]:
-        """Return the per-Service sets."""
+        """Return the per-Service sets of all Services."""
         return [each for service in self.services.values() for each in service.sets]
 
     def chain_use_counts(self) -> Counter[str]:
-        """Return the expected use count of each chain as the kernel counts it (NFTA_CHAIN_USE).
+        """Return the use count that the kernel should report for each chain (NFTA_CHAIN_USE).
 
-        A chain's use count is the number of its rules plus the number of rules and elements that jump or go to it.
+        A chain's use count is the number of its rules plus the number of rules and elements that jump or goto to it.
         """
         counts = Counter({name: count for name, count in self.verdict_counts.items() if name != DROP})
         for chain in (*self.chains.values(), *self.service_chains()):
@@ -103,5 +104,8 @@ def _service(service_port: str) -> ServiceKey:
 
 
 def _claim_order(frontend: RenderedFrontend) -> tuple[int, str]:
-    """Return the sort key of a claim; the lowest owns the frontend (`kproxy.model.frontend_conflicts`)."""
+    """Return the sort key of a claim. The claim with the lowest key owns the frontend.
+
+    See `kproxy.model.frontend_conflicts` for the rules.
+    """
     return frontend.rank, frontend.service_port

@@ -1,6 +1,7 @@
-"""Names in the kernel: the table, its sets, maps and chains. Pure.
+"""The names of the nftables table and of its sets, maps and chains. Pure.
 
-Objects that kube-proxy's table also has are named as there, because people and tools look for these names.
+An object that also exists in kube-proxy's table has the same name as there, because operators and tools search for
+these names.
 """
 
 from __future__ import annotations
@@ -26,25 +27,25 @@ NODE_PORT_ENDPOINTS = "nodeport-endpoints"
 NODE_PORT_LOCAL_ENDPOINTS = "nodeport-local-endpoints"
 REJECT = "reject-chain"
 MAX_NAME_LENGTH = 127
-"""Maximum length of a name. The kernel accepts 255 characters (NFT_NAME_MAXLEN), but long names are hard to read."""
+"""Maximum length of a name in characters. The kernel accepts 255 (NFT_NAME_MAXLEN), but long names are hard to read."""
 _ELLIPSIS = "..."
 _LONGEST_PREFIX = len("endpoint-")
 
 
 def table_family(family: Family) -> str:
-    """Return nft's name of a family: `ip` or `ip6`."""
+    """Return nft's name for a family: `ip` or `ip6`."""
     return "ip6" if family is Family.IPV6 else "ip"
 
 
 def service_port_suffix(plan: ServicePortPlan) -> str:
-    """Return the part of chain names that identifies a service port, such as `AXK6CI2C-demo/web/tcp/http`."""
+    """Return the suffix that identifies a service port in chain names, such as `AXK6CI2C-demo/web/tcp/http`."""
     return _hashed(_service_port_text(plan))
 
 
 def endpoint_suffix(plan: ServicePortPlan, address: str, port: int) -> str:
-    """Return the part of chain and set names that identifies an endpoint of a service port.
+    """Return the suffix that identifies an endpoint of a service port in the names of its chain and set.
 
-    Names must not contain colons, so the colons of an IPv6 address become dots.
+    Names must not contain colons, so the colons of an IPv6 address are replaced with dots.
     """
     return _hashed(f"{_service_port_text(plan)}__{address.replace(':', '.')}/{port}")
 

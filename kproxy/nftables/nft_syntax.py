@@ -1,4 +1,4 @@
-"""Format the table as nft does: as `nft list table` prints it, or as commands for `nft -f`. Pure."""
+"""Format the table in nft's syntax, either as `nft list table` prints it or as commands for `nft -f`. Pure."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _PRIORITY_NAMES = {
     ("output", 0): "filter",
     ("postrouting", 100): "srcnat",
 }
-"""The names that nft prints for priorities. A name is valid for some hooks only."""
-_NUMGEN_TYPE = "numgen random mod 2"  # in a typeof expression, the modulus has no meaning
+"""The names that nft prints instead of numeric priorities. Each name is valid only for some hooks."""
+_NUMGEN_TYPE = "numgen random mod 2"  # the modulus has no meaning in a typeof expression
 _SETS_BY_NAME = {each.name: each for each in SETS}
 
 
@@ -42,7 +42,7 @@ class NftWriter:
     def table(
         self, sets: Iterable[NftSet], elements: Mapping[str, Sequence[SetElement]], chains: Iterable[NftChain]
     ) -> str:
-        """Return a whole table as `nft list table` prints it, which `nft -f` accepts as input."""
+        """Return a whole table in the format of `nft list table`. `nft -f` accepts this format as input."""
         blocks = [self._set_block(each, elements.get(each.name, ())) for each in sets]
         blocks += [self._chain_block(each) for each in chains]
         return f'table {self._table} {{\n\tcomment "{TABLE_COMMENT}"\n' + "\n".join(blocks) + "}\n"
@@ -56,7 +56,7 @@ class NftWriter:
         return self._key(_SETS_BY_NAME[set_name], key)
 
     def element(self, owner: NftSet, element: SetElement) -> str:
-        """Return an element of a set as nft lists it."""
+        """Return an element of a set or map as nft prints it."""
         comment = f' comment "{element.comment}"' if element.comment else ""
         text = self._key(owner, element.key) + comment
         if element.value is None:
@@ -68,7 +68,7 @@ class NftWriter:
         return f"{text} : {_format_verdict(element.value)}"
 
     def rule(self, rule: NftRule) -> str:
-        """Return a rule on one line."""
+        """Return a rule, including its comment, as one line."""
         comment = f' comment "{rule.comment}"' if rule.comment else ""
         return " ".join([format_statement(statement, self._family) for statement in rule.statements]) + comment
 
@@ -174,9 +174,9 @@ class NftWriter:
 
 
 def format_statement(statement: nft.Statement, family: Family) -> str:
-    """Return a statement as `nft list` prints it in a table of the family."""
+    """Return a statement as `nft list` prints it for a table of this family."""
     ip = table_family(family)
-    match statement:  # the most frequent statements first: the cases are tested in order
+    match statement:  # the most frequent statements come first, because Python tests the cases in order
         case nft.Goto():
             return f"goto {statement.chain}"
         case nft.Lookup():
@@ -237,7 +237,7 @@ def format_duration(seconds: int) -> str:
 
 
 def _format_key(fields: Iterable[KeyField], family: Family) -> str:
-    """Return the concatenation of key fields."""
+    """Return the fields of a key as nft prints their concatenation."""
     return " . ".join(_format_field(field, family) for field in fields)
 
 
@@ -256,7 +256,7 @@ def _operator(*, negate: bool) -> str:
 
 
 def _format_network(network: str) -> str:
-    """Return a network; nft prints a single address without its prefix length."""
+    """Return a network as nft prints it. A network with only one address has no prefix length."""
     return network.removesuffix("/128" if ":" in network else "/32")
 
 

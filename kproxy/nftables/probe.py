@@ -1,4 +1,7 @@
-"""Probe whether nftables mode works on this node: commit a table that uses every feature and is deleted at once."""
+"""Probe whether nftables mode works on this node.
+
+The probe commits one transaction that creates a table, uses every required feature in it, and deletes the table again.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +32,10 @@ class NftablesUnsupportedError(Exception):
 
 
 def choose_commit(family: Family) -> Commit:
-    """Return the `Commit` that this kernel accepts: netlink or, as a fallback, the program `nft`.
+    """Return the way to commit transactions that works on this node: over netlink or, as a fallback, with `nft`.
 
     Raises `NftablesUnsupportedError` if neither works for the family, and `InconclusiveError` if the probe failed for a
-    reason other than the kernel's support.
+    reason other than lack of kernel support.
     """
     try:
         NetlinkCommit(family, PROBE_TABLE)(probe_transaction(family))
@@ -59,7 +62,7 @@ def choose_commit(family: Family) -> Commit:
 
 
 def probe_transaction(family: Family) -> Transaction:
-    """Return a transaction that uses every feature that nftables mode needs, and deletes its table at the end."""
+    """Return a transaction that uses every feature that nftables mode needs. At the end, it deletes its table."""
     address, endpoint, network = _ADDRESSES[family]
     context = Context(family, "", local_traffic=LocalTraffic(cidr=network), service_cidrs=(network,))
     diff = NftablesDiff(NftablesLedger(), context, create=True)

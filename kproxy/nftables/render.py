@@ -36,15 +36,18 @@ from kproxy.nftables.ruleset import (
 )
 
 Verdicts: TypeAlias = tuple[tuple[str, str], ...]
-"""Names of verdict maps, each with a frontend's verdict in that map: the name of the chain to go to, or `DROP`."""
+"""A frontend's verdicts, as pairs of a verdict map's name and a verdict.
+
+A verdict is `DROP` or a goto, which is represented by the name of its target chain.
+"""
 
 
 class RenderedFrontend(Struct, frozen=True, gc=False):
-    """The elements of one frontend of a Service.
+    """The map elements for one frontend of a Service.
 
-    `endpoints` has names of endpoint maps, each with the concatenated values of the endpoints. `service_port` is
-    `namespace/name:port`. `rank` decides which Service owns the frontend if several claim it
-    (`kproxy.model.frontend_conflicts`).
+    `endpoints` has pairs of an endpoint map's name and the concatenated values of the endpoints in that map.
+    `service_port` is `namespace/name:port`. If several Services claim the frontend, `rank` decides which of them owns
+    it (see `kproxy.model.frontend_conflicts`).
     """
 
     key: bytes
@@ -57,8 +60,9 @@ class RenderedFrontend(Struct, frozen=True, gc=False):
 class RenderedService(Struct, frozen=True, gc=False):
     """Everything that one Service needs in the table.
 
-    `cluster_ip` and `hairpins` are keys of elements in the sets `cluster-ips` and `hairpin-connections`. Only Services
-    with session affinity or source ranges have `chains`, only those with session affinity have `sets`.
+    `cluster_ip` is the key of an element in the set `cluster-ips`. `hairpins` are the keys of elements in the set
+    `hairpin-connections`. Only Services with session affinity or source ranges have `chains`. Only Services with
+    session affinity have `sets`.
     """
 
     cluster_ip: bytes
@@ -69,7 +73,7 @@ class RenderedService(Struct, frozen=True, gc=False):
 
 
 def render_service(plans: Sequence[ServicePortPlan], context: Context) -> RenderedService | None:
-    """Render all ports of one Service; return None if there are none in this family."""
+    """Render all ports of one Service. Return None if the Service has no ports in this family."""
     if not plans:
         return None
     frontends: list[RenderedFrontend] = []
@@ -156,7 +160,10 @@ def _external_frontend(
 
 @lru_cache(1 << 10)
 def _shared_chain_verdicts(verdict_map: str, chain: str) -> Verdicts:
-    """Return the same object for equal arguments: thousands of Services share a few verdicts."""
+    """Return a frontend's verdict as `Verdicts`.
+
+    The result is cached to save memory, because thousands of Services share a few different verdicts.
+    """
     return ((verdict_map, chain),)
 
 
@@ -169,20 +176,20 @@ def _no_endpoint_verdicts(kind: shared.FrontendKind, decision: TrafficDecision) 
 
 
 def _firewall_chain(plan: ServicePortPlan) -> NftChain:
-    """Return the chain that drops packets from sources outside `loadBalancerSourceRanges`."""
+    """Return the chain that drops packets from sources that `loadBalancerSourceRanges` does not allow."""
     sources = [*plan.source_ranges, *(plan.vips if plan.vips_are_sources else ())]
     rules: list[NftRule] = [rule(MatchSaddr(source), Return()) for source in sources]
     return NftChain(f"firewall-{names.service_port_suffix(plan)}", (*rules, rule(Drop())), comment_of(plan.name))
 
 
 def _affinity_sets(plan: ServicePortPlan) -> Iterator[NftSet]:
-    """Yield the set of recent clients of each endpoint."""
+    """Yield one set for each endpoint. It contains the endpoint's recent clients."""
     for endpoint in plan.reachable_endpoints:
         yield NftSet(f"affinity-{_endpoint_suffix(plan, endpoint)}", (KeyField.SOURCE,), timeout=plan.affinity_seconds)
 
 
 def _affinity_chains(plan: ServicePortPlan, context: Context) -> Iterator[NftChain]:
-    """Yield the chains of a service port with session affinity; a chain comes after the chains that it goes to."""
+    """Yield the chains of a service port with session affinity. Each comes after the chains that its rules refer to."""
     for endpoint in plan.reachable_endpoints:
         yield _endpoint_chain(plan, endpoint)
     suffix = names.service_port_suffix(plan)
@@ -213,7 +220,7 @@ def _endpoint_chain(plan: ServicePortPlan, endpoint: str) -> NftChain:
 
 
 def _affinity_rules(plan: ServicePortPlan, endpoints: Sockets) -> Iterator[NftRule]:
-    """Yield the rules that send a recent client to its endpoint, and every other client to a random endpoint."""
+    """Yield the rules that send a recent client to its previous endpoint, and any other client to a random endpoint."""
     suffixes = [_endpoint_suffix(plan, endpoint) for endpoint in endpoints]
     for suffix in suffixes:
         yield rule(Lookup((KeyField.SOURCE,), f"affinity-{suffix}"), Goto(f"endpoint-{suffix}"))

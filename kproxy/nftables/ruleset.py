@@ -1,6 +1,6 @@
-"""The contents of a table as values: sets and maps, chains, rules and their statements. Pure.
+"""Data types for the contents of a table: sets and maps, chains, rules and their statements. Pure.
 
-`kproxy.nftables.nft_syntax` formats them as nft does, `kproxy.nftables.encode` as netlink messages for the kernel.
+`kproxy.nftables.nft_syntax` formats them in nft's syntax. `kproxy.nftables.encode` encodes them as netlink messages.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from msgspec import Struct
 
 
 class KeyField(Enum):
-    """One field of a set's key, by its name in nft."""
+    """One field of the key of a set or map."""
 
     SOURCE = "saddr"
     DESTINATION = "daddr"
     PROTOCOL = "protocol"
     PORT = "dport"
     NUMGEN = "numgen"
-    """A random number, by which `DnatMap` selects an endpoint."""
+    """A random number. `DnatMap` uses it to select an endpoint."""
 
 
 class MapValue(Enum):
-    """The type of a map's values. A set has none."""
+    """The type of a map's values. A set has no values (`NONE`)."""
 
     NONE = "none"
     VERDICT = "verdict"
@@ -34,8 +34,8 @@ class MapValue(Enum):
 class NftSet(Struct, frozen=True):
     """A set or map.
 
-    With a `timeout` in seconds, rules add elements to it (`flags dynamic,timeout`) and each element expires after that
-    time.
+    `timeout` is in seconds; 0 means no timeout. If there is a timeout, rules add elements to the set (`flags
+    dynamic,timeout`), and each element expires after that time.
     """
 
     name: str
@@ -46,21 +46,24 @@ class NftSet(Struct, frozen=True):
 
 
 class MatchSaddr(Struct, frozen=True, tag=True):
-    """`ip saddr 10.0.0.0/8`, or with `negate` `ip saddr != 10.0.0.0/8`."""
+    """`ip saddr 10.0.0.0/8`: match packets from a network. With `negate`: `ip saddr != 10.0.0.0/8`."""
 
     network: str
     negate: bool = False
 
 
 class MatchDaddr(Struct, frozen=True, tag=True):
-    """`ip daddr 10.0.0.0/8`, or with `negate` `ip daddr != 10.0.0.0/8`."""
+    """`ip daddr 10.0.0.0/8`: match packets to a network. With `negate`: `ip daddr != 10.0.0.0/8`."""
 
     network: str
     negate: bool = False
 
 
 class MatchIifname(Struct, frozen=True, tag=True):
-    """`iifname "cni0"`, with `prefix` `iifname "cni0*"`; with `negate` `iifname != "cni0"`."""
+    """`iifname "cni0"`: match packets from an input interface.
+
+    With `prefix`, `name` is the start of an interface name: `iifname "cni0*"`. With `negate`: `iifname != "cni0"`.
+    """
 
     name: str
     prefix: bool = False
@@ -68,20 +71,20 @@ class MatchIifname(Struct, frozen=True, tag=True):
 
 
 class Lookup(Struct, frozen=True, tag=True):
-    """`ip saddr . ip daddr @set`: match if the set has an element with this key."""
+    """`ip saddr . ip daddr @set`: match if the set has an element whose key consists of these fields of the packet."""
 
     fields: tuple[KeyField, ...]
     set: str
 
 
 class FibLocal(Struct, frozen=True, tag=True):
-    """`fib daddr type local`: match if the address is one of this node's own."""
+    """`fib daddr type local`: match if the packet's source or destination is an address of this node."""
 
     field: Literal[KeyField.SOURCE, KeyField.DESTINATION]
 
 
 class MatchL4Proto(Struct, frozen=True, tag=True):
-    """`meta l4proto tcp`."""
+    """`meta l4proto tcp`: match packets of a transport protocol."""
 
     protocol: Literal["TCP", "UDP", "SCTP"]
 
@@ -91,7 +94,7 @@ class CtStateNew(Struct, frozen=True, tag=True):
 
 
 class CtStatusDnat(Struct, frozen=True, tag=True):
-    """`ct status dnat`: match if the connection's destination was translated."""
+    """`ct status dnat`: match if the connection's destination has been translated (DNAT)."""
 
 
 class MatchMark(Struct, frozen=True, tag=True):
@@ -101,7 +104,7 @@ class MatchMark(Struct, frozen=True, tag=True):
 
 
 class Numgen(Struct, frozen=True, tag=True):
-    """`numgen random mod N 0`: match one packet in `modulus`."""
+    """`numgen random mod N 0`: match with a probability of 1/N, where N is `modulus`."""
 
     modulus: int
 
@@ -119,17 +122,20 @@ class XorMark(Struct, frozen=True, tag=True):
 
 
 class Masquerade(Struct, frozen=True, tag=True):
-    """`masquerade fully-random`."""
+    """`masquerade fully-random`: masquerade the connection with a randomly selected source port."""
 
 
 class UpdateSet(Struct, frozen=True, tag=True):
-    """`update @set { ip saddr }`: add the source address to a set with a timeout, or restart the element's timeout."""
+    """`update @set { ip saddr }`: add the source address to a set with a timeout.
+
+    If the set already has the address, restart the element's timeout.
+    """
 
     set: str
 
 
 class Dnat(Struct, frozen=True, tag=True):
-    """`dnat to 10.244.0.1:8080`."""
+    """`dnat to 10.244.0.1:8080`: translate the destination to this address and port."""
 
     address: str
     port: int
@@ -138,8 +144,8 @@ class Dnat(Struct, frozen=True, tag=True):
 class DnatMap(Struct, frozen=True, tag=True):
     """`dnat ip to ip daddr . numgen random mod N map @map`.
 
-    Translate the destination to the endpoint that the map has for the fields and a random number below `modulus`. If
-    the map has none, the rule does not match.
+    Translate the destination to an endpoint from the map. The key consists of `fields` and a random number below
+    `modulus`. If the map has no element with this key, the rule does not match.
     """
 
     fields: tuple[KeyField, ...]
@@ -148,34 +154,37 @@ class DnatMap(Struct, frozen=True, tag=True):
 
 
 class VerdictMap(Struct, frozen=True, tag=True):
-    """`ip daddr . th dport vmap @map`: apply the map's verdict; without one, the rule does not match."""
+    """`ip daddr . th dport vmap @map`: apply the verdict that the map has for this key.
+
+    If the map has no element with this key, the rule does not match.
+    """
 
     fields: tuple[KeyField, ...]
     map: str
 
 
 class Jump(Struct, frozen=True, tag=True):
-    """`jump chain`: evaluate the chain, then return to the next rule."""
+    """`jump chain`: evaluate the rules of another chain, then continue with the next rule of this chain."""
 
     chain: str
 
 
 class Goto(Struct, frozen=True, tag=True):
-    """`goto chain`: continue in the chain; do not return to this one."""
+    """`goto chain`: continue with the rules of another chain, and do not return to this chain."""
 
     chain: str
 
 
 class Drop(Struct, frozen=True, tag=True):
-    """`drop`."""
+    """`drop`: drop the packet."""
 
 
 class Return(Struct, frozen=True, tag=True):
-    """`return`: return to the chain that jumped to this one; from a base chain, apply its policy."""
+    """`return`: leave this chain and continue in the chain that jumped to it. In a base chain, apply its policy."""
 
 
 class Reject(Struct, frozen=True, tag=True):
-    """`reject`: drop the packet and answer with ICMP port unreachable."""
+    """`reject`: drop the packet and reply with an ICMP or ICMPv6 "port unreachable" error."""
 
 
 Statement: TypeAlias = (
@@ -205,14 +214,14 @@ Statement: TypeAlias = (
 
 
 class NftRule(Struct, frozen=True):
-    """A rule: the kernel evaluates its statements in order, up to the first that does not match."""
+    """A rule. The kernel evaluates its statements in order and stops at the first one that does not match."""
 
     statements: tuple[Statement, ...]
     comment: str = ""
 
 
 class NftHook(Struct, frozen=True):
-    """The hook of a base chain. Chains with a smaller priority number run earlier."""
+    """The hook of a base chain. At the same hook, chains with a smaller `priority` run earlier."""
 
     type: Literal["filter", "nat"]
     hook: Literal["prerouting", "input", "forward", "output", "postrouting"]
@@ -220,7 +229,10 @@ class NftHook(Struct, frozen=True):
 
 
 class NftChain(Struct, frozen=True):
-    """A base chain if it has a `hook`, else a regular chain, the target of rules and verdict maps."""
+    """A chain. With a `hook` it is a base chain, otherwise a regular chain.
+
+    Rules and verdict maps can jump or goto only to regular chains.
+    """
 
     name: str
     rules: tuple[NftRule, ...]
@@ -229,5 +241,5 @@ class NftChain(Struct, frozen=True):
 
 
 def rule(*statements: Statement, comment: str = "") -> NftRule:
-    """Return a rule of these statements."""
+    """Return a rule that consists of these statements."""
     return NftRule(statements, comment)

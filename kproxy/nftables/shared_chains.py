@@ -1,6 +1,7 @@
-"""Shared chains, one for all frontends with the same traffic policy and a similar number of endpoints. Pure.
+"""Chains that all frontends with the same traffic policy and a similar number of endpoints share. Pure.
 
-A frontend's verdict goes to one of them. The chain finds the frontend's endpoints in a map, by the frontend's key.
+The verdict of a frontend is a goto to a shared chain. The rules of the chain use the frontend's key to find the
+frontend's endpoints in a map.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from kproxy.nftables.base_table import NODE_PORT_KEY, SERVICE_KEY, local_traffic
 from kproxy.nftables.ruleset import DnatMap, FibLocal, Goto, KeyField, NftChain, NftRule, SetMark, rule
 
 MAX_IMBALANCE = 1 / 500
-"""Maximum share of connections for which no random number below the capacity is the index of an endpoint.
+"""Maximum share of connections for which no random number below the chain's capacity is the index of an endpoint.
 
-They are sent to one of the first endpoints, so this limits how much more traffic these endpoints get.
+These connections are sent only to the first endpoints of the frontend. A low maximum therefore limits how much more
+traffic these endpoints receive than the others.
 """
 FrontendKind: TypeAlias = Literal["service", "nodeport"]
 Policy: TypeAlias = Literal["any", "local", "external", "external-local"]
@@ -34,19 +36,26 @@ _ENDPOINT_MAPS = {
 
 
 def chain_capacity(endpoints: int) -> int:
-    """Return the smallest sufficient capacity for a number of endpoints: 1, 2, 3, 4, 6, 8, 12, 16, 24 and so on."""
+    """Return the smallest capacity of a chain that is sufficient for this number of endpoints.
+
+    The capacities are the powers of two and the numbers halfway between them: 1, 2, 3, 4, 6, 8, 12, 16, 24 and so on.
+    """
     power = 1 << max(0, (endpoints - 1).bit_length() - 1)
     return next(capacity for capacity in (power, power * 3 // 2, power * 2) if capacity >= endpoints)
 
 
 @lru_cache(64)
 def numgen_moduli(capacity: int) -> tuple[int, ...]:
-    """Return the modulus of each `numgen random mod N` in a chain of this capacity, in the order of the rules.
+    """Return the N of `numgen random mod N` in each rule of a chain of this capacity, in the order of the rules.
 
-    A packet reaches a rule if none of the random numbers before it was the index of an endpoint. The second-to-last
-    rule always finds an endpoint, because the frontend has more endpoints than the next smaller capacity. The last rule
-    (N = 1) is for packets in flight while the number of endpoints changes: they can have the previous verdict, but the
-    map is already the current one.
+    A packet reaches a rule only if none of the random numbers of the preceding rules was the index of an endpoint.
+
+    In the second-to-last rule, N is at most the number of endpoints, so this rule always finds an endpoint: a frontend
+    that uses the chain has more endpoints than the next smaller capacity.
+
+    In the last rule, N is 1. It is for packets that are in flight while the number of endpoints decreases. The verdict
+    of such a packet may be from before the change, while the map already has fewer endpoints. A chain of capacity 1 has
+    only this rule.
     """
     smaller = capacity * 3 // 4 if capacity & (capacity - 1) == 0 else capacity * 2 // 3
     miss_probability = (capacity - smaller - 1) / capacity
@@ -61,17 +70,24 @@ def numgen_moduli(capacity: int) -> tuple[int, ...]:
 
 
 def endpoint_map(kind: FrontendKind, *, local: bool) -> str:
-    """Return the name of the map with the endpoints of a kind of frontend: all, or with `local` those on this node."""
+    """Return the name of the map that has the endpoints of this kind of frontend.
+
+    With `local`, return the map that has only the endpoints on this node.
+    """
     return _ENDPOINT_MAPS[kind, local]
 
 
 class SharedChain(Struct, frozen=True):
-    """The identity of a shared chain: kind of frontend, policy and capacity.
+    """The identity of a shared chain: the kind of its frontends, its policy and its capacity.
 
-    Policy `any` selects one of up to `capacity` endpoints, `local` one of up to `capacity` endpoints on this node.
-    `external` masquerades and continues with `any`. `external-local` handles external traffic with
-    `externalTrafficPolicy: Local`: pods and this node get one of up to `capacity` endpoints, all other clients one of
-    up to `local_capacity` endpoints on this node (0: there are none).
+    What the chain does depends on the policy:
+
+    - `any` selects one of up to `capacity` endpoints.
+    - `local` selects one of up to `capacity` endpoints, all of them on this node.
+    - `external` masquerades the traffic and continues in the chain with policy `any`.
+    - `external-local` handles external traffic with `externalTrafficPolicy: Local`. For traffic from local pods and
+      from the node itself, it selects one of up to `capacity` endpoints. For all other traffic, it selects one of up to
+      `local_capacity` endpoints on this node. If `local_capacity` is 0, there are no endpoints on this node.
     """
 
     kind: FrontendKind
@@ -95,7 +111,7 @@ class SharedChain(Struct, frozen=True):
         return f"{name}-{self.local_capacity}" if self.policy == "external-local" else name
 
     def targets(self) -> Iterator[SharedChain]:
-        """Yield the shared chains that this one goes to."""
+        """Yield the shared chains to which this chain has a goto."""
         if self.policy in {"external", "external-local"}:
             yield SharedChain(self.kind, "any", self.capacity)
         if self.local_capacity:
@@ -124,9 +140,12 @@ class SharedChain(Struct, frozen=True):
 def external_local_rules(context: Context, any_chain: str, local_chain: str) -> tuple[NftRule, ...]:
     """Return the rules for external traffic with `externalTrafficPolicy: Local`.
 
-    Pods and the node itself reach any endpoint through `any_chain`, as if the frontend were the ClusterIP. The node's
-    own traffic is masqueraded, because its source can be the frontend's address. Other traffic goes to `local_chain`;
-    if that is "", no rule matches and the packet is dropped later.
+    Traffic from local pods (see `local_traffic_match`) and from the node itself is sent to `any_chain`. It can reach
+    any endpoint, as if its destination were the ClusterIP. The node's own traffic is masqueraded, because its source
+    can be the frontend's address.
+
+    All other traffic is sent to `local_chain`. If `local_chain` is "", no rule matches this traffic, and the base
+    chains that check for frontends without endpoints drop it later.
     """
     rules = []
     from_pods = local_traffic_match(context, negate=False)
@@ -141,12 +160,12 @@ def external_local_rules(context: Context, any_chain: str, local_chain: str) -> 
 
 
 def any_chain_name(kind: FrontendKind, endpoints: int) -> str:
-    """Return the name of the chain that selects one of this many endpoints."""
+    """Return the name of the chain that selects an endpoint for frontends with this many endpoints."""
     return SharedChain(kind, "any", chain_capacity(endpoints)).name
 
 
 def local_chain_name(kind: FrontendKind, endpoints: int) -> str:
-    """Return the name of the chain that selects one of this many endpoints on this node."""
+    """Return the name of the chain that selects a local endpoint for frontends with this many local endpoints."""
     return SharedChain(kind, "local", chain_capacity(endpoints)).name
 
 
@@ -162,7 +181,10 @@ def external_local_chain_name(kind: FrontendKind, endpoints: int, local_endpoint
 
 
 def required_shared_chains(chain_names: Iterable[str]) -> Iterator[SharedChain]:
-    """Yield the shared chains among the named chains, and all chains that they go to, some possibly repeatedly."""
+    """Yield each shared chain among the named chains, followed by the shared chains that can be reached from it.
+
+    A chain may be yielded several times.
+    """
     for name in chain_names:
         shared = SharedChain.parse(name)
         if shared is not None:

@@ -10,10 +10,12 @@ from kproxy.nftables.ruleset import MapValue, NftHook
 
 
 class TableSnapshot(Struct):
-    """The sets of a table by name, its chains with their hooks (None for a regular chain), and its elements by set.
+    """The state of a table as it was read from the kernel.
 
-    `elements` has only the sets of `base_table.SETS` that have the expected layout. `flags` are the table's flags (enum
-    nft_table_flags), which mark a table that is dormant or that a process owns.
+    `sets` contains the layout of each set and map, by name. `chains` contains the hook of each chain, by name; the hook
+    of a regular chain is None. `elements` contains the elements by the name of their set and by their key, but only for
+    sets of `base_table.SETS` that have the expected layout. `flags` are the table's flags (enum nft_table_flags). They
+    mark a table that is dormant or that is owned by a process.
     """
 
     sets: dict[str, SetLayout] = field(default_factory=dict)
@@ -22,7 +24,11 @@ class TableSnapshot(Struct):
     flags: int = 0
 
     def pop_frontend(self, key: bytes, verdicts: dict[str, SetElement], endpoints: dict[str, bytes]) -> None:
-        """Move a frontend's elements from the snapshot to `verdicts` and `endpoints`, by the name of their map."""
+        """Move a frontend's elements from the snapshot to `verdicts` and `endpoints`.
+
+        Both are keyed by map name. `endpoints` receives the concatenated values of the endpoints, up to the first
+        missing index.
+        """
         for each in SETS:
             elements = self.elements.get(each.name, {})
             if each.value is MapValue.VERDICT and (element := elements.pop(key, None)) is not None:
@@ -32,7 +38,7 @@ class TableSnapshot(Struct):
 
 
 def _pop_endpoints(elements: dict[bytes, SetElement], key: bytes) -> bytes:
-    """Remove a frontend's endpoints from a map's elements, up to the first missing index; return their values."""
+    """Remove a frontend's endpoints, up to the first missing index, from a map's elements. Return their values."""
     values: list[bytes] = []
     while (element := elements.pop(endpoint_key(key, len(values)), None)) is not None:
         assert isinstance(element.value, bytes)

@@ -1,4 +1,4 @@
-"""One atomic change of the table. Pure."""
+"""One atomic change to the table. Pure."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from kproxy.nftables.ruleset import NftChain, NftSet
 
 
 class Transaction(Struct):
-    """Changes of the table that the kernel accepts or rejects as a whole.
+    """Changes to the table that the kernel accepts or rejects as a whole.
 
-    The kernel applies them in the order of the fields, which removes every reference to an object before the object.
-    `create_table` creates the table if it does not exist, `replace_table` deletes it with all its contents and creates
-    it again. `added_chains` are created without rules; `added_rules` are the chains to which all their rules are
-    appended, so a changed chain is in both `flushed_chains` and `added_rules`. Elements are listed by the name of their
-    set; `added_endpoints` are those of frontends that had no endpoints before. `delete_table` deletes the table last.
+    The kernel applies the changes in the order of the fields. In this order, every reference to an object is removed
+    before the object itself is deleted.
+
+    `create_table` creates the table if it does not exist. `replace_table` deletes the table with all its contents and
+    creates it again. Elements are listed by the name of their set. `flushed_chains` are chains whose rules are all
+    deleted. `added_chains` are created without rules, and then all rules of each chain in `added_rules` are appended to
+    it. A changed chain is therefore in both `flushed_chains` and `added_rules`. `added_endpoints` are the endpoint
+    elements of frontends that had none in the same map. `delete_table` deletes the table at the end.
     """
 
     create_table: bool = False
@@ -36,29 +39,31 @@ class Transaction(Struct):
         return any(astuple(self))
 
     def delete_element(self, set_name: str, element: SetElement) -> None:
-        """Delete an element of a set."""
+        """Add the deletion of an element to the transaction."""
         self.deleted_elements.setdefault(set_name, []).append(element)
 
     def add_element(self, set_name: str, element: SetElement) -> None:
-        """Add an element to a set."""
+        """Add the creation of an element to the transaction."""
         self.added_elements.setdefault(set_name, []).append(element)
 
     def all_added_elements(self) -> dict[str, list[SetElement]]:
-        """Return the elements of `added_endpoints` and `added_elements`, one by one."""
+        """Return all elements of `added_endpoints` and `added_elements` as `SetElement` objects, by set name."""
         found = {name: [each for run in runs for each in run.elements()] for name, runs in self.added_endpoints.items()}
         for name, elements in self.added_elements.items():
             found.setdefault(name, []).extend(elements)
         return found
 
     def split_off_new_chains(self) -> Transaction | None:
-        """Move the creation of new chains to a transaction of its own, which must be committed first, and return it.
+        """Move the creation of new regular chains to a separate transaction, and return that transaction.
 
-        Return None if there are no new chains, or if they cannot be created first.
+        It must be committed before this one. It also creates the new sets, because the new chains can use them. Return
+        None if there are no new chains. Also return None if this transaction creates the table or replaces a set,
+        because the new chains cannot be created earlier then.
 
-        A packet sees the rules of one generation, but looks up each set in its latest state (Linux 6.18,
-        `nft_do_chain`). If one transaction added both a chain and the verdict that goes to it, a packet in flight could
-        get the new verdict while it still sees the chain without rules. Chains that no verdict refers to do no harm, so
-        they are created earlier.
+        For each packet, the kernel evaluates the rules of one generation, but it looks up sets in their latest state
+        (Linux 6.18, `nft_do_chain`). Assume that one transaction added both a chain and an element whose verdict is a
+        goto to that chain. A packet in flight could then get the new verdict and still see the chain without rules. A
+        chain that no verdict refers to does no harm, so new chains are created first.
         """
         if self.create_table or {each.name for each in self.added_sets} & set(self.deleted_sets):
             return None
