@@ -26,7 +26,9 @@ examples:
   # fish
   kproxy completion fish > ~/.config/fish/completions/kproxy.fish
 
-TAB then completes commands, flags, flag values and file names."""
+TAB then completes commands, flags, flag values and file names.
+
+Needs the Python package shtab: pip install 'kproxy[completion]'."""
 BASH = """
 # Bash splits --flag=value into three words; shtab's function expects two.
 _kproxy() {

@@ -37,10 +37,12 @@ examples:
   kproxy run --cleanup
 
 {SYNTAX}
+A DURATION is written as 30s, 1m30s or 250ms.
 
-Without --kubeconfig and --objects, kproxy uses the Pod's service account.
-SIGTERM stops it and leaves the rules in place. SIGUSR1 and SIGQUIT write the
-stacks of all threads to stderr. SIGHUP and SIGUSR2 are ignored."""
+Without --objects and without a kubeconfig (flag or file), kproxy uses the Pod's
+service account. SIGTERM stops kproxy and leaves the rules in place. SIGUSR1 and
+SIGQUIT write the stacks of all threads to stderr. SIGHUP and SIGUSR2 are
+ignored."""
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
