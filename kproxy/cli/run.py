@@ -33,7 +33,7 @@ examples:
   kproxy run --init-only --config=/var/lib/kube-proxy/config.conf
   # write a configuration file with these flags and all defaults, then exit
   kproxy run --write-config-to=config.yaml --proxy-mode=nftables
-  # stop proxying on this node: remove the rules of both modes, then exit
+  # stop proxying on this node: remove the rules of all modes, then exit
   kproxy run --cleanup
 
 {SYNTAX}
