@@ -26,7 +26,10 @@ examples:
   # fish
   kproxy completion fish > ~/.config/fish/completions/kproxy.fish
 
-TAB then completes commands, flags, flag values and file names."""
+TAB then completes commands, flags, flag values and file names.
+
+Needs the extra kproxy[completion]. To add it, run this in a clone of kproxy:
+pipx install --force '.[completion]'"""
 BASH = """
 # Bash splits --flag=value into three words; shtab's function expects two.
 _kproxy() {

@@ -15,9 +15,8 @@ OBJECTS_HELP = (
     "for example the output of `kubectl get svc,endpointslices,nodes -A -o yaml`"
 )
 SYNTAX = """\
-Flags override the --config file. A DURATION is written as 30s, 1m30s or 250ms.
-A BOOL is true or false; the flag alone means true. A flag that takes a list
-may be repeated."""
+Flags override the --config file. A BOOL is true or false; the flag alone means
+true. A flag that takes a list may be repeated."""
 """Flag syntax, for the help of each command that takes flags."""
 
 

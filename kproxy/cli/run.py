@@ -33,14 +33,16 @@ examples:
   kproxy run --init-only --config=/var/lib/kube-proxy/config.conf
   # write a configuration file with these flags and all defaults, then exit
   kproxy run --write-config-to=config.yaml --proxy-mode=nftables
-  # stop proxying on this node: remove the rules of both modes, then exit
+  # stop proxying on this node: remove the rules of all modes, then exit
   kproxy run --cleanup
 
 {SYNTAX}
+A DURATION is written as 30s, 1m30s or 250ms.
 
-Without --kubeconfig and --objects, kproxy uses the Pod's service account.
-SIGTERM stops it and leaves the rules in place. SIGUSR1 and SIGQUIT write the
-stacks of all threads to stderr. SIGHUP and SIGUSR2 are ignored."""
+Without --objects and without a kubeconfig (flag or file), kproxy uses the Pod's
+service account. SIGTERM stops kproxy and leaves the rules in place. SIGUSR1 and
+SIGQUIT write the stacks of all threads to stderr. SIGHUP and SIGUSR2 are
+ignored."""
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

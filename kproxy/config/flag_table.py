@@ -149,14 +149,14 @@ CONNTRACK = (
     Flag(
         "conntrack-max-per-core",
         ("conntrack.maxPerCore",),
-        "maximum number of tracked connections per CPU core; 0 leaves the limit unchanged (default: 32768)",
+        "maximum number of tracked connections per CPU; 0 leaves the limit unchanged (default: 32768)",
         "int",
         metavar="N",
     ),
     Flag(
         "conntrack-min",
         ("conntrack.min",),
-        "minimum for the limit on tracked connections, for machines with few CPU cores (default: 131072)",
+        "minimum for the limit on tracked connections, for machines with few CPUs (default: 131072)",
         "int",
         metavar="N",
     ),
