@@ -4,11 +4,12 @@ An object that gets no rules is converted to None:
 
 - a headless or ExternalName Service
 - a Service or EndpointSlice that belongs to another proxy (label `service.kubernetes.io/service-proxy-name`)
-- an EndpointSlice without a Service, with an address type other than IPv4 and IPv6 (such as FQDN), or with the label
-  `service.kubernetes.io/headless`
+- an EndpointSlice that belongs to no Service (it has no label `kubernetes.io/service-name`)
+- an EndpointSlice with address type FQDN
+- an EndpointSlice with the label `service.kubernetes.io/headless`
 
-A Service that has a ClusterIP gets rules even if it has the label `service.kubernetes.io/headless`. The label only
-affects EndpointSlices, as observed in kube-proxy 1.36.
+A Service that has a ClusterIP gets rules even if it has the label `service.kubernetes.io/headless`. The label
+affects only EndpointSlices, as observed in kube-proxy 1.36.
 """
 
 from __future__ import annotations
@@ -50,11 +51,11 @@ MAX_AFFINITY_SECONDS = 86400
 """Maximum of `sessionAffinityConfig.clientIP.timeoutSeconds`: 1 day (Service API)."""
 MAX_PORT = 65535
 MAX_FIELDS_LOGGED = 3
-"""Maximum number of ignored fields that a log line names: an EndpointSlice can have a hundred invalid endpoints."""
+"""Maximum number of ignored fields that a log line names. An EndpointSlice can have a hundred invalid endpoints."""
 
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
 _PORT_NAME = re.compile(r"([a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?)?")
-# Names become part of rules. The API server enforces these formats; names in files are checked against them here.
+# Names become part of rules. The API server enforces these formats, but an object file could contain any name.
 _NAME_FORMAT = "a lowercase RFC 1123 subdomain (letters, digits, '-' and '.')"
 _PORT_NAME_FORMAT = "a lowercase RFC 1123 label (up to 63 letters, digits and '-')"
 _ADDRESS = "an IP address"
@@ -100,7 +101,7 @@ def convert_slice(
     endpoints: Iterable[_E],
     convert: Callable[[_E, Family], Endpoint | IgnoredField],
 ) -> DecodedObject:
-    """Convert an EndpointSlice with these `endpoints`; `endpoint_slice.endpoints` is not used.
+    """Convert an EndpointSlice. Its endpoints are passed as `endpoints`; `endpoint_slice.endpoints` is not used.
 
     `convert` converts one item of `endpoints`, or returns the field that makes the endpoint unusable. Raises
     `ObjectError` for an invalid value elsewhere in the object.

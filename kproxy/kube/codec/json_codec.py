@@ -78,7 +78,7 @@ class _ObjectList(Struct):
 
 
 def decoder(shape: type[_S]) -> Callable[[Raw], _S]:
-    """Return a function that decodes JSON text or parsed data to a `shape`. The function raises `ObjectError`."""
+    """Return a function that decodes JSON text or parsed data as a `shape`. The function raises `ObjectError`."""
     decode_json = msgspec.json.Decoder(shape).decode
 
     def decode(raw: Raw) -> _S:

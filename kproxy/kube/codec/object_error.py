@@ -99,8 +99,8 @@ def _parsed(content: bytes | msgspec.Raw | Any) -> Any:
 def _locate(match: re.Match[str], data: Any) -> tuple[FieldPath, Any]:
     """Return the path of the field that a msgspec error names, and the field's value.
 
-    For a mapping with arbitrary keys, msgspec writes `[...]` instead of the key. The path then leads to the first value
-    in that mapping whose type is wrong. The value is `_UNKNOWN` if it cannot be found.
+    For a mapping with arbitrary keys, msgspec writes `[...]` instead of the key. The returned path then leads to
+    the first value in that mapping whose type is wrong. The returned value is `_UNKNOWN` if it cannot be found.
     """
     _, types = _expected(match)
     path: list[str | int] = []

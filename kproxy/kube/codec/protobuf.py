@@ -5,12 +5,13 @@ and a zero byte, then a `runtime.Unknown` that names the object's kind and conta
 "Protobuf encoding"). Field numbers are those of the `generated.proto` files in k8s.io/api and k8s.io/apimachinery. The
 API server writes empty strings and messages that JSON would omit; this decoder treats them as absent.
 
-The `protobuf` package is not used, because importing it takes 3 to 4 MB of memory, and its messages have to be read
-value by value. This decoder skips fields that affect no rules (managedFields, targetRef, selectors, most labels). It
-caches decoded endpoints by their bytes, because most endpoints stay the same when an EndpointSlice changes.
+The `protobuf` package is not used, because importing it takes 3 to 4 MB of memory, and each value would have to be
+fetched from its messages individually. This decoder skips fields that affect no rules (managedFields, targetRef,
+selectors, most labels) without decoding them. It caches decoded endpoints by their bytes, because most endpoints stay
+the same when an EndpointSlice changes.
 
-The table compares the time from the TLS socket to the decoded value with that of typed JSON. The objects are similar to
-those that Helm and the Kubernetes controllers write.
+The table compares protobuf with typed JSON: the time from the TLS socket to the decoded value, and the size of the
+event. The objects are similar to those that Helm and the Kubernetes controllers write.
 
 | event | protobuf | JSON |
 | --- | --- | --- |
@@ -102,7 +103,7 @@ _KnownFields: TypeAlias = dict[int, tuple[str, Callable[[Any], Any], bool]]
 
 
 def message(shape: Callable[..., _S], **fields: ProtobufField) -> Callable[[bytes], _S]:
-    """Return a decoder for messages that have these `fields`; it skips all other fields.
+    """Return a decoder for messages with these `fields`. The decoder skips all other fields.
 
     The decoder passes the values to `shape` as keyword arguments and returns the result. It omits fields that the
     message does not contain. An empty string or message also counts as absent, unless the field is repeated; 0 and
@@ -182,8 +183,8 @@ def _bytes_field(raw: bytes, position: int, number: int) -> tuple[int, int]:
 def _uncommon_field(raw: bytes, position: int) -> tuple[int, int, int]:
     """Decode the tag of a field whose tag is longer than one byte or whose value has a fixed size.
 
-    Return three numbers: the tag, the field's value or length (0 for a fixed-size value), and the position after them
-    (after the value if it has a fixed size). Raises `ProtobufError` for a wire type that Kubernetes does not use.
+    Return the tag, the field's value or length (0 for a fixed-size value), and the position at which to continue.
+    Raises `ProtobufError` for a wire type that Kubernetes does not use.
     """
     tag, position = _varint(raw, position)
     wire_type = tag & 7

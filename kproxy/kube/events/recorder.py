@@ -32,7 +32,10 @@ QUEUE_LIMIT = 200
 POST_TIMEOUT = 10.0
 """Seconds after which an attempt to post an event fails if the server sends no data."""
 RETRY_DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0)
-"""Seconds to wait before the second and each further attempt to post an event. Then the event is dropped."""
+"""Seconds to wait before the second and each further attempt to post an event.
+
+If the last attempt fails, the event is dropped.
+"""
 log = logging.getLogger(__name__)
 
 
@@ -113,7 +116,7 @@ class EventRecorder:
                 self._log_failure(report, f"unexpected {type(error).__name__}: {error}")
 
     def _write(self, report: EventReport) -> None:
-        """Post an event. Retry until the server accepts or rejects it, all attempts have failed, or `stop` is called."""
+        """Post an event. Retry until the server accepts or rejects it, attempts run out, or `stop` is called."""
         path = event_path(report.latest.regarding)
         body = msgspec.json.encode(event_object(report, self._node_name))
         for delay in (*RETRY_DELAYS, None):

@@ -24,9 +24,9 @@ from kproxy.kube.listwatch.protocol import (
 from kproxy.model.delta import BASIC_KINDS, Delta, Invalid, Kind
 
 REPEAT_PERIOD = 60.0
-"""Seconds for which a message is not logged again."""
+"""Seconds for which the same message is not logged again."""
 IGNORED_FIELDS_PERIOD = 3600.0
-"""The same for messages about ignored fields of an object. The fields may never be corrected."""
+"""Like `REPEAT_PERIOD`, for messages about ignored fields. It is longer, because some are never corrected."""
 log = logging.getLogger(__name__)
 
 

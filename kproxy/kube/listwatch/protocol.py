@@ -29,7 +29,7 @@ The API server sends a bookmark about every 60 s.
 BOOKMARK_DUE = 0.8
 """Fraction of the inactivity timeout after which a connection should have received a bookmark.
 
-A connection that ends earlier may never have received one.
+A shorter connection may end before its first bookmark.
 """
 SHORT_IDLE_DIVISOR = 20
 """Idle seconds that count as one second if the connection ended before a bookmark was due (see `BOOKMARK_DUE`).
@@ -53,7 +53,7 @@ If the server closes a watch sooner, the watch counts as failed, even if the ser
 MAX_INCOMPLETE_LISTS = 2
 """Maximum number of consecutive lists to discard because they contain objects without a readable name.
 
-The list after them is used even if it contains objects without a readable name; those objects are missing from it.
+The next list is used even if it contains objects without a readable name; those objects are ignored.
 """
 MAX_BACKOFF = 24.0
 """Maximum number of seconds between attempts, before jitter. With jitter, it is 18 to 30 s.
@@ -61,7 +61,7 @@ MAX_BACKOFF = 24.0
 In client-go, it is 30 to 60 s.
 """
 MAX_UNAVAILABLE_BACKOFF = 240.0
-"""The same for an optional kind that the server does not serve or does not allow reading.
+"""Like `MAX_BACKOFF`, for an optional kind that the server does not serve or does not allow reading.
 
 With jitter, it is 180 to 300 s.
 """
@@ -77,8 +77,7 @@ _WITH_CLUSTER_IP = "spec.clusterIP!=None,spec.type!=ExternalName"
 class ApiResource(Struct, frozen=True):
     """An API resource: its path, its name as in `kubectl get NAME`, and the selectors of its lists and watches.
 
-    For an optional resource, `unavailable_effect` says what does not work without it. For a required resource, it is
-    "".
+    `unavailable_effect` says what does not work without an optional resource. It is "" for a required resource.
     """
 
     path: str
@@ -112,7 +111,7 @@ class InvalidObject(Struct, frozen=True):
 
 
 class IgnoredFields(Struct, frozen=True):
-    """An object some of whose endpoints or ports cannot be used. `text` says which ones, and why."""
+    """An object with endpoints or ports that cannot be used. `text` says which ones, and why."""
 
     kind: Kind
     namespace: str
@@ -159,7 +158,7 @@ class ListWatch:
     timeout in seconds: the caller must report a connection that receives no data for that long.
 
     `error` is the current problem as one line, or "" if there is none. `optional_statuses` are the HTTP
-    statuses of a server from which the kind is not available. For a kind that kproxy requires, there are none.
+    statuses with which the server reports that an optional kind is not available. The set is empty for a required kind.
     """
 
     def __init__(self, kind: Kind, node_name: str, random: Callable[[], float], inactivity: float = INACTIVITY) -> None:
@@ -387,7 +386,7 @@ class ListWatch:
         if first and error.code not in _TRANSIENT_STATUSES:
             return self._fall_back_to_pages()
         if self._resource_version and error.code not in _TRANSIENT_STATUSES:
-            return self._relist(error, immediately=False)  # from there, the same error could recur forever
+            return self._relist(error, immediately=False)  # a watch from the same version could fail forever
         return self._handle_error(error)
 
     def _handle_error(self, error: ErrorStatus) -> ListWatchStep:
