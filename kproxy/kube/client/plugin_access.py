@@ -72,7 +72,7 @@ class PluginAccess:
 
     @property
     def refresh_due(self) -> bool:
-        """Whether the package considers the token expired, which is five minutes before the token expires."""
+        """Whether the package considers the token expired. It does so from five minutes before the expiry time."""
         from kubernetes.config.kube_config import EXPIRY_SKEW_PREVENTION_DELAY
 
         return self._expires_within(EXPIRY_SKEW_PREVENTION_DELAY)
@@ -115,7 +115,7 @@ def _load_kubeconfig(configuration: Any, kubeconfig: str, first: bool) -> tuple[
 
     for path in kubeconfig.split(":"):
         with PackageErrors(path), expand_home(path, os.environ).open("rb"):
-            pass  # the package ignores missing files
+            pass  # the package would ignore a missing file
     with PackageErrors(kubeconfig):
         merged = KubeConfigMerger(kubeconfig).config
         for kind in ("clusters", "contexts", "users"):

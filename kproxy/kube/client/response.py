@@ -15,7 +15,7 @@ class TransportError(Exception):
 
 
 class IdleTimeoutError(TransportError):
-    """The server sent no data within the request's timeout."""
+    """The server sent no data for as long as the request's timeout allows."""
 
 
 class ApiResponse:
