@@ -15,7 +15,7 @@ class TransportError(Exception):
 
 
 class IdleTimeoutError(TransportError):
-    """The server sent no data for as long as the request's timeout allows."""
+    """The server sent no data until the request's timeout expired."""
 
 
 class ApiResponse:

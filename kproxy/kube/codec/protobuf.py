@@ -69,7 +69,7 @@ They take about 0.4 MB. By default, the EndpointSlice controller puts at most 10
 """
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-"""Wire types. The two others delimit groups, which Kubernetes does not use."""
+"""Wire types. The other two wire types delimit groups, which Kubernetes does not use."""
 _MAX_VARINT_SHIFT = 63
 _CACHED_PORTS = 256
 _CACHED_CONDITIONS = 32

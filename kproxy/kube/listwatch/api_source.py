@@ -1,4 +1,4 @@
-"""Receive objects from the API server: one thread per kind of object drives the list/watch state machine."""
+"""Receive objects from the API server. For each kind, one thread drives a list/watch state machine."""
 
 from __future__ import annotations
 

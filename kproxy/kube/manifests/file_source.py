@@ -40,8 +40,8 @@ class ManifestUpdate(Struct, frozen=True):
 class ManifestState:
     """Computes the objects to deliver from snapshots of the files. Pure. Pass snapshots in the order of reading.
 
-    Nothing is delivered until all files are valid for the first time. An earlier delivery, without the objects of the
-    invalid files, would delete the rules that a previous process programmed for those objects. From then on, if a file
+    Nothing is delivered until all files are valid for the first time. Delivering earlier, without the objects of the
+    invalid files, would delete the rules that a previous process programmed for these objects. From then on, if a file
     becomes invalid, its last valid content is used. A new file that is invalid is ignored. If no file is usable, the
     objects stay as they are. To delete all objects, use a file with `items: []`.
     """

@@ -47,9 +47,9 @@ Identity: TypeAlias = tuple[str, str, str]
 class ManifestFile(Struct, frozen=True):
     """The content of one file.
 
-    `objects` are in the order of the file. An object that gets no rules, such as a headless Service, is None.
-    `ignored_kinds` are the kinds in the file that kproxy does not use. `warnings` are log lines about endpoints and
-    ports that cannot be used. If there are `problems`, the file must not be used.
+    `objects` are in the order of the file. An object that gets no rules, such as a headless Service, is represented by
+    None. `ignored_kinds` are the kinds in the file that kproxy does not use. `warnings` are log lines about endpoints
+    and ports that cannot be used. If there are `problems`, the file must not be used.
     """
 
     path: str
