@@ -231,8 +231,9 @@ def read_token(user: Mapping[str, Any], folder: Path, source: str, *, first: boo
 def usable_token(token: str | bytes, source: str) -> str:
     """Return a token without leading and trailing white space.
 
-    Raises `ClientError` if the token is empty or contains characters other than visible ASCII. These characters are not
-    valid in the header (RFC 9110, section 5.5). The message begins with `source` and does not quote the token.
+    Raises `ClientError` if the token is empty or contains characters other than visible ASCII, because these
+    other characters are not valid in the header (RFC 9110, section 5.5). The message begins with `source` and does not
+    quote the token.
     """
     text = (token if isinstance(token, str) else token.decode(errors="replace")).strip()
     if not text:
