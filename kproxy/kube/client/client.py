@@ -1,8 +1,8 @@
-"""The HTTP client of the API server: requests, reloading of credentials, and their refresh.
+"""The HTTP client of the API server: sends requests, and reloads or refreshes credentials.
 
-It sends requests with urllib3 and returns the raw bytes. The API classes of the `kubernetes` package are not used: they
-take many times the CPU time and memory. That package is imported only for credentials that need it, and urllib3 only
-when a client is created.
+The client sends requests with urllib3 and returns the raw bytes of the responses. The API classes of the `kubernetes`
+package are not used, because they take many times as much CPU time and memory. The package is imported only if the
+credentials need it. urllib3 is imported only when a client is created.
 """
 # ruff: noqa: PLC0415 - urllib3 takes megabytes of memory; only processes with a client load it
 
@@ -23,7 +23,7 @@ from kproxy.kube.client.response import ApiResponse, TransportErrors
 CONNECT_TIMEOUT = 10.0
 """Seconds to wait for the TCP connection and the TLS handshake."""
 ROTATION_PERIOD = 60.0
-"""Seconds between reloads of credentials from files. The kubelet replaces a Pod's token well before it expires."""
+"""Seconds between reloads of credentials from files. The kubelet replaces a Pod's token well before its expiry."""
 _JSON = "application/json"
 log = logging.getLogger(__name__)
 
@@ -31,16 +31,18 @@ log = logging.getLogger(__name__)
 class ApiClient:
     """A client of one API server. Thread-safe.
 
-    One thread at a time reloads or refreshes the credentials, which may run a program for any length of time. Other
-    threads wait for it only if their own credentials have expired or been rejected.
+    Reloading or refreshing the credentials may run a program, which can take any length of time. Only one thread does
+    this at a time. The other threads continue with the current credentials, and wait only if these have expired or the
+    server has rejected them.
     """
 
     def __init__(self, kubeconfig: str | None, server: str | None) -> None:
         self.observe_request: Callable[[str, str, str, float], None] = lambda *_: None
-        """Called after each request with its method, the server's `host:port`, the HTTP status and the seconds it took.
+        """A function that the client calls after each request.
 
-        The status is `<error>` if there was no response. Not called for responses whose status is in
-        `optional_statuses`: they need no attention.
+        Its arguments are the method, the server's `host:port`, the HTTP status, and the seconds until the response
+        headers arrived. The status is `<error>` if there was no response. The function is not called for a response
+        whose status is one of the request's `optional_statuses`.
         """
         self._kubeconfig, self._server = kubeconfig, server
         self._updating = threading.Lock()
@@ -50,10 +52,10 @@ class ApiClient:
 
     @classmethod
     def from_config(cls, kubeconfig: str | None = None, server: str | None = None) -> ApiClient:
-        """Return a client for a kubeconfig file, or for the Pod's service account without one.
+        """Return a client for a kubeconfig file. Without a kubeconfig, use the Pod's service account.
 
-        `server` is a URL that overrides the kubeconfig's. Without a kubeconfig, it is accessed without credentials.
-        Raises `ClientError`.
+        The URL `server` overrides the kubeconfig's. If there is a `server` but no kubeconfig, the client uses no
+        credentials. Raises `ClientError`.
         """
         return cls(kubeconfig, server)
 
@@ -80,7 +82,7 @@ class ApiClient:
         return self._send("GET", url, timeout, headers, None, optional_statuses=optional_statuses)
 
     def post(self, path: str, body: bytes, timeout: float) -> ApiResponse:
-        """Send a JSON object in a POST request; otherwise like `get`."""
+        """Send a JSON object in a POST request. `timeout`, the result and the errors are as for `get`."""
         return self._send("POST", path, timeout, {"Accept": _JSON, "Content-Type": _JSON}, body)
 
     def renew(self, rejected: ApiResponse | None) -> None:
@@ -93,7 +95,7 @@ class ApiClient:
             self._update(lambda: self._load() if self._is_current(rejected) else None, wait=True)
 
     def close(self) -> None:
-        """Close the idle connections. Open responses stay open until their readers release them."""
+        """Close the idle connections. The connection of an open response is not closed."""
         self._access.pool.clear()
 
     def _send(
@@ -167,10 +169,11 @@ class ApiClient:
             self._load()
 
     def _update(self, action: Callable[[], None], *, wait: bool) -> None:
-        """Change the credentials with `action`, unless another thread completes a change first.
+        """Update the credentials with `action`. Only one thread does this at a time.
 
-        If another thread is already changing them, wait for it and share its outcome, or, without `wait`, return at
-        once. Raises `ClientError`.
+        If another thread is already updating the credentials, `action` is not called. With `wait`, this method then
+        waits for the other thread's update, and fails if that update fails. Without `wait`, it returns at once. Raises
+        `ClientError`.
         """
         updates = self._updates
         if not self._updating.acquire(blocking=wait):

@@ -1,5 +1,5 @@
-"""Access to the API server with static credentials: address, TLS settings, connections and authentication headers."""
-# ruff: noqa: PLC0415 - urllib3 and PyYAML take megabytes of memory; only processes that need them load them
+"""Access to the API server with static credentials: server URL, TLS settings, connections, authentication headers."""
+# ruff: noqa: PLC0415 - urllib3 and PyYAML take megabytes of memory; they are imported only when needed
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ KEEPALIVE = [
 CONNECTIONS = 8
 """Maximum number of idle connections to keep.
 
-It exceeds the number of threads that share a client (one for each kind of object, and one for events), because urllib3
-logs a warning when it has to discard a connection.
+This is more than the number of threads that share a client (one for each kind of object, and one for events). With
+fewer, urllib3 would have to discard connections, and it logs a warning when it does.
 """
 IN_CLUSTER = "in-cluster service account"
-"""The name of the Pod's service account in messages, where other credentials have the path of a kubeconfig."""
+"""The name of the Pod's service account in messages. Messages about other credentials contain the kubeconfig's path."""
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 """The directory where the kubelet mounts a Pod's token and the API server's certificate authority."""
 _IMPERSONATION = ("as", "as-groups", "as-uid", "as-user-extra")
@@ -63,7 +63,7 @@ log = logging.getLogger(__name__)
 class ClientError(Exception):
     """The client configuration or the credentials are not usable.
 
-    The message is one line that names the file, the field and the problem.
+    The message is one line. It says what is wrong, and in which file and field.
     """
 
 
@@ -76,33 +76,34 @@ class ClusterAccess(Protocol):
 
     @property
     def rotates(self) -> bool:
-        """Whether it comes from files that are replaced from time to time, so that it must be reloaded regularly."""
+        """Whether the credentials come from files that may be replaced, so that they must be reloaded regularly."""
 
     @property
     def pool(self) -> Any:
-        """The connections, a `urllib3.PoolManager`."""
+        """The connections to the server, as a `urllib3.PoolManager`."""
 
     @property
     def auth_headers(self) -> Mapping[str, str]:
-        """The request headers that authenticate the client. `refresh` replaces the mapping, but never modifies it."""
+        """The request headers that authenticate the client. `refresh` may replace the mapping, but never alters it."""
 
     @property
     def refresh_due(self) -> bool:
-        """Whether `refresh` should run before the next request, because the token has expired or is about to."""
+        """Whether to call `refresh` before the next request, because the token has expired or is about to expire."""
 
     @property
     def expired(self) -> bool:
         """Whether the token has expired."""
 
     def refresh(self) -> None:
-        """Get a new token. May run a program or send requests, for any length of time. Raises `ClientError`.
+        """Get a new token. Raises `ClientError`.
 
-        Only one thread may call this at a time. Other threads may read the properties meanwhile.
+        This may run a program or send requests, which can take any length of time. Only one thread may call this method
+        at a time. Other threads may read the properties meanwhile.
         """
 
 
 class PemData(Struct, frozen=True):
-    """PEM text of certificates or of a key, and the file or field that it comes from."""
+    """The PEM text of certificates or of a key. `source` is the file or field that contains the text."""
 
     content: bytes
     source: str
@@ -111,9 +112,10 @@ class PemData(Struct, frozen=True):
 class StaticConfig(Struct, frozen=True):
     """The address of an API server, the TLS settings, and static credentials.
 
-    `source` names the kubeconfig in messages. Without `authority`, the system's certificate authorities are trusted;
-    with `insecure`, the server's certificate is not verified. `server_name` is the name expected in that certificate,
-    by default the server's host. `rotates`: see `ClusterAccess`.
+    `source` names the kubeconfig in messages. `authority` contains the trusted certificate authorities; if it is None,
+    those of the system are trusted. If `insecure` is true, the server's certificate is not verified. `server_name` is
+    the name that the server's certificate must contain; if it is "", the certificate must contain the host in the URL.
+    `rotates` is explained at `ClusterAccess.rotates`.
     """
 
     source: str
@@ -134,9 +136,10 @@ class StaticAccess:
     expired = False
 
     def __init__(self, config: StaticConfig, previous: ClusterAccess | None = None) -> None:
-        """Reuse the connections of `previous`, the access used so far, if nothing but the token has changed.
+        """Prepare the connections and headers.
 
-        Raises `ClientError` if a certificate or key is not usable.
+        `previous` is the access that was used until now. Its connections are reused unless the server's URL, the TLS
+        settings or the client certificate have changed. Raises `ClientError` if a certificate or key is not usable.
         """
         self._config = config
         self.server = config.server
@@ -157,15 +160,19 @@ class StaticAccess:
 def find_static_config(
     kubeconfig: str | None, server: str | None, environment: Mapping[str, str], *, first: bool = True
 ) -> StaticConfig | None:
-    """Return how to reach the API server, or None if that takes more than static credentials.
+    """Return how to reach the API server with static credentials, or None if `PluginAccess` is needed.
 
-    Without a `kubeconfig`, that is the Pod's service account, or no credentials if there is a `server`. A `server`
-    overrides the kubeconfig's URL. The result is None for a kubeconfig that cannot be read, is malformed or has a field
-    not handled here (such as `exec`), and for a server behind a proxy, including one that `environment` sets.
-    Environment variables are read from `environment`, not from the process. `first`: see `read_token`.
+    Without a `kubeconfig`, use the Pod's service account, or no credentials if a `server` is given. With a
+    `kubeconfig`, `server` overrides its URL. The result is None in these cases:
 
-    Raises `ClientError` if a referenced file cannot be read, the token is not usable, or `check_entries` rejects the
-    kubeconfig.
+    - The kubeconfig cannot be read or is malformed, or there is no server URL.
+    - The kubeconfig has a field that is not supported by this function, such as `exec` or `proxy-url`.
+    - The variables in `environment` require a proxy for the server.
+
+    Environment variables are read from `environment`, not from the process. `first` is explained at `read_token`.
+
+    Raises `ClientError` if a referenced file cannot be read, if the token or a base64 value is invalid, if
+    `check_entries` rejects the kubeconfig, or if the Pod's environment does not contain the API server's address.
     """
     if kubeconfig is not None:
         config = _from_kubeconfig(kubeconfig, server, environment, first)
@@ -175,7 +182,7 @@ def find_static_config(
 
 
 def check_server(server: str, source: str | None) -> None:
-    """Raise `ClientError` unless `server` is an HTTP URL. `source` is the file it was read from, if any."""
+    """Raise `ClientError` unless `server` is an HTTP or HTTPS URL. `source` is the file that contains it, if any."""
     subject = f"{source}: server" if source else "server"
     try:
         parts = urlsplit(server)
@@ -187,10 +194,11 @@ def check_server(server: str, source: str | None) -> None:
 
 
 def check_entries(cluster: Mapping[str, Any], user: Mapping[str, Any], source: str) -> None:
-    """Raise `ClientError` for kubeconfig settings that must not be ignored. `source` is the file.
+    """Raise `ClientError` for kubeconfig settings that must not be ignored. `source` is the file's path.
 
-    Ignoring impersonation would grant the permissions of the more powerful user. A certificate authority together with
-    `insecure-skip-tls-verify` is ambiguous; kubectl rejects it too.
+    If impersonation were ignored, kproxy would use the permissions of the user itself, who is usually more powerful
+    than the impersonated user. A certificate authority together with `insecure-skip-tls-verify` is ambiguous; kubectl
+    rejects this combination too.
     """
     if used := [name for name in _IMPERSONATION if user.get(name)]:
         raise ClientError(f"{source}: user: {', '.join(used)}: impersonation is not supported")
@@ -202,8 +210,10 @@ def check_entries(cluster: Mapping[str, Any], user: Mapping[str, Any], source: s
 def read_token(user: Mapping[str, Any], folder: Path, source: str, *, first: bool) -> str:
     """Return the token of a kubeconfig's `user`, or "" if it has none.
 
-    `tokenFile`, which is relative to `folder`, takes precedence over `token`. If the file is not usable, fall back to
-    `token`, but only on the `first` load: on a reload, the file's previous token is the better choice.
+    The path in `tokenFile` is relative to `folder`. `tokenFile` takes precedence over `token`. If the file is not
+    usable when credentials are loaded for the `first` time, `token` is used instead. If the file is not usable on a
+    reload, the function raises `ClientError`, so that the caller keeps the token that it read earlier.
+
     Raises `ClientError`, whose message begins with `source`.
     """
     token, name = str(user.get("token") or ""), user.get("tokenFile")
@@ -221,8 +231,9 @@ def read_token(user: Mapping[str, Any], folder: Path, source: str, *, first: boo
 def usable_token(token: str | bytes, source: str) -> str:
     """Return a token without leading and trailing white space.
 
-    Raises `ClientError` if the token is empty or contains characters other than visible ASCII, which are not valid in
-    the header (RFC 9110, section 5.5). The message begins with `source` and does not quote the token.
+    Raises `ClientError` if the token is empty or contains characters other than visible ASCII, because these
+    other characters are not valid in the header (RFC 9110, section 5.5). The message begins with `source` and does not
+    quote the token.
     """
     text = (token if isinstance(token, str) else token.decode(errors="replace")).strip()
     if not text:
@@ -241,9 +252,13 @@ def read_file(source: str, path: Path) -> bytes:
 
 
 def expand_home(path: str, environment: Mapping[str, str]) -> Path:
-    """Expand a leading `~` to `HOME`, or without that to the process user's home, and `~USER` to that user's home."""
+    """Expand a leading `~` or `~USER` in a path to a home directory.
+
+    `~` is the value of `HOME` in `environment`, or the home directory of the process's user if `HOME` is not set.
+    `~USER` is the home directory of that user. A path whose home directory is unknown is returned unchanged.
+    """
     if path != "~" and not path.startswith("~/"):
-        return Path(os.path.expanduser(path))  # for `~USER`, this reads the user database only
+        return Path(os.path.expanduser(path))  # for `~USER`, this reads only the user database
     if "HOME" in environment:
         return Path(environment["HOME"], path[2:])
     try:
@@ -309,16 +324,17 @@ def _is_static(fields: Any, known: set[str]) -> bool:
 
 
 class _PemReader:
-    """Reads the certificates and keys of a kubeconfig, whose paths are relative to the kubeconfig's `folder`."""
+    """Reads the certificates and keys of a kubeconfig. Paths in the kubeconfig are relative to `folder`."""
 
     def __init__(self, kubeconfig: str, folder: Path) -> None:
         self._kubeconfig = kubeconfig
         self._folder = folder
 
     def read(self, fields: Mapping[str, Any], name: str) -> PemData | None:
-        """Return the decoded field `NAME-data`, or else the content of the file in field `NAME`, or else None.
+        """Return the PEM data of a kubeconfig field, or None if there is none.
 
-        Raises `ClientError`.
+        The field `NAME-data` contains the data in base64. If it is missing, the field `NAME` contains the path of a
+        file with the data. Raises `ClientError`.
         """
         if encoded := fields.get(f"{name}-data"):
             try:
@@ -338,7 +354,7 @@ def _connection_settings(config: StaticConfig) -> tuple[object, ...]:
 def _make_pool(config: StaticConfig) -> Any:
     import urllib3
 
-    if config.insecure:  # the user chose this; a warning for each request would be noise
+    if config.insecure:  # the user chose this: do not warn about it on each request
         urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
     name: dict[str, Any] = {"server_hostname": config.server_name} if config.server_name else {}
     return urllib3.PoolManager(ssl_context=_tls_context(config), maxsize=CONNECTIONS, socket_options=KEEPALIVE, **name)
@@ -346,7 +362,7 @@ def _make_pool(config: StaticConfig) -> Any:
 
 def _tls_context(config: StaticConfig) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # trust an intermediate authority alone, as Go and curl do
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # allow an intermediate CA as trust anchor, as Go and curl do
     if config.insecure:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
@@ -373,14 +389,14 @@ def _tls_context(config: StaticConfig) -> ssl.SSLContext:
 def _load_key_pair(context: ssl.SSLContext, certificate: bytes, key: bytes) -> None:
     """Load a client certificate and its key.
 
-    Python reads these from files only. Anonymous files in memory keep the key off the disk.
+    Python can read these only from files. Anonymous files in memory are used, so that the key is not written to disk.
     """
     files = [os.memfd_create("kproxy-credentials"), os.memfd_create("kproxy-credentials")]
     try:
         for file, content in zip(files, (certificate, key), strict=True):
             os.write(file, content)
         certificate_path, key_path = (f"/proc/self/fd/{file}" for file in files)
-        # With a password callback, an encrypted key is an error instead of a prompt on the terminal.
+        # Without a password callback, OpenSSL would ask for the password of an encrypted key on the terminal.
         context.load_cert_chain(certificate_path, key_path, lambda: "")
     finally:
         for file in files:

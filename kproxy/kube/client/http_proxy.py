@@ -1,7 +1,7 @@
-"""Choice of the HTTP proxy for a server, by the rules of Go's `net/http.ProxyFromEnvironment`. Pure.
+"""Choose the HTTP proxy for a server by the rules of Go's `net/http.ProxyFromEnvironment`. Pure.
 
-Source: the documentation of golang.org/x/net/http/httpproxy. kube-proxy and kubectl apply the same rules, so the same
-environment variables have the same effect on all of them.
+The rules are from the documentation of golang.org/x/net/http/httpproxy. kube-proxy and kubectl apply them too, so an
+environment variable has the same effect on kproxy as on kube-proxy and kubectl.
 """
 
 from __future__ import annotations
@@ -16,18 +16,20 @@ _IP: TypeAlias = IPv4Address | IPv6Address
 
 
 def http_proxy_for(server: str, environment: Mapping[str, str]) -> str:
-    """Return the URL of the proxy to use for `server`, an `http` or `https` URL, or "" to connect directly.
+    """Return the URL of the proxy for `server`, or "" to connect directly. `server` is an `http` or `https` URL.
 
-    `HTTPS_PROXY` applies to `https` and `HTTP_PROXY` to `http`. Lower-case names apply if the upper-case ones are unset
-    or empty. A proxy without a scheme is an `http` proxy. Connections to `localhost`, loopback addresses and hosts that
-    `NO_PROXY` lists never use a proxy. In a CGI environment (`REQUEST_METHOD` is set), `HTTP_PROXY` is ignored, because
-    any client can set it with a `Proxy` request header.
+    The proxy for an `https` URL is the value of `HTTPS_PROXY`; for an `http` URL, it is the value of `HTTP_PROXY`. If
+    one of these variables or `NO_PROXY` is unset or empty, the variable with the same name in lower case is used. A
+    proxy without a scheme is an `http` proxy. Connections to `localhost`, to loopback addresses and to hosts that
+    `NO_PROXY` lists never use a proxy. In a CGI environment (if `REQUEST_METHOD` is set), `http` URLs never use a
+    proxy, because any client can set `HTTP_PROXY` with a `Proxy` request header. The result is also "" if `server`
+    cannot be parsed.
     """
     try:
         parts = urlsplit(server)
         port = parts.port or _DEFAULT_PORTS.get(parts.scheme, 0)
     except ValueError:
-        return ""  # not a URL; the caller that connects reports it
+        return ""  # not a URL: connecting to it will fail and report the problem
     if parts.scheme == "http" and environment.get("REQUEST_METHOD"):
         return ""
     proxy = _variable(environment, f"{parts.scheme}_proxy").strip()
@@ -51,7 +53,7 @@ def _is_direct(host: str, port: int, no_proxy: str) -> bool:
 def _matches(entry: str, host: str, address: _IP | None, port: int) -> bool:
     """Return whether an entry of `NO_PROXY` matches a host.
 
-    An entry is `*`, a CIDR, or an address or domain with an optional port.
+    An entry is `*` (every host), a CIDR, or an IP address or domain, which may be followed by a port.
     """
     if entry == "*":
         return True
@@ -66,12 +68,15 @@ def _matches(entry: str, host: str, address: _IP | None, port: int) -> bool:
     if name.startswith("*."):
         name = name[1:]
     if name.startswith("."):
-        return host.endswith(name)  # `.example.com` does not match example.com itself
+        return host.endswith(name)  # `.example.com` does not match `example.com` itself
     return host == name or host.endswith(f".{name}")
 
 
 def _split_port(entry: str) -> tuple[str, str]:
-    """Split `host:port`, `[IPv6]:port` or `[IPv6]`. An IPv6 address without brackets has no port."""
+    """Split an entry into a host and a port. The port is "" if the entry has none.
+
+    An IPv6 address must be in brackets if a port follows.
+    """
     if entry.startswith("["):
         host, _, rest = entry[1:].partition("]")
         return host, rest.removeprefix(":")
@@ -90,7 +95,10 @@ def _contains(cidr: str, address: _IP) -> bool:
 
 
 def _address(text: str) -> _IP | None:
-    """Parse an IP address; unmap an IPv4-mapped one. Return None for any other text."""
+    """Parse an IP address, ignoring its zone. Return None if the text is not an IP address.
+
+    An IPv4-mapped IPv6 address is converted to the IPv4 address.
+    """
     try:
         address = ip_address(text.partition("%")[0])
     except ValueError:

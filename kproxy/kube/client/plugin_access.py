@@ -1,8 +1,8 @@
 """Access to the API server with exec plugins, auth providers and proxies, through the `kubernetes` package.
 
-The package is imported when a `PluginAccess` is created, not with this module.
+Importing this module does not import the package. Creating a `PluginAccess` does.
 """
-# ruff: noqa: PLC0415 - the kubernetes package takes 20 MB of memory; only credentials that need it load it
+# ruff: noqa: PLC0415 - the kubernetes package takes 20 MB of memory; it is imported only when needed
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from kproxy.kube.client.http_proxy import http_proxy_for
 
 _FILE_FIELDS = ("tokenFile", "client-certificate", "client-key")
 _PLUGIN_FIELDS = {"exec", "auth-provider"}
-"""Fields of a user whose credentials may come from a program or another server."""
+"""Fields of a kubeconfig user that get credentials from a program or from another server."""
 
 
 class PluginAccess:
     """A `ClusterAccess` that the `kubernetes` package loads from a kubeconfig or from the Pod's service account.
 
-    `server` overrides the kubeconfig's URL; without a kubeconfig, it is accessed without credentials. Loading may run
-    an exec plugin. `first`: see `read_token`. Raises `ClientError`.
+    The URL `server` overrides the kubeconfig's. If there is a `server` but no kubeconfig, no credentials are used.
+    Creating the object may run an exec plugin. `first` is explained at `read_token`. Raises `ClientError`.
     """
 
     def __init__(self, kubeconfig: str | None, server: str | None, *, first: bool = True) -> None:
@@ -49,11 +49,11 @@ class PluginAccess:
         self._configuration = configuration = Configuration()
         configuration.socket_options = KEEPALIVE
         configuration.connection_pool_maxsize = CONNECTIONS
-        # The package has its own rules for proxies in the environment; `_choose_proxy` applies Go's.
+        # Ignore the proxy that the package chose by its own rules: `_choose_proxy` applies Go's rules.
         configuration.proxy, configuration.no_proxy = None, ""
         self._loader: Any = None
-        # The package refreshes tokens of plugins. Credentials in files are reloaded by ApiClient, which keeps the
-        # current ones if that fails.
+        # The package refreshes tokens of plugins. ApiClient reloads credentials in files, and keeps the current
+        # credentials if that fails.
         self.rotates = kubeconfig is None and server is None
         if kubeconfig is not None:
             self._loader, self.rotates = _load_kubeconfig(configuration, kubeconfig, first)
@@ -72,7 +72,7 @@ class PluginAccess:
 
     @property
     def refresh_due(self) -> bool:
-        """Whether the package considers the token expired, which it does five minutes early."""
+        """Whether the package considers the token expired. It does so from five minutes before the expiry time."""
         from kubernetes.config.kube_config import EXPIRY_SKEW_PREVENTION_DELAY
 
         return self._expires_within(EXPIRY_SKEW_PREVENTION_DELAY)
@@ -83,7 +83,7 @@ class PluginAccess:
         return self._expires_within(timedelta())
 
     def refresh(self) -> None:
-        """Let the package get a new token if it considers the current one expired. See `ClusterAccess`."""
+        """Let the package get a new token if it considers the current token expired. See `ClusterAccess.refresh`."""
         with PackageErrors(self._source):
             self._refresh_hook(self._configuration)
         self._adopt_credentials()
@@ -97,7 +97,7 @@ class PluginAccess:
         with PackageErrors(self._source):
             settings = self._configuration.auth_settings()
         headers = {item["key"].title(): self._header(item["value"]) for item in settings.values() if item.get("value")}
-        # Set the headers first: other threads wait for the refresh until the expiry time is updated as well.
+        # Set the headers first: a thread that reads the new expiry time must also get the new headers.
         self.auth_headers = headers
         self._expiry = getattr(self._loader, "expiry", None) if self._refresh_hook else None
 
@@ -107,25 +107,28 @@ class PluginAccess:
 
 
 def _load_kubeconfig(configuration: Any, kubeconfig: str, first: bool) -> tuple[Any, bool]:
-    """Fill the package's configuration. Return its loader, and whether the credentials come from files that rotate."""
+    """Load a kubeconfig into the package's configuration.
+
+    Return the package's loader, and whether the credentials must be reloaded because they come from files.
+    """
     from kubernetes.config.kube_config import KubeConfigLoader, KubeConfigMerger
 
     for path in kubeconfig.split(":"):
         with PackageErrors(path), expand_home(path, os.environ).open("rb"):
-            pass  # the package ignores missing files
+            pass  # the package would ignore a missing file
     with PackageErrors(kubeconfig):
         merged = KubeConfigMerger(kubeconfig).config
         for kind in ("clusters", "contexts", "users"):
             for entry in merged.value[kind]:
-                entry.name = f"{entry.path}: {kind}"  # part of the package's errors; its own name quotes credentials
-        loader = KubeConfigLoader(merged, config_base_path=None)  # None: paths are relative to the file they are in
+                entry.name = f"{entry.path}: {kind}"  # for errors; the default name quotes credentials
+        loader = KubeConfigLoader(merged, config_base_path=None)  # None: paths are relative to their own file
         context = merged["contexts"].get_with_name(merged["current-context"])["context"]
         cluster = merged["clusters"].get_with_name(context["cluster"]).value["cluster"]
         user, folder = _find_user(merged, context)
         check_entries(cluster, user, kubeconfig)
         has_files = any(user.get(name) for name in _FILE_FIELDS)
         token = read_token(user, folder, kubeconfig, first=first)
-        user.pop("tokenFile", None)  # the package prefers the token, even an empty one
+        user.pop("tokenFile", None)  # already read: the package would prefer `token`, even if empty
         if token:
             user["token"] = token
         loader.load_and_set(configuration)
@@ -133,9 +136,10 @@ def _load_kubeconfig(configuration: Any, kubeconfig: str, first: bool) -> tuple[
 
 
 def _find_user(merged: Any, context: Any) -> tuple[dict[str, Any], Path]:
-    """Return the fields of the context's user, if it names one, and the folder that their paths are relative to.
+    """Return the fields of the context's user, and the folder to which paths in these fields are relative.
 
-    Raises `LookupError` for a user that does not exist: without credentials, the server would reject every request.
+    If the context names no user, there are no fields. If the user does not exist, raise `LookupError`, because the
+    server would reject every request without credentials.
     """
     name, users = context.safe_get("user"), merged.safe_get("users")
     if not name:
@@ -147,7 +151,10 @@ def _find_user(merged: Any, context: Any) -> tuple[dict[str, Any], Path]:
 
 
 def _choose_proxy(configuration: Any, source: str) -> None:
-    """Set the proxy: the kubeconfig's, regardless of `NO_PROXY`, or else the environment's. Raises `ClientError`."""
+    """Set the proxy to the kubeconfig's, or to that of the environment if the kubeconfig has none.
+
+    The kubeconfig's proxy is used even for servers that `NO_PROXY` lists. Raises `ClientError`.
+    """
     if not configuration.proxy:
         configuration.proxy = http_proxy_for(configuration.host, os.environ) or None
     if not configuration.proxy:
@@ -169,18 +176,18 @@ def _make_pool(configuration: Any, source: str) -> Any:
     from kubernetes.client.rest import RESTClientObject
 
     context = _tls_context(configuration, source)
-    if not configuration.verify_ssl:  # the user chose this; a warning for each request would be noise
+    if not configuration.verify_ssl:  # the user chose this: do not warn about it on each request
         urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
     with PackageErrors("connection settings"):
         pool = RESTClientObject(configuration).pool_manager
-    # The context has the client certificate already; loading it again while other threads connect is not safe.
+    # The context already contains the client certificate. Loading it again while other threads connect is not safe.
     pool.connection_pool_kw |= {"ssl_context": context, "cert_file": None, "key_file": None}
     return pool
 
 
 def _tls_context(configuration: Any, source: str) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # trust an intermediate authority alone, as Go and curl do
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # allow an intermediate CA as trust anchor, as Go and curl do
     if not configuration.verify_ssl:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
@@ -191,16 +198,17 @@ def _tls_context(configuration: Any, source: str) -> ssl.SSLContext:
         context.load_default_certs()
     if configuration.cert_file:
         with PackageErrors(f"{source}: client certificate {configuration.cert_file}, key {configuration.key_file}"):
-            # With a password callback, an encrypted key is an error instead of a prompt on the terminal.
+            # Without a password callback, OpenSSL would ask for the password of an encrypted key on the terminal.
             context.load_cert_chain(configuration.cert_file, configuration.key_file, lambda: "")
     return context
 
 
 class PackageErrors:
-    """A context manager that converts exceptions to a one-line `ClientError` that begins with the source.
+    """A context manager that converts exceptions to a `ClientError`. Its message is one line and begins with `source`.
 
-    The package reports a failed exec plugin only to the root logger, and continues without credentials. Therefore, an
-    error that the current thread logs there also becomes a `ClientError`.
+    If an exec plugin fails, the package does not raise an exception. It logs an error to the root logger and continues
+    without credentials. Therefore, an error that the current thread logs to the root logger also becomes a
+    `ClientError`; it is not logged.
     """
 
     def __init__(self, source: str) -> None:

@@ -1,4 +1,4 @@
-"""HTTP responses from the API server, read whole or as a stream, and the errors that reading them raises."""
+"""HTTP responses from the API server, and the errors of connections. A body is read as a whole or as a stream."""
 # ruff: noqa: PLC0415 - urllib3 takes megabytes of memory; only processes with a client load it
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ class TransportError(Exception):
 
 
 class IdleTimeoutError(TransportError):
-    """The server sent nothing for as long as the request's timeout."""
+    """The server sent no data until the request's timeout expired."""
 
 
 class ApiResponse:
     """One HTTP response.
 
-    `status` and `headers` are available at once. Read the body either whole with `read`, or as it arrives with
-    `chunks`. `credentials` are the authentication headers of the request; see `ApiClient.renew`.
+    `status` and `headers` are available at once. Read the body as a whole with `read`, or in pieces as they arrive with
+    `chunks`. `credentials` are the authentication headers of the request (see `ApiClient.renew`).
     """
 
     def __init__(self, raw: Any, credentials: Mapping[str, str]) -> None:
@@ -43,9 +43,9 @@ class ApiResponse:
             return body
 
     def chunks(self) -> Iterator[bytes]:
-        """Yield the body, decompressed, in pieces as they arrive.
+        """Yield the decompressed body in pieces, as they arrive.
 
-        The iterator ends when the server completes the response. Raises `IdleTimeoutError` if nothing arrives for the
+        The iterator ends at the end of the response. Raises `IdleTimeoutError` if nothing arrives for the
         request's timeout, and `TransportError` if the connection breaks.
         """
         chunked = getattr(self._raw, "chunked", False)
@@ -58,12 +58,15 @@ class ApiResponse:
             yield chunk
 
     def close(self) -> None:
-        """Shut down the connection. Any thread may call this; the reading thread wakes up and must call `release`."""
-        with suppress(OSError, ValueError, RuntimeError):  # the body was read to its end, or is closed already
+        """Shut down the connection. Any thread may call this method.
+
+        A thread that is reading the body wakes up. It must then call `release`.
+        """
+        with suppress(OSError, ValueError, RuntimeError):  # body fully read, or response already closed
             self._raw.shutdown()
 
     def release(self) -> None:
-        """Release the connection, whether or not the whole body was read. Only the reading thread may call this."""
+        """Release the connection, even if the body was not read to its end. Only the reading thread may call this."""
         self._raw.close()
 
     def __enter__(self) -> ApiResponse:
@@ -86,7 +89,7 @@ class TransportErrors:
             raise IdleTimeoutError("timed out waiting for data") from None
         if isinstance(error, HTTPError | OSError):
             raise TransportError(" ".join(str(error).split()) or type(error).__name__) from None
-        # Reading a response that another thread is closing can raise either of these. Their text may quote a header
-        # with a token, so it is not passed on.
+        # Reading a response that another thread is closing can raise ValueError or AttributeError. The text of the
+        # exception is omitted from the message, because it may quote a header that contains a token.
         if isinstance(error, ValueError | AttributeError):
             raise TransportError(f"connection failed with {type(error).__name__}") from None

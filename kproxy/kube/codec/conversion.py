@@ -1,9 +1,15 @@
 """Convert API objects to the model, validating the fields that affect rules. Pure.
 
-These objects convert to None, because they get no rules: headless and ExternalName Services, Services and
-EndpointSlices of another proxy (label `service.kubernetes.io/service-proxy-name`), and EndpointSlices that have address
-type FQDN, belong to no Service, or have the label `service.kubernetes.io/headless`. That label on a Service with a
-ClusterIP hides only its EndpointSlices (observed in kube-proxy 1.36).
+An object that gets no rules is converted to None:
+
+- a headless or ExternalName Service
+- a Service or EndpointSlice that belongs to another proxy (label `service.kubernetes.io/service-proxy-name`)
+- an EndpointSlice that belongs to no Service (it has no label `kubernetes.io/service-name`)
+- an EndpointSlice with address type FQDN
+- an EndpointSlice with the label `service.kubernetes.io/headless`
+
+A Service that has a ClusterIP gets rules even if it has the label `service.kubernetes.io/headless`. The label
+affects only EndpointSlices, as observed in kube-proxy 1.36.
 """
 
 from __future__ import annotations
@@ -42,14 +48,14 @@ DELETION_TAINT = "ToBeDeletedByClusterAutoscaler"
 DEFAULT_AFFINITY_SECONDS = 10800
 """Default of `sessionAffinityConfig.clientIP.timeoutSeconds`: 3 hours (Service API)."""
 MAX_AFFINITY_SECONDS = 86400
-"""Maximum of the same field: 1 day (Service API)."""
+"""Maximum of `sessionAffinityConfig.clientIP.timeoutSeconds`: 1 day (Service API)."""
 MAX_PORT = 65535
 MAX_FIELDS_LOGGED = 3
-"""Maximum number of ignored fields that a log line names: an EndpointSlice can have a hundred invalid endpoints."""
+"""Maximum number of ignored fields that a log line names. An EndpointSlice can have a hundred invalid endpoints."""
 
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
 _PORT_NAME = re.compile(r"([a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?)?")
-# Names become part of rules. The API server enforces these formats; objects from files must have them, too.
+# Names become part of rules. The API server enforces these formats, but an object file could contain any name.
 _NAME_FORMAT = "a lowercase RFC 1123 subdomain (letters, digits, '-' and '.')"
 _PORT_NAME_FORMAT = "a lowercase RFC 1123 label (up to 63 letters, digits and '-')"
 _ADDRESS = "an IP address"
@@ -59,14 +65,17 @@ _E = TypeVar("_E")
 
 
 class IgnoredField(NamedTuple):
-    """An invalid field of an endpoint or port, which is ignored, and the problem. The rest of the object is used."""
+    """The field that makes an endpoint or port unusable, and the problem.
+
+    The endpoint or port is ignored; the rest of the object is used.
+    """
 
     field: FieldPath
     problem: str
 
 
 class DecodedObject(Struct, frozen=True, gc=False):
-    """An API object: its identity, and its content as a model object, or None if it gets no rules."""
+    """An API object. `object` is its content as a model object, or None if it gets no rules."""
 
     namespace: str
     name: str
@@ -76,7 +85,7 @@ class DecodedObject(Struct, frozen=True, gc=False):
 
 
 def ignored_fields_text(ignored: Sequence[IgnoredField]) -> str:
-    """Return the ignored fields of one object as one line."""
+    """Describe the ignored fields of one object in one line."""
     parts = [f"{field_path_text(field)} {problem}" for field, problem in ignored[:MAX_FIELDS_LOGGED]]
     more = len(ignored) - MAX_FIELDS_LOGGED
     return "; ".join(parts) + (f"; and {more} more" if more > 0 else "")
@@ -92,9 +101,9 @@ def convert_slice(
     endpoints: Iterable[_E],
     convert: Callable[[_E, Family], Endpoint | IgnoredField],
 ) -> DecodedObject:
-    """Convert an EndpointSlice with these `endpoints`; `endpoint_slice.endpoints` is not used.
+    """Convert an EndpointSlice. Its endpoints are passed as `endpoints`; `endpoint_slice.endpoints` is not used.
 
-    `convert` converts an endpoint from the decoder's representation, or returns why it is unusable. Raises
+    `convert` converts one item of `endpoints`, or returns the field that makes the endpoint unusable. Raises
     `ObjectError` for an invalid value elsewhere in the object.
     """
     ignored: list[IgnoredField] = []
@@ -104,7 +113,8 @@ def convert_slice(
 def convert_endpoint(endpoint: schema.ApiEndpoint, family: Family) -> Endpoint | IgnoredField:
     """Convert an endpoint, or return the field that makes it unusable.
 
-    Only its first address is used (KEP-752 deprecated the others), and it must belong to the slice's family.
+    Only the endpoint's first address is used (KEP-752 deprecated the others). The address must be of `family`, the IP
+    family of the EndpointSlice.
     """
     if not endpoint.addresses:
         return IgnoredField(("addresses",), "is empty")
@@ -182,7 +192,7 @@ def _cidrs(texts: Sequence[str] | None, *field: str) -> tuple[str, ...]:
 def _canonical(
     convert: Callable[[str], str | None], expected: str, texts: Sequence[str] | None, *field: str
 ) -> tuple[str, ...]:
-    """Return the canonical forms of a list's values, without duplicates."""
+    """Return the canonical forms of a list's values, without duplicates. Raises `ObjectError`."""
     if not texts:
         return ()
     values = []
@@ -320,7 +330,7 @@ def _convert_slice(
 
 
 def _convert_endpoint_port(port: schema.ApiEndpointPort, index: int) -> EndpointPort | None:
-    """Convert a port, or return None if it has no number."""
+    """Convert a port, or return None if its number is missing or 0. Raises `ObjectError`."""
     protocol = "TCP" if port.protocol is None else _PROTOCOLS.get(port.protocol)
     if protocol is None:
         raise _unknown_protocol(port.protocol or "", "ports", index, "protocol")

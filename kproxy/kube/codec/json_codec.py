@@ -40,7 +40,7 @@ _S = TypeVar("_S", bound=Struct)
 
 
 class ListPageError(ValueError):
-    """A list page that cannot be decoded; the message says why."""
+    """A list page cannot be decoded. The message says why."""
 
 
 class ListPage(Struct, frozen=True):
@@ -78,7 +78,7 @@ class _ObjectList(Struct):
 
 
 def decoder(shape: type[_S]) -> Callable[[Raw], _S]:
-    """Return a function that decodes JSON text or parsed data as `shape`. The function raises `ObjectError`."""
+    """Return a function that decodes JSON text or parsed data as a `shape`. The function raises `ObjectError`."""
     decode_json = msgspec.json.Decoder(shape).decode
 
     def decode(raw: Raw) -> _S:
@@ -113,7 +113,10 @@ def decode_object(kind: Kind, raw: Raw) -> DecodedObject:
 
 
 def read_line(kind: Kind, raw: bytes) -> Event:
-    """Decode one line of a watch of `kind`. Never raises: a line that cannot be decoded is an `UndecodableObject`."""
+    """Decode one line of a watch of `kind`.
+
+    Never raises: a line that cannot be decoded becomes an `UndecodableObject`.
+    """
     try:
         event = _decode_event(raw)
     except (ValueError, RecursionError) as error:
@@ -133,7 +136,10 @@ def read_line(kind: Kind, raw: bytes) -> Event:
 
 
 def read_page(kind: Kind, raw: bytes) -> ListPage:
-    """Decode one page of a list of `kind`. Raises `ListPageError` if it is not a list."""
+    """Decode one page of a list of `kind`. An item that is invalid becomes an `UndecodableObject`.
+
+    Raises `ListPageError` if the page is not valid JSON or not a list.
+    """
     try:
         page = _decode_list(raw)
     except ObjectError as error:
@@ -145,7 +151,7 @@ def read_page(kind: Kind, raw: bytes) -> ListPage:
 def read_error(status: int, headers: Mapping[str, str], body: bytes) -> ErrorStatus:
     """Decode an HTTP response whose status is not 200.
 
-    The body can be a Status in JSON or protobuf, or a proxy's error page.
+    The body can be a Status in JSON or protobuf, or any other text, such as the error page of a proxy. Never raises.
     """
     lower_case = {name.lower(): value for name, value in headers.items()}
     header = lower_case.get("retry-after", "")

@@ -31,8 +31,8 @@ _UNKNOWN = object()
 class ObjectError(ValueError):
     """An object that cannot be decoded or used.
 
-    `field` is the path of the invalid field, or () for the object itself. `problem` completes a sentence that begins
-    with the path, such as `must be an integer, not "http"`.
+    `field` is the path of the invalid field, or () for the object itself. The message consists of the path and
+    `problem`, for example `spec.ports[0].port must be an integer, not "http"`.
     """
 
     def __init__(self, problem: str, field: FieldPath = ()) -> None:
@@ -49,7 +49,7 @@ def must_be(expected: str, value: object, *field: str | int) -> ObjectError:
 def explain(error: Exception, content: bytes | msgspec.Raw | Any) -> ObjectError:
     """Translate an error that msgspec raised while decoding `content`, which is JSON text or parsed data.
 
-    The invalid value is looked up in `content`, because msgspec's message does not contain it.
+    The returned error quotes the invalid value from `content`, because msgspec's message does not contain the value.
     """
     if isinstance(error, RecursionError):
         return ObjectError("nested too deeply")
@@ -92,15 +92,15 @@ def _parsed(content: bytes | msgspec.Raw | Any) -> Any:
         return content
     try:
         return msgspec.json.decode(content)
-    except (ValueError, RecursionError):  # malformed after the invalid field
+    except (ValueError, RecursionError):  # the text is also malformed after the invalid field
         return _UNKNOWN
 
 
 def _locate(match: re.Match[str], data: Any) -> tuple[FieldPath, Any]:
     """Return the path of the field that a msgspec error names, and the field's value.
 
-    For a value of a mapping, msgspec writes `[...]` instead of the key. The field is then the first value of the wrong
-    type.
+    For a mapping with arbitrary keys, msgspec writes `[...]` instead of the key. The returned path then leads to
+    the first value in that mapping whose type is wrong. The returned value is `_UNKNOWN` if it cannot be found.
     """
     _, types = _expected(match)
     path: list[str | int] = []

@@ -1,24 +1,26 @@
 """Decode protobuf from the API server: the frames of a watch, and a Status. Pure.
 
-A frame is a `meta/v1.WatchEvent`. The object in it has the envelope of every protobuf response: `k8s` and a zero byte,
-then a `runtime.Unknown` that names the kind (Kubernetes API concepts, "Protobuf encoding"). Field numbers are those of
-the `generated.proto` files in k8s.io/api and k8s.io/apimachinery. Go writes empty strings and messages, which JSON
-omits; this decoder treats them as absent.
+A frame is a `meta/v1.WatchEvent`. The object in it has the same envelope as every protobuf response: the bytes `k8s`
+and a zero byte, then a `runtime.Unknown` that names the object's kind and contains the object (Kubernetes API concepts,
+"Protobuf encoding"). Field numbers are those of the `generated.proto` files in k8s.io/api and k8s.io/apimachinery. The
+API server writes empty strings and messages that JSON would omit; this decoder treats them as absent.
 
-The `protobuf` package is not used: importing it costs 3 to 4 MB, and every value must be fetched from its messages
-separately. This decoder skips fields that affect no rules (managedFields, targetRef, selectors, most labels) by their
-length, and caches decoded endpoints by their bytes: a change of an EndpointSlice repeats most endpoints unchanged.
-Time from the TLS socket to the decoded value, compared with typed JSON, for objects as Helm and the controllers write
-them:
+The `protobuf` package is not used, because importing it takes 3 to 4 MB of memory, and each value would have to be
+fetched from its messages individually. This decoder skips fields that affect no rules (managedFields, targetRef,
+selectors, most labels) without decoding them. It caches decoded endpoints by their bytes, because most endpoints stay
+the same when an EndpointSlice changes.
+
+The table compares protobuf with typed JSON: the time from the TLS socket to the decoded value, and the size of the
+event. The objects are similar to those that Helm and the Kubernetes controllers write.
 
 | event | protobuf | JSON |
 | --- | --- | --- |
-| change in an EndpointSlice of 10 endpoints | 75 µs, 2485 bytes | 72 µs, 4253 bytes |
-| change in an EndpointSlice of 100 endpoints | 205 µs, 14471 bytes | 314 µs, 28074 bytes |
+| change to an EndpointSlice of 10 endpoints | 75 µs, 2485 bytes | 72 µs, 4253 bytes |
+| change to an EndpointSlice of 100 endpoints | 205 µs, 14471 bytes | 314 µs, 28074 bytes |
 | Service | 49 µs, 1121 bytes | 30 µs, 1569 bytes |
 | new EndpointSlice of 10 endpoints, as in the initial list | 131 µs | 82 µs |
 
-Memory use is the same.
+Both encodings use the same amount of memory.
 """
 
 from __future__ import annotations
@@ -59,12 +61,15 @@ from kproxy.model.types import Endpoint, EndpointSlice, Family, Service, Service
 
 MEDIA_TYPE = "application/vnd.kubernetes.protobuf"
 MAGIC = b"k8s\0"
-"""Prefix of every object in protobuf. JSON never starts with it."""
+"""The first bytes of an envelope. JSON text never starts with them."""
 ENDPOINT_CACHE_SIZE = 1024
-"""Maximum number of endpoints that a watch caches: about 0.4 MB, or ten EndpointSlices of the usual maximum size."""
+"""Maximum number of endpoints that the reader of one watch caches.
+
+They take about 0.4 MB. By default, the EndpointSlice controller puts at most 100 endpoints into one EndpointSlice.
+"""
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-"""Wire types. Kubernetes does not use the other two, which delimit groups."""
+"""Wire types. The other two wire types delimit groups, which Kubernetes does not use."""
 _MAX_VARINT_SHIFT = 63
 _CACHED_PORTS = 256
 _CACHED_CONDITIONS = 32
@@ -73,14 +78,14 @@ _KEPT_KEYS = (
     *(SERVICE_NAME_LABEL, PROXY_NAME_LABEL, HEADLESS_LABEL, ZONE_LABEL),
     *(TRIGGER_TIME_ANNOTATION, INITIAL_EVENTS_END),
 )
-"""Keys of the labels and annotations that are decoded."""
+"""Keys of the labels and annotations that are decoded. All others are skipped."""
 _KEPT_ENTRIES = tuple(b"\n%c%b" % (len(key), key.encode()) for key in _KEPT_KEYS)
 _DECODING_ERRORS = (ValueError, IndexError)  # IndexError: a truncated message
 _S = TypeVar("_S")
 
 
 class ProtobufError(ValueError):
-    """Bytes that are not the expected message; the text says why."""
+    """Bytes that are not a valid encoding of the expected message. The error's text says why."""
 
 
 # The wire format (protobuf.dev, "Encoding").
@@ -98,10 +103,12 @@ _KnownFields: TypeAlias = dict[int, tuple[str, Callable[[Any], Any], bool]]
 
 
 def message(shape: Callable[..., _S], **fields: ProtobufField) -> Callable[[bytes], _S]:
-    """Return a decoder that calls `shape` with the `fields` that a message contains and skips all others.
+    """Return a decoder for messages with these `fields`. The decoder skips all other fields.
 
-    An empty string or message counts as absent; 0 and false do not. The decoder raises `ProtobufError`, `IndexError`
-    for a truncated message, and whatever the decoders of the fields raise.
+    The decoder passes the values to `shape` as keyword arguments and returns the result. It omits fields that the
+    message does not contain. An empty string or message also counts as absent, unless the field is repeated; 0 and
+    false count as present. The decoder raises `ProtobufError`, `IndexError` for a truncated message, and whatever the
+    decoders of the fields raise.
     """
     known = {field.tag: (name, field.decode, field.repeated) for name, field in fields.items()}
     return partial(_decode_message, known, shape)
@@ -113,7 +120,7 @@ def text(number: int, *, repeated: bool = False) -> ProtobufField:
 
 
 def octets(number: int, *, repeated: bool = False) -> ProtobufField:
-    """Return a bytes field, or a message field that is to be decoded later."""
+    """Return a field whose value stays undecoded: bytes, or a message that is decoded later."""
     return ProtobufField(number << 3 | _BYTES, bytes, repeated)
 
 
@@ -128,7 +135,7 @@ def boolean(number: int) -> ProtobufField:
 
 
 def nested(number: int, decode: Callable[[bytes], Any], *, repeated: bool = False) -> ProtobufField:
-    """Return a message field. `decode` is a decoder such as `message` returns."""
+    """Return a message field. `decode` decodes the message, like the decoders that `message` returns."""
     return ProtobufField(number << 3 | _BYTES, decode, repeated)
 
 
@@ -160,9 +167,10 @@ def _decode_message(known: _KnownFields, shape: Callable[..., _S], raw: bytes) -
 
 
 def _bytes_field(raw: bytes, position: int, number: int) -> tuple[int, int]:
-    """Return the start and end of the content of field `number` (below 16), whose tag is at `position`.
+    """Return the start and end of the content of field `number`, from 1 to 15. The field's tag must be at `position`.
 
-    Raises `ProtobufError` if a different field is at `position`.
+    Raises `ProtobufError` if another tag is at `position` or if the field extends past the end of `raw`, and
+    `IndexError` if `raw` ends before the content.
     """
     if raw[position] != number << 3 | _BYTES:
         raise ProtobufError(f"expected field {number}, but found tag {raw[position]:#x}")
@@ -173,9 +181,10 @@ def _bytes_field(raw: bytes, position: int, number: int) -> tuple[int, int]:
 
 
 def _uncommon_field(raw: bytes, position: int) -> tuple[int, int, int]:
-    """Decode a tag that is longer than one byte or has a fixed-size value.
+    """Decode the tag of a field whose tag is longer than one byte or whose value has a fixed size.
 
-    Return the tag, its value or length (0 for a fixed-size value), and the position after them.
+    Return the tag, the field's value or length (0 for a fixed-size value), and the position at which to continue.
+    Raises `ProtobufError` for a wire type that Kubernetes does not use.
     """
     tag, position = _varint(raw, position)
     wire_type = tag & 7
@@ -188,7 +197,7 @@ def _uncommon_field(raw: bytes, position: int) -> tuple[int, int, int]:
 
 
 def _varint(raw: bytes, position: int) -> tuple[int, int]:
-    """Decode a varint; return it and the position after it."""
+    """Decode a varint. Return its value and the position after it."""
     value = shift = 0
     while True:
         byte = raw[position]
@@ -216,7 +225,10 @@ _decode_entry = message(_entry, key=text(1), value=text(2))
 
 
 def _decode_kept_entry(raw: bytes) -> tuple[str, str] | None:
-    """Decode a label or annotation if its key is one of `_KEPT_KEYS`. Go writes the key first."""
+    """Decode a label or annotation, or return None if its key is not one of `_KEPT_KEYS`.
+
+    The key can be compared undecoded, because Go writes it before the value.
+    """
     return _decode_entry(raw) if raw.startswith(_KEPT_ENTRIES) else None
 
 
@@ -253,7 +265,7 @@ _METADATA = nested(
 )
 _NO_METADATA = schema.ApiMetadata()
 
-_decode_service_port = lru_cache(maxsize=_CACHED_PORTS)(  # most Services have the same few ports
+_decode_service_port = lru_cache(maxsize=_CACHED_PORTS)(  # the same ports occur in many Services
     message(schema.ApiServicePort, name=text(1), protocol=text(2), port=integer(3), node_port=integer(5))
 )
 _AFFINITY_CONFIG = message(
@@ -284,7 +296,7 @@ _decode_service = message(
 )
 
 _NAMED = message(schema.ApiNamed, name=text(1))
-_CONDITIONS = lru_cache(maxsize=_CACHED_CONDITIONS)(  # few different combinations exist
+_CONDITIONS = lru_cache(maxsize=_CACHED_CONDITIONS)(  # only a few combinations occur
     message(schema.ApiConditions, ready=boolean(1), serving=boolean(2), terminating=boolean(3))
 )
 _HINTS = message(
@@ -303,7 +315,10 @@ _decode_endpoint_port = lru_cache(maxsize=_CACHED_PORTS)(
 
 
 class _RawSlice(Struct):
-    """An EndpointSlice with undecoded endpoints: decoding them needs the address type, which comes after them."""
+    """An EndpointSlice whose endpoints are still encoded.
+
+    Converting an endpoint requires the address type, which follows the endpoints in the message.
+    """
 
     metadata: schema.ApiMetadata = field(default_factory=schema.ApiMetadata)
     address_type: str = ""
@@ -361,7 +376,7 @@ def read_status(raw: bytes) -> schema.ApiStatus:
 
 
 class FrameReader:
-    """Decodes the frames of one watch of `kind`, and caches endpoints."""
+    """Decodes the frames of one watch of `kind`. Caches decoded endpoints."""
 
     def __init__(self, kind: Kind) -> None:
         self._kind = kind
@@ -370,7 +385,7 @@ class FrameReader:
     def read(self, frame: bytes) -> Event:
         """Decode one frame, without its length prefix.
 
-        Never raises: a frame that cannot be decoded is an `UndecodableObject`.
+        Never raises: a frame that cannot be decoded becomes an `UndecodableObject`.
         """
         try:
             event_type, envelope = _split_event(frame)
@@ -411,7 +426,7 @@ def _convert_raw_endpoint(raw: bytes, family: Family) -> Endpoint | IgnoredField
 
 
 def _split_event(frame: bytes) -> tuple[str, bytes]:
-    """Return the type of a WatchEvent and its object, still in the envelope."""
+    """Return the type of a WatchEvent, and its object including the envelope."""
     start, end = _bytes_field(frame, 0, 1)
     event_type = frame[start:end].decode()
     start, end = _bytes_field(frame, end, 2)
@@ -420,7 +435,11 @@ def _split_event(frame: bytes) -> tuple[str, bytes]:
 
 
 def _unwrap(raw: bytes, kind: str) -> bytes:
-    """Return the object of `kind` in an envelope, whose fields Go writes in the order of their numbers."""
+    """Return the encoded object that an envelope contains. The object must be of `kind`.
+
+    Fields of the envelope are expected in the order of their numbers, as Go writes them. Raises one of
+    `_DECODING_ERRORS`.
+    """
     if not raw.startswith(MAGIC):
         raise ProtobufError(f"an object must start with {MAGIC!r}, not {raw[:4]!r}")
     start, end = _bytes_field(raw, len(MAGIC), 1)

@@ -1,4 +1,4 @@
-"""Kubernetes API objects, reduced to the fields that affect rules. Pure."""
+"""Kubernetes API objects, reduced to the fields that kproxy uses. Pure."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from msgspec import Struct
 
 
 class ApiStruct(Struct, rename="camel", gc=False):
-    """An object or part of one as the API sends it: camelCase keys, optional fields, unknown fields ignored.
+    """An API object or a part of one.
 
-    Field names and meaning: Kubernetes API reference.
+    The API's names for the fields are in camelCase; the Kubernetes API reference describes their meaning. Most fields
+    are optional. Unknown fields are ignored.
     """
 
 
@@ -63,7 +64,7 @@ class ApiServiceSpec(ApiStruct):
 
 
 class ApiIngress(ApiStruct):
-    """LoadBalancerIngress (core/v1): one address of a load balancer."""
+    """LoadBalancerIngress (core/v1): one address of a load balancer. `ip` is "" if it has only a hostname."""
 
     ip: str = ""
     ip_mode: str | None = None
@@ -191,7 +192,7 @@ class ApiStatusDetails(ApiStruct):
 
 
 class ApiStatus(ApiStruct):
-    """Status (meta/v1): an error of the API server."""
+    """Status (meta/v1): an error that the API server reports."""
 
     code: int = 0
     reason: str = ""

@@ -11,17 +11,23 @@ from kproxy.kube.codec.watch_events import Event, UndecodableObject
 from kproxy.model.delta import Kind
 
 ACCEPT_JSON = "application/json"
-"""Accept header of a list, and of every request to a server whose protobuf cannot be decoded."""
+"""Accept header of lists.
+
+Watches use it too after protobuf has failed: the server returned status 406, or an event could not be decoded.
+"""
 ACCEPT_WATCH = f"{protobuf.MEDIA_TYPE};stream=watch,application/json"
 """Accept header of a watch, in order of preference: the API server uses the first media type that it supports."""
 MAX_EVENT_BYTES = 64 << 20
 """Maximum size of one event. etcd accepts objects of 1.5 MB by default; their JSON is at most a few times larger."""
 _LENGTH_BYTES = 4
-"""Size of the length that precedes a frame."""
+"""Size of the length prefix that precedes each frame, in bytes."""
 
 
 class FramingError(ValueError):
-    """An event above the maximum size, probably not an event at all. The rest of the stream cannot be decoded."""
+    """An event is larger than the maximum, probably because the stream is corrupt.
+
+    The rest of the stream cannot be decoded.
+    """
 
 
 def split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
@@ -29,7 +35,7 @@ def split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
 
     Raises `FramingError`.
     """
-    tail: list[bytes] = []  # joined once per line: a line of megabytes arrives in thousands of chunks
+    tail: list[bytes] = []  # joined only when the line is complete: a long line arrives in many chunks
     size = 0
     for chunk in chunks:
         first, *others = chunk.split(b"\n")
@@ -45,7 +51,7 @@ def split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def split_frames(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield each frame without its length (4 bytes, big-endian) as soon as it is complete.
+    """Yield each frame, without its length prefix (4 bytes, big-endian), as soon as it is complete.
 
     An incomplete last frame is dropped. Raises `FramingError`.
     """
@@ -73,14 +79,17 @@ class WatchStream(Protocol):
         """Return the media type of the body in lower case and without parameters, or "" if it is unknown."""
 
     def chunks(self) -> Iterable[bytes]:
-        """Return the body in pieces of any size, as they arrive."""
+        """Return the body in pieces of any size, as they arrive.
+
+        Iteration raises `IdleTimeoutError` and `TransportError`, like `ApiResponse.chunks`.
+        """
 
 
 def read_events(kind: Kind, stream: WatchStream) -> Iterator[Event]:
     """Yield the events of a watch of `kind` as they arrive, until the watch ends.
 
-    An event that cannot be decoded becomes an `UndecodableObject`. It is the last event if the start of the next one
-    cannot be found. Raises only what `stream.chunks` raises.
+    An event that cannot be decoded becomes an `UndecodableObject`. After an event that is larger than the maximum, the
+    iterator ends, because the start of the next event is unknown. Raises only what `stream.chunks` raises.
     """
     try:
         if stream.media_type == protobuf.MEDIA_TYPE:

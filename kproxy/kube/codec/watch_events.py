@@ -1,4 +1,4 @@
-"""Events of a watch and errors of the API server as plain values, independent of the encoding. Pure."""
+"""Watch events and API server errors as plain values, independent of their encoding. Pure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kproxy.kube.codec.schema import ApiStatus
 INITIAL_EVENTS_END = "k8s.io/initial-events-end"
 """Annotation of the bookmark that ends the initial events of a watch with `sendInitialEvents` (KEP-3157)."""
 MAX_TEXT_LENGTH = 400
-"""Maximum number of characters that a log line quotes of a server's message."""
+"""Maximum number of characters of a server's message that a log line quotes."""
 
 
 class Deleted(Struct, frozen=True):
@@ -25,14 +25,17 @@ class Deleted(Struct, frozen=True):
 
 
 class Bookmark(Struct, frozen=True):
-    """A BOOKMARK event; `initial_events_end` is true for the one that ends the initial events."""
+    """A BOOKMARK event. `initial_events_end` is true for the bookmark that ends the initial events."""
 
     resource_version: str
     initial_events_end: bool
 
 
 class UndecodableObject(Struct, frozen=True):
-    """An invalid or undecodable object. `text` says why; `name` is "" if the name cannot be decoded either."""
+    """An object that is invalid or cannot be decoded. `text` says why.
+
+    `name` is "" if the object's name cannot be decoded either.
+    """
 
     namespace: str
     name: str
@@ -41,7 +44,10 @@ class UndecodableObject(Struct, frozen=True):
 
 
 class ErrorStatus(Struct, frozen=True):
-    """An HTTP response with a status other than 200, or an ERROR event. `retry_after` is in seconds, 0 if not given."""
+    """An HTTP response with a status other than 200, or an ERROR event.
+
+    `retry_after` is in seconds; it is 0 if the server did not send a delay.
+    """
 
     code: int
     reason: str
@@ -63,7 +69,7 @@ def one_line(text: str) -> str:
 
 
 def deleted_event(event_type: str, namespace: str, name: str, resource_version: str) -> Deleted:
-    """Return a DELETED event. Raises `ObjectError` if `event_type` is another type or the name is empty."""
+    """Return a `Deleted` event. Raises `ObjectError` if `event_type` is not DELETED or the name is empty."""
     if event_type != "DELETED":
         raise must_be("one of ADDED, MODIFIED, DELETED, BOOKMARK, ERROR", event_type, "type")
     if not name:
@@ -72,7 +78,10 @@ def deleted_event(event_type: str, namespace: str, name: str, resource_version: 
 
 
 def error_from_status(status: ApiStatus, code: int = 0, retry_after: float = 0.0) -> ErrorStatus:
-    """Return the error that a Status describes; a `code` and `retry_after` (seconds) other than 0 take precedence."""
+    """Return the error that a Status describes.
+
+    `code` and `retry_after` (in seconds) take precedence over the values in the Status, unless they are 0.
+    """
     if not retry_after and status.details:
         retry_after = max(0.0, status.details.retry_after_seconds)
     return ErrorStatus(

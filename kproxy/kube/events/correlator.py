@@ -1,6 +1,6 @@
 """Kubernetes Events (`events.k8s.io/v1`): deduplication, rate limit, API objects and HTTP outcomes. Pure.
 
-Times are passed in: `at` in seconds of a monotonic clock, `wall` in nanoseconds since the epoch.
+Callers pass the time: `at` is monotonic and in seconds, `wall` is in nanoseconds since the epoch.
 """
 
 from __future__ import annotations
@@ -15,19 +15,22 @@ from kproxy.model.types import ServiceKey
 EventType: TypeAlias = Literal["Normal", "Warning"]
 PostOutcome: TypeAlias = Literal["accepted", "retry", "renew", "rejected"]
 CONTROLLER = "kube-proxy"
-"""`reportingController`. It is kube-proxy's, so that existing alerts and filters match."""
+"""The `reportingController` of all events. It is kube-proxy's name, so that existing alerts and filters match."""
 DEDUPLICATION_WINDOW = 360.0
-"""Seconds within which a repeated event is counted instead of written. client-go ends a series after the same time."""
+"""Seconds for which a repeated event is counted instead of written.
+
+client-go ends a series of events after the same time.
+"""
 BURST = 25
-"""Maximum number of events written at once."""
+"""Maximum number of events that the rate limit allows at once."""
 REFILL_SECONDS = 5.0
-"""Seconds after which one more event may be written."""
+"""Seconds after which the rate limit allows one more event."""
 MAX_TRACKED_EVENTS = 500
 """Maximum number of distinct events tracked for deduplication."""
 MAX_NOTE_BYTES = 1024
 MAX_INSTANCE_BYTES = 128
 MAX_NAME_BYTES = 253
-"""The API server's limits (validation of `events.k8s.io/v1`; object names are DNS subdomains)."""
+"""The API server's limits for `note`, `reportingInstance` and `metadata.name`, which is a DNS subdomain."""
 
 
 class ObjectReference(Struct, frozen=True):
@@ -40,7 +43,7 @@ class ObjectReference(Struct, frozen=True):
 
 
 class EventOccurrence(Struct, frozen=True):
-    """One occurrence of an event. `at` is in monotonic seconds, `wall` in nanoseconds since the epoch."""
+    """One occurrence of an event. `at` is monotonic and in seconds, `wall` is in nanoseconds since the epoch."""
 
     regarding: ObjectReference
     event_type: EventType
@@ -57,7 +60,10 @@ class EventOccurrence(Struct, frozen=True):
 
 
 class EventReport(Struct, frozen=True):
-    """An event to write: `count` occurrences, the first of them at `first_wall` (nanoseconds since the epoch)."""
+    """An event to write, which reports `count` occurrences.
+
+    `first_wall` is the time of the first occurrence in nanoseconds since the epoch.
+    """
 
     latest: EventOccurrence
     first_wall: int
@@ -76,7 +82,7 @@ def service_reference(key: ServiceKey) -> ObjectReference:
 
 
 class TokenBucket:
-    """A rate limiter: `burst` at once, then one every `refill_seconds`."""
+    """A rate limiter. It provides `burst` tokens at first, and one more every `refill_seconds`, up to `burst`."""
 
     def __init__(self, burst: int, refill_seconds: float) -> None:
         self._burst = burst
@@ -85,7 +91,7 @@ class TokenBucket:
         self._refilled_at = float("-inf")
 
     def take(self, now: float) -> bool:
-        """Take a token and return whether one was available. `now` is in monotonic seconds."""
+        """Take a token if one is available, and return whether one was. `now` is the monotonic time in seconds."""
         self._tokens = min(self._burst, self._tokens + (now - self._refilled_at) / self._refill_seconds)
         self._refilled_at = now
         if self._tokens < 1:
@@ -103,10 +109,11 @@ class _EventSeries(Struct):
 
 
 class EventCorrelator:
-    """Decides which occurrences are written, and counts the others.
+    """Decides which occurrences of events are written, and counts the others.
 
-    An event is written at most once in `DEDUPLICATION_WINDOW`, and all events together no faster than the token bucket
-    allows. Occurrences that are held back are included in the count of the same event's next report.
+    Each event is written at most once in `DEDUPLICATION_WINDOW`. In addition, a token bucket limits the rate of all
+    events together. Occurrences that were not written are included in the count of the event's next report, unless the
+    event is no longer tracked by then (see `MAX_TRACKED_EVENTS`).
     """
 
     def __init__(self) -> None:
@@ -118,7 +125,7 @@ class EventCorrelator:
         series = self._series.pop(occurrence.identity, None) or _EventSeries()
         self._series[occurrence.identity] = series
         if len(self._series) > MAX_TRACKED_EVENTS:
-            del self._series[next(iter(self._series))]  # the least recent one
+            del self._series[next(iter(self._series))]  # the event whose latest occurrence is the oldest
         series.count += 1
         if series.count == 1:
             series.first_wall = occurrence.wall
@@ -137,7 +144,8 @@ def event_path(regarding: ObjectReference) -> str:
 def event_object(report: EventReport, node_name: str) -> dict[str, Any]:
     """Return the Event object for a report, with the fields that client-go's `tools/events` sets.
 
-    The time is part of its name, which makes the name unique. Text that exceeds the API server's limits is truncated.
+    The object's name contains the time of the latest occurrence, which makes the name unique. Text that exceeds the API
+    server's limits is truncated.
     """
     latest = report.latest
     regarding = {"apiVersion": "v1", "kind": latest.regarding.kind, "name": latest.regarding.name}
@@ -168,10 +176,11 @@ def micro_time(wall: int) -> str:
 
 
 def post_outcome(status: int) -> PostOutcome:
-    """Return what an HTTP status means for the event that was posted.
+    """Return the outcome of posting an event, based on the HTTP status.
 
-    `retry` asks for another attempt, `renew` for another one with new credentials, and `rejected` for none. A conflict
-    (409) means that an earlier attempt succeeded although its response was lost.
+    After `retry`, post the event again. After `renew`, renew the credentials and then post the event again. After
+    `accepted` and `rejected`, do nothing. A conflict (409) counts as `accepted`, because it means that an earlier
+    attempt succeeded, but its response was lost.
     """
     if status in range(200, 300) or status == 409:
         return "accepted"

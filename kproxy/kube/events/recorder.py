@@ -28,11 +28,14 @@ from kproxy.kube.events.correlator import (
 )
 
 QUEUE_LIMIT = 200
-"""Maximum number of occurrences that wait for the recorder's thread. Further occurrences are dropped."""
+"""Maximum number of occurrences in the queue of the recorder's thread. Further occurrences are dropped."""
 POST_TIMEOUT = 10.0
-"""Seconds without data from the server after which an attempt fails."""
+"""Seconds after which an attempt to post an event fails if the server sends no data."""
 RETRY_DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0)
-"""Seconds to wait before each further attempt to write an event. After the last attempt, the event is dropped."""
+"""Seconds to wait before the second and each further attempt to post an event.
+
+If the last attempt fails, the event is dropped.
+"""
 log = logging.getLogger(__name__)
 
 
@@ -40,9 +43,9 @@ class EventSink(Protocol):
     """Receives events."""
 
     def event(self, regarding: ObjectReference, event_type: EventType, reason: str, action: str, note: str) -> None:
-        """Record an event about an object. Any thread may call this; it does not block or raise.
+        """Record an event about an object. This method is thread-safe. It does not block or raise.
 
-        `reason` is the cause in one machine-readable word, `action` what kproxy was doing, and `note` a sentence for
+        `reason` is the cause as a machine-readable word. `action` is what kproxy was doing. `note` is a sentence for
         users.
         """
 
@@ -61,10 +64,11 @@ class NullRecorder:
 
 
 class EventRecorder:
-    """Writes events to the API server from a thread of its own.
+    """Writes events to the API server in its own thread.
 
-    `clock` returns monotonic seconds, `wall` nanoseconds since the epoch. An event that cannot be written after several
-    attempts is dropped. The first failure is logged, and the first success after it.
+    `clock` returns the monotonic time in seconds, and `wall` returns nanoseconds since the epoch. An event is dropped
+    if the server rejects it, or if the last attempt fails (see `RETRY_DELAYS`). When attempts fail, the recorder logs
+    only the first failure, and then the next success.
     """
 
     def __init__(
@@ -87,13 +91,13 @@ class EventRecorder:
             log.debug("event queue is full, dropping %s", _describe(occurrence))
 
     def start(self) -> None:
-        """Start the thread. It also writes the events that were recorded earlier."""
+        """Start the thread. It first writes the events that were recorded before."""
         self._thread.start()
 
     def stop(self, timeout: float) -> None:
         """Stop the thread. Events that have not been written yet are dropped.
 
-        Waits at most `timeout` seconds. A thread that is waiting for a response may run longer.
+        Waits at most `timeout` seconds. If the thread is connecting or waiting for a response, it may run longer.
         """
         self._stopping.set()
         self._queue.put(None)
@@ -112,7 +116,7 @@ class EventRecorder:
                 self._log_failure(report, f"unexpected {type(error).__name__}: {error}")
 
     def _write(self, report: EventReport) -> None:
-        """Post an event until the server accepts or rejects it, attempts run out, or `stop` is called."""
+        """Post an event. Retry until the server accepts or rejects it, attempts run out, or `stop` is called."""
         path = event_path(report.latest.regarding)
         body = msgspec.json.encode(event_object(report, self._node_name))
         for delay in (*RETRY_DELAYS, None):
@@ -133,7 +137,10 @@ class EventRecorder:
         return result
 
     def _log_failure(self, report: EventReport, failure: str) -> None:
-        """Log the first of several failures in a row, and the first success after them (`failure` is "")."""
+        """Log the first of several consecutive failures, and the first success after them.
+
+        `failure` is "" for a success.
+        """
         if failure and not self._failing:
             log.warning("cannot write %s: %s", _describe(report.latest), failure)
         elif self._failing and not failure:
@@ -142,7 +149,7 @@ class EventRecorder:
 
 
 class _PostResult(Struct, frozen=True):
-    """The result of one attempt. `failure` is "" if the event was accepted."""
+    """The result of one attempt to post an event. `failure` is "" if the server accepted the event."""
 
     outcome: PostOutcome
     failure: str = ""

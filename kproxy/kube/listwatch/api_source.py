@@ -1,4 +1,4 @@
-"""Receive objects from the API server: a thread per kind that drives the list/watch state machine."""
+"""Receive objects from the API server. For each kind, one thread drives a list/watch state machine."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from kproxy.kube.listwatch.protocol import (
 from kproxy.model.delta import BASIC_KINDS, Delta, Invalid, Kind
 
 REPEAT_PERIOD = 60.0
-"""Seconds before the same message is logged again."""
+"""Seconds for which the same message is not logged again."""
 IGNORED_FIELDS_PERIOD = 3600.0
-"""The same for ignored fields of an object, which may never be corrected."""
+"""Like `REPEAT_PERIOD`, for messages about ignored fields. It is longer, because some are never corrected."""
 log = logging.getLogger(__name__)
 
 
 class ApiSource:
-    """Lists and watches objects of `kinds` and passes every change to `sink`. For Nodes, it watches only `node_name`.
+    """Lists and watches objects of `kinds` and passes every change to `sink`. The only Node it reads is `node_name`.
 
-    `sink` is called from several threads and must not block. The first message of each kind is a `Replace` with the
-    complete list. Failed requests are retried forever. If the server does not serve ServiceCIDRs, or does not allow
-    reading them, their first message is an empty `Replace`, and requests for them become rare. `inactivity` is in
-    seconds: a connection that receives nothing for that long is replaced.
+    Several threads call `sink`, which must not block. The first delta for each kind is a `Replace` with the complete
+    list. Failed requests are retried forever. If the server does not serve ServiceCIDRs or does not allow reading them,
+    their first delta is an empty `Replace`, and the time between requests for them grows to between 3 and 5 minutes. A
+    connection that receives no data for `inactivity` seconds is replaced.
     """
 
     def __init__(
@@ -59,9 +59,9 @@ class ApiSource:
             reflector.start()
 
     def stop(self, timeout: float) -> None:
-        """Stop the threads, even if they wait for data. `sink` is not called after this returns.
+        """Stop the threads, even if they are waiting for data. `sink` is not called after this method returns.
 
-        Waits at most `timeout` seconds. Only a thread that is connecting or waiting for a response may run longer.
+        Waits at most `timeout` seconds. A thread that is connecting or waiting for a response may run longer.
         """
         for reflector in self._reflectors:
             reflector.stop()
@@ -71,7 +71,10 @@ class ApiSource:
 
 
 class LogDeduplicator:
-    """Suppresses messages that one thread already logged within the last `period` seconds. `now` is in seconds."""
+    """Suppresses messages that were already logged within the last `period` seconds.
+
+    `now` is the monotonic time in seconds. Not thread-safe: each thread needs its own instance.
+    """
 
     def __init__(self, period: float) -> None:
         self._period = period
@@ -79,7 +82,7 @@ class LogDeduplicator:
         self._open_error = ""
 
     def should_log(self, text: str, now: float) -> bool:
-        """Return whether to log `text`, and remember it as logged if so."""
+        """Return whether to log `text`. If the result is true, `text` counts as logged at `now`."""
         if now - self._logged.get(text, float("-inf")) < self._period:
             return False
         self._logged = {old: at for old, at in self._logged.items() if now - at < self._period}
@@ -87,9 +90,10 @@ class LogDeduplicator:
         return True
 
     def should_log_error(self, error: str, now: float, *, lasting: bool = False) -> bool:
-        """Return whether to log the current error, or the recovery from a logged error if `error` is "".
+        """Return whether to log the current error. If `error` is "", return whether to log the recovery.
 
-        A `lasting` error, which may never end, is logged once and not repeated.
+        A recovery is logged only if an error was logged before it. A `lasting` error, which may never end, is logged
+        once and not repeated.
         """
         if error:
             new = error != self._open_error if lasting else self.should_log(error, now)
@@ -100,7 +104,7 @@ class LogDeduplicator:
 
 
 class _Reflector:
-    """The thread of one kind."""
+    """A thread that lists and watches one kind of object."""
 
     def __init__(
         self,
@@ -114,7 +118,8 @@ class _Reflector:
         self._messages = LogDeduplicator(REPEAT_PERIOD)
         self._ignored_fields = LogDeduplicator(IGNORED_FIELDS_PERIOD)
         self._stopping = threading.Event()
-        self._lock = threading.Lock()  # no call of the sink, and no new response, once stop() has set _stopping
+        # Once stop() has set _stopping under this lock, the sink is not called and no further response is read.
+        self._lock = threading.Lock()
         self._response: ApiResponse | None = None
         self._last_response: ApiResponse | None = None
         self._watch_start: float | None = None
@@ -137,7 +142,7 @@ class _Reflector:
         while not self._stopping.is_set():
             try:
                 delay = self._send_request()
-            except Exception as error:  # noqa: BLE001 - no error may end the updates of a kind
+            except Exception as error:  # noqa: BLE001 - no error may stop the updates for a kind
                 delay = self._restart(error)
             self._stopping.wait(delay)
 
@@ -147,7 +152,7 @@ class _Reflector:
         return self._machine.handle_failure("unexpected error").reconnect_after or 0.0
 
     def _send_request(self) -> float:
-        """Send the next request, process the response, and return the seconds to wait before the request after it."""
+        """Send the next request and process the response. Return the seconds to wait before the following request."""
         machine = self._machine
         request = machine.next_request()
         self._watch_start = None
@@ -175,13 +180,13 @@ class _Reflector:
         return step.reconnect_after or 0.0
 
     def _register(self, response: ApiResponse) -> bool:
-        """Allow `stop` to close the response. Return False if `stop` has already been called."""
+        """Record the response, so that `stop` can close it. Return False if `stop` has already been called."""
         with self._lock:
             self._response = self._last_response = response
             return not self._stopping.is_set()
 
     def _process(self, request: ListWatchRequest, response: ApiResponse) -> ListWatchStep:
-        """Process a response up to its end. Return the last step, which the caller must carry out."""
+        """Process a response until it ends or must be closed. Return the last step, which the caller must carry out."""
         if response.status != 200:
             return self._machine.handle_status(response.status, response.headers, response.read())
         if not request.watch:
@@ -197,7 +202,7 @@ class _Reflector:
         return self._machine.handle_close(self._watch_duration())
 
     def _watch_duration(self) -> float:
-        """Return the seconds since the start of the current watch, or 0 if the request did not start one."""
+        """Return the seconds since the current watch started, or 0 if the request has not started a watch."""
         return time.monotonic() - self._watch_start if self._watch_start is not None else 0.0
 
     def _carry_out(self, step: ListWatchStep) -> None:

@@ -20,44 +20,64 @@ from kproxy.model.packed_objects import PackedSequence, pack
 from kproxy.model.types import EndpointSlice, Service, ServiceCIDR
 
 PAGE_SIZE = 500
-"""Objects per page of a list, client-go's default."""
+"""Maximum number of objects per page of a list. It is client-go's default."""
 INACTIVITY = 90.0
-"""Seconds without data after which a connection counts as dead. Bookmarks arrive about every 60 s."""
-BOOKMARK_DUE = 0.8
-"""Fraction of `INACTIVITY` within which a bookmark should arrive. Shorter connections can end without a bookmark."""
-SHORT_IDLE_DIVISOR = 20
-"""Idle seconds on such shorter connections that count as one second. They cause a relist only after an hour."""
-MAX_IDLE_PERIODS = 2
-"""Multiple of `INACTIVITY` without an event or bookmark, over any number of connections, after which to relist.
+"""Seconds without data after which a connection counts as dead.
 
-An API server whose etcd was restored from an older backup accepts a resourceVersion that it has not reached yet, and
-sends nothing, not even bookmarks, until it has (kubernetes/kubernetes#107457). A relist is cheap, because objects that
-did not change cause no work."""
+The API server sends a bookmark about every 60 s.
+"""
+BOOKMARK_DUE = 0.8
+"""Fraction of the inactivity timeout after which a connection should have received a bookmark.
+
+A shorter connection may end before its first bookmark.
+"""
+SHORT_IDLE_DIVISOR = 20
+"""Idle seconds that count as one second if the connection ended before a bookmark was due (see `BOOKMARK_DUE`).
+
+As a result, it takes an hour of idle time on short connections to cause a relist.
+"""
+MAX_IDLE_PERIODS = 2
+"""Idle time (without an event or bookmark) that causes a relist, as a multiple of the inactivity timeout.
+
+Idle time is added up over consecutive connections.
+
+The relist is necessary if etcd was restored from an older backup. The API server then accepts a watch from a
+resourceVersion that it has not reached yet. Until it reaches that version, it sends nothing, not even bookmarks
+(kubernetes/kubernetes#107457). A relist is cheap, because unchanged objects cause no further work.
+"""
 MIN_WATCH_SECONDS = 1.0
-"""A watch that the server closes sooner has failed, even if it was closed cleanly (client-go uses the same limit)."""
+"""Minimum duration of a successful watch, in seconds. client-go uses the same limit.
+
+If the server closes a watch sooner, the watch counts as failed, even if the server closed it cleanly.
+"""
 MAX_INCOMPLETE_LISTS = 2
 """Maximum number of consecutive lists to discard because they contain objects without a readable name.
 
-The next list is used without these objects.
+The next list is used even if it contains objects without a readable name; those objects are ignored.
 """
 MAX_BACKOFF = 24.0
-"""Seconds between attempts after many failures (18 to 30 with jitter), as in client-go."""
+"""Maximum number of seconds between attempts, before jitter. With jitter, it is 18 to 30 s.
+
+In client-go, it is 30 to 60 s.
+"""
 MAX_UNAVAILABLE_BACKOFF = 240.0
-"""The same for an optional kind that the server does not serve or does not allow reading (180 to 300 with jitter)."""
+"""Like `MAX_BACKOFF`, for an optional kind that the server does not serve or does not allow reading.
+
+With jitter, it is 180 to 300 s.
+"""
 
 _TRANSIENT_STATUSES = frozenset({401, 429, 503, 504})
 _UNAVAILABLE_STATUSES = frozenset({403, 404})
-"""Statuses of a server that does not allow reading a kind (403) or does not serve it (404)."""
+"""HTTP statuses of a server that does not allow reading a kind (403) or does not serve it (404)."""
 _NOT_OTHER_PROXY = f"!{PROXY_NAME_LABEL}"
 _NOT_HEADLESS = f"{_NOT_OTHER_PROXY},!{HEADLESS_LABEL}"
 _WITH_CLUSTER_IP = "spec.clusterIP!=None,spec.type!=ExternalName"
 
 
 class ApiResource(Struct, frozen=True):
-    """A resource of the API: its path, its name as in RBAC rules, and the selectors of lists and watches.
+    """An API resource: its path, its name as in `kubectl get NAME`, and the selectors of its lists and watches.
 
-    `unavailable_effect` says what does not work if the server does not serve an optional resource; it is "" for a
-    required one.
+    `unavailable_effect` says what does not work without an optional resource. It is "" for a required resource.
     """
 
     path: str
@@ -67,7 +87,10 @@ class ApiResource(Struct, frozen=True):
 
 
 class ListWatchRequest(Struct, frozen=True):
-    """A GET request for a watch, or else for one page of a list. `accept` is the Accept header."""
+    """A GET request, either for a watch (if `watch` is true) or for one page of a list.
+
+    `accept` is the Accept header.
+    """
 
     path: str
     params: dict[str, str]
@@ -78,7 +101,7 @@ class ListWatchRequest(Struct, frozen=True):
 class InvalidObject(Struct, frozen=True):
     """An object that is invalid or cannot be decoded. Its last valid state stays in use.
 
-    `name` is "" if the name cannot be decoded either. `text` says what is wrong.
+    `name` is "" if the object's name cannot be decoded either. `text` says what is wrong.
     """
 
     kind: Kind
@@ -88,7 +111,7 @@ class InvalidObject(Struct, frozen=True):
 
 
 class IgnoredFields(Struct, frozen=True):
-    """Endpoints or ports of an object that cannot be used; `text` says which and why."""
+    """An object with endpoints or ports that cannot be used. `text` says which ones, and why."""
 
     kind: Kind
     namespace: str
@@ -100,10 +123,10 @@ Message: TypeAlias = Delta | InvalidObject | IgnoredFields
 
 
 class ListWatchStep(Struct, frozen=True):
-    """What to do next.
+    """What the caller must do next: deliver the `messages`, then continue as follows.
 
-    `reconnect_after` is None to continue with the current response. Otherwise, close it and send the next request
-    after that many seconds; `renew_credentials` asks for new credentials before that.
+    If `reconnect_after` is None, keep reading the current response. Otherwise, close the response, and send the next
+    request after `reconnect_after` seconds. If `renew_credentials` is true, renew the credentials before that request.
     """
 
     messages: tuple[Message, ...] = ()
@@ -112,7 +135,7 @@ class ListWatchStep(Struct, frozen=True):
 
 
 def resource_of(kind: Kind, node_name: str) -> ApiResource:
-    """Return the resource of a kind. For Nodes, it selects only `node_name`."""
+    """Return the resource of a kind. The selector for Nodes selects only the Node `node_name`."""
     if kind is Service:
         selectors = {"labelSelector": _NOT_OTHER_PROXY, "fieldSelector": _WITH_CLUSTER_IP}
         return ApiResource("/api/v1/services", "services", selectors)
@@ -130,10 +153,12 @@ def resource_of(kind: Kind, node_name: str) -> ApiResource:
 class ListWatch:
     """The list/watch state machine of one kind.
 
-    Send what `next_request` returns, report the outcome to the `handle_...` methods, and carry out the `ListWatchStep`
-    that they return. `random` returns a float in [0, 1); `inactivity` is in seconds. `error` is the current problem as
-    one line, or "" if there is none. `optional_statuses` are the HTTP statuses that are not errors, because kproxy
-    works without the kind.
+    The caller sends the requests that `next_request` returns. It reports the outcome to the `handle_...` methods and
+    carries out the `ListWatchStep` that they return. `random` returns a float in [0, 1). `inactivity` is the inactivity
+    timeout in seconds: the caller must report a connection that receives no data for that long.
+
+    `error` is the current problem as one line, or "" if there is none. `optional_statuses` are the HTTP
+    statuses with which the server reports that an optional kind is not available. The set is empty for a required kind.
     """
 
     def __init__(self, kind: Kind, node_name: str, random: Callable[[], float], inactivity: float = INACTIVITY) -> None:
@@ -151,20 +176,20 @@ class ListWatch:
         self._use_watch_list = True
         self._watch_list_works = False
         self._accept = ACCEPT_WATCH
-        self._resource_version = ""  # to watch from; "" while a list is needed
+        self._resource_version = ""  # the version to watch from, or "" until a list is complete
         self._continue_token = ""
         self._listed: dict[tuple[str, str], bytes | None] = {}  # packed objects; None: exists, but is invalid
         self._was_listed = False
-        self._missed_change = False  # an object changed whose name cannot be decoded: only a relist recovers it
+        self._missed_change = False  # an object without a readable name has changed: relist
         self._incomplete_lists = 0
         self._failures = 0
         self._relists = 0
-        self._active = False  # an event or bookmark arrived on the current connection
-        self._idle_seconds = 0.0  # seconds without one on earlier connections
+        self._active = False  # whether an event or bookmark arrived on this connection
+        self._idle_seconds = 0.0  # since the last event or bookmark, on earlier connections
 
     @property
     def unavailable(self) -> bool:
-        """Whether the current error is only that the server does not serve or allow an optional kind."""
+        """Whether the current error only means that an optional kind is not available from the server."""
         return bool(self._unavailable_error) and self.error == self._unavailable_error
 
     def next_request(self) -> ListWatchRequest:
@@ -184,7 +209,7 @@ class ListWatch:
         return ListWatchRequest(self._path, params, watch=True, accept=self._accept)
 
     def handle_open(self) -> None:
-        """Handle the start of a watch: its response has status 200."""
+        """Handle the response headers of a watch request. Their status is 200."""
         self._active = False
         if self._resource_version:
             self.error = ""
@@ -192,7 +217,7 @@ class ListWatch:
     def handle_event(self, event: Event) -> ListWatchStep:
         """Handle an event of a watch."""
         if isinstance(event, UndecodableObject) and not event.name:
-            self._accept = ACCEPT_JSON  # the cause may be protobuf, if the watch used it
+            self._accept = ACCEPT_JSON  # if the watch used protobuf, that may be the cause
         if isinstance(event, ErrorStatus):
             return self._handle_error_event(event)
         return self._handle_change(event) if self._resource_version else self._handle_initial_event(event)
@@ -231,7 +256,7 @@ class ListWatch:
         return self._handle_error(error)
 
     def handle_close(self, duration: float) -> ListWatchStep:
-        """Handle the end of a watch that the server closed cleanly, `duration` seconds after its start."""
+        """Handle the end of a watch that the server closed cleanly. The watch lasted `duration` seconds."""
         if not self._resource_version:
             return self._retry(f"cannot list {self.resource}: the watch ended before the end of the initial events")
         if duration < MIN_WATCH_SECONDS:
@@ -242,7 +267,10 @@ class ListWatch:
         return ListWatchStep(reconnect_after=0.0)
 
     def handle_failure(self, text: str, duration: float = 0.0) -> ListWatchStep:
-        """Handle a failure to connect, or a connection that broke `duration` seconds after the start of its watch."""
+        """Handle a failed request or a broken connection.
+
+        `duration` is the number of seconds for which a watch was open, or 0 if no watch had started.
+        """
         verb = "watch" if self._resource_version else "list"
         step = self._retry(f"cannot {verb} {self.resource}: {text}")
         self._add_idle_time(duration)
@@ -258,13 +286,17 @@ class ListWatch:
             self._active = False  # events arrived only before the connection became idle
             self._add_idle_time(self.inactivity)
             return ListWatchStep(reconnect_after=0.0)
-        if self._use_watch_list and not self._watch_list_works:  # the server may not know sendInitialEvents
+        if self._use_watch_list and not self._watch_list_works:  # the server may not support sendInitialEvents
             self.error = text
             return self._fall_back_to_pages()
         return self._retry(text)
 
     def _add_idle_time(self, seconds: float) -> None:
-        """Count the idle time at the end of a connection, and relist after too much of it."""
+        """Handle the end of a connection that was open for `seconds`.
+
+        If no event or bookmark arrived on it, add this time to the idle time. If the idle time reaches its limit (see
+        `MAX_IDLE_PERIODS`), start a new list.
+        """
         if not self._resource_version or self._active:
             return
         # Behind a load balancer that closes idle connections, bookmarks may never arrive.
@@ -277,7 +309,7 @@ class ListWatch:
     def _handle_initial_event(self, event: Event) -> ListWatchStep:
         """Handle an event of a watch that starts with the list (`sendInitialEvents`)."""
         if isinstance(event, Bookmark):
-            if not event.initial_events_end:  # the server does not know sendInitialEvents
+            if not event.initial_events_end:  # the server does not support sendInitialEvents
                 return self._fall_back_to_pages()
             self._watch_list_works = True
             return self._complete_list(event.resource_version, (), reconnect_after=None)
@@ -291,7 +323,7 @@ class ListWatch:
         return ListWatchStep()
 
     def _handle_change(self, event: Event) -> ListWatchStep:
-        """Handle an event after the list."""
+        """Handle an event of a watch that follows a complete list."""
         assert not isinstance(event, ErrorStatus)
         self._active, self._idle_seconds = True, 0.0
         self._resource_version = event.resource_version or self._resource_version
@@ -327,7 +359,11 @@ class ListWatch:
     def _complete_list(
         self, resource_version: str, messages: tuple[Message, ...], reconnect_after: float | None
     ) -> ListWatchStep:
-        """Emit a complete list as one message, unless it lacks objects that another list may contain."""
+        """Emit a complete list as one message.
+
+        If objects without a readable name are missing from the list, discard it and list again, at most
+        `MAX_INCOMPLETE_LISTS` times in a row.
+        """
         if not resource_version:
             return self._retry(f"cannot list {self.resource}: the list has no resourceVersion", messages)
         if self._missed_change and self._incomplete_lists < MAX_INCOMPLETE_LISTS:
@@ -336,7 +372,7 @@ class ListWatch:
         objects = PackedSequence(self._kind, [item for item in self._listed.values() if item is not None])
         unreadable = tuple(key for key, item in self._listed.items() if item is None)
         self._discard_list()
-        self._resource_version = resource_version  # a missed change stays recorded: a relist follows this watch
+        self._resource_version = resource_version  # _missed_change stays set: relist after this watch
         self._failures = self._incomplete_lists = 0
         self._active, self._idle_seconds = True, 0.0
         self._was_listed = True
@@ -350,12 +386,12 @@ class ListWatch:
         if first and error.code not in _TRANSIENT_STATUSES:
             return self._fall_back_to_pages()
         if self._resource_version and error.code not in _TRANSIENT_STATUSES:
-            return self._relist(error, immediately=False)  # from the same resourceVersion, it may recur forever
+            return self._relist(error, immediately=False)  # a watch from the same version could fail forever
         return self._handle_error(error)
 
     def _handle_error(self, error: ErrorStatus) -> ListWatchStep:
         if "Too large resource version" in error.message and self._resource_version:
-            return self._relist(error)  # the server's history was replaced, for example by a backup
+            return self._relist(error)  # etcd was replaced or restored from a backup
         if error.code in self.optional_statuses:
             return self._continue_without_kind(error)
         if error.code == 406:
@@ -367,7 +403,8 @@ class ListWatch:
     def _continue_without_kind(self, error: ErrorStatus) -> ListWatchStep:
         """Continue without an optional kind that the server does not serve (404) or does not allow reading (403).
 
-        Known objects stay. If the kind was never listed, it counts as listed and empty. Attempts become rare.
+        Known objects are kept. If the kind was never listed, an empty list is emitted. The time between attempts grows
+        to a few minutes (see `MAX_UNAVAILABLE_BACKOFF`).
         """
         problem = "the API server does not serve" if error.code == 404 else "no permission to list and watch"
         effect = "keeping the last known objects" if self._was_listed else self._unavailable_effect
@@ -376,7 +413,10 @@ class ListWatch:
         return self._retry(self._unavailable_error, messages, max_backoff=MAX_UNAVAILABLE_BACKOFF)
 
     def _relist(self, error: ErrorStatus, *, immediately: bool = True) -> ListWatchStep:
-        """Start a new list: `immediately` the first time, with backoff if no event arrives between relists."""
+        """Start a new list after the backoff.
+
+        If `immediately` is true, the first relist after an event or bookmark is not delayed.
+        """
         self._start_list()
         delay = 0.0 if immediately and not self._relists else max(self._backoff(self._relists), error.retry_after)
         self._relists += 1
@@ -392,7 +432,11 @@ class ListWatch:
         max_backoff: float = MAX_BACKOFF,
         renew_credentials: bool = False,
     ) -> ListWatchStep:
-        """Try again after the backoff: initial events from the start, pages from the failed one."""
+        """Send the request again after the backoff. `text` describes the current problem.
+
+        A list that is streamed as initial events starts from the beginning. A list in pages continues with the page
+        that failed, unless a change was missed. The backoff is at least `at_least` seconds.
+        """
         if self._use_watch_list:
             self._discard_list()
         self._relist_if_missed()
@@ -413,18 +457,21 @@ class ListWatch:
         self._listed, self._continue_token = {}, ""
 
     def _fall_back_to_pages(self) -> ListWatchStep:
-        """From now on, list in pages, which every server supports."""
+        """Start a new list, and from now on list in pages, which every server supports."""
         self._use_watch_list = False
         self._discard_list()
         self._missed_change = False
         return ListWatchStep(reconnect_after=0.0)
 
     def _drop_field_selector(self) -> ListWatchStep:
-        """Continue without the optional field selector: decoding filters the same objects."""
+        """Continue without the field selector, which is optional: decoding ignores the same objects."""
         self._may_drop_field_selector = False
         self._selectors.pop("fieldSelector")
         return ListWatchStep(reconnect_after=0.0)
 
     def _backoff(self, failures: int, max_backoff: float = MAX_BACKOFF) -> float:
-        """Return 0.6 to 1 s, as in client-go, doubled per failure up to `max_backoff`, with jitter of 25%."""
+        """Return the seconds to wait after the given number of earlier failures.
+
+        The delay is 0.8 s (as in client-go), doubled for each failure, at most `max_backoff`, with a jitter of ±25%.
+        """
         return min(max_backoff, 0.8 * 2.0 ** min(failures, 10)) * (0.75 + 0.5 * self._random())

@@ -13,12 +13,12 @@ from kproxy.kube.manifests.parse import ManifestFile, combine, parse_file
 from kproxy.model.delta import Delta, Replace
 
 RELOAD_PERIOD = 2.0
-"""Seconds between reads of the files where inotify is not available."""
+"""Seconds between reads of the files if inotify is not available."""
 log = logging.getLogger(__name__)
 
 
 class FileSourceError(Exception):
-    """Files that cannot be used; the message has one line for each of the `problems`."""
+    """Files cannot be used. The message has one line for each of the `problems`."""
 
     def __init__(self, problems: tuple[FileProblem, ...]) -> None:
         super().__init__("\n".join(map(str, problems)))
@@ -26,7 +26,10 @@ class FileSourceError(Exception):
 
 
 class ManifestUpdate(Struct, frozen=True):
-    """What a snapshot changes: the objects to deliver, or () if they are unchanged, and lines for the log."""
+    """The result of a snapshot: the objects to deliver, and lines for the log.
+
+    `replacements` is () if the objects have not changed or must not be delivered.
+    """
 
     replacements: tuple[Replace, ...] = ()
     notes: tuple[str, ...] = ()
@@ -35,11 +38,12 @@ class ManifestUpdate(Struct, frozen=True):
 
 
 class ManifestState:
-    """The last valid content of files. Pure. Pass snapshots in the order in which they were read.
+    """Computes the objects to deliver from snapshots of the files. Pure. Pass snapshots in the order of reading.
 
-    Delivers nothing until all files are valid for the first time; otherwise, objects that an earlier process programmed
-    would be deleted. After that, an invalid file keeps its last valid content, and a new file that is invalid counts as
-    absent. If no file is usable, nothing changes. To delete all objects, use a file with `items: []`.
+    Nothing is delivered until all files are valid for the first time. Delivering earlier, without the objects of the
+    invalid files, would delete the rules that a previous process programmed for these objects. From then on, if a file
+    becomes invalid, its last valid content is used. A new file that is invalid is ignored. If no file is usable, the
+    objects stay as they are. To delete all objects, use a file with `items: []`.
     """
 
     def __init__(self) -> None:
@@ -49,7 +53,7 @@ class ManifestState:
         self._delivered: tuple[Replace, ...] = ()
 
     def update(self, snapshot: PathSnapshot) -> ManifestUpdate:
-        """Return what a snapshot changes."""
+        """Process a snapshot and return its result."""
         if snapshot.problem is not None:
             return ManifestUpdate(problems=(snapshot.problem,))
         texts = {path: text for path, text in snapshot.files.items() if isinstance(text, bytes)}
@@ -79,8 +83,9 @@ class ManifestState:
 class FileSource:
     """Loads the objects of `path`, a file or a directory (see `read_path`), and passes them to `sink`.
 
-    Each call passes four `Replace` deltas: of Services, EndpointSlices, Nodes and ServiceCIDRs, in this order. A kind
-    without objects has an empty delta. `sink` is called from a thread and must not block.
+    Each call of `sink` passes four `Replace` deltas: one each for Services, EndpointSlices, Nodes and ServiceCIDRs, in
+    this order. The delta for a kind without objects is empty. `load_once` calls `sink` in the calling thread. After
+    `start`, a separate thread calls it. `sink` must not block.
     """
 
     def __init__(self, path: str, sink: Callable[[tuple[Delta, ...]], None]) -> None:
@@ -107,13 +112,13 @@ class FileSource:
         self._watcher.start()
 
     def stop(self, timeout: float) -> None:
-        """Stop the thread; wait at most `timeout` seconds for a running call of `sink`, and do not call it again."""
+        """Stop the thread. Waits at most `timeout` seconds for a running call of `sink`; no further call starts."""
         self._watcher.stop(timeout)
 
     def _handle_snapshot(self, snapshot: PathSnapshot) -> bool:
         try:
             self._update(snapshot)
-        except Exception as error:  # a bug must not end the watch
+        except Exception as error:  # a bug must not stop the thread
             log.error("%s: unexpected error: %r", self._path, error)
             log.debug("traceback of the unexpected error", exc_info=error)
         return True
@@ -129,7 +134,7 @@ class FileSource:
             self._sink(update.replacements)
 
     def _log(self, update: ManifestUpdate) -> None:
-        """Log the lines that the previous update did not have."""
+        """Log the lines that were not part of the previous update, and when all files are valid again."""
         lines = [(logging.ERROR, str(problem)) for problem in update.problems]
         lines += ((logging.WARNING, warning) for warning in update.warnings)
         lines += ((logging.INFO, note) for note in update.notes)

@@ -1,8 +1,8 @@
 """Decode the Services, EndpointSlices, Nodes and ServiceCIDRs in the text of files. Pure.
 
-A file contains what `kubectl get -o yaml` or `kubectl get -o json` prints, or what the API server returns: an object, a
-`List`, or a typed list such as `ServiceList`, whose items have no kind of their own. YAML files can have several
-documents.
+A file contains the output of `kubectl get -o yaml` or `kubectl get -o json`, or a response body of the API server. It
+can be one object, a `List`, or a typed list such as `ServiceList`. The items of a typed list need no `kind` and
+`apiVersion`. A YAML file can have several documents.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kproxy.model.types import EndpointSlice, Node, Service, ServiceCIDR
 
 
 class ManifestKind(Struct, frozen=True):
-    """A kind that kproxy uses: its type, its supported apiVersions (the preferred one first), and its scope."""
+    """A kind that kproxy uses: its type, its supported apiVersions, and whether it is namespaced."""
 
     kind: Kind
     api_versions: tuple[str, ...]
@@ -38,17 +38,18 @@ MANIFEST_KINDS = {
     "Node": ManifestKind(Node, ("v1",), namespaced=False),
     "ServiceCIDR": ManifestKind(ServiceCIDR, ("networking.k8s.io/v1", "networking.k8s.io/v1beta1"), namespaced=False),
 }
-"""The kinds that kproxy uses, by the `kind` of objects in files."""
+"""Maps the `kind` of an object in a file to the kind that kproxy uses for it."""
 
 Identity: TypeAlias = tuple[str, str, str]
-"""Kind, namespace ("" for Nodes and ServiceCIDRs) and name of an object."""
+"""The kind, namespace and name of an object. The namespace is "" for Nodes and ServiceCIDRs."""
 
 
 class ManifestFile(Struct, frozen=True):
-    """The objects of one file in file order, with None for an object without rules (such as a headless Service).
+    """The content of one file.
 
-    `ignored_kinds` are kinds in the file that kproxy does not use. `warnings` are lines about endpoints and ports that
-    cannot be used. A file with `problems` must not be used.
+    `objects` are in the order of the file. An object that gets no rules, such as a headless Service, is represented by
+    None. `ignored_kinds` are the kinds in the file that kproxy does not use. `warnings` are log lines about endpoints
+    and ports that cannot be used. If there are `problems`, the file must not be used.
     """
 
     path: str
@@ -61,9 +62,9 @@ class ManifestFile(Struct, frozen=True):
 class LoadedManifests(Struct, frozen=True):
     """The objects of several files, and lines for the log.
 
-    `replacements` has one entry for each kind of `MANIFEST_KINDS`, in that order, even if the files contain no such
-    object. `notes` name ignored kinds. `warnings` name objects that are defined more than once, and endpoints and ports
-    that cannot be used.
+    `replacements` has one entry for each kind in `MANIFEST_KINDS`, in the order of `MANIFEST_KINDS`. A kind without
+    objects has an empty entry. `notes` are lines about kinds that kproxy does not use. `warnings` are lines about
+    objects that are defined more than once, and about endpoints and ports that cannot be used.
     """
 
     replacements: tuple[Replace, ...]
@@ -95,7 +96,11 @@ class _DataList(Struct):
 
 
 class _ManifestItem(Struct):
-    """One object of a document: its content, its path in the document, and its type according to a typed list."""
+    """One object of a document: its content, its path in the document, and its type.
+
+    `api_version` and `kind` come from the object itself or from the typed list that contains it. They are "" while
+    unknown.
+    """
 
     content: bytes | Any
     path: FieldPath
@@ -111,12 +116,15 @@ _decode_any = msgspec.json.Decoder().decode
 
 
 def load_objects(texts: Mapping[str, bytes]) -> LoadedManifests:
-    """Return the objects of files, given as their texts by path. Files with problems contribute no objects."""
+    """Return the objects of files. `texts` maps each file's path to its text. Files with problems are ignored."""
     return combine(parse_file(path, text) for path, text in texts.items())
 
 
 def combine(files: Iterable[ManifestFile]) -> LoadedManifests:
-    """Combine the objects of files. If several define the same object, the last in the order of paths is used."""
+    """Combine the objects of files in the order of their paths, ignoring files with problems.
+
+    If an object is defined more than once, the last definition is used.
+    """
     objects: dict[Identity, tuple[str, Object | None]] = {}
     notes: list[str] = []
     warnings: list[str] = []
@@ -146,7 +154,10 @@ def combine(files: Iterable[ManifestFile]) -> LoadedManifests:
 
 
 def parse_file(path: str, text: bytes) -> ManifestFile:
-    """Decode the text of one file. `path` names the file in problems; the suffix `.json` requires JSON."""
+    """Decode the text of one file.
+
+    `path` names the file in problems. If it ends in `.json`, the text must be JSON; otherwise, YAML is allowed too.
+    """
     try:
         documents = read_documents(text, json=path.endswith(".json"))
     except DocumentError as error:
@@ -166,7 +177,7 @@ def parse_file(path: str, text: bytes) -> ManifestFile:
 
 
 class _FileParser:
-    """Collects the objects and problems of one file's documents."""
+    """Collects the objects and problems of all documents in one file."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -179,7 +190,7 @@ class _FileParser:
         self.problems.append(FileProblem(self.path, message, line))
 
     def add_document(self, document: Document) -> None:
-        """Add the object of a document, or the items of its list."""
+        """Add the object of a document, or its items if it is a list. Invalid objects become problems."""
         try:
             items = list(_items(document.content))
         except ObjectError as error:
@@ -211,7 +222,7 @@ class _FileParser:
 
 
 def _items(content: bytes | Any) -> Iterator[_ManifestItem]:
-    """Yield the items of a list, or the object itself."""
+    """Yield the items of a document that is a list, or the object of any other document. Raises `ObjectError`."""
     own = _type_of(content)
     if not own.kind:
         raise ObjectError("is missing", ("kind",))
@@ -225,7 +236,10 @@ def _items(content: bytes | Any) -> Iterator[_ManifestItem]:
 
 
 def _complete_type(item: _ManifestItem) -> ManifestKind | None:
-    """Set the type of an item from its content. Return its kind, or None for a kind that kproxy does not use."""
+    """Complete the type of an item. A type in the item's own content takes precedence over that of its list.
+
+    Return None for a kind that kproxy does not use. Raises `ObjectError` for a missing or unsupported type.
+    """
     own = _type_of(item.content)
     item.kind = own.kind or item.kind
     item.api_version = own.api_version or item.api_version
@@ -252,7 +266,7 @@ def _type_of(content: bytes | Any) -> _TypeMeta:
 
 
 def _decode(manifest: ManifestKind, content: bytes | Any) -> DecodedObject:
-    """Decode an object. Its name is required; its namespace defaults to `default`."""
+    """Decode an object. The name is required; the namespace is `default` if missing. Raises `ObjectError`."""
     metadata = _decode_metadata(content).metadata
     if not metadata.name:
         raise ObjectError("is missing", ("metadata", "name"))
@@ -267,7 +281,7 @@ def _parsed(content: bytes | Any) -> Any:
         return content
     try:
         return _decode_any(content)
-    except ValueError as error:  # for example a number that is too large for any type
+    except ValueError as error:  # for example, if a number is too large for any type
         raise explain(error, content) from None
 
 
