@@ -130,7 +130,7 @@ class IptablesRunner:
         self._version: IptablesVersion | None = None
 
     def stop(self) -> None:
-        """Kill the running program and do not start others. Another thread than the one that syncs may call this.
+        """Kill the running program and do not start others. Other threads than the one that syncs may call this.
 
         The transaction that the program is sending is applied completely or not at all. The kernel has finished with it
         when this call returns, so the next kproxy process can read the final state.
