@@ -39,7 +39,7 @@ in the transaction. CPU time to program 1,000 and 5,000 Services with 10 endpoin
 INCREMENTAL_FACTOR = 17
 """Factor for the limit on the rules in one transaction of a change to existing rules.
 
-The limit is this factor times the square root of the number of existing rules, but at least the limit for new rules.
+The limit is this factor times the square root of the number of existing rules, but at least `max_transaction_rules`.
 The reason is that the kernel validates all rules for each transaction that changes active chains. The time for a
 transaction therefore has two parts: one grows with the total number of rules, the other with the square of the number
 of rules in the transaction. The total time is lowest if both parts are equal. CPU time to rewrite the rules of 1,000
@@ -87,8 +87,8 @@ class IptablesKernel(Protocol):
 class IptablesBackend:
     """Keeps the iptables rules of one IP family in sync with the plans passed to `sync`.
 
-    The backend reads all existing rules only if it does not know them: in the first sync, and in the next sync after a
-    failed sync or detected drift.
+    The backend reads all existing rules only if it does not know them. This is the case in the first sync, and in the
+    next sync after a sync failed, `verify` found drift, or `forget` was called.
     """
 
     def __init__(
@@ -103,7 +103,8 @@ class IptablesBackend:
 
         `max_transaction_rules` limits the rules in one transaction of a large change; use `UNLIMITED` for
         iptables-legacy. A dispatch chain of more than `dispatch_threshold` rules is split by destination; 0 means that
-        it is never split. With `patching`, if only a few rules of a long chain changed, only these rules are written.
+        it is never split. With `patching`, a long chain in which only a few rules changed is patched rule by rule
+        instead of being rewritten.
         """
         self._kernel = kernel
         self._max_transaction_rules = max_transaction_rules
@@ -156,8 +157,9 @@ class IptablesBackend:
         - the rules that kproxy has inserted into chains that other tools also use
         - the shared chains, but not the shards of the dispatch chains
 
-        Return True without a check if there is no ledger. If the rules cannot be read from the kernel, log a warning
-        and return True.
+        A rule in a chain of other tools counts as unchanged if iptables cannot determine whether it exists. Return True
+        without a check if there is no ledger. If the rules cannot be read from the kernel, log a warning and return
+        True.
         """
         if self._ledger is None:
             return True
@@ -274,7 +276,7 @@ class IptablesBackend:
 
         The rules are read by listing individual chains and by checking individual rules. A rule that cannot be found
         this way may exist nevertheless, and the sync then inserts it a second time. The duplicate is harmless. Later
-        checks find it, because it precedes the rule that iptables cannot print.
+        checks find the duplicate, because it precedes the rule that iptables cannot print.
         """
         if FILTER_FIREWALL.table == table:
             self._kernel.create_chain(FILTER_FIREWALL)
@@ -287,9 +289,9 @@ class IptablesBackend:
                 existing.append(rule.text)
 
     def _may_exist(self, rule: EnsuredRule, existing: list[str]) -> bool:
-        """Return whether an ensured rule exists, or whether that cannot be determined.
+        """Return False if an ensured rule does not exist, and True if it exists or if this cannot be determined.
 
-        `existing` are the rules of its chain that could be read.
+        `existing` are the rules of the chain that could be read.
         """
         return rule.is_satisfied_by_any(existing) or self._kernel.has_rule(rule.chain, rule.rule) is not False
 

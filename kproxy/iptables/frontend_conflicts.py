@@ -24,7 +24,7 @@ Frontend: TypeAlias = int
 negative for a NodePort.
 """
 DispatchRules: TypeAlias = Mapping[ServiceKey, Iterable[tuple[str, DispatchRule]]]
-"""The dispatch rules of some Services. Each rule follows the name of its service port, `namespace/name:port`."""
+"""The dispatch rules of some Services. Each rule is paired with the name of its service port, `namespace/name:port`."""
 _PROTOCOLS = ("tcp", "udp", "sctp")
 _PORT_BITS = 16
 _PROTOCOL_BITS = 2

@@ -52,8 +52,8 @@ SHARD_PREFIXES = {
 """Name prefixes of the shards of each dispatch chain. A shard is named, for example, `KUBE-SVC-10.96.16.0/20`.
 
 These prefixes allow kube-proxy to replace kproxy: it deletes unused chains in table nat whose names have one of these
-prefixes. If kube-proxy did not delete a shard, then it could not delete the per-Service chains either that the shard
-jumps to.
+prefixes. If kube-proxy did not delete a shard, the per-Service chains to which the shard jumps would remain in use, and
+kube-proxy could not delete them.
 """
 _MAX_ADDRESS_BITS = 128
 _SHARD = re.compile(

@@ -45,9 +45,9 @@ class ChainPatch(Struct, frozen=True):
 def make_patch(chain: str, existing: Sequence[int], rules: str) -> ChainPatch | None:
     """Return the patch from the `existing` rules (given as digests) to `rules`, or None if a rewrite is as cheap.
 
-    Rules are inserted or deleted right after the common prefix of the existing and the new rules. Every later rule then
-    has as many rules after it as before. Many of these rules can therefore remain unchanged: the probability in a rule
-    that picks an endpoint depends only on the number of rules after it.
+    Rules are inserted or deleted right after the common prefix of the existing and the new rules. Later rules therefore
+    keep their distance from the end of the chain, and many of them can remain unchanged: if a rule picks an endpoint
+    with a certain probability, this probability depends only on the number of rules that follow it.
     """
     desired = rules.split("\n")
     if len(desired) < MIN_PATCHABLE_RULES:

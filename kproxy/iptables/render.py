@@ -170,11 +170,13 @@ class _PortRenderer:
             self.dispatch.append(DispatchRule(FILTER_NODEPORTS, rule, plan.health_check_node_port, "tcp"))
 
     def _add_no_endpoint_rule(self, chain: ChainName, address: str, decision: TrafficDecision, rank: ClaimRank) -> None:
-        """Add a rule that rejects or drops traffic to a frontend for which there is no endpoint, as `decision` says.
+        """Add the rules that reject or drop the traffic to a frontend, unless the `decision` is to forward it.
 
-        The rule matches `address`. If `address` is "", it matches the NodePort on the node's NodePort addresses. On
-        other addresses of the node, the port stays available to programs on the host. kube-proxy rejects traffic to the
-        port on those addresses, too.
+        Traffic is rejected if there is no endpoint anywhere, and dropped if there is no endpoint on this node.
+
+        The rule matches `address`. If `address` is "", the rules match the NodePort on the node's NodePort addresses.
+        On the other addresses of the node, the port stays available to programs on the host. kube-proxy differs: it
+        rejects traffic to the port on all addresses of the node.
         """
         if decision is TrafficDecision.FORWARD:
             return

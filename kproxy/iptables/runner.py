@@ -67,10 +67,9 @@ _LEGACY_TABLE_FILES = {
 class RestoreError(Exception):
     """`iptables-restore` failed.
 
-    Usually the kernel has rejected the transaction of a table. The other causes are that another process holds the
-    xtables lock, that the program exceeded the time limit or was killed, and that it did not read all of its input.
-    Transactions of earlier tables stay applied. If the kernel rejected a transaction, neither this transaction nor any
-    later one was applied.
+    Usually the kernel has rejected the transaction of a table. Then neither this transaction nor any later one was
+    applied. The program also fails if another process holds the xtables lock, if it exceeds the time limit or is
+    killed, or if it exits before it has read all of its input. Transactions before the failure stay applied.
 
     `line` is the rejected line of the input, or "" if iptables did not report it.
     """
@@ -95,7 +94,7 @@ class IptablesVersion(Struct, frozen=True):
     def supports_patching(self) -> bool:
         """Whether individual rules can be changed quickly.
 
-        To change a rule, iptables-nft reads only the affected chain since version 1.8.5.
+        Since version 1.8.5, iptables-nft reads only the affected chain to change a rule.
         """
         return self.nft and self.number >= (1, 8, 5)
 
@@ -130,10 +129,10 @@ class IptablesRunner:
         self._version: IptablesVersion | None = None
 
     def stop(self) -> None:
-        """Kill the running program and do not start others. Other threads than the one that syncs may call this.
+        """Kill the running program and do not start others. Any thread may call this.
 
-        The transaction that the program is sending is applied completely or not at all. The kernel has finished with it
-        when this call returns, so the next kproxy process can read the final state.
+        A transaction that the program has begun to send is applied completely or not at all. When this call returns,
+        the kernel is no longer applying it, so the next kproxy process reads the final state.
         """
         self._commands.stop()
 
@@ -174,8 +173,8 @@ class IptablesRunner:
     def _read_lines(self, argv: Sequence[str]) -> Generator[str, None, str]:
         """Yield the lines that the program prints. Return the reason if iptables-nft failed after starting, else "".
 
-        Raises `CommandError` if the program cannot be started, and for every failure of iptables-legacy, because
-        iptables-legacy does not fail because of individual rules.
+        Raises `CommandError` if the program cannot be started. Also raises it for every failure of iptables-legacy,
+        because individual rules never make iptables-legacy fail.
         """
         nft = self.version().nft
         started = False
@@ -227,7 +226,9 @@ class IptablesRunner:
     def _search_rule_by_rule(self, chain: ChainName, rule: str) -> bool | None:
         """Return whether a chain has a rule, or None if this cannot be determined.
 
-        The rules are read one by one, so that rules that iptables cannot print are skipped.
+        The rules are read one by one, so that rules that iptables cannot print are skipped. The result is None if the
+        rules cannot be listed, or if the chain has more than `_MAX_SINGLE_RULE_READS` rules and the first ones do not
+        include the rule.
         """
         for number in range(1, _MAX_SINGLE_RULE_READS + 1):
             done = self._run(chain, "-S", str(number), accepted=(_OTHER_PROBLEM, _VERSION_PROBLEM))

@@ -100,7 +100,7 @@ class SavedTables(Struct):
 
 
 def parse_save(lines: Iterable[str], tables: Iterable[str] = TABLES) -> SavedTables:
-    """Parse the part of `iptables-save` output that is about `tables`. If a table occurs twice, the second one is used.
+    """Parse the given tables in `iptables-save` output. If a table occurs twice, the second occurrence is used.
 
     If iptables cannot print a rule of a table, the output for this table is incomplete. The result then has no chains
     of the table.
@@ -131,7 +131,7 @@ def parse_save(lines: Iterable[str], tables: Iterable[str] = TABLES) -> SavedTab
 
 
 def incompatible_line(table: str, reason: str) -> str:
-    """Return the line that reports that `iptables-save` cannot print a table, in the form that `parse_save` expects."""
+    """Return the line by which `parse_save` recognizes that `iptables-save` could not print a table."""
     return f"# Table `{table}' is incompatible: {reason}\n"
 
 
@@ -153,7 +153,7 @@ def _normalize(line: str) -> str:
 
 
 def _requested_probability(match: re.Match[str]) -> str:
-    """Return the probability 1/n as kproxy wrote it, with 10 decimals.
+    """Return the probability 1/n as kproxy wrote it, with 10 decimals. Return any other probability unchanged.
 
     iptables prints a slightly different number, because the kernel stores a probability as a multiple of 2**-31.
     """
