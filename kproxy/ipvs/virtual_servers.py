@@ -85,7 +85,7 @@ def resolve_family_id(netlink: NetlinkSocket, name: str) -> int:
 
 
 def parse_servers(messages: Iterator[Message]) -> Iterator[VirtualServer]:
-    """Yield the virtual servers in a dump. Virtual servers for firewall marks are skipped, as they have no address."""
+    """Yield the virtual servers in a dump. Skip virtual servers for firewall marks, because they have no address."""
     for data, begin, end in messages:
         service = attributes(data, begin + _GENLMSGHDR.size, end).get(IPVS_CMD_ATTR_SERVICE)
         spans = attributes(data, *service) if service else {}
