@@ -207,7 +207,10 @@ def run(argv: Sequence[str], stdin: str = "", *, timeout: float) -> CompletedCom
 
 
 def first_line(text: str) -> str:
-    """Return the first line of a program's error output. Skip empty lines and comments of iptables (`#`)."""
+    """Return the first line of a program's error output, or a placeholder if there is none.
+
+    Empty lines and comments of iptables (`#`) are skipped.
+    """
     lines = (line.strip() for line in text.splitlines())
     return next((line for line in lines if line and not line.startswith("#")), "no error message")
 

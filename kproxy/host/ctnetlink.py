@@ -96,9 +96,9 @@ class UdpConntrack:
         A destination is "ip:port", or ":port" for this port on any address. `is_stale` is called once for all flows
         that have the same destination and the same reply source. Raises `OSError` if stale entries may remain.
 
-        An entry outside the default conntrack zone is deleted only if its destination is translated. An entry in
-        another zone without translation is a second view of a flow. For example, Open vSwitch tracks flows in zones of
-        its own.
+        An entry outside the default conntrack zone is deleted only if its destination is translated. If it is not
+        translated, the entry is only a second view of the same flow. For example, Open vSwitch also tracks flows in its
+        own zones.
         """
         stale = _StaleFilter(self._layout, destinations, is_stale)
         requests = list(self._dump_requests(destinations))
@@ -224,7 +224,7 @@ def dump_request(layout: TupleLayout, address: bytes = b"", port: bytes = b"") -
 class ConntrackEntryReader:
     """Reads conntrack entries of one IP family from netlink messages.
 
-    Each message is given as the buffer that contains it and the start (and end) of its payload in the buffer.
+    The methods receive a message as the buffer that contains it and the position of its payload in the buffer.
 
     An entry has two tuples, one for each direction. The kernel writes them first. Their attributes are always the same
     and in the same order, unless a conntrack zone applies to only one direction. An entry with this standard layout has

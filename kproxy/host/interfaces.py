@@ -85,7 +85,7 @@ class AddressMonitor:
     """
 
     def __init__(self, on_change: Callable[[], None]) -> None:
-        """Subscribe to notifications. Changes that happen before `start` are reported after it. Raises `OSError`."""
+        """Subscribe to notifications. Changes between this call and `start` are reported, too. Raises `OSError`."""
         self._on_change = on_change
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
         self._socket.bind((0, RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR))

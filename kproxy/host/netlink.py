@@ -186,7 +186,10 @@ class NetlinkSocket(BoundSocket):
         return self._query(kind, NLM_F_DUMP, payload)
 
     def get(self, kind: int, payload: bytes) -> Iterator[Message]:
-        """Request one object and yield the messages of the reply. Raises `NetlinkError` if the kernel rejects this."""
+        """Request one object and yield the messages of the reply.
+
+        Raises `NetlinkError` if the kernel rejects the request.
+        """
         return self._query(kind, NLM_F_ACK, payload)
 
     def _query(self, kind: int, flags: int, payload: bytes) -> Iterator[Message]:
@@ -310,7 +313,7 @@ class BatchSocket(BoundSocket):
 def _check_end(data: bytes, begin: int, end: int, *, interrupted: bool) -> None:
     """Raise `NetlinkError` if the last message of a reply reports an error.
 
-    Raises `DumpInterruptedError` if the dump was interrupted.
+    If it reports success but `interrupted` is true, raise `DumpInterruptedError`.
     """
     code = -_ERRNO.unpack_from(data, begin)[0] if end - begin >= _ERRNO.size else 0
     if code:

@@ -42,7 +42,8 @@ def nat_unsupported_reason(family: Family) -> str:
     If table nat has a chain POSTROUTING, the kernel supports NAT. Otherwise the kernel is probed, which takes about
     10 ms. The probe is a batch that creates a dormant table with a chain of type nat and ends with a message of an
     unknown type. Because of this last message, the kernel rejects the whole batch: nothing is created, and no
-    notification is sent. If the kernel does not support NAT, it rejects the creation of the table or the chain, too.
+    notification is sent. If the kernel does not support NAT, it also rejects an earlier message: the one that creates
+    the table or the one that creates the chain.
     """
     header = nfgenmsg(_ADDRESS_FAMILIES[family])
     if _has_chain(header + _string(NFTA_CHAIN_TABLE, "nat") + _string(NFTA_CHAIN_NAME, "POSTROUTING")):
