@@ -1,4 +1,4 @@
-"""Run external programs. No other module starts one."""
+"""Run external programs. All programs that kproxy runs are started by this module."""
 
 from __future__ import annotations
 
@@ -17,28 +17,38 @@ from typing import IO, Any, BinaryIO
 from msgspec import Struct
 
 PROBE_TIMEOUT_SECONDS = 30
-"""Timeout for a program that reports its capabilities at startup. A program that hangs must not keep a node waiting."""
+"""Timeout for the programs that kproxy runs at startup to detect capabilities. A program that hangs must not keep the
+node without Service rules.
+"""
 SLOW_SECONDS = 5.0
-"""How long a program may run without progress before a warning. The interval doubles with each further warning."""
+"""How long a program may run without progress before a warning is logged. The interval doubles with each warning."""
 _LOCKS = Path("/proc/locks")
 _XTABLES_LOCK = "/run/xtables.lock"
 """The lock file of iptables, unless the environment variable XTABLES_LOCKFILE names another one."""
 _UNUSABLE = {errno.ENOENT, errno.EACCES, errno.ENOEXEC, errno.ENOTDIR, errno.EPERM, errno.ELOOP}
-"""Errors that mean a program cannot be executed at all. Other errors, such as too many processes, may be temporary."""
+"""Errors that mean that a program cannot be executed at all. Other errors may be temporary: for example, too many
+processes.
+"""
 
 log = logging.getLogger(__name__)
 
 
 class CommandError(Exception):
-    """A program could not be run, or it failed. The message is one line with the program and the reason."""
+    """A program could not be run, or it failed. The message is one line that names the program and the reason."""
 
 
 class InconclusiveError(CommandError):
-    """A check has no result: a program could not be run to completion, or the kernel did not reply. Retry later."""
+    """A check has no result, because a program could not be run to completion or the kernel did not reply.
+
+    A later retry may have a result.
+    """
 
 
 class CompletedCommand(Struct, frozen=True):
-    """A program's exit status and output. `code` is negative if a signal terminated the program, as in `subprocess`."""
+    """A program's exit status and output.
+
+    As in `subprocess`, `code` is the negative signal number if a signal terminated the program.
+    """
 
     code: int
     stdout: str
@@ -51,9 +61,9 @@ class CompletedCommand(Struct, frozen=True):
 
 
 class CommandRunner:
-    """Runs programs, one at a time. Another thread may shut it down with `stop`.
+    """Runs programs, one at a time. Another thread may call `stop` to shut the runner down.
 
-    Input and output are UTF-8; other bytes are passed through as surrogate escapes (PEP 383). Each program is the
+    Input and output are UTF-8. Invalid bytes are passed through as surrogate escapes (PEP 383). Each program is the
     leader of its own process group, so that it can be killed along with its child processes.
     """
 
@@ -75,10 +85,11 @@ class CommandRunner:
         """Run a program and return its exit status and output.
 
         After `timeout` seconds the program is killed, and the result has a negative `code`. Raises `CommandError` if
-        the program cannot be started, in particular `InconclusiveError` if the cause may be temporary.
+        the program cannot be started. If the cause may be temporary, the error is an `InconclusiveError`.
         """
         pipe = subprocess.PIPE
-        # A file, not a pipe: after a timeout, communicate() does not write the rest of the input (Python 3.11).
+        # The input is a file, not a pipe: if communicate() is called again after a timeout, it does not write the rest
+        # of the input to a pipe (Python 3.11).
         with (
             _memory_file("stdin") as file,
             self._start(argv, stdin=_fill(file, stdin), stdout=pipe, stderr=pipe) as (process, slow_log),
@@ -100,9 +111,10 @@ class CommandRunner:
     def stream_input(self, argv: Sequence[str], chunks: Iterable[str], *, timeout: float) -> CompletedCommand:
         """Run a program and write its input while the input is generated. Discard the program's standard output.
 
-        If the program exits before all chunks are written, generation stops and `code` is not 0. Each chunk
-        restarts the `timeout` (in seconds), after which the program is killed. If generating a chunk fails, the program
-        is killed and the exception propagates. Raises `CommandError` if the program cannot be started.
+        If the program exits before all chunks are written, no more chunks are generated and `code` is not 0. The
+        program is killed after `timeout` seconds, and `code` is then negative. Each chunk restarts the timeout. If
+        generating a chunk fails, the program is killed and the exception propagates. Raises `CommandError` if the
+        program cannot be started.
         """
         streams = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL}
         with self._watched(argv, timeout, **streams) as (process, stderr, watchdog):
@@ -121,14 +133,14 @@ class CommandRunner:
     def stream_output(self, argv: Sequence[str], *, timeout: float) -> Iterator[Iterator[str]]:
         """Run a program and yield an iterator over the lines of its output, without holding all output in memory.
 
-        Leaving the context early terminates the program. After `timeout` seconds it is killed. Raises `CommandError` if
-        it cannot be started, fails or is killed.
+        A program that is still writing when the caller leaves the context is terminated. A program is killed after
+        `timeout` seconds. Raises `CommandError` if the program cannot be started, fails or is killed.
         """
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
         with self._watched(argv, timeout, **streams) as (process, stderr, watchdog):
             assert process.stdout is not None
             yield process.stdout
-            process.stdout.close()  # terminates a program that is still writing, with SIGPIPE
+            process.stdout.close()  # SIGPIPE terminates a program that is still writing
             process.wait()
             if process.returncode not in {0, -SIGPIPE}:
                 if watchdog.expired:
@@ -151,8 +163,12 @@ class CommandRunner:
     def _watched(
         self, argv: Sequence[str], timeout: float, **streams: Any
     ) -> Iterator[tuple[subprocess.Popen[str], BinaryIO, _Watchdog]]:
-        """Start a program with a watchdog and a file for its standard error. Kill it on leaving the context."""
-        # Nothing reads standard error while the program runs: a pipe could fill up and block the program.
+        """Start a program with a watchdog and a file for its standard error.
+
+        The program is killed if it is still running when the caller leaves the context.
+        """
+        # Standard error is a file, because nothing reads it while the program runs. A pipe could fill up and block the
+        # program.
         with (
             _memory_file("stderr") as stderr,
             self._start(argv, stderr=stderr, **streams) as (process, slow_log),
@@ -186,18 +202,24 @@ class CommandRunner:
 
 
 def run(argv: Sequence[str], stdin: str = "", *, timeout: float) -> CompletedCommand:
-    """Run a program that never needs to be stopped early. See `CommandRunner.run`."""
+    """Run a program as `CommandRunner.run` does. The program cannot be stopped before its timeout."""
     return CommandRunner().run(argv, stdin, timeout=timeout)
 
 
 def first_line(text: str) -> str:
-    """Return the first line of a program's error output that is neither empty nor a comment of iptables (`#`)."""
+    """Return the first line of a program's error output, or a placeholder if there is none.
+
+    Empty lines and comments of iptables (`#`) are skipped.
+    """
     lines = (line.strip() for line in text.splitlines())
     return next((line for line in lines if line and not line.startswith("#")), "no error message")
 
 
 class SlowCommandLog:
-    """Logs warnings while a program runs for a long time, and then how it exited. Times are monotonic, in seconds."""
+    """Logs warnings while a program runs for a long time, and finally how the program exited.
+
+    Times are in seconds of the monotonic clock.
+    """
 
     def __init__(self, program: str, pid: int, now: float) -> None:
         self.program = program
@@ -208,11 +230,11 @@ class SlowCommandLog:
         self.postpone(now)
 
     def postpone(self, now: float) -> None:
-        """Restart the interval until the next warning, because the program has made progress."""
+        """Restart the interval before the next warning, because the program has made progress."""
         self.due = now + self._interval
 
     def check(self, now: float) -> None:
-        """Log a warning that the program is still running, if one is `due`."""
+        """Log a warning that the program is still running, if a warning is `due`."""
         if now < self.due:
             return
         self._interval *= 2
@@ -224,26 +246,30 @@ class SlowCommandLog:
         )
 
     def log_exit(self, now: float, code: int) -> None:
-        """Log how the program exited, if there was a warning about it. `code` is as in `CompletedCommand`."""
+        """Log how the program exited, if a warning was logged before. `code` is as in `CompletedCommand`."""
         if not self._warned:
             return
         how = f"was killed by signal {-code}" if code < 0 else f"exited with status {code}"
         log.info("%s %s after %.0f s (pid %d)", self.program, how, now - self._started, self._pid)
 
     def _lock_holder(self) -> str:
-        """Return the suffix of a message that says which other process holds the lock of an iptables program, or ""."""
+        """Return a suffix for the warning: which other process holds the xtables lock.
+
+        Return "" if the program is not an iptables program, or if no other process holds the lock.
+        """
         if "tables" not in os.path.basename(self.program):
             return ""
         path = os.environ.get("XTABLES_LOCKFILE", _XTABLES_LOCK)
         holder = lock_holder(path)
-        # If `iptables` is a wrapper script, the lock holder is a child process in the same process group.
+        # If `iptables` is a wrapper script, the program itself may hold the lock: as a child process of the script, in
+        # the same process group.
         if not holder or _process_group(holder) == self._pid:
             return ""
         return f"; xtables lock {path} is held by {_process_name(holder)} (pid {holder})"
 
 
 class _Watchdog:
-    """Kills a program after a timeout, which can be restarted, and warns if the program is slow."""
+    """Kills a program after a timeout and logs warnings if the program is slow. The timeout can be restarted."""
 
     def __init__(self, process: subprocess.Popen[str], slow_log: SlowCommandLog, timeout: float) -> None:
         self.expired = False
@@ -255,7 +281,7 @@ class _Watchdog:
         self.restart()
 
     def start(self) -> None:
-        """Start the thread. Raises `InconclusiveError` if the system cannot create one."""
+        """Start the watchdog's thread. Raises `InconclusiveError` if the system cannot create a thread."""
         try:
             self._thread.start()
         except RuntimeError as error:
@@ -285,9 +311,9 @@ class _Watchdog:
 
 
 def lock_holder(path: str) -> int:
-    """Return the PID of the process that holds an flock(2) lock on a file, or 0 if none does (/proc/locks, proc(5)).
+    """Return the PID of the process that holds an flock(2) lock on a file, or 0 if no process does.
 
-    Processes in other PID namespaces are not visible.
+    The information is from /proc/locks (proc(5)), which does not show locks of processes in other PID namespaces.
     """
     try:
         status = os.stat(path)
@@ -296,7 +322,7 @@ def lock_holder(path: str) -> int:
         return 0
     inode = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
     for line in lines:
-        # For a process that waits for a lock, `->` follows the lock's number instead of its type.
+        # The second field is the type of the lock, or `->` if the process is waiting for the lock.
         _, kind, *fields = line.split()
         if kind == "FLOCK" and len(fields) > 3 and fields[3] == inode:
             return int(fields[2])
@@ -316,7 +342,10 @@ def _process_name(pid: int) -> str:
 
 
 def _kill(process: subprocess.Popen[str]) -> None:
-    """Kill a program and its child processes: `iptables` may be a script that waits for the real program."""
+    """Kill a program and its child processes.
+
+    The child processes matter if, for example, `iptables` is a script that waits for the real program.
+    """
     if process.poll() is None:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, SIGKILL)
@@ -327,7 +356,7 @@ def _timed_out(argv: Sequence[str], timeout: float) -> CompletedCommand:
 
 
 def _memory_file(name: str) -> BinaryIO:
-    """Open an empty file in memory. In a container, the root file system may be read-only."""
+    """Open an empty file in memory. A file on disk is not possible if the root file system is read-only."""
     return open(os.memfd_create(name), "w+b")
 
 

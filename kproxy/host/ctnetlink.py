@@ -1,7 +1,7 @@
-"""Delete stale UDP entries of the kernel's connection tracking table, over ctnetlink.
+"""Delete stale UDP entries from the kernel's connection tracking table, over ctnetlink.
 
-Two sockets of an entry decide whether it is stale: the original destination, to which the client sends, and the source
-of the replies. They differ if the destination is translated (DNAT).
+Whether an entry is stale depends on two of its sockets: the original destination, to which the client sends, and the
+source of the replies. The two sockets differ if the destination is translated (DNAT).
 """
 
 from __future__ import annotations
@@ -45,23 +45,24 @@ CTA_PROTO_DST_PORT = 3
 CTA_FILTER_ORIG_FLAGS = 1
 CTA_FILTER_REPLY_FLAGS = 2
 
-# net/netfilter/nf_internals.h of the kernel: the bits of CTA_FILTER_ORIG_FLAGS and CTA_FILTER_REPLY_FLAGS.
+# The bits of CTA_FILTER_ORIG_FLAGS and CTA_FILTER_REPLY_FLAGS: net/netfilter/nf_internals.h in the kernel's source.
 CTA_FILTER_F_CTA_IP_DST = 1 << 1
 CTA_FILTER_F_CTA_PROTO_NUM = 1 << 3
 CTA_FILTER_F_CTA_PROTO_DST_PORT = 1 << 5
 
 MAX_FILTERED_DUMPS = 4
-"""Maximum number of destinations to dump one by one, with a filter. For more, all UDP entries are dumped once.
+"""Maximum number of destinations for which the entries are requested with one filtered dump each. For more
+destinations, a single dump requests all UDP entries.
 
-A filtered dump walks the kernel's whole hash table (9 ms for 262,144 buckets), and each entry in a reply costs the
-kernel 1.7 us. With 50,000 entries, four filtered dumps take 70 ms and a dump of all takes 130 ms.
+For each filtered dump, the kernel walks its whole hash table (9 ms for 262,144 buckets). It needs 1.7 us for each entry
+in a reply. With 50,000 entries, four filtered dumps take 70 ms, and one dump of all entries takes 130 ms.
 """
 _PORT = struct.Struct(">H")
 
 FlowSockets: TypeAlias = tuple[bytes, bytes]
-"""Original destination and reply source of an entry. Each is a packed address followed by a packed port."""
+"""The original destination and the reply source of an entry. Each is a packed address followed by a packed port."""
 IsStale: TypeAlias = Callable[[str, str], bool]
-"""Reports whether flows to this destination with this reply source are stale. Both are "ip:port"."""
+"""Returns whether flows with an original destination and a reply source are stale. Both arguments are "ip:port"."""
 
 
 class TupleLayout(Struct, frozen=True):
@@ -83,19 +84,21 @@ TUPLE_LAYOUTS = {
 
 
 class UdpConntrack:
-    """The UDP entries of one family in the network namespace of the calling thread."""
+    """The UDP conntrack entries of one IP family in the network namespace of the calling thread."""
 
     def __init__(self, family: Family) -> None:
         self._layout = TUPLE_LAYOUTS[family]
         self._reader = ConntrackEntryReader(self._layout)
 
     def clean(self, destinations: Collection[str], is_stale: IsStale) -> int:
-        """Delete the stale entries of flows to these destinations; return how many were deleted.
+        """Delete the stale entries of flows to these destinations; return how many entries were deleted.
 
-        A destination is "ip:port", or ":port" for that port of any address. `is_stale` is called once for all flows
-        with the same destination and reply source. An entry outside the default conntrack zone is deleted only if its
-        destination is translated. Without translation, it is a second view of the same flow, for example one that Open
-        vSwitch keeps in its own zone. Raises `OSError` if stale entries may remain.
+        A destination is "ip:port", or ":port" for this port on any address. `is_stale` is called once for all flows
+        that have the same destination and the same reply source. Raises `OSError` if stale entries may remain.
+
+        An entry outside the default conntrack zone is deleted only if its destination is translated. If it is not
+        translated, the entry is only a second view of the same flow. For example, Open vSwitch also tracks flows in its
+        own zones.
         """
         stale = _StaleFilter(self._layout, destinations, is_stale)
         requests = list(self._dump_requests(destinations))
@@ -107,10 +110,10 @@ class UdpConntrack:
         return retry_interrupted(attempt)
 
     def _dump_requests(self, destinations: Collection[str]) -> Iterator[bytes]:
-        """Yield the payloads of dump requests that cover the destinations. The replies may contain other entries.
+        """Yield the payloads of dump requests that cover the destinations. The replies may contain other entries, too.
 
-        IPv6 requests never filter by address: the kernel inverts that comparison (seen in Linux 6.18) and returns the
-        entries of all other addresses.
+        IPv6 requests never filter by address: the kernel inverts the comparison of addresses (seen in Linux 6.18) and
+        would return the entries of all other addresses.
         """
         if len(destinations) > MAX_FILTERED_DUMPS:
             yield dump_request(self._layout)
@@ -124,7 +127,10 @@ class UdpConntrack:
             yield dump_request(self._layout, packed_address, packed_port)
 
     def _find_stale(self, netlink: NetlinkSocket, requests: list[bytes], stale: _StaleFilter) -> dict[bytes, None]:
-        """Return the identifying attributes of stale entries, without duplicates: dumps of two requests may overlap."""
+        """Return the identifying attributes of stale entries, without duplicates.
+
+        Duplicates occur because the replies to two requests may contain the same entry.
+        """
         reader = self._reader
         kind = nfnl_type(NFNL_SUBSYS_CTNETLINK, IPCTNL_MSG_CT_GET)
         actions: dict[int, _Action] = {}
@@ -154,16 +160,16 @@ class UdpConntrack:
 
 
 class _Action(Enum):
-    """What to do with the entries of one destination and reply source."""
+    """What to do with the entries that have a certain original destination and reply source."""
 
     KEEP = 0
     DELETE = 1
     DELETE_IN_DEFAULT_ZONE = 2
-    """The destination is not translated."""
+    """For stale entries whose destination is not translated."""
 
 
 class _StaleFilter:
-    """Decides which entries to delete."""
+    """Decides which entries to delete, given their sockets."""
 
     def __init__(self, layout: TupleLayout, destinations: Collection[str], is_stale: IsStale) -> None:
         self._address_family = layout.address_family
@@ -193,9 +199,10 @@ class _StaleFilter:
 
 
 def dump_request(layout: TupleLayout, address: bytes = b"", port: bytes = b"") -> bytes:
-    """Encode a request to dump UDP entries of a family: all, or those to a port, or those to an address and a port.
+    """Return the payload of a request to dump the UDP entries of a family.
 
-    `address` and `port` are packed. Kernels before 5.8 ignore CTA_FILTER and dump all entries.
+    With a `port` or an `address` (both packed), the request is limited to the entries with this original destination.
+    Kernels before 5.8 ignore CTA_FILTER and dump all entries.
     """
     flags = CTA_FILTER_F_CTA_PROTO_NUM
     flags |= CTA_FILTER_F_CTA_PROTO_DST_PORT if port else 0
@@ -215,12 +222,15 @@ def dump_request(layout: TupleLayout, address: bytes = b"", port: bytes = b"") -
 
 
 class ConntrackEntryReader:
-    """Reads conntrack entries of one family from netlink messages, each given as a buffer and its payload's position.
+    """Reads conntrack entries of one IP family from netlink messages.
 
-    The kernel writes both tuples first, with the same attributes in the same order unless a zone applies to a single
-    direction. An entry with this standard layout has a fingerprint: an integer made of the attribute headers, the
-    protocol and the bytes of both sockets. Computing it is many times faster than parsing attributes, and entries that
-    differ only in their client share a fingerprint.
+    The methods receive a message as the buffer that contains it and the position of its payload in the buffer.
+
+    An entry has two tuples, one for each direction. The kernel writes them first. Their attributes are always the same
+    and in the same order, unless a conntrack zone applies to only one direction. An entry with this standard layout has
+    a fingerprint. It is an integer that consists of the attribute headers, the protocol, the original destination and
+    the reply source. Entries that differ only in their client have the same fingerprint. Computing a fingerprint is
+    many times faster than parsing the attributes.
     """
 
     def __init__(self, layout: TupleLayout) -> None:
@@ -231,11 +241,11 @@ class ConntrackEntryReader:
         )
         headers = bytes(0xFF if left == right else 0 for left, right in zip(zeros, ones, strict=True))
         size, self._tuples_size = layout.address_size, len(zeros)
-        # Offsets in the original tuple: its header, CTA_TUPLE_IP with two addresses, CTA_TUPLE_PROTO with protocol and
-        # two ports.
+        # Offsets in the original tuple. It consists of its header, CTA_TUPLE_IP with two addresses, and CTA_TUPLE_PROTO
+        # with the protocol and two ports.
         self._protocol = slice(24 + 2 * size, 25 + 2 * size)
         self._destination = slice(16 + size, 16 + 2 * size), slice(40 + 2 * size, 42 + 2 * size)
-        source = len(zeros) // 2 + 12  # in the reply tuple, which follows
+        source = len(zeros) // 2 + 12  # in the reply tuple, which follows the original tuple
         self._source = slice(source, source + size), slice(source + 20 + 2 * size, source + 22 + 2 * size)
         mask = bytearray(headers)
         for position in (self._protocol, *self._destination, *self._source):
@@ -245,16 +255,16 @@ class ConntrackEntryReader:
         self._fingerprint_mask = int.from_bytes(mask, "little")
 
     def fingerprint(self, data: bytes, begin: int) -> int:
-        """Return the fingerprint of an entry. It is meaningless unless `is_standard`."""
+        """Return the fingerprint of an entry. It is meaningful only if `is_standard` returns True for it."""
         begin += NFGENMSG_SIZE
         return int.from_bytes(data[begin : begin + self._tuples_size], "little") & self._fingerprint_mask
 
     def is_standard(self, fingerprint: int) -> bool:
-        """Return whether a fingerprint is that of an entry with the standard layout."""
+        """Return whether a fingerprint belongs to an entry with the standard layout."""
         return fingerprint & self._header_mask == self._standard_headers
 
     def sockets(self, data: bytes, begin: int, end: int) -> FlowSockets | None:
-        """Return the sockets of an entry of any layout, or None if it is not UDP."""
+        """Return the sockets of an entry with any layout, or None if the entry is not for UDP."""
         if not self.is_standard(self.fingerprint(data, begin)):
             return self._parse_sockets(data, begin, end)
         begin += NFGENMSG_SIZE
@@ -265,10 +275,11 @@ class ConntrackEntryReader:
         return tuples[destination[0]] + tuples[destination[1]], tuples[source[0]] + tuples[source[1]]
 
     def identity(self, data: bytes, begin: int, end: int) -> bytes:
-        """Return the attributes that identify exactly this entry in a deletion: reply tuple, zone and ID.
+        """Return the attributes that identify exactly this entry in a deletion: the reply tuple, the zone and the ID.
 
-        The original tuple is not enough: a new entry with the same tuple can have the same ID, which the kernel derives
-        from the tuple and from the address of the entry in memory.
+        The original tuple and the ID would not be enough. The kernel derives the ID from the original tuple and from
+        the entry's address in memory. A new entry with the same original tuple can therefore have the same ID, if it is
+        stored at the same address.
         """
         found = attributes(data, begin + NFGENMSG_SIZE, end)
         kinds = (CTA_TUPLE_REPLY, CTA_ZONE, CTA_ID)
@@ -277,7 +288,8 @@ class ConntrackEntryReader:
     def has_zone(self, data: bytes, begin: int, end: int) -> bool:
         """Return whether an entry is outside the default conntrack zone in either direction."""
         found = attributes(data, begin + NFGENMSG_SIZE, end)
-        # A zone that applies to one direction is part of that direction's tuple: the layout is not the standard one.
+        # A zone that applies to only one direction is part of this direction's tuple, which makes the layout
+        # non-standard.
         return CTA_ZONE in found or not self.is_standard(self.fingerprint(data, begin))
 
     def _parse_sockets(self, data: bytes, begin: int, end: int) -> FlowSockets | None:
@@ -288,7 +300,7 @@ class ConntrackEntryReader:
 
 
 def _encode_tuple(direction: int, layout: TupleLayout, byte: bytes) -> bytes:
-    """Encode a tuple in the kernel's layout, with `byte` for every byte of its values."""
+    """Encode a tuple in the standard layout. Every byte of its values is `byte`."""
     ip = (attribute(kind, byte * layout.address_size) for kind in (layout.source, layout.destination))
     ports = (attribute(kind, byte * 2) for kind in (CTA_PROTO_SRC_PORT, CTA_PROTO_DST_PORT))
     proto = nested(CTA_TUPLE_PROTO, attribute(CTA_PROTO_NUM, byte), *ports)
@@ -296,9 +308,9 @@ def _encode_tuple(direction: int, layout: TupleLayout, byte: bytes) -> bytes:
 
 
 def _parse_socket(data: bytes, position: tuple[int, int] | None, address: int, port: int) -> bytes | None:
-    """Return one socket of the tuple at a position, or None if it is not a UDP tuple.
+    """Return one socket of the tuple at a position, or None if there is no UDP tuple at this position.
 
-    `address` and `port` are the types of the attributes to return.
+    `address` and `port` are the types of the attributes that contain the address and the port of the socket.
     """
     try:
         fields = attributes(data, *position) if position else {}

@@ -35,9 +35,10 @@ _NO_SUCH_DIRECTORY = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ELOOP}
 
 
 class InotifyEvent(Struct, frozen=True):
-    """One change; `mask` has IN_* bits.
+    """One change in a watched directory. `mask` contains IN_* bits.
 
-    `name` is "" for the directory itself. `directory` is "" if the event queue overflowed.
+    `name` is the name of the changed file in the directory, or "" if the directory itself changed. If the event queue
+    overflowed, `directory` is "".
     """
 
     directory: str
@@ -46,7 +47,7 @@ class InotifyEvent(Struct, frozen=True):
 
 
 class InotifyError(OSError):
-    """inotify is not available, usually because a limit (`fs.inotify.*`) is exceeded."""
+    """inotify is not available, usually because one of the limits `fs.inotify.*` is exceeded."""
 
 
 class Inotify:
@@ -69,9 +70,9 @@ class Inotify:
     def watch(self, directories: Iterable[str]) -> bool:
         """Watch these directories instead of the current ones; return whether any of them is new.
 
-        A directory that was deleted and created again is new. Directories that do not exist are skipped. If a directory
-        is given by two names, its events have the first one. Raises `InotifyError` if the user has too many watches
-        (`fs.inotify.max_user_watches`).
+        A directory that was deleted and created again is new. Directories that do not exist or cannot be accessed are
+        skipped. If `directories` contains two names of the same directory, its events have the first name. Raises
+        `InotifyError` if the user has too many watches (`fs.inotify.max_user_watches`).
         """
         previous = self._watches
         self._watches = {}

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 def local_addresses() -> tuple[str, ...]:
     """Return the addresses of all interfaces in the kernel's order, without IPv6 link-local addresses.
 
-    Raises `OSError` if the kernel cannot be read.
+    Raises `OSError` if the addresses cannot be read from the kernel.
     """
     from pyroute2 import IPRoute, NetlinkError  # noqa: PLC0415 - costs 11 MB, and only nodePortAddresses needs it
 
@@ -51,7 +51,7 @@ def local_addresses() -> tuple[str, ...]:
 
 
 def own_addresses(family: Family) -> frozenset[str]:
-    """Return the addresses of all interfaces in one family, including link-local addresses. Raises `OSError`."""
+    """Return the addresses of all interfaces in one IP family, including link-local addresses. Raises `OSError`."""
     return frozenset().union(*addresses_by_interface(_ADDRESS_FAMILIES[family]).values())
 
 
@@ -78,13 +78,14 @@ def delete_interface(index: int) -> None:
 
 
 class AddressMonitor:
-    """Calls `on_change` whenever an address is added to an interface, changed or removed.
+    """Calls `on_change` after an address of an interface was added, changed or removed.
 
-    The monitor's thread calls it once for all notifications that arrive together. `on_change` must not block.
+    The monitor has its own thread, which calls `on_change` once for all notifications that arrive together. `on_change`
+    must not block.
     """
 
     def __init__(self, on_change: Callable[[], None]) -> None:
-        """Subscribe to notifications: no change from now on is missed. Raises `OSError`."""
+        """Subscribe to notifications. Changes between this call and `start` are reported, too. Raises `OSError`."""
         self._on_change = on_change
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
         self._socket.bind((0, RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR))
@@ -94,11 +95,15 @@ class AddressMonitor:
         self._thread = threading.Thread(target=self._run, name="address-monitor", daemon=True)
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the monitor's thread."""
         self._thread.start()
 
     def stop(self, timeout: float) -> None:
-        """Stop the thread and close the socket; wait at most `timeout` seconds for a running `on_change` call."""
+        """Stop the thread and close the socket.
+
+        If the thread is in a call of `on_change` that takes longer than `timeout` seconds, return without closing the
+        socket.
+        """
         self._stopping = True
         os.eventfd_write(self._wakeup, 1)
         if self._thread.ident is not None:
@@ -116,7 +121,7 @@ class AddressMonitor:
                 self._on_change()
 
     def _drain(self) -> bool:
-        """Discard all pending notifications; return whether there were any."""
+        """Receive and discard all pending notifications; return whether there were any."""
         received = False
         while True:
             try:

@@ -41,37 +41,45 @@ SOL_NETLINK = 270
 SO_SNDBUFFORCE = 32
 
 REQUESTS_PER_SEND = 128
-"""Number of requests sent in one datagram. An error for every one of them must fit into the socket's receive buffer."""
+"""Number of requests sent in one datagram. The socket's receive buffer must be large enough for an error for each
+request.
+"""
 MAX_ATTEMPTS = 3
-"""How many times `retry_interrupted` tries in total."""
+"""Maximum number of calls that `retry_interrupted` makes, including the first one."""
 MAX_REJECTIONS = 20
-"""Maximum number of rejected messages reported per batch. Later ones are often consequences of the first."""
+"""Maximum number of rejected messages to report for a batch. Later rejections often result from earlier ones."""
 _RECEIVE_SIZE = 1 << 16
-"""Bytes to receive at once. The kernel puts at most 32 KiB of a dump into one datagram."""
+"""Maximum size of a received datagram in bytes. The kernel puts at most 32 KiB of a dump into one datagram."""
 _BATCH_RECEIVE_BUFFER = 1 << 20
-"""Receive buffer of a `BatchSocket` in bytes."""
+"""Size of the receive buffer of a `BatchSocket` in bytes."""
 _ERRNO = struct.Struct("=i")
 """The first field in the payload of NLMSG_ERROR and NLMSG_DONE: 0 or a negative errno (`struct nlmsgerr`)."""
 
 Message: TypeAlias = tuple[bytes, int, int]
-"""A received buffer, and the start and end of one message's payload in it."""
+"""A buffer with received messages, and the start and end of one message's payload in the buffer."""
 _T = TypeVar("_T")
 
 
 class NetlinkError(OSError):
-    """The kernel rejected a request; `errno` says why."""
+    """The kernel rejected a request, or a batch could not be sent or its replies could not be received.
+
+    `errno` is the reason.
+    """
 
 
 class DumpInterruptedError(NetlinkError):
-    """The dumped objects changed during the dump, so it may be inconsistent (NLM_F_DUMP_INTR). Dump again."""
+    """The dumped objects changed during the dump (NLM_F_DUMP_INTR).
+
+    The dump may be inconsistent and should be repeated.
+    """
 
 
 class RejectedMessage(Struct, frozen=True):
     """A message of a batch that the kernel rejected.
 
-    `index` is its index in the batch, or -1 for the batch as a whole. `code` is the errno, `reason` its text with the
-    kernel's explanation if there is one. `offset` is the position of the offending attribute in the message's payload
-    in bytes, or -1 if the kernel did not report it.
+    `index` is the index of the message in the batch, or -1 if the kernel rejected the batch as a whole. `code` is the
+    errno. `reason` is the text for this errno, followed by the kernel's explanation if the kernel sent one. `offset` is
+    the position of the invalid attribute in the message's payload, in bytes, or -1 if the kernel did not report it.
     """
 
     index: int
@@ -81,7 +89,10 @@ class RejectedMessage(Struct, frozen=True):
 
 
 class BatchRejectedError(Exception):
-    """The kernel rejected a batch as a whole. `rejections` are the messages that it objected to, in batch order."""
+    """The kernel rejected a batch and applied no part of it.
+
+    `rejections` are the messages that caused this, in the order of the batch; at most `MAX_REJECTIONS` are reported.
+    """
 
     def __init__(self, rejections: Sequence[RejectedMessage]) -> None:
         super().__init__(rejections[0].reason)
@@ -89,14 +100,15 @@ class BatchRejectedError(Exception):
 
 
 class StaleGenerationError(Exception):
-    """The rule set of this network namespace no longer has the generation ID that a batch requires."""
+    """The kernel rejected a batch because the rule set of the network namespace has a different generation ID."""
 
 
 def retry_interrupted(read: Callable[[], _T]) -> _T:
-    """Call `read` until its dump is consistent and complete, at most `MAX_ATTEMPTS` times; return its result.
+    """Call a function that reads a dump, until the dump is consistent and complete; return the function's result.
 
-    `read` must start from scratch each time, with a new socket. It is called again if it raises `DumpInterruptedError`
-    or ENOBUFS (messages were lost, see netlink(7)). Raises what the last attempt raised.
+    The function is called again if it raises `DumpInterruptedError`, or an `OSError` with ENOBUFS, which means that
+    messages were lost (netlink(7)). It must start from scratch in each call, with a new socket. It is called at most
+    `MAX_ATTEMPTS` times; the exception of the last call propagates.
     """
     for _ in range(MAX_ATTEMPTS - 1):
         try:
@@ -111,7 +123,10 @@ class BoundSocket:
     """A netlink socket that numbers its messages. A context manager."""
 
     def __init__(self, protocol: int) -> None:
-        """Open a socket for a netlink protocol such as NETLINK_ROUTE. Raises `OSError` if the kernel lacks it."""
+        """Open a socket for a netlink protocol such as NETLINK_ROUTE.
+
+        Raises `OSError` if the kernel does not support the protocol.
+        """
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
         self._socket.bind((0, 0))
         self._sequence = 0
@@ -125,7 +140,7 @@ class BoundSocket:
         self._socket.close()
 
     def _message(self, kind: int, flags: int, payload: bytes) -> bytes:
-        """Encode a request with the next sequence number, padded so that another message can follow."""
+        """Encode a request with the next sequence number. It is padded so that another message can follow it."""
         self._sequence += 1
         size = HEADER.size + len(payload)
         padding = b"\0" * (-size % 4)
@@ -133,19 +148,22 @@ class BoundSocket:
 
 
 class NetlinkSocket(BoundSocket):
-    """A netlink socket for requests and dumps. Exhaust the iterator of a dump before the next call."""
+    """A netlink socket for requests and dumps.
+
+    After `dump` or `get`, exhaust the iterator before the next call of any method.
+    """
 
     def request(self, kind: int, flags: int, payload: bytes) -> None:
-        """Send one request and wait for its acknowledgment. Raises `NetlinkError`."""
+        """Send one request and wait for its acknowledgment. Raises `NetlinkError` if the kernel rejects it."""
         errors = self.request_many(kind, flags, [payload])
         if errors:
             raise _error(errors[0])
 
     def request_many(self, kind: int, flags: int, payloads: Sequence[bytes]) -> dict[int, int]:
-        """Send requests of one type; return the errno of each rejected request by its index in `payloads`.
+        """Send requests of one type; return the errnos of rejected requests, keyed by index in `payloads`.
 
-        The kernel processes the requests in order and continues after one that it rejects. Raises `OSError` if the
-        socket fails.
+        The kernel processes the requests in order. After a request that it rejects, it continues with the next one.
+        Raises `OSError` if the requests cannot be sent or the replies cannot be received.
         """
         errors: dict[int, int] = {}
         for begin in range(0, len(payloads), REQUESTS_PER_SEND):
@@ -154,19 +172,24 @@ class NetlinkSocket(BoundSocket):
             messages = [self._message(kind, flags, payload) for payload in batch[:-1]]
             messages.append(self._message(kind, flags | NLM_F_ACK, batch[-1]))
             self._socket.send(b"".join(messages))
-            # Only the last request asks for an acknowledgment. The kernel sends errors for the others before it.
+            # Only the last request asks for an acknowledgment. Before it, the kernel sends an error for each earlier
+            # request that it rejected.
             errors |= {begin + sequence - first: code for sequence, code in self._receive_errors(first) if code}
         return errors
 
     def dump(self, kind: int, payload: bytes) -> Iterator[Message]:
         """Request a dump and yield its messages.
 
-        Raises `NetlinkError`, in particular `DumpInterruptedError` after the last message.
+        Raises `NetlinkError` if the kernel rejects the request. Raises `DumpInterruptedError` after the last message if
+        the dump may be inconsistent.
         """
         return self._query(kind, NLM_F_DUMP, payload)
 
     def get(self, kind: int, payload: bytes) -> Iterator[Message]:
-        """Request a single object and yield the messages of the reply. Raises `NetlinkError`."""
+        """Request one object and yield the messages of the reply.
+
+        Raises `NetlinkError` if the kernel rejects the request.
+        """
         return self._query(kind, NLM_F_ACK, payload)
 
     def _query(self, kind: int, flags: int, payload: bytes) -> Iterator[Message]:
@@ -188,7 +211,10 @@ class NetlinkSocket(BoundSocket):
                 yield data, payload_begin, end
 
     def _receive_errors(self, first: int) -> Iterator[tuple[int, int]]:
-        """Yield the sequence number and errno (0 for success) of each reply, up to the reply to the last request."""
+        """Yield the sequence number and errno of each reply, up to the reply to the last request.
+
+        The errno 0 means that the kernel has accepted the request.
+        """
         sequence = 0
         while sequence != self._sequence:
             reply = self._socket.recv(_RECEIVE_SIZE)
@@ -198,10 +224,13 @@ class NetlinkSocket(BoundSocket):
 
 
 class BatchSocket(BoundSocket):
-    """A netlink socket that sends batches to one nfnetlink subsystem."""
+    """A netlink socket that sends batches of messages to one nfnetlink subsystem."""
 
     def __init__(self, subsystem: int) -> None:
-        """Open a socket for an NFNL_SUBSYS_* number. Raises `OSError` if the kernel lacks nfnetlink."""
+        """Open a socket for the subsystem with an NFNL_SUBSYS_* number.
+
+        Raises `OSError` if the kernel does not support nfnetlink.
+        """
         super().__init__(NETLINK_NETFILTER)
         self._subsystem = subsystem
         self._socket.setsockopt(SOL_NETLINK, NETLINK_CAP_ACK, 1)
@@ -210,11 +239,12 @@ class BatchSocket(BoundSocket):
         self._send_buffer = 0
 
     def commit(self, messages: Sequence[tuple[int, int, bytes]], generation: int | None = None) -> None:
-        """Send at least one message (type, flags, payload) as a batch and wait until the kernel has committed it.
+        """Send messages as a batch and wait until the kernel has committed it.
 
-        With a `generation`, the kernel commits the batch only if the rule set still has that generation ID, else this
-        raises `StaleGenerationError`. Raises `BatchRejectedError` if the kernel rejects the batch, and `NetlinkError`
-        if sending the batch or receiving the replies fails.
+        Each message is given by its type, flags and payload. There must be at least one message. If a `generation` is
+        given, the kernel commits the batch only if the rule set still has this generation ID. Otherwise this raises
+        `StaleGenerationError`. Raises `BatchRejectedError` if the kernel rejects the batch for another reason. Raises
+        `NetlinkError` if the batch cannot be sent or the replies cannot be received.
         """
         first = self._sequence + 1
         genid = attribute(NFNL_BATCH_GENID, struct.pack(">I", generation)) if generation is not None else b""
@@ -232,7 +262,8 @@ class BatchSocket(BoundSocket):
 
     def _send(self, batch: bytes) -> None:
         if len(batch) > self._send_buffer:
-            # A batch is a single datagram. Sending more than net.core.wmem_max requires CAP_NET_ADMIN.
+            # A batch is sent as one datagram. For a datagram larger than net.core.wmem_max, SO_SNDBUFFORCE is needed,
+            # which requires CAP_NET_ADMIN.
             try:
                 self._socket.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, len(batch))
             except PermissionError:
@@ -244,11 +275,14 @@ class BatchSocket(BoundSocket):
             raise NetlinkError(error.errno, error.strerror) from None
 
     def _receive_rejections(self, first: int, last: int) -> list[RejectedMessage]:
-        """Receive replies up to the reply to message `last`, or an error for the whole batch (a reply to `first`).
+        """Receive the replies to a batch and return the rejected messages.
 
-        If there are more errors than fit into the receive buffer, recv(2) fails with ENOBUFS. The buffer still
-        contains the first ones and must be drained, because otherwise replies to the next batch would be lost, too
-        (netlink(7)).
+        `first` is the sequence number of the message that begins the batch, and `last` is that of the last message
+        before the end of the batch. The final reply is the reply to message `last`, or an error in reply to message
+        `first`, which applies to the whole batch.
+
+        If the errors do not fit into the receive buffer, recv(2) fails with ENOBUFS. The buffer still contains the
+        first errors. It must be drained, because otherwise replies to the next batch would be lost, too (netlink(7)).
         """
         rejections: list[RejectedMessage] = []
         overrun = False
@@ -277,7 +311,10 @@ class BatchSocket(BoundSocket):
 
 
 def _check_end(data: bytes, begin: int, end: int, *, interrupted: bool) -> None:
-    """Raise the error that the last message of a reply reports, if any."""
+    """Raise `NetlinkError` if the last message of a reply reports an error.
+
+    If it reports success but `interrupted` is true, raise `DumpInterruptedError`.
+    """
     code = -_ERRNO.unpack_from(data, begin)[0] if end - begin >= _ERRNO.size else 0
     if code:
         raise _error(code)
@@ -290,11 +327,15 @@ def _error(code: int) -> NetlinkError:
 
 
 def _parse_error(reply: bytes, size: int, flags: int, index: int) -> RejectedMessage:
-    """Parse an NLMSG_ERROR message with its extended acknowledgment (`struct nlmsgerr`, NLMSGERR_ATTR_*)."""
+    """Parse an NLMSG_ERROR message and its extended acknowledgment (`struct nlmsgerr`, NLMSGERR_ATTR_*).
+
+    `index` is the index in the batch of the message to which the kernel replied.
+    """
     (code,) = _ERRNO.unpack_from(reply, HEADER.size)
     reason, offset = os.strerror(-code), -1
     if flags & NLM_F_ACK_TLVS:
-        # After the errno, the kernel echoes the request's header, and its payload unless NLM_F_CAPPED is set.
+        # After the errno, the kernel echoes the header of the request. Unless NLM_F_CAPPED is set, it then echoes the
+        # payload of the request, too.
         echo = HEADER.size + _ERRNO.size
         (echo_size,) = struct.unpack_from("=I", reply, echo)
         found = attributes(reply, echo + (HEADER.size if flags & NLM_F_CAPPED else align(echo_size)), size)
@@ -302,6 +343,6 @@ def _parse_error(reply: bytes, size: int, flags: int, index: int) -> RejectedMes
             begin, end = found[NLMSGERR_ATTR_MSG]
             reason = f"{reason} ({reply[begin:end].rstrip(bytes(1)).decode(errors='replace')})"
         if NLMSGERR_ATTR_OFFS in found:
-            # The kernel counts from the start of the message's header.
+            # The kernel's offset is relative to the start of the message's header.
             offset = struct.unpack_from("=I", reply, found[NLMSGERR_ATTR_OFFS][0])[0] - HEADER.size
     return RejectedMessage(index, -code, reason, offset)

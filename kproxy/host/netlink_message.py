@@ -38,7 +38,7 @@ _ATTRIBUTE = struct.Struct("=HH")
 
 
 def attribute(kind: int, payload: bytes) -> bytes:
-    """Encode a netlink attribute, padded to 4 bytes."""
+    """Encode a netlink attribute, padded to a multiple of 4 bytes."""
     size = _ATTRIBUTE.size + len(payload)
     return _ATTRIBUTE.pack(size, kind) + payload + b"\0" * (-size % 4)
 
@@ -49,7 +49,7 @@ def nested(kind: int, *attributes: bytes) -> bytes:
 
 
 def attributes(data: bytes, begin: int, end: int) -> dict[int, tuple[int, int]]:
-    """Map the type of each attribute in `data[begin:end]` to the start and end of its payload."""
+    """Return the attributes in `data[begin:end]`: for each type, the start and end of the attribute's payload."""
     found = {}
     while begin + _ATTRIBUTE.size <= end:
         size, kind = _ATTRIBUTE.unpack_from(data, begin)
@@ -59,7 +59,10 @@ def attributes(data: bytes, begin: int, end: int) -> dict[int, tuple[int, int]]:
 
 
 def iterate_attributes(data: bytes, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Yield the type, payload start and payload end of each attribute. Types may repeat, unlike with `attributes`."""
+    """Yield the type, payload start and payload end of each attribute in `data[begin:end]`.
+
+    Use this instead of `attributes` if several attributes may have the same type.
+    """
     while begin + _ATTRIBUTE.size <= end:
         size, kind = _ATTRIBUTE.unpack_from(data, begin)
         yield kind & NLA_TYPE_MASK, begin + _ATTRIBUTE.size, begin + size
@@ -72,10 +75,10 @@ def nfgenmsg(family: int = AF_UNSPEC, resource: int = 0) -> bytes:
 
 
 def nfnl_type(subsystem: int, message: int) -> int:
-    """Return the netlink message type of a message of an nfnetlink subsystem."""
+    """Return the netlink message type for a message of an nfnetlink subsystem (both given as numbers)."""
     return subsystem << 8 | message
 
 
 def align(size: int) -> int:
-    """Round a size up to the 4 bytes that netlink aligns messages and attributes to (NLMSG_ALIGN, NLA_ALIGN)."""
+    """Round a size up to a multiple of 4, as netlink aligns messages and attributes (NLMSG_ALIGN, NLA_ALIGN)."""
     return (size + 3) & ~3

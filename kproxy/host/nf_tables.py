@@ -1,4 +1,4 @@
-"""nf_tables queries of the iptables backend: whether NAT is supported, and how many rules a chain has."""
+"""nf_tables queries for the iptables backend: whether the kernel supports NAT, and how many rules a chain has."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from kproxy.model.types import Family
 
 NF_IP_PRI_NAT_SRC = 100  # linux/netfilter_ipv4.h
 _UNKNOWN_MESSAGE = 0xFF
-"""A message type that nf_tables does not have, so that the kernel rejects the batch that contains it."""
+"""A message type that does not exist in nf_tables. The kernel rejects every batch that contains it."""
 _ADDRESS_FAMILIES = {Family.IPV4: socket.AF_INET, Family.IPV6: socket.AF_INET6}
 _PROBE_TABLE = "kproxy-probe"
 
@@ -39,9 +39,11 @@ _PROBE_TABLE = "kproxy-probe"
 def nat_unsupported_reason(family: Family) -> str:
     """Return why the kernel rejects chains of type nat in a family, or "" if it accepts them. Raises `OSError`.
 
-    An existing chain POSTROUTING in table nat proves that the kernel supports NAT. Otherwise, this sends a batch that
-    creates a dormant table with a chain of type nat and ends with a message of an unknown type. Because of that
-    message, the kernel rejects the whole batch and sends no notification. The probe takes about 10 ms.
+    If table nat has a chain POSTROUTING, the kernel supports NAT. Otherwise the kernel is probed, which takes about
+    10 ms. The probe is a batch that creates a dormant table with a chain of type nat and ends with a message of an
+    unknown type. Because of this last message, the kernel rejects the whole batch: nothing is created, and no
+    notification is sent. If the kernel does not support NAT, it also rejects an earlier message: the one that creates
+    the table or the one that creates the chain.
     """
     header = nfgenmsg(_ADDRESS_FAMILIES[family])
     if _has_chain(header + _string(NFTA_CHAIN_TABLE, "nat") + _string(NFTA_CHAIN_NAME, "POSTROUTING")):
@@ -66,8 +68,8 @@ def nat_unsupported_reason(family: Family) -> str:
 def count_rules(family: Family, table: str, chain: str) -> int:
     """Return the number of rules in a chain, or 0 if the chain does not exist.
 
-    The cost does not depend on the number of other chains. Raises `OSError`, in particular `DumpInterruptedError` if
-    any rule changed during the dump.
+    The time that this takes does not depend on the number of other chains. Raises `OSError`. If any rule changed during
+    the dump, the error is a `DumpInterruptedError`.
     """
     names = _string(NFTA_RULE_TABLE, table) + _string(NFTA_RULE_CHAIN, chain)
     request = nfgenmsg(_ADDRESS_FAMILIES[family]) + names

@@ -1,6 +1,6 @@
 """Constants of linux/netfilter/nf_tables.h, by their kernel names. Pure.
 
-Only the constants that kproxy uses are defined. Constants of other headers are grouped under the name of their header.
+Only the constants that kproxy uses are defined. The constants of other headers follow at the end, grouped by header.
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ IPS_DST_NAT = 0x20
 # linux/rtnetlink.h
 RTN_LOCAL = 2
 
-# libnftnl/udata.h: user data, which the kernel stores and nft reads back
+# libnftnl/udata.h: types of user data. The kernel stores user data unchanged, and nft reads it.
 NFTNL_UDATA_TABLE_COMMENT = NFTNL_UDATA_CHAIN_COMMENT = NFTNL_UDATA_RULE_COMMENT = NFTNL_UDATA_SET_ELEM_COMMENT = 0
 NFTNL_UDATA_SET_KEYBYTEORDER = 0
 NFTNL_UDATA_SET_DATABYTEORDER = 1

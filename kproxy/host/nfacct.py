@@ -24,10 +24,10 @@ NFACCT_PKTS = 2
 
 
 def ensure_counters(names: Iterable[str]) -> None:
-    """Create the counters that do not exist yet; existing counters keep their counts.
+    """Create the counters that do not exist yet. Existing counters keep their counts.
 
-    A rule that names a counter is rejected unless the counter exists. Raises `OSError` if the kernel lacks nfacct or
-    this process lacks CAP_NET_ADMIN.
+    The kernel rejects a rule that refers to a counter that does not exist. Raises `OSError` if the kernel does not
+    support nfacct or if this process does not have CAP_NET_ADMIN.
     """
     kind = nfnl_type(NFNL_SUBSYS_ACCT, NFNL_MSG_ACCT_NEW)
     with NetlinkSocket(NETLINK_NETFILTER) as netlink:

@@ -11,16 +11,19 @@ from kproxy.host.netlink import NetlinkSocket
 
 RTM_SETLINK = 19  # linux/rtnetlink.h
 _NO_INTERFACE = struct.pack("=BxHiII", socket.AF_UNSPEC, 0, 0, 0, 0)
-"""A `struct ifinfomsg` with interface index 0: without the attribute IFLA_IFNAME, it names no interface."""
+"""A `struct ifinfomsg` with interface index 0. Without the attribute IFLA_IFNAME, it does not identify an interface."""
 _OOM_SCORE_ADJ = Path("/proc/self/oom_score_adj")
 
 
 def has_net_admin() -> bool:
     """Return whether this process has CAP_NET_ADMIN over its network namespace (capabilities(7)).
 
-    The check sends a request that changes nothing. Without the capability, the kernel rejects it with EPERM; with the
-    capability, with EINVAL, because the request names no interface. CapEff in /proc/self/status can mislead: root in a
-    user namespace has all capabilities there, but none over a network namespace that another user namespace owns.
+    The check sends a request that changes nothing, because it does not identify an interface. If the process does not
+    have the capability, the kernel rejects the request with EPERM. Otherwise it rejects the request with EINVAL.
+
+    CapEff in /proc/self/status is not sufficient. It contains all capabilities for root in a user namespace, even if
+    the network namespace belongs to another user namespace. The process then has no capabilities over the network
+    namespace.
     """
     try:
         with NetlinkSocket(socket.NETLINK_ROUTE) as netlink:

@@ -1,21 +1,22 @@
-"""The signals that the daemon handles. Imported before all other modules, so it imports almost nothing."""
+"""The signals that the daemon handles. This module is imported before all others, so it imports almost nothing."""
 
 from __future__ import annotations
 
 import signal
 
 STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT})
-"""Shut the daemon down; the rules stay in the kernel."""
+"""The signals that shut the daemon down. The rules stay in the kernel."""
 STACK_DUMP_SIGNALS = frozenset({signal.SIGUSR1, signal.SIGQUIT})
-"""Dump the stacks of all threads to stderr and continue running."""
+"""The signals after which the daemon dumps the stacks of all threads to stderr and continues to run."""
 IGNORED_SIGNALS = frozenset({signal.SIGHUP, signal.SIGUSR2})
-"""Only logged. Their default action would terminate the process silently."""
+"""The signals that the daemon only logs. Their default action would terminate the process without a log message."""
 HANDLED_SIGNALS = STOP_SIGNALS | STACK_DUMP_SIGNALS | IGNORED_SIGNALS
 
 
 def block_signals() -> None:
-    """Block the handled signals, so that they stay pending until `sigwait`. Threads and child processes inherit this.
+    """Block the handled signals, so that they stay pending until `sigwait`.
 
-    Blocking is enough for PID 1 of a container, too: the kernel queues blocked signals even without a handler.
+    New threads and child processes inherit the blocked signals. Blocking also works for PID 1 of a container: the
+    kernel normally discards signals to PID 1 that have no handler, but it queues blocked signals.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED_SIGNALS)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 ROOT = Path("/")
-"""The directory that contains proc/ and sys/. In a container they may be mounted elsewhere."""
+"""The directory that contains proc/ and sys/. In a container, they may be mounted in a different directory."""
 ROUTE_LOCALNET = "proc/sys/net/ipv4/conf/all/route_localnet"
 _SYSCTLS = "proc/sys/"
 
@@ -16,7 +16,10 @@ log = logging.getLogger(__name__)
 
 
 def read_parameters(paths: Iterable[str], root: Path = ROOT) -> dict[str, int]:
-    """Return the values of numeric parameters, keyed by path relative to `root`. Unreadable parameters are omitted."""
+    """Return the values of numeric parameters, keyed by path relative to `root`.
+
+    Parameters that cannot be read or whose values are not numbers are omitted.
+    """
     values = {}
     for path in paths:
         try:
@@ -27,9 +30,10 @@ def read_parameters(paths: Iterable[str], root: Path = ROOT) -> dict[str, int]:
 
 
 def write_parameters(values: Mapping[str, int], root: Path = ROOT) -> list[str]:
-    """Set numeric parameters, keyed by path relative to `root`.
+    """Set numeric parameters, which are keyed by path relative to `root`.
 
-    Return one line for each parameter that cannot be set. Log the old and the new value of each one that is set.
+    Return a one-line message for each parameter that cannot be set. Log the old and the new value of each parameter
+    that is set.
     """
     problems = []
     previous = read_parameters(values, root)
@@ -44,10 +48,11 @@ def write_parameters(values: Mapping[str, int], root: Path = ROOT) -> list[str]:
 
 
 def ensure_route_localnet(root: Path = ROOT) -> list[str]:
-    """Set `route_localnet` on all interfaces, which NodePorts on 127.0.0.1 require (ip-sysctl.rst).
+    """Set the sysctl `route_localnet` for all interfaces. NodePorts on 127.0.0.1 require it (ip-sysctl.rst).
 
-    Return one line if the sysctl cannot be set. The sysctl exposes programs that listen on 127.0.0.1 to other hosts on
-    the same network, unless a rule drops packets from these hosts to 127.0.0.0/8 (CVE-2020-8558).
+    Return a list with a one-line message if the sysctl cannot be set. The sysctl exposes programs that listen on
+    127.0.0.1 to other hosts on the same network, unless a rule drops packets from these hosts to 127.0.0.0/8
+    (CVE-2020-8558).
     """
     if read_parameters([ROUTE_LOCALNET], root) == {ROUTE_LOCALNET: 1}:
         return []
@@ -55,13 +60,13 @@ def ensure_route_localnet(root: Path = ROOT) -> list[str]:
 
 
 def _name(path: str) -> str:
-    """Return a sysctl's name as sysctl(8) writes it, and the absolute path of any other parameter."""
+    """Return the name of a sysctl as sysctl(8) writes it, or the absolute path of any other parameter."""
     below = path.removeprefix(_SYSCTLS)
     return f"/{path}" if below == path else f"sysctl {below.replace('/', '.')}"
 
 
 def _write(path: Path, value: int) -> None:
-    # Without O_CREAT: a parameter that does not exist is an error.
+    # O_CREAT is not set, so that a parameter that does not exist is an error.
     descriptor = os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC)
     try:
         os.write(descriptor, str(value).encode())

@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 MAX_TRANSACTION_RULES = 1200
 """Maximum number of rules in one transaction of a large change: about 40 Services with 10 endpoints each.
 
-The time that iptables-nft needs for a transaction is a constant plus a part that grows with the square of the number of
-rules in it. CPU time to program 1,000 and 5,000 Services with 10 endpoints each:
+iptables-nft needs a constant time for each transaction, plus a time that grows with the square of the number of rules
+in the transaction. CPU time to program 1,000 and 5,000 Services with 10 endpoints each:
 
 - 600 rules per transaction: 0.8 s and 6.3 s
 - 1,200 rules: 0.7 s and 4.6 s
@@ -37,12 +37,13 @@ rules in it. CPU time to program 1,000 and 5,000 Services with 10 endpoints each
 - everything in one transaction: 5.3 s and several minutes
 """
 INCREMENTAL_FACTOR = 17
-"""Raises the limit for a change of existing rules to this factor times the square root of their number, if larger.
+"""Factor for the limit on the rules in one transaction of a change to existing rules.
 
-For each transaction that changes active chains, the kernel validates all rules. The time for a transaction is therefore
-the sum of two parts: one grows with the total number of rules, the other with the square of the number of rules in the
-transaction. The total time is lowest if both parts are equal. CPU time to rewrite the rules of 1,000 Services with 10
-endpoints each:
+The limit is this factor times the square root of the number of existing rules, but at least `max_transaction_rules`.
+The reason is that the kernel validates all rules for each transaction that changes active chains. The time for a
+transaction therefore has two parts: one grows with the total number of rules, the other with the square of the number
+of rules in the transaction. The total time is lowest if both parts are equal. CPU time to rewrite the rules of 1,000
+Services with 10 endpoints each:
 
 - in a cluster of 1,000 Services, with 1,200, 2,500 and 8,000 rules per transaction: 0.85, 0.80 and 1.2 s
 - in a cluster of 5,000 Services, with 2,000, 5,600 and 8,000 rules: 1.6, 1.2 and 1.4 s
@@ -53,40 +54,41 @@ UNLIMITED = 1 << 60
 
 
 class IptablesKernel(Protocol):
-    """Access to the iptables rules of one family; implemented by `kproxy.iptables.runner.IptablesRunner`."""
+    """Access to the iptables rules of one IP family. `kproxy.iptables.runner.IptablesRunner` implements it."""
 
     def save(self) -> AbstractContextManager[Iterator[str]]:
-        """Read all rules as `iptables-save` prints them, with one line for each table that cannot be printed.
+        """Read all rules as `iptables-save` prints them.
 
-        Raises `CommandError`.
+        A table that cannot be printed is reported on a line that `parse_save` recognizes. Raises `CommandError`.
         """
 
     def restore(self, text: str) -> None:
         """Apply an `iptables-restore --noflush` input. Raises `RestoreError` or `CommandError`."""
 
     def restore_each(self, texts: Iterable[str]) -> None:
-        """Apply several inputs in order, up to the first rejected one. Raises `RestoreError` or `CommandError`."""
+        """Apply several inputs in order, and stop at the first failure. Raises `RestoreError` or `CommandError`."""
 
     def has_rule(self, chain: ChainName, rule: str) -> bool | None:
-        """Return whether a chain has a rule, or None if that is unknown. Raises `CommandError`."""
+        """Return whether a chain has a rule, or None if this cannot be determined. Raises `CommandError`."""
 
     def list_rules(self, chains: Iterable[ChainName]) -> dict[ChainName, list[str]]:
-        """Return the rules of the existing chains among `chains`, as `iptables-save` prints them.
+        """Return the rules of those `chains` that exist, as `iptables-save` prints them.
 
-        Rules that cannot be read may be missing. Raises `CommandError`.
+        Rules that iptables cannot print may be missing. Raises `CommandError`.
         """
 
     def count_rules(self, chains: Collection[ChainName]) -> dict[ChainName, int]:
-        """Return the number of rules in each chain. Chains that cannot be counted are missing."""
+        """Return the number of rules in each chain. Chains whose rules cannot be counted are omitted."""
 
     def create_chain(self, chain: ChainName) -> None:
         """Create a chain if it does not exist. Raises `CommandError`."""
 
 
 class IptablesBackend:
-    """Keeps one family's iptables rules in sync with the plans passed to `sync`.
+    """Keeps the iptables rules of one IP family in sync with the plans passed to `sync`.
 
-    It reads the kernel only when it does not know the current state: at start and after a failure.
+    The backend reads all existing rules only if it does not know them. This is the case in the first sync, and in the
+    next sync after a sync failed, `verify` found drift, or `forget` was called.
     """
 
     def __init__(
@@ -97,11 +99,12 @@ class IptablesBackend:
         dispatch_threshold: int = DISPATCH_THRESHOLD,
         patching: bool = True,
     ) -> None:
-        """Create a backend that has not read the kernel yet.
+        """Create a backend that has not read any rules from the kernel yet.
 
         `max_transaction_rules` limits the rules in one transaction of a large change; use `UNLIMITED` for
-        iptables-legacy. A dispatch chain of more than `dispatch_threshold` rules is split by destination; 0 never
-        splits. With `patching`, a long chain in which few rules changed is patched rule by rule.
+        iptables-legacy. A dispatch chain of more than `dispatch_threshold` rules is split by destination; 0 means that
+        it is never split. With `patching`, a long chain in which only a few rules changed is patched rule by rule
+        instead of being rewritten.
         """
         self._kernel = kernel
         self._max_transaction_rules = max_transaction_rules
@@ -115,10 +118,11 @@ class IptablesBackend:
         return self._ledger is None
 
     def sync(self, plans: Plans, context: Context) -> ApplyResult:
-        """Program `plans`: those of the Services that may have changed, or of all Services if `needs_full_sync`.
+        """Program `plans`.
 
-        A Service without plans is deleted. Raises `SyncError` if the kernel cannot be read or rejects a transaction;
-        earlier transactions stay applied.
+        They must cover all Services if `needs_full_sync` is true, and otherwise the Services that may have changed. The
+        rules of a Service without plans are deleted. Raises `SyncError` if the rules cannot be read or a transaction
+        fails; earlier transactions stay applied.
         """
         if self._ledger is not None:
             ledger, snapshot = self._ledger, None
@@ -145,11 +149,17 @@ class IptablesBackend:
         return ApplyResult(written, ledger.rule_counts, ledger.resolution.conflicts)
 
     def verify(self, context: Context) -> bool:
-        """Check the kernel for drift: return whether all rules that lead to Services exist; if not, call `forget`.
+        """Check for drift: return whether the rules that lead packets to the per-Service chains are unchanged.
 
-        The check covers the canaries (missing after another process deleted all chains of a table), the rules ensured
-        in chains that other tools also use, and the shared chains without their shards. If the kernel cannot be read,
-        this logs a warning and returns True.
+        If they have changed, the ledger is discarded as in `forget`. The check covers:
+
+        - the canary chains, which are missing after another process deleted all chains of a table
+        - the rules that kproxy has inserted into chains that other tools also use
+        - the shared chains, but not the shards of the dispatch chains
+
+        A rule in a chain of other tools counts as unchanged if iptables cannot determine whether it exists. Return True
+        without a check if there is no ledger. If the rules cannot be read from the kernel, log a warning and return
+        True.
         """
         if self._ledger is None:
             return True
@@ -177,7 +187,10 @@ class IptablesBackend:
         self._ledger = None
 
     def _apply(self, diff: IptablesDiff, written: Counter[str]) -> None:
-        """Apply the transactions of a diff and add the rules that they write to `written`. Raises `SyncError`."""
+        """Apply the transactions of a diff. Add the number of rules that they write, by table, to `written`.
+
+        Raises `SyncError`.
+        """
         best_effort: list[RestoreInput] = []
 
         def texts() -> Iterator[str]:
@@ -197,10 +210,11 @@ class IptablesBackend:
         diff.commit()
 
     def _concurrently_changed(self, patched: Mapping[ChainName, tuple[ServiceKey, int]]) -> dict[ChainName, ServiceKey]:
-        """Return the patched chains whose number of rules is not the expected one or is unknown, with their Services.
+        """Return the patched chains whose number of rules is unexpected or unknown, with their Services.
 
-        Another process may have changed a chain between counting its rules and patching it. For example, another proxy
-        removes the same endpoint, and then the patch deletes the rule of a remaining endpoint.
+        Another process may have changed a chain after this sync counted its rules and before the patch was applied. For
+        example, if another proxy has already removed the rule of the same endpoint, then the patch deletes the rule of
+        a remaining endpoint.
         """
         counts = self._kernel.count_rules(patched) if patched else {}
         return {chain: key for chain, (key, expected) in patched.items() if counts.get(chain) != expected}
@@ -208,7 +222,7 @@ class IptablesBackend:
     def _rewrite(
         self, ledger: IptablesLedger, chains: Mapping[ChainName, ServiceKey], plans: Plans, context: Context
     ) -> IptablesDiff:
-        """Return the diff that rewrites chains, each given with its Service, even if they match the ledger."""
+        """Return the diff that rewrites `chains`, given with their Services, even if they match the ledger."""
         return IptablesDiff(
             ledger,
             None,
@@ -224,7 +238,10 @@ class IptablesBackend:
         return max(self._max_transaction_rules, INCREMENTAL_FACTOR * isqrt(sum(ledger.rule_counts.values())))
 
     def _delete_chains(self, transaction: RestoreInput) -> None:
-        """Delete as many of a transaction's chains as possible; the transaction must not contain anything else."""
+        """Delete as many of a transaction's chains as possible. The transaction must contain only deletions of chains.
+
+        If the kernel rejects the transaction, each half of the chains is tried separately.
+        """
         try:
             self._kernel.restore(transaction.text())
         except RestoreError as error:
@@ -255,10 +272,11 @@ class IptablesBackend:
         return snapshot
 
     def _read_ensured_rules(self, snapshot: IptablesSnapshot, table: str, context: Context) -> None:
-        """Add the ensured rules of a table that cannot be dumped, by listing single chains and checking single rules.
+        """Add the ensured rules of a table that cannot be dumped to the snapshot.
 
-        A rule that cannot be found is inserted again. A duplicate does no harm, and later checks find the new rule,
-        because it precedes the rule that iptables cannot print.
+        The rules are read by listing individual chains and by checking individual rules. A rule that cannot be found
+        this way may exist nevertheless, and the sync then inserts it a second time. The duplicate is harmless. Later
+        checks find the duplicate, because it precedes the rule that iptables cannot print.
         """
         if FILTER_FIREWALL.table == table:
             self._kernel.create_chain(FILTER_FIREWALL)
@@ -271,17 +289,20 @@ class IptablesBackend:
                 existing.append(rule.text)
 
     def _may_exist(self, rule: EnsuredRule, existing: list[str]) -> bool:
-        """Return whether an ensured rule exists or cannot be checked; `existing` are the known rules of its chain."""
+        """Return False if an ensured rule does not exist, and True if it exists or if this cannot be determined.
+
+        `existing` are the rules of the chain that could be read.
+        """
         return rule.is_satisfied_by_any(existing) or self._kernel.has_rule(rule.chain, rule.rule) is not False
 
 
 class IptablesPrinter:
-    """A backend that prints the changes it would make to an empty kernel."""
+    """A backend that prints the changes that it would make if the kernel had no rules."""
 
     needs_full_sync = True
 
     def __init__(self, show: Callable[[str], object], *, dispatch_threshold: int = DISPATCH_THRESHOLD) -> None:
-        """Create a printer that passes its output to `show`."""
+        """Create a printer that passes each part of its output to `show`."""
         self._show = show
         self._dispatch_threshold = dispatch_threshold
 
@@ -310,5 +331,5 @@ class IptablesPrinter:
 
 
 def render_ports(ports: Sequence[ServicePortPlan], context: Context) -> dict[str, RenderedPort]:
-    """Render the rules of a Service's ports, by `port name/protocol`."""
+    """Return the rules of a Service's ports, keyed by `port name/protocol`."""
     return {f"{plan.port_name}/{plan.protocol}": render_port(plan, context) for plan in ports}

@@ -26,7 +26,10 @@ INVALID_COUNTER = "ct_state_invalid_dropped_pkts"
 
 
 class EnsuredRule(Struct, frozen=True):
-    """A rule in a chain that other tools also use: inserted at the top if it is missing, never rewritten."""
+    """A rule in a chain that other tools also use.
+
+    It is inserted at the top of the chain if it is missing. An existing rule is left unchanged.
+    """
 
     chain: ChainName
     rule: str
@@ -39,8 +42,8 @@ class EnsuredRule(Struct, frozen=True):
     def is_satisfied_by(self, rule: str) -> bool:
         """Return whether an existing rule, as `iptables-save` prints it, is equivalent to this one.
 
-        Comments and `--ctstate NEW` are ignored, because they differ between versions of kube-proxy. A rule with any
-        other additional match applies to fewer packets and is not equivalent.
+        The comparison ignores comments and `--ctstate NEW`, because they differ between versions of kube-proxy. A rule
+        with any other additional match applies to fewer packets and is therefore not equivalent.
         """
         return rule == self.text or _strip_optional_matches(rule) == _strip_optional_matches(self.text)
 
@@ -102,15 +105,16 @@ _MARTIAN_RULE = EnsuredRule(
 def ensured_rules(context: Context) -> tuple[EnsuredRule, ...]:
     """Return the rules that must exist in chains that other tools also use, in order from the top.
 
-    NodePorts on localhost need the sysctl `route_localnet`, which also lets other hosts on the network reach programs
-    that listen on 127.0.0.1 (CVE-2020-8558). The rule against martian packets blocks this.
+    NodePorts on localhost need the sysctl `route_localnet`. Without further rules, the sysctl would allow other hosts
+    on the network to reach programs that listen on 127.0.0.1 (CVE-2020-8558). A rule in KUBE-FIREWALL drops these
+    packets.
     """
     martian_rules = (_MARTIAN_RULE,) if context.localhost_node_ports else ()
     return (*martian_rules, *_KUBELET_FIREWALL, *_JUMPS)
 
 
 def base_chains(context: Context) -> dict[ChainName, str]:
-    """Return the chains that are the same for every set of Services, with their rules."""
+    """Return the chains whose rules do not depend on Services, with their rules."""
     mark = f"{context.masquerade_mark:#x}"
     random = " --random-fully" if context.random_fully else ""
     snat = "kubernetes service traffic requiring SNAT"
@@ -132,8 +136,9 @@ def _forward_rules(context: Context, mark: str) -> list[str]:
     comment = '-m comment --comment "kubernetes forwarding'
     rules = []
     if context.drop_invalid:
-        # conntrack does not reverse DNAT for an INVALID reply. The client would get a packet from an address that it
-        # does not know and reset its connection (kubernetes/kubernetes#74839).
+        # conntrack does not translate the source of an INVALID reply back to the Service's address. The client would
+        # receive a packet from an address that it does not know and reset the connection
+        # (kubernetes/kubernetes#74839).
         counter = f"-m nfacct --nfacct-name {INVALID_COUNTER} " if context.accounting else ""
         rules.append(f"-m conntrack --ctstate INVALID {counter}-j DROP")
     rules.append(f'{comment} rules" -m mark --mark {mark}/{mark} -j ACCEPT')
@@ -142,9 +147,9 @@ def _forward_rules(context: Context, mark: str) -> list[str]:
 
 
 def dispatch_trailing_rules(context: Context) -> dict[ChainName, tuple[str, ...]]:
-    """Return the last rules of each dispatch chain.
+    """Return the rules at the end of each dispatch chain, after the rules of all Services.
 
-    Only KUBE-SERVICES in table nat has any: it jumps to KUBE-NODEPORTS after the rules for all Service addresses.
+    Only KUBE-SERVICES in table nat has trailing rules. They jump to KUBE-NODEPORTS.
     """
     comment = '-m comment --comment "kubernetes service nodeports; NOTE: this must be the last rule in this chain"'
     jump = f"-j {NAT_NODEPORTS.name}"

@@ -1,6 +1,6 @@
-"""Compute the smallest safe sequence of transactions from the accepted state to the desired state.
+"""Compute a short, safe sequence of transactions from the state in the ledger to the desired state.
 
-Pure, except that it may ask for the number of rules in kernel chains through a given `RuleCounter`.
+Pure, except that it may call a `RuleCounter` to count the rules of chains in the kernel.
 """
 
 from __future__ import annotations
@@ -29,29 +29,38 @@ from kproxy.model.context import Context
 from kproxy.model.types import ServiceKey
 
 RenderedServices: TypeAlias = Iterable[tuple[ServiceKey, Mapping[str, RenderedPort]]]
-"""The Services that may have changed, with the rules of their ports; a deleted Service has no ports.
+"""The Services that may have changed, with the rules of their ports. A deleted Service has no ports.
 
-It is consumed while transactions are generated, so the rules of a large cluster are never in memory all at once.
+The diff iterates over the Services while it generates transactions, so that the rules of a large cluster are never in
+memory all at once.
 """
 RuleCounter: TypeAlias = Callable[[Collection[ChainName]], Mapping[ChainName, int]]
-"""Returns the number of rules in each of the given kernel chains. Chains that cannot be counted are missing."""
+"""Returns the number of rules that each of the given chains has in the kernel. Chains whose rules cannot be counted are
+omitted.
+"""
 
 
 class IptablesDiff:
-    """The transactions, in order, that lead from the state in a ledger to the desired state.
+    """The transactions, in order, that take the kernel from the state in a ledger to the desired state.
 
-    With a `snapshot` of the kernel (at start and after a failure), the ledger is empty, `desired` has all Services,
-    and the snapshot decides which chains are written, which rules are ensured and which chains are deleted.
+    A `snapshot` of the kernel's rules is given if the ledger is not known to match the kernel: at startup and after a
+    failure. Then the ledger must be empty, and `desired` must contain all Services. The snapshot determines which
+    chains are written, which rules are inserted into chains that other tools also use, and which chains are deleted.
 
-    The time that iptables-nft needs for a transaction grows with the square of its number of rules. A change of more
-    than `max_transaction_rules` rules is therefore split into transactions, each of which is safe on its own: first the
-    per-Service chains, then the shards from the bottom up, then the dispatch chains, and finally the deletion of unused
-    chains. A dispatch chain of more than `dispatch_threshold` rules is split into shards.
+    The dispatch chains are the shared chains that match a packet's destination and jump to per-Service chains. A
+    dispatch chain of more than `dispatch_threshold` rules is split into shards, which are smaller chains for parts of
+    the destinations.
 
-    With a `rule_counter`, a long per-Service chain is patched if few of its rules differ and it has as many rules in
-    the kernel as in the ledger. Other chains are always rewritten: iptables-nft needs more time to find one rule among
-    10,000 than to write the 32 rules of a shard. `patched` maps each patched chain to its Service and to the number of
-    rules that it must have after the transactions.
+    The time that iptables-nft needs for a transaction grows with the square of the number of rules in it. A change of
+    more than `max_transaction_rules` rules is therefore split into several transactions, each of which is safe on its
+    own. They write the per-Service chains first, then the shards from the bottom up, and then the dispatch chains.
+    Finally they delete unused chains.
+
+    With a `rule_counter`, a long per-Service chain is patched rule by rule, provided that only a few of its rules
+    differ and that the chain has the same number of rules in the kernel as in the ledger. All other chains are
+    rewritten: iptables-nft needs more time to find one rule among 10,000 than to write the 32 rules of a shard.
+    `patched` maps each patched chain to its Service and to the number of rules that the chain must have after the
+    transactions.
 
     The per-Service chains in `force_rewrite` are written even if they match the ledger.
     """
@@ -86,7 +95,7 @@ class IptablesDiff:
         self._deleted: list[ChainName] = []
 
     def transactions(self) -> Iterator[RestoreInput]:
-        """Yield the transactions; none if the kernel already has the desired state."""
+        """Yield the transactions. There are none if the kernel already has the desired state."""
         current = RestoreInput(self._base_changes())
         cost = current.cost
         for change in self._chain_changes():
@@ -99,7 +108,8 @@ class IptablesDiff:
             cost += added
         entry = self._entry_change()
         self._deleted += self._stale_chains()
-        # After a failure, other tools may have added jumps to stale chains. This must not block the other changes.
+        # Other tools may have added jumps to stale chains that the snapshot found. The kernel then rejects the deletion
+        # of these chains, which must not block the other changes.
         best_effort = self._snapshot is not None
         if cost + entry.cost > self._max_transaction_rules:
             yield from [current] if current else []
@@ -123,7 +133,10 @@ class IptablesDiff:
         self._ledger.dispatch = self._dispatch
 
     def _base_changes(self) -> dict[ChainName, str]:
-        """Return the chains to write that do not depend on Services. Per-Service chains jump to some of them."""
+        """Return those Service-independent chains that must be written.
+
+        They are part of the first transaction, because per-Service chains jump to some of them.
+        """
         chains = base_chains(self._context)
         self._base = {chain: hash(rules) for chain, rules in chains.items()}
         for chain, rules in chains.items():
@@ -134,12 +147,12 @@ class IptablesDiff:
         return {chain: rules for chain, rules in chains.items() if existing.get(chain) != self._base[chain]}
 
     def _chain_changes(self) -> Iterator[RestoreInput]:
-        """Yield the changes of per-Service chains and shards. No change may be split across transactions."""
+        """Yield the changes to per-Service chains and shards. A change must not be split across transactions."""
         yield from self._service_changes()
         yield from (RestoreInput({shard: rules}) for shard, rules in self._shard_changes())
 
     def _service_changes(self) -> Iterator[RestoreInput]:
-        """Yield the change of the per-Service chains of each Service, which always change together."""
+        """For each Service, yield one change to all of its per-Service chains, which are always updated together."""
         for key, ports in self._desired:
             record = {name: PortRecord.from_rendered(rendered) for name, rendered in ports.items()}
             self._services[key] = record
@@ -155,14 +168,19 @@ class IptablesDiff:
                         self._add_chain(change, chain, rules, old.get(name))
             self._deleted += [ChainName("nat", name) for name in accepted]
             if change.patches and self._rule_counter is not None:
-                # Check now, not once per transaction: chains to rewrite count towards the size of the transaction.
+                # Check here, per Service, whether the patches are applicable. A chain whose patch is not applicable is
+                # rewritten, and this affects how many Services fit into a transaction.
                 change = change.with_applicable_patches(self._rule_counter(change.patches))
                 self.patched |= {chain: (key, patch.new_length) for chain, patch in change.patches.items()}
             if change:
                 yield change
 
     def _add_chain(self, change: RestoreInput, name: str, rules: str, old: PortRecord | None) -> None:
-        """Add a per-Service chain to a change: as a patch if its existing rules are known, else rewritten."""
+        """Add a per-Service chain to a change: as a patch if that is possible and cheaper, else as a rewritten chain.
+
+        `old` is the record of the service port in the ledger. A patch requires the digests of the existing rules, which
+        are part of the record.
+        """
         chain = ChainName("nat", name)
         existing = old.rule_digests_of(name) if old is not None and self._rule_counter is not None else ()
         if existing and (patch := make_patch(name, existing, rules)) is not None:
@@ -171,7 +189,7 @@ class IptablesDiff:
             change.chains[chain] = rules
 
     def _shard_changes(self) -> Iterator[tuple[ChainName, str]]:
-        """Yield each shard to write, with its rules; keep the dispatch chains for `_entry_change`."""
+        """Yield each shard to write, with its rules. Store the dispatch chains to write for `_entry_change`."""
         trailing_rules = dispatch_trailing_rules(self._context)
         self._resolution = self._ledger.resolve_conflicts(self._context.family, self._services)
         omitted = self._resolution.omitted_rules
@@ -192,7 +210,7 @@ class IptablesDiff:
             yield from changed.items()
 
     def _dirty_dispatch_chains(self, trailing_rules: Mapping[ChainName, tuple[str, ...]]) -> list[ChainName]:
-        """Return the dispatch chains that may change; keep the records of the others."""
+        """Return the dispatch chains that may change. Copy the records of all other dispatch chains from the ledger."""
         if self._snapshot is not None:
             return list(trailing_rules)
         dirty: set[ChainName] = set()
@@ -205,7 +223,10 @@ class IptablesDiff:
         return [chain for chain in trailing_rules if chain not in self._dispatch]
 
     def _entry_change(self) -> RestoreInput:
-        """Return the change of the dispatch chains and of the rules that lead to them: it activates all new chains."""
+        """Return the change to the dispatch chains and to the rules that jump to them.
+
+        This change activates all new chains.
+        """
         change = RestoreInput(dict(self._dispatch_chains))
         if self._snapshot is not None:
             self._ensure_rules(change, self._snapshot)
@@ -215,12 +236,12 @@ class IptablesDiff:
         for chain in (*CANARIES, FILTER_FIREWALL):
             if chain not in snapshot.rules:
                 change.chains[chain] = ""
-        # Each rule is inserted at the top, so the one inserted last comes first.
+        # Each rule is inserted at the top of its chain, so the rule that is inserted last comes first.
         for rule in reversed(ensured_rules(self._context)):
             existing = snapshot.rules.get(rule.chain, [])
             if not rule.is_satisfied_by_any(existing):
                 change.edits.append((rule.chain.table, f"-I {rule.chain.name} 1 {rule.rule}"))
-            # Two proxies that start at the same time may both have inserted the rule.
+            # Delete duplicates: two proxies that started at the same time may both have inserted the rule.
             duplicates = existing.count(rule.text) - 1
             change.edits += [(rule.chain.table, f"-D {rule.chain.name} {rule.rule}")] * duplicates
 

@@ -1,7 +1,9 @@
 """Lay out a dispatch chain: flat as in kube-proxy, or split into shards by destination. Pure.
 
-In a flat chain, every new connection on the node is checked against one rule for each Service, even if it is not
-addressed to any Service. The layout depends only on the current rules, not on earlier layouts.
+Dispatch chains are shared by all Services and match the destinations of packets. In a flat chain, the kernel checks
+every new connection on the node against one rule for each Service, even if the connection is not addressed to any
+Service. The shards of a split chain are smaller chains, each for a part of the destinations. The layout depends only on
+the current rules, not on earlier layouts.
 """
 
 from __future__ import annotations
@@ -18,19 +20,19 @@ from kproxy.iptables.render import DispatchRule
 from kproxy.model.types import Family
 
 DISPATCH_THRESHOLD = 1000
-"""Maximum number of service rules in a flat dispatch chain; a chain with more is split.
+"""Maximum number of service rules in a flat dispatch chain. A chain with more service rules is split.
 
-Measured with iptables-nft: the kernel checks a new connection against 60 rules in a microsecond.
+Measured with iptables-nft: the kernel checks a new connection against 60 rules per microsecond.
 """
 MAX_SHARD_RULES = 32
-"""Maximum number of rules in a shard. Shards for a single destination and shards at the last level may have more."""
+"""Maximum number of rules in a shard. Shards for only one destination and shards at the last level may have more."""
 LEVEL_BITS = 4
-"""Number of destination bits that one level of the tree distinguishes: a chain jumps to at most 16 shards."""
+"""Number of destination bits that one level of the tree distinguishes. A shard jumps to at most 16 other shards."""
 MAX_LEVELS = 8
-"""Maximum number of shards that a packet traverses. Maliciously chosen IPv4 addresses can require all of them.
+"""Maximum depth of the tree of shards. Maliciously chosen IPv4 addresses can require all levels.
 
-nf_tables allows 15 nested jumps (NFT_JUMP_STACK_SIZE). One leads to KUBE-SERVICES, and five lead from there through a
-KUBE-FW chain to KUBE-MARK-MASQ.
+nf_tables allows 15 nested jumps (NFT_JUMP_STACK_SIZE). At most 14 are used: one jump to KUBE-SERVICES, one jump for
+each level of shards, and five jumps through a KUBE-FW chain to KUBE-MARK-MASQ.
 """
 PROTOCOLS = ("tcp", "udp", "sctp")
 
@@ -38,8 +40,8 @@ PROTOCOLS = ("tcp", "udp", "sctp")
 class DispatchLayout(Struct, frozen=True):
     """The chains that implement a dispatch chain, with their rules.
 
-    Each chain precedes the chains that jump to it, so the dispatch chain itself is last. `non_service_rules` is the
-    number of rules that belong to no Service: jumps to shards and trailing rules.
+    Each chain precedes the chains that jump to it, so the dispatch chain itself comes last. `non_service_rules` is the
+    number of rules that do not belong to a Service: the jumps to shards and the trailing rules.
     """
 
     chains: dict[ChainName, str]
@@ -52,11 +54,12 @@ def lay_out(
     """Return the layout of a dispatch chain with these rules, followed by the trailing rules.
 
     The chain is split into a tree of shards if it has more than `threshold` rules and `threshold` is not 0. Rules for
-    the same destination keep their order. Rules for addresses come before rules for ports of the node.
+    the same destination keep their order. In a split chain, rules for addresses come before rules for ports of the
+    node.
 
-    A shard is named after the destinations that lead to it, and contains all rules for them. This makes it safe to
-    replace the chains of an old tree one by one from the bottom up: at any time, a packet traverses all rules for its
-    destination, either the old or the new ones.
+    A shard is named after the destinations whose packets reach it, and contains all rules for these destinations. This
+    makes it safe to replace the chains of an old tree one by one from the bottom up: at any time, a packet traverses
+    either all old or all new rules for its destination.
     """
     if not threshold or len(rules) <= threshold:
         text = "\n".join([*(rule.rule for rule in rules), *trailing_rules])
@@ -77,7 +80,7 @@ def lay_out(
 class _DestinationSpace(Protocol):
     """Destinations as integers of `bits` bits.
 
-    A block is an aligned range of destinations that differ only in the last `free_bits` bits.
+    A block is an aligned range: all destinations that differ only in their last `free_bits` bits.
     """
 
     bits: int
@@ -127,7 +130,8 @@ class _PortSpace:
 class _ShardTree:
     """The shards of one destination space.
 
-    `chains` are the shards from the bottom up; `jumps` are the rules of the dispatch chain that lead to them.
+    `chains` are the shards from the bottom up. `jumps` are the rules of the dispatch chain that jump to the top-level
+    shards.
     """
 
     def __init__(
@@ -142,7 +146,7 @@ class _ShardTree:
         self.jumps = self._add_shards(dispatch_chain.name, 0, len(self._rules), space.bits, level=1)
 
     def _add_shards(self, name: str, first: int, last: int, free_bits: int, level: int) -> list[str]:
-        """Add the shards for the rules in `[first, last)`, which are in one block.
+        """Add the shards for the rules with indexes in `[first, last)`, whose destinations are in one block.
 
         Return the rules of the chain `name` that jump to the shards.
         """
@@ -152,10 +156,11 @@ class _ShardTree:
         ]
 
     def _split(self, first: int, last: int, free_bits: int, min_free_bits: int) -> Iterator[tuple[int, int]]:
-        """Halve the block of the rules in `[first, last)` until the rules of each part fit into a shard.
+        """Yield ranges of indexes into which to split the rules in `[first, last)`, one for each shard.
 
-        No part is smaller than a block of `min_free_bits`. The block of all destinations is always split, because
-        `iptables-save` does not print a match for it.
+        The destinations of the rules are in one block with `free_bits`. The block is halved until the rules of each
+        part fit into a shard. A block with `min_free_bits` is never halved. The block of all destinations is always
+        halved, because `iptables-save` does not print a match for all destinations.
         """
         if first == last:
             return
@@ -169,10 +174,10 @@ class _ShardTree:
         yield from self._split(cut, last, free_bits - 1, min_free_bits)
 
     def _add_shard(self, first: int, last: int, level: int) -> str:
-        """Add the shard for the rules in `[first, last)`; return the match and jump that lead to it.
+        """Add the shard for the rules with indexes in `[first, last)`; return the match and jump of the rule for it.
 
-        The match is for the smallest block that contains all their destinations. A shard that is split again gets a
-        block whose size is a whole number of levels.
+        The rule matches the smallest block that contains all destinations of the shard. If the shard is itself split,
+        its block is enlarged until the number of free bits is a multiple of `LEVEL_BITS`.
         """
         destination = self._destinations[first]
         free_bits = (destination ^ self._destinations[last - 1]).bit_length()

@@ -1,8 +1,9 @@
 """Resolve conflicts over frontends: find the dispatch rules of service ports that do not own their frontend. Pure.
 
-`kproxy.model.frontend_conflicts` defines which service port owns a frontend. The rules of the others are omitted,
-because the order of chains would decide differently: a frontend has rules in several chains, and packets traverse
-table nat first. A Service that has endpoints would take over the ClusterIP of a Service that has none.
+`kproxy.model.frontend_conflicts` defines which service port owns a frontend. The dispatch rules that other Services
+have for this frontend are omitted. If they were written, the order of tables would decide: rules that forward traffic
+are in table nat, rules that reject or drop it are in table filter, and packets traverse table nat first. For example, a
+Service with endpoints would receive the traffic to the ClusterIP of a Service without endpoints.
 """
 
 from __future__ import annotations
@@ -19,23 +20,25 @@ from kproxy.model.frontend_conflicts import ClaimRank, FrontendConflict
 from kproxy.model.types import Family, ServiceKey
 
 Frontend: TypeAlias = int
-"""A frontend, packed into one integer to save memory: each Service has at least one. NodePorts are negative."""
+"""A frontend, packed into one integer to save memory, because every Service has at least one frontend. The integer is
+negative for a NodePort.
+"""
 DispatchRules: TypeAlias = Mapping[ServiceKey, Iterable[tuple[str, DispatchRule]]]
-"""The dispatch rules of some Services, each with the service port (`namespace/name:port`) that it belongs to."""
+"""The dispatch rules of some Services. Each rule is paired with the name of its service port, `namespace/name:port`."""
 _PROTOCOLS = ("tcp", "udp", "sctp")
 _PORT_BITS = 16
 _PROTOCOL_BITS = 2
 
 
 class ConflictResolution(Struct, frozen=True):
-    """The dispatch rules to omit because another service port owns their frontend, and the conflicts themselves."""
+    """The dispatch rules to omit because a port of another Service owns their frontend, and the conflicts."""
 
     omitted_rules: frozenset[DispatchRule] = frozenset()
     conflicts: tuple[FrontendConflict, ...] = ()
 
 
 def frontend_of(rule: DispatchRule) -> Frontend | None:
-    """Return the frontend that a dispatch rule matches, or None if it does not match any."""
+    """Return the frontend that a dispatch rule matches, or None if the rule does not match a frontend."""
     match = rule.frontend
     if match is None:
         return None
@@ -44,7 +47,10 @@ def frontend_of(rule: DispatchRule) -> Frontend | None:
 
 
 def resolve_conflicts(family: Family, frontends: Iterable[Frontend], rules: DispatchRules) -> ConflictResolution:
-    """Resolve the conflicts over `frontends`; `rules` are all dispatch rules of the Services that use any of them."""
+    """Resolve the conflicts over `frontends`.
+
+    `rules` are all dispatch rules of the Services that use any of these frontends.
+    """
     omitted_rules: set[DispatchRule] = set()
     conflicts: list[FrontendConflict] = []
     users: dict[Frontend, dict[str, list[DispatchRule]]] = {frontend: {} for frontend in frontends}
@@ -79,14 +85,14 @@ def _format_frontend(family: Family, frontend: Frontend) -> str:
 
 
 class FrontendIndex:
-    """The Services that use each frontend, according to the rules that the kernel accepted."""
+    """For each frontend, the Services that use it according to the rules that the kernel has accepted."""
 
     def __init__(self) -> None:
         self._services: dict[Frontend, ServiceKey | tuple[ServiceKey, ...]] = {}
         self._shared: set[Frontend] = set()
 
     def update(self, key: ServiceKey, old: Iterable[DispatchRule], new: Iterable[DispatchRule]) -> None:
-        """Replace the old rules of a Service with the new ones."""
+        """Update the index after the dispatch rules of a Service changed from `old` to `new`."""
         old_frontends, new_frontends = _frontends(old), _frontends(new)
         for frontend in old_frontends - new_frontends:
             self._set(frontend, tuple(other for other in self.services_of(frontend) if other != key))
@@ -99,9 +105,10 @@ class FrontendIndex:
         return services if isinstance(services, tuple) else (services,)
 
     def shared_frontends(self, changed: Mapping[ServiceKey, Iterable[DispatchRule]]) -> dict[Frontend, set[ServiceKey]]:
-        """Return each frontend that several Services use, with those Services.
+        """Return each frontend that several Services use, with these Services.
 
-        `changed` are the new rules of some Services, which the index does not contain yet.
+        `changed` are the new dispatch rules of some Services. They replace the rules of these Services in the index,
+        which has not been updated yet.
         """
         touched: dict[Frontend, set[ServiceKey]] = {}
         for key, rules in changed.items():

@@ -1,6 +1,7 @@
 """The ledger: what the kernel has accepted so far, as digests instead of rules. Pure.
 
-For 10,000 Services with 10 endpoints each, the rules are 50 MB of text; the names and digests of their chains are 6 MB.
+For 10,000 Services with 10 endpoints each, the rules are 50 MB of text. The names and digests of their chains take only
+6 MB.
 """
 
 from __future__ import annotations
@@ -19,15 +20,16 @@ from kproxy.iptables.save_restore import SavedChain, count_rules
 from kproxy.model.types import Family, ServiceKey
 
 Digest = int
-"""Python's 64-bit hash of a text. Its key is random, so digests of different processes cannot be compared."""
+"""Python's 64-bit hash of a text. The hash key is random, so digests from different processes cannot be compared."""
 
 
 class PortRecord(Struct, frozen=True, gc=False):
     """The accepted state of one service port.
 
-    `names` are its per-Service chains, separated by spaces, `digests` the digest of each, `rule_count` the number of
-    rules in all of them. `patchable` has, for each chain that is long enough to be patched, its index in `names`, its
-    number of rules, and the digest of each rule.
+    `names` are the names of its per-Service chains, separated by spaces. `digests` are the digests of these chains in
+    the same order, and `rule_count` is the number of rules in all of them. `patchable` describes the chains that are
+    long enough to be patched. For each of them, it contains the chain's index in `names`, its number of rules, and the
+    digest of each rule. All numbers in `digests` and `patchable` are 64-bit integers in the host's byte order.
     """
 
     names: str
@@ -50,11 +52,14 @@ class PortRecord(Struct, frozen=True, gc=False):
         return cls(" ".join(rendered.chains), digests.tobytes(), rule_count, rendered.dispatch, patchable.tobytes())
 
     def chains(self) -> Iterator[tuple[str, Digest]]:
-        """Iterate over the per-Service chains in table nat: name and digest."""
+        """Iterate over the names and digests of the per-Service chains, which are in table nat."""
         return zip(self.names.split(), array("q", self.digests), strict=True)
 
     def rule_digests_of(self, chain: str) -> Sequence[Digest]:
-        """Return the digest of each rule of a per-Service chain; empty if the chain is short or does not exist."""
+        """Return the digests of the rules of a per-Service chain.
+
+        There are none if the chain is too short to be patched or does not exist.
+        """
         patchable, begin = array("q", self.patchable), 0
         names = self.names.split() if patchable else ()
         while begin < len(patchable):
@@ -66,13 +71,14 @@ class PortRecord(Struct, frozen=True, gc=False):
 
 
 ServiceRecord = dict[str, PortRecord]
-"""The records of one Service's ports by `port name/protocol`."""
+"""The records of one Service's ports, keyed by `port name/protocol`."""
 
 
 class IptablesSnapshot(Struct):
-    """The kernel's state as `iptables-save` printed it.
+    """The chains in the kernel as `iptables-save` printed them.
 
-    `digests` are those of all KUBE- chains, `rules` those of all chains except per-Service chains and shards.
+    `digests` contains the digest of every KUBE- chain. `rules` contains the rules of every chain that is neither a
+    per-Service chain nor a shard.
     """
 
     digests: dict[ChainName, Digest]
@@ -80,7 +86,7 @@ class IptablesSnapshot(Struct):
 
     @classmethod
     def from_saved(cls, saved: Mapping[ChainName, SavedChain]) -> IptablesSnapshot:
-        """Return the snapshot for the chains in `iptables-save` output."""
+        """Return the snapshot of the chains in `iptables-save` output."""
         digests: dict[ChainName, Digest] = {}
         rules: dict[ChainName, list[str]] = {}
         for chain, content in saved.items():
@@ -93,7 +99,8 @@ class IptablesSnapshot(Struct):
     def stale_chains(self, port_chains: Iterable[str], shards: Container[ChainName]) -> list[ChainName]:
         """Return the existing per-Service chains and shards that are no longer used.
 
-        `port_chains` are the names of the per-Service chains in use, all in table nat; `shards` are the shards in use.
+        `port_chains` are the names of the per-Service chains in use, which are in table nat. `shards` are the shards in
+        use.
         """
         in_use = frozenset(port_chains)
         return [
@@ -107,10 +114,10 @@ class IptablesSnapshot(Struct):
 
 
 class DispatchRecord(Struct, frozen=True):
-    """The accepted state of a dispatch chain: digests of its trailing rules, of the chain itself, and of its shards.
+    """The accepted state of a dispatch chain: the digests of its trailing rules, of the chain itself and of its shards.
 
-    `non_service_rules` is the number of rules in these chains that belong to no Service: jumps to shards and trailing
-    rules.
+    `non_service_rules` is the number of rules in these chains that do not belong to a Service: the jumps to shards and
+    the trailing rules.
     """
 
     trailing_rules: Digest
@@ -119,7 +126,7 @@ class DispatchRecord(Struct, frozen=True):
 
 
 class IptablesLedger:
-    """The accepted state of one family: the records of all Services, and the shared chains."""
+    """The accepted state of one IP family: the records of all Services and of the shared chains."""
 
     def __init__(self) -> None:
         self.services: dict[ServiceKey, ServiceRecord] = {}
@@ -132,7 +139,7 @@ class IptablesLedger:
 
     @property
     def rule_counts(self) -> dict[str, int]:
-        """Number of accepted rules in each table, without the jumps from built-in chains."""
+        """Number of accepted rules in each table, not counting the jumps from built-in chains."""
         counts = self._base_rules + self._service_rules
         for chain, record in self.dispatch.items():
             counts[chain.table] += record.non_service_rules
@@ -140,13 +147,13 @@ class IptablesLedger:
         return {table: counts[table] for table in ("nat", "filter")}
 
     def shared_chains(self) -> Iterator[tuple[ChainName, Digest]]:
-        """Iterate over the shared chains without the shards: name and digest."""
+        """Iterate over the names and digests of the shared chains, without the shards."""
         yield from self.base.items()
         for chain, record in self.dispatch.items():
             yield chain, record.chains[chain]
 
     def put(self, key: ServiceKey, record: ServiceRecord) -> None:
-        """Replace the record of a Service; an empty one removes it."""
+        """Replace the record of a Service, or remove it if the new record is empty."""
         old = self.services.pop(key, {})
         self._service_rules.subtract(_count(old))
         self._service_rules.update(_count(record))
@@ -155,12 +162,18 @@ class IptablesLedger:
             self.services[key] = record
 
     def put_base(self, base: dict[ChainName, Digest], rules: Counter[str]) -> None:
-        """Replace the digests of the chains that are the same for all Services; `rules` counts their rules by table."""
+        """Replace the digests of the chains that do not depend on Services.
+
+        `rules` is the number of rules in these chains by table.
+        """
         self.base = base
         self._base_rules = rules
 
     def resolve_conflicts(self, family: Family, changed: Mapping[ServiceKey, ServiceRecord]) -> ConflictResolution:
-        """Resolve the conflicts over frontends that exist once `changed` replaces the records of these Services."""
+        """Resolve the conflicts over frontends that exist after the records in `changed` replace those in the ledger.
+
+        The ledger itself is not changed.
+        """
         shared = self._frontends.shared_frontends({key: _dispatch_rules(record) for key, record in changed.items()})
         if not shared:
             return ConflictResolution()
@@ -175,7 +188,7 @@ class IptablesLedger:
     ) -> dict[ChainName, list[DispatchRule]]:
         """Return the rules of all Services in the given dispatch chains, sorted by Service and port.
 
-        `changed` are records that are about to replace those in the ledger.
+        For the Services in `changed`, these are the rules of the given records instead of those in the ledger.
         """
         found: dict[ChainName, list[DispatchRule]] = {chain: [] for chain in chains}
         for key in sorted(self.services.keys() | changed.keys()) if found else ():
@@ -188,7 +201,7 @@ class IptablesLedger:
 
 
 def changed_dispatch_chains(old: ServiceRecord, new: ServiceRecord) -> set[ChainName]:
-    """Return the dispatch chains in which the rules of a Service differ between two records."""
+    """Return the dispatch chains in which two records of a Service have different rules."""
     old_rules, new_rules = _dispatch_rules_by_chain(old), _dispatch_rules_by_chain(new)
     return {chain for chain in old_rules.keys() | new_rules.keys() if old_rules.get(chain) != new_rules.get(chain)}
 

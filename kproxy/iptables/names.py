@@ -1,4 +1,4 @@
-"""Names of iptables chains. They are those of kube-proxy, because administrators and other tools rely on them. Pure."""
+"""Names of iptables chains: the same as in kube-proxy, because administrators and other tools rely on them. Pure."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ DISPATCH_CHAINS = (
     FILTER_NODEPORTS,
     FILTER_PROXY_FIREWALL,
 )
-"""The dispatch chains: they match a packet's destination. Each service port adds rules to some of them."""
+"""The dispatch chains, which match the destinations of packets. Each service port adds rules to some of them."""
 CANARIES = tuple(ChainName(table, "KUBE-PROXY-CANARY") for table in ("mangle", "nat", "filter"))
-"""Empty chains whose absence shows that another process flushed a table."""
+"""Empty chains. If one of them is missing, another process has deleted all chains of its table."""
 PORT_CHAIN_PREFIXES = ("KUBE-XLB-", "KUBE-FW-", "KUBE-EXT-", "KUBE-SVC-", "KUBE-SVL-", "KUBE-SEP-")
 """Name prefixes of per-Service chains. Each of these chains belongs to one service port and is in table nat.
 
-A chain jumps only to chains whose prefix is further to the right. KUBE-XLB- was used by kube-proxy before 1.24.
+A chain jumps only to chains whose prefix comes later in this tuple. kube-proxy used KUBE-XLB- before version 1.24.
 """
 SHARD_PREFIXES = {
     NAT_SERVICES: "KUBE-SVC-",
@@ -51,8 +51,9 @@ SHARD_PREFIXES = {
 }
 """Name prefixes of the shards of each dispatch chain. A shard is named, for example, `KUBE-SVC-10.96.16.0/20`.
 
-With these prefixes, kube-proxy can take over from kproxy: it deletes unused chains in table nat that have one of them.
-A shard that kube-proxy did not recognize would still jump to a per-Service chain, which could then not be deleted.
+These prefixes allow kube-proxy to replace kproxy: it deletes unused chains in table nat whose names have one of these
+prefixes. If kube-proxy did not delete a shard, the per-Service chains to which the shard jumps would remain in use, and
+kube-proxy could not delete them.
 """
 _MAX_ADDRESS_BITS = 128
 _SHARD = re.compile(
@@ -62,7 +63,7 @@ _SHARD = re.compile(
 
 
 def network_shard_suffix(network: str) -> str:
-    """Return the name suffix of the shard for a network: `address/length`, where a hash replaces an IPv6 address."""
+    """Return the name suffix of the shard for a network: `address/length`, with a hash instead of an IPv6 address."""
     address, _, length = network.partition("/")
     return f"{b32encode(sha256(address.encode()).digest()).decode()[:15]}/{length}" if ":" in address else network
 
@@ -78,7 +79,7 @@ def is_shard(chain: ChainName) -> bool:
 
 
 def _shard_depth(chain: ChainName) -> int | None:
-    """Return the prefix length of a shard's destinations in bits, or None if the chain is not a shard."""
+    """Return the length in bits of the prefix that a shard's destinations share, or None for any other chain."""
     match = _SHARD.fullmatch(chain.name) if chain.table in ("nat", "filter") else None
     if match is None:
         return None
@@ -88,17 +89,18 @@ def _shard_depth(chain: ChainName) -> int | None:
 
 
 def port_hash(port_name: str, protocol: str, endpoint: str = "") -> str:
-    """Return the 16-character suffix in the names of a service port's chains, or of the chain of one `endpoint`.
+    """Return the 16-character suffix of the names of a service port's chains.
 
-    `port_name` is `namespace/name:port`, `endpoint` is `IP:port`. As in kube-proxy, the suffix is the start of the
-    SHA-256 digest in base32: a chain name has at most 28 characters.
+    With an `endpoint`, return the suffix of the name of that endpoint's chain. `port_name` is `namespace/name:port`,
+    and `endpoint` is `IP:port`. As in kube-proxy, the suffix is the start of a SHA-256 digest in base32. It is not the
+    whole digest, because a chain name has at most 28 characters.
     """
     digest = sha256(f"{port_name}{protocol.lower()}{endpoint}".encode()).digest()
     return b32encode(digest[:10]).decode()
 
 
 def deletion_order(chain: ChainName) -> int:
-    """Return a sort key that orders shards and per-Service chains before the chains that they jump to."""
+    """Return a sort key that puts each shard and each per-Service chain before the chains that it jumps to."""
     depth = _shard_depth(chain)
     if depth is not None:
         return depth - _MAX_ADDRESS_BITS - 1

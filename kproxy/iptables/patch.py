@@ -1,4 +1,4 @@
-"""Patch a long chain: change single rules instead of rewriting the chain. Pure."""
+"""Patch a long chain: change individual rules instead of rewriting the chain. Pure."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ from collections.abc import Sequence
 from msgspec import Struct
 
 MIN_PATCHABLE_RULES = 4
-"""Chains with fewer rules are always rewritten: a patch would not be cheaper."""
+"""Minimum number of rules of a chain that is patched. Shorter chains are rewritten: a patch would not be cheaper."""
 RULES_PER_COMMAND = 3
-"""Minimum number of rules of the new chain for each command of a patch.
+"""Limit on the commands of a patch: the new chain must have at least this many rules for each command.
 
-A command costs more than a written rule, because iptables-nft reads the existing rules first. In measurements, a patch
-with half as many commands as the chain has rules took as long as rewriting the chain.
+A command takes longer than writing a rule, because iptables-nft reads the existing rules first. In measurements, a
+patch with one command for every two rules of the chain took as long as rewriting the chain.
 """
 READS_PER_WRITE = 8
-"""How many rules iptables-nft reads in the time that it needs to write one."""
+"""Number of rules that iptables-nft reads in the time that it needs to write one rule."""
 
 
 class ChainPatch(Struct, frozen=True):
-    """Commands that change single rules of a chain so that its rules become `rules` (one per line).
+    """Commands that change individual rules of a chain. Afterwards the chain consists of `rules` (one per line).
 
-    The commands refer to rules by number, so they are valid only while the chain has `old_length` rules. If it has any
-    other number of rules, another process has changed the chain, and the whole chain must be rewritten. The same
-    applies if the chain does not have `new_length` rules afterwards: another process has changed it at the same time.
+    The commands refer to rules by number, so they are valid only while the chain has `old_length` rules. If the chain
+    has any other number of rules, another process has changed it. The whole chain must then be rewritten. It must also
+    be rewritten if it does not have `new_length` rules after the patch: in this case, another process changed the chain
+    at the same time.
     """
 
     commands: tuple[str, ...]
@@ -37,15 +38,16 @@ class ChainPatch(Struct, frozen=True):
 
     @property
     def cost(self) -> int:
-        """Time to apply the patch, in units of one written rule. It includes reading all existing rules."""
+        """Time to apply the patch, in units of the time to write one rule. Includes reading all existing rules."""
         return len(self.commands) + self.old_length // READS_PER_WRITE
 
 
 def make_patch(chain: str, existing: Sequence[int], rules: str) -> ChainPatch | None:
-    """Return the patch from the `existing` rules (as digests) to `rules`, or None if a rewrite is as cheap.
+    """Return the patch from the `existing` rules (given as digests) to `rules`, or None if a rewrite is as cheap.
 
-    Rules are inserted or deleted after the common prefix of both. This preserves the distance of later rules from the
-    end of the chain: the probability in a rule that picks an endpoint depends on how many rules follow it.
+    Rules are inserted or deleted right after the common prefix of the existing and the new rules. Later rules therefore
+    keep their distance from the end of the chain, and many of them can remain unchanged: if a rule picks an endpoint
+    with a certain probability, this probability depends only on the number of rules that follow it.
     """
     desired = rules.split("\n")
     if len(desired) < MIN_PATCHABLE_RULES:
@@ -55,12 +57,13 @@ def make_patch(chain: str, existing: Sequence[int], rules: str) -> ChainPatch | 
     added = len(digests) - len(existing)
     bodies = [rule.removeprefix(f"-A {chain} ") for rule in desired]
     if added < 0:
-        # Each deletion moves the rules after it up by one.
+        # After each deletion, the next rule to delete has the same number.
         commands = [f"-D {chain} {prefix + 1}"] * -added
         remaining = [*existing[:prefix], *existing[prefix - added :]]
     else:
-        # Insert all rules before the same existing rule, whose number grows with each insertion. Within a transaction,
-        # the kernel accepts only rules from before the transaction as positions, so insertions precede replacements.
+        # Insert all rules before the same existing rule, whose number grows with each insertion. The kernel accepts a
+        # rule as the position of an insertion only if the rule existed before the transaction. Insertions therefore
+        # precede replacements, which create new rules.
         commands = [f"-I {chain} {index + 1} {bodies[index]}" for index in range(prefix, prefix + added)]
         remaining = [*digests[: prefix + added], *existing[prefix:]]
     commands += [

@@ -1,7 +1,7 @@
 """Render plans into iptables chains and rules. Pure.
 
-Rules are written as `iptables-save` prints them, so that existing and desired rules can be compared as text. Chains,
-comments and the order of rules match kube-proxy's, because other tools rely on them.
+Rules have the form in which `iptables-save` prints them, so that existing and desired rules can be compared as text.
+Chains, comments and the order of rules are the same as in kube-proxy, because other tools rely on them.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ from kproxy.model.plan import ServicePortPlan, TrafficDecision
 from kproxy.model.types import Family
 
 LOCALHOST_COUNTER = "localhost_nps_accepted_pkts"
-"""The nfacct counter of packets to NodePorts on localhost."""
+"""The nfacct counter of packets to NodePorts on 127.0.0.0/8."""
 
 
 class FrontendMatch(NamedTuple):
-    """The protocol and port of the frontend that a dispatch rule matches, and the rank that decides conflicts over it.
+    """The protocol and port of the frontend that a dispatch rule matches.
 
-    The frontend's address or NodePort is the destination of the `DispatchRule`.
+    `rank` decides which Service owns the frontend if several Services use it. The address or NodePort of the frontend
+    is the `destination` of the `DispatchRule`.
     """
 
     protocol: str
@@ -47,8 +48,8 @@ class FrontendMatch(NamedTuple):
 class DispatchRule(NamedTuple):
     """A rule that a service port adds to a dispatch chain.
 
-    `destination` is an IP address as an integer if `protocol` is "", else a port of this node. `frontend` is None for
-    a rule that does not match a frontend, such as the rule for a health check NodePort.
+    If `protocol` is "", `destination` is an IP address as an integer. Otherwise it is a port of this node. `frontend`
+    is None for a rule that does not match a frontend, such as the rule for a health check NodePort.
     """
 
     chain: ChainName
@@ -61,8 +62,8 @@ class DispatchRule(NamedTuple):
 class RenderedPort(Struct, frozen=True, gc=False):
     """The rules of one service port.
 
-    `chains` maps the names of its per-Service chains in table nat to their rules, one rule per line. `dispatch` are
-    the rules that it adds to dispatch chains.
+    `chains` maps the names of the port's per-Service chains, which are in table nat, to their rules (one per line).
+    `dispatch` contains the rules that the port adds to dispatch chains.
     """
 
     chains: dict[str, str]
@@ -75,12 +76,12 @@ def render_port(plan: ServicePortPlan, context: Context) -> RenderedPort:
 
 
 def host_cidr(address: str) -> str:
-    """Return an IP address as `iptables-save` prints it: with its prefix length."""
+    """Return an IP address as `iptables-save` prints it: with the prefix length /32 or /128."""
     return f"{address}/128" if ":" in address else f"{address}/32"
 
 
 class _PortRenderer:
-    """Renders the rules of one service port. Chain names that several rules use are computed once."""
+    """Renders the rules of one service port. A chain name that several rules contain is computed only once."""
 
     def __init__(self, plan: ServicePortPlan, context: Context) -> None:
         self.plan = plan
@@ -169,10 +170,13 @@ class _PortRenderer:
             self.dispatch.append(DispatchRule(FILTER_NODEPORTS, rule, plan.health_check_node_port, "tcp"))
 
     def _add_no_endpoint_rule(self, chain: ChainName, address: str, decision: TrafficDecision, rank: ClaimRank) -> None:
-        """Reject traffic if there is no endpoint anywhere; drop it if there is none on this node.
+        """Add the rules that reject or drop the traffic to a frontend, unless the `decision` is to forward it.
 
-        The rule matches `address`, or, if that is "", the NodePort on the node's NodePort addresses. On other addresses
-        of the node, the port stays available to programs on the host, whereas kube-proxy rejects it there as well.
+        Traffic is rejected if there is no endpoint anywhere, and dropped if there is no endpoint on this node.
+
+        The rule matches `address`. If `address` is "", the rules match the NodePort on the node's NodePort addresses.
+        On the other addresses of the node, the port stays available to programs on the host. kube-proxy differs: it
+        rejects traffic to the port on all addresses of the node.
         """
         if decision is TrafficDecision.FORWARD:
             return
@@ -201,7 +205,9 @@ class _PortRenderer:
     def _masquerade_rules(self) -> list[str]:
         """Return the rules that masquerade connections to the ClusterIP from outside the cluster.
 
-        Masquerading makes the replies return through this node.
+        With `masquerade_all`, they masquerade all connections to the ClusterIP. Masquerading makes the replies return
+        through this node. There are no rules if local traffic cannot be detected, or if its CIDR contains all
+        addresses.
         """
         plan, local = self.plan, self.context.local_traffic
         source, interface = "", ""
@@ -216,7 +222,8 @@ class _PortRenderer:
     def _write_load_balancing_chain(self, chain: str, rules: list[str], endpoints: Sockets) -> None:
         """Write the KUBE-SVC or KUBE-SVL chain, which picks one of `endpoints` at random.
 
-        With session affinity, a recent client is sent to the same endpoint again.
+        With session affinity, new connections of a recent client are sent to the same endpoint again. `rules` come
+        first in the chain.
         """
         plan = self.plan
         jumps = [
@@ -245,10 +252,11 @@ class _PortRenderer:
         self._add_chain(self.external_chain, rules)
 
     def _local_traffic_rules(self, subject: str) -> list[str]:
-        """Send traffic from pods and from this node to all endpoints, despite `externalTrafficPolicy: Local`.
+        """Return the rules that send traffic from pods and from this node to all endpoints.
 
-        Traffic from this node is masqueraded: a load balancer IP may be assigned to the node, which would then use it
-        as its source address.
+        `externalTrafficPolicy: Local` does not apply to this traffic. Traffic from this node is masqueraded, because a
+        load balancer IP may be assigned to an interface of the node. The node would then use this IP as the source
+        address of its packets.
         """
         rules = []
         local = self.context.local_traffic
@@ -262,7 +270,10 @@ class _PortRenderer:
         return rules
 
     def _write_firewall_chain(self) -> None:
-        """Write the KUBE-FW chain: allowed sources continue, KUBE-PROXY-FIREWALL drops the traffic of all others."""
+        """Write the KUBE-FW chain, which accepts only traffic from the Service's source ranges.
+
+        It jumps to the KUBE-EXT chain for allowed sources. KUBE-PROXY-FIREWALL drops the traffic of all other sources.
+        """
         plan = self.plan
         sources = list(plan.source_ranges)
         if plan.vips_are_sources:
@@ -291,7 +302,7 @@ class _PortRenderer:
         return f"--mask {mask} --rsource"
 
     def _endpoint_comment(self, text: str) -> str:
-        """Return the comment of a per-endpoint rule, or "" in a large cluster, where comments cost too much."""
+        """Return the comment of a per-endpoint rule, or "" in a large cluster, where comments take too much time."""
         return "" if self.context.large_cluster else f'-m comment --comment "{text}" '
 
     def _match_address(self, address: str) -> str:
@@ -322,7 +333,10 @@ class _PortRenderer:
 
 @lru_cache(1 << 10)
 def _frontend_match(protocol: str, port: int, rank: ClaimRank) -> FrontendMatch:
-    """Return a cached instance: few distinct ones exist, but the ledger refers to one for every dispatch rule."""
+    """Return a cached instance, to save memory.
+
+    There are few distinct instances, but the ledger refers to one for every dispatch rule.
+    """
     return FrontendMatch(protocol, port, rank)
 
 

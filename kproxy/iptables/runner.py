@@ -1,4 +1,4 @@
-"""Run `iptables-restore`, `iptables-save` and `iptables`, and translate their errors."""
+"""Run `iptables-restore`, `iptables-save` and `iptables`, and convert their errors to exceptions."""
 
 from __future__ import annotations
 
@@ -29,29 +29,32 @@ from kproxy.iptables.save_restore import TABLES, incompatible_line, parse_rules,
 from kproxy.model.types import Family
 
 LOCK_WAIT_SECONDS = 5
-"""How long a command waits for the xtables lock. iptables-legacy takes it for every change."""
+"""How long a command waits for the xtables lock. iptables-legacy acquires this lock for every change."""
 HANG_SECONDS = 900
-"""Time limit for one iptables command or transaction; the longest known successful run took 150 s."""
+"""Time limit for one iptables command or for one text passed to `restore_each`. The longest known successful run took
+150 s.
+"""
 UNREADABLE_RULE = "# a rule that iptables cannot print"
-"""Placeholder for the rules of a chain that iptables cannot print. It is not equal to any rule."""
+"""Placeholder for the rules of a chain that iptables cannot print. It is never equal to a rule."""
 # Exit statuses of iptables (enum xtables_exittype in xtables.h).
 _OTHER_PROBLEM = 1
-"""The chain or rule does not exist, or a chain to be created exists already."""
+"""The chain or rule does not exist, or a chain to be created already exists."""
 _PARAMETER_PROBLEM = 2
 """The rule is invalid: for example, it jumps to a chain that does not exist."""
 _VERSION_PROBLEM = 3
-"""iptables-nft found a rule, written by nft, that it cannot print. It has printed the rules before it.
+"""iptables-nft cannot print a rule that nft created. It has printed the preceding rules.
 
-Some of these rules make iptables-nft report the whole chain or table as incompatible.
+Some rules that nft created make iptables-nft report the whole chain or table as incompatible.
 """
 _RESOURCE_PROBLEM = 4
 """Another process held the lock of iptables-legacy for the whole waiting time."""
 _MAX_SINGLE_RULE_READS = 1000
-"""Maximum number of rules of a chain to read one by one; each takes 3 ms."""
+"""Maximum number of rules of a chain to read one by one. Reading a rule takes 3 ms."""
 _READ_AHEAD = (1 << 20) + (1 << 16)
-"""Upper bound for the input, in characters, that a program has not processed yet: a full pipe and one read.
+"""Upper bound in characters for the input that a program has not processed yet: a full pipe plus the buffer into which
+the program reads.
 
-A pipe holds 64 KiB, or 1 MiB with large pages (pipe(7)).
+A pipe has a capacity of 16 pages (pipe(7)). This is 64 KiB, or 1 MiB on a kernel with 64-KiB pages.
 """
 _LINE_NUMBER = re.compile(r"line:? (\d+)")
 _LEGACY_TABLE_FILES = {
@@ -62,7 +65,11 @@ _LEGACY_TABLE_FILES = {
 
 
 class RestoreError(Exception):
-    """The kernel rejected the transaction of a table. Neither this transaction nor any later one was applied.
+    """`iptables-restore` failed.
+
+    Usually the kernel has rejected the transaction of a table. Then neither this transaction nor any later one was
+    applied. The program also fails if another process holds the xtables lock, if it exceeds the time limit or is
+    killed, or if it exits before it has read all of its input. Transactions before the failure stay applied.
 
     `line` is the rejected line of the input, or "" if iptables did not report it.
     """
@@ -73,7 +80,7 @@ class RestoreError(Exception):
 
 
 class IptablesVersion(Struct, frozen=True):
-    """The version of iptables, and whether it uses nf_tables (`nft`) or x_tables."""
+    """The version of iptables. `nft` is true if it uses nf_tables, and false if it uses x_tables (iptables-legacy)."""
 
     number: tuple[int, ...]
     nft: bool
@@ -85,7 +92,10 @@ class IptablesVersion(Struct, frozen=True):
 
     @property
     def supports_patching(self) -> bool:
-        """Whether single rules can be changed quickly: iptables-nft since 1.8.5 reads only their chain for this."""
+        """Whether individual rules can be changed quickly.
+
+        Since version 1.8.5, iptables-nft reads only the affected chain to change a rule.
+        """
         return self.nft and self.number >= (1, 8, 5)
 
     def __str__(self) -> str:
@@ -105,12 +115,12 @@ def parse_version(text: str) -> IptablesVersion:
 
 
 def program_name(family: Family) -> str:
-    """Return the name of a family's iptables program; the names of its save and restore programs start with it."""
+    """Return the name of a family's iptables program. Append `-save` or `-restore` for the other programs."""
     return "ip6tables" if family is Family.IPV6 else "iptables"
 
 
 class IptablesRunner:
-    """Runs the iptables programs of one family, which it finds in PATH."""
+    """Runs the iptables programs of one IP family. The programs must be in PATH."""
 
     def __init__(self, family: Family) -> None:
         self._family = family
@@ -119,15 +129,15 @@ class IptablesRunner:
         self._version: IptablesVersion | None = None
 
     def stop(self) -> None:
-        """Kill the running program and do not start others. Call it from another thread.
+        """Kill the running program and do not start others. Any thread may call this.
 
-        A transaction is applied completely or not at all. After this call returns, the kernel no longer applies
-        it, so a successor can read the final state.
+        A transaction that the program has begun to send is applied completely or not at all. When this call returns,
+        the kernel is no longer applying it, so the next kproxy process reads the final state.
         """
         self._commands.stop()
 
     def version(self) -> IptablesVersion:
-        """Return the version of the installed iptables, which is read only once. Raises `CommandError`."""
+        """Return the version of the installed iptables. It is read only once. Raises `CommandError`."""
         if self._version is None:
             self._version = self._read_version()
         return self._version
@@ -143,9 +153,13 @@ class IptablesRunner:
     def save(self) -> Iterator[Iterator[str]]:
         """Yield the rules of all tables as lines for `parse_save`, while iptables prints them. Raises `CommandError`.
 
-        iptables-nft stops at a rule that it cannot print. Then each table is read separately, so that such a rule in
-        one table does not hide the others. This is not done from the start, because iptables-nft needs as much time
-        for one table as for all.
+        iptables-nft stops at a rule that it cannot print. In this case, each table is read separately, so that the
+        other tables can be read nevertheless. Tables are not read separately from the start, because iptables-nft needs
+        as much time for one table as for all.
+
+        Any failure of iptables-nft after the program was started is handled in this way. For each table that cannot be
+        read, the lines contain an `incompatible_line` with the reason. `CommandError` is raised if a program cannot be
+        started, and for every failure of iptables-legacy.
         """
         with closing(self._dump()) as lines:
             yield lines
@@ -157,10 +171,10 @@ class IptablesRunner:
                     yield incompatible_line(table, error)
 
     def _read_lines(self, argv: Sequence[str]) -> Generator[str, None, str]:
-        """Yield the lines that iptables-nft prints; return the reason if it failed after its start, else "".
+        """Yield the lines that the program prints. Return the reason if iptables-nft failed after starting, else "".
 
-        Raises `CommandError` if the program did not start, and for any failure of iptables-legacy, which does not fail
-        because of single rules.
+        Raises `CommandError` if the program cannot be started. Also raises it for every failure of iptables-legacy,
+        because individual rules never make iptables-legacy fail.
         """
         nft = self.version().nft
         started = False
@@ -177,17 +191,17 @@ class IptablesRunner:
     def restore(self, text: str) -> None:
         """Apply an `iptables-restore --noflush` input, one transaction per table.
 
-        Chains that are not named in `text` are not changed. Raises `RestoreError`, or `CommandError` if the program
-        cannot be started.
+        Chains that `text` does not name are not changed. Raises `RestoreError`, or `CommandError` if the program cannot
+        be started.
         """
         self.restore_each([text])
 
     def restore_each(self, texts: Iterable[str]) -> None:
-        """Apply several inputs in order, as `restore` does, up to the first rejected one.
+        """Apply several inputs in order, as `restore` does, and stop at the first failure.
 
-        A single process applies them all: it applies the changes of a table as soon as it has read them, while later
-        texts are still being generated. One process per text would take ten times as long. Raises `RestoreError`, or
-        `CommandError` if the program cannot be started.
+        One process applies all inputs. It applies the changes to a table as soon as it has read them, while later texts
+        are still being generated. One process per text would take ten times as long. Raises `RestoreError`, or
+        `CommandError` if the program cannot be started. Exceptions raised while `texts` are generated propagate.
         """
         argv = [f"{self._program}-restore", "--noflush", "-w", str(LOCK_WAIT_SECONDS)]
         remaining = iter(texts)
@@ -202,15 +216,20 @@ class IptablesRunner:
             raise make_restore_error(argv[0], done.code, done.stderr, recent.line)
 
     def has_rule(self, chain: ChainName, rule: str) -> bool | None:
-        """Return whether a chain has a rule, which is given without `-A CHAIN`. Raises `CommandError`.
+        """Return whether a chain has a rule. The rule is given without `-A CHAIN`. Raises `CommandError`.
 
-        The result is None if it is unknown because the chain has rules that iptables cannot read.
+        Return None if this cannot be determined because the chain has rules that iptables cannot print.
         """
         code = self._run(chain, "-C", rule, accepted=(_OTHER_PROBLEM, _PARAMETER_PROBLEM, _VERSION_PROBLEM)).code
         return self._search_rule_by_rule(chain, f"-A {chain.name} {rule}") if code == _VERSION_PROBLEM else code == 0
 
     def _search_rule_by_rule(self, chain: ChainName, rule: str) -> bool | None:
-        """Return whether a chain has a rule; read the rules one by one to skip those that iptables cannot read."""
+        """Return whether a chain has a rule, or None if this cannot be determined.
+
+        The rules are read one by one, so that rules that iptables cannot print are skipped. The result is None if the
+        rules cannot be listed, or if the chain has more than `_MAX_SINGLE_RULE_READS` rules and the first ones do not
+        include the rule.
+        """
         for number in range(1, _MAX_SINGLE_RULE_READS + 1):
             done = self._run(chain, "-S", str(number), accepted=(_OTHER_PROBLEM, _VERSION_PROBLEM))
             if done.code == _OTHER_PROBLEM:
@@ -223,10 +242,10 @@ class IptablesRunner:
         return None
 
     def list_rules(self, chains: Iterable[ChainName]) -> dict[ChainName, list[str]]:
-        """Return the rules of the existing chains among `chains`, normalized as in `parse_save`.
+        """Return the rules of those `chains` that exist, normalized as in `parse_save`. Raises `CommandError`.
 
-        A rule that iptables cannot read hides the rules after it, or the whole chain. `UNREADABLE_RULE` then ends the
-        list. Raises `CommandError`.
+        If iptables-nft cannot print a rule, it does not print the rules after it either, and sometimes no rule of the
+        chain at all. `UNREADABLE_RULE` is then the last item of the chain's list.
         """
         if self.version().nft:
             return {chain: rules for chain in chains if (rules := self._list_chain(chain)) is not None}
@@ -235,7 +254,7 @@ class IptablesRunner:
         for chain in chains:
             names.setdefault(chain.table, []).append(chain.name)
         for table, selected in names.items():
-            # iptables-legacy always reads a whole table: read it once for all chains.
+            # iptables-legacy always reads a whole table, so read it only once for all chains.
             prefixes = ("*", *(f":{name} " for name in selected), *(f"-A {name} " for name in selected))
             with self._commands.stream_output([f"{self._program}-save", "-t", table], timeout=HANG_SECONDS) as lines:
                 saved = parse_save(line for line in lines if line.startswith(prefixes))
@@ -249,9 +268,9 @@ class IptablesRunner:
         return parse_rules(done.stdout) + [UNREADABLE_RULE] * (done.code == _VERSION_PROBLEM)
 
     def count_rules(self, chains: Collection[ChainName]) -> dict[ChainName, int]:
-        """Return the number of rules in each chain, or 0 if it does not exist. Only for iptables-nft.
+        """Return the number of rules in each chain, which is 0 for a chain that does not exist. Only for iptables-nft.
 
-        Chains whose rules cannot be counted are missing.
+        Chains whose rules cannot be counted are omitted.
         """
         counts: dict[ChainName, int] = {}
         for chain in chains:
@@ -273,7 +292,10 @@ class IptablesRunner:
 
 
 class RecentInput:
-    """The last part of a long input that a program is reading, to find the line that its error message names."""
+    """The most recent part of a long input that a program is reading.
+
+    It serves to find the line of the input to which the program's error message refers.
+    """
 
     def __init__(self) -> None:
         self._texts: deque[str] = deque()
@@ -281,7 +303,7 @@ class RecentInput:
         self._dropped_lines = 0
 
     def record(self, texts: Iterable[str]) -> Iterator[str]:
-        """Yield texts, each of complete lines, and remember the last ones."""
+        """Yield the texts unchanged and remember the most recent ones. Each text must consist of complete lines."""
         for text in texts:
             while self._texts and self._size - len(self._texts[0]) > _READ_AHEAD:
                 self._size -= len(self._texts[0])
@@ -291,7 +313,7 @@ class RecentInput:
             yield text
 
     def line(self, number: int) -> str:
-        """Return a line by its number, counted from 1, or "" if the line was dropped or does not exist."""
+        """Return the line with a 1-based number, or "" if it does not exist or is no longer remembered."""
         lines = "".join(self._texts).splitlines()
         index = number - 1 - self._dropped_lines
         return lines[index] if 0 <= index < len(lines) else ""
@@ -300,13 +322,13 @@ class RecentInput:
 def make_restore_error(program: str, code: int, stderr: str, line_at: Callable[[int], str]) -> RestoreError:
     """Return the error for a failed restore, with the reason and the rejected line.
 
-    `code` is the exit status. `line_at` returns a line of the input by its number, counted from 1.
+    `code` is the exit status. `line_at` returns the line of the input with a 1-based number.
     """
     messages = [line.strip() for line in stderr.splitlines()]
     messages = [line for line in messages if line and not line.startswith(("Try `", "# "))]
     match = _LINE_NUMBER.search(stderr)
     line = line_at(int(match[1])) if match is not None else ""
-    if line == "COMMIT":  # the kernel rejected the table, but not because of this line
+    if line == "COMMIT":  # the kernel rejected the transaction, but not because of this line
         line = ""
     # iptables-nft prints its name on a separate line before the reason.
     reason = next((message for message in messages if not message.endswith("):")), first_line(stderr))
@@ -315,10 +337,11 @@ def make_restore_error(program: str, code: int, stderr: str, line_at: Callable[[
 
 
 def check_tables(family: Family, version: IptablesVersion) -> None:
-    """Raise `CommandError` if the kernel lacks a required table, `InconclusiveError` if that cannot be determined.
+    """Raise `CommandError` if the kernel lacks a required table or the iptables program cannot be run.
 
-    iptables-legacy opens the tables that do not exist yet, all in one process. This creates them, as the first sync
-    would. iptables-nft would contact the kernel only to write something, so the kernel is checked over netlink.
+    Raises `InconclusiveError` if that cannot be determined. With iptables-legacy, one process opens all missing tables.
+    That creates them, as the first sync would anyway. iptables-nft contacts the kernel only if it has something to
+    write, so the kernel's support for NAT is checked over netlink instead.
     """
     reason = _nft_problem(family) if version.nft else _legacy_problem(family, f"{program_name(family)}-restore")
     if reason:

@@ -12,7 +12,7 @@ from kproxy.iptables.names import ChainName
 from kproxy.iptables.patch import ChainPatch
 
 TABLES = ("mangle", "nat", "filter")
-"""The tables that kproxy writes, in the order of writing: DNAT rules precede verdicts."""
+"""The tables that kproxy writes, in this order: DNAT rules (nat) are written before drop and reject rules (filter)."""
 _INCOMPATIBLE = re.compile(r"# Table [`'](\w+)' is incompatible(?:: (.+))?")
 _COUNTERS = re.compile(r"^\[\d+:\d+\] ")
 _PROBABILITY = re.compile(r"(?<=--probability )\d\.\d+")
@@ -21,10 +21,10 @@ _PROBABILITY = re.compile(r"(?<=--probability )\d\.\d+")
 class RestoreInput(Struct):
     """A change that `iptables-restore --noflush` applies as one transaction per table.
 
-    `chains` are created, or flushed if they exist, and filled with their rules (one per line). `patches` change chains
-    that have the expected number of rules. `edits` are single rule commands, such as `-I INPUT 1 ...`, each with its
-    table. `deleted` chains must not be referenced by any remaining rule. A `best_effort` change may fail: nothing
-    depends on it.
+    The `chains` are created, or flushed if they exist, and then filled with their rules (one per line). `patches`
+    change individual rules of chains that have the expected number of rules. `edits` are further commands for
+    individual rules, such as `-I INPUT 1 ...`, each with its table. The chains in `deleted` must not be referenced by
+    any remaining rule. A `best_effort` change is allowed to fail, because nothing depends on it.
     """
 
     chains: dict[ChainName, str] = field(default_factory=dict)
@@ -38,12 +38,12 @@ class RestoreInput(Struct):
 
     @property
     def cost(self) -> int:
-        """Time for iptables-nft to apply the change, in units of one written rule or one deletion."""
+        """Time that iptables-nft needs for the change, in units of the time to write one rule or delete one chain."""
         patched = sum(patch.cost for patch in self.patches.values())
         return count_rules(self.chains.values()) + patched + len(self.edits) + len(self.deleted)
 
     def rules_by_table(self) -> Counter[str]:
-        """Return the number of rules that the change writes into KUBE- chains of each table."""
+        """Return the number of rules that the change writes into KUBE- chains, by table."""
         written = Counter(table for table, command in self.edits if command.startswith("-I KUBE-"))
         for chain, rules in self.chains.items():
             written[chain.table] += count_rules([rules])
@@ -52,7 +52,10 @@ class RestoreInput(Struct):
         return written
 
     def with_applicable_patches(self, rule_counts: Mapping[ChainName, int]) -> RestoreInput:
-        """Return the change with only the patches that fit the kernel's `rule_counts`; other chains are rewritten."""
+        """Return the change with only those patches whose chains have the expected number of rules in the kernel.
+
+        The chains of the other patches are rewritten. `rule_counts` is the number of rules of each chain in the kernel.
+        """
         fits = {chain: patch for chain, patch in self.patches.items() if rule_counts.get(chain) == patch.old_length}
         if len(fits) == len(self.patches):
             return self
@@ -81,7 +84,7 @@ class RestoreInput(Struct):
 
 
 class SavedChain(Struct):
-    """A chain in `iptables-save` output. Its rules include `-A CHAIN` and are normalized (see `parse_save`)."""
+    """A chain in `iptables-save` output. Its rules begin with `-A CHAIN` and are normalized (see `parse_save`)."""
 
     rules: list[str] = field(default_factory=list)
 
@@ -89,7 +92,7 @@ class SavedChain(Struct):
 class SavedTables(Struct):
     """The chains in `iptables-save` output.
 
-    `incompatible` has the tables that iptables could not print, each with the reason; their chains are missing.
+    `incompatible` maps each table that iptables could not print to the reason. `chains` has no chains of these tables.
     """
 
     chains: dict[ChainName, SavedChain] = field(default_factory=dict)
@@ -97,13 +100,13 @@ class SavedTables(Struct):
 
 
 def parse_save(lines: Iterable[str], tables: Iterable[str] = TABLES) -> SavedTables:
-    """Parse `iptables-save` output of one or more tables. If a table occurs twice, the second occurrence is used.
+    """Parse the given tables in `iptables-save` output. If a table occurs twice, the second occurrence is used.
 
-    No chains are returned for a table with a rule that iptables cannot print, because the output before such a rule is
-    incomplete.
+    If iptables cannot print a rule of a table, the output for this table is incomplete. The result then has no chains
+    of the table.
 
-    Rules are normalized where iptables prints them differently from how they were written: counters are removed,
-    probabilities are rounded to the requested value, and `--nfacct-name` is followed by one space.
+    Rules are normalized where iptables prints them differently from how they were written: counters are removed, a
+    probability is replaced by the value that was written, and `--nfacct-name` is followed by only one space.
     """
     chains: dict[ChainName, SavedChain] = {}
     incompatible: dict[str, str] = {}
@@ -128,17 +131,17 @@ def parse_save(lines: Iterable[str], tables: Iterable[str] = TABLES) -> SavedTab
 
 
 def incompatible_line(table: str, reason: str) -> str:
-    """Return the line with which `iptables-save` reports a table that it cannot print, as `parse_save` expects it."""
+    """Return the line by which `parse_save` recognizes that `iptables-save` could not print a table."""
     return f"# Table `{table}' is incompatible: {reason}\n"
 
 
 def parse_rules(listing: str) -> list[str]:
-    """Parse the output of `iptables -S CHAIN`; rules are normalized as in `parse_save`."""
+    """Return the rules in the output of `iptables -S CHAIN`, normalized as in `parse_save`."""
     return [_normalize(line) for line in listing.splitlines() if line.startswith("-A ")]
 
 
 def count_rules(chains: Iterable[str]) -> int:
-    """Return the total number of rules in chains, each given as text with one rule per line."""
+    """Return the total number of rules in `chains`. Each chain is given as text with one rule per line."""
     return sum(rules.count("\n") + 1 for rules in chains if rules)
 
 
@@ -150,7 +153,10 @@ def _normalize(line: str) -> str:
 
 
 def _requested_probability(match: re.Match[str]) -> str:
-    """Return 1/n with 10 decimals: the kernel stores a probability as a multiple of 2**-31."""
+    """Return the probability 1/n as kproxy wrote it, with 10 decimals. Return any other probability unchanged.
+
+    iptables prints a slightly different number, because the kernel stores a probability as a multiple of 2**-31.
+    """
     stored = float(match[0])
     if not stored:
         return match[0]

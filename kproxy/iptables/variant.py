@@ -1,4 +1,4 @@
-"""The iptables variants nft and legacy: select the host's variant, and warn about Service rules in the other one."""
+"""Select the iptables variant of the host (nft or legacy), and warn about Service rules in the other variant."""
 
 from __future__ import annotations
 
@@ -12,16 +12,22 @@ from kproxy.host.commands import CommandError, CommandRunner, run
 
 Variant: TypeAlias = Literal["nft", "legacy"]
 FOLDER_VARIABLE = "KPROXY_IPTABLES"
-"""Environment variable with the folder of the programs of both variants: `nft/iptables`, `legacy/iptables-save` etc."""
+"""Environment variable that names the folder with the programs of both variants: `nft/iptables`,
+`legacy/iptables-save` etc.
+"""
 KUBELET_CHAINS = ("KUBE-IPTABLES-HINT", "KUBE-KUBELET-CANARY")
-"""Chains in table mangle that show the kubelet's variant: the hint of KEP-3178, and the canary of older kubelets."""
+"""Chains in table mangle by which the kubelet shows which variant it uses. KUBE-IPTABLES-HINT is the hint of KEP-3178.
+Older kubelets create only KUBE-KUBELET-CANARY.
+"""
 LEGACY_TABLE_FILES = {
     "iptables": Path("/proc/thread-self/net/ip_tables_names"),
     "ip6tables": Path("/proc/thread-self/net/ip6_tables_names"),
 }
-"""The files that list the existing legacy tables. Running iptables-legacy would create missing tables, with hooks."""
+"""The files that list the existing legacy tables. Running iptables-legacy instead would create missing tables and
+register their hooks.
+"""
 TIMEOUT_SECONDS = 60
-"""Time limit for each program."""
+"""Time limit for each program that this module runs."""
 _VARIANTS: tuple[Variant, ...] = ("nft", "legacy")
 
 
@@ -29,10 +35,10 @@ _VARIANTS: tuple[Variant, ...] = ("nft", "legacy")
 
 
 def use_host_variant(environment: MutableMapping[str, str]) -> Variant | None:
-    """Put the programs of the host's variant first in PATH, and return the variant.
+    """Put the folder with the programs of the host's variant first in PATH, and return the variant.
 
-    `environment` is that of this process: programs that it starts inherit it. Return None and change nothing if
-    `FOLDER_VARIABLE` is not set.
+    `environment` is the environment of this process, which child processes inherit. If `FOLDER_VARIABLE` is not set,
+    return None and change nothing.
     """
     folder = environment.get(FOLDER_VARIABLE)
     if not folder:
@@ -43,10 +49,11 @@ def use_host_variant(environment: MutableMapping[str, str]) -> Variant | None:
 
 
 def detect_variant(folder: Path) -> Variant:
-    """Return the variant that the kubelet uses; without a kubelet chain, the one with more rules; nft if equal.
+    """Return the variant that the kubelet uses.
 
-    These are the rules of kubernetes-sigs/iptables-wrappers. `folder` contains the programs of both variants. A variant
-    whose programs cannot be run counts as unused.
+    If neither variant has a chain of the kubelet, return the variant with more rules, or nft if both have the same
+    number of rules. kubernetes-sigs/iptables-wrappers makes the same decision. `folder` contains the programs of both
+    variants. A variant whose programs cannot be run counts as unused.
     """
     for variant in _VARIANTS:
         if any(
@@ -86,9 +93,9 @@ def _count_rules(folder: Path, variant: Variant, program: str) -> int:
 
 
 def other_variant_warning(*, uses_nft: bool) -> str:
-    """Return a one-line warning about Service rules in the variant that is not in use, or "" if none are found.
+    """Return a one-line warning if the variant that kproxy does not use has Service rules, or "" if none are found.
 
-    `uses_nft` is whether iptables-nft is the variant in use.
+    `uses_nft` is true if kproxy uses iptables-nft.
     """
     return _legacy_warning() if uses_nft else _nft_warning()
 

@@ -1,1 +1,1 @@
-"""Cleanup of what kube-proxy's ipvs mode leaves on a node."""
+"""Cleanup of the objects that kube-proxy's ipvs mode leaves on a node."""

@@ -12,13 +12,15 @@ from kproxy.ipvs.ipset import IpsetEntry, destroy_sets, set_entries, set_names
 from kproxy.ipvs.virtual_servers import VirtualServer, delete_virtual_servers, virtual_servers
 
 INTERFACE = "kube-ipvs0"
-"""The dummy interface with the addresses of all Services. It makes the node accept packets to them as local."""
+"""The dummy interface that has the addresses of all Services. The node therefore accepts packets to these addresses as
+local.
+"""
 _NODE_PORT_SETS = {
     "KUBE-NODE-PORT-TCP": socket.IPPROTO_TCP,
     "KUBE-NODE-PORT-UDP": socket.IPPROTO_UDP,
     "KUBE-NODE-PORT-SCTP-HASH": socket.IPPROTO_SCTP,
 }
-"""The sets of the NodePorts of all traffic policies, with their protocol numbers."""
+"""The sets that together contain all NodePorts, regardless of traffic policy, with their protocol numbers."""
 _ADDRESS_SETS = (
     "KUBE-CLUSTER-IP",
     "KUBE-EXTERNAL-IP",
@@ -26,7 +28,7 @@ _ADDRESS_SETS = (
     "KUBE-LOAD-BALANCER",
     "KUBE-LOAD-BALANCER-LOCAL",
 )
-"""The sets that together contain address, protocol and port of all virtual servers except those for NodePorts."""
+"""The sets that together contain the addresses, protocols and ports of all virtual servers except for NodePorts."""
 _IPV4_SETS = (
     *_NODE_PORT_SETS,
     *_ADDRESS_SETS,
@@ -43,18 +45,21 @@ _IPV4_SETS = (
 
 
 def _ipv6_name(name: str) -> str:
-    """Return the name of the set for IPv6; the kernel limits names to 31 characters."""
+    """Return the name of the IPv6 variant of a set. The kernel limits names to 31 characters."""
     return name.replace("KUBE-", "KUBE-6-", 1)[:31]
 
 
 SETS = frozenset({*_IPV4_SETS, *map(_ipv6_name, _IPV4_SETS)})
-"""The names of all sets of ipvs mode. Other programs also have sets whose names begin with KUBE-."""
+"""The names of all sets of ipvs mode. The prefix KUBE- is not enough to recognize them: other programs use it, too."""
 _NODE_PORT_PROTOCOLS = {**_NODE_PORT_SETS, **{_ipv6_name(name): number for name, number in _NODE_PORT_SETS.items()}}
 _SETS_WITH_ADDRESSES = frozenset({*_ADDRESS_SETS, *map(_ipv6_name, _ADDRESS_SETS)})
 
 
 class IpvsLeftovers(Struct, frozen=True):
-    """The interface (its index, or 0 if it does not exist) and the sets (sorted names) that ipvs mode left behind."""
+    """The interface and the ipsets that ipvs mode left on the node.
+
+    `interface` is the index of the interface, or 0 if it does not exist. `sets` are the sorted names of the ipsets.
+    """
 
     interface: int
     sets: tuple[str, ...]
@@ -66,8 +71,8 @@ class IpvsLeftovers(Struct, frozen=True):
 class IpvsCleanupResult(Struct):
     """Short descriptions of the removed objects, and a one-line message about each problem.
 
-    With `servers_remain`, virtual servers could not be removed. The interface and the sets then remain too, because
-    they are needed to recognize these servers. A retry may succeed.
+    If `servers_remain` is true, some virtual servers could not be removed. In this case the interface and the ipsets
+    remain too, because they are needed to recognize these servers. A retry may succeed.
     """
 
     removed: list[str]
@@ -76,17 +81,21 @@ class IpvsCleanupResult(Struct):
 
 
 def find_leftovers() -> IpvsLeftovers:
-    """Find what ipvs mode left. If nothing is left, this takes only a few system calls. Raises `OSError`."""
+    """Find the interface and the ipsets that ipvs mode left. Raises `OSError`.
+
+    If there are none, this takes only a few system calls.
+    """
     return IpvsLeftovers(interface_index(INTERFACE), tuple(sorted(SETS.intersection(set_names()))))
 
 
 def remove_leftovers(leftovers: IpvsLeftovers) -> IpvsCleanupResult:
-    """Remove the leftovers and their virtual servers. Rules that use the sets must be deleted first.
+    """Remove the leftovers and the virtual servers of ipvs mode. Rules that use the ipsets must be deleted beforehand.
 
-    A failed step is recorded in the result's `problems`; its `OSError` is not raised.
+    If a step fails with `OSError`, the error is added to the result's `problems` and not raised.
     """
     result = IpvsCleanupResult([], [])
-    # The interface shows that kube-proxy may have virtual servers, and the sets show which ones. Remove both last.
+    # Remove the interface and the ipsets last. The interface shows that kube-proxy may have left virtual servers, and
+    # the ipsets show which virtual servers are kube-proxy's.
     result.servers_remain = bool(leftovers.interface) and not _try(
         result, "IPVS virtual servers", lambda: _remove_servers(leftovers, result)
     )
@@ -102,10 +111,10 @@ def remove_leftovers(leftovers: IpvsLeftovers) -> IpvsCleanupResult:
 def kube_proxy_servers(
     servers: Iterable[VirtualServer], entries: Container[IpsetEntry], node_addresses: Container[str]
 ) -> list[VirtualServer]:
-    """Return the virtual servers that kube-proxy created, according to the entries of its sets.
+    """Return the virtual servers that kube-proxy created, according to the `entries` of its ipsets.
 
-    An entry without an address is a NodePort on each of the node's addresses. The other virtual servers may belong to
-    programs such as keepalived; kube-proxy's own cleanup deletes these too.
+    An entry without an address stands for a NodePort on each of the node's addresses. Virtual servers without a
+    matching entry may belong to programs such as keepalived. kube-proxy's own cleanup deletes all virtual servers.
     """
     return [
         server
@@ -116,7 +125,11 @@ def kube_proxy_servers(
 
 
 def _remove_servers(leftovers: IpvsLeftovers, result: IpvsCleanupResult) -> bool:
-    """Return whether all virtual servers of kube-proxy have been removed."""
+    """Remove the virtual servers of kube-proxy; return whether all of them have been removed.
+
+    Virtual servers on addresses of the interface that are not in kube-proxy's ipsets remain. They are recorded as a
+    problem.
+    """
     existing = virtual_servers()
     if not existing:
         return True
@@ -145,7 +158,7 @@ def _remove_servers(leftovers: IpvsLeftovers, result: IpvsCleanupResult) -> bool
 
 
 def _server_entries(names: Iterable[str]) -> set[IpsetEntry]:
-    """Return the entries of sets that correspond to virtual servers."""
+    """Return the entries of the named ipsets that stand for virtual servers. Other ipsets are ignored."""
     entries: set[IpsetEntry] = set()
     for name in names:
         if name in _SETS_WITH_ADDRESSES:
@@ -177,7 +190,10 @@ def _count(objects: Collection[object], noun: str) -> str:
 
 
 def _try(result: IpvsCleanupResult, objects: str, step: Callable[[], bool]) -> bool:
-    """Return what a step returns; if it raises `OSError`, record a problem with these objects and return False."""
+    """Run a step and return its result. If it raises `OSError`, record a problem and return False.
+
+    `objects` describes what the step removes.
+    """
     try:
         return step()
     except OSError as error:

@@ -1,4 +1,7 @@
-"""List and destroy IP sets over netlink (linux/netfilter/ipset/ip_set.h): container images may lack `ipset`."""
+"""List and destroy IP sets over netlink (linux/netfilter/ipset/ip_set.h).
+
+The program `ipset` is not used, because container images may lack it.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ IPSET_ATTR_SETNAME = 2
 IPSET_ATTR_FLAGS = 6
 IPSET_ATTR_DATA = 7
 IPSET_ATTR_ADT = 8
-"""The entries of a set; each is an `IPSET_ATTR_DATA` that contains the three attributes below."""
+"""The entries of a set. Each entry is an `IPSET_ATTR_DATA`, which contains the three attributes below."""
 IPSET_ATTR_IP = 1
 IPSET_ATTR_PORT = 4
 IPSET_ATTR_PROTO = 7
@@ -44,7 +47,11 @@ _IP_SET_MODULE = _MODULES / "ip_set"
 
 
 class IpsetEntry(Struct, frozen=True):
-    """An entry of a set with ports: address ("" if the set type has none), protocol number (0 if none) and port."""
+    """An entry of a set whose type has ports.
+
+    If the set type has no addresses, `address` is "". If it has no protocols, `protocol` is 0; otherwise `protocol` is
+    the protocol number.
+    """
 
     address: str
     protocol: int
@@ -52,9 +59,10 @@ class IpsetEntry(Struct, frozen=True):
 
 
 def set_names() -> list[str]:
-    """Return the names of all sets: none if the kernel module ip_set is not loaded. Raises `OSError`.
+    """Return the names of all sets. Raises `OSError`.
 
-    The module is checked first because a netlink request would load it.
+    If the kernel module ip_set is not loaded, there are no sets. This is checked first, because a netlink request would
+    load the module.
     """
     if _MODULES.exists() and not _IP_SET_MODULE.exists():
         return []
@@ -62,12 +70,15 @@ def set_names() -> list[str]:
 
 
 def set_entries(name: str) -> set[IpsetEntry]:
-    """Return the entries of a set: none if its type has no ports. Raises `OSError`."""
+    """Return the entries of a set, or no entries if the set's type has no ports. Raises `OSError`."""
     return retry_interrupted(partial(_list_entries, name))
 
 
 def destroy_sets(names: Sequence[str]) -> dict[str, str]:
-    """Destroy sets with all their entries; return the reason for each set that remains. Raises `OSError`."""
+    """Destroy sets with all their entries. Return the sets that could not be destroyed, with the reasons.
+
+    Raises `OSError` if the requests cannot be sent or the replies cannot be received.
+    """
     with NetlinkSocket(NETLINK_NETFILTER) as netlink:
         errors = netlink.request_many(_DESTROY_SET, 0, [_encode_request(name) for name in names])
     return {
@@ -111,6 +122,6 @@ def _parse_address(data: bytes, begin: int, end: int) -> str:
 
 
 def _encode_request(name: str = "") -> bytes:
-    """Return the payload of a request for the set of this name, or for all sets if `name` is ""."""
+    """Return the payload of a request for the set with this name, or for all sets if `name` is ""."""
     set_name = attribute(IPSET_ATTR_SETNAME, name.encode() + b"\0") if name else b""
     return nfgenmsg() + attribute(IPSET_ATTR_PROTOCOL, bytes([IPSET_PROTOCOL_MIN])) + set_name

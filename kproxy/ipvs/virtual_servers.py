@@ -41,7 +41,7 @@ _PROC_IP_VS = Path("/proc/thread-self/net/ip_vs")
 
 
 class VirtualServer(Struct, frozen=True):
-    """A virtual server: address, protocol number and port. `key` is the encoding of its `_KEY_ATTRIBUTES`."""
+    """A virtual server: address, protocol number and port. `key` is the encoded form of its `_KEY_ATTRIBUTES`."""
 
     address: str
     protocol: int
@@ -50,15 +50,19 @@ class VirtualServer(Struct, frozen=True):
 
 
 def virtual_servers() -> list[VirtualServer]:
-    """Return the virtual servers that have an address: none if IPVS is not in use. Raises `OSError`.
+    """Return the virtual servers that have an address. Raises `OSError`.
 
-    /proc is checked first because a netlink request would load the kernel module.
+    There are none if IPVS is not in use. This is checked first, in /proc, because a netlink request would load the
+    kernel module.
     """
     return retry_interrupted(_list_servers) if _PROC_IP_VS.exists() else []
 
 
 def delete_virtual_servers(servers: Sequence[VirtualServer]) -> dict[VirtualServer, str]:
-    """Delete virtual servers; return the reason for each one that remains. Raises `OSError`."""
+    """Delete virtual servers. Return the ones that could not be deleted, with the reasons.
+
+    Raises `OSError` if the requests cannot be sent or the replies cannot be received.
+    """
     with NetlinkSocket(NETLINK_GENERIC) as netlink:
         family_id = resolve_family_id(netlink, IPVS_GENL_NAME)
         errors = netlink.request_many(family_id, 0, [encode_deletion(server) for server in servers])
@@ -66,7 +70,10 @@ def delete_virtual_servers(servers: Sequence[VirtualServer]) -> dict[VirtualServ
 
 
 def resolve_family_id(netlink: NetlinkSocket, name: str) -> int:
-    """Return the ID of a generic netlink family, which is the message type of its requests. Raises `NetlinkError`."""
+    """Return the ID of a generic netlink family. It is the message type of all requests to the family.
+
+    Raises `NetlinkError`.
+    """
     request = _header(CTRL_CMD_GETFAMILY) + attribute(CTRL_ATTR_FAMILY_NAME, name.encode() + b"\0")
     ids = [
         _U16.unpack_from(data, attributes(data, begin + _GENLMSGHDR.size, end)[CTRL_ATTR_FAMILY_ID][0])[0]
@@ -78,7 +85,7 @@ def resolve_family_id(netlink: NetlinkSocket, name: str) -> int:
 
 
 def parse_servers(messages: Iterator[Message]) -> Iterator[VirtualServer]:
-    """Yield the virtual servers in a dump. Virtual servers for firewall marks are skipped: they have no address."""
+    """Yield the virtual servers in a dump. Skip virtual servers for firewall marks, because they have no address."""
     for data, begin, end in messages:
         service = attributes(data, begin + _GENLMSGHDR.size, end).get(IPVS_CMD_ATTR_SERVICE)
         spans = attributes(data, *service) if service else {}
@@ -95,7 +102,7 @@ def parse_servers(messages: Iterator[Message]) -> Iterator[VirtualServer]:
 
 
 def encode_deletion(server: VirtualServer) -> bytes:
-    """Return the payload of the request that deletes a virtual server with its real servers."""
+    """Return the payload of the request that deletes a virtual server together with its real servers."""
     return _header(IPVS_CMD_DEL_SERVICE) + attribute(IPVS_CMD_ATTR_SERVICE, server.key)
 
 
