@@ -16,7 +16,7 @@ LONGEST_PAUSE = 3600.0
 
 
 class LogThrottle:
-    """Decides when to log a persistent problem: at once, then at intervals of 1, 2, 4 ... minutes, at most one hour.
+    """Decides when to log a persistent problem: at once, then at intervals of 1, 2, 4 ... minutes, up to one hour.
 
     Times are in seconds, from a monotonic clock.
     """

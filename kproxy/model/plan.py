@@ -23,7 +23,7 @@ class TrafficDecision(Enum):
 
     FORWARD = "forward"
     REJECT = "reject"
-    """The Service port has no usable endpoint in the cluster. The client receives an error at once."""
+    """The service port has no usable endpoint in the cluster. The client receives an error at once."""
     DROP = "drop"
     """The policy is Local, and all usable endpoints are on other nodes. Load balancers should use those nodes."""
 
@@ -102,7 +102,7 @@ class ServicePortPlan(Struct, frozen=True, gc=False):
 
     @property
     def reachable_endpoints(self) -> Sockets:
-        """All endpoints to which this node may send traffic, for both traffic policies together, sorted."""
+        """All endpoints to which this node may send traffic under either traffic policy, in sorted order."""
         if not self.local_endpoints:
             return self.cluster_endpoints
         return tuple(sorted({*self.cluster_endpoints, *self.local_endpoints}))

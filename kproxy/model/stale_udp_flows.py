@@ -78,8 +78,8 @@ class UdpFrontends:
         """Return whether flows to `destination` are stale if their replies come from `source`.
 
         Only flows to `unchecked` frontends can be stale. If the frontend exists, a flow is stale unless `source` is one
-        of the frontend's endpoints. A stale flow may come from an endpoint that is gone. It may also be untranslated,
-        so that `source` is `destination`, because the client sent packets before the frontend existed.
+        of the frontend's endpoints. For example, `source` is an endpoint that is gone. Or the client sent packets
+        before the frontend existed: its flow is untranslated, and `source` is `destination`.
 
         If the frontend no longer exists, translated flows are stale. Untranslated flows are not stale, because they
         belong to the program that uses the address or port now.

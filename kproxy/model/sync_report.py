@@ -78,7 +78,7 @@ ConditionReason: TypeAlias = Literal[
 class ConditionTransition(Struct, frozen=True):
     """A change to the condition of a Service.
 
-    If it is a warning, kproxy records a Kubernetes Event with the same `reason` and `message`.
+    If `is_warning` is true, kproxy records a Kubernetes Event with the same `reason` and `message`.
     """
 
     service: ServiceKey
@@ -95,8 +95,9 @@ class SyncResult(Struct, frozen=True):
     """What a successful sync of one family programmed.
 
     `services` is the number of Services covered: all of them if `complete`, otherwise those that may have changed.
-    `plans` contains each Service that has at least one plan with `ServicePortPlan.outlives_sync`, with all plans of the
-    Service. Other covered Services are absent if the sync is `complete`. Otherwise they are present without plans.
+    `plans` maps a Service to all of its plans if `ServicePortPlan.outlives_sync` is true for at least one of them. If
+    the sync is `complete`, all other Services are absent. Otherwise, all other covered Services map to an empty
+    sequence.
 
     `last_changes` refers to the endpoint changes that this sync programmed. It contains the times at which they were
     triggered, in seconds since the epoch (annotation `endpoints.kubernetes.io/last-change-trigger-time`). `transitions`

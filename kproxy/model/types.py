@@ -98,7 +98,7 @@ class EndpointSlice(Struct, frozen=True, gc=False, array_like=True):
 
 
 class Node(Struct, frozen=True, gc=False):
-    """A Node. `addresses` are its InternalIPs, followed by its ExternalIPs, each in the order of the Node's status.
+    """A Node. `addresses` are its InternalIPs, followed by its ExternalIPs, both in the order of the Node's status.
 
     `being_deleted` is true if the Node has a deletion timestamp or the taint `ToBeDeletedByClusterAutoscaler`: load
     balancers should not send it new connections (KEP-3836).
