@@ -26,7 +26,7 @@ from kproxy.sync.service_conditions import ConditionTracker, ServiceCondition, s
 LARGE_CLUSTER_ENDPOINTS = 1000
 """With more endpoints than this, per-endpoint rules have no comments (kube-proxy's threshold)."""
 MAX_LAST_CHANGES = 1000
-"""While syncs fail, at most this many times of endpoint changes are kept for the metrics."""
+"""Maximum number of timestamps of endpoint changes that are kept for the metrics while syncs fail."""
 
 
 class Backend(Protocol):
@@ -40,7 +40,7 @@ class Backend(Protocol):
         """
 
     def verify(self, context: Context) -> bool:
-        """Run a quick drift check. Return False if another process changed kproxy's rules in the kernel.
+        """Run a quick drift check. Return False if it finds that another process changed kproxy's rules.
 
         The next `sync` must then be a full sync.
         """
@@ -85,14 +85,14 @@ class FamilySync:
         self._endpoints: EndpointCounts | None = None
 
     def add_changes(self, change: StoreChange) -> None:
-        """Add the changes that one delta caused to the pending changes."""
+        """Add the changes made by one delta to the pending changes."""
         self._pending |= change.services
         if self._conditions is not None:  # at the first sync, all Services count as new
             self._appeared |= change.appeared
         self._last_changes += change.last_changes
 
     def verify(self) -> bool:
-        """Run a quick drift check. Return False if another process changed kproxy's rules in the kernel."""
+        """Run a quick drift check. Return False if it finds that another process changed kproxy's rules."""
         return self._applied is None or self._backend.verify(self._applied)
 
     def forget(self) -> None:
@@ -159,9 +159,9 @@ class FamilySync:
 class StorePlans:
     """Plans Services of a store on demand (implements `kproxy.model.sync_report.Plans`).
 
-    `by_service` also collects what is needed after the sync. It adds each Service that has at least one plan with
-    `ServicePortPlan.outlives_sync` to `lasting`, with all plans of the Service. It adds each Service that has a
-    condition to `conditions`.
+    `by_service` also collects what is needed after the sync. If `ServicePortPlan.outlives_sync` is true for at least
+    one plan of a Service, all plans of the Service are added to `lasting`. If a Service has a condition, the condition
+    is added to `conditions`.
     """
 
     def __init__(self, store: Store, context: Context, keys: Collection[ServiceKey]) -> None:

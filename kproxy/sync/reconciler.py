@@ -143,7 +143,7 @@ class Reconciler:
             log.debug("cannot apply a change", exc_info=error)
 
     def apply(self, message: Delta | Batch | Resync) -> None:
-        """Apply one message to the desired state, and request a sync of all families if anything changed."""
+        """Apply one message to the desired state. If it changed anything, request a sync of all families."""
         if isinstance(message, tuple):
             for delta in message:
                 self.apply(delta)

@@ -14,8 +14,8 @@ class Schedule:
 
     The first change after a quiet period is programmed at once. After that, syncs start at least `min_interval` seconds
     apart, and each sync programs all changes that are pending when it starts. A failed sync is retried after a delay,
-    which doubles with each further failure up to `max_retry` seconds. If another change arrives, the next sync does not
-    wait for the end of this delay, because the change may fix the problem.
+    which doubles with each further failure up to `max_retry` seconds. If another change arrives during the delay, the
+    retry waits only for `min_interval`, because the change may fix the problem.
     """
 
     def __init__(self, *, min_interval: float, max_retry: float) -> None:

@@ -16,9 +16,9 @@ from kproxy.model.types import Family, ServiceKey
 class ServiceCondition(Struct, frozen=True, gc=False):
     """Why some connections to a Service fail, or why unwanted clients can reach it.
 
-    `rejected` are the names of the ports that have no usable endpoints. `dropped` are the names of the ports with
-    traffic policy Local that have usable endpoints, but none on this node. The name of an unnamed port is "".
-    `unrestricted` means that the load balancer addresses of this family are open to all sources, because all
+    `rejected` are the names of the ports that have no usable endpoints. `dropped` are the names of the ports that have
+    usable endpoints, but none on this node, if a traffic policy of the Service is Local. The name of an unnamed port is
+    "". `unrestricted` means that the load balancer addresses of this family are open to all sources, because all
     `loadBalancerSourceRanges` belong to the other family. `ports` is the total number of ports.
     """
 
@@ -55,13 +55,13 @@ class ConditionTracker:
         self._conditions: dict[ServiceKey, ServiceCondition] = {}
         self._rejected = self._dropped = 0
         self._reported: set[ServiceKey] = set()
-        """Services without endpoints that have been reported, and whose recovery has not been reported yet."""
+        """The Services whose lack of endpoints has been reported, but whose recovery has not been reported yet."""
         self._conflicts: frozenset[FrontendConflict] = frozenset()
         self._losers: frozenset[ServiceKey] = frozenset()
         self._has_synced = False
 
     def reported(self, covered: Collection[ServiceKey] | None) -> Collection[ServiceKey]:
-        """Return the Services with a reported problem that a sync covered. None as `covered` means all Services."""
+        """Return the Services in `covered` that have a reported problem. If `covered` is None, check all Services."""
         if covered is None:
             return self._reported | self._losers
         return [key for key in covered if key in self._reported or key in self._losers]
