@@ -205,7 +205,7 @@ def discover_iptables() -> dict[Family, IptablesRunner]:
 
 
 def discover_nftables() -> dict[Family, Commit]:
-    """Return, for each IP family that works on this node, how to commit nftables transactions.
+    """Return the `Commit` implementation to use for each IP family that works on this node.
 
     A family that does not work is skipped with a warning. Raises `NftablesUnsupportedError` if no family works, or if
     IPv4 does not work on a node that needs it. Raises `InconclusiveError` if the failure may be temporary.
@@ -241,7 +241,7 @@ def _candidate_families() -> list[Family]:
 
 
 def _why_ipv4_is_required(reasons: Mapping[Family, str]) -> str:
-    """Return why IPv4 cannot be skipped on this node, or "" if it can be skipped or works.
+    """Return why IPv4 cannot be skipped on this node, or "" if IPv4 works or can be skipped.
 
     On a node with IPv4 addresses, skipping IPv4 would leave IPv4 Services without rules, although kproxy would appear
     healthy. Loopback and link-local addresses do not count.
@@ -264,7 +264,7 @@ def _warn_of_skipped(reasons: Mapping[Family, str]) -> None:
 def _combined_reasons(reasons: Mapping[Family, str], ipv4_required: str) -> str:
     """Return one line with the reason why each family failed.
 
-    If only IPv4 failed, the line also contains the reason why IPv4 cannot be skipped.
+    If only IPv4 failed, and it cannot be skipped, the line also contains the reason for that.
     """
     families: dict[str, list[str]] = {}
     for family, reason in reasons.items():

@@ -20,7 +20,8 @@ log = logging.getLogger(__name__)
 _PORT_CHAIN_RULES = tuple(f"-A {prefix}" for prefix in PORT_CHAIN_PREFIXES)
 """Prefixes of the lines in a dump that are rules of per-Service chains.
 
-Most lines of a dump begin with one of these prefixes. They are not parsed, because these chains are deleted as a whole.
+Most lines of a dump begin with one of these prefixes. These lines are not parsed, because per-Service chains are
+deleted as a whole.
 """
 
 

@@ -74,8 +74,8 @@ def local_traffic_warning(config: Config, node: Node | None, context: Context) -
     """Return one line that explains why traffic from local pods cannot be detected in the context's family, or "".
 
     kube-proxy logs the same warning for the primary family. If the Node has no address of a family, the family is not
-    in use, and no warning is returned. While no address of the Node is known, the family of `bindAddress` is assumed to
-    be in use, as in kube-proxy.
+    in use, and no warning is returned for it. While no address of the Node is known, the family of `bindAddress` is
+    assumed to be in use, as in kube-proxy.
     """
     if context.local_traffic.detectable or context.family not in _families_in_use(config, node):
         return ""

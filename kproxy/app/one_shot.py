@@ -61,7 +61,7 @@ def render(config: Config, objects: str) -> dict[Family, str]:
     """Render the rules for the objects in a file or directory, as if the kernel had no rules.
 
     Returns a text for each family: the input for `iptables-restore` in iptables mode, or for `nft -f` in nftables mode.
-    `mode: ""` renders nftables rules. The only property of this machine that is read is its host name. Raises
+    `mode: ""` renders nftables rules. Except for the objects, only the host name of this machine is read. Raises
     `FileSourceError`.
     """
     config = config.resolved("nftables") if not config.mode else config
@@ -84,7 +84,7 @@ def _printer(config: Config, family: Family, show: Callable[[str], object]) -> B
 
 
 def _assumed_context(config: Config, family: Family) -> Callable[[Node | None], Context]:
-    """Return a `make_context` for a node that supports all features and has the addresses listed in its Node object."""
+    """Return a `make_context` function for a node with all features and the addresses in its Node object."""
 
     def context(node: Node | None) -> Context:
         addresses = node.addresses if node else ()
