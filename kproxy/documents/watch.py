@@ -45,7 +45,7 @@ class PathSnapshot(Struct, frozen=True):
 def read_path(path: str) -> PathSnapshot:
     """Read a file, or the files of a directory whose names have one of the `SUFFIXES`.
 
-    Subdirectories are ignored, as `kubectl apply -f` does. Hidden files are ignored, too; in a mounted ConfigMap, the
+    As in `kubectl apply -f`, subdirectories are ignored. Hidden files are ignored, too: in a mounted ConfigMap, the
     hidden entries refer to the same files as the visible entries.
     """
     try:
@@ -147,7 +147,7 @@ def find_watched_paths(path: str) -> WatchedPaths:
 class SettledReader:
     """Reads a path when, according to inotify, no process is writing to its object files.
 
-    No method waits any further once the file descriptor `wake` is readable. All methods may raise `InotifyError`.
+    All methods stop waiting when the file descriptor `wake` becomes readable. All methods may raise `InotifyError`.
     """
 
     def __init__(self, path: str, inotify: Inotify, wake: int) -> None:
@@ -211,7 +211,7 @@ class SettledReader:
 
 
 def _is_being_created(event: InotifyEvent) -> bool:
-    """Return whether an event reports a new regular file, which its creator has yet to write.
+    """Return whether an event reports a new regular file, whose content has yet to be written.
 
     Another event follows once the file has been written. No other event follows for links and directories: they are
     complete as soon as they exist.

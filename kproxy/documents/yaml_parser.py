@@ -19,8 +19,8 @@ MAX_DEPTH = 500
 _OPENINGS = re.compile(r"[\[{]|[-?][ \t]+(?=[-?])")
 _MERGE_TAG = "tag:yaml.org,2002:merge"
 # The types of plain (unquoted) scalars: the types of YAML 1.1 except base-60 numbers, dates and "=". Kubernetes' YAML
-# library does not support these, either. Each type has a pattern that its scalars match, and the first characters of
-# its scalars. NUL stands for the empty scalar.
+# library does not support these, either. Each type has a pattern that its scalars match, and the characters with which
+# they can begin. NUL stands for the empty scalar.
 _PLAIN_SCALARS = {
     "null": (r"^(?:~|null|Null|NULL|)$", "~nN\0"),
     "bool": (r"^(?:yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF)$", "yYnNtTfFoO"),
@@ -152,7 +152,10 @@ def _path_to(target: yaml.Node, root: yaml.Node) -> FieldPath:
 
 @cache
 def _loader() -> Any:
-    """Return a loader class for the scalar types above. It uses libyaml's parser if PyYAML was built with libyaml."""
+    """Return a loader class for the types in `_PLAIN_SCALARS`.
+
+    It uses libyaml's parser if PyYAML was built with libyaml.
+    """
     base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     loader: Any = type("KubernetesLoader", (base,), {"yaml_implicit_resolvers": {}})
     for name, (pattern, first) in _PLAIN_SCALARS.items():
