@@ -42,9 +42,9 @@ class ServicePortPlan(Struct, frozen=True, gc=False):
     If `source_ranges` is not empty, only clients in these ranges may use the VIPs. The other frontends are not
     restricted. `vips_are_sources` is true if one of the ranges contains this node's address. In that case the VIPs are
     allowed as source addresses, too: if a VIP is a local address of the node, the node's own packets to the VIP have
-    the VIP as their source address. `unrestricted` is true if the Service has source ranges, but all of them belong to
-    the other IP family. In that case the VIPs of this family are open to all clients, as in kube-proxy. `dual_stack` is
-    true if the Service also has a ClusterIP of the other family.
+    the VIP as their source address. `unrestricted` is true if the port has VIPs and the Service has source ranges, but
+    all of these ranges belong to the other IP family. In that case the VIPs of this family are open to all clients, as
+    in kube-proxy. `dual_stack` is true if the Service also has a ClusterIP of the other family.
 
     `serving_endpoints` are all endpoints that still serve traffic. Existing flows to these endpoints may continue, even
     if new flows are sent to other endpoints. The field is only set for UDP. `endpoints_on_node` is the part of

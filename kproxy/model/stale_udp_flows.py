@@ -40,9 +40,9 @@ class UdpFrontend(NamedTuple):
 class UdpFrontends:
     """The UDP frontends of one family that are in the kernel, and the frontends that may have stale flows.
 
-    A frontend may have stale flows after one of these changes: it was created or deleted, it lost an endpoint, it had
-    no endpoints before the change, another Service became its owner, or the clients whose packets are translated
-    changed. Frontends of other protocols are ignored.
+    A frontend may have stale flows if an update created or deleted it, removed one of its endpoints, or made another
+    Service its owner. It may also have stale flows if it had no endpoints before the update, or if the update changed
+    the set of clients whose packets are translated. Frontends of other protocols are ignored.
     """
 
     def __init__(self) -> None:
@@ -78,8 +78,9 @@ class UdpFrontends:
         """Return whether flows to `destination` are stale if their replies come from `source`.
 
         Only flows to `unchecked` frontends can be stale. If the frontend exists, a flow is stale unless `source` is one
-        of the frontend's endpoints. For example, `source` is an endpoint that is gone. Or the client sent packets
-        before the frontend existed: its flow is untranslated, and `source` is `destination`.
+        of the frontend's endpoints. There are two causes: `source` is an endpoint that is gone, or the client sent
+        packets before the frontend existed. In the second case the flow is untranslated, and `source` equals
+        `destination`.
 
         If the frontend no longer exists, translated flows are stale. Untranslated flows are not stale, because they
         belong to the program that uses the address or port now.

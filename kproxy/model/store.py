@@ -21,9 +21,9 @@ SliceKey: TypeAlias = str
 class StoreChange(Struct, frozen=True):
     """What a delta changed: the Services to plan again, and whether this Node or the ServiceCIDRs changed.
 
-    `appeared` contains those `services` that did not exist before. `last_changes` contains the family of each changed
-    EndpointSlice and the time at which its change was triggered, in seconds since the epoch
-    (`EndpointSlice.last_change`). It is always empty for a `Replace`.
+    `appeared` contains those `services` that did not exist before. `last_changes` contains one pair for each new or
+    changed EndpointSlice with a known `last_change`: the family of the slice, and the time at which the change was
+    triggered, in seconds since the epoch. It is always empty for a `Replace`.
     """
 
     services: frozenset[ServiceKey] = frozenset()
