@@ -46,7 +46,10 @@ class Backend(Protocol):
         """
 
     def forget(self) -> None:
-        """Make the next `sync` a full sync, which compares all rules in the kernel with the desired state."""
+        """Make the next `sync` a full sync.
+
+        That sync reads all rules from the kernel and compares them with the desired state.
+        """
 
     def sync(self, plans: Plans, context: Context) -> ApplyResult:
         """Program the plans of the Services that may have changed. Remove the rules of Services without plans.
@@ -96,7 +99,7 @@ class FamilySync:
         return self._applied is None or self._backend.verify(self._applied)
 
     def forget(self) -> None:
-        """Make the next sync a full sync, which compares all rules in the kernel with the desired state."""
+        """Make the next sync read all rules from the kernel and compare them with the desired state."""
         self._backend.forget()
 
     def sync(self, store: Store) -> SyncResult:

@@ -1,6 +1,6 @@
 """Log lines about syncs: one line per sync, or a summary once a minute. Pure.
 
-Callers pass the current time in seconds of a monotonic clock.
+Callers pass the current monotonic time in seconds.
 """
 
 from __future__ import annotations

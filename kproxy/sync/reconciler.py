@@ -51,8 +51,8 @@ Message: TypeAlias = Delta | Batch | Stop | Resync
 class Reconciler:
     """Applies messages to the desired state, and syncs each family when its schedule says that a sync is due.
 
-    The families are independent: a family that fails does not delay the other. Nothing is programmed until all kinds of
-    objects have been listed.
+    The families are independent: a family that fails does not delay the other. Nothing is programmed until `is_ready`
+    has returned True, by default once all kinds of objects have been listed.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """When to sync a family: minimum intervals, and retries with exponential backoff. Pure.
 
-Callers pass the current time in seconds of a monotonic clock.
+Callers pass the current monotonic time in seconds.
 """
 
 from __future__ import annotations
