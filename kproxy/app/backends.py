@@ -66,7 +66,7 @@ def watched_kinds(config: Config) -> tuple[Kind, ...]:
 
 
 def choose_mode(config: Config) -> Config:
-    """Return the configuration with a chosen proxy mode.
+    """Return the configuration with the proxy mode to use.
 
     `mode: ""` becomes nftables if nftables mode works for IPv4 on this node, otherwise iptables.
 

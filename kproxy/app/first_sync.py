@@ -23,15 +23,15 @@ class FirstSyncSteps:
     sync of IPv4. They do not set it earlier, because the sysctl is safe only while kproxy's rule protects 127.0.0.1
     from the network (CVE-2020-8558).
 
-    For each family, the steps remove the rules of the other proxy mode. If this fails, it is retried after the next
-    successful sync of the family. In a large cluster, the removal takes several seconds. It does not run concurrently
-    with a sync, because neither could read the tables consistently while the other is changing them.
+    For each family, the steps remove the rules of the other proxy mode. If the removal fails, it is retried after the
+    next successful sync of the family. In a large cluster, the removal takes several seconds. The removal does not run
+    concurrently with a sync, because neither could read the tables consistently while the other is changing them.
 
     Once this removal has succeeded for every family in use, the steps also remove what kube-proxy's ipvs mode left
     behind. The leftovers of both families are removed together, because one network interface has the addresses of
     both. A failed removal is retried after the next successful sync. If virtual servers remain, it is retried only
-    after the next full sync, because it starts with a search for all leftovers, which takes a long time in a large
-    cluster.
+    after the next full sync, because the removal starts with a search for all leftovers, which takes a long time in a
+    large cluster.
     """
 
     def __init__(self, config: Config, families: Collection[Family]) -> None:

@@ -84,7 +84,7 @@ def _printer(config: Config, family: Family, show: Callable[[str], object]) -> B
 
 
 def _assumed_context(config: Config, family: Family) -> Callable[[Node | None], Context]:
-    """Return a `make_context` function for a node with all features and the addresses in its Node object."""
+    """Return a `make_context` function for a node that has all features and the addresses of its Node object."""
 
     def context(node: Node | None) -> Context:
         addresses = node.addresses if node else ()
