@@ -13,7 +13,10 @@ FieldPath: TypeAlias = tuple[str | int, ...]
 
 
 class DocumentError(ValueError):
-    """The text of a document is not valid. `line` and `column` are 1-based; 0 means unknown."""
+    """The text is not valid: malformed, not UTF-8, nested too deeply, or with a duplicate key.
+
+    `line` and `column` are 1-based; 0 means unknown.
+    """
 
     def __init__(self, message: str, line: int = 0, column: int = 0) -> None:
         super().__init__(message)

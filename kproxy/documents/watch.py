@@ -121,7 +121,7 @@ class WatchedPaths(Struct, frozen=True):
 
 
 def find_watched_paths(path: str) -> WatchedPaths:
-    """Return what to watch for changes to the object files of a path. The path need not exist."""
+    """Return which directories to watch to detect changes to a path's object files. The path need not exist."""
     full = os.path.abspath(path)
     parent = os.path.dirname(full)
     while not os.path.isdir(parent):
