@@ -143,7 +143,10 @@ class Reconciler:
             log.debug("cannot apply a change", exc_info=error)
 
     def apply(self, message: Delta | Batch | Resync) -> None:
-        """Apply one message to the desired state. If it changed anything, request a sync of all families."""
+        """Apply one message to the desired state. If it changed anything, request a sync of all families.
+
+        Also request a sync when `is_ready` returns True for the first time.
+        """
         if isinstance(message, tuple):
             for delta in message:
                 self.apply(delta)
