@@ -35,7 +35,7 @@ from kproxy.sync.family_sync import FamilySync
 log = logging.getLogger(__name__)
 
 IPV6_ADDRESSES = Path("/proc/thread-self/net/if_inet6")
-"""Exists if the kernel supports IPv6."""
+"""This file exists if the kernel supports IPv6."""
 
 
 class StartError(Exception):
@@ -66,7 +66,7 @@ def watched_kinds(config: Config) -> tuple[Kind, ...]:
 
 
 def choose_mode(config: Config) -> Config:
-    """Return the configuration with a chosen proxy mode.
+    """Return the configuration with the proxy mode to use.
 
     `mode: ""` becomes nftables if nftables mode works for IPv4 on this node, otherwise iptables.
 
@@ -88,8 +88,8 @@ def choose_mode(config: Config) -> Config:
 def make_families(config: Config, runners: list[IptablesRunner]) -> dict[Family, FamilySync]:
     """Build the `FamilySync` of each IP family that works on this node. Raises `StartError` if none works.
 
-    Appends the iptables runners to `runners`, so that another thread can stop them. Logs a warning if the node lacks
-    the pod interfaces that `detectLocal` specifies.
+    In iptables mode, appends the iptables runners to `runners`, so that another thread can stop them. Logs a warning if
+    no interface of the node matches `detectLocal`.
     """
     if warning := interface_warning(config, [name for _, name in socket.if_nameindex()]):
         log.warning("%s", warning)
@@ -104,7 +104,7 @@ def _iptables_families(config: Config, runners: list[IptablesRunner]) -> dict[Fa
     except CommandError as error:
         raise StartError(f"iptables mode does not work on this node: {error}") from None
     families = {}
-    counters = cache(ensure_packet_counters)  # runs at the first sync: a failed start must leave nothing behind
+    counters = cache(ensure_packet_counters)  # runs at the first sync: a failed start leaves no counters behind
     for family, iptables in found.items():
         version = iptables.version()
         log.info("%s: %s", family.value, version)
@@ -130,7 +130,7 @@ def _nftables_families(config: Config) -> dict[Family, FamilySync]:
         family: FamilySync(
             NftablesBackend(NftTable(family, commit), own),
             ContextFactory(config, family, accounting=lambda: False, random_fully=True).make,
-            large_cluster_endpoints=math.inf,  # a set element costs the same in a cluster of any size
+            large_cluster_endpoints=math.inf,  # `large_cluster` changes nothing in nftables mode
         )
         for family, commit in commits.items()
     }
@@ -140,7 +140,7 @@ class ContextFactory:
     """Makes the contexts of one family and warns about settings that this node cannot satisfy."""
 
     def __init__(self, config: Config, family: Family, *, accounting: Callable[[], bool], random_fully: bool) -> None:
-        """`accounting` returns whether nfacct counters are available; it is called before the first sync."""
+        """`accounting` returns whether nfacct counters are available. It is called for each context."""
         self._config = config
         self._family = family
         self._accounting = accounting
@@ -148,9 +148,10 @@ class ContextFactory:
         self._warnings: tuple[str, ...] = ()
 
     def make(self, node: Node | None) -> Context:
-        """Return the context for this Node (None if unknown) and the node's current addresses.
+        """Return the context that results from this Node (None if unknown) and from the node's current addresses.
 
-        Raises `SyncError` if the kernel's addresses cannot be read. Logs each warning once for as long as it applies.
+        Raises `SyncError` if the node's addresses cannot be read from the kernel. Logs each warning when it starts to
+        apply, and not again while it continues to apply.
         """
         config = self._config
         try:
@@ -177,9 +178,10 @@ class ContextFactory:
 def discover_iptables() -> dict[Family, IptablesRunner]:
     """Return an iptables runner for each IP family that works on this node.
 
-    A family that the kernel rejects is skipped with a warning: kernels without IPv6, or without NAT for it, are common.
-    Raises `CommandError` if no family works or if IPv4 fails and the node needs it. A failure that may be temporary,
-    such as a program that hung, raises `InconclusiveError` instead of skipping the family.
+    A family that does not work is skipped with a warning, because kernels without IPv6 or without IPv6 NAT are common.
+    Raises `CommandError` if no family works, or if IPv4 does not work on a node that needs it. Raises
+    `InconclusiveError` if the failure may be temporary, for example because a program hung. Logs a warning if the
+    iptables variant that is not in use contains Service rules.
     """
     found: dict[Family, IptablesRunner] = {}
     reasons: dict[Family, str] = {}
@@ -203,10 +205,10 @@ def discover_iptables() -> dict[Family, IptablesRunner]:
 
 
 def discover_nftables() -> dict[Family, Commit]:
-    """Return the `Commit` for nftables transactions of each IP family that works on this node.
+    """Return the `Commit` implementation to use for each IP family that works on this node.
 
-    A family that does not work is skipped with a warning. Raises `NftablesUnsupportedError` if no family works or if
-    IPv4 fails and the node needs it, and `InconclusiveError` for a failure that may be temporary.
+    A family that does not work is skipped with a warning. Raises `NftablesUnsupportedError` if no family works, or if
+    IPv4 does not work on a node that needs it. Raises `InconclusiveError` if the failure may be temporary.
     """
     commits: dict[Family, Commit] = {}
     reasons: dict[Family, str] = {}
@@ -222,7 +224,7 @@ def discover_nftables() -> dict[Family, Commit]:
 
 
 def ensure_packet_counters() -> bool:
-    """Create the nfacct counters that rules refer to. Return whether they exist; if not, log the reason."""
+    """Create the nfacct counters that rules refer to. If this fails, log the reason and return False."""
     try:
         ensure_counters((INVALID_COUNTER, LOCALHOST_COUNTER))
     except OSError as error:
@@ -239,9 +241,10 @@ def _candidate_families() -> list[Family]:
 
 
 def _why_ipv4_is_required(reasons: Mapping[Family, str]) -> str:
-    """Return why this node cannot run without IPv4, or "" if it can, or if IPv4 works.
+    """Return why IPv4 cannot be skipped on this node, or "" if IPv4 works or can be skipped.
 
-    On a node with IPv4 addresses, skipping IPv4 would leave its Services without rules while kproxy looks healthy.
+    On a node with IPv4 addresses, skipping IPv4 would leave IPv4 Services without rules, although kproxy would appear
+    healthy. Loopback and link-local addresses do not count.
     """
     if Family.IPV4 not in reasons:
         return ""
@@ -259,7 +262,10 @@ def _warn_of_skipped(reasons: Mapping[Family, str]) -> None:
 
 
 def _combined_reasons(reasons: Mapping[Family, str], ipv4_required: str) -> str:
-    """Return one line with the reason of each family that failed, and why IPv4 cannot be skipped."""
+    """Return one line with the reason why each family failed.
+
+    If only IPv4 failed, and it cannot be skipped, the line also contains the reason for that.
+    """
     families: dict[str, list[str]] = {}
     for family, reason in reasons.items():
         families.setdefault(reason, []).append(family.value)

@@ -18,7 +18,11 @@ from kproxy.nftables.kernel import remove_table
 
 log = logging.getLogger(__name__)
 _PORT_CHAIN_RULES = tuple(f"-A {prefix}" for prefix in PORT_CHAIN_PREFIXES)
-"""Prefixes of the rules in per-Service chains, most lines of a dump. They are not parsed: whole chains are deleted."""
+"""Prefixes of the lines in a dump that are rules of per-Service chains.
+
+Most lines of a dump begin with one of these prefixes. These lines are not parsed, because per-Service chains are
+deleted as a whole.
+"""
 
 
 class VirtualServersRemainError(CommandError):
@@ -26,10 +30,10 @@ class VirtualServersRemainError(CommandError):
 
 
 def remove_all() -> Iterator[str]:
-    """Remove the rules of all modes and both families, including kube-proxy's. Yields a line for each removal.
+    """Remove the rules of all modes and both families, including kube-proxy's. Yields one line about each removal.
 
-    Logs a warning about rules in the iptables variant that is not in use, which it cannot remove. Raises `CommandError`
-    if a removal fails.
+    Logs a warning about rules that it cannot remove because they belong to the iptables variant that is not in use.
+    Raises `CommandError` if a removal fails.
     """
     for family in Family:
         if removed := remove_iptables(family):
@@ -46,11 +50,11 @@ def remove_all() -> Iterator[str]:
 def remove_iptables(family: Family) -> str:
     """Remove a family's iptables-mode rules. Return one line about what was removed, or "" if nothing was.
 
-    Does nothing if iptables is not installed for the family. Logs a warning about tables that iptables cannot print.
-    Raises `CommandError` if iptables fails.
+    Does nothing if iptables is not installed for the family. Logs a warning about tables with rules that iptables
+    cannot print. Raises `CommandError` if iptables fails.
 
-    Takes 1.6 s for 20,000 chains and 5.3 s for 55,000 (iptables-nft 1.8.9). Do not run it while another process
-    changes tables continuously: iptables-nft restarts its dump at every change and may never finish.
+    Takes 1.6 s for 20,000 chains and 5.3 s for 55,000 (iptables-nft 1.8.9). Do not run it while another process changes
+    tables continuously: iptables-nft restarts its dump whenever a table changes, and may never finish.
     """
 
     def changes(saved: Mapping[ChainName, SavedChain], version: IptablesVersion) -> Iterable[RestoreInput]:
@@ -63,9 +67,11 @@ def remove_iptables(family: Family) -> str:
 def remove_ipvs() -> str:
     """Remove what kube-proxy's ipvs mode left behind. Return one line about what was removed, or "" if nothing was.
 
-    Call this once kproxy's own rules are active. Logs a warning about what cannot be removed. Chains that ipvs mode
-    shares with iptables mode are kept: in iptables mode, kproxy owns them by then; in nftables mode, `remove_iptables`
-    deletes them. Raises `CommandError` if iptables fails, `VirtualServersRemainError` if virtual servers remain.
+    Call this only after kproxy's own rules have become active. Chains that exist in both ipvs mode and iptables mode
+    are kept: in iptables mode, kproxy itself uses them; in nftables mode, `remove_iptables` deletes them.
+
+    Logs a warning about what cannot be removed. Raises `CommandError` if iptables fails, and
+    `VirtualServersRemainError` if virtual servers remain.
     """
     try:
         if not find_leftovers():
@@ -87,9 +93,10 @@ def remove_ipvs() -> str:
 
 
 def _remove_ipvs_objects() -> str:
-    """Remove the virtual servers, interface and ipsets of ipvs mode. Return what was removed; log the rest as warnings.
+    """Remove the virtual servers, interface and ipsets of ipvs mode. Return what was removed.
 
-    Raises `VirtualServersRemainError` if virtual servers remain.
+    Logs a warning about each object that cannot be removed. Raises `VirtualServersRemainError` if virtual servers
+    remain.
     """
     try:
         done = remove_leftovers(find_leftovers())
@@ -137,7 +144,8 @@ def _remove_chains(
 def unremovable_chains() -> str:
     """Return one line about KUBE- chains that `remove_iptables` cannot remove, or "".
 
-    These are chains of the iptables variant that is not in use, or of both variants if iptables is not installed.
+    These are chains of the iptables variant that is not in use. If iptables is not installed, chains of both variants
+    are reported.
     """
     used = _version(IptablesRunner(Family.IPV4))
     found = [

@@ -58,7 +58,7 @@ STOP_SECONDS = 0.7
 """Seconds to wait for a sync in progress when stopping. After that, running iptables programs are killed."""
 
 PART_STOP_SECONDS = 0.1
-"""Seconds to wait for each component when stopping: enough for any that is not waiting for the API server."""
+"""Seconds to wait for each component to stop. This is enough for components that are not waiting for the API server."""
 
 EXIT_SECONDS = 0.3
 """Seconds to wait, after killing iptables programs, for the reconciler thread to stop the components."""
@@ -78,7 +78,7 @@ class Component(Protocol):
 
 
 class ConfigFile(Struct, frozen=True):
-    """The file that a configuration was read from, its content, and how to load new content (see `ConfigWatcher`)."""
+    """The file that the configuration was read from, its content, and a function that loads new content."""
 
     path: str
     content: bytes
@@ -97,7 +97,7 @@ def run(
     file: ConfigFile | None,
     flags: Callable[[], Mapping[str, str]],
 ) -> None:
-    """Keep this node's rules in sync with the cluster until SIGTERM or SIGINT. The rules stay active after that.
+    """Keep this node's rules in sync with the cluster until SIGTERM or SIGINT. The rules stay active afterwards.
 
     `objects` is a file or directory to watch instead of an API server, `server` overrides the API server's URL, `file`
     is the configuration file to watch, and `flags` returns the values for `/flagz`. Raises `StartError` or
@@ -173,7 +173,7 @@ class Daemon:
     def _build(self, parts: ExitStack) -> Reconciler:
         """Create, connect and start all parts.
 
-        Every step that may fail runs before the first change to the node, which is to its kernel parameters.
+        All steps that may fail run before anything on the node is changed. Kernel parameters are changed first.
         """
         check_privileges()
         client = None if self._objects is not None else _connect(self._config, self._server)
@@ -274,7 +274,7 @@ class Daemon:
         )
 
     def _thread_failed(self, failed: threading.ExceptHookArgs) -> None:
-        """Stop the process when one of its threads fails: a proxy that runs only in part would look healthy."""
+        """Stop the process when one of its threads fails. A process that runs only in part would appear healthy."""
         name = failed.thread.name if failed.thread else "unknown"
         log.debug("traceback of thread %s", name, exc_info=failed.exc_value)
         expected = isinstance(failed.exc_value, StartError | ListenError)

@@ -16,7 +16,7 @@ from kproxy.model.types import Family, Node
 def is_ready(config: Config, store: Store) -> bool:
     """Return whether the first sync can run.
 
-    It can once all kinds are listed and, with `detectLocalMode: NodeCIDR`, the Node has pod CIDRs.
+    All kinds of objects must have been listed. With `detectLocalMode: NodeCIDR`, the Node must also have pod CIDRs.
     """
     if not store.complete:
         return False
@@ -37,10 +37,10 @@ def make_context(
 
     These fields are `service_cidrs` and `large_cluster`.
 
-    `local_addresses` are the addresses of the node's interfaces; they matter only if `nodePortAddresses` has CIDRs.
-    `accounting` is whether nfacct counters are available, `random_fully` whether iptables supports `--random-fully`. As
-    in kube-proxy, nftables mode uses no nfacct counters, does not drop packets that conntrack classifies as INVALID,
-    and has no NodePorts on loopback addresses.
+    `local_addresses` are the addresses of the node's interfaces. They are used only if `nodePortAddresses` contains
+    CIDRs. `accounting` is true if nfacct counters are available. `random_fully` is true if the source ports of
+    masqueraded packets can be randomized (`--random-fully` in iptables). As in kube-proxy, nftables mode uses no nfacct
+    counters, does not drop packets that conntrack classifies as INVALID, and has no NodePorts on loopback addresses.
     """
     node = node or Node(node_name)
     node_addresses = [address for address in node.addresses if family_of(address) is family]
@@ -73,9 +73,9 @@ def make_context(
 def local_traffic_warning(config: Config, node: Node | None, context: Context) -> str:
     """Return one line that explains why traffic from local pods cannot be detected in the context's family, or "".
 
-    kube-proxy logs the same warning for the primary family. A family in which the Node has no address is not in use,
-    and not reported. While no Node address is known, the family of `bindAddress` is assumed to be in use, as in
-    kube-proxy.
+    kube-proxy logs the same warning for the primary family. If the Node has no address of a family, the family is not
+    in use, and no warning is returned for it. While no address of the Node is known, the family of `bindAddress` is
+    assumed to be in use, as in kube-proxy.
     """
     if context.local_traffic.detectable or context.family not in _families_in_use(config, node):
         return ""
@@ -93,7 +93,7 @@ def local_traffic_warning(config: Config, node: Node | None, context: Context) -
 def interface_warning(config: Config, interfaces: Collection[str]) -> str:
     """Return a one-line warning if the node has no interface that matches `detectLocal`, or "".
 
-    The name may be misspelled, or the interface may not exist until the node's first pod starts.
+    The configured name may be misspelled, or the interface may not exist until the node's first pod starts.
     """
     bridge, prefix = config.detect_local.bridge_interface, config.detect_local.interface_name_prefix
     if config.detect_local_mode == "BridgeInterface" and bridge not in interfaces:

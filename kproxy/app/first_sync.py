@@ -19,15 +19,19 @@ log = logging.getLogger(__name__)
 class FirstSyncSteps:
     """Steps that follow the first successful sync of each family (`kproxy.model.sync_report.AfterSyncStep`).
 
-    They remove the rules of the other proxy mode, and set the sysctl `route_localnet` so that NodePorts are reachable
-    on 127.0.0.1. The sysctl is safe only once kproxy's rule protects 127.0.0.1 from the network (CVE-2020-8558). If
-    rules cannot be removed, the steps run again after the next successful sync. In a large cluster they take seconds,
-    and the next sync waits for them: neither could read the tables consistently while the other changes them.
+    If NodePorts must be reachable on 127.0.0.1, the steps set the sysctl `route_localnet` after the first successful
+    sync of IPv4. They do not set it earlier, because the sysctl is safe only while kproxy's rule protects 127.0.0.1
+    from the network (CVE-2020-8558).
 
-    Once every family in use has been synced, the steps remove what kube-proxy's ipvs mode left behind. The families
-    share these leftovers: one interface has the addresses of both. A failed removal is retried after the next
-    successful sync, or after the next full sync if virtual servers remain, because finding the other leftovers takes a
-    long time in a large cluster.
+    For each family, the steps remove the rules of the other proxy mode. If the removal fails, it is retried after the
+    next successful sync of the family. In a large cluster, the removal takes several seconds. The removal does not run
+    concurrently with a sync, because neither could read the tables consistently while the other is changing them.
+
+    Once this removal has succeeded for every family in use, the steps also remove what kube-proxy's ipvs mode left
+    behind. The leftovers of both families are removed together, because one network interface has the addresses of
+    both. A failed removal is retried after the next successful sync. If virtual servers remain, it is retried only
+    after the next full sync, because the removal starts with a search for all leftovers, which takes a long time in a
+    large cluster.
     """
 
     def __init__(self, config: Config, families: Collection[Family]) -> None:
@@ -83,7 +87,7 @@ class FirstSyncSteps:
             removed = f"removed the {family.value} nftables table" if remove_table(family) else ""
         if removed:
             log.info("%s", removed)
-        # The check covers both families, so it runs once. In iptables mode, discover_iptables has run it at startup.
+        # The check covers both families, so it runs only once. In iptables mode, discover_iptables checks at startup.
         if self._config.effective_mode == "nftables" and family is Family.IPV4 and (warning := unremovable_chains()):
             log.warning("%s", warning)
 

@@ -1,4 +1,4 @@
-"""Kernel parameters and process settings that the node needs besides rules."""
+"""Set the kernel parameters and process settings that the node needs in addition to rules."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def prepare_conntrack(config: Config) -> None:
 def prepare_localhost_node_ports(config: Config) -> None:
     """Set `route_localnet` if NodePorts must be reachable on 127.0.0.1. Failures are logged and otherwise ignored.
 
-    Call this once the rule that protects 127.0.0.1 from the network is active (CVE-2020-8558), or about to be.
+    Call this only if the rule that protects 127.0.0.1 from the network (CVE-2020-8558) is active or will be active
+    soon.
     """
     if localhost_node_ports(config, Family.IPV4):
         for problem in ensure_route_localnet():

@@ -16,9 +16,9 @@ def node_port_addresses(
 ) -> tuple[str, ...] | None:
     """Return the addresses of a family that accept NodePort connections, or None for all local addresses.
 
-    `setting` is `nodePortAddresses`: empty means all addresses, `primary` the first of `node_addresses`, and CIDRs
-    select from `local_addresses`. As in kube-proxy, CIDRs of one family do not restrict the other family, and a `/0`
-    CIDR restricts nothing.
+    `setting` is `nodePortAddresses`. An empty setting selects all local addresses. `primary` selects the first of
+    `node_addresses`, and CIDRs select from `local_addresses`. As in kube-proxy, CIDRs of one family do not restrict the
+    other family, and a `/0` CIDR selects all local addresses of its family.
     """
     setting = tuple(setting)
     if setting == (PRIMARY,):
@@ -33,8 +33,8 @@ def node_port_addresses(
 def localhost_node_ports(config: Config, family: Family) -> bool:
     """Return whether NodePorts are reachable on 127.0.0.1.
 
-    This requires iptables mode, IPv4, `localhostNodePorts: true`, and `nodePortAddresses` that are empty or overlap
-    127.0.0.0/8.
+    This requires iptables mode, the IPv4 family, and `localhostNodePorts: true`. In addition, `nodePortAddresses` must
+    be empty or contain a CIDR that overlaps 127.0.0.0/8.
     """
     if family is Family.IPV6 or config.effective_mode != "iptables" or not config.iptables.localhost_node_ports:
         return False
@@ -44,7 +44,8 @@ def localhost_node_ports(config: Config, family: Family) -> bool:
 def node_port_warning(config: Config, node: Node | None, context: Context) -> str:
     """Return one line that explains why no address of the context's family accepts NodePort connections, or "".
 
-    A Node that only has addresses of the other family is not reported: single-stack clusters are normal.
+    With `nodePortAddresses: [primary]`, no warning is returned for a Node that has only addresses of the other family,
+    because single-stack clusters are normal.
     """
     if context.node_port_addresses != ():
         return ""

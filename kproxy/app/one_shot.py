@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 def apply(config: Config, objects: str) -> None:
     """Program the node with the objects in a file or directory. Raises `StartError`, `FileSourceError` or `SyncError`.
 
-    If one family fails, the other is still programmed.
+    If one family fails, the other is still programmed. The message of `SyncError` has one line per failed family.
     """
     check_privileges()
     config = choose_mode(config)
@@ -60,8 +60,9 @@ def apply(config: Config, objects: str) -> None:
 def render(config: Config, objects: str) -> dict[Family, str]:
     """Render the rules for the objects in a file or directory, as if the kernel had no rules.
 
-    Returns the input for `iptables-restore` or `nft -f`, depending on the mode, by family. `mode: ""` renders nftables
-    rules. Reads nothing from this machine except its host name. Raises `FileSourceError`.
+    Returns a text for each family: the input for `iptables-restore` in iptables mode, or for `nft -f` in nftables mode.
+    `mode: ""` renders nftables rules. Except for the objects, only the host name of this machine is read. Raises
+    `FileSourceError`.
     """
     config = config.resolved("nftables") if not config.mode else config
     store = load_store(config, objects)
@@ -83,7 +84,7 @@ def _printer(config: Config, family: Family, show: Callable[[str], object]) -> B
 
 
 def _assumed_context(config: Config, family: Family) -> Callable[[Node | None], Context]:
-    """Return a context factory for a node that supports everything and has the addresses in its Node object."""
+    """Return a `make_context` function for a node that has all features and the addresses of its Node object."""
 
     def context(node: Node | None) -> Context:
         addresses = node.addresses if node else ()

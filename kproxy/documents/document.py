@@ -13,7 +13,10 @@ FieldPath: TypeAlias = tuple[str | int, ...]
 
 
 class DocumentError(ValueError):
-    """The text is neither JSON nor YAML. `line` and `column` count from 1; 0 means unknown."""
+    """The text is not valid: malformed, not UTF-8, nested too deeply, or with a duplicate key.
+
+    `line` and `column` are 1-based; 0 means unknown.
+    """
 
     def __init__(self, message: str, line: int = 0, column: int = 0) -> None:
         super().__init__(message)
@@ -22,11 +25,11 @@ class DocumentError(ValueError):
 
 
 class Document(Struct, frozen=True):
-    """One document: JSON text as `bytes`, or the data parsed from YAML.
+    """One document. `content` is JSON text as `bytes`, or the data parsed from YAML.
 
-    `line_of` returns the line (from 1) of the field at a path, or of its closest existing parent; 0 means unknown.
-    `duplicate_keys` are the paths of keys that occur more than once in a YAML mapping, if the caller allowed them; the
-    last value applies.
+    `line_of` returns the 1-based line number of the field at a path. If the field does not exist, `line_of` returns the
+    line of its closest existing parent; 0 means unknown. `duplicate_keys` are the paths of keys that occur more than
+    once in a YAML mapping, if the caller allowed duplicate keys. `content` has the last value of each duplicate key.
     """
 
     content: bytes | Any
@@ -35,7 +38,7 @@ class Document(Struct, frozen=True):
 
 
 class FileProblem(Struct, frozen=True):
-    """A problem with a file, described in one line. `line` and `column` count from 1; 0 means unknown."""
+    """A problem with a file, described in one line. `line` and `column` are 1-based; 0 means unknown."""
 
     path: str
     message: str

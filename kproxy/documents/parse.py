@@ -1,6 +1,7 @@
-"""Split the text of a file into JSON or YAML documents, with the line of each field. Pure.
+"""Split the text of a file into JSON or YAML documents, with the line number of each field. Pure.
 
-The common case stays cheap: the line of a field is computed only on request, and JSON files do not load PyYAML.
+Line numbers are computed only on request. A valid JSON file is parsed without PyYAML, which is loaded only if a line
+number in the file is requested.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ _BYTE_OFFSET = re.compile(r" \(byte (\d+)\)$")
 
 
 def read_documents(text: bytes, *, json: bool = False, allow_duplicate_keys: bool = False) -> list[Document]:
-    """Return the documents of a file, without empty ones.
+    """Return the documents of a file, except empty documents. Raises `DocumentError`.
 
-    With `json`, the text must be JSON, and syntax errors refer to JSON. Otherwise it may be JSON or one or more YAML
-    documents. A key that occurs more than once in a YAML mapping is an error, or with `allow_duplicate_keys`, listed in
-    `Document.duplicate_keys`. Raises `DocumentError`.
+    If `json` is true, the text must be JSON, and error messages about its syntax refer to JSON. Otherwise the text may
+    be JSON or one or more YAML documents. A key that occurs more than once in a YAML mapping is an error; with
+    `allow_duplicate_keys`, it is instead listed in `Document.duplicate_keys`.
     """
     text = text.removeprefix(b"\xef\xbb\xbf")
     _check_encoding(text)
@@ -64,7 +65,8 @@ def _json_document(text: bytes) -> Document:
 def _line_in_json(text: bytes, path: FieldPath) -> int:
     """Return the line of a field by parsing JSON as YAML.
 
-    JSON is also YAML, except for tabs, which are replaced, and some escapes, for which the line is unknown (0).
+    JSON is also valid YAML, with two exceptions: tabs, which are replaced with spaces, and some escape sequences. If
+    the text contains an escape sequence that YAML does not have, the line is unknown (0).
     """
     from kproxy.documents.yaml_parser import line_in_yaml  # noqa: PLC0415 - as above
 

@@ -1,4 +1,4 @@
-"""Watch a file or a directory of object files, and read it again whenever it changes."""
+"""Watch a file, or a directory of files with API objects, and read it again whenever it changes."""
 
 from __future__ import annotations
 
@@ -25,16 +25,17 @@ from kproxy.host.inotify import (
 )
 
 SUFFIXES = (".json", ".yaml", ".yml")
-"""The suffixes of object files in a directory."""
+"""In a directory, files with these suffixes are object files: files that contain API objects."""
 SETTLE_TIMEOUT = 1.0
-"""Seconds to wait for a writer to finish, or for files to stop changing, before reading them as they are."""
+"""Maximum number of seconds to wait until no process is writing to the files. After that, they are used as they are."""
 log = logging.getLogger(__name__)
 
 
 class PathSnapshot(Struct, frozen=True):
     """The result of reading a path: the content of each file, or why that file cannot be read.
 
-    `problem` is the reason if there is no file at all, else None.
+    If no file was found or the path cannot be read, `files` is empty and `problem` gives the reason. Otherwise
+    `problem` is None.
     """
 
     files: Mapping[str, bytes | FileProblem]
@@ -44,8 +45,8 @@ class PathSnapshot(Struct, frozen=True):
 def read_path(path: str) -> PathSnapshot:
     """Read a file, or the files of a directory whose names have one of the `SUFFIXES`.
 
-    Subdirectories and hidden files are ignored, as by `kubectl -f`. In a mounted ConfigMap, the hidden entries lead to
-    the same files.
+    As in `kubectl apply -f`, subdirectories are ignored. Hidden files are ignored, too: in a mounted ConfigMap, the
+    hidden entries refer to the same files as the visible entries.
     """
     try:
         if not os.path.isdir(path):
@@ -70,7 +71,10 @@ def _is_object_file(name: str) -> bool:
 
 
 def _read_file(path: str) -> bytes | FileProblem | None:
-    """Return a file's content or why it cannot be read; None if it is not a regular file or was just deleted."""
+    """Return the content of a file, or the reason why it cannot be read.
+
+    Return None if the path is not a regular file, or if the file was deleted in the meantime.
+    """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             return None
@@ -89,9 +93,10 @@ def _reason(error: OSError) -> str:
 class WatchedPaths(Struct, frozen=True):
     """The directories to watch for a path, and the relevant entries in them.
 
-    `files` are the path itself, the files to read, and the targets of symbolic links. `directory` is the path if it is
-    a directory, else "". `parent` is the closest existing parent directory. In `parent`, only changes to the entry
-    `awaited` are relevant, or changes to any entry if `awaited` is "".
+    `files` contains the path itself, the files to read, and the targets of the files that are symbolic links.
+    `directory` is the path if it is a directory, otherwise "". `parent` is the closest parent directory that exists. In
+    `parent`, only changes to the entry `awaited` are relevant. If `awaited` is "", changes to any entry of `parent` are
+    relevant.
     """
 
     directories: tuple[str, ...]
@@ -116,7 +121,7 @@ class WatchedPaths(Struct, frozen=True):
 
 
 def find_watched_paths(path: str) -> WatchedPaths:
-    """Return what to watch to notice changes to the object files of a path, which need not exist."""
+    """Return which directories to watch to detect changes to a path's object files. The path need not exist."""
     full = os.path.abspath(path)
     parent = os.path.dirname(full)
     while not os.path.isdir(parent):
@@ -128,7 +133,7 @@ def find_watched_paths(path: str) -> WatchedPaths:
         files = []
     targets = [os.path.realpath(file) for file in files if os.path.islink(file)]
     directories = [parent, *([directory] if directory else []), *map(os.path.dirname, targets)]
-    # A link may lead through other entries of its directory, as in a ConfigMap volume.
+    # A symbolic link may refer to another link in its directory: in a ConfigMap volume, files link to `..data/file`.
     is_linked_file = not directory and os.path.islink(full)
     return WatchedPaths(
         directories=tuple(dict.fromkeys(directories)),
@@ -142,7 +147,7 @@ def find_watched_paths(path: str) -> WatchedPaths:
 class SettledReader:
     """Reads a path when, according to inotify, no process is writing to its object files.
 
-    Every wait ends when the file descriptor `wake` becomes readable. All methods raise `InotifyError`.
+    All methods stop waiting when the file descriptor `wake` becomes readable. All methods may raise `InotifyError`.
     """
 
     def __init__(self, path: str, inotify: Inotify, wake: int) -> None:
@@ -156,9 +161,9 @@ class SettledReader:
         inotify.watch(self._watched.directories)
 
     def read(self) -> PathSnapshot:
-        """Read the path until a read during which neither its files nor the directories to watch changed.
+        """Read the path repeatedly, until neither its files nor the directories to watch change during a read.
 
-        After `SETTLE_TIMEOUT`, return the last result anyway.
+        Return the result of the last read. After `SETTLE_TIMEOUT` seconds, return it even if files are still changing.
         """
         deadline = time.monotonic() + SETTLE_TIMEOUT
         while True:
@@ -175,7 +180,7 @@ class SettledReader:
         return snapshot
 
     def wait(self) -> None:
-        """Return when the path should be read again, or when `wake` is readable."""
+        """Wait until the path should be read again or `wake` is readable."""
         deadline = None
         while not self._wait_for_events(deadline and max(0.0, deadline - time.monotonic())):
             if self._process_events():
@@ -184,7 +189,10 @@ class SettledReader:
                 deadline = time.monotonic() + SETTLE_TIMEOUT
 
     def _wait_for_events(self, seconds: float | None) -> bool:
-        """Wait for inotify events. Return True if the wait ended for another reason: `wake` or the timeout."""
+        """Wait for inotify events for at most `seconds`; None means no timeout.
+
+        Return False if events arrived. Return True if `wake` is readable or the wait timed out.
+        """
         ready = self._poll.poll(None if seconds is None else seconds * 1000)
         return [descriptor for descriptor, _ in ready] != [self._inotify.fileno()]
 
@@ -203,9 +211,10 @@ class SettledReader:
 
 
 def _is_being_created(event: InotifyEvent) -> bool:
-    """Return whether an event reports a new file, so that another event follows once the file has been written.
+    """Return whether an event reports a new regular file, whose content has yet to be written.
 
-    This is not the case for links and directories.
+    Another event follows once the file has been written. No other event follows for links and directories: they are
+    complete as soon as they exist.
     """
     if not event.mask & IN_CREATE or event.mask & IN_ISDIR:
         return False
@@ -219,8 +228,8 @@ def _is_being_created(event: InotifyEvent) -> bool:
 class PathWatcher:
     """Calls `callback` with a snapshot of `path` (see `read_path`) at the start and after each change.
 
-    `callback` runs in a thread called `name` and must not raise. Watching ends when it returns False. If inotify does
-    not work, the path is read every `poll_period` seconds instead.
+    `callback` runs in a thread called `name` and must not raise. Watching ends when `callback` returns False. If
+    inotify does not work, the path is read every `poll_period` seconds instead.
     """
 
     def __init__(self, path: str, callback: Callable[[PathSnapshot], bool], *, name: str, poll_period: float) -> None:
@@ -242,7 +251,10 @@ class PathWatcher:
         self._thread.start()
 
     def stop(self, timeout: float) -> None:
-        """Stop the thread; wait at most `timeout` seconds for a running `callback`, and do not call it again."""
+        """Stop the thread. Afterwards, `callback` is not called again.
+
+        If `callback` is running, wait at most `timeout` seconds for it to return.
+        """
         if self._thread is None:
             return
         self._stopping.set()

@@ -18,8 +18,9 @@ MAX_DEPTH = 500
 """Maximum nesting depth, far beyond that of any Kubernetes object."""
 _OPENINGS = re.compile(r"[\[{]|[-?][ \t]+(?=[-?])")
 _MERGE_TAG = "tag:yaml.org,2002:merge"
-# The types of plain scalars: those of YAML 1.1 except base-60 numbers, dates and "=", which Kubernetes' YAML library
-# does not support either. Each type has a pattern and the characters that it can begin with (NUL: the empty scalar).
+# The types of plain (unquoted) scalars: the types of YAML 1.1 except base-60 numbers, dates and "=". Kubernetes' YAML
+# library does not support these, either. Each type has a pattern that its scalars match, and the characters with which
+# they can begin. NUL stands for the empty scalar.
 _PLAIN_SCALARS = {
     "null": (r"^(?:~|null|Null|NULL|)$", "~nN\0"),
     "bool": (r"^(?:yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF)$", "yYnNtTfFoO"),
@@ -36,9 +37,9 @@ _PLAIN_SCALARS = {
 
 
 def read_yaml(text: str, *, allow_duplicate_keys: bool = False) -> list[Document]:
-    """Return the documents of YAML text, without empty ones. Raises `DocumentError`.
+    """Return the documents of YAML text, except empty documents. Raises `DocumentError`.
 
-    A key that occurs more than once in a mapping is an error, or with `allow_duplicate_keys`, listed in
+    A key that occurs more than once in a mapping is an error; with `allow_duplicate_keys`, it is instead listed in
     `Document.duplicate_keys`.
     """
     try:
@@ -60,7 +61,10 @@ def read_yaml(text: str, *, allow_duplicate_keys: bool = False) -> list[Document
 
 
 def line_in_yaml(text: str, path: FieldPath) -> int:
-    """Return the line (from 1) of a field in the text of one document, or 0 if it is unknown."""
+    """Return the 1-based line number of a field in the text of one document, or 0 if it is unknown.
+
+    The nesting depth of the text is not checked. The caller must have parsed the text successfully before.
+    """
     try:
         node = yaml.compose(text, Loader=_loader())
     except yaml.YAMLError:
@@ -108,7 +112,7 @@ def _line(node: yaml.Node, path: FieldPath) -> int:
 
 
 def _duplicate_keys(root: yaml.Node) -> Iterator[tuple[yaml.Node, yaml.ScalarNode]]:
-    """Yield each repeated key with its mapping. YAML parsers silently keep the last value."""
+    """Yield each repeated key with its mapping. PyYAML itself does not report repeated keys: it uses the last value."""
     visited: set[int] = set()
     pending = [root]
     while pending:
@@ -129,7 +133,7 @@ def _duplicate_keys(root: yaml.Node) -> Iterator[tuple[yaml.Node, yaml.ScalarNod
 
 
 def _path_to(target: yaml.Node, root: yaml.Node) -> FieldPath:
-    """Return a path from `root` to `target`. This searches the whole document: use it only to report problems."""
+    """Return a path from `root` to `target`. This may search the whole document: use it only to report problems."""
     visited: set[int] = set()
     pending: list[tuple[yaml.Node, FieldPath]] = [(root, ())]
     while pending:
@@ -148,7 +152,10 @@ def _path_to(target: yaml.Node, root: yaml.Node) -> FieldPath:
 
 @cache
 def _loader() -> Any:
-    """Return the loader class: libyaml's parser if PyYAML was built with it, with the scalar types above."""
+    """Return a loader class for the types in `_PLAIN_SCALARS`.
+
+    It uses libyaml's parser if PyYAML was built with libyaml.
+    """
     base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     loader: Any = type("KubernetesLoader", (base,), {"yaml_implicit_resolvers": {}})
     for name, (pattern, first) in _PLAIN_SCALARS.items():

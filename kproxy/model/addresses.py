@@ -26,7 +26,8 @@ def family_of(address: str) -> Family:
 def canonical_address(text: str) -> str | None:
     """Return an IP address in canonical form, or None if the text is not an IP address.
 
-    Leading zeros in IPv4 addresses are decimal, as in the Kubernetes API. An IPv4-mapped IPv6 address becomes IPv4.
+    IPv4 octets with leading zeros are read as decimal numbers, as in the Kubernetes API. An IPv4-mapped IPv6 address is
+    returned as an IPv4 address.
     """
     family = AF_INET6 if ":" in text else AF_INET
     try:

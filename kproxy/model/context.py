@@ -1,4 +1,4 @@
-"""The context that all Services of a family share, and the detection of local traffic (KEP-2450). Pure."""
+"""The context that all Services of one IP family share, and how to recognize local pod traffic (KEP-2450). Pure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kproxy.model.types import Family
 class LocalTraffic(Struct, frozen=True):
     """How to recognize packets from pods on this node: by source CIDR, input interface or interface name prefix.
 
-    At most one field is set. If none is, local traffic cannot be detected.
+    At most one field is set. If no field is set, packets from local pods cannot be recognized.
     """
 
     cidr: str = ""
@@ -23,7 +23,7 @@ class LocalTraffic(Struct, frozen=True):
 
     @property
     def detectable(self) -> bool:
-        """Whether local traffic can be detected."""
+        """Whether packets from local pods can be recognized."""
         return bool(self.cidr or self.interface or self.interface_prefix)
 
 
@@ -36,9 +36,10 @@ def local_traffic(
     bridge: str = "",
     interface_prefix: str = "",
 ) -> LocalTraffic:
-    """Return how to detect a family's local traffic for a `detectLocalMode`.
+    """Return how to recognize packets from local pods in one IP family, given a `detectLocalMode`.
 
-    The CIDR modes use the first CIDR of the family. Without one, local traffic of the family cannot be detected.
+    ClusterCIDR and NodeCIDR use the first CIDR of the family in `cluster_cidrs` or `pod_cidrs`. If there is no CIDR of
+    the family, packets from its local pods cannot be recognized.
     """
     if mode == "BridgeInterface":
         return LocalTraffic(interface=bridge)
@@ -49,15 +50,19 @@ def local_traffic(
 
 
 class Context(Struct, frozen=True):
-    """Everything besides Services that the rules of a family depend on. If it changes, all Services are rendered again.
+    """Everything except Services and EndpointSlices that the rules of one IP family depend on.
 
-    `node_address` is this node's primary address of the family, "" while it is unknown. `node_port_addresses` are the
-    addresses that accept NodePort connections, None for all local addresses. `masquerade_mark` is the mark itself, such
-    as 0x4000 for bit 14. `drop_invalid` drops packets in conntrack state INVALID. `accounting` counts packets with
-    nfacct objects, which must exist before a rule can refer to them. `random_fully` randomizes the source ports of
-    masqueraded packets. `large_cluster` omits the comments of per-endpoint rules. `service_cidrs` are the ranges from
-    which ClusterIPs are allocated, empty while unknown; nftables mode drops packets to addresses in these ranges that
-    belong to no Service.
+    If any field changes, all Services are rendered again.
+
+    `node_address` is this node's primary address of the family, or "" while the address is unknown.
+    `node_port_addresses` are the addresses that accept NodePort connections; None means all local addresses.
+    `masquerade_mark` is the packet mark, not the number of its bit: 0x4000 for bit 14. If `drop_invalid` is true,
+    packets in conntrack state INVALID are dropped. If `accounting` is true, rules count packets with nfacct objects;
+    these objects must exist before a rule can refer to them. If `random_fully` is true, the source ports of masqueraded
+    packets are randomized. If `large_cluster` is true, per-endpoint rules have no comments.
+
+    `service_cidrs` are the ranges from which ClusterIPs are allocated. It is empty while the ranges are unknown.
+    nftables mode drops packets to an address in these ranges if no Service has that address.
     """
 
     family: Family

@@ -1,4 +1,4 @@
-"""Deltas: changes that a source of objects reports. Only deltas change the desired state. Pure."""
+"""Deltas: changes to objects, as reported by the API server or by files. Only deltas change the desired state. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kproxy.model.types import EndpointSlice, Node, Service, ServiceCIDR
 Object: TypeAlias = Service | EndpointSlice | Node | ServiceCIDR
 Kind: TypeAlias = type[Service] | type[EndpointSlice] | type[Node] | type[ServiceCIDR]
 BASIC_KINDS: tuple[Kind, ...] = (Service, EndpointSlice, Node)
-"""The kinds that both modes need. ServiceCIDRs are used in nftables mode only."""
+"""The kinds of objects that both proxy modes need. nftables mode also needs ServiceCIDRs."""
 
 
 class Upsert(Struct, frozen=True):
@@ -22,7 +22,10 @@ class Upsert(Struct, frozen=True):
 
 
 class Delete(Struct, frozen=True):
-    """An object was deleted or is no longer selected. `namespace` is "" for Nodes and ServiceCIDRs."""
+    """An object was deleted, or it no longer matches the selectors of the watch.
+
+    `namespace` is "" for Nodes and ServiceCIDRs.
+    """
 
     kind: Kind
     namespace: str
@@ -32,9 +35,11 @@ class Delete(Struct, frozen=True):
 class Replace(Struct, frozen=True):
     """All objects of one kind, as a list request returned them.
 
-    Every other object of the kind is deleted, except those in `unreadable` (namespace, name): they exist but could not
-    be decoded, so their last known state stays. `ignored` is the number of objects that get no rules, such as headless
-    Services. The first `Replace` of a kind marks the kind as listed; nothing is programmed until every kind is listed.
+    `unreadable` contains the namespace and name of each object that exists but could not be decoded. The last known
+    state of these objects stays in use. All known objects of the kind that are neither in `objects` nor in `unreadable`
+    are deleted. `ignored` is the number of objects that get no rules, such as headless Services.
+
+    The first `Replace` of a kind marks the kind as listed. Nothing is programmed until every kind is listed.
     """
 
     kind: Kind
@@ -44,7 +49,7 @@ class Replace(Struct, frozen=True):
 
 
 class Invalid(Struct, frozen=True):
-    """An object was created or changed, but cannot be used. Its last known state stays."""
+    """An object was created or changed, but its new state cannot be used. Its last known state stays in use."""
 
     kind: Kind
     namespace: str

@@ -1,4 +1,4 @@
-"""Select the endpoints to which this node sends a service port's traffic, by policy, state and hints. Pure."""
+"""Select the endpoints of a service port by traffic policy, endpoint state and topology hints. Pure."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ Sockets: TypeAlias = tuple[str, ...]
 def endpoints_by_socket(
     slices: Iterable[EndpointSlice], family: Family, port_name: str, protocol: str
 ) -> dict[str, Endpoint]:
-    """Return the endpoints of one service port by `ip:port`, sorted by that string.
+    """Return the endpoints of one service port, keyed by `ip:port` and sorted by key.
 
-    An EndpointSlice port belongs to the service port with the same name and protocol. Two slices may list the same
-    endpoint while it moves from one to the other. The entry in the better state is used then: not terminating before
-    terminating, then ready before not ready, then serving before not serving.
+    An EndpointSlice port belongs to the service port with the same name and protocol. While an endpoint moves from one
+    slice to another, both slices may list it, possibly in different states. The entries are then compared by three
+    conditions, in this order: not terminating, ready, serving. The first condition that only one entry meets decides.
     """
     endpoints: dict[str, Endpoint] = {}
     for endpoint_slice in slices:
@@ -44,7 +44,7 @@ def _preference(endpoint: Endpoint) -> tuple[bool, bool, bool]:
 
 
 def usable(endpoints: Mapping[str, Endpoint]) -> Sockets:
-    """Return the ready endpoints or, if there are none, those that are serving and terminating (KEP-1669)."""
+    """Return the ready endpoints. If none is ready, return those that are both serving and terminating (KEP-1669)."""
     ready = tuple([socket for socket, endpoint in endpoints.items() if endpoint.ready])
     return ready or tuple(
         [socket for socket, endpoint in endpoints.items() if endpoint.serving and endpoint.terminating]
@@ -59,8 +59,10 @@ def serving(endpoints: Mapping[str, Endpoint]) -> Sockets:
 def cluster_endpoints(endpoints: Mapping[str, Endpoint], node: str, zone: str) -> Sockets:
     """Return the endpoints for traffic with policy Cluster, honoring topology hints.
 
-    Hints for nodes (KEP-3015) come before hints for zones (KEP-2433). Either kind counts only if every ready endpoint
-    has such a hint and at least one of the hints names this node or zone; otherwise the hints are ignored.
+    Node hints (KEP-3015) take precedence over zone hints (KEP-2433). Node hints are used only if every ready endpoint
+    has node hints and at least one endpoint has a hint for this node. Likewise, zone hints are used only if every ready
+    endpoint has zone hints and at least one endpoint has a hint for this node's zone. If neither kind of hint can be
+    used, all usable endpoints are returned.
     """
     first = next((endpoint for endpoint in endpoints.values() if endpoint.ready), None)
     if first is None or not (first.for_nodes or first.for_zones):
@@ -78,5 +80,5 @@ def cluster_endpoints(endpoints: Mapping[str, Endpoint], node: str, zone: str) -
 
 
 def local_endpoints(endpoints: Mapping[str, Endpoint], node: str) -> Sockets:
-    """Return the endpoints for traffic with policy Local: the usable ones on this node."""
+    """Return the endpoints for traffic with policy Local: the usable endpoints on this node."""
     return usable({socket: endpoint for socket, endpoint in endpoints.items() if node and endpoint.node == node})

@@ -1,12 +1,13 @@
 """Decide which service port owns a frontend that several Services claim. Pure.
 
 The API server keeps ClusterIPs and NodePorts unique, but not external IPs and load balancer addresses: two Services can
-have the same one, or one can name the ClusterIP of another (CVE-2020-8554). In both modes one service port owns the
-frontend, and the others receive none of its traffic:
+have the same external IP, and the external IP of one Service can be the ClusterIP of another (CVE-2020-8554). In both
+proxy modes, one service port owns the frontend, and the other service ports receive none of its traffic:
 
 1. A ClusterIP belongs to its Service, even while that Service has no endpoints.
-2. Otherwise, a service port that can forward traffic on this node comes before one that must drop or reject it.
-3. Of several such ports, the first by name (`namespace/name:port`) owns the frontend.
+2. For any other frontend, a service port that forwards traffic on this node ranks first. A service port that drops
+   traffic ranks second, and one that rejects traffic ranks last.
+3. Among service ports of equal rank, the first one by name (`namespace/name:port`) owns the frontend.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class ClaimRank(IntEnum):
 
 
 class FrontendConflict(Struct, frozen=True, order=True):
-    """Two service ports that claim one frontend: `owner` receives its traffic, `loser` receives none of it.
+    """Two service ports that claim the same frontend: `owner` receives all of its traffic, `loser` receives none.
 
     `frontend` is `IP:port/PROTOCOL` or `NodePort number/PROTOCOL`; service ports are `namespace/name:port`.
     """

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 
 V2 = 15
-"""The level that `--v=2` enables: steady-state messages, such as one per sync. INFO is 20, DEBUG (`--v=4`) is 10."""
+"""The log level of steady-state messages, such as one message per sync. `--v=2` enables it.
+
+For comparison: INFO is 20, and DEBUG, which `--v=4` enables, is 10.
+"""
 FIRST_PAUSE = 60.0
 """Seconds between the first and the second message about a problem. Each further interval is twice as long."""
 LONGEST_PAUSE = 3600.0
@@ -13,9 +16,9 @@ LONGEST_PAUSE = 3600.0
 
 
 class LogThrottle:
-    """Decides when to log a persistent problem: at once, then after 1, 2, 4 ... minutes, and at least once an hour.
+    """Decides when to log a persistent problem: at once, then at intervals of 1, 2, 4 ... minutes, up to one hour.
 
-    Times are seconds of a monotonic clock.
+    Times are in seconds, from a monotonic clock.
     """
 
     def __init__(self) -> None:
@@ -27,7 +30,7 @@ class LogThrottle:
         self._interval = FIRST_PAUSE
 
     def is_due(self, now: float) -> bool:
-        """Return whether to log the problem now; if so, the next interval starts."""
+        """Return whether to log the problem now. If the result is true, the next interval starts."""
         if now < self._next:
             return False
         self._next = now + self._interval
@@ -35,5 +38,5 @@ class LogThrottle:
         return True
 
     def wait(self, now: float) -> float:
-        """Return the seconds until the problem must be logged again."""
+        """Return the number of seconds until the problem should be logged again."""
         return max(0.0, self._next - now)

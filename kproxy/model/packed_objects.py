@@ -1,4 +1,4 @@
-"""Objects that are stored as MessagePack, in a third of the memory, and decoded on access. Pure."""
+"""Objects stored as MessagePack, which takes a third of the memory, and decoded on access. Pure."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ def _decoder(kind: type[Struct]) -> object:
 
 
 class PackedSequence(Sequence[_S], Generic[_S]):
-    """A sequence of packed objects of one type, decoded on access. Equal to any sequence of equal objects."""
+    """A sequence of packed objects of one type, each decoded on access.
+
+    It compares equal to any sequence that contains equal objects in the same order.
+    """
 
     def __init__(self, kind: type[_S], packed: Sequence[bytes]) -> None:
         self._kind = kind
@@ -55,7 +58,7 @@ class PackedSequence(Sequence[_S], Generic[_S]):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
 
-    __hash__ = None  # type: ignore[assignment]  # unhashable, like other mutable sequences
+    __hash__ = None  # type: ignore[assignment]  # unhashable, like the lists that it can be equal to
 
     def __repr__(self) -> str:
         return repr(list(self))

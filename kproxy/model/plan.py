@@ -23,32 +23,36 @@ class TrafficDecision(Enum):
 
     FORWARD = "forward"
     REJECT = "reject"
-    """The Service has no endpoint anywhere, so the client gets an error at once."""
+    """The service port has no usable endpoint in the cluster. The client receives an error at once."""
     DROP = "drop"
-    """There are endpoints, but none on this node, and the policy is Local: load balancers should use other nodes."""
+    """The policy is Local, and all usable endpoints are on other nodes. Load balancers should use those nodes."""
 
 
 class ServicePortPlan(Struct, frozen=True, gc=False):
     """How one port of one Service is served in one family.
 
-    The internal frontend is `cluster_ip`:`port`. The external ones are `external_ips` and `vips` with `port`, and
-    `node_port` (0 for none) on this node's addresses. `internal_local` and `external_local` mean that the internal or
-    external traffic policy is Local. `cluster_endpoints` and `local_endpoints` are the endpoints for traffic with
-    policy Cluster and Local; each is empty if no frontend needs that policy. `affinity_seconds` is the timeout of
-    session affinity, 0 for none.
+    The internal frontend is `cluster_ip` with `port`. The external frontends are `external_ips` and `vips` (load
+    balancer addresses) with `port`, and this node's addresses with `node_port`. A `node_port` of 0 means that there is
+    no NodePort. `affinity_seconds` is the timeout of session affinity; 0 means no session affinity.
 
-    If there are `source_ranges`, only clients in these ranges may use the VIPs; the other frontends are not restricted.
-    `vips_are_sources` means that this node is in a range, so that the VIPs are allowed as sources, too: if a VIP is a
-    local address of the node, the node's own packets to the VIP have it as their source. `unrestricted` means that all
-    source ranges of the Service belong to the other family: the VIPs of this family are open to all clients, as in
-    kube-proxy. `dual_stack` means that the Service also has a ClusterIP of the other family.
+    `internal_local` is true if the internal traffic policy is Local, `external_local` if the external traffic policy is
+    Local. `cluster_endpoints` are the endpoints for traffic with policy Cluster, `local_endpoints` those for traffic
+    with policy Local. Each is empty if no frontend uses that policy.
 
-    `serving_endpoints`, for UDP only, are all endpoints that still serve: existing flows to them may continue, even if
-    new flows are sent elsewhere. `endpoints_on_node` are the endpoints in use that are, or may be, on this node: an
-    endpoint without a `nodeName` (created by hand or mirrored from an Endpoints object) may be on any node.
+    If `source_ranges` is not empty, only clients in these ranges may use the VIPs. The other frontends are not
+    restricted. `vips_are_sources` is true if one of the ranges contains this node's address. In that case the VIPs are
+    allowed as source addresses, too: if a VIP is a local address of the node, the node's own packets to the VIP have
+    the VIP as their source address. `unrestricted` is true if the port has VIPs and the Service has source ranges, but
+    all of these ranges belong to the other IP family. In that case the VIPs of this family are open to all clients, as
+    in kube-proxy. `dual_stack` is true if the Service also has a ClusterIP of the other family.
 
-    `local_ready` are the addresses of the ready endpoints on this node, only for a Service with a
-    `health_check_node_port`. Terminating endpoints may still serve, but do not count for health.
+    `serving_endpoints` are all endpoints that still serve traffic. Existing flows to these endpoints may continue, even
+    if new flows are sent to other endpoints. The field is only set for UDP. `endpoints_on_node` is the part of
+    `cluster_endpoints` and `local_endpoints` that is or may be on this node. An endpoint without a `nodeName`, such as
+    one that was created by hand or mirrored from an Endpoints object, may be on any node.
+
+    `local_ready` are the addresses of the ready endpoints on this node. The field is only set for a Service with a
+    `health_check_node_port`. Terminating endpoints may still serve traffic, but the health check does not count them.
     """
 
     service: ServiceKey
@@ -92,20 +96,20 @@ class ServicePortPlan(Struct, frozen=True, gc=False):
 
     @property
     def outlives_sync(self) -> bool:
-        """Whether the plan is needed after the sync: for UDP flows, health checks, or metrics of dropped traffic."""
+        """Whether the plan is needed after the sync: for UDP flows, health checks, or the metric of dropped traffic."""
         dropped = TrafficDecision.DROP in (self.internal, self.external)
         return dropped or self.protocol == "UDP" or bool(self.health_check_node_port)
 
     @property
     def reachable_endpoints(self) -> Sockets:
-        """All endpoints to which this node may send traffic with either policy, sorted."""
+        """All endpoints to which this node may send traffic under either traffic policy, in sorted order."""
         if not self.local_endpoints:
             return self.cluster_endpoints
         return tuple(sorted({*self.cluster_endpoints, *self.local_endpoints}))
 
 
 def plan_service(service: Service, slices: Iterable[EndpointSlice], context: Context) -> tuple[ServicePortPlan, ...]:
-    """Plan the ports of a Service in the context's family. Without a ClusterIP of the family, it has no plans."""
+    """Plan the ports of a Service in the context's family. Return no plans if it has no ClusterIP of that family."""
     family = context.family
     cluster_ip = next((ip for ip in service.cluster_ips if family_of(ip) is family), None)
     if cluster_ip is None:
@@ -115,10 +119,10 @@ def plan_service(service: Service, slices: Iterable[EndpointSlice], context: Con
 
 
 def count_endpoints(service: Service, slices: Collection[EndpointSlice], family: Family) -> int:
-    """Count the endpoints of a Service's ports in one family, unusable ones included, without planning.
+    """Count the endpoints of a Service in one family, including unusable endpoints, without planning the Service.
 
-    An endpoint that serves several ports counts once for each of them. A Service without a ClusterIP in the family has
-    no endpoints in it.
+    An endpoint that serves several ports counts once per port. The result is 0 if the Service has no ClusterIP of the
+    family.
     """
     if not any(family_of(ip) is family for ip in service.cluster_ips):
         return 0
@@ -147,7 +151,8 @@ def _plan_port(
     accessible = bool(port.node_port or external_ips or vips)
 
     known = endpoints_by_socket(slices, context.family, port.name, port.protocol)
-    # Even with external policy Local, pods and the node itself reach external frontends with policy Cluster.
+    # Traffic from pods and from the node itself to external frontends always uses policy Cluster, even if the external
+    # traffic policy is Local.
     uses_cluster = accessible or not service.internal_local
     uses_local = service.internal_local or (accessible and service.external_local)
     local = local_endpoints(known, context.node_name) if uses_local else ()

@@ -1,8 +1,10 @@
-"""Find stale UDP conntrack entries: those that send a flow to something other than an endpoint of its frontend. Pure.
+"""Find stale UDP conntrack entries, which send packets to something other than an endpoint of their frontend. Pure.
 
-NAT rules only see the first packet of a flow. Connection tracking repeats their decision for as long as packets arrive,
-so a UDP client that keeps sending from one port stays with its endpoint even after that endpoint is gone. Flows and
-frontends are identified by `ip:port` strings; a NodePort is the frontend `:port`.
+NAT rules process only the first packet of a flow. Connection tracking translates all later packets in the same way, for
+as long as packets keep arriving. A UDP client that keeps sending from the same port therefore stays with its endpoint,
+even after that endpoint is gone.
+
+Flows and frontends are identified by `ip:port` strings. A NodePort is the frontend `:port`, without an address.
 """
 
 from __future__ import annotations
@@ -21,12 +23,13 @@ from kproxy.model.types import Family, ServiceKey
 class UdpFrontend(NamedTuple):
     """One UDP frontend of a Service.
 
-    Flows to any of the `endpoints` may continue. Of several Services with the same frontend, the one with the lowest
-    `claim` owns it (`kproxy.model.frontend_conflicts`).
+    Flows to any of the `endpoints` may continue. If several Services have the same frontend, the Service with the
+    lowest `claim` owns it (`kproxy.model.frontend_conflicts`).
 
-    `translated_clients` identifies the clients whose packets are sent to an endpoint: it compares equal as long as they
-    are the same. kproxy's rules reject or drop the packets of other clients, but an earlier rule of another program may
-    accept them. Such a packet leaves the node untranslated, and so do all later packets of its flow.
+    `translated_clients` is an opaque value. It changes whenever the set of clients whose packets are sent to an
+    endpoint changes. kproxy's rules reject or drop packets from all other clients, but an earlier rule of another
+    program may accept a packet from one of them. This packet then leaves the node untranslated, and so do all later
+    packets of its flow.
     """
 
     endpoints: frozenset[str]
@@ -37,8 +40,9 @@ class UdpFrontend(NamedTuple):
 class UdpFrontends:
     """The UDP frontends of one family that are in the kernel, and the frontends that may have stale flows.
 
-    A frontend may have stale flows if it is new or deleted, lost an endpoint, had no endpoints before, has another
-    owner, or if packets of other clients are translated now. Other protocols are ignored.
+    A frontend may have stale flows if an update created or deleted it, removed one of its endpoints, or made another
+    Service its owner. It may also have stale flows if it had no endpoints before the update, or if the update changed
+    the set of clients whose packets are translated. Frontends of other protocols are ignored.
     """
 
     def __init__(self) -> None:
@@ -53,10 +57,10 @@ class UdpFrontends:
         return self._unchecked
 
     def update(self, plans: Mapping[ServiceKey, Sequence[ServicePortPlan]], *, complete: bool) -> None:
-        """Record the plans that the kernel has accepted: those of all Services if `complete`, otherwise of some.
+        """Record the plans that the kernel has accepted: of all Services if `complete`, otherwise of some Services.
 
-        If `complete`, every frontend may have stale flows, because an earlier process or a failed sync may have left
-        them.
+        If `complete`, every frontend may have stale flows, which an earlier process or a failed sync may have left
+        behind.
         """
         if complete:
             for key in self._services.keys() - plans.keys():
@@ -73,11 +77,16 @@ class UdpFrontends:
     def is_stale(self, destination: str, source: str, accepts_node_ports: Callable[[str], bool]) -> bool:
         """Return whether flows to `destination` are stale if their replies come from `source`.
 
-        Flows to frontends that are not `unchecked` are never stale. If the frontend exists, a flow is stale unless
-        `source` is one of its endpoints. `source` may be an endpoint that is gone, or the frontend itself if a client
-        sent packets to it before it existed. If the frontend does not exist, untranslated flows are not stale: they
-        belong to whatever uses the address or port now. `accepts_node_ports` returns whether an address accepts
-        NodePort connections: flows of other programs to the same port number on another address are never stale.
+        Only flows to `unchecked` frontends can be stale. If the frontend exists, a flow is stale unless `source` is one
+        of the frontend's endpoints. There are two causes: `source` is an endpoint that is gone, or the client sent
+        packets before the frontend existed. In the second case the flow is untranslated, and `source` equals
+        `destination`.
+
+        If the frontend no longer exists, translated flows are stale. Untranslated flows are not stale, because they
+        belong to the program that uses the address or port now.
+
+        `accepts_node_ports` returns whether an address accepts NodePort connections. On any other address, flows to the
+        port number of a NodePort belong to other programs and are never stale.
         """
         address, port = split_socket_text(destination)
         node_port = socket_text("", port)
@@ -86,7 +95,7 @@ class UdpFrontends:
             frontends.append(node_port)
         if self._unchecked.isdisjoint(frontends):
             return False
-        # Rules for addresses come before those for NodePorts.
+        # The rules that match addresses precede the rules that match NodePorts.
         existing = next((frontend for frontend in frontends if frontend in self._claimants), None)
         if existing is None:
             return source != destination
@@ -105,7 +114,8 @@ class UdpFrontends:
                 before is None
                 or before.translated_clients != state.translated_clients
                 or not before.endpoints <= state.endpoints
-                # Without endpoints, packets of the node itself to NodePorts and external addresses are not translated.
+                # While a frontend has no endpoints, packets that the node itself sends to NodePorts and external
+                # addresses are not translated.
                 or not before.endpoints
             ):
                 self._unchecked.add(frontend)
@@ -121,7 +131,10 @@ class UdpFrontends:
             self._owners[frontend] = self._best(frontend, claimants)
 
     def _update_owner(self, frontend: str, key: ServiceKey, *, worse: bool) -> None:
-        """Determine the owner of a frontend after one claim changed. `worse` means that the claim's rank increased."""
+        """Determine the owner of a frontend after the claim of the Service `key` was added or changed.
+
+        `worse` means that the Service had a better claim before the change.
+        """
         owner = self._owners.setdefault(frontend, key)
         if owner != key:
             best = self._best(frontend, (owner, key))
@@ -140,8 +153,8 @@ class UdpFrontends:
 def udp_frontends(ports: Sequence[ServicePortPlan]) -> dict[str, UdpFrontend]:
     """Return the UDP frontends of a Service.
 
-    An endpoint that still serves keeps its flows even if new flows are sent elsewhere: while it terminates, or after
-    hints or traffic policies have changed.
+    An endpoint that still serves traffic keeps its flows even if new flows are sent to other endpoints, for example
+    because it is terminating, or because hints or traffic policies changed.
     """
     frontends: dict[str, UdpFrontend] = {}
     for plan in ports:
@@ -154,7 +167,7 @@ def udp_frontends(ports: Sequence[ServicePortPlan]) -> dict[str, UdpFrontend]:
             (plan.internal is TrafficDecision.FORWARD,),
             (ClaimRank.CLUSTER_IP, plan.name),
         )
-        # Pods and the node itself may reach the other endpoints of a frontend with policy Local, too.
+        # Even with external policy Local, traffic from pods and from the node itself uses the endpoints of all nodes.
         endpoints = cluster | local if plan.external_local else cluster
         clients = (plan.external is TrafficDecision.FORWARD, bool(plan.cluster_endpoints))
         claim = (external_rank(plan), plan.name)
@@ -163,7 +176,7 @@ def udp_frontends(ports: Sequence[ServicePortPlan]) -> dict[str, UdpFrontend]:
             restricted = UdpFrontend(endpoints, (*clients, plan.source_ranges, plan.vips_are_sources), claim)
         others = {socket_text(address, plan.port): external for address in plan.external_ips}
         others |= {socket_text(address, plan.port): restricted for address in plan.vips}
-        frontends = others | frontends  # the claim of a ClusterIP outranks the same address as an external one
+        frontends = others | frontends  # for an address that is both, the claim of the ClusterIP wins
         if plan.node_port:
             frontends[socket_text("", plan.node_port)] = external
     return frontends
@@ -172,8 +185,9 @@ def udp_frontends(ports: Sequence[ServicePortPlan]) -> dict[str, UdpFrontend]:
 def accepts_node_ports(context: Context, address: str, own_addresses: Callable[[], Collection[str]]) -> bool:
     """Return whether an address accepts NodePort connections.
 
-    `own_addresses` returns the addresses of this machine, and is only called if the result depends on them. Loopback
-    addresses accept NodePort connections only with `localhost_node_ports`, which IPv6 does not have.
+    If the context lists `node_port_addresses`, only these accept NodePort connections. Otherwise all addresses of this
+    machine do, except loopback addresses: they accept NodePort connections only in IPv4 with `localhost_node_ports`.
+    `own_addresses` returns the addresses of this machine. It is called only if the result depends on them.
     """
     if context.node_port_addresses is not None:
         return address in context.node_port_addresses

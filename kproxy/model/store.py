@@ -1,4 +1,4 @@
-"""The desired state: the objects that the sources reported, and what each delta changes. Pure."""
+"""The desired state: the objects that the sources reported, and the effect of each delta on them. Pure."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ SliceKey: TypeAlias = str
 class StoreChange(Struct, frozen=True):
     """What a delta changed: the Services to plan again, and whether this Node or the ServiceCIDRs changed.
 
-    `appeared` are the Services among them that are new. `last_changes` are the times at which EndpointSlice changes
-    were triggered, in seconds since the epoch (`EndpointSlice.last_change`), each with the family of its slice. A
-    `Replace` has none.
+    `appeared` contains those `services` that did not exist before. `last_changes` contains one pair for each new or
+    changed EndpointSlice with a known `last_change`: the family of the slice, and the time at which the change was
+    triggered, in seconds since the epoch. It is always empty for a `Replace`.
     """
 
     services: frozenset[ServiceKey] = frozenset()
@@ -42,7 +42,8 @@ class Store:
     A delta that repeats the known state changes nothing. EndpointSlices may arrive before their Service. `kinds` are
     the kinds of objects to store; all of them must be listed before the state is complete.
 
-    Services and EndpointSlices are stored packed, since few are needed at a time (see `kproxy.model.packed_objects`).
+    Services and EndpointSlices are stored packed, because only few of them are needed at the same time (see
+    `kproxy.model.packed_objects`).
     """
 
     def __init__(self, node_name: str, kinds: Iterable[Kind] = BASIC_KINDS) -> None:
@@ -60,11 +61,11 @@ class Store:
 
     @property
     def complete(self) -> bool:
-        """Whether every kind has been listed. Until then, an object that is not in the store may still exist."""
+        """Whether every kind has been listed. Until then, the cluster may contain objects that the store does not."""
         return not self._unlisted
 
     def has_listed(self, kind: Kind) -> bool:
-        """Return whether a kind has been listed."""
+        """Return whether a `Replace` of this kind has been applied."""
         return kind not in self._unlisted
 
     @property
@@ -88,7 +89,7 @@ class Store:
 
     @property
     def ignored_services(self) -> int:
-        """The number of Services without rules, as of the last list."""
+        """The number of Services that get no rules, such as headless Services, as of the last `Replace`."""
         return self._ignored
 
     def service_keys(self) -> Iterator[ServiceKey]:
@@ -101,11 +102,11 @@ class Store:
         return unpack(Service, packed) if packed else None
 
     def slices(self, key: ServiceKey) -> list[EndpointSlice]:
-        """Return the EndpointSlices of a Service, of both families."""
+        """Return the EndpointSlices of a Service in both IP families."""
         return [unpack(EndpointSlice, self._slices[each]) for each in self._slices_of.get(key, ())]
 
     def apply(self, delta: Delta) -> StoreChange:
-        """Apply one delta and return what it changed. Ignores deltas about ServiceCIDRs unless they are stored."""
+        """Apply one delta and return what it changed. Ignore a ServiceCIDR unless `kinds` contains ServiceCIDR."""
         kind = type(delta.object) if isinstance(delta, Upsert) else delta.kind
         if kind is ServiceCIDR and kind not in self._kinds:
             return StoreChange()
@@ -193,7 +194,7 @@ class Store:
         )
 
     def _remove_slice(self, key: SliceKey) -> frozenset[ServiceKey]:
-        """Remove an EndpointSlice; return its Service, or nothing if the slice does not exist."""
+        """Remove an EndpointSlice. Return the key of its Service, or an empty set if the slice does not exist."""
         packed = self._slices.pop(key, None)
         if packed is None:
             return frozenset()
@@ -217,7 +218,7 @@ class Store:
         self._node_exists = False
         if self.node is None or self.node.being_deleted:
             return StoreChange()
-        # The machine still exists and serves traffic, so the state of its last Node object stays in use.
+        # The machine still exists and serves traffic, so kproxy keeps using the last state of its Node.
         self.node = replace(self.node, being_deleted=True)
         return StoreChange(node=True)
 

@@ -18,29 +18,34 @@ from kproxy.model.types import Family, ServiceKey
 class Plans(Protocol):
     """The plans of the Services that one sync covers, computed one Service at a time.
 
-    All plans of a large cluster together would take more memory than all other state, so they never exist at the same
-    time: a backend plans, renders and discards one Service after the other.
+    In a large cluster, all plans together would take more memory than all other state. A backend therefore plans,
+    renders and discards one Service after another.
     """
 
     def by_service(self) -> Iterator[tuple[ServiceKey, Sequence[ServicePortPlan]]]:
-        """Plan each Service of the sync once. A Service that was deleted or that kproxy ignores has no plans."""
+        """Yield each Service that the sync covers, with its plans.
+
+        A Service that was deleted or that kproxy ignores has no plans.
+        """
 
     def of(self, key: ServiceKey) -> Sequence[ServicePortPlan]:
-        """Plan one Service again."""
+        """Return the plans of one Service. They are computed again on each call."""
 
 
 class SyncError(Exception):
-    """The kernel rejected a change. The message gives the reason on one line."""
+    """A sync failed, for example because the kernel rejected a change. The message gives the reason on one line."""
 
 
 class DriftError(SyncError):
-    """Another process changed kproxy's rules. A full sync is required, and likely to succeed."""
+    """Another process changed kproxy's rules. A full sync is required and is likely to succeed."""
 
 
 class ApplyResult(Struct, frozen=True):
-    """The result of a backend's sync: the number of rules written, and of all kproxy rules in the kernel, by table.
+    """The result of a backend's sync.
 
-    `conflicts` are all current frontend conflicts, not only those of the Services that the sync covered.
+    `written_rules` is the number of rules that the sync wrote, keyed by table. `total_rules` is the number of all
+    kproxy rules in the kernel, keyed by table. `conflicts` are all current frontend conflicts, not only those of the
+    Services that the sync covered.
     """
 
     written_rules: Mapping[str, int]
@@ -51,10 +56,11 @@ class ApplyResult(Struct, frozen=True):
 class ServiceCounts(Struct, frozen=True):
     """The number of Services of a family in each condition.
 
-    `without_endpoints`: a port has no endpoint anywhere. `dropped`: a port has endpoints, but none on this node, and
-    its traffic policy is Local. `in_conflict`: another Service owns one of its frontends. `invalid`: the object cannot
-    be used. `ignored`: headless and ExternalName Services, and those of another proxy; only files contain these, since
-    kproxy asks the API server not to send them.
+    `without_endpoints`: at least one port has no usable endpoint in the cluster. `dropped`: at least one port has
+    usable endpoints, but none on this node, and a traffic policy is Local. `in_conflict`: another Service owns a
+    frontend that the Service claims. `invalid`: the object cannot be used. `ignored`: the Service is headless, has type
+    ExternalName, or is handled by another proxy. Ignored Services usually come from files, because kproxy asks the API
+    server not to send them.
     """
 
     without_endpoints: int = 0
@@ -70,7 +76,10 @@ ConditionReason: TypeAlias = Literal[
 
 
 class ConditionTransition(Struct, frozen=True):
-    """A change in the condition of a Service. `reason` and `message` are also those of the Kubernetes Event."""
+    """A change to the condition of a Service.
+
+    If `is_warning` is true, kproxy records a Kubernetes Event with the same `reason` and `message`.
+    """
 
     service: ServiceKey
     reason: ConditionReason
@@ -86,11 +95,13 @@ class SyncResult(Struct, frozen=True):
     """What a successful sync of one family programmed.
 
     `services` is the number of Services covered: all of them if `complete`, otherwise those that may have changed.
-    `plans` contains the plans that are needed after the sync (`ServicePortPlan.outlives_sync`). If the sync is
-    `complete`, Services without such plans are absent; otherwise every covered Service is present, possibly with no
-    plans. `last_changes` are the times, in seconds since the epoch, at which the endpoint changes that are now in the
-    kernel were triggered (annotation `endpoints.kubernetes.io/last-change-trigger-time`). `transitions` are the
-    condition changes to report.
+    `plans` maps a Service to all of its plans if `ServicePortPlan.outlives_sync` is true for at least one of them. If
+    the sync is `complete`, all other Services are absent. Otherwise, all other covered Services map to an empty
+    sequence.
+
+    `last_changes` refers to the endpoint changes that this sync programmed. It contains the times at which they were
+    triggered, in seconds since the epoch (annotation `endpoints.kubernetes.io/last-change-trigger-time`). `transitions`
+    are the condition changes to report.
     """
 
     services: int
@@ -106,8 +117,8 @@ class SyncResult(Struct, frozen=True):
 class SyncReport(Struct, frozen=True):
     """One attempt to sync one family.
 
-    `result` is None if the attempt failed; `error` then says why, on one line. `started` and `finished` are seconds of
-    the reconciler's monotonic clock.
+    If the attempt failed, `result` is None and `error` gives the reason on one line. `started` and `finished` are times
+    of the reconciler's monotonic clock, in seconds.
     """
 
     family: Family
@@ -118,16 +129,16 @@ class SyncReport(Struct, frozen=True):
 
 
 QueueListener: TypeAlias = Callable[[Family, float], None]
-"""Called when a family has new changes to sync, with the time of the reconciler's clock in seconds."""
+"""Called when a family has new changes to sync, with the current time of the reconciler's clock in seconds."""
 ChangeListener: TypeAlias = Callable[[Kind, StoreChange], None]
-"""Called with the kind of object in a delta and what the delta changed."""
+"""Called after a delta has changed the desired state, with the kind of the object and what changed."""
 SyncListener: TypeAlias = Callable[[SyncReport], None]
 """Called after each attempt to sync a family.
 
 Listeners run in the reconciler's thread and must not block. Exceptions are logged and otherwise ignored.
 """
 AfterSyncStep: TypeAlias = Callable[[SyncReport], None]
-"""A step that runs after an attempt to sync a family, and may block the reconciler's thread for seconds.
+"""A step that runs after an attempt to sync a family. It may block the reconciler's thread for several seconds.
 
-Steps run once all listeners have been notified. Exceptions are logged and otherwise ignored.
+Steps run after all listeners have been notified. Exceptions are logged and otherwise ignored.
 """

@@ -1,8 +1,8 @@
 """Services, EndpointSlices, Nodes and ServiceCIDRs, reduced to the fields that the rules depend on. Pure.
 
-All values are immutable and compare by value: an object changed if `old != new`. Addresses and CIDRs are in canonical
-form; the decoder interns names that repeat (nodes, zones). Types that the store packs are `array_like`, so that field
-names are not stored.
+All values are immutable and compare by value. Addresses and CIDRs are in canonical form. The decoder interns strings
+that occur in many objects, such as node and zone names. The types that the store packs are `array_like`, so that field
+names are not stored with each object.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ class ServicePort(Struct, frozen=True, gc=False, array_like=True):
 
 
 class Service(Struct, frozen=True, gc=False, array_like=True):
-    """A Service that kproxy serves; never a headless or ExternalName one.
+    """A Service that kproxy serves. It is never headless and never has type ExternalName.
 
-    `affinity_seconds` is the ClientIP timeout, 0 without session affinity. `internal_local` and `external_local` mean
-    that the internal or external traffic policy is Local. `vips` are the load balancer addresses with ipMode VIP
-    (KEP-1860); kproxy does not handle traffic to those with ipMode Proxy. `external_local` and `health_check_node_port`
-    keep their defaults if they do not apply to the type of the Service.
+    `affinity_seconds` is the timeout of ClientIP session affinity; 0 means no session affinity. `internal_local` is
+    true if the internal traffic policy is Local, `external_local` if the external traffic policy is Local. `vips` are
+    the load balancer addresses with ipMode VIP (KEP-1860); kproxy does not handle traffic to load balancer addresses
+    with ipMode Proxy. `external_local` and `health_check_node_port` have their default values if they do not apply to
+    the Service.
     """
 
     namespace: str
@@ -83,8 +84,8 @@ class EndpointPort(Struct, frozen=True, gc=False, array_like=True):
 class EndpointSlice(Struct, frozen=True, gc=False, array_like=True):
     """An EndpointSlice of one family. `service` is the key of the Service that it belongs to.
 
-    `last_change` is the time at which the slice's last change was triggered, in seconds since the epoch (annotation
-    `endpoints.kubernetes.io/last-change-trigger-time`), 0.0 if unknown.
+    `last_change` is the time at which the slice's last change was triggered, in seconds since the epoch. It is read
+    from the annotation `endpoints.kubernetes.io/last-change-trigger-time`; 0.0 means unknown.
     """
 
     namespace: str
@@ -97,10 +98,10 @@ class EndpointSlice(Struct, frozen=True, gc=False, array_like=True):
 
 
 class Node(Struct, frozen=True, gc=False):
-    """A Node. `addresses` are its IP addresses, InternalIPs first, otherwise in the order of the object.
+    """A Node. `addresses` are its InternalIPs, followed by its ExternalIPs, both in the order of the Node's status.
 
-    `being_deleted` is true if the Node has a deletion timestamp or the taint `ToBeDeletedByClusterAutoscaler`: load
-    balancers should not send it new connections (KEP-3836).
+    `being_deleted` is true if the Node has a deletion timestamp or the taint `ToBeDeletedByClusterAutoscaler`. In both
+    cases, load balancers should not send new connections to the Node (KEP-3836).
     """
 
     name: str
@@ -112,7 +113,7 @@ class Node(Struct, frozen=True, gc=False):
 
 
 class ServiceCIDR(Struct, frozen=True, gc=False):
-    """A ServiceCIDR (KEP-1880): ranges that ClusterIPs are allocated from, at most one per family."""
+    """A ServiceCIDR (KEP-1880): ranges from which ClusterIPs are allocated, at most one range per IP family."""
 
     name: str
     cidrs: tuple[str, ...] = ()

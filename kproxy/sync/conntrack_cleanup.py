@@ -21,14 +21,15 @@ class ConntrackTable(Protocol):
     """The UDP conntrack entries of one family, implemented by `kproxy.host.ctnetlink.UdpConntrack`."""
 
     def clean(self, destinations: Collection[str], is_stale: Callable[[str, str], bool]) -> int:
-        """Delete the stale entries with one of these destinations. Return how many were deleted. Raises `OSError`.
+        """Delete the stale entries of flows to these destinations. Return how many were deleted. Raises `OSError`.
 
-        `is_stale` is called with the destination and the replying source of an entry, as `ip:port` strings.
+        A destination is `ip:port`, or `:port` for that port of any address. `is_stale` is called with the destination
+        of a flow and the source of its replies, both as `ip:port`.
         """
 
 
 class ConntrackCleanup(Struct, frozen=True):
-    """The outcome of one cleanup: entries deleted, seconds taken, and why it failed ("" if it succeeded)."""
+    """The outcome of one cleanup: deleted entries, duration in seconds, and the error ("" on success)."""
 
     family: Family
     deleted: int
@@ -39,9 +40,9 @@ class ConntrackCleanup(Struct, frozen=True):
 class ConntrackCleaner:
     """Deletes stale UDP conntrack entries, as a step after a sync.
 
-    It must run in the reconciler's thread. Another thread could read the table after a later sync, without knowing the
-    endpoints that this later sync added, and delete the flows to them. If entries cannot be deleted, the cleanup is
-    retried after the family's next sync.
+    It must run in the reconciler's thread. In another thread, it could read the conntrack table after a later sync had
+    added endpoints. The cleanup would not know these endpoints and would delete the flows to them. If entries cannot be
+    deleted, the cleanup is retried after the next successful sync of the family.
     """
 
     def __init__(
@@ -52,7 +53,10 @@ class ConntrackCleaner:
         clock: Callable[[], float],
         on_cleanup: Callable[[ConntrackCleanup], None],
     ) -> None:
-        """`own_addresses` returns the addresses of this machine and may raise `OSError`; `clock` returns seconds."""
+        """`own_addresses` returns this machine's addresses in a family, or raises `OSError`.
+
+        `clock` returns seconds.
+        """
         self._tables = tables
         self._frontends = {family: UdpFrontends() for family in tables}
         self._own_addresses = own_addresses
@@ -61,7 +65,7 @@ class ConntrackCleaner:
         self._failing: set[Family] = set()
 
     def clean(self, report: SyncReport) -> None:
-        """Delete the entries that a sync made stale, and those that earlier cleanups could not delete."""
+        """Delete the entries that a sync made stale, and stale entries that earlier cleanups could not delete."""
         if report.result is None or report.family not in self._tables:
             return
         frontends = self._frontends[report.family]

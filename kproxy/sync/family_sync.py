@@ -26,7 +26,7 @@ from kproxy.sync.service_conditions import ConditionTracker, ServiceCondition, s
 LARGE_CLUSTER_ENDPOINTS = 1000
 """With more endpoints than this, per-endpoint rules have no comments (kube-proxy's threshold)."""
 MAX_LAST_CHANGES = 1000
-"""Maximum number of endpoint change times that are kept for the metrics while syncs fail."""
+"""Maximum number of timestamps of endpoint changes that are kept for the metrics while syncs fail."""
 
 
 class Backend(Protocol):
@@ -34,23 +34,33 @@ class Backend(Protocol):
 
     @property
     def needs_full_sync(self) -> bool:
-        """Whether the next `sync` must cover all Services, because the kernel's state is unknown."""
+        """Whether the next `sync` must be a full sync, because the kernel's state is unknown.
+
+        A full sync covers all Services.
+        """
 
     def verify(self, context: Context) -> bool:
-        """Return whether the kernel state is intact. If it is not, the next sync must be a full sync."""
+        """Run a quick drift check. Return False if it finds that another process changed kproxy's rules.
+
+        The next `sync` must then be a full sync.
+        """
 
     def forget(self) -> None:
-        """Make the next `sync` read the whole kernel state and compare it."""
+        """Make the next `sync` a full sync.
+
+        That sync reads all rules from the kernel and compares them with the desired state.
+        """
 
     def sync(self, plans: Plans, context: Context) -> ApplyResult:
-        """Program the plans of the Services that may have changed; remove Services that have no plans.
+        """Program the plans of the Services that may have changed. Remove the rules of Services without plans.
 
-        Raises `SyncError` if the kernel rejects a change, and `DriftError` if another process changed kproxy's rules.
+        Raises `SyncError` if the kernel's state cannot be read or the kernel rejects a change. Raises `DriftError` if
+        another process changed kproxy's rules.
         """
 
 
 class FamilySync:
-    """Tracks the pending changes of one family and programs them.
+    """Tracks the pending changes to one family and programs them.
 
     A change stays pending until the kernel has accepted it.
     """
@@ -62,9 +72,10 @@ class FamilySync:
         *,
         large_cluster_endpoints: float = LARGE_CLUSTER_ENDPOINTS,
     ) -> None:
-        """`make_context` returns the context at each sync, without the fields that come from the store.
+        """`make_context` is called at each sync. It returns the context without the fields that come from the store.
 
-        It may raise `SyncError`. With more than `large_cluster_endpoints` endpoints, `Context.large_cluster` is set.
+        `make_context` may raise `SyncError`. `Context.large_cluster` is true if the family has more than
+        `large_cluster_endpoints` endpoints.
         """
         self._backend = backend
         self._make_context = make_context
@@ -77,24 +88,24 @@ class FamilySync:
         self._endpoints: EndpointCounts | None = None
 
     def add_changes(self, change: StoreChange) -> None:
-        """Add the effect of one delta to the pending changes."""
+        """Add the changes made by one delta to the pending changes."""
         self._pending |= change.services
         if self._conditions is not None:  # at the first sync, all Services count as new
             self._appeared |= change.appeared
         self._last_changes += change.last_changes
 
     def verify(self) -> bool:
-        """Run a quick drift check. Return whether the kernel state is intact."""
+        """Run a quick drift check. Return False if it finds that another process changed kproxy's rules."""
         return self._applied is None or self._backend.verify(self._applied)
 
     def forget(self) -> None:
-        """Make the next sync compare the whole kernel state."""
+        """Make the next sync read all rules from the kernel and compare them with the desired state."""
         self._backend.forget()
 
     def sync(self, store: Store) -> SyncResult:
         """Program the pending changes. If another process changed kproxy's rules, retry once.
 
-        Raises `SyncError` if the kernel rejects a change, or if `make_context` raises it.
+        Raises `SyncError` if the backend or `make_context` raises it.
         """
         try:
             return self._sync(store)
@@ -142,17 +153,18 @@ class FamilySync:
     def _update_conditions(
         self, conditions: ConditionTracker, plans: StorePlans, applied: ApplyResult, *, full: bool
     ) -> tuple[ConditionTransition, ...]:
-        """Update the conditions of the Services that the sync covered; return the transitions to report."""
+        """Update the conditions of the Services that the sync covered. Return the transitions to report."""
         covered = None if full else self._pending
         deleted = [key for key in conditions.reported(covered) if key not in plans.conditions and not plans.of(key)]
         return conditions.update(plans.conditions, covered, self._appeared, applied.conflicts, deleted)
 
 
 class StorePlans:
-    """Plans Services of a store on demand (`kproxy.model.sync_report.Plans`).
+    """Plans Services of a store on demand (implements `kproxy.model.sync_report.Plans`).
 
-    `by_service` plans each Service once and collects what must outlive the sync: the plans for which
-    `ServicePortPlan.outlives_sync` is true, in `lasting`, and the conditions of Services, in `conditions`.
+    `by_service` also collects what is needed after the sync. If `ServicePortPlan.outlives_sync` is true for at least
+    one plan of a Service, all plans of the Service are added to `lasting`. If a Service has a condition, the condition
+    is added to `conditions`.
     """
 
     def __init__(self, store: Store, context: Context, keys: Collection[ServiceKey]) -> None:
@@ -163,7 +175,7 @@ class StorePlans:
         self.conditions: dict[ServiceKey, ServiceCondition] = {}
 
     def by_service(self) -> Iterator[tuple[ServiceKey, Sequence[ServicePortPlan]]]:
-        """Plan each Service once, and collect what must outlive the sync."""
+        """Yield each Service with its plans, and collect what is needed after the sync."""
         for key in self._keys:
             plans = self.of(key)
             if any(plan.outlives_sync for plan in plans):
@@ -173,13 +185,13 @@ class StorePlans:
             yield key, plans
 
     def of(self, key: ServiceKey) -> Sequence[ServicePortPlan]:
-        """Plan one Service without collecting anything."""
+        """Return the plans of one Service, without collecting anything."""
         service = self._store.service(key)
         return plan_service(service, self._store.slices(key), self._context) if service else ()
 
 
 class EndpointCounts:
-    """The number of endpoints of each Service in one family, unusable ones included."""
+    """The number of endpoints of each Service in one family, including unusable endpoints."""
 
     def __init__(self, family: Family) -> None:
         self.total = 0

@@ -1,6 +1,6 @@
 """Log lines about syncs: one line per sync, or a summary once a minute. Pure.
 
-Callers pass the current time in seconds of a monotonic clock.
+Callers pass the current monotonic time in seconds.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def seconds_text(seconds: float) -> str:
 
 
 def counts_text(counts: ServiceCounts) -> str:
-    """Format the counts that are not zero as ` (2 without endpoints, ...)`. Return "" if all are zero."""
+    """Format the nonzero counts as ` (2 without endpoints, ...)`. Return "" if all counts are zero."""
     parts = (
         (counts.without_endpoints, "without endpoints"),
         (counts.dropped, "dropped by policy Local"),
@@ -55,7 +55,10 @@ class Summary:
         self._longest = 0.0
 
     def add(self, now: float, services: int, seconds: float, counts: ServiceCounts, *, complete: bool) -> None:
-        """Add a sync that ended at `now`: of all Services if `complete`, otherwise of those that may have changed."""
+        """Add a sync that ended at `now` and took `seconds`.
+
+        The sync covered all Services if `complete`, otherwise only Services that may have changed.
+        """
         if not self._syncs:
             self._since = now
         self._syncs += 1
@@ -72,7 +75,7 @@ class Summary:
         return max(0.0, self._since + PERIOD - now) if self._syncs else None
 
     def flush(self, now: float) -> str:
-        """Return the summary and start the next one if it is due; otherwise return ""."""
+        """If the summary is due, return it and start the next one. Otherwise return ""."""
         if self.wait(now) != 0.0:
             return ""
         parts = []

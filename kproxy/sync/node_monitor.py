@@ -15,16 +15,16 @@ log = logging.getLogger(__name__)
 class NodeMonitor:
     """Checks the Node in the reconciler's thread. Any thread may read `reason`.
 
-    If `required`, the Node must exist. If `needs_pod_cidrs`, it must also have `spec.podCIDRs`, and nothing is
-    programmed until it has them. `on_missing` is called with True when the Node is found to be missing, and with False
-    when it exists again.
+    If `required` is true, the Node must exist. If `needs_pod_cidrs` is true, the Node must exist and have
+    `spec.podCIDRs`, and nothing is programmed before it first has them. `on_missing` is called with True when the Node
+    is found to be missing, and with False when it exists again.
     """
 
     def __init__(
         self, name: str, *, required: bool, needs_pod_cidrs: bool, on_missing: Callable[[bool], None] = lambda _: None
     ) -> None:
         self.reason = ""
-        """The problem with the Node and how to fix it, on one line, or ""."""
+        """The problem with the Node and how to fix it, on one line, or "" if there is no problem."""
         self._name = name
         self._required = required or needs_pod_cidrs
         self._needs_pod_cidrs = needs_pod_cidrs
@@ -36,8 +36,8 @@ class NodeMonitor:
     def check(self, store: Store, now: float) -> float | None:
         """Log the problem with the Node if it is new or a reminder is due.
 
-        Returns the seconds until the next reminder, or None if there is no problem. `now` is in seconds of a monotonic
-        clock.
+        Returns the number of seconds until the next reminder, or None if there is no problem. `now` is monotonic time
+        in seconds.
         """
         missing = self._required and store.node_missing
         if missing != self._was_missing:

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 _P = ParamSpec("_P")
 
 MESSAGES_PER_SYNC = 10_000
-"""The maximum number of messages to apply before a sync that is due."""
+"""Maximum number of messages to apply before running a sync that is due."""
 
 
 class Stop(Struct, frozen=True):
@@ -40,7 +40,7 @@ class Stop(Struct, frozen=True):
 
 
 class Resync(Struct, frozen=True):
-    """Requests a sync because something besides API objects changed the context, such as an interface address."""
+    """Requests a sync because something other than an API object changed the context, such as an interface address."""
 
 
 Batch: TypeAlias = tuple[Delta, ...]
@@ -49,10 +49,10 @@ Message: TypeAlias = Delta | Batch | Stop | Resync
 
 
 class Reconciler:
-    """Syncs each family when its schedule says that it is due.
+    """Applies messages to the desired state, and syncs each family when its schedule says that a sync is due.
 
-    The families are independent: a family that fails does not delay the other. Nothing is programmed until all kinds of
-    objects have been listed.
+    The families are independent: a family that fails does not delay the other. Nothing is programmed until `is_ready`
+    has returned True, by default once all kinds of objects have been listed.
     """
 
     def __init__(
@@ -116,7 +116,8 @@ class Reconciler:
                 message = messages.get(timeout=min(waits, default=None))
             except queue.Empty:
                 message = None
-            # Messages that have already arrived belong to the same sync, but a flood of them must not delay it forever.
+            # Before a sync, apply all messages that have already arrived. Their number is limited, so that a flood of
+            # messages cannot delay the sync forever.
             applied = 0
             while message is not None:
                 if isinstance(message, Stop):
@@ -143,7 +144,10 @@ class Reconciler:
             log.debug("cannot apply a change", exc_info=error)
 
     def apply(self, message: Delta | Batch | Resync) -> None:
-        """Apply one message to the desired state and request the syncs that it needs."""
+        """Apply one message to the desired state. If it changed anything, request a sync of all families.
+
+        Also request a sync when `is_ready` returns True for the first time.
+        """
         if isinstance(message, tuple):
             for delta in message:
                 self.apply(delta)
@@ -166,7 +170,7 @@ class Reconciler:
             _call_each(self._on_queue, family, self._clock())
 
     def wait(self) -> float | None:
-        """Return the seconds until `sync_due` must be called, or None if that depends on the next message."""
+        """Return the seconds until `sync_due` must be called, or None if no call is needed before the next message."""
         if not self._ready:
             return None
         waits = [self.sync_wait(), *(summary.wait(self._clock()) for summary in self._summaries.values())]
@@ -175,7 +179,7 @@ class Reconciler:
         return min((wait for wait in waits if wait is not None), default=None)
 
     def sync_wait(self) -> float | None:
-        """Return the seconds until the next sync is due, or None if nothing is pending."""
+        """Return the seconds until the next sync is due, or None if no sync is pending."""
         waits = [schedule.wait(self._clock()) for _, schedule in self._families.values()]
         return min((wait for wait in waits if wait is not None), default=None)
 
@@ -238,7 +242,11 @@ class Reconciler:
         return report
 
     def _log_sync(self, report: SyncReport, result: SyncResult) -> None:
-        """Log a successful sync: at once if it is the first, ends failures or restores rules, else in a summary."""
+        """Log a successful sync.
+
+        The first sync, a sync after failures, and a sync that restores removed rules are logged at once. All other
+        syncs are logged at level V2, and added to the summary.
+        """
         family, seconds = report.family, report.finished - report.started
         text = synced_text(family, result.services, seconds, result.counts, complete=result.complete)
         failing_since = self._failing_since.pop(family, None)

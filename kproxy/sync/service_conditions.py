@@ -16,10 +16,10 @@ from kproxy.model.types import Family, ServiceKey
 class ServiceCondition(Struct, frozen=True, gc=False):
     """Why some connections to a Service fail, or why unwanted clients can reach it.
 
-    `rejected` are the names of the ports that have no endpoints. `dropped` are the names of the ports that have
-    endpoints, but none on this node, while a traffic policy is Local. An unnamed port is "". `unrestricted` means that
-    the load balancer addresses of this family are open to all sources, because all `loadBalancerSourceRanges` belong to
-    the other family. `ports` is the total number of ports.
+    `rejected` are the names of the ports that have no usable endpoints. `dropped` are the names of the ports that have
+    usable endpoints, but none on this node, if a traffic policy of the Service is Local. The name of an unnamed port is
+    "". `unrestricted` means that the load balancer addresses of this family are open to all sources, because all
+    `loadBalancerSourceRanges` belong to the other family. `ports` is the total number of ports.
     """
 
     rejected: tuple[str, ...]
@@ -55,13 +55,13 @@ class ConditionTracker:
         self._conditions: dict[ServiceKey, ServiceCondition] = {}
         self._rejected = self._dropped = 0
         self._reported: set[ServiceKey] = set()
-        """The Services whose loss of endpoints has been reported, but not yet their recovery."""
+        """The Services whose lack of endpoints has been reported, but whose recovery has not been reported yet."""
         self._conflicts: frozenset[FrontendConflict] = frozenset()
         self._losers: frozenset[ServiceKey] = frozenset()
         self._has_synced = False
 
     def reported(self, covered: Collection[ServiceKey] | None) -> Collection[ServiceKey]:
-        """Return the Services with a reported problem, among those that a sync `covered` (None: all Services)."""
+        """Return the Services in `covered` that have a reported problem. If `covered` is None, check all Services."""
         if covered is None:
             return self._reported | self._losers
         return [key for key in covered if key in self._reported or key in self._losers]
@@ -86,11 +86,12 @@ class ConditionTracker:
     ) -> tuple[ConditionTransition, ...]:
         """Record the conditions after a successful sync. Return the transitions to report.
 
-        `covered` are the Services that the sync covered, None for all. `conditions` maps those that have a condition to
-        it. `conflicts` are all current conflicts. Services that `appeared` since the last sync, and all Services at the
-        first sync, may be waiting for their first endpoint, so missing endpoints are not reported for them. `deleted`
-        are Services that no longer exist or no longer have a ClusterIP of this family; the end of their problems is not
-        reported.
+        `covered` are the Services that the sync covered; None means all Services. `conditions` contains the condition
+        of each covered Service that has one. `conflicts` are all current conflicts.
+
+        Missing endpoints are not reported for Services that `appeared` since the last sync, nor for any Service at the
+        first sync, because these Services may still be waiting for their first endpoint. `deleted` are Services that no
+        longer exist or no longer have a ClusterIP of this family. If they had a problem, its end is not reported.
         """
         transitions = list(self._update_conflicts(frozenset(conflicts), deleted))
         recovered = [

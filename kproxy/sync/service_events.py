@@ -11,7 +11,7 @@ from kproxy.model.types import ServiceKey
 
 log = logging.getLogger(__name__)
 LINES_PER_SYNC = 10
-"""The maximum number of Services to log per sync and reason. A failing node can affect thousands."""
+"""Maximum number of Services to log per sync and reason. A failing node can affect thousands of Services."""
 
 
 class ServiceEventListener:
@@ -24,7 +24,7 @@ class ServiceEventListener:
         self._event = event
 
     def on_sync(self, report: SyncReport) -> None:
-        """Log the transitions of a sync, and record events about the warnings among them."""
+        """Log the transitions of a sync, and record an event about each transition that is a warning."""
         by_reason: dict[str, list[ConditionTransition]] = defaultdict(list)
         for transition in report.result.transitions if report.result else ():
             by_reason[transition.reason].append(transition)
