@@ -51,8 +51,8 @@ Message: TypeAlias = Delta | Batch | Stop | Resync
 class Reconciler:
     """Applies messages to the desired state, and syncs each family when its schedule says that a sync is due.
 
-    The families are independent: a family that fails does not delay the other. Nothing is programmed until `is_ready`
-    has returned True, by default once all kinds of objects have been listed.
+    If one family fails, the other is still synced. Nothing is programmed until `is_ready` has returned True, by default
+    once all kinds of objects have been listed.
     """
 
     def __init__(
@@ -74,10 +74,11 @@ class Reconciler:
     ) -> None:
         """`is_ready` returns whether enough is known to sync. It is not called again once it has returned True.
 
-        `clock` returns seconds of a monotonic clock. `on_queue`, `on_change` and `on_sync` are notified at once (see
-        the types). The `after_sync` steps may block: they run in order after all families that were due have been
-        synced and the listeners have been notified, so that health and metrics do not wait for them. The next sync
-        waits.
+        `clock` returns seconds of a monotonic clock.
+
+        The types of `on_queue`, `on_change` and `on_sync` say when these listeners are called; they must not block. The
+        `after_sync` steps may block. They run in order, after every family that was due has been synced and all
+        listeners have been called. Health and metrics therefore do not wait for the steps, but the next sync does.
 
         Every `check_interval` seconds, a quick drift check looks for rules that another process removed. Every
         `full_check_interval` seconds, which should be a multiple of `check_interval`, all rules are compared.
@@ -86,7 +87,7 @@ class Reconciler:
         sync. It returns the seconds until it should be called again if no message arrives, or None.
 
         Once `programs_stopped` returns True, kproxy is stopping and has killed the programs that a sync was waiting
-        for: a sync that fails then is logged as canceled.
+        for. A sync that fails after that is logged as canceled.
         """
         self._monitor = monitor
         self._check_interval = check_interval

@@ -88,8 +88,8 @@ class ApiClient:
     def renew(self, rejected: ApiResponse | None) -> None:
         """Reload the credentials because the server rejected those of the response `rejected` (status 401).
 
-        Does nothing if other credentials have replaced them since. If `rejected` is None, always reloads. Raises
-        `ClientError`; the current credentials then stay in use.
+        Does nothing if other credentials are in use by now. If `rejected` is None, always reloads. Raises `ClientError`
+        if that fails; the current credentials then stay in use.
         """
         if self._is_current(rejected):
             self._update(lambda: self._load() if self._is_current(rejected) else None, wait=True)
