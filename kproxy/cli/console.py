@@ -1,4 +1,4 @@
-"""Printing to standard output, and the errors that make a command fail."""
+"""Print to standard output, and define the errors that make a command fail."""
 
 from __future__ import annotations
 
@@ -26,5 +26,5 @@ def show(text: str) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        sys.stdout = None  # otherwise the interpreter flushes it again at exit
+        sys.stdout = None  # otherwise, the interpreter would flush it again at exit
         raise CommandFailedError(f"cannot write to standard output: {error.strerror}") from None
