@@ -69,7 +69,7 @@ class OneLineParser(argparse.ArgumentParser):
             super()._print_message(message, file)
 
     def reject(self, word: str) -> NoReturn:
-        """Print an error for an unknown argument or flag, suggest a similar flag if there is one, and exit with code 2."""
+        """Print an error for an unknown argument or flag, suggest a similar flag if any, and exit with code 2."""
         if not word.strip("-") or not word.startswith("-"):
             self.error(f"unexpected argument {word!r}")
         flag = word.partition("=")[0]
