@@ -114,7 +114,7 @@ class IptablesSimulator:
     def _match(self, rule: SimulatedRule, branches: Branches) -> tuple[Branches, Branches]:
         """Return two lists: the branches that match a rule, and the branches that do not.
 
-        The branches in the first list have recorded the rule's counter and session affinity, if the rule has them.
+        The rule's counter and the session affinity that the rule records are added to the branches that match.
         """
         matched, missed = partition(branches, lambda state: self._matches(rule, state))
         if rule.probability < 1.0:

@@ -78,9 +78,9 @@ Match: TypeAlias = Callable[[PacketState], bool]
 class SimulatedRule(Struct, frozen=True):
     """One rule.
 
-    The rule can match a packet if all `matches` are true and, with `recent_check`, if that list contains the packet's
-    source. It then matches with `probability`. `recent_check` and `recent_set` are the names of the lists that
-    `-m recent` uses with `--rcheck` and `--set`, or "". `counter` is the name of the nfacct object, or "".
+    The rule matches a packet with `probability` if all `matches` are true and the list `recent_check`, if set, contains
+    the packet's source. `recent_check` and `recent_set` are the names of the lists that `-m recent` uses with
+    `--rcheck` and `--set`, or "". `counter` is the name of the nfacct object, or "".
 
     `target` is a built-in target, a chain of the same table, or "" for none. The other fields are arguments of targets:
     `endpoint` ("ip:port"), `address` and `port` belong to DNAT, `mark_value` and `mark_mask` to MARK, and `reject_with`
@@ -111,7 +111,8 @@ class SavedChainRules(Struct):
 class SavedRules(Struct):
     """The chains of each table, and the endpoints of each `-m recent` list.
 
-    The endpoints of a list ("ip:port") are those to which the list binds clients for session affinity.
+    `affinity_endpoints` maps the name of each list to endpoints ("ip:port"). A list contains the clients that have
+    session affinity to one of its endpoints.
     """
 
     tables: dict[str, dict[str, SavedChainRules]]

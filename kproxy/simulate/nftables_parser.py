@@ -40,7 +40,7 @@ _ROUNDING = 1e-12
 """A probability up to this value is a rounding error and counts as 0."""
 _HOOKS = {"filter": ("prerouting", "input", "forward", "output"), "nat": ("prerouting", "output", "postrouting")}
 _NAT_PRIORITIES = {"prerouting": -100, "output": -100, "postrouting": 100}
-"""The priority at which the kernel runs all nat chains of a hook (enum nf_ip_hook_priorities)."""
+"""For each hook, the priority at which the kernel runs all nat chains (enum nf_ip_hook_priorities)."""
 _PRIORITY_NAMES = {"raw": -300, "mangle": -150, "filter": 0, "security": 50}
 _NAT_PRIORITY_NAMES = {("dstnat", "prerouting"): -100, ("srcnat", "postrouting"): 100}
 _CONNTRACK_PRIORITY = -200

@@ -26,10 +26,10 @@ from kproxy.simulate.packet import PacketState, UnknownRuleError
 _FLAGS = {"dynamic", "timeout", "interval"}
 
 SetKind: TypeAlias = Literal["set", "verdict map", "endpoint map"]
-"""What the keys map to.
+"""What the elements contain in addition to the key.
 
-Keys of a set map to nothing, keys of a verdict map to a verdict, and keys of an endpoint map to an address and a port
-for `dnat`.
+In a set, an element contains only the key. In a verdict map, it also contains a verdict. In an endpoint map, it also
+contains an address and a port for `dnat`.
 """
 
 
@@ -140,8 +140,8 @@ def parse_set_property(
 ) -> ListedSet | None:
     """Parse one line of a set or map.
 
-    `found` is the set or map as parsed from the previous lines, or None before the line with its type. Return it with
-    the properties of this line. Raises `UnknownRuleError` for unsupported text.
+    `found` is the result for the previous lines. It is None until the line with the type has been parsed. Return the
+    updated result. Raises `UnknownRuleError` for unsupported text.
     """
     name = tokens.next()
     if name in ("type", "typeof") and found is None:

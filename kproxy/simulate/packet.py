@@ -78,7 +78,7 @@ class OutcomeDistribution:
     """All possible outcomes for a packet and their probabilities, which sum to 1."""
 
     def __init__(self, outcomes: Iterable[tuple[PacketOutcome, float]]) -> None:
-        """Add up the probabilities of equal outcomes. Raises `ValueError` if all probabilities do not sum to 1."""
+        """Add up the probabilities of equal outcomes. Raises `ValueError` if the probabilities do not sum to 1."""
         merged: dict[PacketOutcome, float] = {}
         for outcome, probability in outcomes:
             merged[outcome] = merged.get(outcome, 0.0) + probability
@@ -104,7 +104,7 @@ class OutcomeDistribution:
 
     @property
     def endpoints(self) -> dict[str, float]:
-        """The probability that the packet is accepted and sent to each endpoint, by endpoint ("ip:port")."""
+        """For each endpoint ("ip:port"), the probability that the packet is accepted and sent to this endpoint."""
         found: dict[str, float] = {}
         for outcome, probability in self.probabilities.items():
             if outcome.endpoint and outcome.verdict is Verdict.ACCEPTED:
@@ -157,7 +157,7 @@ class PacketState(Struct, frozen=True):
         return cls(packet, local, int(source), int(destination), packet.port, packet.interface)
 
     def is_local(self, address: int) -> bool:
-        """Return whether an address is local to this node. It must belong to the packet's IP family."""
+        """Return whether an address is local to this node. The address must belong to the packet's IP family."""
         loopback = _LOOPBACK[self.packet.family]
         return address in self.local_addresses or address & int(loopback.netmask) == int(loopback.network_address)
 
