@@ -29,7 +29,7 @@ MAX_FROM_CPUS = 1 << 20
 
 
 def sysctl_changes(config: Conntrack, cpus: int, current: Mapping[str, int]) -> dict[str, int]:
-    """Return the values to write by path, in the order in which to write them.
+    """Return a dict that maps paths to the values to write, in the order in which to write them.
 
     `current` contains the current value of each parameter in `PARAMETERS` that can be read. `cpus` is the number of
     CPUs. If the configuration says 0 or false, the parameter is left unchanged.

@@ -33,12 +33,12 @@ _PATHS = ("config", "master", "objects", "write_config_to")
 def add_flags(parser: argparse.ArgumentParser, *, once: bool = False, hidden: Collection[Group] = ()) -> None:
     """Add kube-proxy's flags to a parser, in groups. Flags of `hidden` groups are accepted, but the help omits them.
 
-    `once` is true for commands that run once. They do not get the flags that make `kproxy run` do something else and
-    exit: `--write-config-to`, `--cleanup` and `--init-only`.
+    `once` is true for commands that run once, such as `kproxy apply`. Their parsers do not get the flags
+    `--write-config-to`, `--cleanup` and `--init-only`.
 
     In the parsed namespace, the flags of `flag_table.py` (such as `proxy_mode`) are present only if the command line
-    sets them. The other flags are always present. `config`, `master` and `write_config_to` are None by default;
-    `strict_config`, `cleanup` and `init_only` are False by default.
+    sets them. The other flags that were added are always present. `config`, `master` and `write_config_to` are None by
+    default; `strict_config`, `cleanup` and `init_only` are False by default.
 
     Create the parser with `allow_abbrev=False`, because kube-proxy does not accept abbreviated flags.
     """

@@ -54,12 +54,14 @@ def load_config(text: bytes, path: str, *, strict: bool = False) -> tuple[Config
 
     `path` is the name of the file. It appears in messages. If it ends in `.json`, the text must be JSON.
 
-    As in kube-proxy, null means that a field is unset. In some fields, "" and 0 mean the same. For example, a
-    `minSyncPeriod` of 0 becomes the default of 1 s; only the flag can set the field to 0. In the field `mode`, "" does
-    not mean unset, but that kproxy chooses the mode at startup.
+    As in kube-proxy, null means that a field is unset. In the fields in `_ZERO_IS_UNSET`, "" and 0 also mean this. For
+    example, a `minSyncPeriod` of 0 becomes the default of 1 s; only the flag can set the field to 0. In the field
+    `mode`, "" does not mean unset, but that kproxy chooses the mode at startup.
 
-    kube-proxy's lenient decoder ignores unknown fields, duplicate keys and additional documents. They cause warnings,
-    or errors if `strict` is true. Raises `ConfigError`, with one line for each problem.
+    kube-proxy's lenient decoder ignores unknown fields, duplicate keys and additional documents. `load_config` returns
+    a warning for each of them, or raises an error if `strict` is true.
+
+    Raises `ConfigError`, with one line for each problem.
     """
     problems: list[ConfigProblem] = []
     document = _find_document(text, path, problems)

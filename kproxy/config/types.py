@@ -16,7 +16,10 @@ from msgspec import Meta, Struct, field
 API_VERSION = "kubeproxy.config.k8s.io/v1alpha1"
 KIND = "KubeProxyConfiguration"
 PRIMARY = "primary"
-"""The value of `nodePortAddresses` that stands for the Node's primary address of each IP family, instead of CIDRs."""
+"""The entry of `nodePortAddresses` that means the Node's primary address of each IP family.
+
+It must be the only entry. All other entries are CIDRs.
+"""
 _MAX_INT32 = 2**31 - 1
 
 
@@ -104,7 +107,7 @@ class Winkernel(Section, frozen=True, kw_only=True):
 
 
 class DetectLocal(Section, frozen=True, kw_only=True):
-    """The interfaces of local pods. Only BridgeInterface and InterfaceNamePrefix of `detectLocalMode` use them."""
+    """The interfaces of local pods. Used if `detectLocalMode` is BridgeInterface or InterfaceNamePrefix."""
 
     bridge_interface: str = ""
     interface_name_prefix: str = ""

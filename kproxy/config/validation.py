@@ -77,7 +77,10 @@ def ineffective_settings(config: Config, locate: Locate) -> list[str]:
 
 
 def gate_warnings(gates: Mapping[str, bool], location: str) -> list[str]:
-    """Return a one-line warning that lists unknown feature gates, and one that lists known gates that are disabled."""
+    """Return one-line warnings: one that lists unknown feature gates, and one that lists known gates that are disabled.
+
+    A warning with an empty list is omitted.
+    """
     unknown = sorted(gates.keys() - KNOWN_GATES)
     disabled = sorted(name for name, enabled in gates.items() if not enabled and name in KNOWN_GATES)
     return [
