@@ -121,7 +121,7 @@ class HealthPages:
         healthy = all(family.healthy for family in families.values())
         ok = healthy and eligible is not False
         now = self._wall()
-        # As in kube-proxy, a response of 200 contains the current time, even if nothing has changed for days.
+        # As in kube-proxy, `lastUpdated` of a 200 response is the current time, even if nothing has changed for days.
         updated = now if ok else max((family.last_success for family in families.values()), default=0)
         status = HTTPStatus.OK if ok else HTTPStatus.SERVICE_UNAVAILABLE
         self._on_probe(page, status)

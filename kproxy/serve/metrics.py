@@ -57,7 +57,7 @@ class Metrics:
     def on_change(self, kind: Kind, changed: StoreChange) -> None:
         """Count the Services that a change to Services or EndpointSlices affects.
 
-        As in kube-proxy, a change to a Service counts once per IP family, but a change to an EndpointSlice counts once.
+        As in kube-proxy, a change to a Service counts once per IP family. A change to an EndpointSlice counts once.
         """
         if kind is Service:
             self._metrics.service_changes.inc(len(changed.services) * len(self._families))
@@ -99,7 +99,7 @@ class Metrics:
     def track_invalid_services(self, read: Callable[[], int]) -> None:
         """Call `read` at each scrape to get the number of invalid Services.
 
-        `on_sync` cannot update this number, because it changes without a sync.
+        `on_sync` cannot update this number, because it can change without a sync.
         """
         self._metrics.invalid_services.set_function(read)
 

@@ -113,7 +113,7 @@ def family_health(plans: Sequence[ServicePortPlan], context: Context) -> FamilyS
 def service_health(families: Mapping[Family, FamilyServiceHealth]) -> ServiceHealth:
     """Return the listen addresses of a Service's health check node port, each with its number of endpoints.
 
-    The number of a listen address of a dual-stack Service counts only endpoints of the address's own IP family.
+    For a dual-stack Service, the number of each listen address includes only the endpoints of the address's IP family.
     Otherwise, a load balancer could send IPv4 connections to a node that has only IPv6 endpoints. This also applies
     while only one of the two families has been synced.
 

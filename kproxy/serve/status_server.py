@@ -87,7 +87,7 @@ class StatusServer:
         self._server.start()
 
     def stop(self, timeout: float) -> None:
-        """Close all ports. If a request is being served, wait at most `timeout` seconds for its end."""
+        """Close all ports. If a request is being served, wait at most `timeout` seconds until it is complete."""
         self._server.stop(timeout)
 
     def _open(
