@@ -100,9 +100,9 @@ def script(shell: str) -> str:
 
 
 def _prepare(action: argparse.Action, shell: str, file: Mapping[str, object]) -> None:
-    """Add the information about a flag that shtab needs but argparse does not have.
+    """Add the possible values of a flag, and whether its value is a file name.
 
-    This is the list of possible values, and whether the value is a file name.
+    shtab needs this information, but argparse does not have it. For zsh, also convert the names of the flag.
     """
     if action.nargs == "?":
         # The scripts for zsh and fish do not support optional values: there, the flag takes no value.

@@ -6,11 +6,11 @@ import sys
 
 
 class UsageError(Exception):
-    """Invalid flags or configuration. The message has one line for each problem. Exit code 2."""
+    """Invalid flags or configuration. The message has one line for each problem. The exit code is 2."""
 
 
 class CommandFailedError(Exception):
-    """The command failed. The message has one line for each problem. Exit code 1."""
+    """The command failed. The message has one line for each problem. The exit code is 1."""
 
 
 def show(text: str) -> None:

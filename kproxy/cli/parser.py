@@ -20,7 +20,7 @@ COMMANDS = {
     "render": "print the rules for files without changing anything",
     "completion": "print a shell completion script",
 }
-"""The commands and their summaries. The module of this package with the name of the command defines it."""
+"""The commands and their summaries. The module of this package with the same name defines each command."""
 DESCRIPTION = """\
 Service proxy for Kubernetes on Linux: programs iptables or nftables rules so
 that connections to Services reach their endpoints. Accepts kube-proxy's
@@ -105,8 +105,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def command_line(described: Collection[str]) -> tuple[OneLineParser, dict[str, OneLineParser]]:
     """Return the top-level parser, and the parsers of all commands by name.
 
-    Only the parsers of the commands in `described` have flags. Importing the modules that define flags takes time, so
-    it is limited to the commands that are needed.
+    Only the parsers of the commands in `described` have flags. Defining flags
+    imports the configuration package, which would slow down every start.
     """
     parser = OneLineParser(
         "kproxy",
