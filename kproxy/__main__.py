@@ -8,12 +8,13 @@ import sys
 def main() -> int:
     """Run the command line and return its exit code."""
     if sys.argv[1:2] == ["run"]:
-        # Block them first: as PID 1, the daemon would lose any signal sent before it starts to wait for them.
+        # Block signals before anything else. Otherwise, as PID 1, the daemon would lose a signal that arrives before it
+        # waits for signals.
         from kproxy.host.signals import block_signals  # noqa: PLC0415 - only the daemon needs it
 
         block_signals()
     try:
-        from kproxy.cli.main import main as run_command_line  # noqa: PLC0415 - inside `try`: Ctrl-C while importing prints no traceback
+        from kproxy.cli.main import main as run_command_line  # noqa: PLC0415 - inside `try`, so that Ctrl-C during the import prints no traceback
 
         return run_command_line(sys.argv[1:])
     except KeyboardInterrupt:

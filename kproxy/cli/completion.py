@@ -49,16 +49,16 @@ _kproxy() {
 }
 complete -o bashdefault -F _kproxy kproxy
 """
-"""Appended to the bash script."""
+"""Shell code that is appended to the bash script."""
 ZSH = """\
 # shtab registers the function only under `eval`; do the same when sourced from a file.
 if [[ $zsh_eval_context[-1] == file ]]; then
   compdef _shtab_kproxy kproxy
   return
 fi"""
-"""Inserted before the end of the zsh script."""
+"""Shell code that is inserted before the end of the zsh script."""
 FISH_FILE = "(__fish_complete_path (string replace -r -- '^--[^=]*=' '' (commandline -ct)))"
-"""File completion for fish, including `--flag=path`."""
+"""Shell code that completes file names in fish, including those after `--flag=`."""
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -81,7 +81,10 @@ def _print_script(options: argparse.Namespace) -> None:
 
 
 def script(shell: str) -> str:
-    """Return the script for one of `SHELLS`. Raises `CommandFailedError` if the `shtab` package is not installed."""
+    """Return the completion script for `shell`, which must be one of `SHELLS`.
+
+    Raises `CommandFailedError` if the Python package `shtab` is not installed.
+    """
     try:
         import shtab
     except ImportError:
@@ -100,14 +103,17 @@ def script(shell: str) -> str:
 
 
 def _prepare(action: argparse.Action, shell: str, file: Mapping[str, object]) -> None:
-    """Add what argparse does not record about a flag but shtab needs: its values, and whether it takes a file."""
+    """Add the possible values of a flag, and whether its value is a file name.
+
+    shtab needs this information, but argparse does not have it. For zsh, also convert the names of the flag.
+    """
     if action.nargs == "?":
-        # Only bash can offer an optional value; the other shells treat the flag as a switch.
+        # The scripts for zsh and fish do not support optional values: there, the flag takes no value.
         action.nargs, action.choices = ("?" if shell == "bash" else 0), ("true", "false")
     elif action.metavar in ("FILE", "PATH"):
         action.complete = file  # type: ignore[attr-defined]
     elif action.option_strings:
         action.choices = action.choices or WORDS.get(action.option_strings[-1])
     if shell == "zsh" and action.nargs != 0:
-        # zsh syntax for a flag whose value is the next word or follows "=".
+        # In zsh scripts, a trailing "=" means that the value is the next word or follows "=" in the same word.
         action.option_strings = [f"{option}=" for option in action.option_strings]

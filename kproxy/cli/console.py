@@ -1,4 +1,4 @@
-"""Printing to standard output, and the errors that make a command fail."""
+"""Print to standard output, and define the errors that make a command fail."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import sys
 
 
 class UsageError(Exception):
-    """Invalid flags or configuration. The message has one line for each problem. Exit code 2."""
+    """Invalid flags or configuration. The message has one line for each problem. The exit code is 2."""
 
 
 class CommandFailedError(Exception):
-    """The command failed. The message has one line for each problem. Exit code 1."""
+    """The command failed. The message has one line for each problem. The exit code is 1."""
 
 
 def show(text: str) -> None:
@@ -26,5 +26,5 @@ def show(text: str) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        sys.stdout = None  # otherwise the interpreter flushes it again at exit
+        sys.stdout = None  # otherwise, the interpreter would flush it again at exit
         raise CommandFailedError(f"cannot write to standard output: {error.strerror}") from None

@@ -1,13 +1,14 @@
 """Log lines in klog's text format or in Kubernetes' JSON format, with verbosity per source file.
 
-Text: one line with klog's header, `Lmmdd hh:mm:ss.uuuuuu threadid file:line] msg`, as documented at the top of
-klog.go in k8s.io/klog/v2. Like klog, kproxy puts the process ID where the header says threadid, and uses local time.
+Text: each line begins with klog's header, `Lmmdd hh:mm:ss.uuuuuu threadid file:line] msg`, which the comment at the top
+of klog.go in k8s.io/klog/v2 describes. As in klog, `threadid` is actually the process ID, and times are local times.
 
-JSON: the keys that k8s.io/component-base/logs/json sets up: `ts` (milliseconds since the epoch), `caller` (directory,
-file and line), `msg`, and `v` (the verbosity), which errors do not have. A record with an exception also has `err`.
-kproxy adds `severity` to warnings, which this format does not otherwise distinguish from informational lines.
+JSON: each line is an object with the keys of k8s.io/component-base/logs/json: `ts` (milliseconds since the epoch),
+`caller` (directory, file and line), `msg`, and, except for errors, `v` (the verbosity). Records with an exception also
+have `err` and `stacktrace`. Warnings also have `severity`, a key that kproxy adds. Without it, warnings would look like
+informational lines.
 
-Non-printable characters are escaped, so no message can forge another log line.
+Non-printable characters are escaped, so that no message can forge another log line.
 """
 
 from __future__ import annotations
@@ -37,24 +38,24 @@ def start_logging(settings: Logging) -> None:
     root.handlers[:] = [handler]
     root.setLevel(level_of(highest))
     if highest < 4:
-        # urllib3's warnings are about connection details; kproxy logs failures itself.
+        # Do not log urllib3's warnings, which are about details of connections. kproxy logs failed requests itself.
         logging.getLogger("urllib3").setLevel(logging.ERROR)
 
 
 def writes_json() -> bool:
-    """Return whether log lines are JSON."""
+    """Return whether the log format is JSON."""
     return any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers)
 
 
 def level_of(verbosity: int) -> int:
-    """Return the lowest `logging` level that `--v=verbosity` shows."""
+    """Return the lowest level of the `logging` module that is logged with `--v=verbosity`."""
     if verbosity >= 4:
         return logging.DEBUG
     return V2 if verbosity >= 2 else logging.INFO
 
 
 def verbosity_of(level: int) -> int:
-    """Return the lowest `--v` that shows messages of a `logging` level."""
+    """Return the lowest value of `--v` with which messages of a level of the `logging` module are logged."""
     if level >= logging.INFO:
         return 0
     return 2 if level >= V2 else 4
@@ -70,7 +71,7 @@ def printable(text: str) -> str:
 
 
 class TextFormatter(logging.Formatter):
-    """klog's text format. Each line of a traceback (shown with `--v=4`) gets the header of its message."""
+    """klog's text format. Each line of a traceback (logged with `--v=4`) gets the same header as the message."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,14 +90,14 @@ class TextFormatter(logging.Formatter):
         microseconds = int(seconds * 1e6)
         second = microseconds // 1_000_000
         if second != self._second:
-            # No lock needed: the handler formats one record at a time.
+            # This needs no lock, because the handler formats one record at a time.
             self._time = time.strftime("%m%d %H:%M:%S", time.localtime(second))
             self._second = second
         return f"{self._time}.{microseconds % 1_000_000:06}"
 
 
 class JsonFormatter(logging.Formatter):
-    """component-base's JSON format. A traceback is in `stacktrace`, the name that zap uses."""
+    """The JSON format of component-base. The key of a traceback is `stacktrace`, as in zap."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Format one record."""
@@ -119,8 +120,8 @@ class JsonFormatter(logging.Formatter):
 class FileVerbosity:
     """A logging filter for `logging.vmodule`: verbosity per source file.
 
-    As in klog, patterns match the file name without its extension, the first match wins, and a pattern can only raise
-    the general verbosity.
+    As in klog, a pattern is compared with the file name without its extension, and the first pattern that matches
+    applies. It can only raise the verbosity of a file above the general verbosity, not lower it.
     """
 
     def __init__(self, verbosity: int, files: Iterable[VModule]) -> None:
@@ -138,5 +139,8 @@ class FileVerbosity:
 
 
 def _encodable(text: str) -> str:
-    """Replace surrogate escapes (PEP 383), which have no UTF-8 encoding: program output may contain any bytes."""
+    """Replace surrogate escapes (PEP 383), which cannot be encoded in UTF-8.
+
+    A message contains them if it quotes program output that is not valid UTF-8.
+    """
     return text.encode("utf-8", "backslashreplace").decode()

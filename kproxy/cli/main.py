@@ -11,9 +11,10 @@ from kproxy.cli.parser import parse
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run one command and return its exit code: 0, 1 for a failure, 2 for invalid usage.
+    """Run one command and return its exit code: 0 for success, 1 for a failure, 2 for invalid usage.
 
-    Prints errors to stderr, one per line. Raises `SystemExit`: 0 after `--help` and `--version`, 2 for invalid flags.
+    Prints errors to stderr, one per line. The argument parser raises `SystemExit`: with code 0 after `--help` and
+    `--version`, and with code 2 for invalid flags.
     """
     try:
         options = parse(arguments)
@@ -23,7 +24,8 @@ def main(arguments: Sequence[str]) -> int:
     except CommandFailedError as error:
         return _report(error, 1)
     except BrokenPipeError:
-        # The reader, such as `head`, has exited. Redirect stdout so that the interpreter's final flush succeeds.
+        # The program that reads the output, such as `head`, has exited. Redirect stdout: otherwise, the interpreter
+        # would fail when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
@@ -41,7 +43,7 @@ def _report(error: object, code: int) -> int:
 
     for line in str(error).split("\n"):  # other line breaks can be part of a quoted value
         if writes_json():
-            logging.getLogger(__name__).error("%s", line)  # log parsers expect JSON only
+            logging.getLogger(__name__).error("%s", line)  # a parser of the log expects that every line is JSON
         else:
             print(f"kproxy: {printable(line)}", file=sys.stderr)
     return code

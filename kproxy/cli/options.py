@@ -1,4 +1,4 @@
-"""Options shared by several commands: kube-proxy's flags, the resulting configuration, logging."""
+"""Options that several commands share, and how they set up the configuration and logging."""
 
 from __future__ import annotations
 
@@ -21,21 +21,22 @@ true. A flag that takes a list may be repeated."""
 
 
 DAEMON_GROUPS: tuple[Group, ...] = ("API server", "syncing", "health and metrics", "conntrack and memory", "no effect")
-"""Groups of flags that do not apply to commands that run once."""
+"""The groups of flags that have no effect on commands that run once."""
 
 
 def required_objects(options: argparse.Namespace) -> str:
-    """Return the value of `--objects`, which the command requires. Raises `UsageError`."""
+    """Return the value of `--objects`. Raises `UsageError` if the flag is not set."""
     if not options.objects:
         raise UsageError("--objects=PATH is required: a file or directory with Services, EndpointSlices and Nodes")
     return str(options.objects)
 
 
 def load_settings(options: argparse.Namespace, content: bytes | None = None) -> Config:
-    """Build the configuration from the `--config` file and the flags, and start logging. Raises `UsageError`.
+    """Build the configuration from the `--config` file and the flags, and start logging.
 
-    `content` is the file's content, if the caller has read it already. Settings that have no effect are logged as
-    warnings.
+    `content` is the content of the file, or None if the caller has not read the file. Problems in the configuration
+    that do not prevent its use, such as settings that have no effect, are logged as warnings. Raises `UsageError` if
+    the configuration is invalid.
     """
     from kproxy.cli.log_format import start_logging
 

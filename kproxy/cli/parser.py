@@ -1,4 +1,4 @@
-"""The command-line parser: the commands, the layout of their help, one-line usage errors."""
+"""The command-line parser: the list of commands, the layout of their help, and usage errors of one line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COMMANDS = {
     "render": "print the rules for files without changing anything",
     "completion": "print a shell completion script",
 }
-"""The commands and their summaries. The module of the same name in this package defines each."""
+"""The commands and their summaries. The module of this package with the same name defines each command."""
 DESCRIPTION = """\
 Service proxy for Kubernetes on Linux: programs iptables or nftables rules so
 that connections to Services reach their endpoints. Accepts kube-proxy's
@@ -43,7 +43,7 @@ Run `kproxy COMMAND --help` for the flags of a command."""
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Formats flags the way they are typed: `--flag=VALUE`, or `--flag[=BOOL]` if the value is optional."""
+    """Formats flags as users type them: `--flag=VALUE`, or `--flag[=BOOL]` if the value is optional."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings or action.nargs == 0:
@@ -59,7 +59,7 @@ class OneLineParser(argparse.ArgumentParser):
     """A parser whose errors are one line instead of a page of usage."""
 
     def error(self, message: str) -> NoReturn:
-        """Print the error and where to find help, and exit with code 2."""
+        """Print the error with a reference to the help, and exit with code 2."""
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
     def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
@@ -69,14 +69,14 @@ class OneLineParser(argparse.ArgumentParser):
             super()._print_message(message, file)
 
     def reject(self, word: str) -> NoReturn:
-        """Report an unknown argument or flag, suggest the closest known flag, and exit with code 2."""
+        """Print an error for an unknown argument or flag, suggest a similar flag if any, and exit with code 2."""
         if not word.strip("-") or not word.startswith("-"):
             self.error(f"unexpected argument {word!r}")
         flag = word.partition("=")[0]
         self.error(f"unknown flag {flag}{_did_you_mean(flag, self.flags())}")
 
     def shown(self) -> list[argparse.Action]:
-        """Return the actions that are listed in the help."""
+        """Return the argparse actions that are listed in the help."""
         return [action for action in self._actions if action.help != argparse.SUPPRESS]
 
     def flags(self) -> list[str]:
@@ -85,9 +85,9 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Parse the command line. The result's `command` is the function to run.
+    """Parse the command line. The attribute `command` of the result is the function to run.
 
-    Raises `SystemExit`: 0 after `--help` and `--version`, 2 for invalid usage.
+    Raises `SystemExit`: with code 0 after `--help` and `--version`, and with code 2 for invalid usage.
     """
     first = arguments[0] if arguments else ""
     parser, commands = command_line({first})
@@ -103,10 +103,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def command_line(described: Collection[str]) -> tuple[OneLineParser, dict[str, OneLineParser]]:
-    """Return the top-level parser and the parsers of all commands by name.
+    """Return the top-level parser, and the parsers of all commands by name.
 
-    Only the commands in `described` get their flags, because defining flags imports the configuration package, which
-    would slow down every start.
+    Only the parsers of the commands in `described` have flags. Defining flags
+    imports the configuration package, which would slow down every start.
     """
     parser = OneLineParser(
         "kproxy",
@@ -127,7 +127,10 @@ def command_line(described: Collection[str]) -> tuple[OneLineParser, dict[str, O
 
 
 def _reject_first(parser: OneLineParser, first: str) -> None:
-    """Report a first argument that is not a command, unless it is a top-level flag."""
+    """Print an error for a first argument that is neither a command nor a top-level flag, and exit with code 2.
+
+    Return if it is a top-level flag, such as `--version`.
+    """
     if not first.startswith("-"):
         names = ", ".join(COMMANDS)
         parser.error(f"unknown command {first!r}{_did_you_mean(first, COMMANDS) or f'; commands: {names}'}")

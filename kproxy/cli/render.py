@@ -47,7 +47,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    # Not `required`: otherwise a misspelled flag would be reported as missing.
+    # Not `required`: argparse would report a misspelled `--objects` as missing instead of as an unknown flag.
     parser.add_argument("--objects", metavar="PATH", help=OBJECTS_HELP)
     parser.add_argument(
         "--family",

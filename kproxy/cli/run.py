@@ -62,7 +62,8 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _run(options: argparse.Namespace) -> None:
-    # Read the file once: the watcher compares it with the content that was parsed, so no edit in between is missed.
+    # Read the file only once. The watcher later compares the file with this content, so that it also finds edits that
+    # were made before it started.
     content = _read(options.config)
     config = load_settings(options, content or None)
     if options.write_config_to:
@@ -81,10 +82,10 @@ def _run(options: argparse.Namespace) -> None:
 
 def _read(path: str | None) -> bytes:
     try:
-        # A pipe can be read only once and is not watched.
+        # Do not read a pipe now: it can be read only once, by `load_settings`, and it is not watched.
         return Path(path).read_bytes() if path and Path(path).is_file() else b""
     except OSError:
-        return b""  # load_settings reads it again and reports the error
+        return b""  # `load_settings` tries to read the file again and reports the error
 
 
 def _run_daemon(config: Config, options: argparse.Namespace, content: bytes) -> None:

@@ -16,22 +16,27 @@ UDP = "proc/sys/net/netfilter/nf_conntrack_udp_timeout"
 UDP_STREAM = "proc/sys/net/netfilter/nf_conntrack_udp_timeout_stream"
 
 PARAMETERS = (MAX, HASH_SIZE, TCP_ESTABLISHED, TCP_CLOSE_WAIT, TCP_BE_LIBERAL, UDP, UDP_STREAM)
-"""The parameters whose current values `sysctl_changes` needs, as paths relative to `/`."""
+"""The parameters that `sysctl_changes` compares with the configuration, as paths relative to `/`."""
 
 ENTRIES_PER_BUCKET = 4
-"""Target load of the hash table: kube-proxy sizes it at a quarter of `nf_conntrack_max`."""
+"""Ratio of `nf_conntrack_max` to the number of hash table buckets, as in kube-proxy."""
 
 MAX_FROM_CPUS = 1 << 20
-"""Upper bound of `maxPerCore` times the number of CPUs, as in kube-proxy 1.36 (k/k#137002). `min` may exceed it."""
+"""Upper bound for the product of `maxPerCore` and the number of CPUs, as in kube-proxy 1.36 (k/k#137002).
+
+`min` may be larger than this bound.
+"""
 
 
 def sysctl_changes(config: Conntrack, cpus: int, current: Mapping[str, int]) -> dict[str, int]:
-    """Return the value to write for each path, in the order in which to write them.
+    """Return a dict that maps paths to the values to write, in the order in which to write them.
 
-    `current` has the current values of the `PARAMETERS` that can be read; `cpus` is the number of CPUs. 0 in the
-    configuration leaves a parameter unchanged. Timeouts, in seconds and rounded up, are written whenever they differ.
-    The maximum and the hash table size are only ever raised: an administrator may have chosen the larger value, and
-    lowering the maximum could leave the table full at once (k/k#142035).
+    `current` contains the current value of each parameter in `PARAMETERS` that can be read. `cpus` is the number of
+    CPUs. If the configuration says 0 or false, the parameter is left unchanged.
+
+    A timeout (in seconds, rounded up) is written if it differs from the current value. `nf_conntrack_max` and the hash
+    table size are raised but never lowered, for two reasons: an administrator may have chosen the larger value, and the
+    table could already contain more entries than the lower maximum allows (k/k#142035).
     """
     limit = _max_entries(config, cpus)
     desired = {
@@ -47,10 +52,10 @@ def sysctl_changes(config: Conntrack, cpus: int, current: Mapping[str, int]) -> 
 
 
 def _max_entries(config: Conntrack, cpus: int) -> int:
-    """Return `nf_conntrack_max`, or 0 to leave it unchanged. `min` only applies together with `maxPerCore`."""
+    """Return the desired `nf_conntrack_max`, or 0 to leave it unchanged. If `maxPerCore` is 0, `min` has no effect."""
     return max(config.min, min(config.max_per_core * cpus, MAX_FROM_CPUS)) if config.max_per_core else 0
 
 
 def _raised(desired: int, current: int | None) -> int:
-    """Return `desired` if `current` is smaller or unknown, else 0 (unchanged)."""
+    """Return `desired` if `current` is smaller or unknown. Otherwise, return 0 to leave the parameter unchanged."""
     return desired if current is None or desired > current else 0

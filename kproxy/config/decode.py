@@ -1,6 +1,6 @@
 """Decode and encode configuration sections, find unknown fields, and parse durations in Go's syntax.
 
-Errors name the field, the allowed values and the actual value.
+Errors for invalid values name the field, the allowed values and the actual value.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from kproxy.config.types import FlushSeconds, Quantity, Seconds
 from kproxy.documents.document import FieldPath, field_path_text, format_value
 
 Locate: TypeAlias = Callable[[FieldPath], str]
-"""Returns where a field was set, for messages: `file:line: field`, or a flag."""
+"""Returns the place where a field was set, for use in messages: `file:line: field`, or a flag."""
 REMOVED_FIELDS = frozenset({"conntrack.max", "logging.sanitization", "resourceContainer", "udpIdleTimeout"})
-"""Fields that kube-proxy has removed but published configuration files still contain."""
+"""Fields that kube-proxy no longer has, but that occur in published configuration files."""
 _S = TypeVar("_S", bound=Struct)
 _MAX_FLOAT32 = 3.4e38
 _QUANTITY = re.compile(r"\d+(\.\d*)?(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?")
@@ -46,7 +46,7 @@ class ConfigError(ValueError):
 class ConfigProblem(Struct, frozen=True):
     """A problem that kube-proxy's strict decoder rejects and its lenient decoder ignores.
 
-    Both texts are one line. `consequence` is the effect of ignoring it.
+    `text` is one line. `consequence` says what the lenient decoder does instead, such as "ignored".
     """
 
     text: str
@@ -54,7 +54,7 @@ class ConfigProblem(Struct, frozen=True):
 
     @property
     def warning(self) -> str:
-        """The log line for lenient decoding."""
+        """The log message if the configuration is decoded leniently."""
         return f"{self.text} ({self.consequence})"
 
 
@@ -64,9 +64,9 @@ def must_be(location: str, allowed: str, value: object) -> ConfigError:
 
 
 def decode(section: type[_S], data: object, locate: Locate, path: FieldPath = ()) -> _S:
-    """Decode data into a section. Missing fields get their default values.
+    """Decode data into a section of the configuration. Missing fields get their default values.
 
-    The data must not have unknown fields (see `known_fields`). Raises `ConfigError`.
+    The data must not contain unknown fields: `known_fields` removes them. Raises `ConfigError` for an invalid value.
     """
     if not isinstance(data, dict):
         raise must_be(locate(path), "a mapping", data)
@@ -77,7 +77,7 @@ def decode(section: type[_S], data: object, locate: Locate, path: FieldPath = ()
 
 
 def encode(value: object) -> Any:
-    """Return a section as data that `decode` accepts: dicts, lists and scalars."""
+    """Convert a section, or the value of a field, to data that `decode` accepts: dicts, lists and scalars."""
     if isinstance(value, Struct):
         fields = msgspec.structs.fields(type(value))
         return {item.encode_name: encode(getattr(value, item.name)) for item in fields}
@@ -93,9 +93,9 @@ def encode(value: object) -> Any:
 def known_fields(
     section: type[Struct], data: Mapping[Any, Any], locate: Locate, problems: list[ConfigProblem], path: FieldPath = ()
 ) -> dict[str, Any]:
-    """Return the data without unknown fields, at any depth, and add a problem for each unknown field to `problems`.
+    """Return the data without unknown fields. Add a problem to `problems` for each unknown field.
 
-    Field names are case-sensitive, as in kube-proxy. Values are not checked.
+    Fields of nested sections are checked too. Field names are case-sensitive, as in kube-proxy. Values are not checked.
     """
     hints = get_type_hints(section, include_extras=True)
     types = {item.encode_name: hints[item.name] for item in msgspec.structs.fields(section)}
@@ -110,7 +110,10 @@ def known_fields(
 
 
 def duplicate_json_keys(text: bytes) -> list[FieldPath]:
-    """Return the paths of keys that occur more than once in an object of valid JSON. Parsers keep the last value."""
+    """Return the path of each key that occurs more than once in the same JSON object.
+
+    The text must be valid JSON. Parsers use the last value of a duplicate key.
+    """
     import json  # noqa: PLC0415 - few configurations are JSON
 
     duplicates: list[tuple[dict[str, Any], str]] = []
@@ -127,7 +130,10 @@ def duplicate_json_keys(text: bytes) -> list[FieldPath]:
 
 
 def parse_duration(text: str) -> float:
-    """Parse a duration such as `1m30s` into seconds. Raises `ValueError` for text that Go's parser rejects."""
+    """Parse a duration such as `1m30s`. Return seconds.
+
+    Raises `ValueError` if Go's parser rejects the text, or if the text has more than 100 characters.
+    """
     match = _DURATION.fullmatch(text)
     if match is None or len(text) > _MAX_DURATION_TEXT:
         raise ValueError(f"{text!r} is not a duration")
@@ -264,7 +270,10 @@ _SCALARS: dict[type, tuple[Callable[[object], Any], str]] = {
     FlushSeconds: (_flush_seconds, f"{_DURATION_TEXT} or a number of nanoseconds"),
     Quantity: (_quantity, "a quantity (such as 0 or 64Ki)"),
 }
-"""For each scalar type, a function that converts a value (None if invalid), and what is allowed, for messages."""
+"""For each scalar type, a function that converts a value, and a description of the allowed values for messages.
+
+The function returns None if the value is invalid.
+"""
 
 
 def _known_value(

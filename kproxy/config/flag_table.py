@@ -1,4 +1,4 @@
-"""The table of all Linux flags of kube-proxy 1.36, with their help texts."""
+"""The table of the Linux flags of kube-proxy 1.36, except those that `config/flags.py` adds, such as `--config`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ FlagKind: TypeAlias = Literal["text", "bool", "int", "number", "list", "gates", 
 
 
 class Flag(Struct, frozen=True):
-    """A flag that sets one or more configuration fields, named as in the file.
+    """A flag and the configuration fields that it sets.
 
-    `kind` is the type of the value; durations are `text`. `metavar` is the placeholder for the value in the help, and
-    `choices` are the values that shell completion offers. With `empty_is_unset`, an empty value means that the flag is
-    not set.
+    `fields` are dotted paths with the names that the file uses; they are empty for flags that set no field. `kind` is
+    the type of the value; durations have the kind `text`. `metavar` is the placeholder for the value in the help.
+    `choices` are the values that shell completion offers. If `empty_is_unset` is true, an empty value has the same
+    effect as omitting the flag.
     """
 
     name: str
@@ -233,7 +234,10 @@ NO_EFFECT = (
     Flag("profiling", ("enableProfiling",), kind="bool"),
     Flag("show-hidden-metrics-for-version", ("showHiddenMetricsForVersion",), metavar="MAJOR.MINOR"),
 )
-"""Flags that kproxy accepts without a warning. They tune features that it implements differently."""
+"""Flags that have no effect because kproxy implements the features that they tune in another way.
+
+kproxy accepts them without a warning, except for feature gates that are unknown or disabled.
+"""
 UNSUPPORTED = (
     Flag("ipvs-exclude-cidrs", ("ipvs.excludeCIDRs",), kind="list", metavar="CIDR,..."),
     Flag("ipvs-min-sync-period", ("ipvs.minSyncPeriod",), metavar="DURATION"),
@@ -251,12 +255,12 @@ UNSUPPORTED = (
     Flag("boot-id-file", (), metavar="FILE"),
     Flag("machine-id-file", (), metavar="FILE"),
 )
-"""Flags for features that kproxy does not implement. It logs a warning if they are set."""
+"""Flags for features that kproxy does not implement. kproxy logs a warning if one of these flags is set."""
 PORT_FLAGS = (
     Flag("healthz-port", ("healthzBindAddress",), "deprecated, use --healthz-bind-address", "int", metavar="PORT"),
     Flag("metrics-port", ("metricsBindAddress",), "deprecated, use --metrics-bind-address", "int", metavar="PORT"),
 )
-"""Flags that add a port to an address that has none. Port 0 disables the server."""
+"""Flags that set the port of a listen address if the address does not include a port. Port 0 disables the server."""
 CONFIG_FLAGS = (
     *CONFIGURATION,
     *API_SERVER,
@@ -268,7 +272,7 @@ CONFIG_FLAGS = (
     *NO_EFFECT,
     *UNSUPPORTED,
 )
-"""All flags that set fields, except `PORT_FLAGS`."""
+"""All flags of this table except `PORT_FLAGS`."""
 Group: TypeAlias = Literal[
     "configuration",
     "API server",
@@ -289,4 +293,4 @@ GROUPS: dict[Group, tuple[Flag, ...]] = {
     "logging": LOGGING,
     "no effect": (*NO_EFFECT, *UNSUPPORTED),
 }
-"""The flags under each heading, in the order in which the help lists them."""
+"""The flags under each heading of the help, in the order of the help."""

@@ -1,7 +1,7 @@
-"""kube-proxy's command line: add its flags to a parser, apply them to a configuration, and list their values.
+"""kube-proxy's flags: add them to a parser, apply their values to a configuration, and list their values.
 
-There are two differences from kube-proxy. First, a flag always overrides the file, while kube-proxy ignores most flags
-if `--config` is set. Second, only kproxy has `--strict-config`.
+There are two differences from kube-proxy. First, flags always override the configuration file; kube-proxy ignores most
+flags if `--config` is set. Second, kube-proxy does not have the flag `--strict-config`.
 """
 
 from __future__ import annotations
@@ -25,18 +25,22 @@ _EXTRA_FLAGS: dict[Group, tuple[tuple[str, str, str], ...]] = {
     "configuration": (("config", "FILE", "kube-proxy configuration file; flags override its values"),),
     "API server": (("master", "URL", "address of the API server; overrides the kubeconfig"),),
 }
-"""Flags that set no field: name, metavar and help."""
+"""Flags that set no configuration field, by group: their names, metavars and help texts."""
 _ACTIONS = ("cleanup", "init_only")
 _PATHS = ("config", "master", "objects", "write_config_to")
 
 
 def add_flags(parser: argparse.ArgumentParser, *, once: bool = False, hidden: Collection[Group] = ()) -> None:
-    """Add kube-proxy's flags to a parser, in groups. Flags in `hidden` groups are accepted but not listed in the help.
+    """Add kube-proxy's flags to a parser, in groups. Flags of `hidden` groups are accepted, but the help omits them.
 
-    In the parsed namespace, a flag that sets fields (such as `proxy_mode`) is present only if it is set on the command
-    line. `config` and `master` (default None) and `strict_config` (default False) are always present. So are the
-    alternative actions `write_config_to` (default None), `cleanup` and `init_only` (default False), unless `once` is
-    true. Create the parser with `allow_abbrev=False`, because Go does not accept abbreviated flags.
+    `once` is true for commands that run once, such as `kproxy apply`. Their parsers do not get the flags
+    `--write-config-to`, `--cleanup` and `--init-only`.
+
+    In the parsed namespace, the flags of `flag_table.py` (such as `proxy_mode`) are present only if the command line
+    sets them. The other flags that were added are always present. `config`, `master` and `write_config_to` are None by
+    default; `strict_config`, `cleanup` and `init_only` are False by default.
+
+    Create the parser with `allow_abbrev=False`, because kube-proxy does not accept abbreviated flags.
     """
     if not once:
         _add_actions(parser.add_argument_group("actions"))
@@ -63,7 +67,7 @@ def add_flags(parser: argparse.ArgumentParser, *, once: bool = False, hidden: Co
 def configure(namespace: argparse.Namespace, content: bytes | None = None) -> tuple[Config, list[str]]:
     """Return the configuration that a command line specifies, and one-line warnings.
 
-    `content` is the content of the `--config` file; if it is None, the file is read. Raises `ConfigError`.
+    `content` is the content of the `--config` file. If `content` is None, the file is read. Raises `ConfigError`.
     """
     config = Config()
     warnings: list[str] = []
@@ -75,7 +79,10 @@ def configure(namespace: argparse.Namespace, content: bytes | None = None) -> tu
 
 
 def apply_flags(config: Config, namespace: argparse.Namespace) -> tuple[Config, list[str]]:
-    """Apply the flags of a command line to a configuration. Return it and one-line warnings. Raises `ConfigError`."""
+    """Return a copy of `config` with the command line's flags applied, and one-line warnings.
+
+    Raises `ConfigError` if a flag or the resulting configuration is invalid.
+    """
     given = list(_given(namespace, CONFIG_FLAGS))
     ports = list(_given(namespace, PORT_FLAGS))
     if not given and not ports:
@@ -100,10 +107,11 @@ def apply_flags(config: Config, namespace: argparse.Namespace) -> tuple[Config, 
 
 
 def flag_values(config: Config, namespace: argparse.Namespace) -> dict[str, str]:
-    """Return the values of all flags of `kproxy run` by name, formatted as by Go's pflag package.
+    """Return the values of the flags of `kproxy run` by flag name, in the format of Go's pflag package.
 
-    `config` is the configuration that the command line `namespace` specifies. As in kube-proxy, a flag that is not
-    given has its default value, even if the configuration file sets the field.
+    `config` is the configuration that results from the parsed command line `namespace`. As in kube-proxy, a flag that
+    the command line does not set has its default value, even if the configuration file sets the same field.
+    `--strict-config`, which kube-proxy does not have, is omitted.
     """
     given, default = encode(config), encode(Config())
     values = {flag.name: _flag_value(given if _is_given(namespace, flag) else default, flag) for flag in CONFIG_FLAGS}
@@ -131,12 +139,15 @@ def _add_actions(group: Any) -> None:
 
 
 def _add_switch(group: Any, name: str, text: str) -> None:
-    """Add a boolean flag that sets no field of the configuration."""
+    """Add a boolean flag that sets no configuration field."""
     _add(group, name, metavar="BOOL", nargs="?", const=True, type=_switch, default=False, help=text)
 
 
 def _add(group: Any, name: str, **options: Any) -> None:
-    """Add a flag and its spelling with underscores, which the help does not list. kube-proxy accepts both, too."""
+    """Add a flag in two spellings, as in kube-proxy: with dashes and with underscores.
+
+    The help lists only the spelling with dashes.
+    """
     dest = _attribute(name)
     group.add_argument(*(["-v"] if name == "v" else []), f"--{name}", dest=dest, **options)
     if "-" in name:
@@ -177,7 +188,10 @@ def _given(namespace: argparse.Namespace, flags: tuple[Flag, ...]) -> Iterator[t
 
 
 def _set_field(data: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
-    """Set a field. Feature gates and vmodule patterns are merged with those of the file and take precedence."""
+    """Set a configuration field to the value of a flag.
+
+    Feature gates and vmodule patterns are added to those of the file, and take precedence over them.
+    """
     for key in path[:-1]:
         data = data[key]
     if path[-1] == "featureGates":
@@ -267,7 +281,7 @@ _PARSERS: dict[str, Callable[[Any, str], Any]] = {
     "gates": _gates,
     "vmodule": _vmodule,
 }
-"""How to parse the value of each kind of flag. The second argument is the flag, for messages."""
+"""The function that parses the value of each kind of flag. Its second argument is the flag's name, for messages."""
 
 
 # Listing the values of flags

@@ -43,18 +43,25 @@ _ZERO_IS_UNSET = frozenset(
         "nftables.syncPeriod",
     }
 )
-"""Fields in which kube-proxy replaces "", 0 and 0s with the default. Files from kubeadm contain many of them."""
+"""Fields in which "", 0 and 0s mean that the field is unset. As in kube-proxy, they get their default values.
+
+Configuration files that kubeadm writes contain many of these fields, set to zero values.
+"""
 
 
 def load_config(text: bytes, path: str, *, strict: bool = False) -> tuple[Config, list[str]]:
     """Parse the text of a configuration file, YAML or JSON. Return the configuration and one-line warnings.
 
-    `path` is the file's name for messages. As in kube-proxy, null means unset, and so do "" and 0 in fields where they
-    make no sense. For example, a `minSyncPeriod` of 0 becomes the default of 1 s; only the flag can set it to 0. `mode:
-    ""` is kept: it means that kproxy chooses the mode at startup.
+    `path` is the name of the file. It appears in messages. If it ends in `.json`, the text must be JSON.
 
-    Unknown fields, duplicate keys and additional documents, which kube-proxy's lenient decoder ignores, cause warnings,
-    or errors with `strict`. Raises `ConfigError`, with one line for each problem.
+    As in kube-proxy, null means that a field is unset. In the fields in `_ZERO_IS_UNSET`, "" and 0 also mean this. For
+    example, a `minSyncPeriod` of 0 becomes the default of 1 s; only the flag can set the field to 0. In the field
+    `mode`, "" does not mean unset, but that kproxy chooses the mode at startup.
+
+    kube-proxy's lenient decoder ignores unknown fields, duplicate keys and additional documents. `load_config` returns
+    a warning for each of them, or raises an error if `strict` is true.
+
+    Raises `ConfigError`, with one line for each problem.
     """
     problems: list[ConfigProblem] = []
     document = _find_document(text, path, problems)
@@ -80,7 +87,7 @@ def load_config(text: bytes, path: str, *, strict: bool = False) -> tuple[Config
 def to_yaml(config: Config) -> str:
     """Format a configuration as YAML that `load_config` can read.
 
-    Settings that only flags can express are lost: a `minSyncPeriod` of 0, and disabled servers.
+    Two settings are lost because only flags can express them: a `minSyncPeriod` of 0, and a disabled server.
     """
     import yaml  # noqa: PLC0415 - only this and YAML files need PyYAML
 
@@ -89,9 +96,9 @@ def to_yaml(config: Config) -> str:
 
 
 def as_document(config: Config) -> dict[str, Any]:
-    """Return a configuration as the data of a configuration file.
+    """Return the content of a configuration file that specifies `config`.
 
-    Section `kproxy`, which kube-proxy rejects, is omitted if it has its default values.
+    The section `kproxy` is omitted if it has its default values, because kube-proxy does not know it.
     """
     document = {"apiVersion": API_VERSION, "kind": KIND, **encode(config)}
     if config.kproxy == KproxySection():
@@ -100,7 +107,10 @@ def as_document(config: Config) -> dict[str, Any]:
 
 
 def _find_document(text: bytes, path: str, problems: list[ConfigProblem]) -> Document:
-    """Return the document that contains the configuration; add a problem for each of the others."""
+    """Return the document that contains the configuration. Add a problem to `problems` for every other document.
+
+    If no document has the right `apiVersion` and `kind`, return the first one. Raises `ConfigError`.
+    """
     try:
         documents = read_documents(text, json=path.endswith(".json"), allow_duplicate_keys=True)
     except DocumentError as error:
@@ -121,7 +131,7 @@ def _find_document(text: bytes, path: str, problems: list[ConfigProblem]) -> Doc
 
 
 def _type(document: Document) -> tuple[str, str]:
-    """Return the `apiVersion` and `kind` of a document, "" for a missing one."""
+    """Return the `apiVersion` and `kind` of a document. A value is "" if it is missing or not a string."""
     data = _data(document)
     fields = data if isinstance(data, dict) else {}
     version, kind = fields.get("apiVersion"), fields.get("kind")
@@ -149,7 +159,7 @@ def _check_type(data: object, locate: Locate) -> dict[str, Any]:
 
 
 def _set_fields(data: dict[str, Any], path: FieldPath = ()) -> dict[str, Any]:
-    """Return the data without fields that count as unset."""
+    """Return the data without unset fields: null, and zero values of the fields in `_ZERO_IS_UNSET`."""
     fields = {}
     for name, value in data.items():
         field = (*path, name)
@@ -169,7 +179,10 @@ def _is_zero(value: object) -> bool:
 
 
 def _default_addresses(data: dict[str, Any]) -> dict[str, Any]:
-    """Add the default addresses of the servers. As in kube-proxy, their IP family is that of `bindAddress`."""
+    """Add the IPv6 default addresses of the health and metrics servers if `bindAddress` is an IPv6 address.
+
+    As in kube-proxy, the default addresses have the IP family of `bindAddress`. The defaults in `Config` are IPv4.
+    """
     if ":" not in str(data.get("bindAddress", "")):
         return data
     servers = {"healthzBindAddress": f"[::]:{HEALTHZ_PORT}", "metricsBindAddress": f"[::1]:{METRICS_PORT}"}

@@ -1,4 +1,4 @@
-"""Watch the configuration file, and report an edit that is valid and changes the configuration."""
+"""Watch the configuration file, and report the first valid edit that changes the configuration."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from kproxy.config.types import Config
 from kproxy.documents.watch import PathSnapshot, PathWatcher
 
 RELOAD_PERIOD = 10.0
-"""Seconds between reads of the file if inotify does not work."""
+"""Seconds between two reads of the file if inotify does not work."""
 Load: TypeAlias = Callable[[bytes], tuple[Config, list[str]]]
-"""Returns the configuration for a file's content, and one-line warnings. Raises `ConfigError`."""
+"""Returns the configuration that results from the content of a file, and one-line warnings. Raises `ConfigError`."""
 log = logging.getLogger(__name__)
 
 
 class ConfigWatcher:
-    """Calls `changed` once a file contains a valid configuration that differs from `config`, then stops watching.
+    """Watches the configuration file. Calls `changed` after the first valid edit that changes the configuration.
 
-    `content` is the file content from which `config` was loaded, and `load` loads a configuration from new content (see
-    `kproxy.config.flags.configure`). Edits that are invalid, or that do not change the configuration, such as an edit
-    to a comment, are logged once and have no other effect.
+    `config` is the current configuration, and `content` is the file content from which it was loaded. `load` loads a
+    configuration from new content (see `kproxy.config.flags.configure`). An edit that is invalid, or that does not
+    change the configuration (such as an edit to a comment), is logged once and has no other effect.
 
-    `changed` runs in a separate thread and must not raise. The file may be written in place, replaced by rename, or
-    reached through symbolic links that change, as in a mounted ConfigMap. While it cannot be read, for example because
-    it was deleted, the current configuration stays in use. A path that is not a regular file, such as a pipe, can be
-    read only once and is not watched.
+    `changed` runs in a separate thread and must not raise. After the call, the file is no longer watched.
+
+    An edit may write the file in place, replace it by rename, or change symbolic links on its path, as the kubelet does
+    for a mounted ConfigMap. While the file cannot be read, for example because it was deleted, the current
+    configuration stays in use. A pipe or device can be read only once and is not watched.
     """
 
     def __init__(self, path: str, content: bytes, config: Config, load: Load, changed: Callable[[], None]) -> None:
@@ -46,11 +47,11 @@ class ConfigWatcher:
         self._watcher.start()
 
     def stop(self, timeout: float) -> None:
-        """Stop the thread; wait at most `timeout` seconds for a running call of `changed`."""
+        """Stop the thread. If a call to `changed` is running, wait at most `timeout` seconds until it returns."""
         self._watcher.stop(timeout)
 
     def _check(self, snapshot: PathSnapshot) -> bool:
-        """Process a snapshot of the file. Return whether to continue watching."""
+        """Compare a snapshot of the file with the previous content. Return whether to continue watching."""
         content = snapshot.files.get(self._path)
         if not isinstance(content, bytes):
             if not self._unreadable:
@@ -66,7 +67,7 @@ class ConfigWatcher:
         return True
 
     def _check_edit(self, content: bytes) -> bool:
-        """Process an edit. Return whether to continue watching."""
+        """Load the edited file. Return whether to continue watching."""
         try:
             config, warnings = self._load(content)
         except ConfigError as error:
@@ -87,5 +88,5 @@ def _is_stream(path: str) -> bool:
     try:
         mode = os.stat(path).st_mode
     except OSError:
-        return False  # the file may come back
+        return False  # the file may be created again
     return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)

@@ -1,7 +1,8 @@
 """The configuration of kube-proxy 1.36: every field of `KubeProxyConfiguration` v1alpha1, with its default. Pure.
 
-Fields have the same meaning and name as in the file, but in snake case: `masqueradeBit` is `masquerade_bit`. The
-docstrings note which settings have no effect in kproxy. Durations are in seconds.
+Each field has the meaning of the field in the file, and its name in snake case: `masqueradeBit` is `masquerade_bit`.
+The docstrings note which fields have no effect in kproxy. Durations are in seconds. The section `kproxy` contains
+fields that kube-proxy does not have.
 """
 
 from __future__ import annotations
@@ -15,20 +16,23 @@ from msgspec import Meta, Struct, field
 API_VERSION = "kubeproxy.config.k8s.io/v1alpha1"
 KIND = "KubeProxyConfiguration"
 PRIMARY = "primary"
-"""The only entry of `nodePortAddresses` that is not a CIDR: the Node's primary address of each IP family."""
+"""The entry of `nodePortAddresses` that means the Node's primary address of each IP family.
+
+It must be the only entry. All other entries are CIDRs.
+"""
 _MAX_INT32 = 2**31 - 1
 
 
 class Seconds(float):
-    """A duration in seconds. Files and flags use Go's syntax (`1m30s`)."""
+    """A duration in seconds. In files and flags, durations have Go's syntax, such as `1m30s`."""
 
 
 class FlushSeconds(Seconds):
-    """A duration in seconds. Files may also specify it as a number of nanoseconds."""
+    """A duration in seconds. In files, it has Go's syntax or is a number of nanoseconds."""
 
 
 class Quantity(str):
-    """A quantity such as `64Ki`, which files may also specify as a number."""
+    """A Kubernetes quantity, such as `64Ki`. In files, it may also be an integer."""
 
     __slots__ = ()
 
@@ -48,7 +52,10 @@ class Section(Struct, frozen=True, kw_only=True, rename="camel"):
 
 
 class ClientConnection(Section, frozen=True, kw_only=True):
-    """Access to the API server. Only `kubeconfig` has an effect: watches always use protobuf, and lists JSON."""
+    """Access to the API server. Only `kubeconfig` has an effect.
+
+    Regardless of the content types, kproxy uses protobuf for watches and JSON for lists.
+    """
 
     kubeconfig: str = ""
     accept_content_types: str = ""
@@ -77,7 +84,7 @@ class NFTables(Section, frozen=True, kw_only=True):
 
 
 class IPVS(Section, frozen=True, kw_only=True):
-    """Settings of ipvs mode. No effect."""
+    """Settings of ipvs mode. They have no effect."""
 
     sync_period: Seconds = Seconds(30)
     min_sync_period: Seconds = Seconds(0)
@@ -90,7 +97,7 @@ class IPVS(Section, frozen=True, kw_only=True):
 
 
 class Winkernel(Section, frozen=True, kw_only=True):
-    """Settings of kube-proxy for Windows. No effect."""
+    """Settings of kube-proxy for Windows. They have no effect."""
 
     network_name: str = ""
     source_vip: str = ""
@@ -100,14 +107,14 @@ class Winkernel(Section, frozen=True, kw_only=True):
 
 
 class DetectLocal(Section, frozen=True, kw_only=True):
-    """The interfaces of local pods, for the values of `detectLocalMode` that detect traffic by interface."""
+    """The interfaces of local pods. Used if `detectLocalMode` is BridgeInterface or InterfaceNamePrefix."""
 
     bridge_interface: str = ""
     interface_name_prefix: str = ""
 
 
 class Conntrack(Section, frozen=True, kw_only=True):
-    """Connection tracking limits and timeouts. 0 leaves the kernel's value unchanged."""
+    """Connection tracking limits and timeouts. A value of 0 or false leaves the kernel parameter unchanged."""
 
     max_per_core: Count = 32768
     min: Count = 131072
@@ -119,14 +126,14 @@ class Conntrack(Section, frozen=True, kw_only=True):
 
 
 class LogRouting(Section, frozen=True, kw_only=True):
-    """The output streams of one log format; `info_buffer_size` is in bytes. No effect."""
+    """The output streams of one log format. The fields have no effect. `info_buffer_size` is in bytes."""
 
     split_stream: bool = False
     info_buffer_size: Quantity = Quantity("0")
 
 
 class LogOptions(Section, frozen=True, kw_only=True):
-    """The options of each log format. No effect."""
+    """The options of each log format. They have no effect."""
 
     text: LogRouting = LogRouting()
     json: LogRouting = LogRouting()
@@ -140,7 +147,7 @@ class VModule(Section, frozen=True, kw_only=True):
 
 
 class Logging(Section, frozen=True, kw_only=True):
-    """Log format and verbosity."""
+    """Log format and verbosity. `flush_frequency` and `options` have no effect."""
 
     format: Literal["text", "json"] = "text"
     flush_frequency: FlushSeconds = FlushSeconds(5)
@@ -150,9 +157,10 @@ class Logging(Section, frozen=True, kw_only=True):
 
 
 class KproxySection(Section, frozen=True, kw_only=True):
-    """Section `kproxy`: settings that kube-proxy does not have. kube-proxy rejects a file that contains it.
+    """The section `kproxy`: settings that kube-proxy does not have. kube-proxy's strict decoder rejects the section.
 
-    A dispatch chain with more than `iptables_dispatch_threshold` rules is split by destination; 0 never splits.
+    In iptables mode, a dispatch chain (such as KUBE-SERVICES) with more than `iptables_dispatch_threshold` rules is
+    split by destination. 0 means that dispatch chains are never split.
     """
 
     iptables_dispatch_threshold: Count = 1000
@@ -162,8 +170,14 @@ class Config(Section, frozen=True, kw_only=True):
     """A complete configuration.
 
     IP addresses and CIDRs are in canonical form. `healthz_bind_address` and `metrics_bind_address` are `IP:port`, or ""
-    if a flag disabled the server. While `mode` is "", the properties that depend on the mode raise `ValueError`;
+    if a flag disabled the server.
+
+    If `mode` is "", no mode has been chosen yet, and the properties that depend on the mode raise `ValueError`.
     `resolved` returns a configuration with a mode.
+
+    The following fields have no effect: `feature_gates`, `show_hidden_metrics_for_version`, `enable_profiling`,
+    `config_sync_period`, `port_range` and `windows_run_as_service`. kproxy uses only the IP family of
+    `bind_address`: for the default addresses of the servers, and while the addresses of this Node are unknown.
     """
 
     feature_gates: Mapping[str, bool] = field(default_factory=dict)
@@ -193,21 +207,21 @@ class Config(Section, frozen=True, kw_only=True):
     kproxy: KproxySection = KproxySection()
 
     def resolved(self, mode: Mode) -> Config:
-        """Return the configuration with the chosen mode. Raises `ValueError` if another one is configured."""
+        """Return the configuration with the chosen mode. Raises `ValueError` if another mode is configured."""
         if self.mode not in {"", mode}:
             raise ValueError(f"cannot use {mode} mode: the configuration says {self.mode}")
         return msgspec.structs.replace(self, mode=mode)
 
     @property
     def effective_mode(self) -> Mode:
-        """The mode, configured or chosen. Raises `ValueError` if it is not chosen yet."""
+        """The mode that was configured, or chosen at startup. Raises `ValueError` if no mode has been chosen yet."""
         if not self.mode:
             raise ValueError("no mode has been chosen yet")
         return self.mode
 
     @property
     def backend(self) -> IPTables | NFTables:
-        """The section of the effective mode. Raises `ValueError` if no mode is chosen."""
+        """The section with the settings of the effective mode. Raises `ValueError` if no mode has been chosen yet."""
         return self.nftables if self.effective_mode == "nftables" else self.iptables
 
     @property
@@ -217,14 +231,15 @@ class Config(Section, frozen=True, kw_only=True):
 
     @property
     def effective_node_port_addresses(self) -> tuple[str, ...]:
-        """CIDRs, or `primary` (the default in nftables mode). () means all local addresses.
+        """The addresses that accept NodePort traffic: CIDRs, or only `primary`. () means all local addresses.
 
-        Raises `ValueError` if no mode is chosen.
+        The default is () in iptables mode and `primary` in nftables mode. Raises `ValueError` if no mode has been
+        chosen yet.
         """
         default = (PRIMARY,) if self.effective_mode == "nftables" else ()
         return self.node_port_addresses or default
 
 
 def node_name(config: Config, hostname: str) -> str:
-    """Return the name of this Node, in lower case: the override, or else the host name of the machine."""
+    """Return the name of this Node in lower case: `hostname_override` if set, otherwise `hostname`."""
     return (config.hostname_override.strip() or hostname.strip()).lower()

@@ -21,7 +21,7 @@ RETIRED_MODES = {
     "userspace": "userspace has been removed from Kubernetes",
     "kernelspace": "kernelspace is for Windows only",
 }
-"""Modes that kube-proxy has or had and kproxy does not support, with the reason."""
+"""Current and former modes of kube-proxy that kproxy does not support, each with the reason."""
 KNOWN_GATES = frozenset(
     {
         "KubeProxyDrainingTerminatingNodes",
@@ -40,7 +40,7 @@ _CIDR = "a CIDR (such as 10.244.0.0/16 or fd00::/64)"
 
 
 def check(config: Config, locate: Locate) -> Config:
-    """Validate a configuration. Return it with addresses and CIDRs in canonical form. Raises `ConfigError`."""
+    """Validate a configuration. Return a copy with addresses and CIDRs in canonical form. Raises `ConfigError`."""
     _check_names(config, locate)
     _check_periods(config, locate)
     _check_verbosities(config, locate)
@@ -55,7 +55,7 @@ def check(config: Config, locate: Locate) -> Config:
 
 
 def reject_retired_mode(mode: object, locate: Locate) -> None:
-    """Raise `ConfigError` for one of the `RETIRED_MODES`."""
+    """Raise `ConfigError` if `mode` is one of `RETIRED_MODES`."""
     if isinstance(mode, str) and mode in RETIRED_MODES:
         raise ConfigError(f"{locate(('mode',))}: {RETIRED_MODES[mode]}; use nftables or iptables")
 
@@ -77,7 +77,10 @@ def ineffective_settings(config: Config, locate: Locate) -> list[str]:
 
 
 def gate_warnings(gates: Mapping[str, bool], location: str) -> list[str]:
-    """Return a warning for unknown feature gates, and one for known ones that are disabled."""
+    """Return one-line warnings: one that lists unknown feature gates, and one that lists known gates that are disabled.
+
+    A warning with an empty list is omitted.
+    """
     unknown = sorted(gates.keys() - KNOWN_GATES)
     disabled = sorted(name for name, enabled in gates.items() if not enabled and name in KNOWN_GATES)
     return [
@@ -87,12 +90,15 @@ def gate_warnings(gates: Mapping[str, bool], location: str) -> list[str]:
 
 
 def has_port(endpoint: str) -> bool:
-    """Return whether a listen address includes a port."""
+    """Return whether a listen address includes a port, that is, whether it is not merely an IP address.
+
+    The result is also true for "" (the server is disabled) and for invalid text.
+    """
     return canonical_address(endpoint) is None
 
 
 def _changed(section: Struct, default: Struct, path: FieldPath) -> Iterator[FieldPath]:
-    """Yield the fields of a section that differ from the default."""
+    """Yield the paths of the fields in a section, including nested ones, that differ from the default."""
     for item in msgspec.structs.fields(type(section)):
         value, default_value = getattr(section, item.name), getattr(default, item.name)
         if isinstance(value, Struct):
@@ -124,7 +130,7 @@ def _check_names(config: Config, locate: Locate) -> None:
 def _check_periods(config: Config, locate: Locate) -> None:
     """Check the sync periods of the configured mode, or of both modes if `mode` is "".
 
-    As in kube-proxy, the sync periods of other modes are not checked.
+    The sync periods of other modes are not checked, as in kube-proxy.
     """
     for mode in (config.mode,) if config.mode else get_args(Mode):
         section = config.resolved(mode).backend

@@ -1,8 +1,8 @@
 """The health of this node's proxy, and the pages `/healthz` and `/livez`.
 
-The proxy is healthy if every family has been synced and no change has been waiting for longer than twice `syncPeriod`.
-Load balancers use `/healthz` to decide whether to send new connections to this node, so it also requires that the Node
-exists and is not being deleted (KEP-3836).
+The proxy is healthy if every IP family has been synced and no change has been waiting for longer than twice
+`syncPeriod`. Load balancers use `/healthz` to decide whether to send new connections to this node. Therefore,
+`/healthz` also requires that the Node exists and is not being deleted (KEP-3836).
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from kproxy.serve.http import Handler, HttpRequest, HttpResponse, json, routes
 
 NANO = 10**9
 ZERO_TIME = "0001-01-01T00:00:00Z"
-"""How Go formats a time that was never set."""
+"""The text with which Go formats a time that was never set."""
 
 
 class FamilyHealth(Struct, frozen=True):
-    """The health of one family. `last_success` is in nanoseconds since the epoch, 0 if no sync has succeeded."""
+    """The health of one IP family. `last_success` is in nanoseconds since the epoch, or 0 if no sync has succeeded."""
 
     healthy: bool
     last_success: int
 
 
 class Health:
-    """Records how long changes of each family have been waiting and when a sync last succeeded.
+    """Records two times for each IP family: since when changes have been waiting, and when a sync last succeeded.
 
-    The reconciler's thread updates it; any thread may read it. Times are seconds of the reconciler's monotonic clock.
-    `wall` returns nanoseconds since the epoch, for display only. `timeout` is the maximum number of seconds that a
-    change may wait.
+    The reconciler's thread updates the times; any thread may read them. `now` is in seconds of the reconciler's
+    monotonic clock. `wall` returns nanoseconds since the epoch, which are only displayed. `timeout` is the maximum
+    number of seconds that a change may wait.
     """
 
     def __init__(self, families: Iterable[Family], timeout: float, *, wall: Callable[[], int]) -> None:
@@ -46,12 +46,12 @@ class Health:
         self._lock = threading.Lock()
 
     def on_queue(self, family: Family, now: float) -> None:
-        """Record that a change of a family is waiting for a sync."""
+        """Record that an IP family has a change that is waiting for a sync."""
         with self._lock:
             self._pending.setdefault(family, now)
 
     def on_sync(self, report: SyncReport) -> None:
-        """Record the outcome of a sync. If it failed, its changes are still waiting."""
+        """Record the outcome of a sync. If the sync failed, its changes are still waiting."""
         with self._lock:
             if report.result is None:
                 self._pending.setdefault(report.family, report.started)
@@ -60,7 +60,7 @@ class Health:
                 self._succeeded[report.family] = self._wall()
 
     def families(self, now: float) -> dict[Family, FamilyHealth]:
-        """Return the health of every family."""
+        """Return the health of every IP family."""
         with self._lock:
             return {
                 family: FamilyHealth(bool(success) and now - self._pending.get(family, now) <= self._timeout, success)
@@ -68,21 +68,22 @@ class Health:
             }
 
     def is_healthy(self, now: float) -> bool:
-        """Return whether every family is healthy."""
+        """Return whether every IP family is healthy."""
         return all(family.healthy for family in self.families(now).values())
 
 
 def is_eligible(node: Node | None) -> bool:
-    """Return whether load balancers may send new connections to a Node: it exists and is not being deleted."""
+    """Return whether load balancers may send new connections to a Node: the Node exists and is not being deleted."""
     return node is not None and not node.being_deleted
 
 
 class HealthPages:
     """The pages `/healthz` and `/livez`, in the format of kube-proxy.
 
-    `node` returns this Node, or None if it is unknown; `clock` is the reconciler's; `wall` returns nanoseconds since
-    the epoch. `on_probe` is called with the page and the HTTP status of each response. `reason` returns the problem
-    with this Node, or ""; `/healthz` shows it in a field that kube-proxy does not have.
+    `node` returns this Node, or None if it is unknown. `clock` returns the time of the reconciler's monotonic clock in
+    seconds; `wall` returns nanoseconds since the epoch. For each response, `on_probe` is called with the page
+    ("healthz" or "livez") and the HTTP status. `reason` returns the problem with this Node, or "" if there is none.
+    `/healthz` shows the problem in the field `reason`, which kube-proxy does not have.
     """
 
     def __init__(
@@ -104,15 +105,15 @@ class HealthPages:
 
     @property
     def handler(self) -> Handler:
-        """The handler for the `healthzBindAddress` port."""
+        """The handler for requests to `healthzBindAddress`."""
         return routes({"/healthz": self.healthz, "/livez": self.livez})
 
     def healthz(self, _: HttpRequest) -> HttpResponse:
-        """Respond with 200 if this node should receive new connections, otherwise with 503."""
+        """Respond with 200 if this node should receive new connections, and with 503 otherwise."""
         return self._answer("healthz", eligible=is_eligible(self._node()), reason=self._reason())
 
     def livez(self, _: HttpRequest) -> HttpResponse:
-        """Respond with 200 if this process is healthy, otherwise with 503, regardless of the state of the Node."""
+        """Respond with 200 if the proxy is healthy, and with 503 otherwise. The state of the Node does not matter."""
         return self._answer("livez", eligible=None)
 
     def _answer(self, page: str, eligible: bool | None, reason: str = "") -> HttpResponse:
@@ -120,7 +121,7 @@ class HealthPages:
         healthy = all(family.healthy for family in families.values())
         ok = healthy and eligible is not False
         now = self._wall()
-        # Like kube-proxy, a healthy proxy reports that it was updated just now, even if nothing has changed for days.
+        # As in kube-proxy, `lastUpdated` of a 200 response is the current time, even if nothing has changed for days.
         updated = now if ok else max((family.last_success for family in families.values()), default=0)
         status = HTTPStatus.OK if ok else HTTPStatus.SERVICE_UNAVAILABLE
         self._on_probe(page, status)
@@ -141,7 +142,10 @@ class HealthPages:
 
 
 def rfc3339(nanoseconds: int) -> str:
-    """Format nanoseconds since the epoch like Go's `RFC3339Nano`: in UTC, without trailing zeros."""
+    """Format nanoseconds since the epoch in Go's `RFC3339Nano` format: UTC, without trailing zeros in the fraction.
+
+    0 stands for a time that was never set.
+    """
     if not nanoseconds:
         return ZERO_TIME
     seconds, remainder = divmod(nanoseconds, NANO)

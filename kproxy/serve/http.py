@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Struct
 
 MAX_HEAD = 16 * 1024
-"""Maximum size of a request line and its headers, in bytes. Probes send a few hundred."""
+"""Maximum size of the request line and headers of a request, in bytes. Health probes send a few hundred bytes."""
 _END_OF_HEAD = re.compile(rb"\r?\n\r?\n")
 _REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([^\s]+) HTTP/([0-9])\.([0-9])")
 _SCHEME_AND_HOST = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?]*")
@@ -28,10 +28,10 @@ class RequestError(ValueError):
 
 
 class HttpRequest(Struct, frozen=True):
-    """A request without its body. `path` has no query; the names in `headers` are in lower case.
+    """A request without its body. `path` does not include the query. The names in `headers` are in lower case.
 
-    `persistent` means that the connection can carry another request. It cannot if the client asked to close it, or if
-    the request has a body, which the server does not read.
+    `persistent` is true if the connection can carry another request. It is false in two cases: the client wants the
+    connection to be closed (the default in HTTP/1.0), or the request has a body, which the server does not read.
     """
 
     method: str
@@ -49,7 +49,10 @@ class HttpResponse(Struct, frozen=True):
 
 
 Handler: TypeAlias = Callable[[HttpRequest], HttpResponse]
-"""Responds to a request. Runs in the server's thread and must not block; it may read memory and the kernel's state."""
+"""Responds to a request.
+
+A handler runs in the server's thread, so it must not block. Reading memory or the kernel's state is allowed.
+"""
 
 
 def plain(status: int, text: str) -> HttpResponse:
@@ -58,12 +61,12 @@ def plain(status: int, text: str) -> HttpResponse:
 
 
 def json(status: int, data: object) -> HttpResponse:
-    """Return a JSON response, without whitespace."""
+    """Return a JSON response. The JSON contains no white space between values."""
     return HttpResponse(status, (("Content-Type", "application/json"), NO_SNIFF), msgspec.json.encode(data))
 
 
 def routes(handlers: Mapping[str, Handler]) -> Handler:
-    """Return a handler that calls the handler for each request's path, and responds with 404 to other paths."""
+    """Return a handler that selects one of `handlers` by the request's path, and responds with 404 to other paths."""
 
     def route(request: HttpRequest) -> HttpResponse:
         handler = handlers.get(request.path)
@@ -73,12 +76,13 @@ def routes(handlers: Mapping[str, Handler]) -> Handler:
 
 
 def pop_request(buffer: bytearray) -> HttpRequest | None:
-    """Remove the next request from the received bytes and return it, or None if it is incomplete.
+    """Remove the next request from `buffer`, which contains the received bytes, and return the request.
 
-    Raises `RequestError` if the request is malformed or too large.
+    Return None if the request is incomplete. Raises `RequestError` if it is malformed or too large, or if its HTTP
+    version is not supported.
     """
     while buffer and buffer[0] in b"\r\n":
-        del buffer[:1]  # RFC 9112, 2.2: empty lines before a request are ignored
+        del buffer[:1]  # empty lines before a request are ignored (RFC 9112, section 2.2)
     end = _END_OF_HEAD.search(buffer)
     if (end.start() if end else len(buffer)) > MAX_HEAD:
         raise RequestError(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"more than {MAX_HEAD} bytes of headers")
@@ -119,9 +123,9 @@ def _headers(lines: list[str]) -> dict[str, str]:
 
 
 def encode(response: HttpResponse, wall: float, *, head_only: bool, close: bool) -> bytes:
-    """Encode a response. `wall` is the time in seconds since the epoch.
+    """Encode a response. `wall` is the current time in seconds since the epoch.
 
-    `head_only` omits the body, as for HEAD requests; `close` adds the header `Connection: close`.
+    With `head_only`, the body is omitted, as for a HEAD request. With `close`, the header `Connection: close` is added.
     """
     lines = [
         f"HTTP/1.1 {response.status} {HTTPStatus(response.status).phrase}",

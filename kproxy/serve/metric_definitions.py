@@ -1,10 +1,15 @@
-"""Definitions of all metrics: names, types, labels, buckets and help texts, compatible with dashboards for kube-proxy.
+"""Definitions of all metrics: names, types, labels, buckets and help texts.
 
-Metrics named `kubeproxy_*` are those of kube-proxy 1.36, with its labels; `kproxy_*` are kproxy's own. kproxy omits
-metrics that describe kube-proxy's implementation: `go_*` (the Go runtime), `apiserver_*` and `aggregator_*` (API server
-libraries linked into it), `kubernetes_feature_enabled`, `registered_metrics_total`, `hidden_metrics_total`,
-`disabled_metrics_total` and `cardinality_enforcement_*` (its metrics library), and `rest_client_*` except
-`rest_client_requests_total` and `rest_client_request_duration_seconds`.
+Metrics named `kubeproxy_*` have the names and labels of the metrics of kube-proxy 1.36, so that dashboards for
+kube-proxy work with kproxy. kube-proxy does not have the metrics named `kproxy_*`.
+
+kproxy omits these metrics, which describe the implementation of kube-proxy:
+
+- `go_*`: the Go runtime
+- `apiserver_*` and `aggregator_*`: API server libraries that are linked into kube-proxy
+- `kubernetes_feature_enabled`, `registered_metrics_total`, `hidden_metrics_total`, `disabled_metrics_total` and
+  `cardinality_enforcement_*`: kube-proxy's metrics library
+- `rest_client_*`, except `rest_client_requests_total` and `rest_client_request_duration_seconds`
 """
 
 from __future__ import annotations
@@ -23,14 +28,14 @@ from kproxy.model.types import Family
 
 NETSTAT = Path("/proc/self/net/netstat")
 UNLIMITED = 2**64 - 1
-"""What Go's process collector reports for a limit that is not set."""
+"""The value that Go's process collector reports if the limit is not set."""
 
 
 class ProcessLimitsCollector(Collector):
     """The address space limit and network namespace traffic of this process, as Go's process collector reports them."""
 
     def collect(self) -> Iterator[Metric]:
-        """Return the current values. Those that the kernel does not provide are omitted."""
+        """Return the current values. Metrics whose values the kernel does not provide are omitted."""
         limit, _ = resource.getrlimit(resource.RLIMIT_AS)
         yield GaugeMetricFamily(
             "process_virtual_memory_max_bytes",
@@ -51,23 +56,26 @@ class ProcessLimitsCollector(Collector):
 
 
 def ip_traffic(netstat: str) -> dict[str, int]:
-    """Parse the IpExt fields of `/proc/net/netstat`: a line of names, followed by a line of values."""
+    """Return the values of the IpExt lines in `/proc/net/netstat` by field name, such as `InOctets` (in bytes).
+
+    One line contains the names and the next line the values. Return an empty dict if the two lines are missing.
+    """
     rows = [line.split()[1:] for line in netstat.splitlines() if line.startswith("IpExt:")]
     return dict(zip(rows[0], map(int, rows[1]), strict=False)) if len(rows) == 2 else {}
 
 
 class PacketCounterCollector(Collector):
-    """Packet counters of the kernel, read at each scrape.
+    """Reads packet counters of the kernel at each scrape.
 
-    `counters` maps the name and help text of each metric to a function that returns the counter's number of packets, or
-    None if the counter does not exist.
+    `counters` maps the name and help text of each metric to a function. The function returns the number of packets, or
+    None if the kernel does not have the counter.
     """
 
     def __init__(self, counters: Mapping[tuple[str, str], Callable[[], int | None]]) -> None:
         self._counters = counters
 
     def collect(self) -> Iterator[Metric]:
-        """Return the current values of the counters that exist."""
+        """Return the current values. Counters that do not exist are omitted."""
         for (name, text), read in self._counters.items():
             packets = read()
             if packets is not None:
@@ -76,7 +84,7 @@ class PacketCounterCollector(Collector):
 
 SYNC_BUCKETS = tuple(0.001 * 2**power for power in range(15))
 PROGRAMMING_BUCKETS = (0.25, 0.5, *range(1, 60), *range(60, 120, 5), *range(120, 301, 30))
-"""Buckets in seconds for sync and network programming latency, as in kube-proxy."""
+"""Histogram buckets in seconds for the duration of syncs and for the network programming latency, as in kube-proxy."""
 FAMILY = ("ip_family",)
 TABLES = ("filter", "nat")
 POLICIES = ("internal", "external")
@@ -91,13 +99,14 @@ LOCALHOST_ACCEPTED = (
 
 
 REQUEST_BUCKETS = (0.005, 0.025, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60)
-"""Buckets in seconds, as in client-go."""
+"""Histogram buckets in seconds for the duration of requests to the API server, as in client-go."""
 
 
 class MetricDefinitions:
     """All metrics of the daemon, in their own registry.
 
-    The metrics of the backend depend on `mode`. `counters` is passed to `PacketCounterCollector`.
+    Some metrics exist only in iptables mode or only in nftables mode; `mode` determines which ones are defined. In
+    iptables mode, `counters` is passed to `PacketCounterCollector`.
     """
 
     def __init__(
@@ -246,7 +255,7 @@ class MetricDefinitions:
             "minor": "",
             "platform": f"linux/{platform.machine()}",
         }
-        # Not `kubernetes_build_info`: alerts compare its versions with those of other Kubernetes components.
+        # Not `kubernetes_build_info`: alerts compare the versions in that metric across the components of Kubernetes.
         build = self._gauge("kproxy_build_info", "Build information of kproxy; the value is always 1.", tuple(labels))
         build.labels(**labels).set(1)
 
@@ -261,14 +270,14 @@ class MetricDefinitions:
         return Counter(name, text, labels, registry=self._registry)
 
     def _initialize(self, *counters: Counter) -> None:
-        """Expose counters as 0 from the start, so that the first failure shows up in a rate."""
+        """Expose counters as 0 before their first increment. Otherwise, `rate()` would miss the first increment."""
         for counter in counters:
             for name in self._names:
                 counter.labels(name)
 
 
 class WithoutCreatedSamples(Collector):
-    """A registry without the `..._created` series, which kube-proxy does not have."""
+    """The metrics of a registry without their `..._created` series, which kube-proxy does not have."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry

@@ -21,9 +21,11 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 class Metrics:
     """Updates all metrics and serves them.
 
-    The reconciler's thread calls `on_queue`, `on_change` and `on_sync`; any thread may call the other methods. `wall`
-    returns seconds since the epoch. No programming latency is recorded for endpoint changes that are older than this
-    process, since kproxy could not have programmed them in time.
+    The reconciler's thread calls `on_queue`, `on_change` and `on_sync`. Any thread may call the other methods. `wall`
+    returns seconds since the epoch. `mode` and `counters` are described in `MetricDefinitions`.
+
+    The programming latency is recorded only for endpoint changes that happened after this process started. kproxy could
+    not have programmed earlier changes in time.
     """
 
     def __init__(
@@ -49,11 +51,14 @@ class Metrics:
         return HttpResponse(200, (("Content-Type", CONTENT_TYPE),), generate_latest(self._metrics.registry))
 
     def on_queue(self, family: Family, now: float) -> None:  # noqa: ARG002 - the metric is a wall clock time
-        """Record that a change of a family is waiting for a sync."""
+        """Record that an IP family has a change that is waiting for a sync."""
         self._metrics.last_queued.labels(family.value).set(self._wall())
 
     def on_change(self, kind: Kind, changed: StoreChange) -> None:
-        """Count the changes of one delta. As in kube-proxy, Services count once per family, and EndpointSlices once."""
+        """Count the Services that a change to Services or EndpointSlices affects.
+
+        As in kube-proxy, a change to a Service counts once per IP family. A change to an EndpointSlice counts once.
+        """
         if kind is Service:
             self._metrics.service_changes.inc(len(changed.services) * len(self._families))
             self._add_pending(self._services_pending, len(changed.services))
@@ -84,7 +89,7 @@ class Metrics:
             self._metrics.no_local_endpoints.labels(name, policy).set(number)
 
     def on_probe(self, page: str, status: int) -> None:
-        """Count a response of the page `healthz` or `livez`."""
+        """Count a response of `page` ("healthz" or "livez") with an HTTP status."""
         self._metrics.probes[page].labels(str(int(status))).inc()
 
     def set_node_missing(self, missing: bool) -> None:
@@ -92,7 +97,10 @@ class Metrics:
         self._metrics.node_missing.set(missing)
 
     def track_invalid_services(self, read: Callable[[], int]) -> None:
-        """Call `read` for the number of invalid Services at each scrape, since the number changes without a sync."""
+        """Call `read` at each scrape to get the number of invalid Services.
+
+        `on_sync` cannot update this number, because it can change without a sync.
+        """
         self._metrics.invalid_services.set_function(read)
 
     def conntrack_reconciled(self, family: Family, seconds: float, deleted: int) -> None:
@@ -103,14 +111,17 @@ class Metrics:
     def on_request(self, method: str, host: str, code: str, seconds: float) -> None:
         """Count a request to the API server.
 
-        `code` is the HTTP status, or `<error>` if there was no response. `seconds` is the time until the response or
-        failure.
+        `code` is the HTTP status, or `<error>` if the server did not respond. `seconds` is the time from the request
+        until the response or the failure.
         """
         self._metrics.requests.labels(code, host, method).inc()
         self._metrics.request_duration.labels(host, method).observe(seconds)
 
     def _failed(self, family: Family, *, full: bool) -> None:
-        """Count a failure. It leaves the kernel state unknown, so the family's next sync is a full sync."""
+        """Count a failed sync.
+
+        A failure leaves the state of the kernel unknown. The next sync of the IP family is therefore a full sync.
+        """
         self._unsynced.add(family)
         self._metrics.failures.labels(family.value).inc()
         self._metrics.rejected.labels(family.value).inc()
@@ -143,7 +154,7 @@ class Metrics:
 class MissingLocalEndpoints:
     """Counts service ports with traffic policy Local that have endpoints, but none on this node.
 
-    Only Services with such ports are stored.
+    Stores only the Services that have at least one counted port.
     """
 
     def __init__(self) -> None:
@@ -153,11 +164,14 @@ class MissingLocalEndpoints:
 
     @property
     def totals(self) -> tuple[int, int]:
-        """The number of ports whose internal traffic is dropped, and of those whose external traffic is dropped."""
+        """Two numbers: the ports whose internal traffic is dropped, and the ports whose external traffic is dropped."""
         return self._internal, self._external
 
     def update(self, plans: Mapping[ServiceKey, Sequence[ServicePortPlan]], *, complete: bool) -> None:
-        """Update the counts. `plans` has all Services if `complete`, otherwise those that may have changed."""
+        """Update the counts.
+
+        `plans` contains all Services if `complete` is true. Otherwise, it contains those that may have changed.
+        """
         deleted = self._ports.keys() - plans.keys() if complete else ()
         for key in deleted:
             self._set(key, 0, 0)

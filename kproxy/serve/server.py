@@ -1,4 +1,4 @@
-"""An HTTP server with one thread for any number of ports, which can be opened and closed while it runs."""
+"""An HTTP server that serves any number of ports in one thread. Ports can be opened and closed while it runs."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from kproxy.serve.http import Handler, HttpRequest, HttpResponse, RequestError, 
 BACKLOG = 128
 UNSPECIFIED = frozenset({"", "0.0.0.0", "::"})  # noqa: S104 - compared with, not bound
 MAX_CONNECTIONS = 512
-"""The maximum number of connections. Beyond it, a new connection replaces the one with the earliest deadline."""
+"""The maximum number of connections. At this limit, a new connection replaces the one with the earliest deadline."""
 SWEEP_SECONDS = 1.0
-"""Seconds between checks for connections past their deadline."""
+"""Seconds between two checks for connections whose deadline has passed."""
 _CHUNK = 16 * 1024
 _OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 Action: TypeAlias = Callable[[], None]
@@ -38,8 +38,8 @@ log = logging.getLogger(__name__)
 class ListenAddress(Struct, frozen=True):
     """An address and a port to listen on.
 
-    As in Go's `net.Listen("tcp", ...)`, an unspecified `host` means all addresses of both IP families, or with
-    `one_family` all addresses of its own family.
+    As in Go's `net.Listen("tcp", ...)`, an unspecified `host` ("", `0.0.0.0` or `::`) means all addresses of both IP
+    families. If `one_family` is true, it means only the addresses of the IP family of `host`.
     """
 
     host: str
@@ -80,20 +80,23 @@ def _family(address: ListenAddress) -> tuple[socket.AddressFamily, str]:
 
 
 class ConnectionState(Enum):
-    """What a connection is waiting for."""
+    """The states of a connection."""
 
     IDLE = auto()
-    """A request."""
+    """The server waits for a request."""
     RECEIVING = auto()
-    """The rest of a request."""
+    """The server waits for the rest of a request."""
     SENDING = auto()
-    """The client, to receive the response."""
+    """The server waits until the client has received more of the response."""
     QUEUED = auto()
-    """Its turn: the next request arrived together with the previous one (pipelining)."""
+    """The next request arrived together with the previous one (pipelining) and will be processed next."""
     DRAINING = auto()
-    """The client, to close first: a reset by the server could discard the last response (RFC 9112, 9.6)."""
+    """The server has sent its last response and waits until the client closes the connection.
+
+    If the server closed the connection first, a TCP reset could discard the response (RFC 9112, section 9.6).
+    """
     CLOSED = auto()
-    """Nothing: the socket can be closed."""
+    """The socket can be closed."""
 
 
 TIMEOUTS = {
@@ -110,8 +113,8 @@ TIMEOUTS = {
 class Connection:
     """The non-blocking socket of a client, and the state of the connection.
 
-    After `deadline`, the server closes the connection because the client takes too long. `deadline` and `now` are
-    seconds of a monotonic clock; `wall` returns seconds since the epoch.
+    The server closes the connection after `deadline`, because the client takes too long. `deadline` and `now` are in
+    seconds of a monotonic clock. `wall` returns seconds since the epoch.
     """
 
     def __init__(self, client: socket.socket, handler: Handler, wall: Callable[[], float], now: float) -> None:
@@ -125,13 +128,13 @@ class Connection:
 
     @property
     def events(self) -> int:
-        """The event mask to wait for (`selectors`), or 0 if the socket should be closed."""
+        """The events to wait for, as an event mask of `selectors`. 0 means that the socket should be closed."""
         if self._state is ConnectionState.CLOSED:
             return 0
         return EVENT_WRITE if self._state in {ConnectionState.SENDING, ConnectionState.QUEUED} else EVENT_READ
 
     def proceed(self, now: float) -> None:
-        """Receive, process and send as much as possible without blocking. Check `events` and `deadline` afterwards."""
+        """Receive, process and send as much as possible without blocking. This can change `events` and `deadline`."""
         try:
             if self._state is ConnectionState.SENDING:
                 self._send(now)
@@ -196,8 +199,9 @@ class Connection:
 class HttpServer:
     """Listening sockets, their connections, and the thread that serves them.
 
-    Once the server has started, other threads may only call `stop` and `call`. `clock` returns seconds of a monotonic
-    clock, `wall` seconds since the epoch. An exception in an action or handler is logged and does not stop the server.
+    After the server has started, other threads may call only `stop` and `call`. `clock` returns seconds of a monotonic
+    clock; `wall` returns seconds since the epoch. If an action or handler raises an exception, the server logs it and
+    continues.
     """
 
     def __init__(self, *, clock: Callable[[], float], wall: Callable[[], float]) -> None:
@@ -222,7 +226,7 @@ class HttpServer:
         self._thread.start()
 
     def stop(self, timeout: float) -> None:
-        """Stop the thread and close all sockets; wait at most `timeout` seconds for a handler that is running."""
+        """Stop the thread and close all sockets. If a handler is running, wait at most `timeout` seconds for it."""
         if self._thread.ident is None:
             self._close()
             return
@@ -230,9 +234,9 @@ class HttpServer:
         self._thread.join(timeout)
 
     def call(self, action: Action) -> None:
-        """Schedule an action to run in the server's thread, after earlier ones, and return at once.
+        """Schedule an action to run in the server's thread, and return immediately.
 
-        The action is dropped if the server has stopped.
+        Actions run in the order of the calls. After the server has stopped, actions are discarded.
         """
         with self._closing:
             if not self._closed:
@@ -244,11 +248,11 @@ class HttpServer:
         return self._clock()
 
     def call_later(self, seconds: float, action: Action) -> None:
-        """Schedule an action to run in the server's thread after a number of seconds."""
+        """Schedule an action to run in the server's thread after `seconds`."""
         heappush(self._timers, (self._clock() + seconds, next(self._order), action))
 
     def add(self, listener: socket.socket, handler: Handler) -> None:
-        """Serve connections to a listening socket. The server takes ownership of the socket."""
+        """Accept connections on a listening socket and serve them. The server takes ownership of the socket."""
         self._listeners.add(listener)
         self._selector.register(listener, EVENT_READ, partial(self._accept, listener, handler))
 
@@ -292,7 +296,7 @@ class HttpServer:
 
     def _accept(self, listener: socket.socket, handler: Handler) -> None:
         if listener not in self._listeners:
-            return  # an earlier event of the same round closed it
+            return  # an earlier event of this round closed the listener
         try:
             client, _ = listener.accept()
         except OSError as error:

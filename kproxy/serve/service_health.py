@@ -1,7 +1,7 @@
 """The health check node ports of Services with external traffic policy Local.
 
-`ServiceHealthTracker` runs in the reconciler's thread and derives the health of Services from syncs.
-`HealthCheckNodePorts` runs in the server's thread, opens the ports and responds.
+`ServiceHealthTracker` runs in the reconciler's thread and derives the health of Services from the reports of syncs.
+`HealthCheckNodePorts` runs in the server's thread, opens the ports and responds to requests.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kproxy.serve.server import HttpServer, ListenAddress, listen
 
 log = logging.getLogger(__name__)
 RETRY_SECONDS = 5.0
-"""Seconds between attempts to open a port."""
+"""Seconds between two attempts to open a port."""
 BODY = """\
 {{
 	"service": {{
@@ -35,26 +35,30 @@ BODY = """\
 	"localEndpoints": {endpoints},
 	"serviceProxyHealthy": {healthy}
 }}"""
-WILDCARDS = {Family.IPV4: "0.0.0.0", Family.IPV6: "::"}  # noqa: S104 - health check ports listen where NodePorts do
+WILDCARDS = {Family.IPV4: "0.0.0.0", Family.IPV6: "::"}  # noqa: S104 - health check ports use the addresses of NodePorts
 PortFailure: TypeAlias = Callable[[ServiceKey, int, str], None]
 """Called in the server's thread with the Service, the health check node port that cannot be opened, and the reason."""
 
 
 class ServiceHealth(Struct, frozen=True):
-    """The number of a Service's ready endpoints on this node, by listen address of its health check node port.
+    """The listen addresses of a Service's health check node port, each with a number of ready endpoints on this node.
 
-    Each address counts the endpoints of its own family, because this node may have endpoints in only one family.
+    The number of a listen address counts only endpoints of one IP family: see `service_health`.
     """
 
     endpoints: Mapping[ListenAddress, int]
 
 
 HealthUpdate: TypeAlias = Callable[[Mapping[ServiceKey, ServiceHealth | None]], None]
-"""Called with the Services whose health changed; None if a Service no longer has a health check node port."""
+"""Called with the Services whose health changed. None means that a Service no longer has a health check node port."""
 
 
 class FamilyServiceHealth(Struct, frozen=True):
-    """The health of a Service in one family. `hosts` are the addresses that accept NodePort traffic, None for all."""
+    """The health of a Service in one IP family.
+
+    `port` is the health check node port. `hosts` are the addresses that accept NodePort traffic; None means all
+    addresses. `endpoints` is the number of ready endpoints on this node.
+    """
 
     port: int
     hosts: tuple[str, ...] | None
@@ -63,14 +67,17 @@ class FamilyServiceHealth(Struct, frozen=True):
 
 
 class ServiceHealthTracker:
-    """Derives the health of Services from syncs and passes changes to `update`, which must neither block nor raise."""
+    """Derives the health of Services from the reports of syncs, and passes changes to `update`.
+
+    `update` must neither block nor raise.
+    """
 
     def __init__(self, families: Iterable[Family], update: HealthUpdate) -> None:
         self._update = update
         self._known: dict[Family, dict[ServiceKey, FamilyServiceHealth]] = {family: {} for family in families}
 
     def on_sync(self, report: SyncReport) -> None:
-        """Update the health of the Services that a successful sync covered."""
+        """Update the health of the Services in the report of a successful sync. Ignore failed syncs."""
         result = report.result
         if result is None:
             return
@@ -94,7 +101,7 @@ class ServiceHealthTracker:
 
 
 def family_health(plans: Sequence[ServicePortPlan], context: Context) -> FamilyServiceHealth | None:
-    """Return the health of a Service in one family, or None if it has no health check node port."""
+    """Return the health of a Service in one IP family, or None if the Service has no health check node port."""
     if not plans or not plans[0].health_check_node_port:
         return None
     ready = {address for plan in plans for address in plan.local_ready}
@@ -104,11 +111,14 @@ def family_health(plans: Sequence[ServicePortPlan], context: Context) -> FamilyS
 
 
 def service_health(families: Mapping[Family, FamilyServiceHealth]) -> ServiceHealth:
-    """Return the listen addresses of a Service's health check node port, with the number of endpoints for each.
+    """Return the listen addresses of a Service's health check node port, each with its number of endpoints.
 
-    Each family of a dual-stack Service counts its own endpoints: a load balancer of one family must not send
-    connections to a node that can only serve the other, even before that other family has been synced. The port of a
-    single-stack Service listens on the addresses of both families, provided that all addresses accept NodePort traffic.
+    For a dual-stack Service, the number of each listen address includes only the endpoints of the address's IP family.
+    Otherwise, a load balancer could send IPv4 connections to a node that has only IPv6 endpoints. This also applies
+    while only one of the two families has been synced.
+
+    The port of a single-stack Service listens on all addresses of both IP families if all addresses accept NodePort
+    traffic.
     """
     if len(families) == 1:
         (health,) = families.values()
@@ -126,8 +136,8 @@ def service_health(families: Mapping[Family, FamilyServiceHealth]) -> ServiceHea
 class HealthCheckNodePorts:
     """Listens on the health check node ports of Services and responds with their health.
 
-    A listen address that cannot be opened does not affect the others. It is retried every `RETRY_SECONDS`, reported to
-    `on_failure` once per reason, and logged at growing intervals.
+    If one listen address cannot be opened, the others still work. kproxy retries every `RETRY_SECONDS`, reports each
+    new reason to `on_failure`, and logs the failure at growing intervals.
     """
 
     def __init__(self, server: HttpServer, is_healthy: Callable[[], bool], on_failure: PortFailure) -> None:
@@ -141,7 +151,7 @@ class HealthCheckNodePorts:
         self._retrying = False
 
     def update(self, changes: Mapping[ServiceKey, ServiceHealth | None]) -> None:
-        """Apply changes; None means that a Service no longer has a health check node port."""
+        """Apply changes to the health of Services. None means that a Service no longer has a health check node port."""
         ports_changed = any(
             _addresses(health) != _addresses(self._services.get(key)) for key, health in changes.items()
         )
@@ -170,9 +180,9 @@ class HealthCheckNodePorts:
         self._reconcile()
 
     def _assign(self) -> dict[tuple[ServiceKey, ListenAddress], str]:
-        """Assign each address to one Service. Return a problem for every other Service that claims it.
+        """Assign each listen address to one Service. Return a problem for every other Service with the same address.
 
-        The API server does not allow two Services with the same health check node port.
+        These problems are rare: the API server does not allow two Services with the same health check node port.
         """
         self._owners = {}
         problems = {}
@@ -218,9 +228,10 @@ def _addresses(health: ServiceHealth | None) -> Collection[ListenAddress]:
 
 
 def service_response(key: ServiceKey, endpoints: int, *, healthy: bool) -> HttpResponse:
-    """Return the response to a load balancer: 200 if this node can serve new connections to the Service, else 503.
+    """Return the response to a load balancer.
 
-    As in kube-proxy, a header contains the number of endpoints, which load balancers can use to weight nodes.
+    The status is 200 if this node has endpoints of the Service and the proxy is healthy, and 503 otherwise. As in
+    kube-proxy, a header contains the number of endpoints, so that load balancers can use it as the weight of the node.
     """
     namespace, _, name = key.partition("/")
     body = BODY.format(namespace=namespace, name=name, endpoints=endpoints, healthy=str(healthy).lower())

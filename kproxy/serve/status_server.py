@@ -20,7 +20,7 @@ from kproxy.serve.zpages import flagz, statusz
 
 log = logging.getLogger(__name__)
 RETRY_SECONDS = 5.0
-"""Seconds between attempts to open the health and metrics ports, as in kube-proxy."""
+"""Seconds between two attempts to open the health or metrics port, as in kube-proxy."""
 
 
 class ListenError(Exception):
@@ -30,15 +30,18 @@ class ListenError(Exception):
 class StatusServer:
     """Serves health, metrics and the health check node ports of Services, from `start` until `stop`.
 
-    The reconciler must notify it through `on_queue`, `on_change` and `on_sync`.
+    The reconciler must call the listeners in `on_queue`, `on_change` and `on_sync`.
 
-    `mode` and `configuration` (the content of a configuration file) are shown on pages of the metrics port. The proxy
-    is unhealthy if a change has been waiting for more than `health_timeout` seconds. The addresses are `IP:port`, or ""
-    for none; with `hard_fail`, `start` raises an error if one cannot be opened. `node` returns this Node, or None if it
-    is unknown. `counters` reads the kernel's packet counters (see `PacketCounterCollector`). `on_port_failed` is called
-    when a health check node port cannot be opened. `clock` is the reconciler's monotonic clock in seconds; `wall`
-    returns nanoseconds since the epoch. `reason` returns the problem with this Node, or "". `flags` returns the value
-    of each command-line flag.
+    - The metrics port shows `mode`, `configuration` (the content of a configuration file) and the result of `flags`
+      (the value of each command-line flag by name).
+    - `healthz_address` and `metrics_address` are `IP:port`, or "" to disable the port. If `hard_fail` is true, `start`
+      raises an error if one of the two ports cannot be opened.
+    - The proxy is unhealthy if a change has been waiting for more than `health_timeout` seconds.
+    - `node` returns this Node, or None if it is unknown. `reason` returns the problem with this Node, or "".
+    - `counters` reads the kernel's packet counters (see `PacketCounterCollector`).
+    - `on_port_failed` is called if a health check node port cannot be opened.
+    - `clock` returns the time of the reconciler's monotonic clock in seconds. `wall` returns nanoseconds since the
+      epoch.
     """
 
     def __init__(
@@ -84,13 +87,17 @@ class StatusServer:
         self._server.start()
 
     def stop(self, timeout: float) -> None:
-        """Close all ports; wait at most `timeout` seconds for a request that is being served."""
+        """Close all ports. If a request is being served, wait at most `timeout` seconds until it is complete."""
         self._server.stop(timeout)
 
     def _open(
         self, name: str, address: str, handler: Handler, reminder: LogThrottle | None, *, again: bool = False
     ) -> None:
-        """Open a port. If `reminder` is None, the port is required; otherwise a failure is logged and retried."""
+        """Open a port and serve it. `again` is true for retries.
+
+        If `reminder` is None, the port is required: raise `ListenError` if it cannot be opened. Otherwise, log the
+        failure when `reminder` is due, and retry after `RETRY_SECONDS`.
+        """
         try:
             listener = listen(parse_address(address))
         except OSError as error:

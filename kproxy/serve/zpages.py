@@ -1,6 +1,6 @@
 """The pages `/statusz` (KEP-4827) and `/flagz` (KEP-4828), as plain text or as JSON of the group `config.k8s.io`. Pure.
 
-The media types and the JSON fields are those of "Kubernetes z-pages" in the Kubernetes documentation, version 1.36.
+The page "Kubernetes z-pages" of the Kubernetes 1.36 documentation defines the media types and the JSON fields.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from kproxy.serve.http import Handler, HttpRequest, HttpResponse, json, plain
 NAME = "kproxy"
 GROUP = "config.k8s.io"
 VERSIONS = ("v1beta1", "v1alpha1")
-"""The versions of both kinds, which have the same fields."""
+"""The supported API versions of the kinds Statusz and Flagz. The fields are the same in both versions."""
 EMULATION = "1.36"
-"""The version of kube-proxy that kproxy replaces."""
+"""The Kubernetes version of the kube-proxy that kproxy replaces."""
 
 
 def statusz(
@@ -29,8 +29,8 @@ def statusz(
 ) -> Handler:
     """Return the handler of `/statusz`.
 
-    `started` is the start time in seconds since the epoch, `up` returns the seconds since then, and `paths` lists all
-    pages of the port.
+    `started` is the time when the process started, in seconds since the epoch. `up` returns the number of seconds since
+    then. `paths` are the paths of all pages of the port.
     """
     start = datetime.fromtimestamp(int(started), UTC)
     paths = sorted(paths)
@@ -86,7 +86,10 @@ def _page(title: str, kind: str, text: Callable[[], str], fields: Callable[[], d
 
 
 def negotiate(accept: str, kind: str) -> str | None:
-    """Return the version of `kind` that an Accept header selects, "" for plain text, or None if it accepts neither."""
+    """Return the API version of `kind` that an Accept header selects, or "" if the header selects plain text.
+
+    Return None if the header accepts neither plain text nor a supported version.
+    """
     if not accept.strip():
         return ""
     for media_type, parameters in _accepted(accept):
@@ -101,7 +104,10 @@ def negotiate(accept: str, kind: str) -> str | None:
 
 
 def _accepted(accept: str) -> list[tuple[str, dict[str, str]]]:
-    """Return media types and their parameters in lower case, by descending quality (RFC 9110, section 12.5.1)."""
+    """Return the accepted media types and their parameters, in lower case.
+
+    The order is by descending quality (RFC 9110, section 12.5.1).
+    """
     accepted = []
     for entry in accept.lower().split(","):
         media_type, *rest = (part.strip() for part in entry.split(";"))

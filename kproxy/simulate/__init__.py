@@ -1,5 +1,6 @@
-"""Simulate what the kernel would do to a packet, given only a dump of its rules. Pure.
+"""Simulate what the kernel would do with a packet, given only a dump of the kernel's rules. Pure.
 
-The simulators do not depend on which program wrote the rules: they can evaluate kproxy's rules, those of another proxy,
-and recorded dumps. A rule that they do not support is an error, never a guess.
+It does not matter which program wrote the rules: the simulators can evaluate the rules of kproxy, the rules of another
+proxy, and recorded dumps. If a dump contains a rule that the simulators do not support, they raise an error instead of
+guessing.
 """

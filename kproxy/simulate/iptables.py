@@ -1,6 +1,7 @@
 """Simulate iptables rules: the hooks that a packet traverses, and their chains.
 
-One run covers all possible outcomes: a rule with `-m statistic` splits a packet into branches with probabilities.
+One run computes all possible outcomes: a rule with `-m statistic` splits a packet into branches, each with a
+probability.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from kproxy.simulate.packet import (
 
 
 class IptablesSimulator:
-    """The rules of one family, from the output of `iptables-save` or `ip6tables-save`.
+    """Simulates the rules of one IP family, given the output of `iptables-save` or `ip6tables-save`.
 
     Raises `UnknownRuleError` if the text contains anything that is not supported.
     """
@@ -37,15 +38,17 @@ class IptablesSimulator:
         self._family = family
 
     def send(self, packet: Packet) -> OutcomeDistribution:
-        """Return the possible outcomes for a packet. Raises `ValueError` if it belongs to the other family.
+        """Return the possible outcomes for a packet.
 
-        The order of hooks is netfilter's: destinations are translated before the routing decision between this node and
-        others, and only for the first packet of a connection.
+        The packet traverses the hooks in netfilter's order. In particular, DNAT happens before the routing decision,
+        which determines whether the packet is for this node. Only the first packet of a connection traverses NAT rules.
+
+        Raises `ValueError` if the packet belongs to the other IP family, or if its addresses are invalid.
         """
         return simulate(packet, self._family, self._receive, self._transmit)
 
     def _receive(self, branches: Branches) -> Branches:
-        """Run the hooks for a packet that arrives at an interface."""
+        """Run the hooks that a packet traverses if it arrives at an interface."""
         branches = self._nat_hook("PREROUTING", branches, to_anywhere)
         branches = self._filter_hook("INPUT", branches, to_node)
         branches = self._filter_hook("FORWARD", branches, to_elsewhere)
@@ -53,10 +56,10 @@ class IptablesSimulator:
         return self._nat_hook("POSTROUTING", branches, to_elsewhere)
 
     def _transmit(self, branches: Branches) -> Branches:
-        """Run the hooks for a packet that the node itself sends.
+        """Run the hooks that a packet traverses if the node itself sends it.
 
-        A packet to one of the node's own addresses then arrives at `lo`. There, the filter table still sees the first
-        packet of its connection, but the nat table does not see it again.
+        If the destination is one of the node's own addresses, the node then receives the packet on `lo`. There, the
+        packet traverses the filter table, but not the nat table: its connection has already traversed the nat table.
         """
         branches = self._nat_hook("OUTPUT", branches, to_anywhere)
         branches = self._filter_hook("OUTPUT", branches, to_anywhere)
@@ -73,7 +76,10 @@ class IptablesSimulator:
         return self._hook("filter", chain, branches, traverses)
 
     def _hook(self, table: str, chain: str, branches: Branches, traverses: Callable[[PacketState], bool]) -> Branches:
-        """Run a built-in chain and its policy for the branches that traverse it and have no final verdict."""
+        """Run a built-in chain and apply its policy.
+
+        Branches that do not traverse the chain, or that already have a verdict, do not change.
+        """
         branches, others = partition(branches, lambda state: state.verdict is None and traverses(state))
         found = self._rules.tables[table].get(chain)
         if not branches or found is None:
@@ -84,7 +90,11 @@ class IptablesSimulator:
         return decided + undecided + others
 
     def _run_chain(self, table: str, chain: str, branches: Branches) -> tuple[Branches, Branches]:
-        """Return the branches that end the hook in this chain, and those that return to the calling chain."""
+        """Run a chain of a table.
+
+        Return two lists: the branches that leave the hook in this chain, and the branches that return to the calling
+        chain. For a built-in chain, the policy applies to the branches in the second list.
+        """
         decided: Branches = []
         returned: Branches = []
         for rule in self._rules.tables[table][chain].rules:
@@ -102,7 +112,10 @@ class IptablesSimulator:
         return decided, returned + branches
 
     def _match(self, rule: SimulatedRule, branches: Branches) -> tuple[Branches, Branches]:
-        """Return the branches that match a rule, with its counter and affinity recorded, and the others."""
+        """Return two lists: the branches that match a rule, and the branches that do not.
+
+        The rule's counter and the session affinity that the rule records are added to the branches that match.
+        """
         matched, missed = partition(branches, lambda state: self._matches(rule, state))
         if rule.probability < 1.0:
             missed += [(state, probability * (1.0 - rule.probability)) for state, probability in matched]
@@ -122,7 +135,10 @@ class IptablesSimulator:
         return not state.packet.affinity_endpoints.isdisjoint(endpoints)
 
     def _apply_target(self, table: str, rule: SimulatedRule, branches: Branches) -> tuple[Branches, Branches]:
-        """Return the branches that end the hook at this rule, and those that continue with the next rule."""
+        """Apply the target of a rule to the branches that match the rule.
+
+        Return two lists: the branches that leave the hook, and the branches that continue with the next rule.
+        """
         if not rule.target:
             return [], branches
         if rule.target == "MARK":
@@ -140,9 +156,9 @@ _TERMINATING_TARGETS: dict[str, Callable[[PacketState, SimulatedRule], PacketSta
     "MASQUERADE": lambda state, _: replace(state, masqueraded=True),
     "DNAT": lambda state, rule: state.dnat(rule.endpoint, rule.address, rule.port),
 }
-"""The effect on a packet of each target that ends the traversal of a hook."""
+"""The targets after which a packet leaves the hook, with their effect on the packet."""
 
 
 def _set_mark(mark: int, rule: SimulatedRule) -> int:
-    """Apply `--set-xmark value/mask`: clear the bits of the mask, then XOR the value."""
+    """Apply `--set-xmark value/mask`: clear the bits in the mask, then XOR the mark with the value."""
     return (mark & ~rule.mark_mask) ^ rule.mark_value

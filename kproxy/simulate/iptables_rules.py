@@ -1,7 +1,7 @@
 """Parse the output of `iptables-save` into rules that can be simulated.
 
-The tables below contain everything that a Kubernetes service proxy writes. Any other token raises `UnknownRuleError`,
-because simulating only part of a rule would give wrong results.
+The constants below list all options and targets that a Kubernetes service proxy uses. Any other token raises
+`UnknownRuleError`, because simulating only part of a rule would give wrong results.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from msgspec import Struct, field
 from kproxy.simulate.packet import PacketState, UnknownRuleError
 
 SIMULATED_TABLES = ("nat", "filter")
-"""The tables whose rules are simulated. Other tables of a dump must have no rules."""
+"""The tables whose rules are simulated. A dump may contain other tables only if they have no rules."""
 
 _CHAIN = re.compile(r":(\S+) (ACCEPT|DROP|-)(?: \[\d+:\d+\])?")
 _RULE = re.compile(r"(?:\[\d+:\d+\] )?-A (\S+)(?: (.*))?")
@@ -27,7 +27,10 @@ _ENDPOINT = re.compile(r"(?:(\d+\.\d+\.\d+\.\d+)|\[([0-9a-f:.]+)\]):(\d+)")
 _CONNECTION_STATES = frozenset({"NEW", "ESTABLISHED", "RELATED", "INVALID", "DNAT"})
 
 _BASE_OPTIONS = {"-s": 1, "-d": 1, "-i": 1, "-p": 1}
-"""The options that need no `-m`. The values in this and the next two tables are the numbers of arguments."""
+"""The options that need no `-m`.
+
+The values in this mapping and the next two are the number of arguments of each option.
+"""
 _MODULE_OPTIONS = {
     "tcp": {"--dport": 1},
     "udp": {"--dport": 1},
@@ -49,7 +52,7 @@ _TARGET_OPTIONS = {
     "MASQUERADE": {"--random-fully": 0},
     "DNAT": {"--to-destination": 1},
 }
-"""The built-in targets. A target that is not in this table is a chain."""
+"""The built-in targets and their options. Any other target must be a chain."""
 _NEGATABLE_OPTIONS = frozenset({"-s", "-d", "-i", "--mark", "--ctstate"})
 _REQUIRED_OPTIONS = {
     "-m comment": ("--comment",),
@@ -67,17 +70,21 @@ _SUPPORTED_VALUES = {
     "--mask": ("255.255.255.255", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff"),
     "--reject-with": ("icmp-port-unreachable", "icmp6-port-unreachable"),
 }
-"""Options that are supported with these values only."""
+"""The supported values of some options. Other options may have any value."""
 
 Match: TypeAlias = Callable[[PacketState], bool]
 
 
 class SimulatedRule(Struct, frozen=True):
-    """One rule. It matches with `probability` if all `matches` are true and list `recent_check` contains the source.
+    """One rule.
 
-    `target` is a built-in target, a chain of the same table, or "". The other fields are options: `endpoint`, `address`
-    and `port` of DNAT, `mark_value` and `mark_mask` of MARK, `reject_with` of REJECT, `counter` of nfacct.
-    `recent_check` and `recent_set` are the names of the lists of `-m recent` with `--rcheck` and `--set`, or "".
+    The rule matches a packet with `probability` if all `matches` are true and the list `recent_check`, if set, contains
+    the packet's source. `recent_check` and `recent_set` are the names of the lists that `-m recent` uses with
+    `--rcheck` and `--set`, or "". `counter` is the name of the nfacct object, or "".
+
+    `target` is a built-in target, a chain of the same table, or "" for none. The other fields are arguments of targets:
+    `endpoint` ("ip:port"), `address` and `port` belong to DNAT, `mark_value` and `mark_mask` to MARK, and `reject_with`
+    to REJECT.
     """
 
     target: str
@@ -102,21 +109,29 @@ class SavedChainRules(Struct):
 
 
 class SavedRules(Struct):
-    """The chains of each table, and the endpoints whose session affinity each list of `-m recent` records."""
+    """The chains of each table, and the endpoints of each `-m recent` list.
+
+    `affinity_endpoints` maps the name of each list to endpoints ("ip:port"). A list contains the clients that have
+    session affinity to one of its endpoints.
+    """
 
     tables: dict[str, dict[str, SavedChainRules]]
     affinity_endpoints: dict[str, set[str]] = field(default_factory=dict)
 
 
 class RuleOptions(Struct):
-    """The options of a rule. `found` maps each name to whether it is negated and its argument ("" if it has none)."""
+    """The options of a rule.
+
+    `found` maps the name of each option to a pair: whether the option is negated, and its argument ("" for none).
+    `modules` are the arguments of `-m`; `target` is the argument of `-j`.
+    """
 
     found: dict[str, tuple[bool, str]] = field(default_factory=dict)
     modules: list[str] = field(default_factory=list)
     target: str = ""
 
     def value(self, name: str) -> str:
-        """Return the argument of an option, "" if the rule does not have the option."""
+        """Return the argument of an option, or "" if the rule lacks the option or the option has no argument."""
         return self.found.get(name, (False, ""))[1]
 
 
@@ -134,7 +149,7 @@ def parse_dump(text: str) -> SavedRules:
 
 
 def _parse_line(rules: SavedRules, table: str, line: str) -> str:
-    """Add one line to the rules; return the table that the next line belongs to."""
+    """Add one line of the dump to `rules`. Return the table to which the next line belongs, or "" outside of tables."""
     if not line or line.startswith("#"):
         return table
     if line.startswith("*"):
@@ -196,7 +211,7 @@ def _make_rule(options: RuleOptions) -> SimulatedRule:
 
 
 def _parse_options(text: str) -> RuleOptions:
-    """Parse what follows `-A CHAIN`."""
+    """Parse the part of a rule that follows `-A CHAIN`."""
     options = RuleOptions()
     known = _BASE_OPTIONS
     negated = False
@@ -222,7 +237,7 @@ def _parse_options(text: str) -> RuleOptions:
 
 
 def _parse_module(options: RuleOptions, tokens: Iterator[str]) -> dict[str, int]:
-    """Parse the argument of `-m`; return the options of the module."""
+    """Parse the argument of `-m`. Return the options of that module."""
     module = _parse_argument("-m", tokens)
     if module not in _MODULE_OPTIONS:
         raise UnknownRuleError(f"unsupported option -m {module}")
@@ -252,7 +267,7 @@ def _parse_argument(name: str, tokens: Iterator[str]) -> str:
 
 
 def _check_options(options: RuleOptions) -> None:
-    """Reject missing options, and combinations that are not supported."""
+    """Raise `UnknownRuleError` if a required option is missing or a combination of options is not supported."""
     found = options.found
     for owner in (*(f"-m {module}" for module in options.modules), f"-j {options.target}"):
         for name in _REQUIRED_OPTIONS.get(owner, ()):
@@ -272,7 +287,7 @@ def _check_options(options: RuleOptions) -> None:
 
 
 def _parse_mark(text: str) -> tuple[int, int]:
-    """Parse a mark such as `0x4000/0x4000`; return value and mask. Without a mask, all bits count."""
+    """Parse a mark such as `0x4000/0x4000`. Return the value and the mask. The default mask has all bits set."""
     found = _MARK.fullmatch(text)
     if not found:
         raise UnknownRuleError(f"invalid mark {text}")
@@ -280,7 +295,7 @@ def _parse_mark(text: str) -> tuple[int, int]:
 
 
 def _parse_network(text: str) -> tuple[int, int]:
-    """Parse a CIDR; return network address and netmask."""
+    """Parse a CIDR. Return the network address and the netmask."""
     try:
         network = ip_network(text)
     except ValueError:
@@ -320,7 +335,10 @@ def _match_destination(text: str) -> Match:
 
 
 def _match_interface(text: str) -> Match:
-    """Match the input interface, or its prefix if the argument ends with `+`. Packets from the node have none ("")."""
+    """Match the name of the input interface. An argument that ends with `+` is a prefix of the name.
+
+    The name is "" for packets that the node itself sends.
+    """
     if text.endswith("+"):
         prefix = text.removesuffix("+")
         return lambda state: state.interface.startswith(prefix)
@@ -335,7 +353,7 @@ def _match_protocol(text: str) -> Match:
 
 
 def _match_port(text: str) -> Match:
-    """Match a destination port, or a range such as `30000:30015`."""
+    """Match one destination port, or a range of ports such as `30000:30015`."""
     first, _, last = text.partition(":")
     if not first.isdecimal() or not (last or first).isdecimal() or text.endswith(":"):
         raise UnknownRuleError(f"invalid port or port range {text}")
@@ -382,4 +400,4 @@ _MATCH_PARSERS: dict[str, Callable[[str], Match]] = {
     "--mark": _match_mark,
     "--ctstate": _match_connection_state,
 }
-"""Functions that build an option's match from its argument. They raise `UnknownRuleError`."""
+"""For each option that matches packets, the function that parses its argument. It raises `UnknownRuleError`."""

@@ -1,6 +1,6 @@
 """Simulate nftables rules: the hooks that a packet traverses, and their chains.
 
-One run covers all possible outcomes: a rule with numgen splits a packet into branches with probabilities.
+One run computes all possible outcomes: a rule with numgen splits a packet into branches, each with a probability.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from kproxy.simulate.packet import (
 
 
 class NftablesSimulator:
-    """The rules of one family, from the output of `nft list table ip kube-proxy` or `ip6 kube-proxy`.
+    """Simulates the rules of one IP family, given the output of `nft list table ip kube-proxy` or `ip6 kube-proxy`.
 
     Raises `UnknownRuleError` if the text contains anything that is not supported.
     """
@@ -38,25 +38,28 @@ class NftablesSimulator:
         self._family = family
 
     def send(self, packet: Packet) -> OutcomeDistribution:
-        """Return the possible outcomes for a packet. Raises `ValueError` if it belongs to the other family.
+        """Return the possible outcomes for a packet.
 
-        The order of hooks is netfilter's: destinations are translated before the routing decision between this node and
-        others, and only for the first packet of a connection.
+        The packet traverses the hooks in netfilter's order. In particular, DNAT happens before the routing decision,
+        which determines whether the packet is for this node. Only the first packet of a connection traverses NAT rules.
+
+        Raises `ValueError` if the packet belongs to the other IP family, or if its addresses are invalid.
         """
         return simulate(packet, self._family, self._receive, self._transmit)
 
     def _receive(self, branches: Branches) -> Branches:
-        """Run the hooks for a packet that arrives at an interface."""
+        """Run the hooks that a packet traverses if it arrives at an interface."""
         branches = self._hook("prerouting", branches, to_anywhere)
         branches = self._hook("input", branches, to_node)
         branches = self._hook("forward", branches, to_elsewhere)
         return self._hook("postrouting", branches, to_elsewhere)
 
     def _transmit(self, branches: Branches) -> Branches:
-        """Run the hooks for a packet that the node itself sends.
+        """Run the hooks that a packet traverses if the node itself sends it.
 
-        A packet to one of the node's own addresses then arrives at `lo`. There, chains of type filter still see the
-        first packet of its connection, but chains of type nat do not see it again.
+        If the destination is one of the node's own addresses, the node then receives the packet on `lo`. There, the
+        packet traverses the chains of type filter, but not those of type nat: its connection has already traversed nat
+        chains.
         """
         branches = self._hook("output", branches, to_anywhere)
         branches = self._hook("postrouting", branches, to_anywhere)
@@ -68,7 +71,10 @@ class NftablesSimulator:
     def _hook(
         self, hook: str, branches: Branches, traverses: Callable[[PacketState], bool], *, nat_settled: bool = False
     ) -> Branches:
-        """Run the base chains of a hook for the branches that traverse it. `nat_settled` skips nat chains."""
+        """Run the base chains of a hook for the branches that traverse the hook.
+
+        If `nat_settled` is true, chains of type nat do not run.
+        """
         branches, others = partition(branches, traverses)
         for base, chain in base_chains(self._chains, hook):
             if not (nat_settled and base.type == "nat"):
@@ -76,7 +82,10 @@ class NftablesSimulator:
         return branches + others
 
     def _run_base_chain(self, base: BaseChainHook, chain: ListedChain, branches: Branches) -> Branches:
-        """Run a base chain and its policy for the branches that it sees and that have no final verdict."""
+        """Run a base chain and apply its policy.
+
+        Branches that the chain does not see, or that already have a verdict, do not change.
+        """
         branches, others = partition(branches, lambda state: state.verdict is None and _sees(base, state))
         decided, undecided = self._run_chain(chain, branches)
         if base.drops:
@@ -84,7 +93,11 @@ class NftablesSimulator:
         return decided + undecided + others
 
     def _run_chain(self, chain: ListedChain, branches: Branches) -> tuple[Branches, Branches]:
-        """Return the branches that leave the base chain with a verdict, and those that return to the calling chain."""
+        """Run a chain.
+
+        Return two lists: the branches that leave the base chain, and the branches that return to the calling chain. For
+        a base chain, the policy applies to the branches in the second list.
+        """
         decided: Branches = []
         returned: Branches = []
         for rule in chain.rules:
@@ -99,9 +112,11 @@ class NftablesSimulator:
         return decided, returned + branches
 
     def _apply_verdict(self, verdict: ListedVerdict, branches: Branches) -> tuple[Branches, Branches, Branches]:
-        """Return the branches that leave the base chain, that leave only this chain, and that continue in it.
+        """Apply a verdict of a rule.
 
-        A packet that returns from a chain entered by `goto` also leaves the chain that contains the `goto`.
+        Return three lists: the branches that leave the base chain, the branches that leave only this chain, and the
+        branches that continue with the next rule of this chain. After `goto`, a packet that reaches the end of the
+        other chain does not come back to this chain, but returns to the caller of this chain.
         """
         match verdict.action:
             case "terminate":
@@ -120,8 +135,8 @@ class NftablesSimulator:
 def _sees(base: BaseChainHook, state: PacketState) -> bool:
     """Return whether a base chain sees a packet.
 
-    A chain of type nat sees only the first packet of a connection, unless another nat chain at the same hook has
-    already translated that packet.
+    A chain of type filter sees every packet. A chain of type nat sees only the first packet of a connection, and only
+    if no earlier nat chain at the same hook has translated that packet.
     """
     if base.type == "filter":
         return True

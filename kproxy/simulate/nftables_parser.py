@@ -1,7 +1,7 @@
 """Parse the output of `nft list table` into chains and rules that can be simulated.
 
-Unsupported tokens raise `UnknownRuleError`. The statements of a rule run from left to right, so a statement that
-changes the packet takes effect even if a later statement does not match.
+Unsupported tokens raise `UnknownRuleError`. The kernel runs the statements of a rule from left to right. Therefore, a
+statement that changes the packet takes effect even if a later statement of the same rule does not match.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ _BLOCKS = ("set", "map", "chain")
 _SHOWN_CHARACTERS = 200
 """Maximum number of characters of a line in an error message. Some lines contain all elements of a map."""
 _ROUNDING = 1e-12
-"""A remaining probability of at most this is a rounding error."""
+"""A probability up to this value is a rounding error and counts as 0."""
 _HOOKS = {"filter": ("prerouting", "input", "forward", "output"), "nat": ("prerouting", "output", "postrouting")}
 _NAT_PRIORITIES = {"prerouting": -100, "output": -100, "postrouting": 100}
-"""The priority at which the kernel runs all nat chains, whatever their own (enum nf_ip_hook_priorities)."""
+"""For each hook, the priority at which the kernel runs all nat chains (enum nf_ip_hook_priorities)."""
 _PRIORITY_NAMES = {"raw": -300, "mangle": -150, "filter": 0, "security": 50}
 _NAT_PRIORITY_NAMES = {("dstnat", "prerouting"): -100, ("srcnat", "postrouting"): 100}
 _CONNTRACK_PRIORITY = -200
-"""Chains with this or a lower priority see packets before connection tracking (NF_IP_PRI_CONNTRACK)."""
+"""A chain with this priority or a lower one runs before connection tracking (NF_IP_PRI_CONNTRACK)."""
 
 _T = TypeVar("_T")
 
@@ -59,18 +59,25 @@ class BaseChainHook(Struct, frozen=True):
 
     @property
     def order(self) -> tuple[int, int]:
-        """The sort key among base chains of the hook. The priority of a nat chain only orders it among nat chains."""
+        """The sort key among the base chains of the hook.
+
+        The kernel runs all nat chains of a hook together, at a fixed priority. The priority that a nat chain declares
+        only determines its position among the nat chains.
+        """
         return (_NAT_PRIORITIES[self.hook] if self.type == "nat" else self.priority, self.priority)
 
 
 class ListedRule(Struct, frozen=True):
-    """A rule: its matches and changes, followed by a verdict if there is one."""
+    """A rule: statements that match or change the packet, and the verdict statement at its end, if it has one."""
 
     statements: tuple[PacketMatch | PacketChange, ...]
     choice: VerdictChoice | None = None
 
     def evaluate(self, branches: Branches) -> tuple[list[tuple[ListedVerdict, Branches]], Branches]:
-        """Return the branches that get a verdict, by verdict, and those that continue with the next rule."""
+        """Run the rule. Return two lists: each verdict with the branches that get it, and the remaining branches.
+
+        The remaining branches continue with the next rule.
+        """
         continued: Branches = []
         for statement in self.statements:
             branches, missed = _run_statement(statement, branches)
@@ -89,7 +96,10 @@ class ListedRule(Struct, frozen=True):
 
 
 def _run_statement(statement: PacketMatch | PacketChange, branches: Branches) -> tuple[Branches, Branches]:
-    """Return the branches that continue with the next statement, and those that the rule does not match."""
+    """Run one statement of a rule.
+
+    Return two lists: the branches that continue with the next statement, and the branches that do not match.
+    """
     if isinstance(statement, PacketChange):
         return [(statement.change(state), probability) for state, probability in branches], []
     shares = [(state, probability, statement.probability(state)) for state, probability in branches]
@@ -98,7 +108,7 @@ def _run_statement(statement: PacketMatch | PacketChange, branches: Branches) ->
 
 
 class ListedChain(Struct):
-    """The rules of a chain, and its hook if it is a base chain."""
+    """The rules of a chain. `base` is None unless the chain is a base chain."""
 
     rules: list[ListedRule] = field(default_factory=list)
     base: BaseChainHook | None = None
@@ -111,7 +121,7 @@ def base_chains(chains: dict[str, ListedChain], hook: str) -> list[tuple[BaseCha
 
 
 def parse_table(text: str, family: Family) -> dict[str, ListedChain]:
-    """Parse the output of `nft list table`. Return its chains by name, none for an empty text.
+    """Parse the output of `nft list table`. Return the chains by name; an empty text has no chains.
 
     Raises `UnknownRuleError` for anything that is not supported.
     """
@@ -135,7 +145,10 @@ def _check_chain_references(chains: dict[str, ListedChain]) -> None:
 
 
 def _check_order(chains: dict[str, ListedChain]) -> None:
-    """Reject base chains whose order the dump does not determine."""
+    """Raise `UnknownRuleError` if two base chains of a hook run at the same priority.
+
+    The dump does not show which of the two chains the kernel runs first.
+    """
     for hook in {chain.base.hook for chain in chains.values() if chain.base}:
         for (one, _), (other, _) in pairwise(base_chains(chains, hook)):
             if one.order == other.order or (one.type != other.type and one.order[0] == other.order[0]):
@@ -146,13 +159,13 @@ def _check_order(chains: dict[str, ListedChain]) -> None:
 
 
 class _Line(Struct, frozen=True):
-    """A line of a dump, or several lines up to the closing brace. `number` is the number of the first line."""
+    """A line of a dump, joined with its continuation lines. `number` is the 1-based number of the first line."""
 
     number: int
     text: str
 
     def parse(self, parser: Callable[[TokenReader], _T]) -> _T:
-        """Return the parser's result. Adds the line's number and text to its errors."""
+        """Parse this line with `parser` and return the result. Adds the line's number and text to errors."""
         try:
             return parser(TokenReader(self.text))
         except UnknownRuleError as error:
@@ -193,7 +206,8 @@ def _parse_blocks(text: str, family: Family) -> list[_Block]:
 def _split_lines(text: str) -> Iterator[_Line]:
     """Yield the non-empty lines of a dump, each joined with its continuation lines.
 
-    A line continues until its braces are balanced, except that a `{` at the end of a single line opens a block.
+    A line with an unclosed brace continues on the next lines, up to the matching closing brace. The exception is a line
+    that ends with `{`: it is the first line of a block and has no continuation lines.
     """
     number, parts, depth = 0, list[str](), 0
     for current, line in enumerate(text.splitlines(), 1):
@@ -226,7 +240,7 @@ def _parse_table_header(tokens: TokenReader, family: Family) -> None:
 
 
 def _parse_block_header(tokens: TokenReader) -> _Block | None:
-    """Parse the first line of a block of the table. Return None for the table's comment."""
+    """Parse the first line of a set, map or chain. Return None if the line is the comment of the table."""
     kind = tokens.next()
     if kind == "comment":
         tokens.quoted()
@@ -248,10 +262,14 @@ def _reject_second_table(_: TokenReader) -> None:
 
 
 class _TableScope(Struct):
-    """What the rules of a table refer to: its sets and maps, and the endpoints of each affinity set.
+    """The sets and maps of a table, and the endpoints of its affinity sets.
 
-    `updated` and `endpoints` belong to the chain that is being parsed: the sets to which it adds the source, and the
-    endpoints to which it translates destinations.
+    An affinity set is a set to which a rule adds the source address of a packet. The set records session affinity to
+    the endpoints ("ip:port") to which the same chain translates destinations. `affinity` maps the name of each affinity
+    set to these endpoints.
+
+    `updated` and `endpoints` belong to the chain that is being parsed: `updated` are the names of the affinity sets to
+    which its rules add the source, and `endpoints` are the endpoints to which its rules translate destinations.
     """
 
     family: Family
@@ -261,25 +279,31 @@ class _TableScope(Struct):
     endpoints: set[str] = field(default_factory=set)
 
     def end_chain(self) -> None:
-        """Record the endpoints of the chain for the sets that it updates."""
+        """Finish the current chain: record its endpoints for the affinity sets that it updates."""
         for name in self.updated:
             self.affinity_endpoints(name).update(self.endpoints)
         self.updated.clear()
         self.endpoints.clear()
 
     def affinity_endpoints(self, name: str) -> set[str]:
-        """Return the endpoints of a set, which is complete only after the last chain has been parsed."""
+        """Return the endpoints of an affinity set.
+
+        The parser adds endpoints to the returned set until the last chain has been parsed.
+        """
         return self.affinity.setdefault(name, set())
 
     def parse_named_set(self, tokens: TokenReader) -> tuple[str, ListedSet]:
-        """Parse the name of a set or map; return the name and the set."""
+        """Parse a reference to a named set or map. Return its name, and the set or map."""
         name = tokens.next().removeprefix("@")
         if name not in self.sets:
             raise UnknownRuleError(f"set or map {name} does not exist")
         return name, self.sets[name]
 
     def parse_set(self, tokens: TokenReader, key: KeyExpression, kind: SetKind) -> ListedSet:
-        """Parse the name or the elements of a set or map, and check that it matches the key and the kind."""
+        """Parse a reference to a named set or map, or the elements of an anonymous one.
+
+        Raises `UnknownRuleError` if it is not of the expected kind, or if its key type differs from the type of `key`.
+        """
         if tokens.at_set_reference():
             _, found = self.parse_named_set(tokens)
         else:
@@ -318,7 +342,7 @@ def _parse_chain_line(tokens: TokenReader, chain: ListedChain, scope: _TableScop
 
 
 def _parse_base_chain(tokens: TokenReader) -> BaseChainHook:
-    """Parse what follows `type`, such as `nat hook output priority -100; policy accept;`."""
+    """Parse the part of the line that follows `type`, such as `nat hook output priority -100; policy accept;`."""
     kind = tokens.next()
     tokens.expect("hook")
     hook = tokens.next()
@@ -338,7 +362,7 @@ def _parse_base_chain(tokens: TokenReader) -> BaseChainHook:
 
 
 def _parse_priority(tokens: TokenReader, hook: str) -> int:
-    """Parse a number, or a name that may be followed by an offset."""
+    """Parse a priority: a number, or a name with or without an offset, such as `filter` or `filter - 10`."""
     if not tokens.at_name():
         return tokens.number()
     name = tokens.next()
@@ -369,7 +393,7 @@ def _parse_rule(tokens: TokenReader, scope: _TableScope) -> ListedRule:
 
 
 def _parse_keyed_statement(tokens: TokenReader, scope: _TableScope) -> Statement:
-    """Parse a statement with a key, a set or a map."""
+    """Parse a statement that uses a key, a set or a map."""
     if tokens.accept("update"):
         return _parse_update(tokens, scope)
     if tokens.accept("dnat"):
@@ -382,7 +406,7 @@ def _parse_keyed_statement(tokens: TokenReader, scope: _TableScope) -> Statement
 
 
 def _parse_update(tokens: TokenReader, scope: _TableScope) -> PacketChange:
-    """Parse the statement that adds the source to an affinity set."""
+    """Parse the rest of an `update` statement, which adds the packet's source to an affinity set."""
     name, found = scope.parse_named_set(tokens)
     tokens.expect("{")
     key = parse_key(tokens, scope.family)
@@ -408,7 +432,7 @@ def _parse_dnat(tokens: TokenReader, scope: _TableScope) -> VerdictChoice:
 
 
 def _parse_random_match(tokens: TokenReader, key: KeyExpression) -> PacketMatch:
-    """Parse the value with which a random number is compared."""
+    """Parse the number with which a rule compares a random number."""
     if len(key.parts) > 1:
         raise UnknownRuleError("unsupported numgen in a concatenation outside of a map lookup")
     probability = 1.0 / key.modulus if tokens.number() < key.modulus else 0.0
@@ -428,7 +452,10 @@ def _parse_comparison(tokens: TokenReader, scope: _TableScope, key: KeyExpressio
 
 
 def _parse_set_lookup(tokens: TokenReader, scope: _TableScope, key: KeyExpression, *, negated: bool) -> PacketMatch:
-    """Parse a reference to a set. An affinity set contains the sources for which it has recorded affinity."""
+    """Parse a lookup in a named set.
+
+    An affinity set contains the packet's source if the packet has recorded affinity to one of the set's endpoints.
+    """
     name, found = scope.parse_named_set(tokens)
     found.check(key, "set")
     endpoints = scope.affinity_endpoints(name)

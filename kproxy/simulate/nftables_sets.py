@@ -26,15 +26,22 @@ from kproxy.simulate.packet import PacketState, UnknownRuleError
 _FLAGS = {"dynamic", "timeout", "interval"}
 
 SetKind: TypeAlias = Literal["set", "verdict map", "endpoint map"]
-"""What a key maps to: nothing, a verdict, or an address and port for `dnat`."""
+"""What the elements contain in addition to the key.
+
+In a set, an element contains only the key. In a verdict map, it also contains a verdict. In an endpoint map, it also
+contains an address and a port for `dnat`.
+"""
 
 
 class ListedSet(Struct):
     """A set or map and its elements.
 
-    `elements` maps each key, without its random number, to verdicts by number. The number is 0 if the key has none; the
-    verdict is None in a set. A set of addresses may also have `ranges`, each with its first and last address. Parsing
-    raises `UnknownRuleError` for unsupported text.
+    One part of the key may be a number, which is compared with a random number (numgen). `elements` maps the other
+    parts of the key to a second mapping, from this number to the verdict. The number is 0 if the key contains none. The
+    verdict is None in a set, and DNAT to the endpoint in an endpoint map.
+
+    A set of addresses may also have `ranges`, given as pairs of the first and the last address. The methods that parse
+    raise `UnknownRuleError` for unsupported text.
     """
 
     family: Family
@@ -45,32 +52,35 @@ class ListedSet(Struct):
 
     @property
     def chains(self) -> frozenset[str]:
-        """All chains to which verdicts of the map go or jump."""
+        """The target chains of all `goto` and `jump` verdicts in the map."""
         verdicts = (verdict for numbers in self.elements.values() for verdict in numbers.values())
         return frozenset(verdict.chain for verdict in verdicts if verdict and verdict.chain)
 
     def contains(self, key: tuple[Hashable, ...]) -> bool:
-        """Return whether a key is an element, or an address in one of the ranges."""
+        """Return whether the set contains a key, either as an element or as an address in one of the ranges."""
         if key in self.elements:
             return True
         (address, *_) = key
         return isinstance(address, int) and any(first <= address <= last for first, last in self.ranges)
 
     def lookup(self, key: KeyExpression, state: PacketState) -> list[tuple[ListedVerdict, float]]:
-        """Return the possible verdicts and their probabilities, which sum to less than 1 if an element is missing."""
+        """Return the possible verdicts for a packet, each with its probability.
+
+        The probabilities sum to less than 1 if the map has no element for the key, or for some of the random numbers.
+        """
         found = self.elements.get(key.evaluate(state), {})
         probability, bound = (1.0 / key.modulus, key.modulus) if key.modulus else (1.0, 1)
         return [(verdict, probability) for number, verdict in found.items() if verdict and number < bound]
 
     def check(self, key: KeyExpression, kind: SetKind) -> None:
-        """Raise `UnknownRuleError` unless this is a set or map of the given kind for keys of the given types."""
+        """Raise `UnknownRuleError` unless this is a set or map of the given kind with the type of `key`."""
         if self.kind != kind:
             raise UnknownRuleError(f"expected {kind}, got {self.kind}")
         if self.key_types != key.types:
             raise UnknownRuleError(f"key type {' . '.join(key.types)} does not match {' . '.join(self.key_types)}")
 
     def parse_elements(self, tokens: TokenReader) -> None:
-        """Parse elements in braces."""
+        """Parse a list of elements in braces."""
         tokens.expect("{")
         while not tokens.accept("}"):
             self.parse_element(tokens)
@@ -96,7 +106,10 @@ class ListedSet(Struct):
         numbers[number] = self._parse_value(tokens)
 
     def _parse_key(self, tokens: TokenReader) -> tuple[tuple[Hashable, ...], int]:
-        """Return the values of a key without its number, and the number."""
+        """Parse the key of an element.
+
+        Return the values of its parts except the number, and the number (0 if the key contains none).
+        """
         key: list[Hashable] = []
         number = 0
         for index, key_type in enumerate(self.key_types):
@@ -125,9 +138,10 @@ class ListedSet(Struct):
 def parse_set_property(
     tokens: TokenReader, found: ListedSet | None, family: Family, *, is_map: bool
 ) -> ListedSet | None:
-    """Parse one line of a set or map. Return the set parsed so far, None before the line with its type.
+    """Parse one line of a set or map.
 
-    Raises `UnknownRuleError` for unsupported text.
+    `found` is the result for the previous lines. It is None until the line with the type has been parsed. Return the
+    updated result. Raises `UnknownRuleError` for unsupported text.
     """
     name = tokens.next()
     if name in ("type", "typeof") and found is None:
@@ -152,7 +166,7 @@ def _parse_map_kind(tokens: TokenReader, family: Family) -> SetKind:
 
 
 def _skip_element_options(tokens: TokenReader) -> None:
-    """Skip the options of an element. Elements that nft lists have not expired."""
+    """Skip the timeouts and the comment of an element. nft lists only elements that have not expired."""
     for token in ("timeout", "expires"):
         if tokens.accept(token):
             tokens.next()

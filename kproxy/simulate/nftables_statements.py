@@ -1,6 +1,6 @@
-"""Parse the parts of a rule as `nft list` prints it: tokens, keys and their values, verdicts, statements (nft(8)).
+"""Parse the parts of a rule in the output of `nft list`: tokens, keys, values, verdicts and statements (see nft(8)).
 
-Every function that parses raises `UnknownRuleError` for unsupported text.
+All functions that parse raise `UnknownRuleError` for unsupported text.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kproxy.model.types import Family
 from kproxy.simulate.packet import PacketState, UnknownRuleError, Verdict
 
 NFT_FAMILIES = {Family.IPV4: "ip", Family.IPV6: "ip6"}
-"""nft's names of the families, in tables, address expressions and dnat statements."""
+"""nft's names for the IP families. nft uses them in tables, address expressions and dnat statements."""
 
 _TOKEN = re.compile(r'\s*("[^"]*"|[{},;]|[^\s{},;"]+)')
 _ENDPOINT = re.compile(r"(?:(\d+\.\d+\.\d+\.\d+)|\[([0-9a-f:.]+)\]):(\d+)")
@@ -29,13 +29,13 @@ _MARK_OPERATORS: dict[str, Callable[[int, int], int]] = {"|": or_, "^": xor, "&"
 _DEFAULT_REJECT = {Family.IPV4: "icmp-port-unreachable", Family.IPV6: "icmp6-port-unreachable"}
 
 KeyType: TypeAlias = Literal["address", "protocol", "port", "number"]
-"""The type of a part of a key. A number is not read from the packet, but random (numgen)."""
+"""The type of one part of a key. `number` is a random number (numgen); the other types are read from the packet."""
 
 
 class TokenReader:
     """Reads a line token by token. Raises `UnknownRuleError` for an unexpected token.
 
-    Braces, commas, semicolons and quoted strings are tokens.
+    Each brace, comma, semicolon and quoted string is a token. White space separates other tokens.
     """
 
     def __init__(self, line: str) -> None:
@@ -55,11 +55,11 @@ class TokenReader:
 
     @property
     def open_braces(self) -> int:
-        """The number of braces that the line opens but does not close."""
+        """The number of opening braces in the line minus the number of closing braces."""
         return self._tokens.count("{") - self._tokens.count("}")
 
     def at(self, *tokens: str) -> bool:
-        """Return whether these are the next tokens."""
+        """Return whether the next tokens are exactly the given ones."""
         return tuple(self._tokens[self._index : self._index + len(tokens)]) == tokens
 
     def at_set_reference(self) -> bool:
@@ -71,13 +71,13 @@ class TokenReader:
         return bool(self) and self._tokens[self._index][0].isalpha()
 
     def accept(self, *tokens: str) -> bool:
-        """Consume these tokens if they are the next ones; return whether they were."""
+        """Consume the next tokens if they are exactly the given ones. Return whether they were consumed."""
         found = self.at(*tokens)
         self._index += len(tokens) if found else 0
         return found
 
     def expect(self, *tokens: str) -> None:
-        """Consume exactly these tokens."""
+        """Consume the next tokens, which must be exactly the given ones."""
         for token in tokens:
             found = self.next()
             if found != token:
@@ -97,7 +97,7 @@ class TokenReader:
         return self._tokens[self._index - 1]
 
     def quoted(self) -> str:
-        """Consume a quoted string; return it without the quotes."""
+        """Consume a quoted string and return it without the quotes."""
         found = self.next()
         if not found.startswith('"'):
             raise UnknownRuleError(f"unexpected {found}, expected a quoted string")
@@ -112,7 +112,7 @@ class TokenReader:
             raise UnknownRuleError(f"unexpected {found}, expected a number") from None
 
     def comma_separated(self) -> list[str]:
-        """Consume tokens that are separated by commas."""
+        """Consume and return tokens that are separated by commas."""
         found = [self.next()]
         while self.accept(","):
             found.append(self.next())
@@ -123,7 +123,11 @@ class TokenReader:
 
 
 class KeyPart(Struct, frozen=True):
-    """One part of a key, read from the packet. A number is random, from 0 to `modulus` - 1."""
+    """One part of a key.
+
+    `read` returns the packet's value of this part. A part of type `number` is a random number from 0 to `modulus` - 1
+    instead, and `read` is not called. `modulus` is 0 for parts of other types.
+    """
 
     type: KeyType
     read: Callable[[PacketState], Hashable]
@@ -132,7 +136,7 @@ class KeyPart(Struct, frozen=True):
 
 
 class KeyExpression(Struct, frozen=True):
-    """A key: a single part or a concatenation, at most one of them a random number."""
+    """A key: one part, or a concatenation of parts. At most one part is a random number."""
 
     parts: tuple[KeyPart, ...]
 
@@ -143,7 +147,7 @@ class KeyExpression(Struct, frozen=True):
 
     @property
     def modulus(self) -> int:
-        """The modulus of the random number, 0 if the key has none."""
+        """The modulus of the random number, or 0 if the key has no random number."""
         return sum(part.modulus for part in self.parts)
 
     @property
@@ -152,7 +156,7 @@ class KeyExpression(Struct, frozen=True):
         return len(self.parts) == 1 and self.parts[0].is_source
 
     def evaluate(self, state: PacketState) -> tuple[Hashable, ...]:
-        """Return the packet's values of all parts except a random number."""
+        """Return the packet's value of each part, without the random number."""
         return tuple(part.read(state) for part in self.parts if part.type != "number")
 
 
@@ -208,7 +212,7 @@ def parse_key_types(tokens: TokenReader, family: Family) -> tuple[KeyType, ...]:
 
 
 def parse_value(tokens: TokenReader, key_type: KeyType, family: Family) -> Hashable:
-    """Parse the value of a part of a key: an address or port as an integer, or a protocol in upper case."""
+    """Parse the value of one part of a key. Return an address or port as an integer, or a protocol in upper case."""
     if key_type == "address":
         return int(_parse_address(tokens.next(), family))
     if key_type == "protocol":
@@ -223,14 +227,14 @@ def parse_value(tokens: TokenReader, key_type: KeyType, family: Family) -> Hasha
 
 
 def parse_address(tokens: TokenReader, family: Family) -> str:
-    """Parse one address of the family. Return its text."""
+    """Parse one address of the IP family. Return the address as text."""
     text = tokens.next()
     _parse_address(text, family)
     return text
 
 
 def parse_address_range(tokens: TokenReader, family: Family) -> tuple[int, int]:
-    """Parse an address, a network or a range; return its first and last address."""
+    """Parse an address, a network or a range. Return the first and the last address."""
     text = tokens.next()
     first, dash, last = text.partition("-")
     if dash:
@@ -270,7 +274,8 @@ def _unchanged(state: PacketState) -> PacketState:
 class ListedVerdict(Struct, frozen=True):
     """A verdict of a rule or map element.
 
-    `terminate` ends the base chain, after `change` has been applied to the packet. `goto` and `jump` have a `chain`.
+    `terminate` applies `change` to the packet, which then leaves the base chain. `chain` is the target of `goto` and
+    `jump`.
     """
 
     action: Literal["terminate", "return", "continue", "goto", "jump"]
@@ -279,7 +284,7 @@ class ListedVerdict(Struct, frozen=True):
 
 
 class DnatTarget(Struct, frozen=True):
-    """An address and port to translate destinations to. `endpoint` is their text."""
+    """The address and port to which a dnat statement translates destinations. `endpoint` is the text "ip:port"."""
 
     endpoint: str
     address: int
@@ -301,7 +306,10 @@ _SIMPLE_VERDICTS = {
 
 
 def parse_verdict(tokens: TokenReader) -> ListedVerdict | None:
-    """Parse a verdict that can also be the value of a map. Return None if the next token is not a verdict."""
+    """Parse a verdict that both rules and map elements can contain, such as `accept` or `jump CHAIN`.
+
+    Return None if the next token is not one of these verdicts.
+    """
     if tokens.accept("goto"):
         return ListedVerdict("goto", tokens.next())
     if tokens.accept("jump"):
@@ -319,7 +327,7 @@ def parse_dnat_target(tokens: TokenReader, family: Family) -> DnatTarget:
 
 
 def make_dnat_target(text: str, port: int, family: Family) -> DnatTarget:
-    """Return the target with an address, given as text, and a port. Raises `UnknownRuleError` if either is invalid."""
+    """Return the target for an address (as text) and a port. Raises `UnknownRuleError` if either is invalid."""
     address = _parse_address(text, family)
     if not 0 < port <= 0xFFFF:
         raise UnknownRuleError(f"invalid port {port}")
@@ -330,7 +338,11 @@ def make_dnat_target(text: str, port: int, family: Family) -> DnatTarget:
 
 
 class PacketMatch(Struct, frozen=True):
-    """A condition. `probability` returns the probability that a packet meets it: 0 or 1, except for random numbers."""
+    """A condition.
+
+    `probability` returns the probability that a packet meets the condition. It is 0 or 1, unless the condition compares
+    a random number.
+    """
 
     probability: Callable[[PacketState], float]
 
@@ -344,8 +356,8 @@ class PacketChange(Struct, frozen=True):
 class VerdictChoice(Struct, frozen=True):
     """The last statement of a rule: its possible verdicts and their probabilities.
 
-    If the probabilities sum to less than 1, the rule does not match with the remaining probability. `chains` are all
-    chains to which any of the verdicts may go or jump.
+    If the probabilities sum to p < 1, the packet gets none of the verdicts with probability 1 - p and continues with
+    the next rule. `chains` are the target chains of all `goto` and `jump` verdicts.
     """
 
     choose: Callable[[PacketState], list[tuple[ListedVerdict, float]]]
@@ -356,13 +368,16 @@ Statement: TypeAlias = PacketMatch | PacketChange | VerdictChoice
 
 
 def unconditional(verdict: ListedVerdict) -> VerdictChoice:
-    """Return the statement that always has this verdict."""
+    """Return the statement that always gives this verdict."""
     chains = frozenset({verdict.chain} if verdict.chain else ())
     return VerdictChoice(lambda _: [(verdict, 1.0)], chains)
 
 
 def parse_simple_statement(tokens: TokenReader, family: Family) -> Statement | None:
-    """Parse a statement without a key and without a set or map. Return None if the next statement is not one."""
+    """Parse a statement that uses neither a key nor a set nor a map.
+
+    Return None, without consuming a token, if the next statement is of another kind.
+    """
     verdict = parse_verdict(tokens)
     if verdict:
         return unconditional(verdict)
@@ -403,7 +418,10 @@ def _parse_fib(tokens: TokenReader) -> PacketMatch:
 
 
 def _parse_iifname(tokens: TokenReader) -> PacketMatch:
-    """Match the input interface, or its prefix if the name ends with `*`. Packets from the node have none ("")."""
+    """Match the name of the input interface. A name in the rule that ends with `*` is a prefix.
+
+    The name is "" for packets that the node itself sends.
+    """
     negated = tokens.accept("!=")
     name = tokens.quoted()
     if name.endswith("*"):
@@ -436,4 +454,4 @@ _STATEMENT_PARSERS: dict[tuple[str, ...], Callable[[TokenReader], Statement]] = 
     ("iifname",): _parse_iifname,
     ("meta", "mark"): _parse_mark,
 }
-"""Functions that parse the rest of a statement that begins with these tokens."""
+"""The first tokens of some statements, each with the function that parses the rest of the statement."""

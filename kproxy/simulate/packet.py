@@ -25,11 +25,13 @@ class UnknownRuleError(ValueError):
 
 
 class Packet(Struct, frozen=True, kw_only=True):
-    """A packet on this node, before the first rule.
+    """A packet on this node, before the kernel applies the first rule.
 
-    `interface` is the input interface, "" for a packet that the node itself sends. `local_addresses` are the node's own
-    addresses; the loopback range is always local. `affinity_endpoints` are the endpoints ("ip:port") for which session
-    affinity of the source has been recorded and has not timed out.
+    `port` is the destination port. `interface` is the input interface, or "" if the node itself sends the packet.
+    `local_addresses` are the node's own addresses; loopback addresses are local even if they are not listed.
+
+    `affinity_endpoints` are the endpoints ("ip:port") to which session affinity binds the packet's source address: the
+    kernel has recorded the affinity, and it has not timed out.
     """
 
     protocol: types.Protocol
@@ -43,7 +45,7 @@ class Packet(Struct, frozen=True, kw_only=True):
 
     @property
     def family(self) -> Family:
-        """The IP family of both addresses."""
+        """The IP family of the destination, which must also be that of the source."""
         return family_of(self.destination)
 
 
@@ -58,10 +60,10 @@ class Verdict(Enum):
 class PacketOutcome(Struct, frozen=True):
     """One possible outcome for a packet.
 
-    `endpoint` is the destination after DNAT ("ip:port"), "" without DNAT. `masqueraded` means that the endpoint sees
-    the node's address as the source, `affinity_recorded` that session affinity was recorded for the source.
-    `reject_with` is the ICMP message of a rejection. `counters` are the nfacct counters of the rules that matched, in
-    order.
+    `endpoint` is the destination after DNAT ("ip:port"), or "" if no rule applied DNAT. If `masqueraded` is true, the
+    receiver sees the node's address as the source. If `affinity_recorded` is true, a rule recorded session affinity for
+    the source. `reject_with` is the type of the ICMP message that rejects the packet, or "". `counters` are the names
+    of the nfacct counters of the rules that matched, in the order of the matches.
     """
 
     verdict: Verdict
@@ -76,7 +78,7 @@ class OutcomeDistribution:
     """All possible outcomes for a packet and their probabilities, which sum to 1."""
 
     def __init__(self, outcomes: Iterable[tuple[PacketOutcome, float]]) -> None:
-        """Add up the probabilities of equal outcomes. Raises `ValueError` if they do not sum to 1."""
+        """Add up the probabilities of equal outcomes. Raises `ValueError` if the probabilities do not sum to 1."""
         merged: dict[PacketOutcome, float] = {}
         for outcome, probability in outcomes:
             merged[outcome] = merged.get(outcome, 0.0) + probability
@@ -102,7 +104,7 @@ class OutcomeDistribution:
 
     @property
     def endpoints(self) -> dict[str, float]:
-        """The probability of each endpoint, counting only outcomes in which the packet is accepted."""
+        """For each endpoint ("ip:port"), the probability that the packet is accepted and sent to this endpoint."""
         found: dict[str, float] = {}
         for outcome, probability in self.probabilities.items():
             if outcome.endpoint and outcome.verdict is Verdict.ACCEPTED:
@@ -114,14 +116,18 @@ class Simulator(Protocol):
     """Simulates the rules of one IP family."""
 
     def send(self, packet: Packet) -> OutcomeDistribution:
-        """Return the possible outcomes for a packet. Raises `ValueError` if it belongs to the other family."""
+        """Return the possible outcomes for a packet.
+
+        Raises `ValueError` if the packet belongs to the other IP family, or if its addresses are invalid.
+        """
 
 
 class PacketState(Struct, frozen=True):
     """The properties of a packet that rules can match or change. Addresses are integers.
 
-    `interface` is the input interface, "" until the packet has arrived at one. `verdict` is None until a rule has made
-    a final decision.
+    `port` is the destination port. DNAT changes `destination` and `port`. `interface` is the input interface, or "" if
+    the packet has not been received on an interface yet. `verdict` is None unless a rule or the policy of a chain drops
+    or rejects the packet: an accepted packet continues with the next hook, where it can still be dropped.
     """
 
     packet: Packet
@@ -140,7 +146,10 @@ class PacketState(Struct, frozen=True):
 
     @classmethod
     def initial(cls, packet: Packet) -> PacketState:
-        """Return the state before the first rule. Raises `ValueError` for invalid addresses or mixed families."""
+        """Return the state of a packet before the first rule.
+
+        Raises `ValueError` if an address is invalid, or if source and destination belong to different IP families.
+        """
         source, destination = ip_address(packet.source), ip_address(packet.destination)
         if source.version != destination.version:
             raise ValueError(f"source {packet.source} and destination {packet.destination} differ in their IP family")
@@ -148,12 +157,12 @@ class PacketState(Struct, frozen=True):
         return cls(packet, local, int(source), int(destination), packet.port, packet.interface)
 
     def is_local(self, address: int) -> bool:
-        """Return whether an address of the packet's family is one of the node's own."""
+        """Return whether an address is local to this node. The address must belong to the packet's IP family."""
         loopback = _LOOPBACK[self.packet.family]
         return address in self.local_addresses or address & int(loopback.netmask) == int(loopback.network_address)
 
     def dnat(self, endpoint: str, address: int, port: int) -> PacketState:
-        """Return the state after DNAT to an endpoint ("ip:port"), given with its address and port."""
+        """Return the state after DNAT. `endpoint` is the text "ip:port" for `address` and `port`."""
         return replace(self, endpoint=endpoint, destination=address, port=port)
 
     def decide(self, verdict: Verdict, reject_with: str = "") -> PacketState:
@@ -161,7 +170,7 @@ class PacketState(Struct, frozen=True):
         return replace(self, verdict=verdict, reject_with=reject_with)
 
     def outcome(self) -> PacketOutcome:
-        """Return the outcome after the last hook. Without a verdict the packet is accepted."""
+        """Return the outcome after the last hook. A packet without a verdict is accepted."""
         return PacketOutcome(
             self.verdict or Verdict.ACCEPTED,
             self.endpoint,
@@ -173,16 +182,21 @@ class PacketState(Struct, frozen=True):
 
 
 Branches: TypeAlias = list[tuple[PacketState, float]]
-"""The states that a packet may be in, and their probabilities. A rule that matches at random splits a branch in two."""
+"""The possible states of a packet, each with its probability.
+
+A branch is one state with its probability. A rule that matches at random splits a branch in two.
+"""
 
 
 def simulate(
     packet: Packet, family: Family, receive: Callable[[Branches], Branches], transmit: Callable[[Branches], Branches]
 ) -> OutcomeDistribution:
-    """Send a packet through the hooks of one family; return its possible outcomes.
+    """Send a packet through the hooks of one IP family and return its possible outcomes.
 
-    `receive` runs the hooks for packets that arrive at an interface, `transmit` those for packets that the node sends.
-    Raises `ValueError` if the packet belongs to the other family.
+    `receive` runs the hooks for packets that arrive at an interface. `transmit` runs the hooks for packets that the
+    node itself sends.
+
+    Raises `ValueError` if the packet belongs to the other IP family, or if its addresses are invalid.
     """
     if packet.family is not family:
         raise ValueError(f"packet to {packet.destination} is not an {family.value} packet")
@@ -192,7 +206,7 @@ def simulate(
 
 
 def partition(branches: Branches, condition: Callable[[PacketState], bool]) -> tuple[Branches, Branches]:
-    """Return the branches that meet a condition, and the others."""
+    """Return two lists: the branches whose state meets a condition, and all other branches."""
     chosen: Branches = []
     others: Branches = []
     for state, probability in branches:
@@ -201,12 +215,12 @@ def partition(branches: Branches, condition: Callable[[PacketState], bool]) -> t
 
 
 def update(branches: Branches, change: Callable[[PacketState], PacketState]) -> Branches:
-    """Return the branches with their states changed."""
+    """Apply a change to the state of every branch."""
     return [(change(state), probability) for state, probability in branches]
 
 
 def to_anywhere(_: PacketState) -> bool:
-    """Return True. This is the condition of hooks that all packets traverse."""
+    """Return True: the condition for hooks that all packets traverse."""
     return True
 
 
@@ -216,5 +230,5 @@ def to_node(state: PacketState) -> bool:
 
 
 def to_elsewhere(state: PacketState) -> bool:
-    """Return whether the destination is a pod or another machine."""
+    """Return whether the destination is not this node itself, but a pod or another machine."""
     return not to_node(state)
