@@ -107,8 +107,8 @@ class FrontendIndex:
     def shared_frontends(self, changed: Mapping[ServiceKey, Iterable[DispatchRule]]) -> dict[Frontend, set[ServiceKey]]:
         """Return each frontend that several Services use, with these Services.
 
-        `changed` are the new dispatch rules of some Services. They replace the rules of these Services in the index,
-        which has not been updated yet.
+        `changed` are the new dispatch rules of some Services. They take precedence over the rules that the index has
+        for these Services. The index itself does not change.
         """
         touched: dict[Frontend, set[ServiceKey]] = {}
         for key, rules in changed.items():

@@ -1,4 +1,7 @@
-"""Names of iptables chains: the same as in kube-proxy, because administrators and other tools rely on them. Pure."""
+"""Names of iptables chains. Pure.
+
+Except for shards, they are the same as in kube-proxy, because administrators and other tools rely on them.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ DISPATCH_CHAINS = (
 """The dispatch chains, which match the destinations of packets. Each service port adds rules to some of them."""
 CANARIES = tuple(ChainName(table, "KUBE-PROXY-CANARY") for table in ("mangle", "nat", "filter"))
 """Empty chains. If one of them is missing, another process has deleted all chains of its table."""
-PORT_CHAIN_PREFIXES = ("KUBE-XLB-", "KUBE-FW-", "KUBE-EXT-", "KUBE-SVC-", "KUBE-SVL-", "KUBE-SEP-")
+PORT_CHAIN_PREFIXES = ("KUBE-FW-", "KUBE-XLB-", "KUBE-EXT-", "KUBE-SVC-", "KUBE-SVL-", "KUBE-SEP-")
 """Name prefixes of per-Service chains. Each of these chains belongs to one service port and is in table nat.
 
 A chain jumps only to chains whose prefix comes later in this tuple. kube-proxy used KUBE-XLB- before version 1.24.

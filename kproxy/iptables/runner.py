@@ -31,7 +31,7 @@ from kproxy.model.types import Family
 LOCK_WAIT_SECONDS = 5
 """How long a command waits for the xtables lock. iptables-legacy acquires this lock for every change."""
 HANG_SECONDS = 900
-"""Time limit for one iptables command or for one text passed to `restore_each`. The longest known successful run took
+"""Time limit for one iptables command or for one item passed to `restore_each`. The longest known successful run took
 150 s.
 """
 UNREADABLE_RULE = "# a rule that iptables cannot print"
@@ -154,8 +154,8 @@ class IptablesRunner:
         """Yield the rules of all tables as lines for `parse_save`, while iptables prints them. Raises `CommandError`.
 
         iptables-nft stops at a rule that it cannot print. In this case, each table is read separately, so that the
-        other tables can be read nevertheless. Tables are not read separately from the start, because iptables-nft needs
-        as much time for one table as for all.
+        other tables can still be read. Tables are not read separately from the start, because iptables-nft needs as
+        much time for one table as for all.
 
         Any failure of iptables-nft after the program was started is handled in this way. For each table that cannot be
         read, the lines contain an `incompatible_line` with the reason. `CommandError` is raised if a program cannot be
@@ -244,8 +244,8 @@ class IptablesRunner:
     def list_rules(self, chains: Iterable[ChainName]) -> dict[ChainName, list[str]]:
         """Return the rules of those `chains` that exist, normalized as in `parse_save`. Raises `CommandError`.
 
-        If iptables-nft cannot print a rule, it does not print the rules after it either, and sometimes no rule of the
-        chain at all. `UNREADABLE_RULE` is then the last item of the chain's list.
+        If iptables-nft cannot print a rule, it does not print the following rules either; sometimes it prints none of
+        the chain's rules. `UNREADABLE_RULE` is then the last item of the chain's list.
         """
         if self.version().nft:
             return {chain: rules for chain in chains if (rules := self._list_chain(chain)) is not None}
@@ -294,7 +294,7 @@ class IptablesRunner:
 class RecentInput:
     """The most recent part of a long input that a program is reading.
 
-    It serves to find the line of the input to which the program's error message refers.
+    It is used to find the input line to which the program's error message refers.
     """
 
     def __init__(self) -> None:
@@ -313,7 +313,7 @@ class RecentInput:
             yield text
 
     def line(self, number: int) -> str:
-        """Return the line with a 1-based number, or "" if it does not exist or is no longer remembered."""
+        """Return the line with this number, counting from 1, or "" if it does not exist or is no longer remembered."""
         lines = "".join(self._texts).splitlines()
         index = number - 1 - self._dropped_lines
         return lines[index] if 0 <= index < len(lines) else ""
@@ -322,7 +322,7 @@ class RecentInput:
 def make_restore_error(program: str, code: int, stderr: str, line_at: Callable[[int], str]) -> RestoreError:
     """Return the error for a failed restore, with the reason and the rejected line.
 
-    `code` is the exit status. `line_at` returns the line of the input with a 1-based number.
+    `code` is the exit status. `line_at` returns an input line by its number, counting from 1.
     """
     messages = [line.strip() for line in stderr.splitlines()]
     messages = [line for line in messages if line and not line.startswith(("Try `", "# "))]
@@ -337,11 +337,16 @@ def make_restore_error(program: str, code: int, stderr: str, line_at: Callable[[
 
 
 def check_tables(family: Family, version: IptablesVersion) -> None:
-    """Raise `CommandError` if the kernel lacks a required table or the iptables program cannot be run.
+    """Raise `CommandError` if the kernel lacks a required table.
 
-    Raises `InconclusiveError` if that cannot be determined. With iptables-legacy, one process opens all missing tables.
-    That creates them, as the first sync would anyway. iptables-nft contacts the kernel only if it has something to
-    write, so the kernel's support for NAT is checked over netlink instead.
+    With iptables-legacy, one `iptables-restore --test` refers to all tables that do not exist yet. The kernel then
+    creates them, as for the first sync. `CommandError` is also raised if the program cannot be run. If another process
+    holds the xtables lock, the tables are assumed to be available.
+
+    iptables-nft contacts the kernel only if it has something to write, so the kernel's support for NAT is checked over
+    netlink instead.
+
+    Raises `InconclusiveError` if the result is unknown, for example because the program was killed.
     """
     reason = _nft_problem(family) if version.nft else _legacy_problem(family, f"{program_name(family)}-restore")
     if reason:

@@ -89,7 +89,9 @@ def find_leftovers() -> IpvsLeftovers:
 
 
 def remove_leftovers(leftovers: IpvsLeftovers) -> IpvsCleanupResult:
-    """Remove the leftovers and the virtual servers of ipvs mode. Rules that use the ipsets must be deleted beforehand.
+    """Remove the leftovers of ipvs mode. Rules that use the ipsets must be deleted beforehand.
+
+    Virtual servers are removed only if the interface of ipvs mode exists.
 
     If a step fails with `OSError`, the error is added to the result's `problems` and not raised.
     """
@@ -127,8 +129,8 @@ def kube_proxy_servers(
 def _remove_servers(leftovers: IpvsLeftovers, result: IpvsCleanupResult) -> bool:
     """Remove the virtual servers of kube-proxy; return whether all of them have been removed.
 
-    Virtual servers on addresses of the interface that are not in kube-proxy's ipsets remain. They are recorded as a
-    problem.
+    A virtual server on one of the interface's addresses is kept, and recorded as a problem, if it is not in any of
+    kube-proxy's ipsets.
     """
     existing = virtual_servers()
     if not existing:

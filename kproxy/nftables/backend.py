@@ -1,4 +1,4 @@
-"""The nftables backend of one IP family. It programs plans and keeps a ledger of what the kernel has accepted."""
+"""The nftables backend of one IP family. It programs the kernel and keeps a ledger of what the kernel has accepted."""
 
 from __future__ import annotations
 
@@ -90,9 +90,9 @@ class NftablesBackend:
         return self._ledger is None
 
     def sync(self, plans: Plans, context: Context) -> ApplyResult:
-        """Program the plans of all Services that may have changed. A Service without plans is deleted.
+        """Program the table according to the plans of all Services that may have changed.
 
-        If `needs_full_sync` is true, `plans` must cover all Services.
+        A Service without plans is deleted. If `needs_full_sync` is true, `plans` must cover all Services.
 
         Raises `SyncError` if the table cannot be read from the kernel, or if a commit fails. Changes that the kernel
         accepted earlier in the sync remain applied. Raises `DriftError` if another process changed the table. After an
@@ -206,9 +206,9 @@ class NftablesBackend:
     def _commit(self, transaction: Transaction, *, must_be_current: bool = False) -> None:
         """Commit a transaction. Commit its new chains first (see `Transaction.split_off_new_chains`).
 
-        If another process has changed the rule set since the last commit, raise `GenerationChangedError` if
-        `must_be_current` is true; otherwise commit anyway. If that commit fails, raise `DriftError`, because the table
-        may no longer match the ledger. Any other failure raises `TableError`.
+        Another process may have changed the rule set since the last commit. With `must_be_current`, this raises
+        `GenerationChangedError`. Without it, the transaction is committed anyway; if that fails, this raises
+        `DriftError`, because the table may no longer match the ledger. Any other failure raises `TableError`.
         """
         if (new_chains := transaction.split_off_new_chains()) is not None:
             self._commit_one(new_chains, must_be_current=must_be_current)
@@ -312,10 +312,11 @@ def _check_compatible(snapshot: TableSnapshot, family: Family) -> None:
 
 
 def run_pipelined(process: Callable[[_T], object], items: Iterable[_T]) -> None:
-    """Call `process` with each item, in order and one call at a time. Compute the next item during each call.
+    """Call `process` with each item, in order and one call at a time, and compute items in the meantime.
 
-    The first two items are computed before the first call. If there is only one item, it is processed in the calling
-    thread. If there are more, each is processed in a new thread, which inherits the caller's network namespace.
+    The first two items are computed before the first call, and each later item during the call that precedes its own.
+    If there is only one item, it is processed in the calling thread. If there are more, each is processed in a new
+    thread, which inherits the caller's network namespace.
 
     Raises any error that `process` or `items` raises. No further call is then started, and the error is raised only
     after a running call has returned. If both that call and the computation of the next item fail, the error of `items`

@@ -76,8 +76,8 @@ class TableReader:
 
         Raises `NetlinkError`, in particular `DumpInterruptedError` if any table changes during a dump. With
         `allow_interrupted`, a change is tolerated while elements are dumped. After a change, the kernel continues the
-        dump within the same set, so a change to another table does no harm. A change to this table can make elements
-        missing from the result.
+        dump within the same set, so a change to another table does no harm. A change to this table can cause elements
+        to be missing from the result.
         """
         with NetlinkSocket(NETLINK_NETFILTER) as netlink:
             flags = self._flags(netlink)
@@ -256,7 +256,7 @@ def _value(data: bytes, span: Span) -> bytes:
 def _verdict(data: bytes, span: Span) -> str:
     """Return the target chain of a `goto` verdict, or `DROP` for a `drop` verdict.
 
-    For any other verdict, return a text that differs from `DROP` and from the names of kproxy's chains.
+    For any other verdict, return a string that differs from `DROP` and from the names of kproxy's chains.
     """
     spans = attributes(data, *attributes(data, *span)[nf.NFTA_DATA_VERDICT])
     (code,) = _BE32_SIGNED.unpack_from(data, spans[nf.NFTA_VERDICT_CODE][0])
@@ -266,9 +266,9 @@ def _verdict(data: bytes, span: Span) -> str:
 
 
 def _comment(data: bytes, span: Span) -> str:
-    """Return the comment: the text of the first entry in the user data.
+    """Return the comment, which is the only entry in the user data of an object that kproxy creates.
 
-    An entry starts with its type and its length, one byte each.
+    The entry starts with its type and its length, one byte each.
     """
     begin, end = span
     return data[begin + 2 : end].rstrip(b"\0").decode(errors="replace") if end - begin >= 2 else ""

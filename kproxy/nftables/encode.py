@@ -262,7 +262,7 @@ def _set_userdata(definition: NftSet, family: Family) -> bytes:
 
 
 def _typeof(fields: Sequence[KeyField], family: Family) -> bytes:
-    """Return the user data with which nft describes a set's type as `typeof` a concatenation of fields."""
+    """Return the user data from which nft prints a set's type: `typeof` followed by these concatenated fields."""
     parts = (_udata(index, _typeof_field(field, family)) for index, field in enumerate(fields))
     return _typeof_expression(_EXPR_CONCAT, b"".join(parts))
 

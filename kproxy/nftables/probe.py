@@ -34,8 +34,8 @@ class NftablesUnsupportedError(Exception):
 def choose_commit(family: Family) -> Commit:
     """Return the way to commit transactions that works on this node: over netlink or, as a fallback, with `nft`.
 
-    Raises `NftablesUnsupportedError` if neither works for the family, and `InconclusiveError` if the probe failed for a
-    reason other than lack of kernel support.
+    Raises `NftablesUnsupportedError` if neither works for the family, and `InconclusiveError` if `nft` was killed or
+    could not be started, so that the probe shows nothing.
     """
     try:
         NetlinkCommit(family, PROBE_TABLE)(probe_transaction(family))

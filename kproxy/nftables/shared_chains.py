@@ -19,7 +19,7 @@ from kproxy.nftables.base_table import NODE_PORT_KEY, SERVICE_KEY, local_traffic
 from kproxy.nftables.ruleset import DnatMap, FibLocal, Goto, KeyField, NftChain, NftRule, SetMark, rule
 
 MAX_IMBALANCE = 1 / 500
-"""Maximum share of connections for which no random number below the chain's capacity is the index of an endpoint.
+"""Maximum share of connections for which none of the random numbers below the chain's capacity is an endpoint's index.
 
 These connections are sent only to the first endpoints of the frontend. A low maximum therefore limits how much more
 traffic these endpoints receive than the others.

@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 
 from kproxy.app.cleanup import remove_all, remove_iptables, unremovable_chains
+from kproxy.iptables.cleanup import cleanup
+from kproxy.iptables.runner import IptablesRunner
+from kproxy.iptables.save_restore import parse_save
 from kproxy.model.types import Family
 from tests.kernel.test_cleanup import nft_tables, proxy_tables, rules, without_firewall
 from tests.lab.iptables import PREFIXES, link_programs, programs_of
@@ -53,6 +56,24 @@ def test_chains_are_removed_without_reading_their_rules(node: Namespace) -> None
     assert node.call(lambda: remove_iptables(Family.IPV4)) == "removed 701 IPv4 iptables chains"
     assert kproxy_chains(node) == set()
     assert "-A PREROUTING -j FOREIGN" in rules(node, Family.IPV4)
+
+
+def test_each_transaction_deletes_chains_before_those_that_they_jump_to(node: Namespace) -> None:
+    chains = [f"KUBE-{name}-A" for name in ("SEP", "SVL", "SVC", "EXT", "XLB", "FW")]
+    declared = "".join(f":{chain} - [0:0]\n" for chain in chains)
+    # The jumps of kube-proxy 1.23, which has KUBE-XLB-, and of current versions, which have KUBE-EXT-.
+    jumps = ("SVC SEP", "SVL SEP", "EXT SVC", "EXT SVL", "XLB SVC", "XLB SEP", "FW XLB", "FW EXT", "FW SVC")
+    rules_of_chains = "".join("-A KUBE-{}-A -j KUBE-{}-A\n".format(*jump.split()) for jump in jumps)
+    node.run(["iptables-restore"], f"*nat\n{declared}{rules_of_chains}COMMIT\n")
+
+    def remove() -> None:
+        iptables = IptablesRunner(Family.IPV4)
+        with iptables.save() as lines:
+            saved = parse_save(lines)
+        iptables.restore_each(change.text() for change in cleanup(saved.chains, max_transaction_rules=1))
+
+    node.call(remove)
+    assert kproxy_chains(node) == set()
 
 
 def test_table_that_iptables_cannot_print_is_reported(node: Namespace, caplog: pytest.LogCaptureFixture) -> None:

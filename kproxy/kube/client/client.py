@@ -86,10 +86,10 @@ class ApiClient:
         return self._send("POST", path, timeout, {"Accept": _JSON, "Content-Type": _JSON}, body)
 
     def renew(self, rejected: ApiResponse | None) -> None:
-        """Reload the credentials because the server rejected those of the response `rejected` (status 401).
+        """Reload the credentials because the server rejected those of a request with `rejected`, a response of 401.
 
-        Does nothing if other credentials are in use by now. If `rejected` is None, always reloads. Raises `ClientError`
-        if that fails; the current credentials then stay in use.
+        Does nothing if other credentials are in use by now. If `rejected` is None, reloads unless another thread is
+        already updating the credentials. Raises `ClientError` if that fails; the current credentials then stay in use.
         """
         if self._is_current(rejected):
             self._update(lambda: self._load() if self._is_current(rejected) else None, wait=True)
@@ -137,10 +137,10 @@ class ApiClient:
         return response is None or response.credentials is self._access.auth_headers
 
     def _update_credentials(self) -> None:
-        """Reload files that rotate, or refresh a token that is about to expire.
+        """Reload credentials from files that may have been replaced, or refresh a token that is about to expire.
 
-        Waits for another thread that is doing this only if the token has expired. Raises `ClientError` if the token has
-        expired and cannot be refreshed. Other failures are logged, and the current credentials stay in use.
+        If another thread is already doing this, waits for it only if the token has expired. Raises `ClientError` if the
+        token has expired and cannot be refreshed. Other failures are logged, and the current credentials stay in use.
         """
         access = self._access
         if access.expired:

@@ -120,15 +120,17 @@ def _load_kubeconfig(configuration: Any, kubeconfig: str, first: bool) -> tuple[
         merged = KubeConfigMerger(kubeconfig).config
         for kind in ("clusters", "contexts", "users"):
             for entry in merged.value[kind]:
-                entry.name = f"{entry.path}: {kind}"  # for errors; the default name quotes credentials
-        loader = KubeConfigLoader(merged, config_base_path=None)  # None: paths are relative to their own file
+                entry.name = f"{entry.path}: {kind}"  # for errors; the default name has credentials
+        # config_base_path=None: paths are relative to the kubeconfig file that contains them.
+        loader = KubeConfigLoader(merged, config_base_path=None)
         context = merged["contexts"].get_with_name(merged["current-context"])["context"]
         cluster = merged["clusters"].get_with_name(context["cluster"]).value["cluster"]
         user, folder = _find_user(merged, context)
         check_entries(cluster, user, kubeconfig)
         has_files = any(user.get(name) for name in _FILE_FIELDS)
         token = read_token(user, folder, kubeconfig, first=first)
-        user.pop("tokenFile", None)  # already read: the package would prefer `token`, even if empty
+        # `read_token` has read this file. Unlike `read_token`, the package prefers `token`, even if it is empty.
+        user.pop("tokenFile", None)
         if token:
             user["token"] = token
         loader.load_and_set(configuration)

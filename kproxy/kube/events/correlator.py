@@ -111,9 +111,9 @@ class _EventSeries(Struct):
 class EventCorrelator:
     """Decides which occurrences of events are written, and counts the others.
 
-    Each event is written at most once in `DEDUPLICATION_WINDOW`. In addition, a token bucket limits the rate of all
-    events together. Occurrences that were not written are included in the count of the event's next report, unless the
-    event is no longer tracked by then (see `MAX_TRACKED_EVENTS`).
+    While an event is tracked (see `MAX_TRACKED_EVENTS`), it is written at most once in `DEDUPLICATION_WINDOW`, and the
+    count of its next report includes the occurrences that were not written. In addition, a token bucket limits the rate
+    of all events together.
     """
 
     def __init__(self) -> None:
@@ -204,5 +204,5 @@ def _note(text: str) -> str:
 
 
 def _truncate(text: str, limit: int) -> str:
-    """Return the longest prefix of a text that takes at most `limit` bytes of UTF-8."""
+    """Return the longest prefix of `text` that takes at most `limit` bytes of UTF-8."""
     return text.encode(errors="replace")[:limit].decode(errors="ignore")

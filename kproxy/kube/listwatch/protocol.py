@@ -32,7 +32,7 @@ BOOKMARK_DUE = 0.8
 A shorter connection may end before its first bookmark.
 """
 SHORT_IDLE_DIVISOR = 20
-"""Idle seconds that count as one second if the connection ended before a bookmark was due (see `BOOKMARK_DUE`).
+"""Divisor for the idle time of a connection that ended before a bookmark was due (see `BOOKMARK_DUE`).
 
 As a result, it takes an hour of idle time on short connections to cause a relist.
 """
@@ -61,14 +61,14 @@ MAX_BACKOFF = 24.0
 In client-go, it is 30 to 60 s.
 """
 MAX_UNAVAILABLE_BACKOFF = 240.0
-"""Like `MAX_BACKOFF`, for an optional kind that the server does not serve or does not allow reading.
+"""Like `MAX_BACKOFF`, for an optional kind that the server does not serve or that kproxy may not read.
 
 With jitter, it is 180 to 300 s.
 """
 
 _TRANSIENT_STATUSES = frozenset({401, 429, 503, 504})
 _UNAVAILABLE_STATUSES = frozenset({403, 404})
-"""HTTP statuses of a server that does not allow reading a kind (403) or does not serve it (404)."""
+"""HTTP statuses that mean that kproxy may not read a kind (403) or that the server does not serve it (404)."""
 _NOT_OTHER_PROXY = f"!{PROXY_NAME_LABEL}"
 _NOT_HEADLESS = f"{_NOT_OTHER_PROXY},!{HEADLESS_LABEL}"
 _WITH_CLUSTER_IP = "spec.clusterIP!=None,spec.type!=ExternalName"
@@ -401,7 +401,7 @@ class ListWatch:
         return self._retry(text, at_least=error.retry_after, renew_credentials=error.code == 401)
 
     def _continue_without_kind(self, error: ErrorStatus) -> ListWatchStep:
-        """Continue without an optional kind that the server does not serve (404) or does not allow reading (403).
+        """Continue without an optional kind that the server does not serve (404) or that kproxy may not read (403).
 
         Known objects are kept. If the kind was never listed, an empty list is emitted. The time between attempts grows
         to a few minutes (see `MAX_UNAVAILABLE_BACKOFF`).
