@@ -83,7 +83,7 @@ image-test: setup ## build the image and test it with the privileges of the Daem
 	@sh tests/packages.sh image
 	@ENGINE=$(or $(ENGINE),buildah) RUN=$(RUN) sh deploy/image/image.sh trial $(LOCAL_BASE)
 
-kind-up: ## create a kind cluster with kproxy as its only service proxy; MODE=nftables, NODE_IMAGE=kindest/node:...
+kind-up: ## create a kind cluster with kproxy as its only service proxy; options: MODE=nftables, NODE_IMAGE=kindest/node:...
 	@ENGINE="$(ENGINE)" MODE="$(MODE)" NODE_IMAGE="$(NODE_IMAGE)" sh deploy/kind.sh up $(IMAGE)
 
 kind-test: setup ## run the end-to-end tests on the kind cluster

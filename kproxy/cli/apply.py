@@ -14,7 +14,7 @@ examples:
   # program the current state of the cluster
   kubectl get svc,endpointslices,nodes -A -o yaml > all.yaml
   kproxy apply --objects=all.yaml
-  # use another Node's name and its kube-proxy configuration file
+  # use this Node name instead of the host name, and kube-proxy's configuration
   kproxy apply --objects=all.yaml --hostname-override=node-1 \\
       --config=config.conf
   # read a directory of files; nftables mode
@@ -30,7 +30,7 @@ the kernel accepted all rules."""
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to the command line."""
+    """Add this command to the argument parser."""
     parser = commands.add_parser(
         "apply",
         help=COMMANDS["apply"],

@@ -51,7 +51,7 @@ complete -o bashdefault -F _kproxy kproxy
 """
 """Shell code that is appended to the bash script."""
 ZSH = """\
-# shtab registers the function only under `eval`; do the same when sourced from a file.
+# The script of shtab calls compdef only under `eval`. Also call it if the script is sourced from a file.
 if [[ $zsh_eval_context[-1] == file ]]; then
   compdef _shtab_kproxy kproxy
   return
@@ -62,7 +62,7 @@ FISH_FILE = "(__fish_complete_path (string replace -r -- '^--[^=]*=' '' (command
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to the command line."""
+    """Add this command to the argument parser."""
     parser = commands.add_parser(
         "completion",
         help=COMMANDS["completion"],
@@ -103,9 +103,9 @@ def script(shell: str) -> str:
 
 
 def _prepare(action: argparse.Action, shell: str, file: Mapping[str, object]) -> None:
-    """Add the possible values of a flag, and whether its value is a file name.
+    """Tell shtab which values a flag accepts, or that its value is a file name.
 
-    shtab needs this information, but argparse does not have it. For zsh, also convert the names of the flag.
+    argparse does not have all of this information. For zsh, also append `=` to the names of flags that take a value.
     """
     if action.nargs == "?":
         # The scripts for zsh and fish do not support optional values: there, the flag takes no value.

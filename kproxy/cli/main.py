@@ -14,7 +14,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code: 0 for success, 1 for a failure, 2 for invalid usage.
 
     Prints errors to stderr, one per line. The argument parser raises `SystemExit`: with code 0 after `--help` and
-    `--version`, and with code 2 for invalid flags.
+    `--version`, and with code 2 if the arguments cannot be parsed or no command is given.
     """
     try:
         options = parse(arguments)
@@ -41,7 +41,7 @@ def _report(error: object, code: int) -> int:
 
     from kproxy.cli.log_format import printable, writes_json
 
-    for line in str(error).split("\n"):  # other line breaks can be part of a quoted value
+    for line in str(error).split("\n"):  # not splitlines(): a quoted value can contain U+2028
         if writes_json():
             logging.getLogger(__name__).error("%s", line)  # a parser of the log expects that every line is JSON
         else:

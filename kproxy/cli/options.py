@@ -1,4 +1,4 @@
-"""Options that several commands share, and how they set up the configuration and logging."""
+"""Options that several commands share, and the setup of the configuration and logging from them."""
 
 from __future__ import annotations
 

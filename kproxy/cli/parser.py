@@ -27,7 +27,7 @@ that connections to Services reach their endpoints. Accepts kube-proxy's
 configuration file and flags, except for ipvs mode."""
 EPILOG = """\
 examples:
-  # replace kube-proxy on a node, with kube-proxy's configuration file
+  # replace kube-proxy in its Pod, which mounts kubeadm's configuration file
   kproxy run --config=/var/lib/kube-proxy/config.conf
   # run without a cluster: watch files in a directory
   kproxy run --objects=./cluster/

@@ -15,7 +15,7 @@ from kproxy.config.flags import add_flags
 
 EPILOG = f"""\
 examples:
-  # replace kube-proxy on a kubeadm node, with kube-proxy's file and flags
+  # replace kube-proxy in its Pod, which mounts kubeadm's configuration file
   kproxy run --config=/var/lib/kube-proxy/config.conf --hostname-override=node-1
   # connect to a cluster with a kubeconfig
   kproxy run --kubeconfig=$HOME/.kube/config --cluster-cidr=10.244.0.0/16
@@ -39,14 +39,14 @@ examples:
 {SYNTAX}
 A DURATION is written as 30s, 1m30s or 250ms.
 
-Without --objects and without a kubeconfig (flag or file), kproxy uses the Pod's
-service account. SIGTERM stops kproxy and leaves the rules in place. SIGUSR1 and
-SIGQUIT write the stacks of all threads to stderr. SIGHUP and SIGUSR2 are
-ignored."""
+Without --objects, and without a kubeconfig from --kubeconfig or the --config
+file, kproxy uses the Pod's service account. SIGTERM stops kproxy and leaves
+the rules in place. SIGUSR1 and SIGQUIT write the stacks of all threads to
+stderr. SIGHUP and SIGUSR2 are ignored."""
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to the command line."""
+    """Add this command to the argument parser."""
     parser = commands.add_parser(
         "run",
         help=COMMANDS["run"],

@@ -12,7 +12,7 @@ FlagKind: TypeAlias = Literal["text", "bool", "int", "number", "list", "gates", 
 class Flag(Struct, frozen=True):
     """A flag and the configuration fields that it sets.
 
-    `fields` are dotted paths with the names that the file uses; they are empty for flags that set no field. `kind` is
+    `fields` are dotted paths, spelled as in the configuration file, or empty for flags that set no field. `kind` is
     the type of the value; durations have the kind `text`. `metavar` is the placeholder for the value in the help.
     `choices` are the values that shell completion offers. If `empty_is_unset` is true, an empty value has the same
     effect as omitting the flag.
@@ -234,7 +234,7 @@ NO_EFFECT = (
     Flag("profiling", ("enableProfiling",), kind="bool"),
     Flag("show-hidden-metrics-for-version", ("showHiddenMetricsForVersion",), metavar="MAJOR.MINOR"),
 )
-"""Flags that have no effect because kproxy implements the features that they tune in another way.
+"""Flags that have no effect: kproxy implements the features that they tune differently, with nothing to tune.
 
 kproxy accepts them without a warning, except for feature gates that are unknown or disabled.
 """

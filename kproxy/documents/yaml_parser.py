@@ -15,7 +15,7 @@ import yaml
 from kproxy.documents.document import Document, DocumentError, FieldPath
 
 MAX_DEPTH = 500
-"""Maximum nesting depth, far beyond that of any Kubernetes object."""
+"""Maximum nesting depth of flow collections and one-line sequences, far beyond that of any Kubernetes object."""
 _OPENINGS = re.compile(r"[\[{]|[-?][ \t]+(?=[-?])")
 _MERGE_TAG = "tag:yaml.org,2002:merge"
 # The types of plain (unquoted) scalars: the types of YAML 1.1 except base-60 numbers, dates and "=". Kubernetes' YAML
@@ -73,7 +73,10 @@ def line_in_yaml(text: str, path: FieldPath) -> int:
 
 
 def _check_depth(text: str) -> None:
-    """Raise `RecursionError` for text nested so deeply that libyaml's recursion would overflow the C stack."""
+    """Raise `RecursionError` for text whose nesting could make libyaml's recursion overflow the C stack.
+
+    Nesting by indentation alone is not limited here: it takes far more text for the same depth.
+    """
     if len(_OPENINGS.findall(text)) <= MAX_DEPTH:
         return
     depth = 0

@@ -29,7 +29,8 @@ class UdpFrontend(NamedTuple):
     `translated_clients` is an opaque value. It changes whenever the set of clients whose packets are sent to an
     endpoint changes. kproxy's rules reject or drop packets from all other clients, but an earlier rule of another
     program may accept a packet from one of them. This packet then leaves the node untranslated, and so do all later
-    packets of its flow.
+    packets of its flow. If packets of that client are translated later, the flow is stale: a change of this value
+    therefore makes the frontend `unchecked`.
     """
 
     endpoints: frozenset[str]
@@ -78,9 +79,9 @@ class UdpFrontends:
         """Return whether flows to `destination` are stale if their replies come from `source`.
 
         Only flows to `unchecked` frontends can be stale. If the frontend exists, a flow is stale unless `source` is one
-        of the frontend's endpoints. There are two causes: `source` is an endpoint that is gone, or the client sent
-        packets before the frontend existed. In the second case the flow is untranslated, and `source` equals
-        `destination`.
+        of the frontend's endpoints. Either `source` is an endpoint that no longer serves the frontend, or the client's
+        first packet was not translated: the frontend did not exist, had no endpoints, or did not accept this client. In
+        the second case, `source` equals `destination`.
 
         If the frontend no longer exists, translated flows are stale. Untranslated flows are not stale, because they
         belong to the program that uses the address or port now.
@@ -176,7 +177,7 @@ def udp_frontends(ports: Sequence[ServicePortPlan]) -> dict[str, UdpFrontend]:
             restricted = UdpFrontend(endpoints, (*clients, plan.source_ranges, plan.vips_are_sources), claim)
         others = {socket_text(address, plan.port): external for address in plan.external_ips}
         others |= {socket_text(address, plan.port): restricted for address in plan.vips}
-        frontends = others | frontends  # for an address that is both, the claim of the ClusterIP wins
+        frontends = others | frontends  # if a ClusterIP is also an external address, its claim wins
         if plan.node_port:
             frontends[socket_text("", plan.node_port)] = external
     return frontends

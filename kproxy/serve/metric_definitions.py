@@ -32,7 +32,10 @@ UNLIMITED = 2**64 - 1
 
 
 class ProcessLimitsCollector(Collector):
-    """The address space limit and network namespace traffic of this process, as Go's process collector reports them."""
+    """Metrics that Go's process collector reports and prometheus-client does not.
+
+    They are the address space limit of this process and the IP traffic of its network namespace.
+    """
 
     def collect(self) -> Iterator[Metric]:
         """Return the current values. Metrics whose values the kernel does not provide are omitted."""

@@ -41,9 +41,9 @@ PortFailure: TypeAlias = Callable[[ServiceKey, int, str], None]
 
 
 class ServiceHealth(Struct, frozen=True):
-    """The listen addresses of a Service's health check node port, each with a number of ready endpoints on this node.
+    """The listen addresses of a Service's health check node port, each with the count of ready endpoints on this node.
 
-    The number of a listen address counts only endpoints of one IP family: see `service_health`.
+    Each count includes only endpoints of one IP family: see `service_health`.
     """
 
     endpoints: Mapping[ListenAddress, int]
@@ -111,9 +111,9 @@ def family_health(plans: Sequence[ServicePortPlan], context: Context) -> FamilyS
 
 
 def service_health(families: Mapping[Family, FamilyServiceHealth]) -> ServiceHealth:
-    """Return the listen addresses of a Service's health check node port, each with its number of endpoints.
+    """Return the listen addresses of a Service's health check node port, each with its endpoint count.
 
-    For a dual-stack Service, the number of each listen address includes only the endpoints of the address's IP family.
+    For a dual-stack Service, the count for a listen address includes only endpoints of the address's IP family.
     Otherwise, a load balancer could send IPv4 connections to a node that has only IPv6 endpoints. This also applies
     while only one of the two families has been synced.
 

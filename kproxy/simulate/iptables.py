@@ -92,8 +92,8 @@ class IptablesSimulator:
     def _run_chain(self, table: str, chain: str, branches: Branches) -> tuple[Branches, Branches]:
         """Run a chain of a table.
 
-        Return two lists: the branches that leave the hook in this chain, and the branches that return to the calling
-        chain. For a built-in chain, the policy applies to the branches in the second list.
+        Return two lists: the branches that leave the built-in chain of the table, and the branches that return to the
+        calling chain. For a built-in chain, the policy applies to the branches in the second list.
         """
         decided: Branches = []
         returned: Branches = []
@@ -137,7 +137,8 @@ class IptablesSimulator:
     def _apply_target(self, table: str, rule: SimulatedRule, branches: Branches) -> tuple[Branches, Branches]:
         """Apply the target of a rule to the branches that match the rule.
 
-        Return two lists: the branches that leave the hook, and the branches that continue with the next rule.
+        Return two lists: the branches that leave the built-in chain, and the branches that continue with the next
+        rule.
         """
         if not rule.target:
             return [], branches
@@ -156,7 +157,7 @@ _TERMINATING_TARGETS: dict[str, Callable[[PacketState, SimulatedRule], PacketSta
     "MASQUERADE": lambda state, _: replace(state, masqueraded=True),
     "DNAT": lambda state, rule: state.dnat(rule.endpoint, rule.address, rule.port),
 }
-"""The targets after which a packet leaves the hook, with their effect on the packet."""
+"""The targets after which a packet leaves the built-in chain of a table, with their effect on the packet."""
 
 
 def _set_mark(mark: int, rule: SimulatedRule) -> int:

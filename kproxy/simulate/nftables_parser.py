@@ -264,9 +264,9 @@ def _reject_second_table(_: TokenReader) -> None:
 class _TableScope(Struct):
     """The sets and maps of a table, and the endpoints of its affinity sets.
 
-    An affinity set is a set to which a rule adds the source address of a packet. The set records session affinity to
-    the endpoints ("ip:port") to which the same chain translates destinations. `affinity` maps the name of each affinity
-    set to these endpoints.
+    An affinity set is a set to which a rule adds the source address of a packet. The set records the clients that
+    have session affinity to an endpoint. The endpoints ("ip:port") are the DNAT targets of the chain with that rule.
+    `affinity` maps the name of each affinity set to these endpoints.
 
     `updated` and `endpoints` belong to the chain that is being parsed: `updated` are the names of the affinity sets to
     which its rules add the source, and `endpoints` are the endpoints to which its rules translate destinations.
@@ -393,7 +393,7 @@ def _parse_rule(tokens: TokenReader, scope: _TableScope) -> ListedRule:
 
 
 def _parse_keyed_statement(tokens: TokenReader, scope: _TableScope) -> Statement:
-    """Parse a statement that uses a key, a set or a map."""
+    """Parse a `dnat` statement, or a statement that uses a key, a set or a map."""
     if tokens.accept("update"):
         return _parse_update(tokens, scope)
     if tokens.accept("dnat"):
@@ -432,7 +432,7 @@ def _parse_dnat(tokens: TokenReader, scope: _TableScope) -> VerdictChoice:
 
 
 def _parse_random_match(tokens: TokenReader, key: KeyExpression) -> PacketMatch:
-    """Parse the number with which a rule compares a random number."""
+    """Parse the right-hand side of a `numgen random mod N` match."""
     if len(key.parts) > 1:
         raise UnknownRuleError("unsupported numgen in a concatenation outside of a map lookup")
     probability = 1.0 / key.modulus if tokens.number() < key.modulus else 0.0
@@ -454,7 +454,7 @@ def _parse_comparison(tokens: TokenReader, scope: _TableScope, key: KeyExpressio
 def _parse_set_lookup(tokens: TokenReader, scope: _TableScope, key: KeyExpression, *, negated: bool) -> PacketMatch:
     """Parse a lookup in a named set.
 
-    An affinity set contains the packet's source if the packet has recorded affinity to one of the set's endpoints.
+    An affinity set contains the packet's source if `Packet.affinity_endpoints` has one of the set's endpoints.
     """
     name, found = scope.parse_named_set(tokens)
     found.check(key, "set")

@@ -127,7 +127,7 @@ class PacketState(Struct, frozen=True):
 
     `port` is the destination port. DNAT changes `destination` and `port`. `interface` is the input interface, or "" if
     the packet has not been received on an interface yet. `verdict` is None unless a rule or the policy of a chain drops
-    or rejects the packet: an accepted packet continues with the next hook, where it can still be dropped.
+    or rejects the packet: an accepted packet continues with the next chain, where it can still be dropped.
     """
 
     packet: Packet

@@ -166,7 +166,7 @@ def test_other_signals_do_not_stop_the_daemon(node: Namespace, tmp_path: Path, p
     wait_until(lambda: "IPv6: synced" in log.read_text(), "the first sync")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     daemon = int(children[0]) if prefix else process.pid
-    ignored = "ignored; kproxy detects changes of the configuration file by itself"
+    ignored = "ignored; kproxy watches its configuration file and needs no signal"
     for number, message in (
         (signal.SIGHUP, f"] SIGHUP: {ignored}"),
         (signal.SIGUSR2, f"] SIGUSR2: {ignored}"),
