@@ -33,7 +33,8 @@ def remove_all() -> Iterator[str]:
     """Remove the rules of all modes and both families, including kube-proxy's. Yields one line about each removal.
 
     Logs a warning about rules that it cannot remove because they belong to the iptables variant that is not in use.
-    Raises `CommandError` if a removal fails.
+    Raises `CommandError` if iptables or nftables rules or IPVS virtual servers cannot be removed. Interfaces and ipsets
+    that cannot be removed are logged.
     """
     for family in Family:
         if removed := remove_iptables(family):

@@ -8,7 +8,8 @@ JSON: each line is an object with the keys of k8s.io/component-base/logs/json: `
 have `err` and `stacktrace`. Warnings also have `severity`, a key that kproxy adds. Without it, warnings would look like
 informational lines.
 
-Non-printable characters are escaped, so that no message can forge another log line.
+Line breaks are escaped, and in the text format all non-printable characters, so that no message can forge another log
+line.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ _UNITS = {
     "m": 60_000_000_000,
     "h": 3_600_000_000_000,
 }
-_DURATION_PART = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|μs|ms|s|m|h)")
+_DURATION_PART = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(ns|us|µs|μs|ms|s|m|h)")
 _DURATION = re.compile(rf"([-+]?)(?:0|((?:{_DURATION_PART.pattern})+))")
 _MAX_DURATION_TEXT = 100
 _MAX_NANOSECONDS = 2**63 - 1
@@ -44,7 +44,7 @@ class ConfigError(ValueError):
 
 
 class ConfigProblem(Struct, frozen=True):
-    """A problem that kube-proxy's strict decoder rejects and its lenient decoder ignores.
+    """A problem for which kube-proxy's strict decoder rejects a configuration and its lenient decoder does not.
 
     `text` is one line. `consequence` says what the lenient decoder does instead, such as "ignored".
     """

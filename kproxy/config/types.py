@@ -1,6 +1,6 @@
 """The configuration of kube-proxy 1.36: every field of `KubeProxyConfiguration` v1alpha1, with its default. Pure.
 
-Each field has the meaning of the field in the file, and its name in snake case: `masqueradeBit` is `masquerade_bit`.
+Fields have the same meaning as in the configuration file. Names are in snake case: `masqueradeBit` is `masquerade_bit`.
 The docstrings note which fields have no effect in kproxy. Durations are in seconds. The section `kproxy` contains
 fields that kube-proxy does not have.
 """
@@ -114,7 +114,10 @@ class DetectLocal(Section, frozen=True, kw_only=True):
 
 
 class Conntrack(Section, frozen=True, kw_only=True):
-    """Connection tracking limits and timeouts. A value of 0 or false leaves the kernel parameter unchanged."""
+    """Connection tracking limits and timeouts. A value of 0 or false leaves the kernel parameter unchanged.
+
+    `min` is an exception: it is only a lower limit for the value that results from `max_per_core`.
+    """
 
     max_per_core: Count = 32768
     min: Count = 131072
@@ -177,7 +180,8 @@ class Config(Section, frozen=True, kw_only=True):
 
     The following fields have no effect: `feature_gates`, `show_hidden_metrics_for_version`, `enable_profiling`,
     `config_sync_period`, `port_range` and `windows_run_as_service`. kproxy uses only the IP family of
-    `bind_address`: for the default addresses of the servers, and while the addresses of this Node are unknown.
+    `bind_address`. It selects the default addresses of the servers, and counts as the family of this Node while the
+    addresses of the Node are unknown.
     """
 
     feature_gates: Mapping[str, bool] = field(default_factory=dict)

@@ -15,7 +15,10 @@ import yaml
 from kproxy.documents.document import Document, DocumentError, FieldPath
 
 MAX_DEPTH = 500
-"""Maximum nesting depth of flow collections and one-line sequences, far beyond that of any Kubernetes object."""
+"""Maximum nesting depth of a text that has more flow collections and compact sequences (`- - a`) than this number.
+
+It is far deeper than any Kubernetes object.
+"""
 _OPENINGS = re.compile(r"[\[{]|[-?][ \t]+(?=[-?])")
 _MERGE_TAG = "tag:yaml.org,2002:merge"
 # The types of plain (unquoted) scalars: the types of YAML 1.1 except base-60 numbers, dates and "=". Kubernetes' YAML
@@ -63,7 +66,7 @@ def read_yaml(text: str, *, allow_duplicate_keys: bool = False) -> list[Document
 def line_in_yaml(text: str, path: FieldPath) -> int:
     """Return the 1-based line number of a field in the text of one document, or 0 if it is unknown.
 
-    The nesting depth of the text is not checked. The caller must have parsed the text successfully before.
+    The nesting depth of the text is not checked. The caller must already have parsed the text successfully.
     """
     try:
         node = yaml.compose(text, Loader=_loader())

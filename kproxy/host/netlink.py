@@ -242,9 +242,9 @@ class BatchSocket(BoundSocket):
         """Send messages as a batch and wait until the kernel has committed it.
 
         Each message is given by its type, flags and payload. There must be at least one message. If a `generation` is
-        given, the kernel commits the batch only if the rule set still has this generation ID. Otherwise this raises
-        `StaleGenerationError`. Raises `BatchRejectedError` if the kernel rejects the batch for another reason. Raises
-        `NetlinkError` if the batch cannot be sent or the replies cannot be received.
+        given, the kernel commits the batch only if the rule set still has this generation ID. If it has another ID,
+        this raises `StaleGenerationError`. Raises `BatchRejectedError` if the kernel rejects the batch for another
+        reason. Raises `NetlinkError` if the batch cannot be sent or the replies cannot be received.
         """
         first = self._sequence + 1
         genid = attribute(NFNL_BATCH_GENID, struct.pack(">I", generation)) if generation is not None else b""

@@ -37,9 +37,9 @@ in the transaction. CPU time to program 1,000 and 5,000 Services with 10 endpoin
 - everything in one transaction: 5.3 s and several minutes
 """
 INCREMENTAL_FACTOR = 17
-"""Factor for the limit on the rules in one transaction of a change to existing rules.
+"""Determines how many rules one transaction may contain when existing rules change.
 
-The limit is this factor times the square root of the number of existing rules, but at least `max_transaction_rules`.
+The maximum is this factor times the square root of the number of existing rules, but at least `max_transaction_rules`.
 The reason is that the kernel validates all rules for each transaction that changes active chains. The time for a
 transaction therefore has two parts: one grows with the total number of rules, the other with the square of the number
 of rules in the transaction. The total time is lowest if both parts are equal. CPU time to rewrite the rules of 1,000
@@ -222,7 +222,7 @@ class IptablesBackend:
     def _rewrite(
         self, ledger: IptablesLedger, chains: Mapping[ChainName, ServiceKey], plans: Plans, context: Context
     ) -> IptablesDiff:
-        """Return the diff that rewrites `chains`, given with their Services, even if they match the ledger."""
+        """Return a diff that rewrites `chains`, a map of chains to their Services, even if they match the ledger."""
         return IptablesDiff(
             ledger,
             None,
@@ -272,7 +272,7 @@ class IptablesBackend:
         return snapshot
 
     def _read_ensured_rules(self, snapshot: IptablesSnapshot, table: str, context: Context) -> None:
-        """Add the ensured rules of a table that cannot be dumped to the snapshot.
+        """Add to the snapshot the ensured rules of a table that cannot be dumped.
 
         The rules are read by listing individual chains and by checking individual rules. A rule that cannot be found
         this way may exist nevertheless, and the sync then inserts it a second time. The duplicate is harmless. Later

@@ -81,7 +81,7 @@ def host_cidr(address: str) -> str:
 
 
 class _PortRenderer:
-    """Renders the rules of one service port. A chain name that several rules contain is computed only once."""
+    """Renders the rules of one service port. The names of the service port's own chains are computed only once."""
 
     def __init__(self, plan: ServicePortPlan, context: Context) -> None:
         self.plan = plan
@@ -172,7 +172,8 @@ class _PortRenderer:
     def _add_no_endpoint_rule(self, chain: ChainName, address: str, decision: TrafficDecision, rank: ClaimRank) -> None:
         """Add the rules that reject or drop the traffic to a frontend, unless the `decision` is to forward it.
 
-        Traffic is rejected if there is no endpoint anywhere, and dropped if there is no endpoint on this node.
+        Traffic is rejected if there are no endpoints at all. It is dropped if there are endpoints, but the traffic
+        policy is Local and none of them is on this node.
 
         The rule matches `address`. If `address` is "", the rules match the NodePort on the node's NodePort addresses.
         On the other addresses of the node, the port stays available to programs on the host. kube-proxy differs: it
@@ -205,9 +206,9 @@ class _PortRenderer:
     def _masquerade_rules(self) -> list[str]:
         """Return the rules that masquerade connections to the ClusterIP from outside the cluster.
 
-        With `masquerade_all`, they masquerade all connections to the ClusterIP. Masquerading makes the replies return
-        through this node. There are no rules if local traffic cannot be detected, or if its CIDR contains all
-        addresses.
+        Masquerading makes the replies return through this node. With `masquerade_all`, the rules masquerade all
+        connections to the ClusterIP. Otherwise, there are no rules if local traffic cannot be detected, or if its CIDR
+        contains all addresses.
         """
         plan, local = self.plan, self.context.local_traffic
         source, interface = "", ""
@@ -335,7 +336,7 @@ class _PortRenderer:
 def _frontend_match(protocol: str, port: int, rank: ClaimRank) -> FrontendMatch:
     """Return a cached instance, to save memory.
 
-    There are few distinct instances, but the ledger refers to one for every dispatch rule.
+    The ledger contains an instance for every dispatch rule, but there are only a few distinct values.
     """
     return FrontendMatch(protocol, port, rank)
 

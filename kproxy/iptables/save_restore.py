@@ -92,7 +92,8 @@ class SavedChain(Struct):
 class SavedTables(Struct):
     """The chains in `iptables-save` output.
 
-    `incompatible` maps each table that iptables could not print to the reason. `chains` has no chains of these tables.
+    `incompatible` maps each table that iptables could not print to the reason. `chains` contains no chains of these
+    tables.
     """
 
     chains: dict[ChainName, SavedChain] = field(default_factory=dict)
@@ -102,8 +103,8 @@ class SavedTables(Struct):
 def parse_save(lines: Iterable[str], tables: Iterable[str] = TABLES) -> SavedTables:
     """Parse the given tables in `iptables-save` output. If a table occurs twice, the second occurrence is used.
 
-    If iptables cannot print a rule of a table, the output for this table is incomplete. The result then has no chains
-    of the table.
+    If iptables cannot print a rule of a table, the output for this table is incomplete. In that case, the result
+    contains no chains of the table.
 
     Rules are normalized where iptables prints them differently from how they were written: counters are removed, a
     probability is replaced by the value that was written, and `--nfacct-name` is followed by only one space.

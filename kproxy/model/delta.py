@@ -33,11 +33,11 @@ class Delete(Struct, frozen=True):
 
 
 class Replace(Struct, frozen=True):
-    """All objects of one kind, as a list request returned them.
+    """All objects of one kind, from a complete list or from files.
 
-    `unreadable` contains the namespace and name of each object that exists but could not be decoded. The last known
-    state of these objects stays in use. All known objects of the kind that are neither in `objects` nor in `unreadable`
-    are deleted. `ignored` is the number of objects that get no rules, such as headless Services.
+    `unreadable` contains the namespace and name of each object that exists but is invalid or could not be decoded. The
+    last known state of these objects stays in use. All known objects of the kind that are neither in `objects` nor in
+    `unreadable` are deleted. `ignored` is the number of objects that get no rules, such as headless Services.
 
     The first `Replace` of a kind marks the kind as listed. Nothing is programmed until every kind is listed.
     """

@@ -206,9 +206,10 @@ class NftablesBackend:
     def _commit(self, transaction: Transaction, *, must_be_current: bool = False) -> None:
         """Commit a transaction. Commit its new chains first (see `Transaction.split_off_new_chains`).
 
-        Another process may have changed the rule set since the last commit. With `must_be_current`, this raises
-        `GenerationChangedError`. Without it, the transaction is committed anyway; if that fails, this raises
-        `DriftError`, because the table may no longer match the ledger. Any other failure raises `TableError`.
+        If another process has changed the rule set since `_generation`, this raises `GenerationChangedError` with
+        `must_be_current`, and otherwise commits anyway. If `_generation` is None, it always commits. If such an
+        unconditional commit fails, this raises `DriftError`, because the table may no longer match the ledger. Any
+        other failure raises `TableError`.
         """
         if (new_chains := transaction.split_off_new_chains()) is not None:
             self._commit_one(new_chains, must_be_current=must_be_current)
@@ -312,11 +313,11 @@ def _check_compatible(snapshot: TableSnapshot, family: Family) -> None:
 
 
 def run_pipelined(process: Callable[[_T], object], items: Iterable[_T]) -> None:
-    """Call `process` with each item, in order and one call at a time, and compute items in the meantime.
+    """Call `process` with each item, in order and one call at a time, and fetch other items during the calls.
 
-    The first two items are computed before the first call, and each later item during the call that precedes its own.
-    If there is only one item, it is processed in the calling thread. If there are more, each is processed in a new
-    thread, which inherits the caller's network namespace.
+    The first two items are fetched before the first call. After that, the next item is fetched while `process` runs
+    with the item before it. If there is only one item, it is processed in the calling thread. If there are more, each
+    is processed in a new thread, which inherits the caller's network namespace.
 
     Raises any error that `process` or `items` raises. No further call is then started, and the error is raised only
     after a running call has returned. If both that call and the computation of the next item fail, the error of `items`

@@ -55,7 +55,7 @@ class TableReader:
     def __init__(self, family: Family) -> None:
         self._family = family
         self._header = nfgenmsg(address_family(family))
-        self._table = string_attribute(nf.NFTA_TABLE_NAME, TABLE)  # also NFTA_CHAIN_TABLE, NFTA_SET_TABLE and so on
+        self._table = string_attribute(nf.NFTA_TABLE_NAME, TABLE)  # the same number as NFTA_CHAIN_TABLE and so on
 
     def generation(self) -> int:
         """Return the generation ID, which the kernel increments whenever any table changes. Raises `NetlinkError`."""
@@ -93,7 +93,7 @@ class TableReader:
     def chain_use_counts(self) -> Counter[str]:
         """Return the use count of each chain (NFTA_CHAIN_USE). Raises `NetlinkError`.
 
-        A chain's use count is the number of its rules plus the number of rules and elements that jump or goto to it.
+        A chain's use count is the number of its rules plus the number of rules and elements that jump or go to it.
         """
         counts: Counter[str] = Counter()
         with NetlinkSocket(NETLINK_NETFILTER) as netlink:

@@ -31,8 +31,8 @@ _AFFINITY_SET_SIZE = 65535
 """Maximum number of clients in an affinity set.
 
 This is the kernel's default for a set that rules update, so the netlink message that creates the set does not contain a
-size. kube-proxy requests the same size explicitly. The kernel then allocates memory for all elements when it creates
-the set, which takes 2 MB for each endpoint.
+size. kube-proxy requests the same size explicitly. With an explicit size, the kernel allocates memory for all elements
+when it creates the set: 2 MB for each endpoint.
 """
 _INET, _INET6 = int(AF_INET), int(AF_INET6)  # inet_pton is faster with a plain int than with the enum
 _PROTOCOL_AND_PORT = struct.Struct(">B3xH2x")

@@ -1,7 +1,6 @@
 """The names of the nftables table and of its sets, maps and chains. Pure.
 
-An object that also exists in kube-proxy's table has the same name as there, because operators and tools search for
-these names.
+Objects that also exist in kube-proxy's table keep kube-proxy's names, because operators and tools search for them.
 """
 
 from __future__ import annotations

@@ -45,9 +45,9 @@ A verdict is `DROP` or a goto, which is represented by the name of its target ch
 class RenderedFrontend(Struct, frozen=True, gc=False):
     """The map elements for one frontend of a Service.
 
-    `endpoints` has pairs of an endpoint map's name and the concatenated values of the endpoints in that map.
-    `service_port` is `namespace/name:port`. If several Services claim the frontend, `rank` decides which of them owns
-    it (see `kproxy.model.frontend_conflicts`).
+    `endpoints` contains pairs: the name of an endpoint map, and the concatenated values of this frontend's elements in
+    that map. `service_port` is `namespace/name:port`. If several Services claim the frontend, `rank` decides which of
+    them owns it (see `kproxy.model.frontend_conflicts`).
     """
 
     key: bytes

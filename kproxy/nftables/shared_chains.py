@@ -19,10 +19,10 @@ from kproxy.nftables.base_table import NODE_PORT_KEY, SERVICE_KEY, local_traffic
 from kproxy.nftables.ruleset import DnatMap, FibLocal, Goto, KeyField, NftChain, NftRule, SetMark, rule
 
 MAX_IMBALANCE = 1 / 500
-"""Maximum share of connections for which none of the random numbers below the chain's capacity is an endpoint's index.
+"""Maximum share of connections for which no rule with the chain's capacity as modulus finds an endpoint.
 
-These connections are sent only to the first endpoints of the frontend. A low maximum therefore limits how much more
-traffic these endpoints receive than the others.
+A later rule with a smaller modulus sends these connections to one of the first endpoints of the frontend. A low maximum
+therefore limits how much more traffic these endpoints receive than the others.
 """
 FrontendKind: TypeAlias = Literal["service", "nodeport"]
 Policy: TypeAlias = Literal["any", "local", "external", "external-local"]

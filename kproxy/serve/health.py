@@ -20,7 +20,7 @@ from kproxy.serve.http import Handler, HttpRequest, HttpResponse, json, routes
 
 NANO = 10**9
 ZERO_TIME = "0001-01-01T00:00:00Z"
-"""The text with which Go formats a time that was never set."""
+"""The text that Go prints for a time that was never set."""
 
 
 class FamilyHealth(Struct, frozen=True):
@@ -33,8 +33,8 @@ class FamilyHealth(Struct, frozen=True):
 class Health:
     """Records two times for each IP family: since when changes have been waiting, and when a sync last succeeded.
 
-    The reconciler's thread updates the times; any thread may read them. `now` is in seconds of the reconciler's
-    monotonic clock. `wall` returns nanoseconds since the epoch, which are only displayed. `timeout` is the maximum
+    The reconciler's thread updates the times; any thread may read them. `now` is the time on the reconciler's monotonic
+    clock, in seconds. `wall` returns nanoseconds since the epoch, which are only displayed. `timeout` is the maximum
     number of seconds that a change may wait.
     """
 

@@ -30,7 +30,7 @@ def statusz(
     """Return the handler of `/statusz`.
 
     `started` is the time when the process started, in seconds since the epoch. `up` returns the number of seconds since
-    then. `paths` are the paths of all pages of the port.
+    then. `paths` are the paths of all pages on this port.
     """
     start = datetime.fromtimestamp(int(started), UTC)
     paths = sorted(paths)
@@ -106,7 +106,7 @@ def negotiate(accept: str, kind: str) -> str | None:
 def _accepted(accept: str) -> list[tuple[str, dict[str, str]]]:
     """Return the accepted media types and their parameters, in lower case.
 
-    The order is by descending quality (RFC 9110, section 12.5.1).
+    They are sorted by descending quality value (RFC 9110, section 12.5.1).
     """
     accepted = []
     for entry in accept.lower().split(","):

@@ -23,7 +23,7 @@ class ConntrackTable(Protocol):
     def clean(self, destinations: Collection[str], is_stale: Callable[[str, str], bool]) -> int:
         """Delete the stale entries of flows to these destinations. Return how many were deleted. Raises `OSError`.
 
-        A destination is `ip:port`, or `:port` for that port of any address. `is_stale` is called with the destination
+        A destination is `ip:port`, or `:port` for that port on any address. `is_stale` is called with the destination
         of a flow and the source of its replies, both as `ip:port`.
         """
 

@@ -86,7 +86,7 @@ class ApiClient:
         return self._send("POST", path, timeout, {"Accept": _JSON, "Content-Type": _JSON}, body)
 
     def renew(self, rejected: ApiResponse | None) -> None:
-        """Reload the credentials because the server rejected those of a request with `rejected`, a response of 401.
+        """Reload the credentials after the server rejected them. `rejected` is the response, with status 401.
 
         Does nothing if other credentials are in use by now. If `rejected` is None, reloads unless another thread is
         already updating the credentials. Raises `ClientError` if that fails; the current credentials then stay in use.

@@ -38,7 +38,7 @@ class PluginAccess:
     """A `ClusterAccess` that the `kubernetes` package loads from a kubeconfig or from the Pod's service account.
 
     The URL `server` overrides the kubeconfig's. If there is a `server` but no kubeconfig, no credentials are used.
-    Creating the object may run an exec plugin. `first` is explained at `read_token`. Raises `ClientError`.
+    Creating the object may run an exec plugin. See `read_token` for `first`. Raises `ClientError`.
     """
 
     def __init__(self, kubeconfig: str | None, server: str | None, *, first: bool = True) -> None:
@@ -52,8 +52,8 @@ class PluginAccess:
         # Ignore the proxy that the package chose by its own rules: `_choose_proxy` applies Go's rules.
         configuration.proxy, configuration.no_proxy = None, ""
         self._loader: Any = None
-        # The package refreshes tokens of plugins. ApiClient reloads credentials in files, and keeps the current
-        # credentials if that fails.
+        # True if credentials come from files. ApiClient then reloads them, and keeps the current ones if that fails.
+        # The package itself refreshes tokens from plugins.
         self.rotates = kubeconfig is None and server is None
         if kubeconfig is not None:
             self._loader, self.rotates = _load_kubeconfig(configuration, kubeconfig, first)
@@ -120,7 +120,7 @@ def _load_kubeconfig(configuration: Any, kubeconfig: str, first: bool) -> tuple[
         merged = KubeConfigMerger(kubeconfig).config
         for kind in ("clusters", "contexts", "users"):
             for entry in merged.value[kind]:
-                entry.name = f"{entry.path}: {kind}"  # for errors; the default name has credentials
+                entry.name = f"{entry.path}: {kind}"  # for errors; the default includes credentials
         # config_base_path=None: paths are relative to the kubeconfig file that contains them.
         loader = KubeConfigLoader(merged, config_base_path=None)
         context = merged["contexts"].get_with_name(merged["current-context"])["context"]
@@ -129,7 +129,8 @@ def _load_kubeconfig(configuration: Any, kubeconfig: str, first: bool) -> tuple[
         check_entries(cluster, user, kubeconfig)
         has_files = any(user.get(name) for name in _FILE_FIELDS)
         token = read_token(user, folder, kubeconfig, first=first)
-        # `read_token` has read this file. Unlike `read_token`, the package prefers `token`, even if it is empty.
+        # Give the package only the token that `read_token` chose: by itself, the package would prefer `token` to
+        # `tokenFile`, even if `token` is empty.
         user.pop("tokenFile", None)
         if token:
             user["token"] = token

@@ -167,7 +167,7 @@ def _decode_message(known: _KnownFields, shape: Callable[..., _S], raw: bytes) -
 
 
 def _bytes_field(raw: bytes, position: int, number: int) -> tuple[int, int]:
-    """Return the start and end of the content of field `number`, from 1 to 15. The field's tag must be at `position`.
+    """Return the start and end of the content of field `number` (at most 15), whose tag must be at `position`.
 
     Raises `ProtobufError` if another tag is at `position` or if the field extends past the end of `raw`, and
     `IndexError` if `raw` ends before the content.

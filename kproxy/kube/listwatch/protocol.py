@@ -51,9 +51,9 @@ MIN_WATCH_SECONDS = 1.0
 If the server closes a watch sooner, the watch counts as failed, even if the server closed it cleanly.
 """
 MAX_INCOMPLETE_LISTS = 2
-"""Maximum number of consecutive lists to discard because they contain objects without a readable name.
+"""Maximum number of consecutive lists to discard because they contain objects whose names cannot be decoded.
 
-The next list is used even if it contains objects without a readable name; those objects are ignored.
+The next list is used even if it contains such objects, which are then ignored.
 """
 MAX_BACKOFF = 24.0
 """Maximum number of seconds between attempts, before jitter. With jitter, it is 18 to 30 s.
@@ -180,7 +180,7 @@ class ListWatch:
         self._continue_token = ""
         self._listed: dict[tuple[str, str], bytes | None] = {}  # packed objects; None: exists, but is invalid
         self._was_listed = False
-        self._missed_change = False  # an object without a readable name has changed: relist
+        self._missed_change = False  # an object whose name cannot be decoded has changed: relist
         self._incomplete_lists = 0
         self._failures = 0
         self._relists = 0
@@ -209,7 +209,7 @@ class ListWatch:
         return ListWatchRequest(self._path, params, watch=True, accept=self._accept)
 
     def handle_open(self) -> None:
-        """Handle the response headers of a watch request. Their status is 200."""
+        """Handle the start of a successful response (status 200) to a watch request, before any event."""
         self._active = False
         if self._resource_version:
             self.error = ""
@@ -294,8 +294,9 @@ class ListWatch:
     def _add_idle_time(self, seconds: float) -> None:
         """Handle the end of a connection that was open for `seconds`.
 
-        If no event or bookmark arrived on it, add this time to the idle time. If the idle time reaches its limit (see
-        `MAX_IDLE_PERIODS`), start a new list.
+        If no event or bookmark arrived on it, add this time to the idle time, divided by `SHORT_IDLE_DIVISOR` if
+        it ended before a bookmark was due. If the idle time reaches its limit (see `MAX_IDLE_PERIODS`), start a new
+        list.
         """
         if not self._resource_version or self._active:
             return
@@ -361,7 +362,7 @@ class ListWatch:
     ) -> ListWatchStep:
         """Emit a complete list as one message.
 
-        If objects without a readable name are missing from the list, discard it and list again, at most
+        If the list lacks objects whose names cannot be decoded, discard it and list again, at most
         `MAX_INCOMPLETE_LISTS` times in a row.
         """
         if not resource_version:
