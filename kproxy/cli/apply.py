@@ -25,7 +25,8 @@ examples:
 {SYNTAX}
 Flags that apply only to `kproxy run` are accepted and ignored, but not listed.
 
-Also removes the rules of Services that are not in the files of --objects. The
+Also removes the rules of Services that are not in
+the files given with --objects. The
 exit code is 0 only if the kernel accepted all rules."""
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "run": "keep the node's rules in sync with the cluster, or with files",
     "apply": "program the node once, from files",
-    "render": "print the rules for files without changing anything",
+    "render": "print the rules for the objects in files, without changing anything",
     "completion": "print a shell completion script",
 }
 """The commands and their summaries. The module of this package with the same name defines each command."""

@@ -35,7 +35,7 @@ class Quoted(NamedTuple):
 FIRST, CHANGED, MEMORY = "first sync", "one endpoint", "RSS after first sync"
 
 README = {
-    "From the change of one endpoint to the commit in the kernel": Quoted("nftables", 10_000, (CHANGED,)),
+    "From one endpoint change to the commit in the kernel": Quoted("nftables", 10_000, (CHANGED,)),
     "From the start of the process to the first full sync": Quoted("nftables", 10_000, (FIRST,)),
     "Memory after the first sync": Quoted("nftables", 10_000, (MEMORY,)),
 }
