@@ -28,7 +28,7 @@ class Document(Struct, frozen=True):
     """One document. `content` is JSON text as `bytes`, or the data parsed from YAML.
 
     `line_of` returns the 1-based line number of the field at a path. If the field does not exist, `line_of` returns the
-    line of its closest existing parent; 0 means unknown. `duplicate_keys` are the paths of keys that occur more than
+    line of its nearest existing ancestor; 0 means unknown. `duplicate_keys` are the paths of keys that occur more than
     once in a YAML mapping, if the caller allowed duplicate keys. `content` has the last value of each duplicate key.
     """
 

@@ -51,8 +51,8 @@ CTA_FILTER_F_CTA_PROTO_NUM = 1 << 3
 CTA_FILTER_F_CTA_PROTO_DST_PORT = 1 << 5
 
 MAX_FILTERED_DUMPS = 4
-"""Maximum number of destinations for which the entries are requested with one filtered dump each. For more
-destinations, a single dump requests all UDP entries.
+"""Maximum number of destinations for which separate filtered dumps are requested. If there are more destinations, a
+single dump requests all UDP entries.
 
 For each filtered dump, the kernel walks its whole hash table (9 ms for 262,144 buckets). It needs 1.7 us for each entry
 in a reply. With 50,000 entries, four filtered dumps take 70 ms, and one dump of all entries takes 130 ms.
@@ -62,7 +62,7 @@ _PORT = struct.Struct(">H")
 FlowSockets: TypeAlias = tuple[bytes, bytes]
 """The original destination and the reply source of an entry. Each is a packed address followed by a packed port."""
 IsStale: TypeAlias = Callable[[str, str], bool]
-"""Returns whether flows with an original destination and a reply source are stale. Both arguments are "ip:port"."""
+"""Returns whether the flows with the given original destination and reply source ("ip:port") are stale."""
 
 
 class TupleLayout(Struct, frozen=True):
@@ -93,8 +93,8 @@ class UdpConntrack:
     def clean(self, destinations: Collection[str], is_stale: IsStale) -> int:
         """Delete the stale entries of flows to these destinations; return how many entries were deleted.
 
-        A destination is "ip:port", or ":port" for this port on any address. `is_stale` is called once for all flows
-        that have the same destination and the same reply source. Raises `OSError` if stale entries may remain.
+        A destination is "ip:port", or ":port" for this port on any address. `is_stale` is usually called only once for
+        all flows with the same destination and the same reply source. Raises `OSError` if stale entries may remain.
 
         An entry outside the default conntrack zone is deleted only if its destination is translated. If it is not
         translated, the entry is only a second view of the same flow. For example, Open vSwitch also tracks flows in its
@@ -224,12 +224,12 @@ def dump_request(layout: TupleLayout, address: bytes = b"", port: bytes = b"") -
 class ConntrackEntryReader:
     """Reads conntrack entries of one IP family from netlink messages.
 
-    The methods receive a message as the buffer that contains it and the position of its payload in the buffer.
+    A method that reads a message takes the buffer that contains the message and the position of its payload there.
 
-    An entry has two tuples, one for each direction. The kernel writes them first. Their attributes are always the same
-    and in the same order, unless a conntrack zone applies to only one direction. An entry with this standard layout has
-    a fingerprint. It is an integer that consists of the attribute headers, the protocol, the original destination and
-    the reply source. Entries that differ only in their client have the same fingerprint. Computing a fingerprint is
+    A message begins with the two tuples of an entry, one for each direction. For UDP, the tuples always have the same
+    attributes in the same order, unless a conntrack zone applies to only one direction. An entry with this standard
+    layout has a fingerprint: an integer that consists of the attribute headers, the protocol, the original destination
+    and the reply source. Entries that differ only in their client have the same fingerprint. Computing a fingerprint is
     many times faster than parsing the attributes.
     """
 
@@ -275,7 +275,7 @@ class ConntrackEntryReader:
         return tuples[destination[0]] + tuples[destination[1]], tuples[source[0]] + tuples[source[1]]
 
     def identity(self, data: bytes, begin: int, end: int) -> bytes:
-        """Return the attributes that identify exactly this entry in a deletion: the reply tuple, the zone and the ID.
+        """Return the reply tuple, the zone and the ID: the attributes with which a request deletes exactly this entry.
 
         The original tuple and the ID would not be enough. The kernel derives the ID from the original tuple and from
         the entry's address in memory. A new entry with the same original tuple can therefore have the same ID, if it is

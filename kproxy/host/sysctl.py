@@ -60,7 +60,7 @@ def ensure_route_localnet(root: Path = ROOT) -> list[str]:
 
 
 def _name(path: str) -> str:
-    """Return the name of a sysctl as sysctl(8) writes it, or the absolute path of any other parameter."""
+    """Return `sysctl NAME` for a sysctl, with its name as in sysctl(8), or the absolute path of any other parameter."""
     below = path.removeprefix(_SYSCTLS)
     return f"/{path}" if below == path else f"sysctl {below.replace('/', '.')}"
 

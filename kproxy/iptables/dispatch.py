@@ -2,8 +2,8 @@
 
 Dispatch chains are shared by all Services and match the destinations of packets. In a flat chain, the kernel checks
 every new connection on the node against one rule for each Service, even if the connection is not addressed to any
-Service. The shards of a split chain are smaller chains, each for a part of the destinations. The layout depends only on
-the current rules, not on earlier layouts.
+Service. The shards of a split chain are smaller chains, each for a subset of the destinations. The layout depends only
+on the current rules, not on earlier layouts.
 """
 
 from __future__ import annotations
@@ -156,11 +156,11 @@ class _ShardTree:
         ]
 
     def _split(self, first: int, last: int, free_bits: int, min_free_bits: int) -> Iterator[tuple[int, int]]:
-        """Yield ranges of indexes into which to split the rules in `[first, last)`, one for each shard.
+        """Split the rules with indexes in `[first, last)` into shards, and yield the range of indexes of each shard.
 
-        The destinations of the rules are in one block with `free_bits`. The block is halved until the rules of each
-        part fit into a shard. A block with `min_free_bits` is never halved. The block of all destinations is always
-        halved, because `iptables-save` does not print a match for all destinations.
+        The destinations of the rules are in one block with `free_bits` free bits. The block is halved repeatedly until
+        the rules of each part fit into a shard or the part has only `min_free_bits` free bits. The block of all
+        destinations is always halved, because `iptables-save` does not print a match for all destinations.
         """
         if first == last:
             return
@@ -174,10 +174,11 @@ class _ShardTree:
         yield from self._split(cut, last, free_bits - 1, min_free_bits)
 
     def _add_shard(self, first: int, last: int, level: int) -> str:
-        """Add the shard for the rules with indexes in `[first, last)`; return the match and jump of the rule for it.
+        """Add the shard for the rules with indexes in `[first, last)`.
 
-        The rule matches the smallest block that contains all destinations of the shard. If the shard is itself split,
-        its block is enlarged until the number of free bits is a multiple of `LEVEL_BITS`.
+        Return the match and the jump of the rule that leads to the shard. This rule matches the smallest block that
+        contains all destinations of the shard. If the shard is itself split, its block is enlarged until the number of
+        free bits is a multiple of `LEVEL_BITS`.
         """
         destination = self._destinations[first]
         free_bits = (destination ^ self._destinations[last - 1]).bit_length()

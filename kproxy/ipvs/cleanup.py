@@ -160,7 +160,7 @@ def _remove_servers(leftovers: IpvsLeftovers, result: IpvsCleanupResult) -> bool
 
 
 def _server_entries(names: Iterable[str]) -> set[IpsetEntry]:
-    """Return the entries of the named ipsets that stand for virtual servers. Other ipsets are ignored."""
+    """Return the virtual servers that the named ipsets contain, as ipset entries. Ignore ipsets for other purposes."""
     entries: set[IpsetEntry] = set()
     for name in names:
         if name in _SETS_WITH_ADDRESSES:

@@ -42,7 +42,7 @@ class Store:
     A delta that repeats the known state changes nothing. EndpointSlices may arrive before their Service. `kinds` are
     the kinds of objects to store; all of them must be listed before the state is complete.
 
-    Services and EndpointSlices are stored packed, because only few of them are needed at the same time (see
+    Services and EndpointSlices are stored packed, because only a few of them are needed at the same time (see
     `kproxy.model.packed_objects`).
     """
 

@@ -256,9 +256,9 @@ def _bitwise(mask: bytes, xor: bytes) -> bytes:
 
 
 def _lookup(name: str, destination: int | None = None) -> bytes:
-    """Look up the key that starts in NFT_REG32_00 in a set or map.
+    """Return the expression that searches a set or map for the key whose first register is NFT_REG32_00.
 
-    If `destination` is given, store the map's value in that register.
+    If `destination` is given, the expression stores the map's value in that register.
     """
     store = () if destination is None else (u32_attribute(nf.NFTA_LOOKUP_DREG, destination),)
     return _expression(
@@ -299,7 +299,7 @@ def _numgen(register: int, modulus: int) -> bytes:
 
 
 def _dnat(family: Family, port_register: int) -> bytes:
-    """Translate the packet's destination to the address in NFT_REG32_00 and the port in `port_register`."""
+    """Return the expression for DNAT to the address in NFT_REG32_00 and the port in `port_register`."""
     return _expression(
         "nat",
         u32_attribute(nf.NFTA_NAT_TYPE, nf.NFT_NAT_DNAT),

@@ -32,10 +32,10 @@ class NftablesUnsupportedError(Exception):
 
 
 def choose_commit(family: Family) -> Commit:
-    """Return the way to commit transactions that works on this node: over netlink or, as a fallback, with `nft`.
+    """Return a `Commit` that works on this node: one that uses netlink or, as a fallback, one that runs `nft`.
 
-    Raises `NftablesUnsupportedError` if neither works for the family, and `InconclusiveError` if `nft` was killed or
-    could not be started, so that the probe shows nothing.
+    Raises `NftablesUnsupportedError` if neither works for the family. Raises `InconclusiveError` if netlink does not
+    work and the probe of `nft` has no result, because `nft` was killed or could not be started.
     """
     try:
         NetlinkCommit(family, PROBE_TABLE)(probe_transaction(family))

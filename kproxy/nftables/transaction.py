@@ -19,7 +19,7 @@ class Transaction(Struct):
     creates it again. Elements are listed by the name of their set. `flushed_chains` are chains whose rules are all
     deleted. `added_chains` are created without rules, and then all rules of each chain in `added_rules` are appended to
     it. A changed chain is therefore in both `flushed_chains` and `added_rules`. `added_endpoints` are the endpoint
-    elements of frontends that had none in the same map. `delete_table` deletes the table at the end.
+    elements of frontends that previously had no elements in the same map. `delete_table` deletes the table at the end.
     """
 
     create_table: bool = False
@@ -57,8 +57,8 @@ class Transaction(Struct):
         """Move the creation of new regular chains to a separate transaction, and return that transaction.
 
         It must be committed before this one. It also creates the new sets, because the new chains can use them. Return
-        None if there are no new chains. Also return None if this transaction creates the table or replaces a set,
-        because the new chains cannot be created earlier then.
+        None if there are no new chains. Also return None if this transaction creates the table or replaces a set: in
+        these cases, the new chains cannot be created in advance.
 
         For each packet, the kernel evaluates the rules of one generation, but it looks up sets in their latest state
         (Linux 6.18, `nft_do_chain`). Assume that one transaction added both a chain and an element whose verdict is a

@@ -113,7 +113,7 @@ TIMEOUTS = {
 class Connection:
     """The non-blocking socket of a client, and the state of the connection.
 
-    The server closes the connection after `deadline`, because the client takes too long. `deadline` and `now` are in
+    After `deadline`, the client has taken too long, and the server closes the connection. `deadline` and `now` are in
     seconds of a monotonic clock. `wall` returns seconds since the epoch.
     """
 
@@ -134,7 +134,10 @@ class Connection:
         return EVENT_WRITE if self._state in {ConnectionState.SENDING, ConnectionState.QUEUED} else EVENT_READ
 
     def proceed(self, now: float) -> None:
-        """Receive, process and send as much as possible without blocking. This can change `events` and `deadline`."""
+        """Receive or send without blocking, and process at most one request.
+
+        This can change `events` and `deadline`.
+        """
         try:
             if self._state is ConnectionState.SENDING:
                 self._send(now)

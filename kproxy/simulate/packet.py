@@ -126,8 +126,9 @@ class PacketState(Struct, frozen=True):
     """The properties of a packet that rules can match or change. Addresses are integers.
 
     `port` is the destination port. DNAT changes `destination` and `port`. `interface` is the input interface, or "" if
-    the packet has not been received on an interface yet. `verdict` is None unless a rule or the policy of a chain drops
-    or rejects the packet: an accepted packet continues with the next chain, where it can still be dropped.
+    the node itself sends the packet and it has not returned through the interface `lo`. `verdict` is None unless a
+    rule or the policy of a chain drops or rejects the packet: an accepted packet continues with the next chain, where
+    it can still be dropped.
     """
 
     packet: Packet

@@ -83,8 +83,8 @@ class Reconciler:
         Every `check_interval` seconds, a quick drift check looks for rules that another process removed. Every
         `full_check_interval` seconds, which should be a multiple of `check_interval`, all rules are compared.
 
-        `monitor` is called with the store and the current time after each batch of messages, even before the first
-        sync. It returns the seconds until it should be called again if no message arrives, or None.
+        `monitor` is called with the store and the current time whenever the reconciler wakes up, even before the first
+        sync. It returns the number of seconds after which it should be called even if no message arrives, or None.
 
         Once `programs_stopped` returns True, kproxy is stopping and has killed the programs that a sync was waiting
         for. A sync that fails after that is logged as canceled.

@@ -1,7 +1,7 @@
 """Decode the Services, EndpointSlices, Nodes and ServiceCIDRs in the text of files. Pure.
 
 A file contains the output of `kubectl get -o yaml` or `kubectl get -o json`, or a response body of the API server. It
-can be one object, a `List`, or a typed list such as `ServiceList`. The items of a typed list need no `kind` and
+can be one object, a `List`, or a typed list such as `ServiceList`. The items of a typed list need no `kind` or
 `apiVersion`. A YAML file can have several documents.
 """
 
@@ -38,7 +38,7 @@ MANIFEST_KINDS = {
     "Node": ManifestKind(Node, ("v1",), namespaced=False),
     "ServiceCIDR": ManifestKind(ServiceCIDR, ("networking.k8s.io/v1", "networking.k8s.io/v1beta1"), namespaced=False),
 }
-"""Maps the `kind` of an object in a file to the kind that kproxy uses for it."""
+"""The kinds that kproxy uses, keyed by the `kind` that objects have in files."""
 
 Identity: TypeAlias = tuple[str, str, str]
 """The kind, namespace and name of an object. The namespace is "" for Nodes and ServiceCIDRs."""
@@ -116,14 +116,18 @@ _decode_any = msgspec.json.Decoder().decode
 
 
 def load_objects(texts: Mapping[str, bytes]) -> LoadedManifests:
-    """Return the objects of files. `texts` maps each file's path to its text. Files with problems are ignored."""
+    """Return the objects of files. `texts` maps each file's path to its text.
+
+    For a file with problems, only the problems are returned, not the objects.
+    """
     return combine(parse_file(path, text) for path, text in texts.items())
 
 
 def combine(files: Iterable[ManifestFile]) -> LoadedManifests:
-    """Combine the objects of files in the order of their paths, ignoring files with problems.
+    """Combine the objects of files in the order of their paths.
 
-    If an object is defined more than once, the last definition is used.
+    For a file with problems, only the problems are returned, not the objects. If an object is defined more than once,
+    the last definition is used.
     """
     objects: dict[Identity, tuple[str, Object | None]] = {}
     notes: list[str] = []
@@ -222,7 +226,10 @@ class _FileParser:
 
 
 def _items(content: bytes | Any) -> Iterator[_ManifestItem]:
-    """Yield the items of a document that is a list, or the object of any other document. Raises `ObjectError`."""
+    """Yield the items of a document that is a list, or the object of any other document. Raises `ObjectError`.
+
+    A typed list of a kind that kproxy does not use, such as `PodList`, is yielded as one object.
+    """
     own = _type_of(content)
     if not own.kind:
         raise ObjectError("is missing", ("kind",))
