@@ -1,4 +1,4 @@
-"""The command-line parser: the list of commands, the layout of their help, and usage errors of one line."""
+"""The command-line parser: the list of commands, the layout of their help, and one-line usage errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COMMANDS = {
     "render": "print the rules for the objects in files, without changing anything",
     "completion": "print a shell completion script",
 }
-"""The commands and their summaries. The module of this package with the same name defines each command."""
+"""The commands and their summaries. Each command is defined by the module of the same name in this package."""
 DESCRIPTION = """\
 Service proxy for Kubernetes on Linux: programs iptables or nftables rules so
 that connections to Services reach their endpoints. Accepts kube-proxy's
@@ -69,7 +69,7 @@ class OneLineParser(argparse.ArgumentParser):
             super()._print_message(message, file)
 
     def reject(self, word: str) -> NoReturn:
-        """Print an error for an unknown argument or flag, suggest a similar flag if any, and exit with code 2."""
+        """Print an error for an unknown argument or flag, with a similar flag if there is one, and exit with code 2."""
         if not word.strip("-") or not word.startswith("-"):
             self.error(f"unexpected argument {word!r}")
         flag = word.partition("=")[0]
@@ -105,8 +105,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def command_line(described: Collection[str]) -> tuple[OneLineParser, dict[str, OneLineParser]]:
     """Return the top-level parser, and the parsers of all commands by name.
 
-    Only the parsers of the commands in `described` have flags. Defining flags
-    imports the configuration package, which would slow down every start.
+    Only the parsers of the commands in `described` have flags. Defining flags imports the configuration package, which
+    would slow down every start.
     """
     parser = OneLineParser(
         "kproxy",

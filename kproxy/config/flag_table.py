@@ -234,7 +234,7 @@ NO_EFFECT = (
     Flag("profiling", ("enableProfiling",), kind="bool"),
     Flag("show-hidden-metrics-for-version", ("showHiddenMetricsForVersion",), metavar="MAJOR.MINOR"),
 )
-"""Flags that have no effect: kproxy implements the features that they tune differently, with nothing to tune.
+"""Flags without effect. In kube-proxy, they tune features that kproxy implements in a way that needs no tuning.
 
 kproxy accepts them without a warning, except for feature gates that are unknown or disabled.
 """

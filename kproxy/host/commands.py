@@ -17,8 +17,8 @@ from typing import IO, Any, BinaryIO
 from msgspec import Struct
 
 PROBE_TIMEOUT_SECONDS = 30
-"""Timeout for the programs that kproxy runs at startup to detect capabilities. A program that hangs must not keep the
-node without Service rules.
+"""Timeout for the programs that kproxy runs at startup to detect capabilities. A hung program
+must not prevent kproxy from programming the node.
 """
 SLOW_SECONDS = 5.0
 """How long a program may run without progress before a warning is logged. The interval doubles with each warning."""
@@ -26,8 +26,8 @@ _LOCKS = Path("/proc/locks")
 _XTABLES_LOCK = "/run/xtables.lock"
 """The lock file of iptables, unless the environment variable XTABLES_LOCKFILE names another one."""
 _UNUSABLE = {errno.ENOENT, errno.EACCES, errno.ENOEXEC, errno.ENOTDIR, errno.EPERM, errno.ELOOP}
-"""Errors that mean that a program cannot be executed at all. Other errors may be temporary: for example, too many
-processes.
+"""Errors that mean that a program cannot be executed at all. Other errors may be temporary, such as those caused by too
+many processes.
 """
 
 log = logging.getLogger(__name__)
@@ -88,8 +88,8 @@ class CommandRunner:
         the program cannot be started. If the cause may be temporary, the error is an `InconclusiveError`.
         """
         pipe = subprocess.PIPE
-        # The input is a file, not a pipe: if communicate() is called again after a timeout, it does not write the rest
-        # of the input to a pipe (Python 3.11).
+        # The input is a file, not a pipe. In Python 3.11, a call of communicate() after a timeout does not resume
+        # writing to a pipe, so the program would never receive the rest of its input.
         with (
             _memory_file("stdin") as file,
             self._start(argv, stdin=_fill(file, stdin), stdout=pipe, stderr=pipe) as (process, slow_log),
@@ -133,8 +133,8 @@ class CommandRunner:
     def stream_output(self, argv: Sequence[str], *, timeout: float) -> Iterator[Iterator[str]]:
         """Run a program and yield an iterator over the lines of its output, without holding all output in memory.
 
-        A program that is still writing when the caller leaves the context is terminated. A program is killed after
-        `timeout` seconds. Raises `CommandError` if the program cannot be started, fails or is killed.
+        If the program is still writing when the caller leaves the context, it is terminated. After `timeout` seconds,
+        it is killed. Raises `CommandError` if the program cannot be started, fails or is killed.
         """
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
         with self._watched(argv, timeout, **streams) as (process, stderr, watchdog):

@@ -7,7 +7,7 @@ import signal
 STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT})
 """The signals that shut the daemon down. The rules stay in the kernel."""
 STACK_DUMP_SIGNALS = frozenset({signal.SIGUSR1, signal.SIGQUIT})
-"""The signals after which the daemon dumps the stacks of all threads to stderr and continues to run."""
+"""The signals on which the daemon dumps the stacks of all threads to stderr. It continues to run."""
 IGNORED_SIGNALS = frozenset({signal.SIGHUP, signal.SIGUSR2})
 """The signals that the daemon only logs. Their default action would terminate the process without a log message."""
 HANDLED_SIGNALS = STOP_SIGNALS | STACK_DUMP_SIGNALS | IGNORED_SIGNALS

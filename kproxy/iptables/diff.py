@@ -43,13 +43,14 @@ omitted.
 class IptablesDiff:
     """The transactions, in order, that take the kernel from the state in a ledger to the desired state.
 
-    A `snapshot` of the kernel's rules is given if the ledger is not known to match the kernel: at startup and after a
-    failure. Then the ledger must be empty, and `desired` must contain all Services. The snapshot determines which
-    chains are written, which rules are inserted into chains that other tools also use, and which chains are deleted.
+    A `snapshot` of the kernel's rules is given if the ledger is not known to match the kernel, for example at startup
+    and after a failure. The ledger must then be empty, and `desired` must contain all Services. The snapshot determines
+    which chains are written, which rules are inserted into chains that other tools also use, and which chains are
+    deleted.
 
     The dispatch chains are the shared chains that match a packet's destination and jump to per-Service chains. A
-    dispatch chain of more than `dispatch_threshold` rules is split into shards, which are smaller chains for parts of
-    the destinations.
+    dispatch chain with more than `dispatch_threshold` service rules is split into shards: smaller chains, each of which
+    handles some of the destinations. If `dispatch_threshold` is 0, no dispatch chain is split.
 
     The time that iptables-nft needs for a transaction grows with the square of the number of rules in it. A change of
     more than `max_transaction_rules` rules is therefore split into several transactions, each of which is safe on its
@@ -58,7 +59,9 @@ class IptablesDiff:
 
     With a `rule_counter`, a long per-Service chain is patched rule by rule, provided that only a few of its rules
     differ and that the chain has the same number of rules in the kernel as in the ledger. All other chains are
-    rewritten: iptables-nft needs more time to find one rule among 10,000 than to write the 32 rules of a shard.
+    rewritten. In particular, dispatch chains and shards are never patched: iptables-nft can write the 32 rules of a
+    shard in less time than it needs to find one rule in a chain of 10,000.
+
     `patched` maps each patched chain to its Service and to the number of rules that the chain must have after the
     transactions.
 
@@ -152,7 +155,7 @@ class IptablesDiff:
         yield from (RestoreInput({shard: rules}) for shard, rules in self._shard_changes())
 
     def _service_changes(self) -> Iterator[RestoreInput]:
-        """For each Service, yield one change to all of its per-Service chains, which are always updated together."""
+        """Yield one change for each Service whose per-Service chains must change. It covers all of these chains."""
         for key, ports in self._desired:
             record = {name: PortRecord.from_rendered(rendered) for name, rendered in ports.items()}
             self._services[key] = record
@@ -189,7 +192,10 @@ class IptablesDiff:
             change.chains[chain] = rules
 
     def _shard_changes(self) -> Iterator[tuple[ChainName, str]]:
-        """Yield each shard to write, with its rules. Store the dispatch chains to write for `_entry_change`."""
+        """Yield the shards to write, with their rules.
+
+        The dispatch chains to write are stored; `_entry_change` returns them.
+        """
         trailing_rules = dispatch_trailing_rules(self._context)
         self._resolution = self._ledger.resolve_conflicts(self._context.family, self._services)
         omitted = self._resolution.omitted_rules

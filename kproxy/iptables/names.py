@@ -1,6 +1,6 @@
 """Names of iptables chains. Pure.
 
-Except for shards, they are the same as in kube-proxy, because administrators and other tools rely on them.
+Except for the names of shards, they are the same as in kube-proxy, because administrators and other tools rely on them.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ SHARD_PREFIXES = {
 }
 """Name prefixes of the shards of each dispatch chain. A shard is named, for example, `KUBE-SVC-10.96.16.0/20`.
 
-These prefixes allow kube-proxy to replace kproxy: it deletes unused chains in table nat whose names have one of these
-prefixes. If kube-proxy did not delete a shard, the per-Service chains to which the shard jumps would remain in use, and
-kube-proxy could not delete them.
+These prefixes allow kube-proxy to replace kproxy, because kube-proxy deletes unused chains in table nat whose names
+have one of these prefixes. If kube-proxy did not delete a shard, the per-Service chains to which the shard jumps would
+remain in use, and kube-proxy could not delete them.
 """
 _MAX_ADDRESS_BITS = 128
 _SHARD = re.compile(

@@ -16,7 +16,7 @@ FOLDER_VARIABLE = "KPROXY_IPTABLES"
 `legacy/iptables-save` etc.
 """
 KUBELET_CHAINS = ("KUBE-IPTABLES-HINT", "KUBE-KUBELET-CANARY")
-"""Chains in table mangle by which the kubelet shows which variant it uses. KUBE-IPTABLES-HINT is the hint of KEP-3178.
+"""Chains in table mangle that reveal which variant the kubelet uses. KUBE-IPTABLES-HINT is the hint of KEP-3178.
 Older kubelets create only KUBE-KUBELET-CANARY.
 """
 LEGACY_TABLE_FILES = {

@@ -17,8 +17,8 @@ def endpoints_by_socket(
     """Return the endpoints of one service port, keyed by `ip:port` and sorted by key.
 
     An EndpointSlice port belongs to the service port with the same name and protocol. While an endpoint moves from one
-    slice to another, both slices may list it, possibly in different states. The entries are then compared by three
-    conditions, in this order: not terminating, ready, serving. The first condition that only one entry meets decides.
+    slice to another, both slices may list it, possibly in different states. Three conditions are then checked in this
+    order: not terminating, ready, serving. The first condition that exactly one entry meets selects it.
     """
     endpoints: dict[str, Endpoint] = {}
     for endpoint_slice in slices:

@@ -256,7 +256,7 @@ def _operator(*, negate: bool) -> str:
 
 
 def _format_network(network: str) -> str:
-    """Return a network as nft prints it. A network with only one address has no prefix length."""
+    """Return a network as nft prints it. The prefix length is omitted if the network is one address."""
     return network.removesuffix("/128" if ":" in network else "/32")
 
 

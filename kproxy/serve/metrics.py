@@ -89,7 +89,7 @@ class Metrics:
             self._metrics.no_local_endpoints.labels(name, policy).set(number)
 
     def on_probe(self, page: str, status: int) -> None:
-        """Count a response of `page` ("healthz" or "livez") with an HTTP status."""
+        """Count a response of `page` ("healthz" or "livez") under its HTTP status."""
         self._metrics.probes[page].labels(str(int(status))).inc()
 
     def set_node_missing(self, missing: bool) -> None:
@@ -164,7 +164,7 @@ class MissingLocalEndpoints:
 
     @property
     def totals(self) -> tuple[int, int]:
-        """Two numbers: the ports whose internal traffic is dropped, and the ports whose external traffic is dropped."""
+        """The number of ports whose internal traffic is dropped, and the number whose external traffic is dropped."""
         return self._internal, self._external
 
     def update(self, plans: Mapping[ServiceKey, Sequence[ServicePortPlan]], *, complete: bool) -> None:

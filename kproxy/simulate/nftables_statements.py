@@ -29,7 +29,7 @@ _MARK_OPERATORS: dict[str, Callable[[int, int], int]] = {"|": or_, "^": xor, "&"
 _DEFAULT_REJECT = {Family.IPV4: "icmp-port-unreachable", Family.IPV6: "icmp6-port-unreachable"}
 
 KeyType: TypeAlias = Literal["address", "protocol", "port", "number"]
-"""The type of one part of a key. `number` is a random number (numgen); the other types are read from the packet."""
+"""The type of one part of a key. `number` is a random number (numgen). Other values are read from the packet."""
 
 
 class TokenReader:
@@ -125,8 +125,8 @@ class TokenReader:
 class KeyPart(Struct, frozen=True):
     """One part of a key.
 
-    `read` returns the packet's value of this part. A part of type `number` is a random number from 0 to `modulus` - 1
-    instead, and `read` is not called. `modulus` is 0 for parts of other types.
+    `read` returns the packet's value for this part. It is not called for a part of type `number`, whose value is a
+    random number from 0 to `modulus` - 1. `modulus` is 0 for parts of other types.
     """
 
     type: KeyType
@@ -156,7 +156,7 @@ class KeyExpression(Struct, frozen=True):
         return len(self.parts) == 1 and self.parts[0].is_source
 
     def evaluate(self, state: PacketState) -> tuple[Hashable, ...]:
-        """Return the packet's value of each part, without the random number."""
+        """Return the packet's value for each part, without the random number."""
         return tuple(part.read(state) for part in self.parts if part.type != "number")
 
 
@@ -418,9 +418,9 @@ def _parse_fib(tokens: TokenReader) -> PacketMatch:
 
 
 def _parse_iifname(tokens: TokenReader) -> PacketMatch:
-    """Match the name of the input interface. A name in the rule that ends with `*` is a prefix.
+    """Parse a match on the name of the input interface. A trailing `*` in the rule makes the name a prefix.
 
-    The name is "" for packets that the node itself sends.
+    A packet that the node itself sends has the interface name "".
     """
     negated = tokens.accept("!=")
     name = tokens.quoted()

@@ -16,8 +16,8 @@ class NodeMonitor:
     """Checks the Node in the reconciler's thread. Any thread may read `reason`.
 
     If `required` is true, the Node must exist. If `needs_pod_cidrs` is true, the Node must exist and have
-    `spec.podCIDRs`, and nothing is programmed before it first has them. `on_missing` is called with True when the Node
-    is found to be missing, and with False when it exists again.
+    `spec.podCIDRs`, and nothing is programmed until it has them for the first time. `on_missing` is called with True
+    when the Node is found to be missing, and with False when it exists again.
     """
 
     def __init__(

@@ -26,7 +26,7 @@ KEEPALIVE = [
     (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
 ]
-"""Socket options that detect a dead peer within a minute."""
+"""Socket options: urllib3's default, TCP_NODELAY, and keepalive probes that detect a dead peer within a minute."""
 CONNECTIONS = 8
 """Maximum number of idle connections to keep.
 
@@ -115,7 +115,7 @@ class StaticConfig(Struct, frozen=True):
     `source` names the kubeconfig in messages. `authority` contains the trusted certificate authorities; if it is None,
     those of the system are trusted. If `insecure` is true, the server's certificate is not verified. `server_name` is
     the name that the server's certificate must contain; if it is "", the certificate must contain the host in the URL.
-    `rotates` is explained at `ClusterAccess.rotates`.
+    For `rotates`, see `ClusterAccess.rotates`.
     """
 
     source: str
@@ -169,7 +169,7 @@ def find_static_config(
     - The kubeconfig has a field that is not supported by this function, such as `exec` or `proxy-url`.
     - The variables in `environment` require a proxy for the server.
 
-    Environment variables are read from `environment`, not from the process. `first` is explained at `read_token`.
+    Environment variables are read from `environment`, not from the process. For `first`, see `read_token`.
 
     Raises `ClientError` if a referenced file cannot be read, if the token or a base64 value is invalid, if
     `check_entries` rejects the kubeconfig, or if the Pod's environment does not contain the API server's address.
@@ -196,9 +196,9 @@ def check_server(server: str, source: str | None) -> None:
 def check_entries(cluster: Mapping[str, Any], user: Mapping[str, Any], source: str) -> None:
     """Raise `ClientError` for kubeconfig settings that must not be ignored. `source` is the file's path.
 
-    If impersonation were ignored, kproxy would use the permissions of the user itself, who is usually more powerful
-    than the impersonated user. A certificate authority together with `insecure-skip-tls-verify` is ambiguous; kubectl
-    rejects this combination too.
+    If impersonation were ignored, kproxy would act with the permissions of the kubeconfig's user, which usually exceed
+    those of the impersonated user. A certificate authority together with `insecure-skip-tls-verify` is ambiguous;
+    kubectl rejects this combination too.
     """
     if used := [name for name in _IMPERSONATION if user.get(name)]:
         raise ClientError(f"{source}: user: {', '.join(used)}: impersonation is not supported")
@@ -231,9 +231,8 @@ def read_token(user: Mapping[str, Any], folder: Path, source: str, *, first: boo
 def usable_token(token: str | bytes, source: str) -> str:
     """Return a token without leading and trailing white space.
 
-    Raises `ClientError` if the token is empty or contains characters other than visible ASCII, because these
-    other characters are not valid in the header (RFC 9110, section 5.5). The message begins with `source` and does not
-    quote the token.
+    Raises `ClientError` if the token is empty or contains a character that is not visible ASCII and therefore not valid
+    in the header (RFC 9110, section 5.5). The message begins with `source` and does not quote the token.
     """
     text = (token if isinstance(token, str) else token.decode(errors="replace")).strip()
     if not text:

@@ -38,7 +38,9 @@ class ManifestUpdate(Struct, frozen=True):
 
 
 class ManifestState:
-    """Computes the objects to deliver from snapshots of the files. Pure. Pass snapshots in the order of reading.
+    """Computes the objects to deliver from snapshots of the files. Pure.
+
+    Snapshots must be passed in the order in which they were read.
 
     Nothing is delivered until all files are valid for the first time. Delivering earlier, without the objects of the
     invalid files, would delete the rules that a previous process programmed for these objects. From then on, if a file
@@ -134,7 +136,7 @@ class FileSource:
             self._sink(update.replacements)
 
     def _log(self, update: ManifestUpdate) -> None:
-        """Log the lines that were not part of the previous update, and when all files are valid again."""
+        """Log the lines that were not part of the previous update. Also log when all files have become valid again."""
         lines = [(logging.ERROR, str(problem)) for problem in update.problems]
         lines += ((logging.WARNING, warning) for warning in update.warnings)
         lines += ((logging.INFO, note) for note in update.notes)
