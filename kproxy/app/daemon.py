@@ -173,7 +173,7 @@ class Daemon:
     def _build(self, parts: ExitStack) -> Reconciler:
         """Create, connect and start all parts.
 
-        All steps that may fail run before anything on the node is changed. Kernel parameters are changed first.
+        The steps that are likely to fail run before the first change to the node, which is to its kernel parameters.
         """
         check_privileges()
         client = None if self._objects is not None else _connect(self._config, self._server)

@@ -60,9 +60,9 @@ def apply(config: Config, objects: str) -> None:
 def render(config: Config, objects: str) -> dict[Family, str]:
     """Render the rules for the objects in a file or directory, as if the kernel had no rules.
 
-    Returns a text for each family: the input for `iptables-restore` in iptables mode, or for `nft -f` in nftables mode.
-    `mode: ""` renders nftables rules. Except for the objects, only the host name of this machine is read. Raises
-    `FileSourceError`.
+    Returns, for each family, the input for `iptables-restore` in iptables mode, or for `nft -f` in nftables mode. If
+    the configuration has `mode: ""`, the rules are for nftables mode. They depend only on the configuration, on the
+    objects and on the host name of this machine. Raises `FileSourceError`.
     """
     config = config.resolved("nftables") if not config.mode else config
     store = load_store(config, objects)
@@ -84,7 +84,11 @@ def _printer(config: Config, family: Family, show: Callable[[str], object]) -> B
 
 
 def _assumed_context(config: Config, family: Family) -> Callable[[Node | None], Context]:
-    """Return a `make_context` function for a node that has all features and the addresses of its Node object."""
+    """Return a `make_context` function that does not inspect this machine.
+
+    It assumes that the kernel and iptables support all optional features, and that the node has exactly the addresses
+    listed in its Node object.
+    """
 
     def context(node: Node | None) -> Context:
         addresses = node.addresses if node else ()

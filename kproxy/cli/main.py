@@ -43,7 +43,7 @@ def _report(error: object, code: int) -> int:
 
     for line in str(error).split("\n"):  # not splitlines(): a quoted value can contain U+2028
         if writes_json():
-            logging.getLogger(__name__).error("%s", line)  # a parser of the log expects that every line is JSON
+            logging.getLogger(__name__).error("%s", line)  # a log parser expects every line to be JSON
         else:
             print(f"kproxy: {printable(line)}", file=sys.stderr)
     return code

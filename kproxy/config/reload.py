@@ -47,7 +47,7 @@ class ConfigWatcher:
         self._watcher.start()
 
     def stop(self, timeout: float) -> None:
-        """Stop the thread. If a call to `changed` is running, wait at most `timeout` seconds until it returns."""
+        """Stop the thread. If a call to `changed` is running, wait at most `timeout` seconds for it to return."""
         self._watcher.stop(timeout)
 
     def _check(self, snapshot: PathSnapshot) -> bool:

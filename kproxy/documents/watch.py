@@ -27,7 +27,9 @@ from kproxy.host.inotify import (
 SUFFIXES = (".json", ".yaml", ".yml")
 """In a directory, files with these suffixes are object files: files that contain API objects."""
 SETTLE_TIMEOUT = 1.0
-"""Maximum number of seconds to wait until no process is writing to the files. After that, they are used as they are."""
+"""Maximum number of seconds to wait for other processes to finish writing the files. After that, the files are read as
+they are.
+"""
 log = logging.getLogger(__name__)
 
 
@@ -94,9 +96,9 @@ class WatchedPaths(Struct, frozen=True):
     """The directories to watch for a path, and the relevant entries in them.
 
     `files` contains the path itself, the files to read, and the targets of the files that are symbolic links.
-    `directory` is the path if it is a directory, otherwise "". `parent` is the closest parent directory that exists. In
-    `parent`, only changes to the entry `awaited` are relevant. If `awaited` is "", changes to any entry of `parent` are
-    relevant.
+    `directory` is the path if it is a directory, otherwise "". `parent` is the path's nearest existing ancestor
+    directory. In `parent`, only changes to the entry `awaited` are relevant. If `awaited` is "", changes to any entry
+    of `parent` are relevant.
     """
 
     directories: tuple[str, ...]
@@ -147,7 +149,8 @@ def find_watched_paths(path: str) -> WatchedPaths:
 class SettledReader:
     """Reads a path when, according to inotify, no process is writing to its object files.
 
-    All methods stop waiting when the file descriptor `wake` becomes readable. All methods may raise `InotifyError`.
+    `read` and `wait` stop waiting when the file descriptor `wake` becomes readable. The constructor and `read` may
+    raise `InotifyError`.
     """
 
     def __init__(self, path: str, inotify: Inotify, wake: int) -> None:

@@ -78,7 +78,7 @@ def delete_interface(index: int) -> None:
 
 
 class AddressMonitor:
-    """Calls `on_change` after an address of an interface was added, changed or removed.
+    """Calls `on_change` when an address of an interface has been added, changed or removed.
 
     The monitor has its own thread, which calls `on_change` once for all notifications that arrive together. `on_change`
     must not block.
@@ -101,8 +101,7 @@ class AddressMonitor:
     def stop(self, timeout: float) -> None:
         """Stop the thread and close the socket.
 
-        If the thread is in a call of `on_change` that takes longer than `timeout` seconds, return without closing the
-        socket.
+        If a running call to `on_change` does not return within `timeout` seconds, return without closing the socket.
         """
         self._stopping = True
         os.eventfd_write(self._wakeup, 1)

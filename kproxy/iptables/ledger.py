@@ -20,7 +20,7 @@ from kproxy.iptables.save_restore import SavedChain, count_rules
 from kproxy.model.types import Family, ServiceKey
 
 Digest = int
-"""Python's 64-bit hash of a text. The hash key is random, so digests from different processes cannot be compared."""
+"""Python's 64-bit hash of a string. The hash key is random, so digests from different processes cannot be compared."""
 
 
 class PortRecord(Struct, frozen=True, gc=False):
@@ -170,9 +170,9 @@ class IptablesLedger:
         self._base_rules = rules
 
     def resolve_conflicts(self, family: Family, changed: Mapping[ServiceKey, ServiceRecord]) -> ConflictResolution:
-        """Resolve the conflicts over frontends that exist after the records in `changed` replace those in the ledger.
+        """Resolve the conflicts over frontends that would exist if `changed` were already in the ledger.
 
-        The ledger itself is not changed.
+        The records in `changed` take precedence over those in the ledger. The ledger itself is not changed.
         """
         shared = self._frontends.shared_frontends({key: _dispatch_rules(record) for key, record in changed.items()})
         if not shared:

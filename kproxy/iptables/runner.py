@@ -67,9 +67,9 @@ _LEGACY_TABLE_FILES = {
 class RestoreError(Exception):
     """`iptables-restore` failed.
 
-    Usually the kernel has rejected the transaction of a table. Then neither this transaction nor any later one was
-    applied. The program also fails if another process holds the xtables lock, if it exceeds the time limit or is
-    killed, or if it exits before it has read all of its input. Transactions before the failure stay applied.
+    Usually, the kernel has rejected the transaction for a table. In that case, neither this transaction nor any later
+    one was applied. It is also a failure if another process holds the xtables lock, or if the program exceeds the time
+    limit, is killed, or exits before it has read all of its input. Transactions before the failure stay applied.
 
     `line` is the rejected line of the input, or "" if iptables did not report it.
     """
@@ -129,7 +129,7 @@ class IptablesRunner:
         self._version: IptablesVersion | None = None
 
     def stop(self) -> None:
-        """Kill the running program and do not start others. Any thread may call this.
+        """Kill the running program, and do not start any more programs. Any thread may call this.
 
         A transaction that the program has begun to send is applied completely or not at all. When this call returns,
         the kernel is no longer applying it, so the next kproxy process reads the final state.
@@ -154,8 +154,8 @@ class IptablesRunner:
         """Yield the rules of all tables as lines for `parse_save`, while iptables prints them. Raises `CommandError`.
 
         iptables-nft stops at a rule that it cannot print. In this case, each table is read separately, so that the
-        other tables can still be read. Tables are not read separately from the start, because iptables-nft needs as
-        much time for one table as for all.
+        other tables can still be read. Tables are not read separately from the start, because iptables-nft takes as
+        long to print one table as to print all of them.
 
         Any failure of iptables-nft after the program was started is handled in this way. For each table that cannot be
         read, the lines contain an `incompatible_line` with the reason. `CommandError` is raised if a program cannot be
@@ -339,9 +339,9 @@ def make_restore_error(program: str, code: int, stderr: str, line_at: Callable[[
 def check_tables(family: Family, version: IptablesVersion) -> None:
     """Raise `CommandError` if the kernel lacks a required table.
 
-    With iptables-legacy, one `iptables-restore --test` refers to all tables that do not exist yet. The kernel then
-    creates them, as for the first sync. `CommandError` is also raised if the program cannot be run. If another process
-    holds the xtables lock, the tables are assumed to be available.
+    With iptables-legacy, the check is a single `iptables-restore --test` whose input names all tables that do not exist
+    yet. This makes the kernel create them, as the first sync would. `CommandError` is also raised if the program cannot
+    be run. If another process holds the xtables lock, the tables are assumed to be available.
 
     iptables-nft contacts the kernel only if it has something to write, so the kernel's support for NAT is checked over
     netlink instead.

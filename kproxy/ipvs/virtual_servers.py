@@ -61,7 +61,8 @@ def virtual_servers() -> list[VirtualServer]:
 def delete_virtual_servers(servers: Sequence[VirtualServer]) -> dict[VirtualServer, str]:
     """Delete virtual servers. Return the ones that could not be deleted, with the reasons.
 
-    Raises `OSError` if the requests cannot be sent or the replies cannot be received.
+    Raises `OSError` if the kernel does not support IPVS, or if the requests cannot be sent or the replies cannot be
+    received.
     """
     with NetlinkSocket(NETLINK_GENERIC) as netlink:
         family_id = resolve_family_id(netlink, IPVS_GENL_NAME)

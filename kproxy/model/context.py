@@ -38,8 +38,8 @@ def local_traffic(
 ) -> LocalTraffic:
     """Return how to recognize packets from local pods in one IP family, given a `detectLocalMode`.
 
-    ClusterCIDR and NodeCIDR use the first CIDR of the family in `cluster_cidrs` or `pod_cidrs`. If there is no CIDR of
-    the family, packets from its local pods cannot be recognized.
+    ClusterCIDR uses the first CIDR of the family in `cluster_cidrs`, and NodeCIDR the first one in `pod_cidrs`. If
+    there is none, packets from local pods cannot be recognized in this family.
     """
     if mode == "BridgeInterface":
         return LocalTraffic(interface=bridge)
@@ -50,7 +50,7 @@ def local_traffic(
 
 
 class Context(Struct, frozen=True):
-    """Everything except Services and EndpointSlices that the rules of one IP family depend on.
+    """Everything that the rules of one IP family depend on, except Services and EndpointSlices.
 
     If any field changes, all Services are rendered again.
 
@@ -61,7 +61,7 @@ class Context(Struct, frozen=True):
     these objects must exist before a rule can refer to them. If `random_fully` is true, the source ports of masqueraded
     packets are randomized. If `large_cluster` is true, per-endpoint rules have no comments.
 
-    `service_cidrs` are the ranges from which ClusterIPs are allocated. It is empty while the ranges are unknown.
+    `service_cidrs` are the ranges from which ClusterIPs are allocated; an empty tuple means that they are unknown.
     nftables mode drops packets to an address in these ranges if no Service has that address.
     """
 

@@ -1,4 +1,4 @@
-"""Objects stored as MessagePack, which takes a third of the memory, and decoded on access. Pure."""
+"""Objects that are stored as MessagePack, in a third of the memory, and decoded on each access. Pure."""
 
 from __future__ import annotations
 

@@ -52,8 +52,9 @@ class NftablesDiff:
         self._endpoint_size = endpoint_size(context.family)
         self._context_changed = ledger.context != context
         self._verdicts_changed = False
-        # The current state of everything that the next transaction may change: for each key, the frontend that owns it;
-        # for each counted element, whether it exists; and the old and new states of Services with their own chains.
+        # What the next transaction may change, as it was in the ledger after the previous transaction: for each
+        # frontend key, the claim that owned the frontend; for each counted element, whether it existed; and the old
+        # state, next to the new one, of each Service that has or had its own chains or sets.
         self._frontends: dict[bytes, RenderedFrontend | None] = {}
         self._counted_elements: dict[tuple[str, bytes], bool] = {}
         self._services_with_chains: list[tuple[RenderedService | None, RenderedService | None]] = []

@@ -51,7 +51,7 @@ class HttpResponse(Struct, frozen=True):
 Handler: TypeAlias = Callable[[HttpRequest], HttpResponse]
 """Responds to a request.
 
-A handler runs in the server's thread, so it must not block. Reading memory or the kernel's state is allowed.
+A handler runs in the server's thread, so it must not block. It may use values in memory and query the kernel.
 """
 
 

@@ -32,16 +32,16 @@ class StatusServer:
 
     The reconciler must call the listeners in `on_queue`, `on_change` and `on_sync`.
 
-    - The metrics port shows `mode`, `configuration` (the content of a configuration file) and the result of `flags`
-      (the value of each command-line flag by name).
+    - The metrics port also serves `mode`, `configuration` (the content of a configuration file) and the result of
+      `flags` (the value of each command-line flag by name).
     - `healthz_address` and `metrics_address` are `IP:port`, or "" to disable the port. If `hard_fail` is true, `start`
       raises an error if one of the two ports cannot be opened.
     - The proxy is unhealthy if a change has been waiting for more than `health_timeout` seconds.
-    - `node` returns this Node, or None if it is unknown. `reason` returns the problem with this Node, or "".
+    - `node` returns this Node, or None if it is unknown. `reason` returns a description of the problem with this Node,
+      or "" if there is none.
     - `counters` reads the kernel's packet counters (see `PacketCounterCollector`).
     - `on_port_failed` is called if a health check node port cannot be opened.
-    - `clock` returns the time of the reconciler's monotonic clock in seconds. `wall` returns nanoseconds since the
-      epoch.
+    - `clock` is the reconciler's monotonic clock, in seconds. `wall` returns the nanoseconds since the epoch.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class StatusServer:
         self._server.start()
 
     def stop(self, timeout: float) -> None:
-        """Close all ports. If a request is being served, wait at most `timeout` seconds until it is complete."""
+        """Close all ports. If a request is being served, wait at most `timeout` seconds for it to complete."""
         self._server.stop(timeout)
 
     def _open(

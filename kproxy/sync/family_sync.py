@@ -42,7 +42,7 @@ class Backend(Protocol):
     def verify(self, context: Context) -> bool:
         """Run a quick drift check. Return False if it finds that another process changed kproxy's rules.
 
-        The next `sync` must then be a full sync.
+        If it returns False, `needs_full_sync` is true afterwards.
         """
 
     def forget(self) -> None:

@@ -16,9 +16,9 @@ from kproxy.model.types import Family, ServiceKey
 class ServiceCondition(Struct, frozen=True, gc=False):
     """Why some connections to a Service fail, or why unwanted clients can reach it.
 
-    `rejected` are the names of the ports that have no usable endpoints. `dropped` are the names of the ports that have
-    usable endpoints, but none on this node, if a traffic policy of the Service is Local. The name of an unnamed port is
-    "". `unrestricted` means that the load balancer addresses of this family are open to all sources, because all
+    `rejected` are the names of the ports that have no usable endpoints. If a traffic policy of the Service is Local,
+    `dropped` are the names of the ports that have usable endpoints, but none on this node. The name of an unnamed port
+    is "". `unrestricted` means that the load balancer addresses of this family are open to all sources, because all
     `loadBalancerSourceRanges` belong to the other family. `ports` is the total number of ports.
     """
 

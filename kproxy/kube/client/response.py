@@ -1,4 +1,4 @@
-"""HTTP responses from the API server, and the errors of connections. A body is read as a whole or as a stream."""
+"""HTTP responses from the API server, and connection errors. A body is read either as a whole or as a stream."""
 # ruff: noqa: PLC0415 - urllib3 takes megabytes of memory; only processes with a client load it
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ class TransportError(Exception):
 
 
 class IdleTimeoutError(TransportError):
-    """The server sent no data until the request's timeout expired."""
+    """The server sent no data before the request's timeout expired."""
 
 
 class ApiResponse:
@@ -45,8 +45,8 @@ class ApiResponse:
     def chunks(self) -> Iterator[bytes]:
         """Yield the decompressed body in pieces, as they arrive.
 
-        The iterator ends at the end of the response. Raises `IdleTimeoutError` if nothing arrives for the
-        request's timeout, and `TransportError` if the connection breaks.
+        The iterator ends at the end of the response. Raises `IdleTimeoutError` if nothing arrives within the request's
+        timeout, and `TransportError` if the connection breaks.
         """
         chunked = getattr(self._raw, "chunked", False)
         source = self._raw.read_chunked(_CHUNK_SIZE, decode_content=True) if chunked else None
@@ -66,7 +66,7 @@ class ApiResponse:
             self._raw.shutdown()
 
     def release(self) -> None:
-        """Release the connection, even if the body was not read to its end. Only the reading thread may call this."""
+        """Release the connection, even if the body was not read to the end. Only the reading thread may call this."""
         self._raw.close()
 
     def __enter__(self) -> ApiResponse:

@@ -26,7 +26,7 @@ from kproxy.model.delta import BASIC_KINDS, Delta, Invalid, Kind
 REPEAT_PERIOD = 60.0
 """Seconds for which the same message is not logged again."""
 IGNORED_FIELDS_PERIOD = 3600.0
-"""Like `REPEAT_PERIOD`, for messages about ignored fields. It is longer, because some are never corrected."""
+"""Like `REPEAT_PERIOD`, for messages about ignored fields. It is longer, because some objects are never corrected."""
 log = logging.getLogger(__name__)
 
 
