@@ -25,9 +25,8 @@ examples:
 {SYNTAX}
 Flags that apply only to `kproxy run` are accepted and ignored, but not listed.
 
-Also removes the rules of Services that are not in
-the files given with --objects. The
-exit code is 0 only if the kernel accepted all rules."""
+`kproxy apply` also removes the rules of Services that are not in the files
+given with --objects. The exit code is 0 only if the kernel accepted all rules."""
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -28,7 +28,8 @@ examples:
 
 TAB then completes commands, flags, flag values and file names.
 
-Needs the extra kproxy[completion]. To add it, run this in a clone of kproxy:
+Needs an optional Python package (kproxy[completion]). To add it, run this in a
+clone of kproxy:
 pipx install --force '.[completion]'"""
 BASH = """
 # Bash splits --flag=value into three words; shtab's function expects two.
