@@ -173,7 +173,8 @@ class Daemon:
     def _build(self, parts: ExitStack) -> Reconciler:
         """Create, connect and start all parts.
 
-        The steps that are likely to fail run before the first change to the node, which is to its kernel parameters.
+        The steps that are likely to fail run before the node is changed for the first time, by setting kernel
+        parameters.
         """
         check_privileges()
         client = None if self._objects is not None else _connect(self._config, self._server)
@@ -274,7 +275,10 @@ class Daemon:
         )
 
     def _thread_failed(self, failed: threading.ExceptHookArgs) -> None:
-        """Stop the process when one of its threads fails. A process that runs only in part would appear healthy."""
+        """Stop the process when one of its threads fails.
+
+        With a dead thread, the process could otherwise keep running and appear healthy.
+        """
         name = failed.thread.name if failed.thread else "unknown"
         log.debug("traceback of thread %s", name, exc_info=failed.exc_value)
         expected = isinstance(failed.exc_value, StartError | ListenError)

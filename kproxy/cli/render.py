@@ -33,8 +33,8 @@ Flags that apply only to `kproxy run` are accepted and ignored, but not listed.
 Needs no root privileges and does not access the kernel, so it cannot check
 what the node supports: an empty mode ("") always means nftables. In iptables
 mode, the output assumes a node that supports --random-fully and has the nfacct
-objects that two rules use. Without them, iptables-restore rejects the rules:
-program a node with `kproxy apply`, which adapts to the kernel."""
+objects that two rules use. Without them, iptables-restore rejects the rules.
+To program a node, use `kproxy apply`, which adapts to the kernel."""
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

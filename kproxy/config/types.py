@@ -180,8 +180,9 @@ class Config(Section, frozen=True, kw_only=True):
 
     The following fields have no effect: `feature_gates`, `show_hidden_metrics_for_version`, `enable_profiling`,
     `config_sync_period`, `port_range` and `windows_run_as_service`. kproxy uses only the IP family of
-    `bind_address`. It selects the default addresses of the servers, and counts as the family of this Node while the
-    addresses of the Node are unknown.
+    `bind_address`. That family determines the default
+    addresses of the health and metrics servers, and is assumed to be this Node's family as long as the Node's addresses
+    are unknown.
     """
 
     feature_gates: Mapping[str, bool] = field(default_factory=dict)

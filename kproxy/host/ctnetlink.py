@@ -224,7 +224,8 @@ def dump_request(layout: TupleLayout, address: bytes = b"", port: bytes = b"") -
 class ConntrackEntryReader:
     """Reads conntrack entries of one IP family from netlink messages.
 
-    A method that reads a message takes the buffer that contains the message and the position of its payload there.
+    Methods that read a message take the buffer that contains the message, and the offset of the message's payload in
+    that buffer.
 
     A message begins with the two tuples of an entry, one for each direction. For UDP, the tuples always have the same
     attributes in the same order, unless a conntrack zone applies to only one direction. An entry with this standard
@@ -275,7 +276,7 @@ class ConntrackEntryReader:
         return tuples[destination[0]] + tuples[destination[1]], tuples[source[0]] + tuples[source[1]]
 
     def identity(self, data: bytes, begin: int, end: int) -> bytes:
-        """Return the reply tuple, the zone and the ID: the attributes with which a request deletes exactly this entry.
+        """Return the attributes that make a delete request match only this entry: reply tuple, zone and ID.
 
         The original tuple and the ID would not be enough. The kernel derives the ID from the original tuple and from
         the entry's address in memory. A new entry with the same original tuple can therefore have the same ID, if it is

@@ -223,7 +223,7 @@ class _PortRenderer:
     def _write_load_balancing_chain(self, chain: str, rules: list[str], endpoints: Sockets) -> None:
         """Write the KUBE-SVC or KUBE-SVL chain, which picks one of `endpoints` at random.
 
-        With session affinity, new connections of a recent client are sent to the same endpoint again. `rules` come
+        With session affinity, new connections from a recent client are sent to the same endpoint again. `rules` come
         first in the chain.
         """
         plan = self.plan

@@ -17,8 +17,9 @@ def endpoints_by_socket(
     """Return the endpoints of one service port, keyed by `ip:port` and sorted by key.
 
     An EndpointSlice port belongs to the service port with the same name and protocol. While an endpoint moves from one
-    slice to another, both slices may list it, possibly in different states. Three conditions are then checked in this
-    order: not terminating, ready, serving. The first condition that exactly one entry meets selects it.
+    slice to another, both slices may list it, possibly in different states. In that case, an entry that is not
+    terminating is preferred, then one that is ready, then one that is serving. If the entries do not differ in this,
+    the first one is used.
     """
     endpoints: dict[str, Endpoint] = {}
     for endpoint_slice in slices:

@@ -99,9 +99,9 @@ class SyncResult(Struct, frozen=True):
     the sync is `complete`, all other Services are absent. Otherwise, all other covered Services map to an empty
     sequence.
 
-    `last_changes` contains the times at which the endpoint changes that this sync programmed were triggered, in seconds
-    since the epoch (annotation `endpoints.kubernetes.io/last-change-trigger-time`). `transitions` are the condition
-    changes to report.
+    `last_changes` contains the trigger times of the endpoint changes that this sync programmed, in seconds since the
+    epoch (annotation `endpoints.kubernetes.io/last-change-trigger-time`). `transitions` are the condition changes to
+    report.
     """
 
     services: int

@@ -88,8 +88,9 @@ class ApiClient:
     def renew(self, rejected: ApiResponse | None) -> None:
         """Reload the credentials after the server rejected them. `rejected` is the response, with status 401.
 
-        Does nothing if other credentials are in use by now. If `rejected` is None, reloads unless another thread is
-        already updating the credentials. Raises `ClientError` if that fails; the current credentials then stay in use.
+        Does nothing if the credentials have been replaced since that request. If `rejected` is None, reloads unless
+        another thread is already updating the credentials. Raises `ClientError` if that fails; the current credentials
+        then stay in use.
         """
         if self._is_current(rejected):
             self._update(lambda: self._load() if self._is_current(rejected) else None, wait=True)
