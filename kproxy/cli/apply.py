@@ -14,7 +14,7 @@ examples:
   # program the current state of the cluster
   kubectl get svc,endpointslices,nodes -A -o yaml > all.yaml
   kproxy apply --objects=all.yaml
-  # use this Node name instead of the host name, and kube-proxy's configuration
+  # use kube-proxy's configuration, and this Node name instead of the host name
   kproxy apply --objects=all.yaml --hostname-override=node-1 \\
       --config=config.conf
   # read a directory of files; nftables mode
