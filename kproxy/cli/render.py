@@ -17,7 +17,7 @@ examples:
   kproxy render --objects=web.yaml | less
   # one IP family, without a heading
   kproxy render --objects=web.yaml --family=ipv4 > rules.v4
-  # nftables mode; nft accepts the output as it is
+  # nftables mode; nft accepts the output as is
   kproxy render --objects=web.yaml --proxy-mode=nftables | sudo nft -f -
   # the rules of another node, with its kube-proxy configuration file
   kproxy render --objects=all.yaml --hostname-override=node-2 \\
