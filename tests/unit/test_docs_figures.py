@@ -151,4 +151,4 @@ def test_pages_state_the_measured_cost_of_an_event() -> None:
     assert ranges["protobuf"] in comparison
     size, _ = figure("nftables", 10_000, "event, protobuf: bytes")
     assert f"{size:,.0f} in protobuf" in performance
-    assert f"{size:,.0f} bytes of protobuf" in comparison
+    assert f"{size:,.0f}-byte protobuf event" in comparison
