@@ -75,7 +75,9 @@ def listen(address: ListenAddress) -> socket.socket:
 def _family(address: ListenAddress) -> tuple[socket.AddressFamily, str]:
     host = address.host
     if host in UNSPECIFIED and not address.one_family:
-        return (socket.AF_INET6, "::") if socket.has_dualstack_ipv6() else (socket.AF_INET, "0.0.0.0")  # noqa: S104
+        if socket.has_dualstack_ipv6():
+            return socket.AF_INET6, "::"
+        return socket.AF_INET, "0.0.0.0"  # noqa: S104 - the configuration asks for every address
     return (socket.AF_INET6 if ":" in host else socket.AF_INET), host
 
 

@@ -14,12 +14,10 @@ from kproxy.model.types import Family
 from kproxy.simulate.iptables_rules import SavedRules, SimulatedRule, parse_dump
 from kproxy.simulate.packet import (
     Branches,
-    OutcomeDistribution,
-    Packet,
     PacketState,
+    Simulator,
     Verdict,
     partition,
-    simulate,
     to_anywhere,
     to_elsewhere,
     to_node,
@@ -27,28 +25,17 @@ from kproxy.simulate.packet import (
 )
 
 
-class IptablesSimulator:
+class IptablesSimulator(Simulator):
     """Simulates the rules of one IP family, given the output of `iptables-save` or `ip6tables-save`.
 
     Raises `UnknownRuleError` if the text contains anything that is not supported.
     """
 
     def __init__(self, dump: str, family: Family) -> None:
+        super().__init__(family)
         self._rules: SavedRules = parse_dump(dump)
-        self._family = family
-
-    def send(self, packet: Packet) -> OutcomeDistribution:
-        """Return the possible outcomes for a packet.
-
-        The packet traverses the hooks in netfilter's order. In particular, DNAT happens before the routing decision,
-        which determines whether the packet is for this node. Only the first packet of a connection traverses NAT rules.
-
-        Raises `ValueError` if the packet belongs to the other IP family, or if its addresses are invalid.
-        """
-        return simulate(packet, self._family, self._receive, self._transmit)
 
     def _receive(self, branches: Branches) -> Branches:
-        """Run the hooks that a packet traverses if it arrives at an interface."""
         branches = self._nat_hook("PREROUTING", branches, to_anywhere)
         branches = self._filter_hook("INPUT", branches, to_node)
         branches = self._filter_hook("FORWARD", branches, to_elsewhere)
@@ -56,11 +43,8 @@ class IptablesSimulator:
         return self._nat_hook("POSTROUTING", branches, to_elsewhere)
 
     def _transmit(self, branches: Branches) -> Branches:
-        """Run the hooks that a packet traverses if the node itself sends it.
-
-        If the destination is one of the node's own addresses, the node then receives the packet on `lo`. There, the
-        packet traverses the filter table, but not the nat table: its connection has already traversed the nat table.
-        """
+        # On `lo`, a packet to the node itself traverses the filter table, but not the nat table: its connection has
+        # already traversed the nat table.
         branches = self._nat_hook("OUTPUT", branches, to_anywhere)
         branches = self._filter_hook("OUTPUT", branches, to_anywhere)
         branches = self._nat_hook("POSTROUTING", branches, to_anywhere)

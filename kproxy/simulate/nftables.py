@@ -14,12 +14,10 @@ from kproxy.simulate.nftables_parser import BaseChainHook, ListedChain, base_cha
 from kproxy.simulate.nftables_statements import ListedVerdict
 from kproxy.simulate.packet import (
     Branches,
-    OutcomeDistribution,
-    Packet,
     PacketState,
+    Simulator,
     Verdict,
     partition,
-    simulate,
     to_anywhere,
     to_elsewhere,
     to_node,
@@ -27,40 +25,25 @@ from kproxy.simulate.packet import (
 )
 
 
-class NftablesSimulator:
+class NftablesSimulator(Simulator):
     """Simulates the rules of one IP family, given the output of `nft list table ip kube-proxy` or `ip6 kube-proxy`.
 
     Raises `UnknownRuleError` if the text contains anything that is not supported.
     """
 
     def __init__(self, dump: str, family: Family) -> None:
+        super().__init__(family)
         self._chains: dict[str, ListedChain] = parse_table(dump, family)
-        self._family = family
-
-    def send(self, packet: Packet) -> OutcomeDistribution:
-        """Return the possible outcomes for a packet.
-
-        The packet traverses the hooks in netfilter's order. In particular, DNAT happens before the routing decision,
-        which determines whether the packet is for this node. Only the first packet of a connection traverses NAT rules.
-
-        Raises `ValueError` if the packet belongs to the other IP family, or if its addresses are invalid.
-        """
-        return simulate(packet, self._family, self._receive, self._transmit)
 
     def _receive(self, branches: Branches) -> Branches:
-        """Run the hooks that a packet traverses if it arrives at an interface."""
         branches = self._hook("prerouting", branches, to_anywhere)
         branches = self._hook("input", branches, to_node)
         branches = self._hook("forward", branches, to_elsewhere)
         return self._hook("postrouting", branches, to_elsewhere)
 
     def _transmit(self, branches: Branches) -> Branches:
-        """Run the hooks that a packet traverses if the node itself sends it.
-
-        If the destination is one of the node's own addresses, the node then receives the packet on `lo`. There, the
-        packet traverses the chains of type filter, but not those of type nat: its connection has already traversed nat
-        chains.
-        """
+        # On `lo`, a packet to the node itself traverses the chains of type filter, but not those of type nat: its
+        # connection has already traversed nat chains.
         branches = self._hook("output", branches, to_anywhere)
         branches = self._hook("postrouting", branches, to_anywhere)
         looped, sent = partition(branches, to_node)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from ipaddress import ip_address, ip_network
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, TypeAlias
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -112,16 +113,6 @@ class OutcomeDistribution:
         return found
 
 
-class Simulator(Protocol):
-    """Simulates the rules of one IP family."""
-
-    def send(self, packet: Packet) -> OutcomeDistribution:
-        """Return the possible outcomes for a packet.
-
-        Raises `ValueError` if the packet belongs to the other IP family, or if its addresses are invalid.
-        """
-
-
 class PacketState(Struct, frozen=True):
     """The properties of a packet that rules can match or change. Addresses are integers.
 
@@ -189,21 +180,37 @@ A branch is one state with its probability. A rule that matches at random splits
 """
 
 
-def simulate(
-    packet: Packet, family: Family, receive: Callable[[Branches], Branches], transmit: Callable[[Branches], Branches]
-) -> OutcomeDistribution:
-    """Send a packet through the hooks of one IP family and return its possible outcomes.
+class Simulator(ABC):
+    """Simulates the rules of one IP family. Subclasses know the hooks and chains of one kind of rules."""
 
-    `receive` runs the hooks for packets that arrive at an interface. `transmit` runs the hooks for packets that the
-    node itself sends.
+    def __init__(self, family: Family) -> None:
+        """Create a simulator for the packets of `family`."""
+        self._family = family
 
-    Raises `ValueError` if the packet belongs to the other IP family, or if its addresses are invalid.
-    """
-    if packet.family is not family:
-        raise ValueError(f"packet to {packet.destination} is not an {family.value} packet")
-    branches = [(PacketState.initial(packet), 1.0)]
-    branches = receive(branches) if packet.interface else transmit(branches)
-    return OutcomeDistribution((state.outcome(), probability) for state, probability in branches)
+    def send(self, packet: Packet) -> OutcomeDistribution:
+        """Return the possible outcomes for a packet.
+
+        The packet traverses the hooks in netfilter's order. In particular, DNAT happens before the routing decision,
+        which determines whether the packet is for this node. Only the first packet of a connection traverses NAT rules.
+
+        Raises `ValueError` if the packet belongs to the other IP family, or if its addresses are invalid.
+        """
+        if packet.family is not self._family:
+            raise ValueError(f"packet to {packet.destination} is not an {self._family.value} packet")
+        branches = [(PacketState.initial(packet), 1.0)]
+        branches = self._receive(branches) if packet.interface else self._transmit(branches)
+        return OutcomeDistribution((state.outcome(), probability) for state, probability in branches)
+
+    @abstractmethod
+    def _receive(self, branches: Branches) -> Branches:
+        """Run the hooks that a packet traverses if it arrives at an interface."""
+
+    @abstractmethod
+    def _transmit(self, branches: Branches) -> Branches:
+        """Run the hooks that a packet traverses if the node itself sends it.
+
+        If the destination is one of the node's own addresses, the node then receives the packet on `lo`.
+        """
 
 
 def partition(branches: Branches, condition: Callable[[PacketState], bool]) -> tuple[Branches, Branches]:
