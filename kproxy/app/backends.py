@@ -262,9 +262,9 @@ def _warn_of_skipped(reasons: Mapping[Family, str]) -> None:
 
 
 def _combined_reasons(reasons: Mapping[Family, str], ipv4_required: str) -> str:
-    """Return one line with the reason why each family failed.
+    """Return one line that says why each family failed.
 
-    If only IPv4 failed, and it cannot be skipped, the line also contains the reason for that.
+    If only IPv4 failed, and it cannot be skipped, the line also says why it cannot be skipped.
     """
     families: dict[str, list[str]] = {}
     for family, reason in reasons.items():

@@ -18,10 +18,9 @@ from kproxy.nftables.kernel import remove_table
 
 log = logging.getLogger(__name__)
 _PORT_CHAIN_RULES = tuple(f"-A {prefix}" for prefix in PORT_CHAIN_PREFIXES)
-"""Prefixes of the lines in a dump that are rules of per-Service chains.
+"""The prefixes that identify rules of per-Service chains in the output of `iptables-save`.
 
-Most lines of a dump begin with one of these prefixes. These lines are not parsed, because per-Service chains are
-deleted as a whole.
+Most lines of the output are such rules. They are not parsed, because per-Service chains are deleted as a whole.
 """
 
 
@@ -33,8 +32,8 @@ def remove_all() -> Iterator[str]:
     """Remove the rules of all modes and both families, including kube-proxy's. Yields one line about each removal.
 
     Logs a warning about rules that it cannot remove because they belong to the iptables variant that is not in use.
-    Raises `CommandError` if iptables or nftables rules or IPVS virtual servers cannot be removed. Interfaces and ipsets
-    that cannot be removed are logged.
+    Raises `CommandError` if iptables or nftables rules or IPVS virtual servers cannot be removed. If only the
+    interface or ipsets of ipvs mode cannot be removed, logs a warning instead.
     """
     for family in Family:
         if removed := remove_iptables(family):
@@ -71,8 +70,8 @@ def remove_ipvs() -> str:
     Call this only after kproxy's own rules have become active. Chains that exist in both ipvs mode and iptables mode
     are kept: in iptables mode, kproxy itself uses them; in nftables mode, `remove_iptables` deletes them.
 
-    Logs a warning about what cannot be removed. Raises `CommandError` if iptables fails, and
-    `VirtualServersRemainError` if virtual servers remain.
+    Raises `CommandError` if iptables fails, and `VirtualServersRemainError` if virtual servers remain.
+    Otherwise, logs a warning about each object that cannot be removed.
     """
     try:
         if not find_leftovers():
@@ -96,8 +95,8 @@ def remove_ipvs() -> str:
 def _remove_ipvs_objects() -> str:
     """Remove the virtual servers, interface and ipsets of ipvs mode. Return what was removed.
 
-    Logs a warning about each object that cannot be removed. Raises `VirtualServersRemainError` if virtual servers
-    remain.
+    Raises `VirtualServersRemainError` if virtual servers remain. Otherwise, logs a warning about each object that
+    cannot be removed.
     """
     try:
         done = remove_leftovers(find_leftovers())

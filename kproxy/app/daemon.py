@@ -134,7 +134,10 @@ class Daemon:
         self._failure: BaseException | None = None
 
     def run(self) -> None:
-        """Run until a signal arrives or a part fails. Raises the error of the part that failed."""
+        """Run until SIGTERM or SIGINT arrives, a thread fails, or the configuration changes.
+
+        Raises the same errors as the function `run` of this module.
+        """
         # Block the signals before any other thread exists, so that only sigwait receives them, even as PID 1.
         block_signals()
         threading.excepthook = self._thread_failed
@@ -144,7 +147,7 @@ class Daemon:
         if self._failure is None:
             log.info("%s: stopping; existing rules stay active", number.name)
         self._stop(reconciler)
-        if self._failure is not None:  # before the stop, or during it
+        if self._failure is not None:  # set before `_stop` was called, or while it ran
             raise self._failure
 
     def _stop(self, reconciler: threading.Thread) -> None:
@@ -173,8 +176,7 @@ class Daemon:
     def _build(self, parts: ExitStack) -> Reconciler:
         """Create, connect and start all parts.
 
-        The steps that are likely to fail run before the node is changed for the first time, by setting kernel
-        parameters.
+        The steps that are likely to fail run first, before kproxy changes the node by setting kernel parameters.
         """
         check_privileges()
         client = None if self._objects is not None else _connect(self._config, self._server)
@@ -247,7 +249,7 @@ class Daemon:
         self, families: Iterable[Family], store: Store, events: EventSink, *, reason: Callable[[], str]
     ) -> StatusServer:
         config = self._config
-        # Files need not contain Nodes. If they do not, assume that this Node exists and is not being deleted.
+        # Files need not contain this Node. If they do not, assume that it exists and is not being deleted.
         stand_in = Node(local_node_name(config)) if self._objects is not None else None
 
         def on_port_failed(service: ServiceKey, port: int, reason: str) -> None:

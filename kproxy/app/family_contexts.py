@@ -33,9 +33,9 @@ def make_context(
     accounting: bool,
     random_fully: bool,
 ) -> Context:
-    """Return the context of a family in the effective proxy mode, without the fields that come from the store.
+    """Return the context of a family in the effective proxy mode.
 
-    These fields are `service_cidrs` and `large_cluster`.
+    The fields `service_cidrs` and `large_cluster` keep their default values, because they depend on the store.
 
     `local_addresses` are the addresses of the node's interfaces. They are used only if `nodePortAddresses` contains
     CIDRs. `accounting` is true if nfacct counters are available. `random_fully` is true if the source ports of

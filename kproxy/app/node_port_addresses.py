@@ -1,4 +1,4 @@
-"""The addresses that accept NodePort connections, from `nodePortAddresses`, the Node and its interfaces. Pure."""
+"""Select the addresses that accept NodePort connections, as specified by `nodePortAddresses`. Pure."""
 
 from __future__ import annotations
 

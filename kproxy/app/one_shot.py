@@ -1,4 +1,4 @@
-"""The one-shot commands: program the node from files, or render the rules for them."""
+"""The one-shot commands: program the node from files, or only render the rules."""
 
 from __future__ import annotations
 
@@ -84,10 +84,10 @@ def _printer(config: Config, family: Family, show: Callable[[str], object]) -> B
 
 
 def _assumed_context(config: Config, family: Family) -> Callable[[Node | None], Context]:
-    """Return a `make_context` function that does not inspect this machine.
+    """Return a function that makes the context of a family without inspecting this machine, except for its host name.
 
-    It assumes that the kernel and iptables support all optional features, and that the node has exactly the addresses
-    listed in its Node object.
+    The function assumes that the kernel and iptables support all optional features, and that the node has exactly the
+    addresses listed in its Node object.
     """
 
     def context(node: Node | None) -> Context:

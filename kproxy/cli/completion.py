@@ -109,7 +109,7 @@ def _prepare(action: argparse.Action, shell: str, file: Mapping[str, object]) ->
     argparse does not have all of this information. For zsh, also append `=` to the names of flags that take a value.
     """
     if action.nargs == "?":
-        # The scripts for zsh and fish do not support optional values: there, the flag takes no value.
+        # The scripts for zsh and fish do not support optional values, so in these scripts the flag takes no value.
         action.nargs, action.choices = ("?" if shell == "bash" else 0), ("true", "false")
     elif action.metavar in ("FILE", "PATH"):
         action.complete = file  # type: ignore[attr-defined]

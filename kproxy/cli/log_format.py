@@ -8,8 +8,8 @@ JSON: each line is an object with the keys of k8s.io/component-base/logs/json: `
 have `err` and `stacktrace`. Warnings also have `severity`, a key that kproxy adds. Without it, warnings would look like
 informational lines.
 
-Line breaks are escaped, and in the text format all non-printable characters, so that no message can forge another log
-line.
+The JSON format escapes line breaks, and the text format escapes all non-printable characters, so that no message can
+forge another log line.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def level_of(verbosity: int) -> int:
 
 
 def verbosity_of(level: int) -> int:
-    """Return the lowest value of `--v` with which messages of a level of the `logging` module are logged."""
+    """Return the lowest value of `--v` at which messages of this level of the `logging` module are logged."""
     if level >= logging.INFO:
         return 0
     return 2 if level >= V2 else 4
@@ -121,7 +121,7 @@ class JsonFormatter(logging.Formatter):
 class FileVerbosity:
     """A logging filter for `logging.vmodule`: verbosity per source file.
 
-    As in klog, a pattern is compared with the file name without its extension, and the first pattern that matches
+    As in klog, patterns are matched against the file name without its extension, and the first pattern that matches
     applies. It can only raise the verbosity of a file above the general verbosity, not lower it.
     """
 

@@ -1,4 +1,4 @@
-"""Options that several commands share, and the setup of the configuration and logging from them."""
+"""Code that several commands share: options, configuration loading, and log setup."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ true. A flag that takes a list may be repeated."""
 
 
 DAEMON_GROUPS: tuple[Group, ...] = ("API server", "syncing", "health and metrics", "conntrack and memory", "no effect")
-"""The groups of flags that have no effect on commands that run once."""
+"""The groups of flags that the help of the one-shot commands omits, because the flags affect only `kproxy run`.
+
+`--conntrack-tcp-be-liberal` is an exception: in iptables mode, it also omits the rule that drops INVALID packets.
+"""
 
 
 def required_objects(options: argparse.Namespace) -> str:

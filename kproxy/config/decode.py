@@ -44,7 +44,7 @@ class ConfigError(ValueError):
 
 
 class ConfigProblem(Struct, frozen=True):
-    """A problem for which kube-proxy's strict decoder rejects a configuration and its lenient decoder does not.
+    """A problem that kube-proxy's strict decoder rejects and its lenient decoder tolerates.
 
     `text` is one line. `consequence` says what the lenient decoder does instead, such as "ignored".
     """

@@ -236,7 +236,8 @@ NO_EFFECT = (
 )
 """Flags without effect. In kube-proxy, they tune features that kproxy implements in a way that needs no tuning.
 
-kproxy accepts them without a warning, except for feature gates that are unknown or disabled.
+kproxy accepts them without a warning, except for feature gates that are unknown or disabled. `--bind-address` has one
+minor effect, on a warning: see `kproxy.app.family_contexts.local_traffic_warning`.
 """
 UNSUPPORTED = (
     Flag("ipvs-exclude-cidrs", ("ipvs.excludeCIDRs",), kind="list", metavar="CIDR,..."),

@@ -56,7 +56,7 @@ def load_config(text: bytes, path: str, *, strict: bool = False) -> tuple[Config
 
     As in kube-proxy, null means that a field is unset. In the fields in `_ZERO_IS_UNSET`, "" and 0 also mean this. For
     example, a `minSyncPeriod` of 0 becomes the default of 1 s; only the flag can set the field to 0. In the field
-    `mode`, "" does not mean unset, but that kproxy chooses the mode at startup.
+    `mode`, "" means that kproxy chooses the mode at startup.
 
     kube-proxy's lenient decoder ignores unknown fields, duplicate keys and additional documents. `load_config` returns
     a warning for each of them, or raises an error if `strict` is true.

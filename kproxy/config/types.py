@@ -179,10 +179,11 @@ class Config(Section, frozen=True, kw_only=True):
     `resolved` returns a configuration with a mode.
 
     The following fields have no effect: `feature_gates`, `show_hidden_metrics_for_version`, `enable_profiling`,
-    `config_sync_period`, `port_range` and `windows_run_as_service`. kproxy uses only the IP family of
-    `bind_address`. That family determines the default
-    addresses of the health and metrics servers, and is assumed to be this Node's family as long as the Node's addresses
-    are unknown.
+    `config_sync_period`, `port_range` and `windows_run_as_service`.
+
+    kproxy uses only the IP family of `bind_address`. As long as this Node's addresses are unknown, kproxy assumes that
+    they belong to that family. In a configuration file, `bindAddress` also determines the IP family of the default
+    addresses of the health and metrics servers.
     """
 
     feature_gates: Mapping[str, bool] = field(default_factory=dict)

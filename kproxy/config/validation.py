@@ -61,7 +61,7 @@ def reject_retired_mode(mode: object, locate: Locate) -> None:
 
 
 def ineffective_settings(config: Config, locate: Locate) -> list[str]:
-    """Return one-line warnings about settings that have no effect."""
+    """Return one-line warnings about settings of features that kproxy does not implement, and about feature gates."""
     paths = [
         *_changed(config.ipvs, IPVS(), ("ipvs",)),
         *_changed(config.winkernel, Winkernel(), ("winkernel",)),
