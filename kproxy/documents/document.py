@@ -13,7 +13,7 @@ FieldPath: TypeAlias = tuple[str | int, ...]
 
 
 class DocumentError(ValueError):
-    """The text is not valid: malformed, not UTF-8, nested too deeply, or with a duplicate key.
+    """The text is not valid: malformed, not UTF-8, nested too deeply, or containing a duplicate key.
 
     `line` and `column` are 1-based; 0 means unknown.
     """

@@ -27,8 +27,9 @@ from kproxy.host.inotify import (
 SUFFIXES = (".json", ".yaml", ".yml")
 """In a directory, files with these suffixes are object files: files that contain API objects."""
 SETTLE_TIMEOUT = 1.0
-"""Maximum number of seconds to wait for other processes to finish writing the files. After that, the files are read as
-they are.
+"""Maximum number of seconds to wait for other processes to finish writing the files.
+
+After that, the files are read as they are.
 """
 log = logging.getLogger(__name__)
 

@@ -15,14 +15,14 @@ import yaml
 from kproxy.documents.document import Document, DocumentError, FieldPath
 
 MAX_DEPTH = 500
-"""Maximum nesting depth of a text that has more flow collections and compact sequences (`- - a`) than this number.
+"""Maximum nesting depth, which is far deeper than that of any Kubernetes object.
 
-It is far deeper than any Kubernetes object.
+The depth is checked only if the text has more flow collections and compact sequences (`- - a`) than this number.
 """
 _OPENINGS = re.compile(r"[\[{]|[-?][ \t]+(?=[-?])")
 _MERGE_TAG = "tag:yaml.org,2002:merge"
-# The types of plain (unquoted) scalars: the types of YAML 1.1 except base-60 numbers, dates and "=". Kubernetes' YAML
-# library does not support these, either. Each type has a pattern that its scalars match, and the characters with which
+# The types of plain (unquoted) scalars: the types of YAML 1.1 except base-60 numbers, dates and "=", which Kubernetes'
+# YAML library does not support either. Each type has a pattern that its scalars match, and the characters with which
 # they can begin. NUL stands for the empty scalar.
 _PLAIN_SCALARS = {
     "null": (r"^(?:~|null|Null|NULL|)$", "~nN\0"),

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 class ApiClient:
     """A client of one API server. Thread-safe.
 
-    Reloading or refreshing the credentials may run a program, which can take any length of time. Only one thread does
+    Reloading or refreshing the credentials may run a program, which can take arbitrarily long. Only one thread does
     this at a time. The other threads continue with the current credentials, and wait only if these have expired or the
     server has rejected them.
     """
@@ -72,7 +72,7 @@ class ApiClient:
 
         `timeout` is the maximum number of seconds without data, not the duration of the whole response. `accept` lists
         media types, the preferred one first. Lists may be compressed, but watches are not: gzip would delay events.
-        `optional_statuses` are the statuses that mean the server does not offer an optional resource.
+        `optional_statuses` are the statuses that mean that an optional resource is not available.
 
         Raises `TransportError`, or `ClientError` if the credentials have expired and cannot be refreshed.
         """
@@ -89,8 +89,8 @@ class ApiClient:
         """Reload the credentials after the server rejected them. `rejected` is the response, with status 401.
 
         Does nothing if the credentials have been replaced since that request. If `rejected` is None, reloads unless
-        another thread is already updating the credentials. Raises `ClientError` if that fails; the current credentials
-        then stay in use.
+        another thread is already updating the credentials. Raises `ClientError` if the reload fails; the current
+        credentials then stay in use.
         """
         if self._is_current(rejected):
             self._update(lambda: self._load() if self._is_current(rejected) else None, wait=True)

@@ -26,7 +26,7 @@ KEEPALIVE = [
     (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
 ]
-"""Socket options: urllib3's default, TCP_NODELAY, and keepalive probes that detect a dead peer within a minute."""
+"""Socket options: TCP_NODELAY (urllib3's default), and keepalive probes that detect a dead peer within a minute."""
 CONNECTIONS = 8
 """Maximum number of idle connections to keep.
 
@@ -76,7 +76,7 @@ class ClusterAccess(Protocol):
 
     @property
     def rotates(self) -> bool:
-        """Whether the credentials come from files that may be replaced, so that they must be reloaded regularly."""
+        """Whether to reload credentials and certificates regularly, because their files may be replaced."""
 
     @property
     def pool(self) -> Any:
@@ -97,7 +97,7 @@ class ClusterAccess(Protocol):
     def refresh(self) -> None:
         """Get a new token. Raises `ClientError`.
 
-        This may run a program or send requests, which can take any length of time. Only one thread may call this method
+        This may run a program or send requests, which can take arbitrarily long. Only one thread may call this method
         at a time. Other threads may read the properties meanwhile.
         """
 
@@ -112,10 +112,10 @@ class PemData(Struct, frozen=True):
 class StaticConfig(Struct, frozen=True):
     """The address of an API server, the TLS settings, and static credentials.
 
-    `source` names the kubeconfig in messages. `authority` contains the trusted certificate authorities; if it is None,
-    those of the system are trusted. If `insecure` is true, the server's certificate is not verified. `server_name` is
-    the name that the server's certificate must contain; if it is "", the certificate must contain the host in the URL.
-    For `rotates`, see `ClusterAccess.rotates`.
+    `source` says in messages where the configuration comes from; for a kubeconfig, it is the path. `authority` contains
+    the trusted certificate authorities; if it is None, those of the system are trusted. If `insecure` is true, the
+    server's certificate is not verified. `server_name` is the name that the server's certificate must contain; if it is
+    "", the certificate must contain the host in the URL. For `rotates`, see `ClusterAccess.rotates`.
     """
 
     source: str
@@ -361,7 +361,8 @@ def _make_pool(config: StaticConfig) -> Any:
 
 def _tls_context(config: StaticConfig) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # allow an intermediate CA as trust anchor, as Go and curl do
+    # Like Go and curl, accept an intermediate CA as a trust anchor.
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     if config.insecure:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
@@ -395,7 +396,7 @@ def _load_key_pair(context: ssl.SSLContext, certificate: bytes, key: bytes) -> N
         for file, content in zip(files, (certificate, key), strict=True):
             os.write(file, content)
         certificate_path, key_path = (f"/proc/self/fd/{file}" for file in files)
-        # Without a password callback, OpenSSL would ask for the password of an encrypted key on the terminal.
+        # Without a password callback, OpenSSL would prompt on the terminal for the password of an encrypted key.
         context.load_cert_chain(certificate_path, key_path, lambda: "")
     finally:
         for file in files:

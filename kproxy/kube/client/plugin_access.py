@@ -31,7 +31,7 @@ from kproxy.kube.client.http_proxy import http_proxy_for
 
 _FILE_FIELDS = ("tokenFile", "client-certificate", "client-key")
 _PLUGIN_FIELDS = {"exec", "auth-provider"}
-"""Fields of a kubeconfig user that get credentials from a program or from another server."""
+"""Fields of a kubeconfig user whose credentials come from a program or from another server."""
 
 
 class PluginAccess:
@@ -72,7 +72,7 @@ class PluginAccess:
 
     @property
     def refresh_due(self) -> bool:
-        """Whether the package considers the token expired. It does so from five minutes before the expiry time."""
+        """Whether the package considers the token expired. It does so starting five minutes before the expiry time."""
         from kubernetes.config.kube_config import EXPIRY_SKEW_PREVENTION_DELAY
 
         return self._expires_within(EXPIRY_SKEW_PREVENTION_DELAY)
@@ -120,7 +120,7 @@ def _load_kubeconfig(configuration: Any, kubeconfig: str, first: bool) -> tuple[
         merged = KubeConfigMerger(kubeconfig).config
         for kind in ("clusters", "contexts", "users"):
             for entry in merged.value[kind]:
-                entry.name = f"{entry.path}: {kind}"  # for errors; the default includes credentials
+                entry.name = f"{entry.path}: {kind}"  # used in error messages; the default name includes credentials
         # config_base_path=None: paths are relative to the kubeconfig file that contains them.
         loader = KubeConfigLoader(merged, config_base_path=None)
         context = merged["contexts"].get_with_name(merged["current-context"])["context"]
@@ -190,7 +190,8 @@ def _make_pool(configuration: Any, source: str) -> Any:
 
 def _tls_context(configuration: Any, source: str) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # allow an intermediate CA as trust anchor, as Go and curl do
+    # Like Go and curl, accept an intermediate CA as a trust anchor.
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     if not configuration.verify_ssl:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
@@ -201,7 +202,7 @@ def _tls_context(configuration: Any, source: str) -> ssl.SSLContext:
         context.load_default_certs()
     if configuration.cert_file:
         with PackageErrors(f"{source}: client certificate {configuration.cert_file}, key {configuration.key_file}"):
-            # Without a password callback, OpenSSL would ask for the password of an encrypted key on the terminal.
+            # Without a password callback, OpenSSL would prompt on the terminal for the password of an encrypted key.
             context.load_cert_chain(configuration.cert_file, configuration.key_file, lambda: "")
     return context
 

@@ -2,10 +2,10 @@
 
 An object that gets no rules is converted to None:
 
-- a headless or ExternalName Service
+- a headless or ExternalName Service, or a Service whose ClusterIP is not yet allocated
 - a Service or EndpointSlice that belongs to another proxy (label `service.kubernetes.io/service-proxy-name`)
 - an EndpointSlice that belongs to no Service (it has no label `kubernetes.io/service-name`)
-- an EndpointSlice with address type FQDN
+- an EndpointSlice with an address type other than IPv4 and IPv6, such as FQDN
 - an EndpointSlice with the label `service.kubernetes.io/headless`
 
 A Service that has a ClusterIP gets rules even if it has the label `service.kubernetes.io/headless`. The label
@@ -113,8 +113,8 @@ def convert_slice(
 def convert_endpoint(endpoint: schema.ApiEndpoint, family: Family) -> Endpoint | IgnoredField:
     """Convert an endpoint, or return the field that makes it unusable.
 
-    Only the endpoint's first address is used (KEP-752 deprecated the others). The address must be of `family`, the IP
-    family of the EndpointSlice.
+    As in kube-proxy, only the endpoint's first address is used, because the API defines no meaning for the others. The
+    address must be of `family`, the IP family of the EndpointSlice.
     """
     if not endpoint.addresses:
         return IgnoredField(("addresses",), "is empty")

@@ -5,13 +5,14 @@ and a zero byte, then a `runtime.Unknown` that names the object's kind and conta
 "Protobuf encoding"). Field numbers are those of the `generated.proto` files in k8s.io/api and k8s.io/apimachinery. The
 API server writes empty strings and messages that JSON would omit; this decoder treats them as absent.
 
-The `protobuf` package is not used, because importing it takes 3 to 4 MB of memory, and each value would have to be
-fetched from its messages individually. This decoder skips fields that affect no rules (managedFields, targetRef,
-selectors, most labels) without decoding them. It caches decoded endpoints by their bytes, because most endpoints stay
-the same when an EndpointSlice changes.
+The `protobuf` package is not used, because importing it takes 3 to 4 MB of memory, and its message objects would have
+to be read field by field. This decoder skips fields that affect no rules (managedFields, targetRef, selectors, most
+labels) without decoding them. It caches decoded endpoints by their bytes, because most endpoints stay the same when an
+EndpointSlice changes.
 
-The table compares protobuf with typed JSON: the time from the TLS socket to the decoded value, and the size of the
-event. The objects are similar to those that Helm and the Kubernetes controllers write.
+The table compares this decoder with `kube/codec/json_codec.py`. It shows the time to read an event from the TLS socket
+and decode it, and the size of the event. The objects are similar to those that Helm and the Kubernetes controllers
+write.
 
 | event | protobuf | JSON |
 | --- | --- | --- |

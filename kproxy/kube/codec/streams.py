@@ -13,12 +13,16 @@ from kproxy.model.delta import Kind
 ACCEPT_JSON = "application/json"
 """Accept header of lists.
 
-Watches use it too after protobuf has failed: the server returned status 406, or an event could not be decoded.
+A watch uses it too after the server has returned status 406, or after an event in which not even the object's name
+could be decoded.
 """
 ACCEPT_WATCH = f"{protobuf.MEDIA_TYPE};stream=watch,application/json"
 """Accept header of a watch, in order of preference: the API server uses the first media type that it supports."""
 MAX_EVENT_BYTES = 64 << 20
-"""Maximum size of one event. etcd accepts objects of 1.5 MB by default; their JSON is at most a few times larger."""
+"""Maximum size of one event, in bytes.
+
+By default, etcd accepts objects of up to 1.5 MB; their JSON is at most a few times larger.
+"""
 _LENGTH_BYTES = 4
 """Size of the length prefix that precedes each frame, in bytes."""
 

@@ -1,6 +1,6 @@
 """Kubernetes Events (`events.k8s.io/v1`): deduplication, rate limit, API objects and HTTP outcomes. Pure.
 
-Callers pass the time: `at` is monotonic and in seconds, `wall` is in nanoseconds since the epoch.
+Callers pass the time: `at` is the monotonic time in seconds, and `wall` is in nanoseconds since the epoch.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class ObjectReference(Struct, frozen=True):
 
 
 class EventOccurrence(Struct, frozen=True):
-    """One occurrence of an event. `at` is monotonic and in seconds, `wall` is in nanoseconds since the epoch."""
+    """One occurrence of an event. `at` is the monotonic time in seconds; `wall` is in nanoseconds since the epoch."""
 
     regarding: ObjectReference
     event_type: EventType

@@ -91,7 +91,7 @@ class EventRecorder:
             log.debug("event queue is full, dropping %s", _describe(occurrence))
 
     def start(self) -> None:
-        """Start the thread. It first writes the events that were recorded before."""
+        """Start the thread. It first writes the events that were recorded before this call."""
         self._thread.start()
 
     def stop(self, timeout: float) -> None:

@@ -34,9 +34,10 @@ class ApiSource:
     """Lists and watches objects of `kinds` and passes every change to `sink`. The only Node it reads is `node_name`.
 
     Several threads call `sink`, which must not block. The first delta for each kind is a `Replace` with the complete
-    list. Failed requests are retried forever. If the server does not serve ServiceCIDRs or does not allow reading them,
-    their first delta is an empty `Replace`, and the time between requests for them grows to between 3 and 5 minutes. A
-    connection that receives no data for `inactivity` seconds is replaced.
+    list; only `Invalid` deltas, for invalid objects in the list, can precede it. Failed requests are retried forever.
+    If the server does not serve ServiceCIDRs or does not allow reading them, their first delta is an empty `Replace`,
+    and the time between requests for them grows to between 3 and 5 minutes. A connection that receives no data for
+    `inactivity` seconds is replaced.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class ApiSource:
 class LogDeduplicator:
     """Suppresses messages that were already logged within the last `period` seconds.
 
-    `now` is the monotonic time in seconds. Not thread-safe: each thread needs its own instance.
+    The methods take the monotonic time in seconds as `now`. Not thread-safe: each thread needs its own instance.
     """
 
     def __init__(self, period: float) -> None:

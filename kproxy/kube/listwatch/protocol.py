@@ -1,4 +1,4 @@
-"""The list/watch protocol for one kind of object, as a state machine without I/O or clock. Pure.
+"""The list/watch protocol for one kind of object, as a state machine without I/O or a clock. Pure.
 
 It implements the Kubernetes API concepts "Efficient detection of changes", "Streaming lists" (WatchList, KEP-3157),
 "Retrieving large results sets in chunks" and "410 Gone responses".
@@ -29,12 +29,12 @@ The API server sends a bookmark about every 60 s.
 BOOKMARK_DUE = 0.8
 """Fraction of the inactivity timeout after which a connection should have received a bookmark.
 
-A shorter connection may end before its first bookmark.
+A connection that ends earlier may not have received one yet.
 """
 SHORT_IDLE_DIVISOR = 20
 """Divisor for the idle time of a connection that ended before a bookmark was due (see `BOOKMARK_DUE`).
 
-As a result, it takes an hour of idle time on short connections to cause a relist.
+With the default inactivity timeout, such connections cause a relist only after an hour of idle time in total.
 """
 MAX_IDLE_PERIODS = 2
 """Idle time (without an event or bookmark) that causes a relist, as a multiple of the inactivity timeout.
@@ -61,14 +61,14 @@ MAX_BACKOFF = 24.0
 In client-go, it is 30 to 60 s.
 """
 MAX_UNAVAILABLE_BACKOFF = 240.0
-"""Like `MAX_BACKOFF`, for an optional kind that the server does not serve or that kproxy may not read.
+"""Like `MAX_BACKOFF`, for an optional kind that the server does not serve or that kproxy is not allowed to read.
 
 With jitter, it is 180 to 300 s.
 """
 
 _TRANSIENT_STATUSES = frozenset({401, 429, 503, 504})
 _UNAVAILABLE_STATUSES = frozenset({403, 404})
-"""HTTP statuses that mean that kproxy may not read a kind (403) or that the server does not serve it (404)."""
+"""The HTTP statuses of kinds that kproxy is not allowed to read (403) or that the server does not serve (404)."""
 _NOT_OTHER_PROXY = f"!{PROXY_NAME_LABEL}"
 _NOT_HEADLESS = f"{_NOT_OTHER_PROXY},!{HEADLESS_LABEL}"
 _WITH_CLUSTER_IP = "spec.clusterIP!=None,spec.type!=ExternalName"
@@ -185,7 +185,7 @@ class ListWatch:
         self._failures = 0
         self._relists = 0
         self._active = False  # whether an event or bookmark arrived on this connection
-        self._idle_seconds = 0.0  # since the last event or bookmark, on earlier connections
+        self._idle_seconds = 0.0  # of ended watches, since the last event or bookmark
 
     @property
     def unavailable(self) -> bool:
@@ -292,11 +292,11 @@ class ListWatch:
         return self._retry(text)
 
     def _add_idle_time(self, seconds: float) -> None:
-        """Handle the end of a connection that was open for `seconds`.
+        """Count an ended watch as idle time, unless an event or bookmark arrived on it.
 
-        If no event or bookmark arrived on it, add this time to the idle time, divided by `SHORT_IDLE_DIVISOR` if
-        it ended before a bookmark was due. If the idle time reaches its limit (see `MAX_IDLE_PERIODS`), start a new
-        list.
+        `seconds` is the watch's duration. If the watch ended before a bookmark was due, the duration is divided by
+        `SHORT_IDLE_DIVISOR` before it is added. If the idle time reaches its limit (see `MAX_IDLE_PERIODS`), a new list
+        is started.
         """
         if not self._resource_version or self._active:
             return
@@ -402,10 +402,11 @@ class ListWatch:
         return self._retry(text, at_least=error.retry_after, renew_credentials=error.code == 401)
 
     def _continue_without_kind(self, error: ErrorStatus) -> ListWatchStep:
-        """Continue without an optional kind that the server does not serve (404) or that kproxy may not read (403).
+        """Continue without an optional kind.
 
-        Known objects are kept. If the kind was never listed, an empty list is emitted. The time between attempts grows
-        to a few minutes (see `MAX_UNAVAILABLE_BACKOFF`).
+        The server does not serve the kind (404), or kproxy is not allowed to read it (403). Known objects are kept. If
+        the kind was never listed, an empty list is emitted. The time between attempts grows to a few minutes (see
+        `MAX_UNAVAILABLE_BACKOFF`).
         """
         problem = "the API server does not serve" if error.code == 404 else "no permission to list and watch"
         effect = "keeping the last known objects" if self._was_listed else self._unavailable_effect
@@ -471,7 +472,7 @@ class ListWatch:
         return ListWatchStep(reconnect_after=0.0)
 
     def _backoff(self, failures: int, max_backoff: float = MAX_BACKOFF) -> float:
-        """Return the seconds to wait after the given number of earlier failures.
+        """Return the number of seconds to wait after the given number of earlier failures.
 
         The delay is 0.8 s (as in client-go), doubled for each failure, at most `max_backoff`, with a jitter of ±25%.
         """

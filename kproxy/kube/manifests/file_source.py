@@ -43,9 +43,9 @@ class ManifestState:
     Snapshots must be passed in the order in which they were read.
 
     Nothing is delivered until all files are valid for the first time. Delivering earlier, without the objects of the
-    invalid files, would delete the rules that a previous process programmed for these objects. From then on, if a file
-    becomes invalid, its last valid content is used. A new file that is invalid is ignored. If no file is usable, the
-    objects stay as they are. To delete all objects, use a file with `items: []`.
+    invalid files, would delete the rules that a previous process programmed for these objects. After the first
+    delivery, if a file becomes invalid, its last valid content is used, and a new file that is invalid is ignored. If
+    no file is usable, the objects stay as they are. To delete all objects, use a file with `items: []`.
     """
 
     def __init__(self) -> None:

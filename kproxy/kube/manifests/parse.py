@@ -116,7 +116,7 @@ _decode_any = msgspec.json.Decoder().decode
 
 
 def load_objects(texts: Mapping[str, bytes]) -> LoadedManifests:
-    """Return the objects of files. `texts` maps each file's path to its text.
+    """Return the objects in files. `texts` maps each file's path to its text.
 
     For a file with problems, only the problems are returned, not the objects.
     """
@@ -124,7 +124,7 @@ def load_objects(texts: Mapping[str, bytes]) -> LoadedManifests:
 
 
 def combine(files: Iterable[ManifestFile]) -> LoadedManifests:
-    """Combine the objects of files in the order of their paths.
+    """Combine the objects of several files, in the order of the files' paths.
 
     For a file with problems, only the problems are returned, not the objects. If an object is defined more than once,
     the last definition is used.
