@@ -40,14 +40,15 @@ class CommandError(Exception):
 class InconclusiveError(CommandError):
     """A check has no result, because a program could not be run to completion or the kernel did not reply.
 
-    A later retry may have a result.
+    A later attempt may succeed.
     """
 
 
 class CompletedCommand(Struct, frozen=True):
     """A program's exit status and output.
 
-    As in `subprocess`, `code` is the negative signal number if a signal terminated the program.
+    As in `subprocess`, `code` is the negative signal number if a signal terminated the program. It is -1 if the program
+    exited with status 0 before it read all the input from `stream_input`.
     """
 
     code: int
@@ -88,7 +89,7 @@ class CommandRunner:
         the program cannot be started. If the cause may be temporary, the error is an `InconclusiveError`.
         """
         pipe = subprocess.PIPE
-        # The input is a file, not a pipe. In Python 3.11, a call of communicate() after a timeout does not resume
+        # The input is a file, not a pipe. In Python 3.11, a call to communicate() after a timeout does not resume
         # writing to a pipe, so the program would never receive the rest of its input.
         with (
             _memory_file("stdin") as file,
@@ -261,8 +262,8 @@ class SlowCommandLog:
             return ""
         path = os.environ.get("XTABLES_LOCKFILE", _XTABLES_LOCK)
         holder = lock_holder(path)
-        # If `iptables` is a wrapper script, the program itself may hold the lock: as a child process of the script, in
-        # the same process group.
+        # If `iptables` is a wrapper script, the holder may be the real iptables: a child process of the script, in the
+        # same process group.
         if not holder or _process_group(holder) == self._pid:
             return ""
         return f"; xtables lock {path} is held by {_process_name(holder)} (pid {holder})"

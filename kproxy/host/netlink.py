@@ -41,8 +41,8 @@ SOL_NETLINK = 270
 SO_SNDBUFFORCE = 32
 
 REQUESTS_PER_SEND = 128
-"""Number of requests sent in one datagram. The socket's receive buffer must be large enough for an error for each
-request.
+"""Maximum number of requests sent in one datagram. If the kernel rejects all of them, the errors must fit into the
+socket's receive buffer.
 """
 MAX_ATTEMPTS = 3
 """Maximum number of calls that `retry_interrupted` makes, including the first one."""
@@ -70,7 +70,7 @@ class NetlinkError(OSError):
 class DumpInterruptedError(NetlinkError):
     """The dumped objects changed during the dump (NLM_F_DUMP_INTR).
 
-    The dump may be inconsistent and should be repeated.
+    The dump may be inconsistent and should be repeated. `errno` is 0.
     """
 
 
@@ -150,7 +150,7 @@ class BoundSocket:
 class NetlinkSocket(BoundSocket):
     """A netlink socket for requests and dumps.
 
-    After `dump` or `get`, exhaust the iterator before the next call of any method.
+    The iterator that `dump` or `get` returns must be exhausted before any method is called again.
     """
 
     def request(self, kind: int, flags: int, payload: bytes) -> None:
@@ -162,7 +162,7 @@ class NetlinkSocket(BoundSocket):
     def request_many(self, kind: int, flags: int, payloads: Sequence[bytes]) -> dict[int, int]:
         """Send requests of one type; return the errnos of rejected requests, keyed by index in `payloads`.
 
-        The kernel processes the requests in order. After a request that it rejects, it continues with the next one.
+        The kernel processes the requests in order. If it rejects a request, it still processes the remaining ones.
         Raises `OSError` if the requests cannot be sent or the replies cannot be received.
         """
         errors: dict[int, int] = {}
@@ -172,8 +172,8 @@ class NetlinkSocket(BoundSocket):
             messages = [self._message(kind, flags, payload) for payload in batch[:-1]]
             messages.append(self._message(kind, flags | NLM_F_ACK, batch[-1]))
             self._socket.send(b"".join(messages))
-            # Only the last request asks for an acknowledgment. Before it, the kernel sends an error for each earlier
-            # request that it rejected.
+            # Only the last request asks for an acknowledgment. Before that acknowledgment, the kernel sends an error
+            # for each earlier request that it rejected.
             errors |= {begin + sequence - first: code for sequence, code in self._receive_errors(first) if code}
         return errors
 
@@ -227,7 +227,7 @@ class BatchSocket(BoundSocket):
     """A netlink socket that sends batches of messages to one nfnetlink subsystem."""
 
     def __init__(self, subsystem: int) -> None:
-        """Open a socket for the subsystem with an NFNL_SUBSYS_* number.
+        """Open a socket for a subsystem, given as an NFNL_SUBSYS_* number.
 
         Raises `OSError` if the kernel does not support nfnetlink.
         """
@@ -329,7 +329,7 @@ def _error(code: int) -> NetlinkError:
 def _parse_error(reply: bytes, size: int, flags: int, index: int) -> RejectedMessage:
     """Parse an NLMSG_ERROR message and its extended acknowledgment (`struct nlmsgerr`, NLMSGERR_ATTR_*).
 
-    `index` is the index in the batch of the message to which the kernel replied.
+    The kernel replied to the message at position `index` in the batch, or to the batch as a whole if `index` is -1.
     """
     (code,) = _ERRNO.unpack_from(reply, HEADER.size)
     reason, offset = os.strerror(-code), -1

@@ -81,7 +81,8 @@ class NftablesBackend:
         self._own_generations = own_generations or OwnGenerations()
         self._batch_frontends = batch_frontends
         self._ledger: NftablesLedger | None = None
-        # The generation ID after the last commit, or None if another process may have changed the table since then.
+        # The generation ID at which this process last knew the contents of the table, or None if another process may
+        # have changed the table since then.
         self._generation: int | None = None
 
     @property
@@ -170,8 +171,9 @@ class NftablesBackend:
     ) -> NftablesLedger:
         """Change the table from its state in `snapshot` to the desired state. Create it if `snapshot` is None.
 
-        An existing table is changed in one transaction, because its chains must match each other and the context. If
-        there are new chains, `_commit` adds them in an earlier transaction. A new table is filled in batches.
+        An existing table is changed in one transaction, because its chains must be consistent with each other and with
+        the context. If there are new chains, `_commit` adds them in an earlier transaction. A new table is filled in
+        batches.
 
         Raises `GenerationChangedError` if `generation` is not the current one when the first commit is made.
         """
@@ -189,7 +191,7 @@ class NftablesBackend:
     def _batches(
         self, diff: NftablesDiff, plans: Plans, context: Context, batch_frontends: float
     ) -> Iterator[Transaction]:
-        """Yield the transactions of a diff. Each is yielded as soon as it has `batch_frontends` frontends."""
+        """Yield the transactions of a diff. Each except the last is yielded once it has `batch_frontends` frontends."""
         for key, ports in plans.by_service():
             diff.put(key, render_service(ports, context))
             if diff.frontend_count >= batch_frontends:
@@ -206,10 +208,12 @@ class NftablesBackend:
     def _commit(self, transaction: Transaction, *, must_be_current: bool = False) -> None:
         """Commit a transaction. Commit its new chains first (see `Transaction.split_off_new_chains`).
 
-        If another process has changed the rule set since `_generation`, this raises `GenerationChangedError` with
-        `must_be_current`, and otherwise commits anyway. If `_generation` is None, it always commits. If such an
-        unconditional commit fails, this raises `DriftError`, because the table may no longer match the ledger. Any
-        other failure raises `TableError`.
+        If another process has changed the rule set since `_generation`, the transaction is committed anyway, unless
+        `must_be_current` is true: then the method raises `GenerationChangedError`. If `_generation` is None, the
+        transaction is always committed.
+
+        Raises `DriftError` if a commit without a generation ID fails, because the table may no longer match the ledger.
+        Raises `TableError` for any other failure.
         """
         if (new_chains := transaction.split_off_new_chains()) is not None:
             self._commit_one(new_chains, must_be_current=must_be_current)

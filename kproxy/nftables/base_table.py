@@ -77,7 +77,9 @@ def local_traffic_match(context: Context, *, negate: bool) -> Statement | None:
 
 
 def base_chains(context: Context) -> tuple[NftChain, ...]:
-    """Return the base chains and the chains that they jump to. Each chain comes after the chains that it jumps to.
+    """Return the base chains, the chains that they jump to, and the chain `names.REJECT`, which verdict maps use.
+
+    Each chain comes after the chains that it jumps to.
 
     Source ranges are checked before DNAT, while the packet still has the frontend's address. Packets to frontends
     without endpoints are rejected or dropped after the DNAT chains have run. DNAT does not change these packets, so

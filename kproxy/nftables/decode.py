@@ -93,7 +93,8 @@ class TableReader:
     def chain_use_counts(self) -> Counter[str]:
         """Return the use count of each chain (NFTA_CHAIN_USE). Raises `NetlinkError`.
 
-        A chain's use count is the number of its rules plus the number of rules and elements that jump or go to it.
+        A chain's use count is the number of its rules plus the number of rules and elements whose verdict is a jump or
+        goto to it.
         """
         counts: Counter[str] = Counter()
         with NetlinkSocket(NETLINK_NETFILTER) as netlink:
@@ -266,7 +267,7 @@ def _verdict(data: bytes, span: Span) -> str:
 
 
 def _comment(data: bytes, span: Span) -> str:
-    """Return the comment, which is the only entry in the user data of an object that kproxy creates.
+    """Return an element's comment, which is the only entry in the user data of the elements that kproxy creates.
 
     The entry starts with its type and its length, one byte each.
     """

@@ -52,9 +52,9 @@ class NftablesDiff:
         self._endpoint_size = endpoint_size(context.family)
         self._context_changed = ledger.context != context
         self._verdicts_changed = False
-        # What the next transaction may change, as it was in the ledger after the previous transaction: for each
-        # frontend key, the claim that owned the frontend; for each counted element, whether it existed; and the old
-        # state, next to the new one, of each Service that has or had its own chains or sets.
+        # The state, after the previous transaction, of everything that the next transaction may change: the owner of
+        # each frontend, by frontend key, and whether each reference-counted element existed. For each Service that has
+        # or had its own chains or sets, the new state is stored with the old one.
         self._frontends: dict[bytes, RenderedFrontend | None] = {}
         self._counted_elements: dict[tuple[str, bytes], bool] = {}
         self._services_with_chains: list[tuple[RenderedService | None, RenderedService | None]] = []
@@ -168,9 +168,11 @@ class NftablesDiff:
     def _current_elements(
         self, transaction: Transaction, key: bytes, old: RenderedFrontend | None, new_endpoints: dict[str, bytes]
     ) -> tuple[dict[str, SetElement], dict[str, bytes]]:
-        """Return the elements that a frontend currently has in the kernel, by the name of their map.
+        """Return the elements that a frontend currently has in the kernel, and remove them from any snapshot.
 
-        The first result has the verdict elements, the second the concatenated values of the endpoint elements.
+        The first dictionary contains the verdict elements, and the second one contains the concatenated values of the
+        endpoint elements. Both are keyed by map name. If there is a snapshot, the deletion of stray endpoint elements
+        is added to the transaction.
         """
         if old is not None:
             verdicts, endpoints = _verdict_elements(old), dict(old.endpoints)

@@ -30,9 +30,9 @@ _VERDICT_SIZE = 16  # sizeof(struct nft_verdict)
 _AFFINITY_SET_SIZE = 65535
 """Maximum number of clients in an affinity set.
 
-This is the kernel's default for a dynamic set, to which rules add elements, so the netlink message that creates the set
-does not contain a size. kube-proxy requests the same size explicitly. With an explicit size, the kernel allocates
-memory for all elements when it creates the set: 2 MB for each endpoint.
+This is the kernel's default for a dynamic set (a set to which rules add elements), so the netlink message that creates
+the set does not contain a size. kube-proxy requests the same size explicitly. With an explicit size, the kernel
+allocates memory for all elements when it creates the set: 2 MB for each endpoint.
 """
 _INET, _INET6 = int(AF_INET), int(AF_INET6)  # inet_pton is faster with a plain int than with the enum
 _PROTOCOL_AND_PORT = struct.Struct(">B3xH2x")

@@ -87,7 +87,8 @@ class NftablesLedger:
     def chain_use_counts(self) -> Counter[str]:
         """Return the use count that the kernel should report for each chain (NFTA_CHAIN_USE).
 
-        A chain's use count is the number of its rules plus the number of rules and elements that jump or goto to it.
+        A chain's use count is the number of its rules plus the number of rules and elements whose verdict is a jump or
+        goto to it.
         """
         counts = Counter({name: count for name, count in self.verdict_counts.items() if name != DROP})
         for chain in (*self.chains.values(), *self.service_chains()):

@@ -1,6 +1,6 @@
 """Probe whether nftables mode works on this node.
 
-The probe commits one transaction that creates a table, uses every required feature in it, and deletes the table again.
+The probe commits one transaction that creates a table, uses every required feature in it, and deletes the table.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def choose_commit(family: Family) -> Commit:
     """Return a `Commit` that works on this node: one that uses netlink or, as a fallback, one that runs `nft`.
 
     Raises `NftablesUnsupportedError` if neither works for the family. Raises `InconclusiveError` if netlink does not
-    work and the probe of `nft` has no result, because `nft` was killed or could not be started.
+    work and the probe with `nft` gives no result, because `nft` was killed or could not be started for a reason that
+    may be temporary.
     """
     try:
         NetlinkCommit(family, PROBE_TABLE)(probe_transaction(family))

@@ -160,7 +160,7 @@ def _external_frontend(
 
 @lru_cache(1 << 10)
 def _shared_chain_verdicts(verdict_map: str, chain: str) -> Verdicts:
-    """Return a frontend's verdict as `Verdicts`.
+    """Return the verdicts of a frontend whose only verdict is a goto to a shared chain.
 
     The result is cached to save memory, because thousands of Services share a few different verdicts.
     """

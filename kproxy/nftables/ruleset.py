@@ -231,7 +231,7 @@ class NftHook(Struct, frozen=True):
 class NftChain(Struct, frozen=True):
     """A chain. With a `hook` it is a base chain, otherwise a regular chain.
 
-    Rules and verdict maps can jump or goto only to regular chains.
+    The target of a jump or goto must be a regular chain.
     """
 
     name: str

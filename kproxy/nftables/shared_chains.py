@@ -19,10 +19,11 @@ from kproxy.nftables.base_table import NODE_PORT_KEY, SERVICE_KEY, local_traffic
 from kproxy.nftables.ruleset import DnatMap, FibLocal, Goto, KeyField, NftChain, NftRule, SetMark, rule
 
 MAX_IMBALANCE = 1 / 500
-"""Maximum share of connections for which no rule with the chain's capacity as modulus finds an endpoint.
+"""Maximum share of connections for which the first rules of a chain find no endpoint.
 
-A later rule with a smaller modulus sends these connections to one of the first endpoints of the frontend. A low maximum
-therefore limits how much more traffic these endpoints receive than the others.
+The modulus of these rules is the chain's capacity. A later rule with a smaller modulus sends the remaining connections
+to one of the first endpoints of the frontend. A low maximum therefore limits how much more traffic these endpoints
+receive than the others.
 """
 FrontendKind: TypeAlias = Literal["service", "nodeport"]
 Policy: TypeAlias = Literal["any", "local", "external", "external-local"]
@@ -50,8 +51,8 @@ def numgen_moduli(capacity: int) -> tuple[int, ...]:
 
     A packet reaches a rule only if none of the random numbers of the preceding rules was the index of an endpoint.
 
-    In the second-to-last rule, N is at most the number of endpoints, so this rule always finds an endpoint: a frontend
-    that uses the chain has more endpoints than the next smaller capacity.
+    A frontend that uses the chain has more endpoints than the next smaller capacity. In the second-to-last rule, N is
+    therefore never greater than the number of endpoints, so this rule always finds an endpoint.
 
     In the last rule, N is 1. It is for packets that are in flight while the number of endpoints decreases. The verdict
     of such a packet may be from before the change, while the map already has fewer endpoints. A chain of capacity 1 has

@@ -16,7 +16,7 @@ class Transaction(Struct):
     before the object itself is deleted.
 
     `create_table` creates the table if it does not exist. `replace_table` deletes the table with all its contents and
-    creates it again. Elements are listed by the name of their set. `flushed_chains` are chains whose rules are all
+    creates it again. Elements are keyed by the name of their set. `flushed_chains` are chains whose rules are all
     deleted. `added_chains` are created without rules, and then all rules of each chain in `added_rules` are appended to
     it. A changed chain is therefore in both `flushed_chains` and `added_rules`. `added_endpoints` are the endpoint
     elements of frontends that previously had no elements in the same map. `delete_table` deletes the table at the end.
@@ -61,9 +61,9 @@ class Transaction(Struct):
         these cases, the new chains cannot be created in advance.
 
         For each packet, the kernel evaluates the rules of one generation, but it looks up sets in their latest state
-        (Linux 6.18, `nft_do_chain`). Assume that one transaction added both a chain and an element whose verdict is a
-        goto to that chain. A packet in flight could then get the new verdict and still see the chain without rules. A
-        chain that no verdict refers to does no harm, so new chains are created first.
+        (Linux 6.18, `nft_do_chain`). If one transaction added both a chain and an element whose verdict is a goto to
+        that chain, a packet in flight could get the new verdict but still see the chain without rules. A chain that no
+        verdict refers to does no harm, so new chains are created first.
         """
         if self.create_table or {each.name for each in self.added_sets} & set(self.deleted_sets):
             return None
