@@ -63,7 +63,7 @@ class IptablesKernel(Protocol):
         """
 
     def restore(self, text: str) -> None:
-        """Apply an `iptables-restore --noflush` input. Raises `RestoreError` or `CommandError`."""
+        """Apply input for `iptables-restore --noflush`. Raises `RestoreError` or `CommandError`."""
 
     def restore_each(self, texts: Iterable[str]) -> None:
         """Apply several inputs in order, and stop at the first failure. Raises `RestoreError` or `CommandError`."""
@@ -87,8 +87,8 @@ class IptablesKernel(Protocol):
 class IptablesBackend:
     """Keeps the iptables rules of one IP family in sync with the plans passed to `sync`.
 
-    The backend reads all existing rules only if it does not know them. This is the case in the first sync, and in the
-    next sync after a sync failed, `verify` found drift, or `forget` was called.
+    The backend reads all existing rules only if it does not know them: in the first sync, and in the first sync after a
+    failure, after `verify` has found drift, or after a call to `forget`.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class IptablesBackend:
 
         If they have changed, the ledger is discarded as in `forget`. The check covers:
 
-        - the canary chains, which are missing after another process deleted all chains of a table
+        - the canary chains, which are missing if another process has deleted all chains of a table
         - the rules that kproxy has inserted into chains that other tools also use
         - the shared chains, but not the shards of the dispatch chains
 

@@ -38,10 +38,11 @@ _SHARED_CHAINS = frozenset({*DISPATCH_CHAINS, *CANARIES, FILTER_FORWARD, MARK_MA
 def cleanup(saved: Mapping[ChainName, SavedChain], *, max_transaction_rules: int) -> Iterator[RestoreInput]:
     """Yield the changes that delete all chains of kproxy and kube-proxy, and all rules that jump to these chains.
 
-    `saved` has the existing chains and rules. The first change deletes all shared chains except KUBE-MARK-MASQ, and the
-    jumps in the chains that remain. The following changes delete the per-Service chains and shards, at most
-    `max_transaction_rules` at a time. The last change deletes KUBE-MARK-MASQ. KUBE-FIREWALL in table filter and the
-    jumps to it remain, because this chain protects 127.0.0.1 and the kubelet may rely on it.
+    `saved` contains the existing chains and rules. The first change deletes all shared chains except KUBE-MARK-MASQ. It
+    also deletes every jump to a chain of kproxy or kube-proxy from any other chain. The following changes delete the
+    per-Service chains and shards, at most `max_transaction_rules` at a time. The last change deletes KUBE-MARK-MASQ.
+    KUBE-FIREWALL in table filter and the jumps to it remain, because this chain protects 127.0.0.1 and the kubelet may
+    rely on it.
     """
     shared_chains = [chain for chain in saved if chain in _SHARED_CHAINS]
     port_chains = sorted((chain for chain in saved if chain.name.startswith(PORT_CHAIN_PREFIXES)), key=deletion_order)

@@ -54,8 +54,8 @@ class IptablesDiff:
 
     The time that iptables-nft needs for a transaction grows with the square of the number of rules in it. A change of
     more than `max_transaction_rules` rules is therefore split into several transactions, each of which is safe on its
-    own. They write the per-Service chains first, then the shards from the bottom up, and then the dispatch chains.
-    Finally they delete unused chains.
+    own. They write the chains that do not depend on Services first, then the per-Service chains, then the shards from
+    the bottom up, and then the dispatch chains. Finally they delete unused chains.
 
     With a `rule_counter`, a long per-Service chain is patched rule by rule, provided that only a few of its rules
     differ and that the chain has the same number of rules in the kernel as in the ledger. All other chains are

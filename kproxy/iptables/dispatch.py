@@ -27,7 +27,7 @@ Measured with iptables-nft: the kernel checks a new connection against 60 rules 
 MAX_SHARD_RULES = 32
 """Maximum number of rules in a shard. Shards for only one destination and shards at the last level may have more."""
 LEVEL_BITS = 4
-"""Number of destination bits that one level of the tree distinguishes. A shard jumps to at most 16 other shards."""
+"""Number of bits of the destination that each level of the tree examines. A shard jumps to at most 16 other shards."""
 MAX_LEVELS = 8
 """Maximum depth of the tree of shards. Maliciously chosen IPv4 addresses can require all levels.
 

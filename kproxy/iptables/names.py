@@ -42,7 +42,8 @@ CANARIES = tuple(ChainName(table, "KUBE-PROXY-CANARY") for table in ("mangle", "
 PORT_CHAIN_PREFIXES = ("KUBE-FW-", "KUBE-XLB-", "KUBE-EXT-", "KUBE-SVC-", "KUBE-SVL-", "KUBE-SEP-")
 """Name prefixes of per-Service chains. Each of these chains belongs to one service port and is in table nat.
 
-A chain jumps only to chains whose prefix comes later in this tuple. kube-proxy used KUBE-XLB- before version 1.24.
+They jump to KUBE-MARK-MASQ and otherwise only to chains whose prefix comes later in this tuple. kube-proxy used
+KUBE-XLB- before version 1.24.
 """
 SHARD_PREFIXES = {
     NAT_SERVICES: "KUBE-SVC-",

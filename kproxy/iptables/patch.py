@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from msgspec import Struct
 
 MIN_PATCHABLE_RULES = 4
-"""Minimum number of rules of a chain that is patched. Shorter chains are rewritten: a patch would not be cheaper."""
+"""Minimum length, in rules, of a chain that is patched. For a shorter chain, a patch is no cheaper than a rewrite."""
 RULES_PER_COMMAND = 3
 """Limit on the commands of a patch: the new chain must have at least this many rules for each command.
 
-A command takes longer than writing a rule, because iptables-nft reads the existing rules first. In measurements, a
-patch with one command for every two rules of the chain took as long as rewriting the chain.
+Running a command takes longer than writing a rule, because iptables-nft first reads the existing rules. In
+measurements, a patch with one command for every two rules of the chain took as long as rewriting the chain.
 """
 READS_PER_WRITE = 8
 """Number of rules that iptables-nft reads in the time that it needs to write one rule."""

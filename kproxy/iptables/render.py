@@ -253,7 +253,7 @@ class _PortRenderer:
         self._add_chain(self.external_chain, rules)
 
     def _local_traffic_rules(self, subject: str) -> list[str]:
-        """Return the rules that send traffic from pods and from this node to all endpoints.
+        """Return the rules that make all endpoints available to traffic from pods and from this node.
 
         `externalTrafficPolicy: Local` does not apply to this traffic. Traffic from this node is masqueraded, because a
         load balancer IP may be assigned to an interface of the node. The node would then use this IP as the source
@@ -303,7 +303,7 @@ class _PortRenderer:
         return f"--mask {mask} --rsource"
 
     def _endpoint_comment(self, text: str) -> str:
-        """Return the comment of a per-endpoint rule, or "" in a large cluster, where comments take too much time."""
+        """Return the comment of a per-endpoint rule, or "" in a large cluster, where comments would slow down syncs."""
         return "" if self.context.large_cluster else f'-m comment --comment "{text}" '
 
     def _match_address(self, address: str) -> str:

@@ -42,14 +42,15 @@ _OTHER_PROBLEM = 1
 _PARAMETER_PROBLEM = 2
 """The rule is invalid: for example, it jumps to a chain that does not exist."""
 _VERSION_PROBLEM = 3
-"""iptables-nft cannot print a rule that nft created. It has printed the preceding rules.
+"""iptables-nft cannot print a rule that nft created.
 
-Some rules that nft created make iptables-nft report the whole chain or table as incompatible.
+Depending on the rule, iptables-nft has printed the preceding rules, or has reported the whole chain or table as
+incompatible.
 """
 _RESOURCE_PROBLEM = 4
 """Another process held the lock of iptables-legacy for the whole waiting time."""
 _MAX_SINGLE_RULE_READS = 1000
-"""Maximum number of rules of a chain to read one by one. Reading a rule takes 3 ms."""
+"""How many rules of a chain are read one by one before the search is abandoned. Reading a rule takes 3 ms."""
 _READ_AHEAD = (1 << 20) + (1 << 16)
 """Upper bound in characters for the input that a program has not processed yet: a full pipe plus the buffer into which
 the program reads.
@@ -68,7 +69,7 @@ class RestoreError(Exception):
     """`iptables-restore` failed.
 
     Usually, the kernel has rejected the transaction for a table. In that case, neither this transaction nor any later
-    one was applied. It is also a failure if another process holds the xtables lock, or if the program exceeds the time
+    one was applied. Other causes are that another process holds the xtables lock, or that the program exceeds the time
     limit, is killed, or exits before it has read all of its input. Transactions before the failure stay applied.
 
     `line` is the rejected line of the input, or "" if iptables did not report it.
@@ -189,7 +190,7 @@ class IptablesRunner:
         return ""
 
     def restore(self, text: str) -> None:
-        """Apply an `iptables-restore --noflush` input, one transaction per table.
+        """Apply input for `iptables-restore --noflush`, in one transaction per table.
 
         Chains that `text` does not name are not changed. Raises `RestoreError`, or `CommandError` if the program cannot
         be started.
@@ -227,8 +228,8 @@ class IptablesRunner:
         """Return whether a chain has a rule, or None if this cannot be determined.
 
         The rules are read one by one, so that rules that iptables cannot print are skipped. The result is None if the
-        rules cannot be listed, or if the chain has more than `_MAX_SINGLE_RULE_READS` rules and the first ones do not
-        include the rule.
+        rules cannot be listed, or if the rule is not found among the first `_MAX_SINGLE_RULE_READS` rules and the chain
+        may have more.
         """
         for number in range(1, _MAX_SINGLE_RULE_READS + 1):
             done = self._run(chain, "-S", str(number), accepted=(_OTHER_PROBLEM, _VERSION_PROBLEM))

@@ -16,8 +16,8 @@ FOLDER_VARIABLE = "KPROXY_IPTABLES"
 `legacy/iptables-save` etc.
 """
 KUBELET_CHAINS = ("KUBE-IPTABLES-HINT", "KUBE-KUBELET-CANARY")
-"""Chains in table mangle that reveal which variant the kubelet uses. KUBE-IPTABLES-HINT is the hint of KEP-3178.
-Older kubelets create only KUBE-KUBELET-CANARY.
+"""Chains in table mangle that reveal which variant the kubelet uses. KEP-3178 introduced KUBE-IPTABLES-HINT for this
+purpose. Older kubelets create only KUBE-KUBELET-CANARY.
 """
 LEGACY_TABLE_FILES = {
     "iptables": Path("/proc/thread-self/net/ip_tables_names"),

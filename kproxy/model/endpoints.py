@@ -18,8 +18,8 @@ def endpoints_by_socket(
 
     An EndpointSlice port belongs to the service port with the same name and protocol. While an endpoint moves from one
     slice to another, both slices may list it, possibly in different states. In that case, an entry that is not
-    terminating is preferred, then one that is ready, then one that is serving. If the entries do not differ in this,
-    the first one is used.
+    terminating is preferred, then one that is ready, then one that is serving. If the entries agree on all three, the
+    first one is used.
     """
     endpoints: dict[str, Endpoint] = {}
     for endpoint_slice in slices:

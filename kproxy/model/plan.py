@@ -47,8 +47,8 @@ class ServicePortPlan(Struct, frozen=True, gc=False):
     in kube-proxy. `dual_stack` is true if the Service also has a ClusterIP of the other family.
 
     `serving_endpoints` are all endpoints that still serve traffic. Existing flows to these endpoints may continue, even
-    if new flows are sent to other endpoints. The field is only set for UDP. `endpoints_on_node` is the part of
-    `cluster_endpoints` and `local_endpoints` that is or may be on this node. An endpoint without a `nodeName`, such as
+    if new flows are sent to other endpoints. The field is only set for UDP. `endpoints_on_node` contains those
+    `cluster_endpoints` and `local_endpoints` that are on this node or may be. An endpoint without a `nodeName`, such as
     one that was created by hand or mirrored from an Endpoints object, may be on any node.
 
     `local_ready` are the addresses of the ready endpoints on this node. The field is only set for a Service with a

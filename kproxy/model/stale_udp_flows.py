@@ -79,9 +79,9 @@ class UdpFrontends:
         """Return whether flows to `destination` are stale if their replies come from `source`.
 
         Only flows to `unchecked` frontends can be stale. If the frontend exists, a flow is stale unless `source` is one
-        of the frontend's endpoints. Either `source` is an endpoint that no longer serves the frontend, or the client's
-        first packet was not translated: the frontend did not exist, had no endpoints, or did not accept this client. In
-        the second case, `source` equals `destination`.
+        of the frontend's endpoints. There are two ways for a flow to become stale. In the first, `source` is an
+        endpoint that no longer serves the frontend. In the second, `source` equals `destination`, because the client's
+        first packet was not translated: the frontend did not exist, had no endpoints, or did not accept this client.
 
         If the frontend no longer exists, translated flows are stale. Untranslated flows are not stale, because they
         belong to the program that uses the address or port now.

@@ -84,7 +84,7 @@ class Store:
 
     @property
     def invalid_services(self) -> int:
-        """The number of Services whose current object cannot be used."""
+        """The number of Services whose current state cannot be used."""
         return len(self._invalid)
 
     @property

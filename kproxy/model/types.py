@@ -100,8 +100,8 @@ class EndpointSlice(Struct, frozen=True, gc=False, array_like=True):
 class Node(Struct, frozen=True, gc=False):
     """A Node. `addresses` are its InternalIPs, followed by its ExternalIPs, both in the order of the Node's status.
 
-    `being_deleted` is true if the Node has a deletion timestamp or the taint `ToBeDeletedByClusterAutoscaler`. In both
-    cases, load balancers should not send new connections to the Node (KEP-3836).
+    `being_deleted` is true if the Node has a deletion timestamp or the taint `ToBeDeletedByClusterAutoscaler`, or if it
+    has been deleted. In all of these cases, load balancers should not send new connections to the Node (KEP-3836).
     """
 
     name: str

@@ -72,10 +72,10 @@ class FamilySync:
         *,
         large_cluster_endpoints: float = LARGE_CLUSTER_ENDPOINTS,
     ) -> None:
-        """`make_context` is called at each sync. It returns the context without the fields that come from the store.
+        """`make_context` is called at each sync, with this Node or None. It may raise `SyncError`.
 
-        `make_context` may raise `SyncError`. `Context.large_cluster` is true if the family has more than
-        `large_cluster_endpoints` endpoints.
+        The fields `service_cidrs` and `large_cluster` of its result are replaced by values that are derived from the
+        store. `large_cluster` is true if the family has more than `large_cluster_endpoints` endpoints.
         """
         self._backend = backend
         self._make_context = make_context

@@ -76,15 +76,17 @@ class Reconciler:
 
         `clock` returns seconds of a monotonic clock.
 
-        The types of `on_queue`, `on_change` and `on_sync` say when these listeners are called; they must not block. The
-        `after_sync` steps may block. They run in order, after every family that was due has been synced and all
-        listeners have been called. Health and metrics therefore do not wait for the steps, but the next sync does.
+        The listeners `on_queue`, `on_change` and `on_sync` must not block. `QueueListener`, `ChangeListener` and
+        `SyncListener` document when they are called. The `after_sync` steps may block. They run in order, after every
+        family that was due has been synced and all listeners have been called. Health and metrics therefore do not wait
+        for the steps, but the next sync does.
 
         Every `check_interval` seconds, a quick drift check looks for rules that another process removed. Every
-        `full_check_interval` seconds, which should be a multiple of `check_interval`, all rules are compared.
+        `full_check_interval` seconds, which should be a multiple of `check_interval`, all rules are read from the
+        kernel and compared with the desired state.
 
         `monitor` is called with the store and the current time whenever the reconciler wakes up, even before the first
-        sync. It returns the number of seconds after which it should be called even if no message arrives, or None.
+        sync. It returns the number of seconds after which it must be called again even if no message arrives, or None.
 
         Once `programs_stopped` returns True, kproxy is stopping and has killed the programs that a sync was waiting
         for. A sync that fails after that is logged as canceled.
@@ -194,7 +196,7 @@ class Reconciler:
         for summary in self._summaries.values():
             if text := summary.flush(self._clock()):
                 log.info("%s", text)
-        for report in reports:  # not between the syncs: health waits for all families
+        for report in reports:  # not between the syncs, because health must not wait for a step
             _call_each(self._after_sync, report)
         return all(report.result is not None for report in reports)
 
