@@ -31,7 +31,7 @@ class FamilyHealth(Struct, frozen=True):
 
 
 class Health:
-    """Records two times for each IP family: since when changes have been waiting, and when a sync last succeeded.
+    """Records two times for each IP family: when its oldest waiting change was queued, and when a sync last succeeded.
 
     The reconciler's thread updates the times; any thread may read them. `now` is the time on the reconciler's monotonic
     clock, in seconds. `wall` returns nanoseconds since the epoch, which are only displayed. `timeout` is the maximum

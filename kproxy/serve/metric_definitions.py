@@ -86,8 +86,9 @@ class PacketCounterCollector(Collector):
 
 
 SYNC_BUCKETS = tuple(0.001 * 2**power for power in range(15))
+"""Histogram buckets in seconds for the duration of syncs and conntrack cleanups, as in kube-proxy."""
 PROGRAMMING_BUCKETS = (0.25, 0.5, *range(1, 60), *range(60, 120, 5), *range(120, 301, 30))
-"""Histogram buckets in seconds for the duration of syncs and for the network programming latency, as in kube-proxy."""
+"""Histogram buckets in seconds for the network programming latency, as in kube-proxy."""
 FAMILY = ("ip_family",)
 TABLES = ("filter", "nat")
 POLICIES = ("internal", "external")

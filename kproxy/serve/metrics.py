@@ -57,7 +57,8 @@ class Metrics:
     def on_change(self, kind: Kind, changed: StoreChange) -> None:
         """Count the Services that a change to Services or EndpointSlices affects.
 
-        As in kube-proxy, a change to a Service counts once per IP family. A change to an EndpointSlice counts once.
+        As in kube-proxy, a Service is counted once per IP family if Services changed, but only once if EndpointSlices
+        changed.
         """
         if kind is Service:
             self._metrics.service_changes.inc(len(changed.services) * len(self._families))
@@ -170,7 +171,8 @@ class MissingLocalEndpoints:
     def update(self, plans: Mapping[ServiceKey, Sequence[ServicePortPlan]], *, complete: bool) -> None:
         """Update the counts.
 
-        `plans` contains all Services if `complete` is true. Otherwise, it contains those that may have changed.
+        `plans` and `complete` are described in `SyncResult`. If `complete` is true, a Service that is absent from
+        `plans` has no counted port.
         """
         deleted = self._ports.keys() - plans.keys() if complete else ()
         for key in deleted:

@@ -91,7 +91,7 @@ class ConnectionState(Enum):
     SENDING = auto()
     """The server waits until the client has received more of the response."""
     QUEUED = auto()
-    """The next request arrived together with the previous one (pipelining) and will be processed next."""
+    """At least part of the next request has already arrived (pipelining). The server processes it next."""
     DRAINING = auto()
     """The server has sent its last response and waits until the client closes the connection.
 

@@ -1,6 +1,6 @@
 """The health check node ports of Services with external traffic policy Local.
 
-`ServiceHealthTracker` runs in the reconciler's thread and derives the health of Services from the reports of syncs.
+`ServiceHealthTracker` runs in the reconciler's thread and derives the health of Services from sync reports.
 `HealthCheckNodePorts` runs in the server's thread, opens the ports and responds to requests.
 """
 
@@ -67,7 +67,7 @@ class FamilyServiceHealth(Struct, frozen=True):
 
 
 class ServiceHealthTracker:
-    """Derives the health of Services from the reports of syncs, and passes changes to `update`.
+    """Derives the health of Services from sync reports, and passes changes to `update`.
 
     `update` must neither block nor raise.
     """

@@ -34,8 +34,8 @@ class StatusServer:
 
     - The metrics port also serves `mode`, `configuration` (the content of a configuration file) and the result of
       `flags` (the value of each command-line flag by name).
-    - `healthz_address` and `metrics_address` are `IP:port`, or "" to disable the port. If `hard_fail` is true, `start`
-      raises an error if one of the two ports cannot be opened.
+    - `healthz_address` and `metrics_address` are `IP:port`, or "" to disable the port. If either port cannot be opened,
+      `start` raises `ListenError` when `hard_fail` is true; otherwise, the server keeps retrying.
     - The proxy is unhealthy if a change has been waiting for more than `health_timeout` seconds.
     - `node` returns this Node, or None if it is unknown. `reason` returns a description of the problem with this Node,
       or "" if there is none.

@@ -1,4 +1,4 @@
-"""The pages `/statusz` (KEP-4827) and `/flagz` (KEP-4828), as plain text or as JSON of the group `config.k8s.io`. Pure.
+"""The pages `/statusz` (KEP-4827) and `/flagz` (KEP-4828), as plain text or JSON (API group `config.k8s.io`). Pure.
 
 The page "Kubernetes z-pages" of the Kubernetes 1.36 documentation defines the media types and the JSON fields.
 """

@@ -43,8 +43,8 @@ class IptablesSimulator(Simulator):
         return self._nat_hook("POSTROUTING", branches, to_elsewhere)
 
     def _transmit(self, branches: Branches) -> Branches:
-        # On `lo`, a packet to the node itself traverses the filter table, but not the nat table: its connection has
-        # already traversed the nat table.
+        # On `lo`, a packet to the node itself traverses the filter table, but not the nat table: NAT for its connection
+        # has already been decided.
         branches = self._nat_hook("OUTPUT", branches, to_anywhere)
         branches = self._filter_hook("OUTPUT", branches, to_anywhere)
         branches = self._nat_hook("POSTROUTING", branches, to_anywhere)

@@ -29,7 +29,7 @@ _CONNECTION_STATES = frozenset({"NEW", "ESTABLISHED", "RELATED", "INVALID", "DNA
 _BASE_OPTIONS = {"-s": 1, "-d": 1, "-i": 1, "-p": 1}
 """The options that need no `-m`.
 
-The values in this mapping and the next two are the number of arguments of each option.
+This mapping and the next two give the number of arguments that each option takes.
 """
 _MODULE_OPTIONS = {
     "tcp": {"--dport": 1},
@@ -400,4 +400,7 @@ _MATCH_PARSERS: dict[str, Callable[[str], Match]] = {
     "--mark": _match_mark,
     "--ctstate": _match_connection_state,
 }
-"""For each option that matches packets, the function that parses its argument. It raises `UnknownRuleError`."""
+"""For each option that becomes a `Match`, the function that parses its argument.
+
+The functions raise `UnknownRuleError` if the argument is invalid or not supported.
+"""

@@ -42,8 +42,8 @@ class NftablesSimulator(Simulator):
         return self._hook("postrouting", branches, to_elsewhere)
 
     def _transmit(self, branches: Branches) -> Branches:
-        # On `lo`, a packet to the node itself traverses the chains of type filter, but not those of type nat: its
-        # connection has already traversed nat chains.
+        # On `lo`, a packet to the node itself traverses the chains of type filter, but not those of type nat: NAT for
+        # its connection has already been decided.
         branches = self._hook("output", branches, to_anywhere)
         branches = self._hook("postrouting", branches, to_anywhere)
         looped, sent = partition(branches, to_node)

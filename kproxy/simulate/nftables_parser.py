@@ -59,7 +59,7 @@ class BaseChainHook(Struct, frozen=True):
 
     @property
     def order(self) -> tuple[int, int]:
-        """The sort key among the base chains of the hook.
+        """The key by which the base chains of a hook are sorted.
 
         The kernel runs all nat chains of a hook together, at a fixed priority. The priority that a nat chain declares
         only determines its position among the nat chains.
@@ -454,7 +454,8 @@ def _parse_comparison(tokens: TokenReader, scope: _TableScope, key: KeyExpressio
 def _parse_set_lookup(tokens: TokenReader, scope: _TableScope, key: KeyExpression, *, negated: bool) -> PacketMatch:
     """Parse a lookup in a named set.
 
-    An affinity set contains the packet's source if `Packet.affinity_endpoints` has one of the set's endpoints.
+    An affinity set contains the packet's source if the dump lists the source as an element, or if
+    `Packet.affinity_endpoints` includes one of the set's endpoints.
     """
     name, found = scope.parse_named_set(tokens)
     found.check(key, "set")

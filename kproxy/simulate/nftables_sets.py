@@ -108,7 +108,7 @@ class ListedSet(Struct):
     def _parse_key(self, tokens: TokenReader) -> tuple[tuple[Hashable, ...], int]:
         """Parse the key of an element.
 
-        Return the values of its parts except the number, and the number (0 if the key contains none).
+        Return a pair: the values of all parts other than the number, and the number itself (0 if the key has none).
         """
         key: list[Hashable] = []
         number = 0

@@ -356,8 +356,8 @@ class PacketChange(Struct, frozen=True):
 class VerdictChoice(Struct, frozen=True):
     """The last statement of a rule: its possible verdicts and their probabilities.
 
-    If the probabilities sum to p < 1, the packet gets none of the verdicts with probability 1 - p and continues with
-    the next rule. `chains` are the target chains of all `goto` and `jump` verdicts.
+    If the probabilities sum to p < 1, then with probability 1 - p no verdict applies and the packet continues with the
+    next rule. `chains` are the target chains of all `goto` and `jump` verdicts.
     """
 
     choose: Callable[[PacketState], list[tuple[ListedVerdict, float]]]
@@ -374,7 +374,7 @@ def unconditional(verdict: ListedVerdict) -> VerdictChoice:
 
 
 def parse_simple_statement(tokens: TokenReader, family: Family) -> Statement | None:
-    """Parse a statement that uses neither a key nor a set nor a map.
+    """Parse a statement that uses no key, set or map, and is not a `dnat` statement.
 
     Return None, without consuming a token, if the next statement is of another kind.
     """
@@ -420,7 +420,7 @@ def _parse_fib(tokens: TokenReader) -> PacketMatch:
 def _parse_iifname(tokens: TokenReader) -> PacketMatch:
     """Parse a match on the name of the input interface. A trailing `*` in the rule makes the name a prefix.
 
-    A packet that the node itself sends has the interface name "".
+    The name is "" for packets that the node itself sends, until they return through the interface `lo`.
     """
     negated = tokens.accept("!=")
     name = tokens.quoted()

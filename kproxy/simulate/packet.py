@@ -1,4 +1,4 @@
-"""A simulated packet, its state between rules, and its possible outcomes."""
+"""A simulated packet, its state between rules, its possible outcomes, and the base class of the simulators."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ A branch is one state with its probability. A rule that matches at random splits
 
 
 class Simulator(ABC):
-    """Simulates the rules of one IP family. Subclasses know the hooks and chains of one kind of rules."""
+    """Simulates the rules of one IP family. Subclasses implement the hooks and chains of iptables or nftables."""
 
     def __init__(self, family: Family) -> None:
         """Create a simulator for the packets of `family`."""
