@@ -23,7 +23,7 @@ examples:
   kproxy apply --objects=web.yaml --cluster-cidr=10.244.0.0/16,fd00:10::/56
 
 {SYNTAX}
-Flags that apply only to `kproxy run` are accepted and ignored, but not listed.
+Other flags of `kproxy run`, except its actions, are accepted and ignored.
 
 `kproxy apply` also removes the rules of Services that are not in the files
 given with --objects. The exit code is 0 only if the kernel accepted all rules."""

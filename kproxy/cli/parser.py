@@ -24,7 +24,7 @@ COMMANDS = {
 DESCRIPTION = """\
 Service proxy for Kubernetes on Linux: programs iptables or nftables rules so
 that connections to Services reach their endpoints. Accepts kube-proxy's
-configuration file and flags, except for ipvs mode."""
+configuration file and flags, but does not support ipvs mode."""
 EPILOG = """\
 examples:
   # replace kube-proxy in its Pod, which mounts kubeadm's configuration file

@@ -28,7 +28,7 @@ examples:
       | diff before -
 
 {SYNTAX}
-Flags that apply only to `kproxy run` are accepted and ignored, but not listed.
+Other flags of `kproxy run`, except its actions, are accepted and ignored.
 
 Needs no root privileges and does not access the kernel, so it cannot check
 what the node supports: an empty mode ("") always means nftables. In iptables
