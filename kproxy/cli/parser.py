@@ -105,8 +105,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def command_line(described: Collection[str]) -> tuple[OneLineParser, dict[str, OneLineParser]]:
     """Return the top-level parser, and the parsers of all commands by name.
 
-    Only the parsers of the commands in `described` have flags. Defining flags imports the configuration package, which
-    would slow down every start.
+    Only the parsers of the commands in `described` have flags. Defining a command's flags imports its module and the
+    configuration package, which other commands and `kproxy --version` do not need.
     """
     parser = OneLineParser(
         "kproxy",

@@ -66,6 +66,8 @@ def read_yaml(text: str, *, allow_duplicate_keys: bool = False) -> list[Document
 def line_in_yaml(text: str, path: FieldPath) -> int:
     """Return the 1-based line number of a field in the text of one document, or 0 if it is unknown.
 
+    For a missing field, the result is the line of the nearest enclosing field that exists.
+
     The nesting depth of the text is not checked. The caller must already have parsed the text successfully.
     """
     try:
@@ -78,7 +80,8 @@ def line_in_yaml(text: str, path: FieldPath) -> int:
 def _check_depth(text: str) -> None:
     """Raise `RecursionError` for text whose nesting could make libyaml's recursion overflow the C stack.
 
-    Nesting by indentation alone is not limited here: it takes far more text for the same depth.
+    Nesting by indentation alone is not checked: its text grows with the square of the depth, so only an unrealistically
+    large file could overflow the stack.
     """
     if len(_OPENINGS.findall(text)) <= MAX_DEPTH:
         return

@@ -60,7 +60,7 @@ class SetLayout(Struct, frozen=True):
 
     @property
     def has_verdicts(self) -> bool:
-        """Whether this is a verdict map. The kernel does not delete a chain while an element refers to the chain."""
+        """Whether this is a verdict map. Its elements must be deleted before the chains that they refer to."""
         return self.data_type == NFT_DATA_VERDICT
 
 

@@ -160,9 +160,9 @@ def _external_frontend(
 
 @lru_cache(1 << 10)
 def _shared_chain_verdicts(verdict_map: str, chain: str) -> Verdicts:
-    """Return the verdicts of a frontend whose only verdict is a goto to a shared chain.
+    """Return a goto to a shared chain, as the only element of a tuple.
 
-    The result is cached to save memory, because thousands of Services share a few different verdicts.
+    The tuple is cached to save memory, because thousands of Services have no other verdict.
     """
     return ((verdict_map, chain),)
 

@@ -337,7 +337,7 @@ def _match_destination(text: str) -> Match:
 def _match_interface(text: str) -> Match:
     """Match the name of the input interface. An argument that ends with `+` is a prefix of the name.
 
-    The name is "" for packets that the node itself sends, until they return through the interface `lo`.
+    The name is "" for packets that the node itself sends, and "lo" once such a packet comes back in through `lo`.
     """
     if text.endswith("+"):
         prefix = text.removesuffix("+")

@@ -161,7 +161,7 @@ class KeyExpression(Struct, frozen=True):
 
 
 def at_key(tokens: TokenReader, family: Family) -> bool:
-    """Return whether the next token begins a key."""
+    """Return whether the next token can begin a key."""
     return any(tokens.at(token) for token in (NFT_FAMILIES[family], "meta", "th", "numgen"))
 
 
@@ -420,7 +420,7 @@ def _parse_fib(tokens: TokenReader) -> PacketMatch:
 def _parse_iifname(tokens: TokenReader) -> PacketMatch:
     """Parse a match on the name of the input interface. A trailing `*` in the rule makes the name a prefix.
 
-    The name is "" for packets that the node itself sends, until they return through the interface `lo`.
+    The name is "" for packets that the node itself sends, and "lo" once such a packet comes back in through `lo`.
     """
     negated = tokens.accept("!=")
     name = tokens.quoted()

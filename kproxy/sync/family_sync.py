@@ -90,7 +90,7 @@ class FamilySync:
     def add_changes(self, change: StoreChange) -> None:
         """Add the changes made by one delta to the pending changes."""
         self._pending |= change.services
-        if self._conditions is not None:  # at the first sync, all Services count as new
+        if self._conditions is not None:  # not before the first sync, in which all Services are new
             self._appeared |= change.appeared
         self._last_changes += change.last_changes
 

@@ -160,12 +160,12 @@ class StaticAccess:
 def find_static_config(
     kubeconfig: str | None, server: str | None, environment: Mapping[str, str], *, first: bool = True
 ) -> StaticConfig | None:
-    """Return how to reach the API server with static credentials, or None if `PluginAccess` is needed.
+    """Return how to reach the API server with static credentials, or None if `plugin_access.PluginAccess` must be used.
 
     Without a `kubeconfig`, use the Pod's service account, or no credentials if a `server` is given. With a
     `kubeconfig`, `server` overrides its URL. The result is None in these cases:
 
-    - The kubeconfig cannot be read or is malformed, or there is no server URL.
+    - The kubeconfig cannot be read or is malformed, or there is no server URL; `PluginAccess` reports the error.
     - The kubeconfig has a field that is not supported by this function, such as `exec` or `proxy-url`.
     - The variables in `environment` require a proxy for the server.
 

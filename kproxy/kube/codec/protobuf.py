@@ -81,7 +81,7 @@ _KEPT_KEYS = (
 )
 """Keys of the labels and annotations that are decoded. All others are skipped."""
 _KEPT_ENTRIES = tuple(b"\n%c%b" % (len(key), key.encode()) for key in _KEPT_KEYS)
-_DECODING_ERRORS = (ValueError, IndexError)  # IndexError: a truncated message
+_DECODING_ERRORS = (ValueError, IndexError)  # IndexError: the message ends inside a tag or a number
 _S = TypeVar("_S")
 
 
@@ -108,8 +108,8 @@ def message(shape: Callable[..., _S], **fields: ProtobufField) -> Callable[[byte
 
     The decoder passes the values to `shape` as keyword arguments and returns the result. It omits fields that the
     message does not contain. An empty string or message also counts as absent, unless the field is repeated; 0 and
-    false count as present. The decoder raises `ProtobufError`, `IndexError` for a truncated message, and whatever the
-    decoders of the fields raise.
+    false count as present. The decoder raises `ProtobufError`, `IndexError` if the message ends inside a tag or a
+    number, and whatever the decoders of the fields raise.
     """
     known = {field.tag: (name, field.decode, field.repeated) for name, field in fields.items()}
     return partial(_decode_message, known, shape)

@@ -33,10 +33,10 @@ log = logging.getLogger(__name__)
 class ApiSource:
     """Lists and watches objects of `kinds` and passes every change to `sink`. The only Node it reads is `node_name`.
 
-    Several threads call `sink`, which must not block. The first delta for each kind is a `Replace` with the complete
-    list; only `Invalid` deltas, for invalid objects in the list, can precede it. Failed requests are retried forever.
-    If the server does not serve ServiceCIDRs or does not allow reading them, their first delta is an empty `Replace`,
-    and the time between requests for them grows to between 3 and 5 minutes. A connection that receives no data for
+    Several threads call `sink`, which must not block. Apart from `Invalid` deltas for invalid objects in the first
+    list, the first delta for each kind is a `Replace` with the complete list. Failed requests are retried forever. If
+    the server does not serve ServiceCIDRs or does not allow reading them, their first delta is an empty `Replace`, and
+    the time between requests for them grows to between 3 and 5 minutes. A connection that receives no data for
     `inactivity` seconds is replaced.
     """
 
