@@ -12,8 +12,9 @@ from typing import Any, Self, TypeVar
 from kproxy.iptables.backend import IptablesBackend
 from kproxy.model.context import Context
 from kproxy.model.delta import Delete, Delta, Kind, Object, Replace, Upsert
+from kproxy.model.drift import RepairResult, RulesChanged, Touched
 from kproxy.model.store import Store
-from kproxy.model.sync_report import SyncResult
+from kproxy.model.sync_report import Plans, SyncResult
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Node, Service, ServicePort
 from kproxy.nftables.backend import NftablesBackend
 from kproxy.sync.family_sync import LARGE_CLUSTER_ENDPOINTS, Backend, FamilySync
@@ -67,8 +68,16 @@ class InProcessProxy:
         return self
 
     def verify(self) -> bool:
-        """Return whether the drift check finds all families' rules intact."""
-        return all(self.call(sync.verify) for sync in self.families.values())
+        """Compare all rules with the desired state; return whether nothing had to be repaired."""
+        return all(self.call(lambda sync=sync: self._is_intact(sync)) for sync in self.families.values())  # type: ignore[misc]
+
+    def _is_intact(self, sync: FamilySync) -> bool:
+        intact = True
+        while (result := sync.compare_next(self.store)) is not None:
+            if result.needs_full_sync:
+                return False
+            intact = intact and not result.repaired
+        return intact
 
     def forget(self) -> None:
         """Make the next sync compare everything with the kernel."""
@@ -78,6 +87,24 @@ class InProcessProxy:
     def call(self, function: Callable[[], _T]) -> _T:
         """Call a function where the backends run."""
         return self.namespace.call(function) if self.namespace else function()
+
+
+class StubBackend:
+    """A backend without a kernel. Nothing ever drifts."""
+
+    needs_full_sync = True
+
+    def repair(self, touched: Mapping[str, Touched], plans: Plans, context: Context) -> RepairResult:
+        """Return that nothing differs."""
+        return RepairResult()
+
+    def compare_next(self, plans: Plans, context: Context) -> RepairResult | None:
+        """Return that the comparison is complete."""
+        return None
+
+    def forget(self) -> None:
+        """Make the next sync a full sync."""
+        self.needs_full_sync = True
 
 
 class SingleFamilyProxy(InProcessProxy):
@@ -183,6 +210,10 @@ class ReconciledProxy:
         """Deliver messages to the reconciler."""
         for message in messages:
             self.reconciler.apply(message)
+
+    def touch(self, tables: Mapping[tuple[Family, str], Touched]) -> None:
+        """Tell the reconciler what other processes touched."""
+        self.reconciler.touch(RulesChanged(tables))
 
     def sync_after(self, seconds: float = 0.0) -> bool:
         """Let time pass and sync the families that are due; return whether none failed."""

@@ -47,6 +47,8 @@ from kproxy.model.types import Family, Node, ServiceKey
 from kproxy.serve.metric_definitions import INVALID_DROPPED, LOCALHOST_ACCEPTED
 from kproxy.serve.status_server import ListenError, StatusServer
 from kproxy.sync.conntrack_cleanup import ConntrackCleaner
+from kproxy.sync.drift_listener import DriftListener
+from kproxy.sync.family_worker import FamilyWorker
 from kproxy.sync.node_monitor import NodeMonitor
 from kproxy.sync.reconciler import Message, Reconciler, Resync, Stop
 from kproxy.sync.schedule import Schedule
@@ -183,7 +185,8 @@ class Daemon:
         self._config = config = choose_mode(self._config)
         families = make_families(config, self._programs)
         name = local_node_name(config)
-        store = Store(name, watched_kinds(config))
+        store = Store(name, watched_kinds(config), lock=threading.RLock())
+        workers = {family: FamilyWorker(f"sync-{family.value.lower()}") for family in families}
         events = self._events(client, name)
         serving = self._serving(families, store, events, reason=lambda: watch.reason)
         serving.metrics.track_invalid_services(lambda: store.invalid_services)
@@ -204,7 +207,7 @@ class Daemon:
         self._start(parts, serving)
         prepare_process(config)
         prepare_conntrack(config)
-        for part in (events, *self._sources(client, name)):
+        for part in (*workers.values(), events, *self._sources(client, name)):
             self._start(parts, part)
         periods = config.backend
         return Reconciler(
@@ -216,11 +219,13 @@ class Daemon:
             on_queue=serving.on_queue,
             on_change=serving.on_change,
             on_sync=[*serving.on_sync, ServiceEventListener(partial(_service_event, events)).on_sync],
+            on_repair=[*serving.on_repair, DriftListener(partial(_node_event, events, name)).on_repair],
             after_sync=[conntrack.clean, FirstSyncSteps(config, families).run],
             check_interval=periods.sync_period,
             full_check_interval=FULL_CHECK_SECONDS,
             monitor=watch.check,
             programs_stopped=self._programs_stopped.is_set,
+            execute=lambda family, job: workers[family].submit(partial(job, self._messages.put)),
         )
 
     def _sources(self, client: ApiClient | None, name: str) -> Iterator[Component]:
@@ -297,6 +302,10 @@ class Daemon:
 
 def _service_event(events: EventSink, service: ServiceKey, reason: str, note: str) -> None:
     events.event(service_reference(service), "Warning", reason, "SyncProxyRules", note)
+
+
+def _node_event(events: EventSink, node: str, reason: str, note: str) -> None:
+    events.event(node_reference(node), "Warning", reason, "SyncProxyRules", note)
 
 
 def _wait_for_stop() -> signal.Signals:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Collection
 
 from kproxy.app.cleanup import VirtualServersRemainError, remove_iptables, remove_ipvs, unremovable_chains
@@ -42,9 +43,14 @@ class FirstSyncSteps:
         self._ipvs_done = self._ipvs_needs_full_sync = False
         self._ipvs_problem = ""
         self._problems: dict[Family, str] = {}
+        self._lock = threading.Lock()
 
     def run(self, report: SyncReport) -> None:
-        """Run the remaining steps if the sync succeeded."""
+        """Run the remaining steps if the sync succeeded. The steps of one family wait for those of the other."""
+        with self._lock:
+            self._run(report)
+
+    def _run(self, report: SyncReport) -> None:
         family, result = report.family, report.result
         if result is None:
             return

@@ -19,6 +19,7 @@ from kproxy.iptables.render import RenderedPort, render_port
 from kproxy.iptables.runner import RestoreError
 from kproxy.iptables.save_restore import RestoreInput, parse_save
 from kproxy.model.context import Context
+from kproxy.model.drift import RepairResult, Touched
 from kproxy.model.plan import ServicePortPlan
 from kproxy.model.sync_report import ApplyResult, Plans, SyncError
 from kproxy.model.types import ServiceKey
@@ -182,6 +183,16 @@ class IptablesBackend:
             self._ledger = None
         return intact
 
+    def repair(self, touched: Mapping[str, Touched], plans: Plans, context: Context) -> RepairResult:  # noqa: ARG002
+        """Request a full sync if the touched parts may be damaged. Otherwise, run a quick drift check."""
+        if any(each.everything for each in touched.values()):
+            self.forget()
+        return RepairResult(needs_full_sync=self._ledger is None or not self.verify(context))
+
+    def compare_next(self, plans: Plans, context: Context) -> RepairResult | None:  # noqa: ARG002
+        """Run a quick drift check. Return None if the rules are intact."""
+        return None if self.verify(context) else RepairResult(needs_full_sync=True)
+
     def forget(self) -> None:
         """Discard the ledger: the next `sync` reads all rules from the kernel."""
         self._ledger = None
@@ -322,9 +333,12 @@ class IptablesPrinter:
         diff.commit()
         return ApplyResult({}, {}, ledger.resolution.conflicts)
 
-    def verify(self, context: Context) -> bool:  # noqa: ARG002 - there is no kernel to check
-        """Return True."""
-        return True
+    def repair(self, touched: Mapping[str, Touched], plans: Plans, context: Context) -> RepairResult:  # noqa: ARG002
+        """Return that nothing differs: there is no kernel to check."""
+        return RepairResult()
+
+    def compare_next(self, plans: Plans, context: Context) -> None:
+        """Return None: there is no kernel to check."""
 
     def forget(self) -> None:
         """Do nothing: every `sync` prints everything."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import TypeAlias
 
@@ -44,9 +45,19 @@ class Store:
 
     Services and EndpointSlices are stored packed, because only a few of them are needed at the same time (see
     `kproxy.model.packed_objects`).
+
+    If several threads use the store, each of them must hold `lock` while it calls any method or reads any property.
     """
 
-    def __init__(self, node_name: str, kinds: Iterable[Kind] = BASIC_KINDS) -> None:
+    def __init__(
+        self,
+        node_name: str,
+        kinds: Iterable[Kind] = BASIC_KINDS,
+        *,
+        lock: AbstractContextManager[object] | None = None,
+    ) -> None:
+        """Create an empty store. `lock` must be reentrant; the default does not lock anything."""
+        self.lock = lock or nullcontext()
         self.node: Node | None = None
         self._node_exists = False
         self._node_name = node_name

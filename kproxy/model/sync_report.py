@@ -9,6 +9,7 @@ from msgspec import Struct
 
 from kproxy.model.context import Context
 from kproxy.model.delta import Kind
+from kproxy.model.drift import Part, RepairResult
 from kproxy.model.frontend_conflicts import FrontendConflict
 from kproxy.model.plan import ServicePortPlan
 from kproxy.model.store import StoreChange
@@ -45,12 +46,14 @@ class ApplyResult(Struct, frozen=True):
 
     `written_rules` is the number of rules that the sync wrote, keyed by table. `total_rules` is the number of all
     kproxy rules in the kernel, keyed by table. `conflicts` are all current frontend conflicts, not only those of the
-    Services that the sync covered.
+    Services that the sync covered. `rejected` maps each Service whose rules the kernel rejected to the reason, on one
+    line. The rules that the kernel accepted last for such a Service stay active; all other Services are programmed.
     """
 
     written_rules: Mapping[str, int]
     total_rules: Mapping[str, int]
     conflicts: tuple[FrontendConflict, ...] = ()
+    rejected: Mapping[ServiceKey, str] = {}
 
 
 class ServiceCounts(Struct, frozen=True):
@@ -58,20 +61,27 @@ class ServiceCounts(Struct, frozen=True):
 
     `without_endpoints`: at least one port has no usable endpoint in the cluster. `dropped`: at least one port has
     usable endpoints, but none on this node, and a traffic policy is Local. `in_conflict`: another Service owns a
-    frontend that the Service claims. `invalid`: the object cannot be used. `ignored`: the Service is headless, has type
-    ExternalName, or is handled by another proxy. Ignored Services usually come from files, because kproxy asks the API
-    server not to send them.
+    frontend that the Service claims. `quarantined`: the kernel rejected the rules of the Service. `invalid`: the object
+    cannot be used. `ignored`: the Service is headless, has type ExternalName, or is handled by another proxy. Ignored
+    Services usually come from files, because kproxy asks the API server not to send them.
     """
 
     without_endpoints: int = 0
     dropped: int = 0
     in_conflict: int = 0
+    quarantined: int = 0
     invalid: int = 0
     ignored: int = 0
 
 
 ConditionReason: TypeAlias = Literal[
-    "NoEndpoints", "EndpointsAvailable", "SourceRangesIgnored", "FrontendConflict", "ConflictResolved"
+    "NoEndpoints",
+    "EndpointsAvailable",
+    "SourceRangesIgnored",
+    "FrontendConflict",
+    "ConflictResolved",
+    "Quarantined",
+    "QuarantineEnded",
 ]
 
 
@@ -88,7 +98,7 @@ class ConditionTransition(Struct, frozen=True):
     @property
     def is_warning(self) -> bool:
         """Whether an operator may need to act."""
-        return self.reason not in {"EndpointsAvailable", "ConflictResolved"}
+        return self.reason not in {"EndpointsAvailable", "ConflictResolved", "QuarantineEnded"}
 
 
 class SyncResult(Struct, frozen=True):
@@ -128,6 +138,19 @@ class SyncReport(Struct, frozen=True):
     error: str = ""
 
 
+class RepairReport(Struct, frozen=True):
+    """One check of parts of a family's rules.
+
+    `by` are the names of the processes that touched the parts, sorted; it is empty if they are unknown. `repeated`
+    contains the repaired parts that had been repaired shortly before, with the seconds until they are checked again.
+    """
+
+    family: Family
+    result: RepairResult
+    by: tuple[str, ...] = ()
+    repeated: Mapping[Part, float] = {}
+
+
 QueueListener: TypeAlias = Callable[[Family, float], None]
 """Called when a family has new changes to sync, with the current time of the reconciler's clock in seconds."""
 ChangeListener: TypeAlias = Callable[[Kind, StoreChange], None]
@@ -137,6 +160,8 @@ SyncListener: TypeAlias = Callable[[SyncReport], None]
 
 Listeners run in the reconciler's thread and must not block. Exceptions are logged and otherwise ignored.
 """
+RepairListener: TypeAlias = Callable[[RepairReport], None]
+"""Called after each check of parts of a family's rules, even if all of them were intact."""
 AfterSyncStep: TypeAlias = Callable[[SyncReport], None]
 """A step that runs after an attempt to sync a family. It may block the reconciler's thread for several seconds.
 

@@ -6,11 +6,12 @@ import logging
 import math
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Generic, Protocol, TypeVar
 
 from kproxy.model.context import Context
+from kproxy.model.drift import RepairResult, Touched
 from kproxy.model.sync_report import ApplyResult, DriftError, Plans, SyncError
 from kproxy.model.types import Family
 from kproxy.nftables.base_table import SETS
@@ -130,6 +131,16 @@ class NftablesBackend:
         if not in_sync:
             self._ledger = None
         return in_sync
+
+    def repair(self, touched: Mapping[str, Touched], plans: Plans, context: Context) -> RepairResult:  # noqa: ARG002
+        """Request a full sync if the touched parts may be damaged. Otherwise, run a quick drift check."""
+        if any(each.everything for each in touched.values()):
+            self.forget()
+        return RepairResult(needs_full_sync=self._ledger is None or not self.verify(context))
+
+    def compare_next(self, plans: Plans, context: Context) -> RepairResult | None:  # noqa: ARG002
+        """Run a quick drift check. Return None if the rules are intact."""
+        return None if self.verify(context) else RepairResult(needs_full_sync=True)
 
     def _update(self, ledger: NftablesLedger, plans: Plans, context: Context) -> NftablesLedger:
         diff = NftablesDiff(ledger, context)
@@ -269,9 +280,12 @@ class NftablesPrinter:
         self._writer = NftWriter(family)
         self._show = show
 
-    def verify(self, context: Context) -> bool:  # noqa: ARG002 - there is no kernel state to check
-        """Return True: a printed table cannot drift."""
-        return True
+    def repair(self, touched: Mapping[str, Touched], plans: Plans, context: Context) -> RepairResult:  # noqa: ARG002
+        """Return that nothing differs: a printed table cannot drift."""
+        return RepairResult()
+
+    def compare_next(self, plans: Plans, context: Context) -> None:
+        """Return None: a printed table cannot drift."""
 
     def forget(self) -> None:
         """Do nothing: every sync is a full sync."""

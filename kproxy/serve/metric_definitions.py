@@ -24,6 +24,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from kproxy import __version__
+from kproxy.model.drift import PART_KINDS
 from kproxy.model.types import Family
 
 NETSTAT = Path("/proc/self/net/netstat")
@@ -168,15 +169,25 @@ class MetricDefinitions:
             "Number of Services that lose an address and port to another Service.",
             FAMILY,
         )
+        self.quarantined = self._gauge(
+            "kproxy_services_quarantined", "Number of Services whose rules the kernel rejected.", FAMILY
+        )
         self.invalid_services = self._gauge(
             "kproxy_services_refused",
             "Number of Services whose current object is invalid; the last valid one, if any, stays active.",
         )
         self.failures = self._counter("kproxy_sync_failures_total", "Number of failed syncs.", FAMILY)
+        self.drift_repairs = self._counter(
+            "kproxy_drift_repairs_total",
+            "Number of parts of the rules that other processes changed and kproxy restored, by kind of part.",
+            (*FAMILY, "kind"),
+        )
         self._initialize(self.failures)
         for name in self._names:
             for policy in POLICIES:
                 self.no_local_endpoints.labels(name, policy)
+            for kind in PART_KINDS:
+                self.drift_repairs.labels(name, kind)
 
     def _define_changes(self) -> None:
         prefix = "kubeproxy_sync_proxy_rules"

@@ -9,7 +9,7 @@ from prometheus_client import generate_latest
 from kproxy.model.delta import Kind
 from kproxy.model.plan import ServicePortPlan, TrafficDecision
 from kproxy.model.store import StoreChange
-from kproxy.model.sync_report import ApplyResult, SyncReport
+from kproxy.model.sync_report import ApplyResult, RepairReport, SyncReport
 from kproxy.model.types import EndpointSlice, Family, Service, ServiceKey
 from kproxy.serve.http import HttpRequest, HttpResponse
 from kproxy.serve.metric_definitions import POLICIES, TABLES, MetricDefinitions
@@ -84,10 +84,19 @@ class Metrics:
         self._set_rules(name, result.applied)
         self._metrics.without_endpoints.labels(name).set(result.counts.without_endpoints)
         self._metrics.in_conflict.labels(name).set(result.counts.in_conflict)
+        self._metrics.quarantined.labels(name).set(result.counts.quarantined)
         missing = self._missing_local[report.family]
         missing.update(result.plans, complete=result.complete)
         for policy, number in zip(POLICIES, missing.totals, strict=True):
             self._metrics.no_local_endpoints.labels(name, policy).set(number)
+
+    def on_repair(self, report: RepairReport) -> None:
+        """Count the parts of the rules that were restored. A full sync counts as the repair of a table."""
+        name = report.family.value
+        for part in report.result.repaired:
+            self._metrics.drift_repairs.labels(name, part.kind).inc()
+        if report.result.needs_full_sync:
+            self._metrics.drift_repairs.labels(name, "table").inc()
 
     def on_probe(self, page: str, status: int) -> None:
         """Count a response of `page` ("healthz" or "livez") under its HTTP status."""

@@ -9,7 +9,7 @@ from functools import partial
 
 from kproxy import __version__
 from kproxy.model.log_throttle import LogThrottle
-from kproxy.model.sync_report import ChangeListener, QueueListener, SyncListener
+from kproxy.model.sync_report import ChangeListener, QueueListener, RepairListener, SyncListener
 from kproxy.model.types import Family, Node
 from kproxy.serve.health import NANO, Health, HealthPages
 from kproxy.serve.http import Handler, HttpRequest, HttpResponse, json, plain, routes
@@ -76,6 +76,7 @@ class StatusServer:
         self.on_queue: tuple[QueueListener, ...] = (self.health.on_queue, self.metrics.on_queue)
         self.on_change: tuple[ChangeListener, ...] = (self.metrics.on_change,)
         self.on_sync: tuple[SyncListener, ...] = (self.health.on_sync, services.on_sync, self.metrics.on_sync)
+        self.on_repair: tuple[RepairListener, ...] = (self.metrics.on_repair,)
         pages = HealthPages(self.health, node, clock=clock, wall=wall, on_probe=self.metrics.on_probe, reason=reason)
         self._fixed = {"healthz": (healthz_address, pages.handler), "metrics": (metrics_address, self._metrics_pages())}
 

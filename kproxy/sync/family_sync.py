@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
+from msgspec import Struct, field
 from msgspec.structs import replace
 
 from kproxy.model.addresses import family_of
 from kproxy.model.context import Context
+from kproxy.model.drift import RepairResult, Touched
 from kproxy.model.plan import ServicePortPlan, count_endpoints, plan_service
 from kproxy.model.store import Store, StoreChange
 from kproxy.model.sync_report import (
@@ -21,6 +23,7 @@ from kproxy.model.sync_report import (
     SyncResult,
 )
 from kproxy.model.types import Family, Node, ServiceKey
+from kproxy.sync.quarantine import Quarantine
 from kproxy.sync.service_conditions import ConditionTracker, ServiceCondition, service_condition
 
 LARGE_CLUSTER_ENDPOINTS = 1000
@@ -39,10 +42,20 @@ class Backend(Protocol):
         A full sync covers all Services.
         """
 
-    def verify(self, context: Context) -> bool:
-        """Run a quick drift check. Return False if it finds that another process changed kproxy's rules.
+    def repair(self, touched: Mapping[str, Touched], plans: Plans, context: Context) -> RepairResult:
+        """Compare the parts that other processes touched with the desired state, and restore those that differ.
 
-        If it returns False, `needs_full_sync` is true afterwards.
+        `touched` is keyed by table. Only `plans.of` may be used, to render Services again. If only a full sync can
+        restore the rules, `needs_full_sync` is true afterwards.
+
+        Raises `SyncError` if the rules cannot be read from the kernel, or if the kernel rejects a change.
+        """
+
+    def compare_next(self, plans: Plans, context: Context) -> RepairResult | None:
+        """Compare the next part of the rules with the desired state, and restore it if it differs.
+
+        Each call takes a small part, so that a complete comparison of a large cluster is spread over many calls. Return
+        None if the comparison is complete; the next call then starts a new one. Otherwise, this is like `repair`.
         """
 
     def forget(self) -> None:
@@ -54,15 +67,40 @@ class Backend(Protocol):
     def sync(self, plans: Plans, context: Context) -> ApplyResult:
         """Program the plans of the Services that may have changed. Remove the rules of Services without plans.
 
+        If the kernel rejects the rules of some Services, program all others in the same call, and return the rejected
+        ones in `ApplyResult.rejected`. The rules that the kernel accepted last for such a Service stay active.
+
         Raises `SyncError` if the kernel's state cannot be read or the kernel rejects a change. Raises `DriftError` if
         another process changed kproxy's rules.
         """
 
 
+class PendingChanges(Struct):
+    """Changes to one family that have not been programmed yet.
+
+    `services` are the Services that may have changed, and `appeared` are those of them that did not exist before.
+    `last_changes` contains the families and trigger times of endpoint changes (see `StoreChange.last_changes`).
+    """
+
+    services: set[ServiceKey] = field(default_factory=set)
+    appeared: set[ServiceKey] = field(default_factory=set)
+    last_changes: deque[tuple[Family, float]] = field(default_factory=lambda: deque(maxlen=MAX_LAST_CHANGES))
+
+    def add_later(self, later: PendingChanges) -> None:
+        """Add changes that happened after these."""
+        self.services |= later.services
+        self.appeared |= later.appeared
+        self.last_changes += later.last_changes
+
+
 class FamilySync:
     """Tracks the pending changes to one family and programs them.
 
-    A change stays pending until the kernel has accepted it.
+    A change stays pending until the kernel has accepted it. If the kernel rejects only some Services, these are
+    quarantined, and everything else counts as programmed.
+
+    While one thread calls `sync`, another thread may call `add_changes` if it holds the lock of the store. All other
+    methods must run in the thread that calls `sync`.
     """
 
     def __init__(
@@ -80,83 +118,128 @@ class FamilySync:
         self._backend = backend
         self._make_context = make_context
         self._applied: Context | None = None
-        self._pending: set[ServiceKey] = set()
-        self._appeared: set[ServiceKey] = set()
+        self._pending = PendingChanges()
         self._conditions: ConditionTracker | None = None
-        self._last_changes: deque[tuple[Family, float]] = deque(maxlen=MAX_LAST_CHANGES)
+        self._quarantine: Quarantine | None = None
         self._large_cluster_endpoints = large_cluster_endpoints
         self._endpoints: EndpointCounts | None = None
 
     def add_changes(self, change: StoreChange) -> None:
         """Add the changes made by one delta to the pending changes."""
-        self._pending |= change.services
+        self._pending.services |= change.services
         if self._conditions is not None:  # not before the first sync, in which all Services are new
-            self._appeared |= change.appeared
-        self._last_changes += change.last_changes
+            self._pending.appeared |= change.appeared
+        self._pending.last_changes += change.last_changes
 
-    def verify(self) -> bool:
-        """Run a quick drift check. Return False if it finds that another process changed kproxy's rules."""
-        return self._applied is None or self._backend.verify(self._applied)
+    @property
+    def next_retry(self) -> float | None:
+        """The time at which the next quarantined Service must be tried again, or None if no Service is quarantined.
+
+        It is a time of the clock whose readings are passed to `sync`.
+        """
+        return self._quarantine.next_retry if self._quarantine is not None else None
+
+    def repair(self, store: Store, touched: Mapping[str, Touched]) -> RepairResult:
+        """Compare the parts that other processes touched with the desired state, and restore those that differ.
+
+        `touched` is keyed by table. Do nothing if a full sync is necessary anyway. Raises `SyncError`.
+        """
+        if self._applied is None or self._backend.needs_full_sync:
+            return RepairResult(needs_full_sync=True)
+        return self._backend.repair(touched, StorePlans(store, self._applied, ()), self._applied)
+
+    def compare_next(self, store: Store) -> RepairResult | None:
+        """Compare the next part of the rules with the desired state, and restore it if it differs.
+
+        Return None if the comparison is complete, or if a full sync is necessary anyway. Raises `SyncError`.
+        """
+        if self._applied is None or self._backend.needs_full_sync:
+            return None
+        return self._backend.compare_next(StorePlans(store, self._applied, ()), self._applied)
 
     def forget(self) -> None:
         """Make the next sync read all rules from the kernel and compare them with the desired state."""
         self._backend.forget()
 
-    def sync(self, store: Store) -> SyncResult:
+    def sync(self, store: Store, now: float = 0.0) -> SyncResult:
         """Program the pending changes. If another process changed kproxy's rules, retry once.
+
+        `now` is a monotonic time in seconds. It decides which quarantined Services are tried again.
 
         Raises `SyncError` if the backend or `make_context` raises it.
         """
+        with store.lock:
+            pending, self._pending = self._pending, PendingChanges()
         try:
-            return self._sync(store)
-        except DriftError:
-            return self._sync(store)
+            try:
+                return self._sync(store, pending, now)
+            except DriftError:
+                return self._sync(store, pending, now)
+        except BaseException:
+            with store.lock:
+                pending.add_later(self._pending)
+                self._pending = pending
+            raise
 
-    def _sync(self, store: Store) -> SyncResult:
-        context = self._context(store)
+    def _sync(self, store: Store, pending: PendingChanges, now: float) -> SyncResult:
+        context = self._context(store, pending)
+        if self._conditions is None or self._quarantine is None:
+            self._conditions = ConditionTracker(context.family)
+            self._quarantine = Quarantine(context.family)
         full = self._backend.needs_full_sync or context != self._applied
-        keys = dict.fromkeys((*store.service_keys(), *self._pending) if full else self._pending)
+        covered = (*pending.services, *self._quarantine.due(now))
+        with store.lock:
+            keys = dict.fromkeys((*store.service_keys(), *covered) if full else covered)
         plans = StorePlans(store, context, keys)
         applied = self._backend.sync(plans, context)
-        if self._conditions is None:
-            self._conditions = ConditionTracker(context.family)
-        result = SyncResult(
+        transitions = self._update_conditions(self._conditions, plans, None if full else keys, pending, applied)
+        deleted = [key for key in self._quarantine.services if key in keys and not plans.of(key)]
+        transitions += self._quarantine.update(keys, applied.rejected, now, changed=pending.services, deleted=deleted)
+        with store.lock:
+            counts = self._conditions.counts(store)
+        self._applied = context
+        return SyncResult(
             services=len(keys),
             complete=full,
-            plans=plans.lasting if full else {key: plans.lasting.get(key, ()) for key in keys},
+            plans=plans.lasting
+            if full
+            else {key: plans.lasting.get(key, ()) for key in keys if key not in applied.rejected},
             context=context,
             applied=applied,
-            transitions=self._update_conditions(self._conditions, plans, applied, full=full),
-            counts=self._conditions.counts(store),
-            last_changes=tuple(moment for family, moment in self._last_changes if family is context.family),
+            transitions=transitions,
+            counts=replace(counts, quarantined=len(self._quarantine)),
+            last_changes=tuple(moment for family, moment in pending.last_changes if family is context.family),
         )
-        self._applied = context
-        self._pending.clear()
-        self._appeared.clear()
-        self._last_changes.clear()
-        return result
 
-    def _context(self, store: Store) -> Context:
-        context = self._make_context(store.node)
-        cidrs = tuple(cidr for cidr in store.service_cidrs if family_of(cidr) is context.family)
-        return replace(context, service_cidrs=cidrs, large_cluster=self._is_large(store, context.family))
+    def _context(self, store: Store, pending: PendingChanges) -> Context:
+        with store.lock:
+            node = store.node
+        context = self._make_context(node)
+        with store.lock:
+            cidrs = tuple(cidr for cidr in store.service_cidrs if family_of(cidr) is context.family)
+            is_large = self._is_large(store, context.family, pending)
+        return replace(context, service_cidrs=cidrs, large_cluster=is_large)
 
-    def _is_large(self, store: Store, family: Family) -> bool:
+    def _is_large(self, store: Store, family: Family, pending: PendingChanges) -> bool:
         if math.isinf(self._large_cluster_endpoints):
             return False
         if self._endpoints is None:
             self._endpoints = EndpointCounts(family)
             self._endpoints.update(store, store.service_keys())
-        self._endpoints.update(store, self._pending)
+        self._endpoints.update(store, pending.services)
         return self._endpoints.total > self._large_cluster_endpoints
 
     def _update_conditions(
-        self, conditions: ConditionTracker, plans: StorePlans, applied: ApplyResult, *, full: bool
+        self,
+        conditions: ConditionTracker,
+        plans: StorePlans,
+        covered: Collection[ServiceKey] | None,
+        pending: PendingChanges,
+        applied: ApplyResult,
     ) -> tuple[ConditionTransition, ...]:
         """Update the conditions of the Services that the sync covered. Return the transitions to report."""
-        covered = None if full else self._pending
         deleted = [key for key in conditions.reported(covered) if key not in plans.conditions and not plans.of(key)]
-        return conditions.update(plans.conditions, covered, self._appeared, applied.conflicts, deleted)
+        return conditions.update(plans.conditions, covered, pending.appeared, applied.conflicts, deleted)
 
 
 class StorePlans:
@@ -186,8 +269,10 @@ class StorePlans:
 
     def of(self, key: ServiceKey) -> Sequence[ServicePortPlan]:
         """Return the plans of one Service, without collecting anything."""
-        service = self._store.service(key)
-        return plan_service(service, self._store.slices(key), self._context) if service else ()
+        with self._store.lock:
+            service = self._store.service(key)
+            slices = self._store.slices(key) if service else []
+        return plan_service(service, slices, self._context) if service else ()
 
 
 class EndpointCounts:

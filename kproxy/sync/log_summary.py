@@ -28,6 +28,7 @@ def counts_text(counts: ServiceCounts) -> str:
         (counts.without_endpoints, "without endpoints"),
         (counts.dropped, "dropped by policy Local"),
         (counts.in_conflict, "in conflict"),
+        (counts.quarantined, "quarantined"),
         (counts.invalid, "invalid"),
         (counts.ignored, "ignored"),
     )

@@ -5,19 +5,23 @@ from __future__ import annotations
 import logging
 import math
 import queue
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from typing import ParamSpec, TypeAlias
 
 from msgspec import Struct
 from msgspec.structs import replace
 
 from kproxy.model.delta import Delta, Upsert
+from kproxy.model.drift import RepairResult, RulesChanged, Touched
 from kproxy.model.log_throttle import V2
 from kproxy.model.store import Store, StoreChange
 from kproxy.model.sync_report import (
     AfterSyncStep,
     ChangeListener,
     QueueListener,
+    RepairListener,
+    RepairReport,
     SyncError,
     SyncListener,
     SyncReport,
@@ -26,11 +30,14 @@ from kproxy.model.sync_report import (
 from kproxy.model.types import Family
 from kproxy.sync.family_sync import FamilySync
 from kproxy.sync.log_summary import Summary, seconds_text, synced_text
+from kproxy.sync.repair_schedule import RepairSchedule
 from kproxy.sync.schedule import Schedule
 
 log = logging.getLogger(__name__)
 _P = ParamSpec("_P")
 
+STEP_SECONDS = 1.0
+"""Seconds between two steps of a comparison of all rules."""
 MESSAGES_PER_SYNC = 10_000
 """Maximum number of messages to apply before running a sync that is due."""
 
@@ -43,9 +50,66 @@ class Resync(Struct, frozen=True):
     """Requests a sync because something other than an API object changed the context, such as an interface address."""
 
 
+class Attempted(Struct, frozen=True):
+    """The outcome of an attempt to sync a family: a result or an error. The times are those of a `SyncReport`."""
+
+    family: Family
+    started: float
+    finished: float
+    outcome: SyncResult | Exception
+
+
+class Repaired(Struct, frozen=True):
+    """The outcome of checking touched parts of a family's rules. `by` are the processes that touched them."""
+
+    family: Family
+    outcome: RepairResult | Exception
+    by: frozenset[str] = frozenset()
+
+
+class Compared(Struct, frozen=True):
+    """The outcome of one step of a comparison of all rules of a family. None means that the comparison is complete."""
+
+    family: Family
+    outcome: RepairResult | Exception | None
+
+
+class Idle(Struct, frozen=True):
+    """A job of a family is done."""
+
+    family: Family
+
+
+Outcome: TypeAlias = Attempted | Repaired | Compared | Idle
+"""What a job tells the reconciler."""
 Batch: TypeAlias = tuple[Delta, ...]
 """Deltas that are applied together, without a sync in between."""
-Message: TypeAlias = Delta | Batch | Stop | Resync
+Message: TypeAlias = Delta | Batch | Stop | Resync | RulesChanged | Outcome
+Deliver: TypeAlias = Callable[[Outcome], None]
+Job: TypeAlias = Callable[[Deliver], None]
+"""Work that may block for a long time. It passes its outcomes to `Deliver` and raises no `Exception`."""
+
+
+class FamilyState:
+    """What the reconciler knows about one family."""
+
+    def __init__(self, family: Family, sync: FamilySync, schedule: Schedule) -> None:
+        self.sync = sync
+        self.schedule = schedule
+        self.summary = Summary(family)
+        self.log_next_sync = True
+        """Whether the next successful sync is logged at once instead of in the next summary."""
+        self.failing_since: float | None = None
+        self.compare_all = False
+        """Whether the next sync must read all rules from the kernel."""
+        self.repairs = RepairSchedule()
+        self.next_step: float | None = None
+        """When the next step of the current comparison is due. None means that no comparison is running."""
+        self.syncing = False
+        self.jobs = 0
+        """The number of jobs that are running or waiting."""
+        self.reports: list[SyncReport] = []
+        """The attempts whose `after_sync` steps have not been started."""
 
 
 class Reconciler:
@@ -66,30 +130,36 @@ class Reconciler:
         on_queue: Sequence[QueueListener] = (),
         on_change: Sequence[ChangeListener] = (),
         on_sync: Sequence[SyncListener] = (),
+        on_repair: Sequence[RepairListener] = (),
         after_sync: Sequence[AfterSyncStep] = (),
         check_interval: float | None = None,
         full_check_interval: float | None = None,
         monitor: Callable[[Store, float], float | None] = lambda *_: None,
         programs_stopped: Callable[[], bool] = lambda: False,
+        execute: Callable[[Family, Job], None] | None = None,
     ) -> None:
         """`is_ready` returns whether enough is known to sync. It is not called again once it has returned True.
 
         `clock` returns seconds of a monotonic clock.
 
-        The listeners `on_queue`, `on_change` and `on_sync` must not block. `QueueListener`, `ChangeListener` and
-        `SyncListener` document when they are called. The `after_sync` steps may block. They run in order, after every
-        family that was due has been synced and all listeners have been called. Health and metrics therefore do not wait
-        for the steps, but the next sync does.
+        The listeners `on_queue`, `on_change`, `on_sync` and `on_repair` run in the reconciler's thread and must not
+        block. Their types document when they are called. The `after_sync` steps may
+        block. They run in order, as a job of the family, after the listeners have been called. Health and metrics
+        therefore do not wait for the steps, but the next sync of the family does.
 
-        Every `check_interval` seconds, a quick drift check looks for rules that another process removed. Every
-        `full_check_interval` seconds, which should be a multiple of `check_interval`, all rules are read from the
-        kernel and compared with the desired state.
+        Every `check_interval` seconds, a comparison of all rules with the desired state begins. It proceeds in steps,
+        one every `STEP_SECONDS`. Every `full_check_interval` seconds, which should be a multiple of `check_interval`,
+        a full sync reads all rules from the kernel instead.
 
         `monitor` is called with the store and the current time whenever the reconciler wakes up, even before the first
         sync. It returns the number of seconds after which it must be called again even if no message arrives, or None.
 
         Once `programs_stopped` returns True, kproxy is stopping and has killed the programs that a sync was waiting
         for. A sync that fails after that is logged as canceled.
+
+        `execute` runs a job of a family in another thread, after all earlier jobs of this family. The job's outcomes
+        must be put on the queue that `run` reads, and the store needs a lock. By default, a job runs at once in the
+        reconciler's thread.
         """
         self._monitor = monitor
         self._check_interval = check_interval
@@ -102,16 +172,15 @@ class Reconciler:
         self._on_queue = on_queue
         self._on_change = on_change
         self._on_sync = on_sync
+        self._on_repair = on_repair
         self._after_sync = after_sync
-        self._families = {family: (sync, make_schedule()) for family, sync in families.items()}
-        self._summaries = {family: Summary(family) for family in families}
-        self._synced: set[Family] = set()
-        self._failing_since: dict[Family, float] = {}
+        self._families = {family: FamilyState(family, sync, make_schedule()) for family, sync in families.items()}
         self._clock = clock
         self._programs_stopped = programs_stopped
+        self._execute = execute or (lambda _, job: job(self._receive))
 
     def run(self, messages: queue.SimpleQueue[Message]) -> None:
-        """Apply messages and sync until a `Stop` arrives."""
+        """Apply messages and sync until a `Stop` arrives and the jobs that have begun are done."""
         monitor_wait: float | None = None
         while True:
             waits = [wait for wait in (self.wait(), monitor_wait) if wait is not None]
@@ -124,12 +193,20 @@ class Reconciler:
             applied = 0
             while message is not None:
                 if isinstance(message, Stop):
+                    self._finish_jobs(messages)
                     return
                 self._try_to_apply(message)
                 applied += 1
                 message = None if applied >= MESSAGES_PER_SYNC or messages.empty() else messages.get()
             monitor_wait = self._run_monitor()
             self.sync_due()
+
+    def _finish_jobs(self, messages: queue.SimpleQueue[Message]) -> None:
+        """Wait until no job is left. Ignore all messages except outcomes."""
+        while any(state.jobs for state in self._families.values()):
+            message = messages.get()
+            if isinstance(message, Outcome):
+                self._try_to_apply(message)
 
     def _run_monitor(self) -> float | None:
         try:
@@ -139,9 +216,14 @@ class Reconciler:
             log.debug("monitor failed", exc_info=error)
             return None
 
-    def _try_to_apply(self, message: Delta | Batch | Resync) -> None:
+    def _try_to_apply(self, message: Delta | Batch | Resync | RulesChanged | Outcome) -> None:
         try:
-            self.apply(message)
+            if isinstance(message, Outcome):
+                self._receive(message)
+            elif isinstance(message, RulesChanged):
+                self.touch(message)
+            else:
+                self.apply(message)
         except Exception as error:  # a bug must not stop the reconciler
             log.error("cannot apply a change: unexpected %r", error)
             log.debug("cannot apply a change", exc_info=error)
@@ -152,52 +234,91 @@ class Reconciler:
         Also request a sync when `is_ready` returns True for the first time.
         """
         if isinstance(message, tuple):
-            for delta in message:
-                self.apply(delta)
+            with self._store.lock:
+                for delta in message:
+                    self.apply(delta)
             return
-        if isinstance(message, Resync):
-            changed = StoreChange(node=True)
-        else:
-            changed = self._store.apply(message)
-            if changed:
-                kind = type(message.object) if isinstance(message, Upsert) else message.kind
-                _call_each(self._on_change, kind, changed)
-            if not self._ready and self._is_ready(self._store):
-                self._ready = True
-                changed = replace(changed, node=True)
-        if not changed:
-            return
-        for family, (sync, schedule) in self._families.items():
-            sync.add_changes(changed)
-            schedule.request()
+        with self._store.lock:
+            changed = self._apply_to_store(message)
+            for state in self._families.values() if changed else ():
+                state.sync.add_changes(changed)
+        for family, state in self._families.items() if changed else ():
+            state.schedule.request()
             _call_each(self._on_queue, family, self._clock())
+
+    def _apply_to_store(self, message: Delta | Resync) -> StoreChange:
+        if isinstance(message, Resync):
+            return StoreChange(node=True)
+        changed = self._store.apply(message)
+        if changed:
+            kind = type(message.object) if isinstance(message, Upsert) else message.kind
+            _call_each(self._on_change, kind, changed)
+        if not self._ready and self._is_ready(self._store):
+            self._ready = True
+            changed = replace(changed, node=True)
+        return changed
+
+    def touch(self, changed: RulesChanged) -> None:
+        """Record which parts of the rules other processes have touched. `sync_due` checks and restores them."""
+        now = self._clock()
+        for family, state in self._families.items():
+            tables = {table: touched for (owner, table), touched in changed.tables.items() if owner is family}
+            if tables:
+                state.repairs.touch(tables, now)
 
     def wait(self) -> float | None:
         """Return the seconds until `sync_due` must be called, or None if no call is needed before the next message."""
         if not self._ready:
             return None
-        waits = [self.sync_wait(), *(summary.wait(self._clock()) for summary in self._summaries.values())]
+        now = self._clock()
+        waits = [self.sync_wait(), *(state.summary.wait(now) for state in self._families.values())]
         if self._next_check is not None:
-            waits.append(max(0.0, self._next_check - self._clock()))
+            waits.append(max(0.0, self._next_check - now))
+        for state in self._families.values():
+            if not state.jobs:
+                waits.append(state.repairs.wait(now))
+                waits.append(max(0.0, state.next_step - now) if state.next_step is not None else None)
         return min((wait for wait in waits if wait is not None), default=None)
 
     def sync_wait(self) -> float | None:
         """Return the seconds until the next sync is due, or None if no sync is pending."""
-        waits = [schedule.wait(self._clock()) for _, schedule in self._families.values()]
+        now = self._clock()
+        waits = [self._wait_of(state, now) for state in self._families.values() if not state.syncing]
         return min((wait for wait in waits if wait is not None), default=None)
 
+    def _wait_of(self, state: FamilyState, now: float) -> float | None:
+        wait, retry = state.schedule.wait(now), state.sync.next_retry
+        return max(0.0, retry - now) if wait is None and retry is not None else wait
+
     def sync_due(self) -> bool:
-        """Sync every family that is due, then run the steps after a sync. Return whether all syncs succeeded."""
+        """Sync every family that is due, then start the steps after a sync.
+
+        Return False if a sync has failed since the previous call.
+        """
         if not self._ready:
             return True
         self._check_drift()
-        due = [family for family in self._families if self._is_due(family)]
-        reports = [self._sync(family) for family in due]
-        for summary in self._summaries.values():
-            if text := summary.flush(self._clock()):
+        self._start_repairs()
+        now = self._clock()
+        due = [
+            family
+            for family, state in self._families.items()
+            if not state.syncing and (wait := self._wait_of(state, now)) is not None and wait <= 0
+        ]
+        for family in due:
+            self._start_sync(family)
+        for state in self._families.values():
+            if text := state.summary.flush(self._clock()):
                 log.info("%s", text)
-        for report in reports:  # not between the syncs, because health must not wait for a step
-            _call_each(self._after_sync, report)
+        return self._start_steps()
+
+    def _start_steps(self) -> bool:
+        """Start the steps after the attempts that have been received. Return False if one of these failed."""
+        reports = [report for state in self._families.values() for report in state.reports]
+        for state in self._families.values():
+            state.reports.clear()
+        for report in reports:  # not between the syncs: health waits for all families
+            self._start(report.family, partial(self._run_steps, report))
         return all(report.result is not None for report in reports)
 
     def _check_drift(self) -> None:
@@ -206,60 +327,145 @@ class Reconciler:
         full = self._clock() >= self._next_full_check
         if full:
             self._next_full_check += self._full_check_interval or math.inf
-        for family, (sync, schedule) in self._families.items():
+        for state in self._families.values():
             if full:
-                sync.forget()
-                schedule.request()
-            elif not sync.verify():
-                log.warning("%s: another process removed kproxy's rules; restoring them", family.value)
-                self._synced.discard(family)  # so that the sync that restores them is logged
-                schedule.request()
+                state.compare_all = True
+                state.schedule.request()
+            elif state.next_step is None:
+                state.next_step = self._clock()
         self._next_check = self._clock() + self._check_interval
 
-    def _is_due(self, family: Family) -> bool:
-        wait = self._families[family][1].wait(self._clock())
-        return wait is not None and wait <= 0
+    def _start_repairs(self) -> None:
+        """Start checking the touched parts of each family that is idle, or else the next step of its comparison."""
+        now = self._clock()
+        for family, state in self._families.items():
+            if state.jobs:
+                continue
+            if touched := state.repairs.take(now):
+                self._start(family, partial(self._repair, family, touched))
+            elif state.next_step is not None and state.next_step <= now:
+                state.next_step = now + STEP_SECONDS
+                self._start(family, partial(self._compare, family))
 
-    def _sync(self, family: Family) -> SyncReport:
+    # Jobs. With `execute`, they run in another thread. They must not change the reconciler's state.
+
+    def _start(self, family: Family, work: Job) -> None:
+        def job(deliver: Deliver) -> None:
+            work(deliver)
+            deliver(Idle(family))
+
+        self._families[family].jobs += 1
+        self._execute(family, job)
+
+    def _start_sync(self, family: Family) -> None:
+        state = self._families[family]
+        state.schedule.started(self._clock())
+        state.syncing = True
+        compare_all, state.compare_all = state.compare_all, False
+        self._start(family, partial(self._sync, family, compare_all=compare_all))
+
+    def _sync(self, family: Family, deliver: Deliver, *, compare_all: bool) -> None:
+        sync = self._families[family].sync
         started = self._clock()
-        schedule = self._families[family][1]
-        schedule.started(started)
         try:
-            result = self._families[family][0].sync(self._store)
-        except Exception as error:  # a bug must not stop the reconciler: log it and retry
-            schedule.failed(self._clock())
-            self._failing_since.setdefault(family, started)
-            delay = schedule.wait(self._clock()) or 0.0
-            reason = str(error) if isinstance(error, SyncError) else f"unexpected {error!r}"
+            if compare_all:
+                sync.forget()
+            outcome: SyncResult | Exception = sync.sync(self._store, started)
+        except Exception as error:  # noqa: BLE001 - a bug must not stop the reconciler: it is logged, and retried
+            outcome = error
+        deliver(Attempted(family, started, self._clock(), outcome))
+
+    def _repair(self, family: Family, touched: Mapping[str, Touched], deliver: Deliver) -> None:
+        by = frozenset().union(*(each.by for each in touched.values()))
+        try:
+            outcome: RepairResult | Exception = self._families[family].sync.repair(self._store, touched)
+        except Exception as error:  # noqa: BLE001 - a full sync follows, which logs the error if it persists
+            outcome = error
+        deliver(Repaired(family, outcome, by))
+
+    def _compare(self, family: Family, deliver: Deliver) -> None:
+        try:
+            outcome: RepairResult | Exception | None = self._families[family].sync.compare_next(self._store)
+        except Exception as error:  # noqa: BLE001 - as above
+            outcome = error
+        deliver(Compared(family, outcome))
+
+    def _run_steps(self, report: SyncReport, deliver: Deliver) -> None:  # noqa: ARG002 - a job, without an outcome
+        _call_each(self._after_sync, report)
+
+    # Outcomes
+
+    def _receive(self, outcome: Outcome) -> None:
+        state = self._families[outcome.family]
+        if isinstance(outcome, Idle):
+            state.jobs -= 1
+        elif isinstance(outcome, Repaired):
+            self._receive_repair(state, outcome.family, outcome.outcome, outcome.by)
+        elif isinstance(outcome, Compared):
+            if outcome.outcome is None:
+                state.next_step = None
+            else:
+                self._receive_repair(state, outcome.family, outcome.outcome)
+        else:
+            self._receive_attempt(state, outcome)
+
+    def _receive_repair(
+        self, state: FamilyState, family: Family, outcome: RepairResult | Exception, by: Collection[str] = ()
+    ) -> None:
+        if isinstance(outcome, Exception):
+            log.warning("%s: cannot check kproxy's rules: %s; comparing all of them", family.value, outcome)
+            log.debug("%s: cannot check kproxy's rules", family.value, exc_info=outcome)
+            state.compare_all = True
+            state.schedule.request()
+            return
+        repeated = state.repairs.repaired(outcome.repaired, self._clock())
+        report = RepairReport(family, outcome, tuple(sorted(by)), repeated)
+        _call_each(self._on_repair, report)
+        if outcome.needs_full_sync:
+            state.log_next_sync = True
+            state.schedule.request()
+
+    def _receive_attempt(self, state: FamilyState, attempt: Attempted) -> None:
+        family, outcome = attempt.family, attempt.outcome
+        state.syncing = False
+        if isinstance(outcome, Exception):
+            state.schedule.failed(self._clock())
+            if state.failing_since is None:
+                state.failing_since = attempt.started
+            delay = state.schedule.wait(self._clock()) or 0.0
+            reason = str(outcome) if isinstance(outcome, SyncError) else f"unexpected {outcome!r}"
             if self._programs_stopped():
                 log.info("%s: sync canceled, because kproxy is stopping: %s", family.value, reason)
             else:
                 log.error("%s: sync failed, retrying in %.1f s: %s", family.value, delay, reason)
-            log.debug("%s: sync failed", family.value, exc_info=error)
-            report = SyncReport(family, started, self._clock(), None, reason)
+            log.debug("%s: sync failed", family.value, exc_info=outcome)
+            report = SyncReport(family, attempt.started, attempt.finished, None, reason)
         else:
-            schedule.succeeded()
-            report = SyncReport(family, started, self._clock(), result)
-            self._log_sync(report, result)
+            state.schedule.succeeded()
+            report = SyncReport(family, attempt.started, attempt.finished, outcome)
+            self._log_sync(state, report, outcome)
+        state.reports.append(report)
         _call_each(self._on_sync, report)
-        return report
+        if state.schedule.wait(self._clock()) is not None and report.result is not None:
+            # A change arrived during the sync. The listeners must not take it for programmed.
+            _call_each(self._on_queue, family, self._clock())
 
-    def _log_sync(self, report: SyncReport, result: SyncResult) -> None:
+    def _log_sync(self, state: FamilyState, report: SyncReport, result: SyncResult) -> None:
         """Log a successful sync.
 
         The first sync, a sync after failures, and a sync that restores removed rules are logged at once. All other
         syncs are logged at level V2, and added to the summary.
         """
-        family, seconds = report.family, report.finished - report.started
-        text = synced_text(family, result.services, seconds, result.counts, complete=result.complete)
-        failing_since = self._failing_since.pop(family, None)
-        if failing_since is not None:
-            text += f", after failures for {seconds_text(report.finished - failing_since)}"
-        if failing_since is not None or family not in self._synced:
-            self._synced.add(family)
+        seconds = report.finished - report.started
+        text = synced_text(report.family, result.services, seconds, result.counts, complete=result.complete)
+        if state.failing_since is not None:
+            text += f", after failures for {seconds_text(report.finished - state.failing_since)}"
+        if state.failing_since is not None or state.log_next_sync:
+            state.failing_since = None
+            state.log_next_sync = False
             log.info("%s", text)
             return
-        self._summaries[family].add(report.finished, result.services, seconds, result.counts, complete=result.complete)
+        state.summary.add(report.finished, result.services, seconds, result.counts, complete=result.complete)
         log.log(V2, "%s", text)
 
 

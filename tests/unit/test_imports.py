@@ -44,7 +44,14 @@ PURE = (
     *(f"kube.codec.{name}" for name in ("schema", "object_error", "conversion", "json_codec", "protobuf")),
     *("kube.codec.watch_events", "kube.codec.streams"),
     *("kube.listwatch.protocol", "kube.events.correlator", "kube.client.http_proxy"),
-    *("sync.schedule", "sync.family_sync", "sync.service_conditions", "sync.log_summary"),
+    *(
+        "sync.schedule",
+        "sync.quarantine",
+        "sync.repair_schedule",
+        "sync.family_sync",
+        "sync.service_conditions",
+        "sync.log_summary",
+    ),
     *("app.family_contexts", "app.node_port_addresses"),
     *(
         "config.types",

@@ -6,12 +6,13 @@ import itertools
 import logging
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 
 from kproxy.model.context import Context
 from kproxy.model.delta import Delete, Kind, Replace, Upsert
+from kproxy.model.drift import RepairResult, Touched
 from kproxy.model.log_throttle import V2
 from kproxy.model.store import Store, StoreChange
 from kproxy.model.sync_report import AfterSyncStep, ApplyResult, Plans, SyncError, SyncReport
@@ -20,7 +21,7 @@ from kproxy.serve.health import Health
 from kproxy.sync.family_sync import FamilySync
 from kproxy.sync.reconciler import Message, Reconciler, Resync, Stop
 from kproxy.sync.schedule import Schedule
-from tests.inprocess import EMPTY_LISTS, ReconciledProxy
+from tests.inprocess import EMPTY_LISTS, ReconciledProxy, StubBackend
 from tests.lab.waiting import HANG_GUARD
 
 
@@ -28,25 +29,36 @@ def service(name: str, port: int = 80) -> Service:
     return Service("ns", name, (f"10.96.0.{ord(name[0])}", f"fd00::{ord(name[0])}"), (ServicePort("", port, "TCP"),))
 
 
-class RecordingBackend:
-    """A backend that records its syncs and drift checks. Each sync raises the next of `errors`, if any."""
+class RecordingBackend(StubBackend):
+    """A backend that records its syncs and comparisons. Each sync raises the next of `errors`, if any.
+
+    A comparison has as many steps as `steps` has items, which are their results.
+    """
 
     def __init__(self) -> None:
         self.syncs: list[set[str]] = []
         self.contexts: list[Context] = []
         self.errors: list[Exception] = []
-        self.needs_full_sync = True
         self.checks = 0
-        self.intact = True
+        self.steps: list[RepairResult] = []
+        self.touched: list[dict[str, Touched]] = []
+        self.repairs: list[RepairResult | Exception] = []
         self.synced: queue.SimpleQueue[set[str]] = queue.SimpleQueue()
 
-    def verify(self, context: Context) -> bool:
+    def compare_next(self, plans: Plans, context: Context) -> RepairResult | None:
         self.checks += 1
-        self.needs_full_sync = self.needs_full_sync or not self.intact
-        return self.intact
+        if not self.steps:
+            return None
+        result = self.steps.pop(0)
+        self.needs_full_sync = self.needs_full_sync or result.needs_full_sync
+        return result
 
-    def forget(self) -> None:
-        self.needs_full_sync = True
+    def repair(self, touched: Mapping[str, Touched], plans: Plans, context: Context) -> RepairResult:
+        self.touched.append(dict(touched))
+        result = self.repairs.pop(0) if self.repairs else RepairResult()
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     def sync(self, plans: Plans, context: Context) -> ApplyResult:
         keys = {key for key, _ in plans.by_service()}
@@ -306,20 +318,6 @@ def test_default_log_has_first_sync_failures_recoveries_and_a_summary_per_minute
         ("INFO", "IPv4: 8 syncs in the last 60 s: 8 changed services, the longest took 0 ms (8 without endpoints)")
     ]
     assert proxy.reconciler.wait() is None
-
-
-def test_restored_rules_after_removal_by_another_process_are_logged(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-    proxy = TwoFamilyProxy(check_intervals=(30.0, 3600.0))
-    proxy.apply(Upsert(service("a")))
-    proxy.sync_after(2)
-    caplog.clear()
-    proxy.four.intact = False
-    proxy.sync_after(30)
-    assert logged(caplog) == [
-        ("WARNING", "IPv4: another process removed kproxy's rules; restoring them"),
-        ("INFO", "IPv4: synced 1 service in 0 ms (1 without endpoints)"),
-    ]
 
 
 def test_every_sync_is_logged_from_verbosity_2_on(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,74 @@
+"""Log messages and Kubernetes Events about rules that other processes changed and kproxy restored."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable
+
+from kproxy.model.drift import Part
+from kproxy.model.sync_report import RepairReport
+from kproxy.model.types import Family
+from kproxy.sync.log_summary import counted
+
+log = logging.getLogger(__name__)
+LISTED_PARTS = 5
+"""Maximum number of parts to name in one message."""
+
+
+class DriftListener:
+    """Logs each repair, each repeated repair with its delay, and each new finding, and records events about them.
+
+    `event` is called with the reason and the message. It must neither block nor raise.
+    """
+
+    def __init__(self, event: Callable[[str, str], None]) -> None:
+        self._event = event
+        self._findings: dict[Family, frozenset[str]] = {}
+
+    def on_repair(self, report: RepairReport) -> None:
+        """Log what was restored and what was found."""
+        family, result = report.family.value, report.result
+        if result.needs_full_sync:
+            text = f"{family}: {_processes(report.by)} changed kproxy's rules; restoring them"
+            self._warn("RulesChanged", text)
+        if result.repaired:
+            text = f"{family}: restored {_listed(result.repaired)}, which {_processes(report.by)} had changed"
+            if report.repeated:
+                text += f"; {_again(report.repeated.values())}"
+            self._warn("RulesRestored", text)
+        known = self._findings.get(report.family, frozenset())
+        for finding in result.findings:
+            if finding not in known:
+                self._warn("ForeignRule", f"{family}: {finding}")
+        self._findings[report.family] = known | frozenset(result.findings)
+
+    def _warn(self, reason: str, text: str) -> None:
+        log.warning("%s", text)
+        self._event(reason, text)
+
+
+def part_text(part: Part) -> str:
+    """Return the name of a part for a message: `chain KUBE-SERVICES of table nat`."""
+    if part.kind == "table":
+        return f"table {part.table}"
+    kind = "element of set" if part.kind == "element" else part.kind
+    return f"{kind} {part.name} of table {part.table}"
+
+
+def _listed(parts: Collection[Part]) -> str:
+    counts = Counter(part_text(part) for part in parts)
+    texts = [
+        text if number == 1 else text.replace("element of", f"{number:,} elements of")
+        for text, number in counts.items()
+    ]
+    more = len(texts) - LISTED_PARTS
+    return ", ".join(texts[:LISTED_PARTS]) + (f" and {counted(more, 'other part')}" if more > 0 else "")
+
+
+def _processes(names: Collection[str]) -> str:
+    return " or ".join(names) if names else "another process"
+
+
+def _again(delays: Iterable[float]) -> str:
+    return f"this has happened before, so the next repair waits up to {max(delays):.0f} s"

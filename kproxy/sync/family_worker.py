@@ -1,0 +1,38 @@
+"""The threads that program the kernel: one for each family, so that a slow program of one never delays the other."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from typing import TypeAlias
+
+Job: TypeAlias = Callable[[], None]
+"""Work for one family. It must handle its own exceptions: an exception ends the thread, and with it the process."""
+
+
+class FamilyWorker:
+    """A thread that runs the jobs of one family, one after another."""
+
+    def __init__(self, name: str) -> None:
+        """Create the worker, but do not start its thread yet. `name` is the name of the thread."""
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Run a job after all earlier ones."""
+        self._jobs.put(job)
+
+    def stop(self, timeout: float) -> None:
+        """Stop after the jobs that have been submitted. Wait at most `timeout` seconds for them."""
+        self._jobs.put(None)
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job()

@@ -1,0 +1,217 @@
+"""Each family is programmed in a thread of its own: a blocked family delays neither the other nor the reconciler."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from functools import partial
+
+import pytest
+
+from kproxy.model.context import Context
+from kproxy.model.delta import Upsert
+from kproxy.model.store import Store, StoreChange
+from kproxy.model.sync_report import ApplyResult, Plans, SyncError, SyncReport
+from kproxy.model.types import EndpointSlice, Family, Service, ServicePort
+from kproxy.serve.health import Health
+from kproxy.sync.family_sync import FamilySync
+from kproxy.sync.family_worker import FamilyWorker
+from kproxy.sync.reconciler import Message, Reconciler, Resync, Stop
+from kproxy.sync.schedule import Schedule
+from tests.inprocess import EMPTY_LISTS, StubBackend
+from tests.lab.waiting import HANG_GUARD, wait_until
+
+
+def service(name: str) -> Service:
+    return Service("ns", name, (f"10.96.0.{ord(name[0])}", f"fd00::{ord(name[0])}"), (ServicePort("", 80, "TCP"),))
+
+
+class BlockableBackend(StubBackend):
+    """A backend whose syncs wait while `block` is set, after reading the plan of the first Service."""
+
+    def __init__(self) -> None:
+        self.syncs: queue.SimpleQueue[set[str]] = queue.SimpleQueue()
+        self.blocked = threading.Event()
+        self.may_continue = threading.Event()
+        self.may_continue.set()
+        self._permits = threading.Semaphore(0)
+        self.error: Exception | None = None
+
+    def sync(self, plans: Plans, context: Context) -> ApplyResult:
+        keys = set()
+        for key, _ in plans.by_service():
+            keys.add(key)
+            if not self.may_continue.is_set():
+                self.blocked.set()
+                wait_until(lambda: self.may_continue.is_set() or self._permits.acquire(blocking=False), "a permit")
+        self.syncs.put(keys)
+        if self.error is not None:
+            raise self.error
+        self.needs_full_sync = False
+        return ApplyResult({}, {})
+
+    def release_one(self) -> None:
+        """Let one blocked sync continue to its next Service."""
+        self._permits.release()
+
+    def synced(self) -> set[str]:
+        """Wait for the next sync to end. Return the Services that it covered."""
+        return self.syncs.get(timeout=HANG_GUARD)
+
+
+class ThreadedProxy:
+    """A dual-stack reconciler in a thread, with one worker for each family."""
+
+    def __init__(self) -> None:
+        self.backends = {family: BlockableBackend() for family in Family}
+        self.workers = {family: FamilyWorker(family.value) for family in Family}
+        self.messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self.health = Health(Family, 60.0, wall=lambda: 1)
+        self.reports: list[SyncReport] = []
+        self.steps: list[tuple[Family, str]] = []
+        self.step_threads: set[str] = set()
+        self.now = 0.0
+        self.reconciler = Reconciler(
+            Store("node-1", lock=threading.RLock()),
+            {
+                family: FamilySync(backend, partial(lambda family, _: Context(family, "node-1"), family))
+                for family, backend in self.backends.items()
+            },
+            make_schedule=lambda: Schedule(min_interval=0.0, max_retry=30.0),
+            clock=lambda: self.now,
+            on_queue=[self.health.on_queue],
+            on_sync=[self.health.on_sync, self.reports.append],
+            after_sync=[self._step],
+            execute=lambda family, job: self.workers[family].submit(partial(job, self.messages.put)),
+        )
+        self.thread = threading.Thread(target=self.reconciler.run, args=(self.messages,), daemon=True)
+        for worker in self.workers.values():
+            worker.start()
+        self.thread.start()
+
+    def _step(self, report: SyncReport) -> None:
+        self.step_threads.add(threading.current_thread().name)
+        self.steps.append((report.family, report.error))
+
+    def send(self, *messages: Message) -> None:
+        for message in messages:
+            self.messages.put(message)
+
+    def stop(self) -> None:
+        self.send(Stop())
+        self.thread.join(HANG_GUARD)
+        assert not self.thread.is_alive()
+        for worker in self.workers.values():
+            worker.stop(HANG_GUARD)
+
+
+@pytest.fixture
+def proxy() -> ThreadedProxy:
+    proxy = ThreadedProxy()
+    proxy.send(*EMPTY_LISTS, Upsert(service("a")))
+    for backend in proxy.backends.values():
+        assert "ns/a" in backend.synced()
+    wait_until(lambda: len(proxy.steps) >= 2, "the steps after the first syncs")
+    return proxy
+
+
+def test_blocked_family_does_not_delay_the_other(proxy: ThreadedProxy) -> None:
+    four, six = proxy.backends[Family.IPV4], proxy.backends[Family.IPV6]
+    four.may_continue.clear()
+    proxy.send(Upsert(service("b")))
+    assert four.blocked.wait(HANG_GUARD)
+    assert six.synced() == {"ns/b"}
+    for name in "cde":
+        proxy.send(Upsert(service(name)))
+        assert six.synced() == {f"ns/{name}"}
+    assert four.syncs.empty()
+    four.may_continue.set()
+    assert four.synced() == {"ns/b"}
+    assert four.synced() == {"ns/c", "ns/d", "ns/e"}, "what arrived meanwhile is programmed in one sync"
+    proxy.stop()
+
+
+def test_change_that_arrives_during_a_sync_still_counts_as_waiting(proxy: ThreadedProxy) -> None:
+    four, six = proxy.backends[Family.IPV4], proxy.backends[Family.IPV6]
+    four.may_continue.clear()
+    proxy.send(Upsert(service("b")))
+    assert four.blocked.wait(HANG_GUARD)
+    assert six.synced() == {"ns/b"}
+    four.blocked.clear()
+    proxy.send(Upsert(service("c")))
+    assert six.synced() == {"ns/c"}
+    four.release_one()
+    assert four.synced() == {"ns/b"}
+    assert four.blocked.wait(HANG_GUARD), "the sync of the second change has begun"
+    assert not proxy.health.families(100.0)[Family.IPV4].healthy, "the second change has been waiting since 0.0"
+    four.may_continue.set()
+    wait_until(lambda: proxy.health.is_healthy(100.0), "healthy IPv4")
+    proxy.stop()
+
+
+def test_failed_sync_keeps_the_changes_of_before_and_during_it(proxy: ThreadedProxy) -> None:
+    four = proxy.backends[Family.IPV4]
+    four.may_continue.clear()
+    four.error = SyncError("no")
+    proxy.send(Upsert(service("b")))
+    assert four.blocked.wait(HANG_GUARD)
+    proxy.send(Upsert(service("c")), Upsert(EndpointSlice("ns", "c-1", "ns/c", Family.IPV4, last_change=7.0)))
+    assert proxy.backends[Family.IPV6].synced() == {"ns/b"}
+    assert "ns/c" in proxy.backends[Family.IPV6].synced()
+    four.may_continue.set()
+    assert four.synced() == {"ns/b"}
+    four.error = None
+    proxy.now += 1.0
+    proxy.send(Resync())
+    assert four.synced() == {"ns/b", "ns/c"}
+    proxy.stop()
+
+
+def test_steps_after_a_sync_run_in_the_thread_of_the_family(proxy: ThreadedProxy) -> None:
+    proxy.stop()
+    assert proxy.step_threads == {"IPv4", "IPv6"}
+
+
+def test_reconciler_that_stops_waits_for_the_sync_in_progress(proxy: ThreadedProxy) -> None:
+    four = proxy.backends[Family.IPV4]
+    four.may_continue.clear()
+    proxy.send(Upsert(service("b")))
+    assert four.blocked.wait(HANG_GUARD)
+    number = len(proxy.reports)
+    proxy.send(Stop(), Upsert(service("c")))
+    assert proxy.thread.is_alive()
+    four.may_continue.set()
+    proxy.thread.join(HANG_GUARD)
+    assert not proxy.thread.is_alive()
+    assert [report.family for report in proxy.reports[number:] if report.family is Family.IPV4] == [Family.IPV4]
+
+
+def test_store_changes_while_its_services_are_planned() -> None:
+    """Every deletion and creation of a Service races with the planning of the others."""
+    proxy = ThreadedProxy()
+    proxy.send(*EMPTY_LISTS)
+    names = [f"{letter}{number}" for letter in "abcdef" for number in range(20)]
+    for _ in range(10):
+        proxy.send(*(Upsert(service(name)) for name in names))
+    wait_until(proxy.messages.empty, "all changes to be applied")
+    proxy.stop()
+    assert all(report.error == "" for report in proxy.reports)
+
+
+def test_jobs_run_in_order_and_stop_after_the_last() -> None:
+    worker = FamilyWorker("worker")
+    done: list[int] = []
+    for number in range(3):
+        worker.submit(partial(done.append, number))
+    worker.start()
+    worker.stop(HANG_GUARD)
+    assert done == [0, 1, 2]
+
+
+def test_changes_of_a_family_are_taken_at_its_next_sync() -> None:
+    sync = FamilySync(BlockableBackend(), lambda _: Context(Family.IPV4, "node-1"))
+    store = Store("node-1")
+    sync.sync(store)
+    sync.add_changes(StoreChange(frozenset({"ns/a"})))
+    assert sync.sync(store).services == 1
+    assert sync.sync(store).services == 0

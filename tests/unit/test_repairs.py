@@ -1,0 +1,243 @@
+"""Drift: when touched parts are checked, what a comparison covers, and how repairs are logged and counted."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import pytest
+
+from kproxy.model.context import Context
+from kproxy.model.delta import Upsert
+from kproxy.model.drift import MAX_TOUCHED_ELEMENTS, Part, RepairResult, Touched
+from kproxy.model.sync_report import ApplyResult, Plans, RepairReport, SyncError
+from kproxy.model.types import Family, Service, ServicePort
+from kproxy.serve.http import HttpRequest
+from kproxy.serve.metrics import Metrics
+from kproxy.sync.drift_listener import LISTED_PARTS, DriftListener
+from kproxy.sync.family_sync import FamilySync
+from kproxy.sync.reconciler import STEP_SECONDS
+from kproxy.sync.repair_schedule import CALM_SECONDS, FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS, RepairSchedule
+from tests.inprocess import EMPTY_LISTS, ReconciledProxy, StubBackend
+
+V4, V6 = Family.IPV4, Family.IPV6
+CHAIN = Part("nat", "chain", "KUBE-SERVICES")
+ELEMENT = Part("kube-proxy", "element", "service-ips", b"key")
+
+
+class DriftingBackend(StubBackend):
+    """A backend that records what it was asked to check. Each check raises or returns the next of `results`."""
+
+    def __init__(self) -> None:
+        self.syncs = 0
+        self.touched: list[dict[str, Touched]] = []
+        self.results: list[RepairResult | Exception | None] = []
+        self.steps = 0
+
+    def sync(self, plans: Plans, context: Context) -> ApplyResult:
+        assert list(plans.by_service()) is not None
+        self.syncs += 1
+        self.needs_full_sync = False
+        return ApplyResult({}, {})
+
+    def _next(self) -> RepairResult | None:
+        result = self.results.pop(0)
+        if isinstance(result, Exception):
+            raise result
+        self.needs_full_sync = result is not None and result.needs_full_sync
+        return result
+
+    def repair(self, touched: Mapping[str, Touched], plans: Plans, context: Context) -> RepairResult:
+        self.touched.append(dict(touched))
+        result = self._next() if self.results else RepairResult()
+        assert result is not None
+        return result
+
+    def compare_next(self, plans: Plans, context: Context) -> RepairResult | None:
+        self.steps += 1
+        return self._next() if self.results else None
+
+
+class DriftingProxy(ReconciledProxy):
+    """A dual-stack proxy, synced once."""
+
+    def __init__(self, check_interval: float = 30.0) -> None:
+        self.four, self.six = DriftingBackend(), DriftingBackend()
+        self.reports: list[RepairReport] = []
+        self.events: list[tuple[str, str]] = []
+        listener = DriftListener(lambda reason, text: self.events.append((reason, text)))
+        super().__init__(
+            {
+                V4: FamilySync(self.four, lambda _: Context(V4, "node-1")),
+                V6: FamilySync(self.six, lambda _: Context(V6, "node-1")),
+            },
+            min_interval=0.0,
+            on_repair=[self.reports.append, listener.on_repair],
+            check_interval=check_interval,
+            full_check_interval=1e9,
+        )
+        self.apply(*EMPTY_LISTS, Upsert(Service("ns", "a", ("10.96.0.1",), (ServicePort("", 80, "TCP"),))))
+        self.sync_after()
+        self.four.syncs = self.six.syncs = 0
+
+
+@pytest.fixture
+def proxy() -> DriftingProxy:
+    return DriftingProxy()
+
+
+def test_touched_parts_are_checked_at_once_and_only_in_their_family(proxy: DriftingProxy) -> None:
+    touched = Touched(chains={"KUBE-SERVICES"}, by={"iptables"})
+    proxy.touch({(V4, "nat"): touched})
+    assert proxy.reconciler.wait() == 0
+    proxy.sync_after()
+    assert (proxy.four.touched, proxy.six.touched) == ([{"nat": touched}], [])
+    assert (proxy.four.syncs, proxy.six.syncs) == (0, 0)
+    proxy.sync_after()
+    assert len(proxy.four.touched) == 1
+
+
+def test_repair_is_logged_with_the_process_and_recorded_as_an_event(
+    proxy: DriftingProxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    proxy.four.results = [RepairResult((CHAIN, ELEMENT))]
+    proxy.touch({(V4, "nat"): Touched(chains={"KUBE-SERVICES"}, by={"nft"})})
+    with caplog.at_level(logging.WARNING):
+        proxy.sync_after()
+    text = (
+        "IPv4: restored chain KUBE-SERVICES of table nat, element of set service-ips of table kube-proxy, "
+        "which nft had changed"
+    )
+    assert [record.getMessage() for record in caplog.records] == [text]
+    assert proxy.events == [("RulesRestored", text)]
+
+
+def test_long_list_of_repairs_is_shortened(proxy: DriftingProxy, caplog: pytest.LogCaptureFixture) -> None:
+    elements = [Part("kube-proxy", "element", "service-ips", bytes([number])) for number in range(40)]
+    chains = [Part("nat", "chain", f"KUBE-SEP-{number}") for number in range(LISTED_PARTS)]
+    proxy.four.results = [RepairResult((*elements, *chains))]
+    proxy.touch({(V4, "nat"): Touched(everything=True)})
+    with caplog.at_level(logging.WARNING):
+        proxy.sync_after()
+    assert "restored 40 elements of set service-ips of table kube-proxy, chain KUBE-SEP-0" in caplog.text
+    assert "and 1 other part, which another process had changed" in caplog.text
+
+
+def test_damage_that_only_a_full_sync_repairs_is_logged_with_that_sync(
+    proxy: DriftingProxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    proxy.four.results = [RepairResult(needs_full_sync=True)]
+    proxy.touch({(V4, "nat"): Touched(everything=True, by={"iptables"})})
+    with caplog.at_level(logging.INFO):
+        proxy.sync_after()
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("WARNING", "IPv4: iptables changed kproxy's rules; restoring them"),
+        ("INFO", "IPv4: synced 1 service in 0 ms (1 without endpoints)"),
+    ]
+    assert (proxy.four.syncs, proxy.six.syncs) == (1, 0)
+
+
+def test_check_that_fails_leads_to_a_full_sync(proxy: DriftingProxy, caplog: pytest.LogCaptureFixture) -> None:
+    proxy.four.results = [SyncError("cannot read the table")]
+    proxy.touch({(V4, "nat"): Touched(chains={"KUBE-SERVICES"})})
+    proxy.sync_after()
+    assert "IPv4: cannot check kproxy's rules: cannot read the table; comparing all of them" in caplog.text
+    assert proxy.four.syncs == 1
+
+
+def test_findings_are_logged_once(proxy: DriftingProxy, caplog: pytest.LogCaptureFixture) -> None:
+    for number in range(3):
+        proxy.four.results = [RepairResult(findings=("chain INPUT drops packets", *["another"] * number))]
+        proxy.touch({(V4, "nat"): Touched(chains={"INPUT"})})
+        proxy.sync_after(1)
+    assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == [
+        "IPv4: chain INPUT drops packets",
+        "IPv4: another",
+    ]
+    assert [reason for reason, _ in proxy.events] == ["ForeignRule", "ForeignRule"]
+
+
+def test_parts_that_are_changed_again_and_again_are_checked_less_and_less_often(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    proxy, delays = DriftingProxy(check_interval=1e6), []
+    for _ in range(9):
+        proxy.four.results = [RepairResult((CHAIN,))]
+        proxy.touch({(V4, "nat"): Touched(chains={"KUBE-SERVICES"})})
+        before = proxy.clock.now
+        while proxy.four.results:
+            proxy.sync_after(proxy.reconciler.wait() or 0.0)
+        delays.append(proxy.clock.now - before)
+    assert delays == [0.0, *(min(FIRST_DELAY_SECONDS * 2**number, MAX_DELAY_SECONDS) for number in range(8))]
+    assert (
+        "which another process had changed; this has happened before, so the next repair waits up to 2 s" in caplog.text
+    )
+
+
+def test_other_parts_are_checked_at_once_during_a_fight(proxy: DriftingProxy) -> None:
+    for number in range(5):
+        proxy.four.results = [RepairResult((CHAIN,))]
+        proxy.touch({(V4, "nat"): Touched(chains={"KUBE-SERVICES"})})
+        proxy.sync_after(2.0**number)
+    proxy.touch({(V4, "nat"): Touched(chains={"KUBE-SERVICES", "KUBE-MARK-MASQ"})})
+    proxy.four.touched.clear()
+    proxy.sync_after()
+    assert proxy.four.touched == [{"nat": Touched(chains={"KUBE-MARK-MASQ"})}]
+
+
+def test_repair_after_a_calm_time_counts_as_the_first() -> None:
+    schedule = RepairSchedule()
+    assert schedule.repaired([CHAIN], 0.0) == {}
+    assert schedule.repaired([CHAIN], 1.0) == {CHAIN: 2 * FIRST_DELAY_SECONDS}
+    assert schedule.repaired([CHAIN], 2.0 + CALM_SECONDS) == {}
+
+
+def test_comparison_runs_in_steps_until_it_is_complete(proxy: DriftingProxy) -> None:
+    proxy.four.results = [RepairResult(), RepairResult((CHAIN,)), None]
+    times: list[float] = []
+    while not times or proxy.four.results:
+        steps = proxy.four.steps
+        proxy.sync_after(proxy.reconciler.wait() or 0.0)
+        if proxy.four.steps > steps:
+            times.append(proxy.clock.now)
+    assert times == [30.0, 30.0 + STEP_SECONDS, 30.0 + 2 * STEP_SECONDS]
+    assert [report.result.repaired for report in proxy.reports] == [(), (CHAIN,)]
+    assert proxy.six.steps == 1
+    proxy.sync_after(30)
+    assert (proxy.four.steps, proxy.six.steps) == (4, 2)
+
+
+def test_comparison_that_finds_large_damage_is_followed_by_a_full_sync(proxy: DriftingProxy) -> None:
+    proxy.four.results = [RepairResult(needs_full_sync=True)]
+    proxy.sync_after(30)
+    assert (proxy.four.syncs, proxy.six.syncs) == (1, 0)
+
+
+def test_nothing_is_checked_before_the_first_sync() -> None:
+    sync = FamilySync(DriftingBackend(), lambda _: Context(V4, "node-1"))
+    proxy = ReconciledProxy({V4: sync})
+    assert sync.compare_next(proxy.store) is None
+    assert sync.repair(proxy.store, {"nat": Touched(everything=True)}) == RepairResult(needs_full_sync=True)
+
+
+def test_many_touched_elements_count_as_their_set() -> None:
+    touched = Touched()
+    for number in range(MAX_TOUCHED_ELEMENTS + 1):
+        touched.add_element("service-ips", number.to_bytes(2, "big"))
+    touched.add_element("service-ips", b"another")
+    assert touched == Touched(sets={"service-ips"})
+    merged = Touched(elements={"service-ips": {b"key"}, "other": {b"key"}})
+    for part in touched.parts("kube-proxy"):
+        merged.add_part(part)
+    assert merged == Touched(sets={"service-ips"}, elements={"other": {b"key"}})
+
+
+def test_repairs_are_counted_by_kind() -> None:
+    metrics = Metrics("nftables", [V4], {}, wall=lambda: 0.0)
+    metrics.on_repair(RepairReport(V4, RepairResult((CHAIN, ELEMENT, ELEMENT), needs_full_sync=True)))
+    text = metrics.page(HttpRequest("GET", "/metrics", {}, persistent=False)).body.decode()
+    counts = {kind: f'kproxy_drift_repairs_total{{ip_family="IPv4",kind="{kind}"}}' for kind in ("chain", "element")}
+    assert f"{counts['chain']} 1.0" in text
+    assert f"{counts['element']} 2.0" in text
+    assert 'kproxy_drift_repairs_total{ip_family="IPv4",kind="table"} 1.0' in text
+    assert 'kproxy_drift_repairs_total{ip_family="IPv4",kind="set"} 0.0' in text
