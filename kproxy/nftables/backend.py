@@ -170,7 +170,7 @@ class NftablesBackend:
 
     def _update(self, ledger: NftablesLedger, plans: Plans, context: Context) -> dict[ServiceKey, str]:
         self._must_be_current = False
-        rejected = self._program(NftablesDiff(ledger, context), ledger, plans, context)
+        rejected = self._program(NftablesDiff(ledger, context), ledger, plans, context, is_full=False)
         self._check_concurrent_changes(ledger, context)
         return rejected
 
@@ -236,7 +236,7 @@ class NftablesBackend:
         self._must_be_current = generation is not None
         ledger = NftablesLedger()
         if snapshot is None:
-            rejected = self._program(NftablesDiff(ledger, context, create=True), ledger, plans, context)
+            rejected = self._program(NftablesDiff(ledger, context, create=True), ledger, plans, context, is_full=True)
         elif self._commit_whole(ledger, snapshot, plans, context, held):
             rejected = self._program_held(ledger, plans, context, held)
         else:
@@ -295,12 +295,14 @@ class NftablesBackend:
         self._rejected = set(held.culprits)
         if not held.holds_all:
             return held.culprits
-        return self._program(NftablesDiff(ledger, context), ledger, plans, context)
+        return self._program(NftablesDiff(ledger, context), ledger, plans, context, is_full=True)
 
     def _program(
-        self, diff: NftablesDiff, ledger: NftablesLedger, plans: Plans, context: Context
+        self, diff: NftablesDiff, ledger: NftablesLedger, plans: Plans, context: Context, *, is_full: bool
     ) -> dict[ServiceKey, str]:
         """Program Services in batches. Return the Services that the kernel rejected, with the reasons.
+
+        `is_full` tells whether this is part of a full sync, in which the contents of the table are known.
 
         Raises `NoCulpritError` if the kernel rejects a batch for a reason that is not a Service.
         """
@@ -323,7 +325,9 @@ class NftablesBackend:
             failed = waiting[0]
             after, *later = diff.roll_back(waiting)
             waiting.clear()
-            isolation = Isolation(lambda changes: self._try(diff, changes), known)
+            isolation = Isolation(
+                lambda changes: self._try(diff, changes), lambda: self._may_be_drift(diff, is_full=is_full), known
+            )
             changes = {key: ServiceChange(failed.before[key], new) for key, new in after.items()}
             isolation.program(changes, rejection)
             if diff.context_changed and (again := self._try(diff, {})) is not None:
@@ -335,6 +339,10 @@ class NftablesBackend:
                 batches = concatenated([diff.next_batch()], batches)
         ledger.context = context
         return rejected
+
+    def _may_be_drift(self, diff: NftablesDiff, *, is_full: bool) -> bool:
+        """Return whether another process may have changed what the ledger describes."""
+        return not diff.creates_table and (not is_full or self._generation is None)
 
     def _try(self, diff: NftablesDiff, changes: Changes) -> Rejection | None:
         """Commit changes in one transaction. If the kernel rejects it, take the changes back and return the reason."""

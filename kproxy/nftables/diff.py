@@ -35,15 +35,14 @@ class IncompatibleTableError(Exception):
 class Batch(Struct, frozen=True):
     """A transaction, and what `NftablesDiff.roll_back` needs to take it back.
 
-    `before` contains the state of each changed Service before the transaction. The other fields are those of the ledger
-    and of the diff before the transaction.
+    `before` contains the state of each changed Service before the transaction. If the transaction changes what depends
+    only on the context, `chains` and `node_port_ips` are those of the ledger before the transaction.
     """
 
     transaction: Transaction
     before: dict[ServiceKey, RenderedService | None]
-    chains: dict[str, NftChain]
-    node_port_ips: tuple[bytes, ...]
-    context_changed: bool
+    chains: dict[str, NftChain] | None = None
+    node_port_ips: tuple[bytes, ...] = ()
 
 
 class NftablesDiff:
@@ -81,6 +80,11 @@ class NftablesDiff:
     def context_changed(self) -> bool:
         """Whether the next transaction changes what depends only on the context."""
         return self._context_changed
+
+    @property
+    def creates_table(self) -> bool:
+        """Whether the next transaction creates the table."""
+        return self._create and self._context_changed
 
     @property
     def frontend_count(self) -> int:
@@ -136,9 +140,11 @@ class NftablesDiff:
 
         Only for a diff without a snapshot. The caller sets `NftablesLedger.context` after the last batch.
         """
-        ledger, before, context_changed = self._ledger, self._before, self._context_changed
-        chains, node_port_ips = dict(ledger.chains), ledger.node_port_ips
-        return Batch(self.next_transaction(), before, chains, node_port_ips, context_changed)
+        before = self._before
+        if not self._context_changed:
+            return Batch(self.next_transaction(), before)
+        chains, node_port_ips = dict(self._ledger.chains), self._ledger.node_port_ips
+        return Batch(self.next_transaction(), before, chains, node_port_ips)
 
     def roll_back(self, batches: Sequence[Batch]) -> list[dict[ServiceKey, RenderedService | None]]:
         """Take back the latest batches, oldest first, which the kernel has not applied, and restore the ledger.
@@ -149,10 +155,11 @@ class NftablesDiff:
         for batch in reversed(batches):
             for key, old in batch.before.items():
                 self.put(key, old)
-        self.next_transaction()  # discarded: it only counts the verdicts
+        self.next_transaction()  # discarded: it restores the verdict counts and the shared chains
         oldest = batches[0]
-        self._ledger.chains, self._ledger.node_port_ips = dict(oldest.chains), oldest.node_port_ips
-        self._context_changed = oldest.context_changed
+        if oldest.chains is not None:
+            self._ledger.chains, self._ledger.node_port_ips = dict(oldest.chains), oldest.node_port_ips
+            self._context_changed = True
         return after
 
     def last_transaction(self) -> Transaction:

@@ -41,13 +41,16 @@ class Isolation:
     def __init__(
         self,
         try_changes: Callable[[Changes], Rejection | None],
+        may_be_drift: Callable[[], bool],
         known: Collection[ServiceKey] = (),
     ) -> None:
         """`try_changes` commits changes in one transaction. It returns None, or why the kernel rejected all of them.
 
-        The kernel has already rejected the Services in `known` in an earlier sync.
+        `may_be_drift` tells whether another process may have changed the table since its contents were known. The
+        kernel has already rejected the Services in `known` in an earlier sync.
         """
         self._try = try_changes
+        self._may_be_drift = may_be_drift
         self._known = known
         self._accepted = False
         self.culprits: dict[ServiceKey, str] = {}
@@ -99,5 +102,6 @@ class Isolation:
             raise NoCulpritError(rejection)
 
     def _check_drift(self, found: Mapping[ServiceKey, RejectedObject], rejection: Rejection) -> None:
-        if any(rejected.code in DRIFT_CODES and key not in self._known for key, rejected in found.items()):
+        unexpected = (key for key, rejected in found.items() if rejected.code in DRIFT_CODES)
+        if self._may_be_drift() and any(key not in self._known for key in unexpected):
             raise NoCulpritError(rejection, is_drift=True)
