@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from typing import Protocol, TypeVar
@@ -133,20 +133,20 @@ class NetlinkCommit:
         try:
             self._send(messages, generation)
         except BatchRejectedError as error:
-            rejected, rejections = messages, error.rejections
-            if any(_has_several_elements(messages[each.index]) for each in rejections if each.index >= 0):
-                # Find all rejected elements, not only the first one of each message.
-                indexes = {each.index for each in rejections}
-                rejected = list(
-                    chain.from_iterable(_split(each) if i in indexes else (each,) for i, each in enumerate(messages))
-                )
-                try:
-                    self._send(rejected, generation)
-                except BatchRejectedError as again:
-                    rejections = again.rejections
-                else:
-                    return  # what the kernel objected to is gone
-            raise self._error(rejected, rejections) from None
+            rejections = error.rejections
+        else:
+            return
+        if _may_hide_others(messages, rejections):
+            # Find all rejected elements, not only the first one of each message.
+            indexes = {each.index for each in rejections}
+            messages = list(chain.from_iterable(_split(messages, indexes)))
+            try:
+                self._send(messages, generation)
+            except BatchRejectedError as error:
+                rejections = error.rejections
+            else:
+                return  # what the kernel objected to is gone
+        raise self._error(messages, rejections)
 
     def _send(self, messages: Sequence[NftMessage], generation: int | None) -> None:
         """Send messages as one batch. Raises `BatchRejectedError`, `GenerationChangedError` or `TableError`."""
@@ -189,12 +189,18 @@ class NetlinkCommit:
         return f"element {self._writer.key(message.subject, element.key)} of {message.subject}{service_port}"
 
 
-def _has_several_elements(message: NftMessage) -> bool:
-    return len(message.elements) > 1 or any(isinstance(each, EndpointElements) for each in message.elements)
+def _may_hide_others(messages: Sequence[NftMessage], rejections: Sequence[RejectedMessage]) -> bool:
+    """Return whether single elements were rejected, and the same messages have other elements."""
+    if any(each.index < 0 or each.code in UNIVERSAL_CODES or is_about_table(each.offset) for each in rejections):
+        return False
+    elements = [messages[each.index].elements for each in rejections]
+    return any(len(each) > 1 or (each and isinstance(each[0], EndpointElements)) for each in elements)
 
 
-def _split(message: NftMessage) -> Iterable[NftMessage]:
-    return split_elements(message) if message.elements else (message,)
+def _split(messages: Sequence[NftMessage], indexes: Collection[int]) -> Iterator[Iterable[NftMessage]]:
+    """Split the elements of the messages with these indexes into messages of their own."""
+    for index, message in enumerate(messages):
+        yield split_elements(message) if index in indexes and message.elements else (message,)
 
 
 def _element(message: NftMessage, offset: int) -> SetElement | None:

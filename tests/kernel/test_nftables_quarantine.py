@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -19,10 +20,11 @@ from kproxy.model.context import Context
 from kproxy.model.sync_report import SyncError
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Service, ServicePort
 from kproxy.nftables import names
-from kproxy.nftables.backend import NftablesBackend
+from kproxy.nftables.backend import NftablesBackend, NftablesPrinter
 from kproxy.nftables.elements import EndpointElements, SetElement, pack_address
 from kproxy.nftables.encode import NftMessage, TransactionEncoder
-from kproxy.nftables.kernel import Commit, NetlinkCommit, NftCommit, NftTable
+from kproxy.nftables.kernel import Commit, NetlinkCommit, NftCommit, NftTable, TransactionRejectedError
+from kproxy.nftables.names import TABLE, table_family
 from kproxy.nftables.nft_syntax import NftWriter
 from kproxy.nftables.snapshot import TableSnapshot
 from kproxy.nftables.transaction import Transaction
@@ -117,6 +119,16 @@ class RefusingCommit(NetlinkCommit):
     def _send(self, messages: Sequence[NftMessage], generation: int | None) -> None:
         self.batches += 1
         super()._send(messages, generation)
+
+
+class SilentCommit(RefusingCommit):
+    """Commits over netlink. The error of a rejected transaction does not name any object."""
+
+    def __call__(self, transaction: Transaction, generation: int | None = None, /) -> None:
+        try:
+            super().__call__(transaction, generation)
+        except TransactionRejectedError:
+            raise TransactionRejectedError("rejected") from None
 
 
 class RefusingNftCommit(NftCommit):
@@ -259,6 +271,25 @@ def test_all_other_services_of_a_thousand_are_programmed_later(
     proxy.settle(namespaces)
 
 
+@FAMILIES
+@pytest.mark.parametrize("when", ["start", "later", "restart"])
+def test_unnamed_culprits_are_found_by_bisection(
+    namespaces: Callable[[], Namespace], family: Family, when: str
+) -> None:
+    proxy = Proxy(namespaces(), family, SilentCommit(family)).put_many(1_000)
+    if when != "start":
+        proxy.retry()
+    if when == "restart":
+        proxy.restart(NftablesBackend(proxy.kernel))
+    proxy.refuse_services(333, 700)
+    begin = proxy.commit.batches  # type: ignore[union-attr]
+    assert proxy.put_many(1_000, endpoints=3).retry() == dict.fromkeys(keys(333, 700), "rejected")
+    assert len(proxy.programmed()) == (998 if when == "start" else 1_000)
+    # Each attempt is repeated once, with single elements.
+    assert proxy.commit.batches - begin < 100  # type: ignore[union-attr]
+    proxy.settle(namespaces)
+
+
 def test_all_other_services_are_programmed_after_a_restart(proxy: Proxy, namespaces: Callable[[], Namespace]) -> None:
     proxy.put_many(100).retry()
     proxy.restart(NftablesBackend(proxy.kernel))
@@ -317,6 +348,36 @@ def test_nft_names_the_rejected_services(namespaces: Callable[[], Namespace], fa
     assert rejected["ns/s0005"] == f"{first}Could not process rule: Operation not supported"
     assert len(proxy.programmed()) == 29
     proxy.settle(namespaces)
+
+
+@pytest.mark.parametrize("what", ["element", "map", "table"])
+def test_change_by_another_process_is_repaired_and_rejects_nothing(
+    proxy: Proxy, namespaces: Callable[[], Namespace], what: str
+) -> None:
+    proxy.put_many(5).retry()
+    table = f"{table_family(proxy.context.family)} {TABLE}"
+    if what == "element":
+        key = f"{proxy.address(5)} . tcp . 80"
+        proxy.node.run(["nft", f"add element {table} service-ips {{ {key} : drop }}"])
+        proxy.put_service(5)
+    elif what == "map":
+        proxy.put_service(5, affinity=60)
+        (name, *_) = affinity_sets(proxy)
+        proxy.node.run(["nft", f"add map {table} {name} {{ type ipv4_addr : verdict; }}"])
+    else:
+        proxy.node.run(["nft", f"delete table {table}"])
+        proxy.put_service(5)
+    assert not proxy.retry()
+    assert proxy.kernel.snapshots == 2
+    proxy.settle(namespaces)
+
+
+def affinity_sets(proxy: Proxy) -> list[str]:
+    """Return the names of the affinity sets that the Services in the store need."""
+    texts: list[str] = []
+    printer = NftablesPrinter(proxy.context.family, texts.append)
+    SingleFamilyProxy(printer, proxy.context, store=proxy.store).sync()
+    return re.findall(r"set (affinity-\S+)", "".join(texts))
 
 
 def test_missing_permission_is_a_sync_error(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
