@@ -46,8 +46,8 @@ socket's receive buffer.
 """
 MAX_ATTEMPTS = 3
 """Maximum number of calls that `retry_interrupted` makes, including the first one."""
-MAX_REJECTIONS = 20
-"""Maximum number of rejected messages to report for a batch. Later rejections often result from earlier ones."""
+MAX_REJECTIONS = 1_000
+"""Maximum number of rejected messages to report for a batch."""
 _RECEIVE_SIZE = 1 << 16
 """Maximum size of a received datagram in bytes. The kernel puts at most 32 KiB of a dump into one datagram."""
 _BATCH_RECEIVE_BUFFER = 1 << 20

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import logging
-import math
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain as concatenated
 from itertools import islice
 from typing import Generic, Protocol, TypeVar
 
 from kproxy.model.context import Context
 from kproxy.model.drift import RepairResult, Touched
 from kproxy.model.sync_report import ApplyResult, DriftError, Plans, SyncError
-from kproxy.model.types import Family
+from kproxy.model.types import Family, ServiceKey
 from kproxy.nftables.base_table import SETS
-from kproxy.nftables.diff import IncompatibleTableError, NftablesDiff
+from kproxy.nftables.diff import Batch, IncompatibleTableError, NftablesDiff
 from kproxy.nftables.elements import set_layout
-from kproxy.nftables.kernel import GenerationChangedError, OwnGenerations, TableChangingError, TableError
+from kproxy.nftables.held_services import HeldServices
+from kproxy.nftables.isolation import Changes, Isolation, NoCulpritError, Rejection
+from kproxy.nftables.kernel import (
+    GenerationChangedError,
+    OwnGenerations,
+    TableChangingError,
+    TableError,
+    TransactionRejectedError,
+)
 from kproxy.nftables.ledger import NftablesLedger
 from kproxy.nftables.nft_syntax import NftWriter
+from kproxy.nftables.rejection import DRIFT_CODES, ServiceChange
 from kproxy.nftables.render import render_service
 from kproxy.nftables.snapshot import TableSnapshot
 from kproxy.nftables.transaction import Transaction
@@ -41,7 +50,8 @@ class NftablesKernel(Protocol):
     def commit(self, transaction: Transaction, generation: int | None = None, /) -> None:
         """Commit a transaction. If a `generation` is given, commit only if it is still the current generation ID.
 
-        Raises `GenerationChangedError` if the generation ID has changed, and `TableError` for any other failure.
+        Raises `GenerationChangedError` if the generation ID has changed, `TransactionRejectedError` if the kernel
+        rejects objects of the transaction, and `TableError` for any other failure.
         """
 
     def generation(self) -> int:
@@ -85,6 +95,10 @@ class NftablesBackend:
         # The generation ID at which this process last knew the contents of the table, or None if another process may
         # have changed the table since then.
         self._generation: int | None = None
+        # Whether the next commit must fail if the generation ID is not `_generation`.
+        self._must_be_current = False
+        # The Services that the kernel rejected when it was last asked.
+        self._rejected: set[ServiceKey] = set()
 
     @property
     def needs_full_sync(self) -> bool:
@@ -96,16 +110,28 @@ class NftablesBackend:
 
         A Service without plans is deleted. If `needs_full_sync` is true, `plans` must cover all Services.
 
-        Raises `SyncError` if the table cannot be read from the kernel, or if a commit fails. Changes that the kernel
-        accepted earlier in the sync remain applied. Raises `DriftError` if another process changed the table. After an
-        error, `needs_full_sync` is true.
+        If the kernel rejects some Services, all others are programmed, and the result contains the rejected ones. A
+        rejected Service keeps what it has in the table. In a full sync of an existing table, a Service with chains of
+        its own cannot keep them, because their rules are unknown: such a Service is removed from the table.
+
+        Raises `SyncError` if the table cannot be read from the kernel, or if a commit fails for a reason that is not a
+        Service. Changes that the kernel accepted earlier in the sync remain applied. Raises `DriftError` if another
+        process changed the table. After an error, `needs_full_sync` is true.
         """
         ledger, self._ledger = self._ledger, None
         try:
-            self._ledger = self._full_sync(plans, context) if ledger is None else self._update(ledger, plans, context)
+            if ledger is None:
+                self._ledger, rejected = self._full_sync(plans, context)
+            else:
+                self._ledger, rejected = ledger, self._update(ledger, plans, context)
         except TableError as error:
             raise SyncError(str(error)) from None
-        return ApplyResult({}, {}, self._ledger.conflicts())
+        except NoCulpritError as error:
+            if error.is_drift or self._generation is None:
+                raise _drift_error(error) from None
+            raise SyncError(str(error)) from None
+        self._rejected |= rejected.keys()
+        return ApplyResult({}, {}, self._ledger.conflicts(), rejected)
 
     def forget(self) -> None:
         """Discard the ledger, so that the next `sync` reads the table and must be a full sync."""
@@ -142,14 +168,14 @@ class NftablesBackend:
         """Run a quick drift check. Return None if the rules are intact."""
         return None if self.verify(context) else RepairResult(needs_full_sync=True)
 
-    def _update(self, ledger: NftablesLedger, plans: Plans, context: Context) -> NftablesLedger:
-        diff = NftablesDiff(ledger, context)
-        run_pipelined(self._commit, self._batches(diff, plans, context, self._batch_frontends))
+    def _update(self, ledger: NftablesLedger, plans: Plans, context: Context) -> dict[ServiceKey, str]:
+        self._must_be_current = False
+        rejected = self._program(NftablesDiff(ledger, context), ledger, plans, context, is_full=False)
         self._check_concurrent_changes(ledger, context)
-        return ledger
+        return rejected
 
-    def _full_sync(self, plans: Plans, context: Context) -> NftablesLedger:
-        """Create the table, or change the existing one to match `plans`.
+    def _full_sync(self, plans: Plans, context: Context) -> tuple[NftablesLedger, dict[ServiceKey, str]]:
+        """Create the table, or change the existing one to match `plans`. Return the ledger and the rejected Services.
 
         Existing sets and elements that already match stay untouched. The rules of existing chains are rewritten.
 
@@ -162,93 +188,231 @@ class NftablesBackend:
             log.info("%s: replacing the existing table: %s", context.family.value, error)
             return self._replace(plans, context)
 
-    def _read_and_sync(self, plans: Plans, context: Context) -> NftablesLedger:
-        for _ in range(MAX_READS):
+    def _read_and_sync(self, plans: Plans, context: Context) -> tuple[NftablesLedger, dict[ServiceKey, str]]:
+        held = HeldServices()
+        failures = 0
+        while failures < MAX_READS:
             try:
                 generation = self._kernel.generation()
-                return self._sync_from_snapshot(self._kernel.snapshot(), generation, plans, context)
+                done = self._sync_from_snapshot(self._kernel.snapshot(), generation, plans, context, held)
             except (GenerationChangedError, TableChangingError):
-                continue
+                failures += 1
+            else:
+                if done is not None:
+                    return done
         # Other processes keep changing tables, but probably not kproxy's. Read kproxy's table once more, and tolerate
         # changes while its elements are read. After the sync, `_check_concurrent_changes` checks the table for drift.
         try:
-            snapshot = self._kernel.snapshot(allow_interrupted=True)
-            return self._sync_from_snapshot(snapshot, None, plans, context)
-        except (TableError, DriftError) as error:
+            done = None
+            while done is None:
+                snapshot = self._kernel.snapshot(allow_interrupted=True)
+                done = self._sync_from_snapshot(snapshot, None, plans, context, held)
+        except (TableError, DriftError, NoCulpritError) as error:
             raise IncompatibleTableError(f"the table keeps changing while it is read: {error}") from None
+        return done
 
     def _sync_from_snapshot(
-        self, snapshot: TableSnapshot | None, generation: int | None, plans: Plans, context: Context
-    ) -> NftablesLedger:
+        self,
+        snapshot: TableSnapshot | None,
+        generation: int | None,
+        plans: Plans,
+        context: Context,
+        held: HeldServices,
+    ) -> tuple[NftablesLedger, dict[ServiceKey, str]] | None:
         """Change the table from its state in `snapshot` to the desired state. Create it if `snapshot` is None.
 
         An existing table is changed in one transaction, because its chains must be consistent with each other and with
         the context. If there are new chains, `_commit` adds them in an earlier transaction. A new table is filled in
         batches.
 
+        Return the ledger and the rejected Services. Return None if the table must be read again, because the kernel
+        rejected Services, which are now in `held`.
+
         Raises `GenerationChangedError` if `generation` is not the current one when the first commit is made.
         """
         if snapshot is not None:
             _check_compatible(snapshot, context.family)
-        ledger = NftablesLedger()
-        diff = NftablesDiff(ledger, context, snapshot, create=snapshot is None)
-        batch_frontends = self._batch_frontends if snapshot is None else math.inf
         self._generation = generation
-        batches = self._batches(diff, plans, context, batch_frontends)
-        run_pipelined(lambda batch: self._commit(batch[1], must_be_current=not batch[0]), enumerate(batches))
-        self._check_concurrent_changes(ledger, context)
-        return ledger
-
-    def _batches(
-        self, diff: NftablesDiff, plans: Plans, context: Context, batch_frontends: float
-    ) -> Iterator[Transaction]:
-        """Yield the transactions of a diff. Each except the last is yielded once it has `batch_frontends` frontends."""
-        for key, ports in plans.by_service():
-            diff.put(key, render_service(ports, context))
-            if diff.frontend_count >= batch_frontends:
-                yield diff.next_transaction()
-        yield diff.last_transaction()
-
-    def _replace(self, plans: Plans, context: Context) -> NftablesLedger:
+        self._must_be_current = generation is not None
         ledger = NftablesLedger()
-        self._generation = None
-        self._kernel.commit(_new_table(ledger, plans, context))
+        if snapshot is None:
+            rejected = self._program(NftablesDiff(ledger, context, create=True), ledger, plans, context, is_full=True)
+        elif self._commit_whole(ledger, snapshot, plans, context, held):
+            rejected = self._program_held(ledger, plans, context, held)
+        else:
+            return None
         self._check_concurrent_changes(ledger, context)
-        return ledger
+        return ledger, rejected
 
-    def _commit(self, transaction: Transaction, *, must_be_current: bool = False) -> None:
+    def _replace(self, plans: Plans, context: Context) -> tuple[NftablesLedger, dict[ServiceKey, str]]:
+        self._generation = None
+        self._must_be_current = False
+        held = HeldServices()
+        ledger = NftablesLedger()
+        while not self._commit_whole(ledger, None, plans, context, held):
+            ledger = NftablesLedger()
+        rejected = self._program_held(ledger, plans, context, held)
+        self._check_concurrent_changes(ledger, context)
+        return ledger, rejected
+
+    def _commit_whole(
+        self,
+        ledger: NftablesLedger,
+        snapshot: TableSnapshot | None,
+        plans: Plans,
+        context: Context,
+        held: HeldServices,
+    ) -> bool:
+        """Program the complete table in one transaction, with Services in `held` as they are in the snapshot.
+
+        Without a snapshot, a new table replaces any existing one. Return False, and hold more Services, if the kernel
+        rejects Services. Raises `NoCulpritError` if it rejects the transaction for another reason.
+        """
+        diff = NftablesDiff(ledger, context, snapshot, create=snapshot is None)
+        for key, ports in plans.by_service():
+            diff.put(key, held.state(key, render_service(ports, context), snapshot))
+        transaction = diff.last_transaction()
+        try:
+            if snapshot is None:
+                self._kernel.commit(transaction)
+            else:
+                self._commit(transaction)
+        except TransactionRejectedError as error:
+            if (
+                snapshot is not None
+                and self._generation is None
+                and {each.code for each in error.objects} & DRIFT_CODES
+            ):
+                raise  # the snapshot may be wrong
+            held.add(_rejection(error), {key: ServiceChange(None, each) for key, each in ledger.services.items()})
+            return False
+        return True
+
+    def _program_held(
+        self, ledger: NftablesLedger, plans: Plans, context: Context, held: HeldServices
+    ) -> dict[ServiceKey, str]:
+        """Program the Services in `held` that are not known to be culprits. Return all rejected Services."""
+        self._rejected = set(held.culprits)
+        if not held.holds_all:
+            return held.culprits
+        return self._program(NftablesDiff(ledger, context), ledger, plans, context, is_full=True)
+
+    def _program(
+        self, diff: NftablesDiff, ledger: NftablesLedger, plans: Plans, context: Context, *, is_full: bool
+    ) -> dict[ServiceKey, str]:
+        """Program Services in batches. Return the Services that the kernel rejected, with the reasons.
+
+        `is_full` tells whether this is part of a full sync, in which the contents of the table are known.
+
+        Raises `NoCulpritError` if the kernel rejects a batch for a reason that is not a Service.
+        """
+        known = frozenset(self._rejected)
+        rejected: dict[ServiceKey, str] = {}
+        waiting: deque[Batch] = deque()  # not committed yet
+        batches = self._batches(diff, plans, context)
+
+        def commit(batch: Batch) -> None:
+            self._commit(batch.transaction)
+            waiting.popleft()
+
+        while True:
+            try:
+                run_pipelined(commit, _recorded(batches, waiting))
+                break
+            except TransactionRejectedError as error:
+                # The diff has already moved on, at most to the next batch.
+                rejection = _rejection(error)
+            failed = waiting[0]
+            after, *later = diff.roll_back(waiting)
+            waiting.clear()
+            isolation = Isolation(
+                lambda changes: self._try(diff, changes), lambda: self._may_be_drift(diff, is_full=is_full), known
+            )
+            changes = {key: ServiceChange(failed.before[key], new) for key, new in after.items()}
+            isolation.program(changes, rejection)
+            if diff.context_changed and (again := self._try(diff, {})) is not None:
+                raise NoCulpritError(again)
+            rejected |= isolation.culprits
+            if later:
+                for key, new in later[0].items():
+                    diff.put(key, new)
+                batches = concatenated([diff.next_batch()], batches)
+        ledger.context = context
+        return rejected
+
+    def _may_be_drift(self, diff: NftablesDiff, *, is_full: bool) -> bool:
+        """Return whether another process may have changed what the ledger describes."""
+        return not diff.creates_table and (not is_full or self._generation is None)
+
+    def _try(self, diff: NftablesDiff, changes: Changes) -> Rejection | None:
+        """Commit changes in one transaction. If the kernel rejects it, take the changes back and return the reason."""
+        for key, change in changes.items():
+            diff.put(key, change.new)
+        batch = diff.next_batch()
+        try:
+            self._commit(batch.transaction)
+        except TransactionRejectedError as error:
+            diff.roll_back([batch])
+            return _rejection(error)
+        return None
+
+    def _batches(self, diff: NftablesDiff, plans: Plans, context: Context) -> Iterator[Batch]:
+        """Yield the batches of a diff. Each except the last is yielded once it has `batch_frontends` frontends."""
+        for key, ports in plans.by_service():
+            self._rejected.discard(key)
+            diff.put(key, render_service(ports, context))
+            if diff.frontend_count >= self._batch_frontends:
+                yield diff.next_batch()
+        yield diff.next_batch()
+
+    def _commit(self, transaction: Transaction) -> None:
         """Commit a transaction. Commit its new chains first (see `Transaction.split_off_new_chains`).
 
         If another process has changed the rule set since `_generation`, the transaction is committed anyway, unless
-        `must_be_current` is true: then the method raises `GenerationChangedError`. If `_generation` is None, the
+        `_must_be_current` is true: then the method raises `GenerationChangedError`. If `_generation` is None, the
         transaction is always committed.
 
-        Raises `DriftError` if a commit without a generation ID fails, because the table may no longer match the ledger.
-        Raises `TableError` for any other failure.
+        Raises `TransactionRejectedError` if the kernel rejects the transaction because of its objects. The table is
+        then as before. For any other failure, raises `DriftError` if the generation ID is unknown, because the table
+        may no longer match the ledger, and `TableError` otherwise.
         """
-        if (new_chains := transaction.split_off_new_chains()) is not None:
-            self._commit_one(new_chains, must_be_current=must_be_current)
-        if transaction:
-            self._commit_one(transaction, must_be_current=must_be_current and new_chains is None)
+        new_chains = transaction.split_off_new_chains()
+        if new_chains is not None:
+            self._commit_one(new_chains)
+        if not transaction:
+            return
+        try:
+            self._commit_one(transaction)
+        except TransactionRejectedError:
+            if new_chains is not None:
+                self._delete_new_chains(new_chains)
+            raise
 
-    def _commit_one(self, transaction: Transaction, *, must_be_current: bool) -> None:
+    def _delete_new_chains(self, new_chains: Transaction) -> None:
+        try:
+            self._commit_one(new_chains.undo_new_chains())
+        except TransactionRejectedError as error:
+            raise TableError(str(error)) from None
+
+    def _commit_one(self, transaction: Transaction) -> None:
         if self._generation is not None:
             current = self._own_generations.newest_after(self._generation)
             try:
                 self._kernel.commit(transaction, current)
             except GenerationChangedError:
                 self._generation = None
-                if must_be_current:
+                if self._must_be_current:
                     raise
             else:
                 self._generation = self._own_generations.record_commit(current)
+                self._must_be_current = False
                 return
         try:
             self._kernel.commit(transaction)
+        except TransactionRejectedError:
+            raise
         except TableError as error:
-            raise DriftError(
-                f"another process changed the rule set, and the kernel rejected a change: {error}"
-            ) from None
+            raise _drift_error(error) from None
 
     def _check_concurrent_changes(self, ledger: NftablesLedger, context: Context) -> None:
         """If another process has changed the rule set, check that it did not change this table.
@@ -269,6 +433,21 @@ class NftablesBackend:
             log.warning("%s: another process changed the table, starting a full sync", context.family.value)
             raise DriftError("another process changed the table")
         self._generation = generation
+
+
+def _rejection(error: TransactionRejectedError) -> Rejection:
+    return Rejection(str(error), error.objects)
+
+
+def _drift_error(error: Exception) -> DriftError:
+    return DriftError(f"another process changed the rule set, and the kernel rejected a change: {error}")
+
+
+def _recorded(batches: Iterable[Batch], record: deque[Batch]) -> Iterator[Batch]:
+    """Yield batches, and append each to `record` before."""
+    for batch in batches:
+        record.append(batch)
+        yield batch
 
 
 class NftablesPrinter:

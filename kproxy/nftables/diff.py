@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import chain as concatenated
+
+from msgspec import Struct
 
 from kproxy.model.context import Context
 from kproxy.model.types import ServiceKey
@@ -27,6 +30,19 @@ from kproxy.nftables.transaction import Transaction
 
 class IncompatibleTableError(Exception):
     """The existing table cannot be changed to the desired state. It must be replaced by a new table."""
+
+
+class Batch(Struct, frozen=True):
+    """A transaction, and what `NftablesDiff.roll_back` needs to take it back.
+
+    `before` contains the state of each changed Service before the transaction. If the transaction changes what depends
+    only on the context, `chains` and `node_port_ips` are those of the ledger before the transaction.
+    """
+
+    transaction: Transaction
+    before: dict[ServiceKey, RenderedService | None]
+    chains: dict[str, NftChain] | None = None
+    node_port_ips: tuple[bytes, ...] = ()
 
 
 class NftablesDiff:
@@ -58,6 +74,17 @@ class NftablesDiff:
         self._frontends: dict[bytes, RenderedFrontend | None] = {}
         self._counted_elements: dict[tuple[str, bytes], bool] = {}
         self._services_with_chains: list[tuple[RenderedService | None, RenderedService | None]] = []
+        self._before: dict[ServiceKey, RenderedService | None] = {}
+
+    @property
+    def context_changed(self) -> bool:
+        """Whether the next transaction changes what depends only on the context."""
+        return self._context_changed
+
+    @property
+    def creates_table(self) -> bool:
+        """Whether the next transaction creates the table."""
+        return self._create and self._context_changed
 
     @property
     def frontend_count(self) -> int:
@@ -70,6 +97,7 @@ class NftablesDiff:
         old = ledger.services.get(key)
         if old == new:
             return
+        self._before.setdefault(key, old)
         if old is not None:
             for frontend in old.frontends:
                 self._note_owner(frontend.key)
@@ -104,8 +132,35 @@ class NftablesDiff:
         if context_changed or self._verdicts_changed:
             self._change_shared_chains(transaction, rewrite=context_changed)
             self._verdicts_changed = False
-        self._frontends, self._counted_elements, self._services_with_chains = {}, {}, []
+        self._frontends, self._counted_elements, self._services_with_chains, self._before = {}, {}, [], {}
         return transaction
+
+    def next_batch(self) -> Batch:
+        """Return `next_transaction` with what is needed to take it back.
+
+        Only for a diff without a snapshot. The caller sets `NftablesLedger.context` after the last batch.
+        """
+        before = self._before
+        if not self._context_changed:
+            return Batch(self.next_transaction(), before)
+        chains, node_port_ips = dict(self._ledger.chains), self._ledger.node_port_ips
+        return Batch(self.next_transaction(), before, chains, node_port_ips)
+
+    def roll_back(self, batches: Sequence[Batch]) -> list[dict[ServiceKey, RenderedService | None]]:
+        """Take back the latest batches, oldest first, which the kernel has not applied, and restore the ledger.
+
+        Return the state of the changed Services after each of the batches.
+        """
+        after = [{key: self._ledger.services.get(key) for key in batch.before} for batch in batches]
+        for batch in reversed(batches):
+            for key, old in batch.before.items():
+                self.put(key, old)
+        self.next_transaction()  # discarded: it restores the verdict counts and the shared chains
+        oldest = batches[0]
+        if oldest.chains is not None:
+            self._ledger.chains, self._ledger.node_port_ips = dict(oldest.chains), oldest.node_port_ips
+            self._context_changed = True
+        return after
 
     def last_transaction(self) -> Transaction:
         """Return the last transaction. It also deletes all objects of the snapshot that are not desired.

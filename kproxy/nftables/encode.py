@@ -10,12 +10,22 @@ import struct
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from kproxy.host import nf_tables_constants as nf
-from kproxy.host.netlink_message import NLM_F_APPEND, NLM_F_CREATE, attribute, nested, nfgenmsg, nfnl_type
+from kproxy.host.netlink_message import (
+    NFGENMSG_SIZE,
+    NLM_F_APPEND,
+    NLM_F_CREATE,
+    align,
+    attribute,
+    nested,
+    nfgenmsg,
+    nfnl_type,
+)
 from kproxy.model.types import Family
 from kproxy.nftables.base_table import TABLE_COMMENT
 from kproxy.nftables.elements import EndpointElements, SetElement, address_family, set_layout
@@ -54,16 +64,19 @@ _IP6HDR_SADDR, _IP6HDR_DADDR = 8, 9
 
 
 class NftMessage(Struct, frozen=True, gc=False):
-    """One netlink message. `subject` is the name of the object that the message adds or deletes.
+    """One netlink message. `subject` describes the object that the message adds or deletes.
 
-    If the message adds or deletes elements, `subject` is the name of their set, `elements` are the elements in the
-    order in which they are encoded, and `elements_offset` is the offset of the first element in the payload, in bytes.
+    `kind` and `name` are the kind and the name of the table, chain or set; the chain's if the message adds or deletes
+    rules, and the set's if it adds or deletes elements. In the latter case, `elements` are the elements in the order in
+    which they are encoded, and `elements_offset` is the offset of the first element in the payload, in bytes.
     """
 
     type: int
     flags: int
     payload: bytes
     subject: str
+    kind: Literal["table", "chain", "set"]
+    name: str
     elements: Sequence[SetElement | EndpointElements] = ()
     elements_offset: int = 0
 
@@ -103,23 +116,32 @@ class TransactionEncoder:
             yield from self._elements(nf.NFT_MSG_DELSETELEM, 0, name, elements, _encode_key)
         for name in transaction.flushed_chains:
             chain = string_attribute(nf.NFTA_RULE_CHAIN, name)
-            yield self._message(nf.NFT_MSG_DELRULE, 0, f"the rules of chain {name}", chain)
+            yield self._message(nf.NFT_MSG_DELRULE, 0, "chain", name, chain, subject=f"the rules of chain {name}")
         for name in transaction.deleted_sets:
-            yield self._message(nf.NFT_MSG_DELSET, 0, f"set {name}", string_attribute(nf.NFTA_SET_NAME, name))
+            yield self._message(nf.NFT_MSG_DELSET, 0, "set", name, string_attribute(nf.NFTA_SET_NAME, name))
         for name in transaction.deleted_chains:
-            yield self._message(nf.NFT_MSG_DELCHAIN, 0, f"chain {name}", string_attribute(nf.NFTA_CHAIN_NAME, name))
+            yield self._message(nf.NFT_MSG_DELCHAIN, 0, "chain", name, string_attribute(nf.NFTA_CHAIN_NAME, name))
 
-    def _message(self, message: int, flags: int, subject: str, *attributes: bytes) -> NftMessage:
+    def _message(
+        self,
+        message: int,
+        flags: int,
+        kind: Literal["table", "chain", "set"],
+        name: str,
+        *attributes: bytes,
+        subject: str = "",
+    ) -> NftMessage:
         payload = b"".join((self._header, self._table, *attributes))
-        return NftMessage(nfnl_type(nf.NFNL_SUBSYS_NFTABLES, message), flags, payload, subject)
+        message_type = nfnl_type(nf.NFNL_SUBSYS_NFTABLES, message)
+        return NftMessage(message_type, flags, payload, subject or f"{kind} {name}", kind, name)
 
     def _add_table(self) -> NftMessage:
         flags = u32_attribute(nf.NFTA_TABLE_FLAGS, 0)
         userdata = attribute(nf.NFTA_TABLE_USERDATA, _comment(nf.NFTNL_UDATA_TABLE_COMMENT, TABLE_COMMENT))
-        return self._message(nf.NFT_MSG_NEWTABLE, NLM_F_CREATE, f"table {self._table_name}", flags, userdata)
+        return self._message(nf.NFT_MSG_NEWTABLE, NLM_F_CREATE, "table", self._table_name, flags, userdata)
 
     def _delete_table(self) -> NftMessage:
-        return self._message(nf.NFT_MSG_DELTABLE, 0, f"table {self._table_name}")
+        return self._message(nf.NFT_MSG_DELTABLE, 0, "table", self._table_name)
 
     def _add_set(self, definition: NftSet, set_id: int) -> NftMessage:
         layout = set_layout(definition, self._family)
@@ -136,7 +158,7 @@ class TransactionEncoder:
         if layout.timeout:
             attributes.append(attribute(nf.NFTA_SET_TIMEOUT, struct.pack(">Q", layout.timeout)))
         attributes.append(attribute(nf.NFTA_SET_USERDATA, _set_userdata(definition, self._family)))
-        return self._message(nf.NFT_MSG_NEWSET, NLM_F_CREATE, f"set {definition.name}", *attributes)
+        return self._message(nf.NFT_MSG_NEWSET, NLM_F_CREATE, "set", definition.name, *attributes)
 
     def _add_chain(self, chain: NftChain) -> NftMessage:
         attributes = [string_attribute(nf.NFTA_CHAIN_NAME, chain.name)]
@@ -149,7 +171,7 @@ class TransactionEncoder:
         if chain.comment:
             userdata = _comment(nf.NFTNL_UDATA_CHAIN_COMMENT, chain.comment)
             attributes.append(attribute(nf.NFTA_CHAIN_USERDATA, userdata))
-        return self._message(nf.NFT_MSG_NEWCHAIN, NLM_F_CREATE, f"chain {chain.name}", *attributes)
+        return self._message(nf.NFT_MSG_NEWCHAIN, NLM_F_CREATE, "chain", chain.name, *attributes)
 
     def _add_rules(self, chain: NftChain) -> Iterator[NftMessage]:
         chain_name = string_attribute(nf.NFTA_RULE_CHAIN, chain.name)
@@ -159,7 +181,8 @@ class TransactionEncoder:
                 userdata = _comment(nf.NFTNL_UDATA_RULE_COMMENT, rule.comment)
                 attributes.append(attribute(nf.NFTA_RULE_USERDATA, userdata))
             subject = f"rule {number} of chain {chain.name}"
-            yield self._message(nf.NFT_MSG_NEWRULE, NLM_F_CREATE | NLM_F_APPEND, subject, *attributes)
+            flags = NLM_F_CREATE | NLM_F_APPEND
+            yield self._message(nf.NFT_MSG_NEWRULE, flags, "chain", chain.name, *attributes, subject=subject)
 
     def _elements(
         self, message: int, flags: int, set_name: str, elements: Sequence[_E], encode: Callable[[_E], bytes]
@@ -176,12 +199,12 @@ class TransactionEncoder:
             encoded = encode(element)
             if size + len(encoded) > _MAX_ELEMENTS_SIZE and parts:
                 payload = start + nested(nf.NFTA_SET_ELEM_LIST_ELEMENTS, *parts)
-                yield NftMessage(kind, flags, payload, set_name, elements[begin:end], len(start) + 4)
+                yield NftMessage(kind, flags, payload, set_name, "set", set_name, elements[begin:end], len(start) + 4)
                 parts, begin, size = [], end, 0
             parts.append(encoded)
             size += len(encoded)
         payload = start + nested(nf.NFTA_SET_ELEM_LIST_ELEMENTS, *parts)
-        yield NftMessage(kind, flags, payload, set_name, elements[begin:], len(start) + 4)
+        yield NftMessage(kind, flags, payload, set_name, "set", set_name, elements[begin:], len(start) + 4)
 
 
 def rejected_element(message: NftMessage, offset: int) -> SetElement | None:
@@ -189,14 +212,35 @@ def rejected_element(message: NftMessage, offset: int) -> SetElement | None:
 
     `offset` is the offset in the message's payload, in bytes, that the kernel reported with the error.
     """
+    return next((element for element, begin, end in _encoded_elements(message) if begin <= offset < end), None)
+
+
+def split_elements(message: NftMessage) -> Iterator[NftMessage]:
+    """Yield a message for each element of a message.
+
+    The kernel reports only the first rejected element of a message. If each element has a message of its own, the
+    kernel reports all rejected elements at once.
+    """
+    start = message.payload[: message.elements_offset - 4]  # without the header of the attribute with all elements
+    for element, begin, end in _encoded_elements(message):
+        payload = start + nested(nf.NFTA_SET_ELEM_LIST_ELEMENTS, message.payload[begin:end])
+        yield replace(message, payload=payload, elements=(element,))
+
+
+def is_about_table(offset: int) -> bool:
+    """Return whether the offset that the kernel reported with an error is that of the table's name."""
+    return offset == NFGENMSG_SIZE
+
+
+def _encoded_elements(message: NftMessage) -> Iterator[tuple[SetElement, int, int]]:
+    """Yield each element, and the start and end of its encoding in the payload, including the padding."""
     begin = message.elements_offset
     for each in message.elements:
         for element in each.elements() if isinstance(each, EndpointElements) else (each,):
             (size,) = struct.unpack_from("=H", message.payload, begin)
-            if begin <= offset < begin + size:
-                return element
-            begin += (size + 3) & ~3
-    return None
+            end = begin + align(size)
+            yield element, begin, end
+            begin = end
 
 
 # Elements

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from typing import Protocol, TypeVar
 
 from kproxy.host.commands import CommandError, InconclusiveError, run
@@ -20,9 +21,12 @@ from kproxy.host.netlink import (
 from kproxy.host.nf_tables_constants import NFNL_SUBSYS_NFTABLES
 from kproxy.model.types import Family
 from kproxy.nftables.decode import TableReader
-from kproxy.nftables.encode import NftMessage, TransactionEncoder, rejected_element
+from kproxy.nftables.elements import EndpointElements, SetElement
+from kproxy.nftables.encode import NftMessage, TransactionEncoder, is_about_table, rejected_element, split_elements
 from kproxy.nftables.names import TABLE
+from kproxy.nftables.nft_errors import NftErrors, error_code
 from kproxy.nftables.nft_syntax import NftWriter
+from kproxy.nftables.rejection import UNIVERSAL_CODES, RejectedObject
 from kproxy.nftables.snapshot import TableSnapshot
 from kproxy.nftables.transaction import Transaction
 
@@ -46,6 +50,18 @@ class TableError(Exception):
     def __init__(self, text: str, *, inconclusive: bool = False) -> None:
         super().__init__(text)
         self.inconclusive = inconclusive
+
+
+class TransactionRejectedError(TableError):
+    """The kernel rejected a transaction because of some of its objects, and applied no part of it.
+
+    `objects` are the rejected objects in the order of the transaction, as far as they are known. This error is not
+    raised if the kernel would reject any transaction, for example because of missing permissions.
+    """
+
+    def __init__(self, text: str, objects: Sequence[RejectedObject] = ()) -> None:
+        super().__init__(text)
+        self.objects = tuple(objects)
 
 
 class GenerationChangedError(Exception):
@@ -98,7 +114,8 @@ class Commit(Protocol):
     def __call__(self, transaction: Transaction, generation: int | None = None, /) -> None:
         """Commit a transaction. If a `generation` is given, commit only if it is still the current generation ID.
 
-        Raises `GenerationChangedError` if the generation ID has changed, and `TableError` for any other failure.
+        Raises `GenerationChangedError` if the generation ID has changed, `TransactionRejectedError` if the kernel
+        rejects objects of the transaction, and `TableError` for any other failure.
         """
 
 
@@ -114,31 +131,83 @@ class NetlinkCommit:
         """Commit a transaction. See `Commit`."""
         messages = list(self._encoder.encode(transaction))
         try:
+            self._send(messages, generation)
+        except BatchRejectedError as error:
+            rejections = error.rejections
+        else:
+            return
+        if _may_hide_others(messages, rejections):
+            # Find all rejected elements, not only the first one of each message.
+            indexes = {each.index for each in rejections}
+            messages = list(chain.from_iterable(_split(messages, indexes)))
+            try:
+                self._send(messages, generation)
+            except BatchRejectedError as error:
+                rejections = error.rejections
+            else:
+                return  # what the kernel objected to is gone
+        raise self._error(messages, rejections)
+
+    def _send(self, messages: Sequence[NftMessage], generation: int | None) -> None:
+        """Send messages as one batch. Raises `BatchRejectedError`, `GenerationChangedError` or `TableError`."""
+        try:
             if self._socket is None:
                 self._socket = BatchSocket(NFNL_SUBSYS_NFTABLES)
             self._socket.commit([(each.type, each.flags, each.payload) for each in messages], generation)
         except StaleGenerationError:
             raise GenerationChangedError("the rule set has changed since the expected generation") from None
-        except BatchRejectedError as error:
-            raise TableError(self._describe(messages, error.rejections)) from None
         except OSError as error:
             raise TableError(f"netlink: {error.strerror}") from None
 
-    def _describe(self, messages: Sequence[NftMessage], rejections: Sequence[RejectedMessage]) -> str:
+    def _error(self, messages: Sequence[NftMessage], rejections: Sequence[RejectedMessage]) -> TableError:
         first = rejections[0]
         if first.index < 0:
-            return f"the kernel rejected the transaction: {first.reason}"
+            return TableError(f"the kernel rejected the transaction: {first.reason}")
         more = f" (and {len(rejections) - 1} more)" if len(rejections) > 1 else ""
-        return f"{self._subject(messages[first.index], first.offset)}: {first.reason}{more}"
+        text = f"{self._subject(messages[first.index], first.offset)}: {first.reason}{more}"
+        # The batch as a whole can be rejected after some of its messages.
+        if any(each.index < 0 or each.code in UNIVERSAL_CODES for each in rejections):
+            return TableError(text)
+        return TransactionRejectedError(text, [self._object(messages[each.index], each) for each in rejections])
+
+    def _object(self, message: NftMessage, rejection: RejectedMessage) -> RejectedObject:
+        reason = f"{self._subject(message, rejection.offset)}: {rejection.reason}"
+        if is_about_table(rejection.offset):
+            return RejectedObject("table", message.name, reason, code=rejection.code)
+        element = _element(message, rejection.offset)
+        if element is None:
+            return RejectedObject(message.kind, message.name, reason, code=rejection.code)
+        return RejectedObject("element", message.name, reason, element.key, rejection.code)
 
     def _subject(self, message: NftMessage, offset: int) -> str:
         if not message.elements:
             return message.subject
-        element = rejected_element(message, offset)
+        element = _element(message, offset)
         if element is None:
             return f"{len(message.elements)} elements of {message.subject}"
         service_port = f" of {element.comment}" if element.comment else ""
         return f"element {self._writer.key(message.subject, element.key)} of {message.subject}{service_port}"
+
+
+def _may_hide_others(messages: Sequence[NftMessage], rejections: Sequence[RejectedMessage]) -> bool:
+    """Return whether single elements were rejected, and the same messages have other elements."""
+    if any(each.index < 0 or each.code in UNIVERSAL_CODES or is_about_table(each.offset) for each in rejections):
+        return False
+    elements = [messages[each.index].elements for each in rejections]
+    return any(len(each) > 1 or (each and isinstance(each[0], EndpointElements)) for each in elements)
+
+
+def _split(messages: Sequence[NftMessage], indexes: Collection[int]) -> Iterator[Iterable[NftMessage]]:
+    """Split the elements of the messages with these indexes into messages of their own."""
+    for index, message in enumerate(messages):
+        yield split_elements(message) if index in indexes and message.elements else (message,)
+
+
+def _element(message: NftMessage, offset: int) -> SetElement | None:
+    """Return the rejected element of a message. If the kernel reported no offset, this is the only element."""
+    if offset < 0 and len(message.elements) == 1 and isinstance(message.elements[0], SetElement):
+        return message.elements[0]
+    return rejected_element(message, offset)
 
 
 class NftCommit:
@@ -160,8 +229,15 @@ class NftCommit:
             raise TableError(str(error), inconclusive=True) from None
         except CommandError as error:
             raise TableError(str(error)) from None
-        if done.code:
-            raise TableError(f"nft: {done.error_message}", inconclusive=done.code < 0)
+        if not done.code:
+            return
+        text = f"nft: {done.error_message}"
+        if done.code < 0:
+            raise TableError(text, inconclusive=True)
+        objects = NftErrors(self._writer, transaction).objects(done.stderr)
+        if {error_code(done.stderr), *(each.code for each in objects)} & UNIVERSAL_CODES:
+            raise TableError(text)
+        raise TransactionRejectedError(text, objects)
 
 
 # The table

@@ -47,7 +47,7 @@ class NftablesLedger:
             self.frontends[frontend.key] = frontend
             return
         claims = found if isinstance(found, tuple) else (found,)
-        self.frontends[frontend.key] = tuple(sorted((*claims, frontend), key=_claim_order))
+        self.frontends[frontend.key] = tuple(sorted((*claims, frontend), key=claim_order))
         self.contested[frontend.key] = None
 
     def remove_claim(self, frontend: RenderedFrontend) -> None:
@@ -104,7 +104,7 @@ def _service(service_port: str) -> ServiceKey:
     return service_port.partition(":")[0]
 
 
-def _claim_order(frontend: RenderedFrontend) -> tuple[int, str]:
+def claim_order(frontend: RenderedFrontend) -> tuple[int, str]:
     """Return the sort key of a claim. The claim with the lowest key owns the frontend.
 
     See `kproxy.model.frontend_conflicts` for the rules.

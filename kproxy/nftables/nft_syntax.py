@@ -55,6 +55,10 @@ class NftWriter:
         """Format the key of an element. The set must be one of `base_table.SETS`."""
         return self._key(_SETS_BY_NAME[set_name], key)
 
+    def added_element(self, set_name: str, element: SetElement) -> str:
+        """Return an element as `commands` adds it. The set must be one of `base_table.SETS`."""
+        return self.element(_SETS_BY_NAME[set_name], element)
+
     def element(self, owner: NftSet, element: SetElement) -> str:
         """Return an element of a set or map as nft prints it."""
         comment = f' comment "{element.comment}"' if element.comment else ""
@@ -120,7 +124,7 @@ class NftWriter:
         for chain in transaction.added_rules:
             yield from (f"add rule {self._table} {chain.name} {self.rule(each)}" for each in chain.rules)
         for set_name, elements in transaction.all_added_elements().items():
-            listed = ", ".join(self.element(_SETS_BY_NAME[set_name], each) for each in elements)
+            listed = ", ".join(self.added_element(set_name, each) for each in elements)
             yield f"add element {self._table} {set_name} {{ {listed} }}"
         if transaction.delete_table:
             yield f"delete table {self._table}"

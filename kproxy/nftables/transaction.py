@@ -79,3 +79,10 @@ class Transaction(Struct):
         self.added_chains = [chain for chain in self.added_chains if chain.name not in new]
         self.added_rules = [chain for chain in self.added_rules if chain.name not in new]
         return first
+
+    def undo_new_chains(self) -> Transaction:
+        """Return the transaction that deletes the chains and sets that a transaction for new chains has created."""
+        new = [chain.name for chain in self.added_chains]
+        return Transaction(
+            flushed_chains=new, deleted_sets=[each.name for each in self.added_sets], deleted_chains=list(reversed(new))
+        )

@@ -39,8 +39,10 @@ PURE = (
     ),
     *(
         f"nftables.{name}"
-        for name in ("ledger", "transaction", "diff", "snapshot", "nft_syntax", "expressions", "encode")
+        for name in ("ledger", "transaction", "diff", "snapshot", "nft_syntax", "expressions", "encode", "rejection")
     ),
+    "nftables.isolation",
+    "nftables.held_services",
     *(f"kube.codec.{name}" for name in ("schema", "object_error", "conversion", "json_codec", "protobuf")),
     *("kube.codec.watch_events", "kube.codec.streams"),
     *("kube.listwatch.protocol", "kube.events.correlator", "kube.client.http_proxy"),

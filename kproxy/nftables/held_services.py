@@ -1,0 +1,115 @@
+"""Services that keep what an existing table has for them, because the kernel rejects their new rules. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from kproxy.model.types import ServiceKey
+from kproxy.nftables import names
+from kproxy.nftables.base_table import SETS
+from kproxy.nftables.comments import comment_of
+from kproxy.nftables.elements import DROP, endpoint_key
+from kproxy.nftables.isolation import MIN_FAILURES, Changes, NoCulpritError, Rejection
+from kproxy.nftables.rejection import RejectedObject, find_culprits
+from kproxy.nftables.render import RenderedFrontend, RenderedService
+from kproxy.nftables.ruleset import MapValue
+from kproxy.nftables.shared_chains import SharedChain
+from kproxy.nftables.snapshot import TableSnapshot
+
+_VERDICT_MAPS = tuple(each.name for each in SETS if each.value is MapValue.VERDICT)
+_ENDPOINT_MAPS = tuple(each.name for each in SETS if each.value is MapValue.ENDPOINT)
+
+
+class HeldServices:
+    """Decides which Services a full sync leaves as they are in the existing table.
+
+    `culprits` maps each Service because of which the kernel rejected the sync to the reason. If the culprits are
+    unknown, all Services are held, so that only the rest of the table is programmed, and the caller must program the
+    Services afterwards. At first, only Services without chains of their own are held, because others cannot keep them.
+    """
+
+    def __init__(self) -> None:
+        self.culprits: dict[ServiceKey, str] = {}
+        self._removed: set[ServiceKey] = set()
+        self._hold_plain = self._hold_all = False
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether Services are held that are not known to be culprits."""
+        return self._hold_plain or self._hold_all
+
+    def state(
+        self, key: ServiceKey, new: RenderedService | None, snapshot: TableSnapshot | None
+    ) -> RenderedService | None:
+        """Return the state to program for a Service: `new`, or what the table has for it."""
+        is_plain = new is None or not new.chains
+        if key not in self.culprits and not self._hold_all and not (self._hold_plain and is_plain):
+            return new
+        if new is None or snapshot is None or key in self._removed:
+            return None
+        return held_service(new, snapshot)
+
+    def add(self, rejection: Rejection, changes: Changes) -> None:
+        """Hold more Services after the kernel rejected `changes`, the complete table.
+
+        Raises `NoCulpritError` if the reason of the rejection is not a Service.
+        """
+        found = find_culprits(rejection.objects, changes)
+        if found.keys() - self._removed and (len(found) < len(changes) or len(found) < MIN_FAILURES):
+            self._add_culprits(found)
+        elif rejection.objects or self._hold_all:
+            raise NoCulpritError(rejection)
+        else:
+            self._hold_plain, self._hold_all = True, self._hold_plain
+
+    def _add_culprits(self, found: Mapping[ServiceKey, RejectedObject]) -> None:
+        for key, rejected in found.items():
+            if key in self.culprits:
+                self._removed.add(key)
+            self.culprits.setdefault(key, rejected.reason)
+
+
+def held_service(new: RenderedService, snapshot: TableSnapshot) -> RenderedService | None:
+    """Return what a table has for the frontends of a Service, or None if it has nothing that can stay.
+
+    A frontend can stay if its verdicts are those of this Service, and refer only to chains that do not belong to a
+    Service: the rules of a Service's own chains are unknown. The snapshot must still be complete.
+    """
+    if new.cluster_ip not in snapshot.elements.get(names.CLUSTER_IPS, {}):
+        return None
+    frontends = tuple(held for frontend in new.frontends if (held := _held_frontend(frontend, snapshot)) is not None)
+    if not frontends:
+        return None
+    hairpins = snapshot.elements.get(names.HAIRPINS, {})
+    return RenderedService(new.cluster_ip, frontends, tuple(key for key in new.hairpins if key in hairpins))
+
+
+def _held_frontend(new: RenderedFrontend, snapshot: TableSnapshot) -> RenderedFrontend | None:
+    verdicts: list[tuple[str, str]] = []
+    for map_name in _VERDICT_MAPS:
+        element = snapshot.elements.get(map_name, {}).get(new.key)
+        if element is None:
+            continue
+        verdict = element.value
+        if element.comment != comment_of(new.service_port) or not isinstance(verdict, str) or not _is_shared(verdict):
+            return None
+        verdicts.append((map_name, verdict))
+    if not verdicts:
+        return None
+    endpoints = ((name, _endpoints(new.key, name, snapshot)) for name in _ENDPOINT_MAPS)
+    return RenderedFrontend(
+        new.key, tuple(verdicts), tuple(each for each in endpoints if each[1]), new.service_port, new.rank
+    )
+
+
+def _is_shared(verdict: str) -> bool:
+    return verdict in {DROP, names.REJECT} or SharedChain.parse(verdict) is not None
+
+
+def _endpoints(key: bytes, map_name: str, snapshot: TableSnapshot) -> bytes:
+    elements = snapshot.elements.get(map_name, {})
+    values: list[bytes] = []
+    while (element := elements.get(endpoint_key(key, len(values)))) is not None:
+        assert isinstance(element.value, bytes)
+        values.append(element.value)
+    return b"".join(values)
