@@ -1,4 +1,4 @@
-"""nf_tables queries for the iptables backend: whether the kernel supports NAT, and how many rules a chain has."""
+"""nf_tables queries: whether the kernel supports NAT, how many rules a chain has, and the current generation ID."""
 
 from __future__ import annotations
 
@@ -7,11 +7,20 @@ import socket
 import struct
 
 from kproxy.host.netlink import NETLINK_NETFILTER, BatchRejectedError, BatchSocket, NetlinkError, NetlinkSocket
-from kproxy.host.netlink_message import NLM_F_CREATE, attribute, nested, nfgenmsg, nfnl_type
+from kproxy.host.netlink_message import (
+    NFGENMSG_SIZE,
+    NLM_F_CREATE,
+    attribute,
+    attributes,
+    nested,
+    nfgenmsg,
+    nfnl_type,
+)
 from kproxy.host.nf_tables_constants import (
     NF_INET_POST_ROUTING,
     NFNL_SUBSYS_NFTABLES,
     NFT_MSG_GETCHAIN,
+    NFT_MSG_GETGEN,
     NFT_MSG_GETRULE,
     NFT_MSG_NEWCHAIN,
     NFT_MSG_NEWTABLE,
@@ -20,6 +29,7 @@ from kproxy.host.nf_tables_constants import (
     NFTA_CHAIN_NAME,
     NFTA_CHAIN_TABLE,
     NFTA_CHAIN_TYPE,
+    NFTA_GEN_ID,
     NFTA_HOOK_HOOKNUM,
     NFTA_HOOK_PRIORITY,
     NFTA_RULE_CHAIN,
@@ -75,6 +85,16 @@ def count_rules(family: Family, table: str, chain: str) -> int:
     request = nfgenmsg(_ADDRESS_FAMILIES[family]) + names
     with NetlinkSocket(NETLINK_NETFILTER) as netlink:
         return sum(1 for _ in netlink.dump(nfnl_type(NFNL_SUBSYS_NFTABLES, NFT_MSG_GETRULE), request))
+
+
+def current_generation() -> int:
+    """Return the generation ID of this network namespace, which every commit increments. Raises `OSError`."""
+    generation = 0
+    with NetlinkSocket(NETLINK_NETFILTER) as netlink:
+        for data, begin, end in netlink.get(nfnl_type(NFNL_SUBSYS_NFTABLES, NFT_MSG_GETGEN), nfgenmsg()):
+            spans = attributes(data, begin + NFGENMSG_SIZE, end)
+            (generation,) = struct.unpack_from(">I", data, spans[NFTA_GEN_ID][0])
+    return generation
 
 
 def _has_chain(request: bytes) -> bool:

@@ -137,6 +137,10 @@ class IptablesRunner:
         """
         self._commands.stop()
 
+    def has_run(self, pid: int) -> bool:
+        """Return whether a process belongs to an iptables program that this runner runs or has just run."""
+        return self._commands.has_run(pid)
+
     def version(self) -> IptablesVersion:
         """Return the version of the installed iptables. It is read only once. Raises `CommandError`."""
         if self._version is None:

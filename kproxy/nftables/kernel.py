@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import errno
+import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import chain
 from typing import Protocol, TypeVar
 
-from kproxy.host.commands import CommandError, InconclusiveError, run
+from kproxy.host.commands import CommandError, CommandRunner, InconclusiveError
 from kproxy.host.netlink import (
     BatchRejectedError,
     BatchSocket,
@@ -21,12 +23,14 @@ from kproxy.host.netlink import (
 from kproxy.host.nf_tables_constants import NFNL_SUBSYS_NFTABLES
 from kproxy.model.types import Family
 from kproxy.nftables.decode import TableReader
-from kproxy.nftables.elements import EndpointElements, SetElement
+from kproxy.nftables.elements import EndpointElements, SetElement, SetLayout
 from kproxy.nftables.encode import NftMessage, TransactionEncoder, is_about_table, rejected_element, split_elements
 from kproxy.nftables.names import TABLE
 from kproxy.nftables.nft_errors import NftErrors, error_code
 from kproxy.nftables.nft_syntax import NftWriter
 from kproxy.nftables.rejection import UNIVERSAL_CODES, RejectedObject
+from kproxy.nftables.rule_content import RuleContent
+from kproxy.nftables.ruleset import NftHook, NftSet
 from kproxy.nftables.snapshot import TableSnapshot
 from kproxy.nftables.transaction import Transaction
 
@@ -88,21 +92,25 @@ class OwnGenerations:
     """
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._first = self._last = 0
 
     def record_commit(self, base: int) -> int:
         """Record a commit that this process made on top of generation `base`. Return the new generation."""
-        if base != self._last:
-            self._first = base
-        self._last = next_generation(base)
-        return self._last
+        new = next_generation(base)
+        with self._lock:
+            if base != self._last:
+                self._first = base
+            self._last = new
+        return new
 
     def newest_after(self, generation: int) -> int:
         """Return the newest generation that was reached from `generation` only by commits of this process.
 
         Return `generation` itself if there is no newer one.
         """
-        return self._last if self._first <= generation <= self._last else generation
+        with self._lock:
+            return self._last if self._first <= generation <= self._last else generation
 
 
 # Commits
@@ -121,6 +129,9 @@ class Commit(Protocol):
 
 class NetlinkCommit:
     """Commits transactions over netlink. All commits use the same socket."""
+
+    port = 0
+    """The port ID of the socket, or 0 before the first commit."""
 
     def __init__(self, family: Family, table: str = TABLE) -> None:
         self._encoder = TransactionEncoder(family, table)
@@ -153,11 +164,16 @@ class NetlinkCommit:
         try:
             if self._socket is None:
                 self._socket = BatchSocket(NFNL_SUBSYS_NFTABLES)
+                self.port = self._socket.port
             self._socket.commit([(each.type, each.flags, each.payload) for each in messages], generation)
         except StaleGenerationError:
             raise GenerationChangedError("the rule set has changed since the expected generation") from None
         except OSError as error:
             raise TableError(f"netlink: {error.strerror}") from None
+
+    def has_made_commits(self, port: int) -> bool:
+        """Return whether a netlink port ID is that of the socket with which this object commits."""
+        return port == self.port
 
     def _error(self, messages: Sequence[NftMessage], rejections: Sequence[RejectedMessage]) -> TableError:
         first = rejections[0]
@@ -220,11 +236,16 @@ class NftCommit:
         """Create a `Commit` that kills `nft` after `timeout` seconds."""
         self._writer = NftWriter(family, table)
         self._timeout = timeout
+        self._commands = CommandRunner()
+
+    def has_made_commits(self, port: int) -> bool:
+        """Return whether a netlink port ID belongs to a `nft` that this object has just run: it is nft's PID."""
+        return self._commands.has_run(port)
 
     def __call__(self, transaction: Transaction, generation: int | None = None, /) -> None:  # noqa: ARG002
         """Commit a transaction. `generation` is ignored, because nft cannot check it. Raises `TableError`."""
         try:
-            done = run(["nft", "-f", "-"], self._writer.commands(transaction), timeout=self._timeout)
+            done = self._commands.run(["nft", "-f", "-"], self._writer.commands(transaction), timeout=self._timeout)
         except InconclusiveError as error:
             raise TableError(str(error), inconclusive=True) from None
         except CommandError as error:
@@ -271,6 +292,45 @@ class NftTable:
         """Return the use count of each chain (NFTA_CHAIN_USE). Raises `TableError`."""
         return _read(self._reader.chain_use_counts)
 
+    def flags(self) -> int | None:
+        """Return the table's flags, or None if the table does not exist. Raises `TableError`."""
+        return _read(self._reader.flags)
+
+    def sets(self, names: Collection[str] | None = None) -> dict[str, SetLayout]:
+        """Return the layouts of the named sets that exist, by default of all sets. Raises `TableError`."""
+        return _read(lambda: self._reader.sets(names))
+
+    def chains(self, names: Collection[str] | None = None) -> dict[str, NftHook | None]:
+        """Return the hooks of the named chains that exist, by default of all chains. Raises `TableError`."""
+        return _read(lambda: self._reader.chains(names))
+
+    def rules(self, chain: str) -> list[RuleContent]:
+        """Return the rules of a chain. Raises `TableError`."""
+        return _read(lambda: [content for _, content in self._reader.rules(chain)])
+
+    def element(self, definition: NftSet, key: bytes) -> SetElement | None:
+        """Return one element of a set, or None if it does not exist. Raises `TableError`."""
+        return _read(lambda: self._reader.element(definition, key))
+
+    def elements(self, definition: NftSet) -> dict[bytes, SetElement]:
+        """Return all elements of a set, by key. Raises `TableError`, in particular `TableChangingError`."""
+        return _read(lambda: {element.key: element for element in self._reader.elements(definition)})
+
+    def walk_rules(self) -> Iterator[tuple[str, RuleContent]]:
+        """Yield the rules of all chains, each with the name of its chain, while the kernel dumps them.
+
+        The rules of a chain are consecutive. If any table changes meanwhile, some may be missing or repeated. Raises
+        `TableError`.
+        """
+        return _walk(self._reader.rules())
+
+    def walk_elements(self, definition: NftSet) -> Iterator[SetElement]:
+        """Yield the elements of a set, while the kernel dumps them.
+
+        If any table changes meanwhile, some may be missing or repeated. Raises `TableError`.
+        """
+        return _walk(self._reader.elements(definition))
+
 
 def remove_table(family: Family) -> bool:
     """Delete a family's table `kube-proxy`. Return whether it existed.
@@ -297,3 +357,12 @@ def _read(read: Callable[[], _T]) -> _T:
         raise TableChangingError("tables keep changing while they are read") from None
     except OSError as error:
         raise TableError(f"cannot read the table: {error.strerror}") from None
+
+
+def _walk(items: Iterator[_T]) -> Iterator[_T]:
+    try:
+        with suppress(DumpInterruptedError):
+            yield from items
+    except OSError as error:
+        if error.errno != errno.ENOENT:  # deleted meanwhile: nothing is left
+            raise TableError(f"cannot read the table: {error.strerror}") from None
