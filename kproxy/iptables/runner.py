@@ -58,6 +58,9 @@ the program reads.
 A pipe has a capacity of 16 pages (pipe(7)). This is 64 KiB, or 1 MiB on a kernel with 64-KiB pages.
 """
 _LINE_NUMBER = re.compile(r"line:? (\d+)")
+_CHAIN_OF_RULE = re.compile(r"rule in chain (\S+)")
+_AFFECTS_ALL = ("holding the xtables lock", "Permission denied", "can't initialize", "Could not fetch rule set")
+"""Messages of iptables-restore about problems that do not depend on the input."""
 _LEGACY_TABLE_FILES = {
     Family.IPV4: Path("/proc/thread-self/net/ip_tables_names"),
     Family.IPV6: Path("/proc/thread-self/net/ip6_tables_names"),
@@ -72,12 +75,17 @@ class RestoreError(Exception):
     one was applied. Other causes are that another process holds the xtables lock, or that the program exceeds the time
     limit, is killed, or exits before it has read all of its input. Transactions before the failure stay applied.
 
-    `line` is the rejected line of the input, or "" if iptables did not report it.
+    `line` is the rejected line of the input, or "" if iptables did not report it. `chain` is the name of the chain that
+    contains the rejected rule, or "" if it is unknown. `affects_all` is true if any other input would have failed, too,
+    for example because another process holds the lock, or because the program was killed. If it is false, this is
+    unknown.
     """
 
-    def __init__(self, message: str, *, line: str = "") -> None:
+    def __init__(self, message: str, *, line: str = "", chain: str = "", affects_all: bool = False) -> None:
         super().__init__(message)
         self.line = line
+        self.chain = chain
+        self.affects_all = affects_all
 
 
 class IptablesVersion(Struct, frozen=True):
@@ -326,15 +334,29 @@ def make_restore_error(program: str, code: int, stderr: str, line_at: Callable[[
     `code` is the exit status. `line_at` returns an input line by its number, counting from 1.
     """
     messages = [line.strip() for line in stderr.splitlines()]
-    messages = [line for line in messages if line and not line.startswith(("Try `", "# "))]
-    match = _LINE_NUMBER.search(stderr)
+    messages = [line for line in messages if line and not line.startswith(("Try `", "# ", "Warning: "))]
+    match = next((found for message in messages if (found := _LINE_NUMBER.search(message))), None)
     line = line_at(int(match[1])) if match is not None else ""
     if line == "COMMIT":  # the kernel rejected the transaction, but not because of this line
         line = ""
     # iptables-nft prints its name on a separate line before the reason.
     reason = next((message for message in messages if not message.endswith("):")), first_line(stderr))
     position = f" at {line!r}" if line else ""
-    return RestoreError(f"{program} failed with status {code}: {reason}{position}", line=line)
+    named = next((found for message in messages if (found := _CHAIN_OF_RULE.search(message))), None)
+    chain = _chain_of(line) or (named[1] if named is not None else "")
+    return RestoreError(
+        f"{program} failed with status {code}: {reason}{position}",
+        line=line,
+        chain=chain,
+        affects_all=code < 0 or any(text in stderr for text in _AFFECTS_ALL),
+    )
+
+
+def _chain_of(line: str) -> str:
+    """Return the name of the chain that a line of input creates or changes, or "" for any other line."""
+    if line.startswith(":"):
+        return line[1:].partition(" ")[0]
+    return line.split(" ", 2)[1] if line.startswith("-") and " " in line else ""
 
 
 def check_tables(family: Family, version: IptablesVersion) -> None:

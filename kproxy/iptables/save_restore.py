@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from msgspec import Struct, field
 
@@ -41,6 +41,23 @@ class RestoreInput(Struct):
         """Time that iptables-nft needs for the change, in units of the time to write one rule or delete one chain."""
         patched = sum(patch.cost for patch in self.patches.values())
         return count_rules(self.chains.values()) + patched + len(self.edits) + len(self.deleted)
+
+    def add(self, other: RestoreInput) -> None:
+        """Add the chains, patches and edits of another change to this one."""
+        self.chains |= other.chains
+        self.patches |= other.patches
+        self.edits += other.edits
+
+    def by_table(self) -> Iterator[RestoreInput]:
+        """Yield the change of each table, in the order of `TABLES`. There must be no patches."""
+        for table in TABLES:
+            part = RestoreInput(
+                {chain: rules for chain, rules in self.chains.items() if chain.table == table},
+                edits=[edit for edit in self.edits if edit[0] == table],
+                deleted=[chain for chain in self.deleted if chain.table == table],
+            )
+            if part:
+                yield part
 
     def rules_by_table(self) -> Counter[str]:
         """Return the number of rules that the change writes into KUBE- chains, by table."""
