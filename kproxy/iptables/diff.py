@@ -41,6 +41,8 @@ RuleCounter: TypeAlias = Callable[[Collection[ChainName]], Mapping[ChainName, in
 """Returns the number of rules that each of the given chains has in the kernel. Chains whose rules cannot be counted are
 omitted.
 """
+PARTIAL_PORT = "/partially-accepted"
+"""The key of the record of the new chains of a Service that the kernel accepted only in part. No port has this key."""
 
 
 class ServiceChange(Struct, frozen=True):
@@ -188,8 +190,13 @@ class IptablesDiff:
         return unused + self._stale_chains()
 
     def dispatch_rules_of(self, key: ServiceKey) -> list[DispatchRule]:
-        """Return the dispatch rules that a Service from `service_changes` adds."""
-        return [rule for port in self._services.get(key, {}).values() for rule in port.dispatch]
+        """Return the dispatch rules that a Service adds."""
+        record = self._services[key] if key in self._services else self._ledger.services.get(key, {})
+        return [rule for port in record.values() for rule in port.dispatch]
+
+    def all_services(self) -> set[ServiceKey]:
+        """Return the Services that have been compared so far, and all others that have rules."""
+        return {*self._services, *self._ledger.services}
 
     @property
     def services(self) -> Collection[ServiceKey]:
@@ -205,17 +212,27 @@ class IptablesDiff:
                 self._snapshot.rules.setdefault(chain, [])
 
     def hold(self, key: ServiceKey, record: ServiceRecord) -> None:
-        """Keep the existing rules of a Service from `service_changes`, because the kernel rejects the new ones.
+        """Keep the existing rules of a Service, because the kernel rejects the new ones.
 
         `record` describes the existing rules. If one of its chains no longer exists, the Service gets no rules.
         """
         if any(self._existing(ChainName("nat", name), digest) is None for name, digest in record_chains(record)):
             record = {}
         kept = {name for name, _ in record_chains(record)}
-        candidates: dict[str, Digest | None] = dict.fromkeys(name for name, _ in record_chains(self._services[key]))
+        candidates: dict[str, Digest | None] = dict.fromkeys(
+            name for name, _ in record_chains(self._services.get(key, {}))
+        )
         candidates |= record_chains(self._ledger.services.get(key, {}))
-        unused = ((ChainName("nat", name), digest) for name, digest in candidates.items() if name not in kept)
-        self._unused[key] = [chain for chain, digest in unused if self._existing(chain, digest) is not None]
+        unused = {
+            name: existing
+            for name, digest in candidates.items()
+            if name not in kept and (existing := self._existing(ChainName("nat", name), digest)) is not None
+        }
+        if any(self._existing(ChainName("nat", name), digest) != digest for name, digest in record_chains(record)):
+            # The kernel has accepted some chains that are in use. They may jump to the new ones.
+            record = {**record, PARTIAL_PORT: PortRecord.of_digests(unused)}
+            unused = {}
+        self._unused[key] = [ChainName("nat", name) for name in unused]
         self._held[key] = record
         self._services[key] = record
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from kproxy.iptables.diff import IptablesDiff, ServiceChange
 from kproxy.iptables.ledger import ServiceRecord
@@ -27,7 +27,8 @@ class IsolatingSync:
     """Applies a diff in small transactions, each of which is a run of iptables-restore of its own.
 
     If the kernel rejects a transaction, the Services in it that it rejects are found: by the rejected line if
-    iptables names it, otherwise by bisection. These Services keep their existing rules, which `records` describes.
+    iptables names it, otherwise by bisection. These Services keep their existing rules, which `records` describes. If
+    the kernel no longer accepts their dispatch rules either, they lose them.
 
     `rejected` maps them to the reasons. `written` counts the rules that were written, by table.
     """
@@ -107,31 +108,40 @@ class IsolatingSync:
 
     def _apply_dispatch(self) -> None:
         """Write the shards and dispatch chains, and hold the Services whose dispatch rules the kernel rejects."""
-        searched = False
         while True:
             try:
                 for change in self._diff.dispatch_changes():
                     self._apply(change)
             except RestoreError as error:
                 self._require_partial(error)
-                candidates = [key for key in self._diff.services if key not in self.rejected]
-                culprit = self._owner_of_dispatch_rule(candidates, error.line)
+                culprit = self._owner_of_dispatch_rule(error.line)
                 if culprit is not None:
                     self._hold(culprit, error)
-                elif searched or not self._search(candidates):
+                elif not any(self._search(candidates) for candidates in self._candidates()):
                     raise
-                else:
-                    searched = True
             else:
                 return
 
-    def _owner_of_dispatch_rule(self, candidates: Iterable[ServiceKey], line: str) -> ServiceKey | None:
+    def _candidates(self) -> tuple[list[ServiceKey], list[ServiceKey]]:
+        """Return the Services whose dispatch rules the kernel may reject: those with new rules, and all others.
+
+        The kernel may reject even a rule that exists, when the chain is rewritten because of another Service.
+        """
+        new = [key for key in self._diff.services if key not in self.rejected]
+        return new, list(self._diff.all_services() - set(new))
+
+    def _owner_of_dispatch_rule(self, line: str) -> ServiceKey | None:
         """Return the Service that adds the dispatch rule in a line of input. The line may name a shard."""
         body = _body(line)
         if not body:
             return None
         return next(
-            (key for key in candidates if any(_body(rule.rule) == body for rule in self._diff.dispatch_rules_of(key))),
+            (
+                key
+                for candidates in self._candidates()
+                for key in candidates
+                if any(_body(rule.rule) == body for rule in self._diff.dispatch_rules_of(key))
+            ),
             None,
         )
 
@@ -166,8 +176,10 @@ class IsolatingSync:
         self._restore(RestoreInput(dict.fromkeys(CANARIES, "")).text())
 
     def _hold(self, key: ServiceKey, error: RestoreError) -> None:
-        self.rejected[key] = str(error)
-        self._diff.hold(key, self._records.get(key, {}))
+        """Keep the existing rules of a Service, or remove them if the kernel rejects these, too."""
+        new = key in self._diff.services and key not in self.rejected
+        self.rejected.setdefault(key, str(error))
+        self._diff.hold(key, self._records.get(key, {}) if new else {})
 
 
 def _owner(changes: Collection[ServiceChange], chain: str) -> ServiceKey | None:

@@ -51,6 +51,11 @@ class PortRecord(Struct, frozen=True, gc=False):
                 patchable.extend((index, count, *map(hash, text.split("\n"))))
         return cls(" ".join(rendered.chains), digests.tobytes(), rule_count, rendered.dispatch, patchable.tobytes())
 
+    @classmethod
+    def of_digests(cls, chains: Mapping[str, Digest]) -> PortRecord:
+        """Return a record of per-Service chains of which only the names and digests are known."""
+        return cls(" ".join(chains), array("q", chains.values()).tobytes(), 0, ())
+
     def chains(self) -> Iterator[tuple[str, Digest]]:
         """Iterate over the names and digests of the per-Service chains, which are in table nat."""
         return zip(self.names.split(), array("q", self.digests), strict=True)
