@@ -15,6 +15,8 @@ TABLES = ("mangle", "nat", "filter")
 """The tables that kproxy writes, in this order: DNAT rules (nat) are written before drop and reject rules (filter)."""
 _INCOMPATIBLE = re.compile(r"# Table [`'](\w+)' is incompatible(?:: (.+))?")
 _COUNTERS = re.compile(r"^\[\d+:\d+\] ")
+_PROBABILITY_UNITS = 1 << 31
+"""The kernel stores a probability as a multiple of 1 / _PROBABILITY_UNITS."""
 _PROBABILITY = re.compile(r"(?<=--probability )\d\.\d+")
 
 
@@ -163,6 +165,12 @@ def count_rules(chains: Iterable[str]) -> int:
     return sum(rules.count("\n") + 1 for rules in chains if rules)
 
 
+def probability_text(chosen: int, total: int) -> str:
+    """Return the probability `chosen / total` as `parse_save` returns it after iptables has printed it."""
+    text = f"{round(chosen / total * _PROBABILITY_UNITS) / _PROBABILITY_UNITS:.11f}"
+    return _PROBABILITY.sub(_requested_probability, f"--probability {text}").removeprefix("--probability ")
+
+
 def _normalize(line: str) -> str:
     rule = _COUNTERS.sub("", line).rstrip("\n ")
     if "--probability " in rule:
@@ -179,4 +187,4 @@ def _requested_probability(match: re.Match[str]) -> str:
     if not stored:
         return match[0]
     requested = 1 / round(1 / stored)
-    return f"{requested:.10f}" if abs(stored - requested) < 2**-31 else match[0]
+    return f"{requested:.10f}" if abs(stored - requested) < 1 / _PROBABILITY_UNITS else match[0]
