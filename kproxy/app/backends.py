@@ -6,7 +6,7 @@ import logging
 import math
 import socket
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from kproxy.model.types import Family, Node, ServiceCIDR
 from kproxy.nftables.backend import NftablesBackend
 from kproxy.nftables.kernel import Commit, NftTable, OwnGenerations
 from kproxy.nftables.probe import NftablesUnsupportedError, choose_commit
+from kproxy.nftables.transaction import Transaction
 from kproxy.sync.family_sync import FamilySync
 
 log = logging.getLogger(__name__)
@@ -85,22 +86,27 @@ def choose_mode(config: Config) -> Config:
     return config.resolved("nftables")
 
 
-def make_families(config: Config, runners: list[IptablesRunner]) -> dict[Family, FamilySync]:
+def make_families(
+    config: Config, runners: list[IptablesRunner], on_progress: Callable[[Family], object] = lambda _: None
+) -> dict[Family, FamilySync]:
     """Build the `FamilySync` of each IP family that works on this node. Raises `StartError` if none works.
 
-    In iptables mode, appends the iptables runners to `runners`, so that another thread can stop them. Logs a warning if
-    no interface of the node matches `detectLocal`.
+    In iptables mode, appends the iptables runners to `runners`, so that another thread can stop them. While a sync of a
+    family is running, `on_progress` is called each time the kernel or iptables has accepted a part of it. Logs a
+    warning if no interface of the node matches `detectLocal`.
     """
     if warning := interface_warning(config, [name for _, name in socket.if_nameindex()]):
         log.warning("%s", warning)
     if config.effective_mode == "iptables":
-        return _iptables_families(config, runners)
-    return _nftables_families(config)
+        return _iptables_families(config, runners, on_progress)
+    return _nftables_families(config, on_progress)
 
 
-def _iptables_families(config: Config, runners: list[IptablesRunner]) -> dict[Family, FamilySync]:
+def _iptables_families(
+    config: Config, runners: list[IptablesRunner], on_progress: Callable[[Family], object]
+) -> dict[Family, FamilySync]:
     try:
-        found = discover_iptables()
+        found = discover_iptables(on_progress)
     except CommandError as error:
         raise StartError(f"iptables mode does not work on this node: {error}") from None
     families = {}
@@ -120,7 +126,7 @@ def _iptables_families(config: Config, runners: list[IptablesRunner]) -> dict[Fa
     return families
 
 
-def _nftables_families(config: Config) -> dict[Family, FamilySync]:
+def _nftables_families(config: Config, on_progress: Callable[[Family], object]) -> dict[Family, FamilySync]:
     try:
         commits = discover_nftables()
     except (NftablesUnsupportedError, InconclusiveError) as error:
@@ -128,12 +134,22 @@ def _nftables_families(config: Config) -> dict[Family, FamilySync]:
     own = OwnGenerations()
     return {
         family: FamilySync(
-            NftablesBackend(NftTable(family, commit), own),
+            NftablesBackend(NftTable(family, _reporting(commit, partial(on_progress, family))), own),
             ContextFactory(config, family, accounting=lambda: False, random_fully=True).make,
             large_cluster_endpoints=math.inf,  # `large_cluster` changes nothing in nftables mode
         )
         for family, commit in commits.items()
     }
+
+
+def _reporting(commit: Commit, on_progress: Callable[[], object]) -> Commit:
+    """Return a `Commit` that calls `on_progress` after each transaction that the kernel has accepted."""
+
+    def commit_and_report(transaction: Transaction, generation: int | None = None, /) -> None:
+        commit(transaction, generation)
+        on_progress()
+
+    return commit_and_report
 
 
 class ContextFactory:
@@ -175,7 +191,7 @@ class ContextFactory:
         return context
 
 
-def discover_iptables() -> dict[Family, IptablesRunner]:
+def discover_iptables(on_progress: Callable[[Family], object] = lambda _: None) -> dict[Family, IptablesRunner]:
     """Return an iptables runner for each IP family that works on this node.
 
     A family that does not work is skipped with a warning, because kernels without IPv6 or without IPv6 NAT are common.
@@ -186,7 +202,7 @@ def discover_iptables() -> dict[Family, IptablesRunner]:
     found: dict[Family, IptablesRunner] = {}
     reasons: dict[Family, str] = {}
     for family in _candidate_families():
-        iptables = IptablesRunner(family)
+        iptables = IptablesRunner(family, partial(on_progress, family))
         try:
             check_tables(family, iptables.version())
         except InconclusiveError:

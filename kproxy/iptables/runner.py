@@ -30,10 +30,17 @@ from kproxy.model.types import Family
 
 LOCK_WAIT_SECONDS = 5
 """How long a command waits for the xtables lock. iptables-legacy acquires this lock for every change."""
-HANG_SECONDS = 900
-"""Time limit for one iptables command or for one item passed to `restore_each`. The longest known successful run took
-150 s.
+COMMAND_SECONDS = 60.0
+"""Time limit for one iptables command, and for iptables-restore to process a short input."""
+SAVE_SECONDS = 120.0
+"""Time limit for iptables-save to print its first lines. iptables-nft first reads all rules, 15,000 a second."""
+SECONDS_PER_CHARACTER = 1e-4
+"""How much each character of input that iptables-restore may not have processed yet adds to its time limit.
+
+This is 10 ms for a rule, a hundred times as long as usual.
 """
+MAX_PATIENCE = 16
+"""Each time a program exceeds its time limit, the next limits are twice as long, up to this factor."""
 UNREADABLE_RULE = "# a rule that iptables cannot print"
 """Placeholder for the rules of a chain that iptables cannot print. It is never equal to a rule."""
 # Exit statuses of iptables (enum xtables_exittype in xtables.h).
@@ -59,7 +66,7 @@ A pipe has a capacity of 16 pages (pipe(7)). This is 64 KiB, or 1 MiB on a kerne
 """
 _LINE_NUMBER = re.compile(r"line:? (\d+)")
 _CHAIN_OF_RULE = re.compile(r"rule in chain (\S+)")
-_AFFECTS_ALL = ("holding the xtables lock", "Permission denied", "can't initialize", "Could not fetch rule set")
+_AFFECTS_ALL = ("holding the xtables lock", "Permission denied", "initialize", "Could not fetch rule set")
 """Messages of iptables-restore about problems that do not depend on the input."""
 _LEGACY_TABLE_FILES = {
     Family.IPV4: Path("/proc/thread-self/net/ip_tables_names"),
@@ -131,11 +138,13 @@ def program_name(family: Family) -> str:
 class IptablesRunner:
     """Runs the iptables programs of one IP family. The programs must be in PATH."""
 
-    def __init__(self, family: Family) -> None:
+    def __init__(self, family: Family, on_progress: Callable[[], object] = lambda: None) -> None:
+        """Create a runner that calls `on_progress` while `iptables-restore` processes its input."""
         self._family = family
         self._program = program_name(family)
-        self._commands = CommandRunner()
+        self._commands = CommandRunner(on_progress)
         self._version: IptablesVersion | None = None
+        self._patience = 1
 
     def stop(self) -> None:
         """Kill the running program, and do not start any more programs. Any thread may call this.
@@ -188,7 +197,7 @@ class IptablesRunner:
         nft = self.version().nft
         started = False
         try:
-            with self._commands.stream_output(argv, timeout=HANG_SECONDS) as lines:
+            with self._commands.stream_output(argv, timeout=SAVE_SECONDS * self._patience) as lines:
                 started = True
                 yield from lines
         except CommandError as error:
@@ -219,8 +228,11 @@ class IptablesRunner:
             return
         recent = RecentInput()
         done = self._commands.stream_input(
-            argv, recent.record(itertools.chain([first], remaining)), timeout=HANG_SECONDS
+            argv,
+            recent.record(itertools.chain([first], remaining)),
+            timeout=lambda: self._patience * (COMMAND_SECONDS + recent.size * SECONDS_PER_CHARACTER),
         )
+        self._patience = min(2 * self._patience, MAX_PATIENCE) if done.timed_out else 1
         if done.code:
             raise make_restore_error(argv[0], done.code, done.stderr, recent.line)
 
@@ -265,7 +277,8 @@ class IptablesRunner:
         for table, selected in names.items():
             # iptables-legacy always reads a whole table, so read it only once for all chains.
             prefixes = ("*", *(f":{name} " for name in selected), *(f"-A {name} " for name in selected))
-            with self._commands.stream_output([f"{self._program}-save", "-t", table], timeout=HANG_SECONDS) as lines:
+            argv = [f"{self._program}-save", "-t", table]
+            with self._commands.stream_output(argv, timeout=SAVE_SECONDS * self._patience) as lines:
                 saved = parse_save(line for line in lines if line.startswith(prefixes))
             found |= {chain: content.rules for chain, content in saved.chains.items()}
         return found
@@ -294,7 +307,7 @@ class IptablesRunner:
     def _run(self, chain: ChainName, command: str, rule: str = "", *, accepted: Container[int]) -> CompletedCommand:
         """Run an iptables command. Raises `CommandError` unless its exit status is 0 or `accepted`."""
         argv = [self._program, "-w", str(LOCK_WAIT_SECONDS), "-t", chain.table, command, chain.name, *shlex.split(rule)]
-        done = self._commands.run(argv, timeout=HANG_SECONDS)
+        done = self._commands.run(argv, timeout=COMMAND_SECONDS * self._patience)
         if done.code and done.code not in accepted:
             raise CommandError(f"{self._program} failed with status {done.code}: {first_line(done.stderr)}")
         return done
@@ -308,17 +321,18 @@ class RecentInput:
 
     def __init__(self) -> None:
         self._texts: deque[str] = deque()
-        self._size = 0
+        self.size = 0
+        """Number of characters that are remembered. The program has processed everything before them."""
         self._dropped_lines = 0
 
     def record(self, texts: Iterable[str]) -> Iterator[str]:
         """Yield the texts unchanged and remember the most recent ones. Each text must consist of complete lines."""
         for text in texts:
-            while self._texts and self._size - len(self._texts[0]) > _READ_AHEAD:
-                self._size -= len(self._texts[0])
+            while self._texts and self.size - len(self._texts[0]) > _READ_AHEAD:
+                self.size -= len(self._texts[0])
                 self._dropped_lines += self._texts.popleft().count("\n")
             self._texts.append(text)
-            self._size += len(text)
+            self.size += len(text)
             yield text
 
     def line(self, number: int) -> str:
