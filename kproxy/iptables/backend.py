@@ -162,7 +162,7 @@ class IptablesBackend:
             except RestoreError as error:
                 if error.affects_all:
                     raise
-                log.info("searching for the Services whose rules the kernel rejects: %s", error)
+                log.info("%s: iptables rejected a change; searching for the Services: %s", context.family.value, error)
                 if touched is None:
                     ledger, snapshot = IptablesLedger(), self._read_kernel(context)
                 else:

@@ -144,7 +144,8 @@ class IptablesRunner:
         self._program = program_name(family)
         self._commands = CommandRunner(on_progress)
         self._version: IptablesVersion | None = None
-        self._patience = 1
+        self.patience = 1
+        """The factor of all time limits. It grows with each program that exceeds its limit."""
 
     def stop(self) -> None:
         """Kill the running program, and do not start any more programs. Any thread may call this.
@@ -197,7 +198,7 @@ class IptablesRunner:
         nft = self.version().nft
         started = False
         try:
-            with self._commands.stream_output(argv, timeout=SAVE_SECONDS * self._patience) as lines:
+            with self._commands.stream_output(argv, timeout=SAVE_SECONDS * self.patience) as lines:
                 started = True
                 yield from lines
         except CommandError as error:
@@ -230,9 +231,9 @@ class IptablesRunner:
         done = self._commands.stream_input(
             argv,
             recent.record(itertools.chain([first], remaining)),
-            timeout=lambda: self._patience * (COMMAND_SECONDS + recent.size * SECONDS_PER_CHARACTER),
+            timeout=lambda: self.patience * (COMMAND_SECONDS + recent.size * SECONDS_PER_CHARACTER),
         )
-        self._patience = min(2 * self._patience, MAX_PATIENCE) if done.timed_out else 1
+        self.patience = min(2 * self.patience, MAX_PATIENCE) if done.timed_out else 1
         if done.code:
             raise make_restore_error(argv[0], done.code, done.stderr, recent.line)
 
@@ -278,7 +279,7 @@ class IptablesRunner:
             # iptables-legacy always reads a whole table, so read it only once for all chains.
             prefixes = ("*", *(f":{name} " for name in selected), *(f"-A {name} " for name in selected))
             argv = [f"{self._program}-save", "-t", table]
-            with self._commands.stream_output(argv, timeout=SAVE_SECONDS * self._patience) as lines:
+            with self._commands.stream_output(argv, timeout=SAVE_SECONDS * self.patience) as lines:
                 saved = parse_save(line for line in lines if line.startswith(prefixes))
             found |= {chain: content.rules for chain, content in saved.chains.items()}
         return found
@@ -307,7 +308,7 @@ class IptablesRunner:
     def _run(self, chain: ChainName, command: str, rule: str = "", *, accepted: Container[int]) -> CompletedCommand:
         """Run an iptables command. Raises `CommandError` unless its exit status is 0 or `accepted`."""
         argv = [self._program, "-w", str(LOCK_WAIT_SECONDS), "-t", chain.table, command, chain.name, *shlex.split(rule)]
-        done = self._commands.run(argv, timeout=COMMAND_SECONDS * self._patience)
+        done = self._commands.run(argv, timeout=COMMAND_SECONDS * self.patience)
         if done.code and done.code not in accepted:
             raise CommandError(f"{self._program} failed with status {done.code}: {first_line(done.stderr)}")
         return done
