@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 
@@ -13,7 +12,6 @@ from kproxy.iptables.runner import RestoreError
 from kproxy.iptables.save_restore import RestoreInput
 from kproxy.model.types import ServiceKey
 
-log = logging.getLogger(__name__)
 TRIAL_CHAIN = "KUBE-SVC-0.0.0.0/0"
 """A chain to which nothing jumps. Dispatch rules are added to it to find those that the kernel rejects.
 

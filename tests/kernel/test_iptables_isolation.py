@@ -88,6 +88,7 @@ def programs(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     """The folder with the programs of a variant, which is first in PATH."""
     link_programs(programs_of(variant), tmp_path)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("XTABLES_LOCKFILE", str(tmp_path / "lock"))
     return tmp_path
 
 
