@@ -27,7 +27,8 @@ class FakeKernel:
     """The tables of one family.
 
     `inputs` lists all inputs, including rejected ones, and `reads` counts the dumps. `reject` gets each input and may
-    return a reason to reject it.
+    return a reason to reject it. `reject_line` gets each line with its table and may return a reason to reject the
+    transaction for this table; if `names_lines` is false, the error does not name the line.
     """
 
     def __init__(self) -> None:
@@ -35,6 +36,8 @@ class FakeKernel:
         self.inputs: list[str] = []
         self.reads = 0
         self.reject: Callable[[str], str | None] = lambda _: None
+        self.reject_line: Callable[[str, str], str | None] = lambda *_: None
+        self.names_lines = True
 
     @contextmanager
     def save(self) -> Iterator[Iterator[str]]:
@@ -80,11 +83,21 @@ class FakeKernel:
             elif line == "COMMIT":
                 self.tables[name] = table
             else:
+                self._check(name, line, number)
                 self._edit(table, name, line, number)
 
     def restore_each(self, texts: Iterable[str]) -> None:
         for text in texts:
             self.restore(text)
+
+    def _check(self, table: str, line: str, number: int) -> None:
+        reason = self.reject_line(table, line)
+        if not reason:
+            return
+        if not self.names_lines:
+            raise RestoreError(reason)
+        chain = line.split(" ")[1] if line.startswith("-") else ""
+        raise RestoreError(f"line {number}: {reason}", line=line, chain=chain)
 
     def _edit(self, table: Table, name: str, line: str, number: int) -> None:
         command, rest = line.split(" ", 1)

@@ -6,7 +6,7 @@ import logging
 import math
 import socket
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache
+from functools import cache, partial
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -30,8 +30,9 @@ from kproxy.model.sync_report import SyncError
 from kproxy.model.types import Family, Node, ServiceCIDR
 from kproxy.nftables import names
 from kproxy.nftables.backend import NftablesBackend
-from kproxy.nftables.kernel import NetlinkCommit, NftCommit, NftTable, OwnGenerations
+from kproxy.nftables.kernel import Commit, NetlinkCommit, NftCommit, NftTable, OwnGenerations
 from kproxy.nftables.probe import NftablesUnsupportedError, choose_commit
+from kproxy.nftables.transaction import Transaction
 from kproxy.sync.family_sync import FamilySync
 
 log = logging.getLogger(__name__)
@@ -109,24 +110,30 @@ class OwnCommits:
 
 
 def make_families(
-    config: Config, runners: list[IptablesRunner], own: OwnCommits | None = None
+    config: Config,
+    runners: list[IptablesRunner],
+    own: OwnCommits | None = None,
+    on_progress: Callable[[Family], object] = lambda _: None,
 ) -> dict[Family, FamilySync]:
     """Build the `FamilySync` of each IP family that works on this node. Raises `StartError` if none works.
 
     In iptables mode, appends the iptables runners to `runners`, so that another thread can stop them. Adds to `own`
-    what is needed to watch the tables. Logs a warning if no interface of the node matches `detectLocal`.
+    what is needed to watch the tables. While a sync of a family is running, `on_progress` is called each time the
+    kernel or iptables has accepted a part of it. Logs a warning if no interface of the node matches `detectLocal`.
     """
     own = own or OwnCommits()
     if warning := interface_warning(config, [name for _, name in socket.if_nameindex()]):
         log.warning("%s", warning)
     if config.effective_mode == "iptables":
-        return _iptables_families(config, runners, own)
-    return _nftables_families(config, own)
+        return _iptables_families(config, runners, own, on_progress)
+    return _nftables_families(config, own, on_progress)
 
 
-def _iptables_families(config: Config, runners: list[IptablesRunner], own: OwnCommits) -> dict[Family, FamilySync]:
+def _iptables_families(
+    config: Config, runners: list[IptablesRunner], own: OwnCommits, on_progress: Callable[[Family], object]
+) -> dict[Family, FamilySync]:
     try:
-        found = discover_iptables()
+        found = discover_iptables(on_progress)
     except CommandError as error:
         raise StartError(f"iptables mode does not work on this node: {error}") from None
     families = {}
@@ -148,7 +155,9 @@ def _iptables_families(config: Config, runners: list[IptablesRunner], own: OwnCo
     return families
 
 
-def _nftables_families(config: Config, own: OwnCommits) -> dict[Family, FamilySync]:
+def _nftables_families(
+    config: Config, own: OwnCommits, on_progress: Callable[[Family], object]
+) -> dict[Family, FamilySync]:
     try:
         commits = discover_nftables()
     except (NftablesUnsupportedError, InconclusiveError) as error:
@@ -157,12 +166,22 @@ def _nftables_families(config: Config, own: OwnCommits) -> dict[Family, FamilySy
         own.add([(family, names.TABLE)], commit.has_made_commits)
     return {
         family: FamilySync(
-            NftablesBackend(NftTable(family, commit), own.generations),
+            NftablesBackend(NftTable(family, _reporting(commit, partial(on_progress, family))), own.generations),
             ContextFactory(config, family, accounting=lambda: False, random_fully=True).make,
             large_cluster_endpoints=math.inf,  # `large_cluster` changes nothing in nftables mode
         )
         for family, commit in commits.items()
     }
+
+
+def _reporting(commit: Commit, on_progress: Callable[[], object]) -> Commit:
+    """Return a `Commit` that calls `on_progress` after each transaction that the kernel has accepted."""
+
+    def commit_and_report(transaction: Transaction, generation: int | None = None, /) -> None:
+        commit(transaction, generation)
+        on_progress()
+
+    return commit_and_report
 
 
 class ContextFactory:
@@ -204,7 +223,7 @@ class ContextFactory:
         return context
 
 
-def discover_iptables() -> dict[Family, IptablesRunner]:
+def discover_iptables(on_progress: Callable[[Family], object] = lambda _: None) -> dict[Family, IptablesRunner]:
     """Return an iptables runner for each IP family that works on this node.
 
     A family that does not work is skipped with a warning, because kernels without IPv6 or without IPv6 NAT are common.
@@ -215,7 +234,7 @@ def discover_iptables() -> dict[Family, IptablesRunner]:
     found: dict[Family, IptablesRunner] = {}
     reasons: dict[Family, str] = {}
     for family in _candidate_families():
-        iptables = IptablesRunner(family)
+        iptables = IptablesRunner(family, partial(on_progress, family))
         try:
             check_tables(family, iptables.version())
         except InconclusiveError:

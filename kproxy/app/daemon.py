@@ -186,7 +186,12 @@ class Daemon:
         client = None if self._objects is not None else _connect(self._config, self._server)
         self._config = config = choose_mode(self._config)
         own_commits = OwnCommits()
-        families = make_families(config, self._programs, own_commits)
+        families = make_families(
+            config,
+            self._programs,
+            own_commits,
+            lambda family: serving.on_progress(family),  # noqa: PLW0108 - `serving` is created later
+        )
         name = local_node_name(config)
         store = Store(name, watched_kinds(config), lock=threading.RLock())
         workers = {family: FamilyWorker(f"sync-{family.value.lower()}") for family in families}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
 import math
 import os
 import subprocess
+import termios
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from signal import SIGKILL, SIGPIPE
@@ -25,6 +28,9 @@ SLOW_SECONDS = 5.0
 """How long a program may run without progress before a warning is logged. The interval doubles with each warning."""
 RECENT_SECONDS = 5.0
 """For this many seconds after a program has exited, its process ID is still known as that of this program."""
+_PIECE = 1 << 16
+"""Number of characters that are written to a program at once: the capacity of a pipe."""
+_LINES_PER_RESTART = 1000
 _LOCKS = Path("/proc/locks")
 _XTABLES_LOCK = "/run/xtables.lock"
 """The lock file of iptables, unless the environment variable XTABLES_LOCKFILE names another one."""
@@ -51,12 +57,14 @@ class CompletedCommand(Struct, frozen=True):
     """A program's exit status and output.
 
     As in `subprocess`, `code` is the negative signal number if a signal terminated the program. It is -1 if the program
-    exited with status 0 before it read all the input from `stream_input`.
+    exited with status 0 before it read all the input from `stream_input`. `timed_out` means that the program was killed
+    because it exceeded its time limit.
     """
 
     code: int
     stdout: str
     stderr: str
+    timed_out: bool = False
 
     @property
     def error_message(self) -> str:
@@ -71,7 +79,12 @@ class CommandRunner:
     leader of its own process group, so that it can be killed along with its child processes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_progress: Callable[[], object] = lambda: None) -> None:
+        """Create a runner that calls `on_progress` when a program has read more of its input or has succeeded.
+
+        It is called only for programs whose input is streamed, in the thread that runs the program.
+        """
+        self._on_progress = on_progress
         self._lock = threading.Lock()
         self._running: subprocess.Popen[str] | None = None
         self._stopped = False
@@ -124,25 +137,36 @@ class CommandRunner:
                     return _timed_out(argv, timeout)
                 slow_log.check(now)
 
-    def stream_input(self, argv: Sequence[str], chunks: Iterable[str], *, timeout: float) -> CompletedCommand:
+    def stream_input(
+        self, argv: Sequence[str], chunks: Iterable[str], *, timeout: float | Callable[[], float]
+    ) -> CompletedCommand:
         """Run a program and write its input while the input is generated. Discard the program's standard output.
 
         If the program exits before all chunks are written, no more chunks are generated and `code` is not 0. The
-        program is killed after `timeout` seconds, and `code` is then negative. Each chunk restarts the timeout. If
-        generating a chunk fails, the program is killed and the exception propagates. Raises `CommandError` if the
-        program cannot be started.
+        program is killed after `timeout` seconds, and `code` is then negative. Each chunk restarts the timeout; if
+        `timeout` is a function, it is called again. If generating a chunk fails, the program is killed and the
+        exception propagates. Raises `CommandError` if the program cannot be started.
         """
+        limit = timeout if callable(timeout) else lambda: timeout
         streams = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL}
-        with self._watched(argv, timeout, **streams) as (process, stderr, watchdog):
+        with self._watched(argv, limit(), **streams) as (process, stderr, watchdog):
             assert process.stdin is not None
-            complete = all(self._write(process.stdin, chunk, watchdog) for chunk in chunks)
+            feed = _Feed(process.stdin, self._on_progress)
+            complete = True
+            for chunk in chunks:
+                watchdog.restart(limit())
+                if not feed.write(chunk):
+                    complete = False
+                    break
             with suppress(BrokenPipeError):
                 process.stdin.close()
             process.wait()
             if watchdog.expired:
-                return _timed_out(argv, timeout)
+                return _timed_out(argv, watchdog.timeout)
             if process.returncode == 0 and not complete:
                 return CompletedCommand(-1, "", f"{argv[0]} exited before reading all of its input")
+            if process.returncode == 0:
+                self._on_progress()
             return CompletedCommand(process.returncode, "", _read(stderr))
 
     @contextmanager
@@ -150,12 +174,13 @@ class CommandRunner:
         """Run a program and yield an iterator over the lines of its output, without holding all output in memory.
 
         If the program is still writing when the caller leaves the context, it is terminated. After `timeout` seconds,
-        it is killed. Raises `CommandError` if the program cannot be started, fails or is killed.
+        it is killed; the timeout restarts every `_LINES_PER_RESTART` lines. Raises `CommandError` if the program cannot
+        be started, fails or is killed.
         """
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
         with self._watched(argv, timeout, **streams) as (process, stderr, watchdog):
             assert process.stdout is not None
-            yield process.stdout
+            yield _watch_lines(process.stdout, watchdog)
             process.stdout.close()  # SIGPIPE terminates a program that is still writing
             process.wait()
             if process.returncode not in {0, -SIGPIPE}:
@@ -163,17 +188,6 @@ class CommandRunner:
                     raise CommandError(_timed_out(argv, timeout).stderr)
                 message = first_line(_read(stderr))
                 raise CommandError(f"{argv[0]} failed with status {process.returncode}: {message}")
-
-    @staticmethod
-    def _write(stdin: IO[str], chunk: str, watchdog: _Watchdog) -> bool:
-        """Write one chunk and restart the timeout. Return False if the program no longer reads its input."""
-        watchdog.restart()
-        try:
-            stdin.write(chunk)
-            stdin.flush()
-        except BrokenPipeError:
-            return False
-        return True
 
     @contextmanager
     def _watched(
@@ -220,6 +234,44 @@ class CommandRunner:
             self._running = None
             self._exited[process.pid] = monotonic()
             slow_log.log_exit(monotonic(), process.returncode)
+
+
+class _Feed:
+    """Writes the input of a program, and calls `on_progress` when the program has read more of it."""
+
+    def __init__(self, stdin: IO[str], on_progress: Callable[[], object]) -> None:
+        self._stdin = stdin
+        self._on_progress = on_progress
+        self._written = 0
+        self._read = 0
+
+    def write(self, text: str) -> bool:
+        """Write text. Return False if the program no longer reads its input."""
+        try:
+            for start in range(0, len(text), _PIECE):
+                self._written += self._stdin.write(text[start : start + _PIECE])
+                self._stdin.flush()
+                # A lower bound if some characters take several bytes.
+                if (read := self._written - _unread_bytes(self._stdin)) > self._read:
+                    self._read = read
+                    self._on_progress()
+        except BrokenPipeError:
+            return False
+        return True
+
+
+def _unread_bytes(pipe: IO[str]) -> int:
+    """Return the number of bytes in a pipe that have not been read."""
+    count = array("i", [0])
+    fcntl.ioctl(pipe.fileno(), termios.FIONREAD, count)
+    return count[0]
+
+
+def _watch_lines(stdout: IO[str], watchdog: _Watchdog) -> Iterator[str]:
+    for number, line in enumerate(stdout, 1):
+        if number % _LINES_PER_RESTART == 0:
+            watchdog.restart()
+        yield line
 
 
 def run(argv: Sequence[str], stdin: str = "", *, timeout: float) -> CompletedCommand:
@@ -294,9 +346,9 @@ class _Watchdog:
 
     def __init__(self, process: subprocess.Popen[str], slow_log: SlowCommandLog, timeout: float) -> None:
         self.expired = False
+        self.timeout = timeout
         self._process = process
         self._slow_log = slow_log
-        self._timeout = timeout
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="command-watchdog", daemon=True)
         self.restart()
@@ -314,10 +366,11 @@ class _Watchdog:
         if self._thread.is_alive():
             self._thread.join()
 
-    def restart(self) -> None:
-        """Restart the timeout."""
+    def restart(self, timeout: float | None = None) -> None:
+        """Restart the timeout, with another length if one is given."""
+        self.timeout = self.timeout if timeout is None else timeout
         now = monotonic()
-        self._deadline = now + self._timeout
+        self._deadline = now + self.timeout
         self._slow_log.postpone(now)
 
     def _run(self) -> None:
@@ -373,7 +426,7 @@ def _kill(process: subprocess.Popen[str]) -> None:
 
 
 def _timed_out(argv: Sequence[str], timeout: float) -> CompletedCommand:
-    return CompletedCommand(-SIGKILL, "", f"{argv[0]} timed out after {timeout:.0f} s")
+    return CompletedCommand(-SIGKILL, "", f"{argv[0]} timed out after {timeout:.0f} s", timed_out=True)
 
 
 def _memory_file(name: str) -> BinaryIO:

@@ -11,9 +11,10 @@ from typing import Protocol
 
 from kproxy.host.commands import CommandError
 from kproxy.iptables.base_rules import EnsuredRule, ensured_rules
-from kproxy.iptables.diff import IptablesDiff
+from kproxy.iptables.diff import IptablesDiff, RenderedServices
 from kproxy.iptables.dispatch import DISPATCH_THRESHOLD
-from kproxy.iptables.ledger import IptablesLedger, IptablesSnapshot
+from kproxy.iptables.isolation import IsolatingSync
+from kproxy.iptables.ledger import IptablesLedger, IptablesSnapshot, ServiceRecord, record_chains
 from kproxy.iptables.names import CANARIES, FILTER_FIREWALL, ChainName
 from kproxy.iptables.render import RenderedPort, render_port
 from kproxy.iptables.runner import RestoreError
@@ -52,6 +53,8 @@ Services with 10 endpoints each:
 """
 UNLIMITED = 1 << 60
 """No limit on the rules in a transaction: iptables-legacy rewrites the whole table for each transaction."""
+MAX_SINGLE_CHAIN_READS = 200
+"""Maximum number of chains that are read one by one. Reading a chain takes about 5 ms, reading all rules a second."""
 
 
 class IptablesKernel(Protocol):
@@ -112,6 +115,10 @@ class IptablesBackend:
         self._dispatch_threshold = dispatch_threshold
         self._patching = patching
         self._ledger: IptablesLedger | None = None
+        self._records: Mapping[ServiceKey, ServiceRecord] = {}
+        """The records of the last successful sync. They outlive the ledger."""
+        self._suspects: dict[ServiceKey, str] = {}
+        """The Services whose rules the kernel rejected last, with the reasons."""
 
     @property
     def needs_full_sync(self) -> bool:
@@ -122,8 +129,11 @@ class IptablesBackend:
         """Program `plans`.
 
         They must cover all Services if `needs_full_sync` is true, and otherwise the Services that may have changed. The
-        rules of a Service without plans are deleted. Raises `SyncError` if the rules cannot be read or a transaction
-        fails; earlier transactions stay applied.
+        rules of a Service without plans are deleted. If the kernel rejects the rules of some Services, all others are
+        programmed nevertheless (see `kproxy.iptables.isolation`).
+
+        Raises `SyncError` if the rules cannot be read or a change fails for a reason that does not depend on a Service;
+        earlier transactions stay applied.
         """
         if self._ledger is not None:
             ledger, snapshot = self._ledger, None
@@ -131,23 +141,96 @@ class IptablesBackend:
         else:
             ledger, snapshot = IptablesLedger(), self._read_kernel(context)
             max_transaction_rules = self._max_transaction_rules
+        suspects = SuspectFilter(self._suspects, self._records, snapshot)
         diff = IptablesDiff(
             ledger,
             snapshot,
-            ((key, render_ports(ports, context)) for key, ports in plans.by_service()),
+            suspects.without_suspects((key, render_ports(ports, context)) for key, ports in plans.by_service()),
             context,
             max_transaction_rules=max_transaction_rules,
             dispatch_threshold=self._dispatch_threshold,
             rule_counter=self._kernel.count_rules if self._patching else None,
+            held=suspects.held,
         )
+        full = snapshot is not None
         self._ledger = None
         written: Counter[str] = Counter()
-        self._apply(diff, written)
-        if overwritten := self._concurrently_changed(diff.patched):
-            log.warning("rewriting %d chains: another process changed them during the sync", len(overwritten))
-            self._apply(self._rewrite(ledger, overwritten, plans, context), written)
+        touched: set[ChainName] | None = None if full else set()
+        try:
+            try:
+                self._apply(diff, written, touched)
+            except RestoreError as error:
+                if error.affects_all:
+                    raise
+                log.info("%s: iptables rejected a change; searching for the Services: %s", context.family.value, error)
+                if touched is None:
+                    ledger, snapshot = IptablesLedger(), self._read_kernel(context)
+                else:
+                    self._read_deviations(ledger, touched)
+                desired = ((key, render_ports(ports, context)) for key, ports in plans.by_service())
+                rejected = self._isolate(ledger, snapshot, desired, context, written)
+            else:
+                if overwritten := self._concurrently_changed(diff.patched):
+                    log.warning("rewriting %d chains: another process changed them during the sync", len(overwritten))
+                    self._apply(self._rewrite(ledger, overwritten, plans, context), written)
+                rejected = {}
+                if suspects.waiting:
+                    rejected = self._isolate(ledger, None, suspects.waiting.items(), context, written)
+        except (RestoreError, CommandError) as error:
+            raise SyncError(str(error)) from None
+        unchanged = {} if full else {key: reason for key, reason in self._suspects.items() if key not in suspects.seen}
+        self._suspects = unchanged | rejected
+        self._records = ledger.services
         self._ledger = ledger
-        return ApplyResult(written, ledger.rule_counts, ledger.resolution.conflicts)
+        return ApplyResult(written, ledger.rule_counts, ledger.resolution.conflicts, rejected)
+
+    def _isolate(
+        self,
+        ledger: IptablesLedger,
+        snapshot: IptablesSnapshot | None,
+        desired: RenderedServices,
+        context: Context,
+        written: Counter[str],
+    ) -> dict[ServiceKey, str]:
+        """Program all desired Services except those whose rules the kernel rejects. Return these with the reasons.
+
+        Raises `RestoreError` if the kernel rejects other rules, or `CommandError`.
+        """
+        diff = IptablesDiff(
+            ledger,
+            snapshot,
+            desired,
+            context,
+            max_transaction_rules=self._max_transaction_rules,
+            dispatch_threshold=self._dispatch_threshold,
+        )
+        isolating = IsolatingSync(
+            self._kernel.restore,
+            diff,
+            self._records,
+            max_transaction_rules=self._max_transaction_rules,
+            written=written,
+        )
+        unused = isolating.run()
+        diff.commit()
+        for transaction in diff.deletions(unused, best_effort=True):
+            self._delete_chains(transaction)
+        return isolating.rejected
+
+    def _read_deviations(self, ledger: IptablesLedger, touched: Collection[ChainName]) -> None:
+        """Read which of the touched chains exist, with which rules, after only some transactions were accepted."""
+        if len(touched) <= MAX_SINGLE_CHAIN_READS:
+            existing = self._kernel.list_rules(touched)
+        else:
+            with self._kernel.save() as lines:
+                saved = parse_save(lines)
+            if saved.incompatible:
+                table, reason = next(iter(saved.incompatible.items()))
+                raise CommandError(f"cannot read table {table}: {reason}")
+            existing = {chain: content.rules for chain, content in saved.chains.items() if chain in touched}
+        for chain in touched:
+            rules = existing.get(chain)
+            ledger.deviations[chain] = None if rules is None else hash("\n".join(rules))
 
     def verify(self, context: Context) -> bool:
         """Check for drift: return whether the rules that lead packets to the per-Service chains are unchanged.
@@ -197,10 +280,10 @@ class IptablesBackend:
         """Discard the ledger: the next `sync` reads all rules from the kernel."""
         self._ledger = None
 
-    def _apply(self, diff: IptablesDiff, written: Counter[str]) -> None:
+    def _apply(self, diff: IptablesDiff, written: Counter[str], touched: set[ChainName] | None = None) -> None:
         """Apply the transactions of a diff. Add the number of rules that they write, by table, to `written`.
 
-        Raises `SyncError`.
+        Add the chains that they change to `touched`. Raises `RestoreError` or `CommandError`.
         """
         best_effort: list[RestoreInput] = []
 
@@ -210,14 +293,13 @@ class IptablesBackend:
                     best_effort.append(transaction)
                     continue
                 written.update(transaction.rules_by_table())
+                if touched is not None:
+                    touched.update(transaction.chains, transaction.patches, transaction.deleted)
                 yield transaction.text()
 
-        try:
-            self._kernel.restore_each(texts())
-            for transaction in best_effort:
-                self._delete_chains(transaction)
-        except (RestoreError, CommandError) as error:
-            raise SyncError(str(error)) from None
+        self._kernel.restore_each(texts())
+        for transaction in best_effort:
+            self._delete_chains(transaction)
         diff.commit()
 
     def _concurrently_changed(self, patched: Mapping[ChainName, tuple[ServiceKey, int]]) -> dict[ChainName, ServiceKey]:
@@ -305,6 +387,43 @@ class IptablesBackend:
         `existing` are the rules of the chain that could be read.
         """
         return rule.is_satisfied_by_any(existing) or self._kernel.has_rule(rule.chain, rule.rule) is not False
+
+
+class SuspectFilter:
+    """Takes the Services whose rules the kernel rejected last out of a sync, so that they do not make it fail.
+
+    Without a snapshot, a sync does not change Services that it does not cover. With a snapshot, it covers all Services:
+    these Services are `held`, with the records of their rules if these still exist.
+
+    `waiting` are the Services that were taken out, with their new rules. `seen` also contains deleted Services.
+    """
+
+    def __init__(
+        self,
+        suspects: Collection[ServiceKey],
+        records: Mapping[ServiceKey, ServiceRecord],
+        snapshot: IptablesSnapshot | None,
+    ) -> None:
+        self.waiting: dict[ServiceKey, Mapping[str, RenderedPort]] = {}
+        self.held: dict[ServiceKey, ServiceRecord] = {}
+        self.seen: set[ServiceKey] = set()
+        self._suspects = suspects
+        self._records = records
+        self._snapshot = snapshot
+
+    def without_suspects(self, services: RenderedServices) -> Iterator[tuple[ServiceKey, Mapping[str, RenderedPort]]]:
+        """Yield the Services, but collect those in `waiting` that the kernel rejected last."""
+        for key, ports in services:
+            if key in self._suspects:
+                self.seen.add(key)
+                if ports:
+                    self.waiting[key] = ports
+                    if self._snapshot is None:
+                        continue
+                    record = self._records.get(key, {})
+                    chains = (ChainName("nat", name) for name, _ in record_chains(record))
+                    self.held[key] = record if all(chain in self._snapshot.digests for chain in chains) else {}
+            yield key, ports
 
 
 class IptablesPrinter:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Collection, Container, Iterable, Iterator,
 from itertools import islice
 from typing import TypeAlias
 
+from msgspec import Struct
+
 from kproxy.iptables.base_rules import base_chains, dispatch_trailing_rules, ensured_rules
 from kproxy.iptables.dispatch import lay_out
 from kproxy.iptables.ledger import (
@@ -20,10 +22,11 @@ from kproxy.iptables.ledger import (
     PortRecord,
     ServiceRecord,
     changed_dispatch_chains,
+    record_chains,
 )
-from kproxy.iptables.names import CANARIES, FILTER_FIREWALL, ChainName, deletion_order
+from kproxy.iptables.names import CANARIES, DISPATCH_CHAINS, FILTER_FIREWALL, ChainName, deletion_order, is_shard
 from kproxy.iptables.patch import make_patch
-from kproxy.iptables.render import RenderedPort
+from kproxy.iptables.render import DispatchRule, RenderedPort
 from kproxy.iptables.save_restore import RestoreInput, count_rules
 from kproxy.model.context import Context
 from kproxy.model.types import ServiceKey
@@ -38,6 +41,18 @@ RuleCounter: TypeAlias = Callable[[Collection[ChainName]], Mapping[ChainName, in
 """Returns the number of rules that each of the given chains has in the kernel. Chains whose rules cannot be counted are
 omitted.
 """
+PARTIAL_PORT = "/partially-accepted"
+"""The key of the record of the new chains of a Service that the kernel accepted only in part. No port has this key."""
+
+
+class ServiceChange(Struct, frozen=True):
+    """The changes to the per-Service chains of one Service: usually one, and several for a very large Service.
+
+    They must be applied in this order. The chains to which a chain jumps never come after it.
+    """
+
+    key: ServiceKey
+    blocks: list[RestoreInput]
 
 
 class IptablesDiff:
@@ -55,7 +70,8 @@ class IptablesDiff:
     The time that iptables-nft needs for a transaction grows with the square of the number of rules in it. A change of
     more than `max_transaction_rules` rules is therefore split into several transactions, each of which is safe on its
     own. They write the chains that do not depend on Services first, then the per-Service chains, then the shards from
-    the bottom up, and then the dispatch chains. Finally they delete unused chains.
+    the bottom up, and then the dispatch chains. Finally they delete unused chains. If a single Service has more rules
+    than that in its per-Service chains, they are also written in several transactions: the endpoint chains first.
 
     With a `rule_counter`, a long per-Service chain is patched rule by rule, provided that only a few of its rules
     differ and that the chain has the same number of rules in the kernel as in the ledger. All other chains are
@@ -66,6 +82,13 @@ class IptablesDiff:
     transactions.
 
     The per-Service chains in `force_rewrite` are written even if they match the ledger.
+
+    The Services in `held` keep their existing rules, which the given records describe, whatever `desired` contains. A
+    Service with an empty record has no rules. Services may be added while the diff iterates over `desired`.
+
+    Alternatively to `transactions`, a caller may apply the parts of the diff one by one, report each accepted part to
+    `accept`, and `hold` a Service whose part the kernel rejects: `base_change`, `service_changes`, `dispatch_changes`
+    and `unused_chains`, in this order. `dispatch_changes` may be called several times.
     """
 
     def __init__(
@@ -79,6 +102,7 @@ class IptablesDiff:
         dispatch_threshold: int,
         rule_counter: RuleCounter | None = None,
         force_rewrite: Container[ChainName] = (),
+        held: dict[ServiceKey, ServiceRecord] | None = None,
     ) -> None:
         self.patched: dict[ChainName, tuple[ServiceKey, int]] = {}
         self._ledger = ledger
@@ -89,28 +113,29 @@ class IptablesDiff:
         self._dispatch_threshold = dispatch_threshold
         self._rule_counter = rule_counter
         self._force_rewrite = force_rewrite
+        self._held = held if held is not None else {}
         self._services: dict[ServiceKey, ServiceRecord] = {}
         self._base: dict[ChainName, Digest] = {}
         self._base_rules: Counter[str] = Counter()
         self._dispatch: dict[ChainName, DispatchRecord] = {}
         self._resolution = ledger.resolution
         self._dispatch_chains: dict[ChainName, str] = {}
-        self._deleted: list[ChainName] = []
+        self._unused: dict[ServiceKey, list[ChainName]] = {}
+        self._unused_shards: list[ChainName] = []
 
     def transactions(self) -> Iterator[RestoreInput]:
         """Yield the transactions. There are none if the kernel already has the desired state."""
-        current = RestoreInput(self._base_changes())
+        current = self._base_change()
         cost = current.cost
         for change in self._chain_changes():
             added = change.cost
             if current and cost + added > self._max_transaction_rules:
                 yield current
                 current, cost = RestoreInput(), 0
-            current.chains |= change.chains
-            current.patches |= change.patches
+            current.add(change)
             cost += added
         entry = self._entry_change()
-        self._deleted += self._stale_chains()
+        deleted = self.unused_chains()
         # Other tools may have added jumps to stale chains that the snapshot found. The kernel then rejects the deletion
         # of these chains, which must not block the other changes.
         best_effort = self._snapshot is not None
@@ -118,27 +143,135 @@ class IptablesDiff:
             yield from [current] if current else []
             current = entry
         else:
-            current.chains |= entry.chains
-            current.edits = entry.edits
-        if not best_effort and current.cost + len(self._deleted) <= self._max_transaction_rules:
-            current.deleted, self._deleted = self._deleted, []
+            current.add(entry)
+        if not best_effort and current.cost + len(deleted) <= self._max_transaction_rules:
+            current.deleted, deleted = deleted, []
         yield from [current] if current else []
-        remaining = iter(sorted(self._deleted, key=deletion_order))
+        yield from self.deletions(deleted, best_effort=best_effort)
+
+    def deletions(self, chains: Iterable[ChainName], *, best_effort: bool) -> Iterator[RestoreInput]:
+        """Yield the transactions that delete unused chains. A chain is deleted before the chains that it jumps to."""
+        remaining = iter(sorted(chains, key=deletion_order))
         while batch := list(islice(remaining, self._max_transaction_rules)):
             yield RestoreInput(deleted=batch, best_effort=best_effort)
 
+    def base_change(self) -> RestoreInput:
+        """Return the change to the chains that do not depend on Services, including the rules that jump to them."""
+        change = self._base_change()
+        if self._snapshot is not None:
+            missing = {chain: "" for chain in DISPATCH_CHAINS if chain not in self._snapshot.digests}
+            change.chains |= missing
+            self._ensure_rules(change, self._snapshot)
+        return change
+
+    def dispatch_changes(self) -> Iterator[RestoreInput]:
+        """Yield the changes to the shards and then to the dispatch chains.
+
+        They take the Services into account that `service_changes` has returned and that are not held.
+        """
+        current, cost = RestoreInput(), 0
+        for shard, rules in self._shard_changes():
+            change = RestoreInput({shard: rules})
+            if current and cost + change.cost > self._max_transaction_rules:
+                yield current
+                current, cost = RestoreInput(), 0
+            current.add(change)
+            cost += change.cost
+        entry = RestoreInput(dict(self._dispatch_chains))
+        if current and cost + entry.cost > self._max_transaction_rules:
+            yield current
+            current = RestoreInput()
+        current.add(entry)
+        yield from [current] if current else []
+
+    def unused_chains(self) -> list[ChainName]:
+        """Return the chains that can be deleted after all other changes."""
+        unused = [chain for chains in self._unused.values() for chain in chains] + self._unused_shards
+        return unused + self._stale_chains()
+
+    def dispatch_rules_of(self, key: ServiceKey) -> list[DispatchRule]:
+        """Return the dispatch rules that a Service adds."""
+        record = self._services[key] if key in self._services else self._ledger.services.get(key, {})
+        return [rule for port in record.values() for rule in port.dispatch]
+
+    def all_services(self) -> set[ServiceKey]:
+        """Return the Services that have been compared so far, and all others that have rules."""
+        return {*self._services, *self._ledger.services}
+
+    @property
+    def services(self) -> Collection[ServiceKey]:
+        """The Services that have been compared so far."""
+        return self._services.keys()
+
+    def accept(self, change: RestoreInput) -> None:
+        """Record that the kernel has accepted a part of the diff that contains no patches."""
+        digests = self._snapshot.digests if self._snapshot is not None else self._ledger.deviations
+        digests.update({chain: hash(rules) for chain, rules in change.chains.items()})
+        if self._snapshot is not None:
+            for chain in change.chains.keys() & {*CANARIES, FILTER_FIREWALL}:
+                self._snapshot.rules.setdefault(chain, [])
+
+    def hold(self, key: ServiceKey, record: ServiceRecord) -> None:
+        """Keep the existing rules of a Service, because the kernel rejects the new ones.
+
+        `record` describes the existing rules. If one of its chains no longer exists, the Service gets no rules.
+        """
+        if any(self._existing(ChainName("nat", name), digest) is None for name, digest in record_chains(record)):
+            record = {}
+        kept = {name for name, _ in record_chains(record)}
+        candidates: dict[str, Digest | None] = dict.fromkeys(
+            name for name, _ in record_chains(self._services.get(key, {}))
+        )
+        candidates |= record_chains(self._ledger.services.get(key, {}))
+        unused = {
+            name: existing
+            for name, digest in candidates.items()
+            if name not in kept and (existing := self._existing(ChainName("nat", name), digest)) is not None
+        }
+        if any(self._existing(ChainName("nat", name), digest) != digest for name, digest in record_chains(record)):
+            # The kernel has accepted some chains that are in use. They may jump to the new ones.
+            record = {**record, PARTIAL_PORT: PortRecord.of_digests(unused)}
+            unused = {}
+        self._unused[key] = [ChainName("nat", name) for name in unused]
+        self._held[key] = record
+        self._services[key] = record
+
     def commit(self) -> None:
         """Update the ledger after the kernel has accepted all transactions."""
+        deviations, deviating = self._remaining_deviations()
         for key, record in self._services.items():
             self._ledger.put(key, record)
         self._ledger.put_base(self._base, self._base_rules)
         self._ledger.resolution = self._resolution
         self._ledger.dispatch = self._dispatch
+        self._ledger.deviations, self._ledger.deviating = deviations, deviating
 
-    def _base_changes(self) -> dict[ChainName, str]:
-        """Return those Service-independent chains that must be written.
+    def _existing(self, chain: ChainName, recorded: Digest | None) -> Digest | None:
+        """Return the digest of a chain in the kernel, or None if it does not exist.
 
-        They are part of the first transaction, because per-Service chains jump to some of them.
+        `recorded` is the digest in the ledger's records.
+        """
+        if self._snapshot is not None:
+            return self._snapshot.digests.get(chain)
+        return self._ledger.existing(chain, recorded)
+
+    def _remaining_deviations(self) -> tuple[dict[ChainName, Digest | None], set[ServiceKey]]:
+        """Return the deviations from the records that remain after a commit, and the Services that have them."""
+        deviations: dict[ChainName, Digest | None] = {}
+        deviating: set[ServiceKey] = set()
+        for key in (self._ledger.deviating - self._services.keys()) | self._held.keys():
+            record = self._held[key] if key in self._held else self._ledger.services.get(key, {})
+            for name, digest in record_chains(record):
+                chain = ChainName("nat", name)
+                if (existing := self._existing(chain, digest)) != digest:
+                    deviations[chain] = existing
+                    deviating.add(key)
+        return deviations, deviating
+
+    def _base_change(self) -> RestoreInput:
+        """Return the change to the Service-independent chains, except the dispatch chains.
+
+        It is part of the first transaction, because per-Service chains jump to some of these chains.
         """
         chains = base_chains(self._context)
         self._base = {chain: hash(rules) for chain, rules in chains.items()}
@@ -146,17 +279,27 @@ class IptablesDiff:
             self._base_rules[chain.table] += count_rules([rules])
         martian_rules = sum(rule.chain == FILTER_FIREWALL for rule in ensured_rules(self._context))
         self._base_rules[FILTER_FIREWALL.table] += martian_rules
-        existing = self._snapshot.digests if self._snapshot else self._ledger.base
-        return {chain: rules for chain, rules in chains.items() if existing.get(chain) != self._base[chain]}
+        recorded = self._ledger.base
+        return RestoreInput(
+            {
+                chain: rules
+                for chain, rules in chains.items()
+                if self._existing(chain, recorded.get(chain)) != self._base[chain]
+            }
+        )
 
     def _chain_changes(self) -> Iterator[RestoreInput]:
         """Yield the changes to per-Service chains and shards. A change must not be split across transactions."""
-        yield from self._service_changes()
+        for change in self.service_changes():
+            yield from change.blocks
         yield from (RestoreInput({shard: rules}) for shard, rules in self._shard_changes())
 
-    def _service_changes(self) -> Iterator[RestoreInput]:
-        """Yield one change for each Service whose per-Service chains must change. It covers all of these chains."""
+    def service_changes(self) -> Iterator[ServiceChange]:
+        """Yield the change of each Service whose per-Service chains must change."""
         for key, ports in self._desired:
+            if key in self._held:
+                self._services[key] = self._held[key]
+                continue
             record = {name: PortRecord.from_rendered(rendered) for name, rendered in ports.items()}
             self._services[key] = record
             old = self._ledger.services.get(key, {})
@@ -164,19 +307,36 @@ class IptablesDiff:
             change = RestoreInput()
             for name, rendered in ports.items():
                 for (chain, digest), rules in zip(record[name].chains(), rendered.chains.values(), strict=True):
-                    existing = accepted.pop(chain, None)
-                    if self._snapshot is not None:
-                        existing = self._snapshot.digests.get(ChainName("nat", chain))
+                    existing = self._existing(ChainName("nat", chain), accepted.pop(chain, None))
                     if existing != digest or ChainName("nat", chain) in self._force_rewrite:
                         self._add_chain(change, chain, rules, old.get(name))
-            self._deleted += [ChainName("nat", name) for name in accepted]
+            if accepted:
+                unused = (ChainName("nat", name) for name in accepted)
+                self._unused[key] = [chain for chain in unused if self._existing(chain, 0) is not None]
             if change.patches and self._rule_counter is not None:
                 # Check here, per Service, whether the patches are applicable. A chain whose patch is not applicable is
                 # rewritten, and this affects how many Services fit into a transaction.
                 change = change.with_applicable_patches(self._rule_counter(change.patches))
                 self.patched |= {chain: (key, patch.new_length) for chain, patch in change.patches.items()}
             if change:
-                yield change
+                yield ServiceChange(key, self._blocks(change))
+
+    def _blocks(self, change: RestoreInput) -> list[RestoreInput]:
+        """Split the change of one Service so that each block respects the limit on rules, if possible."""
+        if change.cost <= self._max_transaction_rules:
+            return [change]
+        blocks, cost = [RestoreInput()], 0
+        # The sort is stable, and a port's chains are rendered after the chains of the same kind that they jump to.
+        for chain in sorted((*change.chains, *change.patches), key=deletion_order, reverse=True):
+            patch = change.patches.get(chain)
+            part = RestoreInput(patches={chain: patch}) if patch else RestoreInput({chain: change.chains[chain]})
+            added = part.cost
+            if blocks[-1] and cost + added > self._max_transaction_rules:
+                blocks.append(RestoreInput())
+                cost = 0
+            blocks[-1].add(part)
+            cost += added
+        return blocks
 
     def _add_chain(self, change: RestoreInput, name: str, rules: str, old: PortRecord | None) -> None:
         """Add a per-Service chain to a change: as a patch if that is possible and cheaper, else as a rewritten chain.
@@ -196,6 +356,7 @@ class IptablesDiff:
 
         The dispatch chains to write are stored; `_entry_change` returns them.
         """
+        self._dispatch, self._dispatch_chains, self._unused_shards = {}, {}, []
         trailing_rules = dispatch_trailing_rules(self._context)
         self._resolution = self._ledger.resolve_conflicts(self._context.family, self._services)
         omitted = self._resolution.omitted_rules
@@ -207,17 +368,34 @@ class IptablesDiff:
             digests = {chain: hash(text) for chain, text in layout.chains.items()}
             record = self._ledger.dispatch.get(dispatch_chain)
             accepted = record.chains if record is not None else {}
-            existing = self._snapshot.digests if self._snapshot else accepted
             self._dispatch[dispatch_chain] = DispatchRecord(hash(trailing), digests, layout.non_service_rules)
-            self._deleted += [chain for chain in accepted if chain not in digests]
-            changed = {chain: text for chain, text in layout.chains.items() if existing.get(chain) != digests[chain]}
+            self._unused_shards += [chain for chain in accepted if chain not in digests]
+            changed = {
+                chain: text
+                for chain, text in layout.chains.items()
+                if self._existing(chain, accepted.get(chain)) != digests[chain]
+            }
             if dispatch_chain in changed:
                 self._dispatch_chains[dispatch_chain] = changed.pop(dispatch_chain)
             yield from changed.items()
+        self._unused_shards += self._abandoned_shards()
+
+    def _abandoned_shards(self) -> list[ChainName]:
+        """Return the shards that an earlier call of `dispatch_changes` has written and that are no longer used."""
+        if self._snapshot is not None or not self._ledger.deviations:
+            return []  # the snapshot contains them
+        used = {shard for record in self._dispatch.values() for shard in record.chains}.union(self._unused_shards)
+        return [
+            chain
+            for chain, digest in self._ledger.deviations.items()
+            if digest is not None and is_shard(chain) and chain not in used
+        ]
 
     def _dirty_dispatch_chains(self, trailing_rules: Mapping[ChainName, tuple[str, ...]]) -> list[ChainName]:
         """Return the dispatch chains that may change. Copy the records of all other dispatch chains from the ledger."""
-        if self._snapshot is not None:
+        if self._snapshot is not None or any(
+            chain in DISPATCH_CHAINS or is_shard(chain) for chain in self._ledger.deviations
+        ):
             return list(trailing_rules)
         dirty: set[ChainName] = set()
         for key, record in self._services.items():

@@ -31,8 +31,8 @@ LEVEL_BITS = 4
 MAX_LEVELS = 8
 """Maximum depth of the tree of shards. Maliciously chosen IPv4 addresses can require all levels.
 
-nf_tables allows 15 nested jumps (NFT_JUMP_STACK_SIZE). At most 14 are used: one jump to KUBE-SERVICES, one jump for
-each level of shards, and five jumps through a KUBE-FW chain to KUBE-MARK-MASQ.
+nf_tables allows 15 nested jumps (NFT_JUMP_STACK_SIZE). At most 15 are used: one jump to KUBE-SERVICES, one jump for
+each level of shards, and six jumps through a KUBE-FW chain and a group of endpoints to KUBE-MARK-MASQ.
 """
 PROTOCOLS = ("tcp", "udp", "sctp")
 

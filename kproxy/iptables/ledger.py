@@ -51,6 +51,11 @@ class PortRecord(Struct, frozen=True, gc=False):
                 patchable.extend((index, count, *map(hash, text.split("\n"))))
         return cls(" ".join(rendered.chains), digests.tobytes(), rule_count, rendered.dispatch, patchable.tobytes())
 
+    @classmethod
+    def of_digests(cls, chains: Mapping[str, Digest]) -> PortRecord:
+        """Return a record of per-Service chains of which only the names and digests are known."""
+        return cls(" ".join(chains), array("q", chains.values()).tobytes(), 0, ())
+
     def chains(self) -> Iterator[tuple[str, Digest]]:
         """Iterate over the names and digests of the per-Service chains, which are in table nat."""
         return zip(self.names.split(), array("q", self.digests), strict=True)
@@ -126,9 +131,16 @@ class DispatchRecord(Struct, frozen=True):
 
 
 class IptablesLedger:
-    """The accepted state of one IP family: the records of all Services and of the shared chains."""
+    """The accepted state of one IP family: the records of all Services and of the shared chains.
+
+    `deviations` contains the chains whose content in the kernel differs from these records, because a sync was
+    accepted only in part: their digests, or None for a chain that does not exist. `deviating` are the Services to which
+    such chains belong.
+    """
 
     def __init__(self) -> None:
+        self.deviations: dict[ChainName, Digest | None] = {}
+        self.deviating: set[ServiceKey] = set()
         self.services: dict[ServiceKey, ServiceRecord] = {}
         self.base: dict[ChainName, Digest] = {}
         self.dispatch: dict[ChainName, DispatchRecord] = {}
@@ -160,6 +172,13 @@ class IptablesLedger:
         self._frontends.update(key, _dispatch_rules(old), _dispatch_rules(record))
         if record:
             self.services[key] = record
+
+    def existing(self, chain: ChainName, recorded: Digest | None) -> Digest | None:
+        """Return the digest of a chain in the kernel, or None if it does not exist.
+
+        `recorded` is the digest in the chain's record, or None if it has no record.
+        """
+        return self.deviations.get(chain, recorded) if self.deviations else recorded
 
     def put_base(self, base: dict[ChainName, Digest], rules: Counter[str]) -> None:
         """Replace the digests of the chains that do not depend on Services.
@@ -204,6 +223,11 @@ def changed_dispatch_chains(old: ServiceRecord, new: ServiceRecord) -> set[Chain
     """Return the dispatch chains in which two records of a Service have different rules."""
     old_rules, new_rules = _dispatch_rules_by_chain(old), _dispatch_rules_by_chain(new)
     return {chain for chain in old_rules.keys() | new_rules.keys() if old_rules.get(chain) != new_rules.get(chain)}
+
+
+def record_chains(record: ServiceRecord) -> list[tuple[str, Digest]]:
+    """Return the names and digests of the per-Service chains of a Service, which are in table nat."""
+    return [chain for port in record.values() for chain in port.chains()]
 
 
 def _dispatch_rules(record: ServiceRecord) -> list[DispatchRule]:

@@ -42,8 +42,8 @@ CANARIES = tuple(ChainName(table, "KUBE-PROXY-CANARY") for table in ("mangle", "
 PORT_CHAIN_PREFIXES = ("KUBE-FW-", "KUBE-XLB-", "KUBE-EXT-", "KUBE-SVC-", "KUBE-SVL-", "KUBE-SEP-")
 """Name prefixes of per-Service chains. Each of these chains belongs to one service port and is in table nat.
 
-They jump to KUBE-MARK-MASQ and otherwise only to chains whose prefix comes later in this tuple. kube-proxy used
-KUBE-XLB- before version 1.24.
+They jump to KUBE-MARK-MASQ and otherwise only to chains whose prefix comes later in this tuple, or to the chains of
+groups of endpoints, which have the name of the chain with a suffix. kube-proxy used KUBE-XLB- before version 1.24.
 """
 SHARD_PREFIXES = {
     NAT_SERVICES: "KUBE-SVC-",
@@ -60,6 +60,7 @@ have one of these prefixes. If kube-proxy did not delete a shard, the per-Servic
 remain in use, and kube-proxy could not delete them.
 """
 _MAX_ADDRESS_BITS = 128
+_GROUP_NAME_LENGTH = 28
 _SHARD = re.compile(
     r"KUBE-(?:SVC|EXT|SVL|FW)-"
     r"(?:(?:\d+\.){3}\d+/(?P<ipv4_prefix>\d+)|[A-Z2-7]{15}/(?P<ipv6_prefix>\d+)|(?:tcp|udp|sctp)-(?P<low>\d+)-(?P<high>\d+))"
@@ -103,9 +104,23 @@ def port_hash(port_name: str, protocol: str, endpoint: str = "") -> str:
     return b32encode(digest[:10]).decode()
 
 
+def group_chain(chain: str, group: int, *, affinity: bool = False) -> str:
+    """Return the name of the chain to which a KUBE-SVC or KUBE-SVL chain jumps for one group of its endpoints.
+
+    With `affinity`, return the name of the chain that checks the session affinity to these endpoints. The name has the
+    maximum length of 28 characters, so `group` is at most 255.
+    """
+    return f"{chain}{'_' if affinity else '-'}{group:02x}"
+
+
+def _is_group(name: str) -> bool:
+    return len(name) == _GROUP_NAME_LENGTH and name[-3] in "_-"
+
+
 def deletion_order(chain: ChainName) -> int:
     """Return a sort key that puts each shard and each per-Service chain before the chains that it jumps to."""
     depth = _shard_depth(chain)
     if depth is not None:
         return depth - _MAX_ADDRESS_BITS - 1
-    return next((rank for rank, prefix in enumerate(PORT_CHAIN_PREFIXES) if chain.name.startswith(prefix)), 0)
+    ranks = (2 * rank for rank, prefix in enumerate(PORT_CHAIN_PREFIXES) if chain.name.startswith(prefix))
+    return next(ranks, 0) + _is_group(chain.name)

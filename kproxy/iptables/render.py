@@ -6,9 +6,11 @@ Chains, comments and the order of rules are the same as in kube-proxy, because o
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 from ipaddress import ip_address
 from typing import NamedTuple
+from zlib import crc32
 
 from msgspec import Struct
 
@@ -20,8 +22,10 @@ from kproxy.iptables.names import (
     NAT_NODEPORTS,
     NAT_SERVICES,
     ChainName,
+    group_chain,
     port_hash,
 )
+from kproxy.iptables.save_restore import probability_text
 from kproxy.model.addresses import split_socket_text
 from kproxy.model.context import Context
 from kproxy.model.endpoints import Sockets
@@ -31,6 +35,15 @@ from kproxy.model.types import Family
 
 LOCALHOST_COUNTER = "localhost_nps_accepted_pkts"
 """The nfacct counter of packets to NodePorts on 127.0.0.0/8."""
+MAX_CHAIN_ENDPOINTS = 1000
+"""Maximum number of endpoints among which one chain picks directly. More endpoints are divided into groups.
+
+iptables-nft needs minutes to write a chain of 50,000 rules, and the removal of one endpoint changes the probabilities
+in all rules before it.
+"""
+GROUP_ENDPOINTS = 256
+"""Number of endpoints in a group, on average, unless this would result in more than `MAX_GROUPS` groups."""
+MAX_GROUPS = 256
 
 
 class FrontendMatch(NamedTuple):
@@ -226,19 +239,51 @@ class _PortRenderer:
         With session affinity, new connections from a recent client are sent to the same endpoint again. `rules` come
         first in the chain.
         """
-        plan = self.plan
-        jumps = [
-            (self._endpoint_chain(endpoint), self._endpoint_comment(f"{plan.name} -> {endpoint}"))
-            for endpoint in endpoints
-        ]
-        rules = list(rules)
-        if plan.affinity_seconds:
-            check = f"-m recent --rcheck --seconds {plan.affinity_seconds} --reap"
-            rules += [f"{comment}{check} --name {name} {self._recent_options} -j {name}" for name, comment in jumps]
-        for remaining, (name, comment) in zip(range(len(jumps), 0, -1), jumps, strict=True):
-            chance = f"-m statistic --mode random --probability {1 / remaining:.10f} " if remaining > 1 else ""
-            rules.append(f"{comment}{chance}-j {name}")
-        self._add_chain(chain, rules)
+        if len(endpoints) > MAX_CHAIN_ENDPOINTS:
+            self._write_groups(chain, rules, endpoints)
+            return
+        jumps = self._jumps(endpoints)
+        self._add_chain(chain, [*rules, *self._affinity_rules(jumps), *_random_rules(jumps)])
+
+    def _write_groups(self, chain: str, rules: list[str], endpoints: Sockets) -> None:
+        """Write a KUBE-SVC or KUBE-SVL chain for many endpoints.
+
+        It picks a group of endpoints at random, with a probability in proportion to the size of the group. The chain of
+        the group then picks an endpoint. All endpoints are therefore equally likely, as in a single chain. The group of
+        an endpoint depends only on the endpoint and on the number of groups, which is a power of two. A new endpoint
+        therefore usually changes only one group.
+        """
+        count = min(1 << (len(endpoints) // GROUP_ENDPOINTS - 1).bit_length(), MAX_GROUPS)
+        groups: dict[int, list[str]] = {}
+        for endpoint in endpoints:
+            groups.setdefault(crc32(endpoint.encode()) % count, []).append(endpoint)
+        top, remaining = [], len(endpoints)
+        for number, members in sorted(groups.items()):
+            jumps = self._jumps(members)
+            if affinity := self._affinity_rules(jumps):
+                name = group_chain(chain, number, affinity=True)
+                self._add_chain(name, affinity)
+                rules = [*rules, f"-j {name}"]
+            name = group_chain(chain, number)
+            self._add_chain(name, _random_rules(jumps))
+            size = len(members)
+            probability = probability_text(size, remaining) if size < remaining else ""
+            chance = f"-m statistic --mode random --probability {probability} " if probability else ""
+            top.append(f"{chance}-j {name}")
+            remaining -= size
+        self._add_chain(chain, [*rules, *top])
+
+    def _jumps(self, endpoints: Iterable[str]) -> list[tuple[str, str]]:
+        """Return the chain of each endpoint, and the comment of the rules that jump to it."""
+        name = self.plan.name
+        return [(self._endpoint_chain(each), self._endpoint_comment(f"{name} -> {each}")) for each in endpoints]
+
+    def _affinity_rules(self, jumps: list[tuple[str, str]]) -> list[str]:
+        """Return the rules that send new connections from a recent client to the same endpoint again, if configured."""
+        if not self.plan.affinity_seconds:
+            return []
+        check = f"-m recent --rcheck --seconds {self.plan.affinity_seconds} --reap"
+        return [f"{comment}{check} --name {name} {self._recent_options} -j {name}" for name, comment in jumps]
 
     def _write_external_chain(self) -> None:
         """Write the KUBE-EXT chain, which masquerades external traffic and applies the external traffic policy."""
@@ -330,6 +375,15 @@ class _PortRenderer:
 
     def _add_chain(self, name: str, rules: list[str]) -> None:
         self.chains[name] = "\n".join(f"-A {name} {rule}" for rule in rules)
+
+
+def _random_rules(jumps: list[tuple[str, str]]) -> list[str]:
+    """Return the rules that pick one of the jumps at random, all with the same probability."""
+    rules = []
+    for remaining, (name, comment) in zip(range(len(jumps), 0, -1), jumps, strict=True):
+        chance = f"-m statistic --mode random --probability {1 / remaining:.10f} " if remaining > 1 else ""
+        rules.append(f"{comment}{chance}-j {name}")
+    return rules
 
 
 @lru_cache(1 << 10)

@@ -30,10 +30,17 @@ from kproxy.model.types import Family
 
 LOCK_WAIT_SECONDS = 5
 """How long a command waits for the xtables lock. iptables-legacy acquires this lock for every change."""
-HANG_SECONDS = 900
-"""Time limit for one iptables command or for one item passed to `restore_each`. The longest known successful run took
-150 s.
+COMMAND_SECONDS = 60.0
+"""Time limit for one iptables command, and for iptables-restore to process a short input."""
+SAVE_SECONDS = 120.0
+"""Time limit for iptables-save to print its first lines. iptables-nft first reads all rules, 15,000 a second."""
+SECONDS_PER_CHARACTER = 1e-4
+"""How much each character of input that iptables-restore may not have processed yet adds to its time limit.
+
+This is 10 ms for a rule, a hundred times as long as usual.
 """
+MAX_PATIENCE = 16
+"""Each time a program exceeds its time limit, the next limits are twice as long, up to this factor."""
 UNREADABLE_RULE = "# a rule that iptables cannot print"
 """Placeholder for the rules of a chain that iptables cannot print. It is never equal to a rule."""
 # Exit statuses of iptables (enum xtables_exittype in xtables.h).
@@ -58,6 +65,9 @@ the program reads.
 A pipe has a capacity of 16 pages (pipe(7)). This is 64 KiB, or 1 MiB on a kernel with 64-KiB pages.
 """
 _LINE_NUMBER = re.compile(r"line:? (\d+)")
+_CHAIN_OF_RULE = re.compile(r"rule in chain (\S+)")
+_AFFECTS_ALL = ("holding the xtables lock", "Permission denied", "initialize", "Could not fetch rule set")
+"""Messages of iptables-restore about problems that do not depend on the input."""
 _LEGACY_TABLE_FILES = {
     Family.IPV4: Path("/proc/thread-self/net/ip_tables_names"),
     Family.IPV6: Path("/proc/thread-self/net/ip6_tables_names"),
@@ -72,12 +82,17 @@ class RestoreError(Exception):
     one was applied. Other causes are that another process holds the xtables lock, or that the program exceeds the time
     limit, is killed, or exits before it has read all of its input. Transactions before the failure stay applied.
 
-    `line` is the rejected line of the input, or "" if iptables did not report it.
+    `line` is the rejected line of the input, or "" if iptables did not report it. `chain` is the name of the chain that
+    contains the rejected rule, or "" if it is unknown. `affects_all` is true if any other input would have failed, too,
+    for example because another process holds the lock, or because the program was killed. If it is false, this is
+    unknown.
     """
 
-    def __init__(self, message: str, *, line: str = "") -> None:
+    def __init__(self, message: str, *, line: str = "", chain: str = "", affects_all: bool = False) -> None:
         super().__init__(message)
         self.line = line
+        self.chain = chain
+        self.affects_all = affects_all
 
 
 class IptablesVersion(Struct, frozen=True):
@@ -123,11 +138,14 @@ def program_name(family: Family) -> str:
 class IptablesRunner:
     """Runs the iptables programs of one IP family. The programs must be in PATH."""
 
-    def __init__(self, family: Family) -> None:
+    def __init__(self, family: Family, on_progress: Callable[[], object] = lambda: None) -> None:
+        """Create a runner that calls `on_progress` while `iptables-restore` processes its input."""
         self._family = family
         self._program = program_name(family)
-        self._commands = CommandRunner()
+        self._commands = CommandRunner(on_progress)
         self._version: IptablesVersion | None = None
+        self.patience = 1
+        """The factor of all time limits. It grows with each program that exceeds its limit."""
 
     def stop(self) -> None:
         """Kill the running program, and do not start any more programs. Any thread may call this.
@@ -184,7 +202,7 @@ class IptablesRunner:
         nft = self.version().nft
         started = False
         try:
-            with self._commands.stream_output(argv, timeout=HANG_SECONDS) as lines:
+            with self._commands.stream_output(argv, timeout=SAVE_SECONDS * self.patience) as lines:
                 started = True
                 yield from lines
         except CommandError as error:
@@ -215,8 +233,11 @@ class IptablesRunner:
             return
         recent = RecentInput()
         done = self._commands.stream_input(
-            argv, recent.record(itertools.chain([first], remaining)), timeout=HANG_SECONDS
+            argv,
+            recent.record(itertools.chain([first], remaining)),
+            timeout=lambda: self.patience * (COMMAND_SECONDS + recent.size * SECONDS_PER_CHARACTER),
         )
+        self.patience = min(2 * self.patience, MAX_PATIENCE) if done.timed_out else 1
         if done.code:
             raise make_restore_error(argv[0], done.code, done.stderr, recent.line)
 
@@ -261,7 +282,8 @@ class IptablesRunner:
         for table, selected in names.items():
             # iptables-legacy always reads a whole table, so read it only once for all chains.
             prefixes = ("*", *(f":{name} " for name in selected), *(f"-A {name} " for name in selected))
-            with self._commands.stream_output([f"{self._program}-save", "-t", table], timeout=HANG_SECONDS) as lines:
+            argv = [f"{self._program}-save", "-t", table]
+            with self._commands.stream_output(argv, timeout=SAVE_SECONDS * self.patience) as lines:
                 saved = parse_save(line for line in lines if line.startswith(prefixes))
             found |= {chain: content.rules for chain, content in saved.chains.items()}
         return found
@@ -290,7 +312,7 @@ class IptablesRunner:
     def _run(self, chain: ChainName, command: str, rule: str = "", *, accepted: Container[int]) -> CompletedCommand:
         """Run an iptables command. Raises `CommandError` unless its exit status is 0 or `accepted`."""
         argv = [self._program, "-w", str(LOCK_WAIT_SECONDS), "-t", chain.table, command, chain.name, *shlex.split(rule)]
-        done = self._commands.run(argv, timeout=HANG_SECONDS)
+        done = self._commands.run(argv, timeout=COMMAND_SECONDS * self.patience)
         if done.code and done.code not in accepted:
             raise CommandError(f"{self._program} failed with status {done.code}: {first_line(done.stderr)}")
         return done
@@ -304,17 +326,18 @@ class RecentInput:
 
     def __init__(self) -> None:
         self._texts: deque[str] = deque()
-        self._size = 0
+        self.size = 0
+        """Number of characters that are remembered. The program has processed everything before them."""
         self._dropped_lines = 0
 
     def record(self, texts: Iterable[str]) -> Iterator[str]:
         """Yield the texts unchanged and remember the most recent ones. Each text must consist of complete lines."""
         for text in texts:
-            while self._texts and self._size - len(self._texts[0]) > _READ_AHEAD:
-                self._size -= len(self._texts[0])
+            while self._texts and self.size - len(self._texts[0]) > _READ_AHEAD:
+                self.size -= len(self._texts[0])
                 self._dropped_lines += self._texts.popleft().count("\n")
             self._texts.append(text)
-            self._size += len(text)
+            self.size += len(text)
             yield text
 
     def line(self, number: int) -> str:
@@ -330,15 +353,29 @@ def make_restore_error(program: str, code: int, stderr: str, line_at: Callable[[
     `code` is the exit status. `line_at` returns an input line by its number, counting from 1.
     """
     messages = [line.strip() for line in stderr.splitlines()]
-    messages = [line for line in messages if line and not line.startswith(("Try `", "# "))]
-    match = _LINE_NUMBER.search(stderr)
+    messages = [line for line in messages if line and not line.startswith(("Try `", "# ", "Warning: "))]
+    match = next((found for message in messages if (found := _LINE_NUMBER.search(message))), None)
     line = line_at(int(match[1])) if match is not None else ""
     if line == "COMMIT":  # the kernel rejected the transaction, but not because of this line
         line = ""
     # iptables-nft prints its name on a separate line before the reason.
     reason = next((message for message in messages if not message.endswith("):")), first_line(stderr))
     position = f" at {line!r}" if line else ""
-    return RestoreError(f"{program} failed with status {code}: {reason}{position}", line=line)
+    named = next((found for message in messages if (found := _CHAIN_OF_RULE.search(message))), None)
+    chain = _chain_of(line) or (named[1] if named is not None else "")
+    return RestoreError(
+        f"{program} failed with status {code}: {reason}{position}",
+        line=line,
+        chain=chain,
+        affects_all=code < 0 or any(text in stderr for text in _AFFECTS_ALL),
+    )
+
+
+def _chain_of(line: str) -> str:
+    """Return the name of the chain that a line of input creates or changes, or "" for any other line."""
+    if line.startswith(":"):
+        return line[1:].partition(" ")[0]
+    return line.split(" ", 2)[1] if line.startswith("-") and " " in line else ""
 
 
 def check_tables(family: Family, version: IptablesVersion) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from msgspec import Struct, field
 
@@ -15,6 +15,8 @@ TABLES = ("mangle", "nat", "filter")
 """The tables that kproxy writes, in this order: DNAT rules (nat) are written before drop and reject rules (filter)."""
 _INCOMPATIBLE = re.compile(r"# Table [`'](\w+)' is incompatible(?:: (.+))?")
 _COUNTERS = re.compile(r"^\[\d+:\d+\] ")
+_PROBABILITY_UNITS = 1 << 31
+"""The kernel stores a probability as a multiple of 1 / _PROBABILITY_UNITS."""
 _PROBABILITY = re.compile(r"(?<=--probability )\d\.\d+")
 
 
@@ -41,6 +43,23 @@ class RestoreInput(Struct):
         """Time that iptables-nft needs for the change, in units of the time to write one rule or delete one chain."""
         patched = sum(patch.cost for patch in self.patches.values())
         return count_rules(self.chains.values()) + patched + len(self.edits) + len(self.deleted)
+
+    def add(self, other: RestoreInput) -> None:
+        """Add the chains, patches and edits of another change to this one."""
+        self.chains |= other.chains
+        self.patches |= other.patches
+        self.edits += other.edits
+
+    def by_table(self) -> Iterator[RestoreInput]:
+        """Yield the change of each table, in the order of `TABLES`. There must be no patches."""
+        for table in TABLES:
+            part = RestoreInput(
+                {chain: rules for chain, rules in self.chains.items() if chain.table == table},
+                edits=[edit for edit in self.edits if edit[0] == table],
+                deleted=[chain for chain in self.deleted if chain.table == table],
+            )
+            if part:
+                yield part
 
     def rules_by_table(self) -> Counter[str]:
         """Return the number of rules that the change writes into KUBE- chains, by table."""
@@ -146,6 +165,12 @@ def count_rules(chains: Iterable[str]) -> int:
     return sum(rules.count("\n") + 1 for rules in chains if rules)
 
 
+def probability_text(chosen: int, total: int) -> str:
+    """Return the probability `chosen / total` as `parse_save` returns it after iptables has printed it."""
+    text = f"{round(chosen / total * _PROBABILITY_UNITS) / _PROBABILITY_UNITS:.11f}"
+    return _PROBABILITY.sub(_requested_probability, f"--probability {text}").removeprefix("--probability ")
+
+
 def _normalize(line: str) -> str:
     rule = _COUNTERS.sub("", line).rstrip("\n ")
     if "--probability " in rule:
@@ -162,4 +187,4 @@ def _requested_probability(match: re.Match[str]) -> str:
     if not stored:
         return match[0]
     requested = 1 / round(1 / stored)
-    return f"{requested:.10f}" if abs(stored - requested) < 2**-31 else match[0]
+    return f"{requested:.10f}" if abs(stored - requested) < 1 / _PROBABILITY_UNITS else match[0]

@@ -3,6 +3,9 @@
 The proxy is healthy if every IP family has been synced and no change has been waiting for longer than twice
 `syncPeriod`. Load balancers use `/healthz` to decide whether to send new connections to this node. Therefore,
 `/healthz` also requires that the Node exists and is not being deleted (KEP-3836).
+
+`/livez` decides whether the kubelet restarts the proxy. This would not help a proxy that is still programming a large
+change, so `/livez` also succeeds while a sync makes progress.
 """
 
 from __future__ import annotations
@@ -24,18 +27,24 @@ ZERO_TIME = "0001-01-01T00:00:00Z"
 
 
 class FamilyHealth(Struct, frozen=True):
-    """The health of one IP family. `last_success` is in nanoseconds since the epoch, or 0 if no sync has succeeded."""
+    """The health of one IP family.
+
+    `last_success` is in nanoseconds since the epoch, or 0 if no sync has succeeded. `progressing` is true if a sync has
+    recently made progress. `quarantined` is the number of Services whose rules the kernel rejects.
+    """
 
     healthy: bool
     last_success: int
+    progressing: bool = False
+    quarantined: int = 0
 
 
 class Health:
     """Records two times for each IP family: when its oldest waiting change was queued, and when a sync last succeeded.
 
-    The reconciler's thread updates the times; any thread may read them. `now` is the time on the reconciler's monotonic
-    clock, in seconds. `wall` returns nanoseconds since the epoch, which are only displayed. `timeout` is the maximum
-    number of seconds that a change may wait.
+    The reconciler's thread updates the times; any thread may read them and call `on_progress`. `now` is the time on the
+    reconciler's monotonic clock, in seconds. `wall` returns nanoseconds since the epoch, which are only displayed.
+    `timeout` is the maximum number of seconds that a change may wait.
     """
 
     def __init__(self, families: Iterable[Family], timeout: float, *, wall: Callable[[], int]) -> None:
@@ -43,6 +52,8 @@ class Health:
         self._wall = wall
         self._pending: dict[Family, float] = {}
         self._succeeded: dict[Family, int] = dict.fromkeys(families, 0)
+        self._progress: dict[Family, float] = {}
+        self._quarantined: dict[Family, int] = {}
         self._lock = threading.Lock()
 
     def on_queue(self, family: Family, now: float) -> None:
@@ -53,17 +64,30 @@ class Health:
     def on_sync(self, report: SyncReport) -> None:
         """Record the outcome of a sync. If the sync failed, its changes are still waiting."""
         with self._lock:
+            self._progress.pop(report.family, None)
+            if report.result is not None:
+                self._quarantined[report.family] = report.result.counts.quarantined
             if report.result is None:
                 self._pending.setdefault(report.family, report.started)
             else:
                 self._pending.pop(report.family, None)
                 self._succeeded[report.family] = self._wall()
 
+    def on_progress(self, family: Family, now: float) -> None:
+        """Record that the running sync of a family has made progress: the kernel has accepted a part of it."""
+        with self._lock:
+            self._progress[family] = now
+
     def families(self, now: float) -> dict[Family, FamilyHealth]:
         """Return the health of every IP family."""
         with self._lock:
             return {
-                family: FamilyHealth(bool(success) and now - self._pending.get(family, now) <= self._timeout, success)
+                family: FamilyHealth(
+                    bool(success) and now - self._pending.get(family, now) <= self._timeout,
+                    success,
+                    family in self._progress and now - self._progress[family] <= self._timeout,
+                    self._quarantined.get(family, 0),
+                )
                 for family, success in self._succeeded.items()
             }
 
@@ -83,7 +107,8 @@ class HealthPages:
     `node` returns this Node, or None if it is unknown. `clock` returns the time of the reconciler's monotonic clock in
     seconds; `wall` returns nanoseconds since the epoch. For each response, `on_probe` is called with the page
     ("healthz" or "livez") and the HTTP status. `reason` returns the problem with this Node, or "" if there is none.
-    `/healthz` shows the problem in the field `reason`, which kube-proxy does not have.
+    `/healthz` shows the problem in the field `reason`, which kube-proxy does not have. If Services of a family are
+    quarantined, both pages show their number in `quarantinedServices`; this does not make the proxy unhealthy.
     """
 
     def __init__(
@@ -113,12 +138,17 @@ class HealthPages:
         return self._answer("healthz", eligible=is_eligible(self._node()), reason=self._reason())
 
     def livez(self, _: HttpRequest) -> HttpResponse:
-        """Respond with 200 if the proxy is healthy, and with 503 otherwise. The state of the Node does not matter."""
+        """Respond with 200 if every family is healthy or makes progress, and with 503 otherwise.
+
+        The state of the Node does not matter.
+        """
         return self._answer("livez", eligible=None)
 
     def _answer(self, page: str, eligible: bool | None, reason: str = "") -> HttpResponse:
         families = self._health.families(self._clock())
-        healthy = all(family.healthy for family in families.values())
+        is_livez = eligible is None
+        states = {family: each.healthy or (is_livez and each.progressing) for family, each in families.items()}
+        healthy = all(states.values())
         ok = healthy and eligible is not False
         now = self._wall()
         # As in kube-proxy, `lastUpdated` of a 200 response is the current time, even if nothing has changed for days.
@@ -133,7 +163,11 @@ class HealthPages:
                 **({} if eligible is None else {"nodeEligible": eligible}),
                 "healthy": healthy,
                 "status": {
-                    family.value: {"lastUpdated": rfc3339(health.last_success), "healthy": health.healthy}
+                    family.value: {
+                        "lastUpdated": rfc3339(health.last_success),
+                        "healthy": states[family],
+                        **({"quarantinedServices": health.quarantined} if health.quarantined else {}),
+                    }
                     for family, health in families.items()
                 },
                 **({"reason": reason} if reason else {}),

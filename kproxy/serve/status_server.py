@@ -80,6 +80,10 @@ class StatusServer:
         pages = HealthPages(self.health, node, clock=clock, wall=wall, on_probe=self.metrics.on_probe, reason=reason)
         self._fixed = {"healthz": (healthz_address, pages.handler), "metrics": (metrics_address, self._metrics_pages())}
 
+    def on_progress(self, family: Family) -> None:
+        """Record that the running sync of a family has made progress. Any thread may call this."""
+        self.health.on_progress(family, self._clock())
+
     def start(self) -> None:
         """Open the ports and start serving. Raises `ListenError` if a required port cannot be opened."""
         for name, (address, handler) in self._fixed.items():

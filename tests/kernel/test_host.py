@@ -228,6 +228,42 @@ def test_timeout_applies_to_each_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     assert CommandRunner().stream_input(["cat"], chunks(), timeout=0.001).code == 0
 
 
+def test_each_chunk_may_change_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, limits = Clock(), iter([0.001, 0.001, 10.0])
+    monkeypatch.setattr("kproxy.host.commands.monotonic", clock)
+
+    def chunks() -> Iterator[str]:
+        yield "one\n"
+        yield "two\n"
+        clock.advance_and_wait(0.0006)
+
+    assert CommandRunner().stream_input(["cat"], chunks(), timeout=lambda: next(limits)).code == 0
+    assert next(limits, None) is None
+
+
+def test_progress_is_reported_while_a_program_reads_its_input() -> None:
+    progress: list[int] = []
+    generated: list[int] = []
+
+    def chunks() -> Iterator[str]:
+        for number in range(5):
+            generated.append(number)
+            yield "x" * (1 << 21)
+
+    CommandRunner(lambda: progress.append(len(generated))).stream_input(["cat"], chunks(), timeout=GUARD)
+    assert {1, 2, 3, 4, 5} <= set(progress)
+
+
+def test_no_progress_is_reported_for_a_program_that_hangs(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "never")
+    progress: list[None] = []
+    done = CommandRunner(lambda: progress.append(None)).stream_input(
+        ["cat", str(tmp_path / "never")], ["one\n", "two\n"], timeout=0.01
+    )
+    assert done.timed_out
+    assert progress == []
+
+
 def test_watchdog_thread_ends_with_the_command() -> None:
     CommandRunner().stream_input(["cat"], ["one\n"] * 3, timeout=GUARD)
     assert "command-watchdog" not in {each.name for each in threading.enumerate()}

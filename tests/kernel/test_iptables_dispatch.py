@@ -98,18 +98,19 @@ def test_split_chains_are_read_back_as_written(namespace: Namespace, variant: st
 
 @pytest.mark.usefixtures("counters")
 def test_kernel_accepts_the_deepest_tree(namespace: Namespace, variant: str) -> None:
-    """With the longest path after it: a source range, an external traffic policy and masquerading."""
+    """With the longest path after it: source range, external traffic policy, group of endpoints and masquerading."""
     real, fake = RealKernel(namespace, Family.IPV6, variant), FakeKernel()
     service = replace(extra(1, Family.IPV6)[0], vips=nested_addresses(), external_local=False)
     found = Store("node-1")
     found.apply(Upsert(service))
-    found.apply(Upsert(extra(1, Family.IPV6)[1]))
+    endpoints = tuple(Endpoint(f"fd00:10:244:1::{number:x}", "node-1") for number in range(1, 1100))
+    found.apply(Upsert(replace(extra(1, Family.IPV6)[1], endpoints=endpoints)))
     context = Context(Family.IPV6, "node-1", masquerade_all=True)
     SingleFamilyProxy(IptablesBackend(fake, dispatch_threshold=1), context, store=found).sync()
     for text in fake.inputs:
         real.restore(text)
     assert real.state() == comparable(fake.dump())
-    assert max_jump_depth(real.state(), ChainName("nat", "PREROUTING")) == 14
+    assert max_jump_depth(real.state(), ChainName("nat", "PREROUTING")) == 15
 
 
 def nested_addresses() -> tuple[str, ...]:

@@ -7,7 +7,9 @@ import re
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
+from kproxy.model.sync_report import ServiceCounts
 from kproxy.model.types import Family, Node
 from kproxy.serve.health import NANO, Health, HealthPages, rfc3339
 from kproxy.serve.http import HttpRequest, encode
@@ -125,6 +127,51 @@ def test_failed_sync_leaves_its_changes_pending(proxy: FakeProxy) -> None:
     assert proxy.statuses == (200, 200)
     proxy.advance(1)
     assert proxy.statuses == (503, 503)
+
+
+def test_sync_that_makes_progress_keeps_livez_at_200(proxy: FakeProxy) -> None:
+    proxy.succeed(V6)
+    proxy.health.on_queue(V4, proxy.now)
+    assert proxy.statuses == (503, 503)
+    for _ in range(5):
+        proxy.advance(TIMEOUT / 2)
+        proxy.health.on_progress(V4, proxy.now)
+        assert proxy.statuses == (503, 200)
+        assert proxy.body("livez")["healthy"] is True
+        assert proxy.body("healthz")["status"]["IPv4"]["healthy"] is False
+    proxy.advance(TIMEOUT + 1)
+    assert proxy.statuses == (503, 503)
+
+
+def test_progress_of_a_sync_that_failed_does_not_count(proxy: FakeProxy) -> None:
+    proxy.succeed()
+    proxy.health.on_queue(V4, proxy.now)
+    proxy.advance(TIMEOUT + 1)
+    proxy.health.on_progress(V4, proxy.now)
+    proxy.fail(V4)
+    assert proxy.statuses == (503, 503)
+
+
+def test_progress_of_one_family_does_not_hide_that_the_other_hangs(proxy: FakeProxy) -> None:
+    proxy.succeed()
+    for family in (V4, V6):
+        proxy.health.on_queue(family, proxy.now)
+    proxy.advance(TIMEOUT + 1)
+    proxy.health.on_progress(V4, proxy.now)
+    assert proxy.statuses == (503, 503)
+
+
+def test_quarantined_services_are_shown_but_healthy(proxy: FakeProxy) -> None:
+    proxy.succeed()
+    report = succeeded(V4, started=proxy.now, finished=proxy.now)
+    assert report.result is not None
+    result = replace(report.result, counts=ServiceCounts(quarantined=2))
+    proxy.health.on_sync(replace(report, result=result))
+    assert proxy.statuses == (200, 200)
+    assert proxy.body()["status"]["IPv4"]["quarantinedServices"] == 2
+    assert "quarantinedServices" not in proxy.body()["status"]["IPv6"]
+    proxy.succeed()
+    assert "quarantinedServices" not in proxy.body()["status"]["IPv4"]
 
 
 def test_wall_clock_does_not_affect_health(proxy: FakeProxy) -> None:

@@ -261,3 +261,39 @@ def test_patching_is_supported_by_iptables_nft_since_1_8_5(version: IptablesVers
 def test_unparsable_version_is_an_error(text: str) -> None:
     with pytest.raises(CommandError, match="cannot parse the iptables version"):
         parse_version(text)
+
+
+@pytest.mark.parametrize(
+    ("stderr", "chain"),
+    [
+        (f"{NFT}\nline 3: RULE_APPEND failed (No such file or directory): rule in chain KUBE-SEP-A\n", "KUBE-SEP-A"),
+        (f"{NFT}\nline 2: CHAIN_ADD failed (Invalid argument): chain KUBE-SVC-A\n", ""),
+    ],
+)
+def test_chain_of_the_rejected_rule(stderr: str, chain: str) -> None:
+    assert make_restore_error("iptables-restore", 4, stderr, lambda _: "COMMIT").chain == chain
+
+
+def test_warnings_are_not_taken_for_the_reason() -> None:
+    stderr = (
+        "Warning: Extension recent revision 0 not supported, missing kernel module?\n"
+        f"{NFT}\nline 7: RULE_APPEND failed (No such file or directory): rule in chain KUBE-SEP-A\n"
+    )
+    error = make_restore_error("iptables-restore", 4, stderr, {7: "-A KUBE-SEP-A -m recent"}.__getitem__)
+    assert str(error).startswith("iptables-restore failed with status 4: line 7: RULE_APPEND failed")
+    assert (error.line, error.chain) == ("-A KUBE-SEP-A -m recent", "KUBE-SEP-A")
+
+
+@pytest.mark.parametrize(
+    ("code", "stderr", "expected"),
+    [
+        (-9, "iptables-restore timed out after 60 s", True),
+        (4, "Another app is currently holding the xtables lock. Stopped waiting after 5s.\n", True),
+        (4, f"{NFT}Could not fetch rule set generation id: Permission denied (you must be root)\n", True),
+        (3, f"{LEGACY}iptables-restore: unable to initialize table 'nat'\n", True),
+        (4, f"{NFT}\nline 3: RULE_APPEND failed (Invalid argument): rule in chain KUBE-A\n", False),
+        (1, "iptables-restore: line 5 failed\n", False),
+    ],
+)
+def test_problems_that_do_not_depend_on_the_input(code: int, stderr: str, expected: bool) -> None:
+    assert make_restore_error("iptables-restore", code, stderr, lambda _: "").affects_all is expected
