@@ -251,7 +251,8 @@ HEAD = "apiVersion: v1\nkind: Service\nmetadata:\n  name: web\n  namespace: demo
         ),
         (
             'kind: Node\napiVersion: v1\nmetadata: {name: "a\\nb"}\n',
-            "f.yaml:3: Node a b: metadata.name must be a lowercase RFC 1123 subdomain (letters, digits, '-' and '.'), "
+            "f.yaml:3: Node a b: metadata.name must be a lowercase RFC 1123 subdomain (up to 253 letters, "
+            "digits, '-' and '.'), "
             'not "a\\nb"',
         ),
         ("a: b\n", "f.yaml:1: kind is missing"),
@@ -823,7 +824,7 @@ endpoints:
 """
     loaded = load_objects({"a.yaml": bad.encode()})
     assert loaded.warnings == (
-        "a.yaml:8: EndpointSlice demo/web-1: ignoring unusable endpoints and ports: "
+        "a.yaml:8: EndpointSlice demo/web-1: ignoring unusable addresses and ports: "
         'endpoints[1].addresses[0] must be an IPv4 address, not "fd00::1"',
     )
     assert loaded.problems == ()

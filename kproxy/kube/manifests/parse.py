@@ -48,7 +48,7 @@ class ManifestFile(Struct, frozen=True):
     """The content of one file.
 
     `objects` are in the order of the file. An object that gets no rules, such as a headless Service, is represented by
-    None. `ignored_kinds` are the kinds in the file that kproxy does not use. `warnings` are log lines about endpoints
+    None. `ignored_kinds` are the kinds in the file that kproxy does not use. `warnings` are log lines about addresses
     and ports that cannot be used. If there are `problems`, the file must not be used.
     """
 
@@ -215,7 +215,7 @@ class _FileParser:
         if decoded.ignored_fields:
             line = document.line_of((*item.path, *decoded.ignored_fields[0].field))
             ignored = ignored_fields_text(decoded.ignored_fields)
-            text = f"{_name_of(item)}: ignoring unusable endpoints and ports: {ignored}"
+            text = f"{_name_of(item)}: ignoring unusable addresses and ports: {ignored}"
             self.warnings.append(str(FileProblem(self.path, text, line)))
         namespace = decoded.namespace if manifest.namespaced else ""
         self.objects.append(((item.kind, namespace, decoded.name), decoded.object))
