@@ -49,7 +49,7 @@ class FileProblem(Struct, frozen=True):
 
     def __str__(self) -> str:
         position = "".join(f":{number}" for number in (self.line, self.column) if number)
-        return f"{self.path}{position}: {self.message}"
+        return f"{printable(self.path)}{position}: {self.message}"
 
 
 def field_path_text(path: FieldPath) -> str:
