@@ -48,7 +48,8 @@ def declared() -> list[Requirement]:
 
 def needed() -> set[str]:
     """Return the names of all packages that the image's dependencies need, as the installed packages declare."""
-    pending, found = declared(), set()
+    pending = declared()
+    found: set[str] = set()
     while pending:
         requirement = pending.pop()
         name = canonicalize_name(requirement.name)
