@@ -7,14 +7,14 @@ ENV DEBIAN_FRONTEND=noninteractive
 RUN apt-get -qq update && apt-get -qq install -y --no-install-recommends \
     gcc iptables kmod libc6-dev libip4tc-dev libip6tc-dev libxtables-dev netbase nftables python3-dev python3-venv
 RUN python3 -m venv /opt/kproxy
-# Dependencies change less often than kproxy, so they get a layer of their own.
-COPY constraints.txt pyproject.toml /src/
-COPY deploy/image/requirements.py /src/deploy/image/
-RUN python3 /src/deploy/image/requirements.py /src/pyproject.toml > /src/requirements.txt \
-    && /opt/kproxy/bin/pip install --no-cache-dir --no-compile -c /src/constraints.txt -r /src/requirements.txt
-COPY LICENSE README.md /src/
+# Dependencies change less often than kproxy, so they get a layer of their own. pip accepts only files whose hashes are
+# listed, and builds packages with the listed version of setuptools.
+COPY deploy/image/build-requirements.txt deploy/image/requirements.txt /src/
+RUN /opt/kproxy/bin/pip install --no-cache-dir --no-compile --require-hashes -r /src/build-requirements.txt \
+    && /opt/kproxy/bin/pip install --no-cache-dir --no-compile --no-build-isolation --require-hashes -r /src/requirements.txt
+COPY LICENSE README.md pyproject.toml /src/
 COPY kproxy /src/kproxy
-RUN /opt/kproxy/bin/pip install --no-cache-dir --no-compile --no-deps /src \
+RUN /opt/kproxy/bin/pip install --no-cache-dir --no-compile --no-build-isolation --no-deps /src \
     # Only kubernetes.aio needs these; pip and setuptools are build tools.
     && /opt/kproxy/bin/pip uninstall --yes aiohappyeyeballs aiohttp aiohttp-retry aiosignal frozenlist multidict propcache \
         yarl pip setuptools

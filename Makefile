@@ -27,14 +27,18 @@ BASE ?=
 ENGINE ?=
 LOCAL_BASE := localhost/kproxy-base:bookworm
 
+# make audit, make image-pins: the tools that only these targets use.
+PIP_AUDIT := pip-audit==2.10.1
+PIP_TOOLS := pip-tools==7.6.2
+
 # make kind-up: proxy mode, iptables or nftables; node image, which selects the Kubernetes version of a new cluster,
 # by default kind's own.
 MODE ?=
 NODE_IMAGE ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup packages demo recording test fresh check bench \
-    image image-base image-test kind-up kind-test kind-down clean
+.PHONY: help setup packages demo recording test fresh check audit bench \
+    image-pins image image-base image-test kind-up kind-test kind-down clean
 
 help: ## list these targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -70,8 +74,28 @@ check: setup ## check formatting, lint and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
+# pip-audit is not a dependency of the other targets, and needs the network.
+audit: ## look up all pinned dependencies in the database of known vulnerabilities; needs the network
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/pip install --quiet --disable-pip-version-check $(PIP_AUDIT)
+	build/audit/bin/pip-audit --strict --disable-pip --require-hashes -r deploy/image/requirements.txt -r deploy/image/build-requirements.txt
+	build/audit/bin/pip-audit --strict --disable-pip --no-deps -r constraints.txt
+
 bench: setup ## run the benchmark; SIZE=small takes 3 minutes
 	@$(RUN) -m tests.bench --size=$(SIZE) --modes=$(MODES) --json=$(JSON) --chart=$(CHART) $(if $(COMPARE),--compare=$(COMPARE))
+
+# The image's dependencies and their dependencies, in the versions of constraints.txt, with the hashes of all their files.
+image-pins: ## write the requirements of the image after a change of dependencies or constraints.txt; needs the network
+	$(PYTHON) -m venv build/pins
+	build/pins/bin/pip install --quiet --disable-pip-version-check $(PIP_TOOLS)
+	$(PYTHON) deploy/image/requirements.py pyproject.toml > build/pins/requirements.in
+	echo setuptools > build/pins/build-requirements.in
+	for file in requirements build-requirements; do \
+		{ sed -n '1s/^#/#/p' deploy/image/$$file.txt; \
+		build/pins/bin/pip-compile --quiet --generate-hashes --allow-unsafe --strip-extras --no-annotate --no-header \
+			--no-emit-options -c constraints.txt -o - build/pins/$$file.in; } > build/pins/$$file.txt && \
+		mv build/pins/$$file.txt deploy/image/$$file.txt || exit; \
+	done
 
 image: ## build the container image with docker, podman or buildah
 	@ENGINE="$(ENGINE)" sh deploy/image/image.sh build $(IMAGE) $(BASE)

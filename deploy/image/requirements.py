@@ -1,6 +1,6 @@
 """`python3 requirements.py pyproject.toml`: print kproxy's dependencies in the format of a requirements file.
 
-The image installs the dependencies in a layer of their own, which is rebuilt only when they change.
+`make image-pins` adds the versions in constraints.txt and the hashes of all files.
 """
 
 from __future__ import annotations

@@ -41,9 +41,10 @@ from kproxy.iptables.render import LOCALHOST_COUNTER
 from kproxy.iptables.runner import IptablesRunner
 from kproxy.kube.client.client import ApiClient
 from kproxy.kube.client.cluster_access import ClientError
-from kproxy.kube.events.correlator import node_reference, service_reference
+from kproxy.kube.events.correlator import node_reference, object_reference, service_reference
 from kproxy.kube.events.recorder import EventRecorder, EventSink, NullRecorder
 from kproxy.kube.listwatch.api_source import ApiSource
+from kproxy.model.delta import Kind
 from kproxy.model.store import Store
 from kproxy.model.types import Family, Node, ServiceKey
 from kproxy.serve.metric_definitions import INVALID_DROPPED, LOCALHOST_ACCEPTED
@@ -198,6 +199,7 @@ class Daemon:
         events = self._events(client, name)
         serving = self._serving(families, store, events, reason=lambda: watch.reason)
         serving.metrics.track_invalid_services(lambda: store.invalid_services)
+        serving.metrics.track_invalid_endpoints(lambda: store.invalid_endpoints)
         watch = NodeMonitor(
             name,
             required=client is not None,  # files need not contain Nodes
@@ -217,7 +219,7 @@ class Daemon:
         prepare_conntrack(config)
         rules_watch = self._rules_watch(own_commits)
         watches = () if rules_watch is None else (rules_watch,)
-        for part in (*watches, *workers.values(), events, *self._sources(client, name)):
+        for part in (*watches, *workers.values(), events, *self._sources(client, name, events)):
             self._start(parts, part)
         periods = config.backend
         return Reconciler(
@@ -254,9 +256,15 @@ class Daemon:
             after_first_syncs=self._config.effective_mode == "nftables",
         )
 
-    def _sources(self, client: ApiClient | None, name: str) -> Iterator[Component]:
+    def _sources(self, client: ApiClient | None, name: str, events: EventSink) -> Iterator[Component]:
         if client is not None:
-            yield ApiSource(client, name, self._messages.put, kinds=watched_kinds(self._config))
+            kinds = watched_kinds(self._config)
+
+            def on_invalid(kind: Kind, namespace: str, of: str, text: str) -> None:
+                regarding = object_reference(kind, namespace, of, name)
+                events.event(regarding, "Warning", "InvalidObject", "Decode", text)
+
+            yield ApiSource(client, name, self._messages.put, kinds=kinds, on_invalid=on_invalid)
         if self._objects is not None:
             from kproxy.kube.manifests.file_source import FileSource  # noqa: PLC0415 - costs memory, and few daemons read files
 

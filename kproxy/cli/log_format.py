@@ -8,8 +8,8 @@ JSON: each line is an object with the keys of k8s.io/component-base/logs/json: `
 have `err` and `stacktrace`. Warnings also have `severity`, a key that kproxy adds. Without it, warnings would look like
 informational lines.
 
-The JSON format escapes line breaks, and the text format escapes all non-printable characters, so that no message can
-forge another log line.
+Both formats escape all non-printable characters, so that no message can forge another log line or control a terminal.
+Messages are cut to a maximum length, except debug messages.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import msgspec
 
 from kproxy.config.types import Logging, VModule
 from kproxy.model.log_throttle import V2
+from kproxy.model.printable_text import MAX_LENGTH, printable
 
 _SEVERITIES = {logging.CRITICAL: "F", logging.ERROR: "E", logging.WARNING: "W"}
 
@@ -62,15 +63,6 @@ def verbosity_of(level: int) -> int:
     return 2 if level >= V2 else 4
 
 
-def printable(text: str) -> str:
-    """Escape control characters, line separators and other non-printable characters as Python does."""
-    if text.isprintable():
-        return text
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
-    )
-
-
 class TextFormatter(logging.Formatter):
     """klog's text format. Each line of a traceback (logged with `--v=4`) gets the same header as the message."""
 
@@ -85,7 +77,7 @@ class TextFormatter(logging.Formatter):
         lines = [record.getMessage()]
         if record.exc_info:
             lines += self.formatException(record.exc_info).splitlines()
-        return "\n".join(header + printable(line) for line in lines)
+        return "\n".join(header + printable(line, _limit(record)) for line in lines)
 
     def _when(self, seconds: float) -> str:
         microseconds = int(seconds * 1e6)
@@ -106,15 +98,15 @@ class JsonFormatter(logging.Formatter):
         fields: dict[str, object] = {
             "ts": record.created * 1000,
             "caller": f"{caller}:{record.lineno}",
-            "msg": _encodable(record.getMessage()),
+            "msg": printable(record.getMessage(), _limit(record)),
         }
         if record.levelno < logging.ERROR:
             fields["v"] = verbosity_of(record.levelno)
         if record.levelno == logging.WARNING:
             fields["severity"] = "warning"
         if record.exc_info and record.exc_info[1] is not None:
-            fields["err"] = _encodable(repr(record.exc_info[1]))
-            fields["stacktrace"] = _encodable(self.formatException(record.exc_info))
+            fields["err"] = printable(repr(record.exc_info[1]), _limit(record))
+            fields["stacktrace"] = "\n".join(map(printable, self.formatException(record.exc_info).splitlines()))
         return msgspec.json.encode(fields).decode()
 
 
@@ -139,9 +131,6 @@ class FileVerbosity:
         return record.levelno >= level
 
 
-def _encodable(text: str) -> str:
-    """Replace surrogate escapes (PEP 383), which cannot be encoded in UTF-8.
-
-    A message contains them if it quotes program output that is not valid UTF-8.
-    """
-    return text.encode("utf-8", "backslashreplace").decode()
+def _limit(record: logging.LogRecord) -> int:
+    """Return the maximum length of a record's message, or 0 if it is not limited."""
+    return MAX_LENGTH if record.levelno >= logging.INFO else 0

@@ -39,11 +39,12 @@ def main(arguments: Sequence[str]) -> int:
 def _report(error: object, code: int) -> int:
     import logging
 
-    from kproxy.cli.log_format import printable, writes_json
+    from kproxy.cli.log_format import writes_json
+    from kproxy.model.printable_text import MAX_LENGTH, printable
 
     for line in str(error).split("\n"):  # not splitlines(): a quoted value can contain U+2028
         if writes_json():
             logging.getLogger(__name__).error("%s", line)  # a log parser expects every line to be JSON
         else:
-            print(f"kproxy: {printable(line)}", file=sys.stderr)
+            print(f"kproxy: {printable(line, MAX_LENGTH)}", file=sys.stderr)
     return code

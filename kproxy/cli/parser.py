@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from kproxy import __version__
 from kproxy.cli.console import show
+from kproxy.model.printable_text import MAX_LENGTH, printable
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
@@ -60,7 +61,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the error with a reference to the help, and exit with code 2."""
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: {printable(message, MAX_LENGTH)} (see {self.prog} --help)\n")
 
     def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
         if file is sys.stdout:

@@ -16,6 +16,7 @@ from kproxy.config.load import load_config
 from kproxy.config.types import Config
 from kproxy.config.validation import check, gate_warnings, has_port, reject_retired_mode
 from kproxy.documents.document import FieldPath, field_path_text
+from kproxy.model.printable_text import printable
 
 _TRUE = {"1", "t", "T", "true", "TRUE", "True"}
 _FALSE = {"0", "f", "F", "false", "FALSE", "False"}
@@ -177,7 +178,7 @@ def _read_file(path: str) -> bytes:
             return file.read()
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-        raise ConfigError(f"{path}: cannot be read: {reason}") from None
+        raise ConfigError(f"{printable(path)}: cannot be read: {reason}") from None
 
 
 def _given(namespace: argparse.Namespace, flags: tuple[Flag, ...]) -> Iterator[tuple[Flag, Any]]:

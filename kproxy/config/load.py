@@ -21,6 +21,7 @@ from kproxy.config.types import API_VERSION, KIND, Config, KproxySection
 from kproxy.config.validation import HEALTHZ_PORT, METRICS_PORT, check, ineffective_settings, reject_retired_mode
 from kproxy.documents.document import Document, DocumentError, FieldPath, field_path_text
 from kproxy.documents.parse import read_documents
+from kproxy.model.printable_text import printable
 
 _TYPE = (API_VERSION, KIND)
 _GATES: FieldPath = ("featureGates",)
@@ -115,9 +116,9 @@ def _find_document(text: bytes, path: str, problems: list[ConfigProblem]) -> Doc
         documents = read_documents(text, json=path.endswith(".json"), allow_duplicate_keys=True)
     except DocumentError as error:
         position = "".join(f":{number}" for number in (error.line, error.column) if number)
-        raise ConfigError(f"{path}{position}: {error}") from None
+        raise ConfigError(f"{printable(path)}{position}: {error}") from None
     if not documents:
-        raise ConfigError(f"{path}: must contain a {KIND}, but is empty")
+        raise ConfigError(f"{printable(path)}: must contain a {KIND}, but is empty")
     types = [_type(document) for document in documents]
     chosen = types.index(_TYPE) if _TYPE in types else 0
     for document, (_, kind) in zip(documents, types, strict=True):
@@ -139,7 +140,8 @@ def _type(document: Document) -> tuple[str, str]:
 
 
 def _location(path: str, line: int, text: str) -> str:
-    return ": ".join(part for part in (f"{path}:{line}" if line else path, text) if part)
+    name = printable(path)
+    return ": ".join(part for part in (f"{name}:{line}" if line else name, text) if part)
 
 
 def _data(document: Document) -> object:

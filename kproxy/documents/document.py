@@ -8,6 +8,8 @@ from typing import Any, TypeAlias
 import msgspec
 from msgspec import Struct
 
+from kproxy.model.printable_text import printable
+
 FieldPath: TypeAlias = tuple[str | int, ...]
 """The keys and indexes that lead to a field."""
 
@@ -47,13 +49,17 @@ class FileProblem(Struct, frozen=True):
 
     def __str__(self) -> str:
         position = "".join(f":{number}" for number in (self.line, self.column) if number)
-        return f"{self.path}{position}: {self.message}"
+        return f"{printable(self.path)}{position}: {self.message}"
 
 
 def field_path_text(path: FieldPath) -> str:
-    """Format a path as `spec.ports[0].port`. Quote keys with unprintable characters, such as line breaks."""
-    quoted = (step if isinstance(step, int) or step.isprintable() else repr(step) for step in path)
+    """Format a path as `spec.ports[0].port`. Quote unprintable keys, and cut long ones."""
+    quoted = (step if isinstance(step, int) or _is_plain(step) else format_value(step) for step in path)
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in quoted).removeprefix(".")
+
+
+def _is_plain(key: str) -> bool:
+    return key.isprintable() and len(key) <= MAX_VALUE_LENGTH
 
 
 MAX_VALUE_LENGTH = 80
@@ -61,9 +67,10 @@ MAX_VALUE_LENGTH = 80
 
 
 def format_value(value: object) -> str:
-    """Format a value as JSON for an error message, truncated to `MAX_VALUE_LENGTH` characters."""
+    """Format a value as printable JSON for an error message, truncated to `MAX_VALUE_LENGTH` characters."""
     try:
         text = msgspec.json.encode(value).decode()
     except (TypeError, ValueError, RecursionError):  # keys that JSON does not allow, lone surrogates, cycles
         text = f"a {type(value).__name__}"
+    text = printable(text[: MAX_VALUE_LENGTH + 1])
     return text if len(text) <= MAX_VALUE_LENGTH else f"{text[: MAX_VALUE_LENGTH - 3]}..."

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from socket import AF_INET, AF_INET6, inet_ntop, inet_pton
 
 from kproxy.model.types import Family
+
+_SPECIAL_RANGES = (
+    ("unspecified", re.compile(r"0\.0\.0\.0|::")),
+    ("loopback", re.compile(r"127\..*|::1")),
+    ("link-local", re.compile(r"169\.254\..*|fe[89ab][0-9a-f]:.*")),
+    ("link-local multicast", re.compile(r"224\.0\.0\..*|ff[0-9a-f]2:.*")),
+)
+_SPECIAL_PREFIXES = ("0.", "127.", "169.254.", "224.0.0.", "::", "fe8", "fe9", "fea", "feb", "ff")
 
 
 def socket_text(address: str, port: int) -> str:
@@ -21,6 +30,17 @@ def split_socket_text(text: str) -> tuple[str, int]:
 def family_of(address: str) -> Family:
     """Return the family of a canonical address or CIDR."""
     return Family.IPV6 if ":" in address else Family.IPV4
+
+
+def special_range(address: str) -> str:
+    """Return the special range that contains a canonical address, for example "loopback", or "" if there is none.
+
+    The API server refuses endpoints and external IPs in these ranges: the unspecified address, 127.0.0.0/8 and ::1,
+    169.254.0.0/16 and fe80::/10, and multicast with link-local scope (RFC 4291, RFC 5771).
+    """
+    if not address.startswith(_SPECIAL_PREFIXES):  # almost all addresses
+        return ""
+    return next((name for name, pattern in _SPECIAL_RANGES if pattern.fullmatch(address)), "")
 
 
 def canonical_address(text: str) -> str | None:

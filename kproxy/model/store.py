@@ -68,6 +68,7 @@ class Store:
         self._kinds = frozenset(kinds)
         self._unlisted = set(self._kinds)
         self._invalid: set[tuple[str, str]] = set()
+        self._invalid_endpoints: dict[SliceKey, int] = {}
         self._ignored = 0
 
     @property
@@ -97,6 +98,11 @@ class Store:
     def invalid_services(self) -> int:
         """The number of Services whose current state cannot be used."""
         return len(self._invalid)
+
+    @property
+    def invalid_endpoints(self) -> int:
+        """The number of endpoints and ports of all EndpointSlices that are ignored because they cannot be used."""
+        return sum(tuple(self._invalid_endpoints.values()))
 
     @property
     def ignored_services(self) -> int:
@@ -198,6 +204,8 @@ class Store:
             return StoreChange()
         services = self._remove_slice(key) | {endpoint_slice.service}
         self._slices[key] = packed
+        if endpoint_slice.invalid:
+            self._invalid_endpoints[key] = endpoint_slice.invalid
         self._slices_of[endpoint_slice.service] = (*self._slices_of.get(endpoint_slice.service, ()), key)
         return StoreChange(
             services,
@@ -207,6 +215,7 @@ class Store:
     def _remove_slice(self, key: SliceKey) -> frozenset[ServiceKey]:
         """Remove an EndpointSlice. Return the key of its Service, or an empty set if the slice does not exist."""
         packed = self._slices.pop(key, None)
+        self._invalid_endpoints.pop(key, None)
         if packed is None:
             return frozenset()
         owner = unpack(EndpointSlice, packed).service

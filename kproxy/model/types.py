@@ -85,7 +85,8 @@ class EndpointSlice(Struct, frozen=True, gc=False, array_like=True):
     """An EndpointSlice of one family. `service` is the key of the Service that it belongs to.
 
     `last_change` is the time at which the slice's last change was triggered, in seconds since the epoch. It is read
-    from the annotation `endpoints.kubernetes.io/last-change-trigger-time`; 0.0 means unknown.
+    from the annotation `endpoints.kubernetes.io/last-change-trigger-time`; 0.0 means unknown. `invalid` is the number
+    of endpoints and ports of the object that are missing here because they cannot be used.
     """
 
     namespace: str
@@ -95,6 +96,7 @@ class EndpointSlice(Struct, frozen=True, gc=False, array_like=True):
     endpoints: tuple[Endpoint, ...] = ()
     ports: tuple[EndpointPort, ...] = ()
     last_change: float = 0.0
+    invalid: int = 0
 
 
 class Node(Struct, frozen=True, gc=False):

@@ -143,13 +143,18 @@ def _node_port_rules(context: Context, verdict_map: str) -> tuple[NftRule, ...]:
 
 
 def _cluster_ips_check(context: Context) -> Iterator[NftRule]:
-    """Yield the rules that reject packets to unused ports of ClusterIPs and drop packets to unassigned ClusterIPs."""
+    """Yield the rules that reject packets to unused ports of ClusterIPs and drop packets to unassigned ClusterIPs.
+
+    Packets to this node's own addresses are neither rejected nor dropped, so that a Service or ServiceCIDR that
+    contains such an address does not make the node's servers unreachable.
+    """
+    elsewhere = FibLocal(KeyField.DESTINATION, negate=True)
     in_use = Lookup((KeyField.DESTINATION,), names.CLUSTER_IPS)
-    yield rule(in_use, Reject(), comment="no such port of this ClusterIP")
+    yield rule(in_use, elsewhere, Reject(), comment="no such port of this ClusterIP")
     for cidr in context.service_cidrs:
         if cidr.endswith("/0"):
             continue  # misconfigured: the rule would drop all new connections that the node forwards or opens
-        yield rule(MatchDaddr(cidr), Drop(), comment="no Service has this ClusterIP")
+        yield rule(MatchDaddr(cidr), elsewhere, Drop(), comment="no Service has this ClusterIP")
 
 
 def _masquerading(context: Context) -> tuple[NftRule, ...]:

@@ -95,7 +95,7 @@ def encode_statement(statement: nft.Statement, family: Family) -> Sequence[bytes
         case nft.MatchIifname():
             return _match_interface(statement)
         case nft.FibLocal():
-            return [_fib_address_type(statement.field), _compare(_HOST32.pack(nf.RTN_LOCAL))]
+            return [_fib_address_type(statement.field), _compare(_HOST32.pack(nf.RTN_LOCAL), negate=statement.negate)]
         case nft.MatchL4Proto():
             return [_load_meta(nf.NFT_META_L4PROTO), _compare(bytes([PROTOCOLS[statement.protocol]]))]
         case nft.CtStateNew():

@@ -195,7 +195,7 @@ def format_statement(statement: nft.Statement, family: Family) -> str:
             wildcard = "*" if statement.prefix else ""
             return f'iifname {_operator(negate=statement.negate)}"{statement.name}{wildcard}"'
         case nft.FibLocal():
-            return f"fib {statement.field.value} type local"
+            return f"fib {statement.field.value} type {_operator(negate=statement.negate)}local"
         case nft.MatchL4Proto():
             return f"meta l4proto {statement.protocol.lower()}"
         case nft.CtStateNew():

@@ -78,9 +78,14 @@ class Lookup(Struct, frozen=True, tag=True):
 
 
 class FibLocal(Struct, frozen=True, tag=True):
-    """`fib daddr type local`: match if the packet's source or destination is an address of this node."""
+    """`fib daddr type local`: match if the packet's source or destination is an address of this node.
+
+    With `negate`, match if it is not. The kernel looks up the address in its routing table `local`, so new addresses
+    take effect at once.
+    """
 
     field: Literal[KeyField.SOURCE, KeyField.DESTINATION]
+    negate: bool = False
 
 
 class MatchL4Proto(Struct, frozen=True, tag=True):

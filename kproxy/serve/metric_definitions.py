@@ -176,6 +176,10 @@ class MetricDefinitions:
             "kproxy_services_refused",
             "Number of Services whose current object is invalid; the last valid one, if any, stays active.",
         )
+        self.invalid_endpoints = self._gauge(
+            "kproxy_endpoints_invalid",
+            "Number of endpoints and ports of EndpointSlices that are ignored because they cannot be used.",
+        )
         self.failures = self._counter("kproxy_sync_failures_total", "Number of failed syncs.", FAMILY)
         self.drift_repairs = self._counter(
             "kproxy_drift_repairs_total",

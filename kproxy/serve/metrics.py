@@ -113,6 +113,10 @@ class Metrics:
         """
         self._metrics.invalid_services.set_function(read)
 
+    def track_invalid_endpoints(self, read: Callable[[], int]) -> None:
+        """Call `read` at each scrape to get the number of endpoints and ports that are ignored."""
+        self._metrics.invalid_endpoints.set_function(read)
+
     def conntrack_reconciled(self, family: Family, seconds: float, deleted: int) -> None:
         """Record the duration of a conntrack cleanup and the number of deleted entries."""
         self._metrics.conntrack.labels(family.value).observe(seconds)

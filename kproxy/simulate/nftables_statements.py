@@ -411,10 +411,12 @@ def _parse_fib(tokens: TokenReader) -> PacketMatch:
     of_source = tokens.accept("saddr")
     if not of_source:
         tokens.expect("daddr")
-    tokens.expect("type", "local")
+    tokens.expect("type")
+    negated = tokens.accept("!=")
+    tokens.expect("local")
     if of_source:
-        return PacketMatch(lambda state: state.is_local(state.source))
-    return PacketMatch(lambda state: state.is_local(state.destination))
+        return PacketMatch(lambda state: state.is_local(state.source) is not negated)
+    return PacketMatch(lambda state: state.is_local(state.destination) is not negated)
 
 
 def _parse_iifname(tokens: TokenReader) -> PacketMatch:

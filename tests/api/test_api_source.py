@@ -320,27 +320,33 @@ def test_ignored_endpoints_of_a_slice_are_logged_once(
     server: ApiServer, start_source: StartSource, received: Received, caplog: pytest.LogCaptureFixture
 ) -> None:
     server.create(endpoint_slice("web-1", "web", ["10.0.0.1", "fd00::1"]))
-    start_source(server)
+    reported = []
+    start_source(server, on_invalid=lambda *report: reported.append(report))
     received.until_listed()
     server.update(endpoint_slice("web-1", "web", ["10.0.0.2", "fd00::1"]))
     received.until(lambda _: [len(item.endpoints) for item in received.objects[EndpointSlice].values()] == [1])  # type: ignore[union-attr]
     server.update(endpoint_slice("web-1", "web", ["10.0.0.2"]))
     received.until(lambda _: sum(isinstance(delta, Upsert) for delta in received.deltas) == 2)
     text = (
-        "EndpointSlice demo/web-1: ignoring unusable endpoints and ports: "
+        "EndpointSlice demo/web-1: ignoring unusable addresses and ports: "
         'endpoints[1].addresses[0] must be an IPv4 address, not "fd00::1"'
     )
     assert [entry.getMessage() for entry in caplog.records if "unusable" in entry.getMessage()] == [text]
+    assert reported == [(EndpointSlice, "demo", "web-1", text)]
 
 
 def test_invalid_service_is_delivered_as_invalid(
     server: ApiServer, start_source: StartSource, received: Received
 ) -> None:
     server.create(service("web", "10.96.7.1"))
-    start_source(server)
+    reported = []
+    start_source(server, on_invalid=lambda *report: reported.append(report))
     received.until_listed()
     server.update(service("web", "10.96.7.1", port=99999))
     received.until(lambda _: Invalid(Service, "demo", "web") in received.deltas)
+    text = "spec.ports[0].port must be from 1 to 65535, not 99999"
+    text = f"Service demo/web is invalid: {text}; keeping its last valid state"
+    assert reported == [(Service, "demo", "web", text)]
     assert port_of(received, "web") == 80
 
 

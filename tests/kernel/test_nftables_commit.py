@@ -225,6 +225,7 @@ def statements(family: Family) -> Iterator[nft.Statement]:
     yield nft.Lookup(CONNECTION, names.HAIRPINS)
     yield nft.FibLocal(KeyField.SOURCE)
     yield nft.FibLocal(KeyField.DESTINATION)
+    yield nft.FibLocal(KeyField.DESTINATION, negate=True)
     for protocol in PROTOCOLS:
         yield nft.MatchL4Proto(protocol)
     yield nft.CtStateNew()

@@ -8,9 +8,10 @@ import pytest
 
 from tests.lab.client import Answered, Refused
 from tests.lab.continuous_requests import count_by_pod
+from tests.lab.modes import mode_flag
 from tests.lab.requirements import missing_protocol
 from tests.lab.servers import Servers
-from tests.lab.topology import Host, Lab
+from tests.lab.topology import NODE_ADDRESSES, Host, Lab
 from tests.lab.web_service import CLUSTER_IPS, EXTERNAL_IPS, LOAD_BALANCER_IPS, NODE_PORT, WebService
 
 UNUSED = {4: "10.96.0.99", 6: "fd00:10:96::99"}
@@ -151,6 +152,53 @@ def test_internal_policy_local_without_local_endpoints_drops(web: WebService, ve
     assert web.drops(web.client, CLUSTER_IPS[version])
     assert web.drops(web.node, CLUSTER_IPS[version])
     assert web.send_request(web.outsider, EXTERNAL_IPS[version]) == seen(remote, web.node.address(version))
+
+
+@pytest.mark.parametrize("mode", ["iptables", "nftables"])
+@VERSIONS
+def test_service_with_an_address_of_the_node_takes_over_only_its_port(
+    lab: Lab, servers: Servers, web: WebService, version: int, mode: str
+) -> None:
+    pod = web.pod(1)
+    servers.serve(web.node, 9090)
+    own = [*NODE_ADDRESSES]
+    for spec in ({"cluster_ips": own}, {"externalIPs": own}, {"load_balancer_ips": own, "type": "LoadBalancer"}):
+        addresses = spec.pop("cluster_ips", [*CLUSTER_IPS.values()])
+        web.apply([web.service("web", *addresses, **spec), *web.slices("web", [pod])], mode_flag(mode))
+        for origin in (web.node, web.client, web.outsider):
+            assert web.send_request(origin, own[version == 6], 9090) == seen(web.node, origin.address(version)), spec
+            outcome = web.send_request(origin, own[version == 6])
+            assert isinstance(outcome, Answered)
+            assert outcome.pod == pod.name
+
+
+@VERSIONS
+def test_service_whose_cluster_ip_becomes_an_address_of_the_node_does_not_hide_its_servers(
+    lab: Lab, servers: Servers, web: WebService, version: int
+) -> None:
+    web.apply([web.service("web", *CLUSTER_IPS.values()), *web.slices("web", [web.pod(1)])])
+    assert web.refuses(web.node, CLUSTER_IPS[version], 9090)
+    own = f"{CLUSTER_IPS[version]}/{128 if version == 6 else 32}"
+    lab.node.namespace.run(["ip", "address", "add", own, "dev", "eth0", *_nodad(own)])
+    servers.serve(Host("own", web.node.namespace, (CLUSTER_IPS[version],)), 9090)
+    assert isinstance(web.send_request(web.node, CLUSTER_IPS[version], 9090), Answered)
+    assert isinstance(web.send_request(web.client, CLUSTER_IPS[version], 9090), Answered)
+
+
+@VERSIONS
+def test_service_cidr_that_contains_the_address_of_the_node_does_not_hide_its_servers(
+    servers: Servers, web: WebService, version: int
+) -> None:
+    overlapping = {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "ServiceCIDR",
+        "metadata": {"name": "overlapping"},
+        "spec": {"cidrs": ["10.99.0.0/16", "fd00:99::/108"]},
+    }
+    servers.serve(web.node, 9090)
+    web.apply([web.service("web", *CLUSTER_IPS.values()), *web.slices("web", [web.pod(1)]), overlapping])
+    for origin in (web.node, web.client, web.outsider):
+        assert isinstance(web.send_request(origin, web.node.address(version), 9090), Answered), origin.name
 
 
 @PROTOCOLS

@@ -22,7 +22,7 @@ from tests.lab.proxy import KPROXY
 from tests.lab.requirements import missing_protocol
 from tests.lab.servers import Servers
 from tests.lab.topology import OUTSIDE_ADDRESSES, Host, Lab
-from tests.packets.differences import Reason, read_differences, read_nftables_table
+from tests.packets.differences import Reason, read_differences, read_kproxy_table
 from tests.packets.senders import LOCAL_POD_CIDRS, NODE, NODE_ADDRESSES, NODE_AS, SERVICE_CIDRS, sender_of, source_of
 from tests.packets.table import Row, read_table, socket_text, split_socket
 from tests.recordings import GOLDEN
@@ -58,7 +58,7 @@ def can_be_sent(row: Row) -> bool:
 
 ROWS = {
     "iptables": [row for row in read_table() if can_be_sent(row)],
-    "nftables": [row for row in read_nftables_table() if can_be_sent(row)],
+    "nftables": [row for row in read_kproxy_table() if can_be_sent(row)],
 }
 CASES = [(mode, row) for mode, rows in ROWS.items() for row in rows]
 TO_ITSELF = {row for reason, row in read_differences() if reason is Reason.HAIRPIN}

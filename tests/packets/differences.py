@@ -12,6 +12,7 @@ from typing import NamedTuple
 from tests.packets.senders import (
     LOCAL_POD_CIDRS,
     NODE,
+    NODE_ADDRESSES,
     NODE_AS,
     SECOND_NODE_ADDRESSES,
     SERVICE_CIDRS,
@@ -69,6 +70,25 @@ def read_nftables_table() -> list[Row]:
     """Read all rows of the table, with their fates in nftables mode."""
     fates = {row._replace(fate=""): row.fate for _, row in read_differences()}
     return [row._replace(fate=fates.get(row._replace(fate=""), row.fate)) for row in read_table()]
+
+
+def read_kproxy_table() -> list[Row]:
+    """Read all rows of the table, with their fates under kproxy's rules in nftables mode.
+
+    They are those of kube-proxy, except that kproxy never drops the node's packets to its own addresses because of a
+    ServiceCIDR (docs/differences.md). These packets have the same fate as in iptables mode.
+    """
+    own = {
+        row._replace(fate="")
+        for reason, row in read_differences()
+        if reason is Reason.OVERLAP and row.sender == NODE and row.address in NODE_ADDRESSES.values()
+    }
+    assert own
+    fates = {row._replace(fate=""): row.fate for row in read_table()}
+    return [
+        row._replace(fate=fates[row._replace(fate="")]) if row._replace(fate="") in own else row
+        for row in read_nftables_table()
+    ]
 
 
 def differences_text(differences: Iterable[Difference]) -> str:

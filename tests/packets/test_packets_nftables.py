@@ -11,12 +11,12 @@ from kproxy.model.types import Family
 from kproxy.simulate.nftables import NftablesSimulator
 from kproxy.simulate.packet import OutcomeDistribution, Packet, PacketOutcome, Simulator, Verdict
 from tests.packets.compare import wrong_fates
-from tests.packets.differences import Reason, read_differences, read_nftables_table, reason_for
+from tests.packets.differences import Reason, read_differences, read_kproxy_table, read_nftables_table, reason_for
 from tests.packets.expectation import EXACTLY, describe, uneven
 from tests.packets.programmed import programmed_iptables, programmed_nftables
 from tests.packets.record import record_differences, recorded_iptables, recorded_nftables
 from tests.packets.senders import NODE_ADDRESSES, SECOND_NODE_ADDRESSES, SENDERS
-from tests.packets.table import read_table
+from tests.packets.table import Row, read_table
 from tests.recordings import SCENARIOS
 
 Rules: TypeAlias = Callable[[str], dict[Family, NftablesSimulator]]
@@ -24,16 +24,16 @@ Rules: TypeAlias = Callable[[str], dict[Family, NftablesSimulator]]
 TABLE = read_nftables_table()
 
 SOURCES = [
-    pytest.param(recorded_nftables, EXACTLY, id="recorded"),
-    pytest.param(programmed_nftables, 0.005, id="kproxy"),
+    pytest.param(recorded_nftables, TABLE, EXACTLY, id="recorded"),
+    pytest.param(programmed_nftables, read_kproxy_table(), 0.005, id="kproxy"),
 ]
-"""Rules to test, and the relative tolerance for the probability of an endpoint."""
+"""Rules to test, the table of their fates, and the relative tolerance for the probability of an endpoint."""
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-@pytest.mark.parametrize(("rules", "tolerance"), SOURCES)
-def test_rules_match_the_table(rules: Rules, tolerance: float, scenario: str) -> None:
-    assert not wrong_fates(TABLE, scenario, rules(scenario), tolerance)
+@pytest.mark.parametrize(("rules", "table", "tolerance"), SOURCES)
+def test_rules_match_the_table(rules: Rules, table: list[Row], tolerance: float, scenario: str) -> None:
+    assert not wrong_fates(table, scenario, rules(scenario), tolerance)
 
 
 def test_exactly_the_rows_that_differ_are_listed_with_their_reasons() -> None:

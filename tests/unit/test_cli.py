@@ -131,6 +131,26 @@ def test_line_break_in_a_value_does_not_start_another_line(tmp_path: Path) -> No
     assert "x\\u2028kproxy: forged line" in done.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("fo\x1b[31mo\nE forged\u202e",),
+        ("--bog\x1b[31mus\nE forged",),
+        ("render", "--objects=/tmp", "--bog\x1b[31mus\nE forged"),
+        ("render", "--objects=/non\nexistent\x1b[31m"),
+        ("render", "--objects=/tmp", "--config=/non\nexistent\x1b[31m"),
+        ("render", "--objects=/tmp", "--hostname-override=a\x1b[31m\nb", "--v=\x1b\n"),
+        ("render", "--objects=" + "n" * 10_000),
+    ],
+)
+def test_control_characters_in_arguments_never_reach_the_terminal(arguments: tuple[str, ...]) -> None:
+    done = run(*arguments)
+    assert done.returncode in {1, 2}
+    line = error_line(done)
+    assert line.isprintable()
+    assert len(line) < 5000
+
+
 def test_missing_iptables_is_reported() -> None:
     done = run("apply", f"--objects={CLUSTER}", path="/nonexistent")
     assert done.returncode == 1

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kproxy.kube.codec.conversion import DecodedObject, IgnoredField, ignored_fields_text
 from kproxy.kube.codec.json_codec import decode_object
 from kproxy.kube.codec.object_error import ObjectError
-from kproxy.model.addresses import canonical_address, canonical_cidr
+from kproxy.model.addresses import canonical_address, canonical_cidr, special_range
 from kproxy.model.delta import Kind
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Node, Service, ServiceCIDR, ServicePort
 from tests.recordings import items
@@ -284,6 +284,70 @@ def test_canonical_address_is_idempotent(address: Any) -> None:
     assert canonical_address(canonical) == canonical
 
 
+SPECIAL_ADDRESSES = {
+    "unspecified": ("0.0.0.0", "000.0.0.0", "::", "0::0"),
+    "loopback": ("127.0.0.1", "127.255.255.255", "::1", "0:0:0:0:0:0:0:1", "127.000.0.1"),
+    "link-local": ("169.254.0.0", "169.254.169.254", "fe80::1", "FEBF:ffff::1"),
+    "link-local multicast": ("224.0.0.0", "224.0.0.255", "ff02::1", "ff12::1", "FFF2::1"),
+}
+"""Addresses that kube-apiserver's ValidateNonSpecialIP refuses."""
+ORDINARY_ADDRESSES = (
+    *("0.0.0.1", "126.255.255.255", "128.0.0.1", "169.253.0.1", "169.255.0.1", "224.0.1.1", "239.1.1.1", "10.0.0.1"),
+    *("255.255.255.255", "::2", "::127.0.0.1", "fe8::1", "fe7f::1", "fec0::1", "ff01::1", "ff05::2", "ff0::2", "1::"),
+)
+"""Addresses that ValidateNonSpecialIP accepts."""
+
+
+@pytest.mark.parametrize(
+    ("special", "text"), [(name, text) for name in SPECIAL_ADDRESSES for text in SPECIAL_ADDRESSES[name]]
+)
+def test_special_endpoint_is_ignored_alone(special: str, text: str) -> None:
+    family, other = ("IPv6", "fd00::2") if ":" in text else ("IPv4", "10.244.0.2")
+    decoded = endpoint_slice(
+        addressType=family, endpoints=[{"addresses": [text]}, {"addresses": [other]}], ports=[{"port": 80}]
+    )
+    assert decoded is not None
+    assert [item.address for item in decoded.endpoints] == [other]
+    assert decoded.invalid == 1
+    assert special_range(canonical_address(text) or "") == special
+    with pytest.raises(ObjectError, match=rf"^spec.externalIPs\[0\] must not be an? {special} address, but is "):
+        service(externalIPs=[text])
+
+
+@pytest.mark.parametrize("text", ORDINARY_ADDRESSES)
+def test_address_that_the_api_server_accepts_is_used(text: str) -> None:
+    decoded = endpoint_slice(addressType="IPv6" if ":" in text else "IPv4", endpoints=[{"addresses": [text]}])
+    assert decoded is not None
+    assert [item.address for item in decoded.endpoints] == [text]
+    assert valid_service(externalIPs=[text]).external_ips == (text,)
+
+
+@given(st.ip_addresses())
+def test_special_ranges_are_those_of_the_ipaddress_module(address: Any) -> None:
+    packed = address.packed
+    scope = packed[:3] == bytes([224, 0, 0]) if address.version == 4 else packed[0] == 0xFF and packed[1] & 15 == 2
+    if canonical_address(str(address)) == str(address):  # not an IPv4-mapped address
+        expected = address.is_unspecified or address.is_loopback or address.is_link_local or scope
+        assert bool(special_range(str(address))) == expected
+
+
+def test_load_balancer_address_on_loopback_is_ignored_alone() -> None:
+    ingress = [{"ip": "127.0.0.1"}, {"ip": "203.0.113.1"}, {"ip": "169.254.1.1"}]
+    data = {
+        "metadata": {"namespace": "ns", "name": "web"},
+        "spec": {"clusterIP": "10.96.0.1", "type": "LoadBalancer"},
+        "status": {"loadBalancer": {"ingress": ingress}},
+    }
+    decoded = decode(Service, data)
+    assert isinstance(decoded.object, Service)
+    assert decoded.object.vips == ("203.0.113.1", "169.254.1.1")
+    assert decoded.ignored_fields == (
+        IgnoredField(
+            ("status", "loadBalancer", "ingress", 0, "ip"), 'must not be a loopback address, but is "127.0.0.1"'
+        ),
+    )
+
+
 # EndpointSlices.
 
 
@@ -313,6 +377,8 @@ def test_all_endpoint_slice_fields() -> None:
     "labels",
     [
         {"kubernetes.io/service-name": ""},
+        {"kubernetes.io/service-name": "Web"},
+        {"kubernetes.io/service-name": "web\n"},
         {"service.kubernetes.io/headless": ""},
         {"service.kubernetes.io/service-proxy-name": "another"},
     ],
@@ -379,16 +445,43 @@ def test_unusable_endpoints_and_ports_are_reported() -> None:
         {"addresses": []},
         {"addresses": ["fd00::1"]},
         {"addresses": ["db.example.org", "10.244.0.2"]},
+        {"addresses": ["127.0.0.1"]},
+        {"addresses": ["10.244.0.3"], "nodeName": "a b"},
     ]
-    ports = [{"name": "http", "port": 80}, {"name": "all"}, {"port": None}]
+    ports = [
+        {"name": "http", "port": 80},
+        {"name": "all"},
+        {"port": None},
+        {"port": -1},
+        {"port": 65536},
+        {"port": 1, "protocol": "tcp"},
+        {"port": 1, "protocol": ""},
+        {"port": 1, "name": "a\nb"},
+    ]
     data = {"metadata": metadata, "addressType": "IPv4", "endpoints": endpoints, "ports": ports}
     assert decode(EndpointSlice, data).ignored_fields == (
         IgnoredField(("endpoints", 1, "addresses"), "is empty"),
         IgnoredField(("endpoints", 2, "addresses", 0), 'must be an IPv4 address, not "fd00::1"'),
         IgnoredField(("endpoints", 3, "addresses", 0), 'must be an IPv4 address, not "db.example.org"'),
+        IgnoredField(("endpoints", 4, "addresses", 0), 'must not be a loopback address, but is "127.0.0.1"'),
+        IgnoredField(
+            ("endpoints", 5, "nodeName"),
+            "must be a lowercase RFC 1123 subdomain (up to 253 letters, digits, '-' and '.'), not \"a b\"",
+        ),
         IgnoredField(("ports", 1, "port"), "is missing"),
         IgnoredField(("ports", 2, "port"), "is missing"),
+        IgnoredField(("ports", 3, "port"), "must be from 1 to 65535, not -1"),
+        IgnoredField(("ports", 4, "port"), "must be from 1 to 65535, not 65536"),
+        IgnoredField(("ports", 5, "protocol"), 'must be one of TCP, UDP, SCTP, not "tcp"'),
+        IgnoredField(("ports", 6, "protocol"), 'must be one of TCP, UDP, SCTP, not ""'),
+        IgnoredField(
+            ("ports", 7, "name"),
+            "must be a lowercase RFC 1123 label (up to 63 letters, digits and '-'), not \"a\\nb\"",
+        ),
     )
+    decoded = decode(EndpointSlice, data).object
+    assert isinstance(decoded, EndpointSlice)
+    assert (len(decoded.endpoints), len(decoded.ports), decoded.invalid) == (1, 1, 12)
     assert decode(EndpointSlice, data | {"endpoints": endpoints[:1], "ports": ports[:1]}).ignored_fields == ()
     other = {"service.kubernetes.io/service-proxy-name": "another"}
     assert decode(EndpointSlice, data | {"metadata": metadata | {"labels": other}}).ignored_fields == ()
@@ -528,6 +621,28 @@ LONG = "10.0.0.0/8, " * 20
             'spec.ports[2].name must be unique among the Service\'s TCP ports, but "a" is used twice',
         ),
         (
+            {"ports": [{"port": 80, "name": "a"}, {"port": 80, "name": "b"}]},
+            "spec.ports[1].port must be unique among the Service's TCP ports, but 80 is used twice",
+        ),
+        (
+            {"ports": [{"port": 80, "name": "a", "nodePort": 30000}, {"port": 81, "name": "b", "nodePort": 30000}]},
+            "spec.ports[1].nodePort must be unique among the Service's TCP ports, but 30000 is used twice",
+        ),
+        (
+            {"clusterIPs": ["10.96.0.1", "10.96.0.2"]},
+            'spec.clusterIPs must be at most one address of each IP family, not ["10.96.0.1","10.96.0.2"]',
+        ),
+        ({"clusterIP": "127.0.0.1"}, 'spec.clusterIP must not be a loopback address, but is "127.0.0.1"'),
+        (
+            {"clusterIPs": ["10.96.0.1", "FF02::1"]},
+            'spec.clusterIPs[1] must not be a link-local multicast address, but is "FF02::1"',
+        ),
+        (
+            {"externalIPs": ["192.0.2.1", "169.254.169.254"]},
+            'spec.externalIPs[1] must not be a link-local address, but is "169.254.169.254"',
+        ),
+        ({"externalIPs": ["0.0.0.0"]}, 'spec.externalIPs[0] must not be an unspecified address, but is "0.0.0.0"'),
+        (
             {"sessionAffinityConfig": {"clientIP": {"timeoutSeconds": "5"}}},
             'spec.sessionAffinityConfig.clientIP.timeoutSeconds must be an integer, not "5"',
         ),
@@ -562,10 +677,7 @@ def test_health_check_port_out_of_range_is_named(port: int) -> None:
             {"endpoints": [{}, {"conditions": {"ready": "yes"}}]},
             'endpoints[1].conditions.ready must be true or false, not "yes"',
         ),
-        ({"ports": [{"port": -1}]}, "ports[0].port must be from 1 to 65535, not -1"),
-        ({"ports": [{}, {"port": 65536}]}, "ports[1].port must be from 1 to 65535, not 65536"),
-        ({"ports": [{"port": 1, "protocol": "tcp"}]}, 'ports[0].protocol must be one of TCP, UDP, SCTP, not "tcp"'),
-        ({"ports": [{"protocol": ""}]}, 'ports[0].protocol must be one of TCP, UDP, SCTP, not ""'),
+        ({"ports": [{"port": "http"}]}, 'ports[0].port must be an integer, not "http"'),
     ],
 )
 def test_invalid_endpoint_slice_field_is_named(content: dict[str, Any], message: str) -> None:
@@ -601,21 +713,33 @@ def test_invalid_service_cidr_field_is_named(cidrs: Any, field: str) -> None:
     assert str(caught.value).startswith(f"{field} must be a ")
 
 
+@pytest.mark.parametrize("name", ["a.b", "a" * 64])
+def test_names_of_services_and_namespaces_are_labels(name: str) -> None:
+    for metadata in ({"namespace": "ns", "name": name}, {"namespace": name, "name": "web"}):
+        with pytest.raises(ObjectError, match="must be a lowercase RFC 1123 label"):
+            decode(Service, {"metadata": metadata, "spec": {"clusterIP": "10.96.0.1"}})
+
+
+@pytest.mark.parametrize("name", ["a..b", ".a", "a.", "a.-b", "a-.b"])
+def test_each_part_of_a_subdomain_is_a_label(name: str) -> None:
+    with pytest.raises(ObjectError, match="must be a lowercase RFC 1123 subdomain"):
+        decode(Node, {"metadata": {"name": name}})
+
+
 BAD_NAMES = ("", 'a"b', "a\nb", "a b", "A", "a\\", "-a", "a-", "a" * 254, "a;b", "ä", "a/b", "a\0")
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_names_that_could_break_rules_are_rejected(kind: Kind, name: str) -> None:
-    with pytest.raises(ObjectError, match=r"^metadata\.name (is missing|must be a lowercase RFC 1123 subdomain .*)"):
+    expected = "label" if kind is Service else "subdomain"
+    with pytest.raises(ObjectError, match=rf"^metadata\.name (is missing|must be a lowercase RFC 1123 {expected} .*)"):
         decode(kind, {"metadata": {"namespace": "ns", "name": name}})
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
 def test_namespaces_that_could_break_rules_are_rejected(name: str) -> None:
-    with pytest.raises(
-        ObjectError, match=r"^metadata\.namespace (is missing|must be a lowercase RFC 1123 subdomain .*)"
-    ):
+    with pytest.raises(ObjectError, match=r"^metadata\.namespace (is missing|must be a lowercase RFC 1123 label .*)"):
         decode(Service, {"metadata": {"namespace": name, "name": "web"}, "spec": {"clusterIP": "10.96.0.1"}})
 
 

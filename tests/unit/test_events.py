@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -21,10 +23,13 @@ from kproxy.kube.events.correlator import (
     event_path,
     micro_time,
     node_reference,
+    object_reference,
     post_outcome,
     service_reference,
 )
 from kproxy.kube.events.recorder import EventSink, NullRecorder
+from kproxy.model.delta import Kind
+from kproxy.model.types import EndpointSlice, Service
 from tests.apiserver.events import event_problems
 
 NOON = 1_767_268_800 * 10**9
@@ -84,6 +89,25 @@ def test_events_of_a_service_are_in_its_namespace() -> None:
         "name": "web",
         "uid": "demo/web",
     }
+
+
+def test_events_of_other_kinds_refer_to_their_api_group() -> None:
+    def regarding(kind: Kind, namespace: str, name: str) -> Any:
+        occurrence = EventOccurrence(
+            object_reference(kind, namespace, name, "node-1"), "Warning", "R", "A", "", 0.0, NOON
+        )
+        return event_object(EventReport(occurrence, NOON, 1), "node-1")["regarding"]
+
+    assert regarding(EndpointSlice, "demo", "web-1") == {
+        "apiVersion": "discovery.k8s.io/v1",
+        "kind": "EndpointSlice",
+        "namespace": "demo",
+        "name": "web-1",
+        "uid": "demo/web-1",
+    }
+    assert regarding(Service, "demo", "web")["apiVersion"] == "v1"
+    for namespace, name in (("demo", "a\nb"), ("a/b", "web"), ("demo", "a" * 10_000)):
+        assert regarding(Service, namespace, name)["kind"] == "Node"
 
 
 def test_repeated_event_has_a_series_and_the_time_of_the_first_occurrence() -> None:

@@ -24,7 +24,8 @@ from kproxy.kube.manifests import file_source
 from kproxy.kube.manifests.file_source import FileSource, FileSourceError, ManifestState
 from kproxy.kube.manifests.parse import load_objects, parse_file
 from kproxy.model.delta import Delta, Kind, Replace
-from kproxy.model.types import EndpointSlice, Node, Service, ServiceCIDR
+from kproxy.model.store import Store
+from kproxy.model.types import EndpointSlice, Node, Service, ServiceCIDR, ServicePort
 from tests.lab.waiting import HANG_GUARD
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -51,7 +52,8 @@ def manifest(*objects: dict[str, Any]) -> bytes:
 
 
 def problems(path: str, content: str) -> list[str]:
-    return [str(problem) for problem in parse_file(path, content.encode()).problems]
+    file = parse_file(path, content.encode())
+    return [str(problem) for problem in (*file.problems, *(problem for _, problem in file.invalid))]
 
 
 def object_names(replacements: tuple[Replace, ...]) -> list[list[str]]:
@@ -251,7 +253,8 @@ HEAD = "apiVersion: v1\nkind: Service\nmetadata:\n  name: web\n  namespace: demo
         ),
         (
             'kind: Node\napiVersion: v1\nmetadata: {name: "a\\nb"}\n',
-            "f.yaml:3: Node a b: metadata.name must be a lowercase RFC 1123 subdomain (letters, digits, '-' and '.'), "
+            "f.yaml:3: Node a b: metadata.name must be a lowercase RFC 1123 subdomain (up to 253 letters, "
+            "digits, '-' and '.'), "
             'not "a\\nb"',
         ),
         ("a: b\n", "f.yaml:1: kind is missing"),
@@ -316,9 +319,9 @@ def test_any_field_value_is_accepted_or_reported_as_a_problem(kind: str, field: 
     for parent in parents:
         mapping = mapping[parent]
     mapping[last] = value
-    for problem in parse_file("f.yaml", manifest(item)).problems:
-        assert str(problem).startswith("f.yaml:")
-        assert "\n" not in str(problem)
+    for problem in problems("f.yaml", manifest(item).decode()):
+        assert problem.startswith("f.yaml:")
+        assert problem.isprintable()
 
 
 def test_file_with_a_problem_contributes_no_objects() -> None:
@@ -429,6 +432,39 @@ def test_invalid_file_keeps_its_last_valid_state_and_others_are_updated() -> Non
     assert still.problems == (unreadable,)
     gone = state.update(PathSnapshot({"b.yaml": manifest(service("b3"))}))
     assert object_names(gone.replacements)[0] == ["b3"]
+
+
+def test_invalid_object_keeps_its_last_valid_state_and_others_in_the_file_are_updated() -> None:
+    store, state = Store("node-1"), ManifestState()
+
+    def update(*objects: dict[str, Any]) -> tuple[list[str], int, int]:
+        result = state.update(PathSnapshot({"a.yaml": manifest(*objects)}))
+        for replacement in result.replacements:
+            store.apply(replacement)
+        return sorted(store.service_keys()), store.invalid_services, len(result.problems)
+
+    bad = service("bad", ports=[{"port": 70_000}])
+    assert update(service("a"), bad) == (["demo/a"], 1, 1)
+    assert update(service("a"), service("bad")) == (["demo/a", "demo/bad"], 0, 0)
+    assert update(service("b"), bad, service("c", externalIPs=["127.0.0.1"])) == (["demo/b", "demo/bad"], 2, 2)
+    assert store.service("demo/bad") == Service("demo", "bad", ("10.96.0.10",), (ServicePort("", 80, "TCP"),))
+    assert update(service("b")) == (["demo/b"], 0, 0)
+
+
+def test_valid_definition_of_an_object_in_another_file_is_used() -> None:
+    bad = service("a", ports=[{"port": 70_000}])
+    update = ManifestState().update(PathSnapshot({"a.yaml": manifest(service("a")), "b.yaml": manifest(bad)}))
+    assert object_names(update.replacements)[0] == ["a"]
+    assert update.replacements[0].unreadable == ()
+    assert len(update.problems) == 1
+
+
+def test_load_once_delivers_nothing_if_an_object_is_invalid(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_bytes(manifest(service("a"), service("bad", ports=[{"port": 70_000}])))
+    deltas: list[Delta] = []
+    with pytest.raises(FileSourceError, match=r"Service demo/bad: spec\.ports"):
+        FileSource(str(tmp_path), deltas.extend).load_once()
+    assert deltas == []
 
 
 def test_new_invalid_file_is_ignored() -> None:
@@ -823,7 +859,7 @@ endpoints:
 """
     loaded = load_objects({"a.yaml": bad.encode()})
     assert loaded.warnings == (
-        "a.yaml:8: EndpointSlice demo/web-1: ignoring unusable endpoints and ports: "
+        "a.yaml:8: EndpointSlice demo/web-1: ignoring unusable addresses and ports: "
         'endpoints[1].addresses[0] must be an IPv4 address, not "fd00::1"',
     )
     assert loaded.problems == ()

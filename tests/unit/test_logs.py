@@ -16,17 +16,19 @@ from kproxy.cli.log_format import (
     JsonFormatter,
     TextFormatter,
     level_of,
-    printable,
     start_logging,
     verbosity_of,
     writes_json,
 )
 from kproxy.config.types import Logging, VModule
 from kproxy.model.log_throttle import V2
+from kproxy.model.printable_text import MAX_LENGTH, printable
 
 HERE = Path(__file__)
 CREATED = time.mktime((2025, 3, 9, 7, 5, 2, 0, 0, -1)) + 0.000123
-UNPRINTABLE = "a\nW0101 forged\rb\x1b[31m\x00\x7f\x85\u2028\udcff\tc"
+UNPRINTABLE = "a\nW0101 forged\rb\x1b[31m\x00\x7f\x85\u2028\u202e\udcff\tc"
+
+ESCAPED = r"a\nW0101 forged\rb\x1b[31m\x00\x7f\x85\u2028\u202e\udcff\tc"
 
 
 def record(level: int, message: str = "started", *arguments: object, seconds: float = CREATED) -> logging.LogRecord:
@@ -72,7 +74,16 @@ def test_long_process_id_is_not_truncated() -> None:
 
 def test_control_characters_of_messages_are_escaped() -> None:
     line = TextFormatter().format(record(logging.INFO, "object %s", UNPRINTABLE))
-    assert line.partition("] ")[2] == ("object a\\nW0101 forged\\rb\\x1b[31m\\x00\\x7f\\x85\\u2028\\udcff\\tc")
+    assert line.partition("] ")[2] == f"object {ESCAPED}"
+
+
+@pytest.mark.parametrize("formatter", [TextFormatter(), JsonFormatter()], ids=["text", "json"])
+def test_long_messages_are_cut_unless_they_are_debug_messages(formatter: logging.Formatter) -> None:
+    name = "n" * 10_000
+    line = formatter.format(record(logging.WARNING, "object %s", name))
+    assert len(line) < MAX_LENGTH + 200
+    assert "n... (5,911 more characters)" in line
+    assert name in formatter.format(record(logging.DEBUG, "object %s", name))
 
 
 def test_printable_characters_are_not_escaped() -> None:
@@ -125,7 +136,8 @@ def test_json_record_is_always_one_line() -> None:
     line = JsonFormatter().format(record(logging.INFO, "object %s", UNPRINTABLE))
     assert "\n" not in line
     assert "\r" not in line
-    assert json.loads(line)["msg"] == "object " + UNPRINTABLE.replace("\udcff", "\\udcff")
+    assert json.loads(line)["msg"] == "object " + ESCAPED
+    assert line.isprintable()
 
 
 # Levels

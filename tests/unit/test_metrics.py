@@ -134,6 +134,14 @@ def full_page(mode: str) -> Page:
     return proxy.page
 
 
+def test_endpoints_that_are_ignored_are_counted_without_a_sync(proxy: FakeProxy) -> None:
+    numbers = [7]
+    proxy.metrics.track_invalid_endpoints(lambda: numbers[0])
+    assert proxy.value("kproxy_endpoints_invalid") == 7
+    numbers[0] = 0
+    assert proxy.value("kproxy_endpoints_invalid") == 0
+
+
 def test_invalid_services_are_counted_without_a_sync(proxy: FakeProxy) -> None:
     invalid: list[str] = []
     proxy.metrics.track_invalid_services(lambda: len(invalid))

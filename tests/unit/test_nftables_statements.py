@@ -21,6 +21,7 @@ STATEMENTS: dict[nft.Statement, str] = {
     nft.MatchIifname("cni", prefix=True): 'iifname "cni*"',
     nft.Lookup((KeyField.SOURCE,), "clients"): "ip saddr @clients",
     nft.FibLocal(KeyField.DESTINATION): "fib daddr type local",
+    nft.FibLocal(KeyField.DESTINATION, negate=True): "fib daddr type != local",
     nft.MatchL4Proto("UDP"): "meta l4proto udp",
     nft.CtStateNew(): "ct state new",
     nft.CtStatusDnat(): "ct status dnat",

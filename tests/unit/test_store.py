@@ -113,6 +113,22 @@ def test_only_this_node_is_stored(store: Store) -> None:
     assert store.node == Node("node-1", zone="zone-b")
 
 
+def test_endpoints_that_are_ignored_are_counted(store: Store) -> None:
+    def slice_with(invalid: int) -> EndpointSlice:
+        return EndpointSlice("ns", "web-1", "ns/web", Family.IPV4, (), (), 0.0, invalid)
+
+    for invalid in (2, 3, 3, 0):
+        store.apply(Upsert(slice_with(invalid)))
+        assert store.invalid_endpoints == invalid
+    store.apply(Upsert(slice_with(5)))
+    store.apply(Delete(EndpointSlice, "ns", "web-1"))
+    assert store.invalid_endpoints == 0
+    store.apply(Replace(EndpointSlice, (slice_with(1),)))
+    assert store.invalid_endpoints == 1
+    store.apply(Replace(EndpointSlice, ()))
+    assert store.invalid_endpoints == 0
+
+
 def test_invalid_services_are_counted_until_they_become_valid_or_are_deleted(store: Store) -> None:
     assert store.invalid_services == 0
     assert store.apply(Invalid(Service, "ns", "web")) == NO_CHANGE

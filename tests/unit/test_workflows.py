@@ -105,8 +105,10 @@ def test_newer_commit_cancels_older_runs(path: Path) -> None:
 
 @EACH
 def test_every_job_has_a_timeout_and_uploads_logs_on_failure(path: Path) -> None:
-    for job in jobs(path).values():
+    for name, job in jobs(path).items():
         assert 0 < job["timeout-minutes"] <= 60
+        if name == "audit":
+            continue  # its only output is in the log of the job
         assert job["strategy"]["fail-fast"] is False
         last = job["steps"][-1]
         assert last["uses"].startswith("actions/upload-artifact@")
@@ -126,7 +128,18 @@ def test_make_targets_exist() -> None:
 
 
 def test_ci_checks_tests_and_runs_the_demo_and_a_cluster() -> None:
-    assert targets(CI) == {"check", "test", "demo", "packages", "kind-up", "kind-test"}
+    assert targets(CI) == {"check", "test", "audit", "demo", "packages", "kind-up", "kind-test"}
+
+
+def test_dependencies_are_audited_for_every_change_and_every_week() -> None:
+    text = CI.read_text()
+    assert re.search(r"^  schedule:\n    - cron: ", text, re.MULTILINE)
+    makefile = (ROOT / "Makefile").read_text()
+    audit = makefile[makefile.index("\naudit:") :].split("\n\n")[0]
+    for pinned in ("deploy/image/requirements.txt", "deploy/image/build-requirements.txt", "constraints.txt"):
+        assert f"-r {pinned}" in audit
+    assert audit.count("--strict") == audit.count("bin/pip-audit ") == 2
+    assert re.search(r"^PIP_AUDIT := pip-audit==[\d.]+$", makefile, re.MULTILINE)
 
 
 def test_demo_and_tests_run_on_debian_and_ubuntu_with_privileges() -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
+from functools import lru_cache
 from sys import intern
 from typing import NamedTuple, TypeVar, get_args
 
@@ -25,7 +26,7 @@ from msgspec import Struct
 from kproxy.documents.document import FieldPath, field_path_text, format_value
 from kproxy.kube.codec import schema
 from kproxy.kube.codec.object_error import ObjectError, must_be
-from kproxy.model.addresses import canonical_address, canonical_cidr, family_of
+from kproxy.model.addresses import canonical_address, canonical_cidr, family_of, special_range
 from kproxy.model.delta import Object
 from kproxy.model.types import (
     Endpoint,
@@ -53,11 +54,19 @@ MAX_PORT = 65535
 MAX_FIELDS_LOGGED = 3
 """Maximum number of ignored fields that a log line names. An EndpointSlice can have a hundred invalid endpoints."""
 
-_NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
-_PORT_NAME = re.compile(r"([a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?)?")
+MAX_SUBDOMAIN_LENGTH = 253
+_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
+_SUBDOMAIN = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 # Names become part of rules. The API server enforces these formats, but an object file could contain any name.
-_NAME_FORMAT = "a lowercase RFC 1123 subdomain (letters, digits, '-' and '.')"
-_PORT_NAME_FORMAT = "a lowercase RFC 1123 label (up to 63 letters, digits and '-')"
+_LABEL_FORMAT = "a lowercase RFC 1123 label (up to 63 letters, digits and '-')"
+_SUBDOMAIN_FORMAT = f"a lowercase RFC 1123 subdomain (up to {MAX_SUBDOMAIN_LENGTH} letters, digits, '-' and '.')"
+_SPECIAL = frozenset({"unspecified", "loopback", "link-local", "link-local multicast"})
+_NOT_FORWARDABLE = frozenset({"unspecified", "loopback", "link-local multicast"})
+"""The special ranges that a ClusterIP or load balancer IP cannot be in.
+
+The API server allows ClusterIPs in every range of a ServiceCIDR, and load balancer IPs in every range. kproxy ignores
+these three: rules for a loopback address would redirect the connections of programs on the node to themselves.
+"""
 _ADDRESS = "an IP address"
 _CIDR = "a CIDR (such as 10.0.0.0/8)"
 _PROTOCOLS: dict[str, Protocol] = {protocol: protocol for protocol in get_args(Protocol)}
@@ -93,7 +102,9 @@ def ignored_fields_text(ignored: Sequence[IgnoredField]) -> str:
 
 def convert_service(service: schema.ApiService) -> DecodedObject:
     """Convert a Service. Raises `ObjectError` for an invalid value."""
-    return _decoded(service.metadata, _convert_service(service))
+    ignored: list[IgnoredField] = []
+    _check_name(service.metadata.name, "name", is_label=True)
+    return _decoded(service.metadata, _convert_service(service, ignored), ignored)
 
 
 def convert_slice(
@@ -122,6 +133,10 @@ def convert_endpoint(endpoint: schema.ApiEndpoint, family: Family) -> Endpoint |
     if address is None or family_of(address) is not family:
         error = must_be(f"an {family.value} address", endpoint.addresses[0])
         return IgnoredField(("addresses", 0), error.problem)
+    if special := special_range(address):
+        return IgnoredField(("addresses", 0), _special_address(special, endpoint.addresses[0]).problem)
+    if endpoint.node_name and not is_subdomain(endpoint.node_name):
+        return IgnoredField(("nodeName",), must_be(_SUBDOMAIN_FORMAT, endpoint.node_name).problem)
     conditions = endpoint.conditions or schema.ApiConditions()
     hints = endpoint.hints or schema.ApiHints()
     return Endpoint(
@@ -154,9 +169,22 @@ def _decoded(
     return DecodedObject(metadata.namespace, metadata.name, metadata.resource_version, converted, tuple(ignored))
 
 
-def _check_name(name: str, field: str) -> None:
-    if not _NAME.fullmatch(name):
-        raise must_be(_NAME_FORMAT, name, "metadata", field) if name else ObjectError("is missing", ("metadata", field))
+def _check_name(name: str, field: str, *, is_label: bool = False) -> None:
+    if not name:
+        raise ObjectError("is missing", ("metadata", field))
+    if not (_LABEL.fullmatch(name) if is_label else is_subdomain(name)):
+        raise must_be(_LABEL_FORMAT if is_label else _SUBDOMAIN_FORMAT, name, "metadata", field)
+
+
+@lru_cache(maxsize=1024)  # the names of nodes occur in many endpoints
+def is_subdomain(name: str) -> bool:
+    """Return whether a name is a lowercase RFC 1123 subdomain, as the names of most objects are."""
+    return len(name) <= MAX_SUBDOMAIN_LENGTH and _SUBDOMAIN.fullmatch(name) is not None
+
+
+def _special_address(special: str, address: str, *field: str | int) -> ObjectError:
+    article = "an" if special[0] in "aeiou" else "a"
+    return ObjectError(f"must not be {article} {special} address, but is {format_value(address)}", field)
 
 
 def _out_of_range(low: int, high: int, number: int, *field: str | int) -> ObjectError:
@@ -167,15 +195,19 @@ def _unknown_protocol(protocol: str, *field: str | int) -> ObjectError:
     return must_be(f"one of {', '.join(_PROTOCOLS)}", protocol, *field)
 
 
-def _address(text: str, *field: str | int) -> str:
+def _address(text: str, refused: frozenset[str], *field: str | int) -> str:
+    """Return an address in canonical form. Raises `ObjectError` if it is in one of the `refused` special ranges."""
     address = canonical_address(text)
     if address is None:
         raise must_be(_ADDRESS, text, *field)
+    if (special := special_range(address)) in refused:
+        raise _special_address(special, text, *field)
     return address
 
 
-def _addresses(texts: Sequence[str] | None, *field: str) -> tuple[str, ...]:
-    return _canonical(canonical_address, _ADDRESS, texts, *field)
+def _addresses(texts: Sequence[str] | None, refused: frozenset[str], *field: str) -> tuple[str, ...]:
+    """Like `_address`, for a list of addresses. Duplicates are removed."""
+    return tuple(dict.fromkeys(_address(text, refused, *field, index) for index, text in enumerate(texts or ())))
 
 
 def _cidr(text: str, *field: str | int) -> str:
@@ -186,39 +218,25 @@ def _cidr(text: str, *field: str | int) -> str:
 
 
 def _cidrs(texts: Sequence[str] | None, *field: str) -> tuple[str, ...]:
-    return _canonical(canonical_cidr, _CIDR, texts, *field)
+    """Return the canonical forms of CIDRs, without duplicates. Raises `ObjectError`."""
+    return tuple(dict.fromkeys(_cidr(text, *field, index) for index, text in enumerate(texts or ())))
 
 
-def _canonical(
-    convert: Callable[[str], str | None], expected: str, texts: Sequence[str] | None, *field: str
-) -> tuple[str, ...]:
-    """Return the canonical forms of a list's values, without duplicates. Raises `ObjectError`."""
-    if not texts:
-        return ()
-    values = []
-    for index, text in enumerate(texts):
-        value = convert(text)
-        if value is None:
-            raise must_be(expected, text, *field, index)
-        values.append(value)
-    return tuple(dict.fromkeys(values))
-
-
-def _convert_service(service: schema.ApiService) -> Service | None:
+def _convert_service(service: schema.ApiService, ignored: list[IgnoredField]) -> Service | None:
     metadata, spec = service.metadata, service.spec or schema.ApiServiceSpec()
     if PROXY_NAME_LABEL in (metadata.labels or {}):
         return None
     if spec.type == "ExternalName" or spec.cluster_ip in {"", "None"}:
         return None
-    external_ips = _addresses(spec.external_ips, "spec", "externalIPs")
+    external_ips = _addresses(spec.external_ips, _SPECIAL, "spec", "externalIPs")
     accepts_external = spec.type in {"NodePort", "LoadBalancer"} or bool(external_ips)
     external_local = accepts_external and spec.external_traffic_policy == "Local"
-    _check_name(metadata.namespace, "namespace")
+    _check_name(metadata.namespace, "namespace", is_label=True)
     ports = tuple([_convert_port(port, index) for index, port in enumerate(spec.ports or ())])
     if not 0 <= spec.health_check_node_port <= MAX_PORT:
         raise _out_of_range(0, MAX_PORT, spec.health_check_node_port, "spec", "healthCheckNodePort")
-    if len({(port.name, port.protocol) for port in ports}) < len(ports):
-        raise _duplicate_port(ports)
+    if len(ports) > 1:
+        _check_duplicate_ports(ports)
     return Service(
         namespace=intern(metadata.namespace),
         name=metadata.name,
@@ -228,29 +246,37 @@ def _convert_service(service: schema.ApiService) -> Service | None:
         internal_local=spec.internal_traffic_policy == "Local",
         external_local=external_local,
         external_ips=external_ips,
-        vips=_load_balancer_vips(service),
+        vips=_load_balancer_vips(service, ignored),
         source_ranges=_cidrs(spec.load_balancer_source_ranges, "spec", "loadBalancerSourceRanges"),
         health_check_node_port=spec.health_check_node_port if external_local and spec.type == "LoadBalancer" else 0,
     )
 
 
 def _cluster_ips(spec: schema.ApiServiceSpec) -> tuple[str, ...]:
-    if spec.cluster_ips:
-        return _addresses(spec.cluster_ips, "spec", "clusterIPs")
-    return (_address(spec.cluster_ip, "spec", "clusterIP"),)
+    if not spec.cluster_ips:
+        return (_address(spec.cluster_ip, _NOT_FORWARDABLE, "spec", "clusterIP"),)
+    addresses = _addresses(spec.cluster_ips, _NOT_FORWARDABLE, "spec", "clusterIPs")
+    if len(addresses) > len({family_of(address) for address in addresses}):
+        raise must_be("at most one address of each IP family", addresses, "spec", "clusterIPs")
+    return addresses
 
 
-def _load_balancer_vips(service: schema.ApiService) -> tuple[str, ...]:
+def _load_balancer_vips(service: schema.ApiService, ignored: list[IgnoredField]) -> tuple[str, ...]:
+    """Return the addresses with ipMode VIP. Those that cannot be forwarded are added to `ignored`."""
     balancer = service.status and service.status.load_balancer
     if not balancer or not balancer.ingress:
         return ()
-    return tuple(
-        dict.fromkeys(
-            _address(entry.ip, "status", "loadBalancer", "ingress", index, "ip")
-            for index, entry in enumerate(balancer.ingress)
-            if entry.ip and entry.ip_mode in {None, "VIP"}
-        )
-    )
+    vips = []
+    for index, entry in enumerate(balancer.ingress):
+        if not entry.ip or entry.ip_mode not in {None, "VIP"}:
+            continue
+        field = ("status", "loadBalancer", "ingress", index, "ip")
+        address = _address(entry.ip, frozenset(), *field)
+        if (special := special_range(address)) in _NOT_FORWARDABLE:
+            ignored.append(IgnoredField(field, _special_address(special, entry.ip).problem))
+        else:
+            vips.append(address)
+    return tuple(dict.fromkeys(vips))
 
 
 def _convert_port(port: schema.ApiServicePort, index: int) -> ServicePort:
@@ -260,23 +286,26 @@ def _convert_port(port: schema.ApiServicePort, index: int) -> ServicePort:
         raise _out_of_range(1, MAX_PORT, port.port, "spec", "ports", index, "port")
     if not 0 <= port.node_port <= MAX_PORT:
         raise _out_of_range(0, MAX_PORT, port.node_port, "spec", "ports", index, "nodePort")
-    if not _PORT_NAME.fullmatch(port.name):
-        raise must_be(_PORT_NAME_FORMAT, port.name, "spec", "ports", index, "name")
+    if port.name and not _LABEL.fullmatch(port.name):
+        raise must_be(_LABEL_FORMAT, port.name, "spec", "ports", index, "name")
     protocol = _PROTOCOLS.get(port.protocol)
     if protocol is None:
         raise _unknown_protocol(port.protocol, "spec", "ports", index, "protocol")
     return ServicePort(intern(port.name), port.port, protocol, port.node_port)
 
 
-def _duplicate_port(ports: Sequence[ServicePort]) -> ObjectError:
-    seen: set[tuple[str, str]] = set()
+def _check_duplicate_ports(ports: Sequence[ServicePort]) -> None:
+    """Raise `ObjectError` if two ports with the same protocol have the same name, port or nodePort."""
+    seen: set[tuple[str, str | int, str]] = set()
     for index, port in enumerate(ports):
-        if (port.name, port.protocol) in seen:
-            name = format_value(port.name)
-            problem = f"must be unique among the Service's {port.protocol} ports, but {name} is used twice"
-            return ObjectError(problem, ("spec", "ports", index, "name"))
-        seen.add((port.name, port.protocol))
-    raise AssertionError("the ports have different names")
+        for field, value in (("name", port.name), ("port", port.port), ("nodePort", port.node_port)):
+            if field == "nodePort" and not value:
+                continue
+            if (field, value, port.protocol) in seen:
+                used = f"but {format_value(value)} is used twice"
+                problem = f"must be unique among the Service's {port.protocol} ports, {used}"
+                raise ObjectError(problem, ("spec", "ports", index, field))
+            seen.add((field, value, port.protocol))
 
 
 def _affinity_seconds(spec: schema.ApiServiceSpec) -> int:
@@ -300,11 +329,12 @@ def _convert_slice(
 ) -> EndpointSlice | None:
     metadata, labels = endpoint_slice.metadata, endpoint_slice.metadata.labels or {}
     service = labels.get(SERVICE_NAME_LABEL, "")
-    if PROXY_NAME_LABEL in labels or HEADLESS_LABEL in labels or not service:
-        return None
+    if PROXY_NAME_LABEL in labels or HEADLESS_LABEL in labels or not _LABEL.fullmatch(service):
+        return None  # a label that is not a valid name of a Service names no Service
     if endpoint_slice.address_type not in {"IPv4", "IPv6"}:
         return None
     family = Family(endpoint_slice.address_type)
+    _check_name(metadata.namespace, "namespace", is_label=True)
     converted = [convert(endpoint, family) for endpoint in endpoints]
     usable = tuple([item for item in converted if isinstance(item, Endpoint)])
     if len(usable) < len(converted):
@@ -313,31 +343,36 @@ def _convert_slice(
             for index, item in enumerate(converted)
             if isinstance(item, IgnoredField)
         ]
-    ports = tuple([_convert_endpoint_port(port, index) for index, port in enumerate(endpoint_slice.ports or ())])
-    if not all(ports):
-        ignored += [
-            IgnoredField(("ports", index, "port"), "is missing") for index, port in enumerate(ports) if not port
-        ]
+    ports: list[EndpointPort] = []
+    for index, port in enumerate(endpoint_slice.ports or ()):
+        converted_port = _convert_endpoint_port(port)
+        if isinstance(converted_port, IgnoredField):
+            ignored.append(IgnoredField(("ports", index, *converted_port.field), converted_port.problem))
+        else:
+            ports.append(converted_port)
     return EndpointSlice(
         namespace=intern(metadata.namespace),
         name=metadata.name,
         service=f"{metadata.namespace}/{service}",
         family=family,
         endpoints=usable,
-        ports=tuple(filter(None, ports)),
+        ports=tuple(ports),
         last_change=_trigger_time(metadata.annotations),
+        invalid=len(ignored),
     )
 
 
-def _convert_endpoint_port(port: schema.ApiEndpointPort, index: int) -> EndpointPort | None:
-    """Convert a port, or return None if its number is missing or 0. Raises `ObjectError`."""
+def _convert_endpoint_port(port: schema.ApiEndpointPort) -> EndpointPort | IgnoredField:
+    """Convert a port, or return the field that makes it unusable."""
     protocol = "TCP" if port.protocol is None else _PROTOCOLS.get(port.protocol)
     if protocol is None:
-        raise _unknown_protocol(port.protocol or "", "ports", index, "protocol")
+        return IgnoredField(("protocol",), _unknown_protocol(port.protocol or "").problem)
     if not port.port:
-        return None
+        return IgnoredField(("port",), "is missing")
     if not 1 <= port.port <= MAX_PORT:
-        raise _out_of_range(1, MAX_PORT, port.port, "ports", index, "port")
+        return IgnoredField(("port",), _out_of_range(1, MAX_PORT, port.port).problem)
+    if port.name and not _LABEL.fullmatch(port.name):
+        return IgnoredField(("name",), must_be(_LABEL_FORMAT, port.name).problem)
     return EndpointPort(intern(port.name or ""), port.port, protocol)
 
 

@@ -9,6 +9,7 @@ from msgspec import Struct
 from kproxy.kube.codec.conversion import DecodedObject
 from kproxy.kube.codec.object_error import ObjectError, must_be
 from kproxy.kube.codec.schema import ApiStatus
+from kproxy.model.printable_text import printable
 
 INITIAL_EVENTS_END = "k8s.io/initial-events-end"
 """Annotation of the bookmark that ends the initial events of a watch with `sendInitialEvents` (KEP-3157)."""
@@ -63,8 +64,8 @@ Event: TypeAlias = DecodedObject | Deleted | Bookmark | UndecodableObject | Erro
 
 
 def one_line(text: str) -> str:
-    """Return text of unknown origin as one line, cut to `MAX_TEXT_LENGTH` characters."""
-    flat = " ".join(text.split())
+    """Return text of unknown origin as one printable line, cut to `MAX_TEXT_LENGTH` characters."""
+    flat = printable(" ".join(text.split()))
     return flat if len(flat) <= MAX_TEXT_LENGTH else flat[:MAX_TEXT_LENGTH] + "..."
 
 

@@ -10,8 +10,13 @@ from typing import Any, Literal, TypeAlias
 
 from msgspec import Struct
 
+from kproxy.kube.codec.conversion import is_subdomain
+from kproxy.model.delta import Kind
+from kproxy.model.printable_text import printable
 from kproxy.model.types import ServiceKey
 
+API_VERSIONS = {"EndpointSlice": "discovery.k8s.io/v1", "ServiceCIDR": "networking.k8s.io/v1"}
+"""The `apiVersion` of each kind that events are about, except for kinds of the core group (`v1`)."""
 EventType: TypeAlias = Literal["Normal", "Warning"]
 PostOutcome: TypeAlias = Literal["accepted", "retry", "renew", "rejected"]
 CONTROLLER = "kube-proxy"
@@ -81,6 +86,16 @@ def service_reference(key: ServiceKey) -> ObjectReference:
     return ObjectReference("Service", name, namespace, key)
 
 
+def object_reference(kind: Kind, namespace: str, name: str, node: str) -> ObjectReference:
+    """Return the reference to an object, or to this Node if the name or namespace of the object is not valid.
+
+    The API server would reject an event whose name or namespace is not valid.
+    """
+    if not is_subdomain(name) or (namespace and not is_subdomain(namespace)):
+        return node_reference(node)
+    return ObjectReference(kind.__name__, name, namespace, f"{namespace}/{name}".lstrip("/"))
+
+
 class TokenBucket:
     """A rate limiter. It provides `burst` tokens at first, and one more every `refill_seconds`, up to `burst`."""
 
@@ -148,7 +163,8 @@ def event_object(report: EventReport, node_name: str) -> dict[str, Any]:
     server's limits is truncated.
     """
     latest = report.latest
-    regarding = {"apiVersion": "v1", "kind": latest.regarding.kind, "name": latest.regarding.name}
+    kind = latest.regarding.kind
+    regarding = {"apiVersion": API_VERSIONS.get(kind, "v1"), "kind": kind, "name": latest.regarding.name}
     if latest.regarding.namespace:
         regarding["namespace"] = latest.regarding.namespace
     event = {
@@ -162,7 +178,7 @@ def event_object(report: EventReport, node_name: str) -> dict[str, Any]:
         "reason": latest.reason,
         "regarding": regarding | {"uid": latest.regarding.uid},
         "type": latest.event_type,
-        "note": _note(latest.note),
+        "note": _note(printable(latest.note, MAX_NOTE_BYTES)),
     }
     if report.count > 1:
         event["series"] = {"count": report.count, "lastObservedTime": micro_time(latest.wall)}

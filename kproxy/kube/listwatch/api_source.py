@@ -38,6 +38,10 @@ class ApiSource:
     the server does not serve ServiceCIDRs or does not allow reading them, their first delta is an empty `Replace`, and
     the time between requests for them grows to between 3 and 5 minutes. A connection that receives no data for
     `inactivity` seconds is replaced.
+
+    `on_invalid` is called with the kind, namespace and name of an object, and with a log line that names the field, if
+    the object or a part of it cannot be used. Like the log line, the call is not repeated for some time. `on_invalid`
+    runs in the threads of this class and must neither block nor raise.
     """
 
     def __init__(
@@ -48,11 +52,12 @@ class ApiSource:
         *,
         kinds: Iterable[Kind] = BASIC_KINDS,
         inactivity: float = INACTIVITY,
+        on_invalid: Callable[[Kind, str, str, str], None] | None = None,
     ) -> None:
         def machine(kind: Kind) -> ListWatch:
             return ListWatch(kind, node_name, random.random, inactivity)
 
-        self._reflectors = [_Reflector(client, kind, machine, sink) for kind in kinds]
+        self._reflectors = [_Reflector(client, kind, machine, sink, on_invalid) for kind in kinds]
 
     def start(self) -> None:
         """Start the threads."""
@@ -113,7 +118,9 @@ class _Reflector:
         kind: Kind,
         machine: Callable[[Kind], ListWatch],
         sink: Callable[[Delta], None],
+        on_invalid: Callable[[Kind, str, str, str], None] | None,
     ) -> None:
+        self._on_invalid = on_invalid
         self._client, self._kind, self._new_machine, self._sink = client, kind, machine, sink
         self._machine = machine(kind)
         self._messages = LogDeduplicator(REPEAT_PERIOD)
@@ -243,12 +250,19 @@ class _Reflector:
             text = f"cannot decode a {kind}: {invalid.text}; will relist {self._machine.resource}"
         if self._messages.should_log(text, now):
             log.warning("%s", text)
+            if invalid.name:
+                self._report_invalid(invalid, text)
 
     def _log_ignored_fields(self, ignored: IgnoredFields, now: float) -> None:
         name = f"{ignored.kind.__name__} {ignored.namespace}/{ignored.name}"
-        text = f"{name}: ignoring unusable endpoints and ports: {ignored.text}"
+        text = f"{name}: ignoring unusable addresses and ports: {ignored.text}"
         if self._ignored_fields.should_log(text, now):
             log.warning("%s", text)
+            self._report_invalid(ignored, text)
+
+    def _report_invalid(self, object_: InvalidObject | IgnoredFields, text: str) -> None:
+        if self._on_invalid is not None:
+            self._on_invalid(object_.kind, object_.namespace, object_.name, text)
 
     def _renew_credentials(self) -> None:
         try:

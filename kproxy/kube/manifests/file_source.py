@@ -46,6 +46,9 @@ class ManifestState:
     invalid files, would delete the rules that a previous process programmed for these objects. After the first
     delivery, if a file becomes invalid, its last valid content is used, and a new file that is invalid is ignored. If
     no file is usable, the objects stay as they are. To delete all objects, use a file with `items: []`.
+
+    A file in which only some objects are invalid is used, so that one invalid Service does not hold up the others. The
+    last valid state of an invalid object stays in use.
     """
 
     def __init__(self) -> None:
@@ -66,12 +69,15 @@ class ManifestState:
         self._texts = texts
         problems = [text for text in snapshot.files.values() if isinstance(text, FileProblem)]
         problems += (problem for content in self._parsed.values() for problem in content.problems)
+        invalid = [problem for content in self._parsed.values() for _, problem in content.invalid]
         self._valid = dict(self._last_valid(snapshot.files)) or self._valid
         loaded = combine(self._valid.values())
         changed = loaded.replacements != self._delivered and (bool(self._delivered) or not problems)
         if changed:
             self._delivered = loaded.replacements
-        return ManifestUpdate(loaded.replacements if changed else (), loaded.notes, loaded.warnings, tuple(problems))
+        return ManifestUpdate(
+            loaded.replacements if changed else (), loaded.notes, loaded.warnings, (*problems, *invalid)
+        )
 
     def _last_valid(self, files: Mapping[str, bytes | FileProblem]) -> Iterator[tuple[str, ManifestFile]]:
         for path in files:

@@ -48,8 +48,9 @@ class ManifestFile(Struct, frozen=True):
     """The content of one file.
 
     `objects` are in the order of the file. An object that gets no rules, such as a headless Service, is represented by
-    None. `ignored_kinds` are the kinds in the file that kproxy does not use. `warnings` are log lines about endpoints
-    and ports that cannot be used. If there are `problems`, the file must not be used.
+    None. `ignored_kinds` are the kinds in the file that kproxy does not use. `warnings` are log lines about addresses
+    and ports that cannot be used. `invalid` are the objects that cannot be used, with the problem of each; the last
+    valid state of these objects stays in use. If there are `problems`, the file must not be used.
     """
 
     path: str
@@ -57,6 +58,7 @@ class ManifestFile(Struct, frozen=True):
     ignored_kinds: tuple[str, ...] = ()
     problems: tuple[FileProblem, ...] = ()
     warnings: tuple[str, ...] = ()
+    invalid: tuple[tuple[Identity, FileProblem], ...] = ()
 
 
 class LoadedManifests(Struct, frozen=True):
@@ -64,7 +66,8 @@ class LoadedManifests(Struct, frozen=True):
 
     `replacements` has one entry for each kind in `MANIFEST_KINDS`, in the order of `MANIFEST_KINDS`. A kind without
     objects has an empty entry. `notes` are lines about kinds that kproxy does not use. `warnings` are lines about
-    objects that are defined more than once, and about endpoints and ports that cannot be used.
+    objects that are defined more than once, and about endpoints and ports that cannot be used. `problems` are those of
+    files that cannot be used, and of invalid objects.
     """
 
     replacements: tuple[Replace, ...]
@@ -127,18 +130,21 @@ def combine(files: Iterable[ManifestFile]) -> LoadedManifests:
     """Combine the objects of several files, in the order of the files' paths.
 
     For a file with problems, only the problems are returned, not the objects. If an object is defined more than once,
-    the last definition is used.
+    the last valid definition is used. Objects without a valid definition are in `Replace.unreadable`.
     """
     objects: dict[Identity, tuple[str, Object | None]] = {}
     notes: list[str] = []
     warnings: list[str] = []
     problems: list[FileProblem] = []
+    invalid: dict[Identity, None] = {}
     for file in sorted(files, key=lambda file: file.path):
         problems.extend(file.problems)
         if file.problems:
             continue
         notes.extend(f"{file.path}: ignoring {kind}: kproxy does not use this kind" for kind in file.ignored_kinds)
         warnings.extend(file.warnings)
+        problems.extend(problem for _, problem in file.invalid)
+        invalid.update(dict.fromkeys(identity for identity, _ in file.invalid))
         for identity, item in file.objects:
             earlier = objects.pop(identity, None)
             if earlier is not None:
@@ -150,6 +156,7 @@ def combine(files: Iterable[ManifestFile]) -> LoadedManifests:
         Replace(
             manifest.kind,
             tuple(item for item in with_rules if type(item) is manifest.kind),
+            tuple(identity[1:] for identity in invalid if identity[0] == name and identity not in objects),
             ignored=without_rules[name],
         )
         for name, manifest in MANIFEST_KINDS.items()
@@ -177,6 +184,7 @@ def parse_file(path: str, text: bytes) -> ManifestFile:
         tuple(dict.fromkeys(parser.ignored_kinds)),
         tuple(parser.problems),
         tuple(parser.warnings),
+        tuple(parser.invalid),
     )
 
 
@@ -189,6 +197,7 @@ class _FileParser:
         self.ignored_kinds: list[str] = []
         self.problems: list[FileProblem] = []
         self.warnings: list[str] = []
+        self.invalid: list[tuple[Identity, FileProblem]] = []
 
     def add_problem(self, message: str, line: int = 0) -> None:
         self.problems.append(FileProblem(self.path, message, line))
@@ -215,14 +224,19 @@ class _FileParser:
         if decoded.ignored_fields:
             line = document.line_of((*item.path, *decoded.ignored_fields[0].field))
             ignored = ignored_fields_text(decoded.ignored_fields)
-            text = f"{_name_of(item)}: ignoring unusable endpoints and ports: {ignored}"
+            text = f"{_name_of(item)}: ignoring unusable addresses and ports: {ignored}"
             self.warnings.append(str(FileProblem(self.path, text, line)))
         namespace = decoded.namespace if manifest.namespaced else ""
         self.objects.append(((item.kind, namespace, decoded.name), decoded.object))
 
     def _add_error(self, item: _ManifestItem, error: ObjectError, document: Document) -> None:
         text = ": ".join(filter(None, (one_line(_name_of(item)), str(error))))
-        self.add_problem(text, document.line_of((*item.path, *error.field)))
+        line = document.line_of((*item.path, *error.field))
+        identity = _identity_of(item)
+        if identity is None:
+            self.add_problem(text, line)
+        else:
+            self.invalid.append((identity, FileProblem(self.path, text, line)))
 
 
 def _items(content: bytes | Any) -> Iterator[_ManifestItem]:
@@ -290,6 +304,20 @@ def _parsed(content: bytes | Any) -> Any:
         return _decode_any(content)
     except ValueError as error:  # for example, if a number is too large for any type
         raise explain(error, content) from None
+
+
+def _identity_of(item: _ManifestItem) -> Identity | None:
+    """Return the identity of an invalid object, or None if its kind, version or name is not known."""
+    manifest = MANIFEST_KINDS.get(item.kind)
+    if manifest is None or item.api_version not in manifest.api_versions:
+        return None
+    try:
+        metadata = _decode_metadata(item.content).metadata
+    except ObjectError:
+        return None
+    if not metadata.name:
+        return None
+    return item.kind, (metadata.namespace or "default") if manifest.namespaced else "", metadata.name
 
 
 def _name_of(item: _ManifestItem) -> str:
