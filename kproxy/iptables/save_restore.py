@@ -137,17 +137,23 @@ def parse_save(lines: Iterable[str], tables: Iterable[str] = TABLES) -> SavedTab
         elif line.startswith("COMMIT") and table:
             cut_off.pop(table, None)
             table = ""
-        elif line.startswith(":") and table:
-            chains[ChainName(table, line[1:].rstrip("\n").split(" ", 1)[0])] = SavedChain()
-        elif table and (match := _RULE.match(line)):
-            chains.setdefault(ChainName(table, match[1]), SavedChain()).rules.append(_normalize(line))
-        elif not line.startswith("#") and not line.isspace() and line:
-            raise SaveError(f"not a line of iptables-save: {line[:MAX_QUOTED].rstrip()!r}")
+        else:
+            _parse_line(table, line, chains)
     if missing := cut_off.keys() - incompatible.keys():
         raise SaveError(f"the output of iptables-save for table {min(missing)} is cut off")
     return SavedTables(
         {chain: saved for chain, saved in chains.items() if chain.table not in incompatible}, incompatible
     )
+
+
+def _parse_line(table: str, line: str, chains: dict[ChainName, SavedChain]) -> None:
+    """Add the chain or rule on a line to `chains`. Ignore comments and empty lines. Raises `SaveError`."""
+    if table and line.startswith(":"):
+        chains[ChainName(table, line[1:].rstrip("\n").split(" ", 1)[0])] = SavedChain()
+    elif table and (match := _RULE.match(line)):
+        chains.setdefault(ChainName(table, match[1]), SavedChain()).rules.append(_normalize(line))
+    elif line.strip() and not line.startswith("#"):
+        raise SaveError(f"not a line of iptables-save: {line[:MAX_QUOTED].rstrip()!r}")
 
 
 def incompatible_line(table: str, reason: str) -> str:
