@@ -79,6 +79,13 @@ class Component(Protocol):
         """Stop the threads and wait at most `timeout` seconds for them to exit."""
 
 
+class ObjectSource(Component, Protocol):
+    """The component that delivers the objects."""
+
+    def status(self) -> dict[str, object]:
+        """Return fields for `/healthz` and `/livez`: whether the objects may be outdated, and why. Thread-safe."""
+
+
 class ConfigFile(Struct, frozen=True):
     """The file that the configuration was read from, its content, and a function that loads new content."""
 
@@ -134,6 +141,7 @@ class Daemon:
         self._programs: list[IptablesRunner] = []
         self._programs_stopped = threading.Event()
         self._failure: BaseException | None = None
+        self._source: ObjectSource | None = None
 
     def run(self) -> None:
         """Run until SIGTERM or SIGINT arrives, a thread fails, or the configuration changes.
@@ -207,7 +215,8 @@ class Daemon:
         self._start(parts, serving)
         prepare_process(config)
         prepare_conntrack(config)
-        for part in (*workers.values(), events, *self._sources(client, name)):
+        self._source = self._object_source(client, name, serving)
+        for part in (*workers.values(), events, self._source, *self._monitors()):
             self._start(parts, part)
         periods = config.backend
         return Reconciler(
@@ -228,13 +237,28 @@ class Daemon:
             execute=lambda family, job: workers[family].submit(partial(job, self._messages.put)),
         )
 
-    def _sources(self, client: ApiClient | None, name: str) -> Iterator[Component]:
-        if client is not None:
-            yield ApiSource(client, name, self._messages.put, kinds=watched_kinds(self._config))
-        if self._objects is not None:
+    def _object_source(self, client: ApiClient | None, name: str, serving: StatusServer) -> ObjectSource:
+        if client is None:
             from kproxy.kube.manifests.file_source import FileSource  # noqa: PLC0415 - costs memory, and few daemons read files
 
-            yield FileSource(self._objects, self._messages.put)
+            assert self._objects is not None
+            return FileSource(self._objects, self._messages.put)
+        source = ApiSource(
+            client,
+            name,
+            self._messages.put,
+            kinds=watched_kinds(self._config),
+            max_page_bytes=self._config.kproxy.max_list_page_bytes,
+            max_event_bytes=self._config.kproxy.max_watch_event_bytes,
+            on_error=serving.metrics.on_reflector_error,
+        )
+        serving.metrics.track_api(source.ages)
+        return source
+
+    def _source_status(self) -> dict[str, object]:
+        return self._source.status() if self._source is not None else {}
+
+    def _monitors(self) -> Iterator[Component]:
         if watches_addresses(self._config):
             yield AddressMonitor(lambda: self._messages.put(Resync()))
         if self._file is not None:
@@ -278,6 +302,7 @@ class Daemon:
             clock=time.monotonic,
             wall=time.time_ns,
             reason=reason,
+            sources=self._source_status,
             flags=self._flags,
         )
 

@@ -8,7 +8,7 @@ The proxy is healthy if every IP family has been synced and no change has been w
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from http import HTTPStatus
 
@@ -83,7 +83,9 @@ class HealthPages:
     `node` returns this Node, or None if it is unknown. `clock` returns the time of the reconciler's monotonic clock in
     seconds; `wall` returns nanoseconds since the epoch. For each response, `on_probe` is called with the page
     ("healthz" or "livez") and the HTTP status. `reason` returns the problem with this Node, or "" if there is none.
-    `/healthz` shows the problem in the field `reason`, which kube-proxy does not have.
+    `/healthz` shows the problem in the field `reason`, which kube-proxy does not have. `sources` returns further fields
+    for both pages, about the sources of the objects. They do not affect the status: while the API server is away, a
+    node must keep serving with the objects that it has.
     """
 
     def __init__(
@@ -95,8 +97,10 @@ class HealthPages:
         wall: Callable[[], int],
         on_probe: Callable[[str, int], None],
         reason: Callable[[], str] = lambda: "",
+        sources: Callable[[], Mapping[str, object]] = dict,
     ) -> None:
         self._health = health
+        self._sources = sources
         self._reason = reason
         self._node = node
         self._clock = clock
@@ -137,6 +141,7 @@ class HealthPages:
                     for family, health in families.items()
                 },
                 **({"reason": reason} if reason else {}),
+                **self._sources(),
             },
         )
 

@@ -86,6 +86,27 @@ class PacketCounterCollector(Collector):
                 yield CounterMetricFamily(name, text, value=packets)
 
 
+class ApiContactCollector(Collector):
+    """When the API server last sent data about the objects of each kind.
+
+    `times` returns them by kind, in seconds since the epoch. It may be replaced.
+    """
+
+    def __init__(self) -> None:
+        self.times: Callable[[], Mapping[str, float]] = dict
+
+    def collect(self) -> Iterator[Metric]:
+        """Return the current times."""
+        family = GaugeMetricFamily(
+            "kproxy_api_last_contact_timestamp_seconds",
+            "Unix time at which the API server last sent an object, a list or a bookmark of a kind.",
+            labels=("kind",),
+        )
+        for kind, seconds in self.times().items():
+            family.add_metric((kind,), seconds)
+        yield family
+
+
 SYNC_BUCKETS = tuple(0.001 * 2**power for power in range(15))
 """Histogram buckets in seconds for the duration of syncs and conntrack cleanups, as in kube-proxy."""
 PROGRAMMING_BUCKETS = (0.25, 0.5, *range(1, 60), *range(60, 120, 5), *range(120, 301, 30))
@@ -132,6 +153,8 @@ class MetricDefinitions:
         self._define_http()
         self._define_build()
         self.node_missing = self._gauge("kproxy_node_missing", "Whether this machine's Node is missing (1) or not (0).")
+        self.api_contacts = ApiContactCollector()
+        registry.register(self.api_contacts)
         ProcessCollector(registry=registry)
         registry.register(ProcessLimitsCollector())
 
@@ -249,6 +272,11 @@ class MetricDefinitions:
             "rest_client_requests_total",
             "Number of requests to the API server, by HTTP status code, host and method.",
             ("code", "host", "method"),
+        )
+        self.reflector_errors = self._counter(
+            "kproxy_reflector_errors_total",
+            "Number of failures to receive objects from the API server, by kind of object and reason.",
+            ("kind", "reason"),
         )
         self.request_duration = Histogram(
             "rest_client_request_duration_seconds",

@@ -21,6 +21,8 @@ from typing import TypeAlias
 from msgspec import Struct
 
 from kproxy.model.addresses import socket_text, split_socket_text
+from kproxy.model.log_throttle import LogThrottle
+from kproxy.model.restarts import Restarts
 from kproxy.serve.http import Handler, HttpRequest, HttpResponse, RequestError, encode, plain, pop_request
 
 BACKLOG = 128
@@ -220,6 +222,7 @@ class HttpServer:
         self._order = count()
         self._clients: dict[Connection, socket.socket] = {}
         self._listeners: set[socket.socket] = set()
+        self._overload = LogThrottle()
         self._sweeping = False
         self._stopping = False
         self._closed = False
@@ -270,13 +273,25 @@ class HttpServer:
         listener.close()
 
     def _run(self) -> None:
+        restarts = Restarts("http")
         while not self._stopping:
-            for key, _ in self._selector.select(self._timeout()):
-                _guard(key.data)
-            now = self._clock()
-            while self._timers and self._timers[0][0] <= now:
-                _guard(heappop(self._timers)[2])
+            try:
+                self._serve()
+            except Exception as error:  # no error may stop the server
+                delay, text = restarts.failed(error, self._clock())
+                if text:
+                    log.error("%s", text)
+                    log.debug("http", exc_info=error)
+                _wait_readable(self._wake, delay)
         self._close()
+
+    def _serve(self) -> None:
+        """Serve all sockets that are ready, or wait for one, and run the actions that are due."""
+        for key, _ in self._selector.select(self._timeout()):
+            _guard(key.data)
+        now = self._clock()
+        while self._timers and self._timers[0][0] <= now:
+            _guard(heappop(self._timers)[2])
 
     def _timeout(self) -> float | None:
         return max(0.0, self._timers[0][0] - self._clock()) if self._timers else None
@@ -322,10 +337,9 @@ class HttpServer:
         if self._clients:
             self._drop_earliest()
         else:
-            log.warning("too many open files: health checks and metrics may get no response")
-            poll = select.poll()
-            poll.register(self._wake, select.POLLIN)
-            poll.poll(1000 * SWEEP_SECONDS)
+            if self._overload.is_due(self._clock()):
+                log.warning("too many open files: health checks and metrics may get no response")
+            _wait_readable(self._wake, SWEEP_SECONDS)
 
     def _drop_earliest(self) -> None:
         self._drop(min(self._clients, key=lambda connection: connection.deadline))
@@ -352,6 +366,12 @@ class HttpServer:
         self._sweeping = bool(self._clients)
         if self._sweeping:
             self.call_later(SWEEP_SECONDS, self._sweep)
+
+
+def _wait_readable(descriptor: int, seconds: float) -> None:
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    poll.poll(1000 * seconds)
 
 
 def _guard(action: Action) -> None:
