@@ -10,9 +10,9 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-from kproxy.host.netlink import NetlinkSocket, retry_interrupted
+from kproxy.host.netlink import Message, NetlinkSocket, retry_interrupted
 from kproxy.host.netlink_message import attributes
 from kproxy.model.restarts import Restarts
 from kproxy.model.types import Family
@@ -178,13 +178,18 @@ def _is_ready(seconds: float | None, *descriptors: int) -> bool:
 
 
 def _dump_addresses(address_family: int) -> dict[int, frozenset[str]]:
-    found: dict[int, set[str]] = {}
     with NetlinkSocket(socket.NETLINK_ROUTE) as netlink:
-        for data, begin, end in netlink.dump(RTM_GETADDR, _IFADDRMSG.pack(address_family, 0, 0, 0, 0)):
-            own_family, *_, index = _IFADDRMSG.unpack_from(data, begin)
-            message = attributes(data, begin + _IFADDRMSG.size, end)
-            # On a point-to-point link, IFA_ADDRESS is the peer's address.
-            address = message.get(IFA_LOCAL) or message.get(IFA_ADDRESS)
-            if address and own_family in _ADDRESS_FAMILIES.values():
-                found.setdefault(index, set()).add(socket.inet_ntop(own_family, data[slice(*address)]))
+        return parse_addresses(netlink.dump(RTM_GETADDR, _IFADDRMSG.pack(address_family, 0, 0, 0, 0)))
+
+
+def parse_addresses(messages: Iterable[Message]) -> dict[int, frozenset[str]]:
+    """Return the addresses in a dump, keyed by interface index."""
+    found: dict[int, set[str]] = {}
+    for data, begin, end in messages:
+        own_family, *_, index = _IFADDRMSG.unpack_from(data, begin)
+        message = attributes(data, begin + _IFADDRMSG.size, end)
+        # On a point-to-point link, IFA_ADDRESS is the peer's address.
+        address = message.get(IFA_LOCAL) or message.get(IFA_ADDRESS)
+        if address and own_family in _ADDRESS_FAMILIES.values():
+            found.setdefault(index, set()).add(socket.inet_ntop(own_family, data[slice(*address)]))
     return {index: frozenset(addresses) for index, addresses in found.items()}

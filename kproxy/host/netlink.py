@@ -57,6 +57,9 @@ _BATCH_RECEIVE_BUFFER = 1 << 20
 _ERRNO = struct.Struct("=i")
 """The first field in the payload of NLMSG_ERROR and NLMSG_DONE: 0 or a negative errno (`struct nlmsgerr`)."""
 
+_MAX_ERRNO = 4999
+"""The largest error code: MAX_ERRNO in linux/err.h is 4095, and some subsystems have codes from 4096 up."""
+
 Message: TypeAlias = tuple[bytes, int, int]
 """A buffer with received messages, and the start and end of one message's payload in the buffer."""
 _T = TypeVar("_T")
@@ -337,6 +340,8 @@ def _check_end(data: bytes, begin: int, end: int, *, interrupted: bool) -> None:
     If it reports success but `interrupted` is true, raise `DumpInterruptedError`.
     """
     code = -_ERRNO.unpack_from(data, begin)[0] if end - begin >= _ERRNO.size else 0
+    if not 0 <= code <= _MAX_ERRNO:
+        raise MalformedMessageError(f"the error code {code}")
     if code:
         raise _error(code)
     if interrupted:

@@ -184,7 +184,7 @@ def _requested_probability(match: re.Match[str]) -> str:
     iptables prints a slightly different number, because the kernel stores a probability as a multiple of 2**-31.
     """
     stored = float(match[0])
-    if not stored:
+    if not 0 < stored <= 1:
         return match[0]
     requested = 1 / round(1 / stored)
     return f"{requested:.10f}" if abs(stored - requested) < 2**-31 else match[0]

@@ -62,10 +62,12 @@ class ProcessLimitsCollector(Collector):
 def ip_traffic(netstat: str) -> dict[str, int]:
     """Return the values of the IpExt lines in `/proc/net/netstat` by field name, such as `InOctets` (in bytes).
 
-    One line contains the names and the next line the values. Return an empty dict if the two lines are missing.
+    One line contains the names and the next line the values. Return an empty dict if the two lines are missing. Values
+    that are not numbers are omitted.
     """
     rows = [line.split()[1:] for line in netstat.splitlines() if line.startswith("IpExt:")]
-    return dict(zip(rows[0], map(int, rows[1]), strict=False)) if len(rows) == 2 else {}
+    pairs = zip(*rows, strict=False) if len(rows) == 2 else ()
+    return {name: int(value) for name, value in pairs if value.isascii() and value.isdigit()}
 
 
 class PacketCounterCollector(Collector):
