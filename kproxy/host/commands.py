@@ -364,8 +364,14 @@ def _timed_out(argv: Sequence[str], timeout: float) -> CompletedCommand:
 
 
 def _memory_file(name: str) -> BinaryIO:
-    """Open an empty file in memory. A file on disk is not possible if the root file system is read-only."""
-    return open(os.memfd_create(name), "w+b")
+    """Open an empty file in memory. A file on disk is not possible if the root file system is read-only or full.
+
+    Raises `InconclusiveError` if the process has too many open files, for example.
+    """
+    try:
+        return open(os.memfd_create(name), "w+b")
+    except OSError as error:
+        raise InconclusiveError(f"cannot create a file in memory: {error.strerror}") from None
 
 
 def _fill(file: BinaryIO, text: str) -> BinaryIO:

@@ -10,6 +10,7 @@ import select
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from enum import Enum, auto
 from functools import partial
 from heapq import heappop, heappush
@@ -223,6 +224,8 @@ class HttpServer:
         self._clients: dict[Connection, socket.socket] = {}
         self._listeners: set[socket.socket] = set()
         self._overload = LogThrottle()
+        self._reserve = -1
+        self._open_reserve()
         self._sweeping = False
         self._stopping = False
         self._closed = False
@@ -309,6 +312,7 @@ class HttpServer:
             self._drop(connection)
         for listener in self._listeners:
             listener.close()
+        self._close_reserve()
         self._selector.close()
         with self._closing:
             self._closed = True
@@ -333,9 +337,22 @@ class HttpServer:
         self._clients[connection] = listener
         self._selector.register(client, connection.events, partial(self._proceed, connection))
 
+    def _open_reserve(self) -> None:
+        """Hold a file descriptor that can be given up to answer a health check when descriptors run out."""
+        if self._reserve < 0:
+            with suppress(OSError):
+                self._reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
+    def _close_reserve(self) -> None:
+        if self._reserve >= 0:
+            os.close(self._reserve)
+            self._reserve = -1
+
     def _free_resources(self) -> None:
         if self._clients:
             self._drop_earliest()
+        elif self._reserve >= 0:
+            self._close_reserve()
         else:
             if self._overload.is_due(self._clock()):
                 log.warning("too many open files: health checks and metrics may get no response")
@@ -348,6 +365,7 @@ class HttpServer:
         del self._clients[connection]
         self._selector.unregister(connection.socket)
         connection.socket.close()
+        self._open_reserve()
 
     def _proceed(self, connection: Connection) -> None:
         if connection not in self._clients:

@@ -687,6 +687,32 @@ def test_files_are_polled_without_inotify(
     assert running.services() == ["b"]
 
 
+def test_inotify_is_used_again_once_it_works(
+    tmp_path: Path, start_source: Any, log_lines: LogLines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    failures = [True, True, True]
+
+    def scarce() -> Inotify:
+        attempts.put(bool(failures))
+        if failures:
+            failures.pop()
+            raise InotifyError(24, "Too many open files")
+        return Inotify()
+
+    monkeypatch.setattr(document_watch, "Inotify", scarce)
+    monkeypatch.setattr(file_source, "RELOAD_PERIOD", 0.01)
+    (tmp_path / "a.yaml").write_bytes(manifest(service("a")))
+    running = start_source(tmp_path)
+    assert running.services() == ["a"]
+    assert [attempts.get(timeout=HANG_GUARD) for _ in range(4)] == [True, True, True, False]
+    renamed_into(tmp_path / "a.yaml", manifest(service("b")))
+    assert running.services() == ["b"]
+    assert attempts.empty(), "the change was detected without another attempt"
+    assert "cannot watch for changes (Too many open files)" in log_lines.next()
+    assert log_lines.is_empty()
+
+
 def test_objects_are_delivered_again_after_an_unexpected_error(
     tmp_path: Path, log_lines: LogLines, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -309,6 +309,47 @@ def test_newest_client_is_served_when_file_descriptors_run_out(server: HttpServe
         second.close()
 
 
+def test_health_check_is_answered_when_other_threads_have_used_up_the_descriptors(server: HttpServer) -> None:
+    listener = open_port(server)
+    wait_until_idle(server)
+    client = socket.socket()
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files: list[int] = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(limit[0], 256), limit[1]))
+    try:
+        exhaust_descriptors(files)
+        client.settimeout(HANG_GUARD)
+        client.connect(listener.getsockname())
+        client.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        assert client.recv(100).startswith(b"HTTP/1.1 200 ")
+    finally:
+        for file in files:
+            os.close(file)
+        client.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+
+
+def test_server_continues_after_an_unexpected_error(
+    server: HttpServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("kproxy.model.restarts.FIRST_DELAY", 0.01)
+    listener = open_port(server)
+    select, failures = server._selector.select, [OSError(12, "Cannot allocate memory"), MemoryError()]
+
+    def failing(timeout: float | None = None) -> Any:
+        if failures:
+            raise failures.pop(0)
+        return select(timeout)
+
+    monkeypatch.setattr(server._selector, "select", failing)
+    for _ in range(3):
+        assert exchange(listener, b"GET / HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 200 ")
+    assert [record.message for record in caplog.records if record.levelname == "ERROR"] == [
+        "http: unexpected OSError(12, 'Cannot allocate memory'); trying again",
+        "http: unexpected MemoryError(); trying again",
+    ]
+
+
 def test_removing_a_port_closes_its_connections(server: HttpServer) -> None:
     listener, other = open_port(server), open_port(server)
     port = port_number(listener)
