@@ -33,7 +33,7 @@ SETTLE_TIMEOUT = 1.0
 
 After that, the files are read as they are.
 """
-FIRST_RETRY, LONGEST_RETRY = 1.0, 30.0
+FIRST_RETRY, LONGEST_RETRY = 1.0, 10.0
 """Seconds before a path that cannot be read is read again. Each delay is twice as long, up to the longest one."""
 log = logging.getLogger(__name__)
 
@@ -249,7 +249,7 @@ class PathWatcher:
     the path is read every `poll_period` seconds instead.
 
     Nothing is lost if the system runs out of resources: while a file cannot be read, it is read again at intervals of 1
-    to 30 s, even if it does not change. If `callback` or the watcher raises an exception, the exception is logged, and
+    to 10 s, even if it does not change. If `callback` or the watcher raises an exception, the exception is logged, and
     the watcher starts over after a pause.
     """
 

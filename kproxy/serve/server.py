@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import queue
+import resource
 import select
 import socket
 import threading
@@ -29,7 +30,11 @@ from kproxy.serve.http import Handler, HttpRequest, HttpResponse, RequestError, 
 BACKLOG = 128
 UNSPECIFIED = frozenset({"", "0.0.0.0", "::"})  # noqa: S104 - compared with, not bound
 MAX_CONNECTIONS = 512
-"""The maximum number of connections. At this limit, a new connection replaces the one with the earliest deadline."""
+"""The maximum number of connections. At this limit, a new connection replaces the one with the earliest deadline.
+
+The limit is lower if connections would otherwise use more than half of the file descriptors of the process: clients
+must not keep it from reading files and starting programs.
+"""
 SWEEP_SECONDS = 1.0
 """Seconds between two checks for connections whose deadline has passed."""
 _CHUNK = 16 * 1024
@@ -223,6 +228,8 @@ class HttpServer:
         self._order = count()
         self._clients: dict[Connection, socket.socket] = {}
         self._listeners: set[socket.socket] = set()
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._max_descriptors = limit if limit != resource.RLIM_INFINITY else 2 * MAX_CONNECTIONS
         self._overload = LogThrottle()
         self._reserve = -1
         self._open_reserve()
@@ -328,7 +335,7 @@ class HttpServer:
                 self._free_resources()
             return
         client.setblocking(False)
-        if len(self._clients) >= MAX_CONNECTIONS:
+        if len(self._clients) >= min(MAX_CONNECTIONS, self._max_descriptors // 2):
             self._drop_earliest()
         if not self._sweeping:
             self._sweeping = True

@@ -276,6 +276,26 @@ def test_too_many_connections_close_the_longest_idle_ones(
         client.close()
 
 
+def test_clients_use_at_most_half_of_the_descriptors(clock: Clock) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (40, hard))
+    try:
+        server = HttpServer(clock=clock, wall=time)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    server.start()
+    listener = open_port(server)
+    clients = [connect(listener) for _ in range(30)]
+    for client in clients[:10]:
+        assert client.recv(1) == b"", "replaced by a newer client"
+    for client in clients[10:]:
+        client.sendall(REQUEST)
+        assert client.recv(65536).endswith(b"GET /a")
+    for client in clients:
+        client.close()
+    server.stop(HANG_GUARD)
+
+
 def exhaust_descriptors(files: list[int]) -> None:
     """Open files until the process runs out of descriptors."""
     while True:
