@@ -13,6 +13,10 @@ TESTS ?=
 RELEASES ?= bookworm trixie
 CHECKS ?= demo test
 
+# make fuzz: duration in seconds, and the seed of the first turn; by default a random one, which the output shows.
+DURATION ?= 60
+SEED ?=
+
 # make bench: small, medium or large; proxy modes; output files; earlier results to compare with.
 SIZE ?= medium
 MODES ?= iptables,nftables
@@ -37,7 +41,7 @@ MODE ?=
 NODE_IMAGE ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup packages demo recording test fresh check audit bench \
+.PHONY: help setup packages demo recording test fuzz fresh check audit bench \
     image-pins image image-base image-test kind-up kind-test kind-down clean
 
 help: ## list these targets
@@ -64,6 +68,9 @@ recording: setup ## run the demo and record it in docs/pictures/demo.svg
 
 test: setup ## run all tests, including those that program the kernel
 	$(RUN) -m pytest -q --numprocesses=auto --dist=worksteal $(TESTS)
+
+fuzz: setup ## feed mutated inputs to all parsers for DURATION seconds, 60 by default
+	@$(RUN) -m tests.fuzz --seconds=$(DURATION) $(if $(SEED),--seed=$(SEED))
 
 fresh: ## run `make demo` and `make test` on minimal Debian installations created by debootstrap; needs root
 	@sh tests/packages.sh fresh

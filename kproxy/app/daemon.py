@@ -82,6 +82,13 @@ class Component(Protocol):
         """Stop the threads and wait at most `timeout` seconds for them to exit."""
 
 
+class ObjectSource(Component, Protocol):
+    """The component that delivers the objects."""
+
+    def status(self) -> dict[str, object]:
+        """Return fields for `/healthz` and `/livez`: whether the objects may be outdated, and why. Thread-safe."""
+
+
 class ConfigFile(Struct, frozen=True):
     """The file that the configuration was read from, its content, and a function that loads new content."""
 
@@ -137,6 +144,7 @@ class Daemon:
         self._programs: list[IptablesRunner] = []
         self._programs_stopped = threading.Event()
         self._failure: BaseException | None = None
+        self._source: ObjectSource | None = None
 
     def run(self) -> None:
         """Run until SIGTERM or SIGINT arrives, a thread fails, or the configuration changes.
@@ -219,7 +227,8 @@ class Daemon:
         prepare_conntrack(config)
         rules_watch = self._rules_watch(own_commits)
         watches = () if rules_watch is None else (rules_watch,)
-        for part in (*watches, *workers.values(), events, *self._sources(client, name, events)):
+        self._source = self._object_source(client, name, serving, events)
+        for part in (*watches, *workers.values(), events, self._source, *self._monitors()):
             self._start(parts, part)
         periods = config.backend
         return Reconciler(
@@ -256,19 +265,35 @@ class Daemon:
             after_first_syncs=self._config.effective_mode == "nftables",
         )
 
-    def _sources(self, client: ApiClient | None, name: str, events: EventSink) -> Iterator[Component]:
-        if client is not None:
-            kinds = watched_kinds(self._config)
-
-            def on_invalid(kind: Kind, namespace: str, of: str, text: str) -> None:
-                regarding = object_reference(kind, namespace, of, name)
-                events.event(regarding, "Warning", "InvalidObject", "Decode", text)
-
-            yield ApiSource(client, name, self._messages.put, kinds=kinds, on_invalid=on_invalid)
-        if self._objects is not None:
+    def _object_source(
+        self, client: ApiClient | None, name: str, serving: StatusServer, events: EventSink
+    ) -> ObjectSource:
+        if client is None:
             from kproxy.kube.manifests.file_source import FileSource  # noqa: PLC0415 - costs memory, and few daemons read files
 
-            yield FileSource(self._objects, self._messages.put)
+            assert self._objects is not None
+            return FileSource(self._objects, self._messages.put)
+
+        def on_invalid(kind: Kind, namespace: str, of: str, text: str) -> None:
+            events.event(object_reference(kind, namespace, of, name), "Warning", "InvalidObject", "Decode", text)
+
+        source = ApiSource(
+            client,
+            name,
+            self._messages.put,
+            kinds=watched_kinds(self._config),
+            max_page_bytes=self._config.kproxy.max_list_page_bytes,
+            max_event_bytes=self._config.kproxy.max_watch_event_bytes,
+            on_error=serving.metrics.on_reflector_error,
+            on_invalid=on_invalid,
+        )
+        serving.metrics.track_api(source.ages)
+        return source
+
+    def _source_status(self) -> dict[str, object]:
+        return self._source.status() if self._source is not None else {}
+
+    def _monitors(self) -> Iterator[Component]:
         if watches_addresses(self._config):
             yield AddressMonitor(lambda: self._messages.put(Resync()))
         if self._file is not None:
@@ -312,6 +337,7 @@ class Daemon:
             clock=time.monotonic,
             wall=time.time_ns,
             reason=reason,
+            sources=self._source_status,
             flags=self._flags,
         )
 

@@ -59,8 +59,9 @@ class ConfigWatcher:
             self._unreadable = True
             return True
         if content != self._content:
-            self._content, self._unreadable = content, False
-            return self._check_edit(content)
+            proceed = self._check_edit(content)
+            self._content, self._unreadable = content, False  # only now: after an unexpected error, it is loaded again
+            return proceed
         if self._unreadable:
             log.info("%s: can be read again, unchanged", self._path)
         self._unreadable = False

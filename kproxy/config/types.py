@@ -43,6 +43,8 @@ ModeSetting: TypeAlias = Literal["iptables", "nftables", ""]
 LocalMode: TypeAlias = Literal["ClusterCIDR", "NodeCIDR", "BridgeInterface", "InterfaceNamePrefix"]
 Bit: TypeAlias = Annotated[int, Meta(ge=0, le=31)]
 Count: TypeAlias = Annotated[int, Meta(ge=0, le=_MAX_INT32)]
+ByteLimit: TypeAlias = Annotated[int, Meta(ge=1 << 20, le=_MAX_INT32)]
+"""A maximum size in bytes. It is large enough for a few hundred typical objects."""
 PositiveSeconds: TypeAlias = Annotated[Seconds, Meta(gt=0)]
 NonNegativeSeconds: TypeAlias = Annotated[Seconds, Meta(ge=0)]
 
@@ -164,9 +166,14 @@ class KproxySection(Section, frozen=True, kw_only=True):
 
     In iptables mode, a dispatch chain (such as KUBE-SERVICES) with more than `iptables_dispatch_threshold` rules is
     split by destination. 0 means that dispatch chains are never split.
+
+    If the API server sends a page of a list or an event of a watch that is larger than its maximum, kproxy stops
+    reading it and lists the objects again, in smaller pages.
     """
 
     iptables_dispatch_threshold: Count = 1000
+    max_list_page_bytes: ByteLimit = 64 << 20
+    max_watch_event_bytes: ByteLimit = 16 << 20
 
 
 class Config(Section, frozen=True, kw_only=True):

@@ -23,6 +23,8 @@ from kproxy.host.inotify import (
     InotifyError,
     InotifyEvent,
 )
+from kproxy.model.log_throttle import LogThrottle
+from kproxy.model.restarts import Restarts
 
 SUFFIXES = (".json", ".yaml", ".yml")
 """In a directory, files with these suffixes are object files: files that contain API objects."""
@@ -31,6 +33,8 @@ SETTLE_TIMEOUT = 1.0
 
 After that, the files are read as they are.
 """
+FIRST_RETRY, LONGEST_RETRY = 1.0, 10.0
+"""Seconds before a path that cannot be read is read again. Each delay is twice as long, up to the longest one."""
 log = logging.getLogger(__name__)
 
 
@@ -43,6 +47,12 @@ class PathSnapshot(Struct, frozen=True):
 
     files: Mapping[str, bytes | FileProblem]
     problem: FileProblem | None = None
+
+    @property
+    def unreadable(self) -> FileProblem | None:
+        """The first problem, or None if everything was read."""
+        problems = (content for content in self.files.values() if isinstance(content, FileProblem))
+        return self.problem or next(problems, None)
 
 
 def read_path(path: str) -> PathSnapshot:
@@ -127,7 +137,7 @@ def find_watched_paths(path: str) -> WatchedPaths:
     """Return which directories to watch to detect changes to a path's object files. The path need not exist."""
     full = os.path.abspath(path)
     parent = os.path.dirname(full)
-    while not os.path.isdir(parent):
+    while not os.path.isdir(parent) and parent != os.path.dirname(parent):
         parent = os.path.dirname(parent)
     directory = full if os.path.isdir(full) else ""
     try:
@@ -183,14 +193,17 @@ class SettledReader:
         self._being_written.clear()
         return snapshot
 
-    def wait(self) -> None:
-        """Wait until the path should be read again or `wake` is readable."""
-        deadline = None
-        while not self._wait_for_events(deadline and max(0.0, deadline - time.monotonic())):
+    def wait(self, seconds: float | None = None) -> None:
+        """Wait until the path should be read again or `wake` is readable, at most `seconds`."""
+        deadline = None if seconds is None else time.monotonic() + seconds
+        settling = False
+        while not self._wait_for_events(None if deadline is None else max(0.0, deadline - time.monotonic())):
             if self._process_events():
                 return
-            if self._being_written and deadline is None:
-                deadline = time.monotonic() + SETTLE_TIMEOUT
+            if self._being_written and not settling:
+                settling = True
+                settled = time.monotonic() + SETTLE_TIMEOUT
+                deadline = settled if deadline is None else min(deadline, settled)
 
     def _wait_for_events(self, seconds: float | None) -> bool:
         """Wait for inotify events for at most `seconds`; None means no timeout.
@@ -232,8 +245,12 @@ def _is_being_created(event: InotifyEvent) -> bool:
 class PathWatcher:
     """Calls `callback` with a snapshot of `path` (see `read_path`) at the start and after each change.
 
-    `callback` runs in a thread called `name` and must not raise. Watching ends when `callback` returns False. If
-    inotify does not work, the path is read every `poll_period` seconds instead.
+    `callback` runs in a thread called `name`. Watching ends when `callback` returns False. While inotify does not work,
+    the path is read every `poll_period` seconds instead.
+
+    Nothing is lost if the system runs out of resources: while a file cannot be read, it is read again at intervals of 1
+    to 10 s, even if it does not change. If `callback` or the watcher raises an exception, the exception is logged, and
+    the watcher starts over after a pause.
     """
 
     def __init__(self, path: str, callback: Callable[[PathSnapshot], bool], *, name: str, poll_period: float) -> None:
@@ -269,20 +286,50 @@ class PathWatcher:
         self._thread = None
 
     def _run(self) -> None:
-        try:
-            with Inotify() as inotify:
-                reader = SettledReader(self._path, inotify, self._wake)
-                while self._deliver(reader.read()):
+        restarts = Restarts(f"{self._name}: {self._path}")
+        polling = LogThrottle()
+        while not self.stopping:
+            try:
+                try:
+                    if not self._watch(polling):
+                        return
+                except InotifyError as error:
+                    if polling.is_due(time.monotonic()):
+                        log.warning(
+                            "%s: cannot watch for changes (%s), polling every %g s instead",
+                            self._path,
+                            error.strerror,
+                            self._poll_period,
+                        )
+                    if not self._deliver(read_path(self._path)):
+                        return
+                    self._stopping.wait(self._poll_period)
+            except Exception as error:  # no error may stop the updates
+                delay, text = restarts.failed(error, time.monotonic())
+                if text:
+                    log.error("%s", text)
+                    log.debug("%s", self._path, exc_info=error)
+                self._stopping.wait(delay)
+
+    def _watch(self, polling: LogThrottle) -> bool:
+        """Read the path at the start and after each change, until `callback` or `stop` ends this. Return False then.
+
+        Raises `InotifyError`.
+        """
+        with Inotify() as inotify:
+            reader = SettledReader(self._path, inotify, self._wake)
+            polling.reset()
+            delay = FIRST_RETRY
+            while True:
+                snapshot = reader.read()
+                if not self._deliver(snapshot):
+                    return False
+                if snapshot.unreadable is None:
+                    delay = FIRST_RETRY
                     reader.wait()
-        except InotifyError as error:
-            log.warning(
-                "%s: cannot watch for changes (%s), polling every %g s instead",
-                self._path,
-                error.strerror,
-                self._poll_period,
-            )
-            while self._deliver(read_path(self._path)):
-                self._stopping.wait(self._poll_period)
+                else:
+                    reader.wait(delay)
+                    delay = min(2 * delay, LONGEST_RETRY)
 
     def _deliver(self, snapshot: PathSnapshot) -> bool:
         """Call `callback`. Return whether to continue watching."""

@@ -19,6 +19,12 @@ MAX_DEPTH = 500
 
 The depth is checked only if the text has more flow collections and compact sequences (`- - a`) than this number.
 """
+MAX_EXPANSION = 100_000
+"""Maximum number of values by which aliases (`*name`) and merges (`<<`) may enlarge a document.
+
+Without a limit, a text of 1 KB could expand to billions of values, because each alias repeats everything below its
+anchor, including other aliases.
+"""
 _OPENINGS = re.compile(r"[\[{]|[-?][ \t]+(?=[-?])")
 _MERGE_TAG = "tag:yaml.org,2002:merge"
 # The types of plain (unquoted) scalars: the types of YAML 1.1 except base-60 numbers, dates and "=", which Kubernetes'
@@ -47,7 +53,7 @@ def read_yaml(text: str, *, allow_duplicate_keys: bool = False) -> list[Document
     """
     try:
         _check_depth(text)
-        documents = _documents(_loader()(text), allow_duplicate_keys)
+        documents = _documents(_loader()(text), allow_duplicate_keys, has_aliases="*" in text)
         return [document for document in documents if document.content is not None]
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -92,15 +98,50 @@ def _check_depth(text: str) -> None:
             raise RecursionError
 
 
-def _documents(loader: Any, allow_duplicate_keys: bool) -> Iterator[Document]:
+def _documents(loader: Any, allow_duplicate_keys: bool, *, has_aliases: bool) -> Iterator[Document]:
     while loader.check_node():
         root = loader.get_node()
+        if has_aliases:
+            _check_expansion(root)
         duplicates = list(_duplicate_keys(root))
         if duplicates and not allow_duplicate_keys:
             _, key = duplicates[0]
             raise yaml.MarkedYAMLError(None, None, f"duplicate key {key.value!r}", key.start_mark)
         paths = dict.fromkeys((*_path_to(mapping, root), key.value) for mapping, key in duplicates)
         yield Document(loader.construct_document(root), partial(_line, root), tuple(paths))
+
+
+def _check_expansion(root: yaml.Node) -> None:
+    """Raise `MarkedYAMLError` if aliases enlarge a document by more than `MAX_EXPANSION` values, or form a cycle."""
+    sizes: dict[int, int] = {}  # number of values at and below each node, counting those of aliases as copies
+    open_nodes: set[int] = set()
+    pending = [root]
+    while pending:
+        node = pending[-1]
+        children = _children(node)
+        if id(node) in sizes:
+            pending.pop()
+        elif id(node) in open_nodes:  # all children have been visited
+            open_nodes.discard(id(node))
+            sizes[id(node)] = 1 + sum(sizes[id(child)] for child in children)
+            if sizes[id(node)] > len(sizes) + MAX_EXPANSION:
+                problem = f"aliases and merges add more than {MAX_EXPANSION:,} values"
+                raise yaml.MarkedYAMLError(None, None, problem, node.start_mark)
+            pending.pop()
+        else:
+            open_nodes.add(id(node))
+            for child in children:
+                if id(child) in open_nodes:
+                    raise yaml.MarkedYAMLError(
+                        None, None, "an alias refers to a value that contains it", node.start_mark
+                    )
+                pending.append(child)
+
+
+def _children(node: yaml.Node) -> list[yaml.Node]:
+    if isinstance(node, yaml.SequenceNode):
+        return list(node.value)
+    return [each for pair in node.value for each in pair] if isinstance(node, yaml.MappingNode) else []
 
 
 def _line(node: yaml.Node, path: FieldPath) -> int:

@@ -394,12 +394,19 @@ def lock_holder(path: str) -> int:
         lines = _LOCKS.read_text().splitlines()
     except OSError:
         return 0
-    inode = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    return find_lock_holder(lines, f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}")
+
+
+def find_lock_holder(lines: Iterable[str], inode: str) -> int:
+    """Return the PID of the process that holds an flock(2) lock on a file, or 0 if no process does.
+
+    `lines` are those of /proc/locks (proc(5)). `inode` is the file's device and inode in the format of that file.
+    """
     for line in lines:
         # The second field is the type of the lock, or `->` if the process is waiting for the lock.
-        _, kind, *fields = line.split()
-        if kind == "FLOCK" and len(fields) > 3 and fields[3] == inode:
-            return int(fields[2])
+        fields = line.split()
+        if len(fields) > 5 and fields[1] == "FLOCK" and fields[5] == inode and fields[4].isdecimal():
+            return int(fields[4])
     return 0
 
 
@@ -430,8 +437,14 @@ def _timed_out(argv: Sequence[str], timeout: float) -> CompletedCommand:
 
 
 def _memory_file(name: str) -> BinaryIO:
-    """Open an empty file in memory. A file on disk is not possible if the root file system is read-only."""
-    return open(os.memfd_create(name), "w+b")
+    """Open an empty file in memory. A file on disk is not possible if the root file system is read-only or full.
+
+    Raises `InconclusiveError` if the process has too many open files, for example.
+    """
+    try:
+        return open(os.memfd_create(name), "w+b")
+    except OSError as error:
+        raise InconclusiveError(f"cannot create a file in memory: {error.strerror}") from None
 
 
 def _fill(file: BinaryIO, text: str) -> BinaryIO:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import select
 import socket
 import struct
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 
-from kproxy.host.netlink import NetlinkSocket, retry_interrupted
+from kproxy.host.netlink import Message, NetlinkSocket, retry_interrupted
 from kproxy.host.netlink_message import attributes
+from kproxy.model.restarts import Restarts
 from kproxy.model.types import Family
 
 # linux/rtnetlink.h
@@ -81,15 +84,14 @@ class AddressMonitor:
     """Calls `on_change` when an address of an interface has been added, changed or removed.
 
     The monitor has its own thread, which calls `on_change` once for all notifications that arrive together. `on_change`
-    must not block.
+    must not block. It is also called if notifications may have been lost: after a buffer overrun, and after an
+    unexpected error, which is logged and makes the monitor subscribe again.
     """
 
     def __init__(self, on_change: Callable[[], None]) -> None:
         """Subscribe to notifications. Changes between this call and `start` are reported, too. Raises `OSError`."""
         self._on_change = on_change
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
-        self._socket.bind((0, RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR))
-        self._socket.setblocking(False)
+        self._socket = _subscribe()
         self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="address-monitor", daemon=True)
@@ -112,8 +114,30 @@ class AddressMonitor:
             os.close(self._wakeup)
 
     def _run(self) -> None:
+        restarts = Restarts("address-monitor")
+        failed = False
+        while not self._stopping:
+            try:
+                if failed:
+                    self._subscribe_again()
+                failed = False
+                self._watch()
+            except Exception as error:  # noqa: BLE001 - no error may stop the monitor
+                failed = True
+                pause, text = restarts.failed(error, time.monotonic())
+                if text:
+                    log.error("%s", text)
+                _is_ready(pause, self._wakeup)
+
+    def _subscribe_again(self) -> None:
+        subscribed = _subscribe()
+        self._socket.close()
+        self._socket = subscribed
+        self._on_change()  # addresses may have changed meanwhile
+
+    def _watch(self) -> None:
         while True:
-            select.select([self._socket.fileno(), self._wakeup], [], [])
+            _is_ready(None, self._socket.fileno(), self._wakeup)
             if self._stopping:
                 return
             if self._drain():
@@ -128,19 +152,44 @@ class AddressMonitor:
             except BlockingIOError:
                 return received
             except OSError as error:
-                # ENOBUFS: the kernel dropped notifications, so addresses have changed.
-                log.debug("failed to receive address notifications: %s", error)
+                if error.errno != errno.ENOBUFS:
+                    raise
+                # The kernel dropped notifications, so addresses have changed.
             received = True
 
 
+def _subscribe() -> socket.socket:
+    subscribed = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
+    try:
+        subscribed.bind((0, RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR))
+    except OSError:
+        subscribed.close()
+        raise
+    subscribed.setblocking(False)
+    return subscribed
+
+
+def _is_ready(seconds: float | None, *descriptors: int) -> bool:
+    """Wait until a file descriptor is readable, at most `seconds`. Return whether one is."""
+    poll = select.poll()  # unlike select(), it has no limit on the numbers of descriptors
+    for descriptor in descriptors:
+        poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(None if seconds is None else 1000 * seconds))
+
+
 def _dump_addresses(address_family: int) -> dict[int, frozenset[str]]:
-    found: dict[int, set[str]] = {}
     with NetlinkSocket(socket.NETLINK_ROUTE) as netlink:
-        for data, begin, end in netlink.dump(RTM_GETADDR, _IFADDRMSG.pack(address_family, 0, 0, 0, 0)):
-            own_family, *_, index = _IFADDRMSG.unpack_from(data, begin)
-            message = attributes(data, begin + _IFADDRMSG.size, end)
-            # On a point-to-point link, IFA_ADDRESS is the peer's address.
-            address = message.get(IFA_LOCAL) or message.get(IFA_ADDRESS)
-            if address and own_family in _ADDRESS_FAMILIES.values():
-                found.setdefault(index, set()).add(socket.inet_ntop(own_family, data[slice(*address)]))
+        return parse_addresses(netlink.dump(RTM_GETADDR, _IFADDRMSG.pack(address_family, 0, 0, 0, 0)))
+
+
+def parse_addresses(messages: Iterable[Message]) -> dict[int, frozenset[str]]:
+    """Return the addresses in a dump, keyed by interface index."""
+    found: dict[int, set[str]] = {}
+    for data, begin, end in messages:
+        own_family, *_, index = _IFADDRMSG.unpack_from(data, begin)
+        message = attributes(data, begin + _IFADDRMSG.size, end)
+        # On a point-to-point link, IFA_ADDRESS is the peer's address.
+        address = message.get(IFA_LOCAL) or message.get(IFA_ADDRESS)
+        if address and own_family in _ADDRESS_FAMILIES.values():
+            found.setdefault(index, set()).add(socket.inet_ntop(own_family, data[slice(*address)]))
     return {index: frozenset(addresses) for index, addresses in found.items()}

@@ -25,8 +25,10 @@ from kproxy.host.netlink_message import (
     NLM_F_REQUEST,
     NLMSG_DONE,
     NLMSG_ERROR,
+    NLMSG_OVERRUN,
     NLMSGERR_ATTR_MSG,
     NLMSGERR_ATTR_OFFS,
+    MalformedMessageError,
     align,
     attribute,
     attributes,
@@ -55,6 +57,9 @@ _BATCH_RECEIVE_BUFFER = 1 << 20
 """Size of the receive buffer of a `BatchSocket` in bytes."""
 _ERRNO = struct.Struct("=i")
 """The first field in the payload of NLMSG_ERROR and NLMSG_DONE: 0 or a negative errno (`struct nlmsgerr`)."""
+
+_MAX_ERRNO = 4999
+"""The largest error code: MAX_ERRNO in linux/err.h is 4095, and some subsystems have codes from 4096 up."""
 
 Message: TypeAlias = tuple[bytes, int, int]
 """A buffer with received messages, and the start and end of one message's payload in the buffer."""
@@ -109,15 +114,23 @@ def retry_interrupted(read: Callable[[], _T]) -> _T:
 
     The function is called again if it raises `DumpInterruptedError`, or an `OSError` with ENOBUFS, which means that
     messages were lost (netlink(7)). It must start from scratch in each call, with a new socket. It is called at most
-    `MAX_ATTEMPTS` times; the exception of the last call propagates.
+    `MAX_ATTEMPTS` times; the exception of the last call propagates. If the function cannot decode what the kernel sent,
+    this raises `MalformedMessageError`.
     """
     for _ in range(MAX_ATTEMPTS - 1):
         try:
-            return read()
+            return _decode(read)
         except OSError as error:
             if not isinstance(error, DumpInterruptedError) and error.errno != errno.ENOBUFS:
                 raise
-    return read()
+    return _decode(read)
+
+
+def _decode(read: Callable[[], _T]) -> _T:
+    try:
+        return read()
+    except (struct.error, LookupError, ValueError) as error:  # an attribute is missing, too short, or not text
+        raise MalformedMessageError(f"{type(error).__name__}: {error}") from error
 
 
 class BoundSocket:
@@ -188,7 +201,8 @@ class NetlinkSocket(BoundSocket):
         """Request a dump and yield its messages.
 
         Raises `NetlinkError` if the kernel rejects the request. Raises `DumpInterruptedError` after the last message if
-        the dump may be inconsistent.
+        the dump may be inconsistent. Raises another `OSError` if the dump ends early: `MalformedMessageError` if a
+        message is cut off, or an error with ENOBUFS if messages were lost.
         """
         return self._query(kind, NLM_F_DUMP, payload)
 
@@ -205,13 +219,21 @@ class NetlinkSocket(BoundSocket):
         while True:
             data = self._socket.recv(_RECEIVE_SIZE)
             begin = 0
+            if not data:
+                raise MalformedMessageError("an empty datagram")
             while begin < len(data):
+                if begin + HEADER.size > len(data):
+                    raise MalformedMessageError("its header is cut off")
                 size, reply_kind, flags, sequence, _ = HEADER.unpack_from(data, begin)
                 payload_begin, end = begin + HEADER.size, begin + size
+                if size < HEADER.size or end > len(data):
+                    raise MalformedMessageError(f"{size} bytes where {len(data) - begin} are left")
                 begin += align(size)
                 if sequence != self._sequence:
                     continue
                 interrupted |= flags & NLM_F_DUMP_INTR
+                if reply_kind == NLMSG_OVERRUN:
+                    raise NetlinkError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
                 if reply_kind in {NLMSG_DONE, NLMSG_ERROR}:
                     _check_end(data, payload_begin, end, interrupted=bool(interrupted))
                     return
@@ -225,6 +247,8 @@ class NetlinkSocket(BoundSocket):
         sequence = 0
         while sequence != self._sequence:
             reply = self._socket.recv(_RECEIVE_SIZE)
+            if len(reply) < HEADER.size + _ERRNO.size:
+                raise MalformedMessageError(f"a reply of {len(reply)} bytes")
             _, kind, _, sequence, _ = HEADER.unpack_from(reply)
             if kind == NLMSG_ERROR and sequence >= first:
                 yield sequence, -_ERRNO.unpack_from(reply, HEADER.size)[0]
@@ -323,6 +347,8 @@ def _check_end(data: bytes, begin: int, end: int, *, interrupted: bool) -> None:
     If it reports success but `interrupted` is true, raise `DumpInterruptedError`.
     """
     code = -_ERRNO.unpack_from(data, begin)[0] if end - begin >= _ERRNO.size else 0
+    if not 0 <= code <= _MAX_ERRNO:
+        raise MalformedMessageError(f"the error code {code}")
     if code:
         raise _error(code)
     if interrupted:

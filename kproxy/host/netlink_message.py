@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import struct
 from collections.abc import Iterator
 from socket import AF_UNSPEC
@@ -18,6 +19,7 @@ NLM_F_CAPPED = 0x100
 NLM_F_ACK_TLVS = 0x200
 NLMSG_ERROR = 2
 NLMSG_DONE = 3
+NLMSG_OVERRUN = 4
 NLMSGERR_ATTR_MSG = 1
 NLMSGERR_ATTR_OFFS = 2
 NLA_F_NESTED = 0x8000
@@ -37,6 +39,16 @@ _ATTRIBUTE = struct.Struct("=HH")
 """`struct nlattr`: size including this header, and type."""
 
 
+class MalformedMessageError(OSError):
+    """A netlink message or attribute is cut off, or its size is impossible. `errno` is EBADMSG.
+
+    The rest of the data cannot be decoded, because the start of the next message or attribute is unknown.
+    """
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(errno.EBADMSG, f"malformed netlink message: {problem}")
+
+
 def attribute(kind: int, payload: bytes) -> bytes:
     """Encode a netlink attribute, padded to a multiple of 4 bytes."""
     size = _ATTRIBUTE.size + len(payload)
@@ -49,24 +61,35 @@ def nested(kind: int, *attributes: bytes) -> bytes:
 
 
 def attributes(data: bytes, begin: int, end: int) -> dict[int, tuple[int, int]]:
-    """Return the attributes in `data[begin:end]`: for each type, the start and end of the attribute's payload."""
+    """Return the attributes in `data[begin:end]`: for each type, the start and end of the attribute's payload.
+
+    Raises `MalformedMessageError`.
+    """
+    if end > len(data):
+        raise MalformedMessageError("its attributes extend past its end")
     found = {}
     while begin + _ATTRIBUTE.size <= end:
         size, kind = _ATTRIBUTE.unpack_from(data, begin)
+        if size < _ATTRIBUTE.size or begin + size > end:
+            raise MalformedMessageError(f"an attribute of {size} bytes where {end - begin} are left")
         found[kind & NLA_TYPE_MASK] = (begin + _ATTRIBUTE.size, begin + size)
-        begin += max(align(size), _ATTRIBUTE.size)
+        begin += align(size)
     return found
 
 
 def iterate_attributes(data: bytes, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
     """Yield the type, payload start and payload end of each attribute in `data[begin:end]`.
 
-    Use this instead of `attributes` if several attributes may have the same type.
+    Use this instead of `attributes` if several attributes may have the same type. Raises `MalformedMessageError`.
     """
+    if end > len(data):
+        raise MalformedMessageError("its attributes extend past its end")
     while begin + _ATTRIBUTE.size <= end:
         size, kind = _ATTRIBUTE.unpack_from(data, begin)
+        if size < _ATTRIBUTE.size or begin + size > end:
+            raise MalformedMessageError(f"an attribute of {size} bytes where {end - begin} are left")
         yield kind & NLA_TYPE_MASK, begin + _ATTRIBUTE.size, begin + size
-        begin += max(align(size), _ATTRIBUTE.size)
+        begin += align(size)
 
 
 def nfgenmsg(family: int = AF_UNSPEC, resource: int = 0) -> bytes:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterable
+from functools import partial
 
-from kproxy.host.netlink import NETLINK_NETFILTER, NetlinkError, NetlinkSocket
+from kproxy.host.netlink import NETLINK_NETFILTER, NetlinkError, NetlinkSocket, retry_interrupted
 from kproxy.host.netlink_message import (
     NFGENMSG_SIZE,
     NLM_F_CREATE,
@@ -42,13 +43,17 @@ def ensure_counters(names: Iterable[str]) -> None:
 
 def read_counter(name: str) -> int | None:
     """Return a counter's packet count, or None if the counter does not exist or cannot be read."""
-    packets = None
     try:
-        with NetlinkSocket(NETLINK_NETFILTER) as netlink:
-            for data, begin, end in netlink.dump(nfnl_type(NFNL_SUBSYS_ACCT, NFNL_MSG_ACCT_GET), nfgenmsg()):
-                counter = attributes(data, begin + NFGENMSG_SIZE, end)
-                if data[slice(*counter[NFACCT_NAME])].rstrip(b"\0") == name.encode():
-                    packets = int.from_bytes(data[slice(*counter[NFACCT_PKTS])], "big")
+        return retry_interrupted(partial(_dump_counter, name))
     except OSError:
         return None
+
+
+def _dump_counter(name: str) -> int | None:
+    packets = None
+    with NetlinkSocket(NETLINK_NETFILTER) as netlink:
+        for data, begin, end in netlink.dump(nfnl_type(NFNL_SUBSYS_ACCT, NFNL_MSG_ACCT_GET), nfgenmsg()):
+            counter = attributes(data, begin + NFGENMSG_SIZE, end)
+            if data[slice(*counter[NFACCT_NAME])].rstrip(b"\0") == name.encode():
+                packets = int.from_bytes(data[slice(*counter[NFACCT_PKTS])], "big")
     return packets

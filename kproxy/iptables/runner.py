@@ -25,7 +25,7 @@ from kproxy.host.commands import (
 from kproxy.host.netlink import retry_interrupted
 from kproxy.host.nf_tables import count_rules, nat_unsupported_reason
 from kproxy.iptables.names import ChainName
-from kproxy.iptables.save_restore import TABLES, incompatible_line, parse_rules, parse_save
+from kproxy.iptables.save_restore import TABLES, SaveError, incompatible_line, parse_rules, parse_save
 from kproxy.model.types import Family
 
 LOCK_WAIT_SECONDS = 5
@@ -182,10 +182,13 @@ class IptablesRunner:
 
         Any failure of iptables-nft after the program was started is handled in this way. For each table that cannot be
         read, the lines contain an `incompatible_line` with the reason. `CommandError` is raised if a program cannot be
-        started, and for every failure of iptables-legacy.
+        started, for every failure of iptables-legacy, and if the caller gets a `SaveError`.
         """
-        with closing(self._dump()) as lines:
-            yield lines
+        try:
+            with closing(self._dump()) as lines:
+                yield lines
+        except SaveError as error:
+            raise CommandError(f"cannot read the rules of {self._program}: {error}") from None
 
     def _dump(self) -> Generator[str, None, None]:
         if (yield from self._read_lines([f"{self._program}-save"])):
@@ -281,10 +284,13 @@ class IptablesRunner:
             names.setdefault(chain.table, []).append(chain.name)
         for table, selected in names.items():
             # iptables-legacy always reads a whole table, so read it only once for all chains.
-            prefixes = ("*", *(f":{name} " for name in selected), *(f"-A {name} " for name in selected))
+            prefixes = ("*", "COMMIT", *(f":{name} " for name in selected), *(f"-A {name} " for name in selected))
             argv = [f"{self._program}-save", "-t", table]
             with self._commands.stream_output(argv, timeout=SAVE_SECONDS * self.patience) as lines:
-                saved = parse_save(line for line in lines if line.startswith(prefixes))
+                try:
+                    saved = parse_save(line for line in lines if line.startswith(prefixes))
+                except SaveError as error:
+                    raise CommandError(f"cannot read the rules of {self._program}: {error}") from None
             found |= {chain: content.rules for chain, content in saved.chains.items()}
         return found
 

@@ -13,7 +13,10 @@ from kproxy.iptables.patch import ChainPatch
 
 TABLES = ("mangle", "nat", "filter")
 """The tables that kproxy writes, in this order: DNAT rules (nat) are written before drop and reject rules (filter)."""
+MAX_QUOTED = 80
+"""Maximum number of characters of an unexpected line to quote in an error message."""
 _INCOMPATIBLE = re.compile(r"# Table [`'](\w+)' is incompatible(?:: (.+))?")
+_RULE = re.compile(r"(?:\[\d+:\d+\] )?-A (\S+)")
 _COUNTERS = re.compile(r"^\[\d+:\d+\] ")
 _PROBABILITY_UNITS = 1 << 31
 """The kernel stores a probability as a multiple of 1 / _PROBABILITY_UNITS."""
@@ -119,8 +122,15 @@ class SavedTables(Struct):
     incompatible: dict[str, str] = field(default_factory=dict)
 
 
+class SaveError(ValueError):
+    """The output of `iptables-save` is cut off or is not a list of rules. The message is one line."""
+
+
 def parse_save(lines: Iterable[str], tables: Iterable[str] = TABLES) -> SavedTables:
     """Parse the given tables in `iptables-save` output. If a table occurs twice, the second occurrence is used.
+
+    Raises `SaveError` if the output of one of these tables ends before its `COMMIT`, or if a line is not part of such
+    output. Otherwise, the missing rules would look as if they did not exist.
 
     If iptables cannot print a rule of a table, the output for this table is incomplete. In that case, the result
     contains no chains of the table.
@@ -132,22 +142,37 @@ def parse_save(lines: Iterable[str], tables: Iterable[str] = TABLES) -> SavedTab
     incompatible: dict[str, str] = {}
     selected = frozenset(tables)
     table = ""
+    cut_off: dict[str, None] = {}
     for line in lines:
         if line.startswith("# Table") and (match := _INCOMPATIBLE.match(line)):
             incompatible[match[1]] = match[2] or line.strip("# \n")
         elif line.startswith("*"):
             table = line[1:].strip()
             chains = {chain: saved for chain, saved in chains.items() if chain.table != table}
-        elif table not in selected:
+            if table in selected:
+                cut_off[table] = None
+        elif table and table not in selected:
             continue
-        elif line.startswith(":"):
-            chains[ChainName(table, line[1:].split(" ", 1)[0])] = SavedChain()
-        elif line.startswith(("-A ", "[")):
-            rule = _normalize(line)
-            chains.setdefault(ChainName(table, rule.split(" ", 2)[1]), SavedChain()).rules.append(rule)
+        elif line.startswith("COMMIT") and table:
+            cut_off.pop(table, None)
+            table = ""
+        else:
+            _parse_line(table, line, chains)
+    if missing := cut_off.keys() - incompatible.keys():
+        raise SaveError(f"the output of iptables-save for table {min(missing)} is cut off")
     return SavedTables(
         {chain: saved for chain, saved in chains.items() if chain.table not in incompatible}, incompatible
     )
+
+
+def _parse_line(table: str, line: str, chains: dict[ChainName, SavedChain]) -> None:
+    """Add the chain or rule on a line to `chains`. Ignore comments and empty lines. Raises `SaveError`."""
+    if table and line.startswith(":"):
+        chains[ChainName(table, line[1:].rstrip("\n").split(" ", 1)[0])] = SavedChain()
+    elif table and (match := _RULE.match(line)):
+        chains.setdefault(ChainName(table, match[1]), SavedChain()).rules.append(_normalize(line))
+    elif line.strip() and not line.startswith("#"):
+        raise SaveError(f"not a line of iptables-save: {line[:MAX_QUOTED].rstrip()!r}")
 
 
 def incompatible_line(table: str, reason: str) -> str:
@@ -184,7 +209,7 @@ def _requested_probability(match: re.Match[str]) -> str:
     iptables prints a slightly different number, because the kernel stores a probability as a multiple of 2**-31.
     """
     stored = float(match[0])
-    if not stored:
+    if not 0 < stored <= 1:
         return match[0]
     requested = 1 / round(1 / stored)
     return f"{requested:.10f}" if abs(stored - requested) < 1 / _PROBABILITY_UNITS else match[0]

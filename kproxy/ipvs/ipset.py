@@ -101,11 +101,12 @@ def _list_entries(name: str) -> set[IpsetEntry]:
         return {
             entry
             for data, begin, end in netlink.dump(_LIST_SETS, _encode_request(name))
-            for entry in _parse_entries(data, begin + NFGENMSG_SIZE, end)
+            for entry in parse_entries(data, begin + NFGENMSG_SIZE, end)
         }
 
 
-def _parse_entries(data: bytes, begin: int, end: int) -> Iterator[IpsetEntry]:
+def parse_entries(data: bytes, begin: int, end: int) -> Iterator[IpsetEntry]:
+    """Yield the entries of a set in the attributes of a message of a dump, without those that have no port."""
     entries = attributes(data, begin, end).get(IPSET_ATTR_ADT)
     for kind, first, last in iterate_attributes(data, *entries) if entries else ():
         fields = attributes(data, first, last)

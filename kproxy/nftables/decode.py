@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from kproxy.host import nf_tables_constants as nf
 from kproxy.host.netlink import NETLINK_NETFILTER, DumpInterruptedError, NetlinkError, NetlinkSocket
-from kproxy.host.netlink_message import attributes, nested, nfgenmsg, nfnl_type
+from kproxy.host.netlink_message import MalformedMessageError, attributes, nested, nfgenmsg, nfnl_type
 from kproxy.model.types import Family
 from kproxy.nftables.base_table import SETS
 from kproxy.nftables.elements import (
@@ -232,6 +232,8 @@ class TableReader:
                     element, size = endpoint_layout.decode(data, offset), endpoint_layout.size
                 else:
                     (size,) = _LENGTH.unpack_from(data, offset)
+                    if size < 4 or offset + size > list_end:
+                        raise MalformedMessageError(f"an element of {size} bytes where {list_end - offset} are left")
                     element = _element(data, offset + 4, offset + size, definition.value)
                 yield element
                 offset += max((size + 3) & ~3, 4)

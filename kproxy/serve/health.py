@@ -11,7 +11,7 @@ change, so `/livez` also succeeds while a sync makes progress.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from http import HTTPStatus
 
@@ -109,6 +109,8 @@ class HealthPages:
     ("healthz" or "livez") and the HTTP status. `reason` returns the problem with this Node, or "" if there is none.
     `/healthz` shows the problem in the field `reason`, which kube-proxy does not have. If Services of a family are
     quarantined, both pages show their number in `quarantinedServices`; this does not make the proxy unhealthy.
+    `sources` returns further fields for both pages, about the sources of the objects. They do not affect the status: while the API server is away, a
+    node must keep serving with the objects that it has.
     """
 
     def __init__(
@@ -120,8 +122,10 @@ class HealthPages:
         wall: Callable[[], int],
         on_probe: Callable[[str, int], None],
         reason: Callable[[], str] = lambda: "",
+        sources: Callable[[], Mapping[str, object]] = dict,
     ) -> None:
         self._health = health
+        self._sources = sources
         self._reason = reason
         self._node = node
         self._clock = clock
@@ -171,6 +175,7 @@ class HealthPages:
                     for family, health in families.items()
                 },
                 **({"reason": reason} if reason else {}),
+                **self._sources(),
             },
         )
 

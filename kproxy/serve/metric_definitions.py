@@ -62,10 +62,12 @@ class ProcessLimitsCollector(Collector):
 def ip_traffic(netstat: str) -> dict[str, int]:
     """Return the values of the IpExt lines in `/proc/net/netstat` by field name, such as `InOctets` (in bytes).
 
-    One line contains the names and the next line the values. Return an empty dict if the two lines are missing.
+    One line contains the names and the next line the values. Return an empty dict if the two lines are missing. Values
+    that are not numbers are omitted.
     """
     rows = [line.split()[1:] for line in netstat.splitlines() if line.startswith("IpExt:")]
-    return dict(zip(rows[0], map(int, rows[1]), strict=False)) if len(rows) == 2 else {}
+    pairs = zip(*rows, strict=False) if len(rows) == 2 else ()
+    return {name: int(value) for name, value in pairs if value.isascii() and value.isdigit()}
 
 
 class PacketCounterCollector(Collector):
@@ -84,6 +86,27 @@ class PacketCounterCollector(Collector):
             packets = read()
             if packets is not None:
                 yield CounterMetricFamily(name, text, value=packets)
+
+
+class ApiContactCollector(Collector):
+    """When the API server last sent data about the objects of each kind.
+
+    `times` returns them by kind, in seconds since the epoch. It may be replaced.
+    """
+
+    def __init__(self) -> None:
+        self.times: Callable[[], Mapping[str, float]] = dict
+
+    def collect(self) -> Iterator[Metric]:
+        """Return the current times."""
+        family = GaugeMetricFamily(
+            "kproxy_api_last_contact_timestamp_seconds",
+            "Unix time at which the API server last sent an object, a list or a bookmark of a kind.",
+            labels=("kind",),
+        )
+        for kind, seconds in self.times().items():
+            family.add_metric((kind,), seconds)
+        yield family
 
 
 SYNC_BUCKETS = tuple(0.001 * 2**power for power in range(15))
@@ -132,6 +155,8 @@ class MetricDefinitions:
         self._define_http()
         self._define_build()
         self.node_missing = self._gauge("kproxy_node_missing", "Whether this machine's Node is missing (1) or not (0).")
+        self.api_contacts = ApiContactCollector()
+        registry.register(self.api_contacts)
         ProcessCollector(registry=registry)
         registry.register(ProcessLimitsCollector())
 
@@ -253,6 +278,11 @@ class MetricDefinitions:
             "rest_client_requests_total",
             "Number of requests to the API server, by HTTP status code, host and method.",
             ("code", "host", "method"),
+        )
+        self.reflector_errors = self._counter(
+            "kproxy_reflector_errors_total",
+            "Number of failures to receive objects from the API server, by kind of object and reason.",
+            ("kind", "reason"),
         )
         self.request_duration = Histogram(
             "rest_client_request_duration_seconds",

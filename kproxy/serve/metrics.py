@@ -117,6 +117,19 @@ class Metrics:
         """Call `read` at each scrape to get the number of endpoints and ports that are ignored."""
         self._metrics.invalid_endpoints.set_function(read)
 
+    def track_api(self, ages: Callable[[], Mapping[str, float]]) -> None:
+        """Call `ages` at each scrape to get the seconds since the API server last sent data, by kind."""
+
+        def times() -> dict[str, float]:
+            now = self._wall()
+            return {kind: now - age for kind, age in ages().items()}
+
+        self._metrics.api_contacts.times = times
+
+    def on_reflector_error(self, kind: str, reason: str) -> None:
+        """Count a failure to receive objects of a kind from the API server."""
+        self._metrics.reflector_errors.labels(kind, reason).inc()
+
     def conntrack_reconciled(self, family: Family, seconds: float, deleted: int) -> None:
         """Record the duration of a conntrack cleanup and the number of deleted entries."""
         self._metrics.conntrack.labels(family.value).observe(seconds)

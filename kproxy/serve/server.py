@@ -6,10 +6,12 @@ import errno
 import logging
 import os
 import queue
+import resource
 import select
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from enum import Enum, auto
 from functools import partial
 from heapq import heappop, heappush
@@ -21,12 +23,18 @@ from typing import TypeAlias
 from msgspec import Struct
 
 from kproxy.model.addresses import socket_text, split_socket_text
+from kproxy.model.log_throttle import LogThrottle
+from kproxy.model.restarts import Restarts
 from kproxy.serve.http import Handler, HttpRequest, HttpResponse, RequestError, encode, plain, pop_request
 
 BACKLOG = 128
 UNSPECIFIED = frozenset({"", "0.0.0.0", "::"})  # noqa: S104 - compared with, not bound
 MAX_CONNECTIONS = 512
-"""The maximum number of connections. At this limit, a new connection replaces the one with the earliest deadline."""
+"""The maximum number of connections. At this limit, a new connection replaces the one with the earliest deadline.
+
+The limit is lower if connections would otherwise use more than half of the file descriptors of the process: clients
+must not keep it from reading files and starting programs.
+"""
 SWEEP_SECONDS = 1.0
 """Seconds between two checks for connections whose deadline has passed."""
 _CHUNK = 16 * 1024
@@ -220,6 +228,11 @@ class HttpServer:
         self._order = count()
         self._clients: dict[Connection, socket.socket] = {}
         self._listeners: set[socket.socket] = set()
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._max_descriptors = limit if limit != resource.RLIM_INFINITY else 2 * MAX_CONNECTIONS
+        self._overload = LogThrottle()
+        self._reserve = -1
+        self._open_reserve()
         self._sweeping = False
         self._stopping = False
         self._closed = False
@@ -270,13 +283,25 @@ class HttpServer:
         listener.close()
 
     def _run(self) -> None:
+        restarts = Restarts("http")
         while not self._stopping:
-            for key, _ in self._selector.select(self._timeout()):
-                _guard(key.data)
-            now = self._clock()
-            while self._timers and self._timers[0][0] <= now:
-                _guard(heappop(self._timers)[2])
+            try:
+                self._serve()
+            except Exception as error:  # no error may stop the server
+                delay, text = restarts.failed(error, self._clock())
+                if text:
+                    log.error("%s", text)
+                    log.debug("http", exc_info=error)
+                _wait_readable(self._wake, delay)
         self._close()
+
+    def _serve(self) -> None:
+        """Serve all sockets that are ready, or wait for one, and run the actions that are due."""
+        for key, _ in self._selector.select(self._timeout()):
+            _guard(key.data)
+        now = self._clock()
+        while self._timers and self._timers[0][0] <= now:
+            _guard(heappop(self._timers)[2])
 
     def _timeout(self) -> float | None:
         return max(0.0, self._timers[0][0] - self._clock()) if self._timers else None
@@ -294,6 +319,7 @@ class HttpServer:
             self._drop(connection)
         for listener in self._listeners:
             listener.close()
+        self._close_reserve()
         self._selector.close()
         with self._closing:
             self._closed = True
@@ -309,7 +335,7 @@ class HttpServer:
                 self._free_resources()
             return
         client.setblocking(False)
-        if len(self._clients) >= MAX_CONNECTIONS:
+        if len(self._clients) >= min(MAX_CONNECTIONS, self._max_descriptors // 2):
             self._drop_earliest()
         if not self._sweeping:
             self._sweeping = True
@@ -318,14 +344,26 @@ class HttpServer:
         self._clients[connection] = listener
         self._selector.register(client, connection.events, partial(self._proceed, connection))
 
+    def _open_reserve(self) -> None:
+        """Hold a file descriptor that can be given up to answer a health check when descriptors run out."""
+        if self._reserve < 0:
+            with suppress(OSError):
+                self._reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
+    def _close_reserve(self) -> None:
+        if self._reserve >= 0:
+            os.close(self._reserve)
+            self._reserve = -1
+
     def _free_resources(self) -> None:
         if self._clients:
             self._drop_earliest()
+        elif self._reserve >= 0:
+            self._close_reserve()
         else:
-            log.warning("too many open files: health checks and metrics may get no response")
-            poll = select.poll()
-            poll.register(self._wake, select.POLLIN)
-            poll.poll(1000 * SWEEP_SECONDS)
+            if self._overload.is_due(self._clock()):
+                log.warning("too many open files: health checks and metrics may get no response")
+            _wait_readable(self._wake, SWEEP_SECONDS)
 
     def _drop_earliest(self) -> None:
         self._drop(min(self._clients, key=lambda connection: connection.deadline))
@@ -334,6 +372,7 @@ class HttpServer:
         del self._clients[connection]
         self._selector.unregister(connection.socket)
         connection.socket.close()
+        self._open_reserve()
 
     def _proceed(self, connection: Connection) -> None:
         if connection not in self._clients:
@@ -352,6 +391,12 @@ class HttpServer:
         self._sweeping = bool(self._clients)
         if self._sweeping:
             self.call_later(SWEEP_SECONDS, self._sweep)
+
+
+def _wait_readable(descriptor: int, seconds: float) -> None:
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    poll.poll(1000 * seconds)
 
 
 def _guard(action: Action) -> None:

@@ -38,7 +38,7 @@ class StatusServer:
       `start` raises `ListenError` when `hard_fail` is true; otherwise, the server keeps retrying.
     - The proxy is unhealthy if a change has been waiting for more than `health_timeout` seconds.
     - `node` returns this Node, or None if it is unknown. `reason` returns a description of the problem with this Node,
-      or "" if there is none.
+      or "" if there is none. `sources` returns fields about the sources of the objects (see `HealthPages`).
     - `counters` reads the kernel's packet counters (see `PacketCounterCollector`).
     - `on_port_failed` is called if a health check node port cannot be opened.
     - `clock` is the reconciler's monotonic clock, in seconds. `wall` returns the nanoseconds since the epoch.
@@ -60,6 +60,7 @@ class StatusServer:
         clock: Callable[[], float],
         wall: Callable[[], int],
         reason: Callable[[], str] = lambda: "",
+        sources: Callable[[], Mapping[str, object]] = dict,
         flags: Callable[[], Mapping[str, str]] = dict,
     ) -> None:
         families = tuple(families)
@@ -77,7 +78,9 @@ class StatusServer:
         self.on_change: tuple[ChangeListener, ...] = (self.metrics.on_change,)
         self.on_sync: tuple[SyncListener, ...] = (self.health.on_sync, services.on_sync, self.metrics.on_sync)
         self.on_repair: tuple[RepairListener, ...] = (self.metrics.on_repair,)
-        pages = HealthPages(self.health, node, clock=clock, wall=wall, on_probe=self.metrics.on_probe, reason=reason)
+        pages = HealthPages(
+            self.health, node, clock=clock, wall=wall, on_probe=self.metrics.on_probe, reason=reason, sources=sources
+        )
         self._fixed = {"healthz": (healthz_address, pages.handler), "metrics": (metrics_address, self._metrics_pages())}
 
     def on_progress(self, family: Family) -> None:

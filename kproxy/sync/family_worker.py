@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import TypeAlias
 
+from kproxy.model.restarts import Restarts
+
 Job: TypeAlias = Callable[[], None]
-"""Work for one family. It must handle its own exceptions: an exception ends the thread, and with it the process."""
+"""Work for one family. It must handle its own exceptions. An unexpected one is logged, and the next job follows."""
+log = logging.getLogger(__name__)
 
 
 class FamilyWorker:
@@ -17,6 +22,7 @@ class FamilyWorker:
     def __init__(self, name: str) -> None:
         """Create the worker, but do not start its thread yet. `name` is the name of the thread."""
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._restarts = Restarts(name)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
@@ -35,4 +41,11 @@ class FamilyWorker:
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
-            job()
+            try:
+                job()
+            except Exception as error:  # no error may stop the updates of a family
+                delay, text = self._restarts.failed(error, time.monotonic())
+                if text:
+                    log.error("%s", text)
+                    log.debug("job failed", exc_info=error)
+                time.sleep(delay)

@@ -351,8 +351,10 @@ class Reconciler:
 
     def _start(self, family: Family, work: Job) -> None:
         def job(deliver: Deliver) -> None:
-            work(deliver)
-            deliver(Idle(family))
+            try:
+                work(deliver)
+            finally:
+                deliver(Idle(family))
 
         self._families[family].jobs += 1
         self._execute(family, job)
@@ -399,6 +401,10 @@ class Reconciler:
         state = self._families[outcome.family]
         if isinstance(outcome, Idle):
             state.jobs -= 1
+            if state.syncing and not state.jobs:  # the job failed before it could deliver its outcome
+                now = self._clock()
+                failure = SyncError("the sync ended without an outcome")
+                self._receive_attempt(state, Attempted(outcome.family, now, now, failure))
         elif isinstance(outcome, Repaired):
             self._receive_repair(state, outcome.family, outcome.outcome, outcome.by)
         elif isinstance(outcome, Compared):

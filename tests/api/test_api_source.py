@@ -313,7 +313,7 @@ def test_failing_sink_does_not_stop_the_source(
     start_source(server)
     received.until_listed()
     assert received.names(Service) == {"web"}
-    assert "unexpected RuntimeError: sink failed; relisting" in caplog.text
+    assert "watch of services: unexpected RuntimeError('sink failed'); trying again" in caplog.text
 
 
 def test_ignored_endpoints_of_a_slice_are_logged_once(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -152,3 +153,26 @@ def test_stop_without_start_closes_the_monitor(node: Namespace) -> None:
     address(node, "add", ADDRESSES["IPv4"])
     notifications.monitor.stop(HANG_GUARD)
     assert notifications.calls.empty()
+
+
+def test_unexpected_error_makes_the_monitor_subscribe_again(
+    node: Namespace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("kproxy.model.restarts.FIRST_DELAY", 0.01)
+    calls: queue.SimpleQueue[int] = queue.SimpleQueue()
+    numbers = itertools.count()
+
+    def on_change() -> None:
+        calls.put(number := next(numbers))
+        if number < 2:  # also fails once while the monitor subscribes again
+            raise MemoryError
+
+    monitor = node.call(lambda: AddressMonitor(on_change))
+    node.call(monitor.start)
+    address(node, "add", ADDRESSES["IPv4"])
+    for number in range(3):
+        assert calls.get(timeout=HANG_GUARD) == number
+    address(node, "del", ADDRESSES["IPv4"])
+    assert calls.get(timeout=HANG_GUARD) == 3
+    monitor.stop(HANG_GUARD)
+    assert [record.message for record in caplog.records] == ["address-monitor: unexpected MemoryError(); trying again"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import itertools
 import json
 import socket
 import threading
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from kproxy.kube.client.client import ApiClient
-from kproxy.kube.client.response import ApiResponse, IdleTimeoutError, TransportError
+from kproxy.kube.client.response import ApiResponse, BodyTooLargeError, IdleTimeoutError, TransportError
 from kproxy.kube.codec.streams import split_lines
 from tests.apiserver import ApiServer
 from tests.apiserver.objects import endpoint_slice, service
@@ -147,6 +149,67 @@ def test_redirects_are_not_followed() -> None:
     response = b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n"
     with ScriptedServer([response]) as server:
         assert get(ApiClient.from_config(None, server.url))[0] == 302
+
+
+def gzip_response(body: bytes, *, chunked: bool) -> bytes:
+    headers = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n"
+    if chunked:
+        return headers + b"Transfer-Encoding: chunked\r\n\r\n" + chunk(body) + chunk(b"")
+    return headers + b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_compressed_body_of_several_members(chunked: bool) -> None:
+    first, second = TEXT.encode(), b"x" * 1_000_000
+    body = gzip.compress(first) + gzip.compress(second)
+    with ScriptedServer([gzip_response(body, chunked=chunked)]) as server:
+        assert get(ApiClient.from_config(None, server.url)) == (200, first + second)
+
+
+def test_body_that_expands_too_much_is_not_decompressed_completely() -> None:
+    bomb = gzip.compress(b"a" * (64 << 20))
+    with ScriptedServer([gzip_response(bomb, chunked=False)]) as server:
+        client = ApiClient.from_config(None, server.url)
+        with client.get("/", {}, HANG_GUARD) as response:
+            assert max(map(len, itertools.islice(response.chunks(), 20))) <= 1 << 16
+    with ScriptedServer([gzip_response(bomb, chunked=False)]) as server:
+        client = ApiClient.from_config(None, server.url)
+        with client.get("/", {}, HANG_GUARD) as response, pytest.raises(BodyTooLargeError, match="of 1000000 bytes"):
+            response.read(1_000_000)
+
+
+@pytest.mark.parametrize("headers", [CHUNKED, UNTIL_CLOSE])
+def test_body_that_is_too_large_is_an_error_before_it_ends(headers: bytes) -> None:
+    body = b"x" * 300_000
+    pieces = [headers, chunk(body) if headers is CHUNKED else body]
+    with ScriptedServer(pieces, close=False) as server:
+        client = ApiClient.from_config(None, server.url)
+        with client.get("/", {}, HANG_GUARD) as response:
+            assert response.read_start(1000) == b"x" * 1000
+    with ScriptedServer(pieces, close=False) as server:
+        client = ApiClient.from_config(None, server.url)
+        with client.get("/", {}, HANG_GUARD) as response, pytest.raises(BodyTooLargeError):
+            response.read(200_000)
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        b"HTTP/1.1 200 OK\r\n" + b"".join(b"X-%d: y\r\n" % number for number in range(5000)) + b"\r\n",
+        b"HTTP/1.1 200 OK\r\nX: " + b"y" * 1_000_000 + b"\r\n\r\n",
+        CHUNKED + b"1" * 1_000_000 + b"\r\n",
+        CHUNKED + b"1;" + b"x" * 1_000_000 + b"\r\nx\r\n",
+        CHUNKED + b"0\r\nX: " + b"y" * 1_000_000 + b"\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Encoding: br\r\nContent-Length: 2\r\n\r\n{}",
+        gzip_response(gzip.compress(b"{}")[:-4], chunked=False),
+    ],
+    ids=["headers", "header", "chunk size", "chunk extension", "trailer", "encoding", "gzip cut off"],
+)
+def test_oversized_or_unsupported_parts_of_a_response_are_errors(response: bytes) -> None:
+    with ScriptedServer([response]) as server, pytest.raises(TransportError) as caught:
+        get(ApiClient.from_config(None, server.url))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
 
 
 @pytest.mark.parametrize("tls", [False, True])

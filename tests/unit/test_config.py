@@ -581,7 +581,18 @@ def test_kproxy_section_is_written_only_if_it_differs_from_the_default() -> None
     assert "kproxy" not in as_document(Config())
     config = load("kproxy: {iptablesDispatchThreshold: 0}")
     assert config.kproxy.iptables_dispatch_threshold == 0
-    assert as_document(config)["kproxy"] == {"iptablesDispatchThreshold": 0}
+    assert as_document(config)["kproxy"] == {
+        "iptablesDispatchThreshold": 0,
+        "maxListPageBytes": 64 << 20,
+        "maxWatchEventBytes": 16 << 20,
+    }
+
+
+@pytest.mark.parametrize("field", ["maxListPageBytes", "maxWatchEventBytes"])
+@pytest.mark.parametrize("value", ["0", "-1", "1000", "64Mi", "1.5e9", "9999999999"])
+def test_maximum_sizes_are_numbers_of_bytes(field: str, value: str) -> None:
+    allowed = "must be an integer from 1048576 to 2147483647"
+    assert f"kproxy.{field}: {allowed}" in load_error(HEADER + f"kproxy: {{{field}: {value}}}")
 
 
 @pytest.mark.parametrize("value", ["-1", "many", "1.5"])

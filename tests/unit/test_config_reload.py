@@ -16,6 +16,7 @@ import pytest
 
 from kproxy.config import load_config, reload
 from kproxy.config.reload import ConfigWatcher
+from kproxy.config.types import Config
 from kproxy.documents import watch as documents_watch
 from kproxy.documents.watch import PathSnapshot, PathWatcher
 from kproxy.host.inotify import InotifyError
@@ -340,3 +341,25 @@ def test_file_is_polled_if_inotify_is_unavailable(
     path.write_bytes(NEW)
     watcher.wait_for_change()
     assert "cannot watch for changes (Too many open files)" in caplog.text
+
+
+def test_edit_is_loaded_again_after_an_unexpected_error(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("kproxy.model.restarts.FIRST_DELAY", 0.01)
+    config, _ = load_config(OLD, str(path))
+    failures = [MemoryError("no memory"), MemoryError("no memory")]
+    changed = threading.Event()
+
+    def load(content: bytes) -> tuple[Config, list[str]]:
+        if failures:
+            raise failures.pop()
+        return load_config(content, str(path))
+
+    watcher = ConfigWatcher(str(path), OLD, config, load, changed.set)
+    watcher.start()
+    rename_into_place(path)
+    assert changed.wait(HANG_GUARD)
+    watcher.stop(HANG_GUARD)
+    unexpected = f"config-watch: {path}: unexpected MemoryError('no memory'); trying again"
+    assert [record.message for record in caplog.records if record.levelname == "ERROR"] == [unexpected]

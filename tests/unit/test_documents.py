@@ -97,6 +97,34 @@ def test_syntax_error_has_a_reason_and_a_position(text: str, json: bool, message
     assert (caught.value.line, caught.value.column) == (line, column)
 
 
+def levels(first: str, level: str) -> str:
+    """Return YAML in which each level refers ten times to the previous one. `level` contains `%s` for the aliases."""
+    lines = [f"a0: &a0 {first}"]
+    lines += [f"a{number}: &a{number} {level % ', '.join([f'*a{number - 1}'] * 10)}" for number in range(1, 12)]
+    return "\n".join(lines)
+
+
+EXPANDING = {
+    "merges": levels("{a: 1, b: 2, c: 3}", "{<<: [%s]}"),
+    "aliases in sequences": levels("[x, y, z]", "[%s]"),
+    "aliases in mappings": levels("x", "{items: [%s]}"),
+    "many aliases of one anchor": "a: &a [" + "x, " * 1000 + "]\nb: [" + "*a, " * 200 + "]",
+}
+
+
+@pytest.mark.parametrize("text", EXPANDING.values(), ids=EXPANDING)
+def test_expansion_by_aliases_and_merges_is_limited(text: str) -> None:
+    with pytest.raises(DocumentError, match="aliases and merges add more than 100,000 values") as caught:
+        read_documents(text.encode())
+    assert caught.value.line
+
+
+@pytest.mark.parametrize("text", ["a: &a [*a]", "&a {b: {c: *a}}", "&a {<<: *a}", "&a [[[*a]]]"])
+def test_alias_of_its_own_container_is_an_error(text: str) -> None:
+    with pytest.raises(DocumentError, match="an alias refers to a value that contains it"):
+        read_documents(text.encode())
+
+
 def test_wide_yaml_is_not_nested_too_deeply() -> None:
     assert content("a: [" + "[], " * 1000 + "]") == {"a": [[]] * 1000}
 

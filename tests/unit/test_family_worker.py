@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from contextlib import suppress
 from functools import partial
 
 import pytest
@@ -16,7 +17,7 @@ from kproxy.model.types import EndpointSlice, Family, Service, ServicePort
 from kproxy.serve.health import Health
 from kproxy.sync.family_sync import FamilySync
 from kproxy.sync.family_worker import FamilyWorker
-from kproxy.sync.reconciler import Message, Reconciler, Resync, Stop
+from kproxy.sync.reconciler import Attempted, Job, Message, Outcome, Reconciler, Resync, Stop
 from kproxy.sync.schedule import Schedule
 from tests.inprocess import EMPTY_LISTS, StubBackend
 from tests.lab.waiting import HANG_GUARD, wait_until
@@ -215,3 +216,55 @@ def test_changes_of_a_family_are_taken_at_its_next_sync() -> None:
     sync.add_changes(StoreChange(frozenset({"ns/a"})))
     assert sync.sync(store).services == 1
     assert sync.sync(store).services == 0
+
+
+def test_failed_job_does_not_end_the_thread(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kproxy.model.restarts.FIRST_DELAY", 0.01)
+    done = threading.Event()
+
+    def fail() -> None:
+        raise MemoryError
+
+    worker = FamilyWorker("sync-ipv4")
+    worker.start()
+    worker.submit(fail)
+    worker.submit(done.set)
+    assert done.wait(HANG_GUARD)
+    worker.stop(HANG_GUARD)
+    assert [record.message for record in caplog.records] == ["sync-ipv4: unexpected MemoryError(); trying again"]
+
+
+def test_sync_without_an_outcome_counts_as_failed_and_is_retried() -> None:
+    reports: list[SyncReport] = []
+    outcomes: list[Outcome] = []
+    failures = 1
+
+    def execute(_: Family, job: Job) -> None:
+        def deliver(message: Outcome) -> None:
+            nonlocal failures
+            if isinstance(message, Attempted) and failures:
+                failures -= 1
+                raise MemoryError
+            outcomes.append(message)
+
+        with suppress(MemoryError):
+            job(deliver)
+
+    backend = BlockableBackend()
+    now = 0.0
+    reconciler = Reconciler(
+        Store("node-1", lock=threading.RLock()),
+        {Family.IPV4: FamilySync(backend, lambda _: Context(Family.IPV4, "node-1"))},
+        make_schedule=lambda: Schedule(min_interval=0.0, max_retry=30.0),
+        clock=lambda: now,
+        on_sync=[reports.append],
+        execute=execute,
+    )
+    for empty in EMPTY_LISTS:
+        reconciler.apply(empty)
+    while len(reports) < 2:
+        reconciler.sync_due()
+        while outcomes:
+            reconciler._receive(outcomes.pop(0))
+        now += reconciler.wait() or 0.0
+    assert [report.error for report in reports] == ["the sync ended without an outcome", ""]

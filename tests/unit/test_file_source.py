@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import queue
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -719,6 +721,109 @@ def test_files_are_polled_without_inotify(
     assert "cannot watch for changes (Too many open files)" in log_lines.next()
     renamed_into(tmp_path / "a.yaml", manifest(service("b")))
     assert running.services() == ["b"]
+
+
+def test_inotify_is_used_again_once_it_works(
+    tmp_path: Path, start_source: Any, log_lines: LogLines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    failures = [True, True, True]
+
+    def scarce() -> Inotify:
+        attempts.put(bool(failures))
+        if failures:
+            failures.pop()
+            raise InotifyError(24, "Too many open files")
+        return Inotify()
+
+    monkeypatch.setattr(document_watch, "Inotify", scarce)
+    monkeypatch.setattr(file_source, "RELOAD_PERIOD", 0.01)
+    (tmp_path / "a.yaml").write_bytes(manifest(service("a")))
+    running = start_source(tmp_path)
+    assert running.services() == ["a"]
+    assert [attempts.get(timeout=HANG_GUARD) for _ in range(4)] == [True, True, True, False]
+    renamed_into(tmp_path / "a.yaml", manifest(service("b")))
+    assert running.services() == ["b"]
+    assert attempts.empty(), "the change was detected without another attempt"
+    assert "cannot watch for changes (Too many open files)" in log_lines.next()
+    assert log_lines.is_empty()
+
+
+def test_objects_are_delivered_again_after_an_unexpected_error(
+    tmp_path: Path, log_lines: LogLines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kproxy.model.restarts.FIRST_DELAY", 0.01)
+    (tmp_path / "a.yaml").write_bytes(VALID)
+    failures: list[Exception] = [MemoryError("no memory")]
+    delivered: queue.SimpleQueue[tuple[Delta, ...]] = queue.SimpleQueue()
+
+    def sink(deltas: tuple[Delta, ...]) -> None:
+        if failures:
+            raise failures.pop()
+        delivered.put(deltas)
+
+    source = FileSource(str(tmp_path), sink)
+    source.start()
+    assert [delta.kind for delta in delivered.get(timeout=HANG_GUARD) if isinstance(delta, Replace)] == KINDS
+    assert log_lines.next() == f"ERROR file-source: {tmp_path}: unexpected MemoryError('no memory'); trying again"
+    source.stop(HANG_GUARD)
+    assert delivered.empty()
+
+
+OUT_OF_DESCRIPTORS = """
+import os, queue, resource, sys
+from kproxy.documents import watch
+from kproxy.kube.manifests.file_source import FileSource
+
+watch.FIRST_RETRY = 0.05
+path, new, late = sys.argv[1:]
+batches = queue.Queue()
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+used = []
+
+
+def use_up():
+    try:
+        while True:
+            used.append(os.open("/dev/null", os.O_RDONLY))
+    except OSError:
+        pass
+
+
+def give_back():
+    while used:
+        os.close(used.pop())
+
+
+source = FileSource(path, batches.put)
+if late == "late":
+    use_up()
+    os.close(used.pop())  # for the eventfd that wakes the thread, but none is left for inotify
+source.start()
+if late != "late":
+    print(len(batches.get(timeout=30)[0].objects))
+    use_up()
+    os.rename(new, f"{path}/b.json")
+while not source.status():
+    source._watcher._stopping.wait(0.01)
+give_back()
+print(len(batches.get(timeout=30)[0].objects))
+while source.status():
+    source._watcher._stopping.wait(0.01)
+source.stop(30)
+"""
+
+
+@pytest.mark.parametrize("moment", ["while watching", "late"])
+def test_files_are_read_when_descriptors_are_available_again(tmp_path: Path, moment: str) -> None:
+    objects = tmp_path / "objects"
+    objects.mkdir()
+    (objects / "a.json").write_bytes(json.dumps(service("a")).encode())
+    new = tmp_path / "new.json"
+    new.write_bytes(json.dumps(service("b")).encode())
+    command = [sys.executable, "-c", OUT_OF_DESCRIPTORS, str(objects), str(new), moment]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_GUARD, check=False)
+    assert (done.returncode, done.stdout.split()) == (0, ["1"] if moment == "late" else ["1", "2"]), done.stderr
 
 
 # inotify

@@ -31,6 +31,7 @@ class FakeProxy:
         self.wall = EPOCH
         self.node: Node | None = Node("node-1")
         self.reason = ""
+        self.sources: dict[str, object] = {}
         self.probed: list[tuple[str, int]] = []
         self.health = Health((V4, V6), TIMEOUT, wall=lambda: self.wall)
         self.pages = HealthPages(
@@ -40,6 +41,7 @@ class FakeProxy:
             wall=lambda: self.wall,
             on_probe=lambda page, status: self.probed.append((page, status)),
             reason=lambda: self.reason,
+            sources=lambda: self.sources,
         )
 
     def succeed(self, *families: Family) -> None:
@@ -203,6 +205,15 @@ def test_reason_follows_the_fields_of_kube_proxy(proxy: FakeProxy) -> None:
     assert list(proxy.body()) == [*fields, "reason"]
     assert proxy.body()["reason"] == proxy.reason
     assert "reason" not in proxy.body("livez")
+
+
+def test_outdated_objects_are_shown_but_do_not_change_the_status(proxy: FakeProxy) -> None:
+    proxy.succeed()
+    proxy.sources = {"apiStaleSeconds": 600}
+    assert proxy.statuses == (200, 200)
+    for page in ("healthz", "livez"):
+        assert proxy.body(page)["apiStaleSeconds"] == 600
+        assert proxy.body(page)["healthy"] is True
 
 
 def test_reported_times(proxy: FakeProxy) -> None:

@@ -276,6 +276,26 @@ def test_too_many_connections_close_the_longest_idle_ones(
         client.close()
 
 
+def test_clients_use_at_most_half_of_the_descriptors(clock: Clock) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (40, hard))
+    try:
+        server = HttpServer(clock=clock, wall=time)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    server.start()
+    listener = open_port(server)
+    clients = [connect(listener) for _ in range(30)]
+    for client in clients[:10]:
+        assert client.recv(1) == b"", "replaced by a newer client"
+    for client in clients[10:]:
+        client.sendall(REQUEST)
+        assert client.recv(65536).endswith(b"GET /a")
+    for client in clients:
+        client.close()
+    server.stop(HANG_GUARD)
+
+
 def exhaust_descriptors(files: list[int]) -> None:
     """Open files until the process runs out of descriptors."""
     while True:
@@ -307,6 +327,47 @@ def test_newest_client_is_served_when_file_descriptors_run_out(server: HttpServe
             os.close(descriptor)
         first.close()
         second.close()
+
+
+def test_health_check_is_answered_when_other_threads_have_used_up_the_descriptors(server: HttpServer) -> None:
+    listener = open_port(server)
+    wait_until_idle(server)
+    client = socket.socket()
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files: list[int] = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(limit[0], 256), limit[1]))
+    try:
+        exhaust_descriptors(files)
+        client.settimeout(HANG_GUARD)
+        client.connect(listener.getsockname())
+        client.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        assert client.recv(100).startswith(b"HTTP/1.1 200 ")
+    finally:
+        for file in files:
+            os.close(file)
+        client.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+
+
+def test_server_continues_after_an_unexpected_error(
+    server: HttpServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("kproxy.model.restarts.FIRST_DELAY", 0.01)
+    listener = open_port(server)
+    select, failures = server._selector.select, [OSError(12, "Cannot allocate memory"), MemoryError()]
+
+    def failing(timeout: float | None = None) -> Any:
+        if failures:
+            raise failures.pop(0)
+        return select(timeout)
+
+    monkeypatch.setattr(server._selector, "select", failing)
+    for _ in range(3):
+        assert exchange(listener, b"GET / HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 200 ")
+    assert [record.message for record in caplog.records if record.levelname == "ERROR"] == [
+        "http: unexpected OSError(12, 'Cannot allocate memory'); trying again",
+        "http: unexpected MemoryError(); trying again",
+    ]
 
 
 def test_removing_a_port_closes_its_connections(server: HttpServer) -> None:

@@ -13,6 +13,7 @@ from kproxy.iptables.save_restore import (
     RestoreInput,
     SavedChain,
     SavedTables,
+    SaveError,
     count_rules,
     incompatible_line,
     parse_save,
@@ -36,13 +37,13 @@ def test_saved_probabilities_are_parsed_as_they_were_written() -> None:
         f"-A C -m statistic --mode random --probability {printed(float(f'{1 / n:.10f}'))} -j D\n"
         for n in range(1, 5001)
     ]
-    assert parse_save(["*nat", ":C - [0:0]", *saved]).chains[ChainName("nat", "C")].rules == written
-    assert parse_save(["*nat", ":C - [0:0]", *written]).chains[ChainName("nat", "C")].rules == written
+    assert parse_save(["*nat", ":C - [0:0]", *saved, "COMMIT"]).chains[ChainName("nat", "C")].rules == written
+    assert parse_save(["*nat", ":C - [0:0]", *written, "COMMIT"]).chains[ChainName("nat", "C")].rules == written
 
 
 def test_probability_zero_is_kept() -> None:
     rule = "-A C -m statistic --mode random --probability 0.00000000000 -j D"
-    assert parse_save(["*nat", rule]).chains[ChainName("nat", "C")].rules == [rule]
+    assert parse_save(["*nat", rule, "COMMIT"]).chains[ChainName("nat", "C")].rules == [rule]
 
 
 @pytest.mark.parametrize("family", Family)
@@ -105,9 +106,11 @@ def test_second_copy_of_a_table_replaces_the_first() -> None:
         "-A B -j X",
         "*filter",
         ":F - [0:0]",
+        "COMMIT",
         "*nat",
         ":B - [0:0]",
         "-A B -j Y",
+        "COMMIT",
     ]
     assert parse_save(lines).chains == {
         ChainName("nat", "B"): SavedChain(["-A B -j Y"]),
@@ -118,6 +121,27 @@ def test_second_copy_of_a_table_replaces_the_first() -> None:
 def test_incompatible_table_reported_by_iptables_save_is_recognized() -> None:
     message = "Table `filter' is incompatible, use 'nft' tool."
     assert parse_save([f"# {message}\n"]) == SavedTables({}, {"filter": message})
+
+
+COMPLETE = ["*nat\n", ":A - [0:0]\n", "[1:2] -A A -j B\n", "COMMIT\n", "*filter\n", ":F - [0:0]\n", "COMMIT\n"]
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 5, 6])
+def test_output_that_is_cut_off_is_an_error(length: int) -> None:
+    table = "nat" if length < 4 else "filter"
+    with pytest.raises(SaveError, match=f"the output of iptables-save for table {table} is cut off"):
+        parse_save(COMPLETE[:length])
+    assert parse_save(COMPLETE[:length], ["mangle"]) == SavedTables()
+
+
+@pytest.mark.parametrize(
+    "line", ["[", "[12:", "[1:2]", "[1:2] -X A", "-A ", "-A", "\x00\udcff", "iptables: error", "-N A"]
+)
+def test_line_that_is_not_of_iptables_save_is_an_error(line: str) -> None:
+    with pytest.raises(SaveError, match="not a line of iptables-save: "):
+        parse_save(["*nat\n", f"{line}\n", "COMMIT\n"])
+    with pytest.raises(SaveError):
+        parse_save([line])
 
 
 def test_empty_restore_input_is_false_and_has_no_text() -> None:

@@ -328,6 +328,80 @@ def test_retry_after_is_honored(status: int, headers: dict[str, str], body: byte
         assert watch.handle_status(status, headers, body).reconnect_after == pytest.approx(delay)
 
 
+ABSURD = [
+    ({"Retry-After": "86400"}, b"", "86400"),
+    ({"Retry-After": "99999999999"}, b"", "1e+11"),
+    ({"Retry-After": "9" * 400}, b"", "inf"),
+    ({}, b'{"details":{"retryAfterSeconds":1e300}}', "1e+300"),
+]
+
+
+@pytest.mark.parametrize(("headers", "body", "shown"), ABSURD)
+def test_retry_after_is_limited_to_a_minute_and_logged(headers: dict[str, str], body: bytes, shown: str) -> None:
+    for watch in (new_watch(), synced_watch()):
+        assert watch.handle_status(429, headers, body).reconnect_after == 60.0
+        assert watch.error.endswith(f" (it asked to wait {shown} s, but kproxy waits at most 60 s)")
+    event = b'{"type":"ERROR","object":{"code":%d,"message":"x","details":{"retryAfterSeconds":1e300}}}'
+    for code in (410, 429, 500):
+        watch = synced_watch()
+        watch.handle_line(event % code)
+        assert (watch.handle_line(event % code).reconnect_after or 0.0) <= 60.0
+
+
+@pytest.mark.parametrize(
+    ("headers", "body"),
+    [
+        ({"Retry-After": "-5"}, b""),
+        ({"Retry-After": "nan"}, b""),
+        ({"Retry-After": "1e11"}, b""),
+        ({"Retry-After": "²"}, b""),
+        ({"Retry-After": "\x00\xff"}, b""),
+        ({}, b'{"details":{"retryAfterSeconds":-1e300}}'),
+        ({}, b'{"details":{"retryAfterSeconds":1e999}}'),
+        ({}, b'{"details":{"retryAfterSeconds":"soon"}}'),
+        ({}, b'{"details":{"retryAfterSeconds":NaN}}'),
+    ],
+)
+def test_unusable_retry_after_is_ignored(headers: dict[str, str], body: bytes) -> None:
+    assert new_watch().handle_status(429, headers, body).reconnect_after == pytest.approx(0.8)
+
+
+def test_event_that_is_too_large_makes_the_watch_list_in_pages() -> None:
+    for watch in (synced_watch(), new_watch()):
+        step = watch.handle_oversize("an event exceeds the maximum of 5000 bytes")
+        assert step.reconnect_after == pytest.approx(0.8)
+        assert watch.error == "must relist services in pages: an event exceeds the maximum of 5000 bytes"
+        assert watch.next_request().params["limit"] == "500"
+
+
+def test_pages_that_are_too_large_become_smaller() -> None:
+    watch, consumer = synced_watch(), Consumer()
+    watch.handle_oversize("too large")
+    sizes, delays = [], []
+    for _ in range(7):
+        sizes.append(watch.next_request().params["limit"])
+        delays.append(watch.handle_oversize("too large").reconnect_after)
+    assert sizes == ["500", "100", "20", "4", "1", "1", "1"]
+    assert delays == [pytest.approx(seconds) for seconds in (0.8, 1.6, 3.2, 6.4, 12.8, 24.0, 24.0)]
+    assert watch.error == "cannot list services: too large, although it has only one object"
+    consumer.consume(watch.handle_page(recorded_response("list-page-1.txt")[2]))
+    assert watch.next_request().params["limit"] == "1"
+    consumer.consume(watch.handle_page(recorded_response("list-page-2.txt")[2]))
+    assert len(consumer.objects) == 4
+    assert watch.next_request().watch
+    watch.handle_oversize("too large")
+    assert watch.next_request().params["limit"] == "500"
+
+
+def test_repeated_large_events_relist_with_backoff() -> None:
+    watch, delays = synced_watch(), []
+    for _ in range(3):
+        delays.append(watch.handle_oversize("too large").reconnect_after)
+        watch.handle_page(recorded_response("list-page-2.txt")[2])
+        assert watch.next_request().watch
+    assert delays == [pytest.approx(0.8), pytest.approx(1.6), pytest.approx(3.2)]
+
+
 def test_401_renews_the_credentials() -> None:
     step = synced_watch().handle_status(401, {}, b"")
     assert step.reconnect_after == pytest.approx(0.8)

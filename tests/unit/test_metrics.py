@@ -131,6 +131,8 @@ def full_page(mode: str) -> Page:
     for page in ("healthz", "livez"):
         proxy.metrics.on_probe(page, 200)
     proxy.metrics.on_request("GET", "10.99.0.1:6443", "200", 0.1)
+    proxy.metrics.on_reflector_error("Service", "status")
+    proxy.metrics.track_api(lambda: {"Service": 1.0})
     return proxy.page
 
 
@@ -402,6 +404,15 @@ def test_node_missing_gauge(proxy: FakeProxy) -> None:
     assert proxy.value("kproxy_node_missing") == 1
     proxy.metrics.set_node_missing(False)
     assert proxy.value("kproxy_node_missing") == 0
+
+
+def test_contact_with_the_api_server_and_its_failures(proxy: FakeProxy) -> None:
+    ages = {"Service": 5.0, "Node": 100.0}
+    proxy.metrics.track_api(lambda: ages)
+    proxy.metrics.on_reflector_error("Service", "size")
+    assert proxy.value("kproxy_api_last_contact_timestamp_seconds", kind="Service") == NOW - 5.0
+    assert proxy.value("kproxy_api_last_contact_timestamp_seconds", kind="Node") == NOW - 100.0
+    assert proxy.value("kproxy_reflector_errors_total", kind="Service", reason="size") == 1
 
 
 def test_ip_traffic_is_parsed_from_netstat() -> None:

@@ -11,10 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kproxy.kube.client.response import TransportError
-from kproxy.kube.codec import streams
 from kproxy.kube.codec.conversion import DecodedObject
 from kproxy.kube.codec.streams import FramingError, read_events, split_frames, split_lines
-from kproxy.kube.codec.watch_events import Deleted, Event, UndecodableObject
+from kproxy.kube.codec.watch_events import Deleted, Event
 from kproxy.model.types import Service
 from tests.apiserver import protobuf
 from tests.apiserver.objects import service
@@ -77,18 +76,17 @@ def test_frames_are_read_as_protobuf() -> None:
 
 
 @pytest.mark.parametrize("media_type", ["application/json", protobuf.MEDIA_TYPE])
-def test_event_that_is_too_long_ends_the_stream(monkeypatch: pytest.MonkeyPatch, media_type: str) -> None:
-    monkeypatch.setattr(streams, "MAX_EVENT_BYTES", 5000)
+@pytest.mark.parametrize("last", [b"\x7f" * 6000, b"\x7f" * 6000 + b"\n" + LINES])
+def test_event_that_is_too_long_ends_the_stream(media_type: str, last: bytes) -> None:
     valid = LINES if media_type == "application/json" else FRAMES
-    *events, last = read(media_type, valid, b"\x7f" * 6000, valid)
-    assert len(events) == 2
-    assert isinstance(last, UndecodableObject)
-    assert "exceeds the maximum of 5000 bytes" in last.text
-    assert not last.name
+    received = read_events(Service, Body(media_type, [valid, last]), limit=5000)
+    assert isinstance(next(received), DecodedObject)
+    assert isinstance(next(received), Deleted)
+    with pytest.raises(FramingError, match="exceeds the maximum of 5000 bytes"):
+        next(received)
 
 
-def test_endless_line_is_not_buffered_forever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams, "MAX_EVENT_BYTES", 5000)
+def test_endless_line_is_not_buffered_forever() -> None:
     chunks_read = 0
 
     def endless() -> Iterator[bytes]:
@@ -98,5 +96,5 @@ def test_endless_line_is_not_buffered_forever(monkeypatch: pytest.MonkeyPatch) -
             yield b"x" * 1000
 
     with pytest.raises(FramingError):
-        list(split_lines(endless()))
+        list(split_lines(endless(), limit=5000))
     assert chunks_read == 6

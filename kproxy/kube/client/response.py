@@ -1,12 +1,19 @@
-"""HTTP responses from the API server, and connection errors. A body is read either as a whole or as a stream."""
+"""HTTP responses from the API server, and connection errors. A body is read either as a whole or as a stream.
+
+Whatever the server sends, a response takes a bounded amount of memory. Bodies that are read as a whole have a maximum
+size, pieces of a stream are small even if they are compressed, and `http.client` limits headers and chunk sizes.
+"""
 # ruff: noqa: PLC0415 - urllib3 takes megabytes of memory; only processes with a client load it
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
+MAX_BODY_BYTES = 64 << 20
+"""Default maximum size of a body that is read as a whole, in bytes, after decompression."""
 _CHUNK_SIZE = 1 << 16
 
 
@@ -16,6 +23,10 @@ class TransportError(Exception):
 
 class IdleTimeoutError(TransportError):
     """The server sent no data before the request's timeout expired."""
+
+
+class BodyTooLargeError(TransportError):
+    """The body of a response is larger than the caller accepts."""
 
 
 class ApiResponse:
@@ -36,23 +47,47 @@ class ApiResponse:
         """Return the media type of the body in lower case and without parameters, or "" if the server sent none."""
         return self.headers.get("Content-Type", "").partition(";")[0].strip().lower()
 
-    def read(self) -> bytes:
-        """Return the whole body, decompressed. Raises `TransportError`."""
-        with TransportErrors():
-            body: bytes = self._raw.read(decode_content=True)
-            return body
+    def read(self, limit: int = MAX_BODY_BYTES) -> bytes:
+        """Return the whole body, decompressed.
+
+        Raises `BodyTooLargeError` if it has more than `limit` bytes, and `TransportError`.
+        """
+        pieces = []
+        size = 0
+        for piece in self.chunks():
+            size += len(piece)
+            if size > limit:
+                raise BodyTooLargeError(f"the response exceeds the maximum of {limit} bytes")
+            pieces.append(piece)
+        return b"".join(pieces)
+
+    def read_start(self, limit: int) -> bytes:
+        """Return the first `limit` bytes of the body, decompressed, or all of it. Raises `TransportError`."""
+        start = bytearray()
+        for piece in self.chunks():
+            start += piece
+            if len(start) >= limit:
+                break
+        return bytes(start[:limit])
 
     def chunks(self) -> Iterator[bytes]:
-        """Yield the decompressed body in pieces, as they arrive.
+        """Yield the decompressed body in pieces of at most 64 KiB, as they arrive.
 
         The iterator ends at the end of the response. Raises `IdleTimeoutError` if nothing arrives within the request's
-        timeout, and `TransportError` if the connection breaks.
+        timeout, and `TransportError` if the connection breaks or the body cannot be decompressed.
         """
-        chunked = getattr(self._raw, "chunked", False)
-        source = self._raw.read_chunked(_CHUNK_SIZE, decode_content=True) if chunked else None
+        encoding = self.headers.get("Content-Encoding", "").strip().lower()
+        if encoding in {"gzip", "x-gzip"}:
+            yield from _decompressed(self._received())
+        elif encoding in {"", "identity"}:
+            yield from self._received()
+        else:
+            raise TransportError(f"unsupported Content-Encoding {encoding[:20]!r}")
+
+    def _received(self) -> Iterator[bytes]:
         while True:
             with TransportErrors():
-                chunk = next(source, b"") if source else self._raw.read1(_CHUNK_SIZE, decode_content=True)
+                chunk: bytes = self._raw.read1(_CHUNK_SIZE, decode_content=False) or b""
             if not chunk:
                 return
             yield chunk
@@ -74,6 +109,28 @@ class ApiResponse:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+
+def _decompressed(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Decompress gzip (RFC 1952) in pieces of at most `_CHUNK_SIZE` bytes. Raises `TransportError`."""
+    decoder = zlib.decompressobj(16 + zlib.MAX_WBITS)
+    for chunk in chunks:
+        rest = chunk
+        while rest:
+            try:
+                piece = decoder.decompress(rest, _CHUNK_SIZE)
+            except zlib.error as error:
+                raise TransportError(f"cannot decompress the response: {error}") from None
+            rest = decoder.unconsumed_tail
+            if decoder.eof and decoder.unused_data:  # another member follows
+                rest, decoder = decoder.unused_data, zlib.decompressobj(16 + zlib.MAX_WBITS)
+            if piece:
+                yield piece
+    # Without more input, the decoder may still have output that did not fit into the last piece.
+    while piece := decoder.decompress(b"", _CHUNK_SIZE):
+        yield piece
+    if not decoder.eof:
+        raise TransportError("cannot decompress the response: it is cut off")
 
 
 class TransportErrors:

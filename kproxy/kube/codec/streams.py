@@ -7,7 +7,7 @@ from typing import Protocol
 
 from kproxy.kube.codec import protobuf
 from kproxy.kube.codec.json_codec import read_line
-from kproxy.kube.codec.watch_events import Event, UndecodableObject
+from kproxy.kube.codec.watch_events import Event
 from kproxy.model.delta import Kind
 
 ACCEPT_JSON = "application/json"
@@ -18,8 +18,8 @@ could be decoded.
 """
 ACCEPT_WATCH = f"{protobuf.MEDIA_TYPE};stream=watch,application/json"
 """Accept header of a watch, in order of preference: the API server uses the first media type that it supports."""
-MAX_EVENT_BYTES = 64 << 20
-"""Maximum size of one event, in bytes.
+MAX_EVENT_BYTES = 16 << 20
+"""Default maximum size of one event, in bytes.
 
 By default, etcd accepts objects of up to 1.5 MB; their JSON is at most a few times larger.
 """
@@ -34,30 +34,28 @@ class FramingError(ValueError):
     """
 
 
-def split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+def split_lines(chunks: Iterable[bytes], limit: int = MAX_EVENT_BYTES) -> Iterator[bytes]:
     """Yield each line without its line feed as soon as it is complete. An incomplete last line is dropped.
 
-    Raises `FramingError`.
+    Raises `FramingError` for a line of more than `limit` bytes.
     """
-    tail: list[bytes] = []  # joined only when the line is complete: a long line arrives in many chunks
-    size = 0
+    tail = bytearray()
     for chunk in chunks:
         first, *others = chunk.split(b"\n")
-        tail.append(first)
-        size += len(first)
-        if size > MAX_EVENT_BYTES:
-            raise FramingError(f"an event exceeds the maximum of {MAX_EVENT_BYTES} bytes")
+        if max(len(tail) + len(first), *map(len, others), 0) > limit:
+            raise FramingError(f"an event exceeds the maximum of {limit} bytes")
+        tail += first
         if not others:
             continue
-        yield b"".join(tail)
+        yield bytes(tail)
         yield from others[:-1]
-        tail, size = [others[-1]], len(others[-1])
+        tail = bytearray(others[-1])
 
 
-def split_frames(chunks: Iterable[bytes]) -> Iterator[bytes]:
+def split_frames(chunks: Iterable[bytes], limit: int = MAX_EVENT_BYTES) -> Iterator[bytes]:
     """Yield each frame, without its length prefix (4 bytes, big-endian), as soon as it is complete.
 
-    An incomplete last frame is dropped. Raises `FramingError`.
+    An incomplete last frame is dropped. Raises `FramingError` for a frame of more than `limit` bytes.
     """
     buffer = bytearray()
     for chunk in chunks:
@@ -66,8 +64,8 @@ def split_frames(chunks: Iterable[bytes]) -> Iterator[bytes]:
         while len(buffer) >= frame_end + _LENGTH_BYTES:
             start = frame_end + _LENGTH_BYTES
             size = int.from_bytes(buffer[frame_end:start], "big")
-            if size > MAX_EVENT_BYTES:
-                raise FramingError(f"an event of {size} bytes exceeds the maximum of {MAX_EVENT_BYTES} bytes")
+            if size > limit:
+                raise FramingError(f"an event of {size} bytes exceeds the maximum of {limit} bytes")
             if len(buffer) < start + size:
                 break
             frame_end = start + size
@@ -89,16 +87,13 @@ class WatchStream(Protocol):
         """
 
 
-def read_events(kind: Kind, stream: WatchStream) -> Iterator[Event]:
+def read_events(kind: Kind, stream: WatchStream, limit: int = MAX_EVENT_BYTES) -> Iterator[Event]:
     """Yield the events of a watch of `kind` as they arrive, until the watch ends.
 
-    An event that cannot be decoded becomes an `UndecodableObject`. After an event that is larger than the maximum, the
-    iterator ends, because the start of the next event is unknown. Raises only what `stream.chunks` raises.
+    An event that cannot be decoded becomes an `UndecodableObject`. Raises `FramingError` for an event of more than
+    `limit` bytes, and what `stream.chunks` raises.
     """
-    try:
-        if stream.media_type == protobuf.MEDIA_TYPE:
-            yield from map(protobuf.FrameReader(kind).read, split_frames(stream.chunks()))
-        else:
-            yield from (read_line(kind, line) for line in split_lines(stream.chunks()) if line.strip())
-    except FramingError as error:
-        yield UndecodableObject("", "", "", str(error))
+    if stream.media_type == protobuf.MEDIA_TYPE:
+        yield from map(protobuf.FrameReader(kind).read, split_frames(stream.chunks(), limit))
+    else:
+        yield from (read_line(kind, line) for line in split_lines(stream.chunks(), limit) if line.strip())

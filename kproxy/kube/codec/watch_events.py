@@ -47,7 +47,8 @@ class UndecodableObject(Struct, frozen=True):
 class ErrorStatus(Struct, frozen=True):
     """An HTTP response with a status other than 200, or an ERROR event.
 
-    `retry_after` is in seconds; it is 0 if the server did not send a delay.
+    `retry_after` is the delay that the server asked for, in seconds. It is never negative or NaN, but may be infinite;
+    it is 0 if the server did not send a usable delay.
     """
 
     code: int
@@ -84,7 +85,8 @@ def error_from_status(status: ApiStatus, code: int = 0, retry_after: float = 0.0
     `code` and `retry_after` (in seconds) take precedence over the values in the Status, unless they are 0.
     """
     if not retry_after and status.details:
-        retry_after = max(0.0, status.details.retry_after_seconds)
+        retry_after = status.details.retry_after_seconds
+    retry_after = retry_after if retry_after > 0 else 0.0  # also for NaN, which JSON does not have
     return ErrorStatus(
         code or status.code, one_line(status.reason), one_line(status.message) or "no message", retry_after
     )

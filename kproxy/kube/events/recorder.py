@@ -26,11 +26,14 @@ from kproxy.kube.events.correlator import (
     event_path,
     post_outcome,
 )
+from kproxy.model.restarts import Restarts
 
 QUEUE_LIMIT = 200
 """Maximum number of occurrences in the queue of the recorder's thread. Further occurrences are dropped."""
 POST_TIMEOUT = 10.0
 """Seconds after which an attempt to post an event fails if the server sends no data."""
+MAX_ERROR_BYTES = 1 << 16
+"""Maximum number of bytes to read from a response."""
 RETRY_DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0)
 """Seconds to wait before the second and each further attempt to post an event.
 
@@ -105,15 +108,19 @@ class EventRecorder:
             self._thread.join(timeout)
 
     def _run(self) -> None:
+        restarts = Restarts("events")
         while (occurrence := self._queue.get()) is not None and not self._stopping.is_set():
-            report = self._correlator.admit(occurrence)
-            if report is None:
-                log.debug("%s is counted, not written", _describe(occurrence))
-                continue
             try:
-                self._write(report)
+                report = self._correlator.admit(occurrence)
+                if report is None:
+                    log.debug("%s is counted, not written", _describe(occurrence))
+                else:
+                    self._write(report)
             except Exception as error:  # noqa: BLE001 - an unexpected error must not stop the thread
-                self._log_failure(report, f"unexpected {type(error).__name__}: {error}")
+                delay, text = restarts.failed(error, self._clock())
+                if text:
+                    log.error("%s", text)
+                self._stopping.wait(delay)
 
     def _write(self, report: EventReport) -> None:
         """Post an event. Retry until the server accepts or rejects it, attempts run out, or `stop` is called."""
@@ -156,7 +163,7 @@ class _PostResult(Struct, frozen=True):
 
 
 def _read_result(response: ApiResponse) -> _PostResult:
-    body = response.read()
+    body = response.read_start(MAX_ERROR_BYTES)
     outcome = post_outcome(response.status)
     if outcome == "accepted":
         return _PostResult(outcome)

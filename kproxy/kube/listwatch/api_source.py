@@ -6,15 +6,18 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+
+from msgspec import Struct
 
 from kproxy.kube.client.client import ApiClient
 from kproxy.kube.client.cluster_access import ClientError
-from kproxy.kube.client.response import ApiResponse, IdleTimeoutError, TransportError
-from kproxy.kube.codec.streams import read_events
-from kproxy.kube.codec.watch_events import one_line
+from kproxy.kube.client.response import ApiResponse, BodyTooLargeError, IdleTimeoutError, TransportError
+from kproxy.kube.codec.streams import MAX_EVENT_BYTES, FramingError, read_events
+from kproxy.kube.codec.watch_events import ErrorStatus, UndecodableObject, one_line
 from kproxy.kube.listwatch.protocol import (
     INACTIVITY,
+    MAX_PAGE_BYTES,
     IgnoredFields,
     InvalidObject,
     ListWatch,
@@ -22,11 +25,25 @@ from kproxy.kube.listwatch.protocol import (
     ListWatchStep,
 )
 from kproxy.model.delta import BASIC_KINDS, Delta, Invalid, Kind
+from kproxy.model.restarts import Restarts
 
 REPEAT_PERIOD = 60.0
 """Seconds for which the same message is not logged again."""
 IGNORED_FIELDS_PERIOD = 3600.0
 """Like `REPEAT_PERIOD`, for messages about ignored fields. It is longer, because some objects are never corrected."""
+ERROR_REASONS = ("connection", "credentials", "decoding", "size", "status", "timeout", "unexpected")
+"""Why receiving objects failed.
+
+The connection or the credentials failed; an object or a list could not be decoded or was too large; the server returned
+an error or was silent for too long; or there was an unexpected error.
+"""
+MAX_ERROR_BYTES = 1 << 16
+"""Maximum number of bytes to read from a response whose status is not 200. The rest is never read."""
+STALE_SECONDS = 180.0
+"""Seconds without data after which the objects of a kind may be outdated.
+
+The API server sends a bookmark about every 60 s, and a silent connection is replaced after `INACTIVITY` seconds.
+"""
 log = logging.getLogger(__name__)
 
 
@@ -38,6 +55,10 @@ class ApiSource:
     the server does not serve ServiceCIDRs or does not allow reading them, their first delta is an empty `Replace`, and
     the time between requests for them grows to between 3 and 5 minutes. A connection that receives no data for
     `inactivity` seconds is replaced.
+
+    A page of a list of more than `max_page_bytes` bytes or an event of more than `max_event_bytes` bytes is not read:
+    the objects are listed again, in pages. `on_error` is called with the kind and one of the `ERROR_REASONS` for each
+    failure. It must neither block nor raise.
 
     `on_invalid` is called with the kind, namespace and name of an object, and with a log line that names the field, if
     the object or a part of it cannot be used. Like the log line, the call is not repeated for some time. `on_invalid`
@@ -53,16 +74,37 @@ class ApiSource:
         kinds: Iterable[Kind] = BASIC_KINDS,
         inactivity: float = INACTIVITY,
         on_invalid: Callable[[Kind, str, str, str], None] | None = None,
+        max_page_bytes: int = MAX_PAGE_BYTES,
+        max_event_bytes: int = MAX_EVENT_BYTES,
+        on_error: Callable[[str, str], None] = lambda *_: None,
     ) -> None:
         def machine(kind: Kind) -> ListWatch:
             return ListWatch(kind, node_name, random.random, inactivity)
 
-        self._reflectors = [_Reflector(client, kind, machine, sink, on_invalid) for kind in kinds]
+        limits = _Limits(max_page_bytes, max_event_bytes)
+        self._reflectors = [
+            _Reflector(client, kind, machine, sink, limits=limits, on_error=on_error, on_invalid=on_invalid)
+            for kind in kinds
+        ]
 
     def start(self) -> None:
         """Start the threads."""
         for reflector in self._reflectors:
             reflector.start()
+
+    def ages(self) -> dict[str, float]:
+        """Return the seconds since the API server last sent an object, a list or a bookmark, for each kind.
+
+        Until then, they count from the creation of this source. Optional kinds that the server does not provide are
+        omitted.
+        """
+        now = time.monotonic()
+        return {each.name: now - each.last_contact for each in self._reflectors if not each.unavailable}
+
+    def status(self) -> dict[str, object]:
+        """Return `apiStaleSeconds`, the age of the oldest objects, if it exceeds `STALE_SECONDS`."""
+        age = max(self.ages().values(), default=0.0)
+        return {"apiStaleSeconds": int(age)} if age > STALE_SECONDS else {}
 
     def stop(self, timeout: float) -> None:
         """Stop the threads, even if they are waiting for data. `sink` is not called after this method returns.
@@ -109,6 +151,27 @@ class LogDeduplicator:
         return recovered
 
 
+class _Watch:
+    """The response to a watch request of a reflector. Records when data arrives."""
+
+    def __init__(self, reflector: _Reflector, response: ApiResponse) -> None:
+        self._reflector, self._response = reflector, response
+        self.media_type = response.media_type
+
+    def chunks(self) -> Iterator[bytes]:
+        """See `ApiResponse.chunks`."""
+        for chunk in self._response.chunks():
+            self._reflector.last_contact = time.monotonic()
+            yield chunk
+
+
+class _Limits(Struct, frozen=True):
+    """Maximum sizes in bytes: of a page of a list, and of an event of a watch."""
+
+    page: int
+    event: int
+
+
 class _Reflector:
     """A thread that lists and watches one kind of object."""
 
@@ -118,11 +181,18 @@ class _Reflector:
         kind: Kind,
         machine: Callable[[Kind], ListWatch],
         sink: Callable[[Delta], None],
+        *,
+        limits: _Limits,
+        on_error: Callable[[str, str], None],
         on_invalid: Callable[[Kind, str, str, str], None] | None,
     ) -> None:
         self._on_invalid = on_invalid
         self._client, self._kind, self._new_machine, self._sink = client, kind, machine, sink
+        self._limits, self._on_error = limits, on_error
+        self.name = kind.__name__
+        self.last_contact = time.monotonic()
         self._machine = machine(kind)
+        self._restarts = Restarts(f"watch of {self._machine.resource}")
         self._messages = LogDeduplicator(REPEAT_PERIOD)
         self._ignored_fields = LogDeduplicator(IGNORED_FIELDS_PERIOD)
         self._stopping = threading.Event()
@@ -132,6 +202,10 @@ class _Reflector:
         self._last_response: ApiResponse | None = None
         self._watch_start: float | None = None
         self._thread = threading.Thread(target=self._run, name=f"api-{self._machine.resource}", daemon=True)
+
+    @property
+    def unavailable(self) -> bool:
+        return self._machine.unavailable
 
     def start(self) -> None:
         self._thread.start()
@@ -155,9 +229,14 @@ class _Reflector:
             self._stopping.wait(delay)
 
     def _restart(self, error: Exception) -> float:
-        log.error("%s: unexpected %s: %s; relisting", self._machine.resource, type(error).__name__, error)
+        """List again with a new state machine, because the state of the old one is unknown."""
+        self._on_error(self.name, "unexpected")
+        delay, text = self._restarts.failed(error, time.monotonic())
+        if text:
+            log.error("%s", text)
+            log.debug("watch of %s", self._machine.resource, exc_info=error)
         self._machine = self._new_machine(self._kind)
-        return self._machine.handle_failure("unexpected error").reconnect_after or 0.0
+        return delay
 
     def _send_request(self) -> float:
         """Send the next request and process the response. Return the seconds to wait before the following request."""
@@ -178,8 +257,13 @@ class _Reflector:
                 finally:
                     self._response = None
         except IdleTimeoutError:
+            self._on_error(self.name, "timeout")
             step = self._machine.handle_inactivity()
+        except (BodyTooLargeError, FramingError) as error:
+            self._on_error(self.name, "size")
+            step = self._machine.handle_oversize(str(error))
         except (TransportError, ClientError) as error:
+            self._on_error(self.name, "connection" if isinstance(error, TransportError) else "credentials")
             step = self._machine.handle_failure(str(error), self._watch_duration())
         if not self._stopping.is_set():
             self._carry_out(step)
@@ -196,18 +280,30 @@ class _Reflector:
     def _process(self, request: ListWatchRequest, response: ApiResponse) -> ListWatchStep:
         """Process a response until it ends or must be closed. Return the last step, which the caller must carry out."""
         if response.status != 200:
-            return self._machine.handle_status(response.status, response.headers, response.read())
+            if response.status not in self._machine.optional_statuses:
+                self._on_error(self.name, "status")
+            body = response.read_start(MAX_ERROR_BYTES)
+            return self._machine.handle_status(response.status, response.headers, body)
         if not request.watch:
-            return self._machine.handle_page(response.read())
+            return self._process_page(response.read(self._limits.page))
         self._watch_start = time.monotonic()
         self._machine.handle_open()
         self._carry_out(ListWatchStep())
-        for event in read_events(self._kind, response):
+        for event in read_events(self._kind, _Watch(self, response), self._limits.event):
+            if isinstance(event, ErrorStatus | UndecodableObject):
+                self._on_error(self.name, "status" if isinstance(event, ErrorStatus) else "decoding")
             step = self._machine.handle_event(event)
             if step.reconnect_after is not None:
                 return step
             self._carry_out(step)
         return self._machine.handle_close(self._watch_duration())
+
+    def _process_page(self, body: bytes) -> ListWatchStep:
+        self.last_contact = time.monotonic()
+        step = self._machine.handle_page(body)
+        if self._machine.error:
+            self._on_error(self.name, "decoding")
+        return step
 
     def _watch_duration(self) -> float:
         """Return the seconds since the current watch started, or 0 if the request has not started a watch."""

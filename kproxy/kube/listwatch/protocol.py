@@ -21,6 +21,12 @@ from kproxy.model.types import EndpointSlice, Service, ServiceCIDR
 
 PAGE_SIZE = 500
 """Maximum number of objects per page of a list. It is client-go's default."""
+PAGE_DIVISOR = 5
+"""If a page is too large, the next attempt asks for a page with fewer objects: the number is divided by this."""
+MAX_PAGE_BYTES = 64 << 20
+"""Default maximum size of a page of a list, in bytes, after decompression."""
+MAX_RETRY_AFTER = 60.0
+"""Maximum number of seconds for which a request of the server to wait is honored."""
 INACTIVITY = 90.0
 """Seconds without data after which a connection counts as dead.
 
@@ -178,6 +184,7 @@ class ListWatch:
         self._accept = ACCEPT_WATCH
         self._resource_version = ""  # the version to watch from, or "" until a list is complete
         self._continue_token = ""
+        self._page_size = PAGE_SIZE
         self._listed: dict[tuple[str, str], bytes | None] = {}  # packed objects; None: exists, but is invalid
         self._was_listed = False
         self._missed_change = False  # an object whose name cannot be decoded has changed: relist
@@ -196,7 +203,7 @@ class ListWatch:
         """Return the next request to send."""
         params = dict(self._selectors)
         if not self._resource_version and not self._use_watch_list:
-            params["limit"] = str(PAGE_SIZE)
+            params["limit"] = str(self._page_size)
             if self._continue_token:
                 params["continue"] = self._continue_token
             return ListWatchRequest(self._path, params, watch=False)
@@ -275,6 +282,25 @@ class ListWatch:
         step = self._retry(f"cannot {verb} {self.resource}: {text}")
         self._add_idle_time(duration)
         return step
+
+    def handle_oversize(self, text: str) -> ListWatchStep:
+        """Handle a page or an event that is larger than the caller accepts. `text` says which maximum it exceeds.
+
+        The objects are listed in pages, after the backoff. If a page was too large, the next one has fewer objects.
+        """
+        listing = not self._resource_version and not self._use_watch_list
+        if listing and self._page_size > 1:
+            self._page_size = max(1, self._page_size // PAGE_DIVISOR)
+            return self._retry(f"cannot list {self.resource}: {text}; listing {self._page_size} objects at a time")
+        if listing:
+            return self._retry(f"cannot list {self.resource}: {text}, although it has only one object")
+        self._accept = ACCEPT_JSON  # if the watch used protobuf, that may be the cause
+        self._use_watch_list = False
+        self._start_list()
+        delay = self._backoff(max(self._relists, self._failures))
+        self._relists += 1
+        self.error = f"must relist {self.resource} in pages: {text}"
+        return ListWatchStep(reconnect_after=delay)
 
     def handle_inactivity(self) -> ListWatchStep:
         """Handle a connection that received nothing for `inactivity` seconds."""
@@ -398,8 +424,8 @@ class ListWatch:
         if error.code == 406:
             self._accept = ACCEPT_JSON
         verb = "watch" if self._resource_version or self._use_watch_list else "list"
-        text = f"cannot {verb} {self.resource}: the API server returned {error}"
-        return self._retry(text, at_least=error.retry_after, renew_credentials=error.code == 401)
+        text = f"cannot {verb} {self.resource}: the API server returned {error}{_capped_text(error)}"
+        return self._retry(text, at_least=_retry_after(error), renew_credentials=error.code == 401)
 
     def _continue_without_kind(self, error: ErrorStatus) -> ListWatchStep:
         """Continue without an optional kind.
@@ -420,9 +446,9 @@ class ListWatch:
         If `immediately` is true, the first relist after an event or bookmark is not delayed.
         """
         self._start_list()
-        delay = 0.0 if immediately and not self._relists else max(self._backoff(self._relists), error.retry_after)
+        delay = 0.0 if immediately and not self._relists else max(self._backoff(self._relists), _retry_after(error))
         self._relists += 1
-        self.error = f"must relist {self.resource}: {error}"
+        self.error = f"must relist {self.resource}: {error}{_capped_text(error)}"
         return ListWatchStep(reconnect_after=delay)
 
     def _retry(
@@ -454,6 +480,7 @@ class ListWatch:
     def _start_list(self) -> None:
         self._discard_list()
         self._resource_version, self._missed_change = "", False
+        self._page_size = PAGE_SIZE
 
     def _discard_list(self) -> None:
         self._listed, self._continue_token = {}, ""
@@ -477,3 +504,15 @@ class ListWatch:
         The delay is 0.8 s (as in client-go), doubled for each failure, at most `max_backoff`, with a jitter of ±25%.
         """
         return min(max_backoff, 0.8 * 2.0 ** min(failures, 10)) * (0.75 + 0.5 * self._random())
+
+
+def _retry_after(error: ErrorStatus) -> float:
+    """Return the seconds to wait at least before the next request."""
+    return min(error.retry_after, MAX_RETRY_AFTER)
+
+
+def _capped_text(error: ErrorStatus) -> str:
+    """Return the part of a message that says that the server asked for a longer wait than `MAX_RETRY_AFTER`, or ""."""
+    if error.retry_after <= MAX_RETRY_AFTER:
+        return ""
+    return f" (it asked to wait {error.retry_after:g} s, but kproxy waits at most {MAX_RETRY_AFTER:g} s)"

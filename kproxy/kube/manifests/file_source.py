@@ -102,6 +102,8 @@ class FileSource:
         self._state = ManifestState()
         self._last_lines: frozenset[str] = frozenset()
         self._has_problems = False
+        self._problem = ""
+        self._pending: tuple[Replace, ...] = ()
         self._watcher = PathWatcher(path, self._handle_snapshot, name="file-source", poll_period=RELOAD_PERIOD)
 
     def load_once(self) -> None:
@@ -113,7 +115,8 @@ class FileSource:
         if update.problems:
             raise FileSourceError(update.problems)
         self._log(update)
-        self._deliver(update)
+        self._pending = update.replacements
+        self._deliver()
 
     def start(self) -> None:
         """Start the thread that watches the files."""
@@ -123,23 +126,23 @@ class FileSource:
         """Stop the thread. Waits at most `timeout` seconds for a running call of `sink`; no further call starts."""
         self._watcher.stop(timeout)
 
-    def _handle_snapshot(self, snapshot: PathSnapshot) -> bool:
-        try:
-            self._update(snapshot)
-        except Exception as error:  # a bug must not stop the thread
-            log.error("%s: unexpected error: %r", self._path, error)
-            log.debug("traceback of the unexpected error", exc_info=error)
-        return True
+    def status(self) -> dict[str, object]:
+        """Return `objectsProblem`, why a file cannot be used at the moment, or nothing if all files are valid."""
+        return {"objectsProblem": self._problem} if self._problem else {}
 
-    def _update(self, snapshot: PathSnapshot) -> None:
+    def _handle_snapshot(self, snapshot: PathSnapshot) -> bool:
         update = self._state.update(snapshot)
+        self._problem = str(update.problems[0]) if update.problems else ""
+        self._pending = update.replacements or self._pending
         self._log(update)
         if not self._watcher.stopping:
-            self._deliver(update)
+            self._deliver()
+        return True
 
-    def _deliver(self, update: ManifestUpdate) -> None:
-        if update.replacements:
-            self._sink(update.replacements)
+    def _deliver(self) -> None:
+        if self._pending:
+            self._sink(self._pending)
+            self._pending = ()  # only now: if `sink` fails, the watcher tries again
 
     def _log(self, update: ManifestUpdate) -> None:
         """Log the lines that were not part of the previous update. Also log when all files have become valid again."""
