@@ -98,6 +98,13 @@ class FaultyTable(_Faulty):
 class FaultyIptables(_Faulty):
     """Fake iptables programs that fail as the real ones do."""
 
+    def __init__(
+        self, kernel: Any, faults: Faults, step: Callable[[str], None], refuse: Callable[[str], str | None]
+    ) -> None:
+        """`refuse` returns the line because of which the kernel rejects the input for one table, or None."""
+        super().__init__(kernel, faults, step)
+        self._refuse = refuse
+
     def _error(self, name: str) -> Exception:
         return CommandError(f"iptables failed with status 4: {name}: Resource temporarily unavailable")
 
@@ -135,6 +142,9 @@ class FaultyIptables(_Faulty):
                     lines = [line for line in block.splitlines() if line[:1] == "-"]
                     line = random.choice(lines) if lines and random.random() < 0.5 else ""
                     raise RestoreError("iptables-restore failed: Resource temporarily unavailable", line=line)
+                if (refused := self._refuse(block)) is not None:
+                    # Some versions of iptables do not tell the line.
+                    raise RestoreError("iptables-restore failed", line=refused if random.random() < 0.5 else "")
                 self._kernel.restore(f"{block}COMMIT\n")
                 self._step("after restore")
 
@@ -148,6 +158,11 @@ def faulty_table(table: FakeTable, faults: Faults, step: Callable[[str], None] =
     return cast("NftablesKernel", FaultyTable(table, faults, step))
 
 
-def faulty_iptables(kernel: FakeKernel, faults: Faults, step: Callable[[str], None] = _ignore) -> IptablesKernel:
+def faulty_iptables(
+    kernel: FakeKernel,
+    faults: Faults,
+    step: Callable[[str], None] = _ignore,
+    refuse: Callable[[str], str | None] = lambda _: None,
+) -> IptablesKernel:
     """Return iptables programs that fail."""
-    return cast("IptablesKernel", FaultyIptables(kernel, faults, step))
+    return cast("IptablesKernel", FaultyIptables(kernel, faults, step, refuse))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,7 +33,14 @@ from tests.simulation.capabilities import repairs_exactly
 from tests.simulation.cluster import NAMESPACE, NODE_ADDRESSES, Cluster
 from tests.simulation.expected import Expectations, Mark
 from tests.simulation.faults import FAULT_RATE, Faults, faulty_iptables, faulty_table
-from tests.simulation.kernels import Generations, SimulatedIptables, SimulatedTable, damage_iptables, damage_table
+from tests.simulation.kernels import (
+    Generations,
+    Refusal,
+    SimulatedIptables,
+    SimulatedTable,
+    damage_iptables,
+    damage_table,
+)
 from tests.simulation.outcomes import DROP, NONE, REJECT, SOURCES, Frontend
 from tests.simulation.packets import iptables_outcomes, nftables_outcomes, packet_to
 from tests.simulation.process import FORGIVEN, Process, make_context
@@ -46,6 +55,7 @@ CHECKED_FRONTENDS = 2
 """The number of frontends to which packets are sent after each transaction."""
 
 
+_SERVICE = re.compile(r"ns/\w+")
 Chains = dict[tuple[str, str], list[str]]
 """The rules of iptables chains, by table and name."""
 
@@ -127,7 +137,7 @@ class World:
     def _family(self, family: Family, generations: Generations) -> FamilyWorld:
         if self.nftables:
             table = SimulatedTable(family, generations)
-            table.reject = partial(self._reject_transaction, table)
+            table.refuse = partial(self._refuse_transaction, table)
             return FamilyWorld(family, table)
         kernel = SimulatedIptables()
         return FamilyWorld(family, kernel)
@@ -142,7 +152,8 @@ class World:
                 kernel = faulty_table(world.kernel, self.faults, step)
                 found[family] = NftablesBackend(kernel, generations, batch_frontends=batch)
             else:
-                programs = faulty_iptables(world.kernel, self.faults, step)
+                refuse = partial(self._refuse_line, world.kernel)
+                programs = faulty_iptables(world.kernel, self.faults, step, refuse)
                 found[family] = IptablesBackend(programs, max_transaction_rules=rules, dispatch_threshold=threshold)
         return found
 
@@ -365,7 +376,8 @@ class World:
 
     # Rejections
 
-    def _reject_transaction(self, table: SimulatedTable, transaction: Transaction) -> str | None:
+    def _refuse_transaction(self, table: SimulatedTable, transaction: Transaction) -> Refusal | None:
+        """Return the first object of a transaction that the kernel rejects, if any."""
         if not self.poisoned:
             return None
         for name, elements in transaction.added_elements.items():
@@ -373,10 +385,22 @@ class World:
             for element in elements:
                 key = element.comment.partition(":")[0]
                 if key in self.poisoned and not (current and current.elements.get(element.key) == element):
-                    return f"element of {name}: Numerical result out of range"
+                    return "element", name, element.key, errno.ERANGE
         for chain in transaction.added_rules:
             if any(chain.comment.startswith(key) for key in self.poisoned):
-                return f"chain {chain.name}: No such file or directory"
+                return "chain", chain.name, b"", errno.EOPNOTSUPP
+        return None
+
+    def _refuse_line(self, kernel: SimulatedIptables, text: str) -> str | None:
+        """Return the first line of a restore that the kernel rejects, if any: a new rule of a per-Service chain."""
+        table = kernel.tables[text[1 : text.index("\n")]]
+        for line in text.splitlines() if self.poisoned else ():
+            command, _, rest = line.partition(" ")
+            chain, _, rule = rest.partition(" ")
+            if command in {"-A", "-I", "-R"} and chain.startswith(PORT_CHAIN_PREFIXES):
+                named = _SERVICE.search(rule)
+                if named and named[0] in self.poisoned and rule not in table.get(chain, ()):
+                    return line
         return None
 
     # What kproxy reports
@@ -506,7 +530,7 @@ class World:
     def _unsettled(self) -> str:
         process = self.process
         return ", ".join(
-            f"{family.value}: sync due in {state.schedule.wait(self.now)} s, check in {state.repairs.wait(self.now)} s, "
+            f"{family.value}: sync in {state.schedule.wait(self.now)} s, check in {state.repairs.wait(self.now)} s, "
             f"quarantine until {state.sync.next_retry}, step at {state.next_step}, jobs {len(process.jobs[family])}"
             for family, state in process.reconciler._families.items()
         )

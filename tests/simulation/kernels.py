@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from collections.abc import Callable
+from importlib import import_module
 from random import Random
 from typing import Any, Self
 
@@ -11,8 +15,10 @@ from kproxy.iptables.base_rules import ensured_rules
 from kproxy.model.context import Context
 from kproxy.model.drift import Touched
 from kproxy.model.types import Family
+from kproxy.nftables import kernel as nftables_kernel
 from kproxy.nftables import ruleset as nft
 from kproxy.nftables.elements import DROP, SetElement
+from kproxy.nftables.kernel import TableError
 from kproxy.nftables.names import TABLE
 from kproxy.nftables.transaction import Transaction
 from tests.fakekernel import BUILTIN, FakeKernel
@@ -20,6 +26,22 @@ from tests.faketable import FakeChain, FakeSet, FakeTable, TableState
 
 Damage = tuple[str, dict[str, Touched]]
 """What another process did, as text, and what it touched, by table."""
+
+
+Refusal = tuple[str, str, bytes, int]
+"""The object because of which the kernel rejects a transaction: its kind, the chain or set, the key, and an errno."""
+_CODES = {os.strerror(code): code for code in (errno.ENOENT, errno.EEXIST, errno.EBUSY, errno.EOPNOTSUPP)}
+
+
+def rejection(kind: str, name: str, key: bytes, code: int) -> Exception:
+    """Return the error of a transaction that the kernel rejects because of one of its objects."""
+    text = f"{kind} {name}: {os.strerror(code)}"
+    make = getattr(nftables_kernel, "TransactionRejectedError", None)
+    if make is None:
+        return TableError(text)
+    rejected = import_module("kproxy.nftables.rejection").RejectedObject
+    found: Exception = make(text, [rejected(kind, name, text, key, code)] if name else [])
+    return found
 
 
 class Generations:
@@ -46,6 +68,7 @@ class SimulatedTable(FakeTable):
 
     def __init__(self, family: Family, generations: Generations) -> None:
         self._generations = generations
+        self.refuse: Callable[[Transaction], Refusal | None] = lambda _: None
         super().__init__(family)
 
     @property
@@ -57,13 +80,16 @@ class SimulatedTable(FakeTable):
         self._generations.current = max(self._generations.current, value)
 
     def commit(self, transaction: Transaction, generation: int | None = None, /) -> None:
-        super().commit(transaction, generation)
+        if generation in {None, self.generation_id} and (found := self.refuse(transaction)) is not None:
+            raise rejection(*found)
+        try:
+            super().commit(transaction, generation)
+        except TableError as error:
+            subject, _, reason = str(error).rpartition(": ")
+            kind, _, name = subject.replace("element of", "element").partition(" ")
+            raise rejection(kind, name, b"", _CODES.get(reason, errno.EINVAL)) from None
         if self.table is not None and not isinstance(self.table, FastState):
             self.table = FastState(*astuple(self.table))
-
-    def content(self, context: Context) -> object:
-        """Return everything that must equal the content after a fresh start."""
-        return self.table
 
     def difference(self, fresh: FakeTable) -> list[str]:
         """Return what differs from the table of a fresh start."""
