@@ -109,11 +109,11 @@ class FaultyIptables(_Faulty):
         return CommandError(f"iptables failed with status 4: {name}: Resource temporarily unavailable")
 
     @contextmanager
-    def save(self) -> Iterator[Iterator[str]]:
+    def save(self, *args: Any, **kwargs: Any) -> Iterator[Iterator[str]]:
         self._step("before save")
         if self._faults.strikes("save"):
             raise self._error("save")
-        with cast("AbstractContextManager[Iterator[str]]", self._kernel.save()) as lines:
+        with cast("AbstractContextManager[Iterator[str]]", self._kernel.save(*args, **kwargs)) as lines:
             yield self._until_failure(lines)
         self._step("after save")
 
@@ -136,12 +136,13 @@ class FaultyIptables(_Faulty):
                 if self._faults.strikes("restore"):
                     if not self._faults.down and random.random() < 0.2:
                         self._kernel.restore(f"{block}COMMIT\n")  # it was killed after it had sent the transaction
-                        raise RestoreError("iptables-restore was killed")
+                        raise _failed_restore("iptables-restore was killed", affects_all=True)
                     if random.random() < 0.2:
                         raise CommandError("cannot start iptables-restore: Cannot allocate memory")
                     lines = [line for line in block.splitlines() if line[:1] == "-"]
                     line = random.choice(lines) if lines and random.random() < 0.5 else ""
-                    raise RestoreError("iptables-restore failed: Resource temporarily unavailable", line=line)
+                    # iptables does not always tell whether a failure has to do with the input.
+                    raise _failed_restore("Resource temporarily unavailable", line, affects_all=random.random() < 0.5)
                 if (refused := self._refuse(block)) is not None:
                     # Some versions of iptables do not tell the line.
                     raise RestoreError("iptables-restore failed", line=refused if random.random() < 0.5 else "")
@@ -151,6 +152,13 @@ class FaultyIptables(_Faulty):
     def count_rules(self, chains: Any) -> Any:
         self._step("before count_rules")
         return {} if self._faults.strikes("count_rules") else self._kernel.count_rules(chains)
+
+
+def _failed_restore(reason: str, line: str = "", *, affects_all: bool) -> RestoreError:
+    error = RestoreError(f"iptables-restore failed: {reason}", line=line)
+    if hasattr(error, "affects_all"):
+        error.affects_all = affects_all
+    return error
 
 
 def faulty_table(table: FakeTable, faults: Faults, step: Callable[[str], None] = _ignore) -> NftablesKernel:

@@ -130,6 +130,11 @@ class SimulatedIptables(FakeKernel):
         self.tables = {name: FastChains(chains) for name, chains in self.tables.items()}
         self.saved: dict[str, FastChains] | None = None
 
+    def count_foreign_commit(self) -> None:
+        """Count a change that another process made."""
+        if hasattr(self, "foreign_commits"):
+            self.foreign_commits += 1
+
     def content(self, context: Context) -> dict[tuple[str, str], list[str]]:
         """Return kproxy's chains, and kproxy's rules in chains that other tools also use, in any order."""
         ensured = {rule.rule for rule in ensured_rules(context)}
@@ -246,6 +251,7 @@ def damage_iptables(  # noqa: PLR0911 - one return for each kind of damage
     if not detectable:
         kinds += ["insert rule", "replace rule", "insert rule", "delete chain", "save", "restore", "restore"]
     kind = random.choice(kinds)
+    kernel.count_foreign_commit()
     if kind == "save":
         kernel.saved = {name: FastChains(chains).__deepcopy__({}) for name, chains in kernel.tables.items()}
         return None
