@@ -273,7 +273,7 @@ def damage_iptables(  # noqa: PLR0911 - one return for each kind of damage
         chains[name].remove(text)
         return f"delete jump {text} from {table} {name}", {table: Touched(chains={name})}
     done = _damage_iptables_chain(chains, random, kind, detectable=detectable)
-    return (f"{done[0]} in {table}", {table: Touched(chains={done[1]})}) if done else None
+    return (f"{done[0]} in {table}", {table: Touched(chains=done[1])}) if done else None
 
 
 SHARED = ("KUBE-SERVICES", "KUBE-NODEPORTS", "KUBE-POSTROUTING", "KUBE-MARK-MASQ", "KUBE-FORWARD")
@@ -281,7 +281,7 @@ SHARED = ("KUBE-SERVICES", "KUBE-NODEPORTS", "KUBE-POSTROUTING", "KUBE-MARK-MASQ
 
 def _damage_iptables_chain(
     chains: dict[str, list[str]], random: Random, kind: str, *, detectable: bool
-) -> tuple[str, str] | None:
+) -> tuple[str, set[str]] | None:
     ours = [name for name, rules in chains.items() if name.startswith("KUBE-") and rules and name != "KUBE-FIREWALL"]
     if detectable:
         ours = [name for name in ours if name in SHARED]
@@ -294,10 +294,11 @@ def _damage_iptables_chain(
         used = any(f"-j {name}" in rule for others in chains.values() for rule in others)
         if not used:
             return None
-        for others in chains.values():
-            others[:] = [rule for rule in others if not rule.endswith(f"-j {name}")]
+        users = [each for each, rules in chains.items() if any(rule.endswith(f"-j {name}") for rule in rules)]
+        for user in users:
+            chains[user][:] = [rule for rule in chains[user] if not rule.endswith(f"-j {name}")]
         del chains[name]
-        return f"delete chain {name}", name
+        return f"delete chain {name}", {name, *users}
     if kind == "flush chain":
         rules.clear()
     elif kind == "delete rule":
@@ -306,4 +307,4 @@ def _damage_iptables_chain(
         rules.insert(index, random.choice(FOREIGN_TEXTS))
     else:
         rules[index] = random.choice(FOREIGN_TEXTS)
-    return f"{kind} {index} of {name}", name
+    return f"{kind} {index} of {name}", {name}
