@@ -17,7 +17,7 @@ from msgspec import Struct
 
 from kproxy.host.commands import CommandError
 from kproxy.iptables.backend import IptablesBackend
-from kproxy.iptables.names import PORT_CHAIN_PREFIXES
+from kproxy.iptables.names import PORT_CHAIN_PREFIXES, ChainName, is_shard
 from kproxy.iptables.runner import RestoreError
 from kproxy.model.context import Context
 from kproxy.model.drift import RulesChanged, Touched
@@ -393,13 +393,15 @@ class World:
 
     def _refuse_line(self, kernel: SimulatedIptables, text: str) -> str | None:
         """Return the first line of a restore that the kernel rejects, if any: a new rule of a per-Service chain."""
-        table = kernel.tables[text[1 : text.index("\n")]]
+        name = text[1 : text.index("\n")]
         for line in text.splitlines() if self.poisoned else ():
             command, _, rest = line.partition(" ")
             chain, _, rule = rest.partition(" ")
-            if command in {"-A", "-I", "-R"} and chain.startswith(PORT_CHAIN_PREFIXES):
+            if command not in {"-A", "-I", "-R"} or not chain.startswith(PORT_CHAIN_PREFIXES):
+                continue
+            if not is_shard(ChainName(name, chain)) and rule not in kernel.tables[name].get(chain, ()):
                 named = _SERVICE.search(rule)
-                if named and named[0] in self.poisoned and rule not in table.get(chain, ()):
+                if named and named[0] in self.poisoned:
                     return line
         return None
 
