@@ -95,7 +95,6 @@ class FamilyWorld:
         """When each unrepaired damage was done, as a count of events."""
         self.damages = 0
         self.undelivered: list[RulesChanged] = []
-        self.quarantined: set[ServiceKey] = set()
 
 
 class World:
@@ -161,7 +160,6 @@ class World:
         for world in self.families.values():
             world.mark, world.comparison_began = None, None
             world.undelivered.clear()
-            world.quarantined.clear()
         self.cluster.restart_watches()
         needs_comparisons = self.loses_notices or not self.exact
         return Process(
@@ -440,8 +438,8 @@ class World:
         self.counts["quarantine"] += bool(rejected)
         self.say(f"{world.family.value}: synced {outcome.services} Services, rejected {dict(rejected)}")
         if world.mark is not None:
-            world.expected.finish(world.mark, {*rejected, *world.quarantined})
-        world.quarantined = set(rejected)
+            quarantine = self.process.syncs[world.family]._quarantine
+            world.expected.finish(world.mark, quarantine.services if quarantine else ())
         if world.reads_kernel:
             world.damage = [each for each in world.damage if each > world.job_began]
         self._check_packets(world, None)
@@ -585,7 +583,7 @@ class World:
     def _may_remain(self, name: str, fresh: Chains, ours: Chains) -> bool:
         """Return whether an obsolete chain that nothing uses may remain, because its deletion failed once."""
         used = any(f"-j {name}" in rule for chain in fresh for rule in ours.get(chain, ()))
-        return not self.exact and name.startswith(PORT_CHAIN_PREFIXES) and not used
+        return name.startswith(PORT_CHAIN_PREFIXES) and not used
 
     def _check_health(self) -> None:
         process = self.process
