@@ -9,10 +9,12 @@ from typing import Literal, TypeAlias
 
 from kproxy.model.types import Family
 from tests.bench.commit_monitor import CommitMonitor
-from tests.drift_times.damages import Damage, fill
+from tests.drift_times import victims
+from tests.drift_times.damages import Damage
 from tests.drift_times.kernel_state import ALL, State, differing
 from tests.drift_times.probes import Probes
-from tests.drift_times.testbed import STRANGER, DamagedNode
+from tests.drift_times.stranger import STRANGER
+from tests.drift_times.testbed import DamagedNode
 
 SMALL = 200
 """Up to this number of Services, all rules are compared. In larger clusters, only the damaged parts are."""
@@ -73,15 +75,16 @@ class Measurement:
         return found
 
     def _measure(self, damage: Damage, family: Family) -> Repair:
-        names = self._testbed.names(damage, family, self._turn)
-        parts = self._testbed.parts(damage, names)
+        stranger = self._testbed.stranger
+        names = stranger.names(family, victims.number_of(damage.service, self._turn, self._testbed.services))
+        parts = stranger.parts(damage, names)
         self._forget_repairs(parts, family)
         looked_at = ALL if self._testbed.services <= SMALL else _without_all(parts)
-        before = self._testbed.read(family, looked_at)
+        before = self._testbed.stranger.read(family, looked_at)
         with Probes(self._testbed.client, names["ip"]) as probes:
             _wait_for_successes(probes, time.monotonic())
             start = time.monotonic_ns()
-            self._testbed.damage(fill(damage.command, names))
+            stranger.run(damage.command, names)
             ended = time.monotonic_ns()
             began = self._first_commit(start)
             if damage.proof == "connection":
@@ -91,7 +94,7 @@ class Measurement:
             _wait_for_successes(probes, time.monotonic() - 0.1, seconds=1.0)
             outage = probes.outage(began / 1e9)
         if damage.undo:
-            self._testbed.damage(fill(damage.undo, names))
+            stranger.run(damage.undo, names)
             self._testbed.restart()
             self._repaired.clear()
         self._repaired |= {(family, part) for part in parts}
@@ -125,7 +128,7 @@ class Measurement:
             last = self._last_commit(began)
             late = time.monotonic() >= deadline
             if last != seen or late:
-                after = self._testbed.read(family, parts)
+                after = self._testbed.stranger.read(family, parts)
                 if after == before:
                     return max(0, last - began) / 1e9, after
                 if late:

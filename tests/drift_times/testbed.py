@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import time
 from contextlib import ExitStack
@@ -13,16 +12,12 @@ from typing import Self
 
 from kproxy.model.types import Family
 from tests.drift_times import victims
-from tests.drift_times.damages import Damage, fill
-from tests.drift_times.kernel_state import ALL, IptablesState, NftablesState, State
+from tests.drift_times.stranger import Stranger
 from tests.lab.connection_load import AddressServers
 from tests.lab.iptables import PREFIXES, link_programs, programs_of
 from tests.lab.namespace import Namespace
 from tests.lab.proxy import FLAGS, KPROXY
 from tests.lab.topology import Lab
-
-STRANGER = "stranger"
-"""The beginning of the names of the programs that do the damage."""
 
 QUIET = ("--iptables-sync-period=12h", "--iptables-min-sync-period=1s")
 """No periodic check during a run, so that only a notification can lead to a repair."""
@@ -48,33 +43,16 @@ class DamagedNode:
             self.client = lab.add_pod("client", "10.244.1.250", "fd00:10:244:1::250")
             pods = [address for both in victims.PODS.values() for address in both]
             AddressServers(self._folder, [lab.add_pod("server", *pods).namespace], 8080)
-            self._make_programs()
+            self.stranger = Stranger(self.node, self.mode, self._folder / "stranger")
+            self._programs.mkdir()
+            link_programs(programs_of(self.stranger.variant), self._programs)
             victims.write(self._folder / "objects.json", self.services)
-            self._states = {family: self._state(family) for family in Family}
             stack.callback(self.stop)
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
-
-    @property
-    def _variant(self) -> str:
-        return self.mode.removeprefix("iptables-")
-
-    def _make_programs(self) -> None:
-        self._programs.mkdir()
-        variant = "nft" if self.mode == "nftables" else self._variant
-        link_programs(programs_of(variant), self._programs)
-        for name, real in ((STRANGER, f"xtables-{variant}-multi"), (f"{STRANGER}-nft", "nft")):
-            found = shutil.which(real)
-            assert found is not None
-            (self._programs / name).symlink_to(os.path.realpath(found))
-
-    def _state(self, family: Family) -> IptablesState | NftablesState:
-        if self.mode == "nftables":
-            return NftablesState(self.node, family)
-        return IptablesState(self.node, family, f"{PREFIXES[family]}-{self._variant}")
 
     def _command(self, command: str) -> list[str]:
         mode = "nftables" if self.mode == "nftables" else "iptables"
@@ -114,7 +92,7 @@ class DamagedNode:
     def flush(self) -> None:
         """Remove all rules from the node."""
         self.node.run(["nft", "flush", "ruleset"])
-        if self._variant == "legacy":
+        if self.stranger.variant == "legacy":
             for prefix in PREFIXES.values():
                 for table in ("nat", "filter", "mangle"):
                     self.node.run([f"{prefix}-legacy-restore"], f"*{table}\nCOMMIT\n")
@@ -122,29 +100,6 @@ class DamagedNode:
     def is_up(self) -> bool:
         """Return whether the daemon runs."""
         return self._process is not None and self._process.poll() is None
-
-    def read(self, family: Family, parts: tuple[str, ...] = ALL) -> State:
-        """Return the rules of a family, or some parts of them."""
-        return self._states[family].read(parts)
-
-    def names(self, damage: Damage, family: Family, turn: int) -> dict[str, str]:
-        """Return what the names in a command stand for. Damages of plain Services affect a different one each turn."""
-        number = victims.number_of(damage.service, turn, self.services)
-        text = self._states[family].text()
-        found = victims.addresses(number, family)
-        found |= (victims.nftables_names if self.mode == "nftables" else victims.iptables_names)(number, text)
-        prefix, stranger = PREFIXES[family], self._programs / STRANGER
-        found |= {"iptables": f"{stranger} {prefix}", "restore": f"{stranger} {prefix}-restore"}
-        return found | {"save": f"{stranger} {prefix}-save", "nft": f"{stranger}-nft"}
-
-    def damage(self, command: str) -> None:
-        """Run a command of the other program. Raises `RuntimeError` if it fails."""
-        self.node.run(["sh", "-ec", f"cd {self._folder}; export XTABLES_LOCKFILE={self._folder / 'lock'}\n{command}"])
-
-    @staticmethod
-    def parts(damage: Damage, names: dict[str, str]) -> tuple[str, ...]:
-        """Return the parts that a damage changes."""
-        return tuple(fill(part, names) for part in damage.parts)
 
     def _has_synced(self, begin: int) -> bool:
         if not self.is_up():

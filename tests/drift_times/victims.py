@@ -47,11 +47,12 @@ def number_of(service: str, turn: int, services: int) -> int:
 
 def write(path: Path, services: int) -> None:
     """Write the Node and the Services, numbered from 1 to `services`."""
-    items = [objects.node(), *(each for number in range(1, services + 1) for each in _objects(number))]
+    items = [objects.node(), *(each for number in range(1, services + 1) for each in service_objects(number))]
     path.write_text(json.dumps({"apiVersion": "v1", "kind": "List", "items": items}))
 
 
-def _objects(number: int) -> Iterator[objects.Object]:
+def service_objects(number: int) -> Iterator[objects.Object]:
+    """Yield a Service and its EndpointSlices."""
     spec: objects.Object = {"type": "ClusterIP"}
     if number in {FULL, NODE}:
         spec = {"type": "NodePort"}

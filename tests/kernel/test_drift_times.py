@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from kproxy.model.types import Family
-from tests.drift_times.damages import damages, fill
+from tests.drift_times import victims
+from tests.drift_times.damages import damages
 from tests.drift_times.kernel_state import differing
 from tests.drift_times.testbed import DamagedNode
 from tests.lab.iptables import PREFIXES, missing_variant
@@ -51,26 +52,27 @@ class SavedRules:
 @pytest.mark.parametrize("family", Family)
 def test_each_damage_changes_its_parts(testbed: DamagedNode, family: Family) -> None:
     assert len({each.name for each in damages(testbed.mode)}) == len(damages(testbed.mode)) >= KINDS
+    stranger = testbed.stranger
     other = next(each for each in Family if each is not family)
-    before, untouched, rules = testbed.read(family), testbed.read(other), SavedRules(testbed)
+    before, untouched, rules = stranger.read(family), stranger.read(other), SavedRules(testbed)
     wrong = []
     for turn, damage in enumerate(damages(testbed.mode)):
-        names = testbed.names(damage, family, turn)
-        parts = testbed.parts(damage, names)
+        names = stranger.names(family, victims.number_of(damage.service, turn, testbed.services))
+        parts = stranger.parts(damage, names)
         try:
-            testbed.damage(fill(damage.command, names))
+            stranger.run(damage.command, names)
         except RuntimeError as error:
             wrong.append((damage.name, str(error)))
             continue
-        changed = differing(before, testbed.read(family))
+        changed = differing(before, stranger.read(family))
         expected = {f"set {part.split()[1]}" if part.startswith("element ") else part for part in parts}
         if (not changed and damage.proof == "rules") or (
             parts != ("all",) and not set(changed) <= expected | {"nat STOLEN"}
         ):
             wrong.append((damage.name, f"expected {sorted(expected)} to change, not {changed}"))
-        if "flush ruleset" not in damage.name and testbed.read(other) != untouched:
+        if "flush ruleset" not in damage.name and stranger.read(other) != untouched:
             wrong.append((damage.name, "also changes the other family"))
         rules.restore()
-        if testbed.read(family) != before:
-            wrong.append((damage.name, f"not restored: {differing(before, testbed.read(family))}"))
+        if stranger.read(family) != before:
+            wrong.append((damage.name, f"not restored: {differing(before, stranger.read(family))}"))
     assert wrong == []
