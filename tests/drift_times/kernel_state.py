@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable
 from typing import TypeAlias
@@ -104,6 +105,15 @@ def parse_table(listed: str) -> State:
             head += sorted(" ".join(each.split()) for each in re.split(r",\s", elements[1]))
         found[f"set {name}"] = head
     return found
+
+
+def difference(before: State, after: State, title: str) -> str:
+    """Return the lines that were removed and added, below a title."""
+    lines = [f"== {title}"]
+    for part in differing(before, after):
+        compared = difflib.unified_diff(before.get(part, []), after.get(part, []), n=0, lineterm="")
+        lines += [f"{part}:", *(line for line in compared if not line.startswith(("---", "+++", "@@")))]
+    return "\n".join(lines)
 
 
 def differing(one: State, other: State) -> list[str]:

@@ -11,7 +11,7 @@ from kproxy.model.types import Family
 from tests.bench.commit_monitor import CommitMonitor
 from tests.drift_times import victims
 from tests.drift_times.damages import Damage
-from tests.drift_times.kernel_state import ALL, State, differing
+from tests.drift_times.kernel_state import ALL, State, difference, differing
 from tests.drift_times.probes import Probes
 from tests.drift_times.stranger import STRANGER
 from tests.drift_times.testbed import DamagedNode
@@ -20,6 +20,9 @@ SMALL = 200
 """Up to this number of Services, all rules are compared. In larger clusters, only the damaged parts are."""
 
 POLL_INTERVAL = 0.005
+NOTICE_SECONDS = 0.1
+"""Seconds that a notification may take."""
+
 SUCCESSES = 30
 """Connections that must succeed in a row before connections count as repaired."""
 
@@ -85,12 +88,11 @@ class Measurement:
             _wait_for_successes(probes, time.monotonic())
             start = time.monotonic_ns()
             stranger.run(damage.command, names)
-            ended = time.monotonic_ns()
             began = self._first_commit(start)
             if damage.proof == "connection":
                 seconds, after = self._wait_for_connections(probes, began), before
             else:
-                seconds, after = self._wait_for_rules(before, looked_at, family, began, ended)
+                seconds, after = self._wait_for_rules(before, looked_at, family, began)
             _wait_for_successes(probes, time.monotonic() - 0.1, seconds=1.0)
             outage = probes.outage(began / 1e9)
         if damage.undo:
@@ -98,6 +100,8 @@ class Measurement:
             self._testbed.restart()
             self._repaired.clear()
         self._repaired |= {(family, part) for part in parts}
+        if before != after:
+            self._testbed.record(difference(before, after, f"{family.value}: {damage.name}"))
         return Repair(damage.name, family, seconds, outage, tuple(differing(before, after)))
 
     def _forget_repairs(self, parts: tuple[str, ...], family: Family) -> None:
@@ -119,7 +123,7 @@ class Measurement:
             time.sleep(POLL_INTERVAL)
 
     def _wait_for_rules(
-        self, before: State, parts: tuple[str, ...], family: Family, began: int, ended: int
+        self, before: State, parts: tuple[str, ...], family: Family, began: int
     ) -> tuple[float | None, State]:
         """Read the rules after each commit until they are the same as before. Return the time of that commit."""
         deadline = time.monotonic() + self._patience
@@ -128,13 +132,24 @@ class Measurement:
             last = self._last_commit(began)
             late = time.monotonic() >= deadline
             if last != seen or late:
+                reading = time.monotonic_ns()
                 after = self._testbed.stranger.read(family, parts)
                 if after == before:
-                    return max(0, last - began) / 1e9, after
+                    return self._repair_time(began, reading), after
                 if late:
                     return None, after
                 seen = last
             time.sleep(POLL_INTERVAL)
+
+    def _repair_time(self, began: int, reading: int) -> float:
+        """Return the seconds from the damage to the repair, if the rules were the same as before at time `reading`."""
+        if self._testbed.mode == "iptables-legacy":
+            return (reading - began) / 1e9
+        time.sleep(NOTICE_SECONDS)
+        commits = [each.time for each in self._monitor.since(began) if not each.process.startswith(STRANGER)]
+        if not commits:
+            raise RuntimeError("no effect: the rules are the same as before, although only the damage was committed")
+        return (max((each for each in commits if each <= reading), default=commits[0]) - began) / 1e9
 
     def _last_commit(self, began: int) -> int:
         """Return the time of the last commit, or the current time if the kernel sends no notifications."""

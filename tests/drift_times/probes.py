@@ -8,6 +8,7 @@ import struct
 import threading
 import time
 from collections import deque
+from itertools import cycle
 from typing import Self
 
 from tests.lab.topology import Host
@@ -16,22 +17,20 @@ INTERVAL = 0.01
 TIMEOUT = 0.9
 """Seconds after which an unanswered connection counts as failed. The first retransmission comes after 1 s."""
 
-_FIRST_PORT, _PORTS = 10_000, 50_000
+_ports = cycle(range(10_000, 60_000))
+"""Each connection of this process has a source port of its own, so that none is assigned to an earlier connection."""
+
 _RESET = struct.pack("ii", 1, 0)  # struct linger: close with a reset
 
 
 class Probes:
-    """Connects to one address all the time, from a thread, in a `with` block.
-
-    Every connection has a source port of its own, so that connection tracking never assigns it to an earlier one.
-    """
+    """Connects to one address all the time, from a thread, in a `with` block."""
 
     def __init__(self, origin: Host, address: str, port: int = 80) -> None:
         self._namespace, self._target = origin.namespace, (address, port)
         self._family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="probes", daemon=True)
-        self._number = 0
         self._lock = threading.Lock()
         self._ended: deque[tuple[float, bool]] = deque(maxlen=100_000)
 
@@ -85,9 +84,8 @@ class Probes:
         connection.setblocking(False)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self._number += 1
         try:
-            connection.bind(("", _FIRST_PORT + self._number % _PORTS))
+            connection.bind(("", next(_ports)))
             connection.connect(self._target)
         except BlockingIOError:
             pass

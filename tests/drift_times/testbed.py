@@ -97,6 +97,11 @@ class DamagedNode:
                 for table in ("nat", "filter", "mangle"):
                     self.node.run([f"{prefix}-legacy-restore"], f"*{table}\nCOMMIT\n")
 
+    def record(self, text: str) -> None:
+        """Append a text to the file `differences.txt` beside the log."""
+        with (self._folder / "differences.txt").open("a") as file:
+            print(text, file=file)
+
     def is_up(self) -> bool:
         """Return whether the daemon runs."""
         return self._process is not None and self._process.poll() is None
