@@ -128,9 +128,8 @@ class Actors:
 
     def restart(self, mode: str) -> None:
         """Start kproxy, which has exited, and wait for its first sync."""
-        before = self._proxy.log_size()
         self._proxy.start(mode)
-        self._proxy.wait_until_synced(before)
+        self._proxy.wait_until_synced()
 
     # Objects and other programs
 
@@ -302,6 +301,8 @@ class Actors:
         return f"let the programs {kind}"
 
     def _exhaust_descriptors(self) -> str:
+        if not self._proxy.has_synced():
+            return "kproxy is starting"
         self._proxy.exhaust_descriptors()
         self._later("allow descriptors", self._proxy.restore_descriptors)
         return "let kproxy open no descriptors"

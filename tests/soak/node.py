@@ -19,6 +19,9 @@ from tests.lab.proxy import FLAGS, KPROXY
 from tests.lab.waiting import HANG_GUARD, wait_until
 
 SAMPLE_INTERVAL = 0.25
+START_SECONDS = 4.0
+"""The first seconds of a process, in which it still grows."""
+
 BAD_WORDS = ("Traceback", "unexpected")
 MIN_SYNC_PERIOD = "--iptables-min-sync-period=200ms"
 
@@ -78,6 +81,7 @@ class Proxy:
         self._sampler = threading.Thread(target=self._sample_all, name="usage", daemon=True)
         self.samples: list[Sample] = []
         self.starts = 0
+        self._log_begin = 0
         self.mode = ""
 
     def __enter__(self) -> Proxy:
@@ -95,6 +99,7 @@ class Proxy:
         """Start kproxy in a mode. The process is not running yet, or has exited."""
         self.mode = mode
         self.starts += 1
+        self._log_begin = self._log_size()
         command = [KPROXY, "run", f"--master={self._url}", *FLAGS, f"--proxy-mode={mode}", MIN_SYNC_PERIOD]
         lock = f"XTABLES_LOCKFILE={self._programs.parent / 'lock'}"
         with self.log.open("a") as output:
@@ -123,18 +128,17 @@ class Proxy:
             self.start(self.mode)
         return code
 
-    def wait_until_synced(self, since: int) -> None:
-        """Return once the log, from this offset on, has a sync of each family."""
+    def wait_until_synced(self) -> None:
+        """Return once the process has synced each family."""
+        wait_until(self.has_synced, "kproxy logs a sync of each family")
 
-        def has_synced() -> bool:
-            self.check()
-            text = self.log.read_bytes()[since:].decode()
-            return all(f" {family}: synced " in text for family in ("IPv4", "IPv6"))
+    def has_synced(self) -> bool:
+        """Return whether the process has synced each family. Raises `RuntimeError` if it has exited on its own."""
+        self.check()
+        text = self.log.read_bytes()[self._log_begin :].decode()
+        return all(f" {family}: synced " in text for family in ("IPv4", "IPv6"))
 
-        wait_until(has_synced, "kproxy logs a sync of each family")
-
-    def log_size(self) -> int:
-        """Return the current offset in the log."""
+    def _log_size(self) -> int:
         return self.log.stat().st_size if self.log.exists() else 0
 
     def set_fault(self, kind: str) -> None:
@@ -156,6 +160,7 @@ class Proxy:
     def growths(self) -> list[Growth]:
         """Return how memory, descriptors and threads of the current process have grown."""
         own = [each for each in self.samples if each.pid == self._running().pid]
+        own = [each for each in own if each.time >= own[0].time + START_SECONDS] or own
         tenth = max(1, len(own) // 10)
         early, late = own[tenth : 2 * tenth] or own, own[-tenth:]
 
