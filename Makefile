@@ -24,6 +24,13 @@ JSON ?= build/bench.json
 CHART ?= build/bench.svg
 COMPARE ?=
 
+# make soak: duration in seconds; proxy mode, iptables, nftables or both; seed of a run to repeat.
+SECONDS ?= 600
+SEED ?=
+
+# make repair-times: number of Services. MODE is nftables, iptables-nft, iptables-legacy or all.
+SERVICES ?= 10
+
 # make image, make kind-up: name of the image; base image (`make image-base` builds one without a registry);
 # docker, podman or buildah, by default the first one that works.
 IMAGE ?= localhost/kproxy:dev
@@ -41,7 +48,7 @@ MODE ?=
 NODE_IMAGE ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup packages demo recording test fuzz fresh check audit bench \
+.PHONY: help setup packages demo recording test fuzz soak repair-times fresh check audit bench \
     image-pins image image-base image-test kind-up kind-test kind-down clean
 
 help: ## list these targets
@@ -90,6 +97,12 @@ audit: ## look up all pinned dependencies in the database of known vulnerabiliti
 
 bench: setup ## run the benchmark; SIZE=small takes 3 minutes
 	@$(RUN) -m tests.bench --size=$(SIZE) --modes=$(MODES) --json=$(JSON) --chart=$(CHART) $(if $(COMPARE),--compare=$(COMPARE))
+
+soak: setup ## run kproxy under random changes, faults and damages for 10 minutes; needs root; SECONDS=..., MODE=..., SEED=...
+	@$(RUN) -m tests.soak --seconds=$(SECONDS) $(if $(MODE),--mode=$(MODE)) $(if $(SEED),--seed=$(SEED))
+
+repair-times: setup ## measure how fast kproxy repairs rules that others damage; needs root; SERVICES=..., MODE=...
+	@$(RUN) -m tests.drift_times --services=$(SERVICES) $(if $(MODE),--mode=$(MODE))
 
 # The image's dependencies and their dependencies, in the versions of constraints.txt, with the hashes of all their files.
 image-pins: ## write the requirements of the image after a change of dependencies or constraints.txt; needs the network

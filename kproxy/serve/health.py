@@ -109,8 +109,8 @@ class HealthPages:
     ("healthz" or "livez") and the HTTP status. `reason` returns the problem with this Node, or "" if there is none.
     `/healthz` shows the problem in the field `reason`, which kube-proxy does not have. If Services of a family are
     quarantined, both pages show their number in `quarantinedServices`; this does not make the proxy unhealthy.
-    `sources` returns further fields for both pages, about the sources of the objects. They do not affect the status: while the API server is away, a
-    node must keep serving with the objects that it has.
+    `sources` returns further fields for both pages, about the sources of the objects. They do not affect the status:
+    while the API server is away, a node must keep serving with the objects that it has.
     """
 
     def __init__(

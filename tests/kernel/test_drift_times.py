@@ -1,0 +1,78 @@
+"""The damages whose repair times are measured: each changes the rules as its table says, in every mode and family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kproxy.model.types import Family
+from tests.drift_times import victims
+from tests.drift_times.damages import damages
+from tests.drift_times.kernel_state import differing
+from tests.drift_times.testbed import DamagedNode
+from tests.lab.iptables import PREFIXES, missing_variant
+from tests.lab.namespace import Namespace
+
+KINDS = 40
+MODES = ("nftables", "iptables-nft", "iptables-legacy")
+
+pytestmark = pytest.mark.usefixtures("kernel", "nft")
+
+
+@pytest.fixture(params=MODES)
+def testbed(request: pytest.FixtureRequest, namespace: Namespace, tmp_path: Path) -> Iterator[DamagedNode]:
+    """Ten Services without a daemon."""
+    mode: str = request.param
+    if reason := missing_variant(mode.rpartition("-")[2], namespace) if mode != "nftables" else "":
+        pytest.skip(reason)
+    with DamagedNode(mode, 10, tmp_path) as found:
+        found.apply()
+        yield found
+
+
+class SavedRules:
+    """The current rules of a node, to be restored after each damage."""
+
+    def __init__(self, testbed: DamagedNode) -> None:
+        self._testbed = testbed
+        self._commands = [(["nft", "-f", "-"], testbed.node.run(["nft", "list", "ruleset"]).stdout)]
+        if testbed.mode != "nftables":
+            variant = testbed.mode.removeprefix("iptables-")
+            names = [f"{prefix}-{variant}" for prefix in PREFIXES.values()]
+            self._commands = [([f"{name}-restore"], testbed.node.run([f"{name}-save"]).stdout) for name in names]
+
+    def restore(self) -> None:
+        self._testbed.flush()
+        for command, text in self._commands:
+            self._testbed.node.run(command, text)
+
+
+@pytest.mark.parametrize("family", Family)
+def test_each_damage_changes_its_parts(testbed: DamagedNode, family: Family) -> None:
+    assert len({each.name for each in damages(testbed.mode)}) == len(damages(testbed.mode)) >= KINDS
+    stranger = testbed.stranger
+    other = next(each for each in Family if each is not family)
+    before, untouched, rules = stranger.read(family), stranger.read(other), SavedRules(testbed)
+    wrong = []
+    for turn, damage in enumerate(damages(testbed.mode)):
+        names = stranger.names(family, victims.number_of(damage.service, turn, testbed.services))
+        parts = stranger.parts(damage, names)
+        try:
+            stranger.run(damage.command, names)
+        except RuntimeError as error:
+            wrong.append((damage.name, str(error)))
+            continue
+        changed = differing(before, stranger.read(family))
+        expected = {f"set {part.split()[1]}" if part.startswith("element ") else part for part in parts}
+        if (not changed and damage.proof == "rules") or (
+            parts != ("all",) and not set(changed) <= expected | {"nat STOLEN"}
+        ):
+            wrong.append((damage.name, f"expected {sorted(expected)} to change, not {changed}"))
+        if "flush ruleset" not in damage.name and stranger.read(other) != untouched:
+            wrong.append((damage.name, "also changes the other family"))
+        rules.restore()
+        if stranger.read(family) != before:
+            wrong.append((damage.name, f"not restored: {differing(before, stranger.read(family))}"))
+    assert wrong == []
