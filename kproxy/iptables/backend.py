@@ -10,12 +10,14 @@ from math import isqrt
 from typing import Protocol
 
 from kproxy.host.commands import CommandError
-from kproxy.iptables.base_rules import EnsuredRule, ensured_rules
+from kproxy.iptables.base_rules import ensured_rules
+from kproxy.iptables.comparison import RuleComparison, read_scope
 from kproxy.iptables.diff import IptablesDiff
 from kproxy.iptables.dispatch import DISPATCH_THRESHOLD
 from kproxy.iptables.ledger import IptablesLedger, IptablesSnapshot
-from kproxy.iptables.names import CANARIES, FILTER_FIREWALL, ChainName
+from kproxy.iptables.names import FILTER_FIREWALL, ChainName, deletion_order
 from kproxy.iptables.render import RenderedPort, render_port
+from kproxy.iptables.repair import Scope, find_damage
 from kproxy.iptables.runner import RestoreError
 from kproxy.iptables.save_restore import RestoreInput, parse_save
 from kproxy.model.context import Context
@@ -50,6 +52,8 @@ Services with 10 endpoints each:
 - in a cluster of 5,000 Services, with 2,000, 5,600 and 8,000 rules: 1.6, 1.2 and 1.4 s
 - in a cluster of 10,000 Services, with 4,000, 8,000 and 12,000 rules: 1.9, 1.7 and 2.5 s
 """
+MAX_REPAIRED_SERVICES = 100
+"""If more Services than this are damaged, and they are more than half of all Services, a full sync restores them."""
 UNLIMITED = 1 << 60
 """No limit on the rules in a transaction: iptables-legacy rewrites the whole table for each transaction."""
 
@@ -57,8 +61,8 @@ UNLIMITED = 1 << 60
 class IptablesKernel(Protocol):
     """Access to the iptables rules of one IP family. `kproxy.iptables.runner.IptablesRunner` implements it."""
 
-    def save(self) -> AbstractContextManager[Iterator[str]]:
-        """Read all rules as `iptables-save` prints them.
+    def save(self, table: str = "") -> AbstractContextManager[Iterator[str]]:
+        """Read the rules of one table, or of all tables, as `iptables-save` prints them.
 
         A table that cannot be printed is reported on a line that `parse_save` recognizes. Raises `CommandError`.
         """
@@ -84,12 +88,27 @@ class IptablesKernel(Protocol):
     def create_chain(self, chain: ChainName) -> None:
         """Create a chain if it does not exist. Raises `CommandError`."""
 
+    def foreign_changes(self) -> int | None:
+        """Return a number that is different after another process has changed rules, or None during own changes.
+
+        Raises `OSError` or `CommandError`.
+        """
+
+    def latest_foreign_changes(self) -> int:
+        """Return the latest result of `foreign_changes` that was not None. Raises `OSError` or `CommandError`."""
+
+    def fingerprints(self, groups: Iterable[Sequence[ChainName]]) -> list[int] | None:
+        """Return a number for each group of chains, which is different after any rule of these chains was written.
+
+        Return None if the variant of iptables does not support this. Raises `OSError` or `CommandError`.
+        """
+
 
 class IptablesBackend:
     """Keeps the iptables rules of one IP family in sync with the plans passed to `sync`.
 
     The backend reads all existing rules only if it does not know them: in the first sync, and in the first sync after a
-    failure, after `verify` has found drift, or after a call to `forget`.
+    failure, after large damage by other processes, or after a call to `forget`.
     """
 
     def __init__(
@@ -112,6 +131,7 @@ class IptablesBackend:
         self._dispatch_threshold = dispatch_threshold
         self._patching = patching
         self._ledger: IptablesLedger | None = None
+        self._comparison = RuleComparison(kernel)
 
     @property
     def needs_full_sync(self) -> bool:
@@ -125,6 +145,9 @@ class IptablesBackend:
         rules of a Service without plans are deleted. Raises `SyncError` if the rules cannot be read or a transaction
         fails; earlier transactions stay applied.
         """
+        is_full = self._ledger is None
+        if is_full:
+            self._comparison.full_sync_began()
         if self._ledger is not None:
             ledger, snapshot = self._ledger, None
             max_transaction_rules = self._transaction_limit(ledger)
@@ -147,51 +170,64 @@ class IptablesBackend:
             log.warning("rewriting %d chains: another process changed them during the sync", len(overwritten))
             self._apply(self._rewrite(ledger, overwritten, plans, context), written)
         self._ledger = ledger
+        self._comparison.synced(diff.services, is_full=is_full)
         return ApplyResult(written, ledger.rule_counts, ledger.resolution.conflicts)
 
-    def verify(self, context: Context) -> bool:
-        """Check for drift: return whether the rules that lead packets to the per-Service chains are unchanged.
+    def repair(self, touched: Mapping[str, Touched], plans: Plans, context: Context) -> RepairResult:
+        """Compare the touched chains with the ledger, and restore exactly those rules that differ.
 
-        If they have changed, the ledger is discarded as in `forget`. The check covers:
-
-        - the canary chains, which are missing if another process has deleted all chains of a table
-        - the rules that kproxy has inserted into chains that other tools also use
-        - the shared chains, but not the shards of the dispatch chains
-
-        A rule in a chain of other tools counts as unchanged if iptables cannot determine whether it exists. Return True
-        without a check if there is no ledger. If the rules cannot be read from the kernel, log a warning and return
-        True.
+        See `kproxy.sync.family_sync.Backend`. Chains of other tools in which kproxy has no rules are not read.
         """
+        return self._check(Scope.of(touched), plans, context)
+
+    def compare_next(self, plans: Plans, context: Context) -> RepairResult | None:
+        """Compare the next part of the rules with the ledger. See `RuleComparison`."""
         if self._ledger is None:
-            return True
-        expected = dict(self._ledger.shared_chains())
-        ensured = ensured_rules(context)
+            return None
+        return self._comparison.next_step(self._ledger, context, lambda scope: self._check(scope, plans, context))
+
+    def _check(self, scope: Scope, plans: Plans, context: Context) -> RepairResult:
+        """Compare the chains in `scope` with the ledger, and restore those that differ. Raises `SyncError`."""
+        ledger = self._ledger
+        if ledger is None:
+            return RepairResult(needs_full_sync=True)
+        scope = scope.relevant(context)
+        if not scope:
+            return RepairResult()
         try:
-            existing = self._kernel.list_rules(dict.fromkeys((*CANARIES, *expected, *(rule.chain for rule in ensured))))
-            intact = (
-                all(canary in existing for canary in CANARIES)
-                and all(
-                    chain in existing and hash("\n".join(existing[chain])) == digest
-                    for chain, digest in expected.items()
-                )
-                and all(self._may_exist(rule, existing.get(rule.chain, [])) for rule in ensured)
-            )
+            snapshot = read_scope(self._kernel, scope, ledger, context)
+            if snapshot is None:
+                self.forget()
+                return RepairResult(needs_full_sync=True)
+            damage = find_damage(scope, snapshot, ledger, context, self._kernel)
         except CommandError as error:
-            log.warning("cannot check the iptables rules for drift: %s", error)
-            return True
-        if not intact:
-            self._ledger = None
-        return intact
-
-    def repair(self, touched: Mapping[str, Touched], plans: Plans, context: Context) -> RepairResult:  # noqa: ARG002
-        """Request a full sync if the touched parts may be damaged. Otherwise, run a quick drift check."""
-        if any(each.everything for each in touched.values()):
+            raise SyncError(str(error)) from None
+        findings = tuple(damage.findings)
+        if not damage:
+            return RepairResult(findings=findings)
+        services = frozenset(damage.owners.values())
+        if len(services) > MAX_REPAIRED_SERVICES and len(services) * 2 > len(ledger.services):
             self.forget()
-        return RepairResult(needs_full_sync=self._ledger is None or not self.verify(context))
-
-    def compare_next(self, plans: Plans, context: Context) -> RepairResult | None:  # noqa: ARG002
-        """Run a quick drift check. Return None if the rules are intact."""
-        return None if self.verify(context) else RepairResult(needs_full_sync=True)
+            return RepairResult(findings=findings, needs_full_sync=True)
+        diff = IptablesDiff(
+            ledger,
+            None,
+            ((key, render_ports(plans.of(key), context)) for key in sorted(services)),
+            context,
+            max_transaction_rules=self._transaction_limit(ledger),
+            dispatch_threshold=self._dispatch_threshold,
+            force_rewrite=damage.chains,
+            edits=damage.edits,
+        )
+        self._ledger = None
+        self._apply(diff, Counter())
+        try:
+            if damage.stale:
+                self._delete_chains(RestoreInput(deleted=sorted(damage.stale, key=deletion_order), best_effort=True))
+        except (RestoreError, CommandError) as error:
+            raise SyncError(str(error)) from None
+        self._ledger = ledger
+        return RepairResult(damage.parts(scope), findings)
 
     def forget(self) -> None:
         """Discard the ledger: the next `sync` reads all rules from the kernel."""
@@ -298,13 +334,6 @@ class IptablesBackend:
             existing = snapshot.rules.setdefault(rule.chain, [])
             if not rule.is_satisfied_by_any(existing) and self._kernel.has_rule(rule.chain, rule.rule):
                 existing.append(rule.text)
-
-    def _may_exist(self, rule: EnsuredRule, existing: list[str]) -> bool:
-        """Return False if an ensured rule does not exist, and True if it exists or if this cannot be determined.
-
-        `existing` are the rules of the chain that could be read.
-        """
-        return rule.is_satisfied_by_any(existing) or self._kernel.has_rule(rule.chain, rule.rule) is not False
 
 
 class IptablesPrinter:

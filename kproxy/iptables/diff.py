@@ -6,7 +6,7 @@ Pure, except that it may call a `RuleCounter` to count the rules of chains in th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TypeAlias
 
@@ -65,7 +65,8 @@ class IptablesDiff:
     `patched` maps each patched chain to its Service and to the number of rules that the chain must have after the
     transactions.
 
-    The per-Service chains in `force_rewrite` are written even if they match the ledger.
+    The chains in `force_rewrite` are written even if they match the ledger. `edits` are further commands for individual
+    rules, each with its table; they are part of the last transaction that writes rules.
     """
 
     def __init__(
@@ -78,7 +79,8 @@ class IptablesDiff:
         max_transaction_rules: int,
         dispatch_threshold: int,
         rule_counter: RuleCounter | None = None,
-        force_rewrite: Container[ChainName] = (),
+        force_rewrite: Collection[ChainName] = (),
+        edits: Sequence[tuple[str, str]] = (),
     ) -> None:
         self.patched: dict[ChainName, tuple[ServiceKey, int]] = {}
         self._ledger = ledger
@@ -89,6 +91,7 @@ class IptablesDiff:
         self._dispatch_threshold = dispatch_threshold
         self._rule_counter = rule_counter
         self._force_rewrite = force_rewrite
+        self._edits = edits
         self._services: dict[ServiceKey, ServiceRecord] = {}
         self._base: dict[ChainName, Digest] = {}
         self._base_rules: Counter[str] = Counter()
@@ -96,6 +99,11 @@ class IptablesDiff:
         self._resolution = ledger.resolution
         self._dispatch_chains: dict[ChainName, str] = {}
         self._deleted: list[ChainName] = []
+
+    @property
+    def services(self) -> Collection[ServiceKey]:
+        """The Services that the transactions have covered so far."""
+        return self._services.keys()
 
     def transactions(self) -> Iterator[RestoreInput]:
         """Yield the transactions. There are none if the kernel already has the desired state."""
@@ -147,7 +155,13 @@ class IptablesDiff:
         martian_rules = sum(rule.chain == FILTER_FIREWALL for rule in ensured_rules(self._context))
         self._base_rules[FILTER_FIREWALL.table] += martian_rules
         existing = self._snapshot.digests if self._snapshot else self._ledger.base
-        return {chain: rules for chain, rules in chains.items() if existing.get(chain) != self._base[chain]}
+        changed = {
+            chain: rules
+            for chain, rules in chains.items()
+            if existing.get(chain) != self._base[chain] or chain in self._force_rewrite
+        }
+        missing = (chain for chain in (*CANARIES, FILTER_FIREWALL) if chain in self._force_rewrite)
+        return changed | dict.fromkeys(missing, "")
 
     def _chain_changes(self) -> Iterator[RestoreInput]:
         """Yield the changes to per-Service chains and shards. A change must not be split across transactions."""
@@ -210,7 +224,11 @@ class IptablesDiff:
             existing = self._snapshot.digests if self._snapshot else accepted
             self._dispatch[dispatch_chain] = DispatchRecord(hash(trailing), digests, layout.non_service_rules)
             self._deleted += [chain for chain in accepted if chain not in digests]
-            changed = {chain: text for chain, text in layout.chains.items() if existing.get(chain) != digests[chain]}
+            changed = {
+                chain: text
+                for chain, text in layout.chains.items()
+                if existing.get(chain) != digests[chain] or chain in self._force_rewrite
+            }
             if dispatch_chain in changed:
                 self._dispatch_chains[dispatch_chain] = changed.pop(dispatch_chain)
             yield from changed.items()
@@ -223,6 +241,12 @@ class IptablesDiff:
         for key, record in self._services.items():
             dirty |= changed_dispatch_chains(self._ledger.services.get(key, {}), record)
         dirty |= {rule.chain for rule in self._resolution.omitted_rules ^ self._ledger.resolution.omitted_rules}
+        if self._force_rewrite:
+            dirty |= {
+                chain
+                for chain, accepted in self._ledger.dispatch.items()
+                if any(each in self._force_rewrite for each in accepted.chains)
+            }
         for chain, accepted in self._ledger.dispatch.items():
             if chain not in dirty and accepted.trailing_rules == hash(trailing_rules[chain]):
                 self._dispatch[chain] = accepted
@@ -233,7 +257,7 @@ class IptablesDiff:
 
         This change activates all new chains.
         """
-        change = RestoreInput(dict(self._dispatch_chains))
+        change = RestoreInput(dict(self._dispatch_chains), edits=list(self._edits))
         if self._snapshot is not None:
             self._ensure_rules(change, self._snapshot)
         return change

@@ -13,6 +13,8 @@ from kproxy.iptables.patch import ChainPatch
 
 TABLES = ("mangle", "nat", "filter")
 """The tables that kproxy writes, in this order: DNAT rules (nat) are written before drop and reject rules (filter)."""
+UNREADABLE_RULE = "# a rule that iptables cannot print"
+"""Placeholder for the rules of a chain that iptables cannot print. It is never equal to a rule."""
 _INCOMPATIBLE = re.compile(r"# Table [`'](\w+)' is incompatible(?:: (.+))?")
 _COUNTERS = re.compile(r"^\[\d+:\d+\] ")
 _PROBABILITY = re.compile(r"(?<=--probability )\d\.\d+")
@@ -114,8 +116,8 @@ def parse_save(lines: Iterable[str], tables: Iterable[str] = TABLES) -> SavedTab
     selected = frozenset(tables)
     table = ""
     for line in lines:
-        if line.startswith("# Table") and (match := _INCOMPATIBLE.match(line)):
-            incompatible[match[1]] = match[2] or line.strip("# \n")
+        if (failed := parse_incompatible(line)) is not None:
+            incompatible[failed[0]] = failed[1]
         elif line.startswith("*"):
             table = line[1:].strip()
             chains = {chain: saved for chain, saved in chains.items() if chain.table != table}
@@ -124,7 +126,7 @@ def parse_save(lines: Iterable[str], tables: Iterable[str] = TABLES) -> SavedTab
         elif line.startswith(":"):
             chains[ChainName(table, line[1:].split(" ", 1)[0])] = SavedChain()
         elif line.startswith(("-A ", "[")):
-            rule = _normalize(line)
+            rule = normalize_rule(line)
             chains.setdefault(ChainName(table, rule.split(" ", 2)[1]), SavedChain()).rules.append(rule)
     return SavedTables(
         {chain: saved for chain, saved in chains.items() if chain.table not in incompatible}, incompatible
@@ -136,9 +138,15 @@ def incompatible_line(table: str, reason: str) -> str:
     return f"# Table `{table}' is incompatible: {reason}\n"
 
 
+def parse_incompatible(line: str) -> tuple[str, str] | None:
+    """Return the table and the reason if a line says that `iptables-save` could not print a table."""
+    match = _INCOMPATIBLE.match(line) if line.startswith("# Table") else None
+    return (match[1], match[2] or line.strip("# \n")) if match else None
+
+
 def parse_rules(listing: str) -> list[str]:
     """Return the rules in the output of `iptables -S CHAIN`, normalized as in `parse_save`."""
-    return [_normalize(line) for line in listing.splitlines() if line.startswith("-A ")]
+    return [normalize_rule(line) for line in listing.splitlines() if line.startswith("-A ")]
 
 
 def count_rules(chains: Iterable[str]) -> int:
@@ -146,7 +154,8 @@ def count_rules(chains: Iterable[str]) -> int:
     return sum(rules.count("\n") + 1 for rules in chains if rules)
 
 
-def _normalize(line: str) -> str:
+def normalize_rule(line: str) -> str:
+    """Return one rule in the form that `parse_save` describes."""
     rule = _COUNTERS.sub("", line).rstrip("\n ")
     if "--probability " in rule:
         rule = _PROBABILITY.sub(_requested_probability, rule)
