@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from ipaddress import ip_address
 from pathlib import Path
@@ -16,7 +16,7 @@ from kproxy.config import Config, node_name
 from kproxy.config.types import PRIMARY
 from kproxy.host.commands import CommandError, InconclusiveError
 from kproxy.host.interfaces import local_addresses, own_addresses
-from kproxy.host.nf_tables import read_generation
+from kproxy.host.nf_tables import current_generation
 from kproxy.host.nfacct import ensure_counters
 from kproxy.host.process import has_net_admin
 from kproxy.iptables.backend import MAX_TRANSACTION_RULES, UNLIMITED, IptablesBackend
@@ -24,13 +24,15 @@ from kproxy.iptables.base_rules import INVALID_COUNTER
 from kproxy.iptables.foreign_changes import GenerationCounter
 from kproxy.iptables.render import LOCALHOST_COUNTER
 from kproxy.iptables.runner import IptablesRunner, check_tables
+from kproxy.iptables.save_restore import TABLES
 from kproxy.iptables.variant import other_variant_warning
 from kproxy.model.context import Context
 from kproxy.model.delta import BASIC_KINDS, Kind
 from kproxy.model.sync_report import SyncError
 from kproxy.model.types import Family, Node, ServiceCIDR
+from kproxy.nftables import names
 from kproxy.nftables.backend import NftablesBackend
-from kproxy.nftables.kernel import Commit, NftTable, OwnGenerations
+from kproxy.nftables.kernel import NetlinkCommit, NftCommit, NftTable, OwnGenerations
 from kproxy.nftables.probe import NftablesUnsupportedError, choose_commit
 from kproxy.sync.family_sync import FamilySync
 
@@ -87,20 +89,44 @@ def choose_mode(config: Config) -> Config:
     return config.resolved("nftables")
 
 
-def make_families(config: Config, runners: list[IptablesRunner]) -> dict[Family, FamilySync]:
+class OwnCommits:
+    """The nf_tables tables that kproxy programs, and what distinguishes kproxy's commits from those of others.
+
+    `generations` contains only the commits that kproxy makes itself, without a program.
+    """
+
+    def __init__(self) -> None:
+        self.tables: list[tuple[Family, str]] = []
+        self.generations = OwnGenerations()
+        self._owns: list[Callable[[int], bool]] = []
+
+    def add(self, tables: Iterable[tuple[Family, str]], owns: Callable[[int], bool]) -> None:
+        """Add tables. `owns` returns whether commits with a netlink port ID are made by kproxy."""
+        self.tables += tables
+        self._owns.append(owns)
+
+    def owns(self, port: int) -> bool:
+        """Return whether a commit with this netlink port ID was made by kproxy, or by a program that kproxy ran."""
+        return any(owns(port) for owns in self._owns)
+
+
+def make_families(
+    config: Config, runners: list[IptablesRunner], own: OwnCommits | None = None
+) -> dict[Family, FamilySync]:
     """Build the `FamilySync` of each IP family that works on this node. Raises `StartError` if none works.
 
-    In iptables mode, appends the iptables runners to `runners`, so that another thread can stop them. Logs a warning if
-    no interface of the node matches `detectLocal`.
+    In iptables mode, appends the iptables runners to `runners`, so that another thread can stop them. Adds to `own`
+    what is needed to watch the tables. Logs a warning if no interface of the node matches `detectLocal`.
     """
+    own = own or OwnCommits()
     if warning := interface_warning(config, [name for _, name in socket.if_nameindex()]):
         log.warning("%s", warning)
     if config.effective_mode == "iptables":
-        return _iptables_families(config, runners)
-    return _nftables_families(config)
+        return _iptables_families(config, runners, own)
+    return _nftables_families(config, own)
 
 
-def _iptables_families(config: Config, runners: list[IptablesRunner]) -> dict[Family, FamilySync]:
+def _iptables_families(config: Config, runners: list[IptablesRunner], own: OwnCommits) -> dict[Family, FamilySync]:
     try:
         found = discover_iptables()
     except CommandError as error:
@@ -111,6 +137,8 @@ def _iptables_families(config: Config, runners: list[IptablesRunner]) -> dict[Fa
         version = iptables.version()
         log.info("%s: %s", family.value, version)
         runners.append(iptables)
+        if version.nft:
+            own.add([(family, table) for table in TABLES], iptables.has_run)
         backend = IptablesBackend(
             iptables,
             max_transaction_rules=MAX_TRANSACTION_RULES if version.nft else UNLIMITED,
@@ -122,15 +150,16 @@ def _iptables_families(config: Config, runners: list[IptablesRunner]) -> dict[Fa
     return families
 
 
-def _nftables_families(config: Config) -> dict[Family, FamilySync]:
+def _nftables_families(config: Config, own: OwnCommits) -> dict[Family, FamilySync]:
     try:
         commits = discover_nftables()
     except (NftablesUnsupportedError, InconclusiveError) as error:
         raise StartError(f"nftables mode does not work on this node: {error}") from None
-    own = OwnGenerations()
+    for family, commit in commits.items():
+        own.add([(family, names.TABLE)], commit.has_made_commits)
     return {
         family: FamilySync(
-            NftablesBackend(NftTable(family, commit), own),
+            NftablesBackend(NftTable(family, commit), own.generations),
             ContextFactory(config, family, accounting=lambda: False, random_fully=True).make,
             large_cluster_endpoints=math.inf,  # `large_cluster` changes nothing in nftables mode
         )
@@ -187,7 +216,7 @@ def discover_iptables() -> dict[Family, IptablesRunner]:
     """
     found: dict[Family, IptablesRunner] = {}
     reasons: dict[Family, str] = {}
-    generations = GenerationCounter(read_generation)
+    generations = GenerationCounter(current_generation)
     for family in _candidate_families():
         iptables = IptablesRunner(family, generations)
         try:
@@ -207,13 +236,13 @@ def discover_iptables() -> dict[Family, IptablesRunner]:
     return found
 
 
-def discover_nftables() -> dict[Family, Commit]:
+def discover_nftables() -> dict[Family, NetlinkCommit | NftCommit]:
     """Return the `Commit` implementation to use for each IP family that works on this node.
 
     A family that does not work is skipped with a warning. Raises `NftablesUnsupportedError` if no family works, or if
     IPv4 does not work on a node that needs it. Raises `InconclusiveError` if the failure may be temporary.
     """
-    commits: dict[Family, Commit] = {}
+    commits: dict[Family, NetlinkCommit | NftCommit] = {}
     reasons: dict[Family, str] = {}
     for family in _candidate_families():
         try:

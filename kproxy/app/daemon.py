@@ -18,6 +18,7 @@ from typing import Protocol
 from msgspec import Struct
 
 from kproxy.app.backends import (
+    OwnCommits,
     StartError,
     check_privileges,
     choose_mode,
@@ -32,6 +33,7 @@ from kproxy.app.kernel_parameters import prepare_conntrack, prepare_process
 from kproxy.config import Config, as_document
 from kproxy.host.ctnetlink import UdpConntrack
 from kproxy.host.interfaces import AddressMonitor, own_addresses
+from kproxy.host.nf_tables_events import RulesWatch
 from kproxy.host.nfacct import read_counter
 from kproxy.host.signals import HANDLED_SIGNALS, STACK_DUMP_SIGNALS, STOP_SIGNALS, block_signals
 from kproxy.iptables.base_rules import INVALID_COUNTER
@@ -183,7 +185,8 @@ class Daemon:
         check_privileges()
         client = None if self._objects is not None else _connect(self._config, self._server)
         self._config = config = choose_mode(self._config)
-        families = make_families(config, self._programs)
+        own_commits = OwnCommits()
+        families = make_families(config, self._programs, own_commits)
         name = local_node_name(config)
         store = Store(name, watched_kinds(config), lock=threading.RLock())
         workers = {family: FamilyWorker(f"sync-{family.value.lower()}") for family in families}
@@ -207,7 +210,9 @@ class Daemon:
         self._start(parts, serving)
         prepare_process(config)
         prepare_conntrack(config)
-        for part in (*workers.values(), events, *self._sources(client, name)):
+        rules_watch = self._rules_watch(own_commits)
+        watches = () if rules_watch is None else (rules_watch,)
+        for part in (*watches, *workers.values(), events, *self._sources(client, name)):
             self._start(parts, part)
         periods = config.backend
         return Reconciler(
@@ -218,7 +223,11 @@ class Daemon:
             is_ready=lambda store: is_ready(config, store),
             on_queue=serving.on_queue,
             on_change=serving.on_change,
-            on_sync=[*serving.on_sync, ServiceEventListener(partial(_service_event, events)).on_sync],
+            on_sync=[
+                *serving.on_sync,
+                ServiceEventListener(partial(_service_event, events)).on_sync,
+                *(each.on_sync for each in watches),
+            ],
             on_repair=[*serving.on_repair, DriftListener(partial(_node_event, events, name)).on_repair],
             after_sync=[conntrack.clean, FirstSyncSteps(config, families).run],
             check_interval=periods.sync_period,
@@ -226,6 +235,18 @@ class Daemon:
             monitor=watch.check,
             programs_stopped=self._programs_stopped.is_set,
             execute=lambda family, job: workers[family].submit(partial(job, self._messages.put)),
+        )
+
+    def _rules_watch(self, own: OwnCommits) -> RulesWatch | None:
+        if not own.tables:
+            return None  # iptables-legacy
+        return RulesWatch(
+            own.tables,
+            self._messages.put,
+            is_own_port=own.owns,
+            newest_own_generation=own.generations.newest_after,
+            # The generation IDs of commits that iptables programs make are unknown.
+            after_first_syncs=self._config.effective_mode == "nftables",
         )
 
     def _sources(self, client: ApiClient | None, name: str) -> Iterator[Component]:

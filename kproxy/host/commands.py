@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 import subprocess
 import threading
@@ -22,6 +23,8 @@ must not prevent kproxy from programming the node.
 """
 SLOW_SECONDS = 5.0
 """How long a program may run without progress before a warning is logged. The interval doubles with each warning."""
+RECENT_SECONDS = 5.0
+"""For this many seconds after a program has exited, its process ID is still known as that of this program."""
 _LOCKS = Path("/proc/locks")
 _XTABLES_LOCK = "/run/xtables.lock"
 """The lock file of iptables, unless the environment variable XTABLES_LOCKFILE names another one."""
@@ -72,6 +75,8 @@ class CommandRunner:
         self._lock = threading.Lock()
         self._running: subprocess.Popen[str] | None = None
         self._stopped = False
+        # When each program exited that was started recently, by PID. Infinite for a running program.
+        self._exited: dict[int, float] = {}
 
     def stop(self) -> None:
         """Kill the running program and wait for it to exit. Later runs raise `CommandError`."""
@@ -81,6 +86,16 @@ class CommandRunner:
         if running is not None:
             _kill(running)
             running.wait()
+
+    def has_run(self, pid: int) -> bool:
+        """Return whether a process belongs to a program that is running or has exited in the last few seconds.
+
+        The programs' child processes are found only while they run. Any thread may call this.
+        """
+        exited = self._exited
+        if pid not in exited:
+            pid = _process_group(pid)
+        return monotonic() - exited.get(pid, -math.inf) < RECENT_SECONDS
 
     def run(self, argv: Sequence[str], stdin: str = "", *, timeout: float) -> CompletedCommand:
         """Run a program and return its exit status and output.
@@ -193,12 +208,17 @@ class CommandRunner:
                 error_type = CommandError if error.errno in _UNUSABLE else InconclusiveError
                 raise error_type(f"cannot run {argv[0]}: {error.strerror or error}") from None
             self._running = process
+        now = monotonic()
+        self._exited = {pid: at for pid, at in self._exited.items() if now - at < RECENT_SECONDS} | {
+            process.pid: math.inf
+        }
         slow_log = SlowCommandLog(argv[0], process.pid, monotonic())
         try:
             with process:
                 yield process, slow_log
         finally:
             self._running = None
+            self._exited[process.pid] = monotonic()
             slow_log.log_exit(monotonic(), process.returncode)
 
 

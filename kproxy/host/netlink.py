@@ -39,6 +39,7 @@ NETLINK_CAP_ACK = 10
 NETLINK_EXT_ACK = 11
 SOL_NETLINK = 270
 SO_SNDBUFFORCE = 32
+SO_RCVBUFFORCE = 33
 
 REQUESTS_PER_SEND = 128
 """Maximum number of requests sent in one datagram. If the kernel rejects all of them, the errors must fit into the
@@ -130,6 +131,12 @@ class BoundSocket:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
         self._socket.bind((0, 0))
         self._sequence = 0
+
+    @property
+    def port(self) -> int:
+        """The socket's port ID (netlink(7)). Notifications about changes made with this socket contain it."""
+        port: int = self._socket.getsockname()[0]
+        return port
 
     def __enter__(self) -> Self:
         return self

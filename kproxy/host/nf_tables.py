@@ -1,4 +1,4 @@
-"""nf_tables queries for the iptables backend: NAT support, numbers and fingerprints of rules, and the generation ID."""
+"""nf_tables queries: NAT support, the number and the identity of the rules of chains, and the current generation ID."""
 
 from __future__ import annotations
 
@@ -92,16 +92,6 @@ def count_rules(family: Family, table: str, chain: str) -> int:
         return sum(1 for _ in netlink.dump(nfnl_type(NFNL_SUBSYS_NFTABLES, NFT_MSG_GETRULE), request))
 
 
-def read_generation() -> int:
-    """Return the generation ID, which the kernel increments with each committed transaction. Raises `OSError`."""
-    generation = 0
-    with NetlinkSocket(NETLINK_NETFILTER) as netlink:
-        for data, begin, end in netlink.get(nfnl_type(NFNL_SUBSYS_NFTABLES, NFT_MSG_GETGEN), nfgenmsg()):
-            first, last = attributes(data, begin + NFGENMSG_SIZE, end)[NFTA_GEN_ID]
-            generation = int.from_bytes(data[first:last], "big")
-    return generation
-
-
 def fingerprints(family: Family, groups: Iterable[Sequence[tuple[str, str]]]) -> list[int]:
     """Return a number for each group of chains, given as tables and names. It identifies the rules of these chains.
 
@@ -147,6 +137,16 @@ def _rule_handles(netlink: NetlinkSocket, family: Family, table: str, chain: str
 def _attribute(data: bytes, begin: int, end: int, wanted: int) -> bytes:
     spans = iterate_attributes(data, begin + NFGENMSG_SIZE, end)
     return next((data[first:last] for kind, first, last in spans if kind == wanted), b"")
+
+
+def current_generation() -> int:
+    """Return the generation ID of this network namespace, which every commit increments. Raises `OSError`."""
+    generation = 0
+    with NetlinkSocket(NETLINK_NETFILTER) as netlink:
+        for data, begin, end in netlink.get(nfnl_type(NFNL_SUBSYS_NFTABLES, NFT_MSG_GETGEN), nfgenmsg()):
+            spans = attributes(data, begin + NFGENMSG_SIZE, end)
+            (generation,) = struct.unpack_from(">I", data, spans[NFTA_GEN_ID][0])
+    return generation
 
 
 def _has_chain(request: bytes) -> bool:

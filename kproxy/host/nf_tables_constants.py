@@ -30,6 +30,7 @@ NFT_MSG_DELSET = 11
 NFT_MSG_NEWSETELEM = 12
 NFT_MSG_GETSETELEM = 13
 NFT_MSG_DELSETELEM = 14
+NFT_MSG_NEWGEN = 15
 NFT_MSG_GETGEN = 16
 
 # enum nft_list_attributes
@@ -192,6 +193,7 @@ NFTA_MASQ_FLAGS = 1
 
 # enum nft_gen_attributes
 NFTA_GEN_ID = 1
+NFTA_GEN_PROC_NAME = 3
 
 # enum nft_fib_attributes
 NFTA_FIB_DREG = 1
@@ -216,6 +218,7 @@ NFT_NG_RANDOM = 1
 
 # linux/netfilter/nfnetlink.h
 NFNL_SUBSYS_NFTABLES = 10
+NFNLGRP_NFTABLES = 7
 
 # linux/netfilter.h
 NF_DROP = 0

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Protocol
 
 
-class OwnCommits:
+class CommitCount:
     """Counts the transactions that this process has sent to the kernel."""
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class ForeignChanges(Protocol):
     as a change by another one.
     """
 
-    def own_changes(self) -> AbstractContextManager[OwnCommits]:
+    def own_changes(self) -> AbstractContextManager[CommitCount]:
         """Return a context in which this process changes rules. The number of transactions must be counted in it."""
 
     def now(self) -> int | None:
@@ -58,13 +58,13 @@ class GenerationCounter:
         self._changes = 0
 
     @contextmanager
-    def own_changes(self) -> Iterator[OwnCommits]:
+    def own_changes(self) -> Iterator[CommitCount]:
         """See `ForeignChanges`."""
         with self._lock:
             with suppress(OSError):
                 self._update()
             self._running += 1
-        commits = OwnCommits()
+        commits = CommitCount()
         try:
             yield commits
         finally:
@@ -110,14 +110,14 @@ class LayoutObserver:
         self._changes = 0
 
     @contextmanager
-    def own_changes(self) -> Iterator[OwnCommits]:
+    def own_changes(self) -> Iterator[CommitCount]:
         """See `ForeignChanges`."""
         with self._lock:
             with suppress(OSError):
                 self._update()
             self._running = True
         try:
-            yield OwnCommits()
+            yield CommitCount()
         finally:
             with self._lock:
                 self._running = False

@@ -23,9 +23,9 @@ from kproxy.host.commands import (
     run,
 )
 from kproxy.host.netlink import retry_interrupted
-from kproxy.host.nf_tables import count_rules, fingerprints, nat_unsupported_reason, read_generation
+from kproxy.host.nf_tables import count_rules, current_generation, fingerprints, nat_unsupported_reason
 from kproxy.host.x_tables import TableInfoSocket
-from kproxy.iptables.foreign_changes import ForeignChanges, GenerationCounter, LayoutObserver, OwnCommits
+from kproxy.iptables.foreign_changes import CommitCount, ForeignChanges, GenerationCounter, LayoutObserver
 from kproxy.iptables.names import ChainName
 from kproxy.iptables.save_restore import TABLES, UNREADABLE_RULE, incompatible_line, parse_rules, parse_save
 from kproxy.model.types import Family
@@ -126,7 +126,7 @@ class IptablesRunner:
     def __init__(self, family: Family, generations: GenerationCounter | None = None) -> None:
         """Runners in the same process should share `generations`, which counts their transactions (iptables-nft)."""
         self._family = family
-        self._generations = generations or GenerationCounter(read_generation)
+        self._generations = generations or GenerationCounter(current_generation)
         self._program = program_name(family)
         self._commands = CommandRunner()
         self._version: IptablesVersion | None = None
@@ -139,6 +139,10 @@ class IptablesRunner:
         the kernel is no longer applying it, so the next kproxy process reads the final state.
         """
         self._commands.stop()
+
+    def has_run(self, pid: int) -> bool:
+        """Return whether a process belongs to an iptables program that this runner runs or has just run."""
+        return self._commands.has_run(pid)
 
     def version(self) -> IptablesVersion:
         """Return the version of the installed iptables. It is read only once. Raises `CommandError`."""
@@ -327,11 +331,11 @@ class IptablesRunner:
         with self._own_changes() as commits:
             commits.count += self._run(chain, "-N", accepted=(_OTHER_PROBLEM,)).code == 0
 
-    def _own_changes(self) -> AbstractContextManager[OwnCommits]:
+    def _own_changes(self) -> AbstractContextManager[CommitCount]:
         try:
             return self._foreign().own_changes()
         except OSError:
-            return nullcontext(OwnCommits())
+            return nullcontext(CommitCount())
 
     def _run(self, chain: ChainName, command: str, rule: str = "", *, accepted: Container[int]) -> CompletedCommand:
         """Run an iptables command. Raises `CommandError` unless its exit status is 0 or `accepted`."""

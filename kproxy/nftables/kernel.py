@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol, TypeVar
 
-from kproxy.host.commands import CommandError, InconclusiveError, run
+from kproxy.host.commands import CommandError, CommandRunner, InconclusiveError
 from kproxy.host.netlink import (
     BatchRejectedError,
     BatchSocket,
@@ -72,21 +73,25 @@ class OwnGenerations:
     """
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._first = self._last = 0
 
     def record_commit(self, base: int) -> int:
         """Record a commit that this process made on top of generation `base`. Return the new generation."""
-        if base != self._last:
-            self._first = base
-        self._last = next_generation(base)
-        return self._last
+        new = next_generation(base)
+        with self._lock:
+            if base != self._last:
+                self._first = base
+            self._last = new
+        return new
 
     def newest_after(self, generation: int) -> int:
         """Return the newest generation that was reached from `generation` only by commits of this process.
 
         Return `generation` itself if there is no newer one.
         """
-        return self._last if self._first <= generation <= self._last else generation
+        with self._lock:
+            return self._last if self._first <= generation <= self._last else generation
 
 
 # Commits
@@ -105,6 +110,9 @@ class Commit(Protocol):
 class NetlinkCommit:
     """Commits transactions over netlink. All commits use the same socket."""
 
+    port = 0
+    """The port ID of the socket, or 0 before the first commit."""
+
     def __init__(self, family: Family, table: str = TABLE) -> None:
         self._encoder = TransactionEncoder(family, table)
         self._writer = NftWriter(family, table)
@@ -116,6 +124,7 @@ class NetlinkCommit:
         try:
             if self._socket is None:
                 self._socket = BatchSocket(NFNL_SUBSYS_NFTABLES)
+                self.port = self._socket.port
             self._socket.commit([(each.type, each.flags, each.payload) for each in messages], generation)
         except StaleGenerationError:
             raise GenerationChangedError("the rule set has changed since the expected generation") from None
@@ -123,6 +132,10 @@ class NetlinkCommit:
             raise TableError(self._describe(messages, error.rejections)) from None
         except OSError as error:
             raise TableError(f"netlink: {error.strerror}") from None
+
+    def has_made_commits(self, port: int) -> bool:
+        """Return whether a netlink port ID is that of the socket with which this object commits."""
+        return port == self.port
 
     def _describe(self, messages: Sequence[NftMessage], rejections: Sequence[RejectedMessage]) -> str:
         first = rejections[0]
@@ -151,11 +164,16 @@ class NftCommit:
         """Create a `Commit` that kills `nft` after `timeout` seconds."""
         self._writer = NftWriter(family, table)
         self._timeout = timeout
+        self._commands = CommandRunner()
+
+    def has_made_commits(self, port: int) -> bool:
+        """Return whether a netlink port ID belongs to a `nft` that this object has just run: it is nft's PID."""
+        return self._commands.has_run(port)
 
     def __call__(self, transaction: Transaction, generation: int | None = None, /) -> None:  # noqa: ARG002
         """Commit a transaction. `generation` is ignored, because nft cannot check it. Raises `TableError`."""
         try:
-            done = run(["nft", "-f", "-"], self._writer.commands(transaction), timeout=self._timeout)
+            done = self._commands.run(["nft", "-f", "-"], self._writer.commands(transaction), timeout=self._timeout)
         except InconclusiveError as error:
             raise TableError(str(error), inconclusive=True) from None
         except CommandError as error:

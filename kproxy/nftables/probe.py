@@ -13,7 +13,7 @@ from kproxy.model.context import Context, LocalTraffic
 from kproxy.model.plan import ServicePortPlan, TrafficDecision
 from kproxy.model.types import Family
 from kproxy.nftables.diff import NftablesDiff
-from kproxy.nftables.kernel import Commit, NetlinkCommit, NftCommit, TableError
+from kproxy.nftables.kernel import NetlinkCommit, NftCommit, TableError
 from kproxy.nftables.ledger import NftablesLedger
 from kproxy.nftables.render import render_service
 from kproxy.nftables.transaction import Transaction
@@ -31,7 +31,7 @@ class NftablesUnsupportedError(Exception):
     """nftables mode does not work on this node. The message gives the reason on one line."""
 
 
-def choose_commit(family: Family) -> Commit:
+def choose_commit(family: Family) -> NetlinkCommit | NftCommit:
     """Return a `Commit` that works on this node: one that uses netlink or, as a fallback, one that runs `nft`.
 
     Raises `NftablesUnsupportedError` if neither works for the family. Raises `InconclusiveError` if netlink does not

@@ -60,6 +60,7 @@ PURE = (
         "serve.zpages",
         "host.netlink_message",
         "host.nf_tables_constants",
+        "host.nf_tables_notifications",
         "documents.document",
         "documents.yaml_parser",
         "documents.parse",

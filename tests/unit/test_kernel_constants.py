@@ -23,7 +23,7 @@ from kproxy.host import (
 MODULES = (ctnetlink, inotify, interfaces, netlink, netlink_message, nf_tables, nf_tables_constants, nfacct, process)
 PREFIXES = (
     *("CTA_", "IFA_", "IN_", "IPCTNL_", "NETLINK_", "NFACCT_", "NFNL_", "NFTA_", "NFT_", "NF_", "NLA_", "NLM", "RTM"),
-    *("SOL_NETLINK", "SO_SNDBUFFORCE"),
+    *("SOL_NETLINK", "SO_SNDBUFFORCE", "SO_RCVBUFFORCE"),
 )
 """Prefixes of kernel constants. Every constant of `nf_tables_constants` is one, whatever its prefix."""
 NOT_IN_HEADERS = ("CTA_FILTER_F_", "NFTNL_")
