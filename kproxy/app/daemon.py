@@ -37,6 +37,7 @@ from kproxy.host.nf_tables_events import RulesWatch
 from kproxy.host.nfacct import read_counter
 from kproxy.host.signals import HANDLED_SIGNALS, STACK_DUMP_SIGNALS, STOP_SIGNALS, block_signals
 from kproxy.iptables.base_rules import INVALID_COUNTER
+from kproxy.iptables.legacy_poll import LegacyPoll
 from kproxy.iptables.render import LOCALHOST_COUNTER
 from kproxy.iptables.runner import IptablesRunner
 from kproxy.kube.client.client import ApiClient
@@ -212,7 +213,7 @@ class Daemon:
         prepare_conntrack(config)
         rules_watch = self._rules_watch(own_commits)
         watches = () if rules_watch is None else (rules_watch,)
-        for part in (*watches, *workers.values(), events, *self._sources(client, name)):
+        for part in (*watches, *self._legacy_polls(), *workers.values(), events, *self._sources(client, name)):
             self._start(parts, part)
         periods = config.backend
         return Reconciler(
@@ -248,6 +249,11 @@ class Daemon:
             # The generation IDs of commits that iptables programs make are unknown.
             after_first_syncs=self._config.effective_mode == "nftables",
         )
+
+    def _legacy_polls(self) -> Iterator[Component]:
+        legacy = {iptables.family: iptables for iptables in self._programs if not iptables.version().nft}
+        if legacy:
+            yield LegacyPoll(legacy, self._messages.put)
 
     def _sources(self, client: ApiClient | None, name: str) -> Iterator[Component]:
         if client is not None:

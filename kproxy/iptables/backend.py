@@ -17,7 +17,7 @@ from kproxy.iptables.dispatch import DISPATCH_THRESHOLD
 from kproxy.iptables.ledger import IptablesLedger, IptablesSnapshot
 from kproxy.iptables.names import FILTER_FIREWALL, ChainName, deletion_order
 from kproxy.iptables.render import RenderedPort, render_port
-from kproxy.iptables.repair import Scope, find_damage
+from kproxy.iptables.repair import Damage, Scope, find_damage
 from kproxy.iptables.runner import RestoreError
 from kproxy.iptables.save_restore import RestoreInput, parse_save
 from kproxy.model.context import Context
@@ -187,32 +187,49 @@ class IptablesBackend:
         return self._comparison.next_step(self._ledger, context, lambda scope: self._check(scope, plans, context))
 
     def _check(self, scope: Scope, plans: Plans, context: Context) -> RepairResult:
-        """Compare the chains in `scope` with the ledger, and restore those that differ. Raises `SyncError`."""
-        ledger = self._ledger
-        if ledger is None:
+        """Compare the chains in `scope` with the ledger, and restore those that differ. Raises `SyncError`.
+
+        Another process may be about to delete more chains than it had deleted when the chains were read, so that the
+        kernel rejects a rule that jumps to one of them. All chains of the tables are then checked.
+        """
+        if self._ledger is None:
             return RepairResult(needs_full_sync=True)
-        scope = scope.relevant(context)
+        damage = self._find_damage(scope.relevant(context), self._ledger, context)
+        if damage is None or self._is_cheaper_to_sync(damage, self._ledger):
+            self.forget()
+            return RepairResult(findings=tuple(damage.findings) if damage else (), needs_full_sync=True)
+        if not damage:
+            return RepairResult(findings=tuple(damage.findings))
+        ledger = self._ledger
+        try:
+            self._restore(damage, ledger, plans, context)
+        except SyncError:
+            if scope.tables:
+                raise
+            self._ledger = ledger  # nothing but damaged chains was written, and the second check finds all of them
+            return self._check(Scope(tables=damage.tables), plans, context)
+        return RepairResult(damage.parts(scope), tuple(damage.findings))
+
+    def _find_damage(self, scope: Scope, ledger: IptablesLedger, context: Context) -> Damage | None:
+        """Return what is damaged in `scope`, or None if the rules cannot be read. Raises `SyncError`."""
         if not scope:
-            return RepairResult()
+            return Damage()
         try:
             snapshot = read_scope(self._kernel, scope, ledger, context)
-            if snapshot is None:
-                self.forget()
-                return RepairResult(needs_full_sync=True)
-            damage = find_damage(scope, snapshot, ledger, context, self._kernel)
+            return find_damage(scope, snapshot, ledger, context, self._kernel) if snapshot is not None else None
         except CommandError as error:
             raise SyncError(str(error)) from None
-        findings = tuple(damage.findings)
-        if not damage:
-            return RepairResult(findings=findings)
-        services = frozenset(damage.owners.values())
-        if len(services) > MAX_REPAIRED_SERVICES and len(services) * 2 > len(ledger.services):
-            self.forget()
-            return RepairResult(findings=findings, needs_full_sync=True)
+
+    def _is_cheaper_to_sync(self, damage: Damage, ledger: IptablesLedger) -> bool:
+        damaged = len(set(damage.owners.values()))
+        return damaged > MAX_REPAIRED_SERVICES and damaged * 2 > len(ledger.services)
+
+    def _restore(self, damage: Damage, ledger: IptablesLedger, plans: Plans, context: Context) -> None:
+        """Write the damaged chains. Raises `SyncError`; the ledger is then discarded."""
         diff = IptablesDiff(
             ledger,
             None,
-            ((key, render_ports(plans.of(key), context)) for key in sorted(services)),
+            ((key, render_ports(plans.of(key), context)) for key in sorted(set(damage.owners.values()))),
             context,
             max_transaction_rules=self._transaction_limit(ledger),
             dispatch_threshold=self._dispatch_threshold,
@@ -227,7 +244,6 @@ class IptablesBackend:
         except (RestoreError, CommandError) as error:
             raise SyncError(str(error)) from None
         self._ledger = ledger
-        return RepairResult(damage.parts(scope), findings)
 
     def forget(self) -> None:
         """Discard the ledger: the next `sync` reads all rules from the kernel."""

@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 from kproxy.iptables.base_rules import base_chains, dispatch_trailing_rules, ensured_rules
 from kproxy.iptables.dispatch import lay_out
+from kproxy.iptables.foreign_rules import first_blocking_rule, group_by_chain, restore_commands
 from kproxy.iptables.ledger import (
     Digest,
     DispatchRecord,
@@ -266,14 +267,27 @@ class IptablesDiff:
         for chain in (*CANARIES, FILTER_FIREWALL):
             if chain not in snapshot.rules:
                 change.chains[chain] = ""
+        blocked = {
+            chain: blocked_from
+            for chain, rules in group_by_chain(ensured_rules(self._context)).items()
+            if (existing := snapshot.rules.get(chain))
+            and (blocked_from := first_blocking_rule(existing, rules, lambda called: snapshot.rules.get(called, ())))
+            < len(existing)
+        }
         # Each rule is inserted at the top of its chain, so the rule that is inserted last comes first.
         for rule in reversed(ensured_rules(self._context)):
+            if rule.chain in blocked:
+                continue
             existing = snapshot.rules.get(rule.chain, [])
             if not rule.is_satisfied_by_any(existing):
                 change.edits.append((rule.chain.table, f"-I {rule.chain.name} 1 {rule.rule}"))
             # Delete duplicates: two proxies that started at the same time may both have inserted the rule.
             duplicates = existing.count(rule.text) - 1
             change.edits += [(rule.chain.table, f"-D {rule.chain.name} {rule.rule}")] * duplicates
+        for chain, blocked_from in blocked.items():
+            rules = [rule for rule in ensured_rules(self._context) if rule.chain == chain]
+            commands = restore_commands(snapshot.rules[chain], rules, blocked_from)
+            change.edits += [(chain.table, command) for command in commands]
 
     def _stale_chains(self) -> list[ChainName]:
         if self._snapshot is None:

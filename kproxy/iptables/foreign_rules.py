@@ -11,13 +11,14 @@ from typing import TypeAlias
 from msgspec import Struct
 
 from kproxy.iptables.base_rules import EnsuredRule
-from kproxy.iptables.names import ChainName
+from kproxy.iptables.names import FILTER_FIREWALL, ChainName
 
 _ENDING_TARGETS = frozenset(
     {"ACCEPT", "DROP", "REJECT", "RETURN", "QUEUE", "NFQUEUE"}
     | {"DNAT", "SNAT", "MASQUERADE", "REDIRECT", "NETMAP", "TPROXY", "MIRROR"}
 )
 """Targets after which a packet does not reach the next rule of the chain."""
+_KUBELET_JUMP = f" -j {FILTER_FIREWALL.name}"
 _MAX_DEPTH = 4
 """How many jumps are followed to find out whether a chain ends the evaluation for every packet."""
 _UNCONDITIONAL = re.compile(r"-A \S+ (?:-m comment --comment (?:\"(?:[^\"\\]|\\.)*\"|\S+) )*-([jg]) (\S+)")
@@ -63,12 +64,24 @@ def _never_returns(rules: Iterable[str], table: str, read: ReadChain, depth: int
     return False
 
 
-def first_blocking_rule(rules: Sequence[str], table: str, own: Collection[str], read: ReadChain) -> int:
+def group_by_chain(ensured: Iterable[EnsuredRule]) -> dict[ChainName, list[EnsuredRule]]:
+    """Return kproxy's rules in chains that other tools use, too, by chain."""
+    by_chain: dict[ChainName, list[EnsuredRule]] = {}
+    for rule in ensured:
+        by_chain.setdefault(rule.chain, []).append(rule)
+    return by_chain
+
+
+def first_blocking_rule(rules: Sequence[str], ensured: Sequence[EnsuredRule], read: ReadChain) -> int:
     """Return the index of the first rule after which no packet goes on, or the number of rules if there is none.
 
-    `own` are kproxy's own rules; they never count.
+    `rules` are the rules of a chain, and `ensured` are kproxy's rules in it; these never count.
     """
-    blocking = (i for i, rule in enumerate(rules) if rule not in own and ends_evaluation(rule, table, read))
+    blocking = (
+        index
+        for index, rule in enumerate(rules)
+        if ends_evaluation(rule, ensured[0].chain.table, read) and not any(own.is_satisfied_by(rule) for own in ensured)
+    )
     return next(blocking, len(rules))
 
 
@@ -98,22 +111,27 @@ def restore_commands(rules: Sequence[str], ensured: Sequence[EnsuredRule], block
     commands = [f"-D{rule.removeprefix('-A')}" for rule in deleted]
     existing = [rule if rule in remaining else None for rule in present]
     for index, each in enumerate(ensured):
-        if existing[index] is not None:
-            continue
-        position = _position(remaining, existing, index)
-        remaining.insert(position, each.text)
-        existing[index] = each.text
-        commands.append(f"-I {chain} {position + 1} {each.rule}")
+        if existing[index] is None:
+            position = _position(remaining, existing, index)
+            remaining.insert(position, each.text)
+            existing[index] = each.text
+            commands.append(f"-I {chain} {position + 1} {each.rule}")
     return commands
 
 
 def _position(rules: Sequence[str], existing: Sequence[str | None], index: int) -> int:
-    """Return where in the chain the rule with this index in `existing` belongs, relative to those that exist."""
+    """Return where in the chain the rule with this index in `existing` belongs, relative to those that exist.
+
+    The kubelet's jump to KUBE-FIREWALL only counts if it is the first rule. It may follow rules of other tools, and
+    these must not precede kproxy's rules.
+    """
     later = next((rule for rule in existing[index + 1 :] if rule is not None), None)
-    if later is not None:
+    if later is not None and not later.endswith(_KUBELET_JUMP):
         return rules.index(later)
-    earlier = next((rule for rule in reversed(existing[:index]) if rule is not None), None)
-    return rules.index(earlier) + 1 if earlier is not None else 0
+    for earlier in reversed(existing[:index]):
+        if earlier is not None and (rules[0] == earlier or not earlier.endswith(_KUBELET_JUMP)):
+            return rules.index(earlier) + 1
+    return 0
 
 
 def conditional_match(rule: str) -> ForeignMatch | None:

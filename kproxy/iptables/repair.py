@@ -18,6 +18,7 @@ from kproxy.iptables.foreign_rules import (
     Frontends,
     conditional_match,
     first_blocking_rule,
+    group_by_chain,
     restore_commands,
 )
 from kproxy.iptables.ledger import IptablesLedger, IptablesSnapshot
@@ -89,6 +90,11 @@ class Damage(Struct):
     def __bool__(self) -> bool:
         return bool(self.chains or self.edits or self.stale)
 
+    @property
+    def tables(self) -> frozenset[str]:
+        """The tables of the damaged chains."""
+        return frozenset(chain.table for chain in (*self.chains, *self.edited, *self.stale))
+
     def parts(self, scope: Scope) -> tuple[Part, ...]:
         """Return the damaged parts, sorted.
 
@@ -117,7 +123,9 @@ def find_damage(
         if snapshot.digests.get(chain) != digest:
             damage.chains.add(chain)
             damage.owners[chain] = key
-    damage.chains |= {chain for chain in (*CANARIES, FILTER_FIREWALL) if chain in scope and chain not in snapshot.rules}
+    damage.chains |= {chain for chain in CANARIES if chain in scope and snapshot.digests.get(chain) != hash("")}
+    if FILTER_FIREWALL in scope and FILTER_FIREWALL not in snapshot.rules:
+        damage.chains.add(FILTER_FIREWALL)
     _EnsuredRuleCheck(scope, snapshot, ledger, kernel).run(damage, context)
     shards = {shard for record in ledger.dispatch.values() for shard in record.chains}
     damage.stale = [chain for chain in snapshot.stale_chains(used, shards) if chain in scope]
@@ -155,16 +163,13 @@ class _EnsuredRuleCheck:
 
     def run(self, damage: Damage, context: Context) -> None:
         """Add what is wrong to `damage`."""
-        by_chain: dict[ChainName, list[EnsuredRule]] = {}
-        for ensured in ensured_rules(context):
-            by_chain.setdefault(ensured.chain, []).append(ensured)
-        for chain, wanted in by_chain.items():
+        for chain, wanted in group_by_chain(ensured_rules(context)).items():
             if chain not in self._scope:
                 continue
             # A chain that iptables cannot print at all seems to be missing.
             rules = self._snapshot.rules.get(chain, [UNREADABLE_RULE])
             own = {rule for rule in rules if any(each.is_satisfied_by(rule) for each in wanted)}
-            blocked_from = first_blocking_rule(rules, chain.table, own, self._read)
+            blocked_from = first_blocking_rule(rules, wanted, self._read)
             if commands := restore_commands(rules, [*self._restorable(wanted, rules)], blocked_from):
                 damage.edits += [(chain.table, command) for command in commands]
                 damage.edited.add(chain)

@@ -132,6 +132,11 @@ class IptablesRunner:
         self._version: IptablesVersion | None = None
         self._changes: ForeignChanges | None = None
 
+    @property
+    def family(self) -> Family:
+        """The IP family whose rules this runner reads and changes."""
+        return self._family
+
     def stop(self) -> None:
         """Kill the running program, and do not start any more programs. Any thread may call this.
 
