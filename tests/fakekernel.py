@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 
@@ -28,7 +28,9 @@ class FakeKernel:
 
     `inputs` lists all inputs, including rejected ones, and `reads` counts the dumps. `reject` gets each input and may
     return a reason to reject it. `reject_line` gets each line with its table and may return a reason to reject the
-    transaction for this table; if `names_lines` is false, the error does not name the line.
+    transaction for this table; if `names_lines` is false, the error does not name the line. A test that changes the
+    tables as another process counts its changes in `foreign_commits`. If `has_fingerprints` is false, the fake behaves
+    like iptables-legacy.
     """
 
     def __init__(self) -> None:
@@ -38,11 +40,29 @@ class FakeKernel:
         self.reject: Callable[[str], str | None] = lambda _: None
         self.reject_line: Callable[[str, str], str | None] = lambda *_: None
         self.names_lines = True
+        self.foreign_commits = 0
+        self.has_fingerprints = True
+        self.fingerprinted: list[ChainName] = []
 
     @contextmanager
-    def save(self) -> Iterator[Iterator[str]]:
+    def save(self, table: str = "") -> Iterator[Iterator[str]]:
         self.reads += 1
-        yield iter(self.dump())
+        yield iter(self.dump(table))
+
+    def foreign_changes(self) -> int:
+        return self.foreign_commits
+
+    def latest_foreign_changes(self) -> int:
+        return self.foreign_commits
+
+    def fingerprints(self, groups: Iterable[Sequence[ChainName]]) -> list[int] | None:
+        if not self.has_fingerprints:
+            return None
+        found = []
+        for group in groups:
+            self.fingerprinted += group
+            found.append(hash(str([self.tables[table].get(name) for table, name in group])))
+        return found
 
     def has_rule(self, chain: ChainName, rule: str) -> bool:
         return rule in self.tables[chain.table].get(chain.name, [])
@@ -60,10 +80,12 @@ class FakeKernel:
     def create_chain(self, chain: ChainName) -> None:
         self.tables[chain.table].setdefault(chain.name, [])
 
-    def dump(self) -> list[str]:
-        """Return all tables as lines of `iptables-save` output."""
+    def dump(self, only: str = "") -> list[str]:
+        """Return all tables, or only one, as lines of `iptables-save` output."""
         lines = []
         for table, chains in self.tables.items():
+            if only not in ("", table):
+                continue
             lines.append(f"*{table}\n")
             lines += [f":{name} {'ACCEPT' if name in BUILTIN[table] else '-'} [0:0]\n" for name in sorted(chains)]
             lines += [f"-A {name} {rule}\n" for name in sorted(chains) for rule in chains[name]]

@@ -16,10 +16,12 @@ from kproxy.config import Config, node_name
 from kproxy.config.types import PRIMARY
 from kproxy.host.commands import CommandError, InconclusiveError
 from kproxy.host.interfaces import local_addresses, own_addresses
+from kproxy.host.nf_tables import current_generation
 from kproxy.host.nfacct import ensure_counters
 from kproxy.host.process import has_net_admin
 from kproxy.iptables.backend import MAX_TRANSACTION_RULES, UNLIMITED, IptablesBackend
 from kproxy.iptables.base_rules import INVALID_COUNTER
+from kproxy.iptables.foreign_changes import GenerationCounter
 from kproxy.iptables.render import LOCALHOST_COUNTER
 from kproxy.iptables.runner import IptablesRunner, check_tables
 from kproxy.iptables.save_restore import TABLES
@@ -233,8 +235,9 @@ def discover_iptables(on_progress: Callable[[Family], object] = lambda _: None) 
     """
     found: dict[Family, IptablesRunner] = {}
     reasons: dict[Family, str] = {}
+    generations = GenerationCounter(current_generation)
     for family in _candidate_families():
-        iptables = IptablesRunner(family, partial(on_progress, family))
+        iptables = IptablesRunner(family, partial(on_progress, family), generations)
         try:
             check_tables(family, iptables.version())
         except InconclusiveError:

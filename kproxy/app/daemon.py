@@ -37,6 +37,7 @@ from kproxy.host.nf_tables_events import RulesWatch
 from kproxy.host.nfacct import read_counter
 from kproxy.host.signals import HANDLED_SIGNALS, STACK_DUMP_SIGNALS, STOP_SIGNALS, block_signals
 from kproxy.iptables.base_rules import INVALID_COUNTER
+from kproxy.iptables.legacy_poll import LegacyPoll
 from kproxy.iptables.render import LOCALHOST_COUNTER
 from kproxy.iptables.runner import IptablesRunner
 from kproxy.kube.client.client import ApiClient
@@ -228,7 +229,8 @@ class Daemon:
         rules_watch = self._rules_watch(own_commits)
         watches = () if rules_watch is None else (rules_watch,)
         self._source = self._object_source(client, name, serving, events)
-        for part in (*watches, *workers.values(), events, self._source, *self._monitors()):
+        watches_and_workers = (*watches, *self._legacy_polls(), *workers.values())
+        for part in (*watches_and_workers, events, self._source, *self._monitors()):
             self._start(parts, part)
         periods = config.backend
         return Reconciler(
@@ -264,6 +266,11 @@ class Daemon:
             # The generation IDs of commits that iptables programs make are unknown.
             after_first_syncs=self._config.effective_mode == "nftables",
         )
+
+    def _legacy_polls(self) -> Iterator[Component]:
+        legacy = {iptables.family: iptables for iptables in self._programs if not iptables.version().nft}
+        if legacy:
+            yield LegacyPoll(legacy, self._messages.put)
 
     def _object_source(
         self, client: ApiClient | None, name: str, serving: StatusServer, events: EventSink

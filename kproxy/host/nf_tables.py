@@ -1,10 +1,11 @@
-"""nf_tables queries: whether the kernel supports NAT, how many rules a chain has, and the current generation ID."""
+"""nf_tables queries: NAT support, the number and the identity of the rules of chains, and the current generation ID."""
 
 from __future__ import annotations
 
 import errno
 import socket
 import struct
+from collections.abc import Iterable, Sequence
 
 from kproxy.host.netlink import NETLINK_NETFILTER, BatchRejectedError, BatchSocket, NetlinkError, NetlinkSocket
 from kproxy.host.netlink_message import (
@@ -12,6 +13,7 @@ from kproxy.host.netlink_message import (
     NLM_F_CREATE,
     attribute,
     attributes,
+    iterate_attributes,
     nested,
     nfgenmsg,
     nfnl_type,
@@ -22,6 +24,7 @@ from kproxy.host.nf_tables_constants import (
     NFT_MSG_GETCHAIN,
     NFT_MSG_GETGEN,
     NFT_MSG_GETRULE,
+    NFT_MSG_GETTABLE,
     NFT_MSG_NEWCHAIN,
     NFT_MSG_NEWTABLE,
     NFT_TABLE_F_DORMANT,
@@ -33,8 +36,10 @@ from kproxy.host.nf_tables_constants import (
     NFTA_HOOK_HOOKNUM,
     NFTA_HOOK_PRIORITY,
     NFTA_RULE_CHAIN,
+    NFTA_RULE_HANDLE,
     NFTA_RULE_TABLE,
     NFTA_TABLE_FLAGS,
+    NFTA_TABLE_HANDLE,
     NFTA_TABLE_NAME,
 )
 from kproxy.model.types import Family
@@ -85,6 +90,53 @@ def count_rules(family: Family, table: str, chain: str) -> int:
     request = nfgenmsg(_ADDRESS_FAMILIES[family]) + names
     with NetlinkSocket(NETLINK_NETFILTER) as netlink:
         return sum(1 for _ in netlink.dump(nfnl_type(NFNL_SUBSYS_NFTABLES, NFT_MSG_GETRULE), request))
+
+
+def fingerprints(family: Family, groups: Iterable[Sequence[tuple[str, str]]]) -> list[int]:
+    """Return a number for each group of chains, given as tables and names. It identifies the rules of these chains.
+
+    The number changes if any rule is written, replaced, moved or deleted, even if the rules then have the same content
+    as before: it is derived from the handles of the rules, and the kernel never uses a handle twice in a table. It also
+    changes if the table is created again. Chains without rules and chains that do not exist are not told apart.
+
+    Raises `OSError`. If rules of a chain changed during its dump, the error is a `DumpInterruptedError`.
+    """
+    with NetlinkSocket(NETLINK_NETFILTER) as netlink:
+        tables: dict[str, bytes] = {}
+        found = []
+        for group in groups:
+            handles = bytearray()
+            for table, chain in group:
+                if table not in tables:
+                    tables[table] = _table_handle(netlink, family, table)
+                handles += tables[table] if not handles else b""
+                handles += b"|" + _rule_handles(netlink, family, table, chain)
+            found.append(hash(bytes(handles)))
+        return found
+
+
+def _table_handle(netlink: NetlinkSocket, family: Family, table: str) -> bytes:
+    request = nfgenmsg(_ADDRESS_FAMILIES[family]) + _string(NFTA_TABLE_NAME, table)
+    handle = b""
+    try:
+        for data, begin, end in netlink.get(nfnl_type(NFNL_SUBSYS_NFTABLES, NFT_MSG_GETTABLE), request):
+            handle = _attribute(data, begin, end, NFTA_TABLE_HANDLE)
+    except NetlinkError as error:
+        if error.errno != errno.ENOENT:
+            raise
+    return handle
+
+
+def _rule_handles(netlink: NetlinkSocket, family: Family, table: str, chain: str) -> bytes:
+    names = _string(NFTA_RULE_TABLE, table) + _string(NFTA_RULE_CHAIN, chain)
+    request = nfgenmsg(_ADDRESS_FAMILIES[family]) + names
+    messages = netlink.dump(nfnl_type(NFNL_SUBSYS_NFTABLES, NFT_MSG_GETRULE), request)
+    return b"".join(_attribute(data, begin, end, NFTA_RULE_HANDLE) for data, begin, end in messages)
+
+
+def _attribute(data: bytes, begin: int, end: int, wanted: int) -> bytes:
+    spans = iterate_attributes(data, begin + NFGENMSG_SIZE, end)
+    return next((data[first:last] for kind, first, last in spans if kind == wanted), b"")
 
 
 def current_generation() -> int:

@@ -10,13 +10,15 @@ from math import isqrt
 from typing import Protocol
 
 from kproxy.host.commands import CommandError
-from kproxy.iptables.base_rules import EnsuredRule, ensured_rules
+from kproxy.iptables.base_rules import ensured_rules
+from kproxy.iptables.comparison import RuleComparison, read_scope
 from kproxy.iptables.diff import IptablesDiff, RenderedServices
 from kproxy.iptables.dispatch import DISPATCH_THRESHOLD
 from kproxy.iptables.isolation import IsolatingSync
 from kproxy.iptables.ledger import IptablesLedger, IptablesSnapshot, ServiceRecord, record_chains
-from kproxy.iptables.names import CANARIES, FILTER_FIREWALL, ChainName
+from kproxy.iptables.names import FILTER_FIREWALL, ChainName, deletion_order
 from kproxy.iptables.render import RenderedPort, render_port
+from kproxy.iptables.repair import Damage, Scope, find_damage
 from kproxy.iptables.runner import RestoreError
 from kproxy.iptables.save_restore import RestoreInput, parse_save
 from kproxy.model.context import Context
@@ -51,6 +53,8 @@ Services with 10 endpoints each:
 - in a cluster of 5,000 Services, with 2,000, 5,600 and 8,000 rules: 1.6, 1.2 and 1.4 s
 - in a cluster of 10,000 Services, with 4,000, 8,000 and 12,000 rules: 1.9, 1.7 and 2.5 s
 """
+MAX_REPAIRED_SERVICES = 100
+"""If more Services than this are damaged, and they are more than half of all Services, a full sync restores them."""
 UNLIMITED = 1 << 60
 """No limit on the rules in a transaction: iptables-legacy rewrites the whole table for each transaction."""
 MAX_SINGLE_CHAIN_READS = 200
@@ -60,8 +64,8 @@ MAX_SINGLE_CHAIN_READS = 200
 class IptablesKernel(Protocol):
     """Access to the iptables rules of one IP family. `kproxy.iptables.runner.IptablesRunner` implements it."""
 
-    def save(self) -> AbstractContextManager[Iterator[str]]:
-        """Read all rules as `iptables-save` prints them.
+    def save(self, table: str = "") -> AbstractContextManager[Iterator[str]]:
+        """Read the rules of one table, or of all tables, as `iptables-save` prints them.
 
         A table that cannot be printed is reported on a line that `parse_save` recognizes. Raises `CommandError`.
         """
@@ -87,12 +91,27 @@ class IptablesKernel(Protocol):
     def create_chain(self, chain: ChainName) -> None:
         """Create a chain if it does not exist. Raises `CommandError`."""
 
+    def foreign_changes(self) -> int | None:
+        """Return a number that is different after another process has changed rules, or None during own changes.
+
+        Raises `OSError` or `CommandError`.
+        """
+
+    def latest_foreign_changes(self) -> int:
+        """Return the latest result of `foreign_changes` that was not None. Raises `OSError` or `CommandError`."""
+
+    def fingerprints(self, groups: Iterable[Sequence[ChainName]]) -> list[int] | None:
+        """Return a number for each group of chains, which is different after any rule of these chains was written.
+
+        Return None if the variant of iptables does not support this. Raises `OSError` or `CommandError`.
+        """
+
 
 class IptablesBackend:
     """Keeps the iptables rules of one IP family in sync with the plans passed to `sync`.
 
     The backend reads all existing rules only if it does not know them: in the first sync, and in the first sync after a
-    failure, after `verify` has found drift, or after a call to `forget`.
+    failure, after large damage by other processes, or after a call to `forget`.
     """
 
     def __init__(
@@ -119,6 +138,7 @@ class IptablesBackend:
         """The records of the last successful sync. They outlive the ledger."""
         self._suspects: dict[ServiceKey, str] = {}
         """The Services whose rules the kernel rejected last, with the reasons."""
+        self._comparison = RuleComparison(kernel)
 
     @property
     def needs_full_sync(self) -> bool:
@@ -135,6 +155,9 @@ class IptablesBackend:
         Raises `SyncError` if the rules cannot be read or a change fails for a reason that does not depend on a Service;
         earlier transactions stay applied.
         """
+        is_full = self._ledger is None
+        if is_full:
+            self._comparison.full_sync_began()
         if self._ledger is not None:
             ledger, snapshot = self._ledger, None
             max_transaction_rules = self._transaction_limit(ledger)
@@ -142,20 +165,20 @@ class IptablesBackend:
             ledger, snapshot = IptablesLedger(), self._read_kernel(context)
             max_transaction_rules = self._max_transaction_rules
         suspects = SuspectFilter(self._suspects, self._records, snapshot)
+        covered: dict[ServiceKey, None] = {}
         diff = IptablesDiff(
             ledger,
             snapshot,
-            suspects.without_suspects((key, render_ports(ports, context)) for key, ports in plans.by_service()),
+            suspects.without_suspects(_rendered(plans, context, covered)),
             context,
             max_transaction_rules=max_transaction_rules,
             dispatch_threshold=self._dispatch_threshold,
             rule_counter=self._kernel.count_rules if self._patching else None,
             held=suspects.held,
         )
-        full = snapshot is not None
         self._ledger = None
         written: Counter[str] = Counter()
-        touched: set[ChainName] | None = None if full else set()
+        touched: set[ChainName] | None = None if is_full else set()
         try:
             try:
                 self._apply(diff, written, touched)
@@ -167,7 +190,7 @@ class IptablesBackend:
                     ledger, snapshot = IptablesLedger(), self._read_kernel(context)
                 else:
                     self._read_deviations(ledger, touched)
-                desired = ((key, render_ports(ports, context)) for key, ports in plans.by_service())
+                desired = _rendered(plans, context, covered)
                 rejected = self._isolate(ledger, snapshot, desired, context, written)
             else:
                 if overwritten := self._concurrently_changed(diff.patched):
@@ -178,10 +201,13 @@ class IptablesBackend:
                     rejected = self._isolate(ledger, None, suspects.waiting.items(), context, written)
         except (RestoreError, CommandError) as error:
             raise SyncError(str(error)) from None
-        unchanged = {} if full else {key: reason for key, reason in self._suspects.items() if key not in suspects.seen}
+        unchanged = (
+            {} if is_full else {key: reason for key, reason in self._suspects.items() if key not in suspects.seen}
+        )
         self._suspects = unchanged | rejected
         self._records = ledger.services
         self._ledger = ledger
+        self._comparison.synced(covered, is_full=is_full)
         return ApplyResult(written, ledger.rule_counts, ledger.resolution.conflicts, rejected)
 
     def _isolate(
@@ -232,49 +258,77 @@ class IptablesBackend:
             rules = existing.get(chain)
             ledger.deviations[chain] = None if rules is None else hash("\n".join(rules))
 
-    def verify(self, context: Context) -> bool:
-        """Check for drift: return whether the rules that lead packets to the per-Service chains are unchanged.
+    def repair(self, touched: Mapping[str, Touched], plans: Plans, context: Context) -> RepairResult:
+        """Compare the touched chains with the ledger, and restore exactly those rules that differ.
 
-        If they have changed, the ledger is discarded as in `forget`. The check covers:
+        See `kproxy.sync.family_sync.Backend`. Chains of other tools in which kproxy has no rules are not read.
+        """
+        return self._check(Scope.of(touched), plans, context)
 
-        - the canary chains, which are missing if another process has deleted all chains of a table
-        - the rules that kproxy has inserted into chains that other tools also use
-        - the shared chains, but not the shards of the dispatch chains
+    def compare_next(self, plans: Plans, context: Context) -> RepairResult | None:
+        """Compare the next part of the rules with the ledger. See `RuleComparison`."""
+        if self._ledger is None:
+            return None
+        return self._comparison.next_step(self._ledger, context, lambda scope: self._check(scope, plans, context))
 
-        A rule in a chain of other tools counts as unchanged if iptables cannot determine whether it exists. Return True
-        without a check if there is no ledger. If the rules cannot be read from the kernel, log a warning and return
-        True.
+    def _check(self, scope: Scope, plans: Plans, context: Context) -> RepairResult:
+        """Compare the chains in `scope` with the ledger, and restore those that differ. Raises `SyncError`.
+
+        Another process may be about to delete more chains than it had deleted when the chains were read, so that the
+        kernel rejects a rule that jumps to one of them. All chains of the tables are then checked.
         """
         if self._ledger is None:
-            return True
-        expected = dict(self._ledger.shared_chains())
-        ensured = ensured_rules(context)
-        try:
-            existing = self._kernel.list_rules(dict.fromkeys((*CANARIES, *expected, *(rule.chain for rule in ensured))))
-            intact = (
-                all(canary in existing for canary in CANARIES)
-                and all(
-                    chain in existing and hash("\n".join(existing[chain])) == digest
-                    for chain, digest in expected.items()
-                )
-                and all(self._may_exist(rule, existing.get(rule.chain, [])) for rule in ensured)
-            )
-        except CommandError as error:
-            log.warning("cannot check the iptables rules for drift: %s", error)
-            return True
-        if not intact:
-            self._ledger = None
-        return intact
-
-    def repair(self, touched: Mapping[str, Touched], plans: Plans, context: Context) -> RepairResult:  # noqa: ARG002
-        """Request a full sync if the touched parts may be damaged. Otherwise, run a quick drift check."""
-        if any(each.everything for each in touched.values()):
+            return RepairResult(needs_full_sync=True)
+        damage = self._find_damage(scope.relevant(context), self._ledger, context)
+        if damage is None or self._is_cheaper_to_sync(damage, self._ledger):
             self.forget()
-        return RepairResult(needs_full_sync=self._ledger is None or not self.verify(context))
+            return RepairResult(findings=tuple(damage.findings) if damage else (), needs_full_sync=True)
+        if not damage:
+            return RepairResult(findings=tuple(damage.findings))
+        ledger = self._ledger
+        try:
+            self._restore(damage, ledger, plans, context)
+        except SyncError:
+            if scope.tables:
+                raise
+            self._ledger = ledger  # nothing but damaged chains was written, and the second check finds all of them
+            return self._check(Scope(tables=damage.tables), plans, context)
+        return RepairResult(damage.parts(scope), tuple(damage.findings))
 
-    def compare_next(self, plans: Plans, context: Context) -> RepairResult | None:  # noqa: ARG002
-        """Run a quick drift check. Return None if the rules are intact."""
-        return None if self.verify(context) else RepairResult(needs_full_sync=True)
+    def _find_damage(self, scope: Scope, ledger: IptablesLedger, context: Context) -> Damage | None:
+        """Return what is damaged in `scope`, or None if the rules cannot be read. Raises `SyncError`."""
+        if not scope:
+            return Damage()
+        try:
+            snapshot = read_scope(self._kernel, scope, ledger, context)
+            return find_damage(scope, snapshot, ledger, context, self._kernel) if snapshot is not None else None
+        except CommandError as error:
+            raise SyncError(str(error)) from None
+
+    def _is_cheaper_to_sync(self, damage: Damage, ledger: IptablesLedger) -> bool:
+        damaged = len(set(damage.owners.values()))
+        return damaged > MAX_REPAIRED_SERVICES and damaged * 2 > len(ledger.services)
+
+    def _restore(self, damage: Damage, ledger: IptablesLedger, plans: Plans, context: Context) -> None:
+        """Write the damaged chains. Raises `SyncError`; the ledger is then discarded."""
+        diff = IptablesDiff(
+            ledger,
+            None,
+            ((key, render_ports(plans.of(key), context)) for key in sorted(set(damage.owners.values()))),
+            context,
+            max_transaction_rules=self._transaction_limit(ledger),
+            dispatch_threshold=self._dispatch_threshold,
+            force_rewrite=damage.chains,
+            edits=damage.edits,
+        )
+        self._ledger = None
+        try:
+            self._apply(diff, Counter())
+            if damage.stale:
+                self._delete_chains(RestoreInput(deleted=sorted(damage.stale, key=deletion_order), best_effort=True))
+        except (RestoreError, CommandError) as error:
+            raise SyncError(str(error)) from None
+        self._ledger = ledger
 
     def forget(self) -> None:
         """Discard the ledger: the next `sync` reads all rules from the kernel."""
@@ -381,12 +435,14 @@ class IptablesBackend:
             if not rule.is_satisfied_by_any(existing) and self._kernel.has_rule(rule.chain, rule.rule):
                 existing.append(rule.text)
 
-    def _may_exist(self, rule: EnsuredRule, existing: list[str]) -> bool:
-        """Return False if an ensured rule does not exist, and True if it exists or if this cannot be determined.
 
-        `existing` are the rules of the chain that could be read.
-        """
-        return rule.is_satisfied_by_any(existing) or self._kernel.has_rule(rule.chain, rule.rule) is not False
+def _rendered(
+    plans: Plans, context: Context, covered: dict[ServiceKey, None]
+) -> Iterator[tuple[ServiceKey, Mapping[str, RenderedPort]]]:
+    """Yield the rules of all Services in `plans`, and add the Services to `covered`."""
+    for key, ports in plans.by_service():
+        covered[key] = None
+        yield key, render_ports(ports, context)
 
 
 class SuspectFilter:

@@ -6,7 +6,7 @@ Pure, except that it may call a `RuleCounter` to count the rules of chains in th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TypeAlias
 
@@ -14,6 +14,7 @@ from msgspec import Struct
 
 from kproxy.iptables.base_rules import base_chains, dispatch_trailing_rules, ensured_rules
 from kproxy.iptables.dispatch import lay_out
+from kproxy.iptables.foreign_rules import first_blocking_rule, group_by_chain, restore_commands
 from kproxy.iptables.ledger import (
     Digest,
     DispatchRecord,
@@ -81,7 +82,8 @@ class IptablesDiff:
     `patched` maps each patched chain to its Service and to the number of rules that the chain must have after the
     transactions.
 
-    The per-Service chains in `force_rewrite` are written even if they match the ledger.
+    The chains in `force_rewrite` are written even if they match the ledger. `edits` are further commands for individual
+    rules, each with its table; they are part of the last transaction that writes rules.
 
     The Services in `held` keep their existing rules, which the given records describe, whatever `desired` contains. A
     Service with an empty record has no rules. Services may be added while the diff iterates over `desired`.
@@ -101,7 +103,8 @@ class IptablesDiff:
         max_transaction_rules: int,
         dispatch_threshold: int,
         rule_counter: RuleCounter | None = None,
-        force_rewrite: Container[ChainName] = (),
+        force_rewrite: Collection[ChainName] = (),
+        edits: Sequence[tuple[str, str]] = (),
         held: dict[ServiceKey, ServiceRecord] | None = None,
     ) -> None:
         self.patched: dict[ChainName, tuple[ServiceKey, int]] = {}
@@ -114,6 +117,7 @@ class IptablesDiff:
         self._rule_counter = rule_counter
         self._force_rewrite = force_rewrite
         self._held = held if held is not None else {}
+        self._edits = edits
         self._services: dict[ServiceKey, ServiceRecord] = {}
         self._base: dict[ChainName, Digest] = {}
         self._base_rules: Counter[str] = Counter()
@@ -280,13 +284,13 @@ class IptablesDiff:
         martian_rules = sum(rule.chain == FILTER_FIREWALL for rule in ensured_rules(self._context))
         self._base_rules[FILTER_FIREWALL.table] += martian_rules
         recorded = self._ledger.base
-        return RestoreInput(
-            {
-                chain: rules
-                for chain, rules in chains.items()
-                if self._existing(chain, recorded.get(chain)) != self._base[chain]
-            }
-        )
+        changed = {
+            chain: rules
+            for chain, rules in chains.items()
+            if self._existing(chain, recorded.get(chain)) != self._base[chain] or chain in self._force_rewrite
+        }
+        missing = (chain for chain in (*CANARIES, FILTER_FIREWALL) if chain in self._force_rewrite)
+        return RestoreInput(changed | dict.fromkeys(missing, ""))
 
     def _chain_changes(self) -> Iterator[RestoreInput]:
         """Yield the changes to per-Service chains and shards. A change must not be split across transactions."""
@@ -373,7 +377,7 @@ class IptablesDiff:
             changed = {
                 chain: text
                 for chain, text in layout.chains.items()
-                if self._existing(chain, accepted.get(chain)) != digests[chain]
+                if self._existing(chain, accepted.get(chain)) != digests[chain] or chain in self._force_rewrite
             }
             if dispatch_chain in changed:
                 self._dispatch_chains[dispatch_chain] = changed.pop(dispatch_chain)
@@ -401,6 +405,12 @@ class IptablesDiff:
         for key, record in self._services.items():
             dirty |= changed_dispatch_chains(self._ledger.services.get(key, {}), record)
         dirty |= {rule.chain for rule in self._resolution.omitted_rules ^ self._ledger.resolution.omitted_rules}
+        if self._force_rewrite:
+            dirty |= {
+                chain
+                for chain, accepted in self._ledger.dispatch.items()
+                if any(each in self._force_rewrite for each in accepted.chains)
+            }
         for chain, accepted in self._ledger.dispatch.items():
             if chain not in dirty and accepted.trailing_rules == hash(trailing_rules[chain]):
                 self._dispatch[chain] = accepted
@@ -411,7 +421,7 @@ class IptablesDiff:
 
         This change activates all new chains.
         """
-        change = RestoreInput(dict(self._dispatch_chains))
+        change = RestoreInput(dict(self._dispatch_chains), edits=list(self._edits))
         if self._snapshot is not None:
             self._ensure_rules(change, self._snapshot)
         return change
@@ -420,14 +430,27 @@ class IptablesDiff:
         for chain in (*CANARIES, FILTER_FIREWALL):
             if chain not in snapshot.rules:
                 change.chains[chain] = ""
+        blocked = {
+            chain: blocked_from
+            for chain, rules in group_by_chain(ensured_rules(self._context)).items()
+            if (existing := snapshot.rules.get(chain))
+            and (blocked_from := first_blocking_rule(existing, rules, lambda called: snapshot.rules.get(called, ())))
+            < len(existing)
+        }
         # Each rule is inserted at the top of its chain, so the rule that is inserted last comes first.
         for rule in reversed(ensured_rules(self._context)):
+            if rule.chain in blocked:
+                continue
             existing = snapshot.rules.get(rule.chain, [])
             if not rule.is_satisfied_by_any(existing):
                 change.edits.append((rule.chain.table, f"-I {rule.chain.name} 1 {rule.rule}"))
             # Delete duplicates: two proxies that started at the same time may both have inserted the rule.
             duplicates = existing.count(rule.text) - 1
             change.edits += [(rule.chain.table, f"-D {rule.chain.name} {rule.rule}")] * duplicates
+        for chain, blocked_from in blocked.items():
+            rules = [rule for rule in ensured_rules(self._context) if rule.chain == chain]
+            commands = restore_commands(snapshot.rules[chain], rules, blocked_from)
+            change.edits += [(chain.table, command) for command in commands]
 
     def _stale_chains(self) -> list[ChainName]:
         if self._snapshot is None:

@@ -7,7 +7,7 @@ import re
 import shlex
 from collections import deque
 from collections.abc import Callable, Collection, Container, Generator, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -23,9 +23,18 @@ from kproxy.host.commands import (
     run,
 )
 from kproxy.host.netlink import retry_interrupted
-from kproxy.host.nf_tables import count_rules, nat_unsupported_reason
+from kproxy.host.nf_tables import count_rules, current_generation, fingerprints, nat_unsupported_reason
+from kproxy.host.x_tables import TableInfoSocket
+from kproxy.iptables.foreign_changes import CommitCount, ForeignChanges, GenerationCounter, LayoutObserver
 from kproxy.iptables.names import ChainName
-from kproxy.iptables.save_restore import TABLES, SaveError, incompatible_line, parse_rules, parse_save
+from kproxy.iptables.save_restore import (
+    TABLES,
+    UNREADABLE_RULE,
+    SaveError,
+    incompatible_line,
+    parse_rules,
+    parse_save,
+)
 from kproxy.model.types import Family
 
 LOCK_WAIT_SECONDS = 5
@@ -41,8 +50,6 @@ This is 10 ms for a rule, a hundred times as long as usual.
 """
 MAX_PATIENCE = 16
 """Each time a program exceeds its time limit, the next limits are twice as long, up to this factor."""
-UNREADABLE_RULE = "# a rule that iptables cannot print"
-"""Placeholder for the rules of a chain that iptables cannot print. It is never equal to a rule."""
 # Exit statuses of iptables (enum xtables_exittype in xtables.h).
 _OTHER_PROBLEM = 1
 """The chain or rule does not exist, or a chain to be created already exists."""
@@ -138,14 +145,29 @@ def program_name(family: Family) -> str:
 class IptablesRunner:
     """Runs the iptables programs of one IP family. The programs must be in PATH."""
 
-    def __init__(self, family: Family, on_progress: Callable[[], object] = lambda: None) -> None:
-        """Create a runner that calls `on_progress` while `iptables-restore` processes its input."""
+    def __init__(
+        self,
+        family: Family,
+        on_progress: Callable[[], object] = lambda: None,
+        generations: GenerationCounter | None = None,
+    ) -> None:
+        """Create a runner that calls `on_progress` while `iptables-restore` processes its input.
+
+        Runners in the same process should share `generations`, which counts their transactions (iptables-nft).
+        """
         self._family = family
+        self._generations = generations or GenerationCounter(current_generation)
         self._program = program_name(family)
         self._commands = CommandRunner(on_progress)
         self._version: IptablesVersion | None = None
         self.patience = 1
         """The factor of all time limits. It grows with each program that exceeds its limit."""
+        self._changes: ForeignChanges | None = None
+
+    @property
+    def family(self) -> Family:
+        """The IP family whose rules this runner reads and changes."""
+        return self._family
 
     def stop(self) -> None:
         """Kill the running program, and do not start any more programs. Any thread may call this.
@@ -172,9 +194,45 @@ class IptablesRunner:
             raise error(f"{self._program} --version failed: {done.error_message}")
         return parse_version(done.stdout)
 
+    def _foreign(self) -> ForeignChanges:
+        if self._changes is None:
+            if self.version().nft:
+                self._changes = self._generations
+            else:
+                tables = TableInfoSocket(self._family)
+                self._changes = LayoutObserver(lambda: tuple(tables.layout(table) for table in TABLES))
+        return self._changes
+
+    def foreign_changes(self) -> int | None:
+        """Return a number that differs from earlier ones if another process has changed rules since.
+
+        Return None while this process is changing rules. With iptables-legacy, changes that leave the layout of the
+        tables as it was are not noticed. Raises `OSError` or `CommandError`.
+        """
+        return self._foreign().now()
+
+    def latest_foreign_changes(self) -> int:
+        """Return the result of `foreign_changes` as of the latest time at which this process was not changing rules.
+
+        Raises `OSError` or `CommandError`.
+        """
+        return self._foreign().latest()
+
+    def fingerprints(self, groups: Iterable[Sequence[ChainName]]) -> list[int] | None:
+        """Return a number for each group of chains, which changes if any rule of these chains is written.
+
+        Return None for iptables-legacy. See `kproxy.host.nf_tables.fingerprints`. Raises `OSError` or `CommandError`.
+        """
+        if not self.version().nft:
+            return None
+        wanted = list(groups)
+        return retry_interrupted(lambda: fingerprints(self._family, wanted))
+
     @contextmanager
-    def save(self) -> Iterator[Iterator[str]]:
-        """Yield the rules of all tables as lines for `parse_save`, while iptables prints them. Raises `CommandError`.
+    def save(self, table: str = "") -> Iterator[Iterator[str]]:
+        """Yield the rules of one table, or of all tables, as lines for `parse_save`, while iptables prints them.
+
+        Raises `CommandError`.
 
         iptables-nft stops at a rule that it cannot print. In this case, each table is read separately, so that the
         other tables can still be read. Tables are not read separately from the start, because iptables-nft takes as
@@ -185,16 +243,19 @@ class IptablesRunner:
         started, for every failure of iptables-legacy, and if the caller gets a `SaveError`.
         """
         try:
-            with closing(self._dump()) as lines:
+            with closing(self._dump_table(table) if table else self._dump()) as lines:
                 yield lines
         except SaveError as error:
             raise CommandError(f"cannot read the rules of {self._program}: {error}") from None
 
+    def _dump_table(self, table: str) -> Generator[str, None, None]:
+        if error := (yield from self._read_lines([f"{self._program}-save", "-t", table])):
+            yield incompatible_line(table, error)
+
     def _dump(self) -> Generator[str, None, None]:
         if (yield from self._read_lines([f"{self._program}-save"])):
             for table in TABLES:
-                if error := (yield from self._read_lines([f"{self._program}-save", "-t", table])):
-                    yield incompatible_line(table, error)
+                yield from self._dump_table(table)
 
     def _read_lines(self, argv: Sequence[str]) -> Generator[str, None, str]:
         """Yield the lines that the program prints. Return the reason if iptables-nft failed after starting, else "".
@@ -235,11 +296,13 @@ class IptablesRunner:
         if first is None:
             return
         recent = RecentInput()
-        done = self._commands.stream_input(
-            argv,
-            recent.record(itertools.chain([first], remaining)),
-            timeout=lambda: self.patience * (COMMAND_SECONDS + recent.size * SECONDS_PER_CHARACTER),
-        )
+        with self._own_changes() as commits:
+            chunks = commits.counted(itertools.chain([first], remaining))
+            done = self._commands.stream_input(
+                argv,
+                recent.record(chunks),
+                timeout=lambda: self.patience * (COMMAND_SECONDS + recent.size * SECONDS_PER_CHARACTER),
+            )
         self.patience = min(2 * self.patience, MAX_PATIENCE) if done.timed_out else 1
         if done.code:
             raise make_restore_error(argv[0], done.code, done.stderr, recent.line)
@@ -273,8 +336,9 @@ class IptablesRunner:
     def list_rules(self, chains: Iterable[ChainName]) -> dict[ChainName, list[str]]:
         """Return the rules of those `chains` that exist, normalized as in `parse_save`. Raises `CommandError`.
 
-        If iptables-nft cannot print a rule, it does not print the following rules either; sometimes it prints none of
-        the chain's rules. `UNREADABLE_RULE` is then the last item of the chain's list.
+        If iptables-nft cannot print a rule, it does not print the following rules either. `UNREADABLE_RULE` is then the
+        last item of the chain's list. If the rule makes iptables-nft reject the whole chain, the chain is omitted: this
+        cannot be told apart from a chain that does not exist.
         """
         if self.version().nft:
             return {chain: rules for chain in chains if (rules := self._list_chain(chain)) is not None}
@@ -313,7 +377,14 @@ class IptablesRunner:
 
     def create_chain(self, chain: ChainName) -> None:
         """Create a chain if it does not exist; existing rules are kept. Raises `CommandError`."""
-        self._run(chain, "-N", accepted=(_OTHER_PROBLEM,))
+        with self._own_changes() as commits:
+            commits.count += self._run(chain, "-N", accepted=(_OTHER_PROBLEM,)).code == 0
+
+    def _own_changes(self) -> AbstractContextManager[CommitCount]:
+        try:
+            return self._foreign().own_changes()
+        except OSError:
+            return nullcontext(CommitCount())
 
     def _run(self, chain: ChainName, command: str, rule: str = "", *, accepted: Container[int]) -> CompletedCommand:
         """Run an iptables command. Raises `CommandError` unless its exit status is 0 or `accepted`."""

@@ -15,6 +15,8 @@ TABLES = ("mangle", "nat", "filter")
 """The tables that kproxy writes, in this order: DNAT rules (nat) are written before drop and reject rules (filter)."""
 MAX_QUOTED = 80
 """Maximum number of characters of an unexpected line to quote in an error message."""
+UNREADABLE_RULE = "# a rule that iptables cannot print"
+"""Placeholder for the rules of a chain that iptables cannot print. It is never equal to a rule."""
 _INCOMPATIBLE = re.compile(r"# Table [`'](\w+)' is incompatible(?:: (.+))?")
 _RULE = re.compile(r"(?:\[\d+:\d+\] )?-A (\S+)")
 _COUNTERS = re.compile(r"^\[\d+:\d+\] ")
@@ -144,8 +146,8 @@ def parse_save(lines: Iterable[str], tables: Iterable[str] = TABLES) -> SavedTab
     table = ""
     cut_off: dict[str, None] = {}
     for line in lines:
-        if line.startswith("# Table") and (match := _INCOMPATIBLE.match(line)):
-            incompatible[match[1]] = match[2] or line.strip("# \n")
+        if (failed := parse_incompatible(line)) is not None:
+            incompatible[failed[0]] = failed[1]
         elif line.startswith("*"):
             table = line[1:].strip()
             chains = {chain: saved for chain, saved in chains.items() if chain.table != table}
@@ -170,7 +172,7 @@ def _parse_line(table: str, line: str, chains: dict[ChainName, SavedChain]) -> N
     if table and line.startswith(":"):
         chains[ChainName(table, line[1:].rstrip("\n").split(" ", 1)[0])] = SavedChain()
     elif table and (match := _RULE.match(line)):
-        chains.setdefault(ChainName(table, match[1]), SavedChain()).rules.append(_normalize(line))
+        chains.setdefault(ChainName(table, match[1]), SavedChain()).rules.append(normalize_rule(line))
     elif line.strip() and not line.startswith("#"):
         raise SaveError(f"not a line of iptables-save: {line[:MAX_QUOTED].rstrip()!r}")
 
@@ -180,9 +182,15 @@ def incompatible_line(table: str, reason: str) -> str:
     return f"# Table `{table}' is incompatible: {reason}\n"
 
 
+def parse_incompatible(line: str) -> tuple[str, str] | None:
+    """Return the table and the reason if a line says that `iptables-save` could not print a table."""
+    match = _INCOMPATIBLE.match(line) if line.startswith("# Table") else None
+    return (match[1], match[2] or line.strip("# \n")) if match else None
+
+
 def parse_rules(listing: str) -> list[str]:
     """Return the rules in the output of `iptables -S CHAIN`, normalized as in `parse_save`."""
-    return [_normalize(line) for line in listing.splitlines() if line.startswith("-A ")]
+    return [normalize_rule(line) for line in listing.splitlines() if line.startswith("-A ")]
 
 
 def count_rules(chains: Iterable[str]) -> int:
@@ -196,7 +204,8 @@ def probability_text(chosen: int, total: int) -> str:
     return _PROBABILITY.sub(_requested_probability, f"--probability {text}").removeprefix("--probability ")
 
 
-def _normalize(line: str) -> str:
+def normalize_rule(line: str) -> str:
+    """Return one rule in the form that `parse_save` describes."""
     rule = _COUNTERS.sub("", line).rstrip("\n ")
     if "--probability " in rule:
         rule = _PROBABILITY.sub(_requested_probability, rule)

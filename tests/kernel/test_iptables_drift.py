@@ -1,9 +1,8 @@
-"""The drift check finds no drift in kproxy's own rules and detects damage to the shared chains and jumps."""
+"""The comparison finds no drift in kproxy's own rules, and restores damaged shared chains and jumps exactly."""
 
 from __future__ import annotations
 
 import fcntl
-import logging
 import os
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from kproxy.iptables.backend import IptablesBackend
 from kproxy.iptables.base_rules import ensured_rules
 from kproxy.iptables.names import CANARIES, DISPATCH_CHAINS, ChainName
 from kproxy.iptables.runner import IptablesRunner
+from kproxy.model.sync_report import SyncError
 from kproxy.model.types import Family
 from tests.inprocess import SingleFamilyProxy
 from tests.lab.iptables import link_programs, programs_of
@@ -50,12 +50,8 @@ class RecordedProxy(SingleFamilyProxy):
         self.sync()
 
     def detects_and_repairs(self) -> bool:
-        """Return whether the drift check detects damage and a sync repairs it."""
-        if self.verify():
-            return False
-        assert self.backend.needs_full_sync
-        self.sync()
-        return self.verify()
+        """Return whether a comparison detects damage and repairs it without a full sync."""
+        return not self.verify() and not self.backend.needs_full_sync and self.verify()
 
 
 @pytest.mark.usefixtures("variant")
@@ -113,18 +109,23 @@ def test_drift_check_does_not_wait_for_the_xtables_lock(
     assert "cannot check" not in caplog.text
 
 
-def test_failed_drift_check_is_logged_and_changes_nothing(
-    namespace: Namespace, variant: str, programs: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_failed_comparison_changes_nothing(namespace: Namespace, variant: str, programs: Path) -> None:
     proxy = RecordedProxy(namespace)
-    failing = programs / ("iptables" if variant == "nft" else "iptables-save")
-    failing.unlink()
-    failing.write_text("#!/bin/sh\necho 'Another app is currently holding the xtables lock.' >&2\nexit 4\n")
-    failing.chmod(0o755)
-    with caplog.at_level(logging.WARNING):
-        assert proxy.verify()
-    assert not proxy.backend.needs_full_sync
-    assert f"cannot check the iptables rules for drift: {failing.name} failed with status 4: Another app" in caplog.text
+    namespace.run(["iptables", "-t", "nat", "-F", "KUBE-SERVICES"])
+    real = {name: (programs / name).readlink() for name in ("iptables", "iptables-save")}
+    for name in real:
+        (programs / name).unlink()
+        (programs / name).write_text(
+            "#!/bin/sh\necho 'Another app is currently holding the xtables lock.' >&2\nexit 4\n"
+        )
+        (programs / name).chmod(0o755)
+    with pytest.raises(SyncError, match=r"failed with status 4: Another app"):
+        proxy.verify()
+    assert not proxy.backend.needs_full_sync, variant
+    for name, target in real.items():
+        (programs / name).unlink()
+        (programs / name).symlink_to(target)
+    assert proxy.detects_and_repairs()
 
 
 UNPRINTABLE_RULES = (

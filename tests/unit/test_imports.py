@@ -32,7 +32,7 @@ ONLY_MODEL = {"host", "serve", "simulate"}
 PURE = (
     "model.*",
     *(f"iptables.{name}" for name in ("names", "render", "base_rules", "save_restore", "ledger", "diff", "dispatch")),
-    *(f"iptables.{name}" for name in ("frontend_conflicts", "patch", "cleanup")),
+    *(f"iptables.{name}" for name in ("frontend_conflicts", "patch", "cleanup", "foreign_rules", "repair")),
     *(
         f"nftables.{name}"
         for name in ("names", "comments", "ruleset", "elements", "base_table", "shared_chains", "render")
