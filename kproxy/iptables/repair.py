@@ -118,9 +118,9 @@ def find_damage(
     for chain, digest in _shared_chains(ledger):
         if chain in scope and snapshot.digests.get(chain) != digest:
             damage.chains.add(chain)
-    for key, chain, digest in _service_chains(ledger, scope):
+    for key, chain, expected in _service_chains(ledger, scope):
         used.add(chain.name)
-        if snapshot.digests.get(chain) != digest:
+        if snapshot.digests.get(chain) != expected:
             damage.chains.add(chain)
             damage.owners[chain] = key
     damage.chains |= {chain for chain in CANARIES if chain in scope and snapshot.digests.get(chain) != hash("")}
