@@ -45,9 +45,10 @@ class BlockableBackend(StubBackend):
             if not self.may_continue.is_set():
                 self.blocked.set()
                 wait_until(lambda: self.may_continue.is_set() or self._permits.acquire(blocking=False), "a permit")
+        error = self.error  # the test may change it as soon as it sees the sync
         self.syncs.put(keys)
-        if self.error is not None:
-            raise self.error
+        if error is not None:
+            raise error
         self.needs_full_sync = False
         return ApplyResult({}, {})
 
