@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from copy import deepcopy
 
 import pytest
 from hypothesis import given, settings
@@ -309,6 +310,32 @@ def test_restart_removes_a_rejected_service_with_chains_of_its_own() -> None:
     assert len(proxy.programmed()) == 6
     assert not [name for name in (*proxy.table.sets, *proxy.table.chains) if "sticky" in name]
     proxy.settle()
+
+
+@MAPPABLE
+@pytest.mark.parametrize("damage", ["nothing", "rules", "table"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_full_sync_keeps_what_was_accepted_for_a_rejected_service(damage: str, when: str, names_objects: bool) -> None:
+    """Also for Services with chains of their own, and if the Service was rejected only in the full sync."""
+    proxy = affinity_proxy()
+    proxy.retry()
+    before = deepcopy(proxy.table)
+    proxy.refusing.names_objects = names_objects
+    proxy.put(endpoint_slice("sticky", [101, 102, 103]))
+    proxy.refusing.refuse = lambda each: errno.EINVAL * each.name.endswith("103/8080")
+    if when == "before":
+        assert set(proxy.retry()) == {"ns/sticky"}
+    if damage == "rules":
+        for chain in proxy.table.chains.values():
+            chain.rules.clear()
+    elif damage == "table":
+        proxy.kernel.table = None
+    proxy.forget()
+    assert set(proxy.retry()) == {"ns/sticky"}
+    assert proxy.table == before
+    proxy.settle()
+    proxy.delete(Service, "sticky").retry()
+    assert not proxy.nftables._accepted
 
 
 def test_restart_never_opens_a_frontend_that_only_some_sources_may_use() -> None:
