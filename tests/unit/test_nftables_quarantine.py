@@ -20,7 +20,7 @@ from kproxy.model.types import Family, Service
 from kproxy.nftables import names
 from kproxy.nftables.backend import NftablesBackend
 from kproxy.nftables.diff import NftablesDiff
-from kproxy.nftables.elements import service_key
+from kproxy.nftables.elements import pack_address, service_key
 from kproxy.nftables.kernel import TransactionRejectedError
 from kproxy.nftables.ledger import NftablesLedger
 from kproxy.nftables.rejection import RejectedObject
@@ -402,6 +402,20 @@ def test_rejected_service_can_be_changed_and_deleted() -> None:
     assert len(proxy.programmed()) == 5  # with the accepted ClusterIP
     assert not proxy.delete(Service, "s0002").retry()
     assert len(proxy.programmed()) == 4
+    proxy.settle()
+
+
+@MAPPABLE
+def test_rest_of_the_table_is_programmed_even_if_all_services_are_rejected(names_objects: bool) -> None:
+    proxy = RefusingProxy()
+    proxy.refusing.names_objects = names_objects
+    proxy.put_many(2)
+    proxy.refusing.refuse_addresses(address(0), address(1))
+    assert len(proxy.retry()) == 2
+    assert "nat-prerouting" in proxy.table.chains
+    proxy.context = replace(CONTEXT, node_port_addresses=("10.99.0.3",))
+    assert len(proxy.retry()) == 2
+    assert list(proxy.table.sets[names.NODE_PORT_IPS].elements) == [pack_address("10.99.0.3")]
     proxy.settle()
 
 
