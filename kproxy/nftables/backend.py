@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain as concatenated
 from itertools import islice
 from typing import Generic, Protocol, TypeVar
@@ -13,6 +13,7 @@ from typing import Generic, Protocol, TypeVar
 from kproxy.host.nf_tables_constants import NFT_TABLE_F_DORMANT
 from kproxy.model.context import Context
 from kproxy.model.drift import RepairResult, Touched
+from kproxy.model.plan import ServicePortPlan
 from kproxy.model.sync_report import ApplyResult, DriftError, Plans, SyncError
 from kproxy.model.types import Family, ServiceKey
 from kproxy.nftables.base_table import SETS
@@ -31,7 +32,7 @@ from kproxy.nftables.ledger import NftablesLedger
 from kproxy.nftables.names import TABLE
 from kproxy.nftables.nft_syntax import NftWriter
 from kproxy.nftables.rejection import DRIFT_CODES, ServiceChange
-from kproxy.nftables.render import render_service
+from kproxy.nftables.render import RenderedService, render_service
 from kproxy.nftables.snapshot import TableSnapshot
 from kproxy.nftables.table_check import CheckedTable, TableCheck
 from kproxy.nftables.transaction import Transaction
@@ -104,6 +105,10 @@ class NftablesBackend:
         self._must_be_current = False
         # The Services that the kernel rejected when it was last asked.
         self._rejected: set[ServiceKey] = set()
+        # What the kernel accepted last for each Service with chains of its own, and for each rejected Service.
+        self._accepted: dict[ServiceKey, RenderedService] = {}
+        # The Services for which `_accepted` may change at the end of the sync.
+        self._accepting: set[ServiceKey] = set()
 
     @property
     def needs_full_sync(self) -> bool:
@@ -116,14 +121,16 @@ class NftablesBackend:
         A Service without plans is deleted. If `needs_full_sync` is true, `plans` must cover all Services.
 
         If the kernel rejects some Services, all others are programmed, and the result contains the rejected ones. A
-        rejected Service keeps what it has in the table. In a full sync of an existing table, a Service with chains of
-        its own cannot keep them, because their rules are unknown: such a Service is removed from the table.
+        rejected Service keeps what the kernel has accepted last. There is one exception: if this process finds an
+        existing table when it starts, a rejected Service with chains of its own is removed from the table, because
+        their rules are unknown.
 
         Raises `SyncError` if the table cannot be read from the kernel, or if a commit fails for a reason that is not a
         Service. Changes that the kernel accepted earlier in the sync remain applied. Raises `DriftError` if another
         process changed the table. After an error, `needs_full_sync` is true.
         """
         ledger, self._ledger = self._ledger, None
+        self._accepting.clear()
         try:
             if ledger is None:
                 self._ledger, rejected = self._full_sync(plans, context)
@@ -136,7 +143,16 @@ class NftablesBackend:
                 raise _drift_error(error) from None
             raise SyncError(str(error)) from None
         self._rejected |= rejected.keys()
+        self._record_accepted(self._ledger, rejected)
         return ApplyResult({}, {}, self._ledger.conflicts(), rejected)
+
+    def _record_accepted(self, ledger: NftablesLedger, rejected: Collection[ServiceKey]) -> None:
+        for key in self._accepting.union(rejected):
+            accepted = ledger.services.get(key)
+            if accepted is not None and (accepted.chains or key in rejected):
+                self._accepted[key] = accepted
+            else:
+                self._accepted.pop(key, None)
 
     def forget(self) -> None:
         """Discard the ledger, so that the next `sync` reads the table and must be a full sync."""
@@ -188,7 +204,7 @@ class NftablesBackend:
             return self._replace(plans, context)
 
     def _read_and_sync(self, plans: Plans, context: Context) -> tuple[NftablesLedger, dict[ServiceKey, str]]:
-        held = HeldServices()
+        held = HeldServices(self._accepted)
         failures = 0
         while failures < MAX_READS:
             try:
@@ -255,7 +271,7 @@ class NftablesBackend:
     def _replace(self, plans: Plans, context: Context) -> tuple[NftablesLedger, dict[ServiceKey, str]]:
         self._generation = None
         self._must_be_current = False
-        held = HeldServices()
+        held = HeldServices(self._accepted)
         ledger = NftablesLedger()
         while not self._commit_whole(ledger, None, plans, context, held):
             ledger = NftablesLedger()
@@ -278,7 +294,7 @@ class NftablesBackend:
         """
         diff = NftablesDiff(ledger, context, snapshot, create=snapshot is None)
         for key, ports in plans.by_service():
-            diff.put(key, held.state(key, render_service(ports, context), snapshot))
+            diff.put(key, held.state(key, self._render(key, ports, context), snapshot))
         transaction = diff.last_transaction()
         try:
             if snapshot is None:
@@ -341,12 +357,20 @@ class NftablesBackend:
             if diff.context_changed and (again := self._try(diff, {})) is not None:
                 raise NoCulpritError(again)
             rejected |= isolation.culprits
+            if is_full:
+                self._restore_accepted(diff, isolation.culprits)
             if later:
                 for key, new in later[0].items():
                     diff.put(key, new)
                 batches = concatenated([diff.next_batch()], batches)
         ledger.context = context
         return rejected
+
+    def _restore_accepted(self, diff: NftablesDiff, culprits: Iterable[ServiceKey]) -> None:
+        """Program rejected Services as the kernel accepted them last. They may not be in the table any more."""
+        for key in culprits:
+            if key in self._accepted:
+                self._try(diff, {key: ServiceChange(None, self._accepted[key])})
 
     def _may_be_drift(self, diff: NftablesDiff, *, is_full: bool) -> bool:
         """Return whether another process may have changed what the ledger describes."""
@@ -364,11 +388,17 @@ class NftablesBackend:
             return _rejection(error)
         return None
 
+    def _render(self, key: ServiceKey, plans: Sequence[ServicePortPlan], context: Context) -> RenderedService | None:
+        rendered = render_service(plans, context)
+        if (rendered is not None and rendered.chains) or key in self._accepted:
+            self._accepting.add(key)
+        return rendered
+
     def _batches(self, diff: NftablesDiff, plans: Plans, context: Context) -> Iterator[Batch]:
         """Yield the batches of a diff. Each except the last is yielded once it has `batch_frontends` frontends."""
         for key, ports in plans.by_service():
             self._rejected.discard(key)
-            diff.put(key, render_service(ports, context))
+            diff.put(key, self._render(key, ports, context))
             if diff.frontend_count >= self._batch_frontends:
                 yield diff.next_batch()
         yield diff.next_batch()

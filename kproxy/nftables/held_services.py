@@ -21,15 +21,19 @@ _ENDPOINT_MAPS = tuple(each.name for each in SETS if each.value is MapValue.ENDP
 
 
 class HeldServices:
-    """Decides which Services a full sync leaves as they are in the existing table.
+    """Decides which Services a full sync does not change.
+
+    Such a Service gets what the kernel has accepted last, or keeps what an existing table has for it.
 
     `culprits` maps each Service because of which the kernel rejected the sync to the reason. If the culprits are
     unknown, all Services are held, so that only the rest of the table is programmed, and the caller must program the
-    Services afterwards. At first, only Services without chains of their own are held, because others cannot keep them.
+    Services afterwards. At first, this excludes Services that cannot keep chains of their own, whose rules are unknown.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, accepted: Mapping[ServiceKey, RenderedService]) -> None:
+        """Hold no Service yet. `accepted` contains Services as the kernel accepted them last, as far as it is known."""
         self.culprits: dict[ServiceKey, str] = {}
+        self._accepted = accepted
         self._removed: set[ServiceKey] = set()
         self._hold_plain = self._hold_all = False
 
@@ -41,13 +45,15 @@ class HeldServices:
     def state(
         self, key: ServiceKey, new: RenderedService | None, snapshot: TableSnapshot | None
     ) -> RenderedService | None:
-        """Return the state to program for a Service: `new`, or what the table has for it."""
-        is_plain = new is None or not new.chains
-        if key not in self.culprits and not self._hold_all and not (self._hold_plain and is_plain):
+        """Return the state to program for a Service: `new`, or what the kernel has accepted for it."""
+        is_known = new is None or not new.chains or key in self._accepted
+        if key not in self.culprits and not self._hold_all and not (self._hold_plain and is_known):
             return new
-        if new is None or snapshot is None or key in self._removed:
+        if new is None or key in self._removed:
             return None
-        return held_service(new, snapshot)
+        if key in self._accepted:
+            return self._accepted[key]
+        return held_service(new, snapshot) if snapshot is not None else None
 
     def add(self, rejection: Rejection, changes: Changes) -> None:
         """Hold more Services after the kernel rejected `changes`, the complete table.

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from copy import deepcopy
 
 import pytest
 from hypothesis import given, settings
@@ -19,7 +20,7 @@ from kproxy.model.types import Family, Service
 from kproxy.nftables import names
 from kproxy.nftables.backend import NftablesBackend
 from kproxy.nftables.diff import NftablesDiff
-from kproxy.nftables.elements import service_key
+from kproxy.nftables.elements import pack_address, service_key
 from kproxy.nftables.kernel import TransactionRejectedError
 from kproxy.nftables.ledger import NftablesLedger
 from kproxy.nftables.rejection import RejectedObject
@@ -311,6 +312,32 @@ def test_restart_removes_a_rejected_service_with_chains_of_its_own() -> None:
     proxy.settle()
 
 
+@MAPPABLE
+@pytest.mark.parametrize("damage", ["nothing", "rules", "table"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_full_sync_keeps_what_was_accepted_for_a_rejected_service(damage: str, when: str, names_objects: bool) -> None:
+    """Also for Services with chains of their own, and if the Service was rejected only in the full sync."""
+    proxy = affinity_proxy()
+    proxy.retry()
+    before = deepcopy(proxy.table)
+    proxy.refusing.names_objects = names_objects
+    proxy.put(endpoint_slice("sticky", [101, 102, 103]))
+    proxy.refusing.refuse = lambda each: errno.EINVAL * each.name.endswith("103/8080")
+    if when == "before":
+        assert set(proxy.retry()) == {"ns/sticky"}
+    if damage == "rules":
+        for chain in proxy.table.chains.values():
+            chain.rules.clear()
+    elif damage == "table":
+        proxy.kernel.table = None
+    proxy.forget()
+    assert set(proxy.retry()) == {"ns/sticky"}
+    assert proxy.table == before
+    proxy.settle()
+    proxy.delete(Service, "sticky").retry()
+    assert not proxy.nftables._accepted
+
+
 def test_restart_never_opens_a_frontend_that_only_some_sources_may_use() -> None:
     proxy = RefusingProxy()
     restricted = replace(service("restricted", "10.96.0.9"), vips=("192.0.2.1",), source_ranges=("192.0.2.128/25",))
@@ -375,6 +402,20 @@ def test_rejected_service_can_be_changed_and_deleted() -> None:
     assert len(proxy.programmed()) == 5  # with the accepted ClusterIP
     assert not proxy.delete(Service, "s0002").retry()
     assert len(proxy.programmed()) == 4
+    proxy.settle()
+
+
+@MAPPABLE
+def test_rest_of_the_table_is_programmed_even_if_all_services_are_rejected(names_objects: bool) -> None:
+    proxy = RefusingProxy()
+    proxy.refusing.names_objects = names_objects
+    proxy.put_many(2)
+    proxy.refusing.refuse_addresses(address(0), address(1))
+    assert len(proxy.retry()) == 2
+    assert "nat-prerouting" in proxy.table.chains
+    proxy.context = replace(CONTEXT, node_port_addresses=("10.99.0.3",))
+    assert len(proxy.retry()) == 2
+    assert list(proxy.table.sets[names.NODE_PORT_IPS].elements) == [pack_address("10.99.0.3")]
     proxy.settle()
 
 
