@@ -292,7 +292,8 @@ def test_rules_flushed_by_another_process_are_restored(
     log = tmp_path / "log"
     with log.open("w") as output:
         process = node.popen([KPROXY, "run", *CLUSTER, "--iptables-sync-period=1s"], output)
-    wait_for(log, process, "IPv6: synced")
+    for name in ("IPv4", "IPv6"):
+        wait_for(log, process, f"{name}: synced")
     expected = current_rules(node, Family.IPV4)
     for command in removal:
         node.run(["iptables", *command.split()])
