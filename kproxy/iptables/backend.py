@@ -15,7 +15,7 @@ from kproxy.iptables.comparison import RuleComparison, read_scope
 from kproxy.iptables.diff import IptablesDiff, RenderedServices
 from kproxy.iptables.dispatch import DISPATCH_THRESHOLD
 from kproxy.iptables.isolation import IsolatingSync
-from kproxy.iptables.ledger import IptablesLedger, IptablesSnapshot, ServiceRecord, record_chains
+from kproxy.iptables.ledger import Digest, IptablesLedger, IptablesSnapshot, ServiceRecord, record_chains
 from kproxy.iptables.names import FILTER_FIREWALL, ChainName, deletion_order
 from kproxy.iptables.render import RenderedPort, render_port
 from kproxy.iptables.repair import Damage, Scope, find_damage
@@ -24,7 +24,7 @@ from kproxy.iptables.save_restore import RestoreInput, parse_save
 from kproxy.model.context import Context
 from kproxy.model.drift import RepairResult, Touched
 from kproxy.model.plan import ServicePortPlan
-from kproxy.model.sync_report import ApplyResult, Plans, SyncError
+from kproxy.model.sync_report import ApplyResult, DriftError, Plans, SyncError
 from kproxy.model.types import ServiceKey
 
 log = logging.getLogger(__name__)
@@ -153,7 +153,8 @@ class IptablesBackend:
         programmed nevertheless (see `kproxy.iptables.isolation`).
 
         Raises `SyncError` if the rules cannot be read or a change fails for a reason that does not depend on a Service;
-        earlier transactions stay applied.
+        earlier transactions stay applied. Raises `DriftError` if a change fails and another process has changed a
+        shared chain.
         """
         is_full = self._ledger is None
         if is_full:
@@ -189,7 +190,7 @@ class IptablesBackend:
                 if touched is None:
                     ledger, snapshot = IptablesLedger(), self._read_kernel(context)
                 else:
-                    self._read_deviations(ledger, touched)
+                    self._read_deviations(ledger, touched, [key for key, _ in plans.by_service()])
                 desired = _rendered(plans, context, covered)
                 rejected = self._isolate(ledger, snapshot, desired, context, written)
             else:
@@ -243,20 +244,36 @@ class IptablesBackend:
             self._delete_chains(transaction)
         return isolating.rejected
 
-    def _read_deviations(self, ledger: IptablesLedger, touched: Collection[ChainName]) -> None:
-        """Read which of the touched chains exist, with which rules, after only some transactions were accepted."""
-        if len(touched) <= MAX_SINGLE_CHAIN_READS:
-            existing = self._kernel.list_rules(touched)
+    def _read_deviations(
+        self, ledger: IptablesLedger, touched: Collection[ChainName], covered: Iterable[ServiceKey]
+    ) -> None:
+        """Read which chains the kernel has after an incremental sync of which only some transactions were accepted.
+
+        The chains that the sync may have changed are read, and all other chains of the Services that it covers. Raises
+        `DriftError` if another process has changed a shared chain, which may be why the sync failed. Raises
+        `CommandError` if the rules cannot be read.
+        """
+        shared = {chain: digest for chain, digest in ledger.shared_chains() if chain not in touched}
+        records = (ledger.services.get(key, {}) for key in covered)
+        own = {ChainName("nat", name) for record in records for name, _ in record_chains(record)}
+        existing = self._read_chains({*touched, *own, *shared})
+        for chain, digest in shared.items():
+            if existing.get(chain) != digest:
+                raise DriftError(f"another process changed chain {chain.name} of table {chain.table}")
+        ledger.deviations.update({chain: existing.get(chain) for chain in {*touched, *own}})
+
+    def _read_chains(self, chains: Collection[ChainName]) -> dict[ChainName, Digest]:
+        """Return the digests of those chains that exist. Raises `CommandError`."""
+        if len(chains) <= MAX_SINGLE_CHAIN_READS:
+            found = self._kernel.list_rules(chains)
         else:
             with self._kernel.save() as lines:
                 saved = parse_save(lines)
             if saved.incompatible:
                 table, reason = next(iter(saved.incompatible.items()))
                 raise CommandError(f"cannot read table {table}: {reason}")
-            existing = {chain: content.rules for chain, content in saved.chains.items() if chain in touched}
-        for chain in touched:
-            rules = existing.get(chain)
-            ledger.deviations[chain] = None if rules is None else hash("\n".join(rules))
+            found = {chain: content.rules for chain, content in saved.chains.items() if chain in chains}
+        return {chain: hash("\n".join(rules)) for chain, rules in found.items()}
 
     def repair(self, touched: Mapping[str, Touched], plans: Plans, context: Context) -> RepairResult:
         """Compare the touched chains with the ledger, and restore exactly those rules that differ.
