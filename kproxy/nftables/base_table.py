@@ -26,6 +26,7 @@ from kproxy.nftables.ruleset import (
     NftRule,
     NftSet,
     Reject,
+    Return,
     SetMark,
     Statement,
     VerdictMap,
@@ -146,7 +147,8 @@ def _cluster_ips_check(context: Context) -> Iterator[NftRule]:
     """Yield the rules that reject packets to unused ports of ClusterIPs and drop packets to unassigned ClusterIPs.
 
     Packets to this node's own addresses are neither rejected nor dropped, so that a Service or ServiceCIDR that
-    contains such an address does not make the node's servers unreachable.
+    contains such an address does not make the node's servers unreachable. If a ServiceCIDR overlaps with the network of
+    the nodes, connections to a Service may have an endpoint in the range, such as the API server. They are not dropped.
     """
     elsewhere = FibLocal(KeyField.DESTINATION, negate=True)
     in_use = Lookup((KeyField.DESTINATION,), names.CLUSTER_IPS)
@@ -154,6 +156,7 @@ def _cluster_ips_check(context: Context) -> Iterator[NftRule]:
     for cidr in context.service_cidrs:
         if cidr.endswith("/0"):
             continue  # misconfigured: the rule would drop all new connections that the node forwards or opens
+        yield rule(MatchDaddr(cidr), CtStatusDnat(), Return(), comment="the address is that of an endpoint")
         yield rule(MatchDaddr(cidr), elsewhere, Drop(), comment="no Service has this ClusterIP")
 
 

@@ -11,7 +11,7 @@ from tests.lab.continuous_requests import count_by_pod
 from tests.lab.modes import mode_flag
 from tests.lab.requirements import missing_protocol
 from tests.lab.servers import Servers
-from tests.lab.topology import NODE_ADDRESSES, Host, Lab
+from tests.lab.topology import NODE_ADDRESSES, OUTSIDE_ADDRESSES, Host, Lab
 from tests.lab.web_service import CLUSTER_IPS, EXTERNAL_IPS, LOAD_BALANCER_IPS, NODE_PORT, WebService
 
 UNUSED = {4: "10.96.0.99", 6: "fd00:10:96::99"}
@@ -199,6 +199,24 @@ def test_service_cidr_that_contains_the_address_of_the_node_does_not_hide_its_se
     web.apply([web.service("web", *CLUSTER_IPS.values()), *web.slices("web", [web.pod(1)]), overlapping])
     for origin in (web.node, web.client, web.outsider):
         assert isinstance(web.send_request(origin, web.node.address(version), 9090), Answered), origin.name
+
+
+@VERSIONS
+def test_endpoint_in_a_service_cidr_is_reachable(lab: Lab, servers: Servers, web: WebService, version: int) -> None:
+    """The endpoint has an address in the network of the node, as the API server often has."""
+    overlapping = {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "ServiceCIDR",
+        "metadata": {"name": "overlapping"},
+        "spec": {"cidrs": ["10.99.0.0/16", "fd00:99::/108"]},
+    }
+    servers.serve(lab.outside, 8080)
+    web.apply([web.service("web", *CLUSTER_IPS.values()), *web.slices("web", [lab.outside]), overlapping])
+    for origin in (web.node, web.client):
+        outcome = web.send_request(origin, CLUSTER_IPS[version])
+        assert isinstance(outcome, Answered), (origin.name, outcome)
+        assert outcome.pod == lab.outside.name
+    assert web.drops(web.client, OUTSIDE_ADDRESSES[version == 6], 8080), "kproxy knows no Service with this address"
 
 
 @PROTOCOLS

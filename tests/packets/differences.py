@@ -75,16 +75,20 @@ def read_nftables_table() -> list[Row]:
 def read_kproxy_table() -> list[Row]:
     """Read all rows of the table, with their fates under kproxy's rules in nftables mode.
 
-    They are those of kube-proxy, except that kproxy never drops the node's packets to its own addresses because of a
-    ServiceCIDR (docs/differences.md). These packets have the same fate as in iptables mode.
+    They are those of kube-proxy, except that kproxy never drops packets to an endpoint, or the node's packets to its
+    own addresses, because of a ServiceCIDR (docs/differences.md). These packets have the same fate as in iptables mode.
     """
+    fates = {row._replace(fate=""): row.fate for row in read_table()}
     own = {
         row._replace(fate="")
         for reason, row in read_differences()
-        if reason is Reason.OVERLAP and row.sender == NODE and row.address in NODE_ADDRESSES.values()
+        if reason is Reason.OVERLAP
+        and (
+            (row.sender == NODE and row.address in NODE_ADDRESSES.values())
+            or fates[row._replace(fate="")].startswith("dnat")
+        )
     }
     assert own
-    fates = {row._replace(fate=""): row.fate for row in read_table()}
     return [
         row._replace(fate=fates[row._replace(fate="")]) if row._replace(fate="") in own else row
         for row in read_nftables_table()
