@@ -192,10 +192,11 @@ def read_scope(kernel: RuleReader, scope: Scope, ledger: IptablesLedger, context
     of a rule that another tool created. Raises `CommandError`.
     """
     snapshot = IptablesSnapshot({}, {})
-    counts = ledger.rule_counts
+    # iptables-nft takes as long to print one table as to print all of them.
+    cost = sum(ledger.rule_counts.values()) + 5 * CHAIN_COST
     for table in TABLES:
         chains = {chain for chain in scope.chains if chain.table == table}
-        if table in scope.tables or len(chains) * CHAIN_COST > counts.get(table, 0) + 5 * CHAIN_COST:
+        if table in scope.tables or len(chains) * CHAIN_COST > cost:
             with kernel.save(table) as lines:
                 found, incompatible = stream_snapshot(lines, scope)
             if table not in incompatible:
