@@ -132,7 +132,8 @@ def _rule_digests(netlink: NetlinkSocket, family: Family, table: str, chain: str
     names = _string(NFTA_RULE_TABLE, table) + _string(NFTA_RULE_CHAIN, chain)
     request = nfgenmsg(_ADDRESS_FAMILIES[family]) + names
     for data, begin, end in netlink.dump(nfnl_type(NFNL_SUBSYS_NFTABLES, NFT_MSG_GETRULE), request):
-        yield hash(_COUNTER.sub(b"", data[begin:end]))
+        # Skip `struct nfgenmsg`, which contains the generation ID.
+        yield hash(_COUNTER.sub(b"", data[begin + NFGENMSG_SIZE : end]))
 
 
 def _attribute(data: bytes, begin: int, end: int, wanted: int) -> bytes:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -257,6 +258,19 @@ def test_fingerprint_changes_with_every_write(node: Namespace) -> None:
         assert once == again
         seen.append(once)
     assert len({str(each) for each in seen}) == len(seen)
+
+
+@pytest.mark.usefixtures("programs_of_nft")
+def test_fingerprint_does_not_depend_on_packets_and_other_chains(node: Namespace) -> None:
+    runner = IptablesRunner(Family.IPV4)
+    node.run(["iptables", "-A", "OUTPUT", "-j", "RETURN"])
+    before = node.call(lambda: runner.fingerprints([[ChainName("filter", "OUTPUT")]]))
+    node.run(["iptables", "-t", "nat", "-N", "OTHER"])
+    node.run(["iptables", "-N", "OTHER"])
+    with node.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        sender.sendto(b"packet", ("127.0.0.1", 9))
+    assert "-A OUTPUT -c 0 0 " not in node.run(["iptables", "-v", "-S", "OUTPUT"]).stdout
+    assert node.call(lambda: runner.fingerprints([[ChainName("filter", "OUTPUT")]])) == before
 
 
 @pytest.fixture
