@@ -239,7 +239,7 @@ class NftTable:
 
     def elements(self, definition: NftSet) -> dict[bytes, SetElement]:
         """Return all elements of a set, by key. Raises `TableError`, in particular `TableChangingError`."""
-        return _read(lambda: {element.key: element for element in self._reader.elements(definition)})
+        return _read(lambda: self._reader.elements(definition))
 
     def walk_rules(self) -> Iterator[tuple[str, RuleContent]]:
         """Yield the rules of all chains, each with the name of its chain, while the kernel dumps them.
@@ -254,7 +254,7 @@ class NftTable:
 
         If any table changes meanwhile, some may be missing or repeated. Raises `TableError`.
         """
-        return _walk(self._reader.elements(definition))
+        return _walk(self._reader.walk_elements(definition))
 
 
 def remove_table(family: Family) -> bool:

@@ -234,9 +234,10 @@ class TableCheck:
 
     def _compare_elements(self, desired: DesiredTable, name: str) -> Iterator[Touched]:
         found: Counter[bytes] = Counter()  # the number of correct elements in each group
+        matches = desired.matcher(name)
         wrong: set[bytes] = set()
         for number, element in enumerate(self._kernel.walk_elements(BASE_SETS[name]), 1):
-            if element == desired.element(name, element.key):
+            if matches(element):
                 found[group_of(name, element.key)] += 1
             else:
                 wrong.add(element.key)
@@ -245,12 +246,7 @@ class TableCheck:
                 wrong = set()
         yield Touched(elements={name: wrong} if wrong else {})
         for groups in _chunks(desired.groups(name)):
-            missing = {
-                element.key
-                for group in groups
-                if found[group] != desired.group_size(name, group)
-                for element in desired.elements_of_group(name, group)
-            }
+            missing = {element.key for element in desired.missing(name, groups, found)}
             yield Touched(elements={name: missing} if missing else {})
 
 
