@@ -148,10 +148,7 @@ class TableCheck:
             if is_last:
                 self._kernel.commit(part)
             else:
-                # This process may have made commits for the other family, which do not matter.
-                generation = self._own_generations.newest_after(generation)
-                self._kernel.commit(part, generation)
-                generation = self._own_generations.record_commit(generation)
+                generation = self._own_generations.commit(self._kernel.commit, part, generation)
         return repair
 
     def _read(self, desired: DesiredTable, touched: Touched) -> TableParts:
