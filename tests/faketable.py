@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from copy import deepcopy
 
 from msgspec import Struct, field
@@ -18,6 +18,8 @@ from kproxy.nftables import ruleset as nft
 from kproxy.nftables.base_table import SETS
 from kproxy.nftables.elements import DROP, SetElement, SetLayout, set_layout
 from kproxy.nftables.kernel import GenerationChangedError, TableError
+from kproxy.nftables.repair import without_policy
+from kproxy.nftables.rule_content import RuleContent, rule_content
 from kproxy.nftables.snapshot import TableSnapshot
 from kproxy.nftables.transaction import Transaction
 
@@ -71,6 +73,7 @@ class FakeTable:
     def __init__(self, family: Family) -> None:
         self.family = family
         self.table: TableState | None = None
+        self.table_flags = 0
         self.generation_id = 1
         self.commits: list[Transaction] = []
         self.reads = 0
@@ -96,6 +99,8 @@ class FakeTable:
             self.table = _Edit(self.family, deepcopy(self.table)).apply(transaction)
         except _RejectedError as error:
             raise TableError(f"{error.subject}: {os.strerror(error.code)}") from None
+        if transaction.create_table:
+            self.table_flags = 0
         self.commits.append(transaction)
         self.increment_generation()
 
@@ -111,13 +116,53 @@ class FakeTable:
         if self.table is None:
             return None
         table = deepcopy(self.table)
-        snapshot = TableSnapshot({name: fake_set.layout for name, fake_set in table.sets.items()})
+        snapshot = TableSnapshot(
+            {name: fake_set.layout for name, fake_set in table.sets.items()}, flags=self.table_flags
+        )
         snapshot.chains = {name: chain.hook for name, chain in table.chains.items()}
         for definition in SETS:
             fake_set = table.sets.get(definition.name)
             if fake_set is not None and fake_set.layout == set_layout(definition, self.family):
                 snapshot.elements[definition.name] = fake_set.elements
         return snapshot
+
+    def flags(self) -> int | None:
+        self.reads += 1
+        return self.table_flags if self.table is not None else None
+
+    def sets(self, names: Collection[str] | None = None) -> dict[str, SetLayout]:
+        self.reads += 1
+        sets = self.table.sets if self.table is not None else {}
+        return {name: each.layout for name, each in sets.items() if names is None or name in names}
+
+    def chains(self, names: Collection[str] | None = None) -> dict[str, nft.NftHook | None]:
+        self.reads += 1
+        chains = self.table.chains if self.table is not None else {}
+        return {name: each.hook for name, each in chains.items() if names is None or name in names}
+
+    def rules(self, chain: str) -> list[RuleContent]:
+        self.reads += 1
+        chains = self.table.chains if self.table is not None else {}
+        return [rule_content(rule, self.family) for rule in chains[chain].rules] if chain in chains else []
+
+    def element(self, definition: nft.NftSet, key: bytes) -> SetElement | None:
+        self.reads += 1
+        return self.existing_table.sets[definition.name].elements.get(key)
+
+    def elements(self, definition: nft.NftSet) -> dict[bytes, SetElement]:
+        self.reads += 1
+        return dict(self.existing_table.sets[definition.name].elements)
+
+    def walk_rules(self) -> Iterator[tuple[str, RuleContent]]:
+        self.reads += 1
+        for name, chain in list(self.existing_table.chains.items()):
+            for rule in list(chain.rules):
+                yield name, rule_content(rule, self.family)
+
+    def walk_elements(self, definition: nft.NftSet) -> Iterator[SetElement]:
+        self.reads += 1
+        fake_set = self.existing_table.sets.get(definition.name)
+        yield from list(fake_set.elements.values()) if fake_set is not None else ()
 
 
 class _RejectedError(Exception):
@@ -188,8 +233,10 @@ class _Edit:
 
     def _add_chain(self, chain: nft.NftChain) -> None:
         new = FakeChain(chain.hook, chain.comment)
-        if self._table.chains.setdefault(chain.name, new).hook != chain.hook:
+        existing = self._table.chains.setdefault(chain.name, new)
+        if without_policy(existing.hook) != chain.hook:
             raise _RejectedError(errno.EOPNOTSUPP, f"chain {chain.name}")
+        existing.hook = chain.hook
 
     def _add_rule(self, chain_name: str, rule: nft.NftRule) -> None:
         for target in _target_chains(rule):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Generic, Protocol, TypeVar
 
+from kproxy.host.nf_tables_constants import NFT_TABLE_F_DORMANT
 from kproxy.model.context import Context
 from kproxy.model.drift import RepairResult, Touched
 from kproxy.model.sync_report import ApplyResult, DriftError, Plans, SyncError
@@ -19,9 +20,11 @@ from kproxy.nftables.diff import IncompatibleTableError, NftablesDiff
 from kproxy.nftables.elements import set_layout
 from kproxy.nftables.kernel import GenerationChangedError, OwnGenerations, TableChangingError, TableError
 from kproxy.nftables.ledger import NftablesLedger
+from kproxy.nftables.names import TABLE
 from kproxy.nftables.nft_syntax import NftWriter
 from kproxy.nftables.render import render_service
 from kproxy.nftables.snapshot import TableSnapshot
+from kproxy.nftables.table_check import CheckedTable, TableCheck
 from kproxy.nftables.transaction import Transaction
 
 log = logging.getLogger(__name__)
@@ -33,9 +36,10 @@ If each frontend has 10 endpoints, such a batch is about half a megabyte.
 MAX_READS = 3
 """Maximum number of attempts to read a consistent table while other processes keep changing tables."""
 _T = TypeVar("_T")
+_R = TypeVar("_R", RepairResult, RepairResult | None)
 
 
-class NftablesKernel(Protocol):
+class NftablesKernel(CheckedTable, Protocol):
     """Access to one family's table; implemented by `kproxy.nftables.kernel.NftTable`."""
 
     def commit(self, transaction: Transaction, generation: int | None = None, /) -> None:
@@ -80,6 +84,7 @@ class NftablesBackend:
         """
         self._kernel = kernel
         self._own_generations = own_generations or OwnGenerations()
+        self._check = TableCheck(kernel, self._own_generations)
         self._batch_frontends = batch_frontends
         self._ledger: NftablesLedger | None = None
         # The generation ID at which this process last knew the contents of the table, or None if another process may
@@ -111,36 +116,30 @@ class NftablesBackend:
         """Discard the ledger, so that the next `sync` reads the table and must be a full sync."""
         self._ledger = None
 
-    def verify(self, context: Context) -> bool:
-        """Check for drift by comparing the use count of every chain with the ledger. Return False if one differs.
-
-        After drift, the next `sync` reads the table and must be a full sync.
-
-        The check detects deleted tables and chains, and added or deleted rules and frontends. It does not detect
-        changes to endpoints, to elements of sets, to drop verdicts, or to the statements of a rule that keeps its
-        target chain. If the use counts cannot be read from the kernel, the method logs a warning and returns True. It
-        also returns True if there is no ledger, because the next `sync` reads the table anyway.
-        """
-        if self._ledger is None:
-            return True
-        try:
-            in_sync = self._kernel.chain_use_counts() == self._ledger.chain_use_counts()
-        except TableError as error:
-            log.warning("%s: cannot check the table for drift: %s", context.family.value, error)
-            return True
-        if not in_sync:
-            self._ledger = None
-        return in_sync
-
     def repair(self, touched: Mapping[str, Touched], plans: Plans, context: Context) -> RepairResult:  # noqa: ARG002
-        """Request a full sync if the touched parts may be damaged. Otherwise, run a quick drift check."""
-        if any(each.everything for each in touched.values()):
-            self.forget()
-        return RepairResult(needs_full_sync=self._ledger is None or not self.verify(context))
+        """Restore the touched parts of the table that differ from the ledger. See `kproxy.sync.family_sync.Backend`."""
+        if self._ledger is None:
+            return RepairResult(needs_full_sync=True)
+        ledger, family = self._ledger, context.family
+        return self._checked(lambda: self._check.repair(ledger, family, touched.get(TABLE, Touched())))
 
     def compare_next(self, plans: Plans, context: Context) -> RepairResult | None:  # noqa: ARG002
-        """Run a quick drift check. Return None if the rules are intact."""
-        return None if self.verify(context) else RepairResult(needs_full_sync=True)
+        """Compare the next part of the table with the ledger. See `kproxy.sync.family_sync.Backend`."""
+        if self._ledger is None:
+            return None
+        ledger, family = self._ledger, context.family
+        return self._checked(lambda: self._check.compare_next(ledger, family))
+
+    def _checked(self, check: Callable[[], _R]) -> _R:
+        """Return the result of a check. If the check fails or cannot restore the table, request a full sync."""
+        try:
+            result = check()
+        except TableError as error:
+            self._ledger = None
+            raise SyncError(str(error)) from None
+        if result is not None and result.needs_full_sync:
+            self._ledger = None
+        return result
 
     def _update(self, ledger: NftablesLedger, plans: Plans, context: Context) -> NftablesLedger:
         diff = NftablesDiff(ledger, context)
@@ -189,6 +188,7 @@ class NftablesBackend:
         Raises `GenerationChangedError` if `generation` is not the current one when the first commit is made.
         """
         if snapshot is not None:
+            generation = self._awaken(snapshot, generation)
             _check_compatible(snapshot, context.family)
         ledger = NftablesLedger()
         diff = NftablesDiff(ledger, context, snapshot, create=snapshot is None)
@@ -198,6 +198,17 @@ class NftablesBackend:
         run_pipelined(lambda batch: self._commit(batch[1], must_be_current=not batch[0]), enumerate(batches))
         self._check_concurrent_changes(ledger, context)
         return ledger
+
+    def _awaken(self, snapshot: TableSnapshot, generation: int | None) -> int | None:
+        """Clear the flag of a dormant table. Return the new generation ID, or None if `generation` is None."""
+        if snapshot.flags != NFT_TABLE_F_DORMANT:
+            return generation
+        awakening = Transaction(create_table=True)
+        snapshot.flags = 0
+        if generation is None:
+            self._kernel.commit(awakening)
+            return None
+        return self._own_generations.commit(self._kernel.commit, awakening, generation)
 
     def _batches(
         self, diff: NftablesDiff, plans: Plans, context: Context, batch_frontends: float
@@ -233,15 +244,13 @@ class NftablesBackend:
 
     def _commit_one(self, transaction: Transaction, *, must_be_current: bool) -> None:
         if self._generation is not None:
-            current = self._own_generations.newest_after(self._generation)
             try:
-                self._kernel.commit(transaction, current)
+                self._generation = self._own_generations.commit(self._kernel.commit, transaction, self._generation)
             except GenerationChangedError:
                 self._generation = None
                 if must_be_current:
                     raise
             else:
-                self._generation = self._own_generations.record_commit(current)
                 return
         try:
             self._kernel.commit(transaction)
@@ -313,9 +322,9 @@ def _new_table(ledger: NftablesLedger, plans: Plans, context: Context) -> Transa
 def _check_compatible(snapshot: TableSnapshot, family: Family) -> None:
     """Raise `IncompatibleTableError` if the table must be replaced, because the diff cannot correct its contents.
 
-    Table flags mark a table that is dormant or that a process owns. The type of a set cannot be changed. If an
-    unknown verdict map refers to a chain, the kernel may reject the deletion of that chain. A catch-all element (`*`)
-    would match keys that must not match.
+    Table flags mark a table that a process owns. The type of a set cannot be changed. If an unknown verdict map refers
+    to a chain, the kernel may reject the deletion of that chain. A catch-all element (`*`) would match keys that must
+    not match.
     """
     if snapshot.flags:
         raise IncompatibleTableError(f"the table has flags ({snapshot.flags:#x})")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import struct
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext, suppress
 from typing import TypeAlias
 
@@ -12,7 +13,7 @@ from msgspec import Struct
 
 from kproxy.host import nf_tables_constants as nf
 from kproxy.host.netlink import NETLINK_NETFILTER, DumpInterruptedError, NetlinkError, NetlinkSocket
-from kproxy.host.netlink_message import attributes, nfgenmsg, nfnl_type
+from kproxy.host.netlink_message import attributes, nested, nfgenmsg, nfnl_type
 from kproxy.model.types import Family
 from kproxy.nftables.base_table import SETS
 from kproxy.nftables.elements import (
@@ -25,8 +26,10 @@ from kproxy.nftables.elements import (
     set_layout,
 )
 from kproxy.nftables.encode import HOOK_NUMBERS
-from kproxy.nftables.expressions import string_attribute
+from kproxy.nftables.expressions import string_attribute, value_attribute
 from kproxy.nftables.names import TABLE
+from kproxy.nftables.repair import POLICY_DROP
+from kproxy.nftables.rule_content import RuleContent, canonical_expressions
 from kproxy.nftables.ruleset import MapValue, NftHook, NftSet
 from kproxy.nftables.snapshot import TableSnapshot
 
@@ -34,6 +37,7 @@ Span: TypeAlias = tuple[int, int]
 """Start and end of an attribute's payload in a buffer."""
 _GETTABLE = nfnl_type(nf.NFNL_SUBSYS_NFTABLES, nf.NFT_MSG_GETTABLE)
 _GETCHAIN = nfnl_type(nf.NFNL_SUBSYS_NFTABLES, nf.NFT_MSG_GETCHAIN)
+_GETRULE = nfnl_type(nf.NFNL_SUBSYS_NFTABLES, nf.NFT_MSG_GETRULE)
 _GETSET = nfnl_type(nf.NFNL_SUBSYS_NFTABLES, nf.NFT_MSG_GETSET)
 _GETSETELEM = nfnl_type(nf.NFNL_SUBSYS_NFTABLES, nf.NFT_MSG_GETSETELEM)
 _GETGEN = nfnl_type(nf.NFNL_SUBSYS_NFTABLES, nf.NFT_MSG_GETGEN)
@@ -104,6 +108,83 @@ class TableReader:
                     counts[_string(data, spans[nf.NFTA_CHAIN_NAME])] = _u32(data, spans[nf.NFTA_CHAIN_USE])
         return counts
 
+    def flags(self) -> int | None:
+        """Return the table's flags (enum nft_table_flags), or None if the table does not exist."""
+        with NetlinkSocket(NETLINK_NETFILTER) as netlink:
+            return self._flags(netlink)
+
+    def sets(self, names: Iterable[str] | None = None) -> dict[str, SetLayout]:
+        """Return the layouts of the named sets that exist, by default of all sets. Anonymous sets are omitted."""
+        with NetlinkSocket(NETLINK_NETFILTER) as netlink:
+            if names is None:
+                return self._sets(netlink)
+            found = {}
+            for name in names:
+                for data, spans in self._object(netlink, _GETSET, string_attribute(nf.NFTA_SET_NAME, name)):
+                    found[name] = _set_layout(data, spans)
+            return found
+
+    def chains(self, names: Iterable[str] | None = None) -> dict[str, NftHook | None]:
+        """Return the hooks of the named chains that exist, by default of all chains."""
+        with NetlinkSocket(NETLINK_NETFILTER) as netlink:
+            if names is None:
+                return self._chains(netlink)
+            found = {}
+            for name in names:
+                for data, spans in self._object(netlink, _GETCHAIN, string_attribute(nf.NFTA_CHAIN_NAME, name)):
+                    found[name] = _hook(data, spans) if nf.NFTA_CHAIN_HOOK in spans else None
+            return found
+
+    def rules(self, chain: str | None = None) -> Iterator[tuple[str, RuleContent]]:
+        """Yield the rules of one chain, or of all chains, each with the name of its chain.
+
+        The rules of a chain are consecutive. If the chain does not exist, nothing is yielded.
+        """
+        filters = string_attribute(nf.NFTA_RULE_CHAIN, chain) if chain is not None else b""
+        with NetlinkSocket(NETLINK_NETFILTER) as netlink:
+            for data, begin, end in netlink.dump(_GETRULE, self._header + self._table + filters):
+                spans = attributes(data, begin + _NFGENMSG_SIZE, end)
+                if _string(data, spans[nf.NFTA_RULE_TABLE]) == TABLE:
+                    yield _string(data, spans[nf.NFTA_RULE_CHAIN]), _rule_content(data, spans)
+
+    def elements(self, definition: NftSet) -> dict[bytes, SetElement]:
+        """Return all elements of a set, by key. Raises `DumpInterruptedError` if the dump is not consistent."""
+        with NetlinkSocket(NETLINK_NETFILTER) as netlink:
+            return self._elements(netlink, definition, allow_interrupted=False)
+
+    def walk_elements(self, definition: NftSet) -> Iterator[SetElement]:
+        """Yield the elements of a set, while the kernel dumps them.
+
+        Raises `DumpInterruptedError` at the end if any table has changed meanwhile. If this set has changed, or if the
+        kernel has resized it, elements may be missing or repeated.
+        """
+        with NetlinkSocket(NETLINK_NETFILTER) as netlink:
+            yield from self._dump_elements(netlink, definition)
+
+    def element(self, definition: NftSet, key: bytes) -> SetElement | None:
+        """Return one element of a set, or None if it does not exist."""
+        wanted = nested(nf.NFTA_LIST_ELEM, value_attribute(nf.NFTA_SET_ELEM_KEY, key))
+        name = string_attribute(nf.NFTA_SET_ELEM_LIST_SET, definition.name)
+        request = name + nested(nf.NFTA_SET_ELEM_LIST_ELEMENTS, wanted)
+        with NetlinkSocket(NETLINK_NETFILTER) as netlink:
+            for data, spans in self._object(netlink, _GETSETELEM, request):
+                offset, _ = spans[nf.NFTA_SET_ELEM_LIST_ELEMENTS]
+                (size,) = _LENGTH.unpack_from(data, offset)
+                return _element(data, offset + 4, offset + size, definition.value)
+        return None
+
+    def _object(self, netlink: NetlinkSocket, kind: int, request: bytes) -> list[tuple[bytes, dict[int, Span]]]:
+        """Request one object. Return the reply and its attributes, or nothing if the object does not exist."""
+        try:
+            return [
+                (data, attributes(data, begin + _NFGENMSG_SIZE, end))
+                for data, begin, end in netlink.get(kind, self._header + self._table + request)
+            ]
+        except NetlinkError as error:
+            if error.errno == errno.ENOENT:
+                return []
+            raise
+
     def _flags(self, netlink: NetlinkSocket) -> int | None:
         """Return the table's flags, or None if the table does not exist."""
         flags = 0
@@ -140,11 +221,17 @@ class TableReader:
         self, netlink: NetlinkSocket, definition: NftSet, *, allow_interrupted: bool
     ) -> dict[bytes, SetElement]:
         elements: dict[bytes, SetElement] = {}
+        repeated = False
         with suppress(DumpInterruptedError) if allow_interrupted else nullcontext():
-            self._read_elements(netlink, definition, elements)
+            for element in self._dump_elements(netlink, definition):
+                repeated |= element.key in elements
+                elements[element.key] = element
+            if repeated:
+                # While the kernel resizes a set, the dump contains some elements twice, and lacks others (Linux 6.18).
+                raise DumpInterruptedError(0, "dump interrupted by the resizing of a set")
         return elements
 
-    def _read_elements(self, netlink: NetlinkSocket, definition: NftSet, elements: dict[bytes, SetElement]) -> None:
+    def _dump_elements(self, netlink: NetlinkSocket, definition: NftSet) -> Iterator[SetElement]:
         request = self._header + self._table + string_attribute(nf.NFTA_SET_ELEM_LIST_SET, definition.name)
         endpoint_layout = _endpoint_layout(definition, self._family)
         for data, begin, end in netlink.dump(_GETSETELEM, request):
@@ -156,8 +243,8 @@ class TableReader:
                 else:
                     (size,) = _LENGTH.unpack_from(data, offset)
                     element = _element(data, offset + 4, offset + size, definition.value)
-                elements[element.key] = element
-                offset += (size + 3) & ~3
+                yield element
+                offset += max((size + 3) & ~3, 4)
 
 
 class _EndpointElementLayout(Struct, frozen=True, gc=False):
@@ -229,9 +316,15 @@ def _hook(data: bytes, chain: dict[int, Span]) -> NftHook:
     (priority,) = _BE32_SIGNED.unpack_from(data, spans[nf.NFTA_HOOK_PRIORITY][0])
     hook = _HOOK_NAMES.get(number, str(number))
     if nf.NFTA_CHAIN_POLICY in chain and _u32(data, chain[nf.NFTA_CHAIN_POLICY]) != nf.NF_ACCEPT:
-        hook += " with policy drop"
+        hook += POLICY_DROP
     chain_type = _string(data, chain[nf.NFTA_CHAIN_TYPE])
     return NftHook(chain_type, hook, priority)  # type: ignore[arg-type]  # an unknown hook never equals one of kproxy's
+
+
+def _rule_content(data: bytes, spans: dict[int, Span]) -> RuleContent:
+    begin, end = spans.get(nf.NFTA_RULE_EXPRESSIONS, (0, 0))
+    comment = _comment(data, spans[nf.NFTA_RULE_USERDATA]) if nf.NFTA_RULE_USERDATA in spans else ""
+    return RuleContent(canonical_expressions(data[begin:end]), comment)
 
 
 def _element(data: bytes, begin: int, end: int, map_value: MapValue) -> SetElement:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Protocol, TypeVar
 
@@ -21,14 +22,19 @@ from kproxy.host.netlink import (
 from kproxy.host.nf_tables_constants import NFNL_SUBSYS_NFTABLES
 from kproxy.model.types import Family
 from kproxy.nftables.decode import TableReader
+from kproxy.nftables.elements import SetElement, SetLayout
 from kproxy.nftables.encode import NftMessage, TransactionEncoder, rejected_element
 from kproxy.nftables.names import TABLE
 from kproxy.nftables.nft_syntax import NftWriter
+from kproxy.nftables.rule_content import RuleContent
+from kproxy.nftables.ruleset import NftHook, NftSet
 from kproxy.nftables.snapshot import TableSnapshot
 from kproxy.nftables.transaction import Transaction
 
 NFT_TIMEOUT_SECONDS = 900
 """Timeout after which the program `nft` is considered hung and is killed."""
+MAX_COMMIT_WAIT_SECONDS = 2.0
+"""Maximum number of seconds to wait for a commit for another family."""
 _NO_NF_TABLES = {errno.EINVAL, errno.EOPNOTSUPP, errno.EPROTONOSUPPORT}
 _T = TypeVar("_T")
 
@@ -74,7 +80,26 @@ class OwnGenerations:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._commit_lock = threading.Lock()
         self._first = self._last = 0
+
+    def commit(self, commit: Commit, transaction: Transaction, generation: int) -> int:
+        """Commit a transaction if only this process has made commits since `generation`. Return the new generation ID.
+
+        The kernel makes one commit at a time. The threads of the families therefore wait for each other here, so that
+        a commit of one of them does not change the generation ID while another one is on its way. They wait for a
+        limited time, because the program `nft` can hang.
+
+        Raises the same errors as `Commit`.
+        """
+        acquired = self._commit_lock.acquire(timeout=MAX_COMMIT_WAIT_SECONDS)
+        try:
+            current = self.newest_after(generation)
+            commit(transaction, current)
+            return self.record_commit(current)
+        finally:
+            if acquired:
+                self._commit_lock.release()
 
     def record_commit(self, base: int) -> int:
         """Record a commit that this process made on top of generation `base`. Return the new generation."""
@@ -213,6 +238,45 @@ class NftTable:
         """Return the use count of each chain (NFTA_CHAIN_USE). Raises `TableError`."""
         return _read(self._reader.chain_use_counts)
 
+    def flags(self) -> int | None:
+        """Return the table's flags, or None if the table does not exist. Raises `TableError`."""
+        return _read(self._reader.flags)
+
+    def sets(self, names: Collection[str] | None = None) -> dict[str, SetLayout]:
+        """Return the layouts of the named sets that exist, by default of all sets. Raises `TableError`."""
+        return _read(lambda: self._reader.sets(names))
+
+    def chains(self, names: Collection[str] | None = None) -> dict[str, NftHook | None]:
+        """Return the hooks of the named chains that exist, by default of all chains. Raises `TableError`."""
+        return _read(lambda: self._reader.chains(names))
+
+    def rules(self, chain: str) -> list[RuleContent]:
+        """Return the rules of a chain. Raises `TableError`."""
+        return _read(lambda: [content for _, content in self._reader.rules(chain)])
+
+    def element(self, definition: NftSet, key: bytes) -> SetElement | None:
+        """Return one element of a set, or None if it does not exist. Raises `TableError`."""
+        return _read(lambda: self._reader.element(definition, key))
+
+    def elements(self, definition: NftSet) -> dict[bytes, SetElement]:
+        """Return all elements of a set, by key. Raises `TableError`, in particular `TableChangingError`."""
+        return _read(lambda: self._reader.elements(definition))
+
+    def walk_rules(self) -> Iterator[tuple[str, RuleContent]]:
+        """Yield the rules of all chains, each with the name of its chain, while the kernel dumps them.
+
+        The rules of a chain are consecutive. If any table changes meanwhile, some may be missing or repeated. Raises
+        `TableError`.
+        """
+        return _walk(self._reader.rules())
+
+    def walk_elements(self, definition: NftSet) -> Iterator[SetElement]:
+        """Yield the elements of a set, while the kernel dumps them.
+
+        If any table changes meanwhile, some may be missing or repeated. Raises `TableError`.
+        """
+        return _walk(self._reader.walk_elements(definition))
+
 
 def remove_table(family: Family) -> bool:
     """Delete a family's table `kube-proxy`. Return whether it existed.
@@ -239,3 +303,12 @@ def _read(read: Callable[[], _T]) -> _T:
         raise TableChangingError("tables keep changing while they are read") from None
     except OSError as error:
         raise TableError(f"cannot read the table: {error.strerror}") from None
+
+
+def _walk(items: Iterator[_T]) -> Iterator[_T]:
+    try:
+        with suppress(DumpInterruptedError):
+            yield from items
+    except OSError as error:
+        if error.errno != errno.ENOENT:  # deleted meanwhile: nothing is left
+            raise TableError(f"cannot read the table: {error.strerror}") from None

@@ -80,7 +80,6 @@ UNUSABLE = {
         add map ip kube-proxy mine { type ipv4_addr : verdict; elements = { 192.0.2.1 : goto a } }
     """,
     "catch-all verdict": f"add map ip kube-proxy service-ips {{ {SERVICE}; elements = {{ * : drop }}; }}",
-    "dormant table": "add table ip kube-proxy { flags dormant; }",
 }
 """Objects that kproxy can only remove by replacing the whole table."""
 
@@ -104,29 +103,29 @@ def dump_of_fresh_table(
     return dump_table(node, family)
 
 
-class RecordingTable:
-    """The kernel's table. Records its transactions and counts how often it is read."""
+class RecordingTable(NftTable):
+    """The kernel's table. Records its transactions and counts how often a sync reads it."""
 
     def __init__(self, family: Family) -> None:
-        self._table = NftTable(family, NetlinkCommit(family))
+        super().__init__(family, NetlinkCommit(family))
         self.commits: list[Transaction] = []
         self.reads = 0
 
-    def commit(self, change: Transaction, generation: int | None = None, /) -> None:
-        self._table.commit(change, generation)
-        self.commits.append(change)
+    def commit(self, transaction: Transaction, generation: int | None = None, /) -> None:
+        super().commit(transaction, generation)
+        self.commits.append(transaction)
 
     def generation(self) -> int:
         self.reads += 1
-        return self._table.generation()
+        return super().generation()
 
     def snapshot(self, *, allow_interrupted: bool = False) -> TableSnapshot | None:
         self.reads += 1
-        return self._table.snapshot(allow_interrupted=allow_interrupted)
+        return super().snapshot(allow_interrupted=allow_interrupted)
 
     def chain_use_counts(self) -> Counter[str]:
         self.reads += 1
-        return self._table.chain_use_counts()
+        return super().chain_use_counts()
 
 
 def generation(node: Namespace) -> int:
@@ -191,6 +190,18 @@ def test_table_of_kube_proxy_is_not_replaced(
         kernel = start(node, scenario, family, batch_frontends=batch_frontends)
         assert "replace_table" not in fields_used(kernel)
         assert without_comments(dump_table(node, family)) == expected
+
+
+def test_dormant_table_is_awakened_and_keeps_affinity_clients(namespaces: Callable[[], Namespace]) -> None:
+    node = namespaces()
+    program(node, "session-affinity", Family.IPV4, NetlinkCommit(Family.IPV4))
+    name = re.findall(r"set (affinity-\S+)", node.run(["nft", "list", "sets", "ip"]).stdout)[0]
+    node.run(["nft", f"add element ip {TABLE} {name} {{ 192.0.2.7 }}"])
+    before, sets = dump_table(node, Family.IPV4), set_handles(node, Family.IPV4)
+    node.run(["nft", f"add table ip {TABLE} {{ flags dormant; }}"])
+    start(node, "session-affinity", Family.IPV4)
+    assert dump_table(node, Family.IPV4) == before
+    assert set_handles(node, Family.IPV4) == sets
 
 
 def test_affinity_clients_of_kube_proxy_are_kept(namespaces: Callable[[], Namespace]) -> None:

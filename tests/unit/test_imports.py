@@ -41,6 +41,7 @@ PURE = (
         f"nftables.{name}"
         for name in ("ledger", "transaction", "diff", "snapshot", "nft_syntax", "expressions", "encode")
     ),
+    *(f"nftables.{name}" for name in ("rule_content", "desired_table", "repair")),
     *(f"kube.codec.{name}" for name in ("schema", "object_error", "conversion", "json_codec", "protobuf")),
     *("kube.codec.watch_events", "kube.codec.streams"),
     *("kube.listwatch.protocol", "kube.events.correlator", "kube.client.http_proxy"),

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import pytest
 from msgspec.structs import replace
@@ -14,7 +13,7 @@ from kproxy.nftables import names
 from kproxy.nftables.backend import MAX_READS
 from kproxy.nftables.elements import SetElement, service_key
 from kproxy.nftables.kernel import TableChangingError, TableError
-from kproxy.nftables.ruleset import Drop, Goto, NftChain, rule
+from kproxy.nftables.ruleset import Drop, Goto, NftChain, NftHook, rule
 from kproxy.nftables.snapshot import TableSnapshot
 from kproxy.nftables.transaction import Transaction
 from tests.faketable import FakeTable
@@ -224,6 +223,11 @@ class UnreadableTable(FakeTable):
             raise self.error
         return super().chain_use_counts()
 
+    def chains(self, names: Collection[str] | None = None) -> dict[str, NftHook | None]:
+        if self.error is not None:
+            raise self.error
+        return super().chains(names)
+
 
 def test_accepted_transactions_are_not_repeated_if_the_drift_check_is_interrupted() -> None:
     kernel = UnreadableTable(IPV4)
@@ -240,15 +244,14 @@ def test_accepted_transactions_are_not_repeated_if_the_drift_check_is_interrupte
     proxy.put(service("more", "10.96.0.9")).checked_sync()
 
 
-def test_failed_drift_check_is_logged_and_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_failed_comparison_is_an_error_and_requires_a_full_sync() -> None:
     kernel = UnreadableTable(IPV4)
     proxy = synced_proxy(kernel=kernel)
+    change_externally(kernel, change_another_table)
     kernel.error = TableError("cannot read the table: Operation not permitted")
-    with caplog.at_level(logging.WARNING):
-        assert proxy.verify()
-    assert "IPv4: cannot check the table for drift: cannot read the table: Operation not permitted" in caplog.text
-    proxy.put(service("more", "10.96.0.2")).sync()
-    assert len(kernel.commits) == 2
+    with pytest.raises(SyncError, match=r"^cannot read the table: Operation not permitted$"):
+        proxy.verify()
+    assert proxy.backend.needs_full_sync
 
 
 def test_rejected_transaction_is_reported_and_retried_from_the_current_table() -> None:
