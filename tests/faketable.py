@@ -18,6 +18,7 @@ from kproxy.nftables import ruleset as nft
 from kproxy.nftables.base_table import SETS
 from kproxy.nftables.elements import DROP, SetElement, SetLayout, set_layout
 from kproxy.nftables.kernel import GenerationChangedError, TableError
+from kproxy.nftables.repair import without_policy
 from kproxy.nftables.rule_content import RuleContent, rule_content
 from kproxy.nftables.snapshot import TableSnapshot
 from kproxy.nftables.transaction import Transaction
@@ -232,8 +233,10 @@ class _Edit:
 
     def _add_chain(self, chain: nft.NftChain) -> None:
         new = FakeChain(chain.hook, chain.comment)
-        if self._table.chains.setdefault(chain.name, new).hook != chain.hook:
+        existing = self._table.chains.setdefault(chain.name, new)
+        if without_policy(existing.hook) != chain.hook:
             raise _RejectedError(errno.EOPNOTSUPP, f"chain {chain.name}")
+        existing.hook = chain.hook
 
     def _add_rule(self, chain_name: str, rule: nft.NftRule) -> None:
         for target in _target_chains(rule):

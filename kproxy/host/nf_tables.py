@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import errno
+import re
 import socket
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from kproxy.host.netlink import NETLINK_NETFILTER, BatchRejectedError, BatchSocket, NetlinkError, NetlinkSocket
 from kproxy.host.netlink_message import (
@@ -36,7 +37,6 @@ from kproxy.host.nf_tables_constants import (
     NFTA_HOOK_HOOKNUM,
     NFTA_HOOK_PRIORITY,
     NFTA_RULE_CHAIN,
-    NFTA_RULE_HANDLE,
     NFTA_RULE_TABLE,
     NFTA_TABLE_FLAGS,
     NFTA_TABLE_HANDLE,
@@ -49,6 +49,8 @@ _UNKNOWN_MESSAGE = 0xFF
 """A message type that does not exist in nf_tables. The kernel rejects every batch that contains it."""
 _ADDRESS_FAMILIES = {Family.IPV4: socket.AF_INET, Family.IPV6: socket.AF_INET6}
 _PROBE_TABLE = "kproxy-probe"
+_COUNTER = re.compile(rb"(?<=counter\0).{28}", re.DOTALL)
+"""The numbers of packets and bytes in a statement `counter` of a rule: a nested attribute with two 64-bit integers."""
 
 
 def nat_unsupported_reason(family: Family) -> str:
@@ -95,9 +97,9 @@ def count_rules(family: Family, table: str, chain: str) -> int:
 def fingerprints(family: Family, groups: Iterable[Sequence[tuple[str, str]]]) -> list[int]:
     """Return a number for each group of chains, given as tables and names. It identifies the rules of these chains.
 
-    The number changes if any rule is written, replaced, moved or deleted, even if the rules then have the same content
-    as before: it is derived from the handles of the rules, and the kernel never uses a handle twice in a table. It also
-    changes if the table is created again. Chains without rules and chains that do not exist are not told apart.
+    The number changes if any rule is added, replaced, moved, deleted or written again, or if its table is new.
+    It does not depend on the rules' packet counters. Chains without rules and chains that do not exist are not told
+    apart. Numbers from different processes cannot be compared.
 
     Raises `OSError`. If rules of a chain changed during its dump, the error is a `DumpInterruptedError`.
     """
@@ -105,13 +107,12 @@ def fingerprints(family: Family, groups: Iterable[Sequence[tuple[str, str]]]) ->
         tables: dict[str, bytes] = {}
         found = []
         for group in groups:
-            handles = bytearray()
+            digests: list[object] = []
             for table, chain in group:
                 if table not in tables:
                     tables[table] = _table_handle(netlink, family, table)
-                handles += tables[table] if not handles else b""
-                handles += b"|" + _rule_handles(netlink, family, table, chain)
-            found.append(hash(bytes(handles)))
+                digests += [tables[table], *_rule_digests(netlink, family, table, chain)]
+            found.append(hash(tuple(digests)))
         return found
 
 
@@ -127,11 +128,12 @@ def _table_handle(netlink: NetlinkSocket, family: Family, table: str) -> bytes:
     return handle
 
 
-def _rule_handles(netlink: NetlinkSocket, family: Family, table: str, chain: str) -> bytes:
+def _rule_digests(netlink: NetlinkSocket, family: Family, table: str, chain: str) -> Iterator[int]:
     names = _string(NFTA_RULE_TABLE, table) + _string(NFTA_RULE_CHAIN, chain)
     request = nfgenmsg(_ADDRESS_FAMILIES[family]) + names
-    messages = netlink.dump(nfnl_type(NFNL_SUBSYS_NFTABLES, NFT_MSG_GETRULE), request)
-    return b"".join(_attribute(data, begin, end, NFTA_RULE_HANDLE) for data, begin, end in messages)
+    for data, begin, end in netlink.dump(nfnl_type(NFNL_SUBSYS_NFTABLES, NFT_MSG_GETRULE), request):
+        # Skip `struct nfgenmsg`, which contains the generation ID.
+        yield hash(_COUNTER.sub(b"", data[begin + NFGENMSG_SIZE : end]))
 
 
 def _attribute(data: bytes, begin: int, end: int, wanted: int) -> bytes:

@@ -57,10 +57,10 @@ class RuleReader(Protocol):
 class RuleComparison:
     """Decides which chains are compared with the ledger in each step.
 
-    Comparing content is expensive. With iptables-nft, the chains are therefore identified by fingerprints, which are
-    cheap and change whenever a rule is written. A fingerprint is recorded when the content is known to equal the
-    ledger: either it was compared, or no other process has changed any rule since a sync. Only groups of chains whose
-    fingerprints are not the recorded ones are compared by content, together at the end of the comparison.
+    Listing rules with iptables is expensive. With iptables-nft, the rules are therefore compared by fingerprints. A
+    fingerprint is recorded when the content is known to equal the ledger: either it was compared, or no other process
+    has changed any rule since a sync. Only groups of chains whose fingerprints are not the recorded ones are listed,
+    together at the end of the comparison.
 
     With iptables-legacy, each comparison takes one step, in which all tables are read.
     """
@@ -192,10 +192,11 @@ def read_scope(kernel: RuleReader, scope: Scope, ledger: IptablesLedger, context
     of a rule that another tool created. Raises `CommandError`.
     """
     snapshot = IptablesSnapshot({}, {})
-    counts = ledger.rule_counts
+    # iptables-nft takes as long to print one table as to print all of them.
+    cost = sum(ledger.rule_counts.values()) + 5 * CHAIN_COST
     for table in TABLES:
         chains = {chain for chain in scope.chains if chain.table == table}
-        if table in scope.tables or len(chains) * CHAIN_COST > counts.get(table, 0) + 5 * CHAIN_COST:
+        if table in scope.tables or len(chains) * CHAIN_COST > cost:
             with kernel.save(table) as lines:
                 found, incompatible = stream_snapshot(lines, scope)
             if table not in incompatible:

@@ -77,10 +77,11 @@ def first_blocking_rule(rules: Sequence[str], ensured: Sequence[EnsuredRule], re
 
     `rules` are the rules of a chain, and `ensured` are kproxy's rules in it; these never count.
     """
+    table = ensured[0].chain.table
     blocking = (
         index
         for index, rule in enumerate(rules)
-        if ends_evaluation(rule, ensured[0].chain.table, read) and not any(own.is_satisfied_by(rule) for own in ensured)
+        if not any(own.is_satisfied_by(rule) for own in ensured) and ends_evaluation(rule, table, read)
     )
     return next(blocking, len(rules))
 

@@ -383,7 +383,7 @@ class IptablesRunner:
     def _own_changes(self) -> AbstractContextManager[CommitCount]:
         try:
             return self._foreign().own_changes()
-        except OSError:
+        except (OSError, CommandError):
             return nullcontext(CommitCount())
 
     def _run(self, chain: ChainName, command: str, rule: str = "", *, accepted: Container[int]) -> CompletedCommand:

@@ -264,9 +264,12 @@ class NftablesBackend:
         """Clear the flag of a dormant table. Return the new generation ID, or None if `generation` is None."""
         if snapshot.flags != NFT_TABLE_F_DORMANT:
             return generation
-        self._kernel.commit(Transaction(create_table=True), generation)
+        awakening = Transaction(create_table=True)
         snapshot.flags = 0
-        return None if generation is None else self._own_generations.record_commit(generation)
+        if generation is None:
+            self._kernel.commit(awakening)
+            return None
+        return self._own_generations.commit(self._kernel.commit, awakening, generation)
 
     def _replace(self, plans: Plans, context: Context) -> tuple[NftablesLedger, dict[ServiceKey, str]]:
         self._generation = None
@@ -434,15 +437,13 @@ class NftablesBackend:
 
     def _commit_one(self, transaction: Transaction) -> None:
         if self._generation is not None:
-            current = self._own_generations.newest_after(self._generation)
             try:
-                self._kernel.commit(transaction, current)
+                self._generation = self._own_generations.commit(self._kernel.commit, transaction, self._generation)
             except GenerationChangedError:
                 self._generation = None
                 if self._must_be_current:
                     raise
             else:
-                self._generation = self._own_generations.record_commit(current)
                 self._must_be_current = False
                 return
         try:

@@ -147,11 +147,16 @@ class TableReader:
                 if _string(data, spans[nf.NFTA_RULE_TABLE]) == TABLE:
                     yield _string(data, spans[nf.NFTA_RULE_CHAIN]), _rule_content(data, spans)
 
-    def elements(self, definition: NftSet) -> Iterator[SetElement]:
+    def elements(self, definition: NftSet) -> dict[bytes, SetElement]:
+        """Return all elements of a set, by key. Raises `DumpInterruptedError` if the dump is not consistent."""
+        with NetlinkSocket(NETLINK_NETFILTER) as netlink:
+            return self._elements(netlink, definition, allow_interrupted=False)
+
+    def walk_elements(self, definition: NftSet) -> Iterator[SetElement]:
         """Yield the elements of a set, while the kernel dumps them.
 
-        Raises `DumpInterruptedError` at the end if any table has changed meanwhile. If this set has changed, elements
-        may be missing or repeated.
+        Raises `DumpInterruptedError` at the end if any table has changed meanwhile. If this set has changed, or if the
+        kernel has resized it, elements may be missing or repeated.
         """
         with NetlinkSocket(NETLINK_NETFILTER) as netlink:
             yield from self._dump_elements(netlink, definition)
@@ -216,9 +221,14 @@ class TableReader:
         self, netlink: NetlinkSocket, definition: NftSet, *, allow_interrupted: bool
     ) -> dict[bytes, SetElement]:
         elements: dict[bytes, SetElement] = {}
+        repeated = False
         with suppress(DumpInterruptedError) if allow_interrupted else nullcontext():
             for element in self._dump_elements(netlink, definition):
+                repeated |= element.key in elements
                 elements[element.key] = element
+            if repeated:
+                # While the kernel resizes a set, the dump contains some elements twice, and lacks others (Linux 6.18).
+                raise DumpInterruptedError(0, "dump interrupted by the resizing of a set")
         return elements
 
     def _dump_elements(self, netlink: NetlinkSocket, definition: NftSet) -> Iterator[SetElement]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from kproxy.model.types import Family
 from kproxy.nftables import names
@@ -67,6 +67,30 @@ class DesiredTable:
         value = values[begin : begin + self._endpoint_size]
         return SetElement(key, value) if value else None
 
+    def matcher(self, set_name: str) -> Callable[[SetElement], bool]:
+        """Return a function that returns whether an element of a set in the kernel is as it must be."""
+        if BASE_SETS[set_name].value is not MapValue.ENDPOINT:
+            return lambda element: self.element(set_name, element.key) == element
+        # A large cluster has a hundred thousand of these elements.
+        owner, size, unpack = self._ledger.owner, self._endpoint_size, _INDEX.unpack
+
+        def matches(element: SetElement) -> bool:
+            key = element.key
+            frontend = owner(key[: -_INDEX.size])
+            for name, values in frontend.endpoints if frontend is not None else ():
+                if name == set_name:
+                    begin = unpack(key[-_INDEX.size :])[0] * size
+                    return values[begin : begin + size] == element.value and not element.comment
+            return False
+
+        return matches
+
+    def missing(self, set_name: str, groups: Iterable[bytes], found: Mapping[bytes, int]) -> Iterator[SetElement]:
+        """Yield all elements of those groups for which the number of correct elements `found` is too small."""
+        for group in groups:
+            if found.get(group, 0) != self._group_size(set_name, group):
+                yield from self.elements_of_group(set_name, group)
+
     def groups(self, set_name: str) -> list[bytes]:
         """Return the keys of the groups that `elements_of_group` accepts: together, they contain all elements of a set.
 
@@ -76,7 +100,7 @@ class DesiredTable:
             return list(self._plain_keys(set_name))
         return list(self._ledger.frontends)
 
-    def group_size(self, set_name: str, group: bytes) -> int:
+    def _group_size(self, set_name: str, group: bytes) -> int:
         """Return the number of elements in a group, without building them."""
         value = BASE_SETS[set_name].value
         if value is MapValue.NONE:
@@ -98,8 +122,7 @@ class DesiredTable:
 
     def elements(self, set_name: str) -> Iterator[SetElement]:
         """Yield all elements of a set in `BASE_SETS`."""
-        for group in self.groups(set_name):
-            yield from self.elements_of_group(set_name, group)
+        return self.missing(set_name, self.groups(set_name), {})
 
     def _plain_keys(self, set_name: str) -> tuple[bytes, ...] | dict[bytes, int]:
         return (

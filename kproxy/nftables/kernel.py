@@ -36,6 +36,8 @@ from kproxy.nftables.transaction import Transaction
 
 NFT_TIMEOUT_SECONDS = 900
 """Timeout after which the program `nft` is considered hung and is killed."""
+MAX_COMMIT_WAIT_SECONDS = 2.0
+"""Maximum number of seconds to wait for a commit for another family."""
 _NO_NF_TABLES = {errno.EINVAL, errno.EOPNOTSUPP, errno.EPROTONOSUPPORT}
 _T = TypeVar("_T")
 
@@ -93,7 +95,26 @@ class OwnGenerations:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._commit_lock = threading.Lock()
         self._first = self._last = 0
+
+    def commit(self, commit: Commit, transaction: Transaction, generation: int) -> int:
+        """Commit a transaction if only this process has made commits since `generation`. Return the new generation ID.
+
+        The kernel makes one commit at a time. The threads of the families therefore wait for each other here, so that
+        a commit of one of them does not change the generation ID while another one is on its way. They wait for a
+        limited time, because the program `nft` can hang.
+
+        Raises the same errors as `Commit`.
+        """
+        acquired = self._commit_lock.acquire(timeout=MAX_COMMIT_WAIT_SECONDS)
+        try:
+            current = self.newest_after(generation)
+            commit(transaction, current)
+            return self.record_commit(current)
+        finally:
+            if acquired:
+                self._commit_lock.release()
 
     def record_commit(self, base: int) -> int:
         """Record a commit that this process made on top of generation `base`. Return the new generation."""
@@ -314,7 +335,7 @@ class NftTable:
 
     def elements(self, definition: NftSet) -> dict[bytes, SetElement]:
         """Return all elements of a set, by key. Raises `TableError`, in particular `TableChangingError`."""
-        return _read(lambda: {element.key: element for element in self._reader.elements(definition)})
+        return _read(lambda: self._reader.elements(definition))
 
     def walk_rules(self) -> Iterator[tuple[str, RuleContent]]:
         """Yield the rules of all chains, each with the name of its chain, while the kernel dumps them.
@@ -329,7 +350,7 @@ class NftTable:
 
         If any table changes meanwhile, some may be missing or repeated. Raises `TableError`.
         """
-        return _walk(self._reader.elements(definition))
+        return _walk(self._reader.walk_elements(definition))
 
 
 def remove_table(family: Family) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import TypeVar
 
@@ -9,7 +10,7 @@ from msgspec import Struct, field
 from msgspec.structs import replace
 
 from kproxy.model.drift import MAX_TOUCHED_ELEMENTS, Part
-from kproxy.nftables.desired_table import BASE_SETS, DesiredTable
+from kproxy.nftables.desired_table import BASE_SETS, DesiredTable, group_of
 from kproxy.nftables.diff import IncompatibleTableError
 from kproxy.nftables.elements import SetElement, SetLayout, set_layout
 from kproxy.nftables.names import TABLE
@@ -98,9 +99,17 @@ def _repair_elements(repair: Repair, desired: DesiredTable, name: str, parts: Ta
     found = parts.elements.get(name, {})
     if b"" in found:
         raise IncompatibleTableError(f"map {name} has a catch-all element")
-    changes = [(each, wanted) for key, each in found.items() if each != (wanted := desired.element(name, key))]
+    changes: list[tuple[SetElement | None, SetElement | None]] = []
+    matches = desired.matcher(name)
+    correct: Counter[bytes] = Counter()
+    for key, existing in found.items():
+        if existing is not None and matches(existing):
+            correct[group_of(name, key)] += 1
+        elif existing != (wanted := desired.element(name, key)):
+            changes.append((existing, wanted))
     if name in parts.whole_sets:
-        changes += [(None, wanted) for wanted in desired.elements(name) if wanted.key not in found]
+        missing = desired.missing(name, desired.groups(name), correct)
+        changes += [(None, wanted) for wanted in missing if wanted.key not in found]
     for existing, wanted in changes:
         if existing is not None:
             repair.transaction.delete_element(name, existing)
@@ -124,7 +133,7 @@ def _repair_chain(repair: Repair, desired: DesiredTable, name: str, state: Chain
     repair.add("chain", name)
     if state is not None:
         transaction.flushed_chains.append(name)
-        if chain is None or (state.hook != chain.hook and _without_policy(state.hook) != chain.hook):
+        if chain is None or (state.hook != chain.hook and without_policy(state.hook) != chain.hook):
             transaction.deleted_chains.append(name)
             state = None
     if chain is not None:
@@ -133,7 +142,8 @@ def _repair_chain(repair: Repair, desired: DesiredTable, name: str, state: Chain
         transaction.added_rules.append(chain)
 
 
-def _without_policy(hook: NftHook | None) -> NftHook | None:
+def without_policy(hook: NftHook | None) -> NftHook | None:
+    """Return a hook without what its name says about a policy other than `accept`."""
     return replace(hook, hook=hook.hook.removesuffix(POLICY_DROP)) if hook is not None else None
 
 

@@ -11,7 +11,7 @@ from msgspec import Struct
 
 from kproxy.model.drift import Part, Touched
 
-FIRST_DELAY_SECONDS = 1.0
+FIRST_DELAY_SECONDS = 0.25
 """Seconds between the first and the second repair of a part. The interval doubles with each further repair."""
 MAX_DELAY_SECONDS = 60.0
 """Maximum number of seconds between two repairs of a part."""

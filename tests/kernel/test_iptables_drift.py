@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,27 @@ def test_failed_comparison_changes_nothing(namespace: Namespace, variant: str, p
         (programs / name).unlink()
         (programs / name).symlink_to(target)
     assert proxy.detects_and_repairs()
+
+
+def test_comparison_after_foreign_commits_lists_only_shared_chains(
+    namespace: Namespace, programs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link_programs(programs_of("nft"), programs)
+    proxy = RecordedProxy(namespace)
+    listed: list[ChainName] = []
+    list_rules = IptablesRunner.list_rules
+
+    def spy(runner: IptablesRunner, chains: Iterable[ChainName]) -> dict[ChainName, list[str]]:
+        listed.extend(wanted := list(chains))
+        return list_rules(runner, wanted)
+
+    assert proxy.verify()
+    monkeypatch.setattr(IptablesRunner, "list_rules", spy)
+    monkeypatch.setattr(IptablesRunner, "save", None)
+    namespace.run(["iptables", "-t", "nat", "-N", "OTHER"])
+    assert proxy.verify()
+    assert ChainName("nat", "OUTPUT") in listed
+    assert not [chain for chain in listed if chain.name.startswith("KUBE-S") or chain in DISPATCH_CHAINS]
 
 
 UNPRINTABLE_RULES = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import threading
 from collections.abc import Callable
 from ipaddress import ip_address
 from typing import Self
@@ -41,6 +42,7 @@ KEY = {Family.IPV4: service_key("192.0.2.1", "TCP", 80), Family.IPV6: service_ke
 KEY_TEXT = {Family.IPV4: "192.0.2.1 . tcp . 80", Family.IPV6: "2001:db8::1 . tcp . 80"}
 VALUE_SIZE = {Family.IPV4: 8, Family.IPV6: 20}
 MANY = 5_000
+SIZES = {Family.IPV4: 4, Family.IPV6: 16}
 
 
 def values(family: Family, count: int) -> bytes:
@@ -305,3 +307,32 @@ def test_longest_names_that_kubernetes_allows(
     again = namespaces()
     again.run(["nft", "-f", "-"], "".join(texts))
     assert dump_table(again, IPV4) == dump_table(node, IPV4)
+
+
+def test_families_that_sync_at_the_same_time_do_not_mistake_each_other_for_another_process(
+    namespaces: Callable[[], Namespace],
+) -> None:
+    node, own = namespaces(), OwnGenerations()
+    tables = {family: NftTable(family, NetlinkCommit(family)) for family in Family}
+    start = node.call(tables[IPV4].generation)
+    generations: dict[Family, int] = {}
+
+    def commit_often(family: Family) -> None:
+        generation = own.commit(tables[family].commit, table(family), start)
+        for number in range(200):
+            change = Transaction(
+                added_elements={names.CLUSTER_IPS: [SetElement(number.to_bytes(SIZES[family], "big"))]}
+            )
+            generation = own.commit(tables[family].commit, change, generation)
+        generations[family] = generation
+
+    def run() -> None:
+        threads = [threading.Thread(target=commit_often, args=[family]) for family in Family]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    node.call(run)
+    assert generations.keys() == set(Family)
+    assert own.newest_after(start) == node.call(tables[IPV4].generation) == start + 402

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Self
 
 import pytest
 
 from kproxy.model.drift import Part, RepairResult, Touched
 from kproxy.model.types import Family
 from kproxy.nftables.backend import NftablesBackend
+from kproxy.nftables.decode import TableReader
 from kproxy.nftables.kernel import Commit, NetlinkCommit, NftCommit, NftTable
 from kproxy.nftables.names import TABLE, table_family
 from kproxy.nftables.transaction import Transaction
@@ -16,27 +21,39 @@ from tests.inprocess import SingleFamilyProxy
 from tests.kernel.test_nftables_commit import dump_table, recorded_proxy
 from tests.kernel.test_nftables_restart import RecordingTable
 from tests.lab.namespace import Namespace
-from tests.recordings import SCENARIOS
+from tests.lab.proxy import FLAGS, KPROXY
+from tests.lab.waiting import HANG_GUARD, wait_until
+from tests.recordings import GOLDEN, SCENARIOS
 
 pytestmark = pytest.mark.usefixtures("kernel", "nft")
 SCENARIO = "dual-stack"
+OWN_ADDRESSES = {Family.IPV4: "10.244.", Family.IPV6: "fd00:10:244:"}
+FOREIGN_ADDRESSES = {Family.IPV4: "10.245.", Family.IPV6: "fd00:10:245:"}
+LONG_PERIOD = ("--iptables-sync-period=1h", "--iptables-min-sync-period=10ms")
 EVERYTHING = {TABLE: Touched(everything=True)}
 
 
-class Repaired:
-    """A recorded cluster in a table that is damaged and repaired."""
+class Damageable:
+    """The table of one family in a namespace."""
 
-    def __init__(self, node: Namespace, family: Family, commit: Commit | None = None, scenario: str = SCENARIO) -> None:
+    def __init__(self, node: Namespace, family: Family) -> None:
         self.node = node
         self.family = family
-        self.kernel = RecordingTable(family) if commit is None else NftTable(family, commit)
-        self.backend = NftablesBackend(self.kernel)
-        self.proxy: SingleFamilyProxy = recorded_proxy(scenario, family, self.backend, node).sync()
-        self.before = dump_table(node, family)
 
     def nft(self, commands: str) -> str:
         """Run nft commands in which TABLE stands for the table's family and name."""
         return self.node.run(["nft", "-a", commands.replace("TABLE", f"{table_family(self.family)} {TABLE}")]).stdout
+
+
+class Repaired(Damageable):
+    """A recorded cluster in a table that is damaged and repaired by hand."""
+
+    def __init__(self, node: Namespace, family: Family, commit: Commit | None = None, scenario: str = SCENARIO) -> None:
+        super().__init__(node, family)
+        self.kernel = RecordingTable(family) if commit is None else NftTable(family, commit)
+        self.backend = NftablesBackend(self.kernel)
+        self.proxy: SingleFamilyProxy = recorded_proxy(scenario, family, self.backend, node).sync()
+        self.before = dump_table(node, family)
 
     def repair(self, touched: Touched | None = None) -> RepairResult:
         tables = EVERYTHING if touched is None else {TABLE: touched}
@@ -67,25 +84,25 @@ def test_own_rules_are_never_taken_for_changed(
     assert found.compare() == []
 
 
-def list_handles(found: Repaired, chain: str) -> list[str]:
+def list_handles(found: Damageable, chain: str) -> list[str]:
     lines = found.nft(f"list chain TABLE {chain}").splitlines()
     return [line.rpartition("# handle ")[2] for line in lines if "# handle " in line and "chain" not in line]
 
 
-def replace_rules(chain: str) -> Callable[[Repaired], object]:
-    def replace(found: Repaired) -> None:
-        for handle in list_handles(found, chain):
-            found.nft(f"replace rule TABLE {chain} handle {handle} counter")
+def replace_rules(chain: str) -> Callable[[Damageable], object]:
+    def replace(found: Damageable) -> None:
+        handles = list_handles(found, chain)
+        found.nft("; ".join(f"replace rule TABLE {chain} handle {handle} counter" for handle in handles))
 
     return replace
 
 
-def delete_last_rule(chain: str) -> Callable[[Repaired], object]:
+def delete_last_rule(chain: str) -> Callable[[Damageable], object]:
     return lambda found: found.nft(f"delete rule TABLE {chain} handle {list_handles(found, chain)[-1]}")
 
 
-def swap_rules(chain: str) -> Callable[[Repaired], object]:
-    def swap(found: Repaired) -> None:
+def swap_rules(chain: str) -> Callable[[Damageable], object]:
+    def swap(found: Damageable) -> None:
         lines = found.nft(f"list chain TABLE {chain}").splitlines()
         rules = [line.split(" # ")[0].strip() for line in lines if "# handle" in line and "chain" not in line]
         added = [f"add rule TABLE {chain} {each}" for each in reversed(rules)]
@@ -94,10 +111,10 @@ def swap_rules(chain: str) -> Callable[[Repaired], object]:
     return swap
 
 
-def change_base_chain(hook: str, policy: str = "accept") -> Callable[[Repaired], object]:
+def change_base_chain(hook: str, policy: str = "accept") -> Callable[[Damageable], object]:
     """Delete a base chain, and create it again with another hook or policy and the same rules."""
 
-    def change(found: Repaired) -> None:
+    def change(found: Damageable) -> None:
         found.nft(
             "flush chain TABLE filter-forward; delete chain TABLE filter-forward;"
             f"add chain TABLE filter-forward {{ type filter {hook}; policy {policy}; }};"
@@ -108,15 +125,15 @@ def change_base_chain(hook: str, policy: str = "accept") -> Callable[[Repaired],
     return change
 
 
-def nft(commands: str) -> Callable[[Repaired], object]:
+def nft(commands: str) -> Callable[[Damageable], object]:
     return lambda found: found.nft(commands)
 
 
-def delete_some_elements(map_name: str) -> Callable[[Repaired], object]:
+def delete_some_elements(map_name: str) -> Callable[[Damageable], object]:
     """Delete every other element of a map, as another process."""
 
-    def delete(found: Repaired) -> None:
-        snapshot = found.node.call(found.kernel.snapshot)
+    def delete(found: Damageable) -> None:
+        snapshot = found.node.call(TableReader(found.family).snapshot)
         assert snapshot is not None
         elements = sorted(snapshot.elements[map_name].values(), key=lambda element: element.key)
         found.node.call(lambda: NetlinkCommit(found.family)(Transaction(deleted_elements={map_name: elements[::2]})))
@@ -124,7 +141,7 @@ def delete_some_elements(map_name: str) -> Callable[[Repaired], object]:
     return delete
 
 
-DAMAGES: dict[str, Callable[[Repaired], object]] = {
+DAMAGES: dict[str, Callable[[Damageable], object]] = {
     "all rules": nft("flush table TABLE"),
     "base chain flushed": nft("flush chain TABLE nat-output"),
     "base chain deleted": nft("flush chain TABLE nat-output; delete chain TABLE nat-output"),
@@ -180,3 +197,68 @@ def test_periodic_comparison_restores_the_table(
     assert found.compare() != []
     assert found.is_restored()
     assert found.compare() == []
+
+
+# The daemon, which learns about changes from the kernel's notifications
+
+
+class DaemonOnNode(Damageable):
+    """A daemon whose periodic comparison never runs during a test, and its log."""
+
+    def __init__(self, node: Namespace, family: Family, log: Path) -> None:
+        super().__init__(node, family)
+        self._log = log
+        self._process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> Self:
+        command = [KPROXY, "run", f"--objects={GOLDEN / SCENARIO}", *FLAGS, "--proxy-mode=nftables", *LONG_PERIOD]
+        with self._log.open("w") as output:
+            self._process = self.node.popen(command, output)
+        wait_until(self._watches, "the daemon watches the tables")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        assert self._process is not None
+        self._process.terminate()
+        self._process.wait(HANG_GUARD)
+
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def _watches(self) -> bool:
+        """Return whether the daemon has removed a foreign chain, as it does once it watches."""
+        assert self._process is not None
+        assert self._process.poll() is None, self.log()
+        if not all(f"{family.value}: synced" in self.log() for family in Family):
+            return False
+        self.nft("add chain TABLE probe")
+        return "chain probe" not in self.nft("list table TABLE") or self._is_probed()
+
+    def _is_probed(self) -> bool:
+        time.sleep(0.05)
+        return "chain probe" not in self.nft("list table TABLE")
+
+
+@pytest.mark.parametrize("family", Family)
+@pytest.mark.parametrize("damage", [*DAMAGES, "table deleted", "rule set flushed", "older rules restored"])
+def test_daemon_restores_the_table_as_soon_as_it_is_changed(
+    node: Namespace, tmp_path: Path, damage: str, family: Family
+) -> None:
+    with DaemonOnNode(node, family, tmp_path / "log") as daemon:
+        before = dump_table(node, family)
+        if damage == "older rules restored":
+            saved = daemon.nft("list table TABLE").replace(OWN_ADDRESSES[family], FOREIGN_ADDRESSES[family])
+            node.run(["nft", "-f", "-"], f"delete table {table_family(family)} {TABLE}\n{saved}")
+        elif damage in DAMAGES:
+            DAMAGES[damage](daemon)
+        else:
+            daemon.nft("delete table TABLE" if damage == "table deleted" else "flush ruleset")
+        wait_until(lambda: _dump_or_none(node, family) == before, "the table is as before")
+
+
+def _dump_or_none(node: Namespace, family: Family) -> object:
+    """Return the contents of the table, or None if it does not exist or cannot be read."""
+    try:
+        return dump_table(node, family)
+    except (IndexError, OSError):
+        return None

@@ -18,6 +18,7 @@ from kproxy.host import nf_tables_events
 from kproxy.host.commands import CommandRunner
 from kproxy.host.nf_tables import current_generation
 from kproxy.host.nf_tables_events import RulesWatch
+from kproxy.iptables.runner import IptablesRunner
 from kproxy.model.drift import RulesChanged, Touched
 from kproxy.model.sync_report import SyncReport
 from kproxy.model.types import Family
@@ -222,3 +223,30 @@ def test_programs_are_known_by_process_and_process_group_until_they_are_forgotte
     assert commands.has_run(leader)
     monkeypatch.setattr("kproxy.host.commands.monotonic", Mock(return_value=1e9))
     assert not commands.has_run(leader)
+
+
+def test_changes_by_iptables_programs_of_kproxy_are_not_reported(namespace: Namespace) -> None:
+    nat = (Family.IPV4, "nat")
+    runner = IptablesRunner(Family.IPV4)
+    reports: queue.SimpleQueue[RulesChanged] = queue.SimpleQueue()
+    watch = RulesWatch([nat], reports.put, is_own_port=runner.has_run)
+    namespace.run(["iptables-nft", "-t", "nat", "-N", "TABLE-EXISTS"])
+    namespace.call(watch.start)
+
+    def probe() -> bool:
+        namespace.run(["iptables-nft", "-t", "nat", "-F", "TABLE-EXISTS"])
+        namespace.run(["iptables-nft", "-t", "nat", "-A", "TABLE-EXISTS", "-j", "RETURN"])
+        return not reports.empty()
+
+    wait_until(probe, "the watch reports a change")
+    namespace.call(lambda: runner.restore("*nat\n:OWN - [0:0]\n-A OWN -j RETURN\nCOMMIT\n"))
+    namespace.run(["iptables-nft", "-t", "nat", "-N", "FOREIGN"])
+    chains: set[str] = set()
+    names_of_programs: set[str] = set()
+    while "FOREIGN" not in chains:
+        touched = reports.get(timeout=HANG_GUARD).tables[nat]
+        chains |= touched.chains
+        names_of_programs |= touched.by
+    assert chains == {"TABLE-EXISTS", "FOREIGN"}
+    assert names_of_programs == {"iptables-nft"}
+    watch.stop(HANG_GUARD)
