@@ -18,8 +18,11 @@ from kproxy.model.drift import RulesChanged, Touched
 from kproxy.model.sync_report import SyncReport
 from kproxy.model.types import Family
 
-_RECEIVE_BUFFER = 8 << 20
-"""Size of the receive buffer in bytes. The kernel allocates memory only for notifications that wait in the buffer."""
+_RECEIVE_BUFFER = 32 << 20
+"""Size of the receive buffer in bytes. It is enough for the deletion of a hundred thousand elements by one commit.
+
+The kernel allocates memory only for notifications that wait in the buffer.
+"""
 _RECEIVE_SIZE = 1 << 16
 FIRST_RETRY_SECONDS = 1.0
 """Seconds until the first attempt to watch again after an error. The delay doubles with each further error."""
@@ -150,11 +153,11 @@ class RulesWatch:
 
         None means that nobody depends on notifications yet: the first syncs read the tables later.
         """
-        self._decoder.discard()
+        has_foreign_changes = self._decoder.discard()
         current = self._known_generation = current_generation()
         if known is None:
             return
-        for _ in range(_OWN_COMMIT_CHECKS):
+        for _ in range(0 if has_foreign_changes else _OWN_COMMIT_CHECKS):
             if self._newest_own_generation(known) == current:
                 return
             if self._stopping.wait(_OWN_COMMIT_SECONDS):

@@ -95,9 +95,10 @@ class CommitDecoder:
         span = attributes(message, HEADER.size + NFGENMSG_SIZE, len(message)).get(nf.NFTA_GEN_ID)
         return int.from_bytes(message[span[0] : span[1]]) if span is not None else None
 
-    def discard(self) -> None:
-        """Discard incomplete and unreported commits, because notifications were lost."""
-        self._touched, self._open = {}, set()
+    def discard(self) -> bool:
+        """Discard incomplete and unreported commits, because notifications were lost. Return whether there were any."""
+        touched, self._touched, self._open = self._touched, {}, set()
+        return bool(touched)
 
     def _decode(self, data: bytes) -> None:
         begin = 0
@@ -124,6 +125,8 @@ class CommitDecoder:
             _touch_set(touched, _string(data, spans.get(nf.NFTA_SET_NAME)))
         elif message in _ELEMENT_CHANGES:
             set_name = _string(data, spans.get(nf.NFTA_SET_ELEM_LIST_SET))
+            if set_name in touched.sets:
+                return
             begin, end = spans.get(nf.NFTA_SET_ELEM_LIST_ELEMENTS, (0, 0))
             for _, element_begin, element_end in iterate_attributes(data, begin, end):
                 _touch_element(touched, set_name, data, element_begin, element_end)

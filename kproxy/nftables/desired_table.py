@@ -9,7 +9,7 @@ from kproxy.model.types import Family
 from kproxy.nftables import names
 from kproxy.nftables.base_table import SETS
 from kproxy.nftables.comments import comment_of
-from kproxy.nftables.elements import SetElement, endpoint_key, endpoint_size
+from kproxy.nftables.elements import EndpointElements, SetElement, endpoint_elements, endpoint_key, endpoint_size
 from kproxy.nftables.ledger import NftablesLedger
 from kproxy.nftables.render import RenderedFrontend
 from kproxy.nftables.ruleset import MapValue, NftChain, NftSet
@@ -88,7 +88,7 @@ class DesiredTable:
     def missing(self, set_name: str, groups: Iterable[bytes], found: Mapping[bytes, int]) -> Iterator[SetElement]:
         """Yield all elements of those groups for which the number of correct elements `found` is too small."""
         for group in groups:
-            if found.get(group, 0) != self._group_size(set_name, group):
+            if found.get(group, 0) != self.group_size(set_name, group):
                 yield from self.elements_of_group(set_name, group)
 
     def groups(self, set_name: str) -> list[bytes]:
@@ -100,7 +100,7 @@ class DesiredTable:
             return list(self._plain_keys(set_name))
         return list(self._ledger.frontends)
 
-    def _group_size(self, set_name: str, group: bytes) -> int:
+    def group_size(self, set_name: str, group: bytes) -> int:
         """Return the number of elements in a group, without building them."""
         value = BASE_SETS[set_name].value
         if value is MapValue.NONE:
@@ -119,6 +119,10 @@ class DesiredTable:
         values, size = _endpoints(set_name, self._ledger.owner(group)), self._endpoint_size
         for index, begin in enumerate(range(0, len(values), size)):
             yield SetElement(endpoint_key(group, index), values[begin : begin + size])
+
+    def endpoint_runs(self, map_name: str, group: bytes) -> Iterator[EndpointElements]:
+        """Yield all elements of a group in an endpoint map, in the form that is encoded fastest."""
+        return endpoint_elements(group, _endpoints(map_name, self._ledger.owner(group)), self._endpoint_size)
 
     def elements(self, set_name: str) -> Iterator[SetElement]:
         """Yield all elements of a set in `BASE_SETS`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
 from msgspec import Struct, field
@@ -15,7 +15,7 @@ from kproxy.nftables.diff import IncompatibleTableError
 from kproxy.nftables.elements import SetElement, SetLayout, set_layout
 from kproxy.nftables.names import TABLE
 from kproxy.nftables.rule_content import RuleContent, rule_content
-from kproxy.nftables.ruleset import NftChain, NftHook
+from kproxy.nftables.ruleset import MapValue, NftChain, NftHook
 from kproxy.nftables.transaction import Transaction
 
 POLICY_DROP = " with policy drop"
@@ -89,8 +89,9 @@ def _repair_set(repair: Repair, desired: DesiredTable, name: str, layout: SetLay
     if layout is None:
         repair.transaction.added_sets.append(definition)
         repair.add("set", name)
-        if name in BASE_SETS and (elements := list(desired.elements(name))):
-            repair.transaction.added_elements[name] = elements
+        if name in BASE_SETS:
+            for group in desired.groups(name):
+                _add_group(repair, desired, name, group)
     elif layout != set_layout(definition, desired.family):
         raise IncompatibleTableError(f"set {name} has a different type")
 
@@ -99,27 +100,62 @@ def _repair_elements(repair: Repair, desired: DesiredTable, name: str, parts: Ta
     found = parts.elements.get(name, {})
     if b"" in found:
         raise IncompatibleTableError(f"map {name} has a catch-all element")
-    changes: list[tuple[SetElement | None, SetElement | None]] = []
     matches = desired.matcher(name)
     correct: Counter[bytes] = Counter()
+    keys: list[bytes] = []
     for key, existing in found.items():
         if existing is not None and matches(existing):
             correct[group_of(name, key)] += 1
         elif existing != (wanted := desired.element(name, key)):
-            changes.append((existing, wanted))
+            keys.append(key)
+            _change_element(repair.transaction, name, existing, wanted)
     if name in parts.whole_sets:
-        missing = desired.missing(name, desired.groups(name), correct)
-        changes += [(None, wanted) for wanted in missing if wanted.key not in found]
-    for existing, wanted in changes:
-        if existing is not None:
-            repair.transaction.delete_element(name, existing)
-        if wanted is not None:
-            repair.transaction.add_element(name, wanted)
-    if len(changes) > MAX_TOUCHED_ELEMENTS:
+        keys += _add_missing(repair, desired, name, found, correct)
+    if len(keys) > MAX_TOUCHED_ELEMENTS:
         repair.add("set", name)
     else:
-        keys = [(existing or wanted).key for existing, wanted in changes]  # type: ignore[union-attr]  # one exists
         repair.parts += [Part(TABLE, "element", name, key) for key in keys]
+
+
+def _change_element(
+    transaction: Transaction, name: str, existing: SetElement | None, wanted: SetElement | None
+) -> None:
+    if existing is not None:
+        transaction.delete_element(name, existing)
+    if wanted is not None:
+        transaction.add_element(name, wanted)
+
+
+def _add_missing(
+    repair: Repair,
+    desired: DesiredTable,
+    name: str,
+    found: Mapping[bytes, SetElement | None],
+    correct: Mapping[bytes, int],
+) -> list[bytes]:
+    """Add the elements that a set lacks, and return their keys. `correct` counts the correct elements in each group."""
+    keys: list[bytes] = []
+    partial = {group_of(name, key) for key in found}
+    for group in desired.groups(name):
+        if group not in partial:
+            keys += _add_group(repair, desired, name, group)
+        elif correct.get(group, 0) != desired.group_size(name, group):
+            lost = [element for element in desired.elements_of_group(name, group) if element.key not in found]
+            for element in lost:
+                repair.transaction.add_element(name, element)
+            keys += [element.key for element in lost]
+    return keys
+
+
+def _add_group(repair: Repair, desired: DesiredTable, name: str, group: bytes) -> list[bytes]:
+    """Add all elements of a group that has no elements in the kernel. Return their keys."""
+    transaction = repair.transaction
+    if BASE_SETS[name].value is MapValue.ENDPOINT:
+        if runs := list(desired.endpoint_runs(name, group)):
+            transaction.added_endpoints.setdefault(name, []).extend(runs)
+    elif (element := desired.element(name, group)) is not None:
+        transaction.add_element(name, element)
+    return [element.key for element in desired.elements_of_group(name, group)]
 
 
 def _repair_chain(repair: Repair, desired: DesiredTable, name: str, state: ChainState | None) -> None:

@@ -173,6 +173,8 @@ def test_watch_that_begins_after_the_first_sync_checks_everything_only_after_for
     found.watch.on_sync(synced())
     if foreign:
         assert found.report() == EVERYTHING
+    current = namespace.call(current_generation)
+    wait_until(lambda: found.watch._known_generation == current, "the watch begins")
     found.wait_until_watching()
     assert found.reports.empty()
     found.watch.stop(HANG_GUARD)

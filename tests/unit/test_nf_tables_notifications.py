@@ -201,7 +201,8 @@ def test_discarded_commits_are_not_reported_and_the_last_generation_is_known() -
     for datagram in (*RULE, *OTHER, ELEMENTS[0]):
         found.feed(datagram)
     assert found.generation == 7
-    found.discard()
+    assert found.discard()
+    assert not found.discard()
     assert found.take() is None
     found.feed(ELEMENTS[1])
     assert found.take() is None
