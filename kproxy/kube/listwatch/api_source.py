@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 
 from msgspec import Struct
 
@@ -211,22 +212,24 @@ class _Reflector:
             self._thread.join(timeout)
 
     def _run(self) -> None:
+        failed = False
         while not self._stopping.is_set():
             try:
+                if failed:  # list again with a new state machine, because the state of the old one is unknown
+                    self._machine, failed = self._new_machine(self._kind), False
                 delay = self._send_request()
             except Exception as error:  # noqa: BLE001 - no error may stop the updates for a kind
-                delay = self._restart(error)
+                failed = True
+                delay, text = self._restarts.failed(error, time.monotonic())
+                with suppress(MemoryError):
+                    self._log_unexpected(error, text)
             self._stopping.wait(delay)
 
-    def _restart(self, error: Exception) -> float:
-        """List again with a new state machine, because the state of the old one is unknown."""
-        self._on_error(self.name, "unexpected")
-        delay, text = self._restarts.failed(error, time.monotonic())
+    def _log_unexpected(self, error: Exception, text: str) -> None:
         if text:
             log.error("%s", text)
             log.debug("watch of %s", self._machine.resource, exc_info=error)
-        self._machine = self._new_machine(self._kind)
-        return delay
+        self._on_error(self.name, "unexpected")
 
     def _send_request(self) -> float:
         """Send the next request and process the response. Return the seconds to wait before the following request."""
