@@ -157,9 +157,9 @@ class Daemon:
         reconciler = threading.Thread(target=self._work, name="reconciler", daemon=True)
         reconciler.start()
         number = _wait_for_stop(reconciler)
-        if not reconciler.is_alive() and self._failure is None:
-            self._failure = RuntimeError(f"thread {reconciler.name} has ended unexpectedly")
-        if self._failure is None:
+        if number is None:
+            self._failure = self._failure or RuntimeError(f"thread {reconciler.name} has ended unexpectedly")
+        elif self._failure is None:
             log.info("%s: stopping; existing rules stay active", number.name)
         self._stop(reconciler)
         if self._failure is not None:  # set before `_stop` was called, or while it ran
@@ -344,17 +344,17 @@ def _node_event(events: EventSink, node: str, reason: str, note: str) -> None:
     events.event(node_reference(node), "Warning", reason, "SyncProxyRules", note)
 
 
-def _wait_for_stop(reconciler: threading.Thread) -> signal.Signals:
+def _wait_for_stop(reconciler: threading.Thread) -> signal.Signals | None:
     """Wait for a signal that stops the daemon, and return it. Handle other signals meanwhile.
 
     Without enough memory, Python may end a thread without calling `threading.excepthook`. If this happens to the
-    reconciler's thread, return SIGTERM.
+    reconciler's thread, return None.
     """
     while True:
         received = signal.sigtimedwait(HANDLED_SIGNALS, LIVENESS_SECONDS)
         if received is None:
             if not reconciler.is_alive():
-                return signal.SIGTERM
+                return None
             continue
         number = signal.Signals(received.si_signo)
         if number in STOP_SIGNALS:
