@@ -69,6 +69,9 @@ PART_STOP_SECONDS = 0.1
 EXIT_SECONDS = 0.3
 """Seconds to wait, after killing iptables programs, for the reconciler thread to stop the components."""
 
+LIVENESS_SECONDS = 30.0
+"""Seconds between two checks whether the reconciler's thread is alive."""
+
 FULL_CHECK_SECONDS = 3600.0
 """Seconds between full drift checks. kube-proxy rewrites all rules at the same interval."""
 
@@ -157,8 +160,10 @@ class Daemon:
         threading.excepthook = self._thread_failed
         reconciler = threading.Thread(target=self._work, name="reconciler", daemon=True)
         reconciler.start()
-        number = _wait_for_stop()
-        if self._failure is None:
+        number = _wait_for_stop(reconciler)
+        if number is None:
+            self._failure = self._failure or RuntimeError(f"thread {reconciler.name} has ended unexpectedly")
+        elif self._failure is None:
             log.info("%s: stopping; existing rules stay active", number.name)
         self._stop(reconciler)
         if self._failure is not None:  # set before `_stop` was called, or while it ran
@@ -353,6 +358,12 @@ class Daemon:
 
         With a dead thread, the process could otherwise keep running and appear healthy.
         """
+        try:
+            self._report_failure(failed)
+        except MemoryError:
+            os._exit(1)  # needs no memory
+
+    def _report_failure(self, failed: threading.ExceptHookArgs) -> None:
         name = failed.thread.name if failed.thread else "unknown"
         log.debug("traceback of thread %s", name, exc_info=failed.exc_value)
         expected = isinstance(failed.exc_value, StartError | ListenError)
@@ -375,15 +386,26 @@ def _node_event(events: EventSink, node: str, reason: str, note: str) -> None:
     events.event(node_reference(node), "Warning", reason, "SyncProxyRules", note)
 
 
-def _wait_for_stop() -> signal.Signals:
-    """Wait for a signal that stops the daemon, and return it. Handle other signals meanwhile."""
-    while (number := signal.Signals(signal.sigwait(HANDLED_SIGNALS))) not in STOP_SIGNALS:
+def _wait_for_stop(reconciler: threading.Thread) -> signal.Signals | None:
+    """Wait for a signal that stops the daemon, and return it. Handle other signals meanwhile.
+
+    Without enough memory, Python may end a thread without calling `threading.excepthook`. If this happens to the
+    reconciler's thread, return None.
+    """
+    while True:
+        received = signal.sigtimedwait(HANDLED_SIGNALS, LIVENESS_SECONDS)
+        if received is None:
+            if not reconciler.is_alive():
+                return None
+            continue
+        number = signal.Signals(received.si_signo)
+        if number in STOP_SIGNALS:
+            return number
         if number in STACK_DUMP_SIGNALS:
             log.info("%s: writing the stacks of all threads to stderr", number.name)
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
         else:
             log.info("%s: ignored; kproxy watches its configuration file and needs no signal", number.name)
-    return number
 
 
 def _connect(config: Config, server: str | None) -> ApiClient:

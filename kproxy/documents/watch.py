@@ -9,6 +9,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 from msgspec import Struct
 
@@ -306,8 +307,8 @@ class PathWatcher:
                     self._stopping.wait(self._poll_period)
             except Exception as error:  # no error may stop the updates
                 delay, text = restarts.failed(error, time.monotonic())
-                if text:
-                    log.error("%s", text)
+                with suppress(MemoryError):
+                    log.log(logging.ERROR if text else logging.DEBUG, "%s", text or error)
                     log.debug("%s", self._path, exc_info=error)
                 self._stopping.wait(delay)
 

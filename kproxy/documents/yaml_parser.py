@@ -112,7 +112,10 @@ def _documents(loader: Any, allow_duplicate_keys: bool, *, has_aliases: bool) ->
 
 
 def _check_expansion(root: yaml.Node) -> None:
-    """Raise `MarkedYAMLError` if aliases enlarge a document by more than `MAX_EXPANSION` values, or form a cycle."""
+    """Raise `MarkedYAMLError` if aliases enlarge a document by more than `MAX_EXPANSION` values.
+
+    An alias of a value that contains it counts as one value, because nothing follows it without an end.
+    """
     sizes: dict[int, int] = {}  # number of values at and below each node, counting those of aliases as copies
     open_nodes: set[int] = set()
     pending = [root]
@@ -123,19 +126,14 @@ def _check_expansion(root: yaml.Node) -> None:
             pending.pop()
         elif id(node) in open_nodes:  # all children have been visited
             open_nodes.discard(id(node))
-            sizes[id(node)] = 1 + sum(sizes[id(child)] for child in children)
+            sizes[id(node)] = 1 + sum(sizes.get(id(child), 1) for child in children)
             if sizes[id(node)] > len(sizes) + MAX_EXPANSION:
                 problem = f"aliases and merges add more than {MAX_EXPANSION:,} values"
                 raise yaml.MarkedYAMLError(None, None, problem, node.start_mark)
             pending.pop()
         else:
             open_nodes.add(id(node))
-            for child in children:
-                if id(child) in open_nodes:
-                    raise yaml.MarkedYAMLError(
-                        None, None, "an alias refers to a value that contains it", node.start_mark
-                    )
-                pending.append(child)
+            pending.extend(child for child in children if id(child) not in open_nodes)
 
 
 def _children(node: yaml.Node) -> list[yaml.Node]:

@@ -11,6 +11,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 from kproxy.host.netlink import Message, NetlinkSocket, retry_interrupted
 from kproxy.host.netlink_message import attributes
@@ -125,8 +126,8 @@ class AddressMonitor:
             except Exception as error:  # noqa: BLE001 - no error may stop the monitor
                 failed = True
                 pause, text = restarts.failed(error, time.monotonic())
-                if text:
-                    log.error("%s", text)
+                with suppress(MemoryError):
+                    log.log(logging.ERROR if text else logging.DEBUG, "%s", text or error)
                 _is_ready(pause, self._wakeup)
 
     def _subscribe_again(self) -> None:

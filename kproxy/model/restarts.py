@@ -24,7 +24,16 @@ class Restarts:
         self._throttle = LogThrottle()
 
     def failed(self, error: BaseException, now: float) -> tuple[float, str]:
-        """Return the seconds to wait after an error, and the message to log, or "" if the error was logged recently."""
+        """Return the seconds to wait after an error, and the message to log, or "" if the error was logged recently.
+
+        Without enough memory for the message, return only the longest delay.
+        """
+        try:
+            return self._failed(error, now)
+        except MemoryError:
+            return LONGEST_DELAY, ""
+
+    def _failed(self, error: BaseException, now: float) -> tuple[float, str]:
         if now - self._last > 2 * LONGEST_DELAY:
             self._delay = FIRST_DELAY
         problem = " ".join(f"unexpected {error!r}".split())

@@ -289,8 +289,8 @@ class HttpServer:
                 self._serve()
             except Exception as error:  # no error may stop the server
                 delay, text = restarts.failed(error, self._clock())
-                if text:
-                    log.error("%s", text)
+                with suppress(MemoryError):
+                    log.log(logging.ERROR if text else logging.DEBUG, "%s", text or error)
                     log.debug("http", exc_info=error)
                 _wait_readable(self._wake, delay)
         self._close()

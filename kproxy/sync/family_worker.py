@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeAlias
 
 from kproxy.model.restarts import Restarts
@@ -45,7 +46,7 @@ class FamilyWorker:
                 job()
             except Exception as error:  # no error may stop the updates of a family
                 delay, text = self._restarts.failed(error, time.monotonic())
-                if text:
-                    log.error("%s", text)
+                with suppress(MemoryError):
+                    log.log(logging.ERROR if text else logging.DEBUG, "%s", text or error)
                     log.debug("job failed", exc_info=error)
                 time.sleep(delay)

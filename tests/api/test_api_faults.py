@@ -125,8 +125,10 @@ def test_large_list_is_read_in_smaller_pages(
     server.set_watch_list("forbidden")
     for number in range(8):
         server.create(large(f"large-{number}", 10_000))
-    start_source(server, max_page_bytes=50_000)
+    errors: list[tuple[str, str]] = []
+    start_source(server, max_page_bytes=50_000, on_error=lambda *error: errors.append(error))
     received.until(lambda _: len(received.names(Service)) == 8)
+    assert [reason for kind, reason in errors if kind == "Service"] == ["status", "size", "size", "size"]
     limits = [request.query.get("limit") for request in server.requests.all() if request.path == "/api/v1/services"]
     assert [limit for limit, _ in itertools.groupby(limits)][:5] == [None, "500", "100", "20", "4"]
     assert "cannot list services: the response exceeds the maximum of 50000 bytes; listing 4 objects" in caplog.text
@@ -172,3 +174,22 @@ def test_age_of_the_objects(server: ApiServer, start_source: StartSource, receiv
     for reflector in source._reflectors:
         reflector.last_contact -= 2 * STALE_SECONDS
     assert source.status() == {"apiStaleSeconds": int(2 * STALE_SECONDS)}
+
+
+def test_data_without_a_complete_event_does_not_count_as_contact(received: Received) -> None:
+    with endless_server(HEADERS % (200, b"application/json"), b" ") as port:
+        errors: list[str] = []
+        client = ApiClient.from_config(None, f"http://127.0.0.1:{port}")
+        source = ApiSource(
+            client,
+            "node-1",
+            received.put,
+            kinds=[Service],
+            max_event_bytes=1 << 16,
+            on_error=lambda _, reason: errors.append(reason),
+        )
+        created = source._reflectors[0].last_contact
+        source.start()
+        wait_until(lambda: errors, "an error")
+        source.stop(HANG_GUARD)
+        assert source._reflectors[0].last_contact == created

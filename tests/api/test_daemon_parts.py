@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
+import time
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,28 @@ def test_pages_on_the_health_and_metrics_ports(cluster: Cluster, daemon: NodeDae
     page = get(daemon, 10249, "/metrics")[1]
     assert 'kubeproxy_sync_proxy_rules_iptables_total{ip_family="IPv4",table="nat"}' in page
     assert 'rest_client_requests_total{code="200"' in page
+    contact = re.search(r'kproxy_api_last_contact_timestamp_seconds\{kind="Service"\} (\S+)', page)
+    assert contact
+    assert 0.0 <= time.time() - float(contact[1]) < HANG_GUARD
+    for path in ("/healthz", "/livez"):
+        assert "apiStaleSeconds" not in get(daemon, 10256, path)[1]
+
+
+def test_absent_api_server_is_shown_and_the_node_keeps_serving(cluster: Cluster, daemon: NodeDaemon) -> None:
+    cluster.create(node("node-1"))
+    cluster.create(service("web", "10.96.7.1"))
+    daemon.start()
+    daemon.settle()
+    wait_until(lambda: get(daemon, 10256, "/healthz")[0] == 200, "status 200 of /healthz")
+    rules = daemon.rules()
+    cluster.stop()
+    failed = re.compile(r'kproxy_reflector_errors_total\{kind="Service",reason="connection"\} [1-9]')
+    wait_until(lambda: failed.search(get(daemon, 10249, "/metrics")[1]), "an error of the watch")
+    assert get(daemon, 10256, "/healthz")[0] == 200
+    assert daemon.rules() == rules
+    cluster.start()
+    cluster.create(service("new", "10.96.7.2"))
+    daemon.settle()
 
 
 def test_node_about_to_be_deleted_is_not_eligible(cluster: Cluster, daemon: NodeDaemon) -> None:

@@ -12,6 +12,7 @@ from tests.lab.waiting import HANG_GUARD
 
 DAEMON = """
 import atexit, logging, os, signal, sys, threading
+from kproxy.app import daemon
 from kproxy.app.daemon import Daemon
 from kproxy.config import Config
 from kproxy.nftables.backend import run_pipelined
@@ -19,6 +20,7 @@ from kproxy.sync.reconciler import Stop
 
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 atexit.register(print, "at exit")
+daemon.LIVENESS_SECONDS = 0.1
 
 
 def hang(*_):
@@ -43,6 +45,8 @@ class Reconciler:
         self.in_progress = in_progress
 
     def run(self, messages):
+        if sys.argv[1] == "vanished":
+            return
         os.kill(os.getpid(), signal.SIGTERM)
         self.in_progress()
         assert isinstance(messages.get(), Stop)
@@ -92,6 +96,7 @@ STARTED = ["start server", "start source"]
             [STOPPING, "stop source", "stop server", "thread reconciler failed: ValueError('broken')"],
         ),
         ("failure", 1, ["stop source", "stop server", "thread reconciler failed: ValueError('broken')"]),
+        ("vanished", 1, ["stop source", "stop server", "thread reconciler has ended unexpectedly"]),
     ],
 )
 def test_process_exits_within_about_a_second_even_if_a_part_hangs(case: str, code: int, lines: list[str]) -> None:
@@ -108,3 +113,23 @@ def test_process_exits_within_about_a_second_even_if_a_part_hangs(case: str, cod
         "at exit",
     ]
     assert seconds < HANG_GUARD / 3
+
+
+def test_process_ends_at_once_if_there_is_no_memory_to_report_a_failed_thread() -> None:
+    script = """
+import threading
+from kproxy.app.daemon import Daemon
+from kproxy.config import Config
+
+class FailedThread:
+    @property
+    def thread(self):
+        raise MemoryError
+
+Daemon(Config(), None, None, None)._thread_failed(FailedThread())
+print("still alive")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=HANG_GUARD, check=False
+    )
+    assert (done.returncode, done.stdout) == (1, "")

@@ -32,3 +32,11 @@ def test_pauses_start_over_after_a_time_without_errors() -> None:
     for second in range(5):
         restarts.failed(ValueError("one"), second)
     assert restarts.failed(ValueError("one"), 1000.0)[0] == FIRST_DELAY
+
+
+def test_error_that_cannot_be_described_has_the_longest_pause() -> None:
+    class Indescribable(Exception):  # noqa: N818 - stands for any error
+        def __repr__(self) -> str:
+            raise MemoryError
+
+    assert Restarts("http").failed(Indescribable(), 0.0) == (LONGEST_DELAY, "")

@@ -6,6 +6,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol
 
 import msgspec
@@ -118,8 +119,8 @@ class EventRecorder:
                     self._write(report)
             except Exception as error:  # noqa: BLE001 - an unexpected error must not stop the thread
                 delay, text = restarts.failed(error, self._clock())
-                if text:
-                    log.error("%s", text)
+                with suppress(MemoryError):
+                    log.log(logging.ERROR if text else logging.DEBUG, "%s", text or error)
                 self._stopping.wait(delay)
 
     def _write(self, report: EventReport) -> None:

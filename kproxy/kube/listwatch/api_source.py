@@ -6,7 +6,8 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 from msgspec import Struct
 
@@ -151,20 +152,6 @@ class LogDeduplicator:
         return recovered
 
 
-class _Watch:
-    """The response to a watch request of a reflector. Records when data arrives."""
-
-    def __init__(self, reflector: _Reflector, response: ApiResponse) -> None:
-        self._reflector, self._response = reflector, response
-        self.media_type = response.media_type
-
-    def chunks(self) -> Iterator[bytes]:
-        """See `ApiResponse.chunks`."""
-        for chunk in self._response.chunks():
-            self._reflector.last_contact = time.monotonic()
-            yield chunk
-
-
 class _Limits(Struct, frozen=True):
     """Maximum sizes in bytes: of a page of a list, and of an event of a watch."""
 
@@ -221,22 +208,24 @@ class _Reflector:
             self._thread.join(timeout)
 
     def _run(self) -> None:
+        failed = False
         while not self._stopping.is_set():
             try:
+                if failed:  # list again with a new state machine, because the state of the old one is unknown
+                    self._machine, failed = self._new_machine(self._kind), False
                 delay = self._send_request()
             except Exception as error:  # noqa: BLE001 - no error may stop the updates for a kind
-                delay = self._restart(error)
+                failed = True
+                delay, text = self._restarts.failed(error, time.monotonic())
+                with suppress(MemoryError):
+                    self._log_unexpected(error, text)
             self._stopping.wait(delay)
 
-    def _restart(self, error: Exception) -> float:
-        """List again with a new state machine, because the state of the old one is unknown."""
-        self._on_error(self.name, "unexpected")
-        delay, text = self._restarts.failed(error, time.monotonic())
+    def _log_unexpected(self, error: Exception, text: str) -> None:
         if text:
             log.error("%s", text)
             log.debug("watch of %s", self._machine.resource, exc_info=error)
-        self._machine = self._new_machine(self._kind)
-        return delay
+        self._on_error(self.name, "unexpected")
 
     def _send_request(self) -> float:
         """Send the next request and process the response. Return the seconds to wait before the following request."""
@@ -289,9 +278,11 @@ class _Reflector:
         self._watch_start = time.monotonic()
         self._machine.handle_open()
         self._carry_out(ListWatchStep())
-        for event in read_events(self._kind, _Watch(self, response), self._limits.event):
+        for event in read_events(self._kind, response, self._limits.event):
             if isinstance(event, ErrorStatus | UndecodableObject):
                 self._on_error(self.name, "status" if isinstance(event, ErrorStatus) else "decoding")
+            else:
+                self.last_contact = time.monotonic()
             step = self._machine.handle_event(event)
             if step.reconnect_after is not None:
                 return step
@@ -299,10 +290,11 @@ class _Reflector:
         return self._machine.handle_close(self._watch_duration())
 
     def _process_page(self, body: bytes) -> ListWatchStep:
-        self.last_contact = time.monotonic()
         step = self._machine.handle_page(body)
-        if self._machine.error:
+        if step.reconnect_after:  # the page could not be used
             self._on_error(self.name, "decoding")
+        else:
+            self.last_contact = time.monotonic()
         return step
 
     def _watch_duration(self) -> float:
