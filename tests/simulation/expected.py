@@ -85,6 +85,16 @@ class Expectations:
                 del self._versions[key][:index]
         del self._contexts[: max(0, mark.context)]
 
+    def has_own_chains(self, key: ServiceKey) -> bool:
+        """Return whether any version of a Service needs chains of its own in nftables mode."""
+        versions = self._versions.get(key, ())
+        return any(plan.affinity_seconds or plan.source_ranges for version in versions for plan in version.plans)
+
+    def lose(self, key: ServiceKey) -> None:
+        """Record that a Service may be missing in the kernel."""
+        if key in self._versions:
+            self._versions[key].insert(0, Version(()))
+
     def known_frontends(self) -> list[Frontend]:
         """Return all frontends that any Service may have."""
         return list({each: None for versions in self._versions.values() for one in versions for each in one.claims})

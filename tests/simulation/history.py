@@ -166,6 +166,7 @@ class World:
             self._backends(),
             self.options,
             lambda: self.now,
+            self.faults,
             nftables=self.nftables,
             check_interval=30.0 if needs_comparisons else None,
             on_outcome=self._on_outcome,
@@ -441,6 +442,11 @@ class World:
             quarantine = self.process.syncs[world.family]._quarantine
             world.expected.finish(world.mark, quarantine.services if quarantine else ())
         if world.reads_kernel:
+            for key in rejected:
+                # What other processes removed cannot be restored if the kernel rejects it. In nftables mode, a full
+                # sync also cannot keep a Service's own chains, because it does not read their rules.
+                if world.damages or (self.nftables and world.expected.has_own_chains(key)):
+                    world.expected.lose(key)
             world.damage = [each for each in world.damage if each > world.job_began]
         self._check_packets(world, None)
 
@@ -522,6 +528,8 @@ class World:
                 world.comparisons >= needed[family] for family, world in self.families.items()
             ):
                 return
+            if late := self.process.oversleeps(self.now):
+                raise BrokenPromiseError(f"{late}: the reconciler sleeps although a sync is due")
             if self.process.messages.wake > deadline:
                 break
             self.now = max(self.now, self.process.messages.wake + FORGIVEN)
@@ -577,13 +585,13 @@ class World:
             f"chain {chain}: {ours.get(chain)} instead of {theirs.get(chain)}"
             for chain in sorted(ours.keys() | theirs.keys())
             if ours.get(chain) != theirs.get(chain)
-            and not (chain not in theirs and self._may_remain(chain[1], theirs, ours))
+            and not (chain not in theirs and self._may_remain(*chain, theirs, ours))
         ]
 
-    def _may_remain(self, name: str, fresh: Chains, ours: Chains) -> bool:
+    def _may_remain(self, table: str, name: str, fresh: Chains, ours: Chains) -> bool:
         """Return whether an obsolete chain that nothing uses may remain, because its deletion failed once."""
-        used = any(f"-j {name}" in rule for chain in fresh for rule in ours.get(chain, ()))
-        return name.startswith(PORT_CHAIN_PREFIXES) and not used
+        used = any(f"-j {name}" in rule for chain in fresh if chain[0] == table for rule in ours.get(chain, ()))
+        return self.faults.injected.total() > 0 and name.startswith(PORT_CHAIN_PREFIXES) and not used
 
     def _check_health(self) -> None:
         process = self.process
