@@ -443,10 +443,9 @@ class World:
             world.expected.finish(world.mark, quarantine.services if quarantine else ())
         if world.reads_kernel:
             for key in rejected:
-                # What other processes removed cannot be restored if the kernel rejects it. In nftables mode, a full
-                # sync also cannot keep a Service's own chains, because it does not read their rules.
-                if world.damages or (self.nftables and world.expected.has_own_chains(key)):
-                    world.expected.lose(key)
+                # This sync restores the rules of a rejected Service from what it reads, if it can: what others have
+                # removed, the kernel rejects again. In nftables mode, the rules of its own chains are not read.
+                world.expected.lose(key)
             world.damage = [each for each in world.damage if each > world.job_began]
         self._check_packets(world, None)
 
