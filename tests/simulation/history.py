@@ -127,7 +127,7 @@ class World:
             masquerade_all=random.random() < 0.2,
             node_port_addresses=random.choice((None, None, NODE_ADDRESSES)),
         )
-        self.sizes = random.choice((1, 2, 1000)), random.choice((1, 6, 600)), random.choice((1, 3, 1000))
+        self.sizes = random.choice((1, 2, 1000)), random.choice((1, 6, 6, 600, 600)), random.choice((1, 3, 1000))
         generations = Generations()
         self.families = {family: self._family(family, generations) for family in families}
         self.counts: Counter[str] = Counter()
@@ -553,7 +553,7 @@ class World:
         """Compare the kernel with a fresh start on the same objects."""
         faults = Faults(self.random, 0.0)
         kernel = world.kernel
-        _, rules, threshold = self.sizes
+        _, _, threshold = self.sizes
         fresh: SimulatedTable | SimulatedIptables
         if isinstance(kernel, SimulatedTable):
             fresh = SimulatedTable(world.family, Generations())
@@ -561,7 +561,7 @@ class World:
         else:
             fresh = SimulatedIptables()
             programs = faulty_iptables(fresh, faults)
-            backend = IptablesBackend(programs, max_transaction_rules=rules, dispatch_threshold=threshold)
+            backend = IptablesBackend(programs, dispatch_threshold=threshold)
         store = self.process.store.__class__("node-1", self.process.store._kinds)
         for each in self.cluster.lists():
             store.apply(each)
