@@ -211,7 +211,7 @@ class Cluster:
     # Watches
 
     def restart_watches(self) -> None:
-        """Begin all watches anew, for a new process."""
+        """List everything again, for a new process."""
         for state in self.kinds.values():
             state.broken = True
 

@@ -57,6 +57,7 @@ class Expectations:
         self.family = family
         self._versions: dict[ServiceKey, list[Version]] = {}
         self._contexts: list[Context] = []
+        self._lost: set[ServiceKey] = set()
 
     def record(self, store: Store, context: Context, keys: Collection[ServiceKey] | None) -> None:
         """Record the current plans of the given Services, or of all Services if `keys` is None."""
@@ -80,14 +81,24 @@ class Expectations:
 
     def finish(self, mark: Mark, rejected: Collection[ServiceKey]) -> None:
         """Record that a sync, which began at `mark`, programmed all Services except the `rejected` ones."""
+        self._lost &= set(rejected)
         for key, index in mark.services.items():
             if key not in rejected and index > 0:
                 del self._versions[key][:index]
         del self._contexts[: max(0, mark.context)]
 
+    def lose(self, key: ServiceKey) -> None:
+        """Record that nothing is known about the rules of a Service, until the kernel accepts it again."""
+        self._lost.add(key)
+
     def known_frontends(self) -> list[Frontend]:
-        """Return all frontends that any Service may have."""
-        return list({each: None for versions in self._versions.values() for one in versions for each in one.claims})
+        """Return all frontends that any Service may have, except those of which nothing is known."""
+        found = {each: None for versions in self._versions.values() for one in versions for each in one.claims}
+        for key in self._lost:
+            for version in self._versions.get(key, ()):
+                for each in version.claims:
+                    found.pop(each, None)
+        return list(found)
 
     def allowed(self, frontend: Frontend, source: str, *, local_pod: bool, mixed: bool) -> set[str]:
         """Return the outcomes that a packet may have.

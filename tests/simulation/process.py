@@ -14,7 +14,7 @@ from typing import Self, cast
 from kproxy.model.context import Context, LocalTraffic
 from kproxy.model.delta import BASIC_KINDS, Kind
 from kproxy.model.store import Store, StoreChange
-from kproxy.model.sync_report import SyncReport
+from kproxy.model.sync_report import SyncError, SyncReport
 from kproxy.model.types import Family, Node, ServiceCIDR, ServiceKey
 from kproxy.serve.health import Health
 from kproxy.serve.metrics import Metrics
@@ -22,6 +22,7 @@ from kproxy.sync.family_sync import Backend, FamilySync
 from kproxy.sync.reconciler import Job, Message, Outcome, Reconciler
 from kproxy.sync.schedule import Schedule
 from tests.simulation.cluster import NODE
+from tests.simulation.faults import Faults
 from tests.simulation.outcomes import LOCAL_PODS
 
 CHECK_INTERVAL = 30.0
@@ -107,6 +108,7 @@ class Process:
         backends: dict[Family, Backend],
         options: Context,
         clock: Callable[[], float],
+        faults: Faults,
         *,
         nftables: bool,
         check_interval: float | None,
@@ -126,12 +128,13 @@ class Process:
         self.health = Health(backends, 2 * CHECK_INTERVAL, wall=lambda: 1)
         self.metrics = self._metrics(backends, nftables=nftables) if with_metrics else None
         self._options = options
+        self._faults = faults
         self._on_outcome = on_outcome
         self._on_start = on_start
         self.backends = backends
         large = math.inf
         self.syncs = {
-            family: FamilySync(backend, partial(make_context, family, options), large_cluster_endpoints=large)
+            family: FamilySync(backend, partial(self._make_context, family), large_cluster_endpoints=large)
             for family, backend in backends.items()
         }
         self.reconciler = Reconciler(
@@ -155,6 +158,11 @@ class Process:
     def context(self, family: Family) -> Context:
         """Return the context that a sync would use now."""
         return make_context(family, self._options, self.store.node)
+
+    def _make_context(self, family: Family, node: Node | None) -> Context:
+        if self._faults.strikes("context"):
+            raise SyncError("cannot list the addresses of this node: No buffer space available")
+        return make_context(family, self._options, node)
 
     def _on_change(self, kind: Kind, change: StoreChange) -> None:
         if change.node or self.changed is None:
@@ -186,6 +194,14 @@ class Process:
     def may_step_reconciler(self, now: float) -> bool:
         """Return whether the reconciler's thread has something to do."""
         return self.messages.has_messages or self.messages.wake <= now + FORGIVEN
+
+    def oversleeps(self, now: float) -> str:
+        """Return which family's sync will be late because the reconciler's thread does not wake up in time, if any."""
+        for family, state in self.reconciler._families.items():
+            wait = state.schedule.wait(now)
+            if wait is not None and not state.syncing and self.messages.wake > now + wait + 1.0:
+                return family.value
+        return ""
 
     def is_settled(self) -> bool:
         """Return whether nothing is left to do, except comparisons."""
