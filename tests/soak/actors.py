@@ -12,7 +12,7 @@ from tests.apiserver import ApiServer
 from tests.apiserver.relay import Relay
 from tests.drift_times import victims
 from tests.drift_times.damages import Damage, damages
-from tests.drift_times.kernel_state import ALL, State, differing
+from tests.drift_times.kernel_state import ALL, State, differing, without_jumps_to_firewall
 from tests.drift_times.stranger import Stranger
 from tests.lab.modes import no_rules_of_other_mode
 from tests.lab.namespace import Namespace
@@ -207,7 +207,7 @@ class Actors:
             names = self._stranger.names(family, DAMAGED[0])
         except RuntimeError as error:
             return f"cannot {damage.name}: {error}"
-        before = {each: self._stranger.read(each) for each in Family}
+        before = self._rules()
         text = f"{family.value}: {damage.name}"
         with self._windows.open(EVERY, text) as window:
             try:
@@ -215,7 +215,7 @@ class Actors:
             except RuntimeError as error:
                 return f"cannot {damage.name}: {error}"
             self.flushes += 1
-            while (after := {each: self._stranger.read(each) for each in Family}) != before:
+            while (after := self._rules()) != before:
                 self._proxy.check()
                 if time.monotonic() - window.began > REPAIR_SECONDS:
                     parts = [part for each in Family for part in differing(before[each], after[each])]
@@ -224,6 +224,9 @@ class Actors:
                     break
                 time.sleep(0.05)
         return f"{text}: repaired after {window.ended - window.began:.2f} s"
+
+    def _rules(self) -> dict[Family, State]:
+        return {family: without_jumps_to_firewall(self._stranger.read(family)) for family in Family}
 
     def _settle(self) -> None:
         """Wait until all faults and damages are over and kproxy has programmed all changes."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from kproxy.model.types import Family
 from tests.apiserver import ApiServer
 from tests.apiserver.relay import Relay
-from tests.drift_times.kernel_state import State, differing
+from tests.drift_times.kernel_state import differing, without_jumps_to_firewall
 from tests.drift_times.stranger import Stranger
 from tests.lab.namespace import Namespace
 from tests.lab.topology import Host, Lab
@@ -31,7 +31,6 @@ LONGEST_PAUSE = 0.3
 """Maximum number of seconds between two actions."""
 
 MAX_SHOWN = 20
-_FIREWALL = "-j KUBE-FIREWALL"
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,7 @@ class Soak:
         after = {family: stranger.read(family) for family in Family}
         found = []
         for family in Family:
-            one, other = (_without_jumps_to_firewall(each[family]) for each in (before, after))
+            one, other = (without_jumps_to_firewall(each[family]) for each in (before, after))
             found += [
                 f"{family.value} {part}: {one.get(part)}, after a fresh start {other.get(part)}"
                 for part in differing(one, other)
@@ -202,11 +201,6 @@ def _explanations(failures: Sequence[Failure], explained: Mapping[int, Window | 
 
 def _text(stranger: Stranger) -> str:
     return str(stranger.read(Family.IPV4))
-
-
-def _without_jumps_to_firewall(state: State) -> State:
-    """Drop the jumps to KUBE-FIREWALL. They are never removed, so their position among the other rules varies."""
-    return {part: [line for line in lines if _FIREWALL not in line] for part, lines in state.items()}
 
 
 def flush(node: Namespace, variant: str) -> None:
