@@ -120,11 +120,16 @@ class Actors:
 
     def finish(self) -> None:
         """Undo all faults and wait until all damages are repaired."""
+        self._undo_faults()
+        while self._open:
+            self._look_at_damages()
+            time.sleep(0.05)
+
+    def _undo_faults(self) -> None:
         for _, text, undo in self._undo:
             self._log(text)
             undo()
         self._undo.clear()
-        self._wait_for_repairs()
 
     def restart(self, mode: str) -> None:
         """Start kproxy, which has exited, and wait for its first sync."""
@@ -161,11 +166,11 @@ class Actors:
             parts = self._stranger.parts(damage, names)
             before = self._parts(family, parts)
             window = Window(victims.name(number), f"{family.value}: {damage.name}", time.monotonic())
-            self._windows.all.append(window)
             self._stranger.run(damage.command, names)
         except RuntimeError as error:
-            # Either kproxy is writing just now, or an earlier damage is being repaired.
+            # Either kproxy is writing just now, or it has not restored the rules after its start.
             return f"cannot {damage.name}: {error}"
+        self._windows.all.append(window)
         self._open.append(OpenDamage(window, family, before))
         self.damages += 1
         return f"{victims.name(number)}, {window.cause}"
@@ -189,12 +194,8 @@ class Actors:
                 self._restart_gently()
                 each.window.ended = time.monotonic()
 
-    def _wait_for_repairs(self) -> None:
-        while self._open:
-            self._look_at_damages()
-            time.sleep(0.05)
-
     def _restart_gently(self) -> None:
+        self._undo_faults()
         self._proxy.terminate()
         self.restart(self._proxy.mode)
 
