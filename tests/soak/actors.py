@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -227,7 +228,7 @@ class Actors:
         return f"{text}: repaired after {window.ended - window.began:.2f} s"
 
     def _rules(self) -> dict[Family, State]:
-        return {family: without_jumps_to_firewall(self._stranger.read(family)) for family in Family}
+        return {family: _in_use(without_jumps_to_firewall(self._stranger.read(family))) for family in Family}
 
     def _settle(self) -> None:
         """Wait until all faults and damages are over and kproxy has programmed all changes."""
@@ -332,3 +333,14 @@ class Actors:
             wait_until(lambda: no_rules_of_other_mode(self._node, mode), f"only rules of {mode} mode")  # noqa: B023
             time.sleep(0.5)
         return f"{OTHER[first]} mode and back"
+
+
+def _in_use(state: State) -> State:
+    """Drop the nftables chains to which nothing leads. kproxy deletes them in a later sync, and does not restore them."""
+    text = "\n".join(line for lines in state.values() for line in lines)
+    targets = set(re.findall(r"(?:goto|jump) (\S+)", text))
+    return {
+        part: lines
+        for part, lines in state.items()
+        if not part.startswith("chain ") or part.split()[1] in targets or any(" hook " in line for line in lines)
+    }
