@@ -23,9 +23,6 @@ from tests.soak.node import Proxy
 from tests.soak.traffic import EVERY, Window, Windows
 
 OTHER = {"iptables": "nftables", "nftables": "iptables"}
-QUIET_SECONDS = 2.0
-"""Seconds without a change after which the rules are up to date."""
-
 REPAIR_SECONDS = 40.0
 """Seconds after which a damage counts as not repaired."""
 
@@ -82,7 +79,6 @@ class Actors:
         self._undo: list[tuple[float, str, Callable[[], None]]] = []
         self._open: list[OpenDamage] = []
         self._foreign = 0
-        self._last_change = 0.0
         self.not_repaired: list[str] = []
         self.flushes = 0
         self.damages = 0
@@ -140,7 +136,6 @@ class Actors:
     # Objects and other programs
 
     def _change(self) -> str:
-        self._last_change = time.monotonic()
         return self._cluster.change()
 
     @property
@@ -233,9 +228,18 @@ class Actors:
     def _settle(self) -> None:
         """Wait until all faults and damages are over and kproxy has programmed all changes."""
         self.finish()
-        wait_until(lambda: time.monotonic() - self._last_change > QUIET_SECONDS, "the objects do not change")
+        wait_until(self._proxy.has_synced, "kproxy has synced each family")
+        self.wait_for_mark()
         states: list[State] = []
         wait_until(lambda: self._is_stable(states), "the rules do not change")
+
+    def wait_for_mark(self) -> None:
+        """Change a Service and its endpoint, and wait until both changes are programmed, and so all earlier ones."""
+        marks = self._cluster.put_mark()
+        wait_until(
+            lambda: all(each in str(self._stranger.read(family)) for family in Family for each in marks[family]),
+            "kproxy programs the last change",
+        )
 
     def _is_stable(self, states: list[State]) -> bool:
         states += [self._stranger.read(family) for family in Family]
@@ -336,7 +340,7 @@ class Actors:
 
 
 def _in_use(state: State) -> State:
-    """Drop the nftables chains to which nothing leads. kproxy deletes them in a later sync, and does not restore them."""
+    """Drop the nftables chains to which nothing leads. kproxy deletes them later, and does not restore them."""
     text = "\n".join(line for lines in state.values() for line in lines)
     targets = set(re.findall(r"(?:goto|jump) (\S+)", text))
     return {

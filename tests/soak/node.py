@@ -158,11 +158,13 @@ class Proxy:
             resource.prlimit(self._running().pid, resource.RLIMIT_NOFILE, (hard, hard))
 
     def growths(self) -> list[Growth]:
-        """Return how memory, descriptors and threads of the current process have grown."""
+        """Return how memory, descriptors and threads of the current process have grown, if it runs long enough."""
         own = [each for each in self.samples if each.pid == self._running().pid]
-        own = [each for each in own if each.time >= own[0].time + START_SECONDS] or own
-        tenth = max(1, len(own) // 10)
-        early, late = own[tenth : 2 * tenth] or own, own[-tenth:]
+        own = [each for each in own if each.time >= own[0].time + START_SECONDS]
+        tenth = len(own) // 10
+        if not tenth:
+            return []
+        early, late = own[tenth : 2 * tenth], own[-tenth:]
 
         def growth(name: str, attribute: str, share: float, least: float) -> Growth:
             before, after = (statistics.median(getattr(each, attribute) for each in part) for part in (early, late))

@@ -139,9 +139,7 @@ class Soak:
     ) -> list[str]:
         """Return the parts of the rules that differ from those after a start on a node without rules."""
         cluster.delete_all_transient()
-        marker = cluster.create_marker("marker")
-        wait_until(lambda: marker in _text(stranger), "kproxy programs the last change")
-        actors.finish()
+        actors.wait_for_mark()
         time.sleep(1.0)
         before = {family: stranger.read(family) for family in Family}
         self._log("stop, flush and start kproxy, to compare the rules")
@@ -149,7 +147,6 @@ class Soak:
             return [f"kproxy exited with status {code}"]
         flush(node, self._variant)
         actors.restart(self._mode)
-        wait_until(lambda: marker in _text(stranger), "kproxy programs all objects")
         after = {family: stranger.read(family) for family in Family}
         found = []
         for family in Family:
@@ -197,10 +194,6 @@ def _explanations(failures: Sequence[Failure], explained: Mapping[int, Window | 
         if window is not None:
             counts[f"{window.ended - window.began:6.2f} s, {window.cause}: {each.label}"] += 1
     return [f"  {count:5} failures within {text}" for text, count in sorted(counts.items())]
-
-
-def _text(stranger: Stranger) -> str:
-    return str(stranger.read(Family.IPV4))
 
 
 def flush(node: Namespace, variant: str) -> None:
