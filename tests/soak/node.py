@@ -20,7 +20,7 @@ from tests.lab.waiting import HANG_GUARD, wait_until
 
 SAMPLE_INTERVAL = 0.25
 START_SECONDS = 4.0
-"""The first seconds of a process, in which it still grows."""
+"""Seconds after the first sync of a process in which it still grows."""
 
 BAD_WORDS = ("Traceback", "unexpected")
 MIN_SYNC_PERIOD = "--iptables-min-sync-period=200ms"
@@ -135,6 +135,9 @@ class Proxy:
     def has_synced(self) -> bool:
         """Return whether the process has synced each family. Raises `RuntimeError` if it has exited on its own."""
         self.check()
+        return self._log_has_syncs()
+
+    def _log_has_syncs(self) -> bool:
         text = self.log.read_bytes()[self._log_begin :].decode()
         return all(f" {family}: synced " in text for family in ("IPv4", "IPv6"))
 
@@ -187,7 +190,7 @@ class Proxy:
 
     def _sample_all(self) -> None:
         while not self._stopped.wait(SAMPLE_INTERVAL):
-            if self._process is not None and self._process.poll() is None:
+            if self._process is not None and self._process.poll() is None and self._log_has_syncs():
                 try:
                     self.samples.append(_sample(self._process.pid))
                 except (OSError, KeyError):

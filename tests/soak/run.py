@@ -18,7 +18,6 @@ from tests.drift_times.kernel_state import differing, without_jumps_to_firewall
 from tests.drift_times.stranger import Stranger
 from tests.lab.namespace import Namespace
 from tests.lab.topology import Host, Lab
-from tests.lab.waiting import wait_until
 from tests.soak.actors import OTHER, Actors
 from tests.soak.cluster import NODES, PORT, SoakCluster, addresses_on
 from tests.soak.node import Proxy
