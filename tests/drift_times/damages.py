@@ -24,7 +24,8 @@ class Damage:
     `element <set> { <key> }` in nftables mode; or "all". With proof "rules", it is repaired when the rules are the same
     as before; with "connection", when connections to the Service succeed, because a rule of another tool remains.
     `service` is the Service whose names the command contains: "plain" stands for one of several equal ones. `variant`
-    is "nft" if the damage needs iptables-nft.
+    is "nft" if the damage needs iptables-nft. `leaves` are parts that belong to the other tool and remain. `undo` is a
+    command that removes what remains.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Damage:
     proof: Proof = "rules"
     variant: str = ""
     undo: str = ""
+    leaves: tuple[str, ...] = ()
 
 
 def fill(text: str, names: Mapping[str, str]) -> str:
@@ -97,7 +99,13 @@ def _iptables() -> Iterator[Damage]:
     )
     flush_both = _restore("nat", "-F <svc>", "-F <sep1>", "-F <sep2>")
     yield Damage("flush all chains of a Service at once", flush_both, (*in_service, *in_endpoint, "nat <sep2>"))
-    yield Damage("rename a Service's chain", "<iptables> -t nat -E <svc> STOLEN", (*in_service, "nat <dispatch>"))
+    yield Damage(
+        "rename a Service's chain",
+        "<iptables> -t nat -E <svc> STOLEN",
+        (*in_service, "nat <dispatch>"),
+        undo="<iptables> -t nat -F STOLEN; <iptables> -t nat -X STOLEN",
+        leaves=("nat STOLEN",),
+    )
     for number, what in ((1, "the masquerade rule"), (2, "the first endpoint"), (3, "the last endpoint")):
         yield Damage(f"delete {what} from a Service's chain", f"<iptables> -t nat -D <svc> {number}", in_service)
     yield Damage("delete the DNAT rule of an endpoint", "<iptables> -t nat -D <sep1> 2", in_endpoint)

@@ -19,6 +19,7 @@ State: TypeAlias = dict[str, list[str]]
 ALL = ("all",)
 _BLOCK = re.compile(r"^\t(chain|map|set) (\S+) \{\n(.*?)^\t\}", re.DOTALL | re.MULTILINE)
 _ELEMENTS = re.compile(r"elements = \{(.*?)\}", re.DOTALL)
+_FIREWALL = " -j KUBE-FIREWALL"
 _UNSORTED = {f"{chain.table} {chain.name}" for chain in DISPATCH_CHAINS}
 
 
@@ -71,16 +72,25 @@ class NftablesState:
         self._table = (("ip" if family is Family.IPV4 else "ip6"), "kube-proxy")
 
     def read(self, parts: Iterable[str] = ALL) -> State:
-        """Return all chains, sets and maps. With `parts`, return all chains, but only these elements of sets."""
+        """Return all chains, sets and maps. With `parts`, return all chains, but only these sets and elements."""
         if tuple(parts) == ALL:
             return parse_table(self.text())
         found = parse_table(self._list("-t"))
         for part in parts:
             kind, _, rest = part.partition(" ")
-            if kind == "element":
+            if kind == "set":
+                found |= parse_table(self._set(rest))
+            elif kind == "element":
                 done = self._node.run(["nft", "get", "element", *self._table, rest], check=False)
                 found[part] = [_ELEMENTS.search(done.stdout)[1].strip()] if done.returncode == 0 else []  # type: ignore[index]
         return found
+
+    def _set(self, name: str) -> str:
+        """Return a set or map, or "" if it does not exist."""
+        commands = (["nft", "-s", "list", kind, *self._table, name] for kind in ("set", "map"))
+        return next(
+            (done.stdout for each in commands if not (done := self._node.run(each, check=False)).returncode), ""
+        )
 
     def text(self) -> str:
         """Return the table as nft prints it."""
@@ -105,6 +115,14 @@ def parse_table(listed: str) -> State:
             head += sorted(" ".join(each.split()) for each in re.split(r",\s", elements[1]))
         found[f"set {name}"] = head
     return found
+
+
+def without_jumps_to_firewall(state: State) -> State:
+    """Drop the jumps to KUBE-FIREWALL.
+
+    They stay when kproxy switches to nftables mode, so their position among the other rules depends on the past.
+    """
+    return {part: [line for line in lines if not line.endswith(_FIREWALL)] for part, lines in state.items()}
 
 
 def difference(before: State, after: State, title: str) -> str:

@@ -14,10 +14,7 @@ from tests.drift_times.damages import Damage
 from tests.drift_times.kernel_state import ALL, State, difference, differing
 from tests.drift_times.probes import Probes
 from tests.drift_times.stranger import STRANGER
-from tests.drift_times.testbed import DamagedNode
-
-SMALL = 200
-"""Up to this number of Services, all rules are compared. In larger clusters, only the damaged parts are."""
+from tests.drift_times.testbed import SMALL, DamagedNode
 
 POLL_INTERVAL = 0.005
 NOTICE_SECONDS = 0.1
@@ -82,7 +79,7 @@ class Measurement:
         names = stranger.names(family, victims.number_of(damage.service, self._turn, self._testbed.services))
         parts = stranger.parts(damage, names)
         self._forget_repairs(parts, family)
-        looked_at = ALL if self._testbed.services <= SMALL else _without_all(parts)
+        looked_at = ALL if self._testbed.services <= SMALL else self._fewer(parts, names["ip"])
         before = self._testbed.stranger.read(family, looked_at)
         with Probes(self._testbed.client, names["ip"]) as probes:
             _wait_for_successes(probes, time.monotonic())
@@ -92,10 +89,10 @@ class Measurement:
             if damage.proof == "connection":
                 seconds, after = self._wait_for_connections(probes, began), before
             else:
-                seconds, after = self._wait_for_rules(before, looked_at, family, began)
+                seconds, after = self._wait_for_rules(before, looked_at, family, began, damage.leaves)
             _wait_for_successes(probes, time.monotonic() - 0.1, seconds=1.0)
             outage = probes.outage(began / 1e9)
-        if damage.undo:
+        if damage.undo and seconds is not None:
             stranger.run(damage.undo, names)
             self._testbed.restart()
             self._repaired.clear()
@@ -103,6 +100,15 @@ class Measurement:
         if before != after:
             self._testbed.record(difference(before, after, f"{family.value}: {damage.name}"))
         return Repair(damage.name, family, seconds, outage, tuple(differing(before, after)))
+
+    def _fewer(self, parts: tuple[str, ...], ip: str) -> tuple[str, ...]:
+        """Return the parts to look at in a large cluster."""
+        if parts != ALL:
+            return parts
+        if self._testbed.mode == "nftables":
+            keys = {"service-ips": f"{ip} . tcp . 80", "service-endpoints": f"{ip} . tcp . 80 . 0"}
+            return ("set cluster-ips", *(f"element {name} {{ {key} }}" for name, key in keys.items()))
+        return ("nat KUBE-POSTROUTING", "nat PREROUTING", "nat KUBE-SERVICES", "filter FORWARD", "filter KUBE-FORWARD")
 
     def _forget_repairs(self, parts: tuple[str, ...], family: Family) -> None:
         """Restart the daemon if it has repaired any of these parts before, because it waits before it does so again."""
@@ -123,7 +129,7 @@ class Measurement:
             time.sleep(POLL_INTERVAL)
 
     def _wait_for_rules(
-        self, before: State, parts: tuple[str, ...], family: Family, began: int
+        self, before: State, parts: tuple[str, ...], family: Family, began: int, leaves: tuple[str, ...]
     ) -> tuple[float | None, State]:
         """Read the rules after each commit until they are the same as before. Return the time of that commit."""
         deadline = time.monotonic() + self._patience
@@ -134,6 +140,8 @@ class Measurement:
             if last != seen or late:
                 reading = time.monotonic_ns()
                 after = self._testbed.stranger.read(family, parts)
+                for part in leaves:
+                    after.pop(part, None)
                 if after == before:
                     return self._repair_time(began, reading), after
                 if late:
@@ -163,13 +171,6 @@ class Measurement:
         if _wait_for_successes(probes, began / 1e9, seconds=self._patience):
             return probes.outage(began / 1e9)
         return None
-
-
-def _without_all(parts: tuple[str, ...]) -> tuple[str, ...]:
-    """Return parts to look at in a large cluster."""
-    if parts != ALL:
-        return parts
-    return ("nat KUBE-POSTROUTING", "nat PREROUTING", "filter FORWARD", "nat KUBE-SERVICES")
 
 
 def _wait_for_successes(probes: Probes, since: float, *, seconds: float = 10.0) -> bool:

@@ -20,8 +20,13 @@ STRANGER = "stranger"
 class Stranger:
     """Damages the rules of one mode on a node, and reads them."""
 
-    def __init__(self, node: Namespace, mode: str, folder: Path) -> None:
-        """`mode` is `nftables`, `iptables-nft` or `iptables-legacy`; `folder` is for links to programs."""
+    def __init__(self, node: Namespace, mode: str, folder: Path, *, remember: bool = False) -> None:
+        """`mode` is `nftables`, `iptables-nft` or `iptables-legacy`; `folder` is for links to programs.
+
+        With `remember`, the rules are read only once for `names`, because that takes seconds in a large cluster.
+        """
+        self._remember = remember
+        self._texts: dict[Family, str] = {}
         self._node, self._mode, self._folder = node, mode, folder
         self.variant = "nft" if mode == "nftables" else mode.removeprefix("iptables-")
         folder.mkdir()
@@ -45,7 +50,9 @@ class Stranger:
 
         Raises `RuntimeError` if the Service is not programmed.
         """
-        text = self._states[family].text()
+        text = self._texts.get(family) or self._states[family].text()
+        if self._remember:
+            self._texts[family] = text
         found = victims.addresses(number, family)
         try:
             found |= (victims.nftables_names if self._mode == "nftables" else victims.iptables_names)(number, text)

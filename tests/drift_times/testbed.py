@@ -22,6 +22,9 @@ from tests.lab.topology import Lab
 QUIET = ("--iptables-sync-period=12h", "--iptables-min-sync-period=1s")
 """No periodic check during a run, so that only a notification can lead to a repair."""
 
+SMALL = 200
+"""Up to this number of Services, all rules are compared. In larger clusters, only the damaged parts are."""
+
 START_SECONDS = 600.0
 
 
@@ -43,7 +46,7 @@ class DamagedNode:
             self.client = lab.add_pod("client", "10.244.1.250", "fd00:10:244:1::250")
             pods = [address for both in victims.PODS.values() for address in both]
             AddressServers(self._folder, [lab.add_pod("server", *pods).namespace], 8080)
-            self.stranger = Stranger(self.node, self.mode, self._folder / "stranger")
+            self.stranger = Stranger(self.node, self.mode, self._folder / "stranger", remember=self.services > SMALL)
             self._programs.mkdir()
             link_programs(programs_of(self.stranger.variant), self._programs)
             victims.write(self._folder / "objects.json", self.services)

@@ -58,6 +58,7 @@ class SoakCluster:
         self._api, self._random = api, chance
         self._members: dict[int, list[int]] = {}
         self._extra: dict[int, dict[str, Any]] = {}
+        self._marks = 100
         self._transient: dict[int, list[objects.Object]] = {}
         api.create(objects.node())
         for number in (victims.NODE, victims.EMPTY, *DAMAGED):
@@ -115,10 +116,17 @@ class SoakCluster:
         for number in sorted(self._transient):
             self._remove(number)
 
-    def create_marker(self, name: str) -> str:
-        """Create a Service whose ClusterIP appears in the rules once they are up to date; return this address."""
-        self._api.create(objects.service(name, "10.96.9.9", "fd00:10:96:9::9"))
-        return "10.96.9.9"
+    def put_mark(self) -> dict[Family, tuple[str, str]]:
+        """Give a Service a new endpoint and a new port, and return both.
+
+        They appear in the rules once these are up to date.
+        """
+        self._marks += 1
+        addresses = f"10.244.250.{self._marks}", f"fd00:10:244:250::{self._marks:x}"
+        self._api.apply(objects.service("mark", "10.96.9.9", "fd00:10:96:9::9", port=8000 + self._marks))
+        for family, address in zip(Family, addresses, strict=True):
+            self._api.apply(objects.endpoint_slice("mark", [objects.endpoint(address)], family=family.value))
+        return {family: (address, f"{8000 + self._marks}") for family, address in zip(Family, addresses, strict=True)}
 
     def _of_class(self, label: str) -> int:
         return CLASSES.index(label) * PER_CLASS + self._random.randrange(PER_CLASS)

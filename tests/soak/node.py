@@ -20,7 +20,7 @@ from tests.lab.waiting import HANG_GUARD, wait_until
 
 SAMPLE_INTERVAL = 0.25
 START_SECONDS = 4.0
-"""The first seconds of a process, in which it still grows."""
+"""Seconds after the first sync of a process in which it still grows."""
 
 BAD_WORDS = ("Traceback", "unexpected")
 MIN_SYNC_PERIOD = "--iptables-min-sync-period=200ms"
@@ -135,6 +135,9 @@ class Proxy:
     def has_synced(self) -> bool:
         """Return whether the process has synced each family. Raises `RuntimeError` if it has exited on its own."""
         self.check()
+        return self._log_has_syncs()
+
+    def _log_has_syncs(self) -> bool:
         text = self.log.read_bytes()[self._log_begin :].decode()
         return all(f" {family}: synced " in text for family in ("IPv4", "IPv6"))
 
@@ -158,11 +161,13 @@ class Proxy:
             resource.prlimit(self._running().pid, resource.RLIMIT_NOFILE, (hard, hard))
 
     def growths(self) -> list[Growth]:
-        """Return how memory, descriptors and threads of the current process have grown."""
+        """Return how memory, descriptors and threads of the current process have grown, if it runs long enough."""
         own = [each for each in self.samples if each.pid == self._running().pid]
-        own = [each for each in own if each.time >= own[0].time + START_SECONDS] or own
-        tenth = max(1, len(own) // 10)
-        early, late = own[tenth : 2 * tenth] or own, own[-tenth:]
+        own = [each for each in own if each.time >= own[0].time + START_SECONDS]
+        tenth = len(own) // 10
+        if not tenth:
+            return []
+        early, late = own[tenth : 2 * tenth], own[-tenth:]
 
         def growth(name: str, attribute: str, share: float, least: float) -> Growth:
             before, after = (statistics.median(getattr(each, attribute) for each in part) for part in (early, late))
@@ -185,7 +190,7 @@ class Proxy:
 
     def _sample_all(self) -> None:
         while not self._stopped.wait(SAMPLE_INTERVAL):
-            if self._process is not None and self._process.poll() is None:
+            if self._process is not None and self._process.poll() is None and self._log_has_syncs():
                 try:
                     self.samples.append(_sample(self._process.pid))
                 except (OSError, KeyError):

@@ -14,11 +14,10 @@ from pathlib import Path
 from kproxy.model.types import Family
 from tests.apiserver import ApiServer
 from tests.apiserver.relay import Relay
-from tests.drift_times.kernel_state import State, differing
+from tests.drift_times.kernel_state import differing, without_jumps_to_firewall
 from tests.drift_times.stranger import Stranger
 from tests.lab.namespace import Namespace
 from tests.lab.topology import Host, Lab
-from tests.lab.waiting import wait_until
 from tests.soak.actors import OTHER, Actors
 from tests.soak.cluster import NODES, PORT, SoakCluster, addresses_on
 from tests.soak.node import Proxy
@@ -31,7 +30,6 @@ LONGEST_PAUSE = 0.3
 """Maximum number of seconds between two actions."""
 
 MAX_SHOWN = 20
-_FIREWALL = "-j KUBE-FIREWALL"
 
 
 @dataclass(frozen=True)
@@ -140,9 +138,7 @@ class Soak:
     ) -> list[str]:
         """Return the parts of the rules that differ from those after a start on a node without rules."""
         cluster.delete_all_transient()
-        marker = cluster.create_marker("marker")
-        wait_until(lambda: marker in _text(stranger), "kproxy programs the last change")
-        actors.finish()
+        actors.wait_for_mark()
         time.sleep(1.0)
         before = {family: stranger.read(family) for family in Family}
         self._log("stop, flush and start kproxy, to compare the rules")
@@ -150,11 +146,10 @@ class Soak:
             return [f"kproxy exited with status {code}"]
         flush(node, self._variant)
         actors.restart(self._mode)
-        wait_until(lambda: marker in _text(stranger), "kproxy programs all objects")
         after = {family: stranger.read(family) for family in Family}
         found = []
         for family in Family:
-            one, other = (_without_jumps_to_firewall(each[family]) for each in (before, after))
+            one, other = (without_jumps_to_firewall(each[family]) for each in (before, after))
             found += [
                 f"{family.value} {part}: {one.get(part)}, after a fresh start {other.get(part)}"
                 for part in differing(one, other)
@@ -198,15 +193,6 @@ def _explanations(failures: Sequence[Failure], explained: Mapping[int, Window | 
         if window is not None:
             counts[f"{window.ended - window.began:6.2f} s, {window.cause}: {each.label}"] += 1
     return [f"  {count:5} failures within {text}" for text, count in sorted(counts.items())]
-
-
-def _text(stranger: Stranger) -> str:
-    return str(stranger.read(Family.IPV4))
-
-
-def _without_jumps_to_firewall(state: State) -> State:
-    """Drop the jumps to KUBE-FIREWALL. They are never removed, so their position among the other rules varies."""
-    return {part: [line for line in lines if _FIREWALL not in line] for part, lines in state.items()}
 
 
 def flush(node: Namespace, variant: str) -> None:
