@@ -228,7 +228,7 @@ def test_rule_that_drops_service_traffic_first_is_reported_and_kept(
 @pytest.mark.usefixtures("programs_of_nft")
 def test_own_transactions_are_not_foreign(node: Namespace) -> None:
     generations = GenerationCounter(current_generation)
-    runners = [IptablesRunner(family, generations) for family in Family]
+    runners = [IptablesRunner(family, generations=generations) for family in Family]
     text = "*mangle\n:KUBE-A - [0:0]\nCOMMIT\n*nat\n:KUBE-A - [0:0]\n-A KUBE-A -j RETURN\nCOMMIT\n"
     before = node.call(runners[0].foreign_changes)
     for runner in runners:
