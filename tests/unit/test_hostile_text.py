@@ -108,7 +108,7 @@ def assert_harmless(text: str) -> None:
         assert formatter.format(record).isprintable()
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(st.sampled_from(PATHS), TEXT)
 def test_objects_of_the_api_server_are_described_in_printable_text(
     case: tuple[dict[str, Any], tuple[str | int, ...]], text: str
