@@ -411,7 +411,7 @@ def find_lock_holder(lines: Iterable[str], inode: str) -> int:
 
 
 def _process_group(pid: int) -> int:
-    with suppress(OSError):
+    with suppress(OSError, OverflowError):
         return os.getpgid(pid)
     return 0
 

@@ -141,14 +141,14 @@ class SyncReport(Struct, frozen=True):
 class RepairReport(Struct, frozen=True):
     """One check of parts of a family's rules.
 
-    `by` are the names of the processes that touched the parts, sorted; it is empty if they are unknown. `repeated`
-    contains the repaired parts that had been repaired shortly before, with the seconds until they are checked again.
+    `by` are the names of the processes that touched the parts, sorted; it is empty if they are unknown. `delayed`
+    contains the parts that are repaired so often that their next check waits, with the number of seconds.
     """
 
     family: Family
     result: RepairResult
     by: tuple[str, ...] = ()
-    repeated: Mapping[Part, float] = {}
+    delayed: Mapping[Part, float] = {}
 
 
 QueueListener: TypeAlias = Callable[[Family, float], None]

@@ -17,7 +17,7 @@ LISTED_PARTS = 5
 
 
 class DriftListener:
-    """Logs each repair, each repeated repair with its delay, and each new finding, and records events about them.
+    """Logs each repair and each new finding, and records events about them.
 
     `event` is called with the reason and the message. It must neither block nor raise.
     """
@@ -34,8 +34,8 @@ class DriftListener:
             self._warn("RulesChanged", text)
         if result.repaired:
             text = f"{family}: restored {_listed(result.repaired)}, which {_processes(report.by)} had changed"
-            if report.repeated:
-                text += f"; {_again(report.repeated.values())}"
+            if report.delayed:
+                text += f"; {_delay_text(report.delayed.values())}"
             self._warn("RulesRestored", text)
         known = self._findings.get(report.family, frozenset())
         for finding in result.findings:
@@ -70,5 +70,5 @@ def _processes(names: Collection[str]) -> str:
     return " or ".join(names) if names else "another process"
 
 
-def _again(delays: Iterable[float]) -> str:
-    return f"this has happened before, so the next repair waits up to {max(delays):.0f} s"
+def _delay_text(delays: Iterable[float]) -> str:
+    return f"this happens often, so the next check is in {max(delays):.0f} s"

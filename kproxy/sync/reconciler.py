@@ -424,8 +424,8 @@ class Reconciler:
             state.compare_all = True
             state.schedule.request()
             return
-        repeated = state.repairs.repaired(outcome.repaired, self._clock())
-        report = RepairReport(family, outcome, tuple(sorted(by)), repeated)
+        delayed = state.repairs.repaired(outcome.repaired, self._clock())
+        report = RepairReport(family, outcome, tuple(sorted(by)), delayed)
         _call_each(self._on_repair, report)
         if outcome.needs_full_sync:
             state.log_next_sync = True

@@ -11,30 +11,37 @@ from msgspec import Struct
 
 from kproxy.model.drift import Part, Touched
 
-FIRST_DELAY_SECONDS = 0.25
-"""Seconds between the first and the second repair of a part. The interval doubles with each further repair."""
+BURST = 20
+"""Number of repairs of a part that may follow each other without a delay."""
+REFILL_SECONDS = 2.0
+"""For each period of this many seconds without a repair, one more repair of a part needs no delay, up to `BURST`."""
+FIRST_DELAY_SECONDS = 1.0
+"""Seconds until the next check of a part, after the first repair beyond `BURST`. They double with each further one."""
 MAX_DELAY_SECONDS = 60.0
 """Maximum number of seconds between two repairs of a part."""
-CALM_SECONDS = 120.0
-"""If a part did not need a repair for this number of seconds, its next repair counts as the first one."""
 
 
 class PartHistory(Struct, frozen=True):
-    """The repairs of a part: when the last one was made, and the delay until the next check."""
+    """The repairs of a part.
 
+    `allowance` is the number of repairs without a delay that were left after the last repair, which was made at
+    `repaired_at`. `delay` is the number of seconds to wait before the next check.
+    """
+
+    allowance: float
     repaired_at: float
     delay: float
 
-    def is_calm(self, now: float) -> bool:
-        """Return whether the part has not needed a repair for a long time."""
-        return now - self.repaired_at > CALM_SECONDS
+    def allowance_at(self, now: float) -> float:
+        """Return how many repairs may follow each other without a delay."""
+        return min(BURST, self.allowance + (now - self.repaired_at) / REFILL_SECONDS)
 
 
 class RepairSchedule:
     """The touched parts of one family's rules, and when to check each of them.
 
-    A part is checked at once, unless it was repaired recently: if another program keeps changing the part, the interval
-    between the repairs grows, so that the two programs do not keep the node busy.
+    A part is checked at once, unless it was repaired many times recently: if another program keeps changing the part,
+    the interval between the repairs grows, so that the two programs do not keep the node busy.
     """
 
     def __init__(self) -> None:
@@ -66,13 +73,16 @@ class RepairSchedule:
         return taken
 
     def repaired(self, parts: Iterable[Part], now: float) -> dict[Part, float]:
-        """Record that parts had to be repaired. Return those that were repaired repeatedly, with their new delays."""
-        self._history = {part: each for part, each in self._history.items() if not each.is_calm(now)}
-        repeated = {}
+        """Record that parts had to be repaired. Return those whose next repair is delayed, with the delays."""
+        self._history = {part: each for part, each in self._history.items() if each.allowance_at(now) < BURST}
+        delayed = {}
         for part in parts:
-            before = self._history.get(part)
-            delay = FIRST_DELAY_SECONDS if before is None else min(2 * before.delay, MAX_DELAY_SECONDS)
-            self._history[part] = PartHistory(now, delay)
-            if before is not None:
-                repeated[part] = delay
-        return repeated
+            before = self._history.get(part, PartHistory(BURST, now, 0.0))
+            allowance = before.allowance_at(now)
+            if allowance >= 1.0:
+                self._history[part] = PartHistory(allowance - 1.0, now, 0.0)
+            else:
+                delay = min(max(FIRST_DELAY_SECONDS, 2 * before.delay), MAX_DELAY_SECONDS)
+                self._history[part] = PartHistory(allowance, now, delay)
+                delayed[part] = delay
+        return delayed

@@ -17,7 +17,7 @@ from kproxy.serve.metrics import Metrics
 from kproxy.sync.drift_listener import LISTED_PARTS, DriftListener
 from kproxy.sync.family_sync import FamilySync
 from kproxy.sync.reconciler import STEP_SECONDS
-from kproxy.sync.repair_schedule import CALM_SECONDS, FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS, RepairSchedule
+from kproxy.sync.repair_schedule import BURST, FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS, REFILL_SECONDS, RepairSchedule
 from tests.inprocess import EMPTY_LISTS, ReconciledProxy, StubBackend
 
 V4, V6 = Family.IPV4, Family.IPV6
@@ -161,35 +161,41 @@ def test_parts_that_are_changed_again_and_again_are_checked_less_and_less_often(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     proxy, delays = DriftingProxy(check_interval=1e6), []
-    for _ in range(9):
+    for _ in range(BURST + 10):
         proxy.four.results = [RepairResult((CHAIN,))]
         proxy.touch({(V4, "nat"): Touched(chains={"KUBE-SERVICES"})})
         before = proxy.clock.now
         while proxy.four.results:
             proxy.sync_after(proxy.reconciler.wait() or 0.0)
         delays.append(proxy.clock.now - before)
-    assert delays == [0.0, *(min(FIRST_DELAY_SECONDS * 2**number, MAX_DELAY_SECONDS) for number in range(8))]
-    assert (
-        "which another process had changed; this has happened before, so the next repair waits up to 2 s" in caplog.text
-    )
+    assert delays[: BURST + 1] == [0.0] * (BURST + 1)
+    assert delays[BURST + 1] == FIRST_DELAY_SECONDS
+    assert max(delays) > FIRST_DELAY_SECONDS
+    assert "; this happens often, so the next check is in 1 s" in caplog.text
 
 
 def test_other_parts_are_checked_at_once_during_a_fight(proxy: DriftingProxy) -> None:
-    for number in range(5):
+    for _ in range(BURST + 2):
         proxy.four.results = [RepairResult((CHAIN,))]
         proxy.touch({(V4, "nat"): Touched(chains={"KUBE-SERVICES"})})
-        proxy.sync_after(2.0**number)
+        proxy.sync_after()
     proxy.touch({(V4, "nat"): Touched(chains={"KUBE-SERVICES", "KUBE-MARK-MASQ"})})
     proxy.four.touched.clear()
     proxy.sync_after()
     assert proxy.four.touched == [{"nat": Touched(chains={"KUBE-MARK-MASQ"})}]
 
 
-def test_repair_after_a_calm_time_counts_as_the_first() -> None:
-    schedule = RepairSchedule()
-    assert schedule.repaired([CHAIN], 0.0) == {}
-    assert schedule.repaired([CHAIN], 1.0) == {CHAIN: 2 * FIRST_DELAY_SECONDS}
-    assert schedule.repaired([CHAIN], 2.0 + CALM_SECONDS) == {}
+def test_delays_grow_to_a_maximum_and_end_after_a_calm_time() -> None:
+    schedule, now = RepairSchedule(), 0.0
+    for _ in range(BURST):
+        assert schedule.repaired([CHAIN], now) == {}
+    delays = [schedule.repaired([CHAIN], now)[CHAIN] for _ in range(9)]
+    assert delays == [min(FIRST_DELAY_SECONDS * 2**number, MAX_DELAY_SECONDS) for number in range(9)]
+    assert schedule.repaired([CHAIN], now + REFILL_SECONDS) == {}
+    assert schedule.repaired([CHAIN], now + REFILL_SECONDS) == {CHAIN: FIRST_DELAY_SECONDS}
+    for repair in range(100):
+        now += 2 * REFILL_SECONDS * BURST if not repair else REFILL_SECONDS
+        assert schedule.repaired([CHAIN], now) == {}, "one repair in this time is never delayed"
 
 
 def test_comparison_runs_in_steps_until_it_is_complete(proxy: DriftingProxy) -> None:
