@@ -15,6 +15,7 @@ from kproxy.host.netlink_message import (
     HEADER,
     NFGENMSG_SIZE,
     NLM_F_CREATE,
+    NLM_F_EXCL,
     MalformedMessageError,
     align,
     attribute,
@@ -37,6 +38,8 @@ _CHAIN_NAMES = {
 """The attribute that contains the name of the chain, by message."""
 _BUILTIN_CHAINS = frozenset({"PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"})
 """The chains of iptables. They are updated, but never renamed, by iptables."""
+_CREATED = NLM_F_CREATE | NLM_F_EXCL
+"""nft sets the first of these flags when it creates a chain, and iptables the second. To rename one, they set none."""
 _SET_CHANGES = {nf.NFT_MSG_NEWSET, nf.NFT_MSG_DELSET}
 _ELEMENT_CHANGES = {nf.NFT_MSG_NEWSETELEM, nf.NFT_MSG_DELSETELEM}
 _KIND = struct.Struct("=4xH")
@@ -126,9 +129,9 @@ class CommitDecoder:
         elif message in _CHAIN_NAMES:
             name = _string(data, spans.get(_CHAIN_NAMES[message]))
             touched.chains.add(name)
-            if message == nf.NFT_MSG_NEWCHAIN and not flags & NLM_F_CREATE and name not in _BUILTIN_CHAINS:
+            if message == nf.NFT_MSG_NEWCHAIN and not flags & _CREATED and name not in _BUILTIN_CHAINS:
                 # The chain may have been renamed. The notification has only its new name, and the rules that jump to
-                # the chain have changed, too. Linux before 5.15 leaves out the flag for new chains as well.
+                # the chain have changed, too. Linux before 5.15 leaves out the flags for new chains as well.
                 touched.everything = True
         elif message in _SET_CHANGES:
             _touch_set(touched, _string(data, spans.get(nf.NFTA_SET_NAME)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -107,6 +108,18 @@ RENAME = (
     bytes.fromhex("2c0000000f0a000001000000d270000000000003080001000000000308000200000070d2080003006e667400"),
 )
 
+# iptables-nft -t nat -N FOREIGN
+CREATE = (
+    bytes.fromhex(
+        "3c000000030a0002020000009319000002000005080001006e6174000c000300464f524549474e000c000200000000000000"
+        "00020800060000000000"
+    ),
+    bytes.fromhex(
+        "380000000f0a0000020000009319000000000005080001000000000508000200000019931100030069707461626c65732d6e"
+        "667400000000"
+    ),
+)
+
 # iptables-nft -t nat -P OUTPUT ACCEPT
 POLICY = (
     bytes.fromhex(
@@ -168,12 +181,13 @@ def test_renamed_chain_touches_everything_in_its_table() -> None:
     assert decode(RENAME) == RulesChanged({IPV4: Touched(everything=True, chains={"d"}, by={"nft"})})
 
 
-def test_policy_of_a_builtin_chain_touches_only_this_chain() -> None:
+@pytest.mark.parametrize(("commit", "chain"), [(CREATE, "FOREIGN"), (POLICY, "OUTPUT")])
+def test_new_chain_and_policy_of_a_builtin_chain_touch_only_this_chain(commit: tuple[bytes, ...], chain: str) -> None:
     nat = (Family.IPV4, "nat")
     found = CommitDecoder([nat], lambda _: False)
-    for datagram in POLICY:
+    for datagram in commit:
         found.feed(datagram)
-    assert found.take() == RulesChanged({nat: Touched(chains={"OUTPUT"}, by={"iptables-nft"})})
+    assert found.take() == RulesChanged({nat: Touched(chains={chain}, by={"iptables-nft"})})
 
 
 def test_one_commit_can_touch_several_tables() -> None:
