@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 
+from kproxy.host.commands import CommandError
 from kproxy.iptables.names import ChainName
 from kproxy.iptables.runner import RestoreError
 
@@ -30,7 +31,7 @@ class FakeKernel:
     return a reason to reject it. `reject_line` gets each line with its table and may return a reason to reject the
     transaction for this table; if `names_lines` is false, the error does not name the line. A test that changes the
     tables as another process counts its changes in `foreign_commits`. If `has_fingerprints` is false, the fake behaves
-    like iptables-legacy.
+    like iptables-legacy. The tables in `dormant` have no effect; with an `awakening_error`, they cannot be awakened.
     """
 
     def __init__(self) -> None:
@@ -43,11 +44,20 @@ class FakeKernel:
         self.foreign_commits = 0
         self.has_fingerprints = True
         self.fingerprinted: list[ChainName] = []
+        self.dormant: set[str] = set()
+        self.awakening_error = ""
 
     @contextmanager
     def save(self, table: str = "") -> Iterator[Iterator[str]]:
         self.reads += 1
         yield iter(self.dump(table))
+
+    def awaken(self, table: str) -> bool:
+        if table in self.dormant and self.awakening_error:
+            raise CommandError(self.awakening_error)
+        was_dormant = table in self.dormant
+        self.dormant.discard(table)
+        return was_dormant
 
     def foreign_changes(self) -> int:
         return self.foreign_commits

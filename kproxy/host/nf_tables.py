@@ -1,4 +1,4 @@
-"""nf_tables queries: NAT support, the number and the identity of the rules of chains, and the current generation ID."""
+"""nf_tables queries: NAT support, rules of chains, the current generation ID; and awakening dormant tables."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import errno
 import re
 import socket
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from kproxy.host.netlink import NETLINK_NETFILTER, BatchRejectedError, BatchSocket, NetlinkError, NetlinkSocket
 from kproxy.host.netlink_message import (
@@ -110,22 +110,23 @@ def fingerprints(family: Family, groups: Iterable[Sequence[tuple[str, str]]]) ->
             digests: list[object] = []
             for table, chain in group:
                 if table not in tables:
-                    tables[table] = _table_handle(netlink, family, table)
+                    tables[table] = _table_attribute(netlink, family, table, NFTA_TABLE_HANDLE)
                 digests += [tables[table], *_rule_digests(netlink, family, table, chain)]
             found.append(hash(tuple(digests)))
         return found
 
 
-def _table_handle(netlink: NetlinkSocket, family: Family, table: str) -> bytes:
+def _table_attribute(netlink: NetlinkSocket, family: Family, table: str, wanted: int) -> bytes:
+    """Return an attribute of a table, or b"" if the table does not exist."""
     request = nfgenmsg(_ADDRESS_FAMILIES[family]) + _string(NFTA_TABLE_NAME, table)
-    handle = b""
+    found = b""
     try:
         for data, begin, end in netlink.get(nfnl_type(NFNL_SUBSYS_NFTABLES, NFT_MSG_GETTABLE), request):
-            handle = _attribute(data, begin, end, NFTA_TABLE_HANDLE)
+            found = _attribute(data, begin, end, wanted)
     except NetlinkError as error:
         if error.errno != errno.ENOENT:
             raise
-    return handle
+    return found
 
 
 def _rule_digests(netlink: NetlinkSocket, family: Family, table: str, chain: str) -> Iterator[int]:
@@ -149,6 +150,33 @@ def current_generation() -> int:
             spans = attributes(data, begin + NFGENMSG_SIZE, end)
             (generation,) = struct.unpack_from(">I", data, spans[NFTA_GEN_ID][0])
     return generation
+
+
+def is_dormant(family: Family, table: str) -> bool:
+    """Return whether a table is dormant: the kernel does not evaluate its chains. Raises `OSError`."""
+    return bool(_table_flags(family, table) & NFT_TABLE_F_DORMANT)
+
+
+def awaken(family: Family, table: str, before_commit: Callable[[int], object]) -> None:
+    """Clear the flag of a dormant table.
+
+    `before_commit` is called with the port ID of the netlink socket that is about to commit the change. Raises
+    `OSError`, also if the kernel does not permit the change, for example because the table belongs to another process.
+    """
+    flags = _table_flags(family, table) & ~NFT_TABLE_F_DORMANT
+    message = nfgenmsg(_ADDRESS_FAMILIES[family]) + _string(NFTA_TABLE_NAME, table) + _int32(NFTA_TABLE_FLAGS, flags)
+    with BatchSocket(NFNL_SUBSYS_NFTABLES) as batch:
+        before_commit(batch.port)
+        try:
+            batch.commit([(nfnl_type(NFNL_SUBSYS_NFTABLES, NFT_MSG_NEWTABLE), 0, message)])
+        except BatchRejectedError as error:
+            first = error.rejections[0]
+            raise OSError(first.code, first.reason) from None
+
+
+def _table_flags(family: Family, table: str) -> int:
+    with NetlinkSocket(NETLINK_NETFILTER) as netlink:
+        return int.from_bytes(_table_attribute(netlink, family, table, NFTA_TABLE_FLAGS))
 
 
 def _has_chain(request: bytes) -> bool:

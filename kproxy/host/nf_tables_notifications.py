@@ -14,6 +14,8 @@ from kproxy.host import nf_tables_constants as nf
 from kproxy.host.netlink_message import (
     HEADER,
     NFGENMSG_SIZE,
+    NLM_F_CREATE,
+    NLM_F_EXCL,
     MalformedMessageError,
     align,
     attribute,
@@ -34,6 +36,10 @@ _CHAIN_NAMES = {
     nf.NFT_MSG_DELRULE: nf.NFTA_RULE_CHAIN,
 }
 """The attribute that contains the name of the chain, by message."""
+_BUILTIN_CHAINS = frozenset({"PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"})
+"""The chains of iptables. They are updated, but never renamed, by iptables."""
+_CREATED = NLM_F_CREATE | NLM_F_EXCL
+"""nft sets the first of these flags when it creates a chain, and iptables the second. To rename one, they set none."""
 _SET_CHANGES = {nf.NFT_MSG_NEWSET, nf.NFT_MSG_DELSET}
 _ELEMENT_CHANGES = {nf.NFT_MSG_NEWSETELEM, nf.NFT_MSG_DELSETELEM}
 _KIND = struct.Struct("=4xH")
@@ -93,10 +99,7 @@ class CommitDecoder:
     def generation(self) -> int | None:
         """The generation ID of the last commit whose end was received, or None if there was no commit."""
         message = self._last_end
-        try:
-            span = attributes(message, HEADER.size + NFGENMSG_SIZE, len(message)).get(nf.NFTA_GEN_ID)
-        except MalformedMessageError:
-            return None
+        span = _end_attributes(message).get(nf.NFTA_GEN_ID)
         return int.from_bytes(message[span[0] : span[1]]) if span is not None else None
 
     def discard(self) -> bool:
@@ -107,15 +110,15 @@ class CommitDecoder:
     def _decode(self, data: bytes) -> None:
         begin = 0
         while begin + HEADER.size + NFGENMSG_SIZE <= len(data):
-            size, kind, *_ = HEADER.unpack_from(data, begin)
+            size, kind, flags, *_ = HEADER.unpack_from(data, begin)
             if size < HEADER.size + NFGENMSG_SIZE:
                 return
             if kind >> 8 == nf.NFNL_SUBSYS_NFTABLES:
                 payload = begin + HEADER.size
-                self._decode_message(kind & 0xFF, data, payload, min(begin + size, len(data)))
+                self._decode_message(kind & 0xFF, flags, data, payload, min(begin + size, len(data)))
             begin += align(size)
 
-    def _decode_message(self, message: int, data: bytes, payload: int, end: int) -> None:
+    def _decode_message(self, message: int, flags: int, data: bytes, payload: int, end: int) -> None:
         spans = attributes(data, payload + NFGENMSG_SIZE, end)
         table = self._tables.get((data[payload], _string(data, spans.get(nf.NFTA_TABLE_NAME))))
         if table is None:
@@ -124,7 +127,12 @@ class CommitDecoder:
         if message in _TABLE_CHANGES:
             touched.everything = True
         elif message in _CHAIN_NAMES:
-            touched.chains.add(_string(data, spans.get(_CHAIN_NAMES[message])))
+            name = _string(data, spans.get(_CHAIN_NAMES[message]))
+            touched.chains.add(name)
+            if message == nf.NFT_MSG_NEWCHAIN and not flags & _CREATED and name not in _BUILTIN_CHAINS:
+                # The chain may have been renamed. The notification has only its new name, and the rules that jump to
+                # the chain have changed, too. Linux before 5.15 leaves out the flags for new chains as well.
+                touched.everything = True
         elif message in _SET_CHANGES:
             _touch_set(touched, _string(data, spans.get(nf.NFTA_SET_NAME)))
         elif message in _ELEMENT_CHANGES:
@@ -141,16 +149,20 @@ class CommitDecoder:
 
     def _end_commit(self, data: bytes) -> None:
         tables, self._open = self._open, set()
-        try:
-            spans = attributes(data, HEADER.size + NFGENMSG_SIZE, len(data))
-        except MalformedMessageError:
-            spans = {}  # the name of the process is not essential
-        name = _string(data, spans.get(nf.NFTA_GEN_PROC_NAME))
+        name = _string(data, _end_attributes(data).get(nf.NFTA_GEN_PROC_NAME))
         for table in tables:
             if not self._touched[table]:  # for example, only a flowtable was changed
                 del self._touched[table]
             elif name:
                 self._touched[table].by.add(name)
+
+
+def _end_attributes(message: bytes) -> dict[int, tuple[int, int]]:
+    """Return the attributes of the message that ends a commit, or none if it is malformed."""
+    try:
+        return attributes(message, HEADER.size + NFGENMSG_SIZE, len(message))
+    except MalformedMessageError:
+        return {}
 
 
 def _touch_set(touched: Touched, name: str) -> None:

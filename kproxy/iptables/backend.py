@@ -20,9 +20,9 @@ from kproxy.iptables.names import FILTER_FIREWALL, ChainName, deletion_order
 from kproxy.iptables.render import RenderedPort, render_port
 from kproxy.iptables.repair import Damage, Scope, find_damage
 from kproxy.iptables.runner import RestoreError
-from kproxy.iptables.save_restore import RestoreInput, parse_save
+from kproxy.iptables.save_restore import TABLES, RestoreInput, parse_save
 from kproxy.model.context import Context
-from kproxy.model.drift import RepairResult, Touched
+from kproxy.model.drift import Part, RepairResult, Touched
 from kproxy.model.plan import ServicePortPlan
 from kproxy.model.sync_report import ApplyResult, DriftError, Plans, SyncError
 from kproxy.model.types import ServiceKey
@@ -90,6 +90,12 @@ class IptablesKernel(Protocol):
 
     def create_chain(self, chain: ChainName) -> None:
         """Create a chain if it does not exist. Raises `CommandError`."""
+
+    def awaken(self, table: str) -> bool:
+        """Clear the flag of a dormant table, whose chains the kernel does not evaluate. Return whether it was set.
+
+        Raises `CommandError`.
+        """
 
     def foreign_changes(self) -> int | None:
         """Return a number that is different after another process has changed rules, or None during own changes.
@@ -296,12 +302,16 @@ class IptablesBackend:
         """
         if self._ledger is None:
             return RepairResult(needs_full_sync=True)
-        damage = self._find_damage(scope.relevant(context), self._ledger, context)
+        relevant = scope.relevant(context)
+        awakened, findings = self._awaken(relevant.touched_tables)
+        damage = self._find_damage(relevant, self._ledger, context)
+        if damage is not None:
+            findings += damage.findings
         if damage is None or self._is_cheaper_to_sync(damage, self._ledger):
             self.forget()
-            return RepairResult(findings=tuple(damage.findings) if damage else (), needs_full_sync=True)
+            return RepairResult(tuple(awakened), tuple(findings), needs_full_sync=True)
         if not damage:
-            return RepairResult(findings=tuple(damage.findings))
+            return RepairResult(tuple(awakened), tuple(findings))
         ledger = self._ledger
         try:
             self._restore(damage, ledger, plans, context)
@@ -310,7 +320,19 @@ class IptablesBackend:
                 raise
             self._ledger = ledger  # nothing but damaged chains was written, and the second check finds all of them
             return self._check(Scope(tables=damage.tables), plans, context)
-        return RepairResult(damage.parts(scope), tuple(damage.findings))
+        return RepairResult(tuple(sorted({*awakened, *damage.parts(scope)})), tuple(findings))
+
+    def _awaken(self, tables: Iterable[str]) -> tuple[list[Part], list[str]]:
+        """Clear the flags of dormant tables. Return these tables, and findings about those that remain dormant."""
+        awakened: list[Part] = []
+        findings: list[str] = []
+        for table in sorted(tables):
+            try:
+                if self._kernel.awaken(table):
+                    awakened.append(Part(table, "table"))
+            except CommandError as error:
+                findings.append(f"Services have no effect: {error}")
+        return awakened, findings
 
     def _find_damage(self, scope: Scope, ledger: IptablesLedger, context: Context) -> Damage | None:
         """Return what is damaged in `scope`, or None if the rules cannot be read. Raises `SyncError`."""
@@ -423,6 +445,8 @@ class IptablesBackend:
 
     def _read_kernel(self, context: Context) -> IptablesSnapshot:
         try:
+            for table in TABLES:
+                self._kernel.awaken(table)
             with self._kernel.save() as lines:
                 saved = parse_save(lines)
             snapshot = IptablesSnapshot.from_saved(saved.chains)

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
+from time import monotonic, thread_time
 from typing import Protocol
+
+CONTENT_CPU_SHARE = 0.005
+"""The share of a CPU that reading all rules of one family of iptables-legacy may take."""
+CONTENT_RETRY_SECONDS = 60.0
+"""Seconds until the next attempt to read the rules of iptables-legacy after a failure."""
+QUICK_CONTENT_SECONDS = 0.002
+"""If reading all rules takes less CPU time than this, they are read after each change by this process."""
 
 
 class CommitCount:
@@ -95,18 +104,31 @@ class GenerationCounter:
             self._changes += 1
 
 
-class LayoutObserver:
-    """Notices changes by other processes to tables of iptables-legacy, if they change the tables' layout.
+class TableObserver:
+    """Notices changes by other processes to tables of iptables-legacy.
 
-    A change is also noticed if it happened before a change by this process, but not if it happened during one.
+    A change of the tables' layout is noticed at once. A change of the rules that leaves the layout as it was is noticed
+    within a time that depends on how much CPU time it takes to read the rules: `CONTENT_CPU_SHARE` is not exceeded.
+
+    A change is also noticed if it happened before a change by this process, but not if it happened during one. If the
+    rules are too many to read them after each change by this process, other processes' changes of the content are
+    noticed only from the next look at the content on.
     """
 
-    def __init__(self, read_layout: Callable[[], Hashable]) -> None:
-        """`read_layout` returns a value that changes with the number and the sizes of the rules."""
+    def __init__(self, read_layout: Callable[[], Hashable], read_content: Callable[[], Hashable]) -> None:
+        """Create an observer.
+
+        `read_layout` returns a value that changes with the number and the sizes of the rules. `read_content` returns a
+        value that changes with any rule, or None if the rules are too many to read them.
+        """
         self._read_layout = read_layout
+        self._read_content = read_content
         self._lock = threading.Lock()
         self._running = False
         self._layout: Hashable = None
+        self._content: Hashable = None
+        self._content_cost = 0.0
+        self._next_content_at = -math.inf
         self._changes = 0
 
     @contextmanager
@@ -123,6 +145,7 @@ class LayoutObserver:
                 self._running = False
                 with suppress(OSError):
                     self._layout = self._read_layout()
+                    self._record_content()
 
     def now(self) -> int | None:
         """See `ForeignChanges`."""
@@ -143,3 +166,28 @@ class LayoutObserver:
         if layout != self._layout:
             self._layout = layout
             self._changes += 1
+            self._record_content()
+        elif monotonic() >= self._next_content_at:
+            content = self._measured_content()
+            if content is None:
+                return
+            if self._content is not None and content != self._content:
+                self._changes += 1
+            self._content = content
+
+    def _record_content(self) -> None:
+        """Record the current content if it can be read quickly. Otherwise, `_update` records it later."""
+        self._content = None
+        if self._content_cost <= QUICK_CONTENT_SECONDS:
+            self._content = self._measured_content()
+
+    def _measured_content(self) -> Hashable:
+        began = thread_time()
+        try:
+            content = self._read_content()
+        except OSError:  # for example, there is not enough memory
+            self._next_content_at = monotonic() + CONTENT_RETRY_SECONDS
+            return None
+        self._content_cost = thread_time() - began
+        self._next_content_at = monotonic() + self._content_cost / CONTENT_CPU_SHARE
+        return content

@@ -16,7 +16,10 @@ from kproxy.model.drift import RulesChanged, Touched
 from kproxy.model.types import Family
 
 POLL_SECONDS = 1.0
-"""Seconds between two polls. A poll takes about 30 µs per family, whatever the number of rules."""
+"""Seconds between two polls.
+
+A poll that reads only the layout of the tables takes about 30 µs per family, whatever the number of rules.
+"""
 
 log = logging.getLogger(__name__)
 
@@ -25,16 +28,17 @@ class PolledTables(Protocol):
     """The tables of one family. `kproxy.iptables.runner.IptablesRunner` implements it."""
 
     def foreign_changes(self) -> int | None:
-        """Return a number that differs from earlier ones if another process has changed the layout of a table.
+        """Return a number that differs from earlier ones if another process has changed a table.
 
         Return None while this process is changing rules. Raises `OSError` or `CommandError`.
         """
 
 
 class LegacyPoll:
-    """Reports changes by other processes that change the layout of a table: the number or the size of its rules.
+    """Reports changes by other processes: at once if they change the number or the size of a table's rules.
 
-    Rules that are replaced by rules of the same size are found only by the periodic comparison.
+    Rules that are replaced by rules of the same size are found later (`kproxy.iptables.foreign_changes.TableObserver`),
+    and in large tables only by the periodic comparison.
     """
 
     def __init__(

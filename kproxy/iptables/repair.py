@@ -64,6 +64,11 @@ class Scope(Struct, frozen=True):
     def __contains__(self, chain: object) -> bool:
         return isinstance(chain, ChainName) and (chain.table in self.tables or chain in self.chains)
 
+    @property
+    def touched_tables(self) -> frozenset[str]:
+        """The tables to which these parts belong."""
+        return self.tables | {chain.table for chain in self.chains}
+
     def relevant(self, context: Context) -> Scope:
         """Return the scope without the chains of other tools in which kproxy has no rules."""
         shared = {rule.chain for rule in ensured_rules(context)}

@@ -23,9 +23,16 @@ from kproxy.host.commands import (
     run,
 )
 from kproxy.host.netlink import retry_interrupted
-from kproxy.host.nf_tables import count_rules, current_generation, fingerprints, nat_unsupported_reason
+from kproxy.host.nf_tables import (
+    awaken,
+    count_rules,
+    current_generation,
+    fingerprints,
+    is_dormant,
+    nat_unsupported_reason,
+)
 from kproxy.host.x_tables import TableInfoSocket
-from kproxy.iptables.foreign_changes import CommitCount, ForeignChanges, GenerationCounter, LayoutObserver
+from kproxy.iptables.foreign_changes import CommitCount, ForeignChanges, GenerationCounter, TableObserver
 from kproxy.iptables.names import ChainName
 from kproxy.iptables.save_restore import (
     TABLES,
@@ -50,6 +57,11 @@ This is 10 ms for a rule, a hundred times as long as usual.
 """
 MAX_PATIENCE = 16
 """Each time a program exceeds its time limit, the next limits are twice as long, up to this factor."""
+MAX_CONTENT_SIZE = 32 << 20
+"""Maximum size in bytes of a table of iptables-legacy whose rules are read to notice changes by other processes.
+
+That many bytes are needed for 1,700 Services with 10 endpoints each. Reading them takes 150 ms.
+"""
 # Exit statuses of iptables (enum xtables_exittype in xtables.h).
 _OTHER_PROBLEM = 1
 """The chain or rule does not exist, or a chain to be created already exists."""
@@ -163,6 +175,7 @@ class IptablesRunner:
         self.patience = 1
         """The factor of all time limits. It grows with each program that exceeds its limit."""
         self._changes: ForeignChanges | None = None
+        self._own_port: int | None = None
 
     @property
     def family(self) -> Family:
@@ -178,8 +191,11 @@ class IptablesRunner:
         self._commands.stop()
 
     def has_run(self, pid: int) -> bool:
-        """Return whether a process belongs to an iptables program that this runner runs or has just run."""
-        return self._commands.has_run(pid)
+        """Return whether a process belongs to an iptables program that this runner runs or has just run.
+
+        Netlink port IDs of programs are PIDs. The port ID with which this runner awakens tables counts, too.
+        """
+        return pid == self._own_port or self._commands.has_run(pid)
 
     def version(self) -> IptablesVersion:
         """Return the version of the installed iptables. It is read only once. Raises `CommandError`."""
@@ -200,14 +216,17 @@ class IptablesRunner:
                 self._changes = self._generations
             else:
                 tables = TableInfoSocket(self._family)
-                self._changes = LayoutObserver(lambda: tuple(tables.layout(table) for table in TABLES))
+                self._changes = TableObserver(
+                    lambda: tuple(tables.layout(table) for table in TABLES),
+                    lambda: _content(tables),
+                )
         return self._changes
 
     def foreign_changes(self) -> int | None:
         """Return a number that differs from earlier ones if another process has changed rules since.
 
         Return None while this process is changing rules. With iptables-legacy, changes that leave the layout of the
-        tables as it was are not noticed. Raises `OSError` or `CommandError`.
+        tables as it was are noticed later, and not at all in large tables. Raises `OSError` or `CommandError`.
         """
         return self._foreign().now()
 
@@ -380,6 +399,26 @@ class IptablesRunner:
         with self._own_changes() as commits:
             commits.count += self._run(chain, "-N", accepted=(_OTHER_PROBLEM,)).code == 0
 
+    def awaken(self, table: str) -> bool:
+        """Clear the flag of a dormant table, whose chains the kernel does not evaluate. Return whether it was set.
+
+        Tables of iptables-legacy are never dormant. Raises `CommandError`.
+        """
+        if not self.version().nft:
+            return False
+        try:
+            if not is_dormant(self._family, table):
+                return False
+            with self._own_changes() as commits:
+                awaken(self._family, table, self._set_own_port)
+                commits.count += 1
+        except OSError as error:
+            raise CommandError(f"cannot awaken the dormant table {table}: {error.strerror or error}") from None
+        return True
+
+    def _set_own_port(self, port: int) -> None:
+        self._own_port = port
+
     def _own_changes(self) -> AbstractContextManager[CommitCount]:
         try:
             return self._foreign().own_changes()
@@ -393,6 +432,16 @@ class IptablesRunner:
         if done.code and done.code not in accepted:
             raise CommandError(f"{self._program} failed with status {done.code}: {first_line(done.stderr)}")
         return done
+
+
+def _content(tables: TableInfoSocket) -> tuple[bytes, ...] | None:
+    """Return a value that changes with any rule, or None if the tables are too large. Raises `OSError`."""
+    contents = []
+    for table in TABLES:
+        if (content := tables.content(table, MAX_CONTENT_SIZE)) is None:
+            return None
+        contents.append(content)
+    return tuple(contents)
 
 
 class RecentInput:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -79,7 +79,7 @@ class Measurement:
         names = stranger.names(family, victims.number_of(damage.service, self._turn, self._testbed.services))
         parts = stranger.parts(damage, names)
         self._forget_repairs(parts, family)
-        looked_at = ALL if self._testbed.services <= SMALL else self._fewer(parts, names["ip"])
+        looked_at = ALL if self._testbed.services <= SMALL else self._fewer(parts, names)
         before = self._testbed.stranger.read(family, looked_at)
         with Probes(self._testbed.client, names["ip"]) as probes:
             _wait_for_successes(probes, time.monotonic())
@@ -101,14 +101,23 @@ class Measurement:
             self._testbed.record(difference(before, after, f"{family.value}: {damage.name}"))
         return Repair(damage.name, family, seconds, outage, tuple(differing(before, after)))
 
-    def _fewer(self, parts: tuple[str, ...], ip: str) -> tuple[str, ...]:
+    def _fewer(self, parts: tuple[str, ...], names: Mapping[str, str]) -> tuple[str, ...]:
         """Return the parts to look at in a large cluster."""
         if parts != ALL:
             return parts
+        ip = names["ip"]
         if self._testbed.mode == "nftables":
             keys = {"service-ips": f"{ip} . tcp . 80", "service-endpoints": f"{ip} . tcp . 80 . 0"}
             return ("set cluster-ips", *(f"element {name} {{ {key} }}" for name, key in keys.items()))
-        return ("nat KUBE-POSTROUTING", "nat PREROUTING", "nat KUBE-SERVICES", "filter FORWARD", "filter KUBE-FORWARD")
+        per_service = (f"nat {names['svc']}", f"nat {names['dispatch']}", f"filter {names['reject_dispatch']}")
+        shared = (
+            "nat KUBE-POSTROUTING",
+            "nat PREROUTING",
+            "nat KUBE-SERVICES",
+            "filter FORWARD",
+            "filter KUBE-FORWARD",
+        )
+        return (*per_service, *shared)
 
     def _forget_repairs(self, parts: tuple[str, ...], family: Family) -> None:
         """Restart the daemon if it has repaired any of these parts before, because it waits before it does so again."""

@@ -1,6 +1,6 @@
 """Whatever another process does to kproxy's rules in the kernel, the running daemon restores exactly what it changed.
 
-The periodic comparison does not help: its interval is an hour, except where iptables-legacy depends on it.
+The periodic comparison does not help: its interval is an hour.
 """
 
 from __future__ import annotations
@@ -46,6 +46,15 @@ class Rules:
     def restore(self, text: str, *flags: str) -> None:
         """Run iptables-restore."""
         self._namespace.run([f"{self._prefix}-restore", "-w", "5", *flags], text)
+
+    def nft(self, commands: str) -> None:
+        """Run nft. FAMILY stands for the family of these rules."""
+        self._namespace.run(["nft", commands.replace("FAMILY", "ip" if self.family is Family.IPV4 else "ip6")])
+
+    def dormant_tables(self) -> list[str]:
+        """Return the tables that nft lists as dormant."""
+        listed = self._namespace.run(["nft", "list", "ruleset"]).stdout
+        return re.findall(r"^table (.*) \{\n\tflags dormant", listed, re.MULTILINE)
 
     def dump(self) -> str:
         """Return the output of iptables-save."""
@@ -115,6 +124,11 @@ def _words(rule: str) -> list[str]:
     return [word.strip('"') for word in re.findall(r'"[^"]*"|\S+', rule)]
 
 
+def rename(name: str) -> Callable[[Rules], None]:
+    """Rename a chain of a Service. The kernel changes the rules that jump to it."""
+    return lambda rules: rules.run("nat", "-E", rules.chain("KUBE-SVC-"), name)
+
+
 DAMAGES: dict[str, Callable[[Rules], None]] = {
     "flush table nat": lambda rules: rules.run("nat", "-F"),
     "flush table filter": lambda rules: rules.run("filter", "-F"),
@@ -137,9 +151,19 @@ DAMAGES: dict[str, Callable[[Rules], None]] = {
         f"*nat\n:{STALE} - [0:0]\n-A {STALE} -j RETURN\nCOMMIT\n", "--noflush"
     ),
     "restore older rules": restore_older_rules,
+    "rename a KUBE-SVC chain": rename(STALE),
 }
-NEEDS_COMPARISON = {"legacy": {"replace a rule"}}
-"""Damage that only the periodic comparison finds."""
+NFT_DAMAGES: dict[str, Callable[[Rules], None]] = {
+    f"make table {table} dormant": lambda rules, table=table: rules.nft(
+        f"add table FAMILY {table} {{ flags dormant; }}"
+    )
+    for table in TABLES
+} | {
+    "flush a dormant table": lambda rules: rules.nft(
+        "add table FAMILY nat { flags dormant; }; flush table FAMILY nat",
+    ),
+}
+"""Damage that only nft can do."""
 
 
 @pytest.fixture
@@ -177,12 +201,35 @@ def daemon(node: Namespace, tmp_path: Path) -> Iterator[Callable[..., tuple[Path
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_repaired_exactly(variant: str, damage: str, daemon: Callable[..., tuple[Path, list[Rules]]]) -> None:
-    period = "1s" if damage in NEEDS_COMPARISON.get(variant, ()) else "1h"
-    log, families = daemon(f"--iptables-sync-period={period}", "--iptables-min-sync-period=0s")
+    assert variant
+    check_repair(DAMAGES[damage], daemon)
+
+
+@pytest.mark.usefixtures("programs_of_nft")
+@pytest.mark.parametrize("damage", NFT_DAMAGES)
+def test_damage_by_nft_is_repaired_exactly(damage: str, daemon: Callable[..., tuple[Path, list[Rules]]]) -> None:
+    check_repair(NFT_DAMAGES[damage], daemon)
+
+
+@pytest.mark.usefixtures("programs_of_nft")
+def test_table_that_was_made_dormant_before_the_start_is_awakened(
+    node: Namespace, daemon: Callable[..., tuple[Path, list[Rules]]]
+) -> None:
+    node.run(["nft", "add table ip nat { flags dormant; }; add table ip6 filter { flags dormant; }"])
+    _, families = daemon("--iptables-sync-period=1h")
+    assert not families[0].dormant_tables()
+
+
+def check_repair(inflict: Callable[[Rules], None], daemon: Callable[..., tuple[Path, list[Rules]]]) -> None:
+    """Inflict damage on both families, and wait until the daemon has repaired it."""
+    log, families = daemon("--iptables-sync-period=1h", "--iptables-min-sync-period=0s")
     for rules in families:
         since = log.read_text().count(f"{rules.family.value}: ")
-        DAMAGES[damage](rules)
-        wait_until(lambda rules=rules: rules.current() == rules.before, f"{damage} is repaired")  # type: ignore[misc]
+        inflict(rules)
+        wait_until(
+            lambda rules=rules: not rules.dormant_tables() and rules.current() == rules.before,  # type: ignore[misc]
+            "the damage is repaired",
+        )
         wait_until(
             lambda rules=rules, since=since: log.read_text().count(f"{rules.family.value}: ") > since,  # type: ignore[misc]
             "the repair is logged",

@@ -252,3 +252,30 @@ def test_changes_by_iptables_programs_of_kproxy_are_not_reported(namespace: Name
     assert chains == {"TABLE-EXISTS", "FOREIGN"}
     assert names_of_programs == {"iptables-nft"}
     watch.stop(HANG_GUARD)
+
+
+def test_awakening_a_dormant_table_is_not_reported(namespace: Namespace) -> None:
+    nat = (Family.IPV4, "nat")
+    runner = IptablesRunner(Family.IPV4)
+    reports: queue.SimpleQueue[RulesChanged] = queue.SimpleQueue()
+    watch = RulesWatch([nat], reports.put, is_own_port=runner.has_run)
+    namespace.run(["iptables-nft", "-t", "nat", "-N", "TABLE-EXISTS"])
+    namespace.call(watch.start)
+
+    def probe() -> bool:
+        namespace.run(["nft", "add table ip nat; add table ip nat { flags dormant; }"])
+        namespace.run(["nft", "add table ip nat { }"])
+        return not reports.empty()
+
+    wait_until(probe, "the watch reports a change")
+    namespace.run(["nft", "add table ip nat { flags dormant; }"])
+    namespace.run(["iptables-nft", "-t", "nat", "-N", "LAST-PROBE"])
+    while "LAST-PROBE" not in reports.get(timeout=HANG_GUARD).tables[nat].chains:
+        pass
+    before = namespace.call(runner.foreign_changes)
+    assert namespace.call(lambda: runner.awaken("nat"))
+    assert not namespace.call(lambda: runner.awaken("nat"))
+    assert namespace.call(runner.foreign_changes) == before
+    namespace.run(["iptables-nft", "-t", "nat", "-N", "FOREIGN"])
+    assert reports.get(timeout=HANG_GUARD).tables[nat] == Touched(chains={"FOREIGN"}, by={"iptables-nft"})
+    watch.stop(HANG_GUARD)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kproxy.iptables.base_rules import ensured_rules
 from kproxy.iptables.comparison import CHAINS_PER_STEP
-from kproxy.iptables.foreign_changes import GenerationCounter, LayoutObserver
+from kproxy.iptables.foreign_changes import CONTENT_CPU_SHARE, GenerationCounter, TableObserver
 from kproxy.iptables.foreign_rules import conditional_match, ends_evaluation, restore_commands
 from kproxy.iptables.legacy_poll import LegacyPoll
 from kproxy.iptables.names import ChainName
@@ -269,6 +269,37 @@ def test_rejected_repair_is_an_error_and_the_next_sync_is_full() -> None:
     assert proxy.rules() == proxy.intact
 
 
+def test_dormant_table_is_awakened() -> None:
+    proxy = DamagedProxy(a_service())
+    proxy.kernel.dormant = {"nat"}
+    assert proxy.repair({"nat": Touched(everything=True)}) == RepairResult((Part("nat", "table"),))
+    assert not proxy.kernel.dormant
+
+
+def test_comparison_awakens_a_dormant_table() -> None:
+    proxy = DamagedProxy(a_service())
+    proxy.damage(lambda _: proxy.kernel.dormant.update({"nat", "mangle"}))
+    results = proxy.compare()
+    assert {part for result in results for part in result.repaired} == {Part("nat", "table"), Part("mangle", "table")}
+    assert not proxy.kernel.dormant
+
+
+def test_full_sync_awakens_dormant_tables() -> None:
+    proxy = DamagedProxy(a_service())
+    proxy.kernel.dormant = {"filter", "nat"}
+    proxy.families[V4].forget()
+    proxy.families[V4].sync(proxy.store)
+    assert not proxy.kernel.dormant
+
+
+def test_dormant_table_that_cannot_be_awakened_is_a_finding() -> None:
+    proxy = DamagedProxy(a_service())
+    proxy.kernel.dormant = {"nat"}
+    proxy.kernel.awakening_error = "cannot awaken table nat: Operation not permitted"
+    result = proxy.repair({"nat": Touched(everything=True)})
+    assert result == RepairResult(findings=(f"Services have no effect: {proxy.kernel.awakening_error}",))
+
+
 def test_conditional_rule_before_the_jump_is_a_finding() -> None:
     proxy = DamagedProxy(a_service(node_port=30080))
     rules = ["-d 10.96.0.0/16 -j DROP", "-p tcp -m tcp --dport 30000:30100 -j REDIRECT", "-d 192.0.2.0/24 -j ACCEPT"]
@@ -404,7 +435,7 @@ def test_foreign_transaction_during_an_own_one_is_noticed() -> None:
 
 def test_layout_that_changed_before_an_own_change_is_noticed() -> None:
     layout = [1]
-    observer = LayoutObserver(lambda: layout[0])
+    observer = TableObserver(lambda: layout[0], lambda: None)
     before = observer.now()
     with observer.own_changes():
         layout[0] = 2
@@ -412,6 +443,75 @@ def test_layout_that_changed_before_an_own_change_is_noticed() -> None:
     layout[0] = 3
     with observer.own_changes():
         layout[0] = 4
+    assert observer.now() != before
+
+
+class Clocks:
+    """The clocks of a `TableObserver`. Reading the content takes `cost` seconds of CPU time."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = self.cpu = 0.0
+        self.cost = 0.001
+        self.content: object = 1
+        self.error: OSError | None = None
+        monkeypatch.setattr("kproxy.iptables.foreign_changes.monotonic", lambda: self.now)
+        monkeypatch.setattr("kproxy.iptables.foreign_changes.thread_time", lambda: self.cpu)
+
+    def read_content(self) -> object:
+        self.cpu += self.cost
+        if self.error is not None:
+            raise self.error
+        return self.content
+
+    def observer(self) -> TableObserver:
+        """Return an observer of tables whose layout never changes."""
+        return TableObserver(lambda: "layout", self.read_content)
+
+
+def test_content_that_changed_in_the_same_layout_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    clocks = Clocks(monkeypatch)
+    observer = clocks.observer()
+    before = observer.now()
+    with observer.own_changes():
+        clocks.content = 2
+    clocks.now += 1.0
+    assert observer.now() == before
+    clocks.content = 3
+    clocks.now += 1.0
+    changed = observer.now()
+    assert changed != before
+    clocks.now += 1.0
+    assert observer.now() == changed
+
+
+def test_reading_the_content_never_takes_more_than_its_share_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    clocks = Clocks(monkeypatch)
+    clocks.cost = 0.1
+    observer = clocks.observer()
+    before = observer.now()
+    for _ in range(200):
+        with observer.own_changes():
+            pass
+        observer.now()
+        clocks.now += 1.0
+    assert clocks.cpu <= CONTENT_CPU_SHARE * clocks.now + 2 * clocks.cost
+    clocks.now += clocks.cost / CONTENT_CPU_SHARE
+    assert observer.now() == before
+    clocks.content = 2
+    clocks.now += clocks.cost / CONTENT_CPU_SHARE
+    assert observer.now() != before
+
+
+def test_content_that_cannot_be_read_is_no_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    clocks = Clocks(monkeypatch)
+    observer = clocks.observer()
+    before = observer.now()
+    for error, content in ((OSError(12, "no memory"), 1), (None, 1), (None, None), (None, 1)):
+        clocks.error, clocks.content = error, content
+        clocks.now += 100.0
+        assert observer.now() == before
+    clocks.content = 2
+    clocks.now += 100.0
     assert observer.now() != before
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -98,6 +99,42 @@ DELCHAIN = (
     bytes.fromhex("2c0000000f0a0000010000000d3e00000000000908000100000000090800020000003e0d080003006e667400"),
 )
 
+# nft rename chain ip kube-proxy c d
+RENAME = (
+    bytes.fromhex(
+        "40000000030a000001000000d2700000020000030f0001006b7562652d70726f7879000006000300640000000c0002000000"
+        "0000000000010800060000000000"
+    ),
+    bytes.fromhex("2c0000000f0a000001000000d270000000000003080001000000000308000200000070d2080003006e667400"),
+)
+
+# iptables-nft -t nat -N FOREIGN
+CREATE = (
+    bytes.fromhex(
+        "3c000000030a0002020000009319000002000005080001006e6174000c000300464f524549474e000c000200000000000000"
+        "00020800060000000000"
+    ),
+    bytes.fromhex(
+        "380000000f0a0000020000009319000000000005080001000000000508000200000019931100030069707461626c65732d6e"
+        "667400000000"
+    ),
+)
+
+# iptables-nft -t nat -P OUTPUT ACCEPT
+POLICY = (
+    bytes.fromhex(
+        "68000000030a000402000000c571000002000009080001006e6174000b0003004f555450555400000c000200000000000000"
+        "000214000400080001000000000308000200ffffff9c0800050000000001080007006e61740008000a000000000108000600"
+        "0000000084000000030a000003000000c571000002000009080001006e6174000b0003004f555450555400000c0002000000"
+        "00000000000214000400080001000000000308000200ffffff9c0800050000000001080007006e6174001c0008000c000200"
+        "00000000000000000c000100000000000000000008000a00000000010800060000000000"
+    ),
+    bytes.fromhex(
+        "380000000f0a000002000000c571000000000009080001000000000908000200000071c51100030069707461626c65732d6e"
+        "667400000000"
+    ),
+)
+
 # nft 'flush ruleset'
 FLUSH = (
     bytes.fromhex(
@@ -137,6 +174,20 @@ def test_elements_are_touched_by_key() -> None:
 
 def test_flags_of_a_table_touch_everything_in_it() -> None:
     assert decode(DORMANT) == RulesChanged({IPV6: Touched(everything=True, by={"nft"})})
+
+
+def test_renamed_chain_touches_everything_in_its_table() -> None:
+    """The notification does not contain the old name."""
+    assert decode(RENAME) == RulesChanged({IPV4: Touched(everything=True, chains={"d"}, by={"nft"})})
+
+
+@pytest.mark.parametrize(("commit", "chain"), [(CREATE, "FOREIGN"), (POLICY, "OUTPUT")])
+def test_new_chain_and_policy_of_a_builtin_chain_touch_only_this_chain(commit: tuple[bytes, ...], chain: str) -> None:
+    nat = (Family.IPV4, "nat")
+    found = CommitDecoder([nat], lambda _: False)
+    for datagram in commit:
+        found.feed(datagram)
+    assert found.take() == RulesChanged({nat: Touched(chains={chain}, by={"iptables-nft"})})
 
 
 def test_one_commit_can_touch_several_tables() -> None:
@@ -208,7 +259,7 @@ def test_discarded_commits_are_not_reported_and_the_last_generation_is_known() -
     assert found.take() is None
 
 
-@given(st.sampled_from([RULE, ELEMENTS, BOTH, FLUSH]), st.data())
+@given(st.sampled_from([RULE, ELEMENTS, BOTH, RENAME, FLUSH]), st.data())
 def test_damaged_datagrams_raise_no_error(datagrams: tuple[bytes, ...], data: st.DataObject) -> None:
     found = decoder()
     for datagram in datagrams:
