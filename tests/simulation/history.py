@@ -627,8 +627,8 @@ def no_threads(random: Random) -> Iterator[None]:
     """Commit batches of nftables mode in the same thread, as early or as late as a thread might."""
 
     class Call:
-        def __init__(self, process: Callable[[object], object], item: object) -> None:
-            self._call: Callable[[], object] | None = partial(process, item)
+        def __init__(self, call: Callable[[], object]) -> None:
+            self._call: Callable[[], object] | None = call
             self._error: BaseException | None = None
             if random.random() < 0.5:
                 self.join()
@@ -646,7 +646,7 @@ def no_threads(random: Random) -> Iterator[None]:
             if self._error is not None:
                 raise self._error
 
-    with patch.object(nftables_backend, "_BackgroundCall", Call):
+    with patch.object(nftables_backend, "BackgroundCall", Call):
         yield
 
 
