@@ -193,6 +193,7 @@ class Reconciler:
         message: Message | None = None
         while True:
             try:
+                self._recover()
                 waits = [wait for wait in (self.wait(), self._monitor_wait) if wait is not None]
                 if message is None:
                     with suppress(queue.Empty):
@@ -210,7 +211,6 @@ class Reconciler:
                     if applied < MESSAGES_PER_SYNC and not messages.empty():
                         message = messages.get()
                 self._monitor_wait = self._run_monitor()
-                self._recover()
                 self.sync_due()
                 failures = 0
             except MemoryError:
@@ -448,12 +448,13 @@ class Reconciler:
     def _receive(self, outcome: Outcome) -> None:
         state = self._families[outcome.family]
         if isinstance(outcome, Idle):
-            if state.syncing and state.jobs == 1:  # the job failed before it could deliver its outcome
+            if state.syncing and state.jobs <= 1:  # the job failed before it could deliver its outcome
                 now = self._clock()
                 failure = SyncError("the sync ended without an outcome")
                 state.compare_all = True  # the changes may no longer be pending
                 self._receive_attempt(state, Attempted(outcome.family, now, now, failure))
-            state.jobs -= 1  # at the end, because the message is applied again if there was not enough memory
+            # At the end, because the message is applied again if there was not enough memory.
+            state.jobs = max(0, state.jobs - 1)
         elif isinstance(outcome, Repaired):
             self._receive_repair(state, outcome.family, outcome.outcome, outcome.by)
         elif isinstance(outcome, Compared):
