@@ -64,10 +64,11 @@ class TableState(Struct):
 class FakeTable:
     """One family's table.
 
-    `table` is None while the table does not exist. `commits` lists the accepted transactions, and `reads` counts how
-    often the table was read. `reject` gets each transaction and may return a reason to reject it. Otherwise, the rules
-    of net/netfilter/nf_tables_api.c apply: an object must exist to be changed or deleted; an object in use cannot be
-    deleted; adding an existing object changes nothing, and fails if the new one is different.
+    `table` is None while the table does not exist. `commits` lists the accepted transactions, `reads` counts how
+    often the table was read, and `snapshots` how often it was read completely. `reject` gets each transaction and
+    may return a reason to reject it. Otherwise, the rules of net/netfilter/nf_tables_api.c apply: an object must
+    exist to be changed or deleted; an object in use cannot be deleted; adding an existing object changes nothing,
+    and fails if the new one is different.
     """
 
     def __init__(self, family: Family) -> None:
@@ -76,7 +77,7 @@ class FakeTable:
         self.table_flags = 0
         self.generation_id = 1
         self.commits: list[Transaction] = []
-        self.reads = 0
+        self.reads = self.snapshots = 0
         self.reject: Callable[[Transaction], str | None] = lambda _: None
 
     @property
@@ -113,6 +114,7 @@ class FakeTable:
 
     def snapshot(self, *, allow_interrupted: bool = False) -> TableSnapshot | None:
         self.reads += 1
+        self.snapshots += 1
         if self.table is None:
             return None
         table = deepcopy(self.table)

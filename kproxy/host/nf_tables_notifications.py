@@ -14,6 +14,7 @@ from kproxy.host import nf_tables_constants as nf
 from kproxy.host.netlink_message import (
     HEADER,
     NFGENMSG_SIZE,
+    MalformedMessageError,
     align,
     attribute,
     attributes,
@@ -77,7 +78,7 @@ class CommitDecoder:
             return
         try:
             self._decode(datagram)
-        except (struct.error, IndexError):  # truncated: it is unknown what was touched
+        except (struct.error, IndexError, MalformedMessageError):  # it is unknown what was touched
             for table in self._tables.values():
                 self._touch(table).everything = True
 
@@ -92,7 +93,10 @@ class CommitDecoder:
     def generation(self) -> int | None:
         """The generation ID of the last commit whose end was received, or None if there was no commit."""
         message = self._last_end
-        span = attributes(message, HEADER.size + NFGENMSG_SIZE, len(message)).get(nf.NFTA_GEN_ID)
+        try:
+            span = attributes(message, HEADER.size + NFGENMSG_SIZE, len(message)).get(nf.NFTA_GEN_ID)
+        except MalformedMessageError:
+            return None
         return int.from_bytes(message[span[0] : span[1]]) if span is not None else None
 
     def discard(self) -> bool:
@@ -137,7 +141,10 @@ class CommitDecoder:
 
     def _end_commit(self, data: bytes) -> None:
         tables, self._open = self._open, set()
-        spans = attributes(data, HEADER.size + NFGENMSG_SIZE, len(data))
+        try:
+            spans = attributes(data, HEADER.size + NFGENMSG_SIZE, len(data))
+        except MalformedMessageError:
+            spans = {}  # the name of the process is not essential
         name = _string(data, spans.get(nf.NFTA_GEN_PROC_NAME))
         for table in tables:
             if not self._touched[table]:  # for example, only a flowtable was changed

@@ -46,7 +46,7 @@ PARTIAL_PORT = "/partially-accepted"
 """The key of the record of the new chains of a Service that the kernel accepted only in part. No port has this key."""
 
 
-class ServiceChange(Struct, frozen=True):
+class ServiceBlocks(Struct, frozen=True):
     """The changes to the per-Service chains of one Service: usually one, and several for a very large Service.
 
     They must be applied in this order. The chains to which a chain jumps never come after it.
@@ -298,7 +298,7 @@ class IptablesDiff:
             yield from change.blocks
         yield from (RestoreInput({shard: rules}) for shard, rules in self._shard_changes())
 
-    def service_changes(self) -> Iterator[ServiceChange]:
+    def service_changes(self) -> Iterator[ServiceBlocks]:
         """Yield the change of each Service whose per-Service chains must change."""
         for key, ports in self._desired:
             if key in self._held:
@@ -323,7 +323,7 @@ class IptablesDiff:
                 change = change.with_applicable_patches(self._rule_counter(change.patches))
                 self.patched |= {chain: (key, patch.new_length) for chain, patch in change.patches.items()}
             if change:
-                yield ServiceChange(key, self._blocks(change))
+                yield ServiceBlocks(key, self._blocks(change))
 
     def _blocks(self, change: RestoreInput) -> list[RestoreInput]:
         """Split the change of one Service so that each block respects the limit on rules, if possible."""

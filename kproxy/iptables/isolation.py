@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from kproxy.iptables.diff import IptablesDiff, ServiceChange
+from kproxy.iptables.diff import IptablesDiff, ServiceBlocks
 from kproxy.iptables.ledger import ServiceRecord
 from kproxy.iptables.names import CANARIES, ChainName
 from kproxy.iptables.runner import RestoreError
@@ -54,7 +54,7 @@ class IsolatingSync:
         Raises `RestoreError` if the kernel rejects rules that do not belong to any Service, or `CommandError`.
         """
         self._apply(self._diff.base_change())
-        group: list[ServiceChange] = []
+        group: list[ServiceBlocks] = []
         cost = 0
         for change in self._diff.service_changes():
             added = sum(block.cost for block in change.blocks)
@@ -74,7 +74,7 @@ class IsolatingSync:
             self._diff.accept(part)
             self._written.update(part.rules_by_table())
 
-    def _apply_group(self, group: Sequence[ServiceChange]) -> None:
+    def _apply_group(self, group: Sequence[ServiceBlocks]) -> None:
         """Apply the changes to the per-Service chains of some Services, and hold those that the kernel rejects."""
         remaining = list(group)
         while remaining:
@@ -93,7 +93,7 @@ class IsolatingSync:
             else:
                 return
 
-    def _apply_blocks(self, changes: Sequence[ServiceChange]) -> None:
+    def _apply_blocks(self, changes: Sequence[ServiceBlocks]) -> None:
         if len(changes) == 1:
             for block in changes[0].blocks:
                 self._apply(block)
@@ -180,7 +180,7 @@ class IsolatingSync:
         self._diff.hold(key, self._records.get(key, {}) if new else {})
 
 
-def _owner(changes: Collection[ServiceChange], chain: str) -> ServiceKey | None:
+def _owner(changes: Collection[ServiceBlocks], chain: str) -> ServiceKey | None:
     """Return the Service whose change writes a per-Service chain, or None."""
     name = ChainName("nat", chain)
     return next((change.key for change in changes if any(name in block.chains for block in change.blocks)), None)

@@ -196,7 +196,7 @@ def _netlink_table(data: bytes) -> None:
             reader._flags,
             reader._sets,
             reader._chains,
-            *(lambda netlink, each=each, reader=reader: reader._read_elements(netlink, each, {}) for each in SETS),
+            *(lambda netlink, each=each, reader=reader: list(reader._dump_elements(netlink, each)) for each in SETS),
         )
 
 

@@ -509,9 +509,9 @@ def test_missing_element_is_drift_and_read_once() -> None:
 
     proxy.refusing.refuse = refuse
     proxy.put(endpoint_slice("s0001", [1]))
-    reads = proxy.kernel.reads
+    snapshots = proxy.kernel.snapshots
     assert not proxy.retry()
-    assert proxy.kernel.reads == reads + 1
+    assert proxy.kernel.snapshots == snapshots + 1
     assert proxy.kernel.table == proxy.table_of_first_sync()
 
 
