@@ -149,22 +149,29 @@ class FakeTable:
 
     def element(self, definition: nft.NftSet, key: bytes) -> SetElement | None:
         self.reads += 1
-        return self.existing_table.sets[definition.name].elements.get(key)
+        fake_set = self._existing_set(definition)
+        return fake_set.elements.get(key) if fake_set is not None else None
 
     def elements(self, definition: nft.NftSet) -> dict[bytes, SetElement]:
         self.reads += 1
-        return dict(self.existing_table.sets[definition.name].elements)
+        fake_set = self._existing_set(definition)
+        if fake_set is None:
+            raise TableError(f"cannot read the table: {os.strerror(errno.ENOENT)}")
+        return dict(fake_set.elements)
 
     def walk_rules(self) -> Iterator[tuple[str, RuleContent]]:
         self.reads += 1
-        for name, chain in list(self.existing_table.chains.items()):
+        for name, chain in list(self.table.chains.items()) if self.table is not None else ():
             for rule in list(chain.rules):
                 yield name, rule_content(rule, self.family)
 
     def walk_elements(self, definition: nft.NftSet) -> Iterator[SetElement]:
         self.reads += 1
-        fake_set = self.existing_table.sets.get(definition.name)
+        fake_set = self._existing_set(definition)
         yield from list(fake_set.elements.values()) if fake_set is not None else ()
+
+    def _existing_set(self, definition: nft.NftSet) -> FakeSet | None:
+        return self.table.sets.get(definition.name) if self.table is not None else None
 
 
 class _RejectedError(Exception):

@@ -10,6 +10,7 @@ import os
 import subprocess
 import termios
 import threading
+import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -19,6 +20,8 @@ from time import monotonic
 from typing import IO, Any, BinaryIO
 
 from msgspec import Struct
+
+from kproxy.host.background import BackgroundCall, ThreadStartError
 
 PROBE_TIMEOUT_SECONDS = 30
 """Timeout for the programs that kproxy runs at startup to detect capabilities. A hung program
@@ -31,6 +34,8 @@ RECENT_SECONDS = 5.0
 _PIECE = 1 << 16
 """Number of characters that are written to a program at once: the capacity of a pipe."""
 _LINES_PER_RESTART = 1000
+_OUT_OF_MEMORY_SECONDS = 0.1
+"""Pause before another attempt to do something for which there was not enough memory."""
 _LOCKS = Path("/proc/locks")
 _XTABLES_LOCK = "/run/xtables.lock"
 """The lock file of iptables, unless the environment variable XTABLES_LOCKFILE names another one."""
@@ -229,7 +234,11 @@ class CommandRunner:
         slow_log = SlowCommandLog(argv[0], process.pid, monotonic())
         try:
             with process:
-                yield process, slow_log
+                try:
+                    yield process, slow_log
+                except BaseException:
+                    _kill(process)  # or the exit of the context would wait for it, however long it runs
+                    raise
         finally:
             self._running = None
             self._exited[process.pid] = monotonic()
@@ -350,20 +359,20 @@ class _Watchdog:
         self._process = process
         self._slow_log = slow_log
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="command-watchdog", daemon=True)
+        self._thread: BackgroundCall | None = None
         self.restart()
 
     def start(self) -> None:
         """Start the watchdog's thread. Raises `InconclusiveError` if the system cannot create a thread."""
         try:
-            self._thread.start()
-        except RuntimeError as error:
+            self._thread = BackgroundCall(self._run)
+        except ThreadStartError as error:
             raise InconclusiveError(f"cannot start a watchdog for {self._slow_log.program}: {error}") from None
 
     def stop(self) -> None:
         """Stop the thread without killing the program."""
         self._stopped.set()
-        if self._thread.is_alive():
+        if self._thread is not None:
             self._thread.join()
 
     def restart(self, timeout: float | None = None) -> None:
@@ -374,6 +383,15 @@ class _Watchdog:
         self._slow_log.postpone(now)
 
     def _run(self) -> None:
+        while True:
+            try:
+                self._watch()
+            except MemoryError:  # the program must not stay without a watchdog
+                time.sleep(_OUT_OF_MEMORY_SECONDS)
+            else:
+                return
+
+    def _watch(self) -> None:
         now = monotonic()
         while not self._stopped.wait(min(self._deadline, self._slow_log.due) - now):
             now = monotonic()

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, suppress
 from itertools import chain as concatenate
 from typing import Protocol, TypeAlias
 
+from kproxy.host.commands import CommandError
 from kproxy.iptables.base_rules import ensured_rules
 from kproxy.iptables.ledger import IptablesLedger, IptablesSnapshot
 from kproxy.iptables.names import CANARIES, FILTER_FIREWALL, ChainName
@@ -44,14 +45,17 @@ class RuleReader(Protocol):
     def foreign_changes(self) -> int | None:
         """Return a number that is different after another process has changed rules.
 
-        Return None while this process is changing rules, in any family. Raises `OSError`.
+        Return None while this process is changing rules, in any family. Raises `OSError` or `CommandError`.
         """
 
     def latest_foreign_changes(self) -> int:
-        """Return the result of `foreign_changes` as of the latest time at which it was not None. Raises `OSError`."""
+        """Return the latest result of `foreign_changes` that was not None. Raises `OSError` or `CommandError`."""
 
     def fingerprints(self, groups: Iterable[Sequence[ChainName]]) -> list[int] | None:
-        """Return a number for each group of chains, which is different after any rule of these chains was written."""
+        """Return a number for each group of chains, which is different after any rule of these chains was written.
+
+        Return None if the kernel has no such numbers. Raises `OSError` or `CommandError`.
+        """
 
 
 class RuleComparison:
@@ -82,7 +86,7 @@ class RuleComparison:
         """Note that a sync is about to read all rules."""
         self._stop()
         self._intact_at = self._began_at = None
-        with suppress(OSError):
+        with suppress(OSError, CommandError):
             self._began_at = self._kernel.latest_foreign_changes()
 
     def synced(self, services: Iterable[ServiceKey], *, is_full: bool) -> None:
@@ -107,6 +111,9 @@ class RuleComparison:
         except OSError as error:
             self._stop()
             raise SyncError(f"cannot read the rules of iptables: {error.strerror or error}") from None
+        except CommandError as error:
+            self._stop()
+            raise SyncError(str(error)) from None
 
     def _begin(self, ledger: IptablesLedger) -> bool:
         """Begin a comparison. Return False if there is nothing to compare."""

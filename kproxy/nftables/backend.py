@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain as concatenated
 from itertools import islice
-from typing import Generic, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
+from kproxy.host.background import BackgroundCall, ThreadStartError
 from kproxy.host.nf_tables_constants import NFT_TABLE_F_DORMANT
 from kproxy.model.context import Context
 from kproxy.model.drift import RepairResult, Touched
@@ -553,7 +554,8 @@ def run_pipelined(process: Callable[[_T], object], items: Iterable[_T]) -> None:
 
     The first two items are fetched before the first call. After that, the next item is fetched while `process` runs
     with the item before it. If there is only one item, it is processed in the calling thread. If there are more, each
-    is processed in a new thread, which inherits the caller's network namespace.
+    is processed in a new thread, which inherits the caller's network namespace. If no thread can be started, it is
+    processed in the calling thread as well.
 
     Raises any error that `process` or `items` raises. No further call is then started, and the error is raised only
     after a running call has returned. If both that call and the computation of the next item fail, the error of `items`
@@ -565,37 +567,40 @@ def run_pipelined(process: Callable[[_T], object], items: Iterable[_T]) -> None:
         process(ready[0])
     if len(ready) < 2:
         return
-    running = _BackgroundCall(process, ready.pop(0))
+    running = _call(process, ready.pop(0))
     try:
         while ready:
             running.result()
-            running = _BackgroundCall(process, ready.pop())
+            running = _call(process, ready.pop())
             ready += islice(iterator, 1)
     finally:
         running.join()
     running.result()
 
 
-class _BackgroundCall(Generic[_T]):
-    """A function call in a new daemon thread. Unlike an executor's threads, it does not delay the process's exit."""
+def _call(process: Callable[[_T], object], item: _T) -> BackgroundCall | _FinishedCall:
+    """Call a function in a new thread, or in this one if no thread can be started."""
+    try:
+        return BackgroundCall(partial(process, item))
+    except ThreadStartError as error:
+        log.debug("committing without another thread: %s", error)
+        return _FinishedCall(partial(process, item))
 
-    def __init__(self, process: Callable[[_T], object], item: _T) -> None:
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(process, item), name="nft-commit", daemon=True)
-        self._thread.start()
+
+class _FinishedCall:
+    """A function call that has been made in the caller's thread, with the interface of `BackgroundCall`."""
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        self._error: Exception | None = None
+        try:
+            call()
+        except Exception as error:  # noqa: BLE001 - raised by `result`
+            self._error = error
 
     def join(self) -> None:
-        """Wait until the call has returned or raised an error."""
-        self._thread.join()
+        """Do nothing: the call has ended."""
 
     def result(self) -> None:
-        """Wait until the call has returned. If it raised an error, raise that error again."""
-        self.join()
+        """If the call raised an error, raise that error again."""
         if self._error is not None:
             raise self._error
-
-    def _run(self, process: Callable[[_T], object], item: _T) -> None:
-        try:
-            process(item)
-        except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
-            self._error = error

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from msgspec.structs import replace
+
 from kproxy.model.types import ServiceKey
 from kproxy.nftables import names
 from kproxy.nftables.base_table import SETS
@@ -34,6 +36,7 @@ class HeldServices:
         """Hold no Service yet. `accepted` contains Services as the kernel accepted them last, as far as it is known."""
         self.culprits: dict[ServiceKey, str] = {}
         self._accepted = accepted
+        self._reduced: set[ServiceKey] = set()
         self._removed: set[ServiceKey] = set()
         self._hold_plain = self._hold_all = False
 
@@ -51,6 +54,8 @@ class HeldServices:
             return new
         if new is None or key in self._removed:
             return None
+        if key in self._reduced and snapshot is not None:
+            return _with_own_frontends(self._accepted[key], snapshot)
         if key in self._accepted:
             return self._accepted[key]
         return held_service(new, snapshot) if snapshot is not None else None
@@ -70,9 +75,26 @@ class HeldServices:
 
     def _add_culprits(self, found: Mapping[ServiceKey, RejectedObject]) -> None:
         for key, rejected in found.items():
-            if key in self.culprits:
+            if key in self.culprits and key in self._accepted and key not in self._reduced:
+                self._reduced.add(key)
+            elif key in self.culprits:
                 self._removed.add(key)
             self.culprits.setdefault(key, rejected.reason)
+
+
+def _with_own_frontends(accepted: RenderedService, snapshot: TableSnapshot) -> RenderedService:
+    """Return a Service without the frontends for which the table has no verdict of this Service.
+
+    They may belong to another Service, which has priority. If that one is deleted, the kernel would have to accept new
+    elements of this Service.
+    """
+
+    def has_verdict(frontend: RenderedFrontend) -> bool:
+        elements = (snapshot.elements.get(name, {}).get(frontend.key) for name in _VERDICT_MAPS)
+        comment = comment_of(frontend.service_port)
+        return any(element is not None and element.comment == comment for element in elements)
+
+    return replace(accepted, frontends=tuple(each for each in accepted.frontends if has_verdict(each)))
 
 
 def held_service(new: RenderedService, snapshot: TableSnapshot) -> RenderedService | None:

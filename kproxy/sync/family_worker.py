@@ -14,6 +14,8 @@ from kproxy.model.restarts import Restarts
 
 Job: TypeAlias = Callable[[], None]
 """Work for one family. It must handle its own exceptions. An unexpected one is logged, and the next job follows."""
+OUT_OF_MEMORY_SECONDS = 0.5
+"""Pause before the next job if there was not enough memory to handle an error."""
 log = logging.getLogger(__name__)
 
 
@@ -41,6 +43,15 @@ class FamilyWorker:
             self._thread.join(timeout)
 
     def _run(self) -> None:
+        while True:
+            try:
+                self._run_jobs()
+            except MemoryError:  # not even enough memory to handle an error
+                time.sleep(OUT_OF_MEMORY_SECONDS)
+            else:
+                return
+
+    def _run_jobs(self) -> None:
         while (job := self._jobs.get()) is not None:
             try:
                 job()

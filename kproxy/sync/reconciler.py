@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import queue
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import ParamSpec, TypeAlias
 
@@ -40,6 +42,10 @@ STEP_SECONDS = 1.0
 """Seconds between two steps of a comparison of all rules."""
 MESSAGES_PER_SYNC = 10_000
 """Maximum number of messages to apply before running a sync that is due."""
+OUT_OF_MEMORY_SECONDS = 0.5
+"""Pause after something failed because there was not enough memory."""
+OUT_OF_MEMORY_RETRIES = 120
+"""How often in a row the reconciler tries again after it has run out of memory. After that, its thread ends."""
 
 
 class Stop(Struct, frozen=True):
@@ -169,6 +175,8 @@ class Reconciler:
         self._store = store
         self._is_ready = is_ready
         self._ready = False
+        self._monitor_wait: float | None = None
+        self._ran_out_of_memory = False
         self._on_queue = on_queue
         self._on_change = on_change
         self._on_sync = on_sync
@@ -181,25 +189,45 @@ class Reconciler:
 
     def run(self, messages: queue.SimpleQueue[Message]) -> None:
         """Apply messages and sync until a `Stop` arrives and the jobs that have begun are done."""
-        monitor_wait: float | None = None
+        failures = 0
+        message: Message | None = None
         while True:
-            waits = [wait for wait in (self.wait(), monitor_wait) if wait is not None]
             try:
-                message = messages.get(timeout=min(waits, default=None))
-            except queue.Empty:
-                message = None
-            # Before a sync, apply all messages that have already arrived. Their number is limited, so that a flood of
-            # messages cannot delay the sync forever.
-            applied = 0
-            while message is not None:
-                if isinstance(message, Stop):
-                    self._finish_jobs(messages)
-                    return
-                self._try_to_apply(message)
-                applied += 1
-                message = None if applied >= MESSAGES_PER_SYNC or messages.empty() else messages.get()
-            monitor_wait = self._run_monitor()
-            self.sync_due()
+                self._recover()
+                waits = [wait for wait in (self.wait(), self._monitor_wait) if wait is not None]
+                if message is None:
+                    with suppress(queue.Empty):
+                        message = messages.get(timeout=min(waits, default=None))
+                # Before a sync, apply all messages that have already arrived. Their number is limited, so that a flood
+                # of messages cannot delay the sync forever.
+                applied = 0
+                while message is not None:
+                    if isinstance(message, Stop):
+                        self._finish_jobs(messages)
+                        return
+                    self._try_to_apply(message)
+                    applied += 1
+                    message = None
+                    if applied < MESSAGES_PER_SYNC and not messages.empty():
+                        message = messages.get()
+                self._monitor_wait = self._run_monitor()
+                self.sync_due()
+                failures = 0
+            except MemoryError:
+                # Nothing may be lost: the message is applied again, and all rules are compared with the whole store.
+                self._ran_out_of_memory = True
+                failures += 1
+                if failures > OUT_OF_MEMORY_RETRIES:
+                    raise
+                time.sleep(OUT_OF_MEMORY_SECONDS)
+
+    def _recover(self) -> None:
+        """After the reconciler has run out of memory, request full syncs: some changes may not be pending."""
+        if self._ran_out_of_memory:
+            for state in self._families.values():
+                state.compare_all = True
+                state.schedule.request()
+            self._ran_out_of_memory = False
 
     def _finish_jobs(self, messages: queue.SimpleQueue[Message]) -> None:
         """Wait until no job is left. Ignore all messages except outcomes."""
@@ -224,6 +252,8 @@ class Reconciler:
                 self.touch(message)
             else:
                 self.apply(message)
+        except MemoryError:
+            raise
         except Exception as error:  # a bug must not stop the reconciler
             log.error("cannot apply a change: unexpected %r", error)
             log.debug("cannot apply a change", exc_info=error)
@@ -350,21 +380,33 @@ class Reconciler:
     # Jobs. With `execute`, they run in another thread. They must not change the reconciler's state.
 
     def _start(self, family: Family, work: Job) -> None:
+        idle = Idle(family)
+
         def job(deliver: Deliver) -> None:
             try:
                 work(deliver)
             finally:
-                deliver(Idle(family))
+                _deliver_surely(deliver, idle)
 
-        self._families[family].jobs += 1
-        self._execute(family, job)
+        state = self._families[family]
+        jobs = state.jobs
+        try:
+            state.jobs += 1
+            self._execute(family, job)
+        except MemoryError:
+            state.jobs = jobs
+            raise
 
     def _start_sync(self, family: Family) -> None:
         state = self._families[family]
         state.schedule.started(self._clock())
         state.syncing = True
         compare_all, state.compare_all = state.compare_all, False
-        self._start(family, partial(self._sync, family, compare_all=compare_all))
+        try:
+            self._start(family, partial(self._sync, family, compare_all=compare_all))
+        except MemoryError:
+            state.syncing = False
+            raise
 
     def _sync(self, family: Family, deliver: Deliver, *, compare_all: bool) -> None:
         sync = self._families[family].sync
@@ -393,18 +435,26 @@ class Reconciler:
         deliver(Compared(family, outcome))
 
     def _run_steps(self, report: SyncReport, deliver: Deliver) -> None:  # noqa: ARG002 - a job, without an outcome
-        _call_each(self._after_sync, report)
+        for _ in range(OUT_OF_MEMORY_RETRIES):
+            try:
+                _call_each(self._after_sync, report)
+            except MemoryError:
+                time.sleep(OUT_OF_MEMORY_SECONDS)
+            else:
+                return
 
     # Outcomes
 
     def _receive(self, outcome: Outcome) -> None:
         state = self._families[outcome.family]
         if isinstance(outcome, Idle):
-            state.jobs -= 1
-            if state.syncing and not state.jobs:  # the job failed before it could deliver its outcome
+            if state.syncing and state.jobs <= 1:  # the job failed before it could deliver its outcome
                 now = self._clock()
                 failure = SyncError("the sync ended without an outcome")
+                state.compare_all = True  # the changes may no longer be pending
                 self._receive_attempt(state, Attempted(outcome.family, now, now, failure))
+            # At the end, because the message is applied again if there was not enough memory.
+            state.jobs = max(0, state.jobs - 1)
         elif isinstance(outcome, Repaired):
             self._receive_repair(state, outcome.family, outcome.outcome, outcome.by)
         elif isinstance(outcome, Compared):
@@ -435,6 +485,8 @@ class Reconciler:
         family, outcome = attempt.family, attempt.outcome
         state.syncing = False
         if isinstance(outcome, Exception):
+            if isinstance(outcome, MemoryError):
+                state.compare_all = True  # the changes may no longer be pending
             state.schedule.failed(self._clock())
             if state.failing_since is None:
                 state.failing_since = attempt.started
@@ -475,11 +527,24 @@ class Reconciler:
         log.log(V2, "%s", text)
 
 
+def _deliver_surely(deliver: Deliver, outcome: Outcome) -> None:
+    """Deliver an outcome without which the family would never be synced again."""
+    while True:
+        try:
+            deliver(outcome)
+        except MemoryError:
+            time.sleep(OUT_OF_MEMORY_SECONDS)
+        else:
+            return
+
+
 def _call_each(callbacks: Iterable[Callable[_P, None]], *args: _P.args, **kwargs: _P.kwargs) -> None:
-    """Call each callback. If one raises an exception, log it and continue."""
+    """Call each callback. If one raises an exception, log it and continue. Raises `MemoryError`."""
     for callback in callbacks:
         try:
             callback(*args, **kwargs)
+        except MemoryError:
+            raise
         except Exception as error:
             name = getattr(callback, "__qualname__", repr(callback))
             log.error("%s failed: unexpected %r", name, error)

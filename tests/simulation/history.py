@@ -89,6 +89,7 @@ class FamilyWorld:
         self.mark: Mark | None = None
         self.job_began = 0
         self.reads_kernel = False
+        self.has_read = False
         self.comparison_began: int | None = None
         self.comparisons = 0
         self.damage: list[int] = []
@@ -358,6 +359,8 @@ class World:
         process = self.process
         if process.lock.depth:
             raise BrokenPromiseError(f"{operation}: an operation of the kernel while the store is locked")
+        if operation in {"before snapshot", "before save"}:
+            self.families[family].has_read = True
         if operation.startswith("after") and operation in {"after commit", "after restore"}:
             self._check_packets(self.families[family], self.random.sample)
         if self.settling:
@@ -386,6 +389,9 @@ class World:
                 if key in self.poisoned and not (current and current.elements.get(element.key) == element):
                     return "element", name, element.key, errno.ERANGE
         for chain in transaction.added_rules:
+            existing = table.table.chains.get(chain.name) if table.table else None
+            if existing is not None and existing.rules == list(chain.rules):
+                continue  # the kernel accepts what it has accepted before
             if any(chain.comment.startswith(key) for key in self.poisoned):
                 return "chain", chain.name, b"", errno.EOPNOTSUPP
         return None
@@ -411,6 +417,7 @@ class World:
         self.event += 1
         world.job_began = self.event
         world.reads_kernel = reads_kernel
+        world.has_read = False
         world.mark = world.expected.mark()
 
     def _on_outcome(self, outcome: Outcome) -> None:
@@ -441,11 +448,12 @@ class World:
         if world.mark is not None:
             quarantine = self.process.syncs[world.family]._quarantine
             world.expected.finish(world.mark, quarantine.services if quarantine else ())
-        if world.reads_kernel:
+        if world.has_read:
             for key in rejected:
                 # This sync restores the rules of a rejected Service from what it reads, if it can: what others have
                 # removed, the kernel rejects again. In nftables mode, the rules of its own chains are not read.
                 world.expected.lose(key)
+        if world.reads_kernel:
             world.damage = [each for each in world.damage if each > world.job_began]
         self._check_packets(world, None)
 
@@ -627,8 +635,8 @@ def no_threads(random: Random) -> Iterator[None]:
     """Commit batches of nftables mode in the same thread, as early or as late as a thread might."""
 
     class Call:
-        def __init__(self, process: Callable[[object], object], item: object) -> None:
-            self._call: Callable[[], object] | None = partial(process, item)
+        def __init__(self, call: Callable[[], object]) -> None:
+            self._call: Callable[[], object] | None = call
             self._error: BaseException | None = None
             if random.random() < 0.5:
                 self.join()
@@ -646,7 +654,7 @@ def no_threads(random: Random) -> Iterator[None]:
             if self._error is not None:
                 raise self._error
 
-    with patch.object(nftables_backend, "_BackgroundCall", Call):
+    with patch.object(nftables_backend, "BackgroundCall", Call):
         yield
 
 

@@ -22,12 +22,14 @@ SAMPLE_INTERVAL = 0.25
 START_SECONDS = 4.0
 """Seconds after the first sync of a process in which it still grows."""
 
+INJECTED = "injected failure"
+"""What a program prints that fails on purpose."""
 BAD_WORDS = ("Traceback", "unexpected")
 MIN_SYNC_PERIOD = "--iptables-min-sync-period=200ms"
 
 WRAPPER = """#!/bin/sh
 case $(cat {fault} 2>/dev/null) in
-fail) echo "{name}: injected failure" >&2; exit 4;;
+fail) echo "{name}: {injected}" >&2; exit 4;;
 hang) sleep 3;;
 esac
 exec {real} "$@"
@@ -74,7 +76,7 @@ class Proxy:
         self._programs.mkdir()
         for name, real in (programs_of(variant) | {"nft": "nft"}).items():
             wrapper = self._programs / name
-            wrapper.write_text(WRAPPER.format(name=name, real=shutil.which(real), fault=self._fault))
+            wrapper.write_text(WRAPPER.format(injected=INJECTED, name=name, real=shutil.which(real), fault=self._fault))
             wrapper.chmod(0o755)
         self._process: subprocess.Popen[str] | None = None
         self._stopped = threading.Event()
@@ -122,11 +124,16 @@ class Proxy:
             raise RuntimeError(f"kproxy exited with code {code}; see {self.log}")
 
     def restart_if_exited(self) -> int | None:
-        """If kproxy has exited on its own, start it again and return its exit status."""
+        """If kproxy has exited on its own, start it again.
+
+        Return its exit status, or None if it had to exit: while the programs fail, no mode that needs them works.
+        """
         code = self._running().poll()
-        if code is not None:
-            self.start(self.mode)
-        return code
+        if code is None:
+            return None
+        lines = self.log.read_bytes()[self._log_begin :].decode(errors="replace").splitlines()
+        self.start(self.mode)
+        return None if lines and "does not work on this node" in lines[-1] and INJECTED in lines[-1] else code
 
     def wait_until_synced(self) -> None:
         """Return once the process has synced each family."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kproxy.host.commands import CommandError
 from kproxy.iptables.base_rules import ensured_rules
 from kproxy.iptables.comparison import CHAINS_PER_STEP
 from kproxy.iptables.foreign_changes import CONTENT_CPU_SHARE, GenerationCounter, TableObserver
@@ -380,6 +382,28 @@ def test_idle_comparison_reads_nothing_after_it_has_learned_the_fingerprints() -
     assert proxy.compare() == []
     assert proxy.kernel.reads == reads
     assert not proxy.kernel.fingerprinted
+
+
+@pytest.mark.parametrize("method", ["foreign_changes", "latest_foreign_changes", "fingerprints"])
+@pytest.mark.parametrize("error", [CommandError("out of processes"), OSError(errno.ENOBUFS, "out of buffers")])
+def test_kernel_that_cannot_tell_what_changed_is_an_error_of_the_comparison_only(
+    method: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    proxy = DamagedProxy(a_service())
+    proxy.damage(lambda tables: tables["nat"]["KUBE-SERVICES"].clear())
+    with monkeypatch.context() as patched:
+        patched.setattr(proxy.kernel, method, fail)
+        proxy.families[V4].forget()
+        proxy.families[V4].sync(proxy.store)
+        assert proxy.rules() == proxy.intact
+        with pytest.raises(SyncError, match="out of"):
+            proxy.compare()
+    proxy.damage(lambda tables: tables["nat"]["KUBE-SERVICES"].clear())
+    assert proxy.compare()
+    assert proxy.rules() == proxy.intact
 
 
 def test_sync_makes_only_the_changed_services_unknown() -> None:

@@ -388,6 +388,27 @@ def test_refused_element_of_a_contested_frontend_is_that_of_its_new_owner() -> N
     proxy.settle()
 
 
+def test_rejected_service_stays_although_the_owner_of_its_contested_frontend_is_deleted_in_a_full_sync() -> None:
+    proxy = RefusingProxy()
+    shared, own = service_key("192.0.2.1", "TCP", 80), service_key("10.96.0.2", "TCP", 80)
+    owner = replace(service("a-owner", "10.96.0.1"), external_ips=("192.0.2.1",))
+    proxy.put(owner, endpoint_slice("a-owner", [1])).retry()
+    # With chains of its own, so that the backend remembers what the kernel has accepted.
+    other = replace(service("other", "10.96.0.2"), external_ips=("192.0.2.1",), vips=("192.0.2.2",))
+    proxy.put(replace(other, source_ranges=("192.0.2.128/25",))).retry()
+    no_endpoints = proxy.table.sets[names.NO_ENDPOINT_SERVICES].elements
+    assert own in no_endpoints
+    assert shared not in no_endpoints
+    proxy.refusing.refuse = lambda each: errno.EINVAL * (each.key == shared and each.name == names.NO_ENDPOINT_SERVICES)
+    proxy.delete(Service, "a-owner").forget()
+    assert set(proxy.retry()) == {"ns/other"}
+    no_endpoints = proxy.table.sets[names.NO_ENDPOINT_SERVICES].elements
+    assert own in no_endpoints
+    assert shared not in no_endpoints
+    proxy.settle()
+    assert shared in proxy.table.sets[names.NO_ENDPOINT_SERVICES].elements
+
+
 # Changes of a rejected Service
 
 
