@@ -12,6 +12,7 @@ from tests.lab.modes import mode_flag
 from tests.lab.requirements import missing_protocol
 from tests.lab.servers import Servers
 from tests.lab.topology import NODE_ADDRESSES, OUTSIDE_ADDRESSES, Host, Lab
+from tests.lab.waiting import wait_until
 from tests.lab.web_service import CLUSTER_IPS, EXTERNAL_IPS, LOAD_BALANCER_IPS, NODE_PORT, WebService
 
 UNUSED = {4: "10.96.0.99", 6: "fd00:10:96::99"}
@@ -181,7 +182,8 @@ def test_service_whose_cluster_ip_becomes_an_address_of_the_node_does_not_hide_i
     own = f"{CLUSTER_IPS[version]}/{128 if version == 6 else 32}"
     lab.node.namespace.run(["ip", "address", "add", own, "dev", "eth0", *_nodad(own)])
     servers.serve(Host("own", web.node.namespace, (CLUSTER_IPS[version],)), 9090)
-    assert isinstance(web.send_request(web.node, CLUSTER_IPS[version], 9090), Answered)
+    # The kernel adds the local route of a new IPv6 address a moment later.
+    wait_until(lambda: isinstance(web.send_request(web.node, CLUSTER_IPS[version], 9090), Answered), "the local route")
     assert isinstance(web.send_request(web.client, CLUSTER_IPS[version], 9090), Answered)
 
 
