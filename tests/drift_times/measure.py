@@ -117,7 +117,7 @@ class Measurement:
             "filter FORWARD",
             "filter KUBE-FORWARD",
         )
-        return (*per_service, *shared)
+        return (*per_service, *shared, "mangle KUBE-PROXY-CANARY")
 
     def _forget_repairs(self, parts: tuple[str, ...], family: Family) -> None:
         """Restart the daemon if it has repaired any of these parts before, because it waits before it does so again."""
