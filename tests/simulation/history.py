@@ -24,6 +24,7 @@ from kproxy.model.drift import RulesChanged, Touched
 from kproxy.model.sync_report import SyncError, SyncResult
 from kproxy.model.types import Family, ServiceKey
 from kproxy.nftables import backend as nftables_backend
+from kproxy.nftables import kernel as nftables_kernel
 from kproxy.nftables.backend import NftablesBackend
 from kproxy.nftables.kernel import OwnGenerations, TableError
 from kproxy.nftables.transaction import Transaction
@@ -654,7 +655,11 @@ def no_threads(random: Random) -> Iterator[None]:
             if self._error is not None:
                 raise self._error
 
-    with patch.object(nftables_backend, "BackgroundCall", Call):
+    with (
+        patch.object(nftables_backend, "BackgroundCall", Call),
+        # A commit for one family may be interrupted by one for the other, for which nobody could wait.
+        patch.object(nftables_kernel, "MAX_COMMIT_WAIT_SECONDS", 0.0),
+    ):
         yield
 
 
