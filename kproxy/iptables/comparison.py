@@ -149,7 +149,13 @@ class RuleComparison:
             return RepairResult()
         shared = (*CANARIES, FILTER_FIREWALL, *ledger.base, *(rule.chain for rule in ensured_rules(context)))
         suspects = concatenate.from_iterable(_chains(group, ledger) for group in self._suspects)
-        return self._end(check(Scope(chains=frozenset((*shared, *suspects)))), self._suspects)
+        result = check(Scope(chains=frozenset((*shared, *suspects))))
+        if result.repaired and not result.needs_full_sync:
+            # Whoever changed these chains, for example by restoring a rule set, may have created others.
+            more = check(Scope(tables=frozenset(part.table for part in result.repaired)))
+            findings = tuple(dict.fromkeys((*result.findings, *more.findings)))
+            result = RepairResult((*result.repaired, *more.repaired), findings, more.needs_full_sync)
+        return self._end(result, self._suspects)
 
     def _examine(self, ledger: IptablesLedger, limit: int) -> dict[Group, int]:
         """Return the fingerprints of the next groups, with at most `limit` chains unless one group has more."""

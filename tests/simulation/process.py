@@ -13,6 +13,7 @@ from typing import Self, cast
 
 from kproxy.model.context import Context, LocalTraffic
 from kproxy.model.delta import BASIC_KINDS, Kind
+from kproxy.model.drift import RulesChanged
 from kproxy.model.store import Store, StoreChange
 from kproxy.model.sync_report import SyncError, SyncReport
 from kproxy.model.types import Family, Node, ServiceCIDR, ServiceKey
@@ -54,6 +55,10 @@ class Messages:
     @property
     def has_messages(self) -> bool:
         return bool(self._waiting)
+
+    def has_notices(self) -> bool:
+        """Return whether changes by other processes have been reported, but not received."""
+        return any(isinstance(message, RulesChanged) for message in self._waiting)
 
     def begin(self, allowed: int) -> None:
         """Begin a run."""

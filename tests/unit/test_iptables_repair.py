@@ -406,6 +406,19 @@ def test_kernel_that_cannot_tell_what_changed_is_an_error_of_the_comparison_only
     assert proxy.rules() == proxy.intact
 
 
+def test_comparison_that_finds_damage_also_deletes_stale_chains() -> None:
+    """As after another process has restored an old rule set."""
+    proxy = DamagedProxy(a_service())
+
+    def restore(tables: dict[str, Table]) -> None:
+        tables["nat"]["KUBE-SERVICES"].clear()
+        tables["nat"]["KUBE-SVC-AAAAAAAAAAAAAAAA"] = ["-j RETURN"]
+
+    proxy.damage(restore)
+    assert proxy.compare()
+    assert proxy.rules() == proxy.intact
+
+
 def test_sync_makes_only_the_changed_services_unknown() -> None:
     proxy = DamagedProxy([*a_service(), *a_service("b", 2)])
     proxy.compare()
