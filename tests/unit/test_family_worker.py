@@ -157,8 +157,8 @@ def test_failed_sync_keeps_the_changes_of_before_and_during_it(proxy: ThreadedPr
     four.error = SyncError("no")
     proxy.send(Upsert(service("b")))
     assert four.blocked.wait(HANG_GUARD)
-    proxy.send(Upsert(service("c")), Upsert(EndpointSlice("ns", "c-1", "ns/c", Family.IPV4, last_change=7.0)))
     assert proxy.backends[Family.IPV6].synced() == {"ns/b"}
+    proxy.send(Upsert(service("c")), Upsert(EndpointSlice("ns", "c-1", "ns/c", Family.IPV4, last_change=7.0)))
     assert "ns/c" in proxy.backends[Family.IPV6].synced()
     four.may_continue.set()
     assert four.synced() == {"ns/b"}
