@@ -11,10 +11,10 @@ HANG_GUARD = 30.0
 POLL_INTERVAL = 0.01
 
 
-def wait_until(condition: Callable[[], object], what: str) -> None:
-    """Return once the condition is true. Raises `TimeoutError` with `what` after `HANG_GUARD` seconds."""
-    deadline = time.monotonic() + HANG_GUARD
+def wait_until(condition: Callable[[], object], what: str, *, seconds: float = HANG_GUARD) -> None:
+    """Return once the condition is true. Raises `TimeoutError` with `what` after `seconds`."""
+    deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"not true after {HANG_GUARD:.0f} s: {what}")
+            raise TimeoutError(f"not true after {seconds:.0f} s: {what}")
         time.sleep(POLL_INTERVAL)

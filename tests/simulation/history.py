@@ -483,7 +483,7 @@ class World:
         """Forget damage, once all of it has been noticed and no check of it is waiting."""
         state = self.process.reconciler._families[world.family]
         waiting = world.undelivered or self.process.messages.has_notices() or state.repairs.wait(self.now) is not None
-        if self.exact and not self.loses_notices and not waiting:
+        if self.exact and not self.loses_notices and not waiting and not state.compare_all:
             world.damage = [each for each in world.damage if each > world.job_began]
 
     def _check_error(self, outcome: object) -> None:

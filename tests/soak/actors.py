@@ -17,7 +17,7 @@ from tests.drift_times.kernel_state import ALL, State, differing, without_jumps_
 from tests.drift_times.stranger import Stranger
 from tests.lab.modes import no_rules_of_other_mode
 from tests.lab.namespace import Namespace
-from tests.lab.waiting import wait_until
+from tests.lab.waiting import HANG_GUARD, wait_until
 from tests.soak.cluster import DAMAGED, SoakCluster
 from tests.soak.node import Proxy
 from tests.soak.traffic import EVERY, Window, Windows
@@ -25,6 +25,9 @@ from tests.soak.traffic import EVERY, Window, Windows
 OTHER = {"iptables": "nftables", "nftables": "iptables"}
 REPAIR_SECONDS = 40.0
 """Seconds after which a damage counts as not repaired."""
+
+LONGEST_API_PAUSE = 30.0
+"""How long kproxy waits at most before it sends another request to an API server that has failed many times."""
 
 FAULT_SECONDS = 2.5
 """How long a fault lasts, in seconds."""
@@ -239,6 +242,7 @@ class Actors:
         wait_until(
             lambda: all(each in str(self._stranger.read(family)) for family in Family for each in marks[family]),
             "kproxy programs the last change",
+            seconds=LONGEST_API_PAUSE + HANG_GUARD,
         )
 
     def _is_stable(self, states: list[State]) -> bool:
