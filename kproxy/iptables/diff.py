@@ -220,6 +220,8 @@ class IptablesDiff:
 
         `record` describes the existing rules. If one of its chains no longer exists, the Service gets no rules.
         """
+        # Chains that the kernel accepted in an earlier attempt are candidates again: they may be unused by now.
+        record = {name: port for name, port in record.items() if name != PARTIAL_PORT}
         if any(self._existing(ChainName("nat", name), digest) is None for name, digest in record_chains(record)):
             record = {}
         kept = {name for name, _ in record_chains(record)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kproxy.iptables.ledger import record_chains
@@ -200,6 +200,13 @@ STATES = st.dictionaries(
     st.sampled_from((2, 12, 600)),
     st.sampled_from((1, 3, 1000)),
     st.sampled_from([(names, text) for names in (True, False) for text in ("", "-j DNAT", "-j DROP")]),
+)
+@example(
+    [{"a": ([], False), "b": ([1], False)}, {"a": ([], False), "b": ([1, 2], True)}, {}],
+    [(set(), ""), ({"b"}, "filter"), ({"b"}, "")],
+    2,
+    1,
+    (True, ""),
 )
 def test_after_the_cure_any_history_leaves_the_rules_of_a_fresh_start(
     history: list[dict[str, tuple[list[int], bool]]],
