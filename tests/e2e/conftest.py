@@ -7,6 +7,7 @@ import re
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
+from zlib import crc32
 
 import pytest
 
@@ -16,6 +17,8 @@ from tests.e2e.local.cluster import LocalClusters
 from tests.e2e.real import DEFAULT_IMAGE, RealClusters
 
 CLUSTER = pytest.StashKey[Cluster]()
+MAX_NAMESPACE = 63
+"""Maximum length of the name of a namespace: that of a label (RFC 1123)."""
 
 
 class Clusters(Protocol):
@@ -59,6 +62,8 @@ def clusters(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 def cluster(clusters: Clusters, request: pytest.FixtureRequest) -> Iterator[Cluster]:
     """The cluster, with a namespace for this test."""
     name = re.sub("[^a-z0-9]+", "-", request.node.name.lower().removeprefix("test_")).strip("-")
+    if len(name) > MAX_NAMESPACE:
+        name = f"{name[: MAX_NAMESPACE - 9]}-{crc32(name.encode()):08x}"
     with clusters.test(name) as cluster:
         for marker in request.node.iter_markers("needs"):
             for need in marker.args:
