@@ -152,7 +152,7 @@ class NftCommit:
         self._writer = NftWriter(family, table)
         self._timeout = timeout
 
-    def __call__(self, transaction: Transaction, generation: int | None = None, /) -> None:  # noqa: ARG002
+    def __call__(self, transaction: Transaction, generation: int | None = None, /) -> None:  # noqa: ARG002 - see below
         """Commit a transaction. `generation` is ignored, because nft cannot check it. Raises `TableError`."""
         try:
             done = run(["nft", "-f", "-"], self._writer.commands(transaction), timeout=self._timeout)
