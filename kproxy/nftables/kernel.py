@@ -263,7 +263,7 @@ class NftCommit:
         """Return whether a netlink port ID belongs to a `nft` that this object has just run: it is nft's PID."""
         return self._commands.has_run(port)
 
-    def __call__(self, transaction: Transaction, generation: int | None = None, /) -> None:  # noqa: ARG002
+    def __call__(self, transaction: Transaction, generation: int | None = None, /) -> None:  # noqa: ARG002 - see below
         """Commit a transaction. `generation` is ignored, because nft cannot check it. Raises `TableError`."""
         try:
             done = self._commands.run(["nft", "-f", "-"], self._writer.commands(transaction), timeout=self._timeout)

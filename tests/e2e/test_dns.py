@@ -18,6 +18,7 @@ def test_pods_on_every_node_resolve_names_over_udp_and_tcp(cluster: Cluster, fam
     name = f"web.{made['metadata']['namespace']}.svc"
     for number, node in enumerate(cluster.nodes):
         client = cluster.pod(f"client-{number}", node.name)
+        # `until` returns before `client` changes.
         until(lambda: cluster.resolve(client, name, family) == [cluster_ip(made)], f"{name} resolves")  # noqa: B023
         for protocol in ("UDP", "TCP"):
             resolved = [cluster.resolve(client, name, family, protocol) for _ in range(10)]
