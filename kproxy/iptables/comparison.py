@@ -9,7 +9,7 @@ from typing import Protocol, TypeAlias
 
 from kproxy.host.commands import CommandError
 from kproxy.iptables.base_rules import ensured_rules
-from kproxy.iptables.ledger import IptablesLedger, IptablesSnapshot
+from kproxy.iptables.ledger import Digest, IptablesLedger, IptablesSnapshot
 from kproxy.iptables.names import CANARIES, FILTER_FIREWALL, ChainName
 from kproxy.iptables.repair import Scope, make_snapshot, stream_snapshot
 from kproxy.iptables.save_restore import TABLES
@@ -168,8 +168,13 @@ class RuleComparison:
                 size += len(chains)
                 if size >= limit:
                     break
-        fingerprints = self._kernel.fingerprints(groups.values()) if groups else []
-        return dict(zip(groups, fingerprints or (), strict=True))
+        fingerprints = (self._kernel.fingerprints(groups.values()) if groups else None) or ()
+        # A chain without rules always has the same fingerprint. It must not match one that was recorded before a sync
+        # added rules to the chain.
+        return {
+            group: hash((fingerprint, _dispatch_digest(group, ledger)))
+            for group, fingerprint in zip(groups, fingerprints, strict=True)
+        }
 
     def _end(self, result: RepairResult, compared: dict[Group, int]) -> RepairResult:
         """End the comparison. If all rules were intact, `compared` are new fingerprints of intact chains."""
@@ -188,6 +193,13 @@ class RuleComparison:
 
 def _dispatch_chains(ledger: IptablesLedger) -> Iterator[ChainName]:
     return concatenate.from_iterable(record.chains for record in ledger.dispatch.values())
+
+
+def _dispatch_digest(group: Group, ledger: IptablesLedger) -> Digest | None:
+    """Return the digest that the ledger has for a dispatch chain or shard, and None for a Service."""
+    if isinstance(group, ChainName):
+        return next((record.chains[group] for record in ledger.dispatch.values() if group in record.chains), None)
+    return None  # `synced` forgets the fingerprint of every Service that may have changed
 
 
 def _chains(group: Group, ledger: IptablesLedger) -> list[ChainName]:

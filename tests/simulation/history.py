@@ -154,7 +154,7 @@ class World:
                 kernel = faulty_table(world.kernel, self.faults, step)
                 found[family] = NftablesBackend(kernel, generations, batch_frontends=batch)
             else:
-                refuse = partial(self._refuse_line, world.kernel)
+                refuse = partial(self._refuse_restore, world, world.kernel)
                 programs = faulty_iptables(world.kernel, self.faults, step, refuse)
                 found[family] = IptablesBackend(programs, max_transaction_rules=rules, dispatch_threshold=threshold)
         return found
@@ -381,15 +381,22 @@ class World:
     # Rejections
 
     def _refuse(self, world: FamilyWorld, table: SimulatedTable, transaction: Transaction) -> Refusal | None:
-        """Return the first object of a transaction that the kernel rejects, if any.
-
-        A full sync may remove a rejected Service with chains of its own, whose rules it does not read.
-        """
+        """Return the first object of a transaction that the kernel rejects, if any."""
         refused = self._refuse_transaction(table, transaction)
+        self._on_refusal(world, refused)
+        return refused
+
+    def _refuse_restore(self, world: FamilyWorld, kernel: SimulatedIptables, text: str) -> str | None:
+        """Return the first line of a restore that the kernel rejects, if any."""
+        refused = self._refuse_line(kernel, text)
+        self._on_refusal(world, refused)
+        return refused
+
+    def _on_refusal(self, world: FamilyWorld, refused: object) -> None:
+        """Forget what is known about rejected Services, if a full sync may remove rules that it does not know."""
         if refused is not None and world.has_read:
             for key in self.poisoned:
                 world.expected.lose(key)
-        return refused
 
     def _refuse_transaction(self, table: SimulatedTable, transaction: Transaction) -> Refusal | None:
         """Return the first object of a transaction that the kernel rejects, if any."""

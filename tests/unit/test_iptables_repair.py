@@ -433,6 +433,19 @@ def test_sync_makes_only_the_changed_services_unknown() -> None:
     assert not others & {chain.name for chain in proxy.kernel.fingerprinted}
 
 
+def test_comparison_finds_a_flushed_chain_that_was_empty_when_its_fingerprint_was_recorded() -> None:
+    proxy = DamagedProxy(a_service())
+    assert proxy.kernel.tables["filter"]["KUBE-SERVICES"] == []
+    proxy.compare()
+    proxy.apply(Upsert(EndpointSlice("ns", "a", "ns/a", V4, (), ())))
+    proxy.settle()
+    intact = proxy.rules()
+    assert intact["filter"]["KUBE-SERVICES"] != []
+    proxy.damage(lambda tables: tables["filter"]["KUBE-SERVICES"].clear())
+    assert proxy.compare()
+    assert proxy.rules() == intact
+
+
 def test_large_comparison_takes_several_steps() -> None:
     proxy = DamagedProxy([delta for number in range(1, 250) for delta in a_service(f"s{number}", number)])
     proxy.compare()
