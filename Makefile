@@ -74,7 +74,7 @@ recording: setup ## run the demo and record it in docs/pictures/demo.svg
 	@$(RUN) -m tests.demo.recording docs/pictures/demo.svg
 
 test: setup ## run all tests, including those that program the kernel
-	$(RUN) -m pytest -q --numprocesses=auto --dist=worksteal $(TESTS)
+	PYTHONHASHSEED=$${PYTHONHASHSEED:-0} $(RUN) -m pytest -q --numprocesses=auto --dist=worksteal $(TESTS)
 
 fuzz: setup ## feed mutated inputs to all parsers for DURATION seconds, 60 by default
 	@$(RUN) -m tests.fuzz --seconds=$(DURATION) $(if $(SEED),--seed=$(SEED))

@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from copy import deepcopy
+from functools import lru_cache
 
 from msgspec import Struct, field
 
@@ -22,6 +23,9 @@ from kproxy.nftables.repair import without_policy
 from kproxy.nftables.rule_content import RuleContent, rule_content
 from kproxy.nftables.snapshot import TableSnapshot
 from kproxy.nftables.transaction import Transaction
+
+_content = lru_cache(1 << 14)(rule_content)
+"""The content of a rule. Tests commit the same rules many times."""
 
 
 class FakeChain(Struct):
@@ -145,7 +149,7 @@ class FakeTable:
     def rules(self, chain: str) -> list[RuleContent]:
         self.reads += 1
         chains = self.table.chains if self.table is not None else {}
-        return [rule_content(rule, self.family) for rule in chains[chain].rules] if chain in chains else []
+        return [_content(rule, self.family) for rule in chains[chain].rules] if chain in chains else []
 
     def element(self, definition: nft.NftSet, key: bytes) -> SetElement | None:
         self.reads += 1
@@ -163,7 +167,7 @@ class FakeTable:
         self.reads += 1
         for name, chain in list(self.table.chains.items()) if self.table is not None else ():
             for rule in list(chain.rules):
-                yield name, rule_content(rule, self.family)
+                yield name, _content(rule, self.family)
 
     def walk_elements(self, definition: nft.NftSet) -> Iterator[SetElement]:
         self.reads += 1

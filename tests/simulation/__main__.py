@@ -1,8 +1,13 @@
-"""Replay one history, or many: `python -m tests.simulation SEED --verbose`, `--start 1 --count 100000`."""
+"""Replay one history, or many: `python -m tests.simulation SEED --verbose`, `--start 1 --count 100000`.
+
+The order of Python's sets also decides what happens, so that a history is equal only for equal values of the
+environment variable PYTHONHASHSEED. The default is 0, as in `make test`.
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 import traceback
@@ -41,4 +46,11 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    if "PYTHONHASHSEED" not in os.environ:
+        # Python reads the variable only when it starts.
+        os.execve(
+            sys.executable,
+            [sys.executable, "-m", "tests.simulation", *sys.argv[1:]],
+            {**os.environ, "PYTHONHASHSEED": "0"},
+        )
     sys.exit(main())

@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from random import Random
 from unittest.mock import patch
 
@@ -25,8 +25,10 @@ from kproxy.model.sync_report import SyncError, SyncResult
 from kproxy.model.types import Family, ServiceKey
 from kproxy.nftables import backend as nftables_backend
 from kproxy.nftables import kernel as nftables_kernel
+from kproxy.nftables import repair as nftables_repair
 from kproxy.nftables.backend import NftablesBackend
 from kproxy.nftables.kernel import OwnGenerations, TableError
+from kproxy.nftables.rule_content import rule_content
 from kproxy.nftables.transaction import Transaction
 from kproxy.sync.family_sync import Backend, FamilySync
 from kproxy.sync.reconciler import Attempted, Compared, Outcome, Repaired
@@ -191,7 +193,7 @@ class World:
         with no_threads(self.random), unexpected_errors():
             if self.random.random() < 0.8:
                 self._protected(self._start_quietly)
-            for _ in range(self.random.randint(6, 15)):
+            for _ in range(self.random.randint(5, 12)):
                 self._protected(self._happen)
                 for _ in range(self.random.choice((0, 1, 2, 4, 8))):
                     self._protected(self._step)
@@ -650,6 +652,8 @@ class World:
 
 # Without threads
 
+_rule_content = lru_cache(1 << 14)(rule_content)
+
 
 @contextmanager
 def no_threads(random: Random) -> Iterator[None]:
@@ -677,6 +681,8 @@ def no_threads(random: Random) -> Iterator[None]:
 
     with (
         patch.object(nftables_backend, "BackgroundCall", Call),
+        # Histories have the same rules again and again.
+        patch.object(nftables_repair, "rule_content", _rule_content),
         # A commit for one family may be interrupted by one for the other, for which nobody could wait.
         patch.object(nftables_kernel, "MAX_COMMIT_WAIT_SECONDS", 0.0),
     ):

@@ -6,7 +6,7 @@ import pytest
 
 from tests.simulation.mutations import MUTATIONS, NEED_EXACT_REPAIRS, NEED_QUARANTINE, applicable, find
 
-HISTORIES = 2_000
+HISTORIES = 5_000
 """Most mutations are found in the first 30 histories."""
 
 

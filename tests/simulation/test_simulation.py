@@ -6,6 +6,7 @@ A failure names its seed and the command that replays it. `--start` and `--count
 from __future__ import annotations
 
 import gc
+import os
 from collections import Counter
 from collections.abc import Iterator
 
@@ -34,7 +35,10 @@ def test_random_histories(start: int) -> None:
         try:
             World(seed).run()
         except ViolationError as error:
-            pytest.fail(f"replay it with `python -m tests.simulation {seed} --verbose`: {error}", pytrace=False)
+            command = (
+                f"PYTHONHASHSEED={os.environ.get('PYTHONHASHSEED', '?')} python -m tests.simulation {seed} --verbose"
+            )
+            pytest.fail(f"replay it with `{command}`: {error}", pytrace=False)
 
 
 def test_histories_are_not_idle() -> None:
