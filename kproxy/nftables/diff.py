@@ -212,7 +212,7 @@ class NftablesDiff:
         self._count_verdicts(new, 1)
         new_verdicts = _verdict_elements(new) if new else {}
         new_endpoints = dict(new.endpoints) if new else {}
-        old_verdicts, old_endpoints = self._current_elements(transaction, key, old, new_endpoints)
+        old_verdicts, old_endpoints = self._current_elements(key, old)
         for map_name in old_verdicts | new_verdicts:
             _change_element(transaction, map_name, old_verdicts.get(map_name), new_verdicts.get(map_name))
         for map_name in old_endpoints | new_endpoints:
@@ -221,13 +221,13 @@ class NftablesDiff:
             )
 
     def _current_elements(
-        self, transaction: Transaction, key: bytes, old: RenderedFrontend | None, new_endpoints: dict[str, bytes]
+        self, key: bytes, old: RenderedFrontend | None
     ) -> tuple[dict[str, SetElement], dict[str, bytes]]:
         """Return the elements that a frontend currently has in the kernel, and remove them from any snapshot.
 
         The first dictionary contains the verdict elements, and the second one contains the concatenated values of the
-        endpoint elements. Both are keyed by map name. If there is a snapshot, the deletion of stray endpoint elements
-        is added to the transaction.
+        endpoint elements. Both are keyed by map name. Endpoint elements behind a missing index stay in the snapshot;
+        `last_transaction` deletes what is left there.
         """
         if old is not None:
             verdicts, endpoints = _verdict_elements(old), dict(old.endpoints)
@@ -237,21 +237,7 @@ class NftablesDiff:
             # `pop_frontend` removes the elements from the snapshot. If a later transaction changes the frontend again,
             # the snapshot has none of its elements, and `old` describes them.
             self._snapshot.pop_frontend(key, verdicts, endpoints)
-            self._delete_stray_endpoints(transaction, self._snapshot, key, new_endpoints)
         return verdicts, endpoints
-
-    def _delete_stray_endpoints(
-        self, transaction: Transaction, snapshot: TableSnapshot, key: bytes, new_endpoints: dict[str, bytes]
-    ) -> None:
-        """Delete stray endpoint elements that have the same index as a new endpoint.
-
-        An element is stray if a smaller index is missing. `pop_frontend` does not return stray elements.
-        """
-        for map_name, values in new_endpoints.items():
-            elements = snapshot.elements.get(map_name, {})
-            for index in range(len(values) // self._endpoint_size):
-                if (stray := elements.pop(endpoint_key(key, index), None)) is not None:
-                    transaction.delete_element(map_name, stray)
 
     def _change_endpoints(self, transaction: Transaction, map_name: str, key: bytes, old: bytes, new: bytes) -> None:
         if old == new:

@@ -14,7 +14,7 @@ from kproxy.model.types import EndpointPort, Service, ServicePort
 from kproxy.nftables import names
 from kproxy.nftables.backend import NftablesPrinter
 from kproxy.nftables.comments import MAX_COMMENT_LENGTH
-from kproxy.nftables.elements import hairpin_key, pack_address, service_key
+from kproxy.nftables.elements import endpoint_key, hairpin_key, pack_address, service_key
 from kproxy.nftables.encode import TransactionEncoder
 from kproxy.nftables.ruleset import KeyField, NftSet
 from kproxy.nftables.transaction import Transaction
@@ -95,6 +95,17 @@ def test_restart_reads_the_table_once_and_rewrites_no_element() -> None:
     proxy.sync()
     assert proxy.kernel.reads == reads + 1
     assert nonempty_fields(proxy.kernel.commits[-1]) == {"flushed_chains", "added_rules"}
+
+
+def test_restart_replaces_endpoints_behind_a_missing_one() -> None:
+    """As after another process has deleted one endpoint and changed the next one while kproxy was not running."""
+    proxy = synced_proxy()
+    elements = proxy.table.sets["service-endpoints"].elements
+    keys = [endpoint_key(service_key("10.96.0.1", "TCP", 80), index) for index in range(3)]
+    del elements[keys[1]]
+    elements[keys[2]] = replace(elements[keys[2]], value=elements[keys[0]].value)
+    proxy.restart_process()
+    assert len(proxy.checked_sync()) == 1
 
 
 def test_changed_affinity_timeout_recreates_the_affinity_sets() -> None:
