@@ -13,6 +13,13 @@ class CommandFailedError(Exception):
     """The command failed. The message has one line for each problem. The exit code is 1."""
 
 
+class CannotTellError(Exception):
+    """The command cannot find out what it was asked, for example because no daemon runs. The exit code is 3.
+
+    The message has one line for each problem.
+    """
+
+
 def show(text: str) -> None:
     """Print to standard output and flush.
 

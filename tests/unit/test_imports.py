@@ -17,7 +17,7 @@ MODULES = {".".join(path.relative_to(ROOT.parent).with_suffix("").parts): path f
 LAYERS = (
     {"__main__"},
     {"cli"},
-    {"app"},
+    {"app", "diagnose"},
     {"sync", "config", "kube"},
     {"documents", "iptables", "nftables", "ipvs", "simulate", "serve"},
     {"host"},
@@ -55,7 +55,7 @@ PURE = (
         "sync.service_conditions",
         "sync.log_summary",
     ),
-    *("app.family_contexts", "app.node_port_addresses"),
+    *("app.family_contexts", "app.node_port_addresses", "diagnose.report"),
     *(
         "config.types",
         "config.conntrack_sysctls",
