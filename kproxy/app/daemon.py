@@ -27,6 +27,7 @@ from kproxy.app.backends import (
     watched_kinds,
     watches_addresses,
 )
+from kproxy.app.control import DaemonControl, ObjectOrigin
 from kproxy.app.family_contexts import is_ready
 from kproxy.app.first_sync import FirstSyncSteps
 from kproxy.app.kernel_parameters import prepare_conntrack, prepare_process
@@ -52,6 +53,7 @@ from kproxy.serve.metric_definitions import INVALID_DROPPED, LOCALHOST_ACCEPTED
 from kproxy.serve.status_server import ListenError, StatusServer
 from kproxy.sync.conntrack_cleanup import ConntrackCleaner
 from kproxy.sync.drift_listener import DriftListener
+from kproxy.sync.family_sync import FamilySync
 from kproxy.sync.family_worker import FamilyWorker
 from kproxy.sync.node_monitor import NodeMonitor
 from kproxy.sync.reconciler import Message, Reconciler, Resync, Stop
@@ -89,6 +91,9 @@ class Component(Protocol):
 class ObjectSource(Component, Protocol):
     """The component that delivers the objects."""
 
+    def ages(self) -> dict[str, float]:
+        """Return the seconds since the last message about each kind of object, if it comes from the API server."""
+
     def status(self) -> dict[str, object]:
         """Return fields for `/healthz` and `/livez`: whether the objects may be outdated, and why. Thread-safe."""
 
@@ -112,15 +117,17 @@ def run(
     server: str | None,
     file: ConfigFile | None,
     flags: Callable[[], Mapping[str, str]],
+    set_verbosity: Callable[[int], None],
 ) -> None:
     """Keep this node's rules in sync with the cluster until SIGTERM or SIGINT. The rules stay active afterwards.
 
     `objects` is a file or directory to watch instead of an API server, `server` overrides the API server's URL, `file`
-    is the configuration file to watch, and `flags` returns the values for `/flagz`. Raises `StartError` or
+    is the configuration file to watch, `flags` returns the values for `/flagz`, and `set_verbosity` changes the log
+    verbosity. Raises `StartError` or
     `ListenError` if the daemon cannot start, `ConfigChangedError` when the configuration changes, and `RuntimeError` if
     a thread fails.
     """
-    Daemon(config, objects, server, file, flags).run()
+    Daemon(config, objects, server, file, flags, set_verbosity=set_verbosity).run()
 
 
 class Daemon:
@@ -138,8 +145,11 @@ class Daemon:
         server: str | None,
         file: ConfigFile | None,
         flags: Callable[[], Mapping[str, str]] = dict,
+        *,
+        set_verbosity: Callable[[int], None] = lambda _: None,
     ) -> None:
         self._config = self._loaded = config
+        self._set_verbosity = set_verbosity
         self._flags = flags
         self._file = file
         self._objects = objects
@@ -209,9 +219,16 @@ class Daemon:
         )
         name = local_node_name(config)
         store = Store(name, watched_kinds(config), lock=threading.RLock())
+        control = self._control(
+            store,
+            families,
+            name,
+            healthy=lambda: serving.healthy(),  # noqa: PLW0108 - `serving` is created later
+            reason=lambda: watch.reason,
+        )
         workers = {family: FamilyWorker(f"sync-{family.value.lower()}") for family in families}
         events = self._events(client, name)
-        serving = self._serving(families, store, events, reason=lambda: watch.reason)
+        serving = self._serving(families, store, events, control, reason=lambda: watch.reason)
         serving.metrics.track_invalid_services(lambda: store.invalid_services)
         serving.metrics.track_invalid_endpoints(lambda: store.invalid_endpoints)
         watch = NodeMonitor(
@@ -244,14 +261,19 @@ class Daemon:
             make_schedule=lambda: Schedule(min_interval=periods.min_sync_period, max_retry=periods.sync_period),
             clock=time.monotonic,
             is_ready=lambda store: is_ready(config, store),
-            on_queue=serving.on_queue,
+            on_queue=[*serving.on_queue, control.on_queue],
             on_change=serving.on_change,
             on_sync=[
                 *serving.on_sync,
+                control.on_sync,
                 ServiceEventListener(partial(_service_event, events)).on_sync,
                 *(each.on_sync for each in watches),
             ],
-            on_repair=[*serving.on_repair, DriftListener(partial(_node_event, events, name)).on_repair],
+            on_repair=[
+                *serving.on_repair,
+                control.on_repair,
+                DriftListener(partial(_node_event, events, name)).on_repair,
+            ],
             after_sync=[conntrack.clean, FirstSyncSteps(config, families).run],
             check_interval=periods.sync_period,
             full_check_interval=FULL_CHECK_SECONDS,
@@ -302,6 +324,11 @@ class Daemon:
         serving.metrics.track_api(source.ages)
         return source
 
+    def _origin(self) -> ObjectOrigin:
+        text = f"files in {self._objects}" if self._objects is not None else "API server"
+        problem = ", ".join(f"{name}: {value}" for name, value in self._source_status().items())
+        return ObjectOrigin(text, self._source.ages() if self._source is not None else {}, problem)
+
     def _source_status(self) -> dict[str, object]:
         return self._source.status() if self._source is not None else {}
 
@@ -322,7 +349,13 @@ class Daemon:
         return events
 
     def _serving(
-        self, families: Iterable[Family], store: Store, events: EventSink, *, reason: Callable[[], str]
+        self,
+        families: Iterable[Family],
+        store: Store,
+        events: EventSink,
+        control: DaemonControl,
+        *,
+        reason: Callable[[], str],
     ) -> StatusServer:
         config = self._config
         # Files need not contain this Node. If they do not, assume that it exists and is not being deleted.
@@ -351,6 +384,29 @@ class Daemon:
             reason=reason,
             sources=self._source_status,
             flags=self._flags,
+            control=control if config.kproxy.control_socket else None,
+        )
+
+    def _control(
+        self,
+        store: Store,
+        families: Mapping[Family, FamilySync],
+        name: str,
+        *,
+        healthy: Callable[[], Mapping[Family, bool]],
+        reason: Callable[[], str],
+    ) -> DaemonControl:
+        return DaemonControl(
+            store,
+            families,
+            mode=self._config.effective_mode,
+            node_name=name,
+            node_problem=reason,
+            healthy=healthy,
+            origin=self._origin,
+            set_verbosity=self._set_verbosity,
+            verbosity=self._config.logging.verbosity,
+            clock=time.monotonic,
         )
 
     def _thread_failed(self, failed: threading.ExceptHookArgs) -> None:

@@ -44,6 +44,14 @@ def start_logging(settings: Logging) -> None:
         logging.getLogger("urllib3").setLevel(logging.ERROR)
 
 
+def set_verbosity(verbosity: int) -> None:
+    """Change the verbosity of all source files, also of those that `logging.vmodule` names."""
+    root = logging.getLogger()
+    for handler in root.handlers:
+        handler.filters.clear()
+    root.setLevel(level_of(verbosity))
+
+
 def writes_json() -> bool:
     """Return whether the log format is JSON."""
     return any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers)

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from enum import IntEnum
+from textwrap import wrap
 
 from msgspec import Struct
 
@@ -73,9 +74,12 @@ def add_output_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def show_report(report: Report, output: str, text: Callable[[Style], Iterable[str]]) -> None:
-    """Print a report in one of `FORMATS`. `text` yields its lines for people, without newlines."""
+    """Print a report in one of `FORMATS`.
+
+    `text` yields its lines for people, without newlines. Long lines are wrapped.
+    """
     if output == "text":
-        show("".join(f"{line}\n" for line in text(terminal_style())))
+        show("".join(f"{part}\n" for line in text(terminal_style()) for part in fit(line)))
     elif output == "json":
         import json
 
@@ -97,6 +101,14 @@ def table(rows: Iterable[Sequence[str]], *, indent: str = "", gap: str = "  ") -
         cells = [cell + " " * (widths[column] - width(cell)) for column, cell in enumerate(row)]
         lines.append((indent + gap.join(cells)).rstrip())
     return lines
+
+
+def fit(line: str) -> list[str]:
+    """Return a line, wrapped if it is longer than `WIDTH`."""
+    if width(line) <= WIDTH:
+        return [line]
+    indent = " " * (len(line) - len(line.lstrip(" ")) + 4)
+    return wrap(line, WIDTH, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def width(text: str) -> int:

@@ -19,6 +19,8 @@ COMMANDS = {
     "run": "keep the node's rules in sync with the cluster, or with files",
     "apply": "program the node once, from files",
     "render": "print the rules for the objects in files, without changing anything",
+    "status": "show the state of the daemon on this node",
+    "log-level": "show or change the log verbosity of the daemon on this node",
     "completion": "print a shell completion script",
 }
 """The commands and their summaries. Each command is defined by the module of the same name in this package."""
@@ -121,7 +123,7 @@ def command_line(described: Collection[str]) -> tuple[OneLineParser, dict[str, O
     commands = parser.add_subparsers(title="commands", metavar="COMMAND [FLAGS]", prog="kproxy", required=True)
     for name, summary in COMMANDS.items():
         if name in described:
-            import_module(f"kproxy.cli.{name}").add_command(commands)
+            import_module(f"kproxy.cli.{name.replace('-', '_')}").add_command(commands)
         else:
             commands.add_parser(name, help=summary)
     return parser, commands.choices

@@ -91,6 +91,7 @@ def _read(path: str | None) -> bytes:
 def _run_daemon(config: Config, options: argparse.Namespace, content: bytes) -> None:
     from kproxy.app import daemon
     from kproxy.app.backends import StartError
+    from kproxy.cli.log_format import set_verbosity
     from kproxy.config.flags import flag_values
     from kproxy.serve.status_server import ListenError
 
@@ -98,7 +99,14 @@ def _run_daemon(config: Config, options: argparse.Namespace, content: bytes) -> 
         load = partial(configure, options)
         file = daemon.ConfigFile(options.config, content, load) if options.config else None
         flags = partial(flag_values, config, options)
-        daemon.run(config, objects=options.objects, server=options.master, file=file, flags=flags)
+        daemon.run(
+            config,
+            objects=options.objects,
+            server=options.master,
+            file=file,
+            flags=flags,
+            set_verbosity=set_verbosity,
+        )
     except (StartError, ListenError, daemon.ConfigChangedError) as error:
         raise CommandFailedError(str(error)) from None
 

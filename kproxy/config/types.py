@@ -169,11 +169,14 @@ class KproxySection(Section, frozen=True, kw_only=True):
 
     If the API server sends a page of a list or an event of a watch that is larger than its maximum, kproxy stops
     reading it and lists the objects again, in smaller pages.
+
+    If `control_socket` is true, the daemon answers `kproxy status` and other commands on a Unix socket.
     """
 
     iptables_dispatch_threshold: Count = 1000
     max_list_page_bytes: ByteLimit = 64 << 20
     max_watch_event_bytes: ByteLimit = 16 << 20
+    control_socket: bool = True
 
 
 class Config(Section, frozen=True, kw_only=True):

@@ -99,6 +99,11 @@ class Store:
         """The number of Services whose current state cannot be used."""
         return len(self._invalid)
 
+    def is_invalid(self, key: ServiceKey) -> bool:
+        """Return whether the current state of a Service cannot be used."""
+        namespace, _, name = key.partition("/")
+        return (namespace, name) in self._invalid
+
     @property
     def invalid_endpoints(self) -> int:
         """The number of endpoints and ports of all EndpointSlices that are ignored because they cannot be used."""

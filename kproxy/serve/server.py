@@ -271,8 +271,12 @@ class HttpServer:
 
     def add(self, listener: socket.socket, handler: Handler) -> None:
         """Accept connections on a listening socket and serve them. The server takes ownership of the socket."""
+        self.add_chosen(listener, lambda _: handler)
+
+    def add_chosen(self, listener: socket.socket, choose: Callable[[socket.socket], Handler]) -> None:
+        """Like `add`, but call `choose` for each new connection to get its handler."""
         self._listeners.add(listener)
-        self._selector.register(listener, EVENT_READ, partial(self._accept, listener, handler))
+        self._selector.register(listener, EVENT_READ, partial(self._accept, listener, choose))
 
     def remove(self, listener: socket.socket) -> None:
         """Close a listening socket and its connections."""
@@ -325,7 +329,7 @@ class HttpServer:
             self._closed = True
             os.close(self._wake)
 
-    def _accept(self, listener: socket.socket, handler: Handler) -> None:
+    def _accept(self, listener: socket.socket, choose: Callable[[socket.socket], Handler]) -> None:
         if listener not in self._listeners:
             return  # an earlier event of this round closed the listener
         try:
@@ -340,7 +344,7 @@ class HttpServer:
         if not self._sweeping:
             self._sweeping = True
             self.call_later(SWEEP_SECONDS, self._sweep)
-        connection = Connection(client, handler, self._wall, self._clock())
+        connection = Connection(client, choose(client), self._wall, self._clock())
         self._clients[connection] = listener
         self._selector.register(client, connection.events, partial(self._proceed, connection))
 

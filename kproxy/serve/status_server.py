@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
+import socket
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
@@ -11,6 +12,7 @@ from kproxy import __version__
 from kproxy.model.log_throttle import LogThrottle
 from kproxy.model.sync_report import ChangeListener, QueueListener, RepairListener, SyncListener
 from kproxy.model.types import Family, Node
+from kproxy.serve.control import Control, control_handler, listen_for_control
 from kproxy.serve.health import NANO, Health, HealthPages
 from kproxy.serve.http import Handler, HttpRequest, HttpResponse, json, plain, routes
 from kproxy.serve.metrics import Metrics
@@ -40,6 +42,7 @@ class StatusServer:
     - `node` returns this Node, or None if it is unknown. `reason` returns a description of the problem with this Node,
       or "" if there is none. `sources` returns fields about the sources of the objects (see `HealthPages`).
     - `counters` reads the kernel's packet counters (see `PacketCounterCollector`).
+    - `control` answers the requests on the control socket. None means that there is no control socket.
     - `on_port_failed` is called if a health check node port cannot be opened.
     - `clock` is the reconciler's monotonic clock, in seconds. `wall` returns the nanoseconds since the epoch.
     """
@@ -62,8 +65,10 @@ class StatusServer:
         reason: Callable[[], str] = lambda: "",
         sources: Callable[[], Mapping[str, object]] = dict,
         flags: Callable[[], Mapping[str, str]] = dict,
+        control: Control | None = None,
     ) -> None:
         families = tuple(families)
+        self._control = control
         self._mode = mode
         self._configuration = configuration
         self._flags = flags
@@ -87,12 +92,29 @@ class StatusServer:
         """Record that the running sync of a family has made progress. Any thread may call this."""
         self.health.on_progress(family, self._clock())
 
+    def healthy(self) -> dict[Family, bool]:
+        """Return whether each family is healthy. Any thread may call this."""
+        return {family: each.healthy for family, each in self.health.families(self._clock()).items()}
+
     def start(self) -> None:
         """Open the ports and start serving. Raises `ListenError` if a required port cannot be opened."""
         for name, (address, handler) in self._fixed.items():
             if address:
                 self._open(name, address, handler, None if self._hard_fail else LogThrottle())
+        if self._control is not None:
+            self._open_control(control_handler(self._control), LogThrottle())
         self._server.start()
+
+    def _open_control(self, choose: Callable[[socket.socket], Handler], reminder: LogThrottle) -> None:
+        """Open the control socket. While a daemon that is about to stop still has it, retry."""
+        try:
+            listener = listen_for_control()
+        except OSError as error:
+            if reminder.is_due(self._server.now()):
+                log.info("control socket: cannot listen: %s, retrying every %.0f s", error.strerror, RETRY_SECONDS)
+            self._server.call_later(RETRY_SECONDS, partial(self._open_control, choose, reminder))
+        else:
+            self._server.add_chosen(listener, choose)
 
     def stop(self, timeout: float) -> None:
         """Close all ports. If a request is being served, wait at most `timeout` seconds for it to complete."""

@@ -99,8 +99,8 @@ class FamilySync:
     A change stays pending until the kernel has accepted it. If the kernel rejects only some Services, these are
     quarantined, and everything else counts as programmed.
 
-    While one thread calls `sync`, another thread may call `add_changes` if it holds the lock of the store. All other
-    methods must run in the thread that calls `sync`.
+    While one thread calls `sync`, another thread may call `add_changes` if it holds the lock of the store, and the
+    methods that describe the current state. All other methods must run in the thread that calls `sync`.
     """
 
     def __init__(
@@ -138,6 +138,26 @@ class FamilySync:
         It is a time of the clock whose readings are passed to `sync`.
         """
         return self._quarantine.next_retry if self._quarantine is not None else None
+
+    # The current state, for any thread. Copies of dictionaries are atomic.
+
+    @property
+    def applied_context(self) -> Context | None:
+        """The context of the last successful sync, or None."""
+        return self._applied
+
+    def pending_services(self) -> Collection[ServiceKey]:
+        """Return the Services whose changes wait for a sync. The caller must hold the lock of the store."""
+        return self._pending.services
+
+    def quarantined_services(self) -> dict[ServiceKey, str]:
+        """Return the Services whose rules the kernel rejected, with the reasons."""
+        services = dict(self._quarantine.services) if self._quarantine is not None else {}
+        return {key: each.reason for key, each in services.items()}
+
+    def service_problems(self) -> dict[ServiceKey, str]:
+        """Return the Services with ports that get no connections, with the reasons."""
+        return self._conditions.problems() if self._conditions is not None else {}
 
     def repair(self, store: Store, touched: Mapping[str, Touched]) -> RepairResult:
         """Compare the parts that other processes touched with the desired state, and restore those that differ.

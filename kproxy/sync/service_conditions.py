@@ -60,6 +60,10 @@ class ConditionTracker:
         self._losers: frozenset[ServiceKey] = frozenset()
         self._has_synced = False
 
+    def problems(self) -> dict[ServiceKey, str]:
+        """Return the Services whose connections fail, with the reasons. Any thread may call this."""
+        return {key: text for key, each in dict(self._conditions).items() if (text := _problem(each))}
+
     def reported(self, covered: Collection[ServiceKey] | None) -> Collection[ServiceKey]:
         """Return the Services in `covered` that have a reported problem. If `covered` is None, check all Services."""
         if covered is None:
@@ -157,6 +161,19 @@ class ConditionTracker:
 
     def _transition(self, key: ServiceKey, reason: ConditionReason, text: str) -> ConditionTransition:
         return ConditionTransition(key, reason, f"{self._family.value}: Service {key} {text}")
+
+
+def _problem(condition: ServiceCondition) -> str:
+    """Return why connections to a Service fail, or ""."""
+    texts = []
+    for names, text in (
+        (condition.rejected, "has no endpoints"),
+        (condition.dropped, "has no endpoints on this node, and a traffic policy is Local"),
+    ):
+        if names:
+            named = ", ".join(name for name in names if name)
+            texts.append(f"{text} (port {named})" if named and len(names) < condition.ports else text)
+    return "; ".join(texts)
 
 
 def _service_of(port_name: str) -> ServiceKey:

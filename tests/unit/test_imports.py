@@ -55,7 +55,7 @@ PURE = (
         "sync.service_conditions",
         "sync.log_summary",
     ),
-    *("app.family_contexts", "app.node_port_addresses", "diagnose.report"),
+    *("app.family_contexts", "app.node_port_addresses", "diagnose.report", "diagnose.status"),
     *(
         "config.types",
         "config.conntrack_sysctls",

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 
-from kproxy.cli.output import ExitCode, Style, show_report, table, terminal_style
+from kproxy.cli.output import WIDTH, ExitCode, Style, fit, show_report, table, terminal_style, width
 from kproxy.diagnose.report import API_VERSION, Report, ReportPart, document, schema
 from tests.schemas import FOLDER, kinds, schema_text
 
@@ -58,6 +58,14 @@ def test_tables_align_colored_cells() -> None:
     style = Style(colored=True)
     lines = table([(style.good("ok"), "node-1", "fine"), ("broken", "n", "")], indent="  ")
     assert lines == [f"  {style.good('ok')}      node-1  fine", "  broken  n"]
+
+
+def test_long_lines_are_wrapped_with_their_indentation() -> None:
+    lines = fit("  x " + "word " * 40 + "n" * 150)
+    assert all(width(line) <= WIDTH for line in lines)
+    assert [line[:6] for line in lines] == ["  x wo", *["      "] * (len(lines) - 1)]
+    assert "".join(lines).replace(" ", "") == "x" + "word" * 40 + "n" * 150
+    assert fit("short") == ["short"]
 
 
 def test_exit_codes() -> None:

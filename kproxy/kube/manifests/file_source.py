@@ -126,6 +126,10 @@ class FileSource:
         """Stop the thread. Waits at most `timeout` seconds for a running call of `sink`; no further call starts."""
         self._watcher.stop(timeout)
 
+    def ages(self) -> dict[str, float]:
+        """Return nothing: files have no connection that can become stale."""
+        return {}
+
     def status(self) -> dict[str, object]:
         """Return `objectsProblem`, why a file cannot be used at the moment, or nothing if all files are valid."""
         return {"objectsProblem": self._problem} if self._problem else {}

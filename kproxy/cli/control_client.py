@@ -1,0 +1,77 @@
+"""Ask the daemon that runs in this network namespace, through its control socket."""
+
+from __future__ import annotations
+
+import socket
+from http import HTTPStatus
+from http.client import HTTPConnection, HTTPException
+from typing import TypeVar
+from urllib.parse import quote
+
+import msgspec
+
+from kproxy.cli.console import CannotTellError
+from kproxy.model.daemon_status import CONTROL_NAME, DaemonStatus
+from kproxy.model.service_state import ServiceState
+from kproxy.model.types import ServiceKey
+
+TIMEOUT_SECONDS = 10.0
+NO_DAEMON = (
+    "no kproxy daemon answers in this network namespace; run this command on the node, or in the kproxy pod: "
+    "kubectl -n kube-system exec ds/kproxy -- kproxy ..."
+)
+T = TypeVar("T")
+
+
+class _ControlConnection(HTTPConnection):
+    """HTTP on the control socket."""
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(TIMEOUT_SECONDS)
+        self.sock.connect(CONTROL_NAME)
+
+
+def fetch_status() -> DaemonStatus:
+    """Return the state of the daemon. Raises `CannotTellError` if there is none, or if it does not answer."""
+    return _fetch("GET", "/status", DaemonStatus)
+
+
+def fetch_service_names() -> list[ServiceKey]:
+    """Return the keys of all Services of the daemon. Raises `CannotTellError`."""
+    return _fetch("GET", "/services", list[ServiceKey])
+
+
+def fetch_service(key: ServiceKey) -> ServiceState:
+    """Return what the daemon knows about one Service. Raises `CannotTellError`."""
+    namespace, _, name = key.partition("/")
+    return _fetch("GET", f"/services/{quote(namespace, safe='')}/{quote(name, safe='')}", ServiceState)
+
+
+def change_verbosity(verbosity: int) -> None:
+    """Change the daemon's log verbosity. Raises `CannotTellError`."""
+    _fetch("PUT", f"/verbosity/{verbosity}", type(None))
+
+
+def _fetch(method: str, path: str, kind: type[T]) -> T:
+    connection = _ControlConnection("kproxy", timeout=TIMEOUT_SECONDS)
+    try:
+        connection.request(method, path)
+        response = connection.getresponse()
+        body = response.read()
+    except (ConnectionRefusedError, FileNotFoundError):
+        raise CannotTellError(NO_DAEMON) from None
+    except TimeoutError:
+        raise CannotTellError(f"the kproxy daemon has not answered within {TIMEOUT_SECONDS:.0f} s") from None
+    except (OSError, HTTPException) as error:
+        raise CannotTellError(f"cannot ask the kproxy daemon: {error}") from None
+    finally:
+        connection.close()
+    if response.status != HTTPStatus.OK:
+        raise CannotTellError(f"the kproxy daemon refuses: {body.decode(errors='replace').strip()}")
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.DecodeError as error:
+        raise CannotTellError(
+            f"the kproxy daemon has another version than this command: {error}; use the command in the daemon's pod"
+        ) from None
