@@ -7,6 +7,7 @@ import os
 import resource
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 from msgspec import Struct, field
 
@@ -21,6 +22,7 @@ from kproxy.model.daemon_status import (
     ServiceSummary,
     SourceStatus,
 )
+from kproxy.model.object_page import PAGE_SERVICES, ObjectPage
 from kproxy.model.plan import plan_service
 from kproxy.model.service_state import FamilyServiceState, ServiceState
 from kproxy.model.store import Store
@@ -52,6 +54,16 @@ class FamilyRecord(Struct):
     findings: tuple[str, ...] = ()
 
 
+class DaemonLog(Protocol):
+    """The log of this process."""
+
+    def lines(self) -> Sequence[str]:
+        """Return the latest lines, oldest first."""
+
+    def set_verbosity(self, verbosity: int) -> None:
+        """Change the verbosity of all source files."""
+
+
 class ObjectOrigin(Struct, frozen=True):
     """Where the objects come from, the age of the last message about each kind in seconds, and any problem."""
 
@@ -77,7 +89,8 @@ class DaemonControl:
         node_problem: Callable[[], str],
         healthy: Callable[[], Mapping[Family, bool]],
         origin: Callable[[], ObjectOrigin],
-        set_verbosity: Callable[[int], None],
+        configuration: Mapping[str, object],
+        log: DaemonLog,
         verbosity: int,
         clock: Callable[[], float],
     ) -> None:
@@ -88,7 +101,8 @@ class DaemonControl:
         self._node_problem = node_problem
         self._healthy = healthy
         self._origin = origin
-        self._set_verbosity = set_verbosity
+        self._configuration = configuration
+        self._log = log
         self._verbosity = verbosity
         self._clock = clock
         self._started = clock()
@@ -246,11 +260,32 @@ class DaemonControl:
                 families=families,
             )
 
+    def objects(self, page: int) -> ObjectPage:
+        """Return a page of the objects, in the order of their names. The first page has the number 0."""
+        with self._store.lock:
+            keys = sorted(self._store.service_keys())
+            chosen = keys[page * PAGE_SERVICES : (page + 1) * PAGE_SERVICES]
+            return ObjectPage(
+                services=tuple(service for key in chosen if (service := self._store.service(key)) is not None),
+                slices=tuple(each for key in chosen for each in self._store.slices(key)),
+                node=self._store.node,
+                service_cidrs=self._store.service_cidrs,
+                more=len(keys) > (page + 1) * PAGE_SERVICES,
+            )
+
+    def configuration(self) -> Mapping[str, object]:
+        """Return the configuration in use, as the content of a configuration file."""
+        return self._configuration
+
+    def log_lines(self) -> Sequence[str]:
+        """Return the latest lines of the log, oldest first."""
+        return self._log.lines()
+
     def set_verbosity(self, verbosity: int) -> None:
         """Change the log verbosity until the process ends."""
         logging.getLogger(__name__).info("log verbosity: %d instead of %d", verbosity, self._verbosity)
         self._verbosity = verbosity
-        self._set_verbosity(verbosity)
+        self._log.set_verbosity(verbosity)
 
 
 def _resident_bytes() -> int:

@@ -27,7 +27,7 @@ from kproxy.app.backends import (
     watched_kinds,
     watches_addresses,
 )
-from kproxy.app.control import DaemonControl, ObjectOrigin
+from kproxy.app.control import DaemonControl, DaemonLog, ObjectOrigin
 from kproxy.app.family_contexts import is_ready
 from kproxy.app.first_sync import FirstSyncSteps
 from kproxy.app.kernel_parameters import prepare_conntrack, prepare_process
@@ -117,17 +117,17 @@ def run(
     server: str | None,
     file: ConfigFile | None,
     flags: Callable[[], Mapping[str, str]],
-    set_verbosity: Callable[[int], None],
+    own_log: DaemonLog,
 ) -> None:
     """Keep this node's rules in sync with the cluster until SIGTERM or SIGINT. The rules stay active afterwards.
 
     `objects` is a file or directory to watch instead of an API server, `server` overrides the API server's URL, `file`
-    is the configuration file to watch, `flags` returns the values for `/flagz`, and `set_verbosity` changes the log
-    verbosity. Raises `StartError` or
+    is the configuration file to watch, `flags` returns the values for `/flagz`, and `own_log` is the log of this
+    process. Raises `StartError` or
     `ListenError` if the daemon cannot start, `ConfigChangedError` when the configuration changes, and `RuntimeError` if
     a thread fails.
     """
-    Daemon(config, objects, server, file, flags, set_verbosity=set_verbosity).run()
+    Daemon(config, objects, server, file, flags, own_log=own_log).run()
 
 
 class Daemon:
@@ -146,10 +146,10 @@ class Daemon:
         file: ConfigFile | None,
         flags: Callable[[], Mapping[str, str]] = dict,
         *,
-        set_verbosity: Callable[[int], None] = lambda _: None,
+        own_log: DaemonLog,
     ) -> None:
         self._config = self._loaded = config
-        self._set_verbosity = set_verbosity
+        self._own_log = own_log
         self._flags = flags
         self._file = file
         self._objects = objects
@@ -404,7 +404,8 @@ class Daemon:
             node_problem=reason,
             healthy=healthy,
             origin=self._origin,
-            set_verbosity=self._set_verbosity,
+            configuration=as_document(self._config),
+            log=self._own_log,
             verbosity=self._config.logging.verbosity,
             clock=time.monotonic,
         )

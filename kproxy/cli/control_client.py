@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterator
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException
+from itertools import count
 from typing import TypeVar
 from urllib.parse import quote
 
@@ -12,6 +14,7 @@ import msgspec
 
 from kproxy.cli.console import CannotTellError
 from kproxy.model.daemon_status import CONTROL_NAME, DaemonStatus
+from kproxy.model.object_page import ObjectPage
 from kproxy.model.service_state import ServiceState
 from kproxy.model.types import ServiceKey
 
@@ -48,12 +51,46 @@ def fetch_service(key: ServiceKey) -> ServiceState:
     return _fetch("GET", f"/services/{quote(namespace, safe='')}/{quote(name, safe='')}", ServiceState)
 
 
+def fetch_objects() -> Iterator[ObjectPage]:
+    """Yield pages of all objects of the daemon. Raises `CannotTellError`."""
+    for number in count():
+        page = _fetch("GET", f"/objects/{number}", ObjectPage)
+        yield page
+        if not page.more:
+            return
+
+
+def fetch_configuration() -> dict[str, object]:
+    """Return the daemon's configuration, as the content of a configuration file. Raises `CannotTellError`."""
+    return _fetch("GET", "/configuration", dict[str, object])
+
+
+def fetch_log() -> list[str]:
+    """Return the latest lines of the daemon's log. Raises `CannotTellError`."""
+    return _fetch("GET", "/log", list[str])
+
+
+def fetch_metrics() -> str:
+    """Return the daemon's metrics in Prometheus' text format. Raises `CannotTellError`."""
+    return _exchange("GET", "/metrics").decode()
+
+
 def change_verbosity(verbosity: int) -> None:
     """Change the daemon's log verbosity. Raises `CannotTellError`."""
     _fetch("PUT", f"/verbosity/{verbosity}", type(None))
 
 
 def _fetch(method: str, path: str, kind: type[T]) -> T:
+    body = _exchange(method, path)
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.DecodeError as error:
+        raise CannotTellError(
+            f"the kproxy daemon has another version than this command: {error}; use the command in the daemon's pod"
+        ) from None
+
+
+def _exchange(method: str, path: str) -> bytes:
     connection = _ControlConnection("kproxy", timeout=TIMEOUT_SECONDS)
     try:
         connection.request(method, path)
@@ -69,9 +106,4 @@ def _fetch(method: str, path: str, kind: type[T]) -> T:
         connection.close()
     if response.status != HTTPStatus.OK:
         raise CannotTellError(f"the kproxy daemon refuses: {body.decode(errors='replace').strip()}")
-    try:
-        return msgspec.json.decode(body, type=kind)
-    except msgspec.DecodeError as error:
-        raise CannotTellError(
-            f"the kproxy daemon has another version than this command: {error}; use the command in the daemon's pod"
-        ) from None
+    return body

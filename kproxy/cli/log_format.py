@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
@@ -26,6 +27,8 @@ from kproxy.config.types import Logging, VModule
 from kproxy.model.log_throttle import V2
 from kproxy.model.printable_text import MAX_LENGTH, printable
 
+KEPT_LINES = 500
+"""How many lines of the log a running daemon keeps for `kproxy bundle`, about 100 kB."""
 _SEVERITIES = {logging.CRITICAL: "F", logging.ERROR: "E", logging.WARNING: "W"}
 
 
@@ -44,12 +47,40 @@ def start_logging(settings: Logging) -> None:
         logging.getLogger("urllib3").setLevel(logging.ERROR)
 
 
-def set_verbosity(verbosity: int) -> None:
-    """Change the verbosity of all source files, also of those that `logging.vmodule` names."""
+class RecentLines(logging.Handler):
+    """Keeps the latest lines of the log (implements `kproxy.app.control.DaemonLog`)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(TextFormatter())
+        self._lines: deque[str] = deque(maxlen=KEPT_LINES)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep the lines of one record."""
+        self._lines.append(self.format(record))
+
+    def lines(self) -> list[str]:
+        """Return the latest lines, oldest first."""
+        return list(self._lines)
+
+    @staticmethod
+    def set_verbosity(verbosity: int) -> None:
+        """Change the verbosity of all source files, also of those that `logging.vmodule` names."""
+        root = logging.getLogger()
+        for handler in root.handlers:
+            handler.filters.clear()
+        root.setLevel(level_of(verbosity))
+
+
+def keep_recent_lines() -> RecentLines:
+    """Also keep the log's latest lines from now on. The filters are those of the other handlers."""
+    recent = RecentLines()
     root = logging.getLogger()
     for handler in root.handlers:
-        handler.filters.clear()
-    root.setLevel(level_of(verbosity))
+        for each in handler.filters:
+            recent.addFilter(each)
+    root.addHandler(recent)
+    return recent
 
 
 def writes_json() -> bool:

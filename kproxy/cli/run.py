@@ -91,7 +91,7 @@ def _read(path: str | None) -> bytes:
 def _run_daemon(config: Config, options: argparse.Namespace, content: bytes) -> None:
     from kproxy.app import daemon
     from kproxy.app.backends import StartError
-    from kproxy.cli.log_format import set_verbosity
+    from kproxy.cli.log_format import keep_recent_lines
     from kproxy.config.flags import flag_values
     from kproxy.serve.status_server import ListenError
 
@@ -105,7 +105,7 @@ def _run_daemon(config: Config, options: argparse.Namespace, content: bytes) -> 
             server=options.master,
             file=file,
             flags=flags,
-            set_verbosity=set_verbosity,
+            own_log=keep_recent_lines(),
         )
     except (StartError, ListenError, daemon.ConfigChangedError) as error:
         raise CommandFailedError(str(error)) from None

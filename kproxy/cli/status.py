@@ -51,7 +51,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def _status(options: argparse.Namespace) -> int:
     while True:
-        report = make_status(fetch_status(), _conntrack())
+        report = make_status(fetch_status(), read_conntrack())
         if options.watch and options.output == "text" and terminal_style().colored:
             show(_CLEAR)
         show_report(report, options.output, lambda style, report=report: status_lines(report, style))  # type: ignore[misc]
@@ -63,7 +63,8 @@ def _status(options: argparse.Namespace) -> int:
             return ExitCode.WORKS
 
 
-def _conntrack() -> ConntrackUse | None:
+def read_conntrack() -> ConntrackUse | None:
+    """Return the use of the conntrack table, or None if it is unknown."""
     found = read_parameters(_CONNTRACK)
     if len(found) < len(_CONNTRACK):
         return None

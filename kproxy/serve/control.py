@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Protocol
 from urllib.parse import unquote
 
 from kproxy.model.daemon_status import CONTROL_NAME, DaemonStatus
+from kproxy.model.object_page import ObjectPage
 from kproxy.model.service_state import ServiceState
 from kproxy.model.types import ServiceKey
 from kproxy.serve.http import Handler, HttpRequest, HttpResponse, json, plain
@@ -30,6 +31,15 @@ class Control(Protocol):
 
     def service(self, key: ServiceKey) -> ServiceState:
         """Return the state of one Service."""
+
+    def objects(self, page: int) -> ObjectPage:
+        """Return a page of the objects, in the order of their names. The first page has the number 0."""
+
+    def configuration(self) -> Mapping[str, object]:
+        """Return the configuration in use, as the content of a configuration file."""
+
+    def log_lines(self) -> Sequence[str]:
+        """Return the latest lines of the log, oldest first."""
 
     def set_verbosity(self, verbosity: int) -> None:
         """Change the log verbosity until the process ends."""
@@ -54,9 +64,12 @@ def peer_user(connection: socket.socket) -> int:
     return user
 
 
-def control_handler(control: Control) -> Callable[[socket.socket], Handler]:
-    """Return a function that chooses the handler for a client: only root and the daemon's own user get answers."""
-    handler = _handler(control)
+def control_handler(control: Control, metrics: Handler) -> Callable[[socket.socket], Handler]:
+    """Return a function that chooses the handler for a client: only root and the daemon's own user get answers.
+
+    `metrics` answers requests for the metrics.
+    """
+    handler = _handler(control, metrics)
 
     def choose(client: socket.socket) -> Handler:
         return handler if peer_user(client) in {0, os.geteuid()} else _forbid
@@ -68,8 +81,8 @@ def _forbid(_: HttpRequest) -> HttpResponse:
     return plain(HTTPStatus.FORBIDDEN, "only root may ask the daemon\n")
 
 
-def _handler(control: Control) -> Handler:
-    def handle(request: HttpRequest) -> HttpResponse:
+def _handler(control: Control, metrics: Handler) -> Handler:
+    def handle(request: HttpRequest) -> HttpResponse:  # noqa: PLR0911 - one return for each kind of request
         match request.path.split("/")[1:]:
             case ["status"] if request.method == "GET":
                 return json(HTTPStatus.OK, control.status())
@@ -77,6 +90,14 @@ def _handler(control: Control) -> Handler:
                 return json(HTTPStatus.OK, control.service_names())
             case ["services", namespace, name] if request.method == "GET":
                 return json(HTTPStatus.OK, control.service(f"{unquote(namespace)}/{unquote(name)}"))
+            case ["objects", digits] if request.method == "GET" and digits.isdecimal():
+                return json(HTTPStatus.OK, control.objects(int(digits)))
+            case ["configuration"] if request.method == "GET":
+                return json(HTTPStatus.OK, control.configuration())
+            case ["log"] if request.method == "GET":
+                return json(HTTPStatus.OK, control.log_lines())
+            case ["metrics"] if request.method == "GET":
+                return metrics(request)
             case ["verbosity", digits] if request.method == "PUT" and digits.isdecimal():
                 control.set_verbosity(int(digits[:3]))
                 return json(HTTPStatus.OK, None)

@@ -102,7 +102,7 @@ class StatusServer:
             if address:
                 self._open(name, address, handler, None if self._hard_fail else LogThrottle())
         if self._control is not None:
-            self._open_control(control_handler(self._control), LogThrottle())
+            self._open_control(control_handler(self._control, self.metrics.page), LogThrottle())
         self._server.start()
 
     def _open_control(self, choose: Callable[[socket.socket], Handler], reminder: LogThrottle) -> None:

@@ -55,7 +55,14 @@ PURE = (
         "sync.service_conditions",
         "sync.log_summary",
     ),
-    *("app.family_contexts", "app.node_port_addresses", "diagnose.report", "diagnose.status"),
+    *(
+        "app.family_contexts",
+        "app.node_port_addresses",
+        "diagnose.report",
+        "diagnose.status",
+        "diagnose.anonymize",
+        "kube.manifests.encode",
+    ),
     *(
         "config.types",
         "config.conntrack_sysctls",
