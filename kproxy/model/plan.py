@@ -6,16 +6,20 @@ traffic policies.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from enum import Enum
 from ipaddress import ip_address, ip_network
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from kproxy.model.addresses import family_of
 from kproxy.model.context import Context
 from kproxy.model.endpoints import Sockets, cluster_endpoints, endpoints_by_socket, local_endpoints, serving, usable
 from kproxy.model.types import Endpoint, EndpointSlice, Family, Protocol, Service, ServiceKey, ServicePort
+
+MANY_PORTS = 16
+"""With at least so many ports, the slices of a Service are first sorted by port."""
 
 
 class TrafficDecision(Enum):
@@ -115,7 +119,8 @@ def plan_service(service: Service, slices: Iterable[EndpointSlice], context: Con
     if cluster_ip is None:
         return ()
     ordered = sorted(slices, key=lambda each: each.name)
-    return tuple(_plan_port(service, cluster_ip, port, ordered, context) for port in service.ports)
+    slices_of = _slices_by_port(ordered, len(service.ports))
+    return tuple(_plan_port(service, cluster_ip, port, slices_of(port), context) for port in service.ports)
 
 
 def count_endpoints(service: Service, slices: Collection[EndpointSlice], family: Family) -> int:
@@ -126,8 +131,23 @@ def count_endpoints(service: Service, slices: Collection[EndpointSlice], family:
     """
     if not any(family_of(ip) is family for ip in service.cluster_ips):
         return 0
-    own = [each for each in slices if each.family is family]
-    return sum(_count_port(own, port) for port in service.ports)
+    slices_of = _slices_by_port([each for each in slices if each.family is family], len(service.ports))
+    return sum(_count_port(slices_of(port), port) for port in service.ports)
+
+
+def _slices_by_port(slices: list[EndpointSlice], ports: int) -> Callable[[ServicePort], list[EndpointSlice]]:
+    """Return a function that returns the slices that may carry a service port.
+
+    With many ports, it returns slices that have only the port of the same name and protocol. Otherwise, the time to
+    plan a Service would grow with the square of the number of its ports.
+    """
+    if ports < MANY_PORTS:
+        return lambda _: slices
+    found: dict[tuple[str, str], list[EndpointSlice]] = {}
+    for each in slices:
+        for port in each.ports:
+            found.setdefault((port.name, port.protocol), []).append(replace(each, ports=(port,)))
+    return lambda port: found.get((port.name, port.protocol), [])
 
 
 def _count_port(slices: list[EndpointSlice], port: ServicePort) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from kproxy.model.context import Context
-from kproxy.model.plan import ServicePortPlan, TrafficDecision, plan_service
+from kproxy.model.plan import ServicePortPlan, TrafficDecision, count_endpoints, plan_service
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Service, ServicePort
 
 LOCAL, REMOTE = "10.244.1.1:8080", "10.244.2.1:8080"
@@ -202,3 +202,27 @@ def test_order_of_endpoint_slices_does_not_matter() -> None:
     svc = service(internal_local=True)
     assert plan_service(svc, (one, other), context) == plan_service(svc, (other, one), context)
     assert plan_service(svc, (other, one), context)[0].local_endpoints == (LOCAL,)
+
+
+def test_many_ports_are_planned_like_few() -> None:
+    """With many ports, the slices are first sorted by port; several slices carry parts of the ports."""
+    ports = tuple(ServicePort(f"p{number}", 1000 + number, "UDP" if number % 3 else "TCP") for number in range(40))
+    slices = [
+        EndpointSlice(
+            "ns",
+            f"s{first}",
+            "ns/web",
+            Family.IPV4,
+            tuple(Endpoint(f"10.0.{first}.{last}", ready=last != 2) for last in range(1, 4)),
+            tuple(EndpointPort(port.name, 8000 + index, port.protocol) for index, port in enumerate(ports[first:])),
+        )
+        for first in (0, 7, 30)
+    ]
+    many = Service("ns", "web", ("10.96.0.1",), ports)
+    context = Context(Family.IPV4, "node-1")
+    expected = [plan_service(Service("ns", "web", ("10.96.0.1",), (port,)), slices, context)[0] for port in ports]
+    assert [*plan_service(many, slices, context)] == expected
+    assert len(expected[35].cluster_endpoints) == 6
+    assert count_endpoints(many, slices, Family.IPV4) == sum(
+        count_endpoints(Service("ns", "web", ("10.96.0.1",), (port,)), slices, Family.IPV4) for port in ports
+    )
