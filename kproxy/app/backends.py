@@ -28,6 +28,7 @@ from kproxy.iptables.save_restore import TABLES
 from kproxy.iptables.variant import other_variant_warning
 from kproxy.model.context import Context
 from kproxy.model.delta import BASIC_KINDS, Kind
+from kproxy.model.drift import CommitAuthor
 from kproxy.model.sync_report import SyncError
 from kproxy.model.types import Family, Node, ServiceCIDR
 from kproxy.nftables import names
@@ -99,16 +100,30 @@ class OwnCommits:
     def __init__(self) -> None:
         self.tables: list[tuple[Family, str]] = []
         self.generations = OwnGenerations()
-        self._owns: list[Callable[[int], bool]] = []
+        self._owns: list[tuple[Callable[[int], bool], Callable[[CommitAuthor], bool]]] = []
 
-    def add(self, tables: Iterable[tuple[Family, str]], owns: Callable[[int], bool]) -> None:
-        """Add tables. `owns` returns whether commits with a netlink port ID are made by kproxy."""
+    def add(
+        self,
+        tables: Iterable[tuple[Family, str]],
+        owns: Callable[[int], bool],
+        confirms: Callable[[CommitAuthor], bool],
+    ) -> None:
+        """Add tables. `owns` returns whether commits with a netlink port ID are made by kproxy.
+
+        If it returns True, `confirms` returns whether a certain commit was made by kproxy.
+        """
         self.tables += tables
-        self._owns.append(owns)
+        self._owns.append((owns, confirms))
 
     def owns(self, port: int) -> bool:
         """Return whether a commit with this netlink port ID was made by kproxy, or by a program that kproxy ran."""
-        return any(owns(port) for owns in self._owns)
+        return any(owns(port) for owns, _ in self._owns)
+
+    def confirms(self, commit: CommitAuthor) -> bool:
+        """Return whether a commit was made by kproxy, if `owns` has returned True for its netlink port ID."""
+        # The program may be unknown by now, if it is a child process of a program that kproxy ran.
+        candidates = [confirms for owns, confirms in self._owns if owns(commit.port)]
+        return any(confirms(commit) for confirms in candidates or [each for _, each in self._owns])
 
 
 def make_families(
@@ -145,7 +160,7 @@ def _iptables_families(
         log.info("%s: %s", family.value, version)
         runners.append(iptables)
         if version.nft:
-            own.add([(family, table) for table in TABLES], iptables.has_run)
+            own.add([(family, table) for table in TABLES], iptables.has_run, iptables.has_committed)
         backend = IptablesBackend(
             iptables,
             max_transaction_rules=MAX_TRANSACTION_RULES if version.nft else UNLIMITED,
@@ -165,7 +180,7 @@ def _nftables_families(
     except (NftablesUnsupportedError, InconclusiveError) as error:
         raise StartError(f"nftables mode does not work on this node: {error}") from None
     for family, commit in commits.items():
-        own.add([(family, names.TABLE)], commit.has_made_commits)
+        own.add([(family, names.TABLE)], commit.has_made_commits, commit.is_author)
     return {
         family: FamilySync(
             NftablesBackend(NftTable(family, _reporting(commit, partial(on_progress, family))), own.generations),
