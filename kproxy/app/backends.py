@@ -11,9 +11,11 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from kproxy.app.family_contexts import interface_warning, local_traffic_warning, make_context
+from kproxy.app.foreign_chains import WatchfulBackend
 from kproxy.app.node_port_addresses import node_port_warning
 from kproxy.config import Config, node_name
 from kproxy.config.types import PRIMARY
+from kproxy.host.blocking_chains import blocking_chains
 from kproxy.host.commands import CommandError, InconclusiveError
 from kproxy.host.interfaces import local_addresses, own_addresses
 from kproxy.host.nf_tables import current_generation
@@ -36,7 +38,7 @@ from kproxy.nftables.backend import NftablesBackend
 from kproxy.nftables.kernel import Commit, NetlinkCommit, NftCommit, NftTable, OwnGenerations
 from kproxy.nftables.probe import NftablesUnsupportedError, choose_commit
 from kproxy.nftables.transaction import Transaction
-from kproxy.sync.family_sync import FamilySync
+from kproxy.sync.family_sync import Backend, FamilySync
 
 log = logging.getLogger(__name__)
 
@@ -168,7 +170,7 @@ def _iptables_families(
             patching=version.supports_patching,
         )
         contexts = ContextFactory(config, family, accounting=counters, random_fully=version.random_fully)
-        families[family] = FamilySync(backend, contexts.make)
+        families[family] = FamilySync(_watchful(backend, family), contexts.make)
     return families
 
 
@@ -183,12 +185,20 @@ def _nftables_families(
         own.add([(family, names.TABLE)], commit.has_made_commits, commit.is_author)
     return {
         family: FamilySync(
-            NftablesBackend(NftTable(family, _reporting(commit, partial(on_progress, family))), own.generations),
+            _watchful(
+                NftablesBackend(NftTable(family, _reporting(commit, partial(on_progress, family))), own.generations),
+                family,
+                names.TABLE,
+            ),
             ContextFactory(config, family, accounting=lambda: False, random_fully=True).make,
             large_cluster_endpoints=math.inf,  # `large_cluster` changes nothing in nftables mode
         )
         for family, commit in commits.items()
     }
+
+
+def _watchful(backend: Backend, family: Family, *own_tables: str) -> WatchfulBackend:
+    return WatchfulBackend(backend, partial(blocking_chains, family, own_tables), current_generation)
 
 
 def _reporting(commit: Commit, on_progress: Callable[[], object]) -> Commit:
