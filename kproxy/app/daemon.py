@@ -267,6 +267,7 @@ class Daemon:
             own.tables,
             self._messages.put,
             is_own_port=own.owns,
+            is_own_commit=own.confirms,
             newest_own_generation=own.generations.newest_after,
             # The generation IDs of commits that iptables programs make are unknown.
             after_first_syncs=self._config.effective_mode == "nftables",

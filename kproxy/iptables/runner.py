@@ -42,6 +42,7 @@ from kproxy.iptables.save_restore import (
     parse_rules,
     parse_save,
 )
+from kproxy.model.drift import CommitAuthor
 from kproxy.model.types import Family
 
 LOCK_WAIT_SECONDS = 5
@@ -196,6 +197,10 @@ class IptablesRunner:
         Netlink port IDs of programs are PIDs. The port ID with which this runner awakens tables counts, too.
         """
         return pid == self._own_port or self._commands.has_run(pid)
+
+    def has_committed(self, commit: CommitAuthor) -> bool:
+        """Return whether a commit was made by kproxy, if `has_run` has returned True for its netlink port ID."""
+        return commit.port == self._own_port or self._commands.has_committed(commit)
 
     def version(self) -> IptablesVersion:
         """Return the version of the installed iptables. It is read only once. Raises `CommandError`."""

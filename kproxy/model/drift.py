@@ -30,6 +30,18 @@ class Part(Struct, frozen=True, order=True):
     key: bytes = b""
 
 
+class CommitAuthor(Struct, frozen=True):
+    """Who made an nf_tables commit: the port ID of the netlink socket, and the PID and the name of the process.
+
+    The port ID is usually the PID in the PID namespace of the process. `process` is the PID in the initial PID
+    namespace, or 0 if it is unknown.
+    """
+
+    port: int
+    process: int = 0
+    name: str = ""
+
+
 class Touched(Struct):
     """The parts of one table that other processes have created, changed or deleted. They may be intact again.
 
