@@ -127,8 +127,10 @@ class Daemon:
     """The parts of one daemon and their connections.
 
     The reconciler's thread creates the parts, starts them in order, runs until it receives a `Stop` message, and stops
-    them in reverse order. It owns all state: sources and monitors only put messages on its queue. The main thread only
-    waits for signals, so that it handles them at once even if every other thread is blocked.
+    them in reverse order. It owns the desired state and the schedules: sources, monitors and families only put messages
+    on its queue. The thread of a family owns what kproxy knows about the kernel's rules of this family, and runs the
+    programs that change them. The main thread only waits for signals, so that it handles them at once even if every
+    other thread is blocked.
     """
 
     def __init__(
@@ -146,6 +148,7 @@ class Daemon:
         self._server = server
         self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._programs: list[IptablesRunner] = []
+        self._first_sync: FirstSyncSteps | None = None
         self._programs_stopped = threading.Event()
         self._failure: BaseException | None = None
         self._source: ObjectSource | None = None
@@ -181,6 +184,8 @@ class Daemon:
         self._programs_stopped.set()
         for iptables in self._programs:
             iptables.stop()
+        if self._first_sync is not None:
+            self._first_sync.stop()
         reconciler.join(EXIT_SECONDS)
 
     def _work(self) -> None:
@@ -228,6 +233,7 @@ class Daemon:
             clock=time.monotonic,
             on_cleanup=lambda done: serving.metrics.conntrack_reconciled(done.family, done.seconds, done.deleted),
         )
+        self._first_sync = first_sync = FirstSyncSteps(config, families)
         self._start(parts, serving)
         prepare_process(config)
         prepare_conntrack(config)
@@ -252,7 +258,7 @@ class Daemon:
                 *(each.on_sync for each in watches),
             ],
             on_repair=[*serving.on_repair, DriftListener(partial(_node_event, events, name)).on_repair],
-            after_sync=[conntrack.clean, FirstSyncSteps(config, families).run],
+            after_sync=[conntrack.clean, first_sync.run],
             check_interval=periods.sync_period,
             full_check_interval=FULL_CHECK_SECONDS,
             monitor=watch.check,

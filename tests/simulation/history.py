@@ -20,7 +20,7 @@ from kproxy.iptables.backend import IptablesBackend
 from kproxy.iptables.names import PORT_CHAIN_PREFIXES, ChainName, is_shard
 from kproxy.iptables.runner import RestoreError
 from kproxy.model.context import Context
-from kproxy.model.drift import RulesChanged, Touched
+from kproxy.model.drift import RepairResult, RulesChanged, Touched
 from kproxy.model.sync_report import SyncError, SyncResult
 from kproxy.model.types import Family, ServiceKey
 from kproxy.nftables import backend as nftables_backend
@@ -449,7 +449,8 @@ class World:
         elif isinstance(outcome, Repaired):
             self.say(f"{world.family.value}: checked: {outcome.outcome!r}")
             self._check_error(outcome.outcome)
-            if not isinstance(outcome.outcome, Exception) and not outcome.outcome.needs_full_sync:
+            result = outcome.outcome
+            if isinstance(result, RepairResult) and not (result.needs_full_sync or result.skipped):
                 self._repaired(world)
         elif isinstance(outcome, Compared):
             self.say(f"{world.family.value}: compared: {outcome.outcome!r}")
