@@ -327,9 +327,9 @@ class IptablesRunner:
                 recent.record(chunks),
                 timeout=lambda: self.patience * (COMMAND_SECONDS + recent.size * SECONDS_PER_CHARACTER),
             )
-        self.patience = min(2 * self.patience, MAX_PATIENCE) if done.timed_out else 1
-        if done.code:
-            raise make_restore_error(argv[0], done.code, done.stderr, recent.line)
+            self.patience = min(2 * self.patience, MAX_PATIENCE) if done.timed_out else 1
+            if done.code:
+                raise make_restore_error(argv[0], done.code, done.stderr, recent.line)
 
     def has_rule(self, chain: ChainName, rule: str) -> bool | None:
         """Return whether a chain has a rule. The rule is given without `-A CHAIN`. Raises `CommandError`.

@@ -41,6 +41,7 @@ PURE = (
         f"nftables.{name}"
         for name in ("ledger", "transaction", "diff", "snapshot", "nft_syntax", "expressions", "encode", "rejection")
     ),
+    "iptables.held_services",
     "nftables.isolation",
     "nftables.held_services",
     *(f"nftables.{name}" for name in ("service_chains", "rule_decoder")),
