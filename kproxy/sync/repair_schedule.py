@@ -29,6 +29,13 @@ MAX_DELAY_SECONDS = 60.0
 """Maximum number of seconds between two repairs of a part."""
 
 
+INTACT_SECONDS = 0.25
+"""Minimum number of seconds between a check that found a part intact and the next check of the part.
+
+Other tools may change a chain many times a second in which kproxy's rules stay intact, such as POSTROUTING.
+"""
+
+
 class RepairHistory(Struct, frozen=True):
     """The repairs of a part, as of the last one.
 
@@ -75,6 +82,8 @@ class RepairSchedule:
         self._waiting: dict[Part, Waiting] = {}
         self._repairs: dict[Part, RepairHistory] = {}
         self._full_syncs: dict[str, RepairHistory] = {}
+        self._checked: dict[Part, float] = {}
+        """The parts that were checked a moment ago and not repaired since, with the times of the checks."""
         self._unfinished: dict[str, float] = {}
         """The tables that the next full sync restores, with the delays that follow."""
 
@@ -91,7 +100,8 @@ class RepairSchedule:
 
     def _due(self, part: Part, now: float) -> float:
         histories = (self._repairs.get(part), self._full_syncs.get(part.table))
-        return max((each.next_check for each in histories if each is not None), default=now)
+        due = max((each.next_check for each in histories if each is not None), default=now)
+        return max(due, self._checked[part] + INTACT_SECONDS) if part in self._checked else due
 
     def wait(self, now: float) -> float | None:
         """Return the seconds until a part must be checked, or None if no part was touched."""
@@ -100,8 +110,10 @@ class RepairSchedule:
     def take(self, now: float) -> dict[str, Touched]:
         """Return the parts that must be checked now, by table, and forget that they were touched."""
         taken: dict[str, Touched] = {}
+        self._checked = {part: at for part, at in self._checked.items() if now - at < INTACT_SECONDS}
         for part, waiting in [(part, each) for part, each in self._waiting.items() if each.due <= now]:
             del self._waiting[part]
+            self._checked[part] = now
             touched = taken.setdefault(part.table, Touched())
             touched.add_part(part)
             touched.by |= waiting.by
@@ -112,6 +124,7 @@ class RepairSchedule:
         self._repairs = {part: each for part, each in self._repairs.items() if each.at(now).allowance < BURST}
         delayed = {}
         for part in parts:
+            self._checked.pop(part, None)
             history = self._repairs[part] = self._repairs.get(part, RepairHistory(now)).repaired(now, 1)
             if history.next_check > now:
                 delayed[part] = history.delay

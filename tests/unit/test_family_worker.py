@@ -304,6 +304,7 @@ def test_failed_job_does_not_end_the_thread(caplog: pytest.LogCaptureFixture, mo
 
 def test_check_without_an_outcome_is_replaced_by_a_full_sync() -> None:
     outcomes: list[Outcome] = []
+    now = 0.0
 
     def execute(_: Family, job: Job) -> None:
         def deliver(message: Outcome) -> None:
@@ -319,7 +320,7 @@ def test_check_without_an_outcome_is_replaced_by_a_full_sync() -> None:
         Store("node-1", lock=threading.RLock()),
         {Family.IPV4: FamilySync(backend, lambda _: Context(Family.IPV4, "node-1"))},
         make_schedule=lambda: Schedule(min_interval=0.0, max_retry=30.0),
-        clock=lambda: 0.0,
+        clock=lambda: now,
         execute=execute,
     )
 
@@ -333,6 +334,7 @@ def test_check_without_an_outcome_is_replaced_by_a_full_sync() -> None:
         reconciler.apply(empty)
     run()
     for _ in range(2):
+        now += 1.0
         reconciler.touch(RulesChanged({(Family.IPV4, "nat"): Touched(chains={"KUBE-SERVICES"})}))
         run()
     assert backend.order == ["sync", "check", "sync", "check", "sync"]

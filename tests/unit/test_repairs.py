@@ -18,7 +18,14 @@ from kproxy.serve.metrics import Metrics
 from kproxy.sync.drift_listener import LISTED_PARTS, DriftListener
 from kproxy.sync.family_sync import FamilySync
 from kproxy.sync.reconciler import STEP_SECONDS, Resync
-from kproxy.sync.repair_schedule import BURST, FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS, REFILL_SECONDS, RepairSchedule
+from kproxy.sync.repair_schedule import (
+    BURST,
+    FIRST_DELAY_SECONDS,
+    INTACT_SECONDS,
+    MAX_DELAY_SECONDS,
+    REFILL_SECONDS,
+    RepairSchedule,
+)
 from tests.inprocess import EMPTY_LISTS, FakeKernelProxy, ReconciledProxy, StubBackend
 
 V4, V6 = Family.IPV4, Family.IPV6
@@ -330,6 +337,26 @@ def test_process_is_blamed_only_for_what_it_touched() -> None:
     assert schedule.take(FIRST_DELAY_SECONDS) == both
 
 
+def test_part_that_others_touch_all_the_time_but_do_not_damage_is_checked_a_few_times_a_second() -> None:
+    schedule = RepairSchedule()
+    checks = []
+    for step in range(1000):
+        now = step / 100
+        schedule.touch({"nat": Touched(chains={"POSTROUTING"})}, now)
+        checks += [now] if schedule.take(now) else []
+    assert checks[0] == 0.0
+    assert 30 <= len(checks) <= 10 / INTACT_SECONDS + 1
+    assert schedule.wait(10.0) is not None  # the last change is checked, too
+
+
+def test_next_check_of_a_repaired_part_does_not_wait() -> None:
+    schedule = RepairSchedule()
+    for step in range(BURST):
+        schedule.touch({"nat": Touched(chains={CHAIN.name})}, step / 100)
+        assert schedule.take(step / 100)
+        schedule.repaired([CHAIN], step / 100)
+
+
 OUTPUT_RULE = "a rule of another program in chain OUTPUT of table nat decides: -A OUTPUT -j DROP"
 INPUT_RULE = "a rule of another program in chain INPUT of table nat decides: -A INPUT -j DROP"
 
@@ -339,7 +366,7 @@ def test_finding_that_ended_is_reported_again_when_it_returns(proxy: DriftingPro
         proxy.events.clear()
         proxy.four.results = [RepairResult(findings=findings)]
         proxy.touch({(V4, "nat"): Touched(chains=chains)})
-        proxy.sync_after()
+        proxy.sync_after(INTACT_SECONDS)
         return [text for _, text in proxy.events]
 
     assert check({"OUTPUT", "INPUT"}, OUTPUT_RULE, INPUT_RULE) == [f"IPv4: {OUTPUT_RULE}", f"IPv4: {INPUT_RULE}"]
