@@ -11,9 +11,11 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from kproxy.app.family_contexts import interface_warning, local_traffic_warning, make_context
+from kproxy.app.foreign_chains import WatchfulBackend
 from kproxy.app.node_port_addresses import node_port_warning
 from kproxy.config import Config, node_name
 from kproxy.config.types import PRIMARY
+from kproxy.host.blocking_chains import blocking_chains
 from kproxy.host.commands import CommandError, InconclusiveError
 from kproxy.host.interfaces import local_addresses, own_addresses
 from kproxy.host.nf_tables import current_generation
@@ -28,6 +30,7 @@ from kproxy.iptables.save_restore import TABLES
 from kproxy.iptables.variant import other_variant_warning
 from kproxy.model.context import Context
 from kproxy.model.delta import BASIC_KINDS, Kind
+from kproxy.model.drift import CommitAuthor
 from kproxy.model.sync_report import SyncError
 from kproxy.model.types import Family, Node, ServiceCIDR
 from kproxy.nftables import names
@@ -35,7 +38,7 @@ from kproxy.nftables.backend import NftablesBackend
 from kproxy.nftables.kernel import Commit, NetlinkCommit, NftCommit, NftTable, OwnGenerations
 from kproxy.nftables.probe import NftablesUnsupportedError, choose_commit
 from kproxy.nftables.transaction import Transaction
-from kproxy.sync.family_sync import FamilySync
+from kproxy.sync.family_sync import Backend, FamilySync
 
 log = logging.getLogger(__name__)
 
@@ -99,16 +102,30 @@ class OwnCommits:
     def __init__(self) -> None:
         self.tables: list[tuple[Family, str]] = []
         self.generations = OwnGenerations()
-        self._owns: list[Callable[[int], bool]] = []
+        self._owns: list[tuple[Callable[[int], bool], Callable[[CommitAuthor], bool]]] = []
 
-    def add(self, tables: Iterable[tuple[Family, str]], owns: Callable[[int], bool]) -> None:
-        """Add tables. `owns` returns whether commits with a netlink port ID are made by kproxy."""
+    def add(
+        self,
+        tables: Iterable[tuple[Family, str]],
+        owns: Callable[[int], bool],
+        confirms: Callable[[CommitAuthor], bool],
+    ) -> None:
+        """Add tables. `owns` returns whether commits with a netlink port ID are made by kproxy.
+
+        If it returns True, `confirms` returns whether a certain commit was made by kproxy.
+        """
         self.tables += tables
-        self._owns.append(owns)
+        self._owns.append((owns, confirms))
 
     def owns(self, port: int) -> bool:
         """Return whether a commit with this netlink port ID was made by kproxy, or by a program that kproxy ran."""
-        return any(owns(port) for owns in self._owns)
+        return any(owns(port) for owns, _ in self._owns)
+
+    def confirms(self, commit: CommitAuthor) -> bool:
+        """Return whether a commit was made by kproxy, if `owns` has returned True for its netlink port ID."""
+        # The program may be unknown by now, if it is a child process of a program that kproxy ran.
+        candidates = [confirms for owns, confirms in self._owns if owns(commit.port)]
+        return any(confirms(commit) for confirms in candidates or [each for _, each in self._owns])
 
 
 def make_families(
@@ -145,7 +162,7 @@ def _iptables_families(
         log.info("%s: %s", family.value, version)
         runners.append(iptables)
         if version.nft:
-            own.add([(family, table) for table in TABLES], iptables.has_run)
+            own.add([(family, table) for table in TABLES], iptables.has_run, iptables.has_committed)
         backend = IptablesBackend(
             iptables,
             max_transaction_rules=MAX_TRANSACTION_RULES if version.nft else UNLIMITED,
@@ -153,7 +170,7 @@ def _iptables_families(
             patching=version.supports_patching,
         )
         contexts = ContextFactory(config, family, accounting=counters, random_fully=version.random_fully)
-        families[family] = FamilySync(backend, contexts.make)
+        families[family] = FamilySync(_watchful(backend, family), contexts.make)
     return families
 
 
@@ -165,15 +182,23 @@ def _nftables_families(
     except (NftablesUnsupportedError, InconclusiveError) as error:
         raise StartError(f"nftables mode does not work on this node: {error}") from None
     for family, commit in commits.items():
-        own.add([(family, names.TABLE)], commit.has_made_commits)
+        own.add([(family, names.TABLE)], commit.has_made_commits, commit.is_author)
     return {
         family: FamilySync(
-            NftablesBackend(NftTable(family, _reporting(commit, partial(on_progress, family))), own.generations),
+            _watchful(
+                NftablesBackend(NftTable(family, _reporting(commit, partial(on_progress, family))), own.generations),
+                family,
+                names.TABLE,
+            ),
             ContextFactory(config, family, accounting=lambda: False, random_fully=True).make,
             large_cluster_endpoints=math.inf,  # `large_cluster` changes nothing in nftables mode
         )
         for family, commit in commits.items()
     }
+
+
+def _watchful(backend: Backend, family: Family, *own_tables: str) -> WatchfulBackend:
+    return WatchfulBackend(backend, partial(blocking_chains, family, own_tables), current_generation)
 
 
 def _reporting(commit: Commit, on_progress: Callable[[], object]) -> Commit:

@@ -47,11 +47,12 @@ def remove_all() -> Iterator[str]:
         yield f"removed {objects} of ipvs mode"
 
 
-def remove_iptables(family: Family) -> str:
+def remove_iptables(family: Family, kernel: IptablesRunner | None = None) -> str:
     """Remove a family's iptables-mode rules. Return one line about what was removed, or "" if nothing was.
 
-    Does nothing if iptables is not installed for the family. Logs a warning about tables with rules that iptables
-    cannot print. Raises `CommandError` if iptables fails.
+    `kernel` runs the programs of this family, so that the caller can stop them; by default, nothing can. Does nothing
+    if iptables is not installed for the family. Logs a warning about tables with rules that iptables cannot print.
+    Raises `CommandError` if iptables fails.
 
     Takes 1.6 s for 20,000 chains and 5.3 s for 55,000 (iptables-nft 1.8.9). Do not run it while another process changes
     tables continuously: iptables-nft restarts its dump whenever a table changes, and may never finish.
@@ -60,12 +61,14 @@ def remove_iptables(family: Family) -> str:
     def changes(saved: Mapping[ChainName, SavedChain], version: IptablesVersion) -> Iterable[RestoreInput]:
         return cleanup(saved, max_transaction_rules=MAX_TRANSACTION_RULES if version.nft else UNLIMITED)
 
-    removed = _remove_chains(family, changes)
+    removed = _remove_chains(kernel or IptablesRunner(family), changes)
     return f"removed {_chains(removed, family)}" if removed else ""
 
 
-def remove_ipvs() -> str:
+def remove_ipvs(kernels: Mapping[Family, IptablesRunner] | None = None) -> str:
     """Remove what kube-proxy's ipvs mode left behind. Return one line about what was removed, or "" if nothing was.
+
+    `kernels` run the programs of each family, so that the caller can stop them; by default, nothing can.
 
     Call this only after kproxy's own rules have become active. Chains that exist in both ipvs mode and iptables mode
     are kept: in iptables mode, kproxy itself uses them; in nftables mode, `remove_iptables` deletes them.
@@ -79,7 +82,12 @@ def remove_ipvs() -> str:
     except OSError as error:
         log.debug("cannot check for leftovers of ipvs mode: %s", error.strerror)
         return ""
-    counts = {family: _remove_chains(family, lambda saved, _: [cleanup_ipvs(saved)]) for family in Family}
+    counts = {
+        family: _remove_chains(
+            kernels[family] if kernels else IptablesRunner(family), lambda saved, _: [cleanup_ipvs(saved)]
+        )
+        for family in Family
+    }
     removed = [_chains(number, family) for family, number in counts.items() if number]
     try:
         objects = _remove_ipvs_objects()
@@ -117,10 +125,9 @@ def _chains(number: int, family: Family) -> str:
 
 
 def _remove_chains(
-    family: Family, plan: Callable[[Mapping[ChainName, SavedChain], IptablesVersion], Iterable[RestoreInput]]
+    kernel: IptablesRunner, plan: Callable[[Mapping[ChainName, SavedChain], IptablesVersion], Iterable[RestoreInput]]
 ) -> int:
     """Apply the changes that `plan` derives from a family's current rules. Return how many chains were deleted."""
-    kernel = IptablesRunner(family)
     version = _version(kernel)
     if version is None:
         return 0
@@ -130,7 +137,7 @@ def _remove_chains(
     for table in sorted(saved.incompatible):
         log.warning(
             "%s: table %s has rules that only nft can print; chains of iptables mode may remain there",
-            family.value,
+            kernel.family.value,
             table,
         )
     try:
@@ -141,13 +148,15 @@ def _remove_chains(
     return sum(len(change.deleted) for change in changes)
 
 
-def unremovable_chains() -> str:
+def unremovable_chains(kernel: IptablesRunner | None = None) -> str:
     """Return one line about KUBE- chains that `remove_iptables` cannot remove, or "".
+
+    `kernel` runs iptables, as in `remove_iptables`; any family will do.
 
     These are chains of the iptables variant that is not in use. If iptables is not installed, chains of both variants
     are reported.
     """
-    used = _version(IptablesRunner(Family.IPV4))
+    used = _version(kernel or IptablesRunner(Family.IPV4))
     found = [
         f"iptables-{name}"
         for name, is_nft in (("legacy", False), ("nft", True))

@@ -6,7 +6,7 @@ import logging
 import os
 import resource
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from msgspec import Struct, field
@@ -28,7 +28,6 @@ from kproxy.model.service_state import FamilyServiceState, ServiceState
 from kproxy.model.store import Store
 from kproxy.model.sync_report import RepairReport, SyncReport
 from kproxy.model.types import Family, ServiceKey
-from kproxy.sync.drift_listener import part_text
 from kproxy.sync.family_sync import FamilySync
 
 SERVICES_AT_ONCE = 1000
@@ -51,7 +50,6 @@ class FamilyRecord(Struct):
     last_repairs: deque[tuple[float, tuple[str, ...], tuple[str, ...]]] = field(
         default_factory=lambda: deque(maxlen=KEPT_REPAIRS)
     )
-    findings: tuple[str, ...] = ()
 
 
 class DaemonLog(Protocol):
@@ -88,6 +86,7 @@ class DaemonControl:
         node_name: str,
         node_problem: Callable[[], str],
         healthy: Callable[[], Mapping[Family, bool]],
+        findings: Callable[[Family], Collection[str]],
         origin: Callable[[], ObjectOrigin],
         configuration: Mapping[str, object],
         log: DaemonLog,
@@ -100,6 +99,7 @@ class DaemonControl:
         self._node_name = node_name
         self._node_problem = node_problem
         self._healthy = healthy
+        self._findings = findings
         self._origin = origin
         self._configuration = configuration
         self._log = log
@@ -142,10 +142,9 @@ class DaemonControl:
     def on_repair(self, report: RepairReport) -> None:
         """Record what other processes had changed."""
         record = self._records[report.family]
-        record.findings = report.result.findings
         if report.result.repaired or report.result.needs_full_sync:
             record.repairs += 1
-            parts = Counter(part_text(part) for part in report.result.repaired) or {"all rules": 1}
+            parts = Counter(part.text for part in report.result.repaired) or {"all rules": 1}
             record.last_repairs.append((self._clock(), tuple(parts)[:KEPT_REPAIRS], report.by))
 
     # Requests
@@ -218,7 +217,7 @@ class DaemonControl:
                 RepairSummary(seconds_ago=now - when, parts=parts, by=by)
                 for when, parts, by in list(record.last_repairs)
             ),
-            findings=record.findings,
+            findings=tuple(sorted(self._findings(family))),
         )
 
     def _problems(self, sync: FamilySync) -> Iterator[NamedService]:

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Protocol
@@ -134,8 +134,10 @@ class Daemon:
     """The parts of one daemon and their connections.
 
     The reconciler's thread creates the parts, starts them in order, runs until it receives a `Stop` message, and stops
-    them in reverse order. It owns all state: sources and monitors only put messages on its queue. The main thread only
-    waits for signals, so that it handles them at once even if every other thread is blocked.
+    them in reverse order. It owns the desired state and the schedules: sources, monitors and families only put messages
+    on its queue. The thread of a family owns what kproxy knows about the kernel's rules of this family, and runs the
+    programs that change them. The main thread only waits for signals, so that it handles them at once even if every
+    other thread is blocked.
     """
 
     def __init__(
@@ -156,6 +158,7 @@ class Daemon:
         self._server = server
         self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._programs: list[IptablesRunner] = []
+        self._first_sync: FirstSyncSteps | None = None
         self._programs_stopped = threading.Event()
         self._failure: BaseException | None = None
         self._source: ObjectSource | None = None
@@ -191,6 +194,8 @@ class Daemon:
         self._programs_stopped.set()
         for iptables in self._programs:
             iptables.stop()
+        if self._first_sync is not None:
+            self._first_sync.stop()
         reconciler.join(EXIT_SECONDS)
 
     def _work(self) -> None:
@@ -225,9 +230,11 @@ class Daemon:
             name,
             healthy=lambda: serving.healthy(),  # noqa: PLW0108 - `serving` is created later
             reason=lambda: watch.reason,
+            findings=lambda family: drift.findings(family),  # noqa: PLW0108 - as above
         )
         workers = {family: FamilyWorker(f"sync-{family.value.lower()}") for family in families}
         events = self._events(client, name)
+        drift = DriftListener(partial(_node_event, events, name))
         serving = self._serving(families, store, events, control, reason=lambda: watch.reason)
         serving.metrics.track_invalid_services(lambda: store.invalid_services)
         serving.metrics.track_invalid_endpoints(lambda: store.invalid_endpoints)
@@ -245,6 +252,7 @@ class Daemon:
             clock=time.monotonic,
             on_cleanup=lambda done: serving.metrics.conntrack_reconciled(done.family, done.seconds, done.deleted),
         )
+        self._first_sync = first_sync = FirstSyncSteps(config, families)
         self._start(parts, serving)
         prepare_process(config)
         prepare_conntrack(config)
@@ -269,12 +277,8 @@ class Daemon:
                 ServiceEventListener(partial(_service_event, events)).on_sync,
                 *(each.on_sync for each in watches),
             ],
-            on_repair=[
-                *serving.on_repair,
-                control.on_repair,
-                DriftListener(partial(_node_event, events, name)).on_repair,
-            ],
-            after_sync=[conntrack.clean, FirstSyncSteps(config, families).run],
+            on_repair=[*serving.on_repair, control.on_repair, drift.on_repair],
+            after_sync=[conntrack.clean, first_sync.run],
             check_interval=periods.sync_period,
             full_check_interval=FULL_CHECK_SECONDS,
             monitor=watch.check,
@@ -289,6 +293,7 @@ class Daemon:
             own.tables,
             self._messages.put,
             is_own_port=own.owns,
+            is_own_commit=own.confirms,
             newest_own_generation=own.generations.newest_after,
             # The generation IDs of commits that iptables programs make are unknown.
             after_first_syncs=self._config.effective_mode == "nftables",
@@ -395,6 +400,7 @@ class Daemon:
         *,
         healthy: Callable[[], Mapping[Family, bool]],
         reason: Callable[[], str],
+        findings: Callable[[Family], Collection[str]],
     ) -> DaemonControl:
         return DaemonControl(
             store,
@@ -403,6 +409,7 @@ class Daemon:
             node_name=name,
             node_problem=reason,
             healthy=healthy,
+            findings=findings,
             origin=self._origin,
             configuration=as_document(self._config),
             log=self._own_log,

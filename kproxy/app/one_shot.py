@@ -31,7 +31,8 @@ log = logging.getLogger(__name__)
 def apply(config: Config, objects: str) -> None:
     """Program the node with the objects in a file or directory. Raises `StartError`, `FileSourceError` or `SyncError`.
 
-    If one family fails, the other is still programmed. The message of `SyncError` has one line per failed family.
+    If one family fails, the other is still programmed, and if the kernel rejects a Service, all others are. The message
+    of `SyncError` has one line for each failed family and for each rejected Service.
     """
     check_privileges()
     config = choose_mode(config)
@@ -53,6 +54,10 @@ def apply(config: Config, objects: str) -> None:
             for step in steps:
                 step(report)
             log.info("%s", synced_text(family, result.services, finished - started, result.counts, complete=True))
+            failures += (
+                f"{family.value}: the kernel rejected the rules of Service {key}: {reason}"
+                for key, reason in sorted(result.applied.rejected.items())
+            )
     if failures:
         raise SyncError("\n".join(failures))
 

@@ -22,6 +22,7 @@ from typing import IO, Any, BinaryIO
 from msgspec import Struct
 
 from kproxy.host.background import BackgroundCall, ThreadStartError
+from kproxy.model.drift import CommitAuthor
 
 PROBE_TIMEOUT_SECONDS = 30
 """Timeout for the programs that kproxy runs at startup to detect capabilities. A hung program
@@ -34,6 +35,9 @@ RECENT_SECONDS = 5.0
 _PIECE = 1 << 16
 """Number of characters that are written to a program at once: the capacity of a pipe."""
 _LINES_PER_RESTART = 1000
+_MAX_COMMITTERS = 1000
+_RULE_PROGRAMS = ("iptables", "ip6tables", "xtables", "nft")
+"""The beginnings of the names of programs that change nf_tables rules."""
 _OUT_OF_MEMORY_SECONDS = 0.1
 """Pause before another attempt to do something for which there was not enough memory."""
 _LOCKS = Path("/proc/locks")
@@ -95,6 +99,10 @@ class CommandRunner:
         self._stopped = False
         # When each program exited that was started recently, by PID. Infinite for a running program.
         self._exited: dict[int, float] = {}
+        # The names of these programs, and which process made the first commit with a netlink port ID (see
+        # `has_committed`).
+        self._names: dict[int, str] = {}
+        self._committers: dict[int, int] = {}
 
     def stop(self) -> None:
         """Kill the running program and wait for it to exit. Later runs raise `CommandError`."""
@@ -114,6 +122,22 @@ class CommandRunner:
         if pid not in exited:
             pid = _process_group(pid)
         return monotonic() - exited.get(pid, -math.inf) < RECENT_SECONDS
+
+    def has_committed(self, commit: CommitAuthor) -> bool:
+        """Return whether a commit was probably made by a program for which `has_run` has returned True.
+
+        The netlink port ID of a program is its PID, but in the PID namespace of its container. A program in another
+        container can have the same one, as soon as a program of this runner has exited. Its commits are recognized by
+        the name of the program, or because another process has made commits with that port ID before. Any thread may
+        call this.
+        """
+        if not commit.process:
+            return True  # the kernel does not tell
+        names = self._names
+        leader = commit.port if commit.port in names else _process_group(commit.port)
+        if not (_changes_rules(commit.name) and _changes_rules(names.get(leader, commit.name))):
+            return False
+        return self._committers.setdefault(commit.port, commit.process) == commit.process
 
     def run(self, argv: Sequence[str], stdin: str = "", *, timeout: float) -> CompletedCommand:
         """Run a program and return its exit status and output.
@@ -231,6 +255,10 @@ class CommandRunner:
         self._exited = {pid: at for pid, at in self._exited.items() if now - at < RECENT_SECONDS} | {
             process.pid: math.inf
         }
+        self._names = {pid: name for pid, name in self._names.items() if pid in self._exited} | {process.pid: argv[0]}
+        self._committers.pop(process.pid, None)
+        if len(self._committers) > _MAX_COMMITTERS:
+            self._committers = {}
         slow_log = SlowCommandLog(argv[0], process.pid, monotonic())
         try:
             with process:
@@ -243,6 +271,11 @@ class CommandRunner:
             self._running = None
             self._exited[process.pid] = monotonic()
             slow_log.log_exit(monotonic(), process.returncode)
+
+
+def _changes_rules(program: str) -> bool:
+    name = os.path.basename(program)
+    return name.startswith(_RULE_PROGRAMS) and not name.endswith("-save")
 
 
 class _Feed:

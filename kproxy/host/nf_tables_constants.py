@@ -198,6 +198,7 @@ NFTA_MASQ_FLAGS = 1
 
 # enum nft_gen_attributes
 NFTA_GEN_ID = 1
+NFTA_GEN_PROC_PID = 2
 NFTA_GEN_PROC_NAME = 3
 
 # enum nft_fib_attributes

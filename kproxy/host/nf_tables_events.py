@@ -14,7 +14,7 @@ from kproxy.host.netlink import NETLINK_NETFILTER, SO_RCVBUFFORCE
 from kproxy.host.nf_tables import current_generation
 from kproxy.host.nf_tables_constants import NFNLGRP_NFTABLES
 from kproxy.host.nf_tables_notifications import CommitDecoder
-from kproxy.model.drift import RulesChanged, Touched
+from kproxy.model.drift import CommitAuthor, RulesChanged, Touched
 from kproxy.model.sync_report import SyncReport
 from kproxy.model.types import Family
 
@@ -52,12 +52,14 @@ class RulesWatch:
         on_change: Callable[[RulesChanged], None],
         *,
         is_own_port: Callable[[int], bool],
+        is_own_commit: Callable[[CommitAuthor], bool] = lambda _: True,
         newest_own_generation: Callable[[int], int] = lambda generation: generation,
         after_first_syncs: bool = False,
     ) -> None:
         """Create a watch that is not started yet.
 
         `is_own_port` returns whether a netlink port ID belongs to this process or to a program that it has just run.
+        `is_own_commit` confirms that a commit with such a port ID was made by that process.
         `newest_own_generation` returns the newest generation ID that was reached from another one only by commits of
         this process.
 
@@ -69,7 +71,7 @@ class RulesWatch:
         self._awaited = {family for family, _ in tables} if after_first_syncs else set()
         self._on_change = on_change
         self._newest_own_generation = newest_own_generation
-        self._decoder = CommitDecoder(self._tables, is_own_port)
+        self._decoder = CommitDecoder(self._tables, is_own_port, is_own_commit)
         # The generation ID up to which all changes have been reported; -1 if the watch failed before it knew one.
         self._known_generation: int | None = None
         self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)

@@ -23,7 +23,7 @@ from kproxy.host.netlink_message import (
     iterate_attributes,
     nfnl_type,
 )
-from kproxy.model.drift import RulesChanged, Touched
+from kproxy.model.drift import CommitAuthor, RulesChanged, Touched
 from kproxy.model.types import Family
 
 _ADDRESS_FAMILIES = {Family.IPV4: int(AF_INET), Family.IPV6: int(AF_INET6)}
@@ -51,14 +51,26 @@ _ANONYMOUS_SETS = ("__set", "__map")
 class CommitDecoder:
     """Collects what other processes changed in some tables, from the datagrams of the group NFNLGRP_NFTABLES."""
 
-    def __init__(self, tables: Collection[tuple[Family, str]], is_own_port: Callable[[int], bool]) -> None:
-        """`is_own_port` returns whether a netlink port ID belongs to kproxy or to a program that it runs."""
+    def __init__(
+        self,
+        tables: Collection[tuple[Family, str]],
+        is_own_port: Callable[[int], bool],
+        is_own_commit: Callable[[CommitAuthor], bool] = lambda _: True,
+    ) -> None:
+        """`is_own_port` returns whether a netlink port ID belongs to kproxy or to a program that it runs.
+
+        Messages with such a port ID are skipped. When the commit ends, `is_own_commit` tells whether that was right. If
+        it was not, anything in all tables counts as changed.
+        """
         self._tables = {(_ADDRESS_FAMILIES[family], name): (family, name) for family, name in tables}
         names = dict.fromkeys(name for _, name in tables)
         # The attribute with the table's name has the same number, 1, in the messages about all kinds of objects. Most
         # datagrams are about other tables. They do not contain the bytes of the attribute and are not parsed.
         self._needles = [attribute(nf.NFTA_TABLE_NAME, name.encode() + b"\0")[: 5 + len(name)] for name in names]
         self._is_own_port = is_own_port
+        self._is_own_commit = is_own_commit
+        # Whether messages were skipped that belong to a commit whose end has not been received yet.
+        self._skipped = False
         self._touched: dict[tuple[Family, str], Touched] = {}
         # The tables that a commit has changed whose end has not been received yet.
         self._open: set[tuple[Family, str]] = set()
@@ -71,6 +83,8 @@ class CommitDecoder:
         (kind,) = _KIND.unpack_from(datagram)
         if kind == _NEWGEN:
             self._last_end = datagram
+            if self._skipped:
+                self._check_skipped(datagram)
             if self._open:
                 self._end_commit(datagram)
             return
@@ -81,6 +95,7 @@ class CommitDecoder:
             return
         (port,) = _PORT.unpack_from(datagram)
         if self._is_own_port(port):
+            self._skipped = True
             return
         try:
             self._decode(datagram)
@@ -105,6 +120,7 @@ class CommitDecoder:
     def discard(self) -> bool:
         """Discard incomplete and unreported commits, because notifications were lost. Return whether there were any."""
         touched, self._touched, self._open = self._touched, {}, set()
+        self._skipped = False
         return bool(touched)
 
     def _decode(self, data: bytes) -> None:
@@ -147,14 +163,32 @@ class CommitDecoder:
         self._open.add(table)
         return self._touched.setdefault(table, Touched())
 
+    def _check_skipped(self, data: bytes) -> None:
+        self._skipped = False
+        author = _author(data)
+        if self._is_own_commit(author):
+            return
+        for table in self._tables.values():
+            touched = self._touched.setdefault(table, Touched())
+            touched.everything = True
+            touched.by |= {author.name} if author.name else set()
+
     def _end_commit(self, data: bytes) -> None:
         tables, self._open = self._open, set()
-        name = _string(data, _end_attributes(data).get(nf.NFTA_GEN_PROC_NAME))
+        name = _author(data).name
         for table in tables:
             if not self._touched[table]:  # for example, only a flowtable was changed
                 del self._touched[table]
             elif name:
                 self._touched[table].by.add(name)
+
+
+def _author(message: bytes) -> CommitAuthor:
+    """Return the author of a commit, from the message that ends it. What is unknown is 0 or ""."""
+    spans = _end_attributes(message)
+    (port,) = _PORT.unpack_from(message)
+    begin, end = spans.get(nf.NFTA_GEN_PROC_PID, (0, 0))
+    return CommitAuthor(port, int.from_bytes(message[begin:end]), _string(message, spans.get(nf.NFTA_GEN_PROC_NAME)))
 
 
 def _end_attributes(message: bytes) -> dict[int, tuple[int, int]]:

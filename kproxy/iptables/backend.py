@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from math import isqrt
 from typing import Protocol
 
@@ -14,13 +14,14 @@ from kproxy.iptables.base_rules import ensured_rules
 from kproxy.iptables.comparison import RuleComparison, read_scope
 from kproxy.iptables.diff import IptablesDiff, RenderedServices
 from kproxy.iptables.dispatch import DISPATCH_THRESHOLD
+from kproxy.iptables.held_services import ExistingServices
 from kproxy.iptables.isolation import IsolatingSync
 from kproxy.iptables.ledger import Digest, IptablesLedger, IptablesSnapshot, ServiceRecord, record_chains
 from kproxy.iptables.names import FILTER_FIREWALL, ChainName, deletion_order
 from kproxy.iptables.render import RenderedPort, render_port
 from kproxy.iptables.repair import Damage, Scope, find_damage
 from kproxy.iptables.runner import RestoreError
-from kproxy.iptables.save_restore import TABLES, RestoreInput, parse_save
+from kproxy.iptables.save_restore import TABLES, RestoreInput, SavedChain, parse_save
 from kproxy.model.context import Context
 from kproxy.model.drift import Part, RepairResult, Touched
 from kproxy.model.plan import ServicePortPlan
@@ -140,10 +141,12 @@ class IptablesBackend:
         self._dispatch_threshold = dispatch_threshold
         self._patching = patching
         self._ledger: IptablesLedger | None = None
-        self._records: Mapping[ServiceKey, ServiceRecord] = {}
-        """The records of the last successful sync. They outlive the ledger."""
+        self._records: Mapping[ServiceKey, ServiceRecord] | None = None
+        """The records of the last successful sync. They outlive the ledger. None before the first one."""
         self._suspects: dict[ServiceKey, str] = {}
         """The Services whose rules the kernel rejected last, with the reasons."""
+        self._kept: dict[ServiceKey, dict[str, str]] = {}
+        """The rules of the per-Service chains that these Services keep, by name, as far as they could be read."""
         self._comparison = RuleComparison(kernel)
 
     @property
@@ -169,9 +172,9 @@ class IptablesBackend:
             ledger, snapshot = self._ledger, None
             max_transaction_rules = self._transaction_limit(ledger)
         else:
-            ledger, snapshot = IptablesLedger(), self._read_kernel(context)
+            ledger, snapshot = IptablesLedger(), self._read_kernel(context)[0]
             max_transaction_rules = self._max_transaction_rules
-        suspects = SuspectFilter(self._suspects, self._records, snapshot)
+        suspects = SuspectFilter(self._suspects, self._records or {}, self._kept, snapshot)
         covered: dict[ServiceKey, None] = {}
         diff = IptablesDiff(
             ledger,
@@ -182,6 +185,7 @@ class IptablesBackend:
             dispatch_threshold=self._dispatch_threshold,
             rule_counter=self._kernel.count_rules if self._patching else None,
             held=suspects.held,
+            kept=self._kept,
         )
         self._ledger = None
         written: Counter[str] = Counter()
@@ -193,26 +197,29 @@ class IptablesBackend:
                 if error.affects_all:
                     raise
                 log.info("%s: iptables rejected a change; searching for the Services: %s", context.family.value, error)
+                existing = None
                 if touched is None:
-                    ledger, snapshot = IptablesLedger(), self._read_kernel(context)
+                    ledger = IptablesLedger()
+                    snapshot, chains = self._read_kernel(context)
+                    existing = ExistingServices(chains) if self._records is None else None
                 else:
                     self._read_deviations(ledger, touched, [key for key, _ in plans.by_service()])
                 desired = _rendered(plans, context, covered)
-                rejected = self._isolate(ledger, snapshot, desired, context, written)
+                rejected = self._isolate(ledger, snapshot, desired, context, written=written, existing=existing)
             else:
                 if overwritten := self._concurrently_changed(diff.patched):
                     log.warning("rewriting %d chains: another process changed them during the sync", len(overwritten))
                     self._apply(self._rewrite(ledger, overwritten, plans, context), written)
                 rejected = {}
                 if suspects.waiting:
-                    rejected = self._isolate(ledger, None, suspects.waiting.items(), context, written)
+                    waiting = suspects.waiting.items()
+                    rejected = self._isolate(ledger, None, waiting, context, written=written)
         except (RestoreError, CommandError) as error:
             raise SyncError(str(error)) from None
-        unchanged = (
-            {} if is_full else {key: reason for key, reason in self._suspects.items() if key not in suspects.seen}
-        )
-        self._suspects = unchanged | rejected
+        self._suspects = {key: each for key, each in self._suspects.items() if key not in covered and not is_full}
+        self._suspects |= rejected
         self._records = ledger.services
+        self._keep_rules(ledger, rejected)
         self._ledger = ledger
         self._comparison.synced(covered, is_full=is_full)
         return ApplyResult(written, ledger.rule_counts, ledger.resolution.conflicts, rejected)
@@ -223,11 +230,14 @@ class IptablesBackend:
         snapshot: IptablesSnapshot | None,
         desired: RenderedServices,
         context: Context,
+        *,
         written: Counter[str],
+        existing: ExistingServices | None = None,
     ) -> dict[ServiceKey, str]:
         """Program all desired Services except those whose rules the kernel rejects. Return these with the reasons.
 
-        Raises `RestoreError` if the kernel rejects other rules, or `CommandError`.
+        They keep the rules of the last successful sync. If there was none, they keep their `existing` rules. Raises
+        `RestoreError` if the kernel rejects other rules, `DriftError` or `CommandError`.
         """
         diff = IptablesDiff(
             ledger,
@@ -236,19 +246,41 @@ class IptablesBackend:
             context,
             max_transaction_rules=self._max_transaction_rules,
             dispatch_threshold=self._dispatch_threshold,
+            kept=self._kept,
         )
-        isolating = IsolatingSync(
-            self._kernel.restore,
-            diff,
-            self._records,
-            max_transaction_rules=self._max_transaction_rules,
-            written=written,
-        )
-        unused = isolating.run()
+        records = self._records or {}
+        record_of = existing.record if existing is not None else lambda key: records.get(key, {})
+        unused, rejected = self._run_isolated(ledger, diff, record_of, written)
         diff.commit()
         for transaction in diff.deletions(unused, best_effort=True):
             self._delete_chains(transaction)
-        return isolating.rejected
+        return rejected
+
+    def _run_isolated(
+        self,
+        ledger: IptablesLedger,
+        diff: IptablesDiff,
+        record_of: Callable[[ServiceKey], ServiceRecord],
+        written: Counter[str],
+    ) -> tuple[list[ChainName], dict[ServiceKey, str]]:
+        """Apply a diff of a ledger as `IsolatingSync` does. Return the unused chains, and the rejected Services."""
+
+        def confirm(key: ServiceKey) -> None:
+            chains = {ChainName("nat", name): digest for name, digest in record_chains(ledger.services.get(key, {}))}
+            found = self._read_chains(chains)
+            for chain, digest in chains.items():
+                if chain not in found or hash(found[chain]) != ledger.existing(chain, digest):
+                    raise DriftError(f"another process changed chain {chain.name} of table nat")
+
+        isolating = IsolatingSync(
+            self._kernel.restore,
+            diff,
+            record_of,
+            confirm,
+            max_transaction_rules=self._max_transaction_rules,
+            written=written,
+        )
+        return isolating.run(), isolating.rejected
 
     def _read_deviations(
         self, ledger: IptablesLedger, touched: Collection[ChainName], covered: Iterable[ServiceKey]
@@ -262,14 +294,38 @@ class IptablesBackend:
         shared = {chain: digest for chain, digest in ledger.shared_chains() if chain not in touched}
         records = (ledger.services.get(key, {}) for key in covered)
         own = {ChainName("nat", name) for record in records for name, _ in record_chains(record)}
-        existing = self._read_chains({*touched, *own, *shared})
+        existing = {chain: hash(rules) for chain, rules in self._read_chains({*touched, *own, *shared}).items()}
         for chain, digest in shared.items():
             if existing.get(chain) != digest:
                 raise DriftError(f"another process changed chain {chain.name} of table {chain.table}")
         ledger.deviations.update({chain: existing.get(chain) for chain in {*touched, *own}})
 
-    def _read_chains(self, chains: Collection[ChainName]) -> dict[ChainName, Digest]:
-        """Return the digests of those chains that exist. Raises `CommandError`."""
+    def _keep_rules(self, ledger: IptablesLedger, rejected: Collection[ServiceKey]) -> None:
+        """Keep the rules of the Services that were rejected last, so that they can be restored.
+
+        Read those of the `rejected` ones that are unknown. Rules that the kernel did not accept again when another
+        process had changed them stay known, because they are tried again with the Service.
+        """
+        kept = {key: self._kept[key] for key in self._suspects if key in self._kept}
+        unknown: dict[ChainName, tuple[ServiceKey, Digest]] = {}
+        for key in rejected:
+            known, kept[key] = kept.get(key, {}), {}
+            for name, digest in record_chains(ledger.services.get(key, {})):
+                chain = ChainName("nat", name)
+                existing = ledger.existing(chain, digest)
+                if name in known and hash(known[name]) in {digest, existing}:
+                    kept[key][name] = known[name]
+                elif existing is not None:
+                    unknown[chain] = key, existing
+        with suppress(CommandError):
+            for chain, rules in self._read_chains(unknown).items() if unknown else ():
+                key, existing = unknown[chain]
+                if hash(rules) == existing:
+                    kept[key][chain.name] = rules
+        self._kept = kept
+
+    def _read_chains(self, chains: Collection[ChainName]) -> dict[ChainName, str]:
+        """Return the rules of those chains that exist, one per line. Raises `CommandError`."""
         if len(chains) <= MAX_SINGLE_CHAIN_READS:
             found = self._kernel.list_rules(chains)
         else:
@@ -279,7 +335,7 @@ class IptablesBackend:
                 table, reason = next(iter(saved.incompatible.items()))
                 raise CommandError(f"cannot read table {table}: {reason}")
             found = {chain: content.rules for chain, content in saved.chains.items() if chain in chains}
-        return {chain: hash("\n".join(rules)) for chain, rules in found.items()}
+        return {chain: "\n".join(rules) for chain, rules in found.items()}
 
     def repair(self, touched: Mapping[str, Touched], plans: Plans, context: Context) -> RepairResult:
         """Compare the touched chains with the ledger, and restore exactly those rules that differ.
@@ -299,28 +355,34 @@ class IptablesBackend:
 
         Another process may be about to delete more chains than it had deleted when the chains were read, so that the
         kernel rejects a rule that jumps to one of them. All chains of the tables are then checked.
+
+        Nothing is checked while a full sync is necessary anyway: it must not begin earlier because of other tools.
         """
-        if self._ledger is None:
-            return RepairResult(needs_full_sync=True)
         relevant = scope.relevant(context)
+        if self._ledger is None or not relevant:
+            return RepairResult()
         awakened, findings = self._awaken(relevant.touched_tables)
         damage = self._find_damage(relevant, self._ledger, context)
         if damage is not None:
             findings += damage.findings
-        if damage is None or self._is_cheaper_to_sync(damage, self._ledger):
+        if damage is None or not self._is_restorable(damage) or self._is_cheaper_to_sync(damage, self._ledger):
             self.forget()
             return RepairResult(tuple(awakened), tuple(findings), needs_full_sync=True)
         if not damage:
             return RepairResult(tuple(awakened), tuple(findings))
         ledger = self._ledger
         try:
-            self._restore(damage, ledger, plans, context)
+            rejected = self._restore(damage, plans, context, isolate=bool(scope.tables))
         except SyncError:
             if scope.tables:
                 raise
             self._ledger = ledger  # nothing but damaged chains was written, and the second check finds all of them
             return self._check(Scope(tables=damage.tables), plans, context)
-        return RepairResult(tuple(sorted({*awakened, *damage.parts(scope)})), tuple(findings))
+        needs_full_sync = not rejected <= self._suspects.keys()  # it quarantines those that were not rejected before
+        if needs_full_sync:
+            self.forget()
+        repaired = tuple(sorted({*awakened, *damage.without(rejected).parts(scope)}))
+        return RepairResult(repaired, tuple(findings), needs_full_sync=needs_full_sync)
 
     def _awaken(self, tables: Iterable[str]) -> tuple[list[Part], list[str]]:
         """Clear the flags of dormant tables. Return these tables, and findings about those that remain dormant."""
@@ -344,30 +406,77 @@ class IptablesBackend:
         except CommandError as error:
             raise SyncError(str(error)) from None
 
+    def _is_restorable(self, damage: Damage) -> bool:
+        """Return whether the rules of all damaged chains are known: those of a rejected Service may not be."""
+        return all(
+            chain.name in self._kept.get(key, {}) for chain, key in damage.owners.items() if key in self._suspects
+        )
+
     def _is_cheaper_to_sync(self, damage: Damage, ledger: IptablesLedger) -> bool:
         damaged = len(set(damage.owners.values()))
         return damaged > MAX_REPAIRED_SERVICES and damaged * 2 > len(ledger.services)
 
-    def _restore(self, damage: Damage, ledger: IptablesLedger, plans: Plans, context: Context) -> None:
-        """Write the damaged chains. Raises `SyncError`; the ledger is then discarded."""
-        diff = IptablesDiff(
+    def _restore(self, damage: Damage, plans: Plans, context: Context, *, isolate: bool) -> set[ServiceKey]:
+        """Write the damaged chains. Return the Services whose chains the kernel rejects.
+
+        A Service that the kernel rejected last keeps its older rules. With `isolate`, the chains of other Services are
+        restored even if the kernel rejects those of some Services. Raises `SyncError`; the ledger is then discarded.
+        """
+        assert self._ledger is not None
+        ledger, self._ledger = self._ledger, None
+        touched: set[ChainName] = set()
+        rejected: set[ServiceKey] = set()
+        try:
+            try:
+                self._apply(self._repair_diff(damage, ledger, plans, context), Counter(), touched)
+            except RestoreError as error:
+                if error.affects_all or not isolate:
+                    raise
+                self._read_deviations(ledger, touched | damage.chains, set(damage.owners.values()))
+                rejected = self._restore_each(damage, ledger, plans, context)
+            if damage.stale:
+                self._delete_chains(RestoreInput(deleted=sorted(damage.stale, key=deletion_order), best_effort=True))
+        except (RestoreError, CommandError, DriftError) as error:
+            raise SyncError(str(error)) from None
+        self._ledger = ledger
+        return rejected
+
+    def _repair_diff(self, damage: Damage, ledger: IptablesLedger, plans: Plans, context: Context) -> IptablesDiff:
+        owners = sorted(set(damage.owners.values()))
+        return IptablesDiff(
             ledger,
             None,
-            ((key, render_ports(plans.of(key), context)) for key in sorted(set(damage.owners.values()))),
+            ((key, {} if key in self._suspects else render_ports(plans.of(key), context)) for key in owners),
             context,
             max_transaction_rules=self._transaction_limit(ledger),
             dispatch_threshold=self._dispatch_threshold,
             force_rewrite=damage.chains,
             edits=damage.edits,
+            held={key: ledger.services.get(key, {}) for key in owners if key in self._suspects},
+            kept=self._kept,
         )
-        self._ledger = None
-        try:
-            self._apply(diff, Counter())
-            if damage.stale:
-                self._delete_chains(RestoreInput(deleted=sorted(damage.stale, key=deletion_order), best_effort=True))
-        except (RestoreError, CommandError) as error:
-            raise SyncError(str(error)) from None
-        self._ledger = ledger
+
+    def _restore_each(self, damage: Damage, ledger: IptablesLedger, plans: Plans, context: Context) -> set[ServiceKey]:
+        """Restore the damaged chains of all Services except those whose rules the kernel rejects.
+
+        Return these. Their chains stay as they are until the Services are tried again. Raises `RestoreError` or
+        `CommandError`.
+        """
+        diff = self._repair_diff(damage, ledger, plans, context)
+        unused, rejected = self._run_isolated(ledger, diff, lambda key: ledger.services.get(key, {}), Counter())
+        if damage.edits:
+            self._kernel.restore(RestoreInput(edits=damage.edits).text())
+        diff.commit()
+        for transaction in diff.deletions(unused, best_effort=True):
+            self._delete_chains(transaction)
+        for key, reason in rejected.items():
+            log.warning(
+                "%s: cannot restore the rules of Service %s, which another process changed: %s",
+                context.family.value,
+                key,
+                reason,
+            )
+        return set(rejected)
 
     def forget(self) -> None:
         """Discard the ledger: the next `sync` reads all rules from the kernel."""
@@ -443,7 +552,8 @@ class IptablesBackend:
             for half in (chains[: len(chains) // 2], chains[len(chains) // 2 :]):
                 self._delete_chains(RestoreInput(deleted=half, best_effort=True))
 
-    def _read_kernel(self, context: Context) -> IptablesSnapshot:
+    def _read_kernel(self, context: Context) -> tuple[IptablesSnapshot, Mapping[ChainName, SavedChain]]:
+        """Return the snapshot of the rules, and the rules of all chains that could be read. Raises `SyncError`."""
         try:
             for table in TABLES:
                 self._kernel.awaken(table)
@@ -457,7 +567,7 @@ class IptablesBackend:
                 )
         except CommandError as error:
             raise SyncError(str(error)) from None
-        return snapshot
+        return snapshot, saved.chains
 
     def _read_ensured_rules(self, snapshot: IptablesSnapshot, table: str, context: Context) -> None:
         """Add to the snapshot the ensured rules of a table that cannot be dumped.
@@ -490,36 +600,37 @@ class SuspectFilter:
     """Takes the Services whose rules the kernel rejected last out of a sync, so that they do not make it fail.
 
     Without a snapshot, a sync does not change Services that it does not cover. With a snapshot, it covers all Services:
-    these Services are `held`, with the records of their rules if these still exist.
+    these Services are `held`, with the records of their rules if these still exist or can be restored: `kept` contains
+    the rules of their chains.
 
-    `waiting` are the Services that were taken out, with their new rules. `seen` also contains deleted Services.
+    `waiting` are the Services that were taken out, with their new rules.
     """
 
     def __init__(
         self,
         suspects: Collection[ServiceKey],
         records: Mapping[ServiceKey, ServiceRecord],
+        kept: Mapping[ServiceKey, Collection[str]],
         snapshot: IptablesSnapshot | None,
     ) -> None:
         self.waiting: dict[ServiceKey, Mapping[str, RenderedPort]] = {}
         self.held: dict[ServiceKey, ServiceRecord] = {}
-        self.seen: set[ServiceKey] = set()
         self._suspects = suspects
         self._records = records
+        self._kept = kept
         self._snapshot = snapshot
 
     def without_suspects(self, services: RenderedServices) -> Iterator[tuple[ServiceKey, Mapping[str, RenderedPort]]]:
         """Yield the Services, but collect those in `waiting` that the kernel rejected last."""
         for key, ports in services:
-            if key in self._suspects:
-                self.seen.add(key)
-                if ports:
-                    self.waiting[key] = ports
-                    if self._snapshot is None:
-                        continue
-                    record = self._records.get(key, {})
-                    chains = (ChainName("nat", name) for name, _ in record_chains(record))
-                    self.held[key] = record if all(chain in self._snapshot.digests for chain in chains) else {}
+            if key in self._suspects and ports:
+                self.waiting[key] = ports
+                if self._snapshot is None:
+                    continue
+                record, kept = self._records.get(key, {}), self._kept.get(key, ())
+                names = (name for name, _ in record_chains(record) if name not in kept)
+                is_complete = all(ChainName("nat", name) in self._snapshot.digests for name in names)
+                self.held[key] = record if is_complete else {}
             yield key, ports
 
 

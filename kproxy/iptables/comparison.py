@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from itertools import chain as concatenate
+from math import ceil
 from typing import Protocol, TypeAlias
 
 from kproxy.host.commands import CommandError
@@ -20,6 +21,11 @@ from kproxy.model.types import ServiceKey
 
 CHAINS_PER_STEP = 1000
 """Number of chains to examine in one step while other processes may have changed rules. It takes about 25 ms."""
+MAX_STEPS = 20
+"""Maximum number of such steps in a comparison: of a large cluster, each step examines more chains.
+
+There is one step per second, so that a comparison of any size takes less than half a minute.
+"""
 LEARNED_CHAINS_PER_STEP = 250
 """Number of chains to examine in one step while no other process has changed any rule since the last sync."""
 CHAIN_COST = 80
@@ -79,6 +85,7 @@ class RuleComparison:
         """The groups that the current comparison has not examined yet. None means that no comparison is running."""
         self._suspects: dict[Group, int] = {}
         self._learning = False
+        self._chains_per_step = CHAINS_PER_STEP
         self._has_fingerprints = True
         self._complete = False
 
@@ -129,11 +136,12 @@ class RuleComparison:
         else:
             self._recorded = {key: each for key, each in self._recorded.items() if _chains(key, ledger)}
         self._remaining = iter(groups)
+        self._chains_per_step = max(CHAINS_PER_STEP, ceil(_count_chains(ledger) / MAX_STEPS))
         return True
 
     def _step(self, ledger: IptablesLedger, context: Context, check: Check) -> RepairResult:
         assert self._remaining is not None
-        found = self._examine(ledger, LEARNED_CHAINS_PER_STEP if self._learning else CHAINS_PER_STEP)
+        found = self._examine(ledger, LEARNED_CHAINS_PER_STEP if self._learning else self._chains_per_step)
         if self._learning:
             if (changes := self._kernel.foreign_changes()) != self._intact_at:
                 self._stop()  # the next step begins again: with a comparison of the content, unless `changes` is None
@@ -193,6 +201,11 @@ class RuleComparison:
 
 def _dispatch_chains(ledger: IptablesLedger) -> Iterator[ChainName]:
     return concatenate.from_iterable(record.chains for record in ledger.dispatch.values())
+
+
+def _count_chains(ledger: IptablesLedger) -> int:
+    ports = (port for record in ledger.services.values() for port in record.values() if port.names)
+    return sum(1 for _ in _dispatch_chains(ledger)) + sum(port.names.count(" ") + 1 for port in ports)
 
 
 def _dispatch_digest(group: Group, ledger: IptablesLedger) -> Digest | None:

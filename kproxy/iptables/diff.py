@@ -15,6 +15,7 @@ from msgspec import Struct
 from kproxy.iptables.base_rules import base_chains, dispatch_trailing_rules, ensured_rules
 from kproxy.iptables.dispatch import lay_out
 from kproxy.iptables.foreign_rules import first_blocking_rule, group_by_chain, restore_commands
+from kproxy.iptables.held_services import ChainTexts
 from kproxy.iptables.ledger import (
     Digest,
     DispatchRecord,
@@ -86,7 +87,8 @@ class IptablesDiff:
     rules, each with its table; they are part of the last transaction that writes rules.
 
     The Services in `held` keep their existing rules, which the given records describe, whatever `desired` contains. A
-    Service with an empty record has no rules. Services may be added while the diff iterates over `desired`.
+    Service with an empty record has no rules. Services may be added while the diff iterates over `desired`. `kept`
+    contains the rules of per-Service chains of such Services: the chains are written if they differ.
 
     Alternatively to `transactions`, a caller may apply the parts of the diff one by one, report each accepted part to
     `accept`, and `hold` a Service whose part the kernel rejects: `base_change`, `service_changes`, `dispatch_changes`
@@ -106,6 +108,7 @@ class IptablesDiff:
         force_rewrite: Collection[ChainName] = (),
         edits: Sequence[tuple[str, str]] = (),
         held: dict[ServiceKey, ServiceRecord] | None = None,
+        kept: Mapping[ServiceKey, ChainTexts] | None = None,
     ) -> None:
         self.patched: dict[ChainName, tuple[ServiceKey, int]] = {}
         self._ledger = ledger
@@ -117,6 +120,8 @@ class IptablesDiff:
         self._rule_counter = rule_counter
         self._force_rewrite = force_rewrite
         self._held = held if held is not None else {}
+        self._kept = kept if kept is not None else {}
+        self._restored: dict[ChainName, Digest] = {}
         self._edits = edits
         self._services: dict[ServiceKey, ServiceRecord] = {}
         self._base: dict[ChainName, Digest] = {}
@@ -215,6 +220,19 @@ class IptablesDiff:
             for chain in change.chains.keys() & {*CANARIES, FILTER_FIREWALL}:
                 self._snapshot.rules.setdefault(chain, [])
 
+    def kept_blocks(self, key: ServiceKey, record: ServiceRecord) -> list[RestoreInput]:
+        """Return the changes that restore the per-Service chains in `record`, a record of a held Service.
+
+        There are none if the chains are intact, or if their rules are unknown.
+        """
+        kept = self._kept.get(key, {})
+        change = RestoreInput()
+        for name, digest in record_chains(record) if kept else ():
+            chain = ChainName("nat", name)
+            if name in kept and (self._existing(chain, digest) != hash(kept[name]) or chain in self._force_rewrite):
+                change.chains[chain] = kept[name]
+        return self._blocks(change) if change else []
+
     def hold(self, key: ServiceKey, record: ServiceRecord) -> None:
         """Keep the existing rules of a Service, because the kernel rejects the new ones.
 
@@ -229,6 +247,7 @@ class IptablesDiff:
             name for name, _ in record_chains(self._services.get(key, {}))
         )
         candidates |= record_chains(self._ledger.services.get(key, {}))
+        candidates |= {chain.name: None for chain in self._unused.get(key, ()) if chain.name not in candidates}
         unused = {
             name: existing
             for name, digest in candidates.items()
@@ -257,6 +276,8 @@ class IptablesDiff:
 
         `recorded` is the digest in the ledger's records.
         """
+        if chain in self._restored:
+            return self._restored[chain]
         if self._snapshot is not None:
             return self._snapshot.digests.get(chain)
         return self._ledger.existing(chain, recorded)
@@ -297,6 +318,9 @@ class IptablesDiff:
     def _chain_changes(self) -> Iterator[RestoreInput]:
         """Yield the changes to per-Service chains and shards. A change must not be split across transactions."""
         for change in self.service_changes():
+            if change.key in self._held:
+                chains = (each for block in change.blocks for each in block.chains.items())
+                self._restored.update({chain: hash(rules) for chain, rules in chains})
             yield from change.blocks
         yield from (RestoreInput({shard: rules}) for shard, rules in self._shard_changes())
 
@@ -304,7 +328,7 @@ class IptablesDiff:
         """Yield the change of each Service whose per-Service chains must change."""
         for key, ports in self._desired:
             if key in self._held:
-                self._services[key] = self._held[key]
+                yield from self._held_change(key)
                 continue
             record = {name: PortRecord.from_rendered(rendered) for name, rendered in ports.items()}
             self._services[key] = record
@@ -326,6 +350,11 @@ class IptablesDiff:
                 self.patched |= {chain: (key, patch.new_length) for chain, patch in change.patches.items()}
             if change:
                 yield ServiceBlocks(key, self._blocks(change))
+
+    def _held_change(self, key: ServiceKey) -> Iterator[ServiceBlocks]:
+        self._services[key] = self._held[key]
+        if blocks := self.kept_blocks(key, self._held[key]):
+            yield ServiceBlocks(key, blocks)
 
     def _blocks(self, change: RestoreInput) -> list[RestoreInput]:
         """Split the change of one Service so that each block respects the limit on rules, if possible."""

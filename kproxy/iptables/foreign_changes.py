@@ -55,8 +55,9 @@ class GenerationCounter:
 
     Each transaction increments the generation ID, which all tables and families share. Transactions of this process
     that run at the same time cannot be told apart. Therefore, the generation ID is compared when none is running: it
-    must have grown by the number of transactions that this process has sent. If some of them changed nothing or failed,
-    this looks like a change by another process, which costs no more than a comparison.
+    must have grown by the number of transactions that this process has sent. If some of them changed nothing, this
+    looks like a change by another process, which costs no more than a comparison. A failure always counts as such a
+    change: nobody knows how many transactions the kernel has accepted.
     """
 
     def __init__(self, read_generation: Callable[[], int]) -> None:
@@ -74,12 +75,15 @@ class GenerationCounter:
                 self._update()
             self._running += 1
         commits = CommitCount()
+        succeeded = False
         try:
             yield commits
+            succeeded = True
         finally:
             with self._lock:
                 self._running -= 1
                 self._expected += commits.count
+                self._changes += not succeeded
                 with suppress(OSError):
                     self._update()
 
@@ -185,7 +189,7 @@ class TableObserver:
         began = thread_time()
         try:
             content = self._read_content()
-        except OSError:  # for example, there is not enough memory
+        except (OSError, MemoryError):
             self._next_content_at = monotonic() + CONTENT_RETRY_SECONDS
             return None
         self._content_cost = thread_time() - began

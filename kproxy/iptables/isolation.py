@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from kproxy.iptables.diff import IptablesDiff, ServiceBlocks
 from kproxy.iptables.ledger import ServiceRecord
@@ -25,8 +25,9 @@ class IsolatingSync:
     """Applies a diff in small transactions, each of which is a run of iptables-restore of its own.
 
     If the kernel rejects a transaction, the Services in it that it rejects are found: by the rejected line if
-    iptables names it, otherwise by bisection. These Services keep their existing rules, which `records` describes. If
-    the kernel no longer accepts their dispatch rules either, they lose them.
+    iptables names it, otherwise by bisection. These Services keep their existing rules, which `record_of` describes.
+    Damaged chains of these are restored, if the diff knows their rules. If the kernel no longer accepts their dispatch
+    rules either, they lose them.
 
     `rejected` maps them to the reasons. `written` counts the rules that were written, by table.
     """
@@ -35,23 +36,31 @@ class IsolatingSync:
         self,
         restore: Callable[[str], None],
         diff: IptablesDiff,
-        records: Mapping[ServiceKey, ServiceRecord],
+        record_of: Callable[[ServiceKey], ServiceRecord],
+        confirm: Callable[[ServiceKey], None],
         *,
         max_transaction_rules: int,
         written: Counter[str],
     ) -> None:
-        """`restore` applies input for iptables-restore, and raises `RestoreError` or `CommandError`."""
+        """Create the sync.
+
+        `restore` applies input for iptables-restore, and raises `RestoreError` or `CommandError`. `confirm` is called
+        before a Service that the diff does not cover loses its rules. It raises `DriftError` if another process has
+        changed the chains of this Service, which is why the kernel rejects rules that jump to them.
+        """
         self.rejected: dict[ServiceKey, str] = {}
         self._restore = restore
         self._diff = diff
-        self._records = records
+        self._record_of = record_of
+        self._confirm = confirm
         self._max_transaction_rules = max_transaction_rules
         self._written = written
 
     def run(self) -> list[ChainName]:
         """Apply the diff, but neither commit it nor delete any chain. Return the chains to delete after the commit.
 
-        Raises `RestoreError` if the kernel rejects rules that do not belong to any Service, or `CommandError`.
+        Raises `RestoreError` if the kernel rejects rules that do not belong to any Service, `DriftError` or
+        `CommandError`.
         """
         self._apply(self._diff.base_change())
         group: list[ServiceBlocks] = []
@@ -175,9 +184,21 @@ class IsolatingSync:
 
     def _hold(self, key: ServiceKey, error: RestoreError) -> None:
         """Keep the existing rules of a Service, or remove them if the kernel rejects these, too."""
+        if key not in self._diff.services:
+            self._confirm(key)
         new = key in self._diff.services and key not in self.rejected
         self.rejected.setdefault(key, str(error))
-        self._diff.hold(key, self._records.get(key, {}) if new else {})
+        record = self._record_of(key) if new else {}
+        self._restore_kept(key, record)
+        self._diff.hold(key, record)
+
+    def _restore_kept(self, key: ServiceKey, record: ServiceRecord) -> None:
+        """Restore damaged chains of a Service that keeps its existing rules, unless the kernel rejects them."""
+        try:
+            for block in self._diff.kept_blocks(key, record):
+                self._apply(block)
+        except RestoreError as error:
+            self._require_partial(error)
 
 
 def _owner(changes: Collection[ServiceBlocks], chain: str) -> ServiceKey | None:

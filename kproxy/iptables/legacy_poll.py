@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Protocol
 
 from kproxy.host.commands import CommandError
 from kproxy.iptables.save_restore import TABLES
 from kproxy.model.drift import RulesChanged, Touched
+from kproxy.model.restarts import Restarts
 from kproxy.model.types import Family
 
 POLL_SECONDS = 1.0
@@ -59,7 +62,8 @@ class LegacyPoll:
 
     def start(self) -> None:
         """Start the thread."""
-        self.poll()
+        with suppress(MemoryError):  # the first poll of the thread then records the current state
+            self.poll()
         self._thread.start()
 
     def stop(self, timeout: float) -> None:
@@ -69,8 +73,17 @@ class LegacyPoll:
             self._thread.join(timeout)
 
     def _run(self) -> None:
-        while not self._stopping.wait(self._poll_seconds):
-            self.poll()
+        restarts = Restarts("polls of the iptables-legacy tables")
+        delay = self._poll_seconds
+        while not self._stopping.wait(delay):
+            delay = self._poll_seconds
+            try:
+                self.poll()
+            except Exception as error:  # noqa: BLE001 - for example, there is not enough memory
+                delay, message = restarts.failed(error, time.monotonic())
+                if message:
+                    with suppress(MemoryError):
+                        log.error("%s", message)
 
     def poll(self) -> None:
         """Report what has changed since the previous poll. The first poll only records the current state."""
@@ -85,6 +98,6 @@ class LegacyPoll:
             if changes is None:
                 continue
             if changes != self._known.setdefault(family, changes):
-                self._known[family] = changes
                 everything = Touched(everything=True)
                 self._on_change(RulesChanged({(family, table): everything for table in TABLES}))
+                self._known[family] = changes  # afterwards, because there may not be enough memory for the report

@@ -45,6 +45,8 @@ PORT_CHAIN_PREFIXES = ("KUBE-FW-", "KUBE-XLB-", "KUBE-EXT-", "KUBE-SVC-", "KUBE-
 They jump to KUBE-MARK-MASQ and otherwise only to chains whose prefix comes later in this tuple, or to the chains of
 groups of endpoints, which have the name of the chain with a suffix. kube-proxy used KUBE-XLB- before version 1.24.
 """
+SHARED_CHAINS = frozenset((*DISPATCH_CHAINS, *CANARIES, FILTER_FORWARD, FILTER_FIREWALL, MARK_MASQ, POSTROUTING))
+"""All chains of kproxy that neither belong to a Service nor are shards."""
 SHARD_PREFIXES = {
     NAT_SERVICES: "KUBE-SVC-",
     NAT_NODEPORTS: "KUBE-EXT-",
@@ -81,6 +83,15 @@ def port_shard_suffix(protocol: str, low: int, high: int) -> str:
 def is_shard(chain: ChainName) -> bool:
     """Return whether a chain is a shard of a dispatch chain."""
     return _shard_depth(chain) is not None
+
+
+def is_own(chain: ChainName) -> bool:
+    """Return whether a chain has a name that kproxy or kube-proxy gives to its chains in this table.
+
+    Other tools also use names that begin with `KUBE-`: for example, kube-router has `KUBE-POD-FW-` chains.
+    """
+    is_per_service = chain.table == "nat" and chain.name.startswith(PORT_CHAIN_PREFIXES)
+    return chain in SHARED_CHAINS or is_per_service or is_shard(chain)
 
 
 def _shard_depth(chain: ChainName) -> int | None:

@@ -12,6 +12,7 @@ from operator import itemgetter
 from typing import Protocol, TypeAlias
 
 from msgspec import Struct, field
+from msgspec.structs import replace
 
 from kproxy.iptables.base_rules import EnsuredRule, ensured_rules
 from kproxy.iptables.foreign_rules import (
@@ -22,7 +23,7 @@ from kproxy.iptables.foreign_rules import (
     restore_commands,
 )
 from kproxy.iptables.ledger import IptablesLedger, IptablesSnapshot
-from kproxy.iptables.names import CANARIES, FILTER_FIREWALL, PORT_CHAIN_PREFIXES, ChainName
+from kproxy.iptables.names import CANARIES, FILTER_FIREWALL, PORT_CHAIN_PREFIXES, ChainName, is_own
 from kproxy.iptables.save_restore import UNREADABLE_RULE, normalize_rule, parse_incompatible
 from kproxy.model.context import Context
 from kproxy.model.drift import Part, Touched
@@ -72,9 +73,7 @@ class Scope(Struct, frozen=True):
     def relevant(self, context: Context) -> Scope:
         """Return the scope without the chains of other tools in which kproxy has no rules."""
         shared = {rule.chain for rule in ensured_rules(context)}
-        return Scope(
-            self.tables, frozenset(chain for chain in self.chains if chain in shared or chain.name.startswith("KUBE-"))
-        )
+        return Scope(self.tables, frozenset(chain for chain in self.chains if chain in shared or is_own(chain)))
 
 
 class Damage(Struct):
@@ -99,6 +98,11 @@ class Damage(Struct):
     def tables(self) -> frozenset[str]:
         """The tables of the damaged chains."""
         return frozenset(chain.table for chain in (*self.chains, *self.edited, *self.stale))
+
+    def without(self, keys: Container[ServiceKey]) -> Damage:
+        """Return the damage without the chains of some Services."""
+        owners = {chain: key for chain, key in self.owners.items() if key not in keys}
+        return replace(self, chains=self.chains - (self.owners.keys() - owners.keys()), owners=owners)
 
     def parts(self, scope: Scope) -> tuple[Part, ...]:
         """Return the damaged parts, sorted.

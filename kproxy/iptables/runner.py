@@ -42,6 +42,7 @@ from kproxy.iptables.save_restore import (
     parse_rules,
     parse_save,
 )
+from kproxy.model.drift import CommitAuthor
 from kproxy.model.types import Family
 
 LOCK_WAIT_SECONDS = 5
@@ -197,6 +198,10 @@ class IptablesRunner:
         """
         return pid == self._own_port or self._commands.has_run(pid)
 
+    def has_committed(self, commit: CommitAuthor) -> bool:
+        """Return whether a commit was made by kproxy, if `has_run` has returned True for its netlink port ID."""
+        return commit.port == self._own_port or self._commands.has_committed(commit)
+
     def version(self) -> IptablesVersion:
         """Return the version of the installed iptables. It is read only once. Raises `CommandError`."""
         if self._version is None:
@@ -322,9 +327,9 @@ class IptablesRunner:
                 recent.record(chunks),
                 timeout=lambda: self.patience * (COMMAND_SECONDS + recent.size * SECONDS_PER_CHARACTER),
             )
-        self.patience = min(2 * self.patience, MAX_PATIENCE) if done.timed_out else 1
-        if done.code:
-            raise make_restore_error(argv[0], done.code, done.stderr, recent.line)
+            self.patience = min(2 * self.patience, MAX_PATIENCE) if done.timed_out else 1
+            if done.code:
+                raise make_restore_error(argv[0], done.code, done.stderr, recent.line)
 
     def has_rule(self, chain: ChainName, rule: str) -> bool | None:
         """Return whether a chain has a rule. The rule is given without `-A CHAIN`. Raises `CommandError`.

@@ -29,6 +29,26 @@ class Part(Struct, frozen=True, order=True):
     name: str = ""
     key: bytes = b""
 
+    @property
+    def text(self) -> str:
+        """The name of the part for a message: `chain KUBE-SERVICES of table nat`."""
+        if self.kind == "table":
+            return f"table {self.table}"
+        kind = "element of set" if self.kind == "element" else self.kind
+        return f"{kind} {self.name} of table {self.table}"
+
+
+class CommitAuthor(Struct, frozen=True):
+    """Who made an nf_tables commit: the port ID of the netlink socket, and the PID and the name of the process.
+
+    The port ID is usually the PID in the PID namespace of the process. `process` is the PID in the initial PID
+    namespace, or 0 if it is unknown.
+    """
+
+    port: int
+    process: int = 0
+    name: str = ""
+
 
 class Touched(Struct):
     """The parts of one table that other processes have created, changed or deleted. They may be intact again.
@@ -97,10 +117,12 @@ class RepairResult(Struct, frozen=True):
     """The outcome of comparing parts of the rules in the kernel with the desired state.
 
     The `repaired` parts differed and have been restored. `findings` are differences that kproxy cannot or must not
-    repair, such as a rule of another tool that drops packets before they reach kproxy's rules; each is one line. If
-    `needs_full_sync` is true, only a full sync can restore the rules.
+    repair, such as a rule of another tool that drops packets before they reach kproxy's rules; each is one line, which
+    names its part as `Part.text` does. If `needs_full_sync` is true, only a full sync can restore the rules. If
+    `skipped` is true, nothing was compared, because a full sync was necessary before.
     """
 
     repaired: tuple[Part, ...] = ()
     findings: tuple[str, ...] = ()
     needs_full_sync: bool = False
+    skipped: bool = False

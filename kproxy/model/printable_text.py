@@ -14,12 +14,24 @@ MAX_LENGTH = 4096
 def printable(text: str, limit: int = 0) -> str:
     """Escape control characters, line separators and other non-printable characters as Python does.
 
-    If `limit` is not 0, cut the result to about this number of characters, and say how many are missing.
+    If `limit` is not 0, cut the result to at most this number of characters, and then say how many of `text` are
+    missing.
     """
-    if limit and len(text) > limit:
-        return f"{printable(text[:limit])}... ({len(text) - limit:,} more characters)"
-    if text.isprintable():
+    if text.isprintable() and (not limit or len(text) <= limit):
         return text
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
-    )
+    if not limit:
+        return "".join(map(_escaped, text))
+    kept = 0
+    parts: list[str] = []
+    for character in text[:limit]:
+        part = _escaped(character)
+        kept += len(part)
+        if kept > limit:
+            break
+        parts.append(part)
+    missing = len(text) - len(parts)
+    return "".join(parts) + (f"... ({missing:,} more characters)" if missing else "")
+
+
+def _escaped(character: str) -> str:
+    return character if character.isprintable() else character.encode("unicode_escape").decode()

@@ -46,7 +46,9 @@ class Store:
     Services and EndpointSlices are stored packed, because only a few of them are needed at the same time (see
     `kproxy.model.packed_objects`).
 
-    If several threads use the store, each of them must hold `lock` while it calls any method or reads any property.
+    If several threads use the store, each of them must hold `lock` while it calls any method or reads any property. The
+    exceptions are `node`, `invalid_services` and `invalid_endpoints`, which are read in one step: health and metrics do
+    not wait for the lock.
     """
 
     def __init__(

@@ -142,13 +142,15 @@ class RepairReport(Struct, frozen=True):
     """One check of parts of a family's rules.
 
     `by` are the names of the processes that touched the parts, sorted; it is empty if they are unknown. `delayed`
-    contains the parts that are repaired so often that their next check waits, with the number of seconds.
+    contains the parts that are repaired so often that their next check waits, with the number of seconds. `checked` are
+    the parts that were checked completely, so that all findings about them are in the result; None means all parts.
     """
 
     family: Family
     result: RepairResult
     by: tuple[str, ...] = ()
     delayed: Mapping[Part, float] = {}
+    checked: frozenset[Part] | None = None
 
 
 QueueListener: TypeAlias = Callable[[Family, float], None]
@@ -163,7 +165,8 @@ Listeners run in the reconciler's thread and must not block. Exceptions are logg
 RepairListener: TypeAlias = Callable[[RepairReport], None]
 """Called after each check of parts of a family's rules, even if all of them were intact."""
 AfterSyncStep: TypeAlias = Callable[[SyncReport], None]
-"""A step that runs after an attempt to sync a family. It may block the reconciler's thread for several seconds.
+"""A step that runs after an attempt to sync a family, before the next one begins. It may block for several seconds.
 
-Steps run after all listeners have been notified. Exceptions are logged and otherwise ignored.
+Steps run after all listeners have been notified, in the thread that syncs the family. Those of one family may run at
+the same time as those of the other. Exceptions are logged and otherwise ignored.
 """

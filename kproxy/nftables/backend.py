@@ -122,9 +122,8 @@ class NftablesBackend:
         A Service without plans is deleted. If `needs_full_sync` is true, `plans` must cover all Services.
 
         If the kernel rejects some Services, all others are programmed, and the result contains the rejected ones. A
-        rejected Service keeps what the kernel has accepted last. There is one exception: if this process finds an
-        existing table when it starts, a rejected Service with chains of its own is removed from the table, because
-        their rules are unknown.
+        rejected Service keeps what the kernel has accepted last, also if an earlier process programmed it. Then there
+        is one exception: chains of the Service that another program has changed, and their frontends, are removed.
 
         Raises `SyncError` if the table cannot be read from the kernel, or if a commit fails for a reason that is not a
         Service. Changes that the kernel accepted earlier in the sync remain applied. Raises `DriftError` if another
@@ -205,7 +204,7 @@ class NftablesBackend:
             return self._replace(plans, context)
 
     def _read_and_sync(self, plans: Plans, context: Context) -> tuple[NftablesLedger, dict[ServiceKey, str]]:
-        held = HeldServices(self._accepted)
+        held = HeldServices(self._accepted, context.family, self._kernel.rules)
         failures = 0
         while failures < MAX_READS:
             try:
@@ -275,7 +274,7 @@ class NftablesBackend:
     def _replace(self, plans: Plans, context: Context) -> tuple[NftablesLedger, dict[ServiceKey, str]]:
         self._generation = None
         self._must_be_current = False
-        held = HeldServices(self._accepted)
+        held = HeldServices(self._accepted, context.family, self._kernel.rules)
         ledger = NftablesLedger()
         while not self._commit_whole(ledger, None, plans, context, held):
             ledger = NftablesLedger()

@@ -184,6 +184,16 @@ def hairpin_key(endpoint: str, protocol: Protocol) -> bytes:
     return packed + packed + node_port_key(protocol, port)
 
 
+def hairpin_keys(frontend: bytes, endpoints: bytes, family: Family) -> Iterator[bytes]:
+    """Yield the `hairpin_key` of each endpoint of a frontend. `endpoints` are the concatenated map values."""
+    protocol = frontend[-_PROTOCOL_AND_PORT.size : -_PORT.size]
+    size = endpoint_size(family)
+    for begin in range(0, len(endpoints), size):
+        port_begin = begin + size - _PORT.size
+        address, port = endpoints[begin:port_begin], endpoints[port_begin : begin + size]
+        yield address + address + protocol + port
+
+
 def endpoint_key(frontend: bytes, index: int) -> bytes:
     """Return the key of the element for a frontend's endpoint. `index` is 0-based."""
     return frontend + _INDEX.pack(index)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from msgspec.structs import replace
 
-from kproxy.model.types import ServiceKey
+from kproxy.model.addresses import socket_text
+from kproxy.model.types import Family, ServiceKey
 from kproxy.nftables import names
 from kproxy.nftables.base_table import SETS
 from kproxy.nftables.comments import comment_of
-from kproxy.nftables.elements import DROP, endpoint_key
+from kproxy.nftables.elements import DROP, endpoint_key, hairpin_key, hairpin_keys
 from kproxy.nftables.isolation import MIN_FAILURES, Changes, NoCulpritError, Rejection
 from kproxy.nftables.rejection import RejectedObject, find_culprits
 from kproxy.nftables.render import RenderedFrontend, RenderedService
-from kproxy.nftables.ruleset import MapValue
+from kproxy.nftables.ruleset import Dnat, MapValue, MatchL4Proto
+from kproxy.nftables.service_chains import ReadRules, ServiceChainReader, ServiceChains
 from kproxy.nftables.shared_chains import SharedChain
 from kproxy.nftables.snapshot import TableSnapshot
 
@@ -29,13 +31,20 @@ class HeldServices:
 
     `culprits` maps each Service because of which the kernel rejected the sync to the reason. If the culprits are
     unknown, all Services are held, so that only the rest of the table is programmed, and the caller must program the
-    Services afterwards. At first, this excludes Services that cannot keep chains of their own, whose rules are unknown.
+    Services afterwards. At first, this excludes Services with chains of their own whose rules are unknown, because
+    reading them takes long.
     """
 
-    def __init__(self, accepted: Mapping[ServiceKey, RenderedService]) -> None:
-        """Hold no Service yet. `accepted` contains Services as the kernel accepted them last, as far as it is known."""
+    def __init__(self, accepted: Mapping[ServiceKey, RenderedService], family: Family, read_rules: ReadRules) -> None:
+        """Hold no Service yet.
+
+        `accepted` contains Services as the kernel accepted them last, as far as it is known. `read_rules` is used for
+        chains of other Services.
+        """
         self.culprits: dict[ServiceKey, str] = {}
         self._accepted = accepted
+        self._family = family
+        self._read_rules = read_rules
         self._reduced: set[ServiceKey] = set()
         self._removed: set[ServiceKey] = set()
         self._hold_plain = self._hold_all = False
@@ -48,7 +57,10 @@ class HeldServices:
     def state(
         self, key: ServiceKey, new: RenderedService | None, snapshot: TableSnapshot | None
     ) -> RenderedService | None:
-        """Return the state to program for a Service: `new`, or what the kernel has accepted for it."""
+        """Return the state to program for a Service: `new`, or what the kernel has accepted for it.
+
+        The snapshot must still be complete as far as this Service is concerned. Raises the errors of `read_rules`.
+        """
         is_known = new is None or not new.chains or key in self._accepted
         if key not in self.culprits and not self._hold_all and not (self._hold_plain and is_known):
             return new
@@ -58,7 +70,9 @@ class HeldServices:
             return _with_own_frontends(self._accepted[key], snapshot)
         if key in self._accepted:
             return self._accepted[key]
-        return held_service(new, snapshot) if snapshot is not None else None
+        if snapshot is None:
+            return None
+        return held_service(new, snapshot, ServiceChainReader(self._family, snapshot, self._read_rules))
 
     def add(self, rejection: Rejection, changes: Changes) -> None:
         """Hold more Services after the kernel rejected `changes`, the complete table.
@@ -97,33 +111,52 @@ def _with_own_frontends(accepted: RenderedService, snapshot: TableSnapshot) -> R
     return replace(accepted, frontends=tuple(each for each in accepted.frontends if has_verdict(each)))
 
 
-def held_service(new: RenderedService, snapshot: TableSnapshot) -> RenderedService | None:
+def held_service(new: RenderedService, snapshot: TableSnapshot, reader: ServiceChainReader) -> RenderedService | None:
     """Return what a table has for the frontends of a Service, or None if it has nothing that can stay.
 
-    A frontend can stay if its verdicts are those of this Service, and refer only to chains that do not belong to a
-    Service: the rules of a Service's own chains are unknown. The snapshot must still be complete.
+    A frontend can stay if its verdicts are those of this Service, and refer only to shared chains and to chains of this
+    Service with rules that kproxy can have written. The snapshot must still be complete.
     """
     if new.cluster_ip not in snapshot.elements.get(names.CLUSTER_IPS, {}):
         return None
-    frontends = tuple(held for frontend in new.frontends if (held := _held_frontend(frontend, snapshot)) is not None)
+    own = ServiceChains()
+    frontends = tuple(
+        held for frontend in new.frontends if (held := _held_frontend(frontend, snapshot, reader, own)) is not None
+    )
     if not frontends:
         return None
-    hairpins = snapshot.elements.get(names.HAIRPINS, {})
-    return RenderedService(new.cluster_ip, frontends, tuple(key for key in new.hairpins if key in hairpins))
+    present = snapshot.elements.get(names.HAIRPINS, {})
+    hairpins = dict.fromkeys((*new.hairpins, *_hairpins(frontends, own, reader.family)))
+    return RenderedService(
+        new.cluster_ip,
+        frontends,
+        tuple(key for key in hairpins if key in present),
+        tuple(own.chains.values()),
+        tuple(own.sets.values()),
+    )
 
 
-def _held_frontend(new: RenderedFrontend, snapshot: TableSnapshot) -> RenderedFrontend | None:
+def _held_frontend(
+    new: RenderedFrontend, snapshot: TableSnapshot, reader: ServiceChainReader, own: ServiceChains
+) -> RenderedFrontend | None:
     verdicts: list[tuple[str, str]] = []
+    needed = ServiceChains()
     for map_name in _VERDICT_MAPS:
         element = snapshot.elements.get(map_name, {}).get(new.key)
         if element is None:
             continue
         verdict = element.value
-        if element.comment != comment_of(new.service_port) or not isinstance(verdict, str) or not _is_shared(verdict):
+        if element.comment != comment_of(new.service_port) or not isinstance(verdict, str):
             return None
+        if not _is_shared(verdict):
+            chains = reader.read(verdict, new.service_port)
+            if chains is None:
+                return None
+            needed.add(chains)
         verdicts.append((map_name, verdict))
     if not verdicts:
         return None
+    own.add(needed)
     endpoints = ((name, _endpoints(new.key, name, snapshot)) for name in _ENDPOINT_MAPS)
     return RenderedFrontend(
         new.key, tuple(verdicts), tuple(each for each in endpoints if each[1]), new.service_port, new.rank
@@ -141,3 +174,15 @@ def _endpoints(key: bytes, map_name: str, snapshot: TableSnapshot) -> bytes:
         assert isinstance(element.value, bytes)
         values.append(element.value)
     return b"".join(values)
+
+
+def _hairpins(frontends: Iterable[RenderedFrontend], own: ServiceChains, family: Family) -> Iterator[bytes]:
+    """Yield the keys of connections from each endpoint to itself."""
+    for rule in own.rules():
+        protocols = [each.protocol for each in rule.statements if isinstance(each, MatchL4Proto)]
+        for each in rule.statements:
+            if isinstance(each, Dnat) and protocols:
+                yield hairpin_key(socket_text(each.address, each.port), protocols[0])
+    for frontend in frontends:
+        for _, values in frontend.endpoints:
+            yield from hairpin_keys(frontend.key, values, family)

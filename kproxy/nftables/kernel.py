@@ -21,6 +21,7 @@ from kproxy.host.netlink import (
     retry_interrupted,
 )
 from kproxy.host.nf_tables_constants import NFNL_SUBSYS_NFTABLES
+from kproxy.model.drift import CommitAuthor
 from kproxy.model.types import Family
 from kproxy.nftables.decode import TableReader
 from kproxy.nftables.elements import EndpointElements, SetElement, SetLayout
@@ -196,6 +197,10 @@ class NetlinkCommit:
         """Return whether a netlink port ID is that of the socket with which this object commits."""
         return port == self.port
 
+    def is_author(self, commit: CommitAuthor) -> bool:
+        """Return whether this object has made a commit. The socket stays open, so no other one can have its port ID."""
+        return commit.port == self.port
+
     def _error(self, messages: Sequence[NftMessage], rejections: Sequence[RejectedMessage]) -> TableError:
         first = rejections[0]
         if first.index < 0:
@@ -262,6 +267,10 @@ class NftCommit:
     def has_made_commits(self, port: int) -> bool:
         """Return whether a netlink port ID belongs to a `nft` that this object has just run: it is nft's PID."""
         return self._commands.has_run(port)
+
+    def is_author(self, commit: CommitAuthor) -> bool:
+        """Return whether a commit was made by `nft`, if `has_made_commits` has returned True for its port ID."""
+        return self._commands.has_committed(commit)
 
     def __call__(self, transaction: Transaction, generation: int | None = None, /) -> None:  # noqa: ARG002 - see below
         """Commit a transaction. `generation` is ignored, because nft cannot check it. Raises `TableError`."""

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 
 from kproxy.model.plan import ServicePortPlan
-from kproxy.model.types import Family
+from kproxy.model.types import Family, ServiceKey
 
 TABLE = "kube-proxy"
 CLUSTER_IPS = "cluster-ips"
@@ -28,6 +29,7 @@ REJECT = "reject-chain"
 MAX_NAME_LENGTH = 127
 """Maximum length of a name in characters. The kernel accepts 255 (NFT_NAME_MAXLEN), but long names are hard to read."""
 _ELLIPSIS = "..."
+_SERVICE_CHAIN = re.compile(r"(service|local|external|endpoint|firewall)-[A-Z2-7]{8}-(.*)")
 _LONGEST_PREFIX = len("endpoint-")
 
 
@@ -47,6 +49,18 @@ def endpoint_suffix(plan: ServicePortPlan, address: str, port: int) -> str:
     Names must not contain colons, so the colons of an IPv6 address are replaced with dots.
     """
     return _hashed(f"{_service_port_text(plan)}__{address.replace(':', '.')}/{port}")
+
+
+def kind_of_service_chain(name: str, service: ServiceKey) -> str:
+    """Return the first part of the name of a chain, such as `endpoint`, or "" if it is not a chain of this Service."""
+    found = _SERVICE_CHAIN.fullmatch(name)
+    if found is None:
+        return ""
+    text, start = found[2], f"{service}/"
+    if text.endswith(_ELLIPSIS):
+        text = text.removesuffix(_ELLIPSIS)
+        start = start[: len(text)]
+    return found[1] if text.startswith(start) else ""
 
 
 def _service_port_text(plan: ServicePortPlan) -> str:

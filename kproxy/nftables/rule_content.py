@@ -77,6 +77,24 @@ def canonical_expressions(expressions: bytes) -> tuple[bytes, ...]:
     return tuple([_canonical(expressions[begin:end]) for _, begin, end in spans])
 
 
+def expression_parts(expression: bytes) -> tuple[str, dict[int, bytes]]:
+    """Return the name and the attributes of an expression of `RuleContent.expressions`."""
+    parts = nested_values(expression)
+    return parts[nf.NFTA_EXPR_NAME].decode(), nested_values(parts.get(nf.NFTA_EXPR_DATA, b""))
+
+
+def nested_values(joined: bytes) -> dict[int, bytes]:
+    """Return the attributes in the value of an attribute, as `expression_parts` returns it."""
+    values: dict[int, bytes] = {}
+    begin = 0
+    while begin < len(joined):
+        kind, size = _PART.unpack_from(joined, begin)
+        begin += _PART.size
+        values[kind] = joined[begin : begin + size]
+        begin += size
+    return values
+
+
 @lru_cache(1 << 12)
 def _canonical(expression: bytes) -> bytes:
     found = _payloads(expression)

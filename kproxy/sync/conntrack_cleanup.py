@@ -40,9 +40,9 @@ class ConntrackCleanup(Struct, frozen=True):
 class ConntrackCleaner:
     """Deletes stale UDP conntrack entries, as a step after a sync.
 
-    It must run in the reconciler's thread. In another thread, it could read the conntrack table after a later sync had
-    added endpoints. The cleanup would not know these endpoints and would delete the flows to them. If entries cannot be
-    deleted, the cleanup is retried after the next successful sync of the family.
+    It must run before the next sync of the family begins, as an `AfterSyncStep` does: a later sync could add endpoints
+    that the cleanup would not know, and the cleanup would delete the flows to them. If entries cannot be deleted, the
+    cleanup is retried after the next successful sync of the family. Different families may be cleaned at the same time.
     """
 
     def __init__(

@@ -162,10 +162,11 @@ class FamilySync:
     def repair(self, store: Store, touched: Mapping[str, Touched]) -> RepairResult:
         """Compare the parts that other processes touched with the desired state, and restore those that differ.
 
-        `touched` is keyed by table. Do nothing if a full sync is necessary anyway. Raises `SyncError`.
+        `touched` is keyed by table. Skip this if a full sync is necessary anyway: what was touched may be intact.
+        Raises `SyncError`.
         """
         if self._applied is None or self._backend.needs_full_sync:
-            return RepairResult(needs_full_sync=True)
+            return RepairResult(skipped=True)
         return self._backend.repair(touched, StorePlans(store, self._applied, ()), self._applied)
 
     def compare_next(self, store: Store) -> RepairResult | None:
@@ -213,7 +214,7 @@ class FamilySync:
         plans = StorePlans(store, context, keys)
         applied = self._backend.sync(plans, context)
         transitions = self._update_conditions(self._conditions, plans, None if full else keys, pending, applied)
-        deleted = [key for key in self._quarantine.services if key in keys and not plans.of(key)]
+        deleted = [key for key in self._quarantine.services if key in keys and not plans.exist(key)]
         transitions += self._quarantine.update(keys, applied.rejected, now, changed=pending.services, deleted=deleted)
         with store.lock:
             counts = self._conditions.counts(store)
@@ -258,19 +259,23 @@ class FamilySync:
         applied: ApplyResult,
     ) -> tuple[ConditionTransition, ...]:
         """Update the conditions of the Services that the sync covered. Return the transitions to report."""
-        deleted = [key for key in conditions.reported(covered) if key not in plans.conditions and not plans.of(key)]
+        deleted = [key for key in conditions.reported(covered) if key not in plans.conditions and not plans.exist(key)]
         return conditions.update(plans.conditions, covered, pending.appeared, applied.conflicts, deleted)
 
 
 class StorePlans:
     """Plans Services of a store on demand (implements `kproxy.model.sync_report.Plans`).
 
-    `by_service` also collects what is needed after the sync. If `ServicePortPlan.outlives_sync` is true for at least
-    one plan of a Service, all plans of the Service are added to `lasting`. If a Service has a condition, the condition
-    is added to `conditions`.
+    Also collects what is needed after the sync. If `ServicePortPlan.outlives_sync` is true for at least one plan of a
+    Service, all plans of the Service are added to `lasting`. If a Service has a condition, the condition is added to
+    `conditions`.
+
+    The store may change during a sync. If a Service is planned several times, what is collected is that of its last
+    plans, because a sync programs these last.
     """
 
     def __init__(self, store: Store, context: Context, keys: Collection[ServiceKey]) -> None:
+        """`keys` are the Services that the sync covers."""
         self._store = store
         self._context = context
         self._keys = keys
@@ -278,17 +283,27 @@ class StorePlans:
         self.conditions: dict[ServiceKey, ServiceCondition] = {}
 
     def by_service(self) -> Iterator[tuple[ServiceKey, Sequence[ServicePortPlan]]]:
-        """Yield each Service with its plans, and collect what is needed after the sync."""
+        """Yield each Service that the sync covers, with its plans."""
         for key in self._keys:
-            plans = self.of(key)
+            yield key, self.of(key)
+
+    def of(self, key: ServiceKey) -> Sequence[ServicePortPlan]:
+        """Return the plans of one Service."""
+        plans = self._plan(key)
+        if key in self._keys:
+            self.lasting.pop(key, None)
+            self.conditions.pop(key, None)
             if any(plan.outlives_sync for plan in plans):
                 self.lasting[key] = plans
             if (condition := service_condition(plans)) is not None:
                 self.conditions[key] = condition
-            yield key, plans
+        return plans
 
-    def of(self, key: ServiceKey) -> Sequence[ServicePortPlan]:
-        """Return the plans of one Service, without collecting anything."""
+    def exist(self, key: ServiceKey) -> bool:
+        """Return whether a Service has plans, without collecting anything."""
+        return bool(self._plan(key))
+
+    def _plan(self, key: ServiceKey) -> Sequence[ServicePortPlan]:
         with self._store.lock:
             service = self._store.service(key)
             slices = self._store.slices(key) if service else []

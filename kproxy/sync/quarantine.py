@@ -5,6 +5,7 @@ Callers pass the current monotonic time in seconds.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 
 from msgspec import Struct
@@ -16,6 +17,9 @@ FIRST_RETRY_SECONDS = 10.0
 """Seconds until the first retry of a quarantined Service. The delay doubles with each further rejection."""
 MAX_RETRY_SECONDS = 600.0
 """Maximum number of seconds between two retries of a quarantined Service."""
+
+_LINE_NUMBER = re.compile(r"\bline:? \d+")
+"""The position of a rejected rule in the input of `iptables-restore`, which also contains other Services."""
 
 
 class QuarantinedService(Struct, frozen=True):
@@ -91,6 +95,10 @@ class Quarantine:
             else:
                 delay = min(2 * before.delay, MAX_RETRY_SECONDS)
             self._services[key] = QuarantinedService(reason, now + delay, delay)
-            if before is None or before.reason != reason:
+            if before is None or _without_position(before.reason) != _without_position(reason):
                 text = f"{name}: Service {key} is quarantined: the kernel rejected its rules: {reason}"
                 yield ConditionTransition(key, "Quarantined", text)
+
+
+def _without_position(reason: str) -> str:
+    return _LINE_NUMBER.sub("line", reason)

@@ -15,7 +15,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from kproxy.model.delta import Delta, Upsert
-from kproxy.model.drift import RepairResult, RulesChanged, Touched
+from kproxy.model.drift import Part, RepairResult, RulesChanged, Touched
 from kproxy.model.log_throttle import V2
 from kproxy.model.store import Store, StoreChange
 from kproxy.model.sync_report import (
@@ -66,10 +66,11 @@ class Attempted(Struct, frozen=True):
 
 
 class Repaired(Struct, frozen=True):
-    """The outcome of checking touched parts of a family's rules. `by` are the processes that touched them."""
+    """The outcome of checking touched `parts` of a family's rules. `by` are the processes that touched them."""
 
     family: Family
     outcome: RepairResult | Exception
+    parts: frozenset[Part] = frozenset()
     by: frozenset[str] = frozenset()
 
 
@@ -112,6 +113,9 @@ class FamilyState:
         self.next_step: float | None = None
         """When the next step of the current comparison is due. None means that no comparison is running."""
         self.syncing = False
+        """Whether a sync is running or waiting."""
+        self.checking = False
+        """Whether a repair or a step of a comparison is running or waiting."""
         self.jobs = 0
         """The number of jobs that are running or waiting."""
         self.reports: list[SyncReport] = []
@@ -150,8 +154,9 @@ class Reconciler:
 
         The listeners `on_queue`, `on_change`, `on_sync` and `on_repair` run in the reconciler's thread and must not
         block. Their types document when they are called. The `after_sync` steps may
-        block. They run in order, as a job of the family, after the listeners have been called. Health and metrics
-        therefore do not wait for the steps, but the next sync of the family does.
+        block. They run in order, as a job of the family, after the listeners have been called and before any other
+        check or sync of the family. Health and metrics therefore do not wait for the steps, but the next sync of the
+        family does: the steps see exactly the rules that their sync has programmed.
 
         Every `check_interval` seconds, a comparison of all rules with the desired state begins. It proceeds in steps,
         one every `STEP_SECONDS`. Every `full_check_interval` seconds, which should be a multiple of `check_interval`,
@@ -305,7 +310,7 @@ class Reconciler:
         if self._next_check is not None:
             waits.append(max(0.0, self._next_check - now))
         for state in self._families.values():
-            if not state.jobs:
+            if not (state.syncing or state.checking):
                 waits.append(state.repairs.wait(now))
                 waits.append(max(0.0, state.next_step - now) if state.next_step is not None else None)
         return min((wait for wait in waits if wait is not None), default=None)
@@ -321,12 +326,14 @@ class Reconciler:
         return max(0.0, retry - now) if wait is None and retry is not None else wait
 
     def sync_due(self) -> bool:
-        """Sync every family that is due, then start the steps after a sync.
+        """Check and sync every family that is due. Start the steps after the syncs that have ended.
 
         Return False if a sync has failed since the previous call.
         """
         if not self._ready:
             return True
+        # The steps of a sync come before the next sync, whose rules they do not know.
+        succeeded = self._start_steps()
         self._check_drift()
         self._start_repairs()
         now = self._clock()
@@ -340,16 +347,20 @@ class Reconciler:
         for state in self._families.values():
             if text := state.summary.flush(self._clock()):
                 log.info("%s", text)
-        return self._start_steps()
+        # Jobs that run at once have ended. Their steps do not run between the syncs, because health waits for all
+        # families.
+        return self._start_steps() and succeeded
 
     def _start_steps(self) -> bool:
         """Start the steps after the attempts that have been received. Return False if one of these failed."""
-        reports = [report for state in self._families.values() for report in state.reports]
+        succeeded = True
         for state in self._families.values():
-            state.reports.clear()
-        for report in reports:  # not between the syncs: health waits for all families
-            self._start(report.family, partial(self._run_steps, report))
-        return all(report.result is not None for report in reports)
+            while state.reports:
+                report = state.reports[0]
+                self._start(report.family, partial(self._run_steps, report))
+                del state.reports[0]
+                succeeded = succeeded and report.result is not None
+        return succeeded
 
     def _check_drift(self) -> None:
         if self._next_check is None or self._check_interval is None or self._clock() < self._next_check:
@@ -366,16 +377,20 @@ class Reconciler:
         self._next_check = self._clock() + self._check_interval
 
     def _start_repairs(self) -> None:
-        """Start checking the touched parts of each family that is idle, or else the next step of its comparison."""
+        """Start checking the touched parts of each family, or else the next step of its comparison.
+
+        A check runs between two syncs: after the steps of the first, which do not know the rules that the check may
+        write. It does not wait until all jobs have ended: under constant changes, they never do.
+        """
         now = self._clock()
         for family, state in self._families.items():
-            if state.jobs:
+            if state.syncing or state.checking:
                 continue
             if touched := state.repairs.take(now):
-                self._start(family, partial(self._repair, family, touched))
+                self._start_check(family, partial(self._repair, family, touched))
             elif state.next_step is not None and state.next_step <= now:
                 state.next_step = now + STEP_SECONDS
-                self._start(family, partial(self._compare, family))
+                self._start_check(family, partial(self._compare, family))
 
     # Jobs. With `execute`, they run in another thread. They must not change the reconciler's state.
 
@@ -408,6 +423,15 @@ class Reconciler:
             state.syncing = False
             raise
 
+    def _start_check(self, family: Family, work: Job) -> None:
+        state = self._families[family]
+        state.checking = True
+        try:
+            self._start(family, work)
+        except MemoryError:
+            state.checking = False
+            raise
+
     def _sync(self, family: Family, deliver: Deliver, *, compare_all: bool) -> None:
         sync = self._families[family].sync
         started = self._clock()
@@ -421,11 +445,12 @@ class Reconciler:
 
     def _repair(self, family: Family, touched: Mapping[str, Touched], deliver: Deliver) -> None:
         by = frozenset().union(*(each.by for each in touched.values()))
+        parts = frozenset(part for table, each in touched.items() for part in each.parts(table))
         try:
             outcome: RepairResult | Exception = self._families[family].sync.repair(self._store, touched)
         except Exception as error:  # noqa: BLE001 - a full sync follows, which logs the error if it persists
             outcome = error
-        deliver(Repaired(family, outcome, by))
+        deliver(Repaired(family, outcome, parts, by))
 
     def _compare(self, family: Family, deliver: Deliver) -> None:
         try:
@@ -448,37 +473,69 @@ class Reconciler:
     def _receive(self, outcome: Outcome) -> None:
         state = self._families[outcome.family]
         if isinstance(outcome, Idle):
-            if state.syncing and state.jobs <= 1:  # the job failed before it could deliver its outcome
-                now = self._clock()
-                failure = SyncError("the sync ended without an outcome")
-                state.compare_all = True  # the changes may no longer be pending
-                self._receive_attempt(state, Attempted(outcome.family, now, now, failure))
+            if state.jobs <= 1:
+                self._receive_lost_outcomes(state, outcome.family)
             # At the end, because the message is applied again if there was not enough memory.
             state.jobs = max(0, state.jobs - 1)
         elif isinstance(outcome, Repaired):
-            self._receive_repair(state, outcome.family, outcome.outcome, outcome.by)
+            state.checking = False
+            self._receive_check(state, outcome.family, outcome.outcome, outcome.parts, outcome.by)
         elif isinstance(outcome, Compared):
-            if outcome.outcome is None:
-                state.next_step = None
-            else:
-                self._receive_repair(state, outcome.family, outcome.outcome)
+            state.checking = False
+            if not isinstance(outcome.outcome, RepairResult) or outcome.outcome.needs_full_sync:
+                state.next_step = None  # a full sync compares all rules as well
+            if outcome.outcome is not None:
+                self._receive_check(state, outcome.family, outcome.outcome)
         else:
             self._receive_attempt(state, outcome)
 
-    def _receive_repair(
-        self, state: FamilyState, family: Family, outcome: RepairResult | Exception, by: Collection[str] = ()
+    def _receive_lost_outcomes(self, state: FamilyState, family: Family) -> None:
+        """Once the last job has ended, receive the failures of those that have not delivered an outcome."""
+        if state.syncing:
+            now = self._clock()
+            failure = SyncError("the sync ended without an outcome")
+            state.compare_all = True  # the changes may no longer be pending
+            self._receive_attempt(state, Attempted(family, now, now, failure))
+        if state.checking:
+            state.checking = False
+            self._receive_check(state, family, SyncError("the check ended without an outcome"))
+
+    def _receive_check(
+        self,
+        state: FamilyState,
+        family: Family,
+        outcome: RepairResult | Exception,
+        parts: frozenset[Part] = frozenset(),
+        by: Collection[str] = (),
     ) -> None:
+        """Receive the outcome of checking `parts`, or of a step of a comparison.
+
+        A full sync that becomes necessary starts at once. But while other programs cause such syncs again and again,
+        the next check of the tables waits.
+        """
+        now = self._clock()
+        tables = {part.table for part in parts}
         if isinstance(outcome, Exception):
             log.warning("%s: cannot check kproxy's rules: %s; comparing all of them", family.value, outcome)
             log.debug("%s: cannot check kproxy's rules", family.value, exc_info=outcome)
+            state.repairs.full_sync_needed(tables, now)
             state.compare_all = True
-            state.schedule.request()
+            self._request_full_sync(state)
             return
-        delayed = state.repairs.repaired(outcome.repaired, self._clock())
-        report = RepairReport(family, outcome, tuple(sorted(by)), delayed)
+        if outcome.skipped:
+            return
+        delayed = state.repairs.repaired(outcome.repaired, now)
+        if outcome.needs_full_sync:
+            delayed |= state.repairs.full_sync_needed(tables, now)
+        report = RepairReport(family, outcome, tuple(sorted(by)), delayed, parts)
         _call_each(self._on_repair, report)
         if outcome.needs_full_sync:
             state.log_next_sync = True
+            self._request_full_sync(state)
+
+    def _request_full_sync(self, state: FamilyState) -> None:
+        """Request a sync, unless a failed one is going to be retried: a request would end the growing delays."""
+        if state.failing_since is None or state.syncing:
             state.schedule.request()
 
     def _receive_attempt(self, state: FamilyState, attempt: Attempted) -> None:
@@ -500,6 +557,8 @@ class Reconciler:
             report = SyncReport(family, attempt.started, attempt.finished, None, reason)
         else:
             state.schedule.succeeded()
+            if outcome.complete:
+                state.repairs.full_sync_ended(self._clock())
             report = SyncReport(family, attempt.started, attempt.finished, outcome)
             self._log_sync(state, report, outcome)
         state.reports.append(report)

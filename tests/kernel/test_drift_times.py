@@ -8,12 +8,16 @@ from pathlib import Path
 import pytest
 
 from kproxy.model.types import Family
+from tests.bench.commit_monitor import CommitMonitor
 from tests.drift_times import victims
+from tests.drift_times.__main__ import summary
 from tests.drift_times.damages import damages
 from tests.drift_times.kernel_state import differing
+from tests.drift_times.measure import Measurement, Repair
 from tests.drift_times.testbed import DamagedNode
 from tests.lab.iptables import PREFIXES, missing_variant
 from tests.lab.namespace import Namespace
+from tests.lab.waiting import HANG_GUARD
 
 KINDS = 40
 MODES = ("nftables", "iptables-nft", "iptables-legacy")
@@ -47,6 +51,40 @@ class SavedRules:
         self._testbed.flush()
         for command, text in self._commands:
             self._testbed.node.run(command, text)
+
+
+REPAIRED = {
+    "nftables": ("delete the table", "flush chain services", "delete an element of service-ips"),
+    "iptables": (
+        "flush table nat",
+        "delete the jump from PREROUTING to KUBE-SERVICES in table nat",
+        "flush <svc> of table nat",
+    ),
+}
+"""Some of the damages of each mode."""
+
+
+def test_running_daemon_repairs_damage_long_before_the_next_periodic_check(testbed: DamagedNode) -> None:
+    """No periodic check is due for 12 hours, so only a notification or the poll can lead to the repair in time.
+
+    `make repair-times` does this for all kinds of damage, and fails if the median or the 99th percentile is too long.
+    """
+    chosen = [each for each in damages(testbed.mode) if each.name in REPAIRED[testbed.mode.partition("-")[0]]]
+    assert len(chosen) == 3
+    with CommitMonitor(testbed.node) as monitor:
+        testbed.start()
+        measurement = Measurement(testbed, monitor, patience=HANG_GUARD)
+        repairs = [repair for family in Family for repair in measurement.run(chosen, family)]
+    assert [repair for repair in repairs if repair.seconds is None] == []
+
+
+def test_repair_times_above_the_goal_are_a_failure() -> None:
+    quick = [Repair("a", Family.IPV4, 0.5, 0.0)] * 1000
+    slow, late, never = (Repair("b", Family.IPV4, seconds, 0.0) for seconds in (1.5, 2.5, None))
+    assert summary("nftables", quick)[1]
+    assert summary("nftables", [*quick, never])[1] is False
+    assert summary("nftables", [slow] * 1000)[1] is False
+    assert summary("nftables", [*quick, *[late] * 20])[1] is False
 
 
 @pytest.mark.parametrize("family", Family)

@@ -11,11 +11,12 @@ from typing import TypeAlias
 
 import pytest
 
-from kproxy.app.first_sync import FirstSyncSteps
+from kproxy.app.first_sync import MAX_RETRY_SECONDS, FirstSyncSteps
 from kproxy.config import Config
 from kproxy.config.types import Mode
 from kproxy.model.sync_report import SyncReport
 from kproxy.model.types import Family
+from tests.clock import Clock
 from tests.kernel.test_cleanup import FOREIGN, NFT, nft_tables, proxy_tables, rules, without_firewall
 from tests.lab.iptables import PREFIXES, restore_recording
 from tests.lab.namespace import Namespace
@@ -45,11 +46,16 @@ ReportSync: TypeAlias = Callable[[SyncReport], None]
 
 
 @pytest.fixture
-def first_sync_steps(node: Namespace) -> Callable[[Mode], ReportSync]:
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def first_sync_steps(node: Namespace, clock: Clock) -> Callable[[Mode], ReportSync]:
     """Create the first-sync steps of a mode; return the function that reports a sync to them."""
 
     def make(mode: Mode) -> ReportSync:
-        steps = FirstSyncSteps(Config(mode=mode), list(Family))
+        steps = FirstSyncSteps(Config(mode=mode), list(Family), clock=clock)
         return lambda report: node.call(lambda: steps.run(report))
 
     return make
@@ -167,6 +173,8 @@ def test_failed_removal_is_retried_and_logged_once(
     wrap_program: Callable[[str, str], None],
     logged: pytest.LogCaptureFixture,
     tmp_path: Path,
+    *,
+    clock: Clock,
 ) -> None:
     restore_recording(node, SCENARIO)
     attempts = tmp_path / "tries"
@@ -176,6 +184,8 @@ def test_failed_removal_is_retried_and_logged_once(
 
     for _ in range(3):
         report_sync(report(Family.IPV4))
+        report_sync(report(Family.IPV4))
+        clock.advance(MAX_RETRY_SECONDS)
     assert len(attempts.read_text()) == 3
     assert chains(node, Family.IPV4)
     wrap_program("iptables-restore", 'exec "$REAL" "$@"')

@@ -12,8 +12,10 @@ from msgspec.structs import replace
 from kproxy.host.nfacct import ensure_counters
 from kproxy.iptables.backend import MAX_TRANSACTION_RULES, UNLIMITED, IptablesBackend
 from kproxy.iptables.base_rules import INVALID_COUNTER
+from kproxy.iptables.names import port_hash
 from kproxy.iptables.runner import IptablesRunner
 from kproxy.model.context import Context
+from kproxy.model.drift import Part, Touched
 from kproxy.model.sync_report import SyncError
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Service, ServicePort
 from tests.inprocess import EMPTY_LISTS, SingleFamilyProxy
@@ -46,15 +48,17 @@ class IptablesProxy(SingleFamilyProxy):
 
     def __init__(self, namespace: Namespace, family: Family, *, localhost_node_ports: bool = False) -> None:
         self.iptables = IptablesRunner(family)
+        context = Context(family, "node-1", localhost_node_ports=localhost_node_ports)
+        super().__init__(self.new_backend(), context, namespace=namespace)
+        self.apply(*EMPTY_LISTS)
+
+    def new_backend(self) -> IptablesBackend:
         nft = self.iptables.version().nft
-        backend = IptablesBackend(
+        return IptablesBackend(
             self.iptables,
             max_transaction_rules=MAX_TRANSACTION_RULES if nft else UNLIMITED,
             patching=self.iptables.version().supports_patching,
         )
-        context = Context(family, "node-1", localhost_node_ports=localhost_node_ports)
-        super().__init__(backend, context, namespace=namespace)
-        self.apply(*EMPTY_LISTS)
 
     def put_services(self, numbers: range, *, port: int = 8080) -> None:
         for number in numbers:
@@ -149,6 +153,34 @@ def test_changes_of_all_others_are_programmed_while_one_service_keeps_its_rules(
     proxy.forget()  # a full check changes nothing
     proxy.sync()
     assert proxy.rejected.keys() == {"ns/bad"}
+    assert proxy.state() == twin.state()
+
+
+@pytest.mark.parametrize("family", Family)
+def test_rejected_service_keeps_its_rules_over_a_restart_and_after_damage(
+    twins: tuple[IptablesProxy, IptablesProxy], programs: Path, variant: str, family: Family
+) -> None:
+    proxy, twin = twins
+    for each in twins:
+        each.put_services(range(20))
+        each.put_service("bad", 999, node_port=30_999)
+        each.sync()
+    without_recent(programs, variant)
+    proxy.put_service("bad", 999, affinity=60, node_port=30_999)
+    proxy.sync()
+    assert proxy.rejected.keys() == {"ns/bad"}
+    proxy.restart(proxy.new_backend())
+    proxy.sync()
+    assert proxy.rejected.keys() == {"ns/bad"}
+    assert proxy.state() == twin.state()
+    chain = f"KUBE-SVC-{port_hash('ns/bad:http', 'TCP')}"
+    program = "iptables" if family is Family.IPV4 else "ip6tables"
+    assert proxy.namespace is not None
+    proxy.namespace.run([program, "-t", "nat", "-F", chain])
+    assert proxy.state() != twin.state()
+    touched = {"nat": Touched(chains={chain})}
+    result = proxy.call(lambda: proxy.families[family].repair(proxy.store, touched))
+    assert result.repaired == (Part("nat", "chain", chain),)
     assert proxy.state() == twin.state()
 
 

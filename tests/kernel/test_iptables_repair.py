@@ -17,7 +17,7 @@ import pytest
 from kproxy.host.nf_tables import current_generation
 from kproxy.iptables.foreign_changes import GenerationCounter
 from kproxy.iptables.names import ChainName
-from kproxy.iptables.runner import IptablesRunner
+from kproxy.iptables.runner import IptablesRunner, RestoreError
 from kproxy.model.types import Family
 from tests.lab.iptables import PREFIXES, link_programs, programs_of
 from tests.lab.namespace import Namespace
@@ -283,6 +283,21 @@ def test_own_transactions_are_not_foreign(node: Namespace) -> None:
     assert node.call(runners[0].foreign_changes) == before
     node.run(["iptables", "-t", "nat", "-F", "KUBE-A"])
     assert node.call(runners[1].foreign_changes) != before
+
+
+@pytest.mark.usefixtures("programs_of_nft")
+def test_foreign_transaction_during_a_rejected_own_one_is_noticed(node: Namespace) -> None:
+    runner = IptablesRunner(Family.IPV4, generations=GenerationCounter(current_generation))
+    node.call(lambda: runner.restore("*nat\n:KUBE-A - [0:0]\nCOMMIT\n"))
+    before = node.call(runner.foreign_changes)
+
+    def texts() -> Iterator[str]:
+        yield "*nat\n:KUBE-A - [0:0]\n-A KUBE-A -j MISSING\nCOMMIT\n"
+        node.run(["nft", "add table ip other"])
+
+    with pytest.raises(RestoreError):
+        node.call(lambda: runner.restore_each(texts()))
+    assert node.call(runner.foreign_changes) != before
 
 
 @pytest.mark.usefixtures("programs_of_nft")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from kproxy.app.cleanup import VirtualServersRemainError, remove_all, remove_ipvs
-from kproxy.app.first_sync import FirstSyncSteps
+from kproxy.app.first_sync import MAX_RETRY_SECONDS, FirstSyncSteps
 from kproxy.config import Config
 from kproxy.config.types import Mode
 from kproxy.ipvs import cleanup
@@ -20,6 +20,7 @@ from kproxy.ipvs.cleanup import INTERFACE, SETS
 from kproxy.ipvs.ipset import IpsetEntry, set_entries, set_names
 from kproxy.ipvs.virtual_servers import VirtualServer, virtual_servers
 from kproxy.model.types import Family
+from tests.clock import Clock
 from tests.kernel.test_cleanup import rules, without_firewall
 from tests.lab.iptables import PREFIXES, link_programs, programs_of
 from tests.lab.namespace import Namespace
@@ -326,14 +327,16 @@ def test_failed_removal_of_virtual_servers_is_retried_after_complete_syncs(
     ]
 
 
-def test_other_failures_are_retried_after_the_next_sync(
+def test_other_failures_are_retried_after_later_syncs(
     node: Namespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     create_leftovers(node)
-    steps = FirstSyncSteps(Config(mode="nftables"), [Family.IPV4])
+    clock = Clock()
+    steps = FirstSyncSteps(Config(mode="nftables"), [Family.IPV4], clock=clock)
     steps._done.add(Family.IPV4)
 
     def run_steps() -> bool:
+        clock.advance(MAX_RETRY_SECONDS)
         node.call(lambda: steps.run(succeeded(Family.IPV4, complete=False)))
         return has_interface(node)
 

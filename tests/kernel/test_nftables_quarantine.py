@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from kproxy.host import nf_tables_constants as nf
 from kproxy.host.netlink import BatchSocket, NetlinkError, RejectedMessage
 from kproxy.host.netlink_message import align
-from kproxy.model.context import Context
+from kproxy.model.context import Context, LocalTraffic
 from kproxy.model.sync_report import SyncError
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Service, ServicePort
 from kproxy.nftables import names
@@ -328,6 +328,43 @@ def test_refused_affinity_set_or_rule_is_mapped_to_its_service(
     snapshots = proxy.kernel.snapshots
     assert proxy.retry().keys() == keys(7)
     assert proxy.kernel.snapshots == snapshots
+    proxy.settle(namespaces)
+
+
+@pytest.mark.parametrize("policy", ["Cluster", "Local"])
+def test_restart_keeps_a_rejected_service_with_chains_of_its_own(
+    proxy: Proxy, namespaces: Callable[[], Namespace], policy: str
+) -> None:
+    """The affinity, the restricted sources, the endpoints on this node and even the current clients."""
+    family = proxy.context.family
+    v6 = family is Family.IPV6
+    cidr = "fd00:244::/60" if v6 else "10.244.0.0/15"
+    proxy.context = replace(proxy.context, local_traffic=LocalTraffic(cidr=cidr))
+    vip, source = ("2001:db8::1", "2001:db8:2::/47") if v6 else ("192.0.2.1", "198.51.100.0/23")
+    ports = (ServicePort("dns", 53, "UDP", 30_053), ServicePort("", 80, "TCP", 30_080))
+    sticky = Service(
+        "ns", "sticky", (proxy.address(500),), ports, affinity_seconds=60, external_local=policy == "Local"
+    )
+    sticky = replace(sticky, vips=(vip,), source_ranges=(source,))
+
+    def slice_of(*numbers: int) -> EndpointSlice:
+        addresses = tuple(Endpoint(f"{'fd00:244::' if v6 else '10.244.0.'}{each}", "node-1") for each in numbers)
+        served = (EndpointPort("dns", 53, "UDP"), EndpointPort("", 8080, "TCP"))
+        return EndpointSlice("ns", "sticky", "ns/sticky", family, addresses, served)
+
+    proxy.put_many(5)
+    proxy.put(sticky, slice_of(1, 2))
+    proxy.retry()
+    before = dump_table(proxy.node, family)
+    proxy.restart(NftablesBackend(proxy.kernel))
+    proxy.put(slice_of(2, 3))
+    proxy.commit.refuse(
+        lambda found, name: found == "chain" and "ns/sticky" in str(name) and str(name).endswith("3/8080")
+    )
+    assert proxy.retry().keys() == {"ns/sticky"}
+    assert dump_table(proxy.node, family) == before
+    proxy.put_service(1, 7)
+    assert proxy.retry().keys() == {"ns/sticky"}
     proxy.settle(namespaces)
 
 

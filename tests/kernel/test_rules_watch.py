@@ -14,6 +14,7 @@ from unittest.mock import Mock
 
 import pytest
 
+from kproxy.app.backends import OwnCommits
 from kproxy.host import nf_tables_events
 from kproxy.host.commands import CommandRunner
 from kproxy.host.nf_tables import current_generation
@@ -50,6 +51,7 @@ class Watched:
             [IPV4],
             self.reports.put,
             is_own_port=commit.has_made_commits,
+            is_own_commit=commit.is_author,
             newest_own_generation=self.generations.newest_after,
             after_first_syncs=after_first_syncs,
         )
@@ -231,7 +233,7 @@ def test_changes_by_iptables_programs_of_kproxy_are_not_reported(namespace: Name
     nat = (Family.IPV4, "nat")
     runner = IptablesRunner(Family.IPV4)
     reports: queue.SimpleQueue[RulesChanged] = queue.SimpleQueue()
-    watch = RulesWatch([nat], reports.put, is_own_port=runner.has_run)
+    watch = RulesWatch([nat], reports.put, is_own_port=runner.has_run, is_own_commit=runner.has_committed)
     namespace.run(["iptables-nft", "-t", "nat", "-N", "TABLE-EXISTS"])
     namespace.call(watch.start)
 
@@ -254,11 +256,60 @@ def test_changes_by_iptables_programs_of_kproxy_are_not_reported(namespace: Name
     watch.stop(HANG_GUARD)
 
 
+def test_changes_by_a_program_in_another_pid_namespace_with_the_same_pid_are_reported(namespace: Namespace) -> None:
+    """The netlink port ID is the PID in the PID namespace of the program. Numbers in containers are often the same."""
+    nat = (Family.IPV4, "nat")
+    runner, commands = IptablesRunner(Family.IPV4), CommandRunner()
+    reports: queue.SimpleQueue[RulesChanged] = queue.SimpleQueue()
+    own = OwnCommits()
+    own.add([nat], runner.has_run, runner.has_committed)
+    own.add([], commands.has_run, commands.has_committed)
+    watch = RulesWatch(own.tables, reports.put, is_own_port=own.owns, is_own_commit=own.confirms)
+    namespace.run(["iptables-nft", "-t", "nat", "-N", "KUBE-SERVICES"])
+    namespace.call(watch.start)
+
+    def probe() -> bool:
+        namespace.run(["iptables-nft", "-t", "nat", "-F", "KUBE-SERVICES"])
+        namespace.run(["iptables-nft", "-t", "nat", "-A", "KUBE-SERVICES", "-j", "RETURN"])
+        return not reports.empty()
+
+    def foreign(pid: int) -> None:
+        """Change the table with a process that has this PID in a PID namespace of its own."""
+        script = f"echo {pid - 1} > /proc/sys/kernel/ns_last_pid; nft add rule ip nat KUBE-SERVICES counter & wait"
+        namespace.run(["unshare", "--pid", "--fork", "--mount-proc", "sh", "-c", script])
+
+    def last_pid(of: CommandRunner) -> int:
+        return list(of._exited)[-1]
+
+    def touched_by_others() -> list[Touched]:
+        """Return what is reported before the next change by `iptables-nft`."""
+        namespace.run(["iptables-nft", "-t", "nat", "-N", "LAST"])
+        found: list[Touched] = []
+        while not found or "LAST" not in found[-1].chains:
+            found.append(reports.get(timeout=HANG_GUARD).tables[nat])
+        namespace.run(["iptables-nft", "-t", "nat", "-X", "LAST"])
+        while "LAST" not in reports.get(timeout=HANG_GUARD).tables[nat].chains:
+            pass
+        return found
+
+    wait_until(probe, "the watch reports a change")
+    touched_by_others()
+    namespace.call(lambda: runner.restore("*nat\n:KUBE-OWN - [0:0]\n-A KUBE-OWN -j RETURN\nCOMMIT\n"))
+    assert not any(touched.everything for touched in touched_by_others())
+    foreign(last_pid(runner._commands))
+    assert any(touched.everything and "nft" in touched.by for touched in touched_by_others())
+    # A program that changes no rules.
+    namespace.call(lambda: commands.run(["true"], timeout=HANG_GUARD))
+    foreign(last_pid(commands))
+    assert any(touched.everything and "nft" in touched.by for touched in touched_by_others())
+    watch.stop(HANG_GUARD)
+
+
 def test_awakening_a_dormant_table_is_not_reported(namespace: Namespace) -> None:
     nat = (Family.IPV4, "nat")
     runner = IptablesRunner(Family.IPV4)
     reports: queue.SimpleQueue[RulesChanged] = queue.SimpleQueue()
-    watch = RulesWatch([nat], reports.put, is_own_port=runner.has_run)
+    watch = RulesWatch([nat], reports.put, is_own_port=runner.has_run, is_own_commit=runner.has_committed)
     namespace.run(["iptables-nft", "-t", "nat", "-N", "TABLE-EXISTS"])
     namespace.call(watch.start)
 

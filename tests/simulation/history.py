@@ -20,7 +20,7 @@ from kproxy.iptables.backend import IptablesBackend
 from kproxy.iptables.names import PORT_CHAIN_PREFIXES, ChainName, is_shard
 from kproxy.iptables.runner import RestoreError
 from kproxy.model.context import Context
-from kproxy.model.drift import RulesChanged, Touched
+from kproxy.model.drift import RepairResult, RulesChanged, Touched
 from kproxy.model.sync_report import SyncError, SyncResult
 from kproxy.model.types import Family, ServiceKey
 from kproxy.nftables import backend as nftables_backend
@@ -449,7 +449,9 @@ class World:
         elif isinstance(outcome, Repaired):
             self.say(f"{world.family.value}: checked: {outcome.outcome!r}")
             self._check_error(outcome.outcome)
-            if not isinstance(outcome.outcome, Exception) and not outcome.outcome.needs_full_sync:
+            result = outcome.outcome
+            complete = isinstance(result, RepairResult) and not (result.needs_full_sync or result.skipped)
+            if complete and not world.reads_kernel:  # otherwise, only the next sync looks at the rules
                 self._repaired(world)
         elif isinstance(outcome, Compared):
             self.say(f"{world.family.value}: compared: {outcome.outcome!r}")
@@ -470,10 +472,11 @@ class World:
         if world.mark is not None:
             quarantine = self.process.syncs[world.family]._quarantine
             world.expected.finish(world.mark, quarantine.services if quarantine else ())
-        if world.has_read:
+        if world.has_read or world.damage:
             for key in rejected:
                 # This sync restores the rules of a rejected Service from what it reads, if it can: what others have
-                # removed, the kernel rejects again. In nftables mode, the rules of its own chains are not read.
+                # removed, the kernel rejects again. In nftables mode, the rules of its own chains are not read. In
+                # iptables mode, kproxy does not know the rules of a chain that was damaged before the first rejection.
                 world.expected.lose(key)
         if world.reads_kernel:
             world.damage = [each for each in world.damage if each > world.job_began]
@@ -619,9 +622,14 @@ class World:
         ]
 
     def _may_remain(self, table: str, name: str, fresh: Chains, ours: Chains) -> bool:
-        """Return whether an obsolete chain that nothing uses may remain, because its deletion failed once."""
+        """Return whether an obsolete chain that nothing uses may remain.
+
+        Its deletion may have failed once, or another process may have restored it, which nobody noticed: comparisons
+        look only at the chains that kproxy uses. The hourly full check, which no history has, would delete it.
+        """
         used = any(f"-j {name}" in rule for chain in fresh if chain[0] == table for rule in ours.get(chain, ()))
-        return self.faults.injected.total() > 0 and name.startswith(PORT_CHAIN_PREFIXES) and not used
+        may_remain = self.faults.injected.total() > 0 or self.loses_notices
+        return may_remain and name.startswith(PORT_CHAIN_PREFIXES) and not used
 
     def _check_health(self) -> None:
         process = self.process

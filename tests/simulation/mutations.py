@@ -140,7 +140,7 @@ MUTATIONS: Mapping[str, Callable[[], list[Patch]]] = {
     ],
     "nftables: errors of a commit are ignored": lambda: [_ignore_errors(NftablesBackend, "_commit")],
     "touched parts are forgotten before they are checked": lambda: [(RepairSchedule, "take", _drop_all)],
-    "the error of a check is ignored": lambda: [(Reconciler, "_receive_repair", _nothing)],
+    "the error of a check is ignored": lambda: [(Reconciler, "_receive_check", _nothing)],
     "comparisons never begin": lambda: [(Reconciler, "_check_drift", _nothing)],
     "the reconciler does not wake up for a retry": lambda: [(Reconciler, "sync_wait", _nothing)],
     "a quarantined Service is never tried again": lambda: [

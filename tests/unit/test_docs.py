@@ -49,6 +49,9 @@ OTHER_PROGRAMS_FLAGS = {
 _FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 _SPAN = re.compile(r"`([^`]+)`")
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
+_LINKED_TEST = re.compile(r"\[(test_\w+)\]\(([^)\s]+\.py)\)")
+_TEST_NAME = re.compile(r"\btest_\w+\b(?!\.py)")
+_TEST_DEFINITION = re.compile(r"^ *def (test_\w+)\(", re.MULTILINE)
 _HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 _TARGET = re.compile(r"(?<![\w/.-])make (?:[A-Z]+=\S+ )*([a-z][a-z-]*)")
 _METRIC = re.compile(r"\b(?:kubeproxy|kproxy|rest_client)_[a-z0-9_]+")
@@ -104,6 +107,29 @@ def test_links_are_valid(page: Path) -> None:
 def test_links_are_found() -> None:
     assert {file.name for file, _ in links(ROOT / "README.md")} >= {"operations.md", "LICENSE"}
     assert (ROOT / "docs" / "operations.md", "image") in links(TROUBLESHOOTING)
+
+
+@cache
+def defined_tests(path: Path) -> frozenset[str]:
+    """Return the names of the test functions in a file, or in all files of a folder."""
+    files = path.rglob("test_*.py") if path.is_dir() else (path,)
+    return frozenset(name for file in files for name in _TEST_DEFINITION.findall(file.read_text()))
+
+
+@EVERY_PAGE
+def test_named_tests_exist(page: Path) -> None:
+    text = page.read_text()
+    linked = [(name, (page.parent / file).resolve()) for name, file in _LINKED_TEST.findall(text)]
+    missing = [(name, file.name) for name, file in linked if name not in defined_tests(file)]
+    named = set(_TEST_NAME.findall(text)) - {name for name, _ in linked}
+    missing += [(name, "tests") for name in sorted(named) if name not in defined_tests(ROOT / "tests")]
+    assert missing == []
+
+
+def test_named_tests_are_found() -> None:
+    reliability, security = ((ROOT / "docs" / name).read_text() for name in ("reliability.md", "security.md"))
+    assert len(_LINKED_TEST.findall(reliability)) > 100
+    assert len(_TEST_NAME.findall(security)) > 30
 
 
 @EVERY_PAGE

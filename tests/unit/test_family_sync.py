@@ -16,11 +16,12 @@ from kproxy.model.context import Context
 from kproxy.model.delta import Delete, Delta, Replace, Upsert
 from kproxy.model.endpoints import endpoints_by_socket
 from kproxy.model.plan import ServicePortPlan, count_endpoints, plan_service
+from kproxy.model.store import Store
 from kproxy.model.sync_report import SyncError, SyncResult
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Node, Service, ServicePort
 from kproxy.nftables.backend import NftablesBackend
 from kproxy.sync import family_sync as family_module
-from kproxy.sync.family_sync import LARGE_CLUSTER_ENDPOINTS, Backend
+from kproxy.sync.family_sync import LARGE_CLUSTER_ENDPOINTS, Backend, StorePlans
 from tests.fakekernel import FakeKernel
 from tests.faketable import FakeTable
 from tests.inprocess import SingleFamilyProxy
@@ -161,3 +162,28 @@ def test_endpoint_total_is_correct_after_any_changes(changes: list[Delta]) -> No
         expected += planned_endpoints(svc, store.slices(key), V4)
     assert family._endpoints is not None
     assert family._endpoints.total == expected
+
+
+def test_what_a_sync_keeps_is_what_it_has_planned_last() -> None:
+    """The store changes during a sync, and the backend plans some Services a second time to write their rules again."""
+    store = Store("node-1")
+    first, second = slices(1, 1, DNS), slices(1, 2, DNS)
+    for each in (service(1, DNS), first, service(2)):
+        store.apply(Upsert(each))
+    plans = StorePlans(store, Context(V4, "node-1"), {"ns/s1": None, "ns/s2": None})
+    assert [key for key, _ in plans.by_service()] == ["ns/s1", "ns/s2"]
+    assert (set(plans.lasting), set(plans.conditions)) == ({"ns/s1"}, {"ns/s2"})
+    store.apply(Upsert(second))
+    store.apply(Upsert(slices(2, 1)))
+    assert plans.lasting["ns/s1"] != plans.of("ns/s1")
+    assert plans.lasting["ns/s1"] == plans.of("ns/s1")
+    plans.of("ns/s2")
+    assert plans.conditions == {}
+    store.apply(Delete(EndpointSlice, "ns", "s1"))
+    assert plans.exist("ns/s1")
+    assert plans.conditions == {}
+    store.apply(Delete(Service, "ns", "s1"))
+    assert not plans.exist("ns/s1")
+    assert set(plans.lasting) == {"ns/s1"}
+    plans.of("ns/s1")
+    assert plans.lasting == {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -11,13 +12,15 @@ import pytest
 
 from kproxy.model.context import Context
 from kproxy.model.delta import Upsert
+from kproxy.model.drift import RepairResult, RulesChanged, Touched
 from kproxy.model.store import Store, StoreChange
-from kproxy.model.sync_report import ApplyResult, Plans, SyncError, SyncReport
-from kproxy.model.types import EndpointSlice, Family, Service, ServicePort
+from kproxy.model.sync_report import AfterSyncStep, ApplyResult, Plans, SyncError, SyncReport
+from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Service, ServicePort
 from kproxy.serve.health import Health
+from kproxy.sync.conntrack_cleanup import ConntrackCleaner
 from kproxy.sync.family_sync import FamilySync
 from kproxy.sync.family_worker import FamilyWorker
-from kproxy.sync.reconciler import Attempted, Job, Message, Outcome, Reconciler, Resync, Stop
+from kproxy.sync.reconciler import Attempted, Job, Message, Outcome, Reconciler, Repaired, Resync, Stop
 from kproxy.sync.schedule import Schedule
 from tests.inprocess import EMPTY_LISTS, StubBackend
 from tests.lab.waiting import HANG_GUARD, wait_until
@@ -37,15 +40,26 @@ class BlockableBackend(StubBackend):
         self.may_continue.set()
         self._permits = threading.Semaphore(0)
         self.error: Exception | None = None
+        self.order: list[str] = []
+        self.on_programmed: Callable[[set[str]], object] = lambda _: None
+        """Called when a sync has been programmed, with the addresses of the endpoints."""
+
+    def repair(self, touched: Mapping[str, Touched], plans: Plans, context: Context) -> RepairResult:
+        self.order.append("check")
+        return RepairResult()
 
     def sync(self, plans: Plans, context: Context) -> ApplyResult:
         keys = set()
-        for key, _ in plans.by_service():
+        endpoints: set[str] = set()
+        for key, ports in plans.by_service():
             keys.add(key)
+            endpoints.update(each.rpartition(":")[0] for port in ports for each in port.cluster_endpoints)
             if not self.may_continue.is_set():
                 self.blocked.set()
                 wait_until(lambda: self.may_continue.is_set() or self._permits.acquire(blocking=False), "a permit")
         error = self.error  # the test may change it as soon as it sees the sync
+        self.order.append("sync")
+        self.on_programmed(endpoints)
         self.syncs.put(keys)
         if error is not None:
             raise error
@@ -64,7 +78,7 @@ class BlockableBackend(StubBackend):
 class ThreadedProxy:
     """A dual-stack reconciler in a thread, with one worker for each family."""
 
-    def __init__(self) -> None:
+    def __init__(self, after_sync: Sequence[AfterSyncStep] = ()) -> None:
         self.backends = {family: BlockableBackend() for family in Family}
         self.workers = {family: FamilyWorker(family.value) for family in Family}
         self.messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
@@ -83,7 +97,7 @@ class ThreadedProxy:
             clock=lambda: self.now,
             on_queue=[self.health.on_queue],
             on_sync=[self.health.on_sync, self.reports.append],
-            after_sync=[self._step],
+            after_sync=[*after_sync, self._step],
             execute=lambda family, job: self.workers[family].submit(partial(job, self.messages.put)),
         )
         self.thread = threading.Thread(target=self.reconciler.run, args=(self.messages,), daemon=True)
@@ -94,6 +108,7 @@ class ThreadedProxy:
     def _step(self, report: SyncReport) -> None:
         self.step_threads.add(threading.current_thread().name)
         self.steps.append((report.family, report.error))
+        self.backends[report.family].order.append("step")
 
     def send(self, *messages: Message) -> None:
         for message in messages:
@@ -174,6 +189,58 @@ def test_steps_after_a_sync_run_in_the_thread_of_the_family(proxy: ThreadedProxy
     assert proxy.step_threads == {"IPv4", "IPv6"}
 
 
+def test_steps_and_checks_run_between_a_sync_and_the_next(proxy: ThreadedProxy) -> None:
+    """They do so although the next sync is due at once, because a change arrived during the sync."""
+    four = proxy.backends[Family.IPV4]
+    four.order.clear()
+    four.may_continue.clear()
+    proxy.send(Upsert(service("b")))
+    assert four.blocked.wait(HANG_GUARD)
+    proxy.send(Upsert(service("c")), RulesChanged({(Family.IPV4, "nat"): Touched(chains={"KUBE-SERVICES"})}))
+    wait_until(proxy.messages.empty, "the change to be applied")
+    four.may_continue.set()
+    wait_until(lambda: len(four.order) >= 5, "both syncs")
+    proxy.stop()
+    assert four.order == ["sync", "step", "check", "sync", "step"]
+
+
+class FlowTable:
+    """UDP conntrack entries of flows to one destination, by the address of the endpoint."""
+
+    def __init__(self) -> None:
+        self.endpoints: set[str] = set()
+
+    def clean(self, destinations: Collection[str], is_stale: Callable[[str, str], bool]) -> int:
+        assert list(destinations) == ["10.96.0.100:53"]
+        stale = {each for each in self.endpoints if is_stale("10.96.0.100:53", f"{each}:53")}
+        self.endpoints -= stale
+        return len(stale)
+
+
+def test_conntrack_cleanup_deletes_no_flows_to_endpoints_of_the_next_sync() -> None:
+    def endpoints(*addresses: str) -> Upsert:
+        port = EndpointPort("", 53, "UDP")
+        return Upsert(EndpointSlice("ns", "d-1", "ns/d", Family.IPV4, tuple(map(Endpoint, addresses)), (port,)))
+
+    flows = FlowTable()
+    cleaner = ConntrackCleaner({Family.IPV4: flows}, lambda _: (), clock=lambda: 0.0, on_cleanup=lambda _: None)
+    proxy = ThreadedProxy([cleaner.clean])
+    four = proxy.backends[Family.IPV4]
+    four.on_programmed = flows.endpoints.update  # clients use each endpoint at once
+    proxy.send(*EMPTY_LISTS, Upsert(Service("ns", "d", ("10.96.0.100",), (ServicePort("", 53, "UDP"),))))
+    proxy.send(endpoints("10.1.0.1"))
+    wait_until(lambda: flows.endpoints == {"10.1.0.1"}, "the first endpoint")
+    four.may_continue.clear()
+    proxy.send(endpoints("10.1.0.2"))
+    assert four.blocked.wait(HANG_GUARD)
+    proxy.send(endpoints("10.1.0.2", "10.1.0.3"))
+    wait_until(proxy.messages.empty, "the change to be applied")
+    four.may_continue.set()
+    wait_until(lambda: "10.1.0.3" in flows.endpoints, "the third endpoint")
+    proxy.stop()
+    assert flows.endpoints == {"10.1.0.2", "10.1.0.3"}
+
+
 def test_reconciler_that_stops_waits_for_the_sync_in_progress(proxy: ThreadedProxy) -> None:
     four = proxy.backends[Family.IPV4]
     four.may_continue.clear()
@@ -233,6 +300,44 @@ def test_failed_job_does_not_end_the_thread(caplog: pytest.LogCaptureFixture, mo
     assert done.wait(HANG_GUARD)
     worker.stop(HANG_GUARD)
     assert [record.message for record in caplog.records] == ["sync-ipv4: unexpected MemoryError(); trying again"]
+
+
+def test_check_without_an_outcome_is_replaced_by_a_full_sync() -> None:
+    outcomes: list[Outcome] = []
+    now = 0.0
+
+    def execute(_: Family, job: Job) -> None:
+        def deliver(message: Outcome) -> None:
+            if isinstance(message, Repaired):
+                raise MemoryError
+            outcomes.append(message)
+
+        with suppress(MemoryError):
+            job(deliver)
+
+    backend = BlockableBackend()
+    reconciler = Reconciler(
+        Store("node-1", lock=threading.RLock()),
+        {Family.IPV4: FamilySync(backend, lambda _: Context(Family.IPV4, "node-1"))},
+        make_schedule=lambda: Schedule(min_interval=0.0, max_retry=30.0),
+        clock=lambda: now,
+        execute=execute,
+    )
+
+    def run() -> None:
+        while reconciler.wait() == 0.0 or outcomes:
+            reconciler.sync_due()
+            while outcomes:
+                reconciler._receive(outcomes.pop(0))
+
+    for empty in EMPTY_LISTS:
+        reconciler.apply(empty)
+    run()
+    for _ in range(2):
+        now += 1.0
+        reconciler.touch(RulesChanged({(Family.IPV4, "nat"): Touched(chains={"KUBE-SERVICES"})}))
+        run()
+    assert backend.order == ["sync", "check", "sync", "check", "sync"]
 
 
 def test_sync_without_an_outcome_counts_as_failed_and_is_retried() -> None:

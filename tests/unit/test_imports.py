@@ -41,8 +41,10 @@ PURE = (
         f"nftables.{name}"
         for name in ("ledger", "transaction", "diff", "snapshot", "nft_syntax", "expressions", "encode", "rejection")
     ),
+    "iptables.held_services",
     "nftables.isolation",
     "nftables.held_services",
+    *(f"nftables.{name}" for name in ("service_chains", "rule_decoder")),
     *(f"nftables.{name}" for name in ("rule_content", "desired_table", "repair")),
     *(f"kube.codec.{name}" for name in ("schema", "object_error", "conversion", "json_codec", "protobuf")),
     *("kube.codec.watch_events", "kube.codec.streams"),

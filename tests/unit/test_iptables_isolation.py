@@ -208,6 +208,7 @@ STATES = st.dictionaries(
     1,
     (True, ""),
 )
+@example([{"a": ([1], False)}, {"a": ([1], True), "b": ([1], False)}], [(set(), ""), ({"a"}, "")], 2, 1, (True, ""))
 def test_after_the_cure_any_history_leaves_the_rules_of_a_fresh_start(
     history: list[dict[str, tuple[list[int], bool]]],
     faults: list[tuple[set[str], str]],

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import queue
 import random
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 
 import pytest
@@ -13,16 +15,19 @@ from hypothesis import strategies as st
 
 from kproxy.host.commands import CommandError
 from kproxy.iptables.base_rules import ensured_rules
-from kproxy.iptables.comparison import CHAINS_PER_STEP
+from kproxy.iptables.comparison import CHAINS_PER_STEP, MAX_STEPS
 from kproxy.iptables.foreign_changes import CONTENT_CPU_SHARE, GenerationCounter, TableObserver
 from kproxy.iptables.foreign_rules import conditional_match, ends_evaluation, restore_commands
 from kproxy.iptables.legacy_poll import LegacyPoll
 from kproxy.iptables.names import ChainName
+from kproxy.iptables.repair import Scope
+from kproxy.iptables.runner import RestoreError
 from kproxy.model.context import Context
 from kproxy.model.delta import Delta, Upsert
 from kproxy.model.drift import Part, RepairResult, RulesChanged, Touched
 from kproxy.model.sync_report import SyncError
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Service, ServicePort
+from kproxy.sync.family_sync import StorePlans
 from tests.fakekernel import BUILTIN, FakeKernel, Table
 from tests.unit.strategies import deltas
 from tests.unit.test_iptables_incremental import THRESHOLDS, KernelsProxy
@@ -76,7 +81,7 @@ class DamagedProxy(KernelsProxy):
     def repair(self, touched: dict[str, Touched]) -> RepairResult:
         """Repair what was touched. If only a full sync can, run it."""
         result = self.families[V4].repair(self.store, touched)
-        if result.needs_full_sync:
+        if result.needs_full_sync or result.skipped:
             self.families[V4].sync(self.store)
         return result
 
@@ -267,7 +272,7 @@ def test_rejected_repair_is_an_error_and_the_next_sync_is_full() -> None:
     with pytest.raises(SyncError, match="out of memory"):
         proxy.repair(touched)
     proxy.kernel.reject = lambda _: None
-    assert proxy.repair(touched).needs_full_sync
+    assert proxy.repair(touched).skipped, "a full sync is necessary anyway"
     assert proxy.rules() == proxy.intact
 
 
@@ -457,6 +462,75 @@ def test_large_comparison_takes_several_steps() -> None:
     assert len(steps) <= chains // CHAINS_PER_STEP + 3
 
 
+def test_comparison_of_many_services_takes_no_more_than_a_fixed_number_of_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """There is one step per second."""
+    monkeypatch.setattr("kproxy.iptables.comparison.CHAINS_PER_STEP", 2)
+    proxy = DamagedProxy([delta for number in range(1, 250) for delta in a_service(f"s{number}", number)])
+    proxy.compare()
+    proxy.damage(lambda tables: tables["nat"].update(OTHER=[]))
+    chains = sum(name.startswith("KUBE-S") for name in proxy.kernel.tables["nat"])
+    steps = proxy.compare()
+    assert chains // 2 > MAX_STEPS
+    assert MAX_STEPS // 2 < len(steps) <= MAX_STEPS + 1
+    assert len(proxy.kernel.fingerprinted) >= chains
+
+
+# Changes that do not concern kproxy
+
+
+def listed_by(proxy: DamagedProxy, monkeypatch: pytest.MonkeyPatch, touched: dict[str, Touched]) -> set[str]:
+    """Return the names of the chains that a check reads."""
+    listed: set[str] = set()
+    list_rules = proxy.kernel.list_rules
+
+    def recorded(chains: Iterable[ChainName]) -> dict[ChainName, list[str]]:
+        names = list(chains)
+        listed.update(chain.name for chain in names)
+        return list_rules(names)
+
+    monkeypatch.setattr(proxy.kernel, "list_rules", recorded)
+    reads = proxy.kernel.reads
+    assert proxy.repair(touched) == RepairResult()
+    assert proxy.kernel.reads == reads
+    return listed
+
+
+def test_chains_of_other_tools_are_not_read_even_if_their_names_begin_with_kube(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    proxy = DamagedProxy(a_service())
+    others = {"KUBE-POD-FW-ABCDEF", "KUBE-ROUTER-INPUT", "KUBE-NWPLCY-DEFAULT", "KUBE-SVC-ABCDEF", "CNI-X"}
+    own = {"KUBE-FORWARD", "KUBE-PROXY-CANARY", "KUBE-SVC-10.96.0.0/20", "INPUT"}
+    assert listed_by(proxy, monkeypatch, {"filter": Touched(chains=others | own)}) == own
+    assert listed_by(proxy, monkeypatch, {"filter": Touched(chains=others)}) == set()
+
+
+def test_all_chains_of_kproxy_are_checked() -> None:
+    """Each of them is recognized by its name."""
+    proxy = DamagedProxy([*a_service(), *a_service("b", 2)], dispatch_threshold=1)
+    chains = {
+        ChainName(table, name)
+        for table, names in proxy.kernel.tables.items()
+        for name in names
+        if name not in BUILTIN[table]
+    }
+    assert len(chains) > 20
+    assert Scope(chains=frozenset(chains)).relevant(Context(V4, "node-1")).chains == chains
+
+
+def test_nothing_is_checked_while_a_full_sync_is_necessary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change by another process must not make the next attempt of a failing sync begin earlier."""
+    proxy = DamagedProxy(a_service())
+    backend = proxy.families[V4]._backend
+    backend.forget()
+    plans, context = StorePlans(proxy.store, Context(V4, "node-1"), ()), Context(V4, "node-1")
+    for chain in ("DOCKER", "KUBE-SERVICES", "POSTROUTING"):
+        assert backend.repair({"nat": Touched(chains={chain})}, plans, context) == RepairResult()
+    assert backend.needs_full_sync
+
+
 # Own and foreign changes
 
 
@@ -483,6 +557,24 @@ def test_foreign_transaction_during_an_own_one_is_noticed() -> None:
     assert counter.now() != before
 
 
+def test_foreign_transaction_during_a_rejected_own_one_is_noticed() -> None:
+    generation = [7]
+    counter = GenerationCounter(lambda: generation[0])
+    before = counter.now()
+
+    def restore() -> None:
+        with counter.own_changes() as commits:
+            list(commits.counted(["*nat\nCOMMIT\n"]))
+            generation[0] += 1  # by another process
+            raise RestoreError("line 2: RULE_APPEND failed")
+
+    with pytest.raises(RestoreError):
+        restore()
+    noticed = counter.now()
+    assert noticed != before
+    assert counter.now() == noticed
+
+
 def test_layout_that_changed_before_an_own_change_is_noticed() -> None:
     layout = [1]
     observer = TableObserver(lambda: layout[0], lambda: None)
@@ -503,7 +595,7 @@ class Clocks:
         self.now = self.cpu = 0.0
         self.cost = 0.001
         self.content: object = 1
-        self.error: OSError | None = None
+        self.error: Exception | None = None
         monkeypatch.setattr("kproxy.iptables.foreign_changes.monotonic", lambda: self.now)
         monkeypatch.setattr("kproxy.iptables.foreign_changes.thread_time", lambda: self.cpu)
 
@@ -556,7 +648,8 @@ def test_content_that_cannot_be_read_is_no_change(monkeypatch: pytest.MonkeyPatc
     clocks = Clocks(monkeypatch)
     observer = clocks.observer()
     before = observer.now()
-    for error, content in ((OSError(12, "no memory"), 1), (None, 1), (None, None), (None, 1)):
+    errors = (OSError(12, "no memory"), MemoryError(), None)
+    for error, content in (*((error, 1) for error in errors), (None, None), (None, 1)):
         clocks.error, clocks.content = error, content
         clocks.now += 100.0
         assert observer.now() == before
@@ -578,3 +671,43 @@ def test_legacy_poll_reports_each_change_once() -> None:
     (report,) = reports
     assert {owner for owner, _ in report.tables} == {V4}
     assert all(touched.everything for touched in report.tables.values())
+
+
+class Exhausted(FakeKernel):
+    """Tables that cannot be read while `exhausted` is greater than 0. It counts down."""
+
+    exhausted = 0
+
+    def foreign_changes(self) -> int:
+        if self.exhausted > 0:
+            self.exhausted -= 1
+            raise MemoryError
+        return super().foreign_changes()
+
+
+def test_legacy_poll_survives_a_lack_of_memory(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("kproxy.model.restarts.FIRST_DELAY", 0.001)
+    kernel = Exhausted()
+    kernel.exhausted = 2
+    reports: queue.SimpleQueue[RulesChanged] = queue.SimpleQueue()
+    polled = threading.Event()
+    poll = LegacyPoll({V4: kernel}, reports.put, poll_seconds=0.001)
+    original = poll.poll
+
+    def poll_once() -> None:
+        original()
+        polled.set()
+
+    monkeypatch.setattr(poll, "poll", poll_once)
+    poll.start()  # the first poll fails, and the first one of the thread
+    try:
+        assert polled.wait(30)
+        kernel.foreign_commits += 1
+        assert {owner for owner, _ in reports.get(timeout=30).tables} == {V4}
+    finally:
+        poll.stop(30)
+    assert [record.message for record in caplog.records] == [
+        "polls of the iptables-legacy tables: unexpected MemoryError(); trying again"
+    ]

@@ -86,6 +86,22 @@ def test_long_messages_are_cut_unless_they_are_debug_messages(formatter: logging
     assert name in formatter.format(record(logging.DEBUG, "object %s", name))
 
 
+@pytest.mark.parametrize("character", ["\x1b", "\u202e", "\U000e0001"])
+def test_messages_are_not_longer_because_of_escape_sequences(character: str) -> None:
+    for count in (MAX_LENGTH // 10, MAX_LENGTH, 10 * MAX_LENGTH):
+        line = printable("n" + count * character, MAX_LENGTH)
+        escaped, _, suffix = line.partition("... (")
+        kept = len(escaped) - len("n")
+        size = len(printable(character))
+        assert len(escaped) <= MAX_LENGTH
+        assert kept % size == 0  # no escape sequence is cut off
+        if kept == count * size:
+            assert not suffix
+        else:
+            assert len(escaped) + size > MAX_LENGTH
+            assert suffix == f"{count - kept // size:,} more characters)"
+
+
 def test_printable_characters_are_not_escaped() -> None:
     assert printable("Größe 5 µs … 'a\\b' 中") == "Größe 5 µs … 'a\\b' 中"
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kproxy.host.nf_tables_notifications import CommitDecoder
-from kproxy.model.drift import MAX_TOUCHED_ELEMENTS, RulesChanged, Touched
+from kproxy.model.drift import MAX_TOUCHED_ELEMENTS, CommitAuthor, RulesChanged, Touched
 from kproxy.model.types import Family
 
 IPV4, IPV6 = (Family.IPV4, "kube-proxy"), (Family.IPV6, "kube-proxy")
@@ -269,3 +269,30 @@ def test_damaged_datagrams_raise_no_error(datagrams: tuple[bytes, ...], data: st
         found.feed(bytes(damaged[: data.draw(st.integers(0, len(damaged)))]))
     found.take()
     assert found.generation is None or found.generation >= 0
+
+
+def test_commit_with_an_own_port_by_another_process_touches_everything() -> None:
+    authors: list[CommitAuthor] = []
+
+    def is_own_commit(author: CommitAuthor) -> bool:
+        authors.append(author)
+        return author.process == 0x3E06
+
+    decoder = CommitDecoder(TABLES, lambda _: True, is_own_commit)
+    for datagram in (*ELEMENTS, *OTHER):
+        decoder.feed(datagram)
+    assert decoder.take() is None
+    for datagram in RULE:
+        decoder.feed(datagram)
+    everything = Touched(everything=True, by={"nft"})
+    assert decoder.take() == RulesChanged({IPV4: everything, IPV6: everything})
+    # The commit to another table is not confirmed: its messages would have been skipped anyway.
+    assert authors == [CommitAuthor(0x3E06, 0x3E06, "nft"), CommitAuthor(0x3E05, 0x3E05, "nft")]
+
+
+def test_lost_end_of_an_own_commit_does_not_concern_the_next_one() -> None:
+    decoder = CommitDecoder(TABLES, lambda port: port == 0x3E05, lambda _: False)
+    decoder.feed(RULE[0])
+    assert not decoder.discard()
+    decoder.feed(OTHER[1])
+    assert decoder.take() is None

@@ -18,6 +18,7 @@ from kproxy.model.store import Store
 from kproxy.model.sync_report import DriftError, SyncError
 from kproxy.model.types import Family, Service
 from kproxy.nftables import names
+from kproxy.nftables import ruleset as nft
 from kproxy.nftables.backend import NftablesBackend
 from kproxy.nftables.diff import NftablesDiff
 from kproxy.nftables.elements import pack_address, service_key
@@ -300,9 +301,41 @@ def test_chains_and_sets_that_were_created_in_advance_are_deleted_again(names_ob
     proxy.settle()
 
 
-def test_restart_removes_a_rejected_service_with_chains_of_its_own() -> None:
+@MAPPABLE
+@pytest.mark.parametrize("batch_frontends", [1, 2_000])
+def test_restart_keeps_a_rejected_service_with_chains_of_its_own(batch_frontends: int, names_objects: bool) -> None:
+    proxy = affinity_proxy()
+    proxy.put(replace(service("sticky", "10.96.0.9", affinity=60), external_ips=("192.0.2.1",)))
+    proxy.put(endpoint_slice("sticky", [101, 102], node="node-1"))
+    proxy.retry()
+    before = deepcopy(proxy.table)
+    proxy.restart_process(batch_frontends)
+    proxy.refusing.names_objects = names_objects
+    proxy.put(endpoint_slice("sticky", [102, 103]))
+    proxy.refusing.refuse = lambda each: errno.EINVAL * each.name.endswith("103/8080")
+    assert set(proxy.retry()) == {"ns/sticky"}
+    assert proxy.table == before
+    proxy.put(endpoint_slice("s0001", [1]))
+    assert set(proxy.retry()) == {"ns/sticky"}
+    before.sets[names.SERVICE_ENDPOINTS] = proxy.table.sets[names.SERVICE_ENDPOINTS]
+    assert {name: chain for name, chain in proxy.table.chains.items() if "sticky" in name} == {
+        name: chain for name, chain in before.chains.items() if "sticky" in name
+    }
+    proxy.settle()
+
+
+@pytest.mark.parametrize("damage", ["foreign rule", "no rules", "another timeout", "missing set"])
+def test_restart_removes_a_rejected_service_whose_chains_another_program_changed(damage: str) -> None:
     proxy = affinity_proxy()
     proxy.retry()
+    chain = next(chain for name, chain in proxy.table.chains.items() if name.startswith("endpoint-"))
+    if damage == "foreign rule":
+        chain.rules.insert(0, nft.rule(nft.CtStateNew(), nft.Drop()))
+    elif damage == "no rules":
+        chain.rules.clear()
+    else:
+        found = next(each for name, each in proxy.table.sets.items() if "sticky" in name)
+        found.layout = replace(found.layout, **({"timeout": 0} if damage == "another timeout" else {"key_type": 9}))
     proxy.restart_process()
     proxy.put(endpoint_slice("sticky", [101, 102, 103]))
     proxy.refusing.refuse = lambda each: errno.EINVAL * each.name.endswith("103/8080")
@@ -338,19 +371,31 @@ def test_full_sync_keeps_what_was_accepted_for_a_rejected_service(damage: str, w
     assert not proxy.nftables._accepted
 
 
-def test_restart_never_opens_a_frontend_that_only_some_sources_may_use() -> None:
+@pytest.mark.parametrize("damage", ["nothing", "flushed", "admits all", "admits others"])
+def test_restart_never_opens_a_frontend_that_only_some_sources_may_use(damage: str) -> None:
     proxy = RefusingProxy()
     restricted = replace(service("restricted", "10.96.0.9"), vips=("192.0.2.1",), source_ranges=("192.0.2.128/25",))
     proxy.put(restricted, endpoint_slice("restricted", [1]), service("other", "10.96.0.10")).retry()
     key = service_key("192.0.2.1", "TCP", 80)
     assert key in proxy.table.sets[names.FIREWALL_IPS].elements
+    before = deepcopy(proxy.table)
+    firewall = next(chain for name, chain in proxy.table.chains.items() if "ns/restricted" in name)
+    if damage == "flushed":
+        firewall.rules.clear()
+    elif damage == "admits all":
+        del firewall.rules[-1]
+    elif damage == "admits others":
+        firewall.rules.insert(0, nft.rule(nft.MatchDaddr("192.0.2.1"), nft.Return()))
     proxy.restart_process()
     proxy.put(endpoint_slice("restricted", [1, 2]))
     proxy.refusing.refuse = lambda each: (
         errno.EINVAL * (each.name == names.SERVICE_ENDPOINTS and each.key[-4:] != bytes(4))
     )
     assert set(proxy.retry()) == {"ns/restricted"}
-    assert key not in proxy.table.sets[names.SERVICE_IPS].elements
+    if damage == "nothing":
+        assert proxy.table == before
+    else:
+        assert key not in proxy.table.sets[names.SERVICE_IPS].elements
     assert service_key("10.96.0.9", "TCP", 80) in proxy.table.sets[names.SERVICE_IPS].elements
     proxy.settle()
 

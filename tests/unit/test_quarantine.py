@@ -122,6 +122,21 @@ def test_changed_reason_is_reported() -> None:
     assert proxy.messages() == [ENTERED.replace("invalid argument", "no such file")]
 
 
+def test_reason_with_another_line_number_is_not_reported_again() -> None:
+    """The input of iptables-restore also contains other Services: the position of the same rule varies."""
+    proxy = QuarantineProxy()
+    reason = "iptables-restore failed with status 4: line {}: RULE_APPEND failed (Invalid argument)"
+    messages = []
+    for number in (18, 6, 12, 6, 18):
+        proxy.backend.bad["ns/bad"] = reason.format(number)
+        proxy.sync_after(proxy.reconciler.sync_wait() or 0.0)
+        messages += proxy.messages()
+    assert messages == [ENTERED.replace("invalid argument", reason.format(18))]
+    proxy.backend.bad["ns/bad"] = reason.format(18).replace("RULE_APPEND", "CHAIN_ADD")
+    proxy.sync_after(proxy.reconciler.sync_wait() or 0.0)
+    assert len(proxy.messages()) == 1
+
+
 def test_deleted_service_leaves_the_quarantine_silently() -> None:
     proxy = QuarantineProxy()
     proxy.apply(Delete(Service, "ns", "bad"))

@@ -1,0 +1,132 @@
+"""Decode the rules of the chains of a Service, as they were read from the kernel. Pure.
+
+This is the inverse of `kproxy.nftables.expressions` for the statements that such rules contain.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from ipaddress import ip_address, ip_network
+from typing import TypeAlias
+
+from kproxy.host import nf_tables_constants as nf
+from kproxy.model.types import Family
+from kproxy.nftables import ruleset as nft
+from kproxy.nftables.elements import PROTOCOLS, unpack_address
+from kproxy.nftables.rule_content import RuleContent, expression_parts, nested_values, rule_content
+from kproxy.nftables.ruleset import KeyField, NftRule
+
+Attributes: TypeAlias = dict[int, bytes]
+_SOURCE = (KeyField.SOURCE,)
+_BE32 = struct.Struct(">I")
+_HOST32 = struct.Struct("=I")
+_PROTOCOL_NAMES = {bytes([number]): name for name, number in PROTOCOLS.items()}
+_INTERFACE_NAME_SIZE = 16  # IFNAMSIZ
+
+
+def decode_rule(content: RuleContent, family: Family) -> NftRule | None:
+    """Return the rule that has this content, or None if no rule in a chain of a Service has it."""
+    try:
+        parts = [expression_parts(each) for each in content.expressions]
+        decoded = NftRule(tuple(_statements(parts, family)), content.comment)
+        return decoded if rule_content(decoded, family) == content else None
+    except (KeyError, ValueError, struct.error):  # an attribute is missing or has an unexpected value
+        return None
+
+
+def _statements(parts: Sequence[tuple[str, Attributes]], family: Family) -> Iterator[nft.Statement]:
+    begin = 0
+    while begin < len(parts):
+        names = tuple(name for name, _ in parts[begin:])
+        pattern = next((each for each in _DECODERS if names[: len(each)] == each), None)
+        if pattern is None:
+            raise ValueError(names)
+        end = begin + len(pattern)
+        yield _DECODERS[pattern]([values for _, values in parts[begin:end]], family)
+        begin = end
+
+
+# `decode_rule` encodes its result and compares it with the rule. The decoders therefore need not check the attributes
+# that are the same in all rules.
+
+
+def _dnat(values: Sequence[Attributes], _: Family) -> nft.Statement:
+    address, port = (nested_values(each[nf.NFTA_IMMEDIATE_DATA])[nf.NFTA_DATA_VALUE] for each in values[:2])
+    return nft.Dnat(unpack_address(address), int.from_bytes(port, "big"))
+
+
+def _verdict(values: Sequence[Attributes], _: Family) -> nft.Statement:
+    verdict = nested_values(nested_values(values[0][nf.NFTA_IMMEDIATE_DATA])[nf.NFTA_DATA_VERDICT])
+    code = int.from_bytes(verdict[nf.NFTA_VERDICT_CODE], "big", signed=True)
+    if code == nf.NF_DROP:
+        return nft.Drop()
+    if code == nf.NFT_RETURN:
+        return nft.Return()
+    chain = _text(verdict[nf.NFTA_VERDICT_CHAIN])
+    return nft.Goto(chain) if code == nf.NFT_GOTO else nft.Jump(chain)
+
+
+def _lookup(values: Sequence[Attributes], _: Family) -> nft.Statement:
+    return nft.Lookup(_SOURCE, _text(values[1][nf.NFTA_LOOKUP_SET]))
+
+
+def _update_set(values: Sequence[Attributes], _: Family) -> nft.Statement:
+    return nft.UpdateSet(_text(values[1][nf.NFTA_DYNSET_SET_NAME]))
+
+
+def _network(values: Sequence[Attributes], family: Family) -> nft.Statement:
+    value, negate = _compared(values[-1])
+    length = 8 * len(value)
+    if len(values) == 3:
+        mask = nested_values(values[1][nf.NFTA_BITWISE_MASK])[nf.NFTA_DATA_VALUE]
+        length = int.from_bytes(mask, "big").bit_count()
+    address = ip_address(value.ljust(16 if family is Family.IPV6 else 4, b"\0"))
+    return nft.MatchSaddr(str(ip_network((address, length))), negate)
+
+
+def _mark(values: Sequence[Attributes], _: Family) -> nft.Statement:
+    xor = nested_values(values[1][nf.NFTA_BITWISE_XOR])[nf.NFTA_DATA_VALUE]
+    return nft.SetMark(_HOST32.unpack(xor)[0])
+
+
+def _meta(values: Sequence[Attributes], _: Family) -> nft.Statement:
+    value, negate = _compared(values[1])
+    if _BE32.unpack(values[0][nf.NFTA_META_KEY])[0] == nf.NFT_META_L4PROTO:
+        return nft.MatchL4Proto(_PROTOCOL_NAMES[value])
+    name = value.rstrip(b"\0").decode()
+    return nft.MatchIifname(name, prefix=len(value) < _INTERFACE_NAME_SIZE, negate=negate)
+
+
+def _fib(values: Sequence[Attributes], _: Family) -> nft.Statement:
+    is_source = _BE32.unpack(values[0][nf.NFTA_FIB_FLAGS])[0] == nf.NFTA_FIB_F_SADDR
+    return nft.FibLocal(KeyField.SOURCE if is_source else KeyField.DESTINATION, _compared(values[1])[1])
+
+
+def _numgen(values: Sequence[Attributes], _: Family) -> nft.Statement:
+    return nft.Numgen(_BE32.unpack(values[0][nf.NFTA_NG_MODULUS])[0])
+
+
+_DECODERS: dict[tuple[str, ...], Callable[[Sequence[Attributes], Family], nft.Statement]] = {
+    ("immediate", "immediate", "nat"): _dnat,
+    ("payload", "bitwise", "cmp"): _network,
+    ("meta", "bitwise", "meta"): _mark,
+    ("payload", "cmp"): _network,
+    ("payload", "lookup"): _lookup,
+    ("payload", "dynset"): _update_set,
+    ("meta", "cmp"): _meta,
+    ("fib", "cmp"): _fib,
+    ("numgen", "cmp"): _numgen,
+    ("immediate",): _verdict,
+}
+"""The decoder of each statement, by the names of the statement's expressions. Longer sequences come first."""
+
+
+def _compared(values: Attributes) -> tuple[bytes, bool]:
+    """Return the value of a comparison, and whether it is negated."""
+    value = nested_values(values[nf.NFTA_CMP_DATA])[nf.NFTA_DATA_VALUE]
+    return value, _BE32.unpack(values[nf.NFTA_CMP_OP])[0] == nf.NFT_CMP_NEQ
+
+
+def _text(value: bytes) -> str:
+    return value.rstrip(b"\0").decode()
