@@ -56,6 +56,9 @@ PURE = (
         "sync.log_summary",
     ),
     *("app.family_contexts", "app.node_port_addresses", "diagnose.report"),
+    *(f"diagnose.{name}" for name in ("facts", "finding", "paths", "processes", "legacy_save", "doctor")),
+    *(f"diagnose.check_{name}" for name in ("platform", "rules", "network", "cluster")),
+    "host.observed",
     *(
         "config.types",
         "config.conntrack_sysctls",
