@@ -17,6 +17,7 @@ from kproxy.config.flags import add_flags
 from kproxy.diagnose.doctor import DoctorReport, doctor_report
 from kproxy.diagnose.facts import HostFacts
 from kproxy.diagnose.finding import Finding
+from kproxy.model.printable_text import MAX_LENGTH, printable
 from kproxy.model.types import Family
 
 EPILOG = f"""\
@@ -28,7 +29,8 @@ examples:
   # without root: checks everything that needs no privileges
   kproxy doctor --kubeconfig=$HOME/.kube/config --hostname-override=node-1
   # in kproxy's Pod
-  kubectl -n kube-system exec ds/kproxy -- kproxy doctor
+  kubectl -n kube-system exec ds/kproxy -- kproxy doctor \\
+      --config=/var/lib/kube-proxy/config.conf
   # the reason codes of everything that is broken
   sudo kproxy doctor -o json \\
       | jq -r '.findings[] | select(.severity == "error") | .code'
@@ -86,8 +88,7 @@ def exit_code(report: DoctorReport) -> ExitCode:
 
 def report_lines(report: DoctorReport, style: Style) -> Iterator[str]:
     """Yield the report as text for people."""
-    name = f" {report.node_name}" if report.node_name else ""
-    yield style.bold(f"Node{name}: {report.mode} mode, Linux {report.kernel}")
+    yield style.bold(f"Node {report.node_name}: {report.mode} mode, Linux {report.kernel}")
     yield ""
     for finding in report.findings:
         yield from _finding_lines(finding, style)
@@ -111,12 +112,12 @@ def summary(report: DoctorReport, style: Style) -> str:
 
 def _finding_lines(finding: Finding, style: Style) -> Iterator[str]:
     paint = {"error": style.bad, "warning": style.warning, "info": style.dim, "ok": style.good}[finding.severity]
-    first, *rest = _wrapped(f"{finding.code}: {finding.message}", "")
+    first, *rest = _wrapped(f"{finding.code}: {printable(finding.message, MAX_LENGTH)}", "")
     code, colon, text = first.partition(":")
     yield f"{paint(finding.severity)}{' ' * (_MARGIN - len(finding.severity))}{style.bold(code)}{colon}{text}"
     yield from rest
     if finding.action:
-        yield from _wrapped(finding.action, "-> ")
+        yield from _wrapped(printable(finding.action, MAX_LENGTH), "-> ")
 
 
 def _wrapped(text: str, mark: str) -> list[str]:

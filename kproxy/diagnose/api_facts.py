@@ -20,6 +20,7 @@ from kproxy.kube.client.cluster_access import IN_CLUSTER, ClientError
 from kproxy.kube.client.http_proxy import http_proxy_for
 from kproxy.kube.client.response import ApiResponse, TransportError
 
+OK = 200
 DEADLINE_SECONDS = 1.5
 """How long all requests together may take. After that, the server counts as unreachable."""
 _CONNECT_SECONDS = 1.0
@@ -76,6 +77,8 @@ class _Inquiry:
                 self._add(problem=str(error))
         except OSError as error:
             self._add(problem=error.strerror or str(error) or "timed out")
+        except Exception as error:  # noqa: BLE001 - whatever the server sends, the other checks must be reported
+            self._add(problem=f"unexpected answer: {error!r}", answered=False)
 
     def _connect(self, server: str) -> None:
         """Fail early if the server cannot be reached directly. Raises `OSError`."""
@@ -112,7 +115,9 @@ class _Inquiry:
             if response.status in {401, 403}:
                 denied = f"list {resource}: {response.status}"
                 self._add(denied=tuple(dict.fromkeys([*self.facts.denied, denied])))
-            if response.status != 200:
+            elif response.status != OK:
+                self._add(failed=(*self.facts.failed, f"list {resource}: {response.status}"))
+            if response.status != OK:
                 return None
             try:
                 items = json.loads(response.read())["items"]

@@ -53,6 +53,12 @@ def _api(facts: HostFacts) -> Iterator[Finding]:
             f"{where} denied {', '.join(api.denied)}",
             "bind the ClusterRole system:node-proxier or the one in deploy/ to this user, or renew its credentials",
         )
+    elif api.failed:
+        yield error(
+            "APIServerFails",
+            f"{where} answers, but not as an API server should: {', '.join(api.failed)}",
+            "check that the address is that of the API server, and that the server is healthy",
+        )
     elif not trap:
         yield passed("APIServerReachable", f"{where} answers and permits what kproxy needs")
 

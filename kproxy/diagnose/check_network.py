@@ -10,8 +10,6 @@ from kproxy.diagnose import paths
 from kproxy.diagnose.facts import HostFacts
 from kproxy.diagnose.finding import Finding, error, info, passed, warning
 from kproxy.host.observed import Link
-from kproxy.model.addresses import family_of
-from kproxy.model.types import Family
 
 FULL_ENOUGH, ALMOST_FULL = 0.75, 0.9
 """Which part of the connection tracking table must be in use for a warning, and for an error."""
@@ -259,14 +257,3 @@ def _pod_links(facts: HostFacts, external: list[Link]) -> list[Link]:
 
 def _some(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-
-
-def has_address_of(facts: HostFacts, family: Family) -> bool:
-    """Return whether an interface other than loopback has an address of a family, link-local addresses aside."""
-    loopback = {link.index for link in facts.links if link.loopback}
-    return any(
-        family_of(address) is family and not address.startswith("fe80:")
-        for index, addresses in facts.addresses.items()
-        if index not in loopback
-        for address in addresses
-    )

@@ -149,7 +149,7 @@ def _leftovers(facts: HostFacts) -> Iterator[Finding]:
     own, table = facts.processes.own, _chains(facts, "table")
     variant = facts.iptables.variant if facts.iptables and not facts.iptables.problem else "nft"
     rules = _chains(facts, variant)
-    foreign = ([f"{rules.number} chains of iptables mode"] if mode == "nftables" and rules else []) + (
+    foreign = ([f"{_count(rules.number)} of iptables mode"] if mode == "nftables" and rules else []) + (
         ["the nftables table kube-proxy"] if mode == "iptables" and table else []
     )
     if foreign and not proxy_runs:
@@ -167,12 +167,12 @@ def _leftovers(facts: HostFacts) -> Iterator[Finding]:
     if mode == "nftables" and table and table.marks and not proxy_runs and not own:
         yield info(
             "KubeProxyLeftovers",
-            f"the table kube-proxy was written by kube-proxy ({table.number} chains); kproxy takes it over",
+            f"the table kube-proxy was written by kube-proxy ({_count(table.number)}); kproxy takes it over",
         )
     elif mode == "iptables" and rules and not proxy_runs and not own:
         yield info(
             "KubeProxyLeftovers",
-            f"{rules.number} chains of kube-proxy or kproxy exist; kproxy takes them over",
+            f"iptables has {_count(rules.number)} of kube-proxy or kproxy; kproxy takes them over",
         )
     if facts.rules.ipvs_interface or facts.rules.ipsets:
         parts = ["the interface kube-ipvs0"] * facts.rules.ipvs_interface
@@ -193,7 +193,7 @@ def _variants(facts: HostFacts) -> Iterator[Finding]:
     if nft and legacy:
         yield error(
             "ServiceRulesInBothVariants",
-            f"Services have rules in iptables-nft ({nft.number} chains) and iptables-legacy ({legacy.number}): "
+            f"Services have rules in iptables-nft ({_count(nft.number)}) and iptables-legacy ({legacy.number}): "
             "packets traverse both, and one of them is stale",
             "remove the stale rules, as docs/troubleshooting.md describes, or restart the node",
         )
@@ -203,7 +203,7 @@ def _variants(facts: HostFacts) -> Iterator[Finding]:
         user = f"kproxy uses {installed}" if installed and facts.settings.mode == "iptables" else "nothing updates them"
         yield error(
             "ServiceRulesInOtherVariant",
-            f"iptables-{other.place} has rules for Services ({other.number} chains), but {user}: they become stale",
+            f"iptables-{other.place} has rules for Services ({_count(other.number)}), but {user}: they become stale",
             "remove them, as docs/troubleshooting.md describes, or restart the node",
         )
         return
@@ -290,3 +290,7 @@ def _firewall(chains: list[BaseChain]) -> Finding:
         )
     advice = FIREWALL_ADVICE.get(owner, "accept packets from and to the pod network, such as 10.244.0.0/16")
     return warning("FirewallAtForward" if chain.hook == "forward" else "FirewallAtOutput", seen, advice)
+
+
+def _count(chains: int) -> str:
+    return f"{chains} chain{'s' * (chains != 1)}"

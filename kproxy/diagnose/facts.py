@@ -32,7 +32,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     """What the configuration says.
 
     `mode` is the mode that kproxy uses on this node; `mode_chosen` is true if the configuration leaves the choice to
-    kproxy. `listen` are the names of the fields with listen addresses, and these addresses as `IP:port`.
+    kproxy. `listen` maps the configuration's fields with listen addresses to these addresses, as `IP:port`.
     `localhost_node_ports` is true if NodePorts must answer on 127.0.0.1. `conntrack` are the kernel parameters that
     kproxy would change, with their new values. `ipv6` is true if the configuration names IPv6 CIDRs.
     """
@@ -90,7 +90,8 @@ class ApiFacts(Struct, frozen=True, kw_only=True):
 
     `source` is the kubeconfig's path, or says that the Pod's service account is used; it is "" if kproxy has no
     configuration for an API server. `problem` is why no request was answered, or "". `clock_offset` is the local time
-    minus the server's, in seconds. `denied` are the requests that were answered with 401 or 403, with the status.
+    minus the server's, in seconds. `denied` are the requests that were answered with 401 or 403, with the status;
+    `failed` are those with another status than 200.
     `node` is the Node with this machine's name; None with `node_missing` means that there is none, and `similar` are
     then the Nodes that have an address of this machine. `kubernetes_ips` are the ClusterIPs of the Service
     `default/kubernetes`.
@@ -104,6 +105,7 @@ class ApiFacts(Struct, frozen=True, kw_only=True):
     answered: bool = False
     clock_offset: float | None = None
     denied: tuple[str, ...] = ()
+    failed: tuple[str, ...] = ()
     node: NodeObject | None = None
     node_missing: bool = False
     similar: tuple[str, ...] = ()
@@ -111,12 +113,12 @@ class ApiFacts(Struct, frozen=True, kw_only=True):
 
 
 class ProcessFacts(Struct, frozen=True, kw_only=True):
-    """Processes in this network namespace that may proxy Services, and what holds the configured ports.
+    """Processes in this network namespace that may proxy Services, and who uses the configured ports.
 
-    `own` are the PIDs of running kproxy daemons. `proxies` are other programs. `options` are settings of these programs
-    by PID, for those that are service proxies only with some settings. `ports` maps each busy port to the name and PID
-    of its holder, or to ("", 0) if it is unknown. `all_visible` is false in a container that sees only its own
-    processes.
+    `own` are the PIDs of running kproxy daemons, `proxies` are other programs. `cilium_replaces` tells whether Cilium
+    replaces kube-proxy. `sockets` listen on a port of `Settings.listen`; `holders` are the names and PIDs of the
+    processes behind them, as far as they are known, by port. `all_visible` is false in a container that sees only its
+    own processes.
     """
 
     own: tuple[int, ...] = ()
@@ -131,9 +133,10 @@ class HostFacts(Struct, frozen=True, kw_only=True):
     """Everything that `findings` judges.
 
     `support` maps each IP family to why the kernel rejects the rules of the mode, or to ""; without privileges it is
-    empty. `parameters` are numeric kernel parameters by path relative to `/`; `writable` are those that this process
-    may change. `reverse_path` is the setting `rp_filter` of each interface. `conntrack_entries` is the number of
-    entries in this network namespace, `conntrack_drops` the packets that were dropped because the table was full.
+    empty. `parameters` are numeric kernel parameters by path relative to `/` (`kproxy.diagnose.paths`); `writable` are
+    those that this process may change. `conntrack_drops` is how many packets were dropped because the table was full.
+    `addresses` are those of each interface, by its index. `default_interfaces` are those of the default routes.
+    `open_files` is the limit of the running kproxy, or else of this process; None means that there is no limit.
     """
 
     settings: Settings

@@ -10,7 +10,8 @@ from msgspec import Struct
 from kproxy.host.observed import BaseChain
 
 _HOOKS = {"INPUT": "input", "FORWARD": "forward", "OUTPUT": "output"}
-_NO_CONDITION = re.compile(r'(?:-m comment --comment (?:"(?:[^"\\]|\\.)*"|\S+) ?)*-j (\S+)(?: --reject-with \S+)?')
+_COMMENT = re.compile(r'-m comment --comment (?:"(?:[^"\\]|\\.)*"|\S+) ?')
+_NO_CONDITION = re.compile(r"-j \S+(?: --reject-with \S+)?")
 _TARGET = re.compile(r" -[jg] (\S+)")
 _VERDICTS = {"ACCEPT": "accept", "DROP": "drop", "REJECT": "reject"}
 
@@ -33,6 +34,7 @@ class _BuiltIn(Struct):
 
     def add(self, rule: str) -> None:
         """Take the next rule into account, given without its chain."""
+        rule = _COMMENT.sub("", rule.strip())
         found = _TARGET.search(f" {rule}")
         target = found[1] if found else ""
         if self.final or not target:
