@@ -164,7 +164,7 @@ def _leftovers(facts: HostFacts) -> Iterator[Finding]:
                 "OtherModeLeftovers",
                 f"{' and '.join(foreign)} are left from another mode; kproxy removes them after its first sync",
             )
-    if mode == "nftables" and table and table.marks and not proxy_runs and not own:
+    if mode == "nftables" and table and not table.own and not proxy_runs and not own:
         yield info(
             "KubeProxyLeftovers",
             f"the table kube-proxy was written by kube-proxy ({_count(table.number)}); kproxy takes it over",

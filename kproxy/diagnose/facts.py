@@ -51,13 +51,13 @@ class Settings(Struct, frozen=True, kw_only=True):
 class ProxyChains(Struct, frozen=True):
     """Chains of a service proxy in one place: `nft` or `legacy` for iptables rules, `table` for kube-proxy's own table.
 
-    `number` is the number of chains whose names begin with KUBE-, or of all chains of the table. `marks` are names of
-    chains that reveal their owner.
+    `number` is the number of chains whose names begin with KUBE-, or of all chains of the table. `own` is
+    true for a table that has the maps of kproxy, which kube-proxy's does not have.
     """
 
     place: Literal["nft", "legacy", "table"]
     number: int
-    marks: tuple[str, ...] = ()
+    own: bool = False
 
 
 class RuleFacts(Struct, frozen=True, kw_only=True):

@@ -7,7 +7,6 @@ import os
 import resource
 import shutil
 import socket
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -29,7 +28,7 @@ from kproxy.diagnose.facts import (
 from kproxy.diagnose.legacy_save import LegacyRules, parse_legacy_save
 from kproxy.diagnose.paths import SYSCTLS, reverse_path
 from kproxy.diagnose.processes import is_kproxy, may_proxy
-from kproxy.host.chain_survey import ChainSurvey, survey_chains
+from kproxy.host.chain_survey import ChainSurvey, has_set, survey_chains
 from kproxy.host.commands import CommandError, CommandRunner, first_line, run
 from kproxy.host.interfaces import addresses_by_interface
 from kproxy.host.links import default_route_interfaces, links
@@ -49,7 +48,7 @@ from kproxy.iptables.runner import parse_version
 from kproxy.iptables.variant import FOLDER_VARIABLE, KUBELET_CHAINS, LEGACY_TABLE_FILES
 from kproxy.ipvs.cleanup import find_leftovers
 from kproxy.model.types import Family
-from kproxy.nftables.names import TABLE
+from kproxy.nftables.names import SERVICE_ENDPOINTS, TABLE
 from kproxy.nftables.probe import unsupported_reason
 
 PROGRAM_SECONDS = 1.0
@@ -217,7 +216,7 @@ def _rules(iptables: IptablesProgram) -> RuleFacts:
     tables = [name for _, table, name in survey.names if table == TABLE]
     proxies = [_proxy_chains(variant, found) for variant, found in chains.items()]
     if tables:
-        proxies.append(ProxyChains("table", len(tables), tuple(sorted({"mark-for-masquerade"}.intersection(tables)))))
+        proxies.append(ProxyChains("table", len(tables), _is_own_table()))
     interface, ipsets = _ipvs()
     base: list[BaseChain] = [*survey.base, *(chain for each in legacy for chain in each.base)]
     return RuleFacts(
@@ -235,12 +234,14 @@ def _rules(iptables: IptablesProgram) -> RuleFacts:
 
 def _proxy_chains(variant: IptablesVariant, chains: Iterable[tuple[str, str]]) -> ProxyChains:
     """Count the chains of Services. KUBE- chains that the kubelet creates do not count."""
-    names = Counter(
-        "KUBE-SERVICES" if name == "KUBE-SERVICES" else "KUBE-SVC"
-        for _, name in chains
-        if name == "KUBE-SERVICES" or name.startswith(PORT_CHAIN_PREFIXES)
-    )
-    return ProxyChains(variant, names.total(), tuple(sorted(names)))
+    prefixes = ("KUBE-SERVICES", *PORT_CHAIN_PREFIXES)
+    return ProxyChains(variant, sum(name.startswith(prefixes) for _, name in chains))
+
+
+def _is_own_table() -> bool:
+    with suppress(OSError):
+        return any(has_set(family, TABLE, SERVICE_ENDPOINTS) for family in ("ip", "ip6"))
+    return False
 
 
 def _legacy_rules(program: str, family: str, iptables: IptablesProgram) -> LegacyRules:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import struct
 from collections.abc import Iterable, Iterator
 
 from msgspec import Struct
 
-from kproxy.host.netlink import NETLINK_NETFILTER, Message, NetlinkSocket, retry_interrupted
+from kproxy.host.netlink import NETLINK_NETFILTER, Message, NetlinkError, NetlinkSocket, retry_interrupted
 from kproxy.host.netlink_message import NFGENMSG_SIZE, attribute, attributes, iterate_attributes, nfgenmsg, nfnl_type
 from kproxy.host.nf_tables_constants import (
     NFNL_SUBSYS_NFTABLES,
@@ -15,6 +16,7 @@ from kproxy.host.nf_tables_constants import (
     NFT_JUMP,
     NFT_MSG_GETCHAIN,
     NFT_MSG_GETRULE,
+    NFT_MSG_GETSET,
     NFTA_CHAIN_HOOK,
     NFTA_CHAIN_NAME,
     NFTA_CHAIN_POLICY,
@@ -30,6 +32,8 @@ from kproxy.host.nf_tables_constants import (
     NFTA_RULE_CHAIN,
     NFTA_RULE_EXPRESSIONS,
     NFTA_RULE_TABLE,
+    NFTA_SET_NAME,
+    NFTA_SET_TABLE,
     NFTA_VERDICT_CHAIN,
     NFTA_VERDICT_CODE,
 )
@@ -96,6 +100,20 @@ def _survey() -> ChainSurvey:
             effects = [effect(message) for number, message in enumerate(messages) if number < MAX_RULES]
             described.append(with_rules(chain, effects))
     return ChainSurvey(tuple(names), tuple(described))
+
+
+def has_set(family: str, table: str, name: str) -> bool:
+    """Return whether a table has a set or map with this name. `family` is as in `BaseChain`. Raises `OSError`."""
+    numbers = {known: number for number, known in FAMILIES.items()}
+    names = attribute(NFTA_SET_TABLE, table.encode() + b"\0") + attribute(NFTA_SET_NAME, name.encode() + b"\0")
+    try:
+        with NetlinkSocket(NETLINK_NETFILTER) as netlink:
+            request = nfgenmsg(numbers[family]) + names
+            return any(True for _ in netlink.get(nfnl_type(NFNL_SUBSYS_NFTABLES, NFT_MSG_GETSET), request))
+    except NetlinkError as error:
+        if error.errno == errno.ENOENT:
+            return False
+        raise
 
 
 def parse_chains(messages: Iterable[Message]) -> Iterator[tuple[BaseChain, bool]]:

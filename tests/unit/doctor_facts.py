@@ -104,7 +104,7 @@ def links(*changed: Link) -> HostFacts:
 
 def chain(hook: str = "forward", *, table: str = "filter", jumps: tuple[str, ...] = (), **changes: Any) -> HostFacts:
     """Return the facts with a base chain of another program, whose policy is `drop`."""
-    fields = {"policy": "drop", "accepts": True, "jumps": jumps} | changes
+    fields: dict[str, Any] = {"policy": "drop", "accepts": True, "jumps": jumps} | changes
     return rules(base_chains=(BaseChain("ip", table, hook.upper(), hook, 0, **fields),))
 
 
@@ -113,8 +113,8 @@ def iptables(number: tuple[int, ...] = (1, 8, 9), **changes: Any) -> HostFacts:
     return replace(settings(mode="iptables"), iptables=IptablesProgram(number=number, **changes))
 
 
-def services(*places: str, marks: tuple[str, ...] = ()) -> tuple[ProxyChains, ...]:
-    return tuple(ProxyChains(place, 12, marks) for place in places)  # type: ignore[arg-type]
+def services(*places: str, own: bool = False) -> tuple[ProxyChains, ...]:
+    return tuple(ProxyChains(place, 12, own) for place in places)  # type: ignore[arg-type]
 
 
 def listening(address: str, port: int, *, pid: int = 0, own: tuple[int, ...] = ()) -> HostFacts:
