@@ -29,39 +29,44 @@ _MAX_NODES = 500
 """Maximum number of Nodes among which a Node with an address of this machine is searched."""
 
 
-def gather_api_facts(
-    kubeconfig: str | None, server: str | None, node_name: str, own_addresses: Collection[str]
-) -> ApiFacts:
-    """Return what the API server answers within `DEADLINE_SECONDS`.
-
-    The parameters `kubeconfig` and `server` are those of `ApiClient.from_config`. `own_addresses` are the addresses of
-    this machine.
-    """
-    in_cluster = not (kubeconfig or server)
-    if in_cluster and not os.environ.get("KUBERNETES_SERVICE_HOST"):
-        return ApiFacts()
-    inquiry = _Inquiry(kubeconfig, server, node_name, own_addresses)
-    inquiry.facts = ApiFacts(source=kubeconfig or server or IN_CLUSTER, in_cluster=in_cluster)
-    thread = threading.Thread(target=inquiry.run, name="api-inquiry", daemon=True)
-    thread.start()
-    thread.join(DEADLINE_SECONDS)
-    facts = inquiry.facts
-    if thread.is_alive() and not facts.answered:
-        return msgspec.structs.replace(facts, problem=f"no answer within {DEADLINE_SECONDS:g} s")
-    return facts
-
-
-class _Inquiry:
-    """Sends the requests. `facts` are what is known so far; any thread may read them."""
+class ApiInquiry:
+    """Asks the API server in a thread of its own, so that other facts can be gathered meanwhile."""
 
     def __init__(
         self, kubeconfig: str | None, server: str | None, node_name: str, own_addresses: Collection[str]
     ) -> None:
-        self.facts = ApiFacts()
+        """Prepare the inquiry about a Node.
+
+        The parameters `kubeconfig` and `server` are those of `ApiClient.from_config`. `own_addresses` are the addresses
+        of this machine.
+        """
+        in_cluster = not (kubeconfig or server)
+        configured = not in_cluster or bool(os.environ.get("KUBERNETES_SERVICE_HOST"))
+        # What is known so far. Any thread may read it.
+        self._facts = ApiFacts(
+            source=(kubeconfig or server or IN_CLUSTER) if configured else "", in_cluster=configured and in_cluster
+        )
         self._kubeconfig, self._server, self._node_name = kubeconfig, server, node_name
         self._own_addresses = own_addresses
+        self._thread = threading.Thread(target=self._run, name="api-inquiry", daemon=True) if configured else None
+        self._deadline = 0.0
 
-    def run(self) -> None:
+    def start(self) -> None:
+        """Start to send requests, unless no API server is configured."""
+        self._deadline = time.monotonic() + DEADLINE_SECONDS
+        if self._thread:
+            self._thread.start()
+
+    def result(self) -> ApiFacts:
+        """Return what the server has answered. Waits for it until `DEADLINE_SECONDS` after the start."""
+        if self._thread:
+            self._thread.join(max(0.0, self._deadline - time.monotonic()))
+        facts = self._facts
+        if self._thread and self._thread.is_alive() and not facts.answered:
+            return msgspec.structs.replace(facts, problem=f"no answer within {DEADLINE_SECONDS:g} s")
+        return facts
+
+    def _run(self) -> None:
         try:
             client = ApiClient.from_config(self._kubeconfig, self._server)
         except (ClientError, OSError) as error:
@@ -73,7 +78,7 @@ class _Inquiry:
             self._connect(client.server)
             self._ask(client)
         except (TransportError, ClientError) as error:
-            if not self.facts.answered:
+            if not self._facts.answered:
                 self._add(problem=str(error))
         except OSError as error:
             self._add(problem=error.strerror or str(error) or "timed out")
@@ -100,7 +105,7 @@ class _Inquiry:
         self._list(
             client, "/apis/discovery.k8s.io/v1/endpointslices", {"limit": "1"}, "endpointslices.discovery.k8s.io"
         )
-        if self.facts.node_missing:
+        if self._facts.node_missing:
             found = map(_node, self._list(client, "/api/v1/nodes", {"limit": str(_MAX_NODES)}, "nodes") or ())
             own = set(self._own_addresses)
             self._add(similar=tuple(sorted(node.name for node in found if own.intersection(node.addresses))))
@@ -110,13 +115,13 @@ class _Inquiry:
     ) -> list[dict[str, Any]] | None:
         """Return the items of a list, or None if the server did not send any list."""
         with client.get(path, parameters, _READ_SECONDS) as response:
-            if not self.facts.answered:
+            if not self._facts.answered:
                 self._add(answered=True, clock_offset=_clock_offset(response))
             if response.status in {401, 403}:
                 denied = f"list {resource}: {response.status}"
-                self._add(denied=tuple(dict.fromkeys([*self.facts.denied, denied])))
+                self._add(denied=tuple(dict.fromkeys([*self._facts.denied, denied])))
             elif response.status != OK:
-                self._add(failed=(*self.facts.failed, f"list {resource}: {response.status}"))
+                self._add(failed=(*self._facts.failed, f"list {resource}: {response.status}"))
             if response.status != OK:
                 return None
             try:
@@ -126,7 +131,7 @@ class _Inquiry:
             return [item for item in items or () if isinstance(item, dict)]
 
     def _add(self, **fields: Any) -> None:
-        self.facts = msgspec.structs.replace(self.facts, **fields)
+        self._facts = msgspec.structs.replace(self._facts, **fields)
 
 
 def _clock_offset(response: ApiResponse) -> float | None:

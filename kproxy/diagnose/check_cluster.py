@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from ipaddress import ip_address
+from collections.abc import Callable, Iterator
+from ipaddress import ip_address, ip_network
 
 from kproxy.diagnose.facts import ApiFacts, HostFacts
 from kproxy.diagnose.finding import Finding, error, info, passed, warning
@@ -18,6 +18,7 @@ def check_cluster(facts: HostFacts) -> Iterator[Finding]:
     yield from _api(facts)
     yield from _clock(facts.api)
     yield from _node(facts)
+    yield from _local_traffic(facts)
     yield from _ports(facts)
 
 
@@ -125,6 +126,61 @@ def _node(facts: HostFacts) -> Iterator[Finding]:
         )
     else:
         yield passed("NodeFound", f'Node "{name}" ({origin}) exists and has an address of this machine')
+
+
+def _local_traffic(facts: HostFacts) -> Iterator[Finding]:
+    """Judge whether kproxy can recognize traffic from the pods of this node (`detectLocalMode`)."""
+    settings, node = facts.settings, facts.api.node
+    names = [link.name for link in facts.links]
+    if settings.local_mode == "NodeCIDR" and node and not node.pod_cidrs:
+        yield error(
+            "NodeWithoutPodCIDR",
+            f'Node "{node.name}" has no podCIDRs: with detectLocalMode NodeCIDR, kproxy waits for them',
+            "set kube-controller-manager --allocate-node-cidrs, or use another detectLocalMode",
+        )
+    elif settings.local_mode == "BridgeInterface" and settings.pod_bridge not in names:
+        yield _no_interface(f"interface {settings.pod_bridge}", "detectLocal.bridgeInterface")
+    elif settings.local_mode == "InterfaceNamePrefix" and not any(map(_starts(settings.pod_prefix), names)):
+        yield _no_interface(f"interface named {settings.pod_prefix}...", "detectLocal.interfaceNamePrefix")
+    if settings.local_mode != "ClusterCIDR":
+        return
+    if not settings.cluster_cidrs:
+        yield info(
+            "ClusterCIDRUnset",
+            "clusterCIDR is not set: connections from outside to ClusterIPs are not masqueraded",
+            "set --cluster-cidr (clusterCIDR) to the network of all pods, such as 10.244.0.0/16",
+        )
+        return
+    outside = [cidr for cidr in (node.pod_cidrs if node else ()) if not _is_within(cidr, settings.cluster_cidrs)]
+    if outside:
+        yield warning(
+            "PodCIDROutsideClusterCIDR",
+            f"the pods of this node ({', '.join(outside)}) are outside clusterCIDR "
+            f"({', '.join(settings.cluster_cidrs)}): their connections to ClusterIPs are masqueraded",
+            "set --cluster-cidr (clusterCIDR) to the network of all pods",
+        )
+
+
+def _no_interface(missing: str, field: str) -> Finding:
+    return warning(
+        "PodInterfaceMissing",
+        f"there is no {missing}: kproxy does not recognize traffic from the pods of this node",
+        f"correct {field}, or wait until the network plugin has started the first pod",
+    )
+
+
+def _starts(prefix: str) -> Callable[[str], bool]:
+    return lambda name: name.startswith(prefix)
+
+
+def _is_within(cidr: str, networks: tuple[str, ...]) -> bool:
+    """Return whether a CIDR is part of a network of its family. A family without networks does not restrict it."""
+    try:
+        inner = ip_network(cidr, strict=False)
+        same = [network for network in map(ip_network, networks) if network.version == inner.version]
+        return not same or any(inner.subnet_of(network) for network in same)  # type: ignore[arg-type]  # one family
+    except ValueError:
+        return True
 
 
 def _ports(facts: HostFacts) -> Iterator[Finding]:

@@ -156,8 +156,8 @@ def _leftovers(facts: HostFacts) -> Iterator[Finding]:
         if own:
             yield warning(
                 "OtherModeLeftovers",
-                f"{' and '.join(foreign)} exist although kproxy runs in {mode} mode",
-                "see kproxy's log for why they were not removed; restart kproxy to try again",
+                f"{' and '.join(foreign)} exist, although kproxy (pid {own[0]}) is running and these flags say {mode} mode",
+                "repeat the command with that kproxy's flags; if they say the same, its log has the reason",
             )
         else:
             yield info(

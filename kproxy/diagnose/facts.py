@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 
 from msgspec import Struct, field
 
-from kproxy.config.types import Mode
+from kproxy.config.types import LocalMode, Mode
 from kproxy.host.observed import BaseChain, Link, ListeningSocket, ObservedProcess
 from kproxy.model.types import Family
 
@@ -34,7 +34,8 @@ class Settings(Struct, frozen=True, kw_only=True):
     `mode` is the mode that kproxy uses on this node; `mode_chosen` is true if the configuration leaves the choice to
     kproxy. `listen` maps the configuration's fields with listen addresses to these addresses, as `IP:port`.
     `localhost_node_ports` is true if NodePorts must answer on 127.0.0.1. `conntrack` are the kernel parameters that
-    kproxy would change, with their new values. `ipv6` is true if the configuration names IPv6 CIDRs.
+    kproxy would change, with their new values. `ipv6` is true if the configuration names IPv6 CIDRs. `local_mode`,
+    `cluster_cidrs`, `pod_bridge` and `pod_prefix` say how kproxy recognizes traffic from local pods.
     """
 
     mode: Mode
@@ -46,6 +47,10 @@ class Settings(Struct, frozen=True, kw_only=True):
     localhost_node_ports: bool = False
     conntrack: Mapping[str, int] = {}
     ipv6: bool = False
+    local_mode: LocalMode = "ClusterCIDR"
+    cluster_cidrs: tuple[str, ...] = ()
+    pod_bridge: str = ""
+    pod_prefix: str = ""
 
 
 class ProxyChains(Struct, frozen=True):

@@ -15,7 +15,7 @@ from pathlib import Path
 from kproxy.config import Config, node_name
 from kproxy.config.conntrack_sysctls import PARAMETERS, sysctl_changes
 from kproxy.config.types import Mode
-from kproxy.diagnose.api_facts import gather_api_facts
+from kproxy.diagnose.api_facts import ApiInquiry
 from kproxy.diagnose.facts import (
     HostFacts,
     IptablesProgram,
@@ -107,7 +107,15 @@ def gather(
         localhost_node_ports=localhost_node_ports(resolved),
         conntrack=conntrack,
         ipv6=":" in node_cidrs,
+        local_mode=config.detect_local_mode,
+        cluster_cidrs=config.cluster_cidrs,
+        pod_bridge=config.detect_local.bridge_interface,
+        pod_prefix=config.detect_local.interface_name_prefix,
     )
+    inquiry = ApiInquiry(
+        config.client_connection.kubeconfig or None, server, name, frozenset().union(*addresses.values())
+    )
+    inquiry.start()
     process_facts = _processes(settings)
     own = process_facts.own[0] if process_facts.own else None
     return HostFacts(
@@ -129,9 +137,7 @@ def gather(
         rules=_rules(iptables),
         processes=process_facts,
         open_files=open_file_limit(own) if own else _own_file_limit(),
-        api=gather_api_facts(
-            config.client_connection.kubeconfig or None, server, name, frozenset().union(*addresses.values())
-        ),
+        api=inquiry.result(),
     )
 
 

@@ -12,13 +12,18 @@ from typing import Any
 import pytest
 
 from kproxy.diagnose import api_facts
-from kproxy.diagnose.api_facts import gather_api_facts
+from kproxy.diagnose.api_facts import ApiInquiry
 from kproxy.diagnose.facts import ApiFacts, NodeObject
 from tests.api.conftest import Cluster
 from tests.apiserver import ApiServer
 from tests.lab.objects import service
 
-ADDRESSES = ("192.0.2.11", "127.0.0.1")
+
+def ask_server(kubeconfig: str | None, server: str | None = None) -> ApiFacts:
+    """Ask about `node-1`, which is a machine with two addresses."""
+    inquiry = ApiInquiry(kubeconfig, server, "node-1", ("192.0.2.11", "127.0.0.1"))
+    inquiry.start()
+    return inquiry.result()
 
 
 def node(name: str, *addresses: str) -> dict[str, Any]:
@@ -37,7 +42,7 @@ def node(name: str, *addresses: str) -> dict[str, Any]:
 def ask(server: ApiServer, tmp_path: Path) -> Any:
     """Ask the test server about `node-1`."""
     kubeconfig = server.kubeconfig(tmp_path / "kubeconfig")
-    return lambda: gather_api_facts(str(kubeconfig), None, "node-1", ADDRESSES)
+    return lambda: ask_server(str(kubeconfig))
 
 
 def test_facts_of_a_sound_cluster(cluster: Cluster, tmp_path: Path) -> None:
@@ -45,7 +50,7 @@ def test_facts_of_a_sound_cluster(cluster: Cluster, tmp_path: Path) -> None:
     if isinstance(cluster, ApiServer):  # a real server maintains this Service itself
         cluster.create(service("kubernetes", "10.96.0.1", namespace="default"))
     kubeconfig = str(cluster.kubeconfig(tmp_path / "kubeconfig"))
-    facts = gather_api_facts(kubeconfig, None, "node-1", ADDRESSES)
+    facts = ask_server(kubeconfig)
     assert (facts.source, facts.answered, facts.problem, facts.denied, facts.failed) == (kubeconfig, True, "", (), ())
     assert facts.host == "127.0.0.1"
     assert facts.server.endswith(f"127.0.0.1:{cluster.address[1]}")
@@ -66,7 +71,7 @@ def test_missing_node_is_searched_by_its_address(server: ApiServer, ask: Any) ->
 
 def test_rejected_credentials(server: ApiServer, tmp_path: Path) -> None:
     kubeconfig = server.kubeconfig(tmp_path / "kubeconfig", token="wrong")
-    facts = gather_api_facts(str(kubeconfig), None, "node-1", ADDRESSES)
+    facts = ask_server(str(kubeconfig))
     assert facts.answered
     assert facts.denied == ("list nodes: 401", "list services: 401", "list endpointslices.discovery.k8s.io: 401")
     assert facts.node is None
@@ -102,7 +107,7 @@ def silent() -> Iterator[int]:
 def test_silent_server_costs_at_most_the_deadline(silent: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api_facts, "DEADLINE_SECONDS", 0.2)
     begin = time.monotonic()
-    facts = gather_api_facts(None, f"http://127.0.0.1:{silent}", "node-1", ADDRESSES)
+    facts = ask_server(None, f"http://127.0.0.1:{silent}")
     assert (facts.answered, facts.problem) == (False, "no answer within 0.2 s")
     assert time.monotonic() - begin < 1.4, "the deadline ends the wait, not the timeout of the read"
 
@@ -110,20 +115,20 @@ def test_silent_server_costs_at_most_the_deadline(silent: int, monkeypatch: pyte
 def test_broken_kubeconfig(tmp_path: Path) -> None:
     path = tmp_path / "kubeconfig"
     path.write_text(json.dumps({"clusters": 5}))
-    facts = gather_api_facts(str(path), None, "node-1", ADDRESSES)
+    facts = ask_server(str(path))
     assert not facts.answered
     assert facts.problem.startswith(str(path))
 
 
 def test_nothing_is_asked_without_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
-    assert gather_api_facts(None, None, "node-1", ADDRESSES) == ApiFacts()
+    assert ask_server(None) == ApiFacts()
 
 
 def test_environment_of_a_pod_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.96.0.1")
     monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "443")
-    facts = gather_api_facts(None, None, "node-1", ADDRESSES)
+    facts = ask_server(None)
     assert facts.in_cluster
     assert "service account" in facts.source
     assert facts.problem  # there is no token here

@@ -31,9 +31,12 @@ from kproxy.host.processes import listening_sockets
 from kproxy.model.types import Family
 from kproxy.nftables.probe import unsupported_reason
 from tests.apiserver import ApiServer
+from tests.lab import objects
 from tests.lab.iptables import missing_variant, restore_recording
 from tests.lab.namespace import Namespace
+from tests.lab.proxy import Daemon
 from tests.lab.requirements import UNPRIVILEGED
+from tests.lab.topology import Lab
 from tests.recordings import GOLDEN
 
 COMMAND = [sys.executable, "-m", "kproxy", "doctor"]
@@ -281,6 +284,20 @@ def test_running_kube_proxy(sound: Namespace, other_proxy: subprocess.Popen[str]
     assert f"kube-proxy (pid {other_proxy.pid}) is running" in message(report, "OtherProxyRunning")
     elsewhere = namespaces()
     assert "OtherProxyRunning" not in severities(doctor(elsewhere))
+
+
+@pytest.mark.parametrize("flag", ["--proxy-mode=nftables", "--proxy-mode=iptables"])
+def test_running_kproxy(lab: Lab, tmp_path: Path, flag: str) -> None:
+    objects.write(tmp_path / "objects.yaml", [objects.node()])
+    with Daemon(lab, tmp_path / "objects.yaml", tmp_path / "log", flag) as daemon:
+        daemon.wait_until_synced()
+        report = doctor(lab.node.namespace, flag, "--hostname-override=node-1")
+        other = doctor(lab.node.namespace, flag, "--healthz-bind-address=0.0.0.0:10249")
+    found = severities(report)
+    assert found["KproxyRunning"] == "ok"
+    assert report["errors"] == 0, report
+    assert not {"PortTaken", "OtherModeLeftovers", "KubeProxyLeftovers", "OtherProxyRunning"} & found.keys()
+    assert "PortTaken" not in severities(other), "the port belongs to kproxy itself"
 
 
 def test_interfaces(sound: Namespace) -> None:

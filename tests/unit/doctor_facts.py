@@ -22,7 +22,9 @@ from kproxy.host.observed import BaseChain, Link, ListeningSocket, ObservedProce
 from kproxy.model.types import Family
 
 LISTEN = {"healthzBindAddress": "0.0.0.0:10256", "metricsBindAddress": "127.0.0.1:10249"}
-SETTINGS = Settings(mode="nftables", node_name="node-1", host_name="node-1", listen=LISTEN)
+SETTINGS = Settings(
+    mode="nftables", node_name="node-1", host_name="node-1", listen=LISTEN, cluster_cidrs=("10.244.0.0/16",)
+)
 NODE = NodeObject(name="node-1", addresses=("192.0.2.11",), pod_cidrs=("10.244.1.0/24",))
 API = ApiFacts(
     source="/etc/kproxy/kubeconfig",

@@ -159,6 +159,17 @@ BROKEN: list[tuple[str, str, HostFacts]] = [
     ("NodeNotFound", "error", host.api(node=None, node_missing=True, similar=("node-1.example.com",))),
     ("NodeWithoutAddress", "warning", host.api(node=replace(host.NODE, addresses=()))),
     ("NodeAddressNotLocal", "warning", host.api(node=replace(host.NODE, addresses=("192.0.2.12",)))),
+    (
+        "NodeWithoutPodCIDR",
+        "error",
+        replace(
+            host.api(node=replace(host.NODE, pod_cidrs=())), settings=replace(host.SETTINGS, local_mode="NodeCIDR")
+        ),
+    ),
+    ("PodInterfaceMissing", "warning", host.settings(local_mode="BridgeInterface", pod_bridge="cbr0")),
+    ("PodInterfaceMissing", "warning", host.settings(local_mode="InterfaceNamePrefix", pod_prefix="cali")),
+    ("ClusterCIDRUnset", "info", host.settings(cluster_cidrs=())),
+    ("PodCIDROutsideClusterCIDR", "warning", host.settings(cluster_cidrs=("fd00::/48", "10.0.0.0/16"))),
     ("PortTaken", "error", host.listening("0.0.0.0", 10249)),
     ("PortTaken", "error", host.listening("::", 10256, pid=815)),
     ("PortTaken", "error", host.listening("192.0.2.11", 10256, pid=815, own=(12,))),
@@ -193,6 +204,10 @@ SOUND_VARIANTS = {
     ),
     "no limits": replace(SOUND, open_files=None),
     "IPv6 is unused": host.parameters(IPV6_FORWARDING=0),
+    "NodeCIDR": host.settings(local_mode="NodeCIDR"),
+    "an interface of pods": host.settings(local_mode="InterfaceNamePrefix", pod_prefix="veth"),
+    "a bridge of pods": host.settings(local_mode="BridgeInterface", pod_bridge="cni0"),
+    "one family in clusterCIDR": host.api(node=replace(host.NODE, pod_cidrs=("10.244.1.0/24", "fd00::/64"))),
     "IPv6 is used": host.settings(ipv6=True),
     "NodePorts on 127.0.0.1": host.parameters(
         host.settings(mode="iptables", localhost_node_ports=True), ROUTE_LOCALNET=1
