@@ -156,13 +156,14 @@ def _leftovers(facts: HostFacts) -> Iterator[Finding]:
         if own:
             yield warning(
                 "OtherModeLeftovers",
-                f"{' and '.join(foreign)} exist, although kproxy (pid {own[0]}) is running and these flags say {mode} mode",
+                f"leftovers of another mode, although kproxy (pid {own[0]}) is running and {mode} mode is configured: "
+                f"{' and '.join(foreign)}",
                 "repeat the command with that kproxy's flags; if they say the same, its log has the reason",
             )
         else:
             yield info(
                 "OtherModeLeftovers",
-                f"{' and '.join(foreign)} are left from another mode; kproxy removes them after its first sync",
+                f"leftovers of another mode: {' and '.join(foreign)}; kproxy removes them after its first sync",
             )
     if mode == "nftables" and table and not table.own and not proxy_runs and not own:
         yield info(

@@ -146,7 +146,7 @@ def test_leftovers_of_kube_proxy(sound: Namespace) -> None:
     assert severities(doctor(sound, "--proxy-mode=iptables")).items() >= {("KubeProxyLeftovers", "info")}
     report = doctor(sound, "--proxy-mode=nftables")
     assert severities(report).items() >= {("OtherModeLeftovers", "info")}
-    assert "of iptables mode are left" in message(report, "OtherModeLeftovers")
+    assert " of iptables mode; kproxy removes them" in message(report, "OtherModeLeftovers")
 
 
 def test_tables_of_kube_proxy_and_kproxy(sound: Namespace, nft: None) -> None:

@@ -257,6 +257,13 @@ def test_every_reason_code_is_tested_and_in_camel_case() -> None:
     assert [code for code in declared if not re.fullmatch(r"[A-Z][A-Za-z0-9]+", code)] == []
 
 
+def test_documentation_lists_every_error_and_warning() -> None:
+    page = (PACKAGE.parents[1] / "docs/troubleshooting.md").read_text()
+    section = page.split("\n## Check the node\n")[1].split("\n## ")[0]
+    documented = set(re.findall(r"`([A-Z]\w+)`", section.split("| --- | --- |")[1]))
+    assert documented == {code for code, severity, _ in BROKEN if severity in {"error", "warning"}}
+
+
 def test_worst_findings_come_first() -> None:
     facts = replace(host.parameters(IP_FORWARD=0, CONNTRACK_COUNT=100000), nft_version="")
     severities = [each.severity for each in findings(facts)]
