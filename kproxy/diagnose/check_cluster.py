@@ -101,7 +101,9 @@ def _clock(api: ApiFacts) -> Iterator[Finding]:
 
 def _node(facts: HostFacts) -> Iterator[Finding]:
     api, name = facts.api, facts.settings.node_name
-    origin = "hostnameOverride" if facts.settings.name_is_overridden else "host name"
+    origin = "the host name"
+    if facts.settings.name_is_overridden:
+        origin = f"hostnameOverride; the host name is {facts.settings.host_name}"
     if api.node_missing:
         if api.similar:
             action = f"set --hostname-override={api.similar[0]}: that Node has an address of this machine"

@@ -152,8 +152,7 @@ def _reverse_path(facts: HostFacts) -> Iterator[Finding]:
     everywhere = facts.parameters.get(paths.reverse_path("all"))
     if everywhere is None:
         return
-    found = uplinks(facts)
-    checked = [*found, *(link for link in facts.links if link.up and link.kind in TUNNEL_OVERHEADS)]
+    checked = uplinks(facts)
     strict = [
         link.name
         for link in checked

@@ -67,13 +67,12 @@ def gather(
     server: str | None = None,
     *,
     localhost_node_ports: Callable[[Config], bool] = lambda _: False,
-    root: Path = ROOT,
 ) -> HostFacts:
     """Return the facts about this machine and this network namespace.
 
     `config` is kproxy's configuration, with or without a mode. `server` is the value of `--master`.
-    `localhost_node_ports` returns whether a configuration with a mode needs NodePorts on 127.0.0.1. `root` is the
-    directory with the kernel parameters. Facts that need privileges are omitted if this process does not have them.
+    `localhost_node_ports` returns whether a configuration with a mode needs NodePorts on 127.0.0.1. Facts that need
+    privileges are omitted if this process does not have them.
     """
     net_admin = has_net_admin()
     ipv6_kernel = _IPV6.exists()
@@ -81,11 +80,11 @@ def gather(
     iptables = _iptables()
     mode, nftables_support = _mode(config, net_admin)
     resolved = config.resolved(mode)
-    current = read_parameters(PARAMETERS, root)
+    current = read_parameters(PARAMETERS)
     found_links = _or_empty(links)
     addresses = _addresses()
     defaults = default_route_interfaces()
-    parameters = current | read_parameters([*SYSCTLS, *_reverse_paths(found_links)], root)
+    parameters = current | read_parameters([*SYSCTLS, *_reverse_paths(found_links)])
     host_name = socket.gethostname()
     name = node_name(config, host_name)
     conntrack = sysctl_changes(config.conntrack, os.cpu_count() or 1, current) if current else {}
@@ -129,7 +128,7 @@ def gather(
         iptables=iptables,
         nft_version=_nft_version(),
         parameters=parameters,
-        writable=frozenset(path for path in {*parameters, *conntrack} if os.access(root / path, os.W_OK)),
+        writable=frozenset(path for path in {*parameters, *conntrack} if os.access(ROOT / path, os.W_OK)),
         conntrack_drops=_conntrack_drops(),
         links=found_links,
         addresses=addresses,

@@ -22,14 +22,14 @@ _INITIAL_PID_NAMESPACE = "pid:[4026531836]"
 """The initial PID namespace of the kernel has a fixed number (PROC_PID_INIT_INO in linux/proc_ns.h)."""
 
 
-def processes(root: Path = _PROC) -> tuple[ObservedProcess, ...]:
+def processes() -> tuple[ObservedProcess, ...]:
     """Return all processes that this process can see, itself and kernel threads excluded."""
-    own = _link(root / "thread-self/ns/net")
+    own = _link(_PROC / "thread-self/ns/net")
     found = []
-    for pid in _pids(root):
+    for pid in _pids():
         if pid == os.getpid():
             continue
-        folder = root / str(pid)
+        folder = _PROC / str(pid)
         try:
             argv = (folder / "cmdline").read_bytes().rstrip(b"\0").decode(errors="replace").split("\0")
             name = (folder / "comm").read_text(errors="replace").strip()
@@ -42,17 +42,17 @@ def processes(root: Path = _PROC) -> tuple[ObservedProcess, ...]:
     return tuple(found)
 
 
-def in_initial_pid_namespace(root: Path = _PROC) -> bool:
+def in_initial_pid_namespace() -> bool:
     """Return whether this process can see all processes of the machine."""
-    return _link(root / "self/ns/pid") == _INITIAL_PID_NAMESPACE
+    return _link(_PROC / "self/ns/pid") == _INITIAL_PID_NAMESPACE
 
 
-def listening_sockets(root: Path = _PROC) -> tuple[ListeningSocket, ...]:
+def listening_sockets() -> tuple[ListeningSocket, ...]:
     """Return the listening TCP sockets of this network namespace."""
     found: list[ListeningSocket] = []
     for name in ("tcp", "tcp6"):
         with suppress(OSError):
-            found += parse_listening((root / "thread-self/net" / name).read_text())
+            found += parse_listening((_PROC / "thread-self/net" / name).read_text())
     return tuple(found)
 
 
@@ -65,12 +65,12 @@ def parse_listening(text: str) -> Iterator[ListeningSocket]:
             yield ListeningSocket(_address(address), int(port, 16), int(fields[9]))
 
 
-def socket_owners(inodes: Collection[int], root: Path = _PROC) -> dict[int, int]:
+def socket_owners(inodes: Collection[int]) -> dict[int, int]:
     """Return the PID of a process that has each socket open. Sockets of other users' processes need root."""
     owners: dict[int, int] = {}
-    for pid in _pids(root):
+    for pid in _pids():
         with suppress(OSError):
-            for entry in os.scandir(root / str(pid) / "fd"):
+            for entry in os.scandir(_PROC / str(pid) / "fd"):
                 match = _SOCKET.fullmatch(_link(Path(entry.path)))
                 if match and int(match[1]) in inodes:
                     owners[int(match[1])] = pid
@@ -79,16 +79,16 @@ def socket_owners(inodes: Collection[int], root: Path = _PROC) -> dict[int, int]
     return owners
 
 
-def open_file_limit(pid: int, root: Path = _PROC) -> int | None:
+def open_file_limit(pid: int) -> int | None:
     """Return the soft limit of open files of a process, or None if it is unlimited or cannot be read."""
     with suppress(OSError):
-        match = re.search(r"^Max open files +(\d+)", (root / str(pid) / "limits").read_text(), re.MULTILINE)
+        match = re.search(r"^Max open files +(\d+)", (_PROC / str(pid) / "limits").read_text(), re.MULTILINE)
         return int(match[1]) if match else None
     return None
 
 
-def _pids(root: Path) -> Iterator[int]:
-    return (int(name) for name in os.listdir(root) if name.isdecimal())
+def _pids() -> Iterator[int]:
+    return (int(name) for name in os.listdir(_PROC) if name.isdecimal())
 
 
 def _link(path: Path) -> str:

@@ -313,12 +313,14 @@ def test_interfaces(sound: Namespace) -> None:
     sound.run(["ip", "link", "add", "cni0", "type", "bridge"])
     sound.run(["ip", "link", "add", "pod", "type", "veth", "peer", "name", "peer"])
     sound.run(["ip", "link", "set", "pod", "master", "cni0"])
+    sound.run(["ip", "addr", "add", "198.51.100.2/24", "dev", "other"])
+    sound.run(["ip", "route", "add", "default", "via", "198.51.100.1", "metric", "10"])
     sound.sysctl(ipv4__conf__all__rp_filter=1)
     found = {link.name: link for link in sound.call(links)}
     assert found["lo"].loopback
     assert (found["flannel.1"].kind, found["flannel.1"].mtu, found["flannel.1"].up) == ("vxlan", 1500, True)
     assert found["pod"].master == found["cni0"].index
-    assert sound.call(default_route_interfaces) == ("uplink",)
+    assert sound.call(default_route_interfaces) == ("other", "uplink")
     report = doctor(sound)
     assert severities(report)["TunnelMTUTooLarge"] == "error"
     assert severities(report)["StrictReversePathFilter"] == "warning"

@@ -119,11 +119,6 @@ BROKEN: list[tuple[str, str, HostFacts]] = [
     (
         "StrictReversePathFilter",
         "warning",
-        replace(SOUND, parameters=host.PARAMETERS | {paths.reverse_path("all"): 1}),
-    ),
-    (
-        "StrictReversePathFilter",
-        "warning",
         replace(
             host.links(*TWO_UPLINKS),
             default_interfaces=("eth0", "eth1"),
@@ -199,9 +194,7 @@ SOUND_VARIANTS = {
         BRIDGE_IP6TABLES=None,
     ),
     "Cilium's tunnel": host.links(Link(5, "cilium_vxlan", 1500, "vxlan")),
-    "strict, but one way": replace(
-        host.links(replace(host.TUNNEL, up=False)), parameters=host.PARAMETERS | {paths.reverse_path("all"): 1}
-    ),
+    "strict, but one way": replace(SOUND, parameters=host.PARAMETERS | {paths.reverse_path("all"): 1}),
     "no limits": replace(SOUND, open_files=None),
     "IPv6 is unused": host.parameters(IPV6_FORWARDING=0),
     "NodeCIDR": host.settings(local_mode="NodeCIDR"),
