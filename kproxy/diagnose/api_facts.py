@@ -21,10 +21,10 @@ from kproxy.kube.client.http_proxy import http_proxy_for
 from kproxy.kube.client.response import ApiResponse, TransportError
 
 OK = 200
-DEADLINE_SECONDS = 1.5
+DEADLINE_SECONDS = 1.3
 """How long all requests together may take. After that, the server counts as unreachable."""
-_CONNECT_SECONDS = 1.0
-_READ_SECONDS = 1.4
+_CONNECT_SECONDS = 0.9
+_READ_SECONDS = 2.0
 _MAX_NODES = 500
 """Maximum number of Nodes among which a Node with an address of this machine is searched."""
 
@@ -44,7 +44,9 @@ class ApiInquiry:
         configured = not in_cluster or bool(os.environ.get("KUBERNETES_SERVICE_HOST"))
         # What is known so far. Any thread may read it.
         self._facts = ApiFacts(
-            source=(kubeconfig or server or IN_CLUSTER) if configured else "", in_cluster=configured and in_cluster
+            source=(kubeconfig or server or IN_CLUSTER) if configured else "",
+            in_cluster=configured and in_cluster,
+            host=os.environ.get("KUBERNETES_SERVICE_HOST", "") if in_cluster else "",
         )
         self._kubeconfig, self._server, self._node_name = kubeconfig, server, node_name
         self._own_addresses = own_addresses
@@ -63,7 +65,7 @@ class ApiInquiry:
             self._thread.join(max(0.0, self._deadline - time.monotonic()))
         facts = self._facts
         if self._thread and self._thread.is_alive() and not facts.answered:
-            return msgspec.structs.replace(facts, problem=f"no answer within {DEADLINE_SECONDS:g} s")
+            return msgspec.structs.replace(facts, problem=f"no answer within {DEADLINE_SECONDS:g} s", slow=True)
         return facts
 
     def _run(self) -> None:

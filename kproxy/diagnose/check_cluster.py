@@ -36,17 +36,12 @@ def _api(facts: HostFacts) -> Iterator[Finding]:
     if trap:
         yield error(
             "APIServerThroughService",
-            f"{api.server} {trap}: it works only while a proxy runs, so kproxy cannot start after a reboot",
+            f"{api.server or api.host} {trap}: it works only while a proxy runs, so kproxy cannot start after a reboot",
             "configure the real address of the API server: KUBERNETES_SERVICE_HOST and KUBERNETES_SERVICE_PORT in the "
             "DaemonSet, or a kubeconfig",
         )
     if not api.answered:
-        if not trap:
-            yield error(
-                "APIServerUnreachable" if api.server else "APIConfigurationInvalid",
-                f"{where}: {api.problem}",
-                "check the address, firewalls and the server's certificate; kproxy keeps existing rules meanwhile",
-            )
+        yield from _no_answer(api, where, explained=bool(trap))
         return
     if api.denied:
         yield error(
@@ -62,6 +57,30 @@ def _api(facts: HostFacts) -> Iterator[Finding]:
         )
     elif not trap:
         yield passed("APIServerReachable", f"{where} answers and permits what kproxy needs")
+
+
+def _no_answer(api: ApiFacts, where: str, *, explained: bool) -> Iterator[Finding]:
+    """Judge why there was no answer. `explained` is true if another finding has the reason."""
+    if not api.server:
+        yield error(
+            "APIConfigurationInvalid",
+            api.problem if api.problem.startswith(api.source) else f"{api.source}: {api.problem}",
+            "correct the kubeconfig; in a Pod, mount the token of its service account",
+        )
+    elif explained:
+        return
+    elif api.slow:
+        yield warning(
+            "APIServerSlow",
+            f"{where}: {api.problem}; the Node and the permissions were not checked",
+            "repeat the command; if the server stays slow, check its load and the network",
+        )
+    else:
+        yield error(
+            "APIServerUnreachable",
+            f"{where}: {api.problem}",
+            "check the address, firewalls and the server's certificate; kproxy keeps existing rules meanwhile",
+        )
 
 
 def _service_ip(api: ApiFacts) -> str:

@@ -94,12 +94,13 @@ class ApiFacts(Struct, frozen=True, kw_only=True):
     """What a few requests to the API server showed.
 
     `source` is the kubeconfig's path, or says that the Pod's service account is used; it is "" if kproxy has no
-    configuration for an API server. `problem` is why no request was answered, or "". `clock_offset` is the local time
-    minus the server's, in seconds. `denied` are the requests that were answered with 401 or 403, with the status;
-    `failed` are those with another status than 200.
-    `node` is the Node with this machine's name; None with `node_missing` means that there is none, and `similar` are
-    then the Nodes that have an address of this machine. `kubernetes_ips` are the ClusterIPs of the Service
-    `default/kubernetes`.
+    configuration for an API server. `server` is its URL, or "" if the configuration is invalid; `host` may be known
+    even then. `problem` is why no request was answered, or "". `slow` is true if an answer may still come.
+
+    `clock_offset` is the local time minus the server's, in seconds. `denied` are the requests that were answered with
+    401 or 403, with the status; `failed` are those with another status than 200. `node` is the Node with this machine's
+    name. None with `node_missing` means that there is none, and `similar` are then the Nodes that have an address of
+    this machine. `kubernetes_ips` are the ClusterIPs of the Service `default/kubernetes`.
     """
 
     source: str = ""
@@ -108,6 +109,7 @@ class ApiFacts(Struct, frozen=True, kw_only=True):
     host: str = ""
     problem: str = ""
     answered: bool = False
+    slow: bool = False
     clock_offset: float | None = None
     denied: tuple[str, ...] = ()
     failed: tuple[str, ...] = ()

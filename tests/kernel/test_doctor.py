@@ -8,7 +8,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from tests.lab.namespace import Namespace
 from tests.lab.proxy import Daemon
 from tests.lab.requirements import UNPRIVILEGED
 from tests.lab.topology import Lab
+from tests.lab.waiting import wait_until
 from tests.recordings import GOLDEN
 
 COMMAND = [sys.executable, "-m", "kproxy", "doctor"]
@@ -271,8 +271,8 @@ def other_proxy(sound: Namespace, tmp_path: Path) -> Iterator[subprocess.Popen[s
     shutil.copy(shutil.which("sleep") or "sleep", program)
     with (tmp_path / "log").open("w") as log:
         process = sound.popen([str(program), "600"], log)
-    while Path(f"/proc/{process.pid}/comm").read_text().strip() != "kube-proxy":
-        time.sleep(0.01)  # setpriv has not yet executed the program
+    name = Path(f"/proc/{process.pid}/comm")
+    wait_until(lambda: name.read_text().strip() == "kube-proxy", "setpriv executes the program")
     yield process
     process.kill()
     process.wait()
