@@ -22,6 +22,7 @@ COMMANDS = {
     "status": "show the state of the daemon on this node",
     "bundle": "collect everything for a bug report in one archive",
     "log-level": "show or change the log verbosity of the daemon on this node",
+    "doctor": "check whether kproxy can work on this node, and what may disturb it",
     "completion": "print a shell completion script",
 }
 """The commands and their summaries. Each command is defined by the module of the same name in this package."""

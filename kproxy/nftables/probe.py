@@ -9,10 +9,14 @@ import logging
 import os
 
 from kproxy.host.commands import PROBE_TIMEOUT_SECONDS, InconclusiveError
+from kproxy.host.netlink import BatchRejectedError, BatchSocket
+from kproxy.host.netlink_message import nfgenmsg, nfnl_type
+from kproxy.host.nf_tables_constants import NFNL_SUBSYS_NFTABLES
 from kproxy.model.context import Context, LocalTraffic
 from kproxy.model.plan import ServicePortPlan, TrafficDecision
 from kproxy.model.types import Family
 from kproxy.nftables.diff import NftablesDiff
+from kproxy.nftables.encode import TransactionEncoder
 from kproxy.nftables.kernel import NetlinkCommit, NftCommit, TableError
 from kproxy.nftables.ledger import NftablesLedger
 from kproxy.nftables.render import render_service
@@ -20,6 +24,8 @@ from kproxy.nftables.transaction import Transaction
 
 log = logging.getLogger(__name__)
 PROBE_TABLE = "kproxy-probe"
+_UNKNOWN_MESSAGE = 0xFF
+"""A message type that does not exist in nf_tables. The kernel rejects every batch that contains it."""
 # TEST-NET-1 (RFC 5737) and the IPv6 documentation prefix (RFC 3849)
 _ADDRESSES = {
     Family.IPV4: ("192.0.2.1", "192.0.2.2:1", "192.0.2.0/24"),
@@ -60,6 +66,24 @@ def choose_commit(family: Family) -> NetlinkCommit | NftCommit:
         "%s: falling back to the program nft, which is slower, because netlink failed: %s", family.value, netlink_error
     )
     return NftCommit(family)
+
+
+def unsupported_reason(family: Family) -> str:
+    """Return why the kernel rejects the objects of nftables mode, or "" if it accepts them. Changes nothing.
+
+    The batch is the one of `choose_commit` with a message of an unknown type at its end, so the kernel rejects it as a
+    whole: other programs get no notification, and the generation ID stays the same. Raises `OSError`.
+    """
+    messages = list(TransactionEncoder(family, PROBE_TABLE).encode(probe_transaction(family)))
+    batch = [(each.type, each.flags, each.payload) for each in messages]
+    with BatchSocket(NFNL_SUBSYS_NFTABLES) as netlink:
+        try:
+            netlink.commit([*batch, (nfnl_type(NFNL_SUBSYS_NFTABLES, _UNKNOWN_MESSAGE), 0, nfgenmsg())])
+        except BatchRejectedError as error:
+            first = error.rejections[0]
+    if first.index < 0:
+        return first.reason
+    return f"{messages[first.index].subject}: {first.reason}" if first.index < len(messages) else ""
 
 
 def probe_transaction(family: Family) -> Transaction:

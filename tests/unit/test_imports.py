@@ -65,6 +65,9 @@ PURE = (
         "diagnose.anonymize",
         "kube.manifests.encode",
     ),
+    *(f"diagnose.{name}" for name in ("facts", "finding", "paths", "processes", "legacy_save", "doctor")),
+    *(f"diagnose.check_{name}" for name in ("platform", "rules", "network", "cluster")),
+    "host.observed",
     *(
         "config.types",
         "config.conntrack_sysctls",

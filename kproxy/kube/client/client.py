@@ -59,6 +59,11 @@ class ApiClient:
         """
         return cls(kubeconfig, server)
 
+    @property
+    def server(self) -> str:
+        """The server's URL."""
+        return self._access.server
+
     def get(
         self,
         path: str,
