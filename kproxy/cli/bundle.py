@@ -169,11 +169,11 @@ def _objects_text(pages: list[ObjectPage], anonymizer: Anonymizer | None) -> str
 
 
 def _status() -> object:
-    from kproxy.cli.status import read_conntrack
+    from kproxy.cli.status import host_findings, read_conntrack
     from kproxy.diagnose.report import document
     from kproxy.diagnose.status import make_status
 
-    return document(make_status(fetch_status(), read_conntrack()))
+    return document(make_status(fetch_status(), read_conntrack(), host_findings()))
 
 
 def _versions() -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Iterator
 
-from kproxy.cli.console import show
-from kproxy.cli.control_client import fetch_status
+from kproxy.cli.console import CannotTellError, show
+from kproxy.cli.control_client import fetch_configuration, fetch_status
 from kproxy.cli.output import ExitCode, Style, add_output_flag, show_report, table, terminal_style
 from kproxy.cli.parser import COMMANDS, HelpFormatter
+from kproxy.diagnose.finding import Finding
 from kproxy.diagnose.status import ConntrackUse, Status, make_status
 from kproxy.host.sysctl import read_parameters
 from kproxy.model.daemon_status import FamilyStatus
@@ -50,8 +52,9 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _status(options: argparse.Namespace) -> int:
+    host = host_findings()
     while True:
-        report = make_status(fetch_status(), read_conntrack())
+        report = make_status(fetch_status(), read_conntrack(), host)
         if options.watch and options.output == "text" and terminal_style().colored:
             show(_CLEAR)
         show_report(report, options.output, lambda style, report=report: status_lines(report, style))  # type: ignore[misc]
@@ -61,6 +64,22 @@ def _status(options: argparse.Namespace) -> int:
             time.sleep(WATCH_SECONDS)
         except KeyboardInterrupt:
             return ExitCode.WORKS
+
+
+def host_findings() -> tuple[Finding, ...]:
+    """Return what `kproxy doctor` finds with the daemon's configuration. Raises `CannotTellError`."""
+    from kproxy.cli.doctor import host_facts
+    from kproxy.config import ConfigError
+    from kproxy.config.load import load_config
+    from kproxy.diagnose.doctor import findings
+
+    document = {"apiVersion": "kubeproxy.config.k8s.io/v1alpha1", "kind": "KubeProxyConfiguration"}
+    text = json.dumps({**document, **fetch_configuration()}).encode()
+    try:
+        config, _ = load_config(text, "the daemon's configuration")
+    except ConfigError as error:
+        raise CannotTellError(str(error)) from None
+    return findings(host_facts(config, None))
 
 
 def read_conntrack() -> ConntrackUse | None:
@@ -93,6 +112,9 @@ def status_lines(report: Status, style: Style) -> Iterator[str]:
         share = f" ({100 * used / most:.0f} %)" if most else ""
         rows.append(("conntrack", f"{used:,} of {most:,} entries{share}"))
     yield from table(rows)
+    for finding in report.host:
+        mark = style.bad("x") if finding.severity == "error" else style.warning("!")
+        yield f"host          {mark} {finding.code}: {finding.message}"
     for family in daemon.families:
         yield ""
         yield from _family_lines(family, style)

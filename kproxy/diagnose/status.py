@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
+from kproxy.diagnose.finding import Finding
 from kproxy.diagnose.report import Report, ReportPart
 from kproxy.model.daemon_status import DaemonStatus, FamilyStatus
 
@@ -32,21 +33,29 @@ class StatusProblem(ReportPart, frozen=True, kw_only=True):
 
 
 class Status(Report, frozen=True, kw_only=True):
-    """The state of a node's proxy. `problems` are in order of importance; without any, `health` is Healthy."""
+    """The state of a node's proxy. `problems` are in order of importance; without any, `health` is Healthy.
+
+    `host` are the errors and warnings of `kproxy doctor`.
+    """
 
     health: Literal["Healthy", "Degraded", "Unhealthy"]
     problems: tuple[StatusProblem, ...]
     daemon: DaemonStatus
     conntrack: ConntrackUse | None = None
+    host: tuple[Finding, ...] = ()
 
 
-def make_status(daemon: DaemonStatus, conntrack: ConntrackUse | None) -> Status:
-    """Judge the state of a daemon."""
+def make_status(daemon: DaemonStatus, conntrack: ConntrackUse | None, host: tuple[Finding, ...] = ()) -> Status:
+    """Judge the state of a daemon.
+
+    `host` are the findings of `kproxy doctor`. Errors and warnings among them are shown, but do not affect `health`.
+    """
     problems = sorted(_problems(daemon, conntrack), key=lambda each: not each.unhealthy)
     health: Literal["Healthy", "Degraded", "Unhealthy"] = "Degraded" if problems else "Healthy"
     if any(each.unhealthy for each in problems):
         health = "Unhealthy"
-    return Status(health=health, problems=tuple(problems), daemon=daemon, conntrack=conntrack)
+    shown = tuple(each for each in host if each.severity in {"error", "warning"})
+    return Status(health=health, problems=tuple(problems), daemon=daemon, conntrack=conntrack, host=shown)
 
 
 def _problems(daemon: DaemonStatus, conntrack: ConntrackUse | None) -> Iterator[StatusProblem]:
