@@ -19,6 +19,7 @@ COMMANDS = {
     "run": "keep the node's rules in sync with the cluster, or with files",
     "apply": "program the node once, from files",
     "render": "print the rules for the objects in files, without changing anything",
+    "explain": "say why a Service works on this node or does not, and what to do",
     "completion": "print a shell completion script",
 }
 """The commands and their summaries. Each command is defined by the module of the same name in this package."""
@@ -37,6 +38,8 @@ examples:
   kproxy apply --objects=all.yaml
   # print the rules, without root privileges
   kproxy render --objects=all.yaml --family=ipv4
+  # say why a Service does not work on this node
+  kproxy explain shop/api
   # stop proxying: remove the rules of kproxy and kube-proxy
   kproxy run --cleanup
 

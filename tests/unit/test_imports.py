@@ -56,6 +56,9 @@ PURE = (
         "sync.log_summary",
     ),
     *("app.family_contexts", "app.node_port_addresses", "diagnose.report"),
+    *(f"diagnose.{name}" for name in ("explain", "explain_facts", "explain_notes", "explain_report", "client_view")),
+    *(f"diagnose.{name}" for name in ("cluster_objects", "endpoint_use", "pods", "port_case", "port_reasons")),
+    *(f"diagnose.{name}" for name in ("rejection_cause", "rules_problem", "service_problem")),
     *(
         "config.types",
         "config.conntrack_sysctls",

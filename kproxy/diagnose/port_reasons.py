@@ -1,0 +1,123 @@
+"""Why a port with endpoints works only in part: contested frontends, stale flows, load balancers, hints. Pure."""
+
+from __future__ import annotations
+
+from kproxy.diagnose.explain_facts import Facts
+from kproxy.diagnose.explain_report import Reason
+from kproxy.diagnose.pods import plural
+from kproxy.diagnose.port_case import PortCase, known_endpoints, own_flows
+from kproxy.model.addresses import family_of
+from kproxy.model.types import Family
+
+
+def conflict_reason(facts: Facts, case: PortCase) -> Reason | None:
+    """Return the reason if another Service owns one of the frontends."""
+    if not case.lost:
+        return None
+    conflict = case.lost[0]
+    owner = conflict.owner.partition(":")[0]
+    more = tuple(f"{each.frontend} goes to {each.owner}, too" for each in case.lost[1:4])
+    message = f"{conflict.frontend} belongs to {conflict.owner}, which also claims it: its clients reach that Service"
+    if conflict.frontend.startswith("NodePort"):
+        fix = f"choose another nodePort in {facts.key} or in {owner}"
+        return Reason(code="PortConflict", message=message, details=more, fix=fix)
+    fix = f"remove the address from {facts.key} or from {owner}, or use different ports"
+    return Reason(code="AddressConflict", message=message, details=more, fix=fix)
+
+
+def stale_reason(facts: Facts, case: PortCase) -> Reason | None:
+    """Return the reason if tracked connections go to an address that is no endpoint."""
+    stale = sorted(own_flows(facts, case, stale=True), key=lambda each: each.protocol != "UDP")
+    if not stale:
+        return None
+    first = stale[0]
+    count = sum(each.count for each in stale)
+    family = "ipv6" if first.family is Family.IPV6 else "ipv4"
+    protocol = first.protocol.lower()
+    address, _, port = first.frontend.rpartition(":")
+    destination = f" --orig-dst {address.strip('[]')}" if address else ""
+    command = f"conntrack -D -f {family} -p {protocol}{destination} --dport {port}"
+    return Reason(
+        code="StaleConntrack",
+        message=f"{plural(count, 'tracked ' + first.protocol + ' flow')} to {first.frontend} still "
+        f"{'goes' if count == 1 else 'go'} to {first.endpoint}, which is no longer an endpoint",
+        details=("new flows reach the current endpoints; a client that keeps its source port does not",),
+        fix=f"delete the entries: {command}",
+    )
+
+
+def only_terminating(facts: Facts, case: PortCase) -> Reason | None:
+    """Return the reason if all endpoints in use are terminating."""
+    for family, plan in case.plans.items():
+        known = known_endpoints(facts, case, family)
+        used = [known[socket] for socket in plan.reachable_endpoints if socket in known]
+        if used and all(endpoint.terminating and not endpoint.ready for endpoint in used):
+            count = len(used)
+            subject = "its only endpoint is" if count == 1 else f"all {count} endpoints are"
+            return Reason(
+                code="OnlyTerminating",
+                message=f"{subject} terminating: connections work only until the pods have ended",
+                fix="start pods that stay: check the replicas of the Deployment and whether new pods become ready",
+            )
+    return None
+
+
+def balancer_pending(facts: Facts, case: PortCase) -> Reason | None:
+    """Return the reason if a Service of type LoadBalancer has no load balancer address."""
+    raw = facts.objects.service_object(facts.key) if facts.objects else None
+    if raw is None or raw.spec.type != "LoadBalancer" or raw.ingress:
+        return None
+    reached = f"; clients can use NodePort {case.port.node_port}" if case.port.node_port else ""
+    return Reason(
+        code="LoadBalancerPending",
+        message=f"the load balancer has no address yet (status.loadBalancer is empty){reached}",
+        fix="see the events of the Service; a cluster without a cloud provider needs a controller such as MetalLB",
+    )
+
+
+def node_port_reason(facts: Facts, case: PortCase) -> Reason | None:
+    """Return the reason if no address of this node accepts connections to the NodePort."""
+    if not case.port.node_port:
+        return None
+    closed = [family for family in case.plans if facts.context(family).node_port_addresses == ()]
+    node = facts.node
+    families = {family_of(address) for address in node.addresses} if node is not None else set()
+    closed = [family for family in closed if family in families]
+    open_families = [family for family in case.plans if family in families and family not in closed]
+    if not closed or open_families:
+        return None
+    addresses = ", ".join(node.addresses) if node is not None else ""
+    return Reason(
+        code="NodePortNotOnThisAddress",
+        message=f"no address of {facts.node_name} accepts NodePort {case.port.node_port}",
+        details=(f"nodePortAddresses selects none of its addresses: {addresses}",),
+        fix="correct nodePortAddresses (--nodeport-addresses) in the configuration of kproxy",
+    )
+
+
+def hints_reason(facts: Facts, case: PortCase) -> Reason | None:
+    """Return the reason if all endpoints have hints, but none of them is for this node or its zone."""
+    for family in case.plans:
+        context = facts.context(family)
+        ready = [each for each in known_endpoints(facts, case, family).values() if each.ready]
+        if not ready or not all(each.for_zones or each.for_nodes for each in ready):
+            continue
+        near = any(context.node_name in each.for_nodes or context.zone in each.for_zones for each in ready)
+        if near or (not all(each.for_zones for each in ready) and not all(each.for_nodes for each in ready)):
+            continue
+        zones = sorted({zone for each in ready for zone in each.for_zones})
+        nodes = sorted({name for each in ready for name in each.for_nodes})
+        named = f"zones {', '.join(zones)}" if zones else f"nodes {', '.join(nodes)}"
+        if zones and not context.zone:
+            own = f"{facts.node_name} has no zone"
+            fix = "add the label topology.kubernetes.io/zone to the Node"
+        else:
+            own = f"{facts.node_name} is in zone {context.zone}" if zones else f"this is {facts.node_name}"
+            fix = "run endpoints in this zone, or remove trafficDistribution or the topology mode of the Service"
+        return Reason(
+            code="HintsExcludeThisNode",
+            message=f"the topology hints name only {named}, and {own}",
+            details=("so the hints are ignored here: connections go to endpoints everywhere",),
+            fix=fix,
+        )
+    return None
