@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -122,7 +123,9 @@ def gather(
     if daemon is not None:
         node_name, config = daemon.node_name, _in_mode(config, daemon.mode)
     config = config if config.mode else config.resolved("nftables")
-    objects = _read_objects(options, key, node_name, sources)
+    objects = _read_files(options.objects, sources) if options.objects else _read_api(options, key, node_name, sources)
+    if objects is not None and objects.slices is None and daemon is None:
+        objects = None  # without EndpointSlices, the answer would be wrong
     if objects is None and daemon is None:
         reasons = "; ".join(f"{each.name}: {each.detail}" for each in sources if not each.used)
         raise CannotTellError(f"cannot explain {key}: no source of facts could be read: {reasons}; use --objects=PATH")
@@ -161,20 +164,34 @@ def _ask_daemon(
     return state
 
 
-def _read_objects(
-    options: argparse.Namespace, key: str, node_name: str, sources: list[ExplainSource]
-) -> ClusterObjects | None:
+def _read_files(path: str, sources: list[ExplainSource]) -> ClusterObjects:
     from kproxy.diagnose.explain_report import ExplainSource
     from kproxy.diagnose.object_files import ObjectFilesError, read_object_files
 
-    if options.objects:
-        try:
-            objects = read_object_files(options.objects)
-        except ObjectFilesError as error:
-            raise CannotTellError(str(error)) from None
-        sources.append(ExplainSource(name="objects", used=True, detail=options.objects))
-        return objects
-    return None
+    try:
+        objects = read_object_files(path)
+    except ObjectFilesError as error:
+        raise CannotTellError(str(error)) from None
+    sources.append(ExplainSource(name="objects", used=True, detail=path))
+    return objects
+
+
+def _read_api(
+    options: argparse.Namespace, key: str, node_name: str, sources: list[ExplainSource]
+) -> ClusterObjects | None:
+    """Read the objects from the API server with the caller's own credentials, or return None."""
+    from kproxy.diagnose.cluster_reader import ClusterReadError, own_kubeconfig, read_cluster
+    from kproxy.diagnose.explain_report import ExplainSource
+
+    try:
+        kubeconfig = own_kubeconfig(getattr(options, "kubeconfig", None), os.environ)
+        objects, problems = read_cluster(kubeconfig, key, node_name, all_nodes=bool(options.client))
+    except ClusterReadError as error:
+        sources.append(ExplainSource(name="API server", used=False, detail=str(error)))
+        return None
+    sources.append(ExplainSource(name="API server", used=True, detail=kubeconfig or "in-cluster service account"))
+    sources += (ExplainSource(name="API server", used=False, detail=problem) for problem in problems)
+    return objects
 
 
 def _contexts(

@@ -41,7 +41,9 @@ def locate(facts: Facts, address: str) -> ClientPlace:
         return known
     sees_cluster = any(each.addresses for each in facts.nodes) or facts.node is not None
     has_cidr = bool(facts.context(family_of(address)).local_traffic.cidr)
-    return ClientPlace(address, "outside the cluster", inside=False if sees_cluster or has_cidr else None)
+    if sees_cluster or has_cidr:
+        return ClientPlace(address, "outside the cluster", inside=False)
+    return ClientPlace(address, "not known to be in the cluster: no Nodes were seen", inside=None)
 
 
 def _node_at(facts: Facts, address: str) -> ClientPlace | None:
@@ -104,7 +106,7 @@ def client_reason(
             fix="set spec.ipFamilyPolicy to PreferDualStack, or let the client use the other family",
         )
         return "NOT PROGRAMMED", reason
-    if client.inside is False:
+    if not client.inside:
         return _outside(facts, plan, client)
     if plan.internal is TrafficDecision.DROP:
         return "DROPPED", no_local_endpoints(facts, plan, internal=True)
@@ -115,7 +117,7 @@ def _outside(facts: Facts, plan: ServicePortPlan, client: ClientPlace) -> tuple[
     if not plan.externally_accessible:
         reason = Reason(
             code="ReachedOnlyFromInside",
-            message=f"{client.address} is outside the cluster, and the Service has only a ClusterIP",
+            message=f"{client.address} is {client.location}, and the Service has only a ClusterIP",
             details=("networks outside the cluster have no route to ClusterIPs",),
             fix="set spec.type to NodePort or LoadBalancer, or use an Ingress or kubectl port-forward",
         )
@@ -164,10 +166,10 @@ def for_client(frontend: FrontendExplanation, plan: ServicePortPlan, client: Cli
         return frontend
     if frontend.kind == "ClusterIP":
         remark = "not routed to nodes from outside"
-        return replace(frontend, outcome="dropped", endpoints=0, remark=remark) if client.inside is False else frontend
+        return replace(frontend, outcome="dropped", endpoints=0, remark=remark) if not client.inside else frontend
     if frontend.kind == "LoadBalancer" and not source_allowed(plan, client):
         return replace(frontend, outcome="dropped", endpoints=0, remark="loadBalancerSourceRanges")
-    if client.inside is not False and plan.external_local and plan.cluster_endpoints:
+    if client.inside and plan.external_local and plan.cluster_endpoints:
         count = len(plan.cluster_endpoints)
         return replace(frontend, outcome="forwarded", endpoints=count, remark="as from any pod or node: to all nodes")
     return frontend

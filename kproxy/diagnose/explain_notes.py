@@ -33,9 +33,9 @@ def policies_in_words(facts: Facts, raw: SeenService | None, cases: Sequence[Por
     if service.internal_local:
         yield "internalTrafficPolicy Local: pods and programs on this node reach only endpoints on this node"
     if service.external_local:
-        yield "externalTrafficPolicy Local: clients outside reach only endpoints on this node, which see their address"
+        yield "externalTrafficPolicy Local: from outside, only endpoints on this node are used"
     elif plan.externally_accessible:
-        yield "externalTrafficPolicy Cluster: clients outside reach endpoints on all nodes, which see a node's address"
+        yield "externalTrafficPolicy Cluster: endpoints on all nodes are used; they see a node's address"
     if service.affinity_seconds:
         yield f"sessionAffinity ClientIP: a client stays with its endpoint until idle for {service.affinity_seconds} s"
     if service.source_ranges and service.vips:

@@ -119,15 +119,18 @@ def unresolved_target_port(port: SeenServicePort, index: int, pods: Sequence[Pod
         fix = f"set spec.ports[{index}].protocol to {protocol}, or declare the port of the container as {port.protocol}"
         return Reason(code="TargetPortUnresolved", message=message, details=(_they_declare(pods),), fix=fix)
     close = get_close_matches(str(port.target), names, 1) or [name for name in names if name == port.name]
-    guess = close[0] if close else names[0] if len(names) == 1 else ""
-    number = next((str(each.container_port) for pod in pods for each in pod.ports), "")
-    if guess:
+    numbers = {each.container_port for pod in pods for each in pod.ports}
+    guess = close[0] if close else names[0] if len(names) == len(numbers) == 1 else ""
+    unnamed = [each for pod in pods for each in pod.ports if not each.name and each.protocol == port.protocol]
+    if str(port.target).isdigit():
+        fix = f"remove the quotes: {field}: {port.target} is a number, with quotes it is a name"
+    elif guess:
         fix = f'set {field} to "{guess}"'
-    elif number and not names:
-        fix = f'set {field} to {number}, or name the port of the container "{port.target}"'
+    elif unnamed:
+        fix = f'name containerPort {unnamed[0].container_port} "{port.target}", or set {field} to the number'
     else:
         fix = f'set {field} to one of these, or name the port of a container "{port.target}"'
-    if not declared_text(pods):
+    if not numbers and not str(port.target).isdigit():
         fix = f'add a containerPort with "name: {port.target}" to the container, or set {field} to a number'
     of = "its pod" if len(pods) == 1 else f"any of its {len(pods)} pods"
     message = f'targetPort "{port.target}" is not a port name of {of}'

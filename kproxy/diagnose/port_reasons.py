@@ -107,7 +107,8 @@ def hints_reason(facts: Facts, case: PortCase) -> Reason | None:
             continue
         zones = sorted({zone for each in ready for zone in each.for_zones})
         nodes = sorted({name for each in ready for name in each.for_nodes})
-        named = f"zones {', '.join(zones)}" if zones else f"nodes {', '.join(nodes)}"
+        word = ("zone" if zones else "node") + ("" if len(zones or nodes) == 1 else "s")
+        named = f"{word} {', '.join(zones or nodes)}"
         if zones and not context.zone:
             own = f"{facts.node_name} has no zone"
             fix = "add the label topology.kubernetes.io/zone to the Node"

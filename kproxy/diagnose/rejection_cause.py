@@ -192,7 +192,7 @@ def family_missing(facts: Facts, families: Sequence[Family], pods: Sequence[Pod]
         if both
         else f"recreate the Service with spec.ipFamilies: [{other.value}]"
     )
-    message = f"the Service has a {missing} ClusterIP, but only {other.value} endpoints"
+    message = f"the Service has an {missing} ClusterIP, but only {other.value} endpoints"
     return Reason(code="FamilyMissing", message=message, details=tuple(details), fix=fix)
 
 
@@ -227,10 +227,15 @@ def _no_slices(
         shown = f" -l {selector_text(selector)}" if selector else ""
         details.append("pods could not be seen")
         fix = f"check that pods match the selector: kubectl get pods -n {namespace}{shown}"
+    seen = objects.slices_of(facts.key) if objects else ()
+    details += [f"kproxy ignores EndpointSlice {each.name}: {each.problem}" for each in seen if each.decoded is None]
     if objects is not None and objects.slices == () and not facts.live:
         details.append("the files contain no EndpointSlices at all")
-    seen = objects.slices_of(facts.key) if objects else facts.slices
-    message = "its EndpointSlices list no endpoints" if seen else "it has no EndpointSlices, so it has no endpoints"
+    message = (
+        "its EndpointSlices list no endpoints"
+        if seen or facts.slices
+        else "it has no EndpointSlices, so it has no endpoints"
+    )
     return Reason(code="NoEndpoints", message=message, details=tuple(details), fix=fix)
 
 

@@ -501,7 +501,7 @@ BROKEN = [
         "LoadBalancerPending",
         "30080",
     ),
-    SetUp("hints for other zones", cluster(SERVICE, ZONE_HINTS, PODS), "DEGRADED", "HintsExcludeThisNode", "zones b"),
+    SetUp("hints for other zones", cluster(SERVICE, ZONE_HINTS, PODS), "DEGRADED", "HintsExcludeThisNode", "zone b"),
     SetUp(
         "hints, but the node has no zone",
         cluster(SERVICE, ZONE_HINTS, PODS).replace(", labels: {topology.kubernetes.io/zone: a}", ""),
