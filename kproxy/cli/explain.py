@@ -80,9 +80,20 @@ def _explain(options: argparse.Namespace) -> int:
 
     key, client = _service_key(options.service), _client_address(options.client)
     config = load_settings(options)
-    report = explain(gather(options, config, key), client)
+    report = explain(gather(options, config, key, _daemon()), client)
     show_report(report, options.output, lambda style: explanation_lines(report, style))
     return ExitCode.WORKS if report.verdict == "WORKS" else ExitCode.BROKEN
+
+
+def _daemon() -> Callable[[str], ServiceState] | None:
+    """Return the function that asks the daemon of this network namespace."""
+    from importlib import import_module
+
+    try:
+        fetch: Callable[[str], ServiceState] = import_module("kproxy.cli.control_client").fetch_service
+    except ModuleNotFoundError:
+        return None
+    return fetch
 
 
 def _service_key(text: str) -> str:
@@ -114,8 +125,11 @@ def gather(
     `fetch_service` asks the daemon; it raises `CannotTellError` if no daemon answers. Raises `CannotTellError` if no
     source of facts can be read.
     """
+    from msgspec.structs import replace
+
     from kproxy.app.backends import local_node_name
     from kproxy.diagnose.explain_facts import Facts
+    from kproxy.diagnose.explain_report import ExplainSource
 
     node_name = local_node_name(config)
     sources: list[ExplainSource] = []
@@ -130,7 +144,7 @@ def gather(
         reasons = "; ".join(f"{each.name}: {each.detail}" for each in sources if not each.used)
         raise CannotTellError(f"cannot explain {key}: no source of facts could be read: {reasons}; use --objects=PATH")
     node = next((each for each in (objects.nodes or ()) if each.name == node_name), None) if objects else None
-    return Facts(
+    facts = Facts(
         key=key,
         mode=config.effective_mode,
         node_name=node_name,
@@ -140,6 +154,14 @@ def gather(
         daemon=daemon,
         sources=tuple(sources),
     )
+    if options.kernel != "true" and (options.objects or options.kernel == "false"):
+        return facts
+    if options.kernel != "true" and daemon is None and facts.node is None:
+        detail = f"not compared: this machine is no node of the cluster: there is no Node {node_name}"
+        return replace(facts, sources=(*facts.sources, ExplainSource(name="kernel", used=False, detail=detail)))
+    from kproxy.diagnose.kernel_facts import with_kernel
+
+    return with_kernel(facts, whole=daemon is not None)
 
 
 def _in_mode(config: Config, mode: str) -> Config:

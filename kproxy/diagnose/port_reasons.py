@@ -26,8 +26,11 @@ def conflict_reason(facts: Facts, case: PortCase) -> Reason | None:
 
 
 def stale_reason(facts: Facts, case: PortCase) -> Reason | None:
-    """Return the reason if tracked connections go to an address that is no endpoint."""
-    stale = sorted(own_flows(facts, case, stale=True), key=lambda each: each.protocol != "UDP")
+    """Return the reason if UDP flows go to an address that is no endpoint.
+
+    TCP connections end by themselves when their endpoint is gone, and leave entries for some minutes.
+    """
+    stale = [flow for flow in own_flows(facts, case, stale=True) if flow.protocol == "UDP"]
     if not stale:
         return None
     first = stale[0]

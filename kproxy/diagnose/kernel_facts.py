@@ -1,0 +1,118 @@
+"""Read what the kernel has for a Service: its rules and its tracked connections. Changes nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
+from typing import NoReturn
+
+from msgspec.structs import replace
+
+from kproxy.diagnose.explain_facts import Facts, KernelDifference, KernelFacts, TrackedFlow
+from kproxy.diagnose.explain_report import ExplainSource
+from kproxy.diagnose.iptables_check import compare_iptables
+from kproxy.diagnose.nftables_check import compare_nftables
+from kproxy.diagnose.port_case import PortCase, cases_of, claimed_frontends, known_endpoints
+from kproxy.host.commands import CommandError
+from kproxy.host.ctnetlink import read_flows
+from kproxy.host.interfaces import own_addresses
+from kproxy.host.process import has_net_admin
+from kproxy.iptables.runner import IptablesRunner
+from kproxy.model.addresses import split_socket_text
+from kproxy.model.stale_udp_flows import UdpFrontends, accepts_node_ports
+from kproxy.model.types import Family
+from kproxy.nftables.elements import PROTOCOLS
+from kproxy.nftables.kernel import NftTable, TableError
+from kproxy.nftables.transaction import Transaction
+
+
+def with_kernel(facts: Facts, *, whole: bool) -> Facts:
+    """Return the facts with those of the kernel in this network namespace. `whole` is as in `compare_nftables`."""
+    service = facts.service
+    if service is None:
+        return facts
+    if not has_net_admin():
+        detail = "needs root (CAP_NET_ADMIN): the rules and tracked connections were not compared"
+        return _with_source(facts, "kernel", detail)
+    cases = list(cases_of(facts, service))
+    try:
+        kernel = _compare(facts, cases, whole=whole)
+    except (TableError, CommandError) as error:
+        facts = _with_source(facts, "kernel", str(error))
+    else:
+        facts = _with_source(replace(facts, kernel=kernel), "kernel", kernel.summary, used=True)
+    try:
+        flows = tuple(flow for case in cases for family in case.plans for flow in _flows(facts, case, family))
+    except OSError as error:
+        return _with_source(facts, "conntrack", f"cannot be read: {error.strerror or error}")
+    return _with_source(
+        replace(facts, flows=flows), "conntrack", f"{sum(each.count for each in flows)} flows", used=True
+    )
+
+
+def _with_source(facts: Facts, name: str, detail: str, *, used: bool = False) -> Facts:
+    source = ExplainSource(name=name, used=used, detail=detail)  # type: ignore[arg-type]  # always valid literals
+    return replace(facts, sources=(*facts.sources, source))
+
+
+# Rules
+
+
+def _compare(facts: Facts, cases: Sequence[PortCase], *, whole: bool) -> KernelFacts:
+    lost = {conflict.frontend for case in cases for conflict in case.lost}
+    compared: list[Family] = []
+    absent: list[Family] = []
+    differences: list[KernelDifference] = []
+    summaries: dict[str, None] = {}
+    for family, plans in facts.plans().items():
+        compared.append(family)
+        found = _comparison(facts.mode, family)(plans, facts.context(family), lost=lost, whole=whole)
+        if found is None:
+            absent.append(family)
+            continue
+        differences += found[0]
+        summaries[found[1]] = None
+    return KernelFacts(tuple(compared), tuple(absent), tuple(differences), "; ".join(filter(None, summaries)))
+
+
+def _comparison(mode: str, family: Family) -> Callable[..., tuple[list[KernelDifference], str] | None]:
+    if mode == "nftables":
+        return partial(compare_nftables, NftTable(family, _refuse))
+    return partial(compare_iptables, IptablesRunner(family))
+
+
+def _refuse(transaction: Transaction, generation: int | None = None, /) -> NoReturn:  # noqa: ARG001
+    raise TableError("this command changes nothing")
+
+
+# Tracked connections
+
+
+def _flows(facts: Facts, case: PortCase, family: Family) -> Iterator[TrackedFlow]:
+    """Yield the tracked connections to the frontends of a port that belong to this Service."""
+    plan, context = case.plans[family], facts.context(family)
+    lost = {conflict.frontend for conflict in case.lost}
+    frontends = {_short(name) for name, _ in claimed_frontends(plan) if name not in lost}
+    known = known_endpoints(facts, case, family)
+    own = cache(lambda: own_addresses(family))
+    accepts = cache(lambda address: accepts_node_ports(context, address, own))
+    udp = UdpFrontends()
+    udp.update({facts.key: (plan,)}, complete=True)
+    for port in dict.fromkeys((plan.port, plan.node_port)):
+        counts = Counter(read_flows(family, PROTOCOLS[plan.protocol], port)) if port else Counter()
+        for (destination, source), count in sorted(counts.items()):
+            if destination in frontends:
+                frontend = destination
+            elif f":{port}" in frontends and accepts(split_socket_text(destination)[0]):
+                frontend = f":{port}"
+            else:
+                continue
+            is_udp = plan.protocol == "UDP"
+            stale = udp.is_stale(destination, source, accepts) if is_udp else source not in known
+            yield TrackedFlow(family, plan.protocol, frontend, source, count, stale)
+
+
+def _short(frontend: str) -> str:
+    """Return a frontend's name without its protocol: `IP:port`, or `:port` for a NodePort."""
+    return frontend.rpartition("/")[0].replace("NodePort ", ":")
