@@ -277,6 +277,7 @@ class ClusterObjects(Struct, frozen=True):
     """Objects of a cluster. A kind is None if its objects could not be seen.
 
     `service_objects` are the Services as users write them, and `services` those of them that get rules.
+    `sees_all_services` is false if there may be Services in other namespaces that could not be seen.
     """
 
     service_objects: tuple[SeenService, ...] = ()
@@ -287,6 +288,7 @@ class ClusterObjects(Struct, frozen=True):
     pods: tuple[Pod, ...] | None = None
     policies: tuple[NetworkPolicy, ...] | None = None
     service_cidrs: tuple[str, ...] = ()
+    sees_all_services: bool = True
 
     def service_object(self, key: ServiceKey) -> SeenService | None:
         """Return the Service with this key as its user wrote it."""
@@ -363,6 +365,7 @@ def cluster_objects(objects: Iterable[Mapping[str, Any]], seen: Sequence[str] | 
         nodes=tuple(_nodes(by_kind["Node"])) if "Node" in known else None,
         pods=tuple(_all(_decode_pod, by_kind["Pod"])) if "Pod" in known else None,
         policies=tuple(_all(_decode_policy, by_kind["NetworkPolicy"])) if "NetworkPolicy" in known else None,
+        sees_all_services="Service" in known,
         service_cidrs=tuple(cidr for each in by_kind["ServiceCIDR"] for cidr in _cidrs(each)),
     )
 

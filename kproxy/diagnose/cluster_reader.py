@@ -96,7 +96,10 @@ class _ClusterReader:
     def _read_services(self, namespace: str) -> list[dict[str, Any]]:
         """Read all Services, to find similar names and conflicts, or else those of the namespace, or only this one."""
         own = f"{_CORE}/namespaces/{namespace}/services"
-        if self._read("Service", f"{_CORE}/services") or self._read("Service", own):
+        if self._read("Service", f"{_CORE}/services"):
+            return list(self._objects)
+        if self._read("Service", own):
+            self._seen.remove("Service")  # not those of other namespaces
             return list(self._objects)
         found, problem = self._get(f"{own}/{quote(self._name, safe='')}", {})
         if found is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from msgspec import Struct
+from msgspec import Struct, field
 
 from kproxy.diagnose.cluster_objects import ClusterObjects
 from kproxy.diagnose.explain_report import ExplainSource
@@ -27,13 +27,23 @@ class KernelFacts(Struct, frozen=True):
     """What the kernel has for a Service.
 
     `compared` are the families whose rules were compared. `absent` are those of them in which the kernel has no rules
-    of kproxy at all. `summary` names what was compared.
+    of kproxy at all. `summary` names what was compared. `owners` maps frontends of the Service, as `FrontendConflict`
+    names them, to the service ports of other Services to which they belong in the kernel.
     """
 
     compared: tuple[Family, ...] = ()
     absent: tuple[Family, ...] = ()
     differences: tuple[KernelDifference, ...] = ()
     summary: str = ""
+    owners: dict[str, str] = field(default_factory=dict)
+
+
+class RulesComparison(Struct):
+    """The result of comparing the rules of a Service in one family; see `KernelFacts`."""
+
+    summary: str = ""
+    differences: list[KernelDifference] = field(default_factory=list)
+    owners: dict[str, str] = field(default_factory=dict)
 
 
 class TrackedFlow(Struct, frozen=True):

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from ipaddress import ip_address
 from typing import Protocol
 
-from kproxy.diagnose.explain_facts import KernelDifference
+from kproxy.diagnose.explain_facts import KernelDifference, RulesComparison
 from kproxy.iptables.base_rules import base_chains, ensured_rules
 from kproxy.iptables.names import DISPATCH_CHAINS, NAT_SERVICES, SHARD_PREFIXES, ChainName, is_shard
 from kproxy.iptables.render import DispatchRule, render_port
@@ -18,6 +18,8 @@ from kproxy.model.context import Context
 from kproxy.model.plan import ServicePortPlan
 
 _COMMENT = re.compile(r'-m comment --comment (?:"[^"]*"|\S+) ')
+_SERVICE_PORT = re.compile(r'--comment "?([^ "/]+/[^ "]+)')
+_MATCH = re.compile(r"-d \S+|-p \S+|--dport \S+")
 _NEEDED_JUMPS = re.compile(r"-j (KUBE-(?:SERVICES|POSTROUTING|EXTERNAL-SERVICES|PROXY-FIREWALL|FORWARD))$")
 
 
@@ -38,8 +40,8 @@ def compare_iptables(
     *,
     lost: Collection[str] = (),
     whole: bool = True,
-) -> tuple[list[KernelDifference], str] | None:
-    """Return what differs, and a summary of what was compared. Return None if the kernel has no rules of kproxy.
+) -> RulesComparison | None:
+    """Return what differs, and what was compared. Return None if the kernel has no rules of kproxy.
 
     `lost` are the frontends that belong to other Services (`IP:port/PROTOCOL` or `NodePort number/PROTOCOL`). Without
     `whole`, the settings in the context are only assumed: neither comments nor the base chains are compared. Raises
@@ -48,18 +50,19 @@ def compare_iptables(
     check = _Check(iptables, context, whole=whole)
     if NAT_SERVICES not in check.list((NAT_SERVICES,)):
         return None
-    chains = check.own_chains(plans, lost)
+    count = check.own_chains(plans, lost)
     check.jumps()
     if whole:
         check.base_chains()
-    return check.differences, f"{chains} chains of the Service"
+    check.result.summary = f"{count} chain{'' if count == 1 else 's'} and the dispatch rules of the Service"
+    return check.result
 
 
 class _Check:
-    """Collects the differences of one family."""
+    """Compares the rules of one family."""
 
     def __init__(self, iptables: IptablesReader, context: Context, *, whole: bool) -> None:
-        self.differences: list[KernelDifference] = []
+        self.result = RulesComparison()
         self._iptables, self._context, self._whole = iptables, context, whole
 
     def list(self, chains: Iterable[ChainName]) -> dict[ChainName, list[str]]:
@@ -113,8 +116,19 @@ class _Check:
                 sharded = self._sharded(chain)
                 missing = [(plan, rule) for plan, rule in missing if self._body(rule.rule) not in sharded]
             for plan, rule in missing:
+                if owner := self._owner(_frontend(plan, rule), rule):
+                    self.result.owners[_frontend(plan, rule)] = owner
                 name = _frontend(plan, rule) or f"healthCheckNodePort {plan.health_check_node_port}"
                 self._add(f"rule for {name} in chain {chain.name} of table {chain.table}", "is missing")
+
+    def _owner(self, frontend: str, rule: DispatchRule) -> str:
+        """Return the service port of another Service that has the frontend of a missing rule, or ""."""
+        match = _match_of(rule.rule)
+        for rules in self.list(DISPATCH_CHAINS).values() if frontend else ():
+            for each in rules:
+                if _match_of(each) == match and (found := _SERVICE_PORT.search(each)):
+                    return found[1]
+        return ""
 
     def _sharded(self, chain: ChainName) -> set[str]:
         """Return the rules of all shards of a dispatch chain, without the names of the shards."""
@@ -129,7 +143,12 @@ class _Check:
         return [rule if self._whole else _COMMENT.sub("", rule) for rule in rules]
 
     def _add(self, name: str, problem: str) -> None:
-        self.differences.append(KernelDifference(self._context.family, name, problem))
+        self.result.differences.append(KernelDifference(self._context.family, name, problem))
+
+
+def _match_of(rule: str) -> tuple[str, ...]:
+    """Return the address, protocol and port that a dispatch rule matches."""
+    return tuple(_MATCH.findall(rule))
 
 
 def _lines(text: str) -> list[str]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cache, partial
 from typing import NoReturn
 
 from msgspec.structs import replace
 
-from kproxy.diagnose.explain_facts import Facts, KernelDifference, KernelFacts, TrackedFlow
+from kproxy.diagnose.explain_facts import Facts, KernelFacts, RulesComparison, TrackedFlow
 from kproxy.diagnose.explain_report import ExplainSource
 from kproxy.diagnose.iptables_check import compare_iptables
 from kproxy.diagnose.nftables_check import compare_nftables
@@ -42,6 +42,7 @@ def with_kernel(facts: Facts, *, whole: bool) -> Facts:
         facts = _with_source(facts, "kernel", str(error))
     else:
         facts = _with_source(replace(facts, kernel=kernel), "kernel", kernel.summary, used=True)
+        cases = list(cases_of(facts, service))
     try:
         flows = tuple(flow for case in cases for family in case.plans for flow in _flows(facts, case, family))
     except OSError as error:
@@ -61,22 +62,30 @@ def _with_source(facts: Facts, name: str, detail: str, *, used: bool = False) ->
 
 def _compare(facts: Facts, cases: Sequence[PortCase], *, whole: bool) -> KernelFacts:
     lost = {conflict.frontend for case in cases for conflict in case.lost}
-    compared: list[Family] = []
-    absent: list[Family] = []
-    differences: list[KernelDifference] = []
-    summaries: dict[str, None] = {}
-    for family, plans in facts.plans().items():
-        compared.append(family)
-        found = _comparison(facts.mode, family)(plans, facts.context(family), lost=lost, whole=whole)
-        if found is None:
-            absent.append(family)
-            continue
-        differences += found[0]
-        summaries[found[1]] = None
-    return KernelFacts(tuple(compared), tuple(absent), tuple(differences), "; ".join(filter(None, summaries)))
+    found = _compare_families(facts, lost, whole=whole)
+    if facts.objects is None or not facts.objects.sees_all_services:
+        # Frontends may belong to Services that could not be seen. Then their rules are no drift.
+        unseen = found.owners.keys() - lost
+        return replace(_compare_families(facts, lost | unseen, whole=whole), owners=found.owners) if unseen else found
+    return found
 
 
-def _comparison(mode: str, family: Family) -> Callable[..., tuple[list[KernelDifference], str] | None]:
+def _compare_families(facts: Facts, lost: Collection[str], *, whole: bool) -> KernelFacts:
+    found = {
+        family: _comparison(facts.mode, family)(plans, facts.context(family), lost=lost, whole=whole)
+        for family, plans in facts.plans().items()
+    }
+    present = [each for each in found.values() if each is not None]
+    return KernelFacts(
+        compared=tuple(found),
+        absent=tuple(family for family, each in found.items() if each is None),
+        differences=tuple(difference for each in present for difference in each.differences),
+        summary="; ".join(dict.fromkeys(each.summary for each in present if each.summary)),
+        owners={frontend: owner for each in present for frontend, owner in each.owners.items()},
+    )
+
+
+def _comparison(mode: str, family: Family) -> Callable[..., RulesComparison | None]:
     if mode == "nftables":
         return partial(compare_nftables, NftTable(family, _refuse))
     return partial(compare_iptables, IptablesRunner(family))

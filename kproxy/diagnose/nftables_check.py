@@ -7,12 +7,13 @@ from collections.abc import Collection, Iterator, Sequence
 
 from msgspec.structs import replace
 
-from kproxy.diagnose.explain_facts import KernelDifference
+from kproxy.diagnose.explain_facts import KernelDifference, RulesComparison
 from kproxy.host.nf_tables_constants import NFT_TABLE_F_DORMANT
 from kproxy.model.context import Context
 from kproxy.model.drift import Part
 from kproxy.model.plan import ServicePortPlan
 from kproxy.nftables import names
+from kproxy.nftables.comments import comment_of
 from kproxy.nftables.desired_table import BASE_SETS, DesiredTable
 from kproxy.nftables.diff import IncompatibleTableError, NftablesDiff
 from kproxy.nftables.elements import DROP, frontend_text, unpack_address
@@ -35,8 +36,8 @@ def compare_nftables(
     *,
     lost: Collection[str] = (),
     whole: bool = True,
-) -> tuple[list[KernelDifference], str] | None:
-    """Return what differs, and a summary of what was compared. Return None if the table does not exist.
+) -> RulesComparison | None:
+    """Return what differs, and what was compared. Return None if the table does not exist.
 
     `lost` are the frontends that belong to other Services (`IP:port/PROTOCOL` or `NodePort number/PROTOCOL`). Without
     `whole`, the settings in the context are only assumed: chains whose rules depend on them must only exist and not be
@@ -50,7 +51,7 @@ def compare_nftables(
     rendered = replace(rendered, frontends=tuple(each for each in rendered.frontends if _name(each) not in lost))
     if flags & NFT_TABLE_F_DORMANT:
         text = f"table {names.table_family(context.family)} {names.TABLE}"
-        return [KernelDifference(context.family, text, "is dormant: the kernel ignores it")], ""
+        return RulesComparison("", [KernelDifference(context.family, text, "is dormant: the kernel ignores it")])
     ledger = NftablesLedger()
     diff = NftablesDiff(ledger, context, create=True)
     diff.put(plans[0].service, rendered)
@@ -60,9 +61,24 @@ def compare_nftables(
     try:
         found = plan_repair(desired, parts).parts
     except IncompatibleTableError as error:
-        return [KernelDifference(context.family, f"table {names.TABLE}", f"is not kproxy's: {error}")], ""
-    differences = [KernelDifference(context.family, *_described(part, parts, desired)) for part in found]
-    return differences, "; ".join(dict.fromkeys(map(_summary, rendered.frontends)))
+        return RulesComparison(
+            "", [KernelDifference(context.family, f"table {names.TABLE}", f"is not kproxy's: {error}")]
+        )
+    result = RulesComparison("; ".join(dict.fromkeys(map(_summary, rendered.frontends))))
+    for part in found:
+        result.differences.append(KernelDifference(context.family, *_described(part, parts, desired)))
+    result.owners = dict(_owners(parts, rendered))
+    return result
+
+
+def _owners(parts: TableParts, service: RenderedService) -> Iterator[tuple[str, str]]:
+    """Yield the frontends whose verdicts name ports of other Services in their comments, and these ports."""
+    own = {comment_of(each.service_port) for each in service.frontends}
+    for name, elements in parts.elements.items():
+        if BASE_SETS[name].value is MapValue.VERDICT:
+            for key, element in elements.items():
+                if element is not None and "/" in element.comment and element.comment not in own:
+                    yield frontend_text(key), element.comment
 
 
 def _name(frontend: RenderedFrontend) -> str:

@@ -31,6 +31,7 @@ def cases_of(facts: Facts, service: Service) -> Iterator[PortCase]:
     for index, port in enumerate(service.ports):
         own = {family: each[index] for family, each in plans.items()}
         conflicts = [c for family, plan in own.items() for c in _conflicts(plan, others[family])]
+        conflicts += (c for plan in own.values() for c in _kernel_conflicts(facts, plan))
         lost = tuple(each for each in conflicts if each.owner != own[next(iter(own))].name)
         yield PortCase(index, port, own, lost, tuple(each for each in conflicts if each not in lost))
 
@@ -54,6 +55,15 @@ def _conflicts(plan: ServicePortPlan, others: Iterable[ServicePortPlan]) -> Iter
             best = min(rivals)
             owner, loser = (best[1], plan.name) if best < claim else (plan.name, best[1])
             yield FrontendConflict(frontend, owner, loser)
+
+
+def _kernel_conflicts(facts: Facts, plan: ServicePortPlan) -> Iterator[FrontendConflict]:
+    """Yield the frontends that belong to others in the kernel, if the other Services could not be seen."""
+    if facts.kernel is None or (facts.objects is not None and facts.objects.sees_all_services):
+        return
+    for frontend in dict(claimed_frontends(plan)):
+        if owner := facts.kernel.owners.get(frontend):
+            yield FrontendConflict(frontend, owner, plan.name)
 
 
 def known_endpoints(facts: Facts, case: PortCase, family: Family) -> dict[str, Endpoint]:

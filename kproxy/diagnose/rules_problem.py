@@ -71,7 +71,11 @@ def _unsynced(facts: Facts, daemon: ServiceState, states: Mapping[Family, Family
         )
         return RulesProblem("NOT PROGRAMMED", reason)
     planned = facts.plans()
-    if facts.live and any(planned.get(family, ()) != state.plans for family, state in states.items()):
+    if (
+        facts.live
+        and facts.objects is not None
+        and any(planned.get(family, ()) != state.plans for family, state in states.items())
+    ):
         reason = Reason(
             code="NotSyncedYet",
             message="kproxy has not received the latest state of the Service or of its endpoints",
