@@ -8,10 +8,11 @@ from ipaddress import ip_address, ip_network
 from msgspec import Struct
 from msgspec.structs import replace
 
+from kproxy.diagnose.cluster_objects import SeenService
 from kproxy.diagnose.explain_facts import Facts
 from kproxy.diagnose.explain_report import FrontendExplanation, Reason, Verdict
 from kproxy.model.addresses import family_of
-from kproxy.model.plan import ServicePortPlan, TrafficDecision
+from kproxy.model.plan import ServicePortPlan, TrafficDecision, plan_service
 from kproxy.model.types import Family
 
 
@@ -108,12 +109,26 @@ def client_reason(
         return "NOT PROGRAMMED", reason
     if not client.inside:
         return _outside(facts, plan, client)
+    if client.other_node:
+        plan = _plan_at(facts, plan, client)
     if plan.internal is TrafficDecision.DROP:
-        return "DROPPED", no_local_endpoints(facts, plan, internal=True)
+        return "DROPPED", no_local_endpoints(facts, plan, internal=True, node_name=client.other_node)
     return "WORKS", None
 
 
+def _plan_at(facts: Facts, plan: ServicePortPlan, client: ClientPlace) -> ServicePortPlan:
+    """Return the plan of the same port on the client's node, where its packets meet the rules."""
+    zone = next((each.zone for each in facts.nodes if each.name == client.other_node), "")
+    context = replace(facts.context(client.family), node_name=client.other_node, zone=zone)
+    assert facts.service is not None
+    there = plan_service(facts.service, facts.slices, context)
+    return next(each for each in there if (each.name, each.port) == (plan.name, plan.port))
+
+
 def _outside(facts: Facts, plan: ServicePortPlan, client: ClientPlace) -> tuple[Verdict, Reason | None]:
+    raw = facts.objects.service_object(facts.key) if facts.objects else None
+    if not plan.externally_accessible and raw is not None and raw.spec.type == "LoadBalancer":
+        return "WORKS" if raw.ingress else "DROPPED", load_balancer_pending(raw, plan.node_port)
     if not plan.externally_accessible:
         reason = Reason(
             code="ReachedOnlyFromInside",
@@ -136,12 +151,28 @@ def _outside(facts: Facts, plan: ServicePortPlan, client: ClientPlace) -> tuple[
     return "WORKS", None
 
 
-def no_local_endpoints(facts: Facts, plan: ServicePortPlan, *, internal: bool) -> Reason:
-    """Return the reason of a port whose policy is Local and whose endpoints are all on other nodes."""
+def load_balancer_pending(raw: SeenService, node_port: int) -> Reason | None:
+    """Return the reason of a Service of type LoadBalancer that has no load balancer address, or None if it has one."""
+    if raw.spec.type != "LoadBalancer" or raw.ingress:
+        return None
+    reached = f"; clients can use NodePort {node_port}" if node_port else ""
+    return Reason(
+        code="LoadBalancerPending",
+        message=f"the load balancer has no address yet (status.loadBalancer is empty){reached}",
+        fix="see the events of the Service; a cluster without a cloud provider needs a controller such as MetalLB",
+    )
+
+
+def no_local_endpoints(facts: Facts, plan: ServicePortPlan, *, internal: bool, node_name: str = "") -> Reason:
+    """Return the reason of a port whose policy is Local and whose endpoints are all on other nodes.
+
+    `node_name` is the node on which connections meet the rules, by default this one.
+    """
+    node_name = node_name or facts.node_name
     field = "internalTrafficPolicy" if internal else "externalTrafficPolicy"
     elsewhere = sorted({each.node for every in facts.slices for each in every.endpoints if each.ready and each.node})
     details: list[str] = []
-    fix = f"run a pod of the Service on this node, or set spec.{field} to Cluster"
+    fix = f"run a pod of the Service on {node_name}, or set spec.{field} to Cluster"
     if elsewhere:
         shown = ", ".join(elsewhere[:4]) + (" and others" if len(elsewhere) > 4 else "")
         details.append(f"ready endpoints are on: {shown}")
@@ -149,14 +180,14 @@ def no_local_endpoints(facts: Facts, plan: ServicePortPlan, *, internal: bool) -
         details.append("its EndpointSlices do not say on which nodes the endpoints are (no nodeName)")
         fix = f"set nodeName in the EndpointSlices, or set spec.{field} to Cluster"
     names = [each.name for each in facts.nodes]
-    if names and facts.node_name not in names:
-        details.append(f"no Node is named {facts.node_name}; Nodes: {', '.join(names[:4])}")
+    if names and node_name not in names:
+        details.append(f"no Node is named {node_name}; Nodes: {', '.join(names[:4])}")
         fix = "set --hostname-override to the name of this node's Node object"
     elif not internal:
         details.append("clients inside the cluster still reach it through any node")
         if plan.vips or plan.health_check_node_port:
             fix += "; a load balancer with health checks does not send clients here"
-    message = f"{field} is Local, and no usable endpoint is on {facts.node_name}"
+    message = f"{field} is Local, and no usable endpoint is on {node_name}"
     return Reason(code="NoLocalEndpoints", message=message, details=tuple(details), fix=fix)
 
 

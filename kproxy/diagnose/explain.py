@@ -149,9 +149,10 @@ def _partial_reasons(facts: Facts, case: PortCase, client: ClientPlace | None) -
     yield conflict_reason(facts, case)
     yield stale_reason(facts, case)
     yield only_terminating(facts, case)
-    if client is None:
+    if client is None or not client.inside:
         yield balancer_pending(facts, case)
         yield node_port_reason(facts, case)
+    if client is None:
         yield hints_reason(facts, case)
 
 

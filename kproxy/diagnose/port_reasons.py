@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kproxy.diagnose.client_view import load_balancer_pending
 from kproxy.diagnose.explain_facts import Facts
 from kproxy.diagnose.explain_report import Reason
 from kproxy.diagnose.pods import plural
@@ -68,14 +69,7 @@ def only_terminating(facts: Facts, case: PortCase) -> Reason | None:
 def balancer_pending(facts: Facts, case: PortCase) -> Reason | None:
     """Return the reason if a Service of type LoadBalancer has no load balancer address."""
     raw = facts.objects.service_object(facts.key) if facts.objects else None
-    if raw is None or raw.spec.type != "LoadBalancer" or raw.ingress:
-        return None
-    reached = f"; clients can use NodePort {case.port.node_port}" if case.port.node_port else ""
-    return Reason(
-        code="LoadBalancerPending",
-        message=f"the load balancer has no address yet (status.loadBalancer is empty){reached}",
-        fix="see the events of the Service; a cluster without a cloud provider needs a controller such as MetalLB",
-    )
+    return load_balancer_pending(raw, case.port.node_port) if raw is not None else None
 
 
 def node_port_reason(facts: Facts, case: PortCase) -> Reason | None:
@@ -99,8 +93,11 @@ def node_port_reason(facts: Facts, case: PortCase) -> Reason | None:
 
 
 def hints_reason(facts: Facts, case: PortCase) -> Reason | None:
-    """Return the reason if all endpoints have hints, but none of them is for this node or its zone."""
-    for family in case.plans:
+    """Return the reason if all endpoints have hints, but none of them is for this node or its zone.
+
+    Without the Node, its zone is unknown.
+    """
+    for family in case.plans if facts.node is not None else ():
         context = facts.context(family)
         ready = [each for each in known_endpoints(facts, case, family).values() if each.ready]
         if not ready or not all(each.for_zones or each.for_nodes for each in ready):

@@ -23,6 +23,7 @@ from kproxy.diagnose.pods import (
 )
 from kproxy.documents.document import field_path_text
 from kproxy.kube.codec.conversion import PROXY_NAME_LABEL, SERVICE_NAME_LABEL
+from kproxy.model.addresses import family_of
 from kproxy.model.endpoints import endpoints_by_socket
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, ServicePort
 
@@ -46,7 +47,7 @@ def rejection_cause(facts: Facts, port: ServicePort, index: int, families: Seque
     raw = facts.objects.service_object(facts.key) if facts.objects else None
     pods = matching_pods(facts)
     live = [pod for pod in pods or () if not pod.finished]
-    in_pods = _cause_in_pods(facts, raw, index, pods, live) if raw is not None and pods is not None else None
+    in_pods = _cause_in_pods(facts, raw, index, pods, families) if raw is not None and pods is not None else None
     if in_pods is not None:
         return in_pods
     known: dict[str, Endpoint] = {}
@@ -67,8 +68,9 @@ def rejection_cause(facts: Facts, port: ServicePort, index: int, families: Seque
 
 
 def _cause_in_pods(
-    facts: Facts, raw: SeenService, index: int, pods: Sequence[Pod], live: Sequence[Pod]
+    facts: Facts, raw: SeenService, index: int, pods: Sequence[Pod], families: Sequence[Family]
 ) -> Reason | None:
+    live = [pod for pod in pods if not pod.finished]
     namespace, selector = facts.key.partition("/")[0], raw.spec.selector or {}
     every = (facts.objects.pods if facts.objects else None) or ()
     if not pods:
@@ -78,7 +80,13 @@ def _cause_in_pods(
     port = _raw_port(raw, index)
     if port is not None and not any(resolves(pod, port) for pod in live):
         return unresolved_target_port(port, index, live)
-    return None
+    return family_missing(facts, families, pods) if lacks_addresses(live, families) else None
+
+
+def lacks_addresses(pods: Sequence[Pod], families: Sequence[Family]) -> bool:
+    """Return whether Pods have addresses, but none of these families."""
+    addresses = [address for pod in pods for address in pod.addresses]
+    return bool(addresses) and not any(family_of(address) in families for address in addresses)
 
 
 def _raw_port(raw: SeenService | None, index: int) -> SeenServicePort | None:
@@ -149,14 +157,19 @@ def _unusable_slices(seen: Sequence[SeenSlice]) -> Reason | None:
     usable = [each for each in seen if each.decoded is not None and each.decoded.endpoints]
     broken = [each for each in seen if any(field.field[0] == "endpoints" for field in each.ignored)]
     if broken and not usable:
-        field = broken[0].ignored[0]
-        return Reason(
-            code="InvalidObject",
-            message=f"no endpoint in EndpointSlice {broken[0].name} can be used",
-            details=(f"{field_path_text(field.field)} {field.problem}",),
-            fix="correct the addresses in the EndpointSlice",
-        )
-    return None
+        return _ignored_fields(broken[0], "endpoint")
+    unported = [each for each in seen if each.decoded is not None and each.ignored and not each.decoded.ports]
+    return _ignored_fields(unported[0], "port") if unported else None
+
+
+def _ignored_fields(each: SeenSlice, what: str) -> Reason:
+    field = each.ignored[0]
+    return Reason(
+        code="InvalidObject",
+        message=f"no {what} in EndpointSlice {each.name} can be used",
+        details=(f"{field_path_text(field.field)} {field.problem}",),
+        fix=f"correct the {what}s in the EndpointSlice",
+    )
 
 
 def _port_in_no_slice(
@@ -184,7 +197,7 @@ def family_missing(facts: Facts, families: Sequence[Family], pods: Sequence[Pod]
     missing = " and ".join(family.value for family in families)
     other = next(family for family in Family if family not in families) if len(families) == 1 else families[0]
     details = []
-    if pods and not any((":" in address) == (families[0] is Family.IPV6) for pod in pods for address in pod.addresses):
+    if lacks_addresses(pods or (), families):
         details.append(f"its pods have only {other.value} addresses")
     both = len(facts.service.cluster_ips) > 1 if facts.service else False
     fix = (

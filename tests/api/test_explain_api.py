@@ -28,6 +28,9 @@ SAME = [
 """Set-ups about which files say as much as the API server. Files without Pods do not say that there are no Pods."""
 
 
+PLAIN = next(setup for setup in SOUND if setup.name == "ClusterIP")
+
+
 @pytest.fixture
 def api() -> Iterator[ApiServer]:
     with ApiServer(tokens=["mine"]) as server:
@@ -59,8 +62,8 @@ def test_the_reasons_are_those_of_the_same_objects_in_files(setup: SetUp, api: A
 
 
 def test_only_what_the_service_needs_is_read(api: ApiServer, tmp_path: Path) -> None:
-    fill(api, SOUND[0])
-    explained(api, tmp_path, SOUND[0])
+    fill(api, PLAIN)
+    explained(api, tmp_path, PLAIN)
     seen = [(each.method, each.path, each.query.get("labelSelector", "")) for each in api.requests.all()]
     assert all(method == "GET" for method, _, _ in seen)
     assert [(path, selector) for _, path, selector in seen] == [
@@ -75,21 +78,21 @@ def test_only_what_the_service_needs_is_read(api: ApiServer, tmp_path: Path) -> 
 def test_what_is_forbidden_is_said(api: ApiServer, tmp_path: Path) -> None:
     fill(api, next(setup for setup in BROKEN if setup.name == "crashing pods"))
     api.faults.hidden = {"pods": 403, "networkpolicies": 403}
-    report = explained(api, tmp_path, SOUND[0])
+    report = explained(api, tmp_path, PLAIN)
     assert code(report) == "NoReadyEndpoints"  # without the Pods, no better reason is known
     assert any("pods" in text and "forbidden" in text for text in report.unseen)
 
 
 def test_without_slices_nothing_is_concluded(api: ApiServer, tmp_path: Path) -> None:
-    fill(api, SOUND[0])
+    fill(api, PLAIN)
     api.faults.hidden = {"endpointslices": 403}
     with pytest.raises(CannotTellError, match="endpointslices"):
-        explained(api, tmp_path, SOUND[0])
+        explained(api, tmp_path, PLAIN)
 
 
 def test_wrong_credentials(api: ApiServer, tmp_path: Path) -> None:
     with pytest.raises(CannotTellError, match=r"Unauthorized|401"):
-        explained(api, tmp_path, SOUND[0], token="wrong")
+        explained(api, tmp_path, PLAIN, token="wrong")
 
 
 def test_choice_of_the_kubeconfig(tmp_path: Path) -> None:

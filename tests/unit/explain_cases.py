@@ -520,8 +520,115 @@ BROKEN = [
         "TargetPortUnresolved",
         "admin",
     ),
+    SetUp(
+        "IPv6 Service, pods with IPv4 addresses",
+        cluster(
+            SERVICE.replace("10.96.0.82", '"fd00:96::82"').replace("[IPv4]", "[IPv6]"),
+            EMPTY_SLICE.replace("addressType: IPv4", "addressType: IPv6"),
+            PODS,
+        ),
+        "REJECTED",
+        "FamilyMissing",
+        "its pods have only IPv4 addresses",
+    ),
+    SetUp(
+        "quoted port number",
+        cluster(edit(SERVICE, "targetPort: http", 'targetPort: "8080"'), NO_PORTS_SLICE, PODS),
+        "REJECTED",
+        "TargetPortUnresolved",
+        "quotes",
+    ),
+    SetUp(
+        "slice with an invalid port",
+        no_pods(without(SERVICE, "  selector: {app: api}\n"), edit(SLICE, "port: 8080", "port: 808080")),
+        "REJECTED",
+        "InvalidObject",
+        "65535",
+    ),
+    SetUp(
+        "slice of host names",
+        no_pods(
+            without(SERVICE, "  selector: {app: api}\n"),
+            edit(SLICE, "addressType: IPv4", "addressType: FQDN").replace("10.244.1.5", "db.example.com"),
+        ),
+        "REJECTED",
+        "NoEndpoints",
+        "FQDN",
+    ),
+    SetUp(
+        "one slice of two families, whose load balancer is pending",
+        cluster(edit(DUAL_STACK, "type: ClusterIP", "type: LoadBalancer"), SLICE, PODS),
+        "DEGRADED",
+        "FamilyMissing",
+        "IPv6",
+    ),
+    SetUp(
+        "load balancer pending, without NodePorts, client outside",
+        cluster(edit(SERVICE, "type: ClusterIP", "type: LoadBalancer"), SLICE, PODS),
+        "DROPPED",
+        "LoadBalancerPending",
+        client="203.0.113.7",
+    ),
+    SetUp(
+        "no endpoint on the client's node",
+        cluster(
+            edit(SERVICE, "  selector:", "  internalTrafficPolicy: Local\n  selector:"),
+            SLICE.replace("nodeName: node-2", "nodeName: node-1"),
+            PODS,
+        ),
+        "DROPPED",
+        "NoLocalEndpoints",
+        "is on node-2",
+        client="10.244.2.77",
+    ),
+    SetUp(
+        "client outside the source ranges, without Nodes in the files",
+        "---".join(
+            (edit(BALANCER, "  selector:", "  loadBalancerSourceRanges: [198.51.100.0/24]\n  selector:"), SLICE, PODS)
+        ),
+        "DROPPED",
+        "SourceNotAllowed",
+        client="203.0.113.7",
+    ),
+    SetUp(
+        "wrong node name",
+        cluster(edit(NODE_PORT, "  selector:", "  externalTrafficPolicy: Local\n  selector:"), SLICE, PODS).replace(
+            "node-1", "node-1.example.com"
+        ),
+        "DROPPED",
+        "NoLocalEndpoints",
+        "--hostname-override",
+    ),
+    SetUp(
+        "no replicas",
+        cluster(SERVICE, EMPTY_SLICE, PODS.replace("app: api", "app: web").replace("shop", "web")),
+        "REJECTED",
+        "SelectorMatchesNothing",
+        "has no pods",
+    ),
+    SetUp(
+        "new pods that crash while the old ones end",
+        no_pods(
+            SERVICE,
+            DRAINING_SLICE.replace("serving: true", "serving: false"),
+            PODS.replace(
+                "namespace: shop, labels", "namespace: shop, deletionTimestamp: '2030-01-01T00:00:00Z', labels"
+            ),
+            CRASHING_PODS.replace("api-1", "api-3").replace("api-2", "api-4").replace(".5\n", ".6\n"),
+        ),
+        "REJECTED",
+        "PodsNotReady",
+        "CrashLoopBackOff",
+    ),
 ]
 SOUND = [
+    SetUp(
+        "policy Local for a client on a node with an endpoint",
+        cluster(edit(SERVICE, "  selector:", "  internalTrafficPolicy: Local\n  selector:"), REMOTE_SLICE, PODS),
+        "WORKS",
+        client="10.244.2.77",
+    ),
+    SetUp("hints, but the Node was not seen", "---".join((SERVICE, ZONE_HINTS, PODS)), "WORKS"),
     SetUp("ClusterIP", cluster(SERVICE, SLICE, PODS), "WORKS"),
     SetUp("NodePort", cluster(NODE_PORT, SLICE, PODS), "WORKS"),
     SetUp("load balancer", cluster(BALANCER, SLICE, PODS), "WORKS"),
